@@ -1,0 +1,31 @@
+//! Compiles the image format's messages.
+//!
+//! A pure-Rust compiler is used so that a machine needs no `protoc`. The
+//! descriptors are kept beside the generated code: they drive the dynamic
+//! reader, which must show any image and keep the fields it does not know.
+
+use std::{env, error::Error, fs, path::PathBuf};
+
+use prost_build::Config;
+use protox::prost::Message;
+
+/// The files to compile; what they import comes along.
+const PROTOS: [&str; 8] = [
+    "common.proto",
+    "files.proto",
+    "memory.proto",
+    "namespaces.proto",
+    "rpc.proto",
+    "service.proto",
+    "sockets.proto",
+    "task.proto",
+];
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("cargo::rerun-if-changed=proto");
+    let out = PathBuf::from(env::var("OUT_DIR")?);
+    let descriptors = protox::compile(PROTOS, ["proto"])?;
+    fs::write(out.join("descriptors.bin"), descriptors.encode_to_vec())?;
+    Config::new().enable_type_names().out_dir(&out).compile_fds(descriptors)?;
+    Ok(())
+}

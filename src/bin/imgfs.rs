@@ -1,0 +1,2 @@
+//! imgfs
+fn main() {}

@@ -1,0 +1,2 @@
+//! rcriu
+fn main() {}

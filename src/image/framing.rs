@@ -1,0 +1,417 @@
+//! Magics and length prefixes around messages and payloads.
+
+use std::{
+    fs::File,
+    io::{self, BufRead, BufReader, BufWriter, Read, Write},
+    path::{Path, PathBuf},
+};
+
+use prost::{Message, Name};
+
+use super::{
+    Desc, ImageError, Kind, Result,
+    desc::{self, IMAGE_MAGIC, SERVICE_MAGIC},
+    proto, wire,
+};
+
+/// Bytes read from an image at a time.
+const BUFFER_BYTES: usize = 64 << 10;
+
+/// The largest message accepted. The largest real ones are memory maps, about
+/// 60 bytes a mapping, of which the kernel allows 65,530 by default.
+pub(super) const MESSAGE_LIMIT_BYTES: u32 = 256 << 20;
+
+/// What stands before a file's own magic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Prologue {
+    /// Nothing: the inventory, and images of the oldest format.
+    Bare,
+    /// The magic common to images.
+    Image,
+    /// The magic common to service files.
+    Service,
+}
+
+/// Reads one image, message by message.
+#[derive(Debug)]
+pub struct ImageReader<R = BufReader<File>> {
+    input: R,
+    path: PathBuf,
+    offset: u64,
+    desc: &'static Desc,
+    prologue: Prologue,
+}
+
+impl ImageReader {
+    /// Opens an image and reads its magics.
+    ///
+    /// The magic says which kind it is; among kinds that share one, the file's
+    /// name.
+    ///
+    /// # Errors
+    /// [`ImageError::Open`], [`ImageError::Read`], [`ImageError::Truncated`], [`ImageError::Magic`].
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path)
+            .map_err(|source| ImageError::Open { path: path.to_owned(), source })?;
+        Self::new(path, BufReader::with_capacity(BUFFER_BYTES, file))
+    }
+
+    /// Opens an image that must be of kind `kind`.
+    ///
+    /// # Errors
+    /// As [`ImageReader::open`]; another kind is [`ImageError::Magic`].
+    pub fn open_kind(path: &Path, kind: Kind) -> Result<Self> {
+        let reader = Self::open(path)?;
+        reader.require(kind)?;
+        Ok(reader)
+    }
+}
+
+impl<R: BufRead> ImageReader<R> {
+    /// Reads the magics of `input`, which errors call `path`.
+    ///
+    /// # Errors
+    /// As [`ImageReader::open`].
+    pub fn new(path: &Path, input: R) -> Result<Self> {
+        let desc = Kind::Inventory.desc(); // until the magic says otherwise
+        let mut reader =
+            Self { input, path: path.to_owned(), offset: 0, desc, prologue: Prologue::Bare };
+        let mut magic = reader.magic()?;
+        reader.prologue = match magic {
+            IMAGE_MAGIC => Prologue::Image,
+            SERVICE_MAGIC => Prologue::Service,
+            _ => Prologue::Bare,
+        };
+        if reader.prologue != Prologue::Bare {
+            magic = reader.magic()?;
+        }
+        let named = path
+            .file_name()
+            .and_then(|name| desc::by_file_name(name.to_str()?))
+            .map(|(desc, _)| desc)
+            .filter(|desc| desc.magic == magic && magic != 0);
+        reader.desc = named.or_else(|| desc::by_magic(magic)).ok_or_else(|| ImageError::Magic {
+            path: path.to_owned(),
+            found: magic,
+            expected: "the magic of an image".to_owned(),
+        })?;
+        Ok(reader)
+    }
+
+    /// Checks that the image is of kind `kind`, or of one with its magic.
+    ///
+    /// # Errors
+    /// [`ImageError::Magic`].
+    pub fn require(&self, kind: Kind) -> Result<()> {
+        let wanted = kind.desc();
+        if self.desc.magic == wanted.magic {
+            return Ok(());
+        }
+        Err(ImageError::Magic {
+            path: self.path.clone(),
+            found: self.desc.magic,
+            expected: format!("{:#010x} ({})", wanted.magic, wanted.name),
+        })
+    }
+
+    /// Returns the row of the image's kind.
+    pub fn desc(&self) -> &'static Desc {
+        self.desc
+    }
+
+    /// Returns what stood before the image's own magic.
+    pub fn prologue(&self) -> Prologue {
+        self.prologue
+    }
+
+    /// Returns the number of bytes read so far.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// Returns the path that errors name.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn magic(&mut self) -> Result<u32> {
+        let mut bytes = [0; 4];
+        self.fill(&mut bytes, "magic")?;
+        Ok(u32::from_le_bytes(bytes))
+    }
+
+    /// Reads the next message's bytes into `message`, replacing what it held;
+    /// false at the end of the file.
+    ///
+    /// # Errors
+    /// [`ImageError::Read`], [`ImageError::Truncated`], [`ImageError::Oversized`].
+    pub fn next_bytes(&mut self, message: &mut Vec<u8>) -> Result<bool> {
+        message.clear();
+        if self.at_end()? {
+            return Ok(false);
+        }
+        let length = self.length()?;
+        self.append(u64::from(length), "message", message)?;
+        Ok(true)
+    }
+
+    /// Reads and decodes the next message; `None` at the end of the file.
+    ///
+    /// # Errors
+    /// As [`ImageReader::next_bytes`], and [`ImageError::Malformed`].
+    pub fn next_message<M: Message + Name + Default>(&mut self) -> Result<Option<M>> {
+        let start = self.offset;
+        let mut bytes = Vec::new();
+        if !self.next_bytes(&mut bytes)? {
+            return Ok(None);
+        }
+        self.decode(start, &bytes).map(Some)
+    }
+
+    /// Decodes `bytes`, a message that began at offset `start`.
+    ///
+    /// # Errors
+    /// [`ImageError::Malformed`].
+    pub fn decode<M: Message + Name + Default>(&self, start: u64, bytes: &[u8]) -> Result<M> {
+        let malformed = |problem| ImageError::Malformed {
+            path: self.path.clone(),
+            offset: start,
+            message: M::NAME,
+            problem,
+        };
+        let descriptor = proto::pool()
+            .get_message_by_name(&M::full_name())
+            .expect("every generated message has a descriptor");
+        wire::check_required(bytes, &descriptor).map_err(malformed)?;
+        M::decode(bytes).map_err(|error| malformed(error.to_string()))
+    }
+
+    /// Reads a length prefix, which announces that many bytes.
+    ///
+    /// # Errors
+    /// [`ImageError::Read`], [`ImageError::Truncated`], [`ImageError::Oversized`].
+    pub fn length(&mut self) -> Result<u32> {
+        let offset = self.offset;
+        let mut bytes = [0; 4];
+        self.fill(&mut bytes, "length")?;
+        let length = u32::from_le_bytes(bytes);
+        if length > MESSAGE_LIMIT_BYTES {
+            return Err(ImageError::Oversized {
+                path: self.path.clone(),
+                offset,
+                length: length.into(),
+                limit: MESSAGE_LIMIT_BYTES.into(),
+            });
+        }
+        Ok(length)
+    }
+
+    /// Whether the end of the file is reached.
+    ///
+    /// # Errors
+    /// [`ImageError::Read`].
+    pub fn at_end(&mut self) -> Result<bool> {
+        let Self { input, path, offset, .. } = self;
+        input.fill_buf().map(<[u8]>::is_empty).map_err(|source| ImageError::Read {
+            path: path.clone(),
+            offset: *offset,
+            source,
+        })
+    }
+
+    /// Appends exactly `wanted` bytes of the file to `bytes`. Memory grows
+    /// with what is there, not with what is wanted.
+    ///
+    /// # Errors
+    /// [`ImageError::Read`], [`ImageError::Truncated`].
+    pub fn append(&mut self, wanted: u64, what: &'static str, bytes: &mut Vec<u8>) -> Result<()> {
+        self.copy(wanted, what, |input| input.read_to_end(bytes).map(|read| read as u64))
+    }
+
+    /// Passes over exactly `wanted` bytes.
+    ///
+    /// # Errors
+    /// [`ImageError::Read`], [`ImageError::Truncated`].
+    pub fn skip(&mut self, wanted: u64, what: &'static str) -> Result<()> {
+        self.copy(wanted, what, |input| io::copy(input, &mut io::sink()))
+    }
+
+    /// Returns what has been read ahead, reading more if that is nothing; empty
+    /// at the end of the file.
+    pub(super) fn peek(&mut self) -> Result<&[u8]> {
+        let Self { input, path, offset, .. } = self;
+        input.fill_buf().map_err(|source| ImageError::Read {
+            path: path.clone(),
+            offset: *offset,
+            source,
+        })
+    }
+
+    /// Takes `bytes` of what [`ImageReader::peek`] returned.
+    pub(super) fn consume(&mut self, bytes: usize) {
+        self.input.consume(bytes);
+        self.offset += bytes as u64;
+    }
+
+    fn fill(&mut self, bytes: &mut [u8], what: &'static str) -> Result<()> {
+        let wanted = bytes.len() as u64;
+        self.copy(wanted, what, |input| {
+            let mut read = 0;
+            while read < bytes.len() {
+                match input.read(&mut bytes[read..]) {
+                    Ok(0) => break,
+                    Ok(more) => read += more,
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            Ok(read as u64)
+        })
+    }
+
+    fn copy(
+        &mut self,
+        wanted: u64,
+        what: &'static str,
+        read: impl FnOnce(&mut io::Take<&mut R>) -> io::Result<u64>,
+    ) -> Result<()> {
+        let offset = self.offset;
+        let found = read(&mut (&mut self.input).take(wanted))
+            .map_err(|source| ImageError::Read { path: self.path.clone(), offset, source })?;
+        self.offset += found;
+        if found == wanted {
+            return Ok(());
+        }
+        Err(ImageError::Truncated { path: self.path.clone(), offset, what, wanted, found })
+    }
+}
+
+/// Reads all messages of an image that has no payloads.
+///
+/// # Errors
+/// As [`ImageReader::open_kind`] and [`ImageReader::next_message`].
+pub fn read_all<M: Message + Name + Default>(path: &Path, kind: Kind) -> Result<Vec<M>> {
+    let mut reader = ImageReader::open_kind(path, kind)?;
+    let mut messages = Vec::new();
+    while let Some(message) = reader.next_message()? {
+        messages.push(message);
+    }
+    Ok(messages)
+}
+
+/// Reads the message of an image that must hold exactly one.
+///
+/// # Errors
+/// As [`read_all`]; another number of messages is [`ImageError::Count`].
+pub fn read_one<M: Message + Name + Default>(path: &Path, kind: Kind) -> Result<M> {
+    let mut reader = ImageReader::open_kind(path, kind)?;
+    let first = reader.next_message()?;
+    let more = !reader.at_end()?;
+    match first {
+        Some(message) if !more => Ok(message),
+        first => {
+            let found = usize::from(first.is_some()) + usize::from(more);
+            Err(ImageError::Count { path: path.to_owned(), found })
+        }
+    }
+}
+
+/// Writes one image, message by message.
+#[derive(Debug)]
+pub struct ImageWriter<W: Write = BufWriter<File>> {
+    output: W,
+    path: PathBuf,
+}
+
+impl ImageWriter {
+    /// Creates an image that must not exist yet, and writes its magics.
+    ///
+    /// # Errors
+    /// [`ImageError::Write`].
+    pub fn create(path: &Path, kind: Kind) -> Result<Self> {
+        let file = File::create_new(path)
+            .map_err(|source| ImageError::Write { path: path.to_owned(), source })?;
+        Self::new(path, BufWriter::new(file), kind)
+    }
+
+    /// Flushes what was written and returns the file, for example to sync it.
+    ///
+    /// # Errors
+    /// [`ImageError::Write`].
+    pub fn finish(self) -> Result<File> {
+        let path = self.path;
+        self.output
+            .into_inner()
+            .map_err(|error| ImageError::Write { path, source: error.into_error() })
+    }
+}
+
+impl<W: Write> ImageWriter<W> {
+    /// Writes the magics of `kind` to `output`, which errors call `path`.
+    ///
+    /// # Errors
+    /// [`ImageError::Write`].
+    pub fn new(path: &Path, output: W, kind: Kind) -> Result<Self> {
+        let desc = kind.desc();
+        let prologue = match desc.common_magic() {
+            Some(SERVICE_MAGIC) => Prologue::Service,
+            Some(_) => Prologue::Image,
+            None => Prologue::Bare,
+        };
+        Self::with_prologue(path, output, kind, prologue)
+    }
+
+    /// As [`ImageWriter::new`], with a prologue other than the kind's usual
+    /// one, to write back an image of another age.
+    ///
+    /// # Errors
+    /// [`ImageError::Write`].
+    pub fn with_prologue(path: &Path, output: W, kind: Kind, prologue: Prologue) -> Result<Self> {
+        let mut writer = Self { output, path: path.to_owned() };
+        let common = match prologue {
+            Prologue::Bare => None,
+            Prologue::Image => Some(IMAGE_MAGIC),
+            Prologue::Service => Some(SERVICE_MAGIC),
+        };
+        for magic in common.into_iter().chain([kind.desc().magic]) {
+            writer.raw(&magic.to_le_bytes())?;
+        }
+        Ok(writer)
+    }
+
+    /// Writes a message.
+    ///
+    /// # Errors
+    /// [`ImageError::Write`]; a message of 4 GiB and more cannot be framed.
+    pub fn message<M: Message>(&mut self, message: &M) -> Result<()> {
+        self.message_bytes(&message.encode_to_vec())
+    }
+
+    /// Writes the bytes of a message.
+    ///
+    /// # Errors
+    /// As [`ImageWriter::message`].
+    pub fn message_bytes(&mut self, bytes: &[u8]) -> Result<()> {
+        let length = u32::try_from(bytes.len()).map_err(|_| ImageError::Write {
+            path: self.path.clone(),
+            source: io::ErrorKind::FileTooLarge.into(),
+        })?;
+        self.raw(&length.to_le_bytes())?;
+        self.raw(bytes)
+    }
+
+    /// Writes bytes as they are, such as a payload.
+    ///
+    /// # Errors
+    /// [`ImageError::Write`].
+    pub fn raw(&mut self, bytes: &[u8]) -> Result<()> {
+        self.output
+            .write_all(bytes)
+            .map_err(|source| ImageError::Write { path: self.path.clone(), source })
+    }
+
+    /// Returns what was written to.
+    pub fn into_output(self) -> W {
+        self.output
+    }
+}

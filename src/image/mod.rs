@@ -1,0 +1,17 @@
+//! The image format: files of length-prefixed protobuf messages.
+//!
+//! Every byte read here is untrusted: lengths are bounded by what the file
+//! holds before anything is allocated, and whatever is wrong is an
+//! [`ImageError`] that names the file and the place in it.
+
+pub mod desc;
+mod error;
+mod framing;
+pub mod pagemap;
+pub mod proto;
+mod wire;
+
+pub use desc::{Desc, Kind};
+pub use error::{ImageError, Result};
+pub use framing::{ImageReader, ImageWriter, Prologue, read_all, read_one};
+pub use pagemap::{MemoryId, Pagemap, PagemapEntry, PagemapReader, PagemapWriter, Presence};

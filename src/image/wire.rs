@@ -1,0 +1,120 @@
+//! The protobuf wire format, as far as typed decoding does not cover it.
+//!
+//! `prost` reads a missing required field as zero. Zero is a valid address,
+//! pid and file id, so a message is first checked against its descriptor.
+
+use prost_reflect::{Cardinality, Kind, MessageDescriptor};
+
+/// How deeply messages may be nested; the format's own depth is below 8.
+const DEPTH_LIMIT: u32 = 32;
+
+/// A field's value as it stands on the wire.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Value<'a> {
+    Varint(u64),
+    Fixed64,
+    Bytes(&'a [u8]),
+    Fixed32,
+}
+
+/// Takes the next field off `bytes`; `None` if they are not a valid field.
+pub(super) fn field<'a>(bytes: &mut &'a [u8]) -> Option<(u32, Value<'a>)> {
+    let key = varint(bytes)?;
+    let number = u32::try_from(key >> 3).ok().filter(|number| *number != 0)?;
+    let value = match key & 7 {
+        0 => Value::Varint(varint(bytes)?),
+        1 => take(bytes, 8).map(|_| Value::Fixed64)?,
+        2 => {
+            let length = varint(bytes)?;
+            Value::Bytes(take(bytes, length)?)
+        }
+        5 => take(bytes, 4).map(|_| Value::Fixed32)?,
+        _ => return None,
+    };
+    Some((number, value))
+}
+
+/// Takes a base-128 number off `bytes`.
+#[inline]
+pub(super) fn varint(bytes: &mut &[u8]) -> Option<u64> {
+    let mut value = 0;
+    for (position, byte) in bytes.iter().enumerate().take(10) {
+        if position == 9 && *byte > 1 {
+            return None;
+        }
+        value |= u64::from(byte & 0x7f) << (7 * position);
+        if byte & 0x80 == 0 {
+            *bytes = &bytes[position + 1..];
+            return Some(value);
+        }
+    }
+    None
+}
+
+fn take<'a>(bytes: &mut &'a [u8], length: u64) -> Option<&'a [u8]> {
+    let (head, tail) = bytes.split_at_checked(usize::try_from(length).ok()?)?;
+    *bytes = tail;
+    Some(head)
+}
+
+/// Checks that `bytes` are fields, and that every required field of `message`
+/// and of the messages in it is there.
+pub(super) fn check_required(bytes: &[u8], message: &MessageDescriptor) -> Result<(), String> {
+    check(bytes, message, DEPTH_LIMIT)
+}
+
+fn check(mut bytes: &[u8], message: &MessageDescriptor, depth: u32) -> Result<(), String> {
+    if depth == 0 {
+        return Err(format!("{} is nested too deeply", message.name()));
+    }
+    let mut seen = 0_u128;
+    while !bytes.is_empty() {
+        let Some((number, value)) = field(&mut bytes) else {
+            return Err(format!("{} is not a sequence of fields", message.name()));
+        };
+        seen |= 1_u128.checked_shl(number).unwrap_or(0);
+        if let Value::Bytes(inner) = value
+            && let Some(Kind::Message(inner_type)) = message.get_field(number).map(|f| f.kind())
+        {
+            check(inner, &inner_type, depth - 1)?;
+        }
+    }
+    for field in message.fields() {
+        let present = 1_u128.checked_shl(field.number()).is_none_or(|bit| seen & bit != 0);
+        if field.cardinality() == Cardinality::Required && !present {
+            return Err(format!("{} lacks field {}", message.name(), field.name()));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::proto;
+
+    #[test]
+    fn a_missing_required_field_is_named() {
+        let descriptor = |name: &str| proto::pool().get_message_by_name(name).expect(name);
+        let entry = descriptor("criu.pagemap_entry");
+        assert_eq!(check_required(&[0x08, 0x00, 0x10, 0x01], &entry), Ok(()));
+        let problem = check_required(&[0x08, 0x00], &entry).unwrap_err();
+        assert_eq!(problem, "pagemap_entry lacks field compat_nr_pages");
+        // mm_entry.vmas is field 14: an empty vma lacks everything.
+        let problem = check_required(&[0x72, 0x00], &descriptor("criu.mm_entry")).unwrap_err();
+        assert_eq!(problem, "vma_entry lacks field start");
+    }
+
+    #[test]
+    fn varints_are_read_to_their_ends() {
+        let read = |mut bytes: &[u8]| varint(&mut bytes).map(|value| (value, bytes.len()));
+        assert_eq!(read(&[0x7f, 1]), Some((0x7f, 1)));
+        assert_eq!(read(&[0x80, 0x02]), Some((0x100, 0)));
+        let mut longest = [0xff; 10];
+        longest[9] = 1;
+        assert_eq!(read(&longest), Some((u64::MAX, 0)));
+        longest[9] = 2;
+        assert_eq!(read(&longest), None);
+        assert_eq!(read(&[0x80]), None);
+    }
+}

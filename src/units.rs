@@ -1,0 +1,42 @@
+//! Units that would otherwise be mixed up as plain integers.
+
+use std::fmt;
+
+/// Bytes in a page of x86-64, the unit of every pagemap; the images do not
+/// store it.
+pub const PAGE_SIZE: u64 = 4096;
+
+/// `log2` of [`PAGE_SIZE`].
+pub const PAGE_SHIFT: u32 = 12;
+
+/// The number of a page: an address, or an offset in an object, divided by
+/// [`PAGE_SIZE`]. At most 2^52 - 1.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PageIndex(pub u64);
+
+impl PageIndex {
+    /// The first page number that no byte address reaches.
+    pub const END: Self = Self(1 << (64 - PAGE_SHIFT));
+
+    /// Returns the page that begins at `address`, or `None` between two pages.
+    pub const fn at(address: u64) -> Option<Self> {
+        if address.is_multiple_of(PAGE_SIZE) { Some(Self(address >> PAGE_SHIFT)) } else { None }
+    }
+
+    /// Returns the page that holds the byte at `address`.
+    pub const fn holding(address: u64) -> Self {
+        Self(address >> PAGE_SHIFT)
+    }
+
+    /// Returns the address of the page's first byte; 2^64 wraps to 0.
+    pub const fn address(self) -> u64 {
+        self.0 << PAGE_SHIFT
+    }
+}
+
+impl fmt::Display for PageIndex {
+    /// Writes the address of the page, in hexadecimal.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}", self.address())
+    }
+}
