@@ -1,1 +1,22 @@
-//! The chain.
+//! Chains of image directories, and the one question that they answer: which
+//! bytes hold page P of memory M?
+//!
+//! [`Chain`] knows the directories and their parent links. [`Index`] resolves
+//! one memory of one snapshot across its ancestors. [`Content`] is how the
+//! answer is read: as runs of bytes in [`Files`] that are opened when first
+//! needed.
+
+mod content;
+mod error;
+mod files;
+mod index;
+mod links;
+mod memory;
+mod overlay;
+
+pub use content::{Content, Run, Source, read_at};
+pub use error::{ChainError, LinkError, Result};
+pub use files::{BackingFile, FileId, Files};
+pub use index::{Extent, Index, Layer, Place};
+pub use links::{Chain, Snapshot, SnapshotId};
+pub use memory::{FlatPages, MemoryBytes};

@@ -1,0 +1,177 @@
+//! What can be wrong with a chain.
+
+use std::{io, path::PathBuf, sync::Arc};
+
+use crate::{
+    image::{ImageError, MemoryId},
+    units::PageIndex,
+};
+
+/// The result of asking a chain.
+pub type Result<T, E = ChainError> = std::result::Result<T, E>;
+
+/// Why a chain has no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum ChainError {
+    /// A directory could not be read.
+    #[error("read directory {path}", path = .path.display())]
+    Directory {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// There is no image directory where one should be.
+    #[error(
+        "no image directory at {path}: expected inventory.img in it or in one of its directories",
+        path = .path.display()
+    )]
+    NoImages {
+        /// Where it should be.
+        path: PathBuf,
+    },
+    /// No snapshot has the name asked for.
+    #[error("no snapshot is called {name:?}, there are: {known}")]
+    NoSuchSnapshot {
+        /// The name.
+        name: String,
+        /// Those that there are.
+        known: String,
+    },
+    /// More than one snapshot is nobody's parent.
+    #[error("the chain has several tips, choose one with --snapshot: {tips}")]
+    SeveralTips {
+        /// Their names.
+        tips: String,
+    },
+    /// The parent links lead in circles everywhere.
+    #[error("the chain has no tip: every directory is the parent of another")]
+    NoTip,
+    /// A directory's link to its parent leads nowhere good.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// An image could not be read.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// A snapshot does not have the memory asked for.
+    #[error("{dir} has no pagemap of {memory}", dir = .dir.display())]
+    NoMemory {
+        /// The image directory.
+        dir: PathBuf,
+        /// The memory.
+        memory: MemoryId,
+    },
+    /// A pagemap sends to the parent for pages that the parent does not have.
+    #[error(
+        "{dir}: {pages} pages of {memory} at {first} are said to be in the parent, but {reason}",
+        dir = .dir.display()
+    )]
+    Unanswered {
+        /// The directory whose pagemap sends to its parent.
+        dir: PathBuf,
+        /// The memory.
+        memory: MemoryId,
+        /// The first page that is missed.
+        first: PageIndex,
+        /// How many are missed in a row.
+        pages: u64,
+        /// What was found there.
+        reason: String,
+    },
+    /// Two pagemaps of a directory claim the same pages file.
+    #[error("{dir}: {first} and {second} both claim pages-{pages_id}.img", dir = .dir.display())]
+    SharedPages {
+        /// The image directory.
+        dir: PathBuf,
+        /// The number of the pages file.
+        pages_id: u32,
+        /// A memory that claims it.
+        first: MemoryId,
+        /// Another.
+        second: MemoryId,
+    },
+    /// The bytes of these pages are in no image.
+    #[error("{memory} at {first}: its pagemap says that no image holds the page", memory = .memory)]
+    Absent {
+        /// The memory.
+        memory: MemoryId,
+        /// The page.
+        first: PageIndex,
+    },
+    /// Reading failed for a reason that was known before.
+    #[error(transparent)]
+    Lost(Arc<ChainError>),
+    /// A file that bytes are read from could not be opened.
+    #[error("open {path}", path = .path.display())]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A file that bytes are read from could not be read.
+    #[error("read {length:#x} bytes of {path} at offset {offset:#x}", path = .path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Where reading began.
+        offset: u64,
+        /// How many bytes were wanted.
+        length: u64,
+        /// Why.
+        source: io::Error,
+    },
+    /// A file ends before bytes that it should hold.
+    #[error(
+        "{path} is cut short: {wanted:#x} bytes expected at offset {offset:#x}, it ends at {end:#x}",
+        path = .path.display()
+    )]
+    Truncated {
+        /// The file.
+        path: PathBuf,
+        /// Where reading began.
+        offset: u64,
+        /// How many bytes were wanted.
+        wanted: u64,
+        /// Where the file ended.
+        end: u64,
+    },
+    /// Another file has taken the place of one that was in use.
+    #[error("{path} was replaced while it was in use", path = .path.display())]
+    Replaced {
+        /// The file.
+        path: PathBuf,
+    },
+}
+
+/// What is wrong with a directory's link to its parent.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LinkError {
+    /// The link is absolute.
+    #[error(
+        "{dir}/parent is an absolute link to {target}: it must be relative to its directory",
+        dir = .dir.display(), target = .target.display()
+    )]
+    Absolute {
+        /// The image directory.
+        dir: PathBuf,
+        /// Where the link leads.
+        target: PathBuf,
+    },
+    /// The link leads to nothing.
+    #[error("{dir}/parent leads to {target}: {problem}", dir = .dir.display(), target = .target.display())]
+    Dangling {
+        /// The image directory.
+        dir: PathBuf,
+        /// Where the link leads.
+        target: PathBuf,
+        /// What is there.
+        problem: String,
+    },
+    /// The link is part of a circle.
+    #[error("the parent links lead in a circle: {circle}")]
+    Circle {
+        /// The directories on it.
+        circle: String,
+    },
+}

@@ -1,0 +1,184 @@
+//! The files that hold the bytes: opened when first needed, closed again when
+//! many others were needed since.
+
+use std::{
+    collections::HashMap,
+    fs::{File, Metadata},
+    io::{self, IoSliceMut},
+    num::NonZeroUsize,
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use lru::LruCache;
+use nix::{errno::Errno, fcntl::OFlag, sys::uio::preadv};
+
+use super::{ChainError, Result};
+
+/// A file that was entered into [`Files`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FileId(u32);
+
+/// An open file that bytes are read from.
+#[derive(Debug)]
+pub struct BackingFile {
+    file: File,
+    path: PathBuf,
+}
+
+impl BackingFile {
+    /// Returns the open file.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Returns the file's path when it was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Returns the file's attributes now.
+    ///
+    /// # Errors
+    /// [`ChainError::Open`].
+    pub fn metadata(&self) -> Result<Metadata> {
+        self.file.metadata().map_err(|source| ChainError::Open { path: self.path.clone(), source })
+    }
+
+    /// Fills `buffers` one after the other from the bytes at `offset`.
+    ///
+    /// # Errors
+    /// [`ChainError::Read`]; [`ChainError::Truncated`] if the file ends before.
+    pub fn read_exact_at(&self, mut buffers: &mut [IoSliceMut], mut offset: u64) -> Result<()> {
+        let length = |buffers: &[IoSliceMut]| buffers.iter().map(|b| b.len() as u64).sum();
+        while !buffers.is_empty() {
+            let wanted = length(buffers);
+            let failed = |source| ChainError::Read {
+                path: self.path.clone(),
+                offset,
+                length: wanted,
+                source,
+            };
+            let position =
+                i64::try_from(offset).map_err(|_| failed(io::ErrorKind::InvalidInput.into()))?;
+            match preadv(&self.file, buffers, position) {
+                Ok(0) => {
+                    return Err(ChainError::Truncated {
+                        path: self.path.clone(),
+                        offset,
+                        wanted,
+                        end: self.metadata().map_or(offset, |meta| meta.len()),
+                    });
+                }
+                Ok(read) => {
+                    IoSliceMut::advance_slices(&mut buffers, read);
+                    offset += read as u64;
+                }
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(failed(errno.into())),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Which file it was when it was first opened: device and inode number.
+type Identity = (u64, u64);
+
+#[derive(Debug)]
+struct Entry {
+    path: PathBuf,
+    identity: Option<Identity>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    entries: Vec<Entry>,
+    by_path: HashMap<PathBuf, FileId>,
+    open: LruCache<FileId, Arc<BackingFile>>,
+}
+
+/// Files by number, of which a bounded number is open at a time.
+///
+/// A file is open as long as it is in use or was used recently, so that a chain
+/// of any depth takes at most `capacity` descriptors between two requests.
+#[derive(Debug)]
+pub struct Files {
+    inner: Mutex<Inner>,
+}
+
+impl Files {
+    /// Makes an empty set of files that keeps up to `capacity` of them open.
+    pub fn new(capacity: NonZeroUsize) -> Self {
+        Self {
+            inner: Mutex::new(Inner {
+                entries: Vec::new(),
+                by_path: HashMap::new(),
+                open: LruCache::new(capacity),
+            }),
+        }
+    }
+
+    /// Enters a file, which need not exist yet, and returns its number; the same
+    /// for the same path.
+    pub fn enter(&self, path: &Path) -> FileId {
+        let mut inner = self.lock();
+        if let Some(id) = inner.by_path.get(path) {
+            return *id;
+        }
+        let id = FileId(u32::try_from(inner.entries.len()).expect("fewer files than 2^32"));
+        inner.entries.push(Entry { path: path.to_owned(), identity: None });
+        inner.by_path.insert(path.to_owned(), id);
+        id
+    }
+
+    /// Returns the open file, opening it if need be.
+    ///
+    /// # Errors
+    /// [`ChainError::Open`]; [`ChainError::Replaced`] if the path has come to
+    /// lead to another file since it was first opened.
+    pub fn get(&self, id: FileId) -> Result<Arc<BackingFile>> {
+        let path = {
+            let mut inner = self.lock();
+            if let Some(file) = inner.open.get(&id) {
+                return Ok(Arc::clone(file));
+            }
+            inner.entries[id.0 as usize].path.clone()
+        };
+        // Opening may wait for a disk or a network: nobody else should.
+        let open = || {
+            // Without O_NONBLOCK, a FIFO under the file's name would hang us.
+            let flags = OFlag::O_NONBLOCK.bits();
+            let file = File::options().read(true).custom_flags(flags).open(&path)?;
+            let meta = file.metadata()?;
+            if meta.is_file() { Ok((file, (meta.dev(), meta.ino()))) } else { Err(not_a_file()) }
+        };
+        let (file, identity) =
+            open().map_err(|source| ChainError::Open { path: path.clone(), source })?;
+        let mut inner = self.lock();
+        let known = inner.entries[id.0 as usize].identity.get_or_insert(identity);
+        if *known != identity {
+            return Err(ChainError::Replaced { path });
+        }
+        let file = Arc::new(BackingFile { file, path });
+        let evicted = inner.open.push(id, Arc::clone(&file));
+        drop(inner);
+        drop(evicted); // closing, too, may wait
+        Ok(file)
+    }
+
+    /// Returns how many files are open, not counting those that only users hold.
+    pub fn open_count(&self) -> usize {
+        self.lock().open.len()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
+        // Nothing panics while it holds the lock in a state worth distrusting.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn not_a_file() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file")
+}

@@ -1,0 +1,478 @@
+//! Image directories and the links between them.
+
+use std::{
+    cmp::Ordering,
+    collections::HashMap,
+    fs, io,
+    num::NonZeroUsize,
+    path::{Path, PathBuf},
+};
+
+use super::{ChainError, Files, Index, LinkError, Result};
+use crate::image::{Kind, MemoryId};
+
+/// The name of the link to the parent directory.
+const PARENT_LINK: &str = "parent";
+
+/// How many files of a chain are kept open; see [`Files`].
+///
+/// The usual limit of a process is 1,024 descriptors, and a file system needs a
+/// few for itself and for every file that is open through it.
+const OPEN_FILES: NonZeroUsize = NonZeroUsize::new(768).expect("not zero");
+
+/// The number of a snapshot in its chain: its position in [`Chain::snapshots`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SnapshotId(u32);
+
+impl SnapshotId {
+    fn at(position: usize) -> Self {
+        Self(u32::try_from(position).expect("fewer snapshots than 2^32"))
+    }
+
+    /// Returns the snapshot's position among the chain's snapshots.
+    pub fn position(self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// An image directory.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    /// The name it goes by, unique in the chain.
+    pub name: String,
+    /// Its absolute path, without links.
+    pub dir: PathBuf,
+    /// The snapshot that pages are looked up in that it does not hold itself.
+    pub parent: Result<Option<SnapshotId>, LinkError>,
+}
+
+/// Image directories that are linked to one another: one path from tip to base,
+/// or several that may share their beginnings.
+#[derive(Debug)]
+pub struct Chain {
+    snapshots: Vec<Snapshot>,
+    files: Files,
+}
+
+impl Chain {
+    /// Opens the chain at `path`: an image directory with its ancestors, or a
+    /// directory of image directories with theirs.
+    ///
+    /// Only links are read, no images. A broken link is kept with the snapshot
+    /// that has it and is an error only to who needs what is behind it.
+    ///
+    /// # Errors
+    /// [`ChainError::Directory`], [`ChainError::NoImages`].
+    pub fn open(path: &Path) -> Result<Self> {
+        let root = canonical(path)?;
+        let mut found = Discovery::default();
+        if has_inventory(&root) {
+            found.enter(root);
+        } else {
+            for dir in directories(&root)? {
+                if has_inventory(&dir) {
+                    found.enter(dir);
+                }
+            }
+        }
+        if found.snapshots.is_empty() {
+            return Err(ChainError::NoImages { path: path.to_owned() });
+        }
+        found.follow_links();
+        found.break_circles();
+        Ok(Self { snapshots: found.sorted(), files: Files::new(OPEN_FILES) })
+    }
+
+    /// Returns all snapshots, each after its parent.
+    pub fn snapshots(&self) -> &[Snapshot] {
+        &self.snapshots
+    }
+
+    /// Returns the numbers of all snapshots, in the same order.
+    pub fn ids(&self) -> impl Iterator<Item = SnapshotId> + use<> {
+        (0..self.snapshots.len()).map(SnapshotId::at)
+    }
+
+    /// Returns one snapshot.
+    pub fn snapshot(&self, id: SnapshotId) -> &Snapshot {
+        &self.snapshots[id.position()]
+    }
+
+    /// Returns the files that the chain's bytes are read from.
+    pub fn files(&self) -> &Files {
+        &self.files
+    }
+
+    /// Returns the snapshots that are nobody's parent.
+    pub fn tips(&self) -> Vec<SnapshotId> {
+        let mut tip = vec![true; self.snapshots.len()];
+        for snapshot in &self.snapshots {
+            if let Ok(Some(parent)) = snapshot.parent {
+                tip[parent.position()] = false;
+            }
+        }
+        self.ids().filter(|id| tip[id.position()]).collect()
+    }
+
+    /// Returns the snapshot called `name`, or the only tip without a name.
+    ///
+    /// # Errors
+    /// [`ChainError::NoSuchSnapshot`], [`ChainError::SeveralTips`],
+    /// [`ChainError::NoTip`].
+    pub fn choose(&self, name: Option<&str>) -> Result<SnapshotId> {
+        if let Some(name) = name {
+            return self.find(name).ok_or_else(|| ChainError::NoSuchSnapshot {
+                name: name.to_owned(),
+                known: self.names(self.ids()),
+            });
+        }
+        match self.tips().as_slice() {
+            [tip] => Ok(*tip),
+            [] => Err(ChainError::NoTip),
+            tips => Err(ChainError::SeveralTips { tips: self.names(tips.iter().copied()) }),
+        }
+    }
+
+    /// Returns the snapshot called `name`.
+    pub fn find(&self, name: &str) -> Option<SnapshotId> {
+        self.ids().find(|id| self.snapshot(*id).name == name)
+    }
+
+    fn names(&self, ids: impl Iterator<Item = SnapshotId>) -> String {
+        let names: Vec<&str> = ids.map(|id| self.snapshot(id).name.as_str()).collect();
+        names.join(", ")
+    }
+
+    /// Returns the path of an image in a snapshot's directory.
+    pub fn image_path(&self, id: SnapshotId, kind: Kind, number: u64) -> PathBuf {
+        self.snapshot(id).dir.join(kind.file_name(number))
+    }
+
+    /// Returns the memories that a snapshot has a pagemap of, in order.
+    ///
+    /// # Errors
+    /// [`ChainError::Directory`].
+    pub fn memories(&self, id: SnapshotId) -> Result<Vec<MemoryId>> {
+        let dir = &self.snapshot(id).dir;
+        let failed = |source| ChainError::Directory { path: dir.clone(), source };
+        let mut memories = Vec::new();
+        for entry in fs::read_dir(dir).map_err(failed)? {
+            let name = entry.map_err(failed)?.file_name();
+            memories.extend(name.to_str().and_then(MemoryId::of_pagemap));
+        }
+        memories.sort_unstable();
+        Ok(memories)
+    }
+
+    /// Resolves one memory of a snapshot across its ancestors.
+    ///
+    /// # Errors
+    /// What [`Index::build`] returns.
+    pub fn index(&self, id: SnapshotId, memory: MemoryId) -> Result<Index> {
+        Index::build(self, id, memory)
+    }
+}
+
+/// Orders names as people do: numbers in them by their value.
+pub(crate) fn natural(a: &str, b: &str) -> Ordering {
+    let (mut a, mut b) = (a, b);
+    while let (Some(x), Some(y)) = (a.chars().next(), b.chars().next()) {
+        let (left, right) = (digits(a), digits(b));
+        let ordering = if left.is_empty() || right.is_empty() {
+            (a, b) = (&a[x.len_utf8()..], &b[y.len_utf8()..]);
+            x.cmp(&y)
+        } else {
+            (a, b) = (&a[left.len()..], &b[right.len()..]);
+            let (left, right) = (left.trim_start_matches('0'), right.trim_start_matches('0'));
+            left.len().cmp(&right.len()).then_with(|| left.cmp(right))
+        };
+        if ordering.is_ne() {
+            return ordering;
+        }
+    }
+    a.len().cmp(&b.len())
+}
+
+fn digits(text: &str) -> &str {
+    &text[..text.bytes().take_while(u8::is_ascii_digit).count()]
+}
+
+fn canonical(path: &Path) -> Result<PathBuf> {
+    let failed = |source| ChainError::Directory { path: path.to_owned(), source };
+    let canonical = path.canonicalize().map_err(failed)?;
+    if canonical.is_dir() {
+        Ok(canonical)
+    } else {
+        Err(failed(io::ErrorKind::NotADirectory.into()))
+    }
+}
+
+fn has_inventory(dir: &Path) -> bool {
+    dir.join(Kind::Inventory.file_name(0)).is_file()
+}
+
+fn directories(root: &Path) -> Result<Vec<PathBuf>> {
+    let failed = |source| ChainError::Directory { path: root.to_owned(), source };
+    let mut dirs = Vec::new();
+    for entry in fs::read_dir(root).map_err(failed)? {
+        // A link, such as `latest`, may lead to a directory found already.
+        if let Ok(dir) = entry.map_err(failed)?.path().canonicalize()
+            && dir.is_dir()
+        {
+            dirs.push(dir);
+        }
+    }
+    Ok(dirs)
+}
+
+/// The directories found so far, in the order in which they were.
+#[derive(Default)]
+struct Discovery {
+    snapshots: Vec<Snapshot>,
+    by_dir: HashMap<PathBuf, usize>,
+    names: HashMap<String, usize>,
+}
+
+impl Discovery {
+    fn enter(&mut self, dir: PathBuf) -> usize {
+        if let Some(known) = self.by_dir.get(&dir) {
+            return *known;
+        }
+        let position = self.snapshots.len();
+        let name = self.unused_name(&dir);
+        self.names.insert(name.clone(), position);
+        self.by_dir.insert(dir.clone(), position);
+        self.snapshots.push(Snapshot { name, dir, parent: Ok(None) });
+        position
+    }
+
+    /// Names a directory: as it is called, with a number behind where another
+    /// one is called so.
+    fn unused_name(&self, dir: &Path) -> String {
+        let name = dir.file_name().map_or("root".into(), |name| name.to_string_lossy());
+        let numbered = (2..).map(|number: u32| format!("{name}~{number}"));
+        std::iter::once(name.to_string())
+            .chain(numbered)
+            .find(|name| !self.names.contains_key(name))
+            .expect("some number is free")
+    }
+
+    fn follow_links(&mut self) {
+        let mut position = 0;
+        while position < self.snapshots.len() {
+            let dir = self.snapshots[position].dir.clone();
+            let parent = parent_dir(&dir).map(|parent| parent.map(|dir| self.enter(dir)));
+            self.snapshots[position].parent = parent.map(|p| p.map(SnapshotId::at));
+            position += 1;
+        }
+    }
+
+    fn break_circles(&mut self) {
+        // 0: not seen; otherwise the number of the walk that came by first.
+        let mut seen = vec![0; self.snapshots.len()];
+        for start in 0..self.snapshots.len() {
+            let mut position = start;
+            while seen[position] == 0 {
+                seen[position] = start + 1;
+                match self.snapshots[position].parent {
+                    Ok(Some(parent)) => position = parent.position(),
+                    _ => break,
+                }
+            }
+            if seen[position] == start + 1 && self.parent_of(position).is_some() {
+                self.break_circle(position);
+            }
+        }
+    }
+
+    fn parent_of(&self, position: usize) -> Option<usize> {
+        match self.snapshots[position].parent {
+            Ok(Some(parent)) => Some(parent.position()),
+            _ => None,
+        }
+    }
+
+    fn break_circle(&mut self, start: usize) {
+        let mut members = vec![start];
+        let mut position = start;
+        while let Some(parent) = self.parent_of(position) {
+            position = parent;
+            if position == start {
+                break;
+            }
+            members.push(position);
+        }
+        let names = |members: &[usize]| {
+            let dirs = members.iter().map(|m| self.snapshots[*m].dir.display().to_string());
+            dirs.collect::<Vec<_>>().join(" -> ")
+        };
+        let circle = format!("{} -> {}", names(&members), self.snapshots[start].dir.display());
+        for member in members {
+            self.snapshots[member].parent = Err(LinkError::Circle { circle: circle.clone() });
+        }
+    }
+
+    /// Returns the snapshots sorted so that parents come first and siblings are
+    /// in the order of their names.
+    fn sorted(self) -> Vec<Snapshot> {
+        let mut children = vec![Vec::new(); self.snapshots.len()];
+        let mut roots = Vec::new();
+        for position in 0..self.snapshots.len() {
+            match self.parent_of(position) {
+                Some(parent) => children[parent].push(position),
+                None => roots.push(position),
+            }
+        }
+        let by_name = |a: &usize, b: &usize| {
+            natural(&self.snapshots[*b].name, &self.snapshots[*a].name).then(b.cmp(a))
+        };
+        let mut order = Vec::new();
+        let mut stack = roots;
+        stack.sort_by(by_name);
+        while let Some(position) = stack.pop() {
+            order.push(position);
+            let next = &mut children[position];
+            next.sort_by(by_name);
+            stack.append(next);
+        }
+        let mut rank = vec![0; order.len()];
+        for (place, position) in order.iter().enumerate() {
+            rank[*position] = place;
+        }
+        let mut sorted: Vec<Snapshot> = order.iter().map(|p| self.snapshots[*p].clone()).collect();
+        for snapshot in &mut sorted {
+            if let Ok(Some(parent)) = &mut snapshot.parent {
+                *parent = SnapshotId::at(rank[parent.position()]);
+            }
+        }
+        sorted
+    }
+}
+
+/// Returns the directory that `dir`'s parent link leads to, if it has one.
+fn parent_dir(dir: &Path) -> Result<Option<PathBuf>, LinkError> {
+    let link = dir.join(PARENT_LINK);
+    let dangling = |target: &Path, problem: &str| LinkError::Dangling {
+        dir: dir.to_owned(),
+        target: target.to_owned(),
+        problem: problem.to_owned(),
+    };
+    let target = match fs::read_link(&link) {
+        Ok(target) => target,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        // Not a link: a directory of that name serves as well.
+        Err(error) if error.kind() == io::ErrorKind::InvalidInput => PathBuf::from(PARENT_LINK),
+        Err(error) => return Err(dangling(&link, &error.to_string())),
+    };
+    if target.is_absolute() {
+        return Err(LinkError::Absolute { dir: dir.to_owned(), target });
+    }
+    match link.canonicalize() {
+        Ok(parent) if has_inventory(&parent) => Ok(Some(parent)),
+        Ok(parent) if parent.is_dir() => Err(dangling(
+            &target,
+            "that directory has no inventory.img, so it is no image directory",
+        )),
+        Ok(_) => Err(dangling(&target, "that is not a directory")),
+        Err(error) => Err(dangling(&target, &error.to_string())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    /// Makes directories with inventories and, where given, parent links.
+    fn chain(links: &[(&str, Option<&str>)]) -> tempfile::TempDir {
+        let root = tempfile::tempdir().unwrap();
+        for (name, parent) in links {
+            let dir = root.path().join(name);
+            fs::create_dir(&dir).unwrap();
+            fs::write(dir.join("inventory.img"), "").unwrap();
+            if let Some(parent) = parent {
+                symlink(parent, dir.join("parent")).unwrap();
+            }
+        }
+        root
+    }
+
+    fn order(chain: &Chain) -> Vec<&str> {
+        chain.snapshots().iter().map(|snapshot| snapshot.name.as_str()).collect()
+    }
+
+    #[test]
+    fn parents_come_first_and_numbers_are_numbers() {
+        let root = chain(&[
+            ("10", Some("../9")),
+            ("9", Some("../1")),
+            ("2", Some("../1")),
+            ("1", None),
+            ("0-late", Some("../10")),
+        ]);
+        let chain = Chain::open(root.path()).unwrap();
+        assert_eq!(order(&chain), ["1", "2", "9", "10", "0-late"]);
+        let tips = chain.choose(None).unwrap_err().to_string();
+        assert_eq!(tips, "the chain has several tips, choose one with --snapshot: 2, 0-late");
+        assert_eq!(chain.snapshot(chain.choose(Some("9")).unwrap()).name, "9");
+        let missing = chain.choose(Some("x")).unwrap_err().to_string();
+        assert_eq!(missing, "no snapshot is called \"x\", there are: 1, 2, 9, 10, 0-late");
+    }
+
+    #[test]
+    fn an_image_directory_brings_its_ancestors() {
+        let root = chain(&[("a", None), ("b", Some("../a")), ("c", Some("../b"))]);
+        let chain = Chain::open(&root.path().join("b")).unwrap();
+        assert_eq!(order(&chain), ["a", "b"]);
+        assert_eq!(chain.snapshot(chain.choose(None).unwrap()).name, "b");
+    }
+
+    #[test]
+    fn links_and_names_that_meet_are_kept_apart() {
+        let root = chain(&[("1", None), ("2", Some("../elsewhere/1"))]);
+        symlink("2", root.path().join("latest")).unwrap();
+        let elsewhere = root.path().join("elsewhere/1");
+        fs::create_dir_all(&elsewhere).unwrap();
+        fs::write(elsewhere.join("inventory.img"), "").unwrap();
+        let chain = Chain::open(root.path()).unwrap();
+        assert_eq!(order(&chain), ["1", "1~2", "2"]);
+    }
+
+    #[test]
+    fn bad_links_are_kept_with_who_has_them() {
+        let root = chain(&[
+            ("absolute", Some("/nowhere")),
+            ("dangling", Some("../nowhere")),
+            ("plain", Some("../nothing")),
+            ("x", Some("../y")),
+            ("y", Some("../z")),
+            ("z", Some("../y")),
+            ("self", Some(".")),
+        ]);
+        fs::create_dir(root.path().join("nothing")).unwrap();
+        let chain = Chain::open(root.path()).unwrap();
+        let problem = |name: &str| {
+            let id = chain.find(name).unwrap();
+            chain.snapshot(id).parent.as_ref().map_err(ToString::to_string).map(Option::is_some)
+        };
+        assert!(problem("absolute").unwrap_err().contains("is an absolute link to /nowhere"));
+        assert!(problem("dangling").unwrap_err().contains("leads to ../nowhere: No such file"));
+        assert!(problem("plain").unwrap_err().contains("has no inventory.img"));
+        assert_eq!(problem("x"), Ok(true));
+        for circular in ["y", "z", "self"] {
+            assert!(problem(circular).unwrap_err().contains("lead in a circle"), "{circular}");
+        }
+    }
+
+    #[test]
+    fn places_without_images_are_errors() {
+        let root = tempfile::tempdir().unwrap();
+        let problem = Chain::open(root.path()).unwrap_err().to_string();
+        assert!(problem.starts_with("no image directory at "), "{problem}");
+        assert!(matches!(
+            Chain::open(&root.path().join("gone")),
+            Err(ChainError::Directory { .. })
+        ));
+    }
+}

@@ -1,0 +1,184 @@
+//! A resolved memory as bytes: in place, or its stored pages one after another.
+
+use std::sync::Arc;
+
+use super::{
+    BackingFile, Chain, ChainError, Content, Extent, Index, Layer, Place, Result, Run, Source,
+};
+use crate::units::{PAGE_SIZE, PageIndex};
+
+/// How many files a [`Cursor`] remembers.
+const RECENT_FILES: usize = 8;
+
+/// Turns stretches of extents into runs, remembering the files that they are
+/// in: neighbours are most often in the same few.
+struct Cursor<'a> {
+    chain: &'a Chain,
+    index: &'a Index,
+    recent: Vec<(u32, Arc<BackingFile>)>,
+}
+
+impl<'a> Cursor<'a> {
+    fn new(chain: &'a Chain, index: &'a Index) -> Self {
+        Self { chain, index, recent: Vec::new() }
+    }
+
+    /// Returns the run of at most `limit` bytes of `extent` that begins
+    /// `skipped` bytes into it.
+    fn run(&mut self, extent: &Extent, skipped: u64, limit: u64) -> Result<Run> {
+        let len = (bytes(extent.pages) - skipped).min(limit);
+        let source = match extent.place {
+            Place::Stored { layer, file_page } => {
+                Source::File(self.file(layer)?, PageIndex(file_page).address() + skipped)
+            }
+            Place::Absent => {
+                let first = PageIndex::holding(extent.first.address() + skipped);
+                Source::Lost(Arc::new(ChainError::Absent { memory: self.index.memory(), first }))
+            }
+        };
+        Ok(Run { len, source })
+    }
+
+    fn file(&mut self, layer: u32) -> Result<Arc<BackingFile>> {
+        if let Some((_, file)) = self.recent.iter().find(|(known, _)| *known == layer) {
+            return Ok(Arc::clone(file));
+        }
+        let file = self.chain.files().get(self.index.layers()[layer as usize].file)?;
+        self.recent.truncate(RECENT_FILES - 1);
+        self.recent.insert(0, (layer, Arc::clone(&file)));
+        Ok(file)
+    }
+}
+
+/// Returns the bytes in so many pages; what a file cannot hold is cut off.
+fn bytes(pages: u64) -> u64 {
+    pages.saturating_mul(PAGE_SIZE)
+}
+
+/// A memory in place: the byte at offset X is the byte at address X.
+#[derive(Debug)]
+pub struct MemoryBytes {
+    chain: Arc<Chain>,
+    index: Arc<Index>,
+    len: u64,
+}
+
+impl MemoryBytes {
+    /// Presents the memory that `index` resolves, `len` bytes of it from 0 on.
+    pub fn new(chain: Arc<Chain>, index: Arc<Index>, len: u64) -> Self {
+        Self { chain, index, len }
+    }
+
+    /// Returns the index that the bytes are looked up in.
+    pub fn index(&self) -> &Arc<Index> {
+        &self.index
+    }
+}
+
+impl Content for MemoryBytes {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn allocated(&self) -> u64 {
+        bytes(self.index.stored_pages())
+    }
+
+    fn runs(&self, offset: u64, len: u64, runs: &mut Vec<Run>) -> Result<()> {
+        let end = offset + len;
+        let mut next = offset;
+        let mut position = self.index.position(PageIndex::holding(offset));
+        let mut cursor = Cursor::new(&self.chain, &self.index);
+        while next < end {
+            let extent = self.index.extents().get(position);
+            let from = extent.map_or(u64::MAX, |extent| extent.first.address());
+            if from > next {
+                let len = from.min(end) - next;
+                runs.push(Run { len, source: Source::Zero });
+                next += len;
+                continue;
+            }
+            let extent = extent.expect("only an extent begins before the end");
+            let run = cursor.run(extent, next - from, end - next)?;
+            next += run.len;
+            runs.push(run);
+            position += 1;
+        }
+        Ok(())
+    }
+}
+
+/// The stored pages of a memory one after another: a pages file without parents.
+#[derive(Debug)]
+pub struct FlatPages {
+    chain: Arc<Chain>,
+    index: Arc<Index>,
+    /// The extents that take room, and how many pages lie before each.
+    starts: Vec<(u64, u32)>,
+}
+
+impl FlatPages {
+    /// Presents the stored pages of the memory that `index` resolves.
+    pub fn new(chain: Arc<Chain>, index: Arc<Index>) -> Self {
+        let mut before = 0;
+        let mut starts = Vec::with_capacity(index.extents().len());
+        for (position, extent) in index.extents().iter().enumerate() {
+            if matches!(extent.place, Place::Stored { .. }) {
+                let position = u32::try_from(position).expect("fewer extents than 2^32");
+                starts.push((before, position));
+                before += extent.pages;
+            }
+        }
+        Self { chain, index, starts }
+    }
+
+    /// Returns the index that the pages are looked up in.
+    pub fn index(&self) -> &Arc<Index> {
+        &self.index
+    }
+
+    /// Returns the one pages file that these are exactly the pages of, from its
+    /// first to its last, if there is one.
+    pub fn whole_file(&self) -> Option<&Layer> {
+        let mut next = 0;
+        let mut whole = None;
+        for (_, position) in &self.starts {
+            let extent = &self.index.extents()[*position as usize];
+            let Place::Stored { layer, file_page } = extent.place else { continue };
+            if file_page != next || *whole.get_or_insert(layer) != layer {
+                return None;
+            }
+            next += extent.pages;
+        }
+        let layer = &self.index.layers()[whole? as usize];
+        (layer.pages == next).then_some(layer)
+    }
+}
+
+impl Content for FlatPages {
+    fn len(&self) -> u64 {
+        bytes(self.index.stored_pages())
+    }
+
+    fn allocated(&self) -> u64 {
+        self.len()
+    }
+
+    fn runs(&self, offset: u64, len: u64, runs: &mut Vec<Run>) -> Result<()> {
+        let end = offset + len;
+        let mut next = offset;
+        let page = PageIndex::holding(offset).0;
+        let first = self.starts.partition_point(|(before, _)| *before <= page).saturating_sub(1);
+        let mut cursor = Cursor::new(&self.chain, &self.index);
+        for (before, position) in &self.starts[first..] {
+            if next >= end {
+                break;
+            }
+            let extent = &self.index.extents()[*position as usize];
+            let run = cursor.run(extent, next - bytes(*before), end - next)?;
+            next += run.len;
+            runs.push(run);
+        }
+        Ok(())
+    }
+}
