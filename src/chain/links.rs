@@ -6,9 +6,10 @@ use std::{
     fs, io,
     num::NonZeroUsize,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
-use super::{ChainError, Files, Index, LinkError, Result};
+use super::{ChainError, Files, Index, LinkError, Result, cache::IndexCache};
 use crate::image::{Kind, MemoryId};
 
 /// The name of the link to the parent directory.
@@ -52,6 +53,7 @@ pub struct Snapshot {
 pub struct Chain {
     snapshots: Vec<Snapshot>,
     files: Files,
+    indexes: IndexCache,
 }
 
 impl Chain {
@@ -80,7 +82,11 @@ impl Chain {
         }
         found.follow_links();
         found.break_circles();
-        Ok(Self { snapshots: found.sorted(), files: Files::new(OPEN_FILES) })
+        Ok(Self {
+            snapshots: found.sorted(),
+            files: Files::new(OPEN_FILES),
+            indexes: IndexCache::default(),
+        })
     }
 
     /// Returns all snapshots, each after its parent.
@@ -164,12 +170,13 @@ impl Chain {
         Ok(memories)
     }
 
-    /// Resolves one memory of a snapshot across its ancestors.
+    /// Resolves one memory of a snapshot across its ancestors, or recalls it
+    /// from an earlier time.
     ///
     /// # Errors
     /// What [`Index::build`] returns.
-    pub fn index(&self, id: SnapshotId, memory: MemoryId) -> Result<Index> {
-        Index::build(self, id, memory)
+    pub fn index(&self, id: SnapshotId, memory: MemoryId) -> Result<Arc<Index>> {
+        self.indexes.get((id, memory), || Index::build(self, id, memory))
     }
 }
 

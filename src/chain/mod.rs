@@ -6,6 +6,7 @@
 //! answer is read: as runs of bytes in [`Files`] that are opened when first
 //! needed.
 
+mod cache;
 mod content;
 mod error;
 mod files;

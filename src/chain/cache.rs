@@ -1,0 +1,72 @@
+//! Indexes that were built and may be asked for again.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use lru::LruCache;
+
+use super::{Index, Result, SnapshotId};
+use crate::image::MemoryId;
+
+/// How many extents are kept in all, at 40 bytes each: 80 MiB.
+const EXTENTS_KEPT: usize = 2 << 20;
+
+type Key = (SnapshotId, MemoryId);
+
+/// An index, or the place for it while it is being built.
+type Slot = Arc<Mutex<Option<Arc<Index>>>>;
+
+/// Indexes by what they resolve. The least recently used go when there are too
+/// many extents in all; who holds one keeps it.
+#[derive(Debug)]
+pub(super) struct IndexCache {
+    slots: Mutex<LruCache<Key, Slot>>,
+}
+
+impl Default for IndexCache {
+    fn default() -> Self {
+        Self { slots: Mutex::new(LruCache::unbounded()) }
+    }
+}
+
+impl IndexCache {
+    /// Returns the index for `key`, which is built once however many ask. A
+    /// failure is not remembered.
+    pub(super) fn get(
+        &self,
+        key: Key,
+        build: impl FnOnce() -> Result<Index>,
+    ) -> Result<Arc<Index>> {
+        let slot = {
+            let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+            Arc::clone(slots.get_or_insert(key, Slot::default))
+        };
+        let mut place = slot.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(index) = &*place {
+            return Ok(Arc::clone(index));
+        }
+        let index = Arc::new(build()?);
+        *place = Some(Arc::clone(&index));
+        drop(place);
+        self.trim();
+        Ok(index)
+    }
+
+    /// Drops the oldest indexes until the others have few enough extents; the
+    /// newest stays in any case.
+    fn trim(&self) {
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        // A slot whose lock is taken is being built, and weighs nothing yet.
+        let weight = |slot: &Slot| {
+            slot.try_lock()
+                .ok()
+                .and_then(|place| Some(place.as_ref()?.extents().len()))
+                .unwrap_or(0)
+        };
+        let mut total: usize = slots.iter().map(|(_, slot)| weight(slot)).sum();
+        while total > EXTENTS_KEPT && slots.len() > 1 {
+            if let Some((_, slot)) = slots.pop_lru() {
+                total = total.saturating_sub(weight(&slot));
+            }
+        }
+    }
+}

@@ -1,0 +1,367 @@
+//! Directories, names and inode numbers.
+
+use std::{
+    collections::HashMap,
+    fs,
+    path::PathBuf,
+    sync::{Arc, PoisonError, RwLock},
+};
+
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::{Attr, BLOCK_BYTES, NodeType, OpenFile, Result, ViewError, WholeFile, attr_of, flat};
+use crate::{
+    chain::{Chain, ChainError, Content, FlatPages, SnapshotId},
+    image::{Kind, MemoryId, PagemapReader},
+};
+
+/// An inode number.
+pub type Ino = u64;
+
+/// The inode number of the root (`FUSE_ROOT_ID`, `linux/fuse.h`).
+pub const ROOT: Ino = 1;
+
+/// The name of the directory that holds the trees of all snapshots.
+const SNAPSHOTS: &str = "snapshots";
+
+/// An entry of a directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DirEntry {
+    /// The entry's inode number.
+    pub ino: Ino,
+    /// What it is.
+    pub kind: NodeType,
+    /// What it is called.
+    pub name: String,
+}
+
+/// The directories of a snapshot that show it to people and ordinary tools.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Group {
+    Shmem,
+}
+
+const GROUPS: [(&str, Group); 1] = [("shmem", Group::Shmem)];
+
+/// What a node shows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum What {
+    /// All of a snapshot; in the root, besides the snapshots of the chain.
+    Snapshot(SnapshotId),
+    /// One of a snapshot's groups.
+    Group(SnapshotId, Group),
+    /// The snapshots of the chain.
+    Snapshots,
+    /// A file of the image directory as it is.
+    Image(SnapshotId),
+    /// A pagemap without parents.
+    Pagemap(SnapshotId, MemoryId),
+    /// The pages file that belongs to it.
+    Pages(SnapshotId, MemoryId),
+    /// The bytes of a shared object.
+    Shmem(SnapshotId, u64),
+}
+
+impl What {
+    fn kind(&self) -> NodeType {
+        match self {
+            Self::Snapshot(_) | Self::Group(..) | Self::Snapshots => NodeType::Directory,
+            _ => NodeType::File,
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Node {
+    ino: Ino,
+    parent: Ino,
+    name: String,
+    /// Slash-separated names from the root, which has none.
+    path: String,
+    what: What,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    nodes: HashMap<Ino, Arc<Node>>,
+    /// The entries of the directories that have been looked into.
+    listings: HashMap<Ino, Arc<[Arc<Node>]>>,
+    /// The attributes of files that are put together.
+    attrs: HashMap<Ino, Attr>,
+}
+
+/// The tree that a mount of a chain shows.
+#[derive(Debug)]
+pub struct View {
+    chain: Arc<Chain>,
+    tip: SnapshotId,
+    table: RwLock<Table>,
+}
+
+impl View {
+    /// Presents the snapshot `tip` of a chain, and beneath it all others.
+    pub fn new(chain: Arc<Chain>, tip: SnapshotId) -> Self {
+        let root = Node {
+            ino: ROOT,
+            parent: ROOT,
+            name: String::new(),
+            path: String::new(),
+            what: What::Snapshot(tip),
+        };
+        let mut table = Table::default();
+        table.nodes.insert(ROOT, Arc::new(root));
+        Self { chain, tip, table: RwLock::new(table) }
+    }
+
+    /// Returns the chain that is shown.
+    pub fn chain(&self) -> &Arc<Chain> {
+        &self.chain
+    }
+
+    /// Returns the snapshot that the root shows.
+    pub fn tip(&self) -> SnapshotId {
+        self.tip
+    }
+
+    /// Returns the attributes of the entry `name` of the directory `parent`.
+    ///
+    /// # Errors
+    /// [`ViewError::NoSuchEntry`], and what keeps the entry from being shown.
+    pub fn lookup(&self, parent: Ino, name: &str) -> Result<Attr> {
+        let dir = self.node(parent)?;
+        let entries = self.listing(&dir)?;
+        let found = entries.binary_search_by(|node| node.name.as_str().cmp(name));
+        let position = found
+            .map_err(|_| ViewError::NoSuchEntry { dir: dir.path.clone(), name: name.to_owned() })?;
+        self.node_attr(&entries[position])
+    }
+
+    /// Returns the attributes of a node.
+    ///
+    /// # Errors
+    /// [`ViewError::NoSuchNode`], and what keeps the node from being shown.
+    pub fn attr(&self, ino: Ino) -> Result<Attr> {
+        self.node_attr(&*self.node(ino)?)
+    }
+
+    /// Returns a node's path in the view, for messages.
+    pub fn path(&self, ino: Ino) -> String {
+        self.node(ino).map_or_else(|_| format!("inode {ino}"), |node| format!("/{}", node.path))
+    }
+
+    /// Returns the entries of a directory, without `.` and `..`, in the order
+    /// of their names, and the inode number of the directory above.
+    ///
+    /// # Errors
+    /// [`ViewError::NotADirectory`], and what keeps it from being read.
+    pub fn entries(&self, ino: Ino) -> Result<(Ino, Vec<DirEntry>)> {
+        let dir = self.node(ino)?;
+        let entries = self.listing(&dir)?;
+        let entry = |node: &Arc<Node>| DirEntry {
+            ino: node.ino,
+            kind: node.what.kind(),
+            name: node.name.clone(),
+        };
+        Ok((dir.parent, entries.iter().map(entry).collect()))
+    }
+
+    /// Makes a file ready to be read.
+    ///
+    /// # Errors
+    /// [`ViewError::IsADirectory`], and what keeps it from being read.
+    pub fn open(&self, ino: Ino) -> Result<OpenFile> {
+        self.open_node(&*self.node(ino)?)
+    }
+
+    fn node(&self, ino: Ino) -> Result<Arc<Node>> {
+        let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
+        table.nodes.get(&ino).cloned().ok_or(ViewError::NoSuchNode { ino })
+    }
+
+    /// Returns the nodes in a directory, sorted by name.
+    fn listing(&self, dir: &Node) -> Result<Arc<[Arc<Node>]>> {
+        {
+            let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
+            if let Some(listing) = table.listings.get(&dir.ino) {
+                return Ok(Arc::clone(listing));
+            }
+        }
+        let mut children = match &dir.what {
+            What::Snapshot(id) => self.snapshot_children(*id, dir.ino == ROOT)?,
+            What::Snapshots => self
+                .chain
+                .ids()
+                .map(|id| (self.chain.snapshot(id).name.clone(), What::Snapshot(id)))
+                .collect(),
+            What::Group(id, Group::Shmem) => self.shmem_children(*id)?,
+            _ => return Err(ViewError::NotADirectory { path: dir.path.clone() }),
+        };
+        children.sort_by(|a, b| a.0.cmp(&b.0));
+        children.dedup_by(|a, b| a.0 == b.0);
+        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        let table = &mut *table;
+        let listing = table.listings.entry(dir.ino).or_insert_with(|| {
+            children
+                .into_iter()
+                .map(|(name, what)| enter(&mut table.nodes, dir, name, what))
+                .collect()
+        });
+        Ok(Arc::clone(listing))
+    }
+
+    /// Returns what a snapshot's directory holds.
+    fn snapshot_children(&self, id: SnapshotId, root: bool) -> Result<Vec<(String, What)>> {
+        let dir = &self.chain.snapshot(id).dir;
+        let failed = |source| ChainError::Directory { path: dir.clone(), source };
+        let mut children: Vec<(String, What)> = GROUPS
+            .iter()
+            .map(|(name, group)| ((*name).to_owned(), What::Group(id, *group)))
+            .collect();
+        if root {
+            children.push((SNAPSHOTS.to_owned(), What::Snapshots));
+        }
+        // What belongs to a memory takes precedence over a file of that name.
+        for memory in self.chain.memories(id)? {
+            children.push((memory.pagemap_name(), What::Pagemap(id, memory)));
+            // A pagemap without a readable head says so when it is read.
+            if let Ok(reader) = PagemapReader::open(&dir.join(memory.pagemap_name())) {
+                let pages = Kind::Pages.file_name(reader.pages_id().into());
+                children.push((pages, What::Pages(id, memory)));
+            }
+        }
+        for entry in fs::read_dir(dir).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            // Names that are not UTF-8 are not names of images.
+            let Ok(name) = entry.file_name().into_string() else { continue };
+            if entry.path().is_file() {
+                children.push((name, What::Image(id)));
+            }
+        }
+        Ok(children)
+    }
+
+    fn shmem_children(&self, id: SnapshotId) -> Result<Vec<(String, What)>> {
+        let memories = self.chain.memories(id)?;
+        let shared = memories.iter().filter_map(|memory| match memory {
+            MemoryId::Shared(shmid) => Some((shmid.to_string(), What::Shmem(id, *shmid))),
+            MemoryId::Private(_) => None,
+        });
+        Ok(shared.collect())
+    }
+
+    fn node_attr(&self, node: &Node) -> Result<Attr> {
+        if node.what.kind() == NodeType::File && !matches!(node.what, What::Image(_)) {
+            let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
+            if let Some(attr) = table.attrs.get(&node.ino) {
+                return Ok(attr.clone());
+            }
+        }
+        let origin = self.origin(node);
+        let meta = fs::metadata(&origin)
+            .map_err(|source| ViewError::Attributes { path: origin, source })?;
+        let mut attr = attr_of(node.ino, node.what.kind(), &meta);
+        match node.what {
+            What::Image(_) => return Ok(attr),
+            What::Snapshot(_) | What::Group(..) | What::Snapshots => {
+                attr.size = 0;
+                attr.blocks = 0;
+                // `.`, the name in the directory above, and one for each below.
+                let entries = self.listing(node)?;
+                let below = entries.iter().filter(|n| n.what.kind() == NodeType::Directory).count();
+                attr.nlink = 2 + u32::try_from(below).unwrap_or(u32::MAX - 2);
+                attr.mode |= (attr.mode & 0o444) >> 2;
+                return Ok(attr);
+            }
+            _ => {}
+        }
+        let content = self.open_node(node)?.content;
+        attr.size = content.len();
+        attr.blocks = content.allocated().div_ceil(BLOCK_BYTES);
+        attr.mode &= 0o444;
+        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        table.attrs.insert(node.ino, attr.clone());
+        Ok(attr)
+    }
+
+    /// Returns the file or directory on disk that gives a node its owner, mode
+    /// and times.
+    fn origin(&self, node: &Node) -> PathBuf {
+        let dir = |id: SnapshotId| &self.chain.snapshot(id).dir;
+        match &node.what {
+            What::Snapshot(id) | What::Group(id, _) => dir(*id).clone(),
+            What::Snapshots => dir(self.tip).clone(),
+            What::Image(id) => dir(*id).join(&node.name),
+            What::Pagemap(id, memory) | What::Pages(id, memory) => {
+                dir(*id).join(memory.pagemap_name())
+            }
+            What::Shmem(id, shmid) => dir(*id).join(MemoryId::Shared(*shmid).pagemap_name()),
+        }
+    }
+
+    fn open_node(&self, node: &Node) -> Result<OpenFile> {
+        let chain = &self.chain;
+        match &node.what {
+            What::Snapshot(_) | What::Group(..) | What::Snapshots => {
+                Err(ViewError::IsADirectory { path: node.path.clone() })
+            }
+            What::Image(_) => {
+                let file = chain.files().get(chain.files().enter(&self.origin(node)))?;
+                let content = Arc::new(WholeFile::new(Arc::clone(&file))?);
+                Ok(OpenFile { content, whole: Some(file) })
+            }
+            What::Pagemap(id, memory) => {
+                let index = chain.index(*id, *memory)?;
+                let content = flat::pagemap(&self.origin(node), &index)?;
+                Ok(OpenFile { content: Arc::new(content), whole: None })
+            }
+            What::Pages(id, memory) => {
+                self.check_claims(*id, *memory)?;
+                let pages = FlatPages::new(Arc::clone(chain), chain.index(*id, *memory)?);
+                let whole = match pages.whole_file() {
+                    Some(layer) => Some(chain.files().get(layer.file)?),
+                    None => None,
+                };
+                let whole = whole
+                    .filter(|file| file.metadata().is_ok_and(|meta| meta.len() == pages.len()));
+                Ok(OpenFile { content: Arc::new(pages), whole })
+            }
+            What::Shmem(id, shmid) => {
+                let content = flat::shmem(chain, *id, *shmid)?;
+                Ok(OpenFile { content: Arc::new(content), whole: None })
+            }
+        }
+    }
+
+    /// Checks that no other memory of the snapshot has the same pages file.
+    fn check_claims(&self, id: SnapshotId, memory: MemoryId) -> Result<()> {
+        let dir = &self.chain.snapshot(id).dir;
+        let pages_id = |memory: MemoryId| {
+            PagemapReader::open(&dir.join(memory.pagemap_name())).map(|reader| reader.pages_id())
+        };
+        let claimed = pages_id(memory)?;
+        for other in self.chain.memories(id)? {
+            if other != memory && pages_id(other).is_ok_and(|id| id == claimed) {
+                return Err(ViewError::Chain(ChainError::SharedPages {
+                    dir: dir.clone(),
+                    pages_id: claimed,
+                    first: memory,
+                    second: other,
+                }));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Makes a node and gives it a number: the hash of its path, so that it is the
+/// same in every mount, or the next free one should two paths have the same.
+fn enter(nodes: &mut HashMap<Ino, Arc<Node>>, dir: &Node, name: String, what: What) -> Arc<Node> {
+    let path = if dir.path.is_empty() { name.clone() } else { format!("{}/{name}", dir.path) };
+    let mut ino = xxh3_64(path.as_bytes());
+    while ino <= ROOT || nodes.contains_key(&ino) {
+        ino = ino.wrapping_add(1);
+    }
+    let node = Arc::new(Node { ino, parent: dir.ino, name, path, what });
+    nodes.insert(ino, Arc::clone(&node));
+    node
+}

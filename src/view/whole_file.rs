@@ -1,0 +1,41 @@
+//! A file on disk as it is.
+
+use std::sync::Arc;
+
+use crate::chain::{BackingFile, Content, Result, Run, Source};
+
+/// A file on disk, from its first byte to its last.
+#[derive(Debug)]
+pub struct WholeFile {
+    file: Arc<BackingFile>,
+    len: u64,
+    allocated: u64,
+}
+
+impl WholeFile {
+    /// Presents `file` with the length that it has now.
+    ///
+    /// # Errors
+    /// [`crate::chain::ChainError::Open`] if its attributes cannot be read.
+    pub fn new(file: Arc<BackingFile>) -> Result<Self> {
+        use std::os::unix::fs::MetadataExt;
+        let meta = file.metadata()?;
+        let allocated = meta.blocks().saturating_mul(super::BLOCK_BYTES);
+        Ok(Self { file, len: meta.len(), allocated })
+    }
+}
+
+impl Content for WholeFile {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn allocated(&self) -> u64 {
+        self.allocated
+    }
+
+    fn runs(&self, offset: u64, len: u64, runs: &mut Vec<Run>) -> Result<()> {
+        runs.push(Run { len, source: Source::File(Arc::clone(&self.file), offset) });
+        Ok(())
+    }
+}
