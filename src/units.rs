@@ -9,6 +9,12 @@ pub const PAGE_SIZE: u64 = 4096;
 /// `log2` of [`PAGE_SIZE`].
 pub const PAGE_SHIFT: u32 = 12;
 
+/// Returns the bytes in so many pages, at most `u64::MAX`: images may claim more
+/// pages than bytes can be counted.
+pub const fn page_bytes(pages: u64) -> u64 {
+    pages.saturating_mul(PAGE_SIZE)
+}
+
 /// The number of a page: an address, or an offset in an object, divided by
 /// [`PAGE_SIZE`]. At most 2^52 - 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]

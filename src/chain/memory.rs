@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::{
     BackingFile, Chain, ChainError, Content, Extent, Index, Layer, Place, Result, Run, Source,
 };
-use crate::units::{PAGE_SIZE, PageIndex};
+use crate::units::{PageIndex, page_bytes};
 
 /// How many files a [`Cursor`] remembers.
 const RECENT_FILES: usize = 8;
@@ -26,7 +26,7 @@ impl<'a> Cursor<'a> {
     /// Returns the run of at most `limit` bytes of `extent` that begins
     /// `skipped` bytes into it.
     fn run(&mut self, extent: &Extent, skipped: u64, limit: u64) -> Result<Run> {
-        let len = (bytes(extent.pages) - skipped).min(limit);
+        let len = (page_bytes(extent.pages) - skipped).min(limit);
         let source = match extent.place {
             Place::Stored { layer, file_page } => {
                 Source::File(self.file(layer)?, PageIndex(file_page).address() + skipped)
@@ -48,11 +48,6 @@ impl<'a> Cursor<'a> {
         self.recent.insert(0, (layer, Arc::clone(&file)));
         Ok(file)
     }
-}
-
-/// Returns the bytes in so many pages; what a file cannot hold is cut off.
-fn bytes(pages: u64) -> u64 {
-    pages.saturating_mul(PAGE_SIZE)
 }
 
 /// A memory in place: the byte at offset X is the byte at address X.
@@ -81,7 +76,7 @@ impl Content for MemoryBytes {
     }
 
     fn allocated(&self) -> u64 {
-        bytes(self.index.stored_pages())
+        page_bytes(self.index.stored_pages())
     }
 
     fn runs(&self, offset: u64, len: u64, runs: &mut Vec<Run>) -> Result<()> {
@@ -157,7 +152,7 @@ impl FlatPages {
 
 impl Content for FlatPages {
     fn len(&self) -> u64 {
-        bytes(self.index.stored_pages())
+        page_bytes(self.index.stored_pages())
     }
 
     fn allocated(&self) -> u64 {
@@ -175,7 +170,7 @@ impl Content for FlatPages {
                 break;
             }
             let extent = &self.index.extents()[*position as usize];
-            let run = cursor.run(extent, next - bytes(*before), end - next)?;
+            let run = cursor.run(extent, next - page_bytes(*before), end - next)?;
             next += run.len;
             runs.push(run);
         }

@@ -8,16 +8,23 @@
 
 mod cache;
 mod content;
+mod diff;
 mod error;
 mod files;
+mod holes;
 mod index;
 mod links;
 mod memory;
 mod overlay;
+mod summary;
 
 pub use content::{Content, Run, Source, read_at};
+pub use diff::{Difference, MemoryDiff, diff};
 pub use error::{ChainError, LinkError, Result};
 pub use files::{BackingFile, FileId, Files};
+pub use holes::Whence;
+pub(crate) use holes::seek_file;
 pub use index::{Extent, Index, Layer, Place};
 pub use links::{Chain, Snapshot, SnapshotId};
 pub use memory::{FlatPages, MemoryBytes};
+pub use summary::{PageCounts, Summary};

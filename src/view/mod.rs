@@ -17,10 +17,11 @@ use std::{
 };
 
 pub use error::{Result, ViewError};
-pub use seek::{Whence, seek};
+pub use seek::seek;
 pub use tree::{DirEntry, Ino, ROOT, View};
 pub use whole_file::WholeFile;
 
+pub use crate::chain::Whence;
 use crate::chain::{BackingFile, Content};
 
 /// Bytes in the unit of [`Attr::blocks`], whatever the file system's own block

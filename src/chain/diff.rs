@@ -1,0 +1,205 @@
+//! Which pages differ between two snapshots.
+
+use std::{collections::BTreeSet, io::IoSliceMut};
+
+use super::{Chain, ChainError, FileId, Index, Place, Result, SnapshotId};
+use crate::{
+    image::MemoryId,
+    units::{PAGE_SIZE, PageIndex, page_bytes},
+};
+
+/// Pages compared at a time: both sides stay in the processor's cache.
+const CHUNK_PAGES: u64 = 32;
+
+/// Pages in a row that differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Difference {
+    /// The first.
+    pub first: PageIndex,
+    /// How many.
+    pub pages: u64,
+}
+
+/// How one memory differs between two snapshots.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemoryDiff {
+    /// The memory.
+    pub memory: MemoryId,
+    /// Whether only the first snapshot has it.
+    pub only_in_first: bool,
+    /// Whether only the second has it.
+    pub only_in_second: bool,
+    /// The pages that differ, in order; a page that one has not is zero.
+    pub differences: Vec<Difference>,
+    /// Pages that both find in the same place, so that they are the same.
+    pub same_place: u64,
+    /// Pages whose bytes had to be compared.
+    pub compared: u64,
+}
+
+impl MemoryDiff {
+    /// Returns how many pages differ.
+    pub fn pages(&self) -> u64 {
+        self.differences.iter().map(|difference| difference.pages).sum()
+    }
+
+    fn differ(&mut self, first: PageIndex, pages: u64) {
+        match self.differences.last_mut() {
+            Some(last) if last.first.0 + last.pages == first.0 => last.pages += pages,
+            _ => self.differences.push(Difference { first, pages }),
+        }
+    }
+}
+
+/// Compares all memory of two snapshots, a memory at a time.
+///
+/// Pages that resolve to the same place in the chain are not read. Memories are
+/// matched by pid and shmid.
+///
+/// # Errors
+/// What keeps an index from being built or a page from being read; a page that
+/// is in no image is [`ChainError::Absent`], unless it is so in both snapshots.
+pub fn diff(chain: &Chain, first: SnapshotId, second: SnapshotId) -> Result<Vec<MemoryDiff>> {
+    let (in_first, in_second) = (chain.memories(first)?, chain.memories(second)?);
+    let all: BTreeSet<MemoryId> = in_first.iter().chain(&in_second).copied().collect();
+    let side = |id, there: &[MemoryId], memory| {
+        there.contains(&memory).then(|| chain.index(id, memory)).transpose()
+    };
+    all.into_iter()
+        .map(|memory| {
+            let first = side(first, &in_first, memory)?;
+            let second = side(second, &in_second, memory)?;
+            diff_memory(chain, memory, first.as_deref(), second.as_deref())
+        })
+        .collect()
+}
+
+fn diff_memory(
+    chain: &Chain,
+    memory: MemoryId,
+    first: Option<&Index>,
+    second: Option<&Index>,
+) -> Result<MemoryDiff> {
+    let mut diff = MemoryDiff {
+        memory,
+        only_in_first: second.is_none(),
+        only_in_second: first.is_none(),
+        differences: Vec::new(),
+        same_place: 0,
+        compared: 0,
+    };
+    let (mut left, mut right) = (Walk::new(first), Walk::new(second));
+    let mut page = PageIndex(0);
+    while page < PageIndex::END {
+        let (a, a_pages) = left.at(page);
+        let (b, b_pages) = right.at(page);
+        let pages = a_pages.min(b_pages);
+        match (a, b) {
+            (Where::Zero, Where::Zero) => {}
+            (Where::Absent, Where::Absent) => diff.same_place += pages,
+            (Where::Absent, _) | (_, Where::Absent) => {
+                return Err(ChainError::Absent { memory, first: page });
+            }
+            (a, b) if a == b => diff.same_place += pages,
+            (a, b) => compare(chain, &mut diff, page, pages, a, b)?,
+        }
+        page.0 += pages;
+    }
+    Ok(diff)
+}
+
+/// Where a page is, independently of who asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Where {
+    Zero,
+    Absent,
+    /// In a file, from this page of the file on.
+    Stored(FileId, u64),
+}
+
+impl Where {
+    /// Returns where the page `pages` further on is.
+    fn skip(self, pages: u64) -> Self {
+        match self {
+            Self::Stored(file, file_page) => Self::Stored(file, file_page + pages),
+            other => other,
+        }
+    }
+}
+
+/// Goes through an index page by ascending page.
+struct Walk<'a> {
+    index: Option<&'a Index>,
+    position: usize,
+}
+
+impl<'a> Walk<'a> {
+    fn new(index: Option<&'a Index>) -> Self {
+        Self { index, position: 0 }
+    }
+
+    /// Returns where `page` is, and how many pages from there on are likewise.
+    fn at(&mut self, page: PageIndex) -> (Where, u64) {
+        let rest = PageIndex::END.0 - page.0;
+        let Some(index) = self.index else { return (Where::Zero, rest) };
+        while index.extents().get(self.position).is_some_and(|extent| extent.end() <= page) {
+            self.position += 1;
+        }
+        match index.extents().get(self.position) {
+            None => (Where::Zero, rest),
+            Some(extent) if extent.first > page => (Where::Zero, extent.first.0 - page.0),
+            Some(extent) => {
+                let skipped = page.0 - extent.first.0;
+                let at = match extent.place {
+                    Place::Absent => Where::Absent,
+                    Place::Stored { layer, file_page } => {
+                        Where::Stored(index.layers()[layer as usize].file, file_page)
+                    }
+                };
+                (at.skip(skipped), extent.pages - skipped)
+            }
+        }
+    }
+}
+
+fn compare(
+    chain: &Chain,
+    diff: &mut MemoryDiff,
+    first: PageIndex,
+    pages: u64,
+    a: Where,
+    b: Where,
+) -> Result<()> {
+    let chunk = || vec![0; usize::try_from(page_bytes(CHUNK_PAGES)).expect("a chunk is small")];
+    let (mut left, mut right) = (chunk(), chunk());
+    let page_len = usize::try_from(PAGE_SIZE).expect("a page is small");
+    let mut done = 0;
+    while done < pages {
+        let count = CHUNK_PAGES.min(pages - done);
+        let len = usize::try_from(page_bytes(count)).expect("a chunk is small");
+        read(chain, a.skip(done), &mut left[..len])?;
+        read(chain, b.skip(done), &mut right[..len])?;
+        let both = left[..len].chunks(page_len).zip(right[..len].chunks(page_len));
+        for (page, (left, right)) in (first.0 + done..).zip(both) {
+            if left != right {
+                diff.differ(PageIndex(page), 1);
+            }
+        }
+        diff.compared += count;
+        done += count;
+    }
+    Ok(())
+}
+
+fn read(chain: &Chain, at: Where, buffer: &mut [u8]) -> Result<()> {
+    match at {
+        Where::Zero | Where::Absent => {
+            buffer.fill(0);
+            Ok(())
+        }
+        Where::Stored(file, file_page) => chain
+            .files()
+            .get(file)?
+            .read_exact_at(&mut [IoSliceMut::new(buffer)], PageIndex(file_page).address()),
+    }
+}

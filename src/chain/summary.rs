@@ -1,0 +1,141 @@
+//! What one snapshot of a chain holds, in numbers.
+
+use std::{fs, os::unix::fs::MetadataExt, time::SystemTime};
+
+use super::{Chain, ChainError, Result, SnapshotId, holes};
+use crate::{
+    image::{ImageError, Kind, MemoryId, PagemapReader, Presence, proto, read_all},
+    units::{PAGE_SIZE, page_bytes},
+};
+
+/// Bytes in the unit of `st_blocks` (`stat(2)`).
+const BLOCK_BYTES: u64 = 512;
+
+/// How many pages of one kind of memory are where.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PageCounts {
+    /// In the snapshot's own pages files, whether or not their bytes still are.
+    pub present: u64,
+    /// In an ancestor.
+    pub in_parent: u64,
+    /// In no image.
+    pub absent: u64,
+    /// Of those present, how many are holes of their file: freed by a
+    /// deduplication, or made sparse by a copy. They read as zero.
+    pub punched: u64,
+}
+
+impl std::ops::AddAssign for PageCounts {
+    fn add_assign(&mut self, other: Self) {
+        self.present += other.present;
+        self.in_parent += other.in_parent;
+        self.absent += other.absent;
+        self.punched += other.punched;
+    }
+}
+
+impl PageCounts {
+    /// Returns the bytes that the memory takes in images without parents.
+    pub fn flat_bytes(&self) -> u64 {
+        page_bytes(self.present + self.in_parent)
+    }
+}
+
+/// What one snapshot holds.
+#[derive(Clone, Debug)]
+pub struct Summary {
+    /// When its inventory was written.
+    pub date: SystemTime,
+    /// The pids of its processes; those with memory, in a pre-dump.
+    pub processes: Vec<u64>,
+    /// Whether it is a pre-dump, which has memory but no processes to restore.
+    pub pre_dump: bool,
+    /// Pages of private memory.
+    pub private: PageCounts,
+    /// Pages of shared objects.
+    pub shared: PageCounts,
+    /// Bytes that the directory's files take on disk.
+    pub disk_bytes: u64,
+}
+
+impl Summary {
+    /// Counts what a snapshot holds.
+    ///
+    /// # Errors
+    /// Directories, images and pages files that cannot be read.
+    pub fn of(chain: &Chain, id: SnapshotId) -> Result<Self> {
+        let dir = &chain.snapshot(id).dir;
+        let failed = |source| ChainError::Directory { path: dir.clone(), source };
+        let mut disk_bytes = 0;
+        for entry in fs::read_dir(dir).map_err(failed)? {
+            let meta = entry.and_then(|entry| entry.metadata()).map_err(failed)?;
+            disk_bytes += if meta.is_file() { meta.blocks() * BLOCK_BYTES } else { 0 };
+        }
+        let inventory = chain.image_path(id, Kind::Inventory, 0);
+        let date = fs::metadata(inventory).and_then(|meta| meta.modified()).map_err(failed)?;
+        let (mut private, mut shared) = (PageCounts::default(), PageCounts::default());
+        let memories = chain.memories(id)?;
+        for memory in &memories {
+            let counts = count(chain, id, *memory)?;
+            match memory {
+                MemoryId::Private(_) => private += counts,
+                MemoryId::Shared(_) => shared += counts,
+            }
+        }
+        let tree = processes(chain, id)?;
+        let pre_dump = tree.is_none();
+        let with_memory = || {
+            let pid = |memory: &MemoryId| match memory {
+                MemoryId::Private(pid) => Some(*pid),
+                MemoryId::Shared(_) => None,
+            };
+            memories.iter().filter_map(pid).collect()
+        };
+        let processes = tree.unwrap_or_else(with_memory);
+        Ok(Self { date, processes, pre_dump, private, shared, disk_bytes })
+    }
+
+    /// Returns the counts of all memory together.
+    pub fn total(&self) -> PageCounts {
+        let mut total = self.private;
+        total += self.shared;
+        total
+    }
+}
+
+/// Returns the pids of a snapshot's processes; `None` for a pre-dump, which has
+/// no tree of them.
+fn processes(chain: &Chain, id: SnapshotId) -> Result<Option<Vec<u64>>> {
+    let path = chain.image_path(id, Kind::Pstree, 0);
+    match read_all::<proto::PstreeEntry>(&path, Kind::Pstree) {
+        Ok(tree) => Ok(Some(tree.iter().map(|process| process.pid.into()).collect())),
+        Err(ImageError::Open { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+            Ok(None)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn count(chain: &Chain, id: SnapshotId, memory: MemoryId) -> Result<PageCounts> {
+    let path = chain.snapshot(id).dir.join(memory.pagemap_name());
+    let mut reader = PagemapReader::open(&path)?;
+    let mut counts = PageCounts::default();
+    for entry in reader.by_ref() {
+        let entry = entry?;
+        let count = match entry.presence {
+            Presence::Present => &mut counts.present,
+            Presence::Parent => &mut counts.in_parent,
+            Presence::Absent => &mut counts.absent,
+        };
+        // Entries do not overlap, so that the sum stays below 2^52.
+        *count += entry.pages;
+    }
+    if counts.present > 0 {
+        let pages = chain.image_path(id, Kind::Pages, reader.pages_id().into());
+        let file = chain.files().get(chain.files().enter(&pages))?;
+        for hole in holes::in_file(&file, 0, page_bytes(counts.present))? {
+            counts.punched += (hole.end - hole.start) / PAGE_SIZE;
+        }
+    }
+    Ok(counts)
+}
