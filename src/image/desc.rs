@@ -251,10 +251,13 @@ pub fn by_file_name(file_name: &str) -> Option<(&'static Desc, u64)> {
     KINDS.iter().find_map(|desc| Some((desc, desc.matches(file_name)?)))
 }
 
-/// Finds the first kind with this magic; kinds that share one differ only in
-/// their file names.
-pub fn by_magic(magic: u32) -> Option<&'static Desc> {
-    KINDS.iter().find(|desc| desc.magic == magic && magic != 0)
+/// Finds the kind with this magic; among kinds that share it the one that
+/// `file_name` belongs to, else the first whose structure is described.
+pub fn by_magic(magic: u32, file_name: &str) -> Option<&'static Desc> {
+    let sharing = || KINDS.iter().filter(|desc| desc.magic == magic && magic != 0);
+    sharing()
+        .find(|desc| desc.matches(file_name).is_some())
+        .or_else(|| sharing().find(|desc| desc.body != Body::Opaque))
 }
 
 #[cfg(test)]

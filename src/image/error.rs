@@ -107,4 +107,14 @@ pub enum ImageError {
         /// What is wrong with it.
         problem: &'static str,
     },
+    /// An entry whose payload is not the one that its message announces.
+    #[error("image {path}, entry {entry}: {problem}", path = .path.display())]
+    Payload {
+        /// The file.
+        path: PathBuf,
+        /// The entry's position in the file, from 0.
+        entry: usize,
+        /// What is wrong with it.
+        problem: String,
+    },
 }

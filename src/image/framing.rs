@@ -1,6 +1,7 @@
 //! Magics and length prefixes around messages and payloads.
 
 use std::{
+    ffi::OsStr,
     fs::File,
     io::{self, BufRead, BufReader, BufWriter, Read, Write},
     path::{Path, PathBuf},
@@ -10,9 +11,10 @@ use prost::{Message, Name};
 
 use super::{
     Desc, ImageError, Kind, Result,
-    desc::{self, IMAGE_MAGIC, SERVICE_MAGIC},
+    desc::{self, Body, IMAGE_MAGIC, SERVICE_MAGIC},
     proto, wire,
 };
+use crate::units::PAGE_SIZE;
 
 /// Bytes read from an image at a time.
 const BUFFER_BYTES: usize = 64 << 10;
@@ -56,6 +58,20 @@ impl ImageReader {
         Self::new(path, BufReader::with_capacity(BUFFER_BYTES, file))
     }
 
+    /// Opens a file of any kind, among them those without magics. Returns its
+    /// size too, if it is a file that has one.
+    ///
+    /// # Errors
+    /// As [`ImageReader::open`].
+    pub fn open_any(path: &Path) -> Result<(Self, Option<u64>)> {
+        let failed = |source| ImageError::Open { path: path.to_owned(), source };
+        let file = File::open(path).map_err(failed)?;
+        let metadata = file.metadata().map_err(failed)?;
+        let size = metadata.is_file().then_some(metadata.len());
+        let input = BufReader::with_capacity(BUFFER_BYTES, file);
+        Ok((Self::of_any_kind(path, input, size)?, size))
+    }
+
     /// Opens an image that must be of kind `kind`.
     ///
     /// # Errors
@@ -85,17 +101,44 @@ impl<R: BufRead> ImageReader<R> {
         if reader.prologue != Prologue::Bare {
             magic = reader.magic()?;
         }
-        let named = path
-            .file_name()
-            .and_then(|name| desc::by_file_name(name.to_str()?))
-            .map(|(desc, _)| desc)
-            .filter(|desc| desc.magic == magic && magic != 0);
-        reader.desc = named.or_else(|| desc::by_magic(magic)).ok_or_else(|| ImageError::Magic {
+        let name = path.file_name().and_then(OsStr::to_str).unwrap_or_default();
+        reader.desc = desc::by_magic(magic, name).ok_or_else(|| ImageError::Magic {
             path: path.to_owned(),
             found: magic,
             expected: "the magic of an image".to_owned(),
         })?;
         Ok(reader)
+    }
+
+    /// Opens `input`, whose kind may also be one without magics; `size` is the
+    /// number of bytes in it, where that is known.
+    ///
+    /// Whether a file has magics, only its name can say: what looks like a magic
+    /// may be the beginning of a page.
+    ///
+    /// # Errors
+    /// As [`ImageReader::open`].
+    pub fn of_any_kind(path: &Path, mut input: R, size: Option<u64>) -> Result<Self> {
+        let raw = path
+            .file_name()
+            .and_then(|name| desc::by_file_name(name.to_str()?))
+            .map(|(desc, _)| desc)
+            .filter(|desc| desc.body == Body::Raw);
+        let Some(desc) = raw else { return Self::new(path, input) };
+        // Pages of the oldest format have the name of today's raw pages, but
+        // a magic and an address before each page, so that no size fits both.
+        if desc.kind == Kind::Pages && size.is_some_and(|size| !size.is_multiple_of(PAGE_SIZE)) {
+            let start = input.fill_buf().map_err(|source| ImageError::Read {
+                path: path.to_owned(),
+                offset: 0,
+                source,
+            })?;
+            let after_common = start.strip_prefix(&IMAGE_MAGIC.to_le_bytes()).unwrap_or(start);
+            if after_common.starts_with(&Kind::PagesOld.desc().magic.to_le_bytes()) {
+                return Self::new(path, input);
+            }
+        }
+        Ok(Self { input, path: path.to_owned(), offset: 0, desc, prologue: Prologue::Bare })
     }
 
     /// Checks that the image is of kind `kind`, or of one with its magic.
@@ -373,7 +416,8 @@ impl<W: Write> ImageWriter<W> {
             Prologue::Image => Some(IMAGE_MAGIC),
             Prologue::Service => Some(SERVICE_MAGIC),
         };
-        for magic in common.into_iter().chain([kind.desc().magic]) {
+        let own = kind.desc().magic;
+        for magic in common.into_iter().chain((own != 0).then_some(own)) {
             writer.raw(&magic.to_le_bytes())?;
         }
         Ok(writer)

@@ -5,13 +5,17 @@
 //! [`ImageError`] that names the file and the place in it.
 
 pub mod desc;
+pub mod document;
+pub mod dynamic;
 mod error;
 mod framing;
 pub mod pagemap;
+pub mod payload;
 pub mod proto;
 mod wire;
 
 pub use desc::{Desc, Kind};
+pub use document::Document;
 pub use error::{ImageError, Result};
 pub use framing::{ImageReader, ImageWriter, Prologue, read_all, read_one};
 pub use pagemap::{MemoryId, Pagemap, PagemapEntry, PagemapReader, PagemapWriter, Presence};
