@@ -7,6 +7,9 @@ use super::{BackingFile, ChainError, Result};
 /// The most buffers that one `preadv(2)` takes (`UIO_MAXIOV`, `linux/uio.h`).
 const MAX_BUFFERS: usize = 1024;
 
+/// Bytes that are read in one go: at most a file for each page is open then.
+const WINDOW_BYTES: usize = 1 << 20;
+
 /// How many files are read side by side: a run is joined to a batch only among
 /// this many of the newest, so that looking for one stays cheap.
 const OPEN_BATCHES: usize = 16;
@@ -72,8 +75,13 @@ pub fn read_at(content: &dyn Content, offset: u64, buffer: &mut [u8]) -> Result<
         return Ok(0);
     }
     let mut runs = Vec::new();
-    content.runs(offset, wanted as u64, &mut runs)?;
-    read_runs(&runs, &mut buffer[..wanted])?;
+    let mut next = offset;
+    for window in buffer[..wanted].chunks_mut(WINDOW_BYTES) {
+        runs.clear();
+        content.runs(next, window.len() as u64, &mut runs)?;
+        read_runs(&runs, window)?;
+        next += window.len() as u64;
+    }
     Ok(wanted)
 }
 

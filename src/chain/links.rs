@@ -9,24 +9,24 @@ use std::{
     sync::Arc,
 };
 
+use nix::sys::resource::{Resource, getrlimit};
+
 use super::{ChainError, Files, Index, LinkError, Result, cache::IndexCache};
-use crate::image::{Kind, MemoryId};
+use crate::image::{Kind, MemoryId, desc};
 
 /// The name of the link to the parent directory.
 const PARENT_LINK: &str = "parent";
 
-/// How many files of a chain are kept open; see [`Files`].
-///
-/// The usual limit of a process is 1,024 descriptors, and a file system needs a
-/// few for itself and for every file that is open through it.
-const OPEN_FILES: NonZeroUsize = NonZeroUsize::new(768).expect("not zero");
+/// How many files of a chain are kept open, if the process may open twice as
+/// many: the other half is for requests under way and whoever else needs some.
+const OPEN_FILES: u64 = 2048;
 
 /// The number of a snapshot in its chain: its position in [`Chain::snapshots`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SnapshotId(u32);
 
 impl SnapshotId {
-    fn at(position: usize) -> Self {
+    pub(super) fn at(position: usize) -> Self {
         Self(u32::try_from(position).expect("fewer snapshots than 2^32"))
     }
 
@@ -52,6 +52,7 @@ pub struct Snapshot {
 #[derive(Debug)]
 pub struct Chain {
     snapshots: Vec<Snapshot>,
+    unfinished: Vec<PathBuf>,
     files: Files,
     indexes: IndexCache,
 }
@@ -68,12 +69,15 @@ impl Chain {
     pub fn open(path: &Path) -> Result<Self> {
         let root = canonical(path)?;
         let mut found = Discovery::default();
+        let mut unfinished = Vec::new();
         if has_inventory(&root) {
             found.enter(root);
         } else {
             for dir in directories(&root)? {
                 if has_inventory(&dir) {
                     found.enter(dir);
+                } else if has_images(&dir) {
+                    unfinished.push(dir);
                 }
             }
         }
@@ -84,7 +88,8 @@ impl Chain {
         found.break_circles();
         Ok(Self {
             snapshots: found.sorted(),
-            files: Files::new(OPEN_FILES),
+            unfinished,
+            files: Files::new(open_files()),
             indexes: IndexCache::default(),
         })
     }
@@ -92,6 +97,12 @@ impl Chain {
     /// Returns all snapshots, each after its parent.
     pub fn snapshots(&self) -> &[Snapshot] {
         &self.snapshots
+    }
+
+    /// Returns the directories beside the snapshots that hold images but no
+    /// inventory: what is left of dumps that failed.
+    pub fn unfinished(&self) -> &[PathBuf] {
+        &self.unfinished
     }
 
     /// Returns the numbers of all snapshots, in the same order.
@@ -180,6 +191,13 @@ impl Chain {
     }
 }
 
+/// Returns how many files to keep open.
+fn open_files() -> NonZeroUsize {
+    let (allowed, _) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or((1024, 1024));
+    let half = usize::try_from((allowed / 2).min(OPEN_FILES)).unwrap_or(0);
+    NonZeroUsize::new(half).unwrap_or(NonZeroUsize::MIN)
+}
+
 /// Orders names as people do: numbers in them by their value.
 pub(crate) fn natural(a: &str, b: &str) -> Ordering {
     let (mut a, mut b) = (a, b);
@@ -216,6 +234,16 @@ fn canonical(path: &Path) -> Result<PathBuf> {
 
 fn has_inventory(dir: &Path) -> bool {
     dir.join(Kind::Inventory.file_name(0)).is_file()
+}
+
+/// Whether a directory has pagemaps or cores, which a dump writes first.
+fn has_images(dir: &Path) -> bool {
+    let image = |entry: io::Result<fs::DirEntry>| {
+        let name = entry.ok()?.file_name();
+        let (desc, _) = desc::by_file_name(name.to_str()?)?;
+        Some(matches!(desc.kind, Kind::Pagemap | Kind::ShmemPagemap | Kind::Core))
+    };
+    fs::read_dir(dir).is_ok_and(|mut entries| entries.any(|entry| image(entry) == Some(true)))
 }
 
 fn directories(root: &Path) -> Result<Vec<PathBuf>> {

@@ -7,6 +7,7 @@
 //! needed.
 
 mod cache;
+mod check;
 mod content;
 mod diff;
 mod error;
@@ -17,7 +18,12 @@ mod links;
 mod memory;
 mod overlay;
 mod summary;
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
 
+pub use check::{Finding, Severity, check};
 pub use content::{Content, Run, Source, read_at};
 pub use diff::{Difference, MemoryDiff, diff};
 pub use error::{ChainError, LinkError, Result};

@@ -12,10 +12,12 @@ mod framing;
 pub mod pagemap;
 pub mod payload;
 pub mod proto;
+mod verify;
 mod wire;
 
-pub use desc::{Desc, Kind};
+pub use desc::{Body, Desc, Kind};
 pub use document::Document;
 pub use error::{ImageError, Result};
 pub use framing::{ImageReader, ImageWriter, Prologue, read_all, read_one};
 pub use pagemap::{MemoryId, Pagemap, PagemapEntry, PagemapReader, PagemapWriter, Presence};
+pub use verify::verify;

@@ -50,4 +50,12 @@ pub enum ViewError {
         /// Why.
         source: std::io::Error,
     },
+    /// A file or directory could not be written.
+    #[error("write {path}", path = .path.display())]
+    Write {
+        /// The file or directory.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
 }

@@ -6,6 +6,7 @@
 
 mod error;
 mod flat;
+mod flatten;
 mod seek;
 mod tree;
 mod whole_file;
@@ -17,6 +18,7 @@ use std::{
 };
 
 pub use error::{Result, ViewError};
+pub use flatten::flatten;
 pub use seek::seek;
 pub use tree::{DirEntry, Ino, ROOT, View};
 pub use whole_file::WholeFile;

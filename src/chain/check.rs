@@ -1,0 +1,351 @@
+//! Everything that can be wrong with a chain.
+
+use std::{
+    collections::BTreeMap,
+    fmt, fs,
+    path::{Path, PathBuf},
+};
+
+use super::{
+    Chain, ChainError, Result, SnapshotId, holes,
+    index::piece,
+    overlay::{self, Piece, PiecePlace},
+};
+use crate::{
+    image::{
+        Body, ImageError, Kind, MemoryId, PagemapReader, Presence, desc, proto, read_all, verify,
+    },
+    units::{PAGE_SIZE, PageIndex, page_bytes},
+};
+
+/// How many findings of one sort are told of one memory; the rest is counted.
+const TOLD: usize = 8;
+
+/// How bad a finding is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Severity {
+    /// Nothing is lost, but somebody should know.
+    Note,
+    /// Something cannot be restored, or not be trusted.
+    Error,
+}
+
+/// One thing that is wrong.
+#[derive(Clone, Debug)]
+pub struct Finding {
+    /// How bad it is.
+    pub severity: Severity,
+    /// The image directory.
+    pub dir: PathBuf,
+    /// The memory that it is about, if it is about one.
+    pub memory: Option<MemoryId>,
+    /// The page where it begins, if it is about pages.
+    pub first: Option<PageIndex>,
+    /// What it is.
+    pub problem: String,
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let severity = match self.severity {
+            Severity::Note => "note",
+            Severity::Error => "error",
+        };
+        write!(f, "{severity}: {}", self.dir.display())?;
+        if let Some(memory) = self.memory {
+            write!(f, ": {memory}")?;
+        }
+        if let Some(first) = self.first {
+            write!(f, " at {first}")?;
+        }
+        write!(f, ": {}", self.problem)
+    }
+}
+
+/// Looks at every file of every snapshot of a chain and returns what is wrong,
+/// snapshot by snapshot.
+///
+/// # Errors
+/// Only what keeps it from looking; what is wrong with what it sees is a
+/// finding.
+pub fn check(chain: &Chain) -> Result<Vec<Finding>> {
+    let mut findings = Vec::new();
+    for dir in chain.unfinished() {
+        findings.push(Finding {
+            severity: Severity::Error,
+            dir: dir.clone(),
+            memory: None,
+            first: None,
+            problem: "it holds images but no inventory.img: a dump that was not finished"
+                .to_owned(),
+        });
+    }
+    for id in chain.ids() {
+        let mut check = Check { chain, id, findings: &mut findings };
+        check.snapshot()?;
+    }
+    Ok(findings)
+}
+
+struct Check<'a> {
+    chain: &'a Chain,
+    id: SnapshotId,
+    findings: &'a mut Vec<Finding>,
+}
+
+impl Check<'_> {
+    fn dir(&self) -> &Path {
+        &self.chain.snapshot(self.id).dir
+    }
+
+    fn tell(
+        &mut self,
+        severity: Severity,
+        memory: Option<MemoryId>,
+        first: Option<PageIndex>,
+        problem: String,
+    ) {
+        let dir = self.dir().to_owned();
+        self.findings.push(Finding { severity, dir, memory, first, problem });
+    }
+
+    fn error(&mut self, problem: String) {
+        self.tell(Severity::Error, None, None, problem);
+    }
+
+    fn snapshot(&mut self) -> Result<()> {
+        if let Err(link) = &self.chain.snapshot(self.id).parent {
+            let problem = link.to_string();
+            self.error(problem);
+        }
+        self.images()?;
+        self.processes();
+        let mut claims = BTreeMap::new();
+        for memory in self.chain.memories(self.id)? {
+            if let Some(pages_id) = self.memory(memory)
+                && let Some(other) = claims.insert(pages_id, memory)
+            {
+                let problem = format!("{other} claims {} as well", Kind::Pages.file_name(pages_id));
+                self.tell(Severity::Error, Some(memory), None, problem);
+            }
+        }
+        for stray in self.pages_files()?.into_iter().filter(|id| !claims.contains_key(id)) {
+            let problem = format!("no pagemap claims {}", Kind::Pages.file_name(stray));
+            self.tell(Severity::Note, None, None, problem);
+        }
+        Ok(())
+    }
+
+    /// Returns the names of the files in the directory, sorted.
+    fn file_names(&self) -> Result<Vec<String>> {
+        let dir = self.dir();
+        let failed = |source| ChainError::Directory { path: dir.to_owned(), source };
+        let mut names = Vec::new();
+        for entry in fs::read_dir(dir).map_err(failed)? {
+            names.extend(entry.map_err(failed)?.file_name().into_string());
+        }
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    fn pages_files(&self) -> Result<Vec<u64>> {
+        let number = |name: &String| match desc::by_file_name(name)? {
+            (desc, number) if desc.kind == Kind::Pages => Some(number),
+            _ => None,
+        };
+        Ok(self.file_names()?.iter().filter_map(number).collect())
+    }
+
+    /// Decodes every image to its end, but for pagemaps, which are next.
+    fn images(&mut self) -> Result<()> {
+        for name in self.file_names()? {
+            let Some((desc, _)) = desc::by_file_name(&name) else { continue };
+            if matches!(desc.body, Body::Raw | Body::Pagemap) {
+                continue;
+            }
+            if let Err(error) = verify(&self.dir().join(&name), desc.kind) {
+                self.error(with_sources(&error));
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks that every process of the tree has what a restore reads first.
+    fn processes(&mut self) {
+        let path = self.chain.image_path(self.id, Kind::Pstree, 0);
+        let tree = match read_all::<proto::PstreeEntry>(&path, Kind::Pstree) {
+            Ok(tree) => tree,
+            Err(ImageError::Open { source, .. })
+                if source.kind() == std::io::ErrorKind::NotFound =>
+            {
+                return; // a pre-dump
+            }
+            Err(_) => return, // told among the images
+        };
+        for process in &tree {
+            for task in process.threads.iter().copied().chain([process.pid]) {
+                let name = Kind::Core.file_name(task.into());
+                if !self.dir().join(&name).exists() {
+                    let pid = process.pid;
+                    self.error(format!("process {pid} is in pstree.img, but there is no {name}"));
+                }
+            }
+        }
+    }
+
+    /// Checks one memory and returns the number of the pages file it claims.
+    fn memory(&mut self, memory: MemoryId) -> Option<u64> {
+        let tell = |check: &mut Self, error: &ImageError| {
+            check.tell(Severity::Error, Some(memory), None, with_sources(error));
+        };
+        let mut reader = match PagemapReader::open(&self.dir().join(memory.pagemap_name())) {
+            Ok(reader) => reader,
+            Err(error) => {
+                tell(self, &error);
+                return None;
+            }
+        };
+        let mut pieces = Vec::new();
+        let mut present = 0;
+        for entry in reader.by_ref() {
+            match entry {
+                Ok(entry) => {
+                    overlay::push(&mut pieces, piece(0, present, &entry));
+                    present += if entry.presence == Presence::Present { entry.pages } else { 0 };
+                }
+                Err(error) => {
+                    tell(self, &error);
+                    break;
+                }
+            }
+        }
+        let pages_id = u64::from(reader.pages_id());
+        self.pages_file(memory, pages_id, &pieces, present);
+        self.absent(memory, &pieces);
+        self.parents(memory, pieces);
+        Some(pages_id)
+    }
+
+    fn absent(&mut self, memory: MemoryId, pieces: &[Piece]) {
+        let absent = pieces.iter().filter(|piece| piece.place == PiecePlace::Absent);
+        let absent: Vec<&Piece> = absent.collect();
+        self.some(memory, &absent, |piece| {
+            format!("{} pages are in no image: the dump left them with its source", piece.pages)
+        });
+    }
+
+    /// Checks that the parent accounts for every page that is asked of it. What
+    /// the parent in turn asks of its own is checked when it is its turn.
+    fn parents(&mut self, memory: MemoryId, pieces: Vec<Piece>) {
+        if pieces.iter().all(|piece| piece.place != PiecePlace::Parent) {
+            return;
+        }
+        let parent = match self.chain.snapshot(self.id).parent {
+            Ok(Some(parent)) => parent,
+            Ok(None) => {
+                let asking = pieces.into_iter().filter(|piece| piece.place == PiecePlace::Parent);
+                let asking: Vec<Piece> = asking.collect();
+                self.some(memory, &asking.iter().collect::<Vec<_>>(), |piece| {
+                    format!("{} pages are said to be in the parent, but there is none", piece.pages)
+                });
+                return;
+            }
+            Err(_) => return, // told already
+        };
+        let path = self.chain.snapshot(parent).dir.join(memory.pagemap_name());
+        let mut below = Vec::new();
+        match PagemapReader::open(&path) {
+            Ok(reader) => {
+                // What it has up to an error, which is told when it is its turn.
+                for entry in reader.map_while(|entry| entry.ok()) {
+                    overlay::push(&mut below, piece(1, 0, &entry));
+                }
+            }
+            Err(ImageError::Open { source, .. })
+                if source.kind() == std::io::ErrorKind::NotFound => {}
+            Err(_) => return,
+        }
+        let merged = overlay::merge(vec![pieces, below]);
+        let missing =
+            merged.iter().filter(|piece| matches!(piece.place, PiecePlace::Missing { .. }));
+        self.some(memory, &missing.collect::<Vec<_>>(), |piece| {
+            let path = path.display();
+            format!(
+                "{} pages are said to be in the parent, but {path} has no entry for them",
+                piece.pages
+            )
+        });
+    }
+
+    /// Tells of the first of many findings, and how many more there are.
+    fn some(&mut self, memory: MemoryId, pieces: &[&Piece], problem: impl Fn(&Piece) -> String) {
+        for piece in pieces.iter().take(TOLD) {
+            self.tell(Severity::Error, Some(memory), Some(piece.first), problem(piece));
+        }
+        if let Some(more @ 1..) = pieces.len().checked_sub(TOLD) {
+            let first = pieces.get(TOLD).map(|piece| piece.first);
+            self.tell(Severity::Error, Some(memory), first, format!("and {more} more of these"));
+        }
+    }
+
+    /// Checks that a pages file holds just the pages that its pagemap says.
+    fn pages_file(&mut self, memory: MemoryId, pages_id: u64, pieces: &[Piece], present: u64) {
+        let name = Kind::Pages.file_name(pages_id);
+        let path = self.dir().join(&name);
+        let wanted = page_bytes(present);
+        let address = |file_page: u64| {
+            pieces.iter().find_map(|piece| match piece.place {
+                PiecePlace::Stored { file_page: start, .. }
+                    if (start..start + piece.pages).contains(&file_page) =>
+                {
+                    Some(PageIndex(piece.first.0 + (file_page - start)))
+                }
+                _ => None,
+            })
+        };
+        let found = (|| {
+            let file = self.chain.files().get(self.chain.files().enter(&path))?;
+            let len = file.metadata()?.len();
+            Ok::<_, ChainError>((len, holes::in_file(&file, 0, wanted)?))
+        })();
+        let (len, holes) = match found {
+            Ok(found) => found,
+            Err(ChainError::Open { source, .. })
+                if present == 0 && source.kind() == std::io::ErrorKind::NotFound =>
+            {
+                return; // nothing is asked of it
+            }
+            Err(error) => {
+                self.tell(Severity::Error, Some(memory), address(0), with_sources(&error));
+                return;
+            }
+        };
+        if len < wanted {
+            let problem = format!("{name} is cut short: it has {len} bytes, expected {wanted}");
+            self.tell(Severity::Error, Some(memory), address(len / PAGE_SIZE), problem);
+        } else if len > wanted {
+            let problem = format!("{name} has {len} bytes, its pagemap accounts for {wanted} only");
+            self.tell(Severity::Error, Some(memory), None, problem);
+        }
+        if let Some(hole) = holes.first() {
+            let pages: u64 = holes.iter().map(|hole| (hole.end - hole.start) / PAGE_SIZE).sum();
+            let problem = format!(
+                "{pages} pages are holes in {name} and read as zero: if a deduplication freed \
+                 them, this snapshot can no longer be restored, only its descendants"
+            );
+            self.tell(Severity::Note, Some(memory), address(hole.start / PAGE_SIZE), problem);
+        }
+    }
+}
+
+/// Returns an error with everything that caused it.
+fn with_sources(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}

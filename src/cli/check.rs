@@ -1,0 +1,71 @@
+//! `imgfs check`: what is wrong with a chain.
+
+use std::{io::Write, path::PathBuf};
+
+use serde_json::json;
+
+use crate::chain::{Chain, Finding, Severity, check};
+
+/// Look for everything that can be wrong with a chain.
+///
+/// Every image of every snapshot is decoded, every page that is said to be in a
+/// parent is looked up there, and every pages file is compared with its
+/// pagemap. What is found is printed with directory, memory and address; the
+/// exit status is 1 if any of it is an error rather than a note.
+#[derive(Debug, clap::Args)]
+pub struct CheckArgs {
+    /// An image directory, or a directory of image directories
+    chain: PathBuf,
+    /// Print JSON instead of lines
+    #[arg(long)]
+    json: bool,
+}
+
+/// Checks a chain; false if something is wrong.
+///
+/// # Errors
+/// A place without images, and what keeps the output from being written.
+pub fn run(args: &CheckArgs, out: &mut dyn Write) -> anyhow::Result<bool> {
+    let chain = Chain::open(&args.chain)?;
+    let findings = check(&chain)?;
+    let errors = findings.iter().filter(|finding| finding.severity == Severity::Error).count();
+    if args.json {
+        let document = json!({
+            "snapshots": chain.snapshots().len(),
+            "errors": errors,
+            "findings": findings.iter().map(document).collect::<Vec<_>>(),
+        });
+        serde_json::to_writer_pretty(&mut *out, &document)?;
+        writeln!(out)?;
+    } else {
+        for finding in &findings {
+            writeln!(out, "{finding}")?;
+        }
+        let notes = findings.len() - errors;
+        writeln!(
+            out,
+            "{}: {}, {}",
+            counted(chain.snapshots().len(), "snapshot"),
+            counted(errors, "error"),
+            counted(notes, "note")
+        )?;
+    }
+    Ok(errors == 0)
+}
+
+fn counted(count: usize, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
+}
+
+fn document(finding: &Finding) -> serde_json::Value {
+    json!({
+        "severity": match finding.severity {
+            Severity::Note => "note",
+            Severity::Error => "error",
+        },
+        "directory": finding.dir.to_string_lossy(),
+        "memory": finding.memory.map(super::memory_document),
+        "address": finding.first.map(|first| format!("{:#x}", first.address())),
+        "problem": finding.problem,
+    })
+}

@@ -1,0 +1,97 @@
+//! `imgfs diff`: which pages differ between two snapshots.
+
+use std::{io::Write, path::PathBuf};
+
+use serde_json::json;
+
+use crate::{
+    chain::{Chain, MemoryDiff, diff},
+    units::PageIndex,
+};
+
+/// Show which pages of which memory differ between two snapshots.
+///
+/// Pages that both snapshots find in the same place of the chain are the same;
+/// the bytes of others are compared. A page that one of them does not hold is
+/// zero. Like diff(1), the exit status is 0 if nothing differs, 1 if something
+/// does, and 2 on failure.
+#[derive(Debug, clap::Args)]
+pub struct DiffArgs {
+    /// An image directory, or a directory of image directories
+    chain: PathBuf,
+    /// The name of one snapshot
+    a: String,
+    /// The name of the other
+    b: String,
+    /// Print JSON instead of lines
+    #[arg(long)]
+    json: bool,
+    /// Print nothing, only set the exit status
+    #[arg(short, long, conflicts_with = "json")]
+    quiet: bool,
+}
+
+/// Compares two snapshots; true if nothing differs.
+///
+/// # Errors
+/// A place without images, snapshots that are not there, chains that are broken,
+/// and what keeps the output from being written.
+pub fn run(args: &DiffArgs, out: &mut dyn Write) -> anyhow::Result<bool> {
+    let chain = Chain::open(&args.chain)?;
+    let (a, b) = (chain.choose(Some(&args.a))?, chain.choose(Some(&args.b))?);
+    let diffs = diff(&chain, a, b)?;
+    let pages: u64 = diffs.iter().map(MemoryDiff::pages).sum();
+    if args.json {
+        let document = json!({
+            "a": args.a,
+            "b": args.b,
+            "pages": pages,
+            "memories": diffs.iter().map(document).collect::<Vec<_>>(),
+        });
+        serde_json::to_writer_pretty(&mut *out, &document)?;
+        writeln!(out)?;
+    } else if !args.quiet {
+        for diff in &diffs {
+            print(args, diff, out)?;
+        }
+        let compared: u64 = diffs.iter().map(|diff| diff.compared).sum();
+        let same_place: u64 = diffs.iter().map(|diff| diff.same_place).sum();
+        writeln!(
+            out,
+            "{pages} pages differ ({same_place} are in the same place, {compared} were compared)"
+        )?;
+    }
+    Ok(pages == 0)
+}
+
+fn print(args: &DiffArgs, diff: &MemoryDiff, out: &mut dyn Write) -> anyhow::Result<()> {
+    let only = match (diff.only_in_first, diff.only_in_second) {
+        (true, _) => format!(", only in {}", args.a),
+        (_, true) => format!(", only in {}", args.b),
+        _ => String::new(),
+    };
+    if diff.differences.is_empty() && only.is_empty() {
+        return Ok(());
+    }
+    writeln!(out, "{}{only}: {} pages differ", diff.memory, diff.pages())?;
+    for difference in &diff.differences {
+        let end = PageIndex(difference.first.0 + difference.pages);
+        writeln!(out, "  {}-{end}  {}", difference.first, difference.pages)?;
+    }
+    Ok(())
+}
+
+fn document(diff: &MemoryDiff) -> serde_json::Value {
+    let ranges = diff.differences.iter().map(|difference| {
+        json!({ "address": difference.first.to_string(), "pages": difference.pages })
+    });
+    json!({
+        "memory": super::memory_document(diff.memory),
+        "only_in_a": diff.only_in_first,
+        "only_in_b": diff.only_in_second,
+        "pages": diff.pages(),
+        "pages_in_same_place": diff.same_place,
+        "pages_compared": diff.compared,
+        "ranges": ranges.collect::<Vec<_>>(),
+    })
+}

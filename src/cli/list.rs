@@ -1,0 +1,131 @@
+//! `imgfs ls`: the snapshots of a chain.
+
+use std::{io::Write, path::PathBuf, time::SystemTime};
+
+use anyhow::Context as _;
+use indicatif::BinaryBytes;
+use jiff::{Timestamp, Zoned};
+use serde_json::{Value, json};
+
+use crate::chain::{Chain, PageCounts, Snapshot, SnapshotId, Summary};
+
+/// List the snapshots of a chain, each after its parent.
+///
+/// For every snapshot: how many pages of memory it holds itself, how many it
+/// leaves to its parent, how many of its own have been punched out of its
+/// files, what the directory takes on disk, and what the same memory would take
+/// in images without parents.
+#[derive(Debug, clap::Args)]
+pub struct ListArgs {
+    /// An image directory, or a directory of image directories
+    chain: PathBuf,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+const HEADINGS: [&str; 9] = [
+    "NAME", "PARENT", "DATE", "PROCESSES", "PRESENT", "IN-PARENT", "PUNCHED", "ON-DISK", "FLAT",
+];
+
+/// Columns of the table that hold text; the others hold numbers.
+const TEXT_COLUMNS: usize = 3;
+
+/// Lists a chain; false if a snapshot could not be read.
+///
+/// # Errors
+/// A place without images, and what keeps the output from being written.
+pub fn run(args: &ListArgs, out: &mut dyn Write) -> anyhow::Result<bool> {
+    let chain = Chain::open(&args.chain)?;
+    let mut complete = true;
+    let mut listed = Vec::new();
+    for id in chain.ids() {
+        match Summary::of(&chain, id) {
+            Ok(summary) => listed.push((id, summary)),
+            Err(error) => {
+                let name = &chain.snapshot(id).name;
+                super::report(&anyhow::Error::new(error).context(format!("list snapshot {name}")));
+                complete = false;
+            }
+        }
+    }
+    if args.json {
+        let snapshots = listed.iter().map(|(id, summary)| document(&chain, *id, summary));
+        let document = json!({ "snapshots": snapshots.collect::<Result<Vec<_>, _>>()? });
+        serde_json::to_writer_pretty(&mut *out, &document)?;
+        writeln!(out)?;
+        return Ok(complete);
+    }
+    let mut rows = vec![HEADINGS.map(str::to_owned)];
+    for (id, summary) in &listed {
+        rows.push(row(&chain, chain.snapshot(*id), summary)?);
+    }
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
+    let widths: Vec<usize> = (0..HEADINGS.len()).filter_map(width).collect();
+    for row in &rows {
+        let mut line = String::new();
+        for (column, (text, width)) in row.iter().zip(&widths).enumerate() {
+            let gap = if column == 0 { "" } else { "  " };
+            line += &if column < TEXT_COLUMNS {
+                format!("{gap}{text:<width$}")
+            } else {
+                format!("{gap}{text:>width$}")
+            };
+        }
+        writeln!(out, "{line}")?;
+    }
+    Ok(complete)
+}
+
+fn row(chain: &Chain, snapshot: &Snapshot, summary: &Summary) -> anyhow::Result<[String; 9]> {
+    let total = summary.total();
+    let processes = summary.processes.len();
+    Ok([
+        snapshot.name.clone(),
+        match parent(chain, snapshot) {
+            Ok(parent) => parent.unwrap_or("-").to_owned(),
+            Err(_) => "(broken)".to_owned(),
+        },
+        zoned(summary.date)?.strftime("%Y-%m-%d %H:%M:%S").to_string(),
+        if summary.pre_dump { format!("{processes} (pre-dump)") } else { processes.to_string() },
+        total.present.to_string(),
+        total.in_parent.to_string(),
+        total.punched.to_string(),
+        BinaryBytes(summary.disk_bytes).to_string(),
+        BinaryBytes(total.flat_bytes()).to_string(),
+    ])
+}
+
+fn parent<'a>(chain: &'a Chain, snapshot: &Snapshot) -> anyhow::Result<Option<&'a str>> {
+    let parent = snapshot.parent.clone()?;
+    Ok(parent.map(|parent| chain.snapshot(parent).name.as_str()))
+}
+
+fn zoned(time: SystemTime) -> anyhow::Result<Zoned> {
+    Zoned::try_from(time).context("convert the time of an inventory")
+}
+
+fn document(chain: &Chain, id: SnapshotId, summary: &Summary) -> anyhow::Result<Value> {
+    let snapshot = chain.snapshot(id);
+    let parent = parent(chain, snapshot);
+    let counts = |counts: &PageCounts| {
+        json!({
+            "present": counts.present,
+            "in_parent": counts.in_parent,
+            "absent": counts.absent,
+            "punched": counts.punched,
+        })
+    };
+    Ok(json!({
+        "name": snapshot.name,
+        "directory": snapshot.dir.to_string_lossy(),
+        "parent": parent.as_ref().ok(),
+        "parent_error": parent.as_ref().err().map(ToString::to_string),
+        "date": Timestamp::try_from(summary.date)?.to_string(),
+        "pre_dump": summary.pre_dump,
+        "processes": summary.processes,
+        "pages": { "private": counts(&summary.private), "shared": counts(&summary.shared) },
+        "disk_bytes": summary.disk_bytes,
+        "flat_bytes": summary.total().flat_bytes(),
+    }))
+}

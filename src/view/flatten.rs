@@ -1,0 +1,205 @@
+//! A snapshot as an image directory of its own.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
+    path::{Path, PathBuf},
+};
+
+use nix::{errno::Errno, fcntl::copy_file_range};
+
+use super::{NodeType, ROOT, Result, View, ViewError, Whence, seek};
+use crate::{
+    chain::{BackingFile, Content, Run, Source, read_at},
+    image::Kind,
+};
+
+/// Bytes copied at a time, after which progress is told.
+const STEP_BYTES: u64 = 64 << 20;
+
+/// Bytes read at a time where the kernel cannot copy.
+const BUFFER_BYTES: usize = 1 << 20;
+
+/// Permissions of a new image directory: memory is secret.
+const DIRECTORY_MODE: u32 = 0o700;
+
+/// What an inventory is called until all else is on disk.
+const UNFINISHED_INVENTORY: &str = ".inventory.img.unfinished";
+
+/// Writes the flat image directory that is the root of `view` to `out`, which
+/// must not exist or be empty. `progress` is told how many bytes are done, and
+/// of how many.
+///
+/// Everything else is on disk before the inventory appears, so that whatever
+/// happens `out` is complete or no image directory. File systems that can share
+/// blocks between files (btrfs, xfs) are asked to.
+///
+/// # Errors
+/// Whatever keeps the view from being read or `out` from being written. What was
+/// written by then is removed.
+pub fn flatten(view: &View, out: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
+    let made = match fs::DirBuilder::new().mode(DIRECTORY_MODE).create(out) {
+        Ok(()) => true,
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && is_empty(out)? => false,
+        Err(source) => return Err(ViewError::Write { path: out.to_owned(), source }),
+    };
+    let mut written = Vec::new();
+    let result = write_all(view, out, &mut written, progress);
+    if result.is_err() {
+        // The first error is the one to tell.
+        for path in written {
+            let _ = fs::remove_file(path);
+        }
+        if made {
+            let _ = fs::remove_dir(out);
+        }
+    }
+    result
+}
+
+fn is_empty(dir: &Path) -> Result<bool> {
+    let failed = |source| ViewError::Write { path: dir.to_owned(), source };
+    if fs::read_dir(dir).map_err(failed)?.next().is_none() {
+        return Ok(true);
+    }
+    Err(failed(io::ErrorKind::DirectoryNotEmpty.into()))
+}
+
+/// Writes all files, recording in `written` which ones were created.
+fn write_all(
+    view: &View,
+    out: &Path,
+    written: &mut Vec<PathBuf>,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<()> {
+    let (_, entries) = view.entries(ROOT)?;
+    let files: Vec<_> = entries.iter().filter(|entry| entry.kind == NodeType::File).collect();
+    let mut total = 0;
+    for file in &files {
+        total += view.attr(file.ino)?.blocks * super::BLOCK_BYTES;
+    }
+    let mut done = 0;
+    let mut step = |bytes| {
+        done += bytes;
+        progress(done.min(total), total);
+    };
+    let inventory = Kind::Inventory.file_name(0);
+    let unfinished = out.join(UNFINISHED_INVENTORY);
+    for file in files {
+        let path = if file.name == inventory { unfinished.clone() } else { out.join(&file.name) };
+        let failed = |source| ViewError::Write { path: path.clone(), source };
+        let target = File::options().write(true).create_new(true).mode(0o600).open(&path);
+        let target = Target { file: target.map_err(failed)?, path: &path };
+        written.push(path.clone());
+        let attr = view.attr(file.ino)?;
+        copy(&*view.open(file.ino)?.content, &target, &mut step)?;
+        // Like cp: the owner may write what is now a copy.
+        let mode = fs::Permissions::from_mode(u32::from(attr.mode) | 0o200);
+        target.file.set_permissions(mode).map_err(failed)?;
+        target.file.sync_all().map_err(failed)?;
+    }
+    let failed = |source| ViewError::Write { path: out.to_owned(), source };
+    let sync = |dir: &Path| File::open(dir).and_then(|dir| dir.sync_all());
+    sync(out).map_err(failed)?;
+    let inventory = out.join(inventory);
+    written.push(inventory.clone());
+    fs::rename(&unfinished, &inventory).map_err(failed)?;
+    sync(out).map_err(failed)?;
+    let above = out.parent().filter(|path| !path.as_os_str().is_empty());
+    sync(above.unwrap_or(Path::new("."))).map_err(failed)
+}
+
+/// A file that is being written.
+struct Target<'a> {
+    file: File,
+    path: &'a Path,
+}
+
+impl Target<'_> {
+    fn failed(&self, source: io::Error) -> ViewError {
+        ViewError::Write { path: self.path.to_owned(), source }
+    }
+}
+
+/// Copies `content`, leaving its holes holes.
+fn copy(content: &dyn Content, target: &Target, step: &mut impl FnMut(u64)) -> Result<()> {
+    target.file.set_len(content.len()).map_err(|source| target.failed(source))?;
+    let mut runs = Vec::new();
+    let mut next = 0;
+    while let Some(data) = seek(content, next, Whence::Data)? {
+        let end = seek(content, data, Whence::Hole)?.unwrap_or(content.len());
+        next = data;
+        while next < end {
+            let len = STEP_BYTES.min(end - next);
+            runs.clear();
+            content.runs(next, len, &mut runs)?;
+            for run in &runs {
+                copy_run(content, run, next, target)?;
+                next += run.len;
+            }
+            step(len);
+        }
+    }
+    Ok(())
+}
+
+fn copy_run(content: &dyn Content, run: &Run, offset: u64, target: &Target) -> Result<()> {
+    match &run.source {
+        Source::Zero => Ok(()),
+        Source::File(file, start) => {
+            let copied = copy_in_kernel(file, *start, offset, run.len, target)?;
+            copy_through_buffer(content, offset + copied, run.len - copied, target)
+        }
+        Source::Bytes(..) | Source::Lost(_) => {
+            copy_through_buffer(content, offset, run.len, target)
+        }
+    }
+}
+
+/// Lets the kernel copy, which may share blocks instead, and returns how many
+/// bytes it did: not all where it cannot, or where `from` ends too early.
+fn copy_in_kernel(
+    from: &BackingFile,
+    start: u64,
+    offset: u64,
+    len: u64,
+    target: &Target,
+) -> Result<u64> {
+    let position = |offset: u64| {
+        i64::try_from(offset).map_err(|_| target.failed(io::ErrorKind::FileTooLarge.into()))
+    };
+    let (mut from_at, mut to_at) = (position(start)?, position(offset)?);
+    let mut copied = 0;
+    while copied < len {
+        let rest = usize::try_from(len - copied).unwrap_or(usize::MAX);
+        let to = &target.file;
+        match copy_file_range(from.file(), Some(&mut from_at), to, Some(&mut to_at), rest) {
+            Ok(0) => break,
+            Ok(count) => copied += count as u64,
+            Err(Errno::EINTR) => {}
+            Err(Errno::EXDEV | Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL) => break,
+            Err(errno) => return Err(target.failed(errno.into())),
+        }
+    }
+    Ok(copied)
+}
+
+fn copy_through_buffer(
+    content: &dyn Content,
+    offset: u64,
+    len: u64,
+    target: &Target,
+) -> Result<()> {
+    use std::os::unix::fs::FileExt;
+    let mut buffer = Vec::new();
+    let mut done = 0;
+    while done < len {
+        let count = usize::try_from(len - done).unwrap_or(usize::MAX).min(BUFFER_BYTES);
+        buffer.resize(count, 0);
+        read_at(content, offset + done, &mut buffer)?;
+        target.file.write_all_at(&buffer, offset + done).map_err(|source| target.failed(source))?;
+        done += count as u64;
+    }
+    Ok(())
+}
