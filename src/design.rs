@@ -1,1 +1,49 @@
-//! design
+//! How the programs are built, and what holds at all times.
+//!
+//! # Images and chains
+//!
+//! An image directory holds a *snapshot*: the state of a tree of processes. Its
+//! link `parent` leads to the snapshot before it. A *memory* is the private
+//! memory of a process or a shared object; its *pagemap* says of each page that
+//! it is in the pages file of the same directory, in the parent, or in no image.
+//! A page that no entry covers is zero.
+//!
+//! A pagemap is a partial function from pages to places in which `PARENT`
+//! stands for the function below. Laying one over another is associative.
+//! [`crate::chain::Index`] uses that: it merges the pagemaps of a chain in
+//! halves of equal weight, each merge being one pass over two sorted arrays. So
+//! the cost is the number of entries times a logarithm, and a thousand layers
+//! cost what one with the same entries does. A page that a layer sends to its
+//! parent and that the parent does not account for is kept as *missing* while
+//! merging, since a newer layer may have it; only if none has is it an error.
+//!
+//! # Bytes
+//!
+//! All that is shown is a [`crate::chain::Content`]: a function from a range to
+//! *runs*, each in one file, in memory, a hole, or lost. Reading, seeking holes,
+//! flattening and FUSE stand on that alone. Runs that lie in a row in one file
+//! are read by one `preadv(2)`, however they are scattered over the buffer.
+//! Backing files are read, not mapped, wherever bytes are touched in user space:
+//! a file that shrinks is a short read and not a SIGBUS. Files are opened when
+//! first needed and closed by an LRU bound; one that was replaced since it was
+//! first opened is an error.
+//!
+//! # The view
+//!
+//! [`crate::view::View`] is the tree of a mount, without FUSE: names, attributes
+//! and contents. Listing a directory reads names and pagemap heads. An index is
+//! built at the first look at a file that needs it, and kept in an LRU cache
+//! bounded by the number of extents. Inode numbers are hashes of paths, so that
+//! they are the same in every mount.
+//!
+//! # Invariants
+//!
+//! - Image bytes are untrusted: no length is believed before the file has shown
+//!   that many bytes, and whatever contradicts itself is an error that names
+//!   file, memory and address.
+//! - A page is never answered with another page's bytes or with zeros that
+//!   nobody stored: what cannot be found is an error.
+//! - An image directory that is written has its inventory last, after everything
+//!   else is on disk; a directory without one is not a snapshot.
+//! - `image`, `chain` and `view` know neither FUSE nor privileges: they are
+//!   built and tested as an ordinary user.
