@@ -9,6 +9,7 @@ pub mod document;
 pub mod dynamic;
 mod error;
 mod framing;
+pub mod json;
 pub mod pagemap;
 pub mod payload;
 pub mod proto;

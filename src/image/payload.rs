@@ -52,7 +52,7 @@ pub(super) const PAYLOAD: &str = "payload";
 /// Bytes of one semaphore's value.
 pub(super) const SEMAPHORE_BYTES: u64 = 2;
 /// The name of the semaphores' values.
-pub(super) const SEMAPHORES: &str = "values";
+pub(super) const SEMAPHORES: &str = "semaphores";
 
 impl Layout {
     /// No bytes at all.

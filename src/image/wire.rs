@@ -12,9 +12,9 @@ const DEPTH_LIMIT: u32 = 32;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Value<'a> {
     Varint(u64),
-    Fixed64,
+    Fixed64(u64),
     Bytes(&'a [u8]),
-    Fixed32,
+    Fixed32(u32),
 }
 
 /// Takes the next field off `bytes`; `None` if they are not a valid field.
@@ -23,12 +23,20 @@ pub(super) fn field<'a>(bytes: &mut &'a [u8]) -> Option<(u32, Value<'a>)> {
     let number = u32::try_from(key >> 3).ok().filter(|number| *number != 0)?;
     let value = match key & 7 {
         0 => Value::Varint(varint(bytes)?),
-        1 => take(bytes, 8).map(|_| Value::Fixed64)?,
+        1 => {
+            let (head, tail) = bytes.split_first_chunk()?;
+            *bytes = tail;
+            Value::Fixed64(u64::from_le_bytes(*head))
+        }
         2 => {
             let length = varint(bytes)?;
             Value::Bytes(take(bytes, length)?)
         }
-        5 => take(bytes, 4).map(|_| Value::Fixed32)?,
+        5 => {
+            let (head, tail) = bytes.split_first_chunk()?;
+            *bytes = tail;
+            Value::Fixed32(u32::from_le_bytes(*head))
+        }
         _ => return None,
     };
     Some((number, value))
