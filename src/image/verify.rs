@@ -2,25 +2,43 @@
 
 use std::path::Path;
 
-use super::{Document, ImageError, Kind, Result, desc::Body, document::Content};
+use super::{
+    ImageReader, Kind, Result,
+    dynamic::EntryReader,
+    payload::{Layout, Stretch},
+};
 
 /// Decodes an image to its end without keeping it.
 ///
 /// # Errors
 /// Whatever is wrong with it first, another kind than `kind` included.
 pub fn verify(path: &Path, kind: Kind) -> Result<()> {
-    let document = Document::read(path)?;
-    if document.desc().magic != kind.desc().magic {
-        return Err(ImageError::Magic {
-            path: path.to_owned(),
-            found: document.desc().magic,
-            expected: format!("{:#010x} ({})", kind.desc().magic, kind.desc().name),
-        });
-    }
-    match (&document.content, kind.desc().body) {
-        (Content::Entries(entries), Body::One(_)) if entries.len() != 1 => {
-            Err(ImageError::Count { path: path.to_owned(), found: entries.len().min(2) })
+    let image = ImageReader::open_kind(path, kind)?;
+    let Ok(mut reader) = EntryReader::new(image) else {
+        return Ok(()); // no entries, only bytes
+    };
+    while let Some((_, layout)) = reader.next_entry()? {
+        match layout {
+            Layout::Rest => break,
+            Layout::Stretches(stretches) => {
+                for stretch in &stretches {
+                    skip(&mut reader, stretch)?;
+                }
+            }
+            Layout::Framed(framed) => {
+                let mut read = 0;
+                while reader.more_framed(&framed, read)? {
+                    let message = reader.next_framed(&framed)?;
+                    skip(&mut reader, &framed.stretch(&message))?;
+                    read += 1;
+                }
+            }
         }
-        _ => Ok(()),
     }
+    Ok(())
+}
+
+fn skip<R: std::io::BufRead>(reader: &mut EntryReader<R>, stretch: &Stretch) -> Result<()> {
+    reader.image().skip(stretch.length, stretch.name)?;
+    reader.image().skip(stretch.padding, "padding")
 }

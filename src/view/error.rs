@@ -58,4 +58,12 @@ pub enum ViewError {
         /// Why.
         source: std::io::Error,
     },
+    /// An image whose text would be too long to hold in memory.
+    #[error("the text of {path} would be longer than {limit} bytes: use rcriu show", path = .path.display())]
+    TooLong {
+        /// The image.
+        path: PathBuf,
+        /// The longest text that is made.
+        limit: usize,
+    },
 }

@@ -7,6 +7,7 @@
 mod error;
 mod flat;
 mod flatten;
+mod json;
 mod seek;
 mod tree;
 mod whole_file;

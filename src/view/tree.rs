@@ -9,7 +9,9 @@ use std::{
 
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::{Attr, BLOCK_BYTES, NodeType, OpenFile, Result, ViewError, WholeFile, attr_of, flat};
+use super::{
+    Attr, BLOCK_BYTES, NodeType, OpenFile, Result, ViewError, WholeFile, attr_of, flat, json,
+};
 use crate::{
     chain::{Chain, ChainError, Content, FlatPages, SnapshotId},
     image::{Kind, MemoryId, PagemapReader},
@@ -38,10 +40,11 @@ pub struct DirEntry {
 /// The directories of a snapshot that show it to people and ordinary tools.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Group {
+    Json,
     Shmem,
 }
 
-const GROUPS: [(&str, Group); 1] = [("shmem", Group::Shmem)];
+const GROUPS: [(&str, Group); 2] = [("json", Group::Json), ("shmem", Group::Shmem)];
 
 /// What a node shows.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,6 +63,8 @@ enum What {
     Pages(SnapshotId, MemoryId),
     /// The bytes of a shared object.
     Shmem(SnapshotId, u64),
+    /// An image of the snapshot's directory as text.
+    Json(SnapshotId, Box<What>, String),
 }
 
 impl What {
@@ -170,7 +175,8 @@ impl View {
     /// # Errors
     /// [`ViewError::IsADirectory`], and what keeps it from being read.
     pub fn open(&self, ino: Ino) -> Result<OpenFile> {
-        self.open_node(&*self.node(ino)?)
+        let node = self.node(ino)?;
+        self.open_what(&node.what, &node.name)
     }
 
     fn node(&self, ino: Ino) -> Result<Arc<Node>> {
@@ -193,6 +199,7 @@ impl View {
                 .ids()
                 .map(|id| (self.chain.snapshot(id).name.clone(), What::Snapshot(id)))
                 .collect(),
+            What::Group(id, Group::Json) => self.json_children(*id)?,
             What::Group(id, Group::Shmem) => self.shmem_children(*id)?,
             _ => return Err(ViewError::NotADirectory { path: dir.path.clone() }),
         };
@@ -249,6 +256,15 @@ impl View {
         Ok(shared.collect())
     }
 
+    fn json_children(&self, id: SnapshotId) -> Result<Vec<(String, What)>> {
+        let images = self.snapshot_children(id, false)?.into_iter();
+        let text = |(image, what): (String, What)| {
+            let name = json::name(&image)?;
+            (what.kind() == NodeType::File).then(|| (name, What::Json(id, Box::new(what), image)))
+        };
+        Ok(images.filter_map(text).collect())
+    }
+
     fn node_attr(&self, node: &Node) -> Result<Attr> {
         if node.what.kind() == NodeType::File && !matches!(node.what, What::Image(_)) {
             let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
@@ -256,7 +272,7 @@ impl View {
                 return Ok(attr.clone());
             }
         }
-        let origin = self.origin(node);
+        let origin = self.origin(&node.what, &node.name);
         let meta = fs::metadata(&origin)
             .map_err(|source| ViewError::Attributes { path: origin, source })?;
         let mut attr = attr_of(node.ino, node.what.kind(), &meta);
@@ -274,7 +290,7 @@ impl View {
             }
             _ => {}
         }
-        let content = self.open_node(node)?.content;
+        let content = self.open_what(&node.what, &node.name)?.content;
         attr.size = content.len();
         attr.blocks = content.allocated().div_ceil(BLOCK_BYTES);
         attr.mode &= 0o444;
@@ -285,12 +301,13 @@ impl View {
 
     /// Returns the file or directory on disk that gives a node its owner, mode
     /// and times.
-    fn origin(&self, node: &Node) -> PathBuf {
+    fn origin(&self, what: &What, name: &str) -> PathBuf {
         let dir = |id: SnapshotId| &self.chain.snapshot(id).dir;
-        match &node.what {
+        match what {
             What::Snapshot(id) | What::Group(id, _) => dir(*id).clone(),
             What::Snapshots => dir(self.tip).clone(),
-            What::Image(id) => dir(*id).join(&node.name),
+            What::Image(id) => dir(*id).join(name),
+            What::Json(_, image, name) => self.origin(image, name),
             What::Pagemap(id, memory) | What::Pages(id, memory) => {
                 dir(*id).join(memory.pagemap_name())
             }
@@ -298,20 +315,21 @@ impl View {
         }
     }
 
-    fn open_node(&self, node: &Node) -> Result<OpenFile> {
+    /// Opens what a file called `name` shows.
+    fn open_what(&self, what: &What, name: &str) -> Result<OpenFile> {
         let chain = &self.chain;
-        match &node.what {
+        match what {
             What::Snapshot(_) | What::Group(..) | What::Snapshots => {
-                Err(ViewError::IsADirectory { path: node.path.clone() })
+                Err(ViewError::IsADirectory { path: name.to_owned() })
             }
             What::Image(_) => {
-                let file = chain.files().get(chain.files().enter(&self.origin(node)))?;
+                let file = chain.files().get(chain.files().enter(&self.origin(what, name)))?;
                 let content = Arc::new(WholeFile::new(Arc::clone(&file))?);
                 Ok(OpenFile { content, whole: Some(file) })
             }
             What::Pagemap(id, memory) => {
                 let index = chain.index(*id, *memory)?;
-                let content = flat::pagemap(&self.origin(node), &index)?;
+                let content = flat::pagemap(&self.origin(what, name), &index)?;
                 Ok(OpenFile { content: Arc::new(content), whole: None })
             }
             What::Pages(id, memory) => {
@@ -327,6 +345,11 @@ impl View {
             }
             What::Shmem(id, shmid) => {
                 let content = flat::shmem(chain, *id, *shmid)?;
+                Ok(OpenFile { content: Arc::new(content), whole: None })
+            }
+            What::Json(_, image, name) => {
+                let open = self.open_what(image, name)?;
+                let content = json::render(&self.origin(image, name), &*open.content)?;
                 Ok(OpenFile { content: Arc::new(content), whole: None })
             }
         }

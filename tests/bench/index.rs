@@ -19,12 +19,6 @@ use rcriu::{
 
 const MEMORY: MemoryId = MemoryId::Shared(1);
 
-/// What alternates within a layer, so that no two entries can be joined.
-const PRESENCES: [Presence; 2] = [Presence::Present, Presence::Parent];
-
-/// The same for a chain of one.
-const ABSENCES: [Presence; 2] = [Presence::Present, Presence::Absent];
-
 /// Times that each chain is built; the median counts.
 const RUNS: usize = 7;
 
@@ -97,14 +91,14 @@ fn make(root: &Path, layers: u64, entries: u64) -> Result<(), Box<dyn Error>> {
         if layer == 0 {
             for page in stretch.clone() {
                 let presence =
-                    if layers > 1 { Presence::Present } else { ABSENCES[page as usize % 2] };
+                    if layers > 1 || page % 2 == 0 { Presence::Present } else { Presence::Absent };
                 entry(page, 1, presence)?;
             }
             entry(stretch.end, end - stretch.end + 1, Presence::Present)?;
         } else {
             entry(0, stretch.start, Presence::Parent)?;
             for page in stretch.clone() {
-                entry(page, 1, PRESENCES[page as usize % 2])?;
+                entry(page, 1, if page % 2 == 0 { Presence::Present } else { Presence::Parent })?;
             }
             entry(stretch.end, end - stretch.end + 1, Presence::Parent)?;
         }
