@@ -1,2 +1,7 @@
-//! imgfs
-fn main() {}
+//! Shows chains of image directories; see `imgfs --help`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    rcriu::cli::imgfs::main()
+}

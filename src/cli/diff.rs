@@ -82,9 +82,9 @@ fn print(args: &DiffArgs, diff: &MemoryDiff, out: &mut dyn Write) -> anyhow::Res
 }
 
 fn document(diff: &MemoryDiff) -> serde_json::Value {
-    let ranges = diff.differences.iter().map(|difference| {
-        json!({ "address": difference.first.to_string(), "pages": difference.pages })
-    });
+    let ranges = diff.differences.iter().map(
+        |difference| json!({ "address": difference.first.to_string(), "pages": difference.pages }),
+    );
     json!({
         "memory": super::memory_document(diff.memory),
         "only_in_a": diff.only_in_first,

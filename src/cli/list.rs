@@ -24,9 +24,8 @@ pub struct ListArgs {
     json: bool,
 }
 
-const HEADINGS: [&str; 9] = [
-    "NAME", "PARENT", "DATE", "PROCESSES", "PRESENT", "IN-PARENT", "PUNCHED", "ON-DISK", "FLAT",
-];
+const HEADINGS: [&str; 9] =
+    ["NAME", "PARENT", "DATE", "PROCESSES", "PRESENT", "IN-PARENT", "PUNCHED", "ON-DISK", "FLAT"];
 
 /// Columns of the table that hold text; the others hold numbers.
 const TEXT_COLUMNS: usize = 3;

@@ -25,7 +25,8 @@ use serde_json::Value as Json;
 
 use self::{fields::Show, output::Output};
 use super::{
-    ImageError, ImageReader,
+    Desc, ImageError, ImageReader,
+    desc::{self, Body},
     dynamic::EntryReader,
     payload::{self, Layout, SEMAPHORES, Stretch},
     proto,
@@ -87,27 +88,43 @@ fn write_image<R: BufRead>(
     out: &mut impl Write,
 ) -> Result<()> {
     let mut json = Output::new(out, style);
+    let written = write_document(image, size, &mut json);
+    // A document that ends early ends its line too.
+    json.finish().map_err(JsonError::Output).and(written)
+}
+
+fn write_document<R: BufRead, W: Write>(
+    image: ImageReader<R>,
+    size: Option<u64>,
+    json: &mut Output<W>,
+) -> Result<()> {
     json.open_object()?;
     json.key("magic")?;
-    json.scalar(&image.desc().name.into())?;
+    json.scalar(&magic_name(image.desc()).into())?;
     match EntryReader::new(image) {
-        Err(image) => write_raw(image, size, &mut json)?,
+        Err(image) => write_raw(image, size, json)?,
         Ok(mut reader) => {
             json.key("entries")?;
             json.open_list(false)?;
             while let Some((message, layout)) = reader.next_entry()? {
                 json.item()?;
                 json.open_object()?;
-                write_fields(&message, &mut json)?;
-                write_payload(&mut reader, &layout, &mut json)?;
+                write_fields(&message, json)?;
+                write_payload(&mut reader, &layout, json)?;
                 json.close_object()?;
             }
             json.close_list()?;
         }
     }
     json.close_object()?;
-    json.finish()?;
     Ok(())
+}
+
+/// Returns the name of the image's magic, which is that of the first of the
+/// kinds that share it; `crit` expects this one.
+fn magic_name(desc: &Desc) -> &'static str {
+    let first = desc::by_magic(desc.magic, "").filter(|_| desc.body != Body::Opaque);
+    first.map_or(desc.name, |first| first.name)
 }
 
 /// Says how many bytes an image has whose content is not described.
