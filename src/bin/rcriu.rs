@@ -1,2 +1,7 @@
-//! rcriu
-fn main() {}
+//! Checkpoints and restores trees of processes; see `rcriu --help`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    rcriu::cli::rcriu::main()
+}
