@@ -10,6 +10,7 @@ use super::*;
 use crate::image::{
     Kind,
     desc::{self, Body, KINDS},
+    json::{self, Style},
     proto,
 };
 
@@ -322,7 +323,15 @@ proptest! {
         if let Some(cut) = cut {
             bytes.truncate(cut.index(bytes.len()));
         }
-        if let Ok(document) = Document::from_bytes(&path, &bytes) {
+        let read = Document::from_bytes(&path, &bytes);
+        for style in [Style::Compact, Style::Pretty] {
+            let mut text = Vec::new();
+            let shown = json::write_from(&path, &*bytes, style, &mut text);
+            prop_assert_eq!(shown.is_ok(), read.is_ok());
+            let parsed = serde_json::from_slice::<serde_json::Value>(&text);
+            prop_assert_eq!(parsed.is_ok(), read.is_ok());
+        }
+        if let Ok(document) = read {
             prop_assert_eq!(document.write(&path, Vec::new()).unwrap(), bytes);
         }
     }
