@@ -12,22 +12,8 @@ use super::exit;
 use crate::image::json::{self, Style};
 
 /// Show image files as JSON
-///
-/// Prints one JSON document for each file, in the order given:
-///
-///     {"magic":"PSTREE","entries":[
-///     {"pid":293,"ppid":0,"pgid":293,"sid":293,"threads":[293]}
-///     ]}
-///
-/// An entry has the fields that the file has, under the format's own names.
-/// Bytes are in base64. What follows an entry, such as the data in a pipe, is in
-/// its "payload"; fields that this program does not know are in "unknown_fields".
-/// Of files without entries, such as pages-1.img, only the size is shown.
-///
-/// A file that cannot be read is reported on standard error; the others are
-/// shown all the same, and the exit code is 1.
 #[derive(Args, Clone, Debug)]
-#[command(verbatim_doc_comment, after_help = EXAMPLES)]
+#[command(long_about = DESCRIPTION, after_help = EXAMPLES)]
 pub struct Options {
     /// Indent, and write numbers as people read them
     ///
@@ -40,6 +26,22 @@ pub struct Options {
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
 }
+
+const DESCRIPTION: &str = r#"Show image files as JSON
+
+Prints one JSON document for each file, in the order given:
+
+    {"magic":"PSTREE","entries":[
+    {"pid":293,"ppid":0,"pgid":293,"sid":293,"threads":[293]}
+    ]}
+
+An entry has the fields that the file has, under the format's own names.
+Bytes are in base64. What follows an entry, such as the data in a pipe, is in
+its "payload"; fields that this program does not know are in "unknown_fields".
+Of files without entries, such as pages-1.img, only the size is shown.
+
+A file that cannot be read is reported on standard error; the others are
+shown all the same, and the exit code is 1."#;
 
 const EXAMPLES: &str = "\
 Examples:

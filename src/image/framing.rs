@@ -21,7 +21,7 @@ const BUFFER_BYTES: usize = 64 << 10;
 
 /// The largest message accepted. The largest real ones are memory maps, about
 /// 60 bytes a mapping, of which the kernel allows 65,530 by default.
-pub(super) const MESSAGE_LIMIT_BYTES: u32 = 256 << 20;
+pub(super) const MESSAGE_LIMIT_BYTES: u32 = 64 << 20;
 
 /// What stands before a file's own magic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
