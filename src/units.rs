@@ -16,13 +16,14 @@ pub const fn page_bytes(pages: u64) -> u64 {
 }
 
 /// The number of a page: an address, or an offset in an object, divided by
-/// [`PAGE_SIZE`]. At most 2^52 - 1.
+/// [`PAGE_SIZE`]. Below 2^52.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PageIndex(pub u64);
 
 impl PageIndex {
-    /// The first page number that no byte address reaches.
-    pub const END: Self = Self(1 << (64 - PAGE_SHIFT));
+    /// Where pages must end: one short of the last page of a 64-bit address
+    /// space, which the kernel has for itself, so that counts are below 2^52 too.
+    pub const END: Self = Self((1 << (64 - PAGE_SHIFT)) - 1);
 
     /// Returns the page that begins at `address`, or `None` between two pages.
     pub const fn at(address: u64) -> Option<Self> {

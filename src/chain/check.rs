@@ -227,26 +227,29 @@ impl Check<'_> {
     }
 
     fn absent(&mut self, memory: MemoryId, pieces: &[Piece]) {
-        let absent = pieces.iter().filter(|piece| piece.place == PiecePlace::Absent);
+        let absent = pieces.iter().filter(|piece| piece.place() == PiecePlace::Absent);
         let absent: Vec<&Piece> = absent.collect();
         self.some(memory, &absent, |piece| {
-            format!("{} pages are in no image: the dump left them with its source", piece.pages)
+            format!("{} pages are in no image: the dump left them with its source", piece.pages())
         });
     }
 
     /// Checks that the parent accounts for every page that is asked of it. What
     /// the parent in turn asks of its own is checked when it is its turn.
     fn parents(&mut self, memory: MemoryId, pieces: Vec<Piece>) {
-        if pieces.iter().all(|piece| piece.place != PiecePlace::Parent) {
+        if pieces.iter().all(|piece| piece.place() != PiecePlace::Parent) {
             return;
         }
         let parent = match self.chain.snapshot(self.id).parent {
             Ok(Some(parent)) => parent,
             Ok(None) => {
-                let asking = pieces.into_iter().filter(|piece| piece.place == PiecePlace::Parent);
+                let asking = pieces.into_iter().filter(|piece| piece.place() == PiecePlace::Parent);
                 let asking: Vec<Piece> = asking.collect();
                 self.some(memory, &asking.iter().collect::<Vec<_>>(), |piece| {
-                    format!("{} pages are said to be in the parent, but there is none", piece.pages)
+                    format!(
+                        "{} pages are said to be in the parent, but there is none",
+                        piece.pages()
+                    )
                 });
                 return;
             }
@@ -267,12 +270,12 @@ impl Check<'_> {
         }
         let merged = overlay::merge(vec![pieces, below]);
         let missing =
-            merged.iter().filter(|piece| matches!(piece.place, PiecePlace::Missing { .. }));
+            merged.iter().filter(|piece| matches!(piece.place(), PiecePlace::Missing { .. }));
         self.some(memory, &missing.collect::<Vec<_>>(), |piece| {
             let path = path.display();
             format!(
                 "{} pages are said to be in the parent, but {path} has no entry for them",
-                piece.pages
+                piece.pages()
             )
         });
     }
@@ -280,10 +283,10 @@ impl Check<'_> {
     /// Tells of the first of many findings, and how many more there are.
     fn some(&mut self, memory: MemoryId, pieces: &[&Piece], problem: impl Fn(&Piece) -> String) {
         for piece in pieces.iter().take(TOLD) {
-            self.tell(Severity::Error, Some(memory), Some(piece.first), problem(piece));
+            self.tell(Severity::Error, Some(memory), Some(piece.first()), problem(piece));
         }
         if let Some(more @ 1..) = pieces.len().checked_sub(TOLD) {
-            let first = pieces.get(TOLD).map(|piece| piece.first);
+            let first = pieces.get(TOLD).map(|piece| piece.first());
             self.tell(Severity::Error, Some(memory), first, format!("and {more} more of these"));
         }
     }
@@ -294,11 +297,11 @@ impl Check<'_> {
         let path = self.dir().join(&name);
         let wanted = page_bytes(present);
         let address = |file_page: u64| {
-            pieces.iter().find_map(|piece| match piece.place {
+            pieces.iter().find_map(|piece| match piece.place() {
                 PiecePlace::Stored { file_page: start, .. }
-                    if (start..start + piece.pages).contains(&file_page) =>
+                    if (start..start + piece.pages()).contains(&file_page) =>
                 {
-                    Some(PageIndex(piece.first.0 + (file_page - start)))
+                    Some(PageIndex(piece.first().0 + (file_page - start)))
                 }
                 _ => None,
             })

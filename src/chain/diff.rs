@@ -142,10 +142,10 @@ impl<'a> Walk<'a> {
     fn at(&mut self, page: PageIndex) -> (Where, u64) {
         let rest = PageIndex::END.0 - page.0;
         let Some(index) = self.index else { return (Where::Zero, rest) };
-        while index.extents().get(self.position).is_some_and(|extent| extent.end() <= page) {
+        while index.extent(self.position).is_some_and(|extent| extent.end() <= page) {
             self.position += 1;
         }
-        match index.extents().get(self.position) {
+        match index.extent(self.position) {
             None => (Where::Zero, rest),
             Some(extent) if extent.first > page => (Where::Zero, extent.first.0 - page.0),
             Some(extent) => {

@@ -61,6 +61,14 @@ pub enum ChainError {
         /// The memory.
         memory: MemoryId,
     },
+    /// A snapshot has more ancestors than can be dealt with.
+    #[error("{dir} is the end of a chain of more than {limit} directories", dir = .dir.display())]
+    TooDeep {
+        /// The directory where it was too much.
+        dir: PathBuf,
+        /// The most that is accepted.
+        limit: usize,
+    },
     /// A pagemap sends to the parent for pages that the parent does not have.
     #[error(
         "{dir}: {pages} pages of {memory} at {first} are said to be in the parent, but {reason}",

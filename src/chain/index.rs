@@ -60,7 +60,7 @@ impl Extent {
 }
 
 /// One memory of one snapshot, resolved across the snapshot's ancestors: a
-/// sorted array of extents, 32 bytes each. Pages between them are zero.
+/// sorted array of extents, 24 bytes each. Pages between them are zero.
 ///
 /// Building it costs one pass over the pagemap entries of the chain; a question
 /// costs a binary search, whatever the chain's depth.
@@ -69,7 +69,7 @@ pub struct Index {
     memory: MemoryId,
     pages_id: u32,
     layers: Vec<Layer>,
-    extents: Vec<Extent>,
+    extents: Vec<Piece>,
     stored_pages: u64,
 }
 
@@ -84,21 +84,21 @@ impl Index {
     pub fn build(chain: &Chain, id: SnapshotId, memory: MemoryId) -> Result<Self> {
         let (layers, pieces) = read_layers(chain, id, memory)?;
         let lowest = u32::try_from(layers.len() - 1).expect("layers are numbered by u32");
-        let extents = overlay::merge(pieces)
-            .iter()
-            .map(|piece| {
-                resolved(piece, lowest)
-                    .map_err(|layer| unanswered(chain, &layers, memory, piece, layer))
-            })
-            .collect::<Result<Vec<Extent>>>()?;
-        let stored = extents.iter().filter(|extent| extent.place != Place::Absent);
-        Ok(Self {
-            memory,
-            pages_id: layers[0].pages_id,
-            stored_pages: stored.map(|extent| extent.pages).sum(),
-            layers,
-            extents,
-        })
+        let extents = overlay::merge(pieces);
+        let mut stored_pages = 0;
+        for piece in &extents {
+            let misled = match piece.place() {
+                PiecePlace::Stored { .. } => {
+                    stored_pages += piece.pages();
+                    continue;
+                }
+                PiecePlace::Absent => continue,
+                PiecePlace::Parent => lowest,
+                PiecePlace::Missing { layer } => layer,
+            };
+            return Err(unanswered(chain, &layers, memory, piece, misled));
+        }
+        Ok(Self { memory, pages_id: layers[0].pages_id, stored_pages, layers, extents })
     }
 
     /// Returns the memory that was resolved.
@@ -117,8 +117,13 @@ impl Index {
     }
 
     /// Returns all extents in the order of their pages.
-    pub fn extents(&self) -> &[Extent] {
-        &self.extents
+    pub fn extents(&self) -> impl DoubleEndedIterator<Item = Extent> + ExactSizeIterator {
+        self.extents.iter().map(extent)
+    }
+
+    /// Returns the extent at `position` among them.
+    pub fn extent(&self, position: usize) -> Option<Extent> {
+        self.extents.get(position).map(extent)
     }
 
     /// Returns how many pages are stored somewhere in the chain.
@@ -128,12 +133,12 @@ impl Index {
 
     /// Returns the position of the first extent that ends after `page`.
     pub fn position(&self, page: PageIndex) -> usize {
-        self.extents.partition_point(|extent| extent.end() <= page)
+        self.extents.partition_point(|piece| piece.end() <= page)
     }
 
     /// Returns the extent that holds `page`; `None` if the page is zero.
-    pub fn find(&self, page: PageIndex) -> Option<&Extent> {
-        self.extents.get(self.position(page)).filter(|extent| extent.first <= page)
+    pub fn find(&self, page: PageIndex) -> Option<Extent> {
+        self.extent(self.position(page)).filter(|extent| extent.first <= page)
     }
 }
 
@@ -148,8 +153,11 @@ fn read_layers(
     let mut pieces = Vec::new();
     let mut next = Some(id);
     while let Some(id) = next.take() {
-        let number = u32::try_from(layers.len()).expect("fewer layers than snapshots");
         let dir = &chain.snapshot(id).dir;
+        let number = u32::try_from(layers.len()).expect("fewer layers than snapshots");
+        if layers.len() == overlay::LAYER_LIMIT {
+            return Err(ChainError::TooDeep { dir: dir.clone(), limit: overlay::LAYER_LIMIT });
+        }
         let mut reader = match PagemapReader::open(&dir.join(memory.pagemap_name())) {
             Ok(reader) => reader,
             Err(ImageError::Open { source, .. })
@@ -194,19 +202,17 @@ pub(super) fn piece(layer: u32, file_page: u64, entry: &PagemapEntry) -> Piece {
         Presence::Parent => PiecePlace::Parent,
         Presence::Absent => PiecePlace::Absent,
     };
-    Piece { first: entry.first, pages: entry.pages, place, lazy: entry.lazy }
+    Piece::new(entry.first, entry.pages, place, entry.lazy)
 }
 
-/// Returns the extent that a piece is in the whole chain; `Err` is the layer
-/// whose parent should have it and does not.
-fn resolved(piece: &Piece, lowest: u32) -> Result<Extent, u32> {
-    let place = match piece.place {
+/// Returns the extent that a piece of a whole chain is.
+fn extent(piece: &Piece) -> Extent {
+    let place = match piece.place() {
         PiecePlace::Stored { layer, file_page } => Place::Stored { layer, file_page },
-        PiecePlace::Absent => Place::Absent,
-        PiecePlace::Parent => return Err(lowest),
-        PiecePlace::Missing { layer } => return Err(layer),
+        // The others were found out when the index was built.
+        PiecePlace::Absent | PiecePlace::Parent | PiecePlace::Missing { .. } => Place::Absent,
     };
-    Ok(Extent { first: piece.first, pages: piece.pages, place, lazy: piece.lazy })
+    Extent { first: piece.first(), pages: piece.pages(), place, lazy: piece.lazy() }
 }
 
 fn unanswered(
@@ -231,10 +237,10 @@ fn unanswered(
     ChainError::Unanswered {
         dir: asking.dir.clone(),
         memory,
-        first: piece.first,
-        pages: piece.pages,
+        first: piece.first(),
+        pages: piece.pages(),
         reason,
     }
 }
 
-const _: () = assert!(mem::size_of::<Extent>() <= 40);
+const _: () = assert!(mem::size_of::<Piece>() == 24);

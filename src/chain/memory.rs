@@ -85,8 +85,8 @@ impl Content for MemoryBytes {
         let mut position = self.index.position(PageIndex::holding(offset));
         let mut cursor = Cursor::new(&self.chain, &self.index);
         while next < end {
-            let extent = self.index.extents().get(position);
-            let from = extent.map_or(u64::MAX, |extent| extent.first.address());
+            let extent = self.index.extent(position);
+            let from = extent.as_ref().map_or(u64::MAX, |extent| extent.first.address());
             if from > next {
                 let len = from.min(end) - next;
                 runs.push(Run { len, source: Source::Zero });
@@ -94,7 +94,7 @@ impl Content for MemoryBytes {
                 continue;
             }
             let extent = extent.expect("only an extent begins before the end");
-            let run = cursor.run(extent, next - from, end - next)?;
+            let run = cursor.run(&extent, next - from, end - next)?;
             next += run.len;
             runs.push(run);
             position += 1;
@@ -117,7 +117,7 @@ impl FlatPages {
     pub fn new(chain: Arc<Chain>, index: Arc<Index>) -> Self {
         let mut before = 0;
         let mut starts = Vec::with_capacity(index.extents().len());
-        for (position, extent) in index.extents().iter().enumerate() {
+        for (position, extent) in index.extents().enumerate() {
             if matches!(extent.place, Place::Stored { .. }) {
                 let position = u32::try_from(position).expect("fewer extents than 2^32");
                 starts.push((before, position));
@@ -138,7 +138,7 @@ impl FlatPages {
         let mut next = 0;
         let mut whole = None;
         for (_, position) in &self.starts {
-            let extent = &self.index.extents()[*position as usize];
+            let Some(extent) = self.index.extent(*position as usize) else { break };
             let Place::Stored { layer, file_page } = extent.place else { continue };
             if file_page != next || *whole.get_or_insert(layer) != layer {
                 return None;
@@ -169,8 +169,8 @@ impl Content for FlatPages {
             if next >= end {
                 break;
             }
-            let extent = &self.index.extents()[*position as usize];
-            let run = cursor.run(extent, next - page_bytes(*before), end - next)?;
+            let Some(extent) = self.index.extent(*position as usize) else { break };
+            let run = cursor.run(&extent, next - page_bytes(*before), end - next)?;
             next += run.len;
             runs.push(run);
         }

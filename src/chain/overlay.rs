@@ -6,7 +6,11 @@
 //! is one pass over two sorted arrays, and an entry takes part in a number of
 //! them that is logarithmic in the number of entries, however deep the chain.
 
-use crate::units::PageIndex;
+use crate::units::{PAGE_SHIFT, PageIndex};
+
+/// Entries that take longer to merge, about a millisecond, than a thread takes
+/// to start.
+const WORTH_A_THREAD: usize = 50_000;
 
 /// Where the pages of a piece are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,48 +26,126 @@ pub(super) enum PiecePlace {
     Missing { layer: u32 },
 }
 
-/// A stretch of pages that are in the same place.
+/// The most layers that can be told apart.
+pub(super) const LAYER_LIMIT: usize = 1 << (2 * SPARE_BITS);
+
+/// Bits of a 64-bit word that a number of pages leaves free.
+const SPARE_BITS: u32 = PAGE_SHIFT;
+
+const STORED: u64 = 0;
+const PARENT: u64 = 1;
+const ABSENT: u64 = 2;
+const MISSING: u64 = 3;
+const PLACE_MASK: u64 = 3;
+const LAZY: u64 = 4;
+
+/// A stretch of pages that are in the same place, in 24 bytes: merging is bound
+/// by memory, and an index is kept as long as its file is in use.
+///
+/// Page numbers and counts are below 2^52. The upper bits of the first word are
+/// the place's kind and whether the pages are lazy; those of the two others are
+/// the lower and the upper half of the layer's number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Piece {
-    pub(super) first: PageIndex,
-    pub(super) pages: u64,
-    pub(super) place: PiecePlace,
-    pub(super) lazy: bool,
+    first: u64,
+    pages: u64,
+    file_page: u64,
 }
 
+const PAGE_BITS: u32 = u64::BITS - SPARE_BITS;
+const PAGE_MASK: u64 = (1 << PAGE_BITS) - 1;
+const HALF_LAYER_MASK: u64 = (1 << SPARE_BITS) - 1;
+
 impl Piece {
-    pub(super) fn end(&self) -> u64 {
-        self.first.0 + self.pages
+    /// Makes a piece of `pages` pages, fewer than 2^52, at a layer below
+    /// [`LAYER_LIMIT`].
+    pub(super) fn new(first: PageIndex, pages: u64, place: PiecePlace, lazy: bool) -> Self {
+        let (kind, layer, file_page) = match place {
+            PiecePlace::Stored { layer, file_page } => (STORED, layer, file_page),
+            PiecePlace::Parent => (PARENT, 0, 0),
+            PiecePlace::Absent => (ABSENT, 0, 0),
+            PiecePlace::Missing { layer } => (MISSING, layer, 0),
+        };
+        let tag = kind | if lazy { LAZY } else { 0 };
+        let layer = u64::from(layer);
+        debug_assert!((first.0 | pages | file_page) <= PAGE_MASK, "pages are below 2^52");
+        Self {
+            first: first.0 | tag << PAGE_BITS,
+            pages: pages | (layer & HALF_LAYER_MASK) << PAGE_BITS,
+            file_page: file_page | (layer >> SPARE_BITS) << PAGE_BITS,
+        }
+    }
+
+    pub(super) fn first(&self) -> PageIndex {
+        PageIndex(self.first & PAGE_MASK)
+    }
+
+    pub(super) fn pages(&self) -> u64 {
+        self.pages & PAGE_MASK
+    }
+
+    pub(super) fn end(&self) -> PageIndex {
+        PageIndex(self.first().0 + self.pages())
+    }
+
+    pub(super) fn lazy(&self) -> bool {
+        self.tag() & LAZY != 0
+    }
+
+    pub(super) fn place(&self) -> PiecePlace {
+        match self.kind() {
+            STORED => {
+                PiecePlace::Stored { layer: self.layer(), file_page: self.file_page & PAGE_MASK }
+            }
+            PARENT => PiecePlace::Parent,
+            ABSENT => PiecePlace::Absent,
+            _ => PiecePlace::Missing { layer: self.layer() },
+        }
+    }
+
+    fn tag(&self) -> u64 {
+        self.first >> PAGE_BITS
+    }
+
+    fn kind(&self) -> u64 {
+        self.tag() & PLACE_MASK
+    }
+
+    fn layer(&self) -> u32 {
+        let layer = self.pages >> PAGE_BITS | (self.file_page >> PAGE_BITS) << SPARE_BITS;
+        u32::try_from(layer).expect("24 bits")
+    }
+
+    fn with_lazy(self, lazy: bool) -> Self {
+        let tag = if lazy { LAZY } else { 0 };
+        Self { first: self.first & !(LAZY << PAGE_BITS) | tag << PAGE_BITS, ..self }
     }
 
     /// Returns the part of the piece in `[first, end)`, which lies within it.
-    fn clip(&self, first: u64, end: u64) -> Self {
-        let place = match self.place {
-            PiecePlace::Stored { layer, file_page } => {
-                PiecePlace::Stored { layer, file_page: file_page + (first - self.first.0) }
-            }
-            place => place,
-        };
-        Self { first: PageIndex(first), pages: end - first, place, lazy: self.lazy }
+    fn clip(&self, first: PageIndex, end: PageIndex) -> Self {
+        let skipped = first.0 - self.first().0;
+        Self {
+            first: self.first + skipped,
+            pages: self.pages - self.pages() + (end.0 - first.0),
+            file_page: self.file_page + if self.kind() == STORED { skipped } else { 0 },
+        }
     }
 
     /// Whether `next` goes on where this piece ends, in the same place.
     fn continues(&self, next: &Self) -> bool {
-        let same_place = match (self.place, next.place) {
-            (
-                PiecePlace::Stored { layer, file_page },
-                PiecePlace::Stored { layer: next_layer, file_page: next_page },
-            ) => layer == next_layer && file_page.checked_add(self.pages) == Some(next_page),
-            (a, b) => a == b,
-        };
-        same_place && self.lazy == next.lazy && self.end() == next.first.0
+        let pages = self.pages();
+        // Both the first page, with the tag above it, and the layer must agree.
+        let adjacent =
+            self.first + pages == next.first && self.pages >> PAGE_BITS == next.pages >> PAGE_BITS;
+        let in_file = if self.kind() == STORED { pages } else { 0 };
+        adjacent && self.file_page + in_file == next.file_page
     }
 }
 
 /// Appends a piece, joining it to the last where it continues it.
 pub(super) fn push(pieces: &mut Vec<Piece>, piece: Piece) {
     match pieces.last_mut() {
-        Some(last) if last.continues(&piece) => last.pages += piece.pages,
+        Some(last) if last.continues(&piece) => last.pages += piece.pages(),
         _ => pieces.push(piece),
     }
 }
@@ -91,8 +173,17 @@ fn merge_range(layers: &mut [Vec<Piece>], weights: &[usize], first: usize) -> Ve
             let split = weights[first..first + count].partition_point(|w| *w < middle);
             let split = split.clamp(1, count - 1);
             let (upper, lower) = layers.split_at_mut(split);
-            let upper = merge_range(upper, weights, first);
-            let lower = merge_range(lower, weights, first + split);
+            let weight = weights[first + count] - weights[first];
+            let mut upper_half = || merge_range(upper, weights, first);
+            let mut lower_half = || merge_range(lower, weights, first + split);
+            let (upper, lower) = if weight < WORTH_A_THREAD {
+                (upper_half(), lower_half())
+            } else {
+                std::thread::scope(|scope| {
+                    let lower = scope.spawn(lower_half);
+                    (upper_half(), lower.join().expect("merging does not panic"))
+                })
+            };
             let lowest = u32::try_from(first + split - 1).expect("layers are numbered by u32");
             overlay(&upper, &lower, lowest)
         }
@@ -104,23 +195,20 @@ fn overlay(upper: &[Piece], lower: &[Piece], layer: u32) -> Vec<Piece> {
     let mut merged = Vec::with_capacity(upper.len());
     let mut below = lower;
     for piece in upper {
-        if piece.place != PiecePlace::Parent {
+        if piece.kind() != PARENT {
             push(&mut merged, *piece);
             continue;
         }
-        let mut next = piece.first.0;
-        let missing = |from: u64, to: u64| Piece {
-            first: PageIndex(from),
-            pages: to - from,
-            place: PiecePlace::Missing { layer },
-            lazy: piece.lazy,
+        let mut next = piece.first();
+        let missing = |from: PageIndex, to: PageIndex| {
+            Piece::new(from, to.0 - from.0, PiecePlace::Missing { layer }, piece.lazy())
         };
         below = &below[skip_to(below, next)..];
         for candidate in below {
-            if candidate.first.0 >= piece.end() {
+            if candidate.first() >= piece.end() {
                 break;
             }
-            let from = candidate.first.0.max(next);
+            let from = candidate.first().max(next);
             if from > next {
                 push(&mut merged, missing(next, from));
             }
@@ -128,9 +216,8 @@ fn overlay(upper: &[Piece], lower: &[Piece], layer: u32) -> Vec<Piece> {
             let answer = candidate.clip(from, next);
             // Whether a page may come later is the snapshot's own affair, unless
             // it has no choice.
-            let own = answer.place == PiecePlace::Absent;
-            let lazy = if own { answer.lazy } else { piece.lazy };
-            push(&mut merged, Piece { lazy, ..answer });
+            let own = answer.kind() == ABSENT;
+            push(&mut merged, if own { answer } else { answer.with_lazy(piece.lazy()) });
         }
         if next < piece.end() {
             push(&mut merged, missing(next, piece.end()));
@@ -141,7 +228,7 @@ fn overlay(upper: &[Piece], lower: &[Piece], layer: u32) -> Vec<Piece> {
 
 /// Returns the position of the first piece that ends after `page`, galloping:
 /// most often it is near, and sometimes very far.
-fn skip_to(pieces: &[Piece], page: u64) -> usize {
+fn skip_to(pieces: &[Piece], page: PageIndex) -> usize {
     let mut step = 1;
     while step < pieces.len() && pieces[step - 1].end() <= page {
         step *= 2;
@@ -185,17 +272,17 @@ mod tests {
                 1 => PiecePlace::Parent,
                 _ => PiecePlace::Absent,
             };
-            push(&mut pieces, Piece { first, pages: *pages, place, lazy: *lazy });
+            push(&mut pieces, Piece::new(first, *pages, place, *lazy));
         }
         pieces
     }
 
     fn pages(pieces: &[Piece]) -> BTreeMap<u64, Page> {
         let single = |piece: &Piece, page| {
-            let clipped = piece.clip(page, page + 1);
-            (page, (clipped.place, clipped.lazy))
+            let clipped = piece.clip(PageIndex(page), PageIndex(page + 1));
+            (page, (clipped.place(), clipped.lazy()))
         };
-        pieces.iter().flat_map(|p| (p.first.0..p.end()).map(|page| single(p, page))).collect()
+        pieces.iter().flat_map(|p| (p.first().0..p.end().0).map(|page| single(p, page))).collect()
     }
 
     /// Looks one page up, layer by layer.
@@ -218,11 +305,35 @@ mod tests {
 
     proptest! {
         #[test]
+        fn a_piece_gives_back_what_it_was_made_of(
+            first in 0..1_u64 << 51,
+            pages in 1..1_u64 << 51,
+            file_page in 0..1_u64 << 51,
+            layer in 0..1_u32 << 24,
+            kind in 0..4_u8,
+            lazy: bool,
+        ) {
+            let place = match kind {
+                0 => PiecePlace::Stored { layer, file_page },
+                1 => PiecePlace::Parent,
+                2 => PiecePlace::Absent,
+                _ => PiecePlace::Missing { layer },
+            };
+            let piece = Piece::new(PageIndex(first), pages, place, lazy);
+            prop_assert_eq!(piece.first(), PageIndex(first));
+            prop_assert_eq!(piece.pages(), pages);
+            prop_assert_eq!(piece.place(), place);
+            prop_assert_eq!(piece.lazy(), lazy);
+            prop_assert_eq!(piece.with_lazy(!lazy).with_lazy(lazy), piece);
+            prop_assert_eq!(piece.clip(PageIndex(first), PageIndex(first + pages)), piece);
+        }
+
+        #[test]
         fn merged_layers_answer_as_layer_by_layer(layers in layers()) {
             let maps: Vec<_> = layers.iter().map(|layer| pages(layer)).collect();
             let merged = merge(layers);
             for pair in merged.windows(2) {
-                prop_assert!(pair[0].end() <= pair[1].first.0);
+                prop_assert!(pair[0].end() <= pair[1].first());
                 prop_assert!(!pair[0].continues(&pair[1]));
             }
             let merged = pages(&merged);

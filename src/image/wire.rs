@@ -18,6 +18,7 @@ pub(super) enum Value<'a> {
 }
 
 /// Takes the next field off `bytes`; `None` if they are not a valid field.
+#[inline]
 pub(super) fn field<'a>(bytes: &mut &'a [u8]) -> Option<(u32, Value<'a>)> {
     let key = varint(bytes)?;
     let number = u32::try_from(key >> 3).ok().filter(|number| *number != 0)?;
@@ -45,6 +46,15 @@ pub(super) fn field<'a>(bytes: &mut &'a [u8]) -> Option<(u32, Value<'a>)> {
 /// Takes a base-128 number off `bytes`.
 #[inline]
 pub(super) fn varint(bytes: &mut &[u8]) -> Option<u64> {
+    // Most numbers are keys, flags and small counts, of one byte.
+    if let [byte @ 0..0x80, rest @ ..] = *bytes {
+        *bytes = rest;
+        return Some(u64::from(*byte));
+    }
+    long_varint(bytes)
+}
+
+fn long_varint(bytes: &mut &[u8]) -> Option<u64> {
     let mut value = 0;
     for (position, byte) in bytes.iter().enumerate().take(10) {
         if position == 9 && *byte > 1 {

@@ -45,7 +45,7 @@ pub(super) fn pagemap(path: &Path, index: &Index) -> ImageResult<MemoryFile> {
     };
     let image = ImageWriter::new(path, Vec::new(), kind)?;
     let mut writer = PagemapWriter::new(image, index.pages_id())?;
-    let mut extents = index.extents().iter().copied().peekable();
+    let mut extents = index.extents().peekable();
     while let Some(extent) = extents.next() {
         let mut entry = entry(&extent);
         // Which file the pages came from no longer matters.
