@@ -12,20 +12,20 @@ const RECENT_FILES: usize = 8;
 
 /// Turns stretches of extents into runs, remembering the files that they are
 /// in: neighbours are most often in the same few.
-struct Cursor<'a> {
+pub(crate) struct Cursor<'a> {
     chain: &'a Chain,
     index: &'a Index,
     recent: Vec<(u32, Arc<BackingFile>)>,
 }
 
 impl<'a> Cursor<'a> {
-    fn new(chain: &'a Chain, index: &'a Index) -> Self {
+    pub(crate) fn new(chain: &'a Chain, index: &'a Index) -> Self {
         Self { chain, index, recent: Vec::new() }
     }
 
     /// Returns the run of at most `limit` bytes of `extent` that begins
     /// `skipped` bytes into it.
-    fn run(&mut self, extent: &Extent, skipped: u64, limit: u64) -> Result<Run> {
+    pub(crate) fn run(&mut self, extent: &Extent, skipped: u64, limit: u64) -> Result<Run> {
         let len = (page_bytes(extent.pages) - skipped).min(limit);
         let source = match extent.place {
             Place::Stored { layer, file_page } => {

@@ -32,5 +32,6 @@ pub use holes::Whence;
 pub(crate) use holes::seek_file;
 pub use index::{Extent, Index, Layer, Place};
 pub use links::{Chain, Snapshot, SnapshotId};
+pub(crate) use memory::Cursor;
 pub use memory::{FlatPages, MemoryBytes};
 pub use summary::{PageCounts, Summary};

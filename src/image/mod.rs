@@ -14,6 +14,7 @@ pub mod pagemap;
 pub mod payload;
 pub mod proto;
 mod verify;
+pub mod vma;
 mod wire;
 
 pub use desc::{Body, Desc, Kind};

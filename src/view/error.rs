@@ -66,4 +66,55 @@ pub enum ViewError {
         /// The longest text that is made.
         limit: usize,
     },
+    /// The snapshot has no such process.
+    #[error("{dir} has no process {pid}: expected it in pstree.img", dir = .dir.display())]
+    NoSuchProcess {
+        /// The image directory.
+        dir: PathBuf,
+        /// The pid asked for.
+        pid: u32,
+    },
+    /// The process had no memory when it was dumped.
+    #[error(
+        "{dir} has no memory of process {pid}, which was a zombie or a kernel's helper",
+        dir = .dir.display()
+    )]
+    NoAddressSpace {
+        /// The image directory.
+        dir: PathBuf,
+        /// The process.
+        pid: u32,
+    },
+    /// A mapping that contradicts itself or another.
+    #[error(
+        "{dir}: process {pid} has a mapping {start:#x}-{end:#x} that cannot be: {problem}",
+        dir = .dir.display()
+    )]
+    BadVma {
+        /// The image directory.
+        dir: PathBuf,
+        /// The process.
+        pid: u32,
+        /// The mapping's first address.
+        start: u64,
+        /// The first address after it.
+        end: u64,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// A mapping of a file that no image describes.
+    #[error(
+        "{dir}: process {pid} maps file {id} at {start:#x}, which no image describes",
+        dir = .dir.display()
+    )]
+    NoSuchFile {
+        /// The image directory.
+        dir: PathBuf,
+        /// The process.
+        pid: u32,
+        /// The mapping's first address.
+        start: u64,
+        /// The file's id in the images.
+        id: u64,
+    },
 }

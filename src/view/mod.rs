@@ -4,11 +4,17 @@
 //! Nothing is read before it is asked for: listing a directory reads names and
 //! pagemap heads, and an index is built when a file that needs it is looked up.
 
+mod address_space;
 mod error;
 mod flat;
 mod flatten;
 mod json;
+mod mapped;
+mod process;
 mod seek;
+mod tables;
+#[cfg(test)]
+mod testing;
 mod tree;
 mod whole_file;
 
@@ -18,9 +24,12 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+pub use address_space::AddressSpace;
 pub use error::{Result, ViewError};
 pub use flatten::flatten;
+pub use process::Process;
 pub use seek::seek;
+pub use tables::Tables;
 pub use tree::{DirEntry, Ino, ROOT, View};
 pub use whole_file::WholeFile;
 

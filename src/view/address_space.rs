@@ -1,0 +1,265 @@
+//! The memory of a process in place.
+
+use std::{
+    collections::HashMap,
+    iter,
+    ops::Range,
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+};
+
+use super::{
+    Process,
+    mapped::{Mapped, MappedFile},
+    process::{Area, Below},
+};
+use crate::{
+    chain::{
+        self, ChainError, Content, Cursor, Extent, Files, Index, MemoryBytes, Place, Run, Source,
+    },
+    image::MemoryId,
+    units::PageIndex,
+};
+
+/// The address space of a process: the byte at offset X is the byte at address
+/// X. It ends where the highest mapping below 2^63 does.
+///
+/// Private and shared memory are resolved across the chain. Of a mapped file,
+/// the pages that the process changed are its own; the others are the file's
+/// where it is still the one that was dumped: of the recorded size, and of the
+/// recorded build-id if there is one.
+///
+/// Holes are: what is in no mapping; zero pages; what is behind the end of a
+/// mapped file; a mapped file that is gone or another; what the kernel or a
+/// device shows, which is in no image. Bytes that should be in an image and are
+/// not are errors ([`Source::Lost`]).
+///
+/// Nothing is resolved before it is read.
+#[derive(Debug)]
+pub struct AddressSpace {
+    process: Arc<Process>,
+    allocated: OnceLock<u64>,
+    /// What has been resolved: once is enough for as long as this is open.
+    indexes: Mutex<HashMap<MemoryId, Arc<Index>>>,
+}
+
+impl AddressSpace {
+    /// Presents the memory of `process`; reads nothing.
+    pub fn new(process: Arc<Process>) -> Self {
+        Self { process, allocated: OnceLock::new(), indexes: Mutex::default() }
+    }
+
+    /// Returns the process.
+    pub fn process(&self) -> &Arc<Process> {
+        &self.process
+    }
+
+    fn files(&self) -> &Files {
+        self.process.tables().chain().files()
+    }
+
+    fn index(&self, memory: MemoryId) -> chain::Result<Arc<Index>> {
+        let indexes = || self.indexes.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(index) = indexes().get(&memory) {
+            return Ok(Arc::clone(index));
+        }
+        let tables = self.process.tables();
+        let index = tables.chain().index(tables.snapshot(), memory)?;
+        indexes().insert(memory, Arc::clone(&index));
+        Ok(index)
+    }
+
+    fn shared_index(&self, shmid: u64) -> chain::Result<Arc<Index>> {
+        self.index(MemoryId::Shared(shmid))
+    }
+
+    /// Returns the index of private memory if `area` may have pages in it.
+    fn private_index(&self, area: &Area) -> chain::Result<Option<Arc<Index>>> {
+        area.private.then(|| self.index(self.process.private())).transpose()
+    }
+
+    /// Appends the runs of `range`, which lies within `area`.
+    fn area_runs(&self, area: &Area, range: Range<u64>, runs: &mut Vec<Run>) -> chain::Result<()> {
+        let index = match self.private_index(area) {
+            Ok(Some(index)) => index,
+            Ok(None) => return self.below_runs(area, range, runs),
+            Err(error) => {
+                runs.push(lost(error, range.end - range.start));
+                return Ok(());
+            }
+        };
+        let mut cursor = Cursor::new(self.process.tables().chain(), &index);
+        for (part, extent) in parts(&index, range) {
+            let Some(extent) = extent else {
+                self.below_runs(area, part, runs)?;
+                continue;
+            };
+            let skipped = part.start - extent.first.address();
+            runs.push(cursor.run(&extent, skipped, part.end - part.start)?);
+        }
+        Ok(())
+    }
+
+    /// Appends the runs of what lies below the private pages of `range`.
+    fn below_runs(&self, area: &Area, range: Range<u64>, runs: &mut Vec<Run>) -> chain::Result<()> {
+        let len = range.end - range.start;
+        match &area.below {
+            Below::Unknown | Below::Mapped(Mapped::Zero) => {
+                runs.push(Run { len, source: Source::Zero });
+            }
+            Below::Mapped(Mapped::Shared(shmid)) => match self.shared_index(*shmid) {
+                Ok(index) => {
+                    let chain = Arc::clone(self.process.tables().chain());
+                    let object = MemoryBytes::new(chain, index, u64::MAX);
+                    object.runs(area.offset_of(range.start), len, runs)?;
+                }
+                // Only this object is lost; the rest of the address space is not.
+                Err(error) => runs.push(lost(error, len)),
+            },
+            Below::Mapped(Mapped::File(file)) => {
+                let start = area.offset_of(range.start);
+                file_runs(file, self.files(), start..start + len, runs)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Counts the bytes of `area` that are no holes.
+    fn area_allocated(&self, area: &Area) -> u64 {
+        let all = area.start..area.end;
+        match self.private_index(area) {
+            Ok(None) => self.below_allocated(area, all),
+            Err(_) => 0,
+            Ok(Some(index)) => parts(&index, all)
+                .map(|(part, extent)| match extent {
+                    Some(extent) => stored(&part, extent),
+                    None => self.below_allocated(area, part),
+                })
+                .sum(),
+        }
+    }
+
+    fn below_allocated(&self, area: &Area, range: Range<u64>) -> u64 {
+        let start = area.offset_of(range.start);
+        let end = start + (range.end - range.start);
+        match &area.below {
+            Below::Unknown | Below::Mapped(Mapped::Zero) => 0,
+            Below::Mapped(Mapped::Shared(shmid)) => self.shared_index(*shmid).map_or(0, |index| {
+                let extents = parts(&index, start..end);
+                extents.map(|(part, extent)| extent.map_or(0, |extent| stored(&part, extent))).sum()
+            }),
+            Below::Mapped(Mapped::File(file)) => {
+                let extents = file.extents(self.files()).unwrap_or_default();
+                let first = extents.partition_point(|extent| extent.end <= start);
+                let inside = extents[first..].iter().take_while(|extent| extent.start < end);
+                inside.map(|extent| extent.end.min(end) - extent.start.max(start)).sum()
+            }
+        }
+    }
+}
+
+fn lost(error: ChainError, len: u64) -> Run {
+    Run { len, source: Source::Lost(Arc::new(error)) }
+}
+
+/// Appends the runs of the bytes `range` of a mapped file.
+fn file_runs(
+    file: &MappedFile,
+    files: &Files,
+    range: Range<u64>,
+    runs: &mut Vec<Run>,
+) -> chain::Result<()> {
+    let extents = file.extents(files).unwrap_or_default();
+    let first = extents.partition_point(|extent| extent.end <= range.start);
+    let mut next = range.start;
+    for extent in extents[first..].iter().take_while(|extent| extent.start < range.end) {
+        if extent.start > next {
+            runs.push(Run { len: extent.start - next, source: Source::Zero });
+            next = extent.start;
+        }
+        let end = extent.end.min(range.end);
+        let offset = extent.at + (next - extent.start);
+        let source = Source::File(files.get(extent.file)?, offset);
+        runs.push(Run { len: end - next, source });
+        next = end;
+    }
+    if next < range.end {
+        runs.push(Run { len: range.end - next, source: Source::Zero });
+    }
+    Ok(())
+}
+
+/// Splits `range` where it enters and leaves the extents of `index`, and at the
+/// borders of these.
+fn parts(
+    index: &Index,
+    range: Range<u64>,
+) -> impl Iterator<Item = (Range<u64>, Option<Extent>)> + '_ {
+    let mut next = range.start;
+    let mut position = index.position(PageIndex::holding(next));
+    iter::from_fn(move || {
+        if next >= range.end {
+            return None;
+        }
+        let start = next;
+        let ahead = index.extent(position);
+        let extent = ahead.filter(|extent| extent.first <= PageIndex::holding(start));
+        let border = match (extent, ahead) {
+            (Some(extent), _) => extent.end(),
+            (None, ahead) => ahead.map_or(PageIndex::END, |extent| extent.first),
+        };
+        position += usize::from(extent.is_some());
+        // The border may be at 2^64, which has no address.
+        let beyond = border > PageIndex::holding(range.end);
+        next = if beyond { range.end } else { border.address() };
+        Some((start..next, extent))
+    })
+}
+
+/// Counts the bytes of `part`, which lies within `extent`, that are stored.
+fn stored(part: &Range<u64>, extent: Extent) -> u64 {
+    match extent.place {
+        Place::Stored { .. } => part.end - part.start,
+        Place::Absent => 0,
+    }
+}
+
+impl Content for AddressSpace {
+    fn len(&self) -> u64 {
+        self.process.end()
+    }
+
+    /// Returns how many bytes are stored in images, in whichever snapshots,
+    /// plus how many bytes of mapped files are shown. What is mapped twice
+    /// counts twice; what cannot be resolved does not count.
+    ///
+    /// The first call resolves all memories of the process and looks at all
+    /// files that it maps.
+    fn allocated(&self) -> u64 {
+        *self
+            .allocated
+            .get_or_init(|| self.process.areas().iter().map(|area| self.area_allocated(area)).sum())
+    }
+
+    fn runs(&self, offset: u64, len: u64, runs: &mut Vec<Run>) -> chain::Result<()> {
+        let end = offset + len;
+        let mut next = offset;
+        let areas = self.process.areas();
+        let first = areas.partition_point(|area| area.end <= offset);
+        for area in areas[first..].iter().take_while(|area| area.start < end) {
+            if area.start > next {
+                runs.push(Run { len: area.start - next, source: Source::Zero });
+                next = area.start;
+            }
+            let stop = area.end.min(end);
+            self.area_runs(area, next..stop, runs)?;
+            next = stop;
+        }
+        if next < end {
+            runs.push(Run { len: end - next, source: Source::Zero });
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,339 @@
+//! The files that a snapshot's processes map, as far as their bytes are to be
+//! had: on this machine where they are unchanged, and in ghost images.
+
+use std::{
+    collections::HashMap,
+    fs::{self, File},
+    io,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
+};
+
+use object::{
+    Endianness, ReadCache, ReadCacheOps, ReadRef,
+    elf::{FileHeader32, FileHeader64, NT_GNU_BUILD_ID},
+    read::elf::{FileHeader, ProgramHeader},
+};
+
+use super::Result;
+use crate::{
+    chain::{self, FileId, Files},
+    image::{ImageError, ImageReader, Kind, proto, read_all},
+};
+
+/// How much of a file is searched for its build-id: what CRIU 4.2 looks at when
+/// it records one (`BUILD_ID_MAP_SIZE`, `criu/files-reg.c`).
+const BUILD_ID_SEARCH_BYTES: u64 = 1 << 20;
+
+/// Set in `remap_file_path_entry.remap_id` where images have no `remap_type`:
+/// the file is a ghost (`REMAP_GHOST`, `criu/include/image.h`).
+const OLD_GHOST: u32 = 1 << 31;
+
+/// The device that private mappings of anonymous memory may be made of.
+const DEV_ZERO: &str = "/dev/zero";
+
+/// What is behind a mapping of a file.
+#[derive(Clone, Debug)]
+pub(super) enum Mapped {
+    /// Zeros.
+    Zero,
+    /// The shared object with this shmid.
+    Shared(u64),
+    /// A file.
+    File(Arc<MappedFile>),
+}
+
+/// The files of a snapshot by their ids in the images.
+#[derive(Debug)]
+pub(super) struct MappedFiles {
+    files: HashMap<u32, Mapped>,
+    memfds: HashMap<u32, u64>,
+}
+
+impl MappedFiles {
+    /// Reads the tables of files in `dir`, but looks at none of the files.
+    pub(super) fn load(dir: &Path) -> Result<Self> {
+        let path = |kind: Kind| dir.join(kind.file_name(0));
+        let entries = read_files(dir)?;
+        let inodes: Vec<proto::MemfdInodeEntry> =
+            optional(read_all(&path(Kind::MemfdInode), Kind::MemfdInode))?.unwrap_or_default();
+        let remaps: Vec<proto::RemapFilePathEntry> =
+            optional(read_all(&path(Kind::RemapFpath), Kind::RemapFpath))?.unwrap_or_default();
+
+        let shmids: HashMap<u64, u64> =
+            inodes.iter().map(|inode| (inode.inode_id, inode.shmid.into())).collect();
+        let mut tables = Self { files: HashMap::new(), memfds: HashMap::new() };
+        let mut names = HashMap::new();
+        for entry in &entries {
+            if let Some(memfd) = &entry.memfd
+                && let Some(shmid) = shmids.get(&memfd.inode_id.into())
+            {
+                tables.memfds.insert(memfd.id, *shmid);
+            }
+            if let Some(reg) = &entry.reg {
+                names.insert(reg.id, reg.name.as_str());
+            }
+        }
+        let remaps: HashMap<u32, &proto::RemapFilePathEntry> =
+            remaps.iter().map(|remap| (remap.orig_id, remap)).collect();
+        for reg in entries.iter().filter_map(|entry| entry.reg.as_ref()) {
+            let mapped = if reg.name == DEV_ZERO {
+                Mapped::Zero
+            } else {
+                let origin = origin(dir, reg, remaps.get(&reg.id).copied(), &names);
+                let name = reg.name.clone();
+                Mapped::File(Arc::new(MappedFile { name, origin, extents: OnceLock::new() }))
+            };
+            tables.files.insert(reg.id, mapped);
+        }
+        Ok(tables)
+    }
+
+    /// Returns what a mapping of the file `id` shows.
+    pub(super) fn file(&self, id: u64) -> Option<Mapped> {
+        self.files.get(&u32::try_from(id).ok()?).cloned()
+    }
+
+    /// Returns what a mapping of the memfd `id` shows.
+    pub(super) fn memfd(&self, id: u64) -> Option<Mapped> {
+        self.memfds.get(&u32::try_from(id).ok()?).copied().map(Mapped::Shared)
+    }
+}
+
+/// Reads the table of files; older images have one for each kind of file.
+fn read_files(dir: &Path) -> Result<Vec<proto::FileEntry>> {
+    let path = dir.join(Kind::Files.file_name(0));
+    if let Some(entries) = optional(read_all(&path, Kind::Files))? {
+        return Ok(entries);
+    }
+    let path = dir.join(Kind::RegFiles.file_name(0));
+    let entries: Vec<proto::RegFileEntry> =
+        optional(read_all(&path, Kind::RegFiles))?.unwrap_or_default();
+    let entry = |reg: proto::RegFileEntry| proto::FileEntry {
+        id: reg.id,
+        reg: Some(reg),
+        ..Default::default()
+    };
+    Ok(entries.into_iter().map(entry).collect())
+}
+
+/// Turns the absence of an image into `None`.
+pub(super) fn optional<T>(result: Result<T, ImageError>) -> Result<Option<T>, ImageError> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(ImageError::Open { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Finds out where the bytes of a file should be.
+fn origin(
+    dir: &Path,
+    reg: &proto::RegFileEntry,
+    remap: Option<&proto::RemapFilePathEntry>,
+    names: &HashMap<u32, &str>,
+) -> Origin {
+    let mut name = reg.name.as_str();
+    if let Some(remap) = remap {
+        let old = if remap.remap_id & OLD_GHOST == 0 {
+            proto::RemapType::Linked
+        } else {
+            proto::RemapType::Ghost
+        };
+        match remap.remap_type.map_or(Ok(old), proto::RemapType::try_from) {
+            Ok(proto::RemapType::Ghost) => {
+                let id = remap.remap_id & !OLD_GHOST;
+                return Origin::Ghost(dir.join(Kind::GhostFile.file_name(id.into())));
+            }
+            Ok(proto::RemapType::Linked) => match names.get(&remap.remap_id) {
+                Some(linked) => name = linked,
+                None => return Origin::Nowhere,
+            },
+            _ => return Origin::Nowhere,
+        }
+    }
+    match reg.size {
+        Some(size) if name.starts_with('/') => Origin::Path {
+            path: PathBuf::from(name),
+            size,
+            build_id: reg.build_id.iter().flat_map(|word| word.to_le_bytes()).collect(),
+        },
+        _ => Origin::Nowhere,
+    }
+}
+
+/// Where a file's bytes should be.
+#[derive(Debug)]
+enum Origin {
+    /// In the file at this path, if it is still the one that was dumped.
+    Path { path: PathBuf, size: u64, build_id: Vec<u8> },
+    /// In this image: the file had no name any more.
+    Ghost(PathBuf),
+    /// In no place that is known.
+    Nowhere,
+}
+
+/// Bytes of a mapped file that lie in a row in another file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct FileExtent {
+    /// The offset of the first byte in the mapped file.
+    pub(super) start: u64,
+    /// The offset after the last.
+    pub(super) end: u64,
+    /// The file that they are in.
+    pub(super) file: FileId,
+    /// The offset of the first byte there.
+    pub(super) at: u64,
+}
+
+/// A file that processes map.
+#[derive(Debug)]
+pub(super) struct MappedFile {
+    name: String,
+    origin: Origin,
+    extents: OnceLock<Option<Vec<FileExtent>>>,
+}
+
+impl MappedFile {
+    /// Returns where the file's bytes are, sorted, with holes between; `None`
+    /// if they are not to be had.
+    ///
+    /// A file on this machine is looked at once, when first asked for. It
+    /// counts as the one that was dumped if its size is as recorded and, where
+    /// a build-id is recorded, its own is the same. That is what a restore
+    /// goes by; a file that was changed in place is not noticed. A recorded
+    /// checksum is not verified, since that would mean reading the whole file.
+    pub(super) fn extents(&self, files: &Files) -> Option<&[FileExtent]> {
+        self.extents.get_or_init(|| self.find(files)).as_deref()
+    }
+
+    fn find(&self, files: &Files) -> Option<Vec<FileExtent>> {
+        let found = match &self.origin {
+            Origin::Path { path, size, build_id } => {
+                same_file(files, path, *size, build_id).map_err(|error| error.to_string())
+            }
+            Origin::Ghost(path) => ghost(files, path).map_err(|error| error.to_string()),
+            Origin::Nowhere => Ok(None),
+        };
+        found.unwrap_or_else(|error| {
+            log::debug!("the bytes of {} are not to be had: {error}", self.name);
+            None
+        })
+    }
+}
+
+/// Returns the bytes of the file at `path` if it is the one that was recorded.
+fn same_file(
+    files: &Files,
+    path: &Path,
+    size: u64,
+    build_id: &[u8],
+) -> chain::Result<Option<Vec<FileExtent>>> {
+    // Opening a device can do things. Only then is it worth opening, too.
+    if !fs::metadata(path).is_ok_and(|meta| meta.is_file() && meta.len() == size) {
+        return Ok(None);
+    }
+    let id = files.enter(path);
+    let file = files.get(id)?;
+    let same = file.metadata()?.len() == size
+        && (build_id.is_empty() || has_build_id(file.file(), size, build_id));
+    Ok(same.then(|| vec![FileExtent { start: 0, end: size, file: id, at: 0 }]))
+}
+
+/// Returns the bytes of a file that has no name, from the image of it.
+fn ghost(files: &Files, path: &Path) -> Result<Option<Vec<FileExtent>>, ImageError> {
+    let mut reader = ImageReader::open_kind(path, Kind::GhostFile)?;
+    let Some(entry) = reader.next_message::<proto::GhostFileEntry>()? else {
+        return Ok(None);
+    };
+    let id = files.enter(path);
+    let mut extents: Vec<FileExtent> = Vec::new();
+    if entry.chunks() {
+        while let Some(chunk) = reader.next_message::<proto::GhostChunkEntry>()? {
+            let at = reader.offset();
+            reader.skip(chunk.len, "a chunk of the file")?;
+            let before = extents.last().map_or(0, |last| last.end);
+            match chunk.off.checked_add(chunk.len) {
+                Some(end) if chunk.off >= before => {
+                    extents.push(FileExtent { start: chunk.off, end, file: id, at });
+                }
+                _ => return Ok(None), // overlapping: which bytes are the file's?
+            }
+        }
+    } else {
+        let at = reader.offset();
+        let len = fs::metadata(path).map_or(0, |meta| meta.len()).saturating_sub(at);
+        extents.push(FileExtent { start: 0, end: len, file: id, at });
+    }
+    extents.retain(|extent| extent.start < extent.end);
+    Ok(Some(extents))
+}
+
+/// Reads a file at offsets, whoever else does so through the same descriptor.
+#[derive(Debug)]
+struct Positioned<'a> {
+    file: &'a File,
+    len: u64,
+    position: u64,
+}
+
+impl ReadCacheOps for Positioned<'_> {
+    fn len(&mut self) -> Result<u64, ()> {
+        Ok(self.len)
+    }
+
+    fn seek(&mut self, position: u64) -> Result<u64, ()> {
+        self.position = position;
+        Ok(position)
+    }
+
+    fn read(&mut self, buffer: &mut [u8]) -> Result<usize, ()> {
+        let read = self.file.read_at(buffer, self.position).map_err(drop)?;
+        self.position += read as u64;
+        Ok(read)
+    }
+
+    fn read_exact(&mut self, buffer: &mut [u8]) -> Result<(), ()> {
+        self.file.read_exact_at(buffer, self.position).map_err(drop)?;
+        self.position += buffer.len() as u64;
+        Ok(())
+    }
+}
+
+/// Whether `file`, `len` bytes of ELF of either class, has the build-id
+/// `wanted`, which is padded with zeros to a multiple of 4 bytes.
+///
+/// The type of a note decides, not its owner's name, as when it was recorded.
+fn has_build_id(file: &File, len: u64, wanted: &[u8]) -> bool {
+    let len = len.min(BUILD_ID_SEARCH_BYTES);
+    let cache = ReadCache::new(Positioned { file, len, position: 0 });
+    build_id_in::<FileHeader64<Endianness>, _>(&cache, wanted)
+        .or_else(|_| build_id_in::<FileHeader32<Endianness>, _>(&cache, wanted))
+        .unwrap_or(false)
+}
+
+fn build_id_in<'data, E, R>(data: R, wanted: &[u8]) -> object::Result<bool>
+where
+    E: FileHeader<Endian = Endianness>,
+    R: ReadRef<'data>,
+{
+    let header = E::parse(data)?;
+    let endian = header.endian()?;
+    for segment in header.program_headers(endian, data)? {
+        // A segment beyond what is searched is nobody's error.
+        let Ok(Some(mut notes)) = segment.notes(endian, data) else { continue };
+        while let Ok(Some(note)) = notes.next() {
+            let id = note.desc();
+            if note.n_type(endian) == NT_GNU_BUILD_ID
+                && id.len().next_multiple_of(size_of::<u32>()) == wanted.len()
+                && wanted.starts_with(id)
+            {
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
+}

@@ -1,0 +1,86 @@
+//! What the processes of a snapshot have in common.
+
+use std::{
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use super::{Result, mapped::MappedFiles};
+use crate::{
+    chain::{Chain, SnapshotId},
+    image::{Kind, proto, read_all},
+};
+
+/// A value that is made when it is first asked for, and then shared.
+///
+/// Who asks while it is being made waits. A failure is not remembered.
+#[derive(Debug)]
+struct Lazy<T>(Mutex<Option<Arc<T>>>);
+
+impl<T> Default for Lazy<T> {
+    fn default() -> Self {
+        Self(Mutex::new(None))
+    }
+}
+
+impl<T> Lazy<T> {
+    fn get<E>(&self, make: impl FnOnce() -> Result<T, E>) -> Result<Arc<T>, E> {
+        let mut value = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(value) = &*value {
+            return Ok(Arc::clone(value));
+        }
+        let made = Arc::new(make()?);
+        Ok(Arc::clone(value.insert(made)))
+    }
+}
+
+/// The tables of one snapshot that its processes share: the process tree, and
+/// the files that may be mapped.
+///
+/// They are read when first needed and kept as long as this is.
+#[derive(Debug)]
+pub struct Tables {
+    chain: Arc<Chain>,
+    snapshot: SnapshotId,
+    tree: Lazy<Vec<proto::PstreeEntry>>,
+    mapped: Lazy<MappedFiles>,
+}
+
+impl Tables {
+    /// Stands for the tables of `snapshot`; reads nothing.
+    pub fn new(chain: Arc<Chain>, snapshot: SnapshotId) -> Self {
+        Self { chain, snapshot, tree: Lazy::default(), mapped: Lazy::default() }
+    }
+
+    /// Returns the chain.
+    pub fn chain(&self) -> &Arc<Chain> {
+        &self.chain
+    }
+
+    /// Returns the snapshot's number in the chain.
+    pub fn snapshot(&self) -> SnapshotId {
+        self.snapshot
+    }
+
+    /// Returns the snapshot's directory.
+    pub fn dir(&self) -> &Path {
+        &self.chain.snapshot(self.snapshot).dir
+    }
+
+    /// Returns the snapshot's processes, those without memory among them.
+    ///
+    /// # Errors
+    /// [`ViewError::Image`](super::ViewError::Image).
+    pub fn tree(&self) -> Result<Arc<Vec<proto::PstreeEntry>>> {
+        let path = self.dir().join(Kind::Pstree.file_name(0));
+        Ok(self.tree.get(|| read_all(&path, Kind::Pstree))?)
+    }
+
+    /// Returns the files that processes may map.
+    ///
+    /// # Errors
+    /// [`ViewError::Image`](super::ViewError::Image).
+    pub(super) fn mapped(&self) -> Result<Arc<MappedFiles>> {
+        self.mapped.get(|| MappedFiles::load(self.dir()))
+    }
+}
