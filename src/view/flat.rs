@@ -2,8 +2,14 @@
 
 use std::{path::Path, sync::Arc};
 
+use super::{
+    Result, Tables,
+    shared::{SharedObject, Size},
+};
 use crate::{
-    chain::{Chain, Content, Extent, Index, MemoryBytes, Place, Result, Run, SnapshotId, Source},
+    chain::{
+        self, BackingFile, ChainError, Content, Extent, Index, MemoryBytes, Place, Run, Source,
+    },
     image::{
         ImageWriter, Kind, MemoryId, PagemapEntry, PagemapWriter, Presence, Result as ImageResult,
     },
@@ -30,7 +36,7 @@ impl Content for MemoryFile {
         self.len()
     }
 
-    fn runs(&self, offset: u64, len: u64, runs: &mut Vec<Run>) -> Result<()> {
+    fn runs(&self, offset: u64, len: u64, runs: &mut Vec<Run>) -> chain::Result<()> {
         runs.push(Run { len, source: Source::Bytes(Arc::clone(&self.bytes), offset) });
         Ok(())
     }
@@ -79,8 +85,64 @@ fn entry(extent: &Extent) -> PagemapEntry {
 }
 
 /// Returns the bytes of a shared object, as long as the object was.
-pub(super) fn shmem(chain: &Arc<Chain>, id: SnapshotId, shmid: u64) -> Result<MemoryBytes> {
-    let index = chain.index(id, MemoryId::Shared(shmid))?;
-    let len = index.extents().last().map_or(0, |extent| extent.end().address());
-    Ok(MemoryBytes::new(Arc::clone(chain), index, len))
+pub(super) fn shmem(tables: &Tables, shmid: u64) -> Result<Arc<dyn Content>> {
+    let chain = tables.chain();
+    let objects = tables.shared()?;
+    let object = objects.get(&shmid);
+    if let Some(SharedObject { size, inline: Some((path, start)) }) = object {
+        let file = chain.files().get(chain.files().enter(path))?;
+        return Ok(Arc::new(Stretch { file, start: *start, len: size.bytes(0) }));
+    }
+    let size = object.map_or(Size::AtLeast(0), |object| object.size);
+    let index = match chain.index(tables.snapshot(), MemoryId::Shared(shmid)) {
+        Ok(index) => index,
+        // It is open or mapped, but nobody has written to it.
+        Err(ChainError::NoMemory { .. }) => return Ok(Arc::new(Zeros(size.bytes(0)))),
+        Err(error) => return Err(error.into()),
+    };
+    let pages = index.extents().next_back().map_or(0, |extent| extent.end().0);
+    let content = MemoryBytes::new(Arc::clone(chain), index, size.bytes(pages));
+    Ok(Arc::new(content))
+}
+
+/// A stretch of a file.
+#[derive(Debug)]
+struct Stretch {
+    file: Arc<BackingFile>,
+    start: u64,
+    len: u64,
+}
+
+impl Content for Stretch {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn allocated(&self) -> u64 {
+        self.len
+    }
+
+    fn runs(&self, offset: u64, len: u64, runs: &mut Vec<Run>) -> chain::Result<()> {
+        runs.push(Run { len, source: Source::File(Arc::clone(&self.file), self.start + offset) });
+        Ok(())
+    }
+}
+
+/// So many zeros.
+#[derive(Debug)]
+struct Zeros(u64);
+
+impl Content for Zeros {
+    fn len(&self) -> u64 {
+        self.0
+    }
+
+    fn allocated(&self) -> u64 {
+        0
+    }
+
+    fn runs(&self, _offset: u64, len: u64, runs: &mut Vec<Run>) -> chain::Result<()> {
+        runs.push(Run { len, source: Source::Zero });
+        Ok(())
+    }
 }

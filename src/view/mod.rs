@@ -12,6 +12,7 @@ mod json;
 mod mapped;
 mod process;
 mod seek;
+mod shared;
 mod tables;
 #[cfg(test)]
 mod testing;

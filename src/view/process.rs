@@ -1,6 +1,6 @@
 //! One dumped process and what it maps.
 
-use std::sync::Arc;
+use std::{path::Path, sync::Arc};
 
 use super::{
     Result, Tables, ViewError,
@@ -69,14 +69,10 @@ impl Process {
             .find(|entry| entry.pid == pid)
             .ok_or_else(|| ViewError::NoSuchProcess { dir: dir.to_owned(), pid })?
             .clone();
-        let path = dir.join(Kind::Mm.file_name(pid.into()));
-        let mut mm: proto::MmEntry = optional(read_one(&path, Kind::Mm))?
-            .ok_or_else(|| ViewError::NoAddressSpace { dir: dir.to_owned(), pid })?;
-        let mut vmas = std::mem::take(&mut mm.vmas);
-        if vmas.is_empty() {
-            let path = dir.join(Kind::Vmas.file_name(pid.into()));
-            vmas = optional(read_all(&path, Kind::Vmas))?.unwrap_or_default();
+        if !dir.join(Kind::Mm.file_name(pid.into())).exists() {
+            return Err(ViewError::NoAddressSpace { dir: dir.to_owned(), pid });
         }
+        let vmas = mappings(dir, pid)?;
         let areas = Mappings { tables, pid }.areas(vmas)?;
         Ok(Self { tables: Arc::clone(tables), entry, areas })
     }
@@ -105,6 +101,20 @@ impl Process {
     pub(super) fn areas(&self) -> &[Area] {
         &self.areas
     }
+}
+
+/// Reads the mappings of the process `pid`; none if it has no address space.
+pub(super) fn mappings(dir: &Path, pid: u32) -> Result<Vec<proto::VmaEntry>> {
+    let path = dir.join(Kind::Mm.file_name(pid.into()));
+    let mm: Option<proto::MmEntry> = optional(read_one(&path, Kind::Mm))?;
+    if let Some(mm) = mm
+        && !mm.vmas.is_empty()
+    {
+        return Ok(mm.vmas);
+    }
+    // Older images have them apart.
+    let path = dir.join(Kind::Vmas.file_name(pid.into()));
+    Ok(optional(read_all(&path, Kind::Vmas))?.unwrap_or_default())
 }
 
 /// Makes areas of a process's mappings.

@@ -1,11 +1,16 @@
 //! What the processes of a snapshot have in common.
 
 use std::{
+    collections::BTreeMap,
     path::Path,
     sync::{Arc, Mutex, PoisonError},
 };
 
-use super::{Result, mapped::MappedFiles};
+use super::{
+    Result,
+    mapped::MappedFiles,
+    shared::{self, SharedObject},
+};
 use crate::{
     chain::{Chain, SnapshotId},
     image::{Kind, proto, read_all},
@@ -44,12 +49,19 @@ pub struct Tables {
     snapshot: SnapshotId,
     tree: Lazy<Vec<proto::PstreeEntry>>,
     mapped: Lazy<MappedFiles>,
+    shared: Lazy<BTreeMap<u64, SharedObject>>,
 }
 
 impl Tables {
     /// Stands for the tables of `snapshot`; reads nothing.
     pub fn new(chain: Arc<Chain>, snapshot: SnapshotId) -> Self {
-        Self { chain, snapshot, tree: Lazy::default(), mapped: Lazy::default() }
+        Self {
+            chain,
+            snapshot,
+            tree: Lazy::default(),
+            mapped: Lazy::default(),
+            shared: Lazy::default(),
+        }
     }
 
     /// Returns the chain.
@@ -82,5 +94,13 @@ impl Tables {
     /// [`ViewError::Image`](super::ViewError::Image).
     pub(super) fn mapped(&self) -> Result<Arc<MappedFiles>> {
         self.mapped.get(|| MappedFiles::load(self.dir()))
+    }
+
+    /// Returns the shared objects by their shmids.
+    ///
+    /// # Errors
+    /// [`ViewError::Image`](super::ViewError::Image).
+    pub(super) fn shared(&self) -> Result<Arc<BTreeMap<u64, SharedObject>>> {
+        self.shared.get(|| shared::load(self))
     }
 }

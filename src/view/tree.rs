@@ -3,14 +3,17 @@
 use std::{
     collections::HashMap,
     fs,
+    num::NonZeroUsize,
     path::PathBuf,
-    sync::{Arc, PoisonError, RwLock},
+    sync::{Arc, Mutex, PoisonError, RwLock},
 };
 
+use lru::LruCache;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::{
-    Attr, BLOCK_BYTES, NodeType, OpenFile, Result, ViewError, WholeFile, attr_of, flat, json,
+    AddressSpace, Attr, BLOCK_BYTES, NodeType, OpenFile, Process, Result, Tables, ViewError,
+    WholeFile, attr_of, flat, json,
 };
 use crate::{
     chain::{Chain, ChainError, Content, FlatPages, SnapshotId},
@@ -41,10 +44,15 @@ pub struct DirEntry {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Group {
     Json,
+    Mem,
     Shmem,
 }
 
-const GROUPS: [(&str, Group); 2] = [("json", Group::Json), ("shmem", Group::Shmem)];
+const GROUPS: [(&str, Group); 3] =
+    [("json", Group::Json), ("mem", Group::Mem), ("shmem", Group::Shmem)];
+
+/// How many snapshots' tables are kept for when they are needed again.
+const TABLES_KEPT: NonZeroUsize = NonZeroUsize::new(16).expect("not zero");
 
 /// What a node shows.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,6 +71,8 @@ enum What {
     Pages(SnapshotId, MemoryId),
     /// The bytes of a shared object.
     Shmem(SnapshotId, u64),
+    /// The address space of a process.
+    Mem(SnapshotId, u32),
     /// An image of the snapshot's directory as text.
     Json(SnapshotId, Box<What>, String),
 }
@@ -101,6 +111,7 @@ pub struct View {
     chain: Arc<Chain>,
     tip: SnapshotId,
     table: RwLock<Table>,
+    tables: Mutex<LruCache<SnapshotId, Arc<Tables>>>,
 }
 
 impl View {
@@ -115,7 +126,8 @@ impl View {
         };
         let mut table = Table::default();
         table.nodes.insert(ROOT, Arc::new(root));
-        Self { chain, tip, table: RwLock::new(table) }
+        let tables = Mutex::new(LruCache::new(TABLES_KEPT));
+        Self { chain, tip, table: RwLock::new(table), tables }
     }
 
     /// Returns the chain that is shown.
@@ -200,6 +212,7 @@ impl View {
                 .map(|id| (self.chain.snapshot(id).name.clone(), What::Snapshot(id)))
                 .collect(),
             What::Group(id, Group::Json) => self.json_children(*id)?,
+            What::Group(id, Group::Mem) => self.processes(*id, What::Mem)?,
             What::Group(id, Group::Shmem) => self.shmem_children(*id)?,
             _ => return Err(ViewError::NotADirectory { path: dir.path.clone() }),
         };
@@ -248,12 +261,32 @@ impl View {
     }
 
     fn shmem_children(&self, id: SnapshotId) -> Result<Vec<(String, What)>> {
-        let memories = self.chain.memories(id)?;
-        let shared = memories.iter().filter_map(|memory| match memory {
-            MemoryId::Shared(shmid) => Some((shmid.to_string(), What::Shmem(id, *shmid))),
-            MemoryId::Private(_) => None,
-        });
-        Ok(shared.collect())
+        let objects = self.tables(id).shared()?;
+        Ok(objects.keys().map(|shmid| (shmid.to_string(), What::Shmem(id, *shmid))).collect())
+    }
+
+    /// Returns an entry for each process of a snapshot that had memory.
+    fn processes(
+        &self,
+        id: SnapshotId,
+        what: impl Fn(SnapshotId, u32) -> What,
+    ) -> Result<Vec<(String, What)>> {
+        let dir = &self.chain.snapshot(id).dir;
+        // A pre-dump has no tree of processes, and nothing but pages.
+        if !dir.join(Kind::Pstree.file_name(0)).exists() {
+            return Ok(Vec::new());
+        }
+        let tree = self.tables(id).tree()?;
+        let pids = tree.iter().map(|process| process.pid);
+        let alive = pids.filter(|pid| dir.join(Kind::Mm.file_name((*pid).into())).exists());
+        Ok(alive.map(|pid| (pid.to_string(), what(id, pid))).collect())
+    }
+
+    /// Returns what the processes of a snapshot have in common.
+    fn tables(&self, id: SnapshotId) -> Arc<Tables> {
+        let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
+        let chain = || Arc::new(Tables::new(Arc::clone(&self.chain), id));
+        Arc::clone(tables.get_or_insert(id, chain))
     }
 
     fn json_children(&self, id: SnapshotId) -> Result<Vec<(String, What)>> {
@@ -293,7 +326,8 @@ impl View {
         let content = self.open_what(&node.what, &node.name)?.content;
         attr.size = content.len();
         attr.blocks = content.allocated().div_ceil(BLOCK_BYTES);
-        attr.mode &= 0o444;
+        // Mapped files are read with the rights of who mounts, not of who looks.
+        attr.mode &= if matches!(node.what, What::Mem(..)) { 0o400 } else { 0o444 };
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
         table.attrs.insert(node.ino, attr.clone());
         Ok(attr)
@@ -303,6 +337,7 @@ impl View {
     /// and times.
     fn origin(&self, what: &What, name: &str) -> PathBuf {
         let dir = |id: SnapshotId| &self.chain.snapshot(id).dir;
+        let inventory = |id| self.chain.image_path(id, Kind::Inventory, 0);
         match what {
             What::Snapshot(id) | What::Group(id, _) => dir(*id).clone(),
             What::Snapshots => dir(self.tip).clone(),
@@ -311,7 +346,11 @@ impl View {
             What::Pagemap(id, memory) | What::Pages(id, memory) => {
                 dir(*id).join(memory.pagemap_name())
             }
-            What::Shmem(id, shmid) => dir(*id).join(MemoryId::Shared(*shmid).pagemap_name()),
+            What::Shmem(id, shmid) => {
+                let pagemap = dir(*id).join(MemoryId::Shared(*shmid).pagemap_name());
+                if pagemap.exists() { pagemap } else { inventory(*id) }
+            }
+            What::Mem(id, pid) => dir(*id).join(Kind::Mm.file_name((*pid).into())),
         }
     }
 
@@ -344,8 +383,13 @@ impl View {
                 Ok(OpenFile { content: Arc::new(pages), whole })
             }
             What::Shmem(id, shmid) => {
-                let content = flat::shmem(chain, *id, *shmid)?;
-                Ok(OpenFile { content: Arc::new(content), whole: None })
+                let content = flat::shmem(&self.tables(*id), *shmid)?;
+                Ok(OpenFile { content, whole: None })
+            }
+            What::Mem(id, pid) => {
+                let process = Process::load(&self.tables(*id), *pid)?;
+                let content = Arc::new(AddressSpace::new(Arc::new(process)));
+                Ok(OpenFile { content, whole: None })
             }
             What::Json(_, image, name) => {
                 let open = self.open_what(image, name)?;

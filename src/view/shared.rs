@@ -1,0 +1,128 @@
+//! The shared objects of a snapshot.
+
+use std::{
+    collections::{BTreeMap, btree_map::Entry},
+    fs,
+    path::{Path, PathBuf},
+};
+
+use super::{Result, Tables, mapped::optional, process::mappings};
+use crate::{
+    chain::ChainError,
+    image::{ImageReader, Kind, MemoryId, desc, payload::Layout, proto, read_all, vma},
+    units::page_bytes,
+};
+
+/// What is known of a shared object without looking at its pages.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct SharedObject {
+    /// Its size in bytes.
+    pub(super) size: Size,
+    /// Where its bytes are if not in pages: an image, and the offset in it.
+    pub(super) inline: Option<(PathBuf, u64)>,
+}
+
+/// How long a shared object is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Size {
+    /// As the kernel said.
+    Exactly(u64),
+    /// As far as it is mapped; pages beyond may be stored nevertheless.
+    AtLeast(u64),
+}
+
+/// Finds the shared objects of a snapshot by their shmids: those with pages, and
+/// those that are only mapped or open and have none.
+pub(super) fn load(tables: &Tables) -> Result<BTreeMap<u64, SharedObject>> {
+    let mut objects = BTreeMap::new();
+    for memory in tables.chain().memories(tables.snapshot())? {
+        if let MemoryId::Shared(shmid) = memory {
+            objects.insert(shmid, SharedObject { size: Size::AtLeast(0), inline: None });
+        }
+    }
+    // A pre-dump has neither processes nor descriptors.
+    for process in optional_tree(tables)? {
+        for area in mappings(tables.dir(), process)? {
+            if area.status & vma::ANON_SHARED != 0 && area.status & vma::MEMFD == 0 {
+                let end = area.pgoff.saturating_add(area.end.saturating_sub(area.start));
+                mapped(&mut objects, area.shmid, end);
+            }
+        }
+    }
+    let path = tables.dir().join(Kind::MemfdInode.file_name(0));
+    let inodes: Vec<proto::MemfdInodeEntry> =
+        optional(read_all(&path, Kind::MemfdInode))?.unwrap_or_default();
+    for inode in inodes {
+        let object = SharedObject { size: Size::Exactly(inode.size), inline: None };
+        objects.insert(inode.shmid.into(), object);
+    }
+    for path in segment_images(tables.dir())? {
+        segments(&path, &mut objects)?;
+    }
+    Ok(objects)
+}
+
+fn optional_tree(tables: &Tables) -> Result<Vec<u32>> {
+    if !tables.dir().join(Kind::Pstree.file_name(0)).exists() {
+        return Ok(Vec::new());
+    }
+    Ok(tables.tree()?.iter().map(|process| process.pid).collect())
+}
+
+/// Notes that an object is mapped up to the offset `end`.
+fn mapped(objects: &mut BTreeMap<u64, SharedObject>, shmid: u64, end: u64) {
+    match objects.entry(shmid) {
+        Entry::Vacant(vacant) => {
+            vacant.insert(SharedObject { size: Size::AtLeast(end), inline: None });
+        }
+        Entry::Occupied(mut occupied) => {
+            if let Size::AtLeast(known) = &mut occupied.get_mut().size {
+                *known = end.max(*known);
+            }
+        }
+    }
+}
+
+/// Returns the images of System V segments, one for each namespace.
+fn segment_images(dir: &Path) -> Result<Vec<PathBuf>> {
+    let failed = |source| ChainError::Directory { path: dir.to_owned(), source };
+    let mut images = Vec::new();
+    for entry in fs::read_dir(dir).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let kind = entry.file_name().to_str().and_then(desc::by_file_name);
+        if kind.is_some_and(|(desc, _)| desc.kind == Kind::IpcnsShm) {
+            images.push(entry.path());
+        }
+    }
+    Ok(images)
+}
+
+/// Reads the sizes of System V segments, and where those are whose bytes are in
+/// the image itself, as they are in older ones.
+fn segments(path: &Path, objects: &mut BTreeMap<u64, SharedObject>) -> Result<()> {
+    let mut reader = ImageReader::open_kind(path, Kind::IpcnsShm)?;
+    while let Some(segment) = reader.next_message::<proto::IpcShmEntry>()? {
+        let in_pagemaps = segment.in_pagemaps();
+        let start = reader.offset();
+        if let Layout::Stretches(stretches) = Layout::ipc_shm(segment.size, in_pagemaps) {
+            for stretch in stretches {
+                reader.skip(stretch.length, stretch.name)?;
+                reader.skip(stretch.padding, "padding")?;
+            }
+        }
+        let inline = (!in_pagemaps).then(|| (path.to_owned(), start));
+        let object = SharedObject { size: Size::Exactly(segment.size), inline };
+        objects.insert(segment.desc.id.into(), object);
+    }
+    Ok(())
+}
+
+impl Size {
+    /// Returns the size of an object whose last page ends after `pages` pages.
+    pub(super) fn bytes(self, pages: u64) -> u64 {
+        match self {
+            Self::Exactly(bytes) => bytes,
+            Self::AtLeast(bytes) => bytes.max(page_bytes(pages)),
+        }
+    }
+}
