@@ -107,7 +107,9 @@ fn write_all(
     fs::rename(&unfinished, &inventory).map_err(failed)?;
     sync(out).map_err(failed)?;
     let above = out.parent().filter(|path| !path.as_os_str().is_empty());
-    sync(above.unwrap_or(Path::new("."))).map_err(failed)
+    sync(above.unwrap_or(Path::new("."))).map_err(failed)?;
+    progress(total, total);
+    Ok(())
 }
 
 /// A file that is being written.

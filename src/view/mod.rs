@@ -16,6 +16,8 @@ mod shared;
 mod tables;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tests;
 mod tree;
 mod whole_file;
 

@@ -44,7 +44,12 @@ fn seek_run(run: &Run, whence: Whence) -> Result<Option<u64>> {
             Ok(None)
         }
         (Source::File(file, start), _) => {
-            let found = seek_file(file, *start, whence)?;
+            // What is missing at the end of a file that was cut short is lost,
+            // no hole.
+            let end = file.metadata()?.len();
+            let lost = (start + run.len > end).then(|| end.max(*start));
+            let found = seek_file(file, *start, whence)?.filter(|found| *found < end);
+            let found = if whence == Whence::Data { found.or(lost) } else { found };
             Ok(found.map(|found| found - start).filter(|skipped| *skipped < run.len))
         }
     }

@@ -148,8 +148,10 @@ impl View {
         let dir = self.node(parent)?;
         let entries = self.listing(&dir)?;
         let found = entries.binary_search_by(|node| node.name.as_str().cmp(name));
-        let position = found
-            .map_err(|_| ViewError::NoSuchEntry { dir: dir.path.clone(), name: name.to_owned() })?;
+        let position = found.map_err(|_| ViewError::NoSuchEntry {
+            dir: format!("/{}", dir.path),
+            name: name.to_owned(),
+        })?;
         self.node_attr(&entries[position])
     }
 
@@ -214,7 +216,7 @@ impl View {
             What::Group(id, Group::Json) => self.json_children(*id)?,
             What::Group(id, Group::Mem) => self.processes(*id, What::Mem)?,
             What::Group(id, Group::Shmem) => self.shmem_children(*id)?,
-            _ => return Err(ViewError::NotADirectory { path: dir.path.clone() }),
+            _ => return Err(ViewError::NotADirectory { path: format!("/{}", dir.path) }),
         };
         children.sort_by(|a, b| a.0.cmp(&b.0));
         children.dedup_by(|a, b| a.0 == b.0);
@@ -324,6 +326,7 @@ impl View {
             _ => {}
         }
         let content = self.open_what(&node.what, &node.name)?.content;
+        attr.atime = attr.mtime;
         attr.size = content.len();
         attr.blocks = content.allocated().div_ceil(BLOCK_BYTES);
         // Mapped files are read with the rights of who mounts, not of who looks.

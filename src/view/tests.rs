@@ -1,0 +1,246 @@
+//! The tree against the model that the chain's tests have.
+
+use std::{collections::BTreeMap, fs, sync::Arc};
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::{
+    chain::{
+        Chain, read_at,
+        testing::{MEMORY, Model, PAGES, TestChain, entry, layers, model, page},
+    },
+    image::{ImageReader, MemoryId, PagemapReader, Presence},
+    units::PAGE_SIZE,
+};
+
+fn view(disk: &TestChain) -> View {
+    let chain = Arc::new(disk.open());
+    let tip = chain.choose(None).unwrap();
+    View::new(chain, tip)
+}
+
+/// Follows a path from the root.
+fn find(view: &View, path: &str) -> Result<Attr> {
+    let mut attr = view.attr(ROOT)?;
+    for name in path.split('/') {
+        attr = view.lookup(attr.ino, name)?;
+    }
+    Ok(attr)
+}
+
+fn open(view: &View, path: &str) -> Arc<dyn Content> {
+    view.open(find(view, path).unwrap().ino).unwrap().content
+}
+
+fn bytes(content: &dyn Content) -> Vec<u8> {
+    let mut bytes = vec![0xee; usize::try_from(content.len()).unwrap()];
+    assert_eq!(read_at(content, 0, &mut bytes).unwrap(), bytes.len());
+    bytes
+}
+
+fn names(view: &View, path: &str) -> Vec<String> {
+    let ino = if path.is_empty() { ROOT } else { find(view, path).unwrap().ino };
+    view.entries(ino).unwrap().1.into_iter().map(|entry| entry.name).collect()
+}
+
+/// Two layers: the tip has page 2 itself and pages 0 and 1 in its parent.
+fn two_layers() -> TestChain {
+    let mut disk = TestChain::new();
+    disk.push(&[entry(0, 2, Presence::Present)]);
+    disk.push(&[entry(0, 2, Presence::Parent), entry(2, 1, Presence::Present)]);
+    disk
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    #[test]
+    fn every_snapshot_is_shown_flat(layers in layers()) {
+        let mut disk = TestChain::new();
+        let mut models: Vec<Model> = Vec::new();
+        for entries in &layers {
+            let layer = disk.push(entries);
+            let below = models.last().cloned().unwrap_or_default();
+            models.push(model(layer, entries, &below));
+        }
+        let view = view(&disk);
+        for (number, model) in (1..).zip(&models) {
+            let root = format!("snapshots/{number}");
+            // The pagemap says of each page what the model does.
+            let pagemap = bytes(&*open(&view, &format!("{root}/pagemap-shmem-1024.img")));
+            let name = MEMORY.pagemap_name();
+            let image = ImageReader::new(name.as_ref(), pagemap.as_slice()).unwrap();
+            let mut shown = BTreeMap::new();
+            for entry in PagemapReader::new(image).unwrap() {
+                let entry = entry.unwrap();
+                for page in entry.first.0..entry.end().0 {
+                    shown.insert(page, entry.presence);
+                }
+            }
+            let expected = model.iter().map(|(page, layer)| {
+                (*page, if layer.is_some() { Presence::Present } else { Presence::Absent })
+            });
+            prop_assert_eq!(shown, expected.collect());
+            // The pages file has them one after another.
+            let stored = model.iter().filter_map(|(number, layer)| Some(page((*layer)?, *number)));
+            let flat: Vec<u8> = stored.flatten().collect();
+            let attr = find(&view, &format!("{root}/pages-7.img")).unwrap();
+            prop_assert_eq!((attr.size, attr.blocks * 512), (flat.len() as u64, flat.len() as u64));
+            prop_assert_eq!(bytes(&*open(&view, &format!("{root}/pages-7.img"))), flat);
+            // Holes are where no page is.
+            let shmem = open(&view, &format!("{root}/shmem/1024"));
+            for number in 0..PAGES + 1 {
+                let offset = number * PAGE_SIZE + 1;
+                let len = shmem.len();
+                let found = |whence| seek(&*shmem, offset, whence).unwrap();
+                let later = |data: bool| {
+                    let mut pages = number..len.div_ceil(PAGE_SIZE);
+                    let next = pages.find(|page| model.contains_key(page) == data);
+                    next.map(|page| (page * PAGE_SIZE).max(offset))
+                };
+                let end = (offset < len).then_some(len);
+                prop_assert_eq!(found(Whence::Data), later(true));
+                prop_assert_eq!(found(Whence::Hole), later(false).or(end));
+            }
+        }
+    }
+}
+
+#[test]
+fn the_root_is_an_image_directory_without_a_parent() {
+    let disk = two_layers();
+    fs::write(disk.dir(2).join("stats-dump"), "12345678").unwrap();
+    fs::create_dir(disk.dir(2).join("work")).unwrap();
+    let view = view(&disk);
+    assert_eq!(
+        names(&view, ""),
+        [
+            "inventory.img",
+            "json",
+            "mem",
+            "pagemap-shmem-1024.img",
+            "pages-7.img",
+            "shmem",
+            "snapshots",
+            "stats-dump",
+        ]
+    );
+    assert_eq!(names(&view, "snapshots"), ["1", "2"]);
+    assert_eq!(
+        names(&view, "json"),
+        ["inventory.img.json", "pagemap-shmem-1024.img.json", "stats-dump.json"]
+    );
+    assert!(!names(&view, "snapshots/1").contains(&"snapshots".to_owned()));
+    let pagemap =
+        String::from_utf8(bytes(&*open(&view, "json/pagemap-shmem-1024.img.json"))).unwrap();
+    assert!(pagemap.contains("PE_PRESENT") && !pagemap.contains("PE_PARENT"), "{pagemap}");
+}
+
+#[test]
+fn files_that_are_one_file_on_disk_say_so() {
+    let disk = two_layers();
+    let view = view(&disk);
+    let whole = |path: &str| view.open(find(&view, path).unwrap().ino).unwrap().whole.is_some();
+    assert!(whole("inventory.img"));
+    assert!(whole("snapshots/1/pages-7.img"));
+    assert!(!whole("pages-7.img"));
+    // A file with more than its pagemap accounts for is not the whole.
+    let pages = disk.dir(1).join("pages-7.img");
+    fs::OpenOptions::new().write(true).open(pages).unwrap().set_len(3 * PAGE_SIZE).unwrap();
+    assert!(!whole("snapshots/1/pages-7.img"));
+}
+
+#[test]
+fn numbers_and_attributes_stay_the_same() {
+    let disk = two_layers();
+    let (first, second) = (view(&disk), view(&disk));
+    // Whoever comes first, and whichever way.
+    find(&second, "snapshots/1/shmem/1024").unwrap();
+    let paths =
+        ["pages-7.img", "shmem", "shmem/1024", "snapshots/1/shmem/1024", "json/inventory.img.json"];
+    let mut inos = Vec::new();
+    for path in paths {
+        let (a, b) = (find(&first, path).unwrap(), find(&second, path).unwrap());
+        assert_eq!(a, b);
+        assert_eq!(first.attr(a.ino).unwrap(), a);
+        inos.push(a.ino);
+    }
+    inos.sort_unstable();
+    inos.dedup();
+    assert_eq!(inos.len(), paths.len());
+    assert_eq!(first.attr(ROOT).unwrap().nlink, 6);
+    let pagemap = fs::metadata(disk.dir(2).join("pagemap-shmem-1024.img")).unwrap();
+    let shown = find(&first, "pages-7.img").unwrap();
+    assert_eq!(shown.mtime, pagemap.modified().unwrap());
+    assert_eq!(shown.mode & 0o222, 0);
+}
+
+#[test]
+fn what_is_not_there_is_an_error_with_its_name() {
+    let disk = two_layers();
+    let view = view(&disk);
+    let problem = |result: Result<Attr>| result.unwrap_err().to_string();
+    assert_eq!(problem(find(&view, "nothing")), "/ has no entry \"nothing\"");
+    assert_eq!(problem(find(&view, "shmem/7")), "/shmem has no entry \"7\"");
+    assert_eq!(problem(find(&view, "inventory.img/x")), "/inventory.img is not a directory");
+    assert!(matches!(view.open(ROOT), Err(ViewError::IsADirectory { .. })));
+    assert!(matches!(view.attr(12345), Err(ViewError::NoSuchNode { ino: 12345 })));
+}
+
+#[test]
+fn pages_files_that_two_memories_claim_are_errors() {
+    let disk = two_layers();
+    disk.memory(2, MemoryId::Private(5), 7, &[entry(1, 1, Presence::Present)]);
+    let view = view(&disk);
+    let error = find(&view, "pages-7.img").unwrap_err();
+    assert!(
+        matches!(error, ViewError::Chain(crate::chain::ChainError::SharedPages { .. })),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_broken_chain_is_broken_only_where_it_is_needed() {
+    let disk = two_layers();
+    fs::remove_file(disk.dir(1).join("pagemap-shmem-1024.img")).unwrap();
+    let view = view(&disk);
+    assert!(find(&view, "inventory.img").is_ok());
+    assert!(matches!(find(&view, "shmem/1024"), Err(ViewError::Chain(_))));
+    assert!(names(&view, "").contains(&"pages-7.img".to_owned()));
+}
+
+#[test]
+fn a_flat_copy_is_a_chain_of_its_own_with_the_same_pages() {
+    let disk = two_layers();
+    let view = view(&disk);
+    let place = tempfile::tempdir().unwrap();
+    let out = place.path().join("flat");
+    let mut told = Vec::new();
+    flatten(&view, &out, &mut |done, total| told.push((done, total))).unwrap();
+    assert!(told.windows(2).all(|pair| pair[0].0 <= pair[1].0));
+    assert!(told.last().is_some_and(|(done, total)| done == total));
+    let copy = Chain::open(&out).unwrap();
+    assert!(crate::chain::check(&copy).unwrap().is_empty());
+    let tip = copy.choose(None).unwrap();
+    assert_eq!(copy.snapshots().len(), 1);
+    let copy = View::new(Arc::new(copy), tip);
+    assert_eq!(bytes(&*open(&copy, "shmem/1024")), bytes(&*open(&view, "shmem/1024")));
+    // A second one does not write into the first.
+    let again = flatten(&view, &out, &mut |_, _| {}).unwrap_err();
+    assert!(matches!(again, ViewError::Write { .. }), "{again}");
+    assert!(out.join("inventory.img").exists());
+}
+
+#[test]
+fn a_flat_copy_that_fails_leaves_nothing() {
+    let disk = two_layers();
+    let pages = disk.dir(1).join("pages-7.img");
+    let view = view(&disk);
+    find(&view, "pages-7.img").unwrap();
+    fs::OpenOptions::new().write(true).open(pages).unwrap().set_len(PAGE_SIZE).unwrap();
+    let place = tempfile::tempdir().unwrap();
+    let out = place.path().join("flat");
+    assert!(flatten(&view, &out, &mut |_, _| {}).is_err());
+    assert!(!out.exists());
+}
