@@ -9,6 +9,10 @@ pub const PAGE_SIZE: u64 = 4096;
 /// `log2` of [`PAGE_SIZE`].
 pub const PAGE_SHIFT: u32 = 12;
 
+/// Bytes in the unit in which the room that a file takes is counted, whatever
+/// the file system's own block size is (`stat(2)`, `st_blocks`).
+pub const BLOCK_BYTES: u64 = 512;
+
 /// Returns the bytes in so many pages, at most `u64::MAX`: images may claim more
 /// pages than bytes can be counted.
 pub const fn page_bytes(pages: u64) -> u64 {

@@ -1,9 +1,10 @@
 //! A resolved memory as bytes: in place, or its stored pages one after another.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use super::{
     BackingFile, Chain, ChainError, Content, Extent, Index, Layer, Place, Result, Run, Source,
+    holes,
 };
 use crate::units::{PageIndex, page_bytes};
 
@@ -50,6 +51,36 @@ impl<'a> Cursor<'a> {
     }
 }
 
+/// Counts the bytes of a resolved memory that take room: those of stored pages
+/// that are not holes of their files. What cannot be looked at counts in full.
+fn allocated(chain: &Chain, index: &Index) -> u64 {
+    let files = chain.files();
+    let holes = |layer: &Layer| {
+        if files.is_dense(layer.file) {
+            return Vec::new();
+        }
+        let file = files.get(layer.file);
+        file.and_then(|file| holes::in_file(&file, 0, page_bytes(layer.pages))).unwrap_or_default()
+    };
+    let holes: Vec<Vec<Range<u64>>> = index.layers().iter().map(holes).collect();
+    let stored = page_bytes(index.stored_pages());
+    if holes.iter().all(Vec::is_empty) {
+        return stored;
+    }
+    let free = index.extents().filter_map(|extent| match extent.place {
+        Place::Absent => None,
+        Place::Stored { layer, file_page } => {
+            let start = page_bytes(file_page);
+            let end = start.saturating_add(page_bytes(extent.pages));
+            let holes = &holes[layer as usize];
+            let first = holes.partition_point(|hole| hole.end <= start);
+            let inside = holes[first..].iter().take_while(|hole| hole.start < end);
+            Some(inside.map(|hole| hole.end.min(end) - hole.start.max(start)).sum::<u64>())
+        }
+    });
+    stored.saturating_sub(free.sum())
+}
+
 /// A memory in place: the byte at offset X is the byte at address X.
 #[derive(Debug)]
 pub struct MemoryBytes {
@@ -76,7 +107,7 @@ impl Content for MemoryBytes {
     }
 
     fn allocated(&self) -> u64 {
-        page_bytes(self.index.stored_pages())
+        allocated(&self.chain, &self.index)
     }
 
     fn runs(&self, offset: u64, len: u64, runs: &mut Vec<Run>) -> Result<()> {
@@ -156,7 +187,7 @@ impl Content for FlatPages {
     }
 
     fn allocated(&self) -> u64 {
-        self.len()
+        allocated(&self.chain, &self.index)
     }
 
     fn runs(&self, offset: u64, len: u64, runs: &mut Vec<Run>) -> Result<()> {

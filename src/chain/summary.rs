@@ -5,11 +5,8 @@ use std::{fs, os::unix::fs::MetadataExt, time::SystemTime};
 use super::{Chain, ChainError, Result, SnapshotId, holes};
 use crate::{
     image::{ImageError, Kind, MemoryId, PagemapReader, Presence, proto, read_all},
-    units::{PAGE_SIZE, page_bytes},
+    units::{BLOCK_BYTES, PAGE_SIZE, page_bytes},
 };
-
-/// Bytes in the unit of `st_blocks` (`stat(2)`).
-const BLOCK_BYTES: u64 = 512;
 
 /// How many pages of one kind of memory are where.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

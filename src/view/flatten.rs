@@ -13,6 +13,7 @@ use super::{NodeType, ROOT, Result, View, ViewError, Whence, seek};
 use crate::{
     chain::{BackingFile, Content, Run, Source, read_at},
     image::Kind,
+    units::BLOCK_BYTES,
 };
 
 /// Bytes copied at a time, after which progress is told.
@@ -77,7 +78,7 @@ fn write_all(
     let files: Vec<_> = entries.iter().filter(|entry| entry.kind == NodeType::File).collect();
     let mut total = 0;
     for file in &files {
-        total += view.attr(file.ino)?.blocks * super::BLOCK_BYTES;
+        total += view.attr(file.ino)?.blocks * BLOCK_BYTES;
     }
     let mut done = 0;
     let mut step = |bytes| {

@@ -39,10 +39,6 @@ pub use whole_file::WholeFile;
 pub use crate::chain::Whence;
 use crate::chain::{BackingFile, Content};
 
-/// Bytes in the unit of [`Attr::blocks`], whatever the file system's own block
-/// size is (`stat(2)`, `st_blocks`).
-pub const BLOCK_BYTES: u64 = 512;
-
 /// What a node is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NodeType {
@@ -61,7 +57,7 @@ pub struct Attr {
     pub kind: NodeType,
     /// Length in bytes.
     pub size: u64,
-    /// Space taken, in units of [`BLOCK_BYTES`].
+    /// Space taken, in units of [`BLOCK_BYTES`](crate::units::BLOCK_BYTES).
     pub blocks: u64,
     /// Permission bits, without the file type.
     pub mode: u16,

@@ -152,6 +152,24 @@ fn files_that_are_one_file_on_disk_say_so() {
 }
 
 #[test]
+fn holes_of_backing_files_take_no_room() {
+    let disk = two_layers();
+    let pages = disk.dir(1).join("pages-7.img");
+    fs::remove_file(&pages).unwrap();
+    let sparse = fs::File::create(&pages).unwrap();
+    sparse.set_len(2 * PAGE_SIZE).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&sparse, &page(1, 1), PAGE_SIZE).unwrap();
+    let view = view(&disk);
+    for path in ["pages-7.img", "shmem/1024"] {
+        let attr = find(&view, path).unwrap();
+        assert_eq!((attr.size, attr.blocks * 512), (3 * PAGE_SIZE, 2 * PAGE_SIZE), "{path}");
+        let content = open(&view, path);
+        assert_eq!(seek(&*content, 0, Whence::Data).unwrap(), Some(PAGE_SIZE));
+        assert_eq!(seek(&*content, PAGE_SIZE, Whence::Hole).unwrap(), Some(3 * PAGE_SIZE));
+    }
+}
+
+#[test]
 fn numbers_and_attributes_stay_the_same() {
     let disk = two_layers();
     let (first, second) = (view(&disk), view(&disk));

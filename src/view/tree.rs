@@ -12,12 +12,13 @@ use lru::LruCache;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::{
-    AddressSpace, Attr, BLOCK_BYTES, NodeType, OpenFile, Process, Result, Tables, ViewError,
-    WholeFile, attr_of, flat, json,
+    AddressSpace, Attr, NodeType, OpenFile, Process, Result, Tables, ViewError, WholeFile, attr_of,
+    flat, json,
 };
 use crate::{
     chain::{Chain, ChainError, Content, FlatPages, SnapshotId},
     image::{Kind, MemoryId, PagemapReader},
+    units::BLOCK_BYTES,
 };
 
 /// An inode number.

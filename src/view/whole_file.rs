@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use crate::chain::{BackingFile, Content, Result, Run, Source};
+use crate::{
+    chain::{BackingFile, Content, Result, Run, Source},
+    units::BLOCK_BYTES,
+};
 
 /// A file on disk, from its first byte to its last.
 #[derive(Debug)]
@@ -20,7 +23,7 @@ impl WholeFile {
     pub fn new(file: Arc<BackingFile>) -> Result<Self> {
         use std::os::unix::fs::MetadataExt;
         let meta = file.metadata()?;
-        let allocated = meta.blocks().saturating_mul(super::BLOCK_BYTES);
+        let allocated = meta.blocks().saturating_mul(BLOCK_BYTES);
         Ok(Self { file, len: meta.len(), allocated })
     }
 }
