@@ -5,15 +5,19 @@
 //! pagemap heads, and an index is built when a file that needs it is looked up.
 
 mod address_space;
+mod core;
 mod error;
 mod flat;
 mod flatten;
 mod mapped;
+mod notes;
 mod process;
+mod registers;
 mod seek;
 mod tables;
 #[cfg(test)]
 mod testing;
+mod thread;
 mod tree;
 mod whole_file;
 
@@ -23,6 +27,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+pub use self::core::CoreFile;
 pub use address_space::AddressSpace;
 pub use error::{Result, ViewError};
 pub use flatten::flatten;

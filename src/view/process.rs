@@ -14,6 +14,13 @@ use crate::{
 /// The first address that no process can have: the upper half is the kernel's.
 const USER_END: u64 = 1 << 63;
 
+/// `vma_entry.prot`: may be read (`asm-generic/mman-common.h`, as the others).
+pub(super) const PROT_READ: u32 = 1;
+/// May be written.
+pub(super) const PROT_WRITE: u32 = 2;
+/// May be executed.
+pub(super) const PROT_EXEC: u32 = 4;
+
 /// A mapping of a process.
 #[derive(Clone, Debug)]
 pub(super) struct Area {
@@ -21,6 +28,8 @@ pub(super) struct Area {
     pub(super) start: u64,
     /// The first address after it.
     pub(super) end: u64,
+    /// What the process may do with it: `PROT_*`.
+    pub(super) prot: u32,
     /// The offset of `start` in the file or object that is mapped, in bytes.
     pub(super) offset: u64,
     /// Whether pages may be in the process's private memory.
@@ -50,6 +59,7 @@ pub(super) enum Below {
 pub struct Process {
     tables: Arc<Tables>,
     entry: proto::PstreeEntry,
+    mm: proto::MmEntry,
     areas: Vec<Area>,
 }
 
@@ -78,7 +88,7 @@ impl Process {
             vmas = optional(read_all(&path, Kind::Vmas))?.unwrap_or_default();
         }
         let areas = Mappings { tables, pid }.areas(vmas)?;
-        Ok(Self { tables: Arc::clone(tables), entry, areas })
+        Ok(Self { tables: Arc::clone(tables), entry, mm, areas })
     }
 
     /// Returns the process's pid, as the process itself knew it.
@@ -99,6 +109,16 @@ impl Process {
     /// Returns the name of the process's private memory.
     pub fn private(&self) -> MemoryId {
         MemoryId::Private(self.entry.pid.into())
+    }
+
+    /// Returns the process's place in the tree, in sessions and in groups.
+    pub(super) fn entry(&self) -> &proto::PstreeEntry {
+        &self.entry
+    }
+
+    /// Returns what is known of the process's memory besides its mappings.
+    pub(super) fn mm(&self) -> &proto::MmEntry {
+        &self.mm
     }
 
     /// Returns the process's mappings, ascending and without overlap.
@@ -153,6 +173,7 @@ impl Mappings<'_> {
         Ok(Area {
             start: entry.start,
             end: entry.end,
+            prot: entry.prot,
             offset: if placed { entry.pgoff } else { 0 },
             private: is_private(entry.status),
             below,
