@@ -7,7 +7,7 @@ use std::{fs, os::unix::fs::symlink, path::Path, sync::Arc};
 
 use rcriu::{
     chain::{Chain, Content, read_at},
-    view::{AddressSpace, Process, Tables},
+    view::{AddressSpace, CoreFile, Process, Tables},
 };
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
@@ -45,7 +45,7 @@ fn linked(chain: &Path) -> TempDir {
 /// pages that were.
 fn compare(tables: &Arc<Tables>, fixture: &Path, pid: u32) -> usize {
     let process = Arc::new(Process::load(tables, pid).unwrap());
-    let space = AddressSpace::new(process);
+    let space = Arc::new(AddressSpace::new(process));
     let truth = fs::read(fixture.join(format!("truth/mem-{pid}.json"))).unwrap();
     let truth: serde_json::Value = serde_json::from_slice(&truth).unwrap();
     let mut compared = 0;
@@ -58,7 +58,7 @@ fn compare(tables: &Arc<Tables>, fixture: &Path, pid: u32) -> usize {
         let start = u64::from_str_radix(start, 16).unwrap();
         let end = u64::from_str_radix(end, 16).unwrap();
         let mut bytes = vec![0xaa; usize::try_from(end - start).unwrap()];
-        assert_eq!(read_at(&space, start, &mut bytes).unwrap(), bytes.len());
+        assert_eq!(read_at(space.as_ref(), start, &mut bytes).unwrap(), bytes.len());
         let pages = mapping["page_sha8"].as_array().unwrap();
         assert_eq!(pages.len(), bytes.len() / PAGE);
         for (number, (page, expected)) in bytes.chunks(PAGE).zip(pages).enumerate() {
@@ -71,6 +71,10 @@ fn compare(tables: &Arc<Tables>, fixture: &Path, pid: u32) -> usize {
         compared += pages.len();
     }
     assert!(space.allocated() > 0 && space.allocated() < space.len());
+    let core = CoreFile::open(space).unwrap();
+    let mut bytes = vec![0; usize::try_from(core.len()).unwrap()];
+    assert_eq!(read_at(&core, 0, &mut bytes).unwrap(), bytes.len());
+    assert!(bytes.starts_with(b"\x7fELF"));
     compared
 }
 

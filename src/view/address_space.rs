@@ -10,7 +10,7 @@ use std::{
 use super::{
     Process,
     mapped::{Mapped, MappedFile},
-    process::{Area, Below},
+    process::{Area, Below, PROT_READ},
 };
 use crate::{
     chain::{
@@ -77,6 +77,62 @@ impl AddressSpace {
         area.private.then(|| self.index(self.process.private())).transpose()
     }
 
+    /// Returns the ranges of `area` that a core file has the bytes of,
+    /// ascending and not touching. Where the process could read, these are all
+    /// but the ones that no image and no file tells; elsewhere, the pages that
+    /// are in images.
+    ///
+    /// # Errors
+    /// What [`Index::build`] returns.
+    pub(super) fn known(&self, area: &Area) -> chain::Result<Vec<Range<u64>>> {
+        let all = area.start..area.end;
+        let readable = area.prot & PROT_READ != 0
+            && match &area.below {
+                Below::Unknown => false,
+                Below::Mapped(Mapped::File(file)) => file.extents(self.files()).is_some(),
+                Below::Mapped(_) => true,
+            };
+        if readable {
+            return Ok(iter::once(all).collect());
+        }
+        let own: Vec<(Range<u64>, bool)> = match self.private_index(area)? {
+            Some(index) => parts(&index, all).map(|(part, own)| (part, own.is_some())).collect(),
+            None => vec![(all, false)],
+        };
+        let shared = match &area.below {
+            Below::Mapped(Mapped::Shared(shmid)) => Some(self.shared_index(*shmid)?),
+            _ => None,
+        };
+        let mut known: Vec<Range<u64>> = Vec::new();
+        for (part, own) in own {
+            if own {
+                known.push(part);
+            } else if let Some(index) = &shared {
+                let start = area.offset_of(part.start);
+                let stored = parts(index, start..start + (part.end - part.start));
+                let stored = stored.filter(|(_, extent)| extent.is_some());
+                let address = |offset| area.start + (offset - area.offset);
+                known.extend(stored.map(|(part, _)| address(part.start)..address(part.end)));
+            }
+        }
+        known.dedup_by(|next, last| {
+            let touching = last.end == next.start;
+            if touching {
+                last.end = next.end;
+            }
+            touching
+        });
+        Ok(known)
+    }
+
+    /// Counts the bytes of `range`, which lies within one mapping, that are no
+    /// holes.
+    pub(super) fn allocated_in(&self, range: Range<u64>) -> u64 {
+        let areas = self.process.areas();
+        let position = areas.partition_point(|area| area.end <= range.start);
+        areas.get(position).map_or(0, |area| self.area_allocated(area, range))
+    }
+
     /// Appends the runs of `range`, which lies within `area`.
     fn area_runs(&self, area: &Area, range: Range<u64>, runs: &mut Vec<Run>) -> chain::Result<()> {
         let index = match self.private_index(area) {
@@ -123,13 +179,11 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// Counts the bytes of `area` that are no holes.
-    fn area_allocated(&self, area: &Area) -> u64 {
-        let all = area.start..area.end;
+    fn area_allocated(&self, area: &Area, range: Range<u64>) -> u64 {
         match self.private_index(area) {
-            Ok(None) => self.below_allocated(area, all),
+            Ok(None) => self.below_allocated(area, range),
             Err(_) => 0,
-            Ok(Some(index)) => parts(&index, all)
+            Ok(Some(index)) => parts(&index, range)
                 .map(|(part, extent)| match extent {
                     Some(extent) => stored(&part, extent),
                     None => self.below_allocated(area, part),
@@ -235,9 +289,10 @@ impl Content for AddressSpace {
     /// The first call resolves all memories of the process and looks at all
     /// files that it maps.
     fn allocated(&self) -> u64 {
-        *self
-            .allocated
-            .get_or_init(|| self.process.areas().iter().map(|area| self.area_allocated(area)).sum())
+        *self.allocated.get_or_init(|| {
+            let areas = self.process.areas().iter();
+            areas.map(|area| self.area_allocated(area, area.start..area.end)).sum()
+        })
     }
 
     fn runs(&self, offset: u64, len: u64, runs: &mut Vec<Run>) -> chain::Result<()> {

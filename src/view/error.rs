@@ -117,4 +117,22 @@ pub enum ViewError {
         /// The file's id in the images.
         id: u64,
     },
+    /// A thread that no core file can describe.
+    #[error("{dir}: thread {tid} has no core file: {problem}", dir = .dir.display())]
+    BadThread {
+        /// The image directory.
+        dir: PathBuf,
+        /// The thread.
+        tid: u32,
+        /// What is missing or wrong.
+        problem: String,
+    },
+    /// A core file that would be larger than files can be.
+    #[error("{dir}: the core file of process {pid} would not fit into 2^63 bytes", dir = .dir.display())]
+    CoreTooLarge {
+        /// The image directory.
+        dir: PathBuf,
+        /// The process.
+        pid: u32,
+    },
 }

@@ -198,6 +198,11 @@ pub(super) struct MappedFile {
 }
 
 impl MappedFile {
+    /// Returns the path at which the process had the file.
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Returns where the file's bytes are, sorted, with holes between; `None`
     /// if they are not to be had.
     ///

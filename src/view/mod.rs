@@ -5,12 +5,15 @@
 //! pagemap heads, and an index is built when a file that needs it is looked up.
 
 mod address_space;
+mod core;
 mod error;
 mod flat;
 mod flatten;
 mod json;
 mod mapped;
+mod notes;
 mod process;
+mod registers;
 mod seek;
 mod shared;
 mod tables;
@@ -18,6 +21,7 @@ mod tables;
 mod testing;
 #[cfg(test)]
 mod tests;
+mod thread;
 mod tree;
 mod whole_file;
 
@@ -27,6 +31,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+pub use self::core::CoreFile;
 pub use address_space::AddressSpace;
 pub use error::{Result, ViewError};
 pub use flatten::flatten;

@@ -14,6 +14,13 @@ use crate::{
 /// The first address that no process can have: the upper half is the kernel's.
 const USER_END: u64 = 1 << 63;
 
+/// `vma_entry.prot`: may be read (`asm-generic/mman-common.h`, as the others).
+pub(super) const PROT_READ: u32 = 1;
+/// May be written.
+pub(super) const PROT_WRITE: u32 = 2;
+/// May be executed.
+pub(super) const PROT_EXEC: u32 = 4;
+
 /// A mapping of a process.
 #[derive(Clone, Debug)]
 pub(super) struct Area {
@@ -21,6 +28,8 @@ pub(super) struct Area {
     pub(super) start: u64,
     /// The first address after it.
     pub(super) end: u64,
+    /// What the process may do with it: `PROT_*`.
+    pub(super) prot: u32,
     /// The offset of `start` in the file or object that is mapped, in bytes.
     pub(super) offset: u64,
     /// Whether pages may be in the process's private memory.
@@ -50,6 +59,7 @@ pub(super) enum Below {
 pub struct Process {
     tables: Arc<Tables>,
     entry: proto::PstreeEntry,
+    mm: proto::MmEntry,
     areas: Vec<Area>,
 }
 
@@ -69,12 +79,11 @@ impl Process {
             .find(|entry| entry.pid == pid)
             .ok_or_else(|| ViewError::NoSuchProcess { dir: dir.to_owned(), pid })?
             .clone();
-        if !dir.join(Kind::Mm.file_name(pid.into())).exists() {
-            return Err(ViewError::NoAddressSpace { dir: dir.to_owned(), pid });
-        }
-        let vmas = mappings(dir, pid)?;
+        let mut mm = read_mm(dir, pid)?
+            .ok_or_else(|| ViewError::NoAddressSpace { dir: dir.to_owned(), pid })?;
+        let vmas = std::mem::take(&mut mm.vmas);
         let areas = Mappings { tables, pid }.areas(vmas)?;
-        Ok(Self { tables: Arc::clone(tables), entry, areas })
+        Ok(Self { tables: Arc::clone(tables), entry, mm, areas })
     }
 
     /// Returns the process's pid, as the process itself knew it.
@@ -97,24 +106,33 @@ impl Process {
         MemoryId::Private(self.entry.pid.into())
     }
 
+    /// Returns the process's place in the tree, in sessions and in groups.
+    pub(super) fn entry(&self) -> &proto::PstreeEntry {
+        &self.entry
+    }
+
+    /// Returns what is known of the process's memory besides its mappings.
+    pub(super) fn mm(&self) -> &proto::MmEntry {
+        &self.mm
+    }
+
     /// Returns the process's mappings, ascending and without overlap.
     pub(super) fn areas(&self) -> &[Area] {
         &self.areas
     }
 }
 
-/// Reads the mappings of the process `pid`; none if it has no address space.
-pub(super) fn mappings(dir: &Path, pid: u32) -> Result<Vec<proto::VmaEntry>> {
+/// Reads what the process `pid` maps; `None` if it has no address space.
+pub(super) fn read_mm(dir: &Path, pid: u32) -> Result<Option<proto::MmEntry>> {
     let path = dir.join(Kind::Mm.file_name(pid.into()));
     let mm: Option<proto::MmEntry> = optional(read_one(&path, Kind::Mm))?;
-    if let Some(mm) = mm
-        && !mm.vmas.is_empty()
-    {
-        return Ok(mm.vmas);
+    let Some(mut mm) = mm else { return Ok(None) };
+    if mm.vmas.is_empty() {
+        // Older images have them apart.
+        let path = dir.join(Kind::Vmas.file_name(pid.into()));
+        mm.vmas = optional(read_all(&path, Kind::Vmas))?.unwrap_or_default();
     }
-    // Older images have them apart.
-    let path = dir.join(Kind::Vmas.file_name(pid.into()));
-    Ok(optional(read_all(&path, Kind::Vmas))?.unwrap_or_default())
+    Ok(Some(mm))
 }
 
 /// Makes areas of a process's mappings.
@@ -163,6 +181,7 @@ impl Mappings<'_> {
         Ok(Area {
             start: entry.start,
             end: entry.end,
+            prot: entry.prot,
             offset: if placed { entry.pgoff } else { 0 },
             private: is_private(entry.status),
             below,

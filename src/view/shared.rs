@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{Result, Tables, mapped::optional, process::mappings};
+use super::{Result, Tables, mapped::optional, process::read_mm};
 use crate::{
     chain::ChainError,
     image::{ImageReader, Kind, MemoryId, desc, payload::Layout, proto, read_all, vma},
@@ -42,7 +42,8 @@ pub(super) fn load(tables: &Tables) -> Result<BTreeMap<u64, SharedObject>> {
     }
     // A pre-dump has neither processes nor descriptors.
     for process in optional_tree(tables)? {
-        for area in mappings(tables.dir(), process)? {
+        let Some(mm) = read_mm(tables.dir(), process)? else { continue };
+        for area in mm.vmas {
             if area.status & vma::ANON_SHARED != 0 && area.status & vma::MEMFD == 0 {
                 let end = area.pgoff.saturating_add(area.end.saturating_sub(area.start));
                 mapped(&mut objects, area.shmid, end);

@@ -12,8 +12,8 @@ use lru::LruCache;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::{
-    AddressSpace, Attr, NodeType, OpenFile, Process, Result, Tables, ViewError, WholeFile, attr_of,
-    flat, json,
+    AddressSpace, Attr, CoreFile, NodeType, OpenFile, Process, Result, Tables, ViewError,
+    WholeFile, attr_of, flat, json,
 };
 use crate::{
     chain::{Chain, ChainError, Content, FlatPages, SnapshotId},
@@ -44,13 +44,14 @@ pub struct DirEntry {
 /// The directories of a snapshot that show it to people and ordinary tools.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Group {
+    Core,
     Json,
     Mem,
     Shmem,
 }
 
-const GROUPS: [(&str, Group); 3] =
-    [("json", Group::Json), ("mem", Group::Mem), ("shmem", Group::Shmem)];
+const GROUPS: [(&str, Group); 4] =
+    [("core", Group::Core), ("json", Group::Json), ("mem", Group::Mem), ("shmem", Group::Shmem)];
 
 /// How many snapshots' tables are kept for when they are needed again.
 const TABLES_KEPT: NonZeroUsize = NonZeroUsize::new(16).expect("not zero");
@@ -74,6 +75,8 @@ enum What {
     Shmem(SnapshotId, u64),
     /// The address space of a process.
     Mem(SnapshotId, u32),
+    /// A process as a core file.
+    Core(SnapshotId, u32),
     /// An image of the snapshot's directory as text.
     Json(SnapshotId, Box<What>, String),
 }
@@ -214,6 +217,7 @@ impl View {
                 .ids()
                 .map(|id| (self.chain.snapshot(id).name.clone(), What::Snapshot(id)))
                 .collect(),
+            What::Group(id, Group::Core) => self.processes(*id, What::Core)?,
             What::Group(id, Group::Json) => self.json_children(*id)?,
             What::Group(id, Group::Mem) => self.processes(*id, What::Mem)?,
             What::Group(id, Group::Shmem) => self.shmem_children(*id)?,
@@ -331,7 +335,8 @@ impl View {
         attr.size = content.len();
         attr.blocks = content.allocated().div_ceil(BLOCK_BYTES);
         // Mapped files are read with the rights of who mounts, not of who looks.
-        attr.mode &= if matches!(node.what, What::Mem(..)) { 0o400 } else { 0o444 };
+        attr.mode &=
+            if matches!(node.what, What::Mem(..) | What::Core(..)) { 0o400 } else { 0o444 };
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
         table.attrs.insert(node.ino, attr.clone());
         Ok(attr)
@@ -354,7 +359,9 @@ impl View {
                 let pagemap = dir(*id).join(MemoryId::Shared(*shmid).pagemap_name());
                 if pagemap.exists() { pagemap } else { inventory(*id) }
             }
-            What::Mem(id, pid) => dir(*id).join(Kind::Mm.file_name((*pid).into())),
+            What::Mem(id, pid) | What::Core(id, pid) => {
+                dir(*id).join(Kind::Mm.file_name((*pid).into()))
+            }
         }
     }
 
@@ -391,9 +398,12 @@ impl View {
                 Ok(OpenFile { content, whole: None })
             }
             What::Mem(id, pid) => {
-                let process = Process::load(&self.tables(*id), *pid)?;
-                let content = Arc::new(AddressSpace::new(Arc::new(process)));
+                let content = Arc::new(self.address_space(*id, *pid)?);
                 Ok(OpenFile { content, whole: None })
+            }
+            What::Core(id, pid) => {
+                let space = Arc::new(self.address_space(*id, *pid)?);
+                Ok(OpenFile { content: Arc::new(CoreFile::open(space)?), whole: None })
             }
             What::Json(_, image, name) => {
                 let open = self.open_what(image, name)?;
@@ -401,6 +411,10 @@ impl View {
                 Ok(OpenFile { content: Arc::new(content), whole: None })
             }
         }
+    }
+
+    fn address_space(&self, id: SnapshotId, pid: u32) -> Result<AddressSpace> {
+        Ok(AddressSpace::new(Arc::new(Process::load(&self.tables(id), pid)?)))
     }
 
     /// Checks that no other memory of the snapshot has the same pages file.

@@ -1,0 +1,254 @@
+//! The notes of a core file: who the process was and what its threads were at.
+//!
+//! Layouts are those of the kernel for x86-64 (`linux/elfcore.h`,
+//! `uapi/linux/elf.h`, `fs/binfmt_elf.c`), which debuggers expect.
+
+use std::sync::Arc;
+
+use object::{
+    LittleEndian as LE, U32,
+    elf::{
+        ELF_NOTE_CORE, ELF_NOTE_LINUX, NT_AUXV, NT_FILE, NT_FPREGSET, NT_PRPSINFO, NT_PRSTATUS,
+        NT_X86_XSTATE, NoteHeader32, NoteType,
+    },
+    pod,
+};
+
+use super::{
+    AddressSpace, Process, Result, ViewError, mapped::Mapped, process::Below, registers,
+    thread::Thread,
+};
+use crate::{chain::read_at, image::proto, units::PAGE_SIZE};
+
+/// Bytes in the kernel's `elf_prstatus`.
+const PRSTATUS_BYTES: usize = 336;
+
+/// Bytes in the kernel's `elf_prpsinfo`.
+const PRPSINFO_BYTES: usize = 136;
+
+/// Bytes for a command's name, the closing zero among them (`TASK_COMM_LEN`).
+const COMM_BYTES: usize = 16;
+
+/// Bytes for a command line, the closing zero among them (`ELF_PRARGSZ`).
+const ARGS_BYTES: usize = 80;
+
+/// The most that is said about mapped files; the kernel leaves the note out
+/// beyond that, too (`MAX_FILE_NOTE_SIZE`, `fs/binfmt_elf.c`).
+const FILES_LIMIT_BYTES: usize = 4 << 20;
+
+/// What notes and their parts are aligned to.
+const ALIGN: usize = 4;
+
+/// `task_core_entry.task_state` (CRIU 4.2, `compel/include/uapi/task-state.h`).
+const STOPPED: u32 = 3;
+
+/// The notes of a process, in the order in which the kernel writes them: the
+/// leader's status, the process's description, its auxiliary vector, its mapped
+/// files, the leader's other registers; then the other threads' registers.
+///
+/// There is no `NT_SIGINFO`, and no signal in the status, because none ended
+/// the process.
+///
+/// # Errors
+/// [`ViewError::BadThread`], [`ViewError::Image`].
+pub(super) fn notes(space: &AddressSpace) -> Result<Vec<u8>> {
+    let process = space.process();
+    let threads = process.threads()?;
+    let mut notes = Notes::default();
+    for (position, thread) in threads.iter().enumerate() {
+        let bad = |problem| ViewError::BadThread {
+            dir: process.tables().dir().to_owned(),
+            tid: thread.tid,
+            problem,
+        };
+        let info = info(thread).map_err(|problem| bad(problem.to_owned()))?;
+        let status = status(process.entry(), thread, &info.gpregs);
+        notes.push(ELF_NOTE_CORE, NT_PRSTATUS, &status);
+        if position == 0 {
+            notes.push(ELF_NOTE_CORE, NT_PRPSINFO, &description(space, thread));
+            notes.push(ELF_NOTE_CORE, NT_AUXV, &auxiliary_vector(process));
+            if let Some(files) = files(process) {
+                notes.push(ELF_NOTE_CORE, NT_FILE, &files);
+            }
+        }
+        notes.push(ELF_NOTE_CORE, NT_FPREGSET, &registers::legacy(&info.fpregs).map_err(bad)?);
+        if let Some(extended) = registers::extended(&info.fpregs).map_err(bad)? {
+            notes.push(ELF_NOTE_LINUX, NT_X86_XSTATE, &extended);
+        }
+    }
+    Ok(notes.0)
+}
+
+#[derive(Default)]
+struct Notes(Vec<u8>);
+
+impl Notes {
+    fn push(&mut self, name: &[u8], kind: NoteType, description: &[u8]) {
+        let length = |bytes: usize| {
+            U32::new(LE, u32::try_from(bytes).expect("images have no messages of 4 GiB"))
+        };
+        let header = NoteHeader32 {
+            n_namesz: length(name.len() + 1),
+            n_descsz: length(description.len()),
+            n_type: U32::new(LE, kind),
+        };
+        self.0.extend(pod::bytes_of(&header));
+        self.0.extend(name);
+        self.0.push(0);
+        self.align();
+        self.0.extend(description);
+        self.align();
+    }
+
+    fn align(&mut self) {
+        self.0.resize(self.0.len().next_multiple_of(ALIGN), 0);
+    }
+}
+
+/// Returns a thread's registers.
+fn info(thread: &Thread) -> Result<&proto::ThreadInfoX86, &'static str> {
+    let core = &thread.core;
+    if core.mtype() != proto::core_entry::March::X8664 {
+        return Err("it ran on another kind of processor than x86-64");
+    }
+    let info = core.thread_info.as_ref().ok_or("its image has no registers")?;
+    if info.gpregs.mode() == proto::UserX86RegsMode::Compat {
+        return Err("it ran 32-bit code");
+    }
+    Ok(info)
+}
+
+/// Returns an `elf_prstatus`.
+///
+/// ```text
+///   0  si_signo, si_code, si_errno  i32 each: none
+///  12  pr_cursig                    i16: none
+///  16  pr_sigpend                   u64: signals pending for the thread
+///  24  pr_sighold                   u64: signals blocked
+///  32  pr_pid, ppid, pgrp, sid      i32 each
+///  48  four times of 16 bytes       not dumped: zero
+/// 112  pr_reg                       user_regs_struct
+/// 328  pr_fpvalid                   i32: floating-point registers follow
+/// ```
+fn status(
+    entry: &proto::PstreeEntry,
+    thread: &Thread,
+    regs: &proto::UserX86RegsEntry,
+) -> [u8; PRSTATUS_BYTES] {
+    let own = thread.core.thread_core.as_ref();
+    let leader = thread.core.tc.as_ref();
+    let blocked = own.and_then(|own| own.blk_sigset).or(leader.map(|leader| leader.blk_sigset));
+    let pending = own.and_then(|own| own.signals_p.as_ref()).map_or(0, pending);
+    let mut status = [0; PRSTATUS_BYTES];
+    put(&mut status, 16, &pending.to_le_bytes());
+    put(&mut status, 24, &blocked.unwrap_or(0).to_le_bytes());
+    let ids = [thread.tid, entry.ppid, entry.pgid, entry.sid];
+    for (offset, id) in (32..).step_by(4).zip(ids) {
+        put(&mut status, offset, &id.to_le_bytes());
+    }
+    put(&mut status, 112, &registers::general(regs));
+    put(&mut status, 112 + registers::GENERAL_BYTES, &1_u32.to_le_bytes());
+    status
+}
+
+/// Returns the set of the signals in a queue; `siginfo_t` begins with the number.
+fn pending(queue: &proto::SignalQueueEntry) -> u64 {
+    let numbers = queue.signals.iter().filter_map(|signal| {
+        let number = u32::from_le_bytes(*signal.siginfo.first_chunk()?);
+        1_u64.checked_shl(number.checked_sub(1)?)
+    });
+    numbers.fold(0, |set, signal| set | signal)
+}
+
+/// Returns an `elf_prpsinfo`.
+///
+/// ```text
+///   0  pr_state, pr_sname, pr_zomb, pr_nice  1 byte each
+///   8  pr_flag                               u64
+///  16  pr_uid, pr_gid                        u32 each: the real ones
+///  24  pr_pid, pr_ppid, pr_pgrp, pr_sid      i32 each
+///  40  pr_fname                              16 bytes
+///  56  pr_psargs                             80 bytes
+/// ```
+fn description(space: &AddressSpace, leader: &Thread) -> [u8; PRPSINFO_BYTES] {
+    let process = space.process();
+    let entry = process.entry();
+    let mut description = [0; PRPSINFO_BYTES];
+    let task = leader.core.tc.as_ref();
+    let (state, letter) = match task.map(|task| task.task_state) {
+        Some(STOPPED) => (3, b'T'),
+        _ => (0, b'R'),
+    };
+    let nice = leader.core.thread_core.as_ref().and_then(|own| own.sched_nice);
+    put(&mut description, 0, &[state, letter, 0, nice.unwrap_or(0).to_le_bytes()[0]]);
+    put(&mut description, 8, &task.map_or(0, |task| u64::from(task.flags)).to_le_bytes());
+    let (uid, gid) = leader.creds.as_ref().map_or((0, 0), |creds| (creds.uid, creds.gid));
+    let ids = [uid, gid, entry.pid, entry.ppid, entry.pgid, entry.sid];
+    for (offset, id) in (16..).step_by(4).zip(ids) {
+        put(&mut description, offset, &id.to_le_bytes());
+    }
+    let comm = task.map_or(&[][..], |task| task.comm.as_bytes());
+    let comm = &comm[..comm.len().min(COMM_BYTES - 1)];
+    put(&mut description, 40, comm);
+    match arguments(space) {
+        Some(arguments) => put(&mut description, 56, &arguments),
+        None => put(&mut description, 56, comm),
+    }
+    description
+}
+
+/// Reads the beginning of the process's command line from its memory.
+fn arguments(space: &AddressSpace) -> Option<Vec<u8>> {
+    let mm = space.process().mm();
+    let length = mm.mm_arg_end.checked_sub(mm.mm_arg_start).filter(|length| *length > 0)?;
+    let length = usize::try_from(length).unwrap_or(usize::MAX).min(ARGS_BYTES - 1);
+    let mut arguments = vec![0; length];
+    let read = read_at(space, mm.mm_arg_start, &mut arguments).ok().filter(|read| *read > 0)?;
+    arguments.truncate(read);
+    for byte in arguments.iter_mut().filter(|byte| **byte == 0) {
+        *byte = b' ';
+    }
+    Some(arguments)
+}
+
+/// Returns the auxiliary vector, which ends with a pair of zeros.
+fn auxiliary_vector(process: &Process) -> Vec<u8> {
+    let saved = &process.mm().mm_saved_auxv;
+    let (pairs, _) = saved.as_chunks::<2>();
+    let pairs = pairs.iter().take_while(|[kind, _]| *kind != 0);
+    pairs.chain([&[0, 0]]).flatten().flat_map(|value| value.to_le_bytes()).collect()
+}
+
+/// Returns which files are mapped where: a count, the unit of offsets, so many
+/// triples of start, end and offset, and then the names. `None` if that is too
+/// much.
+///
+/// Shared objects have names in the kernel's notes, too, such as `/dev/zero
+/// (deleted)`, but no files that a debugger could open: they are left out, or
+/// it would warn of each of them.
+fn files(process: &Process) -> Option<Vec<u8>> {
+    let mapped = process.areas().iter().filter_map(|area| match &area.below {
+        Below::Mapped(Mapped::File(file)) => Some((area, Arc::as_ref(file))),
+        _ => None,
+    });
+    let mut places = Vec::new();
+    let mut names = Vec::new();
+    let mut count = 0_u64;
+    for (area, file) in mapped {
+        places.extend([area.start, area.end, area.offset / PAGE_SIZE]);
+        names.extend(file.name().bytes());
+        names.push(0);
+        count += 1;
+        if names.len() + size_of_val(&places[..]) > FILES_LIMIT_BYTES {
+            return None;
+        }
+    }
+    let words = [count, PAGE_SIZE].into_iter().chain(places);
+    let mut note: Vec<u8> = words.flat_map(u64::to_le_bytes).collect();
+    note.extend(names);
+    Some(note)
+}
+
+fn put(note: &mut [u8], offset: usize, bytes: &[u8]) {
+    note[offset..offset + bytes.len()].copy_from_slice(bytes);
+}
