@@ -98,17 +98,23 @@ fn write_all(
         // Like cp: the owner may write what is now a copy.
         let mode = fs::Permissions::from_mode(u32::from(attr.mode) | 0o200);
         target.file.set_permissions(mode).map_err(failed)?;
-        target.file.sync_all().map_err(failed)?;
     }
+    // All at the end: a journalling file system then commits most at once.
+    let sync = |path: &Path| {
+        let synced = File::open(path).and_then(|file| file.sync_all());
+        synced.map_err(|source| ViewError::Write { path: path.to_owned(), source })
+    };
+    for path in written.iter() {
+        sync(path)?;
+    }
+    sync(out)?;
     let failed = |source| ViewError::Write { path: out.to_owned(), source };
-    let sync = |dir: &Path| File::open(dir).and_then(|dir| dir.sync_all());
-    sync(out).map_err(failed)?;
     let inventory = out.join(inventory);
     written.push(inventory.clone());
     fs::rename(&unfinished, &inventory).map_err(failed)?;
-    sync(out).map_err(failed)?;
+    sync(out)?;
     let above = out.parent().filter(|path| !path.as_os_str().is_empty());
-    sync(above.unwrap_or(Path::new("."))).map_err(failed)?;
+    sync(above.unwrap_or(Path::new(".")))?;
     progress(total, total);
     Ok(())
 }

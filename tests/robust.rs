@@ -1,0 +1,141 @@
+//! A chain that CRIU wrote, damaged at random: whatever is asked of it is
+//! answered or an error, and nothing panics, hangs or takes memory without end.
+
+use std::{
+    fs,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use proptest::{prelude::*, sample::Index};
+use rcriu::{
+    chain::{Chain, Summary, check, diff, read_at},
+    view::{Ino, NodeType, ROOT, View, Whence, flatten, seek},
+};
+
+/// Bytes read of every file, at its beginning and at its end.
+const LOOK_BYTES: usize = 64 << 10;
+
+/// What is done to one file.
+#[derive(Clone, Debug)]
+enum Damage {
+    Remove,
+    Truncate(Index),
+    Overwrite(Index, Vec<u8>),
+    Insert(Index, Vec<u8>),
+    SwapWith(Index),
+}
+
+fn damage() -> impl Strategy<Value = Damage> {
+    let bytes = prop_oneof![
+        prop::collection::vec(any::<u8>(), 1..8),
+        Just(vec![0xff; 4]),
+        Just(vec![0xff; 10]),
+        Just(vec![0; 16]),
+    ];
+    prop_oneof![
+        1 => Just(Damage::Remove),
+        2 => any::<Index>().prop_map(Damage::Truncate),
+        6 => (any::<Index>(), bytes.clone()).prop_map(|(at, bytes)| Damage::Overwrite(at, bytes)),
+        2 => (any::<Index>(), bytes).prop_map(|(at, bytes)| Damage::Insert(at, bytes)),
+        1 => any::<Index>().prop_map(Damage::SwapWith),
+    ]
+}
+
+/// Copies the fixture and returns its files.
+fn copy(to: &Path) -> Vec<PathBuf> {
+    let chain = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/criu42-chain/chain");
+    let mut files = Vec::new();
+    for name in ["1", "2", "3"] {
+        let dir = to.join(name);
+        fs::create_dir(&dir).unwrap();
+        for entry in fs::read_dir(chain.join(name)).unwrap() {
+            let entry = entry.unwrap();
+            let target = dir.join(entry.file_name());
+            if entry.file_type().unwrap().is_symlink() {
+                symlink(fs::read_link(entry.path()).unwrap(), target).unwrap();
+            } else {
+                fs::copy(entry.path(), &target).unwrap();
+                files.push(target);
+            }
+        }
+    }
+    files.sort();
+    files
+}
+
+fn apply(files: &[PathBuf], file: &Path, damage: &Damage) {
+    // An earlier damage may have removed it.
+    let Ok(mut bytes) = fs::read(file) else { return };
+    let at = |index: &Index| if bytes.is_empty() { 0 } else { index.index(bytes.len()) };
+    match damage {
+        Damage::Remove => return fs::remove_file(file).unwrap(),
+        Damage::Truncate(index) => bytes.truncate(at(index)),
+        Damage::Overwrite(index, new) => {
+            let start = at(index);
+            let end = (start + new.len()).min(bytes.len());
+            bytes[start..end].copy_from_slice(&new[..end - start]);
+        }
+        Damage::Insert(index, new) => {
+            let start = at(index);
+            bytes.splice(start..start, new.iter().copied());
+        }
+        Damage::SwapWith(other) => match fs::read(other.get(files)) {
+            Ok(other) => bytes = other,
+            Err(_) => return,
+        },
+    }
+    fs::write(file, bytes).unwrap();
+}
+
+/// Looks at everything below a directory; errors are fine.
+fn look(view: &View, dir: Ino, buffer: &mut [u8]) {
+    let Ok((_, entries)) = view.entries(dir) else { return };
+    for entry in entries {
+        if entry.kind == NodeType::Directory {
+            look(view, entry.ino, buffer);
+            continue;
+        }
+        let _ = view.lookup(dir, &entry.name);
+        let Ok(open) = view.open(entry.ino) else { continue };
+        let content = &*open.content;
+        let _ = read_at(content, 0, buffer);
+        let _ = read_at(content, content.len().saturating_sub(100), buffer);
+        let _ = content.allocated();
+        for whence in [Whence::Data, Whence::Hole] {
+            let _ = seek(content, content.len() / 2, whence);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    #[test]
+    fn a_damaged_chain_is_answered_or_an_error(
+        damages in prop::collection::vec((any::<Index>(), damage()), 1..4),
+    ) {
+        let root = tempfile::tempdir().unwrap();
+        let files = copy(root.path());
+        for (file, damage) in &damages {
+            let file: &PathBuf = file.get(&files);
+            apply(&files, file, damage);
+        }
+        let Ok(chain) = Chain::open(root.path()) else { return Ok(()) };
+        let _ = check(&chain);
+        let ids: Vec<_> = chain.ids().collect();
+        for id in &ids {
+            let _ = Summary::of(&chain, *id);
+            let _ = diff(&chain, ids[0], *id);
+        }
+        let chain = Arc::new(chain);
+        let Ok(tip) = chain.choose(None) else { return Ok(()) };
+        let view = View::new(chain, tip);
+        look(&view, ROOT, &mut vec![0; LOOK_BYTES]);
+        let out = root.path().join("flat");
+        let flattened = flatten(&view, &out, &mut |_, _| {});
+        // All of it, or nothing.
+        prop_assert_eq!(flattened.is_ok(), out.exists());
+    }
+}
