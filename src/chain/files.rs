@@ -8,10 +8,11 @@ use std::{
     num::NonZeroUsize,
     os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
 };
 
 use lru::LruCache;
+use memmap2::{MmapOptions, MmapRaw};
 use nix::{errno::Errno, fcntl::OFlag, sys::uio::preadv};
 
 use super::{ChainError, Result};
@@ -26,6 +27,7 @@ pub struct FileId(u32);
 pub struct BackingFile {
     file: File,
     path: PathBuf,
+    mapping: OnceLock<Option<MmapRaw>>,
 }
 
 impl BackingFile {
@@ -37,6 +39,16 @@ impl BackingFile {
     /// Returns the file's path when it was opened.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Returns the file's bytes in memory, for system calls to copy from: as many
+    /// as there were when this was first called. `None` if it cannot be mapped.
+    ///
+    /// Nobody may look at them otherwise: a file that has become shorter has no
+    /// bytes there, and who looks for them is killed.
+    pub fn mapping(&self) -> Option<&MmapRaw> {
+        let map = || MmapOptions::new().map_raw_read_only(&self.file).ok();
+        self.mapping.get_or_init(map).as_ref()
     }
 
     /// Returns the file's attributes now.
@@ -162,7 +174,7 @@ impl Files {
         if *known != identity {
             return Err(ChainError::Replaced { path });
         }
-        let file = Arc::new(BackingFile { file, path });
+        let file = Arc::new(BackingFile { file, path, mapping: OnceLock::new() });
         let evicted = inner.open.push(id, Arc::clone(&file));
         drop(inner);
         drop(evicted); // closing, too, may wait

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use super::{Common, answer, check, diff, exit, flatten, list};
+use super::{Common, answer, check, diff, exit, flatten, list, mount};
 
 /// Look into chains of image directories
 ///
@@ -26,6 +26,9 @@ enum Command {
     Check(check::CheckArgs),
     Diff(diff::DiffArgs),
     Flatten(flatten::FlattenArgs),
+    Mount(mount::MountArgs),
+    #[command(name = "umount")]
+    Unmount(mount::UnmountArgs),
 }
 
 /// Runs `imgfs` with the command line of this process.
@@ -39,8 +42,12 @@ pub fn main() -> ExitCode {
 impl Imgfs {
     /// Does what the command line says and returns the exit code.
     pub fn run(self) -> ExitCode {
-        self.common.start_logging();
+        if !matches!(self.command, Command::Mount(_)) {
+            self.common.start_logging();
+        }
         match self.command {
+            // The daemon has a log of its own.
+            Command::Mount(args) => mount::run(args, self.common),
             Command::List(args) => answer(|out| list::run(&args, out), exit::FAILED, exit::FAILED),
             Command::Check(args) => {
                 answer(|out| check::run(&args, out), exit::FAILED, exit::FAILED)
@@ -50,6 +57,9 @@ impl Imgfs {
             }
             Command::Flatten(args) => {
                 answer(|_| flatten::run(&args).map(|()| true), exit::FAILED, exit::FAILED)
+            }
+            Command::Unmount(args) => {
+                answer(|_| mount::unmount(&args).map(|()| true), exit::FAILED, exit::FAILED)
             }
         }
     }

@@ -9,6 +9,8 @@ pub mod exit;
 pub mod flatten;
 pub mod imgfs;
 pub mod list;
+mod log_sink;
+pub mod mount;
 pub mod rcriu;
 pub mod show;
 
@@ -35,14 +37,19 @@ pub struct Common {
 }
 
 impl Common {
-    /// Sets up logging to standard error.
-    pub fn start_logging(self) {
-        let level = match self.verbose {
+    /// Returns how much is said.
+    fn log_level(self) -> LevelFilter {
+        match self.verbose {
             0 => LevelFilter::Warn,
             1 => LevelFilter::Info,
             2 => LevelFilter::Debug,
             _ => LevelFilter::Trace,
-        };
+        }
+    }
+
+    /// Sets up logging to standard error.
+    pub fn start_logging(self) {
+        let level = self.log_level();
         let mut logger = env_logger::Builder::new();
         // Tests and libraries may have been first.
         let _ = logger.filter_level(level).format_timestamp(None).try_init();

@@ -1,0 +1,100 @@
+//! Where the daemon's messages go.
+
+use std::{
+    fs::File,
+    io::{self, Write},
+    os::unix::net::UnixDatagram,
+    path::Path,
+    process,
+};
+
+use anyhow::Context;
+use env_logger::{Builder, Target};
+use jiff::Timestamp;
+use log::{Level, LevelFilter};
+
+/// The socket of the system's log (syslog(3)).
+const SYSLOG: &str = "/dev/log";
+
+/// `LOG_DAEMON` (syslog.h), to be joined with a severity of 0 to 7.
+const FACILITY_DAEMON: u8 = 3 << 3;
+
+/// Sends messages to the standard error stream in the foreground, to a file if
+/// one is given, otherwise to the system's log if there is one.
+pub(super) fn start(
+    foreground: bool,
+    file: Option<&Path>,
+    level: LevelFilter,
+) -> anyhow::Result<()> {
+    let mut builder = Builder::new();
+    builder.filter_level(level);
+    // At debug level, it repeats every request.
+    builder
+        .filter_module("fuser", if level < LevelFilter::Trace { LevelFilter::Warn } else { level });
+    if let Some(path) = file {
+        let file = File::options().create(true).append(true).open(path);
+        let file = file.with_context(|| format!("open log file {}", path.display()))?;
+        builder.target(Target::Pipe(Box::new(file))).format(|out, record| {
+            let level = record.level();
+            writeln!(
+                out,
+                "{:.3} {level:<5} imgfs[{}]: {}",
+                Timestamp::now(),
+                process::id(),
+                record.args()
+            )
+        });
+    } else if foreground {
+        builder.target(Target::Stderr).format(|out, record| {
+            writeln!(out, "imgfs: {}: {}", record.level().as_str().to_lowercase(), record.args())
+        });
+    } else if let Some(syslog) = Syslog::connect() {
+        builder.target(Target::Pipe(Box::new(syslog))).format(|out, record| {
+            let priority = FACILITY_DAEMON | severity(record.level());
+            write!(out, "<{priority}>imgfs[{}]: {}", process::id(), record.args())
+        });
+    } else {
+        return Ok(());
+    }
+    builder.try_init().context("start logging")
+}
+
+/// Returns the severity of syslog(3).
+fn severity(level: Level) -> u8 {
+    match level {
+        Level::Error => 3,
+        Level::Warn => 4,
+        Level::Info => 6,
+        Level::Debug | Level::Trace => 7,
+    }
+}
+
+/// The system's log; every write is one message.
+struct Syslog(UnixDatagram);
+
+impl Syslog {
+    fn connect() -> Option<Self> {
+        let socket = UnixDatagram::unbound().ok()?;
+        socket.connect(SYSLOG).ok()?;
+        // A log that is stuck must not hold up readers.
+        socket.set_nonblocking(true).ok()?;
+        Some(Self(socket))
+    }
+}
+
+impl Write for Syslog {
+    fn write(&mut self, message: &[u8]) -> io::Result<usize> {
+        if self.0.send(message).is_err() {
+            // The log may have been restarted: once more, on a new connection.
+            if let Some(new) = Self::connect() {
+                *self = new;
+                let _ = self.0.send(message);
+            }
+        }
+        Ok(message.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

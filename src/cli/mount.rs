@@ -1,0 +1,222 @@
+//! `imgfs mount` and `imgfs umount`.
+
+use std::{num::NonZeroUsize, path::PathBuf, process::ExitCode, sync::Arc};
+
+use anyhow::{Context, bail};
+use clap::Args;
+
+use super::{Common, exit, log_sink, report};
+use crate::{
+    chain::Chain,
+    fs::{self, MountOptions, Session},
+    sys::daemon::{self, Background, Detached, Start},
+    view::View,
+};
+
+/// Mount a chain as one flat image directory, read-only
+///
+/// Returns when the mount can be used, and goes on in the background until it is
+/// unmounted.
+#[derive(Args, Debug)]
+pub struct MountArgs {
+    /// An image directory, or a directory of image directories
+    chain: PathBuf,
+    /// An existing directory that holds none of the images
+    mountpoint: PathBuf,
+    /// The snapshot to show; by default the one that is nobody's parent
+    #[arg(long, value_name = "NAME")]
+    snapshot: Option<String>,
+    /// Stay in the foreground, and log to standard error
+    #[arg(short, long)]
+    foreground: bool,
+    /// Let other users in; memory images are secrets
+    #[arg(long)]
+    allow_other: bool,
+    /// How many threads answer; by default one for each processor, at least 2
+    #[arg(long, value_name = "N")]
+    threads: Option<NonZeroUsize>,
+    /// Log to this file instead of the system's log
+    #[arg(long, value_name = "FILE")]
+    log_file: Option<PathBuf>,
+    /// Options as mount(8) and fstab(5) have them
+    ///
+    /// allow_other, foreground, log_file=FILE, snapshot=NAME and threads=N are the
+    /// options above; ro is what is done anyway, and what is meant for others,
+    /// such as noauto or x-systemd.requires=..., is ignored.
+    #[arg(short = 'o', value_name = "OPT,...")]
+    options: Vec<String>,
+}
+
+/// Unmount a chain
+#[derive(Args, Debug)]
+pub struct UnmountArgs {
+    /// Where the chain is mounted
+    mountpoint: PathBuf,
+    /// Detach it even if it is in use; who uses it may finish
+    #[arg(short, long)]
+    lazy: bool,
+}
+
+/// Unmounts a chain.
+///
+/// # Errors
+/// What [`fs::unmount`] returns.
+pub fn unmount(args: &UnmountArgs) -> anyhow::Result<()> {
+    Ok(fs::unmount(&args.mountpoint, args.lazy)?)
+}
+
+/// Mounts a chain and returns the exit code: in the foreground at once, in the
+/// background when the mount is gone.
+pub fn run(mut args: MountArgs, common: Common) -> ExitCode {
+    for options in std::mem::take(&mut args.options) {
+        if let Err(error) = args.apply(&options) {
+            report(&error);
+            return ExitCode::from(exit::USAGE);
+        }
+    }
+    let result = if args.foreground {
+        args.serve(None, common).map(|()| exit::OK)
+    } else {
+        args.detach(common)
+    };
+    match result {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            report(&error);
+            ExitCode::from(exit::FAILED)
+        }
+    }
+}
+
+impl MountArgs {
+    /// Applies options of `mount -o`.
+    fn apply(&mut self, options: &str) -> anyhow::Result<()> {
+        for option in options.split(',').filter(|option| !option.is_empty()) {
+            let (name, value) = match option.split_once('=') {
+                Some((name, value)) => (name, Some(value)),
+                None => (option, None),
+            };
+            match (name, value) {
+                ("allow_other", None) => self.allow_other = true,
+                ("foreground", None) => self.foreground = true,
+                ("log_file", Some(value)) => self.log_file = Some(value.into()),
+                ("snapshot", Some(value)) => self.snapshot = Some(value.to_owned()),
+                ("threads", Some(value)) => {
+                    let threads = value.parse().with_context(|| format!("mount option {option}"));
+                    self.threads = Some(threads?);
+                }
+                ("rw", None) => bail!("mount option rw: a chain can only be mounted read-only"),
+                _ if is_for_others(name) => {}
+                _ => bail!("unknown mount option {option}"),
+            }
+        }
+        Ok(())
+    }
+
+    /// Goes on in the background, and returns in the foreground when that is
+    /// ready or has failed.
+    fn detach(mut self, common: Common) -> anyhow::Result<u8> {
+        // The daemon leaves this directory.
+        for path in [Some(&mut self.chain), Some(&mut self.mountpoint), self.log_file.as_mut()] {
+            let Some(path) = path else { continue };
+            *path = std::path::absolute(&*path)
+                .with_context(|| format!("find {} from the root", path.display()))?;
+        }
+        let foreground = match daemon::detach().context("start a process in the background")? {
+            Detached::Background(background) => {
+                return self.serve(Some(background), common).map(|()| exit::OK);
+            }
+            Detached::Foreground(foreground) => foreground,
+        };
+        match foreground.wait().context("wait for the process in the background")? {
+            Start::Ready => Ok(exit::OK),
+            // It has said why.
+            Start::Exited(_) => Ok(exit::FAILED),
+            Start::Killed(signal) => bail!("the process in the background was killed by {signal}"),
+        }
+    }
+
+    /// Mounts, lets the foreground go, and serves until the mount is gone.
+    fn serve(self, background: Option<Background>, common: Common) -> anyhow::Result<()> {
+        log_sink::start(self.foreground, self.log_file.as_deref(), common.log_level())?;
+        let chain = Arc::new(Chain::open(&self.chain)?);
+        let tip = chain.choose(self.snapshot.as_deref())?;
+        let view = Arc::new(View::new(chain, tip));
+        let mut options = MountOptions { allow_other: self.allow_other, ..Default::default() };
+        if let Some(threads) = self.threads {
+            options.threads = threads;
+        }
+        let session = Session::mount(view, &self.chain, &self.mountpoint, &options)?;
+        if let Some(background) = background {
+            background.ready().context("let go of the terminal")?;
+        }
+        Ok(session.run()?)
+    }
+}
+
+/// Whether an option is what we do anyway, or for mount(8), systemd and the like.
+fn is_for_others(name: &str) -> bool {
+    const KNOWN: [&str; 26] = [
+        "_netdev",
+        "async",
+        "atime",
+        "auto",
+        "comment",
+        "defaults",
+        "dev",
+        "diratime",
+        "exec",
+        "group",
+        "loud",
+        "noatime",
+        "noauto",
+        "nodev",
+        "nodiratime",
+        "noexec",
+        "nofail",
+        "norelatime",
+        "nosuid",
+        "nouser",
+        "owner",
+        "relatime",
+        "ro",
+        "silent",
+        "user",
+        "users",
+    ];
+    KNOWN.contains(&name) || name.starts_with("x-") || name.starts_with("X-")
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        mount: MountArgs,
+    }
+
+    fn applied(options: &str) -> Result<MountArgs, String> {
+        let mut args = Line::parse_from(["mount", "chain", "mnt"]).mount;
+        args.apply(options).map(|()| args).map_err(|error| format!("{error:#}"))
+    }
+
+    #[test]
+    fn options_of_mount_are_applied_ignored_or_refused() {
+        let args =
+            applied("ro,nosuid,snapshot=2,,threads=3,log_file=/l=g,allow_other,x-a=b").unwrap();
+        assert_eq!(args.snapshot.as_deref(), Some("2"));
+        assert_eq!(args.threads.map(NonZeroUsize::get), Some(3));
+        assert_eq!(args.log_file, Some("/l=g".into()));
+        assert!(args.allow_other && !args.foreground);
+
+        let refused = |options| applied(options).unwrap_err();
+        assert_eq!(refused("ro,rw"), "mount option rw: a chain can only be mounted read-only");
+        assert_eq!(refused("nosnapshot"), "unknown mount option nosnapshot");
+        assert_eq!(refused("snapshot"), "unknown mount option snapshot");
+        assert!(refused("threads=0").starts_with("mount option threads=0: "));
+    }
+}

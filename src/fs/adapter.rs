@@ -1,0 +1,593 @@
+//! The kernel's questions, answered by the view.
+
+use std::{
+    ffi::OsStr,
+    io,
+    os::fd::OwnedFd,
+    path::Path,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use fuser::{
+    AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType,
+    Filesystem, FopenFlags, Generation, INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner,
+    OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
+    ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr,
+    Request, TimeOrNow, WriteFlags,
+};
+use log::{debug, error, trace};
+use nix::{
+    libc,
+    sys::{
+        statfs::{OVERLAYFS_SUPER_MAGIC, statfs},
+        statvfs::statvfs,
+    },
+};
+
+use super::{
+    buffer,
+    errno::failed,
+    handles::{Handles, OpenDir},
+    reply::{self, MappedReply},
+};
+use crate::{
+    chain,
+    view::{self, Attr, DirEntry, NodeType, OpenFile, View, ViewError, Whence},
+};
+
+/// How long the kernel may answer from what it was told before. Images do not
+/// change, but who writes new ones wants to see them.
+const TTL: Duration = Duration::from_secs(1);
+
+/// Inode numbers are never used again for something else.
+const GENERATION: Generation = Generation(0);
+
+/// The longest file name that is accepted anywhere (`NAME_MAX`, `linux/limits.h`).
+const NAME_BYTES: u32 = 255;
+
+/// What `stat(2)` advises readers to read at a time: what one request can carry,
+/// as every request costs two changes of process.
+const READ_BYTES: u32 = 1 << 20;
+
+/// The same for small files, which readers may take it as a buffer's size for.
+const SMALL_READ_BYTES: u32 = 4096;
+
+/// A chain of images as a file system.
+#[derive(Debug)]
+pub struct ImageFs {
+    view: Arc<View>,
+    handles: Handles,
+    pass_through: bool,
+    mapped: MappedReply,
+}
+
+impl ImageFs {
+    /// Shows `view`; `pass_through` lets the kernel read files that are one
+    /// backing file by itself, where it can.
+    pub fn new(view: Arc<View>, device: OwnedFd, pass_through: bool) -> Self {
+        let mapped = MappedReply::new(device);
+        Self { view, handles: Handles::default(), pass_through, mapped }
+    }
+
+    fn failed(&self, operation: &str, ino: INodeNo, failure: impl Into<ViewError>) -> Errno {
+        failed(operation, &self.view.path(ino.0), &failure.into())
+    }
+
+    /// Logs that a request makes no sense and returns what the kernel is told.
+    fn nonsense(&self, operation: &str, ino: INodeNo, problem: &str) -> Errno {
+        error!("{operation} {}: {problem} (EBADF)", self.view.path(ino.0));
+        Errno::EBADF
+    }
+
+    /// Makes the file that `file` is known to the kernel, so that it reads from
+    /// it without asking.
+    fn register(&self, file: &OpenFile, reply: &ReplyOpen) -> io::Result<Option<fuser::BackingId>> {
+        match &file.whole {
+            Some(whole) if self.pass_through => reply.open_backing(whole.file()).map(Some),
+            _ => Ok(None),
+        }
+    }
+}
+
+/// Returns how many file systems the mount lies on, counting itself.
+///
+/// The images may themselves be on an overlay, as in a container; otherwise, an
+/// overlay may be put over the mount, which 2 would forbid.
+fn stack_depth(view: &View) -> u32 {
+    let dir = &view.chain().snapshot(view.tip()).dir;
+    let stacked = statfs(dir).is_ok_and(|stat| stat.filesystem_type() == OVERLAYFS_SUPER_MAGIC);
+    if stacked { 2 } else { 1 }
+}
+
+fn file_type(kind: NodeType) -> FileType {
+    match kind {
+        NodeType::Directory => FileType::Directory,
+        NodeType::File => FileType::RegularFile,
+    }
+}
+
+fn file_attr(attr: &Attr) -> FileAttr {
+    let small = attr.size < u64::from(READ_BYTES);
+    FileAttr {
+        ino: INodeNo(attr.ino),
+        size: attr.size,
+        blocks: attr.blocks,
+        atime: attr.atime,
+        mtime: attr.mtime,
+        ctime: attr.ctime,
+        crtime: attr.ctime,
+        kind: file_type(attr.kind),
+        perm: attr.mode,
+        nlink: attr.nlink,
+        uid: attr.uid,
+        gid: attr.gid,
+        rdev: 0,
+        blksize: if small { SMALL_READ_BYTES } else { READ_BYTES },
+        flags: 0,
+    }
+}
+
+impl Filesystem for ImageFs {
+    fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        let wanted = [
+            // Without it, files read without the page cache could not be mapped
+            // shared.
+            InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
+            // A large read by io_uring or aio is split and answered side by side.
+            InitFlags::FUSE_ASYNC_DIO,
+            InitFlags::FUSE_PARALLEL_DIROPS,
+        ];
+        for capability in wanted {
+            if config.add_capabilities(capability).is_err() {
+                debug!("the kernel has no {capability:?}");
+            }
+        }
+        if self.pass_through {
+            self.pass_through = config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok();
+            debug!("the kernel passes reads through: {}", self.pass_through);
+        }
+        if self.pass_through {
+            let depth = stack_depth(&self.view);
+            config.set_max_stack_depth(depth).expect("at most the kernel's limit, 2");
+        }
+        Ok(())
+    }
+
+    fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        // No name in the view is anything but UTF-8.
+        let found = name.to_str().ok_or_else(|| ViewError::NoSuchEntry {
+            dir: self.view.path(parent.0),
+            name: name.to_string_lossy().into_owned(),
+        });
+        match found.and_then(|name| self.view.lookup(parent.0, name)) {
+            Ok(attr) => reply.entry(&TTL, &file_attr(&attr), GENERATION),
+            Err(error) => {
+                let dir = self.view.path(parent.0);
+                let path = format!("{}/{}", dir.trim_end_matches('/'), name.display());
+                reply.error(failed("lookup", &path, &error));
+            }
+        }
+    }
+
+    fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        match self.view.attr(ino.0) {
+            Ok(attr) => reply.attr(&TTL, &file_attr(&attr)),
+            Err(error) => reply.error(self.failed("getattr", ino, error)),
+        }
+    }
+
+    fn open(&self, _req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        if flags.acc_mode() != OpenAccMode::O_RDONLY {
+            return reply.error(Errno::EROFS);
+        }
+        let file = match self.view.open(ino.0) {
+            Ok(file) => file,
+            Err(error) => return reply.error(self.failed("open", ino, error)),
+        };
+        let (number, backing) =
+            self.handles.enter_file(ino.0, file, |file| self.register(file, &reply));
+        let direct = FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NOFLUSH;
+        match backing {
+            Ok(Some(backing)) => {
+                trace!("open {}: passed through", self.view.path(ino.0));
+                reply.opened_passthrough(FileHandle(number), FopenFlags::FOPEN_NOFLUSH, &backing);
+            }
+            Ok(None) => reply.opened(FileHandle(number), direct),
+            Err(error) => {
+                debug!("open {}: not passed through: {error}", self.view.path(ino.0));
+                reply.opened(FileHandle(number), direct);
+            }
+        }
+    }
+
+    fn read(
+        &self,
+        req: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let Some(file) = self.handles.file(fh.0) else {
+            return reply.error(self.nonsense("read", ino, "the handle is not open"));
+        };
+        let content = &*file.content;
+        let size = size as usize;
+        let reply = if reply::SIZES.contains(&size) {
+            match self.mapped.answer(req.unique(), content, offset, size, reply) {
+                Ok(()) => return,
+                Err(reply) => reply,
+            }
+        } else {
+            reply
+        };
+        buffer::with(size, |buffer| match chain::read_at(content, offset, buffer) {
+            Ok(read) => reply.data(&buffer[..read]),
+            Err(error) => reply.error(self.failed("read", ino, error)),
+        });
+    }
+
+    fn lseek(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        offset: i64,
+        whence: i32,
+        reply: ReplyLseek,
+    ) {
+        let Some(file) = self.handles.file(fh.0) else {
+            return reply.error(self.nonsense("lseek", ino, "the handle is not open"));
+        };
+        let whence = match whence {
+            libc::SEEK_DATA => Whence::Data,
+            libc::SEEK_HOLE => Whence::Hole,
+            _ => return reply.error(Errno::EINVAL),
+        };
+        let Ok(from) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
+        match view::seek(&*file.content, from, whence) {
+            Ok(Some(found)) => match i64::try_from(found) {
+                Ok(found) => reply.offset(found),
+                Err(_) => reply.error(Errno::EOVERFLOW),
+            },
+            Ok(None) => reply.error(Errno::ENXIO),
+            Err(error) => reply.error(self.failed("lseek", ino, error)),
+        }
+    }
+
+    fn release(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.handles.close_file(ino.0, fh.0);
+        reply.ok();
+    }
+
+    fn opendir(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        let (parent, mut below) = match self.view.entries(ino.0) {
+            Ok(entries) => entries,
+            Err(error) => return reply.error(self.failed("opendir", ino, error)),
+        };
+        let dots = [(ino.0, "."), (parent, "..")].map(|(ino, name)| DirEntry {
+            ino,
+            kind: NodeType::Directory,
+            name: name.to_owned(),
+        });
+        let mut entries = Vec::from(dots);
+        entries.append(&mut below);
+        let number = self.handles.enter_dir(OpenDir { entries });
+        reply.opened(FileHandle(number), FopenFlags::empty());
+    }
+
+    /// Lists names and types; there is no `readdirplus`, which would build the
+    /// index of every memory for an `ls`.
+    fn readdir(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectory,
+    ) {
+        let Some(dir) = self.handles.dir(fh.0) else {
+            return reply.error(self.nonsense("readdir", ino, "the handle is not open"));
+        };
+        let from = usize::try_from(offset).unwrap_or(usize::MAX);
+        for (next, entry) in (offset + 1..).zip(dir.entries.iter().skip(from)) {
+            if reply.add(INodeNo(entry.ino), next, file_type(entry.kind), &entry.name) {
+                break;
+            }
+        }
+        reply.ok();
+    }
+
+    fn releasedir(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        fh: FileHandle,
+        _flags: OpenFlags,
+        reply: ReplyEmpty,
+    ) {
+        self.handles.close_dir(fh.0);
+        reply.ok();
+    }
+
+    /// Tells the sizes of the file system that holds the images.
+    fn statfs(&self, _req: &Request, ino: INodeNo, reply: ReplyStatfs) {
+        let chain = self.view.chain();
+        let dir = &chain.snapshot(self.view.tip()).dir;
+        match statvfs(dir.as_path()) {
+            Ok(stat) => {
+                let size = |bytes: u64| u32::try_from(bytes).unwrap_or(SMALL_READ_BYTES);
+                reply.statfs(
+                    stat.blocks(),
+                    stat.blocks_free(),
+                    0, // nothing can be written here
+                    stat.files(),
+                    stat.files_free(),
+                    size(stat.block_size()),
+                    NAME_BYTES,
+                    size(stat.fragment_size()),
+                );
+            }
+            Err(errno) => {
+                let source = io::Error::from(errno);
+                let error = ViewError::Attributes { path: dir.clone(), source };
+                reply.error(self.failed("statfs", ino, error));
+            }
+        }
+    }
+
+    /// Permissions are the kernel's business (`default_permissions`).
+    fn access(&self, _req: &Request, _ino: INodeNo, mask: AccessFlags, reply: ReplyEmpty) {
+        if mask.contains(AccessFlags::W_OK) {
+            return reply.error(Errno::EROFS);
+        }
+        reply.ok();
+    }
+
+    // What a mount does not have. ENOSYS makes the kernel do without asking again.
+
+    fn getxattr(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _name: &OsStr,
+        _size: u32,
+        reply: ReplyXattr,
+    ) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn listxattr(&self, _req: &Request, _ino: INodeNo, _size: u32, reply: ReplyXattr) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn flush(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _lock_owner: LockOwner,
+        reply: ReplyEmpty,
+    ) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn fsync(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _datasync: bool,
+        reply: ReplyEmpty,
+    ) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn fsyncdir(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _datasync: bool,
+        reply: ReplyEmpty,
+    ) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn readlink(&self, _req: &Request, _ino: INodeNo, reply: ReplyData) {
+        reply.error(Errno::EINVAL); // there are no links
+    }
+
+    fn ioctl(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _flags: IoctlFlags,
+        _cmd: u32,
+        _in_data: &[u8],
+        _out_size: u32,
+        reply: ReplyIoctl,
+    ) {
+        reply.error(Errno::ENOTTY);
+    }
+
+    // What would change something. Of a read-only mount the kernel asks hardly
+    // any of this.
+
+    fn setattr(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _mode: Option<u32>,
+        _uid: Option<u32>,
+        _gid: Option<u32>,
+        _size: Option<u64>,
+        _atime: Option<TimeOrNow>,
+        _mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        _fh: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn mknod(
+        &self,
+        _req: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        _rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn mkdir(
+        &self,
+        _req: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        reply: ReplyEntry,
+    ) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn unlink(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn rmdir(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn symlink(
+        &self,
+        _req: &Request,
+        _parent: INodeNo,
+        _link_name: &OsStr,
+        _target: &Path,
+        reply: ReplyEntry,
+    ) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn rename(
+        &self,
+        _req: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _newparent: INodeNo,
+        _newname: &OsStr,
+        _flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn link(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _newparent: INodeNo,
+        _newname: &OsStr,
+        reply: ReplyEntry,
+    ) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn create(
+        &self,
+        _req: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        _flags: i32,
+        reply: ReplyCreate,
+    ) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn write(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _offset: u64,
+        _data: &[u8],
+        _write_flags: WriteFlags,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn setxattr(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _name: &OsStr,
+        _value: &[u8],
+        _flags: i32,
+        _position: u32,
+        reply: ReplyEmpty,
+    ) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn removexattr(&self, _req: &Request, _ino: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn fallocate(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _offset: u64,
+        _length: u64,
+        _mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn copy_file_range(
+        &self,
+        _req: &Request,
+        _ino_in: INodeNo,
+        _fh_in: FileHandle,
+        _offset_in: u64,
+        _ino_out: INodeNo,
+        _fh_out: FileHandle,
+        _offset_out: u64,
+        _len: u64,
+        _flags: CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        reply.error(Errno::EROFS);
+    }
+}

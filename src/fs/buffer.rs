@@ -1,0 +1,51 @@
+//! The memory that reads are answered from.
+
+use std::{cell::RefCell, sync::LazyLock};
+
+use memmap2::{Advice, Mmap, MmapMut};
+
+/// The most that the kernel asks for at a time: `fs.fuse.max_pages_limit`, which
+/// is 256 pages unless root raises it. What is more is allocated for the one read.
+const BUFFER_BYTES: usize = 1 << 20;
+
+/// Length of the mapping: anonymous mappings of a huge page or more begin at a
+/// multiple of one, so that the kernel can back them by one.
+const MAPPING_BYTES: usize = 2 << 20;
+
+thread_local! {
+    static BUFFER: RefCell<Option<MmapMut>> = const { RefCell::new(None) };
+}
+
+/// Calls `use_buffer` with `len` bytes whose content is arbitrary.
+///
+/// Every thread has a buffer that it uses again and again, which stays in its
+/// processor's cache and needs no page faults.
+pub(super) fn with<T>(len: usize, use_buffer: impl FnOnce(&mut [u8]) -> T) -> T {
+    BUFFER.with_borrow_mut(|buffer| {
+        if buffer.is_none() && len <= BUFFER_BYTES {
+            *buffer = allocate();
+        }
+        match buffer {
+            Some(mapping) if len <= BUFFER_BYTES => use_buffer(&mut mapping[..len]),
+            _ => use_buffer(&mut vec![0; len]),
+        }
+    })
+}
+
+/// Calls `use_zeroes` with `len` bytes that are zero.
+pub(super) fn with_zeroes<T>(len: usize, use_zeroes: impl FnOnce(&[u8]) -> T) -> T {
+    // One for all threads; its pages are never written.
+    static ZEROES: LazyLock<Option<Mmap>> =
+        LazyLock::new(|| MmapMut::map_anon(BUFFER_BYTES).and_then(MmapMut::make_read_only).ok());
+    match &*ZEROES {
+        Some(zeroes) if len <= BUFFER_BYTES => use_zeroes(&zeroes[..len]),
+        _ => use_zeroes(&vec![0; len]),
+    }
+}
+
+fn allocate() -> Option<MmapMut> {
+    let mapping = MmapMut::map_anon(MAPPING_BYTES).ok()?;
+    // Only an improvement: kernels without huge pages refuse.
+    let _ = mapping.advise(Advice::HugePage);
+    Some(mapping)
+}

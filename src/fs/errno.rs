@@ -1,0 +1,121 @@
+//! What a failure is to the program that asked.
+
+use std::{error::Error, io};
+
+use fuser::Errno;
+use log::{error, trace};
+
+use crate::{chain::ChainError, image::ImageError, view::ViewError};
+
+/// Logs why an operation failed, with its cause and the cause's causes, and
+/// returns what the kernel is told.
+///
+/// What does not exist is asked for all the time and is no failure.
+pub(super) fn failed(operation: &str, path: &str, failure: &ViewError) -> Errno {
+    let errno = errno(failure);
+    let mut reasons = failure.to_string();
+    let mut cause = failure.source();
+    while let Some(error) = cause {
+        reasons.push_str(": ");
+        reasons.push_str(&error.to_string());
+        cause = error.source();
+    }
+    let code = nix::errno::Errno::from_raw(errno.code());
+    if matches!(failure, ViewError::NoSuchEntry { .. }) {
+        trace!("{operation} {path}: {reasons} ({code:?})");
+    } else {
+        error!("{operation} {path}: {reasons} ({code:?})");
+    }
+    errno
+}
+
+/// Returns the errno of a failure: EIO for whatever is wrong with the images.
+fn errno(error: &ViewError) -> Errno {
+    match error {
+        ViewError::Chain(error) => chain_errno(error),
+        ViewError::Image(error) => image_errno(error),
+        // The kernel asks by numbers that we gave it.
+        ViewError::NoSuchNode { .. } => Errno::ESTALE,
+        ViewError::NoSuchEntry { .. } => Errno::ENOENT,
+        ViewError::NotADirectory { .. } => Errno::ENOTDIR,
+        ViewError::IsADirectory { .. } => Errno::EISDIR,
+        ViewError::Attributes { source, .. } | ViewError::Write { source, .. } => io_errno(source),
+        ViewError::TooLong { .. } => Errno::EFBIG,
+        ViewError::NoSuchProcess { .. }
+        | ViewError::NoAddressSpace { .. }
+        | ViewError::BadVma { .. }
+        | ViewError::NoSuchFile { .. } => Errno::EIO,
+    }
+}
+
+fn chain_errno(error: &ChainError) -> Errno {
+    match error {
+        ChainError::Directory { source, .. }
+        | ChainError::Open { source, .. }
+        | ChainError::Read { source, .. } => io_errno(source),
+        ChainError::Image(error) => image_errno(error),
+        ChainError::Lost(error) => chain_errno(error),
+        ChainError::NoImages { .. }
+        | ChainError::NoSuchSnapshot { .. }
+        | ChainError::SeveralTips { .. }
+        | ChainError::NoTip
+        | ChainError::Link(_)
+        | ChainError::NoMemory { .. }
+        | ChainError::TooDeep { .. }
+        | ChainError::Unanswered { .. }
+        | ChainError::SharedPages { .. }
+        | ChainError::Absent { .. }
+        | ChainError::Truncated { .. }
+        | ChainError::Replaced { .. } => Errno::EIO,
+    }
+}
+
+fn image_errno(error: &ImageError) -> Errno {
+    match error {
+        ImageError::Open { source, .. }
+        | ImageError::Read { source, .. }
+        | ImageError::Write { source, .. } => io_errno(source),
+        ImageError::Magic { .. }
+        | ImageError::Truncated { .. }
+        | ImageError::Oversized { .. }
+        | ImageError::Malformed { .. }
+        | ImageError::Count { .. }
+        | ImageError::Pagemap { .. }
+        | ImageError::Payload { .. } => Errno::EIO,
+    }
+}
+
+/// Returns the errno for what a backing file answered.
+///
+/// A backing file that is missing is not a name that does not exist in the
+/// mount, so ENOENT and the like become EIO. What says something about this
+/// system rather than about the images is passed on.
+fn io_errno(error: &io::Error) -> Errno {
+    match error.raw_os_error().map(nix::errno::Errno::from_raw) {
+        Some(nix::errno::Errno::EACCES | nix::errno::Errno::EPERM) => Errno::EACCES,
+        Some(nix::errno::Errno::ENOMEM) => Errno::ENOMEM,
+        Some(nix::errno::Errno::EMFILE | nix::errno::Errno::ENFILE) => Errno::ENFILE,
+        _ => Errno::EIO,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    #[test]
+    fn a_missing_backing_file_is_an_input_output_error() {
+        let open = |kind: nix::errno::Errno| ChainError::Open {
+            path: "pages-1.img".into(),
+            source: kind.into(),
+        };
+        let of = |error: ChainError| errno(&error.into()).code();
+        assert_eq!(of(open(nix::errno::Errno::ENOENT)), nix::libc::EIO);
+        assert_eq!(of(open(nix::errno::Errno::EACCES)), nix::libc::EACCES);
+        assert_eq!(of(ChainError::Lost(Arc::new(open(nix::errno::Errno::ENOENT)))), nix::libc::EIO);
+        let entry = ViewError::NoSuchEntry { dir: String::new(), name: "x".into() };
+        assert_eq!(errno(&entry).code(), nix::libc::ENOENT);
+    }
+}

@@ -1,0 +1,134 @@
+//! Why a chain cannot be mounted, or a mount not be taken away.
+
+use std::{io, path::PathBuf};
+
+use nix::errno::Errno;
+
+use crate::chain::ChainError;
+
+/// The result of mounting and unmounting.
+pub type Result<T, E = MountError> = std::result::Result<T, E>;
+
+/// What keeps a chain from being mounted or unmounted.
+#[derive(Debug, thiserror::Error)]
+pub enum MountError {
+    /// The chain cannot be shown.
+    #[error(transparent)]
+    Chain(#[from] ChainError),
+    /// The mount point cannot be used.
+    #[error("mount point {path}", path = .path.display())]
+    MountPoint {
+        /// The mount point.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The mount point is no directory.
+    #[error("mount point {path} is not a directory", path = .path.display())]
+    NotADirectory {
+        /// The mount point.
+        path: PathBuf,
+    },
+    /// The mount would lie over the images that it shows.
+    #[error(
+        "mount point {path} would hide {images}: mount the chain elsewhere",
+        path = .path.display(), images = .images.display()
+    )]
+    HidesImages {
+        /// The mount point.
+        path: PathBuf,
+        /// What would be hidden.
+        images: PathBuf,
+    },
+    /// The kernel has no FUSE.
+    #[error(
+        "open /dev/fuse: load the kernel's module with `modprobe fuse`, or, in a container, pass the device in"
+    )]
+    NoFuse {
+        /// Why.
+        source: io::Error,
+    },
+    /// The device may not be opened.
+    #[error("open /dev/fuse: run as root, or make the device accessible to this user")]
+    FuseDenied {
+        /// Why.
+        source: io::Error,
+    },
+    /// The kernel did not mount.
+    #[error("mount at {path}", path = .path.display())]
+    Mount {
+        /// The mount point.
+        path: PathBuf,
+        /// Why.
+        source: Errno,
+    },
+    /// Only root mounts by itself, and the program that does it for others is
+    /// not there.
+    #[error("mount at {path}: run as root, or install fusermount3 (package fuse3)", path = .path.display())]
+    NoHelper {
+        /// The mount point.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// `fusermount3` failed.
+    #[error("fusermount3 at {path}: {message}", path = .path.display())]
+    Helper {
+        /// The mount point.
+        path: PathBuf,
+        /// What it said.
+        message: String,
+    },
+    /// Kernel and file system did not agree.
+    #[error("start to serve {path}", path = .path.display())]
+    Handshake {
+        /// The mount point.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Serving ended otherwise than by an unmount.
+    #[error("serve {path}", path = .path.display())]
+    Serve {
+        /// The mount point.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Nothing is mounted there.
+    #[error("nothing is mounted at {path}", path = .path.display())]
+    NotMounted {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Something else is mounted there.
+    #[error("{path} is a mount of type {found}, not of {expected}", path = .path.display())]
+    ForeignMount {
+        /// The path.
+        path: PathBuf,
+        /// What is mounted.
+        found: String,
+        /// What should be.
+        expected: &'static str,
+    },
+    /// Files in the mount are open, or a process is in it.
+    #[error("{path} is busy: `fuser -vm {path}` shows who uses it, `imgfs umount --lazy` detaches it", path = .path.display())]
+    Busy {
+        /// The mount point.
+        path: PathBuf,
+    },
+    /// The kernel did not unmount.
+    #[error("unmount {path}", path = .path.display())]
+    Unmount {
+        /// The mount point.
+        path: PathBuf,
+        /// Why.
+        source: Errno,
+    },
+    /// The table of mounts could not be read.
+    #[error("read /proc/self/mountinfo")]
+    MountTable {
+        /// Why.
+        source: io::Error,
+    },
+}

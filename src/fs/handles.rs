@@ -1,0 +1,118 @@
+//! What is open through the mount.
+
+use std::{
+    collections::HashMap,
+    io,
+    sync::{Arc, Mutex, PoisonError, RwLock},
+};
+
+use fuser::BackingId;
+
+use crate::view::{DirEntry, Ino, OpenFile};
+
+/// An open directory: its entries when it was opened, `.` and `..` among them.
+#[derive(Debug)]
+pub(super) struct OpenDir {
+    pub entries: Vec<DirEntry>,
+}
+
+/// Open files and directories by the numbers that the kernel knows them by.
+#[derive(Debug, Default)]
+pub(super) struct Handles {
+    files: RwLock<Numbered<OpenFile>>,
+    dirs: RwLock<Numbered<OpenDir>>,
+    inodes: Mutex<HashMap<Ino, OpenInode>>,
+}
+
+#[derive(Debug)]
+struct Numbered<T> {
+    next: u64,
+    open: HashMap<u64, Arc<T>>,
+}
+
+impl<T> Default for Numbered<T> {
+    fn default() -> Self {
+        Self { next: 1, open: HashMap::new() }
+    }
+}
+
+/// How all handles of one inode are read: the kernel refuses to mix the two
+/// ways, and wants one backing file for all handles.
+#[derive(Debug)]
+struct OpenInode {
+    handles: usize,
+    backing: Option<Arc<BackingId>>,
+}
+
+impl<T> Numbered<T> {
+    fn enter(&mut self, value: T) -> u64 {
+        let number = self.next;
+        self.next += 1;
+        self.open.insert(number, Arc::new(value));
+        number
+    }
+}
+
+impl Handles {
+    /// Enters an open file. `register` makes its backing file known to the
+    /// kernel; it is called for the first handle of the inode only.
+    ///
+    /// Returns the handle's number and the backing file, if the file is read
+    /// from that alone, or why it is not.
+    pub(super) fn enter_file(
+        &self,
+        ino: Ino,
+        file: OpenFile,
+        register: impl FnOnce(&OpenFile) -> io::Result<Option<BackingId>>,
+    ) -> (u64, io::Result<Option<Arc<BackingId>>>) {
+        let mut inodes = self.inodes.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut refused = None;
+        let inode = inodes.entry(ino).or_insert_with(|| {
+            let backing = register(&file).unwrap_or_else(|error| {
+                refused = Some(error);
+                None
+            });
+            OpenInode { handles: 0, backing: backing.map(Arc::new) }
+        });
+        inode.handles += 1;
+        let backing = inode.backing.clone();
+        drop(inodes);
+        let number = self.files.write().unwrap_or_else(PoisonError::into_inner).enter(file);
+        (number, refused.map_or(Ok(backing), Err))
+    }
+
+    /// Returns an open file.
+    pub(super) fn file(&self, number: u64) -> Option<Arc<OpenFile>> {
+        self.files.read().unwrap_or_else(PoisonError::into_inner).open.get(&number).cloned()
+    }
+
+    /// Forgets an open file, and its inode's backing file with the last one.
+    pub(super) fn close_file(&self, ino: Ino, number: u64) {
+        let file = self.files.write().unwrap_or_else(PoisonError::into_inner).open.remove(&number);
+        if file.is_none() {
+            return;
+        }
+        let mut inodes = self.inodes.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(inode) = inodes.get_mut(&ino) {
+            inode.handles -= 1;
+            if inode.handles == 0 {
+                inodes.remove(&ino);
+            }
+        }
+    }
+
+    /// Enters an open directory and returns its number.
+    pub(super) fn enter_dir(&self, dir: OpenDir) -> u64 {
+        self.dirs.write().unwrap_or_else(PoisonError::into_inner).enter(dir)
+    }
+
+    /// Returns an open directory.
+    pub(super) fn dir(&self, number: u64) -> Option<Arc<OpenDir>> {
+        self.dirs.read().unwrap_or_else(PoisonError::into_inner).open.get(&number).cloned()
+    }
+
+    /// Forgets an open directory.
+    pub(super) fn close_dir(&self, number: u64) {
+        self.dirs.write().unwrap_or_else(PoisonError::into_inner).open.remove(&number);
+    }
+}

@@ -1,0 +1,167 @@
+//! Mounting and unmounting, without `fuser`.
+//!
+//! `fuser` 0.18 unmounts its mount point again after somebody else has done so,
+//! and hits whatever has been mounted there since; so it is only given the
+//! open device.
+
+use std::{
+    fs::File,
+    io,
+    os::fd::{AsRawFd, OwnedFd},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use nix::{
+    errno::Errno,
+    mount::{MntFlags, MsFlags, mount, umount2},
+    unistd::{getgid, getuid},
+};
+
+use super::{FS_TYPE, MountError, Mounted, Result};
+use crate::{chain::Chain, sys};
+
+const DEVICE: &str = "/dev/fuse";
+
+/// The program that mounts and unmounts for who is not root.
+const HELPER: &str = "fusermount3";
+
+/// Returns the absolute path of a mount point, which must be a directory and
+/// neither hold the images of `chain` nor be one of its directories.
+pub(super) fn check_mount_point(path: &Path, chain_path: &Path, chain: &Chain) -> Result<PathBuf> {
+    let failed = |source| MountError::MountPoint { path: path.to_owned(), source };
+    let mount_point = path.canonicalize().map_err(failed)?;
+    if !mount_point.metadata().map_err(failed)?.is_dir() {
+        return Err(MountError::NotADirectory { path: mount_point });
+    }
+    let chain_dir = chain_path.canonicalize().unwrap_or_else(|_| chain_path.to_owned());
+    let dirs = chain.snapshots().iter().map(|snapshot| &snapshot.dir);
+    for images in dirs.chain([&chain_dir]) {
+        if images.starts_with(&mount_point) {
+            return Err(MountError::HidesImages { path: mount_point, images: images.clone() });
+        }
+    }
+    Ok(mount_point)
+}
+
+/// Mounts at `mount_point` and returns the device that the kernel's requests
+/// come from.
+pub(super) fn mount_device(mount_point: &Path, source: &str, allow_other: bool) -> Result<OwnedFd> {
+    let device = File::options().read(true).write(true).open(DEVICE).map_err(|source| {
+        if source.kind() == io::ErrorKind::PermissionDenied {
+            MountError::FuseDenied { source }
+        } else {
+            MountError::NoFuse { source }
+        }
+    })?;
+    let mut options = format!(
+        "fd={},rootmode=40000,user_id={},group_id={},default_permissions",
+        device.as_raw_fd(),
+        getuid(),
+        getgid(),
+    );
+    if allow_other {
+        options.push_str(",allow_other");
+    }
+    let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    match mount(Some(source), mount_point, Some(FS_TYPE), flags, Some(options.as_str())) {
+        Ok(()) => Ok(device.into()),
+        Err(Errno::EPERM) => mount_by_helper(mount_point, source, allow_other),
+        Err(Errno::ENODEV) => Err(MountError::NoFuse { source: Errno::ENODEV.into() }),
+        Err(source) => Err(MountError::Mount { path: mount_point.to_owned(), source }),
+    }
+}
+
+/// Lets `fusermount3` mount, which is set-user-ID root.
+fn mount_by_helper(mount_point: &Path, source: &str, allow_other: bool) -> Result<OwnedFd> {
+    let failed = |message: String| MountError::Helper { path: mount_point.to_owned(), message };
+    let mut options = format!(
+        "ro,nosuid,nodev,default_permissions,subtype=imgfs,fsname={}",
+        source.replace('\\', "\\\\").replace(',', "\\,")
+    );
+    if allow_other {
+        options.push_str(",allow_other");
+    }
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair()
+        .map_err(|error| failed(format!("socket: {error}")))?;
+    let helper = Command::new(HELPER)
+        .args(["-o", &options, "--"])
+        .arg(mount_point)
+        // It sends the device over the socket that it finds as this descriptor.
+        .env("_FUSE_COMMFD", "0")
+        .stdin(OwnedFd::from(theirs))
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|source| MountError::NoHelper { path: mount_point.to_owned(), source })?;
+    let device = sys::receive_fd(&ours);
+    let output = helper.wait_with_output().map_err(|error| failed(error.to_string()))?;
+    match device {
+        Ok(Some(device)) if output.status.success() => Ok(device),
+        _ => Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned())),
+    }
+}
+
+/// Unmounts the chain that is mounted at `path`; `lazy` detaches it even if it
+/// is in use, and lets who uses it finish.
+///
+/// # Errors
+/// [`MountError::NotMounted`], [`MountError::ForeignMount`],
+/// [`MountError::Busy`], [`MountError::Unmount`].
+pub fn unmount(path: &Path, lazy: bool) -> Result<()> {
+    let mount_point = resolve(path);
+    let Some(mounted) = Mounted::at(&mount_point)? else {
+        return Err(MountError::NotMounted { path: path.to_owned() });
+    };
+    if mounted.fs_type != FS_TYPE {
+        return Err(MountError::ForeignMount {
+            path: path.to_owned(),
+            found: mounted.fs_type,
+            expected: FS_TYPE,
+        });
+    }
+    unmount_device(&mount_point, lazy)
+}
+
+/// Unmounts what is at `mount_point`, whatever it is.
+pub(super) fn unmount_device(mount_point: &Path, lazy: bool) -> Result<()> {
+    let detach = if lazy { MntFlags::MNT_DETACH } else { MntFlags::empty() };
+    match umount2(mount_point, MntFlags::UMOUNT_NOFOLLOW | detach) {
+        Ok(()) => Ok(()),
+        Err(Errno::EBUSY) => Err(MountError::Busy { path: mount_point.to_owned() }),
+        Err(Errno::EPERM) => unmount_by_helper(mount_point, lazy),
+        Err(source) => Err(MountError::Unmount { path: mount_point.to_owned(), source }),
+    }
+}
+
+fn unmount_by_helper(mount_point: &Path, lazy: bool) -> Result<()> {
+    let output = Command::new(HELPER)
+        .args(["-q", "-u"])
+        .args(lazy.then_some("-z"))
+        .arg("--")
+        .arg(mount_point)
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|source| MountError::NoHelper { path: mount_point.to_owned(), source })?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let message = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    if message.contains("busy") {
+        return Err(MountError::Busy { path: mount_point.to_owned() });
+    }
+    Err(MountError::Helper { path: mount_point.to_owned(), message })
+}
+
+/// Returns the path that the table of mounts has for `path`.
+///
+/// A mount whose file system has died cannot be looked at, only its parent.
+fn resolve(path: &Path) -> PathBuf {
+    if let Ok(path) = path.canonicalize() {
+        return path;
+    }
+    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    match (absolute.parent().map(Path::canonicalize), absolute.file_name()) {
+        (Some(Ok(parent)), Some(name)) => parent.join(name),
+        _ => absolute,
+    }
+}

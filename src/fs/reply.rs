@@ -1,0 +1,139 @@
+//! Answering large reads without a copy in the daemon.
+
+use std::{
+    mem,
+    ops::RangeInclusive,
+    os::fd::{AsFd, OwnedFd},
+    sync::Arc,
+};
+
+use fuser::{ReplyData, RequestId};
+use log::{debug, error};
+use nix::errno::Errno;
+
+use super::buffer;
+use crate::{
+    chain::{BackingFile, Content, Run, Source},
+    sys::gather::{MAX_PIECES, Piece, write_gathered},
+};
+
+/// The sizes of the reads that are answered so. Smaller ones are cheaper to copy
+/// than to find in a mapping; larger ones may need more files than may be open.
+pub(super) const SIZES: RangeInclusive<usize> = 64 << 10..=1 << 20;
+
+/// More files than this in one read are not worth the questions for their length.
+const MAX_FILES: usize = 32;
+
+/// Bytes in the header of an answer (`struct fuse_out_header`, `linux/fuse.h`).
+const HEADER_BYTES: usize = 16;
+
+/// Answers to reads whose bytes the kernel copies from mappings of the backing
+/// files to the reader, piece by piece.
+///
+/// `fuser` takes an answer in one piece only, so these are written past it.
+#[derive(Debug)]
+pub(super) struct MappedReply {
+    device: OwnedFd,
+}
+
+impl MappedReply {
+    /// Answers by `device`, which must be the same open file as the one that the
+    /// requests are read from.
+    pub(super) fn new(device: OwnedFd) -> Self {
+        Self { device }
+    }
+
+    /// Answers a read of `size` bytes of `content` from `offset` on; gives the
+    /// reply back if this is not the way to answer it.
+    pub(super) fn answer(
+        &self,
+        request: RequestId,
+        content: &dyn Content,
+        offset: u64,
+        size: usize,
+        reply: ReplyData,
+    ) -> Result<(), ReplyData> {
+        let len = content.len().saturating_sub(offset).min(size as u64);
+        let mut runs = Vec::new();
+        if len == 0 || content.runs(offset, len, &mut runs).is_err() || !all_there(&runs) {
+            return Err(reply);
+        }
+        let len = usize::try_from(len).expect("no more than the size");
+        let header = header(request, HEADER_BYTES + len);
+        let written = buffer::with_zeroes(len, |zeroes| {
+            let pieces = pieces(&header, &runs, zeroes)?;
+            Some(write_gathered(self.device.as_fd(), &pieces))
+        });
+        match written {
+            Some(Ok(_)) => {}
+            // Pages went missing in this moment: the kernel has told the reader
+            // that this is an input/output error.
+            Some(Err(Errno::EFAULT)) => {
+                error!("read at {offset:#x}: a backing file was cut short meanwhile (EIO)");
+            }
+            // The reader was killed.
+            Some(Err(Errno::ENOENT)) => debug!("nobody waits for request {request:?}"),
+            // The kernel did not take it as an answer.
+            Some(Err(_)) | None => return Err(reply),
+        }
+        // Dropping it would answer a second time.
+        mem::forget(reply);
+        Ok(())
+    }
+}
+
+/// Returns the header of an answer that is no error.
+fn header(request: RequestId, len: usize) -> [u8; HEADER_BYTES] {
+    let mut header = [0; HEADER_BYTES];
+    let len = u32::try_from(len).expect("a request is for less than 4 GiB");
+    header[..4].copy_from_slice(&len.to_ne_bytes());
+    header[8..].copy_from_slice(&request.0.to_ne_bytes());
+    header
+}
+
+/// Whether every byte is in its file now: behind a file's end, a mapping holds
+/// zeroes up to the end of the page.
+fn all_there(runs: &[Run]) -> bool {
+    let mut ends: Vec<(&Arc<BackingFile>, u64)> = Vec::new();
+    for run in runs {
+        let Source::File(file, offset) = &run.source else { continue };
+        let end = offset + run.len;
+        if let Some((_, last)) = ends.iter_mut().find(|(known, _)| Arc::ptr_eq(known, file)) {
+            *last = end.max(*last);
+        } else if ends.len() < MAX_FILES {
+            ends.push((file, end));
+        } else {
+            return false;
+        }
+    }
+    ends.iter().all(|(file, end)| file.metadata().is_ok_and(|meta| meta.len() >= *end))
+}
+
+/// Returns the pieces of an answer, or `None` if they cannot all be had from
+/// memory.
+fn pieces<'a>(header: &'a [u8], runs: &'a [Run], zeroes: &'a [u8]) -> Option<Vec<Piece<'a>>> {
+    if runs.len() >= MAX_PIECES {
+        return None;
+    }
+    let mut pieces = Vec::with_capacity(1 + runs.len());
+    pieces.push(Piece::Bytes(header));
+    for run in runs {
+        let len = usize::try_from(run.len).ok()?;
+        pieces.push(match &run.source {
+            Source::Zero => Piece::Bytes(&zeroes[..len]),
+            Source::Lost(_) => return None,
+            Source::Bytes(bytes, offset) => {
+                Piece::Bytes(bytes.get(usize::try_from(*offset).ok()?..)?.get(..len)?)
+            }
+            Source::File(file, offset) => {
+                let offset = usize::try_from(*offset).ok()?;
+                let mapping = file.mapping()?;
+                if mapping.len().checked_sub(offset)? < len {
+                    return None; // it has grown since it was mapped
+                }
+                Piece::Mapped { mapping, offset, len }
+            }
+        });
+    }
+    Some(pieces)
+}

@@ -1,0 +1,165 @@
+//! A mount, from its beginning to its end.
+
+use std::{
+    fs,
+    num::NonZeroUsize,
+    panic,
+    path::{Path, PathBuf},
+    process,
+    sync::Arc,
+    thread,
+};
+
+use log::{debug, error, info, warn};
+use nix::sys::signal::{SigSet, Signal};
+
+use super::{
+    FS_TYPE, ImageFs, MountError, Mounted, Result,
+    mount::{check_mount_point, mount_device, unmount_device},
+};
+use crate::view::View;
+
+/// What the kernel reads ahead for who maps a file: as much as one request
+/// carries, instead of 128 KiB.
+const READ_AHEAD_KB: u32 = 1024;
+
+/// How a chain is mounted.
+#[derive(Clone, Debug)]
+pub struct MountOptions {
+    /// Whether all users may look at the mount, or only who mounts it.
+    pub allow_other: bool,
+    /// How many threads answer.
+    pub threads: NonZeroUsize,
+    /// Whether the kernel may read files that are one backing file by itself.
+    pub pass_through: bool,
+}
+
+impl Default for MountOptions {
+    fn default() -> Self {
+        let processors = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        let threads = NonZeroUsize::new(processors.max(2)).expect("at least two");
+        Self { allow_other: false, threads, pass_through: true }
+    }
+}
+
+/// A mounted chain, which is served by [`Session::run`].
+#[derive(Debug)]
+pub struct Session {
+    fuse: fuser::Session<ImageFs>,
+    mount_point: PathBuf,
+}
+
+impl Session {
+    /// Mounts `view` at `mount_point`; `chain_path` is what the table of mounts
+    /// calls it. From then on, requests wait for [`Session::run`].
+    ///
+    /// # Errors
+    /// What keeps the chain from being mounted; nothing is mounted then.
+    pub fn mount(
+        view: Arc<View>,
+        chain_path: &Path,
+        mount_point: &Path,
+        options: &MountOptions,
+    ) -> Result<Self> {
+        let mount_point = check_mount_point(mount_point, chain_path, view.chain())?;
+        let source = chain_path.canonicalize().unwrap_or_else(|_| chain_path.to_owned());
+        let device = mount_device(&mount_point, &source.to_string_lossy(), options.allow_other)?;
+        let failed = |source| {
+            if let Err(error) = unmount_device(&mount_point, true) {
+                warn!("{error}");
+            }
+            MountError::Handshake { path: mount_point.clone(), source }
+        };
+        // The same open device under another number: answers may come from there.
+        let answers = device.try_clone().map_err(failed)?;
+        let fs = ImageFs::new(view, answers, options.pass_through);
+        let mut config = fuser::Config::default();
+        config.n_threads = Some(options.threads.get());
+        // The kernel lets in only the owner if others are not allowed.
+        let acl = fuser::SessionACL::All;
+        let fuse = fuser::Session::from_fd(fs, device, acl, config).map_err(failed)?;
+        raise_read_ahead(&mount_point);
+        info!("mounted at {} with {} threads", mount_point.display(), options.threads);
+        Ok(Self { fuse, mount_point })
+    }
+
+    /// Answers until the chain is unmounted, by whomever.
+    ///
+    /// SIGTERM, SIGINT and SIGHUP unmount it. If it is in use, it is only
+    /// detached: who has files open may go on reading them, and a second signal
+    /// ends the process. To be called while the process has one thread, so that
+    /// all threads leave these signals to the one that waits for them.
+    ///
+    /// A panic ends the process: the kernel then answers all readers with an
+    /// error, who would otherwise wait for ever.
+    ///
+    /// # Errors
+    /// [`MountError::Serve`].
+    pub fn run(self) -> Result<()> {
+        abort_on_panic();
+        let failed = |source| MountError::Serve { path: self.mount_point.clone(), source };
+        let signals = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect();
+        SigSet::thread_block(&signals).map_err(|errno| failed(errno.into()))?;
+        let device = Mounted::at(&self.mount_point)?.map(|mounted| mounted.device);
+        let mount_point = self.mount_point.clone();
+        thread::Builder::new()
+            .name("signals".to_owned())
+            .spawn(move || unmount_on(signals, &mount_point, device))
+            .map_err(failed)?;
+        let result = self.fuse.run();
+        info!("unmounted from {}", self.mount_point.display());
+        result.map_err(|source| MountError::Serve { path: self.mount_point, source })
+    }
+}
+
+/// Lets a panic in any thread end the process.
+fn abort_on_panic() {
+    let report = panic::take_hook();
+    panic::set_hook(Box::new(move |info| {
+        error!("{info}");
+        report(info);
+        process::abort();
+    }));
+}
+
+/// Unmounts at the first of `signals`, and ends the process at the second.
+fn unmount_on(signals: SigSet, mount_point: &Path, device: Option<u32>) {
+    let mut detached = false;
+    loop {
+        let signal = match signals.wait() {
+            Ok(signal) => signal,
+            Err(errno) => return error!("wait for signals: {errno}"),
+        };
+        let ours = Mounted::at(mount_point)
+            .ok()
+            .flatten()
+            .is_some_and(|mounted| mounted.fs_type == FS_TYPE && Some(mounted.device) == device);
+        if detached || !ours {
+            info!("{signal}: leaving");
+            process::exit(0);
+        }
+        match unmount_device(mount_point, false) {
+            Ok(()) => return,
+            Err(MountError::Busy { .. }) => {
+                warn!("{signal}: {} is in use, detaching it", mount_point.display());
+                if let Err(error) = unmount_device(mount_point, true) {
+                    error!("{error}");
+                }
+                detached = true;
+            }
+            Err(error) => {
+                error!("{signal}: {error}");
+                process::exit(1);
+            }
+        }
+    }
+}
+
+/// Lets the kernel read further ahead, if we may say so.
+fn raise_read_ahead(mount_point: &Path) {
+    let Ok(Some(mounted)) = Mounted::at(mount_point) else { return };
+    let path = format!("/sys/class/bdi/0:{}/read_ahead_kb", mounted.device);
+    if let Err(error) = fs::write(&path, READ_AHEAD_KB.to_string()) {
+        debug!("write {path}: {error}");
+    }
+}
