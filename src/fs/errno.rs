@@ -40,11 +40,12 @@ fn errno(error: &ViewError) -> Errno {
         ViewError::NotADirectory { .. } => Errno::ENOTDIR,
         ViewError::IsADirectory { .. } => Errno::EISDIR,
         ViewError::Attributes { source, .. } | ViewError::Write { source, .. } => io_errno(source),
-        ViewError::TooLong { .. } => Errno::EFBIG,
+        ViewError::TooLong { .. } | ViewError::CoreTooLarge { .. } => Errno::EFBIG,
         ViewError::NoSuchProcess { .. }
         | ViewError::NoAddressSpace { .. }
         | ViewError::BadVma { .. }
-        | ViewError::NoSuchFile { .. } => Errno::EIO,
+        | ViewError::NoSuchFile { .. }
+        | ViewError::BadThread { .. } => Errno::EIO,
     }
 }
 
