@@ -3,9 +3,10 @@
 
 use std::{
     collections::HashMap,
+    ffi::OsStr,
     fs::{self, File},
     io,
-    os::unix::fs::FileExt,
+    os::unix::{ffi::OsStrExt, fs::FileExt},
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
 };
@@ -31,7 +32,7 @@ const BUILD_ID_SEARCH_BYTES: u64 = 1 << 20;
 const OLD_GHOST: u32 = 1 << 31;
 
 /// The device that private mappings of anonymous memory may be made of.
-const DEV_ZERO: &str = "/dev/zero";
+const DEV_ZERO: &[u8] = b"/dev/zero";
 
 /// What is behind a mapping of a file.
 #[derive(Clone, Debug)]
@@ -72,7 +73,7 @@ impl MappedFiles {
                 tables.memfds.insert(memfd.id, *shmid);
             }
             if let Some(reg) = &entry.reg {
-                names.insert(reg.id, reg.name.as_str());
+                names.insert(reg.id, reg.name.as_slice());
             }
         }
         let remaps: HashMap<u32, &proto::RemapFilePathEntry> =
@@ -82,7 +83,7 @@ impl MappedFiles {
                 Mapped::Zero
             } else {
                 let origin = origin(dir, reg, remaps.get(&reg.id).copied(), &names);
-                let name = reg.name.clone();
+                let name = String::from_utf8_lossy(&reg.name).into_owned();
                 Mapped::File(Arc::new(MappedFile { name, origin, extents: OnceLock::new() }))
             };
             tables.files.insert(reg.id, mapped);
@@ -134,9 +135,9 @@ fn origin(
     dir: &Path,
     reg: &proto::RegFileEntry,
     remap: Option<&proto::RemapFilePathEntry>,
-    names: &HashMap<u32, &str>,
+    names: &HashMap<u32, &[u8]>,
 ) -> Origin {
-    let mut name = reg.name.as_str();
+    let mut name = reg.name.as_slice();
     if let Some(remap) = remap {
         let old = if remap.remap_id & OLD_GHOST == 0 {
             proto::RemapType::Linked
@@ -156,8 +157,8 @@ fn origin(
         }
     }
     match reg.size {
-        Some(size) if name.starts_with('/') => Origin::Path {
-            path: PathBuf::from(name),
+        Some(size) if name.starts_with(b"/") => Origin::Path {
+            path: PathBuf::from(OsStr::from_bytes(name)),
             size,
             build_id: reg.build_id.iter().flat_map(|word| word.to_le_bytes()).collect(),
         },

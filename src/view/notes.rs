@@ -187,7 +187,7 @@ fn description(space: &AddressSpace, leader: &Thread) -> [u8; PRPSINFO_BYTES] {
     for (offset, id) in (16..).step_by(4).zip(ids) {
         put(&mut description, offset, &id.to_le_bytes());
     }
-    let comm = task.map_or(&[][..], |task| task.comm.as_bytes());
+    let comm = task.map_or(&[][..], |task| task.comm.as_slice());
     let comm = &comm[..comm.len().min(COMM_BYTES - 1)];
     put(&mut description, 40, comm);
     match arguments(space) {

@@ -1,6 +1,6 @@
 //! Processes for tests, written as images.
 
-use std::{path::Path, sync::Arc};
+use std::{os::unix::ffi::OsStrExt, path::Path, sync::Arc};
 
 use prost::Message;
 
@@ -37,7 +37,7 @@ pub(super) fn mapping(first: u64, pages: u64, status: u32) -> proto::VmaEntry {
 
 /// Returns a file of the table of files; `size` as it was dumped.
 pub(super) fn regular(id: u32, name: &Path, size: Option<u64>) -> proto::FileEntry {
-    let name = name.to_str().expect("a path in UTF-8").to_owned();
+    let name = name.as_os_str().as_bytes().to_owned();
     let reg = proto::RegFileEntry { id, name, size, ..Default::default() };
     let r#type = proto::FdTypes::Reg.into();
     proto::FileEntry { r#type, id, reg: Some(reg), ..Default::default() }

@@ -146,7 +146,7 @@ fn what_is_unknown_is_shown_as_it_is() {
 
 #[test]
 fn a_string_that_is_not_utf8_is_bytes() {
-    let entry = proto::UtsnsEntry { nodename: "AB".to_owned(), domainname: "C".to_owned() };
+    let entry = proto::UtsnsEntry { nodename: "AB".into(), domainname: "C".into() };
     let mut message = entry.encode_to_vec();
     message[2] = 0xff;
     let text = shown(Kind::Utsns, &[(message, &[])], Style::Compact);

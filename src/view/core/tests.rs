@@ -52,7 +52,7 @@ fn thread(mark: u64) -> proto::CoreEntry {
 }
 
 fn leader() -> proto::CoreEntry {
-    let comm = "a name of more than 15".to_owned();
+    let comm = "a name of more than 15".into();
     let tc = proto::TaskCoreEntry { task_state: 3, flags: 0x40, comm, ..Default::default() };
     proto::CoreEntry { tc: Some(tc), ..thread(1) }
 }
