@@ -3,89 +3,131 @@
 //! The chain and its truth are in `fixtures/criu42-chain`; its README says how
 //! they were made.
 
-use std::{fs, os::unix::fs::symlink, path::Path, sync::Arc};
+use std::{collections::BTreeMap, fs, path::PathBuf, sync::Arc};
 
 use rcriu::{
-    chain::{Chain, Content, read_at},
-    view::{AddressSpace, CoreFile, Process, Tables},
+    chain::{Chain, read_at},
+    image::{ImageReader, PagemapReader},
+    view::{ROOT, View},
 };
 use sha2::{Digest, Sha256};
-use tempfile::TempDir;
 
 const PAGE: usize = 4096;
+
+/// The processes of the fixture.
+const PROCESSES: [u32; 2] = [293, 295];
+
+/// The pages of private and shared mappings without a file, of each process.
+const ANONYMOUS_PAGES: usize = 267;
+
+/// Of these, the pages of the object that both share.
+const SHARED_PAGES: usize = 96;
+
+fn fixture() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/criu42-chain")
+}
+
+/// Reads so many bytes of a file in the flat directory, or up to its end.
+type Read<'a> = &'a dyn Fn(&str, u64, usize) -> Vec<u8>;
 
 /// Returns the first 16 hexadecimal digits of the page's hash.
 fn prefix(page: &[u8]) -> String {
     Sha256::digest(page)[..8].iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Returns a directory with the same images and with links to the parents,
-/// which are in the fixture as files that say where the links lead.
-fn linked(chain: &Path) -> TempDir {
-    let linked = tempfile::tempdir().unwrap();
-    for name in ["1", "2", "3"] {
-        let dir = linked.path().join(name);
-        fs::create_dir(&dir).unwrap();
-        for image in fs::read_dir(chain.join(name)).unwrap() {
-            let image = image.unwrap();
-            let link = dir.join(image.file_name());
-            if image.file_name() == "parent" && image.file_type().unwrap().is_file() {
-                symlink(fs::read_to_string(image.path()).unwrap(), link).unwrap();
-            } else if image.file_name() == "parent" {
-                symlink(fs::read_link(image.path()).unwrap(), link).unwrap();
-            } else {
-                symlink(image.path(), link).unwrap();
-            }
-        }
-    }
-    linked
-}
-
-/// Compares every mapping of `pid` that no file is behind; returns how many
-/// pages that were.
-fn compare(tables: &Arc<Tables>, fixture: &Path, pid: u32) -> usize {
-    let process = Arc::new(Process::load(tables, pid).unwrap());
-    let space = Arc::new(AddressSpace::new(process));
-    let truth = fs::read(fixture.join(format!("truth/mem-{pid}.json"))).unwrap();
-    let truth: serde_json::Value = serde_json::from_slice(&truth).unwrap();
-    let mut compared = 0;
+/// What the dumper saw of one process: for every page of memory without a file
+/// the beginning of its hash, and where in the shared object it is, if it is.
+fn truth(pid: u32) -> BTreeMap<u64, (String, Option<u64>)> {
+    let text = fs::read(fixture().join(format!("truth/mem-{pid}.json"))).unwrap();
+    let truth: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    let mut pages = BTreeMap::new();
     for (range, mapping) in truth.as_object().unwrap() {
         let name = mapping["name"].as_str().unwrap();
-        if name.starts_with('/') && name != "/dev/zero" {
+        let shared = name.starts_with("/dev/zero");
+        if name.starts_with('/') && !shared {
             continue;
         }
-        let (start, end) = range.split_once('-').unwrap();
-        let start = u64::from_str_radix(start, 16).unwrap();
-        let end = u64::from_str_radix(end, 16).unwrap();
-        let mut bytes = vec![0xaa; usize::try_from(end - start).unwrap()];
-        assert_eq!(read_at(space.as_ref(), start, &mut bytes).unwrap(), bytes.len());
-        let pages = mapping["page_sha8"].as_array().unwrap();
-        assert_eq!(pages.len(), bytes.len() / PAGE);
-        for (number, (page, expected)) in bytes.chunks(PAGE).zip(pages).enumerate() {
+        let start = u64::from_str_radix(range.split_once('-').unwrap().0, 16).unwrap();
+        for (number, hash) in (0..).zip(mapping["page_sha8"].as_array().unwrap()) {
+            let offset = number * PAGE as u64;
+            let hash = hash.as_str().unwrap().to_owned();
+            pages.insert(start + offset, (hash, shared.then_some(offset)));
+        }
+    }
+    assert_eq!(pages.len(), ANONYMOUS_PAGES);
+    assert_eq!(pages.values().filter(|(_, shared)| shared.is_some()).count(), SHARED_PAGES);
+    pages
+}
+
+/// Returns the pages of a flat memory by their addresses.
+fn flat(read: Read, pagemap: &str) -> BTreeMap<u64, Vec<u8>> {
+    let bytes = read(pagemap, 0, 1 << 20);
+    let image = ImageReader::new(pagemap.as_ref(), bytes.as_slice()).unwrap();
+    let reader = PagemapReader::new(image).unwrap();
+    let pages = read(&format!("pages-{}.img", reader.pages_id()), 0, 1 << 20);
+    let mut stored = pages.chunks(PAGE);
+    let mut flat = BTreeMap::new();
+    for entry in reader {
+        let entry = entry.unwrap();
+        for page in entry.first.0..entry.end().0 {
+            flat.insert(page * PAGE as u64, stored.next().unwrap().to_owned());
+        }
+    }
+    assert!(stored.next().is_none());
+    flat
+}
+
+/// Compares all memory of both processes, whichever way it is shown.
+fn compare(read: Read) {
+    let zero = vec![0; PAGE];
+    let shared = flat(read, "pagemap-shmem-1024.img");
+    for pid in PROCESSES {
+        let private = flat(read, &format!("pagemap-{pid}.img"));
+        let mut left = private.clone();
+        for (address, (expected, offset)) in truth(pid) {
+            let page = read(&format!("mem/{pid}"), address, PAGE);
+            assert_eq!(prefix(&page), expected, "mem/{pid} at {address:#x}");
+            let stored = match offset {
+                None => private.get(&address),
+                Some(offset) => {
+                    let page = read("shmem/1024", offset, PAGE);
+                    assert_eq!(prefix(&page), expected, "shmem/1024 at {offset:#x}");
+                    shared.get(&offset)
+                }
+            };
+            left.remove(&address);
             assert_eq!(
-                prefix(page),
-                expected.as_str().unwrap(),
-                "pid {pid}, {range}, page {number}"
+                prefix(stored.unwrap_or(&zero)),
+                expected,
+                "flat pages of {pid} at {address:#x}"
             );
         }
-        compared += pages.len();
+        // What else is stored is what the process changed of mapped files.
+        let maps = fs::read_to_string(fixture().join(format!("truth/maps-{pid}"))).unwrap();
+        for address in left.keys() {
+            let mapping = maps.lines().find(|line| {
+                let (start, end) = line.split(' ').next().unwrap().split_once('-').unwrap();
+                let number = |text| u64::from_str_radix(text, 16).unwrap();
+                (number(start)..number(end)).contains(address)
+            });
+            assert!(mapping.is_some_and(|line| line.contains('/')), "{address:#x} of {pid}");
+        }
     }
-    assert!(space.allocated() > 0 && space.allocated() < space.len());
-    let core = CoreFile::open(space).unwrap();
-    let mut bytes = vec![0; usize::try_from(core.len()).unwrap()];
-    assert_eq!(read_at(&core, 0, &mut bytes).unwrap(), bytes.len());
-    assert!(bytes.starts_with(b"\x7fELF"));
-    compared
+    assert_eq!(read("shmem/1024", 0, 1 << 20).len(), SHARED_PAGES * PAGE);
 }
 
 #[test]
 fn every_anonymous_page_is_as_it_was_dumped() {
-    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/criu42-chain");
-    let linked = linked(&fixture.join("chain"));
-    let chain = Arc::new(Chain::open(linked.path()).unwrap());
+    let chain = Arc::new(Chain::open(&fixture().join("chain")).unwrap());
     let tip = chain.choose(None).unwrap();
     assert_eq!(chain.snapshot(tip).name, "3");
-    let tables = Arc::new(Tables::new(chain, tip));
-    assert_eq!(compare(&tables, &fixture, 293), 267);
-    assert_eq!(compare(&tables, &fixture, 295), 267);
+    let view = View::new(chain, tip);
+    compare(&|path, offset, len| {
+        let names = path.split('/');
+        let ino = names.fold(ROOT, |dir, name| view.lookup(dir, name).unwrap().ino);
+        let mut bytes = vec![0xaa; len];
+        let read = read_at(&*view.open(ino).unwrap().content, offset, &mut bytes).unwrap();
+        bytes.truncate(read);
+        bytes
+    });
 }
