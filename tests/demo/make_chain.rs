@@ -12,7 +12,8 @@ use std::{
 
 use rcriu::{
     image::{
-        ImageWriter, Kind, MemoryId, PagemapEntry, PagemapWriter, Presence, proto::InventoryEntry,
+        ImageWriter, Kind, MemoryId, PagemapEntry, PagemapWriter, Presence,
+        proto::{InventoryEntry, MemfdInodeEntry},
     },
     units::{PAGE_SIZE, PageIndex},
 };
@@ -76,6 +77,16 @@ fn snapshot(
     let bytes = |page: u64| usize::try_from(page * PAGE_SIZE).map_err(io::Error::other);
     let pages = &journal[bytes(written.start)?..bytes(written.end)?];
     fs::write(dir.join(Kind::Pages.file_name(1)), pages)?;
+    // How long the journal is, its unwritten end included.
+    let mut memfds = ImageWriter::create(&dir.join("memfd.img"), Kind::MemfdInode)?;
+    memfds.message(&MemfdInodeEntry {
+        name: "journal".into(),
+        size: PAGES * PAGE_SIZE,
+        shmid: 1024,
+        inode_id: 1,
+        ..Default::default()
+    })?;
+    memfds.finish()?;
     let mut inventory = ImageWriter::create(&dir.join("inventory.img"), Kind::Inventory)?;
     inventory.message(&InventoryEntry { img_version: 2, ..Default::default() })?;
     inventory.finish()?;
