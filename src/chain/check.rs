@@ -1,7 +1,7 @@
 //! Everything that can be wrong with a chain.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt, fs,
     path::{Path, PathBuf},
 };
@@ -183,7 +183,8 @@ impl Check<'_> {
             Err(_) => return, // told among the images
         };
         for process in &tree {
-            for task in process.threads.iter().copied().chain([process.pid]) {
+            // The process is the first of its threads.
+            for task in BTreeSet::from_iter(process.threads.iter().copied().chain([process.pid])) {
                 let name = Kind::Core.file_name(task.into());
                 if !self.dir().join(&name).exists() {
                     let pid = process.pid;
@@ -230,7 +231,7 @@ impl Check<'_> {
         let absent = pieces.iter().filter(|piece| piece.place() == PiecePlace::Absent);
         let absent: Vec<&Piece> = absent.collect();
         self.some(memory, &absent, |piece| {
-            format!("{} pages are in no image: the dump left them with its source", piece.pages())
+            format!("{} in no image: the dump left them with its source", are(piece.pages()))
         });
     }
 
@@ -274,8 +275,8 @@ impl Check<'_> {
         self.some(memory, &missing.collect::<Vec<_>>(), |piece| {
             let path = path.display();
             format!(
-                "{} pages are said to be in the parent, but {path} has no entry for them",
-                piece.pages()
+                "{} said to be in the parent, but {path} has no entry for them",
+                are(piece.pages())
             )
         });
     }
@@ -333,12 +334,18 @@ impl Check<'_> {
         if let Some(hole) = holes.first() {
             let pages: u64 = holes.iter().map(|hole| (hole.end - hole.start) / PAGE_SIZE).sum();
             let problem = format!(
-                "{pages} pages are holes in {name} and read as zero: if a deduplication freed \
-                 them, this snapshot can no longer be restored, only its descendants"
+                "{} holes in {name}, which read as zero: if a deduplication freed them, this \
+                 snapshot can no longer be restored, only its descendants",
+                are(pages)
             );
             self.tell(Severity::Note, Some(memory), address(hole.start / PAGE_SIZE), problem);
         }
     }
+}
+
+/// Begins a sentence about so many pages.
+fn are(pages: u64) -> String {
+    if pages == 1 { "1 page is".to_owned() } else { format!("{pages} pages are") }
 }
 
 /// Returns an error with everything that caused it.

@@ -1,0 +1,200 @@
+//! `imgfs ls`, `check`, `diff` and `flatten` as users meet them, on the chain
+//! that CRIU wrote.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+use serde_json::Value;
+
+fn fixture() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/criu42-chain/chain")
+}
+
+fn imgfs(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_imgfs"))
+        .args(arguments)
+        .env("TZ", "UTC")
+        .output()
+        .expect("run imgfs")
+}
+
+fn chain() -> String {
+    fixture().to_str().expect("a path in UTF-8").to_owned()
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).expect("text")
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).expect("text")
+}
+
+fn json(arguments: &[&str]) -> Value {
+    serde_json::from_slice(&imgfs(arguments).stdout).expect("JSON")
+}
+
+/// Copies the chain to where it may be damaged.
+fn copy(to: &Path) {
+    let status = Command::new("cp").arg("-a").arg(fixture()).arg(to).status().expect("run cp");
+    assert!(status.success());
+}
+
+#[test]
+fn ls_has_a_line_for_each_snapshot() {
+    let output = imgfs(&["ls", &chain()]);
+    assert_eq!(output.status.code(), Some(0));
+    let text = stdout(&output);
+    let mut lines = text.lines();
+    assert_eq!(
+        lines.next().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")),
+        Some("NAME PARENT DATE PROCESSES PRESENT IN-PARENT PUNCHED ON-DISK FLAT".to_owned())
+    );
+    for (line, expected) in lines.zip(["1 - 2 176 0", "2 1 2 75 110", "3 2 2 83 108"]) {
+        // Date and disk usage are those of this checkout.
+        let words: Vec<&str> = line.split_whitespace().collect();
+        assert_eq!([words[0], words[1], words[4], words[5], words[6]].join(" "), expected);
+    }
+}
+
+#[test]
+fn ls_says_the_same_in_json() {
+    let document = json(&["ls", "--json", &chain()]);
+    let third = &document["snapshots"][2];
+    assert_eq!(third["name"], "3");
+    assert_eq!(third["parent"], "2");
+    assert_eq!(third["pre_dump"], false);
+    assert_eq!(third["processes"], serde_json::json!([293, 295]));
+    assert_eq!(third["pages"]["private"]["present"], 29);
+    assert_eq!(third["pages"]["private"]["in_parent"], 108);
+    assert_eq!(third["pages"]["shared"]["present"], 54);
+    assert_eq!(third["flat_bytes"], (29 + 108 + 54) * 4096);
+    assert!(third["disk_bytes"].as_u64() > Some(83 * 4096 / 2));
+}
+
+#[test]
+fn check_finds_nothing_wrong_with_a_whole_chain() {
+    let output = imgfs(&["check", &chain()]);
+    assert_eq!(output.status.code(), Some(0), "{}", stdout(&output));
+    assert!(stdout(&output).ends_with("notes\n") || stdout(&output).ends_with("note\n"));
+    assert_eq!(json(&["check", "--json", &chain()])["errors"], 0);
+}
+
+#[test]
+fn check_names_directory_memory_and_address_of_what_is_wrong() {
+    let place = tempfile::tempdir().expect("make a directory");
+    copy(place.path());
+    let chain = place.path().join("chain");
+    let pages = chain.join("1/pages-1.img");
+    fs::OpenOptions::new().write(true).open(pages).unwrap().set_len(3 * 4096 + 7).unwrap();
+    fs::write(chain.join("2/core-293.img"), "garbage").unwrap();
+    fs::remove_file(chain.join("3/core-295.img")).unwrap();
+    fs::remove_file(chain.join("2/pagemap-295.img")).unwrap();
+    let output = imgfs(&["check", chain.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(1));
+    let text = stdout(&output);
+    for expected in [
+        "/1: shmem 1024 at 0x3000: pages-1.img is cut short: it has 12295 bytes, expected 196608",
+        "/2: image",
+        "core-293.img begins with magic 0x62726167",
+        "/3: process 295 is in pstree.img, but there is no core-295.img",
+        "2/pagemap-295.img has no entry for them",
+        "3 snapshots: ",
+    ] {
+        assert!(text.contains(expected), "no {expected:?} in\n{text}");
+    }
+    let document = json(&["check", "--json", chain.to_str().unwrap()]);
+    let findings = document["findings"].as_array().expect("a list");
+    let cut = findings.iter().find(|finding| finding["address"] == "0x3000").expect("the cut");
+    assert_eq!(cut["memory"], serde_json::json!({ "kind": "shared", "shmid": 1024 }));
+    assert_eq!(cut["severity"], "error");
+}
+
+#[test]
+fn diff_tells_which_pages_differ_and_exits_like_diff() {
+    let output = imgfs(&["diff", &chain(), "1", "3"]);
+    assert_eq!(output.status.code(), Some(1));
+    let text = stdout(&output);
+    assert!(
+        text.ends_with("45 pages differ (102 are in the same place, 89 were compared)\n"),
+        "{text}"
+    );
+    assert!(text.contains("shmem 1024: 1"), "{text}");
+    assert!(text.contains("\n  0x5000-0x7000  2\n"), "{text}");
+    let document = json(&["diff", "--json", &chain(), "1", "3"]);
+    assert_eq!(document["pages"], 45);
+
+    let same = imgfs(&["diff", &chain(), "2", "2"]);
+    assert_eq!(same.status.code(), Some(0));
+    assert!(stdout(&same).starts_with("0 pages differ"));
+
+    let quiet = imgfs(&["diff", "-q", &chain(), "1", "2"]);
+    assert_eq!((quiet.status.code(), quiet.stdout.len()), (Some(1), 0));
+
+    let unknown = imgfs(&["diff", &chain(), "1", "9"]);
+    assert_eq!(unknown.status.code(), Some(2));
+    assert_eq!(stderr(&unknown), "imgfs: no snapshot is called \"9\", there are: 1, 2, 3\n");
+}
+
+#[test]
+fn flatten_writes_what_the_chain_resolves_to() {
+    let place = tempfile::tempdir().expect("make a directory");
+    for snapshot in ["1", "2", "3"] {
+        let out = place.path().join(snapshot);
+        let output = imgfs(&["flatten", "--snapshot", snapshot, &chain(), out.to_str().unwrap()]);
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        assert_eq!((output.stdout.len(), output.stderr.len()), (0, 0));
+        assert!(!out.join("parent").exists());
+        // The same names as before, and the same bytes but for the memory.
+        let origin = fixture().join(snapshot);
+        for entry in fs::read_dir(&origin).unwrap() {
+            let name = entry.unwrap().file_name();
+            let name = name.to_str().unwrap();
+            if name == "parent" {
+                continue;
+            }
+            let (old, new) =
+                (fs::read(origin.join(name)).unwrap(), fs::read(out.join(name)).unwrap());
+            if !name.starts_with("page") {
+                assert_eq!(old, new, "{name}");
+            }
+        }
+    }
+    // Copies are snapshots like others: nothing differs from the originals.
+    let chain = place.path().to_str().unwrap().to_owned();
+    assert_eq!(imgfs(&["check", &chain]).status.code(), Some(0));
+    let own = json(&["diff", "--json", &chain, "1", "3"]);
+    assert_eq!(own["pages"], 45);
+
+    let again = imgfs(&["flatten", &chain, &format!("{chain}/3"), "--snapshot", "3"]);
+    assert_eq!(again.status.code(), Some(1));
+    assert!(stderr(&again).contains("directory not empty"), "{}", stderr(&again));
+}
+
+#[test]
+fn bad_input_is_told_from_bad_usage() {
+    let place = tempfile::tempdir().expect("make a directory");
+    let empty = place.path().to_str().unwrap();
+    let output = imgfs(&["ls", empty]);
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(
+        stderr(&output),
+        format!(
+            "imgfs: no image directory at {empty}: expected inventory.img in it or in one of its \
+             directories\n"
+        )
+    );
+    assert_eq!(imgfs(&["ls"]).status.code(), Some(2));
+    assert_eq!(imgfs(&["no-such-command"]).status.code(), Some(2));
+    assert_eq!(imgfs(&["--help"]).status.code(), Some(0));
+    copy(place.path());
+    let chain = place.path().join("chain");
+    fs::remove_file(chain.join("3/parent")).unwrap();
+    let output = imgfs(&["flatten", chain.to_str().unwrap(), &format!("{empty}/out")]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("several tips, choose one with --snapshot: 2, 3"));
+    assert!(!place.path().join("out").exists());
+}
