@@ -1,0 +1,53 @@
+//! What the privileged tests and the benchmarks share.
+#![allow(dead_code, clippy::allow_attributes, reason = "every test takes a part of it")]
+
+pub mod chain;
+pub mod mounted;
+
+use std::{fs::File, path::Path};
+
+/// What a test needs of the machine.
+#[derive(Clone, Copy, Debug)]
+pub enum Cap {
+    /// To mount file systems in user space, as root.
+    Fuse,
+    /// A program in the search path.
+    Program(&'static str),
+}
+
+impl Cap {
+    fn missing(self) -> Option<String> {
+        match self {
+            Self::Fuse if !nix::unistd::geteuid().is_root() => Some("root".to_owned()),
+            Self::Fuse => File::options()
+                .read(true)
+                .write(true)
+                .open("/dev/fuse")
+                .err()
+                .map(|error| format!("/dev/fuse ({error})")),
+            Self::Program(name) => {
+                let path = std::env::var_os("PATH").unwrap_or_default();
+                let found = std::env::split_paths(&path).any(|dir| dir.join(name).is_file());
+                (!found).then(|| format!("the program {name}"))
+            }
+        }
+    }
+}
+
+/// Checks that the machine has what a test needs.
+///
+/// A test that cannot run fails: the test runner has no other way not to count
+/// it as passed. The message says how to leave it out knowingly.
+pub fn require(cap: Cap) {
+    if let Some(missing) = cap.missing() {
+        panic!(
+            "this test needs {missing}; run the tests as root on a machine that has it, or leave \
+             out those that need more than an ordinary user: cargo test -- --skip privileged"
+        );
+    }
+}
+
+/// Whether a path is where the table of mounts has a mount of ours.
+pub fn is_mounted(path: &Path) -> bool {
+    rcriu::fs::Mounted::at(path).unwrap().is_some_and(|m| m.fs_type == rcriu::fs::FS_TYPE)
+}
