@@ -1,9 +1,9 @@
 //! Which bytes hold page P of memory M?
 
-use std::mem;
+use std::{io, mem, path::Path, thread};
 
 use super::{
-    Chain, ChainError, FileId, Result, SnapshotId,
+    Chain, ChainError, FileId, LinkError, Result, SnapshotId,
     overlay::{self, Piece, PiecePlace},
 };
 use crate::{
@@ -142,8 +142,14 @@ impl Index {
     }
 }
 
+/// How many pagemaps are opened side by side.
+const BATCH: usize = 256;
+
 /// Reads the pagemaps of `memory` from the snapshot down to the one where no
 /// more is asked of a parent.
+///
+/// Most of the time goes into opening files, so beyond the first layer they are
+/// opened side by side, a batch at a time; at most one batch is read in vain.
 fn read_layers(
     chain: &Chain,
     id: SnapshotId,
@@ -151,48 +157,117 @@ fn read_layers(
 ) -> Result<(Vec<Layer>, Vec<Vec<Piece>>)> {
     let mut layers = Vec::new();
     let mut pieces = Vec::new();
-    let mut next = Some(id);
-    while let Some(id) = next.take() {
-        let dir = &chain.snapshot(id).dir;
-        let number = u32::try_from(layers.len()).expect("fewer layers than snapshots");
-        if layers.len() == overlay::LAYER_LIMIT {
+    let mut batch = vec![id];
+    while !batch.is_empty() {
+        let dir = &chain.snapshot(batch[0]).dir;
+        let first = u32::try_from(layers.len()).expect("fewer layers than snapshots");
+        if layers.len() + batch.len() > overlay::LAYER_LIMIT {
             return Err(ChainError::TooDeep { dir: dir.clone(), limit: overlay::LAYER_LIMIT });
         }
-        let mut reader = match PagemapReader::open(&dir.join(memory.pagemap_name())) {
-            Ok(reader) => reader,
-            Err(ImageError::Open { source, .. })
-                if source.kind() == std::io::ErrorKind::NotFound && layers.is_empty() =>
-            {
-                return Err(ChainError::NoMemory { dir: dir.clone(), memory });
-            }
-            Err(ImageError::Open { source, .. })
-                if source.kind() == std::io::ErrorKind::NotFound =>
-            {
+        let mut asking = None;
+        for (id, read) in batch.iter().zip(read_batch(chain, &batch, first, memory)) {
+            asking = None;
+            let Some(read) = read? else {
+                if layers.is_empty() {
+                    return Err(ChainError::NoMemory { dir: dir.clone(), memory });
+                }
                 break; // the layer above asks for pages, and will get no answer
+            };
+            let pages = chain.image_path(*id, Kind::Pages, read.pages_id.into());
+            layers.push(Layer {
+                snapshot: *id,
+                pages_id: read.pages_id,
+                pages: read.pages,
+                file: chain.files().enter(&pages),
+            });
+            pieces.push(read.pieces);
+            if !read.asks_parent {
+                break;
             }
-            Err(error) => return Err(error.into()),
+            asking = Some(*id);
+        }
+        batch = match asking {
+            Some(id) => ancestors(chain, id)?,
+            None => Vec::new(),
         };
-        let mut pages = 0;
-        let mut asks_parent = false;
-        let mut layer = Vec::new();
-        for entry in reader.by_ref() {
-            let entry = entry?;
-            overlay::push(&mut layer, piece(number, pages, &entry));
-            match entry.presence {
-                Presence::Present => pages += entry.pages,
-                Presence::Parent => asks_parent = true,
-                Presence::Absent => {}
-            }
-        }
-        let pages_id = reader.pages_id();
-        let file = chain.files().enter(&chain.image_path(id, Kind::Pages, pages_id.into()));
-        layers.push(Layer { snapshot: id, pages_id, pages, file });
-        pieces.push(layer);
-        if asks_parent {
-            next = chain.snapshot(id).parent.clone()?;
-        }
     }
     Ok((layers, pieces))
+}
+
+/// Returns the parent of a snapshot and as many of its ancestors as make a batch;
+/// a link that is broken further up is met when it is its turn.
+fn ancestors(chain: &Chain, id: SnapshotId) -> Result<Vec<SnapshotId>, LinkError> {
+    let mut batch = Vec::new();
+    let mut next = chain.snapshot(id).parent.clone()?;
+    while let Some(id) = next
+        && batch.len() < BATCH
+    {
+        batch.push(id);
+        next = chain.snapshot(id).parent.as_ref().ok().copied().flatten();
+    }
+    Ok(batch)
+}
+
+/// One pagemap as it was read.
+struct ReadLayer {
+    pages_id: u32,
+    pages: u64,
+    asks_parent: bool,
+    pieces: Vec<Piece>,
+}
+
+/// Reads the pagemaps of the snapshots `ids` as layers from number `first` on;
+/// `None` for those that have none.
+fn read_batch(
+    chain: &Chain,
+    ids: &[SnapshotId],
+    first: u32,
+    memory: MemoryId,
+) -> Vec<Result<Option<ReadLayer>>> {
+    let name = &memory.pagemap_name();
+    let read = move |first: u32, ids: &[SnapshotId]| -> Vec<_> {
+        let paths = ids.iter().map(|id| chain.snapshot(*id).dir.join(name));
+        (first..).zip(paths).map(|(layer, path)| read_layer(&path, layer)).collect()
+    };
+    let threads = thread::available_parallelism().map_or(1, usize::from);
+    let part = ids.len().div_ceil(threads).max(WORTH_A_THREAD);
+    thread::scope(|scope| {
+        let mut parts = (first..).step_by(part).zip(ids.chunks(part));
+        let (first, ids) = parts.next().expect("there is at least one snapshot");
+        let others = parts.map(|(first, ids)| scope.spawn(move || read(first, ids)));
+        let others: Vec<_> = others.collect();
+        let mut all = read(first, ids);
+        for other in others {
+            all.extend(other.join().expect("reading does not panic"));
+        }
+        all
+    })
+}
+
+/// Pagemaps that take longer to open and read than a thread takes to start.
+const WORTH_A_THREAD: usize = 8;
+
+/// Reads one pagemap as layer `layer`; `None` if there is none.
+fn read_layer(path: &Path, layer: u32) -> Result<Option<ReadLayer>> {
+    let mut reader = match PagemapReader::open(path) {
+        Ok(reader) => reader,
+        Err(ImageError::Open { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+            return Ok(None);
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let pages_id = reader.pages_id();
+    let mut read = ReadLayer { pages_id, pages: 0, asks_parent: false, pieces: Vec::new() };
+    for entry in reader.by_ref() {
+        let entry = entry?;
+        overlay::push(&mut read.pieces, piece(layer, read.pages, &entry));
+        match entry.presence {
+            Presence::Present => read.pages += entry.pages,
+            Presence::Parent => read.asks_parent = true,
+            Presence::Absent => {}
+        }
+    }
+    Ok(Some(read))
 }
 
 /// Returns what an entry of layer `layer` says, `file_page` pages into its file.

@@ -142,10 +142,17 @@ impl<R: BufRead> PagemapReader<R> {
     /// As [`PagemapReader::open`].
     pub fn new(mut image: ImageReader<R>) -> Result<Self> {
         image.require(Kind::Pagemap)?;
-        let Some(head) = image.next_message::<proto::PagemapHead>()? else {
+        let start = image.offset();
+        let mut head = Vec::new();
+        if !image.next_bytes(&mut head)? {
             return Err(ImageError::Count { path: image.path().to_owned(), found: 0 });
-        };
-        let pages_id = head.pages_id;
+        }
+        let pages_id = parse_head(&head).map_err(|problem| ImageError::Malformed {
+            path: image.path().to_owned(),
+            offset: start,
+            message: "pagemap_head",
+            problem: problem.to_owned(),
+        })?;
         Ok(Self {
             image,
             pages_id,
@@ -255,6 +262,21 @@ impl Fields {
             (true, true) => Err("it is both present and in the parent"),
         }
     }
+}
+
+/// Parses a `pagemap_head`, of which a chain of a thousand layers has as many.
+fn parse_head(mut bytes: &[u8]) -> Result<u32, &'static str> {
+    let mut pages_id = None;
+    while !bytes.is_empty() {
+        match wire::field(&mut bytes).ok_or("it is not a sequence of fields")? {
+            (1, Value::Varint(value)) => pages_id = Some(value),
+            (1, _) => return Err("a field has the wrong type"),
+            _ => {}
+        }
+    }
+    // As protobuf has it, the lower half of a number that is too long.
+    let pages_id = pages_id.ok_or("it lacks field pages_id")? & u64::from(u32::MAX);
+    Ok(u32::try_from(pages_id).expect("the lower half"))
 }
 
 /// Parses a `pagemap_entry`; `prost` would do it at a third of the speed.
