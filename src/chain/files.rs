@@ -3,7 +3,7 @@
 
 use std::{
     collections::HashMap,
-    fs::{self, File, Metadata},
+    fs::{File, Metadata},
     io::{self, IoSliceMut},
     num::NonZeroUsize,
     os::unix::fs::{MetadataExt, OpenOptionsExt},
@@ -16,7 +16,6 @@ use memmap2::{MmapOptions, MmapRaw};
 use nix::{errno::Errno, fcntl::OFlag, sys::uio::preadv};
 
 use super::{ChainError, Result};
-use crate::units::BLOCK_BYTES;
 
 /// A file that was entered into [`Files`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -179,13 +178,6 @@ impl Files {
         drop(inner);
         drop(evicted); // closing, too, may wait
         Ok(file)
-    }
-
-    /// Whether a file takes as much room as it is long, so that it has no holes;
-    /// not so a compressed one. Does not open it.
-    pub(crate) fn is_dense(&self, id: FileId) -> bool {
-        let path = self.lock().entries[id.0 as usize].path.clone();
-        fs::metadata(path).is_ok_and(|meta| meta.blocks() * BLOCK_BYTES >= meta.len())
     }
 
     /// Returns how many files are open, not counting those that only users hold.

@@ -1,6 +1,8 @@
 //! Which bytes hold page P of memory M?
 
-use std::{io, mem, path::Path, thread};
+use std::{
+    fs, io, mem, os::unix::fs::MetadataExt, path::Path, sync::OnceLock, thread, time::Instant,
+};
 
 use super::{
     Chain, ChainError, FileId, LinkError, Result, SnapshotId,
@@ -8,7 +10,7 @@ use super::{
 };
 use crate::{
     image::{ImageError, Kind, MemoryId, PagemapEntry, PagemapReader, Presence},
-    units::PageIndex,
+    units::{BLOCK_BYTES, PageIndex},
 };
 
 /// A pages file that an index refers to.
@@ -22,6 +24,9 @@ pub struct Layer {
     pub pages: u64,
     /// Its number in [`Chain::files`].
     pub file: FileId,
+    /// Whether it took as much room as it is long when the index was built, so
+    /// that it has no holes; not so a compressed one.
+    pub dense: bool,
 }
 
 /// Where the pages of an extent are.
@@ -71,6 +76,16 @@ pub struct Index {
     layers: Vec<Layer>,
     extents: Vec<Piece>,
     stored_pages: u64,
+    flat: OnceLock<Vec<FlatExtent>>,
+}
+
+/// A stored extent's place in a pages file without parents.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct FlatExtent {
+    /// Pages of that file before the extent's.
+    pub(super) before: u64,
+    /// The extent's position in the index.
+    pub(super) position: u32,
 }
 
 impl Index {
@@ -82,7 +97,9 @@ impl Index {
     /// broken where this memory needs it, [`ChainError::Image`] for a pagemap
     /// that cannot be read.
     pub fn build(chain: &Chain, id: SnapshotId, memory: MemoryId) -> Result<Self> {
+        let begin = Instant::now();
         let (layers, pieces) = read_layers(chain, id, memory)?;
+        let read = begin.elapsed();
         let lowest = u32::try_from(layers.len() - 1).expect("layers are numbered by u32");
         let extents = overlay::merge(pieces);
         let mut stored_pages = 0;
@@ -98,7 +115,15 @@ impl Index {
             };
             return Err(unanswered(chain, &layers, memory, piece, misled));
         }
-        Ok(Self { memory, pages_id: layers[0].pages_id, stored_pages, layers, extents })
+        log::debug!(
+            "{memory} of {}: {} extents in {} layers, read in {read:?}, built in {:?}",
+            chain.snapshot(id).name,
+            extents.len(),
+            layers.len(),
+            begin.elapsed(),
+        );
+        let pages_id = layers[0].pages_id;
+        Ok(Self { memory, pages_id, stored_pages, layers, extents, flat: OnceLock::new() })
     }
 
     /// Returns the memory that was resolved.
@@ -129,6 +154,21 @@ impl Index {
     /// Returns how many pages are stored somewhere in the chain.
     pub fn stored_pages(&self) -> u64 {
         self.stored_pages
+    }
+
+    /// Returns the stored extents one after another; made when first needed.
+    pub(super) fn flat(&self) -> &[FlatExtent] {
+        self.flat.get_or_init(|| {
+            let mut before = 0;
+            let mut flat = Vec::with_capacity(self.extents.len());
+            for (position, extent) in (0..).zip(self.extents()) {
+                if matches!(extent.place, Place::Stored { .. }) {
+                    flat.push(FlatExtent { before, position });
+                    before += extent.pages;
+                }
+            }
+            flat
+        })
     }
 
     /// Returns the position of the first extent that ends after `page`.
@@ -179,6 +219,7 @@ fn read_layers(
                 pages_id: read.pages_id,
                 pages: read.pages,
                 file: chain.files().enter(&pages),
+                dense: read.dense,
             });
             pieces.push(read.pieces);
             if !read.asks_parent {
@@ -213,6 +254,7 @@ struct ReadLayer {
     pages_id: u32,
     pages: u64,
     asks_parent: bool,
+    dense: bool,
     pieces: Vec<Piece>,
 }
 
@@ -226,8 +268,8 @@ fn read_batch(
 ) -> Vec<Result<Option<ReadLayer>>> {
     let name = &memory.pagemap_name();
     let read = move |first: u32, ids: &[SnapshotId]| -> Vec<_> {
-        let paths = ids.iter().map(|id| chain.snapshot(*id).dir.join(name));
-        (first..).zip(paths).map(|(layer, path)| read_layer(&path, layer)).collect()
+        let dirs = ids.iter().map(|id| &chain.snapshot(*id).dir);
+        (first..).zip(dirs).map(|(layer, dir)| read_layer(dir, name, layer)).collect()
     };
     let threads = thread::available_parallelism().map_or(1, usize::from);
     let part = ids.len().div_ceil(threads).max(WORTH_A_THREAD);
@@ -247,9 +289,9 @@ fn read_batch(
 /// Pagemaps that take longer to open and read than a thread takes to start.
 const WORTH_A_THREAD: usize = 8;
 
-/// Reads one pagemap as layer `layer`; `None` if there is none.
-fn read_layer(path: &Path, layer: u32) -> Result<Option<ReadLayer>> {
-    let mut reader = match PagemapReader::open(path) {
+/// Reads the pagemap `name` in `dir` as layer `layer`; `None` if there is none.
+fn read_layer(dir: &Path, name: &str, layer: u32) -> Result<Option<ReadLayer>> {
+    let mut reader = match PagemapReader::open(&dir.join(name)) {
         Ok(reader) => reader,
         Err(ImageError::Open { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
             return Ok(None);
@@ -257,7 +299,9 @@ fn read_layer(path: &Path, layer: u32) -> Result<Option<ReadLayer>> {
         Err(error) => return Err(error.into()),
     };
     let pages_id = reader.pages_id();
-    let mut read = ReadLayer { pages_id, pages: 0, asks_parent: false, pieces: Vec::new() };
+    let dense = fs::metadata(dir.join(Kind::Pages.file_name(pages_id.into())))
+        .is_ok_and(|meta| meta.blocks().saturating_mul(BLOCK_BYTES) >= meta.len());
+    let mut read = ReadLayer { pages_id, pages: 0, asks_parent: false, dense, pieces: Vec::new() };
     for entry in reader.by_ref() {
         let entry = entry?;
         overlay::push(&mut read.pieces, piece(layer, read.pages, &entry));

@@ -56,7 +56,7 @@ impl<'a> Cursor<'a> {
 fn allocated(chain: &Chain, index: &Index) -> u64 {
     let files = chain.files();
     let holes = |layer: &Layer| {
-        if files.is_dense(layer.file) {
+        if layer.dense {
             return Vec::new();
         }
         let file = files.get(layer.file);
@@ -139,23 +139,12 @@ impl Content for MemoryBytes {
 pub struct FlatPages {
     chain: Arc<Chain>,
     index: Arc<Index>,
-    /// The extents that take room, and how many pages lie before each.
-    starts: Vec<(u64, u32)>,
 }
 
 impl FlatPages {
     /// Presents the stored pages of the memory that `index` resolves.
     pub fn new(chain: Arc<Chain>, index: Arc<Index>) -> Self {
-        let mut before = 0;
-        let mut starts = Vec::with_capacity(index.extents().len());
-        for (position, extent) in index.extents().enumerate() {
-            if matches!(extent.place, Place::Stored { .. }) {
-                let position = u32::try_from(position).expect("fewer extents than 2^32");
-                starts.push((before, position));
-                before += extent.pages;
-            }
-        }
-        Self { chain, index, starts }
+        Self { chain, index }
     }
 
     /// Returns the index that the pages are looked up in.
@@ -168,8 +157,8 @@ impl FlatPages {
     pub fn whole_file(&self) -> Option<&Layer> {
         let mut next = 0;
         let mut whole = None;
-        for (_, position) in &self.starts {
-            let Some(extent) = self.index.extent(*position as usize) else { break };
+        for flat in self.index.flat() {
+            let Some(extent) = self.index.extent(flat.position as usize) else { break };
             let Place::Stored { layer, file_page } = extent.place else { continue };
             if file_page != next || *whole.get_or_insert(layer) != layer {
                 return None;
@@ -194,14 +183,15 @@ impl Content for FlatPages {
         let end = offset + len;
         let mut next = offset;
         let page = PageIndex::holding(offset).0;
-        let first = self.starts.partition_point(|(before, _)| *before <= page).saturating_sub(1);
+        let all = self.index.flat();
+        let first = all.partition_point(|flat| flat.before <= page).saturating_sub(1);
         let mut cursor = Cursor::new(&self.chain, &self.index);
-        for (before, position) in &self.starts[first..] {
+        for flat in &all[first..] {
             if next >= end {
                 break;
             }
-            let Some(extent) = self.index.extent(*position as usize) else { break };
-            let run = cursor.run(&extent, next - page_bytes(*before), end - next)?;
+            let Some(extent) = self.index.extent(flat.position as usize) else { break };
+            let run = cursor.run(&extent, next - page_bytes(flat.before), end - next)?;
             next += run.len;
             runs.push(run);
         }

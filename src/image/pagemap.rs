@@ -279,19 +279,28 @@ fn parse_head(mut bytes: &[u8]) -> Result<u32, &'static str> {
     Ok(u32::try_from(pages_id).expect("the lower half"))
 }
 
-/// Parses a `pagemap_entry`; `prost` would do it at a third of the speed.
+/// Parses a `pagemap_entry`, of which there may be millions.
 fn parse(mut bytes: &[u8]) -> Result<Fields, &'static str> {
-    let (mut vaddr, mut compat_pages, mut in_parent, mut flags, mut pages) =
-        (None, None, false, None, None);
-    while !bytes.is_empty() {
-        match wire::field(&mut bytes).ok_or("it is not a sequence of fields")? {
-            (1, Value::Varint(value)) => vaddr = Some(value),
-            (2, Value::Varint(value)) => compat_pages = Some(value),
-            (3, Value::Varint(value)) => in_parent = value != 0,
-            (4, Value::Varint(value)) => flags = Some(value),
-            (5, Value::Varint(value)) => pages = Some(value),
-            (1..=5, _) => return Err("a field has the wrong type"),
-            _ => {}
+    const CUT: &str = "it is not a sequence of fields";
+    let (mut vaddr, mut compat_pages, mut in_parent) = (None, None, false);
+    let (mut flags, mut pages) = (None, None);
+    while let [key, rest @ ..] = bytes {
+        // Fields 1 to 5 are numbers, and their keys are one byte.
+        let value = if matches!(*key, 0x08 | 0x10 | 0x18 | 0x20 | 0x28) {
+            bytes = rest;
+            wire::varint(&mut bytes).ok_or(CUT)?
+        } else {
+            match wire::field(&mut bytes).ok_or(CUT)? {
+                (1..=5, _) => return Err("a field has the wrong type"),
+                _ => continue,
+            }
+        };
+        match *key {
+            0x08 => vaddr = Some(value),
+            0x10 => compat_pages = Some(value),
+            0x18 => in_parent = value != 0,
+            0x20 => flags = Some(value),
+            _ => pages = Some(value),
         }
     }
     // Images without flags have only `in_parent`; without the 64-bit count,
