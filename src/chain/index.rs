@@ -1,12 +1,11 @@
 //! Which bytes hold page P of memory M?
 
-use std::{
-    fs, io, mem, os::unix::fs::MetadataExt, path::Path, sync::OnceLock, thread, time::Instant,
-};
+use std::{fs, io, mem, os::unix::fs::MetadataExt, path::Path, sync::OnceLock, time::Instant};
 
 use super::{
     Chain, ChainError, FileId, LinkError, Result, SnapshotId,
     overlay::{self, Piece, PiecePlace},
+    side_by_side,
 };
 use crate::{
     image::{ImageError, Kind, MemoryId, PagemapEntry, PagemapReader, Presence},
@@ -266,23 +265,10 @@ fn read_batch(
     first: u32,
     memory: MemoryId,
 ) -> Vec<Result<Option<ReadLayer>>> {
-    let name = &memory.pagemap_name();
-    let read = move |first: u32, ids: &[SnapshotId]| -> Vec<_> {
-        let dirs = ids.iter().map(|id| &chain.snapshot(*id).dir);
-        (first..).zip(dirs).map(|(layer, dir)| read_layer(dir, name, layer)).collect()
-    };
-    let threads = thread::available_parallelism().map_or(1, usize::from);
-    let part = ids.len().div_ceil(threads).max(WORTH_A_THREAD);
-    thread::scope(|scope| {
-        let mut parts = (first..).step_by(part).zip(ids.chunks(part));
-        let (first, ids) = parts.next().expect("there is at least one snapshot");
-        let others = parts.map(|(first, ids)| scope.spawn(move || read(first, ids)));
-        let others: Vec<_> = others.collect();
-        let mut all = read(first, ids);
-        for other in others {
-            all.extend(other.join().expect("reading does not panic"));
-        }
-        all
+    let name = memory.pagemap_name();
+    side_by_side::map(ids, WORTH_A_THREAD, |position, id| {
+        let layer = first + u32::try_from(position).expect("a batch is small");
+        read_layer(&chain.snapshot(*id).dir, &name, layer)
     })
 }
 

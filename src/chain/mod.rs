@@ -17,6 +17,7 @@ mod index;
 mod links;
 mod memory;
 mod overlay;
+mod side_by_side;
 mod summary;
 #[cfg(test)]
 pub(crate) mod testing;
