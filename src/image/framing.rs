@@ -4,9 +4,11 @@ use std::{
     ffi::OsStr,
     fs::File,
     io::{self, BufRead, BufReader, BufWriter, Read, Write},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
 };
 
+use nix::fcntl::OFlag;
 use prost::{Message, Name};
 
 use super::{
@@ -18,6 +20,12 @@ use crate::units::PAGE_SIZE;
 
 /// Bytes read from an image at a time.
 const BUFFER_BYTES: usize = 64 << 10;
+
+/// Returns how much to read at a time of a file of `len` bytes: all of a small
+/// one, of which a deep chain has thousands.
+fn buffer_bytes(len: u64) -> usize {
+    usize::try_from(len).unwrap_or(BUFFER_BYTES).clamp(1, BUFFER_BYTES)
+}
 
 /// The largest message accepted. The largest real ones are memory maps, about
 /// 60 bytes a mapping, of which the kernel allows 65,530 by default.
@@ -53,9 +61,22 @@ impl ImageReader {
     /// # Errors
     /// [`ImageError::Open`], [`ImageError::Read`], [`ImageError::Truncated`], [`ImageError::Magic`].
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path)
-            .map_err(|source| ImageError::Open { path: path.to_owned(), source })?;
-        Self::new(path, BufReader::with_capacity(BUFFER_BYTES, file))
+        let open = || {
+            // Without O_NONBLOCK, a FIFO under the image's name would hang us.
+            let flags = OFlag::O_NONBLOCK.bits();
+            let file = File::options().read(true).custom_flags(flags).open(path)?;
+            let metadata = file.metadata()?;
+            if !metadata.is_file() {
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidInput,
+                    "it is not a regular file",
+                ));
+            }
+            Ok((file, metadata.len()))
+        };
+        let (file, len) =
+            open().map_err(|source| ImageError::Open { path: path.to_owned(), source })?;
+        Self::new(path, BufReader::with_capacity(buffer_bytes(len), file))
     }
 
     /// Opens a file of any kind, among them those without magics. Returns its
@@ -68,7 +89,7 @@ impl ImageReader {
         let file = File::open(path).map_err(failed)?;
         let metadata = file.metadata().map_err(failed)?;
         let size = metadata.is_file().then_some(metadata.len());
-        let input = BufReader::with_capacity(BUFFER_BYTES, file);
+        let input = BufReader::with_capacity(size.map_or(BUFFER_BYTES, buffer_bytes), file);
         Ok((Self::of_any_kind(path, input, size)?, size))
     }
 
@@ -457,5 +478,40 @@ impl<W: Write> ImageWriter<W> {
     /// Returns what was written to.
     pub fn into_output(self) -> W {
         self.output
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::{sys::stat::Mode, unistd::mkfifo};
+
+    use super::*;
+
+    #[test]
+    fn a_fifo_under_an_images_name_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("core-1.img");
+        mkfifo(&path, Mode::S_IRUSR).unwrap();
+        let error = ImageReader::open(&path).unwrap_err();
+        assert!(matches!(error, ImageError::Open { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_file_must_hold_as_many_messages_as_its_kind_has() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("inventory.img");
+        let entry = proto::InventoryEntry { img_version: 2, ..Default::default() };
+        for count in 0..3_usize {
+            let mut writer = ImageWriter::new(&path, Vec::new(), Kind::Inventory).unwrap();
+            for _ in 0..count {
+                writer.message(&entry).unwrap();
+            }
+            std::fs::write(&path, writer.into_output()).unwrap();
+            match read_one::<proto::InventoryEntry>(&path, Kind::Inventory) {
+                Ok(read) => assert_eq!((count, read), (1, entry.clone())),
+                Err(ImageError::Count { found, .. }) => assert_eq!(found, count),
+                Err(error) => panic!("{error}"),
+            }
+        }
     }
 }
