@@ -23,7 +23,7 @@
 //! *runs*, each in one file, in memory, a hole, or lost. Reading, seeking holes,
 //! flattening and FUSE stand on that alone. Runs that lie in a row in one file
 //! are read by one `preadv(2)`, however they are scattered over the buffer.
-//! Backing files are read, not mapped, wherever bytes are touched in user space:
+//! Nobody touches mapped bytes in user space: backing files are read instead, and
 //! a file that shrinks is a short read and not a SIGBUS. Files are opened when
 //! first needed and closed by an LRU bound; one that was replaced since it was
 //! first opened is an error.
@@ -35,6 +35,22 @@
 //! built at the first look at a file that needs it, and kept in an LRU cache
 //! bounded by the number of extents. Inode numbers are hashes of paths, so that
 //! they are the same in every mount.
+//!
+//! # The mount
+//!
+//! [`crate::fs`] hands the view to FUSE. A file that is one backing file is read
+//! by the kernel itself (pass-through). All others are read without the page
+//! cache, so that nothing is held twice: large reads are answered by one
+//! `writev(2)` from mappings of the backing files, past `fuser`, whose answers
+//! are one piece; the kernel copies from them to the reader, and where a file
+//! has become shorter it finds no page and answers with an error itself. Small
+//! reads go through a buffer. Before an answer from mappings, the lengths of
+//! the files are looked at, as a mapping is zero behind the end of a file that
+//! was cut within a page. A panic ends the daemon, and the kernel then answers
+//! whoever waits.
+//!
+//! Files of `mem/` and `core/` are for the owner of the images alone, whatever
+//! mode those have: mapped files are read with the rights of who mounts.
 //!
 //! # Invariants
 //!

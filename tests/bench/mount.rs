@@ -36,11 +36,18 @@ const RUNS: usize = 5;
 
 fn main() {
     require(Cap::Fuse);
-    let place = std::env::var_os("IMGFS_BENCH_DIR").map_or_else(std::env::temp_dir, PathBuf::from);
-    let scratch = tempfile::tempdir_in(place).unwrap();
-    println!("data in {}", scratch.path().display());
-    throughput(scratch.path());
-    depth(scratch.path());
+    // A file system on a disk, whose page cache is in large folios, and memory,
+    // from which a restore without a disk reads.
+    let mut places = vec![std::env::temp_dir(), PathBuf::from("/dev/shm")];
+    if let Some(place) = std::env::var_os("IMGFS_BENCH_DIR") {
+        places = vec![PathBuf::from(place)];
+    }
+    for place in places.iter().filter(|place| place.is_dir()) {
+        let scratch = tempfile::tempdir_in(place).unwrap();
+        println!("\ndata in {}", scratch.path().display());
+        throughput(scratch.path());
+        depth(scratch.path());
+    }
 }
 
 fn write_random(path: &Path, len: usize) {
