@@ -3,8 +3,11 @@
 //! The chain and its truth are in `fixtures/criu42-chain`; its README says how
 //! they were made.
 
-use std::{collections::BTreeMap, fs, path::PathBuf, sync::Arc};
+mod common;
 
+use std::{collections::BTreeMap, fs, os::unix::fs::FileExt, path::PathBuf, sync::Arc};
+
+use common::{Cap, mounted::Mounted, require};
 use rcriu::{
     chain::{Chain, read_at},
     image::{ImageReader, PagemapReader},
@@ -127,6 +130,26 @@ fn every_anonymous_page_is_as_it_was_dumped() {
         let ino = names.fold(ROOT, |dir, name| view.lookup(dir, name).unwrap().ino);
         let mut bytes = vec![0xaa; len];
         let read = read_at(&*view.open(ino).unwrap().content, offset, &mut bytes).unwrap();
+        bytes.truncate(read);
+        bytes
+    });
+}
+
+#[test]
+fn privileged_every_anonymous_page_is_so_in_a_mount() {
+    require(Cap::Fuse);
+    let place = tempfile::tempdir().unwrap();
+    let mounted = Mounted::new(&fixture().join("chain"), &place.path().join("mnt"), &[]);
+    compare(&|path, offset, len| {
+        let file = fs::File::open(mounted.path(path)).unwrap();
+        let mut bytes = vec![0xaa; len];
+        let mut read = 0;
+        loop {
+            match file.read_at(&mut bytes[read..], offset + read as u64).unwrap() {
+                0 => break,
+                more => read += more,
+            }
+        }
         bytes.truncate(read);
         bytes
     });
