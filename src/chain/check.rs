@@ -7,7 +7,9 @@ use std::{
 };
 
 use super::{
-    Chain, ChainError, Result, SnapshotId, holes,
+    Chain, ChainError, Result, SnapshotId,
+    error::with_sources,
+    holes,
     index::piece,
     overlay::{self, Piece, PiecePlace},
 };
@@ -346,16 +348,4 @@ impl Check<'_> {
 /// Begins a sentence about so many pages.
 fn are(pages: u64) -> String {
     if pages == 1 { "1 page is".to_owned() } else { format!("{pages} pages are") }
-}
-
-/// Returns an error with everything that caused it.
-fn with_sources(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
 }

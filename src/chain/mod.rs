@@ -27,6 +27,7 @@ mod tests;
 pub use check::{Finding, Severity, check};
 pub use content::{Content, Run, Source, read_at};
 pub use diff::{Difference, MemoryDiff, diff};
+pub(crate) use error::with_sources;
 pub use error::{ChainError, LinkError, Result};
 pub use files::{BackingFile, FileId, Files};
 pub use holes::Whence;

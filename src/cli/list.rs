@@ -30,7 +30,7 @@ const HEADINGS: [&str; 9] =
 /// Columns of the table that hold text; the others hold numbers.
 const TEXT_COLUMNS: usize = 3;
 
-/// Lists a chain; false if a snapshot could not be read.
+/// Lists a chain; false if a snapshot could not be read or its parent not found.
 ///
 /// # Errors
 /// A place without images, and what keeps the output from being written.
@@ -39,6 +39,10 @@ pub fn run(args: &ListArgs, out: &mut dyn Write) -> anyhow::Result<bool> {
     let mut complete = true;
     let mut listed = Vec::new();
     for id in chain.ids() {
+        if let Err(link) = &chain.snapshot(id).parent {
+            super::report(&anyhow::Error::new(link.clone()));
+            complete = false;
+        }
         match Summary::of(&chain, id) {
             Ok(summary) => listed.push((id, summary)),
             Err(error) => {

@@ -1,11 +1,15 @@
 //! What a failure is to the program that asked.
 
-use std::{error::Error, io};
+use std::io;
 
 use fuser::Errno;
 use log::{error, trace};
 
-use crate::{chain::ChainError, image::ImageError, view::ViewError};
+use crate::{
+    chain::{ChainError, with_sources},
+    image::ImageError,
+    view::ViewError,
+};
 
 /// Logs why an operation failed, with its cause and the cause's causes, and
 /// returns what the kernel is told.
@@ -13,13 +17,7 @@ use crate::{chain::ChainError, image::ImageError, view::ViewError};
 /// What does not exist is asked for all the time and is no failure.
 pub(super) fn failed(operation: &str, path: &str, failure: &ViewError) -> Errno {
     let errno = errno(failure);
-    let mut reasons = failure.to_string();
-    let mut cause = failure.source();
-    while let Some(error) = cause {
-        reasons.push_str(": ");
-        reasons.push_str(&error.to_string());
-        cause = error.source();
-    }
+    let reasons = with_sources(failure);
     let code = nix::errno::Errno::from_raw(errno.code());
     if matches!(failure, ViewError::NoSuchEntry { .. }) {
         trace!("{operation} {path}: {reasons} ({code:?})");
