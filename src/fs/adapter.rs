@@ -218,7 +218,8 @@ impl Filesystem for ImageFs {
         let content = &*file.content;
         let size = size as usize;
         let reply = if reply::SIZES.contains(&size) {
-            match self.mapped.answer(req.unique(), content, offset, size, reply) {
+            let path = || self.view.path(ino.0);
+            match self.mapped.answer(req.unique(), content, offset, size, path, reply) {
                 Ok(()) => return,
                 Err(reply) => reply,
             }

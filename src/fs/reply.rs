@@ -44,13 +44,15 @@ impl MappedReply {
     }
 
     /// Answers a read of `size` bytes of `content` from `offset` on; gives the
-    /// reply back if this is not the way to answer it.
+    /// reply back if this is not the way to answer it. `path` is what the file is
+    /// called in messages.
     pub(super) fn answer(
         &self,
         request: RequestId,
         content: &dyn Content,
         offset: u64,
         size: usize,
+        path: impl FnOnce() -> String,
         reply: ReplyData,
     ) -> Result<(), ReplyData> {
         let len = content.len().saturating_sub(offset).min(size as u64);
@@ -66,11 +68,13 @@ impl MappedReply {
         });
         match written {
             Some(Ok(_)) => {}
-            // Pages went missing in this moment: the kernel has told the reader
-            // that this is an input/output error.
-            Some(Err(Errno::EFAULT)) => {
-                error!("read at {offset:#x}: a backing file was cut short meanwhile (EIO)");
-            }
+            // The kernel has told the reader that this is an input/output error.
+            Some(Err(Errno::EFAULT)) => error!(
+                "read {}: {len:#x} bytes at {offset:#x}: a page of {} could not be read, or was \
+                 cut off in this moment (EIO)",
+                path(),
+                file_names(&runs)
+            ),
             // The reader was killed.
             Some(Err(Errno::ENOENT)) => debug!("nobody waits for request {request:?}"),
             // The kernel did not take it as an answer.
@@ -80,6 +84,19 @@ impl MappedReply {
         mem::forget(reply);
         Ok(())
     }
+}
+
+/// Returns the paths of the files that the bytes come from.
+fn file_names(runs: &[Run]) -> String {
+    let mut paths: Vec<String> = Vec::new();
+    for run in runs {
+        if let Source::File(file, _) = &run.source {
+            paths.push(file.path().display().to_string());
+        }
+    }
+    paths.sort_unstable();
+    paths.dedup();
+    paths.join(" or ")
 }
 
 /// Returns the header of an answer that is no error.
