@@ -287,7 +287,9 @@ fn read_layer(dir: &Path, name: &str, layer: u32) -> Result<Option<ReadLayer>> {
     let pages_id = reader.pages_id();
     let dense = fs::metadata(dir.join(Kind::Pages.file_name(pages_id.into())))
         .is_ok_and(|meta| meta.blocks().saturating_mul(BLOCK_BYTES) >= meta.len());
-    let mut read = ReadLayer { pages_id, pages: 0, asks_parent: false, dense, pieces: Vec::new() };
+    // At once as large as it can become: growing it costs more than filling it.
+    let pieces = Vec::with_capacity(reader.entries_left());
+    let mut read = ReadLayer { pages_id, pages: 0, asks_parent: false, dense, pieces };
     for entry in reader.by_ref() {
         let entry = entry?;
         overlay::push(&mut read.pieces, piece(layer, read.pages, &entry));
@@ -297,6 +299,7 @@ fn read_layer(dir: &Path, name: &str, layer: u32) -> Result<Option<ReadLayer>> {
             Presence::Absent => {}
         }
     }
+    read.pieces.shrink_to_fit();
     Ok(Some(read))
 }
 

@@ -158,12 +158,40 @@ pub(super) fn merge(layers: Vec<Vec<Piece>>) -> Vec<Piece> {
         weights.push(weights[weights.len() - 1] + layer.len() + 1);
     }
     let mut layers = layers;
-    merge_range(&mut layers, &weights, 0)
+    merge_range(&mut layers, &weights, 0, &mut Spare::default())
+}
+
+/// Memory of merged layers that are no longer needed. To fault in new memory for
+/// every merge takes longer than the merge itself.
+#[derive(Default)]
+struct Spare(Vec<Vec<Piece>>);
+
+impl Spare {
+    /// How many are kept: two at most are taken before others come.
+    const KEPT: usize = 3;
+
+    fn take(&mut self) -> Vec<Piece> {
+        self.0.pop().unwrap_or_default()
+    }
+
+    fn give(&mut self, mut layer: Vec<Piece>) {
+        layer.clear();
+        self.0.push(layer);
+        self.0.sort_unstable_by_key(Vec::capacity);
+        if self.0.len() > Self::KEPT {
+            self.0.remove(0);
+        }
+    }
 }
 
 /// Merges `layers`, the first of which has number `first` in the whole chain;
 /// `weights[n]` is what the layers before the chain's n-th weigh together.
-fn merge_range(layers: &mut [Vec<Piece>], weights: &[usize], first: usize) -> Vec<Piece> {
+fn merge_range(
+    layers: &mut [Vec<Piece>],
+    weights: &[usize],
+    first: usize,
+    spare: &mut Spare,
+) -> Vec<Piece> {
     match layers {
         [] => Vec::new(),
         [only] => std::mem::take(only),
@@ -174,25 +202,30 @@ fn merge_range(layers: &mut [Vec<Piece>], weights: &[usize], first: usize) -> Ve
             let split = split.clamp(1, count - 1);
             let (upper, lower) = layers.split_at_mut(split);
             let weight = weights[first + count] - weights[first];
-            let mut upper_half = || merge_range(upper, weights, first);
-            let mut lower_half = || merge_range(lower, weights, first + split);
+            let mut upper_half = |spare: &mut _| merge_range(upper, weights, first, spare);
+            let mut lower_half = |spare: &mut _| merge_range(lower, weights, first + split, spare);
             let (upper, lower) = if weight < WORTH_A_THREAD {
-                (upper_half(), lower_half())
+                (upper_half(spare), lower_half(spare))
             } else {
                 std::thread::scope(|scope| {
-                    let lower = scope.spawn(lower_half);
-                    (upper_half(), lower.join().expect("merging does not panic"))
+                    let lower = scope.spawn(|| lower_half(&mut Spare::default()));
+                    (upper_half(spare), lower.join().expect("merging does not panic"))
                 })
             };
             let lowest = u32::try_from(first + split - 1).expect("layers are numbered by u32");
-            overlay(&upper, &lower, lowest)
+            let merged = overlay(&upper, &lower, lowest, spare.take());
+            spare.give(upper);
+            spare.give(lower);
+            merged
         }
     }
 }
 
-/// Lays `upper` over `lower`; `layer` is the lowest layer in `upper`.
-fn overlay(upper: &[Piece], lower: &[Piece], layer: u32) -> Vec<Piece> {
-    let mut merged = Vec::with_capacity(upper.len());
+/// Lays `upper` over `lower`; `layer` is the lowest layer in `upper`. The result
+/// is put into `merged`, which is empty.
+fn overlay(upper: &[Piece], lower: &[Piece], layer: u32, mut merged: Vec<Piece>) -> Vec<Piece> {
+    // In most cases enough: only a lower piece that is cut in two takes more.
+    merged.reserve(upper.len() + lower.len());
     let mut below = lower;
     for piece in upper {
         if piece.kind() != PARENT {

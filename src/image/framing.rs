@@ -50,6 +50,7 @@ pub struct ImageReader<R = BufReader<File>> {
     offset: u64,
     desc: &'static Desc,
     prologue: Prologue,
+    size: Option<u64>,
 }
 
 impl ImageReader {
@@ -76,7 +77,8 @@ impl ImageReader {
         };
         let (file, len) =
             open().map_err(|source| ImageError::Open { path: path.to_owned(), source })?;
-        Self::new(path, BufReader::with_capacity(buffer_bytes(len), file))
+        let reader = Self::new(path, BufReader::with_capacity(buffer_bytes(len), file))?;
+        Ok(Self { size: Some(len), ..reader })
     }
 
     /// Opens a file of any kind, among them those without magics. Returns its
@@ -111,8 +113,14 @@ impl<R: BufRead> ImageReader<R> {
     /// As [`ImageReader::open`].
     pub fn new(path: &Path, input: R) -> Result<Self> {
         let desc = Kind::Inventory.desc(); // until the magic says otherwise
-        let mut reader =
-            Self { input, path: path.to_owned(), offset: 0, desc, prologue: Prologue::Bare };
+        let mut reader = Self {
+            input,
+            path: path.to_owned(),
+            offset: 0,
+            desc,
+            prologue: Prologue::Bare,
+            size: None,
+        };
         let mut magic = reader.magic()?;
         reader.prologue = match magic {
             IMAGE_MAGIC => Prologue::Image,
@@ -159,7 +167,14 @@ impl<R: BufRead> ImageReader<R> {
                 return Self::new(path, input);
             }
         }
-        Ok(Self { input, path: path.to_owned(), offset: 0, desc, prologue: Prologue::Bare })
+        Ok(Self {
+            input,
+            path: path.to_owned(),
+            offset: 0,
+            desc,
+            prologue: Prologue::Bare,
+            size: None,
+        })
     }
 
     /// Checks that the image is of kind `kind`, or of one with its magic.
@@ -191,6 +206,11 @@ impl<R: BufRead> ImageReader<R> {
     /// Returns the number of bytes read so far.
     pub fn offset(&self) -> u64 {
         self.offset
+    }
+
+    /// Returns how many bytes are left to be read, if that is known.
+    pub fn bytes_left(&self) -> Option<u64> {
+        self.size.map(|size| size.saturating_sub(self.offset))
     }
 
     /// Returns the path that errors name.

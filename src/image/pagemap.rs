@@ -23,6 +23,10 @@ const LAZY: u64 = 2;
 /// `flags`: the pages are in this directory's pages file.
 const PRESENT: u64 = 4;
 
+/// The least that an entry takes in a file, its length included, unless it is at
+/// address 0.
+const ENTRY_BYTES: u64 = 10;
+
 /// One memory: what one pagemap describes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum MemoryId {
@@ -166,6 +170,12 @@ impl<R: BufRead> PagemapReader<R> {
     /// Returns the number of the pages file.
     pub fn pages_id(&self) -> u32 {
         self.pages_id
+    }
+
+    /// Returns how many entries are left at most, as far as the file's size tells.
+    pub fn entries_left(&self) -> usize {
+        let bytes = self.image.bytes_left().unwrap_or(0);
+        usize::try_from(bytes / ENTRY_BYTES).unwrap_or(0)
     }
 
     fn read_entry(&mut self) -> Result<Option<PagemapEntry>> {
