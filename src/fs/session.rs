@@ -54,7 +54,8 @@ impl Session {
     /// calls it. From then on, requests wait for [`Session::run`].
     ///
     /// # Errors
-    /// What keeps the chain from being mounted; nothing is mounted then.
+    /// What keeps the chain from being mounted; nothing is mounted then. SIGTERM,
+    /// SIGINT and SIGHUP are blocked in this thread from here on.
     pub fn mount(
         view: Arc<View>,
         chain_path: &Path,
@@ -62,6 +63,12 @@ impl Session {
         options: &MountOptions,
     ) -> Result<Self> {
         let mount_point = check_mount_point(mount_point, chain_path, view.chain())?;
+        // From the moment in which it is mounted, a signal must not end us and
+        // leave the mount behind: it waits until `run` waits for it.
+        ending_signals().thread_block().map_err(|errno| MountError::Handshake {
+            path: mount_point.clone(),
+            source: errno.into(),
+        })?;
         let source = chain_path.canonicalize().unwrap_or_else(|_| chain_path.to_owned());
         let device = mount_device(&mount_point, &source.to_string_lossy(), options.allow_other)?;
         let failed = |source| {
@@ -98,8 +105,7 @@ impl Session {
     pub fn run(self) -> Result<()> {
         abort_on_panic();
         let failed = |source| MountError::Serve { path: self.mount_point.clone(), source };
-        let signals = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect();
-        SigSet::thread_block(&signals).map_err(|errno| failed(errno.into()))?;
+        let signals = ending_signals();
         let device = Mounted::at(&self.mount_point)?.map(|mounted| mounted.device);
         let mount_point = self.mount_point.clone();
         thread::Builder::new()
@@ -110,6 +116,11 @@ impl Session {
         info!("unmounted from {}", self.mount_point.display());
         result.map_err(|source| MountError::Serve { path: self.mount_point, source })
     }
+}
+
+/// Returns the signals that ask for the end.
+fn ending_signals() -> SigSet {
+    [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect()
 }
 
 /// Lets a panic in any thread end the process.
