@@ -412,6 +412,13 @@ fn privileged_a_killed_daemon_fails_readers_and_can_be_unmounted() {
     let file = File::open(mounted.path("pages-1.img")).unwrap();
     // A reader whose request nobody answers, as the daemon stands still.
     mounted.signal(Signal::SIGSTOP);
+    wait_for("all threads to stand still", || {
+        let tasks = fs::read_dir(format!("/proc/{}/task", mounted.pid())).unwrap();
+        let stat = |task: io::Result<fs::DirEntry>| {
+            fs::read_to_string(task.unwrap().path().join("stat")).unwrap()
+        };
+        tasks.map(stat).all(|stat| stat.contains(") T "))
+    });
     let (sender, receiver) = mpsc::channel();
     let path = mounted.path("inventory.img");
     std::thread::spawn(move || sender.send(errno(fs::read(path))));

@@ -113,8 +113,16 @@ impl Session {
             .spawn(move || unmount_on(signals, &mount_point, device))
             .map_err(failed)?;
         let result = self.fuse.run();
+        let gone = !is_ours(&self.mount_point, device);
         info!("unmounted from {}", self.mount_point.display());
-        result.map_err(|source| MountError::Serve { path: self.mount_point, source })
+        match result {
+            // How the last request ended does not matter to a mount that is gone.
+            Err(error) if gone => {
+                debug!("the connection ended with: {error}");
+                Ok(())
+            }
+            result => result.map_err(|source| MountError::Serve { path: self.mount_point, source }),
+        }
     }
 }
 
@@ -133,6 +141,12 @@ fn abort_on_panic() {
     }));
 }
 
+/// Whether the mount of this device is still at `mount_point`.
+fn is_ours(mount_point: &Path, device: Option<u32>) -> bool {
+    let mounted = Mounted::at(mount_point).ok().flatten();
+    mounted.is_some_and(|mounted| mounted.fs_type == FS_TYPE && Some(mounted.device) == device)
+}
+
 /// Unmounts at the first of `signals`, and ends the process at the second.
 fn unmount_on(signals: SigSet, mount_point: &Path, device: Option<u32>) {
     let mut detached = false;
@@ -141,11 +155,7 @@ fn unmount_on(signals: SigSet, mount_point: &Path, device: Option<u32>) {
             Ok(signal) => signal,
             Err(errno) => return error!("wait for signals: {errno}"),
         };
-        let ours = Mounted::at(mount_point)
-            .ok()
-            .flatten()
-            .is_some_and(|mounted| mounted.fs_type == FS_TYPE && Some(mounted.device) == device);
-        if detached || !ours {
+        if detached || !is_ours(mount_point, device) {
             info!("{signal}: leaving");
             process::exit(0);
         }
