@@ -177,9 +177,7 @@ impl Check<'_> {
         let path = self.chain.image_path(self.id, Kind::Pstree, 0);
         let tree = match read_all::<proto::PstreeEntry>(&path, Kind::Pstree) {
             Ok(tree) => tree,
-            Err(ImageError::Open { source, .. })
-                if source.kind() == std::io::ErrorKind::NotFound =>
-            {
+            Err(error) if error.is_missing() => {
                 return; // a pre-dump
             }
             Err(_) => return, // told among the images
@@ -267,8 +265,7 @@ impl Check<'_> {
                     overlay::push(&mut below, piece(1, 0, &entry));
                 }
             }
-            Err(ImageError::Open { source, .. })
-                if source.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) if error.is_missing() => {}
             Err(_) => return,
         }
         let merged = overlay::merge(vec![pieces, below]);

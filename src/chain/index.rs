@@ -1,6 +1,6 @@
 //! Which bytes hold page P of memory M?
 
-use std::{fs, io, mem, os::unix::fs::MetadataExt, path::Path, sync::OnceLock, time::Instant};
+use std::{fs, mem, os::unix::fs::MetadataExt, path::Path, sync::OnceLock, time::Instant};
 
 use super::{
     Chain, ChainError, FileId, LinkError, Result, SnapshotId,
@@ -8,7 +8,7 @@ use super::{
     side_by_side,
 };
 use crate::{
-    image::{ImageError, Kind, MemoryId, PagemapEntry, PagemapReader, Presence},
+    image::{Kind, MemoryId, PagemapEntry, PagemapReader, Presence},
     units::{BLOCK_BYTES, PageIndex},
 };
 
@@ -279,7 +279,7 @@ const WORTH_A_THREAD: usize = 8;
 fn read_layer(dir: &Path, name: &str, layer: u32) -> Result<Option<ReadLayer>> {
     let mut reader = match PagemapReader::open(&dir.join(name)) {
         Ok(reader) => reader,
-        Err(ImageError::Open { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+        Err(error) if error.is_missing() => {
             return Ok(None);
         }
         Err(error) => return Err(error.into()),

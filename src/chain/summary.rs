@@ -4,7 +4,7 @@ use std::{fs, os::unix::fs::MetadataExt, time::SystemTime};
 
 use super::{Chain, ChainError, Result, SnapshotId, holes};
 use crate::{
-    image::{ImageError, Kind, MemoryId, PagemapReader, Presence, proto, read_all},
+    image::{Kind, MemoryId, PagemapReader, Presence, proto, read_all},
     units::{BLOCK_BYTES, PAGE_SIZE, page_bytes},
 };
 
@@ -106,9 +106,7 @@ fn processes(chain: &Chain, id: SnapshotId) -> Result<Option<Vec<u64>>> {
     let path = chain.image_path(id, Kind::Pstree, 0);
     match read_all::<proto::PstreeEntry>(&path, Kind::Pstree) {
         Ok(tree) => Ok(Some(tree.iter().map(|process| process.pid.into()).collect())),
-        Err(ImageError::Open { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
-            Ok(None)
-        }
+        Err(error) if error.is_missing() => Ok(None),
         Err(error) => Err(error.into()),
     }
 }

@@ -118,3 +118,11 @@ pub enum ImageError {
         problem: String,
     },
 }
+
+impl ImageError {
+    /// Whether the file is not there, which for most images means that there is
+    /// nothing of their kind.
+    pub fn is_missing(&self) -> bool {
+        matches!(self, Self::Open { source, .. } if source.kind() == io::ErrorKind::NotFound)
+    }
+}

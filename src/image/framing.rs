@@ -112,15 +112,8 @@ impl<R: BufRead> ImageReader<R> {
     /// # Errors
     /// As [`ImageReader::open`].
     pub fn new(path: &Path, input: R) -> Result<Self> {
-        let desc = Kind::Inventory.desc(); // until the magic says otherwise
-        let mut reader = Self {
-            input,
-            path: path.to_owned(),
-            offset: 0,
-            desc,
-            prologue: Prologue::Bare,
-            size: None,
-        };
+        // Which kind it is, the magic says.
+        let mut reader = Self::at_start(path, input, Kind::Inventory.desc());
         let mut magic = reader.magic()?;
         reader.prologue = match magic {
             IMAGE_MAGIC => Prologue::Image,
@@ -167,14 +160,13 @@ impl<R: BufRead> ImageReader<R> {
                 return Self::new(path, input);
             }
         }
-        Ok(Self {
-            input,
-            path: path.to_owned(),
-            offset: 0,
-            desc,
-            prologue: Prologue::Bare,
-            size: None,
-        })
+        Ok(Self::at_start(path, input, desc))
+    }
+
+    /// Makes a reader that has read nothing yet.
+    fn at_start(path: &Path, input: R, desc: &'static Desc) -> Self {
+        let path = path.to_owned();
+        Self { input, path, offset: 0, desc, prologue: Prologue::Bare, size: None }
     }
 
     /// Checks that the image is of kind `kind`, or of one with its magic.

@@ -5,7 +5,6 @@ use std::{
     collections::HashMap,
     ffi::OsStr,
     fs::{self, File},
-    io,
     os::unix::{ffi::OsStrExt, fs::FileExt},
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
@@ -123,9 +122,7 @@ fn read_files(dir: &Path) -> Result<Vec<proto::FileEntry>> {
 pub(super) fn optional<T>(result: Result<T, ImageError>) -> Result<Option<T>, ImageError> {
     match result {
         Ok(value) => Ok(Some(value)),
-        Err(ImageError::Open { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-            Ok(None)
-        }
+        Err(error) if error.is_missing() => Ok(None),
         Err(error) => Err(error),
     }
 }
