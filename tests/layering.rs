@@ -7,14 +7,26 @@ use std::{
 };
 
 /// Each module of the library with those that it may use besides itself.
-const ARROWS: [(&str, &[&str]); 8] = [
+const ARROWS: &[(&str, &[&str])] = &[
     ("units", &[]),
     ("sys", &["units"]),
     ("image", &["units"]),
     ("chain", &["image", "units"]),
     ("view", &["chain", "image", "units"]),
     ("fs", &["view", "chain", "image", "sys", "units"]),
-    ("cli", &["fs", "view", "chain", "image", "sys", "units"]),
+    ("fault", &[]),
+    ("proc", &["units"]),
+    ("inject", &["sys", "proc", "units", "fault"]),
+    ("res", &["inject", "proc", "sys", "image", "units", "fault"]),
+    ("dump", &["res", "inject", "proc", "chain", "image", "sys", "units", "fault"]),
+    ("restore", &["res", "inject", "proc", "chain", "image", "sys", "units", "fault"]),
+    (
+        "cli",
+        &[
+            "dump", "restore", "res", "proc", "fs", "view", "chain", "image", "sys", "units",
+            "fault",
+        ],
+    ),
     ("design", &[]),
 ];
 
