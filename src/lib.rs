@@ -1,15 +1,18 @@
 //! Checkpoint and restore of Linux process trees, and a view of their images.
 //!
 //! The programs `rcriu` and `imgfs` are thin shells over this library. The
-//! modules depend on one another in one direction only: `cli` over `fs`, `fs`
-//! over `view`, `view` over `chain`, `chain` over `image`, `image` over
-//! `units`. [`design`] is the project's account of itself.
+//! modules depend on one another in one direction only, which `tests/layering.rs`
+//! holds them to. [`design`] is the project's account of itself.
 
 pub mod chain;
 pub mod cli;
 pub mod design;
+pub mod fault;
 pub mod fs;
 pub mod image;
+pub mod inject;
+pub mod proc;
+pub mod res;
 pub mod sys;
 pub mod units;
 pub mod view;

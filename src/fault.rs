@@ -1,0 +1,115 @@
+//! Named points at which a test can make the programs fail or stop.
+//!
+//! `RCRIU_FAULT=NAME` makes the point `NAME` fail; `RCRIU_FAULT=NAME:kill` makes
+//! the process kill itself there, as `kill -9` or a power cut would;
+//! `NAME:stop` makes it stop (`SIGSTOP`), so that a test can look. Compiled
+//! always, so that what is tested is what is shipped.
+
+use std::{env, sync::OnceLock};
+
+use nix::{
+    sys::signal::{Signal, raise},
+    unistd::gettid,
+};
+use thiserror::Error;
+
+macro_rules! points {
+    ($($point:ident = $name:literal: $about:literal;)*) => {
+        /// Where a failure can be made to happen.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Point { $(#[doc = $about] $point,)* }
+
+        impl Point {
+            /// Every point, in the order of a dump and of a restore.
+            pub const ALL: &'static [Self] = &[$(Self::$point,)*];
+
+            /// Returns the name that chooses the point.
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$point => $name,)* }
+            }
+        }
+    };
+}
+
+points! {
+    DumpSeize = "dump-seize": "After the first task of the tree was stopped.";
+    DumpFrozen = "dump-frozen": "After the whole tree was stopped.";
+    DumpInjected = "dump-injected": "While a task has scratch memory mapped.";
+    DumpAsked = "dump-asked": "After a task was asked what only it knows.";
+    DumpFiles = "dump-files": "After the descriptors were collected.";
+    DumpMemory = "dump-memory": "In the middle of copying memory.";
+    DumpWritten = "dump-written": "After all images were written, before they are synced.";
+    DumpSynced = "dump-synced": "After all is on disk, before the directory counts as a snapshot.";
+    DumpCommit = "dump-commit": "After the snapshot is complete, before the tree goes on or dies.";
+    RestorePlan = "restore-plan": "After the plan was made, before any process.";
+    RestoreRoot = "restore-root": "After the first process was made.";
+    RestoreMemory = "restore-memory": "In the middle of filling memory.";
+    RestoreForked = "restore-forked": "After all processes were made.";
+    RestoreFiles = "restore-files": "After the descriptors were installed.";
+    RestoreThreads = "restore-threads": "After all threads were made.";
+    RestoreLast = "restore-last": "Before the first process is let go.";
+}
+
+/// A failure that `RCRIU_FAULT` asked for.
+#[derive(Debug, Error)]
+#[error("fault injected at {point}, as RCRIU_FAULT asks")]
+pub struct Injected {
+    point: &'static str,
+}
+
+enum Action {
+    Fail,
+    Kill,
+    Stop,
+}
+
+fn chosen() -> Option<&'static (String, Action)> {
+    static CHOSEN: OnceLock<Option<(String, Action)>> = OnceLock::new();
+    let choose = || {
+        let value = env::var("RCRIU_FAULT").ok()?;
+        let (name, action) = match value.split_once(':') {
+            Some((name, "kill")) => (name, Action::Kill),
+            Some((name, "stop")) => (name, Action::Stop),
+            Some((name, _)) => (name, Action::Fail),
+            None => (value.as_str(), Action::Fail),
+        };
+        Some((name.to_owned(), action))
+    };
+    CHOSEN.get_or_init(choose).as_ref()
+}
+
+/// Fails if this point was chosen.
+///
+/// # Errors
+/// [`Injected`].
+pub fn hit(point: Point) -> Result<(), Injected> {
+    match chosen() {
+        Some((name, action)) if name == point.name() => {
+            log::warn!("{}: fault {name} injected", gettid());
+            match action {
+                Action::Fail => return Err(Injected { point: point.name() }),
+                // Nothing is left to report a failure to.
+                Action::Kill => drop(raise(Signal::SIGKILL)),
+                Action::Stop => drop(raise(Signal::SIGSTOP)),
+            }
+            Ok(())
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_nothing_fails_unasked() {
+        let names: BTreeSet<_> = Point::ALL.iter().map(|point| point.name()).collect();
+        assert_eq!(names.len(), Point::ALL.len());
+        for point in Point::ALL {
+            hit(*point).unwrap();
+        }
+    }
+}

@@ -1,0 +1,246 @@
+//! An image directory while it is written.
+//!
+//! Images are made in a hidden directory inside the one that was asked for and
+//! moved into it when all of them are on disk, the inventory last. So a
+//! directory that holds an inventory is complete, and a dump that fails, or is
+//! killed, leaves what was there before.
+
+use std::{
+    ffi::{OsStr, OsString},
+    fs::{self, DirBuilder, File},
+    io,
+    os::unix::{
+        ffi::OsStrExt,
+        fs::{DirBuilderExt, symlink},
+    },
+    path::{Path, PathBuf},
+};
+
+use prost::Message;
+
+use super::{ImageError, ImageWriter, Kind, Result, desc, proto};
+
+/// Where images are until they are complete.
+const UNFINISHED: &str = ".unfinished";
+
+/// The name of the link to the parent directory.
+pub const PARENT_LINK: &str = "parent";
+
+/// Permissions of directories with images: memory is secret.
+const DIRECTORY_MODE: u32 = 0o700;
+
+/// Writes the images of one snapshot.
+#[derive(Debug)]
+pub struct SnapshotWriter {
+    dir: PathBuf,
+    unfinished: PathBuf,
+    committed: bool,
+}
+
+impl SnapshotWriter {
+    /// Begins a snapshot in `dir`, which must exist. What is left of one that was
+    /// not finished is removed; a complete one stays until [`Self::commit`].
+    ///
+    /// # Errors
+    /// [`ImageError::Write`].
+    pub fn begin(dir: &Path) -> Result<Self> {
+        let unfinished = dir.join(UNFINISHED);
+        match fs::remove_dir_all(&unfinished) {
+            Ok(()) => log::warn!("{}: removed what a failed dump had left", dir.display()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(source) => return Err(write_error(&unfinished, source)),
+        }
+        DirBuilder::new()
+            .mode(DIRECTORY_MODE)
+            .create(&unfinished)
+            .map_err(|source| write_error(&unfinished, source))?;
+        Ok(Self { dir: dir.to_owned(), unfinished, committed: false })
+    }
+
+    /// Returns the path at which an image is written.
+    pub fn path(&self, kind: Kind, number: u64) -> PathBuf {
+        self.unfinished.join(kind.file_name(number))
+    }
+
+    /// Creates an image of many messages.
+    ///
+    /// # Errors
+    /// [`ImageError::Write`]; an image that was created before is one.
+    pub fn create(&self, kind: Kind, number: u64) -> Result<ImageWriter> {
+        ImageWriter::create(&self.path(kind, number), kind)
+    }
+
+    /// Writes an image of these messages.
+    ///
+    /// # Errors
+    /// [`ImageError::Write`].
+    pub fn write<M: Message>(&self, kind: Kind, number: u64, messages: &[M]) -> Result<()> {
+        let mut image = self.create(kind, number)?;
+        for message in messages {
+            image.message(message)?;
+        }
+        image.finish().map(drop)
+    }
+
+    /// Creates a file without magic, such as one of pages.
+    ///
+    /// # Errors
+    /// [`ImageError::Write`].
+    pub fn create_raw(&self, kind: Kind, number: u64) -> Result<File> {
+        let path = self.path(kind, number);
+        File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&path)
+            .map_err(|source| write_error(&path, source))
+    }
+
+    /// Makes `parent`, as it was given, the snapshot's parent.
+    ///
+    /// # Errors
+    /// [`ImageError::Write`].
+    pub fn link_parent(&self, parent: &Path) -> Result<()> {
+        let path = self.unfinished.join(PARENT_LINK);
+        symlink(parent, &path).map_err(|source| write_error(&path, source))
+    }
+
+    /// Brings everything that was written to the disk.
+    ///
+    /// # Errors
+    /// [`ImageError::Write`].
+    pub fn sync(&self) -> Result<()> {
+        for name in names(&self.unfinished)? {
+            if name != PARENT_LINK {
+                sync(&self.unfinished.join(name))?;
+            }
+        }
+        sync(&self.unfinished)
+    }
+
+    /// Makes the directory a snapshot: what was one before is gone from here on,
+    /// and the inventory appears last.
+    ///
+    /// [`Self::sync`] comes first.
+    ///
+    /// # Errors
+    /// [`ImageError::Write`].
+    pub fn commit(mut self, inventory: &proto::InventoryEntry) -> Result<()> {
+        self.write(Kind::Inventory, 0, std::slice::from_ref(inventory))?;
+        sync(&self.path(Kind::Inventory, 0))?;
+        self.remove_old()?;
+        let inventory = OsString::from(Kind::Inventory.file_name(0));
+        for name in names(&self.unfinished)? {
+            if name != inventory {
+                self.publish(&name)?;
+            }
+        }
+        sync(&self.dir)?;
+        self.publish(&inventory)?;
+        self.committed = true;
+        fs::remove_dir(&self.unfinished).map_err(|source| write_error(&self.unfinished, source))?;
+        sync(&self.dir)?;
+        if let Ok(dir) = self.dir.canonicalize()
+            && let Some(above) = dir.parent()
+        {
+            sync(above)?;
+        }
+        Ok(())
+    }
+
+    fn publish(&self, name: &OsStr) -> Result<()> {
+        let path = self.dir.join(name);
+        fs::rename(self.unfinished.join(name), &path).map_err(|source| write_error(&path, source))
+    }
+
+    /// Removes the images of an older dump, first what makes them a snapshot.
+    fn remove_old(&self) -> Result<()> {
+        let remove = |name: &OsStr| {
+            let path = self.dir.join(name);
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    Err(write_error(&path, error))
+                }
+                _ => Ok(()),
+            }
+        };
+        let inventory = OsString::from(Kind::Inventory.file_name(0));
+        if !self.dir.join(&inventory).exists() && !self.dir.join(PARENT_LINK).is_symlink() {
+            return Ok(());
+        }
+        remove(&inventory)?;
+        sync(&self.dir)?;
+        for name in names(&self.dir)? {
+            let image = name.to_str().is_some_and(|name| desc::by_file_name(name).is_some());
+            if image || name == PARENT_LINK {
+                remove(&name)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for SnapshotWriter {
+    /// Removes what was written of a snapshot that did not become one.
+    fn drop(&mut self) {
+        if !self.committed
+            && let Err(error) = fs::remove_dir_all(&self.unfinished)
+        {
+            log::warn!("cannot remove {}: {error}", self.unfinished.display());
+        }
+    }
+}
+
+fn names(dir: &Path) -> Result<Vec<OsString>> {
+    let failed = |source| ImageError::Open { path: dir.to_owned(), source };
+    let mut names = Vec::new();
+    for entry in fs::read_dir(dir).map_err(failed)? {
+        names.push(entry.map_err(failed)?.file_name());
+    }
+    names.sort_unstable_by(|a, b| a.as_bytes().cmp(b.as_bytes()));
+    Ok(names)
+}
+
+fn sync(path: &Path) -> Result<()> {
+    File::open(path).and_then(|file| file.sync_all()).map_err(|source| write_error(path, source))
+}
+
+fn write_error(path: &Path, source: io::Error) -> ImageError {
+    ImageError::Write { path: path.to_owned(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::read_one;
+
+    fn inventory(version: u32) -> proto::InventoryEntry {
+        proto::InventoryEntry { img_version: version, ..Default::default() }
+    }
+
+    #[test]
+    fn a_snapshot_replaces_the_one_before_only_when_it_is_complete() {
+        let dir = tempfile::tempdir().unwrap();
+        let read = || {
+            let path = dir.path().join("inventory.img");
+            read_one::<proto::InventoryEntry>(&path, Kind::Inventory).map(|entry| entry.img_version)
+        };
+        let first = SnapshotWriter::begin(dir.path()).unwrap();
+        first.link_parent(Path::new("../0")).unwrap();
+        first.write(Kind::Pstree, 0, &[proto::PstreeEntry::default()]).unwrap();
+        read().unwrap_err();
+        first.sync().unwrap();
+        first.commit(&inventory(1)).unwrap();
+        assert_eq!(read().unwrap(), 1);
+        assert!(dir.path().join("parent").is_symlink());
+
+        drop(SnapshotWriter::begin(dir.path()).unwrap());
+        assert_eq!(read().unwrap(), 1);
+        assert!(dir.path().join("pstree.img").exists());
+
+        let second = SnapshotWriter::begin(dir.path()).unwrap();
+        second.commit(&inventory(2)).unwrap();
+        assert_eq!(read().unwrap(), 2);
+        assert_eq!(names(dir.path()).unwrap(), ["inventory.img"]);
+    }
+}

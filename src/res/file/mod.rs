@@ -1,0 +1,295 @@
+//! Open file descriptions.
+//!
+//! One file a kind, with both directions in it, and one row each in [`KINDS`].
+//! A dump takes a duplicate of each descriptor (`pidfd_getfd(2)`), so that almost
+//! everything can be asked of the description from outside. A restore opens each
+//! description once, in this program; the new processes inherit it, so that
+//! descriptions shared between processes are shared again without more ado.
+
+use std::{
+    collections::HashMap,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use nix::{errno::Errno, libc};
+use thiserror::Error;
+
+use crate::{
+    image::{ImageError, SnapshotWriter, proto},
+    inject::Script,
+    proc::{FdInfo, ProcError},
+    units::{HostPid, TargetFd},
+};
+
+/// The result of dumping or restoring an open file.
+pub type Result<T, E = FileError> = std::result::Result<T, E>;
+
+/// Why an open file could not be dumped or restored.
+#[derive(Debug, Error)]
+pub enum FileError {
+    /// It is of a kind, or in a state, that is not dumped.
+    #[error("descriptor {fd} of process {pid} is {what}; {help}")]
+    Unsupported {
+        /// The process.
+        pid: HostPid,
+        /// The descriptor's number there.
+        fd: TargetFd,
+        /// What it is, with its name, as in "the socket [1234], connected to 10.0.0.1:80".
+        what: String,
+        /// What would help: the beginning of a sentence, in lower case.
+        help: &'static str,
+    },
+    /// A system call failed while dumping.
+    #[error("{step} descriptor {fd} of process {pid} ({link})")]
+    Dump {
+        /// The process.
+        pid: HostPid,
+        /// The descriptor's number there.
+        fd: TargetFd,
+        /// What it leads to.
+        link: String,
+        /// What was attempted, as a verb: "read the counter of".
+        step: &'static str,
+        /// Why it failed.
+        source: Errno,
+    },
+    /// A system call failed while restoring.
+    #[error("{step} {object} (file {id:#x} of the images)")]
+    Restore {
+        /// The number of the file in the images.
+        id: u32,
+        /// What was attempted, as a verb: "open", "bind".
+        step: &'static str,
+        /// The object: a path, an address.
+        object: String,
+        /// Why it failed.
+        source: Errno,
+    },
+    /// What the images say cannot be, or is not restored here.
+    #[error("file {id:#x} of the images: {problem}")]
+    Image {
+        /// The number of the file in the images.
+        id: u32,
+        /// What is wrong, found and expected.
+        problem: String,
+    },
+    /// An image could not be read or written.
+    #[error(transparent)]
+    Images(#[from] ImageError),
+    /// Something in `/proc` could not be read.
+    #[error(transparent)]
+    Proc(#[from] ProcError),
+}
+
+/// What the user allowed or asked for, as far as it concerns files.
+#[derive(Clone, Debug, Default)]
+pub struct Policy {
+    /// `--shell-job`: the tree may use the terminal of who runs this program.
+    pub shell_job: bool,
+    /// `--ext-unix-sk`: sockets whose peers are outside of the tree.
+    pub ext_unix_sk: bool,
+    /// `--tcp-established`.
+    pub tcp_established: bool,
+    /// `--link-remap`: give files that have lost their name another one.
+    pub link_remap: bool,
+    /// `--ghost-limit`: the most bytes of a deleted file that are put into images.
+    pub ghost_limit_bytes: u64,
+    /// `--external`: what is not dumped and will be provided by who restores.
+    pub external: Vec<String>,
+    /// `--inherit-fd`: descriptors of this program and the names they stand for.
+    pub inherit_fds: Vec<(i32, String)>,
+}
+
+/// An open file description of the tree, while dumping.
+#[derive(Debug)]
+pub struct Description {
+    /// Its number in the images.
+    pub id: u32,
+    /// A descriptor of this program that leads to the same description.
+    pub fd: OwnedFd,
+    /// A process that has it open.
+    pub pid: HostPid,
+    /// The descriptor's number in that process; -1 if it is none but was found in
+    /// the queue of a socket.
+    pub number: TargetFd,
+    /// `fstat(2)`.
+    pub stat: libc::stat,
+    /// Status flags and access mode (`F_GETFL`).
+    pub flags: u32,
+    /// What `/proc/PID/fd/N` leads to.
+    pub link: Vec<u8>,
+    /// `/proc/PID/fdinfo/N`.
+    pub info: FdInfo,
+    /// Who is told of events (`F_GETOWN_EX`, `F_GETSIG`).
+    pub fown: proto::FownEntry,
+}
+
+impl Description {
+    /// Returns [`FileError::Unsupported`] for this file.
+    pub fn unsupported(&self, what: impl Into<String>, help: &'static str) -> FileError {
+        FileError::Unsupported { pid: self.pid, fd: self.number, what: what.into(), help }
+    }
+
+    /// Returns [`FileError::Dump`] for this file, ready for `map_err`.
+    pub fn failed(&self, step: &'static str) -> impl Fn(Errno) -> FileError + '_ {
+        move |source| FileError::Dump {
+            pid: self.pid,
+            fd: self.number,
+            link: String::from_utf8_lossy(&self.link).into_owned(),
+            step,
+            source,
+        }
+    }
+
+    /// Whether the file has this type (`S_IFIFO`, ...; `inode(7)`).
+    pub fn is_type(&self, format: libc::mode_t) -> bool {
+        self.stat.st_mode & libc::S_IFMT == format
+    }
+
+    /// Whether the link is that of an anonymous inode of this name
+    /// (`anon_inode:[eventfd]`).
+    pub fn is_anonymous(&self, name: &str) -> bool {
+        self.link.strip_prefix(b"anon_inode:") == Some(name.as_bytes())
+    }
+}
+
+/// Takes in descriptions that are found inside others, such as descriptors that
+/// are queued in a socket.
+pub trait Intake {
+    /// Enters a description, unless it is known, and returns its number. `from` is
+    /// the file in which it was found.
+    ///
+    /// # Errors
+    /// What keeps it from being looked at.
+    fn enter(&mut self, fd: OwnedFd, from: &Description) -> Result<u32>;
+
+    /// Returns a number for an entry of `files.img` that is no open description of
+    /// the tree, such as the path of a FIFO (`fifo_entry.regf_id`).
+    fn new_id(&mut self) -> u32;
+
+    /// Adds an entry of `files.img` with such a number.
+    fn push(&mut self, entry: proto::FileEntry);
+}
+
+/// Dumps the descriptions of one kind.
+pub trait Collector {
+    /// Whether the description is of this kind. Kinds are asked in the order of
+    /// [`KINDS`].
+    fn claims(&self, file: &Description) -> bool;
+
+    /// Returns what `files.img` says of the description. Nothing may change by it.
+    ///
+    /// # Errors
+    /// [`FileError::Unsupported`] for states that are not dumped; whatever fails.
+    fn collect(&mut self, file: &Description, intake: &mut dyn Intake) -> Result<proto::FileEntry>;
+
+    /// Writes the other images of the kind, after all descriptions of the tree
+    /// were collected, and checks that nothing they need is missing.
+    ///
+    /// # Errors
+    /// As [`Collector::collect`].
+    fn finish(&mut self, _images: &SnapshotWriter) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Descriptions that were opened for a restore, by their numbers in the images.
+#[derive(Debug)]
+pub struct Opened {
+    /// The image directory.
+    pub images: PathBuf,
+    /// What the user asked for.
+    pub policy: Policy,
+    /// All entries of `files.img`, also of other kinds.
+    pub entries: HashMap<u32, proto::FileEntry>,
+    fds: HashMap<u32, OwnedFd>,
+}
+
+impl Opened {
+    /// Returns a table without descriptions for the images in `images`.
+    pub fn new(images: &Path, policy: Policy, entries: Vec<proto::FileEntry>) -> Self {
+        let entries = entries.into_iter().map(|entry| (entry.id, entry)).collect();
+        Self { images: images.to_owned(), policy, entries, fds: HashMap::new() }
+    }
+
+    /// Adds a description.
+    pub fn insert(&mut self, id: u32, fd: OwnedFd) {
+        self.fds.insert(id, fd);
+    }
+
+    /// Returns a description that was opened before.
+    ///
+    /// # Errors
+    /// [`FileError::Image`] if there is none of this number.
+    pub fn get(&self, id: u32) -> Result<BorrowedFd<'_>> {
+        let missing = || FileError::Image { id, problem: "it is used but was not opened".into() };
+        self.fds.get(&id).map(AsFd::as_fd).ok_or_else(missing)
+    }
+
+    /// Whether a description was opened.
+    pub fn contains(&self, id: u32) -> bool {
+        self.fds.contains_key(&id)
+    }
+
+    /// Returns all descriptions.
+    pub fn iter(&self) -> impl Iterator<Item = (u32, BorrowedFd<'_>)> {
+        self.fds.iter().map(|(id, fd)| (*id, fd.as_fd()))
+    }
+}
+
+/// Restores the descriptions of one kind.
+pub trait Opener {
+    /// Opens the descriptions of these entries, which are all of the kind, and
+    /// adds them to `opened`. Kinds come in the order of [`KINDS`].
+    ///
+    /// # Errors
+    /// Whatever fails; what was opened by then is closed.
+    fn open(&mut self, entries: &[proto::FileEntry], opened: &mut Opened) -> Result<()>;
+
+    /// Adds the calls that have to be made in a process which has the description
+    /// at the number `fd`, once for each description, when all descriptors of the
+    /// process are in place.
+    ///
+    /// # Errors
+    /// [`FileError::Image`].
+    fn install(
+        &mut self,
+        _entry: &proto::FileEntry,
+        _fd: TargetFd,
+        _script: &mut Script,
+    ) -> Result<()> {
+        Ok(())
+    }
+
+    /// Starts what runs by itself, such as timers, right before the tree goes on.
+    ///
+    /// # Errors
+    /// Whatever fails.
+    fn start(&mut self, _opened: &Opened) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// One row of the table of kinds.
+#[derive(Clone, Copy)]
+pub struct Kind {
+    /// What it is called in messages.
+    pub name: &'static str,
+    /// The types that it has in images.
+    pub types: &'static [proto::FdTypes],
+    /// Makes what dumps it.
+    pub collector: fn(&Policy) -> Box<dyn Collector>,
+    /// Makes what restores it.
+    pub opener: fn(&Policy) -> Box<dyn Opener>,
+}
+
+impl std::fmt::Debug for Kind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name)
+    }
+}
+
+/// All kinds. A kind whose descriptions may be queued in those of another comes
+/// before it.
+pub static KINDS: &[Kind] = &[];
