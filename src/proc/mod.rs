@@ -1,27 +1,287 @@
-//! What `/proc` says of processes.
+//! What `/proc` tells of processes: pure parsers, and thin readers over them.
+//!
+//! Every reader opens its file anew: two answers about a process fit together
+//! only if it is stopped, and are about the same process only if it is known not
+//! to have ended between them. All readers fail with [`ProcError::Vanished`] if
+//! the process is gone, with [`ProcError::Denied`] if the caller may not look,
+//! and with [`ProcError::Malformed`] if the text is not as the kernel writes it.
+//! The sources named here are of Linux 6.18.
 
-use std::{io, path::PathBuf};
+mod error;
+mod fdinfo;
+mod flags;
+mod maps;
+mod stat;
+mod status;
+mod tables;
+mod tasks;
+#[cfg(test)]
+mod tests;
+mod text;
 
-/// Why something in `/proc` could not be read.
-#[derive(Debug, thiserror::Error)]
-pub enum ProcError {
-    /// It cannot be read.
-    #[error("read {path}", path = .path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+use std::{
+    fs,
+    os::unix::ffi::OsStringExt,
+    path::{Path, PathBuf},
+};
+
+pub(crate) use self::fdinfo::parse_fdinfo;
+use self::text::Parsed;
+pub use self::{
+    error::{ProcError, Result},
+    fdinfo::{EpollTarget, FdDetail, FdInfo},
+    flags::VmFlags,
+    maps::Mapping,
+    stat::Stat,
+    status::{Ids, Status},
+    tables::{Cgroup, LIMITS, Notify, PosixTimer, UNLIMITED},
+    tasks::{children, fds, pids, threads},
+};
+use crate::units::{HostPid, TargetFd};
+
+/// The audit login id that stands for none.
+const NO_LOGINUID: u32 = u32::MAX;
+
+/// Returns how many clock ticks a second has in [`Stat::start_time`]: `USER_HZ`
+/// (`include/asm-generic/param.h`), which is part of the ABI of x86-64.
+pub const fn clock_ticks_per_second() -> u64 {
+    100
 }
 
-/// `/proc/PID/fdinfo/N`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct FdInfo {
-    /// The file offset.
-    pub pos: u64,
-    /// Status flags and `O_CLOEXEC`.
-    pub flags: u32,
-    /// The mount.
-    pub mnt_id: i32,
+/// Reads `/proc/PID/status`.
+///
+/// # Errors
+///
+/// See the [module](self).
+pub fn status(pid: HostPid) -> Result<Status> {
+    read(of_process(pid, "status"), Status::parse)
+}
+
+/// Reads `/proc/PID/task/TID/status`.
+///
+/// # Errors
+///
+/// See the [module](self).
+pub fn thread_status(pid: HostPid, tid: HostPid) -> Result<Status> {
+    read(of_thread(pid, tid, "status"), Status::parse)
+}
+
+/// Reads `/proc/PID/stat`.
+///
+/// # Errors
+///
+/// See the [module](self).
+pub fn stat(pid: HostPid) -> Result<Stat> {
+    read(of_process(pid, "stat"), Stat::parse)
+}
+
+/// Reads `/proc/PID/task/TID/stat`.
+///
+/// # Errors
+///
+/// See the [module](self).
+pub fn thread_stat(pid: HostPid, tid: HostPid) -> Result<Stat> {
+    read(of_thread(pid, tid, "stat"), Stat::parse)
+}
+
+/// Reads `/proc/PID/smaps`: the mappings with their flags and sizes, by address.
+/// Empty for zombies and kernel threads.
+///
+/// The kernel walks the page tables for this: [`maps`] is much cheaper.
+///
+/// # Errors
+///
+/// See the [module](self).
+pub fn smaps(pid: HostPid) -> Result<Vec<Mapping>> {
+    read(of_process(pid, "smaps"), maps::parse_smaps)
+}
+
+/// Reads `/proc/PID/maps`: the mappings without flags and sizes, by address.
+/// Empty for zombies and kernel threads.
+///
+/// # Errors
+///
+/// See the [module](self).
+pub fn maps(pid: HostPid) -> Result<Vec<Mapping>> {
+    read(of_process(pid, "maps"), maps::parse_maps)
+}
+
+/// Reads `/proc/PID/fdinfo/FD`.
+///
+/// # Errors
+///
+/// See the [module](self).
+pub fn fdinfo(pid: HostPid, fd: TargetFd) -> Result<FdInfo> {
+    read(of_process(pid, "fdinfo").join(fd.to_string()), parse_fdinfo)
+}
+
+/// Reads the link `/proc/PID/fd/FD`: a path, or a name such as `pipe:[43554]` or
+/// `anon_inode:[eventfd]`.
+///
+/// # Errors
+///
+/// See the [module](self).
+pub fn fd_link(pid: HostPid, fd: TargetFd) -> Result<Vec<u8>> {
+    read_link(&of_process(pid, "fd").join(fd.to_string()))
+}
+
+/// Reads `/proc/PID/limits`: the soft and the hard limit of each `RLIMIT_*`, by
+/// its number; [`UNLIMITED`] if there is none. Units as of `setrlimit`.
+///
+/// # Errors
+///
+/// See the [module](self).
+pub fn limits(pid: HostPid) -> Result<[(u64, u64); LIMITS]> {
+    read(of_process(pid, "limits"), tables::parse_limits)
+}
+
+/// Reads `/proc/PID/timers`: the timers that the process made by `timer_create`.
+///
+/// # Errors
+///
+/// See the [module](self). Kernels without `CONFIG_CHECKPOINT_RESTORE` have no
+/// such file, and so everything seems to have vanished.
+pub fn timers(pid: HostPid) -> Result<Vec<PosixTimer>> {
+    read(of_process(pid, "timers"), tables::parse_timers)
+}
+
+/// Reads `/proc/PID/auxv`: the words of the auxiliary vector, keys and values in
+/// turn, with the pair of zeros that ends it. Empty for zombies.
+///
+/// # Errors
+///
+/// See the [module](self).
+pub fn auxv(pid: HostPid) -> Result<Vec<u64>> {
+    read(of_process(pid, "auxv"), tables::parse_auxv)
+}
+
+/// Reads `/proc/PID/cmdline`: the arguments, each ended by a zero byte unless the
+/// process overwrote them. Empty for zombies and kernel threads.
+///
+/// # Errors
+///
+/// See the [module](self).
+pub fn cmdline(pid: HostPid) -> Result<Vec<u8>> {
+    read_bytes(&of_process(pid, "cmdline"))
+}
+
+/// Reads `/proc/PID/task/TID/comm`: the name of the thread, not escaped.
+///
+/// # Errors
+///
+/// See the [module](self).
+pub fn comm(pid: HostPid, tid: HostPid) -> Result<Vec<u8>> {
+    read(of_thread(pid, tid, "comm"), |text| Ok(text::without_line_feed(text).to_vec()))
+}
+
+/// Reads `/proc/PID/oom_score_adj`: -1000 to 1000.
+///
+/// # Errors
+///
+/// See the [module](self).
+pub fn oom_score_adj(pid: HostPid) -> Result<i32> {
+    read(of_process(pid, "oom_score_adj"), |text| text::signed(text, "oom_score_adj"))
+}
+
+/// Reads `/proc/PID/personality`: the bits of `personality(2)`.
+///
+/// # Errors
+///
+/// See the [module](self).
+pub fn personality(pid: HostPid) -> Result<u32> {
+    read(of_process(pid, "personality"), |text| text::unsigned(text, 16, "personality"))
+}
+
+/// Reads `/proc/PID/loginuid`: the user id for auditing, `None` if it was never
+/// set or the kernel has no audit.
+///
+/// # Errors
+///
+/// See the [module](self).
+pub fn loginuid(pid: HostPid) -> Result<Option<u32>> {
+    let path = of_process(pid, "loginuid");
+    match read(path, |text| text::unsigned(text, 10, "loginuid")) {
+        Ok(uid) => Ok(Some(uid).filter(|&uid| uid != NO_LOGINUID)),
+        Err(error) if error.is_vanished() => {
+            // The file may be missing although the process is there.
+            stat(pid)?;
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Reads the link `/proc/PID/ns/KIND` and returns the inode of the namespace.
+///
+/// `kind` is `mnt`, `pid`, `net`, `user` and so on. A kind that the kernel does
+/// not know seems to have vanished.
+///
+/// # Errors
+///
+/// See the [module](self).
+pub fn namespace(pid: HostPid, kind: &str) -> Result<u64> {
+    let path = of_process(pid, "ns").join(kind);
+    parse(&path, &read_link(&path)?, tables::parse_namespace)
+}
+
+/// Reads a link of `/proc/PID`: `exe`, `cwd` or `root`. Zombies and kernel
+/// threads have none.
+///
+/// The path is seen from the root of this program; ` (deleted)` follows it if
+/// the file has no name any more.
+///
+/// # Errors
+///
+/// See the [module](self).
+pub fn link(pid: HostPid, what: &str) -> Result<Vec<u8>> {
+    read_link(&of_process(pid, what))
+}
+
+/// Reads `/proc/PID/cgroup`.
+///
+/// # Errors
+///
+/// See the [module](self).
+pub fn cgroups(pid: HostPid) -> Result<Vec<Cgroup>> {
+    read(of_process(pid, "cgroup"), tables::parse_cgroups)
+}
+
+/// Reads `/proc/PID/task/TID/syscall` as it is: `running`, or the number of the
+/// system call (-1 if it is in none), its six arguments, and the pointers to the
+/// stack and to the next instruction.
+///
+/// # Errors
+///
+/// See the [module](self).
+pub fn syscall(pid: HostPid, tid: HostPid) -> Result<Vec<u8>> {
+    read_bytes(&of_thread(pid, tid, "syscall"))
+}
+
+/// Returns the path of a file of a process.
+fn of_process(pid: HostPid, file: &str) -> PathBuf {
+    PathBuf::from(format!("/proc/{pid}/{file}"))
+}
+
+/// Returns the path of a file of a thread.
+fn of_thread(pid: HostPid, tid: HostPid, file: &str) -> PathBuf {
+    PathBuf::from(format!("/proc/{pid}/task/{tid}/{file}"))
+}
+
+/// Reads a file and takes its text apart.
+fn read<T>(path: PathBuf, parser: impl FnOnce(&[u8]) -> Parsed<T>) -> Result<T> {
+    parse(&path, &read_bytes(&path)?, parser)
+}
+
+/// Takes apart what was read from `path`.
+fn parse<T>(path: &Path, bytes: &[u8], parser: impl FnOnce(&[u8]) -> Parsed<T>) -> Result<T> {
+    parser(bytes).map_err(|defect| ProcError::malformed(path, defect))
+}
+
+fn read_bytes(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).map_err(|source| ProcError::from_io(path, source))
+}
+
+fn read_link(path: &Path) -> Result<Vec<u8>> {
+    let target = fs::read_link(path).map_err(|source| ProcError::from_io(path, source))?;
+    Ok(target.into_os_string().into_vec())
 }

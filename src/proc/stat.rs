@@ -1,0 +1,128 @@
+//! `/proc/PID/stat`: the numbers of a task that `status` does not have.
+
+use super::text::{self, Defect, Parsed};
+
+/// A task as `/proc/PID/stat` tells of it (`do_task_stat`, `fs/proc/array.c`).
+///
+/// Ids are those of the pid namespace of this `/proc`. The addresses are real
+/// only for a caller that may trace the process: others see 0, or 1 for the
+/// code.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stat {
+    /// The name of the task, not escaped.
+    pub comm: Vec<u8>,
+    /// The state: one of `RSDTtXZPI`.
+    pub state: char,
+    /// The pid of the parent process; 0 if it is outside the pid namespace.
+    pub ppid: i32,
+    /// The process group.
+    pub pgrp: i32,
+    /// The session.
+    pub session: i32,
+    /// The controlling terminal as a device number (`new_encode_dev`); 0 if
+    /// there is none.
+    pub tty_nr: u32,
+    /// The foreground process group of the terminal; -1 if there is none.
+    pub tpgid: i32,
+    /// The `PF_*` flags of the task (`include/linux/sched.h`).
+    pub flags: u32,
+    /// The nice value, -20 to 19.
+    pub nice: i32,
+    /// The threads of the process.
+    pub threads: u32,
+    /// When the task began, in clock ticks since boot.
+    pub start_time: u64,
+    /// The address of the program's code.
+    pub start_code: u64,
+    /// The address at which the program's code ends.
+    pub end_code: u64,
+    /// The address of the bottom of the stack.
+    pub start_stack: u64,
+    /// The realtime priority, 1 to 99; 0 under other policies.
+    pub rt_priority: u32,
+    /// The scheduling policy: a `SCHED_*` number.
+    pub policy: u32,
+    /// The address of the program's data.
+    pub start_data: u64,
+    /// The address at which the program's data end.
+    pub end_data: u64,
+    /// The address from which `brk` grows the heap.
+    pub start_brk: u64,
+    /// The address of the command line.
+    pub arg_start: u64,
+    /// The address at which the command line ends.
+    pub arg_end: u64,
+    /// The address of the environment.
+    pub env_start: u64,
+    /// The address at which the environment ends.
+    pub env_end: u64,
+    /// The status that `waitpid` gives of a zombie.
+    pub exit_code: i32,
+}
+
+/// The number that proc_pid_stat(5) gives the field after the name.
+const FIRST_FIELD: usize = 3;
+
+/// The fields after the name.
+#[derive(Debug)]
+struct Columns<'a>(Vec<&'a [u8]>);
+
+impl<'a> Columns<'a> {
+    /// Returns the field with this number in proc_pid_stat(5).
+    fn text(&self, number: usize, what: &'static str) -> Parsed<&'a [u8]> {
+        self.0.get(number - FIRST_FIELD).copied().ok_or(Defect::missing(what))
+    }
+
+    fn unsigned<T: TryFrom<u64>>(&self, number: usize, what: &'static str) -> Parsed<T> {
+        text::unsigned(self.text(number, what)?, 10, what)
+    }
+
+    fn signed<T: TryFrom<i64>>(&self, number: usize, what: &'static str) -> Parsed<T> {
+        text::signed(self.text(number, what)?, what)
+    }
+}
+
+impl Stat {
+    /// Takes the text of the file apart.
+    pub(super) fn parse(text: &[u8]) -> Parsed<Self> {
+        let name = "name in parentheses";
+        let open = text.iter().position(|&byte| byte == b'(');
+        // The name may have parentheses and blanks, what follows has none.
+        let close = text.iter().rposition(|&byte| byte == b')');
+        let (Some(open), Some(close)) = (open, close) else {
+            return Err(Defect::new(name, text));
+        };
+        let comm = text.get(open + 1..close).ok_or_else(|| Defect::new(name, text))?.to_vec();
+        let columns = Columns(text::words(&text[close + 1..]).collect());
+        let [state] = columns.text(3, "state")? else {
+            return Err(Defect::new("state", columns.text(3, "state")?));
+        };
+        Ok(Self {
+            comm,
+            state: char::from(*state),
+            ppid: columns.signed(4, "ppid")?,
+            pgrp: columns.signed(5, "pgrp")?,
+            session: columns.signed(6, "session")?,
+            // Printed as a signed number.
+            tty_nr: columns.signed::<i32>(7, "tty_nr")?.cast_unsigned(),
+            tpgid: columns.signed(8, "tpgid")?,
+            flags: columns.unsigned(9, "flags")?,
+            nice: columns.signed(19, "nice")?,
+            threads: columns.unsigned(20, "num_threads")?,
+            start_time: columns.unsigned(22, "starttime")?,
+            start_code: columns.unsigned(26, "startcode")?,
+            end_code: columns.unsigned(27, "endcode")?,
+            start_stack: columns.unsigned(28, "startstack")?,
+            rt_priority: columns.unsigned(40, "rt_priority")?,
+            policy: columns.unsigned(41, "policy")?,
+            start_data: columns.unsigned(45, "start_data")?,
+            end_data: columns.unsigned(46, "end_data")?,
+            start_brk: columns.unsigned(47, "start_brk")?,
+            arg_start: columns.unsigned(48, "arg_start")?,
+            arg_end: columns.unsigned(49, "arg_end")?,
+            env_start: columns.unsigned(50, "env_start")?,
+            env_end: columns.unsigned(51, "env_end")?,
+            exit_code: columns.signed(52, "exit_code")?,
+        })
+    }
+}

@@ -1,0 +1,175 @@
+//! `/proc/PID/status`: identity, signals and capabilities of a task.
+
+use super::text::{self, Defect, Fields, Parsed};
+use crate::units::HostPid;
+
+/// The four ids that a task has of each sort.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Ids {
+    /// The real id.
+    pub real: u32,
+    /// The effective id.
+    pub effective: u32,
+    /// The saved set-id.
+    pub saved: u32,
+    /// The id for access to file systems.
+    pub fs: u32,
+}
+
+/// A task as `/proc/PID/status` tells of it (`proc_pid_status`,
+/// `fs/proc/array.c`).
+///
+/// User and group ids are those of this program's user namespace. Sets of
+/// signals have bit `N - 1` for signal `N`; sets of capabilities bit `N` for
+/// capability `N`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Status {
+    /// The name of the task, at most 15 bytes, or more of a kernel thread;
+    /// escapes undone.
+    pub name: Vec<u8>,
+    /// The mask for the modes of new files, 0 to 0o777; since Linux 4.7, not of
+    /// zombies.
+    pub umask: Option<u32>,
+    /// The state: one of `RSDTtXZPI`.
+    pub state: char,
+    /// The pid of the process.
+    pub tgid: HostPid,
+    /// The pid of the task: the process's for its leader.
+    pub pid: HostPid,
+    /// The pid of the parent process; 0 if it is outside the pid namespace.
+    pub ppid: HostPid,
+    /// The pid of the task that traces this one; 0 if none does.
+    pub tracer_pid: HostPid,
+    /// The user ids.
+    pub uids: Ids,
+    /// The group ids.
+    pub gids: Ids,
+    /// Descriptors that the table has room for; 0 for zombies.
+    pub fd_size: u32,
+    /// The supplementary groups, ascending.
+    pub groups: Vec<u32>,
+    /// The pid of the process in each pid namespace from that of this `/proc`
+    /// inwards; empty before Linux 4.1.
+    pub ns_tgid: Vec<i32>,
+    /// The pid of the task in each of these namespaces.
+    pub ns_pid: Vec<i32>,
+    /// The process group in each of these namespaces.
+    pub ns_pgid: Vec<i32>,
+    /// The session in each of these namespaces.
+    pub ns_sid: Vec<i32>,
+    /// The threads of the process; 0 if they are gone.
+    pub threads: u32,
+    /// The signals that are queued for the user, and the limit of them.
+    pub sig_queued: (u64, u64),
+    /// The signals that are pending for the task.
+    pub sig_pending: u64,
+    /// The signals that are pending for the process.
+    pub shared_pending: u64,
+    /// The signals that the task blocks.
+    pub sig_blocked: u64,
+    /// The signals that the process ignores.
+    pub sig_ignored: u64,
+    /// The signals that the process has handlers for.
+    pub sig_caught: u64,
+    /// The inheritable capabilities.
+    pub cap_inheritable: u64,
+    /// The permitted capabilities.
+    pub cap_permitted: u64,
+    /// The effective capabilities.
+    pub cap_effective: u64,
+    /// The bounding set of capabilities.
+    pub cap_bounding: u64,
+    /// The ambient capabilities; 0 before Linux 4.3, which has none.
+    pub cap_ambient: u64,
+    /// Whether `execve` may give no privileges; false before Linux 4.10, which
+    /// does not tell.
+    pub no_new_privs: bool,
+    /// The seccomp mode: 0 off, 1 strict, 2 filter; 0 on kernels without it.
+    pub seccomp: u32,
+    /// The seccomp filters of the task; since Linux 5.9.
+    pub seccomp_filters: Option<u32>,
+    /// Whether the memory may have huge pages (`PR_SET_THP_DISABLE`); since
+    /// Linux 5.0, not of zombies.
+    pub thp_enabled: Option<bool>,
+    /// The memory in use, in KiB; not of zombies and kernel threads.
+    pub vm_rss_kib: Option<u64>,
+}
+
+impl Status {
+    /// Takes the text of the file apart.
+    pub(super) fn parse(text: &[u8]) -> Parsed<Self> {
+        let fields = Fields::parse(text);
+        let state = fields.required("State")?;
+        let optional_u32 = |key| fields.get(key).map(|value| text::unsigned(value, 10, key));
+        let namespaces = |key| text::numbers(fields.get(key).unwrap_or_default(), key);
+        let bits = |key| text::unsigned(fields.required(key)?, 16, key);
+        let pid = |key| text::signed(fields.required(key)?, key).map(HostPid);
+        Ok(Self {
+            name: text::undo_name_escapes(fields.required("Name")?),
+            umask: fields
+                .get("Umask")
+                .map(|value| text::unsigned(value, 8, "Umask"))
+                .transpose()?,
+            state: text::words(state)
+                .next()
+                .and_then(<[u8]>::first)
+                .map(|&letter| char::from(letter))
+                .ok_or_else(|| Defect::new("State", state))?,
+            tgid: pid("Tgid")?,
+            pid: pid("Pid")?,
+            ppid: pid("PPid")?,
+            tracer_pid: pid("TracerPid")?,
+            uids: ids(fields.required("Uid")?, "Uid")?,
+            gids: ids(fields.required("Gid")?, "Gid")?,
+            fd_size: text::unsigned(fields.required("FDSize")?, 10, "FDSize")?,
+            groups: text::numbers(fields.required("Groups")?, "Groups")?,
+            ns_tgid: namespaces("NStgid")?,
+            ns_pid: namespaces("NSpid")?,
+            ns_pgid: namespaces("NSpgid")?,
+            ns_sid: namespaces("NSsid")?,
+            threads: text::unsigned(fields.required("Threads")?, 10, "Threads")?,
+            sig_queued: queued(fields.required("SigQ")?)?,
+            sig_pending: bits("SigPnd")?,
+            shared_pending: bits("ShdPnd")?,
+            sig_blocked: bits("SigBlk")?,
+            sig_ignored: bits("SigIgn")?,
+            sig_caught: bits("SigCgt")?,
+            cap_inheritable: bits("CapInh")?,
+            cap_permitted: bits("CapPrm")?,
+            cap_effective: bits("CapEff")?,
+            cap_bounding: bits("CapBnd")?,
+            cap_ambient: match fields.get("CapAmb") {
+                Some(value) => text::unsigned(value, 16, "CapAmb")?,
+                None => 0,
+            },
+            no_new_privs: optional_u32("NoNewPrivs")
+                .transpose()?
+                .is_some_and(|value: u32| value != 0),
+            seccomp: optional_u32("Seccomp").transpose()?.unwrap_or(0),
+            seccomp_filters: optional_u32("Seccomp_filters").transpose()?,
+            thp_enabled: optional_u32("THP_enabled").transpose()?.map(|value: u32| value != 0),
+            vm_rss_kib: fields.get("VmRSS").map(|value| kib(value, "VmRSS")).transpose()?,
+        })
+    }
+}
+
+/// Reads the four ids of a line.
+fn ids(value: &[u8], what: &'static str) -> Parsed<Ids> {
+    match text::numbers(value, what)?[..] {
+        [real, effective, saved, fs] => Ok(Ids { real, effective, saved, fs }),
+        _ => Err(Defect::new(what, value)),
+    }
+}
+
+/// Reads `QUEUED/LIMIT`.
+fn queued(value: &[u8]) -> Parsed<(u64, u64)> {
+    const WHAT: &str = "SigQ";
+    let (queued, limit) = text::split_once(value, b'/').ok_or_else(|| Defect::new(WHAT, value))?;
+    Ok((text::unsigned(queued, 10, WHAT)?, text::unsigned(limit, 10, WHAT)?))
+}
+
+/// Reads `  1728 kB`.
+fn kib(value: &[u8], what: &'static str) -> Parsed<u64> {
+    let number = value.trim_ascii().strip_suffix(b"kB").ok_or_else(|| Defect::new(what, value))?;
+    text::unsigned(number, 10, what)
+}

@@ -1,0 +1,182 @@
+//! The small tables of a process: limits, timers, control groups.
+
+use super::text::{self, Defect, Parsed};
+
+/// How many limits a process has (`RLIM_NLIMITS`,
+/// `include/uapi/asm-generic/resource.h`).
+pub const LIMITS: usize = 16;
+
+/// No limit, as `RLIM_INFINITY`.
+pub const UNLIMITED: u64 = u64::MAX;
+
+/// What `limits` calls each `RLIMIT_*`, by its number (`lnames`,
+/// `fs/proc/base.c`).
+const LIMIT_NAMES: [&str; LIMITS] = [
+    "Max cpu time",
+    "Max file size",
+    "Max data size",
+    "Max stack size",
+    "Max core file size",
+    "Max resident set",
+    "Max processes",
+    "Max open files",
+    "Max locked memory",
+    "Max address space",
+    "Max file locks",
+    "Max pending signals",
+    "Max msgqueue size",
+    "Max nice priority",
+    "Max realtime priority",
+    "Max realtime timeout",
+];
+
+/// How a timer tells that it expired: the `SIGEV_*` bits
+/// (`include/uapi/asm-generic/siginfo.h`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Notify(pub u32);
+
+impl Notify {
+    /// `SIGEV_SIGNAL`: by a signal.
+    pub const SIGNAL: Self = Self(0);
+    /// `SIGEV_NONE`: not at all.
+    pub const NONE: Self = Self(1);
+    /// `SIGEV_THREAD`: by a thread, which the C library starts; the kernel
+    /// treats it as a signal.
+    pub const THREAD: Self = Self(2);
+    /// `SIGEV_THREAD_ID`: the bit that says that the signal is for one thread.
+    pub const THREAD_ID: Self = Self(4);
+
+    /// Returns whether the signal is for one thread and not for the process.
+    pub const fn is_for_thread(self) -> bool {
+        self.0 & Self::THREAD_ID.0 != 0
+    }
+}
+
+/// A timer made by `timer_create`, as `/proc/PID/timers` tells of it
+/// (`show_timer`, `fs/proc/base.c`; with `CONFIG_CHECKPOINT_RESTORE`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PosixTimer {
+    /// The id within the process.
+    pub id: i32,
+    /// The signal.
+    pub signal: i32,
+    /// What is given with the signal: a number or an address of the process.
+    pub value: u64,
+    /// How the timer tells that it expired.
+    pub notify: Notify,
+    /// Whom it tells, in the pid namespace of this `/proc`: the thread if
+    /// [`Notify::is_for_thread`], else the process. `None` if that is gone or
+    /// not in the namespace.
+    pub notify_pid: Option<i32>,
+    /// The clock: a `CLOCK_*` number.
+    pub clock: i32,
+}
+
+/// The place of a process in one hierarchy of control groups: a line of
+/// `/proc/PID/cgroup`, see [`cgroups`](super::cgroups).
+///
+/// The id of the hierarchy, 0 for version 2; its controllers or its name
+/// (`name=systemd`) with commas between, empty for version 2; the path, seen from
+/// the cgroup namespace of this program.
+pub type Cgroup = (u32, Vec<u8>, Vec<u8>);
+
+/// Takes the text of `limits` apart, whatever the widths of its columns.
+pub(super) fn parse_limits(text: &[u8]) -> Parsed<[(u64, u64); LIMITS]> {
+    let mut limits = [None; LIMITS];
+    for line in text::lines(text) {
+        for (name, limit) in LIMIT_NAMES.iter().zip(&mut limits) {
+            let Some(columns) = line.strip_prefix(name.as_bytes()) else { continue };
+            let mut columns = text::words(columns);
+            let mut next = || self::limit(columns.next().unwrap_or_default(), name);
+            *limit = Some((next()?, next()?));
+        }
+    }
+    let mut found = [(0, 0); LIMITS];
+    for ((limit, name), found) in limits.into_iter().zip(LIMIT_NAMES).zip(&mut found) {
+        *found = limit.ok_or(Defect::missing(name))?;
+    }
+    Ok(found)
+}
+
+fn limit(column: &[u8], name: &'static str) -> Parsed<u64> {
+    if column == b"unlimited" { Ok(UNLIMITED) } else { text::unsigned(column, 10, name) }
+}
+
+/// Takes the text of `timers` apart.
+pub(super) fn parse_timers(text: &[u8]) -> Parsed<Vec<PosixTimer>> {
+    let mut timers = Vec::new();
+    let mut lines = text::lines(text);
+    while let Some(line) = lines.next() {
+        let id = text::signed(keyed(Some(line), "ID")?, "ID")?;
+        let (signal, value) = keyed(lines.next(), "signal").and_then(|text| pair(text, b'/'))?;
+        let (how, whom) = keyed(lines.next(), "notify").and_then(|text| pair(text, b'/'))?;
+        let (sort, pid) = pair(whom, b'.')?;
+        let target = match sort {
+            b"pid" => 0,
+            b"tid" => Notify::THREAD_ID.0,
+            _ => return Err(Defect::new("pid or tid", whom)),
+        };
+        let how = match how {
+            b"signal" => Notify::SIGNAL,
+            b"none" => Notify::NONE,
+            b"thread" => Notify::THREAD,
+            _ => return Err(Defect::new("signal, none or thread", how)),
+        };
+        timers.push(PosixTimer {
+            id,
+            signal: text::signed(signal, "signal")?,
+            value: text::unsigned(value, 16, "value of signal")?,
+            notify: Notify(how.0 | target),
+            notify_pid: Some(text::signed(pid, "pid or tid")?).filter(|&pid| pid > 0),
+            clock: text::signed(keyed(lines.next(), "ClockID")?, "ClockID")?,
+        });
+    }
+    Ok(timers)
+}
+
+/// Returns the value of a line that must have this key.
+fn keyed<'a>(line: Option<&'a [u8]>, key: &'static str) -> Parsed<&'a [u8]> {
+    let line = line.ok_or(Defect::missing(key))?;
+    match text::field(line) {
+        Some((found, value)) if found == key.as_bytes() => Ok(value),
+        _ => Err(Defect::new(key, line)),
+    }
+}
+
+fn pair(text: &[u8], separator: u8) -> Parsed<(&[u8], &[u8])> {
+    text::split_once(text, separator).ok_or_else(|| Defect::new("two parts", text))
+}
+
+/// Takes the text of `cgroup` apart.
+pub(super) fn parse_cgroups(text: &[u8]) -> Parsed<Vec<Cgroup>> {
+    text::lines(text)
+        .map(|line| {
+            let what = "id:controllers:path";
+            let (id, rest) = text::split_once(line, b':').ok_or_else(|| Defect::new(what, line))?;
+            let (controllers, path) =
+                text::split_once(rest, b':').ok_or_else(|| Defect::new(what, line))?;
+            Ok((text::unsigned(id, 10, what)?, controllers.to_vec(), path.to_vec()))
+        })
+        .collect()
+}
+
+/// Takes the text of a link such as `mnt:[4026531841]` apart and returns the
+/// number.
+pub(super) fn parse_namespace(link: &[u8]) -> Parsed<u64> {
+    let what = "kind:[inode]";
+    link.strip_suffix(b"]")
+        .and_then(|rest| text::split_once(rest, b'['))
+        .filter(|(kind, _)| kind.ends_with(b":"))
+        .ok_or_else(|| Defect::new(what, link))
+        .and_then(|(_, number)| text::unsigned(number, 10, what))
+}
+
+/// Takes the words of `auxv` apart.
+pub(super) fn parse_auxv(bytes: &[u8]) -> Parsed<Vec<u64>> {
+    let (words, rest) = bytes.as_chunks();
+    if rest.is_empty() {
+        Ok(words.iter().map(|word| u64::from_ne_bytes(*word)).collect())
+    } else {
+        Err(Defect::missing("whole words of 8 bytes"))
+    }
+}

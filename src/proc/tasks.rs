@@ -1,0 +1,95 @@
+//! Which processes, threads, children and descriptors there are.
+
+use std::{fs, path::Path};
+
+use super::{ProcError, Result, of_process, of_thread, read, stat, text};
+use crate::units::{HostPid, TargetFd};
+
+/// Returns all processes that this `/proc` shows, ascending. One that begins or
+/// ends meanwhile may or may not be among them.
+///
+/// # Errors
+///
+/// See the [module](super).
+pub fn pids() -> Result<Vec<HostPid>> {
+    Ok(numbered(Path::new("/proc"))?.into_iter().map(HostPid).collect())
+}
+
+/// Returns the threads of a process: its leader first, even if it ended, then
+/// the others, ascending.
+///
+/// # Errors
+///
+/// See the [module](super).
+pub fn threads(pid: HostPid) -> Result<Vec<HostPid>> {
+    let numbers = numbered(&of_process(pid, "task"))?;
+    let mut threads: Vec<HostPid> = numbers.into_iter().map(HostPid).collect();
+    threads.sort_unstable_by_key(|&tid| (tid != pid, tid));
+    Ok(threads)
+}
+
+/// Returns the descriptors of a process, ascending. None of a zombie.
+///
+/// # Errors
+///
+/// See the [module](super).
+pub fn fds(pid: HostPid) -> Result<Vec<TargetFd>> {
+    Ok(numbered(&of_process(pid, "fd"))?.into_iter().map(TargetFd).collect())
+}
+
+/// Returns the children of all threads of a process, zombies among them,
+/// ascending.
+///
+/// The list is whole only if neither the process nor its children can fork or
+/// end meanwhile. Kernels without `CONFIG_PROC_CHILDREN` do not list children:
+/// then every process is asked for its parent.
+///
+/// # Errors
+///
+/// See the [module](super).
+pub fn children(pid: HostPid) -> Result<Vec<HostPid>> {
+    let mut found = Vec::new();
+    for tid in threads(pid)? {
+        let path = of_thread(pid, tid, "children");
+        match read(path, |text| text::numbers(text, "pid of child")) {
+            Ok(numbers) => found.extend(numbers.into_iter().map(HostPid)),
+            // The leader has its directory as long as the process is there.
+            Err(error) if error.is_vanished() && tid == pid => {
+                stat(pid)?;
+                return children_by_parent(pid);
+            }
+            // Another thread ended: its children are now those of the rest.
+            Err(error) if error.is_vanished() => {}
+            Err(error) => return Err(error),
+        }
+    }
+    found.sort_unstable();
+    found.dedup();
+    Ok(found)
+}
+
+/// Returns the processes that say that `pid` is their parent, ascending.
+pub(super) fn children_by_parent(pid: HostPid) -> Result<Vec<HostPid>> {
+    let mut found = Vec::new();
+    for candidate in pids()? {
+        match stat(candidate) {
+            Ok(stat) if stat.ppid == pid.0 => found.push(candidate),
+            Ok(_) => {}
+            Err(error) if error.is_vanished() => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(found)
+}
+
+/// Returns the names in a directory that are numbers, ascending.
+fn numbered(dir: &Path) -> Result<Vec<i32>> {
+    let failed = |source| ProcError::from_io(dir, source);
+    let mut numbers = Vec::new();
+    for entry in fs::read_dir(dir).map_err(failed)? {
+        let name = entry.map_err(failed)?.file_name();
+        numbers.extend(name.to_str().and_then(|name| name.parse::<i32>().ok()));
+    }
+    numbers.sort_unstable();
+    Ok(numbers)
+}
