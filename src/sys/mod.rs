@@ -3,5 +3,8 @@
 pub mod daemon;
 mod descriptors;
 pub mod gather;
+pub mod pagemap;
+pub mod process;
+pub mod ptrace;
 
 pub use descriptors::receive_fd;

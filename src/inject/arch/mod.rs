@@ -1,0 +1,5 @@
+//! What differs between processors.
+
+mod x86_64;
+
+pub(super) use x86_64::{CALL_BYTES, SYSCALL_INSTRUCTION, code, enter, restart, syscall_registers};

@@ -1,0 +1,202 @@
+//! The injected code and the registers it uses, on x86-64.
+#![expect(unsafe_code, reason = "the injected code is assembly")]
+
+use std::arch::global_asm;
+
+use nix::libc;
+
+use crate::{inject::script::Entry, sys::ptrace::Registers, units::RemoteAddr};
+
+/// The instruction `syscall`.
+pub(in crate::inject) const SYSCALL_INSTRUCTION: [u8; 2] = [0x0f, 0x05];
+
+// Walks the table of `Entry` that `rbx` points to. It needs neither a stack nor
+// relocation, and ends with a trap.
+global_asm!(
+    ".pushsection .rodata.rcriu_inject, \"a\", @progbits",
+    ".globl rcriu_inject_start",
+    ".globl rcriu_inject_end",
+    "rcriu_inject_start:",
+    "20:",
+    "mov rax, [rbx + {number}]",
+    "cmp rax, -1",
+    "je 29f",
+    "mov r12, [rbx + {from_results}]",
+    "lea r13, [rbx + {arguments}]",
+    // Arguments that are results of earlier calls.
+    "21:",
+    "test r12, r12",
+    "jz 23f",
+    "movzx ecx, r12b",
+    "test ecx, ecx",
+    "jz 22f",
+    "imul rcx, rcx, {size}",
+    "mov rdx, rbx",
+    "sub rdx, rcx",
+    "mov rdx, [rdx + {result}]",
+    "mov [r13], rdx",
+    "22:",
+    "add r13, 8",
+    "shr r12, 8",
+    "jmp 21b",
+    "23:",
+    "mov rdi, [rbx + {arguments}]",
+    "mov rsi, [rbx + {arguments} + 8]",
+    "mov rdx, [rbx + {arguments} + 16]",
+    "mov r10, [rbx + {arguments} + 24]",
+    "mov r8, [rbx + {arguments} + 32]",
+    "mov r9, [rbx + {arguments} + 40]",
+    "syscall",
+    "mov [rbx + {result}], rax",
+    "cmp rax, -4095",
+    "jb 24f",
+    "test qword ptr [rbx + {flags}], 1",
+    "jnz 29f",
+    "24:",
+    "add rbx, {size}",
+    "jmp 20b",
+    "29:",
+    "int3",
+    "rcriu_inject_end:",
+    ".popsection",
+    number = const std::mem::offset_of!(Entry, number),
+    arguments = const std::mem::offset_of!(Entry, arguments),
+    result = const std::mem::offset_of!(Entry, result),
+    flags = const std::mem::offset_of!(Entry, flags),
+    from_results = const std::mem::offset_of!(Entry, from_results),
+    size = const size_of::<Entry>(),
+);
+
+unsafe extern "C" {
+    static rcriu_inject_start: u8;
+    static rcriu_inject_end: u8;
+}
+
+/// Returns the code, which runs at any address.
+pub(in crate::inject) fn code() -> &'static [u8] {
+    let (start, end) = (&raw const rcriu_inject_start, &raw const rcriu_inject_end);
+    // SAFETY: both are labels in one section above, the second behind the first,
+    // and what is between them is never written.
+    unsafe { std::slice::from_raw_parts(start, end.addr() - start.addr()) }
+}
+
+/// Returns registers with which a thread begins to walk the table at `table`.
+/// `base` are those it had, whose segments are kept.
+pub(in crate::inject) fn enter(base: &Registers, code: RemoteAddr, table: RemoteAddr) -> Registers {
+    let mut registers = *base;
+    registers.rip = code.0;
+    registers.rbx = table.0;
+    // No system call is to be restarted.
+    registers.orig_rax = u64::MAX;
+    registers
+}
+
+/// Returns registers with which a thread that is at the instruction `syscall`
+/// makes this call.
+pub(in crate::inject) fn syscall_registers(
+    base: &Registers,
+    instruction: RemoteAddr,
+    number: libc::c_long,
+    arguments: [u64; 6],
+) -> Registers {
+    let mut registers = *base;
+    registers.rip = instruction.0;
+    registers.rax = number.cast_unsigned();
+    registers.orig_rax = u64::MAX;
+    [registers.rdi, registers.rsi, registers.rdx, registers.r10, registers.r8, registers.r9] =
+        arguments;
+    registers
+}
+
+/// Results that mean that the kernel will restart an interrupted call
+/// (`include/linux/errno.h`).
+const ERESTARTSYS: i64 = -512;
+const ERESTARTNOINTR: i64 = -513;
+const ERESTARTNOHAND: i64 = -514;
+const ERESTART_RESTARTBLOCK: i64 = -516;
+
+/// Calls that the kernel continues through `restart_syscall(2)`, since they have
+/// relative timeouts.
+const CONTINUED: [i64; 4] =
+    [libc::SYS_poll, libc::SYS_nanosleep, libc::SYS_futex, libc::SYS_clock_nanosleep];
+
+/// Bytes of `mov eax, NUMBER; syscall`.
+pub(in crate::inject) const CALL_BYTES: usize = 7;
+
+/// Returns the registers with which a thread that was stopped goes on elsewhere:
+/// if a system call was interrupted, it is made again, as the kernel would have
+/// seen to. `code` is what stands before the instruction pointer.
+///
+/// A call that the kernel would have continued from where it was (one with a
+/// relative timeout) is begun again; `nanosleep(2)` and `clock_nanosleep(2)` go on
+/// with the time that was left where the program has room for that. If such a call
+/// had been continued before, the kernel has forgotten its number: it is taken from
+/// the instruction that loaded it, and where there is none, the call fails with
+/// `EINTR`.
+pub(in crate::inject) fn restart(stopped: &Registers, code: Option<[u8; CALL_BYTES]>) -> Registers {
+    let mut registers = *stopped;
+    let mut number = registers.orig_rax.cast_signed();
+    registers.orig_rax = u64::MAX;
+    if number < 0 {
+        return registers;
+    }
+    match registers.rax.cast_signed() {
+        ERESTARTSYS | ERESTARTNOINTR | ERESTARTNOHAND => {}
+        ERESTART_RESTARTBLOCK => {
+            if number == libc::SYS_restart_syscall {
+                let Some(loaded) = code.and_then(loaded_number) else {
+                    registers.rax = i64::from(-libc::EINTR).cast_unsigned();
+                    return registers;
+                };
+                number = loaded;
+            }
+            match number {
+                libc::SYS_nanosleep if registers.rsi != 0 => registers.rdi = registers.rsi,
+                libc::SYS_clock_nanosleep if registers.r10 != 0 => registers.rdx = registers.r10,
+                _ => {}
+            }
+        }
+        _ => return registers,
+    }
+    registers.rax = number.cast_unsigned();
+    registers.rip -= SYSCALL_INSTRUCTION.len() as u64;
+    registers
+}
+
+/// Returns the number that the instruction before `syscall` loads.
+fn loaded_number(code: [u8; CALL_BYTES]) -> Option<i64> {
+    /// `mov eax, imm32`.
+    const LOAD: u8 = 0xb8;
+    let [LOAD, a, b, c, d, instruction @ ..] = code else { return None };
+    let number = i64::from(i32::from_le_bytes([a, b, c, d]));
+    (instruction == SYSCALL_INSTRUCTION && CONTINUED.contains(&number)).then_some(number)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn interrupted_calls_are_made_again() {
+        let stopped = |number: i64, result: i64| Registers {
+            orig_rax: number.cast_unsigned(),
+            rax: result.cast_unsigned(),
+            rip: 0x1002,
+            rsi: 0x55,
+            // SAFETY: the structure is plain integers.
+            ..unsafe { std::mem::zeroed() }
+        };
+        let code = Some([0xb8, 7, 0, 0, 0, 0x0f, 0x05]);
+        let again = |stopped: Registers, code| {
+            let registers = restart(&stopped, code);
+            assert_eq!(registers.orig_rax, u64::MAX);
+            (registers.rax.cast_signed(), registers.rip, registers.rdi)
+        };
+        assert_eq!(again(stopped(0, ERESTARTSYS), None), (0, 0x1000, 0));
+        assert_eq!(again(stopped(35, ERESTART_RESTARTBLOCK), None), (35, 0x1000, 0x55));
+        assert_eq!(again(stopped(219, ERESTART_RESTARTBLOCK), code), (7, 0x1000, 0));
+        assert_eq!(again(stopped(219, ERESTART_RESTARTBLOCK), None), (-4, 0x1002, 0));
+        assert_eq!(again(stopped(0, 17), None), (17, 0x1002, 0));
+        assert_eq!(again(stopped(-1, -512), None), (-512, 0x1002, 0));
+    }
+}

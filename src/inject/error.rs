@@ -1,0 +1,102 @@
+//! What can go wrong with work in other processes.
+
+use nix::errno::Errno;
+
+use crate::{
+    fault::Injected,
+    proc::ProcError,
+    units::{HostPid, RemoteAddr},
+};
+
+/// The result of work in another process.
+pub type Result<T, E = InjectError> = std::result::Result<T, E>;
+
+/// Why work in another process failed.
+#[derive(Debug, thiserror::Error)]
+pub enum InjectError {
+    /// A request of `ptrace(2)` failed.
+    #[error("{step} thread {tid}")]
+    Trace {
+        /// The thread.
+        tid: HostPid,
+        /// What was attempted, as a verb.
+        step: &'static str,
+        /// Why it failed.
+        source: Errno,
+    },
+    /// It may not be traced.
+    #[error("stop process {tid}: {why}")]
+    Denied {
+        /// The process.
+        tid: HostPid,
+        /// Who traces it already, or which privilege is missing.
+        why: String,
+    },
+    /// A system call failed in the other process.
+    #[error("{what} in process {tid}")]
+    Call {
+        /// The thread that made it.
+        tid: HostPid,
+        /// What it was for, as a verb.
+        what: String,
+        /// Why it failed.
+        source: Errno,
+    },
+    /// The thread did not come back as it should.
+    #[error("thread {tid} {what} while it worked for this program")]
+    Lost {
+        /// The thread.
+        tid: HostPid,
+        /// What became of it.
+        what: String,
+    },
+    /// Its memory could not be read or written.
+    #[error("{step} {len:#x} bytes at {address} of process {tid}")]
+    Memory {
+        /// The thread.
+        tid: HostPid,
+        /// What was attempted, as a verb.
+        step: &'static str,
+        /// Where.
+        address: RemoteAddr,
+        /// How many.
+        len: u64,
+        /// Why it failed.
+        source: Errno,
+    },
+    /// A process that nothing can be injected into.
+    #[error("process {tid} has no executable memory with a system call instruction")]
+    NoSyscall {
+        /// The process.
+        tid: HostPid,
+    },
+    /// A script that does not fit into scratch memory.
+    #[error("{bytes} bytes of system calls for process {tid}, at most {limit} fit")]
+    TooLong {
+        /// The thread.
+        tid: HostPid,
+        /// Bytes of the script.
+        bytes: usize,
+        /// Bytes of scratch memory.
+        limit: usize,
+    },
+    /// The tree does not come to rest.
+    #[error("the tree of process {root} makes new processes faster than they can be stopped")]
+    Restless {
+        /// The tree's root.
+        root: HostPid,
+    },
+    /// Something in `/proc` could not be read.
+    #[error(transparent)]
+    Proc(#[from] ProcError),
+    /// A test asked for it.
+    #[error(transparent)]
+    Fault(#[from] Injected),
+}
+
+impl InjectError {
+    /// Returns [`InjectError::Trace`], ready for `map_err`.
+    pub(super) fn trace(tid: HostPid, step: &'static str) -> impl Fn(Errno) -> Self {
+        move |source| Self::Trace { tid, step, source }
+    }
+}

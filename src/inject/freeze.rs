@@ -1,0 +1,289 @@
+//! Stopping a tree of processes, and letting it go on as if nothing had happened.
+
+use std::{
+    collections::BTreeSet,
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    errno::Errno,
+    libc,
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+use super::{InjectError, Result, Tracee, tracee};
+use crate::{
+    fault::{self, Point},
+    proc,
+    sys::ptrace::{self, Wait},
+    units::HostPid,
+};
+
+/// Rounds over the tree in which new processes may turn up.
+const ROUNDS: usize = 1000;
+
+/// How often a thread is looked at before sleeping in between.
+const EAGER_LOOKS: usize = 200;
+
+/// How long to sleep between two looks.
+const NAP: Duration = Duration::from_micros(100);
+
+/// A process of a stopped tree.
+#[derive(Debug)]
+pub struct Task {
+    /// The process.
+    pub pid: HostPid,
+    /// Its parent.
+    pub parent: HostPid,
+    /// Its threads, the leader first; none if it is dead and not yet waited for.
+    pub threads: Vec<Tracee>,
+}
+
+impl Task {
+    /// Whether the process has ended and waits to be reaped.
+    pub fn is_zombie(&self) -> bool {
+        self.threads.is_empty()
+    }
+
+    /// Returns the signal that had stopped the process before, or 0.
+    pub fn stopped_by(&self) -> i32 {
+        self.threads.first().map_or(0, |leader| leader.stopped_by)
+    }
+}
+
+/// What becomes of a tree that was stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It goes on.
+    Run,
+    /// It stays, stopped by `SIGSTOP`.
+    Stop,
+    /// It is killed.
+    Kill,
+}
+
+/// A tree of processes that is stopped, parents before children. When it is
+/// dropped, it goes on.
+#[derive(Debug)]
+pub struct Frozen {
+    /// The processes.
+    pub tasks: Vec<Task>,
+    deadline: Instant,
+}
+
+impl Frozen {
+    /// Stops a process with all its descendants within `timeout`.
+    ///
+    /// # Errors
+    /// [`InjectError::Denied`]; [`InjectError::Restless`]; [`InjectError::Lost`]
+    /// for a thread that does not stop in time; those of reading `/proc`. What was
+    /// stopped by then goes on.
+    pub fn freeze(root: HostPid, timeout: Duration) -> Result<Self> {
+        let mut frozen = Self { tasks: Vec::new(), deadline: Instant::now() + timeout };
+        frozen.stop_task(root, proc::stat(root)?.ppid)?;
+        fault::hit(Point::DumpSeize)?;
+        let mut known = BTreeSet::from([root]);
+        let mut looked_at = 0;
+        for _ in 0..ROUNDS {
+            while looked_at < frozen.tasks.len() {
+                let parent = frozen.tasks[looked_at].pid;
+                looked_at += 1;
+                for child in proc::children(parent)? {
+                    if known.insert(child) {
+                        frozen.stop_task(child, parent.0)?;
+                    }
+                }
+            }
+            // Whose parent has died while we looked has another one now.
+            looked_at = 0;
+            let mut complete = true;
+            for task in &frozen.tasks {
+                complete &= proc::children(task.pid)?.iter().all(|child| known.contains(child));
+            }
+            if complete {
+                fault::hit(Point::DumpFrozen)?;
+                return Ok(frozen);
+            }
+        }
+        Err(InjectError::Restless { root })
+    }
+
+    fn stop_task(&mut self, pid: HostPid, parent: i32) -> Result<()> {
+        let threads = self.stop_threads(pid)?;
+        let gone = threads.is_empty()
+            && proc::stat(pid).map_or_else(|error| error.is_vanished(), |stat| stat.state != 'Z');
+        // The parent may be another one, if the one it was found under has died.
+        let parent = proc::stat(pid).map_or(parent, |stat| stat.ppid);
+        if !gone {
+            self.tasks.push(Task { pid, parent: HostPid(parent), threads });
+        }
+        Ok(())
+    }
+
+    /// Stops all threads of a process; none if it is dead.
+    fn stop_threads(&self, pid: HostPid) -> Result<Vec<Tracee>> {
+        let mut stopped: Vec<Tracee> = Vec::new();
+        for _ in 0..ROUNDS {
+            let result = self.stop_new_threads(pid, &mut stopped);
+            match result {
+                Ok(true) => {}
+                Ok(false) => return Ok(stopped),
+                Err(error) => {
+                    release_all(stopped);
+                    return Err(error);
+                }
+            }
+        }
+        release_all(stopped);
+        Err(InjectError::Restless { root: pid })
+    }
+
+    /// Stops those threads that are not yet; tells whether there were any.
+    fn stop_new_threads(&self, pid: HostPid, stopped: &mut Vec<Tracee>) -> Result<bool> {
+        let tids = match proc::threads(pid) {
+            Ok(tids) => tids,
+            Err(error) if error.is_vanished() => return Ok(false),
+            Err(error) => return Err(error.into()),
+        };
+        let mut pending = Vec::new();
+        let mut failure = None;
+        for tid in tids {
+            if stopped.iter().any(|thread| thread.tid == tid) {
+                continue;
+            }
+            match seize(tid) {
+                Ok(()) => pending.push(tid),
+                // It has ended, or is ending.
+                Err(_) if is_dead(pid, tid) => {}
+                Err(error) => {
+                    failure = Some(error);
+                    break;
+                }
+            }
+        }
+        let any = !pending.is_empty();
+        for tid in pending {
+            match self.await_stop(tid).and_then(|by| Tracee::new(tid, by)) {
+                Ok(thread) => stopped.push(thread),
+                Err(_) if is_dead(pid, tid) => {}
+                Err(error) => {
+                    // Best effort: it may not have stopped.
+                    let _ = ptrace::detach(tid, 0);
+                    failure.get_or_insert(error);
+                }
+            }
+        }
+        match failure {
+            Some(error) => Err(error),
+            None => Ok(any),
+        }
+    }
+
+    /// Waits for a thread that was interrupted and returns the signal that had
+    /// stopped its process, or 0. Signals that come first are passed on.
+    fn await_stop(&self, tid: HostPid) -> Result<i32> {
+        let failed = |step| InjectError::trace(tid, step);
+        for look in 0_usize.. {
+            match ptrace::wait_nohang(tid).map_err(failed("wait for"))? {
+                Some(Wait::Interrupted) => return Ok(0),
+                Some(Wait::Stopped(signal)) => return Ok(signal),
+                Some(Wait::Signal(signal)) => {
+                    ptrace::resume(tid, signal).map_err(failed("resume"))?;
+                }
+                Some(Wait::Event(_) | Wait::Syscall | Wait::Other(_)) => {
+                    ptrace::resume(tid, 0).map_err(failed("resume"))?;
+                }
+                Some(ended) => return Err(tracee::lost(tid, ended)),
+                None if look < EAGER_LOOKS => thread::yield_now(),
+                None if Instant::now() > self.deadline => break,
+                None => thread::sleep(NAP),
+            }
+        }
+        let what = "does not stop in time (it may wait for a device; see --timeout),".to_owned();
+        Err(InjectError::Lost { tid, what })
+    }
+
+    /// Ends the stop.
+    ///
+    /// # Errors
+    /// The first failure; all processes are seen to all the same.
+    pub fn release(mut self, outcome: Outcome) -> Result<()> {
+        self.let_go(outcome)
+    }
+
+    fn let_go(&mut self, outcome: Outcome) -> Result<()> {
+        let signal = match outcome {
+            Outcome::Run => None,
+            Outcome::Stop => Some(Signal::SIGSTOP),
+            Outcome::Kill => Some(Signal::SIGKILL),
+        };
+        let mut result = Ok(());
+        let tasks = std::mem::take(&mut self.tasks);
+        for task in tasks.iter().filter(|task| !task.is_zombie()) {
+            if let Some(signal) = signal
+                && let Err(source) = kill(Pid::from_raw(task.pid.0), signal)
+            {
+                let step = "send a signal to";
+                result = Err(InjectError::Trace { tid: task.pid, step, source });
+            }
+        }
+        // Children first: a parent that goes on finds them as they were.
+        for task in tasks.into_iter().rev() {
+            for thread in task.threads.into_iter().rev() {
+                let ended = match outcome {
+                    Outcome::Run | Outcome::Stop => thread.release(),
+                    Outcome::Kill => await_death(thread.tid),
+                };
+                if ended.is_err() {
+                    result = ended;
+                }
+            }
+        }
+        result
+    }
+}
+
+impl Drop for Frozen {
+    /// Lets the tree go on.
+    fn drop(&mut self) {
+        if let Err(error) = self.let_go(Outcome::Run) {
+            log::warn!("{error}");
+        }
+    }
+}
+
+fn release_all(threads: Vec<Tracee>) {
+    for thread in threads {
+        let tid = thread.tid;
+        if let Err(error) = thread.release() {
+            log::warn!("{tid}: {error}");
+        }
+    }
+}
+
+fn seize(tid: HostPid) -> Result<()> {
+    ptrace::seize(tid, ptrace::options::SYSGOOD).map_err(|errno| tracee::denied(tid, errno))?;
+    ptrace::interrupt(tid).map_err(InjectError::trace(tid, "interrupt"))
+}
+
+fn is_dead(pid: HostPid, tid: HostPid) -> bool {
+    proc::thread_stat(pid, tid)
+        .map_or_else(|error| error.is_vanished(), |stat| matches!(stat.state, 'Z' | 'X'))
+}
+
+/// Waits until a tracee that was killed is gone.
+fn await_death(tid: HostPid) -> Result<()> {
+    loop {
+        match ptrace::wait(tid) {
+            // Not the leader: nobody waits for it; or its parent has reaped it.
+            Err(Errno::ECHILD) | Ok(Wait::Exited(_) | Wait::Killed(_)) => return Ok(()),
+            Err(errno) => return Err(InjectError::trace(tid, "wait for")(errno)),
+            Ok(Wait::Event(libc::PTRACE_EVENT_EXIT)) => {
+                ptrace::resume(tid, 0).map_err(InjectError::trace(tid, "resume"))?;
+            }
+            Ok(_) => {}
+        }
+    }
+}

@@ -1,0 +1,116 @@
+use std::{
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use nix::{errno::Errno, libc};
+
+use super::{Frozen, Outcome, Script, TABLE_BYTES, with_scratch};
+use crate::{proc, units::HostPid};
+
+/// A process of our own, which dies with the test.
+struct Target(Child);
+
+impl Target {
+    fn start(command: &str) -> Self {
+        let mut shell = Command::new("sh");
+        let child = shell.args(["-c", command]).stdin(Stdio::null()).spawn().unwrap();
+        Self(child)
+    }
+
+    fn pid(&self) -> HostPid {
+        HostPid(i32::try_from(self.0.id()).unwrap())
+    }
+
+    /// What must be the same before and after.
+    fn state(&self) -> (Vec<String>, u64, u64, u64, HostPid) {
+        let maps = proc::maps(self.pid()).unwrap();
+        let status = proc::status(self.pid()).unwrap();
+        (
+            maps.iter().map(|mapping| format!("{mapping:?}")).collect(),
+            status.sig_ignored,
+            status.sig_blocked,
+            status.sig_caught,
+            status.tracer_pid,
+        )
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn wait_until(mut condition: impl FnMut() -> bool) {
+    for _ in 0..1000 {
+        if condition() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    panic!("the condition did not come true");
+}
+
+#[test]
+fn privileged_a_process_works_for_us_and_notices_nothing() {
+    for ignore in ["", "trap '' TRAP; "] {
+        let target = Target::start(&format!("{ignore}exec sleep 1000"));
+        let pid = target.pid();
+        wait_until(|| proc::comm(pid, pid).unwrap() == b"sleep");
+        let before = target.state();
+        let mut frozen = Frozen::freeze(pid, Duration::from_secs(10)).unwrap();
+        assert_eq!(proc::status(pid).unwrap().tracer_pid.0, nix::unistd::gettid().as_raw());
+        let mappings = proc::maps(pid).unwrap();
+        let mut script = Script::new();
+        let getpid = script.call("getpid", libc::SYS_getpid, &[]);
+        let fd = script.call("eventfd", libc::SYS_eventfd2, &[7.into(), 0.into()]);
+        let buffer = script.space(8);
+        script.call("read", libc::SYS_read, &[fd.into(), buffer.into(), 8.into()]);
+        script.call("close", libc::SYS_close, &[fd.into()]);
+        let bad = script.attempt(libc::SYS_close, &[fd.into()]);
+        let answers = with_scratch(
+            &mut frozen.tasks[0].threads,
+            &mappings,
+            TABLE_BYTES,
+            |scratch, threads| scratch.run(&mut threads[0], &script),
+        )
+        .unwrap();
+        assert_eq!(answers.result(getpid), Ok(u64::try_from(pid.0).unwrap()));
+        assert_eq!(answers.value::<u64>(buffer), 7);
+        assert_eq!(answers.result(bad), Err(Errno::EBADF));
+
+        let mut failing = Script::new();
+        failing.call("close nothing", libc::SYS_close, &[(-1).into()]);
+        let error = with_scratch(
+            &mut frozen.tasks[0].threads,
+            &mappings,
+            TABLE_BYTES,
+            |scratch, threads| scratch.run(&mut threads[0], &failing),
+        )
+        .unwrap_err();
+        assert_eq!(error.to_string(), format!("close nothing in process {pid}"));
+        frozen.release(Outcome::Run).unwrap();
+        wait_until(|| proc::status(pid).unwrap().state == 'S');
+        assert_eq!(target.state(), before);
+    }
+}
+
+#[test]
+fn privileged_a_tree_is_stopped_whole_and_goes_on() {
+    let target = Target::start("(sleep 1000 & sleep 1000) & sleep 1000; true");
+    let pid = target.pid();
+    wait_until(|| proc::children(pid).unwrap().len() == 2);
+    let frozen = Frozen::freeze(pid, Duration::from_secs(10)).unwrap();
+    assert!(frozen.tasks.len() >= 3, "{frozen:?}");
+    assert_eq!(frozen.tasks[0].pid, pid);
+    let pids: Vec<HostPid> = frozen.tasks.iter().map(|task| task.pid).collect();
+    for pid in &pids {
+        assert_eq!(proc::status(*pid).unwrap().state, 't');
+    }
+    frozen.release(Outcome::Kill).unwrap();
+    for pid in pids {
+        wait_until(|| proc::stat(pid).map_or(true, |stat| stat.state == 'Z'));
+    }
+}

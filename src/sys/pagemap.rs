@@ -1,0 +1,288 @@
+//! `/proc/PID/pagemap`: which pages of a process there are, and of what kind.
+#![expect(unsafe_code, reason = "the ioctl PAGEMAP_SCAN")]
+
+use std::{
+    fs::File,
+    io,
+    os::{fd::AsRawFd, unix::fs::FileExt},
+    path::Path,
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use nix::{errno::Errno, libc};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
+
+use crate::units::{PAGE_SIZE, PageIndex, RemoteAddr};
+
+/// Kinds of pages (`PAGE_IS_*`, `linux/fs.h`, since Linux 6.7).
+pub mod category {
+    /// The mapping is write-protected asynchronously by userfaultfd.
+    pub const WPALLOWED: u64 = 1 << 0;
+    /// Written since it was write-protected.
+    pub const WRITTEN: u64 = 1 << 1;
+    /// Belongs to a file or to shared memory.
+    pub const FILE: u64 = 1 << 2;
+    /// In memory.
+    pub const PRESENT: u64 = 1 << 3;
+    /// In swap; also set for markers of other kinds.
+    pub const SWAPPED: u64 = 1 << 4;
+    /// The page of zeros that all processes share.
+    pub const PFNZERO: u64 = 1 << 5;
+    /// Part of a huge page.
+    pub const HUGE: u64 = 1 << 6;
+    /// Written since the soft-dirty bits were cleared.
+    pub const SOFT_DIRTY: u64 = 1 << 7;
+    /// A guard page (`MADV_GUARD_INSTALL`); reported since Linux 6.18.
+    pub const GUARD: u64 = 1 << 8;
+}
+
+/// `struct page_region` (`linux/fs.h`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Region {
+    start: u64,
+    end: u64,
+    /// The categories that were asked for and apply, see [`category`].
+    pub categories: u64,
+}
+
+const _: () = assert!(size_of::<Region>() == 24);
+
+impl Region {
+    /// Returns the first page.
+    pub fn first(&self) -> PageIndex {
+        PageIndex::holding(self.start)
+    }
+
+    /// Returns the address behind the last page.
+    pub fn end(&self) -> RemoteAddr {
+        RemoteAddr(self.end)
+    }
+
+    /// Returns the address of the first page.
+    pub fn start(&self) -> RemoteAddr {
+        RemoteAddr(self.start)
+    }
+}
+
+/// Which pages to look for: those that are in all categories of `all` after
+/// those of `inverted` were inverted, and in one of `any` unless that is 0.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Query {
+    /// All of these.
+    pub all: u64,
+    /// At least one of these.
+    pub any: u64,
+    /// These mean their contrary.
+    pub inverted: u64,
+    /// What to tell of the pages that were found.
+    pub tell: u64,
+}
+
+impl Query {
+    /// Pages of a private mapping that hold something which is not in its file.
+    pub const PRIVATE: Self = Self {
+        all: category::FILE | category::PFNZERO,
+        any: category::PRESENT | category::SWAPPED,
+        inverted: category::FILE | category::PFNZERO,
+        tell: 0,
+    };
+}
+
+/// `struct pm_scan_arg` (`linux/fs.h`).
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct ScanArguments {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+const SCAN_BYTES: usize = size_of::<ScanArguments>();
+const _: () = assert!(SCAN_BYTES == 96);
+
+/// `PAGEMAP_SCAN`: `_IOWR('f', 16, struct pm_scan_arg)`.
+const PAGEMAP_SCAN: libc::c_ulong =
+    (3 << 30) | ((SCAN_BYTES as libc::c_ulong) << 16) | ((b'f' as libc::c_ulong) << 8) | 16;
+
+/// Regions told by one call: 24 bytes each, 48 KiB.
+const SCAN_REGIONS: usize = 2048;
+
+/// Pages of which the plain file is read at a time.
+const ENTRY_BATCH: usize = 4096;
+
+/// `/proc/PID/pagemap` of one process.
+#[derive(Debug)]
+pub struct PagemapFile {
+    file: File,
+    scan: AtomicBool,
+}
+
+impl PagemapFile {
+    /// Opens the file at `path`.
+    ///
+    /// # Errors
+    /// `ENOENT`, `EACCES`.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        Ok(Self { file: File::open(path)?, scan: AtomicBool::new(true) })
+    }
+
+    /// Appends the regions of `[start, end)` that `query` asks for to `regions`,
+    /// in ascending order. Kernels before 6.7 know fewer categories: what they do
+    /// not tell apart is not asked for.
+    ///
+    /// # Errors
+    /// What reading or `ioctl(2)` returns.
+    pub fn scan(
+        &self,
+        start: RemoteAddr,
+        end: RemoteAddr,
+        query: Query,
+        regions: &mut Vec<Region>,
+    ) -> io::Result<()> {
+        if self.scan.load(Ordering::Relaxed) {
+            match self.scan_by_ioctl(start, end, query, regions) {
+                Err(Errno::ENOTTY | Errno::EINVAL) => self.scan.store(false, Ordering::Relaxed),
+                result => return Ok(result?),
+            }
+        }
+        self.scan_by_reading(start, end, query, regions)
+    }
+
+    fn scan_by_ioctl(
+        &self,
+        start: RemoteAddr,
+        end: RemoteAddr,
+        query: Query,
+        regions: &mut Vec<Region>,
+    ) -> Result<(), Errno> {
+        let mut next = start.0;
+        while next < end.0 {
+            let mut batch = [Region::new_zeroed(); SCAN_REGIONS];
+            let mut arguments = ScanArguments {
+                size: SCAN_BYTES as u64,
+                flags: 0,
+                start: next,
+                end: end.0,
+                walk_end: 0,
+                vec: batch.as_mut_ptr().addr() as u64,
+                vec_len: SCAN_REGIONS as u64,
+                max_pages: 0,
+                category_inverted: query.inverted,
+                category_mask: query.all,
+                category_anyof_mask: query.any,
+                return_mask: query.tell,
+            };
+            // SAFETY: the structure has the size that its number says, and outlives
+            // the call together with the batch that it points to.
+            let result =
+                unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut arguments) };
+            let count = usize::try_from(Errno::result(result)?).expect("not negative");
+            for region in &batch[..count] {
+                push(regions, *region);
+            }
+            if arguments.walk_end <= next {
+                break;
+            }
+            next = arguments.walk_end;
+        }
+        Ok(())
+    }
+
+    fn scan_by_reading(
+        &self,
+        start: RemoteAddr,
+        end: RemoteAddr,
+        query: Query,
+        regions: &mut Vec<Region>,
+    ) -> io::Result<()> {
+        let mut entries = vec![0_u64; ENTRY_BATCH];
+        let mut page = PageIndex::holding(start.0);
+        let last = PageIndex::holding(end.0);
+        while page < last {
+            let count = usize::try_from(last.0 - page.0).unwrap_or(usize::MAX).min(ENTRY_BATCH);
+            let bytes = entries[..count].as_mut_bytes();
+            self.file.read_exact_at(bytes, page.0 * size_of::<u64>() as u64)?;
+            for entry in &entries[..count] {
+                let categories = categories(*entry);
+                if matches(categories, query) {
+                    let region = Region {
+                        start: page.address(),
+                        end: page.address() + PAGE_SIZE,
+                        categories: categories & query.tell,
+                    };
+                    push(regions, region);
+                }
+                page.0 += 1;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Appends a region, or lengthens the last one by it.
+fn push(regions: &mut Vec<Region>, region: Region) {
+    match regions.last_mut() {
+        Some(last) if last.end == region.start && last.categories == region.categories => {
+            last.end = region.end;
+        }
+        _ => regions.push(region),
+    }
+}
+
+/// What an entry of `/proc/PID/pagemap` tells
+/// (`Documentation/admin-guide/mm/pagemap.rst`).
+fn categories(entry: u64) -> u64 {
+    const BITS: [(u32, u64); 5] = [
+        (63, category::PRESENT),
+        (62, category::SWAPPED),
+        (61, category::FILE),
+        (58, category::GUARD),
+        (55, category::SOFT_DIRTY),
+    ];
+    BITS.iter().filter(|(bit, _)| entry >> bit & 1 == 1).map(|(_, category)| category).sum()
+}
+
+fn matches(categories: u64, query: Query) -> bool {
+    let categories = categories ^ query.inverted;
+    categories & query.all == query.all && (query.any == 0 || categories & query.any != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use memmap2::MmapMut;
+
+    use super::*;
+
+    #[test]
+    fn both_ways_find_the_pages_that_were_written() {
+        assert_eq!(PAGEMAP_SCAN, 0xc060_6610);
+        let mut memory = MmapMut::map_anon(16 * 4096).unwrap();
+        let start = RemoteAddr(memory.as_ptr().addr() as u64);
+        for page in [1, 2, 7] {
+            memory[page * 4096] = 1;
+        }
+        let file = PagemapFile::open(Path::new("/proc/self/pagemap")).unwrap();
+        let end = start.plus(16 * PAGE_SIZE);
+        let expected = [(1, 3), (7, 8)].map(|(first, last)| Region {
+            start: start.0 + first * PAGE_SIZE,
+            end: start.0 + last * PAGE_SIZE,
+            categories: 0,
+        });
+        let mut regions = Vec::new();
+        file.scan(start, end, Query::PRIVATE, &mut regions).unwrap();
+        assert_eq!(regions, expected);
+        regions.clear();
+        file.scan_by_reading(start, end, Query::PRIVATE, &mut regions).unwrap();
+        assert_eq!(regions, expected);
+    }
+}

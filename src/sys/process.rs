@@ -1,0 +1,269 @@
+//! Other processes: their descriptors, memory and attributes.
+#![expect(unsafe_code, reason = "system calls that nix does not have")]
+
+use std::{
+    cmp::Ordering,
+    io::{IoSlice, IoSliceMut},
+    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd},
+};
+
+use nix::{
+    errno::Errno,
+    libc,
+    sys::{
+        signal::kill,
+        uio::{RemoteIoVec, process_vm_readv, process_vm_writev},
+    },
+    unistd::Pid,
+};
+use zerocopy::IntoBytes;
+
+use crate::units::{HostPid, RemoteAddr, TargetFd};
+
+/// Returns a descriptor for a process.
+///
+/// # Errors
+/// `ESRCH`.
+pub fn pidfd_open(pid: HostPid) -> Result<OwnedFd, Errno> {
+    // SAFETY: the call takes numbers.
+    let result = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.0, 0) };
+    owned(result)
+}
+
+/// Returns a duplicate of a descriptor of another process (since Linux 5.6).
+///
+/// # Errors
+/// `EBADF` if it has no such descriptor, `EPERM`.
+pub fn pidfd_getfd(pidfd: impl AsFd, fd: TargetFd) -> Result<OwnedFd, Errno> {
+    let pidfd = pidfd.as_fd().as_raw_fd();
+    // SAFETY: the call takes numbers.
+    let result = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd, fd.0, 0) };
+    owned(result)
+}
+
+fn owned(result: libc::c_long) -> Result<OwnedFd, Errno> {
+    let fd = RawFd::try_from(Errno::result(result)?).expect("descriptors are small");
+    // SAFETY: the kernel has just made this descriptor for us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// What [`kcmp`] compares (`linux/kcmp.h`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shared {
+    /// The descriptions behind two descriptors.
+    File(i32, i32),
+    /// Address spaces.
+    Memory,
+    /// Descriptor tables.
+    Files,
+    /// Root, working directory, umask.
+    Fs,
+    /// Signal handlers.
+    Handlers,
+}
+
+/// Orders two kernel objects; equal means the same.
+///
+/// # Errors
+/// `EPERM`, `ESRCH`, `EBADF`; `ENOSYS` without `CONFIG_KCMP`.
+pub fn kcmp(a: HostPid, b: HostPid, what: Shared) -> Result<Ordering, Errno> {
+    let (kind, first, second) = match what {
+        Shared::File(first, second) => (0, first, second),
+        Shared::Memory => (1, 0, 0),
+        Shared::Files => (2, 0, 0),
+        Shared::Fs => (3, 0, 0),
+        Shared::Handlers => (4, 0, 0),
+    };
+    // SAFETY: the call takes numbers.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_kcmp,
+            a.0,
+            b.0,
+            kind,
+            libc::c_long::from(first),
+            libc::c_long::from(second),
+        )
+    };
+    match Errno::result(result)? {
+        0 => Ok(Ordering::Equal),
+        1 => Ok(Ordering::Less),
+        _ => Ok(Ordering::Greater),
+    }
+}
+
+fn remote(address: RemoteAddr, len: usize) -> Result<RemoteIoVec, Errno> {
+    let base = usize::try_from(address.0).map_err(|_| Errno::EFAULT)?;
+    Ok(RemoteIoVec { base, len })
+}
+
+/// Reads memory of another process that it could read itself.
+///
+/// # Errors
+/// `EFAULT` if not all of it can be read, `ESRCH`, `EPERM`.
+pub fn read_memory(pid: HostPid, address: RemoteAddr, buffer: &mut [u8]) -> Result<(), Errno> {
+    let mut done = 0;
+    while done < buffer.len() {
+        let rest = &mut buffer[done..];
+        let from = remote(address.plus(done as u64), rest.len())?;
+        let count = process_vm_readv(pid_of(pid), &mut [IoSliceMut::new(rest)], &[from])?;
+        if count == 0 {
+            return Err(Errno::EFAULT);
+        }
+        done += count;
+    }
+    Ok(())
+}
+
+/// Writes memory of another process that it could write itself.
+///
+/// # Errors
+/// As [`read_memory`].
+pub fn write_memory(pid: HostPid, address: RemoteAddr, bytes: &[u8]) -> Result<(), Errno> {
+    let mut done = 0;
+    while done < bytes.len() {
+        let rest = &bytes[done..];
+        let to = remote(address.plus(done as u64), rest.len())?;
+        let count = process_vm_writev(pid_of(pid), &[IoSlice::new(rest)], &[to])?;
+        if count == 0 {
+            return Err(Errno::EFAULT);
+        }
+        done += count;
+    }
+    Ok(())
+}
+
+fn pid_of(pid: HostPid) -> Pid {
+    Pid::from_raw(pid.0)
+}
+
+/// Whether there is a process or thread of this number, dead ones included.
+pub fn exists(pid: HostPid) -> bool {
+    !matches!(kill(pid_of(pid), None), Err(Errno::ESRCH))
+}
+
+/// Returns head and length of a thread's list of robust futexes.
+///
+/// # Errors
+/// `EPERM`, `ESRCH`.
+pub fn robust_list(tid: HostPid) -> Result<(RemoteAddr, u64), Errno> {
+    let (mut head, mut len) = (0_u64, 0_u64);
+    // SAFETY: both outlive the call, which writes a pointer and a size.
+    let result =
+        unsafe { libc::syscall(libc::SYS_get_robust_list, tid.0, &raw mut head, &raw mut len) };
+    Errno::result(result)?;
+    Ok((RemoteAddr(head), len))
+}
+
+/// How a thread is scheduled (`struct sched_attr`, `linux/sched/types.h`).
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    zerocopy::FromBytes,
+    zerocopy::IntoBytes,
+    zerocopy::Immutable,
+    zerocopy::KnownLayout,
+)]
+#[repr(C)]
+pub struct Scheduling {
+    /// Bytes of this structure.
+    pub size: u32,
+    /// `SCHED_*`.
+    pub policy: u32,
+    /// `SCHED_FLAG_*`.
+    pub flags: u64,
+    /// Nice value.
+    pub nice: i32,
+    /// Real-time priority.
+    pub priority: u32,
+    /// Nanoseconds, for `SCHED_DEADLINE`.
+    pub runtime: u64,
+    /// Nanoseconds, for `SCHED_DEADLINE`.
+    pub deadline: u64,
+    /// Nanoseconds, for `SCHED_DEADLINE`.
+    pub period: u64,
+}
+
+const _: () = assert!(size_of::<Scheduling>() == 48);
+
+/// Returns how a thread is scheduled.
+///
+/// # Errors
+/// `ESRCH`, `EPERM`.
+pub fn scheduling(tid: HostPid) -> Result<Scheduling, Errno> {
+    let mut attributes = Scheduling::default();
+    let size = size_of::<Scheduling>();
+    // SAFETY: the structure outlives the call and has the size that is given.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_sched_getattr,
+            tid.0,
+            attributes.as_mut_bytes().as_mut_ptr(),
+            size,
+            0,
+        )
+    };
+    Errno::result(result)?;
+    Ok(attributes)
+}
+
+/// Arguments of `clone3(2)` (`struct clone_args`, `linux/sched.h`, the form of
+/// Linux 5.7).
+#[derive(
+    Clone, Copy, Debug, Default, zerocopy::IntoBytes, zerocopy::Immutable, zerocopy::KnownLayout,
+)]
+#[repr(C)]
+#[expect(missing_docs, reason = "the kernel's names; clone3(2) says what they are")]
+pub struct CloneArguments {
+    pub flags: u64,
+    pub pidfd: u64,
+    pub child_tid: u64,
+    pub parent_tid: u64,
+    pub exit_signal: u64,
+    pub stack: u64,
+    pub stack_size: u64,
+    pub tls: u64,
+    pub set_tid: u64,
+    pub set_tid_size: u64,
+    pub cgroup: u64,
+}
+
+const _: () = assert!(size_of::<CloneArguments>() == 88);
+
+/// Makes a child with this pid that sleeps for ever, with all signal handlers at
+/// their defaults, until somebody traces it.
+///
+/// The child has copies of this program's memory and descriptors, and executes
+/// nothing but `pause(2)`: no destructor, no lock, no allocation.
+///
+/// # Errors
+/// `EEXIST` if the pid is in use; `EPERM` without `CAP_CHECKPOINT_RESTORE` or
+/// `CAP_SYS_ADMIN`.
+pub fn spawn_sleeper(pid: HostPid, flags: u64) -> Result<HostPid, Errno> {
+    let set_tid = [pid.0];
+    let arguments = CloneArguments {
+        flags,
+        exit_signal: libc::SIGCHLD.cast_unsigned().into(),
+        set_tid: set_tid.as_ptr().addr() as u64,
+        set_tid_size: 1,
+        ..CloneArguments::default()
+    };
+    let size = size_of::<CloneArguments>();
+    // SAFETY: arguments and pid outlive the call; the child does nothing but make
+    // system calls with numbers, so nothing it has copies of is used.
+    let result = unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size) };
+    if result == 0 {
+        // SAFETY: as above. The parent's death must not leave us behind.
+        unsafe {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0);
+            loop {
+                libc::pause();
+            }
+        }
+    }
+    Ok(HostPid(i32::try_from(Errno::result(result)?).expect("pids are small")))
+}

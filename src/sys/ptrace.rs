@@ -1,0 +1,350 @@
+//! `ptrace(2)`: stopping other threads, and reading and writing their registers.
+//!
+//! All of it must be called by the thread that seized the tracee.
+#![expect(unsafe_code, reason = "ptrace and waitpid")]
+
+use std::{io, mem::MaybeUninit, ptr};
+
+use nix::{errno::Errno, libc};
+
+use crate::units::{HostPid, RemoteAddr};
+
+/// The registers of a thread (`struct user_regs_struct`, `linux/user.h`).
+pub type Registers = libc::user_regs_struct;
+
+/// `NT_PRSTATUS` (`linux/elf.h`): general registers.
+const NT_PRSTATUS: usize = 1;
+/// `NT_X86_XSTATE` (`linux/elf.h`): everything that `XSAVE` saves.
+const NT_X86_XSTATE: usize = 0x202;
+
+/// Requests that `libc` does not name (`linux/ptrace.h`).
+const PTRACE_GETSIGMASK: libc::c_uint = 0x420a;
+const PTRACE_SETSIGMASK: libc::c_uint = 0x420b;
+const PTRACE_GET_RSEQ_CONFIGURATION: libc::c_uint = 0x420f;
+
+/// Bytes of a kernel signal set.
+const SIGSET_BYTES: usize = 8;
+
+/// The most that `XSAVE` takes today with AMX is 11 KiB.
+const XSTATE_LIMIT: usize = 64 << 10;
+
+/// What a tracee does when it is seized.
+pub mod options {
+    use nix::libc;
+
+    /// System call stops are told from signals (`PTRACE_O_TRACESYSGOOD`).
+    pub const SYSGOOD: i32 = libc::PTRACE_O_TRACESYSGOOD;
+    /// Children and threads that it makes are traced from their first instruction.
+    pub const FOLLOW: i32 =
+        libc::PTRACE_O_TRACECLONE | libc::PTRACE_O_TRACEFORK | libc::PTRACE_O_TRACEVFORK;
+    /// It is killed when its tracer ends (`PTRACE_O_EXITKILL`, since Linux 3.8).
+    pub const EXITKILL: i32 = libc::PTRACE_O_EXITKILL;
+}
+
+/// What became of a thread that was waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// It has exited with this code.
+    Exited(i32),
+    /// A signal ended it.
+    Killed(i32),
+    /// It is about to get this signal.
+    Signal(i32),
+    /// It was interrupted, or is a new tracee.
+    Interrupted,
+    /// Its process is stopped by this signal (group-stop).
+    Stopped(i32),
+    /// It enters or leaves a system call.
+    Syscall,
+    /// `PTRACE_EVENT_*`: fork, vfork, clone, exec, ...
+    Event(i32),
+    /// It goes on (`WCONTINUED`; not asked for).
+    Other(i32),
+}
+
+fn decode(status: i32) -> Wait {
+    if libc::WIFEXITED(status) {
+        return Wait::Exited(libc::WEXITSTATUS(status));
+    }
+    if libc::WIFSIGNALED(status) {
+        return Wait::Killed(libc::WTERMSIG(status));
+    }
+    if !libc::WIFSTOPPED(status) {
+        return Wait::Other(status);
+    }
+    let signal = libc::WSTOPSIG(status);
+    match status >> 16 {
+        0 if signal == libc::SIGTRAP | 0x80 => Wait::Syscall,
+        0 => Wait::Signal(signal),
+        libc::PTRACE_EVENT_STOP if signal == libc::SIGTRAP => Wait::Interrupted,
+        libc::PTRACE_EVENT_STOP => Wait::Stopped(signal),
+        event => Wait::Event(event),
+    }
+}
+
+/// Waits until something becomes of a tracee or child.
+///
+/// # Errors
+/// `ECHILD` if there is no such tracee or child.
+pub fn wait(tid: HostPid) -> Result<Wait, Errno> {
+    wait_with(tid, 0).map(|(_, wait)| wait.expect("waits until there is something"))
+}
+
+/// Looks whether something has become of a tracee or child.
+///
+/// # Errors
+/// As [`wait`].
+pub fn wait_nohang(tid: HostPid) -> Result<Option<Wait>, Errno> {
+    wait_with(tid, libc::WNOHANG).map(|(_, wait)| wait)
+}
+
+fn wait_with(tid: HostPid, flags: i32) -> Result<(HostPid, Option<Wait>), Errno> {
+    let mut status = 0;
+    loop {
+        // SAFETY: `status` outlives the call.
+        let result = unsafe { libc::waitpid(tid.0, &raw mut status, flags | libc::__WALL) };
+        match Errno::result(result) {
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno),
+            Ok(0) => return Ok((tid, None)),
+            Ok(tid) => return Ok((HostPid(tid), Some(decode(status)))),
+        }
+    }
+}
+
+/// Makes a request whose address and data are numbers to the kernel.
+fn request(
+    request: libc::c_uint,
+    tid: HostPid,
+    address: usize,
+    data: usize,
+) -> Result<libc::c_long, Errno> {
+    // SAFETY: the callers pass numbers, or pointers to memory that outlives the
+    // call and has the size that the request writes or reads.
+    let result = unsafe { libc::ptrace(request, tid.0, address, data) };
+    Errno::result(result)
+}
+
+/// Begins to trace a thread, without stopping it.
+///
+/// # Errors
+/// `EPERM` if it may not be traced or is traced already; `ESRCH`.
+pub fn seize(tid: HostPid, options: i32) -> Result<(), Errno> {
+    request(libc::PTRACE_SEIZE, tid, 0, options.cast_unsigned() as usize).map(drop)
+}
+
+/// Changes what was given to [`seize`].
+///
+/// # Errors
+/// `ESRCH` if the tracee is not stopped.
+pub fn set_options(tid: HostPid, options: i32) -> Result<(), Errno> {
+    request(libc::PTRACE_SETOPTIONS, tid, 0, options.cast_unsigned() as usize).map(drop)
+}
+
+/// Stops a tracee; [`wait`] tells when it has stopped.
+///
+/// # Errors
+/// `ESRCH`.
+pub fn interrupt(tid: HostPid) -> Result<(), Errno> {
+    request(libc::PTRACE_INTERRUPT, tid, 0, 0).map(drop)
+}
+
+/// Lets a stopped tracee go on, with a signal or with 0.
+///
+/// # Errors
+/// `ESRCH` if it is not stopped.
+pub fn resume(tid: HostPid, signal: i32) -> Result<(), Errno> {
+    request(libc::PTRACE_CONT, tid, 0, signal.cast_unsigned() as usize).map(drop)
+}
+
+/// Lets a stopped tracee go on until it enters or leaves a system call.
+///
+/// # Errors
+/// `ESRCH` if it is not stopped.
+pub fn resume_to_syscall(tid: HostPid) -> Result<(), Errno> {
+    request(libc::PTRACE_SYSCALL, tid, 0, 0).map(drop)
+}
+
+/// Ends tracing a stopped tracee, which goes on.
+///
+/// # Errors
+/// `ESRCH` if it is not stopped.
+pub fn detach(tid: HostPid, signal: i32) -> Result<(), Errno> {
+    request(libc::PTRACE_DETACH, tid, 0, signal.cast_unsigned() as usize).map(drop)
+}
+
+/// Returns the thread that a fork, vfork or clone event is about.
+///
+/// # Errors
+/// `ESRCH` if the tracee is not stopped.
+pub fn event_message(tid: HostPid) -> Result<u64, Errno> {
+    let mut message: libc::c_ulong = 0;
+    request(libc::PTRACE_GETEVENTMSG, tid, 0, (&raw mut message).addr())?;
+    Ok(message)
+}
+
+fn io_vector(buffer: &mut [u8]) -> libc::iovec {
+    libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() }
+}
+
+/// Returns the general registers of a stopped tracee.
+///
+/// # Errors
+/// `ESRCH` if it is not stopped.
+pub fn registers(tid: HostPid) -> Result<Registers, Errno> {
+    let mut registers = MaybeUninit::<Registers>::zeroed();
+    let mut vector =
+        libc::iovec { iov_base: registers.as_mut_ptr().cast(), iov_len: size_of::<Registers>() };
+    request(libc::PTRACE_GETREGSET, tid, NT_PRSTATUS, (&raw mut vector).addr())?;
+    // SAFETY: the structure is plain integers, for which all bytes are valid.
+    Ok(unsafe { registers.assume_init() })
+}
+
+/// Sets the general registers of a stopped tracee, segment bases among them.
+///
+/// # Errors
+/// `ESRCH` if it is not stopped, `EIO` for values that the processor forbids.
+pub fn set_registers(tid: HostPid, registers: &Registers) -> Result<(), Errno> {
+    let mut vector = libc::iovec {
+        iov_base: ptr::from_ref(registers).cast_mut().cast(),
+        iov_len: size_of::<Registers>(),
+    };
+    request(libc::PTRACE_SETREGSET, tid, NT_PRSTATUS, (&raw mut vector).addr()).map(drop)
+}
+
+/// Returns what `XSAVE` saves of a stopped tracee, in the standard form.
+///
+/// # Errors
+/// `ESRCH` if it is not stopped, `ENODEV` on processors without `XSAVE`.
+pub fn extended_registers(tid: HostPid) -> Result<Vec<u8>, Errno> {
+    let mut bytes = vec![0; XSTATE_LIMIT];
+    let mut vector = io_vector(&mut bytes);
+    request(libc::PTRACE_GETREGSET, tid, NT_X86_XSTATE, (&raw mut vector).addr())?;
+    let len = vector.iov_len;
+    bytes.truncate(len);
+    Ok(bytes)
+}
+
+/// Sets what [`extended_registers`] returns.
+///
+/// # Errors
+/// `ESRCH` if it is not stopped, `EINVAL` for what this processor does not have.
+pub fn set_extended_registers(tid: HostPid, bytes: &[u8]) -> Result<(), Errno> {
+    let mut vector =
+        libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+    request(libc::PTRACE_SETREGSET, tid, NT_X86_XSTATE, (&raw mut vector).addr()).map(drop)
+}
+
+/// Returns the signals that a stopped tracee blocks, bit 0 being signal 1.
+///
+/// # Errors
+/// `ESRCH` if it is not stopped.
+pub fn signal_mask(tid: HostPid) -> Result<u64, Errno> {
+    let mut mask = 0_u64;
+    request(PTRACE_GETSIGMASK, tid, SIGSET_BYTES, (&raw mut mask).addr())?;
+    Ok(mask)
+}
+
+/// Sets the signals that a stopped tracee blocks.
+///
+/// # Errors
+/// `ESRCH` if it is not stopped.
+pub fn set_signal_mask(tid: HostPid, mask: u64) -> Result<(), Errno> {
+    let mut mask = mask;
+    request(PTRACE_SETSIGMASK, tid, SIGSET_BYTES, (&raw mut mask).addr()).map(drop)
+}
+
+/// Writes a word of a stopped tracee's memory, whatever its protection.
+///
+/// # Errors
+/// `EIO` or `EFAULT` if nothing is mapped there.
+pub fn poke(tid: HostPid, address: RemoteAddr, word: u64) -> Result<(), Errno> {
+    let address = usize::try_from(address.0).map_err(|_| Errno::EFAULT)?;
+    let word = usize::try_from(word).map_err(|_| Errno::EFAULT)?;
+    request(libc::PTRACE_POKEDATA, tid, address, word).map(drop)
+}
+
+/// Restartable sequences of a thread (`struct ptrace_rseq_configuration`,
+/// `linux/ptrace.h`, since Linux 5.13).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct RseqConfiguration {
+    /// Where the thread's `struct rseq` is; 0 if it has none.
+    pub pointer: u64,
+    /// Its size in bytes.
+    pub size: u32,
+    /// What stands before abort handlers.
+    pub signature: u32,
+    flags: u32,
+    pad: u32,
+}
+
+const _: () = assert!(size_of::<RseqConfiguration>() == 24);
+
+/// Returns how a stopped tracee uses restartable sequences.
+///
+/// # Errors
+/// `EIO` on kernels before 5.13.
+pub fn rseq_configuration(tid: HostPid) -> Result<RseqConfiguration, Errno> {
+    let mut configuration = RseqConfiguration::default();
+    let size = size_of::<RseqConfiguration>();
+    request(PTRACE_GET_RSEQ_CONFIGURATION, tid, size, (&raw mut configuration).addr())?;
+    Ok(configuration)
+}
+
+/// Bytes of a `siginfo_t`.
+pub const SIGINFO_BYTES: usize = 128;
+
+/// Signals read at a time.
+const SIGINFO_BATCH: usize = 32;
+
+/// `PTRACE_PEEKSIGINFO_SHARED` (`linux/ptrace.h`): the queue of the process.
+const PEEK_SHARED: u32 = 1;
+
+/// `struct ptrace_peeksiginfo_args` (`linux/ptrace.h`, since Linux 3.10).
+#[repr(C)]
+struct PeekArguments {
+    offset: u64,
+    flags: u32,
+    count: i32,
+}
+
+const _: () = assert!(size_of::<PeekArguments>() == 16);
+
+/// Returns the signals that wait for a stopped tracee, or for its process, oldest
+/// first, each a `siginfo_t`.
+///
+/// # Errors
+/// `ESRCH` if it is not stopped.
+pub fn queued_signals(tid: HostPid, shared: bool) -> Result<Vec<Vec<u8>>, Errno> {
+    let mut found = Vec::new();
+    loop {
+        let mut buffer = [0_u8; SIGINFO_BYTES * SIGINFO_BATCH];
+        let arguments = PeekArguments {
+            offset: found.len() as u64,
+            flags: if shared { PEEK_SHARED } else { 0 },
+            count: i32::try_from(SIGINFO_BATCH).expect("small"),
+        };
+        let count = request(
+            libc::PTRACE_PEEKSIGINFO,
+            tid,
+            (&raw const arguments).addr(),
+            (&raw mut buffer).addr(),
+        )?;
+        let count = usize::try_from(count).expect("not negative");
+        found.extend(buffer.chunks(SIGINFO_BYTES).take(count).map(<[u8]>::to_vec));
+        if count < SIGINFO_BATCH {
+            return Ok(found);
+        }
+    }
+}
+
+/// Makes this process the parent of its descendants whose parents end.
+///
+/// # Errors
+/// What `prctl(2)` returns.
+pub fn become_subreaper() -> io::Result<()> {
+    // SAFETY: the call takes numbers.
+    let result = unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
+    Ok(Errno::result(result).map(drop)?)
+}
