@@ -11,7 +11,7 @@ use super::{
     error::with_sources,
     holes,
     index::piece,
-    overlay::{self, Piece, PiecePlace},
+    overlay::{self, Merged, Piece, PiecePlace},
 };
 use crate::{
     image::{
@@ -268,7 +268,10 @@ impl Check<'_> {
             Err(error) if error.is_missing() => {}
             Err(_) => return,
         }
-        let merged = overlay::merge(vec![pieces, below]);
+        let merged = overlay::merge(&[
+            Merged { pieces: &pieces, lowest: 0 },
+            Merged { pieces: &below, lowest: 1 },
+        ]);
         let missing =
             merged.iter().filter(|piece| matches!(piece.place(), PiecePlace::Missing { .. }));
         self.some(memory, &missing.collect::<Vec<_>>(), |piece| {

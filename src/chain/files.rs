@@ -3,6 +3,7 @@
 
 use std::{
     collections::HashMap,
+    ffi::OsStr,
     fs::{File, Metadata},
     io::{self, IoSliceMut},
     num::NonZeroUsize,
@@ -100,14 +101,15 @@ type Identity = (u64, u64);
 
 #[derive(Debug)]
 struct Entry {
-    path: PathBuf,
+    path: Arc<OsStr>,
     identity: Option<Identity>,
 }
 
 #[derive(Debug)]
 struct Inner {
     entries: Vec<Entry>,
-    by_path: HashMap<PathBuf, FileId>,
+    /// By paths as strings, which are hashed in a fraction of the time.
+    by_path: HashMap<Arc<OsStr>, FileId>,
     open: LruCache<FileId, Arc<BackingFile>>,
 }
 
@@ -136,12 +138,13 @@ impl Files {
     /// for the same path.
     pub fn enter(&self, path: &Path) -> FileId {
         let mut inner = self.lock();
-        if let Some(id) = inner.by_path.get(path) {
+        if let Some(id) = inner.by_path.get(path.as_os_str()) {
             return *id;
         }
         let id = FileId(u32::try_from(inner.entries.len()).expect("fewer files than 2^32"));
-        inner.entries.push(Entry { path: path.to_owned(), identity: None });
-        inner.by_path.insert(path.to_owned(), id);
+        let path: Arc<OsStr> = path.as_os_str().into();
+        inner.entries.push(Entry { path: Arc::clone(&path), identity: None });
+        inner.by_path.insert(path, id);
         id
     }
 
@@ -156,7 +159,7 @@ impl Files {
             if let Some(file) = inner.open.get(&id) {
                 return Ok(Arc::clone(file));
             }
-            inner.entries[id.0 as usize].path.clone()
+            PathBuf::from(&inner.entries[id.0 as usize].path)
         };
         // Opening may wait for a disk or a network: nobody else should.
         let open = || {

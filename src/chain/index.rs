@@ -1,10 +1,10 @@
 //! Which bytes hold page P of memory M?
 
-use std::{fs, mem, os::unix::fs::MetadataExt, path::Path, sync::OnceLock, time::Instant};
+use std::{fs, mem, ops::RangeInclusive, os::unix::fs::MetadataExt, sync::OnceLock, time::Instant};
 
 use super::{
     Chain, ChainError, FileId, LinkError, Result, SnapshotId,
-    overlay::{self, Piece, PiecePlace},
+    overlay::{self, Merged, Piece, PiecePlace, Pile},
     side_by_side,
 };
 use crate::{
@@ -97,10 +97,10 @@ impl Index {
     /// that cannot be read.
     pub fn build(chain: &Chain, id: SnapshotId, memory: MemoryId) -> Result<Self> {
         let begin = Instant::now();
-        let (layers, pieces) = read_layers(chain, id, memory)?;
+        let layers = read_layers(chain, id, memory)?;
         let read = begin.elapsed();
+        let (layers, extents) = layers.merge();
         let lowest = u32::try_from(layers.len() - 1).expect("layers are numbered by u32");
-        let extents = overlay::merge(pieces);
         let mut stored_pages = 0;
         for piece in &extents {
             let misled = match piece.place() {
@@ -181,126 +181,176 @@ impl Index {
     }
 }
 
-/// How many pagemaps are opened side by side.
-const BATCH: usize = 256;
+/// The layers that one memory is resolved across, the newest first.
+struct Layers {
+    layers: Vec<Layer>,
+    stretches: Vec<Stretch>,
+}
+
+impl Layers {
+    /// Merges what the layers say into one map.
+    fn merge(mut self) -> (Vec<Layer>, Vec<Piece>) {
+        let merged = match &mut *self.stretches {
+            [only] => mem::take(&mut only.pieces),
+            stretches => {
+                let maps = stretches.iter().map(|s| Merged { pieces: &s.pieces, lowest: s.lowest });
+                overlay::merge(&maps.collect::<Vec<_>>())
+            }
+        };
+        (self.layers, merged)
+    }
+}
+
+/// Pagemaps that a thread reads and merges at a time: at least so many that they
+/// take longer than a thread takes to start, and at most so many that small ones
+/// stay in its processor's cache. As many are read in vain at most by each.
+const STRETCH_LAYERS: RangeInclusive<usize> = 8..=64;
+
+/// Stretches for each processor, so that all are done at about the same time.
+const STRETCHES: usize = 4;
 
 /// Reads the pagemaps of `memory` from the snapshot down to the one where no
 /// more is asked of a parent.
 ///
 /// Most of the time goes into opening files, so beyond the first layer they are
-/// opened side by side, a batch at a time; at most one batch is read in vain.
-fn read_layers(
-    chain: &Chain,
-    id: SnapshotId,
-    memory: MemoryId,
-) -> Result<(Vec<Layer>, Vec<Vec<Piece>>)> {
-    let mut layers = Vec::new();
-    let mut pieces = Vec::new();
-    let mut batch = vec![id];
-    while !batch.is_empty() {
-        let dir = &chain.snapshot(batch[0]).dir;
-        let first = u32::try_from(layers.len()).expect("fewer layers than snapshots");
-        if layers.len() + batch.len() > overlay::LAYER_LIMIT {
-            return Err(ChainError::TooDeep { dir: dir.clone(), limit: overlay::LAYER_LIMIT });
-        }
-        let mut asking = None;
-        for (id, read) in batch.iter().zip(read_batch(chain, &batch, first, memory)) {
-            asking = None;
-            let Some(read) = read? else {
-                if layers.is_empty() {
-                    return Err(ChainError::NoMemory { dir: dir.clone(), memory });
-                }
-                break; // the layer above asks for pages, and will get no answer
-            };
-            let pages = chain.image_path(*id, Kind::Pages, read.pages_id.into());
-            layers.push(Layer {
-                snapshot: *id,
-                pages_id: read.pages_id,
-                pages: read.pages,
-                file: chain.files().enter(&pages),
-                dense: read.dense,
-            });
-            pieces.push(read.pieces);
-            if !read.asks_parent {
-                break;
-            }
-            asking = Some(*id);
-        }
-        batch = match asking {
-            Some(id) => ancestors(chain, id)?,
-            None => Vec::new(),
-        };
-    }
-    Ok((layers, pieces))
-}
-
-/// Returns the parent of a snapshot and as many of its ancestors as make a batch;
-/// a link that is broken further up is met when it is its turn.
-fn ancestors(chain: &Chain, id: SnapshotId) -> Result<Vec<SnapshotId>, LinkError> {
-    let mut batch = Vec::new();
-    let mut next = chain.snapshot(id).parent.clone()?;
-    while let Some(id) = next
-        && batch.len() < BATCH
-    {
-        batch.push(id);
-        next = chain.snapshot(id).parent.as_ref().ok().copied().flatten();
-    }
-    Ok(batch)
-}
-
-/// One pagemap as it was read.
-struct ReadLayer {
-    pages_id: u32,
-    pages: u64,
-    asks_parent: bool,
-    dense: bool,
-    pieces: Vec<Piece>,
-}
-
-/// Reads the pagemaps of the snapshots `ids` as layers from number `first` on;
-/// `None` for those that have none.
-fn read_batch(
-    chain: &Chain,
-    ids: &[SnapshotId],
-    first: u32,
-    memory: MemoryId,
-) -> Vec<Result<Option<ReadLayer>>> {
+/// opened side by side.
+fn read_layers(chain: &Chain, id: SnapshotId, memory: MemoryId) -> Result<Layers> {
     let name = memory.pagemap_name();
-    side_by_side::map(ids, WORTH_A_THREAD, |position, id| {
-        let layer = first + u32::try_from(position).expect("a batch is small");
-        read_layer(&chain.snapshot(*id).dir, &name, layer)
-    })
+    let mut stretches = vec![Desk::default().read(chain, &name, 0, &[id])];
+    let asked = matches!(stretches[0].end, End::AsksParent);
+    let (ancestors, end) = if asked { ancestors(chain, id) } else { (Vec::new(), Ok(())) };
+    let fair = ancestors.len().div_ceil(side_by_side::processors() * STRETCHES);
+    let each = fair.clamp(*STRETCH_LAYERS.start(), *STRETCH_LAYERS.end());
+    let parts: Vec<&[SnapshotId]> = ancestors.chunks(each).collect();
+    stretches.extend(side_by_side::map_until(
+        &parts,
+        1,
+        |desk: &mut Desk, position, ids| desk.read(chain, &name, 1 + position * each, ids),
+        |stretch| !matches!(stretch.end, End::AsksParent),
+    ));
+    let layers: Vec<Layer> =
+        stretches.iter_mut().flat_map(|stretch| mem::take(&mut stretch.layers)).collect();
+    let dir = || chain.snapshot(id).dir.clone();
+    match stretches.last_mut().map(|last| mem::replace(&mut last.end, End::Answered)) {
+        Some(End::Failed(error)) => return Err(error),
+        _ if layers.is_empty() => return Err(ChainError::NoMemory { dir: dir(), memory }),
+        Some(End::AsksParent) if layers.len() >= overlay::LAYER_LIMIT => {
+            return Err(ChainError::TooDeep { dir: dir(), limit: overlay::LAYER_LIMIT });
+        }
+        Some(End::AsksParent) => end?,
+        // The layer above one that is missing gets no answer.
+        Some(End::Answered | End::Missing) | None => {}
+    }
+    Ok(Layers { layers, stretches })
 }
 
-/// Pagemaps that take longer to open and read than a thread takes to start.
-const WORTH_A_THREAD: usize = 8;
-
-/// Reads the pagemap `name` in `dir` as layer `layer`; `None` if there is none.
-fn read_layer(dir: &Path, name: &str, layer: u32) -> Result<Option<ReadLayer>> {
-    let mut reader = match PagemapReader::open(&dir.join(name)) {
-        Ok(reader) => reader,
-        Err(error) if error.is_missing() => {
-            return Ok(None);
-        }
-        Err(error) => return Err(error.into()),
-    };
-    let pages_id = reader.pages_id();
-    let dense = fs::metadata(dir.join(Kind::Pages.file_name(pages_id.into())))
-        .is_ok_and(|meta| meta.blocks().saturating_mul(BLOCK_BYTES) >= meta.len());
-    // At once as large as it can become: growing it costs more than filling it.
-    let pieces = Vec::with_capacity(reader.entries_left());
-    let mut read = ReadLayer { pages_id, pages: 0, asks_parent: false, dense, pieces };
-    for entry in reader.by_ref() {
-        let entry = entry?;
-        overlay::push(&mut read.pieces, piece(layer, read.pages, &entry));
-        match entry.presence {
-            Presence::Present => read.pages += entry.pages,
-            Presence::Parent => read.asks_parent = true,
-            Presence::Absent => {}
-        }
+/// Returns all ancestors of a snapshot, from its parent down, and what is wrong
+/// with the link of the last.
+fn ancestors(chain: &Chain, id: SnapshotId) -> (Vec<SnapshotId>, Result<(), LinkError>) {
+    let mut ancestors = Vec::new();
+    let mut next = id;
+    loop {
+        next = match &chain.snapshot(next).parent {
+            Ok(Some(parent)) if ancestors.len() + 1 < overlay::LAYER_LIMIT => *parent,
+            Ok(_) => return (ancestors, Ok(())),
+            Err(link) => return (ancestors, Err(link.clone())),
+        };
+        ancestors.push(next);
     }
-    read.pieces.shrink_to_fit();
-    Ok(Some(read))
+}
+
+/// What follows the last layer of a stretch.
+enum End {
+    /// It asks its parent for pages.
+    AsksParent,
+    /// Nothing: no more is asked.
+    Answered,
+    /// A snapshot without this memory.
+    Missing,
+    /// A pagemap that cannot be read.
+    Failed(ChainError),
+}
+
+/// Some layers in a row as they were read, merged.
+struct Stretch {
+    layers: Vec<Layer>,
+    /// The number of the lowest; that of the one above, if there is none.
+    lowest: u32,
+    pieces: Vec<Piece>,
+    end: End,
+}
+
+/// The memory that pagemaps are read and merged in, stretch after stretch.
+#[derive(Default)]
+struct Desk {
+    buffer: Vec<u8>,
+    pile: Pile,
+}
+
+impl Desk {
+    /// Reads the pagemaps `name` of the snapshots `ids` as layers from number
+    /// `first` on.
+    fn read(&mut self, chain: &Chain, name: &str, first: usize, ids: &[SnapshotId]) -> Stretch {
+        let first = u32::try_from(first).expect("layers are numbered by u32");
+        let mut layers = Vec::with_capacity(ids.len());
+        let mut lowest = first.saturating_sub(1);
+        let mut end = End::AsksParent;
+        for (layer, id) in (first..).zip(ids) {
+            match self.read_layer(chain, name, *id, layer) {
+                Ok(Some((read, asks_parent))) => {
+                    layers.push(read);
+                    lowest = layer;
+                    if asks_parent {
+                        continue;
+                    }
+                    end = End::Answered;
+                }
+                Ok(None) => end = End::Missing,
+                Err(error) => end = End::Failed(error),
+            }
+            break;
+        }
+        Stretch { layers, lowest, pieces: self.pile.merge(), end }
+    }
+
+    /// Reads the pagemap `name` of the snapshot `id` as layer `layer` and adds what
+    /// it says to the pile. Returns the layer, and whether it asks its parent for
+    /// pages; `None` if the snapshot has no such pagemap.
+    fn read_layer(
+        &mut self,
+        chain: &Chain,
+        name: &str,
+        id: SnapshotId,
+        layer: u32,
+    ) -> Result<Option<(Layer, bool)>> {
+        let path = chain.snapshot(id).dir.join(name);
+        let mut reader = match PagemapReader::open_with(&path, &mut self.buffer) {
+            Ok(reader) => reader,
+            Err(error) if error.is_missing() => {
+                return Ok(None);
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let pages_id = reader.pages_id();
+        let pages_path = chain.image_path(id, Kind::Pages, pages_id.into());
+        let dense = fs::metadata(&pages_path)
+            .is_ok_and(|meta| meta.blocks().saturating_mul(BLOCK_BYTES) >= meta.len());
+        let file = chain.files().enter(&pages_path);
+        // At once as large as it can become: growing it costs more than filling it.
+        self.pile.reserve(reader.entries_left());
+        let (mut pages, mut asks_parent) = (0, false);
+        for entry in reader.by_ref() {
+            let entry = entry?;
+            self.pile.push(piece(layer, pages, &entry));
+            match entry.presence {
+                Presence::Present => pages += entry.pages,
+                Presence::Parent => asks_parent = true,
+                Presence::Absent => {}
+            }
+        }
+        self.pile.close(layer);
+        Ok(Some((Layer { snapshot: id, pages_id, pages, file, dense }, asks_parent)))
+    }
 }
 
 /// Returns what an entry of layer `layer` says, `file_page` pages into its file.

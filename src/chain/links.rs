@@ -2,7 +2,8 @@
 
 use std::{
     cmp::Ordering,
-    collections::HashMap,
+    collections::{HashMap, HashSet},
+    ffi::OsString,
     fs, io,
     num::NonZeroUsize,
     path::{Component, Path, PathBuf},
@@ -80,6 +81,7 @@ impl Chain {
             let probes = side_by_side::map(&dirs, WORTH_A_THREAD, |_, dir| {
                 (has_inventory(dir), fs::read_link(dir.join(PARENT_LINK)).ok())
             });
+            found.reserve(dirs.len());
             for (dir, (is_snapshot, link)) in dirs.into_iter().zip(probes) {
                 if is_snapshot {
                     let position = found.enter(dir);
@@ -277,21 +279,31 @@ fn directories(root: &Path) -> Result<Vec<PathBuf>> {
 #[derive(Default)]
 struct Discovery {
     snapshots: Vec<Snapshot>,
-    by_dir: HashMap<PathBuf, usize>,
+    /// By paths as strings, which are hashed in a fraction of the time; all are
+    /// canonical.
+    by_dir: HashMap<OsString, usize>,
     /// Where the links to the parents lead, as far as they were looked at.
     links: Vec<Option<PathBuf>>,
-    names: HashMap<String, usize>,
+    names: HashSet<String>,
 }
 
 impl Discovery {
+    /// Makes room for so many directories.
+    fn reserve(&mut self, dirs: usize) {
+        self.snapshots.reserve(dirs);
+        self.by_dir.reserve(dirs);
+        self.links.reserve(dirs);
+        self.names.reserve(dirs);
+    }
+
     fn enter(&mut self, dir: PathBuf) -> usize {
-        if let Some(known) = self.by_dir.get(&dir) {
+        if let Some(known) = self.by_dir.get(dir.as_os_str()) {
             return *known;
         }
         let position = self.snapshots.len();
         let name = self.unused_name(&dir);
-        self.names.insert(name.clone(), position);
-        self.by_dir.insert(dir.clone(), position);
+        self.names.insert(name.clone());
+        self.by_dir.insert(dir.clone().into_os_string(), position);
         self.snapshots.push(Snapshot { name, dir, parent: Ok(None) });
         self.links.push(None);
         position
@@ -301,20 +313,20 @@ impl Discovery {
     /// one is called so.
     fn unused_name(&self, dir: &Path) -> String {
         let name = dir.file_name().map_or("root".into(), |name| name.to_string_lossy());
-        let numbered = (2..).map(|number: u32| format!("{name}~{number}"));
-        std::iter::once(name.to_string())
-            .chain(numbered)
-            .find(|name| !self.names.contains_key(name))
-            .expect("some number is free")
+        if !self.names.contains(&*name) {
+            return name.into_owned();
+        }
+        let mut numbered = (2..).map(|number: u32| format!("{name}~{number}"));
+        numbered.find(|name| !self.names.contains(name)).expect("some number is free")
     }
 
     fn follow_links(&mut self) {
         let mut position = 0;
         while position < self.snapshots.len() {
-            let dir = self.snapshots[position].dir.clone();
             let parent = match self.known_sibling(position) {
                 Some(known) => Ok(Some(known)),
-                None => parent_dir(&dir).map(|parent| parent.map(|dir| self.enter(dir))),
+                None => parent_dir(&self.snapshots[position].dir)
+                    .map(|parent| parent.map(|dir| self.enter(dir))),
             };
             self.snapshots[position].parent = parent.map(|p| p.map(SnapshotId::at));
             position += 1;
@@ -330,7 +342,7 @@ impl Discovery {
         match (parts.next(), parts.next()) {
             (Some(Component::Normal(name)), None) => {
                 let dir = &self.snapshots[position].dir;
-                self.by_dir.get(&dir.parent()?.join(name)).copied()
+                self.by_dir.get(dir.parent()?.join(name).as_os_str()).copied()
             }
             _ => None,
         }
@@ -408,7 +420,9 @@ impl Discovery {
         for (place, position) in order.iter().enumerate() {
             rank[*position] = place;
         }
-        let mut sorted: Vec<Snapshot> = order.iter().map(|p| self.snapshots[*p].clone()).collect();
+        let mut snapshots: Vec<Option<Snapshot>> = self.snapshots.into_iter().map(Some).collect();
+        let mut sorted: Vec<Snapshot> =
+            order.iter().filter_map(|position| snapshots[*position].take()).collect();
         for snapshot in &mut sorted {
             if let Ok(Some(parent)) = &mut snapshot.parent {
                 *parent = SnapshotId::at(rank[parent.position()]);

@@ -2,15 +2,31 @@
 //!
 //! A pagemap is a partial map from pages to places, in which `PARENT` stands
 //! for whatever the map below says. Laying one over another is associative, so
-//! a chain is merged like a sorted list: in halves of equal weight. Every merge
-//! is one pass over two sorted arrays, and an entry takes part in a number of
-//! them that is logarithmic in the number of entries, however deep the chain.
+//! a chain is merged like a sorted list: neighbours in pairs, then pairs of
+//! pairs. Every merge is one pass over two sorted arrays, and an entry takes
+//! part in a number of them that is logarithmic in the number of layers.
+//!
+//! All this is done for one window of pages after another, of as many entries as
+//! a processor's cache holds: the memory that merging needs is then small and
+//! always the same, and the windows can be shared out among processors.
 
+use std::mem;
+
+use super::side_by_side;
 use crate::units::{PAGE_SHIFT, PageIndex};
 
 /// Entries that take longer to merge, about a millisecond, than a thread takes
 /// to start.
 const WORTH_A_THREAD: usize = 50_000;
+
+/// Entries that are merged at a time: 24 bytes each, twice.
+const WINDOW_PIECES: usize = 16 << 10;
+
+/// Entries that are looked at to tell where a window may end.
+const WINDOW_SAMPLES: usize = 16;
+
+/// Entries that take as long to merge as to look where a window begins in a layer.
+const LOOK_PIECES: usize = 4;
 
 /// Where the pages of a piece are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -144,92 +160,216 @@ impl Piece {
 
 /// Appends a piece, joining it to the last where it continues it.
 pub(super) fn push(pieces: &mut Vec<Piece>, piece: Piece) {
-    match pieces.last_mut() {
+    push_after(pieces, 0, piece);
+}
+
+/// Does so, but joins nothing to the first `kept` pieces.
+fn push_after(pieces: &mut Vec<Piece>, kept: usize, piece: Piece) {
+    match pieces[kept..].last_mut() {
         Some(last) if last.continues(&piece) => last.pages += piece.pages(),
         _ => pieces.push(piece),
     }
 }
 
+/// Some layers in a row, merged into one map.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Merged<'a> {
+    /// What they say together.
+    pub(super) pieces: &'a [Piece],
+    /// The lowest of them.
+    pub(super) lowest: u32,
+}
+
 /// Merges layers, the newest first, into one map.
-pub(super) fn merge(layers: Vec<Vec<Piece>>) -> Vec<Piece> {
-    let mut weights = Vec::with_capacity(layers.len() + 1);
-    weights.push(0);
-    for layer in &layers {
-        weights.push(weights[weights.len() - 1] + layer.len() + 1);
-    }
-    let mut layers = layers;
-    merge_range(&mut layers, &weights, 0, &mut Spare::default())
+pub(super) fn merge(layers: &[Merged]) -> Vec<Piece> {
+    // Every window costs a look at every layer.
+    merge_by_windows(layers, WINDOW_PIECES.max(layers.len() * LOOK_PIECES))
 }
 
-/// Memory of merged layers that are no longer needed. To fault in new memory for
-/// every merge takes longer than the merge itself.
-#[derive(Default)]
-struct Spare(Vec<Vec<Piece>>);
-
-impl Spare {
-    /// How many are kept: two at most are taken before others come.
-    const KEPT: usize = 3;
-
-    fn take(&mut self) -> Vec<Piece> {
-        self.0.pop().unwrap_or_default()
-    }
-
-    fn give(&mut self, mut layer: Vec<Piece>) {
-        layer.clear();
-        self.0.push(layer);
-        self.0.sort_unstable_by_key(Vec::capacity);
-        if self.0.len() > Self::KEPT {
-            self.0.remove(0);
+/// Does so in windows of about `target` pieces.
+fn merge_by_windows(layers: &[Merged], target: usize) -> Vec<Piece> {
+    // What the newest layer does not speak of is nowhere.
+    let Some(top) = layers.first().map(|top| top.pieces) else { return Vec::new() };
+    let (Some(first), Some(last)) = (top.first(), top.last()) else { return Vec::new() };
+    let total: usize = layers.iter().map(|layer| layer.pieces.len()).sum();
+    let mut bounds = vec![first.first()];
+    bounds.extend(inner_bounds(layers, total, target));
+    bounds.retain(|page| *page < last.end() && *page >= first.first());
+    bounds.push(last.end());
+    bounds.sort_unstable();
+    bounds.dedup();
+    let windows: Vec<(PageIndex, PageIndex)> = bounds.windows(2).map(|b| (b[0], b[1])).collect();
+    let threads = side_by_side::processors().min(total / WORTH_A_THREAD).max(1);
+    let shares: Vec<_> = windows.chunks(windows.len().div_ceil(threads)).collect();
+    let mut parts = side_by_side::map(&shares, 1, |position, windows| {
+        // In most cases enough, and what is never touched costs nothing.
+        let mut merged = Vec::with_capacity(if position == 0 { total } else { total / threads });
+        let mut pile = Pile::default();
+        let mut passed = vec![0; layers.len()];
+        for (from, to) in *windows {
+            pile.load(layers, &mut passed, *from, *to);
+            pile.merge_into(&mut merged);
+        }
+        merged
+    })
+    .into_iter();
+    let mut all = parts.next().unwrap_or_default();
+    for part in parts {
+        if let Some((first, rest)) = part.split_first() {
+            push(&mut all, *first);
+            all.extend_from_slice(rest);
         }
     }
+    all.shrink_to_fit();
+    all
 }
 
-/// Merges `layers`, the first of which has number `first` in the whole chain;
-/// `weights[n]` is what the layers before the chain's n-th weigh together.
-fn merge_range(
-    layers: &mut [Vec<Piece>],
-    weights: &[usize],
-    first: usize,
-    spare: &mut Spare,
-) -> Vec<Piece> {
-    match layers {
-        [] => Vec::new(),
-        [only] => std::mem::take(only),
-        _ => {
-            let count = layers.len();
-            let middle = usize::midpoint(weights[first], weights[first + count]);
-            let split = weights[first..first + count].partition_point(|w| *w < middle);
-            let split = split.clamp(1, count - 1);
-            let (upper, lower) = layers.split_at_mut(split);
-            let weight = weights[first + count] - weights[first];
-            let mut upper_half = |spare: &mut _| merge_range(upper, weights, first, spare);
-            let mut lower_half = |spare: &mut _| merge_range(lower, weights, first + split, spare);
-            let (upper, lower) = if weight < WORTH_A_THREAD {
-                (upper_half(spare), lower_half(spare))
+/// Returns pages that part the layers, `total` pieces in all, into windows of
+/// about `target` pieces; not in order.
+fn inner_bounds(layers: &[Merged], total: usize, target: usize) -> Vec<PageIndex> {
+    if total < 2 * target {
+        return Vec::new();
+    }
+    let pieces = layers.iter().flat_map(|layer| layer.pieces);
+    let mut samples: Vec<PageIndex> =
+        pieces.step_by(target.div_ceil(WINDOW_SAMPLES)).map(Piece::first).collect();
+    samples.sort_unstable();
+    samples.into_iter().step_by(WINDOW_SAMPLES).collect()
+}
+
+/// Layers that have been merged into one, as they lie in a pile.
+#[derive(Debug)]
+struct Stretch {
+    /// Where in the pile it ends; it begins where the one before ends.
+    end: usize,
+    /// The lowest of its layers.
+    lowest: u32,
+}
+
+/// Layers that lie one below the other, to be merged, and the memory for it: to
+/// fault in new memory takes longer than to merge, so a pile is used again and
+/// again.
+#[derive(Debug, Default)]
+pub(super) struct Pile {
+    pieces: Vec<Piece>,
+    stretches: Vec<Stretch>,
+    next_pieces: Vec<Piece>,
+    next_stretches: Vec<Stretch>,
+}
+
+impl Pile {
+    /// Makes room for so many pieces.
+    pub(super) fn reserve(&mut self, pieces: usize) {
+        self.pieces.reserve(pieces);
+    }
+
+    /// Appends a piece to the lowest layer, which is open.
+    pub(super) fn push(&mut self, piece: Piece) {
+        let begun = self.begun();
+        push_after(&mut self.pieces, begun, piece);
+    }
+
+    /// Closes the lowest layer, whose number is `layer`; the next piece is one of
+    /// the layer below.
+    pub(super) fn close(&mut self, layer: u32) {
+        self.stretches.push(Stretch { end: self.pieces.len(), lowest: layer });
+    }
+
+    /// Merges all layers that are closed and takes them off the pile; what is
+    /// open is forgotten.
+    pub(super) fn merge(&mut self) -> Vec<Piece> {
+        self.pieces.truncate(self.begun());
+        let mut merged = Vec::new();
+        if let [_] = &*self.stretches {
+            // There may be millions.
+            mem::swap(&mut merged, &mut self.pieces);
+            self.stretches.clear();
+        } else {
+            merged.reserve_exact(self.pieces.len());
+            self.merge_into(&mut merged);
+        }
+        merged.shrink_to_fit();
+        merged
+    }
+
+    /// Returns where the open layer begins.
+    fn begun(&self) -> usize {
+        self.stretches.last().map_or(0, |stretch| stretch.end)
+    }
+
+    /// Merges all layers, appends them to `merged` and takes them off the pile.
+    fn merge_into(&mut self, merged: &mut Vec<Piece>) {
+        while self.stretches.len() > 2 {
+            self.merge_pairs();
+        }
+        match &*self.stretches {
+            [] => {}
+            [_] => self.pieces.iter().for_each(|piece| push(merged, *piece)),
+            [upper, ..] => {
+                let (above, below) = self.pieces.split_at(upper.end);
+                overlay(above, below, upper.lowest, 0, merged);
+            }
+        }
+        self.pieces.clear();
+        self.stretches.clear();
+    }
+
+    /// Piles up what `layers` have in `[from, to)`, of which none is before the
+    /// window that this was last called for; `passed` counts the pieces of each
+    /// that end before.
+    fn load(&mut self, layers: &[Merged], passed: &mut [usize], from: PageIndex, to: PageIndex) {
+        for (layer, passed) in layers.iter().zip(passed) {
+            *passed += skip_to(&layer.pieces[*passed..], from);
+            let begun = self.pieces.len();
+            for piece in layer.pieces[*passed..].iter().take_while(|piece| piece.first() < to) {
+                self.pieces.push(piece.clip(piece.first().max(from), piece.end().min(to)));
+            }
+            // A layer that leaves the whole window to its parent changes nothing.
+            if let [piece] = &self.pieces[begun..]
+                && piece.kind() == PARENT
+                && (piece.first(), piece.end()) == (from, to)
+                && let Some(above) = self.stretches.last_mut()
+            {
+                self.pieces.truncate(begun);
+                above.lowest = layer.lowest;
+                continue;
+            }
+            self.close(layer.lowest);
+        }
+    }
+
+    /// Merges every other stretch with the one below it.
+    fn merge_pairs(&mut self) {
+        self.next_pieces.clear();
+        self.next_stretches.clear();
+        let mut begin = 0;
+        for pair in self.stretches.chunks(2) {
+            let (upper, lower) = (&pair[0], pair.last().unwrap_or(&pair[0]));
+            let above = &self.pieces[begin..upper.end];
+            let kept = self.next_pieces.len();
+            if pair.len() == 1 {
+                self.next_pieces.extend_from_slice(above);
             } else {
-                std::thread::scope(|scope| {
-                    let lower = scope.spawn(|| lower_half(&mut Spare::default()));
-                    (upper_half(spare), lower.join().expect("merging does not panic"))
-                })
-            };
-            let lowest = u32::try_from(first + split - 1).expect("layers are numbered by u32");
-            let merged = overlay(&upper, &lower, lowest, spare.take());
-            spare.give(upper);
-            spare.give(lower);
-            merged
+                let below = &self.pieces[upper.end..lower.end];
+                overlay(above, below, upper.lowest, kept, &mut self.next_pieces);
+            }
+            begin = lower.end;
+            self.next_stretches.push(Stretch { end: self.next_pieces.len(), lowest: lower.lowest });
         }
+        mem::swap(&mut self.pieces, &mut self.next_pieces);
+        mem::swap(&mut self.stretches, &mut self.next_stretches);
     }
 }
 
-/// Lays `upper` over `lower`; `layer` is the lowest layer in `upper`. The result
-/// is put into `merged`, which is empty.
-fn overlay(upper: &[Piece], lower: &[Piece], layer: u32, mut merged: Vec<Piece>) -> Vec<Piece> {
+/// Lays `upper` over `lower` and appends the result to `merged`, of which it
+/// leaves the first `kept` alone; `layer` is the lowest layer in `upper`.
+fn overlay(upper: &[Piece], lower: &[Piece], layer: u32, kept: usize, merged: &mut Vec<Piece>) {
     // In most cases enough: only a lower piece that is cut in two takes more.
     merged.reserve(upper.len() + lower.len());
     let mut below = lower;
     for piece in upper {
         if piece.kind() != PARENT {
-            push(&mut merged, *piece);
+            push_after(merged, kept, *piece);
             continue;
         }
         let mut next = piece.first();
@@ -243,20 +383,19 @@ fn overlay(upper: &[Piece], lower: &[Piece], layer: u32, mut merged: Vec<Piece>)
             }
             let from = candidate.first().max(next);
             if from > next {
-                push(&mut merged, missing(next, from));
+                push_after(merged, kept, missing(next, from));
             }
             next = candidate.end().min(piece.end());
             let answer = candidate.clip(from, next);
             // Whether a page may come later is the snapshot's own affair, unless
             // it has no choice.
             let own = answer.kind() == ABSENT;
-            push(&mut merged, if own { answer } else { answer.with_lazy(piece.lazy()) });
+            push_after(merged, kept, if own { answer } else { answer.with_lazy(piece.lazy()) });
         }
         if next < piece.end() {
-            push(&mut merged, missing(next, piece.end()));
+            push_after(merged, kept, missing(next, piece.end()));
         }
     }
-    merged
 }
 
 /// Returns the position of the first piece that ends after `page`, galloping:
@@ -362,9 +501,25 @@ mod tests {
         }
 
         #[test]
-        fn merged_layers_answer_as_layer_by_layer(layers in layers()) {
+        fn merged_layers_answer_as_layer_by_layer(
+            layers in layers(),
+            in_a_pile in 1..5_usize,
+            target in 1..40_usize,
+        ) {
             let maps: Vec<_> = layers.iter().map(|layer| pages(layer)).collect();
-            let merged = merge(layers);
+            let mut pile = Pile::default();
+            let mut stretches = Vec::new();
+            for (position, chunk) in (0..).zip(layers.chunks(in_a_pile)) {
+                for (lowest, layer) in (position * in_a_pile..).zip(chunk) {
+                    layer.iter().for_each(|piece| pile.push(*piece));
+                    pile.close(u32::try_from(lowest).unwrap());
+                }
+                let lowest = u32::try_from(position * in_a_pile + chunk.len() - 1).unwrap();
+                stretches.push((pile.merge(), lowest));
+            }
+            let stretches: Vec<Merged> =
+                stretches.iter().map(|(pieces, lowest)| Merged { pieces, lowest: *lowest }).collect();
+            let merged = merge_by_windows(&stretches, target);
             for pair in merged.windows(2) {
                 prop_assert!(pair[0].end() <= pair[1].first());
                 prop_assert!(!pair[0].continues(&pair[1]));

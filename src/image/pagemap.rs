@@ -10,7 +10,7 @@ use std::{
 
 use super::{
     ImageError, ImageReader, ImageWriter, Kind, Result,
-    framing::MESSAGE_LIMIT_BYTES,
+    framing::{Lent, MESSAGE_LIMIT_BYTES},
     proto,
     wire::{self, Value},
 };
@@ -136,6 +136,16 @@ impl PagemapReader {
     /// without a head.
     pub fn open(path: &Path) -> Result<Self> {
         Self::new(ImageReader::open_kind(path, Kind::Pagemap)?)
+    }
+}
+
+impl<'a> PagemapReader<Lent<'a>> {
+    /// Opens a pagemap file, to be read through a buffer that is lent for it.
+    ///
+    /// # Errors
+    /// As [`PagemapReader::open`].
+    pub fn open_with(path: &Path, buffer: &'a mut Vec<u8>) -> Result<Self> {
+        Self::new(ImageReader::open_with(path, buffer)?)
     }
 }
 

@@ -2,6 +2,8 @@
 //!
 //! All runs of a row are interleaved and their medians compared: the machine's
 //! speed changes from one minute to the next, a ratio hardly does.
+//!
+//! `cargo bench --bench mount -- throughput` or `-- depth` runs one half.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -36,6 +38,10 @@ const RUNS: usize = 5;
 
 fn main() {
     require(Cap::Fuse);
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    // Cargo adds `--bench`.
+    let only = arguments.iter().find(|argument| !argument.starts_with('-'));
+    let wanted = |half: &str| only.is_none_or(|only| only == half);
     // A file system on a disk, whose page cache is in large folios, and memory,
     // from which a restore without a disk reads.
     let mut places = vec![std::env::temp_dir(), PathBuf::from("/dev/shm")];
@@ -45,8 +51,12 @@ fn main() {
     for place in places.iter().filter(|place| place.is_dir()) {
         let scratch = tempfile::tempdir_in(place).unwrap();
         println!("\ndata in {}", scratch.path().display());
-        throughput(scratch.path());
-        depth(scratch.path());
+        if wanted("throughput") {
+            throughput(scratch.path());
+        }
+        if wanted("depth") {
+            depth(scratch.path());
+        }
     }
 }
 
