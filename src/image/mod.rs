@@ -13,6 +13,7 @@ pub mod json;
 pub mod pagemap;
 pub mod payload;
 pub mod proto;
+pub mod registers;
 pub mod snapshot;
 mod verify;
 pub mod vma;

@@ -13,7 +13,7 @@ mod json;
 mod mapped;
 mod notes;
 mod process;
-mod registers;
+
 mod seek;
 mod shared;
 mod tables;

@@ -15,10 +15,13 @@ use object::{
 };
 
 use super::{
-    AddressSpace, Process, Result, ViewError, mapped::Mapped, process::Below, registers,
-    thread::Thread,
+    AddressSpace, Process, Result, ViewError, mapped::Mapped, process::Below, thread::Thread,
 };
-use crate::{chain::read_at, image::proto, units::PAGE_SIZE};
+use crate::{
+    chain::read_at,
+    image::{proto, registers},
+    units::PAGE_SIZE,
+};
 
 /// Bytes in the kernel's `elf_prstatus`.
 const PRSTATUS_BYTES: usize = 336;
