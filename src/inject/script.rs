@@ -119,6 +119,8 @@ struct Call {
 pub struct Script {
     calls: Vec<Call>,
     data: Vec<u8>,
+    /// Places in the data that hold the address of other data.
+    pointers: Vec<(usize, Buffer)>,
 }
 
 impl Script {
@@ -197,6 +199,15 @@ impl Script {
         Buffer { offset, len }
     }
 
+    /// Makes the eight bytes at `offset` in `buffer` the address of `target`.
+    ///
+    /// # Panics
+    /// If they are not within the buffer.
+    pub fn point(&mut self, buffer: Buffer, offset: usize, target: Buffer) {
+        assert!(offset + size_of::<u64>() <= buffer.len, "the pointer is within the buffer");
+        self.pointers.push((buffer.offset + offset, target));
+    }
+
     /// Writes the table for scratch memory that the other process has at
     /// `address`. The memory is at least [`Self::bytes_needed`] long.
     pub(super) fn write(&self, scratch: &mut [u8], address: RemoteAddr) {
@@ -233,6 +244,10 @@ impl Script {
             &Entry { number: END, arguments: [0; ARGUMENTS], result: 0, flags: 0, from_results: 0 },
         );
         scratch[data_at..data_at + self.data.len()].copy_from_slice(&self.data);
+        for (place, target) in &self.pointers {
+            let pointer = address.plus((data_at + target.offset) as u64).0.to_le_bytes();
+            scratch[data_at + place..data_at + place + pointer.len()].copy_from_slice(&pointer);
+        }
     }
 
     /// Reads the table back after it was walked.
@@ -319,6 +334,8 @@ mod tests {
         let path = script.string(c"/tmp");
         let open = script.call("open", 2, &[path.into(), 0.into()]);
         let close = script.attempt(3, &[open.into()]);
+        let pointer = script.space(8);
+        script.point(pointer, 0, path);
         let mut scratch = vec![0xff; 4096];
         script.write(&mut scratch, RemoteAddr(0x1000));
         let entry = |position: usize| {
@@ -326,6 +343,8 @@ mod tests {
         };
         assert_eq!(entry(0).number, 2);
         assert_eq!(entry(0).arguments[0], 0x1000 + 3 * size_of::<Entry>() as u64);
+        let data = &scratch[3 * size_of::<Entry>() + 16..][..8];
+        assert_eq!(data, entry(0).arguments[0].to_le_bytes());
         assert_eq!(entry(1).from_results, 1);
         assert_eq!(entry(2).number, END);
         assert_eq!(script.read(&scratch).unwrap_err(), (0, Errno::ECANCELED));

@@ -97,6 +97,17 @@ impl Scratch {
         Ok(scratch)
     }
 
+    /// Returns the same scratch memory with the instruction that calls the kernel in
+    /// its own code, for when nothing else is left of the address space.
+    #[must_use]
+    pub fn on_its_own(self) -> Self {
+        let offset = arch::code()
+            .windows(arch::SYSCALL_INSTRUCTION.len())
+            .position(|window| window == arch::SYSCALL_INSTRUCTION)
+            .expect("the code calls the kernel");
+        Self { instruction: self.start.plus(offset as u64), ..self }
+    }
+
     fn load_code(&self, tid: HostPid) -> Result<()> {
         for (number, word) in arch::code().chunks(size_of::<u64>()).enumerate() {
             let mut bytes = [0; size_of::<u64>()];

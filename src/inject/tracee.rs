@@ -10,13 +10,10 @@ use crate::{
     proc::{self, Mapping},
     sys::{
         process,
-        ptrace::{self, Registers, RseqConfiguration, Wait},
+        ptrace::{self, RSEQ_CS_OFFSET, Registers, RseqConfiguration, Wait},
     },
     units::{HostPid, RemoteAddr},
 };
-
-/// Offset of `rseq_cs` in `struct rseq` (`linux/rseq.h`).
-const RSEQ_CS_OFFSET: u64 = 8;
 
 /// A thread that works for this program gets no signal but those that cannot be
 /// blocked, and the trap at the end.

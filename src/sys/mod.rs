@@ -1,10 +1,17 @@
 //! What needs `unsafe`: system calls that no crate makes safe for us.
 
+pub mod cancel;
 pub mod daemon;
 mod descriptors;
+pub mod fds;
+mod features;
 pub mod gather;
 pub mod pagemap;
 pub mod process;
 pub mod ptrace;
+pub mod supervise;
+pub mod tty;
+pub mod xsave;
 
 pub use descriptors::receive_fd;
+pub use features::Features;

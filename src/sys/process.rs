@@ -137,6 +137,15 @@ fn pid_of(pid: HostPid) -> Pid {
     Pid::from_raw(pid.0)
 }
 
+/// Sends a signal, also a real-time one, to a process.
+///
+/// # Errors
+/// `ESRCH`, `EPERM`, `EINVAL`.
+pub fn signal(pid: HostPid, number: i32) -> Result<(), Errno> {
+    // SAFETY: the call takes numbers.
+    Errno::result(unsafe { libc::kill(pid.0, number) }).map(drop)
+}
+
 /// Whether there is a process or thread of this number, dead ones included.
 pub fn exists(pid: HostPid) -> bool {
     !matches!(kill(pid_of(pid), None), Err(Errno::ESRCH))
@@ -211,6 +220,17 @@ pub fn scheduling(tid: HostPid) -> Result<Scheduling, Errno> {
     Ok(attributes)
 }
 
+/// Changes how a thread is scheduled.
+///
+/// # Errors
+/// `ESRCH`, `EPERM`, `EINVAL`.
+pub fn set_scheduling(tid: HostPid, attributes: &Scheduling) -> Result<(), Errno> {
+    // SAFETY: the structure outlives the call and says its own size.
+    let result =
+        unsafe { libc::syscall(libc::SYS_sched_setattr, tid.0, attributes.as_bytes().as_ptr(), 0) };
+    Errno::result(result).map(drop)
+}
+
 /// Arguments of `clone3(2)` (`struct clone_args`, `linux/sched.h`, the form of
 /// Linux 5.7).
 #[derive(
@@ -266,4 +286,44 @@ pub fn spawn_sleeper(pid: HostPid, flags: u64) -> Result<HostPid, Errno> {
         }
     }
     Ok(HostPid(i32::try_from(Errno::result(result)?).expect("pids are small")))
+}
+
+/// Lets this program open as many files as it may.
+pub fn raise_descriptor_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && let Err(errno) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+    {
+        log::debug!("cannot raise the limit of open files: {errno}");
+    }
+}
+
+/// Makes anonymous shared memory, as `mmap(2)` with `MAP_SHARED | MAP_ANONYMOUS`
+/// does, and returns a descriptor for it. Where the kernel does not hand one out, it
+/// is a memfd, which differs in its name only.
+///
+/// # Errors
+/// What `mmap(2)` or `memfd_create(2)` return.
+pub fn shared_anonymous(bytes: u64) -> std::io::Result<OwnedFd> {
+    let len = usize::try_from(bytes.max(1)).map_err(|_| Errno::ENOMEM)?;
+    let (read_write, shared) =
+        (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
+    // SAFETY: a new mapping at a place of the kernel's choice touches no other.
+    let start = unsafe { libc::mmap(std::ptr::null_mut(), len, read_write, shared, -1, 0) };
+    if start == libc::MAP_FAILED {
+        return Err(Errno::last().into());
+    }
+    let end = (start.addr() + len).next_multiple_of(4096);
+    let path = format!("/proc/self/map_files/{:x}-{end:x}", start.addr());
+    let file = std::fs::File::options().read(true).write(true).open(path);
+    // SAFETY: the mapping is ours and nobody has its address.
+    unsafe { libc::munmap(start, len) };
+    match file {
+        Ok(file) => Ok(file.into()),
+        Err(_) => {
+            let fd = super::fds::memfd(c"/dev/zero", 0)?;
+            nix::unistd::ftruncate(&fd, i64::try_from(bytes).map_err(|_| Errno::EFBIG)?)?;
+            Ok(fd)
+        }
+    }
 }

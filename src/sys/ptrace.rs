@@ -3,7 +3,7 @@
 //! All of it must be called by the thread that seized the tracee.
 #![expect(unsafe_code, reason = "ptrace and waitpid")]
 
-use std::{io, mem::MaybeUninit, ptr};
+use std::{mem::MaybeUninit, ptr};
 
 use nix::{errno::Errno, libc};
 
@@ -264,6 +264,9 @@ pub fn poke(tid: HostPid, address: RemoteAddr, word: u64) -> Result<(), Errno> {
     request(libc::PTRACE_POKEDATA, tid, address, word).map(drop)
 }
 
+/// Offset of `rseq_cs` in `struct rseq` (`linux/rseq.h`).
+pub const RSEQ_CS_OFFSET: u64 = 8;
+
 /// Restartable sequences of a thread (`struct ptrace_rseq_configuration`,
 /// `linux/ptrace.h`, since Linux 5.13).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -339,12 +342,12 @@ pub fn queued_signals(tid: HostPid, shared: bool) -> Result<Vec<Vec<u8>>, Errno>
     }
 }
 
-/// Makes this process the parent of its descendants whose parents end.
+/// Makes this process the parent of its descendants whose parents end, or no longer.
 ///
 /// # Errors
 /// What `prctl(2)` returns.
-pub fn become_subreaper() -> io::Result<()> {
+pub fn set_subreaper(on: bool) -> Result<(), Errno> {
     // SAFETY: the call takes numbers.
-    let result = unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
-    Ok(Errno::result(result).map(drop)?)
+    let result = unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, i32::from(on), 0, 0, 0) };
+    Errno::result(result).map(drop)
 }

@@ -1,0 +1,258 @@
+//! Making descriptors, and asking the kernel about them.
+#![expect(unsafe_code, reason = "system calls that no crate of ours wraps")]
+
+use std::{
+    ffi::CStr,
+    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+};
+
+use nix::{errno::Errno, libc};
+
+/// `F_GETOWNER_UIDS` (`include/uapi/asm-generic/fcntl.h`, Linux 3.6).
+const F_GETOWNER_UIDS: libc::c_int = 17;
+/// `F_GETOWN_EX` and `F_GETSIG` (the same file), which `libc` lacks.
+const F_GETOWN_EX: libc::c_int = 16;
+const F_GETSIG: libc::c_int = 11;
+/// `KCMP_EPOLL_TFD` (`include/uapi/linux/kcmp.h`, Linux 4.13).
+const KCMP_EPOLL_TFD: libc::c_int = 7;
+/// `TFD_IOC_SET_TICKS` (`include/uapi/linux/timerfd.h`, Linux 3.17).
+const TFD_IOC_SET_TICKS: libc::Ioctl = 0x4008_5400;
+const _: () = assert!(
+    TFD_IOC_SET_TICKS
+        == (1 << 30) | (size_of::<u64>() as libc::Ioctl) << 16 | (b'T' as libc::Ioctl) << 8
+);
+/// Bytes in the kernel's set of signals, not the C library's.
+const SIGSET_BYTES: usize = 8;
+
+/// Who gets the signals of a descriptor (`struct f_owner_ex`,
+/// `include/uapi/asm-generic/fcntl.h`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Owner {
+    /// `F_OWNER_*`.
+    pub kind: i32,
+    /// A thread, process or group; 0 for nobody.
+    pub pid: i32,
+}
+const _: () = assert!(size_of::<Owner>() == 8);
+
+/// Which file an epoll watches (`struct kcmp_epoll_slot`,
+/// `include/uapi/linux/kcmp.h`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct EpollSlot {
+    /// The epoll's descriptor.
+    pub epoll: u32,
+    /// The descriptor that was added.
+    pub target: u32,
+    /// The position among those that were added under this number.
+    pub offset: u32,
+}
+const _: () = assert!(size_of::<EpollSlot>() == 12);
+
+/// When a timer expires.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TimerSetting {
+    /// Seconds and nanoseconds until, or of, the next time.
+    pub value: (u64, u64),
+    /// Seconds and nanoseconds between one time and the next.
+    pub interval: (u64, u64),
+}
+
+/// Takes a descriptor that the kernel has just made.
+fn made(number: libc::c_long) -> nix::Result<OwnedFd> {
+    let number = Errno::result(number)?;
+    let number = libc::c_int::try_from(number).map_err(|_| Errno::EBADF)?;
+    // SAFETY: the callers pass what a call has returned that makes a descriptor;
+    // nobody else knows the number.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Duplicates a descriptor of this program that is known by its number, as those
+/// that were inherited are.
+///
+/// # Errors
+/// What `fcntl(2)` returns.
+pub fn duplicate(number: i32) -> nix::Result<OwnedFd> {
+    // SAFETY: the call takes and returns numbers; it changes no descriptor.
+    made(unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 0) }.into())
+}
+
+/// Duplicates a descriptor to the first free number from `lowest` up.
+///
+/// # Errors
+/// What `fcntl(2)` returns.
+pub fn duplicate_from(fd: BorrowedFd, lowest: i32) -> nix::Result<OwnedFd> {
+    // SAFETY: the call takes and returns numbers; it changes no descriptor.
+    made(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, lowest) }.into())
+}
+
+/// Returns who gets the signals of a descriptor, and which signal (0: `SIGIO`).
+///
+/// # Errors
+/// What `fcntl(2)` returns.
+pub fn owner(fd: BorrowedFd) -> nix::Result<(Owner, u32)> {
+    let mut owner = Owner::default();
+    // SAFETY: the kernel writes a `struct f_owner_ex`, whose layout is asserted.
+    Errno::result(unsafe { libc::fcntl(fd.as_raw_fd(), F_GETOWN_EX, &raw mut owner) })?;
+    // SAFETY: the call takes no pointer.
+    let signal = Errno::result(unsafe { libc::fcntl(fd.as_raw_fd(), F_GETSIG) })?;
+    Ok((owner, signal.unsigned_abs()))
+}
+
+/// Returns the user and the effective user in whose name the signals are sent.
+///
+/// # Errors
+/// What `fcntl(2)` returns; `EINVAL` without `CONFIG_CHECKPOINT_RESTORE`.
+pub fn owner_uids(fd: BorrowedFd) -> nix::Result<[u32; 2]> {
+    let mut uids = [0_u32; 2];
+    // SAFETY: the kernel writes two `uid_t`, for which there is room.
+    let result = unsafe { libc::fcntl(fd.as_raw_fd(), F_GETOWNER_UIDS, uids.as_mut_ptr()) };
+    Errno::result(result)?;
+    Ok(uids)
+}
+
+/// Makes an eventfd with the counter 0.
+///
+/// # Errors
+/// What `eventfd(2)` returns.
+pub fn eventfd(flags: libc::c_int) -> nix::Result<OwnedFd> {
+    // SAFETY: the call takes no pointer.
+    made(unsafe { libc::eventfd(0, flags) }.into())
+}
+
+/// Makes an epoll that watches nothing.
+///
+/// # Errors
+/// What `epoll_create1(2)` returns.
+pub fn epoll() -> nix::Result<OwnedFd> {
+    // SAFETY: the call takes no pointer.
+    made(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) }.into())
+}
+
+/// Adds a descriptor to what an epoll watches.
+///
+/// # Errors
+/// What `epoll_ctl(2)` returns.
+pub fn watch(epoll: BorrowedFd, target: i32, events: u32, data: u64) -> nix::Result<()> {
+    let mut event = libc::epoll_event { events, u64: data };
+    let (epoll, add) = (epoll.as_raw_fd(), libc::EPOLL_CTL_ADD);
+    // SAFETY: the kernel reads a `struct epoll_event`.
+    Errno::result(unsafe { libc::epoll_ctl(epoll, add, target, &raw mut event) }).map(drop)
+}
+
+/// Makes a signalfd for the signals whose bits (N - 1) are set.
+///
+/// # Errors
+/// What `signalfd(2)` returns.
+pub fn signalfd(mask: u64) -> nix::Result<OwnedFd> {
+    let flags = libc::SFD_CLOEXEC;
+    // SAFETY: the kernel reads `SIGSET_BYTES` bytes from `mask`, which has them.
+    made(unsafe { libc::syscall(libc::SYS_signalfd4, -1, &raw const mask, SIGSET_BYTES, flags) })
+}
+
+/// Makes a timer that is not set.
+///
+/// # Errors
+/// What `timerfd_create(2)` returns.
+pub fn timerfd(clock: libc::clockid_t) -> nix::Result<OwnedFd> {
+    // SAFETY: the call takes no pointer.
+    made(unsafe { libc::timerfd_create(clock, libc::TFD_CLOEXEC) }.into())
+}
+
+/// Sets a timer.
+///
+/// # Errors
+/// What `timerfd_settime(2)` returns.
+pub fn set_timer(fd: BorrowedFd, flags: libc::c_int, setting: TimerSetting) -> nix::Result<()> {
+    let time = |(seconds, nanoseconds): (u64, u64)| libc::timespec {
+        tv_sec: seconds.cast_signed(),
+        tv_nsec: nanoseconds.cast_signed(),
+    };
+    let setting =
+        libc::itimerspec { it_interval: time(setting.interval), it_value: time(setting.value) };
+    let old = std::ptr::null_mut();
+    // SAFETY: the kernel reads `setting`, which lives until after the call.
+    let result = unsafe { libc::timerfd_settime(fd.as_raw_fd(), flags, &raw const setting, old) };
+    Errno::result(result).map(drop)
+}
+
+/// Makes a timer look as if it had expired so often.
+///
+/// # Errors
+/// `ENOTTY` without `CONFIG_CHECKPOINT_RESTORE`, `EINVAL` for 0.
+pub fn set_timer_ticks(fd: BorrowedFd, ticks: u64) -> nix::Result<()> {
+    // SAFETY: the kernel reads a `u64`, as the number of the ioctl says.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), TFD_IOC_SET_TICKS, &raw const ticks) };
+    Errno::result(result).map(drop)
+}
+
+/// Returns the time of a clock in seconds and nanoseconds.
+///
+/// # Errors
+/// What `clock_gettime(2)` returns.
+pub fn clock(clock: libc::clockid_t) -> nix::Result<(u64, u64)> {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the kernel writes a `timespec`.
+    Errno::result(unsafe { libc::clock_gettime(clock, &raw mut time) })?;
+    Ok((time.tv_sec.cast_unsigned(), time.tv_nsec.cast_unsigned()))
+}
+
+/// Makes a memfd; the flags are `MFD_*` with the size of huge pages in them.
+///
+/// # Errors
+/// What `memfd_create(2)` returns.
+pub fn memfd(name: &CStr, flags: libc::c_uint) -> nix::Result<OwnedFd> {
+    // SAFETY: the name is a string that ends with zero and lives until after the call.
+    made(unsafe { libc::memfd_create(name.as_ptr(), flags | libc::MFD_CLOEXEC) }.into())
+}
+
+/// Returns how many bytes can be read from a pipe or FIFO.
+///
+/// # Errors
+/// What `ioctl(2)` returns.
+pub fn readable_bytes(fd: BorrowedFd) -> nix::Result<u32> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the kernel writes an `int`.
+    Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &raw mut bytes) })?;
+    Ok(bytes.unsigned_abs())
+}
+
+/// Whether the descriptor `fd` of process `pid` leads to the file that an epoll
+/// of the same process watches.
+///
+/// # Errors
+/// What `kcmp(2)` returns.
+pub fn is_epoll_target(pid: i32, fd: i32, slot: EpollSlot) -> nix::Result<bool> {
+    // SAFETY: the kernel reads a `struct kcmp_epoll_slot`, whose size is asserted.
+    let result =
+        unsafe { libc::syscall(libc::SYS_kcmp, pid, pid, KCMP_EPOLL_TFD, fd, &raw const slot) };
+    Errno::result(result).map(|order| order == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io::Write, os::fd::AsFd};
+
+    use super::*;
+
+    #[test]
+    fn the_kernel_knows_these_calls() {
+        let event = eventfd(libc::EFD_SEMAPHORE).unwrap();
+        assert_eq!(owner(event.as_fd()).unwrap(), (Owner::default(), 0));
+        owner_uids(event.as_fd()).unwrap();
+        signalfd(1 << 9).unwrap();
+        epoll().unwrap();
+        memfd(c"name", libc::MFD_ALLOW_SEALING).unwrap();
+        let timer = timerfd(libc::CLOCK_MONOTONIC).unwrap();
+        set_timer(timer.as_fd(), 0, TimerSetting { value: (9, 0), interval: (0, 1) }).unwrap();
+        set_timer_ticks(timer.as_fd(), 3).unwrap();
+        clock(libc::CLOCK_MONOTONIC).unwrap();
+        let (read, mut write) = std::io::pipe().unwrap();
+        write.write_all(b"abc").unwrap();
+        assert_eq!(readable_bytes(read.as_fd()).unwrap(), 3);
+        let copy = duplicate(read.as_raw_fd()).unwrap();
+        assert_eq!(readable_bytes(copy.as_fd()).unwrap(), 3);
+        assert_eq!(duplicate(-1).unwrap_err(), Errno::EBADF);
+    }
+}

@@ -1,0 +1,128 @@
+//! A worker that outlives the end of who waits for it.
+#![expect(unsafe_code, reason = "fork")]
+
+use std::{fs, io, process};
+
+use nix::{
+    errno::Errno,
+    sys::{
+        prctl::set_pdeathsig,
+        signal::{SaFlags, SigAction, SigHandler, SigSet, SigmaskHow, Signal, kill, sigaction},
+        wait::{WaitPidFlag, WaitStatus, waitpid},
+    },
+    unistd::{ForkResult, Pid, fork, getpid, getppid},
+};
+
+use super::cancel;
+
+/// The two processes after [`split`].
+#[derive(Debug)]
+pub enum Side {
+    /// The one that was called, which waits for the other.
+    Supervisor(Supervisor),
+    /// The one that does the work.
+    Worker,
+}
+
+/// The caller's process.
+#[derive(Debug)]
+pub struct Supervisor {
+    worker: Pid,
+    /// What is waited for; all of it is blocked.
+    signals: SigSet,
+}
+
+/// How the worker has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// By itself, with this exit code.
+    Exited(i32),
+    /// By a signal.
+    Killed(Signal),
+}
+
+/// Splits the process in two: a worker, and one that waits for it and passes on
+/// to it what asks for an end.
+///
+/// Whoever kills the caller, even by `SIGKILL`, thereby asks the worker to stop,
+/// which is a flag there ([`cancel`]). So it always gets to undo what it has done
+/// to other processes. In the worker Ctrl-Z has no effect either: it would stop
+/// while others are stopped by it.
+///
+/// To be called before the program starts a thread. The worker must not change
+/// its user id: the kernel forgets then whose end it wants to know of.
+///
+/// # Errors
+/// `EBUSY` if there is another thread; what `fork(2)` and `sigaction(2)` return.
+pub fn split() -> io::Result<Side> {
+    if fs::read_dir("/proc/self/task")?.count() != 1 {
+        return Err(Errno::EBUSY.into());
+    }
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGCHLD);
+    for signal in cancel::REQUESTS {
+        if signal == Signal::SIGTERM || !cancel::is_ignored(signal)? {
+            signals.add(signal);
+        }
+    }
+    // An ignored SIGCHLD is inherited, and would let the kernel reap the worker
+    // behind our back.
+    set_action(Signal::SIGCHLD, SigHandler::SigDfl)?;
+    let before = signals.thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
+    let supervisor = getpid();
+    // SAFETY: there is one thread, as was checked above, so that the child
+    // inherits no lock that a thread it does not have would have to release.
+    match unsafe { fork() } {
+        Ok(ForkResult::Parent { child }) => {
+            Ok(Side::Supervisor(Supervisor { worker: child, signals }))
+        }
+        Ok(ForkResult::Child) => {
+            cancel::install()?;
+            set_action(Signal::SIGTSTP, SigHandler::Handler(stay))?;
+            set_pdeathsig(Signal::SIGTERM)?;
+            if getppid() != supervisor {
+                // It was killed before we asked to be told. Nothing is begun yet.
+                process::exit(1);
+            }
+            before.thread_set_mask()?;
+            Ok(Side::Worker)
+        }
+        Err(errno) => {
+            before.thread_set_mask()?;
+            Err(errno.into())
+        }
+    }
+}
+
+/// The handler of a signal that is to have no effect, but not for the programs
+/// that the worker executes, as ignoring it would.
+extern "C" fn stay(_signal: nix::libc::c_int) {}
+
+fn set_action(signal: Signal, handler: SigHandler) -> nix::Result<()> {
+    let action = SigAction::new(handler, SaFlags::SA_RESTART, SigSet::empty());
+    // SAFETY: the handler is the default, or does nothing.
+    unsafe { sigaction(signal, &action) }.map(drop)
+}
+
+impl Supervisor {
+    /// Waits for the end of the worker, and passes on `SIGINT`, `SIGTERM` and
+    /// `SIGHUP` until then.
+    ///
+    /// # Errors
+    /// What `sigwait(3)` and `waitpid(2)` return.
+    pub fn wait(self) -> io::Result<Ended> {
+        loop {
+            match waitpid(self.worker, Some(WaitPidFlag::WNOHANG)) {
+                Ok(WaitStatus::Exited(_, code)) => return Ok(Ended::Exited(code)),
+                Ok(WaitStatus::Signaled(_, signal, _)) => return Ok(Ended::Killed(signal)),
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+            match self.signals.wait()? {
+                Signal::SIGCHLD => {}
+                // It may have ended just now; then there is nobody to be told.
+                signal => drop(kill(self.worker, signal)),
+            }
+        }
+    }
+}

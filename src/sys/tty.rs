@@ -1,0 +1,184 @@
+//! Terminals.
+#![expect(unsafe_code, reason = "ioctls of terminals")]
+
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use nix::{errno::Errno, libc};
+
+/// `NCCS` (`include/uapi/asm-generic/termbits.h`).
+pub const CONTROL_CHARACTERS: usize = 19;
+
+/// The kernel's `struct termios` (`include/uapi/asm-generic/termbits.h`), which
+/// is not the C library's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Termios {
+    /// Input modes.
+    pub input: u32,
+    /// Output modes.
+    pub output: u32,
+    /// Control modes.
+    pub control: u32,
+    /// Local modes.
+    pub local: u32,
+    /// The line discipline.
+    pub line: u8,
+    /// Control characters.
+    pub characters: [u8; CONTROL_CHARACTERS],
+}
+const _: () = assert!(size_of::<Termios>() == 36);
+
+/// `struct winsize` (`include/uapi/asm-generic/termios.h`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct WindowSize {
+    /// Rows.
+    pub rows: u16,
+    /// Columns.
+    pub columns: u16,
+    /// Width in pixels.
+    pub x_pixels: u16,
+    /// Height in pixels.
+    pub y_pixels: u16,
+}
+const _: () = assert!(size_of::<WindowSize>() == 8);
+
+/// `_IOC` (`include/uapi/asm-generic/ioctl.h`) for terminals and an `int`.
+const fn with_int(direction: libc::Ioctl, number: libc::Ioctl) -> libc::Ioctl {
+    direction << 30 | 4 << 16 | (b'T' as libc::Ioctl) << 8 | number
+}
+
+// `include/uapi/asm-generic/ioctls.h`; those that get a state are of Linux 3.16.
+const TCGETS: libc::Ioctl = 0x5401;
+const TCSETS: libc::Ioctl = 0x5402;
+/// Takes the terminal as the controlling one.
+pub const TIOCSCTTY: libc::Ioctl = 0x540e;
+/// Sets the group in the foreground.
+pub const TIOCSPGRP: libc::Ioctl = 0x5410;
+const TIOCEXCL: libc::Ioctl = 0x540c;
+const TIOCGPGRP: libc::Ioctl = 0x540f;
+const TIOCGWINSZ: libc::Ioctl = 0x5413;
+const TIOCSWINSZ: libc::Ioctl = 0x5414;
+const TIOCPKT: libc::Ioctl = 0x5420;
+const TIOCGSID: libc::Ioctl = 0x5429;
+const TIOCGLCKTRMIOS: libc::Ioctl = 0x5456;
+const TIOCSLCKTRMIOS: libc::Ioctl = 0x5457;
+const TIOCGPTN: libc::Ioctl = with_int(2, 0x30);
+const TIOCSPTLCK: libc::Ioctl = with_int(1, 0x31);
+const TIOCGPKT: libc::Ioctl = with_int(2, 0x38);
+const TIOCGPTLCK: libc::Ioctl = with_int(2, 0x39);
+const TIOCGEXCL: libc::Ioctl = with_int(2, 0x40);
+const _: () = assert!(TIOCGPTN == 0x8004_5430 && TIOCSPTLCK == 0x4004_5431);
+
+/// What a terminal tells as an `int`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Question {
+    /// The number of a pseudoterminal; asked of its master.
+    Index,
+    /// The session that it controls.
+    Session,
+    /// The group in the foreground.
+    Foreground,
+    /// Whether it cannot be opened again.
+    Exclusive,
+    /// Whether the master is in packet mode.
+    Packet,
+    /// Whether the slave cannot be opened.
+    Locked,
+}
+
+/// Asks a terminal.
+///
+/// # Errors
+/// `ENOTTY` if this terminal does not know; `EIO` if it is hung up.
+pub fn ask(fd: BorrowedFd, question: Question) -> nix::Result<i32> {
+    let request = match question {
+        Question::Index => TIOCGPTN,
+        Question::Session => TIOCGSID,
+        Question::Foreground => TIOCGPGRP,
+        Question::Exclusive => TIOCGEXCL,
+        Question::Packet => TIOCGPKT,
+        Question::Locked => TIOCGPTLCK,
+    };
+    let mut answer: libc::c_int = 0;
+    // SAFETY: each of these requests writes one `int`.
+    Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), request, &raw mut answer) })?;
+    Ok(answer)
+}
+
+/// What can be switched on and off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Switch {
+    /// Whether the slave cannot be opened; of a master.
+    Locked,
+    /// Packet mode; of a master.
+    Packet,
+}
+
+/// Switches a mode of a terminal on or off.
+///
+/// # Errors
+/// What `ioctl(2)` returns.
+pub fn switch(fd: BorrowedFd, switch: Switch, on: bool) -> nix::Result<()> {
+    let request = match switch {
+        Switch::Locked => TIOCSPTLCK,
+        Switch::Packet => TIOCPKT,
+    };
+    let value = libc::c_int::from(on);
+    // SAFETY: both requests read one `int`.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), request, &raw const value) };
+    Errno::result(result).map(drop)
+}
+
+/// Keeps others from opening a terminal.
+///
+/// # Errors
+/// What `ioctl(2)` returns.
+pub fn make_exclusive(fd: BorrowedFd) -> nix::Result<()> {
+    // SAFETY: the request takes no argument.
+    Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), TIOCEXCL) }).map(drop)
+}
+
+/// Returns the modes of a terminal, or with `locked` which of them cannot be changed.
+///
+/// # Errors
+/// What `ioctl(2)` returns.
+pub fn termios(fd: BorrowedFd, locked: bool) -> nix::Result<Termios> {
+    let mut modes = Termios::default();
+    let request = if locked { TIOCGLCKTRMIOS } else { TCGETS };
+    // SAFETY: both requests write a `struct termios`, whose size is asserted.
+    Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), request, &raw mut modes) })?;
+    Ok(modes)
+}
+
+/// Sets the modes of a terminal, or with `locked` which of them cannot be changed.
+///
+/// # Errors
+/// What `ioctl(2)` returns.
+pub fn set_termios(fd: BorrowedFd, locked: bool, modes: &Termios) -> nix::Result<()> {
+    let request = if locked { TIOCSLCKTRMIOS } else { TCSETS };
+    let modes: *const Termios = modes;
+    // SAFETY: both requests read a `struct termios`, whose size is asserted.
+    Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), request, modes) }).map(drop)
+}
+
+/// Returns the size of a terminal's window.
+///
+/// # Errors
+/// What `ioctl(2)` returns.
+pub fn window_size(fd: BorrowedFd) -> nix::Result<WindowSize> {
+    let mut size = WindowSize::default();
+    // SAFETY: the request writes a `struct winsize`, whose size is asserted.
+    Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), TIOCGWINSZ, &raw mut size) })?;
+    Ok(size)
+}
+
+/// Sets the size of a terminal's window.
+///
+/// # Errors
+/// What `ioctl(2)` returns.
+pub fn set_window_size(fd: BorrowedFd, size: WindowSize) -> nix::Result<()> {
+    // SAFETY: the request reads a `struct winsize`, whose size is asserted.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), TIOCSWINSZ, &raw const size) };
+    Errno::result(result).map(drop)
+}
