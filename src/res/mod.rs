@@ -1,3 +1,12 @@
 //! Kinds of state that processes have, one file each, with both directions in it.
 
+pub mod creds;
+mod error;
 pub mod file;
+pub mod mapping;
+pub mod signals;
+pub mod task;
+pub mod thread;
+pub mod timers;
+
+pub use error::{ResError, Result};

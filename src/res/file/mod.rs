@@ -6,8 +6,24 @@
 //! description once, in this program; the new processes inherit it, so that
 //! descriptions shared between processes are shared again without more ado.
 
+mod descriptor;
+pub mod eventfd;
+pub mod eventpoll;
+pub mod fown;
+mod late;
+pub mod lost;
+pub mod memfd;
+pub mod pipe;
+pub mod regular;
+pub mod revived;
+pub mod signalfd;
+#[cfg(test)]
+mod testing;
+pub mod timerfd;
+pub mod tty;
+
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
@@ -19,8 +35,11 @@ use crate::{
     image::{ImageError, SnapshotWriter, proto},
     inject::Script,
     proc::{FdInfo, ProcError},
+    sys::fds,
     units::{HostPid, TargetFd},
 };
+
+pub use self::{lost::Lost, revived::Revived};
 
 /// The result of dumping or restoring an open file.
 pub type Result<T, E = FileError> = std::result::Result<T, E>;
@@ -35,7 +54,7 @@ pub enum FileError {
         pid: HostPid,
         /// The descriptor's number there.
         fd: TargetFd,
-        /// What it is, with its name, as in "the socket [1234], connected to 10.0.0.1:80".
+        /// What it is, with its name, as in `the socket [1234], connected to 10.0.0.1:80`.
         what: String,
         /// What would help: the beginning of a sentence, in lower case.
         help: &'static str,
@@ -82,6 +101,25 @@ pub enum FileError {
     Proc(#[from] ProcError),
 }
 
+impl FileError {
+    /// Returns [`FileError::Restore`] for a file of the images, ready for `map_err`.
+    pub fn restore(
+        id: u32,
+        step: &'static str,
+        object: impl AsRef<[u8]>,
+    ) -> impl FnOnce(Errno) -> Self {
+        move |source| {
+            let object = String::from_utf8_lossy(object.as_ref()).into_owned();
+            Self::Restore { id, step, object, source }
+        }
+    }
+
+    /// Returns [`FileError::Image`].
+    pub fn image(id: u32, problem: impl Into<String>) -> Self {
+        Self::Image { id, problem: problem.into() }
+    }
+}
+
 /// What the user allowed or asked for, as far as it concerns files.
 #[derive(Clone, Debug, Default)]
 pub struct Policy {
@@ -99,6 +137,23 @@ pub struct Policy {
     pub external: Vec<String>,
     /// `--inherit-fd`: descriptors of this program and the names they stand for.
     pub inherit_fds: Vec<(i32, String)>,
+}
+
+impl Policy {
+    /// Whether `--external` names this object.
+    pub fn is_external(&self, name: &str) -> bool {
+        self.external.iter().any(|external| external == name)
+    }
+
+    /// Returns a duplicate of the descriptor that `--inherit-fd` gives for this
+    /// object, if it does.
+    ///
+    /// # Errors
+    /// What `fcntl(2)` returns.
+    pub fn inherited(&self, name: &[u8]) -> nix::Result<Option<OwnedFd>> {
+        let found = self.inherit_fds.iter().find(|(_, key)| key.as_bytes() == name);
+        found.map(|(number, _)| fds::duplicate(*number)).transpose()
+    }
 }
 
 /// An open file description of the tree, while dumping.
@@ -126,6 +181,11 @@ pub struct Description {
 }
 
 impl Description {
+    /// Returns the status flags as images have them.
+    pub fn status(&self) -> u32 {
+        self.flags & !libc::O_CLOEXEC.cast_unsigned()
+    }
+
     /// Returns [`FileError::Unsupported`] for this file.
     pub fn unsupported(&self, what: impl Into<String>, help: &'static str) -> FileError {
         FileError::Unsupported { pid: self.pid, fd: self.number, what: what.into(), help }
@@ -170,6 +230,10 @@ pub trait Intake {
 
     /// Adds an entry of `files.img` with such a number.
     fn push(&mut self, entry: proto::FileEntry);
+
+    /// Returns the files without names that were found so far, of all kinds. Who
+    /// owns the table writes it ([`Lost::write`]) after all kinds are finished.
+    fn lost(&mut self) -> &mut Lost;
 }
 
 /// Dumps the descriptions of one kind.
@@ -203,6 +267,15 @@ pub struct Opened {
     pub policy: Policy,
     /// All entries of `files.img`, also of other kinds.
     pub entries: HashMap<u32, proto::FileEntry>,
+    /// Files without names that were made again.
+    pub revived: Revived,
+    /// Shared memory by its `shmid`: what all mappings and descriptions of it
+    /// come from. Who fills it may find it here, or put it here first.
+    pub objects: HashMap<u64, OwnedFd>,
+    /// Descriptions that stand for what can only be opened in a process of the
+    /// tree, which [`Opener::install`] does. A process that shares one with the
+    /// process where that was done has to get the description from there.
+    pub late: HashSet<u32>,
     fds: HashMap<u32, OwnedFd>,
 }
 
@@ -210,7 +283,15 @@ impl Opened {
     /// Returns a table without descriptions for the images in `images`.
     pub fn new(images: &Path, policy: Policy, entries: Vec<proto::FileEntry>) -> Self {
         let entries = entries.into_iter().map(|entry| (entry.id, entry)).collect();
-        Self { images: images.to_owned(), policy, entries, fds: HashMap::new() }
+        Self {
+            images: images.to_owned(),
+            policy,
+            entries,
+            revived: Revived::default(),
+            objects: HashMap::new(),
+            late: HashSet::new(),
+            fds: HashMap::new(),
+        }
     }
 
     /// Adds a description.
@@ -292,4 +373,14 @@ impl std::fmt::Debug for Kind {
 
 /// All kinds. A kind whose descriptions may be queued in those of another comes
 /// before it.
-pub static KINDS: &[Kind] = &[];
+pub static KINDS: &[Kind] = &[
+    memfd::KIND,
+    regular::KIND,
+    pipe::KIND,
+    pipe::FIFO,
+    eventfd::KIND,
+    signalfd::KIND,
+    timerfd::KIND,
+    tty::KIND,
+    eventpoll::KIND,
+];

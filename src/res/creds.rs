@@ -1,0 +1,184 @@
+//! Credentials of threads: user and group ids, capabilities, securebits.
+
+use nix::libc;
+
+use crate::{
+    image::proto,
+    inject::{Answers, CallId, Script},
+    proc::{self, Ids, ProcError, Status},
+    units::HostPid,
+};
+
+/// `_LINUX_CAPABILITY_VERSION_3` (`linux/capability.h`).
+const CAPABILITY_VERSION: u32 = 0x2008_0522;
+
+/// `SECBIT_NO_SETUID_FIXUP` (`linux/securebits.h`): changing user ids leaves the
+/// capabilities alone.
+const NO_SETUID_FIXUP: u32 = 1 << 2;
+
+/// `PR_CAP_AMBIENT_RAISE`, `PR_CAP_AMBIENT_CLEAR_ALL` (`linux/prctl.h`).
+const AMBIENT_RAISE: i32 = 2;
+const AMBIENT_CLEAR_ALL: i32 = 4;
+
+/// Bits of capability sets.
+const CAPABILITIES: u32 = 64;
+
+/// What a thread was asked that cannot be seen from outside.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked {
+    securebits: CallId,
+}
+
+/// Adds the questions.
+pub fn ask(script: &mut Script) -> Asked {
+    Asked { securebits: script.attempt(libc::SYS_prctl, &[libc::PR_GET_SECUREBITS.into()]) }
+}
+
+/// Returns what an image says of the credentials of a thread.
+pub fn collect(asked: Asked, answers: &Answers, status: &Status) -> proto::CredsEntry {
+    let securebits = answers.result(asked.securebits).unwrap_or(0);
+    proto::CredsEntry {
+        uid: status.uids.real,
+        euid: status.uids.effective,
+        suid: status.uids.saved,
+        fsuid: status.uids.fs,
+        gid: status.gids.real,
+        egid: status.gids.effective,
+        sgid: status.gids.saved,
+        fsgid: status.gids.fs,
+        cap_inh: halves(status.cap_inheritable),
+        cap_prm: halves(status.cap_permitted),
+        cap_eff: halves(status.cap_effective),
+        cap_bnd: halves(status.cap_bounding),
+        cap_amb: halves(status.cap_ambient),
+        secbits: u32::try_from(securebits).unwrap_or(0),
+        groups: status.groups.clone(),
+        no_new_privs: status.no_new_privs.then_some(1),
+        ..Default::default()
+    }
+}
+
+fn halves(set: u64) -> Vec<u32> {
+    let [a, b, c, d, e, f, g, h] = set.to_le_bytes();
+    vec![u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h])]
+}
+
+fn whole(halves: &[u32]) -> u64 {
+    halves.iter().take(2).rev().fold(0, |set, half| set << 32 | u64::from(*half))
+}
+
+/// The credentials of this program, which new processes begin with.
+#[derive(Clone, Debug)]
+pub struct Own {
+    status: Status,
+}
+
+impl Own {
+    /// Reads them.
+    ///
+    /// # Errors
+    /// Those of reading `/proc`.
+    pub fn read() -> Result<Self, ProcError> {
+        let pid = HostPid(nix::unistd::getpid().as_raw());
+        Ok(Self { status: proc::status(pid)? })
+    }
+
+    fn has(&self, entry: &proto::CredsEntry) -> bool {
+        let own = &self.status;
+        let ids = |real, effective, saved, fs| Ids { real, effective, saved, fs };
+        own.uids == ids(entry.uid, entry.euid, entry.suid, entry.fsuid)
+            && own.gids == ids(entry.gid, entry.egid, entry.sgid, entry.fsgid)
+            && own.groups == entry.groups
+            && own.cap_inheritable == whole(&entry.cap_inh)
+            && own.cap_permitted == whole(&entry.cap_prm)
+            && own.cap_effective == whole(&entry.cap_eff)
+            && own.cap_bounding == whole(&entry.cap_bnd)
+            && own.cap_ambient == whole(&entry.cap_amb)
+            && entry.secbits == 0
+            && own.no_new_privs == (entry.no_new_privs == Some(1))
+    }
+}
+
+/// Adds the calls that give a thread its credentials. It has those of this program
+/// before.
+///
+/// Afterwards it may be unable to do much; signals that its parent's death sends,
+/// and whether it can be dumped, are reset.
+pub fn apply(entry: &proto::CredsEntry, own: &Own, script: &mut Script) {
+    if own.has(entry) {
+        return;
+    }
+    let prctl = |script: &mut Script, what: &'static str, option: i32, value: u64| {
+        script.call(what, libc::SYS_prctl, &[option.into(), value.into()]);
+    };
+    let bits = u64::from(entry.secbits | NO_SETUID_FIXUP);
+    prctl(script, "set securebits", libc::PR_SET_SECUREBITS, bits);
+    let groups: Vec<u8> = entry.groups.iter().flat_map(|group| group.to_le_bytes()).collect();
+    let list = script.bytes(&groups);
+    script.call("set groups", libc::SYS_setgroups, &[entry.groups.len().into(), list.into()]);
+    script.call(
+        "set group ids",
+        libc::SYS_setresgid,
+        &[entry.gid.into(), entry.egid.into(), entry.sgid.into()],
+    );
+    script.attempt(libc::SYS_setfsgid, &[entry.fsgid.into()]);
+    script.call(
+        "set user ids",
+        libc::SYS_setresuid,
+        &[entry.uid.into(), entry.euid.into(), entry.suid.into()],
+    );
+    script.attempt(libc::SYS_setfsuid, &[entry.fsuid.into()]);
+    // Inheritable capabilities may exceed a bounding set that was reduced later.
+    let own = &self::Own::capabilities(own);
+    set_capabilities(script, own.0, own.1, whole(&entry.cap_inh));
+    let bounding = whole(&entry.cap_bnd);
+    for capability in 0..CAPABILITIES {
+        if own.2 >> capability & 1 == 1 && bounding >> capability & 1 == 0 {
+            let what = "drop a capability from the bounding set";
+            prctl(script, what, libc::PR_CAPBSET_DROP, capability.into());
+        }
+    }
+    let permitted = whole(&entry.cap_prm);
+    set_capabilities(script, own.0, permitted | own.0, whole(&entry.cap_inh));
+    prctl(
+        script,
+        "clear the ambient set",
+        libc::PR_CAP_AMBIENT,
+        u64::from(AMBIENT_CLEAR_ALL.cast_unsigned()),
+    );
+    let ambient = whole(&entry.cap_amb);
+    for capability in (0..CAPABILITIES).filter(|capability| ambient >> capability & 1 == 1) {
+        script.call(
+            "raise an ambient capability",
+            libc::SYS_prctl,
+            &[libc::PR_CAP_AMBIENT.into(), AMBIENT_RAISE.into(), capability.into()],
+        );
+    }
+    prctl(script, "set securebits", libc::PR_SET_SECUREBITS, entry.secbits.into());
+    set_capabilities(script, whole(&entry.cap_eff), permitted, whole(&entry.cap_inh));
+    if entry.no_new_privs == Some(1) {
+        prctl(script, "forbid new privileges", libc::PR_SET_NO_NEW_PRIVS, 1);
+    }
+}
+
+impl Own {
+    /// Returns the effective, permitted and bounding sets.
+    fn capabilities(&self) -> (u64, u64, u64) {
+        let status = &self.status;
+        (status.cap_effective, status.cap_permitted, status.cap_bounding)
+    }
+}
+
+fn set_capabilities(script: &mut Script, effective: u64, permitted: u64, inheritable: u64) {
+    let mut header = CAPABILITY_VERSION.to_le_bytes().to_vec();
+    header.extend([0; 4]);
+    let mut data = Vec::new();
+    for half in 0..2 {
+        for set in [effective, permitted, inheritable] {
+            data.extend_from_slice(&halves(set)[half].to_le_bytes());
+        }
+    }
+    let header = script.bytes(&header);
+    let data = script.bytes(&data);
+    script.call("set capabilities", libc::SYS_capset, &[header.into(), data.into()]);
+}

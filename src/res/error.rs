@@ -1,0 +1,58 @@
+//! Why the state of a process could not be dumped or restored.
+
+use std::{io, path::PathBuf};
+
+use nix::errno::Errno;
+
+use crate::{image::ImageError, inject::InjectError, proc::ProcError, units::HostPid};
+
+/// The result of dumping or restoring state of a process.
+pub type Result<T, E = ResError> = std::result::Result<T, E>;
+
+/// Why the state of a process could not be dumped or restored.
+#[derive(Debug, thiserror::Error)]
+pub enum ResError {
+    /// It is in a state that is not dumped.
+    #[error("process {pid} cannot be dumped: {what}")]
+    Unsupported {
+        /// The process or thread.
+        pid: HostPid,
+        /// The state, and what would help.
+        what: String,
+    },
+    /// A system call about a thread failed.
+    #[error("{step} thread {tid}")]
+    Thread {
+        /// The thread.
+        tid: HostPid,
+        /// What was attempted, as a verb.
+        step: &'static str,
+        /// Why it failed.
+        source: Errno,
+    },
+    /// What the images say of it cannot be, or cannot be on this machine.
+    #[error("images of process {pid}: {problem}")]
+    Image {
+        /// The process or thread.
+        pid: HostPid,
+        /// What is wrong, found and expected.
+        problem: String,
+    },
+    /// Something in `/proc` could not be written.
+    #[error("write {path}", path = .path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// An image could not be read or written.
+    #[error(transparent)]
+    Images(#[from] ImageError),
+    /// Something in `/proc` could not be read.
+    #[error(transparent)]
+    Proc(#[from] ProcError),
+    /// The process could not be made to work for this program.
+    #[error(transparent)]
+    Inject(#[from] InjectError),
+}

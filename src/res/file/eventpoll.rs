@@ -1,0 +1,224 @@
+//! Epolls.
+
+use std::{collections::HashMap, os::fd::AsFd};
+
+use nix::{errno::Errno, libc};
+
+use super::{
+    Collector, Description, FileError, Intake, Kind, Opened, Opener, Policy, Result, descriptor,
+};
+use crate::{
+    image::{
+        Kind as ImageKind,
+        proto::{self, FdTypes},
+        read_all,
+    },
+    inject::Script,
+    proc::{self, EpollTarget, FdDetail},
+    sys::fds::{self, EpollSlot},
+    units::TargetFd,
+};
+
+/// The kind's row.
+pub(super) const KIND: Kind = Kind {
+    name: "epoll",
+    types: &[FdTypes::Eventpoll],
+    collector: |_: &Policy| Box::new(Epolls::default()),
+    opener: |_: &Policy| Box::new(Epolls::default()),
+};
+
+#[derive(Default)]
+struct Epolls {
+    /// Targets that images of an older age have in a file of their own.
+    separate: HashMap<u32, Vec<proto::EventpollTfdEntry>>,
+}
+
+impl Collector for Epolls {
+    fn claims(&self, file: &Description) -> bool {
+        file.is_anonymous("[eventpoll]")
+    }
+
+    fn collect(&mut self, file: &Description, _: &mut dyn Intake) -> Result<proto::FileEntry> {
+        let targets = match &file.info.detail {
+            FdDetail::EventPoll { targets } => targets.as_slice(),
+            _ => &[],
+        };
+        Ok(proto::FileEntry {
+            r#type: FdTypes::Eventpoll.into(),
+            id: file.id,
+            epfd: Some(proto::EventpollFileEntry {
+                id: file.id,
+                flags: file.status(),
+                fown: file.fown,
+                tfd: watched(file, targets)?,
+            }),
+            ..Default::default()
+        })
+    }
+}
+
+/// Returns the entries of what an epoll watches, with numbers that now lead there.
+fn watched(file: &Description, targets: &[EpollTarget]) -> Result<Vec<proto::EventpollTfdEntry>> {
+    let mut entries = Vec::with_capacity(targets.len());
+    if file.number.0 < 0 && !targets.is_empty() {
+        return Err(file.unsupported(
+            "an epoll that is queued in a socket and watches descriptors",
+            "receive it, or wait until it has been received",
+        ));
+    }
+    let mut seen: HashMap<i32, u32> = HashMap::new();
+    let mut all = None;
+    for target in targets {
+        let offset = seen.entry(target.tfd).or_default();
+        let slot = EpollSlot {
+            epoll: file.number.0.cast_unsigned(),
+            target: target.tfd.cast_unsigned(),
+            offset: *offset,
+        };
+        *offset += 1;
+        entries.push(proto::EventpollTfdEntry {
+            id: file.id,
+            tfd: number(file, target, slot, &mut all)?.cast_unsigned(),
+            events: target.events,
+            data: target.data,
+            // In the kernel's form, which has 32 bits, as it is printed.
+            dev: u32::try_from(target.dev).ok(),
+            inode: Some(target.ino),
+            pos: Some(target.pos.cast_unsigned()),
+        });
+    }
+    Ok(entries)
+}
+
+/// Returns a descriptor of the process that leads to what is watched: the one that
+/// was added, or a duplicate if that was closed since.
+fn number(
+    file: &Description,
+    target: &EpollTarget,
+    slot: EpollSlot,
+    all: &mut Option<Vec<TargetFd>>,
+) -> Result<i32> {
+    let leads_there = |fd: i32| match fds::is_epoll_target(file.pid.0, fd, slot) {
+        // Not open, or gone from the epoll because all who had it open closed it.
+        Err(Errno::EBADF | Errno::ENOENT) => Ok(false),
+        result => result.map_err(file.failed("find what is watched by")),
+    };
+    match fds::is_epoll_target(file.pid.0, target.tfd, slot) {
+        Ok(true) => return Ok(target.tfd),
+        Ok(false) | Err(Errno::EBADF | Errno::ENOENT) => {}
+        // A kernel without kcmp(2) tells less: the file's number must do.
+        Err(Errno::ENOSYS | Errno::EOPNOTSUPP | Errno::EINVAL) => {
+            let info = proc::fdinfo(file.pid, TargetFd(target.tfd));
+            if info.is_ok_and(|info| info.ino.is_none_or(|inode| inode == target.ino)) {
+                return Ok(target.tfd);
+            }
+            return Err(escaped(file, target));
+        }
+        Err(errno) => return Err(file.failed("find what is watched by")(errno)),
+    }
+    if all.is_none() {
+        *all = Some(proc::fds(file.pid)?);
+    }
+    for fd in all.as_deref().unwrap_or_default() {
+        if leads_there(fd.0)? {
+            return Ok(fd.0);
+        }
+    }
+    Err(escaped(file, target))
+}
+
+fn escaped(file: &Description, target: &EpollTarget) -> FileError {
+    let what = format!(
+        "an epoll that watches a file (inode {}) which this process added as descriptor {} and \
+         has closed, but someone else has open",
+        target.ino, target.tfd
+    );
+    file.unsupported(what, "remove descriptors from an epoll before they are closed")
+}
+
+impl Opener for Epolls {
+    fn open(&mut self, entries: &[proto::FileEntry], opened: &mut Opened) -> Result<()> {
+        let path = opened.images.join(ImageKind::EventpollTfd.file_name(0));
+        match read_all::<proto::EventpollTfdEntry>(&path, ImageKind::EventpollTfd) {
+            Ok(targets) => {
+                for target in targets {
+                    self.separate.entry(target.id).or_default().push(target);
+                }
+            }
+            Err(error) if error.is_missing() => {}
+            Err(error) => return Err(error.into()),
+        }
+        for entry in entries {
+            let epoll = inner(entry)?;
+            let failed = || FileError::restore(entry.id, "make", "an epoll");
+            let fd = fds::epoll().map_err(failed())?;
+            descriptor::set_status(fd.as_fd(), epoll.flags).map_err(failed())?;
+            opened.insert(entry.id, fd);
+        }
+        Ok(())
+    }
+
+    fn install(
+        &mut self,
+        entry: &proto::FileEntry,
+        fd: TargetFd,
+        script: &mut Script,
+    ) -> Result<()> {
+        let separate = self.separate.get(&entry.id);
+        for target in inner(entry)?.tfd.iter().chain(separate.into_iter().flatten()) {
+            // `struct epoll_event` (`include/uapi/linux/eventpoll.h`) is packed.
+            let mut event = target.events.to_ne_bytes().to_vec();
+            event.extend_from_slice(&target.data.to_ne_bytes());
+            let event = script.bytes(&event);
+            script.call(
+                format!("watch descriptor {} with epoll {fd}", target.tfd),
+                libc::SYS_epoll_ctl,
+                &[fd.0.into(), libc::EPOLL_CTL_ADD.into(), target.tfd.into(), event.into()],
+            );
+        }
+        Ok(())
+    }
+}
+
+fn inner(entry: &proto::FileEntry) -> Result<&proto::EventpollFileEntry> {
+    let missing = || FileError::image(entry.id, "it is an epoll without its entry");
+    entry.epfd.as_ref().ok_or_else(missing)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::{AsRawFd, OwnedFd};
+
+    use super::*;
+    use crate::res::file::testing::{Tree, watch};
+
+    #[test]
+    fn what_is_watched_is_written_down_also_if_it_was_closed() {
+        let mut tree = Tree::new();
+        let epoll = fds::epoll().unwrap();
+        let event = fds::eventfd(0).unwrap();
+        watch(&epoll, event.as_raw_fd(), 1, 0xdead_beef_0000_0001);
+        let closed = fds::duplicate_from(event.as_fd(), 900).unwrap();
+        let closed_number = closed.as_raw_fd();
+        watch(&epoll, closed_number, 4, 2);
+        drop(closed);
+        // Another file under the same number.
+        let other = fds::eventfd(0).unwrap();
+        let other: OwnedFd = fds::duplicate_from(other.as_fd(), 900).unwrap();
+        assert_eq!(other.as_raw_fd(), closed_number);
+        watch(&epoll, closed_number, 1, 3);
+        tree.add(5, epoll);
+        let restored = tree.restore();
+        let entry = restored.entry(5).epfd.clone().unwrap();
+        let mut told: Vec<_> = entry.tfd.iter().map(|t| (t.data, t.tfd.cast_signed())).collect();
+        told.sort_unstable();
+        assert_eq!(told[0], (2, event.as_raw_fd()));
+        assert_eq!(told[1], (3, closed_number));
+        assert_eq!(told[2], (0xdead_beef_0000_0001, event.as_raw_fd()));
+
+        let mut script = Script::new();
+        Epolls::default().install(restored.entry(5), TargetFd(9), &mut script).unwrap();
+        assert_eq!(script.len(), 3);
+        assert_eq!(restored.flags(5) & 3, restored.before(5).flags & 3);
+    }
+}

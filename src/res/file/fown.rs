@@ -1,0 +1,101 @@
+//! Who is told of events on a descriptor (`F_SETOWN`, `F_SETSIG`, `O_ASYNC`).
+
+use std::os::fd::BorrowedFd;
+
+use nix::libc;
+
+use super::descriptor;
+use crate::{
+    image::proto,
+    inject::Script,
+    sys::fds::{self, Owner},
+    units::TargetFd,
+};
+
+/// `F_SETSIG` and `F_SETOWN_EX` (`include/uapi/asm-generic/fcntl.h`).
+const F_SETSIG: i32 = 10;
+const F_SETOWN_EX: i32 = 15;
+
+/// Asks who is told of events on a descriptor with the status flags `flags`.
+///
+/// # Errors
+/// What `fcntl(2)` returns.
+pub fn read(fd: BorrowedFd, flags: u32) -> nix::Result<proto::FownEntry> {
+    let mut entry = proto::FownEntry::default();
+    if descriptor::is_path(flags) {
+        return Ok(entry);
+    }
+    let (owner, signal) = fds::owner(fd)?;
+    entry.signum = signal;
+    if owner.pid != 0 {
+        [entry.uid, entry.euid] = fds::owner_uids(fd)?;
+        entry.pid_type = owner.kind.cast_unsigned();
+        entry.pid = owner.pid.cast_unsigned();
+    }
+    Ok(entry)
+}
+
+/// Returns what an entry of `files.img` says of it, and the status flags, if it is
+/// of a kind that does.
+pub fn of(entry: &proto::FileEntry) -> Option<(&proto::FownEntry, u32)> {
+    macro_rules! first {
+        ($($field:ident),*) => {
+            $(if let Some(inner) = &entry.$field {
+                return Some((&inner.fown, inner.flags));
+            })*
+        };
+    }
+    first!(reg, isk, psk, nlsk, efd, epfd, sgfd, tfd, ify, ffy, usk, pipe, tty, memfd, bpf, pidfd);
+    None
+}
+
+/// Adds the calls that restore it in a process that has the description at `fd`.
+///
+/// The owner must exist by then, and the process be the one, in user ids, in whose
+/// name the signals are to be sent.
+pub fn install(fown: &proto::FownEntry, flags: u32, fd: TargetFd, script: &mut Script) {
+    let fcntl = libc::SYS_fcntl;
+    if fown.signum != 0 {
+        let arguments = [fd.0.into(), F_SETSIG.into(), fown.signum.into()];
+        script.call("set the signal of a descriptor", fcntl, &arguments);
+    }
+    if fown.pid != 0 {
+        let owner = Owner { kind: fown.pid_type.cast_signed(), pid: fown.pid.cast_signed() };
+        let bytes: Vec<u8> =
+            [owner.kind, owner.pid].into_iter().flat_map(i32::to_ne_bytes).collect();
+        let owner = script.bytes(&bytes);
+        let arguments = [fd.0.into(), F_SETOWN_EX.into(), owner.into()];
+        script.call("set the owner of a descriptor", fcntl, &arguments);
+    }
+    if flags.cast_signed() & libc::O_ASYNC != 0 {
+        let settable =
+            libc::O_ASYNC | libc::O_APPEND | libc::O_NONBLOCK | libc::O_DIRECT | libc::O_NOATIME;
+        let flags = flags.cast_signed() & settable;
+        let arguments = [fd.0.into(), libc::F_SETFL.into(), flags.into()];
+        script.call("set the flags of a descriptor", fcntl, &arguments);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::{fd::AsFd, unix::net::UnixStream};
+
+    use super::*;
+
+    #[test]
+    fn the_owner_of_a_socket_is_read_and_restored() {
+        let (socket, _peer) = UnixStream::pair().unwrap();
+        assert_eq!(read(socket.as_fd(), 0).unwrap(), proto::FownEntry::default());
+        let path = descriptor::open(b"/", libc::O_PATH.cast_unsigned()).unwrap();
+        let flags = libc::O_PATH.cast_unsigned();
+        assert_eq!(read(path.as_fd(), flags).unwrap(), proto::FownEntry::default());
+
+        let fown = proto::FownEntry { pid: 1, pid_type: 1, signum: 10, ..Default::default() };
+        let mut script = Script::new();
+        install(&fown, libc::O_ASYNC.cast_unsigned(), TargetFd(3), &mut script);
+        assert_eq!(script.len(), 3);
+        let mut script = Script::new();
+        install(&proto::FownEntry::default(), 0, TargetFd(3), &mut script);
+        assert!(script.is_empty());
+    }
+}

@@ -1,0 +1,54 @@
+//! Files that can only be opened in a process of the tree, once it is there.
+
+use std::{ffi::CString, os::fd::OwnedFd};
+
+use nix::libc;
+
+use super::{FileError, Opened, Result, descriptor};
+use crate::{inject::Script, units::TargetFd};
+
+/// Returns what stands for such a file until then.
+pub(super) fn placeholder(id: u32, opened: &mut Opened) -> Result<OwnedFd> {
+    let path = "/dev/null";
+    let fd = descriptor::open(path.as_bytes(), libc::O_RDWR.cast_unsigned())
+        .map_err(FileError::restore(id, "open", path))?;
+    opened.late.insert(id);
+    Ok(fd)
+}
+
+/// Adds the calls that put the file in the place of the placeholder at `fd`.
+pub(super) fn install(
+    id: u32,
+    path: &[u8],
+    flags: u32,
+    position: u64,
+    fd: TargetFd,
+    script: &mut Script,
+) -> Result<()> {
+    let path = CString::new(path).map_err(|_| FileError::image(id, "its path has a zero in it"))?;
+    let what = format!("open {}", path.to_string_lossy());
+    let path = script.string(&path);
+    let close_on_exec = script.call(
+        "read the flags of a descriptor",
+        libc::SYS_fcntl,
+        &[fd.0.into(), libc::F_GETFD.into()],
+    );
+    let flags = flags.cast_signed() | libc::O_NOCTTY;
+    let file =
+        script.call(what, libc::SYS_openat, &[libc::AT_FDCWD.into(), path.into(), flags.into()]);
+    if position != 0 && position != descriptor::NO_POSITION {
+        script.call(
+            "set the position of a file",
+            libc::SYS_lseek,
+            &[file.into(), position.into(), libc::SEEK_SET.into()],
+        );
+    }
+    script.call("place a descriptor", libc::SYS_dup3, &[file.into(), fd.0.into()]);
+    script.call(
+        "set the flags of a descriptor",
+        libc::SYS_fcntl,
+        &[fd.0.into(), libc::F_SETFD.into(), close_on_exec.into()],
+    );
+    script.call("close a descriptor", libc::SYS_close, &[file.into()]);
+    Ok(())
+}

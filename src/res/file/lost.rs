@@ -1,0 +1,332 @@
+//! Files that have lost their names, while dumping.
+//!
+//! A file without any name left is a *ghost*: its bytes go into the images. One
+//! that has another name somewhere, or came to have one through `/proc`, is given a
+//! new one beside the old, which stays until the tree has been restored.
+
+use std::{
+    collections::HashMap,
+    ffi::OsStr,
+    fs::{self, File},
+    io::{self, Write},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::{ffi::OsStrExt, fs::FileExt},
+    },
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    errno::Errno,
+    fcntl::{AT_FDCWD, AtFlags, readlinkat},
+    libc,
+    sys::stat::{major, minor},
+    unistd::{Whence, linkat, lseek},
+};
+
+use super::{Description, FileError, Intake, Policy, Result, descriptor};
+use crate::{
+    image::{
+        ImageError, ImageWriter, Kind as ImageKind, SnapshotWriter,
+        proto::{self, FdTypes, RemapType},
+    },
+    units::BLOCK_BYTES,
+};
+
+/// From this size on, ghosts are written in chunks, without their holes.
+const CHUNKED_FROM_BYTES: u64 = 3 * 4096;
+
+/// Bits of a minor number in the kernel's own form.
+const MINOR_BITS: u32 = 20;
+
+/// Bytes copied at a time.
+const COPY_BYTES: usize = 1 << 20;
+
+/// A file whose bytes go into the images.
+#[derive(Debug)]
+struct Ghost {
+    id: u32,
+    file: OwnedFd,
+    stat: libc::stat,
+    name: Vec<u8>,
+}
+
+/// Files without names of a tree.
+#[derive(Debug, Default)]
+pub struct Lost {
+    policy: Policy,
+    ghosts: Vec<Ghost>,
+    known: HashMap<(u64, u64), u32>,
+    remaps: Vec<proto::RemapFilePathEntry>,
+    links: Links,
+}
+
+/// Names that were given to files, and that are taken away when this is dropped.
+#[derive(Debug, Default)]
+struct Links(Vec<PathBuf>);
+
+impl Lost {
+    /// Returns an empty table.
+    pub fn new(policy: &Policy) -> Self {
+        Self { policy: policy.clone(), ..Self::default() }
+    }
+
+    /// Whether who restores will provide this object.
+    pub(super) fn is_external(&self, name: &str) -> bool {
+        self.policy.is_external(name)
+    }
+
+    /// Enters a file without any name, of which `files.img` will have an entry
+    /// with the number `id`.
+    ///
+    /// # Errors
+    /// [`FileError::Unsupported`] if it is too large.
+    pub(super) fn ghost(&mut self, file: &Description, name: &[u8], id: u32) -> Result<()> {
+        let key = (file.stat.st_dev, file.stat.st_ino);
+        let ghost = match self.known.get(&key) {
+            Some(ghost) => *ghost,
+            None => self.add(file, name, key)?,
+        };
+        self.remap(id, ghost, RemapType::Ghost);
+        Ok(())
+    }
+
+    fn add(&mut self, file: &Description, name: &[u8], key: (u64, u64)) -> Result<u32> {
+        let bytes = file.stat.st_blocks.cast_unsigned() * BLOCK_BYTES;
+        let shown = String::from_utf8_lossy(name);
+        if file.is_type(libc::S_IFREG) && bytes > self.policy.ghost_limit_bytes {
+            let limit = self.policy.ghost_limit_bytes;
+            let what = format!(
+                "the deleted file {shown}, which has {bytes} bytes, the limit being {limit}"
+            );
+            return Err(file.unsupported(what, "raise the limit with --ghost-limit"));
+        }
+        if file.is_type(libc::S_IFSOCK) || file.is_type(libc::S_IFBLK) {
+            let what = format!("the deleted socket or block device {shown}");
+            return Err(file.unsupported(what, "close it"));
+        }
+        let id = u32::try_from(self.ghosts.len() + 1).expect("fewer than descriptors");
+        let duplicate = file.fd.try_clone();
+        self.ghosts.push(Ghost {
+            id,
+            file: duplicate.map_err(|_| file.failed("duplicate")(Errno::EMFILE))?,
+            stat: file.stat,
+            name: name.to_vec(),
+        });
+        self.known.insert(key, id);
+        Ok(id)
+    }
+
+    fn remap(&mut self, orig_id: u32, remap_id: u32, kind: RemapType) {
+        let remap_type = Some(kind.into());
+        self.remaps.push(proto::RemapFilePathEntry { orig_id, remap_id, remap_type });
+    }
+
+    /// Writes the images of them all. Files are read here, so that the tree must
+    /// still be stopped.
+    ///
+    /// # Errors
+    /// [`FileError::Images`].
+    pub fn write(&self, images: &SnapshotWriter) -> Result<()> {
+        for ghost in &self.ghosts {
+            ghost.write(images)?;
+        }
+        if !self.remaps.is_empty() {
+            images.write(ImageKind::RemapFpath, 0, &self.remaps)?;
+        }
+        Ok(())
+    }
+
+    /// Leaves the names that were given to files, which are otherwise taken away
+    /// again when the table is dropped. To be called when the snapshot is complete
+    /// and the tree does not go on.
+    pub fn keep_links(&mut self) {
+        self.links.0.clear();
+    }
+}
+
+impl Drop for Links {
+    fn drop(&mut self) {
+        for link in &self.0 {
+            if let Err(error) = fs::remove_file(link) {
+                log::warn!("cannot remove {}: {error}", link.display());
+            }
+        }
+    }
+}
+
+/// Gives a file that has lost its name `name` another one, in the same directory
+/// or one above it.
+///
+/// # Errors
+/// [`FileError::Unsupported`] if that was not allowed; what `linkat(2)` returns.
+pub(super) fn link(
+    file: &Description,
+    name: &[u8],
+    id: u32,
+    intake: &mut dyn Intake,
+) -> Result<()> {
+    if !intake.lost().policy.link_remap {
+        let what = format!("the file {}, which has lost this name", String::from_utf8_lossy(name));
+        return Err(file.unsupported(what, "allow it to be given another name with --link-remap"));
+    }
+    let link_id = intake.new_id();
+    let mut dir = Path::new(OsStr::from_bytes(name)).parent();
+    let path = loop {
+        let Some(at) = dir else {
+            return Err(file.failed("give another name to")(Errno::ENOENT));
+        };
+        let path = at.join(format!("link_remap.{link_id}"));
+        // As with CRIU: by the descriptor, which needs CAP_DAC_READ_SEARCH, or else
+        // through /proc.
+        let by_descriptor = linkat(&file.fd, "", AT_FDCWD, &path, AtFlags::AT_EMPTY_PATH);
+        let linked = by_descriptor.or_else(|_| {
+            let source = descriptor::path_of(file.fd.as_fd());
+            linkat(AT_FDCWD, source.as_str(), AT_FDCWD, &path, AtFlags::AT_SYMLINK_FOLLOW)
+        });
+        match linked {
+            Ok(()) => break path,
+            // The directory is gone too, or on an overlay the file itself is.
+            Err(Errno::ENOENT) if !at.exists() => dir = at.parent(),
+            Err(Errno::ENOENT) => return intake.lost().ghost(file, name, id),
+            Err(errno) => return Err(file.failed("give another name to")(errno)),
+        }
+    };
+    let entry = proto::RegFileEntry {
+        id: link_id,
+        name: path.as_os_str().as_bytes().to_vec(),
+        ..Default::default()
+    };
+    let lost = intake.lost();
+    lost.links.0.push(path);
+    lost.remap(id, link_id, RemapType::Linked);
+    intake.push(proto::FileEntry {
+        r#type: FdTypes::Reg.into(),
+        id: link_id,
+        reg: Some(entry),
+        ..Default::default()
+    });
+    Ok(())
+}
+
+/// Returns a device in the kernel's own form (`linux/kdev_t.h`), as images have
+/// that of a ghost's file system, though not that of a device file.
+fn kernel_device(device: u64) -> u32 {
+    let number = major(device) << MINOR_BITS | minor(device);
+    u32::try_from(number).unwrap_or(u32::MAX)
+}
+
+impl Ghost {
+    fn write(&self, images: &SnapshotWriter) -> Result<()> {
+        let format = self.stat.st_mode & libc::S_IFMT;
+        let size = self.stat.st_size.cast_unsigned();
+        let chunks = format == libc::S_IFREG && size >= CHUNKED_FROM_BYTES;
+        let time = |seconds: i64, nanoseconds: i64| proto::Timeval {
+            tv_sec: seconds.cast_unsigned(),
+            tv_usec: (nanoseconds / 1000).cast_unsigned(),
+        };
+        let device = matches!(format, libc::S_IFCHR | libc::S_IFBLK);
+        let low = |number: u64| u32::try_from(number & u64::from(u32::MAX)).expect("32 bits");
+        let mut entry = proto::GhostFileEntry {
+            uid: self.stat.st_uid,
+            gid: self.stat.st_gid,
+            mode: self.stat.st_mode,
+            dev: Some(kernel_device(self.stat.st_dev)),
+            ino: Some(self.stat.st_ino),
+            rdev: device.then(|| low(self.stat.st_rdev)),
+            atim: Some(time(self.stat.st_atime, self.stat.st_atime_nsec)),
+            mtim: Some(time(self.stat.st_mtime, self.stat.st_mtime_nsec)),
+            chunks: chunks.then_some(true),
+            size: chunks.then_some(size),
+            symlnk_target: None,
+        };
+        if format == libc::S_IFLNK {
+            let target = readlinkat(&self.file, "").map_err(|errno| self.unreadable(errno))?;
+            entry.symlnk_target = Some(target.as_bytes().to_vec());
+        }
+        let mut image = images.create(ImageKind::GhostFile, self.id.into())?;
+        image.message(&entry)?;
+        if format == libc::S_IFREG {
+            let file = descriptor::reopen(self.file.as_fd(), libc::O_RDONLY.cast_unsigned())
+                .map_err(|errno| self.unreadable(errno))?;
+            let file = File::from(file);
+            if chunks {
+                self.write_chunks(&file, size, &mut image)?;
+            } else {
+                self.copy(&file, 0, size, &mut image)?;
+            }
+        }
+        image.finish()?;
+        Ok(())
+    }
+
+    fn write_chunks(
+        &self,
+        file: &File,
+        size: u64,
+        image: &mut ImageWriter<impl Write>,
+    ) -> Result<()> {
+        let seek = |offset: u64, whence| match lseek(file, offset.cast_signed(), whence) {
+            Ok(found) => Ok(found.cast_unsigned().min(size)),
+            Err(Errno::ENXIO) => Ok(size),
+            Err(errno) => Err(self.unreadable(errno)),
+        };
+        let mut at = 0;
+        while at < size {
+            let data = seek(at, Whence::SeekData)?;
+            if data == size {
+                break;
+            }
+            let end = seek(data, Whence::SeekHole)?;
+            image.message(&proto::GhostChunkEntry { len: end - data, off: data })?;
+            self.copy(file, data, end - data, image)?;
+            at = end;
+        }
+        Ok(())
+    }
+
+    fn copy(
+        &self,
+        file: &File,
+        mut offset: u64,
+        len: u64,
+        image: &mut ImageWriter<impl Write>,
+    ) -> Result<()> {
+        let end = offset + len;
+        let mut buffer = vec![0; COPY_BYTES];
+        while offset < end {
+            let wanted = usize::try_from(end - offset).unwrap_or(COPY_BYTES).min(COPY_BYTES);
+            match file.read_at(&mut buffer[..wanted], offset) {
+                // It was cut short by someone who is not stopped.
+                Ok(0) => return Err(self.unreadable(Errno::ENODATA)),
+                Ok(bytes) => {
+                    image.raw(&buffer[..bytes])?;
+                    offset += bytes as u64;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    let errno = error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
+                    return Err(self.unreadable(errno));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn unreadable(&self, errno: Errno) -> FileError {
+        let path = PathBuf::from(OsStr::from_bytes(&self.name));
+        FileError::Images(ImageError::Read { path, offset: 0, source: errno.into() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_of_ghosts_are_in_the_form_of_the_kernel() {
+        // /dev/vda is 254:0.
+        assert_eq!(kernel_device(nix::sys::stat::makedev(254, 0)), 0x0fe0_0000);
+        assert_eq!(kernel_device(nix::sys::stat::makedev(0, 300)), 300);
+    }
+}

@@ -1,0 +1,321 @@
+//! Memory with a descriptor: memfds, and files of anonymous shared memory.
+//!
+//! Descriptions and objects are apart: `files.img` has the former, `memfd.img` the
+//! latter. The bytes are pages of shared memory, which is not done here: whoever
+//! restores them finds the object in [`Opened::objects`].
+
+use std::{
+    collections::HashMap,
+    ffi::CString,
+    fs,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
+
+use nix::{
+    errno::Errno,
+    fcntl::{FcntlArg, SealFlag, fcntl},
+    libc,
+    sys::stat::{Mode, fchmod, fstat},
+    unistd::{Gid, Uid, fchown, ftruncate},
+};
+
+use super::{
+    Collector, Description, FileError, Intake, Kind, Opened, Opener, Policy, Result, descriptor,
+};
+use crate::{
+    image::{
+        Kind as ImageKind, SnapshotWriter,
+        proto::{self, FdTypes},
+        read_all,
+    },
+    sys::fds,
+};
+
+/// The kind's row.
+pub(super) const KIND: Kind = Kind {
+    name: "memfd",
+    types: &[FdTypes::Memfd],
+    collector: |_: &Policy| Box::new(Memfds::probe()),
+    opener: |_: &Policy| Box::new(Reopener),
+};
+
+/// What links to memfds begin with.
+const PREFIX: &[u8] = b"/memfd:";
+/// What links to files without names end with.
+const DELETED: &[u8] = b" (deleted)";
+/// Where the kernel tells the sizes of huge pages that it has.
+const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages";
+/// Permissions and the like: what `fchmod(2)` takes.
+const PERMISSIONS: u32 = 0o7777;
+/// `F_SEAL_SEAL` (`include/uapi/linux/fcntl.h`): what a memfd has that was made
+/// without sealing.
+const SEAL_SEAL: u32 = 1;
+/// `F_SEAL_EXEC` (Linux 6.3).
+const SEAL_EXEC: u32 = 0x20;
+/// `MFD_EXEC` (`include/uapi/linux/memfd.h`, Linux 6.3).
+const MFD_EXEC: u32 = 0x10;
+
+/// Devices on which the kernel keeps memory with descriptors, and the flags that
+/// make such memory.
+#[derive(Debug)]
+struct Devices(HashMap<u64, u32>);
+
+impl Devices {
+    fn probe() -> Self {
+        let mut devices = HashMap::new();
+        let sizes = fs::read_dir(HUGE_PAGES).into_iter().flatten().flatten();
+        let huge = sizes.filter_map(|entry| {
+            let name = entry.file_name();
+            let kib = name.to_str()?.strip_prefix("hugepages-")?.strip_suffix("kB")?;
+            let bytes = kib.parse::<u64>().ok()?.checked_mul(1024)?;
+            Some(libc::MFD_HUGETLB | bytes.ilog2() << libc::MFD_HUGE_SHIFT)
+        });
+        for flags in std::iter::once(0).chain(huge) {
+            if let Ok(fd) = fds::memfd(c"probe", flags)
+                && let Ok(stat) = fstat(&fd)
+            {
+                devices.insert(stat.st_dev, flags);
+            }
+        }
+        Self(devices)
+    }
+}
+
+struct Memfds {
+    devices: Devices,
+    inodes: Vec<proto::MemfdInodeEntry>,
+    known: HashMap<(u64, u64), u32>,
+}
+
+impl Memfds {
+    fn probe() -> Self {
+        Self { devices: Devices::probe(), inodes: Vec::new(), known: HashMap::new() }
+    }
+
+    /// Returns the number of the object that a description is of.
+    fn inode(&mut self, file: &Description) -> Result<u32> {
+        let key = (file.stat.st_dev, file.stat.st_ino);
+        if let Some(id) = self.known.get(&key) {
+            return Ok(*id);
+        }
+        let shmid = u32::try_from(file.stat.st_ino).map_err(|_| {
+            file.unsupported(
+                format!("shared memory with the inode number {}", file.stat.st_ino),
+                "numbers have 32 bits in images; start the program again soon after booting",
+            )
+        })?;
+        let id = u32::try_from(self.inodes.len() + 1).expect("fewer than descriptors");
+        let huge = self.devices.0.get(&file.stat.st_dev).copied().filter(|flags| *flags != 0);
+        let name = file.link.strip_suffix(DELETED).unwrap_or(&file.link);
+        self.inodes.push(proto::MemfdInodeEntry {
+            name: name.strip_prefix(PREFIX).unwrap_or(name).to_vec(),
+            uid: file.stat.st_uid,
+            gid: file.stat.st_gid,
+            size: file.stat.st_size.cast_unsigned(),
+            shmid,
+            seals: seals(file)?,
+            inode_id: id.into(),
+            hugetlb_flag: huge,
+            mode: Some(file.stat.st_mode),
+        });
+        self.known.insert(key, id);
+        Ok(id)
+    }
+}
+
+fn seals(file: &Description) -> Result<u32> {
+    let get = |fd: BorrowedFd| fcntl(fd, FcntlArg::F_GET_SEALS).map(i32::cast_unsigned);
+    let seals = if descriptor::is_path(file.flags) {
+        descriptor::reopen(file.fd.as_fd(), 0).and_then(|fd| get(fd.as_fd()))
+    } else {
+        get(file.fd.as_fd())
+    };
+    match seals {
+        // Other shared memory cannot be sealed.
+        Err(Errno::EINVAL) => Ok(SEAL_SEAL),
+        result => result.map_err(file.failed("read the seals of")),
+    }
+}
+
+impl Collector for Memfds {
+    fn claims(&self, file: &Description) -> bool {
+        file.is_type(libc::S_IFREG) && self.devices.0.contains_key(&file.stat.st_dev)
+    }
+
+    fn collect(&mut self, file: &Description, _: &mut dyn Intake) -> Result<proto::FileEntry> {
+        Ok(proto::FileEntry {
+            r#type: FdTypes::Memfd.into(),
+            id: file.id,
+            memfd: Some(proto::MemfdFileEntry {
+                id: file.id,
+                flags: file.status(),
+                pos: file.info.pos,
+                fown: file.fown,
+                inode_id: self.inode(file)?,
+            }),
+            ..Default::default()
+        })
+    }
+
+    fn finish(&mut self, images: &SnapshotWriter) -> Result<()> {
+        if !self.inodes.is_empty() {
+            images.write(ImageKind::MemfdInode, 0, &self.inodes)?;
+        }
+        Ok(())
+    }
+}
+
+/// Makes the object, of its size but without its bytes. Seals come last
+/// ([`seal`]), as they could be in the way of these.
+///
+/// # Errors
+/// What the system calls return; `EINVAL` for a name with a zero in it.
+pub fn create(inode: &proto::MemfdInodeEntry) -> nix::Result<OwnedFd> {
+    let name = CString::new(inode.name.as_slice()).map_err(|_| Errno::EINVAL)?;
+    let mut flags = inode.hugetlb_flag.unwrap_or(0);
+    if inode.seals != SEAL_SEAL {
+        flags |= libc::MFD_ALLOW_SEALING;
+    }
+    let executable = inode.mode.is_some_and(|mode| mode & 0o111 != 0);
+    let executable = executable && inode.seals & SEAL_EXEC == 0;
+    let made = if executable { fds::memfd(&name, flags | MFD_EXEC) } else { Err(Errno::EINVAL) };
+    let fd = match made {
+        Err(Errno::EINVAL) => fds::memfd(&name, flags)?,
+        result => result?,
+    };
+    if inode.size != 0 {
+        let size = i64::try_from(inode.size).map_err(|_| Errno::EFBIG)?;
+        ftruncate(&fd, size)?;
+    }
+    fchown(&fd, Some(Uid::from_raw(inode.uid)), Some(Gid::from_raw(inode.gid)))?;
+    if let Some(mode) = inode.mode {
+        fchmod(&fd, Mode::from_bits_truncate(mode & PERMISSIONS))?;
+    }
+    Ok(fd)
+}
+
+/// Seals an object, after all of its mappings were made.
+///
+/// # Errors
+/// What `fcntl(2)` returns.
+pub fn seal(fd: BorrowedFd, inode: &proto::MemfdInodeEntry) -> nix::Result<()> {
+    // What was made without sealing has this one from the start.
+    if inode.seals == 0 || inode.seals == SEAL_SEAL {
+        return Ok(());
+    }
+    let seals = SealFlag::from_bits_retain(inode.seals.cast_signed());
+    fcntl(fd, FcntlArg::F_ADD_SEALS(seals)).map(drop)
+}
+
+/// Reads the objects of a snapshot.
+///
+/// # Errors
+/// [`FileError::Images`].
+pub fn inodes(images: &std::path::Path) -> Result<Vec<proto::MemfdInodeEntry>> {
+    match read_all(&images.join(ImageKind::MemfdInode.file_name(0)), ImageKind::MemfdInode) {
+        Err(error) if error.is_missing() => Ok(Vec::new()),
+        result => Ok(result?),
+    }
+}
+
+/// Opens a description of an object with other flags than it had, for a mapping.
+///
+/// # Errors
+/// What `open(2)` returns.
+pub fn open_object(object: BorrowedFd, flags: i32) -> nix::Result<OwnedFd> {
+    descriptor::reopen(object, flags.cast_unsigned())
+}
+
+struct Reopener;
+
+impl Opener for Reopener {
+    fn open(&mut self, entries: &[proto::FileEntry], opened: &mut Opened) -> Result<()> {
+        if entries.is_empty() {
+            return Ok(());
+        }
+        let inodes = inodes(&opened.images)?;
+        let inodes: HashMap<u64, proto::MemfdInodeEntry> =
+            inodes.into_iter().map(|inode| (inode.inode_id, inode)).collect();
+        let mut originals = HashMap::new();
+        for entry in entries {
+            let missing = || FileError::image(entry.id, "it is a memfd without its entry");
+            let file = entry.memfd.as_ref().ok_or_else(missing)?;
+            let inode = inodes.get(&file.inode_id.into()).ok_or_else(|| {
+                let problem = format!("memfd.img has no object {}", file.inode_id);
+                FileError::image(entry.id, problem)
+            })?;
+            let failed = |step| FileError::restore(entry.id, step, &inode.name);
+            let name = [PREFIX, &inode.name].concat();
+            if let Some(given) = opened.policy.inherited(&name).map_err(failed("inherit"))? {
+                opened.insert(entry.id, given);
+                continue;
+            }
+            let object = match opened.objects.entry(inode.shmid.into()) {
+                std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
+                std::collections::hash_map::Entry::Vacant(entry) => {
+                    entry.insert(create(inode).map_err(failed("make the memfd"))?)
+                }
+            };
+            // The description that memfd_create(2) made is the only one that can be
+            // executed; the object's own descriptor does not use position and flags.
+            let access = file.flags.cast_signed() & (libc::O_ACCMODE | libc::O_PATH);
+            let fd = if access == libc::O_RDWR && originals.insert(inode.shmid, ()).is_none() {
+                let copy = object.try_clone().map_err(|_| Errno::EMFILE);
+                copy.and_then(|fd| descriptor::set_status(fd.as_fd(), file.flags).map(|()| fd))
+            } else {
+                descriptor::reopen(object.as_fd(), file.flags)
+            };
+            let fd = fd.map_err(failed("open the memfd"))?;
+            descriptor::seek(fd.as_fd(), file.pos, file.flags).map_err(failed("position"))?;
+            opened.insert(entry.id, fd);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs::File,
+        io::{Seek, SeekFrom, Write},
+    };
+
+    use super::*;
+    use crate::res::file::testing::{Tree, stat};
+
+    #[test]
+    fn a_memfd_comes_back_with_all_its_descriptions() {
+        let mut tree = Tree::new();
+        let fd = fds::memfd(c"a \xff name", libc::MFD_ALLOW_SEALING).unwrap();
+        let mut file = File::from(fd.try_clone().unwrap());
+        file.set_len(12345).unwrap();
+        file.write_all(b"abc").unwrap();
+        fchmod(&fd, Mode::from_bits_truncate(0o640)).unwrap();
+        let other = descriptor::reopen(fd.as_fd(), libc::O_APPEND.cast_unsigned()).unwrap();
+        let third = descriptor::reopen(fd.as_fd(), libc::O_RDWR.cast_unsigned()).unwrap();
+        File::from(third.try_clone().unwrap()).seek(SeekFrom::Start(77)).unwrap();
+        fcntl(&fd, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK)).unwrap();
+        tree.add(1, fd);
+        tree.add(2, other);
+        tree.add(3, third);
+        tree.add(4, fds::memfd(c"unsealed", 0).unwrap());
+        let restored = tree.restore();
+        let inodes = inodes(restored.images()).unwrap();
+        assert_eq!(inodes.len(), 2);
+        assert_eq!((inodes[0].seals, inodes[1].seals), (2, 1));
+        let object = &restored.opened().objects[&inodes[0].shmid.into()];
+        seal(object.as_fd(), &inodes[0]).unwrap();
+        let number = |id| stat(&restored.get(id)).st_ino;
+        assert!(number(1) == number(2) && number(1) == number(3) && number(1) != number(4));
+        for id in 1..=4 {
+            let before = restored.before(id);
+            assert_eq!(restored.flags(id), before.flags, "{id}");
+            assert_eq!(restored.info(id).pos, before.info.pos);
+            assert_eq!(restored.link(id), before.link);
+            let now = stat(&restored.get(id));
+            assert_eq!((now.st_size, now.st_mode), (before.stat.st_size, before.stat.st_mode));
+            let seals = fcntl(restored.get(id), FcntlArg::F_GET_SEALS).unwrap();
+            assert_eq!(seals, if id == 4 { 1 } else { 2 });
+        }
+    }
+}

@@ -1,0 +1,374 @@
+//! Files that have lost their names, while restoring.
+//!
+//! A ghost is made under the name that it had, opened once for each description of
+//! it, and loses the name again at once, so that nothing is left of it if this
+//! program is killed.
+
+use std::{
+    collections::HashMap,
+    ffi::{OsStr, OsString},
+    fs::{self, DirBuilder, File},
+    io::Write,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::{
+            ffi::{OsStrExt, OsStringExt},
+            fs::{DirBuilderExt, FileExt, OpenOptionsExt, symlink},
+        },
+    },
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    errno::Errno,
+    fcntl::{AT_FDCWD, AtFlags},
+    libc,
+    sys::{
+        stat::{FchmodatFlags, Mode, SFlag, UtimensatFlags, fchmodat, mknod, utimensat},
+        time::TimeSpec,
+    },
+    unistd::{Gid, Uid, fchownat, linkat},
+};
+
+use super::{FileError, Opened, Result, descriptor};
+use crate::image::{
+    ImageReader, Kind as ImageKind, payload,
+    proto::{self, RemapType},
+    read_all,
+};
+
+/// The bit that marks ghosts in images without `remap_type`.
+const OLD_GHOST: u32 = 1 << 31;
+
+/// Permissions and the like.
+const PERMISSIONS: u32 = 0o7777;
+
+/// Permissions of directories that are made for a moment.
+const DIRECTORY_MODE: u32 = 0o700;
+
+/// Where an entry of `files.img` that has lost its name leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Remap {
+    /// The file that another entry names.
+    Linked(u32),
+    Ghost(u32),
+    /// A file in `/proc` of a process that had ended.
+    Process(u32),
+}
+
+/// A ghost that was made.
+#[derive(Debug)]
+struct Ghost {
+    /// A descriptor that only names it.
+    object: OwnedFd,
+    is_link: bool,
+    /// Descriptions that nobody has taken yet, by the numbers of their entries.
+    unused: HashMap<u32, OwnedFd>,
+}
+
+/// Files without names of a snapshot.
+#[derive(Debug, Default)]
+pub struct Revived {
+    remaps: Option<HashMap<u32, Remap>>,
+    ghosts: HashMap<u32, Ghost>,
+}
+
+/// Reads which entries have lost their names.
+fn read(images: &Path) -> Result<HashMap<u32, Remap>> {
+    let path = images.join(ImageKind::RemapFpath.file_name(0));
+    let entries = match read_all::<proto::RemapFilePathEntry>(&path, ImageKind::RemapFpath) {
+        Err(error) if error.is_missing() => return Ok(HashMap::new()),
+        result => result?,
+    };
+    let mut remaps = HashMap::new();
+    for entry in entries {
+        let id = entry.remap_id;
+        let remap = match entry.remap_type.map(RemapType::try_from) {
+            Some(Ok(RemapType::Linked)) => Remap::Linked(id),
+            Some(Ok(RemapType::Ghost)) => Remap::Ghost(id),
+            Some(Ok(RemapType::Procfs)) => Remap::Process(id),
+            None if id & OLD_GHOST != 0 => Remap::Ghost(id & !OLD_GHOST),
+            None => Remap::Linked(id),
+            Some(Err(_)) => {
+                let problem =
+                    format!("its name was lost in an unknown way ({:?})", entry.remap_type);
+                return Err(FileError::image(entry.orig_id, problem));
+            }
+        };
+        remaps.insert(entry.orig_id, remap);
+    }
+    Ok(remaps)
+}
+
+fn remaps(opened: &mut Opened) -> Result<&HashMap<u32, Remap>> {
+    if opened.revived.remaps.is_none() {
+        opened.revived.remaps = Some(read(&opened.images)?);
+    }
+    Ok(opened.revived.remaps.as_ref().expect("it was read"))
+}
+
+/// Opens the file of an entry that has lost its name; `None` if it has not.
+pub(super) fn open(
+    entry: &proto::RegFileEntry,
+    flags: u32,
+    opened: &mut Opened,
+) -> Result<Option<OwnedFd>> {
+    let failed = |step| FileError::restore(entry.id, step, &entry.name);
+    match remaps(opened)?.get(&entry.id).copied() {
+        None => Ok(None),
+        Some(Remap::Process(pid)) => {
+            let problem = format!(
+                "it is {} of process {pid}, which had ended, and is not restored",
+                String::from_utf8_lossy(&entry.name)
+            );
+            Err(FileError::image(entry.id, problem))
+        }
+        Some(Remap::Linked(other)) => {
+            let source = linked(opened, entry.id, other)?;
+            let link = |path: &Path| linkat(AT_FDCWD, &source, AT_FDCWD, path, AtFlags::empty());
+            let name = Name::give(&entry.name, ".cr_link", link).map_err(failed("link"))?;
+            descriptor::open(name.bytes(), flags).map(Some).map_err(failed("open"))
+        }
+        Some(Remap::Ghost(ghost)) => {
+            if !opened.revived.ghosts.contains_key(&ghost) {
+                let made = make(ghost, entry, opened)?;
+                opened.revived.ghosts.insert(ghost, made);
+            }
+            let ghost = opened.revived.ghosts.get_mut(&ghost).expect("it was just made");
+            if flags == entry.flags
+                && let Some(fd) = ghost.unused.remove(&entry.id)
+            {
+                return Ok(Some(fd));
+            }
+            if ghost.is_link {
+                let copy = ghost.object.try_clone().map_err(|_| Errno::EMFILE);
+                return copy.map(Some).map_err(failed("open"));
+            }
+            descriptor::reopen(ghost.object.as_fd(), flags).map(Some).map_err(failed("open"))
+        }
+    }
+}
+
+fn linked(opened: &Opened, id: u32, other: u32) -> Result<PathBuf> {
+    let entry = opened.entries.get(&other).and_then(|entry| entry.reg.as_ref());
+    let missing =
+        || FileError::image(id, format!("it has lost its name to file {other:#x}, which is none"));
+    Ok(PathBuf::from(OsStr::from_bytes(&entry.ok_or_else(missing)?.name)))
+}
+
+/// Removes the names that files were given when they were dumped. To be called
+/// when the restore has succeeded: without the names there can be no other.
+///
+/// # Errors
+/// [`FileError::Image`]; names that are gone already are none.
+pub fn remove_links(opened: &mut Opened) -> Result<()> {
+    let linked_to: Vec<(u32, u32)> = remaps(opened)?
+        .iter()
+        .filter_map(|(id, remap)| match remap {
+            Remap::Linked(other) => Some((*id, *other)),
+            _ => None,
+        })
+        .collect();
+    for (id, other) in linked_to {
+        let path = linked(opened, id, other)?;
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                log::warn!("cannot remove {}: {error}", path.display());
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// A name that a file has until this is dropped, with the directories that it
+/// takes.
+struct Name {
+    path: PathBuf,
+    directories: Vec<PathBuf>,
+    is_directory: bool,
+}
+
+impl Name {
+    /// Makes something at `path`, or if that is taken, at `path` with `suffix`.
+    fn give(
+        path: &[u8],
+        suffix: &str,
+        make: impl Fn(&Path) -> nix::Result<()>,
+    ) -> nix::Result<Self> {
+        let path = PathBuf::from(OsString::from_vec(path.to_vec()));
+        let mut name = Self { path: PathBuf::new(), directories: Vec::new(), is_directory: false };
+        for dir in path.ancestors().skip(1).collect::<Vec<_>>().into_iter().rev() {
+            match DirBuilder::new().mode(DIRECTORY_MODE).create(dir) {
+                Ok(()) => name.directories.push(dir.to_owned()),
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::EEXIST | libc::EISDIR | libc::EROFS | libc::EACCES) => {}
+                    other => return Err(other.map_or(Errno::EIO, Errno::from_raw)),
+                },
+            }
+        }
+        match make(&path) {
+            Err(Errno::EEXIST) => {
+                let mut other = path.into_os_string();
+                other.push(suffix);
+                make(Path::new(&other))?;
+                name.path = other.into();
+            }
+            result => {
+                result?;
+                name.path = path;
+            }
+        }
+        Ok(name)
+    }
+
+    fn bytes(&self) -> &[u8] {
+        self.path.as_os_str().as_bytes()
+    }
+}
+
+impl Drop for Name {
+    fn drop(&mut self) {
+        let warn = |path: &Path, error| log::warn!("cannot remove {}: {error}", path.display());
+        if !self.path.as_os_str().is_empty() {
+            let remove = if self.is_directory { fs::remove_dir } else { fs::remove_file };
+            if let Err(error) = remove(&self.path) {
+                warn(&self.path, error);
+            }
+        }
+        for dir in self.directories.iter().rev() {
+            if let Err(error) = fs::remove_dir(dir) {
+                warn(dir, error);
+            }
+        }
+    }
+}
+
+/// Makes a ghost, which `first` is an entry of, and opens it for all its entries.
+fn make(ghost: u32, first: &proto::RegFileEntry, opened: &mut Opened) -> Result<Ghost> {
+    let path = opened.images.join(ImageKind::GhostFile.file_name(ghost.into()));
+    let mut image = ImageReader::open_kind(&path, ImageKind::GhostFile)?;
+    let missing = || FileError::image(first.id, format!("{} is empty", path.display()));
+    let entry: proto::GhostFileEntry = image.next_message()?.ok_or_else(missing)?;
+    let failed = |step| FileError::restore(first.id, step, &first.name);
+
+    let suffix = format!(".cr.{ghost:x}.{}.ghost", std::process::id());
+    let mut name =
+        Name::give(&first.name, &suffix, |path| make_node(path, &entry)).map_err(failed("make"))?;
+    let format = entry.mode & libc::S_IFMT;
+    name.is_directory = format == libc::S_IFDIR;
+    if format == libc::S_IFREG {
+        fill(&name.path, &entry, &mut image, first)?;
+    }
+    let only_name = (libc::O_PATH | libc::O_NOFOLLOW).cast_unsigned();
+    let object = descriptor::open(name.bytes(), only_name).map_err(failed("open"))?;
+    adjust(&name.path, &entry).map_err(failed("adjust"))?;
+
+    let mut unused = HashMap::new();
+    if matches!(format, libc::S_IFREG | libc::S_IFDIR) {
+        let is_of_it = |id: &u32| {
+            opened.revived.remaps.as_ref().and_then(|remaps| remaps.get(id))
+                == Some(&Remap::Ghost(ghost))
+        };
+        let entries = opened.entries.values().filter(|entry| is_of_it(&entry.id));
+        for user in entries.filter_map(|entry| entry.reg.as_ref()) {
+            if let Some(fd) = open_as(&name, user, format).map_err(failed("open"))? {
+                unused.insert(user.id, fd);
+            }
+        }
+    }
+    Ok(Ghost { object, is_link: format == libc::S_IFLNK, unused })
+}
+
+/// Opens a ghost that has the name `name` for an entry which may have another.
+fn open_as(name: &Name, user: &proto::RegFileEntry, format: u32) -> nix::Result<Option<OwnedFd>> {
+    if name.bytes() == user.name || format == libc::S_IFDIR {
+        return descriptor::open(name.bytes(), user.flags).map(Some);
+    }
+    let link = |path: &Path| linkat(AT_FDCWD, &name.path, AT_FDCWD, path, AtFlags::empty());
+    match Name::give(&user.name, ".cr_link", link) {
+        Ok(other) => descriptor::open(other.bytes(), user.flags).map(Some),
+        // Its place may be on another file system: then it has the first one's name.
+        Err(_) => Ok(None),
+    }
+}
+
+fn make_node(path: &Path, entry: &proto::GhostFileEntry) -> nix::Result<()> {
+    let errno = |error: std::io::Error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
+    let mode = Mode::S_IRUSR | Mode::S_IWUSR;
+    match entry.mode & libc::S_IFMT {
+        libc::S_IFREG => {
+            let mut options = File::options();
+            let file = options.write(true).create_new(true).mode(mode.bits()).open(path);
+            file.map(drop).map_err(errno)
+        }
+        libc::S_IFDIR => DirBuilder::new().mode(DIRECTORY_MODE).create(path).map_err(errno),
+        libc::S_IFLNK => {
+            let target = entry.symlnk_target.as_deref().ok_or(Errno::EINVAL)?;
+            symlink(OsStr::from_bytes(target), path).map_err(errno)
+        }
+        libc::S_IFIFO => mknod(path, SFlag::S_IFIFO, mode, 0),
+        libc::S_IFCHR => {
+            let device = entry.rdev.ok_or(Errno::EINVAL)?;
+            mknod(path, SFlag::S_IFCHR, mode, device.into())
+        }
+        _ => Err(Errno::EOPNOTSUPP),
+    }
+}
+
+fn fill(
+    path: &Path,
+    entry: &proto::GhostFileEntry,
+    image: &mut ImageReader,
+    first: &proto::RegFileEntry,
+) -> Result<()> {
+    let failed = |error: std::io::Error| {
+        let errno = error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
+        FileError::restore(first.id, "write", &first.name)(errno)
+    };
+    let mut file = File::options().write(true).open(path).map_err(failed)?;
+    if entry.chunks != Some(true) {
+        return payload::pass(image, None, "deleted file", |bytes| {
+            file.write_all(bytes).map_err(failed)
+        });
+    }
+    let size =
+        entry.size.ok_or_else(|| FileError::image(first.id, "a deleted file without size"))?;
+    file.set_len(size).map_err(failed)?;
+    while let Some(chunk) = image.next_message::<proto::GhostChunkEntry>()? {
+        if chunk.off.checked_add(chunk.len).is_none_or(|end| end > size) {
+            let problem = format!(
+                "its bytes from {:#x} to {:#x} lie behind its end, {size:#x}",
+                chunk.off,
+                chunk.off.saturating_add(chunk.len)
+            );
+            return Err(FileError::image(first.id, problem));
+        }
+        let mut offset = chunk.off;
+        payload::pass(image, Some(chunk.len), "deleted file", |bytes| {
+            file.write_all_at(bytes, offset).map_err(failed)?;
+            offset += bytes.len() as u64;
+            Ok::<(), FileError>(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Gives a ghost its owner, mode and times.
+fn adjust(path: &Path, entry: &proto::GhostFileEntry) -> nix::Result<()> {
+    let (uid, gid) = (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid));
+    fchownat(AT_FDCWD, path, Some(uid), Some(gid), AtFlags::AT_SYMLINK_NOFOLLOW)?;
+    if entry.mode & libc::S_IFMT != libc::S_IFLNK {
+        let mode = Mode::from_bits_truncate(entry.mode & PERMISSIONS);
+        fchmodat(AT_FDCWD, path, mode, FchmodatFlags::FollowSymlink)?;
+    }
+    if let (Some(access), Some(change)) = (&entry.atim, &entry.mtim) {
+        let time = |time: &proto::Timeval| {
+            let nanoseconds = (time.tv_usec % 1_000_000) * 1000;
+            TimeSpec::new(time.tv_sec.cast_signed(), nanoseconds.cast_signed())
+        };
+        let flag = UtimensatFlags::NoFollowSymlink;
+        utimensat(AT_FDCWD, path, &time(access), &time(change), flag)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,196 @@
+//! Timers with descriptors.
+
+use std::os::fd::AsFd;
+
+use nix::{errno::Errno, libc};
+
+use super::{
+    Collector, Description, FileError, Intake, Kind, Opened, Opener, Policy, Result, descriptor,
+};
+use crate::{
+    image::proto::{self, FdTypes},
+    proc::FdDetail,
+    sys::fds::{self, TimerSetting},
+};
+
+/// The kind's row.
+pub(super) const KIND: Kind = Kind {
+    name: "timerfd",
+    types: &[FdTypes::Timerfd],
+    collector: |_: &Policy| Box::new(Timers::default()),
+    opener: |_: &Policy| Box::new(Timers::default()),
+};
+
+const NANOSECONDS: u64 = 1_000_000_000;
+
+/// The flags of `timerfd_settime(2)` that are known.
+const SETTIME_FLAGS: u32 =
+    (libc::TFD_TIMER_ABSTIME | libc::TFD_TIMER_CANCEL_ON_SET).cast_unsigned();
+
+#[derive(Default)]
+struct Timers {
+    /// Those that [`Opener::start`] sets.
+    entries: Vec<proto::TimerfdEntry>,
+}
+
+impl Collector for Timers {
+    fn claims(&self, file: &Description) -> bool {
+        file.is_anonymous("[timerfd]")
+    }
+
+    fn collect(&mut self, file: &Description, _: &mut dyn Intake) -> Result<proto::FileEntry> {
+        let FdDetail::TimerFd {
+            clockid,
+            ticks,
+            settime_flags,
+            value_sec,
+            value_nsec,
+            interval_sec,
+            interval_nsec,
+        } = file.info.detail
+        else {
+            return Err(file.failed("read the setting of")(Errno::ENODATA));
+        };
+        Ok(proto::FileEntry {
+            r#type: FdTypes::Timerfd.into(),
+            id: file.id,
+            tfd: Some(proto::TimerfdEntry {
+                id: file.id,
+                flags: file.status(),
+                fown: file.fown,
+                clockid: clockid.cast_unsigned(),
+                ticks,
+                settime_flags,
+                vsec: value_sec,
+                vnsec: value_nsec,
+                isec: interval_sec,
+                insec: interval_nsec,
+            }),
+            ..Default::default()
+        })
+    }
+}
+
+impl Opener for Timers {
+    fn open(&mut self, entries: &[proto::FileEntry], opened: &mut Opened) -> Result<()> {
+        for entry in entries {
+            let missing = || FileError::image(entry.id, "it is a timer without its entry");
+            let timer = entry.tfd.as_ref().ok_or_else(missing)?;
+            check(timer)?;
+            let failed = || FileError::restore(entry.id, "make", "a timer");
+            let fd = fds::timerfd(timer.clockid.cast_signed()).map_err(failed())?;
+            descriptor::set_status(fd.as_fd(), timer.flags).map_err(failed())?;
+            opened.insert(entry.id, fd);
+            self.entries.push(*timer);
+        }
+        Ok(())
+    }
+
+    fn start(&mut self, opened: &Opened) -> Result<()> {
+        for entry in &self.entries {
+            let fd = opened.get(entry.id)?;
+            let set = setting(entry)
+                .and_then(|setting| fds::set_timer(fd, entry.settime_flags.cast_signed(), setting));
+            set.map_err(FileError::restore(entry.id, "set", "a timer"))?;
+            if entry.ticks == 0 {
+                continue;
+            }
+            match fds::set_timer_ticks(fd, entry.ticks) {
+                Err(Errno::ENOTTY) => {
+                    log::warn!(
+                        "file {:#x}: this kernel cannot set what a timer has counted; {} lost",
+                        entry.id,
+                        entry.ticks
+                    );
+                }
+                result => {
+                    result.map_err(FileError::restore(entry.id, "set the count of", "a timer"))?
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn check(entry: &proto::TimerfdEntry) -> Result<()> {
+    let wrong = |problem: String| Err(FileError::image(entry.id, problem));
+    if entry.settime_flags & !SETTIME_FLAGS != 0 {
+        return wrong(format!("unknown flags {:#x} of a timer", entry.settime_flags));
+    }
+    let largest = i64::MAX.cast_unsigned() / 2;
+    if entry.vnsec.max(entry.insec) >= NANOSECONDS || entry.vsec.max(entry.isec) > largest {
+        return wrong("a timer with an impossible time".to_owned());
+    }
+    Ok(())
+}
+
+/// Returns what to set a timer to; images always have the time that is left.
+fn setting(entry: &proto::TimerfdEntry) -> nix::Result<TimerSetting> {
+    let mut value = (entry.vsec, entry.vnsec);
+    let absolute = entry.settime_flags & libc::TFD_TIMER_ABSTIME.cast_unsigned() != 0;
+    if absolute && value != (0, 0) {
+        let now = fds::clock(entry.clockid.cast_signed())?;
+        let nanoseconds = value.1 + now.1;
+        value = (value.0 + now.0 + nanoseconds / NANOSECONDS, nanoseconds % NANOSECONDS);
+    }
+    Ok(TimerSetting { value, interval: (entry.isec, entry.insec) })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs::File, io::Read};
+
+    use super::*;
+    use crate::res::file::testing::Tree;
+
+    #[test]
+    fn timers_go_on_with_what_was_left_and_what_had_expired() {
+        let mut tree = Tree::new();
+        let relative = fds::timerfd(libc::CLOCK_MONOTONIC).unwrap();
+        let setting = TimerSetting { value: (1000, 5), interval: (7, 9) };
+        fds::set_timer(relative.as_fd(), 0, setting).unwrap();
+        fds::set_timer_ticks(relative.as_fd(), 3).unwrap();
+        tree.add(1, relative);
+        let absolute = fds::timerfd(libc::CLOCK_REALTIME).unwrap();
+        let now = fds::clock(libc::CLOCK_REALTIME).unwrap();
+        let setting = TimerSetting { value: (now.0 + 500, 0), interval: (0, 0) };
+        fds::set_timer(absolute.as_fd(), libc::TFD_TIMER_ABSTIME, setting).unwrap();
+        tree.add(2, absolute);
+        tree.add(3, fds::timerfd(libc::CLOCK_BOOTTIME).unwrap());
+
+        let restored = tree.restore();
+        let told = |detail: FdDetail| match detail {
+            FdDetail::TimerFd {
+                clockid,
+                settime_flags,
+                value_sec,
+                interval_sec,
+                interval_nsec,
+                ticks,
+                ..
+            } => {
+                (clockid, settime_flags, value_sec.div_ceil(10), interval_sec, interval_nsec, ticks)
+            }
+            other => panic!("{other:?}"),
+        };
+        for id in 1..=3 {
+            assert_eq!(
+                told(restored.info(id).detail),
+                told(restored.before(id).info.detail.clone())
+            );
+            assert_eq!(restored.flags(id), restored.before(id).flags);
+        }
+        let mut ticks = [0; 8];
+        File::from(restored.take(1)).read_exact(&mut ticks).unwrap();
+        assert_eq!(u64::from_ne_bytes(ticks), 3);
+    }
+
+    #[test]
+    fn impossible_times_are_errors() {
+        let good = proto::TimerfdEntry { vnsec: NANOSECONDS - 1, ..Default::default() };
+        check(&good).unwrap();
+        check(&proto::TimerfdEntry { vnsec: NANOSECONDS, ..good }).unwrap_err();
+        check(&proto::TimerfdEntry { isec: u64::MAX, ..good }).unwrap_err();
+        check(&proto::TimerfdEntry { settime_flags: 4, ..good }).unwrap_err();
+    }
+}

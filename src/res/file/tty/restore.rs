@@ -1,0 +1,449 @@
+//! Restoring terminals.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    fs::File,
+    io::{IsTerminal, Write},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
+
+use nix::{
+    errno::Errno,
+    libc,
+    sys::stat::{Mode, fchmod},
+    unistd::{Gid, Uid, fchown},
+};
+
+use super::{external_name, is_master, peer, unpack};
+use crate::{
+    image::{
+        Kind as ImageKind,
+        proto::{self, TtyType},
+        read_all,
+    },
+    inject::Script,
+    res::file::{FileError, Opened, Opener, Result, descriptor, late},
+    sys::tty::{self, Question, Switch, Termios, WindowSize},
+    units::TargetFd,
+};
+
+/// How many pseudoterminals are made, and dropped again, to get at one with a
+/// given number: the kernel gives the lowest that is free.
+const ATTEMPTS: usize = 256;
+
+/// The terminal of who runs this program.
+const OWN_TERMINAL: &[u8] = b"/dev/tty";
+
+/// Permissions and the like.
+const PERMISSIONS: u32 = 0o7777;
+
+/// Restores terminals.
+#[derive(Default)]
+pub(super) struct Opening {
+    late: HashSet<u32>,
+    paths: BTreeMap<u32, proto::RegFileEntry>,
+}
+
+/// A description of a terminal in the images.
+struct Wanted<'a> {
+    file: &'a proto::TtyFileEntry,
+    path: Option<proto::RegFileEntry>,
+}
+
+impl Wanted<'_> {
+    fn path(&self) -> Result<&proto::RegFileEntry> {
+        let missing = || FileError::image(self.file.id, "it is a terminal without its path");
+        self.path.as_ref().ok_or_else(missing)
+    }
+}
+
+fn read_infos(opened: &Opened) -> Result<BTreeMap<u32, proto::TtyInfoEntry>> {
+    let path = opened.images.join(ImageKind::TtyInfo.file_name(0));
+    let infos = match read_all::<proto::TtyInfoEntry>(&path, ImageKind::TtyInfo) {
+        Err(error) if error.is_missing() => Vec::new(),
+        result => result?,
+    };
+    Ok(infos.into_iter().map(|info| (info.id, info)).collect())
+}
+
+fn path_of(file: &proto::TtyFileEntry, opened: &Opened) -> Option<proto::RegFileEntry> {
+    opened.entries.get(&file.regf_id.unwrap_or(file.id))?.reg.clone()
+}
+
+impl Opener for Opening {
+    fn open(&mut self, entries: &[proto::FileEntry], opened: &mut Opened) -> Result<()> {
+        if entries.is_empty() {
+            return Ok(());
+        }
+        let infos = read_infos(opened)?;
+        let mut wanted: BTreeMap<u32, Vec<Wanted>> = BTreeMap::new();
+        for entry in entries {
+            let missing = || FileError::image(entry.id, "it is a terminal without its entry");
+            let file = entry.tty.as_ref().ok_or_else(missing)?;
+            let path = path_of(file, opened);
+            wanted.entry(file.tty_info_id).or_default().push(Wanted { file, path });
+        }
+        let (masters, others): (Vec<_>, Vec<_>) =
+            wanted.into_iter().partition(|(info_id, _)| is_master(*info_id));
+        for (info_id, files) in masters.iter().chain(&others) {
+            let missing = || {
+                let problem = format!("tty-info.img has no terminal {info_id:#x}");
+                FileError::image(files[0].file.id, problem)
+            };
+            let info = infos.get(info_id).ok_or_else(missing)?;
+            for (position, file) in files.iter().enumerate() {
+                let fd = self.open_one(info, file, &infos, position == 0, opened)?;
+                opened.insert(file.file.id, fd);
+            }
+        }
+        restore_queued(&masters, &others, opened)?;
+        for (info_id, files) in masters.iter().chain(&others) {
+            finish(&infos[info_id], files[0].file.id, opened)?;
+        }
+        Ok(())
+    }
+
+    fn install(
+        &mut self,
+        entry: &proto::FileEntry,
+        fd: TargetFd,
+        script: &mut Script,
+    ) -> Result<()> {
+        if self.late.contains(&entry.id)
+            && let Some(path) = self.paths.get(&entry.id)
+        {
+            late::install(entry.id, &path.name, path.flags, 0, fd, script)?;
+        }
+        Ok(())
+    }
+}
+
+impl Opening {
+    fn open_one(
+        &mut self,
+        info: &proto::TtyInfoEntry,
+        wanted: &Wanted,
+        infos: &BTreeMap<u32, proto::TtyInfoEntry>,
+        is_first: bool,
+        opened: &mut Opened,
+    ) -> Result<OwnedFd> {
+        let id = wanted.file.id;
+        let flags = wanted.file.flags;
+        match info.r#type() {
+            TtyType::Pty if is_master(info.id) => {
+                let path = wanted.path()?;
+                let fd = open_master(id, &path.name, index(info, id)?, flags)?;
+                let failed = || FileError::restore(id, "adjust the terminal", &path.name);
+                tty::switch(fd.as_fd(), Switch::Locked, false).map_err(failed())?;
+                set_modes(fd.as_fd(), info, true).map_err(failed())?;
+                if info.packet_mode {
+                    tty::switch(fd.as_fd(), Switch::Packet, true).map_err(failed())?;
+                }
+                Ok(fd)
+            }
+            TtyType::Pty => {
+                let path = wanted.path()?;
+                let failed = |step| FileError::restore(id, step, &path.name);
+                if info.termios.is_none() {
+                    return open_hung(id, info, path, flags);
+                }
+                if !infos.contains_key(&peer(info.id)) {
+                    return inherit(id, info, flags, is_first, opened);
+                }
+                let fd = open_path(path, flags).map_err(failed("open the terminal"))?;
+                if is_first {
+                    set_owner(fd.as_fd(), info).map_err(failed("adjust the terminal"))?;
+                    set_modes(fd.as_fd(), info, true).map_err(failed("adjust the terminal"))?;
+                }
+                Ok(fd)
+            }
+            TtyType::Ctty => {
+                let path = wanted.path()?;
+                // In the session of this program it is the same terminal for all.
+                if opened.policy.shell_job
+                    && let Ok(fd) = descriptor::open(&path.name, flags)
+                {
+                    return Ok(fd);
+                }
+                self.late.insert(id);
+                let mut path = path.clone();
+                path.flags = flags;
+                self.paths.insert(id, path);
+                late::placeholder(id, opened)
+            }
+            TtyType::Console | TtyType::Vt | TtyType::Serial => {
+                let path = wanted.path()?;
+                let failed = |step| FileError::restore(id, step, &path.name);
+                let fd =
+                    descriptor::open(&path.name, flags).map_err(failed("open the terminal"))?;
+                if is_first {
+                    set_modes(fd.as_fd(), info, true).map_err(failed("adjust the terminal"))?;
+                }
+                Ok(fd)
+            }
+            TtyType::ExtTty => {
+                let name = external_name(info.rdev.into(), info.dev.unwrap_or(0).into());
+                let failed = |step| FileError::restore(id, step, &name);
+                let given = opened.policy.inherited(name.as_bytes()).map_err(failed("inherit"))?;
+                let fd = given.ok_or_else(|| {
+                    let problem =
+                        format!("it is external; give it with --inherit-fd 'fd[N]:{name}'");
+                    FileError::image(id, problem)
+                })?;
+                set_modes(fd.as_fd(), info, true).map_err(failed("adjust"))?;
+                Ok(fd)
+            }
+            TtyType::Unknown => Err(FileError::image(id, "it is a terminal of an unknown type")),
+        }
+    }
+}
+
+fn index(info: &proto::TtyInfoEntry, id: u32) -> Result<u32> {
+    let missing = || FileError::image(id, "it is a pseudoterminal without a number");
+    info.pty.as_ref().map(|pty| pty.index).ok_or_else(missing)
+}
+
+/// Opens the master of the pseudoterminal with this number.
+fn open_master(id: u32, path: &[u8], index: u32, flags: u32) -> Result<OwnedFd> {
+    let failed = || FileError::restore(id, "open the terminal", path);
+    let mut others = Vec::new();
+    for _ in 0..ATTEMPTS {
+        let fd = descriptor::open(path, flags).map_err(failed())?;
+        let found = tty::ask(fd.as_fd(), Question::Index).map_err(failed())?.cast_unsigned();
+        if found == index {
+            return Ok(fd);
+        }
+        if found > index {
+            break;
+        }
+        others.push(fd);
+    }
+    let problem = format!("the number of the pseudoterminal {index} is taken by another program");
+    Err(FileError::image(id, problem))
+}
+
+/// Opens a slave by path and gives it its permissions.
+fn open_path(path: &proto::RegFileEntry, flags: u32) -> nix::Result<OwnedFd> {
+    let fd = descriptor::open(&path.name, flags)?;
+    if let Some(mode) = path.mode {
+        fchmod(&fd, Mode::from_bits_truncate(mode & PERMISSIONS))?;
+    }
+    Ok(fd)
+}
+
+/// Opens a slave whose master is no more.
+fn open_hung(
+    id: u32,
+    info: &proto::TtyInfoEntry,
+    path: &proto::RegFileEntry,
+    flags: u32,
+) -> Result<OwnedFd> {
+    let dir = path.name.iter().rposition(|byte| *byte == b'/').map_or(0, |at| at + 1);
+    let master = [&path.name[..dir], b"ptmx"].concat();
+    let master = open_master(id, &master, index(info, id)?, libc::O_RDWR.cast_unsigned())?;
+    tty::switch(master.as_fd(), Switch::Locked, false)
+        .and_then(|()| descriptor::open(&path.name, flags))
+        .map_err(FileError::restore(id, "open the terminal", &path.name))
+}
+
+/// Returns a description of the terminal of who runs this program, in the place of
+/// one that was outside of the tree.
+fn inherit(
+    id: u32,
+    info: &proto::TtyInfoEntry,
+    flags: u32,
+    is_first: bool,
+    opened: &Opened,
+) -> Result<OwnedFd> {
+    if !opened.policy.shell_job {
+        let problem = "its terminal is not restored; with --shell-job, it is that of this program";
+        return Err(FileError::image(id, problem));
+    }
+    let failed = || FileError::restore(id, "take over", "the terminal of this program");
+    let stdin = std::io::stdin();
+    let fd = if stdin.is_terminal() {
+        descriptor::reopen(stdin.as_fd(), flags)
+            .or_else(|_| stdin.as_fd().try_clone_to_owned().map_err(|_| Errno::EMFILE))
+    } else {
+        descriptor::open(OWN_TERMINAL, flags)
+    };
+    let fd = fd.map_err(failed())?;
+    if is_first {
+        // The window has the size that it has now.
+        set_modes(fd.as_fd(), info, false).map_err(failed())?;
+    }
+    Ok(fd)
+}
+
+fn set_owner(fd: BorrowedFd, info: &proto::TtyInfoEntry) -> nix::Result<()> {
+    fchown(fd, info.uid.map(Uid::from_raw), info.gid.map(Gid::from_raw))
+}
+
+fn set_modes(fd: BorrowedFd, info: &proto::TtyInfoEntry, with_size: bool) -> nix::Result<()> {
+    if let Some(locked) = &info.termios_locked {
+        let locked = termios(locked)?;
+        // To set it takes CAP_SYS_ADMIN.
+        if tty::termios(fd, true)? != locked {
+            tty::set_termios(fd, true, &locked)?;
+        }
+    }
+    if let Some(modes) = &info.termios {
+        let modes = termios(modes)?;
+        // Setting anything from the background would stop this program.
+        if tty::termios(fd, false)? != modes {
+            tty::set_termios(fd, false, &modes)?;
+        }
+    }
+    if let Some(size) = info.winsize.as_ref().filter(|_| with_size) {
+        let small = |number: u32| u16::try_from(number).map_err(|_| Errno::EINVAL);
+        let size = WindowSize {
+            rows: small(size.ws_row)?,
+            columns: small(size.ws_col)?,
+            x_pixels: small(size.ws_xpixel)?,
+            y_pixels: small(size.ws_ypixel)?,
+        };
+        tty::set_window_size(fd, size)?;
+    }
+    Ok(())
+}
+
+fn termios(entry: &proto::TermiosEntry) -> nix::Result<Termios> {
+    Ok(Termios {
+        input: entry.c_iflag,
+        output: entry.c_oflag,
+        control: entry.c_cflag,
+        local: entry.c_lflag,
+        line: u8::try_from(entry.c_line).map_err(|_| Errno::EINVAL)?,
+        characters: unpack(&entry.c_cc).ok_or(Errno::EINVAL)?,
+    })
+}
+
+/// Writes what was queued at one end of a pair to the other end, from where it
+/// came. Nothing is certain about such bytes, so that errors are none.
+fn restore_queued(
+    masters: &[(u32, Vec<Wanted>)],
+    others: &[(u32, Vec<Wanted>)],
+    opened: &Opened,
+) -> Result<()> {
+    let path = opened.images.join(ImageKind::TtyData.file_name(0));
+    let queued = match read_all::<proto::TtyDataEntry>(&path, ImageKind::TtyData) {
+        Err(error) if error.is_missing() => return Ok(()),
+        result => result?,
+    };
+    for data in queued {
+        let from = masters.iter().chain(others).find(|(info_id, _)| *info_id == peer(data.tty_id));
+        let Some((_, files)) = from else { continue };
+        let fd = opened.get(files[0].file.id)?.try_clone_to_owned().map(File::from);
+        if let Err(error) = fd.and_then(|mut file| file.write_all(&data.data)) {
+            log::warn!("what was queued in terminal {:#x} is lost: {error}", data.tty_id);
+        }
+    }
+    Ok(())
+}
+
+/// Sets what would have been in the way of the other end.
+fn finish(info: &proto::TtyInfoEntry, id: u32, opened: &Opened) -> Result<()> {
+    if info.pty.is_none() || !is_master(info.id) && !info.exclusive {
+        return Ok(());
+    }
+    let fd = opened.get(id)?;
+    let locked = if info.locked { tty::switch(fd, Switch::Locked, true) } else { Ok(()) };
+    let exclusive = if info.exclusive { tty::make_exclusive(fd) } else { Ok(()) };
+    locked.and(exclusive).map_err(FileError::restore(id, "lock", "a terminal"))
+}
+
+/// A terminal that has to become the controlling one of a session.
+#[derive(Debug)]
+pub struct Controlling {
+    /// The session.
+    pub session: u32,
+    /// The group in the foreground; 0 for none.
+    pub foreground: u32,
+    /// A descriptor of it: the session's leader needs one at some number.
+    pub fd: OwnedFd,
+}
+
+/// Returns the controlling terminals of sessions, after all descriptions were
+/// opened. Those that are this program's own (`--shell-job`) are not among them.
+///
+/// # Errors
+/// [`FileError::Image`]; what fails when a slave is opened that nobody has open.
+pub fn controlling(opened: &Opened) -> Result<Vec<Controlling>> {
+    let infos = read_infos(opened)?;
+    let mut found: BTreeMap<u32, Controlling> = BTreeMap::new();
+    let files: Vec<&proto::TtyFileEntry> =
+        opened.entries.values().filter_map(|entry| entry.tty.as_ref()).collect();
+    // Slaves come before masters.
+    for info in infos.values().filter(|info| info.sid != 0 && info.r#type() != TtyType::Ctty) {
+        let is_pair = info.pty.is_some();
+        if is_pair && !is_master(info.id) && !infos.contains_key(&peer(info.id)) {
+            continue;
+        }
+        if found.contains_key(&info.sid) {
+            continue;
+        }
+        let mine = |info_id| files.iter().find(move |file| file.tty_info_id == info_id);
+        let slave = if is_pair { mine(info.id & !1) } else { mine(info.id) };
+        let fd = match slave.filter(|file| opened.contains(file.id)) {
+            Some(file) => opened.get(file.id)?.try_clone_to_owned().map_err(|_| {
+                FileError::restore(file.id, "duplicate", "a terminal")(Errno::EMFILE)
+            })?,
+            None => match mine(info.id) {
+                Some(master) => open_slave(master, info, opened)?,
+                None => continue,
+            },
+        };
+        let (session, foreground) = (info.sid, info.pgrp);
+        found.insert(session, Controlling { session, foreground, fd });
+    }
+    Ok(found.into_values().collect())
+}
+
+/// Opens the slave of a master that is open.
+fn open_slave(
+    master: &proto::TtyFileEntry,
+    info: &proto::TtyInfoEntry,
+    opened: &Opened,
+) -> Result<OwnedFd> {
+    let missing = || FileError::image(master.id, "it is a terminal without its path");
+    let path = path_of(master, opened).ok_or_else(missing)?;
+    let dir = path.name.iter().rposition(|byte| *byte == b'/').map_or(0, |at| at + 1);
+    let between: &[u8] = if path.name[..dir].ends_with(b"/pts/") { b"" } else { b"pts/" };
+    let number = index(info, master.id)?.to_string();
+    let slave = [&path.name[..dir], between, number.as_bytes()].concat();
+    descriptor::open(&slave, libc::O_RDWR.cast_unsigned()).map_err(FileError::restore(
+        master.id,
+        "open the terminal",
+        &slave,
+    ))
+}
+
+/// Returns the terminal of this program that was given to the tree, if one was. Its
+/// group in the foreground is to be that of the tree's first process, if this is
+/// its leader.
+pub fn inherited(opened: &Opened) -> Result<Option<BorrowedFd<'_>>> {
+    let infos = read_infos(opened)?;
+    let alone = |info_id: u32| {
+        let info = infos.get(&info_id);
+        let is_slave = info.is_some_and(|info| info.pty.is_some() && info.termios.is_some());
+        is_slave && !is_master(info_id) && !infos.contains_key(&peer(info_id))
+    };
+    let files = opened.entries.values().filter_map(|entry| entry.tty.as_ref());
+    let file = files.filter(|file| opened.contains(file.id)).find(|file| alone(file.tty_info_id));
+    file.map(|file| opened.get(file.id)).transpose()
+}
+
+/// Adds the call that makes the terminal at `fd` the controlling one of the
+/// process, which leads a session without any.
+pub fn take_control(fd: TargetFd, script: &mut Script) {
+    let arguments = [fd.0.into(), tty::TIOCSCTTY.into(), 1.into()];
+    script.call("take the controlling terminal", libc::SYS_ioctl, &arguments);
+}
+
+/// Adds the call that puts a group, which exists by then, into the foreground of
+/// the controlling terminal at `fd`. `SIGTTOU` must be blocked.
+pub fn set_foreground(fd: TargetFd, group: u32, script: &mut Script) {
+    let group = script.bytes(&group.to_ne_bytes());
+    let arguments = [fd.0.into(), tty::TIOCSPGRP.into(), group.into()];
+    script.call("set the group in the foreground", libc::SYS_ioctl, &arguments);
+}

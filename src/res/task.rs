@@ -1,0 +1,222 @@
+//! What a process has besides its threads, memory and files.
+
+use nix::libc;
+
+use super::{ResError, Result, signals, timers};
+use crate::{
+    image::proto,
+    inject::{Answers, Buffer, CallId, Script},
+    proc,
+    sys::ptrace,
+    units::HostPid,
+};
+
+/// `task_core_entry.task_state` (CRIU 4.2, `compel/include/uapi/task-state.h`).
+pub mod state {
+    /// It runs or sleeps.
+    pub const ALIVE: u32 = 1;
+    /// It has ended and was not waited for.
+    pub const DEAD: u32 = 2;
+    /// A signal has stopped it.
+    pub const STOPPED: u32 = 3;
+    /// Not a process of the images: it exists during a restore only.
+    pub const HELPER: u32 = 4;
+}
+
+/// `MEMBARRIER_CMD_GET_REGISTRATIONS` (`linux/membarrier.h`, since Linux 6.3).
+const MEMBARRIER_REGISTRATIONS: i32 = 1 << 9;
+
+/// What a process was asked.
+#[derive(Clone, Debug)]
+pub struct Asked {
+    actions: signals::Asked,
+    timers: timers::Asked,
+    subreaper: Buffer,
+    dumpable: CallId,
+    brk: CallId,
+    membarrier: CallId,
+}
+
+/// Adds the questions to the process `pid`.
+///
+/// # Errors
+/// Those of reading `/proc`.
+pub fn ask(pid: HostPid, script: &mut Script) -> Result<Asked> {
+    let posix = match proc::timers(pid) {
+        Err(error) if error.is_vanished() => Vec::new(),
+        timers => timers?,
+    };
+    let subreaper = script.space(size_of::<u32>());
+    let arguments = [libc::PR_GET_CHILD_SUBREAPER.into(), subreaper.into()];
+    script.call("ask whether it is a subreaper", libc::SYS_prctl, &arguments);
+    Ok(Asked {
+        actions: signals::ask(script),
+        timers: timers::ask(posix, script),
+        subreaper,
+        dumpable: script.attempt(libc::SYS_prctl, &[libc::PR_GET_DUMPABLE.into()]),
+        brk: script.attempt(libc::SYS_brk, &[0.into()]),
+        membarrier: script.attempt(libc::SYS_membarrier, &[MEMBARRIER_REGISTRATIONS.into()]),
+    })
+}
+
+/// What belongs into other images than the core.
+#[derive(Clone, Copy, Debug)]
+pub struct ForMemory {
+    /// Whether the process can be dumped (`PR_GET_DUMPABLE`).
+    pub dumpable: i32,
+    /// The end of the heap.
+    pub brk: u64,
+}
+
+/// Fills in what an image says of a stopped process.
+///
+/// # Errors
+/// What keeps something from being read.
+pub fn collect(
+    asked: &Asked,
+    answers: &Answers,
+    pid: HostPid,
+    stopped_by: i32,
+    core: &mut proto::CoreEntry,
+) -> Result<ForMemory> {
+    let stat = proc::stat(pid)?;
+    let limits = proc::limits(pid)?;
+    let pending = ptrace::queued_signals(pid, true).map_err(|source| ResError::Thread {
+        tid: pid,
+        step: "read the signals of",
+        source,
+    })?;
+    let subreaper: u32 = answers.value(asked.subreaper);
+    let membarrier = answers.result(asked.membarrier).unwrap_or(0);
+    let stopped = stopped_by != 0;
+    core.tc = Some(proto::TaskCoreEntry {
+        task_state: if stopped { state::STOPPED } else { state::ALIVE },
+        exit_code: 0,
+        personality: proc::personality(pid)?,
+        flags: stat.flags,
+        blk_sigset: core.thread_core.as_ref().and_then(|thread| thread.blk_sigset).unwrap_or(0),
+        comm: proc::comm(pid, pid)?,
+        timers: Some(timers::collect(&asked.timers, answers)),
+        rlimits: Some(proto::TaskRlimitsEntry {
+            rlimits: limits.map(|(cur, max)| proto::RlimitEntry { cur, max }).to_vec(),
+        }),
+        signals_s: Some(signals::queue(pending)),
+        loginuid: proc::loginuid(pid)?,
+        oom_score_adj: Some(proc::oom_score_adj(pid)?),
+        sigactions: signals::collect(&asked.actions, answers),
+        child_subreaper: Some(subreaper != 0),
+        stop_signo: stopped.then_some(stopped_by.cast_unsigned()),
+        membarrier_registration_mask: (membarrier != 0)
+            .then(|| u32::try_from(membarrier).unwrap_or(0)),
+        ..Default::default()
+    });
+    Ok(ForMemory {
+        dumpable: answers
+            .result(asked.dumpable)
+            .map_or(1, |value| i32::try_from(value).unwrap_or(1)),
+        brk: answers.result(asked.brk).unwrap_or(0),
+    })
+}
+
+/// Returns the core of a process that has ended and was not waited for.
+///
+/// # Errors
+/// Those of reading `/proc`.
+pub fn zombie(pid: HostPid) -> Result<proto::CoreEntry> {
+    let stat = proc::stat(pid)?;
+    Ok(proto::CoreEntry {
+        mtype: proto::core_entry::March::X8664.into(),
+        tc: Some(proto::TaskCoreEntry {
+            task_state: state::DEAD,
+            exit_code: stat.exit_code.cast_unsigned(),
+            flags: stat.flags,
+            comm: stat.comm,
+            ..Default::default()
+        }),
+        ..Default::default()
+    })
+}
+
+/// Adds the calls that a process makes for itself while it still has the
+/// credentials of this program. `own_limits` are the limits of this program.
+///
+/// # Errors
+/// [`ResError::Image`].
+pub fn apply(
+    core: &proto::CoreEntry,
+    pid: HostPid,
+    own_limits: &[(u64, u64)],
+    script: &mut Script,
+) -> Result<()> {
+    let Some(task) = &core.tc else { return Ok(()) };
+    let wrong = |problem| ResError::Image { pid, problem };
+    signals::apply(&task.sigactions, script);
+    script.call("set the personality", libc::SYS_personality, &[task.personality.into()]);
+    if task.child_subreaper == Some(true) {
+        let arguments = [libc::PR_SET_CHILD_SUBREAPER.into(), 1.into()];
+        script.call("become a subreaper", libc::SYS_prctl, &arguments);
+    }
+    for bit in 0..u32::BITS {
+        if task.membarrier_registration_mask.unwrap_or(0) >> bit & 1 == 1 {
+            let command = 1_u32 << bit;
+            script.attempt(libc::SYS_membarrier, &[command.into(), 0.into()]);
+        }
+    }
+    if let Some(timers) = &task.timers {
+        timers::create(&timers.posix, script).map_err(wrong)?;
+    }
+    let limits = task.rlimits.iter().flat_map(|limits| &limits.rlimits);
+    for (number, limit) in limits.enumerate() {
+        if own_limits.get(number) == Some(&(limit.cur, limit.max)) {
+            continue;
+        }
+        let mut bytes = limit.cur.to_le_bytes().to_vec();
+        bytes.extend_from_slice(&limit.max.to_le_bytes());
+        let buffer = script.bytes(&bytes);
+        let what = format!("set limit {number} to {} of at most {}", limit.cur, limit.max);
+        script.call(what, libc::SYS_prlimit64, &[0.into(), number.into(), buffer.into()]);
+    }
+    Ok(())
+}
+
+/// Adds the last calls of a process: what waits for it, and what runs by itself.
+///
+/// # Errors
+/// [`ResError::Image`].
+pub fn finish(core: &proto::CoreEntry, pid: HostPid, script: &mut Script) -> Result<()> {
+    let Some(task) = &core.tc else { return Ok(()) };
+    if let Some(queue) = &task.signals_s {
+        signals::requeue(queue, pid, None, script).map_err(|_| ResError::Image {
+            pid,
+            problem: "a signal in its queue is malformed".into(),
+        })?;
+    }
+    if let Some(timers) = &task.timers {
+        timers::start(timers, script);
+    }
+    Ok(())
+}
+
+/// Sets what can be set from outside.
+///
+/// # Errors
+/// [`ResError::Write`].
+pub fn apply_outside(core: &proto::CoreEntry, pid: HostPid) -> Result<()> {
+    let Some(task) = &core.tc else { return Ok(()) };
+    if let Some(adjustment) = task.oom_score_adj
+        && proc::oom_score_adj(pid)? != adjustment
+    {
+        write_proc(pid, "oom_score_adj", &adjustment.to_string())?;
+    }
+    if let Some(loginuid) = task.loginuid
+        && proc::loginuid(pid)?.is_some_and(|now| now != loginuid)
+    {
+        write_proc(pid, "loginuid", &loginuid.to_string())?;
+    }
+    Ok(())
+}
+
+fn write_proc(pid: HostPid, file: &str, value: &str) -> Result<()> {
+    let path = format!("/proc/{pid}/{file}");
+    std::fs::write(&path, value).map_err(|source| ResError::Write { path: path.into(), source })
+}
