@@ -1,0 +1,120 @@
+//! Why a tree was not dumped.
+
+use std::{io, path::PathBuf};
+
+use nix::errno::Errno;
+
+use crate::{
+    chain::ChainError,
+    fault::Injected,
+    image::ImageError,
+    inject::InjectError,
+    proc::ProcError,
+    res::{ResError, file::FileError},
+    units::{HostPid, RemoteAddr},
+};
+
+/// The result of a step of a dump.
+pub type Result<T, E = DumpError> = std::result::Result<T, E>;
+
+/// Why a tree was not dumped. It runs on.
+#[derive(Debug, thiserror::Error)]
+pub enum DumpError {
+    /// There is no such process.
+    #[error("there is no process {pid}")]
+    NoProcess {
+        /// What was asked for.
+        pid: HostPid,
+    },
+    /// The tree depends on what is outside of it, or is in a state that is not
+    /// dumped.
+    #[error("process {pid} {what}; {help}")]
+    Unsupported {
+        /// The process.
+        pid: HostPid,
+        /// What it does or has, beginning with a verb.
+        what: String,
+        /// What would help.
+        help: &'static str,
+    },
+    /// The program was asked to stop.
+    #[error("asked to stop; the tree runs on")]
+    Cancelled,
+    /// A system call about a process failed.
+    #[error("{step} process {pid}")]
+    Process {
+        /// The process.
+        pid: HostPid,
+        /// What was attempted, as a verb.
+        step: &'static str,
+        /// Why it failed.
+        source: Errno,
+    },
+    /// A file could not be read.
+    #[error("read {path}", path = .path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Memory of a process could not be read.
+    #[error("read {len:#x} bytes at {address} of process {pid}")]
+    ReadMemory {
+        /// The process.
+        pid: HostPid,
+        /// Where.
+        address: RemoteAddr,
+        /// How many.
+        len: u64,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// Shared memory could not be read.
+    #[error("read shared memory {name} at offset {offset:#x}")]
+    ReadObject {
+        /// The object.
+        name: String,
+        /// Where.
+        offset: u64,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// A pages file could not be written.
+    #[error("write {path}", path = .path.display())]
+    WritePages {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The directory for the images cannot be used.
+    #[error("images directory {path}: {problem}", path = .path.display())]
+    Directory {
+        /// The directory.
+        path: PathBuf,
+        /// What is wrong, and what would help.
+        problem: String,
+    },
+    /// The parent chain cannot be used.
+    #[error(transparent)]
+    Chain(#[from] ChainError),
+    /// An image could not be read or written.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// An open file could not be dumped.
+    #[error(transparent)]
+    OpenFile(#[from] FileError),
+    /// State of a process could not be dumped.
+    #[error(transparent)]
+    State(#[from] ResError),
+    /// A process could not be stopped or made to work for this program.
+    #[error(transparent)]
+    Inject(#[from] InjectError),
+    /// Something in `/proc` could not be read.
+    #[error(transparent)]
+    Proc(#[from] ProcError),
+    /// A test asked for it.
+    #[error(transparent)]
+    Fault(#[from] Injected),
+}

@@ -1,0 +1,292 @@
+//! The open files of a tree: which descriptions there are, and who shares them.
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::fs::OpenOptionsExt,
+    },
+    path::PathBuf,
+};
+
+use nix::{
+    fcntl::{FcntlArg, fcntl},
+    libc,
+    sys::stat::fstat,
+};
+
+use super::{DumpError, Result};
+use crate::{
+    image::{Kind, SnapshotWriter, proto},
+    proc::{self, FdInfo},
+    res::file::{Collector, Description, FileError, Intake, KINDS, Lost, Policy, fown, regular},
+    sys::process::{self, Shared},
+    units::{HostPid, TargetFd},
+};
+
+/// The number in [`Description::number`] of files that are no descriptors.
+const NO_DESCRIPTOR: TargetFd = TargetFd(-1);
+
+/// All open files of a tree.
+pub(super) struct FileTable {
+    own: HostPid,
+    collectors: Vec<Option<Box<dyn Collector>>>,
+    state: State,
+}
+
+/// What is known so far.
+struct State {
+    own: HostPid,
+    next_id: u32,
+    /// Descriptions by device and inode.
+    known: HashMap<(u64, u64), Vec<(u32, OwnedFd)>>,
+    /// Files that are known by their paths, by device, inode and path.
+    paths: HashMap<(u64, u64, Vec<u8>), u32>,
+    /// Found inside others and not yet looked at.
+    pending: Vec<Pending>,
+    entries: Vec<proto::FileEntry>,
+    types: HashMap<u32, i32>,
+    lost: Lost,
+}
+
+struct Pending {
+    id: u32,
+    fd: OwnedFd,
+    pid: HostPid,
+}
+
+impl State {
+    fn new_id(&mut self) -> u32 {
+        self.next_id += 1;
+        self.next_id
+    }
+
+    /// Returns the number of a description, and a duplicate of `fd` if it is new.
+    fn identify(&mut self, fd: OwnedFd) -> Result<(u32, Option<OwnedFd>), FileError> {
+        let stat = fstat(&fd).map_err(|source| FileError::Restore {
+            id: 0,
+            step: "look at",
+            object: "a descriptor".into(),
+            source,
+        })?;
+        let key = (stat.st_dev, stat.st_ino);
+        for (id, known) in self.known.get(&key).into_iter().flatten() {
+            let pair = Shared::File(known.as_raw_fd(), fd.as_raw_fd());
+            if process::kcmp(self.own, self.own, pair) == Ok(std::cmp::Ordering::Equal) {
+                return Ok((*id, None));
+            }
+        }
+        let id = self.new_id();
+        let kept = fd.try_clone().map_err(|error| FileError::Restore {
+            id,
+            step: "duplicate",
+            object: "a descriptor".into(),
+            source: nix::errno::Errno::from_raw(error.raw_os_error().unwrap_or(0)),
+        })?;
+        self.known.entry(key).or_default().push((id, kept));
+        Ok((id, Some(fd)))
+    }
+}
+
+impl Intake for State {
+    fn enter(&mut self, fd: OwnedFd, from: &Description) -> Result<u32, FileError> {
+        let (id, new) = self.identify(fd)?;
+        if let Some(fd) = new {
+            self.pending.push(Pending { id, fd, pid: from.pid });
+        }
+        Ok(id)
+    }
+
+    fn new_id(&mut self) -> u32 {
+        Self::new_id(self)
+    }
+
+    fn push(&mut self, entry: proto::FileEntry) {
+        self.entries.push(entry);
+    }
+
+    fn lost(&mut self) -> &mut Lost {
+        &mut self.lost
+    }
+}
+
+impl FileTable {
+    pub(super) fn new(policy: &Policy) -> Self {
+        let own = HostPid(nix::unistd::getpid().as_raw());
+        Self {
+            own,
+            collectors: KINDS.iter().map(|kind| Some((kind.collector)(policy))).collect(),
+            state: State {
+                own,
+                next_id: 0,
+                known: HashMap::new(),
+                paths: HashMap::new(),
+                pending: Vec::new(),
+                entries: Vec::new(),
+                types: HashMap::new(),
+                lost: Lost::new(policy),
+            },
+        }
+    }
+
+    /// Collects the descriptors of a process and returns what its `fdinfo` image
+    /// says.
+    pub(super) fn collect_fds(&mut self, pid: HostPid) -> Result<Vec<proto::FdinfoEntry>> {
+        let pidfd = process::pidfd_open(pid).map_err(|source| DumpError::Process {
+            pid,
+            step: "open",
+            source,
+        })?;
+        let mut entries = Vec::new();
+        for number in proc::fds(pid)? {
+            let fd = process::pidfd_getfd(&pidfd, number).map_err(|source| FileError::Dump {
+                pid,
+                fd: number,
+                link: "unknown".into(),
+                step: "duplicate",
+                source,
+            })?;
+            let info = proc::fdinfo(pid, number)?;
+            let close_on_exec = info.flags & libc::O_CLOEXEC.cast_unsigned() != 0;
+            let (id, new) = self.state.identify(fd)?;
+            if let Some(fd) = new {
+                let link = proc::fd_link(pid, number)?;
+                self.collect(id, fd, pid, number, link, info)?;
+            }
+            entries.push(proto::FdinfoEntry {
+                id,
+                flags: if close_on_exec { libc::FD_CLOEXEC.cast_unsigned() } else { 0 },
+                r#type: self.state.types.get(&id).copied().unwrap_or_default(),
+                fd: number.0.cast_unsigned(),
+                xattr_security_selinux: None,
+            });
+        }
+        self.collect_pending()?;
+        Ok(entries)
+    }
+
+    fn collect_pending(&mut self) -> Result<()> {
+        while let Some(Pending { id, fd, pid }) = self.state.pending.pop() {
+            let ours = TargetFd(fd.as_raw_fd());
+            let link = proc::fd_link(self.own, ours)?;
+            let info = proc::fdinfo(self.own, ours)?;
+            self.collect(id, fd, pid, NO_DESCRIPTOR, link, info)?;
+        }
+        Ok(())
+    }
+
+    fn describe(
+        id: u32,
+        fd: OwnedFd,
+        pid: HostPid,
+        number: TargetFd,
+        link: Vec<u8>,
+        info: FdInfo,
+    ) -> Result<Description> {
+        let failed = |step, link: &[u8]| {
+            let link = String::from_utf8_lossy(link).into_owned();
+            move |source| FileError::Dump { pid, fd: number, link, step, source }
+        };
+        let stat = fstat(&fd).map_err(failed("look at", &link))?;
+        let flags = fcntl(&fd, FcntlArg::F_GETFL).map_err(failed("read the flags of", &link))?;
+        let flags = flags.cast_unsigned();
+        let fown = fown::read(fd.as_fd(), flags).map_err(failed("read the owner of", &link))?;
+        Ok(Description { id, fd, pid, number, stat, flags, link, info, fown })
+    }
+
+    fn collect(
+        &mut self,
+        id: u32,
+        fd: OwnedFd,
+        pid: HostPid,
+        number: TargetFd,
+        link: Vec<u8>,
+        info: FdInfo,
+    ) -> Result<()> {
+        let file = Self::describe(id, fd, pid, number, link, info)?;
+        let claimed = self
+            .collectors
+            .iter()
+            .position(|kind| kind.as_ref().is_some_and(|kind| kind.claims(&file)));
+        let Some(position) = claimed else {
+            let what = String::from_utf8_lossy(&file.link).into_owned();
+            return Err(file
+                .unsupported(what, "files of this kind are not dumped; close it")
+                .into());
+        };
+        // Taken out, so that it can enter files that it finds.
+        let mut collector = self.collectors[position].take().expect("only one is out");
+        let entry = collector.collect(&file, &mut self.state);
+        self.collectors[position] = Some(collector);
+        let entry = entry?;
+        self.state.types.insert(id, entry.r#type);
+        self.state.entries.push(entry);
+        Ok(())
+    }
+
+    /// Enters a file that is known by its path: `path` leads to it, such as
+    /// `/proc/PID/exe`. Returns its number.
+    pub(super) fn enter_path(&mut self, pid: HostPid, path: PathBuf) -> Result<u32> {
+        let failed = |source| DumpError::File { path: path.clone(), source };
+        let file =
+            File::options().read(true).custom_flags(libc::O_PATH).open(&path).map_err(failed)?;
+        let link = std::fs::read_link(&path).map_err(failed)?;
+        let link = std::os::unix::ffi::OsStringExt::into_vec(link.into_os_string());
+        let fd = OwnedFd::from(file);
+        let stat = fstat(&fd).map_err(|errno| failed(errno.into()))?;
+        let key = (stat.st_dev, stat.st_ino, link);
+        if let Some(id) = self.state.paths.get(&key) {
+            return Ok(*id);
+        }
+        let id = self.state.new_id();
+        let info = proc::fdinfo(self.own, TargetFd(fd.as_raw_fd()))?;
+        let mut file = Description {
+            id,
+            fd,
+            pid,
+            number: NO_DESCRIPTOR,
+            stat,
+            flags: 0,
+            link: key.2.clone(),
+            info,
+            fown: proto::FownEntry::default(),
+        };
+        file.info.pos = 0;
+        let entry = regular::entry_of(&file, &mut self.state)?;
+        self.state.entries.push(entry);
+        self.state.paths.insert(key, id);
+        Ok(id)
+    }
+
+    /// Enters shared memory that is mapped; `path` leads to it. Returns its number
+    /// and the object.
+    pub(super) fn enter_object(&mut self, pid: HostPid, path: PathBuf) -> Result<(u32, File)> {
+        let failed = |source| DumpError::File { path: path.clone(), source };
+        let file = File::open(&path).map_err(failed)?;
+        let link = std::fs::read_link(&path).map_err(failed)?;
+        let link = std::os::unix::ffi::OsStringExt::into_vec(link.into_os_string());
+        let id = self.state.new_id();
+        let fd = OwnedFd::from(file.try_clone().map_err(failed)?);
+        let info = proc::fdinfo(self.own, TargetFd(fd.as_raw_fd()))?;
+        self.collect(id, fd, pid, NO_DESCRIPTOR, link, info)?;
+        Ok((id, file))
+    }
+
+    /// Writes all images of open files. The tree is still stopped: files without
+    /// names are read now.
+    pub(super) fn write(&mut self, images: &SnapshotWriter) -> Result<()> {
+        self.collect_pending()?;
+        for collector in self.collectors.iter_mut().flatten() {
+            collector.finish(images)?;
+        }
+        self.state.lost.write(images)?;
+        self.state.entries.sort_by_key(|entry| entry.id);
+        Ok(images.write(Kind::Files, 0, &self.state.entries)?)
+    }
+
+    /// Leaves the names that were given to files without one.
+    pub(super) fn keep_links(&mut self) {
+        self.state.lost.keep_links();
+    }
+}

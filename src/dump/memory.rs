@@ -1,0 +1,567 @@
+//! Copying memory into pages files.
+//!
+//! Each memory (the private memory of a process, or a shared object) is read in
+//! chunks that stay in the processor's cache: the test for zeros, the comparison
+//! with the parent chain and the writing cost one trip to memory. Several threads
+//! share the work. They read and compare chunks side by side, and take turns to
+//! say where the chunk's pages go, so that pagemaps come out in order; then they
+//! write side by side.
+
+use std::{
+    fs::File,
+    io::{self, IoSlice, IoSliceMut},
+    num::NonZeroUsize,
+    os::unix::fs::FileExt,
+    path::PathBuf,
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+};
+
+use nix::{
+    errno::Errno,
+    sys::uio::{RemoteIoVec, process_vm_readv, pwritev},
+    unistd::{Pid, Whence, lseek},
+};
+
+use super::{DumpError, Result};
+use crate::{
+    chain::{Content, MemoryBytes, Place, read_at},
+    fault::{self, Point},
+    image::{Kind, MemoryId, PagemapEntry, PagemapWriter, Presence, SnapshotWriter},
+    sys::cancel,
+    units::{HostPid, PAGE_SIZE, PageIndex, RemoteAddr, page_bytes},
+};
+
+/// Pages in a chunk: 256 KiB, half of a usual second-level cache, since the parent's
+/// bytes are beside it.
+const CHUNK_PAGES: u64 = 64;
+
+/// Bytes in a page, for slices.
+const PAGE: usize = 4096;
+
+const _: () = assert!(PAGE as u64 == PAGE_SIZE);
+
+/// A stretch of pages that may hold something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stretch {
+    /// The first page: an address, or an offset in an object, in pages.
+    pub(super) first: PageIndex,
+    /// How many there are.
+    pub(super) pages: u64,
+    /// Whether the process itself could not read them.
+    pub(super) hidden: bool,
+}
+
+/// Where the bytes of a memory are read.
+#[derive(Debug)]
+pub(super) enum Origin {
+    /// In a process; `file` is its `/proc/PID/mem`, for what the process itself
+    /// cannot read.
+    Process { pid: HostPid, file: File },
+    /// In the object itself.
+    Object { file: File, name: String },
+}
+
+/// A memory to be dumped.
+#[derive(Debug)]
+pub(super) struct Memory {
+    pub(super) id: MemoryId,
+    pub(super) origin: Origin,
+    /// Ascending.
+    pub(super) stretches: Vec<Stretch>,
+    /// The same memory in the parent chain.
+    pub(super) parent: Option<MemoryBytes>,
+}
+
+/// How many pages were found to be what.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Counts {
+    /// Looked at.
+    pub(super) scanned: u64,
+    /// Compared with the parent.
+    pub(super) compared: u64,
+    /// Left to the parent.
+    pub(super) in_parent: u64,
+    /// All zero.
+    pub(super) zero: u64,
+    /// Written.
+    pub(super) stored: u64,
+}
+
+impl Counts {
+    fn add(&mut self, other: Self) {
+        self.scanned += other.scanned;
+        self.compared += other.compared;
+        self.in_parent += other.in_parent;
+        self.zero += other.zero;
+        self.stored += other.stored;
+    }
+}
+
+/// What was copied: private memory and shared objects.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Copied {
+    pub(super) private: Counts,
+    pub(super) shared: Counts,
+}
+
+/// Dumps all memories into `images`; their pages files are numbered from 1.
+///
+/// # Errors
+/// What keeps a memory from being read or an image from being written.
+pub(super) fn dump(memories: &[Memory], images: &SnapshotWriter) -> Result<Copied> {
+    let mut jobs = Vec::new();
+    for (number, memory) in (1..).zip(memories) {
+        jobs.push(Job::new(memory, number, images)?);
+    }
+    let failure = Mutex::new(None);
+    let stop = AtomicBool::new(false);
+    let work = || {
+        let mut buffers = Buffers::default();
+        while let Some(job) = next_job(&jobs)
+            && !stop.load(Ordering::Relaxed)
+        {
+            if let Err(error) = job.work(&mut buffers, &stop) {
+                stop.store(true, Ordering::Relaxed);
+                jobs.iter().for_each(Job::wake);
+                lock(&failure).get_or_insert(error);
+            }
+        }
+    };
+    let total: u64 = memories.iter().flat_map(|memory| &memory.stretches).map(|s| s.pages).sum();
+    let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    if threads == 1 || total < WORTH_A_THREAD_PAGES {
+        work();
+    } else {
+        thread::scope(|scope| (0..threads).for_each(|_| drop(scope.spawn(work))));
+    }
+    if let Some(error) = lock(&failure).take() {
+        return Err(error);
+    }
+    let mut copied = Copied::default();
+    for job in jobs {
+        let counts = match job.memory.id {
+            MemoryId::Private(_) => &mut copied.private,
+            MemoryId::Shared(_) => &mut copied.shared,
+        };
+        counts.add(job.finish()?);
+    }
+    Ok(copied)
+}
+
+/// Pages that take longer to copy than a thread takes to start.
+const WORTH_A_THREAD_PAGES: u64 = 1024;
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Returns the memory with most left to do for each thread that is at it.
+fn next_job<'a, 'b>(jobs: &'b [Job<'a>]) -> Option<&'b Job<'a>> {
+    let weight = |job: &&Job| {
+        let plan = lock(&job.plan);
+        plan.left / (plan.workers + 1)
+    };
+    jobs.iter().filter(|job| lock(&job.plan).left > 0).max_by_key(weight)
+}
+
+/// One memory while it is copied.
+struct Job<'a> {
+    memory: &'a Memory,
+    pages_file: File,
+    pages_path: PathBuf,
+    plan: Mutex<Plan>,
+    turn: Mutex<Turn>,
+    turned: Condvar,
+}
+
+/// What is left to read.
+struct Plan {
+    stretch: usize,
+    /// Pages of that stretch that were given out.
+    taken: u64,
+    /// Pages that were not given out.
+    left: u64,
+    next_chunk: u64,
+    workers: u64,
+}
+
+/// What was decided so far, in the order of pages.
+struct Turn {
+    chunk: u64,
+    pagemap: PagemapWriter<io::BufWriter<File>>,
+    last: Option<PagemapEntry>,
+    file_pages: u64,
+    counts: Counts,
+}
+
+/// What each thread reads into.
+#[derive(Default)]
+struct Buffers {
+    runs: Vec<Stretch>,
+    bytes: Vec<u8>,
+    parent: Vec<u8>,
+    places: Vec<Presence>,
+}
+
+impl<'a> Job<'a> {
+    fn new(memory: &'a Memory, pages_id: u32, images: &SnapshotWriter) -> Result<Self> {
+        let (kind, number) = match memory.id {
+            MemoryId::Private(pid) => (Kind::Pagemap, pid),
+            MemoryId::Shared(shmid) => (Kind::ShmemPagemap, shmid),
+        };
+        let pagemap = PagemapWriter::new(images.create(kind, number)?, pages_id)?;
+        let left = memory.stretches.iter().map(|stretch| stretch.pages).sum();
+        Ok(Self {
+            memory,
+            pages_file: images.create_raw(Kind::Pages, pages_id.into())?,
+            pages_path: images.path(Kind::Pages, pages_id.into()),
+            plan: Mutex::new(Plan { stretch: 0, taken: 0, left, next_chunk: 0, workers: 0 }),
+            turn: Mutex::new(Turn {
+                chunk: 0,
+                pagemap,
+                last: None,
+                file_pages: 0,
+                counts: Counts::default(),
+            }),
+            turned: Condvar::new(),
+        })
+    }
+
+    /// Copies chunks until all are given out.
+    fn work(&self, buffers: &mut Buffers, stop: &AtomicBool) -> Result<()> {
+        lock(&self.plan).workers += 1;
+        let result = self.copy_chunks(buffers, stop);
+        lock(&self.plan).workers -= 1;
+        result
+    }
+
+    fn copy_chunks(&self, buffers: &mut Buffers, stop: &AtomicBool) -> Result<()> {
+        while let Some(chunk) = self.take(&mut buffers.runs) {
+            if cancel::is_cancelled() {
+                return Err(DumpError::Cancelled);
+            }
+            if chunk == FAULT_CHUNK {
+                fault::hit(Point::DumpMemory)?;
+            }
+            let read = self.read(buffers);
+            // The turn is taken in any case, or nobody behind would get theirs.
+            let placed = self.await_turn(chunk, stop).map(|mut turn| {
+                let placed = read.and_then(|()| self.place(&mut turn, buffers));
+                turn.chunk += 1;
+                self.turned.notify_all();
+                placed
+            });
+            let Some(placed) = placed else { return Ok(()) };
+            self.write(buffers, placed?)?;
+        }
+        Ok(())
+    }
+
+    /// Takes the next chunk and returns its number.
+    fn take(&self, runs: &mut Vec<Stretch>) -> Option<u64> {
+        let mut plan = lock(&self.plan);
+        runs.clear();
+        let mut room = CHUNK_PAGES;
+        while room > 0
+            && let Some(stretch) = self.memory.stretches.get(plan.stretch)
+        {
+            let pages = room.min(stretch.pages - plan.taken);
+            let first = PageIndex(stretch.first.0 + plan.taken);
+            runs.push(Stretch { first, pages, hidden: stretch.hidden });
+            room -= pages;
+            plan.taken += pages;
+            if plan.taken == stretch.pages {
+                plan.stretch += 1;
+                plan.taken = 0;
+            }
+        }
+        let pages = CHUNK_PAGES - room;
+        plan.left -= pages;
+        let chunk = plan.next_chunk;
+        plan.next_chunk += 1;
+        (pages > 0).then_some(chunk)
+    }
+
+    /// Reads the chunk and decides of each page where it is to be.
+    fn read(&self, buffers: &mut Buffers) -> Result<()> {
+        let Buffers { runs, bytes, parent, places } = buffers;
+        let pages: u64 = runs.iter().map(|run| run.pages).sum();
+        bytes.resize(len(pages), 0);
+        self.read_runs(runs, bytes)?;
+        places.clear();
+        if let Some(memory) = &self.memory.parent {
+            parent.resize(bytes.len(), 0);
+            let mut at = 0;
+            for run in runs.iter() {
+                let end = at + len(run.pages);
+                read_parent(memory, run, &mut parent[at..end])?;
+                at = end;
+            }
+        }
+        for (number, page) in bytes.chunks_exact(PAGE).enumerate() {
+            let at = number * PAGE;
+            places.push(if is_zero(page) {
+                Presence::Absent
+            } else if self.memory.parent.is_some() && *page == parent[at..at + PAGE] {
+                Presence::Parent
+            } else {
+                Presence::Present
+            });
+        }
+        Ok(())
+    }
+
+    fn read_runs(&self, runs: &[Stretch], bytes: &mut [u8]) -> Result<()> {
+        match &self.memory.origin {
+            Origin::Process { pid, file } => {
+                if !runs.iter().any(|run| run.hidden) && read_process(*pid, runs, bytes) {
+                    return Ok(());
+                }
+                // With the rights of the kernel, and for an error that says where.
+                for_each_run(runs, bytes, |run, target| {
+                    let address = RemoteAddr(run.first.address());
+                    file.read_exact_at(target, address.0).map_err(|source| DumpError::ReadMemory {
+                        pid: *pid,
+                        address,
+                        len: target.len() as u64,
+                        source,
+                    })
+                })
+            }
+            Origin::Object { file, name } => for_each_run(runs, bytes, |run, target| {
+                let offset = run.first.address();
+                read_object(file, offset, target).map_err(|source| DumpError::ReadObject {
+                    name: name.clone(),
+                    offset,
+                    source,
+                })
+            }),
+        }
+    }
+
+    fn await_turn(&self, chunk: u64, stop: &AtomicBool) -> Option<MutexGuard<'_, Turn>> {
+        let mut turn = lock(&self.turn);
+        while turn.chunk != chunk {
+            if stop.load(Ordering::Relaxed) {
+                return None;
+            }
+            turn = self.turned.wait(turn).unwrap_or_else(std::sync::PoisonError::into_inner);
+        }
+        Some(turn)
+    }
+
+    /// Wakes who waits for a turn that will not come.
+    fn wake(&self) {
+        let _turn = lock(&self.turn);
+        self.turned.notify_all();
+    }
+
+    /// Enters a chunk into the pagemap and returns where in the pages file its
+    /// pages begin.
+    fn place(&self, turn: &mut Turn, buffers: &Buffers) -> Result<u64> {
+        let begin = turn.file_pages;
+        let mut places = buffers.places.iter();
+        for run in &buffers.runs {
+            for number in 0..run.pages {
+                let presence = *places.next().expect("one for each page");
+                turn.counts.scanned += 1;
+                match presence {
+                    Presence::Absent => turn.counts.zero += 1,
+                    Presence::Parent => turn.counts.in_parent += 1,
+                    Presence::Present => {
+                        turn.counts.stored += 1;
+                        turn.file_pages += 1;
+                    }
+                }
+                if presence != Presence::Absent {
+                    turn.counts.compared += u64::from(self.memory.parent.is_some());
+                    turn.enter(PageIndex(run.first.0 + number), presence)?;
+                }
+            }
+        }
+        Ok(begin)
+    }
+
+    /// Writes the pages of a chunk that are to be stored, from page `begin` of the
+    /// pages file on.
+    fn write(&self, buffers: &Buffers, begin: u64) -> Result<()> {
+        let failed =
+            |source: io::Error| DumpError::WritePages { path: self.pages_path.clone(), source };
+        let mut slices: Vec<IoSlice> = Vec::new();
+        let mut start = None;
+        for number in 0..=buffers.places.len() {
+            let stored = buffers.places.get(number) == Some(&Presence::Present);
+            match (stored, start) {
+                (true, None) => start = Some(number * PAGE),
+                (false, Some(from)) => {
+                    slices.push(IoSlice::new(&buffers.bytes[from..number * PAGE]));
+                    start = None;
+                }
+                _ => {}
+            }
+        }
+        let mut offset = i64::try_from(page_bytes(begin)).expect("files are shorter than 2^63");
+        let mut rest = slices.as_mut_slice();
+        while !rest.is_empty() {
+            let count =
+                pwritev(&self.pages_file, rest, offset).map_err(|errno| failed(errno.into()))?;
+            if count == 0 {
+                return Err(failed(io::ErrorKind::WriteZero.into()));
+            }
+            offset += i64::try_from(count).expect("at most a chunk");
+            IoSlice::advance_slices(&mut rest, count);
+        }
+        Ok(())
+    }
+
+    fn finish(self) -> Result<Counts> {
+        let mut turn = self.turn.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some(last) = turn.last.take() {
+            turn.pagemap.entry(&last)?;
+        }
+        turn.pagemap.into_image().finish()?;
+        log::debug!("{}: {:?}", self.memory.id, turn.counts);
+        Ok(turn.counts)
+    }
+}
+
+/// The chunk in which a failure can be made to happen.
+const FAULT_CHUNK: u64 = 1;
+
+impl Turn {
+    /// Enters a page, which comes behind all that were entered before.
+    fn enter(&mut self, page: PageIndex, presence: Presence) -> Result<()> {
+        if let Some(last) = &mut self.last
+            && last.end() == page
+            && last.presence == presence
+        {
+            last.pages += 1;
+            return Ok(());
+        }
+        let entry = PagemapEntry { first: page, pages: 1, presence, lazy: false };
+        if let Some(last) = self.last.replace(entry) {
+            self.pagemap.entry(&last)?;
+        }
+        Ok(())
+    }
+}
+
+fn len(pages: u64) -> usize {
+    usize::try_from(page_bytes(pages)).expect("at most a chunk")
+}
+
+/// Calls `read` with each run and its part of `bytes`.
+fn for_each_run(
+    runs: &[Stretch],
+    bytes: &mut [u8],
+    mut read: impl FnMut(&Stretch, &mut [u8]) -> Result<()>,
+) -> Result<()> {
+    let mut rest = bytes;
+    for run in runs {
+        let target;
+        (target, rest) = rest.split_at_mut(len(run.pages));
+        read(run, target)?;
+    }
+    Ok(())
+}
+
+/// Reads all runs by one call; false if not all could be read.
+fn read_process(pid: HostPid, runs: &[Stretch], bytes: &mut [u8]) -> bool {
+    let remote: Vec<RemoteIoVec> = runs
+        .iter()
+        .map(|run| RemoteIoVec {
+            base: usize::try_from(run.first.address()).expect("64-bit addresses"),
+            len: len(run.pages),
+        })
+        .collect();
+    let wanted = bytes.len();
+    let read = process_vm_readv(Pid::from_raw(pid.0), &mut [IoSliceMut::new(bytes)], &remote);
+    read == Ok(wanted)
+}
+
+/// Reads a stretch of an object; what is behind its end is zero.
+fn read_object(file: &File, offset: u64, target: &mut [u8]) -> io::Result<()> {
+    let mut done = 0;
+    while done < target.len() {
+        match file.read_at(&mut target[done..], offset + done as u64) {
+            Ok(0) => {
+                target[done..].fill(0);
+                return Ok(());
+            }
+            Ok(count) => done += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Reads what the parent chain has of a run; pages that no image has are zero,
+/// which no page that is compared is.
+fn read_parent(memory: &MemoryBytes, run: &Stretch, target: &mut [u8]) -> Result<()> {
+    if let Ok(count) = read_at(memory, run.first.address(), target) {
+        target[count..].fill(0);
+        return Ok(());
+    }
+    // Some page cannot be read, such as one that was punched: it is not equal.
+    for (number, page) in (run.first.0..).zip(target.chunks_exact_mut(PAGE)) {
+        let page_index = PageIndex(number);
+        let stored = memory
+            .index()
+            .find(page_index)
+            .is_some_and(|extent| matches!(extent.place, Place::Stored { .. }));
+        if !stored || read_at(memory, page_index.address(), page).is_err() {
+            page.fill(0);
+        }
+    }
+    Ok(())
+}
+
+/// Whether all bytes of a page are zero.
+fn is_zero(page: &[u8]) -> bool {
+    // A page with something in it most often shows it early.
+    let (first, rest) = page.split_at(64);
+    first.iter().all(|byte| *byte == 0)
+        && rest.chunks_exact(64).all(|line| line.iter().fold(0, |sum, byte| sum | byte) == 0)
+}
+
+/// Returns the bytes of a memory of the parent chain, by address or offset.
+pub(super) fn parent_memory(
+    chain: &Arc<crate::chain::Chain>,
+    id: crate::chain::SnapshotId,
+    memory: MemoryId,
+) -> Result<Option<MemoryBytes>> {
+    match chain.index(id, memory) {
+        Ok(index) => {
+            let bytes = MemoryBytes::new(Arc::clone(chain), index, PageIndex::END.address());
+            Ok((!bytes.is_empty()).then_some(bytes))
+        }
+        Err(crate::chain::ChainError::NoMemory { .. }) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Returns the stretches of an object that are not holes.
+pub(super) fn data_of(file: &File) -> io::Result<Vec<Stretch>> {
+    let len = i64::try_from(file.metadata()?.len()).unwrap_or(i64::MAX);
+    let mut stretches = Vec::new();
+    let mut next = 0;
+    while next < len {
+        let data = match lseek(file, next, Whence::SeekData) {
+            Err(Errno::ENXIO) => break,
+            data => data?,
+        };
+        let hole = lseek(file, data, Whence::SeekHole)?.min(len);
+        let first = PageIndex::holding(data.cast_unsigned());
+        let end = hole.cast_unsigned().div_ceil(PAGE_SIZE);
+        if end > first.0 {
+            stretches.push(Stretch { first, pages: end - first.0, hidden: false });
+        }
+        next = hole.max(data + 1);
+    }
+    Ok(stretches)
+}

@@ -1,0 +1,203 @@
+//! Dumping a tree of processes: the order of the steps.
+//!
+//! The tree is stopped, checked, and looked at; its memory is copied; then
+//! everything is brought to the disk, and only then the directory becomes a
+//! snapshot and the tree goes on or dies. Whatever fails before that, the tree
+//! goes on.
+
+mod error;
+mod files;
+mod memory;
+mod options;
+mod stats;
+mod tree;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use nix::time::{ClockId, clock_gettime};
+
+pub use error::{DumpError, Result};
+pub use options::{Options, Tracker};
+
+use crate::{
+    chain::{Chain, SnapshotId},
+    fault::{self, Point},
+    image::{SnapshotWriter, proto},
+    inject::{Frozen, Outcome},
+    proc,
+    res::file::Policy,
+    sys::cancel,
+    units::HostPid,
+};
+use files::FileTable;
+use stats::Stats;
+use tree::Collection;
+
+/// The version of the format (`inventory_entry.img_version`): with the common magic
+/// at the beginning of each image.
+const FORMAT_VERSION: u32 = 2;
+
+/// Dumps a tree of processes.
+///
+/// # Errors
+/// What keeps the tree from being dumped; it runs on then.
+pub fn run(options: &Options) -> Result<()> {
+    if proc::stat(options.pid).is_err_and(|error| error.is_vanished()) {
+        return Err(DumpError::NoProcess { pid: options.pid });
+    }
+    check_directory(&options.images_dir)?;
+    let parent = options
+        .prev_images_dir
+        .as_deref()
+        .map(|parent| open_parent(options, parent))
+        .transpose()?;
+    crate::sys::process::raise_descriptor_limit();
+    let mut stats = Stats::default();
+    let timeout = Duration::from_secs(options.timeout_s.into());
+    let mut frozen = stats.freezing(|| Frozen::freeze(options.pid, timeout))?;
+    stats.frozen();
+    log::info!("stopped {} processes", frozen.tasks.len());
+    let images = SnapshotWriter::begin(&options.images_dir)?;
+    let files = dump_stopped(options, &mut frozen, &images, parent.as_ref(), &mut stats)?;
+    let outcome = if options.leave_running {
+        Outcome::Run
+    } else if options.leave_stopped {
+        Outcome::Stop
+    } else {
+        Outcome::Kill
+    };
+    finish(options, frozen, images, files, outcome, stats)
+}
+
+/// Brings the images to the disk and ends the stop. A tree that runs on does so
+/// before that: its images are complete in memory, and waiting for the disk is
+/// nothing to it.
+fn finish(
+    options: &Options,
+    frozen: Frozen,
+    images: SnapshotWriter,
+    mut files: FileTable,
+    outcome: Outcome,
+    mut stats: Stats,
+) -> Result<()> {
+    let mut frozen = Some(frozen);
+    if outcome == Outcome::Run {
+        frozen.take().map_or(Ok(()), |frozen| frozen.release(outcome))?;
+        stats.thawed();
+    }
+    let inventory = inventory()?;
+    fault::hit(Point::DumpWritten)?;
+    images.sync()?;
+    fault::hit(Point::DumpSynced)?;
+    if cancel::is_cancelled() {
+        return Err(DumpError::Cancelled);
+    }
+    images.commit(&inventory)?;
+    fault::hit(Point::DumpCommit)?;
+    if let Some(frozen) = frozen {
+        if outcome == Outcome::Kill {
+            files.keep_links();
+        }
+        frozen.release(outcome)?;
+        stats.thawed();
+    }
+    stats.write(&options.work_dir)?;
+    if options.display_stats {
+        stats.display();
+    }
+    Ok(())
+}
+
+/// Writes all images but the inventory.
+fn dump_stopped(
+    options: &Options,
+    frozen: &mut Frozen,
+    images: &SnapshotWriter,
+    parent: Option<&(Arc<Chain>, SnapshotId)>,
+    stats: &mut Stats,
+) -> Result<FileTable> {
+    tree::check(&frozen.tasks, options)?;
+    if let Some(link) = &options.prev_images_dir {
+        images.link_parent(link)?;
+    }
+    let policy = Policy {
+        shell_job: options.shell_job,
+        ext_unix_sk: options.ext_unix_sk,
+        tcp_established: options.tcp_established,
+        link_remap: options.link_remap,
+        ghost_limit_bytes: options.ghost_limit_bytes,
+        external: options.external.clone(),
+        inherit_fds: Vec::new(),
+    };
+    let mut collection = Collection::new(images, FileTable::new(&policy));
+    for (position, task) in frozen.tasks.iter_mut().enumerate() {
+        if cancel::is_cancelled() {
+            return Err(DumpError::Cancelled);
+        }
+        collection.task(task, position == 0)?;
+        fault::hit(Point::DumpAsked)?;
+    }
+    collection.finish()?;
+    fault::hit(Point::DumpFiles)?;
+    let mut memories = std::mem::take(&mut collection.memories);
+    if let Some((chain, snapshot)) = parent {
+        for memory in &mut memories {
+            memory.parent = memory::parent_memory(chain, *snapshot, memory.id)?;
+        }
+    }
+    let copied = stats.copying(|| memory::dump(&memories, images))?;
+    stats.copied = copied;
+    Ok(collection.files)
+}
+
+fn check_directory(path: &Path) -> Result<()> {
+    let problem = match fs::metadata(path) {
+        Ok(metadata) if metadata.is_dir() => return Ok(()),
+        Ok(_) => "it is not a directory".to_owned(),
+        Err(error) => format!("{error}; make it, or name another one with -D"),
+    };
+    Err(DumpError::Directory { path: path.to_owned(), problem })
+}
+
+/// Opens the chain that ends with the directory that `--prev-images-dir` names,
+/// relative to the images directory.
+fn open_parent(options: &Options, parent: &Path) -> Result<(Arc<Chain>, SnapshotId)> {
+    let path = options.images_dir.join(parent);
+    let problem = |path: PathBuf, problem: String| DumpError::Directory { path, problem };
+    let dir = path.canonicalize().map_err(|error| {
+        problem(path.clone(), format!("{error}; --prev-images-dir is relative to -D"))
+    })?;
+    if options.images_dir.canonicalize().is_ok_and(|images| images == dir) {
+        return Err(problem(path, "it cannot be its own parent".to_owned()));
+    }
+    let chain = Chain::open(&dir)?;
+    let id = chain.ids().find(|id| chain.snapshot(*id).dir == dir);
+    let id = id.ok_or_else(|| {
+        problem(dir, "it holds no inventory.img, so it is no complete dump".to_owned())
+    })?;
+    Ok((Arc::new(chain), id))
+}
+
+fn inventory() -> Result<proto::InventoryEntry> {
+    let uptime = clock_gettime(ClockId::CLOCK_BOOTTIME).map_err(|source| DumpError::Process {
+        pid: HostPid(nix::unistd::getpid().as_raw()),
+        step: "read the clock for",
+        source,
+    })?;
+    let uptime = Duration::from(uptime);
+    Ok(proto::InventoryEntry {
+        img_version: FORMAT_VERSION,
+        fdinfo_per_id: Some(true),
+        root_ids: Some(tree::own_ids()),
+        ns_per_id: Some(true),
+        root_cg_set: Some(tree::CGROUP_SET),
+        lsmtype: Some(proto::Lsmtype::NoLsm.into()),
+        dump_uptime: u64::try_from(uptime.as_micros()).ok(),
+        ..Default::default()
+    })
+}

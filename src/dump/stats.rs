@@ -1,0 +1,99 @@
+//! How long a dump took and what it copied.
+
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use super::{Result, memory::Copied};
+use crate::image::{ImageWriter, Kind, proto};
+
+/// The statistics of a dump.
+#[derive(Debug, Default)]
+pub(super) struct Stats {
+    freezing: Duration,
+    since: Option<Instant>,
+    frozen: Duration,
+    copying: Duration,
+    pub(super) copied: Copied,
+}
+
+impl Stats {
+    /// Measures how long it takes to stop the tree.
+    pub(super) fn freezing<T>(&mut self, work: impl FnOnce() -> T) -> T {
+        let begin = Instant::now();
+        self.since = Some(begin);
+        let result = work();
+        self.freezing = begin.elapsed();
+        result
+    }
+
+    /// Notes that the tree has stopped.
+    pub(super) fn frozen(&mut self) {
+        self.since = Some(Instant::now());
+    }
+
+    /// Notes that the tree goes on or is gone.
+    pub(super) fn thawed(&mut self) {
+        if let Some(since) = self.since.take() {
+            self.frozen = since.elapsed();
+        }
+    }
+
+    /// Measures how long it takes to copy memory.
+    pub(super) fn copying<T>(&mut self, work: impl FnOnce() -> T) -> T {
+        let begin = Instant::now();
+        let result = work();
+        self.copying = begin.elapsed();
+        result
+    }
+
+    fn entry(&self) -> proto::DumpStatsEntry {
+        let micros = |time: Duration| u32::try_from(time.as_micros()).unwrap_or(u32::MAX);
+        let Copied { private, shared } = self.copied;
+        proto::DumpStatsEntry {
+            freezing_time: micros(self.freezing),
+            frozen_time: micros(self.frozen),
+            memdump_time: micros(self.copying),
+            memwrite_time: 0,
+            pages_scanned: private.scanned,
+            pages_skipped_parent: private.in_parent,
+            pages_written: private.stored,
+            irmap_resolve: Some(0),
+            pages_lazy: 0,
+            page_pipes: Some(0),
+            page_pipe_bufs: Some(0),
+            shpages_scanned: Some(shared.scanned),
+            shpages_skipped_parent: Some(shared.in_parent),
+            shpages_written: Some(shared.stored),
+        }
+    }
+
+    /// Writes `stats-dump` into `dir`.
+    ///
+    /// # Errors
+    /// [`crate::image::ImageError::Write`].
+    pub(super) fn write(&self, dir: &Path) -> Result<()> {
+        let path = dir.join("stats-dump");
+        // Of an earlier dump.
+        let _ = std::fs::remove_file(&path);
+        let mut image = ImageWriter::create(&path, Kind::Stats)?;
+        image.message(&proto::StatsEntry { dump: Some(self.entry()), restore: None })?;
+        image.finish()?;
+        Ok(())
+    }
+
+    /// Prints the statistics.
+    pub(super) fn display(&self) {
+        let Copied { private, shared } = self.copied;
+        println!("freezing time: {} us", self.freezing.as_micros());
+        println!("frozen time: {} us", self.frozen.as_micros());
+        println!("memory dump time: {} us", self.copying.as_micros());
+        for (name, counts) in [("private", private), ("shared", shared)] {
+            println!(
+                "{name} pages: {} scanned, {} compared, {} in parent, {} zero, {} stored",
+                counts.scanned, counts.compared, counts.in_parent, counts.zero, counts.stored,
+            );
+        }
+    }
+}

@@ -1,0 +1,418 @@
+//! The processes of a stopped tree: what is checked, and what their images say.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    fs::File,
+    path::PathBuf,
+};
+
+use super::{
+    DumpError, Options, Result,
+    files::FileTable,
+    memory::{Memory, Origin, Stretch},
+};
+use crate::{
+    image::{Kind, MemoryId, SnapshotWriter, proto, vma},
+    inject::{Script, TABLE_BYTES, Task, with_scratch},
+    proc::{self, Mapping},
+    res::{
+        mapping::{self, Object},
+        task::{self, ForMemory},
+        thread,
+    },
+    sys::{
+        pagemap::{PagemapFile, Query, Region, category},
+        process::{self, Shared},
+    },
+    units::{HostPid, PAGE_SHIFT, RemoteAddr},
+};
+
+/// Namespaces by their names in `/proc/PID/ns`, with what they are called.
+const NAMESPACES: [(&str, &str); 8] = [
+    ("pid", "pid namespace"),
+    ("net", "network namespace"),
+    ("ipc", "IPC namespace"),
+    ("uts", "UTS namespace"),
+    ("time", "time namespace"),
+    ("mnt", "mount namespace"),
+    ("user", "user namespace"),
+    ("cgroup", "cgroup namespace"),
+];
+
+/// The numbers of kernel objects that the images of one tree use: those of this
+/// program's namespaces come first, as in the images of CRIU.
+fn namespace_ids() -> proto::TaskKobjIdsEntry {
+    proto::TaskKobjIdsEntry {
+        vm_id: 1,
+        files_id: 1,
+        fs_id: 1,
+        sighand_id: 1,
+        pid_ns_id: Some(1),
+        net_ns_id: Some(2),
+        ipc_ns_id: Some(3),
+        uts_ns_id: Some(4),
+        time_ns_id: Some(5),
+        mnt_ns_id: Some(6),
+        user_ns_id: Some(7),
+        cgroup_ns_id: Some(8),
+    }
+}
+
+/// The number of the only set of cgroups: that of this program.
+pub(super) const CGROUP_SET: u32 = 1;
+
+/// Returns the ids of this program, for the inventory.
+pub(super) fn own_ids() -> proto::TaskKobjIdsEntry {
+    namespace_ids()
+}
+
+/// Checks that a tree is one that can be dumped.
+///
+/// # Errors
+/// [`DumpError::Unsupported`] for the first thing that is not.
+pub(super) fn check(tasks: &[Task], options: &Options) -> Result<()> {
+    let own = HostPid(nix::unistd::getpid().as_raw());
+    let pids: BTreeSet<i32> = tasks.iter().map(|task| task.pid.0).collect();
+    for task in tasks.iter().filter(|task| !task.is_zombie()) {
+        check_task(task, own)?;
+    }
+    for (position, task) in tasks.iter().enumerate() {
+        let stat = proc::stat(task.pid)?;
+        // The leader of a session or group may have ended, but then nobody outside
+        // may be in it.
+        for (kind, leader) in [("session", stat.session), ("process group", stat.pgrp)] {
+            let outside = !pids.contains(&leader) && process::exists(HostPid(leader));
+            if outside && !options.shell_job {
+                return Err(DumpError::Unsupported {
+                    pid: task.pid,
+                    what: format!("is in the {kind} of process {leader}, which is not in the tree"),
+                    help: "dump that process, start the tree by setsid(1), or use --shell-job",
+                });
+            }
+        }
+        for other in tasks[..position].iter().filter(|other| !other.is_zombie()) {
+            if task.is_zombie() {
+                break;
+            }
+            for (what, kind) in [
+                ("memory", Shared::Memory),
+                ("descriptor table", Shared::Files),
+                ("working directory", Shared::Fs),
+            ] {
+                if process::kcmp(task.pid, other.pid, kind) == Ok(std::cmp::Ordering::Equal) {
+                    return Err(DumpError::Unsupported {
+                        pid: task.pid,
+                        what: format!("shares its {what} with process {} (clone(2))", other.pid),
+                        help: "such processes are not dumped",
+                    });
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn check_task(task: &Task, own: HostPid) -> Result<()> {
+    let pid = task.pid;
+    for (file, name) in NAMESPACES {
+        // Kernels without a kind of namespace have nothing to differ in.
+        if let (Ok(theirs), Ok(ours)) = (proc::namespace(pid, file), proc::namespace(own, file))
+            && theirs != ours
+        {
+            return Err(DumpError::Unsupported {
+                pid,
+                what: format!("has a {name} of its own ({file}:[{theirs}])"),
+                help: "namespaces are not dumped yet; run this program inside of it",
+            });
+        }
+    }
+    for thread in &task.threads {
+        let status = proc::thread_status(pid, thread.tid)?;
+        if status.seccomp != 0 {
+            return Err(DumpError::Unsupported {
+                pid,
+                what: format!("has a seccomp filter in thread {}", thread.tid),
+                help: "seccomp is not dumped yet",
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Shared memory that some process of the tree maps.
+pub(super) struct SharedObject {
+    file_id: u32,
+    shmid: u64,
+    file: File,
+    name: String,
+}
+
+/// What a dump knows of a tree as it goes over its processes.
+pub(super) struct Collection<'a> {
+    pub(super) images: &'a SnapshotWriter,
+    pub(super) files: FileTable,
+    pub(super) memories: Vec<Memory>,
+    shared: HashMap<(u32, u32, u64), SharedObject>,
+    pstree: Vec<proto::PstreeEntry>,
+    next_object: u32,
+}
+
+impl<'a> Collection<'a> {
+    pub(super) fn new(images: &'a SnapshotWriter, files: FileTable) -> Self {
+        Self {
+            images,
+            files,
+            memories: Vec::new(),
+            shared: HashMap::new(),
+            pstree: Vec::new(),
+            next_object: namespace_ids().vm_id,
+        }
+    }
+
+    /// Collects a process, writing the images that are its own.
+    ///
+    /// # Errors
+    /// Whatever keeps it from being dumped.
+    pub(super) fn task(&mut self, task: &mut Task, is_root: bool) -> Result<()> {
+        let pid = task.pid;
+        let stat = proc::stat(pid)?;
+        let unsigned = |number: i32| number.cast_unsigned();
+        let mut threads: Vec<u32> =
+            task.threads.iter().map(|thread| unsigned(thread.tid.0)).collect();
+        if threads.is_empty() {
+            threads.push(unsigned(pid.0));
+        }
+        self.pstree.push(proto::PstreeEntry {
+            pid: unsigned(pid.0),
+            ppid: if is_root { 0 } else { unsigned(task.parent.0) },
+            pgid: unsigned(stat.pgrp),
+            sid: unsigned(stat.session),
+            threads,
+        });
+        if task.is_zombie() {
+            return Ok(self.write_one(Kind::Core, pid, &task::zombie(pid)?)?);
+        }
+        let mappings = proc::smaps(pid)?;
+        let for_memory = self.ask(task, &mappings)?;
+        self.next_object += 1;
+        let ids = proto::TaskKobjIdsEntry {
+            vm_id: self.next_object,
+            files_id: self.next_object,
+            fs_id: self.next_object,
+            sighand_id: self.next_object,
+            ..namespace_ids()
+        };
+        self.write_one(Kind::Ids, pid, &ids)?;
+        let fds = self.files.collect_fds(pid)?;
+        self.images.write(Kind::Fdinfo, ids.files_id.into(), &fds)?;
+        let fs = proto::FsEntry {
+            cwd_id: self.files.enter_path(pid, proc_path(pid, "cwd"))?,
+            root_id: self.files.enter_path(pid, proc_path(pid, "root"))?,
+            umask: proc::status(pid)?.umask,
+        };
+        self.write_one(Kind::Fs, pid, &fs)?;
+        self.memory(pid, &mappings, for_memory)
+    }
+
+    fn write_one<M: prost::Message>(
+        &self,
+        kind: Kind,
+        pid: HostPid,
+        message: &M,
+    ) -> Result<(), crate::image::ImageError> {
+        let number = u64::from(pid.0.cast_unsigned());
+        self.images.write(kind, number, std::slice::from_ref(message))
+    }
+
+    /// Asks the threads of a process what only they know, and writes their cores.
+    fn ask(&self, task: &mut Task, mappings: &[Mapping]) -> Result<ForMemory> {
+        let pid = task.pid;
+        let stopped_by = task.stopped_by();
+        let mut questions = Vec::new();
+        let mut about_task = None;
+        for position in 0..task.threads.len() {
+            let mut script = Script::new();
+            let asked = thread::ask(&mut script);
+            if position == 0 {
+                about_task = Some(task::ask(pid, &mut script)?);
+            }
+            questions.push((script, asked));
+        }
+        let room = questions.iter().map(|(script, _)| script.bytes_needed()).max().unwrap_or(0);
+        let answers = with_scratch(
+            &mut task.threads,
+            mappings,
+            TABLE_BYTES.max(room * 2),
+            |scratch, threads| {
+                threads
+                    .iter_mut()
+                    .zip(&questions)
+                    .map(|(thread, (script, _))| scratch.run(thread, script))
+                    .collect::<Result<Vec<_>, _>>()
+            },
+        )?;
+        let mut for_memory = ForMemory { dumpable: 1, brk: 0 };
+        let about_task = about_task.expect("the leader was asked");
+        for (position, thread) in task.threads.iter().enumerate() {
+            let (_, asked) = &questions[position];
+            let mut core = proto::CoreEntry::default();
+            thread::collect(asked, &answers[position], pid, thread, &mut core)?;
+            if let Some(thread) = &mut core.thread_core {
+                thread.cg_set = Some(CGROUP_SET);
+            }
+            if position == 0 {
+                for_memory = task::collect(&about_task, &answers[0], pid, stopped_by, &mut core)?;
+            }
+            self.write_one(Kind::Core, thread.tid, &core)?;
+        }
+        Ok(for_memory)
+    }
+
+    /// Collects the mappings of a process and plans the copying of its memory.
+    fn memory(&mut self, pid: HostPid, mappings: &[Mapping], also: ForMemory) -> Result<()> {
+        let pagemap_path = proc_path(pid, "pagemap");
+        let failed = |source| DumpError::File { path: proc_path(pid, "pagemap"), source };
+        let pagemap = PagemapFile::open(&pagemap_path).map_err(failed)?;
+        let mut vmas = Vec::new();
+        let mut guards = Vec::new();
+        let mut stretches = Vec::new();
+        let mut regions = Vec::new();
+        for mapping in mappings {
+            let object = mapping::object(pid, mapping)?;
+            let link = || map_file(pid, mapping);
+            let shmid = match object {
+                Object::Vsyscall => continue,
+                Object::Private | Object::Vdso | Object::Vvar => 0,
+                Object::File => self.files.enter_path(pid, link())?.into(),
+                Object::SharedMemory => self.shared_object(pid, mapping)?.into(),
+                Object::SystemV => {
+                    self.segment(pid, mapping)?;
+                    mapping.inode
+                }
+            };
+            let entry = mapping::entry(mapping, object, shmid);
+            if mapping::is_private(&entry) {
+                regions.clear();
+                let query = if object == Object::Vdso {
+                    Query { all: category::PRESENT, ..Query::default() }
+                } else {
+                    Query::PRIVATE
+                };
+                let query = without_guards(query);
+                pagemap.scan(mapping.start, mapping.end, query, &mut regions).map_err(failed)?;
+                stretches.extend(regions.iter().map(|region| stretch(region, !mapping.read)));
+                regions.clear();
+                let query = Query { all: category::GUARD, ..Query::default() };
+                pagemap.scan(mapping.start, mapping.end, query, &mut regions).map_err(failed)?;
+                guards.extend(regions.iter().map(guard));
+            }
+            vmas.push(entry);
+        }
+        vmas.extend(guards);
+        let stat = proc::stat(pid)?;
+        let mut auxv = proc::auxv(pid)?;
+        while auxv.last() == Some(&0) {
+            auxv.pop();
+        }
+        let mm = proto::MmEntry {
+            mm_start_code: stat.start_code,
+            mm_end_code: stat.end_code,
+            mm_start_data: stat.start_data,
+            mm_end_data: stat.end_data,
+            mm_start_stack: stat.start_stack,
+            mm_start_brk: stat.start_brk,
+            mm_brk: also.brk,
+            mm_arg_start: stat.arg_start,
+            mm_arg_end: stat.arg_end,
+            mm_env_start: stat.env_start,
+            mm_env_end: stat.env_end,
+            exe_file_id: self.files.enter_path(pid, proc_path(pid, "exe"))?,
+            mm_saved_auxv: auxv,
+            vmas,
+            dumpable: Some(also.dumpable),
+            aios: Vec::new(),
+            thp_disabled: Some(proc::status(pid)?.thp_enabled == Some(false)),
+        };
+        self.write_one(Kind::Mm, pid, &mm)?;
+        let path = proc_path(pid, "mem");
+        let file = File::open(&path).map_err(|source| DumpError::File { path, source })?;
+        self.memories.push(Memory {
+            id: MemoryId::Private(u64::from(pid.0.cast_unsigned())),
+            origin: Origin::Process { pid, file },
+            stretches,
+            parent: None,
+        });
+        Ok(())
+    }
+
+    /// Returns the number of the file of shared memory that is mapped.
+    fn shared_object(&mut self, pid: HostPid, mapping: &Mapping) -> Result<u32> {
+        let key = (mapping.dev_major, mapping.dev_minor, mapping.inode);
+        if let Some(object) = self.shared.get(&key) {
+            return Ok(object.file_id);
+        }
+        let (file_id, file) = self.files.enter_object(pid, map_file(pid, mapping))?;
+        let name = String::from_utf8_lossy(&mapping.name).into_owned();
+        self.shared.insert(key, SharedObject { file_id, shmid: mapping.inode, file, name });
+        Ok(file_id)
+    }
+
+    /// Enters a System V segment that is mapped.
+    fn segment(&mut self, pid: HostPid, mapping: &Mapping) -> Result<()> {
+        let what =
+            format!("has the System V segment {} mapped at {}", mapping.inode, mapping.start);
+        let _ = pid;
+        Err(DumpError::Unsupported { pid, what, help: "System V memory is not dumped yet" })
+    }
+
+    /// Adds the shared objects to what is copied, and writes the images of the
+    /// whole tree.
+    ///
+    /// # Errors
+    /// What keeps files from being dumped.
+    pub(super) fn finish(&mut self) -> Result<()> {
+        for (_, object) in self.shared.drain() {
+            let failed =
+                |source| DumpError::ReadObject { name: object.name.clone(), offset: 0, source };
+            let stretches = super::memory::data_of(&object.file).map_err(failed)?;
+            self.memories.push(Memory {
+                id: MemoryId::Shared(object.shmid),
+                origin: Origin::Object { file: object.file, name: object.name },
+                stretches,
+                parent: None,
+            });
+        }
+        // The same order whenever the same tree is dumped.
+        self.memories.sort_by_key(|memory| memory.id);
+        self.files.write(self.images)?;
+        Ok(self.images.write(Kind::Pstree, 0, &self.pstree)?)
+    }
+}
+
+/// Returns `query` for pages that are no guard pages, which count as swapped.
+fn without_guards(query: Query) -> Query {
+    Query { all: query.all | category::GUARD, inverted: query.inverted | category::GUARD, ..query }
+}
+
+fn stretch(region: &Region, hidden: bool) -> Stretch {
+    let first = region.first();
+    Stretch { first, pages: (region.end().0 >> PAGE_SHIFT) - first.0, hidden }
+}
+
+fn guard(region: &Region) -> proto::VmaEntry {
+    proto::VmaEntry {
+        start: region.start().0,
+        end: region.end().0,
+        status: vma::GUARD,
+        ..Default::default()
+    }
+}
+
+fn proc_path(pid: HostPid, file: &str) -> PathBuf {
+    format!("/proc/{pid}/{file}").into()
+}
+
+fn map_file(pid: HostPid, mapping: &Mapping) -> PathBuf {
+    let (RemoteAddr(start), RemoteAddr(end)) = (mapping.start, mapping.end);
+    format!("/proc/{pid}/map_files/{start:x}-{end:x}").into()
+}
