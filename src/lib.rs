@@ -7,12 +7,14 @@
 pub mod chain;
 pub mod cli;
 pub mod design;
+pub mod dump;
 pub mod fault;
 pub mod fs;
 pub mod image;
 pub mod inject;
 pub mod proc;
 pub mod res;
+pub mod restore;
 pub mod sys;
 pub mod units;
 pub mod view;

@@ -1,0 +1,172 @@
+//! What new processes do to become the ones of the images, once they exist.
+
+use nix::libc;
+
+use super::{
+    Result,
+    files::Files,
+    memory,
+    plan::{Body, Plan},
+    tree::Puppets,
+};
+use crate::{
+    fault::{self, Point},
+    inject::Script,
+    res::{ResError, creds, signals, task, thread},
+    units::HostPid,
+};
+
+/// Bytes of `struct prctl_mm_map` (`linux/prctl.h`): eleven addresses, the auxiliary
+/// vector's address and size, the program's descriptor.
+const MM_MAP_BYTES: usize = 104;
+
+/// Where in it the address of the auxiliary vector is.
+const AUXV_AT: usize = 88;
+
+/// Gives all processes their files, threads and attributes.
+///
+/// # Errors
+/// Whatever fails.
+pub(super) fn all(plan: &Plan, puppets: &mut Puppets, files: &mut Files) -> Result<()> {
+    let own = creds::Own::read()?;
+    let limits = crate::proc::limits(HostPid(nix::unistd::getpid().as_raw()))?;
+    for (position, planned) in plan.tasks.iter().enumerate() {
+        let Some(body) = &planned.body else { continue };
+        let mut script = Script::new();
+        files.stand(body, &mut script)?;
+        memory_map(body, files.program(body)?, &mut script);
+        files.install(planned.pid, body, &mut script)?;
+        run(puppets, position, 0, &script)?;
+    }
+    fault::hit(Point::RestoreFiles)?;
+    for (position, planned) in plan.tasks.iter().enumerate() {
+        let Some(body) = &planned.body else { continue };
+        puppets.make_threads(position)?;
+        for (number, of) in planned.threads.iter().enumerate() {
+            let mut script = Script::new();
+            thread::apply(&of.core, &mut script);
+            if number == 0 {
+                task::apply(planned.core(), planned.pid, &limits, &mut script)?;
+                let layout = &puppets.tasks[position].as_ref().expect("it lives").layout;
+                memory::finish(body, layout, &mut script);
+            }
+            run(puppets, position, number, &script)?;
+            thread::apply_outside(&of.core, of.tid)?;
+        }
+        task::apply_outside(planned.core(), planned.pid)?;
+    }
+    fault::hit(Point::RestoreThreads)?;
+    puppets.end_the_dead()?;
+    for (position, planned) in plan.tasks.iter().enumerate() {
+        let Some(body) = &planned.body else { continue };
+        // The leader last: what it sets is reset by others' changes of credentials.
+        for (number, of) in planned.threads.iter().enumerate().rev() {
+            let mut script = Script::new();
+            thread::apply_creds(&of.core, &own, &mut script);
+            if number == 0 {
+                let dumpable = body.mm.dumpable.unwrap_or(1);
+                // 2 cannot be set, but is what changing credentials leads to.
+                if matches!(dumpable, 0 | 1) {
+                    let arguments = [libc::PR_SET_DUMPABLE.into(), dumpable.into()];
+                    script.call("set whether it can be dumped", libc::SYS_prctl, &arguments);
+                }
+                files.own(body, &mut script);
+            }
+            run(puppets, position, number, &script)?;
+        }
+    }
+    Ok(())
+}
+
+/// Gives all threads their registers and what waits for them. After this they can
+/// only be let go.
+///
+/// # Errors
+/// Whatever fails.
+pub(super) fn finish(plan: &Plan, puppets: &mut Puppets, files: &mut Files) -> Result<()> {
+    for (position, planned) in plan.tasks.iter().enumerate() {
+        if planned.body.is_none() {
+            continue;
+        }
+        for (number, of) in planned.threads.iter().enumerate() {
+            let mut script = Script::new();
+            if let Some(queue) =
+                of.core.thread_core.as_ref().and_then(|core| core.signals_p.as_ref())
+            {
+                signals::requeue(queue, planned.pid, Some(of.tid), &mut script).map_err(|_| {
+                    ResError::Image {
+                        pid: of.tid,
+                        problem: "a signal in its queue is malformed".into(),
+                    }
+                })?;
+            }
+            if number == 0 {
+                task::finish(planned.core(), planned.pid, &mut script)?;
+            }
+            if !script.is_empty() {
+                run(puppets, position, number, &script)?;
+            }
+        }
+    }
+    files.start()?;
+    fault::hit(Point::RestoreLast)?;
+    for (position, planned) in plan.tasks.iter().enumerate() {
+        if planned.body.is_none() {
+            continue;
+        }
+        let scratch = puppets.scratch;
+        let puppet = puppets.tasks[position].as_mut().expect("it lives");
+        scratch.unmap(&mut puppet.threads[0])?;
+        for of in &planned.threads {
+            thread::apply_registers(&of.core, of.tid)?;
+        }
+    }
+    Ok(())
+}
+
+fn run(puppets: &mut Puppets, position: usize, number: usize, script: &Script) -> Result<()> {
+    let scratch = puppets.scratch;
+    let puppet = puppets.tasks[position].as_mut().expect("it lives");
+    scratch.run(&mut puppet.threads[number], script)?;
+    Ok(())
+}
+
+/// Adds the call that tells the kernel what the parts of the address space are for
+/// (`PR_SET_MM_MAP`, which needs no more than `CAP_CHECKPOINT_RESTORE` since Linux
+/// 5.9), and what switches huge pages off.
+fn memory_map(body: &Body, program: i32, script: &mut Script) {
+    let mm = &body.mm;
+    let mut map = Vec::with_capacity(MM_MAP_BYTES);
+    for address in [
+        mm.mm_start_code,
+        mm.mm_end_code,
+        mm.mm_start_data,
+        mm.mm_end_data,
+        mm.mm_start_brk,
+        mm.mm_brk,
+        mm.mm_start_stack,
+        mm.mm_arg_start,
+        mm.mm_arg_end,
+        mm.mm_env_start,
+        mm.mm_env_end,
+        0, // the address of the auxiliary vector
+    ] {
+        map.extend_from_slice(&address.to_le_bytes());
+    }
+    let auxv: Vec<u8> = mm.mm_saved_auxv.iter().flat_map(|word| word.to_le_bytes()).collect();
+    map.extend_from_slice(&u32::try_from(auxv.len()).unwrap_or(0).to_le_bytes());
+    map.extend_from_slice(&program.to_le_bytes());
+    debug_assert_eq!(map.len(), MM_MAP_BYTES);
+    let auxv = script.bytes(&auxv);
+    let buffer = script.bytes(&map);
+    script.point(buffer, AUXV_AT, auxv);
+    script.call(
+        "describe the address space",
+        libc::SYS_prctl,
+        &[libc::PR_SET_MM.into(), libc::PR_SET_MM_MAP.into(), buffer.into(), MM_MAP_BYTES.into()],
+    );
+    if mm.thp_disabled == Some(true) {
+        let arguments = [libc::PR_SET_THP_DISABLE.into(), 1.into()];
+        script.call("switch huge pages off", libc::SYS_prctl, &arguments);
+    }
+}

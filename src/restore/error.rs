@@ -1,0 +1,141 @@
+//! Why a tree was not restored.
+
+use std::{io, path::PathBuf};
+
+use nix::errno::Errno;
+
+use crate::{
+    chain::ChainError,
+    fault::Injected,
+    image::ImageError,
+    inject::InjectError,
+    proc::ProcError,
+    res::{ResError, file::FileError},
+    units::{HostPid, RemoteAddr},
+};
+
+/// The result of a step of a restore.
+pub type Result<T, E = RestoreError> = std::result::Result<T, E>;
+
+/// Why a tree was not restored. No process of it is left.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// A pid of the images is in use.
+    #[error(
+        "process {pid} cannot be restored: its pid is in use by process {holder} ({name}){state}; \
+         end that one, or restore in a pid namespace of its own"
+    )]
+    PidInUse {
+        /// The process or thread of the images.
+        pid: HostPid,
+        /// Who has the number.
+        holder: HostPid,
+        /// That process's name.
+        name: String,
+        /// More about it: that it is dead, or only keeps the number as a session.
+        state: &'static str,
+    },
+    /// The images contradict themselves, or hold what is not restored.
+    #[error("images of process {pid}: {problem}")]
+    Images {
+        /// The process.
+        pid: HostPid,
+        /// What is wrong.
+        problem: String,
+    },
+    /// Processes are related in a way that is not restored.
+    #[error("process {pid} cannot be restored: {problem}")]
+    Relation {
+        /// The process.
+        pid: HostPid,
+        /// What relates it to whom.
+        problem: String,
+    },
+    /// A process could not be made.
+    #[error("make process {pid}")]
+    Spawn {
+        /// Its pid.
+        pid: HostPid,
+        /// Why it failed.
+        source: Errno,
+    },
+    /// A system call about a process failed.
+    #[error("{step} process {pid}")]
+    Process {
+        /// The process.
+        pid: HostPid,
+        /// What was attempted, as a verb.
+        step: &'static str,
+        /// Why it failed.
+        source: Errno,
+    },
+    /// Memory could not be filled.
+    #[error("write {len:#x} bytes at {address} of process {pid}")]
+    WriteMemory {
+        /// The process.
+        pid: HostPid,
+        /// Where.
+        address: RemoteAddr,
+        /// How many.
+        len: u64,
+        /// Why it failed.
+        source: Errno,
+    },
+    /// Shared memory could not be made or filled.
+    #[error("{step} the shared memory {shmid}")]
+    Object {
+        /// The object's number in the images.
+        shmid: u64,
+        /// What was attempted, as a verb.
+        step: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// The kernel is another one than the tree was dumped on.
+    #[error(
+        "process {pid} has a vDSO that this kernel does not have ({problem}); restore it on the kernel that it was dumped on"
+    )]
+    OtherKernel {
+        /// The process.
+        pid: HostPid,
+        /// What differs.
+        problem: String,
+    },
+    /// The directory with the images cannot be used.
+    #[error("images directory {path}: {problem}", path = .path.display())]
+    Directory {
+        /// The directory.
+        path: PathBuf,
+        /// What is wrong, and what would help.
+        problem: String,
+    },
+    /// A file could not be written.
+    #[error("write {path}", path = .path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The chain cannot be read.
+    #[error(transparent)]
+    Chain(#[from] ChainError),
+    /// An image could not be read.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// An open file could not be restored.
+    #[error(transparent)]
+    OpenFile(#[from] FileError),
+    /// State of a process could not be restored.
+    #[error(transparent)]
+    State(#[from] ResError),
+    /// A new process could not be made to work for this program.
+    #[error(transparent)]
+    Inject(#[from] InjectError),
+    /// Something in `/proc` could not be read.
+    #[error(transparent)]
+    Proc(#[from] ProcError),
+    /// A test asked for it.
+    #[error(transparent)]
+    Fault(#[from] Injected),
+}

@@ -1,0 +1,352 @@
+//! Open files: opened by this program, inherited by all processes, and put at their
+//! numbers there.
+//!
+//! The descriptors are moved above all numbers that the tree uses before the first
+//! process is made, so that putting one into its place never closes another.
+
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, HashMap, HashSet},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    path::Path,
+};
+
+use nix::libc;
+
+use super::{
+    RestoreError, Result,
+    plan::{Body, Plan},
+};
+use crate::{
+    image::{
+        proto::{self, FileEntry, VmaEntry},
+        vma,
+    },
+    inject::Script,
+    res::file::{FileError, KINDS, Opened, Opener, Policy, fown, memfd, regular, revived, tty},
+    sys::fds,
+    units::{HostPid, TargetFd},
+};
+
+/// All open files of the tree.
+pub(super) struct Files {
+    pub(super) opened: Opened,
+    openers: Vec<Box<dyn Opener>>,
+    /// Descriptors above all that the tree uses.
+    lowest: i32,
+    descriptions: HashMap<u32, OwnedFd>,
+    /// Files that are opened for something else than a descriptor, by number and
+    /// access mode.
+    others: RefCell<HashMap<(u32, i32), OwnedFd>>,
+    /// Descriptions that were finished in some process.
+    installed: HashSet<u32>,
+    controlling: Vec<(tty::Controlling, OwnedFd)>,
+}
+
+impl Files {
+    /// Opens all descriptions of the tree.
+    ///
+    /// # Errors
+    /// [`RestoreError::OpenFile`].
+    pub(super) fn open(plan: &Plan, images: &Path, policy: &Policy) -> Result<Self> {
+        let highest = plan
+            .tasks
+            .iter()
+            .filter_map(|task| task.body.as_ref())
+            .flat_map(|body| &body.fds)
+            .map(|entry| entry.fd)
+            .max()
+            .unwrap_or(0);
+        let lowest = i32::try_from(highest).unwrap_or(i32::MAX - 1) + 1;
+        Ok(Self {
+            opened: Opened::new(images, policy.clone(), plan.files.clone()),
+            openers: KINDS.iter().map(|kind| (kind.opener)(policy)).collect(),
+            lowest,
+            descriptions: HashMap::new(),
+            others: RefCell::default(),
+            installed: HashSet::new(),
+            controlling: Vec::new(),
+        })
+    }
+
+    /// Opens what descriptors of the tree lead to. Shared memory was made before.
+    ///
+    /// # Errors
+    /// [`RestoreError::OpenFile`].
+    pub(super) fn open_descriptions(&mut self, plan: &Plan) -> Result<()> {
+        // Entries that no descriptor has are paths: programs, mapped files.
+        let bodies = plan.tasks.iter().filter_map(|task| task.body.as_ref());
+        let used: HashSet<u32> =
+            bodies.flat_map(|body| &body.fds).map(|entry| entry.id).collect();
+        for (kind, opener) in KINDS.iter().zip(&mut self.openers) {
+            let entries: Vec<FileEntry> = plan
+                .files
+                .iter()
+                .filter(|entry| {
+                    used.contains(&entry.id)
+                        && kind.types.iter().any(|of| i32::from(*of) == entry.r#type)
+                })
+                .cloned()
+                .collect();
+            opener.open(&entries, &mut self.opened)?;
+        }
+        for id in &used {
+            let fd =
+                fds::duplicate_from(self.opened.get(*id)?, self.lowest).map_err(too_many(*id))?;
+            self.descriptions.insert(*id, fd);
+        }
+        for terminal in tty::controlling(&self.opened)? {
+            let fd = fds::duplicate_from(terminal.fd.as_fd(), self.lowest).map_err(too_many(0))?;
+            self.controlling.push((terminal, fd));
+        }
+        Ok(())
+    }
+
+    /// Returns the number that a file has in all new processes which is opened for
+    /// something else than a descriptor.
+    fn other(&mut self, id: u32, flags: i32) -> Result<i32> {
+        if let Some(fd) = self.others.borrow().get(&(id, flags)) {
+            return Ok(fd.as_raw_fd());
+        }
+        let entry = self.opened.entries.get(&id).cloned();
+        let reg = entry.and_then(|entry| entry.reg).ok_or_else(|| {
+            FileError::image(id, "it is used as a file with a path, but is none in files.img")
+        })?;
+        let fd = regular::open_entry(&reg, flags, &mut self.opened)?;
+        let fd = fds::duplicate_from(fd.as_fd(), self.lowest).map_err(too_many(id))?;
+        let number = fd.as_raw_fd();
+        self.others.borrow_mut().insert((id, flags), fd);
+        Ok(number)
+    }
+
+    /// Opens all that is mapped, executed or stood in.
+    ///
+    /// # Errors
+    /// [`RestoreError::OpenFile`].
+    pub(super) fn open_others(
+        &mut self,
+        plan: &Plan,
+        inodes: &[proto::MemfdInodeEntry],
+    ) -> Result<()> {
+        for body in plan.tasks.iter().filter_map(|task| task.body.as_ref()) {
+            for (id, flags) in paths(body) {
+                self.other(id, flags)?;
+            }
+            for entry in &body.vmas {
+                if entry.status & vma::MEMFD != 0 {
+                    self.object(file_id(entry)?, access(entry), inodes)?;
+                } else if entry.status & (vma::FILE_PRIVATE | vma::FILE_SHARED) != 0 {
+                    self.other(file_id(entry)?, access(entry))?;
+                }
+            }
+        }
+        // Anonymous shared memory has no file in the images, but an object.
+        let objects: Vec<u64> = self.opened.objects.keys().copied().collect();
+        for shmid in objects {
+            let fd = fds::duplicate_from(self.opened.objects[&shmid].as_fd(), self.lowest)
+                .map_err(too_many(0))?;
+            self.opened.objects.insert(shmid, fd);
+        }
+        Ok(())
+    }
+
+    /// Opens shared memory for a mapping.
+    fn object(&mut self, id: u32, flags: i32, inodes: &[proto::MemfdInodeEntry]) -> Result<()> {
+        if self.others.borrow().contains_key(&(id, flags)) {
+            return Ok(());
+        }
+        let wrong = |problem: &str| FileError::image(id, problem);
+        let entry = self.opened.entries.get(&id).and_then(|entry| entry.memfd.as_ref());
+        let inode_id = entry.ok_or_else(|| wrong("it is mapped as a memfd, but is none"))?.inode_id;
+        let inode = inodes
+            .iter()
+            .find(|inode| inode.inode_id == u64::from(inode_id))
+            .ok_or_else(|| wrong("memfd.img does not have it"))?;
+        let object = self.opened.objects.get(&inode.shmid.into());
+        let object = object.ok_or_else(|| wrong("its memory was not made"))?;
+        let failed = |step| FileError::restore(id, step, &inode.name);
+        let fd = memfd::open_object(object.as_fd(), flags).map_err(failed("open"))?;
+        let fd = fds::duplicate_from(fd.as_fd(), self.lowest).map_err(failed("duplicate"))?;
+        self.others.borrow_mut().insert((id, flags), fd);
+        Ok(())
+    }
+
+    /// Returns the descriptor, in all new processes, for a mapping of a file.
+    ///
+    /// # Errors
+    /// [`FileError::Image`] if there is none.
+    pub(super) fn for_mapping(&self, entry: &VmaEntry) -> Result<i32> {
+        if entry.status & vma::ANON_SHARED != 0 {
+            let object = self.opened.objects.get(&entry.shmid);
+            let fd = object.ok_or_else(|| {
+                let problem = format!("shared memory {} is mapped but was not made", entry.shmid);
+                FileError::image(0, problem)
+            })?;
+            return Ok(fd.as_raw_fd());
+        }
+        let key = (file_id(entry)?, access(entry));
+        let others = self.others.borrow();
+        let fd = others.get(&key).ok_or_else(|| FileError::image(key.0, "it was not opened"))?;
+        Ok(fd.as_raw_fd())
+    }
+
+    /// Returns the descriptor, in all new processes, of the program of a process.
+    ///
+    /// # Errors
+    /// As [`Self::for_mapping`].
+    pub(super) fn program(&self, body: &Body) -> Result<i32> {
+        self.opened_path(body.mm.exe_file_id, libc::O_RDONLY)
+    }
+
+    fn opened_path(&self, id: u32, flags: i32) -> Result<i32> {
+        let others = self.others.borrow();
+        let fd =
+            others.get(&(id, flags)).ok_or_else(|| FileError::image(id, "it was not opened"))?;
+        Ok(fd.as_raw_fd())
+    }
+
+    /// Adds the calls that give a process its root, working directory and umask.
+    ///
+    /// # Errors
+    /// As [`Self::for_mapping`].
+    pub(super) fn stand(&self, body: &Body, script: &mut Script) -> Result<()> {
+        let root = self.opened_path(body.fs.root_id, STAND)?;
+        let is_slash = self
+            .opened
+            .entries
+            .get(&body.fs.root_id)
+            .and_then(|entry| entry.reg.as_ref())
+            .is_some_and(|reg| reg.name == b"/");
+        if !is_slash {
+            script.call("enter the root directory", libc::SYS_fchdir, &[root.into()]);
+            let here = script.string(c".");
+            script.call("change the root directory", libc::SYS_chroot, &[here.into()]);
+        }
+        let cwd = self.opened_path(body.fs.cwd_id, STAND)?;
+        script.call("enter the working directory", libc::SYS_fchdir, &[cwd.into()]);
+        if let Some(umask) = body.fs.umask {
+            script.call("set the umask", libc::SYS_umask, &[umask.into()]);
+        }
+        Ok(())
+    }
+
+    /// Adds the calls that put all descriptors of a process into their places and
+    /// close all others. Tasks come in the order of the images.
+    ///
+    /// # Errors
+    /// [`RestoreError::OpenFile`].
+    pub(super) fn install(&mut self, pid: HostPid, body: &Body, script: &mut Script) -> Result<()> {
+        for (terminal, fd) in &self.controlling {
+            if i64::from(terminal.session) == i64::from(pid.0) {
+                let fd = TargetFd(fd.as_raw_fd());
+                tty::take_control(fd, script);
+                if terminal.foreground != 0 {
+                    tty::set_foreground(fd, terminal.foreground, script);
+                }
+            }
+        }
+        let mut numbers = BTreeMap::new();
+        for entry in &body.fds {
+            let number = i32::try_from(entry.fd)
+                .map_err(|_| FileError::image(entry.id, format!("descriptor {}", entry.fd)))?;
+            numbers.insert(number, entry);
+        }
+        for (number, entry) in &numbers {
+            let description = self.description(entry.id)?;
+            let close = entry.flags & libc::FD_CLOEXEC.cast_unsigned() != 0;
+            let flags = if close { libc::O_CLOEXEC } else { 0 };
+            let what = format!("install descriptor {number}");
+            script.call(
+                what,
+                libc::SYS_dup3,
+                &[description.as_raw_fd().into(), (*number).into(), flags.into()],
+            );
+        }
+        let mut next = 0;
+        for number in numbers.keys().copied().chain([i32::MAX]) {
+            if number > next {
+                let last = if number == i32::MAX { u32::MAX } else { (number - 1).cast_unsigned() };
+                let arguments = [next.into(), last.into(), 0.into()];
+                script.call("close other descriptors", libc::SYS_close_range, &arguments);
+            }
+            next = number.saturating_add(1);
+        }
+        for (number, entry) in &numbers {
+            if !self.installed.insert(entry.id) {
+                continue;
+            }
+            let Some(file) = self.opened.entries.get(&entry.id) else { continue };
+            let kind = KINDS
+                .iter()
+                .position(|kind| kind.types.iter().any(|of| i32::from(*of) == file.r#type));
+            if let Some(kind) = kind {
+                self.openers[kind].install(file, TargetFd(*number), script)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds the calls that say who is told of events of the descriptors of a process,
+    /// when all processes exist and it has its user ids.
+    pub(super) fn own(&mut self, body: &Body, script: &mut Script) {
+        for entry in &body.fds {
+            let Some(file) = self.opened.entries.get(&entry.id) else { continue };
+            if let (Some((owner, flags)), Ok(number)) = (fown::of(file), i32::try_from(entry.fd)) {
+                fown::install(owner, flags, TargetFd(number), script);
+            }
+        }
+    }
+
+    fn description(&self, id: u32) -> Result<BorrowedFd<'_>> {
+        let fd = self.descriptions.get(&id).map(AsFd::as_fd);
+        Ok(fd.ok_or_else(|| FileError::image(id, "it is used but was not opened"))?)
+    }
+
+    /// Starts what runs by itself.
+    ///
+    /// # Errors
+    /// [`RestoreError::OpenFile`].
+    pub(super) fn start(&mut self) -> Result<()> {
+        for opener in &mut self.openers {
+            opener.start(&self.opened)?;
+        }
+        Ok(())
+    }
+
+    /// Cleans up when the tree is restored.
+    pub(super) fn finish(&mut self) {
+        if let Err(error) = revived::remove_links(&mut self.opened) {
+            log::warn!("{error}");
+        }
+    }
+}
+
+/// How directories are opened that processes stand in.
+const STAND: i32 = libc::O_PATH;
+
+/// The files of a process that are no descriptors, with how they are opened.
+fn paths(body: &Body) -> [(u32, i32); 3] {
+    [(body.mm.exe_file_id, libc::O_RDONLY), (body.fs.root_id, STAND), (body.fs.cwd_id, STAND)]
+}
+
+fn file_id(entry: &VmaEntry) -> Result<u32> {
+    let id = u32::try_from(entry.shmid);
+    Ok(id.map_err(|_| FileError::image(0, format!("a mapping has the file {}", entry.shmid)))?)
+}
+
+/// Returns how the file of a mapping is opened.
+fn access(entry: &VmaEntry) -> i32 {
+    let write = entry.prot & libc::PROT_WRITE.cast_unsigned() != 0;
+    match entry.fdflags {
+        Some(flags) => flags.cast_signed() & (libc::O_ACCMODE | libc::O_NOATIME),
+        None if entry.status & vma::FILE_SHARED != 0 && write => libc::O_RDWR,
+        None => libc::O_RDONLY,
+    }
+}
+
+fn too_many(id: u32) -> impl Fn(nix::errno::Errno) -> RestoreError {
+    move |source| {
+        let object = "a descriptor above all that the tree uses (see ulimit -n)".to_owned();
+        RestoreError::OpenFile(FileError::Restore { id, step: "make room for", object, source })
+    }
+}

@@ -1,0 +1,523 @@
+//! Address spaces: from the one that a new process inherits to the one that it is
+//! to have, with as much of it shared with its parent as was shared before.
+//!
+//! A child is made when its parent's memory is in place. What both map the same way
+//! is kept, and only pages that differ are written, so that the others stay shared
+//! copy-on-write.
+
+use std::{
+    num::NonZeroUsize,
+    ops::Range,
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+};
+
+use nix::libc;
+
+use super::{
+    RestoreError, Result,
+    plan::{ADDRESSES_END, Body},
+};
+use crate::{
+    chain::{MemoryBytes, read_at},
+    image::{proto::VmaEntry, vma},
+    inject::Script,
+    res::mapping,
+    sys::process,
+    units::{HostPid, PAGE_SHIFT, PAGE_SIZE, PageIndex, RemoteAddr, page_bytes},
+};
+
+/// Pages that are read and written at a time: 256 KiB.
+const CHUNK_PAGES: u64 = 64;
+
+/// Bytes in a page, for slices.
+const PAGE: usize = 4096;
+
+/// `ARCH_MAP_VDSO_64` (`asm/prctl.h`): map the vDSO at an address.
+const ARCH_MAP_VDSO_64: u64 = 0x2003;
+
+/// `MADV_GUARD_INSTALL` (`asm-generic/mman-common.h`, since Linux 6.13).
+const MADV_GUARD_INSTALL: i32 = 102;
+
+/// The flags of `mmap(2)` that a mapping is made with.
+const MAP_FLAGS: u32 = (libc::MAP_SHARED
+    | libc::MAP_PRIVATE
+    | libc::MAP_ANONYMOUS
+    | libc::MAP_GROWSDOWN
+    | libc::MAP_NORESERVE
+    | libc::MAP_HUGETLB
+    | 0x3f << 26)
+    .cast_unsigned();
+
+/// The status bits that tell what a mapping maps.
+const KINDS: u32 = vma::FILE_PRIVATE
+    | vma::FILE_SHARED
+    | vma::ANON_SHARED
+    | vma::ANON_PRIVATE
+    | vma::SYSVIPC
+    | vma::MEMFD
+    | vma::VDSO
+    | vma::VVAR;
+
+/// Stretches of memory that are stored in the chain, in chunks.
+#[derive(Debug)]
+pub(super) struct Chunks {
+    chunks: Vec<Chunk>,
+}
+
+/// Pages that are read and written in one go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Chunk {
+    pub(super) first: PageIndex,
+    pub(super) pages: u64,
+}
+
+impl Chunks {
+    /// Cuts what is stored of `memory` within `ranges`, which ascend, into chunks.
+    /// Pages that are in no image, though the images say that they exist, are among
+    /// them: reading them is an error.
+    pub(super) fn new(memory: &MemoryBytes, ranges: &[Range<PageIndex>]) -> Self {
+        let index = memory.index();
+        let mut chunks = Vec::new();
+        for range in ranges {
+            let mut position = index.position(range.start);
+            while let Some(extent) = index.extent(position) {
+                if extent.first >= range.end {
+                    break;
+                }
+                let mut first = extent.first.max(range.start);
+                let end = extent.end().min(range.end);
+                while first < end {
+                    let pages = CHUNK_PAGES.min(end.0 - first.0);
+                    push(&mut chunks, Chunk { first, pages });
+                    first.0 += pages;
+                }
+                position += 1;
+            }
+        }
+        Self { chunks }
+    }
+}
+
+/// Appends a chunk, or lengthens the last one by it.
+fn push(chunks: &mut Vec<Chunk>, chunk: Chunk) {
+    match chunks.last_mut() {
+        Some(last)
+            if last.first.0 + last.pages == chunk.first.0
+                && last.pages + chunk.pages <= CHUNK_PAGES =>
+        {
+            last.pages += chunk.pages;
+        }
+        _ => chunks.push(chunk),
+    }
+}
+
+/// Chunks that take longer than a thread takes to start.
+const WORTH_A_THREAD: usize = 16;
+
+/// Calls `work` with each chunk, on all processors. Each call may use a buffer.
+///
+/// # Errors
+/// The first error of `work`; what was not begun by then is not done.
+pub(super) fn in_parallel(
+    chunks: &Chunks,
+    work: impl Fn(Chunk, &mut Vec<u8>) -> Result<()> + Sync,
+) -> Result<()> {
+    let next = Mutex::new(chunks.chunks.iter().copied());
+    let failure = Mutex::new(None);
+    let stop = AtomicBool::new(false);
+    let lock = |mutex: &Mutex<_>| -> Option<Chunk> {
+        let mut chunks: std::sync::MutexGuard<std::iter::Copied<std::slice::Iter<Chunk>>> =
+            mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        chunks.next()
+    };
+    let run = || {
+        let mut buffer = Vec::new();
+        while !stop.load(Ordering::Relaxed)
+            && let Some(chunk) = lock(&next)
+        {
+            if let Err(error) = work(chunk, &mut buffer) {
+                stop.store(true, Ordering::Relaxed);
+                let mut failure = failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                failure.get_or_insert(error);
+            }
+        }
+    };
+    let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    if threads == 1 || chunks.chunks.len() < WORTH_A_THREAD {
+        run();
+    } else {
+        thread::scope(|scope| (0..threads).for_each(|_| drop(scope.spawn(run))));
+    }
+    let failure = failure.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    failure.map_or(Ok(()), Err)
+}
+
+/// What a new process keeps of the address space that it inherits.
+#[derive(Debug, Default)]
+pub(super) struct Layout {
+    /// Ascending.
+    kept: Vec<Range<u64>>,
+    vdso_kept: bool,
+}
+
+impl Layout {
+    /// Compares two address spaces.
+    pub(super) fn new(inherited: &[VmaEntry], wanted: &[VmaEntry]) -> Self {
+        let places = |vmas: &[VmaEntry]| -> Vec<(u64, u64, u32)> {
+            vmas.iter()
+                .filter(|entry| mapping::is_vdso(entry))
+                .map(|entry| (entry.start, entry.end, entry.status & KINDS))
+                .collect()
+        };
+        let vdso_kept = !inherited.is_empty() && places(inherited) == places(wanted);
+        let mut kept: Vec<Range<u64>> = Vec::new();
+        let mut from = 0;
+        for entry in wanted.iter().filter(|entry| !mapping::is_vdso(entry)) {
+            while inherited.get(from).is_some_and(|other| other.end <= entry.start) {
+                from += 1;
+            }
+            for other in inherited[from..].iter().take_while(|other| other.start < entry.end) {
+                if is_same(entry, other) {
+                    kept.push(entry.start.max(other.start)..entry.end.min(other.end));
+                }
+            }
+        }
+        Self { kept, vdso_kept }
+    }
+
+    /// Returns the parts of `[start, end)` that are kept, or that are not.
+    fn parts(&self, start: u64, end: u64, kept: bool) -> Vec<Range<u64>> {
+        let first = self.kept.partition_point(|range| range.end <= start);
+        let mut parts = Vec::new();
+        let mut next = start;
+        for range in self.kept[first..].iter().take_while(|range| range.start < end) {
+            let (from, to) = (range.start.max(start), range.end.min(end));
+            if kept {
+                parts.push(from..to);
+            } else if from > next {
+                parts.push(next..from);
+            }
+            next = to;
+        }
+        if !kept && next < end {
+            parts.push(next..end);
+        }
+        parts
+    }
+}
+
+/// Whether where two mappings overlap they map the same.
+fn is_same(a: &VmaEntry, b: &VmaEntry) -> bool {
+    let has_file = a.status & (vma::ANON_PRIVATE) == 0;
+    a.status & KINDS == b.status & KINDS
+        && a.flags & MAP_FLAGS == b.flags & MAP_FLAGS
+        && (!has_file
+            || a.shmid == b.shmid
+                && a.fdflags == b.fdflags
+                && a.pgoff.wrapping_sub(a.start) == b.pgoff.wrapping_sub(b.start))
+}
+
+/// Whether something is stored of the mapping's private memory.
+fn is_filled(entry: &VmaEntry, memory: Option<&MemoryBytes>) -> bool {
+    mapping::is_private(entry)
+        && !mapping::is_vdso(entry)
+        && memory.is_some_and(|memory| {
+            let index = memory.index();
+            let next = index.extent(index.position(PageIndex::holding(entry.start)));
+            next.is_some_and(|extent| extent.first.address() < entry.end)
+        })
+}
+
+/// The protection that a mapping has while it is filled.
+fn filling_protection(entry: &VmaEntry, memory: Option<&MemoryBytes>) -> u32 {
+    let write = if is_filled(entry, memory) { libc::PROT_WRITE.cast_unsigned() } else { 0 };
+    entry.prot | write
+}
+
+/// Adds the calls that turn the address space that a process inherited into the
+/// one that it is to have, but for the bytes. `inherited` is `None` for the root,
+/// which inherits this program's. `scratch` stays. `file` returns the descriptor
+/// for a mapping of a file.
+///
+/// # Errors
+/// What `file` returns.
+pub(super) fn arrange(
+    body: &Body,
+    layout: &Layout,
+    inherited: Option<&[VmaEntry]>,
+    scratch: Range<u64>,
+    script: &mut Script,
+    file: &dyn Fn(&VmaEntry) -> Result<i32>,
+) -> Result<()> {
+    let mut unmap = |range: Range<u64>| {
+        if range.start < range.end {
+            let arguments = [range.start.into(), (range.end - range.start).into()];
+            script.call("unmap what was inherited", libc::SYS_munmap, &arguments);
+        }
+    };
+    match inherited {
+        None => {
+            unmap(0..scratch.start);
+            unmap(scratch.end..ADDRESSES_END);
+        }
+        Some(inherited) => {
+            for entry in inherited {
+                if mapping::is_vdso(entry) {
+                    if !layout.vdso_kept {
+                        unmap(entry.start..entry.end);
+                    }
+                    continue;
+                }
+                for part in layout.parts(entry.start, entry.end, false) {
+                    unmap(part);
+                }
+            }
+        }
+    }
+    let vdso = body.vmas.iter().find(|entry| mapping::is_vdso(entry));
+    if let Some(first) = vdso
+        && !layout.vdso_kept
+    {
+        let arguments = [ARCH_MAP_VDSO_64.into(), first.start.into()];
+        script.call("map the vDSO", libc::SYS_arch_prctl, &arguments);
+    }
+    for entry in body.vmas.iter().filter(|entry| !mapping::is_vdso(entry)) {
+        let has_file =
+            entry.status & (vma::FILE_PRIVATE | vma::FILE_SHARED | vma::ANON_SHARED) != 0;
+        let parts = layout.parts(entry.start, entry.end, false);
+        if parts.is_empty() {
+            continue;
+        }
+        let fd = if has_file { file(entry)? } else { -1 };
+        let mut flags = entry.flags & MAP_FLAGS | libc::MAP_FIXED.cast_unsigned();
+        if has_file {
+            flags &= !libc::MAP_ANONYMOUS.cast_unsigned();
+        }
+        for part in parts {
+            let offset = if has_file { entry.pgoff + (part.start - entry.start) } else { 0 };
+            let what = format!("map {:#x}-{:#x}", part.start, part.end);
+            script.call(
+                what,
+                libc::SYS_mmap,
+                &[
+                    part.start.into(),
+                    (part.end - part.start).into(),
+                    filling_protection(entry, body.memory.as_ref()).into(),
+                    flags.into(),
+                    fd.into(),
+                    offset.into(),
+                ],
+            );
+        }
+    }
+    // What is kept may be protected otherwise.
+    for entry in &body.vmas {
+        if !is_filled(entry, body.memory.as_ref()) {
+            continue;
+        }
+        for part in layout.parts(entry.start, entry.end, true) {
+            protect(script, part, filling_protection(entry, body.memory.as_ref()));
+        }
+    }
+    Ok(())
+}
+
+fn protect(script: &mut Script, range: Range<u64>, protection: u32) {
+    let what = format!("protect {:#x}-{:#x}", range.start, range.end);
+    let len = range.end - range.start;
+    let arguments = [range.start.into(), len.into(), protection.into()];
+    script.call(what, libc::SYS_mprotect, &arguments);
+}
+
+/// Fills the private memory of a process whose mappings are in place; `parent` is
+/// the memory of the process that it was forked from. Returns how many pages were
+/// compared, found equal, and written.
+///
+/// # Errors
+/// [`RestoreError::WriteMemory`]; what keeps the chain from being read.
+pub(super) fn fill(
+    pid: HostPid,
+    body: &Body,
+    layout: &Layout,
+    parent: Option<&MemoryBytes>,
+) -> Result<Filled> {
+    let Some(memory) = &body.memory else { return Ok(Filled::default()) };
+    let private =
+        || body.vmas.iter().filter(|entry| mapping::is_private(entry) && !mapping::is_vdso(entry));
+    let pages = |range: Range<u64>| PageIndex::holding(range.start)..PageIndex::holding(range.end);
+    let fresh: Vec<_> = private()
+        .flat_map(|entry| layout.parts(entry.start, entry.end, false))
+        .map(pages)
+        .collect();
+    let kept: Vec<_> =
+        private().flat_map(|entry| layout.parts(entry.start, entry.end, true)).map(pages).collect();
+    let filled = Mutex::new(Filled::default());
+    let count = |add: Filled| {
+        let mut filled = filled.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        filled.compared += add.compared;
+        filled.equal += add.equal;
+        filled.written += add.written;
+    };
+    in_parallel(&Chunks::new(memory, &fresh), |chunk, buffer| {
+        buffer.resize(bytes(chunk.pages), 0);
+        read_at(memory, chunk.first.address(), buffer)?;
+        write(pid, chunk.first, buffer)?;
+        count(Filled { written: chunk.pages, ..Filled::default() });
+        Ok(())
+    })?;
+    in_parallel(&Chunks::new(memory, &kept), |chunk, buffer| {
+        let len = bytes(chunk.pages);
+        buffer.resize(2 * len, 0);
+        let (own, theirs) = buffer.split_at_mut(len);
+        read_at(memory, chunk.first.address(), own)?;
+        match parent {
+            Some(parent) => drop(read_at(parent, chunk.first.address(), theirs)?),
+            None => theirs.fill(0),
+        }
+        let differs = |number: usize| {
+            let at = number * PAGE;
+            own[at..at + PAGE] != theirs[at..at + PAGE]
+                // A page of zeros of a file is not one that the parent has.
+                || parent.is_some_and(|parent| {
+                    parent.index().find(PageIndex(chunk.first.0 + number as u64)).is_none()
+                })
+        };
+        let pages = usize::try_from(chunk.pages).expect("a chunk");
+        let mut written = 0;
+        let mut number = 0;
+        while number < pages {
+            let run = (number..pages).take_while(|number| differs(*number)).count();
+            if run > 0 {
+                let first = PageIndex(chunk.first.0 + number as u64);
+                write(pid, first, &own[number * PAGE..(number + run) * PAGE])?;
+                written += run as u64;
+            }
+            number += run.max(1);
+        }
+        count(Filled { compared: chunk.pages, equal: chunk.pages - written, written });
+        Ok(())
+    })?;
+    Ok(filled.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner))
+}
+
+/// How many pages were what when memory was filled.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Filled {
+    /// Compared with what the parent has.
+    pub(super) compared: u64,
+    /// Found to be the same, and still shared.
+    pub(super) equal: u64,
+    /// Written.
+    pub(super) written: u64,
+}
+
+/// Adds the calls that drop pages which the process inherited but does not have.
+pub(super) fn drop_pages(
+    body: &Body,
+    layout: &Layout,
+    parent: Option<&MemoryBytes>,
+    script: &mut Script,
+) {
+    let Some(parent) = parent else { return };
+    let has = |page: PageIndex| {
+        body.memory.as_ref().is_some_and(|memory| memory.index().find(page).is_some())
+    };
+    for entry in &body.vmas {
+        if !mapping::is_private(entry) || mapping::is_vdso(entry) {
+            continue;
+        }
+        for part in layout.parts(entry.start, entry.end, true) {
+            let range = PageIndex::holding(part.start)..PageIndex::holding(part.end);
+            for chunk in Chunks::new(parent, &[range]).chunks {
+                let mut run = None;
+                for page in chunk.first.0..=chunk.first.0 + chunk.pages {
+                    let lost = page < chunk.first.0 + chunk.pages && !has(PageIndex(page));
+                    match (lost, run) {
+                        (true, None) => run = Some(page),
+                        (false, Some(first)) => {
+                            let address = first << PAGE_SHIFT;
+                            let len = page_bytes(page - first);
+                            script.call(
+                                "drop inherited pages",
+                                libc::SYS_madvise,
+                                &[address.into(), len.into(), libc::MADV_DONTNEED.into()],
+                            );
+                            run = None;
+                        }
+                        _ => {}
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Adds the calls that give memory its last shape, after all children were made:
+/// guard pages, protection, advice, locks.
+pub(super) fn finish(body: &Body, layout: &Layout, script: &mut Script) {
+    for entry in &body.guards {
+        script.call(
+            "install guard pages",
+            libc::SYS_madvise,
+            &[entry.start.into(), (entry.end - entry.start).into(), MADV_GUARD_INSTALL.into()],
+        );
+    }
+    for entry in body.vmas.iter().filter(|entry| !mapping::is_vdso(entry)) {
+        let now = filling_protection(entry, body.memory.as_ref());
+        let inherited = !layout.parts(entry.start, entry.end, true).is_empty();
+        if now != entry.prot || inherited {
+            protect(script, entry.start..entry.end, entry.prot);
+        }
+        for advice in mapping::advice(entry) {
+            let what = format!("give advice {advice} on {:#x}-{:#x}", entry.start, entry.end);
+            let len = entry.end - entry.start;
+            let arguments = [entry.start.into(), len.into(), advice.into()];
+            script.call(what, libc::SYS_madvise, &arguments);
+        }
+        if entry.flags & libc::MAP_LOCKED.cast_unsigned() != 0 {
+            let what = format!("lock {:#x}-{:#x}", entry.start, entry.end);
+            let arguments = [entry.start.into(), (entry.end - entry.start).into()];
+            script.call(what, libc::SYS_mlock, &arguments);
+        }
+    }
+}
+
+fn bytes(pages: u64) -> usize {
+    usize::try_from(page_bytes(pages)).expect("a chunk")
+}
+
+fn write(pid: HostPid, first: PageIndex, bytes: &[u8]) -> Result<()> {
+    let address = RemoteAddr(first.address());
+    process::write_memory(pid, address, bytes).map_err(|source| RestoreError::WriteMemory {
+        pid,
+        address,
+        len: bytes.len() as u64,
+        source,
+    })
+}
+
+/// Returns where `len` bytes are free in all address spaces of the tree.
+pub(super) fn free_place<'a>(
+    vmas: impl Iterator<Item = &'a VmaEntry>,
+    own: impl Iterator<Item = Range<u64>>,
+    len: u64,
+) -> Option<u64> {
+    /// Below are small programs and what must not be mapped, such as address 0.
+    const LOWEST: u64 = 1 << 20;
+    /// Stacks may still grow.
+    const GAP: u64 = 16 << 20;
+    let mut taken: Vec<Range<u64>> = vmas.map(|entry| entry.start..entry.end).chain(own).collect();
+    taken.sort_unstable_by_key(|range| range.start);
+    let mut next = LOWEST;
+    for range in taken {
+        if range.start.saturating_sub(GAP) >= next + len + GAP {
+            return Some((next + GAP).next_multiple_of(PAGE_SIZE));
+        }
+        next = next.max(range.end);
+    }
+    (next + len + 2 * GAP < ADDRESSES_END).then(|| (next + GAP).next_multiple_of(PAGE_SIZE))
+}

@@ -1,0 +1,166 @@
+//! Restoring a tree of processes: the order of the steps.
+//!
+//! One thread of this program directs everything. The new processes execute lists of
+//! system calls and nothing else: no code of this program runs in them, and none of
+//! them waits for another. As long as they are not let go, the end of this program is
+//! theirs, too.
+
+mod apply;
+mod error;
+mod files;
+mod memory;
+mod objects;
+mod options;
+mod plan;
+mod stats;
+mod tree;
+
+use std::{fs, ops::Range, thread};
+
+use nix::libc;
+
+pub use error::{RestoreError, Result};
+pub use options::{AutoDedup, Options};
+
+use crate::{
+    fault::{self, Point},
+    proc,
+    res::{
+        file::{Policy, memfd},
+        task::state,
+    },
+    sys::{process, ptrace},
+    units::HostPid,
+};
+use files::Files;
+use plan::Plan;
+use stats::Stats;
+use tree::{Puppets, Workshop};
+
+/// `CLONE_CLEAR_SIGHAND` (`linux/sched.h`, since Linux 5.5): all handlers at their
+/// defaults.
+const CLONE_CLEAR_SIGHAND: u64 = 1 << 32;
+
+/// Bytes of scratch memory for each mapping, descriptor and thread of a process.
+const TABLE_BYTES_EACH: usize = 512;
+
+/// Bytes of scratch memory for all else that a process is told.
+const TABLE_BYTES: usize = 256 << 10;
+
+/// Restores a tree of processes, and waits for the end of its root if it is not to be
+/// detached.
+///
+/// # Errors
+/// What keeps the tree from being restored; no process of it is left then.
+pub fn run(options: &Options) -> Result<()> {
+    let mut stats = Stats::begin();
+    process::raise_descriptor_limit();
+    let images = options.images_dir.canonicalize().map_err(|error| RestoreError::Directory {
+        path: options.images_dir.clone(),
+        problem: format!("{error}; name another one with -D"),
+    })?;
+    let plan = Plan::read(&images)?;
+    fault::hit(Point::RestorePlan)?;
+    let subreaper = |on: bool| {
+        ptrace::set_subreaper(on).map_err(|source| RestoreError::Process {
+            pid: HostPid(nix::unistd::getpid().as_raw()),
+            step: "adopt orphans in",
+            source,
+        })
+    };
+    // What is left of a restore that fails is ours to reap.
+    subreaper(true)?;
+    let restored = restore(options, &images, &plan, &mut stats);
+    subreaper(false)?;
+    restored?;
+    let root = plan.tasks[0].pid;
+    log::info!("restored {} processes", plan.tasks.len());
+    stats.write(&options.work_dir)?;
+    if options.display_stats {
+        stats.display();
+    }
+    if !options.detached && options.exec_cmd.is_empty() {
+        // Its exit code is its own affair.
+        let _ = ptrace::wait(root);
+    }
+    Ok(())
+}
+
+fn restore(
+    options: &Options,
+    images: &std::path::Path,
+    plan: &Plan,
+    stats: &mut Stats,
+) -> Result<()> {
+    let policy = Policy {
+        shell_job: options.shell_job,
+        ext_unix_sk: options.ext_unix_sk,
+        tcp_established: options.tcp_established,
+        link_remap: options.link_remap,
+        ghost_limit_bytes: 0,
+        external: options.external.clone(),
+        inherit_fds: options.inherit_fds.clone(),
+    };
+    let mut files = Files::open(plan, images, &policy)?;
+    let objects = objects::create(plan, images, &mut files.opened)?;
+    let inodes = memfd::inodes(images)?;
+    files.open_others(plan, &inodes)?;
+    files.open_descriptions(plan)?;
+    let table_bytes = table_bytes(plan);
+    let place = scratch_place(plan, table_bytes)?;
+    thread::scope(|scope| {
+        let filling = scope.spawn(|| objects::fill(&objects));
+        let workshop = Workshop {
+            place,
+            table_bytes,
+            file: &|entry| files.for_mapping(entry),
+            shell_job: options.shell_job,
+            root_flags: CLONE_CLEAR_SIGHAND
+                | if options.sibling { u64::from(libc::CLONE_PARENT.cast_unsigned()) } else { 0 },
+        };
+        let mut puppets = Puppets::make(plan, &workshop)?;
+        stats.forked(puppets.filled);
+        apply::all(plan, &mut puppets, &mut files)?;
+        filling.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        objects::seal(&inodes, &files.opened)?;
+        apply::finish(plan, &mut puppets, &mut files)?;
+        write_pidfile(options, plan)?;
+        let stopped = options.leave_stopped;
+        puppets.release(|task| stopped || task.state() == state::STOPPED)?;
+        files.finish();
+        stats.restored();
+        Ok(())
+    })
+}
+
+fn write_pidfile(options: &Options, plan: &Plan) -> Result<()> {
+    let Some(path) = &options.pidfile else { return Ok(()) };
+    let path = options.work_dir.join(path);
+    fs::write(&path, plan.tasks[0].pid.to_string())
+        .map_err(|source| RestoreError::Write { path, source })
+}
+
+/// Returns how much room the longest list of calls takes.
+fn table_bytes(plan: &Plan) -> usize {
+    let each = |task: &plan::TaskPlan| {
+        task.body.as_ref().map_or(0, |body| {
+            body.vmas.len() * 4 + body.guards.len() + body.fds.len() * 2 + task.threads.len()
+        })
+    };
+    TABLE_BYTES + plan.tasks.iter().map(each).max().unwrap_or(0) * TABLE_BYTES_EACH
+}
+
+/// Returns where scratch memory is free in all processes of the tree and in this
+/// program, a copy of which the first process is.
+fn scratch_place(plan: &Plan, table_bytes: usize) -> Result<u64> {
+    let own = HostPid(nix::unistd::getpid().as_raw());
+    let own: Vec<Range<u64>> =
+        proc::maps(own)?.iter().map(|mapping| mapping.start.0..mapping.end.0).collect();
+    let bodies = plan.tasks.iter().filter_map(|task| task.body.as_ref());
+    let vmas = bodies.flat_map(|body| &body.vmas);
+    let len = table_bytes as u64 + (1 << 20);
+    memory::free_place(vmas, own.into_iter(), len).ok_or_else(|| RestoreError::Images {
+        pid: plan.tasks[0].pid,
+        problem: "its processes leave no address range free for the restore".into(),
+    })
+}

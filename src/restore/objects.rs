@@ -1,0 +1,128 @@
+//! Shared memory: made once by this program, filled while the processes are made,
+//! and mapped by all who share it.
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::FileExt,
+    },
+    path::Path,
+    sync::Arc,
+};
+
+use super::{
+    RestoreError, Result,
+    memory::{self, Chunks},
+    plan::Plan,
+};
+use crate::{
+    chain::{Chain, ChainError, MemoryBytes, SnapshotId, read_at},
+    image::{MemoryId, proto, vma},
+    res::file::{FileError, Opened, memfd},
+    sys::process,
+    units::{PageIndex, page_bytes},
+};
+
+/// What anonymous shared memory is called by the kernel.
+const ANONYMOUS: &[u8] = b"/dev/zero";
+
+/// Shared memory to be filled.
+#[derive(Debug)]
+pub(super) struct Object {
+    shmid: u64,
+    file: File,
+    memory: Option<MemoryBytes>,
+}
+
+/// Makes all shared memory of the tree; its bytes come later ([`fill`]).
+///
+/// # Errors
+/// [`RestoreError::Object`].
+pub(super) fn create(plan: &Plan, images: &Path, opened: &mut Opened) -> Result<Vec<Object>> {
+    let mut objects = Vec::new();
+    for inode in memfd::inodes(images)? {
+        let shmid = u64::from(inode.shmid);
+        let failed = |source| RestoreError::Object { shmid, step: "make", source };
+        let fd = if inode.name == ANONYMOUS {
+            process::shared_anonymous(inode.size).map_err(failed)?
+        } else {
+            memfd::create(&inode).map_err(|errno| failed(errno.into()))?
+        };
+        objects.push(object(plan, shmid, &fd)?);
+        opened.objects.insert(shmid, fd);
+    }
+    for (shmid, bytes) in anonymous(plan) {
+        let failed = |source| RestoreError::Object { shmid, step: "make", source };
+        let fd = process::shared_anonymous(bytes).map_err(failed)?;
+        objects.push(object(plan, shmid, &fd)?);
+        opened.objects.insert(shmid, fd);
+    }
+    Ok(objects)
+}
+
+/// Returns the shared objects that only mappings tell of, with their sizes as far
+/// as mappings tell them.
+fn anonymous(plan: &Plan) -> BTreeMap<u64, u64> {
+    let mut found = BTreeMap::new();
+    let bodies = plan.tasks.iter().filter_map(|task| task.body.as_ref());
+    for entry in bodies.flat_map(|body| &body.vmas) {
+        if entry.status & vma::ANON_SHARED != 0 && entry.status & vma::SYSVIPC == 0 {
+            let end = entry.pgoff.saturating_add(entry.end - entry.start);
+            let size = found.entry(entry.shmid).or_insert(0);
+            *size = end.max(*size);
+        }
+    }
+    found
+}
+
+fn object(plan: &Plan, shmid: u64, fd: &OwnedFd) -> Result<Object> {
+    let failed = |source| RestoreError::Object { shmid, step: "duplicate", source };
+    let file = File::from(fd.try_clone().map_err(failed)?);
+    Ok(Object { shmid, file, memory: memory_of(&plan.chain, plan.snapshot, shmid)? })
+}
+
+fn memory_of(chain: &Arc<Chain>, snapshot: SnapshotId, shmid: u64) -> Result<Option<MemoryBytes>> {
+    match chain.index(snapshot, MemoryId::Shared(shmid)) {
+        Ok(index) => Ok(Some(MemoryBytes::new(Arc::clone(chain), index, PageIndex::END.address()))),
+        Err(ChainError::NoMemory { .. }) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Fills all objects.
+///
+/// # Errors
+/// [`RestoreError::Object`], and what keeps the chain from being read.
+pub(super) fn fill(objects: &[Object]) -> Result<()> {
+    for object in objects {
+        let Some(memory) = &object.memory else { continue };
+        let all = PageIndex(0)..PageIndex::END;
+        let chunks = Chunks::new(memory, std::slice::from_ref(&all));
+        memory::in_parallel(&chunks, |chunk, buffer| {
+            buffer.resize(usize::try_from(page_bytes(chunk.pages)).expect("a chunk"), 0);
+            let offset = chunk.first.address();
+            read_at(memory, offset, buffer)?;
+            object.file.write_all_at(buffer, offset).map_err(|source| RestoreError::Object {
+                shmid: object.shmid,
+                step: "fill",
+                source,
+            })
+        })?;
+    }
+    Ok(())
+}
+
+/// Seals all memfds, after everything was mapped.
+///
+/// # Errors
+/// [`FileError::Restore`].
+pub(super) fn seal(inodes: &[proto::MemfdInodeEntry], opened: &Opened) -> Result<()> {
+    for inode in inodes {
+        if let Some(fd) = opened.objects.get(&inode.shmid.into()) {
+            memfd::seal(fd.as_fd(), inode).map_err(FileError::restore(0, "seal", &inode.name))?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,701 @@
+//! Making the processes of a tree, each by its true parent, in its session.
+//!
+//! A session is inherited: a process of the session S must be made by one that is in
+//! S at that time. Most often that is its parent, before or after the parent made a
+//! session of its own. Where the parent is in another session, because it has adopted
+//! the process, another one of S makes it as its own sibling (`CLONE_PARENT`). For
+//! leaders of sessions and groups that have ended, helpers stand in, which end before
+//! the tree goes on.
+
+use std::collections::HashMap;
+
+use nix::libc;
+
+use super::{
+    RestoreError, Result,
+    memory::{self, Layout},
+    plan::{Body, Plan, TaskPlan, in_use},
+};
+use crate::{
+    fault::{self, Point},
+    image::proto::VmaEntry,
+    inject::{InjectError, Scratch, Script, Tracee},
+    proc,
+    res::task::state,
+    sys::{
+        process::{self, CloneArguments},
+        ptrace::{self, Wait, options},
+    },
+    units::HostPid,
+};
+
+/// Who makes a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Maker {
+    /// This program.
+    Director,
+    /// The task at this position.
+    Task(usize),
+    /// The helper at this position.
+    Helper(usize),
+}
+
+/// How a process comes into being.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Birth {
+    maker: Maker,
+    /// The maker makes it as its own sibling.
+    sibling: bool,
+    /// The maker makes it before it makes a session of its own.
+    early: bool,
+}
+
+/// A process that exists during the restore only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct HelperPlan {
+    pid: HostPid,
+    /// Its parent, which makes it.
+    maker: Maker,
+    /// Whether it leads a session, or a group only.
+    session: bool,
+}
+
+/// Who makes whom.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Births {
+    tasks: Vec<Option<Birth>>,
+    helpers: Vec<HelperPlan>,
+}
+
+impl Births {
+    /// Decides who makes whom.
+    ///
+    /// # Errors
+    /// [`RestoreError::Relation`].
+    fn plan(plan: &Plan, shell_job: bool) -> Result<Self> {
+        let mut births = Self { tasks: vec![None; plan.tasks.len()], helpers: Vec::new() };
+        for (position, task) in plan.tasks.iter().enumerate() {
+            let birth = births.of(plan, position, task, shell_job)?;
+            births.tasks[position] = Some(birth);
+        }
+        Ok(births)
+    }
+
+    fn of(
+        &mut self,
+        plan: &Plan,
+        position: usize,
+        task: &TaskPlan,
+        shell_job: bool,
+    ) -> Result<Birth> {
+        let natural = |maker| Birth { maker, sibling: false, early: false };
+        let Some(parent) = task.parent else {
+            let own_session = task.session == task.pid;
+            if own_session || shell_job && plan.is_outside(task.session) {
+                return Ok(natural(Maker::Director));
+            }
+            let helper = self.helper(task.session, Maker::Director);
+            return Ok(Birth { maker: helper, sibling: true, early: false });
+        };
+        let above = &plan.tasks[parent];
+        if task.session == task.pid || task.session == above.session {
+            return Ok(natural(Maker::Task(parent)));
+        }
+        if above.session == above.pid && self.session_at_birth(plan, parent) == Some(task.session) {
+            return Ok(Birth { maker: Maker::Task(parent), sibling: false, early: true });
+        }
+        // A sibling of the same session that was made already, the leader best of all.
+        let sibling = (0..position)
+            .filter(|other| {
+                let other = &plan.tasks[*other];
+                other.parent == Some(parent)
+                    && other.session == task.session
+                    && other.state() != state::DEAD
+            })
+            .min_by_key(|other| plan.tasks[*other].pid != task.session);
+        if let Some(sibling) = sibling {
+            return Ok(Birth { maker: Maker::Task(sibling), sibling: true, early: false });
+        }
+        if !plan.is_outside(task.session) {
+            let problem = format!(
+                "it is in the session of process {}, which is neither its parent nor a child of its parent",
+                task.session
+            );
+            return Err(RestoreError::Relation { pid: task.pid, problem });
+        }
+        let helper = self.helper(task.session, Maker::Task(parent));
+        Ok(Birth { maker: helper, sibling: true, early: false })
+    }
+
+    /// Returns the helper that leads a session, making one under `maker` if there is
+    /// none yet.
+    fn helper(&mut self, pid: HostPid, maker: Maker) -> Maker {
+        let found = self.helpers.iter().position(|helper| helper.pid == pid);
+        Maker::Helper(found.unwrap_or_else(|| {
+            self.helpers.push(HelperPlan { pid, maker, session: true });
+            self.helpers.len() - 1
+        }))
+    }
+
+    /// Returns the session that a task is in when it is made; `None` for that of
+    /// this program.
+    fn session_at_birth(&self, plan: &Plan, position: usize) -> Option<HostPid> {
+        let birth = self.tasks[position]?;
+        match birth.maker {
+            Maker::Director => None,
+            Maker::Helper(helper) => Some(self.helpers[helper].pid),
+            Maker::Task(maker) if birth.early => self.session_at_birth(plan, maker),
+            Maker::Task(maker) => Some(plan.tasks[maker].session),
+        }
+    }
+}
+
+/// A process while it is restored.
+#[derive(Debug)]
+pub(super) struct Puppet {
+    /// Its threads that exist, the leader first.
+    pub(super) threads: Vec<Tracee>,
+    /// What it kept of the address space that it inherited.
+    pub(super) layout: Layout,
+    /// The task whose memory it inherited.
+    inherited: Option<usize>,
+}
+
+/// A helper while it exists.
+#[derive(Debug)]
+struct Helper {
+    pid: HostPid,
+    maker: Maker,
+}
+
+/// The processes of a tree while it is restored. If it is dropped, they end.
+#[derive(Debug)]
+pub(super) struct Puppets<'a> {
+    plan: &'a Plan,
+    births: Births,
+    /// In the order of the plan's tasks, as far as they were made.
+    pub(super) tasks: Vec<Option<Puppet>>,
+    helpers: Vec<Helper>,
+    pub(super) scratch: Scratch,
+    released: bool,
+    pub(super) filled: memory::Filled,
+}
+
+/// What making the processes needs besides the plan.
+pub(super) struct Workshop<'a> {
+    /// Where scratch memory is free in all processes.
+    pub(super) place: u64,
+    pub(super) table_bytes: usize,
+    /// Returns the descriptor for a mapping of a file.
+    pub(super) file: &'a dyn Fn(&VmaEntry) -> Result<i32>,
+    pub(super) shell_job: bool,
+    /// Flags for making the first process.
+    pub(super) root_flags: u64,
+}
+
+impl<'a> Puppets<'a> {
+    /// Makes all processes of the plan, with their memory in place.
+    ///
+    /// # Errors
+    /// Whatever fails; no process is left then.
+    pub(super) fn make(plan: &'a Plan, workshop: &Workshop) -> Result<Self> {
+        let births = Births::plan(plan, workshop.shell_job)?;
+        for helper in &births.helpers {
+            if process::exists(helper.pid) {
+                return Err(in_use(helper.pid));
+            }
+        }
+        let scratch = Scratch {
+            start: crate::units::RemoteAddr(workshop.place),
+            table_bytes: workshop.table_bytes,
+            instruction: crate::units::RemoteAddr(0),
+        };
+        let mut puppets = Self {
+            plan,
+            births,
+            tasks: (0..plan.tasks.len()).map(|_| None).collect(),
+            helpers: Vec::new(),
+            scratch,
+            released: false,
+            filled: memory::Filled::default(),
+        };
+        puppets.make_root(workshop)?;
+        fault::hit(Point::RestoreRoot)?;
+        // Tasks are in an order in which makers come before those they make.
+        for position in 0..plan.tasks.len() {
+            puppets.populate(position, workshop)?;
+            puppets.make_children(position)?;
+        }
+        fault::hit(Point::RestoreForked)?;
+        puppets.set_groups(workshop.shell_job)?;
+        Ok(puppets)
+    }
+
+    /// Makes the first process out of a copy of this program.
+    fn make_root(&mut self, workshop: &Workshop) -> Result<()> {
+        let birth = self.births.tasks[0].expect("all were planned");
+        let (pid, flags) = match birth.maker {
+            Maker::Helper(helper) => (self.births.helpers[helper].pid, 0),
+            _ => (self.plan.tasks[0].pid, workshop.root_flags),
+        };
+        let spawned = process::spawn_sleeper(pid, flags);
+        spawned.map_err(|source| match source {
+            nix::errno::Errno::EEXIST => in_use(pid),
+            source => RestoreError::Spawn { pid, source },
+        })?;
+        let mut first = adopt_sleeper(pid)?;
+        // What this program's memory has to do with the thread would be in the way.
+        let mappings = proc::maps(pid)?;
+        let place = crate::units::RemoteAddr(workshop.place);
+        let rseq = first.rseq;
+        self.scratch =
+            Scratch::map(&mut first, &mappings, Some(place), workshop.table_bytes)?.on_its_own();
+        let mut script = Script::new();
+        if rseq.pointer != 0 {
+            /// `RSEQ_FLAG_UNREGISTER` (`linux/rseq.h`).
+            const UNREGISTER: i32 = 1;
+            script.call(
+                "unregister restartable sequences",
+                libc::SYS_rseq,
+                &[rseq.pointer.into(), rseq.size.into(), UNREGISTER.into(), rseq.signature.into()],
+            );
+        }
+        let arguments = [libc::PR_SET_PDEATHSIG.into(), 0.into()];
+        script.call("reset the parent-death signal", libc::SYS_prctl, &arguments);
+        self.scratch.run(&mut first, &script)?;
+        if let Maker::Helper(helper) = birth.maker {
+            let helper = self.births.helpers[helper];
+            let mut script = Script::new();
+            script.call("make a session", libc::SYS_setsid, &[]);
+            self.scratch.run(&mut first, &script)?;
+            self.helpers.push(Helper { pid: helper.pid, maker: Maker::Director });
+            let root = self.plan.tasks[0].pid;
+            let child = self.fork(&mut first, root, true)?;
+            // It is only waited for from here on.
+            drop(first);
+            self.tasks[0] =
+                Some(Puppet { threads: vec![child], layout: Layout::default(), inherited: None });
+        } else {
+            self.tasks[0] =
+                Some(Puppet { threads: vec![first], layout: Layout::default(), inherited: None });
+        }
+        Ok(())
+    }
+
+    /// Gives a process its address space.
+    fn populate(&mut self, position: usize, workshop: &Workshop) -> Result<()> {
+        let task = &self.plan.tasks[position];
+        let Some(body) = &task.body else { return Ok(()) };
+        let puppet = self.tasks[position].as_mut().expect("its maker came before it");
+        let parent: Option<&Body> =
+            puppet.inherited.and_then(|parent| self.plan.tasks[parent].body.as_ref());
+        let inherited = parent.map(|parent| parent.vmas.as_slice());
+        puppet.layout = Layout::new(inherited.unwrap_or_default(), &body.vmas);
+        let start = self.scratch.start.0;
+        let scratch = start..start + self.scratch.len();
+        let mut script = Script::new();
+        memory::arrange(body, &puppet.layout, inherited, scratch, &mut script, workshop.file)?;
+        self.scratch.run(&mut puppet.threads[0], &script)?;
+        check_vdso(task.pid, body)?;
+        let parent_memory = parent.and_then(|parent| parent.memory.as_ref());
+        fault::hit(Point::RestoreMemory)?;
+        let filled = memory::fill(task.pid, body, &puppet.layout, parent_memory)?;
+        log::debug!("{}: {filled:?}", task.pid);
+        self.filled.compared += filled.compared;
+        self.filled.equal += filled.equal;
+        self.filled.written += filled.written;
+        let mut script = Script::new();
+        memory::drop_pages(body, &puppet.layout, parent_memory, &mut script);
+        if !script.is_empty() {
+            self.scratch.run(&mut puppet.threads[0], &script)?;
+        }
+        Ok(())
+    }
+
+    /// Makes all processes that a task makes, and its session, if it leads one.
+    fn make_children(&mut self, position: usize) -> Result<()> {
+        if self.plan.tasks[position].body.is_none() {
+            return Ok(());
+        }
+        let mut puppet = self.tasks[position].take().expect("it was populated");
+        let result = self.make_children_with(position, &mut puppet.threads[0]);
+        self.tasks[position] = Some(puppet);
+        result
+    }
+
+    fn make_children_with(&mut self, position: usize, maker: &mut Tracee) -> Result<()> {
+        let own = Maker::Task(position);
+        self.make_all(own, true, position, maker)?;
+        let task = &self.plan.tasks[position];
+        if task.session == task.pid {
+            let mut script = Script::new();
+            script.call("make a session", libc::SYS_setsid, &[]);
+            self.scratch.run(maker, &script)?;
+        }
+        for number in 0..self.births.helpers.len() {
+            let helper = self.births.helpers[number];
+            if helper.maker != own || !helper.session {
+                continue;
+            }
+            let mut tracee = self.fork(maker, helper.pid, false)?;
+            self.helpers.push(Helper { pid: helper.pid, maker: own });
+            let mut script = Script::new();
+            script.call("make a session", libc::SYS_setsid, &[]);
+            self.scratch.run(&mut tracee, &script)?;
+            self.make_all(Maker::Helper(number), false, position, &mut tracee)?;
+        }
+        self.make_all(own, false, position, maker)
+    }
+
+    fn make_all(
+        &mut self,
+        maker: Maker,
+        early: bool,
+        memory: usize,
+        by: &mut Tracee,
+    ) -> Result<()> {
+        for child in 1..self.plan.tasks.len() {
+            let birth = self.births.tasks[child].expect("all were planned");
+            if birth.maker != maker || birth.early != early {
+                continue;
+            }
+            let tracee = self.fork(by, self.plan.tasks[child].pid, birth.sibling)?;
+            self.tasks[child] = Some(Puppet {
+                threads: vec![tracee],
+                layout: Layout::default(),
+                inherited: Some(memory),
+            });
+        }
+        Ok(())
+    }
+
+    /// Makes a process with this pid.
+    fn fork(&self, maker: &mut Tracee, pid: HostPid, sibling: bool) -> Result<Tracee> {
+        let arguments = CloneArguments {
+            flags: if sibling { u64::from(libc::CLONE_PARENT.cast_unsigned()) } else { 0 },
+            // A sibling's is that of who makes it.
+            exit_signal: if sibling { 0 } else { u64::from(libc::SIGCHLD.cast_unsigned()) },
+            ..CloneArguments::default()
+        };
+        make(&self.scratch, maker, pid, arguments)
+    }
+
+    /// Puts all processes into their groups.
+    fn set_groups(&mut self, shell_job: bool) -> Result<()> {
+        let plan = self.plan;
+        let join = |scratch: &Scratch, tracee: &mut Tracee, group: i32| {
+            let mut script = Script::new();
+            let what = format!("join process group {group}");
+            script.call(what, libc::SYS_setpgid, &[0.into(), group.into()]);
+            scratch.run(tracee, &script).map(drop)
+        };
+        let scratch = self.scratch;
+        for (task, puppet) in plan.tasks.iter().zip(&mut self.tasks) {
+            let puppet = puppet.as_mut().expect("all were made");
+            if task.group == task.pid && task.session != task.pid {
+                join(&scratch, &mut puppet.threads[0], 0)?;
+            }
+        }
+        let mut made = HashMap::new();
+        for (position, task) in plan.tasks.iter().enumerate() {
+            if task.group == task.pid {
+                continue;
+            }
+            let outside = plan.is_outside(task.group);
+            let has_helper = self.helpers.iter().any(|helper| helper.pid == task.group);
+            if outside && shell_job && task.group == plan.tasks[0].group {
+                continue; // that of this program, which all inherit
+            }
+            let mut puppet = self.tasks[position].take().expect("all were made");
+            let result = (|| {
+                if outside && !has_helper && !made.contains_key(&task.group) {
+                    if process::exists(task.group) {
+                        return Err(in_use(task.group));
+                    }
+                    let mut helper = self.fork(&mut puppet.threads[0], task.group, false)?;
+                    self.helpers.push(Helper { pid: task.group, maker: Maker::Task(position) });
+                    join(&scratch, &mut helper, 0)?;
+                    made.insert(task.group, position);
+                }
+                Ok(join(&scratch, &mut puppet.threads[0], task.group.0)?)
+            })();
+            self.tasks[position] = Some(puppet);
+            result?;
+        }
+        Ok(())
+    }
+
+    /// Makes the other threads of a task.
+    ///
+    /// # Errors
+    /// [`RestoreError::Inject`].
+    pub(super) fn make_threads(&mut self, position: usize) -> Result<()> {
+        let flags = libc::CLONE_VM
+            | libc::CLONE_FS
+            | libc::CLONE_FILES
+            | libc::CLONE_SIGHAND
+            | libc::CLONE_THREAD
+            | libc::CLONE_SYSVSEM;
+        let puppet = self.tasks[position].as_mut().expect("all were made");
+        for thread in &self.plan.tasks[position].threads[1..] {
+            let flags = u64::from(flags.cast_unsigned());
+            let arguments = CloneArguments { flags, ..CloneArguments::default() };
+            let made = make(&self.scratch, &mut puppet.threads[0], thread.tid, arguments)?;
+            puppet.threads.push(made);
+        }
+        Ok(())
+    }
+
+    /// Lets those processes end that are dead in the images, and the helpers, and
+    /// takes away the signs of it.
+    ///
+    /// # Errors
+    /// [`RestoreError::Inject`].
+    pub(super) fn end_the_dead(&mut self) -> Result<()> {
+        let scratch = self.scratch;
+        for (task, puppet) in self.plan.tasks.iter().zip(&mut self.tasks) {
+            if task.body.is_some() {
+                continue;
+            }
+            let Some(puppet) = puppet else { continue };
+            let leader = &mut puppet.threads[0];
+            let core = task.core().tc.as_ref();
+            let status = core.map_or(0, |core| core.exit_code);
+            let mut script = Script::new();
+            if let Some(core) = core {
+                let mut name = core.comm.clone();
+                name.push(0);
+                let name = script.bytes(&name);
+                let arguments = [libc::PR_SET_NAME.into(), name.into()];
+                script.call("set the name", libc::SYS_prctl, &arguments);
+                // No file is to be left of a death that has been.
+                let none = script.bytes(&[0; 16]);
+                let core_limit = i64::from(libc::RLIMIT_CORE);
+                let arguments = [0.into(), core_limit.into(), none.into()];
+                script.call("limit core files", libc::SYS_prlimit64, &arguments);
+            }
+            scratch.run(leader, &script)?;
+            end(&scratch, leader, status)?;
+        }
+        let helpers = std::mem::take(&mut self.helpers);
+        for helper in &helpers {
+            kill(helper.pid)?;
+            await_end(helper.pid)?;
+            let mut script = Script::new();
+            script.call(
+                "reap a helper",
+                libc::SYS_wait4,
+                &[helper.pid.0.into(), 0.into(), libc::__WALL.into(), 0.into()],
+            );
+            match helper.maker {
+                Maker::Task(position) => {
+                    let puppet = self.tasks[position].as_mut().expect("all were made");
+                    scratch.run(&mut puppet.threads[0], &script)?;
+                }
+                // A child of ours was reaped when it was waited for.
+                Maker::Director | Maker::Helper(_) => {}
+            }
+        }
+        self.forget_deaths()
+    }
+
+    /// Takes away the signals by which processes were told of deaths.
+    fn forget_deaths(&mut self) -> Result<()> {
+        let scratch = self.scratch;
+        for (task, puppet) in self.plan.tasks.iter().zip(&mut self.tasks) {
+            let (Some(_), Some(puppet)) = (&task.body, puppet) else { continue };
+            let mut script = Script::new();
+            let set = script.bytes(&(1_u64 << (libc::SIGCHLD - 1)).to_le_bytes());
+            let now = script.bytes(&[0; 16]);
+            script
+                .attempt(libc::SYS_rt_sigtimedwait, &[set.into(), 0.into(), now.into(), 8.into()]);
+            scratch.run(&mut puppet.threads[0], &script)?;
+        }
+        Ok(())
+    }
+
+    /// Lets all processes go, with the registers that their threads have now.
+    /// `stopped` says which tasks stay stopped.
+    ///
+    /// # Errors
+    /// [`RestoreError::Process`]; processes that were let go by then run on.
+    pub(super) fn release(mut self, stopped: impl Fn(&TaskPlan) -> bool) -> Result<()> {
+        self.released = true;
+        for (task, puppet) in self.plan.tasks.iter().zip(&self.tasks) {
+            if task.body.is_some() && puppet.is_some() && stopped(task) {
+                signal(task.pid, libc::SIGSTOP)?;
+            }
+        }
+        for (task, puppet) in self.plan.tasks.iter().zip(&mut self.tasks).rev() {
+            let (Some(_), Some(puppet)) = (&task.body, puppet) else { continue };
+            for thread in &puppet.threads {
+                ptrace::detach(thread.tid, 0).map_err(|source| RestoreError::Process {
+                    pid: thread.tid,
+                    step: "let go of",
+                    source,
+                })?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Puppets<'_> {
+    /// Ends all processes, unless they were let go.
+    fn drop(&mut self) {
+        if self.released {
+            return;
+        }
+        let mut pids: Vec<HostPid> = self.helpers.iter().map(|helper| helper.pid).collect();
+        for (task, puppet) in self.plan.tasks.iter().zip(&self.tasks) {
+            if puppet.is_some() {
+                pids.push(task.pid);
+            }
+        }
+        for pid in &pids {
+            let _ = signal(*pid, libc::SIGKILL);
+        }
+        for pid in &pids {
+            let _ = await_end(*pid);
+        }
+        // Those whose parents have died with them are children of this program now,
+        // which is a subreaper.
+        for pid in &pids {
+            let _ = await_end(*pid);
+        }
+    }
+}
+
+/// Takes over a process that was made by [`process::spawn_sleeper`].
+fn adopt_sleeper(pid: HostPid) -> Result<Tracee> {
+    let trace = |step| move |source| RestoreError::Process { pid, step, source };
+    let adopted = (|| {
+        let wanted = options::SYSGOOD | options::FOLLOW | options::EXITKILL;
+        ptrace::seize(pid, wanted).map_err(trace("trace"))?;
+        ptrace::interrupt(pid).map_err(trace("interrupt"))?;
+        await_stop(pid)
+    })();
+    if adopted.is_err() {
+        let _ = signal(pid, libc::SIGKILL);
+        let _ = await_end(pid);
+    }
+    adopted
+}
+
+/// Waits until a new tracee has stopped.
+fn await_stop(tid: HostPid) -> Result<Tracee> {
+    loop {
+        let wait = ptrace::wait(tid).map_err(|source| RestoreError::Process {
+            pid: tid,
+            step: "wait for",
+            source,
+        })?;
+        match wait {
+            Wait::Interrupted | Wait::Stopped(_) => return Ok(Tracee::new(tid, 0)?),
+            Wait::Exited(_) | Wait::Killed(_) => {
+                let what = format!("has ended ({wait:?})");
+                return Err(InjectError::Lost { tid, what }.into());
+            }
+            _ => ptrace::resume(tid, 0).map_err(|source| RestoreError::Process {
+                pid: tid,
+                step: "resume",
+                source,
+            })?,
+        }
+    }
+}
+
+/// Lets a puppet make a process or thread of this number.
+fn make(
+    scratch: &Scratch,
+    maker: &mut Tracee,
+    pid: HostPid,
+    arguments: CloneArguments,
+) -> Result<Tracee> {
+    use zerocopy::IntoBytes;
+    let mut script = Script::new();
+    let set_tid = script.bytes(&pid.0.to_le_bytes());
+    let arguments = CloneArguments { set_tid_size: 1, ..arguments };
+    let buffer = script.bytes(arguments.as_bytes());
+    script.point(buffer, std::mem::offset_of!(CloneArguments, set_tid), set_tid);
+    script.call(
+        format!("make process {pid}"),
+        libc::SYS_clone3,
+        &[buffer.into(), size_of::<CloneArguments>().into()],
+    );
+    let mut born = None;
+    let made = scratch.run_births(maker, &script, &mut |child| {
+        born = Some(child);
+        Ok(())
+    });
+    match made {
+        Err(InjectError::Call { source: nix::errno::Errno::EEXIST, .. }) => Err(in_use(pid)),
+        Err(error) => Err(error.into()),
+        Ok(_) => await_stop(born.unwrap_or(pid)),
+    }
+}
+
+/// Ends a puppet so that its parent finds this status (`wait(2)`).
+fn end(scratch: &Scratch, leader: &mut Tracee, status: u32) -> Result<()> {
+    let pid = leader.tid;
+    let trace = |step| move |source| RestoreError::Process { pid, step, source };
+    let number = (status & 0x7f).cast_signed();
+    if number == 0 {
+        let mut script = Script::new();
+        script.call("exit", libc::SYS_exit_group, &[(status >> 8 & 0xff).into()]);
+        scratch.start(leader, &script)?;
+    } else {
+        // It is stopped, and goes on with the signal that ended it.
+        ptrace::set_signal_mask(pid, 0).map_err(trace("unblock the signals of"))?;
+        ptrace::resume(pid, number).map_err(trace("resume"))?;
+    }
+    await_end(pid)
+}
+
+fn kill(pid: HostPid) -> Result<()> {
+    signal(pid, libc::SIGKILL)
+}
+
+fn signal(pid: HostPid, number: i32) -> Result<()> {
+    process::signal(pid, number).map_err(|source| RestoreError::Process {
+        pid,
+        step: "send a signal to",
+        source,
+    })
+}
+
+/// Waits until a tracee that was killed is gone.
+fn await_end(pid: HostPid) -> Result<()> {
+    loop {
+        match ptrace::wait(pid) {
+            Err(nix::errno::Errno::ECHILD) | Ok(Wait::Exited(_) | Wait::Killed(_)) => return Ok(()),
+            Ok(_) => {}
+            Err(source) => return Err(RestoreError::Process { pid, step: "wait for", source }),
+        }
+    }
+}
+
+/// Checks that the kernel has put the vDSO where the images have it.
+fn check_vdso(pid: HostPid, body: &Body) -> Result<()> {
+    use crate::image::vma;
+    let wanted: Vec<(u64, u64)> = body
+        .vmas
+        .iter()
+        .filter(|entry| entry.status & vma::VDSO != 0)
+        .map(|entry| (entry.start, entry.end))
+        .collect();
+    if wanted.is_empty() {
+        return Ok(());
+    }
+    let maps = proc::maps(pid)?;
+    let found: Vec<(u64, u64)> = maps
+        .iter()
+        .filter(|mapping| mapping.name == b"[vdso]")
+        .map(|mapping| (mapping.start.0, mapping.end.0))
+        .collect();
+    if found == wanted {
+        return Ok(());
+    }
+    let problem = format!("it is at {found:x?}, expected {wanted:x?}");
+    Err(RestoreError::OtherKernel { pid, problem })
+}
