@@ -4,6 +4,7 @@
 //! have modules of their own.
 
 pub mod check;
+mod check_features;
 pub mod diff;
 pub mod exit;
 pub mod flatten;
@@ -13,6 +14,7 @@ mod log_sink;
 pub mod mount;
 pub mod rcriu;
 pub mod show;
+mod task;
 
 use std::{
     env,
@@ -62,7 +64,12 @@ impl Common {
 /// # Errors
 /// The exit code, if there is nothing more to do.
 pub fn parse<T: Parser>() -> Result<T, ExitCode> {
-    T::try_parse_from(env::args_os()).map_err(|error| {
+    parsed(T::try_parse_from(env::args_os()))
+}
+
+/// Returns what was parsed, or says why it was not and returns the exit code.
+fn parsed<T>(result: Result<T, clap::Error>) -> Result<T, ExitCode> {
+    result.map_err(|error| {
         // A closed terminal is no reason to fail.
         let _ = error.print();
         ExitCode::from(if error.use_stderr() { exit::USAGE } else { exit::OK })

@@ -1,43 +1,115 @@
 //! The command line of `rcriu`.
 
-use std::process::ExitCode;
+use std::{env, process::ExitCode};
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use super::{Common, show};
+use super::{
+    Common, exit, report, show,
+    task::{self, Task, TaskArgs},
+};
 
 /// Checkpoint and restore of process trees
 ///
 /// Works on image directories: directories of files that hold the state of a
-/// tree of processes, in the format of CRIU.
+/// tree of processes, in the format of CRIU, with the options of CRIU.
 #[derive(Debug, Parser)]
-#[command(name = "rcriu", version, arg_required_else_help = true)]
+#[command(
+    name = "rcriu",
+    version,
+    arg_required_else_help = true,
+    propagate_version = true,
+    after_help = NOT_YET
+)]
 pub struct Rcriu {
-    #[command(flatten)]
-    common: Common,
     #[command(subcommand)]
     command: Command,
 }
 
+const NOT_YET: &str = "\
+Of CRIU's commands cpuinfo, dedup, lazy-pages, page-server, service and swrk are
+known and refused for now.";
+
 #[derive(Debug, Subcommand)]
 enum Command {
-    Show(show::Options),
+    /// Write the state of a tree of processes to images
+    ///
+    /// The tree is killed afterwards, unless -R or -s say otherwise. If the dump
+    /// fails or is interrupted, the tree runs on.
+    #[command(after_help = DUMP_EXAMPLE)]
+    Dump(Box<TaskArgs>),
+    /// Write the memory of a tree while it runs, for a dump that is to follow
+    #[command(after_help = PRE_DUMP_EXAMPLE)]
+    PreDump(Box<TaskArgs>),
+    /// Make a tree of processes from images
+    #[command(after_help = RESTORE_EXAMPLE)]
+    Restore(Box<TaskArgs>),
+    /// Say what this kernel can do, and what is lost by what it cannot
+    #[command(after_help = CHECK_EXAMPLE)]
+    Check(Box<TaskArgs>),
+    /// Show image files as JSON
+    Show {
+        #[command(flatten)]
+        common: Common,
+        #[command(flatten)]
+        options: show::Options,
+    },
 }
+
+const DUMP_EXAMPLE: &str = "\
+Examples:
+  rcriu dump -t 4711 -D chain/1 --track-mem -R
+  rcriu dump -t 4711 -D chain/2 --prev-images-dir ../1 -o dump.log -v4
+
+Options without a value can be taken back: --no-display-stats.";
+
+const PRE_DUMP_EXAMPLE: &str = "\
+Examples:
+  rcriu pre-dump -t 4711 -D chain/1 --track-mem
+  rcriu dump -t 4711 -D chain/2 --prev-images-dir ../1";
+
+const RESTORE_EXAMPLE: &str = "\
+Examples:
+  rcriu restore -D chain/2 -d --pidfile pid
+  rcriu restore -D /mnt/img -W . -o restore.log -v4 --shell-job";
+
+const CHECK_EXAMPLE: &str = "\
+Examples:
+  rcriu check --all
+  rcriu check --feature mem_dirty_track && echo changes can be tracked
+
+Exit codes:
+  0  everything is there that was asked for
+  1  something is missing; the last line says what";
 
 /// Runs `rcriu` with the command line of this process.
 pub fn main() -> ExitCode {
-    match super::parse::<Rcriu>() {
-        Ok(rcriu) => rcriu.run(),
+    let prepared = match task::prepare(env::args_os().collect()) {
+        Ok(prepared) => prepared,
+        Err(error) => {
+            report(&error);
+            return ExitCode::from(exit::FAILED);
+        }
+    };
+    let matches = task::tidy_help(Rcriu::command()).try_get_matches_from(prepared.words);
+    match super::parsed(matches.and_then(|matches| Rcriu::from_arg_matches(&matches))) {
+        Ok(rcriu) => rcriu.run(&prepared.given),
         Err(code) => code,
     }
 }
 
 impl Rcriu {
     /// Does what the command line says and returns the exit code.
-    pub fn run(self) -> ExitCode {
-        self.common.start_logging();
+    fn run(self, given: &[task::Given]) -> ExitCode {
         match self.command {
-            Command::Show(options) => show::run(&options),
+            Command::Dump(args) => task::run(Task::Dump, &args, given),
+            Command::PreDump(args) => task::run(Task::PreDump, &args, given),
+            Command::Restore(args) => task::run(Task::Restore, &args, given),
+            Command::Check(args) => task::run(Task::Check, &args, given),
+            Command::Show { common, options } => {
+                common.start_logging();
+                show::run(&options)
+            }
         }
     }
 }

@@ -1,0 +1,291 @@
+//! `rcriu check`: what this kernel can do, and what each thing that it can't
+//! costs.
+
+use std::io::Write;
+
+use anyhow::bail;
+
+use crate::sys::Features;
+
+/// What is to be checked.
+#[derive(Debug, Default)]
+pub(super) struct Wanted {
+    /// What only some trees need.
+    pub extra: bool,
+    /// What makes things faster.
+    pub experimental: bool,
+    /// These only, by CRIU's names or ours; `list` lists them.
+    pub names: Vec<String>,
+}
+
+/// Who needs a feature.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Need {
+    /// Every dump and restore.
+    Always,
+    /// Some trees, or some users.
+    Sometimes,
+    /// Nobody, but it saves time or room.
+    Speed,
+}
+
+/// A feature.
+struct Row {
+    /// Our name, after that CRIU's if it has one.
+    names: &'static [&'static str],
+    need: Need,
+    has: fn(&Features) -> bool,
+    /// What is lost without it.
+    cost: &'static str,
+}
+
+use Need::{Always, Sometimes, Speed};
+
+const ROWS: &[Row] = &[
+    row(&["ptrace_seize"], Always, |f| f.ptrace_seize, "no process can be stopped for a dump"),
+    row(&["ptrace_signals"], Always, |f| f.ptrace_signals, "pending signals can't be dumped"),
+    row(&["pidfd_getfd", "pidfd_store"], Always, |f| f.pidfd_getfd, "open files can't be dumped"),
+    row(&["kcmp"], Always, |f| f.kcmp, "shared open files can't be told from separate ones"),
+    row(
+        &["process_vm_readv"],
+        Always,
+        |f| f.process_vm_readv,
+        "memory can't be read while the tree runs",
+    ),
+    row(
+        &["map_files"],
+        Always,
+        |f| f.map_files,
+        "mapped files that were deleted, and shared memory, can't be dumped; \
+         it takes CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN",
+    ),
+    row(
+        &["proc_children"],
+        Always,
+        |f| f.proc_children,
+        "the children of a process can't be found (CONFIG_PROC_CHILDREN)",
+    ),
+    row(&["mnt_id"], Always, |f| f.fdinfo_mnt_id, "it can't be told which mount a file is on"),
+    row(&["memfd"], Always, |f| f.memfd, "shared memory can't be restored"),
+    row(&["mm_map"], Always, |f| f.mm_map, "command line and heap can't be restored in place"),
+    row(
+        &["set_tid", "clone3_set_tid"],
+        Always,
+        |f| f.clone3_set_tid,
+        "processes can't be restored with their pids; \
+         it takes CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN",
+    ),
+    row(&["sock_diag_unix"], Always, |f| f.sock_diag_unix, "unix sockets can't be dumped"),
+    row(
+        &["sock_diag_inet"],
+        Always,
+        |f| f.sock_diag_inet,
+        "TCP and UDP sockets can't be told from established connections",
+    ),
+    row(
+        &["rseq_configuration", "get_rseq_conf"],
+        Always,
+        |f| f.rseq_configuration,
+        "a program of a recent C library loses its restartable sequences",
+    ),
+    row(
+        &["kcmp_epoll"],
+        Sometimes,
+        |f| f.kcmp_epoll,
+        "an epoll can't be dumped whose descriptors were closed or reused",
+    ),
+    row(
+        &["timer_cr_ids"],
+        Sometimes,
+        |f| f.timer_restore_ids,
+        "POSIX timers with high numbers take long to restore",
+    ),
+    row(
+        &["cap_checkpoint_restore"],
+        Sometimes,
+        |f| f.cap_checkpoint_restore,
+        "only one's own processes, without deleted files, and with new pids",
+    ),
+    row(
+        &["cap_sys_ptrace"],
+        Sometimes,
+        |f| f.cap_sys_ptrace,
+        "processes of other users can't be dumped",
+    ),
+    row(
+        &["cap_sys_resource"],
+        Sometimes,
+        |f| f.cap_sys_resource,
+        "limits above one's own can't be restored",
+    ),
+    row(&["openat2"], Sometimes, |f| f.openat2, "trees with a root of their own can't be restored"),
+    row(&["timens"], Sometimes, |f| f.time_namespaces, "no trees with a time namespace"),
+    row(&["userns"], Sometimes, |f| f.user_namespaces, "no trees with a user namespace"),
+    row(&["cgroupns"], Sometimes, |f| f.cgroup_namespaces, "no trees with a cgroup namespace"),
+    row(&["fuse"], Sometimes, |f| f.fuse, "imgfs can't mount a chain; restore from it directly"),
+    row(
+        &["mem_dirty_track"],
+        Speed,
+        |f| f.soft_dirty || f.write_protect_private,
+        "changes can't be tracked; every dump reads all memory and compares it",
+    ),
+    row(&["uffd", "uffd-noncoop"], Speed, |f| f.userfaultfd, "changes can't be tracked by it"),
+    row(
+        &["pagemap_scan"],
+        Speed,
+        |f| f.pagemap_scan,
+        "pages are looked for one by one, which is slow in large sparse memory",
+    ),
+    row(
+        &["uffd_wp_async"],
+        Speed,
+        |f| f.write_protect_private,
+        "changes of private memory are tracked by soft-dirty bits, or not at all",
+    ),
+    row(
+        &["uffd_wp_async_shmem"],
+        Speed,
+        |f| f.write_protect_shared,
+        "all shared memory is compared in each dump",
+    ),
+    row(
+        &["soft_dirty"],
+        Speed,
+        |f| f.soft_dirty,
+        "changes are tracked by userfaultfd, or not at all (CONFIG_MEM_SOFT_DIRTY)",
+    ),
+    row(
+        &["fuse_passthrough"],
+        Speed,
+        |f| f.fuse_passthrough,
+        "images of a mount that are one file are read through imgfs, which is slower",
+    ),
+];
+
+const fn row(
+    names: &'static [&'static str],
+    need: Need,
+    has: fn(&Features) -> bool,
+    cost: &'static str,
+) -> Row {
+    Row { names, need, has, cost }
+}
+
+/// Says what is there and what is missing; false if something is missing that is
+/// wanted.
+///
+/// # Errors
+/// A name that is not known, and what keeps the output from being written.
+pub(super) fn run(wanted: &Wanted, out: &mut dyn Write) -> anyhow::Result<bool> {
+    if wanted.names.iter().any(|name| name == "list") {
+        let names: Vec<&str> = ROWS.iter().flat_map(|row| row.names).copied().collect();
+        writeln!(out, "{}", names.join(" "))?;
+        return Ok(true);
+    }
+    // Names first: one that is wrong is an error before anything is tried.
+    let rows = wanted.rows()?;
+    wanted.print(&rows, &Features::probe(), out)
+}
+
+impl Wanted {
+    /// Returns what is looked at: everything unless it is named.
+    fn rows(&self) -> anyhow::Result<Vec<&'static Row>> {
+        if self.names.is_empty() {
+            return Ok(ROWS.iter().collect());
+        }
+        let find = |name: &String| match ROWS.iter().find(|row| row.names.contains(&name.as_str()))
+        {
+            Some(row) => Ok(row),
+            None => bail!("{name} is not a feature that is checked; --feature list names them"),
+        };
+        self.names.iter().map(find).collect()
+    }
+
+    /// Whether the answer is no if this is missing.
+    fn is_required(&self, need: Need) -> bool {
+        !self.names.is_empty()
+            || match need {
+                Always => true,
+                Sometimes => self.extra,
+                Speed => self.experimental,
+            }
+    }
+
+    fn print(
+        &self,
+        rows: &[&Row],
+        features: &Features,
+        out: &mut dyn Write,
+    ) -> anyhow::Result<bool> {
+        let width = rows.iter().map(|row| row.names[0].len()).max().unwrap_or(0);
+        let (mut required, mut useful) = (Vec::new(), Vec::new());
+        for row in rows {
+            let name = row.names[0];
+            if (row.has)(features) {
+                writeln!(out, "ok       {name}")?;
+                continue;
+            }
+            writeln!(out, "missing  {name:width$}  {}", row.cost)?;
+            if self.is_required(row.need) { &mut required } else { &mut useful }.push(name);
+        }
+        match (required.is_empty(), useful.is_empty()) {
+            (true, true) => writeln!(out, "Looks good.")?,
+            (true, false) => {
+                writeln!(out, "Looks good; it would be better with {}.", useful.join(", "))?;
+            }
+            (false, _) => writeln!(out, "Does not look good: {} missing.", required.join(", "))?,
+        }
+        Ok(required.is_empty())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn printed(wanted: &Wanted, features: &Features) -> (bool, Vec<String>) {
+        let mut out = Vec::new();
+        let yes = wanted.print(&wanted.rows().unwrap(), features, &mut out).unwrap();
+        (yes, String::from_utf8(out).unwrap().lines().map(str::to_owned).collect())
+    }
+
+    fn named(names: &[&str]) -> Wanted {
+        Wanted { names: names.iter().map(ToString::to_string).collect(), ..Wanted::default() }
+    }
+
+    #[test]
+    fn the_last_line_says_what_is_missing() {
+        let (yes, lines) = printed(&Wanted::default(), &Features::default());
+        assert!(!yes);
+        assert_eq!(lines.len(), ROWS.len() + 1);
+        let last = lines.last().unwrap();
+        assert!(last.starts_with("Does not look good: ptrace_seize, "), "{last}");
+        assert!(!last.contains("soft_dirty"), "{last}");
+
+        let features = Features { memfd: true, ..Features::default() };
+        assert_eq!(
+            printed(&named(&["memfd"]), &features),
+            (true, vec!["ok       memfd".to_owned(), "Looks good.".to_owned()])
+        );
+        assert!(!printed(&named(&["memfd", "soft_dirty"]), &features).0);
+    }
+
+    #[test]
+    fn what_is_not_needed_is_missed_only_by_who_asks_for_it() {
+        let features = Features { soft_dirty: false, ..Features::probe() };
+        let rows: Vec<&Row> = ROWS.iter().filter(|row| row.names[0] == "soft_dirty").collect();
+        let print = |wanted: Wanted| wanted.print(&rows, &features, &mut Vec::new()).unwrap();
+        assert!(print(Wanted::default()));
+        assert!(print(Wanted { extra: true, ..Wanted::default() }));
+        assert!(!print(Wanted { experimental: true, ..Wanted::default() }));
+    }
+
+    #[test]
+    fn features_have_the_names_of_criu() {
+        for name in ["mem_dirty_track", "clone3_set_tid", "get_rseq_conf", "pagemap_scan", "uffd"] {
+            assert!(named(&[name]).rows().is_ok(), "{name}");
+        }
+        let error = named(&["bogus"]).rows().err().unwrap().to_string();
+        assert_eq!(error, "bogus is not a feature that is checked; --feature list names them");
+    }
+}

@@ -1,0 +1,309 @@
+//! The order and the spelling of words that getopt_long(3), and so CRIU, allows.
+//!
+//! Options may stand before the command, be shortened, have their values attached
+//! (`-v4`, `-x12,13`, `-Ddir`), and be taken back (`--no-display-stats`).
+//! [`arrange`] gives them the one order and spelling that clap reads.
+
+use std::{
+    ffi::{OsStr, OsString},
+    os::unix::ffi::{OsStrExt, OsStringExt},
+};
+
+use clap::Command;
+
+/// Whether an option has a value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Takes {
+    Nothing,
+    /// Attached to it, or not at all.
+    Attached,
+    /// Attached to it, or the next word.
+    Value,
+}
+
+/// What is to be known of an option to find the end of it.
+#[derive(Debug)]
+struct Spec {
+    long: String,
+    aliases: Vec<String>,
+    short: Option<u8>,
+    takes: Takes,
+}
+
+/// All options.
+#[derive(Debug)]
+pub(super) struct Specs(Vec<Spec>);
+
+/// One option as it was given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::cli) struct Given {
+    /// Its long name.
+    pub name: String,
+    /// Its value.
+    pub value: Option<OsString>,
+}
+
+/// A command line taken apart.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Arranged {
+    /// Options with their full names; none of them has been taken back.
+    pub given: Vec<Given>,
+    /// What is no option, in this order: the first is the command.
+    pub operands: Vec<OsString>,
+    /// What clap is to answer: a request for help, an unknown option, a missing
+    /// value.
+    pub for_clap: Vec<OsString>,
+}
+
+/// What a long name means.
+enum Named<'a> {
+    Option(&'a Spec),
+    /// The option without the `no-` before it.
+    TakenBack(&'a Spec),
+    Unknown,
+}
+
+impl Specs {
+    /// Returns the options of a command.
+    pub fn of(command: &Command) -> Self {
+        let specs = command.get_arguments().filter_map(|arg| {
+            let takes = match (arg.get_action().takes_values(), arg.is_require_equals_set()) {
+                (false, _) => Takes::Nothing,
+                (true, true) => Takes::Attached,
+                (true, false) => Takes::Value,
+            };
+            Some(Spec {
+                long: arg.get_long()?.to_owned(),
+                aliases: arg
+                    .get_all_aliases()
+                    .unwrap_or_default()
+                    .into_iter()
+                    .map(str::to_owned)
+                    .collect(),
+                short: arg.get_short().and_then(|short| u8::try_from(short).ok()),
+                takes,
+            })
+        });
+        Self(specs.collect())
+    }
+
+    /// Returns what a name, or the beginning of only one name, means.
+    fn named(&self, name: &str) -> Named<'_> {
+        let names = || {
+            self.0.iter().flat_map(|spec| {
+                let own = std::iter::once(spec.long.as_str());
+                own.chain(spec.aliases.iter().map(String::as_str)).map(move |name| (name, spec))
+            })
+        };
+        let can_be_taken_back = |spec: &Spec| spec.takes != Takes::Value;
+        let base = name.strip_prefix("no-");
+        if let Some((_, spec)) = names().find(|(known, _)| *known == name) {
+            return Named::Option(spec);
+        }
+        if let Some(base) = base
+            && let Some((_, spec)) = names().find(|(known, _)| *known == base)
+            && can_be_taken_back(spec)
+        {
+            return Named::TakenBack(spec);
+        }
+        // help and version are clap's own.
+        if name.is_empty() || "help".starts_with(name) || "version".starts_with(name) {
+            return Named::Unknown;
+        }
+        let begun = names().filter(|(known, _)| known.starts_with(name));
+        let mut found: Vec<_> = begun.map(|(_, spec)| Named::Option(spec)).collect();
+        if let Some(base) = base {
+            let begun = names().filter(|(known, spec)| {
+                known.starts_with(base) && !base.is_empty() && can_be_taken_back(spec)
+            });
+            found.extend(begun.map(|(_, spec)| Named::TakenBack(spec)));
+        }
+        match found.pop() {
+            Some(one) if found.is_empty() => one,
+            _ => Named::Unknown,
+        }
+    }
+
+    /// Reads the words of a command line without the program's name, behind what
+    /// `arranged` has already.
+    pub fn arrange(&self, words: &[OsString], mut arranged: Arranged) -> Arranged {
+        let mut words = words.iter();
+        while let Some(word) = words.next() {
+            let bytes = word.as_bytes();
+            if bytes == b"--" {
+                arranged.operands.extend(words.by_ref().cloned());
+            } else if let Some(long) = bytes.strip_prefix(b"--") {
+                let (name, value) = match long.iter().position(|byte| *byte == b'=') {
+                    Some(at) => (&long[..at], Some(OsStr::from_bytes(&long[at + 1..]).to_owned())),
+                    None => (long, None),
+                };
+                let named = std::str::from_utf8(name).map(|name| self.named(name));
+                match named.unwrap_or(Named::Unknown) {
+                    Named::Option(spec) => arranged.take(spec, value, &mut words),
+                    Named::TakenBack(spec) if value.is_none() => {
+                        arranged.take_back(&spec.long);
+                    }
+                    Named::TakenBack(_) | Named::Unknown => arranged.for_clap.push(word.clone()),
+                }
+            } else if bytes.len() > 1 && bytes[0] == b'-' {
+                self.arrange_short(&bytes[1..], &mut words, &mut arranged);
+            } else {
+                arranged.operands.push(word.clone());
+            }
+        }
+        arranged
+    }
+
+    /// Reads a word of short options, without its dash.
+    fn arrange_short<'a>(
+        &self,
+        letters: &[u8],
+        words: &mut impl Iterator<Item = &'a OsString>,
+        arranged: &mut Arranged,
+    ) {
+        for (at, letter) in letters.iter().enumerate() {
+            let rest = &letters[at + 1..];
+            let Some(spec) = self.0.iter().find(|spec| spec.short == Some(*letter)) else {
+                arranged.for_clap.push(OsString::from_vec([b"-", &letters[at..]].concat()));
+                return;
+            };
+            if spec.takes == Takes::Nothing {
+                arranged.take(spec, None, words);
+                continue;
+            }
+            let value = (!rest.is_empty()).then(|| OsString::from_vec(rest.to_vec()));
+            arranged.take(spec, value, words);
+            return;
+        }
+    }
+
+    /// Reads a line of a configuration file.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn configured(
+        &self,
+        name: &str,
+        value: Option<OsString>,
+        arranged: &mut Arranged,
+    ) -> Result<(), &'static str> {
+        match (self.named(name), value) {
+            (Named::Option(Spec { takes: Takes::Nothing, .. }), Some(_)) => {
+                Err("this option has no value")
+            }
+            (Named::Option(Spec { takes: Takes::Value, .. }), None) => {
+                Err("this option needs a value")
+            }
+            (Named::Option(spec), value) => {
+                arranged.given.push(Given { name: spec.long.clone(), value });
+                Ok(())
+            }
+            (Named::TakenBack(spec), None) => {
+                arranged.take_back(&spec.long);
+                Ok(())
+            }
+            (Named::TakenBack(_), Some(_)) => Err("this option has no value"),
+            (Named::Unknown, _) => Err("there is no such option"),
+        }
+    }
+}
+
+impl Arranged {
+    fn take<'a>(
+        &mut self,
+        spec: &Spec,
+        value: Option<OsString>,
+        words: &mut impl Iterator<Item = &'a OsString>,
+    ) {
+        let name = spec.long.clone();
+        let value = match (spec.takes, value) {
+            (Takes::Value, None) => match words.next() {
+                Some(word) => Some(word.clone()),
+                None => return self.for_clap.push(format!("--{name}").into()),
+            },
+            (_, value) => value,
+        };
+        self.given.push(Given { name, value });
+    }
+
+    fn take_back(&mut self, name: &str) {
+        self.given.retain(|given| given.name != name);
+    }
+
+    /// Returns the words of these options and operands for clap.
+    pub fn words(&self) -> impl Iterator<Item = OsString> {
+        let given = self.given.iter().map(|Given { name, value }| {
+            let mut word = OsString::from(format!("--{name}"));
+            if let Some(value) = value {
+                word.push("=");
+                word.push(value);
+            }
+            word
+        });
+        let dashes = (!self.operands.is_empty()).then(|| OsString::from("--"));
+        given
+            .chain(self.for_clap.iter().cloned())
+            .chain(dashes)
+            .chain(self.operands.iter().cloned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Args;
+
+    use super::*;
+    use crate::cli::task::options::TaskArgs;
+
+    fn arranged(line: &str) -> String {
+        let specs = Specs::of(&TaskArgs::augment_args(Command::new("task")));
+        let words: Vec<OsString> = line.split_whitespace().map(OsString::from).collect();
+        let arranged = specs.arrange(&words, Arranged::default());
+        let words: Vec<_> = arranged.words().map(|word| word.into_string().unwrap()).collect();
+        words.join(" ")
+    }
+
+    #[test]
+    fn lines_are_brought_into_one_order_and_spelling() {
+        for (line, expected) in [
+            ("dump -t 7", "--tree=7 -- dump"),
+            ("dump -t7 -Ddir", "--tree=7 --images-dir=dir -- dump"),
+            ("-v4 -D dir dump", "--verbosity=4 --images-dir=dir -- dump"),
+            ("-v -vvvv -v0", "--verbosity --verbosity=vvv --verbosity=0"),
+            ("-Rjv4", "--leave-running --shell-job --verbosity=4"),
+            ("-Rt 7", "--leave-running --tree=7"),
+            ("-x -x12,13", "--ext-unix-sk --ext-unix-sk=12,13"),
+            ("--tree 7 --tree=8", "--tree=7 --tree=8"),
+            ("--work-dir -W", "--work-dir=-W"),
+            // Optional values are attached, or not there.
+            ("--manage-cgroups ignore", "--manage-cgroups -- ignore"),
+            ("--manage-cgroups=ignore", "--manage-cgroups=ignore"),
+            // Beginnings of names, if there is only one.
+            ("--leave-r --ver", "--leave-running --ver"),
+            ("--verb=3 --no-disp", "--verbosity=3"),
+            ("--leave", "--leave"),
+            ("--tcp", "--tcp"),
+            // The last one wins.
+            ("--link-remap --no-link-remap", ""),
+            ("--no-link-remap --link-remap", "--link-remap"),
+            ("--auto-dedup --no-auto-dedup", ""),
+            ("-d --no-daemon", ""),
+            // A value can't be taken back.
+            ("--no-tree", "--no-tree"),
+            ("--no-default-config", "--no-default-config"),
+            // For clap.
+            ("-h", "-h"),
+            ("--help", "--help"),
+            ("-Rq", "--leave-running -q"),
+            ("--bogus=1", "--bogus=1"),
+            ("-t", "--tree"),
+            ("--no-link-remap=1", "--no-link-remap=1"),
+            ("--leave-running=1", "--leave-running=1"),
+            // Operands.
+            ("restore --exec-cmd -- ls -l --", "--exec-cmd -- restore ls -l --"),
+            ("- -d", "--restore-detached -- -"),
+        ] {
+            assert_eq!(arranged(line), expected, "{line}");
+        }
+    }
+}

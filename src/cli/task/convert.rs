@@ -1,0 +1,168 @@
+//! From the command line to what the engine is asked to do.
+
+use std::path::{Path, PathBuf};
+
+use nix::{
+    errno::Errno,
+    fcntl::{AT_FDCWD, AtFlags},
+    unistd::{AccessFlags, faccessat},
+};
+
+use super::options::{AutoDedupName, Inodes, TaskArgs, TrackerName, Verbosity};
+use crate::{dump, restore, units::HostPid};
+
+/// What is wrong with a command line as a whole.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum UsageError {
+    #[error("which process? -t PID says it")]
+    NoPid,
+    #[error("too many words: {}", .0.to_string_lossy())]
+    Operand(std::ffi::OsString),
+    #[error("--exec-cmd is for restore")]
+    ExecNotRestoring,
+    #[error("--exec-cmd needs a command: --exec-cmd -- COMMAND [ARGUMENT...]")]
+    NoCommand,
+    #[error("--exec-cmd cannot be used with --restore-detached: the command is the parent")]
+    ExecDetached,
+    #[error("--restore-sibling needs --restore-detached")]
+    SiblingNotDetached,
+    #[error("--inherit-fd is for restore")]
+    InheritNotRestoring,
+}
+
+/// How much is said: 0 nothing, 2 warnings, and so on, without end.
+pub(super) fn verbosity(args: &TaskArgs) -> u8 {
+    /// As with CRIU: errors and warnings.
+    const DEFAULT: u8 = 2;
+    args.output.verbosity.iter().fold(DEFAULT, |level, step| match step {
+        Verbosity::More(levels) => level.saturating_add(*levels),
+        Verbosity::Level(level) => *level,
+    })
+}
+
+/// Chooses where log, statistics and pid file go: the work directory if there is
+/// one, otherwise that of the images, or the current one if that can't be written.
+pub(super) fn work_dir(images_dir: &Path, work_dir: Option<&Path>) -> PathBuf {
+    if let Some(dir) = work_dir {
+        return dir.to_owned();
+    }
+    let flags = AccessFlags::W_OK | AccessFlags::X_OK;
+    match faccessat(AT_FDCWD, images_dir, flags, AtFlags::AT_EACCESS) {
+        Err(Errno::EROFS | Errno::EACCES | Errno::EPERM) => PathBuf::from("."),
+        // What else is wrong with it is said by who needs it.
+        Ok(()) | Err(_) => images_dir.to_owned(),
+    }
+}
+
+/// Returns what a dump or a pre-dump is asked to do.
+pub(super) fn dump_options(args: &TaskArgs, pre_dump: bool) -> Result<dump::Options, UsageError> {
+    check_operands(args, false)?;
+    if !args.around.inherit_fd.is_empty() {
+        return Err(UsageError::InheritNotRestoring);
+    }
+    Ok(dump::Options {
+        pid: HostPid(args.tree.tree.ok_or(UsageError::NoPid)?),
+        images_dir: args.images.images_dir.clone(),
+        work_dir: work_dir(&args.images.images_dir, args.images.work_dir.as_deref()),
+        pre_dump,
+        leave_running: args.tree.leave_running,
+        leave_stopped: args.tree.leave_stopped,
+        shell_job: args.tree.shell_job,
+        tcp_established: args.network.tcp_established,
+        ext_unix_sk: !args.network.ext_unix_sk.is_empty(),
+        file_locks: args.files.file_locks,
+        link_remap: args.files.link_remap,
+        ghost_limit_bytes: args.files.ghost_limit,
+        track_mem: args.memory.track_mem,
+        auto_dedup: args.memory.auto_dedup.is_some(),
+        prev_images_dir: args.images.prev_images_dir.clone(),
+        tracker: args.memory.tracker.map(|tracker| match tracker {
+            TrackerName::Wp => dump::Tracker::Wp,
+            TrackerName::SoftDirty => dump::Tracker::SoftDirty,
+            TrackerName::None => dump::Tracker::None,
+        }),
+        root: args.tree.root.clone(),
+        external: external(args),
+        action_scripts: args.tree.action_script.clone(),
+        freeze_cgroup: args.cgroups.freeze_cgroup.clone(),
+        timeout_s: args.tree.timeout,
+        display_stats: args.output.display_stats,
+    })
+}
+
+/// Returns what a restore is asked to do.
+pub(super) fn restore_options(args: &TaskArgs) -> Result<restore::Options, UsageError> {
+    check_operands(args, true)?;
+    if args.tree.restore_sibling && !args.tree.restore_detached {
+        return Err(UsageError::SiblingNotDetached);
+    }
+    Ok(restore::Options {
+        images_dir: args.images.images_dir.clone(),
+        work_dir: work_dir(&args.images.images_dir, args.images.work_dir.as_deref()),
+        detached: args.tree.restore_detached,
+        sibling: args.tree.restore_sibling,
+        leave_stopped: args.tree.leave_stopped,
+        shell_job: args.tree.shell_job,
+        pidfile: args.tree.pidfile.clone(),
+        root: args.tree.root.clone(),
+        external: external(args),
+        inherit_fds: args.around.inherit_fd.clone(),
+        action_scripts: args.tree.action_script.clone(),
+        exec_cmd: args.operands.clone(),
+        tcp_established: args.network.tcp_established,
+        ext_unix_sk: !args.network.ext_unix_sk.is_empty(),
+        file_locks: args.files.file_locks,
+        link_remap: args.files.link_remap,
+        auto_dedup: args.memory.auto_dedup.map(|when| match when {
+            AutoDedupName::Commit => restore::AutoDedup::Commit,
+            AutoDedupName::Now => restore::AutoDedup::Now,
+        }),
+        track_mem: args.memory.track_mem,
+        timeout_s: args.tree.timeout,
+        display_stats: args.output.display_stats,
+    })
+}
+
+/// Checks what is no option, and the option that is about that.
+pub(super) fn check_operands(args: &TaskArgs, restoring: bool) -> Result<(), UsageError> {
+    match (args.tree.exec_cmd, args.operands.first()) {
+        (false, None) => Ok(()),
+        (false, Some(word)) => Err(UsageError::Operand(word.clone())),
+        (true, _) if !restoring => Err(UsageError::ExecNotRestoring),
+        (true, None) => Err(UsageError::NoCommand),
+        (true, Some(_)) if args.tree.restore_detached => Err(UsageError::ExecDetached),
+        (true, Some(_)) => Ok(()),
+    }
+}
+
+/// Returns the resources of others, sockets that were named by their numbers too.
+fn external(args: &TaskArgs) -> Vec<String> {
+    let sockets = args.network.ext_unix_sk.iter().flat_map(|Inodes(numbers)| numbers);
+    let sockets = sockets.map(|number| format!("unix[{number}]"));
+    args.around.external.iter().cloned().chain(sockets).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::unix::fs::PermissionsExt};
+
+    use nix::unistd::geteuid;
+
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_written_is_replaced_by_the_current_directory() {
+        let here = Path::new(".");
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(work_dir(dir.path(), None), dir.path());
+        assert_eq!(work_dir(dir.path(), Some(Path::new("w"))), Path::new("w"));
+        let absent = dir.path().join("absent");
+        assert_eq!(work_dir(&absent, None), absent);
+        // Nobody can write here.
+        assert_eq!(work_dir(Path::new("/proc/self"), Some(here)), here);
+        if !geteuid().is_root() {
+            fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o555)).unwrap();
+            assert_eq!(work_dir(dir.path(), None), here);
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! Where the messages of a task go.
+
+use std::{
+    fs::OpenOptions,
+    io::{self, Write},
+    os::unix::fs::OpenOptionsExt,
+    path::Path,
+    process,
+};
+
+use anyhow::Context;
+use env_logger::{Builder, Target};
+use jiff::Timestamp;
+use log::{Level, LevelFilter};
+
+/// The log has memory's contents in it at the last level: not for others.
+const MODE: u32 = 0o600;
+
+/// The target of the last words of a task, which standard error gets anyway.
+pub(super) const LAST_WORDS: &str = "rcriu::last_words";
+
+/// Returns the level that is logged, by CRIU's numbers.
+pub(super) fn level(verbosity: u8) -> LevelFilter {
+    match verbosity {
+        0 => LevelFilter::Off,
+        1 => LevelFilter::Error,
+        2 => LevelFilter::Warn,
+        3 => LevelFilter::Info,
+        4 => LevelFilter::Debug,
+        _ => LevelFilter::Trace,
+    }
+}
+
+/// Sends messages to `file`, or to standard output if that is `-`, and errors to
+/// standard error as well; without a file, all to standard error.
+pub(super) fn start(file: Option<&Path>, level: LevelFilter) -> anyhow::Result<()> {
+    let mut builder = Builder::new();
+    builder.filter_level(level);
+    match file {
+        None => {
+            builder.filter_module(LAST_WORDS, LevelFilter::Off);
+            builder.target(Target::Stderr).format(|out, record| {
+                let level = record.level().as_str().to_lowercase();
+                writeln!(out, "rcriu: {level}: {}", record.args())
+            });
+        }
+        Some(path) => {
+            if path == Path::new("-") {
+                builder.target(Target::Stdout);
+            } else {
+                let mut options = OpenOptions::new();
+                options.create(true).write(true).truncate(true).mode(MODE);
+                let file = options.open(path);
+                let file = file.with_context(|| format!("open log file {}", path.display()))?;
+                builder.target(Target::Pipe(Box::new(file)));
+            }
+            builder.format(|out, record| {
+                if record.level() == Level::Error && record.target() != LAST_WORDS {
+                    // There is nobody left to tell if this fails.
+                    let _ = writeln!(io::stderr(), "rcriu: error: {}", record.args());
+                }
+                let (now, level) = (Timestamp::now(), record.level());
+                writeln!(out, "{now:.3} {level:<5} rcriu[{}]: {}", process::id(), record.args())
+            });
+        }
+    }
+    builder.try_init().context("start logging")
+}

@@ -1,0 +1,155 @@
+//! `rcriu dump`, `pre-dump`, `restore` and `check`: CRIU's command line.
+
+mod arrange;
+mod config;
+mod convert;
+mod log;
+mod options;
+mod run;
+mod table;
+#[cfg(test)]
+mod tests;
+
+use std::ffi::OsString;
+
+use clap::{Args, Command};
+
+pub(super) use self::{arrange::Given, options::TaskArgs, run::run};
+use self::{
+    arrange::{Arranged, Specs},
+    config::Sources,
+    table::{Commands, State},
+};
+
+/// A command with CRIU's options.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Task {
+    Dump,
+    PreDump,
+    Restore,
+    Check,
+}
+
+impl Task {
+    const ALL: [Self; 4] = [Self::Dump, Self::PreDump, Self::Restore, Self::Check];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Dump => "dump",
+            Self::PreDump => "pre-dump",
+            Self::Restore => "restore",
+            Self::Check => "check",
+        }
+    }
+
+    const fn as_set(self) -> Commands {
+        match self {
+            Self::Dump => table::DUMP,
+            Self::PreDump => table::PRE_DUMP,
+            Self::Restore => table::RESTORE,
+            Self::Check => table::CHECK,
+        }
+    }
+}
+
+/// A command line that is ready for clap.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    /// All words, with the program's name.
+    pub words: Vec<OsString>,
+    /// The options of a [`Task`], those of configuration files as well.
+    pub given: Vec<Given>,
+}
+
+/// Prepares a command line: if it is that of a [`Task`], brings it into the order
+/// and spelling that clap reads, and adds what configuration files say.
+///
+/// # Errors
+/// A command that is refused; a configuration file that can't be read.
+pub(super) fn prepare(words: Vec<OsString>) -> anyhow::Result<Prepared> {
+    let specs = Specs::of(&TaskArgs::augment_args(Command::new("task")));
+    let line = words.get(1..).unwrap_or_default();
+    let first = specs.arrange(line, Arranged::default());
+    let command = first.operands.first().and_then(|word| word.to_str()).unwrap_or_default();
+    if let Some((name, instead)) = table::REFUSED_COMMANDS.iter().find(|(name, _)| *name == command)
+    {
+        anyhow::bail!("the command {name} is not supported yet: {instead}");
+    }
+    let Some(task) = Task::ALL.into_iter().find(|task| task.name() == command) else {
+        return Ok(Prepared { words, given: Vec::new() });
+    };
+    let mut all = if first.for_clap.is_empty() {
+        specs.arrange(line, Sources::of(&first).read(&specs)?)
+    } else {
+        // Clap has something to say about the line itself.
+        first
+    };
+    all.operands.remove(0);
+    let mut prepared: Vec<OsString> = words.into_iter().take(1).collect();
+    prepared.push(task.name().into());
+    prepared.extend(all.words());
+    Ok(Prepared { words: prepared, given: all.given })
+}
+
+/// Says why an option that was given is refused.
+fn refusal(task: Task, given: &[Given]) -> Option<String> {
+    given.iter().find_map(|Given { name, value }| {
+        let row = table::row(name).filter(|row| row.on.has(task.as_set()))?;
+        match row.state {
+            State::Built | State::Harmless(_) => None,
+            State::Refused(instead) => Some(format!("--{name} is not supported yet: {instead}")),
+            State::RefusedUnless(values, instead) => {
+                let value = value.as_ref().map(|value| value.to_string_lossy());
+                match value {
+                    Some(value) if values.contains(&&*value) => None,
+                    Some(value) => {
+                        Some(format!("--{name}={value} is not supported yet: {instead}"))
+                    }
+                    None => Some(format!("--{name} is not supported yet: {instead}")),
+                }
+            }
+        }
+    })
+}
+
+/// Says of options that were given and have no effect why that is so.
+fn without_effect(task: Task, given: &[Given]) -> impl Iterator<Item = String> {
+    given.iter().filter_map(move |Given { name, .. }| {
+        let row = table::row(name)?;
+        if !row.on.has(task.as_set()) {
+            return Some(format!("--{name} has no effect: it is not for {}", task.name()));
+        }
+        match row.state {
+            State::Harmless(why) => Some(format!("--{name} has no effect: {why}")),
+            State::Built | State::Refused(_) | State::RefusedUnless(..) => None,
+        }
+    })
+}
+
+/// Shows each command those options only that it has, and the ones that are
+/// refused or have no effect only to who asks for the long help.
+pub(super) fn tidy_help(mut program: Command) -> Command {
+    for task in Task::ALL {
+        program = program.mut_subcommand(task.name(), |command| {
+            command.mut_args(|arg| {
+                let Some(row) = arg.get_long().and_then(table::row) else {
+                    let hide = task != Task::Restore && arg.is_last_set();
+                    return arg.hide(hide);
+                };
+                if !row.on.has(task.as_set()) {
+                    return arg.hide(true);
+                }
+                match row.state {
+                    State::Built => arg,
+                    State::Harmless(_) => {
+                        arg.hide_short_help(true).help_heading("Accepted, without effect")
+                    }
+                    State::Refused(_) | State::RefusedUnless(..) => {
+                        arg.hide_short_help(true).help_heading("Known, refused for now")
+                    }
+                }
+            })
+        });
+    }
+    program
+}

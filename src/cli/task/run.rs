@@ -1,0 +1,141 @@
+//! Running the commands.
+
+use std::{os::unix::process::CommandExt, path::Path, process::ExitCode};
+
+use anyhow::{Context, bail};
+use log::{error, info};
+
+use super::{Given, Task, TaskArgs, convert, log as task_log, refusal, without_effect};
+use crate::{
+    cli::{answer, check_features, exit, report},
+    dump, restore,
+    sys::supervise::{self, Ended, Side},
+};
+
+/// What is to be done.
+enum Work {
+    Dump(dump::Options),
+    Restore(restore::Options),
+}
+
+/// Runs a command and returns the exit code.
+pub(in crate::cli) fn run(task: Task, args: &TaskArgs, given: &[Given]) -> ExitCode {
+    if let Some(refusal) = refusal(task, given) {
+        report(&anyhow::Error::msg(refusal));
+        return ExitCode::from(exit::FAILED);
+    }
+    let work = match task {
+        Task::Dump => convert::dump_options(args, false).map(Work::Dump),
+        Task::PreDump => convert::dump_options(args, true).map(Work::Dump),
+        Task::Restore => convert::restore_options(args).map(Work::Restore),
+        Task::Check => return check(args),
+    };
+    let work = match work {
+        Ok(work) => work,
+        Err(error) => return usage(error.into()),
+    };
+    close(args);
+    let result = match &work {
+        Work::Dump(_) => supervised(|| perform(task, &work, args, given)),
+        Work::Restore(_) => Ok(perform(task, &work, args, given)),
+    };
+    match result {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            report(&error);
+            ExitCode::from(exit::FAILED)
+        }
+    }
+}
+
+fn usage(error: anyhow::Error) -> ExitCode {
+    report(&error);
+    ExitCode::from(exit::USAGE)
+}
+
+/// Closes descriptors that the caller wants to be closed.
+fn close(args: &TaskArgs) {
+    for fd in &args.around.close {
+        // We have opened nothing yet, and one that is not open is as good as closed.
+        let _ = nix::unistd::close(*fd);
+    }
+}
+
+/// Does the work in a process of its own, and returns the exit code.
+fn supervised(work: impl FnOnce() -> u8) -> anyhow::Result<u8> {
+    let supervisor = match supervise::split().context("start a process that does the work")? {
+        Side::Worker => return Ok(work()),
+        Side::Supervisor(supervisor) => supervisor,
+    };
+    match supervisor.wait().context("wait for the process that does the work")? {
+        // It has said why.
+        Ended::Exited(code) => Ok(u8::try_from(code).unwrap_or(exit::FAILED)),
+        Ended::Killed(signal) => bail!("the process that does the work was killed by {signal}"),
+    }
+}
+
+/// Does the work, says on standard error and in the log what went wrong, and
+/// returns the exit code.
+fn perform(task: Task, work: &Work, args: &TaskArgs, given: &[Given]) -> u8 {
+    match start_log(work.work_dir(), args).and_then(|()| work.run(task, given)) {
+        Ok(()) => exit::OK,
+        Err(failure) => {
+            error!(target: task_log::LAST_WORDS, "{failure:#}");
+            report(&failure);
+            exit::FAILED
+        }
+    }
+}
+
+fn start_log(work_dir: &Path, args: &TaskArgs) -> anyhow::Result<()> {
+    let file = args.output.log_file.as_deref();
+    let file = file.map(|file| match file.to_str() {
+        Some("-") => file.to_owned(),
+        _ => work_dir.join(file),
+    });
+    task_log::start(file.as_deref(), task_log::level(convert::verbosity(args)))
+}
+
+impl Work {
+    fn work_dir(&self) -> &Path {
+        match self {
+            Self::Dump(options) => &options.work_dir,
+            Self::Restore(options) => &options.work_dir,
+        }
+    }
+
+    fn run(&self, task: Task, given: &[Given]) -> anyhow::Result<()> {
+        for line in without_effect(task, given) {
+            info!("{line}");
+        }
+        match self {
+            Self::Dump(options) => Ok(dump::run(options)?),
+            Self::Restore(options) => {
+                restore::run(options)?;
+                let Some((program, arguments)) = options.exec_cmd.split_first() else {
+                    return Ok(());
+                };
+                let error = std::process::Command::new(program).args(arguments).exec();
+                let program = Path::new(program).display();
+                Err(error).with_context(|| format!("execute {program}; the tree is restored"))
+            }
+        }
+    }
+}
+
+fn check(args: &TaskArgs) -> ExitCode {
+    if let Err(error) = convert::check_operands(args, false) {
+        return usage(error.into());
+    }
+    close(args);
+    if let Err(error) = start_log(Path::new("."), args) {
+        report(&error);
+        return ExitCode::from(exit::FAILED);
+    }
+    let wanted = check_features::Wanted {
+        extra: args.check.extra || args.check.all,
+        experimental: args.check.experimental || args.check.all,
+        names: args.check.feature.clone(),
+    };
+    answer(|out| check_features::run(&wanted, out), exit::FAILED, exit::FAILED)
+}

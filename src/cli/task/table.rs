@@ -1,0 +1,202 @@
+//! What is done about each option: one table.
+
+/// Commands that an option means something to, as a set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Commands(u8);
+
+/// `dump`
+pub(super) const DUMP: Commands = Commands(1);
+/// `pre-dump`
+pub(super) const PRE_DUMP: Commands = Commands(2);
+/// `restore`
+pub(super) const RESTORE: Commands = Commands(4);
+/// `check`
+pub(super) const CHECK: Commands = Commands(8);
+
+const DUMPS: Commands = DUMP.or(PRE_DUMP);
+const BOTH: Commands = DUMPS.or(RESTORE);
+const ALL: Commands = BOTH.or(CHECK);
+
+impl Commands {
+    const fn or(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    /// Whether one of `other` is among these.
+    pub(super) const fn has(self, other: Self) -> bool {
+        self.0 & other.0 != 0
+    }
+}
+
+/// What is done about an option.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum State {
+    /// It does what it says.
+    Built,
+    /// It is accepted and does nothing, for this reason.
+    Harmless(&'static str),
+    /// It is refused: what would be needed, or what to do instead.
+    Refused(&'static str),
+    /// It is refused unless it has one of these values, with which it is harmless.
+    RefusedUnless(&'static [&'static str], &'static str),
+}
+
+/// An option.
+#[derive(Debug)]
+pub(super) struct Row {
+    /// Its long name.
+    pub name: &'static str,
+    /// To whom it means something; the others ignore it, as CRIU's do.
+    pub on: Commands,
+    /// What is done about it.
+    pub state: State,
+}
+
+/// Returns the row of an option by its long name.
+pub(super) fn row(name: &str) -> Option<&'static Row> {
+    ROWS.iter().find(|row| row.name == name)
+}
+
+use State::{Built, Harmless, Refused, RefusedUnless};
+
+const NO_NAMESPACES: &str = "a tree with namespaces of its own stops the dump in any case";
+const NO_CONNECTIONS: &str = "an established connection stops the dump in any case";
+const NO_WATCHES: &str = "a watch (inotify, fanotify) stops the dump in any case";
+const CGROUPS: &str =
+    "cgroups are left alone (--manage-cgroups=ignore); put the restored tree into its cgroups";
+const PAGE_SERVER: &str = "pages are written to local images only; copy those";
+const TLS: &str = "there is no page server; copy the images over ssh";
+
+/// Every option but `help` and `version`.
+pub(super) const ROWS: &[Row] = &[
+    // Processes
+    built("tree", DUMPS),
+    built("leave-running", DUMP),
+    built("leave-stopped", DUMP.or(RESTORE)),
+    built("restore-detached", RESTORE),
+    built("restore-sibling", RESTORE),
+    built("shell-job", BOTH),
+    built("exec-cmd", RESTORE),
+    built("pidfile", RESTORE),
+    built("timeout", BOTH),
+    refused("root", BOTH, "trees with a mount namespace of their own are not; leave it out"),
+    built("action-script", BOTH),
+    // Images
+    built("images-dir", ALL),
+    built("prev-images-dir", DUMPS),
+    built("work-dir", ALL),
+    refused("stream", BOTH, "dump into a directory, on tmpfs if it is not to touch a disk"),
+    // Memory
+    built("track-mem", BOTH),
+    built("tracker", BOTH),
+    refused("auto-dedup", BOTH, "nothing is freed in the images; leave it out"),
+    harmless("pre-dump-mode", PRE_DUMP, "memory is read in one way, while the tree runs"),
+    refused("lazy-pages", BOTH, "there is no server of pages; restore without it"),
+    // Files
+    refused("file-locks", BOTH, "a tree that holds locks can't be dumped; let it release them"),
+    built("link-remap", BOTH),
+    built("ghost-limit", DUMP),
+    harmless("ghost-fiemap", DUMP, "holes are found by SEEK_DATA, at the same cost"),
+    Row {
+        name: "file-validation",
+        on: BOTH,
+        state: RefusedUnless(&["filesize"], "only sizes are compared; use =filesize"),
+    },
+    harmless("skip-file-rwx-check", RESTORE, "permissions of files are not compared"),
+    harmless("evasive-devices", DUMP, "a device without its path stops the dump in any case"),
+    harmless("force-irmap", DUMPS, NO_WATCHES),
+    harmless("irmap-scan-path", DUMPS, NO_WATCHES),
+    // Sockets
+    refused("tcp-established", BOTH, "close the connections, or let the peers connect again"),
+    harmless("tcp-close", BOTH, NO_CONNECTIONS),
+    harmless("skip-in-flight", DUMP, NO_CONNECTIONS),
+    built("ext-unix-sk", BOTH),
+    harmless("network-lock", DUMP, NO_CONNECTIONS),
+    // Provided by others
+    built("external", BOTH),
+    built("inherit-fd", RESTORE),
+    built("close", ALL),
+    refused("libdir", BOTH, "there are no plugins; leave it out if the tree needs none"),
+    // Machine
+    Row {
+        name: "cpu-cap",
+        on: BOTH,
+        state: RefusedUnless(
+            &["none"],
+            "restore on the same kind of processor, or use =none to try",
+        ),
+    },
+    refused("lsm-profile", RESTORE, "start rcriu itself with the profile, it is inherited"),
+    refused("lsm-mount-context", RESTORE, "mounts are not restored"),
+    refused("allow-uprobes", BOTH, "dump a tree that has never been probed"),
+    harmless("unprivileged", BOTH, "what needs privileges says so when it is needed"),
+    harmless("deprecated", ALL, "there is nothing that would need it"),
+    // Cgroups
+    Row { name: "manage-cgroups", on: BOTH, state: RefusedUnless(&["ignore", "none"], CGROUPS) },
+    refused("freeze-cgroup", DUMPS, "leave it out: the tree is stopped by ptrace"),
+    refused("cgroup-root", BOTH, CGROUPS),
+    refused("cgroup-props", BOTH, CGROUPS),
+    refused("cgroup-props-file", BOTH, CGROUPS),
+    refused("cgroup-dump-controller", DUMPS, CGROUPS),
+    refused("cgroup-yard", BOTH, CGROUPS),
+    // Namespaces
+    refused("join-ns", RESTORE, "run rcriu in the namespace, by nsenter(1)"),
+    harmless("empty-ns", BOTH, NO_NAMESPACES),
+    harmless("skip-mnt", BOTH, NO_NAMESPACES),
+    harmless("enable-fs", BOTH, NO_NAMESPACES),
+    harmless("ext-mount-map", BOTH, NO_NAMESPACES),
+    harmless("enable-external-sharing", BOTH, NO_NAMESPACES),
+    harmless("enable-external-masters", BOTH, NO_NAMESPACES),
+    harmless("mntns-compat-mode", RESTORE, NO_NAMESPACES),
+    harmless("veth-pair", RESTORE, NO_NAMESPACES),
+    harmless("weak-sysctls", RESTORE, NO_NAMESPACES),
+    // Page server
+    refused("page-server", DUMPS, PAGE_SERVER),
+    refused("address", BOTH, PAGE_SERVER),
+    refused("port", BOTH, PAGE_SERVER),
+    refused("ps-socket", BOTH, PAGE_SERVER),
+    refused("status-fd", BOTH, "wait for the exit code, or use --action-script"),
+    refused("tls", BOTH, TLS),
+    refused("tls-cacert", BOTH, TLS),
+    refused("tls-cacrl", BOTH, TLS),
+    refused("tls-cert", BOTH, TLS),
+    refused("tls-key", BOTH, TLS),
+    refused("tls-no-cn-verify", BOTH, TLS),
+    // Check
+    built("extra", CHECK),
+    built("experimental", CHECK),
+    built("all", CHECK),
+    built("feature", CHECK),
+    refused("ms", ALL, "CRIU has dropped it as well; use --feature"),
+    // Messages
+    built("log-file", ALL),
+    built("verbosity", ALL),
+    harmless("log-pid", ALL, "a single process logs, and each line has its pid"),
+    built("display-stats", BOTH),
+    // Configuration
+    built("config", ALL),
+    built("no-default-config", ALL),
+];
+
+const fn built(name: &'static str, on: Commands) -> Row {
+    Row { name, on, state: Built }
+}
+
+const fn harmless(name: &'static str, on: Commands, why: &'static str) -> Row {
+    Row { name, on, state: Harmless(why) }
+}
+
+const fn refused(name: &'static str, on: Commands, instead: &'static str) -> Row {
+    Row { name, on, state: Refused(instead) }
+}
+
+/// Commands of CRIU that are not built, and what to do instead.
+pub(super) const REFUSED_COMMANDS: &[(&str, &str)] = &[
+    ("cpuinfo", "restore on the same kind of processor"),
+    ("dedup", "nothing is freed in existing images"),
+    ("exec", "CRIU has dropped it as well"),
+    ("lazy-pages", "restore without --lazy-pages"),
+    ("page-server", PAGE_SERVER),
+    ("service", "run rcriu by its command line"),
+    ("swrk", "run rcriu by its command line"),
+];

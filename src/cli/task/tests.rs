@@ -1,0 +1,427 @@
+//! Whole command lines.
+
+use std::collections::BTreeSet;
+
+use clap::{CommandFactory, FromArgMatches, Parser};
+
+use super::*;
+use crate::{dump, restore, units::HostPid};
+
+/// Every long option of CRIU 4.2 with a value that it accepts, as `crtools.c` and
+/// `config.c` have them, but help and version.
+const OF_CRIU: &str = "
+    --tree=1 --leave-stopped --leave-running --restore-detached --restore-sibling --daemon
+    --images-dir=d --work-dir=d --log-file=f --join-ns=net:1 --root=/r --ext-unix-sk
+    --ext-unix-sk=1,2 --tcp-established --close=9 --log-pid --evasive-devices --pidfile=f
+    --veth-pair=a=b --action-script=f --link-remap --shell-job --file-locks --page-server
+    --address=a --port=1 --prev-images-dir=d --ms --track-mem --auto-dedup --libdir=d --cpu-cap
+    --cpu-cap=none --force-irmap --ext-mount-map=a:b --exec-cmd --manage-cgroups
+    --manage-cgroups=full --cgroup-root=c:/d --inherit-fd=fd[1]:k --feature=uffd --skip-mnt=p
+    --enable-fs=a,b --enable-external-sharing --enable-external-masters --freeze-cgroup=d
+    --ghost-limit=1M --irmap-scan-path=p --lsm-profile=selinux:a --timeout=1 --external=tty[1:2]
+    --empty-ns=net --lazy-pages --extra --experimental --all --cgroup-props=p
+    --cgroup-props-file=f --cgroup-dump-controller=c --skip-in-flight --deprecated
+    --display-stats --weak-sysctls --status-fd=1 --tcp-close --verbosity --verbosity=4
+    --ps-socket=1 --stream --config=f --no-default-config --tls-cacert=f --tls-cacrl=f
+    --tls-cert=f --tls-key=f --tls --tls-no-cn-verify --cgroup-yard=p --pre-dump-mode=read
+    --file-validation=filesize --skip-file-rwx-check --lsm-mount-context=c --network-lock=skip
+    --mntns-compat-mode --unprivileged --ghost-fiemap --allow-uprobes";
+
+/// Those that CRIU allows to be taken back.
+const TAKEN_BACK: &str = "
+    restore-detached restore-sibling daemon tcp-established log-pid evasive-devices link-remap
+    shell-job file-locks page-server track-mem auto-dedup force-irmap extra experimental
+    skip-in-flight deprecated display-stats weak-sysctls tcp-close stream tls
+    skip-file-rwx-check mntns-compat-mode unprivileged ghost-fiemap allow-uprobes";
+
+/// Our own.
+const OURS: [&str; 1] = ["tracker"];
+
+#[derive(Debug, Parser)]
+struct Line {
+    #[command(flatten)]
+    args: TaskArgs,
+}
+
+/// Reads a command line without the program's name; files of the system have no
+/// part in it.
+fn read(line: &str) -> Result<(TaskArgs, Vec<Given>), String> {
+    let words = ["rcriu", "--no-default-config"].into_iter().chain(line.split_whitespace());
+    let prepared = prepare(words.map(OsString::from).collect());
+    let prepared = prepared.map_err(|error| error.to_string())?;
+    let parsed = Line::command().try_get_matches_from(
+        // The command is a subcommand in the program.
+        prepared.words.iter().enumerate().filter(|(at, _)| *at != 1).map(|(_, word)| word),
+    );
+    let parsed = parsed.and_then(|matches| Line::from_arg_matches(&matches));
+    let args = parsed.map_err(|error| error.to_string())?.args;
+    Ok((args, prepared.given))
+}
+
+fn args(line: &str) -> TaskArgs {
+    read(line).unwrap_or_else(|error| panic!("{line}: {error}")).0
+}
+
+fn dumped(line: &str) -> dump::Options {
+    convert::dump_options(&args(line), false).unwrap_or_else(|error| panic!("{line}: {error}"))
+}
+
+fn restored(line: &str) -> restore::Options {
+    convert::restore_options(&args(line)).unwrap_or_else(|error| panic!("{line}: {error}"))
+}
+
+#[test]
+fn every_option_of_criu_is_known() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = dir.path().join("f");
+    std::fs::write(&config, "").unwrap();
+    for option in OF_CRIU.split_whitespace() {
+        let option = option.replace("--config=f", &format!("--config={}", config.display()));
+        for task in Task::ALL {
+            let line = format!("{} {option}", task.name());
+            read(&line).unwrap_or_else(|error| panic!("{line}: {error}"));
+        }
+    }
+    for option in TAKEN_BACK.split_whitespace() {
+        let (_, given) = read(&format!("dump --{option} --no-{option}")).unwrap();
+        assert_eq!(given.len(), 1, "--no-{option} leaves --no-default-config: {given:?}");
+    }
+}
+
+#[test]
+fn the_table_has_every_option_and_no_other() {
+    let command = TaskArgs::augment_args(Command::new("task"));
+    let known: BTreeSet<&str> = command.get_arguments().filter_map(|arg| arg.get_long()).collect();
+    let rows: Vec<&str> = table::ROWS.iter().map(|row| row.name).collect();
+    let unique: BTreeSet<&str> = rows.iter().copied().collect();
+    assert_eq!(unique.len(), rows.len());
+    assert_eq!(unique, known);
+    let of_criu = OF_CRIU.split_whitespace().map(|option| {
+        let name = option.trim_start_matches("--").split('=').next().unwrap();
+        if name == "daemon" { "restore-detached" } else { name }
+    });
+    let expected: BTreeSet<&str> = of_criu.chain(OURS).collect();
+    assert_eq!(unique, expected);
+}
+
+#[test]
+fn short_letters_are_those_of_criu() {
+    let command = TaskArgs::augment_args(Command::new("task"));
+    let letters: BTreeSet<(char, &str)> = command
+        .get_arguments()
+        .filter_map(|arg| Some((arg.get_short()?, arg.get_long()?)))
+        .collect();
+    let expected = [
+        ('D', "images-dir"),
+        ('J', "join-ns"),
+        ('L', "libdir"),
+        ('M', "ext-mount-map"),
+        ('R', "leave-running"),
+        ('S', "restore-sibling"),
+        ('W', "work-dir"),
+        ('d', "restore-detached"),
+        ('j', "shell-job"),
+        ('l', "file-locks"),
+        ('o', "log-file"),
+        ('r', "root"),
+        ('s', "leave-stopped"),
+        ('t', "tree"),
+        ('v', "verbosity"),
+        ('x', "ext-unix-sk"),
+    ];
+    assert_eq!(letters, BTreeSet::from(expected));
+}
+
+fn default_dump() -> dump::Options {
+    dump::Options {
+        pid: HostPid(7),
+        images_dir: ".".into(),
+        work_dir: ".".into(),
+        pre_dump: false,
+        leave_running: false,
+        leave_stopped: false,
+        shell_job: false,
+        tcp_established: false,
+        ext_unix_sk: false,
+        file_locks: false,
+        link_remap: false,
+        ghost_limit_bytes: 1 << 20,
+        track_mem: false,
+        auto_dedup: false,
+        prev_images_dir: None,
+        tracker: None,
+        root: None,
+        external: Vec::new(),
+        action_scripts: Vec::new(),
+        freeze_cgroup: None,
+        timeout_s: 10,
+        display_stats: false,
+    }
+}
+
+fn default_restore() -> restore::Options {
+    restore::Options {
+        images_dir: ".".into(),
+        work_dir: ".".into(),
+        detached: false,
+        sibling: false,
+        leave_stopped: false,
+        shell_job: false,
+        pidfile: None,
+        root: None,
+        external: Vec::new(),
+        inherit_fds: Vec::new(),
+        action_scripts: Vec::new(),
+        exec_cmd: Vec::new(),
+        tcp_established: false,
+        ext_unix_sk: false,
+        file_locks: false,
+        link_remap: false,
+        auto_dedup: None,
+        track_mem: false,
+        timeout_s: 10,
+        display_stats: false,
+    }
+}
+
+#[test]
+fn lines_of_dump_become_options() {
+    let default = default_dump();
+    let strings = |list: &[&str]| list.iter().map(ToString::to_string).collect::<Vec<_>>();
+    for (line, expected) in [
+        ("dump -t 7", default.clone()),
+        (
+            "dump --tree=3 -t7 -Dd -W w",
+            dump::Options { images_dir: "d".into(), work_dir: "w".into(), ..default.clone() },
+        ),
+        (
+            "-D d -W w dump -t 7 -R",
+            dump::Options {
+                images_dir: "d".into(),
+                work_dir: "w".into(),
+                leave_running: true,
+                ..default.clone()
+            },
+        ),
+        // Of what cannot be together, the last one counts.
+        ("dump -t 7 -R -s", dump::Options { leave_stopped: true, ..default.clone() }),
+        ("dump -t 7 -sR", dump::Options { leave_running: true, ..default.clone() }),
+        (
+            "dump -t 7 -jl --link-remap --display-stats --tcp-established",
+            dump::Options {
+                shell_job: true,
+                file_locks: true,
+                link_remap: true,
+                display_stats: true,
+                tcp_established: true,
+                ..default.clone()
+            },
+        ),
+        (
+            "dump -t 7 --ghost-limit 64k --timeout 3",
+            dump::Options { ghost_limit_bytes: 64 << 10, timeout_s: 3, ..default.clone() },
+        ),
+        ("dump -t 7 --track-mem --prev-images-dir ../1 --tracker soft-dirty --auto-dedup", {
+            dump::Options {
+                track_mem: true,
+                prev_images_dir: Some("../1".into()),
+                tracker: Some(dump::Tracker::SoftDirty),
+                auto_dedup: true,
+                ..default.clone()
+            }
+        }),
+        (
+            "dump -t 7 --external mnt[/a]:b -x5,6 --external tty[1:2]",
+            dump::Options {
+                ext_unix_sk: true,
+                external: strings(&["mnt[/a]:b", "tty[1:2]", "unix[5]", "unix[6]"]),
+                ..default.clone()
+            },
+        ),
+        (
+            "dump -t 7 -x --no-ext-unix-sk --action-script a --action-script b",
+            dump::Options { action_scripts: vec!["a".into(), "b".into()], ..default.clone() },
+        ),
+        (
+            "dump -t 7 -r /r --freeze-cgroup /c",
+            dump::Options {
+                root: Some("/r".into()),
+                freeze_cgroup: Some("/c".into()),
+                ..default.clone()
+            },
+        ),
+    ] {
+        assert_eq!(dumped(line), expected, "{line}");
+    }
+    let pre_dump = convert::dump_options(&args("pre-dump -t 7"), true).unwrap();
+    assert_eq!(pre_dump, dump::Options { pre_dump: true, ..default });
+}
+
+#[test]
+fn lines_of_restore_become_options() {
+    let default = default_restore();
+    for (line, expected) in [
+        ("restore", default.clone()),
+        (
+            "restore -dSs --pidfile p -D d -W w",
+            restore::Options {
+                images_dir: "d".into(),
+                work_dir: "w".into(),
+                detached: true,
+                sibling: true,
+                leave_stopped: true,
+                pidfile: Some("p".into()),
+                ..default.clone()
+            },
+        ),
+        ("restore --daemon", restore::Options { detached: true, ..default.clone() }),
+        (
+            "restore --exec-cmd -- sh -c :",
+            restore::Options {
+                exec_cmd: ["sh", "-c", ":"].map(OsString::from).to_vec(),
+                ..default.clone()
+            },
+        ),
+        (
+            "restore --inherit-fd fd[3]:pipe:[1] --inherit-fd=fd[4]:a/b",
+            restore::Options {
+                inherit_fds: vec![(3, "pipe:[1]".to_owned()), (4, "a/b".to_owned())],
+                ..default.clone()
+            },
+        ),
+        (
+            "restore --auto-dedup --track-mem",
+            restore::Options {
+                auto_dedup: Some(restore::AutoDedup::Commit),
+                track_mem: true,
+                ..default.clone()
+            },
+        ),
+        (
+            "restore --auto-dedup=now",
+            restore::Options { auto_dedup: Some(restore::AutoDedup::Now), ..default.clone() },
+        ),
+    ] {
+        assert_eq!(restored(line), expected, "{line}");
+    }
+}
+
+#[test]
+fn wrong_lines_are_usage_errors() {
+    for (line, why) in [
+        ("dump", "which process? -t PID says it"),
+        ("dump -t 7 x", "too many words: x"),
+        ("dump -t 7 --exec-cmd x", "--exec-cmd is for restore"),
+        ("dump -t 7 --inherit-fd fd[1]:x", "--inherit-fd is for restore"),
+    ] {
+        let error = convert::dump_options(&args(line), false).unwrap_err();
+        assert_eq!(error.to_string(), why, "{line}");
+    }
+    for (line, why) in [
+        ("restore -S", "--restore-sibling needs --restore-detached"),
+        ("restore --exec-cmd", "--exec-cmd needs a command: --exec-cmd -- COMMAND [ARGUMENT...]"),
+        (
+            "restore -d --exec-cmd x",
+            "--exec-cmd cannot be used with --restore-detached: the command is the parent",
+        ),
+    ] {
+        let error = convert::restore_options(&args(line)).unwrap_err();
+        assert_eq!(error.to_string(), why, "{line}");
+    }
+    for line in [
+        "dump -t 0",
+        "dump -t -7",
+        "dump -t x",
+        "dump -t 7 --ghost-limit 1T",
+        "dump -t 7 --bogus",
+        "dump -t 7 -q",
+        "dump -t 7 --leave-running=yes",
+        "dump -t 7 --manage-cgroups=bogus",
+        "dump -t 7 --empty-ns=user",
+        "dump -t 7 -x0",
+        "dump -t 7 -vx",
+        "restore --inherit-fd 3:x",
+    ] {
+        assert!(read(line).is_err(), "{line}");
+    }
+}
+
+#[test]
+fn verbosity_is_that_of_criu() {
+    for (line, level) in [
+        ("dump", 2),
+        ("dump -v", 3),
+        ("dump -vv", 4),
+        ("dump -vvvv", 6),
+        ("dump -v -v", 4),
+        ("dump -v0", 0),
+        ("dump -v4", 4),
+        ("dump -v4 -v", 5),
+        ("dump -v4 -v1", 1),
+        ("dump --verbosity --verbosity=1", 1),
+        ("dump -jv3", 3),
+    ] {
+        assert_eq!(convert::verbosity(&args(line)), level, "{line}");
+    }
+}
+
+#[test]
+fn what_is_not_built_is_refused_by_name() {
+    let refused = |task: Task, line: &str| {
+        let (_, given) = read(&format!("{} {line}", task.name())).unwrap();
+        refusal(task, &given)
+    };
+    for (task, line, expected) in [
+        (Task::Restore, "--lazy-pages", Some("--lazy-pages")),
+        (Task::Dump, "-t 7 --page-server", Some("--page-server")),
+        (Task::Dump, "-t 7 --manage-cgroups", Some("--manage-cgroups")),
+        (Task::Dump, "-t 7 --manage-cgroups=full", Some("--manage-cgroups=full")),
+        (Task::Dump, "-t 7 --manage-cgroups=ignore", None),
+        (Task::Restore, "--cpu-cap=none", None),
+        (Task::Restore, "--cpu-cap", Some("--cpu-cap")),
+        (Task::Restore, "-J net:1", Some("--join-ns")),
+        (Task::Dump, "--tcp-close --skip-mnt /a --weak-sysctls --log-pid", None),
+        // Not for this command, or taken back.
+        (Task::Dump, "-J net:1", None),
+        (Task::Restore, "--freeze-cgroup /c", None),
+        (Task::Dump, "--stream --no-stream", None),
+    ] {
+        let said = refused(task, line);
+        match expected {
+            None => assert_eq!(said, None, "{line}"),
+            Some(name) => {
+                let said = said.unwrap_or_else(|| panic!("{line} is accepted"));
+                let start = format!("{name} is not supported yet: ");
+                assert!(said.starts_with(&start), "{said}");
+                assert!(said.len() > start.len(), "{said}");
+            }
+        }
+    }
+    for (command, _) in table::REFUSED_COMMANDS {
+        let error = read(&format!("{command} --port 1")).unwrap_err();
+        let start = format!("the command {command} is not supported yet: ");
+        assert!(error.starts_with(&start), "{error}");
+    }
+}
+
+#[test]
+fn what_has_no_effect_is_said() {
+    let (_, given) = read("dump -t 7 --restore-sibling --log-pid -R").unwrap();
+    let said: Vec<String> = without_effect(Task::Dump, &given).collect();
+    assert_eq!(
+        said,
+        [
+            "--restore-sibling has no effect: it is not for dump",
+            "--log-pid has no effect: a single process logs, and each line has its pid",
+        ]
+    );
+}
+
+#[test]
+fn lines_of_other_commands_are_left_alone() {
+    for line in ["show -v dump", "show --pretty x", "--version", "help dump", "bogus -t 7", ""] {
+        let words: Vec<OsString> =
+            ["rcriu"].into_iter().chain(line.split_whitespace()).map(OsString::from).collect();
+        assert_eq!(prepare(words.clone()).unwrap().words, words, "{line}");
+    }
+}
