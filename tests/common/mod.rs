@@ -2,6 +2,7 @@
 #![allow(dead_code, clippy::allow_attributes, reason = "every test takes a part of it")]
 
 pub mod chain;
+pub mod live;
 pub mod mounted;
 
 use std::{fs::File, path::Path};
@@ -11,6 +12,8 @@ use std::{fs::File, path::Path};
 pub enum Cap {
     /// To mount file systems in user space, as root.
     Fuse,
+    /// To stop, read and restore processes of any user.
+    Ptrace,
     /// A program in the search path.
     Program(&'static str),
 }
@@ -25,6 +28,9 @@ impl Cap {
                 .open("/dev/fuse")
                 .err()
                 .map(|error| format!("/dev/fuse ({error})")),
+            Self::Ptrace => {
+                (!nix::unistd::geteuid().is_root()).then(|| "root, to trace processes".to_owned())
+            }
             Self::Program(name) => {
                 let path = std::env::var_os("PATH").unwrap_or_default();
                 let found = std::env::split_paths(&path).any(|dir| dir.join(name).is_file());

@@ -1,0 +1,365 @@
+//! Live process trees, one per kind of state: dumped, restored, and asked
+//! whether they still have it.
+//!
+//! Each state is a workload (`tests/workloads`), a program that compares itself
+//! after the checkpoint with what it remembers from before. It runs once through
+//! a dump that ends it and a restore, and once through a dump that leaves it
+//! running. Both times what the kernel shows of it is compared as well.
+//!
+//! All of it needs root.
+
+mod common;
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use common::{
+    Cap,
+    live::{Live, TreeState, engine, wait_for, workload},
+    require,
+};
+
+/// Dumps a state, which ends it, and restores it.
+fn restored(name: &str, options: &[&str]) {
+    require(Cap::Ptrace);
+    let mut live = Live::workload(name);
+    let before = live.state();
+    live.dump(options);
+    live.restore(options);
+    let after = live.state();
+    live.verdict();
+    // What it says of itself tells more, so this comes second.
+    before.restored(live.root).assert_unchanged(&after.restored(live.root));
+}
+
+/// Dumps a state, which goes on as if nothing had happened.
+fn running(name: &str, options: &[&str]) {
+    require(Cap::Ptrace);
+    let mut live = Live::workload(name);
+    let before = live.state();
+    live.dump_running(options);
+    before.assert_unchanged(&live.state());
+    live.verdict();
+}
+
+/// Two tests for each state.
+macro_rules! states {
+    ($($name:ident $($options:expr)?;)*) => {
+        mod privileged_restored {
+            $(#[test]
+            fn $name() {
+                super::restored(stringify!($name), super::options!($($options)?));
+            })*
+        }
+
+        mod privileged_running {
+            $(#[test]
+            fn $name() {
+                super::running(stringify!($name), super::options!($($options)?));
+            })*
+        }
+
+        /// The states that are tested here.
+        const NAMES: &[&str] = &[$(stringify!($name)),*];
+    };
+}
+
+/// The options of a row, or none.
+macro_rules! options {
+    () => {
+        &[]
+    };
+    ($options:expr) => {
+        &$options
+    };
+}
+use options;
+
+states! {
+    private_anon;
+    zero_and_holes;
+    shared_anon;
+    shared_anon_parts;
+    shared_file;
+    private_file;
+    deleted_file_mapping;
+    memfd_mapping;
+    sysv_shm;
+    mlocked;
+    madvised;
+    prot_none;
+    growing_stack;
+    brk_heap;
+    cow_tree;
+    guard_pages;
+    mremapped;
+    huge_pages;
+    many_areas;
+    vdso;
+    threads;
+    thread_names;
+    thread_scheduling;
+    thread_masks;
+    thread_creds;
+    robust_mutex;
+    clear_tid;
+    condition_variable;
+    registers_general;
+    registers_sse;
+    registers_avx;
+    registers_avx512;
+    registers_x87;
+    segment_bases;
+    tree;
+    sessions;
+    dead_session_leader;
+    dead_group_leader;
+    zombies;
+    stopped_child;
+    subreaper;
+    parent_death_signal;
+    chain_of_forks;
+    two_hundred;
+    other_user;
+    other_user_threads;
+    effective_user;
+    capabilities;
+    ambient_capabilities;
+    securebits;
+    groups;
+    no_new_privs;
+    limits;
+    directory_and_umask;
+    changed_root;
+    oom_score;
+    personality;
+    dumpable;
+    thp_disabled;
+    changed_arguments;
+    memory_layout;
+    handlers;
+    pending_process;
+    pending_thread;
+    pending_many;
+    signal_mask;
+    alternate_stack;
+    inside_handler;
+    interval_timers;
+    interval_timer_idle;
+    posix_timers;
+    posix_timer_ids;
+    blocked_read;
+    blocked_write;
+    blocked_futex;
+    blocked_futex_timeout;
+    blocked_poll;
+    blocked_poll_timeout;
+    blocked_select;
+    blocked_epoll;
+    blocked_sleep;
+    blocked_sleep_until;
+    blocked_wait;
+    blocked_sigsuspend;
+    blocked_pause;
+    blocked_sigwait;
+    blocked_accept;
+    blocked_receive;
+    blocked_eventfd;
+    blocked_fifo_open;
+    regular_files;
+    shared_offsets;
+    descriptor_numbers;
+    directories;
+    devices;
+    path_descriptors;
+    pipes;
+    pipe_across_tasks;
+    pipe_packets;
+    pipe_ends_reopened;
+    fifo;
+    eventfds;
+    memfds;
+    deleted_file;
+    deleted_linked_file ["--link-remap"];
+    deleted_directory;
+    renamed_file;
+    epoll;
+    epoll_nested;
+    epoll_of_closed;
+    timerfds;
+    signalfd;
+    file_owner;
+    many_descriptors;
+    unix_stream_pair;
+    unix_datagram_pair;
+    unix_seqpacket_pair;
+    unix_pair_across_tasks;
+    unix_shut_pair;
+    unix_half_closed_pair;
+    unix_queued_descriptors;
+    unix_named;
+    unix_abstract;
+    unix_accepted_name;
+    unix_pending_connection;
+    unix_pending_data;
+    unix_named_datagram;
+    unix_options;
+    tcp_listening;
+    tcp_unconnected;
+    tcp6_listening;
+    udp;
+}
+
+#[test]
+fn every_workload_is_tested() {
+    let output = Command::new(workload()).arg("--list").output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let there: BTreeSet<_> = text.lines().collect();
+    assert_eq!(there, NAMES.iter().copied().collect());
+}
+
+#[test]
+fn privileged_memory_shared_by_fork_is_shared_again() {
+    require(Cap::Ptrace);
+    let mut live = Live::workload("cow_tree");
+    let before = live.proportional_kib();
+    live.dump(&[]);
+    live.restore(&[]);
+    let after = live.proportional_kib();
+    assert!(after * 100 <= before * 105, "{before} KiB before, {after} KiB after the restore");
+    live.verdict();
+}
+
+/// A job of a terminal's session, whose leader stays.
+#[test]
+fn privileged_shell_job() {
+    require(Cap::Ptrace);
+    let mut shell = common::live::Shell::new("terminal");
+    let output = shell.job.try_dump(&[]);
+    assert!(!output.status.success(), "a job was dumped without --shell-job");
+    let before = shell.job.state();
+    shell.job.dump(&["--shell-job"]);
+    shell.restore();
+    let after = shell.job.state();
+    shell.job.verdict();
+    let root = shell.job.root;
+    before.restored(root).assert_unchanged(&after.restored(root));
+    wait_for("the job's words on the screen", || {
+        fs::read_to_string(shell.path("screen"))
+            .is_ok_and(|text| text.contains("after the checkpoint"))
+    });
+}
+
+/// Starts a dump that goes on running, and kills it after a while.
+fn killed_dump(name: &str) {
+    const ATTEMPTS: u32 = 30;
+    require(Cap::Ptrace);
+    let mut live = Live::workload(name);
+    let before = live.state();
+    let begin = Instant::now();
+    live.dump_running(&[]);
+    let whole_dump = begin.elapsed();
+    for attempt in 0..ATTEMPTS {
+        let images = live.path(&format!("images-{attempt}"));
+        fs::create_dir(&images).unwrap();
+        let mut dump = Command::new(engine())
+            .args(["dump", "-R", "-t", &live.root.to_string(), "-o", "dump.log", "-D"])
+            .arg(&images)
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        // The moments are spread over a whole dump and a little more; the wait
+        // is what is tested, not what is waited for.
+        std::thread::sleep(whole_dump * (attempt + 1) / (ATTEMPTS - 2));
+        dump.kill().unwrap();
+        let whole = dump.wait().unwrap().success();
+        // The kernel lets go of the traced in its own time.
+        let mut differences = Vec::new();
+        wait_until_quiet(&mut live, &before, &mut differences);
+        assert!(differences.is_empty(), "killed dump {attempt}:\n{}", differences.join("\n"));
+        if !whole {
+            let inventory = images.join("inventory.img");
+            assert!(!inventory.exists(), "killed dump {attempt} looks complete");
+        }
+    }
+    // And it can still be dumped.
+    live.dump_running(&[]);
+    before.assert_unchanged(&live.state());
+    live.verdict();
+}
+
+/// Waits until a tree is as it was, or does not come to be.
+fn wait_until_quiet(live: &mut Live, before: &TreeState, differences: &mut Vec<String>) {
+    let begin = Instant::now();
+    loop {
+        *differences = before.differences(&live.state());
+        if differences.is_empty() || begin.elapsed() > Duration::from_secs(3) {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn privileged_killed_dump_leaves_threads_alone() {
+    killed_dump("threads");
+}
+
+#[test]
+fn privileged_killed_dump_leaves_a_tree_alone() {
+    killed_dump("sessions");
+}
+
+#[test]
+fn privileged_killed_dump_leaves_registers_alone() {
+    killed_dump("registers_avx512");
+}
+
+#[test]
+fn privileged_failed_dump_leaves_the_target_alone() {
+    require(Cap::Ptrace);
+    let mut live = Live::workload("unix_named");
+    let before = live.state();
+    // A file where the images should go.
+    fs::write(live.path("file"), "").unwrap();
+    let output = Command::new(engine())
+        .args(["dump", "-t", &live.root.to_string(), "-D"])
+        .arg(live.path("file"))
+        .output()
+        .unwrap();
+    assert!(!output.status.success());
+    before.assert_unchanged(&live.state());
+    live.verdict();
+}
+
+#[test]
+fn privileged_restore_onto_used_pids_names_one() {
+    require(Cap::Ptrace);
+    let mut live = Live::workload("tree");
+    live.dump_running(&[]);
+    let before = live.state();
+    let output = live.try_restore(&[]);
+    assert!(!output.status.success(), "restored onto pids that are in use");
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    let named = live.tree().iter().any(|pid| text.contains(&pid.to_string()));
+    assert!(named, "the message names no pid: {text}");
+    before.assert_unchanged(&live.state());
+    live.verdict();
+}
+
+#[test]
+fn privileged_failed_restore_leaves_no_process() {
+    require(Cap::Ptrace);
+    let mut live = Live::workload("sessions");
+    live.dump(&[]);
+    let pages = live.images().join("pages-1.img");
+    let length = fs::metadata(&pages).unwrap().len();
+    fs::OpenOptions::new().write(true).open(&pages).unwrap().set_len(length / 2).unwrap();
+    let output = live.try_restore(&[]);
+    assert!(!output.status.success(), "restored from half of the pages");
+    live.wait_gone();
+}

@@ -1,0 +1,277 @@
+//! Programs that people run, dumped in the middle of their work and restored;
+//! each is asked afterwards what it still knows.
+//!
+//! All of it needs root. Servers listen on the loopback device, on ports below
+//! those that the kernel gives out, with directories of their own.
+
+mod common;
+
+use std::{
+    fs,
+    io::{BufRead, BufReader, Read, Write},
+    net::{Ipv4Addr, TcpStream},
+    path::Path,
+    process::Command,
+    sync::atomic::{AtomicU16, Ordering},
+};
+
+use common::{
+    Cap,
+    live::{Live, directory, wait_for},
+    require,
+};
+use nix::sys::signal::{Signal, kill};
+
+/// Debian's own: what comes first in the path may be a script of a version manager.
+const PYTHON: &str = "/usr/bin/python3";
+
+/// A port that no other test has.
+fn port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let base = 11_000 + u16::try_from(std::process::id() % 1000).unwrap() * 8;
+    base + NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+fn connect(port: u16) -> TcpStream {
+    let mut stream = None;
+    wait_for("the server", || {
+        stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).ok();
+        stream.is_some()
+    });
+    stream.unwrap()
+}
+
+/// Dumps and restores a program that keeps to the protocol of the states.
+fn round_trip(live: &mut Live) {
+    live.wait_ready();
+    let before = live.tree().len();
+    live.dump(&[]);
+    live.restore(&[]);
+    assert_eq!(live.tree().len(), before, "processes");
+    live.verdict();
+}
+
+/// Starts a script of an interpreter; its argument is the status file.
+fn script(program: &str, arguments: &[&str], name: &str, text: &str) -> Live {
+    let dir = directory();
+    let path = dir.path().join(name);
+    fs::write(&path, text).unwrap();
+    let status = dir.path().join("status");
+    let words = [arguments, &[path.to_str().unwrap(), status.to_str().unwrap()]].concat();
+    Live::program(program, &words, dir)
+}
+
+#[test]
+fn privileged_python() {
+    require(Cap::Ptrace);
+    assert!(Path::new(PYTHON).exists(), "this test needs {PYTHON}");
+    let mut live = script(PYTHON, &[], "script.py", include_str!("programs/compute.py"));
+    round_trip(&mut live);
+}
+
+#[test]
+fn privileged_bash_pipeline() {
+    require(Cap::Ptrace);
+    require(Cap::Program("bash"));
+    let mut live = script("bash", &[], "script.sh", include_str!("programs/pipeline.sh"));
+    live.wait_ready();
+    live.dump(&[]);
+    live.restore(&[]);
+    live.verdict();
+}
+
+#[test]
+fn privileged_node() {
+    require(Cap::Ptrace);
+    require(Cap::Program("node"));
+    round_trip(&mut script("node", &[], "script.js", include_str!("programs/compute.js")));
+}
+
+#[test]
+fn privileged_java() {
+    require(Cap::Ptrace);
+    require(Cap::Program("java"));
+    let text = include_str!("programs/Compute.java");
+    round_trip(&mut script("java", &["-Xmx128m"], "Compute.java", text));
+}
+
+#[test]
+fn privileged_c_threads() {
+    require(Cap::Ptrace);
+    require(Cap::Program("cc"));
+    let dir = directory();
+    let (source, program) = (dir.path().join("threads.c"), dir.path().join("threads"));
+    fs::write(&source, include_str!("programs/threads.c")).unwrap();
+    let built =
+        Command::new("cc").args(["-O1", "-pthread", "-o"]).args([&program, &source]).status();
+    assert!(built.unwrap().success(), "the program cannot be compiled");
+    let status = dir.path().join("status").to_str().unwrap().to_owned();
+    let mut live = Live::program(program.to_str().unwrap(), &[&status], dir);
+    round_trip(&mut live);
+}
+
+#[test]
+fn privileged_four_gib() {
+    require(Cap::Ptrace);
+    let mut live = Live::workload("four_gib");
+    live.dump(&[]);
+    live.restore(&[]);
+    // The pages have been read; room for the next.
+    fs::remove_dir_all(live.images()).unwrap();
+    live.verdict();
+}
+
+/// Sends a command to redis and returns its answer: a line, or a string.
+fn redis(stream: &mut BufReader<TcpStream>, words: &[&str]) -> String {
+    let mut text = format!("*{}\r\n", words.len());
+    for word in words {
+        text += &format!("${}\r\n{word}\r\n", word.len());
+    }
+    stream.get_mut().write_all(text.as_bytes()).unwrap();
+    let mut line = String::new();
+    stream.read_line(&mut line).unwrap();
+    let Some(length) = line.strip_prefix('$') else {
+        return line.trim_start_matches('+').trim_end().to_owned();
+    };
+    let Ok(length) = length.trim_end().parse::<usize>() else { return "(nil)".to_owned() };
+    let mut data = vec![0; length + 2];
+    stream.read_exact(&mut data).unwrap();
+    data.truncate(length);
+    String::from_utf8(data).unwrap()
+}
+
+fn redis_value(number: usize) -> String {
+    format!("value {number} ").repeat(number % 50 + 1)
+}
+
+/// Adds a list of numbers in redis itself.
+fn redis_sum(stream: &mut BufReader<TcpStream>) -> String {
+    let program = "local s = 0 for _, v in ipairs(redis.call('lrange', KEYS[1], 0, -1)) do \
+                   s = s + tonumber(v) end return tostring(s)";
+    redis(stream, &["EVAL", program, "1", "numbers"])
+}
+
+#[test]
+fn privileged_redis() {
+    const KEYS: usize = 2000;
+    require(Cap::Ptrace);
+    require(Cap::Program("redis-server"));
+    let (dir, port) = (directory(), port());
+    let (place, number) = (dir.path().to_str().unwrap().to_owned(), port.to_string());
+    let arguments = ["--port", &number, "--bind", "127.0.0.1", "--dir", &place, "--save", ""];
+    let mut live = Live::program("redis-server", &arguments, dir);
+    let mut client = BufReader::new(connect(port));
+    for number in 0..KEYS {
+        let (key, value) = (format!("key:{number}"), redis_value(number));
+        assert_eq!(redis(&mut client, &["SET", &key, &value]), "OK");
+        redis(&mut client, &["RPUSH", "numbers", &number.to_string()]);
+    }
+    assert_eq!(redis(&mut client, &["SET", "passing", "x", "EX", "1000"]), "OK");
+    let sum = redis_sum(&mut client);
+    assert_eq!(sum, (KEYS * (KEYS - 1) / 2).to_string());
+    drop(client);
+    // Idle is when the server has seen the end of its client.
+    wait_for("the server to be idle", || open_sockets(live.root.as_raw()) == 1);
+
+    live.dump(&[]);
+    live.restore(&[]);
+
+    let mut client = BufReader::new(connect(port));
+    assert_eq!(redis(&mut client, &["DBSIZE"]), format!(":{}", KEYS + 2));
+    for number in 0..KEYS {
+        let found = redis(&mut client, &["GET", &format!("key:{number}")]);
+        assert_eq!(found, redis_value(number));
+    }
+    assert_eq!(redis_sum(&mut client), sum);
+    let left = redis(&mut client, &["TTL", "passing"]);
+    let left: i32 = left.trim_start_matches(':').parse().unwrap();
+    assert!((1..=1000).contains(&left), "{left} s left");
+    assert_eq!(redis(&mut client, &["SET", "new", "value"]), "OK");
+    // A fork of its own, and threads.
+    assert_eq!(redis(&mut client, &["SAVE"]), "OK");
+    assert!(live.path("dump.rdb").exists());
+    assert!(redis(&mut client, &["BGSAVE"]).contains("started"));
+    wait_for("the child's snapshot", || {
+        redis(&mut client, &["INFO", "persistence"]).contains("rdb_bgsave_in_progress:0")
+    });
+    assert!(redis(&mut client, &["INFO", "persistence"]).contains("rdb_last_bgsave_status:ok"));
+    assert_eq!(redis(&mut client, &["FLUSHALL", "ASYNC"]), "OK");
+}
+
+/// Sockets a process has open.
+fn open_sockets(pid: i32) -> usize {
+    let links = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+    links
+        .filter_map(|link| fs::read_link(link.path()).ok())
+        .filter(|link| link.to_string_lossy().starts_with("socket:"))
+        .count()
+}
+
+fn http_get(port: u16, path: &str) -> String {
+    let mut stream = connect(port);
+    write!(stream, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n").unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    text
+}
+
+#[test]
+fn privileged_nginx() {
+    require(Cap::Ptrace);
+    require(Cap::Program("nginx"));
+    let (dir, port) = (directory(), port());
+    let page = "what the server serves\n".repeat(1000);
+    fs::write(dir.path().join("page.txt"), &page).unwrap();
+    fs::create_dir(dir.path().join("tmp")).unwrap();
+    let place = dir.path().to_str().unwrap().to_owned();
+    let text = include_str!("programs/nginx.conf");
+    let text = text.replace("@DIR@", &place).replace("@PORT@", &port.to_string());
+    fs::write(dir.path().join("nginx.conf"), text).unwrap();
+    let config = format!("{place}/nginx.conf");
+    let log = format!("{place}/error.log");
+    let mut live = Live::program("nginx", &["-e", &log, "-p", &place, "-c", &config], dir);
+    let answer = http_get(port, "/page.txt");
+    assert!(answer.ends_with(&page), "{answer:.300}");
+    wait_for("two workers", || live.tree().len() == 3);
+    let workers = live.tree();
+    // Idle is when no worker has a client.
+    wait_for("the workers to be idle", || http_idle(&workers));
+
+    live.dump(&[]);
+    live.restore(&[]);
+
+    let mut restored = live.tree();
+    restored.sort_unstable();
+    let mut before = workers.clone();
+    before.sort_unstable();
+    assert_eq!(restored, before);
+    for _ in 0..20 {
+        assert!(http_get(port, "/page.txt").ends_with(&page));
+    }
+    assert!(http_get(port, "/missing").starts_with("HTTP/1.1 404"));
+    // The master still rules its workers.
+    kill(live.root, Signal::SIGHUP).unwrap();
+    wait_for("new workers", || {
+        let tree = live.tree();
+        tree.len() == 3 && tree.iter().filter(|pid| workers.contains(pid)).count() == 1
+    });
+    assert!(http_get(port, "/page.txt").ends_with(&page));
+    kill(live.root, Signal::SIGQUIT).unwrap();
+    live.wait_gone();
+}
+
+/// Whether none of some processes has a connection of TCP.
+fn http_idle(pids: &[i32]) -> bool {
+    let table = fs::read_to_string("/proc/net/tcp").unwrap();
+    let established = table.lines().skip(1).filter_map(|line| {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        (fields[3] == "01").then(|| format!("socket:[{}]", fields[9]))
+    });
+    let established: Vec<_> = established.collect();
+    pids.iter().all(|pid| {
+        let links = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+        links
+            .filter_map(|link| fs::read_link(link.path()).ok())
+            .all(|link| !established.iter().any(|socket| link.as_os_str() == socket.as_str()))
+    })
+}

@@ -1,0 +1,83 @@
+//! A worker gets to undo its work whatever happens to who waits for it.
+//!
+//! Without the test harness, whose threads keep a process from being split: this
+//! program runs itself.
+
+use std::{
+    env,
+    io::{BufRead, BufReader, Read},
+    process::{Command, ExitCode, ExitStatus, Stdio},
+    thread,
+    time::Duration,
+};
+
+use nix::{
+    sys::signal::{Signal, kill, raise},
+    unistd::{Pid, getpid},
+};
+use rcriu::sys::{
+    cancel,
+    supervise::{self, Ended, Side},
+};
+
+/// Set in the process that splits.
+const VARIABLE: &str = "RCRIU_TEST_SUPERVISE";
+const READY: &str = "ready";
+const UNDONE: &str = "undone";
+const CODE: u8 = 7;
+
+fn main() -> ExitCode {
+    if env::var_os(VARIABLE).is_some() {
+        return split();
+    }
+    if env::args().any(|argument| argument == "--list") {
+        return ExitCode::SUCCESS;
+    }
+    for signal in [Signal::SIGKILL, Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        let (said, status) = started(signal);
+        assert!(said.contains(UNDONE), "after {signal}: {said}");
+        if signal != Signal::SIGKILL {
+            assert_eq!(status.code(), Some(CODE.into()), "after {signal}");
+        }
+        println!("a worker undoes its work after {signal} ... ok");
+    }
+    ExitCode::SUCCESS
+}
+
+/// Splits, and works until it is asked to stop.
+fn split() -> ExitCode {
+    match supervise::split().unwrap() {
+        Side::Supervisor(supervisor) => match supervisor.wait().unwrap() {
+            Ended::Exited(code) => ExitCode::from(u8::try_from(code).unwrap()),
+            Ended::Killed(signal) => panic!("killed by {signal}"),
+        },
+        Side::Worker => {
+            // Ctrl-Z is for others.
+            raise(Signal::SIGTSTP).unwrap();
+            println!("{READY}");
+            while !cancel::is_cancelled() {
+                thread::sleep(Duration::from_millis(1));
+            }
+            println!("{UNDONE} by {}", getpid());
+            ExitCode::from(CODE)
+        }
+    }
+}
+
+/// Starts a supervisor, sends it a signal when its worker is ready, and returns
+/// what the two write after that, until both have ended.
+fn started(signal: Signal) -> (String, ExitStatus) {
+    let mut child = Command::new(env::current_exe().unwrap())
+        .env(VARIABLE, "1")
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut out = BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    out.read_line(&mut line).unwrap();
+    assert_eq!(line.trim(), READY);
+    kill(Pid::from_raw(child.id().try_into().unwrap()), signal).unwrap();
+    let mut rest = String::new();
+    out.read_to_string(&mut rest).unwrap();
+    (rest, child.wait().unwrap())
+}

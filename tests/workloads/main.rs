@@ -1,0 +1,114 @@
+//! Programs that remember a state and, after a checkpoint, look whether they
+//! still have it.
+//!
+//! `workload NAME STATUS` sets the state up, writes `ready` to the file STATUS,
+//! waits for the file STATUS.go, compares itself with what it remembers, and
+//! writes `ok` or `failed: ...` to STATUS. No descriptor stays open for that.
+//!
+//! `workload --exec PROGRAM ARGUMENT...` becomes another program in a session
+//! of its own without stray descriptors, `workload --list` names the states.
+#![expect(unsafe_code, reason = "the states are made by system calls without a safe form")]
+#![expect(clippy::cast_possible_truncation, reason = "lengths and flags of C's many integer types")]
+
+#[macro_use]
+mod kit;
+mod blocked;
+mod files;
+mod identity;
+mod memory;
+mod registers;
+mod shell;
+mod signals;
+mod sockets;
+mod threads;
+mod tree;
+
+use std::{
+    ffi::CString,
+    fs,
+    os::unix::ffi::OsStrExt,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::Path,
+    process::ExitCode,
+};
+
+use kit::{Checkpoint, Verdict};
+
+/// A state by name.
+type Row = (&'static str, fn(&Checkpoint) -> Verdict);
+
+const GROUPS: [&[Row]; 9] = [
+    memory::ROWS,
+    threads::ROWS,
+    registers::ROWS,
+    tree::ROWS,
+    identity::ROWS,
+    signals::ROWS,
+    blocked::ROWS,
+    files::ROWS,
+    sockets::ROWS,
+];
+
+fn main() -> ExitCode {
+    let arguments: Vec<_> = std::env::args_os().skip(1).collect();
+    let words: Vec<_> = arguments.iter().map(|word| word.to_string_lossy()).collect();
+    match words.first().map(AsRef::as_ref) {
+        Some("--list") => {
+            for (name, _) in GROUPS.iter().copied().flatten() {
+                println!("{name}");
+            }
+            return ExitCode::SUCCESS;
+        }
+        Some("--exec") => return exec(&arguments[1..]),
+        Some("--shell") => return shell::main(Path::new(&arguments[1]), &arguments[2..]),
+        _ => {}
+    }
+    let [name, status] = words.as_slice() else {
+        eprintln!("usage: workload NAME STATUS | --exec PROGRAM ARGUMENT... | --list");
+        return ExitCode::from(2);
+    };
+    // In a shell's session, and by itself: not in the list.
+    let apart: &[Row] = &[("terminal", shell::terminal), ("four_gib", memory::four_gib)];
+    let mut rows = GROUPS.iter().copied().flatten().chain(apart);
+    let Some((_, run)) = rows.find(|(row, _)| row == name) else {
+        eprintln!("there is no state {name}");
+        return ExitCode::from(2);
+    };
+    let checkpoint = Checkpoint::new(Path::new(status.as_ref()));
+    let verdict = judged(|| run(&checkpoint));
+    checkpoint.conclude(&verdict);
+    if verdict.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Turns a panic into a verdict.
+fn judged(run: impl FnOnce() -> Verdict) -> Verdict {
+    catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or(panic.downcast_ref::<&str>().copied());
+        Err(format!("panic: {}", text.unwrap_or("?")))
+    })
+}
+
+fn exec(arguments: &[std::ffi::OsString]) -> ExitCode {
+    let words: Vec<CString> =
+        arguments.iter().map(|word| CString::new(word.as_bytes()).expect("no NUL")).collect();
+    let mut pointers: Vec<_> = words.iter().map(|word| word.as_ptr()).collect();
+    pointers.push(std::ptr::null());
+    // SAFETY: the vector is terminated and its strings outlive the calls.
+    unsafe {
+        libc::setsid();
+        libc::close_range(3, u32::MAX, 0);
+        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+        libc::execvp(pointers[0], pointers.as_ptr());
+    }
+    eprintln!("cannot execute {words:?}: {}", std::io::Error::last_os_error());
+    ExitCode::from(127)
+}
+
+/// Puts a line where another process looks for it, whole or not at all.
+fn publish(path: &Path, text: &str) {
+    let new = path.with_extension(format!("new{}", std::process::id()));
+    if fs::write(&new, text).is_ok() {
+        let _ = fs::rename(&new, path);
+    }
+}
