@@ -10,10 +10,12 @@
 //!
 //! A pagemap is a partial function from pages to places in which `PARENT`
 //! stands for the function below. Laying one over another is associative.
-//! [`crate::chain::Index`] uses that: it merges the pagemaps of a chain in
-//! halves of equal weight, each merge being one pass over two sorted arrays. So
-//! the cost is the number of entries times a logarithm, and a thousand layers
-//! cost what one with the same entries does. A page that a layer sends to its
+//! [`crate::chain::Index`] uses that: threads read and merge a stretch of layers
+//! at a time, and then merge the stretches, one window of pages after another, so
+//! that what is merged stays in a processor's cache. Every merge is one pass over
+//! two sorted arrays, and neighbours are merged in pairs. So the cost is the number
+//! of entries times a logarithm, and a thousand layers cost little more than what
+//! one with the same entries does. A page that a layer sends to its
 //! parent and that the parent does not account for is kept as *missing* while
 //! merging, since a newer layer may have it; only if none has is it an error.
 //!
