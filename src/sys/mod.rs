@@ -6,5 +6,6 @@ pub mod gather;
 pub mod pagemap;
 pub mod process;
 pub mod ptrace;
+pub mod socket;
 
 pub use descriptors::receive_fd;
