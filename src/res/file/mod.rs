@@ -6,6 +6,19 @@
 //! description once, in this program; the new processes inherit it, so that
 //! descriptions shared between processes are shared again without more ado.
 
+mod inet;
+mod inet_open;
+mod sock_diag;
+mod sock_netlink;
+mod sock_opts;
+mod sock_queue;
+mod sock_rest;
+#[cfg(test)]
+mod sock_testing;
+mod unix;
+mod unix_name;
+mod unix_open;
+
 use std::{
     collections::HashMap,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
@@ -184,6 +197,15 @@ pub trait Collector {
     /// [`FileError::Unsupported`] for states that are not dumped; whatever fails.
     fn collect(&mut self, file: &Description, intake: &mut dyn Intake) -> Result<proto::FileEntry>;
 
+    /// Adds entries for what is needed and belongs to no process of the tree, after all
+    /// descriptions were collected, and checks that nothing else is missing.
+    ///
+    /// # Errors
+    /// As [`Collector::collect`].
+    fn settle(&mut self, _intake: &mut dyn Intake) -> Result<()> {
+        Ok(())
+    }
+
     /// Writes the other images of the kind, after all descriptions of the tree
     /// were collected, and checks that nothing they need is missing.
     ///
@@ -292,4 +314,4 @@ impl std::fmt::Debug for Kind {
 
 /// All kinds. A kind whose descriptions may be queued in those of another comes
 /// before it.
-pub static KINDS: &[Kind] = &[];
+pub static KINDS: &[Kind] = &[inet::KIND, sock_netlink::KIND, unix::KIND, sock_rest::KIND];
