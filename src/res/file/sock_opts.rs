@@ -201,11 +201,12 @@ pub(super) fn ensure(fd: BorrowedFd, level: c_int, name: c_int, value: u32) -> n
     socket::set_option(fd, level, name, &value)
 }
 
-/// Gives a socket room for everything that may have been queued in another, and
-/// returns whether it has it.
-pub(super) fn widen(fd: BorrowedFd) -> bool {
-    socket::set_option(fd, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, &LARGEST_BUFFER).is_ok()
-        || socket::set_option(fd, libc::SOL_SOCKET, libc::SO_SNDBUF, &LARGEST_BUFFER).is_ok()
+/// Gives a socket as much room as it can get for what it is to send at once.
+pub(super) fn widen(fd: BorrowedFd) {
+    let set = |name| socket::set_option(fd, libc::SOL_SOCKET, name, &LARGEST_BUFFER);
+    if set(libc::SO_SNDBUFFORCE).is_err() && set(libc::SO_SNDBUF).is_err() {
+        log::debug!("a socket cannot get a larger buffer");
+    }
 }
 
 fn set_buffer(

@@ -6,8 +6,10 @@
 //! it is refused, as are sockets at whose other end is another program; datagram
 //! sockets can be connected to a name again, which `--ext-unix-sk` allows.
 //!
-//! All sockets are made by this program, so that `SO_PEERCRED` shows this program's
-//! credentials after a restore, as after one by CRIU.
+//! All sockets are made by this program, so that `SO_PEERCRED` of connections that were
+//! there before shows this program's credentials after a restore (after one by CRIU,
+//! those of the process that made them). Who connects to a listening socket afterwards
+//! sees those of a process of the tree that has it, because that listens once more.
 //!
 //! [`super::unix_open`] restores them.
 
@@ -43,6 +45,8 @@ pub(super) mod state {
 const SHUT_BOTH: u8 = 3;
 
 const HELP_PEER: &str = "dump the program that has the other end as well, or end the connection";
+const HELP_EXTERNAL: &str = "dump the program that has it as well, or use --ext-unix-sk to connect \
+    to its name again when restoring";
 const HELP_ACCEPT: &str = "let the program accept its connections, then try again";
 
 /// The row of [`super::KINDS`]. Everything may be queued in UNIX sockets: it comes
@@ -73,6 +77,7 @@ struct Collected {
     inode: u32,
     /// The inodes of the sockets that have to be dumped with it.
     needs: Vec<u32>,
+    is_datagram: bool,
 }
 
 /// Dumps UNIX sockets.
@@ -221,6 +226,7 @@ impl Collector for UnixCollector {
         let socket = self.look_up(file, inode)?;
         let what = self.describe(&socket);
         let (needs, peer) = self.peers(file, &socket, &what)?;
+        let is_datagram = i32::from(socket.kind) == libc::SOCK_DGRAM;
         let named = if unix_name::is_path(&socket.name) {
             unix_name::look_at_file(file, &socket.name, socket.file, &what)?
         } else {
@@ -233,9 +239,9 @@ impl Collector for UnixCollector {
             what: what.clone(),
             inode,
             needs,
+            is_datagram,
         });
-        let datagrams = i32::from(socket.kind) == libc::SOCK_DGRAM;
-        if datagrams || u32::from(socket.state) == state::ESTABLISHED {
+        if is_datagram || u32::from(socket.state) == state::ESTABLISHED {
             let packets = sock_queue::peek(file, socket.kind.into(), &what, intake)?;
             self.queues.push((file.id, packets));
         }
@@ -280,7 +286,7 @@ impl Collector for UnixCollector {
                             "{}; the socket [{inode}] is not open in the tree",
                             socket.what
                         ),
-                        help: HELP_PEER,
+                        help: if socket.is_datagram { HELP_EXTERNAL } else { HELP_PEER },
                     });
                 }
             }

@@ -36,7 +36,7 @@ use super::{
     unix::{EXTERNAL, kind_name, state},
     unix_name::{self, Keep},
 };
-use crate::image::proto;
+use crate::{image::proto, inject::Script, units::TargetFd};
 
 /// Restores UNIX sockets.
 #[derive(Debug)]
@@ -55,6 +55,21 @@ impl Opener for UnixOpener {
             if let (Some(entry), Some(fd)) = (socket.own_entry(), socket.fd) {
                 opened.insert(entry.id, fd);
             }
+        }
+        Ok(())
+    }
+
+    /// `SO_PEERCRED` shows clients who called `listen(2)` last.
+    fn install(
+        &mut self,
+        entry: &proto::FileEntry,
+        fd: TargetFd,
+        script: &mut Script,
+    ) -> Result<()> {
+        let listening = entry.usk.as_ref().filter(|entry| entry.state == state::LISTEN);
+        if let Some(entry) = listening.filter(|entry| entry.uflags & EXTERNAL == 0) {
+            let arguments = [fd.0.into(), entry.backlog.into()];
+            script.call("listen on a UNIX socket", libc::SYS_listen, &arguments);
         }
         Ok(())
     }

@@ -194,6 +194,27 @@ fn queued_descriptors_come_with_the_bytes_they_were_sent_with() {
 }
 
 #[test]
+fn descriptors_behind_much_data_stay_behind_it() {
+    let (a, b) = pair(SockType::Stream);
+    setsockopt(&a, sockopt::SndBuf, &2_000_000).unwrap();
+    let much = vec![b'x'; 300_000];
+    send(&a, &much);
+    send_fds(&a, b"fd", &[a.as_fd()]);
+    let restored = dump(vec![a, b], &defaults()).unwrap().open().unwrap();
+    let mut buffer = vec![0; much.len()];
+    let mut found = 0;
+    while found < much.len() {
+        let room = &mut buffer[found..];
+        let received = socket::receive(restored.get(1), room, MsgFlags::MSG_DONTWAIT).unwrap();
+        assert!(received.fds.is_empty());
+        found += received.len;
+    }
+    assert!(buffer == much);
+    let last = socket::receive(restored.get(1), &mut buffer, MsgFlags::MSG_DONTWAIT).unwrap();
+    assert_eq!((&buffer[..last.len], last.fds.len()), (&b"fd"[..], 1));
+}
+
+#[test]
 fn a_socket_that_only_a_queue_holds_is_restored_in_it() {
     let (a, b) = pair(SockType::SeqPacket);
     let (c, d) = pair(SockType::Stream);
@@ -450,7 +471,7 @@ fn datagram_sockets_find_external_servers_by_name() {
     client.connect_addr(&address).unwrap();
     let clone = client.try_clone().unwrap();
     let message = refused(vec![clone], &defaults());
-    assert!(message.contains("--ext-unix-sk") || message.contains("not open"), "{message}");
+    assert!(message.contains("--ext-unix-sk") && message.contains("not open"), "{message}");
 
     let policy = Policy { ext_unix_sk: true, ..defaults() };
     let mut dumped = dump(vec![client], &policy).unwrap();
@@ -460,6 +481,21 @@ fn datagram_sockets_find_external_servers_by_name() {
     dumped.policy.ext_unix_sk = false;
     let error = dumped.open().unwrap_err();
     assert!(error.to_string().contains("use --ext-unix-sk"), "{error}");
+}
+
+#[test]
+fn a_process_listens_once_more_so_that_its_clients_see_who_it_is() {
+    let listener = UnixListener::bind_addr(&abstract_address()).unwrap();
+    let lone = UnixDatagram::unbound().unwrap();
+    let dumped = dump(vec![OwnedFd::from(listener), lone.into()], &defaults()).unwrap();
+    let mut opener = (super::KIND.opener)(&defaults());
+    let calls = [0, 1].map(|id| {
+        let mut script = crate::inject::Script::new();
+        let entry = dumped.entries.iter().find(|entry| entry.id == id).unwrap();
+        opener.install(entry, crate::units::TargetFd(3), &mut script).unwrap();
+        script.len()
+    });
+    assert_eq!(calls, [1, 0]);
 }
 
 #[test]
