@@ -298,6 +298,13 @@ impl FileTable {
     /// names are read now.
     pub(super) fn write(&mut self, images: &SnapshotWriter) -> Result<()> {
         self.collect_pending()?;
+        for position in 0..self.collectors.len() {
+            let mut collector = self.collectors[position].take().expect("none is out");
+            let settled = collector.settle(&mut self.state);
+            self.collectors[position] = Some(collector);
+            settled?;
+        }
+        self.collect_pending()?;
         for collector in self.collectors.iter_mut().flatten() {
             collector.finish(images)?;
         }
