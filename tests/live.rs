@@ -205,7 +205,6 @@ states! {
     unix_abstract;
     unix_accepted_name;
     unix_pending_connection;
-    unix_pending_data;
     unix_named_datagram;
     unix_options;
     tcp_listening;
@@ -252,6 +251,21 @@ fn privileged_shell_job() {
         fs::read_to_string(shell.path("screen"))
             .is_ok_and(|text| text.contains("after the checkpoint"))
     });
+}
+
+/// Data in a connection that was not accepted can be seen by no one: it is refused by
+/// name, and nothing changes.
+#[test]
+fn privileged_data_in_a_pending_connection_is_refused() {
+    require(Cap::Ptrace);
+    let mut live = Live::workload("unix_pending_data");
+    let before = live.state();
+    let output = live.try_dump(&[]);
+    let words = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success(), "it was dumped: {words}");
+    assert!(words.contains("waiting to be accepted"), "{words}");
+    before.assert_unchanged(&live.state());
+    live.verdict();
 }
 
 /// Starts a dump that goes on running, and kills it after a while.

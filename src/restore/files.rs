@@ -23,7 +23,9 @@ use crate::{
         vma,
     },
     inject::Script,
-    res::file::{FileError, KINDS, Opened, Opener, Policy, fown, memfd, regular, revived, tty},
+    res::file::{
+        FileError, KINDS, Opened, Opener, Policy, fown, memfd, queued_ids, regular, revived, tty,
+    },
     sys::fds,
     units::{HostPid, TargetFd},
 };
@@ -78,9 +80,15 @@ impl Files {
     /// # Errors
     /// [`RestoreError::OpenFile`].
     pub(super) fn open_descriptions(&mut self, plan: &Plan) -> Result<()> {
-        // Entries that no descriptor has are paths: programs, mapped files.
+        // Files with a path that no descriptor leads to are programs or are mapped.
         let bodies = plan.tasks.iter().filter_map(|task| task.body.as_ref());
-        let used: HashSet<u32> = bodies.flat_map(|body| &body.fds).map(|entry| entry.id).collect();
+        let mut used: HashSet<u32> =
+            bodies.flat_map(|body| &body.fds).map(|entry| entry.id).collect();
+        used.extend(queued_ids(&self.opened.images)?);
+        let regular = i32::from(proto::FdTypes::Reg);
+        used.extend(
+            plan.files.iter().filter(|entry| entry.r#type != regular).map(|entry| entry.id),
+        );
         for (kind, opener) in KINDS.iter().zip(&mut self.openers) {
             let entries: Vec<FileEntry> = plan
                 .files

@@ -124,17 +124,18 @@ fn memory_of(chain: &Arc<Chain>, snapshot: SnapshotId, shmid: u64) -> Result<Opt
 pub(super) fn fill(objects: &[Object]) -> Result<()> {
     for object in objects {
         let Some(memory) = &object.memory else { continue };
+        let failed = |source| RestoreError::Object { shmid: object.shmid, step: "fill", source };
+        // The last page may be in the object in part only.
+        let size = object.file.metadata().map_err(failed)?.len();
         let all = PageIndex(0)..PageIndex::END;
         let chunks = Chunks::new(memory, std::slice::from_ref(&all));
         memory::in_parallel(&chunks, |chunk, buffer| {
             buffer.resize(usize::try_from(page_bytes(chunk.pages)).expect("a chunk"), 0);
             let offset = chunk.first.address();
             read_at(memory, offset, buffer)?;
-            object.file.write_all_at(buffer, offset).map_err(|source| RestoreError::Object {
-                shmid: object.shmid,
-                step: "fill",
-                source,
-            })
+            let inside = usize::try_from(size.saturating_sub(offset)).unwrap_or(usize::MAX);
+            buffer.truncate(inside);
+            object.file.write_all_at(buffer, offset).map_err(failed)
         })?;
     }
     Ok(())

@@ -21,7 +21,6 @@ use crate::{
     image::proto::VmaEntry,
     inject::{InjectError, Scratch, Script, Tracee},
     proc,
-    res::task::state,
     sys::{
         process::{self, CloneArguments},
         ptrace::{self, Wait, options},
@@ -108,9 +107,7 @@ impl Births {
         let sibling = (0..position)
             .filter(|other| {
                 let other = &plan.tasks[*other];
-                other.parent == Some(parent)
-                    && other.session == task.session
-                    && other.state() != state::DEAD
+                other.parent == Some(parent) && other.session == task.session
             })
             .min_by_key(|other| plan.tasks[*other].pid != task.session);
         if let Some(sibling) = sibling {
@@ -314,18 +311,26 @@ impl<'a> Puppets<'a> {
 
     /// Makes all processes that a task makes, and its session, if it leads one.
     fn make_children(&mut self, position: usize) -> Result<()> {
-        if self.plan.tasks[position].body.is_none() {
-            return Ok(());
-        }
         let mut puppet = self.tasks[position].take().expect("it was populated");
-        let result = self.make_children_with(position, &mut puppet.threads[0]);
+        let inherited = puppet.inherited;
+        let result = self.make_children_with(position, inherited, &mut puppet.threads[0]);
         self.tasks[position] = Some(puppet);
         result
     }
 
-    fn make_children_with(&mut self, position: usize, maker: &mut Tracee) -> Result<()> {
+    fn make_children_with(
+        &mut self,
+        position: usize,
+        inherited: Option<usize>,
+        maker: &mut Tracee,
+    ) -> Result<()> {
         let own = Maker::Task(position);
-        self.make_all(own, true, position, maker)?;
+        // One that is to be dead keeps the memory that it has inherited until then.
+        let memory = match self.plan.tasks[position].body {
+            Some(_) => Some(position),
+            None => inherited,
+        };
+        self.make_all(own, true, memory, maker)?;
         let task = &self.plan.tasks[position];
         if task.session == task.pid {
             let mut script = Script::new();
@@ -342,16 +347,16 @@ impl<'a> Puppets<'a> {
             let mut script = Script::new();
             script.call("make a session", libc::SYS_setsid, &[]);
             self.scratch.run(&mut tracee, &script)?;
-            self.make_all(Maker::Helper(number), false, position, &mut tracee)?;
+            self.make_all(Maker::Helper(number), false, memory, &mut tracee)?;
         }
-        self.make_all(own, false, position, maker)
+        self.make_all(own, false, memory, maker)
     }
 
     fn make_all(
         &mut self,
         maker: Maker,
         early: bool,
-        memory: usize,
+        memory: Option<usize>,
         by: &mut Tracee,
     ) -> Result<()> {
         for child in 1..self.plan.tasks.len() {
@@ -363,7 +368,7 @@ impl<'a> Puppets<'a> {
             self.tasks[child] = Some(Puppet {
                 threads: vec![tracee],
                 layout: Layout::default(),
-                inherited: Some(memory),
+                inherited: memory,
             });
         }
         Ok(())

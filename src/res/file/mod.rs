@@ -51,7 +51,7 @@ use crate::{
     units::{HostPid, TargetFd},
 };
 
-pub use self::{lost::Lost, revived::Revived};
+pub use self::{lost::Lost, revived::Revived, sock_queue::queued_ids};
 
 /// The result of dumping or restoring an open file.
 pub type Result<T, E = FileError> = std::result::Result<T, E>;
