@@ -1,7 +1,7 @@
 //! The open files of a tree: which descriptions there are, and who shares them.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     fs::File,
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
@@ -78,14 +78,17 @@ impl State {
             }
         }
         let id = self.new_id();
-        let kept = fd.try_clone().map_err(|error| FileError::Restore {
-            id,
-            step: "duplicate",
-            object: "a descriptor".into(),
-            source: nix::errno::Errno::from_raw(error.raw_os_error().unwrap_or(0)),
-        })?;
-        self.known.entry(key).or_default().push((id, kept));
+        self.remember(id, &fd)?;
         Ok((id, Some(fd)))
+    }
+
+    /// Keeps a duplicate of a description, to know it again.
+    fn remember(&mut self, id: u32, fd: &OwnedFd) -> Result<(), FileError> {
+        let failed = |step| FileError::restore(id, step, "a descriptor");
+        let stat = fstat(fd).map_err(failed("look at"))?;
+        let kept = fd.try_clone().map_err(|_| failed("duplicate")(nix::errno::Errno::EMFILE))?;
+        self.known.entry((stat.st_dev, stat.st_ino)).or_default().push((id, kept));
+        Ok(())
     }
 }
 
@@ -259,23 +262,48 @@ impl FileTable {
         Ok(id)
     }
 
-    /// Enters shared memory that is mapped; `path` leads to it. Returns its number
-    /// and the object.
-    pub(super) fn enter_object(&mut self, pid: HostPid, path: PathBuf) -> Result<(u32, File)> {
+    /// Enters shared memory that is mapped; `path` leads to it. Returns its number.
+    pub(super) fn enter_object(&mut self, pid: HostPid, path: PathBuf) -> Result<u32> {
         let failed = |source| DumpError::File { path: path.clone(), source };
         let file = File::open(&path).map_err(failed)?;
         let link = std::fs::read_link(&path).map_err(failed)?;
         let link = std::os::unix::ffi::OsStringExt::into_vec(link.into_os_string());
         let id = self.state.new_id();
-        let fd = OwnedFd::from(file.try_clone().map_err(failed)?);
+        let fd = OwnedFd::from(file);
         let info = proc::fdinfo(self.own, TargetFd(fd.as_raw_fd()))?;
+        self.state.remember(id, &fd)?;
         self.collect(id, fd, pid, NO_DESCRIPTOR, link, info)?;
-        Ok((id, file))
+        Ok(id)
+    }
+
+    /// Returns all shared memory that was found, mapped or not, by inode number, with
+    /// descriptors that can be read.
+    pub(super) fn shared_memory(&self) -> Result<BTreeMap<u64, OwnedFd>> {
+        let mut found = BTreeMap::new();
+        for ((_, inode), descriptions) in &self.state.known {
+            for (id, fd) in descriptions {
+                let is_memory = self.state.types.get(id) == Some(&proto::FdTypes::Memfd.into());
+                if is_memory && !found.contains_key(inode) {
+                    let path = PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+                    let file =
+                        File::open(&path).map_err(|source| DumpError::File { path, source })?;
+                    found.insert(*inode, file.into());
+                }
+            }
+        }
+        Ok(found)
     }
 
     /// Writes all images of open files. The tree is still stopped: files without
     /// names are read now.
     pub(super) fn write(&mut self, images: &SnapshotWriter) -> Result<()> {
+        self.collect_pending()?;
+        for position in 0..self.collectors.len() {
+            let mut collector = self.collectors[position].take().expect("none is out");
+            let settled = collector.settle(&mut self.state);
+            self.collectors[position] = Some(collector);
+            settled?;
+        }
         self.collect_pending()?;
         for collector in self.collectors.iter_mut().flatten() {
             collector.finish(images)?;

@@ -1,7 +1,7 @@
 //! The processes of a stopped tree: what is checked, and what their images say.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fs::File,
     path::PathBuf,
 };
@@ -17,6 +17,7 @@ use crate::{
     proc::{self, Mapping},
     res::{
         mapping::{self, Object},
+        sysv,
         task::{self, ForMemory},
         thread,
     },
@@ -139,20 +140,15 @@ fn check_task(task: &Task, own: HostPid) -> Result<()> {
     Ok(())
 }
 
-/// Shared memory that some process of the tree maps.
-pub(super) struct SharedObject {
-    file_id: u32,
-    shmid: u64,
-    file: File,
-    name: String,
-}
-
 /// What a dump knows of a tree as it goes over its processes.
 pub(super) struct Collection<'a> {
     pub(super) images: &'a SnapshotWriter,
     pub(super) files: FileTable,
     pub(super) memories: Vec<Memory>,
-    shared: HashMap<(u32, u32, u64), SharedObject>,
+    /// Numbers of files of shared memory, by device and inode.
+    shared: HashMap<(u32, u32, u64), u32>,
+    /// System V segments by their ids.
+    segments: BTreeMap<u32, (proto::IpcShmEntry, File)>,
     pstree: Vec<proto::PstreeEntry>,
     next_object: u32,
 }
@@ -164,6 +160,7 @@ impl<'a> Collection<'a> {
             files,
             memories: Vec::new(),
             shared: HashMap::new(),
+            segments: BTreeMap::new(),
             pstree: Vec::new(),
             next_object: namespace_ids().vm_id,
         }
@@ -351,21 +348,33 @@ impl<'a> Collection<'a> {
     /// Returns the number of the file of shared memory that is mapped.
     fn shared_object(&mut self, pid: HostPid, mapping: &Mapping) -> Result<u32> {
         let key = (mapping.dev_major, mapping.dev_minor, mapping.inode);
-        if let Some(object) = self.shared.get(&key) {
-            return Ok(object.file_id);
+        if let Some(file_id) = self.shared.get(&key) {
+            return Ok(*file_id);
         }
-        let (file_id, file) = self.files.enter_object(pid, map_file(pid, mapping))?;
-        let name = String::from_utf8_lossy(&mapping.name).into_owned();
-        self.shared.insert(key, SharedObject { file_id, shmid: mapping.inode, file, name });
+        let file_id = self.files.enter_object(pid, map_file(pid, mapping))?;
+        self.shared.insert(key, file_id);
         Ok(file_id)
     }
 
     /// Enters a System V segment that is mapped.
     fn segment(&mut self, pid: HostPid, mapping: &Mapping) -> Result<()> {
-        let what =
-            format!("has the System V segment {} mapped at {}", mapping.inode, mapping.start);
-        let _ = pid;
-        Err(DumpError::Unsupported { pid, what, help: "System V memory is not dumped yet" })
+        let id = u32::try_from(mapping.inode).map_err(|_| DumpError::Unsupported {
+            pid,
+            what: format!("has the System V segment {} attached", mapping.inode),
+            help: "ids have 32 bits",
+        })?;
+        if self.segments.contains_key(&id) {
+            return Ok(());
+        }
+        let entry = sysv::collect(id).map_err(|source| DumpError::Process {
+            pid,
+            step: "look at the System V segment of",
+            source,
+        })?;
+        let path = map_file(pid, mapping);
+        let file = File::open(&path).map_err(|source| DumpError::File { path, source })?;
+        self.segments.insert(id, (entry, file));
+        Ok(())
     }
 
     /// Adds the shared objects to what is copied, and writes the images of the
@@ -374,13 +383,22 @@ impl<'a> Collection<'a> {
     /// # Errors
     /// What keeps files from being dumped.
     pub(super) fn finish(&mut self) -> Result<()> {
-        for (_, object) in self.shared.drain() {
-            let failed =
-                |source| DumpError::ReadObject { name: object.name.clone(), offset: 0, source };
-            let stretches = super::memory::data_of(&object.file).map_err(failed)?;
+        let mut objects = Vec::new();
+        for (shmid, fd) in self.files.shared_memory()? {
+            objects.push((shmid, File::from(fd), format!("shared memory {shmid}")));
+        }
+        let mut segments = Vec::new();
+        for (id, (entry, file)) in std::mem::take(&mut self.segments) {
+            segments.push(entry);
+            objects.push((id.into(), file, format!("System V segment {id}")));
+        }
+        sysv::write(&segments, self.images)?;
+        for (shmid, file, name) in objects {
+            let failed = |source| DumpError::ReadObject { name: name.clone(), offset: 0, source };
+            let stretches = super::memory::data_of(&file).map_err(failed)?;
             self.memories.push(Memory {
-                id: MemoryId::Shared(object.shmid),
-                origin: Origin::Object { file: object.file, name: object.name },
+                id: MemoryId::Shared(shmid),
+                origin: Origin::Object { file, name },
                 stretches,
                 parent: None,
             });

@@ -19,6 +19,9 @@ use crate::{
 /// blocked, and the trap at the end.
 const WORKING_MASK: u64 = !(1 << (libc::SIGTRAP - 1));
 
+/// A thread stops when it enters a system call and when it leaves it.
+const SYSCALL_STOPS: usize = 2;
+
 /// A thread that was stopped, and its state at that moment.
 #[derive(Debug)]
 pub struct Tracee {
@@ -90,10 +93,13 @@ impl Tracee {
         let registers = arch::syscall_registers(&self.registers, instruction, number, arguments);
         self.dirty = true;
         ptrace::set_registers(self.tid, &registers).map_err(failed("set the registers of"))?;
-        for _ in ["entry", "exit"] {
+        // A stop that was pending comes first, before the call is entered.
+        let mut stops = 0;
+        while stops < SYSCALL_STOPS {
             ptrace::resume_to_syscall(self.tid).map_err(failed("resume"))?;
             match self.wait()? {
-                Wait::Syscall => {}
+                Wait::Syscall => stops += 1,
+                Wait::Stopped(_) | Wait::Interrupted if stops == 0 => {}
                 other => return Err(lost(self.tid, other)),
             }
         }

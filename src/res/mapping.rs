@@ -26,6 +26,10 @@ const ADVICE: [(VmFlags, i32); 8] = [
 /// Where `mmap(2)` takes the logarithm of the size of huge pages.
 const HUGE_SHIFT: u32 = 26;
 
+/// Together with `MAP_LOCKED`: pages are locked as they are touched. `mmap(2)` ignores
+/// the flag without `MAP_POPULATE`, so that other restorers lose nothing but this.
+pub const LOCKED_ON_FAULT: u32 = libc::MAP_NONBLOCK.cast_unsigned();
+
 /// What a mapping maps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Object {
@@ -131,6 +135,9 @@ pub fn entry(mapping: &Mapping, object: Object, shmid: u64) -> VmaEntry {
         map |= flag;
     }
     let mut flag_bits = map.cast_unsigned();
+    if flags.contains(VmFlags::LOCK_ON_FAULT) {
+        flag_bits |= LOCKED_ON_FAULT;
+    }
     if flags.contains(VmFlags::HUGE_TLB) {
         flag_bits |= mapping.kernel_page_bytes.trailing_zeros() << HUGE_SHIFT;
     }

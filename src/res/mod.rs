@@ -5,6 +5,7 @@ mod error;
 pub mod file;
 pub mod mapping;
 pub mod signals;
+pub mod sysv;
 pub mod task;
 pub mod thread;
 pub mod timers;

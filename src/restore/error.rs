@@ -91,6 +91,14 @@ pub enum RestoreError {
         /// Why it failed.
         source: io::Error,
     },
+    /// A System V segment could not be found or made again.
+    #[error("System V segment {shmid}: {problem}")]
+    Segment {
+        /// Its id.
+        shmid: u64,
+        /// What is in the way, and what would help.
+        problem: String,
+    },
     /// The kernel is another one than the tree was dumped on.
     #[error(
         "process {pid} has a vDSO that this kernel does not have ({problem}); restore it on the kernel that it was dumped on"

@@ -41,6 +41,9 @@ pub(super) struct Files {
     /// Descriptions that were finished in some process.
     installed: HashSet<u32>,
     controlling: Vec<(tty::Controlling, OwnedFd)>,
+    /// The terminal of this program, if the tree's first process leads the group that
+    /// is to be in its foreground.
+    inherited_terminal: Option<OwnedFd>,
 }
 
 impl Files {
@@ -66,6 +69,7 @@ impl Files {
             others: RefCell::default(),
             installed: HashSet::new(),
             controlling: Vec::new(),
+            inherited_terminal: None,
         })
     }
 
@@ -76,8 +80,7 @@ impl Files {
     pub(super) fn open_descriptions(&mut self, plan: &Plan) -> Result<()> {
         // Entries that no descriptor has are paths: programs, mapped files.
         let bodies = plan.tasks.iter().filter_map(|task| task.body.as_ref());
-        let used: HashSet<u32> =
-            bodies.flat_map(|body| &body.fds).map(|entry| entry.id).collect();
+        let used: HashSet<u32> = bodies.flat_map(|body| &body.fds).map(|entry| entry.id).collect();
         for (kind, opener) in KINDS.iter().zip(&mut self.openers) {
             let entries: Vec<FileEntry> = plan
                 .files
@@ -98,6 +101,12 @@ impl Files {
         for terminal in tty::controlling(&self.opened)? {
             let fd = fds::duplicate_from(terminal.fd.as_fd(), self.lowest).map_err(too_many(0))?;
             self.controlling.push((terminal, fd));
+        }
+        if let Some(terminal) = tty::inherited(&self.opened)?
+            && plan.tasks[0].group == plan.tasks[0].pid
+        {
+            let fd = fds::duplicate_from(terminal, self.lowest).map_err(too_many(0))?;
+            self.inherited_terminal = Some(fd);
         }
         Ok(())
     }
@@ -244,6 +253,10 @@ impl Files {
                     tty::set_foreground(fd, terminal.foreground, script);
                 }
             }
+        }
+        if let Some(fd) = self.inherited_terminal.take() {
+            // As the shell would have done for its job.
+            tty::set_foreground(TargetFd(fd.as_raw_fd()), pid.0.cast_unsigned(), script);
         }
         let mut numbers = BTreeMap::new();
         for entry in &body.fds {

@@ -25,7 +25,7 @@ use crate::{
     chain::{MemoryBytes, read_at},
     image::{proto::VmaEntry, vma},
     inject::Script,
-    res::mapping,
+    res::{mapping, sysv},
     sys::process,
     units::{HostPid, PAGE_SHIFT, PAGE_SIZE, PageIndex, RemoteAddr, page_bytes},
 };
@@ -285,11 +285,19 @@ pub(super) fn arrange(
         let arguments = [ARCH_MAP_VDSO_64.into(), first.start.into()];
         script.call("map the vDSO", libc::SYS_arch_prctl, &arguments);
     }
-    for entry in body.vmas.iter().filter(|entry| !mapping::is_vdso(entry)) {
+    // A segment is attached as a whole, over what comes later.
+    let is_segment = |entry: &&VmaEntry| entry.status & vma::SYSVIPC != 0;
+    let (segments, others): (Vec<&VmaEntry>, Vec<&VmaEntry>) =
+        body.vmas.iter().filter(|entry| !mapping::is_vdso(entry)).partition(is_segment);
+    for entry in segments.into_iter().chain(others) {
         let has_file =
             entry.status & (vma::FILE_PRIVATE | vma::FILE_SHARED | vma::ANON_SHARED) != 0;
         let parts = layout.parts(entry.start, entry.end, false);
         if parts.is_empty() {
+            continue;
+        }
+        if entry.status & vma::SYSVIPC != 0 {
+            sysv::attach(entry, script);
             continue;
         }
         let fd = if has_file { file(entry)? } else { -1 };
@@ -480,8 +488,10 @@ pub(super) fn finish(body: &Body, layout: &Layout, script: &mut Script) {
         }
         if entry.flags & libc::MAP_LOCKED.cast_unsigned() != 0 {
             let what = format!("lock {:#x}-{:#x}", entry.start, entry.end);
-            let arguments = [entry.start.into(), (entry.end - entry.start).into()];
-            script.call(what, libc::SYS_mlock, &arguments);
+            let on_fault = entry.flags & mapping::LOCKED_ON_FAULT != 0;
+            let flags = if on_fault { libc::MLOCK_ONFAULT } else { 0 };
+            let arguments = [entry.start.into(), (entry.end - entry.start).into(), flags.into()];
+            script.call(what, libc::SYS_mlock2, &arguments);
         }
     }
 }

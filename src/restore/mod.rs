@@ -123,6 +123,7 @@ fn restore(
         apply::all(plan, &mut puppets, &mut files)?;
         filling.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
         objects::seal(&inodes, &files.opened)?;
+        objects::finish_segments(images)?;
         apply::finish(plan, &mut puppets, &mut files)?;
         write_pidfile(options, plan)?;
         let stopped = options.leave_stopped;

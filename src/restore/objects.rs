@@ -20,7 +20,10 @@ use super::{
 use crate::{
     chain::{Chain, ChainError, MemoryBytes, SnapshotId, read_at},
     image::{MemoryId, proto, vma},
-    res::file::{FileError, Opened, memfd},
+    res::{
+        file::{FileError, Opened, memfd},
+        sysv,
+    },
     sys::process,
     units::{PageIndex, page_bytes},
 };
@@ -59,7 +62,30 @@ pub(super) fn create(plan: &Plan, images: &Path, opened: &mut Opened) -> Result<
         objects.push(object(plan, shmid, &fd)?);
         opened.objects.insert(shmid, fd);
     }
+    for entry in sysv::read(images)? {
+        let shmid = u64::from(entry.desc.id);
+        sysv::create(&entry).map_err(|problem| RestoreError::Segment { shmid, problem })?;
+        let failed = |source| RestoreError::Object { shmid, step: "open", source };
+        let file = sysv::open(&entry).map_err(failed)?;
+        objects.push(Object { shmid, file, memory: memory_of(&plan.chain, plan.snapshot, shmid)? });
+    }
     Ok(objects)
+}
+
+/// Lets segments go with those who have them attached, if they were to.
+///
+/// # Errors
+/// [`RestoreError::Object`].
+pub(super) fn finish_segments(images: &Path) -> Result<()> {
+    for entry in sysv::read(images)? {
+        let shmid = u64::from(entry.desc.id);
+        sysv::finish(&entry).map_err(|errno| RestoreError::Object {
+            shmid,
+            step: "let go of",
+            source: errno.into(),
+        })?;
+    }
+    Ok(())
 }
 
 /// Returns the shared objects that only mappings tell of, with their sizes as far

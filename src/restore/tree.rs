@@ -468,11 +468,9 @@ impl<'a> Puppets<'a> {
                 let name = script.bytes(&name);
                 let arguments = [libc::PR_SET_NAME.into(), name.into()];
                 script.call("set the name", libc::SYS_prctl, &arguments);
-                // No file is to be left of a death that has been.
-                let none = script.bytes(&[0; 16]);
-                let core_limit = i64::from(libc::RLIMIT_CORE);
-                let arguments = [0.into(), core_limit.into(), none.into()];
-                script.call("limit core files", libc::SYS_prlimit64, &arguments);
+                // No core file is to be left of a death that has been.
+                let arguments = [libc::PR_SET_DUMPABLE.into(), 0.into()];
+                script.call("forbid core files", libc::SYS_prctl, &arguments);
             }
             scratch.run(leader, &script)?;
             end(&scratch, leader, status)?;

@@ -9,6 +9,8 @@ pub mod gather;
 pub mod pagemap;
 pub mod process;
 pub mod ptrace;
+pub mod shm;
+pub mod socket;
 pub mod supervise;
 pub mod tty;
 pub mod xsave;

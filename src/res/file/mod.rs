@@ -10,6 +10,8 @@ mod descriptor;
 pub mod eventfd;
 pub mod eventpoll;
 pub mod fown;
+mod inet;
+mod inet_open;
 mod late;
 pub mod lost;
 pub mod memfd;
@@ -17,10 +19,20 @@ pub mod pipe;
 pub mod regular;
 pub mod revived;
 pub mod signalfd;
+mod sock_diag;
+mod sock_netlink;
+mod sock_opts;
+mod sock_queue;
+mod sock_rest;
+#[cfg(test)]
+mod sock_testing;
 #[cfg(test)]
 mod testing;
 pub mod timerfd;
 pub mod tty;
+mod unix;
+mod unix_name;
+mod unix_open;
 
 use std::{
     collections::{HashMap, HashSet},
@@ -248,6 +260,15 @@ pub trait Collector {
     /// [`FileError::Unsupported`] for states that are not dumped; whatever fails.
     fn collect(&mut self, file: &Description, intake: &mut dyn Intake) -> Result<proto::FileEntry>;
 
+    /// Adds entries for what is needed and belongs to no process of the tree, after all
+    /// descriptions were collected, and checks that nothing else is missing.
+    ///
+    /// # Errors
+    /// As [`Collector::collect`].
+    fn settle(&mut self, _intake: &mut dyn Intake) -> Result<()> {
+        Ok(())
+    }
+
     /// Writes the other images of the kind, after all descriptions of the tree
     /// were collected, and checks that nothing they need is missing.
     ///
@@ -382,5 +403,9 @@ pub static KINDS: &[Kind] = &[
     signalfd::KIND,
     timerfd::KIND,
     tty::KIND,
+    inet::KIND,
+    sock_netlink::KIND,
+    unix::KIND,
+    sock_rest::KIND,
     eventpoll::KIND,
 ];

@@ -1,0 +1,361 @@
+//! TCP and UDP sockets that are not connections.
+//!
+//! TCP sockets that listen, or that neither listen nor are connected; UDP and UDP-Lite
+//! sockets in any state. What is queued in UDP sockets is dropped, as by CRIU: images
+//! cannot tell where a datagram came from, and who uses UDP has to live with losses.
+//! So do clients whose connections a listening socket has begun to make.
+//!
+//! The format has no place for memberships in multicast groups, nor for the options
+//! that [`LOST_TCP`] and [`LOST_IP`] list; the log tells of those in use.
+//!
+//! [`super::inet_open`] restores them.
+
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
+};
+
+use nix::{
+    errno::Errno,
+    libc::{self, c_int},
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{SockaddrStorage, getpeername, getsockname},
+};
+
+use super::{
+    Collector, Description, Intake, Kind, Result, inet_open, sock_diag,
+    sock_opts::{self, NET_NS_ID},
+    unix::state,
+};
+use crate::{image::proto, sys::socket};
+
+/// The row of [`super::KINDS`].
+pub(super) const KIND: Kind = Kind {
+    name: "internet socket",
+    types: &[proto::FdTypes::Inetsk],
+    collector: |_| Box::new(InetCollector::default()),
+    opener: |_| Box::new(inet_open::InetOpener),
+};
+
+/// `IPV6_FREEBIND` and `IPV6_RECVPKTINFO`, `linux/in6.h`.
+pub(super) const IPV6_FREEBIND: c_int = 78;
+pub(super) const IPV6_RECVPKTINFO: c_int = 49;
+
+/// `UDP_CORK` and `UDP_ENCAP`, `linux/udp.h`.
+const UDP_CORK: c_int = 1;
+const UDP_ENCAP: c_int = 100;
+
+/// The parts of `struct tcp_info` (`linux/tcp.h`) that listening sockets fill
+/// otherwise than connections.
+const TCP_INFO_STATE: usize = 0;
+const TCP_INFO_PENDING: usize = 24;
+const TCP_INFO_BACKLOG: usize = 28;
+const TCP_INFO_BYTES: usize = 32;
+
+/// Options of TCP sockets that images have no place for.
+const LOST_TCP: &[(c_int, c_int, &str)] = &[
+    (libc::SOL_TCP, libc::TCP_DEFER_ACCEPT, "TCP_DEFER_ACCEPT"),
+    (libc::SOL_TCP, libc::TCP_FASTOPEN, "TCP_FASTOPEN"),
+    (libc::SOL_TCP, libc::TCP_USER_TIMEOUT, "TCP_USER_TIMEOUT"),
+];
+
+/// Options of internet sockets that images have no place for.
+const LOST_IP: &[(c_int, c_int, &str)] = &[
+    (libc::SOL_IP, libc::IP_TRANSPARENT, "IP_TRANSPARENT"),
+    (libc::SOL_IP, libc::IP_RECVERR, "IP_RECVERR"),
+    (libc::SOL_IP, libc::IP_RECVTTL, "IP_RECVTTL"),
+    (libc::SOL_IP, libc::IP_RECVTOS, "IP_RECVTOS"),
+    (libc::SOL_IPV6, libc::IPV6_RECVERR, "IPV6_RECVERR"),
+    (libc::SOL_IPV6, libc::IPV6_TCLASS, "IPV6_TCLASS"),
+    (libc::SOL_UDP, libc::UDP_GRO, "UDP_GRO"),
+    (libc::SOL_UDP, libc::UDP_SEGMENT, "UDP_SEGMENT"),
+];
+
+const HELP_KIND: &str = "only TCP, UDP and UDP-Lite sockets are supported";
+const HELP_ESTABLISHED: &str =
+    "connections are not dumped yet (--tcp-established): close them first";
+const HELP_ACCEPT: &str = "let the program accept its connections, then try again";
+
+/// Dumps internet sockets.
+#[derive(Debug, Default)]
+struct InetCollector {
+    /// UDP sockets of the network namespace by family and protocol.
+    datagrams: HashMap<(c_int, c_int), HashMap<u32, sock_diag::InetSocket>>,
+}
+
+/// What is asked of a socket in a way that depends on its protocol.
+#[derive(Clone, Copy, Debug, Default)]
+struct Facts {
+    state: u32,
+    backlog: u32,
+    shutdown: u8,
+}
+
+impl InetCollector {
+    fn tcp(file: &Description, what: &str) -> Result<Facts> {
+        let fd = file.fd.as_fd();
+        let mut info = [0; TCP_INFO_BYTES];
+        socket::option_bytes(fd, libc::SOL_TCP, libc::TCP_INFO, &mut info)
+            .map_err(file.failed("ask for the state of"))?;
+        let word = |at: usize| u32::from_ne_bytes(info[at..at + 4].try_into().expect("4 bytes"));
+        let state = u32::from(info[TCP_INFO_STATE]);
+        match state {
+            state::LISTEN if word(TCP_INFO_PENDING) > 0 => {
+                let what = format!(
+                    "{what}, listening, with {} connections that were not accepted",
+                    word(TCP_INFO_PENDING)
+                );
+                Err(file.unsupported(what, HELP_ACCEPT))
+            }
+            state::LISTEN => Ok(Facts { state, backlog: word(TCP_INFO_BACKLOG), shutdown: 0 }),
+            state::CLOSE => {
+                let shutdown = Self::polled_shutdown(fd).map_err(file.failed("poll"))?;
+                Ok(Facts { state, backlog: 0, shutdown })
+            }
+            _ => {
+                let local = address(getsockname(fd.as_raw_fd()));
+                let peer = address(getpeername(fd.as_raw_fd()));
+                let show = |address: Option<SocketAddr>| {
+                    address.map_or_else(|| "?".to_owned(), |address| address.to_string())
+                };
+                let what = format!(
+                    "the TCP connection {} -> {} in state {}",
+                    show(local),
+                    show(peer),
+                    state_name(state)
+                );
+                Err(file.unsupported(what, HELP_ESTABLISHED))
+            }
+        }
+    }
+
+    /// Returns which directions of a socket that never had data are shut down, as far as
+    /// `poll(2)` shows it.
+    fn polled_shutdown(fd: BorrowedFd) -> nix::Result<u8> {
+        let mut polled = [PollFd::new(fd, PollFlags::POLLIN)];
+        poll(&mut polled, PollTimeout::ZERO)?;
+        let found = polled[0].revents().unwrap_or(PollFlags::empty());
+        Ok(u8::from(found.contains(PollFlags::POLLIN)))
+    }
+
+    fn udp(
+        &mut self,
+        file: &Description,
+        (family, protocol): (c_int, c_int),
+        connected: bool,
+        what: &str,
+    ) -> Result<Facts> {
+        let fd = file.fd.as_fd();
+        let uses = |option| socket::option::<c_int>(fd, libc::SOL_UDP, option) != Ok(0);
+        if uses(UDP_CORK) {
+            let what = format!("{what}, corked");
+            return Err(file.unsupported(what, "let the program send what it has put together"));
+        }
+        if uses(UDP_ENCAP) {
+            let what = format!("{what}, which carries other protocols (UDP_ENCAP)");
+            return Err(file.unsupported(what, HELP_KIND));
+        }
+        let inode = u32::try_from(file.stat.st_ino).expect("inodes of sockets have 32 bits");
+        let listed = match self.datagrams.entry((family, protocol)) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(place) => {
+                let byte = |number: c_int| u8::try_from(number).expect("families are small");
+                place.insert(match sock_diag::inet_sockets(byte(family), byte(protocol)) {
+                    // The kernel has no part that tells of them.
+                    Err(Errno::ENOENT) => HashMap::new(),
+                    found => found.map_err(file.failed("list the sockets of the network for"))?,
+                })
+            }
+        };
+        let found = listed.get(&inode).copied();
+        if found.is_some_and(|found| found.receive_queue > 0) {
+            log::warn!("{what} has datagrams in its queue: they will be lost");
+        }
+        let state = if connected { state::ESTABLISHED } else { state::CLOSE };
+        let backlog = found.map_or(0, |found| found.send_queue);
+        Ok(Facts { state, backlog, shutdown: found.map_or(0, |found| found.shutdown) })
+    }
+}
+
+impl Collector for InetCollector {
+    fn claims(&self, file: &Description) -> bool {
+        let inet = |family| matches!(family, libc::AF_INET | libc::AF_INET6);
+        file.is_type(libc::S_IFSOCK) && sock_opts::family(file.fd.as_fd()).is_ok_and(inet)
+    }
+
+    fn collect(&mut self, file: &Description, _: &mut dyn Intake) -> Result<proto::FileEntry> {
+        let fd = file.fd.as_fd();
+        let ask = file.failed("ask for the type of");
+        let family = sock_opts::family(fd).map_err(&ask)?;
+        let kind = sock_opts::kind(fd).map_err(&ask)?;
+        let protocol = sock_opts::protocol(fd).map_err(&ask)?;
+        let inode = file.stat.st_ino;
+        let own = address(getsockname(fd.as_raw_fd()));
+        let name = own.map_or_else(|| "unbound".to_owned(), |own| own.to_string());
+        let what = format!("the {} socket [{inode}] ({name})", protocol_name(kind, protocol));
+        let peer = address(getpeername(fd.as_raw_fd())).filter(|peer| peer.port() != 0);
+        let facts = match (kind, protocol) {
+            (libc::SOCK_STREAM, libc::IPPROTO_TCP) => Self::tcp(file, &what)?,
+            (libc::SOCK_DGRAM, libc::IPPROTO_UDP | libc::IPPROTO_UDPLITE) => {
+                self.udp(file, (family, protocol), peer.is_some(), &what)?
+            }
+            _ => return Err(file.unsupported(what, HELP_KIND)),
+        };
+        sock_opts::warn_of_lost(fd, &what, LOST_IP);
+        if protocol == libc::IPPROTO_TCP {
+            sock_opts::warn_of_lost(fd, &what, LOST_TCP);
+        }
+        let source_port = own.map_or(0, |own| own.port());
+        // CRIU numbers the namespace of those sockets that it finds in a list.
+        let listed = if protocol == libc::IPPROTO_TCP {
+            facts.state != state::CLOSE
+        } else {
+            source_port != 0
+        };
+        let options = file.failed("read the options of");
+        let entry = proto::InetSkEntry {
+            id: file.id,
+            ino: u32::try_from(inode).expect("inodes of sockets have 32 bits"),
+            family: family.cast_unsigned(),
+            r#type: kind.cast_unsigned(),
+            proto: protocol.cast_unsigned(),
+            state: facts.state,
+            src_port: source_port.into(),
+            dst_port: peer.map_or(0, |peer| peer.port().into()),
+            flags: file.flags,
+            backlog: facts.backlog,
+            src_addr: words(own, family),
+            dst_addr: words(peer, family),
+            fown: file.fown,
+            opts: sock_opts::read(fd, family).map_err(&options)?,
+            v6only: v6only(fd, family).map_err(&options)?,
+            ip_opts: Some(ip_options(fd, family).map_err(&options)?),
+            ifname: scope(fd, own).map_err(&options)?,
+            ns_id: listed.then_some(NET_NS_ID),
+            shutdown: sock_opts::shutdown(facts.shutdown),
+            tcp_opts: Some(tcp_options(fd, protocol).map_err(&options)?),
+        };
+        Ok(proto::FileEntry {
+            r#type: proto::FdTypes::Inetsk.into(),
+            id: file.id,
+            isk: Some(entry),
+            ..proto::FileEntry::default()
+        })
+    }
+}
+
+fn state_name(state: u32) -> String {
+    // `net/tcp_states.h`, from 1.
+    const NAMES: [&str; 12] = [
+        "ESTABLISHED",
+        "SYN_SENT",
+        "SYN_RECV",
+        "FIN_WAIT1",
+        "FIN_WAIT2",
+        "TIME_WAIT",
+        "CLOSE",
+        "CLOSE_WAIT",
+        "LAST_ACK",
+        "LISTEN",
+        "CLOSING",
+        "NEW_SYN_RECV",
+    ];
+    let name = state.checked_sub(1).and_then(|at| NAMES.get(at as usize));
+    name.map_or_else(|| format!("{state}, which is not known"), |name| (*name).to_owned())
+}
+
+/// Returns what sockets of a type and protocol are called.
+pub(super) fn protocol_name(kind: c_int, protocol: c_int) -> String {
+    if kind == libc::SOCK_RAW {
+        return format!("raw IP (protocol {protocol})");
+    }
+    let name = match protocol {
+        libc::IPPROTO_TCP => "TCP",
+        libc::IPPROTO_UDP => "UDP",
+        libc::IPPROTO_UDPLITE => "UDP-Lite",
+        libc::IPPROTO_ICMP | libc::IPPROTO_ICMPV6 => "ICMP",
+        libc::IPPROTO_SCTP => "SCTP",
+        libc::IPPROTO_MPTCP => "multipath TCP",
+        libc::IPPROTO_DCCP => "DCCP",
+        _ => return format!("IP protocol {protocol}"),
+    };
+    name.to_owned()
+}
+
+/// Takes an address of either family.
+fn address(found: nix::Result<SockaddrStorage>) -> Option<SocketAddr> {
+    let found = found.ok()?;
+    let v4 = found.as_sockaddr_in().map(|v4| SocketAddr::V4((*v4).into()));
+    v4.or_else(|| found.as_sockaddr_in6().map(|v6| SocketAddr::V6((*v6).into())))
+}
+
+/// Returns the bytes of an address, as they are on the wire, in words as this machine
+/// reads them, which is what images have.
+fn words(address: Option<SocketAddr>, family: c_int) -> Vec<u32> {
+    let bytes = match address.map(|address| address.ip()) {
+        Some(IpAddr::V4(v4)) => v4.octets().to_vec(),
+        Some(IpAddr::V6(v6)) => v6.octets().to_vec(),
+        None if family == libc::AF_INET => Ipv4Addr::UNSPECIFIED.octets().to_vec(),
+        None => Ipv6Addr::UNSPECIFIED.octets().to_vec(),
+    };
+    bytes
+        .chunks_exact(4)
+        .map(|word| u32::from_ne_bytes(word.try_into().expect("chunks of 4")))
+        .collect()
+}
+
+/// Returns the interface that a link-local address belongs to.
+fn scope(fd: BorrowedFd, own: Option<SocketAddr>) -> nix::Result<Option<Vec<u8>>> {
+    match own {
+        Some(SocketAddr::V6(v6)) if v6.port() != 0 && v6.scope_id() != 0 => {
+            sock_opts::bound_interface(fd)
+        }
+        _ => Ok(None),
+    }
+}
+
+fn v6only(fd: BorrowedFd, family: c_int) -> nix::Result<Option<bool>> {
+    let ask = || socket::option::<c_int>(fd, libc::SOL_IPV6, libc::IPV6_V6ONLY);
+    (family == libc::AF_INET6).then(ask).transpose().map(|found| found.map(|found| found != 0))
+}
+
+fn ip_options(fd: BorrowedFd, family: c_int) -> nix::Result<proto::IpOptsEntry> {
+    let number = |level, name| -> nix::Result<Option<u32>> {
+        Ok(Some(socket::option::<u32>(fd, level, name)?).filter(|value| *value != 0))
+    };
+    let set = |level, name| Ok(number(level, name)?.map(|_| true));
+    if family == libc::AF_INET6 {
+        return Ok(proto::IpOptsEntry {
+            freebind: set(libc::SOL_IPV6, IPV6_FREEBIND)?,
+            pktinfo: set(libc::SOL_IPV6, IPV6_RECVPKTINFO)?,
+            ..proto::IpOptsEntry::default()
+        });
+    }
+    Ok(proto::IpOptsEntry {
+        freebind: set(libc::SOL_IP, libc::IP_FREEBIND)?,
+        pktinfo: set(libc::SOL_IP, libc::IP_PKTINFO)?,
+        tos: number(libc::SOL_IP, libc::IP_TOS)?,
+        ttl: number(libc::SOL_IP, libc::IP_TTL)?,
+        raw: None,
+    })
+}
+
+fn tcp_options(fd: BorrowedFd, protocol: c_int) -> nix::Result<proto::TcpOptsEntry> {
+    if protocol != libc::IPPROTO_TCP {
+        return Ok(proto::TcpOptsEntry::default());
+    }
+    let number = |name| -> nix::Result<Option<u32>> {
+        Ok(Some(socket::option::<u32>(fd, libc::SOL_TCP, name)?).filter(|value| *value != 0))
+    };
+    Ok(proto::TcpOptsEntry {
+        cork: number(libc::TCP_CORK)?.map(|_| true),
+        nodelay: number(libc::TCP_NODELAY)?.map(|_| true),
+        keepcnt: number(libc::TCP_KEEPCNT)?,
+        keepidle: number(libc::TCP_KEEPIDLE)?,
+        keepintvl: number(libc::TCP_KEEPINTVL)?,
+    })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,247 @@
+//! Restores TCP and UDP sockets.
+//!
+//! All are bound first, then the listening ones listen, then UDP sockets are connected.
+//! Each is bound with the options `SO_REUSEADDR` and `SO_REUSEPORT` that it had. If
+//! the address is taken then, a program may have changed them after it bound several
+//! sockets to one address: all sockets of that port get both, until all are bound.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+};
+
+use nix::{
+    errno::Errno,
+    libc,
+    sys::socket::{Backlog, SockaddrStorage, bind, connect, listen, shutdown},
+};
+
+use super::{
+    FileError, Opened, Opener, Result,
+    inet::{IPV6_FREEBIND, IPV6_RECVPKTINFO, protocol_name},
+    sock_opts::{self, Restored},
+    unix::state,
+};
+use crate::{image::proto, sys::socket};
+
+/// Restores internet sockets.
+#[derive(Debug)]
+pub(super) struct InetOpener;
+
+struct Socket<'a> {
+    entry: &'a proto::InetSkEntry,
+    restored: Restored,
+    own: SocketAddr,
+    peer: SocketAddr,
+    fd: OwnedFd,
+}
+
+impl Opener for InetOpener {
+    fn open(&mut self, entries: &[proto::FileEntry], opened: &mut Opened) -> Result<()> {
+        let mut sockets = Vec::new();
+        for file in entries {
+            let problem = "it is an internet socket without inet_sk_entry".to_owned();
+            let entry = file.isk.as_ref().ok_or(FileError::Image { id: file.id, problem })?;
+            if !opened.contains(entry.id) {
+                sockets.push(Socket::new(entry)?);
+            }
+        }
+        for at in 0..sockets.len() {
+            match sockets[at].bind() {
+                Err(Errno::EADDRINUSE) => {
+                    let port = sockets[at].entry.src_port;
+                    for socket in sockets.iter().filter(|socket| socket.entry.src_port == port) {
+                        let (fd, both) = (socket.fd.as_fd(), (Some(true), Some(true)));
+                        sock_opts::restore_reuse(fd, both, &socket.restored)?;
+                    }
+                    sockets[at].bind()
+                }
+                result => result,
+            }
+            .map_err(sockets[at].restored.failed("bind"))?;
+        }
+        for socket in &sockets {
+            socket.listen()?;
+        }
+        for socket in &sockets {
+            socket.set_up()?;
+        }
+        for socket in sockets {
+            opened.insert(socket.entry.id, socket.fd);
+        }
+        Ok(())
+    }
+}
+
+impl<'a> Socket<'a> {
+    fn new(entry: &'a proto::InetSkEntry) -> Result<Self> {
+        let name = protocol_name(entry.r#type.cast_signed(), entry.proto.cast_signed());
+        let mut restored =
+            Restored { id: entry.id, object: format!("the {name} socket [{}]", entry.ino) };
+        let kind = (entry.r#type.cast_signed(), entry.proto.cast_signed());
+        let is_tcp = kind == (libc::SOCK_STREAM, libc::IPPROTO_TCP);
+        let is_udp = kind.0 == libc::SOCK_DGRAM
+            && matches!(kind.1, libc::IPPROTO_UDP | libc::IPPROTO_UDPLITE);
+        if !is_tcp && !is_udp {
+            return Err(restored.wrong("sockets of this type are not restored yet"));
+        }
+        let address = |words: &[u32], port: u32| {
+            let bad = || restored.wrong(format!("it has an address {words:x?}, port {port}"));
+            let port = u16::try_from(port).map_err(|_| bad())?;
+            address(entry.family.cast_signed(), words, port).ok_or_else(bad)
+        };
+        let own = address(&entry.src_addr, entry.src_port)?;
+        let peer = address(&entry.dst_addr, entry.dst_port)?;
+        restored.object = format!("the {name} socket [{}] ({own})", entry.ino);
+        let lone = matches!(entry.state, state::LISTEN | state::CLOSE);
+        if is_tcp && !(lone && entry.dst_port == 0) {
+            let problem = format!("it is a connection to {peer}, which is not restored yet");
+            return Err(restored.wrong(problem));
+        }
+        let fd = socket::create(entry.family.cast_signed(), kind.0, kind.1)
+            .map_err(restored.failed("create"))?;
+        let socket = Self { entry, restored, own, peer, fd };
+        socket.prepare()?;
+        Ok(socket)
+    }
+
+    /// Sets what has to be set before the socket is bound.
+    fn prepare(&self) -> Result<()> {
+        let (fd, options) = (self.fd.as_fd(), &self.entry.opts);
+        if let Some(v6only) = self.entry.v6only {
+            self.set(libc::SOL_IPV6, libc::IPV6_V6ONLY, v6only.into(), "set IPV6_V6ONLY of")?;
+        }
+        let reuse = (options.reuseaddr, options.so_reuseport);
+        sock_opts::restore_reuse(fd, reuse, &self.restored)?;
+        sock_opts::restore_interface(fd, options, &self.restored)
+    }
+
+    fn set(&self, level: i32, name: i32, value: u32, step: &'static str) -> Result<()> {
+        sock_opts::ensure(self.fd.as_fd(), level, name, value).map_err(self.restored.failed(step))
+    }
+
+    fn bind(&self) -> nix::Result<()> {
+        if self.entry.src_port == 0 {
+            return Ok(());
+        }
+        let mut own = self.own;
+        if let (SocketAddr::V6(v6), Some(name)) = (&mut own, self.entry.ifname.as_deref()) {
+            let name = std::ffi::CString::new(name).map_err(|_| Errno::ENODEV)?;
+            v6.set_scope_id(nix::net::if_::if_nametoindex(name.as_c_str())?);
+        }
+        // An address that was just added cannot be bound to until the network has
+        // been asked whether someone else has it.
+        let early = self.own.is_ipv6();
+        let freebind =
+            |on: u32| sock_opts::ensure(self.fd.as_fd(), libc::SOL_IPV6, IPV6_FREEBIND, on);
+        if early {
+            freebind(1)?;
+        }
+        let bound = bind(self.fd.as_raw_fd(), &SockaddrStorage::from(own));
+        if early {
+            freebind(0)?;
+        }
+        bound
+    }
+
+    fn listen(&self) -> Result<()> {
+        if self.entry.state != state::LISTEN {
+            return Ok(());
+        }
+        let backlog = i32::try_from(self.entry.backlog).ok().and_then(|n| Backlog::new(n).ok());
+        listen(&self.fd, backlog.unwrap_or(Backlog::MAXALLOWABLE))
+            .map_err(self.restored.failed("listen on"))
+    }
+
+    /// Connects the socket and sets the rest.
+    fn set_up(&self) -> Result<()> {
+        let (fd, entry, restored) = (self.fd.as_fd(), self.entry, &self.restored);
+        if entry.dst_port != 0 {
+            connect(fd.as_raw_fd(), &SockaddrStorage::from(self.peer))
+                .map_err(restored.failed("connect"))?;
+        }
+        self.set_ip_options(entry.ip_opts.as_ref())?;
+        sock_opts::restore(fd, &entry.opts, restored)?;
+        self.set_tcp_options()?;
+        let reuse = (entry.opts.reuseaddr, entry.opts.so_reuseport);
+        sock_opts::restore_reuse(fd, reuse, restored)?;
+        self.shut_down(fd)?;
+        sock_opts::restore_flags(fd, entry.flags, restored)
+    }
+
+    fn shut_down(&self, fd: BorrowedFd) -> Result<()> {
+        let Some(how) = sock_opts::how(self.entry.shutdown) else { return Ok(()) };
+        match shutdown(fd.as_raw_fd(), how) {
+            // It is done nevertheless.
+            Err(Errno::ENOTCONN) => Ok(()),
+            result => result.map_err(self.restored.failed("shut down")),
+        }
+    }
+
+    fn set_ip_options(&self, options: Option<&proto::IpOptsEntry>) -> Result<()> {
+        let Some(options) = options else { return Ok(()) };
+        let on = |value: Option<bool>| value.map(u32::from);
+        let numbers = if self.own.is_ipv6() {
+            [
+                (libc::SOL_IPV6, IPV6_FREEBIND, on(options.freebind), "set IPV6_FREEBIND of"),
+                (libc::SOL_IPV6, IPV6_RECVPKTINFO, on(options.pktinfo), "set IPV6_RECVPKTINFO of"),
+                (libc::SOL_IPV6, 0, None, ""),
+                (libc::SOL_IPV6, 0, None, ""),
+            ]
+        } else {
+            [
+                (libc::SOL_IP, libc::IP_FREEBIND, on(options.freebind), "set IP_FREEBIND of"),
+                (libc::SOL_IP, libc::IP_PKTINFO, on(options.pktinfo), "set IP_PKTINFO of"),
+                (libc::SOL_IP, libc::IP_TOS, options.tos, "set IP_TOS of"),
+                (libc::SOL_IP, libc::IP_TTL, options.ttl, "set IP_TTL of"),
+            ]
+        };
+        for (level, name, value, step) in numbers {
+            if let Some(value) = value {
+                self.set(level, name, value, step)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Older images have these among the options of all sockets.
+    fn set_tcp_options(&self) -> Result<()> {
+        if self.entry.proto.cast_signed() != libc::IPPROTO_TCP {
+            return Ok(());
+        }
+        let options = self.entry.tcp_opts.unwrap_or_default();
+        let old = &self.entry.opts;
+        let on = |value: Option<bool>| value.map(u32::from);
+        let numbers = [
+            (libc::TCP_NODELAY, on(options.nodelay), "set TCP_NODELAY of"),
+            (libc::TCP_CORK, on(options.cork), "set TCP_CORK of"),
+            (libc::TCP_KEEPCNT, options.keepcnt.or(old.tcp_keepcnt), "set TCP_KEEPCNT of"),
+            (libc::TCP_KEEPIDLE, options.keepidle.or(old.tcp_keepidle), "set TCP_KEEPIDLE of"),
+            (libc::TCP_KEEPINTVL, options.keepintvl.or(old.tcp_keepintvl), "set TCP_KEEPINTVL of"),
+        ];
+        for (name, value, step) in numbers {
+            if let Some(value) = value {
+                self.set(libc::SOL_TCP, name, value, step)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Reads an address from the words that images have.
+fn address(family: i32, words: &[u32], port: u16) -> Option<SocketAddr> {
+    let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+    match family {
+        // The oldest images have four words for either family.
+        libc::AF_INET => {
+            let octets: [u8; 4] = bytes.get(..4)?.try_into().ok()?;
+            Some(SocketAddrV4::new(Ipv4Addr::from(octets), port).into())
+        }
+        libc::AF_INET6 => {
+            let octets: [u8; 16] = bytes.try_into().ok()?;
+            let IpAddr::V6(v6) = IpAddr::from(octets) else { return None };
+            Some(SocketAddrV6::new(Ipv6Addr::from(v6.octets()), port, 0, 0).into())
+        }
+        _ => None,
+    }
+}

@@ -1,0 +1,175 @@
+//! Netlink sockets, as long as nothing waits in them to be read.
+
+use std::{
+    collections::HashMap,
+    os::fd::{AsFd, AsRawFd},
+};
+
+use nix::{
+    libc,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{NetlinkAddr, bind, connect},
+};
+
+use super::{
+    Collector, Description, FileError, Intake, Kind, Opened, Opener, Result, sock_diag,
+    sock_opts::{self, NET_NS_ID, Restored},
+};
+use crate::{image::proto, sys::socket};
+
+/// The row of [`super::KINDS`].
+pub(super) const KIND: Kind = Kind {
+    name: "netlink socket",
+    types: &[proto::FdTypes::Netlinksk],
+    collector: |_| Box::new(NetlinkCollector::default()),
+    opener: |_| Box::new(NetlinkOpener),
+};
+
+/// `NETLINK_CONNECTED`, `net/netlink/af_netlink.c`.
+const CONNECTED: u32 = 1;
+
+const HELP: &str = "let the program read it or leave the groups, then try again";
+
+/// Dumps netlink sockets.
+#[derive(Debug, Default)]
+struct NetlinkCollector {
+    all: Option<HashMap<u32, sock_diag::NetlinkSocket>>,
+}
+
+impl Collector for NetlinkCollector {
+    fn claims(&self, file: &Description) -> bool {
+        file.is_type(libc::S_IFSOCK) && sock_opts::family(file.fd.as_fd()) == Ok(libc::AF_NETLINK)
+    }
+
+    fn collect(&mut self, file: &Description, _: &mut dyn Intake) -> Result<proto::FileEntry> {
+        let fd = file.fd.as_fd();
+        let inode = u32::try_from(file.stat.st_ino).expect("inodes of sockets have 32 bits");
+        let protocol = sock_opts::protocol(fd).map_err(file.failed("ask for the protocol of"))?;
+        let what = format!("the netlink socket [{inode}] of protocol {protocol}");
+        let mut readable = [PollFd::new(fd, PollFlags::POLLIN)];
+        if poll(&mut readable, PollTimeout::ZERO).map_err(file.failed("poll"))? != 0 {
+            return Err(file.unsupported(format!("{what}, with messages in its queue"), HELP));
+        }
+        if self.all.is_none() {
+            let all = sock_diag::netlink_sockets();
+            self.all = Some(all.map_err(file.failed("list the sockets of the network for"))?);
+        }
+        // One without an address is in no list.
+        let bound =
+            self.all.as_ref().and_then(|all| all.get(&inode)).filter(|bound| bound.port != 0);
+        let mut groups = bound.map(|bound| bound.groups.clone()).unwrap_or_default();
+        while groups.last() == Some(&0) {
+            groups.pop();
+        }
+        if groups.len() > 1 {
+            return Err(file.unsupported(format!("{what}, in a group above 32"), HELP));
+        }
+        sock_opts::warn_of_lost(fd, &what, &[]);
+        let entry = proto::NetlinkSkEntry {
+            id: file.id,
+            ino: inode,
+            protocol: protocol.cast_unsigned(),
+            state: bound.map_or(0, |bound| bound.state.into()),
+            flags: file.flags,
+            portid: bound.map_or(0, |bound| bound.port),
+            // A program that is in no group has the first word nevertheless.
+            groups,
+            dst_portid: bound.map_or(0, |bound| bound.peer_port),
+            dst_group: bound.map_or(0, |bound| bound.peer_group),
+            fown: file.fown,
+            opts: sock_opts::read(fd, libc::AF_NETLINK)
+                .map_err(file.failed("read the options of"))?,
+            ns_id: bound.map(|_| NET_NS_ID),
+        };
+        Ok(proto::FileEntry {
+            r#type: proto::FdTypes::Netlinksk.into(),
+            id: file.id,
+            nlsk: Some(entry),
+            ..proto::FileEntry::default()
+        })
+    }
+}
+
+/// Restores netlink sockets.
+#[derive(Debug)]
+struct NetlinkOpener;
+
+impl Opener for NetlinkOpener {
+    fn open(&mut self, entries: &[proto::FileEntry], opened: &mut Opened) -> Result<()> {
+        for file in entries {
+            let problem = "it is a netlink socket without netlink_sk_entry".to_owned();
+            let entry = file.nlsk.as_ref().ok_or(FileError::Image { id: file.id, problem })?;
+            if opened.contains(entry.id) {
+                continue;
+            }
+            let object =
+                format!("the netlink socket [{}] of protocol {}", entry.ino, entry.protocol);
+            let restored = Restored { id: entry.id, object };
+            let protocol = entry.protocol.cast_signed();
+            let fd = socket::create(libc::AF_NETLINK, libc::SOCK_RAW, protocol)
+                .map_err(restored.failed("create"))?;
+            let groups = match entry.groups[..] {
+                [] => 0,
+                [groups] => groups,
+                _ => return Err(restored.wrong("it is in a group above 32")),
+            };
+            if entry.portid != 0 {
+                // Ports mostly are pids that the kernel chose: another one does, too.
+                let address = |port| NetlinkAddr::new(port, groups);
+                if bind(fd.as_raw_fd(), &address(entry.portid)).is_err() {
+                    bind(fd.as_raw_fd(), &address(0)).map_err(restored.failed("bind"))?;
+                    log::warn!("{} has another port than {}", restored.object, entry.portid);
+                }
+            }
+            if entry.state == CONNECTED {
+                let group = entry.dst_group.checked_sub(1).map_or(0, |bit| 1_u32.wrapping_shl(bit));
+                connect(fd.as_raw_fd(), &NetlinkAddr::new(entry.dst_portid, group))
+                    .map_err(restored.failed("connect"))?;
+            }
+            sock_opts::restore(fd.as_fd(), &entry.opts, &restored)?;
+            sock_opts::restore_flags(fd.as_fd(), entry.flags, &restored)?;
+            opened.insert(entry.id, fd);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd;
+
+    use nix::sys::socket::getsockname;
+
+    use super::{
+        super::sock_testing::{dump, refused},
+        *,
+    };
+    use crate::res::file::Policy;
+
+    fn netlink(protocol: i32) -> std::os::fd::OwnedFd {
+        socket::create(libc::AF_NETLINK, libc::SOCK_RAW, protocol).unwrap()
+    }
+
+    #[test]
+    fn bound_and_unbound_sockets_are_restored() {
+        let [plain, bound] = [netlink(libc::NETLINK_ROUTE), netlink(libc::NETLINK_KOBJECT_UEVENT)];
+        bind(bound.as_raw_fd(), &NetlinkAddr::new(0, 1)).unwrap();
+        let name = |fd: i32| getsockname::<NetlinkAddr>(fd).unwrap();
+        let before = name(bound.as_raw_fd());
+        let restored = dump(vec![plain, bound], &Policy::default()).unwrap().open().unwrap();
+        assert_eq!(name(restored.get(0).as_raw_fd()).pid(), 0);
+        let after = name(restored.get(1).as_raw_fd());
+        assert_eq!((after.pid(), after.groups()), (before.pid(), before.groups()));
+    }
+
+    #[test]
+    fn a_queue_with_messages_is_refused() {
+        let socket = netlink(libc::NETLINK_ROUTE);
+        // Any request has an answer, if only an error.
+        let request = [16_u8, 0, 0, 0, 0xff, 0, 5, 0, 1, 0, 0, 0, 0, 0, 0, 0];
+        nix::sys::socket::send(socket.as_raw_fd(), &request, nix::sys::socket::MsgFlags::empty())
+            .unwrap();
+        let message = refused(vec![socket], &Policy::default());
+        assert!(message.contains("with messages in its queue"), "{message}");
+    }
+}

@@ -1,0 +1,291 @@
+//! What is queued in UNIX sockets: `sk-queues.img`.
+//!
+//! Queues are looked at with `MSG_PEEK`, which takes nothing out; where there is more
+//! to see than the first message, with `SO_PEEK_OFF`, which is set back afterwards.
+//! Each packet of a socket that keeps packets apart is an entry. A stream is cut into
+//! as few entries as possible, but before and behind each message with descriptors:
+//! a reader that stops where its writer did must not get them too early, or lose them.
+//!
+//! The format has no place for the names and credentials of senders. Names are
+//! those of the socket that sends the data again. Credentials would be wrong, so
+//! that a queue of a socket that asks for them (`SO_PASSCRED`) is refused.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    io::IoSlice,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
+    path::Path,
+};
+
+use nix::{
+    errno::Errno,
+    libc::{self, c_int},
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{ControlMessage, MsgFlags, recv, sendmsg},
+};
+
+use super::{
+    Description, FileError, Intake, Result,
+    sock_opts::{self, Restored},
+};
+use crate::{
+    image::{ImageReader, Kind, SnapshotWriter, proto},
+    sys::socket::{self, Received},
+};
+
+/// More than the kernel puts into one message of a stream, about 64 KiB, so that
+/// one peek that begins with a message with descriptors sees all of it.
+const PEEK_BYTES: usize = 256 << 10;
+
+const HELP_READ: &str = "let the process read what it was sent, then try again";
+
+/// A packet of a queue, or a piece of a stream.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Packet {
+    /// Its bytes.
+    pub(super) data: Vec<u8>,
+    /// The numbers of the descriptions that are sent with it.
+    pub(super) rights: Vec<u32>,
+}
+
+/// Sets `SO_PEEK_OFF` back when dropped.
+struct PeekOffset<'a> {
+    fd: BorrowedFd<'a>,
+    before: c_int,
+}
+
+impl<'a> PeekOffset<'a> {
+    fn at_start(fd: BorrowedFd<'a>) -> nix::Result<Self> {
+        let before = socket::option(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF)?;
+        let guard = Self { fd, before };
+        guard.set(0)?;
+        Ok(guard)
+    }
+
+    fn set(&self, offset: c_int) -> nix::Result<()> {
+        socket::set_option(self.fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, &offset)
+    }
+}
+
+impl Drop for PeekOffset<'_> {
+    fn drop(&mut self) {
+        if let Err(errno) = self.set(self.before) {
+            log::error!("cannot set the peek offset of a socket back to {}: {errno}", self.before);
+        }
+    }
+}
+
+/// Returns what is queued in a socket that is no listening one.
+///
+/// # Errors
+/// [`FileError::Unsupported`] for credentials and out-of-band data; whatever fails.
+pub(super) fn peek(
+    file: &Description,
+    kind: c_int,
+    what: &str,
+    intake: &mut dyn Intake,
+) -> Result<Vec<Packet>> {
+    let fd = file.fd.as_fd();
+    let failed = file.failed("look at the queue of");
+    let urgent = MsgFlags::MSG_PEEK | MsgFlags::MSG_OOB | MsgFlags::MSG_DONTWAIT;
+    if kind == libc::SOCK_STREAM && recv(fd.as_raw_fd(), &mut [0], urgent).is_ok() {
+        let what = format!("{what}, with an urgent byte that was not read");
+        return Err(file.unsupported(what, HELP_READ));
+    }
+    let mut readable = [PollFd::new(fd, PollFlags::POLLIN)];
+    if poll(&mut readable, PollTimeout::ZERO).map_err(&failed)? == 0 {
+        return Ok(Vec::new());
+    }
+    let asks = |option| {
+        socket::option::<c_int>(fd, libc::SOL_SOCKET, option).is_ok_and(|value| value != 0)
+    };
+    // At the end of a stream a socket is readable, too.
+    let some = |offset: &PeekOffset| -> nix::Result<bool> {
+        let seen = peek_next(fd, &mut [0], MsgFlags::empty())?;
+        offset.set(0)?;
+        Ok(seen.is_some_and(|seen| seen.len > 0 || kind == libc::SOCK_DGRAM))
+    };
+    let offset = PeekOffset::at_start(fd).map_err(&failed)?;
+    if asks(libc::SO_PASSCRED) || asks(sock_opts::SO_PASSPIDFD) {
+        if some(&offset).map_err(&failed)? {
+            let what = format!("{what}, with credentials in its queue");
+            return Err(file.unsupported(what, HELP_READ));
+        }
+        return Ok(Vec::new());
+    }
+    let found =
+        if kind == libc::SOCK_STREAM { peek_stream(fd, &offset) } else { peek_packets(fd, kind) };
+    drop(offset);
+    let mut packets = Vec::new();
+    for (data, received) in found.map_err(&failed)? {
+        if received.other_control {
+            let what = format!("{what}, with control messages in its queue");
+            return Err(file.unsupported(what, HELP_READ));
+        }
+        let rights = received.fds.into_iter().map(|fd| intake.enter(fd, file));
+        packets.push(Packet { data, rights: rights.collect::<Result<_>>()? });
+    }
+    Ok(packets)
+}
+
+/// Receives at the peek offset; `None` if there is nothing.
+fn peek_next(fd: BorrowedFd, buffer: &mut [u8], more: MsgFlags) -> nix::Result<Option<Received>> {
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT | more;
+    loop {
+        match socket::receive(fd, buffer, flags) {
+            Ok(received) => return Ok(Some(received)),
+            Err(Errno::EAGAIN) => return Ok(None),
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+}
+
+fn peek_packets(fd: BorrowedFd, kind: c_int) -> nix::Result<Vec<(Vec<u8>, Received)>> {
+    let mut buffer = vec![0; PEEK_BYTES];
+    let mut packets = Vec::new();
+    while let Some(first) = peek_next(fd, &mut buffer, MsgFlags::MSG_TRUNC)? {
+        // A sequence of packets that has ended looks like an empty packet.
+        if first.len == 0 && kind == libc::SOCK_SEQPACKET && first.fds.is_empty() {
+            break;
+        }
+        let mut data = Vec::with_capacity(first.len);
+        data.extend_from_slice(&buffer[..first.len.min(PEEK_BYTES)]);
+        while data.len() < first.len {
+            // The offset is within the packet now. Its descriptors come once more.
+            let next = peek_next(fd, &mut buffer, MsgFlags::MSG_TRUNC)?.ok_or(Errno::EPROTO)?;
+            data.extend_from_slice(&buffer[..next.len.min(PEEK_BYTES)]);
+        }
+        packets.push((data, first));
+    }
+    Ok(packets)
+}
+
+/// Looks at a stream piece by piece.
+///
+/// A peek ends behind a message with descriptors. If it ends before one, because the
+/// buffer is full, the descriptors come nevertheless, with bytes they do not belong
+/// to; so it is asked how far the messages reach that fit in whole.
+fn peek_stream(fd: BorrowedFd, offset: &PeekOffset) -> nix::Result<Vec<(Vec<u8>, Received)>> {
+    let mut buffer = vec![0; PEEK_BYTES];
+    let mut pieces: Vec<(Vec<u8>, Received)> = Vec::new();
+    let mut at = 0;
+    loop {
+        offset.set(at)?;
+        let Some(mut received) = peek_next(fd, &mut buffer, MsgFlags::empty())? else { break };
+        if received.len == 0 {
+            break;
+        }
+        if !received.fds.is_empty() {
+            offset.set(at)?;
+            // Either all messages that the buffer holds, or all but the last, which
+            // is the one with descriptors.
+            let is_full = received.len == PEEK_BYTES;
+            let room = if is_full { PEEK_BYTES } else { received.len - 1 };
+            let before = socket::peek_whole(fd, &mut buffer[..room])?;
+            if is_full && before == 0 {
+                return Err(Errno::EMSGSIZE);
+            }
+            if before > 0 {
+                received = Received { len: before, fds: Vec::new(), ..received };
+            }
+        }
+        at += c_int::try_from(received.len).map_err(|_| Errno::EOVERFLOW)?;
+        let data = &buffer[..received.len];
+        match pieces.last_mut() {
+            Some((last, before)) if before.fds.is_empty() && received.fds.is_empty() => {
+                last.extend_from_slice(data);
+            }
+            _ => pieces.push((data.to_owned(), received)),
+        }
+    }
+    Ok(pieces)
+}
+
+/// Writes the image of these queues, if there is anything in them.
+///
+/// # Errors
+/// What writing returns.
+pub(super) fn write(images: &SnapshotWriter, queues: &[(u32, Vec<Packet>)]) -> Result<()> {
+    if queues.iter().all(|(_, packets)| packets.is_empty()) {
+        return Ok(());
+    }
+    let mut image = images.create(Kind::SkQueues, 0)?;
+    for (id, packet) in queues.iter().flat_map(|(id, packets)| packets.iter().map(move |p| (id, p)))
+    {
+        let rights = &packet.rights;
+        let scm = (!rights.is_empty()).then(|| proto::ScmEntry {
+            r#type: libc::SCM_RIGHTS.cast_unsigned(),
+            rights: rights.clone(),
+        });
+        image.message(&proto::SkPacketEntry {
+            id_for: *id,
+            length: u32::try_from(packet.data.len()).expect("the kernel sends less at a time"),
+            scm: scm.into_iter().collect(),
+        })?;
+        image.raw(&packet.data)?;
+    }
+    image.finish()?;
+    Ok(())
+}
+
+/// Reads the image of queues in `images`, if there is one: the packets of each
+/// socket by its number.
+///
+/// # Errors
+/// What reading returns; [`FileError::Image`] for control messages that are no
+/// descriptors.
+pub(super) fn read(images: &Path) -> Result<HashMap<u32, VecDeque<Packet>>> {
+    let path = images.join(Kind::SkQueues.file_name(0));
+    let mut image = match ImageReader::open_kind(&path, Kind::SkQueues) {
+        Err(error) if error.is_missing() => return Ok(HashMap::new()),
+        image => image?,
+    };
+    let mut queues: HashMap<u32, VecDeque<Packet>> = HashMap::new();
+    while let Some(entry) = image.next_message::<proto::SkPacketEntry>()? {
+        let mut packet = Packet::default();
+        image.append(entry.length.into(), "a packet", &mut packet.data)?;
+        for control in entry.scm {
+            if control.r#type != libc::SCM_RIGHTS.cast_unsigned() {
+                return Err(FileError::Image {
+                    id: entry.id_for,
+                    problem: format!(
+                        "its queue holds control messages of type {}, only descriptors ({}) are known",
+                        control.r#type,
+                        libc::SCM_RIGHTS
+                    ),
+                });
+            }
+            packet.rights.extend(control.rights);
+        }
+        queues.entry(entry.id_for).or_default().push_back(packet);
+    }
+    Ok(queues)
+}
+
+/// Sends a queue once more, with the descriptors that `lookup` finds.
+///
+/// # Errors
+/// What `lookup` returns; [`FileError::Restore`].
+pub(super) fn send(
+    sender: BorrowedFd,
+    packets: impl IntoIterator<Item = Packet>,
+    receiver: &Restored,
+    lookup: &dyn Fn(u32) -> Result<RawFd>,
+) -> Result<()> {
+    let failed = receiver.failed("send what was queued in");
+    sock_opts::widen(sender);
+    for packet in packets {
+        let fds = packet.rights.iter().map(|id| lookup(*id)).collect::<Result<Vec<_>>>()?;
+        let rights = [ControlMessage::ScmRights(&fds)];
+        let control = if fds.is_empty() { &[][..] } else { &rights[..] };
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        let data = [IoSlice::new(&packet.data)];
+        let sent =
+            sendmsg::<()>(sender.as_raw_fd(), &data, control, flags, None).map_err(&failed)?;
+        if sent != packet.data.len() {
+            return Err(failed(Errno::ENOBUFS));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,64 @@
+//! Sockets of families that are not dumped: they are refused by name.
+
+use std::os::fd::AsFd;
+
+use nix::libc;
+
+use super::{Collector, Description, FileError, Intake, Kind, Opened, Opener, Result, sock_opts};
+use crate::image::proto;
+
+/// The row of [`super::KINDS`]. It takes every socket: it comes after all other sockets.
+pub(super) const KIND: Kind = Kind {
+    name: "socket",
+    types: &[proto::FdTypes::Packetsk],
+    collector: |_| Box::new(Rest),
+    opener: |_| Box::new(Rest),
+};
+
+/// Dumps and restores nothing.
+#[derive(Debug)]
+struct Rest;
+
+/// Returns what sockets of a family are called.
+fn family_name(family: i32) -> &'static str {
+    match family {
+        libc::AF_PACKET => "packet socket",
+        libc::AF_VSOCK => "socket of a virtual machine (AF_VSOCK)",
+        libc::AF_ALG => "socket of the kernel's cryptography (AF_ALG)",
+        libc::AF_XDP => "AF_XDP socket",
+        libc::AF_BLUETOOTH => "Bluetooth socket",
+        libc::AF_CAN => "CAN bus socket",
+        libc::AF_TIPC => "TIPC socket",
+        _ => "socket of a family that is not known",
+    }
+}
+
+impl Collector for Rest {
+    fn claims(&self, file: &Description) -> bool {
+        file.is_type(libc::S_IFSOCK)
+    }
+
+    fn collect(&mut self, file: &Description, _: &mut dyn Intake) -> Result<proto::FileEntry> {
+        let fd = file.fd.as_fd();
+        let family = sock_opts::family(fd).map_err(file.failed("ask for the family of"))?;
+        let protocol = sock_opts::protocol(fd).map_err(file.failed("ask for the protocol of"))?;
+        let what = format!(
+            "a {} [{}], family {family}, protocol {protocol:#x}",
+            family_name(family),
+            file.stat.st_ino
+        );
+        Err(file.unsupported(what, "only UNIX, TCP, UDP and netlink sockets are supported"))
+    }
+}
+
+impl Opener for Rest {
+    fn open(&mut self, entries: &[proto::FileEntry], _: &mut Opened) -> Result<()> {
+        match entries.first() {
+            None => Ok(()),
+            Some(entry) => Err(FileError::Image {
+                id: entry.id,
+                problem: "it is a packet socket, which is not restored".into(),
+            }),
+        }
+    }
+}

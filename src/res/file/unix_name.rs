@@ -1,0 +1,356 @@
+//! Names of UNIX sockets.
+//!
+//! A name is what the program gave to `bind(2)`, with the zero that the kernel adds
+//! to paths: a path, often relative, or, if it begins with a zero, an abstract name.
+//! To bind a socket to a relative path again, a thread of its own works in the
+//! directory it is relative to.
+
+use std::{
+    ffi::OsStr,
+    fs, io,
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        unix::{
+            ffi::OsStrExt,
+            fs::{FileTypeExt, MetadataExt, PermissionsExt},
+        },
+    },
+    path::{Path, PathBuf},
+    thread,
+};
+
+use nix::{
+    errno::Errno,
+    fcntl::{AtFlags, OFlag, open},
+    libc,
+    sched::{CloneFlags, unshare},
+    sys::stat::{FileStat, Mode, fstat, umask},
+    unistd::{Gid, Uid, chdir, fchownat},
+};
+
+use super::{Description, FileError, Result, sock_diag, sock_opts::Restored};
+use crate::{image::proto, sys::socket};
+
+/// What `/proc/PID/fd/N` has after the path of a file that has none any more.
+const DELETED: &str = " (deleted)";
+
+/// Permission bits of a file's mode.
+const PERMISSIONS: u32 = 0o7777;
+
+/// A file without permissions for others, until it has its own.
+const PRIVATE: Mode = Mode::from_bits_retain(0o177);
+
+/// Returns a name for messages.
+pub(super) fn display(name: &[u8]) -> String {
+    match name.split_first() {
+        None => "without name".to_owned(),
+        Some((0, rest)) => format!("@{}", String::from_utf8_lossy(rest).replace('\0', "@")),
+        Some(_) => String::from_utf8_lossy(path_bytes(name)).into_owned(),
+    }
+}
+
+/// Whether the name is a path.
+pub(super) fn is_path(name: &[u8]) -> bool {
+    name.first().is_some_and(|first| *first != 0)
+}
+
+fn path_bytes(name: &[u8]) -> &[u8] {
+    name.split(|byte| *byte == 0).next().unwrap_or_default()
+}
+
+/// What images say of the file that a socket is bound to.
+#[derive(Debug, Default)]
+pub(super) struct NamedFile {
+    pub(super) perms: Option<proto::FilePermsEntry>,
+    /// What a relative path is relative to.
+    pub(super) dir: Option<Vec<u8>>,
+    pub(super) deleted: bool,
+}
+
+/// Looks at the file that a socket is bound to by `name`, a path.
+///
+/// # Errors
+/// [`FileError::Unsupported`] if it has another name by now; whatever fails.
+pub(super) fn look_at_file(
+    file: &Description,
+    name: &[u8],
+    inode: Option<(u32, u32)>,
+    what: &str,
+) -> Result<NamedFile> {
+    let step = "look at the file of";
+    let name = Path::new(OsStr::from_bytes(path_bytes(name)));
+    let process = PathBuf::from(format!("/proc/{}", file.pid));
+    let in_cwd = process.join("cwd").join(name);
+    // What it leads to from where the process is, unless that has changed since.
+    let from_process = match name.strip_prefix("/") {
+        Ok(rest) => process.join("root").join(rest),
+        Err(_) => in_cwd,
+    };
+    let (stat, path) = match socket::unix_file(file.fd.as_fd()) {
+        Ok(opened) => {
+            let stat = fstat(&opened).map_err(file.failed(step))?;
+            let link = format!("/proc/self/fd/{}", opened.as_raw_fd());
+            let path = fs::read_link(link).map_err(|error| file.failed(step)(errno(&error)))?;
+            (stat, path)
+        }
+        Err(Errno::EPERM) => return look_from_process(file, name, &from_process, inode, what),
+        Err(errno) => return Err(file.failed(step)(errno)),
+    };
+    let text = path.as_os_str().as_bytes();
+    let undeleted = text.strip_suffix(DELETED.as_bytes());
+    let deleted = stat.st_nlink == 0 || undeleted.is_some();
+    let path = Path::new(OsStr::from_bytes(undeleted.unwrap_or(text)));
+    let same = fs::metadata(&from_process)
+        .is_ok_and(|found| found.ino() == stat.st_ino && found.dev() == stat.st_dev);
+    let dir = if name.is_absolute() {
+        None
+    } else if let Some(dir) = without_end(path, name) {
+        Some(dir)
+    } else if same {
+        let cwd = fs::read_link(process.join("cwd")).map_err(|e| file.failed(step)(errno(&e)))?;
+        Some(cwd)
+    } else {
+        return Err(renamed(file, what, path));
+    };
+    if name.is_absolute() && !deleted && !same && path != name {
+        return Err(renamed(file, what, path));
+    }
+    Ok(NamedFile { perms: Some(permissions(&stat)), dir: dir.map(text_of), deleted })
+}
+
+/// As [`look_at_file`], where the kernel does not open the file for us.
+fn look_from_process(
+    file: &Description,
+    name: &Path,
+    path: &Path,
+    inode: Option<(u32, u32)>,
+    what: &str,
+) -> Result<NamedFile> {
+    let found = nix::sys::stat::stat(path).ok();
+    let stat = found.filter(|stat| inode.is_some_and(|(inode, _)| u64::from(inode) == stat.st_ino));
+    if stat.is_none() && !name.is_absolute() {
+        let what = format!("{what}, whose file is not where the process is now");
+        return Err(file.unsupported(what, "run rcriu with CAP_NET_ADMIN"));
+    }
+    let dir = if name.is_absolute() {
+        None
+    } else {
+        let cwd = format!("/proc/{}/cwd", file.pid);
+        Some(fs::read_link(cwd).map_err(|e| file.failed("look at the directory of")(errno(&e)))?)
+    };
+    Ok(NamedFile {
+        deleted: stat.is_none(),
+        perms: Some(stat.map_or_else(
+            || proto::FilePermsEntry { mode: libc::S_IFSOCK | 0o700, uid: 0, gid: 0 },
+            |stat| permissions(&stat),
+        )),
+        dir: dir.map(text_of),
+    })
+}
+
+fn renamed(file: &Description, what: &str, path: &Path) -> FileError {
+    let what = format!("{what}, whose file is {} by now", path.display());
+    file.unsupported(what, "images have no place for the new name: bind it where it is to be")
+}
+
+fn permissions(stat: &FileStat) -> proto::FilePermsEntry {
+    proto::FilePermsEntry { mode: stat.st_mode, uid: stat.st_uid, gid: stat.st_gid }
+}
+
+fn text_of(path: PathBuf) -> Vec<u8> {
+    path.into_os_string().into_encoded_bytes()
+}
+
+/// Returns the directory in which `path` is called `name`.
+fn without_end(path: &Path, name: &Path) -> Option<PathBuf> {
+    let mut rest = path.components();
+    for part in name.components().rev() {
+        if part != std::path::Component::CurDir && rest.next_back() != Some(part) {
+            return None;
+        }
+    }
+    Some(rest.as_path().to_owned())
+}
+
+fn errno(error: &io::Error) -> Errno {
+    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
+}
+
+/// What is to become of the file that binding makes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Keep {
+    /// It stays. A file of a socket that nobody has open any more makes room for it.
+    Replacing,
+    /// It stays, unless there is one, which stays instead.
+    Yielding,
+    /// It is removed, as it was before the dump.
+    Not,
+}
+
+/// Binds a socket to the name that its entry has, if it has one. Returns the file, if
+/// the name is a path.
+///
+/// # Errors
+/// [`FileError::Restore`].
+pub(super) fn bind(
+    fd: BorrowedFd,
+    entry: &proto::UnixSkEntry,
+    keep: Keep,
+    restored: &Restored,
+) -> Result<Option<OwnedFd>> {
+    if entry.name.is_empty() {
+        return Ok(None);
+    }
+    if !is_path(&entry.name) {
+        socket::bind_unix(fd, &entry.name).map_err(restored.failed("bind"))?;
+        return Ok(None);
+    }
+    thread::scope(|scope| scope.spawn(|| bind_path(fd, entry, keep, restored)).join())
+        .expect("binding does not panic")
+        .map(Some)
+}
+
+/// Runs in a thread of its own, because it changes its directory.
+fn bind_path(
+    fd: BorrowedFd,
+    entry: &proto::UnixSkEntry,
+    keep: Keep,
+    restored: &Restored,
+) -> Result<OwnedFd> {
+    unshare(CloneFlags::CLONE_FS).map_err(restored.failed("prepare a thread for"))?;
+    umask(PRIVATE);
+    let path = Path::new(OsStr::from_bytes(path_bytes(&entry.name)));
+    let dir = entry.name_dir.as_deref().map(|dir| Path::new(OsStr::from_bytes(dir)));
+    let mut made = Vec::new();
+    if keep == Keep::Not {
+        let above = dir.unwrap_or(Path::new(".")).join(path);
+        make_missing(above.parent(), &mut made)
+            .map_err(|error| restored.failed("make the directory of")(errno(&error)))?;
+    }
+    if let Some(dir) = dir {
+        chdir(dir).map_err(restored.failed("go to the directory of"))?;
+    }
+    let aside = make_room(path, keep, restored)?;
+    let file = bind_here(fd, entry, path, restored);
+    let mut undo = Ok(());
+    if file.is_ok() && (keep == Keep::Not || aside.is_some()) {
+        undo = fs::remove_file(path);
+    }
+    if let Some(aside) = aside {
+        undo = undo.and(fs::rename(aside, path));
+    }
+    if dir.is_some() {
+        undo = undo.and(std::env::set_current_dir("/"));
+    }
+    for dir in made.iter().rev() {
+        undo = undo.and(fs::remove_dir(dir));
+    }
+    let file = file?;
+    undo.map_err(|error| restored.failed("remove the file of")(errno(&error)))?;
+    Ok(file)
+}
+
+fn bind_here(
+    fd: BorrowedFd,
+    entry: &proto::UnixSkEntry,
+    path: &Path,
+    restored: &Restored,
+) -> Result<OwnedFd> {
+    socket::bind_unix(fd, &entry.name).map_err(restored.failed("bind"))?;
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let file = open(path, flags, Mode::empty()).map_err(restored.failed("open the file of"))?;
+    if let Some(perms) = &entry.file_perms {
+        let stat = fstat(&file).map_err(restored.failed("look at the file of"))?;
+        if (stat.st_uid, stat.st_gid) != (perms.uid, perms.gid) {
+            let owner = (Some(Uid::from_raw(perms.uid)), Some(Gid::from_raw(perms.gid)));
+            fchownat(&file, "", owner.0, owner.1, AtFlags::AT_EMPTY_PATH)
+                .map_err(restored.failed("set the owner of"))?;
+        }
+        let mode = fs::Permissions::from_mode(perms.mode & PERMISSIONS);
+        fs::set_permissions(format!("/proc/self/fd/{}", file.as_raw_fd()), mode)
+            .map_err(|error| restored.failed("set the permissions of")(errno(&error)))?;
+    }
+    Ok(file)
+}
+
+/// Makes the directories up to `dir` that are not there, and lists them.
+fn make_missing(dir: Option<&Path>, made: &mut Vec<PathBuf>) -> io::Result<()> {
+    let Some(dir) = dir.filter(|dir| !dir.as_os_str().is_empty() && !dir.exists()) else {
+        return Ok(());
+    };
+    make_missing(dir.parent(), made)?;
+    fs::create_dir(dir)?;
+    made.push(dir.to_owned());
+    Ok(())
+}
+
+/// Sees to it that there is no file at `path`; returns where one was moved to that
+/// has to come back.
+fn make_room(path: &Path, keep: Keep, restored: &Restored) -> Result<Option<PathBuf>> {
+    let Ok(found) = fs::symlink_metadata(path) else { return Ok(None) };
+    let failed = |step| move |error: io::Error| restored.failed(step)(errno(&error));
+    if keep != Keep::Replacing {
+        let mut name = path.as_os_str().to_owned();
+        name.push(format!(".rcriu-{}", std::process::id()));
+        fs::rename(path, &name).map_err(failed("move a file away from the name of"))?;
+        return Ok(Some(name.into()));
+    }
+    if !found.file_type().is_socket() || is_in_use(&found) {
+        return Err(restored.failed("bind")(Errno::EADDRINUSE));
+    }
+    log::debug!("{}: removing a socket that nobody has open", path.display());
+    fs::remove_file(path).map_err(failed("remove an old file of"))?;
+    Ok(None)
+}
+
+/// Whether a socket that someone has open is bound to this file.
+fn is_in_use(file: &fs::Metadata) -> bool {
+    // The kernel's device numbers have 20 bits for the minor one (`linux/kdev_t.h`).
+    let device = (libc::major(file.dev()) << 20) | libc::minor(file.dev());
+    sock_diag::unix_sockets().is_ok_and(|sockets| {
+        sockets.values().any(|socket| {
+            socket.file.is_some_and(|found| {
+                (u64::from(found.0), found.1) == (file.ino() & u64::from(u32::MAX), device)
+            })
+        })
+    })
+}
+
+/// Connects a socket to one that was bound: by its file if it has one, whatever has
+/// become of the path, else by its name.
+///
+/// # Errors
+/// What `connect(2)` returns.
+pub(super) fn connect(fd: BorrowedFd, name: &[u8], file: Option<BorrowedFd>) -> nix::Result<()> {
+    match file {
+        Some(file) => {
+            let path = format!("/proc/self/fd/{}\0", file.as_raw_fd());
+            socket::connect_unix(fd, path.as_bytes())
+        }
+        None => socket::connect_unix(fd, name),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_directory_of_a_relative_name_is_what_is_left_of_the_path() {
+        let dir = |path: &str, name: &str| {
+            without_end(Path::new(path), Path::new(name)).map(|dir| dir.display().to_string())
+        };
+        assert_eq!(dir("/a/b/c", "c").as_deref(), Some("/a/b"));
+        assert_eq!(dir("/a/b/c", "./b/c").as_deref(), Some("/a"));
+        assert_eq!(dir("/a/b/c", "../b/c"), None);
+        assert_eq!(dir("/a/bc", "c"), None);
+    }
+
+    #[test]
+    fn names_are_told_apart_for_messages() {
+        assert_eq!(display(b""), "without name");
+        assert_eq!(display(b"\0a\0b"), "@a@b");
+        assert_eq!(display(b"/tmp/x\0"), "/tmp/x");
+        assert!(is_path(b"x\0") && !is_path(b"\0x") && !is_path(b""));
+    }
+}

@@ -1,0 +1,143 @@
+//! System V shared memory segments (`shmget(2)`) that processes have attached.
+//!
+//! A segment lives in the IPC namespace and outlives those who attach it. A restore
+//! finds it again by its id if it is still the one that was dumped and nobody uses it,
+//! else it makes one with this id. Its bytes are those of the dump in any case.
+
+use std::{
+    fs::{self, File},
+    path::Path,
+};
+
+use nix::{errno::Errno, libc};
+
+use crate::{
+    image::{
+        Kind, SnapshotWriter,
+        proto::{IpcDescEntry, IpcShmEntry, VmaEntry},
+        read_all,
+    },
+    inject::Script,
+    sys::shm::{self, Segment},
+};
+
+/// The number of this program's IPC namespace in images.
+const NAMESPACE: u64 = 3;
+
+/// `SHM_DEST` (`linux/shm.h`): the segment goes when nobody has it attached.
+const DESTROYED: u32 = 0o1000;
+
+/// What of `shm_perm.mode` are permissions.
+const PERMISSIONS: u32 = 0o777;
+
+/// Where the id of the next segment can be chosen.
+const NEXT_ID: &str = "/proc/sys/kernel/shm_next_id";
+
+/// Returns what an image says of a segment.
+///
+/// # Errors
+/// `EINVAL` if it is gone.
+pub fn collect(id: u32) -> Result<IpcShmEntry, Errno> {
+    let segment = shm::stat(id)?;
+    Ok(IpcShmEntry {
+        desc: IpcDescEntry {
+            key: segment.key,
+            uid: segment.uid,
+            gid: segment.gid,
+            cuid: segment.creator_uid,
+            cgid: segment.creator_gid,
+            mode: segment.mode,
+            id,
+        },
+        size: segment.bytes,
+        in_pagemaps: Some(true),
+        hugetlb_flag: None,
+    })
+}
+
+/// Writes the image of the segments.
+///
+/// # Errors
+/// [`crate::image::ImageError::Write`].
+pub fn write(segments: &[IpcShmEntry], images: &SnapshotWriter) -> crate::image::Result<()> {
+    if segments.is_empty() { Ok(()) } else { images.write(Kind::IpcnsShm, NAMESPACE, segments) }
+}
+
+/// Reads the image of the segments; there are none without it.
+///
+/// # Errors
+/// Those of reading an image; segments whose bytes are in that image itself, as of
+/// dumped namespaces before CRIU 3, are not among them.
+pub fn read(images: &Path) -> crate::image::Result<Vec<IpcShmEntry>> {
+    match read_all(&images.join(Kind::IpcnsShm.file_name(NAMESPACE)), Kind::IpcnsShm) {
+        Err(error) if error.is_missing() => Ok(Vec::new()),
+        segments => segments,
+    }
+}
+
+/// Finds or makes a segment.
+///
+/// # Errors
+/// Why it cannot be had: what has its id or its key, or which call failed.
+pub fn create(entry: &IpcShmEntry) -> Result<(), String> {
+    let desc = &entry.desc;
+    match shm::stat(desc.id) {
+        Ok(found) => return check(entry, &found),
+        Err(Errno::EINVAL | Errno::EIDRM) => {}
+        Err(errno) => return Err(format!("look at segment {}: {errno}", desc.id)),
+    }
+    fs::write(NEXT_ID, desc.id.to_string()).map_err(|error| format!("write {NEXT_ID}: {error}"))?;
+    let made = shm::create(desc.key, entry.size, desc.mode & PERMISSIONS)
+        .map_err(|errno| format!("make a segment with key {:#x}: {errno}", desc.key))?;
+    if made != desc.id {
+        let _ = shm::remove(made);
+        return Err(format!("the kernel made segment {made} instead of {}", desc.id));
+    }
+    shm::set_owner(made, desc.uid, desc.gid, desc.mode & PERMISSIONS)
+        .map_err(|errno| format!("set the owner of segment {made}: {errno}"))
+}
+
+fn check(entry: &IpcShmEntry, found: &Segment) -> Result<(), String> {
+    let desc = &entry.desc;
+    if found.key != desc.key || found.bytes != entry.size {
+        return Err(format!(
+            "id {} is in use by another segment, of key {:#x} and {} bytes; remove that with ipcrm(1)",
+            desc.id, found.key, found.bytes
+        ));
+    }
+    if found.attached > 0 {
+        return Err(format!(
+            "segment {} is attached by {} other mappings, last by process {}; end those",
+            desc.id, found.attached, found.last_pid
+        ));
+    }
+    Ok(())
+}
+
+/// Adds the call that attaches a segment where a process has it.
+pub fn attach(entry: &VmaEntry, script: &mut Script) {
+    let read_only = entry.prot & libc::PROT_WRITE.cast_unsigned() == 0;
+    let flags = libc::SHM_REMAP | if read_only { libc::SHM_RDONLY } else { 0 };
+    let what = format!("attach segment {} at {:#x}", entry.shmid, entry.start);
+    script.call(
+        what,
+        libc::SYS_shmat,
+        &[entry.shmid.into(), (entry.start - entry.pgoff).into(), flags.into()],
+    );
+}
+
+/// Lets a segment go with those who have it attached, if it was to.
+///
+/// # Errors
+/// What `shmctl(2)` returns.
+pub fn finish(entry: &IpcShmEntry) -> Result<(), Errno> {
+    if entry.desc.mode & DESTROYED != 0 { shm::remove(entry.desc.id) } else { Ok(()) }
+}
+
+/// Opens a segment to fill it.
+///
+/// # Errors
+/// What `shmat(2)` returns; what opening the mapping returns.
+pub fn open(entry: &IpcShmEntry) -> std::io::Result<File> {
+    shm::open(entry.desc.id, entry.size)
+}

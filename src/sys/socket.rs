@@ -1,0 +1,295 @@
+//! Socket calls whose arguments no crate covers: any option, names as the kernel
+//! has them, and descriptors in messages.
+#![expect(unsafe_code, reason = "options and addresses are passed as bytes")]
+
+use std::{
+    io::IoSliceMut,
+    mem::MaybeUninit,
+    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    ptr,
+};
+
+use memmap2::MmapMut;
+use nix::{
+    errno::Errno,
+    libc::{self, c_int, socklen_t},
+    sys::socket::{ControlMessageOwned, MsgFlags, UnixAddr, recvmsg},
+};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+/// The longest name of a UNIX socket (`UNIX_PATH_MAX`, `linux/un.h`).
+pub const UNIX_NAME_MAX: usize = 108;
+
+/// Opens the file of a socket with `O_PATH` (`SIOCUNIXFILE`, `linux/un.h`, since Linux 4.11).
+const SIOCUNIXFILE: libc::Ioctl = 0x89e0;
+
+/// Room for the control data of one message: 253 descriptors (`SCM_MAX_FD`,
+/// `net/scm.h`), credentials, and a security label.
+const CONTROL_BYTES: usize = 8192;
+
+/// One instruction of a socket filter (`struct sock_filter`, `linux/filter.h`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
+#[repr(C)]
+pub struct FilterStep {
+    /// What it does.
+    pub code: u16,
+    /// Steps to pass over if true.
+    pub jump_true: u8,
+    /// Steps to pass over if false.
+    pub jump_false: u8,
+    /// Its operand.
+    pub operand: u32,
+}
+
+const _: () = assert!(size_of::<FilterStep>() == size_of::<libc::sock_filter>());
+
+/// Reads an option that has the size of `T` (`getsockopt(2)`).
+///
+/// # Errors
+/// What `getsockopt(2)` returns; `EINVAL` for an option of another size.
+pub fn option<T: FromBytes + IntoBytes>(
+    fd: BorrowedFd,
+    level: c_int,
+    name: c_int,
+) -> nix::Result<T> {
+    let mut value = T::new_zeroed();
+    let bytes = value.as_mut_bytes();
+    let wanted = bytes.len();
+    if option_bytes(fd, level, name, bytes)? != wanted {
+        return Err(Errno::EINVAL);
+    }
+    Ok(value)
+}
+
+/// Reads an option into `value` and returns how long it is.
+///
+/// # Errors
+/// What `getsockopt(2)` returns.
+pub fn option_bytes(
+    fd: BorrowedFd,
+    level: c_int,
+    name: c_int,
+    value: &mut [u8],
+) -> nix::Result<usize> {
+    assert!(name != libc::SO_GET_FILTER || level != libc::SOL_SOCKET, "its length is no bytes");
+    let mut len = socklen_t::try_from(value.len()).map_err(|_| Errno::EINVAL)?;
+    // SAFETY: `value` is borrowed mutably and `len` bytes long; the kernel writes no
+    // more, but for SO_GET_FILTER, which is excluded above.
+    let result = unsafe {
+        libc::getsockopt(fd.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut len)
+    };
+    Errno::result(result)?;
+    Ok(len as usize)
+}
+
+/// Sets an option (`setsockopt(2)`).
+///
+/// # Errors
+/// What `setsockopt(2)` returns.
+///
+/// # Panics
+/// For options whose values hold addresses.
+pub fn set_option<T: IntoBytes + Immutable + ?Sized>(
+    fd: BorrowedFd,
+    level: c_int,
+    name: c_int,
+    value: &T,
+) -> nix::Result<()> {
+    let with_addresses = [libc::SO_ATTACH_FILTER, libc::SO_ATTACH_REUSEPORT_CBPF];
+    assert!(
+        level != libc::SOL_SOCKET || !with_addresses.contains(&name),
+        "the value of the option holds no address"
+    );
+    let bytes = value.as_bytes();
+    let len = socklen_t::try_from(bytes.len()).map_err(|_| Errno::EINVAL)?;
+    // SAFETY: `bytes` is borrowed and `len` long; the kernel only reads it, and
+    // what it reads is no pointer, as was asserted.
+    let result =
+        unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, bytes.as_ptr().cast(), len) };
+    Errno::result(result).map(drop)
+}
+
+/// Returns the filter of a socket (`SO_GET_FILTER`), empty without one.
+///
+/// # Errors
+/// What `getsockopt(2)` returns.
+pub fn filter(fd: BorrowedFd) -> nix::Result<Vec<FilterStep>> {
+    let get = |steps: *mut FilterStep, mut len: socklen_t| {
+        let (level, name) = (libc::SOL_SOCKET, libc::SO_GET_FILTER);
+        // SAFETY: the length of this option counts instructions; `steps` has room
+        // for so many, or the length is 0 and nothing is written.
+        let result =
+            unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, steps.cast(), &raw mut len) };
+        Errno::result(result).map(|_| len)
+    };
+    let count = get(ptr::null_mut(), 0)?;
+    let mut steps = vec![FilterStep::default(); count as usize];
+    if count > 0 {
+        get(steps.as_mut_ptr(), count)?;
+    }
+    Ok(steps)
+}
+
+/// Gives a socket a filter (`SO_ATTACH_FILTER`).
+///
+/// # Errors
+/// What `setsockopt(2)` returns.
+pub fn attach_filter(fd: BorrowedFd, steps: &[FilterStep]) -> nix::Result<()> {
+    let len = u16::try_from(steps.len()).map_err(|_| Errno::EINVAL)?;
+    let program = libc::sock_fprog { len, filter: steps.as_ptr().cast_mut().cast() };
+    let size = socklen_t::try_from(size_of_val(&program)).map_err(|_| Errno::EINVAL)?;
+    // SAFETY: `program` points to `len` instructions, which are borrowed until after
+    // the call; the kernel copies them and writes to nothing.
+    let result = unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_FILTER,
+            (&raw const program).cast(),
+            size,
+        )
+    };
+    Errno::result(result).map(drop)
+}
+
+/// A message as it was received.
+#[derive(Debug)]
+pub struct Received {
+    /// Its bytes, or with `MSG_TRUNC` the bytes it has.
+    pub len: usize,
+    /// The descriptors in it.
+    pub fds: Vec<OwnedFd>,
+    /// Whether there was control data of other kinds.
+    pub other_control: bool,
+}
+
+/// Receives a message with the descriptors in it (`recvmsg(2)`); with `MSG_PEEK`
+/// these are duplicates.
+///
+/// # Errors
+/// What `recvmsg(2)` returns.
+pub fn receive(fd: BorrowedFd, buffer: &mut [u8], flags: MsgFlags) -> nix::Result<Received> {
+    let mut data = [IoSliceMut::new(buffer)];
+    let mut control = vec![0; CONTROL_BYTES];
+    let flags = flags | MsgFlags::MSG_CMSG_CLOEXEC;
+    let message = recvmsg::<UnixAddr>(fd.as_raw_fd(), &mut data, Some(&mut control), flags)?;
+    let mut received = Received { len: message.bytes, fds: Vec::new(), other_control: false };
+    for control in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(numbers) = control {
+            for number in numbers {
+                // SAFETY: the kernel has just made this descriptor for us and told
+                // its number to nobody else; we take each of them once.
+                received.fds.push(unsafe { OwnedFd::from_raw_fd(number) });
+            }
+        } else {
+            received.other_control = true;
+        }
+    }
+    Ok(received)
+}
+
+/// Peeks at a stream and returns how many bytes the messages have that fit into
+/// `buffer` as a whole.
+///
+/// The kernel does not tell where messages end. But one that it cannot copy it leaves
+/// out altogether, and behind `buffer` there is nothing to copy to.
+///
+/// # Errors
+/// What `recvmsg(2)` returns.
+pub fn peek_whole(fd: BorrowedFd, buffer: &mut [u8]) -> nix::Result<usize> {
+    let wall = MmapMut::map_anon(1)
+        .and_then(MmapMut::make_read_only)
+        .map_err(|error| error.raw_os_error().map_or(Errno::ENOMEM, Errno::from_raw))?;
+    let mut pieces = [
+        libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() },
+        libc::iovec { iov_base: wall.as_ptr().cast_mut().cast(), iov_len: wall.len() },
+    ];
+    let mut message = MaybeUninit::<libc::msghdr>::zeroed();
+    // SAFETY: all zeros are a message header without anything.
+    let message = unsafe { message.assume_init_mut() };
+    (message.msg_iov, message.msg_iovlen) = (pieces.as_mut_ptr(), pieces.len());
+    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+    // SAFETY: `message` holds two pieces of memory: one is borrowed mutably, the other
+    // a mapping that lives until after the call and that the kernel cannot write to,
+    // since it is read-only; it returns EFAULT instead. There is no control buffer,
+    // so no descriptors are made.
+    let received = unsafe { libc::recvmsg(fd.as_raw_fd(), message, flags) };
+    match Errno::result(received) {
+        Ok(received) => Ok(received.cast_unsigned().min(buffer.len())),
+        Err(Errno::EFAULT | Errno::EAGAIN) => Ok(0),
+        Err(errno) => Err(errno),
+    }
+}
+
+/// Runs `call` with the address of a UNIX socket of this name, as it is in the
+/// kernel: a path, which may end with a zero, or a zero and any bytes.
+fn with_unix_address(
+    name: &[u8],
+    call: impl FnOnce(*const libc::sockaddr, socklen_t) -> c_int,
+) -> nix::Result<()> {
+    // The kernel adds a zero to a path that takes all the room there is.
+    let name = match name.strip_suffix(b"\0") {
+        Some(path) if path.len() == UNIX_NAME_MAX => path,
+        _ => name,
+    };
+    let mut address = libc::sockaddr_un {
+        sun_family: libc::sa_family_t::try_from(libc::AF_UNIX).expect("families are small"),
+        sun_path: [0; UNIX_NAME_MAX],
+    };
+    if name.len() > UNIX_NAME_MAX {
+        return Err(Errno::ENAMETOOLONG);
+    }
+    for (place, byte) in address.sun_path.iter_mut().zip(name) {
+        *place = byte.cast_signed();
+    }
+    let len = std::mem::offset_of!(libc::sockaddr_un, sun_path) + name.len();
+    let len = socklen_t::try_from(len).map_err(|_| Errno::EINVAL)?;
+    Errno::result(call((&raw const address).cast(), len)).map(drop)
+}
+
+/// Binds a UNIX socket (`bind(2)`) to a name as `sock_diag(7)` gives it; an empty
+/// name lets the kernel choose one.
+///
+/// # Errors
+/// What `bind(2)` returns; `ENAMETOOLONG`.
+pub fn bind_unix(fd: BorrowedFd, name: &[u8]) -> nix::Result<()> {
+    with_unix_address(name, |address, len| {
+        // SAFETY: `address` is valid for `len` bytes during the call, which only
+        // reads it.
+        unsafe { libc::bind(fd.as_raw_fd(), address, len) }
+    })
+}
+
+/// Connects a UNIX socket (`connect(2)`) to one of this name.
+///
+/// # Errors
+/// What `connect(2)` returns; `ENAMETOOLONG`.
+pub fn connect_unix(fd: BorrowedFd, name: &[u8]) -> nix::Result<()> {
+    with_unix_address(name, |address, len| {
+        // SAFETY: `address` is valid for `len` bytes during the call, which only
+        // reads it.
+        unsafe { libc::connect(fd.as_raw_fd(), address, len) }
+    })
+}
+
+/// Opens the file that a UNIX socket is bound to, with `O_PATH`.
+///
+/// # Errors
+/// `ENOENT` if it is bound to none, `EPERM` without `CAP_NET_ADMIN`.
+pub fn unix_file(fd: BorrowedFd) -> nix::Result<OwnedFd> {
+    // SAFETY: the request takes no argument.
+    let opened = Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), SIOCUNIXFILE) })?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(opened) })
+}
+
+/// Makes a socket of any family, type and protocol (`socket(2)`), with `SOCK_CLOEXEC`.
+///
+/// # Errors
+/// What `socket(2)` returns.
+pub fn create(family: c_int, kind: c_int, protocol: c_int) -> nix::Result<OwnedFd> {
+    // SAFETY: the call takes no memory.
+    let fd = Errno::result(unsafe { libc::socket(family, kind | libc::SOCK_CLOEXEC, protocol) })?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
