@@ -270,7 +270,7 @@ impl<'a> Collection<'a> {
         let pagemap_path = proc_path(pid, "pagemap");
         let failed = |source| DumpError::File { path: proc_path(pid, "pagemap"), source };
         let pagemap = PagemapFile::open(&pagemap_path).map_err(failed)?;
-        let mut vmas = Vec::new();
+        let mut vmas: Vec<proto::VmaEntry> = Vec::new();
         let mut guards = Vec::new();
         let mut stretches = Vec::new();
         let mut regions = Vec::new();
@@ -303,7 +303,10 @@ impl<'a> Collection<'a> {
                 pagemap.scan(mapping.start, mapping.end, query, &mut regions).map_err(failed)?;
                 guards.extend(regions.iter().map(guard));
             }
-            vmas.push(entry);
+            match vmas.last_mut() {
+                Some(last) if mapping::continues(last, &entry) => last.end = entry.end,
+                _ => vmas.push(entry),
+            }
         }
         vmas.extend(guards);
         let stat = proc::stat(pid)?;

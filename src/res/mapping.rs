@@ -182,6 +182,20 @@ pub fn is_private(entry: &VmaEntry) -> bool {
         && entry.status & (vma::VVAR | vma::VSYSCALL | vma::GUARD) == 0
 }
 
+/// Whether a mapping goes on where the one before it ends, as one entry of the image.
+///
+/// The kernel shows the data of the vDSO in several mappings, but makes, moves and
+/// removes them together. CRIU records them as one, and takes the vDSO for that of
+/// another kernel, which it replaces, if the first is shorter than its own.
+pub fn continues(before: &VmaEntry, next: &VmaEntry) -> bool {
+    before.status & next.status & vma::VVAR != 0 && before.end == next.start
+}
+
+/// Whether the mapping is the page that all processes have at the same place.
+pub fn is_vsyscall(entry: &VmaEntry) -> bool {
+    entry.status & vma::VSYSCALL != 0
+}
+
 /// Whether the mapping is one that the kernel makes: the vDSO with its data.
 pub fn is_vdso(entry: &VmaEntry) -> bool {
     entry.status & (vma::VDSO | vma::VVAR) != 0

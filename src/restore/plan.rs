@@ -184,7 +184,8 @@ impl Plan {
                 "it has a ring of asynchronous I/O, which is not restored yet".into(),
             ));
         }
-        let all = std::mem::take(&mut mm.vmas);
+        let mut all = std::mem::take(&mut mm.vmas);
+        all.retain(|entry| !mapping::is_vsyscall(entry));
         let (guards, vmas): (Vec<_>, Vec<_>) =
             all.into_iter().partition(|entry| entry.status & vma::GUARD != 0);
         check_vmas(&vmas).map_err(wrong)?;
@@ -306,7 +307,7 @@ fn check_vmas(vmas: &[proto::VmaEntry]) -> Result<(), String> {
         let aligned = entry.start.is_multiple_of(PAGE_SIZE) && entry.end.is_multiple_of(PAGE_SIZE);
         let fine =
             aligned && entry.start >= end && entry.start < entry.end && entry.end <= ADDRESSES_END;
-        if !fine && !mapping::is_vdso(entry) {
+        if !fine {
             return Err(format!(
                 "the mapping {:#x}-{:#x} is malformed or overlaps",
                 entry.start, entry.end
