@@ -27,8 +27,8 @@ pub struct Rcriu {
 }
 
 const NOT_YET: &str = "\
-Of CRIU's commands cpuinfo, dedup, lazy-pages, page-server, service and swrk are
-known and refused for now.";
+Of CRIU's commands cpuinfo, dedup, lazy-pages, page-server, pre-dump, service and
+swrk are known and refused for now.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -39,7 +39,7 @@ enum Command {
     #[command(after_help = DUMP_EXAMPLE)]
     Dump(Box<TaskArgs>),
     /// Write the memory of a tree while it runs, for a dump that is to follow
-    #[command(after_help = PRE_DUMP_EXAMPLE)]
+    #[command(after_help = PRE_DUMP_EXAMPLE, hide = true)]
     PreDump(Box<TaskArgs>),
     /// Make a tree of processes from images
     #[command(after_help = RESTORE_EXAMPLE)]
@@ -58,14 +58,14 @@ enum Command {
 
 const DUMP_EXAMPLE: &str = "\
 Examples:
-  rcriu dump -t 4711 -D chain/1 --track-mem -R
+  rcriu dump -t 4711 -D chain/1 -R
   rcriu dump -t 4711 -D chain/2 --prev-images-dir ../1 -o dump.log -v4
 
 Options without a value can be taken back: --no-display-stats.";
 
 const PRE_DUMP_EXAMPLE: &str = "\
 Examples:
-  rcriu pre-dump -t 4711 -D chain/1 --track-mem
+  rcriu pre-dump -t 4711 -D chain/1
   rcriu dump -t 4711 -D chain/2 --prev-images-dir ../1";
 
 const RESTORE_EXAMPLE: &str = "\
