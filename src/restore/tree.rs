@@ -268,8 +268,6 @@ impl<'a> Puppets<'a> {
             self.helpers.push(Helper { pid: helper.pid, maker: Maker::Director });
             let root = self.plan.tasks[0].pid;
             let child = self.fork(&mut first, root, true)?;
-            // It is only waited for from here on.
-            drop(first);
             self.tasks[0] =
                 Some(Puppet { threads: vec![child], layout: Layout::default(), inherited: None });
         } else {
