@@ -54,6 +54,36 @@
 //! Files of `mem/` and `core/` are for the owner of the images alone, whatever
 //! mode those have: mapped files are read with the rights of who mounts.
 //!
+//! # Work in other processes
+//!
+//! [`crate::inject`] stops threads by `PTRACE_SEIZE` and lets them walk a table of
+//! system calls: a few dozen instructions in a page of scratch memory. A dump maps
+//! that memory for less than a millisecond for each process, asks what only the
+//! process knows, unmaps it and puts registers, signal mask and restartable sequences
+//! back; memory is read while the tree merely stands still, so that whatever ends
+//! this program then lets the tree go on. Dumps run in a process of their own: if
+//! the one that the user started is killed, it puts everything back first.
+//!
+//! # A dump
+//!
+//! Stop the tree, check that it is one that can be dumped, ask each process, collect
+//! descriptors by duplicates (`pidfd_getfd(2)`), copy memory, sync, commit. Images are
+//! written to a hidden directory inside the one that was asked for, and moved when all
+//! of them are on disk, the inventory last ([`crate::image::SnapshotWriter`]). Memory
+//! is read in chunks that stay in the processor's cache; a page is stored only if it is
+//! not zero and its bytes differ from those of the parent chain. The parent's content is
+//! the truth, so that nobody needs to know who wrote to shared memory.
+//!
+//! # A restore
+//!
+//! One thread directs. All files are opened by it, above the numbers that the tree uses;
+//! shared memory is made by it and filled by other threads. The first process is a copy
+//! of this program that sleeps, is traced, unmaps everything, and maps what it is to
+//! have; the others are forked by their true parents when those have their memory, keep
+//! what both map the same way, and get only the pages that differ. Sessions and groups
+//! whose leaders have ended are led by helpers, which end before the tree goes on.
+//! Until the last step the end of this program ends them all (`PTRACE_O_EXITKILL`).
+//!
 //! # Invariants
 //!
 //! - Image bytes are untrusted: no length is believed before the file has shown
