@@ -197,7 +197,6 @@ pub(super) const REFUSED_COMMANDS: &[(&str, &str)] = &[
     ("exec", "CRIU has dropped it as well"),
     ("lazy-pages", "restore without --lazy-pages"),
     ("page-server", PAGE_SERVER),
-    ("pre-dump", "dump with --leave-running, and then again with --prev-images-dir"),
     ("service", "run rcriu by its command line"),
     ("swrk", "run rcriu by its command line"),
 ];
