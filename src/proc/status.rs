@@ -93,6 +93,9 @@ pub struct Status {
     pub thp_enabled: Option<bool>,
     /// The memory in use, in KiB; not of zombies and kernel threads.
     pub vm_rss_kib: Option<u64>,
+    /// The memory that devices and io_uring have pinned, in KiB; not of zombies and
+    /// kernel threads.
+    pub vm_pin_kib: Option<u64>,
 }
 
 impl Status {
@@ -149,6 +152,7 @@ impl Status {
             seccomp_filters: optional_u32("Seccomp_filters").transpose()?,
             thp_enabled: optional_u32("THP_enabled").transpose()?.map(|value: u32| value != 0),
             vm_rss_kib: fields.get("VmRSS").map(|value| kib(value, "VmRSS")).transpose()?,
+            vm_pin_kib: fields.get("VmPin").map(|value| kib(value, "VmPin")).transpose()?,
         })
     }
 }

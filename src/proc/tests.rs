@@ -121,6 +121,7 @@ fn status_is_read() {
         seccomp_filters: Some(3),
         thp_enabled: Some(true),
         vm_rss_kib: Some(1728),
+        vm_pin_kib: Some(0),
     };
     assert_eq!(status, expected);
 }

@@ -9,5 +9,6 @@ pub mod sysv;
 pub mod task;
 pub mod thread;
 pub mod timers;
+pub mod track;
 
 pub use error::{ResError, Result};

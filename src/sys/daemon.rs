@@ -85,14 +85,31 @@ pub fn detach() -> io::Result<Detached> {
 /// Closes all descriptors above the standard streams but `kept`: a pipe among
 /// those that were inherited would keep its reader waiting for its end.
 fn close_others(kept: &OwnedFd) -> io::Result<()> {
-    let first = libc::c_uint::try_from(libc::STDERR_FILENO + 1).expect("small");
     let kept = libc::c_uint::try_from(kept.as_raw_fd()).expect("descriptors are not negative");
-    for (from, to) in [(first, kept.saturating_sub(1)), (kept + 1, libc::c_uint::MAX)] {
+    close_ranges([(FIRST_OTHER, kept.saturating_sub(1)), (kept + 1, libc::c_uint::MAX)])
+}
+
+/// Closes all descriptors above the standard streams, for a program that was just
+/// started and has opened nothing yet.
+///
+/// # Errors
+/// What `close_range(2)` returns.
+pub fn close_inherited() -> io::Result<()> {
+    close_ranges([(FIRST_OTHER, libc::c_uint::MAX)])
+}
+
+/// The first descriptor that is no standard stream.
+const FIRST_OTHER: libc::c_uint = libc::STDERR_FILENO.cast_unsigned() + 1;
+
+fn close_ranges(
+    ranges: impl IntoIterator<Item = (libc::c_uint, libc::c_uint)>,
+) -> io::Result<()> {
+    for (from, to) in ranges {
         if from > to {
             continue;
         }
         // SAFETY: nothing in this process owns these descriptors: the program
-        // has opened nothing yet (the caller's obligation), `kept` is left out.
+        // has opened nothing yet (the callers' obligation) but what they leave out.
         let result = unsafe { libc::syscall(libc::SYS_close_range, from, to, 0) };
         Errno::result(result)?;
     }

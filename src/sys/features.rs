@@ -8,6 +8,7 @@ use std::{
     fs::{self, File},
     os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
     path::Path,
+    sync::OnceLock,
 };
 
 use nix::{errno::Errno, libc};
@@ -120,6 +121,17 @@ impl Features {
             features.probe_child(&child);
         }
         features
+    }
+
+    /// Finds out what concerns the tracking of changes, once.
+    pub fn probe_tracking() -> Self {
+        static PROBED: OnceLock<Features> = OnceLock::new();
+        *PROBED.get_or_init(|| Self {
+            pagemap_scan: Page::map(libc::MAP_PRIVATE).is_some_and(|page| page.scan(0).is_some()),
+            write_protect_private: memory::write_protect(libc::MAP_PRIVATE),
+            soft_dirty: memory::soft_dirty(),
+            ..Self::default()
+        })
     }
 
     fn probe_fuse(&mut self) {

@@ -107,6 +107,13 @@ struct ScanArguments {
     return_mask: u64,
 }
 
+/// `PM_SCAN_WP_MATCHING` (`linux/fs.h`): write-protect what is told.
+const SCAN_WP_MATCHING: u64 = 1 << 0;
+
+/// `PM_SCAN_CHECK_WPASYNC` (`linux/fs.h`): `EPERM` for mappings without asynchronous
+/// write protection.
+const SCAN_CHECK_WPASYNC: u64 = 1 << 1;
+
 const SCAN_BYTES: usize = size_of::<ScanArguments>();
 const _: () = assert!(SCAN_BYTES == 96);
 
@@ -119,6 +126,12 @@ const SCAN_REGIONS: usize = 2048;
 
 /// Pages of which the plain file is read at a time.
 const ENTRY_BATCH: usize = 4096;
+
+/// In an entry: mapped by one process only (Linux 4.2).
+const EXCLUSIVE: u64 = 1 << 56;
+
+/// In an entry: in swap.
+const SWAPPED: u64 = 1 << 62;
 
 /// `/proc/PID/pagemap` of one process.
 #[derive(Debug)]
@@ -138,7 +151,7 @@ impl PagemapFile {
 
     /// Appends the regions of `[start, end)` that `query` asks for to `regions`,
     /// in ascending order. Kernels before 6.7 know fewer categories: what they do
-    /// not tell apart is not asked for.
+    /// not tell apart is not asked for. Returns whether the kernel knows them all.
     ///
     /// # Errors
     /// What reading or `ioctl(2)` returns.
@@ -148,14 +161,36 @@ impl PagemapFile {
         end: RemoteAddr,
         query: Query,
         regions: &mut Vec<Region>,
-    ) -> io::Result<()> {
+    ) -> io::Result<bool> {
         if self.scan.load(Ordering::Relaxed) {
-            match self.scan_by_ioctl(start, end, query, regions) {
+            match self.scan_by_ioctl(start, end, query, 0, regions) {
                 Err(Errno::ENOTTY | Errno::EINVAL) => self.scan.store(false, Ordering::Relaxed),
-                result => return Ok(result?),
+                result => {
+                    result?;
+                    return Ok(true);
+                }
             }
         }
-        self.scan_by_reading(start, end, query, regions)
+        self.scan_by_reading(start, end, query, regions)?;
+        Ok(false)
+    }
+
+    /// As [`Self::scan`], and write-protects each page as it is looked at, so that no
+    /// write in between is lost. The mapping was registered with a
+    /// [`super::userfaultfd::WriteProtect`].
+    ///
+    /// # Errors
+    /// What `ioctl(2)` returns: `EPERM` if it was not registered, `EINVAL` or
+    /// `ENOTTY` before Linux 6.7.
+    pub fn scan_and_protect(
+        &self,
+        start: RemoteAddr,
+        end: RemoteAddr,
+        query: Query,
+        regions: &mut Vec<Region>,
+    ) -> io::Result<()> {
+        let flags = SCAN_WP_MATCHING | SCAN_CHECK_WPASYNC;
+        Ok(self.scan_by_ioctl(start, end, query, flags, regions)?)
     }
 
     fn scan_by_ioctl(
@@ -163,6 +198,7 @@ impl PagemapFile {
         start: RemoteAddr,
         end: RemoteAddr,
         query: Query,
+        flags: u64,
         regions: &mut Vec<Region>,
     ) -> Result<(), Errno> {
         let mut next = start.0;
@@ -170,7 +206,7 @@ impl PagemapFile {
             let mut batch = [Region::new_zeroed(); SCAN_REGIONS];
             let mut arguments = ScanArguments {
                 size: SCAN_BYTES as u64,
-                flags: 0,
+                flags,
                 start: next,
                 end: end.0,
                 walk_end: 0,
@@ -213,7 +249,13 @@ impl PagemapFile {
             let bytes = entries[..count].as_mut_bytes();
             self.file.read_exact_at(bytes, page.0 * size_of::<u64>() as u64)?;
             for entry in &entries[..count] {
-                let categories = categories(*entry);
+                let mut categories = categories(*entry);
+                // A page of zeros that has come by reading in the place of another one
+                // is not dirty, and cannot be told from others here. But only pages of
+                // one process alone are mapped exclusively.
+                if entry & (EXCLUSIVE | SWAPPED) == 0 {
+                    categories |= category::SOFT_DIRTY;
+                }
                 if matches(categories, query) {
                     let region = Region {
                         start: page.address(),

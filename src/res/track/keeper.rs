@@ -1,0 +1,302 @@
+//! Who keeps the tracking of a process between two dumps: a process of its own.
+//!
+//! `rcriu-keep PID TRACKER` has three descriptors: a socket on which it is asked, the
+//! userfaultfd of the process PID, and a pidfd of it. It ends when that process ends.
+//! It knows one thing more: since which snapshot changes are tracked. Whoever
+//! restarts the tracking makes it forget that first and tells it the new snapshot
+//! when this is complete, so that a dump that fails, or is overtaken by another one,
+//! leaves no tracking that would be believed.
+//!
+//! The socket has an abstract name made of pid namespace, pid and time of birth, so
+//! that nobody takes a process for another one that had its pid; the name ends with
+//! the keeper, and with the machine. Both sides look at each other's user.
+
+use std::{
+    io::{self, BufRead, BufReader, IoSlice, Read, Write},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        linux::net::SocketAddrExt,
+        unix::{
+            net::{SocketAddr, UnixListener, UnixStream},
+            process::CommandExt,
+        },
+    },
+    process::{Command, ExitCode, Stdio},
+    time::Duration,
+};
+
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::{
+        prctl,
+        socket::{ControlMessage, MsgFlags, getsockopt, sendmsg, sockopt::PeerCredentials},
+    },
+    unistd::{chdir, geteuid, setsid},
+};
+
+use super::{TrackError, Tracker};
+use crate::{
+    proc,
+    sys::{daemon, process, socket},
+    units::HostPid,
+};
+
+/// What the program is called when it keeps tracking.
+pub const NAME: &str = "rcriu-keep";
+
+/// How long one side waits for the other.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Bytes that a question or an answer has at most.
+const MESSAGE_BYTES: usize = 256;
+
+/// How the program calls itself while it starts the keeper.
+const OWN_PROGRAM: &str = "/proc/self/exe";
+
+/// What a keeper answers.
+#[derive(Debug)]
+pub(super) struct Kept {
+    /// How often the tracking was restarted.
+    pub(super) epoch: u64,
+    /// How changes are tracked.
+    pub(super) tracker: Tracker,
+    /// The snapshot since which they are; `None` if there is none.
+    pub(super) since: Option<String>,
+    /// The userfaultfd.
+    pub(super) fd: OwnedFd,
+}
+
+/// The keeper of a process, seen from outside.
+#[derive(Debug)]
+pub(super) struct Keeper {
+    pid: HostPid,
+    address: SocketAddr,
+}
+
+fn address(pid: HostPid) -> Result<SocketAddr, TrackError> {
+    let own = HostPid(nix::unistd::getpid().as_raw());
+    let namespace = proc::namespace(own, "pid")?;
+    let start = proc::stat(pid)?.start_time;
+    let name = format!("{NAME}/{namespace}/{pid}/{start}");
+    SocketAddr::from_abstract_name(name).map_err(|source| TrackError::Keeper { pid, source })
+}
+
+/// Whether the process at the other end runs as root or as who we are.
+fn is_trusted(stream: &UnixStream) -> bool {
+    let own = geteuid().as_raw();
+    getsockopt(stream, PeerCredentials).is_ok_and(|peer| peer.uid() == 0 || peer.uid() == own)
+}
+
+impl Keeper {
+    /// Finds the keeper of a process, if it has one.
+    pub(super) fn find(pid: HostPid) -> Result<Option<Self>, TrackError> {
+        let keeper = Self { pid, address: address(pid)? };
+        match keeper.connect() {
+            Err(TrackError::Keeper { source, .. })
+                if source.kind() == io::ErrorKind::ConnectionRefused =>
+            {
+                Ok(None)
+            }
+            connected => connected.map(|_| Some(keeper)),
+        }
+    }
+
+    /// Starts one.
+    pub(super) fn start(
+        pid: HostPid,
+        tracker: Tracker,
+        fd: OwnedFd,
+    ) -> Result<Self, TrackError> {
+        let failed = |source| TrackError::Keeper { pid, source };
+        let pidfd = process::pidfd_open(pid).map_err(|errno| failed(errno.into()))?;
+        // After the pidfd: if the process has ended in between, the name is of no use.
+        let keeper = Self { pid, address: address(pid)? };
+        let listener = UnixListener::bind_addr(&keeper.address).map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        Command::new(OWN_PROGRAM)
+            .arg0(NAME)
+            .arg(pid.to_string())
+            .arg(tracker.name())
+            .env_clear()
+            .stdin(Stdio::from(OwnedFd::from(listener)))
+            .stdout(Stdio::from(fd))
+            .stderr(Stdio::from(pidfd))
+            .spawn()
+            .map_err(failed)?;
+        Ok(keeper)
+    }
+
+    fn connect(&self) -> Result<UnixStream, TrackError> {
+        let failed = |source| TrackError::Keeper { pid: self.pid, source };
+        let stream = UnixStream::connect_addr(&self.address).map_err(failed)?;
+        if !is_trusted(&stream) {
+            return Err(failed(io::ErrorKind::PermissionDenied.into()));
+        }
+        stream.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
+        stream.set_write_timeout(Some(PATIENCE)).map_err(failed)?;
+        Ok(stream)
+    }
+
+    fn ask(&self, question: &str) -> Result<(String, Vec<OwnedFd>, UnixStream), TrackError> {
+        let failed = |source| TrackError::Keeper { pid: self.pid, source };
+        let stream = self.connect()?;
+        (&stream).write_all(format!("{question}\n").as_bytes()).map_err(failed)?;
+        let mut answer = [0; MESSAGE_BYTES];
+        let flags = MsgFlags::empty();
+        let received = socket::receive(stream.as_fd(), &mut answer, flags)
+            .map_err(|errno| failed(errno.into()))?;
+        let text = String::from_utf8_lossy(&answer[..received.len]);
+        Ok((text.trim_end().to_owned(), received.fds, stream))
+    }
+
+    fn nonsense(&self) -> TrackError {
+        TrackError::Keeper { pid: self.pid, source: io::ErrorKind::InvalidData.into() }
+    }
+
+    /// Asks for what is kept.
+    pub(super) fn kept(&self) -> Result<Kept, TrackError> {
+        let (answer, mut fds, _) = self.ask("kept")?;
+        let mut words = answer.split(' ');
+        let mut next = || words.next().ok_or_else(|| self.nonsense());
+        Ok(Kept {
+            epoch: next()?.parse().map_err(|_| self.nonsense())?,
+            tracker: Tracker::from_name(next()?).ok_or_else(|| self.nonsense())?,
+            since: Some(next()?.to_owned()).filter(|since| since != NOTHING),
+            fd: fds.pop().ok_or_else(|| self.nonsense())?,
+        })
+    }
+
+    /// Makes it forget the snapshot, since tracking begins anew. Returns the new
+    /// epoch.
+    pub(super) fn forget(&self) -> Result<u64, TrackError> {
+        self.ask("forget")?.0.parse().map_err(|_| self.nonsense())
+    }
+
+    /// Tells it the snapshot since which changes are tracked, if nobody has begun anew
+    /// after `epoch`.
+    pub(super) fn remember(&self, epoch: u64, since: &str) -> Result<(), TrackError> {
+        match self.ask(&format!("remember {epoch} {since}"))?.0.as_str() {
+            "done" => Ok(()),
+            _ => Err(TrackError::Overtaken { pid: self.pid }),
+        }
+    }
+
+    /// Ends it and waits for that.
+    pub(super) fn end(self) -> Result<(), TrackError> {
+        let (_, _, mut stream) = self.ask("end")?;
+        let mut rest = Vec::new();
+        stream
+            .read_to_end(&mut rest)
+            .map_err(|source| TrackError::Keeper { pid: self.pid, source })?;
+        Ok(())
+    }
+}
+
+/// The word for no snapshot.
+const NOTHING: &str = "-";
+
+/// The keeper itself.
+struct State {
+    tracker: Tracker,
+    epoch: u64,
+    since: Option<String>,
+}
+
+/// Runs the keeper: what this program is when it is called [`NAME`].
+pub fn main(arguments: &[String]) -> ExitCode {
+    let [_, tracker] = arguments else { return ExitCode::FAILURE };
+    let Some(tracker) = Tracker::from_name(tracker) else { return ExitCode::FAILURE };
+    match keep(State { tracker, epoch: 0, since: None }) {
+        Ok(()) => ExitCode::SUCCESS,
+        // There is nobody to be told.
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+fn keep(mut state: State) -> io::Result<()> {
+    daemon::close_inherited()?;
+    // A group leader has no session of its own; then nobody can have sent it there.
+    let _ = setsid();
+    chdir("/")?;
+    prctl::set_name(c"rcriu-keep")?;
+    // What it has gives power over another process's memory.
+    prctl::set_dumpable(false)?;
+    let (listener, fd, process) = (io::stdin(), io::stdout(), io::stderr());
+    let listener = UnixListener::from(listener.as_fd().try_clone_to_owned()?);
+    loop {
+        let mut polled = [
+            PollFd::new(process.as_fd(), PollFlags::POLLIN),
+            PollFd::new(listener.as_fd(), PollFlags::POLLIN),
+        ];
+        match poll(&mut polled, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        if polled[0].any() == Some(true) {
+            return Ok(());
+        }
+        match listener.accept() {
+            Ok((stream, _)) => {
+                // Whatever is wrong with one client is not with the next.
+                if is_trusted(&stream)
+                    && matches!(state.serve(&stream, fd.as_fd()), Ok(Served::End))
+                {
+                    // At once: the client sees the end of the stream when all that
+                    // was opened before it, the name too, is gone.
+                    std::process::exit(0);
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// What comes after a client.
+enum Served {
+    Next,
+    End,
+}
+
+impl State {
+    fn serve(&mut self, stream: &UnixStream, fd: BorrowedFd) -> io::Result<Served> {
+        stream.set_nonblocking(false)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
+        let mut lines = BufReader::new(stream);
+        let mut line = String::new();
+        while lines.read_line(&mut line)? > 0 {
+            let words: Vec<_> = line.split_whitespace().collect();
+            let (answer, with_fd) = match words.as_slice() {
+                ["kept"] => {
+                    let since = self.since.as_deref().unwrap_or(NOTHING);
+                    (format!("{} {} {since}", self.epoch, self.tracker.name()), true)
+                }
+                ["forget"] => {
+                    self.epoch += 1;
+                    self.since = None;
+                    (self.epoch.to_string(), false)
+                }
+                ["remember", epoch, since] if epoch.parse() == Ok(self.epoch) => {
+                    self.since = Some((*since).to_owned());
+                    ("done".to_owned(), false)
+                }
+                ["end"] => {
+                    (&*stream).write_all(b"done\n")?;
+                    return Ok(Served::End);
+                }
+                _ => ("no".to_owned(), false),
+            };
+            let fds = [fd.as_raw_fd()];
+            let rights = [ControlMessage::ScmRights(&fds)];
+            let rights: &[ControlMessage] = if with_fd { &rights } else { &[] };
+            let answer = format!("{answer}\n");
+            let data = [IoSlice::new(answer.as_bytes())];
+            sendmsg::<()>(stream.as_raw_fd(), &data, rights, MsgFlags::MSG_NOSIGNAL, None)?;
+            line.clear();
+        }
+        Ok(Served::Next)
+    }
+}

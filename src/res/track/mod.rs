@@ -1,0 +1,403 @@
+//! Which pages a process has written since a snapshot.
+//!
+//! The kernel's bits are a way to look at less of the memory, and nothing is believed
+//! of them but this: a page that is told to be unwritten holds what it held when
+//! tracking was last restarted. That is the moment in which the process was stopped
+//! for the snapshot that its [keeper] names. All else (other snapshots, new mappings,
+//! mappings that were moved, memory of files) is compared with the parent.
+
+pub mod keeper;
+mod soft_dirty;
+mod wp;
+
+use std::{collections::BTreeMap, io, os::fd::OwnedFd};
+
+use nix::errno::Errno;
+
+use crate::{
+    inject::{InjectError, Task},
+    proc::{self, Mapping, ProcError, VmFlags},
+    sys::{
+        pagemap::{PagemapFile, Query, Region, category},
+        userfaultfd::WriteProtect,
+    },
+    units::{HostPid, RemoteAddr, TargetFd},
+};
+use keeper::Keeper;
+
+/// How changes to memory are tracked between two dumps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tracker {
+    /// Write protection by userfaultfd, resolved by the kernel (Linux 6.7).
+    Wp,
+    /// The kernel's soft-dirty bits.
+    SoftDirty,
+    /// Not at all: every page is compared.
+    None,
+}
+
+impl Tracker {
+    /// Returns the tracker's name on the command line.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Wp => "wp",
+            Self::SoftDirty => "soft-dirty",
+            Self::None => "none",
+        }
+    }
+
+    /// Returns the tracker of this name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Self::Wp, Self::SoftDirty, Self::None].into_iter().find(|tracker| tracker.name() == name)
+    }
+}
+
+/// Why changes are not tracked; everything is compared then.
+#[derive(Debug, thiserror::Error)]
+pub enum TrackError {
+    /// The keeper cannot be reached, or is not one.
+    #[error("keep the tracking of process {pid}")]
+    Keeper {
+        /// The process.
+        pid: HostPid,
+        /// Why.
+        source: io::Error,
+    },
+    /// Somebody else has restarted the tracking in the meantime.
+    #[error("the tracking of process {pid} was restarted by another dump")]
+    Overtaken {
+        /// The process.
+        pid: HostPid,
+    },
+    /// A system call failed.
+    #[error("{step} of process {pid}")]
+    Kernel {
+        /// The process.
+        pid: HostPid,
+        /// What was attempted, as a verb.
+        step: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// The kernel does not do it.
+    #[error("this kernel has no {what}")]
+    Missing {
+        /// What is missing.
+        what: &'static str,
+    },
+    /// Something writes to the memory without the kernel's page tables.
+    #[error("process {pid} {what}, which writes to memory without being seen")]
+    Unseen {
+        /// The process.
+        pid: HostPid,
+        /// What it has, beginning with a verb.
+        what: &'static str,
+    },
+    /// The process could not be made to work for this program.
+    #[error(transparent)]
+    Inject(#[from] InjectError),
+    /// Something in `/proc` could not be read.
+    #[error(transparent)]
+    Proc(#[from] ProcError),
+}
+
+impl TrackError {
+    fn kernel(pid: HostPid, step: &'static str) -> impl Fn(Errno) -> Self {
+        move |errno| Self::Kernel { pid, step, source: errno.into() }
+    }
+}
+
+/// What is to be tracked.
+#[derive(Clone, Copy, Debug)]
+pub struct Request<'a> {
+    /// How; `None` chooses what works.
+    pub tracker: Option<Tracker>,
+    /// The snapshot that changes are asked since, by the id in its inventory.
+    pub since: Option<&'a str>,
+    /// Whether tracking is to begin anew.
+    pub restart: bool,
+}
+
+/// The tracking of one process while it is dumped.
+#[derive(Debug)]
+pub struct Watch {
+    pid: HostPid,
+    tracker: Tracker,
+    /// What holds the write protection; for soft-dirty bits, nothing does.
+    protect: Option<WriteProtect>,
+    keeper: Option<Keeper>,
+    epoch: u64,
+    /// Whether the bits tell of changes since the snapshot that was asked for.
+    trusted: bool,
+    restart: bool,
+    /// Mappings that are tracked, by their beginnings: whether they have been since
+    /// before.
+    mappings: BTreeMap<RemoteAddr, bool>,
+}
+
+impl Watch {
+    /// Looks for the tracking of a stopped process, and starts it if it is to be.
+    /// `None` if there is nothing that helps this dump or the next.
+    ///
+    /// # Errors
+    /// [`TrackError`]; there is no tracking to be believed then.
+    pub fn begin(
+        request: Request,
+        task: &mut Task,
+        mappings: &[Mapping],
+    ) -> Result<Option<Self>, TrackError> {
+        if request.tracker == Some(Tracker::None) {
+            if request.restart {
+                // Nobody is to believe what is there.
+                forget(task.pid)?;
+            }
+            return Ok(None);
+        }
+        let pid = task.pid;
+        let unseen = if request.restart { unseen_writers(pid, mappings)? } else { None };
+        let restart = request.restart && unseen.is_none();
+        if let Some(what) = unseen {
+            log::warn!("{}; it is compared in full next time", TrackError::Unseen { pid, what });
+        }
+        let mut keeper = Keeper::find(pid)?;
+        let mut kept = keeper.as_ref().map(Keeper::kept).transpose()?;
+        let other = |kept: &keeper::Kept| request.tracker.is_some_and(|t| t != kept.tracker);
+        if kept.as_ref().is_some_and(other) {
+            kept = None;
+            if restart && let Some(keeper) = keeper.take() {
+                keeper.end()?;
+            }
+        }
+        let since = kept.as_ref().and_then(|kept| kept.since.as_deref());
+        let trusted = since.is_some() && since == request.since;
+        if !trusted && !restart {
+            return Ok(None);
+        }
+        let mut epoch = 0;
+        if restart && let Some(keeper) = &keeper {
+            // From here on a failure must not leave what others would believe.
+            epoch = keeper.forget()?;
+        }
+        let tracker = match (&kept, request.tracker) {
+            (Some(kept), _) => kept.tracker,
+            (None, Some(tracker)) => tracker,
+            (None, None) => choose()?,
+        };
+        let mut watch = Self {
+            pid,
+            tracker,
+            protect: None,
+            keeper,
+            epoch,
+            trusted,
+            restart,
+            mappings: BTreeMap::new(),
+        };
+        match tracker {
+            Tracker::Wp => watch.begin_wp(task, mappings, kept.map(|kept| kept.fd))?,
+            Tracker::SoftDirty => watch.begin_soft_dirty(mappings)?,
+            Tracker::None => return Ok(None),
+        }
+        log::debug!(
+            "{pid}: {} tracks {} mappings, {}",
+            tracker.name(),
+            watch.mappings.len(),
+            if watch.trusted { "since the parent" } else { "but not since the parent" },
+        );
+        Ok(Some(watch))
+    }
+
+    fn begin_soft_dirty(&mut self, mappings: &[Mapping]) -> Result<(), TrackError> {
+        if !soft_dirty::is_there() {
+            return Err(TrackError::Missing { what: "soft-dirty bits" });
+        }
+        for mapping in mappings.iter().filter(|mapping| can_be_tracked(mapping)) {
+            self.mappings.insert(mapping.start, true);
+        }
+        Ok(())
+    }
+
+    fn begin_wp(
+        &mut self,
+        task: &mut Task,
+        mappings: &[Mapping],
+        kept: Option<OwnedFd>,
+    ) -> Result<(), TrackError> {
+        let tracked: Vec<_> = mappings.iter().filter(|mapping| can_be_tracked(mapping)).collect();
+        if let Some(fd) = kept {
+            let protect = WriteProtect::resume(fd);
+            match self.register(&protect, &tracked) {
+                // The memory that it was made for is gone: another program runs.
+                Err(Errno::ESRCH) => {
+                    self.mappings.clear();
+                    self.trusted = false;
+                    if self.restart && let Some(keeper) = self.keeper.take() {
+                        keeper.end()?;
+                        self.epoch = 0;
+                    }
+                }
+                result => {
+                    result.map_err(TrackError::kernel(self.pid, "track the memory"))?;
+                    self.protect = Some(protect);
+                    return Ok(());
+                }
+            }
+        }
+        if self.restart {
+            let protect = wp::make(task, mappings)?;
+            self.register(&protect, &tracked)
+                .map_err(TrackError::kernel(self.pid, "track the memory"))?;
+            self.protect = Some(protect);
+        }
+        Ok(())
+    }
+
+    /// Registers mappings. What was registered before by this descriptor has been
+    /// tracked since before; that somebody else's is not among it, registering
+    /// shows.
+    fn register(&mut self, protect: &WriteProtect, mappings: &[&Mapping]) -> Result<(), Errno> {
+        for mapping in mappings {
+            let before = mapping.flags.contains(VmFlags::UFFD_WP);
+            if !before && !self.restart {
+                continue;
+            }
+            match protect.register(mapping.start, mapping.end) {
+                Ok(()) => drop(self.mappings.insert(mapping.start, before)),
+                Err(Errno::ESRCH) => return Err(Errno::ESRCH),
+                Err(errno) => {
+                    log::debug!("{}: {} is not tracked: {errno}", self.pid, mapping.start);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns what tracks.
+    pub fn tracker(&self) -> Tracker {
+        self.tracker
+    }
+
+    /// Appends the regions of a mapping that `query` asks for, and with each whether
+    /// it is known to be unwritten. If tracking begins anew, it does so for each page
+    /// as it is looked at.
+    ///
+    /// # Errors
+    /// As [`PagemapFile::scan`].
+    pub fn scan(
+        &self,
+        pagemap: &PagemapFile,
+        mapping: &Mapping,
+        query: Query,
+        found: &mut Vec<(Region, bool)>,
+    ) -> io::Result<()> {
+        let before = self.mappings.get(&mapping.start).copied();
+        let told = match self.tracker {
+            Tracker::SoftDirty => category::SOFT_DIRTY,
+            Tracker::Wp | Tracker::None => category::WRITTEN,
+        };
+        let query = Query { tell: if before.is_some() { told } else { 0 }, ..query };
+        let mut regions = Vec::new();
+        let mut believed = self.trusted && before == Some(true);
+        let (start, end) = (mapping.start, mapping.end);
+        if self.tracker == Tracker::Wp && self.restart && before.is_some() {
+            if let Err(error) = pagemap.scan_and_protect(start, end, query, &mut regions) {
+                log::debug!("{}: cannot protect {start}: {error}", self.pid);
+                // What was protected was not told in full: all of it is looked at.
+                believed = false;
+                regions.clear();
+                pagemap.scan(start, end, Query { tell: 0, ..query }, &mut regions)?;
+            }
+        } else {
+            let by_ioctl = pagemap.scan(start, end, query, &mut regions)?;
+            believed &= by_ioctl || self.tracker == Tracker::SoftDirty;
+        }
+        found.extend(
+            regions.into_iter().map(|region| (region, believed && region.categories & told == 0)),
+        );
+        Ok(())
+    }
+
+    /// Notes that all mappings were looked at; the process is still stopped.
+    ///
+    /// # Errors
+    /// [`TrackError::Kernel`].
+    pub fn scanned(&self) -> Result<(), TrackError> {
+        if self.tracker == Tracker::SoftDirty && self.restart {
+            soft_dirty::clear(self.pid)?;
+        }
+        Ok(())
+    }
+
+    /// Makes changes count from the snapshot `id`, which is complete.
+    ///
+    /// # Errors
+    /// [`TrackError::Keeper`]; [`TrackError::Overtaken`]. The next dump compares all.
+    pub fn commit(self, id: &str) -> Result<(), TrackError> {
+        if !self.restart {
+            return Ok(());
+        }
+        let (keeper, epoch) = match self.keeper {
+            Some(keeper) => (keeper, self.epoch),
+            None => {
+                let fd = match self.protect {
+                    Some(protect) => protect.into(),
+                    None => soft_dirty::nothing(self.pid)?,
+                };
+                (Keeper::start(self.pid, self.tracker, fd)?, 0)
+            }
+        };
+        keeper.remember(epoch, id)
+    }
+}
+
+/// Makes the keeper of a process, if there is one, forget the snapshot.
+fn forget(pid: HostPid) -> Result<(), TrackError> {
+    match Keeper::find(pid)? {
+        Some(keeper) => keeper.forget().map(drop),
+        None => Ok(()),
+    }
+}
+
+/// Returns the best tracker that this kernel has.
+fn choose() -> Result<Tracker, TrackError> {
+    if wp::is_there() {
+        Ok(Tracker::Wp)
+    } else if soft_dirty::is_there() {
+        Ok(Tracker::SoftDirty)
+    } else {
+        let what = "tracking of changes, neither by write protection nor by soft-dirty bits";
+        Err(TrackError::Missing { what })
+    }
+}
+
+/// Whether a mapping is private memory without a file. Pages of private mappings of
+/// files are few, and a page of the file may come in their place unseen.
+fn can_be_tracked(mapping: &Mapping) -> bool {
+    let strange =
+        VmFlags::HUGE_TLB | VmFlags::PFN_MAP | VmFlags::IO | VmFlags::MIXED_MAP | VmFlags::DROPPABLE;
+    !mapping.shared
+        && (mapping.inode, mapping.dev_major, mapping.dev_minor) == (0, 0, 0)
+        && !mapping.flags.intersects(strange)
+        && !mapping.name.starts_with(b"[v")
+}
+
+/// Returns what the process has that writes to memory by its physical address, at
+/// any time after it has looked it up.
+fn unseen_writers(
+    pid: HostPid,
+    mappings: &[Mapping],
+) -> Result<Option<&'static str>, TrackError> {
+    if mappings.iter().any(|mapping| mapping.name.starts_with(b"/[aio]")) {
+        return Ok(Some("has a ring of asynchronous I/O"));
+    }
+    if proc::status(pid)?.vm_pin_kib.unwrap_or(0) > 0 {
+        return Ok(Some("has memory that a device or io_uring has pinned"));
+    }
+    for number in proc::fds(pid)? {
+        let TargetFd(_) = number;
+        if proc::fd_link(pid, number).is_ok_and(|link| link == b"anon_inode:[io_uring]") {
+            return Ok(Some("has an io_uring"));
+        }
+    }
+    Ok(None)
+}

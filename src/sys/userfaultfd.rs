@@ -1,0 +1,119 @@
+//! userfaultfd(2), of which only the asynchronous write protection is used: the
+//! kernel itself lets writes through and remembers them.
+//!
+//! A descriptor belongs to the memory of the process that made it, but anyone who
+//! has it may register ranges of that memory.
+#![expect(unsafe_code, reason = "ioctls of userfaultfd")]
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+use nix::{errno::Errno, libc};
+
+use crate::units::RemoteAddr;
+
+/// The flags with which a descriptor is made (`userfaultfd(2)`).
+///
+/// `UFFD_USER_MODE_ONLY` (`linux/userfaultfd.h`, Linux 5.11) needs no privilege. It
+/// is about faults of the kernel that somebody would have to resolve; with
+/// asynchronous protection nobody has to, and writes of the kernel are let through
+/// and seen as well.
+pub const MAKE_FLAGS: libc::c_int = libc::O_CLOEXEC | libc::O_NONBLOCK | 1;
+
+/// `UFFD_API` (`linux/userfaultfd.h`).
+const UFFD_API: u64 = 0xaa;
+
+/// `UFFD_FEATURE_WP_HUGETLBFS_SHMEM` (Linux 5.19), `UFFD_FEATURE_WP_UNPOPULATED`
+/// (Linux 6.4) and `UFFD_FEATURE_WP_ASYNC` (Linux 6.7).
+const FEATURES: u64 = 1 << 12 | 1 << 13 | 1 << 15;
+
+/// `UFFDIO_REGISTER_MODE_WP`.
+const REGISTER_MODE_WP: u64 = 1 << 1;
+
+/// `struct uffdio_api` (`linux/userfaultfd.h`).
+#[repr(C)]
+struct Api {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+const _: () = assert!(size_of::<Api>() == 24);
+
+/// `struct uffdio_register` (`linux/userfaultfd.h`).
+#[repr(C)]
+struct Register {
+    start: u64,
+    len: u64,
+    mode: u64,
+    ioctls: u64,
+}
+
+const _: () = assert!(size_of::<Register>() == 32);
+
+/// `_IOWR(0xaa, 0x3f, struct uffdio_api)`.
+const UFFDIO_API: libc::Ioctl = 0xc018_aa3f;
+/// `_IOWR(0xaa, 0x00, struct uffdio_register)`.
+const UFFDIO_REGISTER: libc::Ioctl = 0xc020_aa00;
+
+/// Returns the number of an ioctl that reads and writes so many bytes
+/// (`asm-generic/ioctl.h`).
+const fn iowr(number: u8, bytes: usize) -> libc::Ioctl {
+    3 << 30 | (bytes as libc::Ioctl) << 16 | 0xaa << 8 | number as libc::Ioctl
+}
+
+const _: () = assert!(UFFDIO_API == iowr(0x3f, size_of::<Api>()));
+const _: () = assert!(UFFDIO_REGISTER == iowr(0x00, size_of::<Register>()));
+
+/// A descriptor with asynchronous write protection.
+#[derive(Debug)]
+pub struct WriteProtect {
+    fd: OwnedFd,
+}
+
+impl WriteProtect {
+    /// Sets up a descriptor that was just made, by whomever.
+    ///
+    /// # Errors
+    /// `EINVAL` if the kernel does not know asynchronous write protection (before
+    /// Linux 6.7).
+    pub fn set_up(fd: OwnedFd) -> nix::Result<Self> {
+        let mut api = Api { api: UFFD_API, features: FEATURES, ioctls: 0 };
+        // SAFETY: the structure has the size that the number says and outlives the
+        // call.
+        let result = unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API, &raw mut api) };
+        Errno::result(result)?;
+        Ok(Self { fd })
+    }
+
+    /// Takes over a descriptor that was set up before.
+    pub fn resume(fd: OwnedFd) -> Self {
+        Self { fd }
+    }
+
+    /// Registers `[start, end)`, which is one mapping or several. What has been
+    /// registered by this descriptor before stays as it is.
+    ///
+    /// # Errors
+    /// `EBUSY` if some of it is registered by another descriptor; `ESRCH` if the
+    /// memory is gone, as after `execve(2)`; `EINVAL` for ranges without mappings.
+    pub fn register(&self, start: RemoteAddr, end: RemoteAddr) -> nix::Result<()> {
+        let len = end.0 - start.0;
+        let mut range = Register { start: start.0, len, mode: REGISTER_MODE_WP, ioctls: 0 };
+        // SAFETY: as above. With asynchronous protection alone no thread ever waits
+        // for this program.
+        let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_REGISTER, &raw mut range) };
+        Errno::result(result).map(drop)
+    }
+}
+
+impl AsFd for WriteProtect {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl From<WriteProtect> for OwnedFd {
+    fn from(protect: WriteProtect) -> Self {
+        protect.fd
+    }
+}
