@@ -8,6 +8,7 @@ use super::{
     Common, exit, report, show,
     task::{self, Task, TaskArgs},
 };
+use crate::res::track::keeper;
 
 /// Checkpoint and restore of process trees
 ///
@@ -27,8 +28,8 @@ pub struct Rcriu {
 }
 
 const NOT_YET: &str = "\
-Of CRIU's commands cpuinfo, dedup, lazy-pages, page-server, pre-dump, service and
-swrk are known and refused for now.";
+Of CRIU's commands cpuinfo, dedup, lazy-pages, page-server, service and swrk are
+known and refused for now.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -39,7 +40,7 @@ enum Command {
     #[command(after_help = DUMP_EXAMPLE)]
     Dump(Box<TaskArgs>),
     /// Write the memory of a tree while it runs, for a dump that is to follow
-    #[command(after_help = PRE_DUMP_EXAMPLE, hide = true)]
+    #[command(after_help = PRE_DUMP_EXAMPLE)]
     PreDump(Box<TaskArgs>),
     /// Make a tree of processes from images
     #[command(after_help = RESTORE_EXAMPLE)]
@@ -58,14 +59,14 @@ enum Command {
 
 const DUMP_EXAMPLE: &str = "\
 Examples:
-  rcriu dump -t 4711 -D chain/1 -R
+  rcriu dump -t 4711 -D chain/1 --track-mem -R
   rcriu dump -t 4711 -D chain/2 --prev-images-dir ../1 -o dump.log -v4
 
 Options without a value can be taken back: --no-display-stats.";
 
 const PRE_DUMP_EXAMPLE: &str = "\
 Examples:
-  rcriu pre-dump -t 4711 -D chain/1
+  rcriu pre-dump -t 4711 -D chain/1 --track-mem
   rcriu dump -t 4711 -D chain/2 --prev-images-dir ../1";
 
 const RESTORE_EXAMPLE: &str = "\
@@ -84,6 +85,9 @@ Exit codes:
 
 /// Runs `rcriu` with the command line of this process.
 pub fn main() -> ExitCode {
+    if env::args_os().next().is_some_and(|name| name == keeper::NAME) {
+        return keeper::main(&env::args().skip(1).collect::<Vec<_>>());
+    }
     let prepared = match task::prepare(env::args_os().collect()) {
         Ok(prepared) => prepared,
         Err(error) => {

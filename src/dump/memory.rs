@@ -53,6 +53,8 @@ pub(super) struct Stretch {
     pub(super) pages: u64,
     /// Whether the process itself could not read them.
     pub(super) hidden: bool,
+    /// Whether they are known to be in the parent as they are, without a look.
+    pub(super) unwritten: bool,
 }
 
 /// Where the bytes of a memory are read.
@@ -74,6 +76,8 @@ pub(super) struct Memory {
     pub(super) stretches: Vec<Stretch>,
     /// The same memory in the parent chain.
     pub(super) parent: Option<MemoryBytes>,
+    /// Whether the tree runs while it is read: pages may be gone, and are left out.
+    pub(super) running: bool,
 }
 
 /// How many pages were found to be what.
@@ -131,7 +135,8 @@ pub(super) fn dump(memories: &[Memory], images: &SnapshotWriter) -> Result<Copie
             }
         }
     };
-    let total: u64 = memories.iter().flat_map(|memory| &memory.stretches).map(|s| s.pages).sum();
+    let to_read = memories.iter().flat_map(|memory| &memory.stretches).filter(|s| !s.unwritten);
+    let total: u64 = to_read.map(|stretch| stretch.pages).sum();
     let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get);
     if threads == 1 || total < WORTH_A_THREAD_PAGES {
         work();
@@ -201,7 +206,10 @@ struct Turn {
 /// What each thread reads into.
 #[derive(Default)]
 struct Buffers {
+    /// All of the chunk.
     runs: Vec<Stretch>,
+    /// What of it is read.
+    reads: Vec<Stretch>,
     bytes: Vec<u8>,
     parent: Vec<u8>,
     places: Vec<Presence>,
@@ -240,7 +248,7 @@ impl<'a> Job<'a> {
     }
 
     fn copy_chunks(&self, buffers: &mut Buffers, stop: &AtomicBool) -> Result<()> {
-        while let Some(chunk) = self.take(&mut buffers.runs) {
+        while let Some(chunk) = self.take(buffers) {
             if cancel::is_cancelled() {
                 return Err(DumpError::Cancelled);
             }
@@ -261,34 +269,40 @@ impl<'a> Job<'a> {
         Ok(())
     }
 
-    /// Takes the next chunk and returns its number.
-    fn take(&self, runs: &mut Vec<Stretch>) -> Option<u64> {
+    /// Takes the next chunk and returns its number. What is not read takes no room in
+    /// it.
+    fn take(&self, buffers: &mut Buffers) -> Option<u64> {
         let mut plan = lock(&self.plan);
-        runs.clear();
+        buffers.runs.clear();
+        buffers.reads.clear();
         let mut room = CHUNK_PAGES;
         while room > 0
             && let Some(stretch) = self.memory.stretches.get(plan.stretch)
         {
-            let pages = room.min(stretch.pages - plan.taken);
+            let rest = stretch.pages - plan.taken;
+            let pages = if stretch.unwritten { rest } else { room.min(rest) };
             let first = PageIndex(stretch.first.0 + plan.taken);
-            runs.push(Stretch { first, pages, hidden: stretch.hidden });
-            room -= pages;
+            let run = Stretch { first, pages, ..*stretch };
+            buffers.runs.push(run);
+            if !run.unwritten {
+                buffers.reads.push(run);
+                room -= pages;
+            }
+            plan.left -= pages;
             plan.taken += pages;
             if plan.taken == stretch.pages {
                 plan.stretch += 1;
                 plan.taken = 0;
             }
         }
-        let pages = CHUNK_PAGES - room;
-        plan.left -= pages;
         let chunk = plan.next_chunk;
         plan.next_chunk += 1;
-        (pages > 0).then_some(chunk)
+        (!buffers.runs.is_empty()).then_some(chunk)
     }
 
     /// Reads the chunk and decides of each page where it is to be.
     fn read(&self, buffers: &mut Buffers) -> Result<()> {
-        let Buffers { runs, bytes, parent, places } = buffers;
+        let Buffers { reads: runs, bytes, parent, places, .. } = buffers;
         let pages: u64 = runs.iter().map(|run| run.pages).sum();
         bytes.resize(len(pages), 0);
         self.read_runs(runs, bytes)?;
@@ -324,6 +338,10 @@ impl<'a> Job<'a> {
                 // With the rights of the kernel, and for an error that says where.
                 for_each_run(runs, bytes, |run, target| {
                     let address = RemoteAddr(run.first.address());
+                    if self.memory.running {
+                        read_what_is_there(file, address, target);
+                        return Ok(());
+                    }
                     file.read_exact_at(target, address.0).map_err(|source| DumpError::ReadMemory {
                         pid: *pid,
                         address,
@@ -366,6 +384,11 @@ impl<'a> Job<'a> {
         let begin = turn.file_pages;
         let mut places = buffers.places.iter();
         for run in &buffers.runs {
+            if run.unwritten {
+                turn.counts.in_parent += run.pages;
+                turn.enter(run.first, run.pages, Presence::Parent)?;
+                continue;
+            }
             for number in 0..run.pages {
                 let presence = *places.next().expect("one for each page");
                 turn.counts.scanned += 1;
@@ -379,7 +402,7 @@ impl<'a> Job<'a> {
                 }
                 if presence != Presence::Absent {
                     turn.counts.compared += u64::from(self.memory.parent.is_some());
-                    turn.enter(PageIndex(run.first.0 + number), presence)?;
+                    turn.enter(PageIndex(run.first.0 + number), 1, presence)?;
                 }
             }
         }
@@ -433,16 +456,16 @@ impl<'a> Job<'a> {
 const FAULT_CHUNK: u64 = 1;
 
 impl Turn {
-    /// Enters a page, which comes behind all that were entered before.
-    fn enter(&mut self, page: PageIndex, presence: Presence) -> Result<()> {
+    /// Enters pages, which come behind all that were entered before.
+    fn enter(&mut self, first: PageIndex, pages: u64, presence: Presence) -> Result<()> {
         if let Some(last) = &mut self.last
-            && last.end() == page
+            && last.end() == first
             && last.presence == presence
         {
-            last.pages += 1;
+            last.pages += pages;
             return Ok(());
         }
-        let entry = PagemapEntry { first: page, pages: 1, presence, lazy: false };
+        let entry = PagemapEntry { first, pages, presence, lazy: false };
         if let Some(last) = self.last.replace(entry) {
             self.pagemap.entry(&last)?;
         }
@@ -481,6 +504,19 @@ fn read_process(pid: HostPid, runs: &[Stretch], bytes: &mut [u8]) -> bool {
     let wanted = bytes.len();
     let read = process_vm_readv(Pid::from_raw(pid.0), &mut [IoSliceMut::new(bytes)], &remote);
     read == Ok(wanted)
+}
+
+/// Reads memory of a process that runs. Pages that are gone count as zero: whatever
+/// is mapped there next is new, and the next dump looks at it.
+fn read_what_is_there(file: &File, address: RemoteAddr, target: &mut [u8]) {
+    if file.read_exact_at(target, address.0).is_ok() {
+        return;
+    }
+    for (number, page) in (0..).zip(target.chunks_exact_mut(PAGE)) {
+        if file.read_exact_at(page, address.0 + page_bytes(number)).is_err() {
+            page.fill(0);
+        }
+    }
 }
 
 /// Reads a stretch of an object; what is behind its end is zero.
@@ -559,7 +595,8 @@ pub(super) fn data_of(file: &File) -> io::Result<Vec<Stretch>> {
         let first = PageIndex::holding(data.cast_unsigned());
         let end = hole.cast_unsigned().div_ceil(PAGE_SIZE);
         if end > first.0 {
-            stretches.push(Stretch { first, pages: end - first.0, hidden: false });
+            let pages = end - first.0;
+            stretches.push(Stretch { first, pages, hidden: false, unwritten: false });
         }
         next = hole.max(data + 1);
     }

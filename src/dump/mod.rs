@@ -9,7 +9,9 @@ mod error;
 mod files;
 mod memory;
 mod options;
+mod pre_dump;
 mod stats;
+mod track;
 mod tree;
 
 use std::{
@@ -22,8 +24,9 @@ use std::{
 use nix::time::{ClockId, clock_gettime};
 
 pub use error::{DumpError, Result};
-pub use options::{Options, Tracker};
+pub use options::Options;
 
+pub use crate::res::track::Tracker;
 use crate::{
     chain::{Chain, SnapshotId},
     fault::{self, Point},
@@ -35,7 +38,9 @@ use crate::{
     units::HostPid,
 };
 use files::FileTable;
+use memory::Memory;
 use stats::Stats;
+use track::Tracking;
 use tree::Collection;
 
 /// The version of the format (`inventory_entry.img_version`): with the common magic
@@ -63,7 +68,17 @@ pub fn run(options: &Options) -> Result<()> {
     stats.frozen();
     log::info!("stopped {} processes", frozen.tasks.len());
     let images = SnapshotWriter::begin(&options.images_dir)?;
-    let files = dump_stopped(options, &mut frozen, &images, parent.as_ref(), &mut stats)?;
+    if let Some(link) = &options.prev_images_dir {
+        images.link_parent(link)?;
+    }
+    tree::check(&frozen.tasks, options)?;
+    let tracking =
+        Tracking::new(options, parent.as_ref().map(|(chain, id)| (chain.as_ref(), *id)))?;
+    if options.pre_dump {
+        return pre_dump::run(options, frozen, images, parent.as_ref(), tracking, stats);
+    }
+    let (files, tracking) =
+        dump_stopped(options, &mut frozen, &images, parent.as_ref(), tracking, &mut stats)?;
     let outcome = if options.leave_running {
         Outcome::Run
     } else if options.leave_stopped {
@@ -71,7 +86,7 @@ pub fn run(options: &Options) -> Result<()> {
     } else {
         Outcome::Kill
     };
-    finish(options, frozen, images, files, outcome, stats)
+    finish(options, frozen, images, (files, tracking), outcome, stats)
 }
 
 /// Brings the images to the disk and ends the stop. A tree that runs on does so
@@ -81,7 +96,7 @@ fn finish(
     options: &Options,
     frozen: Frozen,
     images: SnapshotWriter,
-    mut files: FileTable,
+    (mut files, tracking): (FileTable, Tracking),
     outcome: Outcome,
     mut stats: Stats,
 ) -> Result<()> {
@@ -90,7 +105,28 @@ fn finish(
         frozen.take().map_or(Ok(()), |frozen| frozen.release(outcome))?;
         stats.thawed();
     }
-    let inventory = inventory()?;
+    commit(images, tracking, inventory()?)?;
+    if let Some(frozen) = frozen {
+        if outcome == Outcome::Kill {
+            files.keep_links();
+        }
+        frozen.release(outcome)?;
+        stats.thawed();
+    }
+    stats.finish(options)
+}
+
+/// Brings the images to the disk, makes them a snapshot, and lets the tracking begin
+/// with it.
+fn commit(
+    images: SnapshotWriter,
+    tracking: Tracking,
+    mut inventory: proto::InventoryEntry,
+) -> Result<()> {
+    let path = PathBuf::from("/proc/sys/kernel/random/uuid");
+    let id = fs::read_to_string(&path).map_err(|source| DumpError::File { path, source })?;
+    let id = id.trim();
+    inventory.dump_criu_run_id = Some(id.as_bytes().to_vec());
     fault::hit(Point::DumpWritten)?;
     images.sync()?;
     fault::hit(Point::DumpSynced)?;
@@ -99,16 +135,21 @@ fn finish(
     }
     images.commit(&inventory)?;
     fault::hit(Point::DumpCommit)?;
-    if let Some(frozen) = frozen {
-        if outcome == Outcome::Kill {
-            files.keep_links();
+    tracking.commit(id);
+    Ok(())
+}
+
+/// The parent chain and the snapshot in it.
+type Parent = (Arc<Chain>, SnapshotId);
+
+/// Finds each memory in the parent chain.
+fn find_parents(memories: &mut [Memory], parent: Option<&Parent>) -> Result<()> {
+    for memory in memories {
+        if let Some((chain, snapshot)) = parent {
+            memory.parent = memory::parent_memory(chain, *snapshot, memory.id)?;
         }
-        frozen.release(outcome)?;
-        stats.thawed();
-    }
-    stats.write(&options.work_dir)?;
-    if options.display_stats {
-        stats.display();
+        let index = memory.parent.as_ref().map(|parent| parent.index().as_ref());
+        track::settle(&mut memory.stretches, index);
     }
     Ok(())
 }
@@ -118,13 +159,10 @@ fn dump_stopped(
     options: &Options,
     frozen: &mut Frozen,
     images: &SnapshotWriter,
-    parent: Option<&(Arc<Chain>, SnapshotId)>,
+    parent: Option<&Parent>,
+    tracking: Tracking,
     stats: &mut Stats,
-) -> Result<FileTable> {
-    tree::check(&frozen.tasks, options)?;
-    if let Some(link) = &options.prev_images_dir {
-        images.link_parent(link)?;
-    }
+) -> Result<(FileTable, Tracking)> {
     let policy = Policy {
         shell_job: options.shell_job,
         ext_unix_sk: options.ext_unix_sk,
@@ -134,7 +172,7 @@ fn dump_stopped(
         external: options.external.clone(),
         inherit_fds: Vec::new(),
     };
-    let mut collection = Collection::new(images, FileTable::new(&policy));
+    let mut collection = Collection::new(images, FileTable::new(&policy), tracking);
     for (position, task) in frozen.tasks.iter_mut().enumerate() {
         if cancel::is_cancelled() {
             return Err(DumpError::Cancelled);
@@ -145,14 +183,10 @@ fn dump_stopped(
     collection.finish()?;
     fault::hit(Point::DumpFiles)?;
     let mut memories = std::mem::take(&mut collection.memories);
-    if let Some((chain, snapshot)) = parent {
-        for memory in &mut memories {
-            memory.parent = memory::parent_memory(chain, *snapshot, memory.id)?;
-        }
-    }
+    find_parents(&mut memories, parent)?;
     let copied = stats.copying(|| memory::dump(&memories, images))?;
     stats.copied = copied;
-    Ok(collection.files)
+    Ok((collection.files, collection.tracking))
 }
 
 fn check_directory(path: &Path) -> Result<()> {

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::units::HostPid;
+use crate::{res::track::Tracker, units::HostPid};
 
 /// What a dump is asked to do.
 ///
@@ -66,15 +66,4 @@ impl Options {
 
     /// [`Options::timeout_s`] unless told otherwise, as CRIU has it.
     pub const TIMEOUT_S: u32 = 10;
-}
-
-/// How changes to memory are tracked between two dumps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Tracker {
-    /// Write protection by userfaultfd, resolved by the kernel (Linux 6.7).
-    Wp,
-    /// The kernel's soft-dirty bits.
-    SoftDirty,
-    /// Not at all: every page is compared.
-    None,
 }

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Result, memory::Copied};
+use super::{Options, Result, memory::Copied};
 use crate::image::{ImageWriter, Kind, proto};
 
 /// The statistics of a dump.
@@ -69,11 +69,20 @@ impl Stats {
         }
     }
 
-    /// Writes `stats-dump` into `dir`.
+    /// Writes the statistics, and prints them if that is wanted.
     ///
     /// # Errors
     /// [`crate::image::ImageError::Write`].
-    pub(super) fn write(&self, dir: &Path) -> Result<()> {
+    pub(super) fn finish(&self, options: &Options) -> Result<()> {
+        self.write(&options.work_dir)?;
+        if options.display_stats {
+            self.display();
+        }
+        Ok(())
+    }
+
+    /// Writes `stats-dump` into `dir`.
+    fn write(&self, dir: &Path) -> Result<()> {
         let path = dir.join("stats-dump");
         // Of an earlier dump.
         let _ = std::fs::remove_file(&path);
@@ -84,7 +93,7 @@ impl Stats {
     }
 
     /// Prints the statistics.
-    pub(super) fn display(&self) {
+    fn display(&self) {
         let Copied { private, shared } = self.copied;
         println!("freezing time: {} us", self.freezing.as_micros());
         println!("frozen time: {} us", self.frozen.as_micros());

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fs::File,
+    io,
     path::PathBuf,
 };
 
@@ -10,6 +11,7 @@ use super::{
     DumpError, Options, Result,
     files::FileTable,
     memory::{Memory, Origin, Stretch},
+    track::Tracking,
 };
 use crate::{
     image::{Kind, MemoryId, SnapshotWriter, proto, vma},
@@ -20,6 +22,7 @@ use crate::{
         sysv,
         task::{self, ForMemory},
         thread,
+        track::Watch,
     },
     sys::{
         pagemap::{PagemapFile, Query, Region, category},
@@ -144,6 +147,7 @@ fn check_task(task: &Task, own: HostPid) -> Result<()> {
 pub(super) struct Collection<'a> {
     pub(super) images: &'a SnapshotWriter,
     pub(super) files: FileTable,
+    pub(super) tracking: Tracking,
     pub(super) memories: Vec<Memory>,
     /// Numbers of files of shared memory, by device and inode.
     shared: HashMap<(u32, u32, u64), u32>,
@@ -154,10 +158,11 @@ pub(super) struct Collection<'a> {
 }
 
 impl<'a> Collection<'a> {
-    pub(super) fn new(images: &'a SnapshotWriter, files: FileTable) -> Self {
+    pub(super) fn new(images: &'a SnapshotWriter, files: FileTable, tracking: Tracking) -> Self {
         Self {
             images,
             files,
+            tracking,
             memories: Vec::new(),
             shared: HashMap::new(),
             segments: BTreeMap::new(),
@@ -208,7 +213,7 @@ impl<'a> Collection<'a> {
             umask: proc::status(pid)?.umask,
         };
         self.write_one(Kind::Fs, pid, &fs)?;
-        self.memory(pid, &mappings, for_memory)
+        self.memory(task, &mappings, for_memory)
     }
 
     fn write_one<M: prost::Message>(
@@ -266,7 +271,14 @@ impl<'a> Collection<'a> {
     }
 
     /// Collects the mappings of a process and plans the copying of its memory.
-    fn memory(&mut self, pid: HostPid, mappings: &[Mapping], also: ForMemory) -> Result<()> {
+    fn memory(
+        &mut self,
+        task: &mut Task,
+        mappings: &[Mapping],
+        also: ForMemory,
+    ) -> Result<()> {
+        let pid = task.pid;
+        let watch = self.tracking.begin(task, mappings)?;
         let pagemap_path = proc_path(pid, "pagemap");
         let failed = |source| DumpError::File { path: proc_path(pid, "pagemap"), source };
         let pagemap = PagemapFile::open(&pagemap_path).map_err(failed)?;
@@ -289,15 +301,8 @@ impl<'a> Collection<'a> {
             };
             let entry = mapping::entry(mapping, object, shmid);
             if mapping::is_private(&entry) {
-                regions.clear();
-                let query = if object == Object::Vdso {
-                    Query { all: category::PRESENT, ..Query::default() }
-                } else {
-                    Query::PRIVATE
-                };
-                let query = without_guards(query);
-                pagemap.scan(mapping.start, mapping.end, query, &mut regions).map_err(failed)?;
-                stretches.extend(regions.iter().map(|region| stretch(region, !mapping.read)));
+                scan(&pagemap, watch.as_deref(), mapping, object, &mut stretches)
+                    .map_err(failed)?;
                 regions.clear();
                 let query = Query { all: category::GUARD, ..Query::default() };
                 pagemap.scan(mapping.start, mapping.end, query, &mut regions).map_err(failed)?;
@@ -307,6 +312,9 @@ impl<'a> Collection<'a> {
                 Some(last) if mapping::continues(last, &entry) => last.end = entry.end,
                 _ => vmas.push(entry),
             }
+        }
+        if let Some(watch) = watch {
+            watch.scanned()?;
         }
         vmas.extend(guards);
         let stat = proc::stat(pid)?;
@@ -341,6 +349,7 @@ impl<'a> Collection<'a> {
             origin: Origin::Process { pid, file },
             stretches,
             parent: None,
+            running: false,
         });
         Ok(())
     }
@@ -401,6 +410,7 @@ impl<'a> Collection<'a> {
                 origin: Origin::Object { file, name },
                 stretches,
                 parent: None,
+                running: false,
             });
         }
         // The same order whenever the same tree is dumped.
@@ -415,9 +425,37 @@ fn without_guards(query: Query) -> Query {
     Query { all: query.all | category::GUARD, inverted: query.inverted | category::GUARD, ..query }
 }
 
-fn stretch(region: &Region, hidden: bool) -> Stretch {
-    let first = region.first();
-    Stretch { first, pages: (region.end().0 >> PAGE_SHIFT) - first.0, hidden }
+/// Appends the pages of a private mapping that are to be dumped.
+///
+/// # Errors
+/// What looking at them returns.
+pub(super) fn scan(
+    pagemap: &PagemapFile,
+    watch: Option<&Watch>,
+    mapping: &Mapping,
+    object: Object,
+    stretches: &mut Vec<Stretch>,
+) -> io::Result<()> {
+    let query = if object == Object::Vdso {
+        Query { all: category::PRESENT, ..Query::default() }
+    } else {
+        Query::PRIVATE
+    };
+    let query = without_guards(query);
+    let mut found = Vec::new();
+    if let Some(watch) = watch {
+        watch.scan(pagemap, mapping, query, &mut found)?;
+    } else {
+        let mut regions = Vec::new();
+        pagemap.scan(mapping.start, mapping.end, query, &mut regions)?;
+        found.extend(regions.into_iter().map(|region| (region, false)));
+    }
+    stretches.extend(found.iter().map(|(region, unwritten)| {
+        let first = region.first();
+        let pages = (region.end().0 >> PAGE_SHIFT) - first.0;
+        Stretch { first, pages, hidden: !mapping.read, unwritten: *unwritten }
+    }));
+    Ok(())
 }
 
 fn guard(region: &Region) -> proto::VmaEntry {
@@ -429,11 +467,11 @@ fn guard(region: &Region) -> proto::VmaEntry {
     }
 }
 
-fn proc_path(pid: HostPid, file: &str) -> PathBuf {
+pub(super) fn proc_path(pid: HostPid, file: &str) -> PathBuf {
     format!("/proc/{pid}/{file}").into()
 }
 
-fn map_file(pid: HostPid, mapping: &Mapping) -> PathBuf {
+pub(super) fn map_file(pid: HostPid, mapping: &Mapping) -> PathBuf {
     let (RemoteAddr(start), RemoteAddr(end)) = (mapping.start, mapping.end);
     format!("/proc/{pid}/map_files/{start:x}-{end:x}").into()
 }

@@ -12,10 +12,6 @@ use crate::{
     sys::supervise::{self, Ended, Side},
 };
 
-/// Why there are no pre-dumps, and what to do instead.
-const NO_PRE_DUMP: &str = "the command pre-dump is not supported yet: dump with \
-     --leave-running, and then again with --prev-images-dir";
-
 /// What is to be done.
 enum Work {
     Dump(dump::Options),
@@ -24,10 +20,6 @@ enum Work {
 
 /// Runs a command and returns the exit code.
 pub(in crate::cli) fn run(task: Task, args: &TaskArgs, given: &[Given]) -> ExitCode {
-    if matches!(task, Task::PreDump) {
-        report(&anyhow::Error::msg(NO_PRE_DUMP));
-        return ExitCode::from(exit::FAILED);
-    }
     if let Some(refusal) = refusal(task, given) {
         report(&anyhow::Error::msg(refusal));
         return ExitCode::from(exit::FAILED);

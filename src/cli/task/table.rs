@@ -87,8 +87,8 @@ pub(super) const ROWS: &[Row] = &[
     built("work-dir", ALL),
     refused("stream", BOTH, "dump into a directory, on tmpfs if it is not to touch a disk"),
     // Memory
-    refused("track-mem", BOTH, "changes are found by comparison with --prev-images-dir"),
-    refused("tracker", BOTH, "changes are found by comparison with --prev-images-dir"),
+    built("track-mem", BOTH),
+    built("tracker", BOTH),
     refused("auto-dedup", BOTH, "nothing is freed in the images; leave it out"),
     harmless("pre-dump-mode", PRE_DUMP, "memory is read in one way, while the tree runs"),
     refused("lazy-pages", BOTH, "there is no server of pages; restore without it"),

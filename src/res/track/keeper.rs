@@ -57,8 +57,6 @@ const OWN_PROGRAM: &str = "/proc/self/exe";
 /// What a keeper answers.
 #[derive(Debug)]
 pub(super) struct Kept {
-    /// How often the tracking was restarted.
-    pub(super) epoch: u64,
     /// How changes are tracked.
     pub(super) tracker: Tracker,
     /// The snapshot since which they are; `None` if there is none.
@@ -160,7 +158,6 @@ impl Keeper {
         let mut words = answer.split(' ');
         let mut next = || words.next().ok_or_else(|| self.nonsense());
         Ok(Kept {
-            epoch: next()?.parse().map_err(|_| self.nonsense())?,
             tracker: Tracker::from_name(next()?).ok_or_else(|| self.nonsense())?,
             since: Some(next()?.to_owned()).filter(|since| since != NOTHING),
             fd: fds.pop().ok_or_else(|| self.nonsense())?,
@@ -272,7 +269,7 @@ impl State {
             let (answer, with_fd) = match words.as_slice() {
                 ["kept"] => {
                     let since = self.since.as_deref().unwrap_or(NOTHING);
-                    (format!("{} {} {since}", self.epoch, self.tracker.name()), true)
+                    (format!("{} {since}", self.tracker.name()), true)
                 }
                 ["forget"] => {
                     self.epoch += 1;

@@ -1,0 +1,137 @@
+//! Dumping memory alone, while the tree runs.
+//!
+//! The tree is stopped only to see what memory there is and to begin the tracking of
+//! changes. Whatever it writes afterwards is looked at again by the dump that
+//! follows: with a tracker, because the pages are marked; without one, because all
+//! is compared. So it does no harm that pages are read while they are written, or are
+//! gone.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    os::unix::fs::MetadataExt,
+    path::PathBuf,
+};
+
+use super::{
+    DumpError, Options, Parent, Result, commit, find_parents,
+    memory::{self, Memory, Origin},
+    stats::Stats,
+    track::Tracking,
+    tree,
+};
+use crate::{
+    image::{MemoryId, SnapshotWriter, proto},
+    inject::{Frozen, Outcome, Task},
+    proc,
+    res::mapping::{self, Object},
+    sys::pagemap::PagemapFile,
+};
+
+/// `inventory_entry.pre_dump_mode`: memory was read while the tree ran
+/// (`PRE_DUMP_READ` in CRIU).
+const READ: u32 = 2;
+
+/// What links to memfds begin with.
+const MEMFD: &[u8] = b"/memfd:";
+
+/// What a stopped tree has of memory.
+struct Found {
+    memories: Vec<Memory>,
+    /// Shared objects by the numbers in the names of their images.
+    objects: BTreeMap<u64, File>,
+}
+
+/// Pre-dumps a tree that was stopped.
+///
+/// # Errors
+/// What keeps its memory from being dumped; it runs on.
+pub(super) fn run(
+    options: &Options,
+    mut frozen: Frozen,
+    images: SnapshotWriter,
+    parent: Option<&Parent>,
+    mut tracking: Tracking,
+    mut stats: Stats,
+) -> Result<()> {
+    let mut found = Found { memories: Vec::new(), objects: BTreeMap::new() };
+    for task in frozen.tasks.iter_mut().filter(|task| !task.is_zombie()) {
+        found.look_at(task, &mut tracking)?;
+    }
+    let mut memories = found.memories;
+    for (shmid, file) in found.objects {
+        let name = format!("shared memory {shmid}");
+        let failed = |source| DumpError::ReadObject { name: name.clone(), offset: 0, source };
+        let stretches = memory::data_of(&file).map_err(failed)?;
+        memories.push(Memory {
+            id: MemoryId::Shared(shmid),
+            origin: Origin::Object { file, name },
+            stretches,
+            parent: None,
+            running: true,
+        });
+    }
+    memories.sort_by_key(|memory| memory.id);
+    frozen.release(Outcome::Run)?;
+    stats.thawed();
+    find_parents(&mut memories, parent)?;
+    stats.copied = stats.copying(|| memory::dump(&memories, &images))?;
+    let inventory = proto::InventoryEntry { pre_dump_mode: Some(READ), ..super::inventory()? };
+    commit(images, tracking, inventory)?;
+    stats.finish(options)
+}
+
+impl Found {
+    fn look_at(&mut self, task: &mut Task, tracking: &mut Tracking) -> Result<()> {
+        let pid = task.pid;
+        let mappings = proc::smaps(pid)?;
+        let watch = tracking.begin(task, &mappings)?;
+        let path = tree::proc_path(pid, "pagemap");
+        let failed = |source| DumpError::File { path: path.clone(), source };
+        let pagemap = PagemapFile::open(&path).map_err(failed)?;
+        let mut stretches = Vec::new();
+        for mapping in &mappings {
+            let object = mapping::object(pid, mapping)?;
+            if object == Object::Vsyscall {
+                continue;
+            }
+            if matches!(object, Object::SharedMemory | Object::SystemV) {
+                self.enter(mapping.inode, tree::map_file(pid, mapping))?;
+            }
+            if mapping::is_private(&mapping::entry(mapping, object, 0)) {
+                tree::scan(&pagemap, watch.as_deref(), mapping, object, &mut stretches)
+                    .map_err(failed)?;
+            }
+        }
+        if let Some(watch) = watch {
+            watch.scanned()?;
+        }
+        // Memory with a descriptor that nobody maps.
+        for number in proc::fds(pid)? {
+            if proc::fd_link(pid, number)?.starts_with(MEMFD) {
+                let path = tree::proc_path(pid, &format!("fd/{number}"));
+                let failed = |source| DumpError::File { path: path.clone(), source };
+                let inode = fs::metadata(&path).map_err(failed)?.ino();
+                self.enter(inode, path)?;
+            }
+        }
+        let path = tree::proc_path(pid, "mem");
+        let file = File::open(&path).map_err(|source| DumpError::File { path, source })?;
+        self.memories.push(Memory {
+            id: MemoryId::Private(u64::from(pid.0.cast_unsigned())),
+            origin: Origin::Process { pid, file },
+            stretches,
+            parent: None,
+            running: true,
+        });
+        Ok(())
+    }
+
+    fn enter(&mut self, shmid: u64, path: PathBuf) -> Result<()> {
+        if !self.objects.contains_key(&shmid) {
+            let file = File::open(&path).map_err(|source| DumpError::File { path, source })?;
+            self.objects.insert(shmid, file);
+        }
+        Ok(())
+    }
+}
