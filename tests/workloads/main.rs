@@ -7,6 +7,7 @@
 //!
 //! `workload --exec PROGRAM ARGUMENT...` becomes another program in a session
 //! of its own without stray descriptors, `workload --list` names the states.
+//! `workload --steps NAME DIRECTORY` changes memory step by step (`steps.rs`).
 #![expect(unsafe_code, reason = "the states are made by system calls without a safe form")]
 #![expect(clippy::cast_possible_truncation, reason = "lengths and flags of C's many integer types")]
 
@@ -20,6 +21,7 @@ mod registers;
 mod shell;
 mod signals;
 mod sockets;
+mod steps;
 mod threads;
 mod tree;
 
@@ -60,6 +62,7 @@ fn main() -> ExitCode {
             return ExitCode::SUCCESS;
         }
         Some("--exec") => return exec(&arguments[1..]),
+        Some("--steps") => return steps::main(&words[1], Path::new(&arguments[2])),
         Some("--shell") => return shell::main(Path::new(&arguments[1]), &arguments[2..]),
         _ => {}
     }
