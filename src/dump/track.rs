@@ -56,11 +56,8 @@ impl Tracking {
         if !self.restart && self.since.is_none() {
             return Ok(None);
         }
-        let request = Request {
-            tracker: self.tracker,
-            since: self.since.as_deref(),
-            restart: self.restart,
-        };
+        let request =
+            Request { tracker: self.tracker, since: self.since.as_deref(), restart: self.restart };
         match Watch::begin(request, task, mappings) {
             Ok(Some(watch)) => {
                 let watch = Rc::new(watch);

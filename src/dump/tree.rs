@@ -271,12 +271,7 @@ impl<'a> Collection<'a> {
     }
 
     /// Collects the mappings of a process and plans the copying of its memory.
-    fn memory(
-        &mut self,
-        task: &mut Task,
-        mappings: &[Mapping],
-        also: ForMemory,
-    ) -> Result<()> {
+    fn memory(&mut self, task: &mut Task, mappings: &[Mapping], also: ForMemory) -> Result<()> {
         let pid = task.pid;
         let watch = self.tracking.begin(task, mappings)?;
         let pagemap_path = proc_path(pid, "pagemap");

@@ -101,9 +101,7 @@ pub fn close_inherited() -> io::Result<()> {
 /// The first descriptor that is no standard stream.
 const FIRST_OTHER: libc::c_uint = libc::STDERR_FILENO.cast_unsigned() + 1;
 
-fn close_ranges(
-    ranges: impl IntoIterator<Item = (libc::c_uint, libc::c_uint)>,
-) -> io::Result<()> {
+fn close_ranges(ranges: impl IntoIterator<Item = (libc::c_uint, libc::c_uint)>) -> io::Result<()> {
     for (from, to) in ranges {
         if from > to {
             continue;

@@ -212,7 +212,8 @@ fn written_by_others(steps: &Steps) -> Verdict {
                 libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
             let at = area.page(step * 9).at.wrapping_add(500);
             let remote = libc::iovec { iov_base: at.cast(), iov_len: bytes.len() };
-            let written = sys!(process_vm_writev(own, &raw const local, 1, &raw const remote, 1, 0));
+            let written =
+                sys!(process_vm_writev(own, &raw const local, 1, &raw const remote, 1, 0));
             assert_eq!(written, Ok(6000));
         })?)?;
         // Through the file of its memory, as a debugger does.
@@ -330,8 +331,9 @@ fn discarded(steps: &Steps) -> Verdict {
     sys!(fallocate(fd, flags, 5 * PAGE as i64, 10 * PAGE as i64))?;
     steps.pause();
     // Pages of zeros come in by reading.
-    let sum: u64 = (0..64).map(|page| private.page(page).get(0) ^ shared.page(page).get(0)).sum();
-    std::hint::black_box(sum);
+    for page in 0..64 {
+        std::hint::black_box(private.page(page).get(0) ^ shared.page(page).get(0));
+    }
     steps.pause();
     private.page(7).set(1, 1);
     shared.page(8).set(1, 1);

@@ -101,11 +101,7 @@ impl Keeper {
     }
 
     /// Starts one.
-    pub(super) fn start(
-        pid: HostPid,
-        tracker: Tracker,
-        fd: OwnedFd,
-    ) -> Result<Self, TrackError> {
+    pub(super) fn start(pid: HostPid, tracker: Tracker, fd: OwnedFd) -> Result<Self, TrackError> {
         let failed = |source| TrackError::Keeper { pid, source };
         let pidfd = process::pidfd_open(pid).map_err(|errno| failed(errno.into()))?;
         // After the pidfd: if the process has ended in between, the name is of no use.

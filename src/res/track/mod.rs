@@ -231,7 +231,9 @@ impl Watch {
                 Err(Errno::ESRCH) => {
                     self.mappings.clear();
                     self.trusted = false;
-                    if self.restart && let Some(keeper) = self.keeper.take() {
+                    if self.restart
+                        && let Some(keeper) = self.keeper.take()
+                    {
                         keeper.end()?;
                         self.epoch = 0;
                     }
@@ -373,8 +375,11 @@ fn choose() -> Result<Tracker, TrackError> {
 /// Whether a mapping is private memory without a file. Pages of private mappings of
 /// files are few, and a page of the file may come in their place unseen.
 fn can_be_tracked(mapping: &Mapping) -> bool {
-    let strange =
-        VmFlags::HUGE_TLB | VmFlags::PFN_MAP | VmFlags::IO | VmFlags::MIXED_MAP | VmFlags::DROPPABLE;
+    let strange = VmFlags::HUGE_TLB
+        | VmFlags::PFN_MAP
+        | VmFlags::IO
+        | VmFlags::MIXED_MAP
+        | VmFlags::DROPPABLE;
     !mapping.shared
         && (mapping.inode, mapping.dev_major, mapping.dev_minor) == (0, 0, 0)
         && !mapping.flags.intersects(strange)
@@ -383,10 +388,7 @@ fn can_be_tracked(mapping: &Mapping) -> bool {
 
 /// Returns what the process has that writes to memory by its physical address, at
 /// any time after it has looked it up.
-fn unseen_writers(
-    pid: HostPid,
-    mappings: &[Mapping],
-) -> Result<Option<&'static str>, TrackError> {
+fn unseen_writers(pid: HostPid, mappings: &[Mapping]) -> Result<Option<&'static str>, TrackError> {
     if mappings.iter().any(|mapping| mapping.name.starts_with(b"/[aio]")) {
         return Ok(Some("has a ring of asynchronous I/O"));
     }

@@ -1,0 +1,490 @@
+//! Incremental dumps, with each tracker of changes that the machine has.
+//!
+//! A program changes its memory in steps (`tests/workloads/steps.rs`). At each step
+//! its processes are stopped, and it is dumped twice: into a chain that goes on, and
+//! in full. What the two hold must be the same, page by page. In half of the steps a
+//! pre-dump comes before, while the program runs.
+//!
+//! All of it needs root.
+
+mod common;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::Arc,
+    time::Instant,
+};
+
+use common::{
+    Cap,
+    live::{Live, engine, wait_for, workload},
+    require,
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use rcriu::{
+    chain::{Chain, MemoryBytes, read_at},
+    image::MemoryId,
+    res::track::Tracker,
+    sys::Features,
+    units::PageIndex,
+};
+
+/// What is no option of the engine: do not leave the program running.
+const KILL: &str = "--kill";
+
+/// A program that goes through its steps, and the dumps of it.
+struct Steps {
+    live: Live,
+    /// Images that were written, the newest last.
+    chain: Vec<String>,
+    tracker: Tracker,
+}
+
+/// What a dump says of itself.
+struct Said {
+    text: String,
+}
+
+impl Said {
+    /// Returns a number of the line that begins with `kind`.
+    fn count(&self, kind: &str, what: &str) -> u64 {
+        let line = self.text.lines().find(|line| line.starts_with(&format!("{kind} pages")));
+        let line = line.unwrap_or_else(|| panic!("no {kind} pages in {}", self.text));
+        let at = line.find(&format!(" {what}")).unwrap_or_else(|| panic!("no {what} in {line}"));
+        let number = line[..at].rsplit(' ').next().expect("a word");
+        number.parse().unwrap_or_else(|_| panic!("{number} in {line}"))
+    }
+}
+
+impl Steps {
+    fn start(name: &str, tracker: Tracker) -> Self {
+        require(Cap::Ptrace);
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().to_str().unwrap().to_owned();
+        let program = workload().to_str().unwrap();
+        // The kernel writes to the area of restartable sequences whenever a thread has
+        // run, and it runs for each dump.
+        let no_rseq = "GLIBC_TUNABLES=glibc.pthread.rseq=0";
+        let live = Live::program("env", &[no_rseq, program, "--steps", name, &path], dir);
+        Self { live, chain: Vec::new(), tracker }
+    }
+
+    /// Waits for a step; returns whether there is one.
+    fn await_step(&self, number: u32) -> bool {
+        let path = self.live.path("at");
+        let mut end = false;
+        wait_for(&format!("step {number}"), || {
+            let at = fs::read_to_string(&path).unwrap_or_default();
+            assert!(!at.starts_with("failed"), "{at}");
+            end = at == "end";
+            end || at == number.to_string()
+        });
+        !end
+    }
+
+    fn go_on(&self, number: u32) {
+        fs::write(self.live.path(&format!("go.{number}")), "").unwrap();
+    }
+
+    fn signal_all(&mut self, signal: Signal) {
+        for pid in self.live.tree() {
+            let _ = kill(Pid::from_raw(pid), signal);
+        }
+        if signal == Signal::SIGSTOP {
+            for pid in self.live.tree() {
+                wait_for("the stop", || {
+                    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten();
+                    tasks.flatten().all(|task| {
+                        let stat = fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+                        let state = stat.rsplit(')').next().and_then(|rest| rest.chars().nth(1));
+                        matches!(state, Some('T' | 'Z') | None)
+                    })
+                });
+            }
+        }
+    }
+
+    /// Writes images into the directory `name`.
+    fn write(&mut self, command: &str, name: &str, options: &[&str]) -> Said {
+        let output = self.try_write(command, name, options, &[]);
+        assert!(output.1, "{command} {name}: {}", output.0.text);
+        output.0
+    }
+
+    fn try_write(
+        &mut self,
+        command: &str,
+        name: &str,
+        options: &[&str],
+        environment: &[(&str, &str)],
+    ) -> (Said, bool) {
+        self.live.tree();
+        let dir = self.live.path(name);
+        fs::create_dir_all(&dir).unwrap();
+        let mut engine = Command::new(engine());
+        engine.args([command, "-t", &self.live.root.to_string(), "-D"]).arg(&dir);
+        engine.args(["--display-stats", "-v4", "-o", "log"]);
+        engine.args(options.iter().filter(|option| **option != KILL));
+        engine.envs(environment.iter().copied());
+        if command == "dump" && !options.contains(&KILL) {
+            engine.arg("-R");
+        }
+        let output = engine.output().unwrap();
+        let mut text = String::from_utf8_lossy(&output.stdout).into_owned();
+        text += &String::from_utf8_lossy(&output.stderr);
+        (Said { text }, output.status.success())
+    }
+
+    /// Goes on with the chain.
+    fn next(&mut self, command: &str, options: &[&str]) -> Said {
+        let name = format!("{}-{}", self.chain.len(), command);
+        let parent = self.chain.last().map(|last| format!("../{last}"));
+        let mut all = vec!["--track-mem", "--tracker", self.tracker.name()];
+        if let Some(parent) = &parent {
+            all.extend(["--prev-images-dir", parent]);
+        }
+        all.extend(options);
+        let said = self.write(command, &name, &all);
+        self.chain.push(name);
+        said
+    }
+
+    /// Dumps the stopped tree into the chain and in full, and compares.
+    fn check(&mut self) -> Said {
+        self.signal_all(Signal::SIGSTOP);
+        let said = self.next("dump", &[]);
+        self.write("dump", "full", &[]);
+        let (tip, full) = (self.tip(), self.live.path("full"));
+        assert_same(&tip, &full);
+        fs::remove_dir_all(full).unwrap();
+        self.signal_all(Signal::SIGCONT);
+        said
+    }
+
+    fn tip(&self) -> PathBuf {
+        self.live.path(self.chain.last().unwrap())
+    }
+}
+
+/// Opens the last snapshot of a chain.
+fn open(dir: &Path) -> (Arc<Chain>, rcriu::chain::SnapshotId) {
+    let dir = dir.canonicalize().unwrap();
+    let chain = Chain::open(&dir).unwrap();
+    let id = chain.ids().find(|id| chain.snapshot(*id).dir == dir).unwrap();
+    (Arc::new(chain), id)
+}
+
+/// Compares all memories of two snapshots.
+fn assert_same(one: &Path, other: &Path) {
+    let ((one, one_id), (other, other_id)) = (open(one), open(other));
+    let mut memories = one.memories(one_id).unwrap();
+    let mut others = other.memories(other_id).unwrap();
+    memories.sort();
+    others.sort();
+    assert_eq!(memories, others, "memories");
+    for memory in memories {
+        assert_same_memory(memory, &bytes(&one, one_id, memory), &bytes(&other, other_id, memory));
+    }
+}
+
+fn bytes(chain: &Arc<Chain>, id: rcriu::chain::SnapshotId, memory: MemoryId) -> MemoryBytes {
+    let index = chain.index(id, memory).unwrap();
+    MemoryBytes::new(Arc::clone(chain), index, PageIndex::END.address())
+}
+
+fn assert_same_memory(memory: MemoryId, one: &MemoryBytes, other: &MemoryBytes) {
+    const PAGE: usize = 4096;
+    let mut differing = Vec::new();
+    for (this, that) in [(one, other), (other, one)] {
+        for extent in this.index().extents() {
+            let mut bytes = vec![0; usize::try_from(extent.pages).unwrap() * PAGE];
+            let mut others = bytes.clone();
+            let address = extent.first.address();
+            let read = |from: &MemoryBytes, to: &mut [u8]| {
+                let mut done = 0;
+                while done < to.len() {
+                    done += read_at(from, address + done as u64, &mut to[done..]).unwrap();
+                }
+            };
+            read(this, &mut bytes);
+            read(that, &mut others);
+            let pages = bytes.chunks(PAGE).zip(others.chunks(PAGE));
+            for (page, (found, expected)) in (extent.first.0..).zip(pages) {
+                if found != expected {
+                    differing.push(page << 12);
+                }
+            }
+        }
+    }
+    differing.sort_unstable();
+    differing.dedup();
+    assert!(differing.is_empty(), "{memory} differs at {differing:x?}");
+}
+
+/// Takes a program through all of its steps.
+fn go_through(name: &str, tracker: Tracker) {
+    let mut steps = Steps::start(name, tracker);
+    let mut number = 1;
+    while steps.await_step(number) {
+        if number % 2 == 0 {
+            steps.next("pre-dump", &[]);
+        }
+        steps.check();
+        steps.go_on(number);
+        number += 1;
+    }
+    assert!(number > 3, "{name} has only {number} steps");
+}
+
+/// One test for each program and tracker.
+macro_rules! programs {
+    ($($name:ident)*) => {
+        mod privileged_wp {
+            $(#[test]
+            fn $name() {
+                if super::has(super::Tracker::Wp) {
+                    super::go_through(stringify!($name), super::Tracker::Wp);
+                }
+            })*
+        }
+
+        mod privileged_soft_dirty {
+            $(#[test]
+            fn $name() {
+                if super::has(super::Tracker::SoftDirty) {
+                    super::go_through(stringify!($name), super::Tracker::SoftDirty);
+                }
+            })*
+        }
+
+        mod privileged_none {
+            $(#[test]
+            fn $name() {
+                super::go_through(stringify!($name), super::Tracker::None);
+            })*
+        }
+    };
+}
+
+programs! {
+    private_pages
+    shared_pages
+    child_that_ends
+    short_mapping
+    written_memfd
+    written_by_others
+    read_into
+    outsider
+    zeroed
+    discarded
+    moved
+    protected
+    mapped_again
+    executed
+    forks
+    grow_and_shrink
+    huge
+    heap_and_stack
+    private_file
+    busy_threads
+    random
+}
+
+/// Whether the machine has a tracker; those that it has not are left to others.
+fn has(tracker: Tracker) -> bool {
+    let features = Features::probe_tracking();
+    match tracker {
+        Tracker::Wp => features.pagemap_scan && features.write_protect_private,
+        Tracker::SoftDirty => features.soft_dirty,
+        Tracker::None => true,
+    }
+}
+
+/// The best tracker of the machine, if it has any.
+fn best() -> Option<Tracker> {
+    [Tracker::Wp, Tracker::SoftDirty].into_iter().find(|tracker| has(*tracker))
+}
+
+/// The pids of those who keep the tracking of a process.
+fn keepers(pid: i32) -> Vec<i32> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let Ok(keeper) = entry.file_name().to_string_lossy().parse::<i32>() else { continue };
+        let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let words: Vec<_> = line.split(|byte| *byte == 0).collect();
+        if words[0] == b"rcriu-keep" && words.get(1) == Some(&pid.to_string().as_bytes()) {
+            found.push(keeper);
+        }
+    }
+    found
+}
+
+#[test]
+fn privileged_a_tracker_spares_looking() {
+    let Some(tracker) = best() else { return };
+    let mut steps = Steps::start("private_pages", tracker);
+    assert!(steps.await_step(1));
+    steps.check();
+    steps.go_on(1);
+    assert!(steps.await_step(2));
+    let said = steps.check();
+    // 300 pages are the program's own, 8 of them written. Pages of private mappings
+    // of files are always looked at.
+    let (scanned, compared) = (said.count("private", "scanned"), said.count("private", "compared"));
+    assert!(said.count("private", "in parent") >= compared + 250, "{}", said.text);
+    assert!(scanned < 200, "{}", said.text);
+}
+
+#[test]
+fn privileged_whoever_keeps_the_tracking_ends_with_the_process() {
+    let Some(tracker) = best() else { return };
+    let mut steps = Steps::start("private_pages", tracker);
+    assert!(steps.await_step(1));
+    steps.next("pre-dump", &[]);
+    let pid = steps.live.root.as_raw();
+    let [keeper] = keepers(pid)[..] else { panic!("{:?}", keepers(pid)) };
+    // It has nothing but what it is for.
+    let mut links: Vec<_> = fs::read_dir(format!("/proc/{keeper}/fd"))
+        .unwrap()
+        .flatten()
+        .map(|entry| fs::read_link(entry.path()).unwrap().to_string_lossy().into_owned())
+        .map(|link| link.split(['[', ']']).next().unwrap().to_owned())
+        .collect();
+    links.sort();
+    assert!(links.len() <= 4, "{links:?}");
+    let comm = fs::read_to_string(format!("/proc/{keeper}/comm")).unwrap();
+    assert_eq!(comm.trim(), "rcriu-keep");
+    assert_eq!(fs::read_link(format!("/proc/{keeper}/cwd")).unwrap(), Path::new("/"));
+    // The process has no descriptor of it.
+    for entry in fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten() {
+        let link = fs::read_link(entry.path()).unwrap();
+        assert!(!link.to_string_lossy().contains("userfaultfd"), "{link:?}");
+    }
+    steps.next("dump", &[]);
+    assert_eq!(keepers(pid), [keeper]);
+    kill(steps.live.root, Signal::SIGKILL).unwrap();
+    wait_for("the end of the keeper", || {
+        let stat = fs::read_to_string(format!("/proc/{keeper}/stat")).unwrap_or_default();
+        stat.is_empty() || stat.contains(") Z ")
+    });
+}
+
+#[test]
+fn privileged_tracking_of_another_chain_is_not_believed() {
+    let Some(tracker) = best() else { return };
+    let name = tracker.name();
+    let mut steps = Steps::start("private_pages", tracker);
+    let track = ["--track-mem", "--tracker", name];
+    assert!(steps.await_step(1));
+    steps.write("dump", "a1", &track);
+    steps.go_on(1);
+    assert!(steps.await_step(2));
+    steps.write("dump", "b1", &track);
+    steps.go_on(2);
+    assert!(steps.await_step(3));
+    steps.signal_all(Signal::SIGSTOP);
+    let on = |parent: &'static str| [&track[..], &["--prev-images-dir", parent]].concat();
+    steps.write("dump", "a2", &on("../a1"));
+    // The tracking is that of a2 now.
+    steps.write("dump", "b2", &on("../b1"));
+    steps.write("dump", "full", &[]);
+    for name in ["a2", "b2"] {
+        assert_same(&steps.live.path(name), &steps.live.path("full"));
+    }
+}
+
+#[test]
+fn privileged_a_dump_that_fails_leaves_no_tracking_to_believe() {
+    let Some(tracker) = best() else { return };
+    for fault in
+        ["dump-injected", "dump-files", "dump-synced", "dump-synced:kill", "dump-commit:kill"]
+    {
+        let mut steps = Steps::start("private_pages", tracker);
+        assert!(steps.await_step(1));
+        steps.check();
+        steps.go_on(1);
+        assert!(steps.await_step(2));
+        let parent = format!("../{}", steps.chain[0]);
+        let options =
+            ["--track-mem", "--tracker", tracker.name(), "--prev-images-dir", parent.as_str()];
+        let environment = [("RCRIU_FAULT", fault)];
+        let (said, done) = steps.try_write("dump", "failed", &options, &environment);
+        assert!(!done, "{fault}: {}", said.text);
+        steps.check();
+        steps.go_on(2);
+        assert!(steps.await_step(3));
+        steps.check();
+    }
+}
+
+#[test]
+fn privileged_a_restored_process_has_another_ones_pid_and_not_its_tracking() {
+    for tracker in [Tracker::Wp, Tracker::SoftDirty, Tracker::None] {
+        if !has(tracker) {
+            continue;
+        }
+        let mut steps = Steps::start("private_pages", tracker);
+        assert!(steps.await_step(1));
+        steps.next("pre-dump", &[]);
+        steps.next("dump", &[KILL]);
+        steps.live.wait_gone();
+        restore(&steps, &[]);
+        steps.go_on(1);
+        assert!(steps.await_step(2));
+        steps.check();
+        steps.go_on(2);
+        assert!(steps.await_step(3));
+        steps.check();
+    }
+}
+
+fn restore(steps: &Steps, options: &[&str]) {
+    let mut engine = Command::new(engine());
+    engine.args(["restore", "-d", "-v4", "-o", "restore.log", "-D"]).arg(steps.tip());
+    let output = engine.args(options).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn privileged_pre_dumps_lead_to_a_dump_that_can_be_restored() {
+    for name in ["private_anon", "shared_anon", "memfd_mapping", "cow_tree", "threads"] {
+        require(Cap::Ptrace);
+        let mut live = Live::workload(name);
+        let mut parent: Option<String> = None;
+        for round in 0..3 {
+            let dir = live.path(&format!("pre{round}"));
+            fs::create_dir(&dir).unwrap();
+            let mut command = Command::new(engine());
+            command.args(["pre-dump", "--track-mem", "-t", &live.root.to_string(), "-D"]);
+            command.arg(&dir);
+            if let Some(parent) = &parent {
+                command.args(["--prev-images-dir", parent]);
+            }
+            let output = command.output().unwrap();
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            parent = Some(format!("../pre{round}"));
+        }
+        live.dump(&["--prev-images-dir", &parent.unwrap()]);
+        live.restore(&[]);
+        live.verdict();
+    }
+}
+
+#[test]
+fn privileged_the_time_of_a_step_is_bounded() {
+    // A chain of forty, with nothing else to do.
+    let Some(tracker) = best() else { return };
+    let mut steps = Steps::start("shared_pages", tracker);
+    assert!(steps.await_step(1));
+    let begin = Instant::now();
+    for round in 0..40 {
+        steps.next(if round % 3 == 2 { "dump" } else { "pre-dump" }, &[]);
+    }
+    steps.check();
+    println!("41 snapshots in {:?}", begin.elapsed());
+}
