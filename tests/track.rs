@@ -443,6 +443,35 @@ fn privileged_a_restored_process_has_another_ones_pid_and_not_its_tracking() {
     }
 }
 
+#[test]
+fn privileged_a_restored_process_is_tracked_since_its_images() {
+    for tracker in [Tracker::Wp, Tracker::SoftDirty, Tracker::None] {
+        if !has(tracker) {
+            continue;
+        }
+        for name in ["private_pages", "huge", "forks"] {
+            let mut steps = Steps::start(name, tracker);
+            assert!(steps.await_step(1));
+            steps.go_on(1);
+            assert!(steps.await_step(2));
+            steps.next("dump", &[KILL]);
+            steps.live.wait_gone();
+            restore(&steps, &["--track-mem", "--tracker", tracker.name()]);
+            let pid = steps.live.root.as_raw();
+            assert_eq!(keepers(pid).len(), usize::from(tracker != Tracker::None), "keepers");
+            steps.go_on(2);
+            assert!(steps.await_step(3));
+            let said = steps.check();
+            if tracker != Tracker::None && name == "private_pages" {
+                assert!(said.count("private", "scanned") < 250, "{}", said.text);
+            }
+            steps.go_on(3);
+            assert!(steps.await_step(4));
+            steps.check();
+        }
+    }
+}
+
 fn restore(steps: &Steps, options: &[&str]) {
     let mut engine = Command::new(engine());
     engine.args(["restore", "-d", "-v4", "-o", "restore.log", "-D"]).arg(steps.tip());

@@ -415,11 +415,6 @@ impl<'a> Collection<'a> {
     }
 }
 
-/// Returns `query` for pages that are no guard pages, which count as swapped.
-fn without_guards(query: Query) -> Query {
-    Query { all: query.all | category::GUARD, inverted: query.inverted | category::GUARD, ..query }
-}
-
 /// Appends the pages of a private mapping that are to be dumped.
 ///
 /// # Errors
@@ -436,7 +431,7 @@ pub(super) fn scan(
     } else {
         Query::PRIVATE
     };
-    let query = without_guards(query);
+    let query = query.without_guards();
     let mut found = Vec::new();
     if let Some(watch) = watch {
         watch.scan(pagemap, mapping, query, &mut found)?;

@@ -10,7 +10,7 @@ use crate::{
     image::ImageError,
     inject::InjectError,
     proc::ProcError,
-    res::{ResError, file::FileError},
+    res::{ResError, file::FileError, track::TrackError},
     units::{HostPid, RemoteAddr},
 };
 
@@ -140,6 +140,9 @@ pub enum RestoreError {
     /// A new process could not be made to work for this program.
     #[error(transparent)]
     Inject(#[from] InjectError),
+    /// Changes could not be tracked in the way that was asked for.
+    #[error(transparent)]
+    Track(#[from] TrackError),
     /// Something in `/proc` could not be read.
     #[error(transparent)]
     Proc(#[from] ProcError),

@@ -13,6 +13,7 @@ mod objects;
 mod options;
 mod plan;
 mod stats;
+mod track;
 mod tree;
 
 use std::{fs, ops::Range, thread};
@@ -124,10 +125,14 @@ fn restore(
         filling.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
         objects::seal(&inodes, &files.opened)?;
         objects::finish_segments(images)?;
+        let tracking = track::begin(options, images, plan, &mut puppets)?;
         apply::finish(plan, &mut puppets, &mut files)?;
         write_pidfile(options, plan)?;
         let stopped = options.leave_stopped;
         puppets.release(|task| stopped || task.state() == state::STOPPED)?;
+        if let Some(tracking) = tracking {
+            tracking.commit();
+        }
         files.finish();
         stats.restored();
         Ok(())

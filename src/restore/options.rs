@@ -2,6 +2,8 @@
 
 use std::{ffi::OsString, path::PathBuf};
 
+use crate::res::track::Tracker;
+
 /// What a restore is asked to do.
 ///
 /// Paths are as the user gave them, relative to the current directory unless it
@@ -48,6 +50,8 @@ pub struct Options {
     pub auto_dedup: Option<AutoDedup>,
     /// Start the tracking of changes, for the next dump.
     pub track_mem: bool,
+    /// How changes are tracked; `None` chooses what works.
+    pub tracker: Option<Tracker>,
     /// How long to wait for a new process to do what it was told, in seconds.
     pub timeout_s: u32,
     /// Print the statistics afterwards.

@@ -87,6 +87,12 @@ impl Query {
         inverted: category::FILE | category::PFNZERO,
         tell: 0,
     };
+
+    /// Returns the same for pages that are no guard pages, which count as swapped.
+    #[must_use]
+    pub fn without_guards(self) -> Self {
+        Self { all: self.all | category::GUARD, inverted: self.inverted | category::GUARD, ..self }
+    }
 }
 
 /// `struct pm_scan_arg` (`linux/fs.h`).

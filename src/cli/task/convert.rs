@@ -76,17 +76,21 @@ pub(super) fn dump_options(args: &TaskArgs, pre_dump: bool) -> Result<dump::Opti
         track_mem: args.memory.track_mem,
         auto_dedup: args.memory.auto_dedup.is_some(),
         prev_images_dir: args.images.prev_images_dir.clone(),
-        tracker: args.memory.tracker.map(|tracker| match tracker {
-            TrackerName::Wp => dump::Tracker::Wp,
-            TrackerName::SoftDirty => dump::Tracker::SoftDirty,
-            TrackerName::None => dump::Tracker::None,
-        }),
+        tracker: tracker(args),
         root: args.tree.root.clone(),
         external: external(args),
         action_scripts: args.tree.action_script.clone(),
         freeze_cgroup: args.cgroups.freeze_cgroup.clone(),
         timeout_s: args.tree.timeout,
         display_stats: args.output.display_stats,
+    })
+}
+
+fn tracker(args: &TaskArgs) -> Option<dump::Tracker> {
+    args.memory.tracker.map(|tracker| match tracker {
+        TrackerName::Wp => dump::Tracker::Wp,
+        TrackerName::SoftDirty => dump::Tracker::SoftDirty,
+        TrackerName::None => dump::Tracker::None,
     })
 }
 
@@ -118,6 +122,7 @@ pub(super) fn restore_options(args: &TaskArgs) -> Result<restore::Options, Usage
             AutoDedupName::Now => restore::AutoDedup::Now,
         }),
         track_mem: args.memory.track_mem,
+        tracker: tracker(args),
         timeout_s: args.tree.timeout,
         display_stats: args.output.display_stats,
     })

@@ -179,6 +179,7 @@ fn default_restore() -> restore::Options {
         link_remap: false,
         auto_dedup: None,
         track_mem: false,
+        tracker: None,
         timeout_s: 10,
         display_stats: false,
     }

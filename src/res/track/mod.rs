@@ -10,18 +10,18 @@ pub mod keeper;
 mod soft_dirty;
 mod wp;
 
-use std::{collections::BTreeMap, io, os::fd::OwnedFd};
+use std::{collections::BTreeMap, io, os::fd::OwnedFd, path::PathBuf};
 
 use nix::errno::Errno;
 
 use crate::{
-    inject::{InjectError, Task},
+    inject::{InjectError, Scratch, TABLE_BYTES, Task, Tracee, with_scratch},
     proc::{self, Mapping, ProcError, VmFlags},
     sys::{
         pagemap::{PagemapFile, Query, Region, category},
         userfaultfd::WriteProtect,
     },
-    units::{HostPid, RemoteAddr, TargetFd},
+    units::{HostPid, RemoteAddr},
 };
 use keeper::Keeper;
 
@@ -118,6 +118,9 @@ pub struct Request<'a> {
     pub restart: bool,
 }
 
+/// Makes the userfaultfd of the process.
+type Make<'a> = dyn FnMut() -> Result<WriteProtect, TrackError> + 'a;
+
 /// The tracking of one process while it is dumped.
 #[derive(Debug)]
 pub struct Watch {
@@ -146,14 +149,57 @@ impl Watch {
         task: &mut Task,
         mappings: &[Mapping],
     ) -> Result<Option<Self>, TrackError> {
+        let pid = task.pid;
+        Self::begin_with(request, pid, mappings, &mut || {
+            let mut made = None;
+            with_scratch(&mut task.threads, mappings, TABLE_BYTES, |scratch, threads| {
+                made = Some(wp::make(pid, scratch, &mut threads[0]));
+                Ok(())
+            })?;
+            made.expect("it ran")
+        })
+    }
+
+    /// Starts the tracking of a process that was just restored and has not run yet; a
+    /// thread of it works in scratch memory.
+    ///
+    /// # Errors
+    /// As [`Self::begin`].
+    pub fn begin_restored(
+        tracker: Option<Tracker>,
+        pid: HostPid,
+        mappings: &[Mapping],
+        scratch: &Scratch,
+        thread: &mut Tracee,
+    ) -> Result<Option<Self>, TrackError> {
+        let request = Request { tracker, since: None, restart: true };
+        let watch =
+            Self::begin_with(request, pid, mappings, &mut || wp::make(pid, scratch, thread))?;
+        let Some(watch) = watch else { return Ok(None) };
+        let failed = |source| TrackError::Kernel { pid, step: "protect the memory", source };
+        let path = PathBuf::from(format!("/proc/{pid}/pagemap"));
+        let pagemap = PagemapFile::open(&path).map_err(failed)?;
+        for mapping in mappings.iter().filter(|mapping| can_be_tracked(mapping)) {
+            let query = Query::PRIVATE.without_guards();
+            watch.scan(&pagemap, mapping, query, &mut Vec::new()).map_err(failed)?;
+        }
+        watch.scanned()?;
+        Ok(Some(watch))
+    }
+
+    fn begin_with(
+        request: Request,
+        pid: HostPid,
+        mappings: &[Mapping],
+        make: &mut Make,
+    ) -> Result<Option<Self>, TrackError> {
         if request.tracker == Some(Tracker::None) {
             if request.restart {
                 // Nobody is to believe what is there.
-                forget(task.pid)?;
+                forget(pid)?;
             }
             return Ok(None);
         }
-        let pid = task.pid;
         let unseen = if request.restart { unseen_writers(pid, mappings)? } else { None };
         let restart = request.restart && unseen.is_none();
         if let Some(what) = unseen {
@@ -194,7 +240,7 @@ impl Watch {
             mappings: BTreeMap::new(),
         };
         match tracker {
-            Tracker::Wp => watch.begin_wp(task, mappings, kept.map(|kept| kept.fd))?,
+            Tracker::Wp => watch.begin_wp(make, mappings, kept.map(|kept| kept.fd))?,
             Tracker::SoftDirty => watch.begin_soft_dirty(mappings)?,
             Tracker::None => return Ok(None),
         }
@@ -219,7 +265,7 @@ impl Watch {
 
     fn begin_wp(
         &mut self,
-        task: &mut Task,
+        make: &mut Make,
         mappings: &[Mapping],
         kept: Option<OwnedFd>,
     ) -> Result<(), TrackError> {
@@ -246,7 +292,7 @@ impl Watch {
             }
         }
         if self.restart {
-            let protect = wp::make(task, mappings)?;
+            let protect = make()?;
             self.register(&protect, &tracked)
                 .map_err(TrackError::kernel(self.pid, "track the memory"))?;
             self.protect = Some(protect);
@@ -396,7 +442,6 @@ fn unseen_writers(pid: HostPid, mappings: &[Mapping]) -> Result<Option<&'static 
         return Ok(Some("has memory that a device or io_uring has pinned"));
     }
     for number in proc::fds(pid)? {
-        let TargetFd(_) = number;
         if proc::fd_link(pid, number).is_ok_and(|link| link == b"anon_inode:[io_uring]") {
             return Ok(Some("has an io_uring"));
         }

@@ -1,0 +1,72 @@
+//! Tracking of changes from the restore on, for a dump into the same chain.
+
+use std::path::Path;
+
+use super::{Options, Result, plan::Plan, tree::Puppets};
+use crate::{
+    image::{Kind, proto, read_one},
+    proc,
+    res::track::{TrackError, Watch},
+};
+
+/// The tracking of all processes, which begins with the snapshot `since`.
+#[derive(Debug)]
+pub(super) struct Tracking {
+    since: String,
+    watches: Vec<Watch>,
+}
+
+/// Begins to track all processes; none has run yet. `None` if that is not wanted, or
+/// the snapshot has nothing to tell it by.
+///
+/// # Errors
+/// An inventory that cannot be read. What cannot be tracked costs the next dump time
+/// and nothing else.
+pub(super) fn begin(
+    options: &Options,
+    images: &Path,
+    plan: &Plan,
+    puppets: &mut Puppets,
+) -> Result<Option<Tracking>> {
+    if !options.track_mem {
+        return Ok(None);
+    }
+    let path = images.join(Kind::Inventory.file_name(0));
+    let inventory: proto::InventoryEntry = read_one(&path, Kind::Inventory)?;
+    let Some(since) = inventory.dump_criu_run_id else {
+        log::warn!("changes are not tracked: the inventory has no dump_criu_run_id");
+        return Ok(None);
+    };
+    let since = String::from_utf8_lossy(&since).into_owned();
+    let mut tracking = Tracking { since, watches: Vec::new() };
+    let scratch = puppets.scratch;
+    let work_place = scratch.start..scratch.start.plus(scratch.len());
+    for (position, task) in plan.tasks.iter().enumerate() {
+        if task.body.is_none() {
+            continue;
+        }
+        let mut mappings = proc::smaps(task.pid)?;
+        mappings
+            .retain(|mapping| mapping.end <= work_place.start || mapping.start >= work_place.end);
+        let puppet = puppets.tasks[position].as_mut().expect("it lives");
+        let thread = &mut puppet.threads[0];
+        match Watch::begin_restored(options.tracker, task.pid, &mappings, &scratch, thread) {
+            Ok(watch) => tracking.watches.extend(watch),
+            Err(error @ TrackError::Inject(_)) => return Err(error.into()),
+            Err(error) if options.tracker.is_some() => return Err(error.into()),
+            Err(error) => log::warn!("{}: changes are not tracked: {error}", task.pid),
+        }
+    }
+    Ok(Some(tracking))
+}
+
+impl Tracking {
+    /// Lets changes be told since the snapshot; the processes run.
+    pub(super) fn commit(self) {
+        for watch in self.watches {
+            if let Err(error) = watch.commit(&self.since) {
+                log::warn!("the next dump compares everything: {error}");
+            }
+        }
+    }
+}
