@@ -7,7 +7,7 @@
 //! gone.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, btree_map::Entry},
     fs::{self, File},
     os::unix::fs::MetadataExt,
     path::PathBuf,
@@ -128,9 +128,8 @@ impl Found {
     }
 
     fn enter(&mut self, shmid: u64, path: PathBuf) -> Result<()> {
-        if !self.objects.contains_key(&shmid) {
-            let file = File::open(&path).map_err(|source| DumpError::File { path, source })?;
-            self.objects.insert(shmid, file);
+        if let Entry::Vacant(place) = self.objects.entry(shmid) {
+            place.insert(File::open(&path).map_err(|source| DumpError::File { path, source })?);
         }
         Ok(())
     }

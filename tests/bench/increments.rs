@@ -1,0 +1,222 @@
+//! What increments cost: time, time in which the program is stopped, and bytes, in
+//! relation to a full dump, and to CRIU's if there is one (`CRIU`, or in the search
+//! path), of the same process in the same minutes.
+//!
+//! `INCREMENTS_MIB` is the size of the private and of the shared memory each (1024
+//! unless given), `INCREMENTS_DIR` the directory for images (`/dev/shm`).
+#![expect(clippy::cast_precision_loss, reason = "ratios for people")]
+
+#[path = "../common/mod.rs"]
+mod common;
+
+use std::{
+    env, fs,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use common::live::{Live, engine, wait_for, workload};
+
+/// Times that each kind of dump is made; the median counts.
+const RUNS: usize = 3;
+
+/// One dump.
+#[derive(Clone, Copy, Debug)]
+struct Cost {
+    whole: Duration,
+    stopped: Duration,
+    bytes: u64,
+}
+
+struct Bench {
+    live: Live,
+    images: tempfile::TempDir,
+    step: u32,
+    dumps: u32,
+}
+
+impl Bench {
+    fn start(mib: &str, images: &Path) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().to_str().unwrap().to_owned();
+        let [private, shared] =
+            ["STEPS_PRIVATE_MIB", "STEPS_SHARED_MIB"].map(|name| format!("{name}={mib}"));
+        let program = workload().to_str().unwrap();
+        let words = [&*private, &*shared, program, "--steps", "big", &*path];
+        let live = Live::program("env", &words, dir);
+        let images = tempfile::tempdir_in(images).unwrap();
+        let mut bench = Self { live, images, step: 0, dumps: 0 };
+        bench.await_step();
+        bench
+    }
+
+    fn await_step(&mut self) {
+        self.step += 1;
+        let path = self.live.path("at");
+        wait_for("a step", || {
+            fs::read_to_string(&path).is_ok_and(|at| at == self.step.to_string())
+        });
+    }
+
+    /// Lets one per cent of the pages change.
+    fn change(&mut self) {
+        fs::write(self.live.path(&format!("go.{}", self.step)), "").unwrap();
+        self.await_step();
+    }
+
+    /// Lets every page of the private memory be written and returns how long it took;
+    /// then nothing is to change before the next step.
+    fn write_all(&mut self) -> Duration {
+        let time = self.live.path("time");
+        let _ = fs::remove_file(&time);
+        fs::write(self.live.path(&format!("go.{}", self.step)), "").unwrap();
+        self.await_step();
+        let micros = fs::read_to_string(time).unwrap().parse().unwrap();
+        Duration::from_micros(micros)
+    }
+
+    fn dir(&mut self) -> PathBuf {
+        self.dumps += 1;
+        let dir = self.images.path().join(self.dumps.to_string());
+        fs::create_dir(&dir).unwrap();
+        dir
+    }
+
+    fn dump(&mut self, program: &Path, command: &str, options: &[&str]) -> (PathBuf, Cost) {
+        let dir = self.dir();
+        let mut dump = Command::new(program);
+        dump.args([command, "-t", &self.live.root.to_string(), "-D"]).arg(&dir);
+        dump.args(["--display-stats", "-o", "log"]).args(options);
+        if command == "dump" {
+            dump.arg("-R");
+        }
+        let begin = Instant::now();
+        let output = dump.output().unwrap();
+        let whole = begin.elapsed();
+        let text = String::from_utf8_lossy(&output.stdout);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{program:?} {options:?}: {text}{errors}");
+        let stopped = stopped(&text).unwrap_or_default();
+        let bytes = fs::read_dir(&dir)
+            .unwrap()
+            .map(|entry| entry.unwrap().metadata().unwrap())
+            .filter(fs::Metadata::is_file)
+            .map(|meta| meta.blocks() * 512)
+            .sum();
+        (dir, Cost { whole, stopped, bytes })
+    }
+}
+
+/// Reads from the statistics for how long the program was stopped.
+fn stopped(text: &str) -> Option<Duration> {
+    let line = text.lines().find(|line| line.to_lowercase().starts_with("frozen time"))?;
+    let number = line.split_whitespace().find_map(|word| word.parse().ok())?;
+    Some(Duration::from_micros(number))
+}
+
+fn median(mut costs: Vec<Cost>) -> Cost {
+    costs.sort_by_key(|cost| cost.whole);
+    costs[costs.len() / 2]
+}
+
+fn criu() -> Option<PathBuf> {
+    if let Some(path) = env::var_os("CRIU") {
+        return Some(path.into());
+    }
+    let path = env::var_os("PATH")?;
+    env::split_paths(&path).map(|dir| dir.join("criu")).find(|path| path.is_file())
+}
+
+fn print(what: &str, cost: Cost) {
+    println!(
+        "{what:<44} {:>9.1} ms {:>9.1} ms stopped {:>9.1} MiB",
+        cost.whole.as_secs_f64() * 1e3,
+        cost.stopped.as_secs_f64() * 1e3,
+        cost.bytes as f64 / f64::from(1 << 20),
+    );
+}
+
+fn ratio(one: Cost, other: Cost) -> f64 {
+    one.whole.as_secs_f64() / other.whole.as_secs_f64()
+}
+
+fn main() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("this needs root, to trace processes");
+        return;
+    }
+    let mib = env::var("INCREMENTS_MIB").unwrap_or_else(|_| "1024".to_owned());
+    let place = env::var_os("INCREMENTS_DIR").map_or("/dev/shm".into(), PathBuf::from);
+    let own = PathBuf::from(engine());
+    println!("{mib} MiB private and {mib} MiB shared, 1% changed in between");
+
+    // Pairs of what is compared, one after the other.
+    let mut costs: [Vec<Cost>; 5] = Default::default();
+    let mut bench = Bench::start(&mib, &place);
+    let untracked_writes = {
+        bench.change();
+        bench.write_all()
+    };
+    let criu = criu();
+    for _ in 0..RUNS {
+        let (base, full) = bench.dump(&own, "dump", &[]);
+        bench.change();
+        let parent = format!("../{}", base.file_name().unwrap().to_str().unwrap());
+        let (changed, cost) = bench.dump(&own, "dump", &["--prev-images-dir", &parent]);
+        costs[0].push(full);
+        costs[1].push(cost);
+        if let Some(criu) = &criu {
+            let (dir, cost) = bench.dump(criu, "dump", &[]);
+            costs[2].push(cost);
+            fs::remove_dir_all(dir).unwrap();
+        }
+        fs::remove_dir_all(changed).unwrap();
+        bench.write_all();
+        // The same with a tracker.
+        let (tracked, _) = bench.dump(&own, "dump", &["--track-mem"]);
+        bench.change();
+        let parent = format!("../{}", tracked.file_name().unwrap().to_str().unwrap());
+        let options = ["--track-mem", "--prev-images-dir", &parent];
+        let (next, cost) = bench.dump(&own, "dump", &options);
+        costs[3].push(cost);
+        let parent = format!("../{}", next.file_name().unwrap().to_str().unwrap());
+        let options = ["--track-mem", "--prev-images-dir", &parent];
+        let (same, cost) = bench.dump(&own, "dump", &options);
+        costs[4].push(cost);
+        bench.write_all();
+        for dir in [base, tracked, next, same] {
+            fs::remove_dir_all(dir).unwrap();
+        }
+    }
+    // The first writes to each page after the tracking has begun.
+    let (_, _) = bench.dump(&own, "pre-dump", &["--track-mem"]);
+    bench.change();
+    let tracked_writes = bench.write_all();
+    let has_criu = !costs[2].is_empty();
+    let [full, changed, peer, tracked, same] =
+        costs.map(|costs| if costs.is_empty() { None } else { Some(median(costs)) });
+    let [full, changed, tracked, same] = [full, changed, tracked, same].map(Option::unwrap);
+    print("in full", full);
+    print("1% changed, all compared", changed);
+    print("1% changed, private memory tracked", tracked);
+    print("nothing changed, private memory tracked", same);
+    if let Some(peer) = peer.filter(|_| has_criu) {
+        print("CRIU, in full", peer);
+        println!(
+            "CRIU's time / that of all compared: {:.1}; tracked: {:.1}; bytes: {:.2}%",
+            ratio(peer, changed),
+            ratio(peer, tracked),
+            changed.bytes as f64 / peer.bytes as f64 * 100.0,
+        );
+    }
+    println!("all compared / tracked: {:.1}", ratio(changed, tracked));
+    let pages = mib.parse::<f64>().unwrap_or(1.0) * 256.0;
+    println!(
+        "every private page written once: {:.0} ms untracked, {:.0} ms tracked: {:.2} us more for each",
+        untracked_writes.as_secs_f64() * 1e3,
+        tracked_writes.as_secs_f64() * 1e3,
+        (tracked_writes.as_secs_f64() - untracked_writes.as_secs_f64()) * 1e6 / pages,
+    );
+}
