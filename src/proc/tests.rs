@@ -27,7 +27,7 @@ const STATUS: &[u8] = b"Name:\ta\\nb\\\\c \nUmask:\t0022\nState:\tR (running)\nT
     Ngid:\t0\nPid:\t23168\nPPid:\t23165\nTracerPid:\t7\nUid:\t0\t1\t2\t4294967295\n\
     Gid:\t4\t5\t6\t7\nFDSize:\t256\nGroups:\t4 24 27 \nNStgid:\t23167\t3\nNSpid:\t23168\t4\n\
     NSpgid:\t23165\t0\nNSsid:\t21974\t0\nKthread:\t0\nVmPeak:\t    3060 kB\n\
-    VmRSS:\t    1728 kB\nTHP_enabled:\t1\nuntag_mask:\t0xffffffffffffffff\nThreads:\t2\n\
+    VmPin:\t       8 kB\nVmRSS:\t    1728 kB\nTHP_enabled:\t1\nuntag_mask:\t0xffffffffffffffff\nThreads:\t2\n\
     SigQ:\t3/96365\nSigPnd:\t0000000000000001\nShdPnd:\t0000000000000002\n\
     SigBlk:\t0000000000000003\nSigIgn:\t0000000000000004\nSigCgt:\t8000000000000005\n\
     CapInh:\t0000000000000006\nCapPrm:\t000001fffeffffff\nCapEff:\t0000000000000007\n\
@@ -121,7 +121,7 @@ fn status_is_read() {
         seccomp_filters: Some(3),
         thp_enabled: Some(true),
         vm_rss_kib: Some(1728),
-        vm_pin_kib: Some(0),
+        vm_pin_kib: Some(8),
     };
     assert_eq!(status, expected);
 }
@@ -137,6 +137,7 @@ fn status_may_lack_what_old_kernels_and_zombies_lack() {
     for (key, is_optional) in [
         ("Umask:", true),
         ("NSpid:", true),
+        ("VmPin:", true),
         ("VmRSS:", true),
         ("THP_enabled:", true),
         ("CapAmb:", true),
