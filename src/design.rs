@@ -74,6 +74,39 @@
 //! not zero and its bytes differ from those of the parent chain. The parent's content is
 //! the truth, so that nobody needs to know who wrote to shared memory.
 //!
+//! # Changes
+//!
+//! A tracker ([`crate::res::track`]) lets a dump look at less. The best that the kernel
+//! has is a userfaultfd with asynchronous write protection, which needs no privilege: it
+//! is made inside the process by one injected call, taken out by `pidfd_getfd(2)`, and
+//! kept open between dumps by a process of its own (`rcriu-keep`), which ends with the
+//! tracked one. `PAGEMAP_SCAN` tells what was written and protects it again in one step,
+//! while the tree is stopped and before anything is read.
+//!
+//! A page is left to the parent without a look only if all of this holds: the keeper
+//! says that tracking began with this very parent (`dump_criu_run_id` in the
+//! inventory); the mapping is private memory without a file, registered since then with
+//! this userfaultfd; the page is present and unwritten; and the parent has stored it, in
+//! a file that was never punched. Whatever begins tracking anew makes the keeper forget
+//! the snapshot first, and tells it the new one after the commit. So after a dump that
+//! failed, `execve(2)`, `mremap(2)`, a fork, another chain or a reboot, everything
+//! is compared. Shared memory always is: its writers may have gone.
+//!
+//! What writes to memory by its physical address is seen by no page table. Where
+//! there is an io_uring, a ring of asynchronous I/O or pinned memory, tracking does not
+//! begin anew. Somebody outside the tree who writes by `process_vm_writev(2)` in the
+//! very microseconds in which a page is protected again, having looked it up before,
+//! can be missed. Soft-dirty bits, the tracker of older kernels, are anybody's to
+//! clear: a dump by another program in between is not noticed.
+//!
+//! # A pre-dump
+//!
+//! The tree is stopped to list its memory and begin the tracking anew, and runs on
+//! while the memory is read. What changes meanwhile is a candidate next time; what is
+//! gone when it is read is left out, and if it should turn up again the next dump finds
+//! that the parent does not have it. There are no processes in the images of a
+//! pre-dump, so it cannot be restored.
+//!
 //! # A restore
 //!
 //! One thread directs. All files are opened by it, above the numbers that the tree uses;

@@ -480,6 +480,29 @@ fn restore(steps: &Steps, options: &[&str]) {
 }
 
 #[test]
+fn privileged_memory_that_is_pinned_is_not_tracked() {
+    for tracker in [Tracker::Wp, Tracker::SoftDirty, Tracker::None] {
+        if !has(tracker) {
+            continue;
+        }
+        let mut steps = Steps::start("uring", tracker);
+        let ring = steps.live.path("ring");
+        for number in 1..=3 {
+            assert!(steps.await_step(number));
+            steps.check();
+            steps.go_on(number);
+            wait_for("the ring", || ring.exists());
+            steps.next("pre-dump", &[]);
+            let log = fs::read_to_string(steps.tip().join("log")).unwrap();
+            assert!(tracker == Tracker::None || log.contains("compared in full"), "{log}");
+            fs::remove_file(&ring).unwrap();
+        }
+        assert!(steps.await_step(4));
+        steps.check();
+    }
+}
+
+#[test]
 fn privileged_pre_dumps_lead_to_a_dump_that_can_be_restored() {
     for name in ["private_anon", "shared_anon", "memfd_mapping", "cow_tree", "threads"] {
         require(Cap::Ptrace);

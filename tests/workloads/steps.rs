@@ -29,6 +29,7 @@ const ROWS: &[Row] = &[
     ("written_memfd", written_memfd),
     ("written_by_others", written_by_others),
     ("read_into", read_into),
+    ("uring", uring),
     ("outsider", outsider),
     ("zeroed", zeroed),
     ("discarded", discarded),
@@ -269,6 +270,96 @@ fn read_into(steps: &Steps) -> Verdict {
     sys!(close(fd))?;
     steps.pause();
     Ok(())
+}
+
+/// Reads through an io_uring, which the kernel may do at any time after it was asked.
+/// Between the steps there is one whose buffer is pinned; a dump refuses that, a
+/// pre-dump does not.
+fn uring(steps: &Steps) -> Verdict {
+    let area = Area::private(64)?;
+    area.fill(1);
+    let fd = open(&steps.path("data"), libc::O_RDWR | libc::O_CREAT)?;
+    sys!(pwrite(fd, vec![0x77_u8; 64 * PAGE].as_ptr().cast(), 64 * PAGE, 0))?;
+    for step in 0..3 {
+        steps.pause();
+        let mut ring = Ring::new()?;
+        ring.register(area.part(30, 4))?;
+        // The test takes a pre-dump while the ring is there.
+        crate::publish(&steps.dir.join("ring"), "");
+        let gone = steps.dir.join("ring");
+        super::kit::wait_until("the pre-dump", || !gone.exists())?;
+        ring.map()?;
+        ring.read(fd, area.page(step * 5), false)?;
+        ring.read(fd, area.page(31), true)?;
+        sys!(close(ring.fd))?;
+        ring.memory.unmap()?;
+        ring.entries.unmap()?;
+    }
+    sys!(close(fd))?;
+    steps.pause();
+    Ok(())
+}
+
+/// An io_uring of one entry.
+struct Ring {
+    fd: i32,
+    parameters: [u32; 30],
+    memory: Area,
+    entries: Area,
+}
+
+impl Ring {
+    fn new() -> Result<Self, String> {
+        // `struct io_uring_params` (`linux/io_uring.h`), 120 bytes.
+        let mut parameters = [0_u32; 30];
+        let fd = sys!(syscall(libc::SYS_io_uring_setup, 1, parameters.as_mut_ptr()))? as i32;
+        let nothing = Area { at: std::ptr::null_mut(), bytes: 0 };
+        Ok(Self { fd, parameters, memory: nothing, entries: nothing })
+    }
+
+    /// Maps it: `IORING_OFF_SQ_RING` with `IORING_FEAT_SINGLE_MMAP`, and
+    /// `IORING_OFF_SQES`. A mapping of it would stop a pre-dump as well.
+    fn map(&mut self) -> Verdict {
+        let map = |offset: i64| {
+            let protection = libc::PROT_READ | libc::PROT_WRITE;
+            let flags = libc::MAP_SHARED | libc::MAP_POPULATE;
+            let at = sys!(mmap(std::ptr::null_mut(), PAGE, protection, flags, self.fd, offset))?;
+            Ok::<_, String>(Area { at: at.cast(), bytes: PAGE })
+        };
+        (self.memory, self.entries) = (map(0)?, map(0x1000_0000)?);
+        Ok(())
+    }
+
+    /// Pins a buffer (`IORING_REGISTER_BUFFERS`).
+    fn register(&self, area: Area) -> Verdict {
+        let buffer = libc::iovec { iov_base: area.at.cast(), iov_len: area.bytes };
+        sys!(syscall(libc::SYS_io_uring_register, self.fd, 0, &raw const buffer, 1)).map(drop)
+    }
+
+    /// Reads the beginning of a file into a page (`IORING_OP_READ`, or
+    /// `IORING_OP_READ_FIXED` into the buffer that is pinned).
+    fn read(&self, fd: i32, page: Area, pinned: bool) -> Verdict {
+        let opcode: u64 = if pinned { 4 } else { 22 };
+        self.entries.set(0, opcode | (fd as u64) << 32);
+        self.entries.set(1, 0);
+        self.entries.set(2, page.at as u64);
+        self.entries.set(3, PAGE as u64);
+        for word in 4..8 {
+            self.entries.set(word, 0);
+        }
+        // `sq_off.tail` and `sq_off.array`.
+        let field = |offset: u32| self.memory.at.wrapping_add(offset as usize).cast::<u32>();
+        let (tail, array) = (field(self.parameters[11]), field(self.parameters[16]));
+        // SAFETY: the kernel has told where in the ring, which is mapped, they are.
+        unsafe {
+            array.write_volatile(0);
+            tail.write_volatile(tail.read_volatile().wrapping_add(1));
+        }
+        /// `IORING_ENTER_GETEVENTS`.
+        const GET_EVENTS: u32 = 1;
+        let none = std::ptr::null::<libc::c_void>();
+        sys!(syscall(libc::SYS_io_uring_enter, self.fd, 1, 1, GET_EVENTS, none, 0)).map(drop)
+    }
 }
 
 fn outsider(steps: &Steps) -> Verdict {
