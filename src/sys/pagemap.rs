@@ -232,10 +232,13 @@ impl PagemapFile {
             for region in &batch[..count] {
                 push(regions, *region);
             }
-            if arguments.walk_end <= next {
+            // Where it has stopped (`walk_end`) is told only if there was no room for
+            // more. If it went on to the end instead, that is where it had once paused,
+            // and what lies behind would be told again.
+            if count < SCAN_REGIONS {
                 break;
             }
-            next = arguments.walk_end;
+            next = arguments.walk_end.max(batch[count - 1].end);
         }
         Ok(())
     }
@@ -310,6 +313,27 @@ mod tests {
     use memmap2::MmapMut;
 
     use super::*;
+
+    /// The kernel gathers 512 regions at a time.
+    #[test]
+    fn many_regions_are_told_once_each() {
+        for pages in [1024, 1500, 4096, 4098, 10_000, 12_288] {
+            let mut memory = MmapMut::map_anon(pages * 4096).unwrap();
+            let _ = memory.advise(memmap2::Advice::NoHugePage);
+            for page in (0..pages).step_by(2) {
+                memory[page * 4096] = 1;
+            }
+            let start = RemoteAddr(memory.as_ptr().addr() as u64);
+            let file = PagemapFile::open(Path::new("/proc/self/pagemap")).unwrap();
+            let mut regions = Vec::new();
+            let end = start.plus(pages as u64 * PAGE_SIZE);
+            file.scan(start, end, Query::PRIVATE, &mut regions).unwrap();
+            let found: Vec<_> = regions.iter().map(|region| region.first().0).collect();
+            let first = PageIndex::holding(start.0).0;
+            let expected: Vec<_> = (first..first + pages as u64).step_by(2).collect();
+            assert_eq!(found, expected, "{pages} pages");
+        }
+    }
 
     #[test]
     fn both_ways_find_the_pages_that_were_written() {
