@@ -3,7 +3,8 @@
 //! path), of the same process in the same minutes.
 //!
 //! `INCREMENTS_MIB` is the size of the private and of the shared memory each (1024
-//! unless given), `INCREMENTS_DIR` the directory for images (`/dev/shm`).
+//! unless given), or `INCREMENTS_SHARED_MIB` of the latter; `INCREMENTS_DIR` is the
+//! directory for images (`/dev/shm`).
 #![expect(clippy::cast_precision_loss, reason = "ratios for people")]
 
 #[path = "../common/mod.rs"]
@@ -38,11 +39,11 @@ struct Bench {
 }
 
 impl Bench {
-    fn start(mib: &str, images: &Path) -> Self {
+    fn start(private: &str, shared: &str, images: &Path) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().to_str().unwrap().to_owned();
-        let [private, shared] =
-            ["STEPS_PRIVATE_MIB", "STEPS_SHARED_MIB"].map(|name| format!("{name}={mib}"));
+        let private = format!("STEPS_PRIVATE_MIB={private}");
+        let shared = format!("STEPS_SHARED_MIB={shared}");
         let program = workload().to_str().unwrap();
         let words = [&*private, &*shared, program, "--steps", "big", &*path];
         let live = Live::program("env", &words, dir);
@@ -148,13 +149,14 @@ fn main() {
         return;
     }
     let mib = env::var("INCREMENTS_MIB").unwrap_or_else(|_| "1024".to_owned());
+    let shared = env::var("INCREMENTS_SHARED_MIB").unwrap_or_else(|_| mib.clone());
     let place = env::var_os("INCREMENTS_DIR").map_or("/dev/shm".into(), PathBuf::from);
     let own = PathBuf::from(engine());
-    println!("{mib} MiB private and {mib} MiB shared, 1% changed in between");
+    println!("{mib} MiB private and {shared} MiB shared, 1% changed in between");
 
     // Pairs of what is compared, one after the other.
     let mut costs: [Vec<Cost>; 5] = Default::default();
-    let mut bench = Bench::start(&mib, &place);
+    let mut bench = Bench::start(&mib, &shared, &place);
     let untracked_writes = {
         bench.change();
         bench.write_all()
