@@ -557,6 +557,13 @@ impl Drop for Puppets<'_> {
             let _ = signal(*pid, libc::SIGKILL);
         }
         for pid in &pids {
+            // The kernel tells of the end of a leader only after all its threads,
+            // which are ours to wait for, are gone.
+            for tid in proc::threads(*pid).unwrap_or_default() {
+                if tid != *pid {
+                    let _ = await_end(tid);
+                }
+            }
             let _ = await_end(*pid);
         }
         // Those whose parents have died with them are children of this program now,
