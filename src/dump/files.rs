@@ -151,6 +151,15 @@ impl FileTable {
                 source,
             })?;
             let info = proc::fdinfo(pid, number)?;
+            if let Some(lock) = info.locks.first() {
+                let link = String::from_utf8_lossy(&proc::fd_link(pid, number)?).into_owned();
+                let what = format!(
+                    "{link}, on which it holds the lock \"{}\"",
+                    String::from_utf8_lossy(lock)
+                );
+                let help = "file locks are not dumped yet; let the program release it";
+                return Err(FileError::Unsupported { pid, fd: number, what, help }.into());
+            }
             let close_on_exec = info.flags & libc::O_CLOEXEC.cast_unsigned() != 0;
             let (id, new) = self.state.identify(fd)?;
             if let Some(fd) = new {
