@@ -400,6 +400,19 @@ fn privileged_killed_dump_leaves_registers_alone() {
     killed_dump("registers_avx512");
 }
 
+/// What could fail after the work is done is no failure.
+#[test]
+fn privileged_statistics_that_cannot_be_written_are_no_failure() {
+    require(Cap::Ptrace);
+    let mut live = Live::workload("tree");
+    for name in ["stats-dump", "stats-restore"] {
+        fs::create_dir_all(live.images().join(name)).unwrap();
+    }
+    live.dump(&[]);
+    live.restore(&[]);
+    live.verdict();
+}
+
 #[test]
 fn privileged_failed_dump_leaves_the_target_alone() {
     require(Cap::Ptrace);
