@@ -65,7 +65,6 @@ fn main() -> ExitCode {
 /// succeeded.
 fn adopt(program: &OsStr, arguments: &[OsString]) -> Result<bool, Box<dyn Error>> {
     prctl::set_child_subreaper(true)?;
-    #[expect(clippy::zombie_processes, reason = "it is reaped like all others")]
     let child = process::Command::new(program).args(arguments).spawn()?;
     let child = i32::try_from(child.id())?;
     loop {
