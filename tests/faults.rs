@@ -21,7 +21,7 @@ use common::{
 use nix::{
     sys::{
         signal::{Signal, kill},
-        wait::{WaitStatus, waitpid},
+        wait::{WaitPidFlag, WaitStatus, waitpid},
     },
     unistd::Pid,
 };
@@ -166,9 +166,14 @@ fn deserted_dump(point: Point, mode: &[&str], live: &mut Live, before: &TreeStat
     let worker = Pid::from_raw(worker.unwrap());
     dump.kill().unwrap();
     dump.wait().unwrap();
-    kill(worker, Signal::SIGCONT).unwrap();
     // This process adopts orphans.
-    let ended = waitpid(worker, None).unwrap();
+    let mut ended = WaitStatus::StillAlive;
+    wait_for("the end of the worker", || {
+        // Again and again: other threads may have been on their way to the point.
+        kill(worker, Signal::SIGCONT).unwrap();
+        ended = waitpid(worker, Some(WaitPidFlag::WNOHANG)).unwrap();
+        ended != WaitStatus::StillAlive
+    });
     assert!(matches!(ended, WaitStatus::Exited(..)), "{what}: {ended:?}");
     // At once, as after a failure.
     let left = images(&live.images());
@@ -269,7 +274,7 @@ fn restore_fails(name: &str) {
             // Helpers, which this process has adopted.
             for number in there() {
                 let pid = Pid::from_raw(i32::try_from(*number).unwrap());
-                let _ = waitpid(pid, Some(nix::sys::wait::WaitPidFlag::WNOHANG));
+                let _ = waitpid(pid, Some(WaitPidFlag::WNOHANG));
             }
             there().is_empty()
         });
