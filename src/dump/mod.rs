@@ -113,7 +113,8 @@ fn finish(
         frozen.release(outcome)?;
         stats.thawed();
     }
-    stats.finish(options)
+    stats.finish(options);
+    Ok(())
 }
 
 /// Brings the images to the disk, makes them a snapshot, and lets the tracking begin

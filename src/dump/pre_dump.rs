@@ -78,7 +78,8 @@ pub(super) fn run(
     stats.copied = stats.copying(|| memory::dump(&memories, &images))?;
     let inventory = proto::InventoryEntry { pre_dump_mode: Some(READ), ..super::inventory()? };
     commit(images, tracking, inventory)?;
-    stats.finish(options)
+    stats.finish(options);
+    Ok(())
 }
 
 impl Found {
