@@ -12,6 +12,7 @@ mod memory;
 mod objects;
 mod options;
 mod plan;
+mod source;
 mod stats;
 mod tree;
 
@@ -59,6 +60,7 @@ pub fn run(options: &Options) -> Result<()> {
         path: options.images_dir.clone(),
         problem: format!("{error}; name another one with -D"),
     })?;
+    let images = source::behind_mount(&images).unwrap_or(images);
     let plan = Plan::read(&images)?;
     fault::hit(Point::RestorePlan)?;
     let subreaper = |on: bool| {

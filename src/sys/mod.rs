@@ -13,6 +13,7 @@ pub mod shm;
 pub mod socket;
 pub mod supervise;
 pub mod tty;
+pub mod xattr;
 pub mod xsave;
 
 pub use descriptors::receive_fd;
