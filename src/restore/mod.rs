@@ -111,7 +111,8 @@ fn restore(
     let table_bytes = table_bytes(plan);
     let place = scratch_place(plan, table_bytes)?;
     thread::scope(|scope| {
-        let filling = scope.spawn(|| objects::fill(&objects));
+        let filling =
+            objects::any_filled(&objects).then(|| scope.spawn(|| objects::fill(&objects)));
         let workshop = Workshop {
             place,
             table_bytes,
@@ -123,7 +124,9 @@ fn restore(
         let mut puppets = Puppets::make(plan, &workshop)?;
         stats.forked(puppets.filled);
         apply::all(plan, &mut puppets, &mut files)?;
-        filling.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        if let Some(filling) = filling {
+            filling.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        }
         objects::seal(&inodes, &files.opened)?;
         objects::finish_segments(images)?;
         apply::finish(plan, &mut puppets, &mut files)?;
