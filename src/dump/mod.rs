@@ -31,7 +31,7 @@ use crate::{
     inject::{Frozen, Outcome},
     proc,
     res::file::Policy,
-    sys::cancel,
+    sys::{cancel, fds},
     units::HostPid,
 };
 use files::FileTable;
@@ -92,7 +92,7 @@ fn finish(
     }
     let inventory = inventory()?;
     fault::hit(Point::DumpWritten)?;
-    images.sync()?;
+    images.sync(|file| fds::begin_writing(file, 0, 0))?;
     fault::hit(Point::DumpSynced)?;
     if cancel::is_cancelled() {
         return Err(DumpError::Cancelled);
@@ -150,7 +150,7 @@ fn dump_stopped(
             memory.parent = memory::parent_memory(chain, *snapshot, memory.id)?;
         }
     }
-    let copied = stats.copying(|| memory::dump(&memories, images))?;
+    let copied = stats.copying(|| memory::dump(&memories, images, !options.leave_running))?;
     stats.copied = copied;
     Ok(collection.files)
 }
