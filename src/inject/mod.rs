@@ -13,4 +13,4 @@ pub use error::{InjectError, Result};
 pub use freeze::{Frozen, Outcome, Task};
 pub use script::{Answers, Arg, Buffer, CallId, Script};
 pub use session::{Scratch, TABLE_BYTES, with_scratch};
-pub use tracee::Tracee;
+pub use tracee::{Tracee, registers_to_resume};

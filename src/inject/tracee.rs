@@ -15,6 +15,24 @@ use crate::{
     units::{HostPid, RemoteAddr},
 };
 
+/// Returns the registers with which a thread that has stopped with `registers` goes on
+/// elsewhere; its memory is there.
+fn restarted(tid: HostPid, registers: &Registers) -> Registers {
+    let mut code = [0; arch::CALL_BYTES];
+    let before = RemoteAddr(registers.rip.wrapping_sub(code.len() as u64));
+    let readable = process::read_memory(tid, before, &mut code).is_ok();
+    arch::restart(registers, readable.then_some(code))
+}
+
+/// Returns the registers with which a restored thread goes on, whose memory is
+/// restored, of those that an image has.
+///
+/// Those that this program records are ready. CRIU leaves calls interrupted that would
+/// have gone on.
+pub fn registers_to_resume(tid: HostPid, stored: &Registers) -> Registers {
+    restarted(tid, &arch::uninterrupted(stored))
+}
+
 /// A thread that works for this program gets no signal but those that cannot be
 /// blocked, and the trap at the end.
 const WORKING_MASK: u64 = !(1 << (libc::SIGTRAP - 1));
@@ -68,10 +86,7 @@ impl Tracee {
     /// Returns the general registers with which the thread is to go on after a
     /// restore.
     pub fn registers_to_restore(&self) -> Registers {
-        let mut code = [0; arch::CALL_BYTES];
-        let before = RemoteAddr(self.registers.rip.wrapping_sub(code.len() as u64));
-        let readable = process::read_memory(self.tid, before, &mut code).is_ok();
-        arch::restart(&self.registers, readable.then_some(code))
+        restarted(self.tid, &self.registers)
     }
 
     /// Blocks signals, so that the thread can work for this program.

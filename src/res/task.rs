@@ -137,6 +137,21 @@ pub fn zombie(pid: HostPid) -> Result<proto::CoreEntry> {
     })
 }
 
+/// Bits that no personality has (`linux/personality.h`).
+const NO_PERSONALITY: u32 = 0xff00;
+
+/// Returns the personality that an image tells of.
+///
+/// CRIU reads the hexadecimal digits of `/proc/PID/personality` as decimal ones. All
+/// flags that have decimal digits only then give a number with bits that mean nothing.
+fn personality(stored: u32) -> u32 {
+    if stored & NO_PERSONALITY == 0 {
+        return stored;
+    }
+    let read = u32::from_str_radix(&stored.to_string(), 16);
+    read.ok().filter(|read| read & NO_PERSONALITY == 0).unwrap_or(stored)
+}
+
 /// Adds the calls that a process makes for itself while it still has the
 /// credentials of this program. `own_limits` are the limits of this program.
 ///
@@ -151,7 +166,8 @@ pub fn apply(
     let Some(task) = &core.tc else { return Ok(()) };
     let wrong = |problem| ResError::Image { pid, problem };
     signals::apply(&task.sigactions, script);
-    script.call("set the personality", libc::SYS_personality, &[task.personality.into()]);
+    let personality = personality(task.personality);
+    script.call("set the personality", libc::SYS_personality, &[personality.into()]);
     if task.child_subreaper == Some(true) {
         let arguments = [libc::PR_SET_CHILD_SUBREAPER.into(), 1.into()];
         script.call("become a subreaper", libc::SYS_prctl, &arguments);
@@ -219,4 +235,19 @@ pub fn apply_outside(core: &proto::CoreEntry, pid: HostPid) -> Result<()> {
 fn write_proc(pid: HostPid, file: &str, value: &str) -> Result<()> {
     let path = format!("/proc/{pid}/{file}");
     std::fs::write(&path, value).map_err(|source| ResError::Write { path: path.into(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn personalities_of_criu_are_understood() {
+        // PER_LINUX32, ADDR_NO_RANDOMIZE, UNAME26 with it, READ_IMPLIES_EXEC.
+        for value in [8, 0x40000, 0x60000, 0x0040_0000] {
+            assert_eq!(personality(value), value);
+            let digits: u32 = format!("{value:08x}").parse().unwrap();
+            assert_eq!(personality(digits), value, "{digits}");
+        }
+    }
 }

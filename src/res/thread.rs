@@ -6,7 +6,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 use super::{ResError, Result, creds, signals};
 use crate::{
     image::{proto, registers},
-    inject::{Answers, Buffer, CallId, Script, Tracee},
+    inject::{Answers, Buffer, CallId, Script, Tracee, registers_to_resume},
     proc,
     sys::{process, ptrace, xsave},
     units::{HostPid, RemoteAddr},
@@ -261,8 +261,7 @@ pub fn apply_registers(core: &proto::CoreEntry, tid: HostPid) -> Result<()> {
     regs.rdx = from.dx;
     regs.rsi = from.si;
     regs.rdi = from.di;
-    // The images of CRIU keep the number of a call that is made again all the same.
-    regs.orig_rax = u64::MAX;
+    regs.orig_rax = from.orig_ax;
     regs.rip = from.ip;
     regs.cs = from.cs;
     regs.eflags = from.flags;
@@ -274,6 +273,7 @@ pub fn apply_registers(core: &proto::CoreEntry, tid: HostPid) -> Result<()> {
     regs.es = from.es;
     regs.fs = from.fs;
     regs.gs = from.gs;
+    let regs = registers_to_resume(tid, &regs);
     ptrace::set_registers(tid, &regs).map_err(failed("set the registers of"))?;
     if let Some(thread) = &core.thread_core {
         if let Some(rseq) = &thread.rseq_entry

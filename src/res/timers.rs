@@ -69,12 +69,12 @@ pub fn ask(posix: Vec<PosixTimer>, script: &mut Script) -> Asked {
 pub fn collect(asked: &Asked, answers: &Answers) -> proto::TaskTimersEntry {
     let [real, virt, prof] = asked.intervals.map(|buffer| {
         let times: Times = answers.value(buffer);
-        proto::ItimerEntry {
+        running(proto::ItimerEntry {
             isec: times.interval_s,
             iusec: times.interval_fraction,
             vsec: times.value_s,
             vusec: times.value_fraction,
-        }
+        })
     });
     let entry = |(timer, buffer, overrun): &(PosixTimer, Buffer, CallId)| {
         let times: Times = answers.value(*buffer);
@@ -94,6 +94,19 @@ pub fn collect(asked: &Asked, answers: &Answers) -> proto::TaskTimersEntry {
         }
     };
     proto::TaskTimersEntry { real, virt, prof, posix: asked.posix.iter().map(entry).collect() }
+}
+
+/// Returns an interval timer as it is once its signal, if one is pending, is taken.
+///
+/// The kernel sets such a timer anew only then, and until then tells of no time that
+/// is left. What it will be is at most the interval, and a timer that is off has
+/// none.
+fn running(timer: proto::ItimerEntry) -> proto::ItimerEntry {
+    if (timer.vsec, timer.vusec) == (0, 0) {
+        proto::ItimerEntry { vsec: timer.isec, vusec: timer.iusec, ..timer }
+    } else {
+        timer
+    }
 }
 
 /// Adds the calls that make the POSIX timers of a process, without starting them.
@@ -155,7 +168,8 @@ pub fn start(entry: &proto::TaskTimersEntry, script: &mut Script) {
             &[timer.it_id.into(), 0.into(), times.into()],
         );
     }
-    for (which, timer) in [(0, &entry.real), (1, &entry.virt), (2, &entry.prof)] {
+    for (which, timer) in [(0, entry.real), (1, entry.virt), (2, entry.prof)] {
+        let timer = running(timer);
         let times = Times {
             interval_s: timer.isec,
             interval_fraction: timer.iusec,
@@ -167,5 +181,18 @@ pub fn start(entry: &proto::TaskTimersEntry, script: &mut Script) {
         }
         let times = script.bytes(times.as_bytes());
         script.call("start an interval timer", libc::SYS_setitimer, &[which.into(), times.into()]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timers_with_a_signal_pending_run_on() {
+        let timer = |isec, vusec| proto::ItimerEntry { isec, iusec: 0, vsec: 0, vusec };
+        assert_eq!(running(timer(7, 5)), timer(7, 5));
+        assert_eq!(running(timer(0, 0)), timer(0, 0));
+        assert_eq!(running(timer(7, 0)), proto::ItimerEntry { vsec: 7, ..timer(7, 0) });
     }
 }

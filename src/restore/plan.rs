@@ -139,30 +139,31 @@ impl Plan {
     ) -> Result<TaskPlan> {
         let pid = host_pid(entry.pid);
         let wrong = |problem: String| RestoreError::Images { pid, problem };
-        let mut threads = Vec::new();
-        let mut tids = entry.threads.clone();
-        if tids.is_empty() {
-            tids.push(entry.pid);
-        }
-        if tids[0] != entry.pid {
-            return Err(wrong(format!("its first thread is {}", tids[0])));
-        }
-        for tid in tids {
+        let thread = |tid: u32| -> Result<ThreadPlan> {
             let path = dir.join(Kind::Core.file_name(tid.into()));
-            threads.push(ThreadPlan { tid: host_pid(tid), core: read_one(&path, Kind::Core)? });
-        }
+            Ok(ThreadPlan { tid: host_pid(tid), core: read_one(&path, Kind::Core)? })
+        };
         let mut task = TaskPlan {
             pid,
             parent,
             group: host_pid(entry.pgid),
             session: host_pid(entry.sid),
-            threads,
+            threads: vec![thread(entry.pid)?],
             body: None,
         };
         match task.task()?.task_state {
+            // The threads that CRIU lists of it are arbitrary numbers.
             state::DEAD => return Ok(task),
             state::ALIVE | state::STOPPED => {}
             other => return Err(wrong(format!("its state is {other}, which is unknown"))),
+        }
+        if let Some((first, others)) = entry.threads.split_first() {
+            if *first != entry.pid {
+                return Err(wrong(format!("its first thread is {first}")));
+            }
+            for tid in others {
+                task.threads.push(thread(*tid)?);
+            }
         }
         for thread in &task.threads {
             let filtered = thread.core.thread_core.as_ref().is_some_and(|core| {

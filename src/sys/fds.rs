@@ -191,6 +191,22 @@ pub fn set_timer(fd: BorrowedFd, flags: libc::c_int, setting: TimerSetting) -> n
     Errno::result(result).map(drop)
 }
 
+/// Returns what is left of a timer's time, and its interval.
+///
+/// A timer with an interval that has expired waits for somebody to look at it before
+/// it runs again, which this call does.
+///
+/// # Errors
+/// What `timerfd_gettime(2)` returns.
+pub fn timer(fd: BorrowedFd) -> nix::Result<TimerSetting> {
+    let zero = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut setting = libc::itimerspec { it_interval: zero, it_value: zero };
+    // SAFETY: the kernel writes an `itimerspec`.
+    Errno::result(unsafe { libc::timerfd_gettime(fd.as_raw_fd(), &raw mut setting) })?;
+    let time = |time: libc::timespec| (time.tv_sec.cast_unsigned(), time.tv_nsec.cast_unsigned());
+    Ok(TimerSetting { value: time(setting.it_value), interval: time(setting.it_interval) })
+}
+
 /// Makes a timer look as if it had expired so often.
 ///
 /// # Errors

@@ -2,4 +2,6 @@
 
 mod x86_64;
 
-pub(super) use x86_64::{CALL_BYTES, SYSCALL_INSTRUCTION, code, enter, restart, syscall_registers};
+pub(super) use x86_64::{
+    CALL_BYTES, SYSCALL_INSTRUCTION, code, enter, restart, syscall_registers, uninterrupted,
+};

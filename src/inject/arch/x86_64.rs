@@ -163,6 +163,21 @@ pub(in crate::inject) fn restart(stopped: &Registers, code: Option<[u8; CALL_BYT
     registers
 }
 
+/// Returns the registers of a thread as they were when it stopped, of what CRIU makes
+/// of them: it lets calls that the kernel would have continued fail with `EINTR`, but
+/// keeps their number. The kernel itself never has both in the registers: only a
+/// handler could have interrupted such a call, and what returns from one clears the
+/// number.
+pub(in crate::inject) fn uninterrupted(stored: &Registers) -> Registers {
+    let number = stored.orig_rax.cast_signed();
+    let continued = CONTINUED.contains(&number) || number == libc::SYS_restart_syscall;
+    let mut registers = *stored;
+    if continued && registers.rax.cast_signed() == i64::from(-libc::EINTR) {
+        registers.rax = ERESTART_RESTARTBLOCK.cast_unsigned();
+    }
+    registers
+}
+
 /// Returns the number that the instruction before `syscall` loads.
 fn loaded_number(code: [u8; CALL_BYTES]) -> Option<i64> {
     /// `mov eax, imm32`.
@@ -198,5 +213,10 @@ mod tests {
         assert_eq!(again(stopped(219, ERESTART_RESTARTBLOCK), None), (-4, 0x1002, 0));
         assert_eq!(again(stopped(0, 17), None), (17, 0x1002, 0));
         assert_eq!(again(stopped(-1, -512), None), (-512, 0x1002, 0));
+        assert_eq!(again(uninterrupted(&stopped(7, -4)), None), (7, 0x1000, 0));
+        assert_eq!(again(uninterrupted(&stopped(219, -4)), code), (7, 0x1000, 0));
+        assert_eq!(again(uninterrupted(&stopped(232, -4)), code), (-4, 0x1002, 0));
+        assert_eq!(again(uninterrupted(&stopped(7, 1)), None), (1, 0x1002, 0));
+        assert_eq!(again(uninterrupted(&stopped(-1, -4)), None), (-4, 0x1002, 0));
     }
 }

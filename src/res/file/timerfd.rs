@@ -1,6 +1,6 @@
 //! Timers with descriptors.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 
 use nix::{errno::Errno, libc};
 
@@ -9,8 +9,9 @@ use super::{
 };
 use crate::{
     image::proto::{self, FdTypes},
-    proc::FdDetail,
+    proc::{self, FdDetail, FdInfo},
     sys::fds::{self, TimerSetting},
+    units::{HostPid, TargetFd},
 };
 
 /// The kind's row.
@@ -39,17 +40,16 @@ impl Collector for Timers {
     }
 
     fn collect(&mut self, file: &Description, _: &mut dyn Intake) -> Result<proto::FileEntry> {
-        let FdDetail::TimerFd {
-            clockid,
-            ticks,
-            settime_flags,
-            value_sec,
-            value_nsec,
-            interval_sec,
-            interval_nsec,
-        } = file.info.detail
+        let step = "read the setting of";
+        // The kernel sets a timer that has expired anew when it is next looked at, and
+        // until then shows no time that is left.
+        let left = fds::timer(file.fd.as_fd()).map_err(file.failed(step))?;
+        let own = HostPid(nix::unistd::getpid().as_raw());
+        let info = proc::fdinfo(own, TargetFd(file.fd.as_raw_fd()));
+        let Ok(FdInfo { detail: FdDetail::TimerFd { clockid, ticks, settime_flags, .. }, .. }) =
+            info
         else {
-            return Err(file.failed("read the setting of")(Errno::ENODATA));
+            return Err(file.failed(step)(Errno::ENODATA));
         };
         Ok(proto::FileEntry {
             r#type: FdTypes::Timerfd.into(),
@@ -61,10 +61,10 @@ impl Collector for Timers {
                 clockid: clockid.cast_unsigned(),
                 ticks,
                 settime_flags,
-                vsec: value_sec,
-                vnsec: value_nsec,
-                isec: interval_sec,
-                insec: interval_nsec,
+                vsec: left.value.0,
+                vnsec: left.value.1,
+                isec: left.interval.0,
+                insec: left.interval.1,
             }),
             ..Default::default()
         })
@@ -125,8 +125,14 @@ fn check(entry: &proto::TimerfdEntry) -> Result<()> {
 }
 
 /// Returns what to set a timer to; images always have the time that is left.
+///
+/// CRIU records none for a timer that has expired and that nobody has looked at since,
+/// but that goes on: only one that was not set has counted nothing.
 fn setting(entry: &proto::TimerfdEntry) -> nix::Result<TimerSetting> {
     let mut value = (entry.vsec, entry.vnsec);
+    if value == (0, 0) && entry.ticks > 0 {
+        value = (entry.isec, entry.insec);
+    }
     let absolute = entry.settime_flags & libc::TFD_TIMER_ABSTIME.cast_unsigned() != 0;
     if absolute && value != (0, 0) {
         let now = fds::clock(entry.clockid.cast_signed())?;
@@ -183,6 +189,23 @@ mod tests {
         let mut ticks = [0; 8];
         File::from(restored.take(1)).read_exact(&mut ticks).unwrap();
         assert_eq!(u64::from_ne_bytes(ticks), 3);
+    }
+
+    #[test]
+    fn expired_timers_run_on() {
+        let mut tree = Tree::new();
+        let fd = fds::timerfd(libc::CLOCK_MONOTONIC).unwrap();
+        let setting = TimerSetting { value: (0, 1), interval: (1000, 0) };
+        fds::set_timer(fd.as_fd(), 0, setting).unwrap();
+        tree.add(1, fd);
+        let restored = tree.restore();
+        let left = fds::timer(restored.get(1)).unwrap();
+        assert!(left.value.0 >= 900 && left.interval == (1000, 0), "{left:?}");
+
+        let criu = proto::TimerfdEntry { ticks: 1, isec: 7, ..Default::default() };
+        assert_eq!(super::setting(&criu).unwrap().value, (7, 0));
+        let off = proto::TimerfdEntry { ticks: 0, ..criu };
+        assert_eq!(super::setting(&off).unwrap().value, (0, 0));
     }
 
     #[test]
