@@ -106,7 +106,10 @@ fn finish(
         frozen.release(outcome)?;
         stats.thawed();
     }
-    stats.write(&options.work_dir)?;
+    // The snapshot is complete, and the tree has gone on or is dead.
+    if let Err(error) = stats.write(&options.work_dir) {
+        log::warn!("no statistics: {error}");
+    }
     if options.display_stats {
         stats.display();
     }

@@ -77,7 +77,10 @@ pub fn run(options: &Options) -> Result<()> {
     restored?;
     let root = plan.tasks[0].pid;
     log::info!("restored {} processes", plan.tasks.len());
-    stats.write(&options.work_dir)?;
+    // The tree is running.
+    if let Err(error) = stats.write(&options.work_dir) {
+        log::warn!("no statistics: {error}");
+    }
     if options.display_stats {
         stats.display();
     }

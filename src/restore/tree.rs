@@ -7,7 +7,11 @@
 //! leaders of sessions and groups that have ended, helpers stand in, which end before
 //! the tree goes on.
 
-use std::collections::HashMap;
+use std::{
+    collections::HashMap,
+    thread,
+    time::{Duration, Instant},
+};
 
 use nix::libc;
 
@@ -27,6 +31,12 @@ use crate::{
     },
     units::HostPid,
 };
+
+/// How long a process that is to be stopped may take for it.
+const REST_PATIENCE: Duration = Duration::from_secs(1);
+
+/// How long to sleep between two looks at it.
+const REST_NAP: Duration = Duration::from_micros(100);
 
 /// Who makes a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -537,7 +547,21 @@ impl<'a> Puppets<'a> {
                 })?;
             }
         }
+        for (task, puppet) in self.plan.tasks.iter().zip(&self.tasks) {
+            if task.body.is_some() && puppet.is_some() && stopped(task) {
+                await_rest(task.pid);
+            }
+        }
         Ok(())
+    }
+}
+
+/// Waits until a process that was let go has stopped, unless somebody makes it go on.
+fn await_rest(pid: HostPid) {
+    let deadline = Instant::now() + REST_PATIENCE;
+    let runs = |state| !matches!(state, 'T' | 'Z' | 'X');
+    while proc::stat(pid).is_ok_and(|stat| runs(stat.state)) && Instant::now() < deadline {
+        thread::sleep(REST_NAP);
     }
 }
 
@@ -557,6 +581,13 @@ impl Drop for Puppets<'_> {
             let _ = signal(*pid, libc::SIGKILL);
         }
         for pid in &pids {
+            // The kernel tells of the end of a leader only after all its threads,
+            // which are ours to wait for, are gone.
+            for tid in proc::threads(*pid).unwrap_or_default() {
+                if tid != *pid {
+                    let _ = await_end(tid);
+                }
+            }
             let _ = await_end(*pid);
         }
         // Those whose parents have died with them are children of this program now,

@@ -217,14 +217,28 @@ pub fn scheduling(tid: HostPid) -> Result<Scheduling, Errno> {
         )
     };
     Errno::result(result)?;
+    // Which that call tells of some policies only.
+    // SAFETY: it takes numbers.
+    let niceness = unsafe { libc::syscall(libc::SYS_getpriority, libc::PRIO_PROCESS, tid.0) };
+    let niceness = i32::try_from(Errno::result(niceness)?).map_err(|_| Errno::ERANGE)?;
+    attributes.nice = NICE_OFFSET - niceness;
     Ok(attributes)
 }
+
+/// What the system call `getpriority` takes niceness from, so that it returns no
+/// negative number.
+const NICE_OFFSET: i32 = 20;
 
 /// Changes how a thread is scheduled.
 ///
 /// # Errors
 /// `ESRCH`, `EPERM`, `EINVAL`.
 pub fn set_scheduling(tid: HostPid, attributes: &Scheduling) -> Result<(), Errno> {
+    // Which the next call sets with some policies only.
+    // SAFETY: it takes numbers.
+    let result =
+        unsafe { libc::syscall(libc::SYS_setpriority, libc::PRIO_PROCESS, tid.0, attributes.nice) };
+    Errno::result(result)?;
     // SAFETY: the structure outlives the call and says its own size.
     let result =
         unsafe { libc::syscall(libc::SYS_sched_setattr, tid.0, attributes.as_bytes().as_ptr(), 0) };

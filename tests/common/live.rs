@@ -80,6 +80,10 @@ pub fn workload() -> &'static Path {
 pub struct Live {
     pub root: Pid,
     pub dir: TempDir,
+    /// The directory below that its images are in.
+    pub images_name: &'static str,
+    /// Where its next dump or restore is to fail (`RCRIU_FAULT`).
+    pub fault: Option<String>,
     status: PathBuf,
     /// Everything ever seen in the tree: what may be killed.
     pids: BTreeSet<i32>,
@@ -120,7 +124,14 @@ impl Live {
     /// Takes over a tree whose root exists already.
     pub fn adopt(root: i32, dir: TempDir) -> Self {
         let status = dir.path().join("status");
-        Self { root: Pid::from_raw(root), dir, status, pids: [root].into() }
+        Self {
+            root: Pid::from_raw(root),
+            dir,
+            images_name: "images",
+            fault: None,
+            status,
+            pids: [root].into(),
+        }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -176,7 +187,7 @@ impl Live {
     }
 
     pub fn images(&self) -> PathBuf {
-        self.path("images")
+        self.path(self.images_name)
     }
 
     /// Runs `dump` of the tree into its images directory.
@@ -187,6 +198,7 @@ impl Live {
         let mut command = Command::new(engine());
         command.arg("dump").arg("-t").arg(self.root.to_string());
         command.arg("-D").arg(&images).args(["-v4", "-o", "dump.log"]).args(arguments);
+        command.envs(self.fault.iter().map(|fault| ("RCRIU_FAULT", fault)));
         bounded(command, &self.path("dump.out"))
     }
 
@@ -209,6 +221,21 @@ impl Live {
         assert!(output.status.success(), "dump -R: {}", self.complaint(&output, "dump.log"));
     }
 
+    /// Kills the tree.
+    pub fn kill(&mut self) {
+        for pid in self.tree() {
+            kill(Pid::from_raw(pid), Signal::SIGKILL).expect("it is ours");
+        }
+        self.wait_gone();
+    }
+
+    /// Checks that the images are a snapshot in which nothing is missing.
+    pub fn check_images(&self) {
+        let mut check = Command::new(env!("CARGO_BIN_EXE_imgfs"));
+        let output = check.arg("check").arg(self.images()).output().expect("imgfs runs");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    }
+
     /// Waits until no process of the tree is left, and reaps what comes here.
     pub fn wait_gone(&mut self) {
         let pids = self.pids.clone();
@@ -226,6 +253,7 @@ impl Live {
         command.arg("restore").arg("-D").arg(self.images());
         command.args(["-d", "-v4", "-o", "restore.log", "--pidfile"]).arg(self.path("pid"));
         command.args(arguments);
+        command.envs(self.fault.iter().map(|fault| ("RCRIU_FAULT", fault)));
         bounded(command, &self.path("restore.out"))
     }
 
@@ -314,7 +342,7 @@ impl Drop for Live {
 
 /// Runs the engine, its messages in a file since what is restored may keep
 /// them open, and kills it if it does not end.
-fn bounded(mut command: Command, messages: &Path) -> Output {
+pub fn bounded(mut command: Command, messages: &Path) -> Output {
     let out = fs::File::create(messages).expect("a file of ours");
     let copy = out.try_clone().expect("a descriptor");
     let mut child = command

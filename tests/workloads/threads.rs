@@ -86,8 +86,8 @@ fn thread_scheduling(checkpoint: &Checkpoint) -> Verdict {
         (libc::SCHED_OTHER, 0, 0),
         (libc::SCHED_OTHER, 0, 7),
         (libc::SCHED_BATCH, 0, 12),
-        (libc::SCHED_IDLE, 0, 0),
-        (libc::SCHED_RR, 3, 0),
+        (libc::SCHED_IDLE, 0, 5),
+        (libc::SCHED_RR, 3, 4),
         (libc::SCHED_FIFO, 5, 0),
     ];
     let read = || -> Result<(i32, i32, i32), String> {

@@ -1,0 +1,324 @@
+//! What is left when a dump or a restore fails, at every point at which one can
+//! be made to fail: of a dump, a tree that is as it was and no snapshot that looks
+//! complete; of a restore, nothing.
+//!
+//! All of it needs root.
+
+mod common;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::Path,
+    process::{Command, Output, Stdio},
+};
+
+use common::{
+    Cap,
+    live::{Live, TreeState, engine, state_of, wait_for},
+    require,
+};
+use nix::{
+    sys::{
+        signal::{Signal, kill},
+        wait::{WaitPidFlag, WaitStatus, waitpid},
+    },
+    unistd::Pid,
+};
+use rcriu::fault::Point;
+
+/// The states with more memory than is copied at once.
+const LARGE: [&str; 2] = ["cow_tree", "threads"];
+
+/// The points of the command whose name theirs begin with.
+fn points(command: &str) -> impl Iterator<Item = Point> {
+    let of_command = move |point: &Point| point.name().starts_with(command);
+    Point::ALL.iter().copied().filter(of_command)
+}
+
+/// The points that a dump of a state comes by.
+fn dump_points(state: &str) -> impl Iterator<Item = Point> {
+    let large = LARGE.contains(&state);
+    points("dump-").filter(move |point| large || *point != Point::DumpMemory)
+}
+
+#[test]
+fn every_point_is_one_of_a_dump_or_a_restore() {
+    assert_eq!(points("dump-").count() + points("restore-").count(), Point::ALL.len());
+}
+
+/// The images of a directory and all else in it that is no log and no statistics.
+type Images = BTreeMap<String, Vec<u8>>;
+
+fn images(dir: &Path) -> Images {
+    let mut found = Images::new();
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+        if !["dump.log", "restore.log", "stats-dump", "stats-restore"].contains(&name.as_str()) {
+            let bytes = if path.is_file() { fs::read(&path).unwrap() } else { Vec::new() };
+            found.insert(name, bytes);
+        }
+    }
+    found
+}
+
+fn empty(dir: &Path) {
+    if dir.exists() {
+        fs::remove_dir_all(dir).unwrap();
+    }
+    fs::create_dir(dir).unwrap();
+}
+
+/// Checks that a run failed where it was asked to.
+fn assert_failed_at(point: Point, output: &Output) {
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success(), "{} is never hit", point.name());
+    let why = format!("fault injected at {}", point.name());
+    assert!(said.contains(&why), "{}: {} {said}", point.name(), output.status);
+}
+
+/// Waits until a tree whose tracer was killed is as it was: the kernel lets go of
+/// the traced in its own time.
+fn assert_left_alone(what: &str, live: &mut Live, before: &TreeState) {
+    let begin = std::time::Instant::now();
+    loop {
+        let differences = before.differences(&live.state());
+        if differences.is_empty() {
+            return;
+        }
+        let waited = begin.elapsed().as_secs();
+        assert!(waited < 3, "{what}:\n{}", differences.join("\n"));
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+}
+
+/// Makes a dump fail at a point, once into an empty directory and once into one
+/// that holds a snapshot.
+fn failed_dump(point: Point, mode: &[&str], live: &mut Live, before: &TreeState) {
+    let name = point.name();
+    for old in [false, true] {
+        live.fault = None;
+        empty(&live.images());
+        if old {
+            live.dump_running(&[]);
+        }
+        let snapshot = images(&live.images());
+        live.fault = Some(name.to_owned());
+        let output = live.try_dump(mode);
+        assert_failed_at(point, &output);
+        // At once: a dump that has ended has put everything back.
+        before.assert_unchanged(&live.state());
+        let left = images(&live.images());
+        assert!(!left.contains_key(".unfinished"), "{name} {mode:?} leaves unfinished images");
+        if point == Point::DumpCommit {
+            // What fails then is what becomes of the tree.
+            live.check_images();
+        } else {
+            let names: Vec<_> = left.keys().collect();
+            assert!(left == snapshot, "{name} {mode:?} leaves other images than before: {names:?}");
+        }
+    }
+}
+
+/// Kills the process that dumps at a point.
+fn killed_dump(point: Point, mode: &[&str], live: &mut Live, before: &TreeState) {
+    let name = point.name();
+    empty(&live.images());
+    live.fault = Some(format!("{name}:kill"));
+    let output = live.try_dump(mode);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("was killed by SIGKILL"), "{name}: {} {said}", output.status);
+    assert_left_alone(&format!("killed at {name} {mode:?}"), live, before);
+    let complete = images(&live.images()).contains_key("inventory.img");
+    assert_eq!(complete, point == Point::DumpCommit, "{name} {mode:?}: a complete snapshot");
+    if complete {
+        live.check_images();
+    }
+    // What is left of it is in nobody's way.
+    live.fault = None;
+    live.dump_running(&[]);
+    before.assert_unchanged(&live.state());
+    live.check_images();
+}
+
+/// Kills the process that the user has started while the one that does the work is
+/// at a point.
+fn deserted_dump(point: Point, mode: &[&str], live: &mut Live, before: &TreeState) {
+    let what = format!("{} {mode:?}, deserted", point.name());
+    empty(&live.images());
+    let mut dump = Command::new(engine())
+        .args(["dump", "-t", &live.root.to_string(), "-D"])
+        .arg(live.images())
+        .args(mode)
+        .env("RCRIU_FAULT", format!("{}:stop", point.name()))
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let front = dump.id();
+    let mut worker = None;
+    wait_for(&format!("a dump to stop at {}", point.name()), || {
+        assert_eq!(dump.try_wait().unwrap(), None, "{} is never hit", point.name());
+        let children = fs::read_to_string(format!("/proc/{front}/task/{front}/children")).unwrap();
+        worker = children.trim().parse().ok();
+        worker.is_some_and(|pid| state_of(pid) == Some('T'))
+    });
+    let worker = Pid::from_raw(worker.unwrap());
+    dump.kill().unwrap();
+    dump.wait().unwrap();
+    // This process adopts orphans.
+    let mut ended = WaitStatus::StillAlive;
+    wait_for("the end of the worker", || {
+        // Again and again: other threads may have been on their way to the point.
+        kill(worker, Signal::SIGCONT).unwrap();
+        ended = waitpid(worker, Some(WaitPidFlag::WNOHANG)).unwrap();
+        ended != WaitStatus::StillAlive
+    });
+    assert!(matches!(ended, WaitStatus::Exited(..)), "{what}: {ended:?}");
+    // At once, as after a failure.
+    let left = images(&live.images());
+    assert!(!left.contains_key(".unfinished"), "{what}: unfinished images");
+    if point == Point::DumpCommit {
+        live.check_images();
+    } else {
+        assert!(!left.contains_key("inventory.img"), "{what}: a snapshot");
+    }
+    if point != Point::DumpCommit || mode == ["-R"] {
+        before.assert_unchanged(&live.state());
+    }
+}
+
+fn dump_fails(name: &str) {
+    require(Cap::Ptrace);
+    let mut live = Live::workload(name);
+    let before = live.state();
+    for point in dump_points(name) {
+        for mode in [&["-R"][..], &[]] {
+            failed_dump(point, mode, &mut live, &before);
+        }
+    }
+    live.verdict();
+}
+
+fn dump_is_killed(name: &str) {
+    require(Cap::Ptrace);
+    let mut live = Live::workload(name);
+    let before = live.state();
+    for point in dump_points(name) {
+        for mode in [&["-R"][..], &[]] {
+            // With no warning at all: nobody is there who could take the memory away
+            // that a task has been given, and let it go on as it was. That is why
+            // the process that does the work is not the one that the user starts.
+            if point != Point::DumpInjected {
+                killed_dump(point, mode, &mut live, &before);
+            }
+            // A dump that is complete kills the tree.
+            if point != Point::DumpCommit || mode == ["-R"] {
+                deserted_dump(point, mode, &mut live, &before);
+            }
+        }
+    }
+    // A snapshot that was complete before the tree was to be killed is one.
+    empty(&live.images());
+    deserted_dump(Point::DumpCommit, &[], &mut live, &before);
+    live.wait_gone();
+    live.fault = None;
+    live.restore(&[]);
+    live.verdict();
+}
+
+/// Every number that a restore of the images gives to a process or a thread.
+fn numbers(dir: &Path) -> BTreeSet<u64> {
+    let output = Command::new(env!("CARGO_BIN_EXE_rcriu"))
+        .arg("show")
+        .arg(dir.join("pstree.img"))
+        .output()
+        .unwrap();
+    let tree: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let mut found = BTreeSet::new();
+    for entry in tree["entries"].as_array().unwrap() {
+        let all = ["pid", "pgid", "sid"].map(|key| &entry[key]);
+        let threads = entry["threads"].as_array().into_iter().flatten();
+        found.extend(all.into_iter().chain(threads).filter_map(serde_json::Value::as_u64));
+    }
+    found.remove(&0);
+    assert!(!found.is_empty(), "no process in {tree}");
+    found
+}
+
+fn restore_fails(name: &str) {
+    require(Cap::Ptrace);
+    let mut live = Live::workload(name);
+    let before = live.state();
+    live.dump(&[]);
+    let snapshot = images(&live.images());
+    let numbers = numbers(&live.images());
+    let there = || -> Vec<_> {
+        let exists = |number: &&u64| Path::new(&format!("/proc/{number}")).exists();
+        numbers.iter().filter(exists).collect()
+    };
+    for point in points("restore-") {
+        live.fault = Some(point.name().to_owned());
+        let output = live.try_restore(&[]);
+        assert_failed_at(point, &output);
+        // At once, and nobody has been left for this process to reap.
+        assert!(there().is_empty(), "{} leaves {:?}", point.name(), there());
+        assert!(!live.path("pid").exists(), "{} leaves a pid file", point.name());
+        assert!(images(&live.images()) == snapshot, "{} changes images", point.name());
+
+        live.fault = Some(format!("{}:kill", point.name()));
+        let output = live.try_restore(&[]);
+        assert_eq!(output.status.code(), None, "{} is never hit", point.name());
+        live.wait_gone();
+        wait_for(&format!("the end of what is restored, killed at {}", point.name()), || {
+            // Helpers, which this process has adopted.
+            for number in there() {
+                let pid = Pid::from_raw(i32::try_from(*number).unwrap());
+                let _ = waitpid(pid, Some(WaitPidFlag::WNOHANG));
+            }
+            there().is_empty()
+        });
+        let _ = fs::remove_file(live.path("pid"));
+        assert!(images(&live.images()) == snapshot, "{}, killed, changes images", point.name());
+    }
+    live.fault = None;
+    live.restore(&[]);
+    let after = live.state();
+    live.verdict();
+    before.restored(live.root).assert_unchanged(&after.restored(live.root));
+}
+
+/// Three tests for each state.
+macro_rules! states {
+    ($($name:ident)*) => {
+        mod privileged_dump_fails {
+            $(#[test]
+            fn $name() {
+                super::dump_fails(stringify!($name));
+            })*
+        }
+
+        mod privileged_dump_is_killed {
+            $(#[test]
+            fn $name() {
+                super::dump_is_killed(stringify!($name));
+            })*
+        }
+
+        mod privileged_restore_fails {
+            $(#[test]
+            fn $name() {
+                super::restore_fails(stringify!($name));
+            })*
+        }
+    };
+}
+
+// One with forks, one with threads, one with processes that stand in for others
+// during a restore, one with files.
+states! {
+    cow_tree
+    threads
+    dead_session_leader
+    unix_queued_descriptors
+}
