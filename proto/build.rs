@@ -2,12 +2,17 @@
 //!
 //! A pure-Rust compiler is used so that a machine needs no `protoc`. The
 //! descriptors are kept beside the generated code: they drive the dynamic
-//! reader, which must show any image and keep the fields it does not know.
+//! reader, which must show any image and keep the fields it does not know. What
+//! every reader needs of them is a table, since taking them apart takes longer than
+//! to restore a small process.
 
-use std::{env, error::Error, fs, path::PathBuf};
+use std::{collections::BTreeMap, env, error::Error, fmt::Write, fs, path::PathBuf};
 
 use prost_build::Config;
-use prost_types::{DescriptorProto, field_descriptor_proto::Type};
+use prost_types::{
+    DescriptorProto, FileDescriptorSet,
+    field_descriptor_proto::{Label, Type},
+};
 use protox::prost::Message;
 
 /// The files to compile; what they import comes along.
@@ -27,6 +32,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let out = PathBuf::from(env::var("OUT_DIR")?);
     let mut descriptors = protox::compile(PROTOS, ["proto"])?;
     fs::write(out.join("descriptors.bin"), descriptors.encode_to_vec())?;
+    fs::write(out.join("shapes.rs"), shapes(&descriptors)?)?;
     descriptors.file.iter_mut().flat_map(|file| &mut file.message_type).for_each(strings_to_bytes);
     Config::new().enable_type_names().out_dir(&out).compile_fds(descriptors)?;
     Ok(())
@@ -41,4 +47,45 @@ fn strings_to_bytes(message: &mut DescriptorProto) {
         }
     }
     message.nested_type.iter_mut().for_each(strings_to_bytes);
+}
+
+/// Returns the source of a table of all messages by full name, each with its required
+/// fields and its fields that are messages (`Shape` in `src/image/wire.rs`).
+fn shapes(descriptors: &FileDescriptorSet) -> Result<String, Box<dyn Error>> {
+    let mut messages = BTreeMap::new();
+    for file in &descriptors.file {
+        for message in &file.message_type {
+            collect(file.package(), message, &mut messages);
+        }
+    }
+    let mut source = String::from("&[\n");
+    for (full_name, message) in &messages {
+        write!(source, "Shape {{ full_name: {full_name:?}, name: {:?}, ", message.name())?;
+        write!(source, "required: &[")?;
+        for field in message.field.iter().filter(|field| field.label() == Label::Required) {
+            write!(source, "({}, {:?}), ", field.number(), field.name())?;
+        }
+        write!(source, "], messages: &[")?;
+        for field in message.field.iter().filter(|field| field.r#type() == Type::Message) {
+            let inner = field.type_name().trim_start_matches('.');
+            let position = messages.keys().position(|name| name == inner);
+            let position = position.ok_or_else(|| format!("{inner} is not defined"))?;
+            write!(source, "({}, {position}), ", field.number())?;
+        }
+        writeln!(source, "] }},")?;
+    }
+    source.push(']');
+    Ok(source)
+}
+
+fn collect<'a>(
+    scope: &str,
+    message: &'a DescriptorProto,
+    messages: &mut BTreeMap<String, &'a DescriptorProto>,
+) {
+    let full_name = format!("{scope}.{}", message.name());
+    for nested in &message.nested_type {
+        collect(&full_name, nested, messages);
+    }
+    messages.insert(full_name, message);
 }

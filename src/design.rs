@@ -72,7 +72,9 @@
 //! of them are on disk, the inventory last ([`crate::image::SnapshotWriter`]). Memory
 //! is read in chunks that stay in the processor's cache; a page is stored only if it is
 //! not zero and its bytes differ from those of the parent chain. The parent's content is
-//! the truth, so that nobody needs to know who wrote to shared memory.
+//! the truth, so that nobody needs to know who wrote to shared memory. A tree that is
+//! not to run on has the disk begin with its images while they are written; for one that
+//! is, they are first copied, which is what it waits for.
 //!
 //! # Changes
 //!
@@ -116,6 +118,12 @@
 //! what both map the same way, and get only the pages that differ. Sessions and groups
 //! whose leaders have ended are led by helpers, which end before the tree goes on.
 //! Until the last step the end of this program ends them all (`PTRACE_O_EXITKILL`).
+//!
+//! What the images of a small process cost is mostly the time to begin: the table of
+//! required fields is made by the build script, since the descriptors of all messages
+//! take longer to decode than all else takes. Images that are seen through a mount are
+//! read where the mount says that they are ([`crate::chain::DIRECTORY_XATTR`]), if the
+//! inventory there is the same.
 //!
 //! # Invariants
 //!

@@ -7,7 +7,10 @@ mod common;
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Read, Seek, SeekFrom, Write},
-    os::unix::fs::{FileExt, MetadataExt, PermissionsExt},
+    os::unix::{
+        ffi::OsStringExt,
+        fs::{FileExt, MetadataExt, PermissionsExt},
+    },
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::mpsc,
@@ -27,7 +30,10 @@ use nix::{
     sys::signal::Signal,
     unistd::{Whence, lseek},
 };
-use rcriu::image::{MemoryId, Pagemap, Presence};
+use rcriu::{
+    chain::DIRECTORY_XATTR,
+    image::{MemoryId, Pagemap, Presence},
+};
 use tempfile::TempDir;
 
 const APP: MemoryId = MemoryId::Private(7);
@@ -235,6 +241,21 @@ fn privileged_sizes_holes_and_copies_are_true() {
     assert_eq!((fields[0], fields[5]), ("200", object.len().to_string().as_str()));
     sh(&format!("rsync -aS --exclude=mem {from}/ {to}/y && diff -r {from}/shmem {to}/y/shmem"));
     assert_ne!(sh(&format!("df --output=size {from} | tail -1")).trim(), "0");
+}
+
+#[test]
+fn privileged_restorers_are_told_where_the_images_are() {
+    require(Cap::Fuse);
+    let scene = Scene::new();
+    let mount = scene.mount();
+    let told = |name: &str| rcriu::sys::xattr::get(&mount.path(name), DIRECTORY_XATTR);
+    let dir = |layer| scene.chain.dir(layer).canonicalize().unwrap().into_os_string().into_vec();
+    assert_eq!(told("."), Ok(dir(2)));
+    assert_eq!(told("snapshots/1"), Ok(dir(0)));
+    for other in ["snapshots", "mem", "inventory.img"] {
+        assert_eq!(told(other), Err(Errno::ENODATA), "{other}");
+    }
+    assert_eq!(rcriu::sys::xattr::get(&mount.path("."), "user.other"), Err(Errno::ENODATA));
 }
 
 #[test]

@@ -37,3 +37,7 @@ pub use links::{Chain, Snapshot, SnapshotId};
 pub(crate) use memory::Cursor;
 pub use memory::{FlatPages, MemoryBytes};
 pub use summary::{PageCounts, Summary};
+
+/// The extended attribute by which a mount tells of a directory that shows a whole
+/// snapshot which image directory that is: an absolute path.
+pub const DIRECTORY_XATTR: &str = "user.imgfs.directory";

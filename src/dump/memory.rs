@@ -31,7 +31,7 @@ use crate::{
     chain::{Content, MemoryBytes, Place, read_at},
     fault::{self, Point},
     image::{Kind, MemoryId, PagemapEntry, PagemapWriter, Presence, SnapshotWriter},
-    sys::cancel,
+    sys::{cancel, fds},
     units::{HostPid, PAGE_SIZE, PageIndex, RemoteAddr, page_bytes},
 };
 
@@ -112,14 +112,16 @@ pub(super) struct Copied {
     pub(super) shared: Counts,
 }
 
-/// Dumps all memories into `images`; their pages files are numbered from 1.
+/// Dumps all memories into `images`; their pages files are numbered from 1. The disk
+/// begins with them at once if `early`, which is for trees that are not to run on, and
+/// for those that run already: it ends sooner, but copying takes longer.
 ///
 /// # Errors
 /// What keeps a memory from being read or an image from being written.
-pub(super) fn dump(memories: &[Memory], images: &SnapshotWriter) -> Result<Copied> {
+pub(super) fn dump(memories: &[Memory], images: &SnapshotWriter, early: bool) -> Result<Copied> {
     let mut jobs = Vec::new();
     for (number, memory) in (1..).zip(memories) {
-        jobs.push(Job::new(memory, number, images)?);
+        jobs.push(Job::new(memory, number, images, early)?);
     }
     let failure = Mutex::new(None);
     let stop = AtomicBool::new(false);
@@ -137,10 +139,10 @@ pub(super) fn dump(memories: &[Memory], images: &SnapshotWriter) -> Result<Copie
     };
     let to_read = memories.iter().flat_map(|memory| &memory.stretches).filter(|s| !s.unwritten);
     let total: u64 = to_read.map(|stretch| stretch.pages).sum();
-    let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get);
-    if threads == 1 || total < WORTH_A_THREAD_PAGES {
+    if total < WORTH_A_THREAD_PAGES {
         work();
     } else {
+        let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get);
         thread::scope(|scope| (0..threads).for_each(|_| drop(scope.spawn(work))));
     }
     if let Some(error) = lock(&failure).take() {
@@ -156,6 +158,10 @@ pub(super) fn dump(memories: &[Memory], images: &SnapshotWriter) -> Result<Copie
     }
     Ok(copied)
 }
+
+/// Bytes of a pages file that the disk is given at a time: large enough to lie in one
+/// piece there.
+const EARLY_BYTES: u64 = 32 << 20;
 
 /// Pages that take longer to copy than a thread takes to start.
 const WORTH_A_THREAD_PAGES: u64 = 1024;
@@ -181,6 +187,10 @@ struct Job<'a> {
     plan: Mutex<Plan>,
     turn: Mutex<Turn>,
     turned: Condvar,
+    /// Held while writing: the kernel lets one thread write to a file at a time, and
+    /// those that wait for it in the kernel burn time.
+    writing: Mutex<()>,
+    early: bool,
 }
 
 /// What is left to read.
@@ -216,7 +226,12 @@ struct Buffers {
 }
 
 impl<'a> Job<'a> {
-    fn new(memory: &'a Memory, pages_id: u32, images: &SnapshotWriter) -> Result<Self> {
+    fn new(
+        memory: &'a Memory,
+        pages_id: u32,
+        images: &SnapshotWriter,
+        early: bool,
+    ) -> Result<Self> {
         let (kind, number) = match memory.id {
             MemoryId::Private(pid) => (Kind::Pagemap, pid),
             MemoryId::Shared(shmid) => (Kind::ShmemPagemap, shmid),
@@ -236,6 +251,8 @@ impl<'a> Job<'a> {
                 counts: Counts::default(),
             }),
             turned: Condvar::new(),
+            writing: Mutex::new(()),
+            early,
         })
     }
 
@@ -428,7 +445,9 @@ impl<'a> Job<'a> {
             }
         }
         let mut offset = i64::try_from(page_bytes(begin)).expect("files are shorter than 2^63");
+        let from = offset;
         let mut rest = slices.as_mut_slice();
+        let writing = lock(&self.writing);
         while !rest.is_empty() {
             let count =
                 pwritev(&self.pages_file, rest, offset).map_err(|errno| failed(errno.into()))?;
@@ -437,6 +456,12 @@ impl<'a> Job<'a> {
             }
             offset += i64::try_from(count).expect("at most a chunk");
             IoSlice::advance_slices(&mut rest, count);
+        }
+        drop(writing);
+        let stretch = |offset: i64| offset.cast_unsigned() / EARLY_BYTES;
+        if self.early && stretch(from) != stretch(offset) {
+            let passed = stretch(from) * EARLY_BYTES;
+            fds::begin_writing(&self.pages_file, passed, EARLY_BYTES);
         }
         Ok(())
     }

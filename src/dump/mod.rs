@@ -34,7 +34,7 @@ use crate::{
     inject::{Frozen, Outcome},
     proc,
     res::file::Policy,
-    sys::cancel,
+    sys::{cancel, fds},
     units::HostPid,
 };
 use files::FileTable;
@@ -129,7 +129,7 @@ fn commit(
     let id = id.trim();
     inventory.dump_criu_run_id = Some(id.as_bytes().to_vec());
     fault::hit(Point::DumpWritten)?;
-    images.sync()?;
+    images.sync(|file| fds::begin_writing(file, 0, 0))?;
     fault::hit(Point::DumpSynced)?;
     if cancel::is_cancelled() {
         return Err(DumpError::Cancelled);
@@ -185,7 +185,7 @@ fn dump_stopped(
     fault::hit(Point::DumpFiles)?;
     let mut memories = std::mem::take(&mut collection.memories);
     find_parents(&mut memories, parent)?;
-    let copied = stats.copying(|| memory::dump(&memories, images))?;
+    let copied = stats.copying(|| memory::dump(&memories, images, !options.leave_running))?;
     stats.copied = copied;
     Ok((collection.files, collection.tracking))
 }

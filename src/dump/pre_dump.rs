@@ -75,7 +75,7 @@ pub(super) fn run(
     frozen.release(Outcome::Run)?;
     stats.thawed();
     find_parents(&mut memories, parent)?;
-    stats.copied = stats.copying(|| memory::dump(&memories, &images))?;
+    stats.copied = stats.copying(|| memory::dump(&memories, &images, true))?;
     let inventory = proto::InventoryEntry { pre_dump_mode: Some(READ), ..super::inventory()? };
     commit(images, tracking, inventory)?;
     stats.finish(options);

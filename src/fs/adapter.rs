@@ -3,7 +3,7 @@
 use std::{
     ffi::OsStr,
     io,
-    os::fd::OwnedFd,
+    os::{fd::OwnedFd, unix::ffi::OsStrExt},
     path::Path,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -32,7 +32,7 @@ use super::{
     reply::{self, MappedReply},
 };
 use crate::{
-    chain,
+    chain::{self, DIRECTORY_XATTR},
     view::{self, Attr, DirEntry, NodeType, OpenFile, View, ViewError, Whence},
 };
 
@@ -358,18 +358,24 @@ impl Filesystem for ImageFs {
         reply.ok();
     }
 
-    // What a mount does not have. ENOSYS makes the kernel do without asking again.
-
-    fn getxattr(
-        &self,
-        _req: &Request,
-        _ino: INodeNo,
-        _name: &OsStr,
-        _size: u32,
-        reply: ReplyXattr,
-    ) {
-        reply.error(Errno::ENOSYS);
+    /// Tells restorers where the images are, so that they need not read them through
+    /// the mount.
+    fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        if name != DIRECTORY_XATTR {
+            return reply.error(Errno::ENODATA);
+        }
+        let Some(dir) = self.view.image_dir(ino.0) else {
+            return reply.error(Errno::ENODATA);
+        };
+        let value = dir.as_os_str().as_bytes();
+        match u32::try_from(value.len()) {
+            Ok(len) if size == 0 => reply.size(len),
+            Ok(len) if len <= size => reply.data(value),
+            _ => reply.error(Errno::ERANGE),
+        }
     }
+
+    // What a mount does not have. ENOSYS makes the kernel do without asking again.
 
     fn listxattr(&self, _req: &Request, _ino: INodeNo, _size: u32, reply: ReplyXattr) {
         reply.error(Errno::ENOSYS);

@@ -9,7 +9,8 @@ use super::{
     Desc, ImageError, ImageReader, Result,
     desc::Body,
     payload::{Framed, Layout},
-    proto, wire,
+    proto,
+    wire::{self, Shape},
 };
 
 /// Reads the entries of an image whose messages its kind describes.
@@ -124,7 +125,8 @@ impl<R: BufRead> EntryReader<R> {
 fn decode(name: &str, bytes: &[u8]) -> Result<DynamicMessage, String> {
     let full_name = format!("criu.{name}");
     let descriptor = proto::pool().get_message_by_name(&full_name).expect("the table has types");
-    wire::check_required(bytes, &descriptor)?;
+    let shape = Shape::by_full_name(&full_name).expect("every type has a shape");
+    wire::check_required(bytes, shape)?;
     DynamicMessage::decode(descriptor, bytes).or_else(|error| {
         proto::pool_without_strings()
             .get_message_by_name(&full_name)

@@ -18,7 +18,7 @@ use prost::{Message, Name};
 use super::{
     Desc, ImageError, Kind, Result,
     desc::{self, Body, IMAGE_MAGIC, SERVICE_MAGIC},
-    proto, wire,
+    wire::{self, Shape},
 };
 use crate::units::PAGE_SIZE;
 
@@ -312,10 +312,9 @@ impl<R: BufRead> ImageReader<R> {
             message: M::NAME,
             problem,
         };
-        let descriptor = proto::pool()
-            .get_message_by_name(&M::full_name())
-            .expect("every generated message has a descriptor");
-        wire::check_required(bytes, &descriptor).map_err(malformed)?;
+        let shape =
+            Shape::by_full_name(&M::full_name()).expect("every generated message has a shape");
+        wire::check_required(bytes, shape).map_err(malformed)?;
         M::decode(bytes).map_err(|error| malformed(error.to_string()))
     }
 
@@ -555,6 +554,7 @@ mod tests {
     use nix::{sys::stat::Mode, unistd::mkfifo};
 
     use super::*;
+    use crate::image::proto;
 
     #[test]
     fn a_fifo_under_an_images_name_is_an_error() {

@@ -105,15 +105,24 @@ impl SnapshotWriter {
         symlink(parent, &path).map_err(|source| write_error(&path, source))
     }
 
-    /// Brings everything that was written to the disk.
+    /// Brings everything that was written to the disk. `begin` may let the disk begin
+    /// with a file: it is called for all files before the first is waited for, so that
+    /// the file system can commit them together.
     ///
     /// # Errors
     /// [`ImageError::Write`].
-    pub fn sync(&self) -> Result<()> {
+    pub fn sync(&self, begin: impl Fn(&File)) -> Result<()> {
+        let mut files = Vec::new();
         for name in names(&self.unfinished)? {
             if name != PARENT_LINK {
-                sync(&self.unfinished.join(name))?;
+                let path = self.unfinished.join(name);
+                let file = File::open(&path).map_err(|source| write_error(&path, source))?;
+                begin(&file);
+                files.push((path, file));
             }
+        }
+        for (path, file) in files {
+            file.sync_all().map_err(|source| write_error(&path, source))?;
         }
         sync(&self.unfinished)
     }
@@ -229,7 +238,7 @@ mod tests {
         first.link_parent(Path::new("../0")).unwrap();
         first.write(Kind::Pstree, 0, &[proto::PstreeEntry::default()]).unwrap();
         read().unwrap_err();
-        first.sync().unwrap();
+        first.sync(|_| {}).unwrap();
         first.commit(&inventory(1)).unwrap();
         assert_eq!(read().unwrap(), 1);
         assert!(dir.path().join("parent").is_symlink());

@@ -1,9 +1,7 @@
 //! The protobuf wire format, as far as typed decoding does not cover it.
 //!
 //! `prost` reads a missing required field as zero. Zero is a valid address,
-//! pid and file id, so a message is first checked against its descriptor.
-
-use prost_reflect::{Cardinality, Kind, MessageDescriptor};
+//! pid and file id, so a message is first checked against its [`Shape`].
 
 /// How deeply messages may be nested; the format's own depth is below 8.
 const DEPTH_LIMIT: u32 = 32;
@@ -75,32 +73,58 @@ fn take<'a>(bytes: &mut &'a [u8], length: u64) -> Option<&'a [u8]> {
     Some(head)
 }
 
+/// What is known of a type of messages without taking its descriptor apart.
+#[derive(Debug)]
+pub(super) struct Shape {
+    full_name: &'static str,
+    name: &'static str,
+    /// The required fields: number and name.
+    required: &'static [(u32, &'static str)],
+    /// The fields that are messages: number, and position of the type in [`SHAPES`].
+    messages: &'static [(u32, usize)],
+}
+
+/// All types of messages by full name, from the build script.
+static SHAPES: &[Shape] = include!(concat!(env!("OUT_DIR"), "/shapes.rs"));
+
+impl Shape {
+    /// Returns the shape of a type, such as `criu.pagemap_entry`.
+    pub(super) fn by_full_name(full_name: &str) -> Option<&'static Self> {
+        let position = SHAPES.binary_search_by(|shape| shape.full_name.cmp(full_name)).ok()?;
+        Some(&SHAPES[position])
+    }
+
+    fn inner(&self, number: u32) -> Option<&'static Self> {
+        let (_, position) = self.messages.iter().find(|(field, _)| *field == number)?;
+        Some(&SHAPES[*position])
+    }
+}
+
 /// Checks that `bytes` are fields, and that every required field of `message`
 /// and of the messages in it is there.
-pub(super) fn check_required(bytes: &[u8], message: &MessageDescriptor) -> Result<(), String> {
+pub(super) fn check_required(bytes: &[u8], message: &Shape) -> Result<(), String> {
     check(bytes, message, DEPTH_LIMIT)
 }
 
-fn check(mut bytes: &[u8], message: &MessageDescriptor, depth: u32) -> Result<(), String> {
+fn check(mut bytes: &[u8], message: &Shape, depth: u32) -> Result<(), String> {
     if depth == 0 {
-        return Err(format!("{} is nested too deeply", message.name()));
+        return Err(format!("{} is nested too deeply", message.name));
     }
     let mut seen = 0_u128;
     while !bytes.is_empty() {
         let Some((number, value)) = field(&mut bytes) else {
-            return Err(format!("{} is not a sequence of fields", message.name()));
+            return Err(format!("{} is not a sequence of fields", message.name));
         };
         seen |= 1_u128.checked_shl(number).unwrap_or(0);
         if let Value::Bytes(inner) = value
-            && let Some(Kind::Message(inner_type)) = message.get_field(number).map(|f| f.kind())
+            && let Some(inner_type) = message.inner(number)
         {
-            check(inner, &inner_type, depth - 1)?;
+            check(inner, inner_type, depth - 1)?;
         }
     }
-    for field in message.fields() {
-        let present = 1_u128.checked_shl(field.number()).is_none_or(|bit| seen & bit != 0);
-        if field.cardinality() == Cardinality::Required && !present {
-            return Err(format!("{} lacks field {}", message.name(), field.name()));
+    for (number, name) in message.required {
+        if 1_u128.checked_shl(*number).is_some_and(|bit| seen & bit == 0) {
+            return Err(format!("{} lacks field {name}", message.name));
         }
     }
     Ok(())
@@ -109,18 +133,37 @@ fn check(mut bytes: &[u8], message: &MessageDescriptor, depth: u32) -> Result<()
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::image::proto;
 
     #[test]
     fn a_missing_required_field_is_named() {
-        let descriptor = |name: &str| proto::pool().get_message_by_name(name).expect(name);
-        let entry = descriptor("criu.pagemap_entry");
-        assert_eq!(check_required(&[0x08, 0x00, 0x10, 0x01], &entry), Ok(()));
-        let problem = check_required(&[0x08, 0x00], &entry).unwrap_err();
+        let shape = |name: &str| Shape::by_full_name(name).expect(name);
+        let entry = shape("criu.pagemap_entry");
+        assert_eq!(check_required(&[0x08, 0x00, 0x10, 0x01], entry), Ok(()));
+        let problem = check_required(&[0x08, 0x00], entry).unwrap_err();
         assert_eq!(problem, "pagemap_entry lacks field compat_nr_pages");
         // mm_entry.vmas is field 14: an empty vma lacks everything.
-        let problem = check_required(&[0x72, 0x00], &descriptor("criu.mm_entry")).unwrap_err();
+        let problem = check_required(&[0x72, 0x00], shape("criu.mm_entry")).unwrap_err();
         assert_eq!(problem, "vma_entry lacks field start");
+    }
+
+    #[test]
+    fn shapes_are_those_of_the_descriptors() {
+        use crate::image::proto;
+        use prost_reflect::{Cardinality, Kind};
+        assert!(SHAPES.is_sorted_by_key(|shape| shape.full_name));
+        assert_eq!(SHAPES.len(), proto::pool().all_messages().count());
+        for descriptor in proto::pool().all_messages() {
+            let shape = Shape::by_full_name(descriptor.full_name()).expect("one of each type");
+            for field in descriptor.fields() {
+                let required = shape.required.contains(&(field.number(), field.name()));
+                assert_eq!(required, field.cardinality() == Cardinality::Required);
+                let inner = shape.inner(field.number()).map(|inner| inner.full_name);
+                match field.kind() {
+                    Kind::Message(of) => assert_eq!(inner, Some(of.full_name())),
+                    _ => assert_eq!(inner, None),
+                }
+            }
+        }
     }
 
     #[test]

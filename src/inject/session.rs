@@ -9,7 +9,7 @@ use super::{
 use crate::{
     fault::{self, Point},
     proc::{self, Mapping},
-    sys::{process, ptrace},
+    sys::process,
     units::{HostPid, PAGE_SIZE, RemoteAddr},
 };
 
@@ -82,14 +82,10 @@ impl Scratch {
             RemoteAddr(made(tracee, instruction, "map scratch memory", libc::SYS_mmap, map)?);
         let protect =
             [scratch.start.0, CODE_BYTES, bits(libc::PROT_READ | libc::PROT_EXEC), 0, 0, 0];
-        let result = made(
-            tracee,
-            instruction,
-            "make scratch memory executable",
-            libc::SYS_mprotect,
-            protect,
-        )
-        .and_then(|_| scratch.load_code(tracee.tid));
+        let result = scratch.load_code(tracee.tid).and_then(|()| {
+            let what = "make scratch memory executable";
+            made(tracee, instruction, what, libc::SYS_mprotect, protect)
+        });
         if let Err(error) = result {
             scratch.unmap(tracee)?;
             return Err(error);
@@ -108,15 +104,16 @@ impl Scratch {
         Self { instruction: self.start.plus(offset as u64), ..self }
     }
 
+    /// Writes the code, as long as its page is writable.
     fn load_code(&self, tid: HostPid) -> Result<()> {
-        for (number, word) in arch::code().chunks(size_of::<u64>()).enumerate() {
-            let mut bytes = [0; size_of::<u64>()];
-            bytes[..word.len()].copy_from_slice(word);
-            let address = self.start.plus((number * size_of::<u64>()) as u64);
-            ptrace::poke(tid, address, u64::from_le_bytes(bytes))
-                .map_err(InjectError::trace(tid, "write code for"))?;
-        }
-        Ok(())
+        let code = arch::code();
+        process::write_memory(tid, self.start, code).map_err(|source| InjectError::Memory {
+            tid,
+            step: "write",
+            address: self.start,
+            len: code.len() as u64,
+            source,
+        })
     }
 
     /// Unmaps the scratch memory.

@@ -146,10 +146,10 @@ pub(super) fn in_parallel(
             }
         }
     };
-    let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get);
-    if threads == 1 || chunks.chunks.len() < WORTH_A_THREAD {
+    if chunks.chunks.len() < WORTH_A_THREAD {
         run();
     } else {
+        let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get);
         thread::scope(|scope| (0..threads).for_each(|_| drop(scope.spawn(run))));
     }
     let failure = failure.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);

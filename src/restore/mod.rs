@@ -12,6 +12,7 @@ mod memory;
 mod objects;
 mod options;
 mod plan;
+mod source;
 mod stats;
 mod track;
 mod tree;
@@ -60,6 +61,7 @@ pub fn run(options: &Options) -> Result<()> {
         path: options.images_dir.clone(),
         problem: format!("{error}; name another one with -D"),
     })?;
+    let images = source::behind_mount(&images).unwrap_or(images);
     let plan = Plan::read(&images)?;
     fault::hit(Point::RestorePlan)?;
     let subreaper = |on: bool| {
@@ -113,7 +115,8 @@ fn restore(
     let table_bytes = table_bytes(plan);
     let place = scratch_place(plan, table_bytes)?;
     thread::scope(|scope| {
-        let filling = scope.spawn(|| objects::fill(&objects));
+        let filling =
+            objects::any_filled(&objects).then(|| scope.spawn(|| objects::fill(&objects)));
         let workshop = Workshop {
             place,
             table_bytes,
@@ -125,7 +128,9 @@ fn restore(
         let mut puppets = Puppets::make(plan, &workshop)?;
         stats.forked(puppets.filled);
         apply::all(plan, &mut puppets, &mut files)?;
-        filling.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        if let Some(filling) = filling {
+            filling.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        }
         objects::seal(&inodes, &files.opened)?;
         objects::finish_segments(images)?;
         let tracking = track::begin(options, images, plan, &mut puppets)?;

@@ -9,7 +9,7 @@ use std::{
         unix::fs::FileExt,
     },
     path::Path,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use super::{
@@ -117,6 +117,11 @@ fn memory_of(chain: &Arc<Chain>, snapshot: SnapshotId, shmid: u64) -> Result<Opt
     }
 }
 
+/// Whether anything is stored of any object.
+pub(super) fn any_filled(objects: &[Object]) -> bool {
+    objects.iter().any(|object| object.memory.is_some())
+}
+
 /// Fills all objects.
 ///
 /// # Errors
@@ -129,12 +134,16 @@ pub(super) fn fill(objects: &[Object]) -> Result<()> {
         let size = object.file.metadata().map_err(failed)?.len();
         let all = PageIndex(0)..PageIndex::END;
         let chunks = Chunks::new(memory, std::slice::from_ref(&all));
+        // The kernel lets one thread write to a file at a time; the others would burn
+        // time that whoever fills private memory needs.
+        let writing = Mutex::new(());
         memory::in_parallel(&chunks, |chunk, buffer| {
             buffer.resize(usize::try_from(page_bytes(chunk.pages)).expect("a chunk"), 0);
             let offset = chunk.first.address();
             read_at(memory, offset, buffer)?;
             let inside = usize::try_from(size.saturating_sub(offset)).unwrap_or(usize::MAX);
             buffer.truncate(inside);
+            let _turn = writing.lock().unwrap_or_else(PoisonError::into_inner);
             object.file.write_all_at(buffer, offset).map_err(failed)
         })?;
     }

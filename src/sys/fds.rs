@@ -3,6 +3,7 @@
 
 use std::{
     ffi::CStr,
+    fs::File,
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
 };
 
@@ -35,6 +36,19 @@ pub struct Owner {
     pub pid: i32,
 }
 const _: () = assert!(size_of::<Owner>() == 8);
+
+/// Lets the disk begin with `len` bytes of a file from `offset` on, or with all behind
+/// it if `len` is 0, without waiting for them (`sync_file_range(2)`). It is a hint:
+/// file systems that have no disk do nothing, and whether the bytes arrive is for
+/// `fsync(2)` to tell.
+pub fn begin_writing(file: &File, offset: u64, len: u64) {
+    if let (Ok(offset), Ok(len)) = (i64::try_from(offset), i64::try_from(len)) {
+        // SAFETY: the call takes numbers, and the descriptor is open until it returns.
+        unsafe {
+            libc::sync_file_range(file.as_raw_fd(), offset, len, libc::SYNC_FILE_RANGE_WRITE)
+        };
+    }
+}
 
 /// Which file an epoll watches (`struct kcmp_epoll_slot`,
 /// `include/uapi/linux/kcmp.h`).

@@ -14,6 +14,7 @@ pub mod socket;
 pub mod supervise;
 pub mod tty;
 pub mod userfaultfd;
+pub mod xattr;
 pub mod xsave;
 
 pub use descriptors::receive_fd;

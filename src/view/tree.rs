@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     fs,
     num::NonZeroUsize,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError, RwLock},
 };
 
@@ -186,6 +186,14 @@ impl View {
             name: node.name.clone(),
         };
         Ok((dir.parent, entries.iter().map(entry).collect()))
+    }
+
+    /// Returns the image directory that a directory shows, if it shows one whole.
+    pub fn image_dir(&self, ino: Ino) -> Option<&Path> {
+        match self.node(ino).ok()?.what {
+            What::Snapshot(id) => Some(&self.chain.snapshot(id).dir),
+            _ => None,
+        }
     }
 
     /// Makes a file ready to be read.

@@ -1,0 +1,382 @@
+//! How long dumps and restores take, as ratios to another program in the same run.
+//!
+//! The other program is the `criu` that `RCRIU_BENCH_CRIU` names; without it, dumps
+//! are held against `cp` of the same images to the same place. Runs alternate, and
+//! medians are compared. Free memory is touched before every run: on a virtual machine
+//! the first touch is the host's work and takes longer than the copying.
+//!
+//! `cargo bench --bench tasks -- small`, `large` or `mount` runs one part.
+//! `RCRIU_BENCH_DIR` is where images go (else `/dev/shm` and the temporary directory),
+//! `RCRIU_BENCH_MIB` how much memory of each kind the large process has.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+use std::{
+    ffi::OsString,
+    fs,
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use common::{Cap, mounted::Mounted, require};
+use nix::{
+    sys::{
+        prctl::set_child_subreaper,
+        signal::{Signal, kill},
+        wait::waitpid,
+    },
+    unistd::Pid,
+};
+
+/// Runs of a small process, and of a large one, by each program.
+const SMALL_RUNS: usize = 15;
+const LARGE_RUNS: usize = 5;
+
+const MIB: usize = 1 << 20;
+
+/// Memory that is touched beyond that of the process.
+const SPARE_MIB: usize = 256;
+
+fn main() {
+    let mut arguments = std::env::args().skip(1);
+    match (arguments.next().as_deref(), arguments.next()) {
+        (Some("--hold"), Some(status)) => return hold(Path::new(&status), mib()),
+        (Some("--touch"), Some(mib)) => return touch(mib.parse().expect("a number")),
+        _ => {}
+    }
+    require(Cap::Ptrace);
+    let criu = std::env::var_os("RCRIU_BENCH_CRIU");
+    if criu.is_some() && std::env::var_os("RCRIU_BENCH_INSIDE").is_none() {
+        // Without a tmpfs on /run, CRIU asks the kernel anew what it can do, which
+        // takes longer than all else of a small process.
+        let script = "mount -t tmpfs tmpfs /run && exec \"$0\" \"$@\"";
+        let error = Command::new("unshare")
+            .args(["-m", "sh", "-c", script])
+            .arg(std::env::current_exe().expect("it has a path"))
+            .args(std::env::args_os().skip(1))
+            .env("RCRIU_BENCH_INSIDE", "1")
+            .exec();
+        panic!("unshare: {error}");
+    }
+    set_child_subreaper(true).expect("it needs no privilege");
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let only = words.iter().find(|word| !word.starts_with('-'));
+    let wanted = |part: &str| only.is_none_or(|only| only == part);
+    let mut places = vec![PathBuf::from("/dev/shm"), std::env::temp_dir()];
+    if let Some(place) = std::env::var_os("RCRIU_BENCH_DIR") {
+        places = vec![place.into()];
+    }
+    let ours = Program { name: "rcriu", path: env!("CARGO_BIN_EXE_rcriu").into() };
+    let peer = criu.map(|path| Program { name: "criu", path });
+    for place in &places {
+        println!("\nimages in {}", place.display());
+        let bench = Bench { ours: &ours, peer: peer.as_ref(), place };
+        if wanted("small") {
+            bench.tasks(false);
+        }
+        if wanted("large") {
+            bench.tasks(true);
+        }
+        if wanted("mount") {
+            bench.mount();
+        }
+    }
+}
+
+fn mib() -> usize {
+    std::env::var("RCRIU_BENCH_MIB").map_or(1024, |mib| mib.parse().expect("a number"))
+}
+
+/// A program with CRIU's command line.
+struct Program {
+    name: &'static str,
+    path: OsString,
+}
+
+/// What a run took.
+struct Run {
+    seconds: f64,
+    peak_kib: u64,
+}
+
+impl Program {
+    #[expect(clippy::zombie_processes, reason = "waited for by its pid")]
+    fn run(&self, arguments: &[&str], images: &Path) -> Run {
+        let mut command = Command::new(&self.path);
+        command.args(arguments).arg("-D").arg(images).stdin(Stdio::null());
+        command.stdout(Stdio::null());
+        let begin = Instant::now();
+        let child = command.spawn().expect("the program exists");
+        let (success, peak_kib) = wait(&child);
+        let seconds = begin.elapsed().as_secs_f64();
+        assert!(success, "{} {arguments:?} failed; see {}", self.name, images.display());
+        Run { seconds, peak_kib }
+    }
+
+    fn dump(&self, target: &Target, images: &Path) -> Run {
+        let pid = target.pid.to_string();
+        let run = self.run(&["dump", "-t", &pid, "-o", "dump.log"], images);
+        target.await_end();
+        run
+    }
+
+    fn restore(&self, images: &Path, work: &Path) -> Run {
+        let work = work.to_str().expect("our own path");
+        self.run(&["restore", "-d", "-W", work, "-o", "restore.log"], images)
+    }
+}
+
+/// Waits for a child; tells whether it succeeded, and its peak memory.
+#[expect(unsafe_code, reason = "no crate has wait4")]
+fn wait(child: &Child) -> (bool, u64) {
+    // SAFETY: zeros are a valid `rusage`, which is numbers only.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    let mut status = 0;
+    let pid = child.id().cast_signed();
+    // SAFETY: both pointers are to locals of the right types that outlive the call.
+    let waited = unsafe { libc::wait4(pid, &raw mut status, 0, &raw mut usage) };
+    assert_eq!(waited, pid);
+    (status == 0, usage.ru_maxrss.unsigned_abs())
+}
+
+/// A process to be dumped.
+struct Target {
+    pid: i32,
+    status: Option<PathBuf>,
+}
+
+impl Target {
+    /// Starts a process in a session of its own: one that sleeps, or one that holds
+    /// private and shared memory.
+    #[expect(unsafe_code, reason = "work between fork and exec")]
+    #[expect(clippy::zombie_processes, reason = "waited for by its pid")]
+    fn start(large: bool, dir: &Path) -> Self {
+        let status = large.then(|| dir.join("status"));
+        let mut command = match &status {
+            None => Command::new("sleep"),
+            Some(_) => Command::new(std::env::current_exe().expect("it has a path")),
+        };
+        match &status {
+            None => command.arg("1000"),
+            Some(status) => command.arg("--hold").arg(status),
+        };
+        let become_target = || {
+            nix::unistd::setsid()?;
+            let cloexec = libc::CLOSE_RANGE_CLOEXEC.cast_signed();
+            // SAFETY: the call takes numbers, and closes nothing before the exec.
+            match unsafe { libc::close_range(3, libc::c_uint::MAX, cloexec) } {
+                0 => Ok(()),
+                _ => Err(std::io::Error::last_os_error()),
+            }
+        };
+        // SAFETY: it makes two system calls, neither of which takes a lock.
+        unsafe { command.pre_exec(become_target) };
+        for stream in [Command::stdin, Command::stdout, Command::stderr] {
+            stream(&mut command, Stdio::null());
+        }
+        let child = command.current_dir("/").spawn().expect("sleep is everywhere");
+        let target = Self { pid: child.id().cast_signed(), status };
+        match &target.status {
+            Some(_) => target.await_word("ready"),
+            None => await_that(|| {
+                fs::read_to_string(format!("/proc/{}/comm", target.pid)).unwrap() == "sleep\n"
+            }),
+        }
+        target
+    }
+
+    fn await_word(&self, word: &str) {
+        let status = self.status.as_ref().expect("it has one");
+        await_that(|| fs::read_to_string(status).is_ok_and(|text| text == word));
+    }
+
+    /// Lets the process look at its memory.
+    fn verify(&self) {
+        if let Some(status) = &self.status {
+            fs::write(status.with_extension("go"), "").unwrap();
+            self.await_word("ok");
+            fs::write(status, "ready").unwrap();
+        }
+    }
+
+    fn await_end(&self) {
+        waitpid(Pid::from_raw(self.pid), None).expect("it is our child, if adopted");
+    }
+
+    fn end(&self) {
+        kill(Pid::from_raw(self.pid), Signal::SIGKILL).unwrap();
+        self.await_end();
+    }
+}
+
+fn await_that(mut condition: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(120);
+    while !condition() {
+        assert!(Instant::now() < end, "it takes too long");
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// What the large process does: it holds memory, and looks at it whenever it is told to.
+#[expect(unsafe_code, reason = "mapping memory")]
+fn hold(status: &Path, mib: usize) {
+    let len = mib * MIB;
+    let map = |sharing| {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_ANONYMOUS | sharing;
+        // SAFETY: a new mapping at an address that the kernel chooses.
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), len, protection, flags, -1, 0) };
+        assert_ne!(start, libc::MAP_FAILED);
+        // SAFETY: the mapping is new, `len` bytes long, readable and writable, and is
+        // never unmapped.
+        unsafe { std::slice::from_raw_parts_mut(start.cast::<u64>(), len / size_of::<u64>()) }
+    };
+    let (private, shared) = (map(libc::MAP_PRIVATE), map(libc::MAP_SHARED));
+    let word = |number: u64| (number + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    for memory in [&mut *private, &mut *shared] {
+        memory.iter_mut().zip(0..).for_each(|(place, number)| *place = word(number));
+    }
+    let go = status.with_extension("go");
+    let answer = |text: &str| {
+        let unfinished = status.with_extension("new");
+        fs::write(&unfinished, text).and_then(|()| fs::rename(&unfinished, status)).unwrap();
+    };
+    answer("ready");
+    loop {
+        if fs::remove_file(&go).is_ok() {
+            let right = |memory: &[u64]| memory.iter().zip(0..).all(|(place, n)| *place == word(n));
+            answer(if right(private) && right(shared) { "ok" } else { "wrong" });
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Touches memory and gives it back.
+fn touch(mib: usize) {
+    let mut memory = vec![0_u8; mib * MIB];
+    memory.iter_mut().step_by(4096).for_each(|byte| *byte = 1);
+    std::hint::black_box(&memory);
+}
+
+/// Touches memory in another process, whose peak is not counted as ours.
+fn touch_free_memory(large: bool) {
+    if large {
+        let program = std::env::current_exe().expect("it has a path");
+        let mib = (2 * mib() + SPARE_MIB).to_string();
+        assert!(Command::new(program).args(["--touch", &mib]).status().unwrap().success());
+    }
+}
+
+#[derive(Default)]
+struct Times {
+    seconds: Vec<f64>,
+    peak_kib: u64,
+}
+
+impl Times {
+    fn add(&mut self, run: &Run) {
+        self.seconds.push(run.seconds);
+        self.peak_kib = self.peak_kib.max(run.peak_kib);
+    }
+
+    fn median(&self) -> f64 {
+        let mut sorted = self.seconds.clone();
+        sorted.sort_unstable_by(f64::total_cmp);
+        sorted[sorted.len() / 2]
+    }
+}
+
+struct Bench<'a> {
+    ours: &'a Program,
+    peer: Option<&'a Program>,
+    place: &'a Path,
+}
+
+impl Bench<'_> {
+    /// Dumps and restores processes by both programs in turn.
+    fn tasks(&self, large: bool) {
+        let (mut ours, mut theirs) =
+            ([Times::default(), Times::default()], [Times::default(), Times::default()]);
+        for _ in 0..if large { LARGE_RUNS } else { SMALL_RUNS } {
+            if let Some(peer) = self.peer {
+                self.round(peer, large, &mut theirs, None);
+            }
+            let copy = self.peer.is_none().then_some(&mut theirs[0]);
+            self.round(self.ours, large, &mut ours, copy);
+        }
+        let what = if large { "large" } else { "small" };
+        let peer = self.peer.map_or("cp", |peer| peer.name);
+        for (step, (ours, theirs)) in ["dump", "restore"].iter().zip(ours.iter().zip(&theirs)) {
+            print!(
+                "{what} {step:<8} {:>8.1} ms, peak {} MiB",
+                ours.median() * 1e3,
+                ours.peak_kib >> 10
+            );
+            if theirs.seconds.is_empty() {
+                println!();
+                continue;
+            }
+            let speed = theirs.median() / ours.median();
+            println!(
+                "; {peer} {:>8.1} ms; {speed:.2} times as fast, target 2",
+                theirs.median() * 1e3
+            );
+        }
+    }
+
+    /// Dumps, restores and verifies a process; `copy` is told how long `cp` takes for
+    /// the images.
+    fn round(&self, by: &Program, large: bool, times: &mut [Times; 2], copy: Option<&mut Times>) {
+        let dir = tempfile::tempdir_in(self.place).unwrap();
+        let images = dir.path().join("images");
+        fs::create_dir(&images).unwrap();
+        let target = Target::start(large, dir.path());
+        touch_free_memory(large);
+        times[0].add(&by.dump(&target, &images));
+        if let Some(copy) = copy {
+            touch_free_memory(large);
+            let begin = Instant::now();
+            let status =
+                Command::new("cp").arg("-r").arg(&images).arg(dir.path().join("copy")).status();
+            assert!(status.unwrap().success());
+            copy.add(&Run { seconds: begin.elapsed().as_secs_f64(), peak_kib: 0 });
+            fs::remove_dir_all(dir.path().join("copy")).unwrap();
+        }
+        touch_free_memory(large);
+        times[1].add(&by.restore(&images, dir.path()));
+        target.verify();
+        target.end();
+    }
+
+    /// Restores from a mount and from the chain in turn.
+    fn mount(&self) {
+        require(Cap::Fuse);
+        let dir = tempfile::tempdir_in(self.place).unwrap();
+        let images = dir.path().join("images");
+        let point = dir.path().join("mount");
+        fs::create_dir(&images).and_then(|()| fs::create_dir(&point)).unwrap();
+        let target = Target::start(true, dir.path());
+        self.ours.dump(&target, &images);
+        let mount = Mounted::new(&images, &point, &[]);
+        let (mut direct, mut mounted) = (Times::default(), Times::default());
+        for _ in 0..LARGE_RUNS {
+            for (from, times) in [(&images, &mut direct), (&point, &mut mounted)] {
+                touch_free_memory(true);
+                times.add(&self.ours.restore(from, dir.path()));
+                target.verify();
+                target.end();
+            }
+        }
+        drop(mount);
+        println!(
+            "restore from the chain {:.1} ms, from its mount {:.1} ms: {:.2} times as long, target 1.15",
+            direct.median() * 1e3,
+            mounted.median() * 1e3,
+            mounted.median() / direct.median()
+        );
+    }
+}
