@@ -4,6 +4,7 @@
 //! modules depend on one another in one direction only, which `tests/layering.rs`
 //! holds them to. [`design`] is the project's account of itself.
 
+pub mod action;
 pub mod chain;
 pub mod cli;
 pub mod design;

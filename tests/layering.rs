@@ -15,11 +15,12 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("view", &["chain", "image", "units"]),
     ("fs", &["view", "chain", "image", "sys", "units"]),
     ("fault", &[]),
+    ("action", &["units"]),
     ("proc", &["units"]),
     ("inject", &["sys", "proc", "units", "fault"]),
     ("res", &["inject", "proc", "sys", "image", "units", "fault"]),
-    ("dump", &["res", "inject", "proc", "chain", "image", "sys", "units", "fault"]),
-    ("restore", &["res", "inject", "proc", "chain", "image", "sys", "units", "fault"]),
+    ("dump", &["action", "res", "inject", "proc", "chain", "image", "sys", "units", "fault"]),
+    ("restore", &["action", "res", "inject", "proc", "chain", "image", "sys", "units", "fault"]),
     (
         "cli",
         &[

@@ -457,3 +457,70 @@ fn privileged_failed_restore_leaves_no_process() {
     assert!(!output.status.success(), "restored from half of the pages");
     live.wait_gone();
 }
+
+/// Returns the option that has each stage, the tree's root and its state noted.
+fn noting(live: &Live) -> (String, std::path::PathBuf) {
+    let seen = live.path("stages");
+    let state = r#"$(sed 's/.*) \(.\).*/\1/' /proc/${CRTOOLS_INIT_PID:-none}/stat 2>/dev/null)"#;
+    let images = r#"$(ls $CRTOOLS_IMAGE_DIR/inventory.img >/dev/null 2>&1 && echo images)"#;
+    let line = format!(
+        "echo $CRTOOLS_SCRIPT_ACTION $CRTOOLS_INIT_PID {state} {images} >> {}",
+        seen.display()
+    );
+    (line, seen)
+}
+
+#[test]
+fn privileged_action_scripts_are_run_at_their_stages() {
+    require(Cap::Ptrace);
+    let mut live = Live::workload("sessions");
+    let pid = live.root;
+    let (line, seen) = noting(&live);
+    live.dump(&["--action-script", &line]);
+    live.restore(&["--action-script", &line]);
+    live.verdict();
+    let seen = fs::read_to_string(seen).unwrap();
+    let mut stages: Vec<&str> = seen.lines().collect();
+    // The running root may be doing anything.
+    let resumed = stages.pop().unwrap();
+    assert!(resumed.starts_with(&format!("post-resume {pid} ")), "{resumed}");
+    let first = stages.remove(0);
+    assert!(first.starts_with(&format!("pre-dump {pid} ")), "{first}");
+    assert_eq!(
+        stages,
+        [
+            format!("post-dump {pid} t images"),
+            "pre-restore images".to_owned(),
+            format!("setup-namespaces {pid} t images"),
+            format!("post-setup-namespaces {pid} t images"),
+            format!("post-restore {pid} t images"),
+            format!("pre-resume {pid} t images"),
+        ]
+    );
+}
+
+#[test]
+fn privileged_action_scripts_that_fail_stop_what_they_are_run_for() {
+    require(Cap::Ptrace);
+    let mut live = Live::workload("sessions");
+    let before = live.state();
+    let fails_at = |stage: &str| format!("test $CRTOOLS_SCRIPT_ACTION != {stage}");
+    for (stage, complete) in [("pre-dump", false), ("post-dump", true)] {
+        let output = live.try_dump(&["--action-script", &fails_at(stage)]);
+        let messages = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success() && messages.contains(stage), "{messages}");
+        before.assert_unchanged(&live.state());
+        assert_eq!(live.images().join("inventory.img").exists(), complete, "at {stage}");
+    }
+    fs::remove_dir_all(live.images()).unwrap();
+    live.dump(&[]);
+    for stage in ["pre-restore", "setup-namespaces", "post-restore"] {
+        let output = live.try_restore(&["--action-script", &fails_at(stage)]);
+        let messages = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success() && messages.contains(stage), "{messages}");
+        live.wait_gone();
+    }
+    // Too late to give up.
+    live.restore(&["--action-script", &fails_at("pre-resume")]);
+    live.verdict();
+}

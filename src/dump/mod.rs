@@ -28,6 +28,7 @@ pub use options::Options;
 
 pub use crate::res::track::Tracker;
 use crate::{
+    action::{Actions, Stage},
     chain::{Chain, SnapshotId},
     fault::{self, Point},
     image::{SnapshotWriter, proto},
@@ -55,13 +56,15 @@ pub fn run(options: &Options) -> Result<()> {
     if proc::stat(options.pid).is_err_and(|error| error.is_vanished()) {
         return Err(DumpError::NoProcess { pid: options.pid });
     }
-    check_directory(&options.images_dir)?;
+    let images_dir = check_directory(&options.images_dir)?;
+    let actions = Actions::new(&options.action_scripts, &images_dir);
     let parent = options
         .prev_images_dir
         .as_deref()
         .map(|parent| open_parent(options, parent))
         .transpose()?;
     crate::sys::process::raise_descriptor_limit();
+    actions.run(Stage::PreDump, Some(options.pid))?;
     let mut stats = Stats::default();
     let timeout = Duration::from_secs(options.timeout_s.into());
     let mut frozen = stats.freezing(|| Frozen::freeze(options.pid, timeout))?;
@@ -86,14 +89,15 @@ pub fn run(options: &Options) -> Result<()> {
     } else {
         Outcome::Kill
     };
-    finish(options, frozen, images, (files, tracking), outcome, stats)
+    finish(options, &actions, frozen, images, (files, tracking), outcome, stats)
 }
 
 /// Brings the images to the disk and ends the stop. A tree that runs on does so
 /// before that: its images are complete in memory, and waiting for the disk is
-/// nothing to it.
+/// nothing to it. Unless somebody wants to act on the images while it is stopped.
 fn finish(
     options: &Options,
+    actions: &Actions<'_>,
     frozen: Frozen,
     images: SnapshotWriter,
     (mut files, tracking): (FileTable, Tracking),
@@ -101,11 +105,13 @@ fn finish(
     mut stats: Stats,
 ) -> Result<()> {
     let mut frozen = Some(frozen);
-    if outcome == Outcome::Run {
+    if outcome == Outcome::Run && actions.is_empty() {
         frozen.take().map_or(Ok(()), |frozen| frozen.release(outcome))?;
         stats.thawed();
     }
     commit(images, tracking, inventory()?)?;
+    // If one fails, the tree runs on.
+    actions.run(Stage::PostDump, Some(options.pid))?;
     if let Some(frozen) = frozen {
         if outcome == Outcome::Kill {
             files.keep_links();
@@ -190,9 +196,10 @@ fn dump_stopped(
     Ok((collection.files, collection.tracking))
 }
 
-fn check_directory(path: &Path) -> Result<()> {
-    let problem = match fs::metadata(path) {
-        Ok(metadata) if metadata.is_dir() => return Ok(()),
+/// Returns the absolute path of a directory.
+fn check_directory(path: &Path) -> Result<PathBuf> {
+    let problem = match path.canonicalize() {
+        Ok(path) if path.is_dir() => return Ok(path),
         Ok(_) => "it is not a directory".to_owned(),
         Err(error) => format!("{error}; make it, or name another one with -D"),
     };

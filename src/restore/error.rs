@@ -5,6 +5,7 @@ use std::{io, path::PathBuf};
 use nix::errno::Errno;
 
 use crate::{
+    action::ActionError,
     chain::ChainError,
     fault::Injected,
     image::ImageError,
@@ -146,6 +147,9 @@ pub enum RestoreError {
     /// Something in `/proc` could not be read.
     #[error(transparent)]
     Proc(#[from] ProcError),
+    /// A program of the user failed.
+    #[error(transparent)]
+    Action(#[from] ActionError),
     /// A test asked for it.
     #[error(transparent)]
     Fault(#[from] Injected),

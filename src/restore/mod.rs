@@ -25,6 +25,7 @@ pub use error::{RestoreError, Result};
 pub use options::{AutoDedup, Options};
 
 use crate::{
+    action::{Actions, Stage},
     fault::{self, Point},
     proc,
     res::{
@@ -61,8 +62,11 @@ pub fn run(options: &Options) -> Result<()> {
         path: options.images_dir.clone(),
         problem: format!("{error}; name another one with -D"),
     })?;
-    let images = source::behind_mount(&images).unwrap_or(images);
-    let plan = Plan::read(&images)?;
+    let actions = Actions::new(&options.action_scripts, &images);
+    actions.run(Stage::PreRestore, None)?;
+    let behind = source::behind_mount(&images);
+    let images = behind.as_deref().unwrap_or(&images);
+    let plan = Plan::read(images)?;
     fault::hit(Point::RestorePlan)?;
     let subreaper = |on: bool| {
         ptrace::set_subreaper(on).map_err(|source| RestoreError::Process {
@@ -73,12 +77,13 @@ pub fn run(options: &Options) -> Result<()> {
     };
     // What is left of a restore that fails is ours to reap.
     subreaper(true)?;
-    let restored = restore(options, &images, &plan, &mut stats);
+    let restored = restore(options, &actions, images, &plan, &mut stats);
     subreaper(false)?;
     restored?;
     let root = plan.tasks[0].pid;
     log::info!("restored {} processes", plan.tasks.len());
     // The tree is running.
+    actions.run_anyway(Stage::PostResume, root);
     if let Err(error) = stats.write(&options.work_dir) {
         log::warn!("no statistics: {error}");
     }
@@ -94,6 +99,7 @@ pub fn run(options: &Options) -> Result<()> {
 
 fn restore(
     options: &Options,
+    actions: &Actions<'_>,
     images: &std::path::Path,
     plan: &Plan,
     stats: &mut Stats,
@@ -127,6 +133,9 @@ fn restore(
         };
         let mut puppets = Puppets::make(plan, &workshop)?;
         stats.forked(puppets.filled);
+        let root = plan.tasks[0].pid;
+        actions.run(Stage::SetupNamespaces, Some(root))?;
+        actions.run(Stage::PostSetupNamespaces, Some(root))?;
         apply::all(plan, &mut puppets, &mut files)?;
         if let Some(filling) = filling {
             filling.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
@@ -136,6 +145,8 @@ fn restore(
         let tracking = track::begin(options, images, plan, &mut puppets)?;
         apply::finish(plan, &mut puppets, &mut files)?;
         write_pidfile(options, plan)?;
+        actions.run(Stage::PostRestore, Some(root))?;
+        actions.run_anyway(Stage::PreResume, root);
         let stopped = options.leave_stopped;
         puppets.release(|task| stopped || task.state() == state::STOPPED)?;
         if let Some(tracking) = tracking {

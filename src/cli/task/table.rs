@@ -80,7 +80,7 @@ pub(super) const ROWS: &[Row] = &[
     built("pidfile", RESTORE),
     built("timeout", BOTH),
     refused("root", BOTH, "trees with a mount namespace of their own are not; leave it out"),
-    refused("action-script", BOTH, "run the program before or after this one"),
+    built("action-script", BOTH),
     // Images
     built("images-dir", ALL),
     built("prev-images-dir", DUMPS),
