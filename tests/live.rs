@@ -27,8 +27,14 @@ use common::{
 
 /// Dumps a state, which ends it, and restores it.
 fn restored(name: &str, options: &[&str]) {
+    restored_without(name, options, "");
+}
+
+/// The same, as on a kernel that does not have something (`rcriu::fault::Novelty`).
+fn restored_without(name: &str, options: &[&str], without: &'static str) {
     require(Cap::Ptrace);
     let mut live = Live::workload(name);
+    live.without = without;
     let before = live.state();
     live.dump(options);
     live.restore(options);
@@ -40,8 +46,14 @@ fn restored(name: &str, options: &[&str]) {
 
 /// Dumps a state, which goes on as if nothing had happened.
 fn running(name: &str, options: &[&str]) {
+    running_without(name, options, "");
+}
+
+/// The same, as on a kernel that does not have something.
+fn running_without(name: &str, options: &[&str], without: &'static str) {
     require(Cap::Ptrace);
     let mut live = Live::workload(name);
+    live.without = without;
     let before = live.state();
     live.dump_running(options);
     before.assert_unchanged(&live.state());
@@ -213,6 +225,13 @@ states! {
     tcp_unconnected;
     tcp6_listening;
     udp;
+}
+
+/// On kernels of before, some of what a dump needs is found in another way.
+#[test]
+fn privileged_old_kernels_hide_guard_pages() {
+    restored_without("guard_pages", &[], "pagemap_scan_guards");
+    running_without("guard_pages", &[], "pagemap_scan_guards");
 }
 
 #[test]

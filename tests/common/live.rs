@@ -84,6 +84,9 @@ pub struct Live {
     pub images_name: &'static str,
     /// Where its next dump or restore is to fail (`RCRIU_FAULT`).
     pub fault: Option<String>,
+    /// What its dumps and restores are to take the kernel not to have
+    /// (`RCRIU_WITHOUT`).
+    pub without: &'static str,
     status: PathBuf,
     /// Everything ever seen in the tree: what may be killed.
     pids: BTreeSet<i32>,
@@ -129,6 +132,7 @@ impl Live {
             dir,
             images_name: "images",
             fault: None,
+            without: "",
             status,
             pids: [root].into(),
         }
@@ -198,8 +202,15 @@ impl Live {
         let mut command = Command::new(engine());
         command.arg("dump").arg("-t").arg(self.root.to_string());
         command.arg("-D").arg(&images).args(["-v4", "-o", "dump.log"]).args(arguments);
-        command.envs(self.fault.iter().map(|fault| ("RCRIU_FAULT", fault)));
+        self.set_environment(&mut command);
         bounded(command, &self.path("dump.out"))
+    }
+
+    fn set_environment(&self, command: &mut Command) {
+        command.envs(self.fault.iter().map(|fault| ("RCRIU_FAULT", fault)));
+        if !self.without.is_empty() {
+            command.env("RCRIU_WITHOUT", self.without);
+        }
     }
 
     /// Dumps the tree and waits until it is gone.
@@ -253,7 +264,7 @@ impl Live {
         command.arg("restore").arg("-D").arg(self.images());
         command.args(["-d", "-v4", "-o", "restore.log", "--pidfile"]).arg(self.path("pid"));
         command.args(arguments);
-        command.envs(self.fault.iter().map(|fault| ("RCRIU_FAULT", fault)));
+        self.set_environment(&mut command);
         bounded(command, &self.path("restore.out"))
     }
 
