@@ -70,6 +70,10 @@ macro_rules! novelties {
 }
 
 novelties! {
+    EventfdSemaphore = "eventfd_semaphore":
+        "`/proc/PID/fdinfo` tells whether an eventfd is a semaphore (Linux 6.5).";
+    LockOnFault = "lock_on_fault":
+        "`/proc/PID/smaps` has a code for memory that is locked on fault (after Linux 6.12).";
     ScanGuards = "pagemap_scan_guards": "`PAGEMAP_SCAN` tells guard pages (Linux 6.18).";
 }
 
