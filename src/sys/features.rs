@@ -134,6 +134,13 @@ impl Features {
         })
     }
 
+    /// Whether `/proc/PID/smaps` has no code of its own for memory that is locked on
+    /// fault, but the one for flags without a name (found so on Linux 6.1).
+    pub fn hides_lock_on_fault() -> bool {
+        static PROBED: OnceLock<bool> = OnceLock::new();
+        *PROBED.get_or_init(memory::hides_lock_on_fault)
+    }
+
     fn probe_fuse(&mut self) {
         let Ok(fuse) = File::options().read(true).write(true).open("/dev/fuse") else { return };
         self.fuse = true;
