@@ -27,11 +27,14 @@ use tempfile::TempDir;
 /// Bounds every wait; nothing that works takes as long.
 pub const PATIENCE: Duration = Duration::from_secs(40);
 
+/// How long a tree is looked at, at most, that is not as it was.
+const QUIET_AFTER: Duration = Duration::from_secs(3);
+
 /// Waits for a condition.
 pub fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
     let begin = Instant::now();
     while !condition() {
-        assert!(begin.elapsed() < PATIENCE, "waited in vain for: {what}");
+        assert!(begin.elapsed() < PATIENCE * super::slowness(), "waited in vain for: {what}");
         std::thread::sleep(Duration::from_millis(2));
     }
 }
@@ -190,6 +193,30 @@ impl Live {
         TreeState(pids.into_iter().map(|pid| (pid, TargetState::read(pid))).collect())
     }
 
+    /// Reads the state once it is as `before`, or does not come to be. A thread that was
+    /// stopped in a call makes it again, and its signal mask is another one meanwhile.
+    pub fn state_after(&mut self, before: &TreeState) -> TreeState {
+        self.state_like(|state| before.differences(state).is_empty())
+    }
+
+    /// The same after a restore.
+    pub fn state_restored(&mut self, before: &TreeState) -> TreeState {
+        let root = self.root;
+        let before = before.clone().restored(root);
+        self.state_like(|state| before.differences(&state.clone().restored(root)).is_empty())
+    }
+
+    fn state_like(&mut self, is_right: impl Fn(&TreeState) -> bool) -> TreeState {
+        let begin = Instant::now();
+        loop {
+            let state = self.state();
+            if is_right(&state) || begin.elapsed() > QUIET_AFTER * super::slowness() {
+                return state;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     pub fn images(&self) -> PathBuf {
         self.path(self.images_name)
     }
@@ -334,7 +361,7 @@ impl Drop for Live {
             }
         }
         let begin = Instant::now();
-        while begin.elapsed() < Duration::from_secs(5) {
+        while begin.elapsed() < Duration::from_secs(5) * super::slowness() {
             let alive = self.pids.iter().filter(|pid| {
                 reap(**pid);
                 is_below_us(**pid)
@@ -368,7 +395,7 @@ pub fn bounded(mut command: Command, messages: &Path) -> Output {
             let stderr = fs::read(messages).unwrap_or_default();
             return Output { status, stdout: Vec::new(), stderr };
         }
-        if begin.elapsed() > 3 * PATIENCE {
+        if begin.elapsed() > 3 * PATIENCE * super::slowness() {
             let _ = child.kill();
             let _ = child.wait();
             panic!("{command:?} does not end");
@@ -597,6 +624,9 @@ impl TargetState {
         // Group, session, terminal, nice.
         if let Some(fields) = stat_fields(pid) {
             found.insert("stat".to_owned(), [&fields[2..5], &fields[16..17]].concat().join(" "));
+        }
+        if found.get("status State").is_some_and(|state| state.starts_with('Z')) {
+            return Self(found);
         }
         for name in ["cmdline", "environ", "auxv"] {
             let bytes = fs::read(proc.join(name)).unwrap_or_default();
