@@ -246,6 +246,12 @@ fn privileged_old_kernels_hide_locks_on_fault() {
 }
 
 #[test]
+fn privileged_old_kernels_give_out_timer_ids_in_turn() {
+    restored_without("posix_timer_ids", &[], "timer_cr_ids");
+    restored_without("posix_timers", &[], "timer_cr_ids");
+}
+
+#[test]
 fn every_workload_is_tested() {
     let output = Command::new(workload()).arg("--list").output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
