@@ -113,6 +113,7 @@ states! {
     mremapped;
     huge_pages;
     many_areas;
+    rounds;
     vdso;
     threads;
     thread_names;

@@ -85,6 +85,8 @@ pub struct Live {
     pub dir: TempDir,
     /// The directory below that its images are in.
     pub images_name: &'static str,
+    /// What dumps it, and restores it.
+    pub programs: (OsString, OsString),
     /// Where its next dump or restore is to fail (`RCRIU_FAULT`).
     pub fault: Option<String>,
     /// What its dumps and restores are to take the kernel not to have
@@ -134,6 +136,7 @@ impl Live {
             root: Pid::from_raw(root),
             dir,
             images_name: "images",
+            programs: (engine(), restorer()),
             fault: None,
             without: "",
             status,
@@ -226,7 +229,7 @@ impl Live {
         self.tree();
         let images = self.images();
         fs::create_dir_all(&images).expect("the images directory is ours");
-        let mut command = Command::new(engine());
+        let mut command = Command::new(&self.programs.0);
         command.arg("dump").arg("-t").arg(self.root.to_string());
         command.arg("-D").arg(&images).args(["-v4", "-o", "dump.log"]).args(arguments);
         self.set_environment(&mut command);
@@ -287,8 +290,13 @@ impl Live {
 
     /// Runs `restore` of the tree's images, detached.
     pub fn try_restore(&self, arguments: &[&str]) -> Output {
-        let mut command = Command::new(restorer());
-        command.arg("restore").arg("-D").arg(self.images());
+        self.try_restore_from(&self.images(), arguments)
+    }
+
+    /// Runs `restore` of the tree's images in another place.
+    pub fn try_restore_from(&self, images: &Path, arguments: &[&str]) -> Output {
+        let mut command = Command::new(&self.programs.1);
+        command.arg("restore").arg("-D").arg(images);
         command.args(["-d", "-v4", "-o", "restore.log", "--pidfile"]).arg(self.path("pid"));
         command.args(arguments);
         self.set_environment(&mut command);
@@ -304,7 +312,7 @@ impl Live {
     }
 
     /// The program's messages and the end of its log.
-    fn complaint(&self, output: &Output, log: &str) -> String {
+    pub fn complaint(&self, output: &Output, log: &str) -> String {
         let log = fs::read(self.images().join(log)).unwrap_or_default();
         let log = String::from_utf8_lossy(&log);
         let mut text = format!("{}\n", output.status);
