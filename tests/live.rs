@@ -12,8 +12,9 @@ mod common;
 
 use std::{
     collections::BTreeSet,
-    fs,
-    io::Read,
+    fs::{self, File},
+    io::{BufWriter, Read},
+    path::Path,
     process::{Command, Stdio},
     time::Instant,
 };
@@ -24,6 +25,7 @@ use common::{
     mounted::Mounted,
     require,
 };
+use rcriu::image::{ImageWriter, Kind, proto, read_all};
 
 /// Dumps a state, which ends it, and restores it.
 fn restored(name: &str, options: &[&str]) {
@@ -317,6 +319,49 @@ fn privileged_restored_from_a_mount_with_shared_memory() {
 #[test]
 fn privileged_restored_from_a_mount_with_forks() {
     restored_from_a_mount("cow_tree", false);
+}
+
+/// Puts the entries of `files.img` into images of one kind each, as old images have them.
+fn split_files(images: &Path) {
+    let path = images.join(Kind::Files.file_name(0));
+    let entries: Vec<proto::FileEntry> = read_all(&path, Kind::Files).unwrap();
+    let count = entries.len();
+    fs::remove_file(path).unwrap();
+    let mut left = entries;
+    macro_rules! kinds {
+        ($($field:ident $kind:ident),*) => {
+            $(
+                let these: Vec<_> = left.iter().filter_map(|entry| entry.$field.clone()).collect();
+                if !these.is_empty() {
+                    let path = images.join(Kind::$kind.file_name(0));
+                    let file = BufWriter::new(File::create(&path).unwrap());
+                    let mut image = ImageWriter::new(&path, file, Kind::$kind).unwrap();
+                    these.iter().for_each(|entry| image.message(entry).unwrap());
+                    image.finish().unwrap();
+                    left.retain(|entry| entry.$field.is_none());
+                }
+            )*
+        };
+    }
+    kinds!(
+        reg RegFiles, pipe Pipes, fifo Fifo, isk Inetsk, usk Unixsk, efd EventfdFile,
+        epfd EventpollFile, sgfd Signalfd, tfd Timerfd, tty TtyFiles
+    );
+    assert!(left.is_empty() && count > 0, "{left:?}");
+}
+
+#[test]
+fn privileged_images_of_one_kind_each_are_restored() {
+    require(Cap::Ptrace);
+    for name in
+        ["regular_files", "pipes", "fifo", "epoll", "eventfds", "timerfds", "unix_named", "udp"]
+    {
+        let mut live = Live::workload(name);
+        live.dump(&[]);
+        split_files(&live.images());
+        live.restore(&[]);
+        live.verdict();
+    }
 }
 
 /// A job of a terminal's session, whose leader stays.
