@@ -116,7 +116,6 @@ states! {
     shared_file
     deleted_file_mapping
     memfd_mapping
-    madvised
     cow_tree
     threads
     thread_masks
@@ -145,7 +144,7 @@ states! {
     signalfd
     unix_stream_pair
     unix_named
-    tcp_listening
+    udp
 }
 
 /// One link of a chain: who writes it, and how.
