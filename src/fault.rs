@@ -2,8 +2,9 @@
 //!
 //! `RCRIU_FAULT=NAME` makes the point `NAME` fail; `RCRIU_FAULT=NAME:kill` makes
 //! the process kill itself there, as `kill -9` or a power cut would;
-//! `NAME:stop` makes it stop (`SIGSTOP`), so that a test can look. Compiled
-//! always, so that what is tested is what is shipped.
+//! `NAME:stop` makes it stop (`SIGSTOP`), so that a test can look.
+//! `RCRIU_WITHOUT=NAME,NAME` makes the programs take the kernel for an older one.
+//! Compiled always, so that what is tested is what is shipped.
 
 use std::{env, sync::OnceLock};
 
@@ -48,6 +49,40 @@ points! {
     RestoreFiles = "restore-files": "After the descriptors were installed.";
     RestoreThreads = "restore-threads": "After all threads were made.";
     RestoreLast = "restore-last": "Before the first process is let go.";
+}
+
+macro_rules! novelties {
+    ($($novelty:ident = $name:literal: $about:literal;)*) => {
+        /// What newer kernels have, and a test can make the programs do without.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Novelty { $(#[doc = $about] $novelty,)* }
+
+        impl Novelty {
+            /// Every one.
+            pub const ALL: &'static [Self] = &[$(Self::$novelty,)*];
+
+            /// Returns the name that `RCRIU_WITHOUT` has for it.
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$novelty => $name,)* }
+            }
+        }
+    };
+}
+
+novelties! {
+    EventfdSemaphore = "eventfd_semaphore":
+        "`/proc/PID/fdinfo` tells whether an eventfd is a semaphore (Linux 6.5).";
+    LockOnFault = "lock_on_fault":
+        "`/proc/PID/smaps` has a code for memory that is locked on fault (after Linux 6.12).";
+    TimerIds = "timer_cr_ids": "`PR_TIMER_CREATE_RESTORE_IDS` (Linux 6.15).";
+    ScanGuards = "pagemap_scan_guards": "`PAGEMAP_SCAN` tells guard pages (Linux 6.18).";
+}
+
+/// Whether a test wants the programs to do as if the kernel did not have this.
+pub fn is_without(novelty: Novelty) -> bool {
+    static MISSING: OnceLock<String> = OnceLock::new();
+    let missing = MISSING.get_or_init(|| env::var("RCRIU_WITHOUT").unwrap_or_default());
+    missing.split(',').any(|name| name == novelty.name())
 }
 
 /// A failure that `RCRIU_FAULT` asked for.
@@ -111,5 +146,8 @@ mod tests {
         for point in Point::ALL {
             hit(*point).unwrap();
         }
+        let names: BTreeSet<_> = Novelty::ALL.iter().map(|novelty| novelty.name()).collect();
+        assert_eq!(names.len(), Novelty::ALL.len());
+        assert!(!Novelty::ALL.iter().any(|novelty| is_without(*novelty)));
     }
 }

@@ -9,7 +9,7 @@ use std::{
 /// Each module of the library with those that it may use besides itself.
 const ARROWS: &[(&str, &[&str])] = &[
     ("units", &[]),
-    ("sys", &["units"]),
+    ("sys", &["units", "fault"]),
     ("image", &["units"]),
     ("chain", &["image", "units"]),
     ("view", &["chain", "image", "units"]),

@@ -43,11 +43,15 @@ fn damage() -> impl Strategy<Value = Damage> {
     ]
 }
 
-/// Copies the fixture and returns its files.
-fn copy(to: &Path) -> Vec<PathBuf> {
-    let chain = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/criu42-chain/chain");
+/// The fixtures, and the snapshots in them.
+const CHAINS: [(&str, &[&str]); 2] =
+    [("criu42-chain/chain", &["1", "2", "3"]), ("small/criu3171", &["1", "2"])];
+
+/// Copies a fixture and returns its files.
+fn copy((chain, names): (&str, &[&str]), to: &Path) -> Vec<PathBuf> {
+    let chain = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(chain);
     let mut files = Vec::new();
-    for name in ["1", "2", "3"] {
+    for name in names {
         let dir = to.join(name);
         fs::create_dir(&dir).unwrap();
         for entry in fs::read_dir(chain.join(name)).unwrap() {
@@ -114,10 +118,11 @@ proptest! {
 
     #[test]
     fn a_damaged_chain_is_answered_or_an_error(
+        chain in prop::sample::select(&CHAINS[..]),
         damages in prop::collection::vec((any::<Index>(), damage()), 1..4),
     ) {
         let root = tempfile::tempdir().unwrap();
-        let files = copy(root.path());
+        let files = copy(chain, root.path());
         for (file, damage) in &damages {
             let file: &PathBuf = file.get(&files);
             apply(&files, file, damage);

@@ -43,6 +43,8 @@ struct Steps {
     /// Images that were written, the newest last.
     chain: Vec<String>,
     tracker: Tracker,
+    /// What dumps are to take the kernel not to have (`RCRIU_WITHOUT`).
+    without: &'static str,
 }
 
 /// What a dump says of itself.
@@ -71,7 +73,7 @@ impl Steps {
         // run, and it runs for each dump.
         let no_rseq = "GLIBC_TUNABLES=glibc.pthread.rseq=0";
         let live = Live::program("env", &[no_rseq, program, "--steps", name, &path], dir);
-        Self { live, chain: Vec::new(), tracker }
+        Self { live, chain: Vec::new(), tracker, without: "" }
     }
 
     /// Waits for a step; returns whether there is one.
@@ -130,7 +132,7 @@ impl Steps {
         engine.args([command, "-t", &self.live.root.to_string(), "-D"]).arg(&dir);
         engine.args(["--display-stats", "-v4", "-o", "log"]);
         engine.args(options.iter().filter(|option| **option != KILL));
-        engine.envs(environment.iter().copied());
+        engine.env("RCRIU_WITHOUT", self.without).envs(environment.iter().copied());
         if command == "dump" && !options.contains(&KILL) {
             engine.arg("-R");
         }
@@ -325,8 +327,18 @@ fn keepers(pid: i32) -> Vec<i32> {
 
 #[test]
 fn privileged_a_tracker_spares_looking() {
+    a_tracker_spares_looking("");
+}
+
+#[test]
+fn privileged_a_tracker_spares_looking_where_guard_pages_are_not_told() {
+    a_tracker_spares_looking("pagemap_scan_guards");
+}
+
+fn a_tracker_spares_looking(without: &'static str) {
     let tracker = best();
     let mut steps = Steps::start("private_pages", tracker);
+    steps.without = without;
     assert!(steps.await_step(1));
     steps.check();
     steps.go_on(1);

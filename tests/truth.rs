@@ -1,7 +1,8 @@
 //! What is resolved from a chain that CRIU wrote, against what its dumper saw.
 //!
 //! The chain and its truth are in `fixtures/criu42-chain`; its README says how
-//! they were made.
+//! they were made. In `fixtures/small` is one and the same program as two versions of CRIU
+//! have dumped it, whose memory follows from its source.
 
 mod common;
 
@@ -9,7 +10,7 @@ use std::{collections::BTreeMap, fs, os::unix::fs::FileExt, path::PathBuf, sync:
 
 use common::{Cap, mounted::Mounted, require};
 use rcriu::{
-    chain::{Chain, read_at},
+    chain::{Chain, Summary, read_at},
     image::{ImageReader, PagemapReader},
     view::{ROOT, View},
 };
@@ -153,4 +154,57 @@ fn privileged_every_anonymous_page_is_so_in_a_mount() {
         bytes.truncate(read);
         bytes
     });
+}
+
+/// Returns a page of the program of `fixtures/small` as it fills it.
+fn filled(what: u64, page: u64, round: u64) -> Vec<u8> {
+    let word = |word: u64| what << 48 | page << 32 | round << 16 | word;
+    (0..PAGE as u64 / 8).flat_map(|number| word(number).to_le_bytes()).collect()
+}
+
+#[test]
+fn two_versions_tell_the_same_of_the_same_program() {
+    // Where it has its memory.
+    const PRIVATE: u64 = 0x1000_0000;
+    const SHARED: u64 = 0x2000_0000;
+    let small = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/small");
+    for (dir, rounds) in [("criu42/1", 1), ("criu3171/1", 0), ("criu3171/2", 1)] {
+        let dir = small.join(dir);
+        let chain = Arc::new(Chain::open(&dir).unwrap());
+        let id = chain.ids().find(|id| chain.snapshot(*id).dir == dir).unwrap();
+        let summary = Summary::of(&chain, id).unwrap();
+        assert_eq!(summary.private.in_parent > 0, dir.ends_with("criu3171/2"), "{summary:?}");
+        let view = View::new(Arc::clone(&chain), id);
+        let [parent, child] = summary.processes[..] else { panic!("{summary:?}") };
+        for (pid, is_child) in [(parent, false), (child, true)] {
+            let folder = view.lookup(ROOT, "mem").unwrap().ino;
+            let ino = view.lookup(folder, &pid.to_string()).unwrap().ino;
+            let open = view.open(ino).unwrap();
+            let page = |at: u64| {
+                let mut bytes = vec![0xaa; PAGE];
+                assert_eq!(read_at(&*open.content, at, &mut bytes).unwrap(), PAGE);
+                bytes
+            };
+            for number in 0..4_u64 {
+                let at = number * PAGE as u64;
+                let private = match (rounds, number, is_child) {
+                    (1, 3, _) => vec![0; PAGE],
+                    (1, 2, false) => filled(1, 2, 1),
+                    (1, 1, true) => filled(2, 1, 1),
+                    _ => filled(1, number, 0),
+                };
+                assert_eq!(
+                    page(PRIVATE + at),
+                    private,
+                    "private page {number} of {pid} in {dir:?}"
+                );
+                let shared = match (rounds, number) {
+                    (1, 2) => filled(3, 2, 1),
+                    (1, 1) => filled(4, 1, 1),
+                    _ => filled(3, number, 0),
+                };
+                assert_eq!(page(SHARED + at), shared, "shared page {number} of {pid} in {dir:?}");
+            }
+        }
+    }
 }

@@ -109,6 +109,10 @@ impl Intake for State {
         self.entries.push(entry);
     }
 
+    fn entry(&mut self, id: u32) -> Option<&mut proto::FileEntry> {
+        self.entries.iter_mut().find(|entry| entry.id == id)
+    }
+
     fn lost(&mut self) -> &mut Lost {
         &mut self.lost
     }

@@ -30,6 +30,10 @@ const EAGER_LOOKS: usize = 200;
 /// How long to sleep between two looks.
 const NAP: Duration = Duration::from_micros(100);
 
+/// `PF_IO_WORKER` (`linux/sched.h`, since Linux 5.12): the kernel's own thread, which
+/// works for an io_uring.
+const IO_WORKER: u32 = 0x10;
+
 /// A process of a stopped tree.
 #[derive(Debug)]
 pub struct Task {
@@ -150,7 +154,10 @@ impl Frozen {
         let mut pending = Vec::new();
         let mut failure = None;
         for tid in tids {
-            if stopped.iter().any(|thread| thread.tid == tid) {
+            // A worker of the kernel's has no registers to be put back, and may stay when
+            // its ring is gone. A ring itself is seen by its descriptor.
+            let known = stopped.iter().any(|thread| thread.tid == tid);
+            if known || (tid != pid && is_io_worker(pid, tid)) {
                 continue;
             }
             match seize(tid) {
@@ -266,6 +273,10 @@ fn release_all(threads: Vec<Tracee>) {
 fn seize(tid: HostPid) -> Result<()> {
     ptrace::seize(tid, ptrace::options::SYSGOOD).map_err(|errno| tracee::denied(tid, errno))?;
     ptrace::interrupt(tid).map_err(InjectError::trace(tid, "interrupt"))
+}
+
+fn is_io_worker(pid: HostPid, tid: HostPid) -> bool {
+    proc::thread_stat(pid, tid).is_ok_and(|stat| stat.flags & IO_WORKER != 0)
 }
 
 fn is_dead(pid: HostPid, tid: HostPid) -> bool {

@@ -5,8 +5,10 @@ use nix::libc;
 
 use super::{ResError, Result};
 use crate::{
+    fault::{self, Novelty},
     image::{proto::VmaEntry, vma},
     proc::{Mapping, VmFlags},
+    sys::Features,
     units::HostPid,
 };
 
@@ -135,7 +137,7 @@ pub fn entry(mapping: &Mapping, object: Object, shmid: u64) -> VmaEntry {
         map |= flag;
     }
     let mut flag_bits = map.cast_unsigned();
-    if flags.contains(VmFlags::LOCK_ON_FAULT) {
+    if is_locked_on_fault(flags) {
         flag_bits |= LOCKED_ON_FAULT;
     }
     if flags.contains(VmFlags::HUGE_TLB) {
@@ -163,6 +165,18 @@ pub fn entry(mapping: &Mapping, object: Object, shmid: u64) -> VmaEntry {
         fdflags: has_file
             .then_some(if write_back { libc::O_RDWR } else { libc::O_RDONLY }.cast_unsigned()),
     }
+}
+
+/// Whether a mapping is locked page by page as they are touched, also where the kernel
+/// has no name for that.
+fn is_locked_on_fault(flags: VmFlags) -> bool {
+    let named = flags.contains(VmFlags::LOCK_ON_FAULT);
+    if named && !fault::is_without(Novelty::LockOnFault) {
+        return true;
+    }
+    (named || flags.contains(VmFlags::UNKNOWN))
+        && flags.contains(VmFlags::LOCKED)
+        && Features::hides_lock_on_fault()
 }
 
 /// Whether the file of a mapping was opened for writing.

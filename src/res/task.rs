@@ -152,19 +152,20 @@ fn personality(stored: u32) -> u32 {
     read.ok().filter(|read| read & NO_PERSONALITY == 0).unwrap_or(stored)
 }
 
-/// Adds the calls that a process makes for itself while it still has the
-/// credentials of this program. `own_limits` are the limits of this program.
+/// Returns the scripts that make the timers of a process whose threads are there.
 ///
 /// # Errors
 /// [`ResError::Image`].
-pub fn apply(
-    core: &proto::CoreEntry,
-    pid: HostPid,
-    own_limits: &[(u64, u64)],
-    script: &mut Script,
-) -> Result<()> {
-    let Some(task) = &core.tc else { return Ok(()) };
-    let wrong = |problem| ResError::Image { pid, problem };
+pub fn timers(core: &proto::CoreEntry, pid: HostPid) -> Result<timers::Creation> {
+    let timers = core.tc.as_ref().and_then(|task| task.timers.as_ref());
+    let posix = timers.map_or(&[][..], |timers| &timers.posix);
+    timers::create(posix).map_err(|problem| ResError::Image { pid, problem })
+}
+
+/// Adds the calls that a process makes for itself while it still has the
+/// credentials of this program. `own_limits` are the limits of this program.
+pub fn apply(core: &proto::CoreEntry, own_limits: &[(u64, u64)], script: &mut Script) {
+    let Some(task) = &core.tc else { return };
     signals::apply(&task.sigactions, script);
     let personality = personality(task.personality);
     script.call("set the personality", libc::SYS_personality, &[personality.into()]);
@@ -178,9 +179,6 @@ pub fn apply(
             script.attempt(libc::SYS_membarrier, &[command.into(), 0.into()]);
         }
     }
-    if let Some(timers) = &task.timers {
-        timers::create(&timers.posix, script).map_err(wrong)?;
-    }
     let limits = task.rlimits.iter().flat_map(|limits| &limits.rlimits);
     for (number, limit) in limits.enumerate() {
         if own_limits.get(number) == Some(&(limit.cur, limit.max)) {
@@ -192,7 +190,6 @@ pub fn apply(
         let what = format!("set limit {number} to {} of at most {}", limit.cur, limit.max);
         script.call(what, libc::SYS_prlimit64, &[0.into(), number.into(), buffer.into()]);
     }
-    Ok(())
 }
 
 /// Adds the last calls of a process: what waits for it, and what runs by itself.

@@ -1,5 +1,7 @@
 //! Interval timers (`setitimer(2)`) and POSIX timers (`timer_create(2)`).
 
+use std::collections::VecDeque;
+
 use nix::libc;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -7,14 +9,23 @@ use crate::{
     image::proto,
     inject::{Answers, Buffer, CallId, Script},
     proc::PosixTimer,
+    sys::Features,
 };
 
-/// `PR_TIMER_CREATE_RESTORE_IDS` (`linux/prctl.h`, since Linux 6.16): a new timer
+/// `PR_TIMER_CREATE_RESTORE_IDS` (`linux/prctl.h`, since Linux 6.15): a new timer
 /// gets the id that is asked for.
 const TIMER_CREATE_RESTORE_IDS: i32 = 77;
 
-/// The most timers made and deleted in one go on the way to an id.
-const GAP_LIMIT: u32 = 200;
+/// The most timers made and deleted in one go on the way to an id: a script with them
+/// fits into half of the memory for it.
+const GAP_AT_ONCE: u32 = 200;
+
+/// The highest id that is reached by making and deleting timers, which takes about two
+/// seconds.
+const COUNTED_LIMIT: u32 = 1 << 20;
+
+/// `SIGEV_NONE` (`asm-generic/siginfo.h`): such a timer tells nobody.
+const NOTIFY_NONE: u32 = 1;
 
 /// `struct itimerval`, `struct itimerspec`: interval, then value, each in seconds
 /// and micro- or nanoseconds.
@@ -28,7 +39,7 @@ struct Times {
 }
 
 /// `struct sigevent` (`asm-generic/siginfo.h`).
-#[derive(Clone, Copy, Debug, IntoBytes, Immutable)]
+#[derive(Clone, Copy, Debug, Default, IntoBytes, Immutable)]
 #[repr(C)]
 struct Event {
     value: u64,
@@ -109,43 +120,89 @@ fn running(timer: proto::ItimerEntry) -> proto::ItimerEntry {
     }
 }
 
-/// Adds the calls that make the POSIX timers of a process, without starting them.
+/// Returns the scripts, one after the other, that make the POSIX timers of a process
+/// without starting them.
 ///
-/// The ids of timers are given out one after another: where the kernel cannot be
-/// asked for one, timers are made and deleted until it is the next one's turn.
+/// The ids of timers are given out one after another, from 0. Where the kernel cannot
+/// be asked for one, timers are made and deleted until it is the next one's turn.
 ///
 /// # Errors
-/// What is wrong with the entry.
-pub fn create(entries: &[proto::PosixTimerEntry], script: &mut Script) -> Result<(), String> {
-    if entries.is_empty() {
-        return Ok(());
-    }
-    let mut entries: Vec<_> = entries.iter().collect();
+/// What is wrong with the entries.
+pub fn create(entries: &[proto::PosixTimerEntry]) -> Result<Creation, String> {
+    let mut entries = entries.to_vec();
     entries.sort_by_key(|entry| entry.it_id);
-    let by_id = [TIMER_CREATE_RESTORE_IDS.into(), 1.into()];
-    let chosen = script.attempt(libc::SYS_prctl, &by_id);
-    let _ = chosen;
-    for entry in &entries {
-        let event = Event {
-            value: entry.sival_ptr,
-            signal: entry.si_signo,
-            notify: entry.it_sigev_notify,
-            thread: entry.notify_thread_id.unwrap_or(0),
-            padding: [0; 11],
-        };
-        let event = script.bytes(event.as_bytes());
-        let id = script.bytes(&entry.it_id.to_le_bytes());
-        script.call(
-            format!("make timer {}", entry.it_id),
-            libc::SYS_timer_create,
-            &[entry.clock_id.into(), event.into(), id.into()],
-        );
+    if let Some(pair) = entries.windows(2).find(|pair| pair[0].it_id == pair[1].it_id) {
+        return Err(format!("there are two timers with the id {}", pair[0].it_id));
     }
-    script.attempt(libc::SYS_prctl, &[TIMER_CREATE_RESTORE_IDS.into(), 0.into()]);
-    if entries.last().is_some_and(|entry| entry.it_id > GAP_LIMIT << 10) {
-        return Err(format!("timer id {} is too large", entries[entries.len() - 1].it_id));
+    let counts = !Features::has_timer_ids();
+    if let Some(last) = entries.last().filter(|last| counts && last.it_id > COUNTED_LIMIT) {
+        return Err(format!(
+            "timer id {} is too high: this kernel (before Linux 6.15) gives out one after \
+             another, and no more than {COUNTED_LIMIT} are made on the way",
+            last.it_id
+        ));
     }
-    Ok(())
+    Ok(Creation { entries: entries.into(), counts, next: 0 })
+}
+
+/// Scripts that make timers.
+#[derive(Debug)]
+pub struct Creation {
+    entries: VecDeque<proto::PosixTimerEntry>,
+    /// Whether ids can only be reached by counting.
+    counts: bool,
+    /// The id that the kernel gives out next, if it cannot be asked for one.
+    next: u32,
+}
+
+impl Iterator for Creation {
+    type Item = Script;
+
+    fn next(&mut self) -> Option<Script> {
+        let mut script = Script::new();
+        if !self.counts {
+            script.attempt(libc::SYS_prctl, &[TIMER_CREATE_RESTORE_IDS.into(), 1.into()]);
+        }
+        let mut made = 0;
+        while made < GAP_AT_ONCE
+            && let Some(entry) = self.entries.front()
+        {
+            made += 1;
+            if self.counts && self.next < entry.it_id {
+                let event = Event { notify: NOTIFY_NONE, ..Event::default() };
+                make(&mut script, self.next, libc::CLOCK_MONOTONIC.cast_unsigned(), event);
+                let what = format!("delete timer {}", self.next);
+                script.call(what, libc::SYS_timer_delete, &[self.next.into()]);
+            } else {
+                let event = Event {
+                    value: entry.sival_ptr,
+                    signal: entry.si_signo,
+                    notify: entry.it_sigev_notify,
+                    thread: entry.notify_thread_id.unwrap_or(0),
+                    padding: [0; 11],
+                };
+                make(&mut script, entry.it_id, entry.clock_id, event);
+                let times = script.space(size_of::<Times>());
+                let what = format!("find timer {}", entry.it_id);
+                let arguments = [entry.it_id.into(), times.into()];
+                script.call(what, libc::SYS_timer_gettime, &arguments);
+                self.entries.pop_front();
+            }
+            self.next += 1;
+        }
+        if !self.counts {
+            script.attempt(libc::SYS_prctl, &[TIMER_CREATE_RESTORE_IDS.into(), 0.into()]);
+        }
+        (made > 0).then_some(script)
+    }
+}
+
+/// Adds the call that makes a timer, which gets this id.
+fn make(script: &mut Script, id: u32, clock: u32, event: Event) {
+    let event = script.bytes(event.as_bytes());
+    let buffer = script.bytes(&id.to_le_bytes());
+    let arguments = [clock.into(), event.into(), buffer.into()];
+    script.call(format!("make timer {id}"), libc::SYS_timer_create, &arguments);
 }
 
 /// Adds the calls that start all timers of a process, with what was left of their
@@ -194,5 +251,27 @@ mod tests {
         assert_eq!(running(timer(7, 5)), timer(7, 5));
         assert_eq!(running(timer(0, 0)), timer(0, 0));
         assert_eq!(running(timer(7, 0)), proto::ItimerEntry { vsec: 7, ..timer(7, 0) });
+    }
+
+    #[test]
+    fn ids_are_reached_by_counting() {
+        let timer = |it_id| proto::PosixTimerEntry { it_id, ..Default::default() };
+        let entries: VecDeque<_> = [0, 3, 500].map(timer).into();
+        let mut creation = Creation { entries: entries.clone(), counts: true, next: 0 };
+        let lengths: Vec<_> = creation.by_ref().map(|script| script.len()).collect();
+        // Two calls for each: 501 ids.
+        assert_eq!(lengths, [400, 400, 202]);
+        let script = Creation { entries, counts: false, next: 0 }.next().unwrap();
+        assert_eq!(script.len(), 2 + 3 * 2);
+        assert!(create(&[timer(1), timer(1)]).unwrap_err().contains("two timers"));
+        assert_eq!(create(&[]).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_script_that_counts_fits_into_the_memory_for_it() {
+        let entries =
+            VecDeque::from([proto::PosixTimerEntry { it_id: 1000, ..Default::default() }]);
+        let script = Creation { entries, counts: true, next: 0 }.next().unwrap();
+        assert!(script.bytes_needed() < crate::inject::TABLE_BYTES * 3 / 4);
     }
 }

@@ -43,10 +43,15 @@ pub(super) fn all(plan: &Plan, puppets: &mut Puppets, files: &mut Files) -> Resu
         let Some(body) = &planned.body else { continue };
         puppets.make_threads(position)?;
         for (number, of) in planned.threads.iter().enumerate() {
+            if number == 0 {
+                for script in task::timers(planned.core(), planned.pid)? {
+                    run(puppets, position, number, &script)?;
+                }
+            }
             let mut script = Script::new();
             thread::apply(&of.core, &mut script);
             if number == 0 {
-                task::apply(planned.core(), planned.pid, &limits, &mut script)?;
+                task::apply(planned.core(), &limits, &mut script);
                 let layout = &puppets.tasks[position].as_ref().expect("it lives").layout;
                 memory::finish(body, layout, &mut script);
             }

@@ -9,7 +9,7 @@ use std::{
 use super::{RestoreError, Result};
 use crate::{
     chain::{Chain, ChainError, Content, MemoryBytes, SnapshotId},
-    image::{Kind, MemoryId, proto, read_all, read_one, vma},
+    image::{Kind, MemoryId, proto, read_all, read_files, read_one, vma},
     proc,
     res::{mapping, task::state},
     sys::process,
@@ -117,10 +117,7 @@ impl Plan {
             }
             pstree => pstree?,
         };
-        let files = match read_all(&dir.join(Kind::Files.file_name(0)), Kind::Files) {
-            Err(error) if error.is_missing() => Vec::new(),
-            files => files?,
-        };
+        let files = read_files(dir)?.unwrap_or_default();
         let mut plan = Self { tasks: Vec::new(), files, chain, snapshot };
         let ordered = order(pstree).map_err(problem)?;
         for (entry, parent) in ordered {

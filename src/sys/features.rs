@@ -13,6 +13,8 @@ use std::{
 
 use nix::{errno::Errno, libc};
 
+use crate::fault::{self, Novelty};
+
 use self::{child::Child, memory::Page};
 
 /// What this kernel, with the rights of this process, can do.
@@ -134,6 +136,19 @@ impl Features {
         })
     }
 
+    /// Whether a process can choose the ids of its timers (Linux 6.15).
+    pub fn has_timer_ids() -> bool {
+        static PROBED: OnceLock<bool> = OnceLock::new();
+        *PROBED.get_or_init(timer_restore_ids)
+    }
+
+    /// Whether `/proc/PID/smaps` has no code of its own for memory that is locked on
+    /// fault, but the one for flags without a name (found so on Linux 6.1).
+    pub fn hides_lock_on_fault() -> bool {
+        static PROBED: OnceLock<bool> = OnceLock::new();
+        *PROBED.get_or_init(memory::hides_lock_on_fault)
+    }
+
     fn probe_fuse(&mut self) {
         let Ok(fuse) = File::options().read(true).write(true).open("/dev/fuse") else { return };
         self.fuse = true;
@@ -215,7 +230,7 @@ fn timer_restore_ids() -> bool {
     // SAFETY: plain integers; this only asks.
     let result =
         unsafe { libc::prctl(PR_TIMER_CREATE_RESTORE_IDS, GET, 0_usize, 0_usize, 0_usize) };
-    result >= 0
+    result >= 0 && !fault::is_without(Novelty::TimerIds)
 }
 
 fn openat2() -> bool {

@@ -12,7 +12,10 @@ use std::{
 use nix::{errno::Errno, libc};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
-use crate::units::{PAGE_SIZE, PageIndex, RemoteAddr};
+use crate::{
+    fault::{self, Novelty},
+    units::{PAGE_SIZE, PageIndex, RemoteAddr},
+};
 
 /// Kinds of pages (`PAGE_IS_*`, `linux/fs.h`, since Linux 6.7).
 pub mod category {
@@ -32,7 +35,9 @@ pub mod category {
     pub const HUGE: u64 = 1 << 6;
     /// Written since the soft-dirty bits were cleared.
     pub const SOFT_DIRTY: u64 = 1 << 7;
-    /// A guard page (`MADV_GUARD_INSTALL`); reported since Linux 6.18.
+    /// A guard page (`MADV_GUARD_INSTALL`, Linux 6.13). The plain file tells it since
+    /// Linux 6.15, and `PAGEMAP_SCAN` since Linux 6.18; before, it is refused there as
+    /// an unknown category.
     pub const GUARD: u64 = 1 << 8;
 }
 
@@ -52,6 +57,10 @@ impl Region {
     /// Returns the first page.
     pub fn first(&self) -> PageIndex {
         PageIndex::holding(self.start)
+    }
+
+    fn of_page(page: PageIndex, categories: u64) -> Self {
+        Self { start: page.address(), end: page.address() + PAGE_SIZE, categories }
     }
 
     /// Returns the address behind the last page.
@@ -92,6 +101,24 @@ impl Query {
     #[must_use]
     pub fn without_guards(self) -> Self {
         Self { all: self.all | category::GUARD, inverted: self.inverted | category::GUARD, ..self }
+    }
+
+    /// Returns what to ask instead where guard pages are not told apart: it finds the
+    /// same pages and guard pages, and tells which ones count as swapped.
+    fn with_any_guards(self) -> Self {
+        let guards_only = self.all & !self.inverted & category::GUARD != 0;
+        let all = self.all & !category::GUARD;
+        Self {
+            all: if guards_only { all | category::SWAPPED } else { all },
+            any: self.any & !category::GUARD,
+            inverted: self.inverted & !category::GUARD,
+            tell: self.tell & !category::GUARD | category::SWAPPED,
+        }
+    }
+
+    /// Whether guard pages are told from others.
+    fn is_about_guards(self) -> bool {
+        (self.all | self.any | self.tell) & category::GUARD != 0
     }
 }
 
@@ -144,6 +171,8 @@ const SWAPPED: u64 = 1 << 62;
 pub struct PagemapFile {
     file: File,
     scan: AtomicBool,
+    /// Whether the ioctl knows guard pages.
+    scan_guards: AtomicBool,
 }
 
 impl PagemapFile {
@@ -152,7 +181,11 @@ impl PagemapFile {
     /// # Errors
     /// `ENOENT`, `EACCES`.
     pub fn open(path: &Path) -> io::Result<Self> {
-        Ok(Self { file: File::open(path)?, scan: AtomicBool::new(true) })
+        Ok(Self {
+            file: File::open(path)?,
+            scan: AtomicBool::new(true),
+            scan_guards: AtomicBool::new(!fault::is_without(Novelty::ScanGuards)),
+        })
     }
 
     /// Appends the regions of `[start, end)` that `query` asks for to `regions`,
@@ -170,11 +203,9 @@ impl PagemapFile {
     ) -> io::Result<bool> {
         if self.scan.load(Ordering::Relaxed) {
             match self.scan_by_ioctl(start, end, query, 0, regions) {
-                Err(Errno::ENOTTY | Errno::EINVAL) => self.scan.store(false, Ordering::Relaxed),
-                result => {
-                    result?;
-                    return Ok(true);
-                }
+                Err(ScanError::Unknown) => self.scan.store(false, Ordering::Relaxed),
+                Err(ScanError::Failed(error)) => return Err(error),
+                Ok(()) => return Ok(true),
             }
         }
         self.scan_by_reading(start, end, query, regions)?;
@@ -196,10 +227,51 @@ impl PagemapFile {
         regions: &mut Vec<Region>,
     ) -> io::Result<()> {
         let flags = SCAN_WP_MATCHING | SCAN_CHECK_WPASYNC;
-        Ok(self.scan_by_ioctl(start, end, query, flags, regions)?)
+        self.scan_by_ioctl(start, end, query, flags, regions).map_err(|error| match error {
+            ScanError::Unknown => Errno::ENOTTY.into(),
+            ScanError::Failed(error) => error,
+        })
     }
 
+    /// Scans by the ioctl, also where that does not know guard pages.
     fn scan_by_ioctl(
+        &self,
+        start: RemoteAddr,
+        end: RemoteAddr,
+        query: Query,
+        flags: u64,
+        regions: &mut Vec<Region>,
+    ) -> Result<(), ScanError> {
+        if !query.is_about_guards() || self.scan_guards.load(Ordering::Relaxed) {
+            match self.ioctl(start, end, query, flags, regions) {
+                Err(Errno::EINVAL) if query.is_about_guards() => {
+                    self.scan_guards.store(false, Ordering::Relaxed);
+                }
+                result => return Ok(result?),
+            }
+        }
+        let mut found = Vec::new();
+        self.ioctl(start, end, query.with_any_guards(), flags, &mut found)?;
+        // Guard pages are among those that count as swapped, which are few.
+        for region in found {
+            if region.categories & category::SWAPPED == 0 {
+                push(regions, Region { categories: region.categories & query.tell, ..region });
+                continue;
+            }
+            self.read(region.first(), PageIndex::holding(region.end), |page, entry| {
+                let guard = categories(entry) & category::GUARD;
+                let told = region.categories | guard;
+                let wanted = guard ^ query.inverted & category::GUARD;
+                if query.all & category::GUARD & !wanted == 0 {
+                    push(regions, Region::of_page(page, told & query.tell));
+                }
+            })
+            .map_err(ScanError::Failed)?;
+        }
+        Ok(())
+    }
+
+    fn ioctl(
         &self,
         start: RemoteAddr,
         end: RemoteAddr,
@@ -250,33 +322,55 @@ impl PagemapFile {
         query: Query,
         regions: &mut Vec<Region>,
     ) -> io::Result<()> {
+        self.read(PageIndex::holding(start.0), PageIndex::holding(end.0), |page, entry| {
+            let mut categories = categories(entry);
+            // A page of zeros that has come by reading in the place of another one
+            // is not dirty, and cannot be told from others here. But only pages of
+            // one process alone are mapped exclusively.
+            if entry & (EXCLUSIVE | SWAPPED) == 0 {
+                categories |= category::SOFT_DIRTY;
+            }
+            if matches(categories, query) {
+                push(regions, Region::of_page(page, categories & query.tell));
+            }
+        })
+    }
+
+    /// Reads the entries of the pages `[page, last)`.
+    fn read(
+        &self,
+        mut page: PageIndex,
+        last: PageIndex,
+        mut each: impl FnMut(PageIndex, u64),
+    ) -> io::Result<()> {
         let mut entries = vec![0_u64; ENTRY_BATCH];
-        let mut page = PageIndex::holding(start.0);
-        let last = PageIndex::holding(end.0);
         while page < last {
             let count = usize::try_from(last.0 - page.0).unwrap_or(usize::MAX).min(ENTRY_BATCH);
             let bytes = entries[..count].as_mut_bytes();
             self.file.read_exact_at(bytes, page.0 * size_of::<u64>() as u64)?;
             for entry in &entries[..count] {
-                let mut categories = categories(*entry);
-                // A page of zeros that has come by reading in the place of another one
-                // is not dirty, and cannot be told from others here. But only pages of
-                // one process alone are mapped exclusively.
-                if entry & (EXCLUSIVE | SWAPPED) == 0 {
-                    categories |= category::SOFT_DIRTY;
-                }
-                if matches(categories, query) {
-                    let region = Region {
-                        start: page.address(),
-                        end: page.address() + PAGE_SIZE,
-                        categories: categories & query.tell,
-                    };
-                    push(regions, region);
-                }
+                each(page, *entry);
                 page.0 += 1;
             }
         }
         Ok(())
+    }
+}
+
+/// Why the ioctl did not tell.
+enum ScanError {
+    /// The kernel has no such ioctl, or does not know what it is asked for.
+    Unknown,
+    /// It has, but this went wrong.
+    Failed(io::Error),
+}
+
+impl From<Errno> for ScanError {
+    fn from(errno: Errno) -> Self {
+        match errno {
+            Errno::ENOTTY | Errno::EINVAL => Self::Unknown,
+            errno => Self::Failed(errno.into()),
+        }
     }
 }
 
@@ -356,5 +450,44 @@ mod tests {
         regions.clear();
         file.scan_by_reading(start, end, Query::PRIVATE, &mut regions).unwrap();
         assert_eq!(regions, expected);
+    }
+
+    #[test]
+    fn guard_pages_are_told_apart_by_an_ioctl_that_does_not_know_them() {
+        /// `asm-generic/mman-common.h`, Linux 6.13
+        const MADV_GUARD_INSTALL: libc::c_int = 102;
+        let mut memory = MmapMut::map_anon(16 * 4096).unwrap();
+        for page in [1, 2, 7] {
+            memory[page * 4096] = 1;
+        }
+        let guarded = memory[4 * 4096..].as_mut_ptr();
+        // SAFETY: these two pages lie within the mapping, and nothing reads them.
+        let made = unsafe { libc::madvise(guarded.cast(), 2 * 4096, MADV_GUARD_INSTALL) };
+        let start = RemoteAddr(memory.as_ptr().addr() as u64);
+        let end = start.plus(16 * PAGE_SIZE);
+        let pages = |first: u64, last: u64, categories| Region {
+            start: start.0 + first * PAGE_SIZE,
+            end: start.0 + last * PAGE_SIZE,
+            categories,
+        };
+        let told = Query { tell: category::PRESENT | category::GUARD, ..Query::PRIVATE };
+        let present = [pages(1, 3, category::PRESENT), pages(7, 8, category::PRESENT)];
+        let guards = Query { all: category::GUARD, ..Query::default() };
+        for knows_guards in [true, false] {
+            let file = PagemapFile::open(Path::new("/proc/self/pagemap")).unwrap();
+            if !knows_guards {
+                file.scan_guards.store(false, Ordering::Relaxed);
+            }
+            let scan = |query| {
+                let mut regions = Vec::new();
+                file.scan(start, end, query, &mut regions).unwrap();
+                regions
+            };
+            assert_eq!(scan(told.without_guards()), present);
+            // Older kernels have no guard pages.
+            if made == 0 {
+                assert_eq!(scan(guards), [pages(4, 6, 0)]);
+            }
+        }
     }
 }

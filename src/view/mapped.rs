@@ -19,7 +19,7 @@ use object::{
 use super::Result;
 use crate::{
     chain::{self, FileId, Files},
-    image::{ImageError, ImageReader, Kind, proto, read_all},
+    image::{ImageError, ImageReader, Kind, proto, read_all, read_files},
 };
 
 /// How much of a file is searched for its build-id: what CRIU 4.2 looks at when
@@ -55,7 +55,7 @@ impl MappedFiles {
     /// Reads the tables of files in `dir`, but looks at none of the files.
     pub(super) fn load(dir: &Path) -> Result<Self> {
         let path = |kind: Kind| dir.join(kind.file_name(0));
-        let entries = read_files(dir)?;
+        let entries = read_files(dir)?.unwrap_or_default();
         let inodes: Vec<proto::MemfdInodeEntry> =
             optional(read_all(&path(Kind::MemfdInode), Kind::MemfdInode))?.unwrap_or_default();
         let remaps: Vec<proto::RemapFilePathEntry> =
@@ -99,23 +99,6 @@ impl MappedFiles {
     pub(super) fn memfd(&self, id: u64) -> Option<Mapped> {
         self.memfds.get(&u32::try_from(id).ok()?).copied().map(Mapped::Shared)
     }
-}
-
-/// Reads the table of files; older images have one for each kind of file.
-fn read_files(dir: &Path) -> Result<Vec<proto::FileEntry>> {
-    let path = dir.join(Kind::Files.file_name(0));
-    if let Some(entries) = optional(read_all(&path, Kind::Files))? {
-        return Ok(entries);
-    }
-    let path = dir.join(Kind::RegFiles.file_name(0));
-    let entries: Vec<proto::RegFileEntry> =
-        optional(read_all(&path, Kind::RegFiles))?.unwrap_or_default();
-    let entry = |reg: proto::RegFileEntry| proto::FileEntry {
-        id: reg.id,
-        reg: Some(reg),
-        ..Default::default()
-    };
-    Ok(entries.into_iter().map(entry).collect())
 }
 
 /// Turns the absence of an image into `None`.

@@ -27,11 +27,14 @@ use tempfile::TempDir;
 /// Bounds every wait; nothing that works takes as long.
 pub const PATIENCE: Duration = Duration::from_secs(40);
 
+/// How long a tree is looked at, at most, that is not as it was.
+const QUIET_AFTER: Duration = Duration::from_secs(3);
+
 /// Waits for a condition.
 pub fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
     let begin = Instant::now();
     while !condition() {
-        assert!(begin.elapsed() < PATIENCE, "waited in vain for: {what}");
+        assert!(begin.elapsed() < PATIENCE * super::slowness(), "waited in vain for: {what}");
         std::thread::sleep(Duration::from_millis(2));
     }
 }
@@ -82,8 +85,13 @@ pub struct Live {
     pub dir: TempDir,
     /// The directory below that its images are in.
     pub images_name: &'static str,
+    /// What dumps it, and restores it.
+    pub programs: (OsString, OsString),
     /// Where its next dump or restore is to fail (`RCRIU_FAULT`).
     pub fault: Option<String>,
+    /// What its dumps and restores are to take the kernel not to have
+    /// (`RCRIU_WITHOUT`).
+    pub without: &'static str,
     status: PathBuf,
     /// Everything ever seen in the tree: what may be killed.
     pids: BTreeSet<i32>,
@@ -128,7 +136,9 @@ impl Live {
             root: Pid::from_raw(root),
             dir,
             images_name: "images",
+            programs: (engine(), restorer()),
             fault: None,
+            without: "",
             status,
             pids: [root].into(),
         }
@@ -186,6 +196,30 @@ impl Live {
         TreeState(pids.into_iter().map(|pid| (pid, TargetState::read(pid))).collect())
     }
 
+    /// Reads the state once it is as `before`, or does not come to be. A thread that was
+    /// stopped in a call makes it again, and its signal mask is another one meanwhile.
+    pub fn state_after(&mut self, before: &TreeState) -> TreeState {
+        self.state_like(|state| before.differences(state).is_empty())
+    }
+
+    /// The same after a restore.
+    pub fn state_restored(&mut self, before: &TreeState) -> TreeState {
+        let root = self.root;
+        let before = before.clone().restored(root);
+        self.state_like(|state| before.differences(&state.clone().restored(root)).is_empty())
+    }
+
+    fn state_like(&mut self, is_right: impl Fn(&TreeState) -> bool) -> TreeState {
+        let begin = Instant::now();
+        loop {
+            let state = self.state();
+            if is_right(&state) || begin.elapsed() > QUIET_AFTER * super::slowness() {
+                return state;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     pub fn images(&self) -> PathBuf {
         self.path(self.images_name)
     }
@@ -195,11 +229,18 @@ impl Live {
         self.tree();
         let images = self.images();
         fs::create_dir_all(&images).expect("the images directory is ours");
-        let mut command = Command::new(engine());
+        let mut command = Command::new(&self.programs.0);
         command.arg("dump").arg("-t").arg(self.root.to_string());
         command.arg("-D").arg(&images).args(["-v4", "-o", "dump.log"]).args(arguments);
-        command.envs(self.fault.iter().map(|fault| ("RCRIU_FAULT", fault)));
+        self.set_environment(&mut command);
         bounded(command, &self.path("dump.out"))
+    }
+
+    fn set_environment(&self, command: &mut Command) {
+        command.envs(self.fault.iter().map(|fault| ("RCRIU_FAULT", fault)));
+        if !self.without.is_empty() {
+            command.env("RCRIU_WITHOUT", self.without);
+        }
     }
 
     /// Dumps the tree and waits until it is gone.
@@ -249,11 +290,16 @@ impl Live {
 
     /// Runs `restore` of the tree's images, detached.
     pub fn try_restore(&self, arguments: &[&str]) -> Output {
-        let mut command = Command::new(restorer());
-        command.arg("restore").arg("-D").arg(self.images());
+        self.try_restore_from(&self.images(), arguments)
+    }
+
+    /// Runs `restore` of the tree's images in another place.
+    pub fn try_restore_from(&self, images: &Path, arguments: &[&str]) -> Output {
+        let mut command = Command::new(&self.programs.1);
+        command.arg("restore").arg("-D").arg(images);
         command.args(["-d", "-v4", "-o", "restore.log", "--pidfile"]).arg(self.path("pid"));
         command.args(arguments);
-        command.envs(self.fault.iter().map(|fault| ("RCRIU_FAULT", fault)));
+        self.set_environment(&mut command);
         bounded(command, &self.path("restore.out"))
     }
 
@@ -266,7 +312,7 @@ impl Live {
     }
 
     /// The program's messages and the end of its log.
-    fn complaint(&self, output: &Output, log: &str) -> String {
+    pub fn complaint(&self, output: &Output, log: &str) -> String {
         let log = fs::read(self.images().join(log)).unwrap_or_default();
         let log = String::from_utf8_lossy(&log);
         let mut text = format!("{}\n", output.status);
@@ -323,7 +369,7 @@ impl Drop for Live {
             }
         }
         let begin = Instant::now();
-        while begin.elapsed() < Duration::from_secs(5) {
+        while begin.elapsed() < Duration::from_secs(5) * super::slowness() {
             let alive = self.pids.iter().filter(|pid| {
                 reap(**pid);
                 is_below_us(**pid)
@@ -357,7 +403,7 @@ pub fn bounded(mut command: Command, messages: &Path) -> Output {
             let stderr = fs::read(messages).unwrap_or_default();
             return Output { status, stdout: Vec::new(), stderr };
         }
-        if begin.elapsed() > 3 * PATIENCE {
+        if begin.elapsed() > 3 * PATIENCE * super::slowness() {
             let _ = child.kill();
             let _ = child.wait();
             panic!("{command:?} does not end");
@@ -586,6 +632,9 @@ impl TargetState {
         // Group, session, terminal, nice.
         if let Some(fields) = stat_fields(pid) {
             found.insert("stat".to_owned(), [&fields[2..5], &fields[16..17]].concat().join(" "));
+        }
+        if found.get("status State").is_some_and(|state| state.starts_with('Z')) {
+            return Self(found);
         }
         for name in ["cmdline", "environ", "auxv"] {
             let bytes = fs::read(proc.join(name)).unwrap_or_default();

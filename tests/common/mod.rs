@@ -5,7 +5,7 @@ pub mod chain;
 pub mod live;
 pub mod mounted;
 
-use std::{fs::File, path::Path};
+use std::{fs::File, path::Path, sync::OnceLock};
 
 /// What a test needs of the machine.
 #[derive(Clone, Copy, Debug)]
@@ -51,6 +51,16 @@ pub fn require(cap: Cap) {
              out those that need more than an ordinary user: cargo test -- --skip privileged"
         );
     }
+}
+
+/// How many times slower than usual the machine is, as who runs the tests says
+/// (`RCRIU_TEST_SLOWNESS`): all bounds of waits are longer by this factor.
+pub fn slowness() -> u32 {
+    static SLOWNESS: OnceLock<u32> = OnceLock::new();
+    *SLOWNESS.get_or_init(|| match std::env::var("RCRIU_TEST_SLOWNESS") {
+        Ok(value) => value.parse().expect("RCRIU_TEST_SLOWNESS is a number from 1 on"),
+        Err(_) => 1,
+    })
 }
 
 /// Whether a path is where the table of mounts has a mount of ours.

@@ -25,7 +25,7 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 pub fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
     let begin = Instant::now();
     while !condition() {
-        assert!(begin.elapsed() < PATIENCE, "waited in vain for: {what}");
+        assert!(begin.elapsed() < PATIENCE * super::slowness(), "waited in vain for: {what}");
         std::thread::sleep(Duration::from_millis(2));
     }
 }

@@ -16,7 +16,8 @@ use std::{
 use crate::{
     Row,
     kit::{
-        Area, Checkpoint, Thread, Verdict, gettid, nap, read_some, same, wait_blocked, write_all,
+        Area, Checkpoint, Thread, Verdict, gettid, nap, read_some, same, slowness, wait_blocked,
+        write_all,
     },
     threads::{bit, block},
 };
@@ -161,7 +162,7 @@ fn blocked_futex_timeout(checkpoint: &Checkpoint) -> Verdict {
     })?;
     let (until, _) = enter(checkpoint, libc::SYS_futex, move || {
         let mut end = now()?;
-        end.tv_sec += 2;
+        end.tv_sec += 2 * i64::from(slowness());
         let operation = libc::FUTEX_WAIT_BITSET | libc::FUTEX_PRIVATE_FLAG;
         let result = futex(word(area, 1), operation, 0, &end);
         let error = Error::last_os_error();
@@ -214,8 +215,11 @@ fn blocked_poll_timeout(checkpoint: &Checkpoint) -> Verdict {
     })?;
     let (ended, _) = enter(checkpoint, libc::SYS_poll, move || {
         let begin = Instant::now();
-        same("result of poll that times out", (0, 0), poll(silent, 2000)?)?;
-        ensure!(begin.elapsed().as_millis() >= 1999, "timed out after {:?}", begin.elapsed());
+        let slowness = slowness();
+        let time = 2000 * i32::try_from(slowness).expect("it is not that slow");
+        same("result of poll that times out", (0, 0), poll(silent, time)?)?;
+        let least = std::time::Duration::from_millis(1999) * slowness;
+        ensure!(begin.elapsed() >= least, "timed out after {:?}", begin.elapsed());
         Ok(())
     })?;
     settle(checkpoint);
@@ -263,7 +267,9 @@ fn blocked_epoll(checkpoint: &Checkpoint) -> Verdict {
 
 fn blocked_sleep(checkpoint: &Checkpoint) -> Verdict {
     let mut threads = Vec::new();
-    for seconds in [1, 2] {
+    // On a slow machine, too, the dump comes while they sleep.
+    let slowness = slowness();
+    for seconds in [1, 2].map(|seconds| seconds * i64::from(slowness)) {
         let (thread, _) = enter(checkpoint, libc::SYS_clock_nanosleep, move || {
             let begin = Instant::now();
             let time = libc::timespec { tv_sec: seconds, tv_nsec: 0 };
@@ -272,13 +278,13 @@ fn blocked_sleep(checkpoint: &Checkpoint) -> Verdict {
             ensure!(result == 0, "sleep: {}", Error::last_os_error());
             let passed = begin.elapsed();
             ensure!(passed.as_secs() as i64 >= seconds, "slept only for {passed:?}");
-            ensure!(passed.as_secs() < 30, "slept for {passed:?}");
+            ensure!(passed.as_secs() < 30 * u64::from(slowness), "slept for {passed:?}");
             Ok(())
         })?;
         threads.push(thread);
     }
     let (raw, _) = enter(checkpoint, libc::SYS_nanosleep, move || {
-        let time = libc::timespec { tv_sec: 2, tv_nsec: 0 };
+        let time = libc::timespec { tv_sec: 2 * i64::from(slowness), tv_nsec: 0 };
         sys!(syscall(libc::SYS_nanosleep, &raw const time, 0)).map(drop)
     })?;
     settle(checkpoint);
@@ -289,7 +295,7 @@ fn blocked_sleep(checkpoint: &Checkpoint) -> Verdict {
 fn blocked_sleep_until(checkpoint: &Checkpoint) -> Verdict {
     let (thread, _) = enter(checkpoint, libc::SYS_clock_nanosleep, move || {
         let mut end = now()?;
-        end.tv_sec += 2;
+        end.tv_sec += 2 * i64::from(slowness());
         let (clock, flags) = (libc::CLOCK_MONOTONIC, libc::TIMER_ABSTIME);
         // SAFETY: the structure outlives the call.
         let error = unsafe { libc::clock_nanosleep(clock, flags, &raw const end, ptr::null_mut()) };

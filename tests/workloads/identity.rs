@@ -75,6 +75,19 @@ fn other_user(checkpoint: &Checkpoint) -> Verdict {
     child.join()
 }
 
+/// The signal by which the C library has each thread set its ids.
+const SIGSETXID: i32 = 33;
+
+/// Whether any thread of this process blocks a signal.
+fn any_blocks(signal: i32) -> bool {
+    fs::read_dir("/proc/self/task").into_iter().flatten().flatten().any(|task| {
+        let text = fs::read_to_string(task.path().join("status")).unwrap_or_default();
+        let line = text.lines().find_map(|line| line.strip_prefix("SigBlk:"));
+        let mask = line.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok());
+        mask.is_none_or(|mask| mask >> (signal - 1) & 1 == 1)
+    })
+}
+
 fn other_user_threads(checkpoint: &Checkpoint) -> Verdict {
     let mut threads = Vec::new();
     for _ in 0..3 {
@@ -90,6 +103,7 @@ fn other_user_threads(checkpoint: &Checkpoint) -> Verdict {
     // The C library sets the ids of all threads.
     become_nobody()?;
     sys!(prctl(libc::PR_SET_DUMPABLE, 1))?;
+    super::kit::wait_until("the threads' return from that", || !any_blocks(SIGSETXID))?;
     let limits = libc::rlimit { rlim_cur: 100, rlim_max: 200 };
     sys!(setrlimit(libc::RLIMIT_NOFILE, &raw const limits))?;
     keep(checkpoint, "credentials, dumpable, limit", || {

@@ -14,8 +14,16 @@ use std::{
 /// Nothing, or what was expected and what was found.
 pub type Verdict = Result<(), String>;
 
-/// Bounds every wait inside a workload but the one for its checkpoint.
+/// Bounds every wait inside a workload but the one for its checkpoint, on a machine
+/// that is not slower than usual.
 pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// How many times slower than usual the machine is, as who runs the tests says
+/// (`RCRIU_TEST_SLOWNESS`).
+pub fn slowness() -> u32 {
+    let value = std::env::var("RCRIU_TEST_SLOWNESS").unwrap_or_default();
+    value.parse().unwrap_or(1).max(1)
+}
 pub const PAGE: usize = 4096;
 
 /// Calls a function of libc and makes an error of the value that stands for one.
@@ -82,7 +90,7 @@ pub fn same<T: PartialEq + std::fmt::Debug>(what: &str, expected: T, found: T) -
 pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) -> Verdict {
     let begin = Instant::now();
     while !condition() {
-        ensure!(begin.elapsed() < PATIENCE, "waited in vain for {what}");
+        ensure!(begin.elapsed() < PATIENCE * slowness(), "waited in vain for {what}");
         nap(1);
     }
     Ok(())

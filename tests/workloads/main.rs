@@ -18,6 +18,7 @@ mod files;
 mod identity;
 mod memory;
 mod registers;
+mod rounds;
 mod shell;
 mod signals;
 mod sockets;
@@ -39,8 +40,9 @@ use kit::{Checkpoint, Verdict};
 /// A state by name.
 type Row = (&'static str, fn(&Checkpoint) -> Verdict);
 
-const GROUPS: [&[Row]; 9] = [
+const GROUPS: [&[Row]; 10] = [
     memory::ROWS,
+    rounds::ROWS,
     threads::ROWS,
     registers::ROWS,
     tree::ROWS,

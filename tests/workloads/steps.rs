@@ -284,16 +284,21 @@ fn uring(steps: &Steps) -> Verdict {
         steps.pause();
         let mut ring = Ring::new()?;
         ring.register(area.part(30, 4))?;
+        let read = |ring: &mut Ring| {
+            ring.map()?;
+            ring.read(fd, area.page(step * 5), false)?;
+            ring.read(fd, area.page(31), true)?;
+            ring.memory.unmap()?;
+            ring.entries.unmap()
+        };
+        // A thread of the kernel's has come to be by it.
+        read(&mut ring)?;
         // The test takes a pre-dump while the ring is there.
         crate::publish(&steps.dir.join("ring"), "");
         let gone = steps.dir.join("ring");
         super::kit::wait_until("the pre-dump", || !gone.exists())?;
-        ring.map()?;
-        ring.read(fd, area.page(step * 5), false)?;
-        ring.read(fd, area.page(31), true)?;
+        read(&mut ring)?;
         sys!(close(ring.fd))?;
-        ring.memory.unmap()?;
-        ring.entries.unmap()?;
     }
     sys!(close(fd))?;
     steps.pause();
@@ -337,10 +342,12 @@ impl Ring {
     }
 
     /// Reads the beginning of a file into a page (`IORING_OP_READ`, or
-    /// `IORING_OP_READ_FIXED` into the buffer that is pinned).
+    /// `IORING_OP_READ_FIXED` into the buffer that is pinned), by a worker.
     fn read(&self, fd: i32, page: Area, pinned: bool) -> Verdict {
+        /// `IOSQE_ASYNC`, a bit of the second byte.
+        const ASYNC: u64 = 1 << (4 + 8);
         let opcode: u64 = if pinned { 4 } else { 22 };
-        self.entries.set(0, opcode | (fd as u64) << 32);
+        self.entries.set(0, opcode | ASYNC | (fd as u64) << 32);
         self.entries.set(1, 0);
         self.entries.set(2, page.at as u64);
         self.entries.set(3, PAGE as u64);

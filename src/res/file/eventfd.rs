@@ -1,8 +1,14 @@
 //! Eventfds.
+//!
+//! Since Linux 6.5 `/proc` tells whether one is a semaphore. Before, it shows only in
+//! what a read returns, and how much less the counter is then: so that is tried, with
+//! the counter put back right away. The tree stands still, and where anybody outside of
+//! it has the eventfd, too, it is left alone.
 
 use std::{
+    collections::HashSet,
     fs::File,
-    io::Write,
+    io::{self, Read, Write},
     os::fd::{AsFd, OwnedFd},
 };
 
@@ -12,49 +18,168 @@ use super::{
     Collector, Description, FileError, Intake, Kind, Opened, Opener, Policy, Result, descriptor,
 };
 use crate::{
+    fault::{self, Novelty},
     image::proto::{self, FdTypes},
-    proc::FdDetail,
+    proc::{self, FdDetail},
     sys::fds,
+    units::HostPid,
 };
 
 /// The kind's row.
 pub(super) const KIND: Kind = Kind {
     name: "eventfd",
     types: &[FdTypes::Eventfd],
-    collector: |_: &Policy| Box::new(Eventfds),
+    collector: |_: &Policy| Box::new(Collected::default()),
     opener: |_: &Policy| Box::new(Eventfds),
 };
+
+/// What such a file is called where it has no name.
+const NAME: &str = "[eventfd]";
 
 /// Marks a semaphore in the flags of an entry. It is the bit of `O_WRONLY`, which
 /// an eventfd never has; the format has no other place for it, and a reader that
 /// does not know it sets only such flags as can be changed, which this cannot.
 const SEMAPHORE: u32 = libc::EFD_SEMAPHORE.cast_unsigned();
 
-struct Eventfds;
+/// The eventfds of which it is not known whether they are semaphores.
+#[derive(Default)]
+struct Collected {
+    unknown: Vec<Unknown>,
+}
 
-impl Collector for Eventfds {
+struct Unknown {
+    /// The number of its entry.
+    entry: u32,
+    pid: HostPid,
+    fd: OwnedFd,
+    count: u64,
+    /// What the kernel calls it; since Linux 5.2.
+    event: Option<u64>,
+}
+
+impl Collector for Collected {
     fn claims(&self, file: &Description) -> bool {
-        file.is_anonymous("[eventfd]")
+        file.is_anonymous(NAME)
     }
 
     fn collect(&mut self, file: &Description, _: &mut dyn Intake) -> Result<proto::FileEntry> {
-        let FdDetail::EventFd { count, semaphore, .. } = file.info.detail else {
+        let FdDetail::EventFd { count, id, semaphore } = file.info.detail else {
             return Err(file.failed("read the counter of")(Errno::ENODATA));
         };
-        let semaphore = if semaphore == Some(true) { SEMAPHORE } else { 0 };
+        let told = semaphore.filter(|_| !fault::is_without(Novelty::EventfdSemaphore));
+        if told.is_none() {
+            self.unknown.push(Unknown {
+                entry: file.id,
+                pid: file.pid,
+                fd: file.fd.try_clone().map_err(|error| file.failed("duplicate")(errno(&error)))?,
+                count,
+                event: id,
+            });
+        }
         Ok(proto::FileEntry {
             r#type: FdTypes::Eventfd.into(),
             id: file.id,
             efd: Some(proto::EventfdFileEntry {
                 id: file.id,
-                flags: file.status() | semaphore,
+                flags: file.status() | if told == Some(true) { SEMAPHORE } else { 0 },
                 fown: file.fown,
                 counter: count,
             }),
             ..Default::default()
         })
     }
+
+    // All else was found to be such as is dumped: there is nothing in the tree, such as
+    // a virtual machine, to which a signal on an eventfd means more than a wake-up.
+    fn settle(&mut self, intake: &mut dyn Intake) -> Result<()> {
+        if self.unknown.is_empty() {
+            return Ok(());
+        }
+        let outside = held_by_others()?;
+        for Unknown { entry, pid, fd, count, event } in self.unknown.drain(..) {
+            if event.is_none_or(|event| outside.contains(&event)) || count == u64::MAX {
+                log::warn!(
+                    "{pid}: this kernel does not tell whether an eventfd that others have, too, \
+                     is a semaphore; it is restored as a counter"
+                );
+                continue;
+            }
+            if is_semaphore(&File::from(fd), count).map_err(|source| FileError::Probe {
+                pid,
+                count,
+                source,
+            })? && let Some(event) = intake.entry(entry).and_then(|entry| entry.efd.as_mut())
+            {
+                event.flags |= SEMAPHORE;
+            }
+        }
+        Ok(())
+    }
 }
+
+/// Finds out whether an eventfd that holds `count` is a semaphore. It holds the same
+/// afterwards; who watches it may be woken.
+///
+/// A semaphore that holds two gives one, and a counter two: so there have to be two.
+fn is_semaphore(fd: &File, count: u64) -> io::Result<bool> {
+    const ENOUGH: u64 = 2;
+    let (mut from, mut to) = (fd, fd);
+    let mut add = |value: u64| if value == 0 { Ok(()) } else { to.write_all(&value.to_ne_bytes()) };
+    let added = if count < ENOUGH { ENOUGH } else { 0 };
+    add(added)?;
+    let mut read = || {
+        let mut value = [0; size_of::<u64>()];
+        from.read_exact(&mut value).map(|()| u64::from_ne_bytes(value))
+    };
+    match read()? {
+        1 => {
+            if added == 0 {
+                add(1)?;
+            } else {
+                // Of two that were added, one is left.
+                read()?;
+            }
+            Ok(true)
+        }
+        value if value == count + added => add(count).map(|()| false),
+        value => {
+            add(value - added.min(value))?;
+            Err(io::Error::other("somebody else has changed it"))
+        }
+    }
+}
+
+/// Returns the eventfds that processes have which this program does not trace.
+fn held_by_others() -> Result<HashSet<u64>> {
+    let own = HostPid(std::process::id().cast_signed());
+    let mut found = HashSet::new();
+    for pid in proc::pids()? {
+        if pid == own || proc::status(pid).is_ok_and(|status| status.tracer_pid == own) {
+            continue;
+        }
+        // What ends meanwhile has nothing any more; another user's process that may not
+        // be looked at is one that this program could not dump either.
+        for number in proc::fds(pid).unwrap_or_default() {
+            if proc::fd_link(pid, number).is_ok_and(|link| is_event(&link))
+                && let Ok(info) = proc::fdinfo(pid, number)
+                && let FdDetail::EventFd { id: Some(id), .. } = info.detail
+            {
+                found.insert(id);
+            }
+        }
+    }
+    Ok(found)
+}
+
+fn is_event(link: &[u8]) -> bool {
+    link.strip_prefix(b"anon_inode:") == Some(NAME.as_bytes())
+}
+
+fn errno(error: &io::Error) -> Errno {
+    Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))
+}
+
+struct Eventfds;
 
 impl Opener for Eventfds {
     fn open(&mut self, entries: &[proto::FileEntry], opened: &mut Opened) -> Result<()> {
@@ -74,8 +199,7 @@ fn open(entry: &proto::EventfdFileEntry) -> nix::Result<OwnedFd> {
     if entry.counter != 0 {
         // The kernel alone can count to the largest number.
         let counter = entry.counter.min(u64::MAX - 1);
-        file.write_all(&counter.to_ne_bytes())
-            .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))?;
+        file.write_all(&counter.to_ne_bytes()).map_err(|error| errno(&error))?;
     }
     descriptor::set_status(file.as_fd(), entry.flags)?;
     Ok(file.into())
@@ -83,10 +207,13 @@ fn open(entry: &proto::EventfdFileEntry) -> nix::Result<OwnedFd> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Read;
+    use std::{
+        os::fd::AsRawFd,
+        process::{Command, Stdio},
+    };
 
     use super::*;
-    use crate::res::file::testing::Tree;
+    use crate::{res::file::testing::Tree, units::TargetFd};
 
     #[test]
     fn counters_and_semaphores_are_as_they_were() {
@@ -111,6 +238,49 @@ mod tests {
         let mut value = [0; 8];
         File::from(restored.take(2)).read_exact(&mut value).unwrap();
         assert_eq!(u64::from_ne_bytes(value), 1);
+    }
+
+    #[test]
+    fn a_semaphore_is_told_by_reading_it_and_is_as_before() {
+        for count in [0, 1, 2, 3, 100, u64::MAX - 1] {
+            for flags in [0, libc::EFD_NONBLOCK] {
+                for kind in [0, libc::EFD_SEMAPHORE] {
+                    let file = File::from(fds::eventfd(flags | kind).unwrap());
+                    if count > 0 {
+                        (&file).write_all(&count.to_ne_bytes()).unwrap();
+                    }
+                    assert_eq!(is_semaphore(&file, count).unwrap(), kind != 0, "{count}");
+                    let number = TargetFd(file.as_raw_fd());
+                    let own = HostPid(std::process::id().cast_signed());
+                    let FdDetail::EventFd { count: now, .. } =
+                        proc::fdinfo(own, number).unwrap().detail
+                    else {
+                        panic!("it is an eventfd");
+                    };
+                    assert_eq!(now, count);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn an_eventfd_that_another_process_has_is_known() {
+        let own = HostPid(std::process::id().cast_signed());
+        let [shared, alone] = [(); 2].map(|()| fds::eventfd(libc::EFD_CLOEXEC).unwrap());
+        let id = |fd: &OwnedFd| match proc::fdinfo(own, TargetFd(fd.as_raw_fd())).unwrap().detail {
+            FdDetail::EventFd { id, .. } => id.unwrap(),
+            other => panic!("{other:?}"),
+        };
+        let mut child = Command::new("cat")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::from(shared.try_clone().unwrap()))
+            .spawn()
+            .unwrap();
+        let found = held_by_others().unwrap();
+        drop(child.stdin.take());
+        child.wait().unwrap();
+        assert!(found.contains(&id(&shared)) && !found.contains(&id(&alone)), "{found:?}");
     }
 
     trait WithoutId {

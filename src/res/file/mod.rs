@@ -85,6 +85,19 @@ pub enum FileError {
         /// Why it failed.
         source: Errno,
     },
+    /// An eventfd did not behave as one that nobody else uses.
+    #[error(
+        "find out whether an eventfd of process {pid}, which held {count:#x}, is a semaphore; \
+         this kernel does not tell"
+    )]
+    Probe {
+        /// A process that has it.
+        pid: HostPid,
+        /// What its counter was.
+        count: u64,
+        /// What went wrong.
+        source: std::io::Error,
+    },
     /// A system call failed while restoring.
     #[error("{step} {object} (file {id:#x} of the images)")]
     Restore {
@@ -242,6 +255,9 @@ pub trait Intake {
 
     /// Adds an entry of `files.img` with such a number.
     fn push(&mut self, entry: proto::FileEntry);
+
+    /// Returns an entry of `files.img` that was collected before.
+    fn entry(&mut self, id: u32) -> Option<&mut proto::FileEntry>;
 
     /// Returns the files without names that were found so far, of all kinds. Who
     /// owns the table writes it ([`Lost::write`]) after all kinds are finished.

@@ -73,6 +73,10 @@ impl Intake for TestIntake {
         self.entries.push(entry);
     }
 
+    fn entry(&mut self, id: u32) -> Option<&mut proto::FileEntry> {
+        self.entries.iter_mut().find(|entry| entry.id == id)
+    }
+
     fn lost(&mut self) -> &mut Lost {
         &mut self.lost
     }

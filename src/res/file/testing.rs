@@ -81,6 +81,10 @@ impl Intake for TestIntake {
         self.pushed.push(entry);
     }
 
+    fn entry(&mut self, id: u32) -> Option<&mut proto::FileEntry> {
+        self.pushed.iter_mut().find(|entry| entry.id == id)
+    }
+
     fn lost(&mut self) -> &mut Lost {
         &mut self.lost
     }

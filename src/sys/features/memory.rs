@@ -13,7 +13,10 @@ use std::{
 use nix::{errno::Errno, libc};
 
 use super::descriptor;
-use crate::units::PAGE_SIZE;
+use crate::{
+    fault::{self, Novelty},
+    units::PAGE_SIZE,
+};
 
 const _: () = assert!(Page::BYTES as u64 == PAGE_SIZE);
 
@@ -99,6 +102,26 @@ pub(super) fn soft_dirty() -> bool {
         Some(!before && page.is_soft_dirty()?)
     };
     seen().unwrap_or(false)
+}
+
+/// Whether memory that is locked on fault (`MLOCK_ONFAULT`) is shown by the code that
+/// stands for all flags without a name.
+pub(super) fn hides_lock_on_fault() -> bool {
+    let codes = || {
+        let page = Page::map(libc::MAP_PRIVATE)?;
+        // SAFETY: the page is mapped, and locking it changes nothing of it.
+        let locked =
+            unsafe { libc::mlock2(page.start.as_ptr().cast(), Page::BYTES, libc::MLOCK_ONFAULT) };
+        Errno::result(locked).ok()?;
+        let smaps = fs::read_to_string("/proc/self/smaps").ok()?;
+        let begin = format!("{:x}-", page.address());
+        let own = smaps.lines().skip_while(|line| !line.starts_with(&begin));
+        own.into_iter().find_map(|line| line.strip_prefix("VmFlags:")).map(str::to_owned)
+    };
+    let named = if fault::is_without(Novelty::LockOnFault) { "" } else { "lf" };
+    let codes = codes().unwrap_or_default();
+    let has = |wanted: &str| codes.split_whitespace().any(|code| code == wanted);
+    has("lo") && !has(named) && (has("??") || named.is_empty())
 }
 
 /// `struct pm_scan_arg`, `linux/fs.h` (Linux 6.7)
