@@ -22,7 +22,7 @@ use crate::{
         sysv,
         task::{self, ForMemory},
         thread,
-        track::Watch,
+        track::{self, Watch},
     },
     sys::{
         pagemap::{PagemapFile, Query, Region, category},
@@ -428,6 +428,8 @@ pub(super) fn scan(
 ) -> io::Result<()> {
     let query = if object == Object::Vdso {
         Query { all: category::PRESENT, ..Query::default() }
+    } else if track::can_be_tracked(mapping) {
+        Query::ANONYMOUS
     } else {
         Query::PRIVATE
     };

@@ -180,7 +180,7 @@ impl Watch {
         let path = PathBuf::from(format!("/proc/{pid}/pagemap"));
         let pagemap = PagemapFile::open(&path).map_err(failed)?;
         for mapping in mappings.iter().filter(|mapping| can_be_tracked(mapping)) {
-            let query = Query::PRIVATE.without_guards();
+            let query = Query::ANONYMOUS.without_guards();
             watch.scan(&pagemap, mapping, query, &mut Vec::new()).map_err(failed)?;
         }
         watch.scanned()?;
@@ -418,9 +418,10 @@ fn choose() -> Result<Tracker, TrackError> {
     }
 }
 
-/// Whether a mapping is private memory without a file. Pages of private mappings of
-/// files are few, and a page of the file may come in their place unseen.
-fn can_be_tracked(mapping: &Mapping) -> bool {
+/// Whether a mapping is private memory without a file, which can be tracked. Pages of
+/// private mappings of files are few, and a page of the file may come in their place
+/// unseen.
+pub fn can_be_tracked(mapping: &Mapping) -> bool {
     let strange = VmFlags::HUGE_TLB
         | VmFlags::PFN_MAP
         | VmFlags::IO
