@@ -291,6 +291,19 @@ programs! {
     private_file
     busy_threads
     random
+    shared_twice
+    shared_from_afar
+    shared_read_into
+    shared_opened
+    shared_handed_over
+    shared_by_several
+    shared_in_part
+    shared_exchanged
+    shared_zeroed_unseen
+    shared_executed
+    shared_memfd_closed
+    shared_by_new_threads
+    shared_random
 }
 
 /// Whether the kernel has a tracker.
