@@ -352,6 +352,61 @@ fn privileged_a_tracker_spares_looking() {
     assert!(scanned < 200, "{}", said.text);
 }
 
+/// Pages of shared memory that a dump has looked at, and those that it has left to the
+/// parent without a look.
+fn looks(said: &Said) -> (u64, u64) {
+    let (scanned, compared) = (said.count("shared", "scanned"), said.count("shared", "compared"));
+    (scanned, said.count("shared", "in parent").saturating_sub(compared))
+}
+
+/// For each program the steps whose dump looks only at what was written of shared
+/// memory, since all of its writers are known.
+const SPARED: [(&str, &[u32]); 8] = [
+    ("shared_pages", &[2, 3, 4, 5]),
+    // No mapping comes or goes before steps 2, 4, and 7.
+    ("shared_twice", &[2, 4, 7]),
+    ("shared_from_afar", &[2, 3, 4, 5]),
+    ("shared_opened", &[]),
+    ("shared_by_several", &[2, 3, 4, 6, 7]),
+    // One thread begins others before the second, which do nothing special.
+    ("shared_by_new_threads", &[2, 5]),
+    ("shared_handed_over", &[]),
+    // Another program is run before the fourth; the memory is another one in the sixth.
+    ("shared_executed", &[2, 3, 4, 5, 7]),
+];
+
+/// The same for a memfd: open at first, and opened again later on. Whether anybody else
+/// has it is only known where all processes can be looked at.
+fn spared_of_memfd() -> (&'static str, &'static [u32]) {
+    let all_are_seen = fs::read("/proc/1/maps").is_ok();
+    ("shared_memfd_closed", if all_are_seen { &[3, 4] } else { &[] })
+}
+
+#[test]
+fn privileged_a_tracker_spares_looking_at_shared_memory_if_all_writers_are_known() {
+    require(Cap::Ptrace);
+    if !has(Tracker::Wp) {
+        // Soft-dirty bits of shared memory are not believed.
+        return;
+    }
+    for (name, expected) in SPARED.into_iter().chain([spared_of_memfd()]) {
+        let mut steps = Steps::start(name, Tracker::Wp);
+        let (mut number, mut spared) = (1, Vec::new());
+        let mut texts = String::new();
+        while steps.await_step(number) {
+            let said = steps.check();
+            let (looked, left) = looks(&said);
+            texts += &format!("{number}: {looked} looked at, {left} not\n");
+            if left >= 80 && looked < 80 {
+                spared.push(number);
+            }
+            steps.go_on(number);
+            number += 1;
+        }
+        assert_eq!(spared, expected, "{name}: {texts}");
+    }
+}
+
 #[test]
 fn privileged_whoever_keeps_the_tracking_ends_with_the_process() {
     let tracker = best();

@@ -67,7 +67,7 @@ pub(super) fn run(
         let name = format!("shared memory {shmid}");
         objects.push(Memory::of_object(shmid, file, name, true)?);
     }
-    let tree = frozen.tasks.iter().map(|task| task.pid).collect();
+    let tree: Vec<_> = frozen.tasks.iter().map(|task| task.pid).collect();
     tracking.look_at_shared(&tree, &mut objects);
     memories.append(&mut objects);
     for (id, file) in found.segments {

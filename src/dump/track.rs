@@ -18,6 +18,7 @@ use crate::{
     res::track::{
         Request, Tracker, Watch,
         shared::{self, Key, Next},
+        with_causes,
     },
     units::{HostPid, PageIndex},
 };
@@ -101,8 +102,13 @@ impl Tracking {
 
     /// Finds out which pages of shared memory are unwritten, after all mappings of the
     /// stopped tree were noted.
-    pub(super) fn look_at_shared(&mut self, tree: &BTreeSet<HostPid>, memories: &mut [Memory]) {
+    pub(super) fn look_at_shared(&mut self, tree: &[HostPid], memories: &mut [Memory]) {
         if self.watches.is_empty() {
+            let writers: BTreeSet<_> =
+                self.writers.values().flatten().map(|(pid, _)| *pid).collect();
+            if let Err(error) = shared::excuse(writers) {
+                log::debug!("shared memory is no longer tracked: {}", with_causes(&error));
+            }
             return;
         }
         let mut objects = Vec::new();
@@ -133,16 +139,6 @@ impl Tracking {
             }
         }
     }
-}
-
-fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text += &format!(": {error}");
-        cause = error.source();
-    }
-    text
 }
 
 /// Returns the same pages, and marks those that are unwritten.
@@ -227,13 +223,14 @@ mod tests {
             unwritten,
         };
         let plain = [stretch(10..20, false), stretch(30..40, false)];
-        for (unwritten, expected) in [
-            (vec![], plain.to_vec()),
-            (vec![0..10, 20..30, 40..50], plain.to_vec()),
-            (vec![0..50], vec![stretch(10..20, true), stretch(30..40, true)]),
+        type Case<'a> = (&'a [(u64, u64)], &'a [Stretch]);
+        let cases: [Case; 4] = [
+            (&[], &plain),
+            (&[(0, 10), (20, 30), (40, 50)], &plain),
+            (&[(0, 50)], &[stretch(10..20, true), stretch(30..40, true)]),
             (
-                vec![12..14, 19..31, 39..40],
-                vec![
+                &[(12, 14), (19, 31), (39, 40)],
+                &[
                     stretch(10..12, false),
                     stretch(12..14, true),
                     stretch(14..19, false),
@@ -243,8 +240,10 @@ mod tests {
                     stretch(39..40, true),
                 ],
             ),
-        ] {
-            assert_eq!(marked(&plain, &unwritten), expected, "{unwritten:?}");
+        ];
+        for (unwritten, expected) in cases {
+            let ranges: Vec<_> = unwritten.iter().map(|(start, end)| *start..*end).collect();
+            assert_eq!(marked(&plain, &ranges), expected, "{unwritten:?}");
         }
     }
 }

@@ -396,7 +396,7 @@ impl<'a> Collection<'a> {
             objects.push(Memory::of_object(shmid, fd.into(), name, false)?);
         }
         let pid = |entry: &proto::PstreeEntry| HostPid(entry.pid.cast_signed());
-        let tree = self.pstree.iter().map(pid).collect();
+        let tree: Vec<_> = self.pstree.iter().map(pid).collect();
         self.tracking.look_at_shared(&tree, &mut objects);
         self.memories.append(&mut objects);
         let mut segments = Vec::new();

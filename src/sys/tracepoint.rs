@@ -1,8 +1,8 @@
 //! Counters of what threads do, by the kernel's tracepoints (`perf_event_open(2)`).
 //!
-//! A counter belongs to one thread and whatever that creates, for as long as its
-//! descriptor is open. The kernel counts in the thread that meets the tracepoint, so
-//! nothing is lost and nobody has to listen.
+//! A counter belongs to one thread and whatever that creates, or to one processor, for
+//! as long as its descriptor is open. The kernel counts where it meets the tracepoint,
+//! so nothing is lost and nobody has to listen.
 #![expect(unsafe_code, reason = "perf_event_open(2) and its ioctls")]
 
 use std::{
@@ -22,7 +22,7 @@ use crate::units::HostPid;
 const PLACES: [&str; 2] = ["/sys/kernel/tracing/events", "/sys/kernel/debug/tracing/events"];
 
 /// The beginning of `struct perf_event_attr` (`linux/perf_event.h`), which all kernels
-/// take (`PERF_ATTR_SIZE_VER0`).
+/// take.
 #[repr(C)]
 #[derive(Default)]
 struct Attributes {
@@ -38,8 +38,9 @@ struct Attributes {
     config1: u64,
 }
 
-const ATTRIBUTES_BYTES: usize = size_of::<Attributes>();
-const _: () = assert!(ATTRIBUTES_BYTES == 64);
+/// `PERF_ATTR_SIZE_VER0`.
+const ATTRIBUTES_BYTES: u32 = 64;
+const _: () = assert!(size_of::<Attributes>() == ATTRIBUTES_BYTES as usize);
 
 /// `PERF_TYPE_TRACEPOINT`.
 const TYPE_TRACEPOINT: u32 = 2;
@@ -54,35 +55,63 @@ const SET_FILTER: libc::Ioctl =
     1 << 30 | (size_of::<usize>() as libc::Ioctl) << 16 | (b'$' as libc::Ioctl) << 8 | 6;
 const _: () = assert!(SET_FILTER == 0x4008_2406);
 
-/// Something that is counted.
+/// Something that is counted. Calls by the 32-bit interface and by x32 are not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
     /// A process is created with a copy of the memory: `fork(2)` and what is like it,
     /// but neither threads nor `vfork(2)`.
     MemoryCopied,
     /// A mapping is made twice, by `mremap(2)` with an old size of 0 or with
-    /// `MREMAP_DONTUNMAP`. Calls by the 32-bit and the x32 interface are not counted.
+    /// `MREMAP_DONTUNMAP`.
     MappingDoubled,
+    /// Pages of a file are removed by `MADV_REMOVE`.
+    PagesRemoved,
+    /// The same by `process_madvise(2)`.
+    PagesRemovedFrom,
+    /// An io_uring is made, which can do all sorts of things.
+    RingMade,
+    /// A processor comes or goes, and with it its counters.
+    ProcessorChanged,
 }
 
 impl Event {
-    /// All of them.
-    pub const ALL: [Self; 2] = [Self::MemoryCopied, Self::MappingDoubled];
+    /// Those that any thread may cause, but that happen so seldom that they are counted
+    /// for the whole machine.
+    pub const SELDOM: [Self; 5] = [
+        Self::ProcessorChanged,
+        Self::MappingDoubled,
+        Self::PagesRemoved,
+        Self::PagesRemovedFrom,
+        Self::RingMade,
+    ];
 
     fn name(self) -> &'static str {
         match self {
             Self::MemoryCopied => "task/task_newtask",
             Self::MappingDoubled => "syscalls/sys_enter_mremap",
+            Self::PagesRemoved => "syscalls/sys_enter_madvise",
+            Self::PagesRemovedFrom => "syscalls/sys_enter_process_madvise",
+            Self::RingMade => "io_uring/io_uring_create",
+            Self::ProcessorChanged => "cpuhp/cpuhp_enter",
         }
     }
 
     /// Which of the events are meant (`Documentation/trace/events.rst`).
-    fn filter(self) -> &'static CStr {
+    fn filter(self) -> Option<&'static CStr> {
         match self {
             // `CLONE_VM`.
-            Self::MemoryCopied => c"!(clone_flags & 0x100)",
-            // `MREMAP_DONTUNMAP`.
-            Self::MappingDoubled => c"old_len == 0 || flags & 4",
+            Self::MemoryCopied => Some(c"!(clone_flags & 0x100)"),
+            // The kernel rounds the size up to whole pages, by which the largest become
+            // 0; 4 is `MREMAP_DONTUNMAP`.
+            Self::MappingDoubled => {
+                Some(c"old_len == 0 || old_len >= 0xfffffffffffff001 || flags & 4")
+            }
+            // `MADV_REMOVE` is 9. The event has the whole register, of which the kernel
+            // looks at the lower half.
+            Self::PagesRemoved | Self::PagesRemovedFrom => {
+                Some(c"behavior & 8 && behavior & 1 && !(behavior & 0xfffffff6)")
+            }
+            Self::RingMade | Self::ProcessorChanged => None,
         }
     }
 
@@ -115,39 +144,73 @@ pub fn has_unseen_calls() -> bool {
     unsafe { libc::syscall(X32 | libc::SYS_getppid) >= 0 }
 }
 
-/// Begins to count the events with a `number` ([`Event::number`]) in a thread.
+/// Where events are counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// In a thread, and in all that it creates.
+    Thread(HostPid),
+    /// On a processor, whoever runs there.
+    Processor(u32),
+}
+
+/// Returns the numbers of the processors that run.
+///
+/// # Errors
+/// Those of reading the list.
+pub fn processors() -> io::Result<Vec<u32>> {
+    let text = fs::read_to_string("/sys/devices/system/cpu/online")?;
+    numbers(text.trim()).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// Takes a list such as `0-2,5` apart.
+fn numbers(list: &str) -> Option<Vec<u32>> {
+    let mut numbers = Vec::new();
+    for range in list.split(',') {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        numbers.extend(first.parse::<u32>().ok()?..=last.parse().ok()?);
+    }
+    Some(numbers)
+}
+
+/// Begins to count the events with a `number` ([`Event::number`]).
 ///
 /// # Errors
 /// What `perf_event_open(2)` returns: `EACCES` or `EPERM` without `CAP_PERFMON`;
 /// `EINVAL` if the kernel's event has other fields.
-pub fn count(event: Event, number: u64, thread: HostPid) -> nix::Result<OwnedFd> {
+pub fn count(event: Event, number: u64, scope: Scope) -> nix::Result<OwnedFd> {
+    let (thread, processor, flags) = match scope {
+        Scope::Thread(thread) => (thread.0, -1, FLAG_INHERIT),
+        Scope::Processor(number) => (-1, number.cast_signed(), 0),
+    };
     let attributes = Attributes {
         kind: TYPE_TRACEPOINT,
-        size: ATTRIBUTES_BYTES as u32,
+        size: ATTRIBUTES_BYTES,
         config: number,
         read_format: FORMAT_TIMES,
-        flags: FLAG_INHERIT,
+        flags,
         ..Attributes::default()
     };
-    let (any_cpu, no_group) = (-1, -1);
+    let no_group = -1;
     // SAFETY: the kernel reads as many bytes of the structure as its size field says,
     // which are all it has.
     let fd = unsafe {
         libc::syscall(
             libc::SYS_perf_event_open,
             &raw const attributes,
-            thread.0,
-            any_cpu,
+            thread,
+            processor,
             no_group,
             FLAG_CLOEXEC,
         )
     };
-    let fd = Errno::result(fd)?;
+    let fd = i32::try_from(Errno::result(fd)?).map_err(|_| Errno::EBADF)?;
     // SAFETY: the kernel has just made this descriptor, and nobody else knows it.
-    let fd = unsafe { OwnedFd::from_raw_fd(i32::try_from(fd).expect("descriptors are ints")) };
-    // SAFETY: the kernel reads a string that ends with zero and is there forever.
-    let result = unsafe { libc::ioctl(fd.as_raw_fd(), SET_FILTER, event.filter().as_ptr()) };
-    Errno::result(result)?;
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    if let Some(filter) = event.filter() {
+        // SAFETY: the kernel reads a string that ends with zero and is there forever.
+        let result = unsafe { libc::ioctl(fd.as_raw_fd(), SET_FILTER, filter.as_ptr()) };
+        Errno::result(result)?;
+    }
     Ok(fd)
 }
 
@@ -160,4 +223,18 @@ pub fn read(counter: &File) -> io::Result<u64> {
     (&*counter).read_exact(values.as_mut_bytes())?;
     let [count, enabled, running] = values;
     if enabled == running { Ok(count) } else { Err(io::ErrorKind::InvalidData.into()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_of_processors_are_taken_apart() {
+        assert_eq!(numbers("0"), Some(vec![0]));
+        assert_eq!(numbers("0-2,5"), Some(vec![0, 1, 2, 5]));
+        assert_eq!(numbers("0-x"), None);
+        assert_eq!(numbers(""), None);
+        assert!(!processors().unwrap().is_empty());
+    }
 }

@@ -86,6 +86,14 @@ pub(super) struct Guard {
     pub(super) openings: OwnedFd,
 }
 
+impl Guard {
+    /// Takes one from the descriptors of a message.
+    fn of(fds: impl IntoIterator<Item = OwnedFd>) -> Option<Self> {
+        let mut fds = fds.into_iter();
+        fds.next().zip(fds.next()).map(|(record, openings)| Self { record, openings })
+    }
+}
+
 /// The keeper of a process, seen from outside.
 #[derive(Debug)]
 pub(super) struct Keeper {
@@ -182,7 +190,7 @@ impl Keeper {
             // One of an older program does not tell.
             count: words.next().and_then(|count| count.parse().ok()),
             fd: fds.next().ok_or_else(|| self.nonsense())?,
-            guard: fds.next().zip(fds.next()).map(|(record, openings)| Guard { record, openings }),
+            guard: Guard::of(fds),
         })
     }
 
@@ -221,6 +229,20 @@ impl Keeper {
             DONE => Ok(()),
             _ => Err(TrackError::Overtaken { pid: self.pid }),
         }
+    }
+
+    /// Makes it forget what shared memory needs, and only that.
+    pub(super) fn unguard(&self) -> Result<(), TrackError> {
+        self.done("unguard", &[])
+    }
+
+    /// Gives back what it was made to forget.
+    pub(super) fn guard(&self, guard: &Guard) -> Result<(), TrackError> {
+        self.done("guard", &[guard.record.as_fd(), guard.openings.as_fd()])
+    }
+
+    fn done(&self, question: &str, fds: &[BorrowedFd]) -> Result<(), TrackError> {
+        if self.ask(question, fds)?.0 == DONE { Ok(()) } else { Err(self.nonsense()) }
     }
 
     /// Ends it and waits for that.
@@ -338,7 +360,7 @@ impl State {
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
         loop {
-            let (line, mut given) = receive(stream)?;
+            let (line, given) = receive(stream)?;
             let words: Vec<_> = line.split_whitespace().collect();
             match words.as_slice() {
                 [] => return Ok(Served::Next),
@@ -361,16 +383,16 @@ impl State {
                     if *how == ANEW {
                         self.counters.clear();
                     }
-                    self.counters.extend(given.drain(..).map(File::from));
+                    self.counters.extend(given.into_iter().map(File::from));
                     send(stream, &self.counters.len().to_string(), &[])?;
                 }
                 ["remember", epoch, since] if epoch.parse() == Ok(self.epoch) => {
                     self.since = Some((*since).to_owned());
-                    let mut given = given.drain(..);
-                    self.guard = given
-                        .next()
-                        .zip(given.next())
-                        .map(|(record, openings)| Guard { record, openings });
+                    self.guard = Guard::of(given);
+                    send(stream, DONE, &[])?;
+                }
+                ["guard" | "unguard"] => {
+                    self.guard = Guard::of(given);
                     send(stream, DONE, &[])?;
                 }
                 ["end"] => {

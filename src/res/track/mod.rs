@@ -98,6 +98,14 @@ pub enum TrackError {
         /// What it has, beginning with a verb.
         what: &'static str,
     },
+    /// Nobody counts what is done to shared memory.
+    #[error("{step}")]
+    Count {
+        /// What was attempted, as a verb.
+        step: &'static str,
+        /// Why.
+        source: io::Error,
+    },
     /// The process could not be made to work for this program.
     #[error(transparent)]
     Inject(#[from] InjectError),
@@ -110,6 +118,17 @@ impl TrackError {
     fn kernel(pid: HostPid, step: &'static str) -> impl Fn(Errno) -> Self {
         move |errno| Self::Kernel { pid, step, source: errno.into() }
     }
+}
+
+/// Returns what an error says, with its causes, for the log.
+pub fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text += &format!(": {error}");
+        cause = error.source();
+    }
+    text
 }
 
 /// What is to be tracked.

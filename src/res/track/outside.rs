@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 
 use super::{TrackError, record::Key};
 use crate::{
-    proc,
+    proc::{self, ProcError},
     sys::process::{self, Shared},
     units::HostPid,
 };
@@ -27,22 +27,35 @@ const ROUNDS: usize = 16;
 /// What the kernel appends to the name of a file without one, such as shared memory.
 const DELETED: &[u8] = b" (deleted)";
 
-/// Returns those of the objects to which somebody could write who is no mapping of the
-/// tree's. The tree is stopped.
+/// `PF_FORKNOEXEC` (`linux/sched.h`): has not executed a program since it was forked.
+const FORKED_ONLY: u32 = 0x40;
+
+/// Who was found.
+#[derive(Debug, Default)]
+pub(super) struct Outside {
+    /// Objects to which somebody could write by no mapping of the tree's.
+    pub(super) written: BTreeSet<Key>,
+    /// Whether there are processes that may not be looked at, as none of the tree's
+    /// past can be: they began before it, and it has executed a program since. They
+    /// can have got memory by a descriptor, but not by a fork.
+    pub(super) hidden: bool,
+}
+
+/// Looks for writers of `objects` besides the mappings of the tree, which is stopped;
+/// its root comes first in `tree`.
 ///
 /// # Errors
-/// Why that cannot be known.
-pub(super) fn writers(
-    objects: &BTreeSet<Key>,
-    tree: &BTreeSet<HostPid>,
-) -> Result<BTreeSet<Key>, TrackError> {
+/// Why they cannot be known.
+pub(super) fn look(objects: &BTreeSet<Key>, tree: &[HostPid]) -> Result<Outside, TrackError> {
     let own = HostPid(nix::unistd::getpid().as_raw());
     let namespace = proc::namespace(own, "pid")?;
     let capabilities = proc::status(own)?.cap_effective;
     if namespace != FIRST_PID_NAMESPACE || capabilities & CAP_SYS_PTRACE == 0 {
         return Err(TrackError::Missing { what: "view of all processes for this program" });
     }
-    let mut found = BTreeSet::new();
+    let root = tree.first().map(|root| proc::stat(*root)).transpose()?;
+    let began = root.filter(|root| root.flags & FORKED_ONLY == 0).map(|root| root.start_time);
+    let mut found = Outside::default();
     let mut known: BTreeSet<HostPid> = [own].into();
     for _ in 0..ROUNDS {
         let pids: Vec<_> = proc::pids()?.into_iter().filter(|pid| known.insert(*pid)).collect();
@@ -50,8 +63,13 @@ pub(super) fn writers(
             return Ok(found);
         }
         for pid in pids {
-            match look_at(pid, tree.contains(&pid), objects, &mut found) {
+            match look_at(pid, tree.contains(&pid), objects, &mut found.written) {
                 Err(TrackError::Proc(error)) if error.is_vanished() => {}
+                Err(TrackError::Proc(ProcError::Denied { .. }))
+                    if began > Some(proc::stat(pid)?.start_time) =>
+                {
+                    found.hidden = true;
+                }
                 looked => looked?,
             }
         }

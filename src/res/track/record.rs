@@ -4,17 +4,16 @@
 //! ```text
 //! rcriu shared memory 1
 //! process PID BORN COUNT
-//! object MAJOR MINOR INODE BYTES SECONDS NANOSECONDS
+//! object MAJOR MINOR INODE BYTES
 //! map PID START END OFFSET
 //! ```
 //!
 //! Processes come first. Behind each object come the mappings through which the tree
-//! can write to it. All numbers are decimal; `BORN` is in the kernel's ticks, and the
-//! time of an object is that of its last change (`st_ctime`).
+//! can write to it. All numbers are decimal; `BORN` is in the kernel's ticks.
 
 use std::{
     collections::BTreeMap,
-    fmt::Write as _,
+    fmt::{self, Write as _},
     fs::File,
     io::{self, Write as _},
     os::{
@@ -46,6 +45,12 @@ pub struct Key {
     inode: u64,
 }
 
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "shared memory {}", self.inode)
+    }
+}
+
 impl Key {
     /// The object that is mapped.
     pub fn of_mapping(mapping: &Mapping) -> Self {
@@ -57,27 +62,6 @@ impl Key {
     pub fn of_file(metadata: &std::fs::Metadata) -> Self {
         let device = metadata.dev();
         Self { major: major(device), minor: minor(device), inode: metadata.ino() }
-    }
-}
-
-/// How an object was: whatever changes it other than by a mapping changes this.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct State {
-    pub(super) bytes: u64,
-    /// Seconds and nanoseconds of the last change.
-    pub(super) changed: (u64, u64),
-}
-
-impl State {
-    pub(super) fn of(metadata: &std::fs::Metadata) -> Self {
-        let changed = (metadata.ctime().cast_unsigned(), metadata.ctime_nsec().cast_unsigned());
-        Self { bytes: metadata.len(), changed }
-    }
-
-    /// Whether any change from now on gives it another time. Before Linux 6.13 the
-    /// times of files are as coarse as the clock that is asked here.
-    pub(super) fn is_old(&self) -> nix::Result<bool> {
-        Ok(self.changed < fds::clock(libc::CLOCK_REALTIME_COARSE)?)
     }
 }
 
@@ -108,7 +92,8 @@ impl Place {
 /// An object that is tracked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Tracked {
-    pub(super) state: State,
+    /// Its length.
+    pub(super) bytes: u64,
     pub(super) places: Vec<Place>,
 }
 
@@ -129,9 +114,8 @@ impl Record {
         for (pid, Writer { born, count }) in &self.writers {
             line(format_args!("process {pid} {born} {count}"));
         }
-        for (Key { major, minor, inode }, Tracked { state, places }) in &self.objects {
-            let State { bytes, changed: (seconds, nanoseconds) } = state;
-            line(format_args!("object {major} {minor} {inode} {bytes} {seconds} {nanoseconds}"));
+        for (Key { major, minor, inode }, Tracked { bytes, places }) in &self.objects {
+            line(format_args!("object {major} {minor} {inode} {bytes}"));
             for Place { pid, start, end, offset } in places {
                 line(format_args!("map {pid} {start} {end} {offset}"));
             }
@@ -156,10 +140,9 @@ impl Record {
                 ("process", &[number, born, count]) => {
                     record.writers.insert(pid(number)?, Writer { born, count });
                 }
-                ("object", &[major, minor, inode, bytes, seconds, nanoseconds]) => {
+                ("object", &[major, minor, inode, bytes]) => {
                     let key = Key { major, minor, inode };
-                    let state = State { bytes, changed: (seconds, nanoseconds) };
-                    record.objects.insert(key, Tracked { state, places: Vec::new() });
+                    record.objects.insert(key, Tracked { bytes, places: Vec::new() });
                     object = Some(key);
                 }
                 ("map", &[number, start, end, offset]) => {
@@ -210,7 +193,7 @@ mod tests {
     fn example() -> Record {
         let place =
             |pid, start| Place { pid: HostPid(pid), start, end: start + 8192, offset: 4096 };
-        let object = |bytes, places| Tracked { state: State { bytes, changed: (5, 6) }, places };
+        let object = |bytes, places| Tracked { bytes, places };
         Record {
             writers: [7, 9].map(|pid| (HostPid(pid), Writer { born: 100, count: 3 })).into(),
             objects: [
@@ -237,8 +220,8 @@ mod tests {
             ("process 7", "process x"),
             ("map", "mop"),
             ("map 7", "map 7 7"),
-            ("object 0 1 20 8192 5 6\n", ""),
-            ("object 0 1 20 8192 5 6\n", "object 0 1 20 8192 5\n"),
+            ("object 0 1 20 8192\n", ""),
+            ("object 0 1 20 8192\n", "object 0 1 20\n"),
         ] {
             assert!(text.contains(good), "{good}");
             assert_eq!(Record::parse(&text.replacen(good, bad, 1)), None, "{bad}");

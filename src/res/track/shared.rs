@@ -10,11 +10,16 @@
 //! and since then
 //!
 //! - each of these mappings has stayed where it was, in the same process;
-//! - none has come: there is none now that was not protected then, no process of the
-//!   tree was created with a copy of the memory, and no mapping was made twice, as
-//!   the kernel counts ([`tracepoint`]);
-//! - nobody has opened the object, through `/proc/PID/map_files` ([`Openings`]);
-//! - its length and the time of its last change are the same: holes were not punched.
+//! - none has come: there is none now that was not protected then, no process was
+//!   created by the tree with a copy of the memory, and no mapping was made twice;
+//! - no pages were removed by a mapping (`MADV_REMOVE`): they would come back as zeros
+//!   without a write;
+//! - nobody has opened the object, through `/proc/PID/map_files` ([`Openings`]), and its
+//!   length is the same.
+//!
+//! What was done is counted by the kernel ([`tracepoint`]). That a process was copied
+//! is common, and counted in each thread of the tree; the other events are not, and
+//! are counted for all of the machine.
 //!
 //! Otherwise all of it is compared, and tracking begins anew. A memfd is tracked once
 //! all of its descriptors are closed. Soft-dirty bits are never believed here: a
@@ -34,14 +39,15 @@ use super::{
     TrackError, Tracker, Watch,
     keeper::{Guard, Keeper},
     outside,
-    record::{Place, Record, State, Tracked, Writer},
+    record::{Place, Record, Tracked, Writer},
+    with_causes,
 };
 use crate::{
     proc::{Mapping, VmFlags},
     sys::{
         fanotify::Openings,
         pagemap::{PagemapFile, Query, category},
-        tracepoint::{self, Event},
+        tracepoint::{self, Event, Scope},
     },
     units::{HostPid, PAGE_SIZE, PageIndex, RemoteAddr, page_bytes},
 };
@@ -77,6 +83,13 @@ pub struct Object<'a> {
     pub data: Vec<Range<u64>>,
 }
 
+impl Object<'_> {
+    /// Whether nobody can have got a descriptor but from `/proc`: it is no memfd.
+    fn is_nameless(&self) -> bool {
+        self.mappings.iter().all(|(_, mapping)| !mapping.name.starts_with(b"/memfd:"))
+    }
+}
+
 /// What was found of the shared memory of a tree.
 #[derive(Debug)]
 pub struct Survey {
@@ -95,16 +108,16 @@ pub struct Next {
     counters: BTreeMap<HostPid, Vec<OwnedFd>>,
 }
 
-/// Looks at the shared memory of a stopped tree, each object of which this process has
-/// open already. If tracking begins anew, it does so for all pages that are looked at.
+/// Looks at the shared memory of a stopped tree, whose root is the first of `tree`. Each
+/// object is open already. If tracking begins anew, it does so for all pages that are looked at.
 /// What cannot be known is compared, so nothing fails here.
 pub fn survey(
     watches: &[Rc<Watch>],
-    tree: &BTreeSet<HostPid>,
+    tree: &[HostPid],
     objects: &[Object],
     restart: bool,
 ) -> Survey {
-    let mut surveyor = Surveyor::new(watches);
+    let mut surveyor = Surveyor::new(watches, restart);
     let known: Vec<_> = objects.iter().map(|object| surveyor.is_watched(object)).collect();
     if restart {
         surveyor.begin(tree, objects, &known);
@@ -112,6 +125,44 @@ pub fn survey(
     let looked = objects.iter().zip(known);
     let unwritten = looked.map(|(object, known)| surveyor.look_at(object, known)).collect();
     Survey { unwritten, next: surveyor.next.filter(|next| !next.record.objects.is_empty()) }
+}
+
+/// Keeps the tracking of shared memory as it is while processes are dumped without it:
+/// it was this process that has opened the memory.
+///
+/// # Errors
+/// [`TrackError`]; the tracking is lost then.
+pub fn excuse(pids: impl IntoIterator<Item = HostPid>) -> Result<(), TrackError> {
+    let (mut keepers, mut guard) = (Vec::new(), None);
+    for pid in pids {
+        if let Some(keeper) = Keeper::find(pid)?
+            && let Some(kept) = keeper.kept()?.guard
+        {
+            keepers.push(keeper);
+            guard = Some(kept);
+        }
+    }
+    let keepers: Vec<_> = keepers.iter().collect();
+    guard.map_or(Ok(()), |guard| is_quiet(&guard, &keepers).map(drop))
+}
+
+/// Whether nobody but this process has opened what is tracked. That is forgotten by
+/// asking; so it is only if nobody has that keepers still have the guard afterwards.
+fn is_quiet(guard: &Guard, keepers: &[&Keeper]) -> Result<bool, TrackError> {
+    for keeper in keepers {
+        keeper.unguard()?;
+    }
+    let failed = uncounted("ask who has opened shared memory");
+    let openings = Openings::from(guard.openings.try_clone().map_err(&failed)?);
+    let quiet = openings.only_by(own()).map_err(&failed)?;
+    if quiet {
+        for keeper in keepers {
+            keeper.guard(guard)?;
+        }
+    } else {
+        log::debug!("somebody has opened shared memory that was tracked");
+    }
+    Ok(quiet)
 }
 
 struct Surveyor<'a> {
@@ -123,27 +174,30 @@ struct Surveyor<'a> {
 }
 
 impl<'a> Surveyor<'a> {
-    fn new(watches: &'a [Rc<Watch>]) -> Self {
+    fn new(watches: &'a [Rc<Watch>], restart: bool) -> Self {
         let wp = watches.iter().filter(|watch| watch.tracker == Tracker::Wp);
         let watches: BTreeMap<_, _> = wp.map(|watch| (watch.pid, &**watch)).collect();
         let mut surveyor = Self { watches, past: None, next: None, openings: None };
         let guards = surveyor.watches.values().filter(|watch| watch.trusted);
-        if let Some(guard) = guards.filter_map(|watch| watch.guard.as_ref()).next() {
-            if let Err(error) = surveyor.believe(guard) {
-                log::debug!("no past of shared memory is known: {error}");
-            }
+        if let Some(guard) = guards.filter_map(|watch| watch.guard.as_ref()).next()
+            && let Err(error) = surveyor.believe(guard, restart)
+        {
+            log::debug!("no past of shared memory is known: {}", with_causes(&error));
         }
         surveyor
     }
 
-    fn believe(&mut self, guard: &Guard) -> io::Result<()> {
-        let openings = Openings::from(guard.openings.try_clone()?);
-        if openings.only_by(own())? {
-            self.past = Some(Record::read(guard.record.try_clone()?)?);
-        } else {
-            log::debug!("somebody has opened shared memory that was tracked");
+    fn believe(&mut self, guard: &Guard, restart: bool) -> Result<(), TrackError> {
+        // If tracking begins anew, the keepers have forgotten it already.
+        let keepers = self.watches.values().filter_map(|watch| watch.keeper.as_ref());
+        let keepers: Vec<_> = if restart { Vec::new() } else { keepers.collect() };
+        let quiet = is_quiet(guard, &keepers)?;
+        let failed = uncounted("read what is known of shared memory");
+        let copy = |fd: &OwnedFd| fd.try_clone().map_err(&failed);
+        if quiet {
+            self.past = Some(Record::read(copy(&guard.record)?).map_err(&failed)?);
         }
-        self.openings = Some(openings);
+        self.openings = Some(Openings::from(copy(&guard.openings)?));
         Ok(())
     }
 
@@ -153,7 +207,7 @@ impl<'a> Surveyor<'a> {
         let Some(past) = &self.past else { return false };
         let Ok(metadata) = object.file.metadata() else { return false };
         let tracked = past.objects.get(&Key::of_file(&metadata));
-        let Some(tracked) = tracked.filter(|tracked| tracked.state == State::of(&metadata)) else {
+        let Some(tracked) = tracked.filter(|tracked| tracked.bytes == metadata.len()) else {
             return false;
         };
         let writers: BTreeSet<_> = tracked.places.iter().map(|place| place.pid).collect();
@@ -182,13 +236,13 @@ impl<'a> Surveyor<'a> {
     }
 
     /// Chooses what is tracked from now on, and counts what its writers do.
-    fn begin(&mut self, tree: &BTreeSet<HostPid>, objects: &[Object], known: &[bool]) {
+    fn begin(&mut self, tree: &[HostPid], objects: &[Object], known: &[bool]) {
         let mut chosen: BTreeMap<Key, &Object> = BTreeMap::new();
         let mut new = BTreeSet::new();
         for (object, known) in objects.iter().zip(known) {
             let Ok(metadata) = object.file.metadata() else { continue };
             let key = Key::of_file(&metadata);
-            if self.can_be_tracked(object) && State::of(&metadata).is_old() == Ok(true) {
+            if self.can_be_tracked(object) {
                 chosen.insert(key, object);
                 if !known {
                     new.insert(key);
@@ -196,16 +250,24 @@ impl<'a> Surveyor<'a> {
             }
         }
         if !new.is_empty() {
-            match outside::writers(&new, tree) {
-                Ok(found) => chosen.retain(|key, _| !found.contains(key)),
+            match outside::look(&new, tree) {
+                Ok(found) => chosen.retain(|key, object| {
+                    let hidden = found.hidden && !object.is_nameless();
+                    let others = found.written.contains(key) || hidden && new.contains(key);
+                    if others {
+                        log::debug!("{key} can have other writers than the mappings of the tree");
+                    }
+                    !others
+                }),
                 Err(error) => {
+                    let error = with_causes(&error);
                     log::debug!("who writes to shared memory is not known: {error}");
                     chosen.retain(|key, _| !new.contains(key));
                 }
             }
         }
         if let Err(error) = self.prepare(&chosen) {
-            log::warn!("shared memory is not tracked: {error}");
+            log::debug!("shared memory is not tracked: {}", with_causes(&error));
         }
     }
 
@@ -232,24 +294,39 @@ impl<'a> Surveyor<'a> {
             .flat_map(|object| object.mappings.iter().map(|(pid, _)| *pid))
             .collect();
         let (mut counters, mut record) = (BTreeMap::new(), Record::default());
+        let mut seldom = None;
         for pid in writers {
             let watch = self.watches[&pid];
             if watch.count.is_none() {
-                counters.insert(pid, count(watch)?);
+                let seldom: &Vec<OwnedFd> = match &seldom {
+                    Some(seldom) => seldom,
+                    None => seldom.insert(count_seldom()?),
+                };
+                let mut all = count_copies(&watch.threads)?;
+                for counter in seldom {
+                    all.push(counter.try_clone().map_err(uncounted("duplicate a counter"))?);
+                }
+                counters.insert(pid, all);
             }
             let count = watch.count.unwrap_or(0);
             record.writers.insert(pid, Writer { born: watch.born, count });
         }
         let openings = match self.openings.take() {
             Some(openings) => openings,
-            None => Openings::new().map_err(|errno| missing("watch who opens files", errno))?,
+            None => {
+                let failed = uncounted("make an fanotify");
+                Openings::new().map_err(|errno| failed(errno.into()))?
+            }
         };
         for (key, object) in chosen {
-            let state = object.file.metadata().map(|metadata| State::of(&metadata));
-            let watched = openings.watch(object.file.as_fd());
-            let (Ok(state), Ok(())) = (state, watched) else { continue };
+            let Ok(metadata) = object.file.metadata() else { continue };
+            if let Err(errno) = openings.watch(object.file.as_fd()) {
+                log::debug!("{key} is not tracked: watch who opens it: {errno}");
+                continue;
+            }
             let places = object.mappings.iter().map(|(pid, mapping)| Place::of(*pid, mapping));
-            record.objects.insert(*key, Tracked { state, places: places.collect() });
+            let tracked = Tracked { bytes: metadata.len(), places: places.collect() };
+            record.objects.insert(*key, tracked);
         }
         self.next = Some(Next { record, openings, counters });
         Ok(())
@@ -272,7 +349,7 @@ impl<'a> Surveyor<'a> {
                 unwritten
             }
             Err(error) => {
-                log::debug!("shared memory {key:?} is compared in full: {error}");
+                log::debug!("shared memory is compared in full: {error}");
                 Vec::new()
             }
         }
@@ -359,31 +436,44 @@ fn own() -> HostPid {
     HostPid(nix::unistd::getpid().as_raw())
 }
 
-fn missing(what: &'static str, errno: nix::errno::Errno) -> TrackError {
-    log::debug!("{what}: {errno}");
-    TrackError::Missing { what }
+/// Why nothing can be counted.
+fn uncounted(step: &'static str) -> impl Fn(io::Error) -> TrackError {
+    move |source| TrackError::Count { step, source }
 }
 
 /// Begins to count what the threads of a process do that makes other writers.
-fn count(watch: &Watch) -> Result<Vec<OwnedFd>, TrackError> {
-    const WHAT: &str = "count of new processes and mappings";
+fn count_copies(threads: &[HostPid]) -> Result<Vec<OwnedFd>, TrackError> {
+    let event = Event::MemoryCopied;
+    let number = event.number().map_err(uncounted("find the kernel's tracepoint of forks"))?;
+    let failed = uncounted("count forks of a thread");
+    threads
+        .iter()
+        .map(|thread| tracepoint::count(event, number, Scope::Thread(*thread)))
+        .map(|counter| counter.map_err(|errno| failed(errno.into())))
+        .collect()
+}
+
+/// Begins to count what anybody does that changes shared memory unseen.
+fn count_seldom() -> Result<Vec<OwnedFd>, TrackError> {
     if tracepoint::has_unseen_calls() {
-        return Err(TrackError::Missing { what: WHAT });
+        return Err(TrackError::Missing { what: "count of calls by the x32 interface" });
     }
-    let mut counters = Vec::new();
-    for event in Event::ALL {
-        let number = event.number().map_err(|source| TrackError::Kernel {
-            pid: watch.pid,
-            step: "find the tracepoints for the threads",
-            source,
-        })?;
-        for thread in &watch.threads {
-            let counter = tracepoint::count(event, number, *thread)
-                .map_err(TrackError::kernel(watch.pid, "count what the threads do"))?;
-            counters.push(counter);
+    let processors = || tracepoint::processors().map_err(uncounted("list the processors"));
+    let (now, mut counters) = (processors()?, Vec::new());
+    for event in Event::SELDOM {
+        let number = event.number().map_err(uncounted("find a tracepoint of the kernel"))?;
+        for processor in &now {
+            let counter = tracepoint::count(event, number, Scope::Processor(*processor));
+            let failed = uncounted("count calls on a processor");
+            counters.push(counter.map_err(|errno| failed(errno.into()))?);
         }
     }
-    Ok(counters)
+    // Any that comes later is counted.
+    if processors()? == now {
+        Ok(counters)
+    } else {
+        Err(TrackError::Missing { what: "moment without new processors" })
+    }
 }
 
 /// Whether the mappings of a process show what was at a place, and where it was.
@@ -479,18 +569,25 @@ mod tests {
         }
     }
 
+    fn ranges(pairs: &[(u64, u64)]) -> Vec<Range<u64>> {
+        pairs.iter().map(|(start, end)| *start..*end).collect()
+    }
+
     #[test]
     fn pages_are_taken_away() {
-        for (some, others, expected) in [
-            (vec![0..10], vec![], vec![0..10]),
-            (vec![0..10], vec![0..10], vec![]),
-            (vec![0..10], vec![3..5, 7..8], vec![0..3, 5..7, 8..10]),
-            (vec![0..4, 4..10, 20..30], vec![9..25], vec![0..9, 25..30]),
-            (vec![5..10, 0..3], vec![2..6, 9..100], vec![0..2, 6..9]),
-            (vec![0..10, 12..14, 16..20], vec![9..17], vec![0..9, 17..20]),
-            (vec![], vec![1..2], vec![]),
-        ] {
-            assert_eq!(without(some.clone(), others.clone()), expected, "{some:?} {others:?}");
+        type Pairs = &'static [(u64, u64)];
+        let cases: [(Pairs, Pairs, Pairs); 7] = [
+            (&[(0, 10)], &[], &[(0, 10)]),
+            (&[(0, 10)], &[(0, 10)], &[]),
+            (&[(0, 10)], &[(3, 5), (7, 8)], &[(0, 3), (5, 7), (8, 10)]),
+            (&[(0, 4), (4, 10), (20, 30)], &[(9, 25)], &[(0, 9), (25, 30)]),
+            (&[(5, 10), (0, 3)], &[(2, 6), (9, 100)], &[(0, 2), (6, 9)]),
+            (&[(0, 10), (12, 14), (16, 20)], &[(9, 17)], &[(0, 9), (17, 20)]),
+            (&[], &[(1, 2)], &[]),
+        ];
+        for (some, others, expected) in cases {
+            let left = without(ranges(some), ranges(others));
+            assert_eq!(left, ranges(expected), "{some:?} {others:?}");
         }
     }
 
