@@ -390,21 +390,37 @@ fn privileged_a_tracker_spares_looking_at_shared_memory_if_all_writers_are_known
         return;
     }
     for (name, expected) in SPARED.into_iter().chain([spared_of_memfd()]) {
-        let mut steps = Steps::start(name, Tracker::Wp);
-        let (mut number, mut spared) = (1, Vec::new());
+        // Some things are counted for the whole machine, and other tests do them, too.
         let mut texts = String::new();
-        while steps.await_step(number) {
-            let said = steps.check();
-            let (looked, left) = looks(&said);
-            texts += &format!("{number}: {looked} looked at, {left} not\n");
-            if left >= 80 && looked < 80 {
-                spared.push(number);
-            }
-            steps.go_on(number);
-            number += 1;
-        }
-        assert_eq!(spared, expected, "{name}: {texts}");
+        let spared = (0..ATTEMPTS).any(|_| {
+            let (spared, text) = spared(name);
+            let unsound = spared.iter().find(|number| !expected.contains(number));
+            assert_eq!(unsound, None, "{name}: {text}");
+            texts += &text;
+            spared == expected
+        });
+        assert!(spared, "{name}: expected {expected:?}\n{texts}");
     }
+}
+
+/// How often a program is run at most until nobody disturbs it.
+const ATTEMPTS: u32 = 12;
+
+/// Takes a program through its steps, and returns those whose dump has looked at part of
+/// the shared memory only.
+fn spared(name: &str) -> (Vec<u32>, String) {
+    let mut steps = Steps::start(name, Tracker::Wp);
+    let (mut number, mut spared, mut text) = (1, Vec::new(), String::new());
+    while steps.await_step(number) {
+        let (looked, left) = looks(&steps.check());
+        text += &format!("{number}: {looked} looked at, {left} not\n");
+        if left >= 80 && looked < 80 {
+            spared.push(number);
+        }
+        steps.go_on(number);
+        number += 1;
+    }
+    (spared, text)
 }
 
 #[test]

@@ -316,7 +316,7 @@ impl Watch {
             let protect = WriteProtect::resume(fd);
             match self.register(&protect, &tracked) {
                 // The memory that it was made for is gone: another program runs.
-                Err(Errno::ESRCH) => {
+                Err(Errno::ENOMEM) => {
                     self.mappings.clear();
                     self.trusted = false;
                     self.count = None;
@@ -354,7 +354,7 @@ impl Watch {
             }
             match protect.register(mapping.start, mapping.end) {
                 Ok(()) => drop(self.mappings.insert(mapping.start, before)),
-                Err(Errno::ESRCH) => return Err(Errno::ESRCH),
+                Err(Errno::ENOMEM) => return Err(Errno::ENOMEM),
                 Err(errno) => {
                     log::debug!("{}: {} is not tracked: {errno}", self.pid, mapping.start);
                 }

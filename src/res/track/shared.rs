@@ -17,9 +17,10 @@
 //! - nobody has opened the object, through `/proc/PID/map_files` ([`Openings`]), and its
 //!   length is the same.
 //!
-//! What was done is counted by the kernel ([`tracepoint`]). That a process was copied
-//! is common, and counted in each thread of the tree; the other events are not, and
-//! are counted for all of the machine.
+//! - none of it was done by an io_uring, whose calls are not counted: none was made.
+//!
+//! What was done is counted by the kernel ([`tracepoint`]): what is common in each
+//! thread that matters, and what is not for the whole machine.
 //!
 //! Otherwise all of it is compared, and tracking begins anew. A memfd is tracked once
 //! all of its descriptors are closed. Soft-dirty bits are never believed here: a
@@ -302,7 +303,7 @@ impl<'a> Surveyor<'a> {
                     Some(seldom) => seldom,
                     None => seldom.insert(count_seldom()?),
                 };
-                let mut all = count_copies(&watch.threads)?;
+                let mut all = count_common(&watch.threads)?;
                 for counter in seldom {
                     all.push(counter.try_clone().map_err(uncounted("duplicate a counter"))?);
                 }
@@ -442,15 +443,9 @@ fn uncounted(step: &'static str) -> impl Fn(io::Error) -> TrackError {
 }
 
 /// Begins to count what the threads of a process do that makes other writers.
-fn count_copies(threads: &[HostPid]) -> Result<Vec<OwnedFd>, TrackError> {
-    let event = Event::MemoryCopied;
-    let number = event.number().map_err(uncounted("find the kernel's tracepoint of forks"))?;
-    let failed = uncounted("count forks of a thread");
-    threads
-        .iter()
-        .map(|thread| tracepoint::count(event, number, Scope::Thread(*thread)))
-        .map(|counter| counter.map_err(|errno| failed(errno.into())))
-        .collect()
+fn count_common(threads: &[HostPid]) -> Result<Vec<OwnedFd>, TrackError> {
+    let scopes: Vec<_> = threads.iter().map(|thread| Scope::Thread(*thread)).collect();
+    tracepoint::count(&Event::COMMON, &scopes).map_err(uncounted("count what threads do"))
 }
 
 /// Begins to count what anybody does that changes shared memory unseen.
@@ -459,15 +454,10 @@ fn count_seldom() -> Result<Vec<OwnedFd>, TrackError> {
         return Err(TrackError::Missing { what: "count of calls by the x32 interface" });
     }
     let processors = || tracepoint::processors().map_err(uncounted("list the processors"));
-    let (now, mut counters) = (processors()?, Vec::new());
-    for event in Event::SELDOM {
-        let number = event.number().map_err(uncounted("find a tracepoint of the kernel"))?;
-        for processor in &now {
-            let counter = tracepoint::count(event, number, Scope::Processor(*processor));
-            let failed = uncounted("count calls on a processor");
-            counters.push(counter.map_err(|errno| failed(errno.into()))?);
-        }
-    }
+    let now = processors()?;
+    let scopes: Vec<_> = now.iter().map(|number| Scope::Processor(*number)).collect();
+    let counters = tracepoint::count(&Event::SELDOM, &scopes)
+        .map_err(uncounted("count what is done on processors"))?;
     // Any that comes later is counted.
     if processors()? == now {
         Ok(counters)
