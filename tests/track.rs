@@ -293,6 +293,19 @@ programs! {
     private_file
     busy_threads
     random
+    shared_twice
+    shared_from_afar
+    shared_read_into
+    shared_opened
+    shared_handed_over
+    shared_by_several
+    shared_in_part
+    shared_exchanged
+    shared_zeroed_unseen
+    shared_executed
+    shared_memfd_closed
+    shared_by_new_threads
+    shared_random
 }
 
 /// Whether the kernel has a tracker.
@@ -349,6 +362,77 @@ fn a_tracker_spares_looking(without: &'static str) {
     let (scanned, compared) = (said.count("private", "scanned"), said.count("private", "compared"));
     assert!(said.count("private", "in parent") >= compared + 250, "{}", said.text);
     assert!(scanned < 200, "{}", said.text);
+}
+
+/// Pages of shared memory that a dump has looked at, and those that it has left to the
+/// parent without a look.
+fn looks(said: &Said) -> (u64, u64) {
+    let (scanned, compared) = (said.count("shared", "scanned"), said.count("shared", "compared"));
+    (scanned, said.count("shared", "in parent").saturating_sub(compared))
+}
+
+/// For each program the steps whose dump looks only at what was written of shared
+/// memory, since all of its writers are known.
+const SPARED: [(&str, &[u32]); 8] = [
+    ("shared_pages", &[2, 3, 4, 5]),
+    // No mapping comes or goes before steps 2, 4, and 7.
+    ("shared_twice", &[2, 4, 7]),
+    ("shared_from_afar", &[2, 3, 4, 5]),
+    ("shared_opened", &[]),
+    ("shared_by_several", &[2, 3, 4, 6, 7]),
+    // One thread begins others before the second, which do nothing special.
+    ("shared_by_new_threads", &[2, 5]),
+    ("shared_handed_over", &[]),
+    // Another program is run before the fourth; the memory is another one in the sixth.
+    ("shared_executed", &[2, 3, 4, 5, 7]),
+];
+
+/// The same for a memfd: open at first, and opened again later on. Whether anybody else
+/// has it is only known where all processes can be looked at.
+fn spared_of_memfd() -> (&'static str, &'static [u32]) {
+    let all_are_seen = fs::read("/proc/1/maps").is_ok();
+    ("shared_memfd_closed", if all_are_seen { &[3, 4] } else { &[] })
+}
+
+#[test]
+fn privileged_a_tracker_spares_looking_at_shared_memory_if_all_writers_are_known() {
+    require(Cap::Ptrace);
+    if !has(Tracker::Wp) {
+        // Soft-dirty bits of shared memory are not believed.
+        return;
+    }
+    for (name, expected) in SPARED.into_iter().chain([spared_of_memfd()]) {
+        // Some things are counted for the whole machine, and other tests do them, too.
+        let mut texts = String::new();
+        let spared = (0..ATTEMPTS).any(|_| {
+            let (spared, text) = spared(name);
+            let unsound = spared.iter().find(|number| !expected.contains(number));
+            assert_eq!(unsound, None, "{name}: {text}");
+            texts += &text;
+            spared == expected
+        });
+        assert!(spared, "{name}: expected {expected:?}\n{texts}");
+    }
+}
+
+/// How often a program is run at most until nobody disturbs it.
+const ATTEMPTS: u32 = 12;
+
+/// Takes a program through its steps, and returns those whose dump has looked at part of
+/// the shared memory only.
+fn spared(name: &str) -> (Vec<u32>, String) {
+    let mut steps = Steps::start(name, Tracker::Wp);
+    let (mut number, mut spared, mut text) = (1, Vec::new(), String::new());
+    while steps.await_step(number) {
+        let (looked, left) = looks(&steps.check());
+        text += &format!("{number}: {looked} looked at, {left} not\n");
+        if left >= 80 && looked < 80 {
+            spared.push(number);
+        }
+        steps.go_on(number);
+        number += 1;
+    }
+    (spared, text)
 }
 
 #[test]

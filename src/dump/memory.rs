@@ -80,6 +80,26 @@ pub(super) struct Memory {
     pub(super) running: bool,
 }
 
+impl Memory {
+    /// A shared object, with all that is no hole of it.
+    ///
+    /// # Errors
+    /// What looking for holes returns.
+    pub(super) fn of_object(shmid: u64, file: File, name: String, running: bool) -> Result<Self> {
+        let stretches = data_of(&file).map_err(|source| {
+            let name = name.clone();
+            DumpError::ReadObject { name, offset: 0, source }
+        })?;
+        let id = MemoryId::Shared(shmid);
+        Ok(Self { id, origin: Origin::Object { file, name }, stretches, parent: None, running })
+    }
+
+    /// Whether it is a shared object.
+    pub(super) fn is_shared(&self) -> bool {
+        matches!(self.origin, Origin::Object { .. })
+    }
+}
+
 /// How many pages were found to be what.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Counts {
@@ -607,7 +627,7 @@ pub(super) fn parent_memory(
 }
 
 /// Returns the stretches of an object that are not holes.
-pub(super) fn data_of(file: &File) -> io::Result<Vec<Stretch>> {
+fn data_of(file: &File) -> io::Result<Vec<Stretch>> {
     let len = i64::try_from(file.metadata()?.len()).unwrap_or(i64::MAX);
     let mut stretches = Vec::new();
     let mut next = 0;

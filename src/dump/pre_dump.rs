@@ -40,6 +40,8 @@ struct Found {
     memories: Vec<Memory>,
     /// Shared objects by the numbers in the names of their images.
     objects: BTreeMap<u64, File>,
+    /// System V segments by their ids.
+    segments: BTreeMap<u64, File>,
 }
 
 /// Pre-dumps a tree that was stopped.
@@ -54,22 +56,23 @@ pub(super) fn run(
     mut tracking: Tracking,
     mut stats: Stats,
 ) -> Result<()> {
-    let mut found = Found { memories: Vec::new(), objects: BTreeMap::new() };
+    let mut found =
+        Found { memories: Vec::new(), objects: BTreeMap::new(), segments: BTreeMap::new() };
     for task in frozen.tasks.iter_mut().filter(|task| !task.is_zombie()) {
         found.look_at(task, &mut tracking)?;
     }
     let mut memories = found.memories;
+    let mut objects = Vec::new();
     for (shmid, file) in found.objects {
         let name = format!("shared memory {shmid}");
-        let failed = |source| DumpError::ReadObject { name: name.clone(), offset: 0, source };
-        let stretches = memory::data_of(&file).map_err(failed)?;
-        memories.push(Memory {
-            id: MemoryId::Shared(shmid),
-            origin: Origin::Object { file, name },
-            stretches,
-            parent: None,
-            running: true,
-        });
+        objects.push(Memory::of_object(shmid, file, name, true)?);
+    }
+    let tree: Vec<_> = frozen.tasks.iter().map(|task| task.pid).collect();
+    tracking.look_at_shared(&tree, &mut objects);
+    memories.append(&mut objects);
+    for (id, file) in found.segments {
+        let name = format!("System V segment {id}");
+        memories.push(Memory::of_object(id, file, name, true)?);
     }
     memories.sort_by_key(|memory| memory.id);
     frozen.release(Outcome::Run)?;
@@ -96,8 +99,14 @@ impl Found {
             if object == Object::Vsyscall {
                 continue;
             }
-            if matches!(object, Object::SharedMemory | Object::SystemV) {
-                self.enter(mapping.inode, tree::map_file(pid, mapping))?;
+            let path = || tree::map_file(pid, mapping);
+            match object {
+                Object::SharedMemory => {
+                    tracking.note(pid, mapping);
+                    enter(&mut self.objects, mapping.inode, path())?;
+                }
+                Object::SystemV => enter(&mut self.segments, mapping.inode, path())?,
+                _ => {}
             }
             if mapping::is_private(&mapping::entry(mapping, object, 0)) {
                 tree::scan(&pagemap, watch.as_deref(), mapping, object, &mut stretches)
@@ -113,7 +122,7 @@ impl Found {
                 let path = tree::proc_path(pid, &format!("fd/{number}"));
                 let failed = |source| DumpError::File { path: path.clone(), source };
                 let inode = fs::metadata(&path).map_err(failed)?.ino();
-                self.enter(inode, path)?;
+                enter(&mut self.objects, inode, path)?;
             }
         }
         let path = tree::proc_path(pid, "mem");
@@ -127,11 +136,11 @@ impl Found {
         });
         Ok(())
     }
+}
 
-    fn enter(&mut self, shmid: u64, path: PathBuf) -> Result<()> {
-        if let Entry::Vacant(place) = self.objects.entry(shmid) {
-            place.insert(File::open(&path).map_err(|source| DumpError::File { path, source })?);
-        }
-        Ok(())
+fn enter(objects: &mut BTreeMap<u64, File>, shmid: u64, path: PathBuf) -> Result<()> {
+    if let Entry::Vacant(place) = objects.entry(shmid) {
+        place.insert(File::open(&path).map_err(|source| DumpError::File { path, source })?);
     }
+    Ok(())
 }

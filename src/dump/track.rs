@@ -1,15 +1,26 @@
 //! The tracking of changes during a dump: what it spares, and its new beginning.
 
-use std::rc::Rc;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+    rc::Rc,
+};
 
-use super::{DumpError, Options, Result, memory::Stretch};
+use super::{
+    DumpError, Options, Result,
+    memory::{Memory, Origin, Stretch},
+};
 use crate::{
     chain::{Chain, Index, Place, SnapshotId},
     image::{Kind, proto, read_one},
     inject::Task,
-    proc::Mapping,
-    res::track::{Request, Tracker, Watch},
-    units::PageIndex,
+    proc::{Mapping, VmFlags},
+    res::track::{
+        Request, Tracker, Watch,
+        shared::{self, Key, Next},
+        with_causes,
+    },
+    units::{HostPid, PageIndex},
 };
 
 /// The tracking of all processes of a tree.
@@ -19,6 +30,10 @@ pub(super) struct Tracking {
     since: Option<String>,
     restart: bool,
     watches: Vec<Rc<Watch>>,
+    /// By which mappings the tree can write to which shared memory.
+    writers: BTreeMap<Key, Vec<(HostPid, Mapping)>>,
+    /// What is to be kept for shared memory.
+    next: Option<Next>,
 }
 
 impl Tracking {
@@ -39,6 +54,8 @@ impl Tracking {
             since: since.transpose()?.flatten(),
             restart: options.track_mem && goes_on,
             watches: Vec::new(),
+            writers: BTreeMap::new(),
+            next: None,
         })
     }
 
@@ -73,25 +90,78 @@ impl Tracking {
         }
     }
 
+    /// Notes a mapping of shared memory, which is no System V segment.
+    pub(super) fn note(&mut self, pid: HostPid, mapping: &Mapping) {
+        // Without a right to it, nobody can write by the mapping.
+        let may_write = mapping.write || mapping.flags.contains(VmFlags::MAY_WRITE);
+        if mapping.shared && may_write {
+            let writers = self.writers.entry(Key::of_mapping(mapping)).or_default();
+            writers.push((pid, mapping.clone()));
+        }
+    }
+
+    /// Finds out which pages of shared memory are unwritten, after all mappings of the
+    /// stopped tree were noted.
+    pub(super) fn look_at_shared(&mut self, tree: &[HostPid], memories: &mut [Memory]) {
+        if self.watches.is_empty() {
+            let writers: BTreeSet<_> =
+                self.writers.values().flatten().map(|(pid, _)| *pid).collect();
+            if let Err(error) = shared::excuse(writers) {
+                log::debug!("shared memory is no longer tracked: {}", with_causes(&error));
+            }
+            return;
+        }
+        let mut objects = Vec::new();
+        for memory in &*memories {
+            let Origin::Object { file, .. } = &memory.origin else { continue };
+            let key = file.metadata().ok().map(|metadata| Key::of_file(&metadata));
+            let mappings = key.and_then(|key| self.writers.get(&key));
+            let mappings = mappings.map_or(&[][..], Vec::as_slice);
+            let data = memory.stretches.iter();
+            let data = data.map(|data| data.first.0..data.first.0 + data.pages).collect();
+            objects.push(shared::Object { file, mappings, data });
+        }
+        let survey = shared::survey(&self.watches, tree, &objects, self.restart);
+        self.next = survey.next;
+        let shared = memories.iter_mut().filter(|memory| memory.is_shared());
+        for (memory, unwritten) in shared.zip(survey.unwritten) {
+            memory.stretches = marked(&memory.stretches, &unwritten);
+        }
+    }
+
     /// Makes changes count from the snapshot `id` on, which is complete. What fails
     /// costs the next dump time and nothing else.
     pub(super) fn commit(self, id: &str) {
+        let shared = self.next.and_then(Next::seal);
         for watch in self.watches.into_iter().filter_map(Rc::into_inner) {
-            if let Err(error) = watch.commit(id) {
+            if let Err(error) = watch.commit(id, shared.as_ref()) {
                 log::warn!("the next dump compares everything: {}", with_causes(&error));
             }
         }
     }
 }
 
-fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text += &format!(": {error}");
-        cause = error.source();
+/// Returns the same pages, and marks those that are unwritten.
+fn marked(stretches: &[Stretch], unwritten: &[Range<u64>]) -> Vec<Stretch> {
+    let mut marked = Vec::with_capacity(stretches.len());
+    let mut push = |pages: Range<u64>, of: &Stretch, unwritten| {
+        if !pages.is_empty() {
+            let (first, pages) = (PageIndex(pages.start), pages.end - pages.start);
+            marked.push(Stretch { first, pages, unwritten, ..*of });
+        }
+    };
+    for stretch in stretches {
+        let (mut next, end) = (stretch.first.0, stretch.first.0 + stretch.pages);
+        let begin = unwritten.partition_point(|pages| pages.end <= next);
+        for pages in unwritten[begin..].iter().take_while(|pages| pages.start < end) {
+            let pages = pages.start.max(next)..pages.end.min(end);
+            push(next..pages.start, stretch, false);
+            next = pages.end;
+            push(pages, stretch, true);
+        }
+        push(next..end, stretch, false);
     }
-    text
+    marked
 }
 
 /// Of stretches that are unwritten since the parent, leaves those so that it has
@@ -138,4 +208,42 @@ fn split(stretch: Stretch, parent: &Index, settled: &mut Vec<Stretch>) {
         next = to;
     }
     push(next, end, false);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unwritten_pages_are_marked() {
+        let stretch = |pages: Range<u64>, unwritten| Stretch {
+            first: PageIndex(pages.start),
+            pages: pages.end - pages.start,
+            hidden: false,
+            unwritten,
+        };
+        let plain = [stretch(10..20, false), stretch(30..40, false)];
+        type Case<'a> = (&'a [(u64, u64)], &'a [Stretch]);
+        let cases: [Case; 4] = [
+            (&[], &plain),
+            (&[(0, 10), (20, 30), (40, 50)], &plain),
+            (&[(0, 50)], &[stretch(10..20, true), stretch(30..40, true)]),
+            (
+                &[(12, 14), (19, 31), (39, 40)],
+                &[
+                    stretch(10..12, false),
+                    stretch(12..14, true),
+                    stretch(14..19, false),
+                    stretch(19..20, true),
+                    stretch(30..31, true),
+                    stretch(31..39, false),
+                    stretch(39..40, true),
+                ],
+            ),
+        ];
+        for (unwritten, expected) in cases {
+            let ranges: Vec<_> = unwritten.iter().map(|(start, end)| *start..*end).collect();
+            assert_eq!(marked(&plain, &ranges), expected, "{unwritten:?}");
+        }
+    }
 }

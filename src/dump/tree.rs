@@ -22,7 +22,7 @@ use crate::{
         sysv,
         task::{self, ForMemory},
         thread,
-        track::Watch,
+        track::{self, Watch},
     },
     sys::{
         pagemap::{PagemapFile, Query, Region, category},
@@ -288,7 +288,10 @@ impl<'a> Collection<'a> {
                 Object::Vsyscall => continue,
                 Object::Private | Object::Vdso | Object::Vvar => 0,
                 Object::File => self.files.enter_path(pid, link())?.into(),
-                Object::SharedMemory => self.shared_object(pid, mapping)?.into(),
+                Object::SharedMemory => {
+                    self.tracking.note(pid, mapping);
+                    self.shared_object(pid, mapping)?.into()
+                }
                 Object::SystemV => {
                     self.segment(pid, mapping)?;
                     mapping.inode
@@ -389,25 +392,20 @@ impl<'a> Collection<'a> {
     pub(super) fn finish(&mut self) -> Result<()> {
         let mut objects = Vec::new();
         for (shmid, fd) in self.files.shared_memory()? {
-            objects.push((shmid, File::from(fd), format!("shared memory {shmid}")));
+            let name = format!("shared memory {shmid}");
+            objects.push(Memory::of_object(shmid, fd.into(), name, false)?);
         }
+        let pid = |entry: &proto::PstreeEntry| HostPid(entry.pid.cast_signed());
+        let tree: Vec<_> = self.pstree.iter().map(pid).collect();
+        self.tracking.look_at_shared(&tree, &mut objects);
+        self.memories.append(&mut objects);
         let mut segments = Vec::new();
         for (id, (entry, file)) in std::mem::take(&mut self.segments) {
             segments.push(entry);
-            objects.push((id.into(), file, format!("System V segment {id}")));
+            let name = format!("System V segment {id}");
+            self.memories.push(Memory::of_object(id.into(), file, name, false)?);
         }
         sysv::write(&segments, self.images)?;
-        for (shmid, file, name) in objects {
-            let failed = |source| DumpError::ReadObject { name: name.clone(), offset: 0, source };
-            let stretches = super::memory::data_of(&file).map_err(failed)?;
-            self.memories.push(Memory {
-                id: MemoryId::Shared(shmid),
-                origin: Origin::Object { file, name },
-                stretches,
-                parent: None,
-                running: false,
-            });
-        }
         // The same order whenever the same tree is dumped.
         self.memories.sort_by_key(|memory| memory.id);
         self.files.write(self.images)?;
@@ -428,6 +426,8 @@ pub(super) fn scan(
 ) -> io::Result<()> {
     let query = if object == Object::Vdso {
         Query { all: category::PRESENT, ..Query::default() }
+    } else if track::can_be_tracked(mapping) {
+        Query::ANONYMOUS
     } else {
         Query::PRIVATE
     };

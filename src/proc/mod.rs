@@ -125,6 +125,16 @@ pub fn fd_link(pid: HostPid, fd: TargetFd) -> Result<Vec<u8>> {
     read_link(&of_process(pid, "fd").join(fd.to_string()))
 }
 
+/// Returns what the file behind a descriptor is.
+///
+/// # Errors
+///
+/// See the [module](self).
+pub fn fd_metadata(pid: HostPid, fd: TargetFd) -> Result<fs::Metadata> {
+    let path = of_process(pid, "fd").join(fd.to_string());
+    fs::metadata(&path).map_err(|source| ProcError::from_io(&path, source))
+}
+
 /// Reads `/proc/PID/limits`: the soft and the hard limit of each `RLIMIT_*`, by
 /// its number; [`UNLIMITED`] if there is none. Units as of `setrlimit`.
 ///

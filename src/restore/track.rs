@@ -64,7 +64,7 @@ impl Tracking {
     /// Lets changes be told since the snapshot; the processes run.
     pub(super) fn commit(self) {
         for watch in self.watches {
-            if let Err(error) = watch.commit(&self.since) {
+            if let Err(error) = watch.commit(&self.since, None) {
                 log::warn!("the next dump compares everything: {error}");
             }
         }

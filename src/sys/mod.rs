@@ -3,6 +3,7 @@
 pub mod cancel;
 pub mod daemon;
 mod descriptors;
+pub mod fanotify;
 pub mod fds;
 mod features;
 pub mod gather;
@@ -12,6 +13,7 @@ pub mod ptrace;
 pub mod shm;
 pub mod socket;
 pub mod supervise;
+pub mod tracepoint;
 pub mod tty;
 pub mod userfaultfd;
 pub mod xattr;

@@ -94,7 +94,7 @@ impl WriteProtect {
     /// registered by this descriptor before stays as it is.
     ///
     /// # Errors
-    /// `EBUSY` if some of it is registered by another descriptor; `ESRCH` if the
+    /// `EBUSY` if some of it is registered by another descriptor; `ENOMEM` if the
     /// memory is gone, as after `execve(2)`; `EINVAL` for ranges without mappings.
     pub fn register(&self, start: RemoteAddr, end: RemoteAddr) -> nix::Result<()> {
         let len = end.0 - start.0;

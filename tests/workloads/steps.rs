@@ -5,6 +5,8 @@
 //! file `at` and waits for the file `go.NUMBER`; after the last it writes `end`. What
 //! the memory holds is for the test to see: it dumps twice.
 
+mod shared;
+
 use std::{
     cell::Cell,
     ffi::CString,
@@ -38,6 +40,7 @@ const ROWS: &[Row] = &[
     ("mapped_again", mapped_again),
     ("executed", executed),
     ("executed_again", executed_again),
+    ("shared_executed_again", shared::executed_again),
     ("forks", forks),
     ("grow_and_shrink", grow_and_shrink),
     ("huge", huge),
@@ -56,7 +59,8 @@ struct Steps {
 }
 
 pub fn main(name: &str, dir: &Path) -> ExitCode {
-    let Some((_, run)) = ROWS.iter().find(|(row, _)| *row == name) else {
+    let mut rows = ROWS.iter().chain(shared::ROWS);
+    let Some((_, run)) = rows.find(|(row, _)| *row == name) else {
         eprintln!("there are no steps {name}");
         return ExitCode::from(2);
     };

@@ -7,12 +7,16 @@
 //! when this is complete, so that a dump that fails, or is overtaken by another one,
 //! leaves no tracking that would be believed.
 //!
+//! If the process has shared memory that is tracked, the keeper also has counters of
+//! what its threads do ([`crate::sys::tracepoint`]), and a [`Guard`].
+//!
 //! The socket has an abstract name made of pid namespace, pid and time of birth, so
 //! that nobody takes a process for another one that had its pid; the name ends with
 //! the keeper, and with the machine. Both sides look at each other's user.
 
 use std::{
-    io::{self, BufRead, BufReader, IoSlice, Read, Write},
+    fs::File,
+    io::{self, IoSlice, Read},
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         linux::net::SocketAddrExt,
@@ -38,7 +42,7 @@ use nix::{
 use super::{TrackError, Tracker};
 use crate::{
     proc,
-    sys::{daemon, process, socket},
+    sys::{daemon, process, socket, tracepoint},
     units::HostPid,
 };
 
@@ -50,6 +54,9 @@ const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Bytes that a question or an answer has at most.
 const MESSAGE_BYTES: usize = 256;
+
+/// Descriptors that are handed over at a time (`SCM_MAX_FD`, `net/scm.h`, is 253).
+const FDS_AT_A_TIME: usize = 128;
 
 /// How the program calls itself while it starts the keeper.
 const OWN_PROGRAM: &str = "/proc/self/exe";
@@ -63,6 +70,28 @@ pub(super) struct Kept {
     pub(super) since: Option<String>,
     /// The userfaultfd.
     pub(super) fd: OwnedFd,
+    /// What the counters have counted, all together; `None` without any.
+    pub(super) count: Option<u64>,
+    /// What shared memory needs; `None` if none is tracked.
+    pub(super) guard: Option<Guard>,
+}
+
+/// What tells whether all writers of shared memory are known. All keepers of a tree
+/// have the same.
+#[derive(Debug)]
+pub(super) struct Guard {
+    /// Which memory it is and who has it ([`super::record`]).
+    pub(super) record: OwnedFd,
+    /// Who opens it ([`crate::sys::fanotify`]).
+    pub(super) openings: OwnedFd,
+}
+
+impl Guard {
+    /// Takes one from the descriptors of a message.
+    fn of(fds: impl IntoIterator<Item = OwnedFd>) -> Option<Self> {
+        let mut fds = fds.into_iter();
+        fds.next().zip(fds.next()).map(|(record, openings)| Self { record, openings })
+    }
 }
 
 /// The keeper of a process, seen from outside.
@@ -132,16 +161,16 @@ impl Keeper {
         Ok(stream)
     }
 
-    fn ask(&self, question: &str) -> Result<(String, Vec<OwnedFd>, UnixStream), TrackError> {
+    fn ask(
+        &self,
+        question: &str,
+        fds: &[BorrowedFd],
+    ) -> Result<(String, Vec<OwnedFd>, UnixStream), TrackError> {
         let failed = |source| TrackError::Keeper { pid: self.pid, source };
         let stream = self.connect()?;
-        (&stream).write_all(format!("{question}\n").as_bytes()).map_err(failed)?;
-        let mut answer = [0; MESSAGE_BYTES];
-        let flags = MsgFlags::empty();
-        let received = socket::receive(stream.as_fd(), &mut answer, flags)
-            .map_err(|errno| failed(errno.into()))?;
-        let text = String::from_utf8_lossy(&answer[..received.len]);
-        Ok((text.trim_end().to_owned(), received.fds, stream))
+        send(&stream, question, fds).map_err(failed)?;
+        let (answer, fds) = receive(&stream).map_err(failed)?;
+        Ok((answer, fds, stream))
     }
 
     fn nonsense(&self) -> TrackError {
@@ -150,34 +179,75 @@ impl Keeper {
 
     /// Asks for what is kept.
     pub(super) fn kept(&self) -> Result<Kept, TrackError> {
-        let (answer, mut fds, _) = self.ask("kept")?;
+        let (answer, fds, _) = self.ask("kept", &[])?;
         let mut words = answer.split(' ');
         let mut next = || words.next().ok_or_else(|| self.nonsense());
+        let (tracker, since) = (next()?, next()?);
+        let mut fds = fds.into_iter();
         Ok(Kept {
-            tracker: Tracker::from_name(next()?).ok_or_else(|| self.nonsense())?,
-            since: Some(next()?.to_owned()).filter(|since| since != NOTHING),
-            fd: fds.pop().ok_or_else(|| self.nonsense())?,
+            tracker: Tracker::from_name(tracker).ok_or_else(|| self.nonsense())?,
+            since: Some(since.to_owned()).filter(|since| since != NOTHING),
+            // One of an older program does not tell.
+            count: words.next().and_then(|count| count.parse().ok()),
+            fd: fds.next().ok_or_else(|| self.nonsense())?,
+            guard: Guard::of(fds),
         })
     }
 
     /// Makes it forget the snapshot, since tracking begins anew. Returns the new
     /// epoch.
     pub(super) fn forget(&self) -> Result<u64, TrackError> {
-        self.ask("forget")?.0.parse().map_err(|_| self.nonsense())
+        self.ask("forget", &[])?.0.parse().map_err(|_| self.nonsense())
+    }
+
+    /// Gives it counters to keep, in the place of those that it has.
+    pub(super) fn count(&self, counters: &[OwnedFd]) -> Result<(), TrackError> {
+        let mut given = 0;
+        for some in counters.chunks(FDS_AT_A_TIME) {
+            let how = if given == 0 { ANEW } else { MORE };
+            let fds: Vec<_> = some.iter().map(AsFd::as_fd).collect();
+            given += fds.len();
+            // Descriptors that it has no room for are lost without a word.
+            if self.ask(&format!("count {how}"), &fds)?.0 != given.to_string() {
+                return Err(self.nonsense());
+            }
+        }
+        Ok(())
     }
 
     /// Tells it the snapshot since which changes are tracked, if nobody has begun anew
-    /// after `epoch`.
-    pub(super) fn remember(&self, epoch: u64, since: &str) -> Result<(), TrackError> {
-        match self.ask(&format!("remember {epoch} {since}"))?.0.as_str() {
-            "done" => Ok(()),
+    /// after `epoch`, and what shared memory needs.
+    pub(super) fn remember(
+        &self,
+        epoch: u64,
+        since: &str,
+        guard: Option<&Guard>,
+    ) -> Result<(), TrackError> {
+        let fds = guard.map(|guard| [guard.record.as_fd(), guard.openings.as_fd()]);
+        let fds = fds.as_ref().map_or(&[][..], |fds| fds);
+        match self.ask(&format!("remember {epoch} {since}"), fds)?.0.as_str() {
+            DONE => Ok(()),
             _ => Err(TrackError::Overtaken { pid: self.pid }),
         }
     }
 
+    /// Makes it forget what shared memory needs, and only that.
+    pub(super) fn unguard(&self) -> Result<(), TrackError> {
+        self.done("unguard", &[])
+    }
+
+    /// Gives back what it was made to forget.
+    pub(super) fn guard(&self, guard: &Guard) -> Result<(), TrackError> {
+        self.done("guard", &[guard.record.as_fd(), guard.openings.as_fd()])
+    }
+
+    fn done(&self, question: &str, fds: &[BorrowedFd]) -> Result<(), TrackError> {
+        if self.ask(question, fds)?.0 == DONE { Ok(()) } else { Err(self.nonsense()) }
+    }
+
     /// Ends it and waits for that.
     pub(super) fn end(self) -> Result<(), TrackError> {
-        let (_, _, mut stream) = self.ask("end")?;
+        let (_, _, mut stream) = self.ask("end", &[])?;
         let mut rest = Vec::new();
         stream
             .read_to_end(&mut rest)
@@ -186,21 +256,52 @@ impl Keeper {
     }
 }
 
-/// The word for no snapshot.
+/// The word for no snapshot, and for no count.
 const NOTHING: &str = "-";
+
+/// Counters come in the place of those that there are.
+const ANEW: &str = "anew";
+
+/// Counters come in addition to those that there are.
+const MORE: &str = "more";
+
+/// The answer when all went well.
+const DONE: &str = "done";
+
+/// Sends a question or an answer, with descriptors.
+fn send(stream: &UnixStream, text: &str, fds: &[BorrowedFd]) -> io::Result<()> {
+    let numbers: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+    let rights = [ControlMessage::ScmRights(&numbers)];
+    let rights: &[ControlMessage] = if fds.is_empty() { &[] } else { &rights };
+    let line = format!("{text}\n");
+    let data = [IoSlice::new(line.as_bytes())];
+    let sent = sendmsg::<()>(stream.as_raw_fd(), &data, rights, MsgFlags::MSG_NOSIGNAL, None)?;
+    if sent == line.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+}
+
+/// Receives what [`send`] has sent; empty if there is nothing more.
+fn receive(stream: &UnixStream) -> io::Result<(String, Vec<OwnedFd>)> {
+    let mut bytes = [0; MESSAGE_BYTES];
+    let received = socket::receive(stream.as_fd(), &mut bytes, MsgFlags::empty())?;
+    let text = String::from_utf8_lossy(&bytes[..received.len]);
+    Ok((text.trim_end().to_owned(), received.fds))
+}
 
 /// The keeper itself.
 struct State {
     tracker: Tracker,
     epoch: u64,
     since: Option<String>,
+    counters: Vec<File>,
+    guard: Option<Guard>,
 }
 
 /// Runs the keeper: what this program is when it is called [`NAME`].
 pub fn main(arguments: &[String]) -> ExitCode {
     let [_, tracker] = arguments else { return ExitCode::FAILURE };
     let Some(tracker) = Tracker::from_name(tracker) else { return ExitCode::FAILURE };
-    match keep(State { tracker, epoch: 0, since: None }) {
+    let state = State { tracker, epoch: 0, since: None, counters: Vec::new(), guard: None };
+    match keep(state) {
         Ok(()) => ExitCode::SUCCESS,
         // There is nobody to be told.
         Err(_) => ExitCode::FAILURE,
@@ -258,38 +359,57 @@ impl State {
         stream.set_nonblocking(false)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
-        let mut lines = BufReader::new(stream);
-        let mut line = String::new();
-        while lines.read_line(&mut line)? > 0 {
+        loop {
+            let (line, given) = receive(stream)?;
             let words: Vec<_> = line.split_whitespace().collect();
-            let (answer, with_fd) = match words.as_slice() {
+            match words.as_slice() {
+                [] => return Ok(Served::Next),
                 ["kept"] => {
                     let since = self.since.as_deref().unwrap_or(NOTHING);
-                    (format!("{} {since}", self.tracker.name()), true)
+                    let count = self.count().map_or(NOTHING.to_owned(), |count| count.to_string());
+                    let mut fds = vec![fd];
+                    if let Some(guard) = &self.guard {
+                        fds.extend([guard.record.as_fd(), guard.openings.as_fd()]);
+                    }
+                    send(stream, &format!("{} {since} {count}", self.tracker.name()), &fds)?;
                 }
                 ["forget"] => {
                     self.epoch += 1;
                     self.since = None;
-                    (self.epoch.to_string(), false)
+                    self.guard = None;
+                    send(stream, &self.epoch.to_string(), &[])?;
+                }
+                ["count", how] => {
+                    if *how == ANEW {
+                        self.counters.clear();
+                    }
+                    self.counters.extend(given.into_iter().map(File::from));
+                    send(stream, &self.counters.len().to_string(), &[])?;
                 }
                 ["remember", epoch, since] if epoch.parse() == Ok(self.epoch) => {
                     self.since = Some((*since).to_owned());
-                    ("done".to_owned(), false)
+                    self.guard = Guard::of(given);
+                    send(stream, DONE, &[])?;
+                }
+                ["guard" | "unguard"] => {
+                    self.guard = Guard::of(given);
+                    send(stream, DONE, &[])?;
                 }
                 ["end"] => {
-                    (&*stream).write_all(b"done\n")?;
+                    send(stream, DONE, &[])?;
                     return Ok(Served::End);
                 }
-                _ => ("no".to_owned(), false),
-            };
-            let fds = [fd.as_raw_fd()];
-            let rights = [ControlMessage::ScmRights(&fds)];
-            let rights: &[ControlMessage] = if with_fd { &rights } else { &[] };
-            let answer = format!("{answer}\n");
-            let data = [IoSlice::new(answer.as_bytes())];
-            sendmsg::<()>(stream.as_raw_fd(), &data, rights, MsgFlags::MSG_NOSIGNAL, None)?;
-            line.clear();
+                _ => send(stream, "no", &[])?,
+            }
         }
-        Ok(Served::Next)
+    }
+
+    /// Returns the sum of all counters; `None` if there are none, or one of them has
+    /// not counted all the time.
+    fn count(&self) -> Option<u64> {
+        if self.counters.is_empty() {
+            return None;
+        }
+        self.counters.iter().map(|counter| tracepoint::read(counter).ok()).sum()
     }
 }

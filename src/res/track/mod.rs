@@ -4,9 +4,13 @@
 //! of them but this: a page that is told to be unwritten holds what it held when
 //! tracking was last restarted. That is the moment in which the process was stopped
 //! for the snapshot that its [keeper] names. All else (other snapshots, new mappings,
-//! mappings that were moved, memory of files) is compared with the parent.
+//! mappings that were moved, memory of files) is compared with the parent. Of shared
+//! memory they tell something only if all writers are [known](shared).
 
 pub mod keeper;
+mod outside;
+mod record;
+pub mod shared;
 mod soft_dirty;
 mod wp;
 
@@ -23,7 +27,8 @@ use crate::{
     },
     units::{HostPid, RemoteAddr},
 };
-use keeper::Keeper;
+use keeper::{Guard, Keeper};
+use shared::Sealed;
 
 /// How changes to memory are tracked between two dumps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,6 +98,14 @@ pub enum TrackError {
         /// What it has, beginning with a verb.
         what: &'static str,
     },
+    /// Nobody counts what is done to shared memory.
+    #[error("{step}")]
+    Count {
+        /// What was attempted, as a verb.
+        step: &'static str,
+        /// Why.
+        source: io::Error,
+    },
     /// The process could not be made to work for this program.
     #[error(transparent)]
     Inject(#[from] InjectError),
@@ -105,6 +118,17 @@ impl TrackError {
     fn kernel(pid: HostPid, step: &'static str) -> impl Fn(Errno) -> Self {
         move |errno| Self::Kernel { pid, step, source: errno.into() }
     }
+}
+
+/// Returns what an error says, with its causes, for the log.
+pub fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text += &format!(": {error}");
+        cause = error.source();
+    }
+    text
 }
 
 /// What is to be tracked.
@@ -136,6 +160,14 @@ pub struct Watch {
     /// Mappings that are tracked, by their beginnings: whether they have been since
     /// before.
     mappings: BTreeMap<RemoteAddr, bool>,
+    /// When the process began, which no other process of its pid has.
+    born: u64,
+    /// Its threads; empty if they have not run yet.
+    threads: Vec<HostPid>,
+    /// What the keeper's counters have counted.
+    count: Option<u64>,
+    /// What the snapshot has left about shared memory.
+    guard: Option<Guard>,
 }
 
 impl Watch {
@@ -150,7 +182,8 @@ impl Watch {
         mappings: &[Mapping],
     ) -> Result<Option<Self>, TrackError> {
         let pid = task.pid;
-        Self::begin_with(request, pid, mappings, &mut || {
+        let threads: Vec<_> = task.threads.iter().map(|thread| thread.tid).collect();
+        Self::begin_with(request, pid, threads, mappings, &mut || {
             let mut made = None;
             with_scratch(&mut task.threads, mappings, TABLE_BYTES, |scratch, threads| {
                 made = Some(wp::make(pid, scratch, &mut threads[0]));
@@ -173,14 +206,14 @@ impl Watch {
         thread: &mut Tracee,
     ) -> Result<Option<Self>, TrackError> {
         let request = Request { tracker, since: None, restart: true };
-        let watch =
-            Self::begin_with(request, pid, mappings, &mut || wp::make(pid, scratch, thread))?;
+        let make = &mut || wp::make(pid, scratch, thread);
+        let watch = Self::begin_with(request, pid, Vec::new(), mappings, make)?;
         let Some(watch) = watch else { return Ok(None) };
         let failed = |source| TrackError::Kernel { pid, step: "protect the memory", source };
         let path = PathBuf::from(format!("/proc/{pid}/pagemap"));
         let pagemap = PagemapFile::open(&path).map_err(failed)?;
         for mapping in mappings.iter().filter(|mapping| can_be_tracked(mapping)) {
-            let query = Query::PRIVATE.without_guards();
+            let query = Query::ANONYMOUS.without_guards();
             watch.scan(&pagemap, mapping, query, &mut Vec::new()).map_err(failed)?;
         }
         watch.scanned()?;
@@ -190,6 +223,7 @@ impl Watch {
     fn begin_with(
         request: Request,
         pid: HostPid,
+        threads: Vec<HostPid>,
         mappings: &[Mapping],
         make: &mut Make,
     ) -> Result<Option<Self>, TrackError> {
@@ -229,6 +263,10 @@ impl Watch {
             (None, Some(tracker)) => tracker,
             (None, None) => choose()?,
         };
+        let (mut fd, mut count, mut guard) = (None, None, None);
+        if let Some(kept) = kept {
+            (fd, count, guard) = (Some(kept.fd), kept.count, kept.guard.filter(|_| trusted));
+        }
         let mut watch = Self {
             pid,
             tracker,
@@ -238,9 +276,13 @@ impl Watch {
             trusted,
             restart,
             mappings: BTreeMap::new(),
+            born: proc::stat(pid)?.start_time,
+            threads,
+            count,
+            guard,
         };
         match tracker {
-            Tracker::Wp => watch.begin_wp(make, mappings, kept.map(|kept| kept.fd))?,
+            Tracker::Wp => watch.begin_wp(make, mappings, fd)?,
             Tracker::SoftDirty => watch.begin_soft_dirty(mappings)?,
             Tracker::None => return Ok(None),
         }
@@ -274,9 +316,10 @@ impl Watch {
             let protect = WriteProtect::resume(fd);
             match self.register(&protect, &tracked) {
                 // The memory that it was made for is gone: another program runs.
-                Err(Errno::ESRCH) => {
+                Err(Errno::ENOMEM) => {
                     self.mappings.clear();
                     self.trusted = false;
+                    self.count = None;
                     if self.restart
                         && let Some(keeper) = self.keeper.take()
                     {
@@ -311,7 +354,7 @@ impl Watch {
             }
             match protect.register(mapping.start, mapping.end) {
                 Ok(()) => drop(self.mappings.insert(mapping.start, before)),
-                Err(Errno::ESRCH) => return Err(Errno::ESRCH),
+                Err(Errno::ENOMEM) => return Err(Errno::ENOMEM),
                 Err(errno) => {
                     log::debug!("{}: {} is not tracked: {errno}", self.pid, mapping.start);
                 }
@@ -376,11 +419,12 @@ impl Watch {
         Ok(())
     }
 
-    /// Makes changes count from the snapshot `id`, which is complete.
+    /// Makes changes count from the snapshot `id`, which is complete; for shared memory
+    /// `shared` says what is to be kept.
     ///
     /// # Errors
     /// [`TrackError::Keeper`]; [`TrackError::Overtaken`]. The next dump compares all.
-    pub fn commit(self, id: &str) -> Result<(), TrackError> {
+    pub fn commit(self, id: &str, shared: Option<&Sealed>) -> Result<(), TrackError> {
         if !self.restart {
             return Ok(());
         }
@@ -394,7 +438,8 @@ impl Watch {
                 (Keeper::start(self.pid, self.tracker, fd)?, 0)
             }
         };
-        keeper.remember(epoch, id)
+        let guard = shared.and_then(|shared| shared.give(self.pid, &keeper));
+        keeper.remember(epoch, id, guard)
     }
 }
 
@@ -418,9 +463,10 @@ fn choose() -> Result<Tracker, TrackError> {
     }
 }
 
-/// Whether a mapping is private memory without a file. Pages of private mappings of
-/// files are few, and a page of the file may come in their place unseen.
-fn can_be_tracked(mapping: &Mapping) -> bool {
+/// Whether a mapping is private memory without a file, which can be tracked. Pages of
+/// private mappings of files are few, and a page of the file may come in their place
+/// unseen.
+pub fn can_be_tracked(mapping: &Mapping) -> bool {
     let strange = VmFlags::HUGE_TLB
         | VmFlags::PFN_MAP
         | VmFlags::IO

@@ -1,0 +1,119 @@
+//! Who else could write to shared memory: processes outside the tree that map it, and
+//! whoever has a descriptor of it.
+//!
+//! What cannot be seen is a descriptor on its way, in a message that nobody has received
+//! yet or among the files of an io_uring. Memory without a name has descriptors only if
+//! somebody has opened it in `/proc/PID/map_files`.
+
+use std::collections::BTreeSet;
+
+use super::{TrackError, record::Key};
+use crate::{
+    proc::{self, ProcError},
+    sys::process::{self, Shared},
+    units::HostPid,
+};
+
+/// The inode of the first pid namespace (`PROC_PID_INIT_INO`, `linux/proc_ns.h`), in
+/// which all processes are seen.
+const FIRST_PID_NAMESPACE: u64 = 0xefff_fffc;
+
+/// `CAP_SYS_PTRACE` (`linux/capability.h`): no process is hidden.
+const CAP_SYS_PTRACE: u64 = 1 << 19;
+
+/// How often processes are listed at most, until none has come.
+const ROUNDS: usize = 16;
+
+/// What the kernel appends to the name of a file without one, such as shared memory.
+const DELETED: &[u8] = b" (deleted)";
+
+/// `PF_FORKNOEXEC` (`linux/sched.h`): has not executed a program since it was forked.
+const FORKED_ONLY: u32 = 0x40;
+
+/// Who was found.
+#[derive(Debug, Default)]
+pub(super) struct Outside {
+    /// Objects to which somebody could write by no mapping of the tree's.
+    pub(super) written: BTreeSet<Key>,
+    /// Whether there are processes that may not be looked at, as none of the tree's
+    /// past can be: they began before it, and it has executed a program since. They
+    /// can have got memory by a descriptor, but not by a fork.
+    pub(super) hidden: bool,
+}
+
+/// Looks for writers of `objects` besides the mappings of the tree, which is stopped;
+/// its root comes first in `tree`.
+///
+/// # Errors
+/// Why they cannot be known.
+pub(super) fn look(objects: &BTreeSet<Key>, tree: &[HostPid]) -> Result<Outside, TrackError> {
+    let own = HostPid(nix::unistd::getpid().as_raw());
+    let namespace = proc::namespace(own, "pid")?;
+    let capabilities = proc::status(own)?.cap_effective;
+    if namespace != FIRST_PID_NAMESPACE || capabilities & CAP_SYS_PTRACE == 0 {
+        return Err(TrackError::Missing { what: "view of all processes for this program" });
+    }
+    let root = tree.first().map(|root| proc::stat(*root)).transpose()?;
+    let began = root.filter(|root| root.flags & FORKED_ONLY == 0).map(|root| root.start_time);
+    let mut found = Outside::default();
+    let mut known: BTreeSet<HostPid> = [own].into();
+    for _ in 0..ROUNDS {
+        let pids: Vec<_> = proc::pids()?.into_iter().filter(|pid| known.insert(*pid)).collect();
+        if pids.is_empty() {
+            return Ok(found);
+        }
+        for pid in pids {
+            match look_at(pid, tree.contains(&pid), objects, &mut found.written) {
+                Err(TrackError::Proc(error)) if error.is_vanished() => {}
+                Err(TrackError::Proc(ProcError::Denied { .. }))
+                    if began > Some(proc::stat(pid)?.start_time) =>
+                {
+                    found.hidden = true;
+                }
+                looked => looked?,
+            }
+        }
+    }
+    Err(TrackError::Missing { what: "moment without new processes" })
+}
+
+fn look_at(
+    pid: HostPid,
+    in_tree: bool,
+    objects: &BTreeSet<Key>,
+    found: &mut BTreeSet<Key>,
+) -> Result<(), TrackError> {
+    let unknown = || TrackError::Unseen { pid, what: "cannot be looked at as a whole" };
+    if !in_tree {
+        let mappings = proc::maps(pid)?;
+        if mappings.is_empty() && proc::stat(pid)?.threads > 1 {
+            // Its first thread has ended, and shows nothing of what the others have.
+            return Err(unknown());
+        }
+        let shared = mappings.iter().filter(|mapping| mapping.shared).map(Key::of_mapping);
+        found.extend(shared.filter(|key| objects.contains(key)));
+    }
+    for number in proc::fds(pid)? {
+        let link = match proc::fd_link(pid, number) {
+            Err(error) if error.is_vanished() => continue,
+            link => link?,
+        };
+        if link.ends_with(DELETED) {
+            let key = match proc::fd_metadata(pid, number) {
+                Err(error) if error.is_vanished() => continue,
+                metadata => Key::of_file(&metadata?),
+            };
+            if objects.contains(&key) {
+                found.insert(key);
+            }
+        }
+    }
+    for tid in proc::threads(pid)?.into_iter().filter(|tid| *tid != pid) {
+        match process::kcmp(pid, tid, Shared::Files) {
+            Ok(std::cmp::Ordering::Equal) | Err(nix::errno::Errno::ESRCH) => {}
+            // Descriptors of its own.
+            _ => return Err(unknown()),
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,621 @@
+//! Which pages of shared memory nobody has written since a snapshot.
+//!
+//! The bits of a mapping tell of writes through that mapping, and nothing of those who
+//! have come and gone. So they are believed for an object only if it can have had no
+//! other writers. At the snapshot, the tree was stopped and
+//!
+//! - nobody outside of it mapped the object, and nobody had a descriptor of it
+//!   ([`outside`]); all mappings by which the tree could write to it were protected;
+//!
+//! and since then
+//!
+//! - each of these mappings has stayed where it was, in the same process;
+//! - none has come: there is none now that was not protected then, no process was
+//!   created by the tree with a copy of the memory, and no mapping was made twice;
+//! - no pages were removed by a mapping (`MADV_REMOVE`): they would come back as zeros
+//!   without a write;
+//! - nobody has opened the object, through `/proc/PID/map_files` ([`Openings`]), and its
+//!   length is the same.
+//!
+//! - none of it was done by an io_uring, whose calls are not counted: none was made.
+//!
+//! What was done is counted by the kernel ([`tracepoint`]): what is common in each
+//! thread that matters, and what is not for the whole machine.
+//!
+//! Otherwise all of it is compared, and tracking begins anew. A memfd is tracked once
+//! all of its descriptors are closed. Soft-dirty bits are never believed here: a
+//! shared page that was written and then taken from the page table comes back clean.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::File,
+    io,
+    ops::Range,
+    os::fd::{AsFd, OwnedFd},
+    path::Path,
+    rc::Rc,
+};
+
+use super::{
+    TrackError, Tracker, Watch,
+    keeper::{Guard, Keeper},
+    outside,
+    record::{Place, Record, Tracked, Writer},
+    with_causes,
+};
+use crate::{
+    proc::{Mapping, VmFlags},
+    sys::{
+        fanotify::Openings,
+        pagemap::{PagemapFile, Query, category},
+        tracepoint::{self, Event, Scope},
+    },
+    units::{HostPid, PAGE_SIZE, PageIndex, RemoteAddr, page_bytes},
+};
+
+pub use super::record::Key;
+
+/// Objects with less than this are compared at once: tracking costs the tree more than
+/// it spares the dump.
+const WORTH_TRACKING_PAGES: u64 = 64;
+
+/// Mappings of an object that are tracked at most. To protect a page that a process
+/// has not touched takes an entry in its page tables: 8 bytes for each page of 4096.
+const MAPPINGS: usize = 8;
+
+/// Threads of a process of which is counted what they do.
+const THREADS: usize = 512;
+
+/// Addresses that can be named in calls by the 32-bit interface, which are not counted.
+const NARROW_ADDRESSES: u64 = 1 << 32;
+
+/// Pages in a table of the lowest level. Holes of an object that are smaller are
+/// protected together with what is around them.
+const TABLE_PAGES: u64 = 512;
+
+/// A shared object.
+#[derive(Debug)]
+pub struct Object<'a> {
+    /// Itself.
+    pub file: &'a File,
+    /// The shared mappings of it in the tree.
+    pub mappings: &'a [(HostPid, Mapping)],
+    /// Its pages that are not holes, ascending.
+    pub data: Vec<Range<u64>>,
+}
+
+impl Object<'_> {
+    /// Whether nobody can have got a descriptor but from `/proc`: it is no memfd.
+    fn is_nameless(&self) -> bool {
+        self.mappings.iter().all(|(_, mapping)| !mapping.name.starts_with(b"/memfd:"))
+    }
+}
+
+/// What was found of the shared memory of a tree.
+#[derive(Debug)]
+pub struct Survey {
+    /// Of each object, the pages that are known to be unwritten, ascending.
+    pub unwritten: Vec<Vec<Range<u64>>>,
+    /// What is to be kept until the next dump.
+    pub next: Option<Next>,
+}
+
+/// What is to be kept until the next dump.
+#[derive(Debug)]
+pub struct Next {
+    record: Record,
+    openings: Openings,
+    /// Counters that keepers do not have yet.
+    counters: BTreeMap<HostPid, Vec<OwnedFd>>,
+}
+
+/// Looks at the shared memory of a stopped tree, whose root is the first of `tree`. Each
+/// object is open already. If tracking begins anew, it does so for all pages that are looked at.
+/// What cannot be known is compared, so nothing fails here.
+pub fn survey(
+    watches: &[Rc<Watch>],
+    tree: &[HostPid],
+    objects: &[Object],
+    restart: bool,
+) -> Survey {
+    let mut surveyor = Surveyor::new(watches, restart);
+    let known: Vec<_> = objects.iter().map(|object| surveyor.is_watched(object)).collect();
+    if restart {
+        surveyor.begin(tree, objects, &known);
+    }
+    let looked = objects.iter().zip(known);
+    let unwritten = looked.map(|(object, known)| surveyor.look_at(object, known)).collect();
+    Survey { unwritten, next: surveyor.next.filter(|next| !next.record.objects.is_empty()) }
+}
+
+/// Keeps the tracking of shared memory as it is while processes are dumped without it:
+/// it was this process that has opened the memory.
+///
+/// # Errors
+/// [`TrackError`]; the tracking is lost then.
+pub fn excuse(pids: impl IntoIterator<Item = HostPid>) -> Result<(), TrackError> {
+    let (mut keepers, mut guard) = (Vec::new(), None);
+    for pid in pids {
+        if let Some(keeper) = Keeper::find(pid)?
+            && let Some(kept) = keeper.kept()?.guard
+        {
+            keepers.push(keeper);
+            guard = Some(kept);
+        }
+    }
+    let keepers: Vec<_> = keepers.iter().collect();
+    guard.map_or(Ok(()), |guard| is_quiet(&guard, &keepers).map(drop))
+}
+
+/// Whether nobody but this process has opened what is tracked. That is forgotten by
+/// asking; so it is only if nobody has that keepers still have the guard afterwards.
+fn is_quiet(guard: &Guard, keepers: &[&Keeper]) -> Result<bool, TrackError> {
+    for keeper in keepers {
+        keeper.unguard()?;
+    }
+    let failed = uncounted("ask who has opened shared memory");
+    let openings = Openings::from(guard.openings.try_clone().map_err(&failed)?);
+    let quiet = openings.only_by(own()).map_err(&failed)?;
+    if quiet {
+        for keeper in keepers {
+            keeper.guard(guard)?;
+        }
+    } else {
+        log::debug!("somebody has opened shared memory that was tracked");
+    }
+    Ok(quiet)
+}
+
+struct Surveyor<'a> {
+    watches: BTreeMap<HostPid, &'a Watch>,
+    /// What the dump before has left, if it is to be believed.
+    past: Option<Record>,
+    next: Option<Next>,
+    openings: Option<Openings>,
+}
+
+impl<'a> Surveyor<'a> {
+    fn new(watches: &'a [Rc<Watch>], restart: bool) -> Self {
+        let wp = watches.iter().filter(|watch| watch.tracker == Tracker::Wp);
+        let watches: BTreeMap<_, _> = wp.map(|watch| (watch.pid, &**watch)).collect();
+        let mut surveyor = Self { watches, past: None, next: None, openings: None };
+        let guards = surveyor.watches.values().filter(|watch| watch.trusted);
+        if let Some(guard) = guards.filter_map(|watch| watch.guard.as_ref()).next()
+            && let Err(error) = surveyor.believe(guard, restart)
+        {
+            log::debug!("no past of shared memory is known: {}", with_causes(&error));
+        }
+        surveyor
+    }
+
+    fn believe(&mut self, guard: &Guard, restart: bool) -> Result<(), TrackError> {
+        // If tracking begins anew, the keepers have forgotten it already.
+        let keepers = self.watches.values().filter_map(|watch| watch.keeper.as_ref());
+        let keepers: Vec<_> = if restart { Vec::new() } else { keepers.collect() };
+        let quiet = is_quiet(guard, &keepers)?;
+        let failed = uncounted("read what is known of shared memory");
+        let copy = |fd: &OwnedFd| fd.try_clone().map_err(&failed);
+        if quiet {
+            self.past = Some(Record::read(copy(&guard.record)?).map_err(&failed)?);
+        }
+        self.openings = Some(Openings::from(copy(&guard.openings)?));
+        Ok(())
+    }
+
+    /// Whether nobody can have written to an object since the snapshot but by the
+    /// mappings that it has now, which were protected then.
+    fn is_watched(&self, object: &Object) -> bool {
+        let Some(past) = &self.past else { return false };
+        let Ok(metadata) = object.file.metadata() else { return false };
+        let tracked = past.objects.get(&Key::of_file(&metadata));
+        let Some(tracked) = tracked.filter(|tracked| tracked.bytes == metadata.len()) else {
+            return false;
+        };
+        let writers: BTreeSet<_> = tracked.places.iter().map(|place| place.pid).collect();
+        writers.iter().all(|pid| self.is_writer_known(past, *pid))
+            && object.mappings.iter().all(|(pid, mapping)| {
+                writers.contains(pid)
+                    && mapping.flags.contains(VmFlags::UFFD_WP)
+                    && self.register(*pid, mapping)
+            })
+            && tracked.places.iter().all(|place| covers(object.mappings, *place))
+    }
+
+    /// Whether a process has been tracked since the snapshot and has done nothing that
+    /// makes other writers.
+    fn is_writer_known(&self, past: &Record, pid: HostPid) -> bool {
+        self.watches.get(&pid).zip(past.writers.get(&pid)).is_some_and(|(watch, writer)| {
+            watch.trusted && watch.born == writer.born && watch.count == Some(writer.count)
+        })
+    }
+
+    /// Registers a mapping with the userfaultfd of its process, unless it is already;
+    /// false if it is with another one.
+    fn register(&self, pid: HostPid, mapping: &Mapping) -> bool {
+        let protect = self.watches.get(&pid).and_then(|watch| watch.protect.as_ref());
+        protect.is_some_and(|protect| protect.register(mapping.start, mapping.end).is_ok())
+    }
+
+    /// Chooses what is tracked from now on, and counts what its writers do.
+    fn begin(&mut self, tree: &[HostPid], objects: &[Object], known: &[bool]) {
+        let mut chosen: BTreeMap<Key, &Object> = BTreeMap::new();
+        let mut new = BTreeSet::new();
+        for (object, known) in objects.iter().zip(known) {
+            let Ok(metadata) = object.file.metadata() else { continue };
+            let key = Key::of_file(&metadata);
+            if self.can_be_tracked(object) {
+                chosen.insert(key, object);
+                if !known {
+                    new.insert(key);
+                }
+            }
+        }
+        if !new.is_empty() {
+            match outside::look(&new, tree) {
+                Ok(found) => chosen.retain(|key, object| {
+                    let hidden = found.hidden && !object.is_nameless();
+                    let others = found.written.contains(key) || hidden && new.contains(key);
+                    if others {
+                        log::debug!("{key} can have other writers than the mappings of the tree");
+                    }
+                    !others
+                }),
+                Err(error) => {
+                    let error = with_causes(&error);
+                    log::debug!("who writes to shared memory is not known: {error}");
+                    chosen.retain(|key, _| !new.contains(key));
+                }
+            }
+        }
+        if let Err(error) = self.prepare(&chosen) {
+            log::debug!("shared memory is not tracked: {}", with_causes(&error));
+        }
+    }
+
+    /// Whether an object has mappings that can all be tracked.
+    fn can_be_tracked(&self, object: &Object) -> bool {
+        let pages: u64 = object.data.iter().map(|data| data.end - data.start).sum();
+        pages >= WORTH_TRACKING_PAGES
+            && (1..=MAPPINGS).contains(&object.mappings.len())
+            && object.mappings.iter().all(|(pid, mapping)| {
+                mapping.start.0 >= NARROW_ADDRESSES
+                    && !mapping.flags.contains(VmFlags::HUGE_TLB)
+                    && self.watches.get(pid).is_some_and(|watch| {
+                        watch.restart && watch.protect.is_some() && watch.threads.len() <= THREADS
+                    })
+            })
+    }
+
+    fn prepare(&mut self, chosen: &BTreeMap<Key, &Object>) -> Result<(), TrackError> {
+        if chosen.is_empty() {
+            return Ok(());
+        }
+        let writers: BTreeSet<_> = chosen
+            .values()
+            .flat_map(|object| object.mappings.iter().map(|(pid, _)| *pid))
+            .collect();
+        let (mut counters, mut record) = (BTreeMap::new(), Record::default());
+        let mut seldom = None;
+        for pid in writers {
+            let watch = self.watches[&pid];
+            if watch.count.is_none() {
+                let seldom: &Vec<OwnedFd> = match &seldom {
+                    Some(seldom) => seldom,
+                    None => seldom.insert(count_seldom()?),
+                };
+                let mut all = count_common(&watch.threads)?;
+                for counter in seldom {
+                    all.push(counter.try_clone().map_err(uncounted("duplicate a counter"))?);
+                }
+                counters.insert(pid, all);
+            }
+            let count = watch.count.unwrap_or(0);
+            record.writers.insert(pid, Writer { born: watch.born, count });
+        }
+        let openings = match self.openings.take() {
+            Some(openings) => openings,
+            None => {
+                let failed = uncounted("make an fanotify");
+                Openings::new().map_err(|errno| failed(errno.into()))?
+            }
+        };
+        for (key, object) in chosen {
+            let Ok(metadata) = object.file.metadata() else { continue };
+            if let Err(errno) = openings.watch(object.file.as_fd()) {
+                log::debug!("{key} is not tracked: watch who opens it: {errno}");
+                continue;
+            }
+            let places = object.mappings.iter().map(|(pid, mapping)| Place::of(*pid, mapping));
+            let tracked = Tracked { bytes: metadata.len(), places: places.collect() };
+            record.objects.insert(*key, tracked);
+        }
+        self.next = Some(Next { record, openings, counters });
+        Ok(())
+    }
+
+    /// Returns which pages of an object are unwritten. Protects all that is looked at
+    /// if it is to be tracked from now on.
+    fn look_at(&mut self, object: &Object, known: bool) -> Vec<Range<u64>> {
+        let key = object.file.metadata().ok().map(|metadata| Key::of_file(&metadata));
+        let objects = self.next.as_mut().map(|next| &mut next.record.objects);
+        let tracked = objects.zip(key).and_then(|(objects, key)| objects.remove_entry(&key));
+        if !known && tracked.is_none() {
+            return Vec::new();
+        }
+        match self.scan(object, known, tracked.is_some()) {
+            Ok(unwritten) => {
+                if let (Some(next), Some((key, tracked))) = (&mut self.next, tracked) {
+                    next.record.objects.insert(key, tracked);
+                }
+                unwritten
+            }
+            Err(error) => {
+                log::debug!("shared memory is compared in full: {error}");
+                Vec::new()
+            }
+        }
+    }
+
+    fn scan(&self, object: &Object, known: bool, protect: bool) -> io::Result<Vec<Range<u64>>> {
+        let (mut unwritten, mut written) = (Vec::new(), Vec::new());
+        let told = category::WRITTEN | category::PRESENT | category::SWAPPED;
+        let query = Query { tell: told, ..Query::default() };
+        let mut regions = Vec::new();
+        for (pid, mapping) in object.mappings {
+            if protect && !self.register(*pid, mapping) {
+                return Err(io::ErrorKind::ResourceBusy.into());
+            }
+            let pagemap = PagemapFile::open(Path::new(&format!("/proc/{pid}/pagemap")))?;
+            for (start, end) in stretches(&object.data, mapping) {
+                regions.clear();
+                if protect {
+                    pagemap.scan_and_protect(start, end, query, &mut regions)?;
+                } else if !pagemap.scan(start, end, query, &mut regions)? {
+                    return Err(io::ErrorKind::Unsupported.into());
+                }
+                let offset = |address: RemoteAddr| {
+                    PageIndex::holding(address.0 - mapping.start.0 + mapping.offset).0
+                };
+                for region in &regions {
+                    // An entry that is empty may have been taken away after a write.
+                    let is_protected = region.categories & category::WRITTEN == 0
+                        && region.categories & (category::PRESENT | category::SWAPPED) != 0;
+                    let pages = offset(region.start())..offset(region.end());
+                    if is_protected { &mut unwritten } else { &mut written }.push(pages);
+                }
+            }
+        }
+        Ok(if known { without(unwritten, written) } else { Vec::new() })
+    }
+}
+
+impl Next {
+    /// Prepares it for the keepers, after this process has opened the objects for the
+    /// last time; `None` if somebody else has opened one since.
+    pub fn seal(self) -> Option<Sealed> {
+        let guard = || {
+            let openings = self.openings.as_fd().try_clone_to_owned()?;
+            let record = self.record.seal()?;
+            Ok::<_, io::Error>(self.openings.only_by(own())?.then_some(Guard { record, openings }))
+        };
+        let guard = guard().unwrap_or_else(|error| {
+            log::warn!("shared memory is not tracked: {error}");
+            None
+        });
+        let writers = self.record.writers.into_keys().collect();
+        Some(Sealed { writers, counters: self.counters, guard: guard? })
+    }
+}
+
+/// What keepers are given for the next dump.
+#[derive(Debug)]
+pub struct Sealed {
+    writers: BTreeSet<HostPid>,
+    counters: BTreeMap<HostPid, Vec<OwnedFd>>,
+    guard: Guard,
+}
+
+impl Sealed {
+    /// Gives the keeper of a process its counters. Returns what else it is to have, if
+    /// the process can write to what is tracked.
+    pub(super) fn give(&self, pid: HostPid, keeper: &Keeper) -> Option<&Guard> {
+        if !self.writers.contains(&pid) {
+            return None;
+        }
+        let counters = self.counters.get(&pid).map_or(&[][..], Vec::as_slice);
+        match keeper.count(counters) {
+            Ok(()) => Some(&self.guard),
+            Err(error) => {
+                log::warn!("shared memory is not tracked: {error}");
+                None
+            }
+        }
+    }
+}
+
+fn own() -> HostPid {
+    HostPid(nix::unistd::getpid().as_raw())
+}
+
+/// Why nothing can be counted.
+fn uncounted(step: &'static str) -> impl Fn(io::Error) -> TrackError {
+    move |source| TrackError::Count { step, source }
+}
+
+/// Begins to count what the threads of a process do that makes other writers.
+fn count_common(threads: &[HostPid]) -> Result<Vec<OwnedFd>, TrackError> {
+    let scopes: Vec<_> = threads.iter().map(|thread| Scope::Thread(*thread)).collect();
+    tracepoint::count(&Event::COMMON, &scopes).map_err(uncounted("count what threads do"))
+}
+
+/// Begins to count what anybody does that changes shared memory unseen.
+fn count_seldom() -> Result<Vec<OwnedFd>, TrackError> {
+    if tracepoint::has_unseen_calls() {
+        return Err(TrackError::Missing { what: "count of calls by the x32 interface" });
+    }
+    let processors = || tracepoint::processors().map_err(uncounted("list the processors"));
+    let now = processors()?;
+    let scopes: Vec<_> = now.iter().map(|number| Scope::Processor(*number)).collect();
+    let counters = tracepoint::count(&Event::SELDOM, &scopes)
+        .map_err(uncounted("count what is done on processors"))?;
+    // Any that comes later is counted.
+    if processors()? == now {
+        Ok(counters)
+    } else {
+        Err(TrackError::Missing { what: "moment without new processors" })
+    }
+}
+
+/// Whether the mappings of a process show what was at a place, and where it was.
+fn covers(mappings: &[(HostPid, Mapping)], place: Place) -> bool {
+    let mut next = place.start;
+    // Ascending for each process.
+    for (_, mapping) in mappings.iter().filter(|(pid, _)| *pid == place.pid) {
+        let shows =
+            mapping.offset.wrapping_sub(mapping.start.0) == place.offset.wrapping_sub(place.start);
+        if shows && mapping.start.0 <= next && next < mapping.end.0 {
+            next = mapping.end.0;
+        }
+    }
+    next >= place.end
+}
+
+/// Returns the addresses at which a mapping shows pages of `data`, ascending; those
+/// that have a small hole between them together.
+fn stretches(data: &[Range<u64>], mapping: &Mapping) -> Vec<(RemoteAddr, RemoteAddr)> {
+    let first = PageIndex::holding(mapping.offset).0;
+    let last = first + mapping.len() / PAGE_SIZE;
+    let mut found: Vec<Range<u64>> = Vec::new();
+    for pages in data {
+        let pages = pages.start.max(first)..pages.end.min(last);
+        match found.last_mut() {
+            _ if pages.is_empty() => {}
+            Some(before) if pages.start - before.end < TABLE_PAGES => before.end = pages.end,
+            _ => found.push(pages),
+        }
+    }
+    let address = |page: u64| mapping.start.plus(page_bytes(page - first));
+    found.into_iter().map(|pages| (address(pages.start), address(pages.end))).collect()
+}
+
+/// Returns the pages of `some` that are not in `others`, ascending.
+fn without(some: Vec<Range<u64>>, others: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    let (some, others) = (joined(some), joined(others));
+    let mut left = Vec::new();
+    let mut others = others.into_iter().peekable();
+    for Range { mut start, end } in some {
+        while let Some(other) = others.peek().filter(|other| other.start < end) {
+            if start < other.start {
+                left.push(start..other.start);
+            }
+            start = start.max(other.end);
+            if other.end > end {
+                break;
+            }
+            others.next();
+        }
+        if start < end {
+            left.push(start..end);
+        }
+    }
+    left
+}
+
+/// Sorts ranges and joins those that touch.
+fn joined(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    ranges.sort_unstable_by_key(|range| range.start);
+    let mut joined: Vec<Range<u64>> = Vec::new();
+    for range in ranges {
+        match joined.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => joined.push(range),
+        }
+    }
+    joined
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A mapping at `start` that shows so many pages from `first` on.
+    fn mapping(start: u64, pages: u64, first: u64) -> Mapping {
+        Mapping {
+            start: RemoteAddr(start),
+            end: RemoteAddr(start + page_bytes(pages)),
+            read: true,
+            write: true,
+            execute: false,
+            shared: true,
+            offset: page_bytes(first),
+            dev_major: 0,
+            dev_minor: 1,
+            inode: 7,
+            name: b"/dev/zero (deleted)".to_vec(),
+            flags: VmFlags::default(),
+            rss_bytes: 0,
+            swap_bytes: 0,
+            kernel_page_bytes: PAGE_SIZE,
+        }
+    }
+
+    fn ranges(pairs: &[(u64, u64)]) -> Vec<Range<u64>> {
+        pairs.iter().map(|(start, end)| *start..*end).collect()
+    }
+
+    #[test]
+    fn pages_are_taken_away() {
+        type Pairs = &'static [(u64, u64)];
+        let cases: [(Pairs, Pairs, Pairs); 7] = [
+            (&[(0, 10)], &[], &[(0, 10)]),
+            (&[(0, 10)], &[(0, 10)], &[]),
+            (&[(0, 10)], &[(3, 5), (7, 8)], &[(0, 3), (5, 7), (8, 10)]),
+            (&[(0, 4), (4, 10), (20, 30)], &[(9, 25)], &[(0, 9), (25, 30)]),
+            (&[(5, 10), (0, 3)], &[(2, 6), (9, 100)], &[(0, 2), (6, 9)]),
+            (&[(0, 10), (12, 14), (16, 20)], &[(9, 17)], &[(0, 9), (17, 20)]),
+            (&[], &[(1, 2)], &[]),
+        ];
+        for (some, others, expected) in cases {
+            let left = without(ranges(some), ranges(others));
+            assert_eq!(left, ranges(expected), "{some:?} {others:?}");
+        }
+    }
+
+    #[test]
+    fn mappings_that_were_split_show_what_was_there() {
+        const START: u64 = 1 << 40;
+        let at = |page: u64| START + page_bytes(page);
+        let place = Place::of(HostPid(7), &mapping(at(0), 10, 5));
+        for (now, expected) in [
+            (vec![(7, mapping(at(0), 10, 5))], true),
+            (vec![(7, mapping(at(0), 4, 5)), (7, mapping(at(4), 6, 9))], true),
+            // Grown.
+            (vec![(7, mapping(at(0), 20, 5))], true),
+            // Cut, with a gap, moved, of other pages, of another process, gone.
+            (vec![(7, mapping(at(0), 9, 5))], false),
+            (vec![(7, mapping(at(0), 4, 5)), (7, mapping(at(5), 5, 10))], false),
+            (vec![(7, mapping(at(1), 10, 5))], false),
+            (vec![(7, mapping(at(0), 10, 6))], false),
+            (vec![(8, mapping(at(0), 10, 5))], false),
+            (vec![], false),
+        ] {
+            let now: Vec<_> =
+                now.into_iter().map(|(pid, mapping)| (HostPid(pid), mapping)).collect();
+            assert_eq!(covers(&now, place), expected, "{now:?}");
+        }
+    }
+
+    #[test]
+    fn only_what_is_data_is_looked_at() {
+        const START: u64 = 1 << 40;
+        let mapping = mapping(START, 5000, 100);
+        let pages = |data: &[Range<u64>]| -> Vec<Range<u64>> {
+            let page = |address: RemoteAddr| (address.0 - START) / PAGE_SIZE;
+            let found = stretches(data, &mapping);
+            found.into_iter().map(|(start, end)| page(start)..page(end)).collect()
+        };
+        assert_eq!(pages(&[0..100, 5100..6000]), []);
+        assert_eq!(pages(&[0..101, 5099..6000]), [0..1, 4999..5000]);
+        assert_eq!(pages(&[200..300, 811..900, 1412..1413]), [100..800, 1312..1313]);
+    }
+}

@@ -1,0 +1,111 @@
+//! Who opens a file: `fanotify(7)`.
+#![expect(unsafe_code, reason = "fanotify_init(2) and fanotify_mark(2)")]
+
+use std::{
+    fs::File,
+    io::Read,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+};
+
+use nix::{errno::Errno, libc};
+use zerocopy::{FromBytes, Immutable, KnownLayout};
+
+use crate::units::HostPid;
+
+/// `struct fanotify_event_metadata` (`linux/fanotify.h`).
+#[derive(FromBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct Event {
+    bytes: u32,
+    version: u8,
+    _reserved: u8,
+    metadata_bytes: u16,
+    mask: u64,
+    fd: i32,
+    pid: i32,
+}
+
+const EVENT_BYTES: usize = size_of::<Event>();
+const _: () = assert!(EVENT_BYTES == 24);
+
+/// Bytes that are read at a time.
+const BATCH_BYTES: usize = 4096;
+
+/// Tells of each opening of the files that it was told to watch, by whomever. Files
+/// stay watched only as long as somebody else uses them.
+#[derive(Debug)]
+pub struct Openings {
+    file: File,
+}
+
+impl Openings {
+    /// Makes one that watches nothing.
+    ///
+    /// # Errors
+    /// What `fanotify_init(2)` returns: `EPERM` without `CAP_SYS_ADMIN`; `EMFILE` if
+    /// the user has too many.
+    pub fn new() -> nix::Result<Self> {
+        // Files are told by handles that nobody looks at, not by descriptors.
+        let flags =
+            libc::FAN_CLOEXEC | libc::FAN_NONBLOCK | libc::FAN_CLASS_NOTIF | libc::FAN_REPORT_FID;
+        let event_flags = libc::O_RDONLY | libc::O_CLOEXEC;
+        // SAFETY: the call takes numbers.
+        let fd = unsafe { libc::fanotify_init(flags, event_flags.cast_unsigned()) };
+        let fd = Errno::result(fd)?;
+        // SAFETY: the kernel has just made this descriptor, and nobody else knows it.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) }.into())
+    }
+
+    /// Watches an open file.
+    ///
+    /// # Errors
+    /// What `fanotify_mark(2)` returns: `EINVAL` before Linux 5.19.
+    pub fn watch(&self, file: BorrowedFd) -> nix::Result<()> {
+        let flags = libc::FAN_MARK_ADD | libc::FAN_MARK_EVICTABLE;
+        let path = format!("/proc/self/fd/{}\0", file.as_raw_fd());
+        let (fanotify, path) = (self.file.as_raw_fd(), path.as_ptr().cast());
+        // SAFETY: the path is a string that ends with zero and lives until after the
+        // call.
+        let result =
+            unsafe { libc::fanotify_mark(fanotify, flags, libc::FAN_OPEN, libc::AT_FDCWD, path) };
+        Errno::result(result).map(drop)
+    }
+
+    /// Forgets the openings until now, and returns whether all of them were by the
+    /// process `own`. If there were too many to be told, they were not.
+    ///
+    /// # Errors
+    /// What `read(2)` returns.
+    pub fn only_by(&self, own: HostPid) -> std::io::Result<bool> {
+        let mut only = true;
+        loop {
+            let mut batch = [0_u8; BATCH_BYTES];
+            let count = match (&self.file).read(&mut batch) {
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Ok(only),
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+                count => count?,
+            };
+            let mut rest = &batch[..count];
+            while let Ok((event, _)) = Event::read_from_prefix(rest) {
+                let bytes = event.bytes as usize;
+                only &= event.mask == libc::FAN_OPEN && event.pid == own.0;
+                if bytes < EVENT_BYTES || bytes > rest.len() {
+                    return Ok(false);
+                }
+                rest = &rest[bytes..];
+            }
+        }
+    }
+}
+
+impl From<OwnedFd> for Openings {
+    fn from(fd: OwnedFd) -> Self {
+        Self { file: fd.into() }
+    }
+}
+
+impl AsFd for Openings {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}

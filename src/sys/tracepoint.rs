@@ -1,0 +1,253 @@
+//! Counters of what threads do, by the kernel's tracepoints (`perf_event_open(2)`).
+//!
+//! A counter belongs to one thread and whatever that creates, or to one processor, for
+//! as long as its descriptor is open. The kernel counts where it meets the tracepoint,
+//! so nothing is lost and nobody has to listen.
+#![expect(unsafe_code, reason = "perf_event_open(2) and its ioctls")]
+
+use std::{
+    ffi::CStr,
+    fs::{self, File},
+    io::{self, Read},
+    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    path::Path,
+};
+
+use nix::{errno::Errno, libc};
+use zerocopy::{FromZeros, IntoBytes};
+
+use crate::units::HostPid;
+
+/// Where the kernel shows its tracepoints (`Documentation/trace/ftrace.rst`).
+const PLACES: [&str; 2] = ["/sys/kernel/tracing/events", "/sys/kernel/debug/tracing/events"];
+
+/// The beginning of `struct perf_event_attr` (`linux/perf_event.h`), which all kernels
+/// take.
+#[repr(C)]
+#[derive(Default)]
+struct Attributes {
+    kind: u32,
+    size: u32,
+    config: u64,
+    sample_period: u64,
+    sample_type: u64,
+    read_format: u64,
+    flags: u64,
+    wakeup_events: u32,
+    bp_type: u32,
+    config1: u64,
+}
+
+/// `PERF_ATTR_SIZE_VER0`.
+const ATTRIBUTES_BYTES: u32 = 64;
+const _: () = assert!(size_of::<Attributes>() == ATTRIBUTES_BYTES as usize);
+
+/// `PERF_TYPE_TRACEPOINT`.
+const TYPE_TRACEPOINT: u32 = 2;
+/// `PERF_FORMAT_TOTAL_TIME_ENABLED` and `PERF_FORMAT_TOTAL_TIME_RUNNING`.
+const FORMAT_TIMES: u64 = 1 << 0 | 1 << 1;
+/// `perf_event_attr.inherit`: threads and processes that are created count as well.
+const FLAG_INHERIT: u64 = 1 << 1;
+/// `PERF_FLAG_FD_CLOEXEC`.
+const FLAG_CLOEXEC: libc::c_ulong = 1 << 3;
+/// `PERF_EVENT_IOC_SET_FILTER`: `_IOW('$', 6, char *)`.
+const SET_FILTER: libc::Ioctl =
+    1 << 30 | (size_of::<usize>() as libc::Ioctl) << 16 | (b'$' as libc::Ioctl) << 8 | 6;
+const _: () = assert!(SET_FILTER == 0x4008_2406);
+
+/// Something that is counted. Calls by the 32-bit interface and by x32 are not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A process is created with a copy of the memory: `fork(2)` and what is like it,
+    /// but neither threads nor `vfork(2)`.
+    MemoryCopied,
+    /// A mapping is made twice, by `mremap(2)` with an old size of 0 or with
+    /// `MREMAP_DONTUNMAP`.
+    MappingDoubled,
+    /// Pages of a file are removed by `MADV_REMOVE`.
+    PagesRemoved,
+    /// The same by `process_madvise(2)`.
+    PagesRemovedFrom,
+    /// An io_uring is made, which can do all sorts of things.
+    RingMade,
+    /// A processor comes or goes, and with it its counters.
+    ProcessorChanged,
+}
+
+impl Event {
+    /// Those that happen often, and are counted in the threads that matter. That makes
+    /// it dearer to create a thread: by 6 to 10 microseconds each.
+    pub const COMMON: [Self; 2] = [Self::MemoryCopied, Self::RingMade];
+
+    /// Those that happen so seldom that they are counted for the whole machine.
+    pub const SELDOM: [Self; 4] =
+        [Self::ProcessorChanged, Self::MappingDoubled, Self::PagesRemoved, Self::PagesRemovedFrom];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::MemoryCopied => "task/task_newtask",
+            Self::MappingDoubled => "syscalls/sys_enter_mremap",
+            Self::PagesRemoved => "syscalls/sys_enter_madvise",
+            Self::PagesRemovedFrom => "syscalls/sys_enter_process_madvise",
+            Self::RingMade => "io_uring/io_uring_create",
+            Self::ProcessorChanged => "cpuhp/cpuhp_enter",
+        }
+    }
+
+    /// Which of the events are meant (`Documentation/trace/events.rst`).
+    fn filter(self) -> Option<&'static CStr> {
+        match self {
+            // `CLONE_VM`.
+            Self::MemoryCopied => Some(c"!(clone_flags & 0x100)"),
+            // The kernel rounds the size up to whole pages, by which the largest become
+            // 0; 4 is `MREMAP_DONTUNMAP`.
+            Self::MappingDoubled => {
+                Some(c"old_len == 0 || old_len >= 0xfffffffffffff001 || flags & 4")
+            }
+            // `MADV_REMOVE` is 9. The event has the whole register, of which the kernel
+            // looks at the lower half.
+            Self::PagesRemoved | Self::PagesRemovedFrom => {
+                Some(c"behavior & 8 && behavior & 1 && !(behavior & 0xfffffff6)")
+            }
+            Self::RingMade | Self::ProcessorChanged => None,
+        }
+    }
+
+    /// Returns the number of the tracepoint.
+    ///
+    /// # Errors
+    /// Those of reading where the kernel shows it.
+    pub fn number(self) -> io::Result<u64> {
+        let mut missing = None;
+        for place in PLACES {
+            let path = Path::new(place).join(self.name()).join("id");
+            match fs::read_to_string(path) {
+                Ok(text) => {
+                    return text.trim().parse().map_err(|_| io::ErrorKind::InvalidData.into());
+                }
+                Err(error) => missing = Some(error),
+            }
+        }
+        Err(missing.expect("there are places"))
+    }
+}
+
+/// Whether a program can make system calls by the x32 interface (`CONFIG_X86_X32_ABI`),
+/// which tracepoints of system calls do not see.
+pub fn has_unseen_calls() -> bool {
+    /// `__X32_SYSCALL_BIT` (`asm/unistd.h`).
+    const X32: libc::c_long = 0x4000_0000;
+    // SAFETY: getppid takes nothing and changes nothing, by whatever interface.
+    unsafe { libc::syscall(X32 | libc::SYS_getppid) >= 0 }
+}
+
+/// Where events are counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// In a thread, and in all that it creates.
+    Thread(HostPid),
+    /// On a processor, whoever runs there.
+    Processor(u32),
+}
+
+/// Returns the numbers of the processors that run.
+///
+/// # Errors
+/// Those of reading the list.
+pub fn processors() -> io::Result<Vec<u32>> {
+    let text = fs::read_to_string("/sys/devices/system/cpu/online")?;
+    numbers(text.trim()).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// Takes a list such as `0-2,5` apart.
+fn numbers(list: &str) -> Option<Vec<u32>> {
+    let mut numbers = Vec::new();
+    for range in list.split(',') {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        numbers.extend(first.parse::<u32>().ok()?..=last.parse().ok()?);
+    }
+    Some(numbers)
+}
+
+/// Begins to count some events in all of the scopes.
+///
+/// # Errors
+/// Those of [`Event::number`]; what `perf_event_open(2)` returns, see there: `EACCES`
+/// or `EPERM` without `CAP_PERFMON`.
+pub fn count(events: &[Event], scopes: &[Scope]) -> io::Result<Vec<OwnedFd>> {
+    let mut counters = Vec::with_capacity(events.len() * scopes.len());
+    for event in events {
+        let number = event.number()?;
+        for scope in scopes {
+            counters.push(open(*event, number, *scope)?);
+        }
+    }
+    Ok(counters)
+}
+
+/// Opens the counter of an event that has a `number`.
+///
+/// # Errors
+/// What `perf_event_open(2)` returns: `EACCES` or `EPERM` without `CAP_PERFMON`;
+/// `EINVAL` if the kernel's event has other fields.
+fn open(event: Event, number: u64, scope: Scope) -> nix::Result<OwnedFd> {
+    let (thread, processor, flags) = match scope {
+        Scope::Thread(thread) => (thread.0, -1, FLAG_INHERIT),
+        Scope::Processor(number) => (-1, number.cast_signed(), 0),
+    };
+    let attributes = Attributes {
+        kind: TYPE_TRACEPOINT,
+        size: ATTRIBUTES_BYTES,
+        config: number,
+        read_format: FORMAT_TIMES,
+        flags,
+        ..Attributes::default()
+    };
+    let no_group = -1;
+    // SAFETY: the kernel reads as many bytes of the structure as its size field says,
+    // which are all it has.
+    let fd = unsafe {
+        libc::syscall(
+            libc::SYS_perf_event_open,
+            &raw const attributes,
+            thread,
+            processor,
+            no_group,
+            FLAG_CLOEXEC,
+        )
+    };
+    let fd = i32::try_from(Errno::result(fd)?).map_err(|_| Errno::EBADF)?;
+    // SAFETY: the kernel has just made this descriptor, and nobody else knows it.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    if let Some(filter) = event.filter() {
+        // SAFETY: the kernel reads a string that ends with zero and is there forever.
+        let result = unsafe { libc::ioctl(fd.as_raw_fd(), SET_FILTER, filter.as_ptr()) };
+        Errno::result(result)?;
+    }
+    Ok(fd)
+}
+
+/// Reads a counter.
+///
+/// # Errors
+/// What `read(2)` returns; `InvalidData` if it has not counted all the time.
+pub fn read(counter: &File) -> io::Result<u64> {
+    let mut values = <[u64; 3]>::new_zeroed();
+    (&*counter).read_exact(values.as_mut_bytes())?;
+    let [count, enabled, running] = values;
+    if enabled == running { Ok(count) } else { Err(io::ErrorKind::InvalidData.into()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_of_processors_are_taken_apart() {
+        assert_eq!(numbers("0"), Some(vec![0]));
+        assert_eq!(numbers("0-2,5"), Some(vec![0, 1, 2, 5]));
+        assert_eq!(numbers("0-x"), None);
+        assert_eq!(numbers(""), None);
+        assert!(!processors().unwrap().is_empty());
+    }
+}
