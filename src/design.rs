@@ -125,13 +125,30 @@
 //! read where the mount says that they are ([`crate::chain::DIRECTORY_XATTR`]), if the
 //! inventory there is the same.
 //!
+//! # Freed pages
+//!
+//! A hole in a pages file reads as zeros, so no reader can tell a page that was freed
+//! from a page of zeros. Whoever frees pages therefore names them first, in a journal
+//! beside the pages file ([`crate::image::punched`] has the layout), and in this order:
+//! readers in this program lose them, the journal names them, the journal is on disk,
+//! they are freed ([`crate::chain::Freeing`]). What a journal names is gone, freed or
+//! not: reading it is an error that names it. So a page may be noted only when
+//! something else that lasts has it, or nobody needs it; and running again frees what a
+//! crash has left. A journal is bound to the pagemap and the inventory beside it, since
+//! programs that do not know it dump into the same directory.
+//!
+//! Freed pages keep their place in a pages file without parents. What needs one says so
+//! before it begins: a restore, flattening, a comparison. A dump takes the page of a
+//! parent that was freed for one that the parent does not have. Holes that no journal
+//! names are zeros, as for CRIU, and `imgfs check` tells of them.
+//!
 //! # Invariants
 //!
 //! - Image bytes are untrusted: no length is believed before the file has shown
 //!   that many bytes, and whatever contradicts itself is an error that names
 //!   file, memory and address.
 //! - A page is never answered with another page's bytes or with zeros that
-//!   nobody stored: what cannot be found is an error.
+//!   nobody stored: what cannot be found, or was freed, is an error.
 //! - An image directory that is written has its inventory last, after everything
 //!   else is on disk; a directory without one is not a snapshot.
 //! - `image`, `chain` and `view` know neither FUSE nor privileges: they are

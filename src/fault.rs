@@ -20,7 +20,7 @@ macro_rules! points {
         pub enum Point { $(#[doc = $about] $point,)* }
 
         impl Point {
-            /// Every point, in the order of a dump and of a restore.
+            /// Every point, in the order of a dump, of a restore and of freeing pages.
             pub const ALL: &'static [Self] = &[$(Self::$point,)*];
 
             /// Returns the name that chooses the point.
@@ -48,6 +48,11 @@ points! {
     RestoreFiles = "restore-files": "After the descriptors were installed.";
     RestoreThreads = "restore-threads": "After all threads were made.";
     RestoreLast = "restore-last": "Before the first process is let go.";
+    FreeNoted = "free-noted": "After pages were noted to be freed, before a journal names them.";
+    FreeAppended = "free-appended": "After journals name them, before that is on disk.";
+    FreeJournalled = "free-journalled": "After that is on disk, before the first page is freed.";
+    FreeHalf = "free-half": "After the first pages were freed.";
+    FreeDone = "free-done": "After all were freed.";
 }
 
 /// A failure that `RCRIU_FAULT` asked for.

@@ -11,7 +11,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("units", &[]),
     ("sys", &["units"]),
     ("image", &["units"]),
-    ("chain", &["image", "units"]),
+    ("chain", &["image", "units", "fault"]),
     ("view", &["chain", "image", "units"]),
     ("fs", &["view", "chain", "image", "sys", "units"]),
     ("fault", &[]),

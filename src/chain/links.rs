@@ -7,12 +7,14 @@ use std::{
     fs, io,
     num::NonZeroUsize,
     path::{Component, Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, RwLockReadGuard},
 };
 
 use nix::sys::resource::{Resource, getrlimit};
 
-use super::{ChainError, Files, Index, LinkError, Result, cache::IndexCache, side_by_side};
+use super::{
+    ChainError, Files, Index, LinkError, Result, cache::IndexCache, freed::Freed, side_by_side,
+};
 use crate::image::{Kind, MemoryId, desc};
 
 /// The name of the link to the parent directory.
@@ -59,6 +61,7 @@ pub struct Chain {
     unfinished: Vec<PathBuf>,
     files: Files,
     indexes: IndexCache,
+    freed: Freed,
 }
 
 impl Chain {
@@ -101,6 +104,7 @@ impl Chain {
             unfinished,
             files: Files::new(open_files()),
             indexes: IndexCache::default(),
+            freed: Freed::default(),
         })
     }
 
@@ -128,6 +132,30 @@ impl Chain {
     /// Returns the files that the chain's bytes are read from.
     pub fn files(&self) -> &Files {
         &self.files
+    }
+
+    /// Returns the pages that were freed since the chain was opened.
+    pub(super) fn freed(&self) -> &Freed {
+        &self.freed
+    }
+
+    /// Keeps pages from being freed by this program until the guard is dropped. To
+    /// be held from the question where bytes are until they were read, by whoever
+    /// reads while another thread may free.
+    pub fn reading(&self) -> RwLockReadGuard<'_, ()> {
+        self.freed.reading()
+    }
+
+    /// Checks that no page of a snapshot was freed, so that all of it can be read.
+    ///
+    /// # Errors
+    /// [`ChainError::Punched`] for the first page that was; what [`Self::index`]
+    /// returns.
+    pub fn require_whole(&self, id: SnapshotId) -> Result<()> {
+        for memory in self.memories(id)? {
+            self.index(id, memory)?.require_whole(self)?;
+        }
+        Ok(())
     }
 
     /// Returns the snapshots that are nobody's parent.

@@ -4,8 +4,8 @@ use std::{fs, os::unix::fs::MetadataExt, time::SystemTime};
 
 use super::{Chain, ChainError, Result, SnapshotId, holes};
 use crate::{
-    image::{Kind, MemoryId, PagemapReader, Presence, proto, read_all},
-    units::{BLOCK_BYTES, PAGE_SIZE, page_bytes},
+    image::{Kind, MemoryId, PagemapReader, Presence, proto, punched, read_all},
+    units::{BLOCK_BYTES, PAGE_SIZE, PageRanges, page_bytes},
 };
 
 /// How many pages of one kind of memory are where.
@@ -17,8 +17,8 @@ pub struct PageCounts {
     pub in_parent: u64,
     /// In no image.
     pub absent: u64,
-    /// Of those present, how many are holes of their file: freed by a
-    /// deduplication, or made sparse by a copy. They read as zero.
+    /// Of those present, how many were freed, or are holes of their file: freed by
+    /// another program, or made sparse by a copy, which read as zero.
     pub punched: u64,
 }
 
@@ -128,9 +128,13 @@ fn count(chain: &Chain, id: SnapshotId, memory: MemoryId) -> Result<PageCounts> 
     if counts.present > 0 {
         let pages = chain.image_path(id, Kind::Pages, reader.pages_id().into());
         let file = chain.files().get(chain.files().enter(&pages))?;
+        let dir = &chain.snapshot(id).dir;
+        let gone = punched::read(dir, &memory.pagemap_name(), reader.pages_id())?;
+        let mut punched: PageRanges = gone.unwrap_or_default().within(0..counts.present).collect();
         for hole in holes::in_file(&file, 0, page_bytes(counts.present))? {
-            counts.punched += (hole.end - hole.start) / PAGE_SIZE;
+            punched.insert(hole.start.div_ceil(PAGE_SIZE)..hole.end / PAGE_SIZE);
         }
+        counts.punched = punched.pages();
     }
     Ok(counts)
 }

@@ -5,6 +5,7 @@
 //! [`ImageError`] that names the file and the place in it.
 
 pub mod desc;
+pub mod disk;
 pub mod document;
 pub mod dynamic;
 mod error;
@@ -13,6 +14,7 @@ pub mod json;
 pub mod pagemap;
 pub mod payload;
 pub mod proto;
+pub mod punched;
 pub mod registers;
 pub mod snapshot;
 mod verify;
@@ -20,6 +22,7 @@ pub mod vma;
 mod wire;
 
 pub use desc::{Body, Desc, Kind};
+pub use disk::Disk;
 pub use document::Document;
 pub use error::{ImageError, Result};
 pub use framing::{ImageReader, ImageWriter, Prologue, read_all, read_one};

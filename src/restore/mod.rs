@@ -63,6 +63,7 @@ pub fn run(options: &Options) -> Result<()> {
     })?;
     let images = source::behind_mount(&images).unwrap_or(images);
     let plan = Plan::read(&images)?;
+    plan.chain.require_whole(plan.snapshot)?;
     fault::hit(Point::RestorePlan)?;
     let subreaper = |on: bool| {
         ptrace::set_subreaper(on).map_err(|source| RestoreError::Process {

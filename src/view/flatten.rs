@@ -37,9 +37,11 @@ const UNFINISHED_INVENTORY: &str = ".inventory.img.unfinished";
 /// blocks between files (btrfs, xfs) are asked to.
 ///
 /// # Errors
-/// Whatever keeps the view from being read or `out` from being written. What was
-/// written by then is removed.
+/// A snapshot of which pages were freed, before anything is written; whatever keeps
+/// the view from being read or `out` from being written. What was written by then is
+/// removed.
 pub fn flatten(view: &View, out: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
+    view.chain().require_whole(view.tip())?;
     let made = match fs::DirBuilder::new().mode(DIRECTORY_MODE).create(out) {
         Ok(()) => true,
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists && is_empty(out)? => false,

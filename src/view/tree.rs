@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     chain::{Chain, ChainError, Content, FlatPages, SnapshotId},
-    image::{Kind, MemoryId, PagemapReader},
+    image::{Kind, MemoryId, PagemapReader, desc},
     units::BLOCK_BYTES,
 };
 
@@ -268,7 +268,9 @@ impl View {
             let entry = entry.map_err(failed)?;
             // Names that are not UTF-8 are not names of images.
             let Ok(name) = entry.file_name().into_string() else { continue };
-            if entry.path().is_file() {
+            // It is about the pages file on disk, which has others than the one here.
+            let journal = desc::by_file_name(&name).is_some_and(|(d, _)| d.kind == Kind::Punched);
+            if entry.path().is_file() && !journal {
                 children.push((name, What::Image(id)));
             }
         }
