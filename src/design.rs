@@ -142,6 +142,18 @@
 //! parent that was freed for one that the parent does not have. Holes that no journal
 //! names are zeros, as for CRIU, and `imgfs check` tells of them.
 //!
+//! # Locks
+//!
+//! Locks are those of `flock(2)` on directories, so that they end with their holder and
+//! leave nothing behind ([`crate::sys::lock`]). A chain is locked at its base, the
+//! directory without a parent, which all of its snapshots have in common: one lock for
+//! a chain of any depth. Who reads a chain shares it; who changes what is in one that
+//! is complete has it alone. Besides, each locks the directory that it was asked for:
+//! a dump has the one it makes alone, and shares that of its parent, so that several
+//! may dump on top of one. A restore from a mount locks nothing, since who serves the
+//! mount has done so. Programs that only look, such as `imgfs ls` and `check`, lock
+//! nothing, and CRIU knows nothing of these locks.
+//!
 //! # Invariants
 //!
 //! - Image bytes are untrusted: no length is believed before the file has shown

@@ -169,6 +169,21 @@ impl Chain {
         self.ids().filter(|id| tip[id.position()]).collect()
     }
 
+    /// Returns the snapshots without a parent that can be found: whoever uses a
+    /// chain locks these.
+    pub fn bases(&self) -> impl Iterator<Item = SnapshotId> + '_ {
+        self.ids().filter(|id| !matches!(self.snapshot(*id).parent, Ok(Some(_))))
+    }
+
+    /// Returns the last ancestor of a snapshot that can be found; itself without one.
+    pub fn base(&self, id: SnapshotId) -> SnapshotId {
+        let mut base = id;
+        while let Ok(Some(parent)) = self.snapshot(base).parent {
+            base = parent;
+        }
+        base
+    }
+
     /// Returns the snapshot called `name`, or the only tip without a name.
     ///
     /// # Errors

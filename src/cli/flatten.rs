@@ -7,6 +7,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::{
     chain::Chain,
+    sys::lock::{Access, DirectoryLocks},
     view::{View, flatten},
 };
 
@@ -34,6 +35,10 @@ pub struct FlattenArgs {
 pub fn run(args: &FlattenArgs) -> anyhow::Result<()> {
     let chain = Chain::open(&args.chain)?;
     let tip = chain.choose(args.snapshot.as_deref())?;
+    let mut locks = DirectoryLocks::default();
+    for id in [tip, chain.base(tip)] {
+        locks.take(&chain.snapshot(id).dir, Access::Shared)?;
+    }
     let name = chain.snapshot(tip).name.clone();
     let view = View::new(Arc::new(chain), tip);
     // Shown only where standard error is a terminal.

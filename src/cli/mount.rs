@@ -9,7 +9,10 @@ use super::{Common, exit, log_sink, report};
 use crate::{
     chain::Chain,
     fs::{self, MountOptions, Session},
-    sys::daemon::{self, Background, Detached, Start},
+    sys::{
+        daemon::{self, Background, Detached, Start},
+        lock::{Access, DirectoryLocks},
+    },
     view::View,
 };
 
@@ -141,6 +144,12 @@ impl MountArgs {
         log_sink::start(self.foreground, self.log_file.as_deref(), common.log_level())?;
         let chain = Arc::new(Chain::open(&self.chain)?);
         let tip = chain.choose(self.snapshot.as_deref())?;
+        // Whoever frees pages of the chain is kept from it: what was found in an index
+        // would no longer be there.
+        let mut locks = DirectoryLocks::default();
+        for base in chain.bases() {
+            locks.take(&chain.snapshot(base).dir, Access::Shared)?;
+        }
         let view = Arc::new(View::new(chain, tip));
         let mut options = MountOptions { allow_other: self.allow_other, ..Default::default() };
         if let Some(threads) = self.threads {

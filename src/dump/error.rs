@@ -11,6 +11,7 @@ use crate::{
     inject::InjectError,
     proc::ProcError,
     res::{ResError, file::FileError, track::TrackError},
+    sys::lock::LockError,
     units::{HostPid, RemoteAddr},
 };
 
@@ -117,6 +118,9 @@ pub enum DumpError {
     /// Something in `/proc` could not be read.
     #[error(transparent)]
     Proc(#[from] ProcError),
+    /// A directory is in use by another program.
+    #[error(transparent)]
+    Lock(#[from] LockError),
     /// A test asked for it.
     #[error(transparent)]
     Fault(#[from] Injected),

@@ -34,7 +34,10 @@ use crate::{
     inject::{Frozen, Outcome},
     proc,
     res::file::Policy,
-    sys::{cancel, fds},
+    sys::{
+        cancel, fds,
+        lock::{Access, DirectoryLocks},
+    },
     units::HostPid,
 };
 use files::FileTable;
@@ -56,10 +59,12 @@ pub fn run(options: &Options) -> Result<()> {
         return Err(DumpError::NoProcess { pid: options.pid });
     }
     check_directory(&options.images_dir)?;
+    let mut locks = DirectoryLocks::default();
+    locks.take(&options.images_dir, Access::Exclusive)?;
     let parent = options
         .prev_images_dir
         .as_deref()
-        .map(|parent| open_parent(options, parent))
+        .map(|parent| open_parent(options, parent, &mut locks))
         .transpose()?;
     crate::sys::process::raise_descriptor_limit();
     let mut stats = Stats::default();
@@ -200,8 +205,12 @@ fn check_directory(path: &Path) -> Result<()> {
 }
 
 /// Opens the chain that ends with the directory that `--prev-images-dir` names,
-/// relative to the images directory.
-fn open_parent(options: &Options, parent: &Path) -> Result<(Arc<Chain>, SnapshotId)> {
+/// relative to the images directory, and keeps others from changing it.
+fn open_parent(
+    options: &Options,
+    parent: &Path,
+    locks: &mut DirectoryLocks,
+) -> Result<(Arc<Chain>, SnapshotId)> {
     let path = options.images_dir.join(parent);
     let problem = |path: PathBuf, problem: String| DumpError::Directory { path, problem };
     let dir = path.canonicalize().map_err(|error| {
@@ -210,11 +219,13 @@ fn open_parent(options: &Options, parent: &Path) -> Result<(Arc<Chain>, Snapshot
     if options.images_dir.canonicalize().is_ok_and(|images| images == dir) {
         return Err(problem(path, "it cannot be its own parent".to_owned()));
     }
+    locks.take(&dir, Access::Shared)?;
     let chain = Chain::open(&dir)?;
     let id = chain.ids().find(|id| chain.snapshot(*id).dir == dir);
     let id = id.ok_or_else(|| {
         problem(dir, "it holds no inventory.img, so it is no complete dump".to_owned())
     })?;
+    locks.take(&chain.snapshot(chain.base(id)).dir, Access::Shared)?;
     Ok((Arc::new(chain), id))
 }
 

@@ -31,7 +31,7 @@ use crate::{
         file::{Policy, memfd},
         task::state,
     },
-    sys::{process, ptrace},
+    sys::{lock::DirectoryLocks, process, ptrace},
     units::HostPid,
 };
 use files::Files;
@@ -61,8 +61,12 @@ pub fn run(options: &Options) -> Result<()> {
         path: options.images_dir.clone(),
         problem: format!("{error}; name another one with -D"),
     })?;
-    let images = source::behind_mount(&images).unwrap_or(images);
-    let plan = Plan::read(&images)?;
+    let mut locks = DirectoryLocks::default();
+    let plan = match source::behind_mount(&images) {
+        // Who serves the mount has locked them.
+        Some(behind) => Plan::read(&behind, None)?,
+        None => Plan::read(&images, Some(&mut locks))?,
+    };
     plan.chain.require_whole(plan.snapshot)?;
     fault::hit(Point::RestorePlan)?;
     let subreaper = |on: bool| {
@@ -74,9 +78,10 @@ pub fn run(options: &Options) -> Result<()> {
     };
     // What is left of a restore that fails is ours to reap.
     subreaper(true)?;
-    let restored = restore(options, &images, &plan, &mut stats);
+    let restored = restore(options, plan.dir(), &plan, &mut stats);
     subreaper(false)?;
     restored?;
+    drop(locks);
     let root = plan.tasks[0].pid;
     log::info!("restored {} processes", plan.tasks.len());
     // The tree is running.

@@ -1,4 +1,5 @@
-//! What needs `unsafe`: system calls that no crate makes safe for us.
+//! System calls: those that no crate makes safe for us, and others that several
+//! parts need.
 
 pub mod cancel;
 pub mod daemon;
@@ -6,6 +7,7 @@ mod descriptors;
 pub mod fds;
 mod features;
 pub mod gather;
+pub mod lock;
 pub mod pagemap;
 pub mod process;
 pub mod ptrace;
