@@ -142,6 +142,28 @@
 //! parent that was freed for one that the parent does not have. Holes that no journal
 //! names are zeros, as for CRIU, and `imgfs check` tells of them.
 //!
+//! # Linking
+//!
+//! [`crate::dedup::link()`] compares what a dump stores with what the snapshot before it
+//! resolves to, and replaces each pagemap that gains by it, with a pages file that holds
+//! what is left. A pagemap names its pages file, so one rename changes a memory from
+//! one whole state to another; the link to the parent comes before and is harmless
+//! alone. Everything new is made in a hidden directory that is an image directory
+//! itself, resolved through the chain, and compared with the old state, page by page,
+//! before anything is replaced: pages left to the parent must be found in the very place
+//! that they were compared with, and those that are kept are compared with their copies.
+//! A list in that directory tells what a killed run leaves from what is the user's.
+//!
+//! A page of the parent is asked for by the same pid or number of an object. So a
+//! process whose pid was taken by another is compared with that one, which is as right
+//! and gains little. An object's number is an inode number, which a restored tree does
+//! not keep: objects are matched by kind, name and the places where processes have them,
+//! and renumbered if their number in the parent is free, nobody has the snapshot as its
+//! parent, and one image alone names them, so that one rename changes all. Others are
+//! compared by number, or stay in full; a copy of a snapshot can be renumbered in any
+//! case. A System V segment is never renumbered: programs know its id. A memory that has
+//! lost pages stays as it is.
+//!
 //! # Locks
 //!
 //! Locks are those of `flock(2)` on directories, so that they end with their holder and

@@ -6,6 +6,7 @@
 
 pub mod chain;
 pub mod cli;
+pub mod dedup;
 pub mod design;
 pub mod dump;
 pub mod fault;

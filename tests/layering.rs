@@ -18,13 +18,14 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("proc", &["units"]),
     ("inject", &["sys", "proc", "units", "fault"]),
     ("res", &["inject", "proc", "sys", "image", "units", "fault"]),
+    ("dedup", &["chain", "image", "sys", "units", "fault"]),
     ("dump", &["res", "inject", "proc", "chain", "image", "sys", "units", "fault"]),
     ("restore", &["res", "inject", "proc", "chain", "image", "sys", "units", "fault"]),
     (
         "cli",
         &[
-            "dump", "restore", "res", "proc", "fs", "view", "chain", "image", "sys", "units",
-            "fault",
+            "dump", "restore", "dedup", "res", "proc", "fs", "view", "chain", "image", "sys",
+            "units", "fault",
         ],
     ),
     ("design", &[]),

@@ -15,10 +15,7 @@ use nix::sys::resource::{Resource, getrlimit};
 use super::{
     ChainError, Files, Index, LinkError, Result, cache::IndexCache, freed::Freed, side_by_side,
 };
-use crate::image::{Kind, MemoryId, desc};
-
-/// The name of the link to the parent directory.
-const PARENT_LINK: &str = "parent";
+use crate::image::{Kind, MemoryId, PARENT_LINK, desc};
 
 /// Directories that take longer to look at than a thread takes to start.
 const WORTH_A_THREAD: usize = 32;

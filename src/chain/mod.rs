@@ -19,7 +19,7 @@ mod index;
 mod links;
 mod memory;
 mod overlay;
-mod side_by_side;
+pub(crate) mod side_by_side;
 mod summary;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -27,6 +27,7 @@ pub(crate) mod testing;
 mod tests;
 
 pub use check::{Finding, Severity, check};
+pub(crate) use content::read_runs;
 pub use content::{Content, Run, Source, read_at};
 pub use diff::{Difference, MemoryDiff, diff};
 pub(crate) use error::with_sources;
@@ -39,7 +40,7 @@ pub use index::{Extent, Index, Layer, Place};
 pub use links::{Chain, Snapshot, SnapshotId};
 pub(crate) use memory::Cursor;
 pub use memory::{FlatPages, MemoryBytes};
-pub use summary::{PageCounts, Summary};
+pub use summary::{PageCounts, Summary, disk_bytes};
 
 /// The extended attribute by which a mount tells of a directory that shows a whole
 /// snapshot which image directory that is: an absolute path.

@@ -1,6 +1,6 @@
 //! What one snapshot of a chain holds, in numbers.
 
-use std::{fs, os::unix::fs::MetadataExt, time::SystemTime};
+use std::{fs, os::unix::fs::MetadataExt, path::Path, time::SystemTime};
 
 use super::{Chain, ChainError, Result, SnapshotId, holes};
 use crate::{
@@ -63,11 +63,7 @@ impl Summary {
     pub fn of(chain: &Chain, id: SnapshotId) -> Result<Self> {
         let dir = &chain.snapshot(id).dir;
         let failed = |source| ChainError::Directory { path: dir.clone(), source };
-        let mut disk_bytes = 0;
-        for entry in fs::read_dir(dir).map_err(failed)? {
-            let meta = entry.and_then(|entry| entry.metadata()).map_err(failed)?;
-            disk_bytes += if meta.is_file() { meta.blocks() * BLOCK_BYTES } else { 0 };
-        }
+        let disk_bytes = disk_bytes(dir)?;
         let inventory = chain.image_path(id, Kind::Inventory, 0);
         let date = fs::metadata(inventory).and_then(|meta| meta.modified()).map_err(failed)?;
         let (mut private, mut shared) = (PageCounts::default(), PageCounts::default());
@@ -98,6 +94,20 @@ impl Summary {
         total += self.shared;
         total
     }
+}
+
+/// Returns how many bytes the files of a directory take on disk.
+///
+/// # Errors
+/// [`ChainError::Directory`].
+pub fn disk_bytes(dir: &Path) -> Result<u64> {
+    let failed = |source| ChainError::Directory { path: dir.to_owned(), source };
+    let mut bytes = 0;
+    for entry in fs::read_dir(dir).map_err(failed)? {
+        let meta = entry.and_then(|entry| entry.metadata()).map_err(failed)?;
+        bytes += if meta.is_file() { meta.blocks() * BLOCK_BYTES } else { 0 };
+    }
+    Ok(bytes)
 }
 
 /// Returns the pids of a snapshot's processes; `None` for a pre-dump, which has

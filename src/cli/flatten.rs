@@ -3,7 +3,6 @@
 use std::{path::PathBuf, sync::Arc};
 
 use anyhow::Context as _;
-use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::{
     chain::Chain,
@@ -41,11 +40,7 @@ pub fn run(args: &FlattenArgs) -> anyhow::Result<()> {
     }
     let name = chain.snapshot(tip).name.clone();
     let view = View::new(Arc::new(chain), tip);
-    // Shown only where standard error is a terminal.
-    let bar = ProgressBar::new(0).with_style(
-        ProgressStyle::with_template("{wide_bar} {binary_bytes}/{binary_total_bytes} {eta}")
-            .expect("the template is valid"),
-    );
+    let bar = super::bytes_bar();
     let result = flatten(&view, &args.out, &mut |done, total| {
         bar.set_length(total);
         bar.set_position(done);

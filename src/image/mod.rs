@@ -27,5 +27,5 @@ pub use document::Document;
 pub use error::{ImageError, Result};
 pub use framing::{ImageReader, ImageWriter, Prologue, read_all, read_one};
 pub use pagemap::{MemoryId, Pagemap, PagemapEntry, PagemapReader, PagemapWriter, Presence};
-pub use snapshot::SnapshotWriter;
+pub use snapshot::{PARENT_LINK, SnapshotWriter};
 pub use verify::verify;

@@ -12,10 +12,12 @@ pub(super) const PRE_DUMP: Commands = Commands(2);
 pub(super) const RESTORE: Commands = Commands(4);
 /// `check`
 pub(super) const CHECK: Commands = Commands(8);
+/// `dedup`
+pub(super) const DEDUP: Commands = Commands(16);
 
 const DUMPS: Commands = DUMP.or(PRE_DUMP);
 const BOTH: Commands = DUMPS.or(RESTORE);
-const ALL: Commands = BOTH.or(CHECK);
+const ALL: Commands = BOTH.or(CHECK).or(DEDUP);
 
 impl Commands {
     const fn or(self, other: Self) -> Self {
@@ -168,6 +170,10 @@ pub(super) const ROWS: &[Row] = &[
     built("all", CHECK),
     built("feature", CHECK),
     refused("ms", ALL, "CRIU has dropped it as well; use --feature"),
+    // Deduplication
+    built("link", DEDUP),
+    built("keep-originals", DEDUP),
+    built("json", DEDUP),
     // Messages
     built("log-file", ALL),
     built("verbosity", ALL),
@@ -193,7 +199,6 @@ const fn refused(name: &'static str, on: Commands, instead: &'static str) -> Row
 /// Commands of CRIU that are not built, and what to do instead.
 pub(super) const REFUSED_COMMANDS: &[(&str, &str)] = &[
     ("cpuinfo", "restore on the same kind of processor"),
-    ("dedup", "nothing is freed in existing images"),
     ("exec", "CRIU has dropped it as well"),
     ("lazy-pages", "restore without --lazy-pages"),
     ("page-server", PAGE_SERVER),
