@@ -51,6 +51,18 @@
 //! was cut within a page. A panic ends the daemon, and the kernel then answers
 //! whoever waits.
 //!
+//! A mount that frees pages (`--punch`) takes requests to punch the flat pages files in
+//! its root, and nothing else; it has the chain for itself. Reads hold a lock shared
+//! from the question where bytes are until they were answered, and pages are gone
+//! before they are freed, so that no read finds a hole. Such files are never passed
+//! through, nor mapped shared, since what is written to a mapping is refused too late
+//! to be noticed; the kernel drops what its page cache had of a punched range. Pages
+//! are freed on read only when the whole of them was handed to a reader: at once if it
+//! called `read(2)`, which the kernel asks for in its name; and otherwise, for the page
+//! cache, when the last open file of the inode is closed, which a mapping keeps open,
+//! since the kernel may drop a clean page and ask again. Read-ahead is off there, so
+//! that a page which the cache was given is one that was touched.
+//!
 //! Files of `mem/` and `core/` are for the owner of the images alone, whatever
 //! mode those have: mapped files are read with the rights of who mounts.
 //!

@@ -20,7 +20,7 @@ use std::{
 use super::{Chain, ChainError, FileId, Index, Layer, Place, Result, SnapshotId};
 use crate::{
     fault::{self, Point},
-    image::{Disk, Kind, MemoryId, disk::DiskFile, punched::JournalWriter},
+    image::{Disk, Kind, MemoryId, punched::JournalWriter},
     units::{PAGE_SIZE, PageRanges, page_bytes},
 };
 
@@ -69,7 +69,7 @@ impl Freed {
 /// A pages file of which pages are freed.
 #[derive(Debug)]
 struct Target {
-    file: DiskFile,
+    path: PathBuf,
     id: FileId,
     pages: u64,
     journal: JournalWriter,
@@ -129,12 +129,12 @@ impl Freeing {
         })?;
         let dir = &self.chain.snapshot(layer.snapshot).dir;
         let pagemap = memory.pagemap_name();
-        let journal = JournalWriter::open(&*self.disk, dir, &pagemap, layer.pages_id)?;
+        let journal = JournalWriter::open(dir, &pagemap, layer.pages_id)?;
         let pages = layer.pages.min(len.div_ceil(PAGE_SIZE));
         let noted: PageRanges = journal.pages().within(0..pages).collect();
         let id = layer.file;
         self.targets
-            .insert(key, Target { file, id, pages, journal, noted, ready: PageRanges::new() });
+            .insert(key, Target { path, id, pages, journal, noted, ready: PageRanges::new() });
         Ok(())
     }
 
@@ -182,14 +182,11 @@ impl Freeing {
     pub fn sync(&mut self) -> Result<()> {
         fault::hit(Point::FreeNoted)?;
         let disk = &*self.disk;
-        let targets = self.targets.values_mut();
-        let mut noted: Vec<&mut Target> = targets.filter(|t| !t.noted.is_empty()).collect();
-        for target in &mut noted {
+        // One after the other, so that few files are open however deep the chain is.
+        for target in self.targets.values_mut().filter(|target| !target.noted.is_empty()) {
             self.chain.freed().add(target.id, &target.noted);
             target.journal.append(disk, &target.noted)?;
-        }
-        fault::hit(Point::FreeAppended)?;
-        for target in &mut noted {
+            fault::hit(Point::FreeAppended)?;
             target.journal.sync(disk)?;
             target.ready.extend(&target.noted);
             target.noted = PageRanges::new();
@@ -204,14 +201,15 @@ impl Freeing {
     /// still taken.
     pub fn free(&mut self) -> Result<u64> {
         let mut freed = 0;
-        for target in self.targets.values_mut() {
+        for target in self.targets.values_mut().filter(|target| !target.ready.is_empty()) {
+            let failed = |step| {
+                let path = target.path.clone();
+                move |source| ChainError::Free { path, step, source }
+            };
+            let file = self.disk.open(&target.path).map_err(failed("open for writing"))?;
             for range in target.ready.iter() {
                 let bytes = page_bytes(range.start)..page_bytes(range.end);
-                self.disk.punch(&target.file, bytes).map_err(|source| ChainError::Free {
-                    path: target.file.path().to_owned(),
-                    step: "free pages of",
-                    source,
-                })?;
+                self.disk.punch(&file, bytes).map_err(failed("free pages of"))?;
                 if freed == 0 {
                     fault::hit(Point::FreeHalf)?;
                 }

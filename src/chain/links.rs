@@ -136,6 +136,11 @@ impl Chain {
         &self.freed
     }
 
+    /// Whether any were.
+    pub fn has_freed(&self) -> bool {
+        !self.freed.is_empty()
+    }
+
     /// Keeps pages from being freed by this program until the guard is dropped. To
     /// be held from the question where bytes are until they were read, by whoever
     /// reads while another thread may free.

@@ -105,7 +105,8 @@ impl<'a> Cursor<'a> {
 fn allocated(chain: &Chain, index: &Index) -> u64 {
     let files = chain.files();
     let holes = |layer: &Layer| {
-        if layer.dense {
+        // What was freed since is a hole, too.
+        if layer.dense && chain.freed().is_empty() {
             return Vec::new();
         }
         let file = files.get(layer.file);
@@ -219,6 +220,24 @@ impl FlatPages {
         }
         let layer = &self.index.layers()[whole? as usize];
         (layer.pages == next).then_some(layer)
+    }
+}
+
+impl FlatPages {
+    /// Returns where pages of this file are: layers, and pages of their files. Those
+    /// that were freed before the index was built are left out.
+    pub fn places(&self, pages: Range<u64>) -> impl Iterator<Item = (&Layer, Range<u64>)> {
+        let all = self.index.flat();
+        let first = all.partition_point(|flat| flat.before <= pages.start).saturating_sub(1);
+        let inside = all[first..].iter().take_while(move |flat| flat.before < pages.end);
+        inside.filter_map(move |flat| {
+            let extent = self.index.extent(flat.position as usize)?;
+            let Place::Stored { layer, file_page } = extent.place else { return None };
+            let start = pages.start.max(flat.before);
+            let end = pages.end.min(flat.before + extent.pages);
+            let at = |page: u64| file_page + (page - flat.before);
+            (start < end).then(|| (&self.index.layers()[layer as usize], at(start)..at(end)))
+        })
     }
 }
 

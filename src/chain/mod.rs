@@ -45,3 +45,7 @@ pub use summary::{PageCounts, Summary, disk_bytes};
 /// The extended attribute by which a mount tells of a directory that shows a whole
 /// snapshot which image directory that is: an absolute path.
 pub const DIRECTORY_XATTR: &str = "user.imgfs.directory";
+
+/// The extended attribute by which the root of a mount that frees pages tells when it
+/// does: `on-request`, `on-read` or `commit`.
+pub const PUNCH_XATTR: &str = "user.imgfs.punch";

@@ -288,8 +288,9 @@ impl Owner {
 pub struct JournalWriter {
     owner: Owner,
     dump: u64,
-    /// `None` before the first page is noted.
+    /// Open while something is written.
     file: Option<DiskFile>,
+    exists: bool,
     contents: Contents,
     /// Whether there are records that are not known to be on disk.
     unsynced: bool,
@@ -300,19 +301,18 @@ impl JournalWriter {
     /// pagemap called `pagemap` belongs. Nothing is written yet.
     ///
     /// # Errors
-    /// As [`read`], and what keeps it from being opened for writing.
-    pub fn open(disk: &dyn Disk, dir: &Path, pagemap: &str, pages_id: u32) -> Result<Self> {
+    /// As [`read`].
+    pub fn open(dir: &Path, pagemap: &str, pages_id: u32) -> Result<Self> {
         let owner = Owner::new(dir, pagemap, pages_id);
         let dump = owner.dump()?;
-        let Some(file) = owner.open()? else {
-            let contents = Contents::default();
-            return Ok(Self { owner, dump, file: None, contents, unsynced: false });
+        let found = owner.open()?;
+        let exists = found.is_some();
+        let contents = match found {
+            Some(file) => owner.contents(BufReader::new(file), dump)?,
+            None => Contents::default(),
         };
-        let contents = owner.contents(BufReader::new(file), dump)?;
-        let file = disk.open(&owner.path);
-        let file = file.map_err(|source| ImageError::Open { path: owner.path.clone(), source })?;
         // Whether what is there came to the disk is not known.
-        Ok(Self { owner, dump, file: Some(file), contents, unsynced: true })
+        Ok(Self { owner, dump, file: None, exists, contents, unsynced: exists })
     }
 
     /// Returns all pages that the journal names.
@@ -333,35 +333,50 @@ impl JournalWriter {
             return Ok(());
         }
         let spare = 2 * self.contents.pages.count() as u64 + SPARE_RECORDS;
-        if self.file.is_none() || self.contents.records > spare {
+        if !self.exists || self.contents.records > spare {
             self.rewrite(disk)?;
         }
-        let file = self.file.as_ref().expect("it was created");
+        let file = self.opened(disk)?;
         let end = HEAD_BYTES + self.contents.records * RECORD_BYTES;
-        let failed = write_error(&self.owner.path);
         // What a crash has left behind must not come to count.
-        disk.set_len(file, end).map_err(failed)?;
+        disk.set_len(&file, end).map_err(write_error(&self.owner.path))?;
         self.unsynced = true;
-        write_records(disk, file, &new, self.dump, self.contents.records)?;
+        write_records(disk, &file, &new, self.dump, self.contents.records)?;
+        self.file = Some(file);
         self.contents.records += new.count() as u64;
         self.contents.pages.extend(&new);
         Ok(())
     }
 
-    /// Waits until all pages that were added are named on disk, and seals them.
+    /// Waits until all pages that were added are named on disk, seals them, and
+    /// closes the file.
     ///
     /// # Errors
     /// [`ImageError::Write`]; none of the pages may be freed then.
     pub fn sync(&mut self, disk: &dyn Disk) -> Result<()> {
-        let Some(file) = self.file.as_ref().filter(|_| self.unsynced) else { return Ok(()) };
+        if !self.unsynced {
+            return Ok(());
+        }
+        let file = self.opened(disk)?;
         let failed = || write_error(&self.owner.path);
-        disk.sync(file).map_err(failed())?;
+        disk.sync(&file).map_err(failed())?;
         let seal = Record::seal(self.dump, self.contents.records);
         let end = HEAD_BYTES + self.contents.records * RECORD_BYTES;
-        disk.write_at(file, seal.as_bytes(), end).map_err(failed())?;
+        disk.write_at(&file, seal.as_bytes(), end).map_err(failed())?;
         self.contents.records += 1;
         self.unsynced = false;
         Ok(())
+    }
+
+    /// Returns the file, which is there; the caller puts it back.
+    fn opened(&mut self, disk: &dyn Disk) -> Result<DiskFile> {
+        match self.file.take() {
+            Some(file) => Ok(file),
+            None => {
+                let path = &self.owner.path;
+                disk.open(path).map_err(|source| ImageError::Open { path: path.clone(), source })
+            }
+        }
     }
 
     /// Puts a file in the journal's place that names its pages once.
@@ -383,6 +398,7 @@ impl JournalWriter {
         disk.rename(&unfinished, path).map_err(write_error(path))?;
         disk.sync_dir(dir).map_err(write_error(dir))?;
         self.contents.records = records + 1;
+        self.exists = true;
         self.file = Some(file);
         Ok(())
     }
@@ -436,7 +452,7 @@ mod tests {
     }
 
     fn open(dir: &Path) -> JournalWriter {
-        JournalWriter::open(&Kernel, dir, PAGEMAP, 3).unwrap()
+        JournalWriter::open(dir, PAGEMAP, 3).unwrap()
     }
 
     fn add(dir: &Path, ranges: &[Range<u64>]) {
@@ -481,7 +497,7 @@ mod tests {
             fs::write(dir.join(name), "another").unwrap();
             let problem = problem(dir);
             assert!(problem.contains("punched-3.img") && problem.contains("remove"), "{problem}");
-            JournalWriter::open(&Kernel, dir, PAGEMAP, 3).unwrap_err();
+            JournalWriter::open(dir, PAGEMAP, 3).unwrap_err();
             fs::write(dir.join(name), old).unwrap();
         }
         assert_eq!(named(dir), [1..2]);

@@ -2,6 +2,7 @@
 //! parts need.
 
 pub mod cancel;
+pub mod commit;
 pub mod daemon;
 mod descriptors;
 pub mod fds;

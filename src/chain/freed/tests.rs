@@ -16,7 +16,10 @@ use crate::{
         Content, FlatPages, MemoryBytes, PageCounts, Severity, Summary, check, diff, read_at,
         testing::{MEMORY, Model, PAGES, TestChain, entry, layers, model, page},
     },
-    image::{PagemapEntry, Presence, disk::Kernel},
+    image::{
+        PagemapEntry, Presence,
+        disk::{DiskFile, Kernel},
+    },
     units::{BLOCK_BYTES, PageIndex},
 };
 

@@ -1,0 +1,475 @@
+//! Pages that are freed once they are restored: through a mount, by a restore, and
+//! what is left when either is interrupted.
+//!
+//! All of it needs root and `/dev/fuse`.
+
+mod common;
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Read},
+    os::unix::fs::{FileExt, MetadataExt, PermissionsExt},
+    path::Path,
+};
+
+use common::{
+    Cap,
+    chain::{PAGE, TestChain, page_bytes},
+    mounted::{Mounted, imgfs, wait_for},
+    require,
+};
+use memmap2::MmapOptions;
+use nix::{
+    errno::Errno,
+    fcntl::{FallocateFlags, fallocate},
+    sys::signal::Signal,
+    unistd::{Whence, lseek},
+};
+use rcriu::image::{MemoryId, Presence};
+use tempfile::TempDir;
+
+use Presence::{Parent, Present};
+
+const APP: MemoryId = MemoryId::Private(7);
+const OBJECT: MemoryId = MemoryId::Shared(1024);
+
+/// Pages of the private memory, from this address on.
+const PAGES: u64 = 1200;
+const FIRST: u64 = 16;
+
+/// A chain of three snapshots, and a place to mount it.
+struct Scene {
+    dir: TempDir,
+    chain: TestChain,
+}
+
+impl Scene {
+    /// On tmpfs, where a file takes as much room as it has pages.
+    fn new() -> Self {
+        Self::within(tempfile::tempdir_in("/dev/shm").unwrap())
+    }
+
+    fn within(dir: TempDir) -> Self {
+        let mut chain = TestChain::new(&dir.path().join("chain"));
+        let base = chain.layer("1");
+        chain.memory(base, APP, 1, &[(FIRST, PAGES, Present)]);
+        chain.memory(base, OBJECT, 2, &[(0, 50, Present)]);
+        let middle = chain.layer("2");
+        let alternating: Vec<_> = (FIRST..FIRST + PAGES)
+            .map(|page| (page, 1, if page % 2 == 0 { Present } else { Parent }))
+            .collect();
+        chain.memory(middle, APP, 1, &alternating);
+        chain.memory(middle, OBJECT, 2, &[(0, 50, Parent)]);
+        let tip = chain.layer("3");
+        chain.memory(tip, APP, 1, &[(FIRST, 100, Present), (FIRST + 100, PAGES - 100, Parent)]);
+        chain.memory(tip, OBJECT, 2, &[(0, 50, Parent)]);
+        Self { dir, chain }
+    }
+
+    fn mount(&self, arguments: &[&str]) -> Mounted {
+        Mounted::new(self.chain.root(), &self.dir.path().join("mnt"), arguments)
+    }
+
+    /// Returns the bytes of a page of the shown snapshot's private memory.
+    fn page(&self, number: u64) -> Vec<u8> {
+        let layer = match number {
+            0..100 => 2,
+            _ if (FIRST + number).is_multiple_of(2) => 1,
+            _ => 0,
+        };
+        page_bytes(layer, APP, FIRST + number).to_vec()
+    }
+
+    /// Returns the bytes that all pages files of the chain take.
+    fn room(&self) -> u64 {
+        let files = (0..3).flat_map(|layer| [1, 2].map(|id| self.chain.pages_path(layer, id)));
+        files.map(|path| path.metadata().unwrap().blocks() * 512).sum()
+    }
+
+    fn check(&self) -> (bool, String) {
+        let output = imgfs(&["check", text(self.chain.root())]);
+        (output.status.success(), String::from_utf8(output.stdout).unwrap())
+    }
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+fn writable(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).open(path)
+}
+
+fn punch(file: &File, offset: u64, len: u64) -> nix::Result<()> {
+    let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    let number = |number: u64| i64::try_from(number).unwrap();
+    fallocate(file, mode, number(offset), number(len))
+}
+
+fn punch_pages(file: &File, pages: std::ops::Range<u64>) {
+    punch(file, pages.start * PAGE as u64, (pages.end - pages.start) * PAGE as u64).unwrap();
+}
+
+/// Reads a page of a file; `None` for an input/output error.
+#[track_caller]
+fn read_page(file: &File, page: u64) -> Option<Vec<u8>> {
+    let mut buffer = vec![0; PAGE];
+    match file.read_exact_at(&mut buffer, page * PAGE as u64) {
+        Ok(()) => Some(buffer),
+        Err(error) => {
+            assert_eq!(error.raw_os_error(), Some(Errno::EIO as i32), "{error}");
+            None
+        }
+    }
+}
+
+fn errno<T: std::fmt::Debug>(result: io::Result<T>) -> Errno {
+    Errno::from_raw(result.unwrap_err().raw_os_error().unwrap())
+}
+
+#[test]
+fn privileged_punched_pages_are_freed_where_they_are_and_never_read_as_zeros() {
+    require(Cap::Fuse);
+    let scene = Scene::new();
+    let before = scene.room();
+    let mounted = scene.mount(&["--punch"]);
+    let path = mounted.path("pages-1.img");
+    let len = path.metadata().unwrap().len();
+    let file = writable(&path).unwrap();
+    // Only whole pages within the range: 150 to 249, in two layers.
+    punch(&file, 149 * PAGE as u64 + 1, 102 * PAGE as u64 - 2).unwrap();
+    assert_eq!(before - scene.room(), 100 * PAGE as u64);
+    // In the third.
+    punch_pages(&file, 0..10);
+    assert_eq!(before - scene.room(), 110 * PAGE as u64);
+    assert_eq!(path.metadata().unwrap().len(), len);
+
+    let gone = |page: u64| page < 10 || (150..250).contains(&page);
+    let look = |file: &File| {
+        for page in 0..PAGES {
+            let expected = (!gone(page)).then(|| scene.page(page));
+            assert_eq!(read_page(file, page), expected, "page {page}");
+        }
+        // Large reads go another way.
+        let mut large = vec![0; 128 << 10];
+        let error = file.read_exact_at(&mut large, 140 * PAGE as u64);
+        assert_eq!(errno(error), Errno::EIO);
+        file.read_exact_at(&mut large, 260 * PAGE as u64).unwrap();
+    };
+    look(&file);
+    look(&File::open(&path).unwrap());
+    // What is gone is no hole: who skips holes would take it for zeros.
+    let hole = lseek(&file, 0, Whence::SeekHole).unwrap();
+    assert_eq!(hole.cast_unsigned(), len);
+    // The same pages elsewhere in the mount.
+    let beside = File::open(mounted.path("snapshots/2/pages-1.img")).unwrap();
+    assert_eq!(read_page(&beside, 200), None);
+    assert_eq!(read_page(&beside, 0).unwrap(), page_bytes(1, APP, FIRST));
+    let said = mounted.log_text();
+    assert!(said.contains("were freed") && said.contains("pid 7 at 0x"), "{said}");
+    drop((file, beside, mounted));
+
+    let mounted = scene.mount(&[]);
+    look(&File::open(mounted.path("pages-1.img")).unwrap());
+    drop(mounted);
+    let (clean, found) = scene.check();
+    assert!(!clean, "{found}");
+    for part in
+        ["chain/3: pid 7 at 0x10000: 10 pages are gone", "chain/2: pid 7 at 0xa6000", "chain/1"]
+    {
+        assert!(found.contains(part), "{part}: {found}");
+    }
+    let flat = imgfs(&["flatten", text(scene.chain.root()), text(&scene.dir.path().join("out"))]);
+    let why = String::from_utf8(flat.stderr).unwrap();
+    assert!(!flat.status.success() && why.contains("were freed"), "{why}");
+    assert!(!scene.dir.path().join("out").exists());
+    let diff = imgfs(&["diff", text(scene.chain.root()), "1", "3"]);
+    assert_eq!(diff.status.code(), Some(2));
+}
+
+#[test]
+fn privileged_a_mount_that_frees_pages_refuses_every_other_change() {
+    require(Cap::Fuse);
+    let scene = Scene::new();
+    let before = scene.room();
+    let mounted = scene.mount(&["--punch"]);
+    let path = mounted.path("pages-1.img");
+    let file = writable(&path).unwrap();
+    assert_eq!(errno(file.write_at(b"x", 0)), Errno::EROFS);
+    assert_eq!(errno(file.set_len(0)), Errno::EROFS);
+    for mode in [
+        FallocateFlags::empty(),
+        FallocateFlags::FALLOC_FL_ZERO_RANGE,
+        FallocateFlags::FALLOC_FL_COLLAPSE_RANGE,
+        FallocateFlags::FALLOC_FL_KEEP_SIZE,
+    ] {
+        assert_eq!(fallocate(&file, mode, 0, 4096), Err(Errno::EOPNOTSUPP), "{mode:?}");
+    }
+    assert_eq!(errno(OpenOptions::new().write(true).truncate(true).open(&path)), Errno::EROFS);
+    assert_eq!(errno(fs::set_permissions(&path, fs::Permissions::from_mode(0o777))), Errno::EROFS);
+    assert_eq!(errno(fs::remove_file(&path)), Errno::EROFS);
+    assert_eq!(errno(fs::rename(&path, mounted.path("x"))), Errno::EROFS);
+    assert_eq!(errno(File::create(mounted.path("new"))), Errno::EROFS);
+    assert_eq!(errno(fs::create_dir(mounted.path("new"))), Errno::EROFS);
+    for other in ["inventory.img", "pagemap-7.img", "snapshots/2/pages-1.img", "shmem/1024"] {
+        assert_eq!(errno(writable(&mounted.path(other))), Errno::EROFS, "{other}");
+    }
+    // What is written to a shared mapping would be lost.
+    let shared = MmapOptions::new().map_raw(&file);
+    assert_eq!(errno(shared.map(drop)), Errno::ENODEV);
+    drop(file);
+    // A file that was not opened for it.
+    let file = File::open(&path).unwrap();
+    assert_eq!(punch(&file, 0, 4096), Err(Errno::EBADF));
+    assert_eq!(read_page(&file, 0).unwrap(), scene.page(0));
+    assert_eq!(scene.room(), before);
+    drop((file, mounted));
+    // Nothing is free to be punched in a mount that is not for it.
+    let mounted = scene.mount(&[]);
+    assert_eq!(errno(writable(&mounted.path("pages-1.img"))), Errno::EROFS);
+    let output = imgfs(&["commit", text(&mounted.point)]);
+    let why = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && why.contains("mount the chain with --punch"), "{why}");
+}
+
+#[test]
+fn privileged_who_frees_pages_is_alone_and_says_whose_they_are() {
+    require(Cap::Fuse);
+    let scene = Scene::new();
+    let reader = scene.mount(&[]);
+    let other = scene.dir.path().join("other");
+    fs::create_dir(&other).unwrap();
+    let refused = imgfs(&["mount", "--punch", text(scene.chain.root()), text(&other)]);
+    let why = String::from_utf8(refused.stderr).unwrap();
+    let pid = format!("(pid {})", reader.pid());
+    assert!(!refused.status.success() && why.contains(&pid), "{why}");
+    drop(reader);
+    let output = imgfs(&["mount", "--punch", text(scene.chain.root()), text(&other)]);
+    let _detach = common::mounted::Detach(other.clone());
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{said}");
+    assert!(said.contains("snapshot 3: 1, 2 can no longer be restored then"), "{said}");
+    let out = scene.dir.path().join("out");
+    let refused = imgfs(&["flatten", text(scene.chain.root()), text(&out)]);
+    assert!(!refused.status.success());
+    assert!(imgfs(&["umount", text(&other)]).status.success());
+    wait_for("the end of the daemon's lock", || {
+        imgfs(&["flatten", text(scene.chain.root()), text(&out)]).status.success()
+    });
+}
+
+#[test]
+fn privileged_on_read_frees_what_was_read_and_nothing_else() {
+    require(Cap::Fuse);
+    let scene = Scene::new();
+    let before = scene.room();
+    let mounted = scene.mount(&["--punch=on-read"]);
+    let path = mounted.path("pages-1.img");
+    let read = |file: &File, first: u64, buffer: &mut [u8]| {
+        file.read_exact_at(buffer, first * PAGE as u64).unwrap();
+        for (page, bytes) in (first..).zip(buffer.chunks(PAGE)) {
+            assert_eq!(bytes, scene.page(page), "page {page}");
+        }
+    };
+    let file = File::open(&path).unwrap();
+    let mut buffer = vec![0; 200 * PAGE];
+    read(&file, 0, &mut buffer);
+    // Twice a half of a page; half of one; and the end of a page and its neighbour.
+    let mut half = vec![0; PAGE / 2];
+    for offset in [300 * PAGE, 300 * PAGE + PAGE / 2, 310 * PAGE] {
+        file.read_exact_at(&mut half, offset as u64).unwrap();
+    }
+    let mut across = vec![0; PAGE + 8];
+    file.read_exact_at(&mut across, 320 * PAGE as u64 - 8).unwrap();
+    // A buffer that begins between two pages makes the kernel cut elsewhere.
+    let mut large = vec![0; 600 * PAGE + 24];
+    read(&file, 400, &mut large[24..]);
+    drop(file);
+    // 0 to 199, 300, 320, 400 to 999.
+    wait_for("the pages that were read", || before - scene.room() == 802 * PAGE as u64);
+    let file = File::open(&path).unwrap();
+    for page in [199, 300, 320, 999] {
+        assert_eq!(read_page(&file, page), None, "page {page}");
+    }
+    for page in [200, 310, 319, 399, 1000] {
+        assert_eq!(read_page(&file, page).unwrap(), scene.page(page), "page {page}");
+    }
+    drop(file);
+    wait_for("these pages, too", || before - scene.room() == 807 * PAGE as u64);
+    // Looking at other files frees nothing.
+    mounted.read("snapshots/3/pages-2.img");
+    mounted.read("shmem/1024");
+    drop(mounted);
+    assert_eq!(before - scene.room(), 807 * PAGE as u64);
+}
+
+#[test]
+fn privileged_on_read_keeps_mapped_pages_until_the_file_is_closed() {
+    require(Cap::Fuse);
+    let scene = Scene::new();
+    let before = scene.room();
+    let mounted = scene.mount(&["--punch=on-read"]);
+    let path = mounted.path("pages-1.img");
+    let program = "
+import mmap, os, sys
+path, pages = sys.argv[1], [int(page) for page in sys.argv[2].split(',')]
+file = os.open(path, os.O_RDONLY)
+mapped = mmap.mmap(file, 0, mmap.MAP_PRIVATE, mmap.PROT_READ)
+os.close(file)
+for page in pages:
+    sys.stdout.buffer.write(mapped[page * 4096:(page + 1) * 4096])
+sys.stdout.flush()
+sys.stdin.read()
+";
+    let touched = [0, 7, 500, 1100];
+    let mut reader = std::process::Command::new("/usr/bin/python3")
+        .args(["-c", program, text(&path), "0,7,500,1100"])
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut bytes = vec![0; touched.len() * PAGE];
+    reader.stdout.as_mut().unwrap().read_exact(&mut bytes).unwrap();
+    for (bytes, page) in bytes.chunks(PAGE).zip(touched) {
+        assert_eq!(bytes, scene.page(page));
+    }
+    // The kernel may ask for them again as long as they are mapped.
+    assert_eq!(scene.room(), before);
+    let second = File::open(&path).unwrap();
+    assert_eq!(read_page(&second, 7).unwrap(), scene.page(7));
+    drop(reader.stdin.take());
+    assert!(reader.wait().unwrap().success());
+    drop(second);
+    // Nothing that was not touched was read ahead and lost.
+    wait_for("the pages", || before - scene.room() == 4 * PAGE as u64);
+    let file = File::open(&path).unwrap();
+    for page in touched {
+        assert_eq!(read_page(&file, page), None);
+        assert_eq!(read_page(&file, page + 1).unwrap(), scene.page(page + 1));
+    }
+}
+
+#[test]
+fn privileged_commit_frees_what_was_noted_and_an_end_without_it_nothing() {
+    require(Cap::Fuse);
+    let scene = Scene::new();
+    let before = scene.room();
+    let mounted = scene.mount(&["--punch=commit"]);
+    let file = writable(&mounted.path("pages-1.img")).unwrap();
+    punch_pages(&file, 0..500);
+    assert_eq!(read_page(&file, 3).unwrap(), scene.page(3));
+    assert_eq!(scene.room(), before);
+    drop((file, mounted));
+    assert_eq!(scene.room(), before);
+    assert!(scene.check().0);
+
+    let mounted = scene.mount(&["--punch=commit"]);
+    let file = writable(&mounted.path("pages-1.img")).unwrap();
+    let object = writable(&mounted.path("pages-2.img")).unwrap();
+    punch_pages(&file, 100..200);
+    punch_pages(&object, 0..50);
+    let commit = || {
+        let output = imgfs(&["commit", text(&mounted.point)]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    assert_eq!(commit(), "freed 150 pages, 600.00 KiB\n");
+    assert_eq!(before - scene.room(), 150 * PAGE as u64);
+    assert_eq!(read_page(&file, 100), None);
+    assert_eq!(read_page(&object, 49), None);
+    assert_eq!(read_page(&file, 99).unwrap(), scene.page(99));
+    assert_eq!(commit(), "freed 0 pages, 0 B\n");
+    // Nobody else may.
+    let stranger = std::process::Command::new("setpriv")
+        .args(["--reuid=65534", "--regid=65534", "--clear-groups", "--"])
+        .args([common::mounted::IMGFS, "commit", text(&mounted.point)])
+        .output()
+        .unwrap();
+    assert!(!stranger.status.success());
+}
+
+#[test]
+fn privileged_an_interrupted_punch_leaves_no_zeros() {
+    require(Cap::Fuse);
+    for point in ["free-noted", "free-appended", "free-journalled", "free-half", "free-done"] {
+        let scene = Scene::new();
+        let before = scene.room();
+        let mut daemon = std::process::Command::new(common::mounted::IMGFS);
+        daemon.env("RCRIU_FAULT", format!("{point}:kill"));
+        let mnt = scene.dir.path().join("mnt");
+        let mut mounted = Mounted::by(daemon, scene.chain.root(), &mnt, &["--punch"]);
+        let file = writable(&mounted.path("pages-1.img")).unwrap();
+        punch(&file, 0, 300 * PAGE as u64).unwrap_err();
+        assert!(!mounted.wait().success(), "{point} is never hit");
+        drop((file, mounted));
+        assert_consistent(&scene, 0..300, point);
+        // Running again finishes.
+        let mounted = scene.mount(&["--punch"]);
+        let file = writable(&mounted.path("pages-1.img")).unwrap();
+        punch_pages(&file, 0..300);
+        drop((file, mounted));
+        assert_eq!(before - scene.room(), 300 * PAGE as u64, "{point}");
+    }
+}
+
+#[test]
+fn privileged_a_daemon_killed_at_any_moment_leaves_no_zeros() {
+    require(Cap::Fuse);
+    for round in 0..12_u64 {
+        // On a disk, where the journal is waited for.
+        let scene = Scene::within(tempfile::tempdir().unwrap());
+        let mounted = scene.mount(&["--punch"]);
+        let path = mounted.path("pages-1.img");
+        let file = writable(&path).unwrap();
+        std::thread::scope(|scope| {
+            let puncher = scope.spawn(|| {
+                let mut page = 0;
+                while punch(&file, page * PAGE as u64, 3 * PAGE as u64).is_ok() && page < PAGES {
+                    page += 3;
+                }
+            });
+            // After some pages, and whatever it is at then.
+            let some = before_room(round);
+            wait_for("some pages", || journal_bytes(&scene) > some || puncher.is_finished());
+            mounted.signal(Signal::SIGKILL);
+        });
+        drop((file, mounted));
+        assert_consistent(&scene, 0..PAGES, "kill -9");
+    }
+}
+
+/// Bytes of the journals after which round `round` kills.
+fn before_room(round: u64) -> u64 {
+    100 + round * 377
+}
+
+fn journal_bytes(scene: &Scene) -> u64 {
+    let journal = |layer| scene.chain.dir(layer).join("punched-1.img");
+    (0..3).map(|layer| fs::metadata(journal(layer)).map_or(0, |meta| meta.len())).sum()
+}
+
+/// Checks that each page of the shown snapshot is what it was or is an error, which
+/// only pages in `allowed` may be, and that `imgfs check` agrees.
+fn assert_consistent(scene: &Scene, allowed: std::ops::Range<u64>, what: &str) {
+    let mounted = scene.mount(&[]);
+    let file = File::open(mounted.path("pages-1.img")).unwrap();
+    let mut gone = 0;
+    for page in 0..PAGES {
+        match read_page(&file, page) {
+            Some(bytes) => assert_eq!(bytes, scene.page(page), "{what}: page {page}"),
+            None => {
+                assert!(allowed.contains(&page), "{what}: page {page}");
+                gone += 1;
+            }
+        }
+    }
+    drop((file, mounted));
+    let (clean, found) = scene.check();
+    assert_eq!(clean, gone == 0, "{what}: {gone} gone: {found}");
+    let out = scene.dir.path().join("whole");
+    let flat = imgfs(&["flatten", text(scene.chain.root()), text(&out)]);
+    assert_eq!(flat.status.success(), gone == 0, "{what}");
+    if gone == 0 {
+        fs::remove_dir_all(&out).unwrap();
+    }
+}
