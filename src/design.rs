@@ -176,6 +176,17 @@
 //! case. A System V segment is never renumbered: programs know its id. A memory that has
 //! lost pages stays as it is.
 //!
+//! # Superseded pages
+//!
+//! A page that a snapshot holds itself hides the page of the same memory in all of its
+//! ancestors, as far down as these have the memory without a gap ([`crate::dedup::free`]).
+//! Such pages are freed in the way of the section before last, after the snapshot's own
+//! images were synced. Ancestors lose by it what only they need, which is said first.
+//! Any other snapshot in the directories of the snapshot and its ancestors keeps all
+//! that it finds in them; if one of these cannot be read, nothing is freed. A dump
+//! that is asked to free what it will supersede finds out before it stops the tree
+//! whether that can be done; if it fails after the dump is complete, that is a warning.
+//!
 //! # Locks
 //!
 //! Locks are those of `flock(2)` on directories, so that they end with their holder and

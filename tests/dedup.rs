@@ -292,7 +292,7 @@ fn what_cannot_be_linked_is_refused_before_anything_is_changed() {
     let linked = link_all(&[&dirs[0], &apart]).unwrap();
     assert_eq!((linked[0].shared_pages, &linked[0].parent), (0, &None));
     assert!(!apart.join("parent").is_symlink());
-    for words in [&["--keep-originals"][..], &[], &["--link", "--exec-cmd"]] {
+    for words in [&["--keep-originals"][..], &["a-directory"], &["--link", "--exec-cmd"]] {
         let output = dedup(words, &[]);
         assert_eq!(output.status.code(), Some(2), "{words:?}: {}", text(&output));
     }
@@ -748,4 +748,208 @@ fn a_link_to_a_parent_that_is_gone_is_an_error() {
     symlink("../nowhere", dirs[1].join("parent")).unwrap();
     let error = link_all(&paths(&dirs)).unwrap_err().to_string();
     assert!(error.contains("leads to ../nowhere"), "{error}");
+}
+
+/// A chain of three dumps with a branch: 4 comes after 2, too. Every snapshot that is not
+/// on the way to 3 keeps what it has.
+fn branched(root: &Path) -> (Vec<PathBuf>, Vec<Model>) {
+    let (mut dirs, mut models) = three(root);
+    link_all(&paths(&dirs)).unwrap();
+    // One page as in the first, one as in the second, one of its own.
+    let branch =
+        model(&[(ONE, &[(1, 1), (2, 20), (3, 33), (4, 4)]), (SHARED, &[(0, 10), (1, 21), (4, 0)])]);
+    dirs.push(snapshot(root, "4", 4, &branch));
+    models.push(branch);
+    link_all(&[&dirs[0], &dirs[1], &dirs[3]]).unwrap();
+    (dirs, models)
+}
+
+/// `rcriu dedup -D` with these arguments.
+fn free(dir: &Path, arguments: &[&str]) -> Command {
+    let mut command = command(arguments, &[]);
+    command.arg("-D").arg(dir);
+    command
+}
+
+/// Returns which snapshots hold what they held; every other one must say what it lacks,
+/// and all that it does not lack must be what it was.
+fn restorable(dirs: &[PathBuf], models: &[Model]) -> Vec<bool> {
+    let whole = dirs.iter().zip(models).map(|(dir, model)| {
+        let (chain, id) = open(dir);
+        let whole = chain.require_whole(id).is_ok();
+        if whole {
+            assert_holds(dir, model);
+        }
+        for (memory, pages) in model {
+            let content = bytes(&chain, id, *memory);
+            for (number, value) in pages {
+                let mut found = vec![0; PAGE];
+                let at = PageIndex(*number).address();
+                let read = rcriu::chain::read_at(&content, at, &mut found);
+                assert!(read.is_err() || found == page(*value), "{} {memory}", dir.display());
+            }
+        }
+        whole
+    });
+    whole.collect()
+}
+
+#[test]
+fn what_a_snapshot_holds_is_freed_in_its_ancestors_but_not_for_others() {
+    let root = tempfile::tempdir().unwrap();
+    let (dirs, models) = branched(root.path());
+    let before: Vec<u64> = dirs.iter().map(|dir| disk_bytes(dir).unwrap()).collect();
+    let output = free(&dirs[2], &["--json"]).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output));
+    let said: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    // The third holds pages 3 and 9 of the first process, both pages of the second, and
+    // page 1 of the object, all of them anew. In the second, page 3 is left to the first
+    // and page 1 is needed by the fourth. In the first, 3 and 9, and page 1 of the object;
+    // the second process is not in the second snapshot, so its pages are of another one.
+    assert_eq!(said["freed_pages"], 3, "{said}");
+    let path = |dir: &PathBuf| serde_json::json!(dir.to_str().unwrap());
+    assert_eq!(said["no_longer_restorable"], serde_json::json!([path(&dirs[0]), path(&dirs[1])]));
+    let kept = serde_json::json!([{ "directory": path(&dirs[3]), "pages": 1 }]);
+    assert_eq!(said["kept_for"], kept, "{said}");
+    assert_eq!(restorable(&dirs, &models), [false, false, true, true]);
+    let after: Vec<u64> = dirs.iter().map(|dir| disk_bytes(dir).unwrap()).collect();
+    // The journals of two files, each of which takes a block.
+    assert_eq!(before[0] - after[0], (3 - 2) * 4096);
+    assert_eq!(before[1..], after[1..]);
+    let listed = imgfs(&["ls", root.path().to_str().unwrap()]);
+    assert!(listed.status.success(), "{}", text(&listed));
+    let checked = imgfs(&["check", root.path().to_str().unwrap()]);
+    assert!(checked.status.success(), "{}", text(&checked));
+    assert!(text(&checked).contains("only its descendants"), "{}", text(&checked));
+    // Again, and there is nothing left to do.
+    let again = free(&dirs[2], &[]).output().unwrap();
+    assert!(again.status.success(), "{}", text(&again));
+    assert!(!text(&again).contains("can no longer be restored"), "{}", text(&again));
+    let base = free(&dirs[0], &[]).output().unwrap();
+    assert!(text(&base).contains("has no parent"), "{}", text(&base));
+}
+
+#[test]
+fn nothing_is_freed_while_it_cannot_be_told_who_needs_it() {
+    let root = tempfile::tempdir().unwrap();
+    let (dirs, models) = branched(root.path());
+    let pagemap = dirs[3].join(SHARED.pagemap_name());
+    let whole = fs::read(&pagemap).unwrap();
+    fs::write(&pagemap, &whole[..whole.len() - 1]).unwrap();
+    let output = free(&dirs[2], &[]).output().unwrap();
+    assert!(!output.status.success());
+    assert!(text(&output).contains("may need pages that would be freed"), "{}", text(&output));
+    fs::write(&pagemap, whole).unwrap();
+    assert_eq!(restorable(&dirs, &models), [true; 4]);
+    // Nor if the snapshot has lost something itself.
+    let pages = fs::File::options().write(true).open(dirs[2].join("pages-4.img")).unwrap();
+    pages.set_len(100).unwrap();
+    let output = free(&dirs[2], &[]).output().unwrap();
+    assert!(text(&output).contains("is cut short"), "{}", text(&output));
+    assert_eq!(restorable(&dirs[..2], &models[..2]), [true; 2]);
+}
+
+#[test]
+fn freeing_that_fails_or_is_killed_names_what_is_gone_and_is_finished_by_the_next() {
+    let points = Point::ALL.iter().filter(|point| point.name().starts_with("free-"));
+    for point in points {
+        for how in ["", ":kill"] {
+            let root = tempfile::tempdir().unwrap();
+            let (dirs, models) = branched(root.path());
+            let fault = format!("{}{how}", point.name());
+            let output = free(&dirs[2], &[]).env("RCRIU_FAULT", &fault).output().unwrap();
+            assert!(!output.status.success(), "{fault} is never hit");
+            let whole = restorable(&dirs, &models);
+            assert_eq!(whole[2..], [true, true], "{fault}");
+            assert!(!assert_named(root.path()).contains("error"), "{fault}");
+            let output = free(&dirs[2], &[]).output().unwrap();
+            assert!(output.status.success(), "{fault}: {}", text(&output));
+            assert_eq!(restorable(&dirs, &models), [false, false, true, true], "{fault}");
+            let holes = |dir: &Path| {
+                let pages = listing(dir).into_keys().filter(|name| name.starts_with("pages-"));
+                pages.map(|name| blocks(&dir.join(name))).sum::<u64>()
+            };
+            // Ten pages were stored, one of them zero, and three are gone.
+            assert_eq!(holes(&dirs[0]), 6 * 4096, "{fault}");
+        }
+    }
+}
+
+/// The bytes that a file takes.
+fn blocks(path: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    fs::metadata(path).unwrap().blocks() * 512
+}
+
+/// Returns what `imgfs check` says.
+fn assert_named(root: &Path) -> String {
+    let checked = imgfs(&["check", root.to_str().unwrap()]);
+    let said = text(&checked);
+    said.lines().filter(|line| line.starts_with("error")).collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn a_chain_that_is_mounted_is_not_freed_in() {
+    let root = tempfile::tempdir().unwrap();
+    let (dirs, models) = branched(root.path());
+    // As a mount does.
+    let mut locks = rcriu::sys::lock::DirectoryLocks::default();
+    locks.take(&dirs[0], rcriu::sys::lock::Access::Shared).unwrap();
+    let output = free(&dirs[2], &[]).output().unwrap();
+    let pid = format!("(pid {})", std::process::id());
+    assert!(text(&output).contains(&pid), "{}", text(&output));
+    drop(locks);
+    assert_eq!(restorable(&dirs, &models), [true; 4]);
+}
+
+#[test]
+fn privileged_a_dump_frees_what_it_supersedes() {
+    require(Cap::Ptrace);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().to_str().unwrap().to_owned();
+    let program = workload().to_str().unwrap();
+    let mut live = Live::program(program, &["--steps", "random", &path], dir);
+    let names = ["chain/1", "chain/2", "chain/3", "chain/4"];
+    let mut number = 1;
+    let mut stored = Vec::new();
+    for (position, name) in names.into_iter().enumerate() {
+        wait_for(&format!("step {number}"), || {
+            fs::read_to_string(live.path("at")).is_ok_and(|at| at == number.to_string())
+        });
+        live.images_name = name;
+        let parent = format!("../{position}");
+        let options = ["--auto-dedup", "--prev-images-dir", &parent];
+        signal_all(&mut live, Signal::SIGSTOP);
+        live.dump_running(if position == 0 { &options[..1] } else { &options });
+        // What it is.
+        live.images_name = "full";
+        live.dump_running(&[]);
+        assert_same(&live.path(name), &live.path("full"));
+        fs::remove_dir_all(live.path("full")).unwrap();
+        signal_all(&mut live, Signal::SIGCONT);
+        let first = disk_bytes(&live.path("chain/1")).unwrap();
+        stored.push(first);
+        fs::write(live.path(&format!("go.{number}")), "").unwrap();
+        number += 1;
+    }
+    // The first becomes smaller with every dump.
+    assert!(stored.windows(2).all(|pair| pair[1] < pair[0]), "{stored:?}");
+    live.images_name = names[3];
+    live.check_images();
+    assert_eq!(assert_named(&live.path("chain")), "");
+    live.kill();
+    live.restore(&[]);
+}
+
+/// Sends a signal to all processes of a tree, and waits until they stand still if it is
+/// to stop them.
+fn signal_all(live: &mut Live, signal: Signal) {
+    for pid in live.tree() {
+        let _ = kill(Pid::from_raw(pid), signal);
+    }
+    for pid in live.tree() {
+        wait_for("the stop", || {
+            signal != Signal::SIGSTOP || matches!(state_of(pid), Some('T' | 'Z') | None)
+        });
+    }
 }

@@ -19,7 +19,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("inject", &["sys", "proc", "units", "fault"]),
     ("res", &["inject", "proc", "sys", "image", "units", "fault"]),
     ("dedup", &["chain", "image", "sys", "units", "fault"]),
-    ("dump", &["res", "inject", "proc", "chain", "image", "sys", "units", "fault"]),
+    ("dump", &["dedup", "res", "inject", "proc", "chain", "image", "sys", "units", "fault"]),
     ("restore", &["res", "inject", "proc", "chain", "image", "sys", "units", "fault"]),
     (
         "cli",

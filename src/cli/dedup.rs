@@ -1,18 +1,27 @@
 //! `rcriu dedup`: what was done, for people and programs.
 
-use std::io::Write;
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use indicatif::{BinaryBytes, ProgressBar};
 use serde_json::{Value, json};
 
 use super::bytes_bar;
-use crate::dedup::{self, LinkOptions, Linked, Progress};
+use crate::{
+    dedup::{self, Freed, LinkOptions, Linked, Progress},
+    image::disk::Kernel,
+};
 
 /// What is to be done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Work {
     /// Make a chain of full dumps.
     Link(LinkOptions),
+    /// Free in the ancestors of the snapshot in this directory what it holds itself.
+    Free(PathBuf),
 }
 
 /// A bar, where standard error is a terminal.
@@ -33,20 +42,65 @@ impl Progress for Bar {
 /// # Errors
 /// What the work returns, and what keeps the output from being written.
 pub(super) fn run(work: &Work, as_json: bool, out: &mut dyn Write) -> anyhow::Result<bool> {
-    let bar = Bar(bytes_bar());
-    let result = match work {
-        Work::Link(options) => dedup::link(options, &bar),
+    let document = match work {
+        Work::Link(options) => link(options, as_json, out)?,
+        Work::Free(dir) => free(dir, as_json, out)?,
     };
-    bar.0.finish_and_clear();
-    let linked = result?;
     if as_json {
-        let document = json!({ "linked": linked.iter().map(document).collect::<Vec<_>>() });
         serde_json::to_writer_pretty(&mut *out, &document)?;
         writeln!(out)?;
-    } else {
-        linked.iter().try_for_each(|one| print(one, out))?;
     }
     Ok(true)
+}
+
+fn link(options: &LinkOptions, as_json: bool, out: &mut dyn Write) -> anyhow::Result<Value> {
+    let bar = Bar(bytes_bar());
+    let result = dedup::link(options, &bar);
+    bar.0.finish_and_clear();
+    let linked = result?;
+    if !as_json {
+        linked.iter().try_for_each(|one| print(one, out))?;
+    }
+    Ok(json!({ "linked": linked.iter().map(document).collect::<Vec<_>>() }))
+}
+
+fn free(dir: &Path, as_json: bool, out: &mut dyn Write) -> anyhow::Result<Value> {
+    let mut told = Ok(());
+    let freed = dedup::free(dir, Arc::new(Kernel), &mut |freed| {
+        if !as_json {
+            told = warn(freed, out);
+        }
+    })?;
+    told?;
+    if !as_json {
+        writeln!(
+            out,
+            "freed {} pages: {} before, {} now",
+            freed.pages,
+            BinaryBytes(freed.bytes_before),
+            BinaryBytes(freed.bytes_after)
+        )?;
+    }
+    let path = |path: &PathBuf| path.to_string_lossy().into_owned();
+    let kept = |(dir, pages): &(PathBuf, u64)| json!({ "directory": path(dir), "pages": pages });
+    Ok(json!({
+        "no_longer_restorable": freed.lost.iter().map(path).collect::<Vec<_>>(),
+        "kept_for": freed.kept_for.iter().map(kept).collect::<Vec<_>>(),
+        "freed_pages": freed.pages,
+        "bytes_before": freed.bytes_before,
+        "bytes_after": freed.bytes_after,
+    }))
+}
+
+/// Says what is going to be lost, and what is not.
+fn warn(freed: &Freed, out: &mut dyn Write) -> anyhow::Result<()> {
+    for dir in &freed.lost {
+        writeln!(out, "{}: can no longer be restored, only its descendants", dir.display())?;
+    }
+    for (dir, pages) in &freed.kept_for {
+        writeln!(out, "{}: {pages} pages are kept for it", dir.display())?;
+    }
+    Ok(out.flush()?)
 }
 
 fn print(linked: &Linked, out: &mut dyn Write) -> anyhow::Result<()> {

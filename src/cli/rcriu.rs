@@ -50,6 +50,10 @@ enum Command {
     Check(Box<TaskArgs>),
     /// Remove memory from images that others hold as well
     ///
+    /// What the snapshot in the directory of -D holds is freed in its ancestors, which
+    /// may then no longer be restored; which of them is said first. What snapshots of
+    /// other branches need is kept.
+    ///
     /// --link makes one chain of full dumps of a tree: what a dump has in common with
     /// the one before it is left to that one. Every snapshot can be restored
     /// afterwards as before. Processes are matched by pid, shared objects by what
@@ -93,6 +97,7 @@ Exit codes:
 
 const DEDUP_EXAMPLE: &str = "\
 Examples:
+  rcriu dedup -D chain/3
   rcriu dedup --link monday tuesday wednesday
   rcriu dedup --link --keep-originals monday tuesday";
 

@@ -82,6 +82,24 @@ pub enum DedupError {
         /// In which way.
         problem: &'static str,
     },
+    /// What another snapshot needs cannot be told.
+    #[error(
+        "{dir} may need pages that would be freed, and cannot be read; repair it, or move it \
+         elsewhere",
+        dir = .dir.display()
+    )]
+    Unknown {
+        /// The other snapshot's directory.
+        dir: PathBuf,
+        /// Why it cannot be read.
+        source: ChainError,
+    },
+    /// A snapshot has no ancestors.
+    #[error("{dir} has no parent in which anything could be freed", dir = .dir.display())]
+    NoParent {
+        /// The snapshot.
+        dir: PathBuf,
+    },
     /// The directory for the new images holds something.
     #[error("{path} exists already; remove it, or rename it", path = .path.display())]
     Exists {

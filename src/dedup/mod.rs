@@ -1,14 +1,18 @@
 //! Removing duplicates from images that exist.
 //!
-//! Looking and deciding is apart from changing: [`plan`] and [`compare`] read, and
-//! [`stage`] changes files. [`link()`] makes a chain of full dumps.
+//! Looking and deciding is apart from changing: [`plan`], [`compare`] and
+//! [`superseded`] read, [`stage`] and [`free`](free()) change files. [`link()`] makes a
+//! chain of full dumps.
 
 mod compare;
 mod error;
+mod free;
 mod link;
 mod objects;
 mod plan;
 mod stage;
+mod superseded;
 
 pub use error::{DedupError, Result};
+pub use free::{Freed, check_freeing, free, free_locked, lock_ancestors};
 pub use link::{LinkOptions, Linked, Progress, link};

@@ -29,6 +29,7 @@ use prost_reflect::Value;
 
 use super::{
     DedupError, Result, compare,
+    free::sync_images,
     objects::Objects,
     plan::{self, At, MemoryPlan, Plan},
 };
@@ -40,7 +41,6 @@ use crate::{
         document::Content,
         snapshot::{DIRECTORY_MODE, names, sync, write_error},
     },
-    sys::fds,
     units::page_bytes,
 };
 
@@ -94,7 +94,7 @@ impl<'a> Stage<'a> {
         }
         made.check(child, parent)?;
         fault::hit(Point::DedupMade)?;
-        made.sync()?;
+        sync_images(&made.stage)?;
         Ok(made)
     }
 
@@ -185,23 +185,6 @@ impl<'a> Stage<'a> {
             }
         }
         Ok(())
-    }
-
-    /// Brings what was made to the disk.
-    fn sync(&self) -> Result<()> {
-        let mut files = Vec::new();
-        for name in names(&self.stage)? {
-            let path = self.stage.join(&name);
-            if !path.is_symlink() {
-                let file = File::open(&path).map_err(|source| write_error(&path, source))?;
-                fds::begin_writing(&file, 0, 0);
-                files.push((path, file));
-            }
-        }
-        for (path, file) in files {
-            file.sync_all().map_err(|source| write_error(&path, source))?;
-        }
-        Ok(sync(&self.stage)?)
     }
 
     /// Returns the files that were made, with where they go: pages first, then

@@ -6,6 +6,7 @@ use nix::errno::Errno;
 
 use crate::{
     chain::ChainError,
+    dedup::DedupError,
     fault::Injected,
     image::ImageError,
     inject::InjectError,
@@ -118,6 +119,9 @@ pub enum DumpError {
     /// Something in `/proc` could not be read.
     #[error(transparent)]
     Proc(#[from] ProcError),
+    /// Nothing can be freed in the ancestors.
+    #[error(transparent)]
+    Dedup(#[from] DedupError),
     /// A directory is in use by another program.
     #[error(transparent)]
     Lock(#[from] LockError),

@@ -28,9 +28,10 @@ pub use options::Options;
 
 pub use crate::res::track::Tracker;
 use crate::{
-    chain::{Chain, SnapshotId},
+    chain::{Chain, SnapshotId, with_sources},
+    dedup,
     fault::{self, Point},
-    image::{SnapshotWriter, proto},
+    image::{SnapshotWriter, disk::Kernel, proto},
     inject::{Frozen, Outcome},
     proc,
     res::file::Policy,
@@ -80,18 +81,49 @@ pub fn run(options: &Options) -> Result<()> {
     let tracking =
         Tracking::new(options, parent.as_ref().map(|(chain, id)| (chain.as_ref(), *id)))?;
     if options.pre_dump {
-        return pre_dump::run(options, frozen, images, parent.as_ref(), tracking, stats);
-    }
-    let (files, tracking) =
-        dump_stopped(options, &mut frozen, &images, parent.as_ref(), tracking, &mut stats)?;
-    let outcome = if options.leave_running {
-        Outcome::Run
-    } else if options.leave_stopped {
-        Outcome::Stop
+        pre_dump::run(options, frozen, images, parent.as_ref(), tracking, stats)?;
     } else {
-        Outcome::Kill
+        let (files, tracking) =
+            dump_stopped(options, &mut frozen, &images, parent.as_ref(), tracking, &mut stats)?;
+        let outcome = if options.leave_running {
+            Outcome::Run
+        } else if options.leave_stopped {
+            Outcome::Stop
+        } else {
+            Outcome::Kill
+        };
+        finish(options, frozen, images, (files, tracking), outcome, stats)?;
+    }
+    if options.auto_dedup && parent.is_some() {
+        free_superseded(&options.images_dir);
+    }
+    Ok(())
+}
+
+/// Frees in the ancestors what the snapshot holds that was just completed. If that
+/// fails, the dump has not: what it was for is done, and the rest can be done later.
+fn free_superseded(images_dir: &Path) {
+    let mut tell = |freed: &dedup::Freed| {
+        for dir in &freed.lost {
+            log::warn!("{}: can no longer be restored, only its descendants", dir.display());
+        }
+        for (dir, pages) in &freed.kept_for {
+            log::info!("{}: {pages} pages are kept for it", dir.display());
+        }
     };
-    finish(options, frozen, images, (files, tracking), outcome, stats)
+    let freed = images_dir
+        .canonicalize()
+        .map_err(|source| DumpError::File { path: images_dir.to_owned(), source })
+        .and_then(|dir| Ok(dedup::free_locked(&dir, Arc::new(Kernel), &mut tell)?));
+    match freed {
+        Ok(freed) => log::info!("freed {} pages in the ancestors", freed.pages),
+        Err(error) => log::warn!(
+            "the dump is complete, but not everything was freed that it supersedes: {}; \
+             rcriu dedup -D {} does it",
+            with_sources(&error),
+            images_dir.display()
+        ),
+    }
 }
 
 /// Brings the images to the disk and ends the stop. A tree that runs on does so
@@ -205,7 +237,8 @@ fn check_directory(path: &Path) -> Result<()> {
 }
 
 /// Opens the chain that ends with the directory that `--prev-images-dir` names,
-/// relative to the images directory, and keeps others from changing it.
+/// relative to the images directory, and keeps others from changing it, or from using it
+/// if pages are to be freed in it.
 fn open_parent(
     options: &Options,
     parent: &Path,
@@ -219,14 +252,19 @@ fn open_parent(
     if options.images_dir.canonicalize().is_ok_and(|images| images == dir) {
         return Err(problem(path, "it cannot be its own parent".to_owned()));
     }
-    locks.take(&dir, Access::Shared)?;
-    let chain = Chain::open(&dir)?;
+    locks.take(&dir, if options.auto_dedup { Access::Exclusive } else { Access::Shared })?;
+    let chain = Arc::new(Chain::open(&dir)?);
     let id = chain.ids().find(|id| chain.snapshot(*id).dir == dir);
     let id = id.ok_or_else(|| {
         problem(dir, "it holds no inventory.img, so it is no complete dump".to_owned())
     })?;
-    locks.take(&chain.snapshot(chain.base(id)).dir, Access::Shared)?;
-    Ok((Arc::new(chain), id))
+    if options.auto_dedup {
+        dedup::lock_ancestors(&chain, id, locks)?;
+        dedup::check_freeing(&chain, id, Arc::new(Kernel))?;
+    } else {
+        locks.take(&chain.snapshot(chain.base(id)).dir, Access::Shared)?;
+    }
+    Ok((chain, id))
 }
 
 fn inventory() -> Result<proto::InventoryEntry> {

@@ -30,8 +30,6 @@ pub(super) enum UsageError {
     InheritNotRestoring,
     #[error("--keep-originals is for --link")]
     KeepNotLinking,
-    #[error("what is to be deduplicated? --link DIR DIR... says it")]
-    NothingToDedup,
 }
 
 /// How much is said: 0 nothing, 2 warnings, and so on, without end.
@@ -145,7 +143,8 @@ pub(super) fn dedup_work(args: &TaskArgs) -> Result<Work, UsageError> {
     if keep_originals {
         return Err(UsageError::KeepNotLinking);
     }
-    Err(UsageError::NothingToDedup)
+    check_operands(args, false)?;
+    Ok(Work::Free(args.images.images_dir.clone()))
 }
 
 /// Checks what is no option, and the option that is about that.

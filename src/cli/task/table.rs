@@ -91,7 +91,7 @@ pub(super) const ROWS: &[Row] = &[
     // Memory
     built("track-mem", BOTH),
     built("tracker", BOTH),
-    refused("auto-dedup", BOTH, "nothing is freed in the images; leave it out"),
+    built("auto-dedup", BOTH),
     harmless("pre-dump-mode", PRE_DUMP, "memory is read in one way, while the tree runs"),
     refused("lazy-pages", BOTH, "there is no server of pages; restore without it"),
     // Files
