@@ -25,10 +25,7 @@ use std::{
 use clap::{ArgAction, Args, Parser};
 use log::LevelFilter;
 
-use crate::{
-    chain::{Chain, SnapshotId, freed},
-    image::MemoryId,
-};
+use crate::image::MemoryId;
 
 /// Options of all programs.
 #[derive(Args, Clone, Copy, Debug)]
@@ -112,24 +109,6 @@ fn answer(
             ExitCode::from(failed)
         }
     }
-}
-
-/// Says on standard error which other snapshots cannot be restored any more when the
-/// pages of one are freed.
-fn warn_of_sharing(chain: &Chain, id: SnapshotId) -> anyhow::Result<()> {
-    let sharing = freed::sharing(chain, id)?;
-    if sharing.is_empty() {
-        return Ok(());
-    }
-    let names: Vec<&str> = sharing.iter().map(|id| chain.snapshot(*id).name.as_str()).collect();
-    // There is nobody left to tell if this fails.
-    let _ = writeln!(
-        io::stderr(),
-        "freeing pages of snapshot {}: {} can no longer be restored then, which share pages with it",
-        chain.snapshot(id).name,
-        names.join(", "),
-    );
-    Ok(())
 }
 
 /// Returns how JSON names a memory.

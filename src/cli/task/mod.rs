@@ -97,7 +97,10 @@ fn refusal(task: Task, given: &[Given]) -> Option<String> {
         let row = table::row(name).filter(|row| row.on.has(task.as_set()))?;
         match row.state {
             State::Built | State::Harmless(_) => None,
-            State::Refused(instead) => Some(format!("--{name} is not supported yet: {instead}")),
+            State::BuiltFor(tasks, _) if tasks.has(task.as_set()) => None,
+            State::BuiltFor(_, instead) | State::Refused(instead) => {
+                Some(format!("--{name} is not supported yet: {instead}"))
+            }
             State::RefusedUnless(values, instead) => {
                 let value = value.as_ref().map(|value| value.to_string_lossy());
                 match value {
@@ -121,7 +124,9 @@ fn without_effect(task: Task, given: &[Given]) -> impl Iterator<Item = String> {
         }
         match row.state {
             State::Harmless(why) => Some(format!("--{name} has no effect: {why}")),
-            State::Built | State::Refused(_) | State::RefusedUnless(..) => None,
+            State::Built | State::BuiltFor(..) | State::Refused(_) | State::RefusedUnless(..) => {
+                None
+            }
         }
     })
 }
@@ -141,10 +146,11 @@ pub(super) fn tidy_help(mut program: Command) -> Command {
                 }
                 match row.state {
                     State::Built => arg,
+                    State::BuiltFor(tasks, _) if tasks.has(task.as_set()) => arg,
                     State::Harmless(_) => {
                         arg.hide_short_help(true).help_heading("Accepted, without effect")
                     }
-                    State::Refused(_) | State::RefusedUnless(..) => {
+                    State::BuiltFor(..) | State::Refused(_) | State::RefusedUnless(..) => {
                         arg.hide_short_help(true).help_heading("Known, refused for now")
                     }
                 }

@@ -35,6 +35,8 @@ pub(super) enum State {
     Built,
     /// It is accepted and does nothing, for this reason.
     Harmless(&'static str),
+    /// It does what it says for these commands, and is refused for the others.
+    BuiltFor(Commands, &'static str),
     /// It is refused: what would be needed, or what to do instead.
     Refused(&'static str),
     /// It is refused unless it has one of these values, with which it is harmless.
@@ -57,7 +59,7 @@ pub(super) fn row(name: &str) -> Option<&'static Row> {
     ROWS.iter().find(|row| row.name == name)
 }
 
-use State::{Built, Harmless, Refused, RefusedUnless};
+use State::{Built, BuiltFor, Harmless, Refused, RefusedUnless};
 
 const NO_NAMESPACES: &str = "a tree with namespaces of its own stops the dump in any case";
 const NO_CONNECTIONS: &str = "an established connection stops the dump in any case";
@@ -89,7 +91,11 @@ pub(super) const ROWS: &[Row] = &[
     // Memory
     built("track-mem", BOTH),
     built("tracker", BOTH),
-    refused("auto-dedup", BOTH, "nothing is freed in the images; leave it out"),
+    Row {
+        name: "auto-dedup",
+        on: BOTH,
+        state: BuiltFor(RESTORE, "a dump frees nothing in its parent; leave it out"),
+    },
     harmless("pre-dump-mode", PRE_DUMP, "memory is read in one way, while the tree runs"),
     refused("lazy-pages", BOTH, "there is no server of pages; restore without it"),
     // Files
