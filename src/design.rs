@@ -131,6 +131,12 @@
 //! whose leaders have ended are led by helpers, which end before the tree goes on.
 //! Until the last step the end of this program ends them all (`PTRACE_O_EXITKILL`).
 //!
+//! With `--auto-dedup` everything that could keep pages from being freed is found out
+//! first: the journals, and whether the file system can do it. Pages are freed when the
+//! tree runs, or as it is filled; so what a child shares with its parent is compared
+//! with the parent's memory, and no page of the images is read twice. Through a mount
+//! the pages are punched there, and whoever serves it keeps the journals.
+//!
 //! What the images of a small process cost is mostly the time to begin: the table of
 //! required fields is made by the build script, since the descriptors of all messages
 //! take longer to decode than all else takes. Images that are seen through a mount are

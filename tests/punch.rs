@@ -10,12 +10,15 @@ use std::{
     io::{self, Read},
     os::unix::fs::{FileExt, MetadataExt, PermissionsExt},
     path::Path,
+    sync::Arc,
 };
 
 use common::{
     Cap,
     chain::{PAGE, TestChain, page_bytes},
+    live::{Live, wait_for as wait_for_large},
     mounted::{Mounted, imgfs, wait_for},
+    peak::{HOLDER, images_bytes, private_peak},
     require,
 };
 use memmap2::MmapOptions;
@@ -25,7 +28,12 @@ use nix::{
     sys::signal::Signal,
     unistd::{Whence, lseek},
 };
-use rcriu::image::{MemoryId, Presence};
+use rcriu::{
+    chain::{Chain, MemoryBytes, Summary, read_at},
+    fault::Point,
+    image::{MemoryId, Presence},
+    units::PageIndex,
+};
 use tempfile::TempDir;
 
 use Presence::{Parent, Present};
@@ -472,4 +480,271 @@ fn assert_consistent(scene: &Scene, allowed: std::ops::Range<u64>, what: &str) {
     if gone == 0 {
         fs::remove_dir_all(&out).unwrap();
     }
+}
+
+/// How a restore sees the images.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    Direct,
+    Mounted(&'static str),
+}
+
+const WAYS: [Way; 4] = [
+    Way::Direct,
+    Way::Mounted("--punch"),
+    Way::Mounted("--punch=on-read"),
+    Way::Mounted("--punch=commit"),
+];
+
+/// A tree that was dumped twice, and so is in two layers.
+struct Dumped {
+    live: Live,
+    mounted: Option<Mounted>,
+}
+
+impl Dumped {
+    fn new(state: &str) -> Self {
+        let mut live = Live::workload(state);
+        live.images_name = "chain/1";
+        live.dump_running(&[]);
+        live.images_name = "chain/2";
+        live.dump(&["--prev-images-dir", "../1"]);
+        Self { live, mounted: None }
+    }
+
+    /// Lets the restores that come see the images this way.
+    fn see(&mut self, way: Way) {
+        self.live.images_name = "chain/2";
+        if let Way::Mounted(option) = way {
+            let mnt = self.live.path("mnt");
+            self.mounted = Some(Mounted::new(&self.live.path("chain"), &mnt, &[option]));
+            self.live.images_name = "mnt";
+        }
+    }
+
+    /// Ends the mount, if there is one.
+    fn unmount(&mut self) {
+        let chain = self.live.path("chain");
+        drop(self.mounted.take());
+        self.live.images_name = "chain/2";
+        // The daemon was killed, and so is its lock gone.
+        Chain::open(&chain).unwrap();
+    }
+
+    fn log(&self, name: &str) -> [String; 2] {
+        ["-W".to_owned(), text(&self.live.path(name)).to_owned()]
+    }
+
+    /// Returns how many pages of all layers are there, and how many of them are gone.
+    fn pages(&self) -> (u64, u64) {
+        let chain = Chain::open(&self.live.path("chain")).unwrap();
+        let totals = chain.ids().map(|id| Summary::of(&chain, id).unwrap().total());
+        totals.fold((0, 0), |(present, punched), total| {
+            (present + total.present, punched + total.punched)
+        })
+    }
+
+    /// Returns how many pages the newest snapshot finds.
+    fn found(&self) -> u64 {
+        let chain = Chain::open(&self.live.path("chain/2")).unwrap();
+        let tip = chain.choose(None).unwrap();
+        let memories = chain.memories(tip).unwrap();
+        memories.iter().map(|memory| chain.index(tip, *memory).unwrap().stored_pages()).sum()
+    }
+}
+
+#[test]
+fn privileged_restores_free_what_they_restore_and_nothing_else() {
+    require(Cap::Fuse);
+    require(Cap::Ptrace);
+    // Private memory, a tree that shares pages copy-on-write, and all kinds of shared
+    // memory.
+    for state in ["private_anon", "cow_tree", "shared_anon_parts", "memfd_mapping", "sysv_shm"] {
+        for way in WAYS {
+            for when in ["--auto-dedup", "--auto-dedup=now"] {
+                let what = format!("{state} {way:?} {when}");
+                let mut dumped = Dumped::new(state);
+                let found = dumped.found();
+                let (_, before) = dumped.pages();
+                dumped.see(way);
+                fs::create_dir(dumped.live.path("log")).unwrap();
+                let log = dumped.log("log");
+                let arguments = [when, &log[0], &log[1]];
+                let output = dumped.live.try_restore(&arguments);
+                let said = String::from_utf8_lossy(&output.stderr).into_owned();
+                assert!(output.status.success(), "{what}: {said}");
+                if way == Way::Direct {
+                    assert!(
+                        said.contains("snapshot 2: 1 can no longer be restored"),
+                        "{what}: {said}"
+                    );
+                }
+                dumped.live.verdict();
+                dumped.unmount();
+                assert_eq!(dumped.pages().1 - before, found, "{what}");
+                let chain = Chain::open(&dumped.live.path("chain/2")).unwrap();
+                chain.require_whole(chain.choose(None).unwrap()).unwrap_err();
+                dumped.live.kill();
+                let again = dumped.live.try_restore(&[]);
+                let why = String::from_utf8_lossy(&again.stderr);
+                assert!(!again.status.success() && why.contains("were freed"), "{what}: {why}");
+            }
+        }
+    }
+}
+
+#[test]
+fn privileged_restores_that_fail_leave_images_that_restore() {
+    require(Cap::Fuse);
+    require(Cap::Ptrace);
+    for way in [Way::Direct, Way::Mounted("--punch"), Way::Mounted("--punch=commit")] {
+        let mut dumped = Dumped::new("cow_tree");
+        let pages = dumped.pages();
+        let points = Point::ALL.iter().map(|point| point.name());
+        for point in points.filter(|name| name.starts_with("restore-")) {
+            dumped.see(way);
+            let _ = fs::create_dir(dumped.live.path("log"));
+            let log = dumped.log("log");
+            dumped.live.fault = Some(point.to_owned());
+            let output = dumped.live.try_restore(&["--auto-dedup", &log[0], &log[1]]);
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(!output.status.success(), "{way:?} {point}: {said}");
+            assert!(said.contains(&format!("fault injected at {point}")), "{way:?}: {said}");
+            dumped.live.wait_gone();
+            dumped.unmount();
+            assert_eq!(dumped.pages(), pages, "{way:?} {point}");
+        }
+        dumped.live.fault = None;
+        dumped.live.restore(&[]);
+        dumped.live.verdict();
+    }
+}
+
+/// A process with as much private memory as this, dumped onto tmpfs.
+fn holder(mib: u32) -> Dumped {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let path = text(dir.path()).to_owned();
+    let arguments = ["-c", HOLDER, &mib.to_string(), "0", &path];
+    let mut live = Live::program("/usr/bin/python3", &arguments, dir);
+    wait_for_large("its memory", || {
+        fs::read_to_string(live.path("status")).is_ok_and(|text| text == "ready\n")
+    });
+    live.images_name = "chain/2";
+    live.dump(&[]);
+    Dumped { live, mounted: None }
+}
+
+#[test]
+fn privileged_a_restore_that_fails_after_it_has_freed_says_so() {
+    require(Cap::Ptrace);
+    let mut dumped = holder(40);
+    dumped.live.fault = Some("restore-last".to_owned());
+    let output = dumped.live.try_restore(&["--auto-dedup=now"]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let lost = "pages were freed in the images before the restore failed";
+    assert!(!output.status.success() && said.contains(lost), "{said}");
+    assert!(said.contains("fault injected at restore-last"), "{said}");
+    dumped.live.wait_gone();
+    dumped.live.fault = None;
+    let output = dumped.live.try_restore(&[]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && said.contains("were freed"), "{said}");
+}
+
+#[test]
+fn privileged_what_cannot_be_freed_after_a_restore_is_told_and_the_tree_runs() {
+    require(Cap::Ptrace);
+    let mut dumped = Dumped::new("private_anon");
+    dumped.live.fault = Some("free-half".to_owned());
+    let output = dumped.live.try_restore(&["--auto-dedup"]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{said}");
+    assert!(said.contains("is restored, but its images were not all freed"), "{said}");
+    dumped.live.verdict();
+}
+
+/// Memory that is restored where it must not be there twice.
+const PEAK_MIB: u32 = 384;
+
+#[test]
+fn privileged_a_restore_that_frees_as_it_goes_does_not_need_the_memory_twice() {
+    require(Cap::Fuse);
+    require(Cap::Ptrace);
+    let ways = [
+        (Way::Direct, "--auto-dedup"),
+        (Way::Direct, "--auto-dedup=now"),
+        (Way::Mounted("--punch"), "--auto-dedup=now"),
+        (Way::Mounted("--punch=on-read"), "--auto-dedup"),
+    ];
+    for (way, when) in ways {
+        let mut dumped = holder(PEAK_MIB);
+        let chain = dumped.live.path("chain");
+        let images = images_bytes(&chain);
+        assert!(images >= u64::from(PEAK_MIB) << 20);
+        dumped.see(way);
+        fs::create_dir(dumped.live.path("log")).unwrap();
+        let log = dumped.log("log");
+        let arguments = [when, &log[0], &log[1]];
+        let pid = dumped.live.root.as_raw();
+        let (output, peak) = private_peak(&chain, pid, || dumped.live.try_restore(&arguments));
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{way:?}: {said}");
+        if (way, when) == (Way::Direct, "--auto-dedup") {
+            // Which shows that it is seen.
+            assert!(peak * 10 >= images * 19, "{way:?}: {peak} bytes for {images}");
+        } else {
+            // A tenth more than what is restored.
+            assert!(peak * 10 <= images * 11, "{way:?}: {peak} bytes for {images}");
+        }
+        fs::write(dumped.live.path("status.go"), "").unwrap();
+        wait_for_large("the verdict", || {
+            fs::read_to_string(dumped.live.path("status")).is_ok_and(|text| text == "ok\n")
+        });
+        dumped.unmount();
+        assert!(images_bytes(&chain) * 10 < images, "{way:?}");
+    }
+}
+
+#[test]
+fn privileged_an_interrupted_restore_leaves_no_zeros() {
+    require(Cap::Ptrace);
+    let free = Point::ALL.iter().map(|point| point.name()).filter(|name| name.starts_with("free-"));
+    for point in free {
+        let mut dumped = Dumped::new("shared_anon_parts");
+        let bytes = everything(&dumped.live.path("chain/2"));
+        dumped.live.fault = Some(format!("{point}:kill"));
+        let output = dumped.live.try_restore(&["--auto-dedup"]);
+        assert!(!output.status.success(), "{point} is never hit");
+        // The tree runs: its images are of no account, but do not lie.
+        dumped.live.verdict();
+        for (memory, page, expected) in &bytes {
+            let chain = Arc::new(Chain::open(&dumped.live.path("chain/2")).unwrap());
+            let tip = chain.choose(None).unwrap();
+            let index = chain.index(tip, *memory).unwrap();
+            let memory = MemoryBytes::new(chain, index, PageIndex::END.address());
+            let mut found = vec![0; PAGE];
+            if read_at(&memory, page.address(), &mut found).is_ok() {
+                assert_eq!(&found, expected, "{point} at {page}");
+            }
+        }
+    }
+}
+
+/// Returns every stored page of a snapshot.
+fn everything(dir: &Path) -> Vec<(MemoryId, PageIndex, Vec<u8>)> {
+    let chain = Arc::new(Chain::open(dir).unwrap());
+    let tip = chain.choose(None).unwrap();
+    let mut pages = Vec::new();
+    for id in chain.memories(tip).unwrap() {
+        let index = chain.index(tip, id).unwrap();
+        let memory = MemoryBytes::new(Arc::clone(&chain), Arc::clone(&index), u64::MAX);
+        for extent in index.extents() {
+            for page in (extent.first.0..extent.end().0).map(PageIndex) {
+                let mut bytes = vec![0; PAGE];
+                read_at(&memory, page.address(), &mut bytes).unwrap();
+                pages.push((id, page, bytes));
+            }
+        }
+    }
+    pages
 }

@@ -10,7 +10,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     ops::Range,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc, PoisonError, RwLock, RwLockReadGuard,
         atomic::{AtomicBool, Ordering},
@@ -77,6 +77,8 @@ struct Target {
     noted: PageRanges,
     /// To be freed.
     ready: PageRanges,
+    /// Freed by us.
+    done: PageRanges,
 }
 
 /// Frees pages of a chain's files.
@@ -133,8 +135,8 @@ impl Freeing {
         let pages = layer.pages.min(len.div_ceil(PAGE_SIZE));
         let noted: PageRanges = journal.pages().within(0..pages).collect();
         let id = layer.file;
-        self.targets
-            .insert(key, Target { path, id, pages, journal, noted, ready: PageRanges::new() });
+        let (ready, done) = (PageRanges::new(), PageRanges::new());
+        self.targets.insert(key, Target { path, id, pages, journal, noted, ready, done });
         Ok(())
     }
 
@@ -154,7 +156,7 @@ impl Freeing {
     }
 
     /// Notes pages of a file to be freed: `pages` are those of the *file*. Those
-    /// behind its end are left out.
+    /// behind its end, and those that were freed by this, are left out.
     ///
     /// Only pages that something else that lasts has, or that nobody needs any more,
     /// may be noted.
@@ -165,7 +167,11 @@ impl Freeing {
         self.prepare(memory, layer)?;
         let target = self.targets.get_mut(&(layer.snapshot, layer.pages_id));
         let target = target.expect("it was prepared");
-        target.noted.insert(pages.start..pages.end.min(target.pages));
+        for (part, done) in target.done.split(pages.start..pages.end.min(target.pages)) {
+            if !done {
+                target.noted.insert(part);
+            }
+        }
         Ok(())
     }
 
@@ -215,6 +221,7 @@ impl Freeing {
                 }
                 freed += range.end - range.start;
             }
+            target.done.extend(&target.ready);
             target.ready = PageRanges::new();
         }
         fault::hit(Point::FreeDone)?;
@@ -249,8 +256,10 @@ pub fn sharing(chain: &Chain, id: SnapshotId) -> Result<Vec<SnapshotId>> {
     if let Some(deepest) = path.iter().rposition(|ancestor| holders.contains(ancestor)) {
         sharing.extend(&path[1..=deepest]);
     }
+    let base = chain.base(id);
     for other in chain.ids() {
-        if other == id || sharing.contains(&other) || path.contains(&other) {
+        // What has grown out of another base shares nothing.
+        if path.contains(&other) || chain.base(other) != base {
             continue;
         }
         if finds_any(chain, other, &places) {
@@ -259,6 +268,43 @@ pub fn sharing(chain: &Chain, id: SnapshotId) -> Result<Vec<SnapshotId>> {
     }
     sharing.remove(&id);
     Ok(sharing.into_iter().collect())
+}
+
+/// Opens the chain that ends with the image directory `dir`, and what is related to it
+/// among the directories beside that one: those that have grown out of the same base.
+/// Returns it with the snapshot.
+///
+/// # Errors
+/// As [`Chain::open`].
+pub fn with_relatives(dir: &Path) -> Result<(Chain, SnapshotId)> {
+    let find = |chain: &Chain| chain.ids().find(|id| chain.snapshot(*id).dir == dir);
+    if let Some(above) = dir.parent()
+        && let Ok(chain) = Chain::open(above)
+        && let Some(id) = find(&chain)
+    {
+        return Ok((chain, id));
+    }
+    let chain = Chain::open(dir)?;
+    let id = find(&chain).ok_or_else(|| ChainError::NoImages { path: dir.to_owned() })?;
+    Ok((chain, id))
+}
+
+/// Returns what is to be said before pages of a snapshot are freed, if others lose
+/// them, too.
+///
+/// # Errors
+/// As [`sharing`].
+pub fn warning(chain: &Chain, id: SnapshotId) -> Result<Option<String>> {
+    let sharing = sharing(chain, id)?;
+    let names: Vec<&str> = sharing.iter().map(|id| chain.snapshot(*id).name.as_str()).collect();
+    Ok((!names.is_empty()).then(|| {
+        format!(
+            "freeing pages of snapshot {}: {} can no longer be restored then, which share pages \
+             with it",
+            chain.snapshot(id).name,
+            names.join(", ")
+        )
+    }))
 }
 
 /// Whether a snapshot finds one of its pages at one of `places`.

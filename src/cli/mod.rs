@@ -27,10 +27,7 @@ use clap::{ArgAction, Args, Parser};
 use indicatif::{ProgressBar, ProgressStyle};
 use log::LevelFilter;
 
-use crate::{
-    chain::{Chain, SnapshotId, freed},
-    image::MemoryId,
-};
+use crate::image::MemoryId;
 
 /// Options of all programs.
 #[derive(Args, Clone, Copy, Debug)]
@@ -123,24 +120,6 @@ fn bytes_bar() -> ProgressBar {
         ProgressStyle::with_template("{wide_bar} {binary_bytes}/{binary_total_bytes} {eta}")
             .expect("the template is valid"),
     )
-}
-
-/// Says on standard error which other snapshots cannot be restored any more when the
-/// pages of one are freed.
-fn warn_of_sharing(chain: &Chain, id: SnapshotId) -> anyhow::Result<()> {
-    let sharing = freed::sharing(chain, id)?;
-    if sharing.is_empty() {
-        return Ok(());
-    }
-    let names: Vec<&str> = sharing.iter().map(|id| chain.snapshot(*id).name.as_str()).collect();
-    // There is nobody left to tell if this fails.
-    let _ = writeln!(
-        io::stderr(),
-        "freeing pages of snapshot {}: {} can no longer be restored then, which share pages with it",
-        chain.snapshot(id).name,
-        names.join(", "),
-    );
-    Ok(())
 }
 
 /// Returns how JSON names a memory.

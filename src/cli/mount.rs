@@ -6,9 +6,9 @@ use anyhow::{Context, anyhow, bail};
 use clap::{Args, ValueEnum};
 use indicatif::BinaryBytes;
 
-use super::{Common, exit, log_sink, report, warn_of_sharing};
+use super::{Common, exit, log_sink, report};
 use crate::{
-    chain::Chain,
+    chain::{Chain, freed},
     fs::{self, MountOptions, Punch, Session},
     sys::{
         daemon::{self, Background, Detached, Start},
@@ -211,8 +211,12 @@ impl MountArgs {
         for base in chain.bases() {
             locks.take(&chain.snapshot(base).dir, access)?;
         }
-        if self.punch.is_some() {
-            warn_of_sharing(&chain, tip)?;
+        if self.punch.is_some()
+            && let Some(warning) = freed::warning(&chain, tip)?
+        {
+            // There is nobody left to tell if this fails.
+            let _ = writeln!(std::io::stderr(), "{warning}");
+            log::warn!("{warning}");
         }
         let view = Arc::new(View::new(chain, tip));
         let mut options = MountOptions { allow_other: self.allow_other, ..Default::default() };

@@ -92,13 +92,17 @@ impl Plan {
         &self.chain.snapshot(self.snapshot).dir
     }
 
-    /// Reads the images in `dir`, after keeping others from changing them.
+    /// Reads the images in `dir`, after keeping others from changing them, or from
+    /// using them if this program changes them.
     ///
     /// # Errors
     /// What is missing, malformed or contradictory; who changes them now.
-    pub(super) fn read(dir: &Path, mut locks: Option<&mut DirectoryLocks>) -> Result<Self> {
+    pub(super) fn read(
+        dir: &Path,
+        mut locks: Option<(&mut DirectoryLocks, Access)>,
+    ) -> Result<Self> {
         let mut lock =
-            |dir: &Path| locks.as_mut().map_or(Ok(()), |locks| locks.take(dir, Access::Shared));
+            |dir: &Path| locks.as_mut().map_or(Ok(()), |(locks, access)| locks.take(dir, *access));
         lock(dir)?;
         let problem = |problem: String| RestoreError::Directory { path: dir.to_owned(), problem };
         let inventory: proto::InventoryEntry =

@@ -4,6 +4,7 @@
 pub mod chain;
 pub mod live;
 pub mod mounted;
+pub mod peak;
 pub mod same;
 
 use std::{fs::File, path::Path};
