@@ -193,6 +193,14 @@
 //! that is asked to free what it will supersede finds out before it stops the tree
 //! whether that can be done; if it fails after the dump is complete, that is a warning.
 //!
+//! # Equal pages
+//!
+//! [`crate::chain::duplicates`] and [`crate::dedup::reflink`] tell pages apart by their
+//! hashes (XXH3), so that each is read once. The former counts, and believes 96 bits of
+//! them; the latter leaves it to the kernel to compare before two places share a block
+//! (`FIDEDUPERANGE`), joins pages that are in a row on both sides, and leaves pages of
+//! zeros alone. No byte of an image changes, so readers need not be kept away.
+//!
 //! # Locks
 //!
 //! Locks are those of `flock(2)` on directories, so that they end with their holder and

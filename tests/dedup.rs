@@ -15,6 +15,7 @@ use std::{
 use common::{
     Cap,
     live::{Live, engine, state_of, wait_for, workload},
+    loops::LoopMount,
     mounted::imgfs,
     require,
     same::{assert_same, assert_same_memory, bytes, open},
@@ -953,4 +954,95 @@ fn signal_all(live: &mut Live, signal: Signal) {
             signal != Signal::SIGSTOP || matches!(state_of(pid), Some('T' | 'Z') | None)
         });
     }
+}
+
+/// Pages of two snapshots that share all blocks but those of one memory.
+fn shares_blocks(mkfs: &'static str) {
+    let mount = LoopMount::new(mkfs, 320);
+    let numbered = |from: u64| -> Pages { (0..800).map(|page| (page, from + page)).collect() };
+    let models = [
+        Model::from([(ONE, numbered(1)), (TWO, numbered(1)), (SHARED, numbered(10_000))]),
+        // The shared memory is the same, in the same order; the private one is another.
+        Model::from([(ONE, numbered(20_000)), (SHARED, numbered(10_000))]),
+    ];
+    let root = mount.path();
+    let dirs = [snapshot(&root, "1", 1, &models[0]), snapshot(&root, "2", 2, &models[1])];
+    let before = mount.free_bytes();
+    let run = || {
+        let mut command = command(&["--reflink", "--json"], &[]);
+        let output = command.arg("-D").arg(&root).output().unwrap();
+        assert!(output.status.success(), "{}", text(&output));
+        serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap()
+    };
+    // One memory of a process is the other's, and one of an object the older one's.
+    let said = run();
+    assert_eq!((&said["stored_pages"], &said["shared_pages"]), (&4000.into(), &1600.into()));
+    let freed = mount.free_bytes() - before;
+    assert!(freed > 1500 * 4096, "{freed} bytes were freed");
+    for (dir, model) in dirs.iter().zip(&models) {
+        assert_holds(dir, model);
+    }
+    assert_eq!(run()["shared_pages"], 1600);
+    // What is linked needs no sharing any more.
+    link_all(&paths(&dirs)).unwrap();
+    assert_eq!(run()["shared_pages"], 800);
+    // The holder of a lock is found on every file system.
+    let mut locks = rcriu::sys::lock::DirectoryLocks::default();
+    locks.take(&dirs[1], rcriu::sys::lock::Access::Shared).unwrap();
+    let refused = dedup(&["--link"], &paths(&dirs));
+    assert!(
+        text(&refused).contains(&format!("(pid {})", std::process::id())),
+        "{}",
+        text(&refused)
+    );
+}
+
+#[test]
+fn privileged_equal_pages_share_blocks_on_btrfs() {
+    shares_blocks("mkfs.btrfs");
+}
+
+#[test]
+fn privileged_equal_pages_share_blocks_on_xfs() {
+    shares_blocks("mkfs.xfs");
+}
+
+#[test]
+fn where_blocks_cannot_be_shared_nothing_is_changed() {
+    let root = tempfile::tempdir_in("/dev/shm").unwrap();
+    let (dirs, models) = three(root.path());
+    let output = command(&["--reflink"], &[]).arg("-D").arg(root.path()).output().unwrap();
+    assert!(!output.status.success());
+    assert!(text(&output).contains("cannot share blocks; btrfs can"), "{}", text(&output));
+    assert_eq!(restorable(&dirs, &models), [true; 3]);
+}
+
+#[test]
+fn duplicates_are_listed_where_they_are() {
+    let root = tempfile::tempdir().unwrap();
+    let (dirs, _) = three(root.path());
+    let path = root.path().to_str().unwrap();
+    let counts = |document: &serde_json::Value| {
+        ["stored", "zero", "same_memory", "same_snapshot", "older_snapshot"]
+            .map(|key| document[key].as_u64().unwrap())
+    };
+    let list = || -> serde_json::Value {
+        let output = imgfs(&["ls", "--duplicates", "--json", path]);
+        assert!(output.status.success(), "{}", text(&output));
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let of = |list: &serde_json::Value, at: usize| counts(&list["snapshots"][at]["pages"]);
+    let all = list();
+    // Page 1 of both processes. Then 1 again (twice), 3, 10. Then 1 twice, 9, 5, 10, 11,
+    // and 20 as in the second.
+    assert_eq!(of(&all, 0), [9, 1, 0, 1, 0]);
+    assert_eq!(of(&all, 1), [8, 1, 0, 1, 3]);
+    assert_eq!(of(&all, 2), [9, 1, 0, 1, 6]);
+    assert_eq!(counts(&all["total"]), [26, 3, 0, 3, 9]);
+    assert_eq!(all["total"]["duplicate_bytes"], 15 * 4096);
+    link_all(&paths(&dirs)).unwrap();
+    assert_eq!(counts(&list()["total"])[0], 26 - 8);
+    let table = text(&imgfs(&["ls", "--duplicates", path]));
+    assert!(table.starts_with("NAME "), "{table}");
+    assert_eq!(table.lines().count(), 5, "{table}");
 }

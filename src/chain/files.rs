@@ -23,7 +23,7 @@ use nix::{
 use super::{ChainError, Result};
 
 /// A file that was entered into [`Files`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FileId(u32);
 
 /// An open file that bytes are read from.

@@ -13,6 +13,7 @@ use super::bytes_bar;
 use crate::{
     dedup::{self, Freed, LinkOptions, Linked, Progress},
     image::disk::Kernel,
+    units::page_bytes,
 };
 
 /// What is to be done.
@@ -22,6 +23,8 @@ pub(super) enum Work {
     Link(LinkOptions),
     /// Free in the ancestors of the snapshot in this directory what it holds itself.
     Free(PathBuf),
+    /// Let equal pages of this chain share blocks.
+    Reflink(PathBuf),
 }
 
 /// A bar, where standard error is a terminal.
@@ -45,6 +48,7 @@ pub(super) fn run(work: &Work, as_json: bool, out: &mut dyn Write) -> anyhow::Re
     let document = match work {
         Work::Link(options) => link(options, as_json, out)?,
         Work::Free(dir) => free(dir, as_json, out)?,
+        Work::Reflink(path) => reflink(path, as_json, out)?,
     };
     if as_json {
         serde_json::to_writer_pretty(&mut *out, &document)?;
@@ -89,6 +93,25 @@ fn free(dir: &Path, as_json: bool, out: &mut dyn Write) -> anyhow::Result<Value>
         "freed_pages": freed.pages,
         "bytes_before": freed.bytes_before,
         "bytes_after": freed.bytes_after,
+    }))
+}
+
+fn reflink(path: &Path, as_json: bool, out: &mut dyn Write) -> anyhow::Result<Value> {
+    let bar = Bar(bytes_bar());
+    let result = dedup::reflink(path, &bar);
+    bar.0.finish_and_clear();
+    let done = result?;
+    if !as_json {
+        let (shared, bytes) = (done.shared, BinaryBytes(page_bytes(done.shared)));
+        writeln!(out, "{shared} of {} pages share blocks, {bytes}", done.stored)?;
+        if done.unaligned > 0 {
+            writeln!(out, "{} more are equal, but parts of larger blocks", done.unaligned)?;
+        }
+    }
+    Ok(json!({
+        "stored_pages": done.stored,
+        "shared_pages": done.shared,
+        "unaligned_pages": done.unaligned,
     }))
 }
 

@@ -58,6 +58,9 @@ enum Command {
     /// the one before it is left to that one. Every snapshot can be restored
     /// afterwards as before. Processes are matched by pid, shared objects by what
     /// they are, and what is the same is told by comparing all bytes.
+    ///
+    /// --reflink lets equal pages of a chain, wherever they are, share blocks of the file
+    /// system; -D is an image directory, or a directory of such.
     #[command(after_help = DEDUP_EXAMPLE)]
     Dedup(Box<TaskArgs>),
     /// Show image files as JSON
@@ -99,7 +102,8 @@ const DEDUP_EXAMPLE: &str = "\
 Examples:
   rcriu dedup -D chain/3
   rcriu dedup --link monday tuesday wednesday
-  rcriu dedup --link --keep-originals monday tuesday";
+  rcriu dedup --link --keep-originals monday tuesday
+  rcriu dedup --reflink -D chain";
 
 /// Runs `rcriu` with the command line of this process.
 pub fn main() -> ExitCode {

@@ -10,9 +10,11 @@ mod free;
 mod link;
 mod objects;
 mod plan;
+mod reflink;
 mod stage;
 mod superseded;
 
 pub use error::{DedupError, Result};
 pub use free::{Freed, check_freeing, free, free_locked, lock_ancestors};
 pub use link::{LinkOptions, Linked, Progress, link};
+pub use reflink::{Reflinked, reflink};

@@ -12,6 +12,7 @@ pub mod lock;
 pub mod pagemap;
 pub mod process;
 pub mod ptrace;
+pub mod reflink;
 pub mod shm;
 pub mod socket;
 pub mod supervise;

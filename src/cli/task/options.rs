@@ -364,6 +364,9 @@ pub(super) struct DedupArgs {
     /// Write new directories, DIR.linked, and leave those that are linked as they are
     #[arg(long)]
     pub keep_originals: bool,
+    /// Let equal pages of the chain share blocks (btrfs, xfs); the images stay the same
+    #[arg(long, conflicts_with = "link")]
+    pub reflink: bool,
     /// Say what was done as JSON
     #[arg(long)]
     pub json: bool,
