@@ -17,6 +17,7 @@ use common::{
     live::{Live, engine, state_of, wait_for, workload},
     loops::LoopMount,
     mounted::imgfs,
+    recorder::Recorder,
     require,
     same::{assert_same, assert_same_memory, bytes, open},
 };
@@ -1045,4 +1046,93 @@ fn duplicates_are_listed_where_they_are() {
     let table = text(&imgfs(&["ls", "--duplicates", path]));
     assert!(table.starts_with("NAME "), "{table}");
     assert_eq!(table.lines().count(), 5, "{table}");
+}
+
+/// Checks every state that a power cut during `command`, or since the recorder began,
+/// could leave, and that in some of them running it again finishes.
+fn survives_power_cuts(
+    recorder: &Recorder,
+    mut command: Command,
+    check: &dyn Fn(&Path),
+    again: &dyn Fn(&Path),
+) {
+    // Of so many states, one is gone on from.
+    const AGAIN: usize = 5;
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{}", text(&output));
+    let states = recorder.states();
+    assert!(states.len() > 20, "{} states", states.len());
+    for (number, state) in states.iter().enumerate() {
+        let root = tempfile::tempdir_in("/dev/shm").unwrap();
+        state.write(root.path());
+        check(root.path());
+        if number % AGAIN == 0 || number + 1 == states.len() {
+            again(root.path());
+        }
+    }
+}
+
+/// The same directories in another place.
+fn moved(dirs: &[PathBuf], root: &Path) -> Vec<PathBuf> {
+    dirs.iter().map(|dir| root.join(dir.file_name().unwrap())).collect()
+}
+
+#[test]
+fn privileged_linking_survives_power_cuts() {
+    let recorder = Recorder::mount();
+    let (dirs, models) = renumbered(recorder.path());
+    let check = |root: &Path| {
+        for (dir, models) in moved(&dirs, root).iter().zip(&models) {
+            assert_left_whole(dir, models);
+        }
+    };
+    let again = |root: &Path| {
+        let dirs = moved(&dirs, root);
+        link_all(&paths(&dirs)).unwrap();
+        for (dir, [_, model]) in dirs.iter().zip(&models) {
+            assert_holds(dir, model);
+        }
+        assert_clean(root);
+        assert!(!dirs[1].join(".dedup").exists());
+    };
+    recorder.begin();
+    survives_power_cuts(&recorder, command(&["--link"], &paths(&dirs)), &check, &again);
+}
+
+#[test]
+fn privileged_freeing_survives_power_cuts() {
+    let recorder = Recorder::mount();
+    let (dirs, models) = branched(recorder.path());
+    let check = |root: &Path| {
+        let whole = restorable(&moved(&dirs, root), &models);
+        assert_eq!(whole[2..], [true, true]);
+        assert_eq!(assert_named(root), "");
+    };
+    let again = |root: &Path| {
+        let dirs = moved(&dirs, root);
+        let output = free(&dirs[2], &[]).output().unwrap();
+        assert!(output.status.success(), "{}", text(&output));
+        assert_eq!(restorable(&dirs, &models), [false, false, true, true]);
+    };
+    recorder.begin();
+    survives_power_cuts(&recorder, free(&dirs[2], &[]), &check, &again);
+}
+
+#[test]
+fn privileged_what_supersedes_is_on_disk_before_anything_is_freed() {
+    let recorder = Recorder::mount();
+    let (dirs, models) = three(recorder.path());
+    fs::remove_dir_all(&dirs[2]).unwrap();
+    link_all(&paths(&dirs[..2])).unwrap();
+    recorder.begin();
+    // Written as other programs do, without a sync.
+    snapshot(recorder.path(), "3", 3, &models[2]);
+    symlink("../2", dirs[2].join("parent")).unwrap();
+    let check = |root: &Path| {
+        let dirs = moved(&dirs, root);
+        if restorable(&dirs[..2], &models[..2]) != [true, true] {
+            assert_eq!(restorable(&dirs[2..], &models[2..]), [true]);
+        }
+    };
+    survives_power_cuts(&recorder, free(&dirs[2], &[]), &check, &|_| {});
 }

@@ -6,6 +6,7 @@ pub mod live;
 pub mod loops;
 pub mod mounted;
 pub mod peak;
+pub mod recorder;
 pub mod same;
 
 use std::{fs::File, path::Path};
