@@ -109,8 +109,8 @@ pub enum ChainError {
     },
     /// The bytes of these pages were freed.
     #[error(
-        "{path}: {pages} pages of {memory} at {first} were freed, after a restore or as superseded; \
-         no image holds them any more",
+        "{path}: pages of {memory} from {first} on were freed ({pages} in a row), after a restore or \
+         as superseded; no image holds them any more",
         path = .path.display()
     )]
     Punched {
