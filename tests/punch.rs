@@ -26,6 +26,7 @@ use memmap2::MmapOptions;
 use nix::{
     errno::Errno,
     fcntl::{FallocateFlags, fallocate},
+    mount::{MntFlags, MsFlags, mount, umount2},
     sys::signal::{Signal, kill},
     unistd::{Pid, Whence, lseek},
 };
@@ -534,10 +535,30 @@ const WAYS: [Way; 4] = [
     Way::Mounted("--punch=commit"),
 ];
 
-/// A tree that was dumped twice, and so is in two layers.
+/// A tree that was dumped, in one layer or two.
 struct Dumped {
     live: Live,
     mounted: Option<Mounted>,
+    /// Unmounted when all else is gone.
+    _tmpfs: Option<Tmpfs>,
+}
+
+/// A tmpfs of its own, as large as need be.
+struct Tmpfs(TempDir);
+
+impl Tmpfs {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let options = Some("mode=0777");
+        mount(Some("tmpfs"), dir.path(), Some("tmpfs"), MsFlags::empty(), options).unwrap();
+        Self(dir)
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        let _ = umount2(self.0.path(), MntFlags::MNT_DETACH);
+    }
 }
 
 impl Dumped {
@@ -547,7 +568,7 @@ impl Dumped {
         live.dump_running(&[]);
         live.images_name = "chain/2";
         live.dump(&["--prev-images-dir", "../1"]);
-        Self { live, mounted: None }
+        Self { live, mounted: None, _tmpfs: None }
     }
 
     /// Lets the restores that come see the images this way.
@@ -660,7 +681,8 @@ fn privileged_restores_that_fail_leave_images_that_restore() {
 
 /// A process with as much private memory as this, dumped onto tmpfs.
 fn holder(mib: u32) -> Dumped {
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let tmpfs = Tmpfs::new();
+    let dir = tempfile::tempdir_in(tmpfs.0.path()).unwrap();
     let path = text(dir.path()).to_owned();
     let arguments = ["-c", HOLDER, &mib.to_string(), "0", &path];
     let mut live = Live::program("/usr/bin/python3", &arguments, dir);
@@ -669,7 +691,7 @@ fn holder(mib: u32) -> Dumped {
     });
     live.images_name = "chain/2";
     live.dump(&[]);
-    Dumped { live, mounted: None }
+    Dumped { live, mounted: None, _tmpfs: Some(tmpfs) }
 }
 
 #[test]

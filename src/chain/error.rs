@@ -136,7 +136,7 @@ pub enum ChainError {
     /// Pages could not be freed.
     #[error("{step} {path}", path = .path.display())]
     Free {
-        /// The pages file.
+        /// The pages file, or its directory.
         path: PathBuf,
         /// What was attempted, as a verb.
         step: &'static str,
