@@ -7,16 +7,17 @@ mod common;
 
 use std::{
     fs::{self, File, OpenOptions},
-    io::{self, Read},
+    io::{self, Read, Write},
     os::unix::fs::{FileExt, MetadataExt, PermissionsExt},
     path::Path,
+    process::{Command, Stdio},
     sync::Arc,
 };
 
 use common::{
     Cap,
     chain::{PAGE, TestChain, page_bytes},
-    live::{Live, wait_for as wait_for_large},
+    live::{Live, engine, wait_for as wait_for_large},
     mounted::{Mounted, imgfs, wait_for},
     peak::{HOLDER, images_bytes, private_peak},
     require,
@@ -25,8 +26,9 @@ use memmap2::MmapOptions;
 use nix::{
     errno::Errno,
     fcntl::{FallocateFlags, fallocate},
-    sys::signal::Signal,
-    unistd::{Whence, lseek},
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sys::signal::{Signal, kill},
+    unistd::{Pid, Whence, lseek},
 };
 use rcriu::{
     chain::{Chain, MemoryBytes, Summary, read_at},
@@ -174,7 +176,7 @@ fn privileged_punched_pages_are_freed_where_they_are_and_never_read_as_zeros() {
     assert_eq!(read_page(&beside, 200), None);
     assert_eq!(read_page(&beside, 0).unwrap(), page_bytes(1, APP, FIRST));
     let said = mounted.log_text();
-    assert!(said.contains("were freed") && said.contains("pid 7 at 0x"), "{said}");
+    assert!(said.contains("pages of pid 7 from 0x10000 on were freed"), "{said}");
     drop((file, beside, mounted));
 
     let mounted = scene.mount(&[]);
@@ -330,10 +332,10 @@ sys.stdout.flush()
 sys.stdin.read()
 ";
     let touched = [0, 7, 500, 1100];
-    let mut reader = std::process::Command::new("/usr/bin/python3")
+    let mut reader = Command::new("/usr/bin/python3")
         .args(["-c", program, text(&path), "0,7,500,1100"])
-        .stdin(std::process::Stdio::piped())
-        .stdout(std::process::Stdio::piped())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
         .spawn()
         .unwrap();
     let mut bytes = vec![0; touched.len() * PAGE];
@@ -355,6 +357,43 @@ sys.stdin.read()
         assert_eq!(read_page(&file, page), None);
         assert_eq!(read_page(&file, page + 1).unwrap(), scene.page(page + 1));
     }
+}
+
+#[test]
+fn privileged_mapped_pages_that_are_punched_are_no_longer_there() {
+    require(Cap::Fuse);
+    let scene = Scene::new();
+    let mounted = scene.mount(&["--punch"]);
+    let path = mounted.path("pages-1.img");
+    // Reads a page, and again when it is told to.
+    let program = "
+import mmap, os, sys
+file = os.open(sys.argv[1], os.O_RDONLY)
+mapped = mmap.mmap(file, 0, mmap.MAP_PRIVATE, mmap.PROT_READ)
+for line in sys.stdin:
+    page = int(line)
+    sys.stdout.buffer.write(mapped[page * 4096:(page + 1) * 4096])
+    sys.stdout.flush()
+";
+    let mut reader = Command::new("/usr/bin/python3")
+        .args(["-c", program, text(&path)])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut ask = |page: u64| {
+        writeln!(reader.stdin.as_mut().unwrap(), "{page}").unwrap();
+        let mut bytes = vec![0; PAGE];
+        reader.stdout.as_mut().unwrap().read_exact(&mut bytes).map(|()| bytes)
+    };
+    assert_eq!(ask(600).unwrap(), scene.page(600));
+    let file = writable(&path).unwrap();
+    punch_pages(&file, 600..601);
+    assert_eq!(ask(601).unwrap(), scene.page(601));
+    // Neither what the page cache had, nor zeros.
+    ask(600).unwrap_err();
+    let end = reader.wait().unwrap();
+    assert_eq!(std::os::unix::process::ExitStatusExt::signal(&end), Some(libc::SIGBUS));
 }
 
 #[test]
@@ -388,7 +427,7 @@ fn privileged_commit_frees_what_was_noted_and_an_end_without_it_nothing() {
     assert_eq!(read_page(&file, 99).unwrap(), scene.page(99));
     assert_eq!(commit(), "freed 0 pages, 0 B\n");
     // Nobody else may.
-    let stranger = std::process::Command::new("setpriv")
+    let stranger = Command::new("setpriv")
         .args(["--reuid=65534", "--regid=65534", "--clear-groups", "--"])
         .args([common::mounted::IMGFS, "commit", text(&mounted.point)])
         .output()
@@ -402,7 +441,7 @@ fn privileged_an_interrupted_punch_leaves_no_zeros() {
     for point in ["free-noted", "free-appended", "free-journalled", "free-half", "free-done"] {
         let scene = Scene::new();
         let before = scene.room();
-        let mut daemon = std::process::Command::new(common::mounted::IMGFS);
+        let mut daemon = Command::new(common::mounted::IMGFS);
         daemon.env("RCRIU_FAULT", format!("{point}:kill"));
         let mnt = scene.dir.path().join("mnt");
         let mut mounted = Mounted::by(daemon, scene.chain.root(), &mnt, &["--punch"]);
@@ -496,10 +535,30 @@ const WAYS: [Way; 4] = [
     Way::Mounted("--punch=commit"),
 ];
 
-/// A tree that was dumped twice, and so is in two layers.
+/// A tree that was dumped, in one layer or two.
 struct Dumped {
     live: Live,
     mounted: Option<Mounted>,
+    /// Unmounted when all else is gone.
+    _tmpfs: Option<Tmpfs>,
+}
+
+/// A tmpfs of its own, as large as need be.
+struct Tmpfs(TempDir);
+
+impl Tmpfs {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let options = Some("mode=0777");
+        mount(Some("tmpfs"), dir.path(), Some("tmpfs"), MsFlags::empty(), options).unwrap();
+        Self(dir)
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        let _ = umount2(self.0.path(), MntFlags::MNT_DETACH);
+    }
 }
 
 impl Dumped {
@@ -509,7 +568,7 @@ impl Dumped {
         live.dump_running(&[]);
         live.images_name = "chain/2";
         live.dump(&["--prev-images-dir", "../1"]);
-        Self { live, mounted: None }
+        Self { live, mounted: None, _tmpfs: None }
     }
 
     /// Lets the restores that come see the images this way.
@@ -622,7 +681,8 @@ fn privileged_restores_that_fail_leave_images_that_restore() {
 
 /// A process with as much private memory as this, dumped onto tmpfs.
 fn holder(mib: u32) -> Dumped {
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let tmpfs = Tmpfs::new();
+    let dir = tempfile::tempdir_in(tmpfs.0.path()).unwrap();
     let path = text(dir.path()).to_owned();
     let arguments = ["-c", HOLDER, &mib.to_string(), "0", &path];
     let mut live = Live::program("/usr/bin/python3", &arguments, dir);
@@ -631,7 +691,7 @@ fn holder(mib: u32) -> Dumped {
     });
     live.images_name = "chain/2";
     live.dump(&[]);
-    Dumped { live, mounted: None }
+    Dumped { live, mounted: None, _tmpfs: Some(tmpfs) }
 }
 
 #[test]
@@ -747,4 +807,86 @@ fn everything(dir: &Path) -> Vec<(MemoryId, PageIndex, Vec<u8>)> {
         }
     }
     pages
+}
+
+#[test]
+fn privileged_a_dump_on_top_of_freed_pages_stores_them() {
+    require(Cap::Fuse);
+    require(Cap::Ptrace);
+    for track in [false, true] {
+        let track: &[&str] = if track { &["--track-mem"] } else { &[] };
+        let mut live = Live::workload("cow_tree");
+        live.images_name = "chain/1";
+        live.dump_running(track);
+        // Half of everything, at once.
+        let chain = live.path("chain");
+        let mounted = Mounted::new(&chain, &live.path("mnt"), &["--punch=commit"]);
+        let mut punched = 0;
+        for entry in fs::read_dir(&mounted.point).unwrap().flatten() {
+            if entry.file_name().to_str().unwrap().starts_with("pages-") {
+                let file = writable(&entry.path()).unwrap();
+                let pages = file.metadata().unwrap().len() / PAGE as u64;
+                for page in (0..pages).step_by(256) {
+                    let end = pages.min(page + 128);
+                    punch_pages(&file, page..end);
+                    punched += end - page;
+                }
+            }
+        }
+        assert!(imgfs(&["commit", text(&mounted.point)]).status.success());
+        drop(mounted);
+        live.images_name = "chain/2";
+        live.dump(&[&["--prev-images-dir", "../1"], track].concat());
+        let chain = Chain::open(&chain).unwrap();
+        let tip = chain.choose(None).unwrap();
+        chain.require_whole(tip).unwrap();
+        let counts = Summary::of(&chain, tip).unwrap().total();
+        // What is not gone is still left to the parent.
+        assert!(counts.in_parent > 0 && counts.present >= punched / 2, "{counts:?}");
+        live.restore(&[]);
+        live.verdict();
+    }
+}
+
+#[test]
+fn privileged_a_restore_killed_at_any_moment_leaves_no_zeros() {
+    require(Cap::Ptrace);
+    for round in 0..6_u64 {
+        let mut dumped = holder(96);
+        let chain = dumped.live.path("chain");
+        let bytes = everything(&dumped.live.path("chain/2"));
+        let begun = images_bytes(&chain);
+        let mut command = Command::new(engine());
+        command.arg("restore").arg("-D").arg(dumped.live.images()).args(["-d", "--auto-dedup=now"]);
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        // After some pages were freed, and whatever it is at then.
+        let some = round * (12 << 20);
+        wait_for("some pages", || {
+            begun - images_bytes(&chain) >= some || child.try_wait().unwrap().is_some()
+        });
+        child.kill().unwrap();
+        child.wait().unwrap();
+        for pid in dumped.live.tree() {
+            // What was not let go yet ends with the restore.
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+        dumped.live.wait_gone();
+        let mut gone = 0;
+        let opened = Arc::new(Chain::open(&dumped.live.path("chain/2")).unwrap());
+        let tip = opened.choose(None).unwrap();
+        for (memory, page, expected) in &bytes {
+            let index = opened.index(tip, *memory).unwrap();
+            let memory = MemoryBytes::new(Arc::clone(&opened), index, PageIndex::END.address());
+            let mut found = vec![0; PAGE];
+            match read_at(&memory, page.address(), &mut found) {
+                Ok(_) => assert_eq!(&found, expected, "{round}: {page}"),
+                Err(_) => gone += 1,
+            }
+        }
+        let check = imgfs(&["check", text(&chain)]);
+        assert_eq!(check.status.success(), gone == 0, "{round}: {gone} are gone");
+        let output = dumped.live.try_restore(&[]);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.success(), gone == 0, "{round}: {gone} are gone: {said}");
+    }
 }

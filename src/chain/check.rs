@@ -133,9 +133,11 @@ impl Check<'_> {
                 self.tell(Severity::Error, Some(memory), None, problem);
             }
         }
-        for stray in self.pages_files()?.into_iter().filter(|id| !claims.contains_key(id)) {
-            let problem = format!("no pagemap claims {}", Kind::Pages.file_name(stray));
-            self.tell(Severity::Note, None, None, problem);
+        for kind in [Kind::Pages, Kind::Punched] {
+            for stray in self.numbers(kind)?.into_iter().filter(|id| !claims.contains_key(id)) {
+                let problem = format!("no pagemap claims {}", kind.file_name(stray));
+                self.tell(Severity::Note, None, None, problem);
+            }
         }
         Ok(())
     }
@@ -152,9 +154,10 @@ impl Check<'_> {
         Ok(names)
     }
 
-    fn pages_files(&self) -> Result<Vec<u64>> {
+    /// Returns the numbers of the files of a kind.
+    fn numbers(&self, kind: Kind) -> Result<Vec<u64>> {
         let number = |name: &String| match desc::by_file_name(name)? {
-            (desc, number) if desc.kind == Kind::Pages => Some(number),
+            (desc, number) if desc.kind == kind => Some(number),
             _ => None,
         };
         Ok(self.file_names()?.iter().filter_map(number).collect())

@@ -109,8 +109,8 @@ pub enum ChainError {
     },
     /// The bytes of these pages were freed.
     #[error(
-        "{path}: {pages} pages of {memory} at {first} were freed, after a restore or as superseded; \
-         no image holds them any more",
+        "{path}: pages of {memory} from {first} on were freed ({pages} in a row), after a restore or \
+         as superseded; no image holds them any more",
         path = .path.display()
     )]
     Punched {
@@ -136,7 +136,7 @@ pub enum ChainError {
     /// Pages could not be freed.
     #[error("{step} {path}", path = .path.display())]
     Free {
-        /// The pages file.
+        /// The pages file, or its directory.
         path: PathBuf,
         /// What was attempted, as a verb.
         step: &'static str,

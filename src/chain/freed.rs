@@ -17,6 +17,8 @@ use std::{
     },
 };
 
+use nix::unistd::{AccessFlags, access};
+
 use super::{Chain, ChainError, FileId, Index, Layer, Place, Result, SnapshotId};
 use crate::{
     fault::{self, Point},
@@ -130,6 +132,11 @@ impl Freeing {
             }
         })?;
         let dir = &self.chain.snapshot(layer.snapshot).dir;
+        access(dir.as_path(), AccessFlags::W_OK).map_err(|errno| ChainError::Free {
+            path: dir.clone(),
+            step: "make a journal in",
+            source: errno.into(),
+        })?;
         let pagemap = memory.pagemap_name();
         let journal = JournalWriter::open(dir, &pagemap, layer.pages_id)?;
         let pages = layer.pages.min(len.div_ceil(PAGE_SIZE));

@@ -1,6 +1,6 @@
 //! Which pages that were freed the snapshots of a chain still ask for.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, fs, path::Path};
 
 use super::{
     Chain, ChainError, Result, SnapshotId,
@@ -8,7 +8,7 @@ use super::{
     overlay::{self, Merged, Piece, PiecePlace},
 };
 use crate::{
-    image::{MemoryId, PagemapReader, punched},
+    image::{Kind, MemoryId, PagemapReader, desc, punched},
     units::{PageIndex, PageRanges},
 };
 
@@ -45,6 +45,9 @@ type Places = HashMap<(u32, MemoryId), PageRanges>;
 /// [`ChainError::Directory`], [`ChainError::TooDeep`].
 pub(super) fn gone(chain: &Chain) -> Result<Vec<Vec<Gone>>> {
     let mut found: Vec<Vec<Found>> = vec![Vec::new(); chain.snapshots().len()];
+    if !chain.snapshots().iter().any(|snapshot| has_journal(&snapshot.dir)) {
+        return Ok(vec![Vec::new(); found.len()]);
+    }
     if let Some(snapshot) = chain.snapshots().get(overlay::LAYER_LIMIT) {
         return Err(ChainError::TooDeep { dir: snapshot.dir.clone(), limit: overlay::LAYER_LIMIT });
     }
@@ -79,6 +82,14 @@ pub(super) fn gone(chain: &Chain) -> Result<Vec<Vec<Gone>>> {
         }
     }
     Ok(found.into_iter().map(|found| judge(found, &needed)).collect())
+}
+
+/// Whether pages of some file in a directory may have been freed.
+fn has_journal(dir: &Path) -> bool {
+    let is_journal =
+        |name: &str| desc::by_file_name(name).is_some_and(|(desc, _)| desc.kind == Kind::Punched);
+    let mut names = fs::read_dir(dir).into_iter().flatten().flatten();
+    names.any(|entry| entry.file_name().to_str().is_some_and(is_journal))
 }
 
 /// Tells pages that a tip asks for, too, from the others.

@@ -99,6 +99,8 @@ fn io_errno(error: &io::Error) -> Errno {
     match error.raw_os_error().map(nix::errno::Errno::from_raw) {
         Some(nix::errno::Errno::EACCES | nix::errno::Errno::EPERM) => Errno::EACCES,
         Some(nix::errno::Errno::ENOMEM) => Errno::ENOMEM,
+        // A journal takes some.
+        Some(nix::errno::Errno::ENOSPC | nix::errno::Errno::EDQUOT) => Errno::ENOSPC,
         Some(nix::errno::Errno::EMFILE | nix::errno::Errno::ENFILE) => Errno::ENFILE,
         _ => Errno::EIO,
     }

@@ -395,11 +395,13 @@ impl JournalWriter {
         let end = HEAD_BYTES + records * RECORD_BYTES;
         disk.write_at(&file, seal.as_bytes(), end).map_err(failed())?;
         disk.sync(&file).map_err(failed())?;
+        drop(file);
         disk.rename(&unfinished, path).map_err(write_error(path))?;
         disk.sync_dir(dir).map_err(write_error(dir))?;
         self.contents.records = records + 1;
         self.exists = true;
-        self.file = Some(file);
+        // To be opened under its name.
+        self.file = None;
         Ok(())
     }
 }

@@ -199,14 +199,17 @@ impl SnapshotWriter {
             }
         };
         let inventory = OsString::from(Kind::Inventory.file_name(0));
-        if !self.dir.join(&inventory).exists() && !self.dir.join(PARENT_LINK).is_symlink() {
-            return Ok(());
+        let complete =
+            self.dir.join(&inventory).exists() || self.dir.join(PARENT_LINK).is_symlink();
+        if complete {
+            remove(&inventory)?;
+            sync(&self.dir)?;
         }
-        remove(&inventory)?;
-        sync(&self.dir)?;
         for name in names(&self.dir)? {
-            let image = name.to_str().is_some_and(|name| desc::by_file_name(name).is_some());
-            if image || name == PARENT_LINK {
+            let kind = name.to_str().and_then(desc::by_file_name).map(|(desc, _)| desc.kind);
+            // What names pages of other files must not be taken for ours.
+            let misleading = kind == Some(Kind::Punched) || name == PARENT_LINK;
+            if misleading || complete && kind.is_some() {
                 remove(&name)?;
             }
         }
@@ -274,9 +277,17 @@ mod tests {
         assert_eq!(read().unwrap(), 1);
         assert!(dir.path().join("pstree.img").exists());
 
+        fs::write(dir.path().join("punched-1.img"), "").unwrap();
         let second = SnapshotWriter::begin(dir.path()).unwrap();
         second.commit(&inventory(2)).unwrap();
         assert_eq!(read().unwrap(), 2);
+        assert_eq!(names(dir.path()).unwrap(), ["inventory.img"]);
+
+        // Somebody has removed the inventory, and not all else.
+        fs::remove_file(dir.path().join("inventory.img")).unwrap();
+        fs::write(dir.path().join("punched-1.img"), "").unwrap();
+        let third = SnapshotWriter::begin(dir.path()).unwrap();
+        third.commit(&inventory(3)).unwrap();
         assert_eq!(names(dir.path()).unwrap(), ["inventory.img"]);
     }
 }

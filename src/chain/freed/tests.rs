@@ -1,10 +1,10 @@
 //! Freed pages against a naive model of them.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashMap},
     fs,
     os::unix::fs::{MetadataExt, symlink},
-    path::Path,
+    path::{Path, PathBuf},
     sync::Mutex,
 };
 
@@ -14,10 +14,10 @@ use super::*;
 use crate::{
     chain::{
         Content, FlatPages, MemoryBytes, PageCounts, Severity, Summary, check, diff, read_at,
-        testing::{MEMORY, Model, PAGES, TestChain, entry, layers, model, page},
+        testing::{MEMORY, PAGES, TestChain, entry, layers, on_disk, page},
     },
     image::{
-        PagemapEntry, Presence,
+        Presence,
         disk::{DiskFile, Kernel},
     },
     units::{BLOCK_BYTES, PageIndex},
@@ -127,9 +127,9 @@ fn pages_are_named_on_disk_before_they_are_freed() {
             "sync .punched-7.img.unfinished",
             "rename punched-7.img",
             "sync 3",
-            "write .punched-7.img.unfinished",
-            "sync .punched-7.img.unfinished",
-            "write .punched-7.img.unfinished",
+            "write punched-7.img",
+            "sync punched-7.img",
+            "write punched-7.img",
         ]
     );
     assert_eq!(freeing.free().unwrap(), 1);
@@ -178,14 +178,18 @@ fn room_is_given_back_and_the_bytes_are_gone_at_once_and_later() {
         }
     };
     look(&memory);
-    assert!(text(chain.require_whole(tip)).contains("shmem 1024 at 0x4000"));
+    assert!(text(chain.require_whole(tip)).contains("shmem 1024 from 0x4000 on"));
     let anew = Arc::new(disk.open());
     let index = anew.index(tip, MEMORY).unwrap();
     assert_eq!((index.stored_pages(), index.punched_pages()), (20, 8));
     look(&MemoryBytes::new(Arc::clone(&anew), Arc::clone(&index), PAGES * PAGE_SIZE));
     let flat = FlatPages::new(Arc::clone(&anew), index);
     assert_eq!((flat.len(), flat.allocated()), (20 * PAGE_SIZE, 12 * PAGE_SIZE));
-    assert!(text(anew.require_whole(tip)).contains("1 pages of shmem 1024 at 0x4000"));
+    let error = text(anew.require_whole(tip));
+    assert!(
+        error.contains("pages of shmem 1024 from 0x4000 on were freed (1 in a row)"),
+        "{error}"
+    );
     let punched = |layer| Summary::of(&anew, SnapshotId::at(layer)).unwrap().total();
     assert_eq!(punched(0), PageCounts { present: 20, punched: 5, ..Default::default() });
     // What was named is taken up by whoever comes next.
@@ -282,20 +286,94 @@ fn snapshots_that_share_pages_are_found() {
     assert!(names("1").is_empty());
 }
 
-/// What each page of each snapshot is, and which layers have lost which pages.
-fn on_disk(layers: &[Vec<PagemapEntry>]) -> (TestChain, Vec<Model>) {
-    let mut chain = TestChain::new();
-    let mut models = Vec::new();
-    for entries in layers {
-        let layer = chain.push(entries);
-        let below = models.last().cloned().unwrap_or_default();
-        models.push(model(layer, entries, &below));
+/// Forgets what was not synced, as a power cut would, and looks whether what is left
+/// names the pages that are freed.
+#[derive(Debug, Default)]
+struct PowerCut(Mutex<Durable>);
+
+#[derive(Debug, Default)]
+struct Durable {
+    /// The bytes of files by inode number, as they were when they were synced.
+    bytes: HashMap<u64, Vec<u8>>,
+    /// Names by directory, as they were when that was synced.
+    names: HashMap<PathBuf, HashMap<String, u64>>,
+    punches: usize,
+}
+
+impl PowerCut {
+    /// Returns the pages that the journal of a pages file names on the disk.
+    fn named(&self, pages_file: &Path) -> PageRanges {
+        let durable = self.0.lock().unwrap();
+        let dir = pages_file.parent().unwrap();
+        let inode = durable.names.get(dir).and_then(|names| names.get("punched-7.img"));
+        let Some(bytes) = inode.and_then(|inode| durable.bytes.get(inode)) else {
+            return PageRanges::new();
+        };
+        let copy = tempfile::tempdir().unwrap();
+        let pagemap = MEMORY.pagemap_name();
+        for name in [&pagemap, "inventory.img"] {
+            fs::copy(dir.join(name), copy.path().join(name)).unwrap();
+        }
+        fs::write(copy.path().join("punched-7.img"), bytes).unwrap();
+        crate::image::punched::read(copy.path(), &pagemap, 7).unwrap().unwrap()
     }
-    (chain, models)
+}
+
+impl Disk for PowerCut {
+    fn sync(&self, file: &DiskFile) -> std::io::Result<()> {
+        let inode = file.file().metadata()?.ino();
+        self.0.lock().unwrap().bytes.insert(inode, fs::read(file.path())?);
+        Ok(())
+    }
+
+    fn sync_dir(&self, dir: &Path) -> std::io::Result<()> {
+        let name = |entry: fs::DirEntry| {
+            (entry.file_name().into_string().unwrap(), entry.metadata().unwrap().ino())
+        };
+        let names = fs::read_dir(dir)?.flatten().map(name).collect();
+        self.0.lock().unwrap().names.insert(dir.to_owned(), names);
+        Ok(())
+    }
+
+    fn punch(&self, file: &DiskFile, range: Range<u64>) -> std::io::Result<()> {
+        let pages = range.start / PAGE_SIZE..range.end / PAGE_SIZE;
+        // To find out whether it can be done, it is tried behind the end.
+        if range.start < file.file().metadata()?.len() {
+            let named = self.named(file.path());
+            assert_eq!(named.within(pages.clone()).collect::<Vec<_>>(), [pages]);
+            self.0.lock().unwrap().punches += 1;
+        }
+        Kernel.punch(file, range)
+    }
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn whatever_is_freed_is_named_by_what_a_power_cut_leaves(
+        steps in prop::collection::vec(prop::collection::vec((0..20_u64, 1..5_u64), 1..4), 1..8),
+        anew in any::<bool>(),
+    ) {
+        let disk = three_layers();
+        let chain = Arc::new(disk.open());
+        let tip = chain.choose(None).unwrap();
+        let power_cut = Arc::new(PowerCut::default());
+        let make = || Freeing::new(Arc::clone(&chain), Arc::clone(&power_cut) as Arc<dyn Disk>);
+        let mut freeing = make();
+        for ranges in steps {
+            for (first, pages) in ranges {
+                let range = first..(first + pages).min(20);
+                free_pages(&mut freeing, &chain, tip, range);
+            }
+            freeing.sync().unwrap();
+            freeing.free().unwrap();
+            if anew {
+                freeing = make();
+            }
+        }
+        prop_assert!(power_cut.0.lock().unwrap().punches > 0);
+    }
 
     #[test]
     fn freed_pages_are_errors_and_all_others_what_they_were(
