@@ -51,6 +51,18 @@
 //! was cut within a page. A panic ends the daemon, and the kernel then answers
 //! whoever waits.
 //!
+//! A mount that frees pages (`--punch`) takes requests to punch the flat pages files in
+//! its root, and nothing else; it has the chain for itself. Reads hold a lock shared
+//! from the question where bytes are until they were answered, and pages are gone
+//! before they are freed, so that no read finds a hole. Such files are never passed
+//! through, nor mapped shared, since what is written to a mapping is refused too late
+//! to be noticed; the kernel drops what its page cache had of a punched range. Pages
+//! are freed on read only when the whole of them was handed to a reader: at once if it
+//! called `read(2)`, which the kernel asks for in its name; and otherwise, for the page
+//! cache, when the last open file of the inode is closed, which a mapping keeps open,
+//! since the kernel may drop a clean page and ask again. Read-ahead is off there, so
+//! that a page which the cache was given is one that was touched.
+//!
 //! Files of `mem/` and `core/` are for the owner of the images alone, whatever
 //! mode those have: mapped files are read with the rights of who mounts.
 //!
@@ -119,11 +131,87 @@
 //! whose leaders have ended are led by helpers, which end before the tree goes on.
 //! Until the last step the end of this program ends them all (`PTRACE_O_EXITKILL`).
 //!
+//! With `--auto-dedup` everything that could keep pages from being freed is found out
+//! first: the journals, and whether the file system can do it. Pages are freed when the
+//! tree runs, or as it is filled; so what a child shares with its parent is compared
+//! with the parent's memory, and no page of the images is read twice. Through a mount
+//! the pages are punched there, and whoever serves it keeps the journals.
+//!
 //! What the images of a small process cost is mostly the time to begin: the table of
 //! required fields is made by the build script, since the descriptors of all messages
 //! take longer to decode than all else takes. Images that are seen through a mount are
 //! read where the mount says that they are ([`crate::chain::DIRECTORY_XATTR`]), if the
 //! inventory there is the same.
+//!
+//! # Freed pages
+//!
+//! A hole in a pages file reads as zeros, so no reader can tell a page that was freed
+//! from a page of zeros. Whoever frees pages therefore names them first, in a journal
+//! beside the pages file ([`crate::image::punched`] has the layout), and in this order:
+//! readers in this program lose them, the journal names them, the journal is on disk,
+//! they are freed ([`crate::chain::Freeing`]). What a journal names is gone, freed or
+//! not: reading it is an error that names it. So a page may be noted only when
+//! something else that lasts has it, or nobody needs it; and running again frees what a
+//! crash has left. A journal is bound to the pagemap and the inventory beside it, since
+//! programs that do not know it dump into the same directory.
+//!
+//! Freed pages keep their place in a pages file without parents. What needs one says so
+//! before it begins: a restore, flattening, a comparison. A dump takes the page of a
+//! parent that was freed for one that the parent does not have. Holes that no journal
+//! names are zeros, as for CRIU, and `imgfs check` tells of them.
+//!
+//! # Linking
+//!
+//! [`crate::dedup::link()`] compares what a dump stores with what the snapshot before it
+//! resolves to, and replaces each pagemap that gains by it, with a pages file that holds
+//! what is left. A pagemap names its pages file, so one rename changes a memory from
+//! one whole state to another; the link to the parent comes before and is harmless
+//! alone. Everything new is made in a hidden directory that is an image directory
+//! itself, resolved through the chain, and compared with the old state, page by page,
+//! before anything is replaced: pages left to the parent must be found in the very place
+//! that they were compared with, and those that are kept are compared with their copies.
+//! A list in that directory tells what a killed run leaves from what is the user's.
+//!
+//! A page of the parent is asked for by the same pid or number of an object. So a
+//! process whose pid was taken by another is compared with that one, which is as right
+//! and gains little. An object's number is an inode number, which a restored tree does
+//! not keep: objects are matched by kind, name and the places where processes have them,
+//! and renumbered if their number in the parent is free, nobody has the snapshot as its
+//! parent, and one image alone names them, so that one rename changes all. Others are
+//! compared by number, or stay in full; a copy of a snapshot can be renumbered in any
+//! case. A System V segment is never renumbered: programs know its id. A memory that has
+//! lost pages stays as it is.
+//!
+//! # Superseded pages
+//!
+//! A page that a snapshot holds itself hides the page of the same memory in all of its
+//! ancestors, as far down as these have the memory without a gap ([`crate::dedup::free`]).
+//! Such pages are freed in the way of the section before last, after the snapshot's own
+//! images were synced. Ancestors lose by it what only they need, which is said first.
+//! Any other snapshot in the directories of the snapshot and its ancestors keeps all
+//! that it finds in them; if one of these cannot be read, nothing is freed. A dump
+//! that is asked to free what it will supersede finds out before it stops the tree
+//! whether that can be done; if it fails after the dump is complete, that is a warning.
+//!
+//! # Equal pages
+//!
+//! [`crate::chain::duplicates`] and [`crate::dedup::reflink`] tell pages apart by their
+//! hashes (XXH3), so that each is read once. The former counts, and believes 96 bits of
+//! them; the latter leaves it to the kernel to compare before two places share a block
+//! (`FIDEDUPERANGE`), joins pages that are in a row on both sides, and leaves pages of
+//! zeros alone. No byte of an image changes, so readers need not be kept away.
+//!
+//! # Locks
+//!
+//! Locks are those of `flock(2)` on directories, so that they end with their holder and
+//! leave nothing behind ([`crate::sys::lock`]). A chain is locked at its base, the
+//! directory without a parent, which all of its snapshots have in common: one lock for
+//! a chain of any depth. Who reads a chain shares it; who changes what is in one that
+//! is complete has it alone. Besides, each locks the directory that it was asked for:
+//! a dump has the one it makes alone, and shares that of its parent, so that several
+//! may dump on top of one. A restore from a mount locks nothing, since who serves the
+//! mount has done so. Programs that only look, such as `imgfs ls` and `check`, lock
+//! nothing, and CRIU knows nothing of these locks.
 //!
 //! # Invariants
 //!
@@ -131,7 +219,7 @@
 //!   that many bytes, and whatever contradicts itself is an error that names
 //!   file, memory and address.
 //! - A page is never answered with another page's bytes or with zeros that
-//!   nobody stored: what cannot be found is an error.
+//!   nobody stored: what cannot be found, or was freed, is an error.
 //! - An image directory that is written has its inventory last, after everything
 //!   else is on disk; a directory without one is not a snapshot.
 //! - `image`, `chain` and `view` know neither FUSE nor privileges: they are

@@ -21,7 +21,7 @@ macro_rules! points {
         pub enum Point { $(#[doc = $about] $point,)* }
 
         impl Point {
-            /// Every point, in the order of a dump and of a restore.
+            /// Every point, in the order of a dump, of a restore, of linking and of freeing.
             pub const ALL: &'static [Self] = &[$(Self::$point,)*];
 
             /// Returns the name that chooses the point.
@@ -49,6 +49,17 @@ points! {
     RestoreFiles = "restore-files": "After the descriptors were installed.";
     RestoreThreads = "restore-threads": "After all threads were made.";
     RestoreLast = "restore-last": "Before the first process is let go.";
+    DedupMade = "dedup-made": "After all that is new was made, before anything is replaced.";
+    DedupLinked = "dedup-linked": "After new pages and the link are in place, before any pagemap is.";
+    DedupReplacing = "dedup-replacing": "After the first pagemap was replaced.";
+    DedupReplaced = "dedup-replaced": "After all pagemaps were replaced.";
+    DedupRenumbered = "dedup-renumbered": "After objects got other numbers.";
+    DedupRemoved = "dedup-removed": "After what was replaced was removed.";
+    FreeNoted = "free-noted": "After pages were noted to be freed, before a journal names them.";
+    FreeAppended = "free-appended": "After journals name them, before that is on disk.";
+    FreeJournalled = "free-journalled": "After that is on disk, before the first page is freed.";
+    FreeHalf = "free-half": "After the first pages were freed.";
+    FreeDone = "free-done": "After all were freed.";
 }
 
 macro_rules! novelties {

@@ -7,6 +7,7 @@
 pub mod action;
 pub mod chain;
 pub mod cli;
+pub mod dedup;
 pub mod design;
 pub mod dump;
 pub mod fault;

@@ -1,6 +1,10 @@
 //! Units that would otherwise be mixed up as plain integers.
 
+mod ranges;
+
 use std::fmt;
+
+pub use ranges::PageRanges;
 
 /// Bytes in a page of x86-64, the unit of every pagemap; the images do not
 /// store it.

@@ -43,8 +43,10 @@ fn dump_points(state: &str) -> impl Iterator<Item = Point> {
 }
 
 #[test]
-fn every_point_is_one_of_a_dump_or_a_restore() {
-    assert_eq!(points("dump-").count() + points("restore-").count(), Point::ALL.len());
+fn every_point_is_one_of_a_command() {
+    // Those of a deduplication are for tests/dedup.rs.
+    let all = ["dump-", "restore-", "dedup-", "free-"].map(|command| points(command).count());
+    assert_eq!(all.iter().sum::<usize>(), Point::ALL.len());
 }
 
 /// The images of a directory and all else in it that is no log and no statistics.

@@ -13,7 +13,6 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::Command,
-    sync::Arc,
     time::Instant,
 };
 
@@ -21,18 +20,13 @@ use common::{
     Cap,
     live::{Live, engine, wait_for, workload},
     require,
+    same::assert_same,
 };
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use rcriu::{
-    chain::{Chain, MemoryBytes, read_at},
-    image::MemoryId,
-    res::track::Tracker,
-    sys::Features,
-    units::PageIndex,
-};
+use rcriu::{res::track::Tracker, sys::Features};
 
 /// What is no option of the engine: do not leave the program running.
 const KILL: &str = "--kill";
@@ -171,61 +165,6 @@ impl Steps {
     fn tip(&self) -> PathBuf {
         self.live.path(self.chain.last().unwrap())
     }
-}
-
-/// Opens the last snapshot of a chain.
-fn open(dir: &Path) -> (Arc<Chain>, rcriu::chain::SnapshotId) {
-    let dir = dir.canonicalize().unwrap();
-    let chain = Chain::open(&dir).unwrap();
-    let id = chain.ids().find(|id| chain.snapshot(*id).dir == dir).unwrap();
-    (Arc::new(chain), id)
-}
-
-/// Compares all memories of two snapshots.
-fn assert_same(one: &Path, other: &Path) {
-    let ((one, one_id), (other, other_id)) = (open(one), open(other));
-    let mut memories = one.memories(one_id).unwrap();
-    let mut others = other.memories(other_id).unwrap();
-    memories.sort();
-    others.sort();
-    assert_eq!(memories, others, "memories");
-    for memory in memories {
-        assert_same_memory(memory, &bytes(&one, one_id, memory), &bytes(&other, other_id, memory));
-    }
-}
-
-fn bytes(chain: &Arc<Chain>, id: rcriu::chain::SnapshotId, memory: MemoryId) -> MemoryBytes {
-    let index = chain.index(id, memory).unwrap();
-    MemoryBytes::new(Arc::clone(chain), index, PageIndex::END.address())
-}
-
-fn assert_same_memory(memory: MemoryId, one: &MemoryBytes, other: &MemoryBytes) {
-    const PAGE: usize = 4096;
-    let mut differing = Vec::new();
-    for (this, that) in [(one, other), (other, one)] {
-        for extent in this.index().extents() {
-            let mut bytes = vec![0; usize::try_from(extent.pages).unwrap() * PAGE];
-            let mut others = bytes.clone();
-            let address = extent.first.address();
-            let read = |from: &MemoryBytes, to: &mut [u8]| {
-                let mut done = 0;
-                while done < to.len() {
-                    done += read_at(from, address + done as u64, &mut to[done..]).unwrap();
-                }
-            };
-            read(this, &mut bytes);
-            read(that, &mut others);
-            let pages = bytes.chunks(PAGE).zip(others.chunks(PAGE));
-            for (page, (found, expected)) in (extent.first.0..).zip(pages) {
-                if found != expected {
-                    differing.push(page << 12);
-                }
-            }
-        }
-    }
-    differing.sort_unstable();
-    differing.dedup();
-    assert!(differing.is_empty(), "{memory} differs at {differing:x?}");
 }
 
 /// Takes a program through all of its steps.

@@ -9,15 +9,16 @@ use std::{
 use super::{
     Chain, ChainError, Result, SnapshotId,
     error::with_sources,
+    gone::{Gone, gone},
     holes,
-    index::piece,
+    index::pieces,
     overlay::{self, Merged, Piece, PiecePlace},
 };
 use crate::{
     image::{
-        Body, ImageError, Kind, MemoryId, PagemapReader, Presence, desc, proto, read_all, verify,
+        Body, ImageError, Kind, MemoryId, PagemapReader, desc, proto, punched, read_all, verify,
     },
-    units::{PAGE_SIZE, PageIndex, page_bytes},
+    units::{PAGE_SIZE, PageIndex, PageRanges, page_bytes},
 };
 
 /// How many findings of one sort are told of one memory; the rest is counted.
@@ -82,9 +83,10 @@ pub fn check(chain: &Chain) -> Result<Vec<Finding>> {
                 .to_owned(),
         });
     }
-    for id in chain.ids() {
+    for (id, gone) in chain.ids().zip(gone(chain)?) {
         let mut check = Check { chain, id, findings: &mut findings };
         check.snapshot()?;
+        check.gone(&gone);
     }
     Ok(findings)
 }
@@ -131,9 +133,11 @@ impl Check<'_> {
                 self.tell(Severity::Error, Some(memory), None, problem);
             }
         }
-        for stray in self.pages_files()?.into_iter().filter(|id| !claims.contains_key(id)) {
-            let problem = format!("no pagemap claims {}", Kind::Pages.file_name(stray));
-            self.tell(Severity::Note, None, None, problem);
+        for kind in [Kind::Pages, Kind::Punched] {
+            for stray in self.numbers(kind)?.into_iter().filter(|id| !claims.contains_key(id)) {
+                let problem = format!("no pagemap claims {}", kind.file_name(stray));
+                self.tell(Severity::Note, None, None, problem);
+            }
         }
         Ok(())
     }
@@ -150,9 +154,10 @@ impl Check<'_> {
         Ok(names)
     }
 
-    fn pages_files(&self) -> Result<Vec<u64>> {
+    /// Returns the numbers of the files of a kind.
+    fn numbers(&self, kind: Kind) -> Result<Vec<u64>> {
         let number = |name: &String| match desc::by_file_name(name)? {
-            (desc, number) if desc.kind == Kind::Pages => Some(number),
+            (desc, number) if desc.kind == kind => Some(number),
             _ => None,
         };
         Ok(self.file_names()?.iter().filter_map(number).collect())
@@ -206,13 +211,20 @@ impl Check<'_> {
                 return None;
             }
         };
-        let mut pieces = Vec::new();
+        let journal = punched::read(self.dir(), &memory.pagemap_name(), reader.pages_id());
+        let gone = journal.unwrap_or_else(|error| {
+            tell(self, &error);
+            None
+        });
+        let gone = gone.unwrap_or_default();
+        let mut own = Vec::new();
         let mut present = 0;
         for entry in reader.by_ref() {
             match entry {
                 Ok(entry) => {
-                    overlay::push(&mut pieces, piece(0, present, &entry));
-                    present += if entry.presence == Presence::Present { entry.pages } else { 0 };
+                    pieces(0, present, &entry, &gone)
+                        .for_each(|piece| overlay::push(&mut own, piece));
+                    present += entry.pages_in_file();
                 }
                 Err(error) => {
                     tell(self, &error);
@@ -221,9 +233,9 @@ impl Check<'_> {
             }
         }
         let pages_id = u64::from(reader.pages_id());
-        self.pages_file(memory, pages_id, &pieces, present);
-        self.absent(memory, &pieces);
-        self.parents(memory, pieces);
+        self.pages_file(memory, pages_id, &own, present, &gone);
+        self.absent(memory, &own);
+        self.parents(memory, own);
         Some(pages_id)
     }
 
@@ -237,14 +249,14 @@ impl Check<'_> {
 
     /// Checks that the parent accounts for every page that is asked of it. What
     /// the parent in turn asks of its own is checked when it is its turn.
-    fn parents(&mut self, memory: MemoryId, pieces: Vec<Piece>) {
-        if pieces.iter().all(|piece| piece.place() != PiecePlace::Parent) {
+    fn parents(&mut self, memory: MemoryId, own: Vec<Piece>) {
+        if own.iter().all(|piece| piece.place() != PiecePlace::Parent) {
             return;
         }
         let parent = match self.chain.snapshot(self.id).parent {
             Ok(Some(parent)) => parent,
             Ok(None) => {
-                let asking = pieces.into_iter().filter(|piece| piece.place() == PiecePlace::Parent);
+                let asking = own.into_iter().filter(|piece| piece.place() == PiecePlace::Parent);
                 let asking: Vec<Piece> = asking.collect();
                 self.some(memory, &asking.iter().collect::<Vec<_>>(), |piece| {
                     format!(
@@ -262,14 +274,15 @@ impl Check<'_> {
             Ok(reader) => {
                 // What it has up to an error, which is told when it is its turn.
                 for entry in reader.map_while(|entry| entry.ok()) {
-                    overlay::push(&mut below, piece(1, 0, &entry));
+                    pieces(1, 0, &entry, &PageRanges::new())
+                        .for_each(|piece| overlay::push(&mut below, piece));
                 }
             }
             Err(error) if error.is_missing() => {}
             Err(_) => return,
         }
         let merged = overlay::merge(&[
-            Merged { pieces: &pieces, lowest: 0 },
+            Merged { pieces: &own, lowest: 0 },
             Merged { pieces: &below, lowest: 1 },
         ]);
         let missing =
@@ -294,14 +307,50 @@ impl Check<'_> {
         }
     }
 
-    /// Checks that a pages file holds just the pages that its pagemap says.
-    fn pages_file(&mut self, memory: MemoryId, pages_id: u64, pieces: &[Piece], present: u64) {
+    /// Tells which pages of the snapshot were freed.
+    fn gone(&mut self, gone: &[Gone]) {
+        // Of one memory, and as bad as one another.
+        for same in gone.chunk_by(|a, b| (a.memory, a.needed) == (b.memory, b.needed)) {
+            let (memory, needed) = (same[0].memory, same[0].needed);
+            let (severity, who) = if needed {
+                (Severity::Error, "")
+            } else {
+                (Severity::Note, ", only its descendants")
+            };
+            for gone in same.iter().take(TOLD) {
+                let holder = self.chain.snapshot(gone.holder).dir.display();
+                let problem = format!(
+                    "{} gone, freed in {holder}: this snapshot can no longer be restored{who}",
+                    are(gone.pages)
+                );
+                self.tell(severity, Some(memory), Some(gone.first), problem);
+            }
+            if let Some(next) = same.get(TOLD) {
+                let pages: u64 = same[TOLD..].iter().map(|gone| gone.pages).sum();
+                let problem =
+                    format!("and {} more places, where {} gone", same.len() - TOLD, are(pages));
+                self.tell(severity, Some(memory), Some(next.first), problem);
+            }
+        }
+    }
+
+    /// Checks that a pages file holds just the pages that its pagemap says; the pages
+    /// `gone` were freed.
+    fn pages_file(
+        &mut self,
+        memory: MemoryId,
+        pages_id: u64,
+        pieces: &[Piece],
+        present: u64,
+        gone: &PageRanges,
+    ) {
         let name = Kind::Pages.file_name(pages_id);
         let path = self.dir().join(&name);
         let wanted = page_bytes(present);
         let address = |file_page: u64| {
             pieces.iter().find_map(|piece| match piece.place() {
                 PiecePlace::Stored { file_page: start, .. }
+                | PiecePlace::Punched { file_page: start, .. }
                     if (start..start + piece.pages()).contains(&file_page) =>
                 {
                     Some(PageIndex(piece.first().0 + (file_page - start)))
@@ -333,14 +382,19 @@ impl Check<'_> {
             let problem = format!("{name} has {len} bytes, its pagemap accounts for {wanted} only");
             self.tell(Severity::Error, Some(memory), None, problem);
         }
-        if let Some(hole) = holes.first() {
-            let pages: u64 = holes.iter().map(|hole| (hole.end - hole.start) / PAGE_SIZE).sum();
+        let holes: PageRanges =
+            holes.iter().map(|hole| hole.start.div_ceil(PAGE_SIZE)..hole.end / PAGE_SIZE).collect();
+        // What the journal names is told for every snapshot that asks for it.
+        let mut unnamed = holes;
+        gone.iter().for_each(|range| unnamed.remove(range));
+        if let Some(first) = unnamed.iter().next() {
+            let pages = unnamed.pages();
             let problem = format!(
                 "{} holes in {name}, which read as zero: if a deduplication freed them, this \
                  snapshot can no longer be restored, only its descendants",
                 are(pages)
             );
-            self.tell(Severity::Note, Some(memory), address(hole.start / PAGE_SIZE), problem);
+            self.tell(Severity::Note, Some(memory), address(first.start), problem);
         }
     }
 }

@@ -1,8 +1,8 @@
 //! Which pages differ between two snapshots.
 
-use std::{collections::BTreeSet, io::IoSliceMut};
+use std::{collections::BTreeSet, io::IoSliceMut, sync::Arc};
 
-use super::{Chain, ChainError, FileId, Index, Place, Result, SnapshotId};
+use super::{Chain, ChainError, FileId, Index, Place, Result, SnapshotId, freed};
 use crate::{
     image::MemoryId,
     units::{PAGE_SIZE, PageIndex, page_bytes},
@@ -51,27 +51,81 @@ impl MemoryDiff {
     }
 }
 
+/// A memory as each of two snapshots has it, if it does.
+type Pair = (Option<Arc<Index>>, Option<Arc<Index>>);
+
 /// Compares all memory of two snapshots, a memory at a time.
 ///
 /// Pages that resolve to the same place in the chain are not read. Memories are
 /// matched by pid and shmid.
 ///
 /// # Errors
-/// What keeps an index from being built or a page from being read; a page that
-/// is in no image is [`ChainError::Absent`], unless it is so in both snapshots.
+/// What keeps an index from being built or a page from being read. A page that is in
+/// no image is [`ChainError::Absent`], unless it is so in both snapshots, and one that
+/// was freed [`ChainError::Punched`], unless both find it in that place; both are
+/// told before anything is read.
 pub fn diff(chain: &Chain, first: SnapshotId, second: SnapshotId) -> Result<Vec<MemoryDiff>> {
     let (in_first, in_second) = (chain.memories(first)?, chain.memories(second)?);
     let all: BTreeSet<MemoryId> = in_first.iter().chain(&in_second).copied().collect();
     let side = |id, there: &[MemoryId], memory| {
         there.contains(&memory).then(|| chain.index(id, memory)).transpose()
     };
+    let indexes = |memory| -> Result<Pair> {
+        Ok((side(first, &in_first, memory)?, side(second, &in_second, memory)?))
+    };
+    for memory in &all {
+        let (first, second) = indexes(*memory)?;
+        require_comparable(chain, *memory, first.as_deref(), second.as_deref())?;
+    }
     all.into_iter()
         .map(|memory| {
-            let first = side(first, &in_first, memory)?;
-            let second = side(second, &in_second, memory)?;
+            let (first, second) = indexes(memory)?;
             diff_memory(chain, memory, first.as_deref(), second.as_deref())
         })
         .collect()
+}
+
+/// Goes through two memories side by side, as far as they have pages. `visit` is
+/// called with stretches of pages and where they are in each.
+fn walk(
+    first: Option<&Index>,
+    second: Option<&Index>,
+    mut visit: impl FnMut(PageIndex, u64, Where, Where) -> Result<()>,
+) -> Result<()> {
+    let (mut left, mut right) = (Walk::new(first), Walk::new(second));
+    let mut page = PageIndex(0);
+    while page < PageIndex::END {
+        let (a, a_pages) = left.at(page);
+        let (b, b_pages) = right.at(page);
+        let pages = a_pages.min(b_pages);
+        visit(page, pages, a, b)?;
+        page.0 += pages;
+    }
+    Ok(())
+}
+
+/// Checks that all pages can be read that must be compared.
+fn require_comparable(
+    chain: &Chain,
+    memory: MemoryId,
+    first: Option<&Index>,
+    second: Option<&Index>,
+) -> Result<()> {
+    let gone = |side: Option<&Index>, page: PageIndex, pages: u64| {
+        let (index, extent) = side.and_then(|index| Some((index, index.find(page)?)))?;
+        let Place::Punched { layer, .. } = extent.place else { return None };
+        let layer = &index.layers()[layer as usize];
+        Some(freed::punched(chain, memory, layer, page, pages))
+    };
+    walk(first, second, |page, pages, a, b| match (a, b) {
+        (a, b) if a == b => Ok(()),
+        (Where::Absent, _) | (_, Where::Absent) => Err(ChainError::Absent { memory, first: page }),
+        (Where::Punched(..), _) | (_, Where::Punched(..)) => {
+            let error = gone(first, page, pages).or_else(|| gone(second, page, pages));
+            Err(error.expect("one of them was freed"))
+        }
+        _ => Ok(()),
+    })
 }
 
 fn diff_memory(
@@ -88,23 +142,14 @@ fn diff_memory(
         same_place: 0,
         compared: 0,
     };
-    let (mut left, mut right) = (Walk::new(first), Walk::new(second));
-    let mut page = PageIndex(0);
-    while page < PageIndex::END {
-        let (a, a_pages) = left.at(page);
-        let (b, b_pages) = right.at(page);
-        let pages = a_pages.min(b_pages);
+    walk(first, second, |page, pages, a, b| {
         match (a, b) {
             (Where::Zero, Where::Zero) => {}
-            (Where::Absent, Where::Absent) => diff.same_place += pages,
-            (Where::Absent, _) | (_, Where::Absent) => {
-                return Err(ChainError::Absent { memory, first: page });
-            }
             (a, b) if a == b => diff.same_place += pages,
             (a, b) => compare(chain, &mut diff, page, pages, a, b)?,
         }
-        page.0 += pages;
-    }
+        Ok(())
+    })?;
     Ok(diff)
 }
 
@@ -115,6 +160,8 @@ enum Where {
     Absent,
     /// In a file, from this page of the file on.
     Stored(FileId, u64),
+    /// There once, but freed since.
+    Punched(FileId, u64),
 }
 
 impl Where {
@@ -122,6 +169,7 @@ impl Where {
     fn skip(self, pages: u64) -> Self {
         match self {
             Self::Stored(file, file_page) => Self::Stored(file, file_page + pages),
+            Self::Punched(file, file_page) => Self::Punched(file, file_page + pages),
             other => other,
         }
     }
@@ -154,6 +202,9 @@ impl<'a> Walk<'a> {
                     Place::Absent => Where::Absent,
                     Place::Stored { layer, file_page } => {
                         Where::Stored(index.layers()[layer as usize].file, file_page)
+                    }
+                    Place::Punched { layer, file_page } => {
+                        Where::Punched(index.layers()[layer as usize].file, file_page)
                     }
                 };
                 (at.skip(skipped), extent.pages - skipped)
@@ -193,7 +244,8 @@ fn compare(
 
 fn read(chain: &Chain, at: Where, buffer: &mut [u8]) -> Result<()> {
     match at {
-        Where::Zero | Where::Absent => {
+        // The last two were found out before.
+        Where::Zero | Where::Absent | Where::Punched(..) => {
             buffer.fill(0);
             Ok(())
         }

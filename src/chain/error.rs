@@ -3,6 +3,7 @@
 use std::{io, path::PathBuf, sync::Arc};
 
 use crate::{
+    fault::Injected,
     image::{ImageError, MemoryId},
     units::PageIndex,
 };
@@ -106,6 +107,45 @@ pub enum ChainError {
         /// The page.
         first: PageIndex,
     },
+    /// The bytes of these pages were freed.
+    #[error(
+        "{path}: pages of {memory} from {first} on were freed ({pages} in a row), after a restore or \
+         as superseded; no image holds them any more",
+        path = .path.display()
+    )]
+    Punched {
+        /// The pages file that held them.
+        path: PathBuf,
+        /// The memory.
+        memory: MemoryId,
+        /// The first page.
+        first: PageIndex,
+        /// How many there are in a row.
+        pages: u64,
+    },
+    /// A file system cannot free parts of files.
+    #[error(
+        "the file system of {path} cannot free parts of a file (no hole punching): copy the images \
+         to one that can, such as tmpfs, ext4, xfs or btrfs",
+        path = .path.display()
+    )]
+    NoPunching {
+        /// A pages file.
+        path: PathBuf,
+    },
+    /// Pages could not be freed.
+    #[error("{step} {path}", path = .path.display())]
+    Free {
+        /// The pages file, or its directory.
+        path: PathBuf,
+        /// What was attempted, as a verb.
+        step: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// A test asked for it.
+    #[error(transparent)]
+    Fault(#[from] Injected),
     /// Reading failed for a reason that was known before.
     #[error(transparent)]
     Lost(Arc<ChainError>),

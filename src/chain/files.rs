@@ -14,12 +14,16 @@ use std::{
 
 use lru::LruCache;
 use memmap2::{MmapOptions, MmapRaw};
-use nix::{errno::Errno, fcntl::OFlag, sys::uio::preadv};
+use nix::{
+    errno::Errno,
+    fcntl::{OFlag, copy_file_range},
+    sys::uio::preadv,
+};
 
 use super::{ChainError, Result};
 
 /// A file that was entered into [`Files`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FileId(u32);
 
 /// An open file that bytes are read from.
@@ -93,6 +97,39 @@ impl BackingFile {
             }
         }
         Ok(())
+    }
+}
+
+impl BackingFile {
+    /// Lets the kernel copy `len` bytes from `start` on to `offset` in `target`, which
+    /// may share blocks instead, and returns how many bytes it did: not all where it
+    /// cannot, or where this file ends before.
+    ///
+    /// # Errors
+    /// What writing to `target` returns.
+    pub fn copy_in_kernel(
+        &self,
+        start: u64,
+        len: u64,
+        target: &File,
+        offset: u64,
+    ) -> io::Result<u64> {
+        let position = |offset| {
+            i64::try_from(offset).map_err(|_| io::Error::from(io::ErrorKind::FileTooLarge))
+        };
+        let (mut from_at, mut to_at) = (position(start)?, position(offset)?);
+        let mut copied = 0;
+        while copied < len {
+            let rest = usize::try_from(len - copied).unwrap_or(usize::MAX);
+            match copy_file_range(&self.file, Some(&mut from_at), target, Some(&mut to_at), rest) {
+                Ok(0) => break,
+                Ok(count) => copied += count as u64,
+                Err(Errno::EINTR) => {}
+                Err(Errno::EXDEV | Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL) => break,
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(copied)
     }
 }
 

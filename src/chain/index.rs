@@ -3,13 +3,13 @@
 use std::{fs, mem, ops::RangeInclusive, os::unix::fs::MetadataExt, sync::OnceLock, time::Instant};
 
 use super::{
-    Chain, ChainError, FileId, LinkError, Result, SnapshotId,
+    Chain, ChainError, FileId, LinkError, Result, SnapshotId, freed,
     overlay::{self, Merged, Piece, PiecePlace, Pile},
     side_by_side,
 };
 use crate::{
-    image::{Kind, MemoryId, PagemapEntry, PagemapReader, Presence},
-    units::{BLOCK_BYTES, PageIndex},
+    image::{Kind, MemoryId, PagemapEntry, PagemapReader, Presence, punched},
+    units::{BLOCK_BYTES, PageIndex, PageRanges},
 };
 
 /// A pages file that an index refers to.
@@ -34,6 +34,14 @@ pub enum Place {
     /// In the pages file of the layer at this position in [`Index::layers`],
     /// from this page of the file on.
     Stored {
+        /// The layer.
+        layer: u32,
+        /// Pages of the file before the extent's first.
+        file_page: u64,
+    },
+    /// There once, but freed since: reading them is an error. In a pages file without
+    /// parents they keep their place.
+    Punched {
         /// The layer.
         layer: u32,
         /// Pages of the file before the extent's first.
@@ -75,10 +83,11 @@ pub struct Index {
     layers: Vec<Layer>,
     extents: Vec<Piece>,
     stored_pages: u64,
+    punched_pages: u64,
     flat: OnceLock<Vec<FlatExtent>>,
 }
 
-/// A stored extent's place in a pages file without parents.
+/// The place of an extent that is stored, or was, in a pages file without parents.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct FlatExtent {
     /// Pages of that file before the extent's.
@@ -101,11 +110,16 @@ impl Index {
         let read = begin.elapsed();
         let (layers, extents) = layers.merge();
         let lowest = u32::try_from(layers.len() - 1).expect("layers are numbered by u32");
-        let mut stored_pages = 0;
+        let (mut stored_pages, mut punched_pages) = (0, 0);
         for piece in &extents {
             let misled = match piece.place() {
                 PiecePlace::Stored { .. } => {
                     stored_pages += piece.pages();
+                    continue;
+                }
+                PiecePlace::Punched { .. } => {
+                    stored_pages += piece.pages();
+                    punched_pages += piece.pages();
                     continue;
                 }
                 PiecePlace::Absent => continue,
@@ -122,7 +136,8 @@ impl Index {
             begin.elapsed(),
         );
         let pages_id = layers[0].pages_id;
-        Ok(Self { memory, pages_id, stored_pages, layers, extents, flat: OnceLock::new() })
+        let flat = OnceLock::new();
+        Ok(Self { memory, pages_id, layers, extents, stored_pages, punched_pages, flat })
     }
 
     /// Returns the memory that was resolved.
@@ -150,9 +165,51 @@ impl Index {
         self.extents.get(position).map(extent)
     }
 
-    /// Returns how many pages are stored somewhere in the chain.
+    /// Returns how many pages are stored somewhere in the chain, or were before they
+    /// were freed: those of a pages file without parents.
     pub fn stored_pages(&self) -> u64 {
         self.stored_pages
+    }
+
+    /// Returns how many of them were freed before the index was built.
+    pub fn punched_pages(&self) -> u64 {
+        self.punched_pages
+    }
+
+    /// Checks that no page was freed.
+    ///
+    /// # Errors
+    /// [`ChainError::Punched`].
+    pub fn require_whole(&self, chain: &Chain) -> Result<()> {
+        if self.punched_pages == 0 && chain.freed().is_empty() {
+            return Ok(());
+        }
+        for extent in self.extents() {
+            match extent.place {
+                Place::Punched { layer, .. } => {
+                    let layer = &self.layers[layer as usize];
+                    return Err(freed::punched(
+                        chain,
+                        self.memory,
+                        layer,
+                        extent.first,
+                        extent.pages,
+                    ));
+                }
+                Place::Stored { layer, file_page } => {
+                    let layer = &self.layers[layer as usize];
+                    let pages = file_page..file_page + extent.pages;
+                    let parts = chain.freed().split(layer.file, pages);
+                    if let Some((part, _)) = parts.into_iter().find(|(_, gone)| *gone) {
+                        let first = PageIndex(extent.first.0 + (part.start - file_page));
+                        let pages = part.end - part.start;
+                        return Err(freed::punched(chain, self.memory, layer, first, pages));
+                    }
+                }
+                Place::Absent => {}
+            }
+        }
+        Ok(())
     }
 
     /// Returns the stored extents one after another; made when first needed.
@@ -161,7 +218,7 @@ impl Index {
             let mut before = 0;
             let mut flat = Vec::with_capacity(self.extents.len());
             for (position, extent) in (0..).zip(self.extents()) {
-                if matches!(extent.place, Place::Stored { .. }) {
+                if !matches!(extent.place, Place::Absent) {
                     flat.push(FlatExtent { before, position });
                     before += extent.pages;
                 }
@@ -338,10 +395,11 @@ impl Desk {
         let file = chain.files().enter(&pages_path);
         // At once as large as it can become: growing it costs more than filling it.
         self.pile.reserve(reader.entries_left());
+        let gone = punched::read(&chain.snapshot(id).dir, name, pages_id)?.unwrap_or_default();
         let (mut pages, mut asks_parent) = (0, false);
         for entry in reader.by_ref() {
             let entry = entry?;
-            self.pile.push(piece(layer, pages, &entry));
+            pieces(layer, pages, &entry, &gone).for_each(|piece| self.pile.push(piece));
             match entry.presence {
                 Presence::Present => pages += entry.pages,
                 Presence::Parent => asks_parent = true,
@@ -353,20 +411,36 @@ impl Desk {
     }
 }
 
-/// Returns what an entry of layer `layer` says, `file_page` pages into its file.
-pub(super) fn piece(layer: u32, file_page: u64, entry: &PagemapEntry) -> Piece {
-    let place = match entry.presence {
-        Presence::Present => PiecePlace::Stored { layer, file_page },
-        Presence::Parent => PiecePlace::Parent,
-        Presence::Absent => PiecePlace::Absent,
-    };
-    Piece::new(entry.first, entry.pages, place, entry.lazy)
+/// Returns what an entry of layer `layer` says, `file_page` pages into its file, of
+/// which the pages `gone` were freed.
+pub(super) fn pieces(
+    layer: u32,
+    file_page: u64,
+    entry: &PagemapEntry,
+    gone: &PageRanges,
+) -> impl Iterator<Item = Piece> {
+    let entry = *entry;
+    // What is not in the file cannot be gone from it.
+    let in_file = entry.presence == Presence::Present && !gone.is_empty();
+    let parts = in_file.then(|| gone.split(file_page..file_page + entry.pages));
+    let whole = (!in_file).then_some((file_page..file_page + entry.pages, false));
+    whole.into_iter().chain(parts.into_iter().flatten()).map(move |(part, gone)| {
+        let place = match entry.presence {
+            Presence::Present if gone => PiecePlace::Punched { layer, file_page: part.start },
+            Presence::Present => PiecePlace::Stored { layer, file_page: part.start },
+            Presence::Parent => PiecePlace::Parent,
+            Presence::Absent => PiecePlace::Absent,
+        };
+        let first = PageIndex(entry.first.0 + (part.start - file_page));
+        Piece::new(first, part.end - part.start, place, entry.lazy)
+    })
 }
 
 /// Returns the extent that a piece of a whole chain is.
 fn extent(piece: &Piece) -> Extent {
     let place = match piece.place() {
         PiecePlace::Stored { layer, file_page } => Place::Stored { layer, file_page },
+        PiecePlace::Punched { layer, file_page } => Place::Punched { layer, file_page },
         // The others were found out when the index was built.
         PiecePlace::Absent | PiecePlace::Parent | PiecePlace::Missing { .. } => Place::Absent,
     };

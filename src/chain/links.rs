@@ -7,16 +7,15 @@ use std::{
     fs, io,
     num::NonZeroUsize,
     path::{Component, Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, RwLockReadGuard},
 };
 
 use nix::sys::resource::{Resource, getrlimit};
 
-use super::{ChainError, Files, Index, LinkError, Result, cache::IndexCache, side_by_side};
-use crate::image::{Kind, MemoryId, desc};
-
-/// The name of the link to the parent directory.
-const PARENT_LINK: &str = "parent";
+use super::{
+    ChainError, Files, Index, LinkError, Result, cache::IndexCache, freed::Freed, side_by_side,
+};
+use crate::image::{Kind, MemoryId, PARENT_LINK, desc};
 
 /// Directories that take longer to look at than a thread takes to start.
 const WORTH_A_THREAD: usize = 32;
@@ -59,6 +58,7 @@ pub struct Chain {
     unfinished: Vec<PathBuf>,
     files: Files,
     indexes: IndexCache,
+    freed: Freed,
 }
 
 impl Chain {
@@ -101,6 +101,7 @@ impl Chain {
             unfinished,
             files: Files::new(open_files()),
             indexes: IndexCache::default(),
+            freed: Freed::default(),
         })
     }
 
@@ -130,6 +131,35 @@ impl Chain {
         &self.files
     }
 
+    /// Returns the pages that were freed since the chain was opened.
+    pub(super) fn freed(&self) -> &Freed {
+        &self.freed
+    }
+
+    /// Whether any were.
+    pub fn has_freed(&self) -> bool {
+        !self.freed.is_empty()
+    }
+
+    /// Keeps pages from being freed by this program until the guard is dropped. To
+    /// be held from the question where bytes are until they were read, by whoever
+    /// reads while another thread may free.
+    pub fn reading(&self) -> RwLockReadGuard<'_, ()> {
+        self.freed.reading()
+    }
+
+    /// Checks that no page of a snapshot was freed, so that all of it can be read.
+    ///
+    /// # Errors
+    /// [`ChainError::Punched`] for the first page that was; what [`Self::index`]
+    /// returns.
+    pub fn require_whole(&self, id: SnapshotId) -> Result<()> {
+        for memory in self.memories(id)? {
+            self.index(id, memory)?.require_whole(self)?;
+        }
+        Ok(())
+    }
+
     /// Returns the snapshots that are nobody's parent.
     pub fn tips(&self) -> Vec<SnapshotId> {
         let mut tip = vec![true; self.snapshots.len()];
@@ -139,6 +169,21 @@ impl Chain {
             }
         }
         self.ids().filter(|id| tip[id.position()]).collect()
+    }
+
+    /// Returns the snapshots without a parent that can be found: whoever uses a
+    /// chain locks these.
+    pub fn bases(&self) -> impl Iterator<Item = SnapshotId> + '_ {
+        self.ids().filter(|id| !matches!(self.snapshot(*id).parent, Ok(Some(_))))
+    }
+
+    /// Returns the last ancestor of a snapshot that can be found; itself without one.
+    pub fn base(&self, id: SnapshotId) -> SnapshotId {
+        let mut base = id;
+        while let Ok(Some(parent)) = self.snapshot(base).parent {
+            base = parent;
+        }
+        base
     }
 
     /// Returns the snapshot called `name`, or the only tip without a name.

@@ -4,9 +4,9 @@ use std::{ops::Range, sync::Arc};
 
 use super::{
     BackingFile, Chain, ChainError, Content, Extent, Index, Layer, Place, Result, Run, Source,
-    holes,
+    freed, holes,
 };
-use crate::units::{PageIndex, page_bytes};
+use crate::units::{PAGE_SHIFT, PAGE_SIZE, PageIndex, page_bytes};
 
 /// How many files a [`Cursor`] remembers.
 const RECENT_FILES: usize = 8;
@@ -24,20 +24,69 @@ impl<'a> Cursor<'a> {
         Self { chain, index, recent: Vec::new() }
     }
 
-    /// Returns the run of at most `limit` bytes of `extent` that begins
-    /// `skipped` bytes into it.
-    pub(crate) fn run(&mut self, extent: &Extent, skipped: u64, limit: u64) -> Result<Run> {
+    /// Appends the runs of at most `limit` bytes of `extent` that begin `skipped`
+    /// bytes into it, and returns how many bytes that are.
+    pub(crate) fn push_runs(
+        &mut self,
+        extent: &Extent,
+        skipped: u64,
+        limit: u64,
+        runs: &mut Vec<Run>,
+    ) -> Result<u64> {
         let len = (page_bytes(extent.pages) - skipped).min(limit);
-        let source = match extent.place {
+        let first = PageIndex::holding(extent.first.address() + skipped);
+        match extent.place {
             Place::Stored { layer, file_page } => {
-                Source::File(self.file(layer)?, PageIndex(file_page).address() + skipped)
+                let start = PageIndex(file_page).address() + skipped;
+                if self.chain.freed().is_empty() {
+                    runs.push(Run { len, source: Source::File(self.file(layer)?, start) });
+                } else {
+                    self.push_what_is_left(layer, first, start, start + len, runs)?;
+                }
+            }
+            Place::Punched { layer, .. } => {
+                let pages = extent.pages - (skipped >> PAGE_SHIFT);
+                runs.push(self.gone(layer, first, pages, len));
             }
             Place::Absent => {
-                let first = PageIndex::holding(extent.first.address() + skipped);
-                Source::Lost(Arc::new(ChainError::Absent { memory: self.index.memory(), first }))
+                let error = ChainError::Absent { memory: self.index.memory(), first };
+                runs.push(Run { len, source: Source::Lost(Arc::new(error)) });
             }
-        };
-        Ok(Run { len, source })
+        }
+        Ok(len)
+    }
+
+    /// Appends the runs of the bytes `[start, end)` of a layer's file, of which pages
+    /// may have been freed since the index was built; `first` is the page that the
+    /// first byte is in.
+    fn push_what_is_left(
+        &mut self,
+        layer: u32,
+        first: PageIndex,
+        start: u64,
+        end: u64,
+        runs: &mut Vec<Run>,
+    ) -> Result<()> {
+        let file = self.index.layers()[layer as usize].file;
+        let pages = PageIndex::holding(start).0..end.div_ceil(PAGE_SIZE);
+        let begin = pages.start;
+        for (part, gone) in self.chain.freed().split(file, pages) {
+            let from = page_bytes(part.start).max(start);
+            let len = page_bytes(part.end).min(end) - from;
+            runs.push(if gone {
+                let first = PageIndex(first.0 + (part.start - begin));
+                self.gone(layer, first, part.end - part.start, len)
+            } else {
+                Run { len, source: Source::File(self.file(layer)?, from) }
+            });
+        }
+        Ok(())
+    }
+
+    fn gone(&self, layer: u32, first: PageIndex, pages: u64, len: u64) -> Run {
+        let layer = &self.index.layers()[layer as usize];
+        let error = freed::punched(self.chain, self.index.memory(), layer, first, pages);
+        Run { len, source: Source::Lost(Arc::new(error)) }
     }
 
     fn file(&mut self, layer: u32) -> Result<Arc<BackingFile>> {
@@ -56,7 +105,8 @@ impl<'a> Cursor<'a> {
 fn allocated(chain: &Chain, index: &Index) -> u64 {
     let files = chain.files();
     let holes = |layer: &Layer| {
-        if layer.dense {
+        // What was freed since is a hole, too.
+        if layer.dense && chain.freed().is_empty() {
             return Vec::new();
         }
         let file = files.get(layer.file);
@@ -64,11 +114,12 @@ fn allocated(chain: &Chain, index: &Index) -> u64 {
     };
     let holes: Vec<Vec<Range<u64>>> = index.layers().iter().map(holes).collect();
     let stored = page_bytes(index.stored_pages());
-    if holes.iter().all(Vec::is_empty) {
+    if index.punched_pages() == 0 && holes.iter().all(Vec::is_empty) {
         return stored;
     }
     let free = index.extents().filter_map(|extent| match extent.place {
         Place::Absent => None,
+        Place::Punched { .. } => Some(page_bytes(extent.pages)),
         Place::Stored { layer, file_page } => {
             let start = page_bytes(file_page);
             let end = start.saturating_add(page_bytes(extent.pages));
@@ -125,9 +176,7 @@ impl Content for MemoryBytes {
                 continue;
             }
             let extent = extent.expect("only an extent begins before the end");
-            let run = cursor.run(&extent, next - from, end - next)?;
-            next += run.len;
-            runs.push(run);
+            next += cursor.push_runs(&extent, next - from, end - next, runs)?;
             position += 1;
         }
         Ok(())
@@ -159,7 +208,11 @@ impl FlatPages {
         let mut whole = None;
         for flat in self.index.flat() {
             let Some(extent) = self.index.extent(flat.position as usize) else { break };
-            let Place::Stored { layer, file_page } = extent.place else { continue };
+            let (layer, file_page) = match extent.place {
+                Place::Stored { layer, file_page } => (layer, file_page),
+                Place::Punched { .. } => return None,
+                Place::Absent => continue,
+            };
             if file_page != next || *whole.get_or_insert(layer) != layer {
                 return None;
             }
@@ -167,6 +220,24 @@ impl FlatPages {
         }
         let layer = &self.index.layers()[whole? as usize];
         (layer.pages == next).then_some(layer)
+    }
+}
+
+impl FlatPages {
+    /// Returns where pages of this file are: layers, and pages of their files. Those
+    /// that were freed before the index was built are left out.
+    pub fn places(&self, pages: Range<u64>) -> impl Iterator<Item = (&Layer, Range<u64>)> {
+        let all = self.index.flat();
+        let first = all.partition_point(|flat| flat.before <= pages.start).saturating_sub(1);
+        let inside = all[first..].iter().take_while(move |flat| flat.before < pages.end);
+        inside.filter_map(move |flat| {
+            let extent = self.index.extent(flat.position as usize)?;
+            let Place::Stored { layer, file_page } = extent.place else { return None };
+            let start = pages.start.max(flat.before);
+            let end = pages.end.min(flat.before + extent.pages);
+            let at = |page: u64| file_page + (page - flat.before);
+            (start < end).then(|| (&self.index.layers()[layer as usize], at(start)..at(end)))
+        })
     }
 }
 
@@ -191,9 +262,8 @@ impl Content for FlatPages {
                 break;
             }
             let Some(extent) = self.index.extent(flat.position as usize) else { break };
-            let run = cursor.run(&extent, next - page_bytes(flat.before), end - next)?;
-            next += run.len;
-            runs.push(run);
+            let skipped = next - page_bytes(flat.before);
+            next += cursor.push_runs(&extent, skipped, end - next, runs)?;
         }
         Ok(())
     }

@@ -10,14 +10,17 @@ mod cache;
 mod check;
 mod content;
 mod diff;
+mod duplicates;
 mod error;
 mod files;
+pub mod freed;
+mod gone;
 mod holes;
 mod index;
 mod links;
 mod memory;
 mod overlay;
-mod side_by_side;
+pub(crate) mod side_by_side;
 mod summary;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -25,19 +28,27 @@ pub(crate) mod testing;
 mod tests;
 
 pub use check::{Finding, Severity, check};
+pub(crate) use content::read_runs;
 pub use content::{Content, Run, Source, read_at};
 pub use diff::{Difference, MemoryDiff, diff};
+pub use duplicates::{DuplicateCounts, duplicates};
+pub(crate) use duplicates::{StoredPages, zero_hash};
 pub(crate) use error::with_sources;
 pub use error::{ChainError, LinkError, Result};
 pub use files::{BackingFile, FileId, Files};
+pub use freed::Freeing;
 pub use holes::Whence;
 pub(crate) use holes::seek_file;
 pub use index::{Extent, Index, Layer, Place};
 pub use links::{Chain, Snapshot, SnapshotId};
 pub(crate) use memory::Cursor;
 pub use memory::{FlatPages, MemoryBytes};
-pub use summary::{PageCounts, Summary};
+pub use summary::{PageCounts, Summary, disk_bytes};
 
 /// The extended attribute by which a mount tells of a directory that shows a whole
 /// snapshot which image directory that is: an absolute path.
 pub const DIRECTORY_XATTR: &str = "user.imgfs.directory";
+
+/// The extended attribute by which the root of a mount that frees pages tells when it
+/// does: `on-request`, `on-read` or `commit`.
+pub const PUNCH_XATTR: &str = "user.imgfs.punch";

@@ -33,6 +33,8 @@ const LOOK_PIECES: usize = 4;
 pub(super) enum PiecePlace {
     /// In a layer's pages file, from this page of the file on.
     Stored { layer: u32, file_page: u64 },
+    /// There once, but freed since.
+    Punched { layer: u32, file_page: u64 },
     /// Where the layer below says.
     Parent,
     /// Nowhere.
@@ -54,13 +56,15 @@ const ABSENT: u64 = 2;
 const MISSING: u64 = 3;
 const PLACE_MASK: u64 = 3;
 const LAZY: u64 = 4;
+/// What is stored was freed: it keeps its place in the file.
+const PUNCHED: u64 = 8;
 
 /// A stretch of pages that are in the same place, in 24 bytes: merging is bound
 /// by memory, and an index is kept as long as its file is in use.
 ///
 /// Page numbers and counts are below 2^52. The upper bits of the first word are
-/// the place's kind and whether the pages are lazy; those of the two others are
-/// the lower and the upper half of the layer's number.
+/// the place's kind, whether the pages are lazy, and whether they were freed; those of
+/// the two others are the lower and the upper half of the layer's number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Piece {
     first: u64,
@@ -78,6 +82,7 @@ impl Piece {
     pub(super) fn new(first: PageIndex, pages: u64, place: PiecePlace, lazy: bool) -> Self {
         let (kind, layer, file_page) = match place {
             PiecePlace::Stored { layer, file_page } => (STORED, layer, file_page),
+            PiecePlace::Punched { layer, file_page } => (STORED | PUNCHED, layer, file_page),
             PiecePlace::Parent => (PARENT, 0, 0),
             PiecePlace::Absent => (ABSENT, 0, 0),
             PiecePlace::Missing { layer } => (MISSING, layer, 0),
@@ -111,7 +116,12 @@ impl Piece {
     pub(super) fn place(&self) -> PiecePlace {
         match self.kind() {
             STORED => {
-                PiecePlace::Stored { layer: self.layer(), file_page: self.file_page & PAGE_MASK }
+                let (layer, file_page) = (self.layer(), self.file_page & PAGE_MASK);
+                if self.tag() & PUNCHED == 0 {
+                    PiecePlace::Stored { layer, file_page }
+                } else {
+                    PiecePlace::Punched { layer, file_page }
+                }
             }
             PARENT => PiecePlace::Parent,
             ABSENT => PiecePlace::Absent,
@@ -423,7 +433,7 @@ mod tests {
     /// Random layers, the newest first, as pieces with file pages given out in
     /// order, as pagemaps have them.
     fn layers() -> impl Strategy<Value = Vec<Vec<Piece>>> {
-        let entry = (0..4_u64, 1..9_u64, 0..3_u8, any::<bool>());
+        let entry = (0..4_u64, 1..9_u64, 0..4_u8, any::<bool>());
         let layer = prop::collection::vec(entry, 0..12);
         prop::collection::vec(layer, 1..9).prop_map(|layers| {
             layers.into_iter().zip(0..).map(|(entries, layer)| pieces(layer, &entries)).collect()
@@ -442,6 +452,10 @@ mod tests {
                     PiecePlace::Stored { layer, file_page: file_page - pages }
                 }
                 1 => PiecePlace::Parent,
+                2 => {
+                    file_page += pages;
+                    PiecePlace::Punched { layer, file_page: file_page - pages }
+                }
                 _ => PiecePlace::Absent,
             };
             push(&mut pieces, Piece::new(first, *pages, place, *lazy));
@@ -482,13 +496,14 @@ mod tests {
             pages in 1..1_u64 << 51,
             file_page in 0..1_u64 << 51,
             layer in 0..1_u32 << 24,
-            kind in 0..4_u8,
+            kind in 0..5_u8,
             lazy: bool,
         ) {
             let place = match kind {
                 0 => PiecePlace::Stored { layer, file_page },
                 1 => PiecePlace::Parent,
                 2 => PiecePlace::Absent,
+                3 => PiecePlace::Punched { layer, file_page },
                 _ => PiecePlace::Missing { layer },
             };
             let piece = Piece::new(PageIndex(first), pages, place, lazy);

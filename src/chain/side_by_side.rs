@@ -18,7 +18,7 @@ pub(super) fn processors() -> usize {
 /// Calls `work` with every item and its position, and returns what it returned
 /// in the same order. A processor takes `worth` items at a time, so that starting
 /// a thread for them pays.
-pub(super) fn map<T: Sync, R: Send>(
+pub(crate) fn map<T: Sync, R: Send>(
     items: &[T],
     worth: usize,
     work: impl Fn(usize, &T) -> R + Sync,
@@ -29,7 +29,7 @@ pub(super) fn map<T: Sync, R: Send>(
 /// Does so up to the first item for whose result `is_last` holds; a few items
 /// more may be worked on in vain. `work` is also given what its thread keeps
 /// from item to item.
-pub(super) fn map_until<T: Sync, R: Send, S: Default>(
+pub(crate) fn map_until<T: Sync, R: Send, S: Default>(
     items: &[T],
     worth: usize,
     work: impl Fn(&mut S, usize, &T) -> R + Sync,

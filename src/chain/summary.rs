@@ -1,11 +1,11 @@
 //! What one snapshot of a chain holds, in numbers.
 
-use std::{fs, os::unix::fs::MetadataExt, time::SystemTime};
+use std::{fs, os::unix::fs::MetadataExt, path::Path, time::SystemTime};
 
 use super::{Chain, ChainError, Result, SnapshotId, holes};
 use crate::{
-    image::{Kind, MemoryId, PagemapReader, Presence, proto, read_all},
-    units::{BLOCK_BYTES, PAGE_SIZE, page_bytes},
+    image::{Kind, MemoryId, PagemapReader, Presence, proto, punched, read_all},
+    units::{BLOCK_BYTES, PAGE_SIZE, PageRanges, page_bytes},
 };
 
 /// How many pages of one kind of memory are where.
@@ -17,8 +17,8 @@ pub struct PageCounts {
     pub in_parent: u64,
     /// In no image.
     pub absent: u64,
-    /// Of those present, how many are holes of their file: freed by a
-    /// deduplication, or made sparse by a copy. They read as zero.
+    /// Of those present, how many were freed, or are holes of their file: freed by
+    /// another program, or made sparse by a copy, which read as zero.
     pub punched: u64,
 }
 
@@ -63,11 +63,7 @@ impl Summary {
     pub fn of(chain: &Chain, id: SnapshotId) -> Result<Self> {
         let dir = &chain.snapshot(id).dir;
         let failed = |source| ChainError::Directory { path: dir.clone(), source };
-        let mut disk_bytes = 0;
-        for entry in fs::read_dir(dir).map_err(failed)? {
-            let meta = entry.and_then(|entry| entry.metadata()).map_err(failed)?;
-            disk_bytes += if meta.is_file() { meta.blocks() * BLOCK_BYTES } else { 0 };
-        }
+        let disk_bytes = disk_bytes(dir)?;
         let inventory = chain.image_path(id, Kind::Inventory, 0);
         let date = fs::metadata(inventory).and_then(|meta| meta.modified()).map_err(failed)?;
         let (mut private, mut shared) = (PageCounts::default(), PageCounts::default());
@@ -100,6 +96,20 @@ impl Summary {
     }
 }
 
+/// Returns how many bytes the files of a directory take on disk.
+///
+/// # Errors
+/// [`ChainError::Directory`].
+pub fn disk_bytes(dir: &Path) -> Result<u64> {
+    let failed = |source| ChainError::Directory { path: dir.to_owned(), source };
+    let mut bytes = 0;
+    for entry in fs::read_dir(dir).map_err(failed)? {
+        let meta = entry.and_then(|entry| entry.metadata()).map_err(failed)?;
+        bytes += if meta.is_file() { meta.blocks() * BLOCK_BYTES } else { 0 };
+    }
+    Ok(bytes)
+}
+
 /// Returns the pids of a snapshot's processes; `None` for a pre-dump, which has
 /// no tree of them.
 fn processes(chain: &Chain, id: SnapshotId) -> Result<Option<Vec<u64>>> {
@@ -128,9 +138,13 @@ fn count(chain: &Chain, id: SnapshotId, memory: MemoryId) -> Result<PageCounts> 
     if counts.present > 0 {
         let pages = chain.image_path(id, Kind::Pages, reader.pages_id().into());
         let file = chain.files().get(chain.files().enter(&pages))?;
+        let dir = &chain.snapshot(id).dir;
+        let gone = punched::read(dir, &memory.pagemap_name(), reader.pages_id())?;
+        let mut punched: PageRanges = gone.unwrap_or_default().within(0..counts.present).collect();
         for hole in holes::in_file(&file, 0, page_bytes(counts.present))? {
-            counts.punched += (hole.end - hole.start) / PAGE_SIZE;
+            punched.insert(hole.start.div_ceil(PAGE_SIZE)..hole.end / PAGE_SIZE);
         }
+        counts.punched = punched.pages();
     }
     Ok(counts)
 }

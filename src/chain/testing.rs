@@ -150,3 +150,15 @@ pub(crate) fn model(layer: usize, entries: &[PagemapEntry], below: &Model) -> Mo
     }
     model
 }
+
+/// Writes layers, and returns what each page of each snapshot is.
+pub(crate) fn on_disk(layers: &[Vec<PagemapEntry>]) -> (TestChain, Vec<Model>) {
+    let mut chain = TestChain::new();
+    let mut models = Vec::new();
+    for entries in layers {
+        let layer = chain.push(entries);
+        let below = models.last().cloned().unwrap_or_default();
+        models.push(model(layer, entries, &below));
+    }
+    (chain, models)
+}

@@ -9,24 +9,13 @@ use std::{
 use proptest::prelude::*;
 
 use super::{
-    testing::{MEMORY, Model, PAGES, TestChain, entry, layers, model, page},
+    testing::{MEMORY, Model, PAGES, TestChain, entry, layers, on_disk, page},
     *,
 };
 use crate::{
-    image::{MemoryId, PagemapEntry, Presence},
+    image::{MemoryId, Presence},
     units::{PAGE_SIZE, PageIndex},
 };
-
-fn on_disk(layers: &[Vec<PagemapEntry>]) -> (TestChain, Vec<Model>) {
-    let mut chain = TestChain::new();
-    let mut models = Vec::new();
-    for entries in layers {
-        let layer = chain.push(entries);
-        let below = models.last().cloned().unwrap_or_default();
-        models.push(model(layer, entries, &below));
-    }
-    (chain, models)
-}
 
 /// Returns the bytes of one page; `None` if it is in no image.
 fn modelled(model: &Model, number: u64) -> Option<Vec<u8>> {

@@ -3,10 +3,10 @@
 use std::{path::PathBuf, sync::Arc};
 
 use anyhow::Context as _;
-use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::{
     chain::Chain,
+    sys::lock::{Access, DirectoryLocks},
     view::{View, flatten},
 };
 
@@ -34,13 +34,13 @@ pub struct FlattenArgs {
 pub fn run(args: &FlattenArgs) -> anyhow::Result<()> {
     let chain = Chain::open(&args.chain)?;
     let tip = chain.choose(args.snapshot.as_deref())?;
+    let mut locks = DirectoryLocks::default();
+    for id in [tip, chain.base(tip)] {
+        locks.take(&chain.snapshot(id).dir, Access::Shared)?;
+    }
     let name = chain.snapshot(tip).name.clone();
     let view = View::new(Arc::new(chain), tip);
-    // Shown only where standard error is a terminal.
-    let bar = ProgressBar::new(0).with_style(
-        ProgressStyle::with_template("{wide_bar} {binary_bytes}/{binary_total_bytes} {eta}")
-            .expect("the template is valid"),
-    );
+    let bar = super::bytes_bar();
     let result = flatten(&view, &args.out, &mut |done, total| {
         bar.set_length(total);
         bar.set_position(done);

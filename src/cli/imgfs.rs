@@ -27,6 +27,7 @@ enum Command {
     Diff(diff::DiffArgs),
     Flatten(flatten::FlattenArgs),
     Mount(mount::MountArgs),
+    Commit(mount::CommitArgs),
     #[command(name = "umount")]
     Unmount(mount::UnmountArgs),
 }
@@ -57,6 +58,9 @@ impl Imgfs {
             }
             Command::Flatten(args) => {
                 answer(|_| flatten::run(&args).map(|()| true), exit::FAILED, exit::FAILED)
+            }
+            Command::Commit(args) => {
+                answer(|out| mount::commit(&args, out).map(|()| true), exit::FAILED, exit::FAILED)
             }
             Command::Unmount(args) => {
                 answer(|_| mount::unmount(&args).map(|()| true), exit::FAILED, exit::FAILED)

@@ -5,6 +5,7 @@
 
 pub mod check;
 mod check_features;
+mod dedup;
 pub mod diff;
 pub mod exit;
 pub mod flatten;
@@ -23,6 +24,7 @@ use std::{
 };
 
 use clap::{ArgAction, Args, Parser};
+use indicatif::{ProgressBar, ProgressStyle};
 use log::LevelFilter;
 
 use crate::image::MemoryId;
@@ -109,6 +111,15 @@ fn answer(
             ExitCode::from(failed)
         }
     }
+}
+
+/// Returns a bar that shows how many bytes are done, and of how many, where standard
+/// error is a terminal.
+fn bytes_bar() -> ProgressBar {
+    ProgressBar::new(0).with_style(
+        ProgressStyle::with_template("{wide_bar} {binary_bytes}/{binary_total_bytes} {eta}")
+            .expect("the template is valid"),
+    )
 }
 
 /// Returns how JSON names a memory.

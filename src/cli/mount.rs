@@ -1,19 +1,24 @@
 //! `imgfs mount` and `imgfs umount`.
 
-use std::{num::NonZeroUsize, path::PathBuf, process::ExitCode, sync::Arc};
+use std::{io::Write, num::NonZeroUsize, path::PathBuf, process::ExitCode, sync::Arc};
 
-use anyhow::{Context, bail};
-use clap::Args;
+use anyhow::{Context, anyhow, bail};
+use clap::{Args, ValueEnum};
+use indicatif::BinaryBytes;
 
 use super::{Common, exit, log_sink, report};
 use crate::{
-    chain::Chain,
-    fs::{self, MountOptions, Session},
-    sys::daemon::{self, Background, Detached, Start},
+    chain::{Chain, freed},
+    fs::{self, MountOptions, Punch, Session},
+    sys::{
+        daemon::{self, Background, Detached, Start},
+        lock::{Access, DirectoryLocks},
+    },
+    units::page_bytes,
     view::View,
 };
 
-/// Mount a chain as one flat image directory, read-only
+/// Mount a chain as one flat image directory, read-only unless --punch is given
 ///
 /// Returns when the mount can be used, and goes on in the background until it is
 /// unmounted.
@@ -26,6 +31,23 @@ pub struct MountArgs {
     /// The snapshot to show; by default the one that is nobody's parent
     #[arg(long, value_name = "NAME")]
     snapshot: Option<String>,
+    /// Let restorers free what they have restored, in whichever snapshot holds it
+    ///
+    /// Without WHEN, the pages that somebody punches (fallocate(2)) in pages-*.img are
+    /// freed at once, as `criu restore --auto-dedup` does. on-read frees besides what
+    /// was read, for restorers that do not say so; a restore that fails has lost it.
+    /// commit frees what was punched only when `imgfs commit` says so, and forgets it
+    /// if the mount ends before. Freed pages are input/output errors from then on, for
+    /// all snapshots that share them.
+    #[arg(
+        long,
+        value_name = "WHEN",
+        value_enum,
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "on-request"
+    )]
+    punch: Option<PunchName>,
     /// Stay in the foreground, and log to standard error
     #[arg(short, long)]
     foreground: bool,
@@ -40,11 +62,47 @@ pub struct MountArgs {
     log_file: Option<PathBuf>,
     /// Options as mount(8) and fstab(5) have them
     ///
-    /// allow_other, foreground, log_file=FILE, snapshot=NAME and threads=N are the
-    /// options above; ro is what is done anyway, and what is meant for others,
+    /// allow_other, foreground, log_file=FILE, punch[=WHEN], snapshot=NAME and
+    /// threads=N are the options above; ro is what is done anyway, and what is meant for others,
     /// such as noauto or x-systemd.requires=..., is ignored.
     #[arg(short = 'o', value_name = "OPT,...")]
     options: Vec<String>,
+}
+
+/// `--punch`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum PunchName {
+    #[value(hide = true)]
+    OnRequest,
+    OnRead,
+    Commit,
+}
+
+impl PunchName {
+    fn punch(self) -> Punch {
+        match self {
+            Self::OnRequest => Punch::OnRequest,
+            Self::OnRead => Punch::OnRead,
+            Self::Commit => Punch::Commit,
+        }
+    }
+}
+
+/// Free what was punched through a mount with --punch=commit
+#[derive(Args, Debug)]
+pub struct CommitArgs {
+    /// Where the chain is mounted
+    mountpoint: PathBuf,
+}
+
+/// Frees what was punched, and says how much that is.
+///
+/// # Errors
+/// What [`fs::commit`] returns.
+pub fn commit(args: &CommitArgs, out: &mut dyn Write) -> anyhow::Result<()> {
+    let pages = fs::commit(&args.mountpoint)?;
+    writeln!(out, "freed {pages} pages, {}", BinaryBytes(page_bytes(pages)))?;
+    Ok(())
 }
 
 /// Unmount a chain
@@ -105,7 +163,12 @@ impl MountArgs {
                     let threads = value.parse().with_context(|| format!("mount option {option}"));
                     self.threads = Some(threads?);
                 }
-                ("rw", None) => bail!("mount option rw: a chain can only be mounted read-only"),
+                ("punch", when) => {
+                    let when = when.unwrap_or(Punch::OnRequest.name());
+                    let name = PunchName::from_str(when, false);
+                    self.punch = Some(name.map_err(|why| anyhow!("mount option {option}: {why}"))?);
+                }
+                ("rw", None) => bail!("mount option rw: only punch makes a chain writable"),
                 _ if is_for_others(name) => {}
                 _ => bail!("unknown mount option {option}"),
             }
@@ -141,8 +204,23 @@ impl MountArgs {
         log_sink::start(self.foreground, self.log_file.as_deref(), common.log_level())?;
         let chain = Arc::new(Chain::open(&self.chain)?);
         let tip = chain.choose(self.snapshot.as_deref())?;
+        // Whoever frees pages of the chain is kept from it: what was found in an index
+        // would no longer be there. Who frees some, is alone.
+        let access = if self.punch.is_some() { Access::Exclusive } else { Access::Shared };
+        let mut locks = DirectoryLocks::default();
+        for base in chain.bases() {
+            locks.take(&chain.snapshot(base).dir, access)?;
+        }
+        if self.punch.is_some()
+            && let Some(warning) = freed::warning(&chain, tip)?
+        {
+            // There is nobody left to tell if this fails.
+            let _ = writeln!(std::io::stderr(), "{warning}");
+            log::warn!("{warning}");
+        }
         let view = Arc::new(View::new(chain, tip));
         let mut options = MountOptions { allow_other: self.allow_other, ..Default::default() };
+        options.punch = self.punch.map(PunchName::punch);
         if let Some(threads) = self.threads {
             options.threads = threads;
         }
@@ -206,15 +284,21 @@ mod tests {
 
     #[test]
     fn options_of_mount_are_applied_ignored_or_refused() {
-        let args =
-            applied("ro,nosuid,snapshot=2,,threads=3,log_file=/l=g,allow_other,x-a=b").unwrap();
+        let args = applied(
+            "ro,nosuid,snapshot=2,,threads=3,log_file=/l=g,allow_other,x-a=b,punch=on-read",
+        )
+        .unwrap();
         assert_eq!(args.snapshot.as_deref(), Some("2"));
         assert_eq!(args.threads.map(NonZeroUsize::get), Some(3));
         assert_eq!(args.log_file, Some("/l=g".into()));
         assert!(args.allow_other && !args.foreground);
+        assert_eq!(args.punch, Some(PunchName::OnRead));
+        assert_eq!(applied("punch").unwrap().punch, Some(PunchName::OnRequest));
+        assert_eq!(applied("punch=commit").unwrap().punch, Some(PunchName::Commit));
 
         let refused = |options| applied(options).unwrap_err();
-        assert_eq!(refused("ro,rw"), "mount option rw: a chain can only be mounted read-only");
+        assert_eq!(refused("ro,rw"), "mount option rw: only punch makes a chain writable");
+        assert!(refused("punch=later").starts_with("mount option punch=later: "));
         assert_eq!(refused("nosnapshot"), "unknown mount option nosnapshot");
         assert_eq!(refused("snapshot"), "unknown mount option snapshot");
         assert!(refused("threads=0").starts_with("mount option threads=0: "));

@@ -28,7 +28,7 @@ pub struct Rcriu {
 }
 
 const NOT_YET: &str = "\
-Of CRIU's commands cpuinfo, dedup, lazy-pages, page-server, service and swrk are
+Of CRIU's commands cpuinfo, lazy-pages, page-server, service and swrk are
 known and refused for now.";
 
 #[derive(Debug, Subcommand)]
@@ -48,6 +48,21 @@ enum Command {
     /// Say what this kernel can do, and what is lost by what it cannot
     #[command(after_help = CHECK_EXAMPLE)]
     Check(Box<TaskArgs>),
+    /// Remove memory from images that others hold as well
+    ///
+    /// What the snapshot in the directory of -D holds is freed in its ancestors, which
+    /// may then no longer be restored; which of them is said first. What snapshots of
+    /// other branches need is kept.
+    ///
+    /// --link makes one chain of full dumps of a tree: what a dump has in common with
+    /// the one before it is left to that one. Every snapshot can be restored
+    /// afterwards as before. Processes are matched by pid, shared objects by what
+    /// they are, and what is the same is told by comparing all bytes.
+    ///
+    /// --reflink lets equal pages of a chain, wherever they are, share blocks of the file
+    /// system; -D is an image directory, or a directory of such.
+    #[command(after_help = DEDUP_EXAMPLE)]
+    Dedup(Box<TaskArgs>),
     /// Show image files as JSON
     Show {
         #[command(flatten)]
@@ -83,6 +98,13 @@ Exit codes:
   0  everything is there that was asked for
   1  something is missing; the last line says what";
 
+const DEDUP_EXAMPLE: &str = "\
+Examples:
+  rcriu dedup -D chain/3
+  rcriu dedup --link monday tuesday wednesday
+  rcriu dedup --link --keep-originals monday tuesday
+  rcriu dedup --reflink -D chain";
+
 /// Runs `rcriu` with the command line of this process.
 pub fn main() -> ExitCode {
     if env::args_os().next().is_some_and(|name| name == keeper::NAME) {
@@ -110,6 +132,7 @@ impl Rcriu {
             Command::PreDump(args) => task::run(Task::PreDump, &args, given),
             Command::Restore(args) => task::run(Task::Restore, &args, given),
             Command::Check(args) => task::run(Task::Check, &args, given),
+            Command::Dedup(args) => task::run(Task::Dedup, &args, given),
             Command::Show { common, options } => {
                 common.start_logging();
                 show::run(&options)

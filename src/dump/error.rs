@@ -7,11 +7,13 @@ use nix::errno::Errno;
 use crate::{
     action::ActionError,
     chain::ChainError,
+    dedup::DedupError,
     fault::Injected,
     image::ImageError,
     inject::InjectError,
     proc::ProcError,
     res::{ResError, file::FileError, track::TrackError},
+    sys::lock::LockError,
     units::{HostPid, RemoteAddr},
 };
 
@@ -121,6 +123,12 @@ pub enum DumpError {
     /// A program of the user failed.
     #[error(transparent)]
     Action(#[from] ActionError),
+    /// Nothing can be freed in the ancestors.
+    #[error(transparent)]
+    Dedup(#[from] DedupError),
+    /// A directory is in use by another program.
+    #[error(transparent)]
+    Lock(#[from] LockError),
     /// A test asked for it.
     #[error(transparent)]
     Fault(#[from] Injected),

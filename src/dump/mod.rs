@@ -29,13 +29,17 @@ pub use options::Options;
 pub use crate::res::track::Tracker;
 use crate::{
     action::{Actions, Stage},
-    chain::{Chain, SnapshotId},
+    chain::{Chain, SnapshotId, with_sources},
+    dedup,
     fault::{self, Point},
-    image::{SnapshotWriter, proto},
+    image::{SnapshotWriter, disk::Kernel, proto},
     inject::{Frozen, Outcome},
     proc,
     res::file::Policy,
-    sys::{cancel, fds},
+    sys::{
+        cancel, fds,
+        lock::{Access, DirectoryLocks},
+    },
     units::HostPid,
 };
 use files::FileTable;
@@ -58,10 +62,12 @@ pub fn run(options: &Options) -> Result<()> {
     }
     let images_dir = check_directory(&options.images_dir)?;
     let actions = Actions::new(&options.action_scripts, &images_dir);
+    let mut locks = DirectoryLocks::default();
+    locks.take(&images_dir, Access::Exclusive)?;
     let parent = options
         .prev_images_dir
         .as_deref()
-        .map(|parent| open_parent(options, parent))
+        .map(|parent| open_parent(options, parent, &mut locks))
         .transpose()?;
     crate::sys::process::raise_descriptor_limit();
     actions.run(Stage::PreDump, Some(options.pid))?;
@@ -78,18 +84,49 @@ pub fn run(options: &Options) -> Result<()> {
     let tracking =
         Tracking::new(options, parent.as_ref().map(|(chain, id)| (chain.as_ref(), *id)))?;
     if options.pre_dump {
-        return pre_dump::run(options, frozen, images, parent.as_ref(), tracking, stats);
-    }
-    let (files, tracking) =
-        dump_stopped(options, &mut frozen, &images, parent.as_ref(), tracking, &mut stats)?;
-    let outcome = if options.leave_running {
-        Outcome::Run
-    } else if options.leave_stopped {
-        Outcome::Stop
+        pre_dump::run(options, frozen, images, parent.as_ref(), tracking, stats)?;
     } else {
-        Outcome::Kill
+        let (files, tracking) =
+            dump_stopped(options, &mut frozen, &images, parent.as_ref(), tracking, &mut stats)?;
+        let outcome = if options.leave_running {
+            Outcome::Run
+        } else if options.leave_stopped {
+            Outcome::Stop
+        } else {
+            Outcome::Kill
+        };
+        finish(options, &actions, frozen, images, (files, tracking), outcome, stats)?;
+    }
+    if options.auto_dedup && parent.is_some() {
+        free_superseded(&options.images_dir);
+    }
+    Ok(())
+}
+
+/// Frees in the ancestors what the snapshot holds that was just completed. If that
+/// fails, the dump has not: what it was for is done, and the rest can be done later.
+fn free_superseded(images_dir: &Path) {
+    let mut tell = |freed: &dedup::Freed| {
+        for dir in &freed.lost {
+            log::warn!("{}: can no longer be restored, only its descendants", dir.display());
+        }
+        for (dir, pages) in &freed.kept_for {
+            log::info!("{}: {pages} pages are kept for it", dir.display());
+        }
     };
-    finish(options, &actions, frozen, images, (files, tracking), outcome, stats)
+    let freed = images_dir
+        .canonicalize()
+        .map_err(|source| DumpError::File { path: images_dir.to_owned(), source })
+        .and_then(|dir| Ok(dedup::free_locked(&dir, Arc::new(Kernel), &mut tell)?));
+    match freed {
+        Ok(freed) => log::info!("freed {} pages in the ancestors", freed.pages),
+        Err(error) => log::warn!(
+            "the dump is complete, but not everything was freed that it supersedes: {}; \
+             rcriu dedup -D {} does it",
+            with_sources(&error),
+            images_dir.display()
+        ),
+    }
 }
 
 /// Brings the images to the disk and ends the stop. A tree that runs on does so
@@ -207,8 +244,13 @@ fn check_directory(path: &Path) -> Result<PathBuf> {
 }
 
 /// Opens the chain that ends with the directory that `--prev-images-dir` names,
-/// relative to the images directory.
-fn open_parent(options: &Options, parent: &Path) -> Result<(Arc<Chain>, SnapshotId)> {
+/// relative to the images directory, and keeps others from changing it, or from using it
+/// if pages are to be freed in it.
+fn open_parent(
+    options: &Options,
+    parent: &Path,
+    locks: &mut DirectoryLocks,
+) -> Result<(Arc<Chain>, SnapshotId)> {
     let path = options.images_dir.join(parent);
     let problem = |path: PathBuf, problem: String| DumpError::Directory { path, problem };
     let dir = path.canonicalize().map_err(|error| {
@@ -217,12 +259,19 @@ fn open_parent(options: &Options, parent: &Path) -> Result<(Arc<Chain>, Snapshot
     if options.images_dir.canonicalize().is_ok_and(|images| images == dir) {
         return Err(problem(path, "it cannot be its own parent".to_owned()));
     }
-    let chain = Chain::open(&dir)?;
+    locks.take(&dir, if options.auto_dedup { Access::Exclusive } else { Access::Shared })?;
+    let chain = Arc::new(Chain::open(&dir)?);
     let id = chain.ids().find(|id| chain.snapshot(*id).dir == dir);
     let id = id.ok_or_else(|| {
         problem(dir, "it holds no inventory.img, so it is no complete dump".to_owned())
     })?;
-    Ok((Arc::new(chain), id))
+    if options.auto_dedup {
+        dedup::lock_ancestors(&chain, id, locks)?;
+        dedup::check_freeing(&chain, id, Arc::new(Kernel))?;
+    } else {
+        locks.take(&chain.snapshot(chain.base(id)).dir, Access::Shared)?;
+    }
+    Ok((chain, id))
 }
 
 fn inventory() -> Result<proto::InventoryEntry> {

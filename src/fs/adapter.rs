@@ -3,37 +3,30 @@
 use std::{
     ffi::OsStr,
     io,
-    os::{fd::OwnedFd, unix::ffi::OsStrExt},
+    os::unix::ffi::OsStrExt,
     path::Path,
-    sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use fuser::{
-    AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType,
-    Filesystem, FopenFlags, Generation, INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner,
-    OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
-    ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr,
-    Request, TimeOrNow, WriteFlags,
+    AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags,
+    Generation, INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags,
+    RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry,
+    ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow,
+    WriteFlags,
 };
-use log::{debug, error, trace};
-use nix::{
-    libc,
-    sys::{
-        statfs::{OVERLAYFS_SUPER_MAGIC, statfs},
-        statvfs::statvfs,
-    },
-};
+use log::{debug, trace};
+use nix::{libc, sys::statvfs::statvfs, unistd::getuid};
 
 use super::{
-    buffer,
     errno::failed,
-    handles::{Handles, OpenDir},
-    reply::{self, MappedReply},
+    handles::OpenDir,
+    image_fs::{ImageFs, SMALL_READ_BYTES, file_type, stack_depth},
 };
 use crate::{
-    chain::{self, DIRECTORY_XATTR},
-    view::{self, Attr, DirEntry, NodeType, OpenFile, View, ViewError, Whence},
+    chain::{DIRECTORY_XATTR, PUNCH_XATTR},
+    sys::commit,
+    view::{self, DirEntry, NodeType, ROOT, ViewError, Whence},
 };
 
 /// How long the kernel may answer from what it was told before. Images do not
@@ -46,94 +39,14 @@ const GENERATION: Generation = Generation(0);
 /// The longest file name that is accepted anywhere (`NAME_MAX`, `linux/limits.h`).
 const NAME_BYTES: u32 = 255;
 
-/// What `stat(2)` advises readers to read at a time: what one request can carry,
-/// as every request costs two changes of process.
-const READ_BYTES: u32 = 1 << 20;
-
-/// The same for small files, which readers may take it as a buffer's size for.
-const SMALL_READ_BYTES: u32 = 4096;
-
-/// A chain of images as a file system.
-#[derive(Debug)]
-pub struct ImageFs {
-    view: Arc<View>,
-    handles: Handles,
-    pass_through: bool,
-    mapped: MappedReply,
-}
-
-impl ImageFs {
-    /// Shows `view`; `pass_through` lets the kernel read files that are one
-    /// backing file by itself, where it can.
-    pub fn new(view: Arc<View>, device: OwnedFd, pass_through: bool) -> Self {
-        let mapped = MappedReply::new(device);
-        Self { view, handles: Handles::default(), pass_through, mapped }
-    }
-
-    fn failed(&self, operation: &str, ino: INodeNo, failure: impl Into<ViewError>) -> Errno {
-        failed(operation, &self.view.path(ino.0), &failure.into())
-    }
-
-    /// Logs that a request makes no sense and returns what the kernel is told.
-    fn nonsense(&self, operation: &str, ino: INodeNo, problem: &str) -> Errno {
-        error!("{operation} {}: {problem} (EBADF)", self.view.path(ino.0));
-        Errno::EBADF
-    }
-
-    /// Makes the file that `file` is known to the kernel, so that it reads from
-    /// it without asking.
-    fn register(&self, file: &OpenFile, reply: &ReplyOpen) -> io::Result<Option<fuser::BackingId>> {
-        match &file.whole {
-            Some(whole) if self.pass_through => reply.open_backing(whole.file()).map(Some),
-            _ => Ok(None),
-        }
-    }
-}
-
-/// Returns how many file systems the mount lies on, counting itself.
-///
-/// The images may themselves be on an overlay, as in a container; otherwise, an
-/// overlay may be put over the mount, which 2 would forbid.
-fn stack_depth(view: &View) -> u32 {
-    let dir = &view.chain().snapshot(view.tip()).dir;
-    let stacked = statfs(dir).is_ok_and(|stat| stat.filesystem_type() == OVERLAYFS_SUPER_MAGIC);
-    if stacked { 2 } else { 1 }
-}
-
-fn file_type(kind: NodeType) -> FileType {
-    match kind {
-        NodeType::Directory => FileType::Directory,
-        NodeType::File => FileType::RegularFile,
-    }
-}
-
-fn file_attr(attr: &Attr) -> FileAttr {
-    let small = attr.size < u64::from(READ_BYTES);
-    FileAttr {
-        ino: INodeNo(attr.ino),
-        size: attr.size,
-        blocks: attr.blocks,
-        atime: attr.atime,
-        mtime: attr.mtime,
-        ctime: attr.ctime,
-        crtime: attr.ctime,
-        kind: file_type(attr.kind),
-        perm: attr.mode,
-        nlink: attr.nlink,
-        uid: attr.uid,
-        gid: attr.gid,
-        rdev: 0,
-        blksize: if small { SMALL_READ_BYTES } else { READ_BYTES },
-        flags: 0,
-    }
-}
-
 impl Filesystem for ImageFs {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        // Without it, files read without the page cache can not be mapped shared. Where
+        // files may be opened for writing, they must not: what is written to a shared
+        // mapping is refused too late for anybody to notice.
+        let shared = InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP;
         let wanted = [
-            // Without it, files read without the page cache could not be mapped
-            // shared.
-            InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
+            if self.punching.is_none() { shared } else { InitFlags::empty() },
             // A large read by io_uring or aio is split and answered side by side.
             InitFlags::FUSE_ASYNC_DIO,
             InitFlags::FUSE_PARALLEL_DIROPS,
@@ -142,6 +55,11 @@ impl Filesystem for ImageFs {
             if config.add_capabilities(capability).is_err() {
                 debug!("the kernel has no {capability:?}");
             }
+        }
+        if self.punches_on_read() {
+            // Less than a page, which is none: 0 is not taken.
+            let set = config.set_max_readahead(1);
+            debug!("nothing is read ahead: {}", set.is_ok());
         }
         if self.pass_through {
             self.pass_through = config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok();
@@ -161,7 +79,7 @@ impl Filesystem for ImageFs {
             name: name.to_string_lossy().into_owned(),
         });
         match found.and_then(|name| self.view.lookup(parent.0, name)) {
-            Ok(attr) => reply.entry(&TTL, &file_attr(&attr), GENERATION),
+            Ok(attr) => reply.entry(&TTL, &self.file_attr(&attr), GENERATION),
             Err(error) => {
                 let dir = self.view.path(parent.0);
                 let path = format!("{}/{}", dir.trim_end_matches('/'), name.display());
@@ -172,13 +90,13 @@ impl Filesystem for ImageFs {
 
     fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
         match self.view.attr(ino.0) {
-            Ok(attr) => reply.attr(&TTL, &file_attr(&attr)),
+            Ok(attr) => reply.attr(&TTL, &self.file_attr(&attr)),
             Err(error) => reply.error(self.failed("getattr", ino, error)),
         }
     }
 
     fn open(&self, _req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        if flags.acc_mode() != OpenAccMode::O_RDONLY {
+        if flags.acc_mode() != OpenAccMode::O_RDONLY && !self.may_be_punched(ino.0) {
             return reply.error(Errno::EROFS);
         }
         let file = match self.view.open(ino.0) {
@@ -209,27 +127,25 @@ impl Filesystem for ImageFs {
         offset: u64,
         size: u32,
         _flags: OpenFlags,
-        _lock_owner: Option<LockOwner>,
+        lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
         let Some(file) = self.handles.file(fh.0) else {
             return reply.error(self.nonsense("read", ino, "the handle is not open"));
         };
-        let content = &*file.content;
         let size = size as usize;
-        let reply = if reply::SIZES.contains(&size) {
-            let path = || self.view.path(ino.0);
-            match self.mapped.answer(req.unique(), content, offset, size, path, reply) {
-                Ok(()) => return,
-                Err(reply) => reply,
-            }
-        } else {
-            reply
+        // The page cache asks in nobody's name.
+        let mapped = lock_owner.is_none();
+        let answered = {
+            // Pages that are found are not freed before they were read.
+            let _reading = self.punching.as_ref().map(|_| self.view.chain().reading());
+            self.answer_read(req, ino, &*file.content, offset, size, reply)
         };
-        buffer::with(size, |buffer| match chain::read_at(content, offset, buffer) {
-            Ok(read) => reply.data(&buffer[..read]),
-            Err(error) => reply.error(self.failed("read", ino, error)),
-        });
+        if let (Some(read), Some(punching), Some(pages)) = (answered, &self.punching, &file.pages)
+            && self.may_be_punched(ino.0)
+        {
+            punching.was_read(ino.0, fh.0, pages, offset..offset + read, mapped);
+        }
     }
 
     fn lseek(
@@ -270,7 +186,12 @@ impl Filesystem for ImageFs {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
-        self.handles.close_file(ino.0, fh.0);
+        let closed = self.handles.close_file(ino.0, fh.0);
+        if let (Some((file, last)), Some(punching)) = (closed, &self.punching)
+            && let Some(pages) = file.pages.as_ref().filter(|_| self.may_be_punched(ino.0))
+        {
+            punching.closed(ino.0, fh.0, pages, last);
+        }
         reply.ok();
     }
 
@@ -359,15 +280,19 @@ impl Filesystem for ImageFs {
     }
 
     /// Tells restorers where the images are, so that they need not read them through
-    /// the mount.
+    /// the mount, or when it frees pages.
     fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        if name != DIRECTORY_XATTR {
-            return reply.error(Errno::ENODATA);
-        }
-        let Some(dir) = self.view.image_dir(ino.0) else {
-            return reply.error(Errno::ENODATA);
+        // Who restores from a mount that frees pages must not go past it.
+        let value = match &self.punching {
+            None if name == DIRECTORY_XATTR => {
+                self.view.image_dir(ino.0).map(|dir| dir.as_os_str().as_bytes())
+            }
+            Some(punching) if name == PUNCH_XATTR && ino.0 == ROOT => {
+                Some(punching.mode().name().as_bytes())
+            }
+            _ => None,
         };
-        let value = dir.as_os_str().as_bytes();
+        let Some(value) = value else { return reply.error(Errno::ENODATA) };
         match u32::try_from(value.len()) {
             Ok(len) if size == 0 => reply.size(len),
             Ok(len) if len <= size => reply.data(value),
@@ -418,22 +343,61 @@ impl Filesystem for ImageFs {
         reply.error(Errno::EINVAL); // there are no links
     }
 
+    /// Frees what was punched and only noted, for root and for who has mounted.
     fn ioctl(
         &self,
-        _req: &Request,
-        _ino: INodeNo,
+        req: &Request,
+        ino: INodeNo,
         _fh: FileHandle,
         _flags: IoctlFlags,
-        _cmd: u32,
+        cmd: u32,
         _in_data: &[u8],
         _out_size: u32,
         reply: ReplyIoctl,
     ) {
-        reply.error(Errno::ENOTTY);
+        let Some(punching) =
+            self.punching.as_ref().filter(|_| ino.0 == ROOT && cmd == commit::REQUEST)
+        else {
+            return reply.error(Errno::ENOTTY);
+        };
+        if req.uid() != 0 && req.uid() != getuid().as_raw() {
+            return reply.error(Errno::EPERM);
+        }
+        match punching.commit() {
+            Ok(pages) => reply.ioctl(0, &pages.to_ne_bytes()),
+            Err(error) => reply.error(self.failed("commit", ino, error)),
+        }
     }
 
-    // What would change something. Of a read-only mount the kernel asks hardly
-    // any of this.
+    /// Frees pages of a flat pages file.
+    fn fallocate(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        let Some(punching) = &self.punching else { return reply.error(Errno::EROFS) };
+        let Some(file) = self.handles.file(fh.0) else {
+            return reply.error(self.nonsense("fallocate", ino, "the handle is not open"));
+        };
+        let Some(pages) = file.pages.as_ref().filter(|_| self.may_be_punched(ino.0)) else {
+            return reply.error(Errno::EROFS);
+        };
+        if mode != libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE {
+            return reply.error(Errno::EOPNOTSUPP);
+        }
+        match punching.punch(ino.0, pages, offset, length) {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(self.failed("fallocate", ino, error)),
+        }
+    }
+
+    // What would change something. Of a read-only mount the kernel asks hardly any of
+    // this; one that frees pages refuses it, too.
 
     fn setattr(
         &self,
@@ -566,19 +530,6 @@ impl Filesystem for ImageFs {
     }
 
     fn removexattr(&self, _req: &Request, _ino: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
-        reply.error(Errno::EROFS);
-    }
-
-    fn fallocate(
-        &self,
-        _req: &Request,
-        _ino: INodeNo,
-        _fh: FileHandle,
-        _offset: u64,
-        _length: u64,
-        _mode: i32,
-        reply: ReplyEmpty,
-    ) {
         reply.error(Errno::EROFS);
     }
 

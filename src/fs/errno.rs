@@ -51,7 +51,9 @@ fn chain_errno(error: &ChainError) -> Errno {
     match error {
         ChainError::Directory { source, .. }
         | ChainError::Open { source, .. }
-        | ChainError::Read { source, .. } => io_errno(source),
+        | ChainError::Read { source, .. }
+        | ChainError::Free { source, .. } => io_errno(source),
+        ChainError::NoPunching { .. } => Errno::EOPNOTSUPP,
         ChainError::Image(error) => image_errno(error),
         ChainError::Lost(error) => chain_errno(error),
         ChainError::NoImages { .. }
@@ -64,6 +66,8 @@ fn chain_errno(error: &ChainError) -> Errno {
         | ChainError::Unanswered { .. }
         | ChainError::SharedPages { .. }
         | ChainError::Absent { .. }
+        | ChainError::Punched { .. }
+        | ChainError::Fault(_)
         | ChainError::Truncated { .. }
         | ChainError::Replaced { .. } => Errno::EIO,
     }
@@ -80,6 +84,8 @@ fn image_errno(error: &ImageError) -> Errno {
         | ImageError::Malformed { .. }
         | ImageError::Count { .. }
         | ImageError::Pagemap { .. }
+        | ImageError::Foreign { .. }
+        | ImageError::Journal { .. }
         | ImageError::Payload { .. } => Errno::EIO,
     }
 }
@@ -93,6 +99,8 @@ fn io_errno(error: &io::Error) -> Errno {
     match error.raw_os_error().map(nix::errno::Errno::from_raw) {
         Some(nix::errno::Errno::EACCES | nix::errno::Errno::EPERM) => Errno::EACCES,
         Some(nix::errno::Errno::ENOMEM) => Errno::ENOMEM,
+        // A journal takes some.
+        Some(nix::errno::Errno::ENOSPC | nix::errno::Errno::EDQUOT) => Errno::ENOSPC,
         Some(nix::errno::Errno::EMFILE | nix::errno::Errno::ENFILE) => Errno::ENFILE,
         _ => Errno::EIO,
     }

@@ -111,6 +111,20 @@ pub enum MountError {
         /// What should be.
         expected: &'static str,
     },
+    /// The mount frees nothing.
+    #[error("{path} is mounted read-only: mount the chain with --punch", path = .path.display())]
+    NotPunching {
+        /// The mount point.
+        path: PathBuf,
+    },
+    /// The mount did not free what was noted.
+    #[error("free what was punched through {path}; its log says more", path = .path.display())]
+    Commit {
+        /// The mount point.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// Files in the mount are open, or a process is in it.
     #[error("{path} is busy: `fuser -vm {path}` shows who uses it, `imgfs umount --lazy` detaches it", path = .path.display())]
     Busy {

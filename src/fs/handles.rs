@@ -86,19 +86,21 @@ impl Handles {
         self.files.read().unwrap_or_else(PoisonError::into_inner).open.get(&number).cloned()
     }
 
-    /// Forgets an open file, and its inode's backing file with the last one.
-    pub(super) fn close_file(&self, ino: Ino, number: u64) {
-        let file = self.files.write().unwrap_or_else(PoisonError::into_inner).open.remove(&number);
-        if file.is_none() {
-            return;
-        }
+    /// Forgets an open file, and its inode's backing file with the last one. Returns
+    /// the file, and whether it was the last of its inode.
+    pub(super) fn close_file(&self, ino: Ino, number: u64) -> Option<(Arc<OpenFile>, bool)> {
+        let file =
+            self.files.write().unwrap_or_else(PoisonError::into_inner).open.remove(&number)?;
+        let mut last = false;
         let mut inodes = self.inodes.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(inode) = inodes.get_mut(&ino) {
             inode.handles -= 1;
-            if inode.handles == 0 {
+            last = inode.handles == 0;
+            if last {
                 inodes.remove(&ino);
             }
         }
+        Some((file, last))
     }
 
     /// Enters an open directory and returns its number.

@@ -1,6 +1,6 @@
 //! The view as a mounted file system.
 //!
-//! [`adapter`](ImageFs) answers the kernel out of a [`View`](crate::view::View),
+//! [`ImageFs`] answers the kernel out of a [`View`](crate::view::View),
 //! [`Session`] mounts it and serves until it is unmounted, and every failure
 //! becomes an errno in one place, `errno`.
 
@@ -9,13 +9,16 @@ mod buffer;
 mod errno;
 mod error;
 mod handles;
+mod image_fs;
 mod mount;
 mod mounts;
+mod punching;
 mod reply;
 mod session;
 
-pub use adapter::ImageFs;
 pub use error::{MountError, Result};
-pub use mount::unmount;
+pub use image_fs::ImageFs;
+pub use mount::{commit, unmount};
 pub use mounts::{FS_TYPE, Mounted};
+pub use punching::Punch;
 pub use session::{MountOptions, Session};

@@ -18,7 +18,7 @@ use nix::{
     unistd::{getgid, getuid},
 };
 
-use super::{FS_TYPE, MountError, Mounted, Result};
+use super::{FS_TYPE, MountError, MountOptions, Mounted, Result};
 use crate::{chain::Chain, sys};
 
 const DEVICE: &str = "/dev/fuse";
@@ -46,7 +46,11 @@ pub(super) fn check_mount_point(path: &Path, chain_path: &Path, chain: &Chain) -
 
 /// Mounts at `mount_point` and returns the device that the kernel's requests
 /// come from.
-pub(super) fn mount_device(mount_point: &Path, source: &str, allow_other: bool) -> Result<OwnedFd> {
+pub(super) fn mount_device(
+    mount_point: &Path,
+    source: &str,
+    options: &MountOptions,
+) -> Result<OwnedFd> {
     let device = File::options().read(true).write(true).open(DEVICE).map_err(|source| {
         if source.kind() == io::ErrorKind::PermissionDenied {
             MountError::FuseDenied { source }
@@ -54,38 +58,41 @@ pub(super) fn mount_device(mount_point: &Path, source: &str, allow_other: bool) 
             MountError::NoFuse { source }
         }
     })?;
-    let mut options = format!(
+    let mut text = format!(
         "fd={},rootmode=40000,user_id={},group_id={},default_permissions",
         device.as_raw_fd(),
         getuid(),
         getgid(),
     );
-    if allow_other {
-        options.push_str(",allow_other");
+    if options.allow_other {
+        text.push_str(",allow_other");
     }
-    let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-    match mount(Some(source), mount_point, Some(FS_TYPE), flags, Some(options.as_str())) {
+    let mut flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    // Punching is writing, for the kernel.
+    flags.set(MsFlags::MS_RDONLY, options.punch.is_none());
+    match mount(Some(source), mount_point, Some(FS_TYPE), flags, Some(text.as_str())) {
         Ok(()) => Ok(device.into()),
-        Err(Errno::EPERM) => mount_by_helper(mount_point, source, allow_other),
+        Err(Errno::EPERM) => mount_by_helper(mount_point, source, options),
         Err(Errno::ENODEV) => Err(MountError::NoFuse { source: Errno::ENODEV.into() }),
         Err(source) => Err(MountError::Mount { path: mount_point.to_owned(), source }),
     }
 }
 
 /// Lets `fusermount3` mount, which is set-user-ID root.
-fn mount_by_helper(mount_point: &Path, source: &str, allow_other: bool) -> Result<OwnedFd> {
+fn mount_by_helper(mount_point: &Path, source: &str, options: &MountOptions) -> Result<OwnedFd> {
     let failed = |message: String| MountError::Helper { path: mount_point.to_owned(), message };
-    let mut options = format!(
-        "ro,nosuid,nodev,default_permissions,subtype=imgfs,fsname={}",
+    let mut text = format!(
+        "{},nosuid,nodev,default_permissions,subtype=imgfs,fsname={}",
+        if options.punch.is_none() { "ro" } else { "rw" },
         source.replace('\\', "\\\\").replace(',', "\\,")
     );
-    if allow_other {
-        options.push_str(",allow_other");
+    if options.allow_other {
+        text.push_str(",allow_other");
     }
     let (ours, theirs) = std::os::unix::net::UnixStream::pair()
         .map_err(|error| failed(format!("socket: {error}")))?;
     let helper = Command::new(HELPER)
-        .args(["-o", &options, "--"])
+        .args(["-o", &text, "--"])
         .arg(mount_point)
         // It sends the device over the socket that it finds as this descriptor.
         .env("_FUSE_COMMFD", "0")
@@ -108,6 +115,27 @@ fn mount_by_helper(mount_point: &Path, source: &str, allow_other: bool) -> Resul
 /// [`MountError::NotMounted`], [`MountError::ForeignMount`],
 /// [`MountError::Busy`], [`MountError::Unmount`].
 pub fn unmount(path: &Path, lazy: bool) -> Result<()> {
+    unmount_device(&mount_of_ours(path)?, lazy)
+}
+
+/// Lets the mount at `path` free the pages that were punched and only noted, and
+/// returns how many that were.
+///
+/// # Errors
+/// [`MountError::NotMounted`], [`MountError::ForeignMount`],
+/// [`MountError::NotPunching`], [`MountError::Commit`].
+pub fn commit(path: &Path) -> Result<u64> {
+    let mount_point = mount_of_ours(path)?;
+    let failed = |source| MountError::Commit { path: path.to_owned(), source };
+    let root = File::open(&mount_point).map_err(failed)?;
+    match sys::commit::commit(&root) {
+        Err(Errno::ENOTTY) => Err(MountError::NotPunching { path: path.to_owned() }),
+        result => result.map_err(|errno| failed(errno.into())),
+    }
+}
+
+/// Returns the mount point that `path` is, which must be one of ours.
+fn mount_of_ours(path: &Path) -> Result<PathBuf> {
     let mount_point = resolve(path);
     let Some(mounted) = Mounted::at(&mount_point)? else {
         return Err(MountError::NotMounted { path: path.to_owned() });
@@ -119,7 +147,7 @@ pub fn unmount(path: &Path, lazy: bool) -> Result<()> {
             expected: FS_TYPE,
         });
     }
-    unmount_device(&mount_point, lazy)
+    Ok(mount_point)
 }
 
 /// Unmounts what is at `mount_point`, whatever it is.

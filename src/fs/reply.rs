@@ -44,8 +44,8 @@ impl MappedReply {
     }
 
     /// Answers a read of `size` bytes of `content` from `offset` on; gives the
-    /// reply back if this is not the way to answer it. `path` is what the file is
-    /// called in messages.
+    /// reply back if this is not the way to answer it. Returns how many bytes the
+    /// reader got, if it did. `path` is what the file is called in messages.
     pub(super) fn answer(
         &self,
         request: RequestId,
@@ -54,7 +54,7 @@ impl MappedReply {
         size: usize,
         path: impl FnOnce() -> String,
         reply: ReplyData,
-    ) -> Result<(), ReplyData> {
+    ) -> Result<Option<u64>, ReplyData> {
         let len = content.len().saturating_sub(offset).min(size as u64);
         let mut runs = Vec::new();
         if len == 0 || content.runs(offset, len, &mut runs).is_err() || !all_there(&runs) {
@@ -66,8 +66,9 @@ impl MappedReply {
             let pieces = pieces(&header, &runs, zeroes)?;
             Some(write_gathered(self.device.as_fd(), &pieces))
         });
+        let mut read = None;
         match written {
-            Some(Ok(_)) => {}
+            Some(Ok(_)) => read = Some(len as u64),
             // The kernel has told the reader that this is an input/output error.
             Some(Err(Errno::EFAULT)) => error!(
                 "read {}: {len:#x} bytes at {offset:#x}: a page of {} could not be read, or was \
@@ -82,7 +83,7 @@ impl MappedReply {
         }
         // Dropping it would answer a second time.
         mem::forget(reply);
-        Ok(())
+        Ok(read)
     }
 }
 

@@ -14,8 +14,9 @@ use log::{debug, error, info, warn};
 use nix::sys::signal::{SigSet, Signal};
 
 use super::{
-    FS_TYPE, ImageFs, MountError, Mounted, Result,
+    FS_TYPE, ImageFs, MountError, Mounted, Punch, Result,
     mount::{check_mount_point, mount_device, unmount_device},
+    punching::Punching,
 };
 use crate::view::View;
 
@@ -32,13 +33,15 @@ pub struct MountOptions {
     pub threads: NonZeroUsize,
     /// Whether the kernel may read files that are one backing file by itself.
     pub pass_through: bool,
+    /// Whether and when pages of the shown snapshot are freed.
+    pub punch: Option<Punch>,
 }
 
 impl Default for MountOptions {
     fn default() -> Self {
         let processors = thread::available_parallelism().map_or(1, NonZeroUsize::get);
         let threads = NonZeroUsize::new(processors.max(2)).expect("at least two");
-        Self { allow_other: false, threads, pass_through: true }
+        Self { allow_other: false, threads, pass_through: true, punch: None }
     }
 }
 
@@ -54,7 +57,8 @@ impl Session {
     /// calls it. From then on, requests wait for [`Session::run`].
     ///
     /// # Errors
-    /// What keeps the chain from being mounted; nothing is mounted then. SIGTERM,
+    /// What keeps the chain from being mounted, or its pages from being freed if they
+    /// are to be; nothing is mounted then. SIGTERM,
     /// SIGINT and SIGHUP are blocked in this thread from here on.
     pub fn mount(
         view: Arc<View>,
@@ -63,6 +67,7 @@ impl Session {
         options: &MountOptions,
     ) -> Result<Self> {
         let mount_point = check_mount_point(mount_point, chain_path, view.chain())?;
+        let punching = options.punch.map(|punch| Punching::new(&view, punch)).transpose()?;
         // From the moment in which it is mounted, a signal must not end us and
         // leave the mount behind: it waits until `run` waits for it.
         ending_signals().thread_block().map_err(|errno| MountError::Handshake {
@@ -70,7 +75,7 @@ impl Session {
             source: errno.into(),
         })?;
         let source = chain_path.canonicalize().unwrap_or_else(|_| chain_path.to_owned());
-        let device = mount_device(&mount_point, &source.to_string_lossy(), options.allow_other)?;
+        let device = mount_device(&mount_point, &source.to_string_lossy(), options)?;
         let failed = |source| {
             if let Err(error) = unmount_device(&mount_point, true) {
                 warn!("{error}");
@@ -79,13 +84,15 @@ impl Session {
         };
         // The same open device under another number: answers may come from there.
         let answers = device.try_clone().map_err(failed)?;
-        let fs = ImageFs::new(view, answers, options.pass_through);
+        let fs = ImageFs::new(view, answers, options.pass_through, punching);
         let mut config = fuser::Config::default();
         config.n_threads = Some(options.threads.get());
         // The kernel lets in only the owner if others are not allowed.
         let acl = fuser::SessionACL::All;
         let fuse = fuser::Session::from_fd(fs, device, acl, config).map_err(failed)?;
-        raise_read_ahead(&mount_point);
+        // What is read ahead was not read by whom it would be freed for.
+        let read_ahead = if options.punch == Some(Punch::OnRead) { 0 } else { READ_AHEAD_KB };
+        set_read_ahead(&mount_point, read_ahead);
         info!("mounted at {} with {} threads", mount_point.display(), options.threads);
         Ok(Self { fuse, mount_point })
     }
@@ -176,11 +183,11 @@ fn unmount_on(signals: SigSet, mount_point: &Path, device: Option<u32>) {
     }
 }
 
-/// Lets the kernel read further ahead, if we may say so.
-fn raise_read_ahead(mount_point: &Path) {
+/// Lets the kernel read so far ahead, if we may say so.
+fn set_read_ahead(mount_point: &Path, read_ahead_kb: u32) {
     let Ok(Some(mounted)) = Mounted::at(mount_point) else { return };
     let path = format!("/sys/class/bdi/0:{}/read_ahead_kb", mounted.device);
-    if let Err(error) = fs::write(&path, READ_AHEAD_KB.to_string()) {
+    if let Err(error) = fs::write(&path, read_ahead_kb.to_string()) {
         debug!("write {path}: {error}");
     }
 }

@@ -189,6 +189,7 @@ kinds! {
     BpfmapData = "BPFMAP_DATA": "bpfmap-data", None, ".img", 0x64324033, Many("bpfmap_data_entry"), BpfMap;
     Apparmor = "APPARMOR": "apparmor", None, ".img", 0x59423047, One("apparmor_entry"), None;
     Pidfd = "PIDFD": "pidfd", None, ".img", 0x54435556, Many("pidfd_entry"), None;
+    Punched = "PUNCHED": "punched-", Decimal, ".img", 0x00000000, Raw, None;
     Stats = "STATS": "stats-", Word, "", 0x57093306, One("stats_entry"), None;
     IrmapCache = "IRMAP_CACHE": "irmap-cache", None, ".img", 0x57004059, Many("irmap_cache_entry"), None;
 }

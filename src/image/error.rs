@@ -107,6 +107,26 @@ pub enum ImageError {
         /// What is wrong with it.
         problem: &'static str,
     },
+    /// A journal of freed pages that belongs to another dump.
+    #[error(
+        "{path} names pages that were freed of another dump than the one beside it; if that was \
+         dumped or copied into this directory since then, remove the file",
+        path = .path.display()
+    )]
+    Foreign {
+        /// The journal.
+        path: PathBuf,
+    },
+    /// A journal of freed pages that contradicts itself.
+    #[error("journal of freed pages {path} at offset {offset:#x}: {problem}", path = .path.display())]
+    Journal {
+        /// The file.
+        path: PathBuf,
+        /// Bytes before the place.
+        offset: u64,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
     /// An entry whose payload is not the one that its message announces.
     #[error("image {path}, entry {entry}: {problem}", path = .path.display())]
     Payload {

@@ -5,6 +5,7 @@
 //! [`ImageError`] that names the file and the place in it.
 
 pub mod desc;
+pub mod disk;
 pub mod document;
 pub mod dynamic;
 mod error;
@@ -14,6 +15,7 @@ pub mod json;
 pub mod pagemap;
 pub mod payload;
 pub mod proto;
+pub mod punched;
 pub mod registers;
 pub mod snapshot;
 mod verify;
@@ -21,10 +23,11 @@ pub mod vma;
 mod wire;
 
 pub use desc::{Body, Desc, Kind};
+pub use disk::Disk;
 pub use document::Document;
 pub use error::{ImageError, Result};
 pub use files::read_files;
 pub use framing::{ImageReader, ImageWriter, Prologue, read_all, read_one};
 pub use pagemap::{MemoryId, Pagemap, PagemapEntry, PagemapReader, PagemapWriter, Presence};
-pub use snapshot::SnapshotWriter;
+pub use snapshot::{PARENT_LINK, SnapshotWriter};
 pub use verify::verify;

@@ -94,6 +94,11 @@ impl PagemapEntry {
     pub fn end(&self) -> PageIndex {
         PageIndex(self.first.0 + self.pages)
     }
+
+    /// Returns how many pages the entry takes in the pages file beside it.
+    pub fn pages_in_file(&self) -> u64 {
+        if self.presence == Presence::Present { self.pages } else { 0 }
+    }
 }
 
 /// A pagemap read as a whole.

@@ -27,7 +27,7 @@ const UNFINISHED: &str = ".unfinished";
 pub const PARENT_LINK: &str = "parent";
 
 /// Permissions of directories with images: memory is secret.
-const DIRECTORY_MODE: u32 = 0o700;
+pub(crate) const DIRECTORY_MODE: u32 = 0o700;
 
 /// Writes the images of one snapshot.
 #[derive(Debug)]
@@ -59,7 +59,12 @@ impl SnapshotWriter {
 
     /// Returns the path at which an image is written.
     pub fn path(&self, kind: Kind, number: u64) -> PathBuf {
-        self.unfinished.join(kind.file_name(number))
+        self.path_of(&kind.file_name(number))
+    }
+
+    /// Returns the path at which an image of this name is written.
+    pub fn path_of(&self, name: &str) -> PathBuf {
+        self.unfinished.join(name)
     }
 
     /// Creates an image of many messages.
@@ -134,8 +139,28 @@ impl SnapshotWriter {
     ///
     /// # Errors
     /// [`ImageError::Write`].
-    pub fn commit(mut self, inventory: &proto::InventoryEntry) -> Result<()> {
+    pub fn commit(self, inventory: &proto::InventoryEntry) -> Result<()> {
         self.write(Kind::Inventory, 0, std::slice::from_ref(inventory))?;
+        self.publish_all()
+    }
+
+    /// Makes the directory a snapshot with a copy of another one's inventory, of the
+    /// same date.
+    ///
+    /// # Errors
+    /// As [`Self::commit`].
+    pub fn commit_as(self, inventory: &Path) -> Result<()> {
+        let path = self.path(Kind::Inventory, 0);
+        let copy = || {
+            fs::copy(inventory, &path)?;
+            let date = fs::metadata(inventory)?.modified()?;
+            File::options().write(true).open(&path)?.set_modified(date)
+        };
+        copy().map_err(|source| write_error(&path, source))?;
+        self.publish_all()
+    }
+
+    fn publish_all(mut self) -> Result<()> {
         sync(&self.path(Kind::Inventory, 0))?;
         self.remove_old()?;
         let inventory = OsString::from(Kind::Inventory.file_name(0));
@@ -174,14 +199,17 @@ impl SnapshotWriter {
             }
         };
         let inventory = OsString::from(Kind::Inventory.file_name(0));
-        if !self.dir.join(&inventory).exists() && !self.dir.join(PARENT_LINK).is_symlink() {
-            return Ok(());
+        let complete =
+            self.dir.join(&inventory).exists() || self.dir.join(PARENT_LINK).is_symlink();
+        if complete {
+            remove(&inventory)?;
+            sync(&self.dir)?;
         }
-        remove(&inventory)?;
-        sync(&self.dir)?;
         for name in names(&self.dir)? {
-            let image = name.to_str().is_some_and(|name| desc::by_file_name(name).is_some());
-            if image || name == PARENT_LINK {
+            let kind = name.to_str().and_then(desc::by_file_name).map(|(desc, _)| desc.kind);
+            // What names pages of other files must not be taken for ours.
+            let misleading = kind == Some(Kind::Punched) || name == PARENT_LINK;
+            if misleading || complete && kind.is_some() {
                 remove(&name)?;
             }
         }
@@ -200,7 +228,8 @@ impl Drop for SnapshotWriter {
     }
 }
 
-fn names(dir: &Path) -> Result<Vec<OsString>> {
+/// Returns the names in a directory, sorted.
+pub(crate) fn names(dir: &Path) -> Result<Vec<OsString>> {
     let failed = |source| ImageError::Open { path: dir.to_owned(), source };
     let mut names = Vec::new();
     for entry in fs::read_dir(dir).map_err(failed)? {
@@ -210,11 +239,12 @@ fn names(dir: &Path) -> Result<Vec<OsString>> {
     Ok(names)
 }
 
-fn sync(path: &Path) -> Result<()> {
+/// Brings a file, or the names in a directory, to the disk.
+pub(crate) fn sync(path: &Path) -> Result<()> {
     File::open(path).and_then(|file| file.sync_all()).map_err(|source| write_error(path, source))
 }
 
-fn write_error(path: &Path, source: io::Error) -> ImageError {
+pub(crate) fn write_error(path: &Path, source: io::Error) -> ImageError {
     ImageError::Write { path: path.to_owned(), source }
 }
 
@@ -247,9 +277,17 @@ mod tests {
         assert_eq!(read().unwrap(), 1);
         assert!(dir.path().join("pstree.img").exists());
 
+        fs::write(dir.path().join("punched-1.img"), "").unwrap();
         let second = SnapshotWriter::begin(dir.path()).unwrap();
         second.commit(&inventory(2)).unwrap();
         assert_eq!(read().unwrap(), 2);
+        assert_eq!(names(dir.path()).unwrap(), ["inventory.img"]);
+
+        // Somebody has removed the inventory, and not all else.
+        fs::remove_file(dir.path().join("inventory.img")).unwrap();
+        fs::write(dir.path().join("punched-1.img"), "").unwrap();
+        let third = SnapshotWriter::begin(dir.path()).unwrap();
+        third.commit(&inventory(3)).unwrap();
         assert_eq!(names(dir.path()).unwrap(), ["inventory.img"]);
     }
 }

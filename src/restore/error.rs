@@ -12,6 +12,7 @@ use crate::{
     inject::InjectError,
     proc::ProcError,
     res::{ResError, file::FileError, track::TrackError},
+    sys::lock::LockError,
     units::{HostPid, RemoteAddr},
 };
 
@@ -82,6 +83,47 @@ pub enum RestoreError {
         /// Why it failed.
         source: Errno,
     },
+    /// Memory of a process that was filled already could not be read.
+    #[error("read {len:#x} bytes at {address} of process {pid}")]
+    ReadMemory {
+        /// The process.
+        pid: HostPid,
+        /// Where.
+        address: RemoteAddr,
+        /// How many.
+        len: u64,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// What is to be freed is mounted read-only.
+    #[error(
+        "the images are seen through a mount at {path} that frees nothing, and that keeps others \
+         from changing them: mount them with --punch, or unmount them and restore from {behind}",
+        path = .path.display(), behind = .behind.display()
+    )]
+    MountedReadOnly {
+        /// The mount.
+        path: PathBuf,
+        /// What it shows.
+        behind: PathBuf,
+    },
+    /// A mount did not free what was restored.
+    #[error("let the mount free what was restored")]
+    Commit {
+        /// Why it failed.
+        source: Errno,
+    },
+    /// The restore failed after pages were freed.
+    #[error(
+        "{pages} pages were freed in the images before the restore failed, as --auto-dedup=now \
+         asks: they cannot be restored any more"
+    )]
+    Spent {
+        /// How many.
+        pages: u64,
+        /// Why it failed.
+        source: Box<RestoreError>,
+    },
     /// Shared memory could not be made or filled.
     #[error("{step} the shared memory {shmid}")]
     Object {
@@ -150,6 +192,9 @@ pub enum RestoreError {
     /// A program of the user failed.
     #[error(transparent)]
     Action(#[from] ActionError),
+    /// A directory is in use by another program.
+    #[error(transparent)]
+    Lock(#[from] LockError),
     /// A test asked for it.
     #[error(transparent)]
     Fault(#[from] Injected),

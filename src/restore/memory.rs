@@ -6,8 +6,10 @@
 //! copy-on-write.
 
 use std::{
+    fs::File,
     num::NonZeroUsize,
     ops::Range,
+    os::unix::fs::FileExt,
     sync::{
         Mutex,
         atomic::{AtomicBool, Ordering},
@@ -19,6 +21,7 @@ use nix::libc;
 
 use super::{
     RestoreError, Result,
+    free::Free,
     plan::{ADDRESSES_END, Body},
 };
 use crate::{
@@ -341,17 +344,19 @@ fn protect(script: &mut Script, range: Range<u64>, protection: u32) {
     script.call(what, libc::SYS_mprotect, &arguments);
 }
 
-/// Fills the private memory of a process whose mappings are in place; `parent` is
-/// the memory of the process that it was forked from. Returns how many pages were
-/// compared, found equal, and written.
+/// Fills the private memory of a process whose mappings are in place; `parent` is the
+/// process that it was forked from, with what its memory was filled with. Tells `free`
+/// what is in place. Returns how many pages were compared, found equal, and written.
 ///
 /// # Errors
-/// [`RestoreError::WriteMemory`]; what keeps the chain from being read.
+/// [`RestoreError::WriteMemory`], [`RestoreError::ReadMemory`]; what keeps the chain
+/// from being read, or from being freed.
 pub(super) fn fill(
     pid: HostPid,
     body: &Body,
     layout: &Layout,
-    parent: Option<&MemoryBytes>,
+    parent: Option<(HostPid, &MemoryBytes)>,
+    free: Option<&Free>,
 ) -> Result<Filled> {
     let Some(memory) = &body.memory else { return Ok(Filled::default()) };
     let private =
@@ -370,28 +375,32 @@ pub(super) fn fill(
         filled.equal += add.equal;
         filled.written += add.written;
     };
+    let done = |chunk: Chunk| {
+        free.map_or(Ok(()), |free| free.restored(memory.index(), chunk.first, chunk.pages))
+    };
     in_parallel(&Chunks::new(memory, &fresh), |chunk, buffer| {
         buffer.resize(bytes(chunk.pages), 0);
         read_at(memory, chunk.first.address(), buffer)?;
         write(pid, chunk.first, buffer)?;
         count(Filled { written: chunk.pages, ..Filled::default() });
-        Ok(())
+        done(chunk)
     })?;
+    let parent = parent.map(|(pid, memory)| Forked::open(pid, memory)).transpose()?;
     in_parallel(&Chunks::new(memory, &kept), |chunk, buffer| {
         let len = bytes(chunk.pages);
         buffer.resize(2 * len, 0);
         let (own, theirs) = buffer.split_at_mut(len);
         read_at(memory, chunk.first.address(), own)?;
-        match parent {
-            Some(parent) => drop(read_at(parent, chunk.first.address(), theirs)?),
+        match &parent {
+            Some(parent) => parent.read(chunk, theirs)?,
             None => theirs.fill(0),
         }
         let differs = |number: usize| {
             let at = number * PAGE;
             own[at..at + PAGE] != theirs[at..at + PAGE]
                 // A page of zeros of a file is not one that the parent has.
-                || parent.is_some_and(|parent| {
-                    parent.index().find(PageIndex(chunk.first.0 + number as u64)).is_none()
+                || parent.as_ref().is_some_and(|parent| {
+                    parent.memory.index().find(PageIndex(chunk.first.0 + number as u64)).is_none()
                 })
         };
         let pages = usize::try_from(chunk.pages).expect("a chunk");
@@ -407,9 +416,43 @@ pub(super) fn fill(
             number += run.max(1);
         }
         count(Filled { compared: chunk.pages, equal: chunk.pages - written, written });
-        Ok(())
+        done(chunk)
     })?;
     Ok(filled.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner))
+}
+
+/// The process that another was forked from. What it has is read from itself: in the
+/// images it may have been freed.
+struct Forked<'a> {
+    pid: HostPid,
+    file: File,
+    memory: &'a MemoryBytes,
+}
+
+impl<'a> Forked<'a> {
+    fn open(pid: HostPid, memory: &'a MemoryBytes) -> Result<Self> {
+        // With the rights of the kernel, whatever the protection of its memory is.
+        let file = File::open(format!("/proc/{pid}/mem")).map_err(|source| {
+            RestoreError::ReadMemory { pid, address: RemoteAddr(0), len: 0, source }
+        })?;
+        Ok(Self { pid, file, memory })
+    }
+
+    /// Reads what was stored of the pages of a chunk; others are zero.
+    fn read(&self, chunk: Chunk, target: &mut [u8]) -> Result<()> {
+        target.fill(0);
+        let range = chunk.first..PageIndex(chunk.first.0 + chunk.pages);
+        for part in Chunks::new(self.memory, std::slice::from_ref(&range)).chunks {
+            let at = bytes(part.first.0 - chunk.first.0);
+            let target = &mut target[at..at + bytes(part.pages)];
+            let address = part.first.address();
+            self.file.read_exact_at(target, address).map_err(|source| {
+                let (pid, address) = (self.pid, RemoteAddr(address));
+                RestoreError::ReadMemory { pid, address, len: target.len() as u64, source }
+            })?;
+        }
+        Ok(())
+    }
 }
 
 /// How many pages were what when memory was filled.

@@ -8,6 +8,7 @@
 mod apply;
 mod error;
 mod files;
+mod free;
 mod memory;
 mod objects;
 mod options;
@@ -26,16 +27,21 @@ pub use options::{AutoDedup, Options};
 
 use crate::{
     action::{Actions, Stage},
+    chain::with_sources,
     fault::{self, Point},
     proc,
     res::{
         file::{Policy, memfd},
         task::state,
     },
-    sys::{process, ptrace},
+    sys::{
+        lock::{Access, DirectoryLocks},
+        process, ptrace,
+    },
     units::HostPid,
 };
 use files::Files;
+use free::Free;
 use plan::Plan;
 use stats::Stats;
 use tree::{Puppets, Workshop};
@@ -64,9 +70,21 @@ pub fn run(options: &Options) -> Result<()> {
     })?;
     let actions = Actions::new(&options.action_scripts, &images);
     actions.run(Stage::PreRestore, None)?;
-    let behind = source::behind_mount(&images);
-    let images = behind.as_deref().unwrap_or(&images);
-    let plan = Plan::read(images)?;
+    let mut locks = DirectoryLocks::default();
+    let plan = match source::behind_mount(&images) {
+        Some(behind) if options.auto_dedup.is_some() => {
+            return Err(RestoreError::MountedReadOnly { path: images.clone(), behind });
+        }
+        // Who serves the mount has locked them.
+        Some(behind) => Plan::read(&behind, None)?,
+        None => {
+            let changes = options.auto_dedup.is_some();
+            let access = if changes { Access::Exclusive } else { Access::Shared };
+            Plan::read(&images, Some((&mut locks, access)))?
+        }
+    };
+    plan.chain.require_whole(plan.snapshot)?;
+    let free = options.auto_dedup.map(|when| Free::prepare(when, &images, &plan)).transpose()?;
     fault::hit(Point::RestorePlan)?;
     let subreaper = |on: bool| {
         ptrace::set_subreaper(on).map_err(|source| RestoreError::Process {
@@ -77,9 +95,16 @@ pub fn run(options: &Options) -> Result<()> {
     };
     // What is left of a restore that fails is ours to reap.
     subreaper(true)?;
-    let restored = restore(options, &actions, images, &plan, &mut stats);
+    let restored = restore(options, &actions, plan.dir(), &plan, free.as_ref(), &mut stats);
     subreaper(false)?;
-    restored?;
+    restored.map_err(|source| match free.as_ref().map(Free::freed_pages) {
+        Some(pages @ 1..) => RestoreError::Spent { pages, source: Box::new(source) },
+        _ => source,
+    })?;
+    if let Some(free) = free {
+        free_all(&free, &plan);
+    }
+    drop(locks);
     let root = plan.tasks[0].pid;
     log::info!("restored {} processes", plan.tasks.len());
     // The tree is running.
@@ -97,11 +122,24 @@ pub fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
+/// Frees what is left to be freed. The tree runs, whatever becomes of its images.
+fn free_all(free: &Free, plan: &Plan) {
+    match free.all(plan) {
+        Ok(pages) => log::info!("freed {pages} pages of the images"),
+        Err(error) => {
+            let why = with_sources(&error);
+            log::error!("the tree is restored, but its images were not all freed: {why}");
+            eprintln!("the tree is restored, but its images were not all freed: {why}");
+        }
+    }
+}
+
 fn restore(
     options: &Options,
     actions: &Actions<'_>,
     images: &std::path::Path,
     plan: &Plan,
+    free: Option<&Free>,
     stats: &mut Stats,
 ) -> Result<()> {
     let policy = Policy {
@@ -122,12 +160,13 @@ fn restore(
     let place = scratch_place(plan, table_bytes)?;
     thread::scope(|scope| {
         let filling =
-            objects::any_filled(&objects).then(|| scope.spawn(|| objects::fill(&objects)));
+            objects::any_filled(&objects).then(|| scope.spawn(|| objects::fill(&objects, free)));
         let workshop = Workshop {
             place,
             table_bytes,
             file: &|entry| files.for_mapping(entry),
             shell_job: options.shell_job,
+            free,
             root_flags: CLONE_CLEAR_SIGHAND
                 | if options.sibling { u64::from(libc::CLONE_PARENT.cast_unsigned()) } else { 0 },
         };

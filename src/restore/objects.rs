@@ -14,6 +14,7 @@ use std::{
 
 use super::{
     RestoreError, Result,
+    free::Free,
     memory::{self, Chunks},
     plan::Plan,
 };
@@ -122,11 +123,11 @@ pub(super) fn any_filled(objects: &[Object]) -> bool {
     objects.iter().any(|object| object.memory.is_some())
 }
 
-/// Fills all objects.
+/// Fills all objects, and tells `free` what was.
 ///
 /// # Errors
 /// [`RestoreError::Object`], and what keeps the chain from being read.
-pub(super) fn fill(objects: &[Object]) -> Result<()> {
+pub(super) fn fill(objects: &[Object], free: Option<&Free>) -> Result<()> {
     for object in objects {
         let Some(memory) = &object.memory else { continue };
         let failed = |source| RestoreError::Object { shmid: object.shmid, step: "fill", source };
@@ -143,8 +144,10 @@ pub(super) fn fill(objects: &[Object]) -> Result<()> {
             read_at(memory, offset, buffer)?;
             let inside = usize::try_from(size.saturating_sub(offset)).unwrap_or(usize::MAX);
             buffer.truncate(inside);
-            let _turn = writing.lock().unwrap_or_else(PoisonError::into_inner);
-            object.file.write_all_at(buffer, offset).map_err(failed)
+            let turn = writing.lock().unwrap_or_else(PoisonError::into_inner);
+            object.file.write_all_at(buffer, offset).map_err(failed)?;
+            drop(turn);
+            free.map_or(Ok(()), |free| free.restored(memory.index(), chunk.first, chunk.pages))
         })?;
     }
     Ok(())

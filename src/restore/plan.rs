@@ -12,7 +12,10 @@ use crate::{
     image::{Kind, MemoryId, proto, read_all, read_files, read_one, vma},
     proc,
     res::{mapping, task::state},
-    sys::process,
+    sys::{
+        lock::{Access, DirectoryLocks},
+        process,
+    },
     units::{HostPid, PAGE_SIZE, PageIndex},
 };
 
@@ -84,11 +87,23 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// Reads the images in `dir`.
+    /// Returns the directory of the images.
+    pub(super) fn dir(&self) -> &Path {
+        &self.chain.snapshot(self.snapshot).dir
+    }
+
+    /// Reads the images in `dir`, after keeping others from changing them, or from
+    /// using them if this program changes them.
     ///
     /// # Errors
-    /// What is missing, malformed or contradictory.
-    pub(super) fn read(dir: &Path) -> Result<Self> {
+    /// What is missing, malformed or contradictory; who changes them now.
+    pub(super) fn read(
+        dir: &Path,
+        mut locks: Option<(&mut DirectoryLocks, Access)>,
+    ) -> Result<Self> {
+        let mut lock =
+            |dir: &Path| locks.as_mut().map_or(Ok(()), |(locks, access)| locks.take(dir, *access));
+        lock(dir)?;
         let problem = |problem: String| RestoreError::Directory { path: dir.to_owned(), problem };
         let inventory: proto::InventoryEntry =
             match read_one(&dir.join(Kind::Inventory.file_name(0)), Kind::Inventory) {
@@ -110,6 +125,7 @@ impl Plan {
             .ids()
             .find(|id| chain.snapshot(*id).dir == canonical)
             .ok_or_else(|| problem("it is no image directory".into()))?;
+        lock(&chain.snapshot(chain.base(snapshot)).dir)?;
         let pstree_path = dir.join(Kind::Pstree.file_name(0));
         let pstree: Vec<proto::PstreeEntry> = match read_all(&pstree_path, Kind::Pstree) {
             Err(error) if error.is_missing() => {

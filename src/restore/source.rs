@@ -9,7 +9,11 @@ use std::{
 
 use nix::sys::statfs::{FUSE_SUPER_MAGIC, statfs};
 
-use crate::{chain::DIRECTORY_XATTR, image::Kind, sys::xattr};
+use crate::{
+    chain::{DIRECTORY_XATTR, PUNCH_XATTR},
+    image::Kind,
+    sys::xattr,
+};
 
 /// Returns the image directory that `dir` shows, if it is one of a mount of `imgfs`
 /// and the same snapshot is found where the mount says: its bytes need not go through
@@ -34,6 +38,12 @@ pub(super) fn behind_mount(dir: &Path) -> Option<PathBuf> {
     Some(behind)
 }
 
+/// Whether `dir` is the root of a mount of `imgfs` that frees what is punched.
+pub(super) fn frees_pages(dir: &Path) -> bool {
+    statfs(dir).is_ok_and(|stat| stat.filesystem_type() == FUSE_SUPER_MAGIC)
+        && xattr::get(dir, PUNCH_XATTR).is_ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -44,5 +54,6 @@ mod tests {
         fs::write(dir.path().join("inventory.img"), "same").unwrap();
         assert_eq!(behind_mount(dir.path()), None);
         assert_eq!(behind_mount(Path::new("/nowhere")), None);
+        assert!(!frees_pages(dir.path()));
     }
 }

@@ -17,6 +17,7 @@ use nix::libc;
 
 use super::{
     RestoreError, Result,
+    free::Free,
     memory::{self, Layout},
     plan::{Body, Plan, TaskPlan, in_use},
 };
@@ -196,6 +197,8 @@ pub(super) struct Workshop<'a> {
     /// Returns the descriptor for a mapping of a file.
     pub(super) file: &'a dyn Fn(&VmaEntry) -> Result<i32>,
     pub(super) shell_job: bool,
+    /// Who frees in the images what is in place.
+    pub(super) free: Option<&'a Free>,
     /// Flags for making the first process.
     pub(super) root_flags: u64,
 }
@@ -303,8 +306,10 @@ impl<'a> Puppets<'a> {
         self.scratch.run(&mut puppet.threads[0], &script)?;
         check_vdso(task.pid, body)?;
         let parent_memory = parent.and_then(|parent| parent.memory.as_ref());
+        let forked_from = puppet.inherited.zip(parent_memory);
+        let forked_from = forked_from.map(|(parent, memory)| (self.plan.tasks[parent].pid, memory));
         fault::hit(Point::RestoreMemory)?;
-        let filled = memory::fill(task.pid, body, &puppet.layout, parent_memory)?;
+        let filled = memory::fill(task.pid, body, &puppet.layout, forked_from, workshop.free)?;
         log::debug!("{}: {filled:?}", task.pid);
         self.filled.compared += filled.compared;
         self.filled.equal += filled.equal;

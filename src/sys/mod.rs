@@ -1,15 +1,19 @@
-//! What needs `unsafe`: system calls that no crate makes safe for us.
+//! System calls: those that no crate makes safe for us, and others that several
+//! parts need.
 
 pub mod cancel;
+pub mod commit;
 pub mod daemon;
 mod descriptors;
 pub mod fanotify;
 pub mod fds;
 mod features;
 pub mod gather;
+pub mod lock;
 pub mod pagemap;
 pub mod process;
 pub mod ptrace;
+pub mod reflink;
 pub mod shm;
 pub mod socket;
 pub mod supervise;

@@ -150,7 +150,7 @@ impl AddressSpace {
                 continue;
             };
             let skipped = part.start - extent.first.address();
-            runs.push(cursor.run(&extent, skipped, part.end - part.start)?);
+            cursor.push_runs(&extent, skipped, part.end - part.start, runs)?;
         }
         Ok(())
     }
@@ -273,7 +273,7 @@ fn parts(
 fn stored(part: &Range<u64>, extent: Extent) -> u64 {
     match extent.place {
         Place::Stored { .. } => part.end - part.start,
-        Place::Absent => 0,
+        Place::Punched { .. } | Place::Absent => 0,
     }
 }
 

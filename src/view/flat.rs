@@ -70,7 +70,8 @@ pub(super) fn pagemap(path: &Path, index: &Index) -> ImageResult<MemoryFile> {
 
 fn presence(extent: &Extent) -> Presence {
     match extent.place {
-        Place::Stored { .. } => Presence::Present,
+        // What was freed keeps its place in the pages file.
+        Place::Stored { .. } | Place::Punched { .. } => Presence::Present,
         Place::Absent => Presence::Absent,
     }
 }

@@ -7,11 +7,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use nix::{errno::Errno, fcntl::copy_file_range};
-
 use super::{NodeType, ROOT, Result, View, ViewError, Whence, seek};
 use crate::{
-    chain::{BackingFile, Content, Run, Source, read_at},
+    chain::{Content, Run, Source, read_at},
     image::Kind,
     units::BLOCK_BYTES,
 };
@@ -37,9 +35,11 @@ const UNFINISHED_INVENTORY: &str = ".inventory.img.unfinished";
 /// blocks between files (btrfs, xfs) are asked to.
 ///
 /// # Errors
-/// Whatever keeps the view from being read or `out` from being written. What was
-/// written by then is removed.
+/// A snapshot of which pages were freed, before anything is written; whatever keeps
+/// the view from being read or `out` from being written. What was written by then is
+/// removed.
 pub fn flatten(view: &View, out: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
+    view.chain().require_whole(view.tip())?;
     let made = match fs::DirBuilder::new().mode(DIRECTORY_MODE).create(out) {
         Ok(()) => true,
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists && is_empty(out)? => false,
@@ -157,41 +157,15 @@ fn copy_run(content: &dyn Content, run: &Run, offset: u64, target: &Target) -> R
     match &run.source {
         Source::Zero => Ok(()),
         Source::File(file, start) => {
-            let copied = copy_in_kernel(file, *start, offset, run.len, target)?;
+            let copied = file
+                .copy_in_kernel(*start, run.len, &target.file, offset)
+                .map_err(|source| target.failed(source))?;
             copy_through_buffer(content, offset + copied, run.len - copied, target)
         }
         Source::Bytes(..) | Source::Lost(_) => {
             copy_through_buffer(content, offset, run.len, target)
         }
     }
-}
-
-/// Lets the kernel copy, which may share blocks instead, and returns how many
-/// bytes it did: not all where it cannot, or where `from` ends too early.
-fn copy_in_kernel(
-    from: &BackingFile,
-    start: u64,
-    offset: u64,
-    len: u64,
-    target: &Target,
-) -> Result<u64> {
-    let position = |offset: u64| {
-        i64::try_from(offset).map_err(|_| target.failed(io::ErrorKind::FileTooLarge.into()))
-    };
-    let (mut from_at, mut to_at) = (position(start)?, position(offset)?);
-    let mut copied = 0;
-    while copied < len {
-        let rest = usize::try_from(len - copied).unwrap_or(usize::MAX);
-        let to = &target.file;
-        match copy_file_range(from.file(), Some(&mut from_at), to, Some(&mut to_at), rest) {
-            Ok(0) => break,
-            Ok(count) => copied += count as u64,
-            Err(Errno::EINTR) => {}
-            Err(Errno::EXDEV | Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL) => break,
-            Err(errno) => return Err(target.failed(errno.into())),
-        }
-    }
-    Ok(copied)
 }
 
 fn copy_through_buffer(

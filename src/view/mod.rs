@@ -42,7 +42,7 @@ pub use tree::{DirEntry, Ino, ROOT, View};
 pub use whole_file::WholeFile;
 
 pub use crate::chain::Whence;
-use crate::chain::{BackingFile, Content};
+use crate::chain::{BackingFile, Content, FlatPages};
 
 /// What a node is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,6 +88,8 @@ pub struct OpenFile {
     /// The one file on disk that the content is, from its first byte to its
     /// last, if it is.
     pub whole: Option<Arc<BackingFile>>,
+    /// The content, if it is a pages file without parents.
+    pub pages: Option<Arc<FlatPages>>,
 }
 
 /// Converts a time of `stat(2)`.

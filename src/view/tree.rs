@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     chain::{Chain, ChainError, Content, FlatPages, SnapshotId},
-    image::{Kind, MemoryId, PagemapReader},
+    image::{Kind, MemoryId, PagemapReader, desc},
     units::BLOCK_BYTES,
 };
 
@@ -196,6 +196,12 @@ impl View {
         }
     }
 
+    /// Whether a node is a pages file of the snapshot that is shown, in the root.
+    pub fn is_shown_pages(&self, ino: Ino) -> bool {
+        let node = self.node(ino);
+        node.is_ok_and(|node| node.parent == ROOT && matches!(node.what, What::Pages(..)))
+    }
+
     /// Makes a file ready to be read.
     ///
     /// # Errors
@@ -268,7 +274,9 @@ impl View {
             let entry = entry.map_err(failed)?;
             // Names that are not UTF-8 are not names of images.
             let Ok(name) = entry.file_name().into_string() else { continue };
-            if entry.path().is_file() {
+            // It is about the pages file on disk, which has others than the one here.
+            let journal = desc::by_file_name(&name).is_some_and(|(d, _)| d.kind == Kind::Punched);
+            if entry.path().is_file() && !journal {
                 children.push((name, What::Image(id)));
             }
         }
@@ -314,7 +322,9 @@ impl View {
     }
 
     fn node_attr(&self, node: &Node) -> Result<Attr> {
-        if node.what.kind() == NodeType::File && !matches!(node.what, What::Image(_)) {
+        // How much room is taken changes when pages are freed.
+        let lasting = !self.chain.has_freed();
+        if lasting && node.what.kind() == NodeType::File && !matches!(node.what, What::Image(_)) {
             let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
             if let Some(attr) = table.attrs.get(&node.ino) {
                 return Ok(attr.clone());
@@ -345,8 +355,10 @@ impl View {
         // Mapped files are read with the rights of who mounts, not of who looks.
         attr.mode &=
             if matches!(node.what, What::Mem(..) | What::Core(..)) { 0o400 } else { 0o444 };
-        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
-        table.attrs.insert(node.ino, attr.clone());
+        if lasting {
+            let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+            table.attrs.insert(node.ino, attr.clone());
+        }
         Ok(attr)
     }
 
@@ -383,12 +395,12 @@ impl View {
             What::Image(_) => {
                 let file = chain.files().get(chain.files().enter(&self.origin(what, name)))?;
                 let content = Arc::new(WholeFile::new(Arc::clone(&file))?);
-                Ok(OpenFile { content, whole: Some(file) })
+                Ok(OpenFile { content, whole: Some(file), pages: None })
             }
             What::Pagemap(id, memory) => {
                 let index = chain.index(*id, *memory)?;
                 let content = flat::pagemap(&self.origin(what, name), &index)?;
-                Ok(OpenFile { content: Arc::new(content), whole: None })
+                Ok(OpenFile { content: Arc::new(content), whole: None, pages: None })
             }
             What::Pages(id, memory) => {
                 self.check_claims(*id, *memory)?;
@@ -399,24 +411,26 @@ impl View {
                 };
                 let whole = whole
                     .filter(|file| file.metadata().is_ok_and(|meta| meta.len() == pages.len()));
-                Ok(OpenFile { content: Arc::new(pages), whole })
+                let pages = Arc::new(pages);
+                let content = Arc::clone(&pages) as Arc<dyn Content>;
+                Ok(OpenFile { content, whole, pages: Some(pages) })
             }
             What::Shmem(id, shmid) => {
                 let content = flat::shmem(&self.tables(*id), *shmid)?;
-                Ok(OpenFile { content, whole: None })
+                Ok(OpenFile { content, whole: None, pages: None })
             }
             What::Mem(id, pid) => {
                 let content = Arc::new(self.address_space(*id, *pid)?);
-                Ok(OpenFile { content, whole: None })
+                Ok(OpenFile { content, whole: None, pages: None })
             }
             What::Core(id, pid) => {
                 let space = Arc::new(self.address_space(*id, *pid)?);
-                Ok(OpenFile { content: Arc::new(CoreFile::open(space)?), whole: None })
+                Ok(OpenFile { content: Arc::new(CoreFile::open(space)?), whole: None, pages: None })
             }
             What::Json(_, image, name) => {
                 let open = self.open_what(image, name)?;
                 let content = json::render(&self.origin(image, name), &*open.content)?;
-                Ok(OpenFile { content: Arc::new(content), whole: None })
+                Ok(OpenFile { content: Arc::new(content), whole: None, pages: None })
             }
         }
     }

@@ -3,7 +3,11 @@
 
 pub mod chain;
 pub mod live;
+pub mod loops;
 pub mod mounted;
+pub mod peak;
+pub mod recorder;
+pub mod same;
 
 use std::{fs::File, path::Path, sync::OnceLock};
 
@@ -14,6 +18,8 @@ pub enum Cap {
     Fuse,
     /// To stop, read and restore processes of any user.
     Ptrace,
+    /// To mount files as file systems, as root.
+    Loop,
     /// A program in the search path.
     Program(&'static str),
 }
@@ -31,6 +37,9 @@ impl Cap {
             Self::Ptrace => {
                 (!nix::unistd::geteuid().is_root()).then(|| "root, to trace processes".to_owned())
             }
+            Self::Loop if !nix::unistd::geteuid().is_root() => Some("root".to_owned()),
+            Self::Loop => (!Path::new("/dev/loop-control").exists())
+                .then(|| "loop devices (/dev/loop-control)".to_owned()),
             Self::Program(name) => {
                 let path = std::env::var_os("PATH").unwrap_or_default();
                 let found = std::env::split_paths(&path).any(|dir| dir.join(name).is_file());

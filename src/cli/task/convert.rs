@@ -8,8 +8,8 @@ use nix::{
     unistd::{AccessFlags, faccessat},
 };
 
-use super::options::{AutoDedupName, Inodes, TaskArgs, TrackerName, Verbosity};
-use crate::{dump, restore, units::HostPid};
+use super::options::{AutoDedupName, DedupArgs, Inodes, TaskArgs, TrackerName, Verbosity};
+use crate::{cli::dedup::Work, dedup, dump, restore, units::HostPid};
 
 /// What is wrong with a command line as a whole.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -28,6 +28,8 @@ pub(super) enum UsageError {
     SiblingNotDetached,
     #[error("--inherit-fd is for restore")]
     InheritNotRestoring,
+    #[error("--keep-originals is for --link")]
+    KeepNotLinking,
 }
 
 /// How much is said: 0 nothing, 2 warnings, and so on, without end.
@@ -126,6 +128,24 @@ pub(super) fn restore_options(args: &TaskArgs) -> Result<restore::Options, Usage
         timeout_s: args.tree.timeout,
         display_stats: args.output.display_stats,
     })
+}
+
+/// Returns what a deduplication is asked to do.
+pub(super) fn dedup_work(args: &TaskArgs) -> Result<Work, UsageError> {
+    if args.tree.exec_cmd {
+        return Err(UsageError::ExecNotRestoring);
+    }
+    let DedupArgs { link, keep_originals, reflink, .. } = args.dedup;
+    if link {
+        let dirs = args.operands.iter().map(PathBuf::from).collect();
+        return Ok(Work::Link(dedup::LinkOptions { dirs, keep_originals }));
+    }
+    if keep_originals {
+        return Err(UsageError::KeepNotLinking);
+    }
+    check_operands(args, false)?;
+    let dir = args.images.images_dir.clone();
+    Ok(if reflink { Work::Reflink(dir) } else { Work::Free(dir) })
 }
 
 /// Checks what is no option, and the option that is about that.

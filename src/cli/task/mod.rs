@@ -1,4 +1,4 @@
-//! `rcriu dump`, `pre-dump`, `restore` and `check`: CRIU's command line.
+//! `rcriu dump`, `pre-dump`, `restore`, `check` and `dedup`: CRIU's command line.
 
 mod arrange;
 mod config;
@@ -28,10 +28,11 @@ pub(super) enum Task {
     PreDump,
     Restore,
     Check,
+    Dedup,
 }
 
 impl Task {
-    const ALL: [Self; 4] = [Self::Dump, Self::PreDump, Self::Restore, Self::Check];
+    const ALL: [Self; 5] = [Self::Dump, Self::PreDump, Self::Restore, Self::Check, Self::Dedup];
 
     const fn name(self) -> &'static str {
         match self {
@@ -39,6 +40,7 @@ impl Task {
             Self::PreDump => "pre-dump",
             Self::Restore => "restore",
             Self::Check => "check",
+            Self::Dedup => "dedup",
         }
     }
 
@@ -48,6 +50,7 @@ impl Task {
             Self::PreDump => table::PRE_DUMP,
             Self::Restore => table::RESTORE,
             Self::Check => table::CHECK,
+            Self::Dedup => table::DEDUP,
         }
     }
 }
@@ -133,7 +136,8 @@ pub(super) fn tidy_help(mut program: Command) -> Command {
         program = program.mut_subcommand(task.name(), |command| {
             command.mut_args(|arg| {
                 let Some(row) = arg.get_long().and_then(table::row) else {
-                    let hide = task != Task::Restore && arg.is_last_set();
+                    let shown = matches!(task, Task::Restore | Task::Dedup);
+                    let hide = !shown && arg.is_last_set();
                     return arg.hide(hide);
                 };
                 if !row.on.has(task.as_set()) {

@@ -13,7 +13,7 @@ use crate::dump;
 /// What stands for the value of an option that was given without its own.
 pub(super) const NO_VALUE: &str = "+";
 
-/// Everything that may be said to `dump`, `pre-dump`, `restore` and `check`.
+/// Everything that may be said to `dump`, `pre-dump`, `restore`, `check` and `dedup`.
 #[derive(Args, Clone, Debug)]
 #[command(args_override_self = true)]
 pub(in crate::cli) struct TaskArgs {
@@ -40,10 +40,12 @@ pub(in crate::cli) struct TaskArgs {
     #[command(flatten)]
     pub(super) check: CheckArgs,
     #[command(flatten)]
+    pub(super) dedup: DedupArgs,
+    #[command(flatten)]
     pub(super) output: OutputArgs,
     #[command(flatten)]
     pub(super) config: ConfigArgs,
-    /// The command of --exec-cmd, with its arguments
+    /// The command of --exec-cmd, with its arguments; the directories of --link
     #[arg(last = true, value_name = "COMMAND")]
     pub(super) operands: Vec<OsString>,
 }
@@ -350,6 +352,24 @@ pub(super) struct CheckArgs {
     /// Pretend that features are missing
     #[arg(long)]
     pub ms: bool,
+}
+
+/// What is deduplicated.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Deduplication")]
+pub(super) struct DedupArgs {
+    /// Make one chain of these dumps of a tree, the oldest first: --link DIR DIR...
+    #[arg(long)]
+    pub link: bool,
+    /// Write new directories, DIR.linked, and leave those that are linked as they are
+    #[arg(long)]
+    pub keep_originals: bool,
+    /// Let equal pages of the chain share blocks (btrfs, xfs); the images stay the same
+    #[arg(long, conflicts_with = "link")]
+    pub reflink: bool,
+    /// Say what was done as JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// What is said about it.

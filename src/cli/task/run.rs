@@ -7,7 +7,7 @@ use log::{error, info};
 
 use super::{Given, Task, TaskArgs, convert, log as task_log, refusal, without_effect};
 use crate::{
-    cli::{answer, check_features, exit, report},
+    cli::{answer, check_features, dedup, exit, report},
     dump, restore,
     sys::supervise::{self, Ended, Side},
 };
@@ -29,6 +29,7 @@ pub(in crate::cli) fn run(task: Task, args: &TaskArgs, given: &[Given]) -> ExitC
         Task::PreDump => convert::dump_options(args, true).map(Work::Dump),
         Task::Restore => convert::restore_options(args).map(Work::Restore),
         Task::Check => return check(args),
+        Task::Dedup => return dedup(args),
     };
     let work = match work {
         Ok(work) => work,
@@ -121,6 +122,20 @@ impl Work {
             }
         }
     }
+}
+
+fn dedup(args: &TaskArgs) -> ExitCode {
+    let work = match convert::dedup_work(args) {
+        Ok(work) => work,
+        Err(error) => return usage(error.into()),
+    };
+    close(args);
+    let work_dir = args.images.work_dir.as_deref().unwrap_or(Path::new("."));
+    if let Err(error) = start_log(work_dir, args) {
+        report(&error);
+        return ExitCode::from(exit::FAILED);
+    }
+    answer(|out| dedup::run(&work, args.dedup.json, out), exit::FAILED, exit::FAILED)
 }
 
 fn check(args: &TaskArgs) -> ExitCode {

@@ -12,10 +12,12 @@ pub(super) const PRE_DUMP: Commands = Commands(2);
 pub(super) const RESTORE: Commands = Commands(4);
 /// `check`
 pub(super) const CHECK: Commands = Commands(8);
+/// `dedup`
+pub(super) const DEDUP: Commands = Commands(16);
 
 const DUMPS: Commands = DUMP.or(PRE_DUMP);
 const BOTH: Commands = DUMPS.or(RESTORE);
-const ALL: Commands = BOTH.or(CHECK);
+const ALL: Commands = BOTH.or(CHECK).or(DEDUP);
 
 impl Commands {
     const fn or(self, other: Self) -> Self {
@@ -89,7 +91,7 @@ pub(super) const ROWS: &[Row] = &[
     // Memory
     built("track-mem", BOTH),
     built("tracker", BOTH),
-    refused("auto-dedup", BOTH, "nothing is freed in the images; leave it out"),
+    built("auto-dedup", BOTH),
     harmless("pre-dump-mode", PRE_DUMP, "memory is read in one way, while the tree runs"),
     refused("lazy-pages", BOTH, "there is no server of pages; restore without it"),
     // Files
@@ -168,6 +170,11 @@ pub(super) const ROWS: &[Row] = &[
     built("all", CHECK),
     built("feature", CHECK),
     refused("ms", ALL, "CRIU has dropped it as well; use --feature"),
+    // Deduplication
+    built("link", DEDUP),
+    built("keep-originals", DEDUP),
+    built("reflink", DEDUP),
+    built("json", DEDUP),
     // Messages
     built("log-file", ALL),
     built("verbosity", ALL),
@@ -193,7 +200,6 @@ const fn refused(name: &'static str, on: Commands, instead: &'static str) -> Row
 /// Commands of CRIU that are not built, and what to do instead.
 pub(super) const REFUSED_COMMANDS: &[(&str, &str)] = &[
     ("cpuinfo", "restore on the same kind of processor"),
-    ("dedup", "nothing is freed in existing images"),
     ("exec", "CRIU has dropped it as well"),
     ("lazy-pages", "restore without --lazy-pages"),
     ("page-server", PAGE_SERVER),

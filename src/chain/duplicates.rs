@@ -1,0 +1,295 @@
+//! How much of a chain is the same page stored again.
+//!
+//! Pages are told apart by a hash, so what is found is for people to look at: whoever
+//! acts on it compares bytes.
+
+use std::{
+    collections::BTreeSet,
+    io::IoSliceMut,
+    ops::{AddAssign, Range},
+};
+
+use xxhash_rust::xxh3::xxh3_128;
+
+use super::{Chain, FileId, Place, Result, SnapshotId, holes, side_by_side};
+use crate::units::{PAGE_SIZE, PageIndex, page_bytes};
+
+/// Pages read at a time by a thread: 256 KiB.
+const CHUNK_PAGES: u64 = 64;
+
+/// Chunks whose hashes are held at a time before they are passed on: of 256 MiB.
+const BATCH_CHUNKS: usize = 1024;
+
+/// Bytes in a page, for slices.
+const PAGE: usize = 4096;
+
+const _: () = assert!(PAGE as u64 == PAGE_SIZE);
+
+/// Bits of a page's key that are those of its hash; the others number its memory.
+const HASH_SHIFT: u32 = 32;
+
+/// Pages of a snapshot's own pages files, and how many of them are not needed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DuplicateCounts {
+    /// Stored, holes of the files left out.
+    pub stored: u64,
+    /// All zero.
+    pub zero: u64,
+    /// Those of which the same memory of the snapshot has another one.
+    pub within_memory: u64,
+    /// Other ones of which another memory of the snapshot has one.
+    pub between_memories: u64,
+    /// Other ones of which an older snapshot has one.
+    pub between_snapshots: u64,
+}
+
+impl AddAssign for DuplicateCounts {
+    fn add_assign(&mut self, other: Self) {
+        self.stored += other.stored;
+        self.zero += other.zero;
+        self.within_memory += other.within_memory;
+        self.between_memories += other.between_memories;
+        self.between_snapshots += other.between_snapshots;
+    }
+}
+
+impl DuplicateCounts {
+    /// Returns how many of the pages could be done without.
+    pub fn duplicates(&self) -> u64 {
+        self.zero + self.within_memory + self.between_memories + self.between_snapshots
+    }
+}
+
+/// A page in a pages file.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StoredPage {
+    /// The number of its memory, in the order of the chain and then of the snapshot's.
+    pub(crate) memory: u32,
+    /// Its file.
+    pub(crate) file: FileId,
+    /// Pages of the file before it.
+    pub(crate) file_page: u64,
+    /// The hash of its bytes.
+    pub(crate) hash: u128,
+}
+
+/// Pages of one pages file.
+struct Chunk {
+    memory: u32,
+    file: FileId,
+    pages: Range<u64>,
+}
+
+/// The pages that a chain stores, to be hashed.
+pub(crate) struct StoredPages {
+    chunks: Vec<Chunk>,
+    /// Which snapshot has each memory, by its number.
+    pub(crate) owners: Vec<SnapshotId>,
+    /// How many pages there are.
+    pub(crate) pages: u64,
+}
+
+impl StoredPages {
+    /// Finds all pages that are in the files of a chain's snapshots. Holes are left out,
+    /// and what was freed.
+    ///
+    /// # Errors
+    /// Images that cannot be read.
+    pub(crate) fn of(chain: &Chain) -> Result<Self> {
+        let mut found = Self { chunks: Vec::new(), owners: Vec::new(), pages: 0 };
+        // A damaged directory may have a file claimed twice.
+        let mut seen = BTreeSet::new();
+        for id in chain.ids() {
+            for memory in chain.memories(id)? {
+                let number = u32::try_from(found.owners.len()).expect("fewer files than 2^32");
+                found.owners.push(id);
+                let index = chain.index(id, memory)?;
+                let file = index.layers()[0].file;
+                let own = index.extents().filter_map(|extent| match extent.place {
+                    Place::Stored { layer: 0, file_page } => {
+                        Some(file_page..file_page + extent.pages)
+                    }
+                    _ => None,
+                });
+                let own: Vec<Range<u64>> = own.collect();
+                if !own.is_empty() && seen.insert((id, index.pages_id())) {
+                    found.enter(chain, number, file, own)?;
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    fn enter(
+        &mut self,
+        chain: &Chain,
+        memory: u32,
+        id: FileId,
+        own: Vec<Range<u64>>,
+    ) -> Result<()> {
+        let file = chain.files().get(id)?;
+        let len = file.metadata()?.len();
+        let holes = holes::in_file(&file, 0, len)?;
+        for pages in own {
+            // Of what the pagemap claims and the file does not have, one page is enough
+            // for an error.
+            let there = len.div_ceil(PAGE_SIZE).max(pages.start);
+            let end = pages.end.min(there + 1);
+            let mut next = pages.start;
+            while next < end {
+                let at = page_bytes(next);
+                let hole = holes.partition_point(|hole| hole.end <= at);
+                let hole = holes.get(hole);
+                match hole {
+                    Some(hole) if hole.start <= at => next = (hole.end / PAGE_SIZE).max(next + 1),
+                    hole => {
+                        let data_end = hole.map_or(end, |hole| hole.start.div_ceil(PAGE_SIZE));
+                        let last = data_end.min(end).min(next + CHUNK_PAGES);
+                        self.chunks.push(Chunk { memory, file: id, pages: next..last });
+                        self.pages += last - next;
+                        next = last;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads and hashes all pages, on all processors, and hands each to `sink`, in
+    /// order.
+    ///
+    /// # Errors
+    /// Files that cannot be read or end too early.
+    pub(crate) fn hash(&self, chain: &Chain, sink: &mut dyn FnMut(StoredPage)) -> Result<()> {
+        for batch in self.chunks.chunks(BATCH_CHUNKS) {
+            let hashes = side_by_side::map_until(
+                batch,
+                1,
+                |buffer: &mut Vec<u8>, _, chunk| hashes(chain, chunk, buffer),
+                |hashes| hashes.is_err(),
+            );
+            for (chunk, hashes) in batch.iter().zip(hashes) {
+                let Chunk { memory, file, .. } = *chunk;
+                for (file_page, hash) in chunk.pages.clone().zip(hashes?) {
+                    sink(StoredPage { memory, file, file_page, hash });
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn hashes(chain: &Chain, chunk: &Chunk, buffer: &mut Vec<u8>) -> Result<Vec<u128>> {
+    let len = page_bytes(chunk.pages.end - chunk.pages.start);
+    buffer.resize(usize::try_from(len).expect("at most a chunk"), 0);
+    let offset = PageIndex(chunk.pages.start).address();
+    chain.files().get(chunk.file)?.read_exact_at(&mut [IoSliceMut::new(buffer)], offset)?;
+    Ok(buffer.chunks_exact(PAGE).map(xxh3_128).collect())
+}
+
+/// Returns the hash of a page of zeros.
+pub(crate) fn zero_hash() -> u128 {
+    xxh3_128(&[0; PAGE])
+}
+
+/// Counts pages that are stored more than once, for each snapshot of a chain. The
+/// oldest copy counts as needed. `progress` is told how many bytes are done, and of how
+/// many.
+///
+/// This takes 16 bytes of memory for each page that is stored: 4 MiB for 1 GiB. Of them
+/// 12 are hash, so that two different pages in a TiB are taken for the same with a
+/// chance of less than 1 in 10^12.
+///
+/// # Errors
+/// Images and files that cannot be read.
+pub fn duplicates(
+    chain: &Chain,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Vec<DuplicateCounts>> {
+    let stored = StoredPages::of(chain)?;
+    let total = page_bytes(stored.pages);
+    let mut keys: Vec<u128> = Vec::with_capacity(usize::try_from(stored.pages).unwrap_or(0));
+    stored.hash(chain, &mut |page| {
+        keys.push(key(page.hash, page.memory));
+        if keys.len().is_multiple_of(1 << 16) {
+            progress(page_bytes(keys.len() as u64), total);
+        }
+    })?;
+    keys.sort_unstable();
+    let zero = key(zero_hash(), 0) >> HASH_SHIFT;
+    let mut counts = vec![DuplicateCounts::default(); chain.snapshots().len()];
+    let mut last: Option<u128> = None;
+    for key in keys {
+        let owner = stored.owners[memory_of(key)];
+        let counts = &mut counts[owner.position()];
+        counts.stored += 1;
+        // Memories of one snapshot follow one another.
+        let equal = last.replace(key).filter(|last| last >> HASH_SHIFT == key >> HASH_SHIFT);
+        if key >> HASH_SHIFT == zero {
+            counts.zero += 1;
+        } else if equal == Some(key) {
+            counts.within_memory += 1;
+        } else if let Some(equal) = equal {
+            if stored.owners[memory_of(equal)] == owner {
+                counts.between_memories += 1;
+            } else {
+                counts.between_snapshots += 1;
+            }
+        }
+    }
+    progress(total, total);
+    Ok(counts)
+}
+
+/// Returns what pages are sorted by: their hash, then the number of their memory.
+fn key(hash: u128, memory: u32) -> u128 {
+    hash >> HASH_SHIFT << HASH_SHIFT | u128::from(memory)
+}
+
+/// Returns the number of the memory in a key.
+fn memory_of(key: u128) -> usize {
+    usize::try_from(key & u128::from(u32::MAX)).expect("32 bits")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::{
+        chain::testing::{MEMORY, TestChain, entry},
+        image::{Kind, MemoryId, Presence},
+    };
+
+    #[test]
+    fn copies_are_counted_where_they_are() {
+        let mut disk = TestChain::new();
+        let present = |pages| [entry(0, pages, Presence::Present)];
+        disk.push(&present(6));
+        disk.memory(1, MemoryId::Private(1), 8, &present(3));
+        disk.push(&present(4));
+        let write = |layer: usize, pages_id: u64, pages: &[u8]| {
+            let bytes: Vec<u8> = pages.iter().flat_map(|value| [*value; PAGE]).collect();
+            fs::write(disk.dir(layer).join(Kind::Pages.file_name(pages_id)), bytes).unwrap();
+        };
+        // Private memory comes first. 1 is there twice in one memory and once in the
+        // other; 0 is zero.
+        write(1, 8, &[1, 2, 0]);
+        write(1, 7, &[1, 1, 3, 4, 0, 5]);
+        write(2, 7, &[1, 3, 6, 6]);
+        let counts = duplicates(&disk.open(), &mut |_, _| {}).unwrap();
+        let expected = |stored, zero, within_memory, between_memories, between_snapshots| {
+            DuplicateCounts { stored, zero, within_memory, between_memories, between_snapshots }
+        };
+        assert_eq!(counts, [expected(9, 2, 1, 1, 0), expected(4, 0, 1, 0, 2)]);
+        assert_eq!(MEMORY, MemoryId::Shared(1024));
+        // Holes take no room.
+        let sparse = fs::File::create(disk.dir(2).join("pages-7.img")).unwrap();
+        sparse.set_len(4 * PAGE_SIZE).unwrap();
+        let counts = duplicates(&disk.open(), &mut |_, _| {}).unwrap();
+        assert_eq!(counts[1], DuplicateCounts::default());
+        // What is not there is an error.
+        sparse.set_len(PAGE_SIZE).unwrap();
+        duplicates(&disk.open(), &mut |_, _| {}).unwrap_err();
+    }
+}

@@ -1,0 +1,153 @@
+//! Which pages that were freed the snapshots of a chain still ask for.
+
+use std::{collections::HashMap, fs, path::Path};
+
+use super::{
+    Chain, ChainError, Result, SnapshotId,
+    index::pieces,
+    overlay::{self, Merged, Piece, PiecePlace},
+};
+use crate::{
+    image::{Kind, MemoryId, PagemapReader, desc, punched},
+    units::{PageIndex, PageRanges},
+};
+
+/// Pages of one memory of a snapshot that were freed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Gone {
+    pub(super) memory: MemoryId,
+    pub(super) first: PageIndex,
+    pub(super) pages: u64,
+    /// Whose pages file held them.
+    pub(super) holder: SnapshotId,
+    /// Whether a snapshot that is nobody's parent asks for them, too: then no newer
+    /// page has taken their place.
+    pub(super) needed: bool,
+}
+
+/// What a snapshot's memories are, resolved across its ancestors, with the position
+/// of a snapshot in the chain as the number of a layer.
+type Resolved = HashMap<MemoryId, Vec<Piece>>;
+
+/// Pages of a memory that were freed, and the position of their holder.
+type Found = (MemoryId, Piece, u32);
+
+/// Where pages that were freed were: the holder's position, and the memory.
+type Places = HashMap<(u32, MemoryId), PageRanges>;
+
+/// Returns, for each snapshot, the pages that it asks for and that were freed, in
+/// order. What cannot be read is left out.
+///
+/// Each snapshot is laid over what was found of its parent, so that a chain costs as
+/// many merges as it has snapshots.
+///
+/// # Errors
+/// [`ChainError::Directory`], [`ChainError::TooDeep`].
+pub(super) fn gone(chain: &Chain) -> Result<Vec<Vec<Gone>>> {
+    let mut found: Vec<Vec<Found>> = vec![Vec::new(); chain.snapshots().len()];
+    if !chain.snapshots().iter().any(|snapshot| has_journal(&snapshot.dir)) {
+        return Ok(vec![Vec::new(); found.len()]);
+    }
+    if let Some(snapshot) = chain.snapshots().get(overlay::LAYER_LIMIT) {
+        return Err(ChainError::TooDeep { dir: snapshot.dir.clone(), limit: overlay::LAYER_LIMIT });
+    }
+    let mut children = vec![0; found.len()];
+    for snapshot in chain.snapshots() {
+        if let Ok(Some(parent)) = snapshot.parent {
+            children[parent.position()] += 1;
+        }
+    }
+    let is_tip: Vec<bool> = children.iter().map(|count| *count == 0).collect();
+    let mut resolved: HashMap<SnapshotId, Resolved> = HashMap::new();
+    let mut needed = Places::new();
+    for id in chain.ids() {
+        let parent = chain.snapshot(id).parent.as_ref().ok().copied().flatten();
+        let below = parent.and_then(|parent| resolved.get(&parent));
+        let here = resolve(chain, id, below)?;
+        for (memory, piece, holder) in freed(&here) {
+            let position = id.position();
+            if is_tip[position] {
+                needed.entry((holder, memory)).or_default().insert(file_pages(piece));
+            }
+            found[position].push((memory, *piece, holder));
+        }
+        if let Some(parent) = parent {
+            children[parent.position()] -= 1;
+            if children[parent.position()] == 0 {
+                resolved.remove(&parent);
+            }
+        }
+        if !is_tip[id.position()] {
+            resolved.insert(id, here);
+        }
+    }
+    Ok(found.into_iter().map(|found| judge(found, &needed)).collect())
+}
+
+/// Whether pages of some file in a directory may have been freed.
+fn has_journal(dir: &Path) -> bool {
+    let is_journal =
+        |name: &str| desc::by_file_name(name).is_some_and(|(desc, _)| desc.kind == Kind::Punched);
+    let mut names = fs::read_dir(dir).into_iter().flatten().flatten();
+    names.any(|entry| entry.file_name().to_str().is_some_and(is_journal))
+}
+
+/// Tells pages that a tip asks for, too, from the others.
+fn judge(mut found: Vec<Found>, needed: &Places) -> Vec<Gone> {
+    found.sort_unstable_by_key(|(memory, piece, _)| (*memory, piece.first()));
+    let mut gone = Vec::new();
+    let none = PageRanges::new();
+    for (memory, piece, holder) in found {
+        let pages = file_pages(&piece);
+        let begin = pages.start;
+        for (part, needed) in needed.get(&(holder, memory)).unwrap_or(&none).split(pages) {
+            let first = PageIndex(piece.first().0 + (part.start - begin));
+            let holder = SnapshotId::at(holder as usize);
+            gone.push(Gone { memory, first, pages: part.end - part.start, holder, needed });
+        }
+    }
+    gone
+}
+
+/// Returns the pieces that were freed, and the number of their layer.
+fn freed(resolved: &Resolved) -> impl Iterator<Item = (MemoryId, &Piece, u32)> {
+    resolved.iter().flat_map(|(memory, pieces)| {
+        pieces.iter().filter_map(|piece| match piece.place() {
+            PiecePlace::Punched { layer, .. } => Some((*memory, piece, layer)),
+            _ => None,
+        })
+    })
+}
+
+fn file_pages(piece: &Piece) -> std::ops::Range<u64> {
+    match piece.place() {
+        PiecePlace::Stored { file_page, .. } | PiecePlace::Punched { file_page, .. } => {
+            file_page..file_page + piece.pages()
+        }
+        _ => 0..0,
+    }
+}
+
+fn resolve(chain: &Chain, id: SnapshotId, below: Option<&Resolved>) -> Result<Resolved> {
+    let dir = &chain.snapshot(id).dir;
+    let layer = u32::try_from(id.position()).expect("below the limit of layers");
+    let mut resolved = Resolved::new();
+    for memory in chain.memories(id)? {
+        let name = memory.pagemap_name();
+        let Ok(mut reader) = PagemapReader::open(&dir.join(&name)) else { continue };
+        let Ok(gone) = punched::read(dir, &name, reader.pages_id()) else { continue };
+        let gone = gone.unwrap_or_default();
+        let (mut own, mut present) = (Vec::new(), 0);
+        for entry in reader.by_ref().map_while(|entry| entry.ok()) {
+            pieces(layer, present, &entry, &gone).for_each(|piece| overlay::push(&mut own, piece));
+            present += entry.pages_in_file();
+        }
+        let upper = Merged { pieces: &own, lowest: layer };
+        let merged = match below.and_then(|below| below.get(&memory)) {
+            Some(below) => overlay::merge(&[upper, Merged { pieces: below, lowest: layer }]),
+            None => own,
+        };
+        resolved.insert(memory, merged);
+    }
+    Ok(resolved)
+}

@@ -1,0 +1,230 @@
+//! Which pages are the same in two files: the part of the work that takes the time.
+//!
+//! Pages are read in chunks that stay in the processor's cache, on all processors, so
+//! that linking two dumps costs what reading both once does.
+
+use std::{
+    ops::Range,
+    sync::{Arc, atomic::AtomicBool, atomic::Ordering},
+};
+
+use crate::{
+    chain::{BackingFile, ChainError, FileId, Files, Run, Source, read_runs, side_by_side},
+    units::{PAGE_SIZE, PageIndex, page_bytes},
+};
+
+/// Pages in a chunk: 256 KiB of either side. As many as the bits of [`Equal`].
+const CHUNK_PAGES: u64 = 64;
+
+/// Chunks that a thread takes at a time: 4 MiB of either side in a row.
+const WORTH_A_THREAD: usize = 16;
+
+/// Bytes in a page, for slices.
+const PAGE: usize = 4096;
+
+const _: () = assert!(PAGE as u64 == PAGE_SIZE);
+
+/// Which pages of a chunk are equal, one bit for each.
+type Equal = u64;
+
+/// Pages in a row, each to be compared with another one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Pair {
+    /// The first page of the memory.
+    pub(super) first: PageIndex,
+    /// How many there are.
+    pub(super) pages: u64,
+    /// Where they are: a file, and pages of it before them.
+    pub(super) left: (FileId, u64),
+    /// Where what they are compared with is.
+    pub(super) right: (FileId, u64),
+}
+
+impl Pair {
+    /// Returns `pages` pages of it, beginning after `skipped`.
+    fn part(&self, skipped: u64, pages: u64) -> Self {
+        Self {
+            first: PageIndex(self.first.0 + skipped),
+            pages,
+            left: (self.left.0, self.left.1 + skipped),
+            right: (self.right.0, self.right.1 + skipped),
+        }
+    }
+}
+
+/// Pages in a row: the first, and how many.
+pub(super) type Stretch = (PageIndex, u64);
+
+/// Compares pages, which ascend, and returns the stretches that are equal. `progress`
+/// is told of every number of pages that are done.
+///
+/// # Errors
+/// Files that cannot be read or end too early.
+pub(super) fn equal(
+    pairs: &[Pair],
+    left: &Files,
+    right: &Files,
+    progress: &(dyn Fn(u64) + Sync),
+) -> Result<Vec<Stretch>, ChainError> {
+    let (parts, chunks) = chunks(pairs);
+    let failed = AtomicBool::new(false);
+    let results = side_by_side::map_until(
+        &chunks,
+        WORTH_A_THREAD,
+        |desk: &mut Desk, _, chunk| {
+            let parts = &parts[chunk.clone()];
+            let result = desk.compare(parts, left, right);
+            failed.fetch_or(result.is_err(), Ordering::Relaxed);
+            progress(parts.iter().map(|part| part.pages).sum());
+            result
+        },
+        |result| result.is_err() || failed.load(Ordering::Relaxed),
+    );
+    let mut stretches: Vec<Stretch> = Vec::new();
+    for (chunk, result) in chunks.iter().zip(results) {
+        let mut equal = result?;
+        for part in &parts[chunk.clone()] {
+            for page in part.first.0..part.first.0 + part.pages {
+                if equal & 1 == 1 {
+                    match stretches.last_mut() {
+                        Some((first, pages)) if first.0 + *pages == page => *pages += 1,
+                        _ => stretches.push((PageIndex(page), 1)),
+                    }
+                }
+                equal >>= 1;
+            }
+        }
+    }
+    Ok(stretches)
+}
+
+/// Cuts stretches of pages into chunks; returns the parts, and which of them are in
+/// each chunk.
+fn chunks(pairs: &[Pair]) -> (Vec<Pair>, Vec<Range<usize>>) {
+    let (mut parts, mut chunks) = (Vec::with_capacity(pairs.len()), Vec::new());
+    let (mut begin, mut room) = (0, CHUNK_PAGES);
+    for pair in pairs {
+        let mut done = 0;
+        while done < pair.pages {
+            let pages = room.min(pair.pages - done);
+            parts.push(pair.part(done, pages));
+            done += pages;
+            room -= pages;
+            if room == 0 {
+                chunks.push(begin..parts.len());
+                (begin, room) = (parts.len(), CHUNK_PAGES);
+            }
+        }
+    }
+    if begin < parts.len() {
+        chunks.push(begin..parts.len());
+    }
+    (parts, chunks)
+}
+
+/// What a thread keeps from chunk to chunk.
+#[derive(Default)]
+struct Desk {
+    left: Side,
+    right: Side,
+}
+
+#[derive(Default)]
+struct Side {
+    runs: Vec<Run>,
+    bytes: Vec<u8>,
+    /// The file that was read last: most often the next one is the same.
+    last: Option<(FileId, Arc<BackingFile>)>,
+}
+
+impl Desk {
+    fn compare(
+        &mut self,
+        parts: &[Pair],
+        left: &Files,
+        right: &Files,
+    ) -> Result<Equal, ChainError> {
+        self.left.read(left, parts.iter().map(|part| (part.left, part.pages)))?;
+        self.right.read(right, parts.iter().map(|part| (part.right, part.pages)))?;
+        let pages = self.left.bytes.chunks_exact(PAGE).zip(self.right.bytes.chunks_exact(PAGE));
+        let bit = |(number, (left, right))| Equal::from(left == right) << number;
+        Ok((0..CHUNK_PAGES).zip(pages).map(bit).fold(0, |all, one| all | one))
+    }
+}
+
+impl Side {
+    fn read(
+        &mut self,
+        files: &Files,
+        parts: impl Iterator<Item = ((FileId, u64), u64)>,
+    ) -> Result<(), ChainError> {
+        self.runs.clear();
+        for ((id, page), pages) in parts {
+            let file = match &self.last {
+                Some((last, file)) if *last == id => Arc::clone(file),
+                _ => {
+                    let file = files.get(id)?;
+                    self.last = Some((id, Arc::clone(&file)));
+                    file
+                }
+            };
+            let source = Source::File(file, PageIndex(page).address());
+            self.runs.push(Run { len: page_bytes(pages), source });
+        }
+        let len: u64 = self.runs.iter().map(|run| run.len).sum();
+        self.bytes.resize(usize::try_from(len).expect("at most a chunk"), 0);
+        read_runs(&self.runs, &mut self.bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, num::NonZeroUsize};
+
+    use super::*;
+
+    #[test]
+    fn equal_pages_are_found_wherever_they_are() {
+        let dir = tempfile::tempdir().unwrap();
+        let page = |value: u8| vec![value; PAGE];
+        // 300 pages; on the right one page further on, and each seventh differs.
+        let left: Vec<u8> = (0..300_u16).flat_map(|n| page(n.to_le_bytes()[0])).collect();
+        let mut right = page(99);
+        for number in 0..300_u16 {
+            let changed = number % 7 == 0;
+            right.extend(page(number.to_le_bytes()[0] ^ u8::from(changed)));
+        }
+        let paths = [dir.path().join("left"), dir.path().join("right")];
+        fs::write(&paths[0], left).unwrap();
+        fs::write(&paths[1], right).unwrap();
+        let files = Files::new(NonZeroUsize::MIN);
+        let [left, right] = paths.map(|path| files.enter(&path));
+        // Stretches of one page, of less than a chunk and of several, with gaps.
+        let pair = |first, pages| Pair {
+            first: PageIndex(1000 + 2 * first),
+            pages,
+            left: (left, first),
+            right: (right, first + 1),
+        };
+        let pairs = [pair(0, 1), pair(1, 1), pair(2, 30), pair(40, 200), pair(299, 1)];
+        let done = std::sync::atomic::AtomicU64::new(0);
+        let found = equal(&pairs, &files, &files, &|pages| {
+            done.fetch_add(pages, Ordering::Relaxed);
+        });
+        let found: Vec<u64> =
+            found.unwrap().iter().flat_map(|(first, pages)| first.0..first.0 + pages).collect();
+        let expected = pairs.iter().flat_map(|pair| {
+            (0..pair.pages)
+                .filter(|number| !(pair.left.1 + number).is_multiple_of(7))
+                .map(|number| pair.first.0 + number)
+        });
+        assert_eq!(found, expected.collect::<Vec<_>>());
+        assert_eq!(done.into_inner(), pairs.iter().map(|pair| pair.pages).sum::<u64>());
+        // A file that ends too early is an error.
+        let cut = Pair { right: (right, 300), ..pair(0, 2) };
+        assert!(matches!(
+            equal(&[cut], &files, &files, &|_| {}),
+            Err(ChainError::Truncated { .. })
+        ));
+    }
+}

@@ -1,0 +1,149 @@
+//! Why images were not deduplicated.
+
+use std::{io, path::PathBuf};
+
+use crate::{
+    chain::ChainError,
+    fault::Injected,
+    image::{ImageError, MemoryId},
+    sys::lock::LockError,
+    units::PageIndex,
+};
+
+/// The result of a step of a deduplication.
+pub type Result<T, E = DedupError> = std::result::Result<T, E>;
+
+/// Why images were not deduplicated. Every snapshot reads as it did before.
+#[derive(Debug, thiserror::Error)]
+pub enum DedupError {
+    /// There are not enough directories to link.
+    #[error("there is nothing to link: name two image directories or more, the oldest first")]
+    TooFew,
+    /// A directory was named twice.
+    #[error("{dir} is named twice", dir = .dir.display())]
+    Twice {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// A directory is no complete dump.
+    #[error("{dir} holds no inventory.img, so it is no complete dump", dir = .dir.display())]
+    NoSnapshot {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// The snapshots are not in the order in which they were dumped.
+    #[error(
+        "{dir} was dumped before {parent}, by its date and its uptime: name the oldest first",
+        dir = .dir.display(), parent = .parent.display()
+    )]
+    Order {
+        /// The older snapshot.
+        dir: PathBuf,
+        /// The younger one, which was named before it.
+        parent: PathBuf,
+    },
+    /// The snapshots have nothing to do with each other.
+    #[error(
+        "{dir} and {parent} have no process and no shared object in common: they are dumps of \
+         different trees",
+        dir = .dir.display(), parent = .parent.display()
+    )]
+    DifferentTrees {
+        /// A snapshot.
+        dir: PathBuf,
+        /// The one before it.
+        parent: PathBuf,
+    },
+    /// A snapshot has another parent already.
+    #[error(
+        "the parent of {dir} is {found} already, not {expected}: name that one before it",
+        dir = .dir.display(), found = .found.display(), expected = .expected.display()
+    )]
+    OtherParent {
+        /// The snapshot.
+        dir: PathBuf,
+        /// Its parent.
+        found: PathBuf,
+        /// What was named before it.
+        expected: PathBuf,
+    },
+    /// What was made does not read as what it was made of.
+    #[error(
+        "{dir}: {memory} at {first} would not read as it did ({problem}); nothing was changed",
+        dir = .dir.display()
+    )]
+    Verify {
+        /// The snapshot.
+        dir: PathBuf,
+        /// The memory.
+        memory: MemoryId,
+        /// The page.
+        first: PageIndex,
+        /// In which way.
+        problem: &'static str,
+    },
+    /// The file system cannot let files share blocks.
+    #[error(
+        "files on the file system of {path} (type {file_system}) cannot share blocks; btrfs can, \
+         and xfs with reflink=1: move the images there, or use --link or -D",
+        path = .path.display()
+    )]
+    NoSharing {
+        /// A pages file.
+        path: PathBuf,
+        /// The type of its file system, as `statfs(2)` tells it.
+        file_system: String,
+    },
+    /// What another snapshot needs cannot be told.
+    #[error(
+        "{dir} may need pages that would be freed, and cannot be read; repair it, or move it \
+         elsewhere",
+        dir = .dir.display()
+    )]
+    Unknown {
+        /// The other snapshot's directory.
+        dir: PathBuf,
+        /// Why it cannot be read.
+        source: ChainError,
+    },
+    /// A snapshot has no ancestors.
+    #[error("{dir} has no parent in which anything could be freed", dir = .dir.display())]
+    NoParent {
+        /// The snapshot.
+        dir: PathBuf,
+    },
+    /// The directory for the new images holds something.
+    #[error("{path} exists already; remove it, or rename it", path = .path.display())]
+    Exists {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// No number is left for a new file of pages.
+    #[error("{dir} has no number left for another pages file", dir = .dir.display())]
+    Numbers {
+        /// The snapshot.
+        dir: PathBuf,
+    },
+    /// A file could not be read, written or removed.
+    #[error("{step} {path}", path = .path.display())]
+    File {
+        /// What was attempted, as a verb.
+        step: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// The chain has no answer.
+    #[error(transparent)]
+    Chain(#[from] ChainError),
+    /// An image could not be read or written.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// A directory is in use by another program.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// A test asked for it.
+    #[error(transparent)]
+    Fault(#[from] Injected),
+}

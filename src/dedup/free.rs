@@ -1,0 +1,161 @@
+//! Freeing what a snapshot supersedes in its ancestors: `rcriu dedup -D` and
+//! `rcriu dump --auto-dedup`.
+
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use super::{
+    DedupError, Result,
+    plan::At,
+    stage::{recover, snapshot_at},
+    superseded::{self, Found},
+};
+use crate::{
+    chain::{Chain, ChainError, Freeing, SnapshotId, disk_bytes},
+    image::{
+        Disk,
+        snapshot::{names, sync, write_error},
+    },
+    sys::{
+        fds,
+        lock::{Access, DirectoryLocks},
+        process,
+    },
+};
+
+/// What is freed, or was.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Freed {
+    /// Directories of ancestors that can no longer be restored, the oldest first.
+    pub lost: Vec<PathBuf>,
+    /// Other snapshots that need pages, and how many were kept for them.
+    pub kept_for: Vec<(PathBuf, u64)>,
+    /// How many pages are freed.
+    pub pages: u64,
+    /// Bytes that the ancestors took on disk.
+    pub bytes_before: u64,
+    /// Bytes that they take now.
+    pub bytes_after: u64,
+}
+
+/// Frees in the ancestors of the snapshot in `dir` what that holds itself. `tell` is
+/// called before anything is changed, with what is going to be.
+///
+/// # Errors
+/// Directories that are in use; a chain that cannot be read; a file system that cannot
+/// free parts of files. Nothing is changed then.
+pub fn free(dir: &Path, disk: Arc<dyn Disk>, tell: &mut dyn FnMut(&Freed)) -> Result<Freed> {
+    let mut locks = DirectoryLocks::default();
+    locks.take(dir, Access::Exclusive)?;
+    let chain = Chain::open(dir)?;
+    let id = snapshot_at(&chain, dir)?;
+    if let Err(link) = &chain.snapshot(id).parent {
+        return Err(ChainError::Link(link.clone()).into());
+    }
+    if superseded::ancestors(&chain, id).is_empty() {
+        return Err(DedupError::NoParent { dir: dir.to_owned() });
+    }
+    lock_ancestors(&chain, id, &mut locks)?;
+    for snapshot in chain.snapshots() {
+        recover(&snapshot.dir)?;
+    }
+    drop(chain);
+    free_locked(dir, disk, tell)
+}
+
+/// Locks the ancestors of a snapshot, which are going to change.
+///
+/// # Errors
+/// [`DedupError::Lock`].
+pub fn lock_ancestors(chain: &Chain, id: SnapshotId, locks: &mut DirectoryLocks) -> Result<()> {
+    // One for each.
+    process::raise_descriptor_limit();
+    for ancestor in superseded::ancestors(chain, id) {
+        locks.take(&chain.snapshot(ancestor).dir, Access::Exclusive)?;
+    }
+    Ok(())
+}
+
+/// Checks that pages of a snapshot and its ancestors can be freed, as far as can be
+/// told before there is something that supersedes them.
+///
+/// # Errors
+/// As [`free`].
+pub fn check_freeing(chain: &Arc<Chain>, id: SnapshotId, disk: Arc<dyn Disk>) -> Result<()> {
+    let mut freeing = Freeing::new(Arc::clone(chain), disk);
+    for memory in chain.memories(id)? {
+        freeing.prepare_all(&*chain.index(id, memory)?)?;
+    }
+    Ok(())
+}
+
+/// As [`free`], for who has locked the directories.
+///
+/// # Errors
+/// As [`free`].
+pub fn free_locked(dir: &Path, disk: Arc<dyn Disk>, tell: &mut dyn FnMut(&Freed)) -> Result<Freed> {
+    let chain = Arc::new(Chain::open(dir)?);
+    let id = snapshot_at(&chain, dir)?;
+    let found = superseded::find(At { chain: &chain, id })?;
+    let mut freeing = Freeing::new(Arc::clone(&chain), disk);
+    for file in &found.files {
+        freeing.prepare(file.memory, &file.layer)?;
+    }
+    let mut freed = told(&chain, id, &found)?;
+    tell(&freed);
+    // What is freed must be on disk elsewhere.
+    sync_images(&chain.snapshot(id).dir)?;
+    for file in &found.files {
+        for pages in file.pages.iter() {
+            freeing.note(file.memory, &file.layer, pages)?;
+        }
+    }
+    freeing.sync()?;
+    freeing.free()?;
+    freed.bytes_after = ancestors_bytes(&chain, id)?;
+    Ok(freed)
+}
+
+/// Returns what is going to be told.
+fn told(chain: &Chain, id: SnapshotId, found: &Found) -> Result<Freed> {
+    let bytes = ancestors_bytes(chain, id)?;
+    Ok(Freed {
+        lost: found.losers.iter().map(|id| chain.snapshot(*id).dir.clone()).collect(),
+        kept_for: found.kept_for.clone(),
+        pages: found.files.iter().map(|file| file.pages.pages()).sum(),
+        bytes_before: bytes,
+        bytes_after: bytes,
+    })
+}
+
+fn ancestors_bytes(chain: &Chain, id: SnapshotId) -> Result<u64> {
+    let mut bytes = 0;
+    for ancestor in superseded::ancestors(chain, id) {
+        bytes += disk_bytes(&chain.snapshot(ancestor).dir)?;
+    }
+    Ok(bytes)
+}
+
+/// Brings all images of a directory, and their names, to the disk.
+pub(super) fn sync_images(dir: &Path) -> Result<()> {
+    let mut files = Vec::new();
+    for name in names(dir)? {
+        let path = dir.join(&name);
+        if path.is_file() && !path.is_symlink() {
+            let file = File::open(&path).map_err(|source| write_error(&path, source))?;
+            fds::begin_writing(&file, 0, 0);
+            files.push((path, file));
+        }
+    }
+    for (path, file) in files {
+        file.sync_all().map_err(|source| write_error(&path, source))?;
+    }
+    sync(dir)?;
+    match dir.parent() {
+        Some(above) => Ok(sync(above)?),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,286 @@
+//! Making a chain of full dumps: `rcriu dedup --link`.
+
+use std::{
+    collections::BTreeSet,
+    fs::{self, DirBuilder},
+    io,
+    os::unix::fs::{DirBuilderExt, PermissionsExt},
+    path::{Path, PathBuf},
+    time::SystemTime,
+};
+
+use super::{
+    DedupError, Result,
+    plan::{self, At, Plan, Renumbering},
+    stage::{Stage, copy_file, recover, relative, snapshot_at},
+};
+use crate::{
+    chain::{Chain, ChainError, disk_bytes},
+    image::{
+        Kind, SnapshotWriter, desc, proto, read_one,
+        snapshot::{names, write_error},
+    },
+    sys::{
+        fds,
+        lock::{Access, DirectoryLocks},
+    },
+    units::page_bytes,
+};
+
+/// What is linked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LinkOptions {
+    /// The snapshots, the oldest first.
+    pub dirs: Vec<PathBuf>,
+    /// Write new directories, `DIR.linked`, and leave these as they are.
+    pub keep_originals: bool,
+}
+
+/// What became of one snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Linked {
+    /// The snapshot; the new directory, if there is one.
+    pub dir: PathBuf,
+    /// Its parent; `None` if nothing would have been gained.
+    pub parent: Option<PathBuf>,
+    /// Pages that were left to the parent.
+    pub shared_pages: u64,
+    /// Of shared objects, how many got the number that they have in the parent.
+    pub renumbered: usize,
+    /// Bytes that the snapshot took on disk.
+    pub bytes_before: u64,
+    /// Bytes that it takes now.
+    pub bytes_after: u64,
+}
+
+/// Told how many bytes are going to be compared, and how many are, so far.
+pub trait Progress: Sync {
+    /// Tells that so many bytes more will be compared.
+    fn more(&self, bytes: u64);
+    /// Tells that so many bytes more are done.
+    fn done(&self, bytes: u64);
+}
+
+/// Makes a chain of snapshots: what one has in common with the one before it is left to
+/// that one. Each reads as before at every moment, and what a run leaves that was
+/// killed is finished by the next one.
+///
+/// # Errors
+/// Snapshots that are in use, not in order, of different trees, or linked in another
+/// way; then nothing is changed. Whatever keeps them from being read or written.
+pub fn link(options: &LinkOptions, progress: &dyn Progress) -> Result<Vec<Linked>> {
+    let dirs = directories(&options.dirs)?;
+    let access = if options.keep_originals { Access::Shared } else { Access::Exclusive };
+    let mut locks = DirectoryLocks::default();
+    for dir in &dirs {
+        locks.take(dir, access)?;
+        let chain = Chain::open(dir)?;
+        let base = chain.base(snapshot_at(&chain, dir)?);
+        locks.take(&chain.snapshot(base).dir, access)?;
+    }
+    let given = dirs.iter().zip(&options.dirs).skip(1);
+    let copies: Vec<PathBuf> = if options.keep_originals {
+        given.map(|(dir, name)| copy_of(dir, name)).collect::<Result<_>>()?
+    } else {
+        for dir in &dirs {
+            if recover(dir)? {
+                log::warn!("{}: finished what an earlier run had begun", dir.display());
+            }
+        }
+        Vec::new()
+    };
+    for pair in dirs.windows(2) {
+        check_order(&pair[1], &pair[0])?;
+        check_parent(&pair[1], &pair[0])?;
+    }
+    let mut linked = Vec::new();
+    let mut parent = dirs[0].clone();
+    for (number, dir) in dirs.iter().enumerate().skip(1) {
+        let copy = copies.get(number - 1);
+        let one = link_one(dir, &parent, copy.map(PathBuf::as_path), progress)?;
+        parent.clone_from(&one.dir);
+        linked.push(one);
+    }
+    Ok(linked)
+}
+
+/// Finds the directories that were named.
+fn directories(named: &[PathBuf]) -> Result<Vec<PathBuf>> {
+    if named.len() < 2 {
+        return Err(DedupError::TooFew);
+    }
+    let (mut dirs, mut seen) = (Vec::new(), BTreeSet::new());
+    for dir in named {
+        let failed = |source| DedupError::File { step: "find", path: dir.clone(), source };
+        let canonical = dir.canonicalize().map_err(failed)?;
+        if !canonical.join(Kind::Inventory.file_name(0)).is_file() {
+            return Err(DedupError::NoSnapshot { dir: dir.clone() });
+        }
+        if !seen.insert(canonical.clone()) {
+            return Err(DedupError::Twice { dir: dir.clone() });
+        }
+        dirs.push(canonical);
+    }
+    Ok(dirs)
+}
+
+/// Returns where the copy of a snapshot goes.
+fn copy_of(dir: &Path, named: &Path) -> Result<PathBuf> {
+    let name = dir.file_name().ok_or_else(|| DedupError::NoSnapshot { dir: named.to_owned() })?;
+    let mut name = name.to_owned();
+    name.push(".linked");
+    let path = dir.with_file_name(name);
+    // What a run leaves that was killed has no inventory.
+    if path.join(Kind::Inventory.file_name(0)).exists() {
+        return Err(DedupError::Exists { path });
+    }
+    Ok(path)
+}
+
+/// Checks that a snapshot was not dumped before its parent. Dates are lost by copying
+/// and times since boot by booting: only if both say so it is true.
+fn check_order(dir: &Path, parent: &Path) -> Result<()> {
+    let when = |dir: &Path| -> Result<(SystemTime, Option<u64>)> {
+        let path = dir.join(Kind::Inventory.file_name(0));
+        let inventory: proto::InventoryEntry = read_one(&path, Kind::Inventory)?;
+        let date = fs::metadata(&path).and_then(|meta| meta.modified());
+        let date = date.map_err(|source| DedupError::File { step: "look at", path, source })?;
+        Ok((date, inventory.dump_uptime))
+    };
+    let ((date, uptime), (before, uptime_before)) = (when(dir)?, when(parent)?);
+    let earlier = uptime.zip(uptime_before).is_none_or(|(now, before)| now < before);
+    if date < before && earlier {
+        return Err(DedupError::Order { dir: dir.to_owned(), parent: parent.to_owned() });
+    }
+    Ok(())
+}
+
+/// Checks that a snapshot has no other parent.
+fn check_parent(dir: &Path, parent: &Path) -> Result<()> {
+    let chain = Chain::open(dir)?;
+    match &chain.snapshot(snapshot_at(&chain, dir)?).parent {
+        Ok(None) => Ok(()),
+        Ok(Some(found)) if chain.snapshot(*found).dir == parent => Ok(()),
+        Ok(Some(found)) => Err(DedupError::OtherParent {
+            dir: dir.to_owned(),
+            found: chain.snapshot(*found).dir.clone(),
+            expected: parent.to_owned(),
+        }),
+        Err(link) => Err(ChainError::Link(link.clone()).into()),
+    }
+}
+
+/// Whether a directory beside this one has it as its parent.
+fn has_children(dir: &Path) -> Result<bool> {
+    let Some(above) = dir.parent() else { return Ok(false) };
+    let chain = Chain::open(above)?;
+    let id = snapshot_at(&chain, dir)?;
+    Ok(chain.snapshots().iter().any(|other| other.parent == Ok(Some(id))))
+}
+
+/// Links one snapshot to the one before it, in place or in a copy.
+fn link_one(
+    dir: &Path,
+    parent_dir: &Path,
+    copy: Option<&Path>,
+    progress: &dyn Progress,
+) -> Result<Linked> {
+    let (chain, parent_chain) = (Chain::open(dir)?, Chain::open(parent_dir)?);
+    let child = At { chain: &chain, id: snapshot_at(&chain, dir)? };
+    let parent = At { chain: &parent_chain, id: snapshot_at(&parent_chain, parent_dir)? };
+    let renumbering = if copy.is_some() {
+        Renumbering::All
+    } else if has_children(dir)? {
+        Renumbering::None
+    } else {
+        Renumbering::OneImage
+    };
+    let more = |pages| progress.more(page_bytes(pages));
+    let done = |pages| progress.done(page_bytes(pages));
+    let plan = plan::plan(child, parent, renumbering, &more, &done)?;
+    let bytes_before = disk_bytes(dir)?;
+    let was_linked = !matches!(chain.snapshot(child.id).parent, Ok(None));
+    let gained = !plan.memories.is_empty();
+    for memory in &plan.memories {
+        log::info!(
+            "{}: {}: {} pages are left to the parent, {} are kept",
+            dir.display(),
+            memory.memory,
+            memory.shared_pages(),
+            memory.kept_pages()
+        );
+    }
+    let dir = match copy {
+        None => {
+            if gained {
+                Stage::make(dir, &plan, child, parent)?.publish(parent_dir)?;
+            }
+            dir
+        }
+        Some(copy) => {
+            let linked_to = (gained || was_linked).then_some(parent_dir);
+            write_copy(copy, &plan, child, parent, linked_to)?;
+            copy
+        }
+    };
+    Ok(Linked {
+        dir: dir.to_owned(),
+        parent: (gained || was_linked).then(|| parent_dir.to_owned()),
+        shared_pages: plan.memories.iter().map(plan::MemoryPlan::shared_pages).sum(),
+        renumbered: plan.memories.iter().filter(|memory| memory.memory != memory.becomes).count(),
+        bytes_before,
+        bytes_after: disk_bytes(dir)?,
+    })
+}
+
+/// Writes a copy of a snapshot in which the plan is carried out.
+fn write_copy(
+    dir: &Path,
+    plan: &Plan,
+    child: At,
+    parent: At,
+    linked_to: Option<&Path>,
+) -> Result<()> {
+    let failed = |step, path: &Path| {
+        let path = path.to_owned();
+        move |source| DedupError::File { step, path, source }
+    };
+    let mode = fs::metadata(child.dir()).map_err(failed("look at", child.dir()))?.permissions();
+    match DirBuilder::new().mode(mode.mode()).create(dir) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            return Err(write_error(dir, error).into());
+        }
+        _ => {}
+    }
+    let mut locks = DirectoryLocks::default();
+    locks.take(dir, Access::Exclusive)?;
+    recover(dir)?;
+    let stage = Stage::make(dir, plan, child, parent)?;
+    let images = SnapshotWriter::begin(dir)?;
+    let replaced: BTreeSet<String> = plan
+        .memories
+        .iter()
+        .flat_map(|memory| {
+            [memory.memory.pagemap_name(), Kind::Pages.file_name(memory.pages_id.into())]
+        })
+        .chain(plan.renumbered.keys().cloned())
+        .collect();
+    let inventory = Kind::Inventory.file_name(0);
+    for name in names(child.dir())? {
+        let Some(name) = name.to_str() else { continue };
+        let known = desc::by_file_name(name).is_some();
+        if known && !replaced.contains(name) && name != inventory {
+            copy_file(&child.dir().join(name), &images.path_of(name))?;
+        }
+    }
+    for (path, name) in stage.files().into_iter().flatten() {
+        let target = images.path_of(&name);
+        fs::rename(&path, &target).map_err(|source| write_error(&target, source))?;
+    }
+    if let Some(parent) = linked_to {
+        images.link_parent(&relative(dir, parent))?;
+    }
+    stage.taken()?;
+    images.sync(|file| fds::begin_writing(file, 0, 0))?;
+    Ok(images.commit_as(&child.dir().join(inventory))?)
+}

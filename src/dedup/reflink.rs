@@ -1,0 +1,217 @@
+//! Letting equal pages share blocks, where the file system can: `rcriu dedup --reflink`.
+//!
+//! The images stay as they are, byte by byte, so that the kernel does what the format
+//! cannot: to store a page once for two processes, or for two places of one memory.
+
+use std::{
+    fs::File,
+    os::{fd::AsFd, unix::fs::OpenOptionsExt},
+    path::Path,
+};
+
+use nix::{
+    fcntl::OFlag,
+    libc,
+    sys::{statfs::fstatfs, statvfs::fstatvfs},
+};
+
+use super::{DedupError, Progress, Result};
+use crate::{
+    chain::{BackingFile, Chain, FileId, StoredPages, zero_hash},
+    sys::{
+        lock::{Access, DirectoryLocks},
+        reflink,
+    },
+    units::{PAGE_SIZE, page_bytes},
+};
+
+/// What was done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reflinked {
+    /// Pages that are stored, holes left out.
+    pub stored: u64,
+    /// Pages that share the blocks of another one now, or did before.
+    pub shared: u64,
+    /// Pages that are equal to another one and cannot share its blocks, because blocks of
+    /// this file system are larger than pages.
+    pub unaligned: u64,
+}
+
+/// Pages in a row of one file that are equal to pages in a row of another, or of the same
+/// one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Same {
+    from: (FileId, u64),
+    to: (FileId, u64),
+    pages: u64,
+}
+
+/// Lets equal pages of a chain share blocks. This takes 48 bytes of memory for each page
+/// that is stored.
+///
+/// # Errors
+/// [`DedupError::NoSharing`] if the file system cannot do it; directories that are in
+/// use by somebody who changes them; images that cannot be read.
+pub fn reflink(path: &Path, progress: &dyn Progress) -> Result<Reflinked> {
+    let chain = Chain::open(path)?;
+    let mut locks = DirectoryLocks::default();
+    // No byte changes, so others may read meanwhile.
+    for base in chain.bases() {
+        locks.take(&chain.snapshot(base).dir, Access::Shared)?;
+    }
+    let stored = StoredPages::of(&chain)?;
+    progress.more(page_bytes(stored.pages));
+    let mut pages: Vec<(u128, FileId, u64)> =
+        Vec::with_capacity(usize::try_from(stored.pages).unwrap_or(0));
+    stored.hash(&chain, &mut |page| {
+        pages.push((page.hash, page.file, page.file_page));
+        progress.done(PAGE_SIZE);
+    })?;
+    let mut done = Reflinked { stored: stored.pages, ..Reflinked::default() };
+    let same = same(&mut pages);
+    drop(pages);
+    progress.more(same.iter().map(|same| page_bytes(same.pages)).sum());
+    let mut target: Option<(FileId, Target)> = None;
+    for same in same {
+        let open = match target.take() {
+            Some((id, open)) if id == same.to.0 => open,
+            _ => Target::open(&*chain.files().get(same.to.0)?)?,
+        };
+        open.share(&*chain.files().get(same.from.0)?, &same, &mut done)?;
+        progress.done(page_bytes(same.pages));
+        target = Some((same.to.0, open));
+    }
+    Ok(done)
+}
+
+/// Finds pages with the same hash, the first of each to be shared by the others, and
+/// joins those that are in a row on both sides.
+fn same(pages: &mut [(u128, FileId, u64)]) -> Vec<Same> {
+    pages.sort_unstable();
+    let zero = zero_hash();
+    let mut found: Vec<Same> = Vec::new();
+    for group in pages.chunk_by(|one, other| one.0 == other.0) {
+        // Pages of zeros are better holes, and sharing one block by thousands of them
+        // makes it slow to free.
+        let Some(((hash, file, page), copies)) = group.split_first() else { continue };
+        if *hash == zero {
+            continue;
+        }
+        found.extend(copies.iter().map(|(_, other, at)| Same {
+            from: (*file, *page),
+            to: (*other, *at),
+            pages: 1,
+        }));
+    }
+    found.sort_unstable_by_key(|same| (same.to, same.from));
+    found.dedup_by(|next, same| {
+        let joins = same.to.0 == next.to.0
+            && same.from.0 == next.from.0
+            && same.to.1 + same.pages == next.to.1
+            && same.from.1 + same.pages == next.from.1
+            // A range must not overlap itself.
+            && (same.to.0 != same.from.0 || same.from.1 + same.pages < same.to.1);
+        if joins {
+            same.pages += next.pages;
+        }
+        joins
+    });
+    found
+}
+
+/// A file of which pages are to share other blocks.
+struct Target {
+    file: File,
+    path: std::path::PathBuf,
+    /// Pages in a block; 1 where blocks are smaller.
+    block_pages: u64,
+}
+
+impl Target {
+    fn open(file: &BackingFile) -> Result<Self> {
+        let path = file.path().to_owned();
+        let failed =
+            |source| DedupError::File { step: "open for writing", path: path.clone(), source };
+        // Without O_NONBLOCK, a FIFO under the file's name would hang us.
+        let flags = OFlag::O_NONBLOCK.bits();
+        let open = File::options().read(true).write(true).custom_flags(flags).open(&path);
+        let open = open.map_err(failed)?;
+        let stat = fstatvfs(open.as_fd()).map_err(|errno| DedupError::File {
+            step: "look at the file system of",
+            path: path.clone(),
+            source: errno.into(),
+        })?;
+        let block_pages = (stat.block_size() / PAGE_SIZE).max(1);
+        Ok(Self { file: open, path, block_pages })
+    }
+
+    /// Lets one range share blocks, as far as it is made of whole ones.
+    fn share(&self, from: &BackingFile, same: &Same, done: &mut Reflinked) -> Result<()> {
+        let block = self.block_pages;
+        let skipped = (block - same.to.1 % block) % block;
+        let aligned = (same.from.1 + skipped).is_multiple_of(block);
+        let pages = if aligned { same.pages.saturating_sub(skipped) / block * block } else { 0 };
+        done.unaligned += same.pages - pages;
+        let mut at = skipped;
+        while at < skipped + pages {
+            let (source, target) = (page_bytes(same.from.1 + at), page_bytes(same.to.1 + at));
+            let len = page_bytes(skipped + pages - at);
+            let shared = reflink::share(from.file(), source, &self.file, target, len)
+                .map_err(|source| self.failed(source))?;
+            match shared.map(|bytes| bytes / PAGE_SIZE) {
+                // They were changed since, or have the same hash by chance.
+                None | Some(0) => break,
+                Some(count) => {
+                    done.shared += count;
+                    at += count;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn failed(&self, source: std::io::Error) -> DedupError {
+        match source.raw_os_error() {
+            Some(libc::EOPNOTSUPP | libc::ENOTTY | libc::EXDEV | libc::ENOSYS) => {
+                let name = fstatfs(self.file.as_fd()).map_or_else(
+                    |_| "?".to_owned(),
+                    |stat| format!("{:#x}", stat.filesystem_type().0),
+                );
+                DedupError::NoSharing { path: self.path.clone(), file_system: name }
+            }
+            _ => DedupError::File { step: "share blocks of", path: self.path.clone(), source },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroUsize;
+
+    use super::*;
+    use crate::chain::Files;
+
+    #[test]
+    fn equal_pages_are_joined_to_ranges() {
+        let files = Files::new(NonZeroUsize::MIN);
+        let [a, b] = ["a", "b"].map(|name| files.enter(Path::new(name)));
+        // a: 1 2 3 4 4 4 4; b: 9 2 3 4 1 0
+        let pages = |file, hashes: &[u128]| -> Vec<(u128, FileId, u64)> {
+            (0..).zip(hashes).map(|(page, hash)| (*hash, file, page)).collect()
+        };
+        let mut all = pages(a, &[1, 2, 3, 4, 4, 4, 4]);
+        all.extend(pages(b, &[9, 2, 3, 4, 1, zero_hash()]));
+        all.push((zero_hash(), a, 7));
+        let same = |from, to, pages| Same { from, to, pages };
+        assert_eq!(
+            super::same(&mut all),
+            [
+                same((a, 3), (a, 4), 1),
+                same((a, 3), (a, 5), 1),
+                same((a, 3), (a, 6), 1),
+                same((a, 1), (b, 1), 3),
+                same((a, 0), (b, 4), 1),
+            ]
+        );
+    }
+}

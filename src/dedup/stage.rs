@@ -1,0 +1,478 @@
+//! Putting new pagemaps and pages in the place of others, so that at every moment, and
+//! after a crash at any, the snapshot reads the same.
+//!
+//! Everything new is made in a hidden directory inside the snapshot's, which is an
+//! image directory itself: what it says is resolved and compared before anything is
+//! replaced. A list in it says which files are being replaced by which, so that what a
+//! run leaves that was killed can be told from what is the user's. In this order, each
+//! on disk before the next:
+//!
+//! 1. all that is new is in the hidden directory, and has been checked;
+//! 2. the new pages files are in the snapshot, under numbers that nothing names, and
+//!    the link to the parent, which nothing needs yet;
+//! 3. the new pagemaps replace the old ones, each by a rename: each names its pages
+//!    file, so that each memory is the old or the new one as a whole;
+//! 4. images in which an object has a new number replace the old ones, each by a
+//!    rename; the object's pagemap is there under both numbers;
+//! 5. what is no longer named is removed, then the hidden directory.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Write as _,
+    fs::{self, DirBuilder, File},
+    io::{self, BufWriter, Write as _},
+    os::unix::fs::{DirBuilderExt, symlink},
+    path::{Component, Path, PathBuf},
+};
+
+use prost_reflect::Value;
+
+use super::{
+    DedupError, Result, compare,
+    free::sync_images,
+    objects::Objects,
+    plan::{self, At, MemoryPlan, Plan},
+};
+use crate::{
+    chain::{BackingFile, Chain, SnapshotId},
+    fault::{self, Point},
+    image::{
+        Document, ImageWriter, Kind, MemoryId, PARENT_LINK, PagemapReader, PagemapWriter, desc,
+        document::Content,
+        snapshot::{DIRECTORY_MODE, names, sync, write_error},
+    },
+    units::page_bytes,
+};
+
+/// The hidden directory.
+const STAGE: &str = ".dedup";
+
+/// The list in it: lines of `pages NUMBER` for files that are new or replaced, and of
+/// `shmem FROM TO` for objects that get another number.
+const LIST: &str = "replaced";
+
+/// Bytes read at a time where the kernel cannot copy.
+const BUFFER_BYTES: u64 = 1 << 20;
+
+/// New images of a snapshot that are not in their place yet.
+#[derive(Debug)]
+pub(super) struct Stage<'a> {
+    /// The snapshot's directory.
+    dir: PathBuf,
+    stage: PathBuf,
+    plan: &'a Plan,
+    /// The new number of each memory's pages file, in the order of the plan.
+    pages_ids: Vec<u32>,
+    published: bool,
+}
+
+impl<'a> Stage<'a> {
+    /// Makes all that is new in `dir`, which is the snapshot's own directory or that of
+    /// a copy of it, and checks it. `child` and `parent` are as the plan was made.
+    ///
+    /// # Errors
+    /// What cannot be read or written; what does not read as before.
+    pub(super) fn make(dir: &Path, plan: &'a Plan, child: At, parent: At) -> Result<Self> {
+        let stage = dir.join(STAGE);
+        DirBuilder::new()
+            .mode(DIRECTORY_MODE)
+            .create(&stage)
+            .map_err(|source| write_error(&stage, source))?;
+        let pages_ids = unused_numbers(child.dir(), plan.memories.len())?;
+        let made = Self { dir: dir.to_owned(), stage, plan, pages_ids, published: false };
+        made.list()?;
+        let link = relative(&made.stage, parent.dir());
+        let link_path = made.stage.join(PARENT_LINK);
+        symlink(&link, &link_path).map_err(|source| write_error(&link_path, source))?;
+        let inventory = Kind::Inventory.file_name(0);
+        copy_file(&child.dir().join(&inventory), &made.stage.join(&inventory))?;
+        for (memory, pages_id) in plan.memories.iter().zip(&made.pages_ids) {
+            made.memory(memory, *pages_id, child)?;
+        }
+        for (name, numbers) in &plan.renumbered {
+            renumber(&child.dir().join(name), &made.stage.join(name), numbers)?;
+        }
+        made.check(child, parent)?;
+        fault::hit(Point::DedupMade)?;
+        sync_images(&made.stage)?;
+        Ok(made)
+    }
+
+    /// Writes the list of what is replaced, and brings it and its directory to the
+    /// disk: from here on, what is found can be told.
+    fn list(&self) -> Result<()> {
+        let mut text = String::new();
+        let old = self.plan.memories.iter().map(|memory| memory.pages_id);
+        for number in self.pages_ids.iter().copied().chain(old) {
+            // Writing to a string does not fail.
+            let _ = writeln!(text, "pages {number}");
+        }
+        for memory in &self.plan.memories {
+            if let (MemoryId::Shared(from), MemoryId::Shared(to)) = (memory.memory, memory.becomes)
+                && from != to
+            {
+                let _ = writeln!(text, "shmem {from} {to}");
+            }
+        }
+        let path = self.stage.join(LIST);
+        fs::write(&path, text).map_err(|source| write_error(&path, source))?;
+        sync(&path)?;
+        sync(&self.stage)?;
+        Ok(sync(&self.dir)?)
+    }
+
+    /// Writes the pagemap and the pages of a memory.
+    fn memory(&self, memory: &MemoryPlan, pages_id: u32, child: At) -> Result<()> {
+        let from = memory.index.layers()[0].file;
+        let path = self.stage.join(Kind::Pages.file_name(pages_id.into()));
+        let target = File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&path)
+            .map_err(|source| write_error(&path, source))?;
+        // Without pages there need not be a file that they would be in.
+        if !memory.kept.is_empty() {
+            let from = child.chain.files().get(from)?;
+            let mut offset = 0;
+            for (file_page, pages) in &memory.kept {
+                let (start, len) = (page_bytes(*file_page), page_bytes(*pages));
+                copy(&from, start, len, &target, &path, offset)?;
+                offset += len;
+            }
+        }
+        let path = self.stage.join(memory.becomes.pagemap_name());
+        let image = ImageWriter::create(&path, Kind::Pagemap)?;
+        let mut pagemap = PagemapWriter::new(image, pages_id)?;
+        for entry in &memory.entries {
+            pagemap.entry(entry)?;
+        }
+        pagemap.into_image().finish()?;
+        Ok(())
+    }
+
+    /// Resolves what was made through the chain that it will be part of, and compares
+    /// it with what there is.
+    fn check(&self, child: At, parent: At) -> Result<()> {
+        let chain = Chain::open(&self.stage)?;
+        let id = snapshot_at(&chain, &self.stage)?;
+        let staged = At { chain: &chain, id };
+        for memory in &self.plan.memories {
+            let resolved = chain.index(id, memory.becomes)?;
+            let copies = plan::check(memory, &resolved, (child, parent, staged))?;
+            let files = (child.chain.files(), chain.files());
+            let equal = compare::equal(&copies, files.0, files.1, &|_| {})?;
+            let mut equal = equal.iter();
+            let mut rest = equal.next().copied();
+            for copy in &copies {
+                // Stretches of equal pages join copies that follow each other.
+                let covered = rest.is_some_and(|(first, pages)| {
+                    first <= copy.first && copy.first.0 + copy.pages <= first.0 + pages
+                });
+                if !covered {
+                    return Err(DedupError::Verify {
+                        dir: child.dir().to_owned(),
+                        memory: memory.memory,
+                        first: copy.first,
+                        problem: "its copy differs",
+                    });
+                }
+                if let Some((first, pages)) = rest
+                    && first.0 + pages == copy.first.0 + copy.pages
+                {
+                    rest = equal.next().copied();
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns the files that were made, with where they go: pages first, then
+    /// pagemaps, then the images in which numbers change.
+    pub(super) fn files(&self) -> [Vec<(PathBuf, String)>; 3] {
+        let place = |name: String| (self.stage.join(&name), name);
+        let pages = self.pages_ids.iter().map(|id| place(Kind::Pages.file_name((*id).into())));
+        let pagemaps = self.plan.memories.iter().map(|memory| place(memory.becomes.pagemap_name()));
+        let renumbered = self.plan.renumbered.keys().cloned().map(place);
+        [pages.collect(), pagemaps.collect(), renumbered.collect()]
+    }
+
+    /// Puts everything into its place, and removes what it replaces.
+    ///
+    /// # Errors
+    /// What cannot be renamed or removed. Whatever is done by then, the snapshot reads
+    /// as before, and [`recover`] finishes.
+    pub(super) fn publish(mut self, parent: &Path) -> Result<()> {
+        self.published = true;
+        let [pages, pagemaps, renumbered] = self.files();
+        let put = |(path, name): &(PathBuf, String)| -> Result<()> {
+            let target = self.dir.join(name);
+            Ok(fs::rename(path, &target).map_err(|source| write_error(&target, source))?)
+        };
+        pages.iter().try_for_each(put)?;
+        link(&self.dir, parent)?;
+        sync(&self.dir)?;
+        fault::hit(Point::DedupLinked)?;
+        for (position, pagemap) in pagemaps.iter().enumerate() {
+            put(pagemap)?;
+            if position == 0 {
+                fault::hit(Point::DedupReplacing)?;
+            }
+        }
+        sync(&self.dir)?;
+        fault::hit(Point::DedupReplaced)?;
+        renumbered.iter().try_for_each(put)?;
+        sync(&self.dir)?;
+        fault::hit(Point::DedupRenumbered)?;
+        recover(&self.dir)?;
+        Ok(())
+    }
+
+    /// Leaves what was made to whoever has taken it out of the hidden directory.
+    pub(super) fn taken(mut self) -> Result<()> {
+        self.published = true;
+        fs::remove_dir_all(&self.stage).map_err(|source| write_error(&self.stage, source).into())
+    }
+}
+
+impl Drop for Stage<'_> {
+    /// Removes what was made and not used.
+    fn drop(&mut self) {
+        if !self.published
+            && let Err(error) = fs::remove_dir_all(&self.stage)
+        {
+            log::warn!("cannot remove {}: {error}", self.stage.display());
+        }
+    }
+}
+
+/// Links a snapshot to its parent, unless it is linked.
+pub(super) fn link(dir: &Path, parent: &Path) -> Result<()> {
+    let path = dir.join(PARENT_LINK);
+    match symlink(relative(dir, parent), &path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            Err(write_error(&path, error).into())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Finishes what was begun in a snapshot, or takes it back: removes what its images do
+/// not name. Returns whether there was anything.
+///
+/// # Errors
+/// Images that cannot be read, files that cannot be removed.
+pub(super) fn recover(dir: &Path) -> Result<bool> {
+    let stage = dir.join(STAGE);
+    if !stage.is_dir() {
+        return Ok(false);
+    }
+    let path = stage.join(LIST);
+    let list = match fs::read_to_string(&path) {
+        Ok(list) => list,
+        // It was not begun with, or all but this is done.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+        Err(source) => return Err(DedupError::File { step: "read", path, source }),
+    };
+    let (mut pages, mut objects) = (BTreeSet::new(), Vec::new());
+    for line in list.lines() {
+        let words: Vec<&str> = line.split(' ').collect();
+        let number = |word: &str| word.parse::<u64>().ok();
+        match words[..] {
+            ["pages", id] => pages.extend(number(id)),
+            ["shmem", from, to] => objects.extend(number(from).zip(number(to))),
+            _ => {}
+        }
+    }
+    let remove = |name: String| -> Result<()> {
+        let path = dir.join(name);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(write_error(&path, error).into())
+            }
+            _ => Ok(()),
+        }
+    };
+    if !objects.is_empty() {
+        let chain = Chain::open(dir)?;
+        let named = Objects::read(&chain, snapshot_at(&chain, dir)?)?;
+        for (from, to) in objects {
+            let unnamed = if named.has(to) { from } else { to };
+            remove(MemoryId::Shared(unnamed).pagemap_name())?;
+        }
+        // Before the pages that they name.
+        sync(dir)?;
+    }
+    let mut claimed = BTreeSet::new();
+    for name in names(dir)? {
+        if name.to_str().and_then(MemoryId::of_pagemap).is_some() {
+            claimed.insert(u64::from(PagemapReader::open(&dir.join(name))?.pages_id()));
+        }
+    }
+    for unclaimed in pages.difference(&claimed) {
+        remove(Kind::Pages.file_name(*unclaimed))?;
+        remove(Kind::Punched.file_name(*unclaimed))?;
+    }
+    fault::hit(Point::DedupRemoved)?;
+    sync(dir)?;
+    fs::remove_dir_all(&stage).map_err(|source| write_error(&stage, source))?;
+    sync(dir)?;
+    Ok(true)
+}
+
+/// Returns the snapshot whose directory this is.
+pub(super) fn snapshot_at(chain: &Chain, dir: &Path) -> Result<SnapshotId> {
+    let canonical = dir.canonicalize().map_err(|source| DedupError::File {
+        step: "find",
+        path: dir.to_owned(),
+        source,
+    })?;
+    chain
+        .ids()
+        .find(|id| chain.snapshot(*id).dir == canonical)
+        .ok_or_else(|| DedupError::NoSnapshot { dir: dir.to_owned() })
+}
+
+/// Returns numbers that no pages file of a directory has and no pagemap names.
+fn unused_numbers(dir: &Path, count: usize) -> Result<Vec<u32>> {
+    let mut highest = 0;
+    for name in names(dir)? {
+        let Some(name) = name.to_str() else { continue };
+        if MemoryId::of_pagemap(name).is_some() {
+            highest = highest.max(PagemapReader::open(&dir.join(name))?.pages_id());
+        } else if let Some((desc, number)) = desc::by_file_name(name)
+            && matches!(desc.kind, Kind::Pages | Kind::Punched)
+        {
+            highest = highest.max(u32::try_from(number).unwrap_or(u32::MAX));
+        }
+    }
+    let numbers: Vec<u32> = (highest..=u32::MAX).skip(1).take(count).collect();
+    if numbers.len() == count {
+        Ok(numbers)
+    } else {
+        Err(DedupError::Numbers { dir: dir.to_owned() })
+    }
+}
+
+/// Writes an image in which objects have other numbers.
+fn renumber(from: &Path, to: &Path, numbers: &BTreeMap<u64, u64>) -> Result<()> {
+    let mut image = Document::read(from)?;
+    if let Content::Entries(entries) = &mut image.content {
+        for entry in entries {
+            change_numbers(entry.message.get_mut(), numbers);
+        }
+    }
+    let file = File::create_new(to).map_err(|source| write_error(to, source))?;
+    let mut file = image.write(to, BufWriter::new(file))?;
+    Ok(file.flush().map_err(|source| write_error(to, source))?)
+}
+
+/// Changes the numbers in a `memfd_inode_entry`, or in the `vma_entry`s of an
+/// `mm_entry` that are anonymous shared memory.
+fn change_numbers(message: &mut prost_reflect::DynamicMessage, numbers: &BTreeMap<u64, u64>) {
+    use crate::image::vma;
+    if let Some(vmas) = message.get_field_by_name_mut("vmas").and_then(Value::as_list_mut) {
+        for area in vmas.iter_mut().filter_map(Value::as_message_mut) {
+            let status = area.get_field_by_name("status").and_then(|status| status.as_u32());
+            let status = status.unwrap_or(0);
+            if status & vma::ANON_SHARED != 0 && status & (vma::MEMFD | vma::SYSVIPC) == 0 {
+                change_numbers(area, numbers);
+            }
+        }
+        return;
+    }
+    let shmid = message.get_field_by_name("shmid").map(|value| value.into_owned());
+    let changed = match shmid {
+        Some(Value::U32(from)) => {
+            numbers.get(&u64::from(from)).and_then(|to| u32::try_from(*to).ok()).map(Value::U32)
+        }
+        Some(Value::U64(from)) => numbers.get(&from).map(|to| Value::U64(*to)),
+        _ => None,
+    };
+    if let Some(changed) = changed {
+        message.set_field_by_name("shmid", changed);
+    }
+}
+
+/// Copies a whole file with its permissions, sharing blocks where that can be done.
+pub(super) fn copy_file(from: &Path, to: &Path) -> Result<()> {
+    fs::copy(from, to).map(drop).map_err(|source| write_error(to, source).into())
+}
+
+/// Copies `len` bytes from `start` on to `offset` in `target`.
+fn copy(
+    from: &BackingFile,
+    start: u64,
+    len: u64,
+    target: &File,
+    path: &Path,
+    offset: u64,
+) -> Result<()> {
+    use std::os::unix::fs::FileExt;
+    let failed = |source| write_error(path, source);
+    let mut done = from.copy_in_kernel(start, len, target, offset).map_err(failed)?;
+    let mut buffer = Vec::new();
+    while done < len {
+        let count = (len - done).min(BUFFER_BYTES);
+        buffer.resize(usize::try_from(count).expect("at most a buffer"), 0);
+        from.read_exact_at(&mut [io::IoSliceMut::new(&mut buffer)], start + done)?;
+        target.write_all_at(&buffer, offset + done).map_err(failed)?;
+        done += count;
+    }
+    Ok(())
+}
+
+/// Returns the way from one directory to another, both absolute and without links.
+pub(super) fn relative(from: &Path, to: &Path) -> PathBuf {
+    let (mut here, mut there) = (from.components().peekable(), to.components().peekable());
+    while here.peek().is_some() && here.peek() == there.peek() {
+        here.next();
+        there.next();
+    }
+    let up = here.map(|_| Component::ParentDir);
+    let way: PathBuf = up.chain(there).collect();
+    if way.as_os_str().is_empty() { ".".into() } else { way }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ways_lead_from_one_directory_to_another() {
+        for (from, to, way) in [
+            ("/a/b", "/a/c", "../c"),
+            ("/a/b/.dedup", "/a/c", "../../c"),
+            ("/a/b", "/x/y/z", "../../x/y/z"),
+            ("/a", "/a/b", "b"),
+            ("/a/b", "/a", ".."),
+            ("/a", "/a", "."),
+        ] {
+            assert_eq!(relative(Path::new(from), Path::new(to)), Path::new(way), "{from} {to}");
+        }
+    }
+
+    #[test]
+    fn numbers_change_where_they_name_the_object() {
+        use crate::image::{proto, read_all, vma};
+        let dir = tempfile::tempdir().unwrap();
+        let (from, to) = (dir.path().join("mm-7.img"), dir.path().join("new"));
+        let area = |shmid, status| proto::VmaEntry { shmid, status, ..Default::default() };
+        let mm = proto::MmEntry {
+            vmas: vec![
+                area(5, vma::ANON_SHARED),
+                area(6, vma::ANON_SHARED),
+                area(5, vma::ANON_SHARED | vma::SYSVIPC),
+                area(5, vma::FILE_SHARED),
+            ],
+            ..Default::default()
+        };
+        let mut writer = ImageWriter::create(&from, Kind::Mm).unwrap();
+        writer.message(&mm).unwrap();
+        writer.finish().unwrap();
+        renumber(&from, &to, &BTreeMap::from([(5, 1 << 40)])).unwrap();
+        let found = read_all::<proto::MmEntry>(&to, Kind::Mm).unwrap();
+        let numbers: Vec<u64> = found[0].vmas.iter().map(|area| area.shmid).collect();
+        assert_eq!(numbers, [1 << 40, 6, 5, 5]);
+    }
+}

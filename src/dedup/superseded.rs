@@ -1,0 +1,237 @@
+//! Which pages of a snapshot's ancestors it has itself: found, and nothing changed.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+    path::{Path, PathBuf},
+};
+
+use super::{DedupError, Result, plan::At};
+use crate::{
+    chain::{Chain, ChainError, Index, Layer, Place, SnapshotId, freed::stored},
+    image::{Kind, MemoryId, Pagemap, PagemapReader, Presence, punched},
+    units::{PageRanges, page_bytes},
+};
+
+/// Pages of an ancestor's pages file.
+#[derive(Debug)]
+pub(super) struct Superseded {
+    /// The memory that they are of.
+    pub(super) memory: MemoryId,
+    /// The file.
+    pub(super) layer: Layer,
+    /// The pages of the file that can be freed; none if there may only be some that were
+    /// noted before.
+    pub(super) pages: PageRanges,
+}
+
+/// What a snapshot supersedes in its ancestors.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    /// The pages that can be freed.
+    pub(super) files: Vec<Superseded>,
+    /// The ancestors that find some of them, by position: they can no longer be
+    /// restored afterwards.
+    pub(super) losers: Vec<SnapshotId>,
+    /// Directories of other snapshots that need pages, and how many are kept for them.
+    pub(super) kept_for: Vec<(PathBuf, u64)>,
+}
+
+/// A pages file: its directory and its number.
+type FileName = (PathBuf, u32);
+
+/// Returns the ancestors of a snapshot, from its parent down.
+pub(super) fn ancestors(chain: &Chain, id: SnapshotId) -> Vec<SnapshotId> {
+    let mut found = Vec::new();
+    let mut next = id;
+    while let Ok(Some(parent)) = chain.snapshot(next).parent {
+        found.push(parent);
+        next = parent;
+    }
+    found
+}
+
+/// Finds what can be freed in the ancestors of a snapshot, since it holds the same
+/// pages of the same memories itself. Others beside it and its ancestors that are not
+/// ancestors themselves keep what they need.
+///
+/// # Errors
+/// Images that cannot be read: those of the snapshot, of its ancestors, or of another
+/// snapshot that may need something.
+pub(super) fn find(at: At) -> Result<Found> {
+    let At { chain, id } = at;
+    let path = ancestors(chain, id);
+    let mut found = Found::default();
+    for memory in chain.memories(id)? {
+        let own = chain.index(id, memory)?;
+        check_length(at, &own)?;
+        let held: PageRanges = held(&own).collect();
+        if held.is_empty() {
+            continue;
+        }
+        for ancestor in &path {
+            let pagemap =
+                match Pagemap::read(&chain.snapshot(*ancestor).dir.join(memory.pagemap_name())) {
+                    // The memory begins above it: what is below is of another one.
+                    Err(error) if error.is_missing() => break,
+                    pagemap => pagemap?,
+                };
+            let (mut pages, total) = file_pages(&pagemap, &held);
+            let dir = &chain.snapshot(*ancestor).dir;
+            let gone = punched::read(dir, &memory.pagemap_name(), pagemap.pages_id)?;
+            gone.iter().flat_map(PageRanges::iter).for_each(|range| pages.remove(range));
+            // An earlier run may not have freed all that it noted.
+            if !pages.is_empty() || gone.is_some() {
+                let path = chain.image_path(*ancestor, Kind::Pages, pagemap.pages_id.into());
+                let layer = Layer {
+                    snapshot: *ancestor,
+                    pages_id: pagemap.pages_id,
+                    pages: total,
+                    file: chain.files().enter(&path),
+                    dense: false,
+                };
+                found.files.push(Superseded { memory, layer, pages });
+            }
+        }
+    }
+    keep(at, &path, &mut found)?;
+    check_claims(chain, &found.files)?;
+    found.losers = losers(chain, &path, &found.files);
+    Ok(found)
+}
+
+/// Returns the pages of a memory that the snapshot's own pages file holds.
+fn held(own: &Index) -> impl Iterator<Item = Range<u64>> {
+    own.extents().filter_map(|extent| {
+        let in_own = matches!(extent.place, Place::Stored { layer: 0, .. });
+        in_own.then(|| extent.first.0..extent.end().0)
+    })
+}
+
+/// Checks that a snapshot has the bytes that it says it has: another copy is going to
+/// be freed.
+fn check_length(at: At, own: &Index) -> Result<()> {
+    let Some(layer) = own.layers().first().filter(|layer| layer.pages > 0) else { return Ok(()) };
+    let file = at.chain.files().get(layer.file)?;
+    let (len, wanted) = (file.metadata()?.len(), page_bytes(layer.pages));
+    if len >= wanted {
+        return Ok(());
+    }
+    Err(ChainError::Truncated {
+        path: file.path().to_owned(),
+        offset: len,
+        wanted: wanted - len,
+        end: len,
+    }
+    .into())
+}
+
+/// Returns which pages of a pages file are those of `held`, and how many it has.
+fn file_pages(pagemap: &Pagemap, held: &PageRanges) -> (PageRanges, u64) {
+    let (mut pages, mut before) = (PageRanges::new(), 0);
+    for entry in pagemap.entries.iter().filter(|entry| entry.presence == Presence::Present) {
+        for part in held.within(entry.first.0..entry.end().0) {
+            let start = before + (part.start - entry.first.0);
+            pages.insert(start..start + (part.end - part.start));
+        }
+        before += entry.pages;
+    }
+    (pages, before)
+}
+
+/// Takes out what other snapshots need: those in the directories in which the snapshot
+/// and its ancestors are, and what these lead to.
+fn keep(at: At, path: &[SnapshotId], found: &mut Found) -> Result<()> {
+    let dir = |id: SnapshotId| at.chain.snapshot(id).dir.as_path();
+    let line: BTreeSet<&Path> = path.iter().copied().chain([at.id]).map(dir).collect();
+    let mut wanted: BTreeMap<FileName, &mut PageRanges> = found
+        .files
+        .iter_mut()
+        .map(|file| ((dir(file.layer.snapshot).to_owned(), file.layer.pages_id), &mut file.pages))
+        .collect();
+    let mut looked_at = BTreeSet::new();
+    let above: BTreeSet<&Path> = line.iter().filter_map(|dir| dir.parent()).collect();
+    for above in above {
+        let beside = Chain::open(above)?;
+        for id in beside.ids() {
+            let other = &beside.snapshot(id).dir;
+            if line.contains(other.as_path()) || !looked_at.insert(other.clone()) {
+                continue;
+            }
+            // One that leads through the snapshot finds there what is to be freed.
+            let below = ancestors(&beside, id);
+            if !below.iter().any(|id| line.contains(beside.snapshot(*id).dir.as_path()))
+                || below.iter().any(|id| beside.snapshot(*id).dir == dir(at.id))
+            {
+                continue;
+            }
+            let kept = take_out(&beside, id, &mut wanted)?;
+            if kept > 0 {
+                found.kept_for.push((other.clone(), kept));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Takes out what one snapshot needs, and returns how many pages that were.
+fn take_out(
+    chain: &Chain,
+    id: SnapshotId,
+    wanted: &mut BTreeMap<FileName, &mut PageRanges>,
+) -> Result<u64> {
+    let unknown = |source| DedupError::Unknown { dir: chain.snapshot(id).dir.clone(), source };
+    let mut kept = 0;
+    for memory in chain.memories(id)? {
+        let index = chain.index(id, memory).map_err(unknown)?;
+        for (layer, pages) in stored(&index) {
+            let name = (chain.snapshot(layer.snapshot).dir.clone(), layer.pages_id);
+            if let Some(wanted) = wanted.get_mut(&name) {
+                let before = wanted.pages();
+                wanted.remove(pages);
+                kept += before - wanted.pages();
+            }
+        }
+    }
+    Ok(kept)
+}
+
+/// Checks that each pages file is of one memory.
+fn check_claims(chain: &Chain, files: &[Superseded]) -> Result<()> {
+    let snapshots: BTreeSet<SnapshotId> = files.iter().map(|file| file.layer.snapshot).collect();
+    for id in snapshots {
+        let mut claims = BTreeMap::new();
+        for memory in chain.memories(id)? {
+            let dir = &chain.snapshot(id).dir;
+            let pages_id = PagemapReader::open(&dir.join(memory.pagemap_name()))?.pages_id();
+            if let Some(first) = claims.insert(pages_id, memory) {
+                let (dir, second) = (dir.clone(), memory);
+                return Err(ChainError::SharedPages { dir, pages_id, first, second }.into());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Returns which ancestors find pages that are freed.
+fn losers(chain: &Chain, path: &[SnapshotId], files: &[Superseded]) -> Vec<SnapshotId> {
+    let freed: BTreeMap<(SnapshotId, u32), &PageRanges> = files
+        .iter()
+        .map(|file| ((file.layer.snapshot, file.layer.pages_id), &file.pages))
+        .collect();
+    let memories: BTreeSet<MemoryId> = files.iter().map(|file| file.memory).collect();
+    let snapshots: BTreeSet<SnapshotId> =
+        files.iter().filter(|f| !f.pages.is_empty()).map(|f| f.layer.snapshot).collect();
+    let finds_freed = |id: SnapshotId, memory: MemoryId| {
+        // One that is broken can't be restored as it is.
+        let Ok(index) = chain.index(id, memory) else { return false };
+        stored(&index).any(|(layer, pages)| {
+            let freed = freed.get(&(layer.snapshot, layer.pages_id));
+            freed.is_some_and(|freed| freed.within(pages).next().is_some())
+        })
+    };
+    let loses = |id: &SnapshotId| {
+        snapshots.contains(id) || memories.iter().any(|memory| finds_freed(*id, *memory))
+    };
+    path.iter().rev().copied().filter(loses).collect()
+}

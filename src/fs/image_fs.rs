@@ -1,0 +1,172 @@
+//! What is served, and how it looks to the kernel.
+
+use std::{io, os::fd::OwnedFd, sync::Arc};
+
+use fuser::{Errno, FileAttr, FileType, INodeNo, ReplyData, ReplyOpen, Request};
+use log::error;
+use nix::sys::statfs::{OVERLAYFS_SUPER_MAGIC, statfs};
+
+use super::{
+    buffer,
+    errno::failed,
+    handles::Handles,
+    punching::{Punch, Punching},
+    reply::{self, MappedReply},
+};
+use crate::{
+    chain::{self, Content},
+    view::{Attr, NodeType, OpenFile, View, ViewError},
+};
+
+/// What `stat(2)` advises readers to read at a time: what one request can carry,
+/// as every request costs two changes of process.
+const READ_BYTES: u32 = 1 << 20;
+
+/// The same for small files, which readers may take it as a buffer's size for.
+pub(super) const SMALL_READ_BYTES: u32 = 4096;
+
+/// The permission that a file has besides if it can be punched: its owner may.
+const WRITABLE: u16 = 0o200;
+
+/// A chain of images as a file system.
+#[derive(Debug)]
+pub struct ImageFs {
+    pub(super) view: Arc<View>,
+    pub(super) handles: Handles,
+    pub(super) pass_through: bool,
+    mapped: MappedReply,
+    pub(super) punching: Option<Punching>,
+}
+
+impl ImageFs {
+    /// Shows `view`; `pass_through` lets the kernel read files that are one
+    /// backing file by itself, where it can.
+    pub(super) fn new(
+        view: Arc<View>,
+        device: OwnedFd,
+        pass_through: bool,
+        punching: Option<Punching>,
+    ) -> Self {
+        let mapped = MappedReply::new(device);
+        Self { view, handles: Handles::default(), pass_through, mapped, punching }
+    }
+
+    pub(super) fn punches_on_read(&self) -> bool {
+        self.punching.as_ref().is_some_and(|punching| punching.mode() == Punch::OnRead)
+    }
+
+    /// Whether a file may be opened for writing, which is to be punched.
+    pub(super) fn may_be_punched(&self, ino: u64) -> bool {
+        self.punching.is_some() && self.view.is_shown_pages(ino)
+    }
+
+    /// Returns attributes as the kernel has them.
+    pub(super) fn file_attr(&self, attr: &Attr) -> FileAttr {
+        let mut attr = file_attr(attr);
+        if self.may_be_punched(attr.ino.0) {
+            attr.perm |= WRITABLE;
+        }
+        attr
+    }
+
+    pub(super) fn failed(
+        &self,
+        operation: &str,
+        ino: INodeNo,
+        failure: impl Into<ViewError>,
+    ) -> Errno {
+        failed(operation, &self.view.path(ino.0), &failure.into())
+    }
+
+    /// Logs that a request makes no sense and returns what the kernel is told.
+    pub(super) fn nonsense(&self, operation: &str, ino: INodeNo, problem: &str) -> Errno {
+        error!("{operation} {}: {problem} (EBADF)", self.view.path(ino.0));
+        Errno::EBADF
+    }
+
+    /// Makes the file that `file` is known to the kernel, so that it reads from
+    /// it without asking.
+    pub(super) fn register(
+        &self,
+        file: &OpenFile,
+        reply: &ReplyOpen,
+    ) -> io::Result<Option<fuser::BackingId>> {
+        match &file.whole {
+            // The kernel would read zeros where pages are freed.
+            Some(_) if self.punching.is_some() && file.pages.is_some() => Ok(None),
+            Some(whole) if self.pass_through => reply.open_backing(whole.file()).map(Some),
+            _ => Ok(None),
+        }
+    }
+}
+
+impl ImageFs {
+    /// Answers a read, and returns how many bytes were read; `None` if it failed.
+    pub(super) fn answer_read(
+        &self,
+        req: &Request,
+        ino: INodeNo,
+        content: &dyn Content,
+        offset: u64,
+        size: usize,
+        reply: ReplyData,
+    ) -> Option<u64> {
+        let reply = if reply::SIZES.contains(&size) {
+            let path = || self.view.path(ino.0);
+            match self.mapped.answer(req.unique(), content, offset, size, path, reply) {
+                Ok(read) => return read,
+                Err(reply) => reply,
+            }
+        } else {
+            reply
+        };
+        buffer::with(size, |buffer| match chain::read_at(content, offset, buffer) {
+            Ok(read) => {
+                reply.data(&buffer[..read]);
+                Some(read as u64)
+            }
+            Err(error) => {
+                reply.error(self.failed("read", ino, error));
+                None
+            }
+        })
+    }
+}
+
+/// Returns how many file systems the mount lies on, counting itself.
+///
+/// The images may themselves be on an overlay, as in a container; otherwise, an
+/// overlay may be put over the mount, which 2 would forbid.
+pub(super) fn stack_depth(view: &View) -> u32 {
+    let dir = &view.chain().snapshot(view.tip()).dir;
+    let stacked = statfs(dir).is_ok_and(|stat| stat.filesystem_type() == OVERLAYFS_SUPER_MAGIC);
+    if stacked { 2 } else { 1 }
+}
+
+pub(super) fn file_type(kind: NodeType) -> FileType {
+    match kind {
+        NodeType::Directory => FileType::Directory,
+        NodeType::File => FileType::RegularFile,
+    }
+}
+
+fn file_attr(attr: &Attr) -> FileAttr {
+    let small = attr.size < u64::from(READ_BYTES);
+    FileAttr {
+        ino: INodeNo(attr.ino),
+        size: attr.size,
+        blocks: attr.blocks,
+        atime: attr.atime,
+        mtime: attr.mtime,
+        ctime: attr.ctime,
+        crtime: attr.ctime,
+        kind: file_type(attr.kind),
+        perm: attr.mode,
+        nlink: attr.nlink,
+        uid: attr.uid,
+        gid: attr.gid,
+        rdev: 0,
+        blksize: if small { SMALL_READ_BYTES } else { READ_BYTES },
+        flags: 0,
+    }
+}

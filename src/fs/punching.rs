@@ -1,0 +1,241 @@
+//! Freeing the pages that a mount shows.
+//!
+//! Only the flat pages files in the root can be punched: those of the shown snapshot.
+//! Whoever reads through the mount holds [`crate::chain::Chain::reading`], so that
+//! pages are freed after the reads that have found them, and are an error to those
+//! that come later.
+
+use std::{
+    collections::HashMap,
+    ops::Range,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use log::{debug, error, info};
+
+use crate::{
+    chain::{ChainError, FlatPages, Freeing, Result, with_sources},
+    image::disk::Kernel,
+    units::{PAGE_SIZE, PageRanges, page_bytes},
+    view::{Ino, View},
+};
+
+/// Bytes that were read and are freed together: journals are synced for each batch.
+const BATCH_BYTES: u64 = 16 << 20;
+
+/// Pages of which parts were read through one open file that are remembered.
+const PARTS_KEPT: usize = 64;
+
+/// When pages are freed that a mount shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Punch {
+    /// When somebody punches them.
+    OnRequest,
+    /// When they have been read; or when somebody punches them.
+    OnRead,
+    /// When somebody has punched them, and then says that they may be freed.
+    Commit,
+}
+
+impl Punch {
+    /// Returns the name that chooses it, which the mount tells as
+    /// [`PUNCH_XATTR`](crate::chain::PUNCH_XATTR).
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::OnRequest => "on-request",
+            Self::OnRead => "on-read",
+            Self::Commit => "commit",
+        }
+    }
+}
+
+/// Frees pages of the snapshot that a mount shows.
+#[derive(Debug)]
+pub(super) struct Punching {
+    mode: Punch,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    freeing: Freeing,
+    /// Pages of flat files that were punched, to be freed on commit.
+    noted: HashMap<Ino, (Arc<FlatPages>, PageRanges)>,
+    /// Pages that the page cache was given, for who has mapped the file. They are
+    /// asked for again if the kernel drops them, as long as the file is open.
+    cached: HashMap<Ino, PageRanges>,
+    /// By handle: pages of which a part was read, and which.
+    parts: HashMap<u64, Vec<Part>>,
+}
+
+/// The bytes of a page that were read.
+#[derive(Debug)]
+struct Part {
+    page: u64,
+    bytes: Range<u64>,
+}
+
+impl Punching {
+    /// Makes all files ready that pages of the shown snapshot are in; nothing is
+    /// changed.
+    ///
+    /// # Errors
+    /// What [`Freeing::prepare`] returns, and what keeps an index from being built.
+    pub(super) fn new(view: &View, mode: Punch) -> Result<Self> {
+        let chain = view.chain();
+        let mut freeing = Freeing::new(Arc::clone(chain), Arc::new(Kernel));
+        for memory in chain.memories(view.tip())? {
+            freeing.prepare_all(&*chain.index(view.tip(), memory)?)?;
+        }
+        let state =
+            State { freeing, noted: HashMap::new(), cached: HashMap::new(), parts: HashMap::new() };
+        Ok(Self { mode, state: Mutex::new(state) })
+    }
+
+    pub(super) fn mode(&self) -> Punch {
+        self.mode
+    }
+
+    /// Somebody has punched bytes of a flat file: the whole pages in them are freed,
+    /// or noted.
+    ///
+    /// # Errors
+    /// What keeps them from being freed.
+    pub(super) fn punch(
+        &self,
+        ino: Ino,
+        file: &Arc<FlatPages>,
+        offset: u64,
+        len: u64,
+    ) -> Result<()> {
+        let pages = offset.div_ceil(PAGE_SIZE)..offset.saturating_add(len) / PAGE_SIZE;
+        if pages.is_empty() {
+            return Ok(());
+        }
+        let mut state = self.lock();
+        if self.mode == Punch::Commit {
+            let (_, noted) =
+                state.noted.entry(ino).or_insert_with(|| (Arc::clone(file), PageRanges::new()));
+            noted.insert(pages);
+            return Ok(());
+        }
+        state.note(file, pages)?;
+        state.free().map(drop)
+    }
+
+    /// Bytes of a flat file were read through the open file `handle`; `mapped` if the
+    /// page cache has them now.
+    pub(super) fn was_read(
+        &self,
+        ino: Ino,
+        handle: u64,
+        file: &FlatPages,
+        bytes: Range<u64>,
+        mapped: bool,
+    ) {
+        if self.mode != Punch::OnRead || bytes.is_empty() {
+            return;
+        }
+        let mut state = self.lock();
+        let whole = bytes.start.div_ceil(PAGE_SIZE)..bytes.end / PAGE_SIZE;
+        if mapped {
+            state.cached.entry(ino).or_default().insert(whole);
+            return;
+        }
+        let mut read: PageRanges = std::iter::once(whole).collect();
+        state.add_parts(handle, &bytes, &mut read);
+        let noted = read.iter().try_for_each(|pages| state.note(file, pages));
+        let enough = page_bytes(state.freeing.noted_pages()) >= BATCH_BYTES;
+        let freed = noted.and_then(|()| if enough { state.free().map(drop) } else { Ok(()) });
+        log_failure(freed);
+    }
+
+    /// An open file was closed; `last` if nobody has it open any more.
+    pub(super) fn closed(&self, ino: Ino, handle: u64, file: &FlatPages, last: bool) {
+        if self.mode != Punch::OnRead {
+            return;
+        }
+        let mut state = self.lock();
+        state.parts.remove(&handle);
+        let mut result = Ok(());
+        if last && let Some(cached) = state.cached.remove(&ino) {
+            result = cached.iter().try_for_each(|pages| state.note(file, pages));
+        }
+        log_failure(result.and_then(|()| state.free().map(drop)));
+    }
+
+    /// Frees what was noted, and returns how many pages that were.
+    ///
+    /// # Errors
+    /// What keeps them from being freed.
+    pub(super) fn commit(&self) -> Result<u64> {
+        let mut state = self.lock();
+        for (file, pages) in std::mem::take(&mut state.noted).into_values() {
+            pages.iter().try_for_each(|pages| state.note(&file, pages))?;
+        }
+        let freed = state.free()?;
+        info!("freed {freed} pages");
+        Ok(freed)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Notes pages of a flat file to be freed where they are.
+    fn note(&mut self, file: &FlatPages, pages: Range<u64>) -> Result<()> {
+        let memory = file.index().memory();
+        for (layer, pages) in file.places(pages) {
+            self.freeing.note(memory, layer, pages)?;
+        }
+        Ok(())
+    }
+
+    fn free(&mut self) -> Result<u64> {
+        if self.freeing.noted_pages() == 0 {
+            return Ok(0);
+        }
+        self.freeing.sync()?;
+        let freed = self.freeing.free()?;
+        debug!("freed {freed} pages");
+        Ok(freed)
+    }
+
+    /// Adds the pages to `read` that are read in whole with the bytes that are read
+    /// now: the kernel cuts large reads where the reader's buffer has a page border,
+    /// whatever the file has there.
+    fn add_parts(&mut self, handle: u64, bytes: &Range<u64>, read: &mut PageRanges) {
+        let parts = self.parts.entry(handle).or_default();
+        for page in [bytes.start / PAGE_SIZE, (bytes.end - 1) / PAGE_SIZE] {
+            if read.contains(page) {
+                continue;
+            }
+            let begin = page * PAGE_SIZE;
+            let mut new = bytes.start.max(begin)..bytes.end.min(begin + PAGE_SIZE);
+            if let Some(position) = parts.iter().position(|part| part.page == page) {
+                let old = parts.swap_remove(position).bytes;
+                if old.start <= new.end && new.start <= old.end {
+                    new = old.start.min(new.start)..old.end.max(new.end);
+                }
+            }
+            if new.end - new.start == PAGE_SIZE {
+                read.insert(page..page + 1);
+                continue;
+            }
+            if parts.len() >= PARTS_KEPT {
+                parts.remove(0);
+            }
+            parts.push(Part { page, bytes: new });
+        }
+    }
+}
+
+/// Tells of pages that could not be freed where nobody waits for an answer. They are
+/// tried again with those that come next.
+fn log_failure(result: Result<(), ChainError>) {
+    if let Err(failure) = result {
+        error!("free what was read: {}", with_sources(&failure));
+    }
+}

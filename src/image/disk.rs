@@ -1,0 +1,131 @@
+//! Changes to image directories that others may rely on: one small set of
+//! operations, so that what is done, and in which order, can be recorded.
+
+use std::{
+    fmt,
+    fs::{self, File},
+    io,
+    ops::Range,
+    os::unix::fs::{FileExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+};
+
+use nix::fcntl::{FallocateFlags, OFlag, fallocate};
+
+/// Permissions of new files: memory is secret.
+const FILE_MODE: u32 = 0o600;
+
+/// A file that is changed.
+#[derive(Debug)]
+pub struct DiskFile {
+    file: File,
+    path: PathBuf,
+}
+
+impl DiskFile {
+    /// Returns the open file.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Returns its path when it was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// The operations. What they do by themselves is what [`Kernel`] does; who
+/// records them goes on to these.
+pub trait Disk: fmt::Debug + Send + Sync {
+    /// Opens a regular file for reading and writing.
+    ///
+    /// # Errors
+    /// What `open(2)` returns.
+    fn open(&self, path: &Path) -> io::Result<DiskFile> {
+        // Without O_NONBLOCK, a FIFO under the file's name would hang us.
+        let flags = OFlag::O_NONBLOCK.bits();
+        let file = File::options().read(true).write(true).custom_flags(flags).open(path)?;
+        if !file.metadata()?.is_file() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file"));
+        }
+        Ok(DiskFile { file, path: path.to_owned() })
+    }
+
+    /// Creates an empty file, in place of one that may be there.
+    ///
+    /// # Errors
+    /// What `open(2)` returns.
+    fn create(&self, path: &Path) -> io::Result<DiskFile> {
+        match fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let mut options = File::options();
+        let file = options.read(true).write(true).create_new(true).mode(FILE_MODE).open(path)?;
+        Ok(DiskFile { file, path: path.to_owned() })
+    }
+
+    /// Writes bytes at `offset`.
+    ///
+    /// # Errors
+    /// What `pwrite(2)` returns.
+    fn write_at(&self, file: &DiskFile, bytes: &[u8], offset: u64) -> io::Result<()> {
+        file.file.write_all_at(bytes, offset)
+    }
+
+    /// Cuts a file to `len` bytes.
+    ///
+    /// # Errors
+    /// What `ftruncate(2)` returns.
+    fn set_len(&self, file: &DiskFile, len: u64) -> io::Result<()> {
+        file.file.set_len(len)
+    }
+
+    /// Waits until a file's bytes are on the disk.
+    ///
+    /// # Errors
+    /// What `fsync(2)` returns.
+    fn sync(&self, file: &DiskFile) -> io::Result<()> {
+        file.file.sync_all()
+    }
+
+    /// Waits until the names in a directory are on the disk.
+    ///
+    /// # Errors
+    /// What `fsync(2)` returns.
+    fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+        File::open(dir)?.sync_all()
+    }
+
+    /// Gives a file another name, in place of a file that may have it.
+    ///
+    /// # Errors
+    /// What `rename(2)` returns.
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        fs::rename(from, to)
+    }
+
+    /// Frees the bytes `range` of a file, which keeps its length
+    /// (`FALLOC_FL_PUNCH_HOLE`, `fallocate(2)`).
+    ///
+    /// # Errors
+    /// What `fallocate(2)` returns; `EOPNOTSUPP` where the file system cannot.
+    fn punch(&self, file: &DiskFile, range: Range<u64>) -> io::Result<()> {
+        let too_far = |_| io::Error::from(io::ErrorKind::InvalidInput);
+        let offset = i64::try_from(range.start).map_err(too_far)?;
+        let len = i64::try_from(range.end - range.start).map_err(too_far)?;
+        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        loop {
+            match fallocate(&file.file, mode, offset, len) {
+                Err(nix::errno::Errno::EINTR) => {}
+                result => return Ok(result?),
+            }
+        }
+    }
+}
+
+/// The kernel's files, as they are.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Kernel;
+
+impl Disk for Kernel {}

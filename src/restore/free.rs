@@ -1,0 +1,247 @@
+//! Freeing in the images what has been restored (`--auto-dedup`).
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    path::Path,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use nix::errno::Errno;
+
+use super::{AutoDedup, RestoreError, Result, plan::Plan, source};
+use crate::{
+    chain::{Chain, ChainError, Freeing, Index, Layer, Place, SnapshotId, freed},
+    image::{
+        Disk, Kind,
+        disk::{DiskFile, Kernel},
+    },
+    sys::commit,
+    units::{PAGE_SIZE, PageIndex, PageRanges, page_bytes},
+};
+
+/// Bytes that are freed together as the restore goes: journals are synced for each
+/// batch.
+const BATCH_BYTES: u64 = 16 << 20;
+
+/// Frees what has been restored.
+#[derive(Debug)]
+pub(super) struct Free {
+    when: AutoDedup,
+    place: Mutex<Where>,
+    freed_pages: AtomicU64,
+}
+
+/// Who frees.
+#[derive(Debug)]
+enum Where {
+    /// This program, in the chain.
+    Chain(Freeing),
+    /// The mount of ours that the images are seen through: whoever serves it knows
+    /// where they are, and keeps the journals.
+    Mount(MountedPages),
+}
+
+impl Free {
+    /// Makes everything ready to free the pages of `plan`, whose images were found at
+    /// `dir`, and says on standard error whose pages they are, too. Nothing is changed
+    /// yet.
+    ///
+    /// # Errors
+    /// What would keep pages from being freed.
+    pub(super) fn prepare(when: AutoDedup, dir: &Path, plan: &Plan) -> Result<Self> {
+        let chain = &plan.chain;
+        let place = if source::frees_pages(dir) {
+            let mut mounted = MountedPages { root: File::open(dir).ok(), files: BTreeMap::new() };
+            for index in indexes(plan)? {
+                mounted.prepare(chain, &index)?;
+            }
+            Where::Mount(mounted)
+        } else {
+            warn_of_sharing(plan.dir())?;
+            let mut freeing = Freeing::new(Arc::clone(chain), Arc::new(Kernel));
+            for index in indexes(plan)? {
+                freeing.prepare_all(&index)?;
+            }
+            Where::Chain(freeing)
+        };
+        Ok(Self { when, place: Mutex::new(place), freed_pages: AtomicU64::new(0) })
+    }
+
+    /// Pages of a memory are where they belong in the restored processes.
+    ///
+    /// # Errors
+    /// What keeps them from being freed, if that is to be done as the restore goes.
+    pub(super) fn restored(&self, index: &Index, first: PageIndex, pages: u64) -> Result<()> {
+        if self.when != AutoDedup::Now {
+            return Ok(());
+        }
+        let mut place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
+        place.note(index, first, pages)?;
+        if page_bytes(place.noted_pages()) >= BATCH_BYTES {
+            self.count(place.free()?);
+        }
+        Ok(())
+    }
+
+    /// Frees all pages of the snapshot: the tree runs. Returns how many were freed
+    /// altogether.
+    ///
+    /// # Errors
+    /// What keeps them from being freed.
+    pub(super) fn all(&self, plan: &Plan) -> Result<u64> {
+        let mut place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
+        for index in indexes(plan)? {
+            place.note(&index, PageIndex(0), PageIndex::END.0)?;
+            // One memory after another: what is noted takes room.
+            self.count(place.free()?);
+        }
+        place.finish()?;
+        Ok(self.freed_pages())
+    }
+
+    /// Returns how many pages were freed so far.
+    pub(super) fn freed_pages(&self) -> u64 {
+        self.freed_pages.load(Ordering::Relaxed)
+    }
+
+    fn count(&self, pages: u64) {
+        self.freed_pages.fetch_add(pages, Ordering::Relaxed);
+    }
+}
+
+/// Returns the indexes of all memories of the snapshot.
+fn indexes(plan: &Plan) -> Result<Vec<Arc<Index>>> {
+    let memories = plan.chain.memories(plan.snapshot)?;
+    let indexes = memories.into_iter().map(|memory| plan.chain.index(plan.snapshot, memory));
+    Ok(indexes.collect::<Result<_, ChainError>>()?)
+}
+
+/// Says which snapshots, in the chain and beside it, lose pages.
+fn warn_of_sharing(dir: &Path) -> Result<()> {
+    let (chain, id): (Chain, SnapshotId) = freed::with_relatives(dir)?;
+    if let Some(warning) = freed::warning(&chain, id)? {
+        eprintln!("{warning}");
+        log::warn!("{warning}");
+    }
+    Ok(())
+}
+
+impl Where {
+    fn note(&mut self, index: &Index, first: PageIndex, pages: u64) -> Result<()> {
+        let end = PageIndex(first.0.saturating_add(pages));
+        let mut position = index.position(first);
+        while let Some(extent) = index.extent(position).filter(|extent| extent.first < end) {
+            position += 1;
+            let Place::Stored { layer, file_page } = extent.place else { continue };
+            let (from, to) = (extent.first.max(first), extent.end().min(end));
+            let start = file_page + (from.0 - extent.first.0);
+            let pages = start..start + (to.0 - from.0);
+            let layer = &index.layers()[layer as usize];
+            match self {
+                Self::Chain(freeing) => freeing.note(index.memory(), layer, pages)?,
+                Self::Mount(mounted) => mounted.note(layer, pages),
+            }
+        }
+        Ok(())
+    }
+
+    fn noted_pages(&self) -> u64 {
+        match self {
+            Self::Chain(freeing) => freeing.noted_pages(),
+            Self::Mount(mounted) => mounted.noted_pages(),
+        }
+    }
+
+    fn free(&mut self) -> Result<u64> {
+        match self {
+            Self::Chain(freeing) => {
+                freeing.sync()?;
+                Ok(freeing.free()?)
+            }
+            Self::Mount(mounted) => mounted.free(),
+        }
+    }
+
+    /// Tells whoever frees that the restore has succeeded.
+    fn finish(&mut self) -> Result<()> {
+        match self {
+            Self::Chain(_) => Ok(()),
+            Self::Mount(mounted) => mounted.commit(),
+        }
+    }
+}
+
+/// Pages files that are seen through a mount which frees what is punched.
+#[derive(Debug)]
+struct MountedPages {
+    root: Option<File>,
+    /// By `pages_id`.
+    files: BTreeMap<u32, MountedFile>,
+}
+
+#[derive(Debug)]
+struct MountedFile {
+    file: DiskFile,
+    /// To be punched.
+    noted: PageRanges,
+    /// Punched.
+    done: PageRanges,
+}
+
+impl MountedPages {
+    fn prepare(&mut self, chain: &Chain, index: &Index) -> Result<()> {
+        for layer in index.layers().iter().filter(|layer| layer.pages > 0) {
+            let path = chain.image_path(layer.snapshot, Kind::Pages, layer.pages_id.into());
+            let failed =
+                |source| ChainError::Free { path: path.clone(), step: "open for writing", source };
+            let file = Kernel.open(&path).map_err(failed)?;
+            let (noted, done) = (PageRanges::new(), PageRanges::new());
+            self.files.insert(layer.pages_id, MountedFile { file, noted, done });
+        }
+        Ok(())
+    }
+
+    fn note(&mut self, layer: &Layer, pages: std::ops::Range<u64>) {
+        let Some(file) = self.files.get_mut(&layer.pages_id) else { return };
+        let parts = file.done.split(pages).filter(|(_, done)| !done);
+        parts.for_each(|(part, _)| file.noted.insert(part));
+    }
+
+    fn noted_pages(&self) -> u64 {
+        self.files.values().map(|file| file.noted.pages()).sum()
+    }
+
+    fn free(&mut self) -> Result<u64> {
+        let mut freed = 0;
+        for MountedFile { file, noted, done } in self.files.values_mut() {
+            for pages in noted.iter() {
+                let bytes = pages.start * PAGE_SIZE..pages.end * PAGE_SIZE;
+                Kernel.punch(file, bytes).map_err(|source| ChainError::Free {
+                    path: file.path().to_owned(),
+                    step: "free pages of",
+                    source,
+                })?;
+                freed += pages.end - pages.start;
+            }
+            done.extend(noted);
+            *noted = PageRanges::new();
+        }
+        Ok(freed)
+    }
+
+    fn commit(&self) -> Result<()> {
+        let Some(root) = &self.root else { return Ok(()) };
+        match commit::commit(root) {
+            // Its owner frees what was noted, by `imgfs commit`.
+            Err(Errno::EPERM) => {
+                log::warn!("the mount is another user's, who may free what is noted there");
+                Ok(())
+            }
+            result => result.map(drop).map_err(|errno| RestoreError::Commit { source: errno }),
+        }
+    }
+}

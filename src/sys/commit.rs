@@ -1,0 +1,42 @@
+//! Telling a mount of `imgfs` that what was noted may be freed.
+#![expect(unsafe_code, reason = "an ioctl of our own")]
+
+use std::{
+    fs::File,
+    os::fd::{AsFd, AsRawFd},
+};
+
+use nix::libc;
+
+/// The number of the ioctl, on the root directory of a mount: `_IOR('i', 0x50, u64)`.
+/// It writes how many pages were freed.
+pub const REQUEST: u32 = 2 << 30 | 8 << 16 | (b'i' as u32) << 8 | 0x50;
+const _: () = assert!(REQUEST as libc::Ioctl == nix::request_code_read!(b'i', 0x50, 8));
+
+/// Lets the mount whose root is `dir` free what was noted, and returns how many pages
+/// that are.
+///
+/// # Errors
+/// `ENOTTY` if it is no mount that frees pages, `EPERM` for who is neither root nor
+/// the one who mounted it; what keeps the pages from being freed.
+pub fn commit(dir: &File) -> nix::Result<u64> {
+    let mut pages = 0_u64;
+    let number = libc::Ioctl::from(REQUEST);
+    // SAFETY: the request is for the kernel to write eight bytes, as many as `pages`
+    // has, which lives until after the call.
+    let result = unsafe { libc::ioctl(dir.as_fd().as_raw_fd(), number, &raw mut pages) };
+    nix::errno::Errno::result(result)?;
+    Ok(pages)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn other_directories_do_not_know_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = commit(&File::open(dir.path()).unwrap()).unwrap_err();
+        assert_eq!(error, nix::errno::Errno::ENOTTY);
+    }
+}

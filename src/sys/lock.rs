@@ -1,0 +1,209 @@
+//! Locks on image directories: `flock(2)`, which ends with its holder, however
+//! that ends, and leaves no file behind.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    fs::{self, File},
+    io,
+    os::{
+        fd::AsRawFd,
+        unix::fs::{MetadataExt, OpenOptionsExt},
+    },
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg, OFlag},
+};
+use thiserror::Error;
+
+/// How a directory is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Access {
+    /// It is read, and so may others.
+    Shared,
+    /// It is changed, and nobody else may use it.
+    Exclusive,
+}
+
+/// Who has locked a directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holder {
+    /// Its pid.
+    pub pid: i32,
+    /// The name of its program; empty if it has just ended.
+    pub program: String,
+}
+
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let program = if self.program.is_empty() { "a process" } else { &self.program };
+        write!(f, "{program} (pid {})", self.pid)
+    }
+}
+
+/// Why a directory cannot be used now.
+#[derive(Debug, Error)]
+pub enum LockError {
+    /// Somebody else uses it.
+    #[error(
+        "{path} is in use by {holder}; wait for its end",
+        path = .path.display(),
+        holder = .holder.as_ref().map_or_else(|| "another program".to_owned(), ToString::to_string)
+    )]
+    InUse {
+        /// The directory.
+        path: PathBuf,
+        /// Who does, if it can be seen from here.
+        holder: Option<Holder>,
+    },
+    /// It cannot be locked at all.
+    #[error("lock directory {path}", path = .path.display())]
+    Failed {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// A file by its device and inode number.
+type Identity = (u64, u64);
+
+/// Directories that are locked until this is dropped.
+#[derive(Debug, Default)]
+pub struct DirectoryLocks {
+    held: HashMap<Identity, (Access, Flock<File>)>,
+}
+
+impl DirectoryLocks {
+    /// Locks a directory as well, without waiting. One that is locked already is so
+    /// the stronger way afterwards.
+    ///
+    /// To be called by the process that is to hold the lock, and not before a fork:
+    /// others are told its pid. Where the file system has no locks, reading goes on
+    /// without one and says so.
+    ///
+    /// # Errors
+    /// [`LockError::InUse`]; [`LockError::Failed`] if it cannot be opened, or not be
+    /// locked by who wants to change it.
+    pub fn take(&mut self, path: &Path, access: Access) -> Result<(), LockError> {
+        let failed = |source| LockError::Failed { path: path.to_owned(), source };
+        let flags = (OFlag::O_DIRECTORY | OFlag::O_CLOEXEC).bits();
+        let dir = File::options().read(true).custom_flags(flags).open(path).map_err(failed)?;
+        let stat = dir.metadata().map_err(failed)?;
+        let identity = (stat.dev(), stat.ino());
+        let mode = match access {
+            Access::Shared => FlockArg::LockSharedNonblock,
+            Access::Exclusive => FlockArg::LockExclusiveNonblock,
+        };
+        if self.held.get(&identity).is_some_and(|(held, _)| *held >= access) {
+            return Ok(());
+        }
+        // A shared lock of ours would be in the way of an exclusive one.
+        drop(self.held.remove(&identity));
+        match Flock::lock(dir, mode) {
+            Ok(lock) => {
+                self.held.insert(identity, (access, lock));
+                Ok(())
+            }
+            Err((dir, Errno::EWOULDBLOCK)) => {
+                Err(LockError::InUse { path: path.to_owned(), holder: holder(&dir) })
+            }
+            // NFS without a lock daemon, and file systems of others.
+            Err((_, errno @ (Errno::ENOLCK | Errno::EBADF | Errno::ENOTSUP | Errno::ENOSYS)))
+                if access == Access::Shared =>
+            {
+                log::warn!("{}: nobody is kept from changing it: {errno}", path.display());
+                Ok(())
+            }
+            Err((_, errno)) => Err(failed(errno.into())),
+        }
+    }
+}
+
+/// Returns who has locked a directory; `None` for a process of another pid namespace,
+/// or for one that has just let go.
+fn holder(dir: &File) -> Option<Holder> {
+    let inode = dir.metadata().ok()?.ino();
+    let device = device(dir)?;
+    let locks = fs::read_to_string("/proc/locks").ok()?;
+    let pid = locks.lines().find_map(|line| locker(line, device, inode))?;
+    let program = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    Some(Holder { pid, program: program.trim_end().to_owned() })
+}
+
+/// Returns the major and minor number of the device that `/proc/locks` names for a
+/// file: that of its file system. `stat(2)` tells another one on btrfs, where each
+/// subvolume has its own.
+fn device(dir: &File) -> Option<(u32, u32)> {
+    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", dir.as_raw_fd())).ok()?;
+    let mount = info.lines().find_map(|line| line.strip_prefix("mnt_id:"))?.trim();
+    let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
+    let mut ours = mounts.lines().filter(|line| line.split(' ').next() == Some(mount));
+    let (major, minor) = ours.next()?.split(' ').nth(2)?.split_once(':')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
+}
+
+/// Returns the pid in a line of `/proc/locks` (proc_locks(5)), if that is of an
+/// `flock(2)` that somebody holds on this file.
+fn locker(line: &str, device: (u32, u32), inode: u64) -> Option<i32> {
+    // NUMBER: [->] FLOCK ADVISORY MODE PID MAJOR:MINOR:INODE START END
+    let mut words = line.split_whitespace().skip(1);
+    if words.next() != Some("FLOCK") {
+        return None;
+    }
+    let pid = words.nth(2)?.parse().ok()?;
+    let mut file = words.next()?.split(':');
+    let mut hexadecimal = || u32::from_str_radix(file.next()?, 16).ok();
+    let found = (hexadecimal()?, hexadecimal()?);
+    let same = found == device && file.next()?.parse() == Ok(inode);
+    (same && pid > 0).then_some(pid)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_of_other_files_and_of_those_who_wait_are_left_out() {
+        let line = "12: FLOCK  ADVISORY  WRITE 4711 fe:00:131 0 EOF";
+        assert_eq!(locker(line, (0xfe, 0), 131), Some(4711));
+        assert_eq!(locker(line, (0xfe, 0), 13), None);
+        assert_eq!(locker(line, (0xfd, 0), 131), None);
+        for other in [
+            "12: -> FLOCK  ADVISORY  WRITE 4711 fe:00:131 0 EOF",
+            "12: POSIX  ADVISORY  WRITE 4711 fe:00:131 0 EOF",
+            "12: FLOCK  ADVISORY  WRITE 0 fe:00:131 0 EOF",
+            "12: FLOCK  ADVISORY  WRITE",
+            "",
+        ] {
+            assert_eq!(locker(other, (0xfe, 0), 131), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn readers_share_and_who_changes_is_alone_and_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let take = |locks: &mut DirectoryLocks, access| locks.take(dir.path(), access);
+        let (mut one, mut two) = (DirectoryLocks::default(), DirectoryLocks::default());
+        take(&mut one, Access::Shared).unwrap();
+        take(&mut two, Access::Shared).unwrap();
+        let refused = take(&mut two, Access::Exclusive).unwrap_err();
+        let LockError::InUse { holder: Some(holder), .. } = &refused else { panic!("{refused:?}") };
+        assert_eq!(holder.pid.unsigned_abs(), std::process::id());
+        let said = refused.to_string();
+        let pid = format!("(pid {})", std::process::id());
+        assert!(said.contains(&dir.path().display().to_string()) && said.contains(&pid), "{said}");
+        drop(two);
+        // Again, and stronger: one's own lock is not in the way.
+        take(&mut one, Access::Exclusive).unwrap();
+        take(&mut one, Access::Shared).unwrap();
+        let mut three = DirectoryLocks::default();
+        take(&mut three, Access::Shared).unwrap_err();
+        drop(one);
+        take(&mut three, Access::Exclusive).unwrap();
+    }
+}
