@@ -60,7 +60,7 @@ named! {
         EventfdSemaphore = "eventfd_semaphore":
             "`/proc/PID/fdinfo` tells whether an eventfd is a semaphore (Linux 6.5).";
         LockOnFault = "lock_on_fault":
-            "`/proc/PID/smaps` has a code for memory that is locked on fault (after Linux 6.12).";
+            "`/proc/PID/smaps` has a code for memory that is locked on fault (after Linux 6.1).";
         TimerIds = "timer_cr_ids": "`PR_TIMER_CREATE_RESTORE_IDS` (Linux 6.15).";
         ScanGuards = "pagemap_scan_guards": "`PAGEMAP_SCAN` tells guard pages (Linux 6.18).";
     }
