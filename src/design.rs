@@ -88,6 +88,17 @@
 //! not to run on has the disk begin with its images while they are written; for one that
 //! is, they are first copied, which is what it waits for.
 //!
+//! # Older kernels
+//!
+//! What a kernel does not tell is found out in another way, or the dump fails; nothing
+//! is left out without a word. Each such thing is a [`crate::fault::Novelty`], which a
+//! test can take away on any kernel, and Debian's own kernels are tested in emulated
+//! machines. The one thing that is tried on the target's own objects is whether an
+//! eventfd is a semaphore: its counter is read and put back while the tree stands still,
+//! after all else was found to be such as is dumped, and not if a process outside of the
+//! tree has it, too. A thread of the kernel's, such as a worker of io_uring, is no
+//! thread of the process.
+//!
 //! # Changes
 //!
 //! A tracker ([`crate::res::track`]) lets a dump look at less. The best that the kernel
@@ -108,7 +119,8 @@
 //!
 //! What writes to memory by its physical address is seen by no page table. Where
 //! there is an io_uring, a ring of asynchronous I/O or pinned memory, tracking does not
-//! begin anew. Somebody outside the tree who writes by `process_vm_writev(2)` in the
+//! begin anew. Where the scan does not know guard pages (before Linux 6.18), they are
+//! looked for among what counts as swapped. Somebody outside the tree who writes by `process_vm_writev(2)` in the
 //! very microseconds in which a page is protected again, having looked it up before,
 //! can be missed. Soft-dirty bits, the tracker of older kernels, are anybody's to
 //! clear: a dump by another program in between is not noticed.

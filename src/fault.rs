@@ -14,79 +14,67 @@ use nix::{
 };
 use thiserror::Error;
 
-macro_rules! points {
-    ($($point:ident = $name:literal: $about:literal;)*) => {
-        /// Where a failure can be made to happen.
+macro_rules! named {
+    ($(#[$meta:meta])* $of:ident { $($member:ident = $name:literal: $about:literal;)* }) => {
+        $(#[$meta])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub enum Point { $(#[doc = $about] $point,)* }
+        pub enum $of { $(#[doc = $about] $member,)* }
 
-        impl Point {
-            /// Every point, in the order of a dump, of a restore, of linking and of freeing.
-            pub const ALL: &'static [Self] = &[$(Self::$point,)*];
+        impl $of {
+            /// Every one, in the order in which they come.
+            pub const ALL: &'static [Self] = &[$(Self::$member,)*];
 
-            /// Returns the name that chooses the point.
+            /// Returns the name that chooses it.
             pub const fn name(self) -> &'static str {
-                match self { $(Self::$point => $name,)* }
+                match self { $(Self::$member => $name,)* }
             }
         }
     };
 }
 
-points! {
-    DumpSeize = "dump-seize": "After the first task of the tree was stopped.";
-    DumpFrozen = "dump-frozen": "After the whole tree was stopped.";
-    DumpInjected = "dump-injected": "While a task has scratch memory mapped.";
-    DumpAsked = "dump-asked": "After a task was asked what only it knows.";
-    DumpFiles = "dump-files": "After the descriptors were collected.";
-    DumpMemory = "dump-memory": "In the middle of copying memory.";
-    DumpWritten = "dump-written": "After all images were written, before they are synced.";
-    DumpSynced = "dump-synced": "After all is on disk, before the directory counts as a snapshot.";
-    DumpCommit = "dump-commit": "After the snapshot is complete, before the tree goes on or dies.";
-    RestorePlan = "restore-plan": "After the plan was made, before any process.";
-    RestoreRoot = "restore-root": "After the first process was made.";
-    RestoreMemory = "restore-memory": "In the middle of filling memory.";
-    RestoreForked = "restore-forked": "After all processes were made.";
-    RestoreFiles = "restore-files": "After the descriptors were installed.";
-    RestoreThreads = "restore-threads": "After all threads were made.";
-    RestoreLast = "restore-last": "Before the first process is let go.";
-    DedupMade = "dedup-made": "After all that is new was made, before anything is replaced.";
-    DedupLinked = "dedup-linked": "After new pages and the link are in place, before any pagemap is.";
-    DedupReplacing = "dedup-replacing": "After the first pagemap was replaced.";
-    DedupReplaced = "dedup-replaced": "After all pagemaps were replaced.";
-    DedupRenumbered = "dedup-renumbered": "After objects got other numbers.";
-    DedupRemoved = "dedup-removed": "After what was replaced was removed.";
-    FreeNoted = "free-noted": "After pages were noted to be freed, before a journal names them.";
-    FreeAppended = "free-appended": "After journals name them, before that is on disk.";
-    FreeJournalled = "free-journalled": "After that is on disk, before the first page is freed.";
-    FreeHalf = "free-half": "After the first pages were freed.";
-    FreeDone = "free-done": "After all were freed.";
+named! {
+    /// Where a failure can be made to happen: in a dump, a restore, linking and freeing.
+    Point {
+        DumpSeize = "dump-seize": "After the first task of the tree was stopped.";
+        DumpFrozen = "dump-frozen": "After the whole tree was stopped.";
+        DumpInjected = "dump-injected": "While a task has scratch memory mapped.";
+        DumpAsked = "dump-asked": "After a task was asked what only it knows.";
+        DumpFiles = "dump-files": "After the descriptors were collected.";
+        DumpMemory = "dump-memory": "In the middle of copying memory.";
+        DumpWritten = "dump-written": "After all images were written, before they are synced.";
+        DumpSynced = "dump-synced": "After all is on disk, before the directory counts as a snapshot.";
+        DumpCommit = "dump-commit": "After the snapshot is complete, before the tree goes on or dies.";
+        RestorePlan = "restore-plan": "After the plan was made, before any process.";
+        RestoreRoot = "restore-root": "After the first process was made.";
+        RestoreMemory = "restore-memory": "In the middle of filling memory.";
+        RestoreForked = "restore-forked": "After all processes were made.";
+        RestoreFiles = "restore-files": "After the descriptors were installed.";
+        RestoreThreads = "restore-threads": "After all threads were made.";
+        RestoreLast = "restore-last": "Before the first process is let go.";
+        DedupMade = "dedup-made": "After all that is new was made, before anything is replaced.";
+        DedupLinked = "dedup-linked": "After new pages and the link are in place, before any pagemap is.";
+        DedupReplacing = "dedup-replacing": "After the first pagemap was replaced.";
+        DedupReplaced = "dedup-replaced": "After all pagemaps were replaced.";
+        DedupRenumbered = "dedup-renumbered": "After objects got other numbers.";
+        DedupRemoved = "dedup-removed": "After what was replaced was removed.";
+        FreeNoted = "free-noted": "After pages were noted to be freed, before a journal names them.";
+        FreeAppended = "free-appended": "After journals name them, before that is on disk.";
+        FreeJournalled = "free-journalled": "After that is on disk, before the first page is freed.";
+        FreeHalf = "free-half": "After the first pages were freed.";
+        FreeDone = "free-done": "After all were freed.";
+    }
 }
 
-macro_rules! novelties {
-    ($($novelty:ident = $name:literal: $about:literal;)*) => {
-        /// What newer kernels have, and a test can make the programs do without.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub enum Novelty { $(#[doc = $about] $novelty,)* }
-
-        impl Novelty {
-            /// Every one.
-            pub const ALL: &'static [Self] = &[$(Self::$novelty,)*];
-
-            /// Returns the name that `RCRIU_WITHOUT` has for it.
-            pub const fn name(self) -> &'static str {
-                match self { $(Self::$novelty => $name,)* }
-            }
-        }
-    };
-}
-
-novelties! {
-    EventfdSemaphore = "eventfd_semaphore":
-        "`/proc/PID/fdinfo` tells whether an eventfd is a semaphore (Linux 6.5).";
-    LockOnFault = "lock_on_fault":
-        "`/proc/PID/smaps` has a code for memory that is locked on fault (after Linux 6.12).";
-    TimerIds = "timer_cr_ids": "`PR_TIMER_CREATE_RESTORE_IDS` (Linux 6.15).";
-    ScanGuards = "pagemap_scan_guards": "`PAGEMAP_SCAN` tells guard pages (Linux 6.18).";
+named! {
+    /// What newer kernels have, and a test can make the programs do without.
+    Novelty {
+        EventfdSemaphore = "eventfd_semaphore":
+            "`/proc/PID/fdinfo` tells whether an eventfd is a semaphore (Linux 6.5).";
+        LockOnFault = "lock_on_fault":
+            "`/proc/PID/smaps` has a code for memory that is locked on fault (after Linux 6.1).";
+        TimerIds = "timer_cr_ids": "`PR_TIMER_CREATE_RESTORE_IDS` (Linux 6.15).";
+        ScanGuards = "pagemap_scan_guards": "`PAGEMAP_SCAN` tells guard pages (Linux 6.18).";
+    }
 }
 
 /// Whether a test wants the programs to do as if the kernel did not have this.

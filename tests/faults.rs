@@ -83,16 +83,8 @@ fn assert_failed_at(point: Point, output: &Output) {
 /// Waits until a tree whose tracer was killed is as it was: the kernel lets go of
 /// the traced in its own time.
 fn assert_left_alone(what: &str, live: &mut Live, before: &TreeState) {
-    let begin = std::time::Instant::now();
-    loop {
-        let differences = before.differences(&live.state());
-        if differences.is_empty() {
-            return;
-        }
-        let waited = begin.elapsed().as_secs();
-        assert!(waited < 3, "{what}:\n{}", differences.join("\n"));
-        std::thread::sleep(std::time::Duration::from_millis(2));
-    }
+    let differences = before.differences(&live.state_after(before));
+    assert!(differences.is_empty(), "{what}:\n{}", differences.join("\n"));
 }
 
 /// Makes a dump fail at a point, once into an empty directory and once into one

@@ -143,7 +143,7 @@ impl Features {
     }
 
     /// Whether `/proc/PID/smaps` has no code of its own for memory that is locked on
-    /// fault, but the one for flags without a name (found so on Linux 6.1).
+    /// fault, but the one for flags without a name (found so on Linux 6.1, and not on 6.12).
     pub fn hides_lock_on_fault() -> bool {
         static PROBED: OnceLock<bool> = OnceLock::new();
         *PROBED.get_or_init(memory::hides_lock_on_fault)
