@@ -10,7 +10,7 @@
 mod common;
 
 use std::{
-    fs,
+    fs::{self, File},
     path::{Path, PathBuf},
     process::Command,
     sync::Arc,
@@ -23,6 +23,7 @@ use common::{
     require,
 };
 use nix::{
+    fcntl::{Flock, FlockArg},
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
@@ -43,6 +44,15 @@ struct Steps {
     /// Images that were written, the newest last.
     chain: Vec<String>,
     tracker: Tracker,
+    _lock: Flock<File>,
+}
+
+/// Waits until the program may run. Some of what programs do is counted for the whole
+/// machine, so that one whose counts are looked at runs alone.
+fn lock(how: FlockArg) -> Flock<File> {
+    let path = std::env::temp_dir().join("rcriu-test-steps");
+    let file = File::create(path).unwrap();
+    Flock::lock(file, how).map_err(|(_, errno)| errno).unwrap()
 }
 
 /// What a dump says of itself.
@@ -63,7 +73,12 @@ impl Said {
 
 impl Steps {
     fn start(name: &str, tracker: Tracker) -> Self {
+        Self::start_with(name, tracker, FlockArg::LockShared)
+    }
+
+    fn start_with(name: &str, tracker: Tracker, how: FlockArg) -> Self {
         require(Cap::Ptrace);
+        let lock = lock(how);
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().to_str().unwrap().to_owned();
         let program = workload().to_str().unwrap();
@@ -71,7 +86,7 @@ impl Steps {
         // run, and it runs for each dump.
         let no_rseq = "GLIBC_TUNABLES=glibc.pthread.rseq=0";
         let live = Live::program("env", &[no_rseq, program, "--steps", name, &path], dir);
-        Self { live, chain: Vec::new(), tracker }
+        Self { live, chain: Vec::new(), tracker, _lock: lock }
     }
 
     /// Waits for a step; returns whether there is one.
@@ -303,6 +318,7 @@ programs! {
     shared_executed
     shared_memfd_closed
     shared_by_new_threads
+    shared_huge
     shared_random
 }
 
@@ -390,7 +406,7 @@ fn privileged_a_tracker_spares_looking_at_shared_memory_if_all_writers_are_known
         return;
     }
     for (name, expected) in SPARED.into_iter().chain([spared_of_memfd()]) {
-        // Some things are counted for the whole machine, and other tests do them, too.
+        // Some things are counted for the whole machine, and other programs do them, too.
         let mut texts = String::new();
         let spared = (0..ATTEMPTS).any(|_| {
             let (spared, text) = spared(name);
@@ -409,7 +425,7 @@ const ATTEMPTS: u32 = 12;
 /// Takes a program through its steps, and returns those whose dump has looked at part of
 /// the shared memory only.
 fn spared(name: &str) -> (Vec<u32>, String) {
-    let mut steps = Steps::start(name, Tracker::Wp);
+    let mut steps = Steps::start_with(name, Tracker::Wp, FlockArg::LockExclusive);
     let (mut number, mut spared, mut text) = (1, Vec::new(), String::new());
     while steps.await_step(number) {
         let (looked, left) = looks(&steps.check());

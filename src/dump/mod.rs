@@ -105,7 +105,8 @@ fn finish(
         frozen.take().map_or(Ok(()), |frozen| frozen.release(outcome))?;
         stats.thawed();
     }
-    commit(images, tracking, inventory()?)?;
+    let inventory = inventory()?;
+    stats.syncing(|| commit(images, tracking, inventory))?;
     if let Some(frozen) = frozen {
         if outcome == Outcome::Kill {
             files.keep_links();
@@ -185,6 +186,7 @@ fn dump_stopped(
     fault::hit(Point::DumpFiles)?;
     let mut memories = std::mem::take(&mut collection.memories);
     find_parents(&mut memories, parent)?;
+    stats.collected();
     let copied = stats.copying(|| memory::dump(&memories, images, !options.leave_running))?;
     stats.copied = copied;
     Ok((collection.files, collection.tracking))
