@@ -115,7 +115,30 @@
 //! a file that was never punched. Whatever begins tracking anew makes the keeper forget
 //! the snapshot first, and tells it the new one after the commit. So after a dump that
 //! failed, `execve(2)`, `mremap(2)`, a fork, another chain or a reboot, everything
-//! is compared. Shared memory always is: its writers may have gone.
+//! is compared.
+//!
+//! Of shared memory the bits are believed only if all of its writers are known
+//! ([`crate::res::track::shared`]): nobody outside the tree has it or a descriptor of
+//! it, the same mappings are there as at the snapshot, and the kernel's counters say that
+//! none was made or removed since. What leads to a comparison of the whole object is
+//!
+//! - a process that was forked, exited or executed another program while it had the
+//!   object mapped; `vfork(2)` and `posix_spawn(3)` do no harm;
+//! - a mapping that was made, removed, moved or cut; anybody's `mremap(2)` with an old
+//!   size of 0 and `MADV_REMOVE`, which are counted for the whole machine;
+//! - a descriptor: a memfd is compared as long as anybody has it open;
+//! - an object of more than eight mappings, or of less than 64 pages; System V segments;
+//!   memory of a process that has more than 512 threads or was just restored;
+//! - a kernel without asynchronous write protection. A shared page that was written and
+//!   taken from the page table comes back without its soft-dirty bit;
+//! - a program that may not see all processes, count by tracepoints (`CAP_PERFMON`, and
+//!   tracefs where it belongs) or watch who opens files (`CAP_SYS_ADMIN`).
+//!
+//! Two things cannot be seen. A descriptor may be on its way in a message when tracking
+//! begins; memory other than a memfd has one only if somebody opened it in
+//! `/proc/PID/map_files` before. And a process that may not be looked at, as the first
+//! one of some machines, is taken to have nothing if it is older than a tree that has
+//! executed a program since.
 //!
 //! What writes to memory by its physical address is seen by no page table. Where
 //! there is an io_uring, a ring of asynchronous I/O or pinned memory, tracking does not

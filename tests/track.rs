@@ -10,7 +10,7 @@
 mod common;
 
 use std::{
-    fs,
+    fs::{self, File},
     path::{Path, PathBuf},
     process::Command,
     time::Instant,
@@ -23,6 +23,7 @@ use common::{
     same::assert_same,
 };
 use nix::{
+    fcntl::{Flock, FlockArg},
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
@@ -39,6 +40,15 @@ struct Steps {
     tracker: Tracker,
     /// What dumps are to take the kernel not to have (`RCRIU_WITHOUT`).
     without: &'static str,
+    _lock: Flock<File>,
+}
+
+/// Waits until the program may run. Some of what programs do is counted for the whole
+/// machine, so that one whose counts are looked at runs alone.
+fn lock(how: FlockArg) -> Flock<File> {
+    let path = std::env::temp_dir().join("rcriu-test-steps");
+    let file = File::create(path).unwrap();
+    Flock::lock(file, how).map_err(|(_, errno)| errno).unwrap()
 }
 
 /// What a dump says of itself.
@@ -59,7 +69,12 @@ impl Said {
 
 impl Steps {
     fn start(name: &str, tracker: Tracker) -> Self {
+        Self::start_with(name, tracker, FlockArg::LockShared)
+    }
+
+    fn start_with(name: &str, tracker: Tracker, how: FlockArg) -> Self {
         require(Cap::Ptrace);
+        let lock = lock(how);
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().to_str().unwrap().to_owned();
         let program = workload().to_str().unwrap();
@@ -67,7 +82,7 @@ impl Steps {
         // run, and it runs for each dump.
         let no_rseq = "GLIBC_TUNABLES=glibc.pthread.rseq=0";
         let live = Live::program("env", &[no_rseq, program, "--steps", name, &path], dir);
-        Self { live, chain: Vec::new(), tracker, without: "" }
+        Self { live, chain: Vec::new(), tracker, without: "", _lock: lock }
     }
 
     /// Waits for a step; returns whether there is one.
@@ -244,6 +259,7 @@ programs! {
     shared_executed
     shared_memfd_closed
     shared_by_new_threads
+    shared_huge
     shared_random
 }
 
@@ -341,7 +357,7 @@ fn privileged_a_tracker_spares_looking_at_shared_memory_if_all_writers_are_known
         return;
     }
     for (name, expected) in SPARED.into_iter().chain([spared_of_memfd()]) {
-        // Some things are counted for the whole machine, and other tests do them, too.
+        // Some things are counted for the whole machine, and other programs do them, too.
         let mut texts = String::new();
         let spared = (0..ATTEMPTS).any(|_| {
             let (spared, text) = spared(name);
@@ -360,7 +376,7 @@ const ATTEMPTS: u32 = 12;
 /// Takes a program through its steps, and returns those whose dump has looked at part of
 /// the shared memory only.
 fn spared(name: &str) -> (Vec<u32>, String) {
-    let mut steps = Steps::start(name, Tracker::Wp);
+    let mut steps = Steps::start_with(name, Tracker::Wp, FlockArg::LockExclusive);
     let (mut number, mut spared, mut text) = (1, Vec::new(), String::new());
     while steps.await_step(number) {
         let (looked, left) = looks(&steps.check());

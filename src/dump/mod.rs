@@ -146,7 +146,8 @@ fn finish(
         frozen.take().map_or(Ok(()), |frozen| frozen.release(outcome))?;
         stats.thawed();
     }
-    commit(images, tracking, inventory()?)?;
+    let inventory = inventory()?;
+    stats.syncing(|| commit(images, tracking, inventory))?;
     // If one fails, the tree runs on.
     actions.run(Stage::PostDump, Some(options.pid))?;
     if let Some(frozen) = frozen {
@@ -228,6 +229,7 @@ fn dump_stopped(
     fault::hit(Point::DumpFiles)?;
     let mut memories = std::mem::take(&mut collection.memories);
     find_parents(&mut memories, parent)?;
+    stats.collected();
     let copied = stats.copying(|| memory::dump(&memories, images, !options.leave_running))?;
     stats.copied = copied;
     Ok((collection.files, collection.tracking))

@@ -75,12 +75,13 @@ pub(super) fn run(
         memories.push(Memory::of_object(id, file, name, true)?);
     }
     memories.sort_by_key(|memory| memory.id);
+    stats.collected();
     frozen.release(Outcome::Run)?;
     stats.thawed();
     find_parents(&mut memories, parent)?;
     stats.copied = stats.copying(|| memory::dump(&memories, &images, true))?;
     let inventory = proto::InventoryEntry { pre_dump_mode: Some(READ), ..super::inventory()? };
-    commit(images, tracking, inventory)?;
+    stats.syncing(|| commit(images, tracking, inventory))?;
     stats.finish(options);
     Ok(())
 }

@@ -14,7 +14,9 @@ pub(super) struct Stats {
     freezing: Duration,
     since: Option<Instant>,
     frozen: Duration,
+    collecting: Duration,
     copying: Duration,
+    syncing: Duration,
     pub(super) copied: Copied,
 }
 
@@ -38,6 +40,19 @@ impl Stats {
         if let Some(since) = self.since.take() {
             self.frozen = since.elapsed();
         }
+    }
+
+    /// Notes that all is known of the tree, but for the bytes of its memory.
+    pub(super) fn collected(&mut self) {
+        self.collecting = self.since.map_or(Duration::ZERO, |since| since.elapsed());
+    }
+
+    /// Measures how long it takes to bring the images to the disk.
+    pub(super) fn syncing<T>(&mut self, work: impl FnOnce() -> T) -> T {
+        let begin = Instant::now();
+        let result = work();
+        self.syncing = begin.elapsed();
+        result
     }
 
     /// Measures how long it takes to copy memory.
@@ -97,7 +112,9 @@ impl Stats {
         let Copied { private, shared } = self.copied;
         println!("freezing time: {} us", self.freezing.as_micros());
         println!("frozen time: {} us", self.frozen.as_micros());
+        println!("collecting time: {} us", self.collecting.as_micros());
         println!("memory dump time: {} us", self.copying.as_micros());
+        println!("sync time: {} us", self.syncing.as_micros());
         for (name, counts) in [("private", private), ("shared", shared)] {
             println!(
                 "{name} pages: {} scanned, {} compared, {} in parent, {} zero, {} stored",

@@ -1,6 +1,7 @@
 //! What increments cost: time, time in which the program is stopped, and bytes, in
 //! relation to a full dump, and to CRIU's if there is one (`CRIU`, or in the search
-//! path), of the same process in the same minutes.
+//! path), of the same process in the same minutes; and what tracking costs a program
+//! that writes each page once a second. Beside the ratios stands what they are to be.
 //!
 //! `INCREMENTS_MIB` is the size of the private and of the shared memory each (1024
 //! unless given), or `INCREMENTS_SHARED_MIB` of the latter; `INCREMENTS_DIR` is the
@@ -67,8 +68,8 @@ impl Bench {
         self.await_step();
     }
 
-    /// Lets every page of the private memory be written and returns how long it took;
-    /// then nothing is to change before the next step.
+    /// Lets every page be written and returns how long it took; then nothing is to
+    /// change before the next step.
     fn write_all(&mut self) -> Duration {
         let time = self.live.path("time");
         let _ = fs::remove_file(&time);
@@ -196,29 +197,38 @@ fn main() {
     let (_, _) = bench.dump(&own, "pre-dump", &["--track-mem"]);
     bench.change();
     let tracked_writes = bench.write_all();
-    let has_criu = !costs[2].is_empty();
-    let [full, changed, peer, tracked, same] =
-        costs.map(|costs| if costs.is_empty() { None } else { Some(median(costs)) });
-    let [full, changed, tracked, same] = [full, changed, tracked, same].map(Option::unwrap);
+    let mut medians = costs.map(|costs| (!costs.is_empty()).then(|| median(costs)));
+    let peer = medians[2].take();
+    let [Some(full), Some(changed), None, Some(tracked), Some(same)] = medians else {
+        unreachable!("each kind was dumped")
+    };
     print("in full", full);
     print("1% changed, all compared", changed);
-    print("1% changed, private memory tracked", tracked);
-    print("nothing changed, private memory tracked", same);
-    if let Some(peer) = peer.filter(|_| has_criu) {
+    print("1% changed, tracked", tracked);
+    print("nothing changed, tracked", same);
+    println!();
+    if let Some(peer) = peer {
         print("CRIU, in full", peer);
-        println!(
-            "CRIU's time / that of all compared: {:.1}; tracked: {:.1}; bytes: {:.2}%",
-            ratio(peer, changed),
-            ratio(peer, tracked),
-            changed.bytes as f64 / peer.bytes as f64 * 100.0,
-        );
+        let bytes = |cost: Cost| cost.bytes as f64 / peer.bytes as f64 * 100.0;
+        judge("CRIU's time / that of all compared", ratio(peer, changed), "");
+        judge("CRIU's time / that of tracked", ratio(peer, tracked), ">= 8");
+        judge("bytes of all compared in % of CRIU's", bytes(changed), "<= 3");
+        judge("bytes of tracked in % of CRIU's", bytes(tracked), "<= 3");
     }
-    println!("all compared / tracked: {:.1}", ratio(changed, tracked));
-    let pages = mib.parse::<f64>().unwrap_or(1.0) * 256.0;
-    println!(
-        "every private page written once: {:.0} ms untracked, {:.0} ms tracked: {:.2} us more for each",
-        untracked_writes.as_secs_f64() * 1e3,
-        tracked_writes.as_secs_f64() * 1e3,
-        (tracked_writes.as_secs_f64() - untracked_writes.as_secs_f64()) * 1e6 / pages,
-    );
+    judge("time of all compared / that of tracked", ratio(changed, tracked), ">= 3");
+    let total = number(&mib) + number(&shared);
+    let stopped = same.stopped.as_secs_f64() * 1e3 * 4096.0 / total;
+    judge("nothing changed, tracked: ms stopped for each 4 GiB", stopped, "<= 100");
+    let more = tracked_writes.as_secs_f64() - untracked_writes.as_secs_f64();
+    judge("us more for the first write to a page", more * 1e6 / (total * 256.0), "");
+    judge("% slower, tracked anew and all written each second", more * 100.0, "");
+}
+
+fn number(mib: &str) -> f64 {
+    mib.parse().expect("a number of MiB")
+}
+
+/// Prints a ratio beside what it is to be.
+fn judge(what: &str, found: f64, wanted: &str) {
+    println!("{what:<52} {found:>8.2} {wanted:>8}");
 }

@@ -634,6 +634,9 @@ fn grow_and_shrink(steps: &Steps) -> Verdict {
     Ok(())
 }
 
+/// `MADV_COLLAPSE` (`linux/mman.h`, Linux 6.1).
+const MADV_COLLAPSE: i32 = 25;
+
 fn huge(steps: &Steps) -> Verdict {
     let area = Area::private(4096)?;
     area.advise(libc::MADV_HUGEPAGE)?;
@@ -648,8 +651,6 @@ fn huge(steps: &Steps) -> Verdict {
     area.part(700, 1).advise(libc::MADV_DONTNEED)?;
     area.page(3000).set(5, 1);
     steps.pause();
-    /// `MADV_COLLAPSE` (`linux/mman.h`, Linux 6.1).
-    const MADV_COLLAPSE: i32 = 25;
     area.part(2000, 3).protect(libc::PROT_READ | libc::PROT_WRITE)?;
     let _ = area.advise(MADV_COLLAPSE);
     area.page(701).set(1, 8);
@@ -814,8 +815,10 @@ fn big(steps: &Steps) -> Verdict {
         steps.pause();
         // Every page once: how long does it take?
         let begin = std::time::Instant::now();
-        for page in 0..private.pages() {
-            private.page(page).set(12, state);
+        for area in [private, shared] {
+            for page in 0..area.pages() {
+                area.page(page).set(12, state);
+            }
         }
         let time = begin.elapsed().as_micros().to_string();
         crate::publish(&steps.dir.join("time"), &time);

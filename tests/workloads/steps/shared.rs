@@ -20,6 +20,7 @@ pub const ROWS: &[Row] = &[
     ("shared_executed", executed),
     ("shared_memfd_closed", memfd_closed),
     ("shared_by_new_threads", by_new_threads),
+    ("shared_huge", huge),
     ("shared_random", random),
 ];
 
@@ -405,6 +406,26 @@ fn by_new_threads(steps: &Steps) -> Verdict {
     })?;
     steps.pause();
     area.page(6).fill(3);
+    steps.pause();
+    Ok(())
+}
+
+/// Huge pages, before and after tracking has begun.
+fn huge(steps: &Steps) -> Verdict {
+    let area = Area::shared(4096)?;
+    let collapse = |area: Area| drop(area.advise(super::MADV_COLLAPSE));
+    area.part(0, 3000).fill(1);
+    collapse(area);
+    for step in 0..3 {
+        steps.pause();
+        area.page(700 * step + 30).set(5, 1);
+        area.page(2900).set(step, 1);
+    }
+    steps.pause();
+    area.part(0, 1500).advise(libc::MADV_DONTNEED)?;
+    area.page(600).set(5, 2);
+    collapse(area);
+    area.page(1700).set(5, 2);
     steps.pause();
     Ok(())
 }
