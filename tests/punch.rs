@@ -269,6 +269,21 @@ fn privileged_who_frees_pages_is_alone_and_says_whose_they_are() {
 }
 
 #[test]
+fn privileged_where_files_cannot_be_punched_nothing_is_begun() {
+    require(Cap::Fuse);
+    let ramfs = InMemory::new("ramfs");
+    let scene = Scene::within(tempfile::tempdir_in(ramfs.0.path()).unwrap());
+    let point = scene.dir.path().join("mnt");
+    fs::create_dir(&point).unwrap();
+    let refused = imgfs(&["mount", "--punch", text(scene.chain.root()), text(&point)]);
+    let why = String::from_utf8(refused.stderr).unwrap();
+    assert!(!refused.status.success() && why.contains("no hole punching"), "{why}");
+    assert!(!common::is_mounted(&point));
+    assert_eq!(journal_bytes(&scene), 0);
+    assert!(scene.check().0);
+}
+
+#[test]
 fn privileged_on_read_frees_what_was_read_and_nothing_else() {
     require(Cap::Fuse);
     let scene = Scene::new();
@@ -540,22 +555,23 @@ struct Dumped {
     live: Live,
     mounted: Option<Mounted>,
     /// Unmounted when all else is gone.
-    _tmpfs: Option<Tmpfs>,
+    _memory: Option<InMemory>,
 }
 
-/// A tmpfs of its own, as large as need be.
-struct Tmpfs(TempDir);
+/// A file system in memory, as large as need be.
+struct InMemory(TempDir);
 
-impl Tmpfs {
-    fn new() -> Self {
+impl InMemory {
+    /// `kind` is `tmpfs`, or `ramfs`, whose files cannot be punched.
+    fn new(kind: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let options = Some("mode=0777");
-        mount(Some("tmpfs"), dir.path(), Some("tmpfs"), MsFlags::empty(), options).unwrap();
+        mount(Some(kind), dir.path(), Some(kind), MsFlags::empty(), options).unwrap();
         Self(dir)
     }
 }
 
-impl Drop for Tmpfs {
+impl Drop for InMemory {
     fn drop(&mut self) {
         let _ = umount2(self.0.path(), MntFlags::MNT_DETACH);
     }
@@ -568,7 +584,7 @@ impl Dumped {
         live.dump_running(&[]);
         live.images_name = "chain/2";
         live.dump(&["--prev-images-dir", "../1"]);
-        Self { live, mounted: None, _tmpfs: None }
+        Self { live, mounted: None, _memory: None }
     }
 
     /// Lets the restores that come see the images this way.
@@ -681,7 +697,7 @@ fn privileged_restores_that_fail_leave_images_that_restore() {
 
 /// A process with as much private memory as this, dumped onto tmpfs.
 fn holder(mib: u32) -> Dumped {
-    let tmpfs = Tmpfs::new();
+    let tmpfs = InMemory::new("tmpfs");
     let dir = tempfile::tempdir_in(tmpfs.0.path()).unwrap();
     let path = text(dir.path()).to_owned();
     let arguments = ["-c", HOLDER, &mib.to_string(), "0", &path];
@@ -691,7 +707,7 @@ fn holder(mib: u32) -> Dumped {
     });
     live.images_name = "chain/2";
     live.dump(&[]);
-    Dumped { live, mounted: None, _tmpfs: Some(tmpfs) }
+    Dumped { live, mounted: None, _memory: Some(tmpfs) }
 }
 
 #[test]

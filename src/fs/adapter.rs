@@ -78,6 +78,7 @@ impl Filesystem for ImageFs {
             dir: self.view.path(parent.0),
             name: name.to_string_lossy().into_owned(),
         });
+        let _reading = self.reading();
         match found.and_then(|name| self.view.lookup(parent.0, name)) {
             Ok(attr) => reply.entry(&TTL, &self.file_attr(&attr), GENERATION),
             Err(error) => {
@@ -89,6 +90,7 @@ impl Filesystem for ImageFs {
     }
 
     fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        let _reading = self.reading();
         match self.view.attr(ino.0) {
             Ok(attr) => reply.attr(&TTL, &self.file_attr(&attr)),
             Err(error) => reply.error(self.failed("getattr", ino, error)),
@@ -99,6 +101,7 @@ impl Filesystem for ImageFs {
         if flags.acc_mode() != OpenAccMode::O_RDONLY && !self.may_be_punched(ino.0) {
             return reply.error(Errno::EROFS);
         }
+        let _reading = self.reading();
         let file = match self.view.open(ino.0) {
             Ok(file) => file,
             Err(error) => return reply.error(self.failed("open", ino, error)),
@@ -138,13 +141,17 @@ impl Filesystem for ImageFs {
         let mapped = lock_owner.is_none();
         let answered = {
             // Pages that are found are not freed before they were read.
-            let _reading = self.punching.as_ref().map(|_| self.view.chain().reading());
+            let _reading = self.reading();
             self.answer_read(req, ino, &*file.content, offset, size, reply)
         };
         if let (Some(read), Some(punching), Some(pages)) = (answered, &self.punching, &file.pages)
             && self.may_be_punched(ino.0)
         {
             punching.was_read(ino.0, fh.0, pages, offset..offset + read, mapped);
+            // The reader has its answer, and may have closed the file since.
+            if self.handles.file(fh.0).is_none() {
+                punching.closed(ino.0, fh.0, pages, !self.handles.is_open(ino.0));
+            }
         }
     }
 
@@ -166,6 +173,8 @@ impl Filesystem for ImageFs {
             _ => return reply.error(Errno::EINVAL),
         };
         let Ok(from) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
+        // What is freed meanwhile would be a hole.
+        let _reading = self.reading();
         match view::seek(&*file.content, from, whence) {
             Ok(Some(found)) => match i64::try_from(found) {
                 Ok(found) => reply.offset(found),

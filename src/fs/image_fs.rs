@@ -1,6 +1,10 @@
 //! What is served, and how it looks to the kernel.
 
-use std::{io, os::fd::OwnedFd, sync::Arc};
+use std::{
+    io,
+    os::fd::OwnedFd,
+    sync::{Arc, RwLockReadGuard},
+};
 
 use fuser::{Errno, FileAttr, FileType, INodeNo, ReplyData, ReplyOpen, Request};
 use log::error;
@@ -53,6 +57,12 @@ impl ImageFs {
 
     pub(super) fn punches_on_read(&self) -> bool {
         self.punching.as_ref().is_some_and(|punching| punching.mode() == Punch::OnRead)
+    }
+
+    /// Keeps pages from being freed until the guard is dropped; there is none where no
+    /// pages are freed at all.
+    pub(super) fn reading(&self) -> Option<RwLockReadGuard<'_, ()>> {
+        self.punching.as_ref().map(|_| self.view.chain().reading())
     }
 
     /// Whether a file may be opened for writing, which is to be punched.
