@@ -243,6 +243,25 @@ fn privileged_a_mount_that_frees_pages_refuses_every_other_change() {
 }
 
 #[test]
+fn privileged_a_restore_from_a_mount_that_frees_pages_logs_elsewhere() {
+    require(Cap::Fuse);
+    let scene = Scene::new();
+    let mounted = scene.mount(&["--punch"]);
+    // Root may write to it, as far as permissions go. There is nothing to restore in it.
+    let here = scene.dir.path().join("here");
+    fs::create_dir(&here).unwrap();
+    let output = Command::new(engine())
+        .args(["restore", "-o", "log", "-D"])
+        .arg(&mounted.point)
+        .current_dir(&here)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && !said.contains("Read-only"), "{said}");
+    assert!(fs::read_to_string(here.join("log")).unwrap().contains("is of a dumper before"));
+}
+
+#[test]
 fn privileged_who_frees_pages_is_alone_and_says_whose_they_are() {
     require(Cap::Fuse);
     let scene = Scene::new();
@@ -637,6 +656,11 @@ fn privileged_restores_free_what_they_restore_and_nothing_else() {
     for state in ["private_anon", "cow_tree", "shared_anon_parts", "memfd_mapping", "sysv_shm"] {
         for way in WAYS {
             for when in ["--auto-dedup", "--auto-dedup=now"] {
+                // What frees by itself, or later, does so whenever it is punched.
+                let itself = matches!(way, Way::Mounted("--punch=on-read" | "--punch=commit"));
+                if itself && when == "--auto-dedup=now" && state != "cow_tree" {
+                    continue;
+                }
                 let what = format!("{state} {way:?} {when}");
                 let mut dumped = Dumped::new(state);
                 let found = dumped.found();
@@ -660,9 +684,17 @@ fn privileged_restores_free_what_they_restore_and_nothing_else() {
                 let chain = Chain::open(&dumped.live.path("chain/2")).unwrap();
                 chain.require_whole(chain.choose(None).unwrap()).unwrap_err();
                 dumped.live.kill();
-                let again = dumped.live.try_restore(&[]);
-                let why = String::from_utf8_lossy(&again.stderr);
-                assert!(!again.status.success() && why.contains("were freed"), "{what}: {why}");
+                // From the chain, and from a mount, whose pagemaps do not tell.
+                for again in [Way::Direct, way] {
+                    dumped.see(again);
+                    let output = dumped.live.try_restore(&[&log[0], &log[1]]);
+                    let why = String::from_utf8_lossy(&output.stderr);
+                    assert!(
+                        !output.status.success() && why.contains("were freed"),
+                        "{what}: {why}"
+                    );
+                    dumped.unmount();
+                }
             }
         }
     }

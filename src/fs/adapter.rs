@@ -3,7 +3,6 @@
 use std::{
     ffi::OsStr,
     io,
-    os::unix::ffi::OsStrExt,
     path::Path,
     time::{Duration, SystemTime},
 };
@@ -24,7 +23,6 @@ use super::{
     image_fs::{ImageFs, SMALL_READ_BYTES, file_type, stack_depth},
 };
 use crate::{
-    chain::{DIRECTORY_XATTR, PUNCH_XATTR},
     sys::commit,
     view::{self, DirEntry, NodeType, ROOT, ViewError, Whence},
 };
@@ -288,23 +286,13 @@ impl Filesystem for ImageFs {
         reply.ok();
     }
 
-    /// Tells restorers where the images are, so that they need not read them through
-    /// the mount, or when it frees pages.
+    /// Tells restorers what they cannot see in files.
     fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        // Who restores from a mount that frees pages must not go past it.
-        let value = match &self.punching {
-            None if name == DIRECTORY_XATTR => {
-                self.view.image_dir(ino.0).map(|dir| dir.as_os_str().as_bytes())
-            }
-            Some(punching) if name == PUNCH_XATTR && ino.0 == ROOT => {
-                Some(punching.mode().name().as_bytes())
-            }
-            _ => None,
-        };
+        let value = self.attribute(ino.0, name);
         let Some(value) = value else { return reply.error(Errno::ENODATA) };
         match u32::try_from(value.len()) {
             Ok(len) if size == 0 => reply.size(len),
-            Ok(len) if len <= size => reply.data(value),
+            Ok(len) if len <= size => reply.data(&value),
             _ => reply.error(Errno::ERANGE),
         }
     }
