@@ -70,6 +70,7 @@ pub fn run(options: &Options) -> Result<()> {
     })?;
     let actions = Actions::new(&options.action_scripts, &images);
     actions.run(Stage::PreRestore, None)?;
+    source::require_whole(&images)?;
     let mut locks = DirectoryLocks::default();
     let plan = match source::behind_mount(&images) {
         Some(behind) if options.auto_dedup.is_some() => {
