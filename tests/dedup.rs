@@ -27,7 +27,7 @@ use nix::{
 };
 use proptest::prelude::*;
 use rcriu::{
-    chain::{check, disk_bytes},
+    chain::{Severity, check, disk_bytes},
     dedup::{DedupError, LinkOptions, Linked, Progress, link},
     fault::Point,
     image::{
@@ -525,17 +525,15 @@ fn what_fails_or_is_killed_loses_nothing_and_is_finished_by_the_next() {
     }
 }
 
-#[test]
-fn what_is_killed_at_any_moment_loses_nothing() {
-    // As long as a run takes, in steps.
+/// Kills a command after each part of the time that it takes, and looks at what is left.
+fn killed_at_any_moment(make: &dyn Fn(&Path) -> Command, look: &dyn Fn(&Path)) {
     const STEPS: u32 = 24;
     let mut whole = Duration::ZERO;
     for step in 0..=STEPS {
         let root = tempfile::tempdir().unwrap();
-        let (dirs, models) = renumbered(root.path());
-        let names = paths(&dirs);
+        let mut command = make(root.path());
         let begin = std::time::Instant::now();
-        let mut child = command(&["--link"], &names).stdout(Stdio::null()).spawn().unwrap();
+        let mut child = command.stdout(Stdio::null()).spawn().unwrap();
         if step > 0 {
             std::thread::sleep(whole * step / STEPS);
             // It may have ended, and is not reaped.
@@ -545,16 +543,42 @@ fn what_is_killed_at_any_moment_loses_nothing() {
         if step == 0 {
             whole = begin.elapsed();
         }
+        look(root.path());
+    }
+}
+
+#[test]
+fn linking_that_is_killed_at_any_moment_loses_nothing() {
+    let make = |root: &Path| command(&["--link"], &paths(&renumbered(root).0));
+    let elsewhere = tempfile::tempdir().unwrap();
+    let (dirs, models) = renumbered(elsewhere.path());
+    killed_at_any_moment(&make, &|root| {
+        let dirs = moved(&dirs, root);
         for (dir, models) in dirs.iter().zip(&models) {
             assert_left_whole(dir, models);
         }
-        let output = dedup(&["--link"], &names);
+        let output = dedup(&["--link"], &paths(&dirs));
         assert!(output.status.success(), "{}", text(&output));
         for (dir, [_, model]) in dirs.iter().zip(&models) {
             assert_holds(dir, model);
         }
-        assert_clean(root.path());
-    }
+        assert_clean(root);
+    });
+}
+
+#[test]
+fn freeing_that_is_killed_at_any_moment_names_what_is_gone() {
+    let make = |root: &Path| free(&branched(root).0[2], &[]);
+    let elsewhere = tempfile::tempdir().unwrap();
+    let (dirs, models) = branched(elsewhere.path());
+    killed_at_any_moment(&make, &|root| {
+        let dirs = moved(&dirs, root);
+        assert_eq!(restorable(&dirs, &models)[2..], [true, true]);
+        assert_eq!(errors(root), "");
+        let output = free(&dirs[2], &[]).output().unwrap();
+        assert!(output.status.success(), "{}", text(&output));
+        assert_eq!(restorable(&dirs, &models), [false, false, true, true]);
+    });
 }
 
 /// A run that has stopped at a point, and goes on when this is dropped.
@@ -863,7 +887,7 @@ fn freeing_that_fails_or_is_killed_names_what_is_gone_and_is_finished_by_the_nex
             assert!(!output.status.success(), "{fault} is never hit");
             let whole = restorable(&dirs, &models);
             assert_eq!(whole[2..], [true, true], "{fault}");
-            assert!(!assert_named(root.path()).contains("error"), "{fault}");
+            assert_eq!(errors(root.path()), "", "{fault}");
             let output = free(&dirs[2], &[]).output().unwrap();
             assert!(output.status.success(), "{fault}: {}", text(&output));
             assert_eq!(restorable(&dirs, &models), [false, false, true, true], "{fault}");
@@ -883,11 +907,12 @@ fn blocks(path: &Path) -> u64 {
     fs::metadata(path).unwrap().blocks() * 512
 }
 
-/// Returns what `imgfs check` says.
-fn assert_named(root: &Path) -> String {
-    let checked = imgfs(&["check", root.to_str().unwrap()]);
-    let said = text(&checked);
-    said.lines().filter(|line| line.starts_with("error")).collect::<Vec<_>>().join("\n")
+/// Returns the errors of which a check of the chains in a directory tells.
+fn errors(root: &Path) -> String {
+    let chain = rcriu::chain::Chain::open(root).unwrap();
+    let findings = check(&chain).unwrap();
+    let errors = findings.iter().filter(|finding| finding.severity == Severity::Error);
+    errors.map(ToString::to_string).collect::<Vec<_>>().join("\n")
 }
 
 #[test]
@@ -906,42 +931,25 @@ fn a_chain_that_is_mounted_is_not_freed_in() {
 
 #[test]
 fn privileged_a_dump_frees_what_it_supersedes() {
-    require(Cap::Ptrace);
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().to_str().unwrap().to_owned();
-    let program = workload().to_str().unwrap();
-    // The kernel writes to the area of restartable sequences whenever a thread has run,
-    // and it runs for each dump.
-    let no_rseq = "GLIBC_TUNABLES=glibc.pthread.rseq=0";
-    let mut live = Live::program("env", &[no_rseq, program, "--steps", "random", &path], dir);
-    let names = ["chain/1", "chain/2", "chain/3", "chain/4"];
+    let mut program = Program::start();
     let mut stored = Vec::new();
-    for (number, name) in (1..).zip(names) {
-        wait_for(&format!("step {number}"), || {
-            fs::read_to_string(live.path("at")).is_ok_and(|at| at == number.to_string())
-        });
-        live.images_name = name;
+    for number in 1..5 {
+        let name = ["chain/1", "chain/2", "chain/3", "chain/4"][number - 1];
+        program.step();
+        program.live.images_name = name;
         let parent = format!("../{}", number - 1);
         let options = ["--auto-dedup", "--prev-images-dir", &parent];
-        signal_all(&mut live, Signal::SIGSTOP);
-        live.dump_running(if number == 1 { &options[..1] } else { &options });
-        // What it is.
-        live.images_name = "full";
-        live.dump_running(&[]);
-        assert_same(&live.path(name), &live.path("full"));
-        fs::remove_dir_all(live.path("full")).unwrap();
-        signal_all(&mut live, Signal::SIGCONT);
-        let first = disk_bytes(&live.path("chain/1")).unwrap();
-        stored.push(first);
-        fs::write(live.path(&format!("go.{number}")), "").unwrap();
+        program.live.dump_running(if number == 1 { &options[..1] } else { &options });
+        program.assert_holds_now(name);
+        stored.push(disk_bytes(&program.live.path("chain/1")).unwrap());
     }
     // The first becomes smaller with every dump.
     assert!(stored.windows(2).all(|pair| pair[1] < pair[0]), "{stored:?}");
-    live.images_name = names[3];
-    live.check_images();
-    assert_eq!(assert_named(&live.path("chain")), "");
-    live.kill();
-    live.restore(&[]);
+    program.live.images_name = "chain/4";
+    program.live.check_images();
+    assert_eq!(errors(&program.live.path("chain")), "");
+    program.live.kill();
+    program.live.restore(&[]);
 }
 
 /// Sends a signal to all processes of a tree, and waits until they stand still if it is
@@ -1106,7 +1114,7 @@ fn privileged_freeing_survives_power_cuts() {
     let check = |root: &Path| {
         let whole = restorable(&moved(&dirs, root), &models);
         assert_eq!(whole[2..], [true, true]);
-        assert_eq!(assert_named(root), "");
+        assert_eq!(errors(root), "");
     };
     let again = |root: &Path| {
         let dirs = moved(&dirs, root);
@@ -1135,4 +1143,145 @@ fn privileged_what_supersedes_is_on_disk_before_anything_is_freed() {
         }
     };
     survives_power_cuts(&recorder, free(&dirs[2], &[]), &check, &|_| {});
+}
+
+#[test]
+fn privileged_files_that_cannot_be_punched_are_rewritten_if_asked_for() {
+    let recorder = Recorder::mount_with(false);
+    let (dirs, models) = branched(recorder.path());
+    let listings = || dirs.iter().map(|dir| listing(dir)).collect::<Vec<_>>();
+    let before = listings();
+    let refused = free(&dirs[2], &[]).output().unwrap();
+    assert!(!refused.status.success());
+    assert!(text(&refused).contains("use rcriu dedup --rewrite"), "{}", text(&refused));
+    assert_eq!(listings(), before);
+
+    let stored = |dir: &Path| -> u64 {
+        let pages = listing(dir).into_keys().filter(|name| name.starts_with("pages-"));
+        pages.map(|name| blocks(&dir.join(name))).sum()
+    };
+    let before = stored(&dirs[0]);
+    let check = |root: &Path| {
+        let whole = restorable(&moved(&dirs, root), &models);
+        assert_eq!(whole[2..], [true, true]);
+        assert_eq!(errors(root), "");
+    };
+    let again = |root: &Path| {
+        let dirs = moved(&dirs, root);
+        let output = free(&dirs[2], &["--rewrite"]).output().unwrap();
+        assert!(output.status.success(), "{}", text(&output));
+        assert_eq!(restorable(&dirs, &models), [false, false, true, true]);
+        assert!(!dirs[0].join(".dedup").exists());
+    };
+    recorder.begin();
+    survives_power_cuts(&recorder, free(&dirs[2], &["--rewrite"]), &check, &again);
+    assert_eq!(restorable(&dirs, &models), [false, false, true, true]);
+    assert_eq!(before - stored(&dirs[0]), 3 * 4096);
+    // Again, and there is nothing left to do.
+    let left = listings();
+    let output = free(&dirs[2], &["--rewrite", "--json"]).output().unwrap();
+    let said: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&said["freed_pages"], listings()), (&0.into(), left), "{said}");
+}
+
+/// A program that waits between its steps, for dumps into a chain.
+struct Program {
+    live: Live,
+    step: u32,
+}
+
+impl Program {
+    fn start() -> Self {
+        require(Cap::Ptrace);
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().to_str().unwrap().to_owned();
+        let program = workload().to_str().unwrap();
+        // The kernel writes to the area of restartable sequences whenever a thread has
+        // run, and it runs for each dump.
+        let no_rseq = "GLIBC_TUNABLES=glibc.pthread.rseq=0";
+        let live = Live::program("env", &[no_rseq, program, "--steps", "random", &path], dir);
+        Self { live, step: 0 }
+    }
+
+    /// Goes on to the next step, and stands still there.
+    fn step(&mut self) {
+        if self.step > 0 {
+            signal_all(&mut self.live, Signal::SIGCONT);
+            fs::write(self.live.path(&format!("go.{}", self.step)), "").unwrap();
+        }
+        self.step += 1;
+        wait_for(&format!("step {}", self.step), || {
+            fs::read_to_string(self.live.path("at")).is_ok_and(|at| at == self.step.to_string())
+        });
+        signal_all(&mut self.live, Signal::SIGSTOP);
+    }
+
+    /// Checks that a snapshot holds what the program does now.
+    fn assert_holds_now(&mut self, name: &str) {
+        self.live.images_name = "full";
+        self.live.fault = None;
+        self.live.dump_running(&[]);
+        assert_same(&self.live.path(name), &self.live.path("full"));
+        fs::remove_dir_all(self.live.path("full")).unwrap();
+    }
+}
+
+#[test]
+fn privileged_a_dump_is_complete_whatever_becomes_of_freeing() {
+    let mut program = Program::start();
+    program.step();
+    program.live.images_name = "chain/base";
+    program.live.dump_running(&[]);
+    for point in Point::ALL.iter().filter(|point| point.name().starts_with("free-")) {
+        for how in ["", ":kill"] {
+            program.step();
+            let fault = format!("{}{how}", point.name());
+            let copy = program.live.path("chain");
+            let (base, tip) = (copy.join("base"), copy.join("tip"));
+            program.live.images_name = "chain/tip";
+            program.live.fault = Some(fault.clone());
+            let options = ["-R", "--auto-dedup", "--prev-images-dir", "../base"];
+            let output = program.live.try_dump(&options);
+            // What fails after the dump is complete is not the dump.
+            assert_eq!(output.status.success(), how.is_empty(), "{fault}: {}", text(&output));
+            program.assert_holds_now("chain/tip");
+            let (chain, id) = open(&tip);
+            chain.require_whole(id).unwrap();
+            assert_eq!(errors(&copy), "", "{fault}");
+            let output = free(&tip, &[]).output().unwrap();
+            assert!(output.status.success(), "{fault}: {}", text(&output));
+            program.assert_holds_now("chain/tip");
+            // The next one anew.
+            fs::remove_dir_all(&tip).unwrap();
+            fs::remove_dir_all(&base).unwrap();
+            program.live.images_name = "chain/base";
+            program.live.dump_running(&[]);
+        }
+    }
+}
+
+#[test]
+fn privileged_a_pre_dump_frees_what_it_supersedes() {
+    let mut program = Program::start();
+    program.step();
+    program.live.images_name = "chain/base";
+    program.live.dump_running(&[]);
+    let base = program.live.path("chain/base");
+    let before = disk_bytes(&base).unwrap();
+    program.step();
+    let before_dump = program.live.path("chain/pre");
+    fs::create_dir(&before_dump).unwrap();
+    let root = program.live.root.to_string();
+    let mut pre_dump = Command::new(engine());
+    pre_dump.args(["pre-dump", "-t", &root, "--auto-dedup", "--prev-images-dir", "../base", "-D"]);
+    let output = pre_dump.arg(&before_dump).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output));
+    let after = disk_bytes(&base).unwrap();
+    assert!(after < before, "{before} bytes before, {after} after");
+    program.step();
+    program.live.images_name = "chain/tip";
+    program.live.dump_running(&["--auto-dedup", "--prev-images-dir", "../pre"]);
+    assert!(disk_bytes(&base).unwrap() < after);
+    program.assert_holds_now("chain/tip");
+    assert_eq!(errors(&program.live.path("chain")), "");
 }

@@ -213,7 +213,7 @@ fn link_one(
     let dir = match copy {
         None => {
             if gained {
-                Stage::make(dir, &plan, child, parent)?.publish(parent_dir)?;
+                Stage::make(dir, &plan, child, Some(parent))?.publish(Some(parent_dir))?;
             }
             dir
         }
@@ -255,7 +255,7 @@ fn write_copy(
     let mut locks = DirectoryLocks::default();
     locks.take(dir, Access::Exclusive)?;
     recover(dir)?;
-    let stage = Stage::make(dir, plan, child, parent)?;
+    let stage = Stage::make(dir, plan, child, Some(parent))?;
     let images = SnapshotWriter::begin(dir)?;
     let replaced: BTreeSet<String> = plan
         .memories

@@ -8,7 +8,7 @@
 //! on disk before the next:
 //!
 //! 1. all that is new is in the hidden directory, and has been checked;
-//! 2. the new pages files are in the snapshot, under numbers that nothing names, and
+//! 2. the new pages files, with their journals, are in the snapshot, under numbers that nothing names, and
 //!    the link to the parent, which nothing needs yet;
 //! 3. the new pagemaps replace the old ones, each by a rename: each names its pages
 //!    file, so that each memory is the old or the new one as a whole;
@@ -38,7 +38,9 @@ use crate::{
     fault::{self, Point},
     image::{
         Document, ImageWriter, Kind, MemoryId, PARENT_LINK, PagemapReader, PagemapWriter, desc,
+        disk::Kernel,
         document::Content,
+        punched::JournalWriter,
         snapshot::{DIRECTORY_MODE, names, sync, write_error},
     },
     units::page_bytes,
@@ -72,7 +74,7 @@ impl<'a> Stage<'a> {
     ///
     /// # Errors
     /// What cannot be read or written; what does not read as before.
-    pub(super) fn make(dir: &Path, plan: &'a Plan, child: At, parent: At) -> Result<Self> {
+    pub(super) fn make(dir: &Path, plan: &'a Plan, child: At, parent: Option<At>) -> Result<Self> {
         let stage = dir.join(STAGE);
         DirBuilder::new()
             .mode(DIRECTORY_MODE)
@@ -81,9 +83,9 @@ impl<'a> Stage<'a> {
         let pages_ids = unused_numbers(child.dir(), plan.memories.len())?;
         let made = Self { dir: dir.to_owned(), stage, plan, pages_ids, published: false };
         made.list()?;
-        let link = relative(&made.stage, parent.dir());
-        let link_path = made.stage.join(PARENT_LINK);
-        symlink(&link, &link_path).map_err(|source| write_error(&link_path, source))?;
+        if let Some(parent) = parent {
+            link(&made.stage, parent.dir())?;
+        }
         let inventory = Kind::Inventory.file_name(0);
         copy_file(&child.dir().join(&inventory), &made.stage.join(&inventory))?;
         for (memory, pages_id) in plan.memories.iter().zip(&made.pages_ids) {
@@ -137,9 +139,16 @@ impl<'a> Stage<'a> {
             let mut offset = 0;
             for (file_page, pages) in &memory.kept {
                 let (start, len) = (page_bytes(*file_page), page_bytes(*pages));
+                if memory.gone.is_some() {
+                    offset = start;
+                }
                 copy(&from, start, len, &target, &path, offset)?;
                 offset += len;
             }
+        }
+        if let Some(gone) = &memory.gone {
+            let len = page_bytes(gone.total);
+            target.set_len(len).map_err(|source| write_error(&path, source))?;
         }
         let path = self.stage.join(memory.becomes.pagemap_name());
         let image = ImageWriter::create(&path, Kind::Pagemap)?;
@@ -148,12 +157,19 @@ impl<'a> Stage<'a> {
             pagemap.entry(entry)?;
         }
         pagemap.into_image().finish()?;
+        if let Some(gone) = &memory.gone {
+            // It is bound to the pagemap and to the inventory, which are as they will be.
+            let name = memory.becomes.pagemap_name();
+            let mut journal = JournalWriter::open(&self.stage, &name, pages_id)?;
+            journal.append(&Kernel, &gone.pages)?;
+            journal.sync(&Kernel)?;
+        }
         Ok(())
     }
 
     /// Resolves what was made through the chain that it will be part of, and compares
     /// it with what there is.
-    fn check(&self, child: At, parent: At) -> Result<()> {
+    fn check(&self, child: At, parent: Option<At>) -> Result<()> {
         let chain = Chain::open(&self.stage)?;
         let id = snapshot_at(&chain, &self.stage)?;
         let staged = At { chain: &chain, id };
@@ -191,7 +207,11 @@ impl<'a> Stage<'a> {
     /// pagemaps, then the images in which numbers change.
     pub(super) fn files(&self) -> [Vec<(PathBuf, String)>; 3] {
         let place = |name: String| (self.stage.join(&name), name);
-        let pages = self.pages_ids.iter().map(|id| place(Kind::Pages.file_name((*id).into())));
+        let pages = self.pages_ids.iter().zip(&self.plan.memories).flat_map(|(id, memory)| {
+            let journal = memory.gone.as_ref().map(|_| Kind::Punched.file_name((*id).into()));
+            [Some(Kind::Pages.file_name((*id).into())), journal]
+        });
+        let pages = pages.flatten().map(place);
         let pagemaps = self.plan.memories.iter().map(|memory| place(memory.becomes.pagemap_name()));
         let renumbered = self.plan.renumbered.keys().cloned().map(place);
         [pages.collect(), pagemaps.collect(), renumbered.collect()]
@@ -202,7 +222,7 @@ impl<'a> Stage<'a> {
     /// # Errors
     /// What cannot be renamed or removed. Whatever is done by then, the snapshot reads
     /// as before, and [`recover`] finishes.
-    pub(super) fn publish(mut self, parent: &Path) -> Result<()> {
+    pub(super) fn publish(mut self, parent: Option<&Path>) -> Result<()> {
         self.published = true;
         let [pages, pagemaps, renumbered] = self.files();
         let put = |(path, name): &(PathBuf, String)| -> Result<()> {
@@ -210,7 +230,9 @@ impl<'a> Stage<'a> {
             Ok(fs::rename(path, &target).map_err(|source| write_error(&target, source))?)
         };
         pages.iter().try_for_each(put)?;
-        link(&self.dir, parent)?;
+        if let Some(parent) = parent {
+            link(&self.dir, parent)?;
+        }
         sync(&self.dir)?;
         fault::hit(Point::DedupLinked)?;
         for (position, pagemap) in pagemaps.iter().enumerate() {
