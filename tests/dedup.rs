@@ -1107,23 +1107,33 @@ fn privileged_linking_survives_power_cuts() {
     survives_power_cuts(&recorder, command(&["--link"], &paths(&dirs)), &check, &again);
 }
 
-#[test]
-fn privileged_freeing_survives_power_cuts() {
-    let recorder = Recorder::mount();
-    let (dirs, models) = branched(recorder.path());
+/// Checks that freeing in a branched chain survives power cuts.
+fn freeing_survives_power_cuts(
+    recorder: &Recorder,
+    (dirs, models): (&[PathBuf], &[Model]),
+    arguments: &[&str],
+) {
     let check = |root: &Path| {
-        let whole = restorable(&moved(&dirs, root), &models);
+        let whole = restorable(&moved(dirs, root), models);
         assert_eq!(whole[2..], [true, true]);
         assert_eq!(errors(root), "");
     };
     let again = |root: &Path| {
-        let dirs = moved(&dirs, root);
-        let output = free(&dirs[2], &[]).output().unwrap();
+        let dirs = moved(dirs, root);
+        let output = free(&dirs[2], arguments).output().unwrap();
         assert!(output.status.success(), "{}", text(&output));
-        assert_eq!(restorable(&dirs, &models), [false, false, true, true]);
+        assert_eq!(restorable(&dirs, models), [false, false, true, true]);
+        assert!(!dirs[0].join(".dedup").exists());
     };
     recorder.begin();
-    survives_power_cuts(&recorder, free(&dirs[2], &[]), &check, &again);
+    survives_power_cuts(recorder, free(&dirs[2], arguments), &check, &again);
+}
+
+#[test]
+fn privileged_freeing_survives_power_cuts() {
+    let recorder = Recorder::mount();
+    let (dirs, models) = branched(recorder.path());
+    freeing_survives_power_cuts(&recorder, (&dirs, &models), &[]);
 }
 
 #[test]
@@ -1161,20 +1171,7 @@ fn privileged_files_that_cannot_be_punched_are_rewritten_if_asked_for() {
         pages.map(|name| blocks(&dir.join(name))).sum()
     };
     let before = stored(&dirs[0]);
-    let check = |root: &Path| {
-        let whole = restorable(&moved(&dirs, root), &models);
-        assert_eq!(whole[2..], [true, true]);
-        assert_eq!(errors(root), "");
-    };
-    let again = |root: &Path| {
-        let dirs = moved(&dirs, root);
-        let output = free(&dirs[2], &["--rewrite"]).output().unwrap();
-        assert!(output.status.success(), "{}", text(&output));
-        assert_eq!(restorable(&dirs, &models), [false, false, true, true]);
-        assert!(!dirs[0].join(".dedup").exists());
-    };
-    recorder.begin();
-    survives_power_cuts(&recorder, free(&dirs[2], &["--rewrite"]), &check, &again);
+    freeing_survives_power_cuts(&recorder, (&dirs, &models), &["--rewrite"]);
     assert_eq!(restorable(&dirs, &models), [false, false, true, true]);
     assert_eq!(before - stored(&dirs[0]), 3 * 4096);
     // Again, and there is nothing left to do.
@@ -1284,4 +1281,39 @@ fn privileged_a_pre_dump_frees_what_it_supersedes() {
     assert!(disk_bytes(&base).unwrap() < after);
     program.assert_holds_now("chain/tip");
     assert_eq!(errors(&program.live.path("chain")), "");
+}
+
+#[test]
+fn privileged_two_dumps_do_not_share_a_directory() {
+    let mut program = Program::start();
+    program.step();
+    let dir = program.live.path("images");
+    fs::create_dir(&dir).unwrap();
+    let root = program.live.root.to_string();
+    let dump = || {
+        let mut command = Command::new(engine());
+        command.args(["dump", "-R", "-t", &root, "-D"]).arg(&dir).stdout(Stdio::null());
+        command
+    };
+    let mut first = dump();
+    let mut first = first.env("RCRIU_FAULT", "dump-written:stop").spawn().unwrap();
+    let children = format!("/proc/{0}/task/{0}/children", first.id());
+    let mut worker = 0;
+    wait_for("a dump to stop", || {
+        assert_eq!(first.try_wait().unwrap(), None, "it is never hit");
+        worker = fs::read_to_string(&children).unwrap().trim().parse().unwrap_or(0);
+        worker > 0 && state_of(worker) == Some('T')
+    });
+    let second = dump().env_remove("RCRIU_FAULT").output().unwrap();
+    let mut ended = None;
+    wait_for("the end of the first", || {
+        kill(Pid::from_raw(worker), Signal::SIGCONT).unwrap_or_default();
+        ended = first.try_wait().unwrap();
+        ended.is_some()
+    });
+    assert!(ended.unwrap().success());
+    assert!(!second.status.success());
+    let said = text(&second);
+    assert!(said.contains(&format!("is in use by rcriu (pid {worker})")), "{said}");
+    program.assert_holds_now("images");
 }

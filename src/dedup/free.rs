@@ -1,12 +1,7 @@
 //! Freeing what a snapshot supersedes in its ancestors: `rcriu dedup -D` and
 //! `rcriu dump --auto-dedup`.
 
-use std::{
-    collections::BTreeMap,
-    fs::File,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 
 use super::{
     DedupError, Result,
@@ -18,7 +13,7 @@ use crate::{
     chain::{Chain, ChainError, Freeing, SnapshotId, disk_bytes},
     image::{
         Disk, Pagemap, punched,
-        snapshot::{names, sync, write_error},
+        snapshot::{sync, sync_all},
     },
     sys::{
         fds,
@@ -133,7 +128,11 @@ pub fn free_locked(
     let mut freed = told(&chain, id, &found)?;
     tell(&freed);
     // What is freed must be on disk elsewhere.
-    sync_images(&chain.snapshot(id).dir)?;
+    let dir = &chain.snapshot(id).dir;
+    sync_all(dir, |file| fds::begin_writing(file, 0, 0))?;
+    if let Some(above) = dir.parent() {
+        sync(above)?;
+    }
     if rewrite {
         rewrite_files(&chain, &found)?;
     } else {
@@ -205,25 +204,4 @@ fn ancestors_bytes(chain: &Chain, id: SnapshotId) -> Result<u64> {
         bytes += disk_bytes(&chain.snapshot(ancestor).dir)?;
     }
     Ok(bytes)
-}
-
-/// Brings all images of a directory, and their names, to the disk.
-pub(super) fn sync_images(dir: &Path) -> Result<()> {
-    let mut files = Vec::new();
-    for name in names(dir)? {
-        let path = dir.join(&name);
-        if path.is_file() && !path.is_symlink() {
-            let file = File::open(&path).map_err(|source| write_error(&path, source))?;
-            fds::begin_writing(&file, 0, 0);
-            files.push((path, file));
-        }
-    }
-    for (path, file) in files {
-        file.sync_all().map_err(|source| write_error(&path, source))?;
-    }
-    sync(dir)?;
-    match dir.parent() {
-        Some(above) => Ok(sync(above)?),
-        None => Ok(()),
-    }
 }

@@ -29,7 +29,6 @@ use prost_reflect::Value;
 
 use super::{
     DedupError, Result, compare,
-    free::sync_images,
     objects::Objects,
     plan::{self, At, MemoryPlan, Plan},
 };
@@ -41,8 +40,9 @@ use crate::{
         disk::Kernel,
         document::Content,
         punched::JournalWriter,
-        snapshot::{DIRECTORY_MODE, names, sync, write_error},
+        snapshot::{DIRECTORY_MODE, names, sync, sync_all, write_error},
     },
+    sys::fds,
     units::page_bytes,
 };
 
@@ -96,7 +96,7 @@ impl<'a> Stage<'a> {
         }
         made.check(child, parent)?;
         fault::hit(Point::DedupMade)?;
-        sync_images(&made.stage)?;
+        sync_all(&made.stage, |file| fds::begin_writing(file, 0, 0))?;
         Ok(made)
     }
 

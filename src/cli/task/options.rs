@@ -45,7 +45,7 @@ pub(in crate::cli) struct TaskArgs {
     pub(super) output: OutputArgs,
     #[command(flatten)]
     pub(super) config: ConfigArgs,
-    /// The command of --exec-cmd, with its arguments; the directories of --link
+    /// The command of --exec-cmd, with its arguments
     #[arg(last = true, value_name = "COMMAND")]
     pub(super) operands: Vec<OsString>,
 }
