@@ -12,7 +12,7 @@ use std::{
 use super::{
     DedupError, Result,
     plan::{self, At, Plan, Renumbering},
-    stage::{Stage, copy_file, recover, relative, snapshot_at},
+    stage::{Stage, copy_file, copy_pages, recover, relative, snapshot_at},
 };
 use crate::{
     chain::{Chain, ChainError, disk_bytes},
@@ -268,10 +268,12 @@ fn write_copy(
     let inventory = Kind::Inventory.file_name(0);
     for name in names(child.dir())? {
         let Some(name) = name.to_str() else { continue };
-        let known = desc::by_file_name(name).is_some();
-        if known && !replaced.contains(name) && name != inventory {
-            copy_file(&child.dir().join(name), &images.path_of(name))?;
+        let Some((desc, _)) = desc::by_file_name(name) else { continue };
+        if replaced.contains(name) || name == inventory {
+            continue;
         }
+        let (from, to) = (child.dir().join(name), images.path_of(name));
+        if desc.kind == Kind::Pages { copy_pages(&from, &to)? } else { copy_file(&from, &to)? }
     }
     for (path, name) in stage.files().into_iter().flatten() {
         let target = images.path_of(&name);

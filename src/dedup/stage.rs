@@ -21,6 +21,7 @@ use std::{
     fmt::Write as _,
     fs::{self, DirBuilder, File},
     io::{self, BufWriter, Write as _},
+    num::NonZeroUsize,
     os::unix::fs::{DirBuilderExt, symlink},
     path::{Component, Path, PathBuf},
 };
@@ -33,23 +34,20 @@ use super::{
     plan::{self, At, MemoryPlan, Plan},
 };
 use crate::{
-    chain::{BackingFile, Chain, SnapshotId},
+    chain::{BackingFile, Chain, Files, SnapshotId, Whence, seek_file},
     fault::{self, Point},
     image::{
         Document, ImageWriter, Kind, MemoryId, PARENT_LINK, PagemapReader, PagemapWriter, desc,
         disk::Kernel,
         document::Content,
         punched::JournalWriter,
-        snapshot::{DIRECTORY_MODE, names, sync, sync_all, write_error},
+        snapshot::{DEDUP_STAGE, DIRECTORY_MODE, names, sync, sync_all, write_error},
     },
     sys::fds,
     units::page_bytes,
 };
 
-/// The hidden directory.
-const STAGE: &str = ".dedup";
-
-/// The list in it: lines of `pages NUMBER` for files that are new or replaced, and of
+/// The list in the hidden directory: lines of `pages NUMBER` for files that are new or replaced, and of
 /// `shmem FROM TO` for objects that get another number.
 const LIST: &str = "replaced";
 
@@ -75,7 +73,7 @@ impl<'a> Stage<'a> {
     /// # Errors
     /// What cannot be read or written; what does not read as before.
     pub(super) fn make(dir: &Path, plan: &'a Plan, child: At, parent: Option<At>) -> Result<Self> {
-        let stage = dir.join(STAGE);
+        let stage = dir.join(DEDUP_STAGE);
         DirBuilder::new()
             .mode(DIRECTORY_MODE)
             .create(&stage)
@@ -285,7 +283,7 @@ pub(super) fn link(dir: &Path, parent: &Path) -> Result<()> {
 /// # Errors
 /// Images that cannot be read, files that cannot be removed.
 pub(super) fn recover(dir: &Path) -> Result<bool> {
-    let stage = dir.join(STAGE);
+    let stage = dir.join(DEDUP_STAGE);
     if !stage.is_dir() {
         return Ok(false);
     }
@@ -419,6 +417,23 @@ fn change_numbers(message: &mut prost_reflect::DynamicMessage, numbers: &BTreeMa
 /// Copies a whole file with its permissions, sharing blocks where that can be done.
 pub(super) fn copy_file(from: &Path, to: &Path) -> Result<()> {
     fs::copy(from, to).map(drop).map_err(|source| write_error(to, source).into())
+}
+
+/// Copies a whole pages file, leaving its holes holes.
+pub(super) fn copy_pages(from: &Path, to: &Path) -> Result<()> {
+    let files = Files::new(NonZeroUsize::MIN);
+    let from = files.get(files.enter(from))?;
+    let failed = |source| write_error(to, source);
+    let target = File::create_new(to).map_err(failed)?;
+    let metadata = from.metadata()?;
+    target.set_permissions(metadata.permissions()).map_err(failed)?;
+    target.set_len(metadata.len()).map_err(failed)?;
+    let mut next = 0;
+    while let Some(data) = seek_file(&from, next, Whence::Data)? {
+        next = seek_file(&from, data, Whence::Hole)?.unwrap_or(metadata.len());
+        copy(&from, data, next - data, &target, to, data)?;
+    }
+    Ok(())
 }
 
 /// Copies `len` bytes from `start` on to `offset` in `target`.

@@ -26,6 +26,10 @@ const UNFINISHED: &str = ".unfinished";
 /// The name of the link to the parent directory.
 pub const PARENT_LINK: &str = "parent";
 
+/// Where a deduplication has new images until they replace others: in the directory
+/// itself.
+pub(crate) const DEDUP_STAGE: &str = ".dedup";
+
 /// Permissions of directories with images: memory is secret.
 pub(crate) const DIRECTORY_MODE: u32 = 0o700;
 
