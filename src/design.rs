@@ -227,6 +227,8 @@
 //! that it finds in them; if one of these cannot be read, nothing is freed. A dump
 //! that is asked to free what it will supersede finds out before it stops the tree
 //! whether that can be done; if it fails after the dump is complete, that is a warning.
+//! Where files cannot be punched, a file can be written anew in the way of linking, with
+//! holes where pages are gone, and with the journal that names them beside it.
 //!
 //! # Equal pages
 //!

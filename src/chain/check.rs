@@ -16,7 +16,8 @@ use super::{
 };
 use crate::{
     image::{
-        Body, ImageError, Kind, MemoryId, PagemapReader, desc, proto, punched, read_all, verify,
+        Body, ImageError, Kind, MemoryId, PagemapReader, desc, proto, punched, read_all,
+        snapshot::DEDUP_STAGE, verify,
     },
     units::{PAGE_SIZE, PageIndex, PageRanges, page_bytes},
 };
@@ -121,6 +122,10 @@ impl Check<'_> {
         if let Err(link) = &self.chain.snapshot(self.id).parent {
             let problem = link.to_string();
             self.error(problem);
+        }
+        if self.dir().join(DEDUP_STAGE).is_dir() {
+            let problem = "a deduplication was not finished here; running it again finishes it";
+            self.tell(Severity::Note, None, None, problem.to_owned());
         }
         self.images()?;
         self.processes();

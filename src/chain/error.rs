@@ -126,7 +126,7 @@ pub enum ChainError {
     /// A file system cannot free parts of files.
     #[error(
         "the file system of {path} cannot free parts of a file (no hole punching): copy the images \
-         to one that can, such as tmpfs, ext4, xfs or btrfs",
+         to one that can, such as tmpfs, ext4, xfs or btrfs, or use rcriu dedup --rewrite",
         path = .path.display()
     )]
     NoPunching {

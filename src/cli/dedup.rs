@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::bytes_bar;
 use crate::{
-    dedup::{self, Freed, LinkOptions, Linked, Progress},
+    dedup::{self, FreeOptions, Freed, LinkOptions, Linked, Progress},
     image::disk::Kernel,
     units::page_bytes,
 };
@@ -21,8 +21,8 @@ use crate::{
 pub(super) enum Work {
     /// Make a chain of full dumps.
     Link(LinkOptions),
-    /// Free in the ancestors of the snapshot in this directory what it holds itself.
-    Free(PathBuf),
+    /// Free in the ancestors of a snapshot what it holds itself.
+    Free(FreeOptions),
     /// Let equal pages of this chain share blocks.
     Reflink(PathBuf),
 }
@@ -47,7 +47,7 @@ impl Progress for Bar {
 pub(super) fn run(work: &Work, as_json: bool, out: &mut dyn Write) -> anyhow::Result<bool> {
     let document = match work {
         Work::Link(options) => link(options, as_json, out)?,
-        Work::Free(dir) => free(dir, as_json, out)?,
+        Work::Free(options) => free(options, as_json, out)?,
         Work::Reflink(path) => reflink(path, as_json, out)?,
     };
     if as_json {
@@ -68,9 +68,9 @@ fn link(options: &LinkOptions, as_json: bool, out: &mut dyn Write) -> anyhow::Re
     Ok(json!({ "linked": linked.iter().map(document).collect::<Vec<_>>() }))
 }
 
-fn free(dir: &Path, as_json: bool, out: &mut dyn Write) -> anyhow::Result<Value> {
+fn free(options: &FreeOptions, as_json: bool, out: &mut dyn Write) -> anyhow::Result<Value> {
     let mut told = Ok(());
-    let freed = dedup::free(dir, Arc::new(Kernel), &mut |freed| {
+    let freed = dedup::free(options, Arc::new(Kernel), &mut |freed| {
         if !as_json {
             told = warn(freed, out);
         }

@@ -1,23 +1,19 @@
 //! Freeing what a snapshot supersedes in its ancestors: `rcriu dedup -D` and
 //! `rcriu dump --auto-dedup`.
 
-use std::{
-    fs::File,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 
 use super::{
     DedupError, Result,
-    plan::At,
-    stage::{recover, snapshot_at},
+    plan::{At, Gone, MemoryPlan, Plan},
+    stage::{Stage, recover, snapshot_at},
     superseded::{self, Found},
 };
 use crate::{
     chain::{Chain, ChainError, Freeing, SnapshotId, disk_bytes},
     image::{
-        Disk,
-        snapshot::{names, sync, write_error},
+        Disk, Pagemap, punched,
+        snapshot::{sync, sync_all},
     },
     sys::{
         fds,
@@ -41,13 +37,27 @@ pub struct Freed {
     pub bytes_after: u64,
 }
 
-/// Frees in the ancestors of the snapshot in `dir` what that holds itself. `tell` is
-/// called before anything is changed, with what is going to be.
+/// In which snapshot's ancestors pages are freed, and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FreeOptions {
+    /// The snapshot's directory.
+    pub dir: PathBuf,
+    /// Write the rest of a pages file anew where the file system cannot free parts of it.
+    pub rewrite: bool,
+}
+
+/// Frees in the ancestors of a snapshot what that holds itself. `tell` is called before
+/// anything is changed, with what is going to be.
 ///
 /// # Errors
 /// Directories that are in use; a chain that cannot be read; a file system that cannot
-/// free parts of files. Nothing is changed then.
-pub fn free(dir: &Path, disk: Arc<dyn Disk>, tell: &mut dyn FnMut(&Freed)) -> Result<Freed> {
+/// free parts of files, if they are not to be rewritten. Nothing is changed then.
+pub fn free(
+    options: &FreeOptions,
+    disk: Arc<dyn Disk>,
+    tell: &mut dyn FnMut(&Freed),
+) -> Result<Freed> {
+    let dir = &options.dir;
     let mut locks = DirectoryLocks::default();
     locks.take(dir, Access::Exclusive)?;
     let chain = Chain::open(dir)?;
@@ -63,7 +73,7 @@ pub fn free(dir: &Path, disk: Arc<dyn Disk>, tell: &mut dyn FnMut(&Freed)) -> Re
         recover(&snapshot.dir)?;
     }
     drop(chain);
-    free_locked(dir, disk, tell)
+    free_locked(options, disk, tell)
 }
 
 /// Locks the ancestors of a snapshot, which are going to change.
@@ -96,27 +106,84 @@ pub fn check_freeing(chain: &Arc<Chain>, id: SnapshotId, disk: Arc<dyn Disk>) ->
 ///
 /// # Errors
 /// As [`free`].
-pub fn free_locked(dir: &Path, disk: Arc<dyn Disk>, tell: &mut dyn FnMut(&Freed)) -> Result<Freed> {
+pub fn free_locked(
+    options: &FreeOptions,
+    disk: Arc<dyn Disk>,
+    tell: &mut dyn FnMut(&Freed),
+) -> Result<Freed> {
+    let dir = &options.dir;
     let chain = Arc::new(Chain::open(dir)?);
     let id = snapshot_at(&chain, dir)?;
     let found = superseded::find(At { chain: &chain, id })?;
     let mut freeing = Freeing::new(Arc::clone(&chain), disk);
-    for file in &found.files {
-        freeing.prepare(file.memory, &file.layer)?;
-    }
+    let prepared =
+        found.files.iter().try_for_each(|file| freeing.prepare(file.memory, &file.layer));
+    let rewrite = match prepared {
+        Err(ChainError::NoPunching { .. }) if options.rewrite => true,
+        prepared => {
+            prepared?;
+            false
+        }
+    };
     let mut freed = told(&chain, id, &found)?;
     tell(&freed);
     // What is freed must be on disk elsewhere.
-    sync_images(&chain.snapshot(id).dir)?;
-    for file in &found.files {
-        for pages in file.pages.iter() {
-            freeing.note(file.memory, &file.layer, pages)?;
-        }
+    let dir = &chain.snapshot(id).dir;
+    sync_all(dir, |file| fds::begin_writing(file, 0, 0))?;
+    if let Some(above) = dir.parent() {
+        sync(above)?;
     }
-    freeing.sync()?;
-    freeing.free()?;
+    if rewrite {
+        rewrite_files(&chain, &found)?;
+    } else {
+        for file in &found.files {
+            for pages in file.pages.iter() {
+                freeing.note(file.memory, &file.layer, pages)?;
+            }
+        }
+        freeing.sync()?;
+        freeing.free()?;
+    }
     freed.bytes_after = ancestors_bytes(&chain, id)?;
     Ok(freed)
+}
+
+/// Writes pages files anew without the pages that are to be freed. They keep their place,
+/// so that the file has holes; a journal names these as if they had been punched.
+fn rewrite_files(chain: &Chain, found: &Found) -> Result<()> {
+    let mut plans: BTreeMap<SnapshotId, Plan> = BTreeMap::new();
+    for file in found.files.iter().filter(|file| !file.pages.is_empty()) {
+        let snapshot = file.layer.snapshot;
+        let dir = &chain.snapshot(snapshot).dir;
+        let name = file.memory.pagemap_name();
+        let mut pages = file.pages.clone();
+        // Those of earlier times.
+        if let Some(gone) = punched::read(dir, &name, file.layer.pages_id)? {
+            pages.extend(&gone);
+        }
+        let total = file.layer.pages;
+        let kept = pages.split(0..total).filter(|(_, gone)| !gone);
+        let kept = kept.map(|(range, _)| (range.start, range.end - range.start)).collect();
+        plans.entry(snapshot).or_default().memories.push(MemoryPlan {
+            memory: file.memory,
+            becomes: file.memory,
+            pages_id: file.layer.pages_id,
+            index: chain.index(snapshot, file.memory)?,
+            parent: None,
+            equal: Vec::new(),
+            entries: Pagemap::read(&dir.join(name))?.entries,
+            kept,
+            gone: Some(Gone { pages, total }),
+        });
+    }
+    // The newest first: what it was resolved to is what its ancestors still are.
+    for (id, plan) in plans.into_iter().rev() {
+        let at = |id| At { chain, id };
+        let parent = chain.snapshot(id).parent.as_ref().ok().copied().flatten();
+        let stage = Stage::make(&chain.snapshot(id).dir, &plan, at(id), parent.map(at))?;
+        stage.publish(None)?;
+    }
+    Ok(())
 }
 
 /// Returns what is going to be told.
@@ -137,25 +204,4 @@ fn ancestors_bytes(chain: &Chain, id: SnapshotId) -> Result<u64> {
         bytes += disk_bytes(&chain.snapshot(ancestor).dir)?;
     }
     Ok(bytes)
-}
-
-/// Brings all images of a directory, and their names, to the disk.
-pub(super) fn sync_images(dir: &Path) -> Result<()> {
-    let mut files = Vec::new();
-    for name in names(dir)? {
-        let path = dir.join(&name);
-        if path.is_file() && !path.is_symlink() {
-            let file = File::open(&path).map_err(|source| write_error(&path, source))?;
-            fds::begin_writing(&file, 0, 0);
-            files.push((path, file));
-        }
-    }
-    for (path, file) in files {
-        file.sync_all().map_err(|source| write_error(&path, source))?;
-    }
-    sync(dir)?;
-    match dir.parent() {
-        Some(above) => Ok(sync(above)?),
-        None => Ok(()),
-    }
 }

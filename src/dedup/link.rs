@@ -12,7 +12,7 @@ use std::{
 use super::{
     DedupError, Result,
     plan::{self, At, Plan, Renumbering},
-    stage::{Stage, copy_file, recover, relative, snapshot_at},
+    stage::{Stage, copy_file, copy_pages, recover, relative, snapshot_at},
 };
 use crate::{
     chain::{Chain, ChainError, disk_bytes},
@@ -213,7 +213,7 @@ fn link_one(
     let dir = match copy {
         None => {
             if gained {
-                Stage::make(dir, &plan, child, parent)?.publish(parent_dir)?;
+                Stage::make(dir, &plan, child, Some(parent))?.publish(Some(parent_dir))?;
             }
             dir
         }
@@ -255,7 +255,7 @@ fn write_copy(
     let mut locks = DirectoryLocks::default();
     locks.take(dir, Access::Exclusive)?;
     recover(dir)?;
-    let stage = Stage::make(dir, plan, child, parent)?;
+    let stage = Stage::make(dir, plan, child, Some(parent))?;
     let images = SnapshotWriter::begin(dir)?;
     let replaced: BTreeSet<String> = plan
         .memories
@@ -268,10 +268,12 @@ fn write_copy(
     let inventory = Kind::Inventory.file_name(0);
     for name in names(child.dir())? {
         let Some(name) = name.to_str() else { continue };
-        let known = desc::by_file_name(name).is_some();
-        if known && !replaced.contains(name) && name != inventory {
-            copy_file(&child.dir().join(name), &images.path_of(name))?;
+        let Some((desc, _)) = desc::by_file_name(name) else { continue };
+        if replaced.contains(name) || name == inventory {
+            continue;
         }
+        let (from, to) = (child.dir().join(name), images.path_of(name));
+        if desc.kind == Kind::Pages { copy_pages(&from, &to)? } else { copy_file(&from, &to)? }
     }
     for (path, name) in stage.files().into_iter().flatten() {
         let target = images.path_of(&name);

@@ -15,6 +15,6 @@ mod stage;
 mod superseded;
 
 pub use error::{DedupError, Result};
-pub use free::{Freed, check_freeing, free, free_locked, lock_ancestors};
+pub use free::{FreeOptions, Freed, check_freeing, free, free_locked, lock_ancestors};
 pub use link::{LinkOptions, Linked, Progress, link};
 pub use reflink::{Reflinked, reflink};

@@ -14,7 +14,7 @@ use super::{
 use crate::{
     chain::{Chain, ChainError, Extent, FileId, Index, Place, SnapshotId},
     image::{MemoryId, Pagemap, PagemapEntry, Presence},
-    units::PageIndex,
+    units::{PageIndex, PageRanges},
 };
 
 /// A snapshot in its chain.
@@ -48,14 +48,25 @@ pub(super) struct MemoryPlan {
     pub(super) pages_id: u32,
     /// All of its pages, resolved.
     pub(super) index: Arc<Index>,
-    /// The same of what its parent has.
-    pub(super) parent: Arc<Index>,
+    /// The same of what its parent has, if anything is left to that.
+    pub(super) parent: Option<Arc<Index>>,
     /// The pages that are equal.
     pub(super) equal: Vec<Stretch>,
     /// What its pagemap is to say.
     pub(super) entries: Vec<PagemapEntry>,
     /// What is to be kept of its pages file: first page of the file, and how many.
     pub(super) kept: Vec<(u64, u64)>,
+    /// If what is not kept is gone, and everything else keeps its place.
+    pub(super) gone: Option<Gone>,
+}
+
+/// Pages of a pages file that are to be gone.
+#[derive(Debug)]
+pub(super) struct Gone {
+    /// The pages of the file.
+    pub(super) pages: PageRanges,
+    /// How many pages the file has.
+    pub(super) total: u64,
 }
 
 impl MemoryPlan {
@@ -156,10 +167,11 @@ pub(super) fn plan(
             becomes,
             pages_id: pagemap.pages_id,
             index,
-            parent: older,
+            parent: Some(older),
             equal,
             entries,
             kept,
+            gone: None,
         });
     }
     Ok(plan)
@@ -321,7 +333,7 @@ fn divide(entries: &[PagemapEntry], equal: &[Stretch]) -> (Vec<PagemapEntry>, Ve
 pub(super) fn check(
     plan: &MemoryPlan,
     resolved: &Index,
-    (child, parent, staged): (At, At, At),
+    (child, parent, staged): (At, Option<At>, At),
 ) -> Result<Vec<Pair>> {
     let failed = |first, problem| DedupError::Verify {
         dir: child.dir().to_owned(),
@@ -369,9 +381,16 @@ pub(super) fn check(
                     let covered = equal.peek().is_some_and(|(from, count)| {
                         *from <= first && first.0 + pages <= from.0 + count
                     });
-                    covered && in_parent(plan, parent, first, pages, now, y)
+                    covered
+                        && parent
+                            .is_some_and(|parent| in_parent(plan, parent, first, pages, now, y))
                 }
             }
+            (
+                Place::Stored { layer: 0, file_page: x }
+                | Place::Punched { layer: 0, file_page: x },
+                Place::Punched { layer: 0, file_page: y },
+            ) => x == y && is_gone(plan, x, pages),
             (
                 Place::Punched { layer: a, file_page: x },
                 Place::Punched { layer: b, file_page: y },
@@ -386,6 +405,12 @@ pub(super) fn check(
     }
 }
 
+/// Whether pages of the pages file are to be gone.
+fn is_gone(plan: &MemoryPlan, file_page: u64, pages: u64) -> bool {
+    let range = file_page..file_page + pages;
+    plan.gone.as_ref().is_some_and(|gone| gone.pages.within(range.clone()).eq([range]))
+}
+
 /// Whether the parent has the pages from `first` on in this file from this page on.
 fn in_parent(
     plan: &MemoryPlan,
@@ -395,12 +420,13 @@ fn in_parent(
     file: (&Path, u32),
     file_page: u64,
 ) -> bool {
+    let Some(index) = &plan.parent else { return false };
     let mut done = 0;
     while done < pages {
         let page = PageIndex(first.0 + done);
-        let Some(extent) = plan.parent.find(page) else { return false };
+        let Some(extent) = index.find(page) else { return false };
         let Place::Stored { layer, file_page: begin } = extent.place else { return false };
-        let same = parent.pages_file(&plan.parent, layer) == file
+        let same = parent.pages_file(index, layer) == file
             && begin + (page.0 - extent.first.0) == file_page + done;
         if !same {
             return false;

@@ -8,7 +8,7 @@
 //! on disk before the next:
 //!
 //! 1. all that is new is in the hidden directory, and has been checked;
-//! 2. the new pages files are in the snapshot, under numbers that nothing names, and
+//! 2. the new pages files, with their journals, are in the snapshot, under numbers that nothing names, and
 //!    the link to the parent, which nothing needs yet;
 //! 3. the new pagemaps replace the old ones, each by a rename: each names its pages
 //!    file, so that each memory is the old or the new one as a whole;
@@ -21,6 +21,7 @@ use std::{
     fmt::Write as _,
     fs::{self, DirBuilder, File},
     io::{self, BufWriter, Write as _},
+    num::NonZeroUsize,
     os::unix::fs::{DirBuilderExt, symlink},
     path::{Component, Path, PathBuf},
 };
@@ -29,25 +30,24 @@ use prost_reflect::Value;
 
 use super::{
     DedupError, Result, compare,
-    free::sync_images,
     objects::Objects,
     plan::{self, At, MemoryPlan, Plan},
 };
 use crate::{
-    chain::{BackingFile, Chain, SnapshotId},
+    chain::{BackingFile, Chain, Files, SnapshotId, Whence, seek_file},
     fault::{self, Point},
     image::{
         Document, ImageWriter, Kind, MemoryId, PARENT_LINK, PagemapReader, PagemapWriter, desc,
+        disk::Kernel,
         document::Content,
-        snapshot::{DIRECTORY_MODE, names, sync, write_error},
+        punched::JournalWriter,
+        snapshot::{DEDUP_STAGE, DIRECTORY_MODE, names, sync, sync_all, write_error},
     },
+    sys::fds,
     units::page_bytes,
 };
 
-/// The hidden directory.
-const STAGE: &str = ".dedup";
-
-/// The list in it: lines of `pages NUMBER` for files that are new or replaced, and of
+/// The list in the hidden directory: lines of `pages NUMBER` for files that are new or replaced, and of
 /// `shmem FROM TO` for objects that get another number.
 const LIST: &str = "replaced";
 
@@ -72,8 +72,8 @@ impl<'a> Stage<'a> {
     ///
     /// # Errors
     /// What cannot be read or written; what does not read as before.
-    pub(super) fn make(dir: &Path, plan: &'a Plan, child: At, parent: At) -> Result<Self> {
-        let stage = dir.join(STAGE);
+    pub(super) fn make(dir: &Path, plan: &'a Plan, child: At, parent: Option<At>) -> Result<Self> {
+        let stage = dir.join(DEDUP_STAGE);
         DirBuilder::new()
             .mode(DIRECTORY_MODE)
             .create(&stage)
@@ -81,9 +81,9 @@ impl<'a> Stage<'a> {
         let pages_ids = unused_numbers(child.dir(), plan.memories.len())?;
         let made = Self { dir: dir.to_owned(), stage, plan, pages_ids, published: false };
         made.list()?;
-        let link = relative(&made.stage, parent.dir());
-        let link_path = made.stage.join(PARENT_LINK);
-        symlink(&link, &link_path).map_err(|source| write_error(&link_path, source))?;
+        if let Some(parent) = parent {
+            link(&made.stage, parent.dir())?;
+        }
         let inventory = Kind::Inventory.file_name(0);
         copy_file(&child.dir().join(&inventory), &made.stage.join(&inventory))?;
         for (memory, pages_id) in plan.memories.iter().zip(&made.pages_ids) {
@@ -94,7 +94,7 @@ impl<'a> Stage<'a> {
         }
         made.check(child, parent)?;
         fault::hit(Point::DedupMade)?;
-        sync_images(&made.stage)?;
+        sync_all(&made.stage, |file| fds::begin_writing(file, 0, 0))?;
         Ok(made)
     }
 
@@ -137,9 +137,16 @@ impl<'a> Stage<'a> {
             let mut offset = 0;
             for (file_page, pages) in &memory.kept {
                 let (start, len) = (page_bytes(*file_page), page_bytes(*pages));
+                if memory.gone.is_some() {
+                    offset = start;
+                }
                 copy(&from, start, len, &target, &path, offset)?;
                 offset += len;
             }
+        }
+        if let Some(gone) = &memory.gone {
+            let len = page_bytes(gone.total);
+            target.set_len(len).map_err(|source| write_error(&path, source))?;
         }
         let path = self.stage.join(memory.becomes.pagemap_name());
         let image = ImageWriter::create(&path, Kind::Pagemap)?;
@@ -148,12 +155,19 @@ impl<'a> Stage<'a> {
             pagemap.entry(entry)?;
         }
         pagemap.into_image().finish()?;
+        if let Some(gone) = &memory.gone {
+            // It is bound to the pagemap and to the inventory, which are as they will be.
+            let name = memory.becomes.pagemap_name();
+            let mut journal = JournalWriter::open(&self.stage, &name, pages_id)?;
+            journal.append(&Kernel, &gone.pages)?;
+            journal.sync(&Kernel)?;
+        }
         Ok(())
     }
 
     /// Resolves what was made through the chain that it will be part of, and compares
     /// it with what there is.
-    fn check(&self, child: At, parent: At) -> Result<()> {
+    fn check(&self, child: At, parent: Option<At>) -> Result<()> {
         let chain = Chain::open(&self.stage)?;
         let id = snapshot_at(&chain, &self.stage)?;
         let staged = At { chain: &chain, id };
@@ -191,7 +205,11 @@ impl<'a> Stage<'a> {
     /// pagemaps, then the images in which numbers change.
     pub(super) fn files(&self) -> [Vec<(PathBuf, String)>; 3] {
         let place = |name: String| (self.stage.join(&name), name);
-        let pages = self.pages_ids.iter().map(|id| place(Kind::Pages.file_name((*id).into())));
+        let pages = self.pages_ids.iter().zip(&self.plan.memories).flat_map(|(id, memory)| {
+            let journal = memory.gone.as_ref().map(|_| Kind::Punched.file_name((*id).into()));
+            [Some(Kind::Pages.file_name((*id).into())), journal]
+        });
+        let pages = pages.flatten().map(place);
         let pagemaps = self.plan.memories.iter().map(|memory| place(memory.becomes.pagemap_name()));
         let renumbered = self.plan.renumbered.keys().cloned().map(place);
         [pages.collect(), pagemaps.collect(), renumbered.collect()]
@@ -202,7 +220,7 @@ impl<'a> Stage<'a> {
     /// # Errors
     /// What cannot be renamed or removed. Whatever is done by then, the snapshot reads
     /// as before, and [`recover`] finishes.
-    pub(super) fn publish(mut self, parent: &Path) -> Result<()> {
+    pub(super) fn publish(mut self, parent: Option<&Path>) -> Result<()> {
         self.published = true;
         let [pages, pagemaps, renumbered] = self.files();
         let put = |(path, name): &(PathBuf, String)| -> Result<()> {
@@ -210,7 +228,9 @@ impl<'a> Stage<'a> {
             Ok(fs::rename(path, &target).map_err(|source| write_error(&target, source))?)
         };
         pages.iter().try_for_each(put)?;
-        link(&self.dir, parent)?;
+        if let Some(parent) = parent {
+            link(&self.dir, parent)?;
+        }
         sync(&self.dir)?;
         fault::hit(Point::DedupLinked)?;
         for (position, pagemap) in pagemaps.iter().enumerate() {
@@ -263,7 +283,7 @@ pub(super) fn link(dir: &Path, parent: &Path) -> Result<()> {
 /// # Errors
 /// Images that cannot be read, files that cannot be removed.
 pub(super) fn recover(dir: &Path) -> Result<bool> {
-    let stage = dir.join(STAGE);
+    let stage = dir.join(DEDUP_STAGE);
     if !stage.is_dir() {
         return Ok(false);
     }
@@ -397,6 +417,23 @@ fn change_numbers(message: &mut prost_reflect::DynamicMessage, numbers: &BTreeMa
 /// Copies a whole file with its permissions, sharing blocks where that can be done.
 pub(super) fn copy_file(from: &Path, to: &Path) -> Result<()> {
     fs::copy(from, to).map(drop).map_err(|source| write_error(to, source).into())
+}
+
+/// Copies a whole pages file, leaving its holes holes.
+pub(super) fn copy_pages(from: &Path, to: &Path) -> Result<()> {
+    let files = Files::new(NonZeroUsize::MIN);
+    let from = files.get(files.enter(from))?;
+    let failed = |source| write_error(to, source);
+    let target = File::create_new(to).map_err(failed)?;
+    let metadata = from.metadata()?;
+    target.set_permissions(metadata.permissions()).map_err(failed)?;
+    target.set_len(metadata.len()).map_err(failed)?;
+    let mut next = 0;
+    while let Some(data) = seek_file(&from, next, Whence::Data)? {
+        next = seek_file(&from, data, Whence::Hole)?.unwrap_or(metadata.len());
+        copy(&from, data, next - data, &target, to, data)?;
+    }
+    Ok(())
 }
 
 /// Copies `len` bytes from `start` on to `offset` in `target`.

@@ -117,7 +117,10 @@ fn free_superseded(images_dir: &Path) {
     let freed = images_dir
         .canonicalize()
         .map_err(|source| DumpError::File { path: images_dir.to_owned(), source })
-        .and_then(|dir| Ok(dedup::free_locked(&dir, Arc::new(Kernel), &mut tell)?));
+        .and_then(|dir| {
+            let options = dedup::FreeOptions { dir, rewrite: false };
+            Ok(dedup::free_locked(&options, Arc::new(Kernel), &mut tell)?)
+        });
     match freed {
         Ok(freed) => log::info!("freed {} pages in the ancestors", freed.pages),
         Err(error) => log::warn!(

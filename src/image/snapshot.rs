@@ -26,6 +26,10 @@ const UNFINISHED: &str = ".unfinished";
 /// The name of the link to the parent directory.
 pub const PARENT_LINK: &str = "parent";
 
+/// Where a deduplication has new images until they replace others: in the directory
+/// itself.
+pub(crate) const DEDUP_STAGE: &str = ".dedup";
+
 /// Permissions of directories with images: memory is secret.
 pub(crate) const DIRECTORY_MODE: u32 = 0o700;
 
@@ -117,19 +121,7 @@ impl SnapshotWriter {
     /// # Errors
     /// [`ImageError::Write`].
     pub fn sync(&self, begin: impl Fn(&File)) -> Result<()> {
-        let mut files = Vec::new();
-        for name in names(&self.unfinished)? {
-            if name != PARENT_LINK {
-                let path = self.unfinished.join(name);
-                let file = File::open(&path).map_err(|source| write_error(&path, source))?;
-                begin(&file);
-                files.push((path, file));
-            }
-        }
-        for (path, file) in files {
-            file.sync_all().map_err(|source| write_error(&path, source))?;
-        }
-        sync(&self.unfinished)
+        sync_all(&self.unfinished, begin)
     }
 
     /// Makes the directory a snapshot: what was one before is gone from here on,
@@ -242,6 +234,25 @@ pub(crate) fn names(dir: &Path) -> Result<Vec<OsString>> {
 /// Brings a file, or the names in a directory, to the disk.
 pub(crate) fn sync(path: &Path) -> Result<()> {
     File::open(path).and_then(|file| file.sync_all()).map_err(|source| write_error(path, source))
+}
+
+/// Brings all files of a directory, and their names, to the disk; `begin` as for
+/// [`SnapshotWriter::sync`].
+pub(crate) fn sync_all(dir: &Path, begin: impl Fn(&File)) -> Result<()> {
+    let mut files = Vec::new();
+    for name in names(dir)? {
+        let path = dir.join(name);
+        let is_file = fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_file());
+        if is_file {
+            let file = File::open(&path).map_err(|source| write_error(&path, source))?;
+            begin(&file);
+            files.push((path, file));
+        }
+    }
+    for (path, file) in files {
+        file.sync_all().map_err(|source| write_error(&path, source))?;
+    }
+    sync(dir)
 }
 
 pub(crate) fn write_error(path: &Path, source: io::Error) -> ImageError {

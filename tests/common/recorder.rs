@@ -250,12 +250,17 @@ pub struct Recorder {
 
 impl Recorder {
     pub fn mount() -> Self {
+        Self::mount_with(true)
+    }
+
+    /// Mounts one of which parts of files can be freed, or not.
+    pub fn mount_with(punching: bool) -> Self {
         require(Cap::Fuse);
         let dir = tempfile::tempdir().unwrap();
         let tree = Tree([(ROOT, Node::Dir(BTreeMap::new()))].into());
         let inner = Inner { tree, next: ROOT, ..Inner::default() };
         let inner = Arc::new(Mutex::new(inner));
-        let served = Served(Arc::clone(&inner));
+        let served = Served(Arc::clone(&inner), punching);
         let session = fuser::spawn_mount(served, dir.path(), &fuser::Config::default()).unwrap();
         Self { inner, dir, session: Some(session) }
     }
@@ -338,7 +343,8 @@ impl Drop for Recorder {
     }
 }
 
-struct Served(Arc<Mutex<Inner>>);
+/// The file system as it is served, and whether parts of files can be freed.
+struct Served(Arc<Mutex<Inner>>, bool);
 
 impl Served {
     fn entry(inner: &Inner, ino: u64, reply: ReplyEntry) {
@@ -545,6 +551,9 @@ impl Filesystem for Served {
         _: i32,
         reply: ReplyEmpty,
     ) {
+        if !self.1 {
+            return reply.error(Errno::EOPNOTSUPP);
+        }
         self.0.lock().unwrap().act(Op::Punch(ino.0, offset, len));
         reply.ok();
     }

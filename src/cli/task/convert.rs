@@ -142,7 +142,7 @@ pub(super) fn dedup_work(args: &TaskArgs) -> Result<Work, UsageError> {
     if args.tree.exec_cmd {
         return Err(UsageError::ExecNotRestoring);
     }
-    let DedupArgs { link, keep_originals, reflink, .. } = args.dedup;
+    let DedupArgs { link, keep_originals, rewrite, reflink, .. } = args.dedup;
     if link {
         let dirs = args.operands.iter().map(PathBuf::from).collect();
         return Ok(Work::Link(dedup::LinkOptions { dirs, keep_originals }));
@@ -152,7 +152,7 @@ pub(super) fn dedup_work(args: &TaskArgs) -> Result<Work, UsageError> {
     }
     check_operands(args, false)?;
     let dir = args.images.images_dir.clone();
-    Ok(if reflink { Work::Reflink(dir) } else { Work::Free(dir) })
+    Ok(if reflink { Work::Reflink(dir) } else { Work::Free(dedup::FreeOptions { dir, rewrite }) })
 }
 
 /// Checks what is no option, and the option that is about that.

@@ -136,9 +136,12 @@ pub(super) fn tidy_help(mut program: Command) -> Command {
         program = program.mut_subcommand(task.name(), |command| {
             command.mut_args(|arg| {
                 let Some(row) = arg.get_long().and_then(table::row) else {
-                    let shown = matches!(task, Task::Restore | Task::Dedup);
-                    let hide = !shown && arg.is_last_set();
-                    return arg.hide(hide);
+                    return match task {
+                        _ if !arg.is_last_set() => arg,
+                        Task::Restore => arg,
+                        Task::Dedup => arg.value_name("DIR").help("What is linked"),
+                        Task::Dump | Task::PreDump | Task::Check => arg.hide(true),
+                    };
                 };
                 if !row.on.has(task.as_set()) {
                     return arg.hide(true);

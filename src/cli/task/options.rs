@@ -45,7 +45,7 @@ pub(in crate::cli) struct TaskArgs {
     pub(super) output: OutputArgs,
     #[command(flatten)]
     pub(super) config: ConfigArgs,
-    /// The command of --exec-cmd, with its arguments; the directories of --link
+    /// The command of --exec-cmd, with its arguments
     #[arg(last = true, value_name = "COMMAND")]
     pub(super) operands: Vec<OsString>,
 }
@@ -364,6 +364,9 @@ pub(super) struct DedupArgs {
     /// Write new directories, DIR.linked, and leave those that are linked as they are
     #[arg(long)]
     pub keep_originals: bool,
+    /// Write files anew where the file system cannot free parts of them
+    #[arg(long)]
+    pub rewrite: bool,
     /// Let equal pages of the chain share blocks (btrfs, xfs); the images stay the same
     #[arg(long, conflicts_with = "link")]
     pub reflink: bool,

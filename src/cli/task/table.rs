@@ -173,6 +173,7 @@ pub(super) const ROWS: &[Row] = &[
     // Deduplication
     built("link", DEDUP),
     built("keep-originals", DEDUP),
+    built("rewrite", DEDUP),
     built("reflink", DEDUP),
     built("json", DEDUP),
     // Messages

@@ -35,7 +35,7 @@ const TAKEN_BACK: &str = "
     skip-file-rwx-check mntns-compat-mode unprivileged ghost-fiemap allow-uprobes";
 
 /// Our own.
-const OURS: [&str; 5] = ["tracker", "link", "keep-originals", "reflink", "json"];
+const OURS: [&str; 6] = ["tracker", "link", "keep-originals", "rewrite", "reflink", "json"];
 
 #[derive(Debug, Parser)]
 struct Line {
