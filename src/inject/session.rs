@@ -67,8 +67,11 @@ impl Scratch {
         let table_bytes = table_bytes.next_multiple_of(usize::try_from(PAGE_SIZE).expect("small"));
         let mut scratch = Self { start: RemoteAddr(0), table_bytes, instruction };
         tracee.begin_work()?;
+        // Not reserved, it is joined with no neighbour: that would make all of the
+        // neighbour's pages soft-dirty, and is more to put back.
         let flags = libc::MAP_PRIVATE
             | libc::MAP_ANONYMOUS
+            | libc::MAP_NORESERVE
             | place.map_or(0, |_| libc::MAP_FIXED_NOREPLACE);
         let map = [
             place.unwrap_or_default().0,
