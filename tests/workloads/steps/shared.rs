@@ -4,7 +4,7 @@
 
 use std::{ffi::CString, thread};
 
-use super::{Row, Steps, ended, forked, memfd, next, poke, zero};
+use super::{Row, Steps, crowd, ended, forked, memfd, next, poke, zero};
 use crate::kit::{Area, PAGE, Verdict, nap, open};
 
 pub const ROWS: &[Row] = &[
@@ -73,6 +73,11 @@ fn filled(pages: usize) -> Result<Area, String> {
     Ok(area)
 }
 
+fn own() -> i32 {
+    // SAFETY: getpid has no preconditions.
+    unsafe { libc::getpid() }
+}
+
 /// The same memory a second time (`mremap(2)` with an old size of 0).
 fn again(area: Area) -> Result<Area, String> {
     let at = sys!(mremap(area.at.cast(), 0, area.bytes, libc::MREMAP_MAYMOVE))?;
@@ -107,8 +112,7 @@ fn twice(steps: &Steps) -> Verdict {
 fn from_afar(steps: &Steps) -> Verdict {
     let area = filled(100)?;
     area.advise(libc::MADV_DONTFORK)?;
-    // SAFETY: getpid has no preconditions.
-    let own = unsafe { libc::getpid() };
+    let own = own();
     let _ = sys!(prctl(libc::PR_SET_PTRACER, libc::PR_SET_PTRACER_ANY, 0, 0, 0));
     let path = CString::new(format!("/proc/{own}/mem")).expect("no NUL");
     let helper = Helper::start(|step| {
@@ -155,8 +159,7 @@ fn read_into(steps: &Steps) -> Verdict {
 
 /// Where the kernel shows the object behind an area of this process.
 fn map_file(area: Area) -> CString {
-    // SAFETY: getpid has no preconditions.
-    let own = unsafe { libc::getpid() };
+    let own = own();
     let (start, end) = (area.at as usize, area.at as usize + area.bytes);
     CString::new(format!("/proc/{own}/map_files/{start:x}-{end:x}")).expect("no NUL")
 }
@@ -203,8 +206,7 @@ fn handed_over(steps: &Steps) -> Verdict {
     let area = Area::of_file(100, fd, libc::MAP_SHARED)?;
     area.fill(1);
     area.advise(libc::MADV_DONTFORK)?;
-    // SAFETY: getpid has no preconditions.
-    let own = unsafe { libc::getpid() };
+    let own = own();
     let helper = Helper::start(|step| {
         let _ = sys!(close(fd));
         let pidfd = sys!(syscall(libc::SYS_pidfd_open, own, 0)).expect("it is there");
@@ -463,14 +465,7 @@ fn random(steps: &Steps) -> Verdict {
             }
         }
     };
-    let children = (0..2_u64).map(|number| {
-        forked(move || {
-            thread::spawn(move || work(number + 20));
-            work(number + 10);
-        })
-    });
-    let _children = children.collect::<Result<Vec<_>, _>>()?;
-    thread::spawn(move || work(1));
+    crowd(work)?;
     for step in 0..18 {
         steps.pause();
         mood.set(0, if step % 3 == 2 { 1 + step / 3 % 3 } else { 0 });
