@@ -21,6 +21,7 @@ pub const ROWS: &[Row] = &[
     ("shared_memfd_closed", memfd_closed),
     ("shared_by_new_threads", by_new_threads),
     ("shared_huge", huge),
+    ("swapped", swapped),
     ("shared_random", random),
 ];
 
@@ -408,6 +409,28 @@ fn by_new_threads(steps: &Steps) -> Verdict {
     })?;
     steps.pause();
     area.page(6).fill(3);
+    steps.pause();
+    Ok(())
+}
+
+/// Shared and private memory that is swapped out before it is written, and afterwards.
+fn swapped(steps: &Steps) -> Verdict {
+    let (shared, private) = (filled(300)?, Area::private(300)?);
+    private.fill(2);
+    for step in 0..6 {
+        steps.pause();
+        for area in [shared, private] {
+            if step % 2 == 0 {
+                area.advise(libc::MADV_PAGEOUT)?;
+            }
+            area.page(step * 7).set(3, 5);
+            zero(area.page(step * 7 + 1));
+            std::hint::black_box(area.page(step * 7 + 2).get(0));
+            if step % 3 == 1 {
+                area.advise(libc::MADV_PAGEOUT)?;
+            }
+        }
+    }
     steps.pause();
     Ok(())
 }
