@@ -735,6 +735,20 @@ fn busy_threads(steps: &Steps) -> Verdict {
     Ok(())
 }
 
+/// Lets processes of two threads each work for good.
+fn crowd(work: impl Fn(u64) + Copy + Send + 'static) -> Verdict {
+    for number in 0..2_u64 {
+        forked(move || {
+            thread::spawn(move || work(number + 20));
+            work(number + 10);
+        })?;
+    }
+    for number in 0..2_u64 {
+        thread::spawn(move || work(number));
+    }
+    Ok(())
+}
+
 /// Processes and threads that do at random all that there is, all the time.
 fn random(steps: &Steps) -> Verdict {
     let shared = Area::shared(400)?;
@@ -774,16 +788,7 @@ fn random(steps: &Steps) -> Verdict {
             }
         }
     };
-    let children = (0..2_u64).map(|number| {
-        forked(move || {
-            thread::spawn(move || work(number + 20));
-            work(number + 10);
-        })
-    });
-    let _children = children.collect::<Result<Vec<_>, _>>()?;
-    for number in 0..2_u64 {
-        thread::spawn(move || work(number));
-    }
+    crowd(work)?;
     for _ in 0..15 {
         steps.pause();
     }

@@ -13,11 +13,9 @@
 //! - none has come: there is none now that was not protected then, no process was
 //!   created by the tree with a copy of the memory, and no mapping was made twice;
 //! - no pages were removed by a mapping (`MADV_REMOVE`): they would come back as zeros
-//!   without a write;
+//!   without a write. As an io_uring could do that, none was made;
 //! - nobody has opened the object, through `/proc/PID/map_files` ([`Openings`]), and its
 //!   length is the same.
-//!
-//! - none of it was done by an io_uring, whose calls are not counted: none was made.
 //!
 //! What was done is counted by the kernel ([`tracepoint`]): what is common in each
 //! thread that matters, and what is not for the whole machine.
@@ -39,7 +37,7 @@ use std::{
 use super::{
     TrackError, Tracker, Watch,
     keeper::{Guard, Keeper},
-    outside,
+    outside::{self, Outside},
     record::{Place, Record, Tracked, Writer},
     with_causes,
 };
@@ -109,9 +107,10 @@ pub struct Next {
     counters: BTreeMap<HostPid, Vec<OwnedFd>>,
 }
 
-/// Looks at the shared memory of a stopped tree, whose root is the first of `tree`. Each
-/// object is open already. If tracking begins anew, it does so for all pages that are looked at.
-/// What cannot be known is compared, so nothing fails here.
+/// Looks at the shared memory of a stopped tree, whose root is the first of `tree`. This
+/// process has opened each object already, and will not do so again. If tracking begins
+/// anew, it does so for all pages that are looked at. What cannot be known is compared,
+/// so nothing fails here.
 pub fn survey(
     watches: &[Rc<Watch>],
     tree: &[HostPid],
@@ -120,8 +119,8 @@ pub fn survey(
 ) -> Survey {
     let mut surveyor = Surveyor::new(watches, restart);
     let known: Vec<_> = objects.iter().map(|object| surveyor.is_watched(object)).collect();
-    if restart {
-        surveyor.begin(tree, objects, &known);
+    if restart && let Err(error) = surveyor.begin(tree, objects, &known) {
+        log::debug!("shared memory is not tracked: {}", with_causes(&error));
     }
     let looked = objects.iter().zip(known);
     let unwritten = looked.map(|(object, known)| surveyor.look_at(object, known)).collect();
@@ -236,40 +235,82 @@ impl<'a> Surveyor<'a> {
         protect.is_some_and(|protect| protect.register(mapping.start, mapping.end).is_ok())
     }
 
-    /// Chooses what is tracked from now on, and counts what its writers do.
-    fn begin(&mut self, tree: &[HostPid], objects: &[Object], known: &[bool]) {
-        let mut chosen: BTreeMap<Key, &Object> = BTreeMap::new();
-        let mut new = BTreeSet::new();
+    /// Chooses what is tracked from now on, and begins to watch it and its writers.
+    fn begin(
+        &mut self,
+        tree: &[HostPid],
+        objects: &[Object],
+        known: &[bool],
+    ) -> Result<(), TrackError> {
+        let (mut chosen, mut new) = (BTreeMap::new(), BTreeSet::new());
         for (object, known) in objects.iter().zip(known) {
             let Ok(metadata) = object.file.metadata() else { continue };
-            let key = Key::of_file(&metadata);
             if self.can_be_tracked(object) {
-                chosen.insert(key, object);
+                let key = Key::of_file(&metadata);
+                chosen.insert(key, (object, metadata.len()));
                 if !known {
                     new.insert(key);
                 }
             }
         }
+        if chosen.is_empty() {
+            return Ok(());
+        }
+        let openings = self.openings.take().map_or_else(Openings::new, Ok);
+        let openings = openings.map_err(|errno| uncounted("make an fanotify")(errno.into()))?;
+        for (object, _) in chosen.values() {
+            openings
+                .watch(object.file.as_fd())
+                .map_err(|errno| uncounted("watch who opens shared memory")(errno.into()))?;
+        }
+        // From here on whoever opens it is told.
         if !new.is_empty() {
-            match outside::look(&new, tree) {
-                Ok(found) => chosen.retain(|key, object| {
-                    let hidden = found.hidden && !object.is_nameless();
-                    let others = found.written.contains(key) || hidden && new.contains(key);
-                    if others {
-                        log::debug!("{key} can have other writers than the mappings of the tree");
-                    }
-                    !others
-                }),
-                Err(error) => {
-                    let error = with_causes(&error);
-                    log::debug!("who writes to shared memory is not known: {error}");
-                    chosen.retain(|key, _| !new.contains(key));
+            let found = outside::look(&new, tree).unwrap_or_else(|error| {
+                log::debug!("other writers are not known: {}", with_causes(&error));
+                Outside { written: new.clone(), hidden: true }
+            });
+            chosen.retain(|key, (object, _)| {
+                let hidden = found.hidden && new.contains(key) && !object.is_nameless();
+                let others = hidden || found.written.contains(key);
+                if others {
+                    log::debug!("{key} can have other writers than the mappings of the tree");
                 }
+                !others
+            });
+        }
+        let (mut record, mut counters) = (Record::default(), BTreeMap::new());
+        for (key, (object, bytes)) in chosen {
+            let places = object.mappings.iter().map(|(pid, mapping)| Place::of(*pid, mapping));
+            record.objects.insert(key, Tracked { bytes, places: places.collect() });
+        }
+        self.count(&mut record, &mut counters)?;
+        self.next = Some(Next { record, openings, counters });
+        Ok(())
+    }
+
+    /// Begins to count what those do who can write to what is in `record`, unless their
+    /// keepers do already.
+    fn count(
+        &self,
+        record: &mut Record,
+        counters: &mut BTreeMap<HostPid, Vec<OwnedFd>>,
+    ) -> Result<(), TrackError> {
+        let places = record.objects.values().flat_map(|tracked| &tracked.places);
+        let writers: BTreeSet<_> = places.map(|place| place.pid).collect();
+        let is_new = |pid: &&HostPid| self.watches[*pid].count.is_none();
+        let seldom = if writers.iter().any(|pid| is_new(&pid)) { count_seldom()? } else { vec![] };
+        for pid in writers.iter().filter(is_new) {
+            let mut all = count_common(&self.watches[pid].threads)?;
+            for counter in &seldom {
+                all.push(counter.try_clone().map_err(uncounted("duplicate a counter"))?);
             }
+            counters.insert(*pid, all);
         }
-        if let Err(error) = self.prepare(&chosen) {
-            log::debug!("shared memory is not tracked: {}", with_causes(&error));
+        for pid in writers {
+            let Watch { born, count, .. } = *self.watches[&pid];
+            record.writers.insert(pid, Writer { born, count: count.unwrap_or(0) });
         }
+        Ok(())
     }
 
     /// Whether an object has mappings that can all be tracked.
@@ -284,53 +325,6 @@ impl<'a> Surveyor<'a> {
                         watch.restart && watch.protect.is_some() && watch.threads.len() <= THREADS
                     })
             })
-    }
-
-    fn prepare(&mut self, chosen: &BTreeMap<Key, &Object>) -> Result<(), TrackError> {
-        if chosen.is_empty() {
-            return Ok(());
-        }
-        let writers: BTreeSet<_> = chosen
-            .values()
-            .flat_map(|object| object.mappings.iter().map(|(pid, _)| *pid))
-            .collect();
-        let (mut counters, mut record) = (BTreeMap::new(), Record::default());
-        let mut seldom = None;
-        for pid in writers {
-            let watch = self.watches[&pid];
-            if watch.count.is_none() {
-                let seldom: &Vec<OwnedFd> = match &seldom {
-                    Some(seldom) => seldom,
-                    None => seldom.insert(count_seldom()?),
-                };
-                let mut all = count_common(&watch.threads)?;
-                for counter in seldom {
-                    all.push(counter.try_clone().map_err(uncounted("duplicate a counter"))?);
-                }
-                counters.insert(pid, all);
-            }
-            let count = watch.count.unwrap_or(0);
-            record.writers.insert(pid, Writer { born: watch.born, count });
-        }
-        let openings = match self.openings.take() {
-            Some(openings) => openings,
-            None => {
-                let failed = uncounted("make an fanotify");
-                Openings::new().map_err(|errno| failed(errno.into()))?
-            }
-        };
-        for (key, object) in chosen {
-            let Ok(metadata) = object.file.metadata() else { continue };
-            if let Err(errno) = openings.watch(object.file.as_fd()) {
-                log::debug!("{key} is not tracked: watch who opens it: {errno}");
-                continue;
-            }
-            let places = object.mappings.iter().map(|(pid, mapping)| Place::of(*pid, mapping));
-            let tracked = Tracked { bytes: metadata.len(), places: places.collect() };
-            record.objects.insert(*key, tracked);
-        }
-        self.next = Some(Next { record, openings, counters });
-        Ok(())
     }
 
     /// Returns which pages of an object are unwritten. Protects all that is looked at

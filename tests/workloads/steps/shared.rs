@@ -4,7 +4,7 @@
 
 use std::{ffi::CString, thread};
 
-use super::{Row, Steps, ended, forked, memfd, next, poke, zero};
+use super::{Row, Steps, crowd, ended, forked, memfd, next, poke, zero};
 use crate::kit::{Area, PAGE, Verdict, nap, open};
 
 pub const ROWS: &[Row] = &[
@@ -21,6 +21,7 @@ pub const ROWS: &[Row] = &[
     ("shared_memfd_closed", memfd_closed),
     ("shared_by_new_threads", by_new_threads),
     ("shared_huge", huge),
+    ("swapped", swapped),
     ("shared_random", random),
 ];
 
@@ -73,6 +74,11 @@ fn filled(pages: usize) -> Result<Area, String> {
     Ok(area)
 }
 
+fn own() -> i32 {
+    // SAFETY: getpid has no preconditions.
+    unsafe { libc::getpid() }
+}
+
 /// The same memory a second time (`mremap(2)` with an old size of 0).
 fn again(area: Area) -> Result<Area, String> {
     let at = sys!(mremap(area.at.cast(), 0, area.bytes, libc::MREMAP_MAYMOVE))?;
@@ -107,8 +113,7 @@ fn twice(steps: &Steps) -> Verdict {
 fn from_afar(steps: &Steps) -> Verdict {
     let area = filled(100)?;
     area.advise(libc::MADV_DONTFORK)?;
-    // SAFETY: getpid has no preconditions.
-    let own = unsafe { libc::getpid() };
+    let own = own();
     let _ = sys!(prctl(libc::PR_SET_PTRACER, libc::PR_SET_PTRACER_ANY, 0, 0, 0));
     let path = CString::new(format!("/proc/{own}/mem")).expect("no NUL");
     let helper = Helper::start(|step| {
@@ -155,8 +160,7 @@ fn read_into(steps: &Steps) -> Verdict {
 
 /// Where the kernel shows the object behind an area of this process.
 fn map_file(area: Area) -> CString {
-    // SAFETY: getpid has no preconditions.
-    let own = unsafe { libc::getpid() };
+    let own = own();
     let (start, end) = (area.at as usize, area.at as usize + area.bytes);
     CString::new(format!("/proc/{own}/map_files/{start:x}-{end:x}")).expect("no NUL")
 }
@@ -203,8 +207,7 @@ fn handed_over(steps: &Steps) -> Verdict {
     let area = Area::of_file(100, fd, libc::MAP_SHARED)?;
     area.fill(1);
     area.advise(libc::MADV_DONTFORK)?;
-    // SAFETY: getpid has no preconditions.
-    let own = unsafe { libc::getpid() };
+    let own = own();
     let helper = Helper::start(|step| {
         let _ = sys!(close(fd));
         let pidfd = sys!(syscall(libc::SYS_pidfd_open, own, 0)).expect("it is there");
@@ -410,6 +413,28 @@ fn by_new_threads(steps: &Steps) -> Verdict {
     Ok(())
 }
 
+/// Shared and private memory that is swapped out before it is written, and afterwards.
+fn swapped(steps: &Steps) -> Verdict {
+    let (shared, private) = (filled(300)?, Area::private(300)?);
+    private.fill(2);
+    for step in 0..6 {
+        steps.pause();
+        for area in [shared, private] {
+            if step % 2 == 0 {
+                area.advise(libc::MADV_PAGEOUT)?;
+            }
+            area.page(step * 7).set(3, 5);
+            zero(area.page(step * 7 + 1));
+            std::hint::black_box(area.page(step * 7 + 2).get(0));
+            if step % 3 == 1 {
+                area.advise(libc::MADV_PAGEOUT)?;
+            }
+        }
+    }
+    steps.pause();
+    Ok(())
+}
+
 /// Huge pages, before and after tracking has begun.
 fn huge(steps: &Steps) -> Verdict {
     let area = Area::shared(4096)?;
@@ -463,14 +488,7 @@ fn random(steps: &Steps) -> Verdict {
             }
         }
     };
-    let children = (0..2_u64).map(|number| {
-        forked(move || {
-            thread::spawn(move || work(number + 20));
-            work(number + 10);
-        })
-    });
-    let _children = children.collect::<Result<Vec<_>, _>>()?;
-    thread::spawn(move || work(1));
+    crowd(work)?;
     for step in 0..18 {
         steps.pause();
         mood.set(0, if step % 3 == 2 { 1 + step / 3 % 3 } else { 0 });
