@@ -52,3 +52,7 @@ pub const DIRECTORY_XATTR: &str = "user.imgfs.directory";
 /// The extended attribute by which the root of a mount that frees pages tells when it
 /// does: `on-request`, `on-read` or `commit`.
 pub const PUNCH_XATTR: &str = "user.imgfs.punch";
+
+/// The extended attribute by which the root of a mount tells that pages of what it shows
+/// were freed, so that it cannot be restored: which, in words.
+pub const GONE_XATTR: &str = "user.imgfs.gone";

@@ -3,7 +3,6 @@
 use std::{
     ffi::OsStr,
     io,
-    os::unix::ffi::OsStrExt,
     path::Path,
     time::{Duration, SystemTime},
 };
@@ -24,7 +23,6 @@ use super::{
     image_fs::{ImageFs, SMALL_READ_BYTES, file_type, stack_depth},
 };
 use crate::{
-    chain::{DIRECTORY_XATTR, PUNCH_XATTR},
     sys::commit,
     view::{self, DirEntry, NodeType, ROOT, ViewError, Whence},
 };
@@ -78,6 +76,7 @@ impl Filesystem for ImageFs {
             dir: self.view.path(parent.0),
             name: name.to_string_lossy().into_owned(),
         });
+        let _reading = self.reading();
         match found.and_then(|name| self.view.lookup(parent.0, name)) {
             Ok(attr) => reply.entry(&TTL, &self.file_attr(&attr), GENERATION),
             Err(error) => {
@@ -89,6 +88,7 @@ impl Filesystem for ImageFs {
     }
 
     fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        let _reading = self.reading();
         match self.view.attr(ino.0) {
             Ok(attr) => reply.attr(&TTL, &self.file_attr(&attr)),
             Err(error) => reply.error(self.failed("getattr", ino, error)),
@@ -99,6 +99,7 @@ impl Filesystem for ImageFs {
         if flags.acc_mode() != OpenAccMode::O_RDONLY && !self.may_be_punched(ino.0) {
             return reply.error(Errno::EROFS);
         }
+        let _reading = self.reading();
         let file = match self.view.open(ino.0) {
             Ok(file) => file,
             Err(error) => return reply.error(self.failed("open", ino, error)),
@@ -138,13 +139,17 @@ impl Filesystem for ImageFs {
         let mapped = lock_owner.is_none();
         let answered = {
             // Pages that are found are not freed before they were read.
-            let _reading = self.punching.as_ref().map(|_| self.view.chain().reading());
+            let _reading = self.reading();
             self.answer_read(req, ino, &*file.content, offset, size, reply)
         };
         if let (Some(read), Some(punching), Some(pages)) = (answered, &self.punching, &file.pages)
             && self.may_be_punched(ino.0)
         {
             punching.was_read(ino.0, fh.0, pages, offset..offset + read, mapped);
+            // The reader has its answer, and may have closed the file since.
+            if self.handles.file(fh.0).is_none() {
+                punching.closed(ino.0, fh.0, pages, !self.handles.is_open(ino.0));
+            }
         }
     }
 
@@ -166,6 +171,8 @@ impl Filesystem for ImageFs {
             _ => return reply.error(Errno::EINVAL),
         };
         let Ok(from) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
+        // What is freed meanwhile would be a hole.
+        let _reading = self.reading();
         match view::seek(&*file.content, from, whence) {
             Ok(Some(found)) => match i64::try_from(found) {
                 Ok(found) => reply.offset(found),
@@ -279,23 +286,13 @@ impl Filesystem for ImageFs {
         reply.ok();
     }
 
-    /// Tells restorers where the images are, so that they need not read them through
-    /// the mount, or when it frees pages.
+    /// Tells restorers what they cannot see in files.
     fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        // Who restores from a mount that frees pages must not go past it.
-        let value = match &self.punching {
-            None if name == DIRECTORY_XATTR => {
-                self.view.image_dir(ino.0).map(|dir| dir.as_os_str().as_bytes())
-            }
-            Some(punching) if name == PUNCH_XATTR && ino.0 == ROOT => {
-                Some(punching.mode().name().as_bytes())
-            }
-            _ => None,
-        };
+        let value = self.attribute(ino.0, name);
         let Some(value) = value else { return reply.error(Errno::ENODATA) };
         match u32::try_from(value.len()) {
             Ok(len) if size == 0 => reply.size(len),
-            Ok(len) if len <= size => reply.data(value),
+            Ok(len) if len <= size => reply.data(&value),
             _ => reply.error(Errno::ERANGE),
         }
     }

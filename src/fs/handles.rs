@@ -86,6 +86,11 @@ impl Handles {
         self.files.read().unwrap_or_else(PoisonError::into_inner).open.get(&number).cloned()
     }
 
+    /// Whether any file of an inode is open.
+    pub(super) fn is_open(&self, ino: Ino) -> bool {
+        self.inodes.lock().unwrap_or_else(PoisonError::into_inner).contains_key(&ino)
+    }
+
     /// Forgets an open file, and its inode's backing file with the last one. Returns
     /// the file, and whether it was the last of its inode.
     pub(super) fn close_file(&self, ino: Ino, number: u64) -> Option<(Arc<OpenFile>, bool)> {

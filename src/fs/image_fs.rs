@@ -1,6 +1,11 @@
 //! What is served, and how it looks to the kernel.
 
-use std::{io, os::fd::OwnedFd, sync::Arc};
+use std::{
+    ffi::OsStr,
+    io,
+    os::{fd::OwnedFd, unix::ffi::OsStrExt},
+    sync::{Arc, RwLockReadGuard},
+};
 
 use fuser::{Errno, FileAttr, FileType, INodeNo, ReplyData, ReplyOpen, Request};
 use log::error;
@@ -14,8 +19,8 @@ use super::{
     reply::{self, MappedReply},
 };
 use crate::{
-    chain::{self, Content},
-    view::{Attr, NodeType, OpenFile, View, ViewError},
+    chain::{self, Content, DIRECTORY_XATTR, GONE_XATTR, PUNCH_XATTR, with_sources},
+    view::{Attr, Ino, NodeType, OpenFile, ROOT, View, ViewError},
 };
 
 /// What `stat(2)` advises readers to read at a time: what one request can carry,
@@ -27,6 +32,10 @@ pub(super) const SMALL_READ_BYTES: u32 = 4096;
 
 /// The permission that a file has besides if it can be punched: its owner may.
 const WRITABLE: u16 = 0o200;
+
+/// The most that an attribute is long: as much as a path can be, which is what is asked
+/// for (`PATH_MAX`, `linux/limits.h`).
+const ATTRIBUTE_BYTES: usize = 4096;
 
 /// A chain of images as a file system.
 #[derive(Debug)]
@@ -53,6 +62,35 @@ impl ImageFs {
 
     pub(super) fn punches_on_read(&self) -> bool {
         self.punching.as_ref().is_some_and(|punching| punching.mode() == Punch::OnRead)
+    }
+
+    /// Returns an extended attribute of a node: in the root, when pages are freed, and
+    /// whether some of those that are shown are gone; where the images of a directory
+    /// are, so that they need not be read through the mount. Who restores from a mount
+    /// that frees pages must not go past it.
+    pub(super) fn attribute(&self, ino: Ino, name: &OsStr) -> Option<Vec<u8>> {
+        let chain = self.view.chain();
+        match &self.punching {
+            None if name == DIRECTORY_XATTR => {
+                self.view.image_dir(ino).map(|dir| dir.as_os_str().as_bytes().to_vec())
+            }
+            Some(punching) if name == PUNCH_XATTR && ino == ROOT => {
+                Some(punching.mode().name().into())
+            }
+            _ if name == GONE_XATTR && ino == ROOT => {
+                let gone = chain.require_whole(self.view.tip()).err()?;
+                let mut text = with_sources(&gone).into_bytes();
+                text.truncate(ATTRIBUTE_BYTES);
+                Some(text)
+            }
+            _ => None,
+        }
+    }
+
+    /// Keeps pages from being freed until the guard is dropped; there is none where no
+    /// pages are freed at all.
+    pub(super) fn reading(&self) -> Option<RwLockReadGuard<'_, ()>> {
+        self.punching.as_ref().map(|_| self.view.chain().reading())
     }
 
     /// Whether a file may be opened for writing, which is to be punched.

@@ -133,8 +133,8 @@ impl Record {
 #[derive(Clone, Debug)]
 struct Owner {
     path: PathBuf,
-    pagemap: PathBuf,
-    inventory: PathBuf,
+    /// The name of the pagemap in the same directory.
+    pagemap: String,
     pages_id: u32,
 }
 
@@ -164,10 +164,13 @@ impl Owner {
     fn new(dir: &Path, pagemap: &str, pages_id: u32) -> Self {
         Self {
             path: dir.join(Kind::Punched.file_name(pages_id.into())),
-            pagemap: dir.join(pagemap),
-            inventory: dir.join(Kind::Inventory.file_name(0)),
+            pagemap: pagemap.to_owned(),
             pages_id,
         }
+    }
+
+    fn dir(&self) -> &Path {
+        self.path.parent().expect("it was joined to a directory")
     }
 
     fn open(&self) -> Result<Option<File>> {
@@ -181,8 +184,9 @@ impl Owner {
     /// Returns which dump is in the directory.
     fn dump(&self) -> Result<u64> {
         let mut hash = Xxh3::new();
-        for path in [&self.pagemap, &self.inventory] {
-            let mut file = File::open(path)
+        for name in [&self.pagemap, &Kind::Inventory.file_name(0)] {
+            let path = self.dir().join(name);
+            let mut file = File::open(&path)
                 .map_err(|source| ImageError::Open { path: path.clone(), source })?;
             let mut buffer = [0; 16 << 10];
             let mut len = 0_u64;
@@ -195,7 +199,7 @@ impl Owner {
                     }
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                     Err(source) => {
-                        return Err(ImageError::Read { path: path.clone(), offset: len, source });
+                        return Err(ImageError::Read { path, offset: len, source });
                     }
                 }
             }
@@ -382,7 +386,7 @@ impl JournalWriter {
     /// Puts a file in the journal's place that names its pages once.
     fn rewrite(&mut self, disk: &dyn Disk) -> Result<()> {
         let path = &self.owner.path;
-        let dir = path.parent().unwrap_or(Path::new("."));
+        let dir = self.owner.dir();
         let name = format!(".{}.unfinished", Kind::Punched.file_name(self.owner.pages_id.into()));
         let unfinished = dir.join(name);
         let failed = || write_error(&unfinished);

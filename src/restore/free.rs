@@ -55,7 +55,11 @@ impl Free {
     pub(super) fn prepare(when: AutoDedup, dir: &Path, plan: &Plan) -> Result<Self> {
         let chain = &plan.chain;
         let place = if source::frees_pages(dir) {
-            let mut mounted = MountedPages { root: File::open(dir).ok(), files: BTreeMap::new() };
+            let root = File::open(dir).map_err(|error| RestoreError::Directory {
+                path: dir.to_owned(),
+                problem: error.to_string(),
+            })?;
+            let mut mounted = MountedPages { root, files: BTreeMap::new() };
             for index in indexes(plan)? {
                 mounted.prepare(chain, &index)?;
             }
@@ -178,7 +182,7 @@ impl Where {
 /// Pages files that are seen through a mount which frees what is punched.
 #[derive(Debug)]
 struct MountedPages {
-    root: Option<File>,
+    root: File,
     /// By `pages_id`.
     files: BTreeMap<u32, MountedFile>,
 }
@@ -234,8 +238,7 @@ impl MountedPages {
     }
 
     fn commit(&self) -> Result<()> {
-        let Some(root) = &self.root else { return Ok(()) };
-        match commit::commit(root) {
+        match commit::commit(&self.root) {
             // Its owner frees what was noted, by `imgfs commit`.
             Err(Errno::EPERM) => {
                 log::warn!("the mount is another user's, who may free what is noted there");

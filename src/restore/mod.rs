@@ -67,6 +67,7 @@ pub fn run(options: &Options) -> Result<()> {
         path: options.images_dir.clone(),
         problem: format!("{error}; name another one with -D"),
     })?;
+    source::require_whole(&images)?;
     let mut locks = DirectoryLocks::default();
     let plan = match source::behind_mount(&images) {
         Some(behind) if options.auto_dedup.is_some() => {

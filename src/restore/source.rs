@@ -9,8 +9,9 @@ use std::{
 
 use nix::sys::statfs::{FUSE_SUPER_MAGIC, statfs};
 
+use super::{RestoreError, Result};
 use crate::{
-    chain::{DIRECTORY_XATTR, PUNCH_XATTR},
+    chain::{DIRECTORY_XATTR, GONE_XATTR, PUNCH_XATTR},
     image::Kind,
     sys::xattr,
 };
@@ -22,10 +23,7 @@ use crate::{
 /// The mount may be of another mount namespace, or served by somebody who says what
 /// is not so: the inventories, in which the time of the dump is, must be the same.
 pub(super) fn behind_mount(dir: &Path) -> Option<PathBuf> {
-    if statfs(dir).ok()?.filesystem_type() != FUSE_SUPER_MAGIC {
-        return None;
-    }
-    let value = xattr::get(dir, DIRECTORY_XATTR).ok()?;
+    let value = attribute(dir, DIRECTORY_XATTR)?;
     let behind = PathBuf::from(OsString::from_vec(value));
     let inventory = |dir: &Path| fs::read(dir.join(Kind::Inventory.file_name(0)));
     let same = behind.is_absolute()
@@ -40,8 +38,24 @@ pub(super) fn behind_mount(dir: &Path) -> Option<PathBuf> {
 
 /// Whether `dir` is the root of a mount of `imgfs` that frees what is punched.
 pub(super) fn frees_pages(dir: &Path) -> bool {
-    statfs(dir).is_ok_and(|stat| stat.filesystem_type() == FUSE_SUPER_MAGIC)
-        && xattr::get(dir, PUNCH_XATTR).is_ok()
+    attribute(dir, PUNCH_XATTR).is_some()
+}
+
+/// Checks that no page of what a mount of `imgfs` shows was freed, which cannot be seen
+/// in its pagemaps.
+///
+/// # Errors
+/// [`RestoreError::Directory`].
+pub(super) fn require_whole(dir: &Path) -> Result<()> {
+    let Some(gone) = attribute(dir, GONE_XATTR) else { return Ok(()) };
+    let problem = String::from_utf8_lossy(&gone).into_owned();
+    Err(RestoreError::Directory { path: dir.to_owned(), problem })
+}
+
+/// Returns an attribute of the root of a mount.
+fn attribute(dir: &Path, name: &str) -> Option<Vec<u8>> {
+    (statfs(dir).ok()?.filesystem_type() == FUSE_SUPER_MAGIC).then_some(())?;
+    xattr::get(dir, name).ok()
 }
 
 #[cfg(test)]
@@ -55,5 +69,6 @@ mod tests {
         assert_eq!(behind_mount(dir.path()), None);
         assert_eq!(behind_mount(Path::new("/nowhere")), None);
         assert!(!frees_pages(dir.path()));
+        require_whole(dir.path()).unwrap();
     }
 }

@@ -50,10 +50,17 @@ pub(super) fn work_dir(images_dir: &Path, work_dir: Option<&Path>) -> PathBuf {
     }
     let flags = AccessFlags::W_OK | AccessFlags::X_OK;
     match faccessat(AT_FDCWD, images_dir, flags, AtFlags::AT_EACCESS) {
+        // Pages can be freed there, but nothing be written.
+        Ok(()) if frees_pages(images_dir) => PathBuf::from("."),
         Err(Errno::EROFS | Errno::EACCES | Errno::EPERM) => PathBuf::from("."),
         // What else is wrong with it is said by who needs it.
         Ok(()) | Err(_) => images_dir.to_owned(),
     }
+}
+
+/// Whether a directory is the root of a mount that frees pages.
+fn frees_pages(dir: &Path) -> bool {
+    crate::sys::xattr::get(dir, crate::chain::PUNCH_XATTR).is_ok()
 }
 
 /// Returns what a dump or a pre-dump is asked to do.
