@@ -30,7 +30,7 @@ use rcriu::{
     chain::{check, disk_bytes},
     dedup::{DedupError, LinkOptions, link},
     fault::Point,
-    image::MemoryId,
+    image::{ImageWriter, Kind, MemoryId, PagemapEntry, PagemapWriter, Presence},
     units::PageIndex,
 };
 
@@ -526,4 +526,30 @@ fn privileged_linking_survives_power_cuts() {
     };
     recorder.begin();
     survives_power_cuts(&recorder, command(&["--link"], &paths(&dirs)), &check, &again);
+}
+
+#[test]
+fn claims_of_more_pages_than_there_are_do_no_harm() {
+    let root = tempfile::tempdir().unwrap();
+    let (dirs, _) = three(root.path());
+    let claim = PagemapEntry {
+        first: PageIndex(1),
+        pages: 1 << 50,
+        presence: Presence::Present,
+        lazy: false,
+    };
+    for dir in &dirs[..2] {
+        let path = dir.join(ONE.pagemap_name());
+        fs::remove_file(&path).unwrap();
+        let image = ImageWriter::create(&path, Kind::Pagemap).unwrap();
+        let mut pagemap = PagemapWriter::new(image, 1).unwrap();
+        pagemap.entry(&claim).unwrap();
+        pagemap.into_image().finish().unwrap();
+    }
+    let error = link_all(&[&dirs[0], &dirs[1]]).unwrap_err().to_string();
+    assert!(error.contains("is cut short"), "{error}");
+    let output = imgfs(&["ls", "--duplicates", root.path().to_str().unwrap()]);
+    assert!(text(&output).contains("is cut short"), "{}", text(&output));
+    let output = dedup(&["--reflink", "-D"], &[root.path()]);
+    assert!(text(&output).contains("is cut short"), "{}", text(&output));
 }
