@@ -6,7 +6,7 @@ mod common;
 use std::{
     collections::BTreeMap,
     fs,
-    os::unix::fs::symlink,
+    os::unix::fs::{PermissionsExt, symlink},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::Duration,
@@ -39,7 +39,20 @@ fn full_dumps_become_a_chain_that_holds_each_page_once() {
     let root = tempfile::tempdir().unwrap();
     let (dirs, models) = three(root.path());
     let before: Vec<u64> = dirs.iter().map(|dir| disk_bytes(dir).unwrap()).collect();
+    let modes = |dir: &Path| -> BTreeMap<bool, u32> {
+        let pages = |name: &String| name.starts_with("pages-");
+        let mode = |name: &String| fs::metadata(dir.join(name)).unwrap().permissions().mode();
+        listing(dir).keys().map(|name| (pages(name), mode(name))).collect()
+    };
+    for name in listing(&dirs[1]).keys() {
+        let mode = if name.starts_with("pages-") { 0o640 } else { 0o604 };
+        fs::set_permissions(dirs[1].join(name), fs::Permissions::from_mode(mode)).unwrap();
+    }
+    let allowed = modes(&dirs[1]);
     let linked = link_all(&paths(&dirs)).unwrap();
+    fs::remove_file(dirs[1].join("parent")).unwrap();
+    assert_eq!(modes(&dirs[1]), allowed);
+    symlink("../1", dirs[1].join("parent")).unwrap();
     for (dir, model) in dirs.iter().zip(&models) {
         assert_holds(dir, model);
     }
