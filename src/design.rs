@@ -211,8 +211,8 @@
 //! process whose pid was taken by another is compared with that one, which is as right
 //! and gains little. An object's number is an inode number, which a restored tree does
 //! not keep: objects are matched by kind, name and the places where processes have them,
-//! and renumbered if their number in the parent is free, nobody has the snapshot as its
-//! parent, and one image alone names them, so that one rename changes all. Others are
+//! and renumbered if their number in the parent is free, nobody beside has the snapshot
+//! as its parent, and one image alone names them, so that one rename changes all. Others are
 //! compared by number, or stay in full; a copy of a snapshot can be renumbered in any
 //! case. A System V segment is never renumbered: programs know its id. A memory that has
 //! lost pages stays as it is.
@@ -221,8 +221,8 @@
 //!
 //! A page that a snapshot holds itself hides the page of the same memory in all of its
 //! ancestors, as far down as these have the memory without a gap ([`crate::dedup::free`]).
-//! Such pages are freed in the way of the section before last, after the snapshot's own
-//! images were synced. Ancestors lose by it what only they need, which is said first.
+//! Such pages are freed as described for freed pages, after the snapshot's own images
+//! were synced. Ancestors lose by it what only they need, which is said first.
 //! Any other snapshot in the directories of the snapshot and its ancestors keeps all
 //! that it finds in them; if one of these cannot be read, nothing is freed. A dump
 //! that is asked to free what it will supersede finds out before it stops the tree

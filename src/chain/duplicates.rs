@@ -11,8 +11,11 @@ use std::{
 
 use xxhash_rust::xxh3::xxh3_128;
 
-use super::{Chain, FileId, Place, Result, SnapshotId, holes, side_by_side};
-use crate::units::{PAGE_SIZE, PageIndex, page_bytes};
+use super::{Chain, FileId, Result, SnapshotId, holes, side_by_side};
+use crate::{
+    image::{Kind, PagemapReader, Presence, punched},
+    units::{PAGE_SIZE, PageIndex, page_bytes},
+};
 
 /// Pages read at a time by a thread: 256 KiB.
 const CHUNK_PAGES: u64 = 64;
@@ -103,17 +106,22 @@ impl StoredPages {
             for memory in chain.memories(id)? {
                 let number = u32::try_from(found.owners.len()).expect("fewer files than 2^32");
                 found.owners.push(id);
-                let index = chain.index(id, memory)?;
-                let file = index.layers()[0].file;
-                let own = index.extents().filter_map(|extent| match extent.place {
-                    Place::Stored { layer: 0, file_page } => {
-                        Some(file_page..file_page + extent.pages)
-                    }
-                    _ => None,
-                });
-                let own: Vec<Range<u64>> = own.collect();
-                if !own.is_empty() && seen.insert((id, index.pages_id())) {
-                    found.enter(chain, number, file, own)?;
+                let dir = &chain.snapshot(id).dir;
+                let name = memory.pagemap_name();
+                let mut reader = PagemapReader::open(&dir.join(&name))?;
+                let pages_id = reader.pages_id();
+                let mut pages = 0;
+                for entry in reader.by_ref() {
+                    let entry = entry?;
+                    // Entries do not overlap, so that the sum stays below 2^52.
+                    pages += if entry.presence == Presence::Present { entry.pages } else { 0 };
+                }
+                if pages > 0 && seen.insert((id, pages_id)) {
+                    let gone = punched::read(dir, &name, pages_id)?.unwrap_or_default();
+                    let there = gone.split(0..pages).filter(|(_, gone)| !gone);
+                    let own = there.map(|(range, _)| range).collect();
+                    let path = chain.image_path(id, Kind::Pages, pages_id.into());
+                    found.enter(chain, number, chain.files().enter(&path), own)?;
                 }
             }
         }

@@ -3,10 +3,7 @@
 //! Pages are read in chunks that stay in the processor's cache, on all processors, so
 //! that linking two dumps costs what reading both once does.
 
-use std::{
-    ops::Range,
-    sync::{Arc, atomic::AtomicBool, atomic::Ordering},
-};
+use std::{ops::Range, sync::Arc};
 
 use crate::{
     chain::{BackingFile, ChainError, FileId, Files, Run, Source, read_runs, side_by_side},
@@ -18,6 +15,9 @@ const CHUNK_PAGES: u64 = 64;
 
 /// Chunks that a thread takes at a time: 4 MiB of either side in a row.
 const WORTH_A_THREAD: usize = 16;
+
+/// Chunks that are cut at a time: 1 GiB of either side.
+const BATCH_CHUNKS: usize = 4096;
 
 /// Bytes in a page, for slices.
 const PAGE: usize = 4096;
@@ -66,60 +66,82 @@ pub(super) fn equal(
     right: &Files,
     progress: &(dyn Fn(u64) + Sync),
 ) -> Result<Vec<Stretch>, ChainError> {
-    let (parts, chunks) = chunks(pairs);
-    let failed = AtomicBool::new(false);
-    let results = side_by_side::map_until(
-        &chunks,
-        WORTH_A_THREAD,
-        |desk: &mut Desk, _, chunk| {
-            let parts = &parts[chunk.clone()];
-            let result = desk.compare(parts, left, right);
-            failed.fetch_or(result.is_err(), Ordering::Relaxed);
-            progress(parts.iter().map(|part| part.pages).sum());
-            result
-        },
-        |result| result.is_err() || failed.load(Ordering::Relaxed),
-    );
+    let mut cutter = Cutter { pairs, done: 0 };
     let mut stretches: Vec<Stretch> = Vec::new();
-    for (chunk, result) in chunks.iter().zip(results) {
-        let mut equal = result?;
-        for part in &parts[chunk.clone()] {
-            for page in part.first.0..part.first.0 + part.pages {
-                if equal & 1 == 1 {
-                    match stretches.last_mut() {
-                        Some((first, pages)) if first.0 + *pages == page => *pages += 1,
-                        _ => stretches.push((PageIndex(page), 1)),
-                    }
-                }
-                equal >>= 1;
-            }
+    loop {
+        let batch = cutter.batch();
+        if batch.chunks.is_empty() {
+            return Ok(stretches);
+        }
+        let results = side_by_side::map_until(
+            &batch.chunks,
+            WORTH_A_THREAD,
+            |desk: &mut Desk, _, chunk| {
+                let parts = &batch.parts[chunk.clone()];
+                let result = desk.compare(parts, left, right);
+                progress(parts.iter().map(|part| part.pages).sum());
+                result
+            },
+            |result| result.is_err(),
+        );
+        for (chunk, result) in batch.chunks.iter().zip(results) {
+            enter(&batch.parts[chunk.clone()], result?, &mut stretches);
         }
     }
-    Ok(stretches)
 }
 
-/// Cuts stretches of pages into chunks; returns the parts, and which of them are in
-/// each chunk.
-fn chunks(pairs: &[Pair]) -> (Vec<Pair>, Vec<Range<usize>>) {
-    let (mut parts, mut chunks) = (Vec::with_capacity(pairs.len()), Vec::new());
-    let (mut begin, mut room) = (0, CHUNK_PAGES);
-    for pair in pairs {
-        let mut done = 0;
-        while done < pair.pages {
-            let pages = room.min(pair.pages - done);
-            parts.push(pair.part(done, pages));
-            done += pages;
-            room -= pages;
-            if room == 0 {
-                chunks.push(begin..parts.len());
-                (begin, room) = (parts.len(), CHUNK_PAGES);
+/// Enters the pages of a chunk that are equal.
+fn enter(parts: &[Pair], mut equal: Equal, stretches: &mut Vec<Stretch>) {
+    for part in parts {
+        for page in part.first.0..part.first.0 + part.pages {
+            if equal & 1 == 1 {
+                match stretches.last_mut() {
+                    Some((first, pages)) if first.0 + *pages == page => *pages += 1,
+                    _ => stretches.push((PageIndex(page), 1)),
+                }
             }
+            equal >>= 1;
         }
     }
-    if begin < parts.len() {
-        chunks.push(begin..parts.len());
+}
+
+/// Cuts stretches of pages into chunks, as many at a time as are held in memory:
+/// pagemaps may claim more pages than there can be.
+struct Cutter<'a> {
+    pairs: &'a [Pair],
+    /// Pages of the first of them that were cut off.
+    done: u64,
+}
+
+/// Parts of stretches, and which of them are in each chunk.
+#[derive(Default)]
+struct Batch {
+    parts: Vec<Pair>,
+    chunks: Vec<Range<usize>>,
+}
+
+impl Cutter<'_> {
+    /// Returns the next chunks; none at the end.
+    fn batch(&mut self) -> Batch {
+        let mut batch = Batch::default();
+        let (mut begin, mut room) = (0, CHUNK_PAGES);
+        while batch.chunks.len() < BATCH_CHUNKS
+            && let Some(pair) = self.pairs.first()
+        {
+            let pages = room.min(pair.pages - self.done);
+            batch.parts.push(pair.part(self.done, pages));
+            self.done += pages;
+            room -= pages;
+            if self.done == pair.pages {
+                (self.pairs, self.done) = (&self.pairs[1..], 0);
+            }
+            if room == 0 || self.pairs.is_empty() {
+                batch.chunks.push(begin..batch.parts.len());
+                (begin, room) = (batch.parts.len(), CHUNK_PAGES);
+            }
+        }
+        batch
     }
-    (parts, chunks)
 }
 
 /// What a thread keeps from chunk to chunk.
@@ -179,7 +201,7 @@ impl Side {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, num::NonZeroUsize};
+    use std::{fs, num::NonZeroUsize, sync::atomic::Ordering};
 
     use super::*;
 

@@ -22,7 +22,7 @@ use std::{
     fs::{self, DirBuilder, File},
     io::{self, BufWriter, Write as _},
     num::NonZeroUsize,
-    os::unix::fs::{DirBuilderExt, symlink},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, fchown, symlink},
     path::{Component, Path, PathBuf},
 };
 
@@ -50,6 +50,9 @@ use crate::{
 /// The list in the hidden directory: lines of `pages NUMBER` for files that are new or replaced, and of
 /// `shmem FROM TO` for objects that get another number.
 const LIST: &str = "replaced";
+
+/// Permissions of a new file until it has those of the old one: memory is secret.
+const SECRET: u32 = 0o600;
 
 /// Bytes read at a time where the kernel cannot copy.
 const BUFFER_BYTES: u64 = 1 << 20;
@@ -129,8 +132,10 @@ impl<'a> Stage<'a> {
             .read(true)
             .write(true)
             .create_new(true)
+            .mode(SECRET)
             .open(&path)
             .map_err(|source| write_error(&path, source))?;
+        let old = child.dir().join(Kind::Pages.file_name(memory.pages_id.into()));
         // Without pages there need not be a file that they would be in.
         if !memory.kept.is_empty() {
             let from = child.chain.files().get(from)?;
@@ -148,13 +153,17 @@ impl<'a> Stage<'a> {
             let len = page_bytes(gone.total);
             target.set_len(len).map_err(|source| write_error(&path, source))?;
         }
+        if old.exists() {
+            resemble(&target, &path, &old)?;
+        }
         let path = self.stage.join(memory.becomes.pagemap_name());
         let image = ImageWriter::create(&path, Kind::Pagemap)?;
         let mut pagemap = PagemapWriter::new(image, pages_id)?;
         for entry in &memory.entries {
             pagemap.entry(entry)?;
         }
-        pagemap.into_image().finish()?;
+        let file = pagemap.into_image().finish()?;
+        resemble(&file, &path, &child.dir().join(memory.memory.pagemap_name()))?;
         if let Some(gone) = &memory.gone {
             // It is bound to the pagemap and to the inventory, which are as they will be.
             let name = memory.becomes.pagemap_name();
@@ -384,7 +393,21 @@ fn renumber(from: &Path, to: &Path, numbers: &BTreeMap<u64, u64>) -> Result<()> 
     }
     let file = File::create_new(to).map_err(|source| write_error(to, source))?;
     let mut file = image.write(to, BufWriter::new(file))?;
-    Ok(file.flush().map_err(|source| write_error(to, source))?)
+    file.flush().map_err(|source| write_error(to, source))?;
+    resemble(file.get_ref(), to, from)
+}
+
+/// Gives a new file the permissions and the owner of the one that it replaces.
+fn resemble(file: &File, path: &Path, old: &Path) -> Result<()> {
+    let like = || {
+        let meta = fs::metadata(old)?;
+        match fchown(file, Some(meta.uid()), Some(meta.gid())) {
+            // They are another user's, and we are not root.
+            Err(error) if error.kind() != io::ErrorKind::PermissionDenied => Err(error),
+            _ => file.set_permissions(meta.permissions()),
+        }
+    };
+    like().map_err(|source| write_error(path, source).into())
 }
 
 /// Changes the numbers in a `memfd_inode_entry`, or in the `vma_entry`s of an

@@ -2,6 +2,7 @@
 #![allow(dead_code, clippy::allow_attributes, reason = "every test takes a part of it")]
 
 pub mod chain;
+pub mod dumps;
 pub mod live;
 pub mod loops;
 pub mod mounted;
