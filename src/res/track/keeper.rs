@@ -8,7 +8,7 @@
 //! leaves no tracking that would be believed.
 //!
 //! If the process has shared memory that is tracked, the keeper also has counters of
-//! what its threads do ([`crate::sys::tracepoint`]), and a [`Guard`].
+//! what its threads do ([`crate::sys::tracepoint`]), and a `Guard`.
 //!
 //! The socket has an abstract name made of pid namespace, pid and time of birth, so
 //! that nobody takes a process for another one that had its pid; the name ends with

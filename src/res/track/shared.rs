@@ -5,7 +5,7 @@
 //! other writers. At the snapshot, the tree was stopped and
 //!
 //! - nobody outside of it mapped the object, and nobody had a descriptor of it
-//!   ([`outside`]); all mappings by which the tree could write to it were protected;
+//!   (`outside`); all mappings by which the tree could write to it were protected;
 //!
 //! and since then
 //!
