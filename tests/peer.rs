@@ -12,8 +12,9 @@ mod common;
 use std::{
     ffi::OsString,
     fs,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Output},
 };
 
 use common::{
@@ -208,22 +209,30 @@ fn link(live: &mut Live, links: &[Link], number: usize) -> Result<(), String> {
 }
 
 /// Restores the end of a chain by a program, from the images themselves or from a mount.
-fn restored(mut live: Live, images: &Path, restorer: Program, mounted: bool) {
+fn restored(live: Live, images: &Path, restorer: Program, mounted: bool) {
+    let mount = mounted.then(|| mount(&live, images, &[]));
+    let from = mount.as_ref().map_or(images, |mount| mount.point.as_path());
+    let live = restore(live, from, restorer, &[]);
+    drop(mount);
+    live.verdict();
+}
+
+fn mount(live: &Live, images: &Path, options: &[&str]) -> Mounted {
+    require(Cap::Fuse);
+    Mounted::new(images, &live.path("mount"), options)
+}
+
+fn restore(mut live: Live, from: &Path, restorer: Program, options: &[&str]) -> Live {
     live.programs.1 = restorer.path();
     let written = live.path("written");
     fs::create_dir_all(&written).unwrap();
-    let mount = mounted.then(|| {
-        require(Cap::Fuse);
-        Mounted::new(images, &live.path("mount"), &[])
-    });
-    let from = mount.as_ref().map_or(images, |mount| mount.point.as_path());
-    let output = live.try_restore_from(from, &["-W", written.to_str().unwrap()]);
+    let options = [&["-W", written.to_str().unwrap()], options].concat();
+    let output = live.try_restore_from(from, &options);
     let log = fs::read_to_string(written.join("restore.log")).unwrap_or_default();
     let end: Vec<_> = log.lines().filter(|line| line.contains("rror")).collect();
     let words = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.success(), "restore by {restorer:?}: {words}\n{end:#?}");
-    drop(mount);
-    live.verdict();
+    live
 }
 
 /// Each test goes through the chain anew: a tree can be restored once from it.
@@ -262,6 +271,50 @@ chains! {
     continued_by_peer_for_it: [(Ours, "dump"), (Peer, "dump")] => Peer, false, (true, false);
     continued_by_peer_untracked:
         [(Ours, "dump"), (Ours, "dump"), (Peer, super::UNTRACKED)] => Ours, false, (false, false);
+}
+
+/// Returns the bytes on disk of all pages files of a chain.
+fn room(chain: &Path) -> u64 {
+    let directories = fs::read_dir(chain).unwrap().flatten();
+    let files = directories.flat_map(|dir| fs::read_dir(dir.path()).unwrap().flatten());
+    let pages = files.filter(|file| file.file_name().to_string_lossy().starts_with("pages-"));
+    pages.map(|file| file.metadata().unwrap().blocks() * 512).sum()
+}
+
+fn imgfs(command: &str, path: &Path) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_imgfs")).arg(command).arg(path).output().unwrap()
+}
+
+/// What the other program frees as it restores is freed in whichever directory holds it.
+fn freed(links: &[Link], mode: &str) {
+    let (live, images) = chain(links);
+    let chain = live.path("chain");
+    let before = room(&chain);
+    let mount = mount(&live, &images, &[mode]);
+    let live = restore(live, &mount.point, Peer, &["--auto-dedup"]);
+    live.verdict();
+    if mode == "--punch=commit" {
+        assert_eq!(room(&chain), before);
+        let output = imgfs("commit", &mount.point);
+        assert!(output.status.success(), "{output:?}");
+    }
+    drop(mount);
+    let after = room(&chain);
+    assert!(after < before / 4, "{before} bytes of pages before, and {after} afterwards");
+    let words = String::from_utf8(imgfs("check", &chain).stdout).unwrap();
+    assert!(words.contains("freed"), "imgfs check tells what is gone: {words}");
+}
+
+#[test]
+#[ignore = "needs Debian's criu: tests/vm/run"]
+fn privileged_freed_by_peer_through_a_mount() {
+    freed(&[(Ours, UNTRACKED), (Ours, UNTRACKED)], "--punch");
+}
+
+#[test]
+#[ignore = "needs Debian's criu: tests/vm/run"]
+fn privileged_freed_by_peer_through_a_mount_when_told() {
+    freed(&[(Peer, "dump"), (Peer, "dump")], "--punch=commit");
 }
 
 /// What the README says of such chains: a page that has become zero is in no image of
