@@ -99,6 +99,10 @@
 //! tree has it, too. A thread of the kernel's, such as a worker of io_uring, is no
 //! thread of the process.
 //!
+//! Programs of the user ([`crate::action`]) are run between the steps. One that is to see
+//! complete images of a stopped tree costs it the time of the disk, which a tree that
+//! runs on is spared otherwise.
+//!
 //! # Changes
 //!
 //! A tracker ([`crate::res::track`]) lets a dump look at less. The best that the kernel

@@ -300,7 +300,8 @@ fn freed(links: &[Link], mode: &str) {
     }
     drop(mount);
     let after = room(&chain);
-    assert!(after < before / 4, "{before} bytes of pages before, and {after} afterwards");
+    // What the last dump has superseded in the one before stays.
+    assert!(after < before / 3, "{before} bytes of pages before, and {after} afterwards");
     let words = String::from_utf8(imgfs("check", &chain).stdout).unwrap();
     assert!(words.contains("freed"), "imgfs check tells what is gone: {words}");
 }
