@@ -5,9 +5,11 @@ mod common;
 
 use std::{
     fs,
+    io::Read,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    time::{Duration, Instant},
 };
 
 use common::{
@@ -436,6 +438,51 @@ fn privileged_a_dump_is_complete_whatever_becomes_of_freeing() {
             program.live.dump_running(&[]);
         }
     }
+}
+
+#[test]
+fn privileged_a_dump_that_frees_is_killed_at_any_moment_and_nothing_is_lost() {
+    const MOMENTS: u32 = 24;
+    let mut whole = Duration::ZERO;
+    let (mut complete, mut freed) = (0, 0);
+    for moment in 0..=MOMENTS {
+        let mut program = Program::start();
+        let chain = program.live.path("chain");
+        program.step();
+        program.live.images_name = "chain/base";
+        program.live.dump_running(&[]);
+        program.step();
+        let tip = program.live.path("chain/tip");
+        fs::create_dir(&tip).unwrap();
+        let root = program.live.root.to_string();
+        let mut dump = Command::new(engine());
+        dump.args(["dump", "-R", "-t", &root, "--auto-dedup", "--prev-images-dir", "../base"]);
+        let begin = Instant::now();
+        let mut dump = dump.arg("-D").arg(&tip).stderr(Stdio::piped()).spawn().unwrap();
+        if moment > 0 {
+            // The moments are spread over a whole dump; the wait is what is tested.
+            std::thread::sleep(whole * moment / MOMENTS);
+            dump.kill().unwrap();
+        }
+        dump.wait().unwrap();
+        // The process that does the work has the other end of this, too.
+        dump.stderr.take().unwrap().read_to_end(&mut Vec::new()).unwrap();
+        if moment == 0 {
+            whole = begin.elapsed();
+        }
+        let (base, id) = open(&chain.join("base"));
+        let lost = base.require_whole(id).is_err();
+        if tip.join("inventory.img").exists() {
+            complete += 1;
+            program.assert_holds_now("chain/tip");
+        } else {
+            assert!(!lost, "moment {moment}: pages were freed for a dump that is not there");
+        }
+        freed += u32::from(lost);
+        assert_eq!(errors(&chain), "", "moment {moment}");
+    }
+    assert!(complete > 0 && freed > 0, "{complete} complete, {freed} freed");
+    assert!(complete <= MOMENTS, "no dump was killed before its end");
 }
 
 #[test]
