@@ -5,6 +5,7 @@
 //! holds them to. [`design`] is the project's account of itself.
 
 pub mod action;
+pub mod causes;
 pub mod chain;
 pub mod cli;
 pub mod dedup;

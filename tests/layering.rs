@@ -11,20 +11,27 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("units", &[]),
     ("sys", &["units", "fault"]),
     ("image", &["units"]),
-    ("chain", &["image", "units", "fault"]),
+    ("chain", &["causes", "image", "units", "fault"]),
     ("view", &["chain", "image", "units"]),
-    ("fs", &["view", "chain", "image", "sys", "units"]),
+    ("fs", &["causes", "view", "chain", "image", "sys", "units"]),
     ("fault", &[]),
+    ("causes", &[]),
     ("action", &["units"]),
     ("proc", &["units"]),
     ("inject", &["sys", "proc", "units", "fault"]),
-    ("res", &["inject", "proc", "sys", "image", "units", "fault"]),
+    ("res", &["causes", "inject", "proc", "sys", "image", "units", "fault"]),
     ("dedup", &["chain", "image", "sys", "units", "fault"]),
     (
         "dump",
-        &["action", "dedup", "res", "inject", "proc", "chain", "image", "sys", "units", "fault"],
+        &[
+            "causes", "action", "dedup", "res", "inject", "proc", "chain", "image", "sys", "units",
+            "fault",
+        ],
     ),
-    ("restore", &["action", "res", "inject", "proc", "chain", "image", "sys", "units", "fault"]),
+    (
+        "restore",
+        &["causes", "action", "res", "inject", "proc", "chain", "image", "sys", "units", "fault"],
+    ),
     (
         "cli",
         &[

@@ -8,13 +8,13 @@ use std::{
 
 use super::{
     Chain, ChainError, Result, SnapshotId,
-    error::with_sources,
     gone::{Gone, gone},
     holes,
     index::pieces,
     overlay::{self, Merged, Piece, PiecePlace},
 };
 use crate::{
+    causes::with_sources,
     image::{
         Body, ImageError, Kind, MemoryId, PagemapReader, desc, proto, punched, read_all,
         snapshot::DEDUP_STAGE, verify,

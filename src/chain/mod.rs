@@ -33,7 +33,6 @@ pub use content::{Content, Run, Source, read_at};
 pub use diff::{Difference, MemoryDiff, diff};
 pub use duplicates::{DuplicateCounts, duplicates};
 pub(crate) use duplicates::{StoredPages, zero_hash};
-pub(crate) use error::with_sources;
 pub use error::{ChainError, LinkError, Result};
 pub use files::{BackingFile, FileId, Files};
 pub use freed::Freeing;

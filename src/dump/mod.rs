@@ -29,7 +29,8 @@ pub use options::Options;
 pub use crate::res::track::Tracker;
 use crate::{
     action::{Actions, Stage},
-    chain::{Chain, SnapshotId, with_sources},
+    causes::with_sources,
+    chain::{Chain, SnapshotId},
     dedup,
     fault::{self, Point},
     image::{SnapshotWriter, disk::Kernel, proto},

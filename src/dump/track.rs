@@ -11,6 +11,7 @@ use super::{
     memory::{Memory, Origin, Stretch},
 };
 use crate::{
+    causes::with_sources,
     chain::{Chain, Index, Place, SnapshotId},
     image::{Kind, proto, read_one},
     inject::Task,
@@ -18,7 +19,6 @@ use crate::{
     res::track::{
         Request, Tracker, Watch,
         shared::{self, Key, Next},
-        with_causes,
     },
     units::{HostPid, PageIndex},
 };
@@ -84,7 +84,7 @@ impl Tracking {
             Ok(None) => Ok(None),
             Err(error) if self.restart && self.tracker.is_some() => Err(error.into()),
             Err(error) => {
-                log::warn!("{}: changes are not tracked: {}", task.pid, with_causes(&error));
+                log::warn!("{}: changes are not tracked: {}", task.pid, with_sources(&error));
                 Ok(None)
             }
         }
@@ -107,7 +107,7 @@ impl Tracking {
             let writers: BTreeSet<_> =
                 self.writers.values().flatten().map(|(pid, _)| *pid).collect();
             if let Err(error) = shared::excuse(writers) {
-                log::debug!("shared memory is no longer tracked: {}", with_causes(&error));
+                log::debug!("shared memory is no longer tracked: {}", with_sources(&error));
             }
             return;
         }
@@ -135,7 +135,7 @@ impl Tracking {
         let shared = self.next.and_then(Next::seal);
         for watch in self.watches.into_iter().filter_map(Rc::into_inner) {
             if let Err(error) = watch.commit(id, shared.as_ref()) {
-                log::warn!("the next dump compares everything: {}", with_causes(&error));
+                log::warn!("the next dump compares everything: {}", with_sources(&error));
             }
         }
     }

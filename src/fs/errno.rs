@@ -5,11 +5,7 @@ use std::io;
 use fuser::Errno;
 use log::{error, trace};
 
-use crate::{
-    chain::{ChainError, with_sources},
-    image::ImageError,
-    view::ViewError,
-};
+use crate::{causes::with_sources, chain::ChainError, image::ImageError, view::ViewError};
 
 /// Logs why an operation failed, with its cause and the cause's causes, and
 /// returns what the kernel is told.

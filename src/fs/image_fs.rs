@@ -19,7 +19,8 @@ use super::{
     reply::{self, MappedReply},
 };
 use crate::{
-    chain::{self, Content, DIRECTORY_XATTR, GONE_XATTR, PUNCH_XATTR, with_sources},
+    causes::with_sources,
+    chain::{self, Content, DIRECTORY_XATTR, GONE_XATTR, PUNCH_XATTR},
     view::{Attr, Ino, NodeType, OpenFile, ROOT, View, ViewError},
 };
 

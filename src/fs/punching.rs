@@ -14,7 +14,8 @@ use std::{
 use log::{debug, error, info};
 
 use crate::{
-    chain::{ChainError, FlatPages, Freeing, Result, with_sources},
+    causes::with_sources,
+    chain::{ChainError, FlatPages, Freeing, Result},
     image::disk::Kernel,
     units::{PAGE_SIZE, PageRanges, page_bytes},
     view::{Ino, View},

@@ -27,7 +27,7 @@ pub use options::{AutoDedup, Options};
 
 use crate::{
     action::{Actions, Stage},
-    chain::with_sources,
+    causes::with_sources,
     fault::{self, Point},
     proc,
     res::{

@@ -120,17 +120,6 @@ impl TrackError {
     }
 }
 
-/// Returns what an error says, with its causes, for the log.
-pub fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text += &format!(": {error}");
-        cause = error.source();
-    }
-    text
-}
-
 /// What is to be tracked.
 #[derive(Clone, Copy, Debug)]
 pub struct Request<'a> {

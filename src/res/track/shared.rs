@@ -39,9 +39,9 @@ use super::{
     keeper::{Guard, Keeper},
     outside::{self, Outside},
     record::{Place, Record, Tracked, Writer},
-    with_causes,
 };
 use crate::{
+    causes::with_sources,
     proc::{Mapping, VmFlags},
     sys::{
         fanotify::Openings,
@@ -120,7 +120,7 @@ pub fn survey(
     let mut surveyor = Surveyor::new(watches, restart);
     let known: Vec<_> = objects.iter().map(|object| surveyor.is_watched(object)).collect();
     if restart && let Err(error) = surveyor.begin(tree, objects, &known) {
-        log::debug!("shared memory is not tracked: {}", with_causes(&error));
+        log::debug!("shared memory is not tracked: {}", with_sources(&error));
     }
     let looked = objects.iter().zip(known);
     let unwritten = looked.map(|(object, known)| surveyor.look_at(object, known)).collect();
@@ -182,7 +182,7 @@ impl<'a> Surveyor<'a> {
         if let Some(guard) = guards.filter_map(|watch| watch.guard.as_ref()).next()
             && let Err(error) = surveyor.believe(guard, restart)
         {
-            log::debug!("no past of shared memory is known: {}", with_causes(&error));
+            log::debug!("no past of shared memory is known: {}", with_sources(&error));
         }
         surveyor
     }
@@ -266,7 +266,7 @@ impl<'a> Surveyor<'a> {
         // From here on whoever opens it is told.
         if !new.is_empty() {
             let found = outside::look(&new, tree).unwrap_or_else(|error| {
-                log::debug!("other writers are not known: {}", with_causes(&error));
+                log::debug!("other writers are not known: {}", with_sources(&error));
                 Outside { written: new.clone(), hidden: true }
             });
             chosen.retain(|key, (object, _)| {
