@@ -68,7 +68,7 @@ pub fn run(options: &Options) -> Result<()> {
     let parent = options
         .prev_images_dir
         .as_deref()
-        .map(|parent| open_parent(options, parent, &mut locks))
+        .map(|parent| open_parent(options, &images_dir, parent, &mut locks))
         .transpose()?;
     crate::sys::process::raise_descriptor_limit();
     actions.run(Stage::PreDump, Some(options.pid))?;
@@ -99,7 +99,7 @@ pub fn run(options: &Options) -> Result<()> {
         finish(options, &actions, frozen, images, (files, tracking), outcome, stats)?;
     }
     if options.auto_dedup && parent.is_some() {
-        free_superseded(&options.images_dir);
+        free_superseded(&images_dir);
     }
     Ok(())
 }
@@ -115,14 +115,8 @@ fn free_superseded(images_dir: &Path) {
             log::info!("{}: {pages} pages are kept for it", dir.display());
         }
     };
-    let freed = images_dir
-        .canonicalize()
-        .map_err(|source| DumpError::File { path: images_dir.to_owned(), source })
-        .and_then(|dir| {
-            let options = dedup::FreeOptions { dir, rewrite: false };
-            Ok(dedup::free_locked(&options, Arc::new(Kernel), &mut tell)?)
-        });
-    match freed {
+    let options = dedup::FreeOptions { dir: images_dir.to_owned(), rewrite: false };
+    match dedup::free_locked(&options, Arc::new(Kernel), &mut tell) {
         Ok(freed) => log::info!("freed {} pages in the ancestors", freed.pages),
         Err(error) => log::warn!(
             "the dump is complete, but not everything was freed that it supersedes: {}; \
@@ -254,6 +248,7 @@ fn check_directory(path: &Path) -> Result<PathBuf> {
 /// if pages are to be freed in it.
 fn open_parent(
     options: &Options,
+    images_dir: &Path,
     parent: &Path,
     locks: &mut DirectoryLocks,
 ) -> Result<(Arc<Chain>, SnapshotId)> {
@@ -262,7 +257,7 @@ fn open_parent(
     let dir = path.canonicalize().map_err(|error| {
         problem(path.clone(), format!("{error}; --prev-images-dir is relative to -D"))
     })?;
-    if options.images_dir.canonicalize().is_ok_and(|images| images == dir) {
+    if images_dir == dir {
         return Err(problem(path, "it cannot be its own parent".to_owned()));
     }
     locks.take(&dir, if options.auto_dedup { Access::Exclusive } else { Access::Shared })?;
