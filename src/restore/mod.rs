@@ -6,6 +6,7 @@
 //! theirs, too.
 
 mod apply;
+mod births;
 mod error;
 mod files;
 mod free;

@@ -1,11 +1,4 @@
-//! Making the processes of a tree, each by its true parent, in its session.
-//!
-//! A session is inherited: a process of the session S must be made by one that is in
-//! S at that time. Most often that is its parent, before or after the parent made a
-//! session of its own. Where the parent is in another session, because it has adopted
-//! the process, another one of S makes it as its own sibling (`CLONE_PARENT`). For
-//! leaders of sessions and groups that have ended, helpers stand in, which end before
-//! the tree goes on.
+//! Making the processes of a tree, each by the one that is to make it ([`super::births`]).
 
 use std::{
     collections::HashMap,
@@ -17,6 +10,7 @@ use nix::libc;
 
 use super::{
     RestoreError, Result,
+    births::{Births, Maker},
     free::Free,
     memory::{self, Layout},
     plan::{Body, Plan, TaskPlan, in_use},
@@ -38,125 +32,6 @@ const REST_PATIENCE: Duration = Duration::from_secs(1);
 
 /// How long to sleep between two looks at it.
 const REST_NAP: Duration = Duration::from_micros(100);
-
-/// Who makes a process.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Maker {
-    /// This program.
-    Director,
-    /// The task at this position.
-    Task(usize),
-    /// The helper at this position.
-    Helper(usize),
-}
-
-/// How a process comes into being.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Birth {
-    maker: Maker,
-    /// The maker makes it as its own sibling.
-    sibling: bool,
-    /// The maker makes it before it makes a session of its own.
-    early: bool,
-}
-
-/// A process that exists during the restore only.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct HelperPlan {
-    pid: HostPid,
-    /// Its parent, which makes it.
-    maker: Maker,
-    /// Whether it leads a session, or a group only.
-    session: bool,
-}
-
-/// Who makes whom.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Births {
-    tasks: Vec<Option<Birth>>,
-    helpers: Vec<HelperPlan>,
-}
-
-impl Births {
-    /// Decides who makes whom.
-    ///
-    /// # Errors
-    /// [`RestoreError::Relation`].
-    fn plan(plan: &Plan, shell_job: bool) -> Result<Self> {
-        let mut births = Self { tasks: vec![None; plan.tasks.len()], helpers: Vec::new() };
-        for (position, task) in plan.tasks.iter().enumerate() {
-            let birth = births.of(plan, position, task, shell_job)?;
-            births.tasks[position] = Some(birth);
-        }
-        Ok(births)
-    }
-
-    fn of(
-        &mut self,
-        plan: &Plan,
-        position: usize,
-        task: &TaskPlan,
-        shell_job: bool,
-    ) -> Result<Birth> {
-        let natural = |maker| Birth { maker, sibling: false, early: false };
-        let Some(parent) = task.parent else {
-            let own_session = task.session == task.pid;
-            if own_session || shell_job && plan.is_outside(task.session) {
-                return Ok(natural(Maker::Director));
-            }
-            let helper = self.helper(task.session, Maker::Director);
-            return Ok(Birth { maker: helper, sibling: true, early: false });
-        };
-        let above = &plan.tasks[parent];
-        if task.session == task.pid || task.session == above.session {
-            return Ok(natural(Maker::Task(parent)));
-        }
-        if above.session == above.pid && self.session_at_birth(plan, parent) == Some(task.session) {
-            return Ok(Birth { maker: Maker::Task(parent), sibling: false, early: true });
-        }
-        // A sibling of the same session that was made already, the leader best of all.
-        let sibling = (0..position)
-            .filter(|other| {
-                let other = &plan.tasks[*other];
-                other.parent == Some(parent) && other.session == task.session
-            })
-            .min_by_key(|other| plan.tasks[*other].pid != task.session);
-        if let Some(sibling) = sibling {
-            return Ok(Birth { maker: Maker::Task(sibling), sibling: true, early: false });
-        }
-        if !plan.is_outside(task.session) {
-            let problem = format!(
-                "it is in the session of process {}, which is neither its parent nor a child of its parent",
-                task.session
-            );
-            return Err(RestoreError::Relation { pid: task.pid, problem });
-        }
-        let helper = self.helper(task.session, Maker::Task(parent));
-        Ok(Birth { maker: helper, sibling: true, early: false })
-    }
-
-    /// Returns the helper that leads a session, making one under `maker` if there is
-    /// none yet.
-    fn helper(&mut self, pid: HostPid, maker: Maker) -> Maker {
-        let found = self.helpers.iter().position(|helper| helper.pid == pid);
-        Maker::Helper(found.unwrap_or_else(|| {
-            self.helpers.push(HelperPlan { pid, maker, session: true });
-            self.helpers.len() - 1
-        }))
-    }
-
-    /// Returns the session that a task is in when it is made; `None` for that of
-    /// this program.
-    fn session_at_birth(&self, plan: &Plan, position: usize) -> Option<HostPid> {
-        let birth = self.tasks[position]?;
-        match birth.maker {
-            Maker::Director => None,
-            Maker::Helper(helper) => Some(self.helpers[helper].pid),
-            Maker::Task(maker) if birth.early => self.session_at_birth(plan, maker),
-            Maker::Task(maker) => Some(plan.tasks[maker].session),
-        }
-    }
-}
 
 /// A process while it is restored.
 #[derive(Debug)]
