@@ -2,11 +2,11 @@
 
 use std::{env, process::ExitCode};
 
-use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{Parser, Subcommand};
 
 use super::{
     Common, exit, report, show,
-    task::{self, Task, TaskArgs},
+    task::{self, Task, TaskWords},
 };
 use crate::res::track::keeper;
 
@@ -31,23 +31,25 @@ const NOT_YET: &str = "\
 Of CRIU's commands cpuinfo, lazy-pages, page-server, service and swrk are
 known and refused for now.";
 
+// Deferred: a command has a hundred options, and most runs need one command.
 #[derive(Debug, Subcommand)]
+#[command(defer = true)]
 enum Command {
     /// Write the state of a tree of processes to images
     ///
     /// The tree is killed afterwards, unless -R or -s say otherwise. If the dump
     /// fails or is interrupted, the tree runs on.
     #[command(after_help = DUMP_EXAMPLE)]
-    Dump(Box<TaskArgs>),
+    Dump(TaskWords),
     /// Write the memory of a tree while it runs, for a dump that is to follow
     #[command(after_help = PRE_DUMP_EXAMPLE)]
-    PreDump(Box<TaskArgs>),
+    PreDump(TaskWords),
     /// Make a tree of processes from images
     #[command(after_help = RESTORE_EXAMPLE)]
-    Restore(Box<TaskArgs>),
+    Restore(TaskWords),
     /// Say what this kernel can do, and what is lost by what it cannot
     #[command(after_help = CHECK_EXAMPLE)]
-    Check(Box<TaskArgs>),
+    Check(TaskWords),
     /// Remove memory from images that others hold as well
     ///
     /// What the snapshot in the directory of -D holds is freed in its ancestors, which
@@ -62,7 +64,7 @@ enum Command {
     /// --reflink lets equal pages of a chain, wherever they are, share blocks of the file
     /// system; -D is an image directory, or a directory of such.
     #[command(after_help = DEDUP_EXAMPLE)]
-    Dedup(Box<TaskArgs>),
+    Dedup(TaskWords),
     /// Show image files as JSON
     Show {
         #[command(flatten)]
@@ -117,8 +119,7 @@ pub fn main() -> ExitCode {
             return ExitCode::from(exit::FAILED);
         }
     };
-    let matches = task::tidy_help(Rcriu::command()).try_get_matches_from(prepared.words);
-    match super::parsed(matches.and_then(|matches| Rcriu::from_arg_matches(&matches))) {
+    match super::parsed(Rcriu::try_parse_from(prepared.words)) {
         Ok(rcriu) => rcriu.run(&prepared.given),
         Err(code) => code,
     }

@@ -12,12 +12,13 @@ mod tests;
 
 use std::ffi::OsString;
 
-use clap::{Args, Command};
+use clap::{ArgMatches, Args, Command, FromArgMatches, builder::Resettable};
 
-pub(super) use self::{arrange::Given, options::TaskArgs, run::run};
+pub(super) use self::{arrange::Given, run::run};
 use self::{
     arrange::{Arranged, Specs},
     config::Sources,
+    options::TaskArgs,
     table::{Commands, State},
 };
 
@@ -42,6 +43,10 @@ impl Task {
             Self::Check => "check",
             Self::Dedup => "dedup",
         }
+    }
+
+    fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|task| task.name() == name)
     }
 
     const fn as_set(self) -> Commands {
@@ -78,7 +83,7 @@ pub(super) fn prepare(words: Vec<OsString>) -> anyhow::Result<Prepared> {
     {
         anyhow::bail!("the command {name} is not supported yet: {instead}");
     }
-    let Some(task) = Task::ALL.into_iter().find(|task| task.name() == command) else {
+    let Some(task) = Task::named(command) else {
         return Ok(Prepared { words, given: Vec::new() });
     };
     let mut all = if first.for_clap.is_empty() {
@@ -129,34 +134,66 @@ fn without_effect(task: Task, given: &[Given]) -> impl Iterator<Item = String> {
     })
 }
 
-/// Shows each command those options only that it has, and the ones that are
-/// refused or have no effect only to who asks for the long help.
-pub(super) fn tidy_help(mut program: Command) -> Command {
-    for task in Task::ALL {
-        program = program.mut_subcommand(task.name(), |command| {
-            command.mut_args(|arg| {
-                let Some(row) = arg.get_long().and_then(table::row) else {
-                    return match task {
-                        _ if !arg.is_last_set() => arg,
-                        Task::Restore => arg,
-                        Task::Dedup => arg.value_name("DIR").help("What is linked"),
-                        Task::Dump | Task::PreDump | Task::Check => arg.hide(true),
-                    };
-                };
-                if !row.on.has(task.as_set()) {
-                    return arg.hide(true);
-                }
-                match row.state {
-                    State::Built => arg,
-                    State::Harmless(_) => {
-                        arg.hide_short_help(true).help_heading("Accepted, without effect")
-                    }
-                    State::Refused(_) | State::RefusedUnless(..) => {
-                        arg.hide_short_help(true).help_heading("Known, refused for now")
-                    }
-                }
-            })
-        });
+/// The options of a [`Task`]. Its help shows those only that it has, and the ones that
+/// are refused or have no effect only to who asks for the long help.
+#[derive(Debug)]
+pub(super) struct TaskWords(Box<TaskArgs>);
+
+impl std::ops::Deref for TaskWords {
+    type Target = TaskArgs;
+
+    fn deref(&self) -> &TaskArgs {
+        &self.0
     }
-    program
+}
+
+impl FromArgMatches for TaskWords {
+    fn from_arg_matches(matches: &ArgMatches) -> clap::error::Result<Self> {
+        TaskArgs::from_arg_matches(matches).map(|args| Self(Box::new(args)))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> clap::error::Result<()> {
+        self.0.update_from_arg_matches(matches)
+    }
+}
+
+impl Args for TaskWords {
+    fn augment_args(command: Command) -> Command {
+        let about = Resettable::from(command.get_about().cloned());
+        let long_about = Resettable::from(command.get_long_about().cloned());
+        // Clap takes what is said of groups of options for what the command does.
+        tidy_help(TaskArgs::augment_args(command)).about(about).long_about(long_about)
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
+    }
+}
+
+fn tidy_help(command: Command) -> Command {
+    let Some(task) = Task::named(command.get_name()) else {
+        return command;
+    };
+    command.mut_args(|arg| {
+        let Some(row) = arg.get_long().and_then(table::row) else {
+            return match task {
+                _ if !arg.is_last_set() => arg,
+                Task::Restore => arg,
+                Task::Dedup => arg.value_name("DIR").help("What is linked"),
+                Task::Dump | Task::PreDump | Task::Check => arg.hide(true),
+            };
+        };
+        if !row.on.has(task.as_set()) {
+            return arg.hide(true);
+        }
+        match row.state {
+            State::Built => arg,
+            State::Harmless(_) => {
+                arg.hide_short_help(true).help_heading("Accepted, without effect")
+            }
+            State::Refused(_) | State::RefusedUnless(..) => {
+                arg.hide_short_help(true).help_heading("Known, refused for now")
+            }
+        }
+    })
 }
