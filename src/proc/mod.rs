@@ -20,7 +20,8 @@ mod tests;
 mod text;
 
 use std::{
-    fs,
+    fs::{self, File},
+    io::Read,
     os::unix::ffi::OsStringExt,
     path::{Path, PathBuf},
 };
@@ -288,7 +289,12 @@ fn parse<T>(path: &Path, bytes: &[u8], parser: impl FnOnce(&[u8]) -> Parsed<T>) 
 }
 
 fn read_bytes(path: &Path) -> Result<Vec<u8>> {
-    fs::read(path).map_err(|source| ProcError::from_io(path, source))
+    // Their sizes are not known before, and most are less than a page.
+    let mut bytes = Vec::with_capacity(4096);
+    File::open(path)
+        .and_then(|file| file.take(u64::MAX).read_to_end(&mut bytes))
+        .map_err(|source| ProcError::from_io(path, source))?;
+    Ok(bytes)
 }
 
 fn read_link(path: &Path) -> Result<Vec<u8>> {
