@@ -290,8 +290,9 @@ impl PagemapFile {
         regions: &mut Vec<Region>,
     ) -> Result<(), Errno> {
         let mut next = start.0;
+        let pages = usize::try_from(end.0.saturating_sub(start.0) / PAGE_SIZE).unwrap_or(usize::MAX);
+        let mut batch = vec![Region::new_zeroed(); SCAN_REGIONS.min(pages)];
         while next < end.0 {
-            let mut batch = [Region::new_zeroed(); SCAN_REGIONS];
             let mut arguments = ScanArguments {
                 size: SCAN_BYTES as u64,
                 flags,
@@ -299,7 +300,7 @@ impl PagemapFile {
                 end: end.0,
                 walk_end: 0,
                 vec: batch.as_mut_ptr().addr() as u64,
-                vec_len: SCAN_REGIONS as u64,
+                vec_len: batch.len() as u64,
                 max_pages: 0,
                 category_inverted: query.inverted,
                 category_mask: query.all,
@@ -317,7 +318,7 @@ impl PagemapFile {
             // Where it has stopped (`walk_end`) is told only if there was no room for
             // more. If it went on to the end instead, that is where it had once paused,
             // and what lies behind would be told again.
-            if count < SCAN_REGIONS {
+            if count < batch.len() {
                 break;
             }
             next = arguments.walk_end.max(batch[count - 1].end);
