@@ -276,7 +276,8 @@ fn read_layers(chain: &Chain, id: SnapshotId, memory: MemoryId) -> Result<Layers
     let mut stretches = vec![Desk::default().read(chain, &name, 0, &[id])];
     let asked = matches!(stretches[0].end, End::AsksParent);
     let (ancestors, end) = if asked { ancestors(chain, id) } else { (Vec::new(), Ok(())) };
-    let fair = ancestors.len().div_ceil(side_by_side::processors() * STRETCHES);
+    let processors = side_by_side::processors_for(ancestors.len() / STRETCH_LAYERS.start());
+    let fair = ancestors.len().div_ceil(processors * STRETCHES);
     let each = fair.clamp(*STRETCH_LAYERS.start(), *STRETCH_LAYERS.end());
     let parts: Vec<&[SnapshotId]> = ancestors.chunks(each).collect();
     stretches.extend(side_by_side::map_until(

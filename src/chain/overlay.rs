@@ -209,7 +209,7 @@ fn merge_by_windows(layers: &[Merged], target: usize) -> Vec<Piece> {
     bounds.sort_unstable();
     bounds.dedup();
     let windows: Vec<(PageIndex, PageIndex)> = bounds.windows(2).map(|b| (b[0], b[1])).collect();
-    let threads = side_by_side::processors().min(total / WORTH_A_THREAD).max(1);
+    let threads = side_by_side::processors_for(total / WORTH_A_THREAD);
     let shares: Vec<_> = windows.chunks(windows.len().div_ceil(threads)).collect();
     let mut parts = side_by_side::map(&shares, 1, |position, windows| {
         // In most cases enough, and what is never touched costs nothing.

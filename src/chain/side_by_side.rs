@@ -8,11 +8,15 @@ use std::{
     thread,
 };
 
-/// Returns how many processors there are for us.
-pub(super) fn processors() -> usize {
+/// Returns how many processors there are for us and `parts` of work, at least one.
+pub(super) fn processors_for(parts: usize) -> usize {
+    if parts <= 1 {
+        return 1;
+    }
     // To find out takes a dozen system calls.
     static PROCESSORS: OnceLock<usize> = OnceLock::new();
-    *PROCESSORS.get_or_init(|| thread::available_parallelism().map_or(1, usize::from))
+    let all = PROCESSORS.get_or_init(|| thread::available_parallelism().map_or(1, usize::from));
+    parts.min(*all)
 }
 
 /// Calls `work` with every item and its position, and returns what it returned
@@ -63,7 +67,7 @@ pub(crate) fn map_until<T: Sync, R: Send, S: Default>(
         }
         done
     };
-    let others = items.len().div_ceil(worth).min(processors()).saturating_sub(1);
+    let others = processors_for(items.len().div_ceil(worth)) - 1;
     let mut done = thread::scope(|scope| {
         let others: Vec<_> = (0..others).map(|_| scope.spawn(take)).collect();
         let mut done = take();

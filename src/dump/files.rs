@@ -16,10 +16,10 @@ use nix::{
     sys::stat::fstat,
 };
 
-use super::{DumpError, Result};
+use super::{DumpError, Result, tree::map_file};
 use crate::{
     image::{Kind, SnapshotWriter, proto},
-    proc::{self, FdInfo},
+    proc::{self, FdInfo, Mapping},
     res::file::{Collector, Description, FileError, Intake, KINDS, Lost, Policy, fown, regular},
     sys::process::{self, Shared},
     units::{HostPid, TargetFd},
@@ -43,6 +43,8 @@ struct State {
     known: HashMap<(u64, u64), Vec<(u32, OwnedFd)>>,
     /// Files that are known by their paths, by device, inode and path.
     paths: HashMap<(u64, u64, Vec<u8>), u32>,
+    /// Files that are mapped, by what the mapping tells of them.
+    mapped: HashMap<(u32, u32, u64, Vec<u8>), u32>,
     /// Found inside others and not yet looked at.
     pending: Vec<Pending>,
     entries: Vec<proto::FileEntry>,
@@ -129,6 +131,7 @@ impl FileTable {
                 next_id: 0,
                 known: HashMap::new(),
                 paths: HashMap::new(),
+                mapped: HashMap::new(),
                 pending: Vec::new(),
                 entries: Vec::new(),
                 types: HashMap::new(),
@@ -272,6 +275,19 @@ impl FileTable {
         let entry = regular::entry_of(&file, &mut self.state)?;
         self.state.entries.push(entry);
         self.state.paths.insert(key, id);
+        Ok(id)
+    }
+
+    /// Enters the file of a mapping, and returns its number. Most files are mapped
+    /// several times, by several processes.
+    pub(super) fn enter_mapped(&mut self, pid: HostPid, mapping: &Mapping) -> Result<u32> {
+        let Mapping { dev_major, dev_minor, inode, .. } = *mapping;
+        let key = (dev_major, dev_minor, inode, mapping.name.clone());
+        if let Some(id) = self.state.mapped.get(&key) {
+            return Ok(*id);
+        }
+        let id = self.enter_path(pid, map_file(pid, mapping))?;
+        self.state.mapped.insert(key, id);
         Ok(id)
     }
 

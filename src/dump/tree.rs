@@ -283,11 +283,10 @@ impl<'a> Collection<'a> {
         let mut regions = Vec::new();
         for mapping in mappings {
             let object = mapping::object(pid, mapping)?;
-            let link = || map_file(pid, mapping);
             let shmid = match object {
                 Object::Vsyscall => continue,
                 Object::Private | Object::Vdso | Object::Vvar => 0,
-                Object::File => self.files.enter_path(pid, link())?.into(),
+                Object::File => self.files.enter_mapped(pid, mapping)?.into(),
                 Object::SharedMemory => {
                     self.tracking.note(pid, mapping);
                     self.shared_object(pid, mapping)?.into()

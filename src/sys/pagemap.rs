@@ -290,7 +290,8 @@ impl PagemapFile {
         regions: &mut Vec<Region>,
     ) -> Result<(), Errno> {
         let mut next = start.0;
-        let pages = usize::try_from(end.0.saturating_sub(start.0) / PAGE_SIZE).unwrap_or(usize::MAX);
+        let pages =
+            usize::try_from(end.0.saturating_sub(start.0) / PAGE_SIZE).unwrap_or(usize::MAX);
         let mut batch = vec![Region::new_zeroed(); SCAN_REGIONS.min(pages)];
         while next < end.0 {
             let mut arguments = ScanArguments {
