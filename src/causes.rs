@@ -1,4 +1,17 @@
-//! What errors say, with what caused them.
+//! What errors say, with what caused them, and what users are told of them.
+
+use std::io::Write;
+
+/// The target of messages that standard error gets in any case: logs that go there
+/// leave them out.
+pub const TOLD: &str = "rcriu::told";
+
+/// Says something on standard error, and in the log.
+pub fn tell(level: log::Level, message: &str) {
+    // There is nobody left to tell if this fails.
+    let _ = writeln!(std::io::stderr(), "{message}");
+    log::log!(target: TOLD, level, "{message}");
+}
 
 /// Returns what an error says, and what everything says that caused it.
 pub fn with_sources(error: &dyn std::error::Error) -> String {

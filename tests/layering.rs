@@ -35,8 +35,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     (
         "cli",
         &[
-            "dump", "restore", "dedup", "res", "proc", "fs", "view", "chain", "image", "sys",
-            "units", "fault",
+            "causes", "dump", "restore", "dedup", "res", "proc", "fs", "view", "chain", "image",
+            "sys", "units", "fault",
         ],
     ),
     ("design", &[]),

@@ -13,6 +13,8 @@ use env_logger::{Builder, Target};
 use jiff::Timestamp;
 use log::{Level, LevelFilter};
 
+use crate::causes::TOLD;
+
 /// The socket of the system's log (syslog(3)).
 const SYSLOG: &str = "/dev/log";
 
@@ -45,6 +47,7 @@ pub(super) fn start(
             )
         });
     } else if foreground {
+        builder.filter_module(TOLD, LevelFilter::Off);
         builder.target(Target::Stderr).format(|out, record| {
             writeln!(out, "imgfs: {}: {}", record.level().as_str().to_lowercase(), record.args())
         });

@@ -8,6 +8,7 @@ use indicatif::BinaryBytes;
 
 use super::{Common, exit, log_sink, report};
 use crate::{
+    causes::tell,
     chain::{Chain, freed},
     fs::{self, MountOptions, Punch, Session},
     sys::{
@@ -214,9 +215,7 @@ impl MountArgs {
         if self.punch.is_some()
             && let Some(warning) = freed::warning(&chain, tip)?
         {
-            // There is nobody left to tell if this fails.
-            let _ = writeln!(std::io::stderr(), "{warning}");
-            log::warn!("{warning}");
+            tell(log::Level::Warn, &warning);
         }
         let view = Arc::new(View::new(chain, tip));
         let mut options = MountOptions { allow_other: self.allow_other, ..Default::default() };

@@ -14,6 +14,7 @@ use nix::errno::Errno;
 
 use super::{AutoDedup, RestoreError, Result, plan::Plan, source};
 use crate::{
+    causes::tell,
     chain::{Chain, ChainError, Freeing, Index, Layer, Place, SnapshotId, freed},
     image::{
         Disk, Kind,
@@ -128,8 +129,7 @@ fn indexes(plan: &Plan) -> Result<Vec<Arc<Index>>> {
 fn warn_of_sharing(dir: &Path) -> Result<()> {
     let (chain, id): (Chain, SnapshotId) = freed::with_relatives(dir)?;
     if let Some(warning) = freed::warning(&chain, id)? {
-        eprintln!("{warning}");
-        log::warn!("{warning}");
+        tell(log::Level::Warn, &warning);
     }
     Ok(())
 }

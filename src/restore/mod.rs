@@ -28,7 +28,7 @@ pub use options::{AutoDedup, Options};
 
 use crate::{
     action::{Actions, Stage},
-    causes::with_sources,
+    causes::{tell, with_sources},
     fault::{self, Point},
     proc,
     res::{
@@ -130,8 +130,8 @@ fn free_all(free: &Free, plan: &Plan) {
         Ok(pages) => log::info!("freed {pages} pages of the images"),
         Err(error) => {
             let why = with_sources(&error);
-            log::error!("the tree is restored, but its images were not all freed: {why}");
-            eprintln!("the tree is restored, but its images were not all freed: {why}");
+            let message = format!("the tree is restored, but its images were not all freed: {why}");
+            tell(log::Level::Error, &message);
         }
     }
 }

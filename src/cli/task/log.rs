@@ -13,11 +13,10 @@ use env_logger::{Builder, Target};
 use jiff::Timestamp;
 use log::{Level, LevelFilter};
 
+use crate::causes::TOLD;
+
 /// The log has memory's contents in it at the last level: not for others.
 const MODE: u32 = 0o600;
-
-/// The target of the last words of a task, which standard error gets anyway.
-pub(super) const LAST_WORDS: &str = "rcriu::last_words";
 
 /// Returns the level that is logged, by CRIU's numbers.
 pub(super) fn level(verbosity: u8) -> LevelFilter {
@@ -38,7 +37,7 @@ pub(super) fn start(file: Option<&Path>, level: LevelFilter) -> anyhow::Result<(
     builder.filter_level(level);
     match file {
         None => {
-            builder.filter_module(LAST_WORDS, LevelFilter::Off);
+            builder.filter_module(TOLD, LevelFilter::Off);
             builder.target(Target::Stderr).format(|out, record| {
                 let level = record.level().as_str().to_lowercase();
                 writeln!(out, "rcriu: {level}: {}", record.args())
@@ -55,7 +54,7 @@ pub(super) fn start(file: Option<&Path>, level: LevelFilter) -> anyhow::Result<(
                 builder.target(Target::Pipe(Box::new(file)));
             }
             builder.format(|out, record| {
-                if record.level() == Level::Error && record.target() != LAST_WORDS {
+                if record.level() == Level::Error && record.target() != TOLD {
                     // There is nobody left to tell if this fails.
                     let _ = writeln!(io::stderr(), "rcriu: error: {}", record.args());
                 }

@@ -7,6 +7,7 @@ use log::{error, info};
 
 use super::{Given, Task, TaskArgs, convert, log as task_log, refusal, without_effect};
 use crate::{
+    causes::TOLD,
     cli::{answer, check_features, dedup, exit, report},
     dump, restore,
     sys::supervise::{self, Ended, Side},
@@ -81,7 +82,7 @@ fn perform(task: Task, work: &Work, args: &TaskArgs, given: &[Given]) -> u8 {
     match start_log(work.work_dir(), args).and_then(|()| work.run(task, given)) {
         Ok(()) => exit::OK,
         Err(failure) => {
-            error!(target: task_log::LAST_WORDS, "{failure:#}");
+            error!(target: TOLD, "{failure:#}");
             report(&failure);
             exit::FAILED
         }
