@@ -227,8 +227,7 @@ impl Check<'_> {
         for entry in reader.by_ref() {
             match entry {
                 Ok(entry) => {
-                    pieces(0, present, &entry, &gone)
-                        .for_each(|piece| overlay::push(&mut own, piece));
+                    pieces(0, present, &entry, &gone, |piece| overlay::push(&mut own, piece));
                     present += entry.pages_in_file();
                 }
                 Err(error) => {
@@ -279,8 +278,8 @@ impl Check<'_> {
             Ok(reader) => {
                 // What it has up to an error, which is told when it is its turn.
                 for entry in reader.map_while(|entry| entry.ok()) {
-                    pieces(1, 0, &entry, &PageRanges::new())
-                        .for_each(|piece| overlay::push(&mut below, piece));
+                    let none = PageRanges::new();
+                    pieces(1, 0, &entry, &none, |piece| overlay::push(&mut below, piece));
                 }
             }
             Err(error) if error.is_missing() => {}

@@ -139,7 +139,7 @@ fn resolve(chain: &Chain, id: SnapshotId, below: Option<&Resolved>) -> Result<Re
         let gone = gone.unwrap_or_default();
         let (mut own, mut present) = (Vec::new(), 0);
         for entry in reader.by_ref().map_while(|entry| entry.ok()) {
-            pieces(layer, present, &entry, &gone).for_each(|piece| overlay::push(&mut own, piece));
+            pieces(layer, present, &entry, &gone, |piece| overlay::push(&mut own, piece));
             present += entry.pages_in_file();
         }
         let upper = Merged { pieces: &own, lowest: layer };

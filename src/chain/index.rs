@@ -1,6 +1,12 @@
 //! Which bytes hold page P of memory M?
 
-use std::{fs, mem, ops::RangeInclusive, os::unix::fs::MetadataExt, sync::OnceLock, time::Instant};
+use std::{
+    fs, mem,
+    ops::{Range, RangeInclusive},
+    os::unix::fs::MetadataExt,
+    sync::OnceLock,
+    time::Instant,
+};
 
 use super::{
     Chain, ChainError, FileId, LinkError, Result, SnapshotId, freed,
@@ -400,7 +406,7 @@ impl Desk {
         let (mut pages, mut asks_parent) = (0, false);
         for entry in reader.by_ref() {
             let entry = entry?;
-            pieces(layer, pages, &entry, &gone).for_each(|piece| self.pile.push(piece));
+            pieces(layer, pages, &entry, &gone, |piece| self.pile.push(piece));
             match entry.presence {
                 Presence::Present => pages += entry.pages,
                 Presence::Parent => asks_parent = true,
@@ -412,29 +418,39 @@ impl Desk {
     }
 }
 
-/// Returns what an entry of layer `layer` says, `file_page` pages into its file, of
+/// Gives `put` what an entry of layer `layer` says, `file_page` pages into its file, of
 /// which the pages `gone` were freed.
 pub(super) fn pieces(
     layer: u32,
     file_page: u64,
     entry: &PagemapEntry,
     gone: &PageRanges,
-) -> impl Iterator<Item = Piece> {
-    let entry = *entry;
-    // What is not in the file cannot be gone from it.
-    let in_file = entry.presence == Presence::Present && !gone.is_empty();
-    let parts = in_file.then(|| gone.split(file_page..file_page + entry.pages));
-    let whole = (!in_file).then_some((file_page..file_page + entry.pages, false));
-    whole.into_iter().chain(parts.into_iter().flatten()).map(move |(part, gone)| {
-        let place = match entry.presence {
-            Presence::Present if gone => PiecePlace::Punched { layer, file_page: part.start },
-            Presence::Present => PiecePlace::Stored { layer, file_page: part.start },
-            Presence::Parent => PiecePlace::Parent,
-            Presence::Absent => PiecePlace::Absent,
-        };
-        let first = PageIndex(entry.first.0 + (part.start - file_page));
-        Piece::new(first, part.end - part.start, place, entry.lazy)
-    })
+    mut put: impl FnMut(Piece),
+) {
+    let pages = file_page..file_page + entry.pages;
+    let mut part = |pages: Range<u64>, place| {
+        let first = PageIndex(entry.first.0 + (pages.start - file_page));
+        put(Piece::new(first, pages.end - pages.start, place, entry.lazy));
+    };
+    match entry.presence {
+        Presence::Present if gone.is_empty() => {
+            part(pages, PiecePlace::Stored { layer, file_page })
+        }
+        Presence::Present => {
+            for (pages, gone) in gone.split(pages) {
+                let file_page = pages.start;
+                let place = if gone {
+                    PiecePlace::Punched { layer, file_page }
+                } else {
+                    PiecePlace::Stored { layer, file_page }
+                };
+                part(pages, place);
+            }
+        }
+        // What is not in the file cannot be gone from it.
+        Presence::Parent => part(pages, PiecePlace::Parent),
+        Presence::Absent => part(pages, PiecePlace::Absent),
+    }
 }
 
 /// Returns the extent that a piece of a whole chain is.

@@ -154,31 +154,31 @@ struct Contents {
 /// [`ImageError::Foreign`], [`ImageError::Journal`], and what keeps the files from
 /// being read.
 pub fn read(dir: &Path, pagemap: &str, pages_id: u32) -> Result<Option<PageRanges>> {
+    let Some(file) = open(&journal_path(dir, pages_id))? else { return Ok(None) };
     let owner = Owner::new(dir, pagemap, pages_id);
-    let Some(file) = owner.open()? else { return Ok(None) };
     let dump = owner.dump()?;
     owner.contents(BufReader::new(file), dump).map(|contents| Some(contents.pages))
 }
 
+fn journal_path(dir: &Path, pages_id: u32) -> PathBuf {
+    dir.join(Kind::Punched.file_name(pages_id.into()))
+}
+
+fn open(path: &Path) -> Result<Option<File>> {
+    match File::open(path) {
+        Ok(file) => Ok(Some(file)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(ImageError::Open { path: path.to_owned(), source }),
+    }
+}
+
 impl Owner {
     fn new(dir: &Path, pagemap: &str, pages_id: u32) -> Self {
-        Self {
-            path: dir.join(Kind::Punched.file_name(pages_id.into())),
-            pagemap: pagemap.to_owned(),
-            pages_id,
-        }
+        Self { path: journal_path(dir, pages_id), pagemap: pagemap.to_owned(), pages_id }
     }
 
     fn dir(&self) -> &Path {
         self.path.parent().expect("it was joined to a directory")
-    }
-
-    fn open(&self) -> Result<Option<File>> {
-        match File::open(&self.path) {
-            Ok(file) => Ok(Some(file)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(source) => Err(ImageError::Open { path: self.path.clone(), source }),
-        }
     }
 
     /// Returns which dump is in the directory.
@@ -309,7 +309,7 @@ impl JournalWriter {
     pub fn open(dir: &Path, pagemap: &str, pages_id: u32) -> Result<Self> {
         let owner = Owner::new(dir, pagemap, pages_id);
         let dump = owner.dump()?;
-        let found = owner.open()?;
+        let found = open(&owner.path)?;
         let exists = found.is_some();
         let contents = match found {
             Some(file) => owner.contents(BufReader::new(file), dump)?,
@@ -457,12 +457,12 @@ mod tests {
         dir
     }
 
-    fn open(dir: &Path) -> JournalWriter {
+    fn writer(dir: &Path) -> JournalWriter {
         JournalWriter::open(dir, PAGEMAP, 3).unwrap()
     }
 
     fn add(dir: &Path, ranges: &[Range<u64>]) {
-        let mut journal = open(dir);
+        let mut journal = writer(dir);
         journal.append(&Kernel, &ranges.iter().cloned().collect()).unwrap();
         journal.sync(&Kernel).unwrap();
     }
@@ -481,7 +481,7 @@ mod tests {
         let dir = dir.path();
         let path = dir.join("punched-3.img");
         assert!(read(dir, PAGEMAP, 3).unwrap().is_none());
-        drop(open(dir));
+        drop(writer(dir));
         assert!(!path.exists());
         add(dir, &[4..6, 9..10]);
         add(dir, &[5..8]);
@@ -519,7 +519,7 @@ mod tests {
         let path = dir.join("punched-3.img");
         add(dir, &[0..1]);
         let before = fs::metadata(&path).unwrap().len();
-        let mut journal = open(dir);
+        let mut journal = writer(dir);
         journal.append(&Kernel, &[10..11, 20..21, 30..31].into_iter().collect()).unwrap();
         let whole = fs::read(&path).unwrap();
         let batch = usize::try_from(before).unwrap();
