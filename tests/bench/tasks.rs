@@ -117,11 +117,14 @@ impl Program {
         Run { seconds, peak_kib }
     }
 
+    /// Dumps and kills a process. The time is that until it is gone, which rcriu waits
+    /// for and others leave to who comes next.
     fn dump(&self, target: &Target, images: &Path) -> Run {
         let pid = target.pid.to_string();
+        let begin = Instant::now();
         let run = self.run(&["dump", "-t", &pid, "-o", "dump.log"], images);
         target.await_end();
-        run
+        Run { seconds: begin.elapsed().as_secs_f64(), ..run }
     }
 
     fn restore(&self, images: &Path, work: &Path) -> Run {
