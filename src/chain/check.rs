@@ -11,7 +11,7 @@ use super::{
     gone::{Gone, gone},
     holes,
     index::pieces,
-    overlay::{self, Merged, Piece, PiecePlace},
+    overlay::{self, Gaps, Merged, Piece, PiecePlace},
 };
 use crate::{
     causes::with_sources,
@@ -286,8 +286,8 @@ impl Check<'_> {
             Err(_) => return,
         }
         let merged = overlay::merge(&[
-            Merged { pieces: &own, lowest: 0 },
-            Merged { pieces: &below, lowest: 1 },
+            Merged { pieces: &own, gaps: Gaps::Nothing, lowest: 0 },
+            Merged { pieces: &below, gaps: Gaps::Nothing, lowest: 1 },
         ]);
         let missing =
             merged.iter().filter(|piece| matches!(piece.place(), PiecePlace::Missing { .. }));

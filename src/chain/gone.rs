@@ -5,7 +5,7 @@ use std::{collections::HashMap, fs, path::Path};
 use super::{
     Chain, ChainError, Result, SnapshotId,
     index::pieces,
-    overlay::{self, Merged, Piece, PiecePlace},
+    overlay::{self, Gaps, Merged, Piece, PiecePlace},
 };
 use crate::{
     image::{Kind, MemoryId, PagemapReader, desc, punched},
@@ -142,9 +142,9 @@ fn resolve(chain: &Chain, id: SnapshotId, below: Option<&Resolved>) -> Result<Re
             pieces(layer, present, &entry, &gone, |piece| overlay::push(&mut own, piece));
             present += entry.pages_in_file();
         }
-        let upper = Merged { pieces: &own, lowest: layer };
+        let map = |pieces| Merged { pieces, gaps: Gaps::Nothing, lowest: layer };
         let merged = match below.and_then(|below| below.get(&memory)) {
-            Some(below) => overlay::merge(&[upper, Merged { pieces: below, lowest: layer }]),
+            Some(below) => overlay::merge(&[map(&own), map(below)]),
             None => own,
         };
         resolved.insert(memory, merged);

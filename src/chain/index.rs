@@ -10,7 +10,7 @@ use std::{
 
 use super::{
     Chain, ChainError, FileId, LinkError, Result, SnapshotId, freed,
-    overlay::{self, Merged, Piece, PiecePlace, Pile},
+    overlay::{self, Gaps, Merged, Piece, PiecePlace, Pile},
     side_by_side,
 };
 use crate::{
@@ -128,7 +128,7 @@ impl Index {
                     punched_pages += piece.pages();
                     continue;
                 }
-                PiecePlace::Absent => continue,
+                PiecePlace::Absent | PiecePlace::Nothing => continue,
                 PiecePlace::Parent => lowest,
                 PiecePlace::Missing { layer } => layer,
             };
@@ -254,10 +254,10 @@ impl Layers {
     /// Merges what the layers say into one map.
     fn merge(mut self) -> (Vec<Layer>, Vec<Piece>) {
         let merged = match &mut *self.stretches {
-            [only] => mem::take(&mut only.pieces),
+            [only] if only.gaps == Gaps::Nothing => mem::take(&mut only.pieces),
             stretches => {
-                let maps = stretches.iter().map(|s| Merged { pieces: &s.pieces, lowest: s.lowest });
-                overlay::merge(&maps.collect::<Vec<_>>())
+                let maps: Vec<_> = stretches.iter().map(Stretch::map).collect();
+                overlay::merge(&maps)
             }
         };
         (self.layers, merged)
@@ -341,7 +341,14 @@ struct Stretch {
     /// The number of the lowest; that of the one above, if there is none.
     lowest: u32,
     pieces: Vec<Piece>,
+    gaps: Gaps,
     end: End,
+}
+
+impl Stretch {
+    fn map(&self) -> Merged<'_> {
+        Merged { pieces: &self.pieces, gaps: self.gaps, lowest: self.lowest }
+    }
 }
 
 /// The memory that pagemaps are read and merged in, stretch after stretch.
@@ -374,7 +381,8 @@ impl Desk {
             }
             break;
         }
-        Stretch { layers, lowest, pieces: self.pile.merge(), end }
+        let (pieces, gaps) = self.pile.merge();
+        Stretch { layers, lowest, pieces, gaps, end }
     }
 
     /// Reads the pagemap `name` of the snapshot `id` as layer `layer` and adds what
@@ -459,7 +467,10 @@ fn extent(piece: &Piece) -> Extent {
         PiecePlace::Stored { layer, file_page } => Place::Stored { layer, file_page },
         PiecePlace::Punched { layer, file_page } => Place::Punched { layer, file_page },
         // The others were found out when the index was built.
-        PiecePlace::Absent | PiecePlace::Parent | PiecePlace::Missing { .. } => Place::Absent,
+        PiecePlace::Absent
+        | PiecePlace::Nothing
+        | PiecePlace::Parent
+        | PiecePlace::Missing { .. } => Place::Absent,
     };
     Extent { first: piece.first(), pages: piece.pages(), place, lazy: piece.lazy() }
 }

@@ -6,6 +6,10 @@
 //! pairs. Every merge is one pass over two sorted arrays, and an entry takes
 //! part in a number of them that is logarithmic in the number of layers.
 //!
+//! Most of what a deep chain says is `PARENT`. So maps are merged in a form in which
+//! that is what lies between the pieces, and pieces say where there is nothing: half
+//! of them, or fewer, are left.
+//!
 //! All this is done for one window of pages after another, of as many entries as
 //! a processor's cache holds: the memory that merging needs is then small and
 //! always the same, and the windows can be shared out among processors.
@@ -42,6 +46,17 @@ pub(super) enum PiecePlace {
     /// Nowhere, although this layer's pagemap says that the layer below has
     /// them. Harmless as long as a newer layer has the pages.
     Missing { layer: u32 },
+    /// Nowhere, and not asked for. Only maps with [`Gaps::Parent`] have such pieces.
+    Nothing,
+}
+
+/// What the pages between the pieces of a map are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Gaps {
+    /// Nowhere, as in a pagemap.
+    Nothing,
+    /// Where the layer below says.
+    Parent,
 }
 
 /// The most layers that can be told apart.
@@ -54,10 +69,11 @@ const STORED: u64 = 0;
 const PARENT: u64 = 1;
 const ABSENT: u64 = 2;
 const MISSING: u64 = 3;
-const PLACE_MASK: u64 = 3;
-const LAZY: u64 = 4;
+const NOTHING: u64 = 4;
+const PLACE_MASK: u64 = 7;
+const LAZY: u64 = 8;
 /// What is stored was freed: it keeps its place in the file.
-const PUNCHED: u64 = 8;
+const PUNCHED: u64 = 16;
 
 /// A stretch of pages that are in the same place, in 24 bytes: merging is bound
 /// by memory, and an index is kept as long as its file is in use.
@@ -77,6 +93,11 @@ const PAGE_MASK: u64 = (1 << PAGE_BITS) - 1;
 const HALF_LAYER_MASK: u64 = (1 << SPARE_BITS) - 1;
 
 impl Piece {
+    /// Makes a piece from `first` to `end`, of pages that are not in a file.
+    fn between(first: PageIndex, end: PageIndex, place: PiecePlace, lazy: bool) -> Self {
+        Self::new(first, end.0 - first.0, place, lazy)
+    }
+
     /// Makes a piece of `pages` pages, fewer than 2^52, at a layer below
     /// [`LAYER_LIMIT`].
     pub(super) fn new(first: PageIndex, pages: u64, place: PiecePlace, lazy: bool) -> Self {
@@ -86,6 +107,7 @@ impl Piece {
             PiecePlace::Parent => (PARENT, 0, 0),
             PiecePlace::Absent => (ABSENT, 0, 0),
             PiecePlace::Missing { layer } => (MISSING, layer, 0),
+            PiecePlace::Nothing => (NOTHING, 0, 0),
         };
         let tag = kind | if lazy { LAZY } else { 0 };
         let layer = u64::from(layer);
@@ -125,6 +147,7 @@ impl Piece {
             }
             PARENT => PiecePlace::Parent,
             ABSENT => PiecePlace::Absent,
+            NOTHING => PiecePlace::Nothing,
             _ => PiecePlace::Missing { layer: self.layer() },
         }
     }
@@ -140,6 +163,16 @@ impl Piece {
     fn layer(&self) -> u32 {
         let layer = self.pages >> PAGE_BITS | (self.file_page >> PAGE_BITS) << SPARE_BITS;
         u32::try_from(layer).expect("24 bits")
+    }
+
+    /// Whether it is in a file, or was, and is not to come later.
+    fn is_stored(&self) -> bool {
+        self.tag() & !PUNCHED == STORED
+    }
+
+    /// Whether it says no more than a gap of [`Gaps::Parent`].
+    fn is_gap(&self) -> bool {
+        self.tag() == PARENT
     }
 
     fn with_lazy(self, lazy: bool) -> Self {
@@ -186,11 +219,13 @@ fn push_after(pieces: &mut Vec<Piece>, kept: usize, piece: Piece) {
 pub(super) struct Merged<'a> {
     /// What they say together.
     pub(super) pieces: &'a [Piece],
+    /// And what of the pages between.
+    pub(super) gaps: Gaps,
     /// The lowest of them.
     pub(super) lowest: u32,
 }
 
-/// Merges layers, the newest first, into one map.
+/// Merges layers, the newest first, into one map with [`Gaps::Nothing`].
 pub(super) fn merge(layers: &[Merged]) -> Vec<Piece> {
     // Every window costs a look at every layer.
     merge_by_windows(layers, WINDOW_PIECES.max(layers.len() * LOOK_PIECES))
@@ -199,13 +234,18 @@ pub(super) fn merge(layers: &[Merged]) -> Vec<Piece> {
 /// Does so in windows of about `target` pieces.
 fn merge_by_windows(layers: &[Merged], target: usize) -> Vec<Piece> {
     // What the newest layer does not speak of is nowhere.
-    let Some(top) = layers.first().map(|top| top.pieces) else { return Vec::new() };
-    let (Some(first), Some(last)) = (top.first(), top.last()) else { return Vec::new() };
+    let Some(top) = layers.first() else { return Vec::new() };
+    let (begin, end) = match (top.gaps, top.pieces) {
+        (Gaps::Parent, _) => (PageIndex(0), PageIndex::END),
+        (Gaps::Nothing, [first, .., last]) => (first.first(), last.end()),
+        (Gaps::Nothing, [only]) => (only.first(), only.end()),
+        (Gaps::Nothing, []) => return Vec::new(),
+    };
     let total: usize = layers.iter().map(|layer| layer.pieces.len()).sum();
-    let mut bounds = vec![first.first()];
+    let mut bounds = vec![begin];
     bounds.extend(inner_bounds(layers, total, target));
-    bounds.retain(|page| *page < last.end() && *page >= first.first());
-    bounds.push(last.end());
+    bounds.retain(|page| (begin..end).contains(page));
+    bounds.push(end);
     bounds.sort_unstable();
     bounds.dedup();
     let windows: Vec<(PageIndex, PageIndex)> = bounds.windows(2).map(|b| (b[0], b[1])).collect();
@@ -218,7 +258,7 @@ fn merge_by_windows(layers: &[Merged], target: usize) -> Vec<Piece> {
         let mut passed = vec![0; layers.len()];
         for (from, to) in *windows {
             pile.load(layers, &mut passed, *from, *to);
-            pile.merge_into(&mut merged);
+            pile.merge_into(*from, *to, &mut merged);
         }
         merged
     })
@@ -287,19 +327,32 @@ impl Pile {
 
     /// Merges all layers that are closed and takes them off the pile; what is
     /// open is forgotten.
-    pub(super) fn merge(&mut self) -> Vec<Piece> {
+    pub(super) fn merge(&mut self) -> (Vec<Piece>, Gaps) {
         self.pieces.truncate(self.begun());
-        let mut merged = Vec::new();
-        if let [_] = &*self.stretches {
-            // There may be millions.
-            mem::swap(&mut merged, &mut self.pieces);
+        if self.stretches.len() <= 1 {
             self.stretches.clear();
-        } else {
-            merged.reserve_exact(self.pieces.len());
-            self.merge_into(&mut merged);
+            // There may be millions.
+            let mut only = mem::take(&mut self.pieces);
+            only.shrink_to_fit();
+            return (only, Gaps::Nothing);
         }
-        merged.shrink_to_fit();
-        merged
+        self.leave_gaps_to_parents();
+        self.merge_all();
+        let merged = self.pieces.clone();
+        self.clear();
+        (merged, Gaps::Parent)
+    }
+
+    /// Brings all layers, which are as pushed, into the form that is merged.
+    fn leave_gaps_to_parents(&mut self) {
+        self.next_pieces.clear();
+        let mut begin = 0;
+        for stretch in &mut self.stretches {
+            let pieces = self.pieces[begin..stretch.end].iter().copied();
+            leave_gaps_to_parent(pieces, PageIndex(0), PageIndex::END, &mut self.next_pieces);
+            begin = mem::replace(&mut stretch.end, self.next_pieces.len());
+        }
+        mem::swap(&mut self.pieces, &mut self.next_pieces);
     }
 
     /// Returns where the open layer begins.
@@ -307,21 +360,33 @@ impl Pile {
         self.stretches.last().map_or(0, |stretch| stretch.end)
     }
 
-    /// Merges all layers, appends them to `merged` and takes them off the pile.
-    fn merge_into(&mut self, merged: &mut Vec<Piece>) {
-        while self.stretches.len() > 2 {
-            self.merge_pairs();
-        }
-        match &*self.stretches {
-            [] => {}
-            [_] => self.pieces.iter().for_each(|piece| push(merged, *piece)),
-            [upper, ..] => {
-                let (above, below) = self.pieces.split_at(upper.end);
-                overlay(above, below, upper.lowest, 0, merged);
-            }
-        }
+    fn clear(&mut self) {
         self.pieces.clear();
         self.stretches.clear();
+    }
+
+    fn merge_all(&mut self) {
+        while self.stretches.len() > 1 {
+            self.merge_pairs();
+        }
+    }
+
+    /// Merges all layers, which are of the window `[from, to)`, appends them to `merged`
+    /// with [`Gaps::Nothing`] and takes them off the pile.
+    fn merge_into(&mut self, from: PageIndex, to: PageIndex, merged: &mut Vec<Piece>) {
+        self.merge_all();
+        let mut next = from;
+        let end = Piece::between(to, to, PiecePlace::Nothing, false);
+        for piece in self.pieces.iter().chain([&end]) {
+            if piece.first() > next {
+                push(merged, Piece::between(next, piece.first(), PiecePlace::Parent, false));
+            }
+            next = piece.end();
+            if piece.kind() != NOTHING {
+                push(merged, *piece);
+            }
+        }
+        self.clear();
     }
 
     /// Piles up what `layers` have in `[from, to)`, of which none is before the
@@ -331,16 +396,17 @@ impl Pile {
         for (layer, passed) in layers.iter().zip(passed) {
             *passed += skip_to(&layer.pieces[*passed..], from);
             let begun = self.pieces.len();
-            for piece in layer.pieces[*passed..].iter().take_while(|piece| piece.first() < to) {
-                self.pieces.push(piece.clip(piece.first().max(from), piece.end().min(to)));
+            let inside = layer.pieces[*passed..].iter().take_while(|piece| piece.first() < to);
+            let inside =
+                inside.map(|piece| piece.clip(piece.first().max(from), piece.end().min(to)));
+            match layer.gaps {
+                Gaps::Nothing => leave_gaps_to_parent(inside, from, to, &mut self.pieces),
+                Gaps::Parent => self.pieces.extend(inside),
             }
             // A layer that leaves the whole window to its parent changes nothing.
-            if let [piece] = &self.pieces[begun..]
-                && piece.kind() == PARENT
-                && (piece.first(), piece.end()) == (from, to)
+            if self.pieces.len() == begun
                 && let Some(above) = self.stretches.last_mut()
             {
-                self.pieces.truncate(begun);
                 above.lowest = layer.lowest;
                 continue;
             }
@@ -371,40 +437,117 @@ impl Pile {
     }
 }
 
-/// Lays `upper` over `lower` and appends the result to `merged`, of which it
-/// leaves the first `kept` alone; `layer` is the lowest layer in `upper`.
+/// Appends `pieces` of a map with [`Gaps::Nothing`] in `[from, to)` to `merged`, as
+/// pieces of one with [`Gaps::Parent`].
+fn leave_gaps_to_parent(
+    pieces: impl Iterator<Item = Piece>,
+    from: PageIndex,
+    to: PageIndex,
+    merged: &mut Vec<Piece>,
+) {
+    let mut next = from;
+    for piece in pieces {
+        if piece.first() > next {
+            merged.push(Piece::between(next, piece.first(), PiecePlace::Nothing, false));
+        }
+        next = piece.end();
+        if !piece.is_gap() {
+            merged.push(piece);
+        }
+    }
+    if next < to {
+        merged.push(Piece::between(next, to, PiecePlace::Nothing, false));
+    }
+}
+
+/// Lays `upper` over `lower`, both with [`Gaps::Parent`], and appends the result to
+/// `merged`, of which it leaves the first `kept` alone; `layer` is the lowest layer in
+/// `upper`.
 fn overlay(upper: &[Piece], lower: &[Piece], layer: u32, kept: usize, merged: &mut Vec<Piece>) {
     // In most cases enough: only a lower piece that is cut in two takes more.
     merged.reserve(upper.len() + lower.len());
-    let mut below = lower;
-    for piece in upper {
+    let (mut above, mut below) = (upper, lower);
+    let mut next = PageIndex(0);
+    loop {
+        pass_apart(&mut above, &mut below, next, merged);
+        let Some((piece, rest)) = above.split_first() else { break };
+        above = rest;
+        for part in parts(&mut below, next, piece.first()) {
+            show(part, layer, false, kept, merged);
+        }
+        next = piece.end();
         if piece.kind() != PARENT {
             push_after(merged, kept, *piece);
             continue;
         }
-        let mut next = piece.first();
-        let missing = |from: PageIndex, to: PageIndex| {
-            Piece::new(from, to.0 - from.0, PiecePlace::Missing { layer }, piece.lazy())
-        };
-        below = &below[skip_to(below, next)..];
-        for candidate in below {
-            if candidate.first() >= piece.end() {
-                break;
+        // What is left to the parent in spite of being a piece may come later.
+        let mut begin = piece.first();
+        for part in parts(&mut below, begin, next) {
+            if part.first() > begin {
+                push_after(merged, kept, piece.clip(begin, part.first()));
             }
-            let from = candidate.first().max(next);
-            if from > next {
-                push_after(merged, kept, missing(next, from));
-            }
-            next = candidate.end().min(piece.end());
-            let answer = candidate.clip(from, next);
-            // Whether a page may come later is the snapshot's own affair, unless
-            // it has no choice.
-            let own = answer.kind() == ABSENT;
-            push_after(merged, kept, if own { answer } else { answer.with_lazy(piece.lazy()) });
+            begin = part.end();
+            show(part, layer, true, kept, merged);
         }
-        if next < piece.end() {
-            push_after(merged, kept, missing(next, piece.end()));
+        if begin < next {
+            push_after(merged, kept, piece.clip(begin, next));
         }
+    }
+    for part in parts(&mut below, next, PageIndex::END) {
+        show(part, layer, false, kept, merged);
+    }
+}
+
+/// Appends the pieces of both maps in the order of their pages, and takes them off, as
+/// long as they are stored and don't overlap; the lower map counts from `next` on. So are
+/// nearly all. None continues another: they are of different layers, or were joined
+/// already.
+fn pass_apart(
+    above: &mut &[Piece],
+    below: &mut &[Piece],
+    next: PageIndex,
+    merged: &mut Vec<Piece>,
+) {
+    let first = |map: &[Piece]| map.first().map_or(PageIndex::END, Piece::first);
+    let mut pass = |map: &mut &[Piece], end: PageIndex| {
+        let passing = map.iter().take_while(|piece| piece.is_stored() && piece.end() <= end);
+        let (passing, rest) = map.split_at(passing.count());
+        merged.extend_from_slice(passing);
+        *map = rest;
+        !passing.is_empty()
+    };
+    while first(below) >= next {
+        let passed = pass(above, first(below));
+        if !pass(below, first(above)) && !passed {
+            break;
+        }
+    }
+}
+
+/// Returns what `below` has in `[from, to)`, and takes off it what ends before.
+fn parts<'a>(
+    below: &mut &'a [Piece],
+    from: PageIndex,
+    to: PageIndex,
+) -> impl Iterator<Item = Piece> + use<'a> {
+    *below = &below[skip_to(below, from)..];
+    let inside = below.iter().take_while(move |piece| from < to && piece.first() < to);
+    inside.map(move |piece| piece.clip(piece.first().max(from), piece.end().min(to)))
+}
+
+/// Appends what a layer says of pages that those above, down to layer `layer`, leave to
+/// it. Whether they may come `lazy` is the snapshot's own affair, unless it has no choice.
+fn show(part: Piece, layer: u32, lazy: bool, kept: usize, merged: &mut Vec<Piece>) {
+    let shown = match part.kind() {
+        ABSENT => part,
+        NOTHING => {
+            let place = PiecePlace::Missing { layer };
+            Piece::between(part.first(), part.end(), place, lazy)
+        }
+        _ => part.with_lazy(lazy),
+    };
+    if !shown.is_gap() {
+        push_after(merged, kept, shown);
     }
 }
 
@@ -496,7 +639,7 @@ mod tests {
             pages in 1..1_u64 << 51,
             file_page in 0..1_u64 << 51,
             layer in 0..1_u32 << 24,
-            kind in 0..5_u8,
+            kind in 0..6_u8,
             lazy: bool,
         ) {
             let place = match kind {
@@ -504,6 +647,7 @@ mod tests {
                 1 => PiecePlace::Parent,
                 2 => PiecePlace::Absent,
                 3 => PiecePlace::Punched { layer, file_page },
+                4 => PiecePlace::Nothing,
                 _ => PiecePlace::Missing { layer },
             };
             let piece = Piece::new(PageIndex(first), pages, place, lazy);
@@ -532,9 +676,12 @@ mod tests {
                 let lowest = u32::try_from(position * in_a_pile + chunk.len() - 1).unwrap();
                 stretches.push((pile.merge(), lowest));
             }
-            let stretches: Vec<Merged> =
-                stretches.iter().map(|(pieces, lowest)| Merged { pieces, lowest: *lowest }).collect();
+            let stretches: Vec<Merged> = stretches
+                .iter()
+                .map(|((pieces, gaps), lowest)| Merged { pieces, gaps: *gaps, lowest: *lowest })
+                .collect();
             let merged = merge_by_windows(&stretches, target);
+            prop_assert!(merged.iter().all(|piece| piece.pages() > 0));
             for pair in merged.windows(2) {
                 prop_assert!(pair[0].end() <= pair[1].first());
                 prop_assert!(!pair[0].continues(&pair[1]));
