@@ -8,7 +8,7 @@ use super::{
     Common, exit, report, show,
     task::{self, Task, TaskWords},
 };
-use crate::res::track::keeper;
+use crate::{res::track::keeper, sys::heap};
 
 /// Checkpoint and restore of process trees
 ///
@@ -112,6 +112,7 @@ pub fn main() -> ExitCode {
     if env::args_os().next().is_some_and(|name| name == keeper::NAME) {
         return keeper::main(&env::args().skip(1).collect::<Vec<_>>());
     }
+    heap::grow_in_few_steps();
     let prepared = match task::prepare(env::args_os().collect()) {
         Ok(prepared) => prepared,
         Err(error) => {

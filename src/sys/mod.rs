@@ -9,6 +9,7 @@ pub mod fanotify;
 pub mod fds;
 mod features;
 pub mod gather;
+pub mod heap;
 pub mod lock;
 pub mod pagemap;
 pub mod process;
