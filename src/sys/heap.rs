@@ -11,11 +11,12 @@ const PAD_BYTES: libc::c_int = 1 << 20;
 const TRIM_BYTES: libc::c_int = 16 << 20;
 
 /// Makes the heap grow in few steps, and keeps what was freed for what is asked for next:
-/// pages that went back come again as page faults. For programs that end soon.
+/// pages that went back come again as page faults. For programs that end soon, before they
+/// have threads.
 pub fn grow_in_few_steps() {
     for (option, bytes) in [(libc::M_TOP_PAD, PAD_BYTES), (libc::M_TRIM_THRESHOLD, TRIM_BYTES)] {
-        // SAFETY: the call takes numbers; other threads are not there yet, and might be.
-        // It is only an improvement: nothing is lost if it is refused.
+        // SAFETY: the call takes numbers. It is not for several threads at once, and is
+        // made by the first one before there are others. Nothing is lost if it is refused.
         unsafe { libc::mallopt(option, bytes) };
     }
 }

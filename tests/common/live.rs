@@ -58,15 +58,17 @@ pub fn workload() -> &'static Path {
         if let Some(path) = std::env::var_os("RCRIU_TEST_WORKLOAD") {
             return path.into();
         }
-        // target/TRIPLE/PROFILE/deps/live-HASH; Cargo marks the first. A run of one test
-        // by name does not build the examples.
+        // target/TRIPLE/PROFILE/deps/live-HASH, or without TRIPLE. A run of one test by
+        // name does not build the examples.
         let test = std::env::current_exe().expect("the test has a path");
         let profile = test.ancestors().nth(2).expect("the test is in a profile's directory");
         let mut build = Command::new(env!("CARGO"));
         build.args(["build", "--quiet", "--locked", "--example", "workload", "--manifest-path"]);
         build.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml"));
-        let target_dir = profile.ancestors().find(|dir| dir.join("CACHEDIR.TAG").exists());
-        build.arg("--target-dir").arg(target_dir.expect("it is in a target directory"));
+        let below = profile.parent().expect("it is in a target directory");
+        // Cargo marks both.
+        let is_target_dir = |dir: &&Path| dir.join("CACHEDIR.TAG").exists();
+        build.arg("--target-dir").arg(below.parent().filter(is_target_dir).unwrap_or(below));
         match profile.file_name().map(OsStrExt::as_bytes) {
             Some(b"debug") => {}
             name => {
