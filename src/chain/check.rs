@@ -277,8 +277,8 @@ impl Check<'_> {
         match PagemapReader::open(&path) {
             Ok(reader) => {
                 // What it has up to an error, which is told when it is its turn.
+                let none = PageRanges::new();
                 for entry in reader.map_while(|entry| entry.ok()) {
-                    let none = PageRanges::new();
                     pieces(1, 0, &entry, &none, |piece| overlay::push(&mut below, piece));
                 }
             }

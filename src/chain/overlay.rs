@@ -235,11 +235,10 @@ pub(super) fn merge(layers: &[Merged]) -> Vec<Piece> {
 fn merge_by_windows(layers: &[Merged], target: usize) -> Vec<Piece> {
     // What the newest layer does not speak of is nowhere.
     let Some(top) = layers.first() else { return Vec::new() };
-    let (begin, end) = match (top.gaps, top.pieces) {
-        (Gaps::Parent, _) => (PageIndex(0), PageIndex::END),
-        (Gaps::Nothing, [first, .., last]) => (first.first(), last.end()),
-        (Gaps::Nothing, [only]) => (only.first(), only.end()),
-        (Gaps::Nothing, []) => return Vec::new(),
+    let (begin, end) = match (top.gaps, top.pieces.first(), top.pieces.last()) {
+        (Gaps::Parent, ..) => (PageIndex(0), PageIndex::END),
+        (Gaps::Nothing, Some(first), Some(last)) => (first.first(), last.end()),
+        (Gaps::Nothing, ..) => return Vec::new(),
     };
     let total: usize = layers.iter().map(|layer| layer.pieces.len()).sum();
     let mut bounds = vec![begin];
@@ -255,9 +254,9 @@ fn merge_by_windows(layers: &[Merged], target: usize) -> Vec<Piece> {
         // In most cases enough, and what is never touched costs nothing.
         let mut merged = Vec::with_capacity(if position == 0 { total } else { total / threads });
         let mut pile = Pile::default();
-        let mut passed = vec![0; layers.len()];
+        let mut rests: Vec<&[Piece]> = layers.iter().map(|layer| layer.pieces).collect();
         for (from, to) in *windows {
-            pile.load(layers, &mut passed, *from, *to);
+            pile.load(layers, &mut rests, *from, *to);
             pile.merge_into(*from, *to, &mut merged);
         }
         merged
@@ -390,15 +389,12 @@ impl Pile {
     }
 
     /// Piles up what `layers` have in `[from, to)`, of which none is before the
-    /// window that this was last called for; `passed` counts the pieces of each
-    /// that end before.
-    fn load(&mut self, layers: &[Merged], passed: &mut [usize], from: PageIndex, to: PageIndex) {
-        for (layer, passed) in layers.iter().zip(passed) {
-            *passed += skip_to(&layer.pieces[*passed..], from);
+    /// window that this was last called for; `rests` are their pieces without those that
+    /// end before.
+    fn load(&mut self, layers: &[Merged], rests: &mut [&[Piece]], from: PageIndex, to: PageIndex) {
+        for (layer, rest) in layers.iter().zip(rests) {
             let begun = self.pieces.len();
-            let inside = layer.pieces[*passed..].iter().take_while(|piece| piece.first() < to);
-            let inside =
-                inside.map(|piece| piece.clip(piece.first().max(from), piece.end().min(to)));
+            let inside = parts(rest, from, to);
             match layer.gaps {
                 Gaps::Nothing => leave_gaps_to_parent(inside, from, to, &mut self.pieces),
                 Gaps::Parent => self.pieces.extend(inside),
@@ -524,14 +520,14 @@ fn pass_apart(
     }
 }
 
-/// Returns what `below` has in `[from, to)`, and takes off it what ends before.
+/// Returns what `pieces` are in `[from, to)`, and takes off them what ends before.
 fn parts<'a>(
-    below: &mut &'a [Piece],
+    pieces: &mut &'a [Piece],
     from: PageIndex,
     to: PageIndex,
 ) -> impl Iterator<Item = Piece> + use<'a> {
-    *below = &below[skip_to(below, from)..];
-    let inside = below.iter().take_while(move |piece| from < to && piece.first() < to);
+    *pieces = &pieces[skip_to(pieces, from)..];
+    let inside = pieces.iter().take_while(move |piece| from < to && piece.first() < to);
     inside.map(move |piece| piece.clip(piece.first().max(from), piece.end().min(to)))
 }
 
