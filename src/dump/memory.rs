@@ -11,7 +11,7 @@ use std::{
     fs::File,
     io::{self, IoSlice, IoSliceMut},
     num::NonZeroUsize,
-    os::unix::fs::FileExt,
+    os::unix::fs::{FileExt, MetadataExt},
     path::PathBuf,
     sync::{
         Arc, Condvar, Mutex, MutexGuard,
@@ -32,7 +32,7 @@ use crate::{
     fault::{self, Point},
     image::{Kind, MemoryId, PagemapEntry, PagemapWriter, Presence, SnapshotWriter},
     sys::{cancel, fds},
-    units::{HostPid, PAGE_SIZE, PageIndex, RemoteAddr, page_bytes},
+    units::{BLOCK_BYTES, HostPid, PAGE_SIZE, PageIndex, RemoteAddr, page_bytes},
 };
 
 /// Pages in a chunk: 256 KiB, half of a usual second-level cache, since the parent's
@@ -628,7 +628,14 @@ pub(super) fn parent_memory(
 
 /// Returns the stretches of an object that are not holes.
 fn data_of(file: &File) -> io::Result<Vec<Stretch>> {
-    let len = i64::try_from(file.metadata()?.len()).unwrap_or(i64::MAX);
+    let meta = file.metadata()?;
+    // Looking for holes goes over all pages, so not where there is no room for any. Pages
+    // behind the end make room for some that are not seen: those are read as zeros.
+    if meta.len() > 0 && meta.blocks().saturating_mul(BLOCK_BYTES) >= meta.len() {
+        let pages = meta.len().div_ceil(PAGE_SIZE);
+        return Ok(vec![Stretch { first: PageIndex(0), pages, hidden: false, unwritten: false }]);
+    }
+    let len = i64::try_from(meta.len()).unwrap_or(i64::MAX);
     let mut stretches = Vec::new();
     let mut next = 0;
     while next < len {
@@ -646,4 +653,41 @@ fn data_of(file: &File) -> io::Result<Vec<Stretch>> {
         next = hole.max(data + 1);
     }
     Ok(stretches)
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::{
+        fcntl::{FallocateFlags, fallocate},
+        sys::memfd::{MFdFlags, memfd_create},
+    };
+
+    use super::*;
+
+    /// Returns the first page and the number of pages of each stretch of data.
+    fn data(object: &File) -> Vec<(u64, u64)> {
+        let stretches = data_of(object).unwrap();
+        stretches.iter().map(|stretch| (stretch.first.0, stretch.pages)).collect()
+    }
+
+    #[test]
+    fn stretches_hold_all_data_of_an_object() {
+        let object = File::from(memfd_create(c"object", MFdFlags::empty()).unwrap());
+        assert_eq!(data(&object), []);
+        object.set_len(10 * PAGE_SIZE).unwrap();
+        assert_eq!(data(&object), []);
+        object.write_all_at(&[1; 4 * PAGE], 2 * PAGE_SIZE).unwrap();
+        object.write_all_at(&[1], 9 * PAGE_SIZE).unwrap();
+        assert_eq!(data(&object), [(2, 4), (9, 1)]);
+        object.write_all_at(&[1; 10 * PAGE], 0).unwrap();
+        assert_eq!(data(&object), [(0, 10)]);
+        object.set_len(9 * PAGE_SIZE + 1).unwrap();
+        assert_eq!(data(&object), [(0, 10)]);
+        // As many pages as it has room for, but not all within it.
+        let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        fallocate(&object, hole, 3 * 4096, 4096).unwrap();
+        assert_eq!(data(&object), [(0, 3), (4, 6)]);
+        fallocate(&object, FallocateFlags::FALLOC_FL_KEEP_SIZE, 20 * 4096, 4096).unwrap();
+        assert_eq!(data(&object), [(0, 10)]);
+    }
 }
