@@ -384,15 +384,16 @@ fn growing_stack(checkpoint: &Checkpoint) -> Verdict {
         let below = if level == 0 { 0 } else { deep(level - 1) };
         below + frame[std::hint::black_box(511)]
     }
-    // An own mapping that grows down, with room below it.
-    let room = Area::private(256)?;
+    // An own mapping that grows down, with room below it: the kernel wants 256 pages to
+    // stay free between it and whatever is there (`stack_guard_gap`).
+    let room = Area::private(512)?;
     room.unmap()?;
-    let at = room.part(248, 8).at;
+    let at = room.part(504, 8).at;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_GROWSDOWN | libc::MAP_FIXED;
     sys!(mmap(at.cast(), 8 * PAGE, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0))?;
-    let own = room.part(248, 8);
+    let own = room.part(504, 8);
     own.fill(1);
-    let grown = room.part(244, 4);
+    let grown = room.part(500, 4);
     for page in (0..4).rev() {
         grown.page(page).fill(2);
     }
@@ -403,10 +404,10 @@ fn growing_stack(checkpoint: &Checkpoint) -> Verdict {
     for page in 0..4 {
         grown.page(page).verify("grown part of the stack", 2)?;
     }
-    for page in (234..244).rev() {
+    for page in (490..500).rev() {
         room.page(page).fill(3);
     }
-    for page in 234..244 {
+    for page in 490..500 {
         room.page(page).verify("stack grown afterwards", 3)?;
     }
     // Four MiB: further down than the stack has been.
