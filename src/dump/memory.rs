@@ -53,6 +53,8 @@ pub(super) struct Stretch {
     pub(super) pages: u64,
     /// Whether the process itself could not read them.
     pub(super) hidden: bool,
+    /// Whether a file would be seen without them: then zeros are as good as other bytes.
+    pub(super) over_file: bool,
     /// Whether they are known to be in the parent as they are, without a look.
     pub(super) unwritten: bool,
 }
@@ -109,7 +111,7 @@ pub(super) struct Counts {
     pub(super) compared: u64,
     /// Left to the parent.
     pub(super) in_parent: u64,
-    /// All zero.
+    /// All zero, and left out.
     pub(super) zero: u64,
     /// Written.
     pub(super) stored: u64,
@@ -353,15 +355,24 @@ impl<'a> Job<'a> {
                 at = end;
             }
         }
-        for (number, page) in bytes.chunks_exact(PAGE).enumerate() {
-            let at = number * PAGE;
-            places.push(if is_zero(page) {
-                Presence::Absent
-            } else if self.memory.parent.is_some() && *page == parent[at..at + PAGE] {
-                Presence::Parent
-            } else {
-                Presence::Present
-            });
+        let mut pages = bytes.chunks_exact(PAGE).enumerate();
+        for run in runs.iter() {
+            for (index, (number, page)) in (run.first.0..run.first.0 + run.pages).zip(&mut pages) {
+                let at = number * PAGE;
+                let zero = is_zero(page);
+                let is_in_parent = || match &self.memory.parent {
+                    Some(memory) if zero => has_zeros(memory, PageIndex(index)),
+                    Some(_) => *page == parent[at..at + PAGE],
+                    None => false,
+                };
+                places.push(if zero && !run.over_file {
+                    Presence::Absent
+                } else if is_in_parent() {
+                    Presence::Parent
+                } else {
+                    Presence::Present
+                });
+            }
         }
         Ok(())
     }
@@ -581,8 +592,8 @@ fn read_object(file: &File, offset: u64, target: &mut [u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// Reads what the parent chain has of a run; pages that no image has are zero,
-/// which no page that is compared is.
+/// Reads what the parent chain has of a run. Pages that no image has are zero, and
+/// pages of zeros are not compared with that.
 fn read_parent(memory: &MemoryBytes, run: &Stretch, target: &mut [u8]) -> Result<()> {
     if let Ok(count) = read_at(memory, run.first.address(), target) {
         target[count..].fill(0);
@@ -600,6 +611,15 @@ fn read_parent(memory: &MemoryBytes, run: &Stretch, target: &mut [u8]) -> Result
         }
     }
     Ok(())
+}
+
+/// Whether the parent chain has a page, all zero, and it can be read.
+fn has_zeros(memory: &MemoryBytes, page: PageIndex) -> bool {
+    let mut bytes = [0; PAGE];
+    let stored = memory.index().find(page);
+    stored.is_some_and(|extent| matches!(extent.place, Place::Stored { .. }))
+        && read_at(memory, page.address(), &mut bytes).is_ok_and(|count| count == PAGE)
+        && is_zero(&bytes)
 }
 
 /// Whether all bytes of a page are zero.
@@ -626,6 +646,11 @@ pub(super) fn parent_memory(
     }
 }
 
+/// A stretch of an object, whose holes are zero.
+fn of_object(first: PageIndex, pages: u64) -> Stretch {
+    Stretch { first, pages, hidden: false, over_file: false, unwritten: false }
+}
+
 /// Returns the stretches of an object that are not holes.
 fn data_of(file: &File) -> io::Result<Vec<Stretch>> {
     let meta = file.metadata()?;
@@ -633,7 +658,7 @@ fn data_of(file: &File) -> io::Result<Vec<Stretch>> {
     // behind the end make room for some that are not seen: those are read as zeros.
     if meta.len() > 0 && meta.blocks().saturating_mul(BLOCK_BYTES) >= meta.len() {
         let pages = meta.len().div_ceil(PAGE_SIZE);
-        return Ok(vec![Stretch { first: PageIndex(0), pages, hidden: false, unwritten: false }]);
+        return Ok(vec![of_object(PageIndex(0), pages)]);
     }
     let len = i64::try_from(meta.len()).unwrap_or(i64::MAX);
     let mut stretches = Vec::new();
@@ -648,7 +673,7 @@ fn data_of(file: &File) -> io::Result<Vec<Stretch>> {
         let end = hole.cast_unsigned().div_ceil(PAGE_SIZE);
         if end > first.0 {
             let pages = end - first.0;
-            stretches.push(Stretch { first, pages, hidden: false, unwritten: false });
+            stretches.push(of_object(first, pages));
         }
         next = hole.max(data + 1);
     }

@@ -220,6 +220,7 @@ mod tests {
             first: PageIndex(pages.start),
             pages: pages.end - pages.start,
             hidden: false,
+            over_file: false,
             unwritten,
         };
         let plain = [stretch(10..20, false), stretch(30..40, false)];

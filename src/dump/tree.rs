@@ -439,10 +439,11 @@ pub(super) fn scan(
         pagemap.scan(mapping.start, mapping.end, query, &mut regions)?;
         found.extend(regions.into_iter().map(|region| (region, false)));
     }
+    let over_file = matches!(object, Object::File | Object::SharedMemory);
     stretches.extend(found.iter().map(|(region, unwritten)| {
         let first = region.first();
         let pages = (region.end().0 >> PAGE_SHIFT) - first.0;
-        Stretch { first, pages, hidden: !mapping.read, unwritten: *unwritten }
+        Stretch { first, pages, hidden: !mapping.read, over_file, unwritten: *unwritten }
     }));
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::{path::Path, sync::Arc};
 use rcriu::{
     chain::{Chain, MemoryBytes, SnapshotId, read_at},
     image::MemoryId,
-    units::PageIndex,
+    units::{PageIndex, PageRanges},
 };
 
 /// Opens the last snapshot of a chain.
@@ -60,5 +60,10 @@ pub fn assert_same_memory(memory: MemoryId, one: &MemoryBytes, other: &MemoryByt
     }
     differing.sort_unstable();
     differing.dedup();
+    // A page that is not there is what is below it, which need not be zero.
+    let has = |bytes: &MemoryBytes| -> PageRanges {
+        bytes.index().extents().map(|extent| extent.first.0..extent.end().0).collect()
+    };
+    assert_eq!(has(one), has(other), "pages of {memory}");
     assert!(differing.is_empty(), "{memory} differs at {differing:x?}");
 }

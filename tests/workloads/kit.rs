@@ -379,6 +379,11 @@ impl Area {
         }
     }
 
+    /// Writes zeros.
+    pub fn clear(self) {
+        (0..self.bytes / 8).for_each(|word| self.set(word, 0));
+    }
+
     pub fn get(self, word: usize) -> u64 {
         assert!(word * 8 < self.bytes);
         // SAFETY: the area is mapped and readable, as callers see to.

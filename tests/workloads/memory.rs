@@ -195,10 +195,12 @@ fn private_file(checkpoint: &Checkpoint) -> Verdict {
     sys!(close(fd))?;
     area.part(3, 2).fill(1);
     area.page(15).fill(2);
+    area.page(7).clear();
     checkpoint.wait();
+    area.page(7).verify_zero("page of zeros over the file")?;
     area.part(3, 2).verify("changed pages", 1)?;
     area.page(15).verify("changed last page", 2)?;
-    for word in (0..3 * PAGE / 8).chain(5 * PAGE / 8..15 * PAGE / 8) {
+    for word in (0..3 * PAGE / 8).chain(8 * PAGE / 8..15 * PAGE / 8) {
         same("word of the file", 0x0707_0707_0707_0707, area.get(word))?;
     }
     let bytes = fs::read(&path).map_err(|error| error.to_string())?;
@@ -234,6 +236,8 @@ fn memfd_mapping(checkpoint: &Checkpoint) -> Verdict {
     sys!(ftruncate(fd, 16 * PAGE as i64))?;
     let area = Area::of_file(16, fd, libc::MAP_SHARED)?;
     area.part(2, 8).fill(1);
+    let own = Area::of_file(16, fd, libc::MAP_PRIVATE)?;
+    own.page(3).clear();
     let seals = libc::F_SEAL_GROW | libc::F_SEAL_SHRINK;
     sys!(fcntl(fd, libc::F_ADD_SEALS, seals))?;
     let unmapped = sys!(memfd_create(c"unmapped".as_ptr(), libc::MFD_ALLOW_SEALING))?;
@@ -254,6 +258,8 @@ fn memfd_mapping(checkpoint: &Checkpoint) -> Verdict {
     })?;
     checkpoint.wait();
     area.part(2, 8).verify("memfd", 1)?;
+    own.page(3).verify_zero("page of zeros over the memfd")?;
+    same("word of the memfd, mapped privately", area.get(4 * PAGE / 8), own.get(4 * PAGE / 8))?;
     nameless.verify("memfd without descriptor", 4)?;
     checkpoint.wait_mark("written")?;
     same("word of the child", 6, area.get(0))?;

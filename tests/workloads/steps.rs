@@ -700,6 +700,14 @@ fn private_file(steps: &Steps) -> Verdict {
     area.page(1).set(3, area.page(1).get(3));
     area.page(2).set(0, 1);
     steps.pause();
+    // Zeros are no less than other bytes where a file is below.
+    area.page(5).clear();
+    area.page(30).clear();
+    steps.pause();
+    steps.pause();
+    area.page(5).advise(libc::MADV_DONTNEED)?;
+    area.page(30).set(0, 7);
+    steps.pause();
     Ok(())
 }
 
