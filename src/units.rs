@@ -17,6 +17,42 @@ pub const PAGE_SHIFT: u32 = 12;
 /// the file system's own block size is (`stat(2)`, `st_blocks`).
 pub const BLOCK_BYTES: u64 = 512;
 
+/// The size of huge pages as `mmap(2)`, `memfd_create(2)` and `shmget(2)` have it in their
+/// flags (`asm-generic/hugetlb_encode.h`): its logarithm, 0 for the machine's usual size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HugeSize(u32);
+
+impl HugeSize {
+    const SHIFT: u32 = 26;
+    const MASK: u32 = 0x3f << Self::SHIFT;
+    /// The usual size on x86-64, unless the kernel was started with another
+    /// (`default_hugepagesz`).
+    const USUAL_BYTES: u64 = 2 << 20;
+
+    /// Returns the size of huge pages of so many bytes.
+    pub const fn of(bytes: u64) -> Self {
+        Self(bytes.trailing_zeros() << Self::SHIFT & Self::MASK)
+    }
+
+    /// Returns the size that is in flags.
+    pub const fn in_flags(flags: u32) -> Self {
+        Self(flags & Self::MASK)
+    }
+
+    /// Returns the bits that say so in flags.
+    pub const fn flags(self) -> u32 {
+        self.0
+    }
+
+    /// Returns the bytes in a page.
+    pub const fn bytes(self) -> u64 {
+        match self.0 >> Self::SHIFT {
+            0 => Self::USUAL_BYTES,
+            shift => 1 << shift,
+        }
+    }
+}
+
 /// Returns the bytes in so many pages, at most `u64::MAX`: images may claim more
 /// pages than bytes can be counted.
 pub const fn page_bytes(pages: u64) -> u64 {

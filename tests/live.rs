@@ -14,17 +14,18 @@ use std::{
     collections::BTreeSet,
     fs::{self, File},
     io::{BufWriter, Read},
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Instant,
 };
 
 use common::{
     Cap,
-    live::{Live, bounded, engine, restorer, wait_for, workload},
+    live::{Live, bounded, directory, engine, restorer, wait_for, workload},
     mounted::Mounted,
     require,
 };
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use rcriu::image::{ImageWriter, Kind, proto, read_all};
 
 /// Dumps a state, which ends it, and restores it.
@@ -254,12 +255,40 @@ fn privileged_old_kernels_give_out_timer_ids_in_turn() {
     restored_without("posix_timers", &[], "timer_cr_ids");
 }
 
+/// A test for each state of huge pages, which the kernel has to be given memory for.
+macro_rules! huge_states {
+    ($($name:ident;)*) => {
+        mod privileged_huge_pages {
+            use super::{Cap, require};
+
+            $(#[test]
+            #[ignore = "needs huge pages: tests/vm/run, or vm.nr_hugepages"]
+            fn $name() {
+                require(Cap::HugePages);
+                super::restored(stringify!($name), &[]);
+                super::running(stringify!($name), &[]);
+                super::restored_from_a_mount(stringify!($name), true);
+            })*
+        }
+
+        const HUGE_NAMES: &[&str] = &[$(stringify!($name)),*];
+    };
+}
+
+huge_states! {
+    hugetlb_private;
+    hugetlb_shared;
+    hugetlb_memfd;
+    hugetlb_sysv;
+}
+
 #[test]
 fn every_workload_is_tested() {
     let output = Command::new(workload()).arg("--list").output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     let there: BTreeSet<_> = text.lines().collect();
-    let tested = NAMES.iter().copied().chain(["unix_pending_data"]);
+    let tested = [NAMES, HUGE_NAMES, &["unix_pending_data"]].concat();
+    let tested = tested.into_iter();
     assert_eq!(there, tested.collect());
 }
 
@@ -397,6 +426,37 @@ fn privileged_data_in_a_pending_connection_is_refused() {
     assert!(words.contains("waiting to be accepted"), "{words}");
     before.assert_unchanged(&live.state_after(&before));
     live.verdict();
+}
+
+/// Unmounts a file system at the end.
+struct Mount(PathBuf);
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+    }
+}
+
+/// A restore could not write the bytes of such a file.
+#[test]
+fn privileged_deleted_files_of_huge_pages_are_refused() {
+    require(Cap::Ptrace);
+    let dir = directory();
+    let point = dir.path().join("huge");
+    fs::create_dir(&point).unwrap();
+    mount(None::<&str>, &point, Some("hugetlbfs"), MsFlags::empty(), None::<&str>)
+        .unwrap_or_else(|errno| panic!("this test needs a kernel with hugetlbfs: {errno}"));
+    let _mount = Mount(point);
+    let script = "exec 3>huge/file; rm huge/file; mkfifo gate; echo ready >status.new; \
+                  mv status.new status; read x <gate";
+    let mut live = Live::program("sh", &["-c", script], dir);
+    live.wait_ready();
+    let before = live.state();
+    let output = live.try_dump(&["--ghost-limit", "16M"]);
+    let words = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success(), "it was dumped: {words}");
+    assert!(words.contains("huge/file of huge pages"), "{words}");
+    before.assert_unchanged(&live.state_after(&before));
 }
 
 /// Kills dumps of a tree that goes on, each after a while. One that was complete

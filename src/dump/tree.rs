@@ -372,7 +372,7 @@ impl<'a> Collection<'a> {
         if self.segments.contains_key(&id) {
             return Ok(());
         }
-        let entry = sysv::collect(id).map_err(|source| DumpError::Process {
+        let entry = sysv::collect(id, mapping).map_err(|source| DumpError::Process {
             pid,
             step: "look at the System V segment of",
             source,

@@ -9,7 +9,7 @@ use crate::{
     image::{proto::VmaEntry, vma},
     proc::{Mapping, VmFlags},
     sys::Features,
-    units::HostPid,
+    units::{HostPid, HugeSize, PAGE_SIZE},
 };
 
 /// Advice that is kept: the flag that shows it, and its number (`MADV_*`,
@@ -25,8 +25,8 @@ const ADVICE: [(VmFlags, i32); 8] = [
     (VmFlags::WIPE_ON_FORK, libc::MADV_WIPEONFORK),
 ];
 
-/// Where `mmap(2)` takes the logarithm of the size of huge pages.
-const HUGE_SHIFT: u32 = 26;
+/// What the kernel calls anonymous memory of huge pages: it is that of a file of its own.
+const HUGE_ANONYMOUS: &[u8] = b"/anon_hugepage (deleted)";
 
 /// Together with `MAP_LOCKED`: pages are locked as they are touched. `mmap(2)` ignores
 /// the flag without `MAP_POPULATE`, so that other restorers lose nothing but this.
@@ -84,12 +84,8 @@ pub fn object(pid: HostPid, mapping: &Mapping) -> Result<Object> {
     if name.starts_with(b"anon_inode:") || name.starts_with(b"socket:") {
         return refuse("a file without a name");
     }
-    if flags.contains(VmFlags::HUGE_TLB) {
-        return if name.starts_with(b"/anon_hugepage") && !mapping.shared {
-            Ok(Object::Private)
-        } else {
-            refuse("shared huge pages")
-        };
+    if flags.contains(VmFlags::HUGE_TLB) && name == HUGE_ANONYMOUS {
+        return Ok(if mapping.shared { Object::SharedMemory } else { Object::Private });
     }
     if mapping.inode == 0 && mapping.dev_major == 0 && mapping.dev_minor == 0 {
         return if mapping.shared {
@@ -140,9 +136,7 @@ pub fn entry(mapping: &Mapping, object: Object, shmid: u64) -> VmaEntry {
     if is_locked_on_fault(flags) {
         flag_bits |= LOCKED_ON_FAULT;
     }
-    if flags.contains(VmFlags::HUGE_TLB) {
-        flag_bits |= mapping.kernel_page_bytes.trailing_zeros() << HUGE_SHIFT;
-    }
+    flag_bits |= huge_size(mapping).map_or(0, HugeSize::flags);
     let protection = [
         (mapping.read, libc::PROT_READ),
         (mapping.write, libc::PROT_WRITE),
@@ -164,6 +158,21 @@ pub fn entry(mapping: &Mapping, object: Object, shmid: u64) -> VmaEntry {
         madv: (madv != 0).then_some(madv),
         fdflags: has_file
             .then_some(if write_back { libc::O_RDWR } else { libc::O_RDONLY }.cast_unsigned()),
+    }
+}
+
+/// Returns the size of the huge pages that a mapping asked for by name, if it did.
+pub fn huge_size(mapping: &Mapping) -> Option<HugeSize> {
+    let huge = mapping.flags.contains(VmFlags::HUGE_TLB);
+    huge.then(|| HugeSize::of(mapping.kernel_page_bytes))
+}
+
+/// Returns the bytes in a page of a mapping.
+pub fn page_bytes(entry: &VmaEntry) -> u64 {
+    if entry.flags & libc::MAP_HUGETLB.cast_unsigned() == 0 {
+        PAGE_SIZE
+    } else {
+        HugeSize::in_flags(entry.flags).bytes()
     }
 }
 

@@ -11,6 +11,7 @@ use std::{
 
 use nix::{errno::Errno, libc};
 
+use super::mapping;
 use crate::{
     image::{
         Kind, SnapshotWriter,
@@ -18,7 +19,9 @@ use crate::{
         read_all,
     },
     inject::Script,
+    proc::Mapping,
     sys::shm::{self, Segment},
+    units::{HugeSize, PAGE_SIZE},
 };
 
 /// The number of this program's IPC namespace in images.
@@ -30,14 +33,17 @@ const DESTROYED: u32 = 0o1000;
 /// What of `shm_perm.mode` are permissions.
 const PERMISSIONS: u32 = 0o777;
 
+/// `SHM_HUGETLB` (`linux/shm.h`).
+const HUGE: u32 = libc::SHM_HUGETLB.cast_unsigned();
+
 /// Where the id of the next segment can be chosen.
 const NEXT_ID: &str = "/proc/sys/kernel/shm_next_id";
 
-/// Returns what an image says of a segment.
+/// Returns what an image says of a segment, of which there is a mapping.
 ///
 /// # Errors
 /// `EINVAL` if it is gone.
-pub fn collect(id: u32) -> Result<IpcShmEntry, Errno> {
+pub fn collect(id: u32, mapping: &Mapping) -> Result<IpcShmEntry, Errno> {
     let segment = shm::stat(id)?;
     Ok(IpcShmEntry {
         desc: IpcDescEntry {
@@ -51,7 +57,7 @@ pub fn collect(id: u32) -> Result<IpcShmEntry, Errno> {
         },
         size: segment.bytes,
         in_pagemaps: Some(true),
-        hugetlb_flag: None,
+        hugetlb_flag: mapping::huge_size(mapping).map(|size| size.flags() | HUGE),
     })
 }
 
@@ -87,14 +93,22 @@ pub fn create(entry: &IpcShmEntry) -> Result<(), String> {
         Err(errno) => return Err(format!("look at segment {}: {errno}", desc.id)),
     }
     fs::write(NEXT_ID, desc.id.to_string()).map_err(|error| format!("write {NEXT_ID}: {error}"))?;
-    let made = shm::create(desc.key, entry.size, desc.mode & PERMISSIONS)
-        .map_err(|errno| format!("make a segment with key {:#x}: {errno}", desc.key))?;
+    let (huge, of_what) = match huge_size(entry) {
+        Some(size) => (size.flags() | HUGE, " of huge pages (see vm.nr_hugepages)"),
+        None => (0, ""),
+    };
+    let made = shm::create(desc.key, entry.size, desc.mode & PERMISSIONS | huge)
+        .map_err(|errno| format!("make a segment{of_what} with key {:#x}: {errno}", desc.key))?;
     if made != desc.id {
         let _ = shm::remove(made);
         return Err(format!("the kernel made segment {made} instead of {}", desc.id));
     }
     shm::set_owner(made, desc.uid, desc.gid, desc.mode & PERMISSIONS)
         .map_err(|errno| format!("set the owner of segment {made}: {errno}"))
+}
+
+fn huge_size(entry: &IpcShmEntry) -> Option<HugeSize> {
+    entry.hugetlb_flag.map(HugeSize::in_flags)
 }
 
 fn check(entry: &IpcShmEntry, found: &Segment) -> Result<(), String> {
@@ -139,5 +153,6 @@ pub fn finish(entry: &IpcShmEntry) -> Result<(), Errno> {
 /// # Errors
 /// What `shmat(2)` returns; what opening the mapping returns.
 pub fn open(entry: &IpcShmEntry) -> std::io::Result<File> {
-    shm::open(entry.desc.id, entry.size)
+    let page_bytes = huge_size(entry).map_or(PAGE_SIZE, HugeSize::bytes);
+    shm::open(entry.desc.id, entry.size, page_bytes)
 }

@@ -30,7 +30,7 @@ use crate::{
     inject::Script,
     res::{mapping, sysv},
     sys::process,
-    units::{HostPid, PAGE_SHIFT, PAGE_SIZE, PageIndex, RemoteAddr, page_bytes},
+    units::{HostPid, PAGE_SHIFT, PAGE_SIZE, PageIndex, PageRanges, RemoteAddr, page_bytes},
 };
 
 /// Pages that are read and written at a time: 256 KiB.
@@ -164,12 +164,31 @@ pub(super) fn in_parallel(
 pub(super) struct Layout {
     /// Ascending.
     kept: Vec<Range<u64>>,
+    /// Pages of huge pages in what is kept of which the process has lost a part: they can
+    /// be dropped as a whole only, and are written anew.
+    renewed: PageRanges,
     vdso_kept: bool,
 }
 
 impl Layout {
-    /// Compares two address spaces.
-    pub(super) fn new(inherited: &[VmaEntry], wanted: &[VmaEntry]) -> Self {
+    /// Compares what a process inherited with what it is to have; `memory` is what is
+    /// stored of its parent.
+    pub(super) fn new(inherited: &[VmaEntry], memory: Option<&MemoryBytes>, wanted: &Body) -> Self {
+        let mut layout = Self::of_mappings(inherited, &wanted.vmas);
+        let Some(memory) = memory else { return layout };
+        for entry in wanted.vmas.iter().filter(|entry| is_huge(entry)) {
+            let huge = mapping::page_bytes(entry) >> PAGE_SHIFT;
+            for part in layout.parts(entry.start, entry.end, true) {
+                for lost in lost(memory, wanted, part) {
+                    let first = lost.start / huge * huge;
+                    layout.renewed.insert(first..lost.end.next_multiple_of(huge));
+                }
+            }
+        }
+        layout
+    }
+
+    fn of_mappings(inherited: &[VmaEntry], wanted: &[VmaEntry]) -> Self {
         let places = |vmas: &[VmaEntry]| -> Vec<(u64, u64, u32)> {
             vmas.iter()
                 .filter(|entry| mapping::is_vdso(entry))
@@ -189,7 +208,7 @@ impl Layout {
                 }
             }
         }
-        Self { kept, vdso_kept }
+        Self { kept, renewed: PageRanges::new(), vdso_kept }
     }
 
     /// Returns the parts of `[start, end)` that are kept, or that are not.
@@ -211,6 +230,34 @@ impl Layout {
         }
         parts
     }
+}
+
+/// Whether a mapping has private huge pages that were asked for by name.
+fn is_huge(entry: &VmaEntry) -> bool {
+    mapping::is_private(entry) && mapping::page_bytes(entry) > PAGE_SIZE
+}
+
+/// Returns the pages within addresses that are stored of `parent`, but not of a process.
+fn lost(parent: &MemoryBytes, body: &Body, addresses: Range<u64>) -> Vec<Range<u64>> {
+    let has = |page: u64| {
+        body.memory.as_ref().is_some_and(|memory| memory.index().find(PageIndex(page)).is_some())
+    };
+    let range = pages(&addresses);
+    let chunks = Chunks::new(parent, &[range]).chunks;
+    let pages = chunks.iter().flat_map(|chunk| chunk.first.0..chunk.first.0 + chunk.pages);
+    let mut lost: Vec<Range<u64>> = Vec::new();
+    for page in pages.filter(|page| !has(*page)) {
+        match lost.last_mut() {
+            Some(last) if last.end == page => last.end += 1,
+            _ => lost.push(page..page + 1),
+        }
+    }
+    lost
+}
+
+/// Returns the pages of a range of addresses.
+fn pages(addresses: &Range<u64>) -> Range<PageIndex> {
+    PageIndex::holding(addresses.start)..PageIndex::holding(addresses.end)
 }
 
 /// Whether where two mappings overlap they map the same.
@@ -310,7 +357,12 @@ pub(super) fn arrange(
         }
         for part in parts {
             let offset = if has_file { entry.pgoff + (part.start - entry.start) } else { 0 };
-            let what = format!("map {:#x}-{:#x}", part.start, part.end);
+            let huge = if mapping::page_bytes(entry) > PAGE_SIZE {
+                " (huge pages; see vm.nr_hugepages)"
+            } else {
+                ""
+            };
+            let what = format!("map {:#x}-{:#x}{huge}", part.start, part.end);
             script.call(
                 what,
                 libc::SYS_mmap,
@@ -334,6 +386,7 @@ pub(super) fn arrange(
             protect(script, part, filling_protection(entry, body.memory.as_ref()));
         }
     }
+    layout.renewed.iter().for_each(|pages| drop_range(pages, script));
     Ok(())
 }
 
@@ -361,13 +414,18 @@ pub(super) fn fill(
     let Some(memory) = &body.memory else { return Ok(Filled::default()) };
     let private =
         || body.vmas.iter().filter(|entry| mapping::is_private(entry) && !mapping::is_vdso(entry));
-    let pages = |range: Range<u64>| PageIndex::holding(range.start)..PageIndex::holding(range.end);
-    let fresh: Vec<_> = private()
-        .flat_map(|entry| layout.parts(entry.start, entry.end, false))
-        .map(pages)
-        .collect();
-    let kept: Vec<_> =
-        private().flat_map(|entry| layout.parts(entry.start, entry.end, true)).map(pages).collect();
+    let parts =
+        |kept: bool| private().flat_map(move |entry| layout.parts(entry.start, entry.end, kept));
+    let mut fresh: Vec<_> = parts(false).map(|part| pages(&part)).collect();
+    let mut kept = Vec::new();
+    for part in parts(true) {
+        let part = pages(&part);
+        for (part, renewed) in layout.renewed.split(part.start.0..part.end.0) {
+            let into = if renewed { &mut fresh } else { &mut kept };
+            into.push(PageIndex(part.start)..PageIndex(part.end));
+        }
+    }
+    fresh.sort_unstable_by_key(|range| range.start);
     let filled = Mutex::new(Filled::default());
     let count = |add: Filled| {
         let mut filled = filled.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -466,7 +524,8 @@ pub(super) struct Filled {
     pub(super) written: u64,
 }
 
-/// Adds the calls that drop pages which the process inherited but does not have.
+/// Adds the calls that drop pages which the process inherited but does not have; huge
+/// ones were dropped before it was filled.
 pub(super) fn drop_pages(
     body: &Body,
     layout: &Layout,
@@ -474,37 +533,20 @@ pub(super) fn drop_pages(
     script: &mut Script,
 ) {
     let Some(parent) = parent else { return };
-    let has = |page: PageIndex| {
-        body.memory.as_ref().is_some_and(|memory| memory.index().find(page).is_some())
-    };
     for entry in &body.vmas {
-        if !mapping::is_private(entry) || mapping::is_vdso(entry) {
+        if !mapping::is_private(entry) || mapping::is_vdso(entry) || is_huge(entry) {
             continue;
         }
         for part in layout.parts(entry.start, entry.end, true) {
-            let range = PageIndex::holding(part.start)..PageIndex::holding(part.end);
-            for chunk in Chunks::new(parent, &[range]).chunks {
-                let mut run = None;
-                for page in chunk.first.0..=chunk.first.0 + chunk.pages {
-                    let lost = page < chunk.first.0 + chunk.pages && !has(PageIndex(page));
-                    match (lost, run) {
-                        (true, None) => run = Some(page),
-                        (false, Some(first)) => {
-                            let address = first << PAGE_SHIFT;
-                            let len = page_bytes(page - first);
-                            script.call(
-                                "drop inherited pages",
-                                libc::SYS_madvise,
-                                &[address.into(), len.into(), libc::MADV_DONTNEED.into()],
-                            );
-                            run = None;
-                        }
-                        _ => {}
-                    }
-                }
-            }
+            lost(parent, body, part).into_iter().for_each(|pages| drop_range(pages, script));
         }
     }
+}
+
+fn drop_range(pages: Range<u64>, script: &mut Script) {
+    let (address, len) = (page_bytes(pages.start), page_bytes(pages.end - pages.start));
+    let arguments = [address.into(), len.into(), libc::MADV_DONTNEED.into()];
+    script.call("drop inherited pages", libc::SYS_madvise, &arguments);
 }
 
 /// Adds the calls that give memory its last shape, after all children were made:

@@ -4,6 +4,7 @@
 use std::{
     collections::BTreeMap,
     fs::File,
+    io,
     os::{
         fd::{AsFd, OwnedFd},
         unix::fs::FileExt,
@@ -11,6 +12,8 @@ use std::{
     path::Path,
     sync::{Arc, Mutex, PoisonError},
 };
+
+use memmap2::{MmapOptions, MmapRaw};
 
 use super::{
     RestoreError, Result,
@@ -26,17 +29,19 @@ use crate::{
         sysv,
     },
     sys::process,
-    units::{PageIndex, page_bytes},
+    units::{HostPid, HugeSize, PageIndex, RemoteAddr, page_bytes},
 };
 
-/// What anonymous shared memory is called by the kernel.
-const ANONYMOUS: &[u8] = b"/dev/zero";
+/// What anonymous shared memory is called by the kernel, and that of huge pages.
+const ANONYMOUS: [&[u8]; 2] = [b"/dev/zero", b"/anon_hugepage"];
 
 /// Shared memory to be filled.
 #[derive(Debug)]
 pub(super) struct Object {
     shmid: u64,
     file: File,
+    /// Files of huge pages cannot be written to; their memory can.
+    huge: bool,
     memory: Option<MemoryBytes>,
 }
 
@@ -48,19 +53,22 @@ pub(super) fn create(plan: &Plan, images: &Path, opened: &mut Opened) -> Result<
     let mut objects = Vec::new();
     for inode in memfd::inodes(images)? {
         let shmid = u64::from(inode.shmid);
-        let failed = |source| RestoreError::Object { shmid, step: "make", source };
-        let fd = if inode.name == ANONYMOUS {
-            process::shared_anonymous(inode.size).map_err(failed)?
+        let huge = inode.hugetlb_flag.map(HugeSize::in_flags);
+        let step =
+            if huge.is_some() { "find huge pages (see vm.nr_hugepages) for" } else { "make" };
+        let failed = |source| RestoreError::Object { shmid, step, source };
+        let fd = if ANONYMOUS.contains(&inode.name.as_slice()) {
+            process::shared_anonymous(inode.size, huge).map_err(failed)?
         } else {
             memfd::create(&inode).map_err(|errno| failed(errno.into()))?
         };
-        objects.push(object(plan, shmid, &fd)?);
+        objects.push(object(plan, shmid, &fd, huge.is_some())?);
         opened.objects.insert(shmid, fd);
     }
     for (shmid, bytes) in anonymous(plan) {
         let failed = |source| RestoreError::Object { shmid, step: "make", source };
-        let fd = process::shared_anonymous(bytes).map_err(failed)?;
-        objects.push(object(plan, shmid, &fd)?);
+        let fd = process::shared_anonymous(bytes, None).map_err(failed)?;
+        objects.push(object(plan, shmid, &fd, false)?);
         opened.objects.insert(shmid, fd);
     }
     for entry in sysv::read(images)? {
@@ -68,7 +76,8 @@ pub(super) fn create(plan: &Plan, images: &Path, opened: &mut Opened) -> Result<
         sysv::create(&entry).map_err(|problem| RestoreError::Segment { shmid, problem })?;
         let failed = |source| RestoreError::Object { shmid, step: "open", source };
         let file = sysv::open(&entry).map_err(failed)?;
-        objects.push(Object { shmid, file, memory: memory_of(&plan.chain, plan.snapshot, shmid)? });
+        let memory = memory_of(&plan.chain, plan.snapshot, shmid)?;
+        objects.push(Object { shmid, file, huge: entry.hugetlb_flag.is_some(), memory });
     }
     Ok(objects)
 }
@@ -104,10 +113,10 @@ fn anonymous(plan: &Plan) -> BTreeMap<u64, u64> {
     found
 }
 
-fn object(plan: &Plan, shmid: u64, fd: &OwnedFd) -> Result<Object> {
+fn object(plan: &Plan, shmid: u64, fd: &OwnedFd, huge: bool) -> Result<Object> {
     let failed = |source| RestoreError::Object { shmid, step: "duplicate", source };
     let file = File::from(fd.try_clone().map_err(failed)?);
-    Ok(Object { shmid, file, memory: memory_of(&plan.chain, plan.snapshot, shmid)? })
+    Ok(Object { shmid, file, huge, memory: memory_of(&plan.chain, plan.snapshot, shmid)? })
 }
 
 fn memory_of(chain: &Arc<Chain>, snapshot: SnapshotId, shmid: u64) -> Result<Option<MemoryBytes>> {
@@ -131,6 +140,7 @@ pub(super) fn fill(objects: &[Object], free: Option<&Free>) -> Result<()> {
     for object in objects {
         let Some(memory) = &object.memory else { continue };
         let failed = |source| RestoreError::Object { shmid: object.shmid, step: "fill", source };
+        let target = Target::new(object).map_err(failed)?;
         // The last page may be in the object in part only.
         let size = object.file.metadata().map_err(failed)?.len();
         let all = PageIndex(0)..PageIndex::END;
@@ -145,12 +155,40 @@ pub(super) fn fill(objects: &[Object], free: Option<&Free>) -> Result<()> {
             let inside = usize::try_from(size.saturating_sub(offset)).unwrap_or(usize::MAX);
             buffer.truncate(inside);
             let turn = writing.lock().unwrap_or_else(PoisonError::into_inner);
-            object.file.write_all_at(buffer, offset).map_err(failed)?;
+            target.write(buffer, offset).map_err(failed)?;
             drop(turn);
             free.map_or(Ok(()), |free| free.restored(memory.index(), chunk.first, chunk.pages))
         })?;
     }
     Ok(())
+}
+
+/// Where the bytes of an object are written.
+enum Target<'a> {
+    File(&'a File),
+    Mapping(MmapRaw),
+}
+
+impl<'a> Target<'a> {
+    fn new(object: &'a Object) -> io::Result<Self> {
+        if !object.huge {
+            return Ok(Self::File(&object.file));
+        }
+        // Whoever maps it for good reserves its pages.
+        MmapOptions::new().no_reserve_swap().map_raw(&object.file).map(Self::Mapping)
+    }
+
+    fn write(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        match self {
+            Self::File(file) => file.write_all_at(bytes, offset),
+            Self::Mapping(mapping) => {
+                // By the kernel, which says so where there is no page to be had.
+                let own = HostPid(nix::unistd::getpid().as_raw());
+                let start = mapping.as_mut_ptr().addr() as u64;
+                Ok(process::write_memory(own, RemoteAddr(start + offset), bytes)?)
+            }
+        }
+    }
 }
 
 /// Seals all memfds, after everything was mapped.

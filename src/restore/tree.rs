@@ -173,14 +173,14 @@ impl<'a> Puppets<'a> {
         let parent: Option<&Body> =
             puppet.inherited.and_then(|parent| self.plan.tasks[parent].body.as_ref());
         let inherited = parent.map(|parent| parent.vmas.as_slice());
-        puppet.layout = Layout::new(inherited.unwrap_or_default(), &body.vmas);
+        let parent_memory = parent.and_then(|parent| parent.memory.as_ref());
+        puppet.layout = Layout::new(inherited.unwrap_or_default(), parent_memory, body);
         let start = self.scratch.start.0;
         let scratch = start..start + self.scratch.len();
         let mut script = Script::new();
         memory::arrange(body, &puppet.layout, inherited, scratch, &mut script, workshop.file)?;
         self.scratch.run(&mut puppet.threads[0], &script)?;
         check_vdso(task.pid, body)?;
-        let parent_memory = parent.and_then(|parent| parent.memory.as_ref());
         let forked_from = puppet.inherited.zip(parent_memory);
         let forked_from = forked_from.map(|(parent, memory)| (self.plan.tasks[parent].pid, memory));
         fault::hit(Point::RestoreMemory)?;

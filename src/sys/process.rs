@@ -18,7 +18,7 @@ use nix::{
 };
 use zerocopy::IntoBytes;
 
-use crate::units::{HostPid, RemoteAddr, TargetFd};
+use crate::units::{HostPid, HugeSize, PAGE_SIZE, RemoteAddr, TargetFd};
 
 /// Returns a descriptor for a process.
 ///
@@ -313,21 +313,25 @@ pub fn raise_descriptor_limit() {
 }
 
 /// Makes anonymous shared memory, as `mmap(2)` with `MAP_SHARED | MAP_ANONYMOUS`
-/// does, and returns a descriptor for it. Where the kernel does not hand one out, it
-/// is a memfd, which differs in its name only.
+/// does, in huge pages if they have a size, and returns a descriptor for it. Where the
+/// kernel does not hand one out, it is a memfd, which differs in its name only.
 ///
 /// # Errors
 /// What `mmap(2)` or `memfd_create(2)` return.
-pub fn shared_anonymous(bytes: u64) -> std::io::Result<OwnedFd> {
-    let len = usize::try_from(bytes.max(1)).map_err(|_| Errno::ENOMEM)?;
-    let (read_write, shared) =
-        (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
+pub fn shared_anonymous(bytes: u64, huge: Option<HugeSize>) -> std::io::Result<OwnedFd> {
+    let page_bytes = huge.map_or(PAGE_SIZE, HugeSize::bytes);
+    let len = bytes.max(1).checked_next_multiple_of(page_bytes).ok_or(Errno::ENOMEM)?;
+    let len = usize::try_from(len).map_err(|_| Errno::ENOMEM)?;
+    let read_write = libc::PROT_READ | libc::PROT_WRITE;
+    let of_size = |flag: u32| huge.map_or(0, |size| size.flags() | flag);
+    let huge_flags = of_size(libc::MAP_HUGETLB.cast_unsigned()).cast_signed();
+    let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | huge_flags;
     // SAFETY: a new mapping at a place of the kernel's choice touches no other.
-    let start = unsafe { libc::mmap(std::ptr::null_mut(), len, read_write, shared, -1, 0) };
+    let start = unsafe { libc::mmap(std::ptr::null_mut(), len, read_write, flags, -1, 0) };
     if start == libc::MAP_FAILED {
         return Err(Errno::last().into());
     }
-    let end = (start.addr() + len).next_multiple_of(4096);
+    let end = start.addr() + len;
     let path = format!("/proc/self/map_files/{:x}-{end:x}", start.addr());
     let file = std::fs::File::options().read(true).write(true).open(path);
     // SAFETY: the mapping is ours and nobody has its address.
@@ -335,7 +339,8 @@ pub fn shared_anonymous(bytes: u64) -> std::io::Result<OwnedFd> {
     match file {
         Ok(file) => Ok(file.into()),
         Err(_) => {
-            let fd = super::fds::memfd(c"/dev/zero", 0)?;
+            let name = if huge.is_some() { c"/anon_hugepage" } else { c"/dev/zero" };
+            let fd = super::fds::memfd(name, of_size(libc::MFD_HUGETLB))?;
             nix::unistd::ftruncate(&fd, i64::try_from(bytes).map_err(|_| Errno::EFBIG)?)?;
             Ok(fd)
         }

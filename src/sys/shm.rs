@@ -60,7 +60,8 @@ pub fn stat(id: u32) -> Result<Segment, Errno> {
     })
 }
 
-/// Makes a segment and returns its id.
+/// Makes a segment and returns its id; `mode` are permissions, with what asks for huge
+/// pages.
 ///
 /// # Errors
 /// `EEXIST` if there is one of this key, and what else `shmget(2)` returns.
@@ -96,17 +97,17 @@ pub fn remove(id: u32) -> Result<(), Errno> {
     Errno::result(result).map(drop)
 }
 
-/// Opens the memory of a segment as a file.
+/// Opens the memory of a segment, of pages of so many bytes, as a file.
 ///
 /// # Errors
 /// What `shmat(2)` returns; what opening its mapping returns.
-pub fn open(id: u32, bytes: u64) -> io::Result<File> {
+pub fn open(id: u32, bytes: u64, page_bytes: u64) -> io::Result<File> {
     // SAFETY: a mapping at a place of the kernel's choice touches no other.
     let start = unsafe { libc::shmat(number(id), ptr::null(), 0) };
     if start.addr() == usize::MAX {
         return Err(Errno::last().into());
     }
-    let end = (start.addr() as u64 + bytes).next_multiple_of(4096);
+    let end = start.addr() as u64 + bytes.next_multiple_of(page_bytes);
     let path = format!("/proc/self/map_files/{:x}-{end:x}", start.addr());
     let file = File::options().read(true).write(true).open(path);
     // SAFETY: the mapping is ours and nobody has its address.

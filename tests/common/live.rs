@@ -686,8 +686,9 @@ impl TargetState {
     }
 
     /// Leaves of the mappings what a program could notice: neighbours may have
-    /// been joined, shared memory without a name has any of two names, and the
-    /// kernel accounts for memory that was ever writable.
+    /// been joined, shared memory without a name has any of two names, private huge
+    /// pages are somewhere in a file that is their own, and the kernel accounts for memory
+    /// that was ever writable.
     fn normalise_maps(&mut self) {
         let (maps, mut rest): (Vec<_>, BTreeMap<_, _>) = {
             let (maps, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut self.0)
@@ -705,6 +706,9 @@ impl TargetState {
             let (rights, offset, what) = (word(), number(&word()), word());
             let what = what.replace("/memfd:/dev/zero (deleted)", "/dev/zero (deleted)");
             let what = what.replace(" ac ", " ").replace(" ac]", "]");
+            let own_file = what.starts_with("/anon_hugepage") && rights.ends_with('p');
+            let (offset, what) =
+                if own_file { (0, format!("huge pages, {what}")) } else { (offset, what) };
             areas.push((number(begin), number(end), rights, offset, what));
         }
         areas.sort();

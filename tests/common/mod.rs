@@ -21,9 +21,14 @@ pub enum Cap {
     Ptrace,
     /// To mount files as file systems, as root.
     Loop,
+    /// Huge pages of 2 MiB that are free.
+    HugePages,
     /// A program in the search path.
     Program(&'static str),
 }
+
+/// Huge pages that a test may use.
+const HUGE_PAGES: u32 = 32;
 
 impl Cap {
     fn missing(self) -> Option<String> {
@@ -41,6 +46,13 @@ impl Cap {
             Self::Loop if !nix::unistd::geteuid().is_root() => Some("root".to_owned()),
             Self::Loop => (!Path::new("/dev/loop-control").exists())
                 .then(|| "loop devices (/dev/loop-control)".to_owned()),
+            Self::HugePages => {
+                let path = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
+                let free = std::fs::read_to_string(path).unwrap_or_default();
+                let free: u32 = free.trim().parse().unwrap_or(0);
+                (free < HUGE_PAGES)
+                    .then(|| format!("{HUGE_PAGES} free huge pages (sysctl vm.nr_hugepages)"))
+            }
             Self::Program(name) => {
                 let path = std::env::var_os("PATH").unwrap_or_default();
                 let found = std::env::split_paths(&path).any(|dir| dir.join(name).is_file());

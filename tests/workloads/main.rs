@@ -15,6 +15,7 @@
 mod kit;
 mod blocked;
 mod files;
+mod hugetlb;
 mod identity;
 mod memory;
 mod registers;
@@ -40,8 +41,9 @@ use kit::{Checkpoint, Verdict};
 /// A state by name.
 type Row = (&'static str, fn(&Checkpoint) -> Verdict);
 
-const GROUPS: [&[Row]; 10] = [
+const GROUPS: [&[Row]; 11] = [
     memory::ROWS,
+    hugetlb::ROWS,
     rounds::ROWS,
     threads::ROWS,
     registers::ROWS,

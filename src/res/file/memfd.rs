@@ -29,6 +29,7 @@ use crate::{
         read_all,
     },
     sys::fds,
+    units::HugeSize,
 };
 
 /// The kind's row.
@@ -68,7 +69,7 @@ impl Devices {
             let name = entry.file_name();
             let kib = name.to_str()?.strip_prefix("hugepages-")?.strip_suffix("kB")?;
             let bytes = kib.parse::<u64>().ok()?.checked_mul(1024)?;
-            Some(libc::MFD_HUGETLB | bytes.ilog2() << libc::MFD_HUGE_SHIFT)
+            Some(libc::MFD_HUGETLB | HugeSize::of(bytes).flags())
         });
         for flags in std::iter::once(0).chain(huge) {
             if let Ok(fd) = fds::memfd(c"probe", flags)

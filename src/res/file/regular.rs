@@ -16,7 +16,7 @@ use nix::{
     libc,
     sys::{
         stat::{fstat, lstat, major, minor, stat},
-        statfs::{FsType, fstatfs},
+        statfs::{FsType, HUGETLBFS_MAGIC, fstatfs},
     },
 };
 
@@ -155,6 +155,11 @@ fn name(file: &Description, id: u32, intake: &mut dyn Intake) -> Result<Vec<u8>>
     }
     if file.stat.st_nlink == 0 {
         let name = without_mark().to_vec();
+        // Its bytes could not be written where it is made again: only mappings write there.
+        if file_system.filesystem_type() == HUGETLBFS_MAGIC && file.is_type(libc::S_IFREG) {
+            let what = format!("the deleted file {} of huge pages", String::from_utf8_lossy(&name));
+            return Err(file.unsupported(what, "give it a name, or use a memfd (MFD_HUGETLB)"));
+        }
         intake.lost().ghost(file, &name, id)?;
         return Ok(name);
     }
