@@ -287,7 +287,7 @@ fn every_workload_is_tested() {
     let output = Command::new(workload()).arg("--list").output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     let there: BTreeSet<_> = text.lines().collect();
-    let tested = [NAMES, HUGE_NAMES, &["unix_pending_data"]].concat();
+    let tested = [NAMES, HUGE_NAMES, &["unix_pending_data", "protection_keys"]].concat();
     let tested = tested.into_iter();
     assert_eq!(there, tested.collect());
 }
@@ -413,19 +413,30 @@ fn privileged_shell_job() {
     });
 }
 
-/// Data in a connection that was not accepted can be seen by no one: it is refused by
-/// name, and nothing changes.
-#[test]
-fn privileged_data_in_a_pending_connection_is_refused() {
+/// A state that images cannot hold is refused by name, and nothing changes.
+fn refused(name: &str, what: &str) {
     require(Cap::Ptrace);
-    let mut live = Live::workload("unix_pending_data");
+    let mut live = Live::workload(name);
     let before = live.state();
     let output = live.try_dump(&[]);
     let words = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(!output.status.success(), "it was dumped: {words}");
-    assert!(words.contains("waiting to be accepted"), "{words}");
+    assert!(words.contains(what), "{words}");
     before.assert_unchanged(&live.state_after(&before));
     live.verdict();
+}
+
+/// Data in a connection that was not accepted can be seen by no one.
+#[test]
+fn privileged_data_in_a_pending_connection_is_refused() {
+    refused("unix_pending_data", "waiting to be accepted");
+}
+
+/// Without its key memory would be open to all threads.
+#[test]
+fn privileged_memory_with_a_protection_key_is_refused() {
+    require(Cap::ProtectionKeys);
+    refused("protection_keys", "memory with a protection key");
 }
 
 /// Unmounts a file system at the end.

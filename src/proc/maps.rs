@@ -54,6 +54,8 @@ pub struct Mapping {
     pub swap_bytes: u64,
     /// The bytes in a page: above 4096 for hugetlbfs; 0 when read from `maps`.
     pub kernel_page_bytes: u64,
+    /// The protection key (`pkeys(7)`); 0 where there is none.
+    pub protection_key: u32,
 }
 
 impl Mapping {
@@ -108,6 +110,7 @@ impl Mapping {
             rss_bytes: 0,
             swap_bytes: 0,
             kernel_page_bytes: 0,
+            protection_key: 0,
         })
     }
 
@@ -118,6 +121,9 @@ impl Mapping {
             Some((b"Swap", value)) => self.swap_bytes = bytes(value, "Swap")?,
             Some((b"KernelPageSize", value)) => {
                 self.kernel_page_bytes = bytes(value, "KernelPageSize")?;
+            }
+            Some((b"ProtectionKey", value)) => {
+                self.protection_key = text::unsigned(value.trim_ascii(), 10, "ProtectionKey")?;
             }
             Some((b"VmFlags", codes)) => self.flags = VmFlags::parse(codes),
             _ => {}

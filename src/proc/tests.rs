@@ -44,7 +44,7 @@ const SMAPS: &[u8] = b"561220355000-561220358000 r-xp 00008000 fe:100 247282    
     Rss:                  8 kB\nSwap:                 4 kB\nSwapPss:              2 kB\n\
     VmFlags: rd ex mr mw me de \n\
     7f0000000000-7f0000200000 rw-s 00000000 00:00 0 \nKernelPageSize:     2048 kB\n\
-    VmFlags: rd wr sh zz \nffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  \
+    ProtectionKey:         3\nVmFlags: rd wr sh zz \nffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  \
     [vsyscall]\nVmFlags: ex \n";
 
 const LIMITS_TEXT: &[u8] = b"Limit                     Soft Limit           Hard Limit           \
@@ -204,6 +204,7 @@ fn smaps_are_read() {
         rss_bytes: 0,
         swap_bytes: 0,
         kernel_page_bytes: 0,
+        protection_key: 0,
     };
     let expected = [
         Mapping {
@@ -235,6 +236,7 @@ fn smaps_are_read() {
             shared: true,
             flags: VmFlags::READ | VmFlags::WRITE | VmFlags::SHARED | VmFlags::UNKNOWN,
             kernel_page_bytes: 2 << 20,
+            protection_key: 3,
             ..none.clone()
         },
         Mapping {

@@ -75,6 +75,11 @@ pub fn object(pid: HostPid, mapping: &Mapping) -> Result<Object> {
     if flags.contains(VmFlags::SHADOW_STACK) {
         return refuse("a shadow stack");
     }
+    // What can only be executed has one of the kernel's, which it gives again.
+    let only_executed = mapping.execute && !mapping.read && !mapping.write;
+    if mapping.protection_key != 0 && !only_executed {
+        return refuse("memory with a protection key");
+    }
     if name.starts_with(b"/[aio]") {
         return refuse("a ring of asynchronous I/O");
     }

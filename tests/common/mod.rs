@@ -23,6 +23,8 @@ pub enum Cap {
     Loop,
     /// Huge pages of 2 MiB that are free.
     HugePages,
+    /// A processor with protection keys for memory.
+    ProtectionKeys,
     /// A program in the search path.
     Program(&'static str),
 }
@@ -52,6 +54,12 @@ impl Cap {
                 let free: u32 = free.trim().parse().unwrap_or(0);
                 (free < HUGE_PAGES)
                     .then(|| format!("{HUGE_PAGES} free huge pages (sysctl vm.nr_hugepages)"))
+            }
+            Self::ProtectionKeys => {
+                let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+                let has = text.split_whitespace().any(|word| word == "ospke");
+                (!has)
+                    .then(|| "a processor with protection keys (ospke in /proc/cpuinfo)".to_owned())
             }
             Self::Program(name) => {
                 let path = std::env::var_os("PATH").unwrap_or_default();

@@ -28,6 +28,7 @@ pub const ROWS: &[Row] = &[
     ("huge_pages", huge_pages),
     ("many_areas", many_areas),
     ("vdso", vdso),
+    ("protection_keys", protection_keys),
 ];
 
 fn private_anon(checkpoint: &Checkpoint) -> Verdict {
@@ -607,4 +608,16 @@ fn vdso(checkpoint: &Checkpoint) -> Verdict {
     let (vdso, system) = (seconds, times()?[0] / 1_000_000_000);
     ensure!((system - 1..=system + 1).contains(&vdso), "time {vdso} against {system}");
     Ok(())
+}
+
+/// Memory of which each thread says by itself whether it may be written.
+fn protection_keys(checkpoint: &Checkpoint) -> Verdict {
+    let area = Area::private(8)?;
+    area.fill(1);
+    let disable_write = 2;
+    let key = sys!(syscall(libc::SYS_pkey_alloc, 0, disable_write))?;
+    let both = libc::PROT_READ | libc::PROT_WRITE;
+    sys!(syscall(libc::SYS_pkey_mprotect, area.at, area.bytes, both, key))?;
+    checkpoint.wait();
+    area.verify("memory with a key", 1)
 }

@@ -550,6 +550,7 @@ mod tests {
             rss_bytes: 0,
             swap_bytes: 0,
             kernel_page_bytes: PAGE_SIZE,
+            protection_key: 0,
         }
     }
 
