@@ -116,6 +116,7 @@ states! {
     mremapped;
     huge_pages;
     many_areas;
+    droppable;
     rounds;
     vdso;
     threads;

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     image::{Kind, MemoryId, SnapshotWriter, proto, vma},
     inject::{Script, TABLE_BYTES, Task, with_scratch},
-    proc::{self, Mapping},
+    proc::{self, Mapping, VmFlags},
     res::{
         mapping::{self, Object},
         sysv,
@@ -423,6 +423,11 @@ pub(super) fn scan(
     object: Object,
     stretches: &mut Vec<Stretch>,
 ) -> io::Result<()> {
+    // It may be zero at any time, which whoever keeps the state of random numbers there
+    // (`vgetrandom`) relies on: two restores must not go on with the same.
+    if mapping.flags.contains(VmFlags::DROPPABLE) {
+        return Ok(());
+    }
     let query = if object == Object::Vdso {
         Query { all: category::PRESENT, ..Query::default() }
     } else if track::can_be_tracked(mapping) {

@@ -126,7 +126,13 @@ pub fn entry(mapping: &Mapping, object: Object, shmid: u64) -> VmaEntry {
         Object::Vsyscall => vma::VSYSCALL,
     };
     let has_file = matches!(object, Object::File | Object::SharedMemory);
-    let mut map = if mapping.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
+    let mut map = if mapping.shared {
+        libc::MAP_SHARED
+    } else if flags.contains(VmFlags::DROPPABLE) {
+        libc::MAP_DROPPABLE
+    } else {
+        libc::MAP_PRIVATE
+    };
     let conditions = [
         (!has_file, libc::MAP_ANONYMOUS),
         (flags.contains(VmFlags::GROWS_DOWN), libc::MAP_GROWSDOWN),

@@ -48,6 +48,7 @@ const MADV_GUARD_INSTALL: i32 = 102;
 /// The flags of `mmap(2)` that a mapping is made with.
 const MAP_FLAGS: u32 = (libc::MAP_SHARED
     | libc::MAP_PRIVATE
+    | libc::MAP_DROPPABLE
     | libc::MAP_ANONYMOUS
     | libc::MAP_GROWSDOWN
     | libc::MAP_NORESERVE

@@ -29,6 +29,7 @@ pub const ROWS: &[Row] = &[
     ("many_areas", many_areas),
     ("vdso", vdso),
     ("protection_keys", protection_keys),
+    ("droppable", droppable),
 ];
 
 fn private_anon(checkpoint: &Checkpoint) -> Verdict {
@@ -620,4 +621,27 @@ fn protection_keys(checkpoint: &Checkpoint) -> Verdict {
     sys!(syscall(libc::SYS_pkey_mprotect, area.at, area.bytes, both, key))?;
     checkpoint.wait();
     area.verify("memory with a key", 1)
+}
+
+/// Memory that the kernel may take back, and that comes back as zeros.
+fn droppable(checkpoint: &Checkpoint) -> Verdict {
+    let flags = libc::MAP_DROPPABLE | libc::MAP_ANONYMOUS;
+    let area = Area::map(8, libc::PROT_READ | libc::PROT_WRITE, flags, -1)?;
+    area.fill(1);
+    let before = flags_of(area)?;
+    ensure!(before.iter().any(|flag| flag == "dp"), "the kernel does not show it");
+    let child = checkpoint.fork(|child| {
+        child.wait();
+        area.verify_zero("droppable memory in the child")
+    })?;
+    checkpoint.wait();
+    same("flags", before, flags_of(area)?)?;
+    for page in 0..area.pages() {
+        let words = (page * PAGE / 8..(page + 1) * PAGE / 8).map(|word| area.get(word));
+        let zeros = words.filter(|word| *word == 0).count();
+        ensure!(zeros == 0 || zeros == PAGE / 8, "page {page} was dropped in part");
+    }
+    area.fill(2);
+    area.verify("droppable memory, written again", 2)?;
+    child.join()
 }
