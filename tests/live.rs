@@ -117,6 +117,7 @@ states! {
     huge_pages;
     many_areas;
     droppable;
+    vast;
     rounds;
     vdso;
     threads;

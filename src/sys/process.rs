@@ -324,8 +324,13 @@ pub fn shared_anonymous(bytes: u64, huge: Option<HugeSize>) -> std::io::Result<O
     let len = usize::try_from(len).map_err(|_| Errno::ENOMEM)?;
     let read_write = libc::PROT_READ | libc::PROT_WRITE;
     let of_size = |flag: u32| huge.map_or(0, |size| size.flags() | flag);
-    let huge_flags = of_size(libc::MAP_HUGETLB.cast_unsigned()).cast_signed();
-    let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | huge_flags;
+    // Huge pages are reserved at once, so that it is known whether there are enough. Others
+    // count as they come: the object may be larger than all memory, and have few of them.
+    let kind = match huge {
+        Some(_) => of_size(libc::MAP_HUGETLB.cast_unsigned()).cast_signed(),
+        None => libc::MAP_NORESERVE,
+    };
+    let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | kind;
     // SAFETY: a new mapping at a place of the kernel's choice touches no other.
     let start = unsafe { libc::mmap(std::ptr::null_mut(), len, read_write, flags, -1, 0) };
     if start == libc::MAP_FAILED {

@@ -30,6 +30,7 @@ pub const ROWS: &[Row] = &[
     ("vdso", vdso),
     ("protection_keys", protection_keys),
     ("droppable", droppable),
+    ("vast", vast),
 ];
 
 fn private_anon(checkpoint: &Checkpoint) -> Verdict {
@@ -644,4 +645,26 @@ fn droppable(checkpoint: &Checkpoint) -> Verdict {
     area.fill(2);
     area.verify("droppable memory, written again", 2)?;
     child.join()
+}
+
+/// Mappings that are larger than the machine's memory, with little in them.
+fn vast(checkpoint: &Checkpoint) -> Verdict {
+    const PAGES: usize = (1 << 40) / PAGE;
+    let map = |sharing| {
+        let flags = sharing | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        Area::map(PAGES, libc::PROT_READ | libc::PROT_WRITE, flags, -1)
+    };
+    let (private, shared) = (map(libc::MAP_PRIVATE)?, map(libc::MAP_SHARED)?);
+    let places = [0, 1, 77_777, PAGES / 2, PAGES - 1];
+    for (area, seed) in [(private, 1), (shared, 2)] {
+        places.iter().for_each(|page| area.page(*page).fill(seed));
+    }
+    checkpoint.wait();
+    for (area, seed) in [(private, 1), (shared, 2)] {
+        for page in places {
+            area.page(page).verify("page of a vast mapping", seed)?;
+        }
+        area.page(2).verify_zero("page nobody wrote")?;
+    }
+    Ok(())
 }
