@@ -1,6 +1,7 @@
 //! The open files of a tree: which descriptions there are, and who shares them.
 
 use std::{
+    cmp::Ordering,
     collections::{BTreeMap, HashMap},
     fs::File,
     os::{
@@ -39,7 +40,7 @@ pub(super) struct FileTable {
 struct State {
     own: HostPid,
     next_id: u32,
-    /// Descriptions by device and inode.
+    /// Descriptions by device and inode, in the order that the kernel has for them.
     known: HashMap<(u64, u64), Vec<(u32, OwnedFd)>>,
     /// Files that are known by their paths, by device, inode and path.
     paths: HashMap<(u64, u64, Vec<u8>), u32>,
@@ -72,12 +73,10 @@ impl State {
             object: "a descriptor".into(),
             source,
         })?;
-        let key = (stat.st_dev, stat.st_ino);
-        for (id, known) in self.known.get(&key).into_iter().flatten() {
-            let pair = Shared::File(known.as_raw_fd(), fd.as_raw_fd());
-            if process::kcmp(self.own, self.own, pair) == Ok(std::cmp::Ordering::Equal) {
-                return Ok((*id, None));
-            }
+        if let Some(known) = self.known.get(&(stat.st_dev, stat.st_ino))
+            && let Ok(position) = position(self.own, known, &fd)
+        {
+            return Ok((known[position].0, None));
         }
         let id = self.new_id();
         self.remember(id, &fd)?;
@@ -89,9 +88,23 @@ impl State {
         let failed = |step| FileError::restore(id, step, "a descriptor");
         let stat = fstat(fd).map_err(failed("look at"))?;
         let kept = fd.try_clone().map_err(|_| failed("duplicate")(nix::errno::Errno::EMFILE))?;
-        self.known.entry((stat.st_dev, stat.st_ino)).or_default().push((id, kept));
+        let known = self.known.entry((stat.st_dev, stat.st_ino)).or_default();
+        let (Ok(position) | Err(position)) = position(self.own, known, fd);
+        known.insert(position, (id, kept));
         Ok(())
     }
+}
+
+/// Finds a description among those of its file, or where it is to be.
+fn position(
+    own: HostPid,
+    known: &[(u32, OwnedFd)],
+    fd: &OwnedFd,
+) -> std::result::Result<usize, usize> {
+    known.binary_search_by(|(_, known)| {
+        let pair = Shared::File(known.as_raw_fd(), fd.as_raw_fd());
+        process::kcmp(own, own, pair).unwrap_or(Ordering::Less)
+    })
 }
 
 impl Intake for State {

@@ -302,11 +302,18 @@ pub fn spawn_sleeper(pid: HostPid, flags: u64) -> Result<HostPid, Errno> {
     Ok(HostPid(i32::try_from(Errno::result(result)?).expect("pids are small")))
 }
 
-/// Lets this program open as many files as it may.
+/// Lets this program open as many files as it may: as the kernel lets anyone, with
+/// `CAP_SYS_RESOURCE`, else as its hard limit says.
 pub fn raise_descriptor_limit() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let most = std::fs::read_to_string("/proc/sys/fs/nr_open").ok();
+    let most: Option<u64> = most.and_then(|text| text.trim().parse().ok());
+    let raise = |limit| setrlimit(Resource::RLIMIT_NOFILE, limit, limit);
+    if most.is_some_and(|most| raise(most).is_ok()) {
+        return;
+    }
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
-        && let Err(errno) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+        && let Err(errno) = raise(hard)
     {
         log::debug!("cannot raise the limit of open files: {errno}");
     }
