@@ -86,7 +86,7 @@ impl Scratch {
         let protect =
             [scratch.start.0, CODE_BYTES, bits(libc::PROT_READ | libc::PROT_EXEC), 0, 0, 0];
         let result = scratch.load_code(tracee.tid).and_then(|()| {
-            let what = "make scratch memory executable";
+            let what = "make scratch memory executable (PR_SET_MDWE forbids it, and is not dumped)";
             made(tracee, instruction, what, libc::SYS_mprotect, protect)
         });
         if let Err(error) = result {

@@ -56,15 +56,24 @@ pub use self::{lost::Lost, revived::Revived, sock_queue::queued_ids};
 /// The result of dumping or restoring an open file.
 pub type Result<T, E = FileError> = std::result::Result<T, E>;
 
+fn file_of(pid: HostPid, fd: TargetFd) -> String {
+    if fd.0 < 0 {
+        format!("a file that process {pid} uses without a descriptor")
+    } else {
+        format!("descriptor {fd} of process {pid}")
+    }
+}
+
 /// Why an open file could not be dumped or restored.
 #[derive(Debug, Error)]
 pub enum FileError {
     /// It is of a kind, or in a state, that is not dumped.
-    #[error("descriptor {fd} of process {pid} is {what}; {help}")]
+    #[error("{} is {what}; {help}", file_of(*pid, *fd))]
     Unsupported {
         /// The process.
         pid: HostPid,
-        /// The descriptor's number there.
+        /// The descriptor's number there, negative if it has none: the file is mapped, say, or
+        /// on its way in a socket.
         fd: TargetFd,
         /// What it is, with its name, as in `the socket [1234], connected to 10.0.0.1:80`.
         what: String,
@@ -72,11 +81,11 @@ pub enum FileError {
         help: &'static str,
     },
     /// A system call failed while dumping.
-    #[error("{step} descriptor {fd} of process {pid} ({link})")]
+    #[error("{step} {} ({link})", file_of(*pid, *fd))]
     Dump {
         /// The process.
         pid: HostPid,
-        /// The descriptor's number there.
+        /// The descriptor's number there, negative if it has none.
         fd: TargetFd,
         /// What it leads to.
         link: String,

@@ -43,9 +43,11 @@ const MEM_MAJOR: u64 = 1;
 /// Memory devices without any state: null, zero, full, random and urandom
 /// (`drivers/char/mem.c`).
 const HARMLESS_DEVICES: [u64; 5] = [3, 5, 7, 8, 9];
-/// The magic of procfs and devpts (`include/uapi/linux/magic.h`).
+/// Types of file systems (`include/uapi/linux/magic.h`).
 const PROC_SUPER_MAGIC: libc::__fsword_t = 0x9fa0;
 const DEVPTS_SUPER_MAGIC: libc::__fsword_t = 0x1cd1;
+const SECRETMEM_MAGIC: libc::__fsword_t = 0x5345_434d;
+const MQUEUE_MAGIC: libc::__fsword_t = 0x1980_0202;
 /// What links to files without names end with.
 const DELETED: &[u8] = b" (deleted)";
 /// Where processes are seen.
@@ -148,6 +150,14 @@ fn name(file: &Description, id: u32, intake: &mut dyn Intake) -> Result<Vec<u8>>
                 return Err(file.unsupported(what, "close it"));
             }
             return Ok(file.link.clone());
+        }
+        // Not to be read by anyone else, and without a name to open it by.
+        FsType(kind @ (SECRETMEM_MAGIC | MQUEUE_MAGIC)) => {
+            let what = match kind {
+                SECRETMEM_MAGIC => "secret memory (memfd_secret(2))".to_owned(),
+                _ => format!("the message queue {}", String::from_utf8_lossy(&file.link)),
+            };
+            return Err(file.unsupported(what, "close it"));
         }
         // Made by the kernel, with the terminal or not at all.
         FsType(DEVPTS_SUPER_MAGIC) => return Ok(without_mark().to_vec()),
