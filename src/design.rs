@@ -6,7 +6,8 @@
 //! link `parent` leads to the snapshot before it. A *memory* is the private
 //! memory of a process or a shared object; its *pagemap* says of each page that
 //! it is in the pages file of the same directory, in the parent, or in no image.
-//! A page that no entry covers is zero.
+//! A page that no entry covers is zero, or that of the file which a private mapping has
+//! below it.
 //!
 //! A pagemap is a partial function from pages to places in which `PARENT`
 //! stands for the function below. Laying one over another is associative.
@@ -83,10 +84,11 @@
 //! written to a hidden directory inside the one that was asked for, and moved when all
 //! of them are on disk, the inventory last ([`crate::image::SnapshotWriter`]). Memory
 //! is read in chunks that stay in the processor's cache; a page is stored only if it is
-//! not zero and its bytes differ from those of the parent chain. The parent's content is
-//! the truth, so that nobody needs to know who wrote to shared memory. A tree that is
-//! not to run on has the disk begin with its images while they are written; for one that
-//! is, they are first copied, which is what it waits for.
+//! not zero and its bytes differ from those of the parent chain. Zeros of a private mapping
+//! of a file are stored like other bytes: without them the file would be seen. The parent's
+//! content is the truth, so that nobody needs to know who wrote to shared memory. A tree
+//! that is not to run on has the disk begin with its images while they are written; for one
+//! that is, they are first copied, which is what it waits for.
 //!
 //! # Older kernels
 //!
