@@ -289,7 +289,9 @@ fn every_workload_is_tested() {
     let output = Command::new(workload()).arg("--list").output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     let there: BTreeSet<_> = text.lines().collect();
-    let tested = [NAMES, HUGE_NAMES, &["unix_pending_data", "protection_keys"]].concat();
+    let tested =
+        [NAMES, HUGE_NAMES, &["unix_pending_data", "protection_keys", "local_descriptors"]]
+            .concat();
     let tested = tested.into_iter();
     assert_eq!(there, tested.collect());
 }
@@ -464,12 +466,18 @@ fn privileged_deleted_files_of_huge_pages_are_refused() {
                   mv status.new status; read x <gate";
     let mut live = Live::program("sh", &["-c", script], dir);
     live.wait_ready();
+    wait_for("the end of mv", || live.tree().len() == 1);
     let before = live.state();
     let output = live.try_dump(&["--ghost-limit", "16M"]);
     let words = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(!output.status.success(), "it was dumped: {words}");
     assert!(words.contains("huge/file of huge pages"), "{words}");
     before.assert_unchanged(&live.state_after(&before));
+}
+
+#[test]
+fn privileged_a_local_descriptor_table_is_refused() {
+    refused("local_descriptors", "local descriptor table");
 }
 
 /// Kills dumps of a tree that goes on, each after a while. One that was complete

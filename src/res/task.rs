@@ -26,6 +26,10 @@ pub mod state {
 /// `MEMBARRIER_CMD_GET_REGISTRATIONS` (`linux/membarrier.h`, since Linux 6.3).
 const MEMBARRIER_REGISTRATIONS: i32 = 1 << 9;
 
+/// Where `modify_ldt(2)` reads entries from the table, and the bytes of one.
+const READ_LDT: u64 = 0;
+const LDT_ENTRY_BYTES: usize = 8;
+
 /// What a process was asked.
 #[derive(Clone, Debug)]
 pub struct Asked {
@@ -35,6 +39,7 @@ pub struct Asked {
     dumpable: CallId,
     brk: CallId,
     membarrier: CallId,
+    ldt: CallId,
 }
 
 /// Adds the questions to the process `pid`.
@@ -47,6 +52,7 @@ pub fn ask(pid: HostPid, script: &mut Script) -> Result<Asked> {
         timers => timers?,
     };
     let subreaper = script.space(size_of::<u32>());
+    let entry = script.space(LDT_ENTRY_BYTES);
     let arguments = [libc::PR_GET_CHILD_SUBREAPER.into(), subreaper.into()];
     script.call("ask whether it is a subreaper", libc::SYS_prctl, &arguments);
     Ok(Asked {
@@ -56,6 +62,10 @@ pub fn ask(pid: HostPid, script: &mut Script) -> Result<Asked> {
         dumpable: script.attempt(libc::SYS_prctl, &[libc::PR_GET_DUMPABLE.into()]),
         brk: script.attempt(libc::SYS_brk, &[0.into()]),
         membarrier: script.attempt(libc::SYS_membarrier, &[MEMBARRIER_REGISTRATIONS.into()]),
+        ldt: script.attempt(
+            libc::SYS_modify_ldt,
+            &[READ_LDT.into(), entry.into(), (LDT_ENTRY_BYTES as u64).into()],
+        ),
     })
 }
 
@@ -79,6 +89,11 @@ pub fn collect(
     stopped_by: i32,
     core: &mut proto::CoreEntry,
 ) -> Result<ForMemory> {
+    // Nothing is read where there is no table.
+    if answers.result(asked.ldt).is_ok_and(|bytes| bytes > 0) {
+        let what = "it has a local descriptor table (modify_ldt(2))".to_owned();
+        return Err(ResError::Unsupported { pid, what });
+    }
     let stat = proc::stat(pid)?;
     let limits = proc::limits(pid)?;
     let pending = ptrace::queued_signals(pid, true).map_err(|source| ResError::Thread {

@@ -21,6 +21,7 @@ pub const ROWS: &[Row] = &[
     ("registers_avx512", avx512),
     ("registers_x87", x87),
     ("segment_bases", segment_bases),
+    ("local_descriptors", local_descriptors),
 ];
 
 /// What a spinning thread and its starter share.
@@ -305,4 +306,17 @@ fn segment_bases(checkpoint: &Checkpoint) -> Verdict {
     }
     checkpoint.wait();
     threads.into_iter().try_for_each(super::kit::Thread::join)
+}
+
+/// A segment of the process's own, which no image has a place for.
+fn local_descriptors(checkpoint: &Checkpoint) -> Verdict {
+    // Entry 0: base 0, 4 GiB, of 32 bits, in pages, usable (`struct user_desc`).
+    let mut entry = [0_u32, 0, 0xf_ffff, 0x51];
+    sys!(syscall(libc::SYS_modify_ldt, 1, entry.as_mut_ptr(), size_of_val(&entry)))?;
+    checkpoint.wait();
+    let mut read = 0_u64;
+    let bytes = sys!(syscall(libc::SYS_modify_ldt, 0, &raw mut read, size_of_val(&read)))?;
+    same("bytes of the table", 8, bytes)?;
+    ensure!(read != 0, "the entry has gone");
+    Ok(())
 }
