@@ -12,7 +12,7 @@ use std::{
 };
 
 use nix::{
-    sys::signal::{Signal, kill, raise},
+    sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, kill, raise, sigaction},
     unistd::{Pid, getpid},
 };
 use rcriu::sys::{
@@ -26,12 +26,19 @@ const READY: &str = "ready";
 const UNDONE: &str = "undone";
 const CODE: u8 = 7;
 
+#[expect(unsafe_code, reason = "signals get their default actions")]
 fn main() -> ExitCode {
     if env::var_os(VARIABLE).is_some() {
         return split();
     }
     if env::args().any(|argument| argument == "--list") {
         return ExitCode::SUCCESS;
+    }
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        // Whoever runs the tests in the background may have it ignored, and then so do we.
+        let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
+        // SAFETY: the default action is no handler.
+        unsafe { sigaction(signal, &default) }.unwrap();
     }
     for signal in [Signal::SIGKILL, Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
         let (said, status) = started(signal);

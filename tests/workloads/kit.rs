@@ -5,7 +5,7 @@ use std::{
     ffi::CString,
     fs,
     io::Error,
-    os::unix::ffi::OsStrExt,
+    os::unix::{ffi::OsStrExt, fs::FileExt},
     path::{Path, PathBuf},
     sync::{Arc, mpsc},
     time::{Duration, Instant},
@@ -446,4 +446,29 @@ pub fn read_some(fd: i32, limit: usize) -> Result<Vec<u8>, String> {
 /// Opens a file of the state.
 pub fn open(path: &std::ffi::CStr, flags: i32) -> Result<i32, String> {
     sys!(open(path.as_ptr(), flags, 0o600)).map_err(|error| format!("{path:?}: {error}"))
+}
+
+/// Gives back what pages of zeros this process has in memory of its own: rcriu stores none,
+/// while other programs want each page that they leave to the parent to be there.
+pub fn give_back_zeros() -> Verdict {
+    let text = |error: std::io::Error| error.to_string();
+    let pagemap = fs::File::open("/proc/self/pagemap").map_err(text)?;
+    for line in fs::read_to_string("/proc/self/maps").map_err(text)?.lines() {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        let private = fields[1] == "rw-p" && fields[4] == "0";
+        if !private || fields.get(5).is_some_and(|name| *name != "[heap]") {
+            continue;
+        }
+        let address = |text| usize::from_str_radix(text, 16).map_err(|error| error.to_string());
+        let (start, end) = fields[0].split_once('-').ok_or("a range")?;
+        for at in (address(start)?..address(end)?).step_by(PAGE) {
+            let mut entry = [0; 8];
+            pagemap.read_exact_at(&mut entry, (at / PAGE * 8) as u64).map_err(text)?;
+            let page = Area { at: std::ptr::with_exposed_provenance_mut(at), bytes: PAGE };
+            if entry[7] & 0x80 != 0 && page.verify_zero("").is_ok() {
+                page.advise(libc::MADV_DONTNEED)?;
+            }
+        }
+    }
+    Ok(())
 }

@@ -8,7 +8,7 @@ use std::fs;
 
 use crate::{
     Row,
-    kit::{Area, Checkpoint, PAGE, Verdict, nap, wait_until},
+    kit::{Area, Checkpoint, PAGE, Verdict, give_back_zeros, nap, wait_until},
 };
 
 pub const ROWS: &[Row] = &[("rounds", rounds)];
@@ -96,6 +96,7 @@ fn rounds(checkpoint: &Checkpoint) -> Verdict {
     let copied = Memory::new(Area::private(PAGES)?, "memory that is copied on write", 5);
     let child = checkpoint.fork(|child| {
         child.announce();
+        give_back_zeros()?;
         let mut round = 0;
         while !child.is_go() {
             if control.get(ROUND) > round {
@@ -111,6 +112,7 @@ fn rounds(checkpoint: &Checkpoint) -> Verdict {
         shared.verify(round)
     })?;
     checkpoint.announce();
+    give_back_zeros()?;
     let (asked, mut round) = (checkpoint.path("round"), 0);
     while !checkpoint.is_go() {
         if asked.exists() {
