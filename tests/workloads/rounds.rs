@@ -95,8 +95,8 @@ fn rounds(checkpoint: &Checkpoint) -> Verdict {
     let private = Memory::new(Area::private(PAGES)?, "private memory", 4);
     let copied = Memory::new(Area::private(PAGES)?, "memory that is copied on write", 5);
     let child = checkpoint.fork(|child| {
-        child.announce();
         give_back_zeros()?;
+        child.announce();
         let mut round = 0;
         while !child.is_go() {
             if control.get(ROUND) > round {
@@ -111,8 +111,8 @@ fn rounds(checkpoint: &Checkpoint) -> Verdict {
         childs.verify(round)?;
         shared.verify(round)
     })?;
-    checkpoint.announce();
     give_back_zeros()?;
+    checkpoint.announce();
     let (asked, mut round) = (checkpoint.path("round"), 0);
     while !checkpoint.is_go() {
         if asked.exists() {
