@@ -67,44 +67,25 @@ impl State {
 
     /// Returns the number of a description, and a duplicate of `fd` if it is new.
     fn identify(&mut self, fd: OwnedFd) -> Result<(u32, Option<OwnedFd>), FileError> {
-        let stat = fstat(&fd).map_err(|source| FileError::Restore {
-            id: 0,
-            step: "look at",
-            object: "a descriptor".into(),
-            source,
-        })?;
-        if let Some(known) = self.known.get(&(stat.st_dev, stat.st_ino))
-            && let Ok(position) = position(self.own, known, &fd)
-        {
-            return Ok((known[position].0, None));
-        }
-        let id = self.new_id();
-        self.remember(id, &fd)?;
-        Ok((id, Some(fd)))
-    }
-
-    /// Keeps a duplicate of a description, to know it again.
-    fn remember(&mut self, id: u32, fd: &OwnedFd) -> Result<(), FileError> {
-        let failed = |step| FileError::restore(id, step, "a descriptor");
-        let stat = fstat(fd).map_err(failed("look at"))?;
-        let kept = fd.try_clone().map_err(|_| failed("duplicate")(nix::errno::Errno::EMFILE))?;
+        let failed = |step| FileError::restore(0, step, "a descriptor");
+        let stat = fstat(&fd).map_err(failed("look at"))?;
         let known = self.known.entry((stat.st_dev, stat.st_ino)).or_default();
-        let (Ok(position) | Err(position)) = position(self.own, known, fd);
-        known.insert(position, (id, kept));
-        Ok(())
+        let position = known.binary_search_by(|(_, known)| {
+            let pair = Shared::File(known.as_raw_fd(), fd.as_raw_fd());
+            process::kcmp(self.own, self.own, pair).unwrap_or(Ordering::Less)
+        });
+        match position {
+            Ok(position) => Ok((known[position].0, None)),
+            Err(position) => {
+                // A duplicate is kept, to know it again.
+                let kept = fd.try_clone();
+                let kept = kept.map_err(|_| failed("duplicate")(nix::errno::Errno::EMFILE))?;
+                self.next_id += 1;
+                known.insert(position, (self.next_id, kept));
+                Ok((self.next_id, Some(fd)))
+            }
+        }
     }
-}
-
-/// Finds a description among those of its file, or where it is to be.
-fn position(
-    own: HostPid,
-    known: &[(u32, OwnedFd)],
-    fd: &OwnedFd,
-) -> std::result::Result<usize, usize> {
-    known.binary_search_by(|(_, known)| {
-        let pair = Shared::File(known.as_raw_fd(), fd.as_raw_fd());
-        process::kcmp(own, own, pair).unwrap_or(Ordering::Less)
-    })
 }
 
 impl Intake for State {
@@ -310,11 +291,11 @@ impl FileTable {
         let file = File::open(&path).map_err(failed)?;
         let link = std::fs::read_link(&path).map_err(failed)?;
         let link = std::os::unix::ffi::OsStringExt::into_vec(link.into_os_string());
-        let id = self.state.new_id();
-        let fd = OwnedFd::from(file);
-        let info = proc::fdinfo(self.own, TargetFd(fd.as_raw_fd()))?;
-        self.state.remember(id, &fd)?;
-        self.collect(id, fd, pid, NO_DESCRIPTOR, link, info)?;
+        let (id, new) = self.state.identify(file.into())?;
+        if let Some(fd) = new {
+            let info = proc::fdinfo(self.own, TargetFd(fd.as_raw_fd()))?;
+            self.collect(id, fd, pid, NO_DESCRIPTOR, link, info)?;
+        }
         Ok(id)
     }
 
