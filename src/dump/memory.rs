@@ -601,25 +601,24 @@ fn read_parent(memory: &MemoryBytes, run: &Stretch, target: &mut [u8]) -> Result
     }
     // Some page cannot be read, such as one that was punched: it is not equal.
     for (number, page) in (run.first.0..).zip(target.chunks_exact_mut(PAGE)) {
-        let page_index = PageIndex(number);
-        let stored = memory
-            .index()
-            .find(page_index)
-            .is_some_and(|extent| matches!(extent.place, Place::Stored { .. }));
-        if !stored || read_at(memory, page_index.address(), page).is_err() {
+        if !read_stored(memory, PageIndex(number), page) {
             page.fill(0);
         }
     }
     Ok(())
 }
 
+/// Reads a page, if the parent chain has it and it can be read.
+fn read_stored(memory: &MemoryBytes, page: PageIndex, target: &mut [u8]) -> bool {
+    let extent = memory.index().find(page);
+    extent.is_some_and(|extent| matches!(extent.place, Place::Stored { .. }))
+        && read_at(memory, page.address(), target).is_ok_and(|count| count == target.len())
+}
+
 /// Whether the parent chain has a page, all zero, and it can be read.
 fn has_zeros(memory: &MemoryBytes, page: PageIndex) -> bool {
     let mut bytes = [0; PAGE];
-    let stored = memory.index().find(page);
-    stored.is_some_and(|extent| matches!(extent.place, Place::Stored { .. }))
-        && read_at(memory, page.address(), &mut bytes).is_ok_and(|count| count == PAGE)
-        && is_zero(&bytes)
+    read_stored(memory, page, &mut bytes) && is_zero(&bytes)
 }
 
 /// Whether all bytes of a page are zero.
