@@ -14,6 +14,7 @@ use std::{
 };
 
 use memmap2::{MmapOptions, MmapRaw};
+use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 
 use super::{
     RestoreError, Result,
@@ -40,8 +41,6 @@ const ANONYMOUS: [&[u8]; 2] = [b"/dev/zero", b"/anon_hugepage"];
 pub(super) struct Object {
     shmid: u64,
     file: File,
-    /// Files of huge pages cannot be written to; their memory can.
-    huge: bool,
     memory: Option<MemoryBytes>,
 }
 
@@ -62,13 +61,13 @@ pub(super) fn create(plan: &Plan, images: &Path, opened: &mut Opened) -> Result<
         } else {
             memfd::create(&inode).map_err(|errno| failed(errno.into()))?
         };
-        objects.push(object(plan, shmid, &fd, huge.is_some())?);
+        objects.push(object(plan, shmid, &fd)?);
         opened.objects.insert(shmid, fd);
     }
     for (shmid, bytes) in anonymous(plan) {
         let failed = |source| RestoreError::Object { shmid, step: "make", source };
         let fd = process::shared_anonymous(bytes, None).map_err(failed)?;
-        objects.push(object(plan, shmid, &fd, false)?);
+        objects.push(object(plan, shmid, &fd)?);
         opened.objects.insert(shmid, fd);
     }
     for entry in sysv::read(images)? {
@@ -76,8 +75,7 @@ pub(super) fn create(plan: &Plan, images: &Path, opened: &mut Opened) -> Result<
         sysv::create(&entry).map_err(|problem| RestoreError::Segment { shmid, problem })?;
         let failed = |source| RestoreError::Object { shmid, step: "open", source };
         let file = sysv::open(&entry).map_err(failed)?;
-        let memory = memory_of(&plan.chain, plan.snapshot, shmid)?;
-        objects.push(Object { shmid, file, huge: entry.hugetlb_flag.is_some(), memory });
+        objects.push(Object { shmid, file, memory: memory_of(&plan.chain, plan.snapshot, shmid)? });
     }
     Ok(objects)
 }
@@ -113,10 +111,10 @@ fn anonymous(plan: &Plan) -> BTreeMap<u64, u64> {
     found
 }
 
-fn object(plan: &Plan, shmid: u64, fd: &OwnedFd, huge: bool) -> Result<Object> {
+fn object(plan: &Plan, shmid: u64, fd: &OwnedFd) -> Result<Object> {
     let failed = |source| RestoreError::Object { shmid, step: "duplicate", source };
     let file = File::from(fd.try_clone().map_err(failed)?);
-    Ok(Object { shmid, file, huge, memory: memory_of(&plan.chain, plan.snapshot, shmid)? })
+    Ok(Object { shmid, file, memory: memory_of(&plan.chain, plan.snapshot, shmid)? })
 }
 
 fn memory_of(chain: &Arc<Chain>, snapshot: SnapshotId, shmid: u64) -> Result<Option<MemoryBytes>> {
@@ -140,7 +138,7 @@ pub(super) fn fill(objects: &[Object], free: Option<&Free>) -> Result<()> {
     for object in objects {
         let Some(memory) = &object.memory else { continue };
         let failed = |source| RestoreError::Object { shmid: object.shmid, step: "fill", source };
-        let target = Target::new(object).map_err(failed)?;
+        let target = Target::new(&object.file).map_err(failed)?;
         // The last page may be in the object in part only.
         let size = object.file.metadata().map_err(failed)?.len();
         let all = PageIndex(0)..PageIndex::END;
@@ -170,12 +168,13 @@ enum Target<'a> {
 }
 
 impl<'a> Target<'a> {
-    fn new(object: &'a Object) -> io::Result<Self> {
-        if !object.huge {
-            return Ok(Self::File(&object.file));
+    fn new(file: &'a File) -> io::Result<Self> {
+        if fstatfs(file)?.filesystem_type() != HUGETLBFS_MAGIC {
+            return Ok(Self::File(file));
         }
-        // Whoever maps it for good reserves its pages.
-        MmapOptions::new().no_reserve_swap().map_raw(&object.file).map(Self::Mapping)
+        // Files of huge pages cannot be written to, but their memory can. Whoever maps it
+        // for good reserves its pages.
+        MmapOptions::new().no_reserve_swap().map_raw(file).map(Self::Mapping)
     }
 
     fn write(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
