@@ -421,13 +421,17 @@ fn privileged_shell_job() {
 fn refused(name: &str, what: &str) {
     require(Cap::Ptrace);
     let mut live = Live::workload(name);
+    refused_with(&mut live, &[], what);
+    live.verdict();
+}
+
+fn refused_with(live: &mut Live, options: &[&str], what: &str) {
     let before = live.state();
-    let output = live.try_dump(&[]);
+    let output = live.try_dump(options);
     let words = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(!output.status.success(), "it was dumped: {words}");
     assert!(words.contains(what), "{words}");
     before.assert_unchanged(&live.state_after(&before));
-    live.verdict();
 }
 
 /// Data in a connection that was not accepted can be seen by no one.
@@ -467,12 +471,7 @@ fn privileged_deleted_files_of_huge_pages_are_refused() {
     let mut live = Live::program("sh", &["-c", script], dir);
     live.wait_ready();
     wait_for("the end of mv", || live.tree().len() == 1);
-    let before = live.state();
-    let output = live.try_dump(&["--ghost-limit", "16M"]);
-    let words = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(!output.status.success(), "it was dumped: {words}");
-    assert!(words.contains("huge/file of huge pages"), "{words}");
-    before.assert_unchanged(&live.state_after(&before));
+    refused_with(&mut live, &["--ghost-limit", "16M"], "huge/file of huge pages");
 }
 
 #[test]

@@ -152,11 +152,11 @@ fn name(file: &Description, id: u32, intake: &mut dyn Intake) -> Result<Vec<u8>>
             return Ok(file.link.clone());
         }
         // Not to be read by anyone else, and without a name to open it by.
-        FsType(kind @ (SECRETMEM_MAGIC | MQUEUE_MAGIC)) => {
-            let what = match kind {
-                SECRETMEM_MAGIC => "secret memory (memfd_secret(2))".to_owned(),
-                _ => format!("the message queue {}", String::from_utf8_lossy(&file.link)),
-            };
+        FsType(SECRETMEM_MAGIC) => {
+            return Err(file.unsupported("secret memory (memfd_secret(2))", "close it"));
+        }
+        FsType(MQUEUE_MAGIC) => {
+            let what = format!("the message queue {}", String::from_utf8_lossy(&file.link));
             return Err(file.unsupported(what, "close it"));
         }
         // Made by the kernel, with the terminal or not at all.
