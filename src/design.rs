@@ -260,7 +260,8 @@
 //!
 //! - Image bytes are untrusted: no length is believed before the file has shown
 //!   that many bytes, and whatever contradicts itself is an error that names
-//!   file, memory and address.
+//!   file, memory and address. Only regular files are opened as images
+//!   ([`crate::image::regular`]), and what is created there is for its owner alone.
 //! - A page is never answered with another page's bytes or with zeros that
 //!   nobody stored: what cannot be found, or was freed, is an error.
 //! - An image directory that is written has its inventory last, after everything

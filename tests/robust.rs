@@ -113,6 +113,25 @@ fn look(view: &View, dir: Ino, buffer: &mut [u8]) {
     }
 }
 
+/// No length is believed: a pagemap of 1 TiB, all but its beginning a hole, is an error
+/// that names it.
+#[test]
+fn a_sparse_pagemap_is_an_error_and_takes_no_memory() {
+    let root = tempfile::tempdir().unwrap();
+    copy(CHAINS[0], root.path());
+    let sparse = root.path().join("3/pagemap-293.img");
+    fs::File::options().write(true).open(&sparse).unwrap().set_len(1 << 40).unwrap();
+    let chain = Chain::open(root.path()).unwrap();
+    let ids: Vec<_> = chain.ids().collect();
+    let names_it = |problem: String| assert!(problem.contains("3/pagemap-293.img"), "{problem}");
+    assert!(check(&chain).unwrap().iter().any(|finding| format!("{finding:?}").contains("293")));
+    names_it(diff(&chain, ids[0], ids[2]).unwrap_err().to_string());
+    let chain = Arc::new(chain);
+    let view = View::new(Arc::clone(&chain), chain.choose(None).unwrap());
+    names_it(flatten(&view, &root.path().join("flat"), &mut |_, _| {}).unwrap_err().to_string());
+    look(&view, ROOT, &mut vec![0; LOOK_BYTES]);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(96))]
 

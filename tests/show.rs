@@ -137,7 +137,28 @@ fn what_cannot_be_shown_is_reported_and_the_rest_is_shown() {
         shown,
         "rcriu: image ../README.md begins with magic 0x20412023, expected the magic of an image\n",
     );
-    ends(&run(&["1"]), 1, "", "rcriu: read image 1 at offset 0x0: Is a directory (os error 21)\n");
+    let problem = "rcriu: open image 1: it is a directory, and not a regular file\n";
+    ends(&run(&["1"]), 1, "", problem);
+}
+
+#[test]
+fn what_would_never_end_is_not_opened() {
+    let directory = tempfile::tempdir().unwrap();
+    let fifo = directory.path().join("pstree.img");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    for (path, name) in [(fifo.to_str().unwrap(), "a FIFO"), ("/dev/zero", "a device")] {
+        let problem = format!(
+            "rcriu: open image {path}: it is {name}, and not a regular file\n  \
+             To show what it holds, give it as standard input: rcriu show - < FILE.\n"
+        );
+        ends(&run(&[path]), 1, "", &problem);
+    }
+    // A file that is one hole has no end of empty messages.
+    let hole = directory.path().join("stats-dump");
+    fs::copy(chain().join("1/stats-dump"), &hole).unwrap();
+    fs::OpenOptions::new().append(true).open(&hole).unwrap().set_len(1 << 40).unwrap();
+    let output = run(&[hole.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(1));
 }
 
 #[test]

@@ -7,20 +7,16 @@ use std::{
     fs::{File, Metadata},
     io::{self, IoSliceMut},
     num::NonZeroUsize,
-    os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, OnceLock, PoisonError},
 };
 
 use lru::LruCache;
 use memmap2::{MmapOptions, MmapRaw};
-use nix::{
-    errno::Errno,
-    fcntl::{OFlag, copy_file_range},
-    sys::uio::preadv,
-};
+use nix::{errno::Errno, fcntl::copy_file_range, sys::uio::preadv};
 
 use super::{ChainError, Result};
+use crate::image::regular;
 
 /// A file that was entered into [`Files`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -200,11 +196,8 @@ impl Files {
         };
         // Opening may wait for a disk or a network: nobody else should.
         let open = || {
-            // Without O_NONBLOCK, a FIFO under the file's name would hang us.
-            let flags = OFlag::O_NONBLOCK.bits();
-            let file = File::options().read(true).custom_flags(flags).open(&path)?;
-            let meta = file.metadata()?;
-            if meta.is_file() { Ok((file, (meta.dev(), meta.ino()))) } else { Err(not_a_file()) }
+            let (file, stat) = regular::open(&path)?;
+            io::Result::Ok((file, (stat.st_dev, stat.st_ino)))
         };
         let (file, identity) =
             open().map_err(|source| ChainError::Open { path: path.clone(), source })?;
@@ -229,8 +222,4 @@ impl Files {
         // Nothing panics while it holds the lock in a state worth distrusting.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn not_a_file() -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file")
 }

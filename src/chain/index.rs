@@ -409,11 +409,16 @@ impl Desk {
             .is_ok_and(|meta| meta.blocks().saturating_mul(BLOCK_BYTES) >= meta.len());
         let file = chain.files().enter(&pages_path);
         // At once as large as it can become: growing it costs more than filling it.
-        self.pile.reserve(reader.entries_left());
+        let make_room = |pile: &mut Pile, pieces, reader: &PagemapReader<_>| {
+            pile.make_room(pieces).map_err(|_| reader.out_of_memory())
+        };
+        make_room(&mut self.pile, reader.entries_left(), &reader)?;
         let gone = punched::read(&chain.snapshot(id).dir, name, pages_id)?.unwrap_or_default();
         let (mut pages, mut asks_parent) = (0, false);
-        for entry in reader.by_ref() {
+        while let Some(entry) = reader.next() {
             let entry = entry?;
+            // The reader's guess is not to be relied upon.
+            make_room(&mut self.pile, 1, &reader)?;
             pieces(layer, pages, &entry, &gone, |piece| self.pile.push(piece));
             match entry.presence {
                 Presence::Present => pages += entry.pages,

@@ -14,7 +14,7 @@
 //! a processor's cache holds: the memory that merging needs is then small and
 //! always the same, and the windows can be shared out among processors.
 
-use std::mem;
+use std::{collections::TryReserveError, mem};
 
 use super::side_by_side;
 use crate::units::{PAGE_SHIFT, PageIndex};
@@ -307,9 +307,12 @@ pub(super) struct Pile {
 }
 
 impl Pile {
-    /// Makes room for so many pieces.
-    pub(super) fn reserve(&mut self, pieces: usize) {
-        self.pieces.reserve(pieces);
+    /// Makes room for so many pieces more.
+    ///
+    /// # Errors
+    /// Memory does not suffice.
+    pub(super) fn make_room(&mut self, pieces: usize) -> Result<(), TryReserveError> {
+        self.pieces.try_reserve(pieces)
     }
 
     /// Appends a piece to the lowest layer, which is open.

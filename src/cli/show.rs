@@ -6,10 +6,14 @@ use std::{
     process::ExitCode,
 };
 
+use anyhow::anyhow;
 use clap::Args;
 
 use super::exit;
-use crate::image::json::{self, Style};
+use crate::image::{
+    ImageError,
+    json::{self, JsonError, Style},
+};
 
 /// Show image files as JSON
 #[derive(Args, Clone, Debug)]
@@ -72,11 +76,22 @@ pub fn run(options: &Options) -> ExitCode {
     ExitCode::from(code)
 }
 
+/// Adds what to do where only a regular file will do.
+fn with_help(error: JsonError, file: &Path) -> anyhow::Error {
+    let refused = matches!(&error, JsonError::Image(ImageError::Open { source, .. })
+        if source.kind() == io::ErrorKind::InvalidInput);
+    let error = anyhow::Error::from(error);
+    if !refused || file.is_dir() {
+        return error;
+    }
+    anyhow!("{error:#}\n  To show what it holds, give it as standard input: rcriu show - < FILE.")
+}
+
 fn show(file: &Path, style: Style, out: &mut impl Write) -> anyhow::Result<()> {
     if file == Path::new("-") {
         json::write_from(Path::new("(standard input)"), io::stdin().lock(), style, out)?;
     } else {
-        json::write(file, style, out)?;
+        json::write(file, style, out).map_err(|error| with_help(error, file))?;
     }
     Ok(())
 }

@@ -3,14 +3,9 @@
 //! The images stay as they are, byte by byte, so that the kernel does what the format
 //! cannot: to store a page once for two processes, or for two places of one memory.
 
-use std::{
-    fs::File,
-    os::{fd::AsFd, unix::fs::OpenOptionsExt},
-    path::Path,
-};
+use std::{fs::File, os::fd::AsFd, path::Path};
 
 use nix::{
-    fcntl::OFlag,
     libc,
     sys::{statfs::fstatfs, statvfs::fstatvfs},
 };
@@ -18,6 +13,7 @@ use nix::{
 use super::{DedupError, Progress, Result};
 use crate::{
     chain::{BackingFile, Chain, FileId, StoredPages, zero_hash},
+    image::regular,
     sys::{
         lock::{Access, DirectoryLocks},
         reflink,
@@ -132,10 +128,7 @@ impl Target {
         let path = file.path().to_owned();
         let failed =
             |source| DedupError::File { step: "open for writing", path: path.clone(), source };
-        // Without O_NONBLOCK, a FIFO under the file's name would hang us.
-        let flags = OFlag::O_NONBLOCK.bits();
-        let open = File::options().read(true).write(true).custom_flags(flags).open(&path);
-        let open = open.map_err(failed)?;
+        let (open, _) = regular::open_to_change(&path).map_err(failed)?;
         let stat = fstatvfs(open.as_fd()).map_err(|errno| DedupError::File {
             step: "look at the file system of",
             path: path.clone(),

@@ -22,7 +22,7 @@ use std::{
     fs::{self, DirBuilder, File},
     io::{self, BufWriter, Write as _},
     num::NonZeroUsize,
-    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, fchown, symlink},
+    os::unix::fs::{DirBuilderExt, MetadataExt, fchown, symlink},
     path::{Component, Path, PathBuf},
 };
 
@@ -41,6 +41,7 @@ use crate::{
         disk::Kernel,
         document::Content,
         punched::JournalWriter,
+        regular,
         snapshot::{DEDUP_STAGE, DIRECTORY_MODE, names, sync, sync_all, write_error},
     },
     sys::fds,
@@ -51,8 +52,8 @@ use crate::{
 /// `shmem FROM TO` for objects that get another number.
 const LIST: &str = "replaced";
 
-/// Permissions of a new file until it has those of the old one: memory is secret.
-const SECRET: u32 = 0o600;
+/// The longest such list that is read: 32 bytes for each of a million memories.
+const LIST_LIMIT_BYTES: u64 = 32 << 20;
 
 /// Bytes read at a time where the kernel cannot copy.
 const BUFFER_BYTES: u64 = 1 << 20;
@@ -118,7 +119,8 @@ impl<'a> Stage<'a> {
             }
         }
         let path = self.stage.join(LIST);
-        fs::write(&path, text).map_err(|source| write_error(&path, source))?;
+        let written = regular::create(&path).and_then(|mut file| file.write_all(text.as_bytes()));
+        written.map_err(|source| write_error(&path, source))?;
         sync(&path)?;
         sync(&self.stage)?;
         Ok(sync(&self.dir)?)
@@ -128,13 +130,7 @@ impl<'a> Stage<'a> {
     fn memory(&self, memory: &MemoryPlan, pages_id: u32, child: At) -> Result<()> {
         let from = memory.index.layers()[0].file;
         let path = self.stage.join(Kind::Pages.file_name(pages_id.into()));
-        let target = File::options()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .mode(SECRET)
-            .open(&path)
-            .map_err(|source| write_error(&path, source))?;
+        let target = regular::create(&path).map_err(|source| write_error(&path, source))?;
         let old = child.dir().join(Kind::Pages.file_name(memory.pages_id.into()));
         // Without pages there need not be a file that they would be in.
         if !memory.kept.is_empty() {
@@ -297,8 +293,8 @@ pub(super) fn recover(dir: &Path) -> Result<bool> {
         return Ok(false);
     }
     let path = stage.join(LIST);
-    let list = match fs::read_to_string(&path) {
-        Ok(list) => list,
+    let list = match regular::read(&path, LIST_LIMIT_BYTES) {
+        Ok(list) => String::from_utf8_lossy(&list).into_owned(),
         // It was not begun with, or all but this is done.
         Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
         Err(source) => return Err(DedupError::File { step: "read", path, source }),
@@ -391,7 +387,7 @@ fn renumber(from: &Path, to: &Path, numbers: &BTreeMap<u64, u64>) -> Result<()> 
             change_numbers(entry.message.get_mut(), numbers);
         }
     }
-    let file = File::create_new(to).map_err(|source| write_error(to, source))?;
+    let file = regular::create(to).map_err(|source| write_error(to, source))?;
     let mut file = image.write(to, BufWriter::new(file))?;
     file.flush().map_err(|source| write_error(to, source))?;
     resemble(file.get_ref(), to, from)
@@ -439,7 +435,13 @@ fn change_numbers(message: &mut prost_reflect::DynamicMessage, numbers: &BTreeMa
 
 /// Copies a whole file with its permissions, sharing blocks where that can be done.
 pub(super) fn copy_file(from: &Path, to: &Path) -> Result<()> {
-    fs::copy(from, to).map(drop).map_err(|source| write_error(to, source).into())
+    let copy = || {
+        let (mut source, _) = regular::open(from)?;
+        let mut target = regular::create(to)?;
+        target.set_permissions(source.metadata()?.permissions())?;
+        io::copy(&mut source, &mut target)
+    };
+    copy().map(drop).map_err(|source| write_error(to, source).into())
 }
 
 /// Copies a whole pages file, leaving its holes holes.
@@ -447,7 +449,7 @@ pub(super) fn copy_pages(from: &Path, to: &Path) -> Result<()> {
     let files = Files::new(NonZeroUsize::MIN);
     let from = files.get(files.enter(from))?;
     let failed = |source| write_error(to, source);
-    let target = File::create_new(to).map_err(failed)?;
+    let target = regular::create(to).map_err(failed)?;
     let metadata = from.metadata()?;
     target.set_permissions(metadata.permissions()).map_err(failed)?;
     target.set_len(metadata.len()).map_err(failed)?;

@@ -6,14 +6,13 @@ use std::{
     fs::{self, File},
     io,
     ops::Range,
-    os::unix::fs::{FileExt, OpenOptionsExt},
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
-use nix::fcntl::{FallocateFlags, OFlag, fallocate};
+use nix::fcntl::{FallocateFlags, fallocate};
 
-/// Permissions of new files: memory is secret.
-const FILE_MODE: u32 = 0o600;
+use super::regular;
 
 /// A file that is changed.
 #[derive(Debug)]
@@ -42,12 +41,7 @@ pub trait Disk: fmt::Debug + Send + Sync {
     /// # Errors
     /// What `open(2)` returns.
     fn open(&self, path: &Path) -> io::Result<DiskFile> {
-        // Without O_NONBLOCK, a FIFO under the file's name would hang us.
-        let flags = OFlag::O_NONBLOCK.bits();
-        let file = File::options().read(true).write(true).custom_flags(flags).open(path)?;
-        if !file.metadata()?.is_file() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file"));
-        }
+        let (file, _) = regular::open_to_change(path)?;
         Ok(DiskFile { file, path: path.to_owned() })
     }
 
@@ -60,8 +54,7 @@ pub trait Disk: fmt::Debug + Send + Sync {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        let mut options = File::options();
-        let file = options.read(true).write(true).create_new(true).mode(FILE_MODE).open(path)?;
+        let file = regular::create(path)?;
         Ok(DiskFile { file, path: path.to_owned() })
     }
 

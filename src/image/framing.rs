@@ -5,22 +5,18 @@ use std::{
     fs::File,
     io::{self, BufRead, BufReader, BufWriter, Read, Write},
     ops::Range,
-    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
 };
 
-use nix::{
-    fcntl::OFlag,
-    sys::stat::{SFlag, fstat},
-};
 use prost::{Message, Name};
 
 use super::{
     Desc, ImageError, Kind, Result,
     desc::{self, Body, IMAGE_MAGIC, SERVICE_MAGIC},
+    regular,
     wire::{self, Shape},
 };
-use crate::units::PAGE_SIZE;
+use crate::units::{BLOCK_BYTES, PAGE_SIZE};
 
 /// Bytes read from an image at a time.
 const BUFFER_BYTES: usize = 64 << 10;
@@ -34,6 +30,10 @@ fn buffer_bytes(len: u64) -> usize {
 /// The largest message accepted. The largest real ones are memory maps, about
 /// 60 bytes a mapping, of which the kernel allows 65,530 by default.
 pub(super) const MESSAGE_LIMIT_BYTES: u32 = 64 << 20;
+
+/// The most empty messages that are read of an image. No kind has many, but a file that
+/// is one hole consists of nothing else.
+const EMPTY_LIMIT: u32 = 1 << 16;
 
 /// What stands before a file's own magic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +55,10 @@ pub struct ImageReader<R = BufReader<File>> {
     desc: &'static Desc,
     prologue: Prologue,
     size: Option<u64>,
+    /// Bytes that the file takes on the disk, as far as is known.
+    stored: u64,
+    /// How many messages were empty.
+    empty: u32,
 }
 
 impl ImageReader {
@@ -66,23 +70,19 @@ impl ImageReader {
     /// # Errors
     /// [`ImageError::Open`], [`ImageError::Read`], [`ImageError::Truncated`], [`ImageError::Magic`].
     pub fn open(path: &Path) -> Result<Self> {
-        let (file, len) = open_regular(path)?;
+        let (file, len, stored) = open_regular(path)?;
         let reader = Self::new(path, BufReader::with_capacity(buffer_bytes(len), file))?;
-        Ok(Self { size: Some(len), ..reader })
+        Ok(Self { size: Some(len), stored, ..reader })
     }
 
-    /// Opens a file of any kind, among them those without magics. Returns its
-    /// size too, if it is a file that has one.
+    /// Opens a file of any kind, among them those without magics. Returns its size too.
     ///
     /// # Errors
     /// As [`ImageReader::open`].
-    pub fn open_any(path: &Path) -> Result<(Self, Option<u64>)> {
-        let failed = |source| ImageError::Open { path: path.to_owned(), source };
-        let file = File::open(path).map_err(failed)?;
-        let metadata = file.metadata().map_err(failed)?;
-        let size = metadata.is_file().then_some(metadata.len());
-        let input = BufReader::with_capacity(size.map_or(BUFFER_BYTES, buffer_bytes), file);
-        Ok((Self::of_any_kind(path, input, size)?, size))
+    pub fn open_any(path: &Path) -> Result<(Self, u64)> {
+        let (file, size, _) = open_regular(path)?;
+        let input = BufReader::with_capacity(buffer_bytes(size), file);
+        Ok((Self::of_any_kind(path, input, Some(size))?, size))
     }
 
     /// Opens an image that must be of kind `kind`.
@@ -103,30 +103,22 @@ impl<'a> ImageReader<Lent<'a>> {
     /// # Errors
     /// As [`ImageReader::open`].
     pub fn open_with(path: &Path, buffer: &'a mut Vec<u8>) -> Result<Self> {
-        let (file, len) = open_regular(path)?;
+        let (file, len, stored) = open_regular(path)?;
         let wanted = buffer_bytes(len);
         if buffer.len() < wanted {
             buffer.resize(wanted, 0);
         }
         let reader = Self::new(path, Lent { file, left: len, buffer, unread: 0..0 })?;
-        Ok(Self { size: Some(len), ..reader })
+        Ok(Self { size: Some(len), stored, ..reader })
     }
 }
 
-/// Opens a regular file and returns its size too.
-fn open_regular(path: &Path) -> Result<(File, u64)> {
-    let open = || {
-        // Without O_NONBLOCK, a FIFO under the image's name would hang us.
-        let flags = OFlag::O_NONBLOCK.bits();
-        let file = File::options().read(true).custom_flags(flags).open(path)?;
-        // The standard library's way to ask takes twice as long.
-        let status = fstat(&file)?;
-        if SFlag::from_bits_truncate(status.st_mode) & SFlag::S_IFMT != SFlag::S_IFREG {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file"));
-        }
-        Ok((file, u64::try_from(status.st_size).unwrap_or(0)))
-    };
-    open().map_err(|source| ImageError::Open { path: path.to_owned(), source })
+/// Opens a regular file and returns its size, and how many bytes it takes on the disk.
+fn open_regular(path: &Path) -> Result<(File, u64, u64)> {
+    let (file, stat) =
+        regular::open(path).map_err(|source| ImageError::Open { path: path.to_owned(), source })?;
+    let bytes = |count: i64| u64::try_from(count).unwrap_or(0);
+    Ok((file, bytes(stat.st_size), bytes(stat.st_blocks).saturating_mul(BLOCK_BYTES)))
 }
 
 /// A file that is read through a buffer which outlives it: who opens thousands
@@ -223,7 +215,16 @@ impl<R: BufRead> ImageReader<R> {
     /// Makes a reader that has read nothing yet.
     fn at_start(path: &Path, input: R, desc: &'static Desc) -> Self {
         let path = path.to_owned();
-        Self { input, path, offset: 0, desc, prologue: Prologue::Bare, size: None }
+        Self {
+            input,
+            path,
+            offset: 0,
+            desc,
+            prologue: Prologue::Bare,
+            size: None,
+            stored: 0,
+            empty: 0,
+        }
     }
 
     /// Checks that the image is of kind `kind`, or of one with its magic.
@@ -260,6 +261,21 @@ impl<R: BufRead> ImageReader<R> {
     /// Returns how many bytes are left to be read, if that is known.
     pub fn bytes_left(&self) -> Option<u64> {
         self.size.map(|size| size.saturating_sub(self.offset))
+    }
+
+    /// Returns how many of these bytes there can be besides holes, roughly: to make room
+    /// by, not to rely on.
+    pub(super) fn stored_bytes_left(&self) -> u64 {
+        self.bytes_left().unwrap_or(0).min(self.stored.max(BUFFER_BYTES as u64))
+    }
+
+    /// Returns [`ImageError::Read`] for an image that memory does not suffice for.
+    pub fn out_of_memory(&self) -> ImageError {
+        ImageError::Read {
+            path: self.path.clone(),
+            offset: self.offset,
+            source: io::ErrorKind::OutOfMemory.into(),
+        }
     }
 
     /// Returns the path that errors name.
@@ -333,6 +349,15 @@ impl<R: BufRead> ImageReader<R> {
                 offset,
                 length: length.into(),
                 limit: MESSAGE_LIMIT_BYTES.into(),
+            });
+        }
+        self.empty += u32::from(length == 0);
+        if self.empty > EMPTY_LIMIT {
+            return Err(ImageError::Malformed {
+                path: self.path.clone(),
+                offset,
+                message: "message",
+                problem: format!("more than {EMPTY_LIMIT} messages are empty, as in a hole"),
             });
         }
         Ok(length)
@@ -461,7 +486,7 @@ impl ImageWriter {
     /// # Errors
     /// [`ImageError::Write`].
     pub fn create(path: &Path, kind: Kind) -> Result<Self> {
-        let file = File::create_new(path)
+        let file = regular::create(path)
             .map_err(|source| ImageError::Write { path: path.to_owned(), source })?;
         Self::new(path, BufWriter::new(file), kind)
     }

@@ -17,6 +17,7 @@ pub mod payload;
 pub mod proto;
 pub mod punched;
 pub mod registers;
+pub mod regular;
 pub mod snapshot;
 mod verify;
 pub mod vma;

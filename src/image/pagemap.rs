@@ -187,10 +187,16 @@ impl<R: BufRead> PagemapReader<R> {
         self.pages_id
     }
 
-    /// Returns how many entries are left at most, as far as the file's size tells.
+    /// Returns how many entries are left at most, as far as the file's size on the disk
+    /// tells.
     pub fn entries_left(&self) -> usize {
-        let bytes = self.image.bytes_left().unwrap_or(0);
+        let bytes = self.image.stored_bytes_left();
         usize::try_from(bytes / ENTRY_BYTES).unwrap_or(0)
+    }
+
+    /// Returns [`ImageError::Read`] for a pagemap that memory does not suffice for.
+    pub fn out_of_memory(&self) -> ImageError {
+        self.image.out_of_memory()
     }
 
     fn read_entry(&mut self) -> Result<Option<PagemapEntry>> {

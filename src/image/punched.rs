@@ -50,7 +50,7 @@ use zerocopy::{
     little_endian::{U32, U64},
 };
 
-use super::{Disk, ImageError, Kind, Result, disk::DiskFile};
+use super::{Disk, ImageError, Kind, Result, disk::DiskFile, regular};
 use crate::units::{PageIndex, PageRanges};
 
 const MAGIC: [u8; 8] = *b"rcriuPUN";
@@ -165,8 +165,8 @@ fn journal_path(dir: &Path, pages_id: u32) -> PathBuf {
 }
 
 fn open(path: &Path) -> Result<Option<File>> {
-    match File::open(path) {
-        Ok(file) => Ok(Some(file)),
+    match regular::open(path) {
+        Ok((file, _)) => Ok(Some(file)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(source) => Err(ImageError::Open { path: path.to_owned(), source }),
     }
@@ -186,7 +186,7 @@ impl Owner {
         let mut hash = Xxh3::new();
         for name in [&self.pagemap, &Kind::Inventory.file_name(0)] {
             let path = self.dir().join(name);
-            let mut file = File::open(&path)
+            let (mut file, _) = regular::open(&path)
                 .map_err(|source| ImageError::Open { path: path.clone(), source })?;
             let mut buffer = [0; 16 << 10];
             let mut len = 0_u64;

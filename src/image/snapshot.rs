@@ -18,7 +18,7 @@ use std::{
 
 use prost::Message;
 
-use super::{ImageError, ImageWriter, Kind, Result, desc, proto};
+use super::{ImageError, ImageWriter, Kind, Result, desc, proto, regular};
 
 /// Where images are until they are complete.
 const UNFINISHED: &str = ".unfinished";
@@ -97,12 +97,7 @@ impl SnapshotWriter {
     /// [`ImageError::Write`].
     pub fn create_raw(&self, kind: Kind, number: u64) -> Result<File> {
         let path = self.path(kind, number);
-        File::options()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(&path)
-            .map_err(|source| write_error(&path, source))
+        regular::create(&path).map_err(|source| write_error(&path, source))
     }
 
     /// Makes `parent`, as it was given, the snapshot's parent.
@@ -144,9 +139,10 @@ impl SnapshotWriter {
     pub fn commit_as(self, inventory: &Path) -> Result<()> {
         let path = self.path(Kind::Inventory, 0);
         let copy = || {
-            fs::copy(inventory, &path)?;
-            let date = fs::metadata(inventory)?.modified()?;
-            File::options().write(true).open(&path)?.set_modified(date)
+            let (mut source, _) = regular::open(inventory)?;
+            let mut target = regular::create(&path)?;
+            io::copy(&mut source, &mut target)?;
+            target.set_modified(source.metadata()?.modified()?)
         };
         copy().map_err(|source| write_error(&path, source))?;
         self.publish_all()

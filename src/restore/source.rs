@@ -2,7 +2,6 @@
 
 use std::{
     ffi::OsString,
-    fs,
     os::unix::ffi::OsStringExt,
     path::{Path, PathBuf},
 };
@@ -12,9 +11,12 @@ use nix::sys::statfs::{FUSE_SUPER_MAGIC, statfs};
 use super::{RestoreError, Result};
 use crate::{
     chain::{DIRECTORY_XATTR, GONE_XATTR, PUNCH_XATTR},
-    image::Kind,
+    image::{Kind, regular},
     sys::xattr,
 };
+
+/// The largest inventory that is read: real ones have less than a page.
+const INVENTORY_LIMIT_BYTES: u64 = 64 << 20;
 
 /// Returns the image directory that `dir` shows, if it is one of a mount of `imgfs`
 /// and the same snapshot is found where the mount says: its bytes need not go through
@@ -25,7 +27,8 @@ use crate::{
 pub(super) fn behind_mount(dir: &Path) -> Option<PathBuf> {
     let value = attribute(dir, DIRECTORY_XATTR)?;
     let behind = PathBuf::from(OsString::from_vec(value));
-    let inventory = |dir: &Path| fs::read(dir.join(Kind::Inventory.file_name(0)));
+    let inventory =
+        |dir: &Path| regular::read(&dir.join(Kind::Inventory.file_name(0)), INVENTORY_LIMIT_BYTES);
     let same = behind.is_absolute()
         && inventory(dir).is_ok_and(|here| inventory(&behind).is_ok_and(|there| here == there));
     if !same {
@@ -65,7 +68,7 @@ mod tests {
     #[test]
     fn only_mounts_of_ours_say_where_images_are() {
         let dir = tempfile::tempdir().unwrap();
-        fs::write(dir.path().join("inventory.img"), "same").unwrap();
+        std::fs::write(dir.path().join("inventory.img"), "same").unwrap();
         assert_eq!(behind_mount(dir.path()), None);
         assert_eq!(behind_mount(Path::new("/nowhere")), None);
         assert!(!frees_pages(dir.path()));

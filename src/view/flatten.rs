@@ -3,14 +3,14 @@
 use std::{
     fs::{self, File},
     io,
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
+    os::unix::fs::{DirBuilderExt, PermissionsExt},
     path::{Path, PathBuf},
 };
 
 use super::{NodeType, ROOT, Result, View, ViewError, Whence, seek};
 use crate::{
     chain::{Content, Run, Source, read_at},
-    image::Kind,
+    image::{Kind, regular},
     units::BLOCK_BYTES,
 };
 
@@ -90,7 +90,7 @@ fn write_all(
     for file in files {
         let path = if file.name == inventory { unfinished.clone() } else { out.join(&file.name) };
         let failed = |source| ViewError::Write { path: path.clone(), source };
-        let target = File::options().write(true).create_new(true).mode(0o600).open(&path);
+        let target = regular::create(&path);
         let target = Target { file: target.map_err(failed)?, path: &path };
         written.push(path.clone());
         let attr = view.attr(file.ino)?;

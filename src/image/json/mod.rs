@@ -64,7 +64,7 @@ pub type Result<T> = std::result::Result<T, JsonError>;
 /// document has been written.
 pub fn write(path: &Path, style: Style, out: &mut impl Write) -> Result<()> {
     let (image, size) = ImageReader::open_any(path)?;
-    write_image(image, size, style, out)
+    write_image(image, Some(size), style, out)
 }
 
 /// Writes the image in `input` as [`write()`] does; `name` stands in errors, and

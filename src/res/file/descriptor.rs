@@ -45,6 +45,14 @@ pub(super) fn open(path: &[u8], flags: u32) -> nix::Result<OwnedFd> {
     }
 }
 
+/// Returns a descriptor that only names what is at a path, which nothing happens to by
+/// that: a FIFO is not waited for, a device does nothing. Other flags than those that say
+/// what a path leads to are not looked at.
+pub(super) fn name(path: &[u8], flags: u32) -> nix::Result<OwnedFd> {
+    let way = flags & (libc::O_NOFOLLOW | libc::O_DIRECTORY).cast_unsigned();
+    open(path, way | libc::O_PATH.cast_unsigned())
+}
+
 /// Returns the path under which a descriptor of this program can be opened again.
 pub(super) fn path_of(fd: BorrowedFd) -> String {
     format!("/proc/self/fd/{}", fd.as_raw_fd())

@@ -25,7 +25,10 @@ use super::{
     late, lost, revived, tty,
 };
 use crate::{
-    image::proto::{self, FdTypes},
+    image::{
+        self,
+        proto::{self, FdTypes},
+    },
     inject::Script,
     units::TargetFd,
 };
@@ -229,17 +232,48 @@ pub fn open_entry(entry: &proto::RegFileEntry, flags: i32, opened: &mut Opened) 
         let problem = format!("it is external; give it with --inherit-fd 'fd[N]:{name}'");
         return Err(FileError::image(entry.id, problem));
     }
-    let fd = match revived::open(entry, flags, opened)? {
-        Some(fd) => fd,
-        None => descriptor::open(&entry.name, flags).map_err(failed("open"))?,
-    };
-    let stat = fstat(&fd).map_err(failed("look at"))?;
+    if let Some(fd) = revived::open(entry, flags, opened)? {
+        let stat = fstat(&fd).map_err(failed("look at"))?;
+        check(entry, &stat)?;
+        return Ok(fd);
+    }
+    // What is not what was dumped is not opened: a FIFO would be waited for, a device may
+    // do anything.
+    let named = descriptor::name(&entry.name, flags).map_err(failed("open"))?;
+    let stat = fstat(&named).map_err(failed("look at"))?;
     check(entry, &stat)?;
-    Ok(fd)
+    if descriptor::is_path(flags) {
+        return Ok(named);
+    }
+    if flags & libc::O_NOFOLLOW.cast_unsigned() == 0 {
+        return descriptor::reopen(named.as_fd(), flags).map_err(failed("open"));
+    }
+    // The flag would be lost on the way through /proc.
+    let fd = descriptor::open(&entry.name, flags).map_err(failed("open"))?;
+    let now = fstat(&fd).map_err(failed("look at"))?;
+    if is_same(&now, &stat) { Ok(fd) } else { Err(failed("open")(Errno::ESTALE)) }
 }
 
 fn check(entry: &proto::RegFileEntry, stat: &libc::stat) -> Result<()> {
     let name = || String::from_utf8_lossy(&entry.name);
+    let format = |mode: u32| mode & libc::S_IFMT;
+    let was = entry.mode.map_or(libc::S_IFREG, format);
+    // Without a recorded mode, a file or directory or device is what an entry like this
+    // is of.
+    let other = match entry.mode {
+        Some(_) => was != format(stat.st_mode),
+        None => matches!(format(stat.st_mode), libc::S_IFIFO | libc::S_IFSOCK),
+    };
+    if other {
+        let say = |mode| image::regular::type_name(mode).unwrap_or("a regular file");
+        let problem = format!(
+            "{} is {}, but was {} when it was dumped; put back what was there",
+            name(),
+            say(stat.st_mode),
+            say(was)
+        );
+        return Err(FileError::image(entry.id, problem));
+    }
     if let Some(size) = entry.size
         && size != stat.st_size.cast_unsigned()
     {

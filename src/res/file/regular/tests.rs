@@ -8,6 +8,8 @@ use std::{
     path::PathBuf,
 };
 
+use nix::sys::stat::Mode;
+
 use super::*;
 use crate::res::file::testing::{Tree, stat};
 
@@ -101,6 +103,22 @@ fn a_deleted_file_comes_back_with_its_bytes_and_holes() {
     let mut text = String::new();
     File::from(mapped).read_to_string(&mut text).unwrap();
     assert_eq!(text, "small");
+}
+
+#[test]
+fn what_is_there_instead_of_a_file_is_not_opened() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("file");
+    for (mode, was) in [(Some(libc::S_IFREG | 0o600), "a regular file"), (None, "a regular file")] {
+        let _ = fs::remove_file(&path);
+        nix::unistd::mkfifo(&path, Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
+        let entry =
+            proto::RegFileEntry { id: 7, name: bytes(&path).to_vec(), mode, ..Default::default() };
+        let mut opened = Opened::new(dir.path(), Policy::default(), Vec::new());
+        let problem = open_entry(&entry, libc::O_RDONLY, &mut opened).unwrap_err().to_string();
+        let expected = format!("{} is a FIFO, but was {was}", path.display());
+        assert!(problem.contains(&expected), "{problem}");
+    }
 }
 
 #[test]

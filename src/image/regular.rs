@@ -1,0 +1,126 @@
+//! Opening and creating files of an image directory, which may be anybody's: the one
+//! place that says what is opened there.
+//!
+//! Only regular files are images. A FIFO would be waited for, a device would do things
+//! or never end. What is created is for its owner alone, whatever the umask, since it
+//! holds memory; and it is never created through a link.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, Read},
+    os::unix::fs::OpenOptionsExt,
+    path::Path,
+};
+
+use nix::{
+    fcntl::OFlag,
+    libc,
+    sys::stat::{FileStat, fstat},
+};
+
+/// Permissions of new files: memory is secret.
+const FILE_MODE: u32 = 0o600;
+
+/// Opens a regular file for reading, and looks at it.
+///
+/// # Errors
+/// What `open(2)` returns; [`io::ErrorKind::InvalidInput`] for a file of another type.
+pub fn open(path: &Path) -> io::Result<(File, FileStat)> {
+    open_with(path, File::options().read(true))
+}
+
+/// Opens a regular file for reading and writing.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_to_change(path: &Path) -> io::Result<(File, FileStat)> {
+    open_with(path, File::options().read(true).write(true))
+}
+
+fn open_with(path: &Path, options: &mut OpenOptions) -> io::Result<(File, FileStat)> {
+    // Without O_NONBLOCK, a FIFO under the file's name would hang us.
+    let file = options.custom_flags((OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits()).open(path)?;
+    // The standard library's way to ask takes twice as long.
+    let stat = fstat(&file)?;
+    match type_name(stat.st_mode) {
+        None => Ok((file, stat)),
+        Some(name) => {
+            let problem = format!("it is {name}, and not a regular file");
+            Err(io::Error::new(io::ErrorKind::InvalidInput, problem))
+        }
+    }
+}
+
+/// Returns what to call a file of this mode, `None` if it is a regular one.
+pub fn type_name(mode: u32) -> Option<&'static str> {
+    match mode & libc::S_IFMT {
+        libc::S_IFREG => None,
+        libc::S_IFDIR => Some("a directory"),
+        libc::S_IFIFO => Some("a FIFO"),
+        libc::S_IFCHR | libc::S_IFBLK => Some("a device"),
+        libc::S_IFSOCK => Some("a socket"),
+        libc::S_IFLNK => Some("a symbolic link"),
+        _ => Some("of an unknown type"),
+    }
+}
+
+/// Creates an empty file that is not there yet, for its owner alone.
+///
+/// # Errors
+/// What `open(2)` returns; a link of this name is in the way like a file.
+pub fn create(path: &Path) -> io::Result<File> {
+    File::options().read(true).write(true).create_new(true).mode(FILE_MODE).open(path)
+}
+
+/// Reads a small regular file.
+///
+/// # Errors
+/// As [`open`]; [`io::ErrorKind::FileTooLarge`] for one of more than `limit` bytes.
+pub fn read(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    let (file, _) = open(path)?;
+    let mut bytes = Vec::new();
+    if file.take(limit + 1).read_to_end(&mut bytes)? as u64 > limit {
+        return Err(io::ErrorKind::FileTooLarge.into());
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::unix::fs::PermissionsExt};
+
+    use nix::{sys::stat::Mode, unistd::mkfifo};
+
+    use super::*;
+
+    #[test]
+    fn only_regular_files_are_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        mkfifo(&path, Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
+        for (path, name) in [
+            (path.as_path(), "a FIFO"),
+            (dir.path(), "a directory"),
+            (Path::new("/dev/zero"), "a device"),
+        ] {
+            let problem = open(path).unwrap_err().to_string();
+            assert_eq!(problem, format!("it is {name}, and not a regular file"));
+            read(path, 10).unwrap_err();
+        }
+        open_to_change(&path).unwrap_err();
+    }
+
+    #[test]
+    fn what_is_created_is_private_and_never_behind_a_link() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, link) = (dir.path().join("file"), dir.path().join("link"));
+        let file = create(&path).unwrap();
+        assert_eq!(file.metadata().unwrap().permissions().mode() & 0o7777, 0o600);
+        std::os::unix::fs::symlink(dir.path().join("target"), &link).unwrap();
+        create(&link).unwrap_err();
+        assert!(!dir.path().join("target").exists());
+        fs::write(&path, "12345").unwrap();
+        assert_eq!(read(&path, 5).unwrap(), b"12345");
+        assert_eq!(read(&path, 4).unwrap_err().kind(), io::ErrorKind::FileTooLarge);
+    }
+}
