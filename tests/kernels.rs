@@ -1,6 +1,10 @@
 //! What the README says of kernels, on the kernels that it names.
 
+mod common;
+
 use std::process::Command;
+
+use common::{Cap, require};
 
 /// Which of the features of `rcriu check` each kernel of Debian's has not, and what is
 /// missing then is in the README's table.
@@ -19,8 +23,8 @@ const MISSING: [(&str, &[&str]); 2] = [
 ];
 
 #[test]
-#[ignore = "needs one of Debian's kernels: tests/vm/run"]
 fn privileged_check_says_what_the_readme_says() {
+    require(Cap::DebianKernel);
     let kernel = std::env::var("RCRIU_VM").expect("tests/vm/run names the kernel");
     let (_, expected) = MISSING.iter().find(|(name, _)| *name == kernel).expect("a known kernel");
     let output = Command::new(env!("CARGO_BIN_EXE_rcriu")).arg("check").output().unwrap();

@@ -46,15 +46,9 @@ impl Program {
 }
 
 /// Returns a program of the other ones.
-fn peer(name: &str) -> PathBuf {
-    let dir = std::env::var_os("RCRIU_TEST_PEER").map(PathBuf::from).or_else(|| {
-        let cache = PathBuf::from(std::env::var_os("RCRIU_VM_CACHE")?);
-        Some(cache.join("criu/bin"))
-    });
-    let dir = dir.expect("RCRIU_TEST_PEER names the directory of criu; tests/vm/run sets the like");
-    let path = dir.join(name);
-    assert!(path.exists(), "{} is not there: tests/vm/run --fetch", path.display());
-    path
+fn peer(name: &'static str) -> PathBuf {
+    require(Cap::Peer(name));
+    common::peer(name).expect("it is there")
 }
 
 /// Whether the pages of a memory's parents are used in the images of a tree.
@@ -76,6 +70,7 @@ fn in_parent(images: &Path) -> InParent {
 /// Dumps a state by one program and restores it by the other.
 fn exchanged(name: &str, dumper: Program, restorer: Program) {
     require(Cap::Ptrace);
+    require(Cap::Peer("criu"));
     let mut live = Live::workload(name);
     live.programs = (dumper.path(), restorer.path());
     let before = live.state();
@@ -94,7 +89,6 @@ macro_rules! states {
     ($($name:ident)*) => {
         mod privileged_for_peer {
             $(#[test]
-            #[ignore = "needs Debian's criu: tests/vm/run"]
             fn $name() {
                 super::exchanged(stringify!($name), super::Ours, super::Peer);
             })*
@@ -102,7 +96,6 @@ macro_rules! states {
 
         mod privileged_by_peer {
             $(#[test]
-            #[ignore = "needs Debian's criu: tests/vm/run"]
             fn $name() {
                 super::exchanged(stringify!($name), super::Peer, super::Ours);
             })*
@@ -158,6 +151,7 @@ const UNTRACKED: &str = "dump untracked";
 /// which ends it. Returns it with the images.
 fn chain(links: &[Link]) -> (Live, PathBuf) {
     require(Cap::Ptrace);
+    require(Cap::Peer("criu"));
     let mut live = Live::workload("rounds");
     for number in 0..links.len() {
         if let Err(problem) = link(&mut live, links, number) {
@@ -242,7 +236,6 @@ macro_rules! chains {
             use super::{Link, Ours, Peer};
 
             $(#[test]
-            #[ignore = "needs Debian's criu: tests/vm/run"]
             fn $name() {
                 let links: &[Link] = &$links;
                 let (live, images) = super::chain(links);
@@ -307,13 +300,11 @@ fn freed(links: &[Link], mode: &str) {
 }
 
 #[test]
-#[ignore = "needs Debian's criu: tests/vm/run"]
 fn privileged_freed_by_peer_through_a_mount() {
     freed(&[(Ours, UNTRACKED), (Ours, UNTRACKED)], "--punch");
 }
 
 #[test]
-#[ignore = "needs Debian's criu: tests/vm/run"]
 fn privileged_freed_by_peer_through_a_mount_when_told() {
     freed(&[(Peer, "dump"), (Peer, "dump")], "--punch=commit");
 }
@@ -321,9 +312,9 @@ fn privileged_freed_by_peer_through_a_mount_when_told() {
 /// What the README says of such chains: a page that has become zero is in no image of
 /// ours, and the other program wants every page that it leaves to the parent to be there.
 #[test]
-#[ignore = "needs Debian's criu: tests/vm/run"]
 fn privileged_a_page_that_became_zero_keeps_the_peer_from_going_on() {
     require(Cap::Ptrace);
+    require(Cap::Peer("criu"));
     let mut live = Live::workload("rounds");
     let links = [(Ours, "dump"), (Ours, "dump"), (Peer, "dump")];
     for number in 0..2 {
@@ -354,9 +345,9 @@ print(count)
 
 /// What `crit decode` does, for all images by one start of Python.
 #[test]
-#[ignore = "needs Debian's criu: tests/vm/run"]
 fn privileged_all_images_are_decoded_by_its_library() {
     require(Cap::Ptrace);
+    require(Cap::Peer("criu"));
     for name in ["rounds", "unix_stream_pair"] {
         let mut live = Live::workload(name);
         live.dump_running(&[]);

@@ -22,6 +22,7 @@ use common::{
     live::{Live, engine, wait_for, workload},
     require,
     same::assert_same,
+    skip,
 };
 use nix::{
     fcntl::{Flock, FlockArg},
@@ -185,7 +186,9 @@ impl Steps {
 
 /// Takes a program through all of its steps.
 fn go_through(name: &str, tracker: Tracker) {
-    assert!(has(tracker), "this kernel has no tracker {}", tracker.name());
+    if !has(tracker) {
+        skip(&format!("a kernel with the tracker {}", tracker.name()));
+    }
     let mut steps = Steps::start(name, tracker);
     let mut number = 1;
     while steps.await_step(number) {
@@ -211,7 +214,6 @@ macro_rules! programs {
 
         mod privileged_soft_dirty {
             $(#[test]
-            #[ignore = "needs a kernel with soft-dirty bits: tests/vm/run"]
             fn $name() {
                 super::go_through(stringify!($name), super::Tracker::SoftDirty);
             })*
@@ -277,7 +279,7 @@ fn has(tracker: Tracker) -> bool {
 /// The best tracker of the machine.
 fn best() -> Tracker {
     let found = [Tracker::Wp, Tracker::SoftDirty].into_iter().find(|tracker| has(*tracker));
-    found.expect("write protection (Linux 6.7) or soft-dirty bits are needed here")
+    found.unwrap_or_else(|| skip("a kernel with write protection (Linux 6.7) or soft-dirty bits"))
 }
 
 /// The pids of those who keep the tracking of a process.
@@ -353,10 +355,10 @@ fn spared_of_memfd() -> (&'static str, &'static [u32]) {
 #[test]
 fn privileged_a_tracker_spares_looking_at_shared_memory_if_all_writers_are_known() {
     require(Cap::Ptrace);
-    if !has(Tracker::Wp) {
-        // Soft-dirty bits of shared memory are not believed.
-        return;
-    }
+    // Soft-dirty bits of shared memory are not believed.
+    require(Cap::Kernel("write protection of shared memory", |features| {
+        features.pagemap_scan && features.write_protect_shared
+    }));
     for (name, expected) in SPARED.into_iter().chain([spared_of_memfd()]) {
         // Some things are counted for the whole machine, and other programs do them, too.
         let mut texts = String::new();
@@ -594,8 +596,7 @@ impl Drop for Swap {
 fn privileged_memory_that_is_swapped_out_is_not_lost() {
     require(Cap::Ptrace);
     let Some(_swap) = Swap::make() else {
-        println!("the file system of the build has no files to swap to");
-        return;
+        skip("a file system with files to swap to below the build's directory");
     };
     let before = Swap::pages_out();
     for tracker in [Tracker::Wp, Tracker::SoftDirty, Tracker::None] {

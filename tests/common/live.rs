@@ -161,7 +161,10 @@ impl Live {
         wait_for(&format!("{wanted:?} of {}", self.root), || {
             match fs::read_to_string(&self.status) {
                 Ok(found) if found == wanted => true,
-                Ok(found) if found != "ready\n" => panic!("the workload says: {found}"),
+                Ok(found) if found != "ready\n" => match found.strip_prefix("needs ") {
+                    Some(missing) => super::skip(missing.trim()),
+                    None => panic!("the workload says: {found}"),
+                },
                 _ => {
                     let gone = !Path::new(&format!("/proc/{}", self.root)).exists()
                         || state_of(self.root.as_raw()) == Some('Z');

@@ -10,7 +10,14 @@ pub mod peak;
 pub mod recorder;
 pub mod same;
 
-use std::{fs::File, path::Path, sync::OnceLock};
+use std::{
+    fs::{self, File},
+    io::Write,
+    path::{Path, PathBuf},
+    sync::OnceLock,
+};
+
+use rcriu::sys::Features;
 
 /// What a test needs of the machine.
 #[derive(Clone, Copy, Debug)]
@@ -23,16 +30,38 @@ pub enum Cap {
     Loop,
     /// Huge pages of 2 MiB that are free.
     HugePages,
-    /// A processor with protection keys for memory.
-    ProtectionKeys,
+    /// A processor with something, by its name among the flags in `/proc/cpuinfo`.
+    Processor(&'static str),
+    /// A kernel that can do something, and what that is called.
+    Kernel(&'static str, fn(&Features) -> bool),
+    /// One of Debian's kernels, in a machine of `tests/vm/run`.
+    DebianKernel,
+    /// The other program that dumps and restores, by the name of one of its commands.
+    Peer(&'static str),
     /// A program in the search path.
     Program(&'static str),
+    /// Somebody who has time.
+    Time,
 }
 
 /// Huge pages that a test may use.
 const HUGE_PAGES: u32 = 32;
 
+/// The file that is given what is skipped, a line each: program, test, and what is
+/// missing, with tabs between. Set by `tests/run`.
+const SKIPPED: &str = "RCRIU_TEST_SKIPPED";
+/// If set, nothing may be skipped.
+const STRICT: &str = "RCRIU_TEST_STRICT";
+/// If set, tests that take long are run.
+const ALL: &str = "RCRIU_TEST_ALL";
+
 impl Cap {
+    /// Whether the machine has it.
+    pub fn is_here(self) -> bool {
+        self.missing().is_none()
+    }
+
+    /// Says what is missing.
     fn missing(self) -> Option<String> {
         match self {
             Self::Fuse if !nix::unistd::geteuid().is_root() => Some("root".to_owned()),
@@ -50,37 +79,85 @@ impl Cap {
                 .then(|| "loop devices (/dev/loop-control)".to_owned()),
             Self::HugePages => {
                 let path = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
-                let free = std::fs::read_to_string(path).unwrap_or_default();
+                let free = fs::read_to_string(path).unwrap_or_default();
                 let free: u32 = free.trim().parse().unwrap_or(0);
                 (free < HUGE_PAGES)
                     .then(|| format!("{HUGE_PAGES} free huge pages (sysctl vm.nr_hugepages)"))
             }
-            Self::ProtectionKeys => {
-                let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-                let has = text.split_whitespace().any(|word| word == "ospke");
-                (!has)
-                    .then(|| "a processor with protection keys (ospke in /proc/cpuinfo)".to_owned())
+            Self::Processor(flag) => {
+                let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+                let has = text.split_whitespace().any(|word| word == flag);
+                (!has).then(|| format!("a processor with {flag} (flags in /proc/cpuinfo)"))
+            }
+            Self::Kernel(name, has) => {
+                static FEATURES: OnceLock<Features> = OnceLock::new();
+                (!has(FEATURES.get_or_init(Features::probe)))
+                    .then(|| format!("a kernel with {name}"))
+            }
+            Self::DebianKernel => std::env::var_os("RCRIU_VM")
+                .is_none()
+                .then(|| "one of Debian's kernels (tests/vm/run)".to_owned()),
+            Self::Peer(name) => {
+                let path = peer(name);
+                let found = path.as_deref().is_some_and(Path::exists);
+                (!found).then(|| format!("{name} of Debian's criu (tests/vm/run)"))
             }
             Self::Program(name) => {
                 let path = std::env::var_os("PATH").unwrap_or_default();
                 let found = std::env::split_paths(&path).any(|dir| dir.join(name).is_file());
                 (!found).then(|| format!("the program {name}"))
             }
+            Self::Time => {
+                let all = std::env::var_os(ALL).is_some();
+                (!all).then(|| format!("time (bash tests/run --all, or {ALL}=1)"))
+            }
         }
     }
 }
 
-/// Checks that the machine has what a test needs.
-///
-/// A test that cannot run fails: the test runner has no other way not to count
-/// it as passed. The message says how to leave it out knowingly.
+/// Returns where a command of the other program would be.
+pub fn peer(name: &str) -> Option<PathBuf> {
+    let dir = std::env::var_os("RCRIU_TEST_PEER").map(PathBuf::from).or_else(|| {
+        let cache = PathBuf::from(std::env::var_os("RCRIU_VM_CACHE")?);
+        Some(cache.join("criu/bin"))
+    });
+    Some(dir?.join(name))
+}
+
+/// Skips the test unless the machine has what it needs.
 pub fn require(cap: Cap) {
     if let Some(missing) = cap.missing() {
-        panic!(
-            "this test needs {missing}; run the tests as root on a machine that has it, or leave \
-             out those that need more than an ordinary user: cargo test -- --skip privileged"
-        );
+        skip(&missing);
     }
+}
+
+/// Skips the test, which takes long, unless all tests are asked for.
+pub fn slow() {
+    require(Cap::Time);
+}
+
+/// Ends a test that cannot run, and says what it needs.
+///
+/// Rust's test runner has passed and failed and nothing else, so the test fails, and
+/// whoever runs it by `cargo test` cannot take it for one that has passed. `tests/run`
+/// finds it in its list, and counts it as what it is.
+pub fn skip(missing: &str) -> ! {
+    let strict = std::env::var_os(STRICT).is_some_and(|value| value != "0");
+    if let Some(path) = std::env::var_os(SKIPPED).filter(|_| !strict) {
+        let program = std::env::current_exe().expect("the test has a path");
+        let program = program.file_stem().expect("it has a name").to_string_lossy();
+        let program = program.rsplit_once('-').map_or(&*program, |(name, _hash)| name);
+        let thread = std::thread::current();
+        let test = thread.name().expect("a test has a name");
+        let line = format!("{program}\t{test}\t{missing}\n");
+        let file = File::options().append(true).create(true).open(&path);
+        file.and_then(|mut file| file.write_all(line.as_bytes())).unwrap_or_else(|error| {
+            panic!("cannot write to {SKIPPED}={}: {error}", path.display())
+        });
+    }
+    eprintln!("SKIPPED, neither passed nor failed: this test needs {missing}");
+    // Without a backtrace: nothing is wrong.
+    std::panic::resume_unwind(Box::new("skipped"));
 }
 
 /// How many times slower than usual the machine is, as who runs the tests says

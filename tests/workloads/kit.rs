@@ -14,6 +14,15 @@ use std::{
 /// Nothing, or what was expected and what was found.
 pub type Verdict = Result<(), String>;
 
+/// What a state says instead of being set up, where it cannot be.
+const LACKS: &str = "needs ";
+
+/// The verdict of a state that this machine cannot have, since it lacks something. The
+/// test is skipped.
+pub fn lacks(what: &str) -> Verdict {
+    Err(format!("{LACKS}{what}"))
+}
+
 /// Bounds every wait inside a workload but the one for its checkpoint, on a machine
 /// that is not slower than usual.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -189,7 +198,10 @@ impl Checkpoint {
     pub fn conclude(&self, verdict: &Verdict) {
         match verdict {
             Ok(()) => crate::publish(&self.status, "ok\n"),
-            Err(error) => crate::publish(&self.status, &format!("failed: {error}\n")),
+            Err(error) => match error.strip_prefix(LACKS) {
+                Some(what) => crate::publish(&self.status, &format!("{LACKS}{what}\n")),
+                None => crate::publish(&self.status, &format!("failed: {error}\n")),
+            },
         }
     }
 

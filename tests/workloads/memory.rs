@@ -4,7 +4,7 @@ use std::{fs, ptr};
 
 use crate::{
     Row,
-    kit::{Area, Checkpoint, PAGE, Verdict, open, same, wait_until},
+    kit::{Area, Checkpoint, PAGE, Verdict, lacks, open, same, wait_until},
 };
 
 pub const ROWS: &[Row] = &[
@@ -496,9 +496,7 @@ fn guard_pages(checkpoint: &Checkpoint) -> Verdict {
     area.fill(1);
     let guard = area.part(4, 2);
     if guard.advise(MADV_GUARD_INSTALL).is_err() {
-        // Not known to this kernel: nothing to keep.
-        checkpoint.wait();
-        return Ok(());
+        return lacks("a kernel with guard pages (Linux 6.13)");
     }
     checkpoint.wait();
     let whole = Area::private(16)?;
@@ -617,7 +615,9 @@ fn protection_keys(checkpoint: &Checkpoint) -> Verdict {
     let area = Area::private(8)?;
     area.fill(1);
     let disable_write = 2;
-    let key = sys!(syscall(libc::SYS_pkey_alloc, 0, disable_write))?;
+    let Ok(key) = sys!(syscall(libc::SYS_pkey_alloc, 0, disable_write)) else {
+        return lacks("a processor with protection keys (ospke in /proc/cpuinfo)");
+    };
     let both = libc::PROT_READ | libc::PROT_WRITE;
     sys!(syscall(libc::SYS_pkey_mprotect, area.at, area.bytes, both, key))?;
     checkpoint.wait();
@@ -627,7 +627,9 @@ fn protection_keys(checkpoint: &Checkpoint) -> Verdict {
 /// Memory that the kernel may take back, and that comes back as zeros.
 fn droppable(checkpoint: &Checkpoint) -> Verdict {
     let flags = libc::MAP_DROPPABLE | libc::MAP_ANONYMOUS;
-    let area = Area::map(8, libc::PROT_READ | libc::PROT_WRITE, flags, -1)?;
+    let Ok(area) = Area::map(8, libc::PROT_READ | libc::PROT_WRITE, flags, -1) else {
+        return lacks("a kernel with droppable memory (Linux 6.11)");
+    };
     area.fill(1);
     let before = flags_of(area)?;
     ensure!(before.iter().any(|flag| flag == "dp"), "the kernel does not show it");

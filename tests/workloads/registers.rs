@@ -11,7 +11,7 @@ use std::{
 
 use crate::{
     Row,
-    kit::{Checkpoint, Verdict, nap, same},
+    kit::{Checkpoint, Verdict, lacks, nap, same},
 };
 
 pub const ROWS: &[Row] = &[
@@ -158,8 +158,7 @@ fn sse(checkpoint: &Checkpoint) -> Verdict {
 
 fn avx(checkpoint: &Checkpoint) -> Verdict {
     if !std::arch::is_x86_feature_detected!("avx") {
-        checkpoint.wait();
-        return Ok(());
+        return lacks("a processor with AVX");
     }
     spinning(checkpoint, |spin| {
         let table = contents::<4>(2);
@@ -172,8 +171,7 @@ fn avx(checkpoint: &Checkpoint) -> Verdict {
 
 fn avx512(checkpoint: &Checkpoint) -> Verdict {
     if !std::arch::is_x86_feature_detected!("avx512bw") {
-        checkpoint.wait();
-        return Ok(());
+        return lacks("a processor with AVX-512");
     }
     spinning(checkpoint, |spin| {
         let table = contents::<8>(3);
