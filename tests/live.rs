@@ -288,9 +288,14 @@ fn every_workload_is_tested() {
     let output = Command::new(workload()).arg("--list").output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     let there: BTreeSet<_> = text.lines().collect();
-    let tested =
-        [NAMES, HUGE_NAMES, &["unix_pending_data", "protection_keys", "local_descriptors"]]
-            .concat();
+    let refused: Vec<_> = REFUSED.iter().map(|(name, _)| *name).collect();
+    let tested = [
+        NAMES,
+        HUGE_NAMES,
+        &refused,
+        &["unix_pending_data", "protection_keys", "local_descriptors"],
+    ]
+    .concat();
     let tested = tested.into_iter();
     assert_eq!(there, tested.collect());
 }
@@ -424,6 +429,23 @@ fn refused(name: &str, what: &str) {
     live.verdict();
 }
 
+/// States that are refused, and words of the message.
+const REFUSED: &[(&str, &str)] = &[
+    ("thread_own_descriptors", "with a descriptor table (CLONE_FILES) of its own"),
+    ("thread_own_directory", "with a root, working directory and umask (CLONE_FS) of its own"),
+    ("thread_own_undo", "with a list of semaphore operations to be undone (CLONE_SYSVSEM)"),
+    ("thread_own_network", "with a network namespace of its own"),
+    ("time_namespace_for_children", "run this program inside, by nsenter -t"),
+    ("caught_system_calls", "has its system calls caught (PR_SET_SYSCALL_USER_DISPATCH)"),
+];
+
+#[test]
+fn privileged_states_that_no_restore_gives_back_are_refused() {
+    for (name, words) in REFUSED {
+        refused(name, words);
+    }
+}
+
 fn refused_with(live: &mut Live, options: &[&str], what: &str) {
     let before = live.state();
     let output = live.try_dump(options);
@@ -550,6 +572,42 @@ fn privileged_killed_dump_leaves_registers_alone() {
 }
 
 /// What could fail after the work is done is no failure.
+/// What is restored as a sibling of `rcriu` is the caller's own child.
+#[test]
+fn privileged_restored_as_a_sibling() {
+    require(Cap::Ptrace);
+    let mut live = Live::workload("tree");
+    live.dump(&[]);
+    live.restore(&["--restore-sibling"]);
+    let stat = fs::read_to_string(format!("/proc/{}/stat", live.root)).unwrap();
+    let fields: Vec<_> = stat[stat.rfind(')').unwrap() + 2..].split(' ').collect();
+    assert_eq!(fields[1], std::process::id().to_string(), "the parent of the restored root");
+    live.verdict();
+    // The end is told as that of any child.
+    let status = nix::sys::wait::waitpid(live.root, None).unwrap();
+    assert_eq!(status, nix::sys::wait::WaitStatus::Exited(live.root, 0));
+}
+
+/// The stand-in for a session's leader would be left to the caller.
+#[test]
+fn privileged_a_sibling_in_another_session_is_refused() {
+    require(Cap::Ptrace);
+    let dir = directory();
+    let script = "(mkfifo gate; echo ready >status.new; mv status.new status; read x <gate) & \
+                  echo $! >pid.new; mv pid.new pid";
+    let mut leader = Live::program("sh", &["-c", script], dir);
+    wait_for("the job", || leader.path("pid").exists());
+    let job = fs::read_to_string(leader.path("pid")).unwrap().trim().parse().unwrap();
+    leader.wait_gone();
+    let mut live = Live::adopt(job, directory());
+    wait_for("the job alone", || leader.path("status").exists() && live.tree().len() == 1);
+    live.dump(&[]);
+    let output = live.try_restore(&["-S"]);
+    let words = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && words.contains("--restore-sibling would leave"), "{words}");
+    live.restore(&[]);
+}
+
 #[test]
 fn privileged_statistics_that_cannot_be_written_are_no_failure() {
     require(Cap::Ptrace);

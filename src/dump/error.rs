@@ -40,6 +40,19 @@ pub enum DumpError {
         /// What would help.
         help: &'static str,
     },
+    /// A process lives in namespaces that are not those of this program.
+    #[error(
+        "process {pid} has {what} of its own; namespaces are not dumped yet: run this program \
+         inside, by nsenter -t {pid} {flags} rcriu dump ..."
+    )]
+    Namespaces {
+        /// The process.
+        pid: HostPid,
+        /// Which, with their numbers.
+        what: String,
+        /// The options of nsenter(1) that enter them.
+        flags: String,
+    },
     /// The program was asked to stop.
     #[error("asked to stop; the tree runs on")]
     Cancelled,

@@ -5,6 +5,7 @@
 //! snapshot and the tree goes on or dies. Whatever fails before that, the tree
 //! goes on.
 
+mod check;
 mod error;
 mod files;
 mod memory;
@@ -81,7 +82,7 @@ pub fn run(options: &Options) -> Result<()> {
     if let Some(link) = &options.prev_images_dir {
         images.link_parent(link)?;
     }
-    tree::check(&frozen.tasks, options)?;
+    check::tree(&frozen.tasks, options)?;
     let tracking =
         Tracking::new(options, parent.as_ref().map(|(chain, id)| (chain.as_ref(), *id)))?;
     if options.pre_dump {

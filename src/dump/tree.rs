@@ -1,14 +1,14 @@
 //! The processes of a stopped tree: what is checked, and what their images say.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, HashMap},
     fs::File,
     io,
     path::PathBuf,
 };
 
 use super::{
-    DumpError, Options, Result,
+    DumpError, Result,
     files::FileTable,
     memory::{Memory, Origin, Stretch},
     track::Tracking,
@@ -24,24 +24,9 @@ use crate::{
         thread,
         track::{self, Watch},
     },
-    sys::{
-        pagemap::{PagemapFile, Query, Region, category},
-        process::{self, Shared},
-    },
+    sys::pagemap::{PagemapFile, Query, Region, category},
     units::{HostPid, PAGE_SHIFT, RemoteAddr},
 };
-
-/// Namespaces by their names in `/proc/PID/ns`, with what they are called.
-const NAMESPACES: [(&str, &str); 8] = [
-    ("pid", "pid namespace"),
-    ("net", "network namespace"),
-    ("ipc", "IPC namespace"),
-    ("uts", "UTS namespace"),
-    ("time", "time namespace"),
-    ("mnt", "mount namespace"),
-    ("user", "user namespace"),
-    ("cgroup", "cgroup namespace"),
-];
 
 /// The numbers of kernel objects that the images of one tree use: those of this
 /// program's namespaces come first, as in the images of CRIU.
@@ -68,79 +53,6 @@ pub(super) const CGROUP_SET: u32 = 1;
 /// Returns the ids of this program, for the inventory.
 pub(super) fn own_ids() -> proto::TaskKobjIdsEntry {
     namespace_ids()
-}
-
-/// Checks that a tree is one that can be dumped.
-///
-/// # Errors
-/// [`DumpError::Unsupported`] for the first thing that is not.
-pub(super) fn check(tasks: &[Task], options: &Options) -> Result<()> {
-    let own = HostPid(nix::unistd::getpid().as_raw());
-    let pids: BTreeSet<i32> = tasks.iter().map(|task| task.pid.0).collect();
-    for task in tasks.iter().filter(|task| !task.is_zombie()) {
-        check_task(task, own)?;
-    }
-    for (position, task) in tasks.iter().enumerate() {
-        let stat = proc::stat(task.pid)?;
-        // The leader of a session or group may have ended, but then nobody outside
-        // may be in it.
-        for (kind, leader) in [("session", stat.session), ("process group", stat.pgrp)] {
-            let outside = !pids.contains(&leader) && process::exists(HostPid(leader));
-            if outside && !options.shell_job {
-                return Err(DumpError::Unsupported {
-                    pid: task.pid,
-                    what: format!("is in the {kind} of process {leader}, which is not in the tree"),
-                    help: "dump that process, start the tree by setsid(1), or use --shell-job",
-                });
-            }
-        }
-        for other in tasks[..position].iter().filter(|other| !other.is_zombie()) {
-            if task.is_zombie() {
-                break;
-            }
-            for (what, kind) in [
-                ("memory", Shared::Memory),
-                ("descriptor table", Shared::Files),
-                ("working directory", Shared::Fs),
-            ] {
-                if process::kcmp(task.pid, other.pid, kind) == Ok(std::cmp::Ordering::Equal) {
-                    return Err(DumpError::Unsupported {
-                        pid: task.pid,
-                        what: format!("shares its {what} with process {} (clone(2))", other.pid),
-                        help: "such processes are not dumped",
-                    });
-                }
-            }
-        }
-    }
-    Ok(())
-}
-
-fn check_task(task: &Task, own: HostPid) -> Result<()> {
-    let pid = task.pid;
-    for (file, name) in NAMESPACES {
-        // Kernels without a kind of namespace have nothing to differ in.
-        if let (Ok(theirs), Ok(ours)) = (proc::namespace(pid, file), proc::namespace(own, file))
-            && theirs != ours
-        {
-            return Err(DumpError::Unsupported {
-                pid,
-                what: format!("has a {name} of its own ({file}:[{theirs}])"),
-                help: "namespaces are not dumped yet; run this program inside of it",
-            });
-        }
-    }
-    for thread in &task.threads {
-        let status = proc::thread_status(pid, thread.tid)?;
-        if status.seccomp != 0 {
-            return Err(DumpError::Unsupported {
-                pid,
-                what: format!("has a seccomp filter in thread {}", thread.tid),
-                help: "seccomp is not dumped yet",
-            });
-        }
-    }
-    Ok(())
 }
 
 /// What a dump knows of a tree as it goes over its processes.

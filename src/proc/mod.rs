@@ -235,6 +235,16 @@ pub fn namespace(pid: HostPid, kind: &str) -> Result<u64> {
     parse(&path, &read_link(&path)?, tables::parse_namespace)
 }
 
+/// As [`namespace`], of one thread.
+///
+/// # Errors
+///
+/// See the [module](self).
+pub fn thread_namespace(pid: HostPid, tid: HostPid, kind: &str) -> Result<u64> {
+    let path = of_thread(pid, tid, "ns").join(kind);
+    parse(&path, &read_link(&path)?, tables::parse_namespace)
+}
+
 /// Reads a link of `/proc/PID`: `exe`, `cwd` or `root`. Zombies and kernel
 /// threads have none.
 ///
@@ -255,6 +265,15 @@ pub fn link(pid: HostPid, what: &str) -> Result<Vec<u8>> {
 /// See the [module](self).
 pub fn cgroups(pid: HostPid) -> Result<Vec<Cgroup>> {
     read(of_process(pid, "cgroup"), tables::parse_cgroups)
+}
+
+/// Reads `/proc/PID/task/TID/cgroup`.
+///
+/// # Errors
+///
+/// See the [module](self).
+pub fn thread_cgroups(pid: HostPid, tid: HostPid) -> Result<Vec<Cgroup>> {
+    read(of_thread(pid, tid, "cgroup"), tables::parse_cgroups)
 }
 
 /// Reads `/proc/PID/task/TID/syscall` as it is: `running`, or the number of the

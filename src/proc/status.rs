@@ -91,6 +91,8 @@ pub struct Status {
     /// Whether the memory may have huge pages (`PR_SET_THP_DISABLE`); since
     /// Linux 5.0, not of zombies.
     pub thp_enabled: Option<bool>,
+    /// Whether the thread has a shadow stack (`x86_Thread_features`, since Linux 6.6).
+    pub shadow_stack: bool,
     /// The memory in use, in KiB; not of zombies and kernel threads.
     pub vm_rss_kib: Option<u64>,
     /// The memory that devices and io_uring have pinned, in KiB; not of zombies and
@@ -151,6 +153,9 @@ impl Status {
             seccomp: optional_u32("Seccomp").transpose()?.unwrap_or(0),
             seccomp_filters: optional_u32("Seccomp_filters").transpose()?,
             thp_enabled: optional_u32("THP_enabled").transpose()?.map(|value: u32| value != 0),
+            shadow_stack: fields
+                .get("x86_Thread_features")
+                .is_some_and(|value| text::words(value).any(|word| word == b"shstk")),
             vm_rss_kib: fields.get("VmRSS").map(|value| kib(value, "VmRSS")).transpose()?,
             vm_pin_kib: fields.get("VmPin").map(|value| kib(value, "VmPin")).transpose()?,
         })

@@ -120,6 +120,7 @@ fn status_is_read() {
         seccomp: 2,
         seccomp_filters: Some(3),
         thp_enabled: Some(true),
+        shadow_stack: false,
         vm_rss_kib: Some(1728),
         vm_pin_kib: Some(8),
     };

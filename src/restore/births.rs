@@ -56,8 +56,19 @@ impl Births {
     ///
     /// # Errors
     /// [`RestoreError::Relation`].
-    pub(super) fn plan(plan: &Plan, shell_job: bool) -> Result<Self> {
+    pub(super) fn plan(plan: &Plan, shell_job: bool, sibling: bool) -> Result<Self> {
         let mut births = Self { tasks: vec![None; plan.tasks.len()], helpers: Vec::new() };
+        let root = &plan.tasks[0];
+        let led_by_another =
+            root.session != root.pid && !(shell_job && plan.is_outside(root.session));
+        if sibling && led_by_another {
+            let problem = format!(
+                "the leader of its session, {}, has ended, and --restore-sibling would leave the \
+                 one that stands in for it to the parent of rcriu; leave that option out",
+                root.session
+            );
+            return Err(RestoreError::Relation { pid: root.pid, problem });
+        }
         for (position, task) in plan.tasks.iter().enumerate() {
             let birth = births.of(plan, position, task, shell_job)?;
             births.tasks[position] = Some(birth);

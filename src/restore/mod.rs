@@ -21,8 +21,6 @@ mod tree;
 
 use std::{fs, ops::Range, thread};
 
-use nix::libc;
-
 pub use error::{RestoreError, Result};
 pub use options::{AutoDedup, Options};
 
@@ -46,10 +44,6 @@ use free::Free;
 use plan::Plan;
 use stats::Stats;
 use tree::{Puppets, Workshop};
-
-/// `CLONE_CLEAR_SIGHAND` (`linux/sched.h`, since Linux 5.5): all handlers at their
-/// defaults.
-const CLONE_CLEAR_SIGHAND: u64 = 1 << 32;
 
 /// Bytes of scratch memory for each mapping, descriptor and thread of a process.
 const TABLE_BYTES_EACH: usize = 512;
@@ -169,8 +163,7 @@ fn restore(
             file: &|entry| files.for_mapping(entry),
             shell_job: options.shell_job,
             free,
-            root_flags: CLONE_CLEAR_SIGHAND
-                | if options.sibling { u64::from(libc::CLONE_PARENT.cast_unsigned()) } else { 0 },
+            sibling: options.sibling,
         };
         let mut puppets = Puppets::make(plan, &workshop)?;
         stats.forked(puppets.filled);

@@ -33,6 +33,13 @@ const REST_PATIENCE: Duration = Duration::from_secs(1);
 /// How long to sleep between two looks at it.
 const REST_NAP: Duration = Duration::from_micros(100);
 
+/// `CLONE_CLEAR_SIGHAND` (`linux/sched.h`, since Linux 5.5): all handlers at their
+/// defaults.
+const CLONE_CLEAR_SIGHAND: u64 = 1 << 32;
+
+/// The new process is a child of its maker's parent.
+const CLONE_PARENT: u64 = libc::CLONE_PARENT.cast_unsigned() as u64;
+
 /// A process while it is restored.
 #[derive(Debug)]
 pub(super) struct Puppet {
@@ -74,8 +81,8 @@ pub(super) struct Workshop<'a> {
     pub(super) shell_job: bool,
     /// Who frees in the images what is in place.
     pub(super) free: Option<&'a Free>,
-    /// Flags for making the first process.
-    pub(super) root_flags: u64,
+    /// The first process is to be a sibling of this program.
+    pub(super) sibling: bool,
 }
 
 impl<'a> Puppets<'a> {
@@ -84,7 +91,7 @@ impl<'a> Puppets<'a> {
     /// # Errors
     /// Whatever fails; no process is left then.
     pub(super) fn make(plan: &'a Plan, workshop: &Workshop) -> Result<Self> {
-        let births = Births::plan(plan, workshop.shell_job)?;
+        let births = Births::plan(plan, workshop.shell_job, workshop.sibling)?;
         for helper in &births.helpers {
             if process::exists(helper.pid) {
                 return Err(in_use(helper.pid));
@@ -120,8 +127,11 @@ impl<'a> Puppets<'a> {
     fn make_root(&mut self, workshop: &Workshop) -> Result<()> {
         let birth = self.births.tasks[0].expect("all were planned");
         let (pid, flags) = match birth.maker {
-            Maker::Helper(helper) => (self.births.helpers[helper].pid, 0),
-            _ => (self.plan.tasks[0].pid, workshop.root_flags),
+            Maker::Helper(helper) => (self.births.helpers[helper].pid, CLONE_CLEAR_SIGHAND),
+            _ => (
+                self.plan.tasks[0].pid,
+                CLONE_CLEAR_SIGHAND | if workshop.sibling { CLONE_PARENT } else { 0 },
+            ),
         };
         let spawned = process::spawn_sleeper(pid, flags);
         spawned.map_err(|source| match source {
@@ -265,7 +275,7 @@ impl<'a> Puppets<'a> {
     /// Makes a process with this pid.
     fn fork(&self, maker: &mut Tracee, pid: HostPid, sibling: bool) -> Result<Tracee> {
         let arguments = CloneArguments {
-            flags: if sibling { u64::from(libc::CLONE_PARENT.cast_unsigned()) } else { 0 },
+            flags: if sibling { CLONE_PARENT } else { 0 },
             // A sibling's is that of who makes it.
             exit_signal: if sibling { 0 } else { u64::from(libc::SIGCHLD.cast_unsigned()) },
             ..CloneArguments::default()

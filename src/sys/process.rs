@@ -60,6 +60,8 @@ pub enum Shared {
     Fs,
     /// Signal handlers.
     Handlers,
+    /// What is undone of operations on semaphores; equal where neither has such a list.
+    Undo,
 }
 
 /// Orders two kernel objects; equal means the same.
@@ -73,6 +75,7 @@ pub fn kcmp(a: HostPid, b: HostPid, what: Shared) -> Result<Ordering, Errno> {
         Shared::Files => (2, 0, 0),
         Shared::Fs => (3, 0, 0),
         Shared::Handlers => (4, 0, 0),
+        Shared::Undo => (6, 0, 0),
     };
     // SAFETY: the call takes numbers.
     let result = unsafe {
@@ -272,16 +275,18 @@ const _: () = assert!(size_of::<CloneArguments>() == 88);
 /// their defaults, until somebody traces it.
 ///
 /// The child has copies of this program's memory and descriptors, and executes
-/// nothing but `pause(2)`: no destructor, no lock, no allocation.
+/// nothing but `pause(2)`: no destructor, no lock, no allocation. As a sibling
+/// (`CLONE_PARENT`) it tells its parent of its end by the signal that this program does.
 ///
 /// # Errors
 /// `EEXIST` if the pid is in use; `EPERM` without `CAP_CHECKPOINT_RESTORE` or
 /// `CAP_SYS_ADMIN`.
 pub fn spawn_sleeper(pid: HostPid, flags: u64) -> Result<HostPid, Errno> {
     let set_tid = [pid.0];
+    let sibling = flags & u64::from(libc::CLONE_PARENT.cast_unsigned()) != 0;
     let arguments = CloneArguments {
         flags,
-        exit_signal: libc::SIGCHLD.cast_unsigned().into(),
+        exit_signal: if sibling { 0 } else { libc::SIGCHLD.cast_unsigned().into() },
         set_tid: set_tid.as_ptr().addr() as u64,
         set_tid_size: 1,
         ..CloneArguments::default()

@@ -17,10 +17,16 @@ const NT_PRSTATUS: usize = 1;
 /// `NT_X86_XSTATE` (`linux/elf.h`): everything that `XSAVE` saves.
 const NT_X86_XSTATE: usize = 0x202;
 
+/// `NT_386_TLS` (`linux/elf.h`): descriptors of thread-local storage for 32-bit code.
+const NT_386_TLS: usize = 0x200;
+/// `NT_386_IOPERM` (`linux/elf.h`): the ports that `ioperm(2)` has opened.
+const NT_386_IOPERM: usize = 0x201;
+
 /// Requests that `libc` does not name (`linux/ptrace.h`).
 const PTRACE_GETSIGMASK: libc::c_uint = 0x420a;
 const PTRACE_SETSIGMASK: libc::c_uint = 0x420b;
 const PTRACE_GET_RSEQ_CONFIGURATION: libc::c_uint = 0x420f;
+const PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG: libc::c_uint = 0x4211;
 
 /// Bytes of a kernel signal set.
 const SIGSET_BYTES: usize = 8;
@@ -294,6 +300,81 @@ pub fn rseq_configuration(tid: HostPid) -> Result<RseqConfiguration, Errno> {
     request(PTRACE_GET_RSEQ_CONFIGURATION, tid, size, (&raw mut configuration).addr())?;
     Ok(configuration)
 }
+
+/// How a thread catches system calls (`struct ptrace_sud_config`, `linux/ptrace.h`,
+/// since Linux 6.4).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct SyscallDispatch {
+    /// 0 if it does not catch any.
+    pub mode: u64,
+    /// Where the byte is that says whether it does so now.
+    pub selector: u64,
+    /// The first address from which calls are let through.
+    pub offset: u64,
+    /// Bytes from there.
+    pub len: u64,
+}
+
+const _: () = assert!(size_of::<SyscallDispatch>() == 32);
+
+/// Returns how a stopped tracee catches its own system calls
+/// (`PR_SET_SYSCALL_USER_DISPATCH`).
+///
+/// # Errors
+/// `EIO` on kernels before 6.4; `ESRCH` if it is not stopped.
+pub fn syscall_dispatch(tid: HostPid) -> Result<SyscallDispatch, Errno> {
+    let mut config = SyscallDispatch::default();
+    let size = size_of::<SyscallDispatch>();
+    request(PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, tid, size, (&raw mut config).addr())?;
+    Ok(config)
+}
+
+/// Registers that few threads have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rare {
+    /// Descriptors of thread-local storage for 32-bit code (`set_thread_area(2)`).
+    LocalStorage,
+    /// Ports of the machine (`ioperm(2)`).
+    Ports,
+}
+
+/// Whether a stopped tracee has such registers.
+///
+/// # Errors
+/// `ESRCH` if it is not stopped.
+pub fn has_rare(tid: HostPid, which: Rare) -> Result<bool, Errno> {
+    /// `IO_BITMAP_BYTES`: a bit for each port.
+    const BITMAP_BYTES: usize = 8192;
+    let mut buffer = vec![0; BITMAP_BYTES];
+    let mut vector = io_vector(&mut buffer);
+    let set = match which {
+        Rare::LocalStorage => NT_386_TLS,
+        Rare::Ports => NT_386_IOPERM,
+    };
+    match request(libc::PTRACE_GETREGSET, tid, set, (&raw mut vector).addr()) {
+        Err(Errno::ENXIO | Errno::ENODEV | Errno::EINVAL | Errno::EIO) => Ok(false),
+        Err(errno) => Err(errno),
+        Ok(_) => {
+            let len = vector.iov_len;
+            // An unused descriptor is told as not present and otherwise empty.
+            Ok(match which {
+                Rare::LocalStorage => buffer[..len].chunks(TLS_BYTES).any(|entry| {
+                    let (address_and_limit, bits) = entry[4..].split_at(8);
+                    address_and_limit.iter().any(|byte| *byte != 0)
+                        || !matches!(bits.first(), None | Some(&(0 | TLS_UNUSED)))
+                }),
+                Rare::Ports => len > 0,
+            })
+        }
+    }
+}
+
+/// Bytes of a `struct user_desc` (`asm/ldt.h`).
+const TLS_BYTES: usize = 16;
+
+/// The bits of one that is empty: read-execute-only and not present.
+const TLS_UNUSED: u8 = 0b10_1000;
 
 /// Bytes of a `siginfo_t`.
 pub const SIGINFO_BYTES: usize = 128;

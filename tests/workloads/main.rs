@@ -18,6 +18,7 @@ mod files;
 mod hugetlb;
 mod identity;
 mod memory;
+mod refused;
 mod registers;
 mod rounds;
 mod shell;
@@ -41,7 +42,7 @@ use kit::{Checkpoint, Verdict};
 /// A state by name.
 type Row = (&'static str, fn(&Checkpoint) -> Verdict);
 
-const GROUPS: [&[Row]; 11] = [
+const GROUPS: [&[Row]; 12] = [
     memory::ROWS,
     hugetlb::ROWS,
     rounds::ROWS,
@@ -53,6 +54,7 @@ const GROUPS: [&[Row]; 11] = [
     blocked::ROWS,
     files::ROWS,
     sockets::ROWS,
+    refused::ROWS,
 ];
 
 fn main() -> ExitCode {

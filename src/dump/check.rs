@@ -1,0 +1,192 @@
+//! Whether a stopped tree is one that can be dumped: what is told from outside, before
+//! anything in it is changed.
+
+use std::{cmp::Ordering, collections::BTreeSet};
+
+use super::{DumpError, Options, Result};
+use crate::{
+    inject::{Task, Tracee},
+    proc,
+    sys::{
+        process::{self, Shared},
+        ptrace::{self, Rare},
+    },
+    units::HostPid,
+};
+
+/// A kind of namespace.
+struct Namespace {
+    /// Its name in `/proc/PID/ns`.
+    file: &'static str,
+    /// What it is called.
+    name: &'static str,
+    /// The option of nsenter(1) that enters it.
+    flag: &'static str,
+}
+
+const fn namespace(file: &'static str, name: &'static str, flag: &'static str) -> Namespace {
+    Namespace { file, name, flag }
+}
+
+/// The namespaces that a thread lives in.
+const NAMESPACES: [Namespace; 8] = [
+    namespace("pid", "a pid namespace", "-p"),
+    namespace("net", "a network namespace", "-n"),
+    namespace("ipc", "an IPC namespace", "-i"),
+    namespace("uts", "a UTS namespace", "-u"),
+    namespace("time", "a time namespace", "-T"),
+    namespace("mnt", "a mount namespace", "-m"),
+    namespace("user", "a user namespace", "-U"),
+    namespace("cgroup", "a cgroup namespace", "-C"),
+];
+
+/// The namespaces that its children are to live in.
+const FOR_CHILDREN: [Namespace; 2] = [
+    namespace("pid_for_children", "a pid namespace for its children", "-p"),
+    namespace("time_for_children", "a time namespace for its children", "-T"),
+];
+
+/// Checks that a tree is one that can be dumped.
+///
+/// # Errors
+/// [`DumpError::Unsupported`] for the first thing that is not.
+pub(super) fn tree(tasks: &[Task], options: &Options) -> Result<()> {
+    let own = HostPid(nix::unistd::getpid().as_raw());
+    let pids: BTreeSet<i32> = tasks.iter().map(|task| task.pid.0).collect();
+    for task in tasks.iter().filter(|task| !task.is_zombie()) {
+        check_namespaces(task.pid, own)?;
+        check_sharing(task)?;
+        for thread in &task.threads {
+            check_thread(task.pid, thread)?;
+        }
+    }
+    for (position, task) in tasks.iter().enumerate() {
+        let stat = proc::stat(task.pid)?;
+        // The leader of a session or group may have ended, but then nobody outside
+        // may be in it.
+        for (kind, leader) in [("session", stat.session), ("process group", stat.pgrp)] {
+            let outside = !pids.contains(&leader) && process::exists(HostPid(leader));
+            if outside && !options.shell_job {
+                return Err(DumpError::Unsupported {
+                    pid: task.pid,
+                    what: format!("is in the {kind} of process {leader}, which is not in the tree"),
+                    help: "dump that process, start the tree by setsid(1), or use --shell-job",
+                });
+            }
+        }
+        for other in tasks[..position].iter().filter(|other| !other.is_zombie()) {
+            if task.is_zombie() {
+                break;
+            }
+            for (what, kind) in [
+                ("memory", Shared::Memory),
+                ("descriptor table", Shared::Files),
+                ("working directory", Shared::Fs),
+            ] {
+                if process::kcmp(task.pid, other.pid, kind) == Ok(Ordering::Equal) {
+                    return Err(DumpError::Unsupported {
+                        pid: task.pid,
+                        what: format!("shares its {what} with process {} (clone(2))", other.pid),
+                        help: "such processes are not dumped",
+                    });
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Checks that a process lives in the namespaces of this program.
+fn check_namespaces(pid: HostPid, own: HostPid) -> Result<()> {
+    let mut what = Vec::new();
+    let mut flags = Vec::new();
+    for Namespace { file, name, flag } in NAMESPACES.iter().chain(&FOR_CHILDREN) {
+        // Kernels without a kind of namespace have nothing to differ in.
+        if let (Ok(theirs), Ok(ours)) = (proc::namespace(pid, file), proc::namespace(own, file))
+            && theirs != ours
+            && !flags.contains(flag)
+        {
+            what.push(format!("{name} ({file}:[{theirs}])"));
+            flags.push(*flag);
+        }
+    }
+    if what.is_empty() {
+        return Ok(());
+    }
+    Err(DumpError::Namespaces { pid, what: what.join(" and "), flags: flags.join(" ") })
+}
+
+/// Checks that the threads of a process have in common what those of a restored one have.
+fn check_sharing(task: &Task) -> Result<()> {
+    let pid = task.pid;
+    // A leader that has ended has nothing any more.
+    let lives =
+        |tid| proc::thread_stat(pid, tid).is_ok_and(|stat| !matches!(stat.state, 'Z' | 'X'));
+    let mut threads = task.threads.iter().map(|thread| thread.tid).skip_while(|tid| !lives(*tid));
+    let Some(first) = threads.next() else { return Ok(()) };
+    let namespaces: Vec<_> = NAMESPACES
+        .iter()
+        .chain(&FOR_CHILDREN)
+        .map(|kind| (kind, proc::thread_namespace(pid, first, kind.file).ok()))
+        .collect();
+    for tid in threads {
+        for (what, kind) in [
+            ("a descriptor table (CLONE_FILES)", Shared::Files),
+            ("a root, working directory and umask (CLONE_FS)", Shared::Fs),
+            ("a list of semaphore operations to be undone (CLONE_SYSVSEM)", Shared::Undo),
+        ] {
+            if matches!(process::kcmp(first, tid, kind), Ok(Ordering::Less | Ordering::Greater)) {
+                return Err(own_of_thread(pid, tid, what));
+            }
+        }
+        for (kind, of_first) in &namespaces {
+            if of_first.is_some() && proc::thread_namespace(pid, tid, kind.file).ok() != *of_first {
+                return Err(own_of_thread(pid, tid, kind.name));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn own_of_thread(pid: HostPid, tid: HostPid, what: &str) -> DumpError {
+    DumpError::Unsupported {
+        pid,
+        what: format!("has a thread, {tid}, with {what} of its own (unshare(2), setns(2))"),
+        help: "restored threads share theirs; dump it when that thread has ended",
+    }
+}
+
+/// Checks that a thread has nothing that no restored one has.
+fn check_thread(pid: HostPid, thread: &Tracee) -> Result<()> {
+    let tid = thread.tid;
+    let refused = |what: &str, help| DumpError::Unsupported {
+        pid,
+        what: format!("has {what} in thread {tid}"),
+        help,
+    };
+    let status = proc::thread_status(pid, tid)?;
+    if status.seccomp != 0 {
+        return Err(refused("a seccomp filter", "seccomp is not dumped yet"));
+    }
+    if status.shadow_stack {
+        return Err(refused(
+            "a shadow stack",
+            "start it without (GLIBC_TUNABLES=glibc.cpu.x86_shstk=off)",
+        ));
+    }
+    if ptrace::syscall_dispatch(tid).is_ok_and(|dispatch| dispatch.mode != 0) {
+        return Err(refused(
+            "its system calls caught (PR_SET_SYSCALL_USER_DISPATCH)",
+            "it could not work for this program; dump it when that is switched off",
+        ));
+    }
+    for (what, which) in [
+        ("ports of the machine (ioperm(2))", Rare::Ports),
+        ("thread-local storage for 32-bit code (set_thread_area(2))", Rare::LocalStorage),
+    ] {
+        if ptrace::has_rare(tid, which) == Ok(true) {
+            return Err(refused(what, "such threads are not dumped"));
+        }
+    }
+    Ok(())
+}
