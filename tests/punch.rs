@@ -680,6 +680,12 @@ fn privileged_restores_free_what_they_restore_and_nothing_else() {
                     );
                 }
                 dumped.live.verdict();
+                if way == Way::Mounted("--punch=commit") {
+                    assert!(said.contains("`imgfs commit"), "{what}: {said}");
+                    assert_eq!(dumped.pages().1, before, "{what}");
+                    let commit = imgfs(&["commit", text(&dumped.live.path("mnt"))]);
+                    assert!(commit.status.success(), "{what}");
+                }
                 dumped.unmount();
                 assert_eq!(dumped.pages().1 - before, found, "{what}");
                 let chain = Chain::open(&dumped.live.path("chain/2")).unwrap();

@@ -15,7 +15,7 @@ use log::{debug, error, info};
 
 use crate::{
     causes::with_sources,
-    chain::{ChainError, FlatPages, Freeing, Result},
+    chain::{ChainError, FlatPages, Freeing, PUNCH_ON_COMMIT, Result},
     image::disk::Kernel,
     units::{PAGE_SIZE, PageRanges, page_bytes},
     view::{Ino, View},
@@ -45,7 +45,7 @@ impl Punch {
         match self {
             Self::OnRequest => "on-request",
             Self::OnRead => "on-read",
-            Self::Commit => "commit",
+            Self::Commit => PUNCH_ON_COMMIT,
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs::File,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -12,7 +12,11 @@ use std::{
 
 use nix::errno::Errno;
 
-use super::{AutoDedup, RestoreError, Result, plan::Plan, source};
+use super::{
+    AutoDedup, RestoreError, Result,
+    plan::Plan,
+    source::{self, Punches},
+};
 use crate::{
     causes::tell,
     chain::{Chain, ChainError, Freeing, Index, Layer, Place, SnapshotId, freed},
@@ -55,12 +59,13 @@ impl Free {
     /// What would keep pages from being freed.
     pub(super) fn prepare(when: AutoDedup, dir: &Path, plan: &Plan) -> Result<Self> {
         let chain = &plan.chain;
-        let place = if source::frees_pages(dir) {
+        let place = if let Some(punches) = source::punches(dir) {
             let root = File::open(dir).map_err(|error| RestoreError::Directory {
                 path: dir.to_owned(),
                 problem: error.to_string(),
             })?;
-            let mut mounted = MountedPages { root, files: BTreeMap::new() };
+            let mut mounted =
+                MountedPages { path: dir.to_owned(), root, punches, files: BTreeMap::new() };
             for index in indexes(plan)? {
                 mounted.prepare(chain, &index)?;
             }
@@ -174,7 +179,7 @@ impl Where {
     fn finish(&mut self) -> Result<()> {
         match self {
             Self::Chain(_) => Ok(()),
-            Self::Mount(mounted) => mounted.commit(),
+            Self::Mount(mounted) => mounted.finish(),
         }
     }
 }
@@ -182,7 +187,9 @@ impl Where {
 /// Pages files that are seen through a mount which frees what is punched.
 #[derive(Debug)]
 struct MountedPages {
+    path: PathBuf,
     root: File,
+    punches: Punches,
     /// By `pages_id`.
     files: BTreeMap<u32, MountedFile>,
 }
@@ -219,6 +226,7 @@ impl MountedPages {
         self.files.values().map(|file| file.noted.pages()).sum()
     }
 
+    /// Punches what was noted here, and returns how many pages were freed by that.
     fn free(&mut self) -> Result<u64> {
         let mut freed = 0;
         for MountedFile { file, noted, done } in self.files.values_mut() {
@@ -234,10 +242,21 @@ impl MountedPages {
             done.extend(noted);
             *noted = PageRanges::new();
         }
-        Ok(freed)
+        Ok(if self.punches == Punches::OnCommit { 0 } else { freed })
     }
 
-    fn commit(&self) -> Result<()> {
+    /// Lets the mount free what it may have kept back, unless that is for the user to
+    /// say.
+    fn finish(&self) -> Result<()> {
+        if self.punches == Punches::OnCommit {
+            let path = self.path.display();
+            let message = format!(
+                "the mount has noted what was restored and freed nothing: `imgfs commit {path}` \
+                 frees it"
+            );
+            tell(log::Level::Info, &message);
+            return Ok(());
+        }
         match commit::commit(&self.root) {
             // Its owner frees what was noted, by `imgfs commit`.
             Err(Errno::EPERM) => {

@@ -121,6 +121,7 @@ pub fn run(options: &Options) -> Result<()> {
 /// Frees what is left to be freed. The tree runs, whatever becomes of its images.
 fn free_all(free: &Free, plan: &Plan) {
     match free.all(plan) {
+        Ok(0) => {}
         Ok(pages) => log::info!("freed {pages} pages of the images"),
         Err(error) => {
             let why = with_sources(&error);

@@ -10,7 +10,7 @@ use nix::sys::statfs::{FUSE_SUPER_MAGIC, statfs};
 
 use super::{RestoreError, Result};
 use crate::{
-    chain::{DIRECTORY_XATTR, GONE_XATTR, PUNCH_XATTR},
+    chain::{DIRECTORY_XATTR, GONE_XATTR, PUNCH_ON_COMMIT, PUNCH_XATTR},
     image::{Kind, regular},
     sys::xattr,
 };
@@ -39,9 +39,20 @@ pub(super) fn behind_mount(dir: &Path) -> Option<PathBuf> {
     Some(behind)
 }
 
-/// Whether `dir` is the root of a mount of `imgfs` that frees what is punched.
-pub(super) fn frees_pages(dir: &Path) -> bool {
-    attribute(dir, PUNCH_XATTR).is_some()
+/// What a mount of `imgfs` does with pages that are punched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Punches {
+    /// It frees them.
+    Now,
+    /// It notes them, and frees them when `imgfs commit` says so.
+    OnCommit,
+}
+
+/// Returns what becomes of pages that are punched, if `dir` is the root of a mount of
+/// `imgfs` that takes such requests.
+pub(super) fn punches(dir: &Path) -> Option<Punches> {
+    let mode = attribute(dir, PUNCH_XATTR)?;
+    Some(if mode == PUNCH_ON_COMMIT.as_bytes() { Punches::OnCommit } else { Punches::Now })
 }
 
 /// Checks that no page of what a mount of `imgfs` shows was freed, which cannot be seen
@@ -71,7 +82,7 @@ mod tests {
         std::fs::write(dir.path().join("inventory.img"), "same").unwrap();
         assert_eq!(behind_mount(dir.path()), None);
         assert_eq!(behind_mount(Path::new("/nowhere")), None);
-        assert!(!frees_pages(dir.path()));
+        assert_eq!(punches(dir.path()), None);
         require_whole(dir.path()).unwrap();
     }
 }
