@@ -20,6 +20,14 @@
 //! parent and that the parent does not account for is kept as *missing* while
 //! merging, since a newer layer may have it; only if none has is it an error.
 //!
+//! Directories are only names, so a child records the dump that it was made on
+//! ([`crate::chain::dump_name`]): `parent_run_id` in its inventory, field 50001 of
+//! `inventory_entry` and the only one of our own, which is the parent's
+//! `dump_criu_run_id`, or a hash of its inventory. Whoever resolves pages across that link
+//! compares them first. Of children without it, which CRIU writes, only dates tell, and
+//! `imgfs check` notes a parent that is younger. A dump replaces no snapshot that a
+//! directory beside it has as its parent.
+//!
 //! # Bytes
 //!
 //! All that is shown is a [`crate::chain::Content`]: a function from a range to

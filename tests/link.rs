@@ -103,8 +103,55 @@ fn copies_are_linked_and_the_originals_stay() {
     );
     assert_eq!(fs::read_link(root.path().join("2.linked/parent")).unwrap(), Path::new("../1"));
     assert_clean(root.path());
+    // Once more, and there is nothing left to do.
+    let copies: Vec<_> = dirs[1..].iter().map(|dir| dir.with_extension("linked")).collect();
+    let before: Vec<_> = copies.iter().map(|dir| listing(dir)).collect();
+    let again = dedup(&["--link", "--keep-originals"], &names);
+    assert!(again.status.success(), "{}", text(&again));
+    assert_eq!(copies.iter().map(|dir| listing(dir)).collect::<Vec<_>>(), before);
+    // What is not such a copy is left alone.
+    fs::copy(dirs[2].join("inventory.img"), copies[0].join("inventory.img")).unwrap();
     let again = dedup(&["--link", "--keep-originals"], &names);
     assert!(!again.status.success() && text(&again).contains("2.linked exists already"));
+}
+
+#[test]
+fn copies_that_were_not_finished_are_finished_by_the_next_run() {
+    let words = ["--link", "--keep-originals"];
+    for make in [|root: &Path| three(root).0, |root: &Path| renumbered(root).0] {
+        for point in points() {
+            for how in ["", ":kill"] {
+                let root = tempfile::tempdir().unwrap();
+                let dirs = make(root.path());
+                let names = paths(&dirs);
+                let fault = format!("{}{how}", point.name());
+                let output = command(&words, &names).env("RCRIU_FAULT", &fault).output().unwrap();
+                if output.status.success() {
+                    continue; // a point of another way of linking
+                }
+                let output = dedup(&words, &names);
+                assert!(output.status.success(), "{fault}: {}", text(&output));
+                let undisturbed = tempfile::tempdir().unwrap();
+                let others = make(undisturbed.path());
+                assert!(dedup(&words, &paths(&others)).status.success());
+                for (dir, other) in dirs.iter().zip(&others).skip(1) {
+                    let linked = |dir: &Path| listing(&dir.with_extension("linked"));
+                    assert_eq!(linked(dir), linked(other), "{fault}");
+                }
+                assert_clean(root.path());
+            }
+        }
+        // Killed between two copies.
+        let root = tempfile::tempdir().unwrap();
+        let dirs = make(root.path());
+        let names = paths(&dirs);
+        assert!(dedup(&words, &names[..2]).status.success());
+        if let Some(last) = dirs.get(2) {
+            fs::create_dir(last.with_extension("linked")).unwrap();
+        }
+        assert!(dedup(&words, &names).status.success());
+        assert_clean(root.path());
+    }
 }
 
 #[test]

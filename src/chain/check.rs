@@ -84,8 +84,9 @@ pub fn check(chain: &Chain) -> Result<Vec<Finding>> {
                 .to_owned(),
         });
     }
+    let tips = chain.tips();
     for (id, gone) in chain.ids().zip(gone(chain)?) {
-        let mut check = Check { chain, id, findings: &mut findings };
+        let mut check = Check { chain, id, is_tip: tips.contains(&id), findings: &mut findings };
         check.snapshot()?;
         check.gone(&gone);
     }
@@ -95,6 +96,7 @@ pub fn check(chain: &Chain) -> Result<Vec<Finding>> {
 struct Check<'a> {
     chain: &'a Chain,
     id: SnapshotId,
+    is_tip: bool,
     findings: &'a mut Vec<Finding>,
 }
 
@@ -122,6 +124,14 @@ impl Check<'_> {
         if let Err(link) = &self.chain.snapshot(self.id).parent {
             let problem = link.to_string();
             self.error(problem);
+        }
+        if let Err(link) = self.chain.require_bond(self.id) {
+            self.error(link.to_string());
+        } else if self.chain.is_older_than_parent(self.id) {
+            let problem = "it was dumped before its parent, as far as dates and times since boot \
+                           tell: if another dump has taken the parent's place, pages that are \
+                           left to it are of another time";
+            self.tell(Severity::Note, None, None, problem.to_owned());
         }
         if self.dir().join(DEDUP_STAGE).is_dir() {
             let problem = "a deduplication was not finished here; running it again finishes it";
@@ -316,11 +326,10 @@ impl Check<'_> {
         // Of one memory, and as bad as one another.
         for same in gone.chunk_by(|a, b| (a.memory, a.needed) == (b.memory, b.needed)) {
             let (memory, needed) = (same[0].memory, same[0].needed);
-            let (severity, who) = if needed {
-                (Severity::Error, "")
-            } else {
-                (Severity::Note, ", only its descendants")
-            };
+            // Who frees pages of an ancestor gives it up, however that is done: what counts
+            // is whether a snapshot can be restored that nobody has as its parent.
+            let severity = if self.is_tip { Severity::Error } else { Severity::Note };
+            let who = if needed { "" } else { ", only its descendants" };
             for gone in same.iter().take(TOLD) {
                 let holder = self.chain.snapshot(gone.holder).dir.display();
                 let problem = format!(

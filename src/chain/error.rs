@@ -195,16 +195,21 @@ pub enum ChainError {
 /// What is wrong with a directory's link to its parent.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LinkError {
-    /// The link is absolute.
+    /// Another dump has taken the parent's place.
     #[error(
-        "{dir}/parent is an absolute link to {target}: it must be relative to its directory",
-        dir = .dir.display(), target = .target.display()
+        "{parent} is not the snapshot that {dir} was dumped on: found the dump {found}, expected \
+         {expected}; put that one back, or dump without this parent",
+        dir = .dir.display(), parent = .parent.display()
     )]
-    Absolute {
+    Replaced {
         /// The image directory.
         dir: PathBuf,
-        /// Where the link leads.
-        target: PathBuf,
+        /// Its parent.
+        parent: PathBuf,
+        /// What is there: the id of a dump.
+        found: String,
+        /// The id that the child recorded.
+        expected: String,
     },
     /// The link leads to nothing.
     #[error("{dir}/parent leads to {target}: {problem}", dir = .dir.display(), target = .target.display())]

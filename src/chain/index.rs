@@ -305,6 +305,10 @@ fn read_layers(chain: &Chain, id: SnapshotId, memory: MemoryId) -> Result<Layers
         // The layer above one that is missing gets no answer.
         Some(End::Answered | End::Missing) | None => {}
     }
+    // Each but the last has left pages to the next.
+    let askers: Vec<SnapshotId> =
+        layers[..layers.len() - 1].iter().map(|layer| layer.snapshot).collect();
+    chain.require_bonds(&askers)?;
     Ok(Layers { layers, stretches })
 }
 

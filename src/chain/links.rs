@@ -2,7 +2,7 @@
 
 use std::{
     cmp::Ordering,
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     ffi::OsString,
     fs, io,
     num::NonZeroUsize,
@@ -13,7 +13,11 @@ use std::{
 use nix::sys::resource::{Resource, getrlimit};
 
 use super::{
-    ChainError, Files, Index, LinkError, Result, cache::IndexCache, freed::Freed, side_by_side,
+    ChainError, Files, Index, LinkError, Result,
+    bonds::{self, Bonds},
+    cache::IndexCache,
+    freed::Freed,
+    side_by_side,
 };
 use crate::image::{Kind, MemoryId, PARENT_LINK, desc};
 
@@ -59,6 +63,7 @@ pub struct Chain {
     files: Files,
     indexes: IndexCache,
     freed: Freed,
+    bonds: Bonds,
 }
 
 impl Chain {
@@ -96,8 +101,10 @@ impl Chain {
         }
         found.follow_links();
         found.break_circles();
+        let snapshots = found.sorted();
         Ok(Self {
-            snapshots: found.sorted(),
+            bonds: Bonds::new(snapshots.len()),
+            snapshots,
             unfinished,
             files: Files::new(open_files()),
             indexes: IndexCache::default(),
@@ -129,6 +136,10 @@ impl Chain {
     /// Returns the files that the chain's bytes are read from.
     pub fn files(&self) -> &Files {
         &self.files
+    }
+
+    pub(super) fn bonds(&self) -> &Bonds {
+        &self.bonds
     }
 
     /// Returns the pages that were freed since the chain was opened.
@@ -366,12 +377,17 @@ impl Discovery {
     }
 
     fn follow_links(&mut self) {
-        let mut position = 0;
+        let (mut position, listed) = (0, self.snapshots.len());
+        let mut originals = None;
         while position < self.snapshots.len() {
             let parent = match self.known_sibling(position) {
                 Some(known) => Ok(Some(known)),
-                None => parent_dir(&self.snapshots[position].dir)
-                    .map(|parent| parent.map(|dir| self.enter(dir))),
+                None => parent_dir(&self.snapshots[position].dir).map(|parent| {
+                    parent.map(|dir| match self.original(position, &dir, listed, &mut originals) {
+                        Some(original) => original,
+                        None => self.enter(dir),
+                    })
+                }),
             };
             self.snapshots[position].parent = parent.map(|p| p.map(SnapshotId::at));
             position += 1;
@@ -391,6 +407,32 @@ impl Discovery {
             }
             _ => None,
         }
+    }
+
+    /// Returns the one of the `listed` first snapshots that `parent`, a directory and no
+    /// link in that of the snapshot at `position`, is a copy of: programs that follow
+    /// links when they copy a chain leave each snapshot with copies of all its ancestors
+    /// inside.
+    fn original(
+        &self,
+        position: usize,
+        parent: &Path,
+        listed: usize,
+        originals: &mut Option<HashMap<Vec<u8>, usize>>,
+    ) -> Option<usize> {
+        let is_inside = parent == self.snapshots[position].dir.join(PARENT_LINK);
+        if !is_inside || listed < 2 {
+            return None;
+        }
+        let originals = originals.get_or_insert_with(|| {
+            let ids = self.snapshots[..listed].iter().map(|snapshot| bonds::run_id(&snapshot.dir));
+            ids.zip(0..).filter_map(|(id, position)| Some((id?, position))).collect()
+        });
+        let original = *originals.get(&bonds::run_id(parent)?)?;
+        let same = original != position
+            && sizes(parent)
+                .is_some_and(|sizes_of| sizes(&self.snapshots[original].dir) == Some(sizes_of));
+        same.then_some(original)
     }
 
     fn break_circles(&mut self) {
@@ -477,6 +519,44 @@ impl Discovery {
     }
 }
 
+/// Returns the names of the images in a directory with their sizes.
+fn sizes(dir: &Path) -> Option<BTreeMap<OsString, u64>> {
+    let mut sizes = BTreeMap::new();
+    for entry in fs::read_dir(dir).ok()? {
+        let entry = entry.ok()?;
+        let is_image = entry.file_name().to_str().is_some_and(|n| desc::by_file_name(n).is_some());
+        if is_image {
+            sizes.insert(entry.file_name(), fs::metadata(entry.path()).ok()?.len());
+        }
+    }
+    Some(sizes)
+}
+
+/// Returns the image directories beside `dir` whose parent it is, sorted; those that
+/// are elsewhere cannot be found.
+///
+/// # Errors
+/// [`ChainError::Directory`].
+pub fn children(dir: &Path) -> Result<Vec<PathBuf>> {
+    let dir = canonical(dir)?;
+    let Some(above) = dir.parent() else { return Ok(Vec::new()) };
+    let mut beside = directories(above)?;
+    beside.sort_unstable();
+    beside.dedup();
+    let found = side_by_side::map(&beside, WORTH_A_THREAD, |_, other| {
+        // Only a link can lead here: a directory of that name is a copy.
+        let link = other.join(PARENT_LINK);
+        fs::read_link(&link).is_ok()
+            && has_inventory(other)
+            && link.canonicalize().is_ok_and(|parent| parent == dir)
+    });
+    Ok(beside
+        .into_iter()
+        .zip(found)
+        .filter_map(|(other, is_child)| is_child.then_some(other))
+        .collect())
+}
+
 /// Returns the directory that `dir`'s parent link leads to, if it has one.
 fn parent_dir(dir: &Path) -> Result<Option<PathBuf>, LinkError> {
     let link = dir.join(PARENT_LINK);
@@ -492,9 +572,6 @@ fn parent_dir(dir: &Path) -> Result<Option<PathBuf>, LinkError> {
         Err(error) if error.kind() == io::ErrorKind::InvalidInput => PathBuf::from(PARENT_LINK),
         Err(error) => return Err(dangling(&link, &error.to_string())),
     };
-    if target.is_absolute() {
-        return Err(LinkError::Absolute { dir: dir.to_owned(), target });
-    }
     match link.canonicalize() {
         Ok(parent) if has_inventory(&parent) => Ok(Some(parent)),
         Ok(parent) if parent.is_dir() => Err(dangling(
@@ -511,6 +588,7 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     use super::*;
+    use crate::image::proto::InventoryEntry;
 
     /// Makes directories with inventories and, where given, parent links.
     fn chain(links: &[(&str, Option<&str>)]) -> tempfile::TempDir {
@@ -568,9 +646,64 @@ mod tests {
     }
 
     #[test]
+    fn an_absolute_link_is_followed() {
+        let elsewhere = chain(&[("1", None)]);
+        let parent = elsewhere.path().join("1");
+        let root = chain(&[("2", parent.to_str())]);
+        let chain = Chain::open(root.path()).unwrap();
+        assert_eq!(order(&chain), ["1", "2"]);
+        assert_eq!(chain.base(chain.choose(None).unwrap()), chain.find("1").unwrap());
+        assert_eq!(children(&parent).unwrap(), [] as [PathBuf; 0]);
+    }
+
+    /// Copies a directory as `cp -rL` does.
+    fn copy_following_links(from: &Path, to: &Path) {
+        fs::create_dir(to).unwrap();
+        for entry in fs::read_dir(from).unwrap() {
+            let (from, to) = (entry.as_ref().unwrap().path(), to.join(entry.unwrap().file_name()));
+            if from.is_dir() {
+                copy_following_links(&from, &to);
+            } else {
+                fs::copy(&from, &to).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn a_chain_that_was_copied_with_its_links_followed_is_the_same_chain() {
+        let root = chain(&[("1", None), ("2", Some("../1")), ("3", Some("../2"))]);
+        let write = |name: &str, id: Option<&str>| {
+            let path = root.path().join(name).join("inventory.img");
+            fs::remove_file(&path).unwrap();
+            let mut image = crate::image::ImageWriter::create(&path, Kind::Inventory).unwrap();
+            let dump_criu_run_id = id.map(|id| id.as_bytes().to_vec());
+            let entry = InventoryEntry { dump_criu_run_id, img_version: 2, ..Default::default() };
+            image.message(&entry).unwrap();
+            image.finish().unwrap();
+        };
+        ["1", "2", "3"].iter().for_each(|name| write(name, Some(name)));
+        assert_eq!(children(&root.path().join("1")).unwrap(), [root.path().join("2")]);
+        let copies = tempfile::tempdir().unwrap();
+        let copy = copies.path().join("copy");
+        copy_following_links(root.path(), &copy);
+        let opened = Chain::open(&copy).unwrap();
+        assert_eq!(order(&opened), ["1", "2", "3"]);
+        assert_eq!(opened.choose(None).unwrap(), opened.find("3").unwrap());
+        // One of them alone.
+        assert_eq!(order(&Chain::open(&copy.join("3")).unwrap()), ["parent~2", "parent", "3"]);
+        // A copy that differs, and dumps without an id, are snapshots of their own.
+        fs::write(copy.join("2/parent/core-1.img"), "").unwrap();
+        assert_eq!(Chain::open(&copy).unwrap().snapshots().len(), 4);
+        ["1", "2", "3"].iter().for_each(|name| write(name, None));
+        let copy = copies.path().join("without");
+        copy_following_links(root.path(), &copy);
+        assert_eq!(Chain::open(&copy).unwrap().tips().len(), 3);
+    }
+
+    #[test]
     fn bad_links_are_kept_with_who_has_them() {
         let root = chain(&[
-            ("absolute", Some("/nowhere")),
+            ("absolute", Some("/nowhere/at/all")),
             ("dangling", Some("../nowhere")),
             ("plain", Some("../nothing")),
             ("x", Some("../y")),
@@ -584,7 +717,7 @@ mod tests {
             let id = chain.find(name).unwrap();
             chain.snapshot(id).parent.as_ref().map_err(ToString::to_string).map(Option::is_some)
         };
-        assert!(problem("absolute").unwrap_err().contains("is an absolute link to /nowhere"));
+        assert!(problem("absolute").unwrap_err().contains("leads to /nowhere/at/all: No such"));
         assert!(problem("dangling").unwrap_err().contains("leads to ../nowhere: No such file"));
         assert!(problem("plain").unwrap_err().contains("has no inventory.img"));
         assert_eq!(problem("x"), Ok(true));

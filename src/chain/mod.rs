@@ -6,6 +6,7 @@
 //! answer is read: as runs of bytes in [`Files`] that are opened when first
 //! needed.
 
+mod bonds;
 mod cache;
 mod check;
 mod content;
@@ -27,6 +28,7 @@ pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 
+pub use bonds::dump_name;
 pub use check::{Finding, Severity, check};
 pub(crate) use content::read_runs;
 pub use content::{Content, Run, Source, read_at};
@@ -39,7 +41,7 @@ pub use freed::Freeing;
 pub use holes::Whence;
 pub(crate) use holes::seek_file;
 pub use index::{Extent, Index, Layer, Place};
-pub use links::{Chain, Snapshot, SnapshotId};
+pub use links::{Chain, Snapshot, SnapshotId, children};
 pub(crate) use memory::Cursor;
 pub use memory::{FlatPages, MemoryBytes};
 pub use summary::{PageCounts, Summary, disk_bytes};
@@ -51,6 +53,10 @@ pub const DIRECTORY_XATTR: &str = "user.imgfs.directory";
 /// The extended attribute by which the root of a mount that frees pages tells when it
 /// does: `on-request`, `on-read` or `commit`.
 pub const PUNCH_XATTR: &str = "user.imgfs.punch";
+
+/// The value of [`PUNCH_XATTR`] of a mount that only notes what is punched, until
+/// `imgfs commit` frees it.
+pub const PUNCH_ON_COMMIT: &str = "commit";
 
 /// The extended attribute by which the root of a mount tells that pages of what it shows
 /// were freed, so that it cannot be restored: which, in words.

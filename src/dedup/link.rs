@@ -15,10 +15,10 @@ use super::{
     stage::{Stage, copy_file, copy_pages, recover, relative, snapshot_at},
 };
 use crate::{
-    chain::{Chain, ChainError, disk_bytes},
+    chain::{self, Chain, ChainError, Summary, disk_bytes},
     image::{
         Kind, SnapshotWriter, desc, proto, read_one,
-        snapshot::{names, write_error},
+        snapshot::{DEDUP_STAGE, names, write_error},
     },
     sys::{
         fds,
@@ -97,6 +97,14 @@ pub fn link(options: &LinkOptions, progress: &dyn Progress) -> Result<Vec<Linked
     let mut parent = dirs[0].clone();
     for (number, dir) in dirs.iter().enumerate().skip(1) {
         let copy = copies.get(number - 1);
+        if let Some(copy) = copy
+            && is_finished(copy, dir, &parent)?
+        {
+            log::info!("{}: an earlier run has made it", copy.display());
+            linked.push(made_before(copy, dir)?);
+            parent.clone_from(copy);
+            continue;
+        }
         let one = link_one(dir, &parent, copy.map(PathBuf::as_path), progress)?;
         parent.clone_from(&one.dir);
         linked.push(one);
@@ -130,11 +138,44 @@ fn copy_of(dir: &Path, named: &Path) -> Result<PathBuf> {
     let mut name = name.to_owned();
     name.push(".linked");
     let path = dir.with_file_name(name);
-    // What a run leaves that was killed has no inventory.
-    if path.join(Kind::Inventory.file_name(0)).exists() {
-        return Err(DedupError::Exists { path });
-    }
     Ok(path)
+}
+
+/// Whether `copy` is a copy of `dir` that is linked to `parent`, or to nothing, which an
+/// earlier run has finished. What a run leaves that was killed has no inventory.
+///
+/// # Errors
+/// [`DedupError::Exists`] if it is something else.
+fn is_finished(copy: &Path, dir: &Path, parent: &Path) -> Result<bool> {
+    let inventory = |dir: &Path| fs::read(dir.join(Kind::Inventory.file_name(0)));
+    let found = match inventory(copy) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        found => found.ok(),
+    };
+    let exists = || DedupError::Exists { path: copy.to_owned() };
+    if found.is_none() || found != inventory(dir).ok() {
+        return Err(exists());
+    }
+    check_parent(copy, parent).map(|()| true).map_err(|_| exists())
+}
+
+/// Describes the copy of a snapshot that an earlier run has finished.
+fn made_before(copy: &Path, dir: &Path) -> Result<Linked> {
+    let chain = Chain::open(copy)?;
+    let id = snapshot_at(&chain, copy)?;
+    let parent = chain.snapshot(id).parent.as_ref().ok().copied().flatten();
+    let in_parent = |dir: &Path| -> Result<u64> {
+        let chain = Chain::open(dir)?;
+        Ok(Summary::of(&chain, snapshot_at(&chain, dir)?)?.total().in_parent)
+    };
+    Ok(Linked {
+        dir: copy.to_owned(),
+        parent: parent.map(|parent| chain.snapshot(parent).dir.clone()),
+        shared_pages: in_parent(copy)?.saturating_sub(in_parent(dir)?),
+        renumbered: 0,
+        bytes_before: disk_bytes(dir)?,
+        bytes_after: disk_bytes(copy)?,
+    })
 }
 
 /// Checks that a snapshot was not dumped before its parent. Dates are lost by copying
@@ -170,14 +211,6 @@ fn check_parent(dir: &Path, parent: &Path) -> Result<()> {
     }
 }
 
-/// Whether a directory beside this one has it as its parent.
-fn has_children(dir: &Path) -> Result<bool> {
-    let Some(above) = dir.parent() else { return Ok(false) };
-    let chain = Chain::open(above)?;
-    let id = snapshot_at(&chain, dir)?;
-    Ok(chain.snapshots().iter().any(|other| other.parent == Ok(Some(id))))
-}
-
 /// Links one snapshot to the one before it, in place or in a copy.
 fn link_one(
     dir: &Path,
@@ -190,7 +223,7 @@ fn link_one(
     let parent = At { chain: &parent_chain, id: snapshot_at(&parent_chain, parent_dir)? };
     let renumbering = if copy.is_some() {
         Renumbering::All
-    } else if has_children(dir)? {
+    } else if !chain::children(dir)?.is_empty() {
         Renumbering::None
     } else {
         Renumbering::OneImage
@@ -254,7 +287,14 @@ fn write_copy(
     }
     let mut locks = DirectoryLocks::default();
     locks.take(dir, Access::Exclusive)?;
-    recover(dir)?;
+    // What a run leaves that was killed has no inventory, and is made anew.
+    let left = dir.join(DEDUP_STAGE);
+    match fs::remove_dir_all(&left) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(write_error(&left, error).into());
+        }
+        _ => {}
+    }
     let stage = Stage::make(dir, plan, child, Some(parent))?;
     let images = SnapshotWriter::begin(dir)?;
     let replaced: BTreeSet<String> = plan

@@ -112,6 +112,18 @@ pub enum DumpError {
         /// What is wrong, and what would help.
         problem: String,
     },
+    /// Other snapshots find pages in the directory.
+    #[error(
+        "{dir} is the parent of {children}, which a dump into it would change: name another \
+         directory with -D, or remove those first",
+        dir = .dir.display()
+    )]
+    HasChildren {
+        /// The directory.
+        dir: PathBuf,
+        /// Their names.
+        children: String,
+    },
     /// The parent chain cannot be used.
     #[error(transparent)]
     Chain(#[from] ChainError),

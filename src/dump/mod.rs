@@ -31,10 +31,10 @@ pub use crate::res::track::Tracker;
 use crate::{
     action::{Actions, Stage},
     causes::with_sources,
-    chain::{Chain, SnapshotId},
+    chain::{self, Chain, SnapshotId},
     dedup,
     fault::{self, Point},
-    image::{SnapshotWriter, disk::Kernel, proto},
+    image::{Kind, SnapshotWriter, disk::Kernel, proto},
     inject::{Frozen, Outcome},
     proc,
     res::file::Policy,
@@ -66,6 +66,7 @@ pub fn run(options: &Options) -> Result<()> {
     let actions = Actions::new(&options.action_scripts, &images_dir);
     let mut locks = DirectoryLocks::default();
     locks.take(&images_dir, Access::Exclusive)?;
+    check_children(&images_dir)?;
     let parent = options
         .prev_images_dir
         .as_deref()
@@ -97,7 +98,8 @@ pub fn run(options: &Options) -> Result<()> {
         } else {
             Outcome::Kill
         };
-        finish(options, &actions, frozen, images, (files, tracking), outcome, stats)?;
+        let inventory = inventory(parent.as_ref())?;
+        finish(options, &actions, frozen, (images, inventory), (files, tracking), outcome, stats)?;
     }
     if options.auto_dedup && parent.is_some() {
         free_superseded(&images_dir);
@@ -135,7 +137,7 @@ fn finish(
     options: &Options,
     actions: &Actions<'_>,
     frozen: Frozen,
-    images: SnapshotWriter,
+    (images, inventory): (SnapshotWriter, proto::InventoryEntry),
     (mut files, tracking): (FileTable, Tracking),
     outcome: Outcome,
     mut stats: Stats,
@@ -145,7 +147,6 @@ fn finish(
         frozen.take().map_or(Ok(()), |frozen| frozen.release(outcome))?;
         stats.thawed();
     }
-    let inventory = inventory()?;
     stats.syncing(|| commit(images, tracking, inventory))?;
     // If one fails, the tree runs on.
     actions.run(Stage::PostDump, Some(options.pid))?;
@@ -185,6 +186,12 @@ fn commit(
 
 /// The parent chain and the snapshot in it.
 type Parent = (Arc<Chain>, SnapshotId);
+
+/// Returns what the inventory says of the parent.
+fn parent_name(parent: Option<&Parent>) -> Result<Option<Vec<u8>>> {
+    let Some((chain, id)) = parent else { return Ok(None) };
+    Ok(Some(chain::dump_name(&chain.snapshot(*id).dir)?))
+}
 
 /// Finds each memory in the parent chain.
 fn find_parents(memories: &mut [Memory], parent: Option<&Parent>) -> Result<()> {
@@ -234,6 +241,22 @@ fn dump_stopped(
     Ok((collection.files, collection.tracking))
 }
 
+/// Checks that a dump into a directory changes no snapshot beside it, which would find
+/// other pages in it than those that it left there. A snapshot that nobody has as its
+/// parent may be replaced, as CRIU does.
+fn check_children(images_dir: &Path) -> Result<()> {
+    if !images_dir.join(Kind::Inventory.file_name(0)).exists() {
+        return Ok(());
+    }
+    let children = chain::children(images_dir)?;
+    if children.is_empty() {
+        return Ok(());
+    }
+    let name = |dir: &PathBuf| dir.file_name().map(|name| name.to_string_lossy().into_owned());
+    let children: Vec<String> = children.iter().filter_map(name).collect();
+    Err(DumpError::HasChildren { dir: images_dir.to_owned(), children: children.join(", ") })
+}
+
 /// Returns the absolute path of a directory.
 fn check_directory(path: &Path) -> Result<PathBuf> {
     let problem = match path.canonicalize() {
@@ -263,6 +286,11 @@ fn open_parent(
     }
     locks.take(&dir, if options.auto_dedup { Access::Exclusive } else { Access::Shared })?;
     let chain = Arc::new(Chain::open(&dir)?);
+    if chain.snapshots().iter().any(|snapshot| snapshot.dir == images_dir) {
+        // It may be out of the sight of the directories beside it.
+        let children = dir.display().to_string();
+        return Err(DumpError::HasChildren { dir: images_dir.to_owned(), children });
+    }
     let id = chain.ids().find(|id| chain.snapshot(*id).dir == dir);
     let id = id.ok_or_else(|| {
         problem(dir, "it holds no inventory.img, so it is no complete dump".to_owned())
@@ -276,7 +304,7 @@ fn open_parent(
     Ok((chain, id))
 }
 
-fn inventory() -> Result<proto::InventoryEntry> {
+fn inventory(parent: Option<&Parent>) -> Result<proto::InventoryEntry> {
     let uptime = clock_gettime(ClockId::CLOCK_BOOTTIME).map_err(|source| DumpError::Process {
         pid: HostPid(nix::unistd::getpid().as_raw()),
         step: "read the clock for",
@@ -291,6 +319,7 @@ fn inventory() -> Result<proto::InventoryEntry> {
         root_cg_set: Some(tree::CGROUP_SET),
         lsmtype: Some(proto::Lsmtype::NoLsm.into()),
         dump_uptime: u64::try_from(uptime.as_micros()).ok(),
+        parent_run_id: parent_name(parent)?,
         ..Default::default()
     })
 }

@@ -80,7 +80,8 @@ pub(super) fn run(
     stats.thawed();
     find_parents(&mut memories, parent)?;
     stats.copied = stats.copying(|| memory::dump(&memories, &images, true))?;
-    let inventory = proto::InventoryEntry { pre_dump_mode: Some(READ), ..super::inventory()? };
+    let inventory =
+        proto::InventoryEntry { pre_dump_mode: Some(READ), ..super::inventory(parent)? };
     stats.syncing(|| commit(images, tracking, inventory))?;
     stats.finish(options);
     Ok(())

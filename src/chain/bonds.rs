@@ -1,0 +1,209 @@
+//! Whether the parent of a snapshot is still the one that it was made on.
+//!
+//! Names of directories say nothing about that: another dump may have been put in the
+//! parent's place. Every inventory of CRIU 4.2 and of this program has an id of its dump,
+//! and this program writes the parent's into the child's
+//! (`inventory_entry.parent_run_id`, a field of our own). For children that CRIU wrote,
+//! only dates and the time since boot tell.
+
+use std::{
+    fs,
+    path::Path,
+    sync::OnceLock,
+    time::{Duration, SystemTime},
+};
+
+use xxhash_rust::xxh3::xxh3_128;
+
+use super::{Chain, LinkError, SnapshotId, side_by_side};
+use crate::image::{ImageError, Kind, proto, read_one, regular};
+
+/// Begins the name of a dump that has no id of its own; the hash of its inventory
+/// follows.
+const HASHED: &str = "inventory-xxh3:";
+
+/// The most that is read of an inventory, which is as long as a message may be at most.
+const INVENTORY_BYTES: u64 = 32 << 20;
+
+/// Inventories that take longer to read than a thread takes to start.
+const WORTH_A_THREAD: usize = 32;
+
+/// What an inventory says of its dump.
+#[derive(Clone, Debug)]
+struct Identity {
+    /// Tells it from other dumps.
+    name: Vec<u8>,
+    /// The parent's, as far as the dump recorded it.
+    parent: Option<Vec<u8>>,
+    uptime: Option<Duration>,
+    date: Option<SystemTime>,
+}
+
+/// What is known of the dumps of a chain, by the positions of the snapshots.
+#[derive(Debug)]
+pub(super) struct Bonds {
+    identities: Vec<OnceLock<Option<Identity>>>,
+}
+
+impl Bonds {
+    pub(super) fn new(snapshots: usize) -> Self {
+        Self { identities: (0..snapshots).map(|_| OnceLock::new()).collect() }
+    }
+}
+
+/// Returns the name that tells the dump in an image directory from all others: what its
+/// child is bound to.
+///
+/// # Errors
+/// What keeps its inventory from being read.
+pub fn dump_name(dir: &Path) -> Result<Vec<u8>, ImageError> {
+    read(dir).map(|identity| identity.name)
+}
+
+/// Returns the id of a dump, if it has one of its own.
+pub(super) fn run_id(dir: &Path) -> Option<Vec<u8>> {
+    let inventory = read_one(&dir.join(Kind::Inventory.file_name(0)), Kind::Inventory);
+    let inventory: proto::InventoryEntry = inventory.ok()?;
+    inventory.dump_criu_run_id.filter(|id| !id.is_empty())
+}
+
+fn read(dir: &Path) -> Result<Identity, ImageError> {
+    let path = dir.join(Kind::Inventory.file_name(0));
+    let inventory: proto::InventoryEntry = read_one(&path, Kind::Inventory)?;
+    let name = match inventory.dump_criu_run_id.filter(|id| !id.is_empty()) {
+        Some(id) => id,
+        None => {
+            let failed = |source| ImageError::Open { path: path.clone(), source };
+            let bytes = regular::read(&path, INVENTORY_BYTES).map_err(failed)?;
+            format!("{HASHED}{:032x}", xxh3_128(&bytes)).into_bytes()
+        }
+    };
+    let date = fs::metadata(&path).and_then(|meta| meta.modified()).ok();
+    let uptime = inventory.dump_uptime.map(Duration::from_micros);
+    Ok(Identity { name, parent: inventory.parent_run_id, uptime, date })
+}
+
+impl Chain {
+    /// Checks that the parent of a snapshot, if it has one, is the one that it was made
+    /// on, as far as the snapshot recorded that.
+    ///
+    /// # Errors
+    /// [`LinkError::Replaced`].
+    pub fn require_bond(&self, id: SnapshotId) -> Result<(), LinkError> {
+        let Ok(Some(parent)) = self.snapshot(id).parent else { return Ok(()) };
+        let Some(expected) = self.identity(id).and_then(|child| child.parent.as_ref()) else {
+            return Ok(());
+        };
+        let found = self.identity(parent).map(|parent| &parent.name);
+        if found == Some(expected) {
+            return Ok(());
+        }
+        let text = |name: &[u8]| String::from_utf8_lossy(name).into_owned();
+        Err(LinkError::Replaced {
+            dir: self.snapshot(id).dir.clone(),
+            parent: self.snapshot(parent).dir.clone(),
+            found: found
+                .map_or_else(|| "a dump without a readable inventory".into(), |id| text(id)),
+            expected: text(expected),
+        })
+    }
+
+    /// Does so for many snapshots; the first that is wrong counts.
+    ///
+    /// # Errors
+    /// [`LinkError::Replaced`].
+    pub(super) fn require_bonds(&self, ids: &[SnapshotId]) -> Result<(), LinkError> {
+        side_by_side::map(ids, WORTH_A_THREAD, |_, id| self.require_bond(*id)).into_iter().collect()
+    }
+
+    /// Whether a snapshot that did not record which parent it was made on is older than
+    /// its parent, by its date and by the time since boot. Dates are lost by copying and
+    /// times since boot by booting, so this is a suspicion.
+    pub fn is_older_than_parent(&self, id: SnapshotId) -> bool {
+        let Ok(Some(parent)) = self.snapshot(id).parent else { return false };
+        let (Some(child), Some(parent)) = (self.identity(id), self.identity(parent)) else {
+            return false;
+        };
+        let earlier = |pair: Option<(Duration, Duration)>| pair.is_some_and(|(a, b)| a < b);
+        child.parent.is_none()
+            && earlier(child.uptime.zip(parent.uptime))
+            && child.date.zip(parent.date).is_some_and(|(child, parent)| child < parent)
+    }
+
+    fn identity(&self, id: SnapshotId) -> Option<&Identity> {
+        let place = &self.bonds().identities[id.position()];
+        place.get_or_init(|| read(&self.snapshot(id).dir).ok()).as_ref()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+    use crate::image::ImageWriter;
+
+    fn snapshot(root: &Path, name: &str, entry: proto::InventoryEntry) {
+        let dir = root.join(name);
+        let _ = fs::create_dir(&dir);
+        let path = dir.join("inventory.img");
+        let _ = fs::remove_file(&path);
+        let mut image = ImageWriter::create(&path, Kind::Inventory).unwrap();
+        image.message(&entry).unwrap();
+        image.finish().unwrap();
+    }
+
+    fn entry(id: Option<&str>, uptime: u64) -> proto::InventoryEntry {
+        proto::InventoryEntry {
+            dump_criu_run_id: id.map(|id| id.as_bytes().to_vec()),
+            dump_uptime: Some(uptime),
+            img_version: 2,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn a_parent_that_was_replaced_is_told_whoever_wrote_it() {
+        // The parent's own id, and an inventory without one.
+        for parent_id in [Some("first"), None] {
+            let root = tempfile::tempdir().unwrap();
+            let root = root.path();
+            snapshot(root, "1", entry(parent_id, 10));
+            let name = dump_name(&root.join("1")).unwrap();
+            let child = proto::InventoryEntry { parent_run_id: Some(name), ..entry(Some("b"), 20) };
+            snapshot(root, "2", child);
+            symlink("../1", root.join("2/parent")).unwrap();
+            let bond = || {
+                let chain = Chain::open(root).unwrap();
+                let tip = chain.find("2").unwrap();
+                (
+                    chain.require_bond(tip).map_err(|e| e.to_string()),
+                    chain.is_older_than_parent(tip),
+                )
+            };
+            assert_eq!(bond(), (Ok(()), false));
+            snapshot(root, "1", entry(parent_id.map(|_| "second"), 30));
+            let why = bond().0.unwrap_err();
+            assert!(why.contains("is not the snapshot that"), "{why}");
+        }
+    }
+
+    #[test]
+    fn a_child_that_recorded_nothing_is_older_only_if_all_says_so() {
+        let root = tempfile::tempdir().unwrap();
+        let root = root.path();
+        let old = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
+        for (uptime, newer, expected) in [(30, true, true), (5, true, false), (30, false, false)] {
+            snapshot(root, "2", entry(None, 20));
+            let _ = symlink("../1", root.join("2/parent"));
+            snapshot(root, "1", entry(Some("a"), uptime));
+            let late = if newer { "2" } else { "1" };
+            let file = fs::File::options().write(true).open(root.join(late).join("inventory.img"));
+            file.unwrap().set_modified(old).unwrap();
+            let chain = Chain::open(root).unwrap();
+            let tip = chain.find("2").unwrap();
+            assert_eq!(chain.is_older_than_parent(tip), expected, "{uptime} {newer}");
+            chain.require_bond(tip).unwrap();
+        }
+    }
+}
