@@ -146,7 +146,12 @@
 //! - a kernel without asynchronous write protection. A shared page that was written and
 //!   taken from the page table comes back without its soft-dirty bit;
 //! - a program that may not see all processes, count by tracepoints (`CAP_PERFMON`, and
-//!   tracefs where it belongs) or watch who opens files (`CAP_SYS_ADMIN`).
+//!   tracefs, which it opens itself if nobody has mounted it) or watch who opens files
+//!   (`CAP_SYS_ADMIN`).
+//!
+//! What keeps memory from being tracked is said once for each dump that was asked to
+//! ([`crate::res::track::Hindrance`]), and what was compared for want of it is in the
+//! statistics; `stats-dump` has it in fields of our own, 1001 and 1002.
 //!
 //! Two things cannot be seen. A descriptor may be on its way in a message when tracking
 //! begins; memory other than a memfd has one only if somebody opened it in

@@ -73,6 +73,7 @@ named! {
         LockOnFault = "lock_on_fault":
             "`/proc/PID/smaps` has a code for memory that is locked on fault (after Linux 6.1).";
         TimerIds = "timer_cr_ids": "`PR_TIMER_CREATE_RESTORE_IDS` (Linux 6.15).";
+        Tracefs = "tracefs": "Tracepoints have numbers that this program can read.";
         ScanGuards = "pagemap_scan_guards": "`PAGEMAP_SCAN` tells guard pages (Linux 6.18).";
     }
 }

@@ -393,6 +393,38 @@ fn spared(name: &str) -> (Vec<u32>, String) {
     (spared, text)
 }
 
+/// What keeps shared memory from being tracked is said once, by name and with what helps,
+/// and the statistics show what it costs.
+#[test]
+fn privileged_what_keeps_memory_from_being_tracked_is_said() {
+    require(Cap::Ptrace);
+    require(Cap::Kernel("write protection of shared memory", |features| {
+        features.pagemap_scan && features.write_protect_shared
+    }));
+    let mut steps = Steps::start("shared_pages", Tracker::Wp);
+    let environment = [("RCRIU_WITHOUT", "tracefs")];
+    let mut parent: Option<String> = None;
+    for number in 1..3 {
+        assert!(steps.await_step(number));
+        let name = format!("said{number}");
+        let mut options = vec!["--track-mem"];
+        options.extend(parent.as_deref().iter().flat_map(|parent| ["--prev-images-dir", parent]));
+        let (said, done) = steps.try_write("dump", &name, &options, &environment);
+        assert!(done, "{}", said.text);
+        let what = "shared memory is not tracked: find the tracepoint cpuhp/cpuhp_enter in tracefs";
+        assert_eq!(said.text.matches(what).count(), 1, "{}", said.text);
+        assert_eq!(said.text.matches("what helps: ").count(), 1, "{}", said.text);
+        let untracked = said.count("shared", "not tracked");
+        let expected = if number == 1 { 0 } else { said.count("shared", "compared") };
+        assert!(untracked >= expected && (untracked > 0) == (number > 1), "{}", said.text);
+        parent = Some(format!("../{name}"));
+        steps.go_on(number);
+    }
+    let output = Command::new(engine()).arg("check").envs(environment).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.contains("missing  tracepoints "), "{text}");
+}
+
 #[test]
 fn privileged_whoever_keeps_the_tracking_ends_with_the_process() {
     let tracker = best();

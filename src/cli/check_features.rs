@@ -149,6 +149,27 @@ const ROWS: &[Row] = &[
         "all shared memory is compared in each dump",
     ),
     row(
+        &["tracepoints"],
+        Speed,
+        |f| f.tracepoints,
+        "shared memory is not tracked, and is compared in each dump; it takes CAP_PERFMON, and \
+         tracefs (CAP_SYS_ADMIN, unless it is mounted)",
+    ),
+    row(
+        &["fanotify"],
+        Speed,
+        |f| f.openings,
+        "shared memory is not tracked, and is compared in each dump; it takes CAP_SYS_ADMIN and \
+         Linux 5.19",
+    ),
+    row(
+        &["all_processes"],
+        Speed,
+        |f| f.all_processes,
+        "shared memory is not tracked, and is compared in each dump; it takes the first pid \
+         namespace and CAP_SYS_PTRACE",
+    ),
+    row(
         &["soft_dirty"],
         Speed,
         |f| f.soft_dirty,

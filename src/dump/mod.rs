@@ -238,6 +238,9 @@ fn dump_stopped(
     stats.collected();
     let copied = stats.copying(|| memory::dump(&memories, images, !options.leave_running))?;
     stats.copied = copied;
+    if parent.is_some() {
+        stats.untracked = collection.tracking.untracked;
+    }
     Ok((collection.files, collection.tracking))
 }
 

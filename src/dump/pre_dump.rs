@@ -72,13 +72,18 @@ pub(super) fn run(
     memories.append(&mut objects);
     for (id, file) in found.segments {
         let name = format!("System V segment {id}");
-        memories.push(Memory::of_object(id, file, name, true)?);
+        let memory = Memory::of_object(id, file, name, true)?;
+        tracking.note_untracked(&memory);
+        memories.push(memory);
     }
     memories.sort_by_key(|memory| memory.id);
     stats.collected();
     frozen.release(Outcome::Run)?;
     stats.thawed();
     find_parents(&mut memories, parent)?;
+    if parent.is_some() {
+        stats.untracked = tracking.untracked;
+    }
     stats.copied = stats.copying(|| memory::dump(&memories, &images, true))?;
     let inventory =
         proto::InventoryEntry { pre_dump_mode: Some(READ), ..super::inventory(parent)? };
@@ -111,8 +116,9 @@ impl Found {
                 _ => {}
             }
             if mapping::is_private(&mapping::entry(mapping, object, 0)) {
-                tree::scan(&pagemap, watch.as_deref(), mapping, object, &mut stretches)
-                    .map_err(failed)?;
+                tracking.untracked.private +=
+                    tree::scan(&pagemap, watch.as_deref(), mapping, object, &mut stretches)
+                        .map_err(failed)?;
             }
         }
         if let Some(watch) = watch {

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Options, Result, memory::Copied};
+use super::{Options, Result, memory::Copied, track::Untracked};
 use crate::image::{ImageWriter, Kind, proto};
 
 /// The statistics of a dump.
@@ -18,6 +18,8 @@ pub(super) struct Stats {
     copying: Duration,
     syncing: Duration,
     pub(super) copied: Copied,
+    /// Pages that would not have been looked at if they had been tracked.
+    pub(super) untracked: Untracked,
 }
 
 impl Stats {
@@ -81,6 +83,8 @@ impl Stats {
             shpages_scanned: Some(shared.scanned),
             shpages_skipped_parent: Some(shared.in_parent),
             shpages_written: Some(shared.stored),
+            rcriu_pages_untracked: Some(self.untracked.private),
+            rcriu_shpages_untracked: Some(self.untracked.shared),
         }
     }
 
@@ -115,9 +119,13 @@ impl Stats {
         println!("collecting time: {} us", self.collecting.as_micros());
         println!("memory dump time: {} us", self.copying.as_micros());
         println!("sync time: {} us", self.syncing.as_micros());
-        for (name, counts) in [("private", private), ("shared", shared)] {
+        let Untracked { private: of_private, shared: of_shared } = self.untracked;
+        for (name, counts, untracked) in
+            [("private", private, of_private), ("shared", shared, of_shared)]
+        {
             println!(
-                "{name} pages: {} scanned, {} compared, {} in parent, {} zero, {} stored",
+                "{name} pages: {} scanned, {} compared, {} in parent, {} zero, {} stored, \
+                 {untracked} not tracked",
                 counts.scanned, counts.compared, counts.in_parent, counts.zero, counts.stored,
             );
         }

@@ -6,18 +6,20 @@ use std::{
     rc::Rc,
 };
 
+use log::Level;
+
 use super::{
     DumpError, Options, Result,
     memory::{Memory, Origin, Stretch},
 };
 use crate::{
-    causes::with_sources,
+    causes::{tell, with_sources},
     chain::{Chain, Index, Place, SnapshotId},
     image::{Kind, proto, read_one},
     inject::Task,
     proc::{Mapping, VmFlags},
     res::track::{
-        Request, Tracker, Watch,
+        Hindrance, Request, Tracker, Watch,
         shared::{self, Key, Next},
     },
     units::{HostPid, PageIndex},
@@ -34,6 +36,18 @@ pub(super) struct Tracking {
     writers: BTreeMap<Key, Vec<(HostPid, Mapping)>>,
     /// What is to be kept for shared memory.
     next: Option<Next>,
+    /// What keeps changes from being tracked, and the processes where it does; none if
+    /// it is not about one.
+    hindrances: BTreeMap<Hindrance, Vec<HostPid>>,
+    /// Pages of which nothing was known but what the parent has.
+    pub(super) untracked: Untracked,
+}
+
+/// Pages that are compared with the parent for want of tracking.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Untracked {
+    pub(super) private: u64,
+    pub(super) shared: u64,
 }
 
 impl Tracking {
@@ -56,6 +70,8 @@ impl Tracking {
             watches: Vec::new(),
             writers: BTreeMap::new(),
             next: None,
+            hindrances: BTreeMap::new(),
+            untracked: Untracked::default(),
         })
     }
 
@@ -84,7 +100,8 @@ impl Tracking {
             Ok(None) => Ok(None),
             Err(error) if self.restart && self.tracker.is_some() => Err(error.into()),
             Err(error) => {
-                log::warn!("{}: changes are not tracked: {}", task.pid, with_sources(&error));
+                let hindrance = Hindrance::of("changes are not tracked", &error);
+                self.hindrances.entry(hindrance).or_default().push(task.pid);
                 Ok(None)
             }
         }
@@ -109,6 +126,7 @@ impl Tracking {
             if let Err(error) = shared::excuse(writers) {
                 log::debug!("shared memory is no longer tracked: {}", with_sources(&error));
             }
+            self.untracked.shared += memories.iter().map(data_pages).sum::<u64>();
             return;
         }
         let mut objects = Vec::new();
@@ -123,15 +141,39 @@ impl Tracking {
         }
         let survey = shared::survey(&self.watches, tree, &objects, self.restart);
         self.next = survey.next;
+        self.hindrances.extend(survey.hindrances.into_iter().map(|hindrance| (hindrance, vec![])));
         let shared = memories.iter_mut().filter(|memory| memory.is_shared());
         for (memory, unwritten) in shared.zip(survey.unwritten) {
-            memory.stretches = marked(&memory.stretches, &unwritten);
+            match unwritten {
+                Some(unwritten) => memory.stretches = marked(&memory.stretches, &unwritten),
+                None => self.untracked.shared += data_pages(memory),
+            }
+        }
+    }
+
+    /// Notes shared memory that is never tracked.
+    pub(super) fn note_untracked(&mut self, memory: &Memory) {
+        self.untracked.shared += data_pages(memory);
+    }
+
+    /// Says what keeps changes from being tracked, though that was asked for.
+    fn tell(&self) {
+        for (Hindrance { what, help }, pids) in &self.hindrances {
+            let whose = match pids.as_slice() {
+                [] => String::new(),
+                [pid] => format!("process {pid}: "),
+                [pid, ..] => format!("process {pid} and {} others: ", pids.len() - 1),
+            };
+            tell(Level::Warn, &format!("rcriu: warning: {whose}{what}\n  what helps: {help}"));
         }
     }
 
     /// Makes changes count from the snapshot `id` on, which is complete. What fails
     /// costs the next dump time and nothing else.
     pub(super) fn commit(self, id: &str) {
+        if self.restart {
+            self.tell();
+        }
         let shared = self.next.and_then(Next::seal);
         for watch in self.watches.into_iter().filter_map(Rc::into_inner) {
             if let Err(error) = watch.commit(id, shared.as_ref()) {
@@ -139,6 +181,11 @@ impl Tracking {
             }
         }
     }
+}
+
+/// Pages that a memory may have stored.
+fn data_pages(memory: &Memory) -> u64 {
+    memory.stretches.iter().map(|stretch| stretch.pages).sum()
 }
 
 /// Returns the same pages, and marks those that are unwritten.

@@ -22,7 +22,7 @@ use crate::{
         sysv,
         task::{self, ForMemory},
         thread,
-        track::{self, Watch},
+        track::{self, Told, Watch},
     },
     sys::pagemap::{PagemapFile, Query, Region, category},
     units::{HostPid, PAGE_SHIFT, RemoteAddr},
@@ -210,8 +210,9 @@ impl<'a> Collection<'a> {
             };
             let entry = mapping::entry(mapping, object, shmid);
             if mapping::is_private(&entry) {
-                scan(&pagemap, watch.as_deref(), mapping, object, &mut stretches)
-                    .map_err(failed)?;
+                self.tracking.untracked.private +=
+                    scan(&pagemap, watch.as_deref(), mapping, object, &mut stretches)
+                        .map_err(failed)?;
                 regions.clear();
                 let query = Query { all: category::GUARD, ..Query::default() };
                 pagemap.scan(mapping.start, mapping.end, query, &mut regions).map_err(failed)?;
@@ -314,7 +315,9 @@ impl<'a> Collection<'a> {
         for (id, (entry, file)) in std::mem::take(&mut self.segments) {
             segments.push(entry);
             let name = format!("System V segment {id}");
-            self.memories.push(Memory::of_object(id.into(), file, name, false)?);
+            let memory = Memory::of_object(id.into(), file, name, false)?;
+            self.tracking.note_untracked(&memory);
+            self.memories.push(memory);
         }
         sysv::write(&segments, self.images)?;
         // The same order whenever the same tree is dumped.
@@ -324,7 +327,8 @@ impl<'a> Collection<'a> {
     }
 }
 
-/// Appends the pages of a private mapping that are to be dumped.
+/// Appends the pages of a private mapping that are to be dumped, and returns of how many
+/// nothing is known but what the parent has.
 ///
 /// # Errors
 /// What looking at them returns.
@@ -334,11 +338,11 @@ pub(super) fn scan(
     mapping: &Mapping,
     object: Object,
     stretches: &mut Vec<Stretch>,
-) -> io::Result<()> {
+) -> io::Result<u64> {
     // It may be zero at any time, which whoever keeps the state of random numbers there
     // (`vgetrandom`) relies on: two restores must not go on with the same.
     if mapping.flags.contains(VmFlags::DROPPABLE) {
-        return Ok(());
+        return Ok(0);
     }
     let query = if object == Object::Vdso {
         Query { all: category::PRESENT, ..Query::default() }
@@ -349,20 +353,23 @@ pub(super) fn scan(
     };
     let query = query.without_guards();
     let mut found = Vec::new();
+    let mut told = Told::Nothing;
     if let Some(watch) = watch {
-        watch.scan(pagemap, mapping, query, &mut found)?;
+        told = watch.scan(pagemap, mapping, query, &mut found)?;
     } else {
         let mut regions = Vec::new();
         pagemap.scan(mapping.start, mapping.end, query, &mut regions)?;
         found.extend(regions.into_iter().map(|region| (region, false)));
     }
     let over_file = matches!(object, Object::File | Object::SharedMemory);
+    let mut untracked = 0;
     stretches.extend(found.iter().map(|(region, unwritten)| {
         let first = region.first();
         let pages = (region.end().0 >> PAGE_SHIFT) - first.0;
+        untracked += if told == Told::Nothing { pages } else { 0 };
         Stretch { first, pages, hidden: !mapping.read, over_file, unwritten: *unwritten }
     }));
-    Ok(())
+    Ok(untracked)
 }
 
 fn guard(region: &Region) -> proto::VmaEntry {

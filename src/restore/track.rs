@@ -1,12 +1,15 @@
 //! Tracking of changes from the restore on, for a dump into the same chain.
 
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
+
+use log::Level;
 
 use super::{Options, Result, plan::Plan, tree::Puppets};
 use crate::{
+    causes::tell,
     image::{Kind, proto, read_one},
     proc,
-    res::track::{TrackError, Watch},
+    res::track::{Hindrance, TrackError, Watch},
 };
 
 /// The tracking of all processes, which begins with the snapshot `since`.
@@ -40,6 +43,7 @@ pub(super) fn begin(
     let since = String::from_utf8_lossy(&since).into_owned();
     let mut tracking = Tracking { since, watches: Vec::new() };
     let scratch = puppets.scratch;
+    let mut hindrances = BTreeMap::new();
     let work_place = scratch.start..scratch.start.plus(scratch.len());
     for (position, task) in plan.tasks.iter().enumerate() {
         if task.body.is_none() {
@@ -54,8 +58,15 @@ pub(super) fn begin(
             Ok(watch) => tracking.watches.extend(watch),
             Err(error @ TrackError::Inject(_)) => return Err(error.into()),
             Err(error) if options.tracker.is_some() => return Err(error.into()),
-            Err(error) => log::warn!("{}: changes are not tracked: {error}", task.pid),
+            Err(error) => {
+                let hindrance = Hindrance::of("changes are not tracked", &error);
+                hindrances.entry(hindrance).or_insert(task.pid);
+            }
         }
+    }
+    for (Hindrance { what, help }, pid) in hindrances {
+        let text = format!("rcriu: warning: process {pid}: {what}\n  what helps: {help}");
+        tell(Level::Warn, &text);
     }
     Ok(Some(tracking))
 }

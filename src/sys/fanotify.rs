@@ -31,6 +31,13 @@ const _: () = assert!(EVENT_BYTES == 24);
 /// Bytes that are read at a time.
 const BATCH_BYTES: usize = 4096;
 
+/// Whether openings of shared memory can be watched.
+pub fn probe() -> bool {
+    let flags = nix::sys::memfd::MFdFlags::MFD_CLOEXEC;
+    let memory = nix::sys::memfd::memfd_create(c"rcriu", flags);
+    Openings::new().is_ok_and(|openings| memory.is_ok_and(|fd| openings.watch(fd.as_fd()).is_ok()))
+}
+
 /// Tells of each opening of the files that it was told to watch, by whomever. Files
 /// stay watched only as long as somebody else uses them.
 #[derive(Debug)]

@@ -6,7 +6,10 @@ mod memory;
 
 use std::{
     fs::{self, File},
-    os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
+    os::{
+        fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
+        unix::fs::MetadataExt,
+    },
     path::Path,
     sync::OnceLock,
 };
@@ -16,6 +19,7 @@ use nix::{errno::Errno, libc};
 use crate::fault::{self, Novelty};
 
 use self::{child::Child, memory::Page};
+use super::{fanotify, process, tracepoint};
 
 /// What this kernel, with the rights of this process, can do.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -63,6 +67,12 @@ pub struct Features {
     pub write_protect_shared: bool,
     /// Soft-dirty bits.
     pub soft_dirty: bool,
+    /// Counting what threads and the whole machine do, by tracepoints.
+    pub tracepoints: bool,
+    /// Being told who opens shared memory, by `fanotify(7)` (Linux 5.19).
+    pub openings: bool,
+    /// Every process of the machine can be seen and looked at.
+    pub all_processes: bool,
     /// `openat2` (Linux 5.6).
     pub openat2: bool,
     /// Time namespaces (Linux 5.6).
@@ -106,6 +116,11 @@ impl Features {
             write_protect_private: memory::write_protect(libc::MAP_PRIVATE),
             write_protect_shared: memory::write_protect(libc::MAP_SHARED),
             soft_dirty: memory::soft_dirty(),
+            tracepoints: tracepoint::probe().is_ok() && !tracepoint::has_unseen_calls(),
+            openings: fanotify::probe(),
+            all_processes: has(CAP_SYS_PTRACE)
+                && fs::metadata("/proc/self/ns/pid")
+                    .is_ok_and(|namespace| namespace.ino() == process::FIRST_PID_NAMESPACE),
             openat2: openat2(),
             time_namespaces: Path::new("/proc/self/ns/time").exists(),
             user_namespaces: Path::new("/proc/self/ns/user").exists(),

@@ -20,6 +20,10 @@ use zerocopy::IntoBytes;
 
 use crate::units::{HostPid, HugeSize, PAGE_SIZE, RemoteAddr, TargetFd};
 
+/// The inode of the first pid namespace (`PROC_PID_INIT_INO`, `linux/proc_ns.h`), in
+/// which all processes are seen.
+pub const FIRST_PID_NAMESPACE: u64 = 0xefff_fffc;
+
 /// Returns a descriptor for a process.
 ///
 /// # Errors

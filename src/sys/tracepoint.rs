@@ -3,7 +3,11 @@
 //! A counter belongs to one thread and whatever that creates, or to one processor, for
 //! as long as its descriptor is open. The kernel counts where it meets the tracepoint,
 //! so nothing is lost and nobody has to listen.
-#![expect(unsafe_code, reason = "perf_event_open(2) and its ioctls")]
+//!
+//! A tracepoint is asked for by its number, which tracefs shows. Where nobody has mounted
+//! that, as in containers and on machines without systemd, this program opens it without
+//! a mount point.
+#![expect(unsafe_code, reason = "perf_event_open(2) and its ioctls; fsopen(2) and fsmount(2)")]
 
 use std::{
     ffi::CStr,
@@ -11,15 +15,33 @@ use std::{
     io::{self, Read},
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
     path::Path,
+    sync::OnceLock,
 };
 
-use nix::{errno::Errno, libc};
+use nix::{
+    errno::Errno,
+    fcntl::{AT_FDCWD, OFlag, openat},
+    libc,
+    sys::{
+        stat::Mode,
+        statfs::{FsType, fstatfs},
+    },
+};
 use zerocopy::{FromZeros, IntoBytes};
 
-use crate::units::HostPid;
+use crate::{
+    fault::{self, Novelty},
+    units::HostPid,
+};
 
-/// Where the kernel shows its tracepoints (`Documentation/trace/ftrace.rst`).
-const PLACES: [&str; 2] = ["/sys/kernel/tracing/events", "/sys/kernel/debug/tracing/events"];
+/// Where the kernel's tracepoints are mounted (`Documentation/trace/ftrace.rst`).
+const MOUNTED: &str = "/sys/kernel/tracing";
+
+/// Where they are below debugfs, which mounts them when it is asked.
+const BELOW_DEBUGFS: &str = "/sys/kernel/debug/tracing";
+
+/// `TRACEFS_MAGIC` (`linux/magic.h`).
+const TRACEFS: FsType = FsType(0x7472_6163);
 
 /// The beginning of `struct perf_event_attr` (`linux/perf_event.h`), which all kernels
 /// take.
@@ -116,20 +138,78 @@ impl Event {
     /// Returns the number of the tracepoint.
     ///
     /// # Errors
-    /// Those of reading where the kernel shows it.
-    pub fn number(self) -> io::Result<u64> {
-        let mut missing = None;
-        for place in PLACES {
-            let path = Path::new(place).join(self.name()).join("id");
-            match fs::read_to_string(path) {
-                Ok(text) => {
-                    return text.trim().parse().map_err(|_| io::ErrorKind::InvalidData.into());
-                }
-                Err(error) => missing = Some(error),
-            }
-        }
-        Err(missing.expect("there are places"))
+    /// Those of finding tracefs, and of reading there.
+    fn number(self) -> io::Result<u64> {
+        let path = Path::new("events").join(self.name()).join("id");
+        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+        let mut text = String::new();
+        File::from(openat(tracefs()?, &path, flags, Mode::empty())?).read_to_string(&mut text)?;
+        text.trim().parse().map_err(|_| io::ErrorKind::InvalidData.into())
     }
+}
+
+/// Returns the root of tracefs. It stays open: a file system without a mount point takes
+/// the kernel milliseconds to let go, and it may be while others wait.
+///
+/// A mount that is there comes first, since older kernels take a new one for a change of
+/// its options. Debugfs comes last: to look there makes a mount that stays.
+fn tracefs() -> io::Result<&'static OwnedFd> {
+    static ROOT: OnceLock<Result<OwnedFd, Errno>> = OnceLock::new();
+    let find = || {
+        let mounted = |path| {
+            let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+            let root = openat(AT_FDCWD, path, flags, Mode::empty())?;
+            let kind = fstatfs(&root)?.filesystem_type();
+            if kind == TRACEFS { Ok(root) } else { Err(Errno::ENOENT) }
+        };
+        if fault::is_without(Novelty::Tracefs) {
+            return Err(Errno::ENODEV);
+        }
+        mounted(MOUNTED)
+            .or_else(|_| detached(c"tracefs"))
+            .or_else(|errno| mounted(BELOW_DEBUGFS).map_err(|_| errno))
+    };
+    ROOT.get_or_init(find).as_ref().map_err(|errno| (*errno).into())
+}
+
+/// Opens the root of a file system that is mounted nowhere (Linux 5.2).
+///
+/// # Errors
+/// `EPERM` without `CAP_SYS_ADMIN` where the file system belongs; `ENODEV` if the kernel
+/// has none of this name.
+fn detached(name: &CStr) -> nix::Result<OwnedFd> {
+    /// `FSOPEN_CLOEXEC`, `FSCONFIG_CMD_CREATE` and `FSMOUNT_CLOEXEC` (`linux/mount.h`).
+    const OPEN_CLOEXEC: libc::c_uint = 1;
+    const CREATE: libc::c_uint = 6;
+    const MOUNT_CLOEXEC: libc::c_uint = 1;
+    let owned = |fd: libc::c_long| {
+        let fd = i32::try_from(Errno::result(fd)?).map_err(|_| Errno::EBADF)?;
+        // SAFETY: the kernel has just made this descriptor, and nobody else knows it.
+        Ok::<_, Errno>(unsafe { OwnedFd::from_raw_fd(fd) })
+    };
+    // SAFETY: the name is a string that ends with zero and outlives the call.
+    let context = owned(unsafe { libc::syscall(libc::SYS_fsopen, name.as_ptr(), OPEN_CLOEXEC) })?;
+    let nothing = std::ptr::null::<libc::c_char>();
+    // SAFETY: this command takes neither key nor value.
+    let made = unsafe {
+        libc::syscall(libc::SYS_fsconfig, context.as_raw_fd(), CREATE, nothing, nothing, 0)
+    };
+    Errno::result(made)?;
+    let attributes = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID;
+    // SAFETY: the call takes numbers.
+    owned(unsafe {
+        libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), MOUNT_CLOEXEC, attributes)
+    })
+}
+
+/// Tries to count what a thread does, and what is done on processors.
+///
+/// # Errors
+/// As [`count`].
+pub fn probe() -> Result<(), CountError> {
+    let first = processors()?.first().copied().unwrap_or(0);
+    count(&Event::COMMON, &[Scope::Thread(HostPid(0))])?;
+    count(&Event::SELDOM, &[Scope::Processor(first)]).map(drop)
 }
 
 /// Whether a program can make system calls by the x32 interface (`CONFIG_X86_X32_ABI`),
@@ -153,10 +233,11 @@ pub enum Scope {
 /// Returns the numbers of the processors that run.
 ///
 /// # Errors
-/// Those of reading the list.
-pub fn processors() -> io::Result<Vec<u32>> {
-    let text = fs::read_to_string("/sys/devices/system/cpu/online")?;
-    numbers(text.trim()).ok_or_else(|| io::ErrorKind::InvalidData.into())
+/// [`CountError::Processors`].
+pub fn processors() -> Result<Vec<u32>, CountError> {
+    let text = fs::read_to_string("/sys/devices/system/cpu/online");
+    text.and_then(|text| numbers(text.trim()).ok_or_else(|| io::ErrorKind::InvalidData.into()))
+        .map_err(|source| CountError::Processors { source })
 }
 
 /// Takes a list such as `0-2,5` apart.
@@ -169,17 +250,71 @@ fn numbers(list: &str) -> Option<Vec<u32>> {
     Some(numbers)
 }
 
+/// Why nothing is counted.
+#[derive(Debug, thiserror::Error)]
+pub enum CountError {
+    /// Tracefs cannot be opened, or does not have the tracepoint.
+    #[error("find the tracepoint {event} in tracefs")]
+    Find {
+        /// Its name.
+        event: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// The kernel makes no counter: `EACCES` or `EPERM` without `CAP_PERFMON`.
+    #[error("count {event} by perf_event_open")]
+    Open {
+        /// The tracepoint's name.
+        event: &'static str,
+        /// Why.
+        source: Errno,
+    },
+    /// The list of processors cannot be read.
+    #[error("list the processors")]
+    Processors {
+        /// Why.
+        source: io::Error,
+    },
+}
+
+impl CountError {
+    /// Says what helps.
+    pub fn help(&self) -> &'static str {
+        let errno = match self {
+            Self::Find { source, .. } => source.raw_os_error().map(Errno::from_raw),
+            Self::Open { source, .. } => Some(*source),
+            Self::Processors { .. } => return "mount /sys",
+        };
+        match (self, errno) {
+            (Self::Find { .. }, Some(Errno::EPERM | Errno::EACCES)) => {
+                "run rcriu with CAP_SYS_ADMIN outside of user namespaces, or mount tracefs at \
+                 /sys/kernel/tracing"
+            }
+            (Self::Find { .. }, _) => {
+                "it takes a kernel with tracefs and tracepoints (CONFIG_FTRACE_SYSCALLS)"
+            }
+            (_, Some(Errno::EPERM | Errno::EACCES)) => {
+                "run rcriu with CAP_PERFMON outside of user namespaces, where no filter of system \
+                 calls keeps perf_event_open from it"
+            }
+            (_, Some(Errno::EMFILE | Errno::ENFILE)) => "allow more open files (ulimit -n)",
+            _ => "it takes a kernel with CONFIG_PERF_EVENTS",
+        }
+    }
+}
+
 /// Begins to count some events in all of the scopes.
 ///
 /// # Errors
-/// Those of [`Event::number`]; what `perf_event_open(2)` returns, see there: `EACCES`
-/// or `EPERM` without `CAP_PERFMON`.
-pub fn count(events: &[Event], scopes: &[Scope]) -> io::Result<Vec<OwnedFd>> {
+/// [`CountError`].
+pub fn count(events: &[Event], scopes: &[Scope]) -> Result<Vec<OwnedFd>, CountError> {
     let mut counters = Vec::with_capacity(events.len() * scopes.len());
     for event in events {
-        let number = event.number()?;
+        let name = event.name();
+        let number = event.number().map_err(|source| CountError::Find { event: name, source })?;
         for scope in scopes {
-            counters.push(open(*event, number, *scope)?);
+            let counter = open(*event, number, *scope);
+            counters.push(counter.map_err(|source| CountError::Open { event: name, source })?);
         }
     }
     Ok(counters)

@@ -19,10 +19,12 @@ use std::{collections::BTreeMap, io, os::fd::OwnedFd, path::PathBuf};
 use nix::errno::Errno;
 
 use crate::{
+    causes::with_sources,
     inject::{InjectError, Scratch, TABLE_BYTES, Task, Tracee, with_scratch},
     proc::{self, Mapping, ProcError, VmFlags},
     sys::{
         pagemap::{PagemapFile, Query, Region, category},
+        tracepoint::CountError,
         userfaultfd::WriteProtect,
     },
     units::{HostPid, RemoteAddr},
@@ -84,11 +86,13 @@ pub enum TrackError {
         /// Why.
         source: io::Error,
     },
-    /// The kernel does not do it.
-    #[error("this kernel has no {what}")]
+    /// The kernel does not do it, or not for this program.
+    #[error("this program has no {what} here")]
     Missing {
         /// What is missing.
         what: &'static str,
+        /// What helps.
+        help: &'static str,
     },
     /// Something writes to the memory without the kernel's page tables.
     #[error("process {pid} {what}, which writes to memory without being seen")]
@@ -98,14 +102,17 @@ pub enum TrackError {
         /// What it has, beginning with a verb.
         what: &'static str,
     },
-    /// Nobody counts what is done to shared memory.
+    /// It cannot be known who opens shared memory.
     #[error("{step}")]
-    Count {
+    Openings {
         /// What was attempted, as a verb.
         step: &'static str,
         /// Why.
         source: io::Error,
     },
+    /// Nobody counts what is done to shared memory.
+    #[error(transparent)]
+    Count(#[from] CountError),
     /// The process could not be made to work for this program.
     #[error(transparent)]
     Inject(#[from] InjectError),
@@ -114,7 +121,42 @@ pub enum TrackError {
     Proc(#[from] ProcError),
 }
 
+/// What keeps changes from being tracked, and what helps.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Hindrance {
+    /// What is not tracked, and why not.
+    pub what: String,
+    /// What helps.
+    pub help: String,
+}
+
+impl Hindrance {
+    /// Says of something why it is not tracked.
+    pub fn of(what: &str, error: &TrackError) -> Self {
+        Self { what: format!("{what}: {}", with_sources(error)), help: error.help().to_owned() }
+    }
+}
+
 impl TrackError {
+    /// Says what helps.
+    pub fn help(&self) -> &'static str {
+        match self {
+            Self::Keeper { .. } => {
+                "end the rcriu-keep of this process; the next dump starts another one"
+            }
+            Self::Overtaken { .. } => "let one program at a time dump a process",
+            Self::Missing { help, .. } => help,
+            Self::Unseen { .. } => "nothing; such memory is always compared",
+            Self::Openings { .. } => {
+                "run rcriu with CAP_SYS_ADMIN outside of user namespaces, on Linux 5.19 or newer"
+            }
+            Self::Count(error) => error.help(),
+            Self::Kernel { .. } | Self::Inject(_) | Self::Proc(_) => {
+                "nothing is known to; the log at -v4 tells more"
+            }
+        }
+    }
+
     fn kernel(pid: HostPid, step: &'static str) -> impl Fn(Errno) -> Self {
         move |errno| Self::Kernel { pid, step, source: errno.into() }
     }
@@ -129,6 +171,15 @@ pub struct Request<'a> {
     pub since: Option<&'a str>,
     /// Whether tracking is to begin anew.
     pub restart: bool,
+}
+
+/// What is known of the pages of a mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Told {
+    /// Which of them were written.
+    Writes,
+    /// Nothing: all are looked at.
+    Nothing,
 }
 
 /// Makes the userfaultfd of the process.
@@ -286,7 +337,8 @@ impl Watch {
 
     fn begin_soft_dirty(&mut self, mappings: &[Mapping]) -> Result<(), TrackError> {
         if !soft_dirty::is_there() {
-            return Err(TrackError::Missing { what: "soft-dirty bits" });
+            let help = "it takes a kernel with CONFIG_MEM_SOFT_DIRTY";
+            return Err(TrackError::Missing { what: "soft-dirty bits", help });
         }
         for mapping in mappings.iter().filter(|mapping| can_be_tracked(mapping)) {
             self.mappings.insert(mapping.start, true);
@@ -358,8 +410,8 @@ impl Watch {
     }
 
     /// Appends the regions of a mapping that `query` asks for, and with each whether
-    /// it is known to be unwritten. If tracking begins anew, it does so for each page
-    /// as it is looked at.
+    /// it is known to be unwritten; returns what was told of them. If tracking begins
+    /// anew, it does so for each page as it is looked at.
     ///
     /// # Errors
     /// As [`PagemapFile::scan`].
@@ -369,7 +421,7 @@ impl Watch {
         mapping: &Mapping,
         query: Query,
         found: &mut Vec<(Region, bool)>,
-    ) -> io::Result<()> {
+    ) -> io::Result<Told> {
         let before = self.mappings.get(&mapping.start).copied();
         let told = match self.tracker {
             Tracker::SoftDirty => category::SOFT_DIRTY,
@@ -394,7 +446,7 @@ impl Watch {
         found.extend(
             regions.into_iter().map(|region| (region, believed && region.categories & told == 0)),
         );
-        Ok(())
+        Ok(if believed { Told::Writes } else { Told::Nothing })
     }
 
     /// Notes that all mappings were looked at; the process is still stopped.
@@ -448,7 +500,8 @@ fn choose() -> Result<Tracker, TrackError> {
         Ok(Tracker::SoftDirty)
     } else {
         let what = "tracking of changes, neither by write protection nor by soft-dirty bits";
-        Err(TrackError::Missing { what })
+        let help = "it takes Linux 6.7, or a kernel with CONFIG_MEM_SOFT_DIRTY";
+        Err(TrackError::Missing { what, help })
     }
 }
 

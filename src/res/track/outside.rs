@@ -14,10 +14,6 @@ use crate::{
     units::HostPid,
 };
 
-/// The inode of the first pid namespace (`PROC_PID_INIT_INO`, `linux/proc_ns.h`), in
-/// which all processes are seen.
-const FIRST_PID_NAMESPACE: u64 = 0xefff_fffc;
-
 /// `CAP_SYS_PTRACE` (`linux/capability.h`): no process is hidden.
 const CAP_SYS_PTRACE: u64 = 1 << 19;
 
@@ -50,8 +46,11 @@ pub(super) fn look(objects: &BTreeSet<Key>, tree: &[HostPid]) -> Result<Outside,
     let own = HostPid(nix::unistd::getpid().as_raw());
     let namespace = proc::namespace(own, "pid")?;
     let capabilities = proc::status(own)?.cap_effective;
-    if namespace != FIRST_PID_NAMESPACE || capabilities & CAP_SYS_PTRACE == 0 {
-        return Err(TrackError::Missing { what: "view of all processes for this program" });
+    if namespace != process::FIRST_PID_NAMESPACE || capabilities & CAP_SYS_PTRACE == 0 {
+        return Err(TrackError::Missing {
+            what: "view of all processes",
+            help: "run rcriu in the first pid namespace, with CAP_SYS_PTRACE",
+        });
     }
     let root = tree.first().map(|root| proc::stat(*root)).transpose()?;
     let began = root.filter(|root| root.flags & FORKED_ONLY == 0).map(|root| root.start_time);
@@ -74,7 +73,10 @@ pub(super) fn look(objects: &BTreeSet<Key>, tree: &[HostPid]) -> Result<Outside,
             }
         }
     }
-    Err(TrackError::Missing { what: "moment without new processes" })
+    Err(TrackError::Missing {
+        what: "moment without new processes",
+        help: "dump when fewer processes begin",
+    })
 }
 
 fn look_at(

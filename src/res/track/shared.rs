@@ -35,7 +35,7 @@ use std::{
 };
 
 use super::{
-    TrackError, Tracker, Watch,
+    Hindrance, TrackError, Tracker, Watch,
     keeper::{Guard, Keeper},
     outside::{self, Outside},
     record::{Place, Record, Tracked, Writer},
@@ -83,6 +83,11 @@ pub struct Object<'a> {
 }
 
 impl Object<'_> {
+    /// Pages of it that are not holes.
+    fn data_pages(&self) -> u64 {
+        self.data.iter().map(|data| data.end - data.start).sum()
+    }
+
     /// Whether nobody can have got a descriptor but from `/proc`: it is no memfd.
     fn is_nameless(&self) -> bool {
         self.mappings.iter().all(|(_, mapping)| !mapping.name.starts_with(b"/memfd:"))
@@ -92,10 +97,51 @@ impl Object<'_> {
 /// What was found of the shared memory of a tree.
 #[derive(Debug)]
 pub struct Survey {
-    /// Of each object, the pages that are known to be unwritten, ascending.
-    pub unwritten: Vec<Vec<Range<u64>>>,
+    /// Of each object, the pages that are known to be unwritten, ascending; `None` if
+    /// nothing is known of it.
+    pub unwritten: Vec<Option<Vec<Range<u64>>>>,
     /// What is to be kept until the next dump.
     pub next: Option<Next>,
+    /// Why not all that could gain by it is tracked from now on.
+    pub hindrances: Vec<Hindrance>,
+}
+
+/// Why an object is not tracked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Unfit {
+    /// It would gain little, or its processes are not tracked, which was said.
+    Silent,
+    Unmapped,
+    ManyMappings,
+    LowAddress,
+    HugePages,
+    ManyThreads,
+    OtherWriters,
+}
+
+impl Unfit {
+    /// Says why, and what helps.
+    const fn words(self) -> Option<(&'static str, &'static str)> {
+        Some(match self {
+            Self::Silent => return None,
+            Self::Unmapped => (
+                "no process of the tree maps it to write to it, but has a descriptor of it",
+                "close the descriptors of memory that is mapped",
+            ),
+            Self::ManyMappings => ("it has more than 8 mappings", "map it less often"),
+            Self::LowAddress => ("it is mapped below 4 GiB", "map it elsewhere"),
+            Self::HugePages => ("it consists of huge pages", "use other pages"),
+            Self::ManyThreads => (
+                "a process that maps it has more than 512 threads",
+                "map it in a process with fewer threads",
+            ),
+            Self::OtherWriters => (
+                "a process outside of the tree maps it, or has a descriptor of it, or may not be \
+                 looked at",
+                "dump a tree that has all processes with this memory, and close descriptors of it",
+            ),
+        })
+    }
 }
 
 /// What is to be kept until the next dump.
@@ -120,11 +166,15 @@ pub fn survey(
     let mut surveyor = Surveyor::new(watches, restart);
     let known: Vec<_> = objects.iter().map(|object| surveyor.is_watched(object)).collect();
     if restart && let Err(error) = surveyor.begin(tree, objects, &known) {
-        log::debug!("shared memory is not tracked: {}", with_sources(&error));
+        surveyor.hindrances.push(Hindrance::of("shared memory is not tracked", &error));
     }
     let looked = objects.iter().zip(known);
     let unwritten = looked.map(|(object, known)| surveyor.look_at(object, known)).collect();
-    Survey { unwritten, next: surveyor.next.filter(|next| !next.record.objects.is_empty()) }
+    Survey {
+        unwritten,
+        next: surveyor.next.filter(|next| !next.record.objects.is_empty()),
+        hindrances: surveyor.hindrances,
+    }
 }
 
 /// Keeps the tracking of shared memory as it is while processes are dumped without it:
@@ -152,7 +202,7 @@ fn is_quiet(guard: &Guard, keepers: &[&Keeper]) -> Result<bool, TrackError> {
     for keeper in keepers {
         keeper.unguard()?;
     }
-    let failed = uncounted("ask who has opened shared memory");
+    let failed = unwatched("ask who has opened shared memory");
     let openings = Openings::from(guard.openings.try_clone().map_err(&failed)?);
     let quiet = openings.only_by(own()).map_err(&failed)?;
     if quiet {
@@ -171,13 +221,15 @@ struct Surveyor<'a> {
     past: Option<Record>,
     next: Option<Next>,
     openings: Option<Openings>,
+    hindrances: Vec<Hindrance>,
 }
 
 impl<'a> Surveyor<'a> {
     fn new(watches: &'a [Rc<Watch>], restart: bool) -> Self {
         let wp = watches.iter().filter(|watch| watch.tracker == Tracker::Wp);
         let watches: BTreeMap<_, _> = wp.map(|watch| (watch.pid, &**watch)).collect();
-        let mut surveyor = Self { watches, past: None, next: None, openings: None };
+        let hindrances = Vec::new();
+        let mut surveyor = Self { watches, past: None, next: None, openings: None, hindrances };
         let guards = surveyor.watches.values().filter(|watch| watch.trusted);
         if let Some(guard) = guards.filter_map(|watch| watch.guard.as_ref()).next()
             && let Err(error) = surveyor.believe(guard, restart)
@@ -192,7 +244,7 @@ impl<'a> Surveyor<'a> {
         let keepers = self.watches.values().filter_map(|watch| watch.keeper.as_ref());
         let keepers: Vec<_> = if restart { Vec::new() } else { keepers.collect() };
         let quiet = is_quiet(guard, &keepers)?;
-        let failed = uncounted("read what is known of shared memory");
+        let failed = unwatched("read what is known of shared memory");
         let copy = |fd: &OwnedFd| fd.try_clone().map_err(&failed);
         if quiet {
             self.past = Some(Record::read(copy(&guard.record)?).map_err(&failed)?);
@@ -243,41 +295,50 @@ impl<'a> Surveyor<'a> {
         known: &[bool],
     ) -> Result<(), TrackError> {
         let (mut chosen, mut new) = (BTreeMap::new(), BTreeSet::new());
+        let mut unfit = BTreeMap::<_, Vec<_>>::new();
         for (object, known) in objects.iter().zip(known) {
             let Ok(metadata) = object.file.metadata() else { continue };
-            if self.can_be_tracked(object) {
-                let key = Key::of_file(&metadata);
-                chosen.insert(key, (object, metadata.len()));
-                if !known {
-                    new.insert(key);
-                }
+            if let Some(why) = self.unfit(object) {
+                unfit.entry(why).or_default().push(object.data_pages());
+                continue;
+            }
+            let key = Key::of_file(&metadata);
+            chosen.insert(key, (object, metadata.len()));
+            if !known {
+                new.insert(key);
             }
         }
         if chosen.is_empty() {
+            self.tell(&unfit);
             return Ok(());
         }
         let openings = self.openings.take().map_or_else(Openings::new, Ok);
-        let openings = openings.map_err(|errno| uncounted("make an fanotify")(errno.into()))?;
+        let openings = openings.map_err(|errno| unwatched("make an fanotify")(errno.into()))?;
         for (object, _) in chosen.values() {
             openings
                 .watch(object.file.as_fd())
-                .map_err(|errno| uncounted("watch who opens shared memory")(errno.into()))?;
+                .map_err(|errno| unwatched("watch who opens shared memory")(errno.into()))?;
         }
         // From here on whoever opens it is told.
         if !new.is_empty() {
+            let mut all_hidden = false;
             let found = outside::look(&new, tree).unwrap_or_else(|error| {
-                log::debug!("other writers are not known: {}", with_sources(&error));
+                let what = "shared memory is not tracked, since its writers cannot be known";
+                self.hindrances.push(Hindrance::of(what, &error));
+                all_hidden = true;
                 Outside { written: new.clone(), hidden: true }
             });
             chosen.retain(|key, (object, _)| {
                 let hidden = found.hidden && new.contains(key) && !object.is_nameless();
                 let others = hidden || found.written.contains(key);
-                if others {
+                if others && !all_hidden {
                     log::debug!("{key} can have other writers than the mappings of the tree");
+                    unfit.entry(Unfit::OtherWriters).or_default().push(object.data_pages());
                 }
                 !others
             });
         }
+        self.tell(&unfit);
         let (mut record, mut counters) = (Record::default(), BTreeMap::new());
         for (key, (object, bytes)) in chosen {
             let places = object.mappings.iter().map(|(pid, mapping)| Place::of(*pid, mapping));
@@ -302,7 +363,7 @@ impl<'a> Surveyor<'a> {
         for pid in writers.iter().filter(is_new) {
             let mut all = count_common(&self.watches[pid].threads)?;
             for counter in &seldom {
-                all.push(counter.try_clone().map_err(uncounted("duplicate a counter"))?);
+                all.push(counter.try_clone().map_err(unwatched("duplicate a counter"))?);
             }
             counters.insert(*pid, all);
         }
@@ -313,39 +374,69 @@ impl<'a> Surveyor<'a> {
         Ok(())
     }
 
-    /// Whether an object has mappings that can all be tracked.
-    fn can_be_tracked(&self, object: &Object) -> bool {
-        let pages: u64 = object.data.iter().map(|data| data.end - data.start).sum();
-        pages >= WORTH_TRACKING_PAGES
-            && (1..=MAPPINGS).contains(&object.mappings.len())
-            && object.mappings.iter().all(|(pid, mapping)| {
-                mapping.start.0 >= NARROW_ADDRESSES
-                    && !mapping.flags.contains(VmFlags::HUGE_TLB)
-                    && self.watches.get(pid).is_some_and(|watch| {
-                        watch.restart && watch.protect.is_some() && watch.threads.len() <= THREADS
-                    })
-            })
+    /// Notes objects that are not tracked, with their pages.
+    fn tell(&mut self, unfit: &BTreeMap<Unfit, Vec<u64>>) {
+        for (why, pages) in unfit {
+            let Some((words, help)) = why.words() else { continue };
+            let (count, kib) = (pages.len(), page_bytes(pages.iter().sum()) >> 10);
+            let what = match count {
+                1 => format!("{kib} KiB of shared memory are not tracked: {words}"),
+                _ => format!(
+                    "{kib} KiB of shared memory in {count} objects are not tracked: {words}"
+                ),
+            };
+            self.hindrances.push(Hindrance { what, help: help.to_owned() });
+        }
+    }
+
+    /// Says why an object is not tracked, unless its mappings can all be.
+    fn unfit(&self, object: &Object) -> Option<Unfit> {
+        if object.data_pages() < WORTH_TRACKING_PAGES {
+            return Some(Unfit::Silent);
+        }
+        if object.mappings.is_empty() {
+            return Some(Unfit::Unmapped);
+        }
+        if object.mappings.len() > MAPPINGS {
+            return Some(Unfit::ManyMappings);
+        }
+        object.mappings.iter().find_map(|(pid, mapping)| {
+            if mapping.start.0 < NARROW_ADDRESSES {
+                return Some(Unfit::LowAddress);
+            }
+            if mapping.flags.contains(VmFlags::HUGE_TLB) {
+                return Some(Unfit::HugePages);
+            }
+            match self.watches.get(pid) {
+                Some(watch) if watch.threads.len() > THREADS => Some(Unfit::ManyThreads),
+                Some(watch) if watch.restart && watch.protect.is_some() => None,
+                _ => Some(Unfit::Silent),
+            }
+        })
     }
 
     /// Returns which pages of an object are unwritten. Protects all that is looked at
     /// if it is to be tracked from now on.
-    fn look_at(&mut self, object: &Object, known: bool) -> Vec<Range<u64>> {
+    fn look_at(&mut self, object: &Object, known: bool) -> Option<Vec<Range<u64>>> {
         let key = object.file.metadata().ok().map(|metadata| Key::of_file(&metadata));
         let objects = self.next.as_mut().map(|next| &mut next.record.objects);
         let tracked = objects.zip(key).and_then(|(objects, key)| objects.remove_entry(&key));
         if !known && tracked.is_none() {
-            return Vec::new();
+            return None;
         }
         match self.scan(object, known, tracked.is_some()) {
             Ok(unwritten) => {
                 if let (Some(next), Some((key, tracked))) = (&mut self.next, tracked) {
                     next.record.objects.insert(key, tracked);
                 }
-                unwritten
+                known.then_some(unwritten)
             }
             Err(error) => {
-                log::debug!("shared memory is compared in full: {error}");
-                Vec::new()
+                self.hindrances.push(Hindrance {
+                    what: format!("shared memory is compared in full: look at its pages: {error}"),
+                    help: "nothing is known to; the log at -v4 tells more".to_owned(),
+                });
+                None
             }
         }
     }
@@ -431,32 +522,36 @@ fn own() -> HostPid {
     HostPid(nix::unistd::getpid().as_raw())
 }
 
-/// Why nothing can be counted.
-fn uncounted(step: &'static str) -> impl Fn(io::Error) -> TrackError {
-    move |source| TrackError::Count { step, source }
+/// Why it cannot be known who opens shared memory.
+fn unwatched(step: &'static str) -> impl Fn(io::Error) -> TrackError {
+    move |source| TrackError::Openings { step, source }
 }
 
 /// Begins to count what the threads of a process do that makes other writers.
 fn count_common(threads: &[HostPid]) -> Result<Vec<OwnedFd>, TrackError> {
     let scopes: Vec<_> = threads.iter().map(|thread| Scope::Thread(*thread)).collect();
-    tracepoint::count(&Event::COMMON, &scopes).map_err(uncounted("count what threads do"))
+    Ok(tracepoint::count(&Event::COMMON, &scopes)?)
 }
 
 /// Begins to count what anybody does that changes shared memory unseen.
 fn count_seldom() -> Result<Vec<OwnedFd>, TrackError> {
     if tracepoint::has_unseen_calls() {
-        return Err(TrackError::Missing { what: "count of calls by the x32 interface" });
+        return Err(TrackError::Missing {
+            what: "count of calls by the x32 interface",
+            help: "boot the kernel without it (syscall.x32=n)",
+        });
     }
-    let processors = || tracepoint::processors().map_err(uncounted("list the processors"));
-    let now = processors()?;
+    let now = tracepoint::processors()?;
     let scopes: Vec<_> = now.iter().map(|number| Scope::Processor(*number)).collect();
-    let counters = tracepoint::count(&Event::SELDOM, &scopes)
-        .map_err(uncounted("count what is done on processors"))?;
+    let counters = tracepoint::count(&Event::SELDOM, &scopes)?;
     // Any that comes later is counted.
-    if processors()? == now {
+    if tracepoint::processors()? == now {
         Ok(counters)
     } else {
-        Err(TrackError::Missing { what: "moment without new processors" })
+        Err(TrackError::Missing {
+            what: "moment without new processors",
+            help: "dump when no processors come and go",
+        })
     }
 }
 
