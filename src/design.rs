@@ -185,6 +185,10 @@
 //! whose leaders have ended are led by helpers, which end before the tree goes on.
 //! Until the last step the end of this program ends them all (`PTRACE_O_EXITKILL`).
 //!
+//! A process is put into its cgroups when it is made, before it has memory, so that this
+//! is charged to them. The images number the sets of cgroups ([`crate::res::cgroup`]) as
+//! CRIU does: what was where the dumper was is left where the restorer is.
+//!
 //! With `--auto-dedup` everything that could keep pages from being freed is found out
 //! first: the journals, and whether the file system can do it. Pages are freed when the
 //! tree runs, or as it is filled; so what a child shares with its parent is compared

@@ -37,7 +37,7 @@ use crate::{
     image::{Kind, SnapshotWriter, disk::Kernel, proto},
     inject::{Frozen, Outcome},
     proc,
-    res::file::Policy,
+    res::{cgroup, file::Policy},
     sys::{
         cancel, fds,
         lock::{Access, DirectoryLocks},
@@ -223,7 +223,8 @@ fn dump_stopped(
         external: options.external.clone(),
         inherit_fds: Vec::new(),
     };
-    let mut collection = Collection::new(images, FileTable::new(&policy), tracking);
+    let cgroups = cgroup::Sets::new(!options.cgroups)?;
+    let mut collection = Collection::new(images, FileTable::new(&policy), tracking, cgroups);
     for (position, task) in frozen.tasks.iter_mut().enumerate() {
         if cancel::is_cancelled() {
             return Err(DumpError::Cancelled);
@@ -319,7 +320,7 @@ fn inventory(parent: Option<&Parent>) -> Result<proto::InventoryEntry> {
         fdinfo_per_id: Some(true),
         root_ids: Some(tree::own_ids()),
         ns_per_id: Some(true),
-        root_cg_set: Some(tree::CGROUP_SET),
+        root_cg_set: Some(cgroup::OWN_SET),
         lsmtype: Some(proto::Lsmtype::NoLsm.into()),
         dump_uptime: u64::try_from(uptime.as_micros()).ok(),
         parent_run_id: parent_name(parent)?,

@@ -52,6 +52,8 @@ pub struct Options {
     pub external: Vec<String>,
     /// Programs to be run at certain stages, in this order.
     pub action_scripts: Vec<PathBuf>,
+    /// The cgroups of the tree are recorded, if they are not those of this program.
+    pub cgroups: bool,
     /// The cgroup that holds the tree and by which it is stopped.
     pub freeze_cgroup: Option<PathBuf>,
     /// How long to try to stop the tree, in seconds.

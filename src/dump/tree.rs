@@ -18,6 +18,7 @@ use crate::{
     inject::{Script, TABLE_BYTES, Task, with_scratch},
     proc::{self, Mapping, VmFlags},
     res::{
+        cgroup,
         mapping::{self, Object},
         sysv,
         task::{self, ForMemory},
@@ -47,9 +48,6 @@ fn namespace_ids() -> proto::TaskKobjIdsEntry {
     }
 }
 
-/// The number of the only set of cgroups: that of this program.
-pub(super) const CGROUP_SET: u32 = 1;
-
 /// Returns the ids of this program, for the inventory.
 pub(super) fn own_ids() -> proto::TaskKobjIdsEntry {
     namespace_ids()
@@ -60,6 +58,7 @@ pub(super) struct Collection<'a> {
     pub(super) images: &'a SnapshotWriter,
     pub(super) files: FileTable,
     pub(super) tracking: Tracking,
+    cgroups: cgroup::Sets,
     pub(super) memories: Vec<Memory>,
     /// Numbers of files of shared memory, by device and inode.
     shared: HashMap<(u32, u32, u64), u32>,
@@ -70,11 +69,17 @@ pub(super) struct Collection<'a> {
 }
 
 impl<'a> Collection<'a> {
-    pub(super) fn new(images: &'a SnapshotWriter, files: FileTable, tracking: Tracking) -> Self {
+    pub(super) fn new(
+        images: &'a SnapshotWriter,
+        files: FileTable,
+        tracking: Tracking,
+        cgroups: cgroup::Sets,
+    ) -> Self {
         Self {
             images,
             files,
             tracking,
+            cgroups,
             memories: Vec::new(),
             shared: HashMap::new(),
             segments: BTreeMap::new(),
@@ -139,7 +144,7 @@ impl<'a> Collection<'a> {
     }
 
     /// Asks the threads of a process what only they know, and writes their cores.
-    fn ask(&self, task: &mut Task, mappings: &[Mapping]) -> Result<ForMemory> {
+    fn ask(&mut self, task: &mut Task, mappings: &[Mapping]) -> Result<ForMemory> {
         let pid = task.pid;
         let stopped_by = task.stopped_by();
         let mut questions = Vec::new();
@@ -171,8 +176,9 @@ impl<'a> Collection<'a> {
             let (_, asked) = &questions[position];
             let mut core = proto::CoreEntry::default();
             thread::collect(asked, &answers[position], pid, thread, &mut core)?;
+            let set = self.cgroups.enter(pid, thread.tid)?;
             if let Some(thread) = &mut core.thread_core {
-                thread.cg_set = Some(CGROUP_SET);
+                thread.cg_set = Some(set);
             }
             if position == 0 {
                 for_memory = task::collect(&about_task, &answers[0], pid, stopped_by, &mut core)?;
@@ -320,6 +326,7 @@ impl<'a> Collection<'a> {
             self.memories.push(memory);
         }
         sysv::write(&segments, self.images)?;
+        self.cgroups.write(self.images)?;
         // The same order whenever the same tree is dumped.
         self.memories.sort_by_key(|memory| memory.id);
         self.files.write(self.images)?;

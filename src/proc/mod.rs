@@ -11,6 +11,7 @@ mod error;
 mod fdinfo;
 mod flags;
 mod maps;
+mod mounts;
 mod stat;
 mod status;
 mod tables;
@@ -33,6 +34,7 @@ pub use self::{
     fdinfo::{EpollTarget, FdDetail, FdInfo},
     flags::VmFlags,
     maps::Mapping,
+    mounts::Mount,
     stat::Stat,
     status::{Ids, Status},
     tables::{Cgroup, LIMITS, Notify, PosixTimer, UNLIMITED},
@@ -274,6 +276,15 @@ pub fn cgroups(pid: HostPid) -> Result<Vec<Cgroup>> {
 /// See the [module](self).
 pub fn thread_cgroups(pid: HostPid, tid: HostPid) -> Result<Vec<Cgroup>> {
     read(of_thread(pid, tid, "cgroup"), tables::parse_cgroups)
+}
+
+/// Reads `/proc/self/mountinfo`.
+///
+/// # Errors
+///
+/// See the [module](self).
+pub fn mounts() -> Result<Vec<Mount>> {
+    read("/proc/self/mountinfo".into(), mounts::parse_mounts)
 }
 
 /// Reads `/proc/PID/task/TID/syscall` as it is: `running`, or the number of the

@@ -4,6 +4,7 @@ use std::{io, path::PathBuf};
 
 use nix::errno::Errno;
 
+use super::cgroup::CgroupError;
 use crate::{image::ImageError, inject::InjectError, proc::ProcError, units::HostPid};
 
 /// The result of dumping or restoring state of a process.
@@ -52,6 +53,9 @@ pub enum ResError {
     /// Something in `/proc` could not be read.
     #[error(transparent)]
     Proc(#[from] ProcError),
+    /// A control group is not as it was.
+    #[error(transparent)]
+    Cgroup(CgroupError),
     /// The process could not be made to work for this program.
     #[error(transparent)]
     Inject(#[from] InjectError),

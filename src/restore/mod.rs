@@ -30,6 +30,7 @@ use crate::{
     fault::{self, Point},
     proc,
     res::{
+        cgroup::Places,
         file::{Policy, memfd},
         task::state,
     },
@@ -81,6 +82,7 @@ pub fn run(options: &Options) -> Result<()> {
     };
     plan.chain.require_whole(plan.snapshot)?;
     let free = options.auto_dedup.map(|when| Free::prepare(when, &images, &plan)).transpose()?;
+    let cgroups = if options.cgroups { plan.cgroups()? } else { Places::default() };
     fault::hit(Point::RestorePlan)?;
     let subreaper = |on: bool| {
         ptrace::set_subreaper(on).map_err(|source| RestoreError::Process {
@@ -91,7 +93,7 @@ pub fn run(options: &Options) -> Result<()> {
     };
     // What is left of a restore that fails is ours to reap.
     subreaper(true)?;
-    let restored = restore(options, &actions, plan.dir(), &plan, free.as_ref(), &mut stats);
+    let restored = restore(options, &actions, &plan, &cgroups, free.as_ref(), &mut stats);
     subreaper(false)?;
     restored.map_err(|source| match free.as_ref().map(Free::freed_pages) {
         Some(pages @ 1..) => RestoreError::Spent { pages, source: Box::new(source) },
@@ -134,11 +136,12 @@ fn free_all(free: &Free, plan: &Plan) {
 fn restore(
     options: &Options,
     actions: &Actions<'_>,
-    images: &std::path::Path,
     plan: &Plan,
+    cgroups: &Places,
     free: Option<&Free>,
     stats: &mut Stats,
 ) -> Result<()> {
+    let images = plan.dir();
     let policy = Policy {
         shell_job: options.shell_job,
         ext_unix_sk: options.ext_unix_sk,
@@ -166,7 +169,7 @@ fn restore(
             free,
             sibling: options.sibling,
         };
-        let mut puppets = Puppets::make(plan, &workshop)?;
+        let mut puppets = Puppets::make(plan, cgroups, &workshop)?;
         stats.forked(puppets.filled);
         let root = plan.tasks[0].pid;
         actions.run(Stage::SetupNamespaces, Some(root))?;

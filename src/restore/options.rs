@@ -32,6 +32,8 @@ pub struct Options {
     /// Open descriptors of this program that stand for resources of the images:
     /// number and key, such as `pipe:[4711]`.
     pub inherit_fds: Vec<(i32, String)>,
+    /// The tree is put back into its cgroups.
+    pub cgroups: bool,
     /// Programs to be run at certain stages, in this order.
     pub action_scripts: Vec<PathBuf>,
     /// What this process becomes when the tree runs, with its arguments; it is

@@ -11,7 +11,11 @@ use crate::{
     chain::{Chain, ChainError, Content, MemoryBytes, SnapshotId},
     image::{Kind, MemoryId, proto, read_all, read_files, read_one, vma},
     proc,
-    res::{mapping, task::state},
+    res::{
+        cgroup::{self, Places},
+        mapping,
+        task::state,
+    },
     sys::{
         lock::{Access, DirectoryLocks},
         process,
@@ -84,6 +88,8 @@ pub(super) struct Plan {
     pub(super) files: Vec<proto::FileEntry>,
     pub(super) chain: Arc<Chain>,
     pub(super) snapshot: SnapshotId,
+    /// The number of the set of cgroups that the dumper was in.
+    dumper_set: Option<u32>,
 }
 
 impl Plan {
@@ -134,7 +140,8 @@ impl Plan {
             pstree => pstree?,
         };
         let files = read_files(dir)?.unwrap_or_default();
-        let mut plan = Self { tasks: Vec::new(), files, chain, snapshot };
+        let dumper_set = inventory.root_cg_set;
+        let mut plan = Self { tasks: Vec::new(), files, chain, snapshot, dumper_set };
         let ordered = order(pstree).map_err(problem)?;
         for (entry, parent) in ordered {
             let task = plan.task(dir, &entry, parent)?;
@@ -249,6 +256,16 @@ impl Plan {
             }
         }
         Ok(())
+    }
+
+    /// Finds the cgroups of the tree.
+    ///
+    /// # Errors
+    /// What is missing.
+    pub(super) fn cgroups(&self) -> Result<Places> {
+        let threads = self.tasks.iter().flat_map(|task| &task.threads);
+        let sets = threads.filter_map(|thread| cgroup::set_of(&thread.core));
+        Ok(Places::find(self.dir(), self.dumper_set, sets)?)
     }
 
     /// Whether the leader of a session or group is no process of the tree.

@@ -20,6 +20,7 @@ use crate::{
     image::proto::VmaEntry,
     inject::{InjectError, Scratch, Script, Tracee},
     proc,
+    res::cgroup::Places,
     sys::{
         process::{self, CloneArguments},
         ptrace::{self, Wait, options},
@@ -67,6 +68,8 @@ pub(super) struct Puppets<'a> {
     pub(super) tasks: Vec<Option<Puppet>>,
     helpers: Vec<Helper>,
     pub(super) scratch: Scratch,
+    /// Where processes are put before they have memory.
+    cgroups: &'a Places,
     released: bool,
     pub(super) filled: memory::Filled,
 }
@@ -90,7 +93,7 @@ impl<'a> Puppets<'a> {
     ///
     /// # Errors
     /// Whatever fails; no process is left then.
-    pub(super) fn make(plan: &'a Plan, workshop: &Workshop) -> Result<Self> {
+    pub(super) fn make(plan: &'a Plan, cgroups: &'a Places, workshop: &Workshop) -> Result<Self> {
         let births = Births::plan(plan, workshop.shell_job, workshop.sibling)?;
         for helper in &births.helpers {
             if process::exists(helper.pid) {
@@ -108,6 +111,7 @@ impl<'a> Puppets<'a> {
             tasks: (0..plan.tasks.len()).map(|_| None).collect(),
             helpers: Vec::new(),
             scratch,
+            cgroups,
             released: false,
             filled: memory::Filled::default(),
         };
@@ -179,6 +183,8 @@ impl<'a> Puppets<'a> {
     fn populate(&mut self, position: usize, workshop: &Workshop) -> Result<()> {
         let task = &self.plan.tasks[position];
         let Some(body) = &task.body else { return Ok(()) };
+        // Memory is charged to where the process is when it gets it.
+        self.cgroups.put(task.core(), task.pid, task.pid)?;
         let puppet = self.tasks[position].as_mut().expect("its maker came before it");
         let parent: Option<&Body> =
             puppet.inherited.and_then(|parent| self.plan.tasks[parent].body.as_ref());
@@ -345,6 +351,7 @@ impl<'a> Puppets<'a> {
             let arguments = CloneArguments { flags, ..CloneArguments::default() };
             let made = make(&self.scratch, &mut puppet.threads[0], thread.tid, arguments)?;
             puppet.threads.push(made);
+            self.cgroups.put(&thread.core, self.plan.tasks[position].pid, thread.tid)?;
         }
         Ok(())
     }

@@ -8,7 +8,9 @@ use nix::{
     unistd::{AccessFlags, faccessat},
 };
 
-use super::options::{AutoDedupName, DedupArgs, Inodes, TaskArgs, TrackerName, Verbosity};
+use super::options::{
+    AutoDedupName, DedupArgs, Inodes, ManageCgroups, TaskArgs, TrackerName, Verbosity,
+};
 use crate::{cli::dedup::Work, dedup, dump, restore, units::HostPid};
 
 /// What is wrong with a command line as a whole.
@@ -89,10 +91,16 @@ pub(super) fn dump_options(args: &TaskArgs, pre_dump: bool) -> Result<dump::Opti
         root: args.tree.root.clone(),
         external: external(args),
         action_scripts: args.tree.action_script.clone(),
+        cgroups: cgroups(args),
         freeze_cgroup: args.cgroups.freeze_cgroup.clone(),
         timeout_s: args.tree.timeout,
         display_stats: args.output.display_stats,
     })
+}
+
+/// Whether the tree keeps its cgroups.
+fn cgroups(args: &TaskArgs) -> bool {
+    args.cgroups.manage_cgroups != Some(ManageCgroups::Ignore)
 }
 
 fn tracker(args: &TaskArgs) -> Option<dump::Tracker> {
@@ -122,6 +130,7 @@ pub(super) fn restore_options(args: &TaskArgs) -> Result<restore::Options, Usage
         inherit_fds: args.around.inherit_fd.clone(),
         action_scripts: args.tree.action_script.clone(),
         exec_cmd: args.operands.clone(),
+        cgroups: cgroups(args),
         tcp_established: args.network.tcp_established,
         ext_unix_sk: !args.network.ext_unix_sk.is_empty(),
         file_locks: args.files.file_locks,

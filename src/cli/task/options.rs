@@ -234,7 +234,8 @@ pub(super) struct MachineArgs {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Cgroups")]
 pub(super) struct CgroupArgs {
-    /// Dump or restore the cgroups of the tree
+    /// Put the tree back into its cgroups, which must be there (none, the default), or not
+    /// (ignore)
     #[arg(long, value_enum, value_name = "MODE", num_args = 0..=1, require_equals = true,
           default_missing_value = "soft")]
     pub manage_cgroups: Option<ManageCgroups>,

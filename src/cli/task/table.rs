@@ -65,7 +65,7 @@ const NO_NAMESPACES: &str = "a tree with namespaces of its own stops the dump in
 const NO_CONNECTIONS: &str = "an established connection stops the dump in any case";
 const NO_WATCHES: &str = "a watch (inotify, fanotify) stops the dump in any case";
 const CGROUPS: &str =
-    "cgroups are left alone (--manage-cgroups=ignore); put the restored tree into its cgroups";
+    "the tree is put back into cgroups that are there (=none), or into none (=ignore)";
 const PAGE_SERVER: &str = "pages are written to local images only; copy those";
 const TLS: &str = "there is no page server; copy the images over ssh";
 

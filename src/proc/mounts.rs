@@ -1,0 +1,76 @@
+//! `/proc/self/mountinfo`: what is mounted where.
+
+use std::{ffi::OsString, os::unix::ffi::OsStringExt, path::PathBuf};
+
+use super::text::{self, Defect, Parsed};
+
+/// A mount that this program sees (proc_pid_mountinfo(5)).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mount {
+    /// The directory of the file system that is its root.
+    pub root: PathBuf,
+    /// Where it is.
+    pub point: PathBuf,
+    /// The type of the file system.
+    pub fs_type: Vec<u8>,
+    /// The options of the file system, with commas between.
+    pub options: Vec<u8>,
+}
+
+/// Takes the text of the file apart, in its order: later mounts lie over earlier ones.
+pub(super) fn parse_mounts(text: &[u8]) -> Parsed<Vec<Mount>> {
+    text::lines(text).map(parse_mount).collect()
+}
+
+fn parse_mount(line: &[u8]) -> Parsed<Mount> {
+    let whole = || Defect::new("mount", line);
+    let mut fields = text::words(line);
+    let root = fields.nth(3).ok_or_else(whole)?;
+    let point = fields.next().ok_or_else(whole)?;
+    // Some optional fields, then a hyphen.
+    fields.by_ref().find(|field| *field == b"-").ok_or_else(whole)?;
+    let fs_type = fields.next().ok_or_else(whole)?.to_vec();
+    let options = fields.nth(1).unwrap_or_default().to_vec();
+    Ok(Mount { root: path(root), point: path(point), fs_type, options })
+}
+
+/// Undoes the kernel's `\ooo` for blanks, tabs, line ends and backslashes.
+fn path(field: &[u8]) -> PathBuf {
+    /// Octal digits of an escape.
+    const DIGITS: usize = 3;
+    let mut bytes = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((first, after)) = rest.split_first() {
+        let digits = after.get(..DIGITS).filter(|_| *first == b'\\');
+        let byte = digits
+            .and_then(|digits| std::str::from_utf8(digits).ok())
+            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        bytes.push(byte.unwrap_or(*first));
+        rest = if byte.is_some() { &after[DIGITS..] } else { after };
+    }
+    OsString::from_vec(bytes).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn optional_fields_and_escapes_are_understood() {
+        let text =
+            b"33 32 0:30 /a /mnt/b\\040c rw,relatime shared:1 - cgroup none rw,cpu,cpuacct\n\
+                     41 31 0:38 / /u rw - cgroup2 cgroup2 rw\n";
+        let mounts = parse_mounts(text).unwrap();
+        assert_eq!(
+            mounts[0],
+            Mount {
+                root: "/a".into(),
+                point: "/mnt/b c".into(),
+                fs_type: b"cgroup".to_vec(),
+                options: b"rw,cpu,cpuacct".to_vec()
+            }
+        );
+        assert_eq!(mounts[1].fs_type, b"cgroup2");
+        parse_mounts(b"33 32 0:30 / /x rw\n").unwrap_err();
+    }
+}

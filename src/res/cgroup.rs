@@ -1,0 +1,328 @@
+//! Control groups: which ones a tree was in, and putting it back into them.
+//!
+//! A *set* is a place in each hierarchy. The images number the sets; the dumper's own is
+//! the first, and what is in it needs nothing: it is restored into that of the restorer.
+//! Groups are not made, nor are their limits set: they must be there.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use super::{ResError, Result};
+use crate::{
+    image::{ImageError, Kind, SnapshotWriter, proto, read_one},
+    proc,
+    units::HostPid,
+};
+
+/// The number of this program's own set.
+pub const OWN_SET: u32 = 1;
+
+/// Why a process cannot be put into a control group.
+#[derive(Debug, thiserror::Error)]
+pub enum CgroupError {
+    /// The group is not there.
+    #[error(
+        "the tree was in the cgroup {path} of {hierarchy}, which {problem}; make it again, or \
+         restore with --manage-cgroups=ignore"
+    )]
+    Absent {
+        /// The path in the hierarchy.
+        path: String,
+        /// The hierarchy's name.
+        hierarchy: String,
+        /// What is missing.
+        problem: String,
+    },
+    /// Whatever is put there stops at once.
+    #[error(
+        "the tree was in the cgroup {path} of {hierarchy}, which is frozen; thaw it (write {thaw}), \
+         or restore with --manage-cgroups=ignore"
+    )]
+    Frozen {
+        /// The path in the hierarchy.
+        path: String,
+        /// The hierarchy's name.
+        hierarchy: String,
+        /// What to write where.
+        thaw: String,
+    },
+    /// The images do not say where a process was.
+    #[error("cgroup.img has no set {id}")]
+    NoSet {
+        /// The set that a core names.
+        id: u32,
+    },
+    /// The kernel refuses.
+    #[error(
+        "put process {pid} into a cgroup: write {path}; its limits may be reached, see \
+         --manage-cgroups=ignore", path = .path.display()
+    )]
+    Move {
+        /// The process or thread.
+        pid: HostPid,
+        /// The file that was written to.
+        path: PathBuf,
+        /// Why it failed.
+        source: io::Error,
+    },
+}
+
+/// A place in each hierarchy: names of hierarchies as in `/proc/PID/cgroup`, and paths.
+type Set = BTreeMap<Vec<u8>, Vec<u8>>;
+
+fn set(of: Vec<proc::Cgroup>) -> Set {
+    of.into_iter().map(|(_, name, path)| (name, path)).collect()
+}
+
+fn own() -> Result<Set> {
+    Ok(set(proc::cgroups(HostPid(nix::unistd::getpid().as_raw()))?))
+}
+
+/// The sets of a tree that is dumped.
+#[derive(Debug)]
+pub struct Sets {
+    /// This program's own first; none if they are ignored.
+    known: Vec<Set>,
+}
+
+impl Sets {
+    /// Begins with this program's own, or ignores what threads are in.
+    ///
+    /// # Errors
+    /// Those of reading `/proc`.
+    pub fn new(ignored: bool) -> Result<Self> {
+        Ok(Self { known: if ignored { Vec::new() } else { vec![own()?] } })
+    }
+
+    /// Returns the number of the set that a thread is in.
+    ///
+    /// # Errors
+    /// Those of reading `/proc`.
+    pub fn enter(&mut self, pid: HostPid, tid: HostPid) -> Result<u32> {
+        if self.known.is_empty() {
+            return Ok(OWN_SET);
+        }
+        let its = set(proc::thread_cgroups(pid, tid)?);
+        let position = self.known.iter().position(|known| *known == its).unwrap_or_else(|| {
+            self.known.push(its);
+            self.known.len() - 1
+        });
+        Ok(OWN_SET + u32::try_from(position).expect("fewer than threads"))
+    }
+
+    /// Writes the image, unless all of the tree is where this program is.
+    ///
+    /// # Errors
+    /// Those of writing it.
+    pub fn write(&self, images: &SnapshotWriter) -> Result<(), ImageError> {
+        if self.known.len() < 2 {
+            return Ok(());
+        }
+        let sets = (OWN_SET..).zip(&self.known).map(|(id, set)| proto::CgSetEntry {
+            id,
+            ctls: set
+                .iter()
+                .map(|(name, path)| proto::CgMemberEntry {
+                    name: name.clone(),
+                    path: path.clone(),
+                    cgns_prefix: None,
+                })
+                .collect(),
+        });
+        // CRIU mounts each of these, and looks for the groups there.
+        let directory =
+            |path: &Vec<u8>| proto::CgroupDirEntry { dir_name: path.clone(), ..Default::default() };
+        let controllers = self.known[0].keys().map(|name| {
+            let mut paths: Vec<_> = self.known.iter().filter_map(|set| set.get(name)).collect();
+            paths.sort();
+            paths.dedup();
+            proto::CgControllerEntry {
+                cnames: name.split(|byte| *byte == b',').map(<[u8]>::to_vec).collect(),
+                dirs: paths.into_iter().filter(|path| *path != b"/").map(directory).collect(),
+                is_threaded: None,
+            }
+        });
+        let entry = proto::CgroupEntry { sets: sets.collect(), controllers: controllers.collect() };
+        images.write(Kind::Cgroup, 0, &[entry])
+    }
+}
+
+/// Returns the number of the set that a thread's core names.
+pub fn set_of(core: &proto::CoreEntry) -> Option<u32> {
+    let of_thread = core.thread_core.as_ref().and_then(|thread| thread.cg_set);
+    of_thread.or(core.tc.as_ref().and_then(|task| task.cg_set))
+}
+
+/// Where the groups of a tree that is restored are.
+#[derive(Debug, Default)]
+pub struct Places {
+    /// The sets that differ from the dumper's own, by their numbers.
+    sets: BTreeMap<u32, Set>,
+    /// The directories of groups that this program is not in.
+    directories: BTreeMap<(Vec<u8>, Vec<u8>), PathBuf>,
+}
+
+impl Places {
+    /// Finds the groups of the sets that `wanted` numbers. `dumper` is the number of the
+    /// dumper's own set.
+    ///
+    /// # Errors
+    /// [`CgroupError`] for a group that is not there or frozen.
+    pub fn find(
+        images: &Path,
+        dumper: Option<u32>,
+        wanted: impl Iterator<Item = u32>,
+    ) -> Result<Self> {
+        let path = images.join(Kind::Cgroup.file_name(0));
+        let entry: proto::CgroupEntry = match read_one(&path, Kind::Cgroup) {
+            // All of the tree was where the dumper was, or it did not look.
+            Err(error) if error.is_missing() => return Ok(Self::default()),
+            entry => entry?,
+        };
+        let own = own()?;
+        let mounts = proc::mounts()?;
+        let mut places = Self::default();
+        for id in wanted.filter(|id| Some(*id) != dumper && *id != 0) {
+            if places.sets.contains_key(&id) {
+                continue;
+            }
+            let found = entry.sets.iter().find(|set| set.id == id);
+            let found = found.ok_or(CgroupError::NoSet { id })?;
+            let members = found.ctls.iter();
+            let set: Set =
+                members.map(|member| (member.name.clone(), member.path.clone())).collect();
+            for (name, path) in &set {
+                let key = (name.clone(), path.clone());
+                if own.get(name) != Some(path) && !places.directories.contains_key(&key) {
+                    let directory = directory(name, path, &mounts)?;
+                    check_thawed(name, path, &directory)?;
+                    places.directories.insert(key, directory);
+                }
+            }
+            places.sets.insert(id, set);
+        }
+        // One that was moved comes back, if another of the tree was where this program is.
+        if !places.sets.is_empty() {
+            for (name, path) in &own {
+                if places.sets.values().any(|set| set.get(name) != Some(path)) {
+                    let directory = directory(name, path, &mounts)?;
+                    places.directories.insert((name.clone(), path.clone()), directory);
+                }
+            }
+            places.sets.entry(dumper.unwrap_or(OWN_SET)).or_insert(own);
+        }
+        Ok(places)
+    }
+
+    /// Puts a process, or one of its threads other than the leader, where its core says.
+    ///
+    /// # Errors
+    /// [`CgroupError::Move`].
+    pub fn put(&self, core: &proto::CoreEntry, pid: HostPid, tid: HostPid) -> Result<()> {
+        let Some(wanted) = set_of(core).and_then(|id| self.sets.get(&id)) else { return Ok(()) };
+        let now = set(proc::thread_cgroups(pid, tid)?);
+        for (name, path) in wanted {
+            if now.get(name) == Some(path) {
+                continue;
+            }
+            let key = (name.clone(), path.clone());
+            let directory = &self.directories[&key];
+            let unified = name.is_empty();
+            if pid == tid {
+                let domain = domain(directory);
+                put(tid, &domain.join("cgroup.procs"))?;
+                if domain != directory {
+                    put(tid, &directory.join("cgroup.threads"))?;
+                }
+            } else {
+                put(tid, &directory.join(if unified { "cgroup.threads" } else { "tasks" }))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Returns the group that processes are put into whose threads are in this one: itself,
+/// or the one above a threaded one.
+fn domain(directory: &Path) -> &Path {
+    let threaded = |directory: &Path| {
+        fs::read(directory.join("cgroup.type")).is_ok_and(|kind| kind.trim_ascii() == b"threaded")
+    };
+    directory.ancestors().find(|directory| !threaded(directory)).unwrap_or(directory)
+}
+
+fn put(pid: HostPid, path: &Path) -> Result<()> {
+    // `fs::write` would make it.
+    let file = fs::OpenOptions::new().write(true).open(path);
+    let written =
+        file.and_then(|mut file| io::Write::write_all(&mut file, pid.to_string().as_bytes()));
+    Ok(written.map_err(|source| CgroupError::Move { pid, path: path.to_owned(), source })?)
+}
+
+/// What users call a hierarchy.
+fn hierarchy(name: &[u8]) -> String {
+    match name {
+        b"" => "version 2".into(),
+        name => String::from_utf8_lossy(name).into_owned(),
+    }
+}
+
+/// Returns the directory of a group.
+fn directory(name: &[u8], path: &[u8], mounts: &[proc::Mount]) -> Result<PathBuf, CgroupError> {
+    let text = String::from_utf8_lossy(path).into_owned();
+    let absent = |problem: &str| CgroupError::Absent {
+        path: text.clone(),
+        hierarchy: hierarchy(name),
+        problem: problem.into(),
+    };
+    let is_it = |mount: &&proc::Mount| match name {
+        b"" => mount.fs_type == b"cgroup2",
+        name => {
+            let options: Vec<_> = mount.options.split(|byte| *byte == b',').collect();
+            mount.fs_type == b"cgroup"
+                && name.split(|byte| *byte == b',').all(|part| options.contains(&part))
+        }
+    };
+    let mut mounted = false;
+    for mount in mounts.iter().filter(is_it) {
+        mounted = true;
+        if let Ok(below) = Path::new(&*String::from_utf8_lossy(path)).strip_prefix(&mount.root) {
+            let directory = mount.point.join(below);
+            if !text.contains("/..") && directory.join("cgroup.procs").exists() {
+                return Ok(directory);
+            }
+        }
+    }
+    Err(absent(if mounted { "is not there" } else { "is mounted nowhere" }))
+}
+
+/// Checks that what is put into a group is not stopped.
+fn check_thawed(name: &[u8], path: &[u8], directory: &Path) -> Result<(), CgroupError> {
+    let says = |file: &Path, words: &[&[u8]]| {
+        fs::read(file).is_ok_and(|text| words.contains(&text.trim_ascii()))
+    };
+    for above in directory.ancestors() {
+        let (file, frozen, thaw): (_, &[&[u8]], _) = if name.is_empty() {
+            (above.join("cgroup.freeze"), &[b"1"], "0")
+        } else {
+            (above.join("freezer.state"), &[b"FROZEN", b"FREEZING"], "THAWED")
+        };
+        if says(&file, frozen) {
+            return Err(CgroupError::Frozen {
+                path: String::from_utf8_lossy(path).into_owned(),
+                hierarchy: hierarchy(name),
+                thaw: format!("{thaw} to {}", file.display()),
+            });
+        }
+    }
+    Ok(())
+}
+
+impl From<CgroupError> for ResError {
+    fn from(error: CgroupError) -> Self {
+        Self::Cgroup(error)
+    }
+}

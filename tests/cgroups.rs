@@ -1,0 +1,248 @@
+//! Trees in cgroups of their own: put back where these are, refused where they are not.
+//!
+//! On this machine's hierarchies, whatever they are: those of version 1 with a controller
+//! each, that of version 2, or both. All of it needs root.
+
+mod common;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Output,
+};
+
+use common::{
+    Cap,
+    live::{Live, wait_for},
+    require,
+};
+use nix::unistd::Pid;
+
+/// A cgroup, removed at the end.
+struct Group(PathBuf);
+
+impl Group {
+    /// Makes one in a hierarchy by the name of its controller; empty for version 2. `None`
+    /// if that is not mounted.
+    fn new(controller: &str, name: &str) -> Option<Self> {
+        let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let point = table.lines().find_map(|line| {
+            let (place, kind) = line.split_once(" - ")?;
+            let words: Vec<_> = kind.split(' ').collect();
+            let is_it = match controller {
+                "" => words[0] == "cgroup2",
+                _ => words[0] == "cgroup" && words[2].split(',').any(|word| word == controller),
+            };
+            is_it.then(|| place.split(' ').nth(4).unwrap().to_owned())
+        })?;
+        let path = Path::new(&point).join(format!("rcriu-test-{}-{name}", std::process::id()));
+        fs::create_dir(&path).unwrap();
+        Some(Self(path))
+    }
+
+    fn below(&self, name: &str) -> Self {
+        let path = self.0.join(name);
+        fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+
+    fn write(&self, file: &str, text: &str) {
+        let path = self.0.join(file);
+        fs::write(&path, text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    }
+
+    fn procs(&self) -> Vec<i32> {
+        let text = fs::read_to_string(self.0.join("cgroup.procs")).unwrap();
+        text.lines().map(|line| line.parse().unwrap()).collect()
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let begin = std::time::Instant::now();
+        while fs::remove_dir(&self.0).is_err() && begin.elapsed() < common::live::PATIENCE {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+    }
+}
+
+fn place(pid: i32, tid: i32) -> String {
+    fs::read_to_string(format!("/proc/{pid}/task/{tid}/cgroup")).unwrap()
+}
+
+fn places(live: &mut Live) -> Vec<(i32, i32, String)> {
+    let mut found = Vec::new();
+    for pid in live.tree() {
+        for task in fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten() {
+            let tid = task.file_name().into_string().unwrap().parse().unwrap();
+            found.push((pid, tid, place(pid, tid)));
+        }
+    }
+    found.sort();
+    found
+}
+
+fn words(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn privileged_a_tree_comes_back_into_its_cgroups() {
+    require(Cap::Ptrace);
+    let mut live = Live::workload("tree");
+    let mut pids = live.tree();
+    pids.sort_unstable();
+    let mut groups = Vec::new();
+    for controller in ["memory", "pids", "name=systemd", ""] {
+        let Some(group) = Group::new(controller, "tree") else { continue };
+        // All but the root, one of them in a group below.
+        for pid in &pids[1..] {
+            group.write("cgroup.procs", &pid.to_string());
+        }
+        let below = group.below("inner");
+        below.write("cgroup.procs", &pids[2].to_string());
+        groups.push(below);
+        groups.push(group);
+    }
+    assert!(!groups.is_empty(), "this test needs a hierarchy of cgroups that is mounted");
+    let before = places(&mut live);
+    live.dump(&[]);
+    live.restore(&[]);
+    assert_eq!(before, places(&mut live));
+    live.verdict();
+}
+
+/// A root in a group of its own takes its children along; one of them is elsewhere.
+#[test]
+fn privileged_children_come_back_out_of_the_cgroup_of_their_parent() {
+    require(Cap::Ptrace);
+    let mut live = Live::workload("tree");
+    let groups: Vec<_> = ["freezer", ""].iter().filter_map(|c| Group::new(c, "root")).collect();
+    for group in &groups {
+        group.write("cgroup.procs", &live.root.to_string());
+    }
+    let before = places(&mut live);
+    live.dump(&[]);
+    live.restore(&[]);
+    assert_eq!(before, places(&mut live));
+    for group in &groups {
+        assert_eq!(group.procs(), [live.root.as_raw()]);
+    }
+    live.verdict();
+}
+
+/// What is charged to the group is the memory of the process, not what is left of it.
+#[test]
+fn privileged_memory_is_charged_to_the_cgroup() {
+    require(Cap::Ptrace);
+    let Some(group) = Group::new("memory", "charged") else {
+        eprintln!("no memory cgroup of version 1 here");
+        return;
+    };
+    let mut live = Live::workload("private_anon");
+    group.write("cgroup.procs", &live.root.to_string());
+    live.dump(&[]);
+    live.restore(&[]);
+    let used = fs::read_to_string(group.0.join("memory.usage_in_bytes")).unwrap();
+    let used: u64 = used.trim().parse().unwrap();
+    assert!(used >= 64 << 10, "{used} bytes are charged to the cgroup of the restored process");
+    live.verdict();
+}
+
+#[test]
+fn privileged_threads_come_back_into_cgroups_of_their_own() {
+    require(Cap::Ptrace);
+    let mut live = Live::workload("threads");
+    let pid = live.root.as_raw();
+    let tid = fs::read_dir(format!("/proc/{pid}/task"))
+        .unwrap()
+        .flatten()
+        .filter_map(|task| task.file_name().into_string().unwrap().parse::<i32>().ok())
+        .max()
+        .unwrap();
+    let mut groups = Vec::new();
+    if let Some(group) = Group::new("cpu", "thread") {
+        group.write("tasks", &tid.to_string());
+        groups.push(group);
+    }
+    if let Some(group) = Group::new("", "thread") {
+        let below = group.below("inner");
+        below.write("cgroup.type", "threaded");
+        group.write("cgroup.procs", &pid.to_string());
+        below.write("cgroup.threads", &tid.to_string());
+        groups.push(below);
+        groups.push(group);
+    }
+    assert!(!groups.is_empty(), "this test needs a hierarchy of cgroups that is mounted");
+    let before = places(&mut live);
+    live.dump(&[]);
+    live.restore(&[]);
+    assert_eq!(before, places(&mut live));
+    live.verdict();
+    live.wait_gone();
+}
+
+/// Refused by name before any process is made, unless cgroups are ignored.
+#[test]
+fn privileged_a_cgroup_that_is_gone_is_named() {
+    require(Cap::Ptrace);
+    for controller in ["memory", ""] {
+        let mut live = Live::workload("tree");
+        let Some(group) = Group::new(controller, "gone") else { continue };
+        group.write("cgroup.procs", &live.root.to_string());
+        live.dump(&[]);
+        let path = group.0.file_name().unwrap().to_str().unwrap().to_owned();
+        drop(group);
+        let output = live.try_restore(&[]);
+        assert!(!output.status.success());
+        let said = words(&output);
+        assert!(said.contains(&path) && said.contains("is not there; make it again"), "{said}");
+        live.restore(&["--manage-cgroups=ignore"]);
+        assert_eq!(place(live.root.as_raw(), live.root.as_raw()), own_place());
+        live.verdict();
+    }
+}
+
+fn own_place() -> String {
+    let own = Pid::this().as_raw();
+    place(own, own)
+}
+
+#[test]
+fn privileged_a_frozen_cgroup_is_named() {
+    require(Cap::Ptrace);
+    for (controller, file, frozen, thawed) in
+        [("freezer", "freezer.state", "FROZEN", "THAWED"), ("", "cgroup.freeze", "1", "0")]
+    {
+        let mut live = Live::workload("tree");
+        let Some(group) = Group::new(controller, "frozen") else { continue };
+        group.write("cgroup.procs", &live.root.to_string());
+        live.dump(&[]);
+        group.write(file, frozen);
+        wait_for("the frozen group", || {
+            fs::read_to_string(group.0.join(file)).unwrap().trim() == frozen
+        });
+        let output = live.try_restore(&["--manage-cgroups=none"]);
+        let said = words(&output);
+        assert!(!output.status.success() && said.contains("is frozen; thaw it"), "{said}");
+        group.write(file, thawed);
+        live.restore(&[]);
+        live.verdict();
+    }
+}
+
+/// Where nobody asks for the groups at the dump, the images do not tell of them.
+#[test]
+fn privileged_ignored_cgroups_are_not_recorded() {
+    require(Cap::Ptrace);
+    let mut live = Live::workload("tree");
+    let Some(group) = Group::new("memory", "ignored").or_else(|| Group::new("", "ignored")) else {
+        panic!("this test needs a hierarchy of cgroups that is mounted");
+    };
+    group.write("cgroup.procs", &live.root.to_string());
+    live.dump(&["--manage-cgroups=ignore"]);
+    assert!(!live.images().join("cgroup.img").exists());
+    drop(group);
+    live.restore(&[]);
+    live.verdict();
+}
