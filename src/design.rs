@@ -189,6 +189,16 @@
 //! is charged to them. The images number the sets of cgroups ([`crate::res::cgroup`]) as
 //! CRIU does: what was where the dumper was is left where the restorer is.
 //!
+//! A file is the one that was dumped if its type, size and mode are the same, and its
+//! build-id, for which each file is read once, at the notes of its ELF header. A file
+//! without a build-id has its time of modification in the images (our field
+//! `rcriu_mtime_ns` of `reg_file_entry`, which CRIU passes over): another time is refused
+//! where the file is mapped privately, since what the process has not changed of such
+//! memory is not in the images, and is a line in the log for a descriptor, whose file may
+//! well have been written by others. A file is looked at by a descriptor that only names
+//! it (`O_PATH`), and opened only if it is the one: a FIFO or a device in its place never
+//! is.
+//!
 //! With `--auto-dedup` everything that could keep pages from being freed is found out
 //! first: the journals, and whether the file system can do it. Pages are freed when the
 //! tree runs, or as it is filled; so what a child shares with its parent is compared

@@ -21,7 +21,10 @@ use super::{DumpError, Result, tree::map_file};
 use crate::{
     image::{Kind, SnapshotWriter, proto},
     proc::{self, FdInfo, Mapping},
-    res::file::{Collector, Description, FileError, Intake, KINDS, Lost, Policy, fown, regular},
+    res::file::{
+        BuildIds, Collector, Description, FileError, Intake, KINDS, Lost, Policy, Validation, fown,
+        regular,
+    },
     sys::process::{self, Shared},
     units::{HostPid, TargetFd},
 };
@@ -51,6 +54,8 @@ struct State {
     entries: Vec<proto::FileEntry>,
     types: HashMap<u32, i32>,
     lost: Lost,
+    build_ids: BuildIds,
+    validation: Validation,
 }
 
 struct Pending {
@@ -112,6 +117,10 @@ impl Intake for State {
     fn lost(&mut self) -> &mut Lost {
         &mut self.lost
     }
+
+    fn build_ids(&mut self) -> (&mut BuildIds, Validation) {
+        (&mut self.build_ids, self.validation)
+    }
 }
 
 impl FileTable {
@@ -130,6 +139,8 @@ impl FileTable {
                 entries: Vec::new(),
                 types: HashMap::new(),
                 lost: Lost::new(policy),
+                build_ids: BuildIds::default(),
+                validation: policy.validation,
             },
         }
     }

@@ -220,6 +220,7 @@ fn dump_stopped(
         tcp_established: options.tcp_established,
         link_remap: options.link_remap,
         ghost_limit_bytes: options.ghost_limit_bytes,
+        validation: options.file_validation,
         external: options.external.clone(),
         inherit_fds: Vec::new(),
     };

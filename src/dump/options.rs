@@ -2,7 +2,10 @@
 
 use std::path::PathBuf;
 
-use crate::{res::track::Tracker, units::HostPid};
+use crate::{
+    res::{file::Validation, track::Tracker},
+    units::HostPid,
+};
 
 /// What a dump is asked to do.
 ///
@@ -35,6 +38,8 @@ pub struct Options {
     pub file_locks: bool,
     /// Give files that have no name left a name again.
     pub link_remap: bool,
+    /// What tells a file from another one at the same path.
+    pub file_validation: Validation,
     /// Deleted files larger than this are not copied into the images.
     pub ghost_limit_bytes: u64,
     /// Start the tracking of changes, for the next dump.

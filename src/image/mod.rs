@@ -4,6 +4,7 @@
 //! holds before anything is allocated, and whatever is wrong is an
 //! [`ImageError`] that names the file and the place in it.
 
+pub mod build_id;
 pub mod desc;
 pub mod disk;
 pub mod document;

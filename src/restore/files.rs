@@ -25,6 +25,7 @@ use crate::{
     inject::Script,
     res::file::{
         FileError, KINDS, Opened, Opener, Policy, fown, memfd, queued_ids, regular, revived, tty,
+        validation::check_unwritten,
     },
     sys::fds,
     units::{HostPid, TargetFd},
@@ -155,6 +156,9 @@ impl Files {
                 } else if entry.status & (vma::FILE_PRIVATE | vma::FILE_SHARED) != 0 {
                     self.other(file_id(entry)?, access(entry))?;
                 }
+                if entry.status & vma::FILE_PRIVATE != 0 {
+                    self.check_unwritten(entry)?;
+                }
             }
         }
         // Anonymous shared memory has no file in the images, but an object.
@@ -163,6 +167,16 @@ impl Files {
             let fd = fds::duplicate_from(self.opened.objects[&shmid].as_fd(), self.lowest)
                 .map_err(too_many(0))?;
             self.opened.objects.insert(shmid, fd);
+        }
+        Ok(())
+    }
+
+    /// Checks that a file of which a process has a mapping of its own is as it was.
+    fn check_unwritten(&self, entry: &VmaEntry) -> Result<()> {
+        let key = (file_id(entry)?, access(entry));
+        let file = self.opened.entries.get(&key.0).and_then(|file| file.reg.as_ref());
+        if let (Some(file), Some(fd)) = (file, self.others.borrow().get(&key)) {
+            check_unwritten(file, fd.as_fd(), self.opened.policy.validation)?;
         }
         Ok(())
     }

@@ -148,6 +148,7 @@ fn restore(
         tcp_established: options.tcp_established,
         link_remap: options.link_remap,
         ghost_limit_bytes: 0,
+        validation: options.file_validation,
         external: options.external.clone(),
         inherit_fds: options.inherit_fds.clone(),
     };
@@ -156,6 +157,7 @@ fn restore(
     let inodes = memfd::inodes(images)?;
     files.open_others(plan, &inodes)?;
     files.open_descriptions(plan)?;
+    files.opened.build_ids.log();
     let table_bytes = table_bytes(plan);
     let place = scratch_place(plan, table_bytes)?;
     thread::scope(|scope| {

@@ -2,7 +2,7 @@
 
 use std::{ffi::OsString, path::PathBuf};
 
-use crate::res::track::Tracker;
+use crate::res::{file::Validation, track::Tracker};
 
 /// What a restore is asked to do.
 ///
@@ -48,6 +48,8 @@ pub struct Options {
     /// Files that had no name left may have been given a name by the dump, which
     /// is taken away again.
     pub link_remap: bool,
+    /// What tells a file from another one at the same path.
+    pub file_validation: Validation,
     /// Free in the images what has been restored.
     pub auto_dedup: Option<AutoDedup>,
     /// Start the tracking of changes, for the next dump.

@@ -4,27 +4,17 @@
 use std::{
     collections::HashMap,
     ffi::OsStr,
-    fs::{self, File},
-    os::unix::{ffi::OsStrExt, fs::FileExt},
+    fs,
+    os::unix::{ffi::OsStrExt, fs::MetadataExt},
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
-};
-
-use object::{
-    Endianness, ReadCache, ReadCacheOps, ReadRef,
-    elf::{FileHeader32, FileHeader64, NT_GNU_BUILD_ID},
-    read::elf::{FileHeader, ProgramHeader},
 };
 
 use super::Result;
 use crate::{
     chain::{self, FileId, Files},
-    image::{ImageError, ImageReader, Kind, proto, read_all, read_files},
+    image::{ImageError, ImageReader, Kind, build_id, proto, read_all, read_files},
 };
-
-/// How much of a file is searched for its build-id: what CRIU 4.2 looks at when
-/// it records one (`BUILD_ID_MAP_SIZE`, `criu/files-reg.c`).
-const BUILD_ID_SEARCH_BYTES: u64 = 1 << 20;
 
 /// Set in `remap_file_path_entry.remap_id` where images have no `remap_type`:
 /// the file is a ghost (`REMAP_GHOST`, `criu/include/image.h`).
@@ -140,7 +130,8 @@ fn origin(
         Some(size) if name.starts_with(b"/") => Origin::Path {
             path: PathBuf::from(OsStr::from_bytes(name)),
             size,
-            build_id: reg.build_id.iter().flat_map(|word| word.to_le_bytes()).collect(),
+            build_id: reg.build_id.clone(),
+            mtime_ns: reg.rcriu_mtime_ns,
         },
         _ => Origin::Nowhere,
     }
@@ -150,7 +141,7 @@ fn origin(
 #[derive(Debug)]
 enum Origin {
     /// In the file at this path, if it is still the one that was dumped.
-    Path { path: PathBuf, size: u64, build_id: Vec<u8> },
+    Path { path: PathBuf, size: u64, build_id: Vec<u32>, mtime_ns: Option<i64> },
     /// In this image: the file had no name any more.
     Ghost(PathBuf),
     /// In no place that is known.
@@ -188,9 +179,9 @@ impl MappedFile {
     /// if they are not to be had.
     ///
     /// A file on this machine is looked at once, when first asked for. It
-    /// counts as the one that was dumped if its size is as recorded and, where
-    /// a build-id is recorded, its own is the same. That is what a restore
-    /// goes by; a file that was changed in place is not noticed. A recorded
+    /// counts as the one that was dumped if its size is as recorded, and so is its
+    /// build-id, or without one, the time at which it was last written, where the
+    /// images have these. That is what a restore goes by. A recorded
     /// checksum is not verified, since that would mean reading the whole file.
     pub(super) fn extents(&self, files: &Files) -> Option<&[FileExtent]> {
         self.extents.get_or_init(|| self.find(files)).as_deref()
@@ -198,8 +189,9 @@ impl MappedFile {
 
     fn find(&self, files: &Files) -> Option<Vec<FileExtent>> {
         let found = match &self.origin {
-            Origin::Path { path, size, build_id } => {
-                same_file(files, path, *size, build_id).map_err(|error| error.to_string())
+            Origin::Path { path, size, build_id, mtime_ns } => {
+                let found = same_file(files, path, *size, build_id, *mtime_ns);
+                found.map_err(|error| error.to_string())
             }
             Origin::Ghost(path) => ghost(files, path).map_err(|error| error.to_string()),
             Origin::Nowhere => Ok(None),
@@ -216,7 +208,8 @@ fn same_file(
     files: &Files,
     path: &Path,
     size: u64,
-    build_id: &[u8],
+    build_id: &[u32],
+    mtime_ns: Option<i64>,
 ) -> chain::Result<Option<Vec<FileExtent>>> {
     // Opening a device can do things. Only then is it worth opening, too.
     if !fs::metadata(path).is_ok_and(|meta| meta.is_file() && meta.len() == size) {
@@ -224,8 +217,14 @@ fn same_file(
     }
     let id = files.enter(path);
     let file = files.get(id)?;
-    let same = file.metadata()?.len() == size
-        && (build_id.is_empty() || has_build_id(file.file(), size, build_id));
+    let meta = file.metadata()?;
+    let same = if build_id.is_empty() {
+        mtime_ns.is_none_or(|time| time == build_id::time_ns(meta.mtime(), meta.mtime_nsec()))
+    } else {
+        let found = build_id::read(file.file());
+        found.is_ok_and(|found| build_id::is_same(found.as_deref(), build_id))
+    };
+    let same = same && meta.len() == size;
     Ok(same.then(|| vec![FileExtent { start: 0, end: size, file: id, at: 0 }]))
 }
 
@@ -256,70 +255,4 @@ fn ghost(files: &Files, path: &Path) -> Result<Option<Vec<FileExtent>>, ImageErr
     }
     extents.retain(|extent| extent.start < extent.end);
     Ok(Some(extents))
-}
-
-/// Reads a file at offsets, whoever else does so through the same descriptor.
-#[derive(Debug)]
-struct Positioned<'a> {
-    file: &'a File,
-    len: u64,
-    position: u64,
-}
-
-impl ReadCacheOps for Positioned<'_> {
-    fn len(&mut self) -> Result<u64, ()> {
-        Ok(self.len)
-    }
-
-    fn seek(&mut self, position: u64) -> Result<u64, ()> {
-        self.position = position;
-        Ok(position)
-    }
-
-    fn read(&mut self, buffer: &mut [u8]) -> Result<usize, ()> {
-        let read = self.file.read_at(buffer, self.position).map_err(drop)?;
-        self.position += read as u64;
-        Ok(read)
-    }
-
-    fn read_exact(&mut self, buffer: &mut [u8]) -> Result<(), ()> {
-        self.file.read_exact_at(buffer, self.position).map_err(drop)?;
-        self.position += buffer.len() as u64;
-        Ok(())
-    }
-}
-
-/// Whether `file`, `len` bytes of ELF of either class, has the build-id
-/// `wanted`, which is padded with zeros to a multiple of 4 bytes.
-///
-/// The type of a note decides, not its owner's name, as when it was recorded.
-fn has_build_id(file: &File, len: u64, wanted: &[u8]) -> bool {
-    let len = len.min(BUILD_ID_SEARCH_BYTES);
-    let cache = ReadCache::new(Positioned { file, len, position: 0 });
-    build_id_in::<FileHeader64<Endianness>, _>(&cache, wanted)
-        .or_else(|_| build_id_in::<FileHeader32<Endianness>, _>(&cache, wanted))
-        .unwrap_or(false)
-}
-
-fn build_id_in<'data, E, R>(data: R, wanted: &[u8]) -> object::Result<bool>
-where
-    E: FileHeader<Endian = Endianness>,
-    R: ReadRef<'data>,
-{
-    let header = E::parse(data)?;
-    let endian = header.endian()?;
-    for segment in header.program_headers(endian, data)? {
-        // A segment beyond what is searched is nobody's error.
-        let Ok(Some(mut notes)) = segment.notes(endian, data) else { continue };
-        while let Ok(Some(note)) = notes.next() {
-            let id = note.desc();
-            if note.n_type(endian) == NT_GNU_BUILD_ID
-                && id.len().next_multiple_of(size_of::<u32>()) == wanted.len()
-                && wanted.starts_with(id)
-            {
-                return Ok(true);
-            }
-        }
-    }
-    Ok(false)
 }

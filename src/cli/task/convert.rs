@@ -9,9 +9,10 @@ use nix::{
 };
 
 use super::options::{
-    AutoDedupName, DedupArgs, Inodes, ManageCgroups, TaskArgs, TrackerName, Verbosity,
+    AutoDedupName, DedupArgs, FileValidation, Inodes, ManageCgroups, TaskArgs, TrackerName,
+    Verbosity,
 };
-use crate::{cli::dedup::Work, dedup, dump, restore, units::HostPid};
+use crate::{cli::dedup::Work, dedup, dump, res::file::Validation, restore, units::HostPid};
 
 /// What is wrong with a command line as a whole.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -84,6 +85,7 @@ pub(super) fn dump_options(args: &TaskArgs, pre_dump: bool) -> Result<dump::Opti
         file_locks: args.files.file_locks,
         link_remap: args.files.link_remap,
         ghost_limit_bytes: args.files.ghost_limit,
+        file_validation: validation(args),
         track_mem: args.memory.track_mem,
         auto_dedup: args.memory.auto_dedup.is_some(),
         prev_images_dir: args.images.prev_images_dir.clone(),
@@ -111,6 +113,13 @@ fn tracker(args: &TaskArgs) -> Option<dump::Tracker> {
     })
 }
 
+fn validation(args: &TaskArgs) -> Validation {
+    match args.files.file_validation {
+        Some(FileValidation::Filesize) => Validation::FileSize,
+        Some(FileValidation::Buildid) | None => Validation::BuildId,
+    }
+}
+
 /// Returns what a restore is asked to do.
 pub(super) fn restore_options(args: &TaskArgs) -> Result<restore::Options, UsageError> {
     check_operands(args, true)?;
@@ -135,6 +144,7 @@ pub(super) fn restore_options(args: &TaskArgs) -> Result<restore::Options, Usage
         ext_unix_sk: !args.network.ext_unix_sk.is_empty(),
         file_locks: args.files.file_locks,
         link_remap: args.files.link_remap,
+        file_validation: validation(args),
         auto_dedup: args.memory.auto_dedup.map(|when| match when {
             AutoDedupName::Commit => restore::AutoDedup::Commit,
             AutoDedupName::Now => restore::AutoDedup::Now,

@@ -148,7 +148,7 @@ pub(super) struct FileArgs {
     /// Look for the holes of deleted files by fewer system calls
     #[arg(long)]
     pub ghost_fiemap: bool,
-    /// What tells a file from another version of it
+    /// What tells a file from another one at the same path [default: buildid]
     #[arg(long, value_enum, value_name = "METHOD")]
     pub file_validation: Option<FileValidation>,
     /// Don't compare the permissions of files
@@ -442,9 +442,9 @@ pub(super) enum PreDumpMode {
 /// `--file-validation`
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum FileValidation {
-    /// The size
+    /// The size alone
     Filesize,
-    /// The build id of programs and libraries, otherwise the size
+    /// The size, and the build-id of programs and libraries; without one, the time
     Buildid,
 }
 

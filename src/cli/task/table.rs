@@ -99,11 +99,7 @@ pub(super) const ROWS: &[Row] = &[
     built("link-remap", BOTH),
     built("ghost-limit", DUMP),
     harmless("ghost-fiemap", DUMP, "holes are found by SEEK_DATA, at the same cost"),
-    Row {
-        name: "file-validation",
-        on: BOTH,
-        state: RefusedUnless(&["filesize"], "only sizes are compared; use =filesize"),
-    },
+    built("file-validation", BOTH),
     harmless("skip-file-rwx-check", RESTORE, "permissions of files are not compared"),
     harmless("evasive-devices", DUMP, "a device without its path stops the dump in any case"),
     harmless("force-irmap", DUMPS, NO_WATCHES),

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use clap::{CommandFactory, FromArgMatches, Parser};
 
 use super::*;
-use crate::{dump, restore, units::HostPid};
+use crate::{dump, res::file::Validation, restore, units::HostPid};
 
 /// Every long option of CRIU 4.2 with a value that it accepts, as `crtools.c` and
 /// `config.c` have them, but help and version.
@@ -145,6 +145,7 @@ fn default_dump() -> dump::Options {
         ext_unix_sk: false,
         file_locks: false,
         link_remap: false,
+        file_validation: Validation::BuildId,
         ghost_limit_bytes: 1 << 20,
         track_mem: false,
         auto_dedup: false,
@@ -179,6 +180,7 @@ fn default_restore() -> restore::Options {
         ext_unix_sk: false,
         file_locks: false,
         link_remap: false,
+        file_validation: Validation::BuildId,
         auto_dedup: None,
         track_mem: false,
         tracker: None,
@@ -210,11 +212,12 @@ fn lines_of_dump_become_options() {
         ("dump -t 7 -R -s", dump::Options { leave_stopped: true, ..default.clone() }),
         ("dump -t 7 -sR", dump::Options { leave_running: true, ..default.clone() }),
         (
-            "dump -t 7 -jl --link-remap --display-stats --tcp-established",
+            "dump -t 7 -jl --link-remap --display-stats --tcp-established --file-validation=filesize",
             dump::Options {
                 shell_job: true,
                 file_locks: true,
                 link_remap: true,
+                file_validation: Validation::FileSize,
                 display_stats: true,
                 tcp_established: true,
                 ..default.clone()

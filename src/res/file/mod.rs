@@ -33,6 +33,7 @@ pub mod tty;
 mod unix;
 mod unix_name;
 mod unix_open;
+pub mod validation;
 
 use std::{
     collections::{HashMap, HashSet},
@@ -51,7 +52,12 @@ use crate::{
     units::{HostPid, TargetFd},
 };
 
-pub use self::{lost::Lost, revived::Revived, sock_queue::queued_ids};
+pub use self::{
+    lost::Lost,
+    revived::Revived,
+    sock_queue::queued_ids,
+    validation::{BuildIds, Validation},
+};
 
 /// The result of dumping or restoring an open file.
 pub type Result<T, E = FileError> = std::result::Result<T, E>;
@@ -167,6 +173,8 @@ pub struct Policy {
     pub link_remap: bool,
     /// `--ghost-limit`: the most bytes of a deleted file that are put into images.
     pub ghost_limit_bytes: u64,
+    /// `--file-validation`: what tells a file from another one.
+    pub validation: Validation,
     /// `--external`: what is not dumped and will be provided by who restores.
     pub external: Vec<String>,
     /// `--inherit-fd`: descriptors of this program and the names they stand for.
@@ -271,6 +279,9 @@ pub trait Intake {
     /// Returns the files without names that were found so far, of all kinds. Who
     /// owns the table writes it ([`Lost::write`]) after all kinds are finished.
     fn lost(&mut self) -> &mut Lost;
+
+    /// Returns the build-ids that are known so far, and how files are told apart.
+    fn build_ids(&mut self) -> (&mut BuildIds, Validation);
 }
 
 /// Dumps the descriptions of one kind.
@@ -315,6 +326,8 @@ pub struct Opened {
     pub entries: HashMap<u32, proto::FileEntry>,
     /// Files without names that were made again.
     pub revived: Revived,
+    /// Build-ids of the files that were opened.
+    pub build_ids: BuildIds,
     /// Shared memory by its `shmid`: what all mappings and descriptions of it
     /// come from. Who fills it may find it here, or put it here first.
     pub objects: HashMap<u64, OwnedFd>,
@@ -334,6 +347,7 @@ impl Opened {
             policy,
             entries,
             revived: Revived::default(),
+            build_ids: BuildIds::default(),
             objects: HashMap::new(),
             late: HashSet::new(),
             fds: HashMap::new(),

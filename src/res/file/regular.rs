@@ -22,7 +22,7 @@ use nix::{
 
 use super::{
     Collector, Description, FileError, Intake, Kind, Opened, Opener, Policy, Result, descriptor,
-    late, lost, revived, tty,
+    late, lost, revived, tty, validation,
 };
 use crate::{
     image::{
@@ -132,6 +132,10 @@ pub fn entry_with_id(
     if file.is_type(libc::S_IFREG) && !appended {
         entry.size = Some(file.stat.st_size.cast_unsigned());
     }
+    if entry.ext.is_none() {
+        let (known, validation) = intake.build_ids();
+        validation::record(file, &mut entry, validation, known);
+    }
     Ok(proto::FileEntry { r#type: FdTypes::Reg.into(), id, reg: Some(entry), ..Default::default() })
 }
 
@@ -235,6 +239,7 @@ pub fn open_entry(entry: &proto::RegFileEntry, flags: i32, opened: &mut Opened) 
     if let Some(fd) = revived::open(entry, flags, opened)? {
         let stat = fstat(&fd).map_err(failed("look at"))?;
         check(entry, &stat)?;
+        validation::check(entry, fd.as_fd(), &stat, opened)?;
         return Ok(fd);
     }
     // What is not what was dumped is not opened: a FIFO would be waited for, a device may
@@ -242,6 +247,7 @@ pub fn open_entry(entry: &proto::RegFileEntry, flags: i32, opened: &mut Opened) 
     let named = descriptor::name(&entry.name, flags).map_err(failed("open"))?;
     let stat = fstat(&named).map_err(failed("look at"))?;
     check(entry, &stat)?;
+    validation::check(entry, named.as_fd(), &stat, opened)?;
     if descriptor::is_path(flags) {
         return Ok(named);
     }

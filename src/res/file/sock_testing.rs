@@ -12,7 +12,8 @@ use nix::{
 };
 
 use super::{
-    Collector, Description, FileError, Intake, KINDS, Lost, Opened, Opener, Policy, Result,
+    BuildIds, Collector, Description, FileError, Intake, KINDS, Lost, Opened, Opener, Policy,
+    Result, Validation,
 };
 use crate::{
     image::{Kind as ImageKind, SnapshotWriter, proto, read_all},
@@ -46,6 +47,7 @@ fn describe(id: u32, fd: OwnedFd) -> Description {
 /// Descriptors that were found in queues, and entries.
 struct TestIntake {
     lost: Lost,
+    build_ids: BuildIds,
     files: Vec<(u32, OwnedFd)>,
     found: usize,
     next: u32,
@@ -80,6 +82,10 @@ impl Intake for TestIntake {
     fn lost(&mut self) -> &mut Lost {
         &mut self.lost
     }
+
+    fn build_ids(&mut self) -> (&mut BuildIds, Validation) {
+        (&mut self.build_ids, Validation::BuildId)
+    }
 }
 
 /// What was written, and what it is to be opened with.
@@ -95,6 +101,7 @@ pub(super) fn dump<T: Into<OwnedFd>>(fds: Vec<T>, policy: &Policy) -> Result<Dum
     let images = SnapshotWriter::begin(dir.path()).unwrap();
     let mut intake = TestIntake {
         lost: Lost::new(&Policy::default()),
+        build_ids: BuildIds::default(),
         files: Vec::new(),
         found: 0,
         next: 0,

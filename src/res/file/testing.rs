@@ -13,8 +13,8 @@ use nix::{
 use tempfile::TempDir;
 
 use super::{
-    Collector, Description, FileError, Intake, KINDS, Opened, Opener, Policy, Result, fown,
-    lost::Lost,
+    BuildIds, Collector, Description, FileError, Intake, KINDS, Opened, Opener, Policy, Result,
+    Validation, fown, lost::Lost,
 };
 use crate::{
     image::{Kind as ImageKind, SnapshotWriter, proto, read_all},
@@ -65,6 +65,7 @@ struct TestIntake {
     next: u32,
     pushed: Vec<proto::FileEntry>,
     lost: Lost,
+    build_ids: BuildIds,
 }
 
 impl Intake for TestIntake {
@@ -88,6 +89,10 @@ impl Intake for TestIntake {
     fn lost(&mut self) -> &mut Lost {
         &mut self.lost
     }
+
+    fn build_ids(&mut self) -> (&mut BuildIds, Validation) {
+        (&mut self.build_ids, Validation::BuildId)
+    }
 }
 
 /// Descriptors to be dumped.
@@ -110,7 +115,12 @@ impl Tree {
         let mut collectors: Vec<Box<dyn Collector>> =
             KINDS.iter().map(|kind| (kind.collector)(&self.policy)).collect();
         let lost = Lost::new(&self.policy);
-        let mut intake = TestIntake { next: FIRST_NEW_ID, pushed: Vec::new(), lost };
+        let mut intake = TestIntake {
+            next: FIRST_NEW_ID,
+            pushed: Vec::new(),
+            lost,
+            build_ids: BuildIds::default(),
+        };
         let mut before = HashMap::new();
         for (id, fd) in &self.files {
             let file = describe(*id, fd);

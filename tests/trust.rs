@@ -1,0 +1,183 @@
+//! What is trusted, and what is not: files that are not those that were dumped, images that
+//! belong to others, and links that somebody else has laid.
+
+mod common;
+
+use std::{
+    fs,
+    os::unix::fs::{FileExt, MetadataExt},
+    path::Path,
+    process::Command,
+    time::{Duration, SystemTime},
+};
+
+use common::{
+    Cap,
+    live::{Live, directory},
+    mounted::Mounted,
+    require,
+};
+
+/// A program that calls a library, and says afterwards whether it is the one that it was.
+const PROGRAM: &str = r#"
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+extern int answer(void);
+static void say(const char *path, const char *word) {
+    char name[4096];
+    snprintf(name, sizeof name, "%s.new", path);
+    FILE *file = fopen(name, "w");
+    fputs(word, file);
+    fclose(file);
+    rename(name, path);
+}
+int main(int count, char **words) {
+    char go[4096];
+    snprintf(go, sizeof go, "%s.go", words[1]);
+    say(words[1], "ready\n");
+    while (access(go, F_OK)) usleep(2000);
+    say(words[1], answer() == 42 ? "ok\n" : "another library\n");
+    for (;;) pause();
+}
+"#;
+
+fn compile(arguments: &[&str], source: &str, output: &Path) {
+    let path = output.with_extension("c");
+    fs::write(&path, source).unwrap();
+    let mut build = Command::new("cc");
+    let built = build.args(["-O1", "-o"]).args([output, &path]).args(arguments).status();
+    assert!(built.unwrap().success(), "{source} cannot be compiled");
+}
+
+/// Builds a library that gives an answer, with this build-id or none.
+fn library(path: &Path, answer: u32, build_id: Option<&str>) {
+    let id = format!("-Wl,--build-id={}", build_id.unwrap_or("none"));
+    let source = format!("int answer(void) {{ return {answer}; }}");
+    compile(&["-shared", "-fPIC", &id], &source, path);
+}
+
+/// Starts the program with a library.
+fn calling(answer: u32, build_id: Option<&str>) -> Live {
+    let dir = directory();
+    let (program, lib) = (dir.path().join("program"), dir.path().join("libanswer.so"));
+    library(&lib, answer, build_id);
+    let search = format!("-Wl,-rpath,{}", dir.path().display());
+    compile(&[lib.to_str().unwrap(), &search], PROGRAM, &program);
+    let status = dir.path().join("status").to_str().unwrap().to_owned();
+    let live = Live::program(program.to_str().unwrap(), &[&status], dir);
+    live.wait_ready();
+    live
+}
+
+/// Puts another build of the library, of the same size, in the place of the first.
+fn replace(live: &Live, build_id: Option<&str>) {
+    let (old, new) = (live.path("libanswer.so"), live.path("libother.so"));
+    library(&new, 43, build_id);
+    assert_eq!(fs::metadata(&old).unwrap().len(), fs::metadata(&new).unwrap().len());
+    fs::rename(&new, &old).unwrap();
+}
+
+const FIRST: &str = "0x00112233445566778899aabbccddeeff00112233";
+const SECOND: &str = "0xffeeddccbbaa99887766554433221100ffeeddcc";
+
+/// Reads what a mount shows of the code of the library.
+fn shown(live: &Live) -> Vec<u8> {
+    let mounted = Mounted::new(&live.images(), &live.path("mount"), &[]);
+    let mm = Command::new(env!("CARGO_BIN_EXE_rcriu"))
+        .args(["show"])
+        .arg(live.images().join(format!("mm-{}.img", live.root)))
+        .output()
+        .unwrap();
+    let mm: serde_json::Value = serde_json::from_slice(&mm.stdout).unwrap();
+    let files = Command::new(env!("CARGO_BIN_EXE_rcriu"))
+        .args(["show"])
+        .arg(live.images().join("files.img"))
+        .output()
+        .unwrap();
+    let files: serde_json::Value = serde_json::from_slice(&files.stdout).unwrap();
+    let entries = files["entries"].as_array().unwrap();
+    let named = |entry: &&serde_json::Value| {
+        entry["reg"]["name"].as_str().is_some_and(|name| name.ends_with("libanswer.so"))
+    };
+    let id = entries.iter().find(named).unwrap()["id"].as_u64().unwrap();
+    let vmas = mm["entries"][0]["vmas"].as_array().unwrap();
+    let code = vmas.iter().find(|vma| vma["shmid"] == id && vma["prot"] == 5).unwrap();
+    let (start, end) = (code["start"].as_u64().unwrap(), code["end"].as_u64().unwrap());
+    let file = fs::File::open(mounted.path(&format!("mem/{}", live.root))).unwrap();
+    let mut bytes = vec![0xee; usize::try_from(end - start).unwrap()];
+    file.read_exact_at(&mut bytes, start).unwrap();
+    bytes
+}
+
+#[test]
+fn privileged_another_build_of_a_library_is_refused() {
+    require(Cap::Ptrace);
+    require(Cap::Fuse);
+    require(Cap::Program("cc"));
+    let mut live = calling(42, Some(FIRST));
+    live.dump(&[]);
+    assert!(shown(&live).iter().any(|byte| *byte != 0));
+    let kept = live.path("kept");
+    fs::copy(live.path("libanswer.so"), &kept).unwrap();
+    replace(&live, Some(SECOND));
+    let refused = live.try_restore(&[]);
+    assert!(!refused.status.success());
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    for part in [&FIRST[2..], &SECOND[2..], "libanswer.so", "--file-validation=filesize"] {
+        assert!(said.contains(part), "{part} in: {said}");
+    }
+    // What is not the code that ran is not shown as if it were.
+    assert!(shown(&live).iter().all(|byte| *byte == 0));
+    // The same build under its name again, another file.
+    fs::copy(&kept, live.path("libanswer.so")).unwrap();
+    assert!(shown(&live).iter().any(|byte| *byte != 0));
+    live.restore(&[]);
+    live.verdict();
+}
+
+#[test]
+fn privileged_another_build_is_taken_if_only_sizes_are_to_be_compared() {
+    require(Cap::Ptrace);
+    require(Cap::Program("cc"));
+    let mut live = calling(43, Some(FIRST));
+    live.dump(&[]);
+    replace(&live, Some(SECOND));
+    assert!(!live.try_restore(&[]).status.success());
+    live.restore(&["--file-validation=filesize"]);
+}
+
+#[test]
+fn privileged_a_file_without_a_build_id_is_known_by_its_time() {
+    require(Cap::Ptrace);
+    require(Cap::Program("cc"));
+    let mut live = calling(42, None);
+    live.dump(&[]);
+    let path = live.path("libanswer.so");
+    let date = fs::metadata(&path).unwrap().modified().unwrap();
+    let set = |date: SystemTime| fs::File::open(&path).unwrap().set_modified(date).unwrap();
+    set(date + Duration::from_nanos(1));
+    let refused = live.try_restore(&[]);
+    assert!(!refused.status.success());
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(said.contains("libanswer.so was written at "), "{said}");
+    set(date);
+    live.restore(&[]);
+    live.verdict();
+}
+
+#[test]
+fn privileged_to_look_at_a_file_is_not_to_use_it() {
+    require(Cap::Ptrace);
+    require(Cap::Program("cc"));
+    let mut live = calling(42, Some(FIRST));
+    let path = live.path("libanswer.so");
+    let long_ago = SystemTime::now() - Duration::from_secs(1_000_000);
+    let times = fs::FileTimes::new().set_accessed(long_ago).set_modified(long_ago);
+    fs::File::open(&path).unwrap().set_times(times).unwrap();
+    let before = fs::metadata(&path).unwrap();
+    live.dump_running(&[]);
+    let after = fs::metadata(&path).unwrap();
+    assert_eq!((before.atime(), before.atime_nsec()), (after.atime(), after.atime_nsec()));
+    live.verdict();
+}
