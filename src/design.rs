@@ -178,6 +178,9 @@
 //! # A restore
 //!
 //! One thread directs. All files are opened by it, above the numbers that the tree uses;
+//! queues of sockets are filled when all kinds are open, since they may hold any of them.
+//! Files and directories in `/proc` of the tree itself are opened when its processes and
+//! threads are there, which then take them from this program (`pidfd_getfd(2)`).
 //! shared memory is made by it and filled by other threads. The first process is a copy
 //! of this program that sleeps, is traced, unmaps everything, and maps what it is to
 //! have; the others are forked by their true parents when those have their memory, keep

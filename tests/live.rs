@@ -40,6 +40,7 @@ fn restored_without(name: &str, options: &[&str], without: &'static str) {
     live.without = without;
     let before = live.state();
     live.dump(options);
+    live.replace_files();
     live.restore(options);
     let after = live.state_restored(&before);
     live.verdict();
@@ -214,6 +215,12 @@ states! {
     signalfd;
     file_owner;
     many_descriptors;
+    proc_files;
+    proc_directory;
+    epoll_of_mounts;
+    unix_queued_files;
+    memfd_append;
+    shared_anon_reopened;
     unix_stream_pair;
     unix_datagram_pair;
     unix_seqpacket_pair;

@@ -2,7 +2,7 @@
 
 use std::{
     cmp::Ordering,
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     fs::File,
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
@@ -42,6 +42,8 @@ pub(super) struct FileTable {
 /// What is known so far.
 struct State {
     own: HostPid,
+    /// The processes and threads of the tree.
+    processes: HashSet<i32>,
     next_id: u32,
     /// Descriptions by device and inode, in the order that the kernel has for them.
     known: HashMap<(u64, u64), Vec<(u32, OwnedFd)>>,
@@ -114,6 +116,10 @@ impl Intake for State {
         self.entries.iter_mut().find(|entry| entry.id == id)
     }
 
+    fn has_process(&self, pid: i32) -> bool {
+        self.processes.contains(&pid)
+    }
+
     fn lost(&mut self) -> &mut Lost {
         &mut self.lost
     }
@@ -124,13 +130,15 @@ impl Intake for State {
 }
 
 impl FileTable {
-    pub(super) fn new(policy: &Policy) -> Self {
+    /// Returns an empty table for a tree with these processes and threads.
+    pub(super) fn new(policy: &Policy, processes: HashSet<i32>) -> Self {
         let own = HostPid(nix::unistd::getpid().as_raw());
         Self {
             own,
             collectors: KINDS.iter().map(|kind| Some((kind.collector)(policy))).collect(),
             state: State {
                 own,
+                processes,
                 next_id: 0,
                 known: HashMap::new(),
                 paths: HashMap::new(),

@@ -224,8 +224,13 @@ fn dump_stopped(
         external: options.external.clone(),
         inherit_fds: Vec::new(),
     };
+    let numbers = frozen.tasks.iter().flat_map(|task| {
+        let threads = task.threads.iter().map(|thread| thread.tid.0);
+        threads.chain([task.pid.0])
+    });
+    let files = FileTable::new(&policy, numbers.collect());
     let cgroups = cgroup::Sets::new(!options.cgroups)?;
-    let mut collection = Collection::new(images, FileTable::new(&policy), tracking, cgroups);
+    let mut collection = Collection::new(images, files, tracking, cgroups);
     for (position, task) in frozen.tasks.iter_mut().enumerate() {
         if cancel::is_cancelled() {
             return Err(DumpError::Cancelled);

@@ -102,8 +102,9 @@ pub fn object(pid: HostPid, mapping: &Mapping) -> Result<Object> {
     if name.starts_with(b"/SYSV") && name.ends_with(b" (deleted)") {
         return Ok(Object::SystemV);
     }
+    // Also mapped privately, by a descriptor from /proc/PID/map_files.
     let anonymous = name == b"/dev/zero (deleted)" || name.starts_with(b"[anon_shmem:");
-    if (anonymous && mapping.shared) || name.starts_with(b"/memfd:") {
+    if anonymous || name.starts_with(b"/memfd:") {
         return Ok(Object::SharedMemory);
     }
     Ok(Object::File)

@@ -39,9 +39,20 @@ pub(super) fn all(plan: &Plan, puppets: &mut Puppets, files: &mut Files) -> Resu
         run(puppets, position, 0, &script)?;
     }
     fault::hit(Point::RestoreFiles)?;
+    for (position, _) in plan.tasks.iter().enumerate().filter(|(_, task)| task.body.is_some()) {
+        puppets.make_threads(position)?;
+    }
+    files.open_late()?;
     for (position, planned) in plan.tasks.iter().enumerate() {
         let Some(body) = &planned.body else { continue };
-        puppets.make_threads(position)?;
+        let mut script = Script::new();
+        files.install_late(planned.pid, body, &mut script)?;
+        if !script.is_empty() {
+            run(puppets, position, 0, &script)?;
+        }
+    }
+    for (position, planned) in plan.tasks.iter().enumerate() {
+        let Some(body) = &planned.body else { continue };
         for (number, of) in planned.threads.iter().enumerate() {
             if number == 0 {
                 for script in task::timers(planned.core(), planned.pid)? {
@@ -126,7 +137,7 @@ pub(super) fn finish(plan: &Plan, puppets: &mut Puppets, files: &mut Files) -> R
             thread::apply_registers(&of.core, of.tid)?;
         }
     }
-    Ok(())
+    files.position_late()
 }
 
 fn run(puppets: &mut Puppets, position: usize, number: usize, script: &Script) -> Result<()> {

@@ -22,12 +22,12 @@ use crate::{
         proto::{self, FileEntry, VmaEntry},
         vma,
     },
-    inject::Script,
+    inject::{Arg, Script},
     res::file::{
-        FileError, KINDS, Opened, Opener, Policy, fown, memfd, queued_ids, regular, revived, tty,
-        validation::check_unwritten,
+        FileError, KINDS, Late, Opened, Opener, Policy, fown, memfd, queued_ids, regular, revived,
+        tty, validation::check_unwritten,
     },
-    sys::fds,
+    sys::{fds, process},
     units::{HostPid, TargetFd},
 };
 
@@ -41,8 +41,12 @@ pub(super) struct Files {
     /// Files that are opened for something else than a descriptor, by number and
     /// access mode.
     others: RefCell<HashMap<(u32, i32), OwnedFd>>,
-    /// Descriptions that were finished in some process.
-    installed: HashSet<u32>,
+    /// Descriptions that were finished in some process, and where.
+    installed: HashMap<u32, (HostPid, TargetFd)>,
+    /// Those that watch others and do so by now.
+    watching: HashSet<u32>,
+    /// Directories that processes stand in and that are not there yet.
+    late: HashSet<u32>,
     controlling: Vec<(tty::Controlling, OwnedFd)>,
     /// The terminal of this program, if the tree's first process leads the group that
     /// is to be in its foreground.
@@ -64,13 +68,18 @@ impl Files {
             .max()
             .unwrap_or(0);
         let lowest = i32::try_from(highest).unwrap_or(i32::MAX - 1) + 1;
+        let mut opened = Opened::new(images, policy.clone(), plan.files.clone());
+        let threads = plan.tasks.iter().flat_map(|task| &task.threads);
+        opened.processes = threads.map(|thread| thread.tid.0).collect();
         Ok(Self {
-            opened: Opened::new(images, policy.clone(), plan.files.clone()),
+            opened,
             openers: KINDS.iter().map(|kind| (kind.opener)(policy)).collect(),
             lowest,
             descriptions: HashMap::new(),
             others: RefCell::default(),
-            installed: HashSet::new(),
+            installed: HashMap::new(),
+            watching: HashSet::new(),
+            late: HashSet::new(),
             controlling: Vec::new(),
             inherited_terminal: None,
         })
@@ -137,6 +146,13 @@ impl Files {
         Ok(number)
     }
 
+    /// Whether a directory that processes stand in is that of a process, and not there
+    /// yet.
+    fn is_late(&self, id: u32) -> bool {
+        let entry = self.opened.entries.get(&id).and_then(|entry| entry.reg.as_ref());
+        entry.is_some_and(|entry| regular::is_late(entry, &self.opened))
+    }
+
     /// Opens all that is mapped, executed or stood in.
     ///
     /// # Errors
@@ -148,7 +164,11 @@ impl Files {
     ) -> Result<()> {
         for body in plan.tasks.iter().filter_map(|task| task.body.as_ref()) {
             for (id, flags) in paths(body) {
-                self.other(id, flags)?;
+                if flags == STAND && self.is_late(id) {
+                    self.late.insert(id);
+                } else {
+                    self.other(id, flags)?;
+                }
             }
             for entry in &body.vmas {
                 if entry.status & vma::MEMFD != 0 {
@@ -241,20 +261,19 @@ impl Files {
     /// # Errors
     /// As [`Self::for_mapping`].
     pub(super) fn stand(&self, body: &Body, script: &mut Script) -> Result<()> {
-        let root = self.opened_path(body.fs.root_id, STAND)?;
         let is_slash = self
             .opened
             .entries
             .get(&body.fs.root_id)
             .and_then(|entry| entry.reg.as_ref())
             .is_some_and(|reg| reg.name == b"/");
-        if !is_slash {
-            script.call("enter the root directory", libc::SYS_fchdir, &[root.into()]);
-            let here = script.string(c".");
-            script.call("change the root directory", libc::SYS_chroot, &[here.into()]);
+        if !is_slash && !self.late.contains(&body.fs.root_id) {
+            change_root(self.opened_path(body.fs.root_id, STAND)?.into(), script);
         }
-        let cwd = self.opened_path(body.fs.cwd_id, STAND)?;
-        script.call("enter the working directory", libc::SYS_fchdir, &[cwd.into()]);
+        if !self.late.contains(&body.fs.cwd_id) {
+            let cwd = self.opened_path(body.fs.cwd_id, STAND)?;
+            script.call("enter the working directory", libc::SYS_fchdir, &[cwd.into()]);
+        }
         if let Some(umask) = body.fs.umask {
             script.call("set the umask", libc::SYS_umask, &[umask.into()]);
         }
@@ -307,15 +326,110 @@ impl Files {
             next = number.saturating_add(1);
         }
         for (number, entry) in &numbers {
-            if !self.installed.insert(entry.id) {
+            if self.installed.contains_key(&entry.id) {
                 continue;
             }
+            self.installed.insert(entry.id, (pid, TargetFd(*number)));
             let Some(file) = self.opened.entries.get(&entry.id) else { continue };
-            let kind = KINDS
-                .iter()
-                .position(|kind| kind.types.iter().any(|of| i32::from(*of) == file.r#type));
-            if let Some(kind) = kind {
+            if let Some(kind) = kind_of(file) {
                 self.openers[kind].install(file, TargetFd(*number), script)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Opens what could not be opened before all processes and threads were there, and
+    /// fills what may hold any of the files.
+    ///
+    /// # Errors
+    /// [`RestoreError::OpenFile`].
+    pub(super) fn open_late(&mut self) -> Result<()> {
+        for id in self.late.clone() {
+            self.other(id, STAND)?;
+        }
+        let late: Vec<_> = self.opened.late.iter().map(|(id, late)| (*id, *late)).collect();
+        for (id, late) in late {
+            let fd = match (late, self.installed.get(&id)) {
+                (Late::ByPath, _) => regular::open_late(id, &mut self.opened)?,
+                (Late::Inside, Some((pid, number))) => {
+                    let failed = |step| FileError::restore(id, step, format!("process {pid}"));
+                    let pidfd = process::pidfd_open(*pid).map_err(failed("open"))?;
+                    let got = process::pidfd_getfd(&pidfd, *number);
+                    got.map_err(failed("take a descriptor from"))?
+                }
+                (Late::Inside, None) => continue,
+            };
+            let copy = fds::duplicate_from(fd.as_fd(), self.lowest).map_err(too_many(id))?;
+            self.descriptions.insert(id, copy);
+            self.opened.insert(id, fd);
+        }
+        for opener in &mut self.openers {
+            opener.fill(&self.opened)?;
+        }
+        Ok(())
+    }
+
+    /// Adds the calls that put into their places what was opened late, and those that
+    /// need all other files to be in place. The process gets the files from this program,
+    /// which it was made too early to inherit them from.
+    ///
+    /// # Errors
+    /// [`RestoreError::OpenFile`].
+    pub(super) fn install_late(
+        &mut self,
+        pid: HostPid,
+        body: &Body,
+        script: &mut Script,
+    ) -> Result<()> {
+        let is_first =
+            |id: u32, number: i32| self.installed.get(&id) == Some(&(pid, TargetFd(number)));
+        let mut wanted = Vec::new();
+        for entry in &body.fds {
+            let number = entry.fd.cast_signed();
+            match self.opened.late.get(&entry.id) {
+                None => {}
+                Some(Late::Inside) if is_first(entry.id, number) => {}
+                Some(_) => {
+                    wanted.push((self.description(entry.id)?.as_raw_fd(), number, entry.flags));
+                }
+            }
+        }
+        let (root, cwd) = (body.fs.root_id, body.fs.cwd_id);
+        let stands = [root, cwd].map(|id| self.late.contains(&id));
+        if !wanted.is_empty() || stands != [false; 2] {
+            let own = nix::unistd::getpid().as_raw();
+            let pidfd =
+                script.call("open this program", libc::SYS_pidfd_open, &[own.into(), 0.into()]);
+            let take = |script: &mut Script, number: i32| {
+                let arguments = [pidfd.into(), number.into(), 0.into()];
+                script.call("take a descriptor", libc::SYS_pidfd_getfd, &arguments)
+            };
+            if stands[0] {
+                let fd = take(script, self.opened_path(root, STAND)?);
+                change_root(fd.into(), script);
+                close(fd.into(), script);
+            }
+            if stands != [false; 2] {
+                let fd = take(script, self.opened_path(cwd, STAND)?);
+                script.call("enter the working directory", libc::SYS_fchdir, &[fd.into()]);
+                close(fd.into(), script);
+            }
+            for (from, number, flags) in wanted {
+                let fd = take(script, from);
+                let flags =
+                    if flags & libc::FD_CLOEXEC.cast_unsigned() == 0 { 0 } else { libc::O_CLOEXEC };
+                let what = format!("install descriptor {number}");
+                script.call(what, libc::SYS_dup3, &[fd.into(), number.into(), flags.into()]);
+                close(fd.into(), script);
+            }
+            close(pidfd.into(), script);
+        }
+        for entry in &body.fds {
+            let Some(file) = self.opened.entries.get(&entry.id) else { continue };
+            if let Some(kind) = kind_of(file)
+                && self.watching.insert(entry.id)
+            {
+                self.openers[kind].watch(file, TargetFd(entry.fd.cast_signed()), script)?;
             }
         }
         Ok(())
@@ -348,12 +462,39 @@ impl Files {
         Ok(())
     }
 
+    /// Sets the positions of files that show the state of processes, when nothing of that
+    /// changes any more.
+    ///
+    /// # Errors
+    /// [`RestoreError::OpenFile`].
+    pub(super) fn position_late(&self) -> Result<()> {
+        for id in self.opened.late.iter().filter(|(_, late)| **late == Late::ByPath).map(|l| l.0) {
+            regular::position_late(*id, &self.opened)?;
+        }
+        Ok(())
+    }
+
     /// Cleans up when the tree is restored.
     pub(super) fn finish(&mut self) {
         if let Err(error) = revived::remove_links(&mut self.opened) {
             log::warn!("{error}");
         }
     }
+}
+
+/// Returns the position of the kind of a file among all kinds.
+fn kind_of(file: &FileEntry) -> Option<usize> {
+    KINDS.iter().position(|kind| kind.types.iter().any(|of| i32::from(*of) == file.r#type))
+}
+
+fn change_root(fd: Arg, script: &mut Script) {
+    script.call("enter the root directory", libc::SYS_fchdir, &[fd]);
+    let here = script.string(c".");
+    script.call("change the root directory", libc::SYS_chroot, &[here.into()]);
+}
+
+fn close(fd: Arg, script: &mut Script) {
+    script.call("close a descriptor", libc::SYS_close, &[fd]);
 }
 
 /// How directories are opened that processes stand in.

@@ -14,7 +14,10 @@ use std::{
 };
 
 use memmap2::{MmapOptions, MmapRaw};
-use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
+use nix::{
+    libc,
+    sys::statfs::{HUGETLBFS_MAGIC, fstatfs},
+};
 
 use super::{
     RestoreError, Result,
@@ -112,8 +115,11 @@ fn anonymous(plan: &Plan) -> BTreeMap<u64, u64> {
 }
 
 fn object(plan: &Plan, shmid: u64, fd: &OwnedFd) -> Result<Object> {
-    let failed = |source| RestoreError::Object { shmid, step: "duplicate", source };
-    let file = File::from(fd.try_clone().map_err(failed)?);
+    let failed = |source| RestoreError::Object { shmid, step: "open", source };
+    // A description of its own: that of the tree may be one that appends whatever the
+    // offset is.
+    let own = memfd::open_object(fd.as_fd(), libc::O_RDWR);
+    let file = File::from(own.map_err(|errno| failed(errno.into()))?);
     Ok(Object { shmid, file, memory: memory_of(&plan.chain, plan.snapshot, shmid)? })
 }
 

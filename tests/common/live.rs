@@ -294,6 +294,31 @@ impl Live {
         });
     }
 
+    /// Puts copies in the place of the files that the tree had open, so that nothing
+    /// is left of the kernel's objects that were dumped but what the images and the disk
+    /// have. Links to one file lead to one copy.
+    pub fn replace_files(&self) {
+        let images = std::ffi::OsStr::new(self.images_name);
+        let entries = fs::read_dir(self.dir.path()).expect("it is ours").flatten();
+        let names: Vec<_> = entries.map(|entry| entry.file_name()).collect();
+        let names: Vec<_> = names.iter().filter(|name| *name != images).collect();
+        if names.is_empty() {
+            return;
+        }
+        let copies = self.path(".copies");
+        fs::create_dir(&copies).expect("it is ours");
+        let mut copy = Command::new("cp");
+        copy.arg("-a").args(&names).arg(&copies).current_dir(self.dir.path());
+        assert!(copy.status().expect("cp runs").success(), "{copy:?}");
+        let mut remove = Command::new("rm");
+        remove.arg("-rf").args(&names).current_dir(self.dir.path());
+        assert!(remove.status().expect("rm runs").success(), "{remove:?}");
+        for name in names {
+            fs::rename(copies.join(name), self.dir.path().join(name)).expect("it is ours");
+        }
+        fs::remove_dir(copies).expect("it is empty");
+    }
+
     /// Runs `restore` of the tree's images, detached.
     pub fn try_restore(&self, arguments: &[&str]) -> Output {
         self.try_restore_from(&self.images(), arguments)

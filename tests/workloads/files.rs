@@ -35,11 +35,11 @@ pub const ROWS: &[Row] = &[
     ("many_descriptors", many_descriptors),
 ];
 
-fn offset(fd: i32) -> Result<i64, String> {
+pub fn offset(fd: i32) -> Result<i64, String> {
     sys!(lseek(fd, 0, libc::SEEK_CUR))
 }
 
-fn flags(fd: i32) -> Result<(i32, i32), String> {
+pub fn flags(fd: i32) -> Result<(i32, i32), String> {
     Ok((sys!(fcntl(fd, libc::F_GETFL))?, sys!(fcntl(fd, libc::F_GETFD))?))
 }
 
@@ -125,11 +125,21 @@ fn descriptor_numbers(checkpoint: &Checkpoint) -> Verdict {
     same("bytes", &b"bc"[..], &read_some(1000, 10)?[..])
 }
 
-fn entries(fd: i32) -> Result<Vec<u8>, String> {
+/// The next entries of a directory: places and names.
+fn entries(fd: i32) -> Result<Vec<(u64, Vec<u8>)>, String> {
     let mut data = vec![0_u8; 200];
     let count = sys!(syscall(libc::SYS_getdents64, fd, data.as_mut_ptr(), data.len()))?;
-    data.truncate(count as usize);
-    Ok(data)
+    // `struct linux_dirent64`: inode, place of the next, length, type, name.
+    let mut rest = &data[..count as usize];
+    let mut found = Vec::new();
+    while let Some((head, name)) = rest.split_at_checked(19) {
+        let place = u64::from_le_bytes(head[8..16].try_into().map_err(|_| "a short entry")?);
+        let len = usize::from(u16::from_le_bytes([head[16], head[17]]));
+        let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
+        found.push((place, name.to_owned()));
+        rest = &rest[len..];
+    }
+    Ok(found)
 }
 
 fn directories(checkpoint: &Checkpoint) -> Verdict {
@@ -428,8 +438,8 @@ fn renamed_file(checkpoint: &Checkpoint) -> Verdict {
     let (old, new) = (checkpoint.path("old"), checkpoint.path("new name"));
     fs::rename(&old, &new).map_err(|error| error.to_string())?;
     fs::write(&old, "another file").map_err(|error| error.to_string())?;
-    let inode = fs::metadata(&new).map_err(|error| error.to_string())?.ino();
     checkpoint.wait();
+    let inode = fs::metadata(&new).map_err(|error| error.to_string())?.ino();
     same("bytes", &b"renamed file"[..], &read_some(fd, 100)?[..])?;
     // SAFETY: all zeros is a valid value.
     let mut stat: libc::stat = unsafe { std::mem::zeroed() };
@@ -437,13 +447,13 @@ fn renamed_file(checkpoint: &Checkpoint) -> Verdict {
     same("inode", inode, stat.st_ino)
 }
 
-fn watch(epoll: i32, fd: i32, events: i32, data: u64) -> Verdict {
+pub fn watch(epoll: i32, fd: i32, events: i32, data: u64) -> Verdict {
     let mut event = libc::epoll_event { events: events as u32, u64: data };
     sys!(epoll_ctl(epoll, libc::EPOLL_CTL_ADD, fd, &raw mut event)).map(drop)
 }
 
 /// What is ready, sorted by the values of those who watch.
-fn ready(epoll: i32) -> Result<Vec<(u64, u32)>, String> {
+pub fn ready(epoll: i32) -> Result<Vec<(u64, u32)>, String> {
     let mut events = [libc::epoll_event { events: 0, u64: 0 }; 16];
     let count = sys!(epoll_wait(epoll, events.as_mut_ptr(), 16, 0))?;
     let mut found: Vec<_> =

@@ -18,6 +18,7 @@ mod files;
 mod hugetlb;
 mod identity;
 mod memory;
+mod odd_files;
 mod refused;
 mod registers;
 mod rounds;
@@ -42,7 +43,7 @@ use kit::{Checkpoint, Verdict};
 /// A state by name.
 type Row = (&'static str, fn(&Checkpoint) -> Verdict);
 
-const GROUPS: [&[Row]; 12] = [
+const GROUPS: [&[Row]; 13] = [
     memory::ROWS,
     hugetlb::ROWS,
     rounds::ROWS,
@@ -53,6 +54,7 @@ const GROUPS: [&[Row]; 12] = [
     signals::ROWS,
     blocked::ROWS,
     files::ROWS,
+    odd_files::ROWS,
     sockets::ROWS,
     refused::ROWS,
 ];

@@ -268,7 +268,7 @@ fn unix_half_closed_pair(checkpoint: &Checkpoint) -> Verdict {
 #[repr(C, align(8))]
 struct Control([u8; 64]);
 
-fn send_descriptors(fd: i32, data: &[u8], descriptors: &[i32]) -> Verdict {
+pub fn send_descriptors(fd: i32, data: &[u8], descriptors: &[i32]) -> Verdict {
     let mut part = libc::iovec { iov_base: data.as_ptr().cast_mut().cast(), iov_len: data.len() };
     let mut control = Control([0; 64]);
     let bytes = size_of_val(descriptors);
@@ -290,7 +290,7 @@ fn send_descriptors(fd: i32, data: &[u8], descriptors: &[i32]) -> Verdict {
     sys!(sendmsg(fd, &raw const message, 0)).map(drop)
 }
 
-fn receive_descriptors(fd: i32) -> Result<(Vec<u8>, Vec<i32>), String> {
+pub fn receive_descriptors(fd: i32) -> Result<(Vec<u8>, Vec<i32>), String> {
     let mut data = [0_u8; 100];
     let mut part = libc::iovec { iov_base: data.as_mut_ptr().cast(), iov_len: data.len() };
     let mut control = Control([0; 64]);

@@ -158,12 +158,7 @@ impl Opener for Epolls {
         Ok(())
     }
 
-    fn install(
-        &mut self,
-        entry: &proto::FileEntry,
-        fd: TargetFd,
-        script: &mut Script,
-    ) -> Result<()> {
+    fn watch(&mut self, entry: &proto::FileEntry, fd: TargetFd, script: &mut Script) -> Result<()> {
         let separate = self.separate.get(&entry.id);
         for target in inner(entry)?.tfd.iter().chain(separate.into_iter().flatten()) {
             // `struct epoll_event` (`include/uapi/linux/eventpoll.h`) is packed.
@@ -217,7 +212,7 @@ mod tests {
         assert_eq!(told[2], (0xdead_beef_0000_0001, event.as_raw_fd()));
 
         let mut script = Script::new();
-        Epolls::default().install(restored.entry(5), TargetFd(9), &mut script).unwrap();
+        Epolls::default().watch(restored.entry(5), TargetFd(9), &mut script).unwrap();
         assert_eq!(script.len(), 3);
         assert_eq!(restored.flags(5) & 3, restored.before(5).flags & 3);
     }

@@ -1,18 +1,18 @@
-//! Files that can only be opened in a process of the tree, once it is there.
+//! Files that can only be opened once the tree is there.
 
 use std::{ffi::CString, os::fd::OwnedFd};
 
 use nix::libc;
 
-use super::{FileError, Opened, Result, descriptor};
+use super::{FileError, Late, Opened, Result, descriptor};
 use crate::{inject::Script, units::TargetFd};
 
 /// Returns what stands for such a file until then.
-pub(super) fn placeholder(id: u32, opened: &mut Opened) -> Result<OwnedFd> {
+pub(super) fn placeholder(id: u32, late: Late, opened: &mut Opened) -> Result<OwnedFd> {
     let path = "/dev/null";
     let fd = descriptor::open(path.as_bytes(), libc::O_RDWR.cast_unsigned())
         .map_err(FileError::restore(id, "open", path))?;
-    opened.late.insert(id);
+    opened.late.insert(id, late);
     Ok(fd)
 }
 
@@ -21,7 +21,6 @@ pub(super) fn install(
     id: u32,
     path: &[u8],
     flags: u32,
-    position: u64,
     fd: TargetFd,
     script: &mut Script,
 ) -> Result<()> {
@@ -36,13 +35,6 @@ pub(super) fn install(
     let flags = flags.cast_signed() | libc::O_NOCTTY;
     let file =
         script.call(what, libc::SYS_openat, &[libc::AT_FDCWD.into(), path.into(), flags.into()]);
-    if position != 0 && position != descriptor::NO_POSITION {
-        script.call(
-            "set the position of a file",
-            libc::SYS_lseek,
-            &[file.into(), position.into(), libc::SEEK_SET.into()],
-        );
-    }
     script.call("place a descriptor", libc::SYS_dup3, &[file.into(), fd.0.into()]);
     script.call(
         "set the flags of a descriptor",

@@ -276,6 +276,9 @@ pub trait Intake {
     /// Returns an entry of `files.img` that was collected before.
     fn entry(&mut self, id: u32) -> Option<&mut proto::FileEntry>;
 
+    /// Whether a process or thread with this number is in the tree.
+    fn has_process(&self, pid: i32) -> bool;
+
     /// Returns the files without names that were found so far, of all kinds. Who
     /// owns the table writes it ([`Lost::write`]) after all kinds are finished.
     fn lost(&mut self) -> &mut Lost;
@@ -331,11 +334,21 @@ pub struct Opened {
     /// Shared memory by its `shmid`: what all mappings and descriptions of it
     /// come from. Who fills it may find it here, or put it here first.
     pub objects: HashMap<u64, OwnedFd>,
-    /// Descriptions that stand for what can only be opened in a process of the
-    /// tree, which [`Opener::install`] does. A process that shares one with the
-    /// process where that was done has to get the description from there.
-    pub late: HashSet<u32>,
+    /// Descriptions that stand for what cannot be opened yet.
+    pub late: HashMap<u32, Late>,
+    /// The processes and threads that will be there.
+    pub processes: HashSet<i32>,
     fds: HashMap<u32, OwnedFd>,
+}
+
+/// When a file is opened that is no file before the tree is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Late {
+    /// By this program, when all processes and threads are there.
+    ByPath,
+    /// By [`Opener::install`], in the first process that has it. The others get the
+    /// description from there.
+    Inside,
 }
 
 impl Opened {
@@ -349,7 +362,8 @@ impl Opened {
             revived: Revived::default(),
             build_ids: BuildIds::default(),
             objects: HashMap::new(),
-            late: HashSet::new(),
+            late: HashMap::new(),
+            processes: HashSet::new(),
             fds: HashMap::new(),
         }
     }
@@ -382,11 +396,20 @@ impl Opened {
 /// Restores the descriptions of one kind.
 pub trait Opener {
     /// Opens the descriptions of these entries, which are all of the kind, and
-    /// adds them to `opened`. Kinds come in the order of [`KINDS`].
+    /// adds them to `opened`. Nothing may depend on other kinds here.
     ///
     /// # Errors
     /// Whatever fails; what was opened by then is closed.
     fn open(&mut self, entries: &[proto::FileEntry], opened: &mut Opened) -> Result<()>;
+
+    /// Puts into the descriptions what they hold of others, after those of all kinds
+    /// were opened, also late.
+    ///
+    /// # Errors
+    /// Whatever fails.
+    fn fill(&mut self, _opened: &Opened) -> Result<()> {
+        Ok(())
+    }
 
     /// Adds the calls that have to be made in a process which has the description
     /// at the number `fd`, once for each description, when all descriptors of the
@@ -395,6 +418,19 @@ pub trait Opener {
     /// # Errors
     /// [`FileError::Image`].
     fn install(
+        &mut self,
+        _entry: &proto::FileEntry,
+        _fd: TargetFd,
+        _script: &mut Script,
+    ) -> Result<()> {
+        Ok(())
+    }
+
+    /// Like [`Opener::install`], after everything is in its place that is opened late.
+    ///
+    /// # Errors
+    /// [`FileError::Image`].
+    fn watch(
         &mut self,
         _entry: &proto::FileEntry,
         _fd: TargetFd,
@@ -431,8 +467,7 @@ impl std::fmt::Debug for Kind {
     }
 }
 
-/// All kinds. A kind whose descriptions may be queued in those of another comes
-/// before it.
+/// All kinds. A description is of the first kind that claims it.
 pub static KINDS: &[Kind] = &[
     memfd::KIND,
     regular::KIND,

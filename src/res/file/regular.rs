@@ -2,10 +2,9 @@
 //! descriptors that only name a file.
 
 use std::{
-    collections::HashSet,
     ffi::OsStr,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::ffi::OsStrExt,
     },
     path::Path,
@@ -21,23 +20,19 @@ use nix::{
 };
 
 use super::{
-    Collector, Description, FileError, Intake, Kind, Opened, Opener, Policy, Result, descriptor,
-    late, lost, revived, tty, validation,
+    Collector, Description, FileError, Intake, Kind, Late, Opened, Opener, Policy, Result,
+    descriptor, file_of, late, lost, revived, tty, validation,
 };
-use crate::{
-    image::{
-        self,
-        proto::{self, FdTypes},
-    },
-    inject::Script,
-    units::TargetFd,
+use crate::image::{
+    self,
+    proto::{self, FdTypes},
 };
 
 /// The kind's row.
 pub(super) const KIND: Kind = Kind {
     name: "file",
     types: &[FdTypes::Reg],
-    collector: |policy: &Policy| Box::new(Files { policy: policy.clone(), ..Files::default() }),
+    collector: |policy: &Policy| Box::new(Files { policy: policy.clone() }),
     opener: |_: &Policy| Box::new(Files::default()),
 };
 
@@ -59,8 +54,6 @@ const PROC: &[u8] = b"/proc/";
 #[derive(Default)]
 struct Files {
     policy: Policy,
-    /// Those that are opened when their process is there.
-    late: HashSet<u32>,
 }
 
 impl Collector for Files {
@@ -149,13 +142,7 @@ fn name(file: &Description, id: u32, intake: &mut dyn Intake) -> Result<Vec<u8>>
     let file_system = fstatfs(&file.fd).map_err(file.failed("find the file system of"))?;
     match file_system.filesystem_type() {
         FsType(PROC_SUPER_MAGIC) => {
-            if let Some(process) = process_directory(&file.link)
-                && !Path::new(OsStr::from_bytes(process)).exists()
-            {
-                let what =
-                    format!("{} of a process that has ended", String::from_utf8_lossy(&file.link));
-                return Err(file.unsupported(what, "close it"));
-            }
+            check_process_file(file, intake)?;
             return Ok(file.link.clone());
         }
         // Not to be read by anyone else, and without a name to open it by.
@@ -205,12 +192,82 @@ fn is_same(a: &libc::stat, b: &libc::stat) -> bool {
     (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino)
 }
 
-/// Returns the directory of the process that a path in `/proc` goes through.
-fn process_directory(path: &[u8]) -> Option<&[u8]> {
-    let rest = path.strip_prefix(PROC)?;
-    let digits = rest.iter().take_while(|byte| byte.is_ascii_digit()).count();
-    let ends = matches!(rest.get(digits), None | Some(b'/' | b' '));
-    (digits > 0 && ends).then(|| &path[..PROC.len() + digits])
+/// Returns the process or thread whose directory a path in `/proc` goes through.
+fn process_of(path: &[u8]) -> Option<i32> {
+    path.strip_prefix(PROC)?.split(|byte| *byte == b'/').next().and_then(number)
+}
+
+fn number(component: &[u8]) -> Option<i32> {
+    let digits = component.iter().all(u8::is_ascii_digit);
+    digits.then(|| std::str::from_utf8(component).ok()?.parse().ok()).flatten()
+}
+
+/// Checks that a file in `/proc` can be found again, and says which are those of
+/// processes that will not be restored.
+fn check_process_file(file: &Description, intake: &dyn Intake) -> Result<()> {
+    let path = String::from_utf8_lossy(&file.link);
+    // Of a process or thread that has ended the kernel says `(deleted)`.
+    if lstat(Path::new(OsStr::from_bytes(&file.link))).is_err() {
+        let what = format!("{path}, of a process or thread that has ended");
+        return Err(file.unsupported(what, "close it"));
+    }
+    match process_of(&file.link) {
+        Some(pid) if !intake.has_process(pid) => {
+            log::warn!(
+                "{} is {path}, and process {pid} is not in the tree: a restore opens the file of \
+                 the process that has this number then",
+                file_of(file.pid, file.number)
+            );
+            Ok(())
+        }
+        None if !file.link.starts_with(PROC)
+            && file.link.split(|byte| *byte == b'/').any(|name| number(name).is_some()) =>
+        {
+            let what = format!("{path}, perhaps of a process, on a file system of type proc");
+            Err(file.unsupported(what, "open it below /proc, or close it"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whether the file of an entry is one of a process or thread of the tree, so that it
+/// can be opened only when that is there.
+pub fn is_late(entry: &proto::RegFileEntry, opened: &Opened) -> bool {
+    process_of(&entry.name).is_some_and(|pid| opened.processes.contains(&pid))
+}
+
+/// Opens a file of a process that is there by now.
+///
+/// # Errors
+/// As [`open_entry`].
+pub fn open_late(id: u32, opened: &mut Opened) -> Result<OwnedFd> {
+    let entry = opened.entries.get(&id).cloned();
+    let entry = entry.ok_or_else(|| FileError::image(id, "files.img does not have it"))?;
+    let file = inner(&entry)?;
+    open_entry(file, file.flags.cast_signed(), opened)
+}
+
+/// Sets the position of such a file, which makes the kernel write down what it shows up
+/// to there: the process has to be as it will be.
+///
+/// # Errors
+/// [`FileError::Restore`].
+pub fn position_late(id: u32, opened: &Opened) -> Result<()> {
+    let Some(file) = opened.entries.get(&id).and_then(|entry| entry.reg.as_ref()) else {
+        return Ok(());
+    };
+    position(opened.get(id)?, file)
+}
+
+fn position(fd: BorrowedFd, file: &proto::RegFileEntry) -> Result<()> {
+    let positioned = descriptor::seek(fd, file.pos, file.flags);
+    positioned.map_err(FileError::restore(file.id, "position", &file.name))
+}
+
+fn open_positioned(file: &proto::RegFileEntry, opened: &mut Opened) -> Result<OwnedFd> {
+    let fd = open_entry(file, file.flags.cast_signed(), opened)?;
+    position(fd.as_fd(), file)?;
+    Ok(fd)
 }
 
 /// Opens the file of an entry with these flags, which may differ from its own, as
@@ -244,7 +301,19 @@ pub fn open_entry(entry: &proto::RegFileEntry, flags: i32, opened: &mut Opened) 
     }
     // What is not what was dumped is not opened: a FIFO would be waited for, a device may
     // do anything.
-    let named = descriptor::name(&entry.name, flags).map_err(failed("open"))?;
+    let named = descriptor::name(&entry.name, flags).map_err(|errno| {
+        match (errno, process_of(&entry.name)) {
+            (Errno::ENOENT | Errno::ESRCH, Some(pid)) => {
+                let problem = format!(
+                    "it is {}, but there is no process {pid}, which was not dumped with the tree; \
+                     start one with this pid, or close the file before dumping",
+                    String::from_utf8_lossy(&entry.name)
+                );
+                FileError::image(entry.id, problem)
+            }
+            _ => failed("open")(errno),
+        }
+    })?;
     let stat = fstat(&named).map_err(failed("look at"))?;
     check(entry, &stat)?;
     validation::check(entry, named.as_fd(), &stat, opened)?;
@@ -301,34 +370,12 @@ impl Opener for Files {
     fn open(&mut self, entries: &[proto::FileEntry], opened: &mut Opened) -> Result<()> {
         for entry in entries {
             let file = inner(entry)?;
-            let fd = match open_entry(file, file.flags.cast_signed(), opened) {
-                Err(FileError::Restore { source: Errno::ENOENT | Errno::ESRCH, .. })
-                    if process_directory(&file.name).is_some() =>
-                {
-                    self.late.insert(entry.id);
-                    late::placeholder(entry.id, opened)?
-                }
-                result => {
-                    let fd = result?;
-                    let positioned = descriptor::seek(fd.as_fd(), file.pos, file.flags);
-                    positioned.map_err(FileError::restore(entry.id, "position", &file.name))?;
-                    fd
-                }
+            let fd = if is_late(file, opened) {
+                late::placeholder(entry.id, Late::ByPath, opened)?
+            } else {
+                open_positioned(file, opened)?
             };
             opened.insert(entry.id, fd);
-        }
-        Ok(())
-    }
-
-    fn install(
-        &mut self,
-        entry: &proto::FileEntry,
-        fd: TargetFd,
-        script: &mut Script,
-    ) -> Result<()> {
-        if self.late.contains(&entry.id) {
-            let file = inner(entry)?;
-            late::install(entry.id, &file.name, file.flags, file.pos, fd, script)?;
         }
         Ok(())
     }

@@ -75,6 +75,10 @@ impl Intake for TestIntake {
         self.entries.push(entry);
     }
 
+    fn has_process(&self, pid: i32) -> bool {
+        pid == std::process::id().cast_signed()
+    }
+
     fn entry(&mut self, id: u32) -> Option<&mut proto::FileEntry> {
         self.entries.iter_mut().find(|entry| entry.id == id)
     }
@@ -150,6 +154,7 @@ impl Dumped {
         for (id, fd) in given {
             opened.insert(id, fd);
         }
+        let mut openers = Vec::new();
         for kind in KINDS {
             let of_kind: Vec<_> = entries
                 .iter()
@@ -158,6 +163,10 @@ impl Dumped {
                 .collect();
             let mut opener: Box<dyn Opener> = (kind.opener)(&self.policy);
             opener.open(&of_kind, &mut opened)?;
+            openers.push(opener);
+        }
+        for opener in &mut openers {
+            opener.fill(&opened)?;
         }
         Ok(Restored { opened })
     }

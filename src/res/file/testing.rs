@@ -82,6 +82,10 @@ impl Intake for TestIntake {
         self.pushed.push(entry);
     }
 
+    fn has_process(&self, pid: i32) -> bool {
+        pid == std::process::id().cast_signed()
+    }
+
     fn entry(&mut self, id: u32) -> Option<&mut proto::FileEntry> {
         self.pushed.iter_mut().find(|entry| entry.id == id)
     }
@@ -222,6 +226,9 @@ impl Dumped {
                 .collect();
             opener.open(&own, &mut opened)?;
             openers.push(opener);
+        }
+        for opener in &mut openers {
+            opener.fill(&opened)?;
         }
         for opener in &mut openers {
             opener.start(&opened)?;

@@ -49,13 +49,12 @@ const HELP_EXTERNAL: &str = "dump the program that has it as well, or use --ext-
     to its name again when restoring";
 const HELP_ACCEPT: &str = "let the program accept its connections, then try again";
 
-/// The row of [`super::KINDS`]. Everything may be queued in UNIX sockets: it comes
-/// after all others.
+/// The row of [`super::KINDS`].
 pub(super) const KIND: Kind = Kind {
     name: "UNIX socket",
     types: &[proto::FdTypes::Unixsk],
     collector: |policy| Box::new(UnixCollector::new(policy)),
-    opener: |_| Box::new(unix_open::UnixOpener),
+    opener: |_| Box::<unix_open::UnixOpener>::default(),
 };
 
 /// Returns what a type of sockets is called.

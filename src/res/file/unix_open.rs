@@ -1,6 +1,7 @@
 //! Restores UNIX sockets.
 //!
-//! All of them at once, in this order:
+//! All of them at once, in this order. Anything may be in their queues, so that all
+//! other files are opened between 2 and 3.
 //!
 //! 1. sockets that nothing else is needed for are made and bound, and listen;
 //! 2. connected pairs are made: by `socketpair(2)`, or, if an end has a name, by
@@ -17,9 +18,10 @@
 use std::{
     collections::{HashMap, VecDeque},
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::net::UnixListener,
     },
+    rc::Rc,
 };
 
 use nix::{
@@ -39,24 +41,32 @@ use super::{
 use crate::{image::proto, inject::Script, units::TargetFd};
 
 /// Restores UNIX sockets.
-#[derive(Debug)]
-pub(super) struct UnixOpener;
+#[derive(Debug, Default)]
+pub(super) struct UnixOpener {
+    sockets: Sockets,
+}
 
 impl Opener for UnixOpener {
     fn open(&mut self, entries: &[proto::FileEntry], opened: &mut Opened) -> Result<()> {
-        let mut sockets = Sockets::new(entries, opened)?;
-        sockets.make_lone(&opened.policy)?;
-        sockets.make_pairs()?;
-        sockets.connect_datagrams(opened)?;
-        sockets.fill_streams(opened)?;
-        sockets.connect_waiting()?;
-        sockets.set_up()?;
-        for socket in sockets.all {
-            if let (Some(entry), Some(fd)) = (socket.own_entry(), socket.fd) {
-                opened.insert(entry.id, fd);
+        self.sockets = Sockets::new(entries, opened)?;
+        self.sockets.make_lone(&opened.policy)?;
+        self.sockets.make_pairs()?;
+        for socket in &self.sockets.all {
+            if let (false, Some(fd)) = (socket.is_external(), &socket.fd) {
+                let copy = fd.try_clone();
+                let copy = copy.map_err(|error| socket.restored.failed("duplicate")(io(&error)))?;
+                opened.insert(socket.entry.id, copy);
             }
         }
         Ok(())
+    }
+
+    fn fill(&mut self, opened: &Opened) -> Result<()> {
+        let mut sockets = std::mem::take(&mut self.sockets);
+        sockets.connect_datagrams(opened)?;
+        sockets.fill_streams(opened)?;
+        sockets.connect_waiting()?;
+        sockets.set_up()
     }
 
     /// `SO_PEERCRED` shows clients who called `listen(2)` last.
@@ -92,8 +102,8 @@ enum Link {
 
 /// A socket while it is restored.
 #[derive(Debug)]
-struct Socket<'a> {
-    entry: &'a proto::UnixSkEntry,
+struct Socket {
+    entry: Rc<proto::UnixSkEntry>,
     restored: Restored,
     link: Link,
     /// `None` until it is made, and for external ones.
@@ -105,11 +115,7 @@ struct Socket<'a> {
     queue: VecDeque<Packet>,
 }
 
-impl<'a> Socket<'a> {
-    fn own_entry(&self) -> Option<&'a proto::UnixSkEntry> {
-        (!self.is_external()).then_some(self.entry)
-    }
-
+impl Socket {
     fn is_external(&self) -> bool {
         self.entry.uflags & EXTERNAL != 0
     }
@@ -148,7 +154,7 @@ impl<'a> Socket<'a> {
     /// Gives `fd` the name of this socket.
     fn bind(&mut self, fd: &OwnedFd, keep: Keep) -> Result<()> {
         let keep = if self.entry.deleted() { Keep::Not } else { keep };
-        self.file = unix_name::bind(fd.as_fd(), self.entry, keep, &self.restored)?;
+        self.file = unix_name::bind(fd.as_fd(), &self.entry, keep, &self.restored)?;
         Ok(())
     }
 
@@ -160,13 +166,13 @@ impl<'a> Socket<'a> {
 }
 
 /// All sockets of the images.
-#[derive(Debug)]
-struct Sockets<'a> {
-    all: Vec<Socket<'a>>,
+#[derive(Debug, Default)]
+struct Sockets {
+    all: Vec<Socket>,
 }
 
-impl<'a> Sockets<'a> {
-    fn new(entries: &'a [proto::FileEntry], opened: &Opened) -> Result<Self> {
+impl Sockets {
+    fn new(entries: &[proto::FileEntry], opened: &Opened) -> Result<Self> {
         let mut queues = sock_queue::read(&opened.images)?;
         let mut all = Vec::new();
         for entry in entries {
@@ -186,7 +192,7 @@ impl<'a> Sockets<'a> {
                 unix_name::display(&entry.name)
             );
             all.push(Socket {
-                entry,
+                entry: Rc::new(entry.clone()),
                 restored: Restored { id: entry.id, object },
                 link: Link::None,
                 fd: None,
@@ -293,9 +299,9 @@ impl<'a> Sockets<'a> {
 
     /// Returns the listening socket that has the name of this end of a connection.
     fn listener_of(&self, end: usize) -> Option<usize> {
-        let wanted = self.all[end].entry;
+        let wanted = &self.all[end].entry;
         self.all.iter().position(|socket| {
-            let entry = socket.entry;
+            let entry = &socket.entry;
             entry.state == state::LISTEN
                 && socket.fd.is_some()
                 && (entry.r#type, &entry.name, &entry.name_dir)
@@ -406,13 +412,7 @@ impl<'a> Sockets<'a> {
         to: usize,
         opened: &Opened,
     ) -> Result<()> {
-        let lookup = |id: u32| -> Result<RawFd> {
-            let own = self.all.iter().find(|socket| socket.entry.id == id && !socket.is_external());
-            match own {
-                Some(socket) => socket.fd().map(|fd| fd.as_raw_fd()),
-                None => opened.get(id).map(|fd| fd.as_raw_fd()),
-            }
-        };
+        let lookup = |id: u32| opened.get(id).map(|fd| fd.as_raw_fd());
         sock_queue::send(sender, queue, &self.all[to].restored, &lookup)
     }
 
@@ -450,7 +450,7 @@ impl<'a> Sockets<'a> {
     fn set_up(&self) -> Result<()> {
         for socket in &self.all {
             let Some(fd) = socket.fd.as_ref().map(AsFd::as_fd) else { continue };
-            let (entry, restored) = (socket.entry, &socket.restored);
+            let (entry, restored) = (&socket.entry, &socket.restored);
             sock_opts::restore(fd, &entry.opts, restored)?;
             let reuse = (entry.opts.reuseaddr, entry.opts.so_reuseport);
             // Newer kernels do not let UNIX sockets have the second.
@@ -471,7 +471,7 @@ fn io(error: &std::io::Error) -> nix::errno::Errno {
 /// Returns how a socket is connected, by what its entry and that of its peer say.
 fn link(all: &[Socket], at: usize, by_inode: &HashMap<u32, usize>) -> Result<Link> {
     let socket = &all[at];
-    let entry = socket.entry;
+    let entry = &socket.entry;
     if entry.peer == 0 || socket.is_external() {
         // A datagram socket counts as connected, too, if others are connected to it. Those
         // need its name, so that one without had a peer of its own.
@@ -484,7 +484,7 @@ fn link(all: &[Socket], at: usize, by_inode: &HashMap<u32, usize>) -> Result<Lin
         let problem = format!("the images have no socket [{}], its peer", entry.peer);
         socket.restored.wrong(problem)
     })?;
-    let other = all[peer].entry;
+    let other = &all[peer].entry;
     if other.r#type != entry.r#type {
         return Err(socket.restored.wrong(format!("its peer [{}] is of another type", entry.peer)));
     }

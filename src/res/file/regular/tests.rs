@@ -220,10 +220,10 @@ fn devices_are_refused_by_name() {
 
 #[test]
 fn processes_in_proc_are_opened_when_they_are_there() {
-    assert_eq!(process_directory(b"/proc/12/maps"), Some(&b"/proc/12"[..]));
-    assert_eq!(process_directory(b"/proc/12"), Some(&b"/proc/12"[..]));
-    assert_eq!(process_directory(b"/proc/12x"), None);
-    assert_eq!(process_directory(b"/proc/sys"), None);
+    assert_eq!(process_of(b"/proc/12/maps"), Some(12));
+    assert_eq!(process_of(b"/proc/12"), Some(12));
+    assert_eq!(process_of(b"/proc/12x"), None);
+    assert_eq!(process_of(b"/proc/sys"), None);
 
     let name = b"/proc/4194304/status".to_vec();
     let reg = proto::RegFileEntry { id: 1, name, ..Default::default() };
@@ -231,11 +231,11 @@ fn processes_in_proc_are_opened_when_they_are_there() {
     let dir = tempfile::tempdir().unwrap();
     let mut opened = Opened::new(dir.path(), Policy::default(), vec![entry.clone()]);
     let mut files = Files::default();
+    let error = files.open(std::slice::from_ref(&entry), &mut opened).unwrap_err().to_string();
+    assert!(error.contains("there is no process 4194304"), "{error}");
+    opened.processes.insert(4_194_304);
     files.open(std::slice::from_ref(&entry), &mut opened).unwrap();
-    assert!(opened.contains(1) && opened.late.contains(&1));
-    let mut script = Script::new();
-    files.install(&entry, TargetFd(5), &mut script).unwrap();
-    assert_eq!(script.len(), 5);
+    assert!(opened.contains(1) && opened.late.get(&1) == Some(&Late::ByPath));
 }
 
 #[test]

@@ -22,7 +22,7 @@ use crate::{
         read_all,
     },
     inject::Script,
-    res::file::{FileError, Opened, Opener, Result, descriptor, late},
+    res::file::{FileError, Late, Opened, Opener, Result, descriptor, late},
     sys::tty::{self, Question, Switch, Termios, WindowSize},
     units::TargetFd,
 };
@@ -112,7 +112,7 @@ impl Opener for Opening {
         if self.late.contains(&entry.id)
             && let Some(path) = self.paths.get(&entry.id)
         {
-            late::install(entry.id, &path.name, path.flags, 0, fd, script)?;
+            late::install(entry.id, &path.name, path.flags, fd, script)?;
         }
         Ok(())
     }
@@ -169,7 +169,7 @@ impl Opening {
                 let mut path = path.clone();
                 path.flags = flags;
                 self.paths.insert(id, path);
-                late::placeholder(id, opened)
+                late::placeholder(id, Late::Inside, opened)
             }
             TtyType::Console | TtyType::Vt | TtyType::Serial => {
                 let path = wanted.path()?;
