@@ -217,7 +217,6 @@ fn dump_stopped(
     let policy = Policy {
         shell_job: options.shell_job,
         ext_unix_sk: options.ext_unix_sk,
-        tcp_established: options.tcp_established,
         link_remap: options.link_remap,
         ghost_limit_bytes: options.ghost_limit_bytes,
         validation: options.file_validation,

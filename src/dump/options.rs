@@ -30,12 +30,8 @@ pub struct Options {
     /// The session, the process group and the terminal may be those of processes
     /// outside the tree.
     pub shell_job: bool,
-    /// Dump established TCP connections.
-    pub tcp_established: bool,
     /// Unix sockets may be connected to processes outside the tree.
     pub ext_unix_sk: bool,
-    /// Dump file locks.
-    pub file_locks: bool,
     /// Give files that have no name left a name again.
     pub link_remap: bool,
     /// What tells a file from another one at the same path.
@@ -50,8 +46,6 @@ pub struct Options {
     pub prev_images_dir: Option<PathBuf>,
     /// How changes are tracked; `None` chooses what works.
     pub tracker: Option<Tracker>,
-    /// The root directory of the tree, if it is not that of this program.
-    pub root: Option<PathBuf>,
     /// Resources that somebody else will provide at the restore, in CRIU's words:
     /// `TYPE[ID]` or `TYPE[ID]:VALUE`.
     pub external: Vec<String>,
@@ -59,8 +53,6 @@ pub struct Options {
     pub action_scripts: Vec<PathBuf>,
     /// The cgroups of the tree are recorded, if they are not those of this program.
     pub cgroups: bool,
-    /// The cgroup that holds the tree and by which it is stopped.
-    pub freeze_cgroup: Option<PathBuf>,
     /// How long to try to stop the tree, in seconds.
     pub timeout_s: u32,
     /// Print the statistics afterwards.

@@ -145,8 +145,7 @@ fn restore(
     let policy = Policy {
         shell_job: options.shell_job,
         ext_unix_sk: options.ext_unix_sk,
-        tcp_established: options.tcp_established,
-        link_remap: options.link_remap,
+        link_remap: false,
         ghost_limit_bytes: 0,
         validation: options.file_validation,
         external: options.external.clone(),

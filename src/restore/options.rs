@@ -25,8 +25,6 @@ pub struct Options {
     pub shell_job: bool,
     /// Where the pid of the root is written; relative to `work_dir`.
     pub pidfile: Option<PathBuf>,
-    /// The root directory of the tree, if it is not that of this program.
-    pub root: Option<PathBuf>,
     /// Resources that somebody else provides, in CRIU's words: `TYPE[ID]:VALUE`.
     pub external: Vec<String>,
     /// Open descriptors of this program that stand for resources of the images:
@@ -39,15 +37,8 @@ pub struct Options {
     /// What this process becomes when the tree runs, with its arguments; it is
     /// the parent of the tree then. Empty: it stays what it is.
     pub exec_cmd: Vec<OsString>,
-    /// Restore established TCP connections.
-    pub tcp_established: bool,
     /// Unix sockets may have been connected to processes outside the tree.
     pub ext_unix_sk: bool,
-    /// Restore file locks.
-    pub file_locks: bool,
-    /// Files that had no name left may have been given a name by the dump, which
-    /// is taken away again.
-    pub link_remap: bool,
     /// What tells a file from another one at the same path.
     pub file_validation: Validation,
     /// Free in the images what has been restored.
@@ -56,15 +47,8 @@ pub struct Options {
     pub track_mem: bool,
     /// How changes are tracked; `None` chooses what works.
     pub tracker: Option<Tracker>,
-    /// How long to wait for a new process to do what it was told, in seconds.
-    pub timeout_s: u32,
     /// Print the statistics afterwards.
     pub display_stats: bool,
-}
-
-impl Options {
-    /// [`Options::timeout_s`] unless told otherwise, as CRIU has it.
-    pub const TIMEOUT_S: u32 = 10;
 }
 
 /// When bytes that have been restored are freed in the images.

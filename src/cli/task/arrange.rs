@@ -41,6 +41,8 @@ pub(in crate::cli) struct Given {
     pub name: String,
     /// Its value.
     pub value: Option<OsString>,
+    /// Whether a configuration file has it, and not the command line.
+    pub configured: bool,
 }
 
 /// A command line taken apart.
@@ -195,7 +197,8 @@ impl Specs {
                 Err("this option needs a value")
             }
             (Named::Option(spec), value) => {
-                arranged.given.push(Given { name: spec.long.clone(), value });
+                let name = spec.long.clone();
+                arranged.given.push(Given { name, value, configured: true });
                 Ok(())
             }
             (Named::TakenBack(spec), None) => {
@@ -223,7 +226,7 @@ impl Arranged {
             },
             (_, value) => value,
         };
-        self.given.push(Given { name, value });
+        self.given.push(Given { name, value, configured: false });
     }
 
     fn take_back(&mut self, name: &str) {
@@ -232,7 +235,7 @@ impl Arranged {
 
     /// Returns the words of these options and operands for clap.
     pub fn words(&self) -> impl Iterator<Item = OsString> {
-        let given = self.given.iter().map(|Given { name, value }| {
+        let given = self.given.iter().map(|Given { name, value, .. }| {
             let mut word = OsString::from(format!("--{name}"));
             if let Some(value) = value {
                 word.push("=");

@@ -199,13 +199,18 @@ mod tests {
         let sources = Sources { optional: vec![absent.clone(), first], required: Some(second) };
         let from_files = sources.read(&specs()).unwrap();
         let line = ["--no-link-remap".into(), "-Wc".into()];
-        let given = |name: &str, value: &str| Given {
+        let given = |name: &str, value: &str, configured| Given {
             name: name.to_owned(),
             value: Some(OsString::from(value)),
+            configured,
         };
         assert_eq!(
             specs().arrange(&line, from_files).given,
-            [given("work-dir", "a b"), given("manage-cgroups", "ignore"), given("work-dir", "c")]
+            [
+                given("work-dir", "a b", true),
+                given("manage-cgroups", "ignore", true),
+                given("work-dir", "c", false)
+            ]
         );
 
         let missing = Sources { optional: Vec::new(), required: Some(absent.clone()) };

@@ -101,8 +101,11 @@ pub(super) fn prepare(words: Vec<OsString>) -> anyhow::Result<Prepared> {
 
 /// Says why an option that was given is refused.
 fn refusal(task: Task, given: &[Given]) -> Option<String> {
-    given.iter().find_map(|Given { name, value }| {
-        let row = table::row(name).filter(|row| row.on.has(task.as_set()))?;
+    given.iter().find_map(|Given { name, value, configured }| {
+        let Some(row) = table::row(name, task.as_set()) else {
+            let said = format!("--{name} is not for {}; leave it out", task.name());
+            return (!configured).then_some(said);
+        };
         match row.state {
             State::Built | State::Harmless(_) => None,
             State::Refused(instead) => Some(format!("--{name} is not supported yet: {instead}")),
@@ -123,10 +126,9 @@ fn refusal(task: Task, given: &[Given]) -> Option<String> {
 /// Says of options that were given and have no effect why that is so.
 fn without_effect(task: Task, given: &[Given]) -> impl Iterator<Item = String> {
     given.iter().filter_map(move |Given { name, .. }| {
-        let row = table::row(name)?;
-        if !row.on.has(task.as_set()) {
+        let Some(row) = table::row(name, task.as_set()) else {
             return Some(format!("--{name} has no effect: it is not for {}", task.name()));
-        }
+        };
         match row.state {
             State::Harmless(why) => Some(format!("--{name} has no effect: {why}")),
             State::Built | State::Refused(_) | State::RefusedUnless(..) => None,
@@ -175,7 +177,7 @@ fn tidy_help(command: Command) -> Command {
         return command;
     };
     command.mut_args(|arg| {
-        let Some(row) = arg.get_long().and_then(table::row) else {
+        let Some(name) = arg.get_long() else {
             return match task {
                 _ if !arg.is_last_set() => arg,
                 Task::Restore => arg,
@@ -183,9 +185,10 @@ fn tidy_help(command: Command) -> Command {
                 Task::Dump | Task::PreDump | Task::Check => arg.hide(true),
             };
         };
-        if !row.on.has(task.as_set()) {
-            return arg.hide(true);
-        }
+        let Some(row) = table::row(name, task.as_set()) else {
+            let is_known = table::ROWS.iter().any(|row| row.name == name);
+            return arg.hide(is_known);
+        };
         match row.state {
             State::Built => arg,
             State::Harmless(_) => {

@@ -1,6 +1,10 @@
 //! Running the commands.
 
-use std::{os::unix::process::CommandExt, path::Path, process::ExitCode};
+use std::{
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use anyhow::{Context, bail};
 use log::{error, info};
@@ -125,14 +129,18 @@ impl Work {
     }
 }
 
+/// Where the log of a command goes that writes nothing else to a work directory.
+fn log_dir(args: &TaskArgs) -> PathBuf {
+    convert::work_dir(&args.images.images_dir, args.images.work_dir.as_deref())
+}
+
 fn dedup(args: &TaskArgs) -> ExitCode {
     let work = match convert::dedup_work(args) {
         Ok(work) => work,
         Err(error) => return usage(error.into()),
     };
     close(args);
-    let work_dir = args.images.work_dir.as_deref().unwrap_or(Path::new("."));
-    if let Err(error) = start_log(work_dir, args) {
+    if let Err(error) = start_log(&log_dir(args), args) {
         report(&error);
         return ExitCode::from(exit::FAILED);
     }
@@ -144,7 +152,7 @@ fn check(args: &TaskArgs) -> ExitCode {
         return usage(error.into());
     }
     close(args);
-    if let Err(error) = start_log(Path::new("."), args) {
+    if let Err(error) = start_log(&log_dir(args), args) {
         report(&error);
         return ExitCode::from(exit::FAILED);
     }

@@ -48,22 +48,26 @@ pub(super) enum State {
 pub(super) struct Row {
     /// Its long name.
     pub name: &'static str,
-    /// To whom it means something; the others ignore it, as CRIU's do.
+    /// The commands that this row is about; one that no row is about refuses the option
+    /// on its command line, and ignores it in configuration files, which are for all.
     pub on: Commands,
     /// What is done about it.
     pub state: State,
 }
 
-/// Returns the row of an option by its long name.
-pub(super) fn row(name: &str) -> Option<&'static Row> {
-    ROWS.iter().find(|row| row.name == name)
+/// Returns the row of an option by its long name, for one of these commands.
+pub(super) fn row(name: &str, on: Commands) -> Option<&'static Row> {
+    ROWS.iter().find(|row| row.name == name && row.on.has(on))
 }
 
 use State::{Built, Harmless, Refused, RefusedUnless};
 
-const NO_NAMESPACES: &str = "a tree with namespaces of its own stops the dump in any case";
-const NO_CONNECTIONS: &str = "an established connection stops the dump in any case";
-const NO_WATCHES: &str = "a watch (inotify, fanotify) stops the dump in any case";
+const NO_NAMESPACES: &str = "trees with namespaces of their own are not dumped; leave it out";
+const NO_CONNECTIONS: &str =
+    "established connections are not dumped; let the program close them, and leave it out";
+const NO_WATCHES: &str =
+    "watches (inotify, fanotify) are not dumped; let the program close them, and leave it out";
+const NO_FILES: &str = "a pre-dump writes memory, and no files";
 const CGROUPS: &str =
     "the tree is put back into cgroups that are there (=none), or into none (=ignore)";
 const PAGE_SERVER: &str = "pages are written to local images only; copy those";
@@ -74,13 +78,14 @@ pub(super) const ROWS: &[Row] = &[
     // Processes
     built("tree", DUMPS),
     built("leave-running", DUMP),
+    harmless("leave-running", PRE_DUMP, "the tree always runs on after a pre-dump"),
     built("leave-stopped", DUMP.or(RESTORE)),
     built("restore-detached", RESTORE),
     built("restore-sibling", RESTORE),
     built("shell-job", BOTH),
     built("exec-cmd", RESTORE),
     built("pidfile", RESTORE),
-    built("timeout", BOTH),
+    built("timeout", DUMPS),
     refused("root", BOTH, "trees with a mount namespace of their own are not; leave it out"),
     built("action-script", BOTH),
     // Images
@@ -96,22 +101,26 @@ pub(super) const ROWS: &[Row] = &[
     refused("lazy-pages", BOTH, "there is no server of pages; restore without it"),
     // Files
     refused("file-locks", BOTH, "a tree that holds locks can't be dumped; let it release them"),
-    built("link-remap", BOTH),
+    built("link-remap", DUMP),
+    harmless("link-remap", PRE_DUMP, NO_FILES),
+    harmless("link-remap", RESTORE, "files that a dump gave another name are found in any case"),
     built("ghost-limit", DUMP),
     harmless("ghost-fiemap", DUMP, "holes are found by SEEK_DATA, at the same cost"),
     built("file-validation", BOTH),
     harmless("skip-file-rwx-check", RESTORE, "permissions of files are not compared"),
-    harmless("evasive-devices", DUMP, "a device without its path stops the dump in any case"),
-    harmless("force-irmap", DUMPS, NO_WATCHES),
-    harmless("irmap-scan-path", DUMPS, NO_WATCHES),
+    refused("evasive-devices", DUMP, "a device without its path is not dumped; leave it out"),
+    refused("force-irmap", DUMPS, NO_WATCHES),
+    refused("irmap-scan-path", DUMPS, NO_WATCHES),
     // Sockets
     refused("tcp-established", BOTH, "close the connections, or let the peers connect again"),
-    harmless("tcp-close", BOTH, NO_CONNECTIONS),
-    harmless("skip-in-flight", DUMP, NO_CONNECTIONS),
-    built("ext-unix-sk", BOTH),
-    harmless("network-lock", DUMP, NO_CONNECTIONS),
+    refused("tcp-close", BOTH, NO_CONNECTIONS),
+    refused("skip-in-flight", DUMP, NO_CONNECTIONS),
+    built("ext-unix-sk", DUMP.or(RESTORE)),
+    harmless("ext-unix-sk", PRE_DUMP, NO_FILES),
+    Row { name: "network-lock", on: DUMP, state: RefusedUnless(&["skip", "none"], NO_CONNECTIONS) },
     // Provided by others
-    built("external", BOTH),
+    built("external", DUMP.or(RESTORE)),
+    harmless("external", PRE_DUMP, NO_FILES),
     built("inherit-fd", RESTORE),
     built("close", ALL),
     refused("libdir", BOTH, "there are no plugins; leave it out if the tree needs none"),
@@ -139,15 +148,15 @@ pub(super) const ROWS: &[Row] = &[
     refused("cgroup-yard", BOTH, CGROUPS),
     // Namespaces
     refused("join-ns", RESTORE, "run rcriu in the namespace, by nsenter(1)"),
-    harmless("empty-ns", BOTH, NO_NAMESPACES),
-    harmless("skip-mnt", BOTH, NO_NAMESPACES),
-    harmless("enable-fs", BOTH, NO_NAMESPACES),
-    harmless("ext-mount-map", BOTH, NO_NAMESPACES),
-    harmless("enable-external-sharing", BOTH, NO_NAMESPACES),
-    harmless("enable-external-masters", BOTH, NO_NAMESPACES),
-    harmless("mntns-compat-mode", RESTORE, NO_NAMESPACES),
-    harmless("veth-pair", RESTORE, NO_NAMESPACES),
-    harmless("weak-sysctls", RESTORE, NO_NAMESPACES),
+    refused("empty-ns", BOTH, NO_NAMESPACES),
+    refused("skip-mnt", BOTH, NO_NAMESPACES),
+    refused("enable-fs", BOTH, NO_NAMESPACES),
+    refused("ext-mount-map", BOTH, NO_NAMESPACES),
+    refused("enable-external-sharing", BOTH, NO_NAMESPACES),
+    refused("enable-external-masters", BOTH, NO_NAMESPACES),
+    refused("mntns-compat-mode", RESTORE, NO_NAMESPACES),
+    refused("veth-pair", RESTORE, NO_NAMESPACES),
+    harmless("weak-sysctls", RESTORE, "sysctls are not restored"),
     // Page server
     refused("page-server", DUMPS, PAGE_SERVER),
     refused("address", BOTH, PAGE_SERVER),

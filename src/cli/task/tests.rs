@@ -92,9 +92,12 @@ fn every_option_of_criu_is_known() {
 fn the_table_has_every_option_and_no_other() {
     let command = TaskArgs::augment_args(Command::new("task"));
     let known: BTreeSet<&str> = command.get_arguments().filter_map(|arg| arg.get_long()).collect();
-    let rows: Vec<&str> = table::ROWS.iter().map(|row| row.name).collect();
-    let unique: BTreeSet<&str> = rows.iter().copied().collect();
-    assert_eq!(unique.len(), rows.len());
+    let unique: BTreeSet<&str> = table::ROWS.iter().map(|row| row.name).collect();
+    for task in Task::ALL {
+        let rows = table::ROWS.iter().filter(|row| row.on.has(task.as_set()));
+        let rows: Vec<&str> = rows.map(|row| row.name).collect();
+        assert_eq!(rows.len(), rows.iter().collect::<BTreeSet<_>>().len(), "{task:?}");
+    }
     assert_eq!(unique, known);
     let of_criu = OF_CRIU.split_whitespace().map(|option| {
         let name = option.trim_start_matches("--").split('=').next().unwrap();
@@ -141,9 +144,7 @@ fn default_dump() -> dump::Options {
         leave_running: false,
         leave_stopped: false,
         shell_job: false,
-        tcp_established: false,
         ext_unix_sk: false,
-        file_locks: false,
         link_remap: false,
         file_validation: Validation::BuildId,
         ghost_limit_bytes: 1 << 20,
@@ -151,11 +152,9 @@ fn default_dump() -> dump::Options {
         auto_dedup: false,
         prev_images_dir: None,
         tracker: None,
-        root: None,
         external: Vec::new(),
         action_scripts: Vec::new(),
         cgroups: true,
-        freeze_cgroup: None,
         timeout_s: 10,
         display_stats: false,
     }
@@ -170,21 +169,16 @@ fn default_restore() -> restore::Options {
         leave_stopped: false,
         shell_job: false,
         pidfile: None,
-        root: None,
         external: Vec::new(),
         inherit_fds: Vec::new(),
         action_scripts: Vec::new(),
         exec_cmd: Vec::new(),
         cgroups: true,
-        tcp_established: false,
         ext_unix_sk: false,
-        file_locks: false,
-        link_remap: false,
         file_validation: Validation::BuildId,
         auto_dedup: None,
         track_mem: false,
         tracker: None,
-        timeout_s: 10,
         display_stats: false,
     }
 }
@@ -212,14 +206,12 @@ fn lines_of_dump_become_options() {
         ("dump -t 7 -R -s", dump::Options { leave_stopped: true, ..default.clone() }),
         ("dump -t 7 -sR", dump::Options { leave_running: true, ..default.clone() }),
         (
-            "dump -t 7 -jl --link-remap --display-stats --tcp-established --file-validation=filesize",
+            "dump -t 7 -j --link-remap --display-stats --file-validation=filesize",
             dump::Options {
                 shell_job: true,
-                file_locks: true,
                 link_remap: true,
                 file_validation: Validation::FileSize,
                 display_stats: true,
-                tcp_established: true,
                 ..default.clone()
             },
         ),
@@ -247,14 +239,6 @@ fn lines_of_dump_become_options() {
         (
             "dump -t 7 -x --no-ext-unix-sk --action-script a --action-script b",
             dump::Options { action_scripts: vec!["a".into(), "b".into()], ..default.clone() },
-        ),
-        (
-            "dump -t 7 -r /r --freeze-cgroup /c",
-            dump::Options {
-                root: Some("/r".into()),
-                freeze_cgroup: Some("/c".into()),
-                ..default.clone()
-            },
         ),
     ] {
         assert_eq!(dumped(line), expected, "{line}");
@@ -386,10 +370,10 @@ fn what_is_not_built_is_refused_by_name() {
         (Task::Restore, "--cpu-cap=none", None),
         (Task::Restore, "--cpu-cap", Some("--cpu-cap")),
         (Task::Restore, "-J net:1", Some("--join-ns")),
-        (Task::Dump, "--tcp-close --skip-mnt /a --weak-sysctls --log-pid", None),
-        // Not for this command, or taken back.
-        (Task::Dump, "-J net:1", None),
-        (Task::Restore, "--freeze-cgroup /c", None),
+        (Task::Dump, "-t 7 --tcp-close", Some("--tcp-close")),
+        (Task::Dump, "-t 7 --network-lock=nftables", Some("--network-lock=nftables")),
+        (Task::Dump, "--network-lock=skip --ghost-fiemap --log-pid", None),
+        // Taken back.
         (Task::Dump, "--stream --no-stream", None),
     ] {
         let said = refused(task, line);
@@ -411,8 +395,12 @@ fn what_is_not_built_is_refused_by_name() {
 }
 
 #[test]
-fn what_has_no_effect_is_said() {
-    let (_, given) = read("dump -t 7 --restore-sibling --log-pid -R").unwrap();
+fn what_has_no_effect_is_said_or_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = dir.path().join("options");
+    std::fs::write(&config, "restore-sibling\n").unwrap();
+    let (_, given) =
+        read(&format!("dump -t 7 --log-pid -R --config={}", config.display())).unwrap();
     let said: Vec<String> = without_effect(Task::Dump, &given).collect();
     assert_eq!(
         said,
@@ -421,6 +409,18 @@ fn what_has_no_effect_is_said() {
             "--log-pid has no effect: a single process logs, and each line has its pid",
         ]
     );
+    assert_eq!(refusal(Task::Dump, &given), None);
+    // On a command line it is a mistake.
+    for (task, line, name) in [
+        (Task::Dump, "-t 7 -S", "restore-sibling"),
+        (Task::Check, "-t 7", "tree"),
+        (Task::Check, "--json", "json"),
+        (Task::Restore, "--timeout 1", "timeout"),
+    ] {
+        let (_, given) = read(&format!("{} {line}", task.name())).unwrap();
+        let expected = format!("--{name} is not for {}; leave it out", task.name());
+        assert_eq!(refusal(task, &given), Some(expected));
+    }
 }
 
 #[test]

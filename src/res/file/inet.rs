@@ -73,8 +73,7 @@ const LOST_IP: &[(c_int, c_int, &str)] = &[
 ];
 
 const HELP_KIND: &str = "only TCP, UDP and UDP-Lite sockets are supported";
-const HELP_ESTABLISHED: &str =
-    "connections are not dumped yet (--tcp-established): close them first";
+const HELP_ESTABLISHED: &str = "connections are not dumped yet (--tcp-established is refused): let the program close them first";
 const HELP_ACCEPT: &str = "let the program accept its connections, then try again";
 
 /// Dumps internet sockets.

@@ -167,8 +167,6 @@ pub struct Policy {
     pub shell_job: bool,
     /// `--ext-unix-sk`: sockets whose peers are outside of the tree.
     pub ext_unix_sk: bool,
-    /// `--tcp-established`.
-    pub tcp_established: bool,
     /// `--link-remap`: give files that have lost their name another one.
     pub link_remap: bool,
     /// `--ghost-limit`: the most bytes of a deleted file that are put into images.
