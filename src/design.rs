@@ -98,6 +98,25 @@
 //! that is not to run on has the disk begin with its images while they are written; for one
 //! that is, they are first copied, which is what it waits for.
 //!
+//! # No trace
+//!
+//! A dump changes nothing in its target: not what it is, and not what it costs. So
+//!
+//! - only pages that the kernel says are in memory or in swap are read: reading another
+//!   one would make it;
+//! - pages that another process has, too, or that were merged with their like, are read
+//!   through `/proc/PID/mem`. `process_vm_readv(2)` reads twice as fast, but pins pages,
+//!   and to pin one that is shared copy-on-write the kernel first copies it in the target,
+//!   splits huge pages, and kills by SIGBUS where there is no huge page for the copy. So
+//!   it is for memory that is a process's own, as `smaps` tells while the tree stands
+//!   still, and never for a pre-dump, whose tree may fork at any time;
+//! - what was in swap is sent back there as soon as it was read (`MADV_PAGEOUT`), which
+//!   costs no writing;
+//! - files without names and shared memory are read by a description of their own, with
+//!   `O_NOATIME`.
+//!
+//! `tests/common/untouched.rs` compares targets before and after each kind of dump.
+//!
 //! # Older kernels
 //!
 //! What a kernel does not tell is found out in another way, or the dump fails; nothing

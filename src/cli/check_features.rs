@@ -50,8 +50,9 @@ const ROWS: &[Row] = &[
         &["process_vm_readv"],
         Always,
         |f| f.process_vm_readv,
-        "memory can't be read while the tree runs",
+        "processes can't be made to tell their state, nor can memory be restored",
     ),
+    row(&["proc_mem"], Always, |f| f.proc_mem, "memory can't be dumped"),
     row(
         &["map_files"],
         Always,

@@ -25,7 +25,10 @@ use crate::{
         BuildIds, Collector, Description, FileError, Intake, KINDS, Lost, Policy, Validation, fown,
         regular,
     },
-    sys::process::{self, Shared},
+    sys::{
+        fds,
+        process::{self, Shared},
+    },
     units::{HostPid, TargetFd},
 };
 
@@ -327,8 +330,8 @@ impl FileTable {
                 let is_memory = self.state.types.get(id) == Some(&proto::FdTypes::Memfd.into());
                 if is_memory && !found.contains_key(inode) {
                     let path = PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()));
-                    let file =
-                        File::open(&path).map_err(|source| DumpError::File { path, source })?;
+                    let file = fds::open_unseen(&path)
+                        .map_err(|source| DumpError::File { path, source })?;
                     found.insert(*inode, file.into());
                 }
             }

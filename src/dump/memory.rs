@@ -9,7 +9,7 @@
 
 use std::{
     fs::File,
-    io::{self, IoSlice, IoSliceMut},
+    io::{self, IoSlice},
     num::NonZeroUsize,
     os::unix::fs::{FileExt, MetadataExt},
     path::PathBuf,
@@ -22,17 +22,17 @@ use std::{
 
 use nix::{
     errno::Errno,
-    sys::uio::{RemoteIoVec, process_vm_readv, pwritev},
-    unistd::{Pid, Whence, lseek},
+    sys::uio::pwritev,
+    unistd::{Whence, lseek},
 };
 
-use super::{DumpError, Result};
+use super::{DumpError, Result, reading::ProcessMemory};
 use crate::{
     chain::{Content, MemoryBytes, Place, read_at},
     fault::{self, Point},
     image::{Kind, MemoryId, PagemapEntry, PagemapWriter, Presence, SnapshotWriter},
     sys::{cancel, fds},
-    units::{BLOCK_BYTES, HostPid, PAGE_SIZE, PageIndex, RemoteAddr, page_bytes},
+    units::{BLOCK_BYTES, PAGE_SIZE, PageIndex, page_bytes},
 };
 
 /// Pages in a chunk: 256 KiB, half of a usual second-level cache, since the parent's
@@ -40,7 +40,7 @@ use crate::{
 const CHUNK_PAGES: u64 = 64;
 
 /// Bytes in a page, for slices.
-const PAGE: usize = 4096;
+pub(super) const PAGE: usize = 4096;
 
 const _: () = assert!(PAGE as u64 == PAGE_SIZE);
 
@@ -51,8 +51,10 @@ pub(super) struct Stretch {
     pub(super) first: PageIndex,
     /// How many there are.
     pub(super) pages: u64,
-    /// Whether the process itself could not read them.
-    pub(super) hidden: bool,
+    /// Whether reading may pin them; see [`super::reading`].
+    pub(super) pinnable: bool,
+    /// Whether they are in swap.
+    pub(super) swapped: bool,
     /// Whether a file would be seen without them: then zeros are as good as other bytes.
     pub(super) over_file: bool,
     /// Whether they are known to be in the parent as they are, without a look.
@@ -62,9 +64,8 @@ pub(super) struct Stretch {
 /// Where the bytes of a memory are read.
 #[derive(Debug)]
 pub(super) enum Origin {
-    /// In a process; `file` is its `/proc/PID/mem`, for what the process itself
-    /// cannot read.
-    Process { pid: HostPid, file: File },
+    /// In a process.
+    Process(ProcessMemory),
     /// In the object itself.
     Object { file: File, name: String },
 }
@@ -379,25 +380,7 @@ impl<'a> Job<'a> {
 
     fn read_runs(&self, runs: &[Stretch], bytes: &mut [u8]) -> Result<()> {
         match &self.memory.origin {
-            Origin::Process { pid, file } => {
-                if !runs.iter().any(|run| run.hidden) && read_process(*pid, runs, bytes) {
-                    return Ok(());
-                }
-                // With the rights of the kernel, and for an error that says where.
-                for_each_run(runs, bytes, |run, target| {
-                    let address = RemoteAddr(run.first.address());
-                    if self.memory.running {
-                        read_what_is_there(file, address, target);
-                        return Ok(());
-                    }
-                    file.read_exact_at(target, address.0).map_err(|source| DumpError::ReadMemory {
-                        pid: *pid,
-                        address,
-                        len: target.len() as u64,
-                        source,
-                    })
-                })
-            }
+            Origin::Process(process) => process.read(runs, bytes, self.memory.running),
             Origin::Object { file, name } => for_each_run(runs, bytes, |run, target| {
                 let offset = run.first.address();
                 read_object(file, offset, target).map_err(|source| DumpError::ReadObject {
@@ -529,12 +512,12 @@ impl Turn {
     }
 }
 
-fn len(pages: u64) -> usize {
+pub(super) fn len(pages: u64) -> usize {
     usize::try_from(page_bytes(pages)).expect("at most a chunk")
 }
 
 /// Calls `read` with each run and its part of `bytes`.
-fn for_each_run(
+pub(super) fn for_each_run(
     runs: &[Stretch],
     bytes: &mut [u8],
     mut read: impl FnMut(&Stretch, &mut [u8]) -> Result<()>,
@@ -546,33 +529,6 @@ fn for_each_run(
         read(run, target)?;
     }
     Ok(())
-}
-
-/// Reads all runs by one call; false if not all could be read.
-fn read_process(pid: HostPid, runs: &[Stretch], bytes: &mut [u8]) -> bool {
-    let remote: Vec<RemoteIoVec> = runs
-        .iter()
-        .map(|run| RemoteIoVec {
-            base: usize::try_from(run.first.address()).expect("64-bit addresses"),
-            len: len(run.pages),
-        })
-        .collect();
-    let wanted = bytes.len();
-    let read = process_vm_readv(Pid::from_raw(pid.0), &mut [IoSliceMut::new(bytes)], &remote);
-    read == Ok(wanted)
-}
-
-/// Reads memory of a process that runs. Pages that are gone count as zero: whatever
-/// is mapped there next is new, and the next dump looks at it.
-fn read_what_is_there(file: &File, address: RemoteAddr, target: &mut [u8]) {
-    if file.read_exact_at(target, address.0).is_ok() {
-        return;
-    }
-    for (number, page) in (0..).zip(target.chunks_exact_mut(PAGE)) {
-        if file.read_exact_at(page, address.0 + page_bytes(number)).is_err() {
-            page.fill(0);
-        }
-    }
 }
 
 /// Reads a stretch of an object; what is behind its end is zero.
@@ -647,7 +603,7 @@ pub(super) fn parent_memory(
 
 /// A stretch of an object, whose holes are zero.
 fn of_object(first: PageIndex, pages: u64) -> Stretch {
-    Stretch { first, pages, hidden: false, over_file: false, unwritten: false }
+    Stretch { first, pages, pinnable: false, swapped: false, over_file: false, unwritten: false }
 }
 
 /// Returns the stretches of an object that are not holes.

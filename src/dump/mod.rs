@@ -11,6 +11,7 @@ mod files;
 mod memory;
 mod options;
 mod pre_dump;
+mod reading;
 mod stats;
 mod track;
 mod tree;

@@ -16,6 +16,7 @@ use std::{
 use super::{
     DumpError, Options, Parent, Result, commit, find_parents,
     memory::{self, Memory, Origin},
+    reading::ProcessMemory,
     stats::Stats,
     track::Tracking,
     tree,
@@ -25,7 +26,7 @@ use crate::{
     inject::{Frozen, Outcome, Task},
     proc,
     res::mapping::{self, Object},
-    sys::pagemap::PagemapFile,
+    sys::{fds, pagemap::PagemapFile},
 };
 
 /// `inventory_entry.pre_dump_mode`: memory was read while the tree ran
@@ -133,11 +134,9 @@ impl Found {
                 enter(&mut self.objects, inode, path)?;
             }
         }
-        let path = tree::proc_path(pid, "mem");
-        let file = File::open(&path).map_err(|source| DumpError::File { path, source })?;
         self.memories.push(Memory {
             id: MemoryId::Private(u64::from(pid.0.cast_unsigned())),
-            origin: Origin::Process { pid, file },
+            origin: Origin::Process(ProcessMemory::open(pid)?),
             stretches,
             parent: None,
             running: true,
@@ -148,7 +147,7 @@ impl Found {
 
 fn enter(objects: &mut BTreeMap<u64, File>, shmid: u64, path: PathBuf) -> Result<()> {
     if let Entry::Vacant(place) = objects.entry(shmid) {
-        place.insert(File::open(&path).map_err(|source| DumpError::File { path, source })?);
+        place.insert(fds::open_unseen(&path).map_err(|source| DumpError::File { path, source })?);
     }
     Ok(())
 }

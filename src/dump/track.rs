@@ -266,7 +266,8 @@ mod tests {
         let stretch = |pages: Range<u64>, unwritten| Stretch {
             first: PageIndex(pages.start),
             pages: pages.end - pages.start,
-            hidden: false,
+            pinnable: false,
+            swapped: false,
             over_file: false,
             unwritten,
         };

@@ -11,6 +11,7 @@ use super::{
     DumpError, Result,
     files::FileTable,
     memory::{Memory, Origin, Stretch},
+    reading::{self, ProcessMemory},
     track::Tracking,
 };
 use crate::{
@@ -25,7 +26,10 @@ use crate::{
         thread,
         track::{self, Told, Watch},
     },
-    sys::pagemap::{PagemapFile, Query, Region, category},
+    sys::{
+        fds,
+        pagemap::{PagemapFile, Query, Region, category},
+    },
     units::{HostPid, PAGE_SHIFT, RemoteAddr},
 };
 
@@ -258,11 +262,9 @@ impl<'a> Collection<'a> {
             thp_disabled: Some(proc::status(pid)?.thp_enabled == Some(false)),
         };
         self.write_one(Kind::Mm, pid, &mm)?;
-        let path = proc_path(pid, "mem");
-        let file = File::open(&path).map_err(|source| DumpError::File { path, source })?;
         self.memories.push(Memory {
             id: MemoryId::Private(u64::from(pid.0.cast_unsigned())),
-            origin: Origin::Process { pid, file },
+            origin: Origin::Process(ProcessMemory::open(pid)?),
             stretches,
             parent: None,
             running: false,
@@ -297,7 +299,7 @@ impl<'a> Collection<'a> {
             source,
         })?;
         let path = map_file(pid, mapping);
-        let file = File::open(&path).map_err(|source| DumpError::File { path, source })?;
+        let file = fds::open_unseen(&path).map_err(|source| DumpError::File { path, source })?;
         self.segments.insert(id, (entry, file));
         Ok(())
     }
@@ -359,6 +361,9 @@ pub(super) fn scan(
         Query::PRIVATE
     };
     let query = query.without_guards();
+    // Telling it costs nothing where nothing is in swap.
+    let tell = if mapping.swap_bytes > 0 { category::SWAPPED } else { 0 };
+    let query = Query { tell, ..query };
     let mut found = Vec::new();
     let mut told = Told::Nothing;
     if let Some(watch) = watch {
@@ -368,13 +373,15 @@ pub(super) fn scan(
         pagemap.scan(mapping.start, mapping.end, query, &mut regions)?;
         found.extend(regions.into_iter().map(|region| (region, false)));
     }
+    let pinnable = reading::is_pinnable(mapping);
     let over_file = matches!(object, Object::File | Object::SharedMemory);
     let mut untracked = 0;
     stretches.extend(found.iter().map(|(region, unwritten)| {
         let first = region.first();
         let pages = (region.end().0 >> PAGE_SHIFT) - first.0;
         untracked += if told == Told::Nothing { pages } else { 0 };
-        Stretch { first, pages, hidden: !mapping.read, over_file, unwritten: *unwritten }
+        let swapped = region.categories & category::SWAPPED != 0;
+        Stretch { first, pages, pinnable, swapped, over_file, unwritten: *unwritten }
     }));
     Ok(untracked)
 }

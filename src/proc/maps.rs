@@ -50,6 +50,9 @@ pub struct Mapping {
     pub flags: VmFlags,
     /// The bytes that are in memory; 0 when read from `maps`.
     pub rss_bytes: u64,
+    /// Of those, the bytes that other page tables may have, too, and those merged with
+    /// their like (KSM); 0 when read from `maps`.
+    pub shared_rss_bytes: u64,
     /// The bytes that are in swap; 0 when read from `maps`.
     pub swap_bytes: u64,
     /// The bytes in a page: above 4096 for hugetlbfs; 0 when read from `maps`.
@@ -108,6 +111,7 @@ impl Mapping {
             name: text::undo_octal(rest.trim_ascii_start()),
             flags: VmFlags::default(),
             rss_bytes: 0,
+            shared_rss_bytes: 0,
             swap_bytes: 0,
             kernel_page_bytes: 0,
             protection_key: 0,
@@ -118,6 +122,9 @@ impl Mapping {
     fn add_field(&mut self, line: &[u8]) -> Parsed<()> {
         match text::split_once(line, b':') {
             Some((b"Rss", value)) => self.rss_bytes = bytes(value, "Rss")?,
+            Some((b"Shared_Clean" | b"Shared_Dirty" | b"Shared_Hugetlb" | b"KSM", value)) => {
+                self.shared_rss_bytes += bytes(value, "shared bytes")?
+            }
             Some((b"Swap", value)) => self.swap_bytes = bytes(value, "Swap")?,
             Some((b"KernelPageSize", value)) => {
                 self.kernel_page_bytes = bytes(value, "KernelPageSize")?;

@@ -203,6 +203,7 @@ fn smaps_are_read() {
         name: Vec::new(),
         flags: VmFlags::default(),
         rss_bytes: 0,
+        shared_rss_bytes: 0,
         swap_bytes: 0,
         kernel_page_bytes: 0,
         protection_key: 0,

@@ -4,7 +4,12 @@
 use std::{
     ffi::CStr,
     fs::File,
-    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    io,
+    os::{
+        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        unix::fs::OpenOptionsExt,
+    },
+    path::Path,
 };
 
 use nix::{errno::Errno, libc};
@@ -80,6 +85,19 @@ fn made(number: libc::c_long) -> nix::Result<OwnedFd> {
     // SAFETY: the callers pass what a call has returned that makes a descriptor;
     // nobody else knows the number.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Opens a file for reading, so that reading it does not show in its times, if it is
+/// one's own or with `CAP_FOWNER`.
+///
+/// # Errors
+/// What `open(2)` returns.
+pub fn open_unseen(path: impl AsRef<Path>) -> io::Result<File> {
+    let open = |flags| File::options().read(true).custom_flags(flags).open(&path);
+    match open(libc::O_NOATIME) {
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => open(0),
+        result => result,
+    }
 }
 
 /// Duplicates a descriptor of this program that is known by its number, as those

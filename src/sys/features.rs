@@ -38,7 +38,9 @@ pub struct Features {
     pub kcmp: bool,
     /// `kcmp` of a descriptor with the target of an epoll (Linux 4.13).
     pub kcmp_epoll: bool,
-    /// `process_vm_readv`.
+    /// Reading the memory of another process through `/proc/PID/mem`.
+    pub proc_mem: bool,
+    /// `process_vm_readv` and `process_vm_writev`.
     pub process_vm_readv: bool,
     /// Opening what is mapped through `/proc/PID/map_files`.
     pub map_files: bool,
@@ -178,6 +180,7 @@ impl Features {
     fn probe_child(&mut self, child: &Child) {
         self.pidfd_getfd = child.pidfd_getfd();
         self.kcmp = child.kcmp();
+        self.proc_mem = child.proc_mem();
         self.process_vm_readv = child.process_vm_readv();
         self.ptrace_seize = child.seize();
         if self.ptrace_seize {
@@ -391,7 +394,8 @@ mod tests {
     #[test]
     fn what_every_supported_kernel_has_is_found() {
         let features = Features::probe();
-        assert!(features.memfd && features.openat2 && features.process_vm_readv, "{features:?}");
+        assert!(features.memfd && features.openat2, "{features:?}");
+        assert!(features.proc_mem && features.process_vm_readv, "{features:?}");
         assert!(features.fdinfo_mnt_id && features.sock_diag_unix, "{features:?}");
         // By themselves they are no use.
         assert!(features.userfaultfd || !features.write_protect_private);

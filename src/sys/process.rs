@@ -3,8 +3,13 @@
 
 use std::{
     cmp::Ordering,
-    io::{IoSlice, IoSliceMut},
-    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd},
+    fs::File,
+    io::{self, IoSlice},
+    ops::Range,
+    os::{
+        fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd},
+        unix::fs::FileExt,
+    },
 };
 
 use nix::{
@@ -12,7 +17,7 @@ use nix::{
     libc,
     sys::{
         signal::kill,
-        uio::{RemoteIoVec, process_vm_readv, process_vm_writev},
+        uio::{RemoteIoVec, process_vm_writev},
     },
     unistd::Pid,
 };
@@ -104,28 +109,51 @@ fn remote(address: RemoteAddr, len: usize) -> Result<RemoteIoVec, Errno> {
     Ok(RemoteIoVec { base, len })
 }
 
-/// Reads memory of another process that it could read itself.
+/// Reads memory of another process, with the rights of the kernel.
+///
+/// `process_vm_readv(2)` would pin the pages, and the kernel copies a page that is shared
+/// copy-on-write before it pins it: the other process would have more memory of its own
+/// afterwards than before.
 ///
 /// # Errors
-/// `EFAULT` if not all of it can be read, `ESRCH`, `EPERM`.
+/// `EIO` if not all of it can be read, `ENOENT`, `EACCES`.
 pub fn read_memory(pid: HostPid, address: RemoteAddr, buffer: &mut [u8]) -> Result<(), Errno> {
-    let mut done = 0;
-    while done < buffer.len() {
-        let rest = &mut buffer[done..];
-        let from = remote(address.plus(done as u64), rest.len())?;
-        let count = process_vm_readv(pid_of(pid), &mut [IoSliceMut::new(rest)], &[from])?;
-        if count == 0 {
-            return Err(Errno::EFAULT);
-        }
-        done += count;
-    }
-    Ok(())
+    let read = open_memory(pid).and_then(|file| file.read_exact_at(buffer, address.0));
+    // Nothing is there at the end of the address space, either.
+    read.map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))
+}
+
+/// Opens the memory of another process for reading: `/proc/PID/mem`.
+///
+/// # Errors
+/// `ENOENT` if there is no such process, `EACCES`.
+pub fn open_memory(pid: HostPid) -> io::Result<File> {
+    File::open(format!("/proc/{pid}/mem"))
+}
+
+/// Brings pages of another process back to swap, as far as that can be done: those of
+/// `ranges` that are in its page tables alone (since Linux 5.10).
+///
+/// # Errors
+/// `EPERM` without `CAP_SYS_NICE`; `ESRCH`, `ENOSYS`.
+pub fn page_out(pidfd: impl AsFd, ranges: &[Range<RemoteAddr>]) -> Result<(), Errno> {
+    // `struct iovec` of a program with 64 bits: address and length.
+    let vector: Vec<[u64; 2]> =
+        ranges.iter().map(|range| [range.start.0, range.end.0 - range.start.0]).collect();
+    let pidfd = pidfd.as_fd().as_raw_fd();
+    let advice = libc::MADV_PAGEOUT;
+    // SAFETY: the vector outlives the call; its addresses are the other process's, and the
+    // advice changes no byte there.
+    let result = unsafe {
+        libc::syscall(libc::SYS_process_madvise, pidfd, vector.as_ptr(), vector.len(), advice, 0)
+    };
+    Errno::result(result).map(drop)
 }
 
 /// Writes memory of another process that it could write itself.
 ///
 /// # Errors
-/// As [`read_memory`].
+/// `EFAULT` if not all of it can be written, `ESRCH`, `EPERM`.
 pub fn write_memory(pid: HostPid, address: RemoteAddr, bytes: &[u8]) -> Result<(), Errno> {
     let mut done = 0;
     while done < bytes.len() {

@@ -10,7 +10,7 @@ use std::{
     fs::{self, File},
     io::{self, Write},
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, AsRawFd, OwnedFd},
         unix::{ffi::OsStrExt, fs::FileExt},
     },
     path::{Path, PathBuf},
@@ -30,6 +30,7 @@ use crate::{
         ImageError, ImageWriter, Kind as ImageKind, SnapshotWriter,
         proto::{self, FdTypes, RemapType},
     },
+    sys::fds,
     units::BLOCK_BYTES,
 };
 
@@ -247,9 +248,10 @@ impl Ghost {
         let mut image = images.create(ImageKind::GhostFile, self.id.into())?;
         image.message(&entry)?;
         if format == libc::S_IFREG {
-            let file = descriptor::reopen(self.file.as_fd(), libc::O_RDONLY.cast_unsigned())
-                .map_err(|errno| self.unreadable(errno))?;
-            let file = File::from(file);
+            let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+            let file = fds::open_unseen(path).map_err(|error| {
+                self.unreadable(error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))
+            })?;
             if chunks {
                 self.write_chunks(&file, size, &mut image)?;
             } else {

@@ -427,7 +427,9 @@ impl Watch {
             Tracker::SoftDirty => category::SOFT_DIRTY,
             Tracker::Wp | Tracker::None => category::WRITTEN,
         };
-        let query = Query { tell: if before.is_some() { told } else { 0 }, ..query };
+        let told = if before.is_some() { told } else { 0 };
+        let asked = query.tell;
+        let query = Query { tell: told | asked, ..query };
         let mut regions = Vec::new();
         let mut believed = self.trusted && before == Some(true);
         let (start, end) = (mapping.start, mapping.end);
@@ -437,7 +439,7 @@ impl Watch {
                 // What was protected was not told in full: all of it is looked at.
                 believed = false;
                 regions.clear();
-                pagemap.scan(start, end, Query { tell: 0, ..query }, &mut regions)?;
+                pagemap.scan(start, end, Query { tell: asked, ..query }, &mut regions)?;
             }
         } else {
             let by_ioctl = pagemap.scan(start, end, query, &mut regions)?;

@@ -643,6 +643,7 @@ mod tests {
             name: b"/dev/zero (deleted)".to_vec(),
             flags: VmFlags::default(),
             rss_bytes: 0,
+            shared_rss_bytes: 0,
             swap_bytes: 0,
             kernel_page_bytes: PAGE_SIZE,
             protection_key: 0,

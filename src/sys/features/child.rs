@@ -10,6 +10,13 @@ use std::{
 use nix::{errno::Errno, libc};
 
 use super::{KCMP_FILE, descriptor};
+use crate::{
+    sys::process::read_memory,
+    units::{HostPid, RemoteAddr},
+};
+
+/// What this program has in its memory, and so has the child.
+static THERE: u8 = 42;
 
 /// A child that waits until it is killed. Killed and reaped when dropped.
 pub(super) struct Child {
@@ -87,9 +94,15 @@ impl Child {
         matches!(Errno::result(result), Ok(0) | Err(Errno::EBADF))
     }
 
+    /// Reads a byte of its memory file.
+    pub(super) fn proc_mem(&self) -> bool {
+        let mut here = [0];
+        let address = RemoteAddr((&raw const THERE).addr() as u64);
+        read_memory(HostPid(self.pid), address, &mut here).is_ok() && here == [THERE]
+    }
+
     /// Reads a byte that the child has as well.
     pub(super) fn process_vm_readv(&self) -> bool {
-        static THERE: u8 = 42;
         let mut here = 0_u8;
         let local = libc::iovec { iov_base: (&raw mut here).cast(), iov_len: 1 };
         let remote = libc::iovec { iov_base: (&raw const THERE).cast_mut().cast(), iov_len: 1 };

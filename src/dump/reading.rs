@@ -1,0 +1,130 @@
+//! Reading the memory of a process without leaving a trace in it.
+//!
+//! Only pages that are in memory or in swap are asked for, since reading another one
+//! makes it. `process_vm_readv(2)` pins what it reads. To pin a page that is shared
+//! copy-on-write or merged with its like, the kernel first copies it in the process that
+//! is read, and splits huge pages for that. Reading `/proc/PID/mem` takes references only,
+//! and half as fast. So pages are pinned only where no other process has them.
+
+use std::{fs::File, io::IoSliceMut, ops::Range, os::unix::fs::FileExt};
+
+use nix::{
+    sys::uio::{RemoteIoVec, process_vm_readv},
+    unistd::Pid,
+};
+
+use super::{
+    DumpError, Result,
+    memory::{PAGE, Stretch, for_each_run, len},
+};
+use crate::{
+    proc::{Mapping, VmFlags},
+    sys::process,
+    units::{HostPid, RemoteAddr, page_bytes},
+};
+
+/// The memory of a process.
+#[derive(Debug)]
+pub(super) struct ProcessMemory {
+    pid: HostPid,
+    /// Its `/proc/PID/mem`.
+    file: File,
+}
+
+impl ProcessMemory {
+    /// Opens the memory of a process.
+    ///
+    /// # Errors
+    /// [`DumpError::File`].
+    pub(super) fn open(pid: HostPid) -> Result<Self> {
+        let file = process::open_memory(pid).map_err(|source| {
+            let path = format!("/proc/{pid}/mem").into();
+            DumpError::File { path, source }
+        })?;
+        Ok(Self { pid, file })
+    }
+
+    /// Reads stretches of a process. If it is `running`, pages may be gone; they are
+    /// zero.
+    ///
+    /// # Errors
+    /// [`DumpError::ReadMemory`].
+    pub(super) fn read(&self, runs: &[Stretch], bytes: &mut [u8], running: bool) -> Result<()> {
+        // A process that runs may fork at any time.
+        let pinned = !running && runs.iter().all(|run| run.pinnable) && self.pin(runs, bytes);
+        if !pinned {
+            for_each_run(runs, bytes, |run, target| {
+                let address = RemoteAddr(run.first.address());
+                if running {
+                    self.read_what_is_there(address, target);
+                    return Ok(());
+                }
+                self.file.read_exact_at(target, address.0).map_err(|source| {
+                    let (pid, len) = (self.pid, target.len() as u64);
+                    DumpError::ReadMemory { pid, address, len, source }
+                })
+            })?;
+        }
+        self.swap_out(runs);
+        Ok(())
+    }
+
+    /// Reads all stretches by one call; false if not all could be read.
+    fn pin(&self, runs: &[Stretch], bytes: &mut [u8]) -> bool {
+        let remote: Vec<RemoteIoVec> = runs
+            .iter()
+            .map(|run| RemoteIoVec {
+                base: usize::try_from(run.first.address()).expect("64-bit addresses"),
+                len: len(run.pages),
+            })
+            .collect();
+        let wanted = bytes.len();
+        let pid = Pid::from_raw(self.pid.0);
+        process_vm_readv(pid, &mut [IoSliceMut::new(bytes)], &remote) == Ok(wanted)
+    }
+
+    /// Reads memory of a process that runs. Pages that are gone count as zero: whatever
+    /// is mapped there next is new, and the next dump looks at it.
+    fn read_what_is_there(&self, address: RemoteAddr, target: &mut [u8]) {
+        if self.file.read_exact_at(target, address.0).is_ok() {
+            return;
+        }
+        for (number, page) in (0..).zip(target.chunks_exact_mut(PAGE)) {
+            if self.file.read_exact_at(page, address.0 + page_bytes(number)).is_err() {
+                page.fill(0);
+            }
+        }
+    }
+
+    /// Brings what was in swap back there: it counts against the limits of the process.
+    /// The bytes in swap are still good, so that nothing is written.
+    fn swap_out(&self, runs: &[Stretch]) {
+        let ranges: Vec<Range<RemoteAddr>> = runs
+            .iter()
+            .filter(|run| run.swapped)
+            .map(|run| {
+                let start = RemoteAddr(run.first.address());
+                start..start.plus(page_bytes(run.pages))
+            })
+            .collect();
+        if ranges.is_empty() {
+            return;
+        }
+        let done = process::pidfd_open(self.pid).and_then(|fd| process::page_out(&fd, &ranges));
+        if let Err(errno) = done {
+            log::debug!("{}: memory that was in swap stays in memory: {errno}", self.pid);
+        }
+    }
+}
+
+/// Whether the pages of a mapping of a stopped process can be pinned without a trace: it
+/// can read them, and they are its own.
+pub(super) fn is_pinnable(mapping: &Mapping) -> bool {
+    let merged_at_any_time = mapping.flags.contains(VmFlags::MERGEABLE);
+    let huge = mapping.flags.contains(VmFlags::HUGE_TLB);
+    mapping.read
+        && mapping.shared_rss_bytes == 0
+        && mapping.swap_bytes == 0
+        && !merged_at_any_time
+        && !huge
+}
