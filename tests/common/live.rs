@@ -232,11 +232,16 @@ impl Live {
 
     /// Runs `dump` of the tree into its images directory.
     pub fn try_dump(&mut self, arguments: &[&str]) -> Output {
+        self.try_run("dump", arguments)
+    }
+
+    /// Runs a command of the program on the tree and its images directory.
+    pub fn try_run(&mut self, name: &str, arguments: &[&str]) -> Output {
         self.tree();
         let images = self.images();
         fs::create_dir_all(&images).expect("the images directory is ours");
         let mut command = Command::new(&self.programs.0);
-        command.arg("dump").arg("-t").arg(self.root.to_string());
+        command.arg(name).arg("-t").arg(self.root.to_string());
         command.arg("-D").arg(&images).args(["-v4", "-o", "dump.log"]).args(arguments);
         self.set_environment(&mut command);
         bounded(command, &self.path("dump.out"))

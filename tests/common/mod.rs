@@ -9,6 +9,7 @@ pub mod mounted;
 pub mod peak;
 pub mod recorder;
 pub mod same;
+pub mod untouched;
 
 use std::{
     fs::{self, File},

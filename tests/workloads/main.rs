@@ -17,6 +17,7 @@ mod blocked;
 mod files;
 mod hugetlb;
 mod identity;
+mod kept;
 mod memory;
 mod odd_files;
 mod refused;
@@ -80,7 +81,7 @@ fn main() -> ExitCode {
     };
     // In a shell's session, and by itself: not in the list.
     let apart: &[Row] = &[("terminal", shell::terminal), ("four_gib", memory::four_gib)];
-    let mut rows = GROUPS.iter().copied().flatten().chain(apart);
+    let mut rows = GROUPS.iter().copied().flatten().chain(apart).chain(kept::ROWS);
     let Some((_, run)) = rows.find(|(row, _)| row == name) else {
         eprintln!("there is no state {name}");
         return ExitCode::from(2);

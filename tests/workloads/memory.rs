@@ -310,8 +310,12 @@ pub fn flags_of(area: Area) -> Result<Vec<String>, String> {
     let mut lines = text.lines().skip_while(|line| !line.starts_with(&begin));
     let flags = lines.find_map(|line| line.strip_prefix("VmFlags:"));
     let flags = flags.ok_or(format!("no mapping begins at {begin}"))?;
-    // Soft-dirty bits are the tracker's, not the program's.
-    Ok(flags.split_whitespace().filter(|flag| *flag != "sd").map(str::to_owned).collect())
+    // Soft-dirty bits and write protection are the tracker's, not the program's.
+    Ok(flags
+        .split_whitespace()
+        .filter(|flag| !["sd", "uw"].contains(flag))
+        .map(str::to_owned)
+        .collect())
 }
 
 fn mlocked(checkpoint: &Checkpoint) -> Verdict {
