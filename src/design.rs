@@ -221,6 +221,11 @@
 //! it (`O_PATH`), and opened only if it is the one: a FIFO or a device in its place never
 //! is.
 //!
+//! What CRIU's images have no place for is kept in fields of ours, from number 20001 on,
+//! which CRIU passes over: attributes of threads ([`crate::res::attribute`]), which a restore
+//! reads, sets where they differ, and reads again, so that it can say what is not as it was;
+//! and the signal by which a process tells its end, if it is not `SIGCHLD`.
+//!
 //! With `--auto-dedup` everything that could keep pages from being freed is found out
 //! first: the journals, and whether the file system can do it. Pages are freed when the
 //! tree runs, or as it is filled; so what a child shares with its parent is compared

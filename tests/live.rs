@@ -139,6 +139,19 @@ states! {
     registers_avx512;
     registers_x87;
     segment_bases;
+    affinity;
+    io_priorities;
+    timer_slack;
+    time_stamp_counter;
+    machine_checks;
+    memory_policy;
+    memory_merging;
+    huge_pages_where_asked;
+    core_filter;
+    nice_session;
+    reset_on_fork;
+    deadline;
+    exit_signals;
     tree;
     sessions;
     dead_session_leader;
@@ -299,11 +312,13 @@ fn every_workload_is_tested() {
     let output = Command::new(workload()).arg("--list").output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     let there: BTreeSet<_> = text.lines().collect();
+    let lost: Vec<_> = LOST.iter().map(|(name, _)| *name).collect();
     let refused: Vec<_> = REFUSED.iter().map(|(name, _)| *name).collect();
     let tested = [
         NAMES,
         HUGE_NAMES,
         &refused,
+        &lost,
         &["unix_pending_data", "protection_keys", "local_descriptors"],
     ]
     .concat();
@@ -454,6 +469,27 @@ const REFUSED: &[(&str, &str)] = &[
 fn privileged_states_that_no_restore_gives_back_are_refused() {
     for (name, words) in REFUSED {
         refused(name, words);
+    }
+}
+
+/// States that are lost, and words of the warnings.
+const LOST: &[(&str, &[&str])] = &[
+    ("keyrings", &["has a keyring of its own", "has a keyring of its process"]),
+    ("undone_semaphore", &["may have operations on semaphores to be undone (SEM_UNDO"]),
+];
+
+#[test]
+fn privileged_states_that_are_lost_are_warned_of() {
+    require(Cap::Ptrace);
+    for (name, words) in LOST {
+        let mut live = Live::workload(name);
+        let output = live.try_dump(&["-R"]);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{said}");
+        for words in *words {
+            assert!(said.contains(words), "{name}: {said}");
+        }
+        live.verdict();
     }
 }
 

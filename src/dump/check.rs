@@ -5,8 +5,10 @@ use std::{cmp::Ordering, collections::BTreeSet};
 
 use super::{DumpError, Options, Result};
 use crate::{
+    causes::tell,
     inject::{Task, Tracee},
     proc,
+    res::attribute,
     sys::{
         process::{self, Shared},
         ptrace::{self, Rare},
@@ -60,6 +62,7 @@ pub(super) fn tree(tasks: &[Task], options: &Options) -> Result<()> {
             check_thread(task.pid, thread)?;
         }
     }
+    warn_of_losses(tasks, own, &pids);
     for (position, task) in tasks.iter().enumerate() {
         let stat = proc::stat(task.pid)?;
         // The leader of a session or group may have ended, but then nobody outside
@@ -94,6 +97,17 @@ pub(super) fn tree(tasks: &[Task], options: &Options) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Says what is seen here and will be lost.
+fn warn_of_losses(tasks: &[Task], own: HostPid, pids: &BTreeSet<i32>) {
+    let in_tree = |pid: HostPid| pids.contains(&pid.0);
+    for task in tasks.iter().filter(|task| !task.is_zombie()) {
+        let tids: Vec<_> = task.threads.iter().map(|thread| thread.tid).collect();
+        for what in attribute::lost::look(task.pid, &tids, own, &in_tree) {
+            tell(log::Level::Warn, &format!("process {} {what}", task.pid));
+        }
+    }
 }
 
 /// Checks that a process lives in the namespaces of this program.

@@ -19,6 +19,7 @@ use crate::{
     inject::{Script, TABLE_BYTES, Task, with_scratch},
     proc::{self, Mapping, VmFlags},
     res::{
+        attribute::{self, Who},
         cgroup,
         mapping::{self, Object},
         sysv,
@@ -156,12 +157,13 @@ impl<'a> Collection<'a> {
         for position in 0..task.threads.len() {
             let mut script = Script::new();
             let asked = thread::ask(&mut script);
+            let attributes = attribute::ask(position == 0, &mut script);
             if position == 0 {
                 about_task = Some(task::ask(pid, &mut script)?);
             }
-            questions.push((script, asked));
+            questions.push((script, asked, attributes));
         }
-        let room = questions.iter().map(|(script, _)| script.bytes_needed()).max().unwrap_or(0);
+        let room = questions.iter().map(|(script, ..)| script.bytes_needed()).max().unwrap_or(0);
         let answers = with_scratch(
             &mut task.threads,
             mappings,
@@ -170,24 +172,27 @@ impl<'a> Collection<'a> {
                 threads
                     .iter_mut()
                     .zip(&questions)
-                    .map(|(thread, (script, _))| scratch.run(thread, script))
+                    .map(|(thread, (script, ..))| scratch.run(thread, script))
                     .collect::<Result<Vec<_>, _>>()
             },
         )?;
         let mut for_memory = ForMemory { dumpable: 1, brk: 0 };
         let about_task = about_task.expect("the leader was asked");
         for (position, thread) in task.threads.iter().enumerate() {
-            let (_, asked) = &questions[position];
+            let (_, asked, attributes) = &questions[position];
             let mut core = proto::CoreEntry::default();
             thread::collect(asked, &answers[position], pid, thread, &mut core)?;
-            let set = self.cgroups.enter(pid, thread.tid)?;
+            let tid = thread.tid;
+            let set = self.cgroups.enter(pid, tid)?;
             if let Some(thread) = &mut core.thread_core {
                 thread.cg_set = Some(set);
+                let who = Who { pid, tid, own_session: true };
+                thread.rcriu_attributes = attribute::collect(attributes, &answers[position], who);
             }
             if position == 0 {
                 for_memory = task::collect(&about_task, &answers[0], pid, stopped_by, &mut core)?;
             }
-            self.write_one(Kind::Core, thread.tid, &core)?;
+            self.write_one(Kind::Core, tid, &core)?;
         }
         Ok(for_memory)
     }

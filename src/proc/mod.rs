@@ -224,6 +224,16 @@ pub fn loginuid(pid: HostPid) -> Result<Option<u32>> {
     }
 }
 
+/// Reads `/proc/PID/sessionid`: the number of the audit session; of none,
+/// 4294967295.
+///
+/// # Errors
+///
+/// See the [module](self).
+pub fn session_id(pid: HostPid) -> Result<u32> {
+    read(of_process(pid, "sessionid"), |text| text::unsigned(text, 10, "sessionid"))
+}
+
 /// Reads the link `/proc/PID/ns/KIND` and returns the inode of the namespace.
 ///
 /// `kind` is `mnt`, `pid`, `net`, `user` and so on. A kind that the kernel does

@@ -38,6 +38,9 @@ pub struct Stat {
     pub end_code: u64,
     /// The address of the bottom of the stack.
     pub start_stack: u64,
+    /// The signal by which its end is told to its parent; of a thread other than the
+    /// leader -1.
+    pub exit_signal: i32,
     /// The realtime priority, 1 to 99; 0 under other policies.
     pub rt_priority: u32,
     /// The scheduling policy: a `SCHED_*` number.
@@ -113,6 +116,7 @@ impl Stat {
             start_code: columns.unsigned(26, "startcode")?,
             end_code: columns.unsigned(27, "endcode")?,
             start_stack: columns.unsigned(28, "startstack")?,
+            exit_signal: columns.signed(38, "exit_signal")?,
             rt_priority: columns.unsigned(40, "rt_priority")?,
             policy: columns.unsigned(41, "policy")?,
             start_data: columns.unsigned(45, "start_data")?,

@@ -172,6 +172,7 @@ fn stat_is_read_after_the_last_parenthesis() {
         start_code: 94_106_389_868_544,
         end_code: 94_106_389_888_425,
         start_stack: 140_723_478_989_840,
+        exit_signal: 17,
         rt_priority: 9,
         policy: 2,
         start_data: 94_106_389_904_432,

@@ -1,5 +1,6 @@
 //! Kinds of state that processes have, one file each, with both directions in it.
 
+pub mod attribute;
 pub mod cgroup;
 pub mod creds;
 mod error;

@@ -123,6 +123,7 @@ pub fn collect(
         stop_signo: stopped.then_some(stopped_by.cast_unsigned()),
         membarrier_registration_mask: (membarrier != 0)
             .then(|| u32::try_from(membarrier).unwrap_or(0)),
+        rcriu_exit_signal: exit_signal(&stat),
         ..Default::default()
     });
     Ok(ForMemory {
@@ -131,6 +132,11 @@ pub fn collect(
             .map_or(1, |value| i32::try_from(value).unwrap_or(1)),
         brk: answers.result(asked.brk).unwrap_or(0),
     })
+}
+
+/// Returns what an image says of the signal by which a process tells its end.
+fn exit_signal(stat: &proc::Stat) -> Option<u32> {
+    (stat.exit_signal != libc::SIGCHLD).then_some(stat.exit_signal.cast_unsigned())
 }
 
 /// Returns the core of a process that has ended and was not waited for.
@@ -145,6 +151,7 @@ pub fn zombie(pid: HostPid) -> Result<proto::CoreEntry> {
             task_state: state::DEAD,
             exit_code: stat.exit_code.cast_unsigned(),
             flags: stat.flags,
+            rcriu_exit_signal: exit_signal(&stat),
             comm: stat.comm,
             ..Default::default()
         }),

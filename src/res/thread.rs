@@ -125,7 +125,10 @@ pub fn collect(
         futex_rla: robust_list.0,
         futex_rla_len: u32::try_from(robust_len).unwrap_or(0),
         sched_nice: Some(scheduling.nice),
-        sched_policy: Some(scheduling.policy),
+        sched_policy: Some(match scheduling.flags & FLAG_RESET_ON_FORK {
+            0 => scheduling.policy,
+            _ => scheduling.policy | RESET_ON_FORK,
+        }),
         sched_prio: (scheduling.priority != 0).then_some(scheduling.priority),
         blk_sigset: Some(thread.signal_mask),
         sas: Some(proto::ThreadSasEntry {
@@ -211,6 +214,13 @@ pub fn apply_creds(core: &proto::CoreEntry, own: &creds::Own, script: &mut Scrip
     script.call("set the parent-death signal", libc::SYS_prctl, &arguments);
 }
 
+/// `SCHED_RESET_ON_FORK`, `SCHED_DEADLINE` (`linux/sched.h`).
+const RESET_ON_FORK: u32 = 0x4000_0000;
+const DEADLINE: u32 = 6;
+
+/// `SCHED_FLAG_RESET_ON_FORK` (`linux/sched.h`).
+const FLAG_RESET_ON_FORK: u64 = 1;
+
 /// Sets what can be set from outside: how the thread is scheduled.
 ///
 /// # Errors
@@ -220,8 +230,17 @@ pub fn apply_outside(core: &proto::CoreEntry, tid: HostPid) -> Result<()> {
     let step = "set the scheduling of";
     let failed = |source| ResError::Thread { tid, step, source };
     let now = process::scheduling(tid).map_err(failed)?;
+    // CRIU keeps the flag with the policy, as sched_setscheduler(2) has it.
+    let policy = thread.sched_policy.unwrap_or(0);
+    let resets = policy & RESET_ON_FORK != 0;
+    let policy = policy & !RESET_ON_FORK;
+    if policy == DEADLINE {
+        // It takes more than there is a place for: see the attributes.
+        return Ok(());
+    }
     let wanted = process::Scheduling {
-        policy: thread.sched_policy.unwrap_or(0),
+        policy,
+        flags: if resets { FLAG_RESET_ON_FORK } else { 0 },
         nice: thread.sched_nice.unwrap_or(0),
         priority: thread.sched_prio.unwrap_or(0),
         ..now

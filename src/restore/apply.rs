@@ -11,8 +11,12 @@ use super::{
 };
 use crate::{
     fault::{self, Point},
-    inject::Script,
-    res::{ResError, creds, signals, task, thread},
+    inject::{Answers, Script},
+    res::{
+        ResError,
+        attribute::{Differences, Who},
+        creds, signals, task, thread,
+    },
     units::HostPid,
 };
 
@@ -29,6 +33,7 @@ const AUXV_AT: usize = 88;
 /// Whatever fails.
 pub(super) fn all(plan: &Plan, puppets: &mut Puppets, files: &mut Files) -> Result<()> {
     let own = creds::Own::read()?;
+    let mut differences = Differences::default();
     let limits = crate::proc::limits(HostPid(nix::unistd::getpid().as_raw()))?;
     for (position, planned) in plan.tasks.iter().enumerate() {
         let Some(body) = &planned.body else { continue };
@@ -68,6 +73,13 @@ pub(super) fn all(plan: &Plan, puppets: &mut Puppets, files: &mut Files) -> Resu
             }
             run(puppets, position, number, &script)?;
             thread::apply_outside(&of.core, of.tid)?;
+            let who = Who {
+                pid: planned.pid,
+                tid: of.tid,
+                own_session: !plan.is_outside(planned.session),
+            };
+            differences
+                .restore(&of.core, who, &mut |script| run(puppets, position, number, script))?;
         }
         task::apply_outside(planned.core(), planned.pid)?;
     }
@@ -91,6 +103,7 @@ pub(super) fn all(plan: &Plan, puppets: &mut Puppets, files: &mut Files) -> Resu
             run(puppets, position, number, &script)?;
         }
     }
+    differences.tell();
     Ok(())
 }
 
@@ -140,11 +153,10 @@ pub(super) fn finish(plan: &Plan, puppets: &mut Puppets, files: &mut Files) -> R
     files.position_late()
 }
 
-fn run(puppets: &mut Puppets, position: usize, number: usize, script: &Script) -> Result<()> {
+fn run(puppets: &mut Puppets, position: usize, number: usize, script: &Script) -> Result<Answers> {
     let scratch = puppets.scratch;
     let puppet = puppets.tasks[position].as_mut().expect("it lives");
-    scratch.run(&mut puppet.threads[number], script)?;
-    Ok(())
+    Ok(scratch.run(&mut puppet.threads[number], script)?)
 }
 
 /// Adds the call that tells the kernel what the parts of the address space are for

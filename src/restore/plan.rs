@@ -74,6 +74,12 @@ impl TaskPlan {
         })
     }
 
+    /// Returns the signal by which its end is told to its parent; 0 for none.
+    pub(super) fn exit_signal(&self) -> u32 {
+        let stored = self.core().tc.as_ref().and_then(|task| task.rcriu_exit_signal);
+        stored.unwrap_or(nix::libc::SIGCHLD.cast_unsigned())
+    }
+
     /// Returns the process's state, see [`state`].
     pub(super) fn state(&self) -> u32 {
         self.core().tc.as_ref().map_or(state::DEAD, |task| task.task_state)

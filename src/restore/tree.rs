@@ -10,12 +10,13 @@ use nix::libc;
 
 use super::{
     RestoreError, Result,
-    births::{Births, Maker},
+    births::{Birth, Births, Maker},
     free::Free,
     memory::{self, Layout},
     plan::{Body, Plan, TaskPlan, in_use},
 };
 use crate::{
+    causes::tell,
     fault::{self, Point},
     image::proto::VmaEntry,
     inject::{InjectError, Scratch, Script, Tracee},
@@ -40,6 +41,9 @@ const CLONE_CLEAR_SIGHAND: u64 = 1 << 32;
 
 /// The new process is a child of its maker's parent.
 const CLONE_PARENT: u64 = libc::CLONE_PARENT.cast_unsigned() as u64;
+
+/// By which processes that are made for the restore tell their ends.
+const SIGCHLD: u32 = libc::SIGCHLD.cast_unsigned();
 
 /// A process while it is restored.
 #[derive(Debug)]
@@ -123,6 +127,7 @@ impl<'a> Puppets<'a> {
             puppets.make_children(position)?;
         }
         fault::hit(Point::RestoreForked)?;
+        puppets.tell_of_exit_signals();
         puppets.set_groups(workshop.shell_job)?;
         Ok(puppets)
     }
@@ -169,7 +174,7 @@ impl<'a> Puppets<'a> {
             self.scratch.run(&mut first, &script)?;
             self.helpers.push(Helper { pid: helper.pid, maker: Maker::Director });
             let root = self.plan.tasks[0].pid;
-            let child = self.fork(&mut first, root, true)?;
+            let child = self.fork(&mut first, root, true, SIGCHLD)?;
             self.tasks[0] =
                 Some(Puppet { threads: vec![child], layout: Layout::default(), inherited: None });
         } else {
@@ -246,7 +251,7 @@ impl<'a> Puppets<'a> {
             if helper.maker != own || !helper.session {
                 continue;
             }
-            let mut tracee = self.fork(maker, helper.pid, false)?;
+            let mut tracee = self.fork(maker, helper.pid, false, SIGCHLD)?;
             self.helpers.push(Helper { pid: helper.pid, maker: own });
             let mut script = Script::new();
             script.call("make a session", libc::SYS_setsid, &[]);
@@ -268,7 +273,8 @@ impl<'a> Puppets<'a> {
             if birth.maker != maker || birth.early != early {
                 continue;
             }
-            let tracee = self.fork(by, self.plan.tasks[child].pid, birth.sibling)?;
+            let task = &self.plan.tasks[child];
+            let tracee = self.fork(by, task.pid, birth.sibling, task.exit_signal())?;
             self.tasks[child] = Some(Puppet {
                 threads: vec![tracee],
                 layout: Layout::default(),
@@ -279,14 +285,43 @@ impl<'a> Puppets<'a> {
     }
 
     /// Makes a process with this pid.
-    fn fork(&self, maker: &mut Tracee, pid: HostPid, sibling: bool) -> Result<Tracee> {
+    fn fork(
+        &self,
+        maker: &mut Tracee,
+        pid: HostPid,
+        sibling: bool,
+        exit_signal: u32,
+    ) -> Result<Tracee> {
         let arguments = CloneArguments {
             flags: if sibling { CLONE_PARENT } else { 0 },
             // A sibling's is that of who makes it.
-            exit_signal: if sibling { 0 } else { u64::from(libc::SIGCHLD.cast_unsigned()) },
+            exit_signal: if sibling { 0 } else { exit_signal.into() },
             ..CloneArguments::default()
         };
         make(&self.scratch, maker, pid, arguments)
+    }
+
+    /// Says whose end will be told by another signal than before: a sibling's is that of
+    /// who makes it, and that of the root is what its new parent waits for.
+    fn tell_of_exit_signals(&self) {
+        for (task, birth) in self.plan.tasks.iter().zip(&self.births.tasks) {
+            let now = match birth {
+                Some(Birth { maker: Maker::Task(maker), sibling: true, .. }) => {
+                    self.plan.tasks[*maker].exit_signal()
+                }
+                Some(Birth { maker: Maker::Task(_), .. }) => continue,
+                _ => SIGCHLD,
+            };
+            let before = task.exit_signal();
+            if before != now {
+                let message = format!(
+                    "the end of process {} will be told to its parent by signal {now}, not {before} \
+                     (clone(2)), as that of the process that made it",
+                    task.pid
+                );
+                tell(log::Level::Warn, &message);
+            }
+        }
     }
 
     /// Puts all processes into their groups.
@@ -321,7 +356,8 @@ impl<'a> Puppets<'a> {
                     if process::exists(task.group) {
                         return Err(in_use(task.group));
                     }
-                    let mut helper = self.fork(&mut puppet.threads[0], task.group, false)?;
+                    let mut helper =
+                        self.fork(&mut puppet.threads[0], task.group, false, SIGCHLD)?;
                     self.helpers.push(Helper { pid: task.group, maker: Maker::Task(position) });
                     join(&scratch, &mut helper, 0)?;
                     made.insert(task.group, position);
@@ -412,11 +448,20 @@ impl<'a> Puppets<'a> {
         let scratch = self.scratch;
         for (task, puppet) in self.plan.tasks.iter().zip(&mut self.tasks) {
             let (Some(_), Some(puppet)) = (&task.body, puppet) else { continue };
+            let dead = self.plan.tasks.iter().filter(|dead| {
+                let parent = dead.parent.map(|parent| self.plan.tasks[parent].pid);
+                dead.body.is_none() && parent == Some(task.pid)
+            });
+            let mut signals = vec![SIGCHLD];
+            signals.extend(dead.map(TaskPlan::exit_signal).filter(|signal| *signal != 0));
             let mut script = Script::new();
-            let set = script.bytes(&(1_u64 << (libc::SIGCHLD - 1)).to_le_bytes());
             let now = script.bytes(&[0; 16]);
-            script
-                .attempt(libc::SYS_rt_sigtimedwait, &[set.into(), 0.into(), now.into(), 8.into()]);
+            for signal in signals {
+                let bit = 1_u64.checked_shl(signal - 1).unwrap_or(0);
+                let set = script.bytes(&bit.to_le_bytes());
+                let arguments = [set.into(), 0.into(), now.into(), 8.into()];
+                script.attempt(libc::SYS_rt_sigtimedwait, &arguments);
+            }
             scratch.run(&mut puppet.threads[0], &script)?;
         }
         Ok(())

@@ -18,6 +18,7 @@ pub mod reflink;
 pub mod shm;
 pub mod socket;
 pub mod supervise;
+pub mod task;
 pub mod tracepoint;
 pub mod tty;
 pub mod userfaultfd;

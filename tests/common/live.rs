@@ -343,6 +343,8 @@ impl Live {
     pub fn restore(&mut self, arguments: &[&str]) {
         let output = self.try_restore(arguments);
         assert!(output.status.success(), "restore: {}", self.complaint(&output, "restore.log"));
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!said.contains("not as it was"), "{said}");
         let pid = fs::read_to_string(self.path("pid")).expect("restore writes the pid file");
         assert_eq!(pid.trim(), self.root.to_string(), "pid file");
     }

@@ -13,6 +13,7 @@
 
 #[macro_use]
 mod kit;
+mod attributes;
 mod blocked;
 mod files;
 mod hugetlb;
@@ -44,7 +45,7 @@ use kit::{Checkpoint, Verdict};
 /// A state by name.
 type Row = (&'static str, fn(&Checkpoint) -> Verdict);
 
-const GROUPS: [&[Row]; 13] = [
+const GROUPS: &[&[Row]] = &[
     memory::ROWS,
     hugetlb::ROWS,
     rounds::ROWS,
@@ -58,6 +59,7 @@ const GROUPS: [&[Row]; 13] = [
     odd_files::ROWS,
     sockets::ROWS,
     refused::ROWS,
+    attributes::ROWS,
 ];
 
 fn main() -> ExitCode {

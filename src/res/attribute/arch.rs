@@ -1,0 +1,121 @@
+//! What `arch_prctl(2)` sets on x86-64 beside segment bases.
+
+use nix::{errno::Errno, libc};
+
+use super::{Asked, Kind, Scope, Who};
+use crate::inject::{Answers, Script};
+
+/// Of `asm/prctl.h`.
+const GET_CPUID: i32 = 0x1011;
+const SET_CPUID: i32 = 0x1012;
+const GET_XCOMP_PERM: i32 = 0x1022;
+const REQ_XCOMP_PERM: i32 = 0x1023;
+const GET_UNTAG_MASK: i32 = 0x4001;
+const ENABLE_TAGGED_ADDR: i32 = 0x4002;
+
+/// Whether a thread may execute `cpuid`: 0 if it is a fault.
+pub(super) struct CpuId;
+
+impl Kind for CpuId {
+    fn name(&self) -> &'static str {
+        "cpuid"
+    }
+
+    fn about(&self) -> &'static str {
+        "whether it may execute cpuid (ARCH_SET_CPUID)"
+    }
+
+    fn ask(&self, script: &mut Script) -> Asked {
+        Asked::call(script.attempt(libc::SYS_arch_prctl, &[GET_CPUID.into(), 0.into()]))
+    }
+
+    fn read(&self, _: Who, asked: &Asked, answers: &Answers) -> Option<Vec<u64>> {
+        Some(vec![asked.result(answers)?])
+    }
+
+    fn set(&self, values: &[u64], _: Who, script: &mut Script) -> Result<(), Errno> {
+        let &[value] = values else { return Err(Errno::EINVAL) };
+        script.attempt(libc::SYS_arch_prctl, &[SET_CPUID.into(), value.into()]);
+        Ok(())
+    }
+}
+
+/// The large registers that a process may use, such as those of AMX: bits of `XCR0`.
+/// Permission is never withdrawn.
+pub(super) struct LargeState;
+
+impl Kind for LargeState {
+    fn name(&self) -> &'static str {
+        "large_state"
+    }
+
+    fn about(&self) -> &'static str {
+        "permission for large registers (ARCH_REQ_XCOMP_PERM)"
+    }
+
+    fn scope(&self) -> Scope {
+        Scope::Process
+    }
+
+    fn ask(&self, script: &mut Script) -> Asked {
+        pointed(GET_XCOMP_PERM, script)
+    }
+
+    fn read(&self, _: Who, asked: &Asked, answers: &Answers) -> Option<Vec<u64>> {
+        /// What every process may use: all but the tiles' data (`linux/fpu/types.h`).
+        const LARGE: u64 = 1 << 18;
+        Some(vec![word(asked, answers)? & LARGE])
+    }
+
+    fn set(&self, values: &[u64], _: Who, script: &mut Script) -> Result<(), Errno> {
+        let &[value] = values else { return Err(Errno::EINVAL) };
+        for bit in (0..u64::BITS).filter(|bit| value >> bit & 1 == 1) {
+            script.attempt(libc::SYS_arch_prctl, &[REQ_XCOMP_PERM.into(), bit.into()]);
+        }
+        Ok(())
+    }
+}
+
+/// The bits of pointers that the processor looks at: not those of tags, once a process
+/// has some.
+pub(super) struct TaggedAddresses;
+
+impl Kind for TaggedAddresses {
+    fn name(&self) -> &'static str {
+        "untag_mask"
+    }
+
+    fn about(&self) -> &'static str {
+        "the bits of pointers that are not tags (ARCH_ENABLE_TAGGED_ADDR)"
+    }
+
+    fn scope(&self) -> Scope {
+        Scope::Process
+    }
+
+    fn ask(&self, script: &mut Script) -> Asked {
+        pointed(GET_UNTAG_MASK, script)
+    }
+
+    fn read(&self, _: Who, asked: &Asked, answers: &Answers) -> Option<Vec<u64>> {
+        Some(vec![word(asked, answers)?])
+    }
+
+    fn set(&self, values: &[u64], _: Who, script: &mut Script) -> Result<(), Errno> {
+        let &[mask] = values else { return Err(Errno::EINVAL) };
+        let bits = mask.count_zeros();
+        script.attempt(libc::SYS_arch_prctl, &[ENABLE_TAGGED_ADDR.into(), bits.into()]);
+        Ok(())
+    }
+}
+
+/// A question that is answered by a word in memory.
+fn pointed(option: i32, script: &mut Script) -> Asked {
+    let buffer = script.space(size_of::<u64>());
+    let call = script.attempt(libc::SYS_arch_prctl, &[option.into(), buffer.into()]);
+    Asked::into(call, buffer)
+}
+
+fn word(asked: &Asked, answers: &Answers) -> Option<u64> {
+    Some(u64::from_le_bytes(*asked.written(answers)?.first_chunk()?))
+}

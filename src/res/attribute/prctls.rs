@@ -1,0 +1,120 @@
+//! What one option of `prctl(2)` tells and another one sets.
+
+use nix::{errno::Errno, libc};
+
+use super::{Asked, Kind, Scope, Who};
+use crate::inject::{Answers, Script};
+
+/// Of `linux/prctl.h`.
+const GET_MEMORY_MERGE: i32 = 68;
+const SET_MEMORY_MERGE: i32 = 67;
+
+/// How an option answers.
+enum Answer {
+    /// By what it returns.
+    Returned,
+    /// By a number of 32 bits in memory.
+    Pointed,
+}
+
+/// A pair of options.
+pub(super) struct Prctl {
+    name: &'static str,
+    about: &'static str,
+    scope: Scope,
+    get: i32,
+    answer: Answer,
+    /// Returns the arguments that set a value; none if it comes by itself.
+    set: fn(u64) -> Option<[u64; 3]>,
+}
+
+const fn option(number: i32) -> u64 {
+    number.cast_unsigned() as u64
+}
+
+/// Nanoseconds; 0 under real-time policies, which have none.
+pub(super) const TIMER_SLACK: Prctl = Prctl {
+    name: "timer_slack",
+    about: "the slack of timers in nanoseconds (PR_SET_TIMERSLACK)",
+    scope: Scope::Thread,
+    get: libc::PR_GET_TIMERSLACK,
+    answer: Answer::Returned,
+    set: |value| (value != 0).then_some([option(libc::PR_SET_TIMERSLACK), value, 0]),
+};
+
+pub(super) const TIME_STAMP_COUNTER: Prctl = Prctl {
+    name: "tsc",
+    about: "whether it may read the time stamp counter (PR_SET_TSC)",
+    scope: Scope::Thread,
+    get: libc::PR_GET_TSC,
+    answer: Answer::Pointed,
+    set: |value| Some([option(libc::PR_SET_TSC), value, 0]),
+};
+
+pub(super) const MACHINE_CHECKS: Prctl = Prctl {
+    name: "mce_kill",
+    about: "when a broken page ends it (PR_MCE_KILL)",
+    scope: Scope::Thread,
+    get: libc::PR_MCE_KILL_GET,
+    answer: Answer::Returned,
+    set: |value| Some([option(libc::PR_MCE_KILL), option(libc::PR_MCE_KILL_SET), value]),
+};
+
+/// 1: none; 3: none but where they are asked for.
+pub(super) const HUGE_PAGES: Prctl = Prctl {
+    name: "thp_disable",
+    about: "whether it may have huge pages (PR_SET_THP_DISABLE)",
+    scope: Scope::Process,
+    get: libc::PR_GET_THP_DISABLE,
+    answer: Answer::Returned,
+    set: |value| Some([option(libc::PR_SET_THP_DISABLE), value & 1, value & !1]),
+};
+
+pub(super) const MEMORY_MERGING: Prctl = Prctl {
+    name: "memory_merge",
+    about: "whether equal pages are merged (PR_SET_MEMORY_MERGE)",
+    scope: Scope::Process,
+    get: GET_MEMORY_MERGE,
+    answer: Answer::Returned,
+    set: |value| Some([option(SET_MEMORY_MERGE), value, 0]),
+};
+
+impl Kind for Prctl {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn about(&self) -> &'static str {
+        self.about
+    }
+
+    fn scope(&self) -> Scope {
+        self.scope
+    }
+
+    fn ask(&self, script: &mut Script) -> Asked {
+        match self.answer {
+            Answer::Returned => Asked::call(script.attempt(libc::SYS_prctl, &[self.get.into()])),
+            Answer::Pointed => {
+                let buffer = script.space(size_of::<u32>());
+                let arguments = [self.get.into(), buffer.into()];
+                Asked::into(script.attempt(libc::SYS_prctl, &arguments), buffer)
+            }
+        }
+    }
+
+    fn read(&self, _: Who, asked: &Asked, answers: &Answers) -> Option<Vec<u64>> {
+        Some(vec![match self.answer {
+            Answer::Returned => asked.result(answers)?,
+            Answer::Pointed => u32::from_le_bytes(*asked.written(answers)?.first_chunk()?).into(),
+        }])
+    }
+
+    fn set(&self, values: &[u64], _: Who, script: &mut Script) -> Result<(), Errno> {
+        let &[value] = values else { return Err(Errno::EINVAL) };
+        if let Some(arguments) = (self.set)(value) {
+            script.attempt(libc::SYS_prctl, &arguments.map(Into::into));
+        }
+        Ok(())
+    }
+}

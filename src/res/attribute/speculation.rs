@@ -1,0 +1,63 @@
+//! What the processor may do ahead of time, and what of that is taken back.
+
+use nix::{errno::Errno, libc};
+
+use super::{Asked, Kind, Who};
+use crate::inject::{Answers, Script};
+
+/// `PR_SPEC_PRCTL` (`linux/prctl.h`): a thread may choose.
+const MAY_CHOOSE: u64 = 1;
+
+/// A control of `PR_GET_SPECULATION_CTRL`, and what it says (`PR_SPEC_*`).
+pub(super) struct Speculation {
+    name: &'static str,
+    about: &'static str,
+    which: u64,
+}
+
+pub(super) const STORE_BYPASS: Speculation = Speculation {
+    name: "store_bypass",
+    about: "speculative store bypass (PR_SPEC_STORE_BYPASS)",
+    which: 0,
+};
+
+pub(super) const INDIRECT_BRANCH: Speculation = Speculation {
+    name: "indirect_branch",
+    about: "indirect branch speculation (PR_SPEC_INDIRECT_BRANCH)",
+    which: 1,
+};
+
+pub(super) const CACHE_FLUSH: Speculation = Speculation {
+    name: "l1d_flush",
+    about: "the flush of the L1D cache (PR_SPEC_L1D_FLUSH)",
+    which: 2,
+};
+
+impl Kind for Speculation {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn about(&self) -> &'static str {
+        self.about
+    }
+
+    fn ask(&self, script: &mut Script) -> Asked {
+        let arguments = [libc::PR_GET_SPECULATION_CTRL.into(), self.which.into()];
+        Asked::call(script.attempt(libc::SYS_prctl, &arguments))
+    }
+
+    fn read(&self, _: Who, asked: &Asked, answers: &Answers) -> Option<Vec<u64>> {
+        Some(vec![asked.result(answers)?])
+    }
+
+    fn set(&self, values: &[u64], _: Who, script: &mut Script) -> Result<(), Errno> {
+        let &[value] = values else { return Err(Errno::EINVAL) };
+        if value & MAY_CHOOSE != 0 {
+            let option = libc::PR_SET_SPECULATION_CTRL;
+            let arguments = [option.into(), self.which.into(), (value & !MAY_CHOOSE).into()];
+            script.attempt(libc::SYS_prctl, &arguments);
+        }
+        Ok(())
+    }
+}

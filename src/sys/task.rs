@@ -1,0 +1,100 @@
+//! What else the kernel keeps of threads: where they run, how their I/O is served.
+#![expect(unsafe_code, reason = "system calls that nix does not have")]
+
+use nix::{errno::Errno, libc};
+
+use crate::units::HostPid;
+
+/// Words of a set of processors: `CONFIG_NR_CPUS` is at most 8192.
+const PROCESSOR_WORDS: usize = 8192 / 64;
+
+/// Returns the processors that a thread may run on, a bit each.
+///
+/// # Errors
+/// `ESRCH`.
+pub fn affinity(tid: HostPid) -> Result<Vec<u64>, Errno> {
+    let mut words = vec![0_u64; PROCESSOR_WORDS];
+    let bytes = size_of_val(words.as_slice());
+    // SAFETY: the buffer outlives the call and has the size that is given.
+    let result =
+        unsafe { libc::syscall(libc::SYS_sched_getaffinity, tid.0, bytes, words.as_mut_ptr()) };
+    Errno::result(result)?;
+    while words.len() > 1 && words.last() == Some(&0) {
+        words.pop();
+    }
+    Ok(words)
+}
+
+/// Sets them; those that the machine or the cgroup does not have are left out.
+///
+/// # Errors
+/// `EINVAL` if none is left, `EPERM`, `ESRCH`.
+pub fn set_affinity(tid: HostPid, words: &[u64]) -> Result<(), Errno> {
+    // SAFETY: the buffer outlives the call and has the size that is given.
+    let result = unsafe {
+        libc::syscall(libc::SYS_sched_setaffinity, tid.0, size_of_val(words), words.as_ptr())
+    };
+    Errno::result(result).map(drop)
+}
+
+/// `IOPRIO_WHO_PROCESS` (`linux/ioprio.h`): one thread.
+const IOPRIO_THREAD: i32 = 1;
+
+/// Returns class and level of a thread's I/O.
+///
+/// # Errors
+/// `ESRCH`, `EPERM`.
+pub fn io_priority(tid: HostPid) -> Result<u32, Errno> {
+    // SAFETY: the call takes numbers.
+    let result = unsafe { libc::syscall(libc::SYS_ioprio_get, IOPRIO_THREAD, tid.0) };
+    u32::try_from(Errno::result(result)?).map_err(|_| Errno::ERANGE)
+}
+
+/// Sets them.
+///
+/// # Errors
+/// `EPERM` for the real-time class, `EINVAL`, `ESRCH`.
+pub fn set_io_priority(tid: HostPid, priority: u32) -> Result<(), Errno> {
+    // SAFETY: the call takes numbers.
+    let result = unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_THREAD, tid.0, priority) };
+    Errno::result(result).map(drop)
+}
+
+/// Returns the cookie by which the kernel keeps threads apart that may not run on two
+/// halves of a processor; 0 if it has none.
+///
+/// # Errors
+/// `EINVAL` or `ENODEV` where the kernel or the machine has no such thing.
+pub fn core_cookie(tid: HostPid) -> Result<u64, Errno> {
+    /// `PR_SCHED_CORE`, `PR_SCHED_CORE_GET`, `PR_SCHED_CORE_SCOPE_THREAD` (`linux/prctl.h`).
+    const SCHED_CORE: i32 = 62;
+    const GET: i32 = 0;
+    const THREAD: i32 = 0;
+    let mut cookie = 0_u64;
+    // SAFETY: the number outlives the call.
+    let result = unsafe { libc::prctl(SCHED_CORE, GET, tid.0, THREAD, &raw mut cookie) };
+    Errno::result(result)?;
+    Ok(cookie)
+}
+
+/// Returns the sets of semaphores on which one of these processes has made the last
+/// operation of any.
+pub fn semaphores_used_by(pids: &dyn Fn(HostPid) -> bool) -> Vec<i32> {
+    let text = std::fs::read_to_string("/proc/sysvipc/sem").unwrap_or_default();
+    let mut found = Vec::new();
+    for line in text.lines().skip(1) {
+        let mut words = line.split_whitespace();
+        let id = words.nth(1).and_then(|word| word.parse().ok());
+        let count = words.nth(1).and_then(|word| word.parse::<i32>().ok());
+        let (Some(id), Some(count)) = (id, count) else { continue };
+        let used = (0..count).any(|number| {
+            // SAFETY: the call takes numbers.
+            let last = unsafe { libc::semctl(id, number, libc::GETPID) };
+            last > 0 && pids(HostPid(last))
+        });
+        if used {
+            found.push(id);
+        }
+    }
+    found
+}

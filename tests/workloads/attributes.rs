@@ -1,0 +1,366 @@
+//! Attributes of threads and processes that CRIU's images have no place for.
+
+use std::{fs, mem, ptr};
+
+use crate::{
+    Row,
+    kit::{Checkpoint, Verdict, gettid, same, wait_until},
+};
+
+pub const ROWS: &[Row] = &[
+    ("affinity", affinity),
+    ("io_priorities", io_priorities),
+    ("timer_slack", timer_slack),
+    ("time_stamp_counter", time_stamp_counter),
+    ("machine_checks", machine_checks),
+    ("memory_policy", memory_policy),
+    ("memory_merging", memory_merging),
+    ("huge_pages_where_asked", huge_pages_where_asked),
+    ("core_filter", core_filter),
+    ("nice_session", nice_session),
+    ("reset_on_fork", reset_on_fork),
+    ("deadline", deadline),
+    ("exit_signals", exit_signals),
+    ("keyrings", keyrings),
+    ("undone_semaphore", undone_semaphore),
+];
+
+/// Lets threads set something each, and looks at it afterwards; the main thread keeps
+/// what it has.
+fn of_threads<T: PartialEq + std::fmt::Debug + 'static>(
+    checkpoint: &Checkpoint,
+    what: &'static str,
+    read: fn() -> Result<T, String>,
+    set: &[fn() -> Verdict],
+) -> Verdict {
+    let main = read()?;
+    let mut threads = Vec::new();
+    let mut differ = false;
+    for set in set.iter().copied() {
+        let thread = checkpoint.thread(move |thread| {
+            set()?;
+            let before = read()?;
+            thread.wait();
+            same(what, before, read()?)
+        })?;
+        threads.push(thread);
+        differ = true;
+    }
+    ensure!(differ, "no thread has anything of its own");
+    checkpoint.wait();
+    same(what, main, read()?)?;
+    threads.into_iter().try_for_each(super::kit::Thread::join)
+}
+
+fn processors() -> Result<u64, String> {
+    let mut mask = [0_u64; 16];
+    sys!(syscall(libc::SYS_sched_getaffinity, 0, mem::size_of_val(&mask), mask.as_mut_ptr()))?;
+    Ok(mask[0])
+}
+
+fn run_on(mask: u64) -> Verdict {
+    sys!(syscall(libc::SYS_sched_setaffinity, 0, 8, &raw const mask)).map(drop)
+}
+
+fn affinity(checkpoint: &Checkpoint) -> Verdict {
+    let all = processors()?;
+    ensure!(all.count_ones() > 1, "this state needs two processors");
+    of_threads(
+        checkpoint,
+        "processors",
+        processors,
+        &[
+            || run_on(1 << processors()?.trailing_zeros()),
+            || run_on(1 << processors()?.ilog2()),
+            || run_on(processors()?),
+        ],
+    )
+}
+
+fn io_priority() -> Result<i64, String> {
+    sys!(syscall(libc::SYS_ioprio_get, 1, 0))
+}
+
+fn io_priorities(checkpoint: &Checkpoint) -> Verdict {
+    fn set(class: i64, level: i64) -> Verdict {
+        sys!(syscall(libc::SYS_ioprio_set, 1, 0, class << 13 | level)).map(drop)
+    }
+    of_threads(
+        checkpoint,
+        "priority of I/O",
+        io_priority,
+        &[|| set(3, 0), || set(2, 6), || set(2, 1), || set(1, 4)],
+    )
+}
+
+fn timer_slack(checkpoint: &Checkpoint) -> Verdict {
+    of_threads(
+        checkpoint,
+        "timer slack",
+        || sys!(prctl(libc::PR_GET_TIMERSLACK)),
+        &[
+            || sys!(prctl(libc::PR_SET_TIMERSLACK, 1_000_000)).map(drop),
+            || sys!(prctl(libc::PR_SET_TIMERSLACK, 7)).map(drop),
+        ],
+    )
+}
+
+fn time_stamp_counter(checkpoint: &Checkpoint) -> Verdict {
+    of_threads(
+        checkpoint,
+        "whether the time stamp counter may be read",
+        || {
+            let mut how = 0;
+            sys!(prctl(libc::PR_GET_TSC, &raw mut how))?;
+            Ok(how)
+        },
+        &[|| sys!(prctl(libc::PR_SET_TSC, libc::PR_TSC_SIGSEGV)).map(drop)],
+    )
+}
+
+fn machine_checks(checkpoint: &Checkpoint) -> Verdict {
+    fn set(how: i32) -> Verdict {
+        sys!(prctl(libc::PR_MCE_KILL, libc::PR_MCE_KILL_SET, how, 0, 0)).map(drop)
+    }
+    of_threads(
+        checkpoint,
+        "when a broken page ends it",
+        || sys!(prctl(libc::PR_MCE_KILL_GET, 0, 0, 0, 0)),
+        &[|| set(libc::PR_MCE_KILL_EARLY), || set(libc::PR_MCE_KILL_LATE)],
+    )
+}
+
+fn memory_policy(checkpoint: &Checkpoint) -> Verdict {
+    fn read() -> Result<(i32, u64), String> {
+        let (mut mode, mut nodes) = (0, [0_u64; 16]);
+        sys!(syscall(libc::SYS_get_mempolicy, &raw mut mode, nodes.as_mut_ptr(), 1024, 0, 0))?;
+        Ok((mode, nodes[0]))
+    }
+    fn set(mode: i32) -> Verdict {
+        let nodes = 1_u64;
+        sys!(syscall(libc::SYS_set_mempolicy, mode, &raw const nodes, 64)).map(drop)
+    }
+    of_threads(
+        checkpoint,
+        "nodes that memory is taken from",
+        read,
+        &[|| set(libc::MPOL_BIND), || set(libc::MPOL_INTERLEAVE), || set(libc::MPOL_PREFERRED)],
+    )
+}
+
+/// Keeps what a child sets, and the root does not have.
+fn of_child<T: PartialEq + std::fmt::Debug>(
+    checkpoint: &Checkpoint,
+    what: &str,
+    read: impl Fn() -> Result<T, String>,
+    set: impl Fn() -> Verdict,
+) -> Verdict {
+    let root = read()?;
+    let child = checkpoint.fork(|child| {
+        set()?;
+        let before = read()?;
+        ensure!(before != root, "{what}: {before:?} in parent and child");
+        child.wait();
+        same(what, before, read()?)
+    })?;
+    checkpoint.wait();
+    same(what, root, read()?)?;
+    child.join()
+}
+
+fn memory_merging(checkpoint: &Checkpoint) -> Verdict {
+    /// `PR_SET_MEMORY_MERGE`, `PR_GET_MEMORY_MERGE` (`linux/prctl.h`).
+    const SET: i32 = 67;
+    const GET: i32 = 68;
+    of_child(
+        checkpoint,
+        "merging of equal pages",
+        || sys!(prctl(GET, 0_u64, 0_u64, 0_u64, 0_u64)),
+        || sys!(prctl(SET, 1_u64, 0_u64, 0_u64, 0_u64)).map(drop),
+    )
+}
+
+fn huge_pages_where_asked(checkpoint: &Checkpoint) -> Verdict {
+    /// `PR_THP_DISABLE_EXCEPT_ADVISED` (`linux/prctl.h`, since Linux 6.18).
+    const EXCEPT_ADVISED: u64 = 2;
+    of_child(
+        checkpoint,
+        "where huge pages are disabled",
+        || sys!(prctl(libc::PR_GET_THP_DISABLE, 0_u64, 0_u64, 0_u64, 0_u64)),
+        || {
+            let set =
+                |flags: u64| sys!(prctl(libc::PR_SET_THP_DISABLE, 1_u64, flags, 0_u64, 0_u64));
+            set(EXCEPT_ADVISED).or_else(|_| set(0)).map(drop)
+        },
+    )
+}
+
+fn text(path: &str) -> Result<String, String> {
+    fs::read_to_string(path).map_err(|error| format!("{path}: {error}"))
+}
+
+fn core_filter(checkpoint: &Checkpoint) -> Verdict {
+    of_child(
+        checkpoint,
+        "what a core dump has",
+        || text("/proc/self/coredump_filter"),
+        || fs::write("/proc/self/coredump_filter", "0x7f").map_err(|error| error.to_string()),
+    )
+}
+
+fn nice_session(checkpoint: &Checkpoint) -> Verdict {
+    of_child(
+        checkpoint,
+        "how nice a session is",
+        || {
+            let text = text("/proc/self/autogroup")?;
+            Ok(text.split_once(" nice ").map(|(_, nice)| nice.to_owned()))
+        },
+        || {
+            sys!(setsid())?;
+            fs::write("/proc/self/autogroup", "7").map_err(|error| error.to_string())
+        },
+    )
+}
+
+/// `struct sched_attr` (`linux/sched/types.h`).
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[repr(C)]
+struct Attributes {
+    size: u32,
+    policy: u32,
+    flags: u64,
+    nice: i32,
+    priority: u32,
+    runtime: u64,
+    deadline: u64,
+    period: u64,
+}
+
+fn scheduling() -> Result<Attributes, String> {
+    let mut found = Attributes::default();
+    let size = mem::size_of::<Attributes>();
+    sys!(syscall(libc::SYS_sched_getattr, 0, &raw mut found, size, 0))?;
+    Ok(found)
+}
+
+fn schedule(wanted: Attributes) -> Verdict {
+    let wanted = Attributes { size: mem::size_of::<Attributes>() as u32, ..wanted };
+    sys!(syscall(libc::SYS_sched_setattr, 0, &raw const wanted, 0)).map(drop)
+}
+
+fn reset_on_fork(checkpoint: &Checkpoint) -> Verdict {
+    const RESET: u64 = 1;
+    of_threads(
+        checkpoint,
+        "scheduling",
+        scheduling,
+        &[
+            || schedule(Attributes { flags: RESET, nice: 4, ..Default::default() }),
+            || schedule(Attributes { policy: 2, flags: RESET, priority: 3, ..Default::default() }),
+            // A slice of its own.
+            || schedule(Attributes { runtime: 5_000_000, ..Default::default() }),
+        ],
+    )
+}
+
+/// A thread with a deadline; where that is forbidden, as any other.
+fn deadline(checkpoint: &Checkpoint) -> Verdict {
+    of_threads(
+        checkpoint,
+        "scheduling",
+        scheduling,
+        &[|| {
+            let millisecond = 1_000_000;
+            let wanted = Attributes {
+                policy: 6, // SCHED_DEADLINE
+                runtime: millisecond,
+                deadline: 50 * millisecond,
+                period: 100 * millisecond,
+                ..Default::default()
+            };
+            let _ = schedule(wanted);
+            Ok(())
+        }],
+    )
+}
+
+/// Makes a child that tells its end by another signal.
+fn cloned(signal: i32, body: impl FnOnce()) -> Result<i32, String> {
+    let pid = sys!(syscall(libc::SYS_clone, i64::from(signal), 0_u64, 0_u64, 0_u64, 0_u64))?;
+    if pid == 0 {
+        body();
+        // SAFETY: nothing needs to be unwound.
+        unsafe { libc::_exit(3) };
+    }
+    Ok(pid as i32)
+}
+
+fn exit_signal(pid: i32) -> Result<String, String> {
+    let stat = text(&format!("/proc/{pid}/stat"))?;
+    let fields: Vec<_> = stat[stat.rfind(')').unwrap_or(0) + 2..].split(' ').collect();
+    Ok(fields[35].to_owned())
+}
+
+fn exit_signals(checkpoint: &Checkpoint) -> Verdict {
+    use crate::threads::{bit, block};
+    block(bit(libc::SIGUSR1) | bit(libc::SIGUSR2) | bit(libc::SIGCHLD))?;
+    let alive = [
+        cloned(libc::SIGUSR1, || checkpoint.wait_go())?,
+        cloned(0, || checkpoint.wait_go())?,
+        cloned(libc::SIGCHLD, || checkpoint.wait_go())?,
+    ];
+    let dead = cloned(libc::SIGUSR2, || ())?;
+    wait_until("the end of a child", || {
+        text(&format!("/proc/{dead}/stat")).is_ok_and(|s| s.contains(") Z "))
+    })?;
+    // What it said is no part of the state.
+    let mut set = bit(libc::SIGUSR2);
+    let now = libc::timespec { tv_sec: 5, tv_nsec: 0 };
+    let first = sys!(syscall(libc::SYS_rt_sigtimedwait, &raw mut set, 0, &raw const now, 8))?;
+    same("signal of the dead child", i64::from(libc::SIGUSR2), first)?;
+    let read =
+        || alive.iter().chain([&dead]).map(|pid| exit_signal(*pid)).collect::<Result<Vec<_>, _>>();
+    let before = read()?;
+    same("exit signals", "10 0 17 12", &*before.join(" "))?;
+    checkpoint.wait();
+    for pid in alive.iter().chain([&dead]) {
+        wait_until("the end of the children", || {
+            text(&format!("/proc/{pid}/stat")).is_ok_and(|stat| stat.contains(") Z "))
+        })?;
+    }
+    same("exit signals", before, read()?)?;
+    let mut pending = 0_u64;
+    sys!(syscall(libc::SYS_rt_sigpending, &raw mut pending, 8))?;
+    same("signals that tell of ends", bit(libc::SIGUSR1) | bit(libc::SIGCHLD), pending)?;
+    for pid in alive.iter().chain([&dead]) {
+        let mut status = 0;
+        sys!(waitpid(*pid, &raw mut status, libc::__WALL))?;
+        same("status", 3 << 8, status)?;
+    }
+    Ok(())
+}
+
+/// Keyrings, which are lost.
+fn keyrings(checkpoint: &Checkpoint) -> Verdict {
+    let thread = checkpoint.thread(|thread| {
+        sys!(syscall(libc::SYS_keyctl, 0, -1, 1))?;
+        thread.wait();
+        ensure!(gettid() > 0, "no thread id");
+        Ok(())
+    })?;
+    sys!(syscall(libc::SYS_keyctl, 0, -2, 1))?;
+    checkpoint.wait();
+    thread.join()
+}
+
+/// An operation that the end of the process undoes.
+fn undone_semaphore(checkpoint: &Checkpoint) -> Verdict {
+    let set = sys!(semget(libc::IPC_PRIVATE, 1, 0o600))?;
+    let mut operation =
+        libc::sembuf { sem_num: 0, sem_op: 3, sem_flg: libc::SEM_UNDO as libc::c_short };
+    let done = sys!(semop(set, ptr::from_mut(&mut operation), 1));
+    checkpoint.wait();
+    sys!(semctl(set, 0, libc::IPC_RMID))?;
+    done.map(drop)
+}
