@@ -316,6 +316,12 @@
 //!   that many bytes, and whatever contradicts itself is an error that names
 //!   file, memory and address. Only regular files are opened as images
 //!   ([`crate::image::regular`]), and what is created there is for its owner alone.
+//! - Nothing is written through a link that others have laid: images are created by
+//!   descriptors of their directory, logs and the like by a way that is gone component
+//!   after component ([`crate::sys::output`]). Nothing is removed because an image names
+//!   it: a name of `--link-remap` only if it is of the form that a dump gives to that very
+//!   entry, and still leads to the file that was restored; a ghost is made under a name that
+//!   is free, and filled and adjusted by its descriptor.
 //! - A page is never answered with another page's bytes or with zeros that
 //!   nobody stored: what cannot be found, or was freed, is an error.
 //! - An image directory that is written has its inventory last, after everything

@@ -5,7 +5,7 @@ mod common;
 
 use std::{
     fs,
-    os::unix::fs::{FileExt, MetadataExt},
+    os::unix::fs::{FileExt, MetadataExt, PermissionsExt},
     path::Path,
     process::Command,
     time::{Duration, SystemTime},
@@ -179,5 +179,94 @@ fn privileged_to_look_at_a_file_is_not_to_use_it() {
     live.dump_running(&[]);
     let after = fs::metadata(&path).unwrap();
     assert_eq!((before.atime(), before.atime_nsec()), (after.atime(), after.atime_nsec()));
+    live.verdict();
+}
+
+/// A user who owns nothing.
+const NOBODY: &str = "65534";
+
+/// Runs a command as that user.
+fn as_nobody(words: &[&str]) {
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid", NOBODY, "--regid", NOBODY, "--clear-groups"]).args(words);
+    assert!(command.status().unwrap().success(), "{words:?}");
+}
+
+fn mode(path: &Path) -> u32 {
+    fs::metadata(path).unwrap().mode() & 0o7777
+}
+
+#[test]
+fn privileged_what_is_written_is_private_whatever_the_umask() {
+    require(Cap::Ptrace);
+    require(Cap::Fuse);
+    let mut live = Live::workload("private_anon");
+    // Of this process, and so of what it runs.
+    let old = nix::sys::stat::umask(nix::sys::stat::Mode::empty());
+    live.dump(&["-W", live.path("images").to_str().unwrap()]);
+    let images = live.images();
+    let mounted = Mounted::new(&images, &live.path("mount"), &[]);
+    let log = mounted.log.clone();
+    drop(mounted);
+    live.restore(&[]);
+    nix::sys::stat::umask(old);
+    let written = fs::read_dir(&images).unwrap().map(|entry| entry.unwrap().path());
+    for path in written.chain([live.path("pid"), log]) {
+        assert_eq!(mode(&path), 0o600, "{}", path.display());
+    }
+    live.verdict();
+}
+
+#[test]
+fn privileged_links_of_others_are_not_followed() {
+    require(Cap::Ptrace);
+    require(Cap::Fuse);
+    require(Cap::Program("setpriv"));
+    let mut live = Live::workload("private_anon");
+    let public = live.path("public");
+    fs::create_dir(&public).unwrap();
+    fs::set_permissions(live.dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let victim = live.path("victim");
+    fs::write(&victim, "precious").unwrap();
+    let other = live.path("other");
+    fs::create_dir(&other).unwrap();
+    let (link, dir_link) = (public.join("link"), public.join("dir"));
+    let (link, dir_link) = (link.to_str().unwrap(), dir_link.to_str().unwrap());
+    // With the sticky bit, the kernel may be set to refuse as well.
+    for bits in [0o1777, 0o777] {
+        fs::set_permissions(&public, fs::Permissions::from_mode(bits)).unwrap();
+        as_nobody(&["ln", "-sfn", victim.to_str().unwrap(), link]);
+        as_nobody(&["ln", "-sfn", other.to_str().unwrap(), dir_link]);
+        let through = format!("{dir_link}/dump.log");
+        for arguments in [&["-o", link][..], &["-o", &through], &["-D", dir_link, "-o", "-"]] {
+            let output = live.try_dump(&[arguments, &["-R"]].concat());
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(!output.status.success(), "{arguments:?}");
+            assert!(said.contains("is a symbolic link of user 65534"), "{arguments:?}: {said}");
+        }
+        let mut mount = Command::new(env!("CARGO_BIN_EXE_imgfs"));
+        mount.arg("mount").args([live.images(), live.path("public")]).args(["--log-file", link]);
+        assert!(!mount.output().unwrap().status.success());
+        assert_eq!(fs::read_to_string(&victim).unwrap(), "precious");
+        assert_eq!(fs::read_dir(&other).unwrap().count(), 0);
+    }
+    // A file that somebody else can read, waiting for a log.
+    let laid = public.join("laid");
+    as_nobody(&["touch", laid.to_str().unwrap()]);
+    let output = live.try_dump(&["-R", "-o", laid.to_str().unwrap()]);
+    assert!(!output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("belongs to user 65534"));
+    // Links of one's own are followed, also there.
+    fs::remove_file(link).unwrap();
+    std::os::unix::fs::symlink(live.path("log"), link).unwrap();
+    live.dump(&["-o", link]);
+    assert!(fs::metadata(live.path("log")).unwrap().len() > 0);
+    // And a pid file.
+    as_nobody(&["ln", "-sfn", victim.to_str().unwrap(), public.join("pid").to_str().unwrap()]);
+    let pid = public.join("pid").to_str().unwrap().to_owned();
+    let output = live.try_restore(&["--pidfile", &pid]);
+    assert!(!output.status.success());
+    assert_eq!(fs::read_to_string(&victim).unwrap(), "precious");
+    live.restore(&[]);
     live.verdict();
 }

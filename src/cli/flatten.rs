@@ -1,12 +1,18 @@
 //! `imgfs flatten`: a snapshot as an image directory of its own.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use anyhow::Context as _;
 
 use crate::{
     chain::Chain,
-    sys::lock::{Access, DirectoryLocks},
+    sys::{
+        lock::{Access, DirectoryLocks},
+        output,
+    },
     view::{View, flatten},
 };
 
@@ -32,6 +38,10 @@ pub struct FlattenArgs {
 /// A place without images, a chain that is broken where it is needed, and a
 /// directory that cannot be written.
 pub fn run(args: &FlattenArgs) -> anyhow::Result<()> {
+    let above = args.out.parent().filter(|above| !above.as_os_str().is_empty());
+    let out = if args.out.is_dir() { Some(args.out.as_path()) } else { above };
+    output::check_directory(out.unwrap_or(Path::new(".")))
+        .with_context(|| format!("write to {}", args.out.display()))?;
     let chain = Chain::open(&args.chain)?;
     let tip = chain.choose(args.snapshot.as_deref())?;
     let mut locks = DirectoryLocks::default();

@@ -1,7 +1,6 @@
 //! Where the daemon's messages go.
 
 use std::{
-    fs::File,
     io::{self, Write},
     os::unix::net::UnixDatagram,
     path::Path,
@@ -13,7 +12,10 @@ use env_logger::{Builder, Target};
 use jiff::Timestamp;
 use log::{Level, LevelFilter};
 
-use crate::causes::TOLD;
+use crate::{
+    causes::TOLD,
+    sys::output::{self, Existing},
+};
 
 /// The socket of the system's log (syslog(3)).
 const SYSLOG: &str = "/dev/log";
@@ -34,7 +36,7 @@ pub(super) fn start(
     builder
         .filter_module("fuser", if level < LevelFilter::Trace { LevelFilter::Warn } else { level });
     if let Some(path) = file {
-        let file = File::options().create(true).append(true).open(path);
+        let file = output::create(path, Existing::Continued);
         let file = file.with_context(|| format!("open log file {}", path.display()))?;
         builder.target(Target::Pipe(Box::new(file))).format(|out, record| {
             let level = record.level();

@@ -42,6 +42,7 @@ use crate::{
     sys::{
         cancel, fds,
         lock::{Access, DirectoryLocks},
+        output,
     },
     units::HostPid,
 };
@@ -270,7 +271,10 @@ fn check_children(images_dir: &Path) -> Result<()> {
 /// Returns the absolute path of a directory.
 fn check_directory(path: &Path) -> Result<PathBuf> {
     let problem = match path.canonicalize() {
-        Ok(path) if path.is_dir() => return Ok(path),
+        Ok(found) if found.is_dir() => match output::check_directory(path) {
+            Ok(()) => return Ok(found),
+            Err(error) => error.to_string(),
+        },
         Ok(_) => "it is not a directory".to_owned(),
         Err(error) => format!("{error}; make it, or name another one with -D"),
     };

@@ -6,7 +6,10 @@ use std::{
 };
 
 use super::{Options, Result, memory::Copied, track::Untracked};
-use crate::image::{ImageWriter, Kind, proto};
+use crate::{
+    image::{ImageError, ImageWriter, Kind, proto},
+    sys::output,
+};
 
 /// The statistics of a dump.
 #[derive(Debug, Default)]
@@ -103,6 +106,8 @@ impl Stats {
     /// Writes `stats-dump` into `dir`.
     fn write(&self, dir: &Path) -> Result<()> {
         let path = dir.join("stats-dump");
+        let wrong = |source| ImageError::Write { path: path.clone(), source };
+        output::check_directory(dir).map_err(wrong)?;
         // Of an earlier dump.
         let _ = std::fs::remove_file(&path);
         let mut image = ImageWriter::create(&path, Kind::Stats)?;

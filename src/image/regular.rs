@@ -13,9 +13,9 @@ use std::{
 };
 
 use nix::{
-    fcntl::OFlag,
+    fcntl::{OFlag, openat},
     libc,
-    sys::stat::{FileStat, fstat},
+    sys::stat::{FileStat, Mode, fstat},
 };
 
 /// Permissions of new files: memory is secret.
@@ -72,6 +72,15 @@ pub fn create(path: &Path) -> io::Result<File> {
     File::options().read(true).write(true).create_new(true).mode(FILE_MODE).open(path)
 }
 
+/// Creates such a file in an open directory.
+///
+/// # Errors
+/// As [`create`].
+pub fn create_at(dir: &File, name: &str) -> io::Result<File> {
+    let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
+    Ok(openat(dir, name, flags, Mode::from_bits_truncate(FILE_MODE))?.into())
+}
+
 /// Reads a small regular file.
 ///
 /// # Errors
@@ -89,7 +98,7 @@ pub fn read(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
 mod tests {
     use std::{fs, os::unix::fs::PermissionsExt};
 
-    use nix::{sys::stat::Mode, unistd::mkfifo};
+    use nix::unistd::mkfifo;
 
     use super::*;
 

@@ -7,13 +7,19 @@
 
 use std::{
     ffi::{OsStr, OsString},
-    fs::{self, DirBuilder, File},
-    io,
-    os::unix::{
-        ffi::OsStrExt,
-        fs::{DirBuilderExt, symlink},
-    },
+    fs::{self, File},
+    io::{self, BufWriter},
+    os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
+};
+
+use nix::{
+    dir::Dir,
+    errno::Errno,
+    fcntl::{AtFlags, OFlag, open, openat, renameat},
+    libc,
+    sys::stat::{Mode, SFlag, fstat, fstatat, mkdirat},
+    unistd::{UnlinkatFlags, geteuid, symlinkat, unlinkat},
 };
 
 use prost::Message;
@@ -34,10 +40,15 @@ pub(crate) const DEDUP_STAGE: &str = ".dedup";
 pub(crate) const DIRECTORY_MODE: u32 = 0o700;
 
 /// Writes the images of one snapshot.
+///
+/// Everything is done by descriptors of the two directories: whoever else can write to
+/// the one may put links in the place of the hidden one, or of an image.
 #[derive(Debug)]
 pub struct SnapshotWriter {
     dir: PathBuf,
     unfinished: PathBuf,
+    opened_dir: File,
+    opened_unfinished: File,
     committed: bool,
 }
 
@@ -54,11 +65,29 @@ impl SnapshotWriter {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(source) => return Err(write_error(&unfinished, source)),
         }
-        DirBuilder::new()
-            .mode(DIRECTORY_MODE)
-            .create(&unfinished)
-            .map_err(|source| write_error(&unfinished, source))?;
-        Ok(Self { dir: dir.to_owned(), unfinished, committed: false })
+        let failed = |path: &Path| {
+            let path = path.to_owned();
+            move |errno: Errno| write_error(&path, errno.into())
+        };
+        let directory = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let opened_dir = open(dir, directory, Mode::empty()).map_err(failed(dir))?;
+        let mode = Mode::from_bits_truncate(DIRECTORY_MODE);
+        mkdirat(&opened_dir, UNFINISHED, mode).map_err(failed(&unfinished))?;
+        let flags = directory | OFlag::O_NOFOLLOW;
+        let opened_unfinished = openat(&opened_dir, UNFINISHED, flags, Mode::empty())
+            .and_then(|opened| match fstat(&opened)? {
+                stat if stat.st_uid == geteuid().as_raw() => Ok(opened),
+                // Somebody else was faster.
+                _ => Err(Errno::EPERM),
+            })
+            .map_err(failed(&unfinished))?;
+        Ok(Self {
+            dir: dir.to_owned(),
+            unfinished,
+            opened_dir: opened_dir.into(),
+            opened_unfinished: opened_unfinished.into(),
+            committed: false,
+        })
     }
 
     /// Returns the path at which an image is written.
@@ -76,7 +105,8 @@ impl SnapshotWriter {
     /// # Errors
     /// [`ImageError::Write`]; an image that was created before is one.
     pub fn create(&self, kind: Kind, number: u64) -> Result<ImageWriter> {
-        ImageWriter::create(&self.path(kind, number), kind)
+        let file = self.create_raw(kind, number)?;
+        ImageWriter::new(&self.path(kind, number), BufWriter::new(file), kind)
     }
 
     /// Writes an image of these messages.
@@ -96,8 +126,9 @@ impl SnapshotWriter {
     /// # Errors
     /// [`ImageError::Write`].
     pub fn create_raw(&self, kind: Kind, number: u64) -> Result<File> {
-        let path = self.path(kind, number);
-        regular::create(&path).map_err(|source| write_error(&path, source))
+        let name = kind.file_name(number);
+        regular::create_at(&self.opened_unfinished, &name)
+            .map_err(|source| write_error(&self.path_of(&name), source))
     }
 
     /// Makes `parent`, as it was given, the snapshot's parent.
@@ -105,8 +136,8 @@ impl SnapshotWriter {
     /// # Errors
     /// [`ImageError::Write`].
     pub fn link_parent(&self, parent: &Path) -> Result<()> {
-        let path = self.unfinished.join(PARENT_LINK);
-        symlink(parent, &path).map_err(|source| write_error(&path, source))
+        symlinkat(parent, &self.opened_unfinished, PARENT_LINK)
+            .map_err(|errno| write_error(&self.unfinished.join(PARENT_LINK), errno.into()))
     }
 
     /// Brings everything that was written to the disk. `begin` may let the disk begin
@@ -116,7 +147,7 @@ impl SnapshotWriter {
     /// # Errors
     /// [`ImageError::Write`].
     pub fn sync(&self, begin: impl Fn(&File)) -> Result<()> {
-        sync_all(&self.unfinished, begin)
+        sync_opened(&self.opened_unfinished, &self.unfinished, begin)
     }
 
     /// Makes the directory a snapshot: what was one before is gone from here on,
@@ -140,7 +171,8 @@ impl SnapshotWriter {
         let path = self.path(Kind::Inventory, 0);
         let copy = || {
             let (mut source, _) = regular::open(inventory)?;
-            let mut target = regular::create(&path)?;
+            let name = Kind::Inventory.file_name(0);
+            let mut target = regular::create_at(&self.opened_unfinished, &name)?;
             io::copy(&mut source, &mut target)?;
             target.set_modified(source.metadata()?.modified()?)
         };
@@ -149,19 +181,20 @@ impl SnapshotWriter {
     }
 
     fn publish_all(mut self) -> Result<()> {
-        sync(&self.path(Kind::Inventory, 0))?;
-        self.remove_old()?;
         let inventory = OsString::from(Kind::Inventory.file_name(0));
-        for name in names(&self.unfinished)? {
+        self.sync_file(&inventory)?;
+        self.remove_old()?;
+        for name in names_in(&self.opened_unfinished, &self.unfinished)? {
             if name != inventory {
                 self.publish(&name)?;
             }
         }
-        sync(&self.dir)?;
+        self.sync_dir()?;
         self.publish(&inventory)?;
         self.committed = true;
-        fs::remove_dir(&self.unfinished).map_err(|source| write_error(&self.unfinished, source))?;
-        sync(&self.dir)?;
+        unlinkat(&self.opened_dir, UNFINISHED, UnlinkatFlags::RemoveDir)
+            .map_err(|errno| write_error(&self.unfinished, errno.into()))?;
+        self.sync_dir()?;
         if let Ok(dir) = self.dir.canonicalize()
             && let Some(above) = dir.parent()
         {
@@ -170,30 +203,42 @@ impl SnapshotWriter {
         Ok(())
     }
 
+    /// Brings the names in the directory to the disk.
+    fn sync_dir(&self) -> Result<()> {
+        self.opened_dir.sync_all().map_err(|source| write_error(&self.dir, source))
+    }
+
+    /// Brings a file that is not published yet to the disk.
+    fn sync_file(&self, name: &OsStr) -> Result<()> {
+        let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+        openat(&self.opened_unfinished, name, flags, Mode::empty())
+            .map_err(io::Error::from)
+            .and_then(|file| File::from(file).sync_all())
+            .map_err(|source| write_error(&self.unfinished.join(name), source))
+    }
+
     fn publish(&self, name: &OsStr) -> Result<()> {
-        let path = self.dir.join(name);
-        fs::rename(self.unfinished.join(name), &path).map_err(|source| write_error(&path, source))
+        renameat(&self.opened_unfinished, name, &self.opened_dir, name)
+            .map_err(|errno| write_error(&self.dir.join(name), errno.into()))
     }
 
     /// Removes the images of an older dump, first what makes them a snapshot.
     fn remove_old(&self) -> Result<()> {
-        let remove = |name: &OsStr| {
-            let path = self.dir.join(name);
-            match fs::remove_file(&path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    Err(write_error(&path, error))
+        let remove =
+            |name: &OsStr| match unlinkat(&self.opened_dir, name, UnlinkatFlags::NoRemoveDir) {
+                Err(errno) if errno != Errno::ENOENT => {
+                    Err(write_error(&self.dir.join(name), errno.into()))
                 }
                 _ => Ok(()),
-            }
-        };
+            };
         let inventory = OsString::from(Kind::Inventory.file_name(0));
         let complete =
             self.dir.join(&inventory).exists() || self.dir.join(PARENT_LINK).is_symlink();
         if complete {
             remove(&inventory)?;
-            sync(&self.dir)?;
+            self.sync_dir()?;
         }
-        for name in names(&self.dir)? {
+        for name in names_in(&self.opened_dir, &self.dir)? {
             let kind = name.to_str().and_then(desc::by_file_name).map(|(desc, _)| desc.kind);
             // What names pages of other files must not be taken for ours.
             let misleading = kind == Some(Kind::Punched) || name == PARENT_LINK;
@@ -219,9 +264,21 @@ impl Drop for SnapshotWriter {
 /// Returns the names in a directory, sorted.
 pub(crate) fn names(dir: &Path) -> Result<Vec<OsString>> {
     let failed = |source| ImageError::Open { path: dir.to_owned(), source };
+    names_in(&File::open(dir).map_err(failed)?, dir)
+}
+
+/// Returns the names in an open directory, which errors call `path`, sorted.
+fn names_in(dir: &File, path: &Path) -> Result<Vec<OsString>> {
+    let failed = |errno: Errno| ImageError::Open { path: path.to_owned(), source: errno.into() };
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let mut entries = Dir::openat(dir, ".", flags, Mode::empty()).map_err(failed)?;
     let mut names = Vec::new();
-    for entry in fs::read_dir(dir).map_err(failed)? {
-        names.push(entry.map_err(failed)?.file_name());
+    for entry in entries.iter() {
+        let entry = entry.map_err(failed)?;
+        let name = entry.file_name().to_bytes();
+        if name != b"." && name != b".." {
+            names.push(OsStr::from_bytes(name).to_owned());
+        }
     }
     names.sort_unstable_by(|a, b| a.as_bytes().cmp(b.as_bytes()));
     Ok(names)
@@ -235,20 +292,29 @@ pub(crate) fn sync(path: &Path) -> Result<()> {
 /// Brings all files of a directory, and their names, to the disk; `begin` as for
 /// [`SnapshotWriter::sync`].
 pub(crate) fn sync_all(dir: &Path, begin: impl Fn(&File)) -> Result<()> {
+    let opened = File::open(dir).map_err(|source| write_error(dir, source))?;
+    sync_opened(&opened, dir, begin)
+}
+
+/// Does so for an open directory, which errors call `path`.
+fn sync_opened(dir: &File, path: &Path, begin: impl Fn(&File)) -> Result<()> {
     let mut files = Vec::new();
-    for name in names(dir)? {
-        let path = dir.join(name);
-        let is_file = fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_file());
-        if is_file {
-            let file = File::open(&path).map_err(|source| write_error(&path, source))?;
-            begin(&file);
-            files.push((path, file));
+    for name in names_in(dir, path)? {
+        let failed = |errno: Errno| write_error(&path.join(&name), errno.into());
+        let stat = fstatat(dir, name.as_os_str(), AtFlags::AT_SYMLINK_NOFOLLOW).map_err(failed)?;
+        if SFlag::from_bits_truncate(stat.st_mode & libc::S_IFMT) != SFlag::S_IFREG {
+            continue;
         }
+        let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+        let file = openat(dir, name.as_os_str(), flags, Mode::empty()).map_err(failed)?;
+        let file = File::from(file);
+        begin(&file);
+        files.push((path.join(name), file));
     }
     for (path, file) in files {
         file.sync_all().map_err(|source| write_error(&path, source))?;
     }
-    sync(dir)
+    dir.sync_all().map_err(|source| write_error(path, source))
 }
 
 pub(crate) fn write_error(path: &Path, source: io::Error) -> ImageError {

@@ -19,7 +19,7 @@ mod stats;
 mod track;
 mod tree;
 
-use std::{fs, ops::Range, thread};
+use std::{io::Write, ops::Range, thread};
 
 pub use error::{RestoreError, Result};
 pub use options::{AutoDedup, Options};
@@ -36,6 +36,7 @@ use crate::{
     },
     sys::{
         lock::{Access, DirectoryLocks},
+        output::{self, Existing},
         process, ptrace,
     },
     units::HostPid,
@@ -200,7 +201,8 @@ fn restore(
 fn write_pidfile(options: &Options, plan: &Plan) -> Result<()> {
     let Some(path) = &options.pidfile else { return Ok(()) };
     let path = options.work_dir.join(path);
-    fs::write(&path, plan.tasks[0].pid.to_string())
+    output::create(&path, Existing::Replaced)
+        .and_then(|mut file| file.write_all(plan.tasks[0].pid.to_string().as_bytes()))
         .map_err(|source| RestoreError::Write { path, source })
 }
 

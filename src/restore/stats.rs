@@ -6,7 +6,10 @@ use std::{
 };
 
 use super::{Result, memory::Filled};
-use crate::image::{ImageWriter, Kind, proto};
+use crate::{
+    image::{ImageError, ImageWriter, Kind, proto},
+    sys::output,
+};
 
 /// The statistics of a restore.
 #[derive(Debug)]
@@ -45,6 +48,8 @@ impl Stats {
     pub(super) fn write(&self, dir: &Path) -> Result<()> {
         let micros = |time: Duration| u32::try_from(time.as_micros()).unwrap_or(u32::MAX);
         let path = dir.join("stats-restore");
+        let wrong = |source| ImageError::Write { path: path.clone(), source };
+        output::check_directory(dir).map_err(wrong)?;
         // Of an earlier restore.
         let _ = std::fs::remove_file(&path);
         let restore = proto::RestoreStatsEntry {

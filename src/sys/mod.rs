@@ -11,6 +11,7 @@ mod features;
 pub mod gather;
 pub mod heap;
 pub mod lock;
+pub mod output;
 pub mod pagemap;
 pub mod process;
 pub mod ptrace;

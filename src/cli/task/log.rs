@@ -1,9 +1,7 @@
 //! Where the messages of a task go.
 
 use std::{
-    fs::OpenOptions,
     io::{self, Write},
-    os::unix::fs::OpenOptionsExt,
     path::Path,
     process,
 };
@@ -13,10 +11,10 @@ use env_logger::{Builder, Target};
 use jiff::Timestamp;
 use log::{Level, LevelFilter};
 
-use crate::causes::TOLD;
-
-/// The log has memory's contents in it at the last level: not for others.
-const MODE: u32 = 0o600;
+use crate::{
+    causes::TOLD,
+    sys::output::{self, Existing},
+};
 
 /// Returns the level that is logged, by CRIU's numbers.
 pub(super) fn level(verbosity: u8) -> LevelFilter {
@@ -47,9 +45,7 @@ pub(super) fn start(file: Option<&Path>, level: LevelFilter) -> anyhow::Result<(
             if path == Path::new("-") {
                 builder.target(Target::Stdout);
             } else {
-                let mut options = OpenOptions::new();
-                options.create(true).write(true).truncate(true).mode(MODE);
-                let file = options.open(path);
+                let file = output::create(path, Existing::Replaced);
                 let file = file.with_context(|| format!("open log file {}", path.display()))?;
                 builder.target(Target::Pipe(Box::new(file)));
             }

@@ -24,7 +24,7 @@ use nix::{
     unistd::{Whence, linkat, lseek},
 };
 
-use super::{Description, FileError, Intake, Policy, Result, descriptor};
+use super::{Description, FileError, Intake, Policy, Result, descriptor, revived::link_name};
 use crate::{
     image::{
         ImageError, ImageWriter, Kind as ImageKind, SnapshotWriter,
@@ -177,7 +177,7 @@ pub(super) fn link(
         let Some(at) = dir else {
             return Err(file.failed("give another name to")(Errno::ENOENT));
         };
-        let path = at.join(format!("link_remap.{link_id}"));
+        let path = at.join(link_name(link_id));
         // As with CRIU: by the descriptor, which needs CAP_DAC_READ_SEARCH, or else
         // through /proc.
         let by_descriptor = linkat(&file.fd, "", AT_FDCWD, &path, AtFlags::AT_EMPTY_PATH);

@@ -10,7 +10,7 @@ use std::{
     fs::{self, DirBuilder, File},
     io::Write,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::{
             ffi::{OsStrExt, OsStringExt},
             fs::{DirBuilderExt, FileExt, OpenOptionsExt, symlink},
@@ -24,7 +24,9 @@ use nix::{
     fcntl::{AT_FDCWD, AtFlags},
     libc,
     sys::{
-        stat::{FchmodatFlags, Mode, SFlag, UtimensatFlags, fchmodat, mknod, utimensat},
+        stat::{
+            FchmodatFlags, Mode, SFlag, UtimensatFlags, fchmodat, fstat, lstat, mknod, utimensat,
+        },
         time::TimeSpec,
     },
     unistd::{Gid, Uid, fchownat, linkat},
@@ -71,6 +73,9 @@ struct Ghost {
 pub struct Revived {
     remaps: Option<HashMap<u32, Remap>>,
     ghosts: HashMap<u32, Ghost>,
+    /// Files that were found under the names that a dump gave them, by the numbers of the
+    /// entries that name them: device and inode.
+    linked: HashMap<u32, (u64, u64)>,
 }
 
 /// Reads which entries have lost their names.
@@ -107,6 +112,12 @@ fn remaps(opened: &mut Opened) -> Result<&HashMap<u32, Remap>> {
     Ok(opened.revived.remaps.as_ref().expect("it was read"))
 }
 
+/// Returns the name that a dump gives to a file which has lost its own, whose entry in the
+/// images is to have the number `id`; the same as CRIU.
+pub(super) fn link_name(id: u32) -> String {
+    format!("link_remap.{id}")
+}
+
 /// Opens the file of an entry that has lost its name; `None` if it has not.
 pub(super) fn open(
     entry: &proto::RegFileEntry,
@@ -127,7 +138,10 @@ pub(super) fn open(
             let source = linked(opened, entry.id, other)?;
             let link = |path: &Path| linkat(AT_FDCWD, &source, AT_FDCWD, path, AtFlags::empty());
             let name = Name::give(&entry.name, ".cr_link", link).map_err(failed("link"))?;
-            descriptor::open(name.bytes(), flags).map(Some).map_err(failed("open"))
+            let fd = descriptor::open(name.bytes(), flags).map_err(failed("open"))?;
+            let stat = fstat(&fd).map_err(failed("look at"))?;
+            opened.revived.linked.insert(other, (stat.st_dev, stat.st_ino));
+            Ok(Some(fd))
         }
         Some(Remap::Ghost(ghost)) => {
             if !opened.revived.ghosts.contains_key(&ghost) {
@@ -159,6 +173,9 @@ fn linked(opened: &Opened, id: u32, other: u32) -> Result<PathBuf> {
 /// Removes the names that files were given when they were dumped. To be called
 /// when the restore has succeeded: without the names there can be no other.
 ///
+/// What an image names is not trusted: a name is removed only if it is one that a dump
+/// gives to the entry which has it, and still leads to the file that was restored.
+///
 /// # Errors
 /// [`FileError::Image`]; names that are gone already are none.
 pub fn remove_links(opened: &mut Opened) -> Result<()> {
@@ -171,6 +188,22 @@ pub fn remove_links(opened: &mut Opened) -> Result<()> {
         .collect();
     for (id, other) in linked_to {
         let path = linked(opened, id, other)?;
+        let found = match lstat(&path) {
+            Err(Errno::ENOENT) => continue,
+            found => {
+                found.map_err(FileError::restore(id, "look at", path.as_os_str().as_bytes()))?
+            }
+        };
+        let restored = opened.revived.linked.get(&other);
+        let is_given = path.file_name() == Some(OsStr::new(&link_name(other)));
+        if !is_given || restored != Some(&(found.st_dev, found.st_ino)) {
+            log::warn!(
+                "{} stays, although the images call it a name that a dump has given; remove it if \
+                 nobody needs it",
+                path.display()
+            );
+            continue;
+        }
         match fs::remove_file(&path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 log::warn!("cannot remove {}: {error}", path.display());
@@ -257,12 +290,18 @@ fn make(ghost: u32, first: &proto::RegFileEntry, opened: &mut Opened) -> Result<
         Name::give(&first.name, &suffix, |path| make_node(path, &entry)).map_err(failed("make"))?;
     let format = entry.mode & libc::S_IFMT;
     name.is_directory = format == libc::S_IFDIR;
-    if format == libc::S_IFREG {
-        fill(&name.path, &entry, &mut image, first)?;
-    }
     let only_name = (libc::O_PATH | libc::O_NOFOLLOW).cast_unsigned();
     let object = descriptor::open(name.bytes(), only_name).map_err(failed("open"))?;
-    adjust(&name.path, &entry).map_err(failed("adjust"))?;
+    // Somebody else may be able to write to that directory.
+    let found = fstat(&object).map_err(failed("look at"))?;
+    let is_new = format != libc::S_IFREG || (found.st_size, found.st_nlink) == (0, 1);
+    if found.st_mode & libc::S_IFMT != format || !is_new {
+        return Err(failed("make")(Errno::ESTALE));
+    }
+    if format == libc::S_IFREG {
+        fill(object.as_fd(), &entry, &mut image, first)?;
+    }
+    adjust(object.as_fd(), &entry).map_err(failed("adjust"))?;
 
     let mut unused = HashMap::new();
     if matches!(format, libc::S_IFREG | libc::S_IFDIR) {
@@ -317,7 +356,7 @@ fn make_node(path: &Path, entry: &proto::GhostFileEntry) -> nix::Result<()> {
 }
 
 fn fill(
-    path: &Path,
+    object: BorrowedFd,
     entry: &proto::GhostFileEntry,
     image: &mut ImageReader,
     first: &proto::RegFileEntry,
@@ -326,7 +365,8 @@ fn fill(
         let errno = error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
         FileError::restore(first.id, "write", &first.name)(errno)
     };
-    let mut file = File::options().write(true).open(path).map_err(failed)?;
+    let written = descriptor::reopen(object, libc::O_WRONLY.cast_unsigned());
+    let mut file = File::from(written.map_err(|errno| failed(errno.into()))?);
     if entry.chunks != Some(true) {
         return payload::pass(image, None, "deleted file", |bytes| {
             file.write_all(bytes).map_err(failed)
@@ -355,20 +395,22 @@ fn fill(
 }
 
 /// Gives a ghost its owner, mode and times.
-fn adjust(path: &Path, entry: &proto::GhostFileEntry) -> nix::Result<()> {
+fn adjust(object: BorrowedFd, entry: &proto::GhostFileEntry) -> nix::Result<()> {
     let (uid, gid) = (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid));
-    fchownat(AT_FDCWD, path, Some(uid), Some(gid), AtFlags::AT_SYMLINK_NOFOLLOW)?;
+    fchownat(object, "", Some(uid), Some(gid), AtFlags::AT_EMPTY_PATH)?;
+    // Through /proc, which leads to the object itself, a link too.
+    let path = descriptor::path_of(object);
     if entry.mode & libc::S_IFMT != libc::S_IFLNK {
         let mode = Mode::from_bits_truncate(entry.mode & PERMISSIONS);
-        fchmodat(AT_FDCWD, path, mode, FchmodatFlags::FollowSymlink)?;
+        fchmodat(AT_FDCWD, path.as_str(), mode, FchmodatFlags::FollowSymlink)?;
     }
     if let (Some(access), Some(change)) = (&entry.atim, &entry.mtim) {
         let time = |time: &proto::Timeval| {
             let nanoseconds = (time.tv_usec % 1_000_000) * 1000;
             TimeSpec::new(time.tv_sec.cast_signed(), nanoseconds.cast_signed())
         };
-        let flag = UtimensatFlags::NoFollowSymlink;
-        utimensat(AT_FDCWD, path, &time(access), &time(change), flag)?;
+        let flag = UtimensatFlags::FollowSymlink;
+        utimensat(AT_FDCWD, path.as_str(), &time(access), &time(change), flag)?;
     }
     Ok(())
 }

@@ -170,6 +170,28 @@ fn a_file_with_another_name_is_linked_and_the_link_removed() {
         let _ = fs::remove_file(&path);
     }
 
+    // What an image calls such a name is removed only if a dump can have given it to this
+    // very file.
+    let keepsake = dir.path().join("keepsake");
+    for renamed in [true, false] {
+        let restored = make(true).restore();
+        let mut opened = restored.into_opened();
+        let entry = opened.entries.values_mut().find(|entry| entry.id != 1).unwrap();
+        let reg = entry.reg.as_mut().unwrap();
+        let given = PathBuf::from(OsStr::from_bytes(&reg.name));
+        if renamed {
+            fs::write(&keepsake, b"precious").unwrap();
+            reg.name = bytes(&keepsake).to_vec();
+        } else {
+            fs::remove_file(&given).unwrap();
+            fs::write(&given, b"another file").unwrap();
+        }
+        revived::remove_links(&mut opened).unwrap();
+        assert!(given.exists() && keepsake.exists());
+        fs::remove_file(&given).unwrap();
+    }
+    fs::remove_file(&keepsake).unwrap();
+
     // A dump that fails leaves no link.
     let tree = make(true);
     tree.collect_and_drop();
