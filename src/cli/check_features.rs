@@ -243,7 +243,9 @@ impl Wanted {
         let (mut required, mut useful) = (Vec::new(), Vec::new());
         for row in rows {
             let name = row.names[0];
-            if (row.has)(features) {
+            let has = (row.has)(features);
+            log::debug!("{name} is {}", if has { "there" } else { "missing" });
+            if has {
                 writeln!(out, "ok       {name}")?;
                 continue;
             }

@@ -95,6 +95,9 @@ impl Files {
         let mut used: HashSet<u32> =
             bodies.flat_map(|body| &body.fds).map(|entry| entry.id).collect();
         used.extend(queued_ids(&self.opened.images)?);
+        // Some of the others stand for what a program outside of the tree has, as the
+        // sockets of --ext-unix-sk do: nothing is opened for them.
+        let needed = used.clone();
         let regular = i32::from(proto::FdTypes::Reg);
         used.extend(
             plan.files.iter().filter(|entry| entry.r#type != regular).map(|entry| entry.id),
@@ -111,7 +114,7 @@ impl Files {
                 .collect();
             opener.open(&entries, &mut self.opened)?;
         }
-        for id in &used {
+        for id in used.iter().filter(|id| needed.contains(id) || self.opened.contains(**id)) {
             let fd =
                 fds::duplicate_from(self.opened.get(*id)?, self.lowest).map_err(too_many(*id))?;
             self.descriptions.insert(*id, fd);

@@ -149,7 +149,7 @@ fn restore(
         link_remap: false,
         ghost_limit_bytes: 0,
         validation: options.file_validation,
-        external: options.external.clone(),
+        external: Vec::new(),
         inherit_fds: options.inherit_fds.clone(),
     };
     let mut files = Files::open(plan, images, &policy)?;

@@ -25,8 +25,6 @@ pub struct Options {
     pub shell_job: bool,
     /// Where the pid of the root is written; relative to `work_dir`.
     pub pidfile: Option<PathBuf>,
-    /// Resources that somebody else provides, in CRIU's words: `TYPE[ID]:VALUE`.
-    pub external: Vec<String>,
     /// Open descriptors of this program that stand for resources of the images:
     /// number and key, such as `pipe:[4711]`.
     pub inherit_fds: Vec<(i32, String)>,

@@ -130,7 +130,6 @@ pub(super) fn restore_options(args: &TaskArgs) -> Result<restore::Options, Usage
         leave_stopped: args.tree.leave_stopped,
         shell_job: args.tree.shell_job,
         pidfile: args.tree.pidfile.clone(),
-        external: external(args),
         inherit_fds: args.around.inherit_fd.clone(),
         action_scripts: args.tree.action_script.clone(),
         exec_cmd: args.operands.clone(),

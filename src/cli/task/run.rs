@@ -1,13 +1,15 @@
 //! Running the commands.
 
 use std::{
-    os::unix::process::CommandExt,
+    fs::File,
+    os::{fd::IntoRawFd, unix::process::CommandExt},
     path::{Path, PathBuf},
     process::ExitCode,
 };
 
 use anyhow::{Context, bail};
 use log::{error, info};
+use nix::libc;
 
 use super::{Given, Task, TaskArgs, convert, log as task_log, refusal, without_effect};
 use crate::{
@@ -33,8 +35,8 @@ pub(in crate::cli) fn run(task: Task, args: &TaskArgs, given: &[Given]) -> ExitC
         Task::Dump => convert::dump_options(args, false).map(Work::Dump),
         Task::PreDump => convert::dump_options(args, true).map(Work::Dump),
         Task::Restore => convert::restore_options(args).map(Work::Restore),
-        Task::Check => return check(args),
-        Task::Dedup => return dedup(args),
+        Task::Check => return check(args, given),
+        Task::Dedup => return dedup(args, given),
     };
     let work = match work {
         Ok(work) => work,
@@ -62,8 +64,12 @@ fn usage(error: anyhow::Error) -> ExitCode {
 /// Closes descriptors that the caller wants to be closed.
 fn close(args: &TaskArgs) {
     for fd in &args.around.close {
-        // We have opened nothing yet, and one that is not open is as good as closed.
+        // We have opened nothing yet, and one that is not open is as good as closed. What is
+        // said must not get into the file that has the number of a standard stream next.
         let _ = nix::unistd::close(*fd);
+        if (0..=libc::STDERR_FILENO).contains(fd) {
+            let _ = File::options().read(true).write(true).open("/dev/null").map(File::into_raw_fd);
+        }
     }
 }
 
@@ -83,7 +89,7 @@ fn supervised(work: impl FnOnce() -> u8) -> anyhow::Result<u8> {
 /// Does the work, says on standard error and in the log what went wrong, and
 /// returns the exit code.
 fn perform(task: Task, work: &Work, args: &TaskArgs, given: &[Given]) -> u8 {
-    match start_log(work.work_dir(), args).and_then(|()| work.run(task, given)) {
+    match start_log(work.work_dir(), task, args, given).and_then(|()| work.run()) {
         Ok(()) => exit::OK,
         Err(failure) => {
             error!(target: TOLD, "{failure:#}");
@@ -93,13 +99,18 @@ fn perform(task: Task, work: &Work, args: &TaskArgs, given: &[Given]) -> u8 {
     }
 }
 
-fn start_log(work_dir: &Path, args: &TaskArgs) -> anyhow::Result<()> {
+/// Starts the log, and says there which of the options have no effect.
+fn start_log(work_dir: &Path, task: Task, args: &TaskArgs, given: &[Given]) -> anyhow::Result<()> {
     let file = args.output.log_file.as_deref();
     let file = file.map(|file| match file.to_str() {
         Some("-") => file.to_owned(),
         _ => work_dir.join(file),
     });
-    task_log::start(file.as_deref(), task_log::level(convert::verbosity(args)))
+    task_log::start(file.as_deref(), task_log::level(convert::verbosity(args)))?;
+    for line in without_effect(task, given) {
+        info!("{line}");
+    }
+    Ok(())
 }
 
 impl Work {
@@ -110,10 +121,7 @@ impl Work {
         }
     }
 
-    fn run(&self, task: Task, given: &[Given]) -> anyhow::Result<()> {
-        for line in without_effect(task, given) {
-            info!("{line}");
-        }
+    fn run(&self) -> anyhow::Result<()> {
         match self {
             Self::Dump(options) => Ok(dump::run(options)?),
             Self::Restore(options) => {
@@ -134,25 +142,25 @@ fn log_dir(args: &TaskArgs) -> PathBuf {
     convert::work_dir(&args.images.images_dir, args.images.work_dir.as_deref())
 }
 
-fn dedup(args: &TaskArgs) -> ExitCode {
+fn dedup(args: &TaskArgs, given: &[Given]) -> ExitCode {
     let work = match convert::dedup_work(args) {
         Ok(work) => work,
         Err(error) => return usage(error.into()),
     };
     close(args);
-    if let Err(error) = start_log(&log_dir(args), args) {
+    if let Err(error) = start_log(&log_dir(args), Task::Dedup, args, given) {
         report(&error);
         return ExitCode::from(exit::FAILED);
     }
     answer(|out| dedup::run(&work, args.dedup.json, out), exit::FAILED, exit::FAILED)
 }
 
-fn check(args: &TaskArgs) -> ExitCode {
+fn check(args: &TaskArgs, given: &[Given]) -> ExitCode {
     if let Err(error) = convert::check_operands(args, false) {
         return usage(error.into());
     }
     close(args);
-    if let Err(error) = start_log(&log_dir(args), args) {
+    if let Err(error) = start_log(&log_dir(args), Task::Check, args, given) {
         report(&error);
         return ExitCode::from(exit::FAILED);
     }

@@ -169,7 +169,6 @@ fn default_restore() -> restore::Options {
         leave_stopped: false,
         shell_job: false,
         pidfile: None,
-        external: Vec::new(),
         inherit_fds: Vec::new(),
         action_scripts: Vec::new(),
         exec_cmd: Vec::new(),

@@ -1,0 +1,1266 @@
+//! Every option of every command is run once for real, and its effect looked at.
+//!
+//! What options there are clap says: one that is built and has no row here is an error, so
+//! that none can be added which nobody has seen at work. Those that are refused, have no
+//! effect, or are not for a command have to say so when they are given.
+//!
+//! A row is run in a process tree, or on a chain, of its own.
+
+mod common;
+
+use std::{
+    collections::BTreeSet,
+    fs::{self, File},
+    os::unix::{fs::FileExt, net::UnixDatagram},
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use clap::{Arg, CommandFactory};
+use common::{
+    Cap,
+    dumps::{blocks, three},
+    is_mounted,
+    live::{Live, Shell, directory, state_of, wait_for},
+    mounted::IMGFS,
+    require,
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use rcriu::cli::{imgfs::Imgfs, rcriu::Rcriu};
+
+/// The program under test.
+const RCRIU: &str = env!("CARGO_BIN_EXE_rcriu");
+
+/// Commands with CRIU's options.
+const TASKS: [&str; 5] = ["dump", "pre-dump", "restore", "check", "dedup"];
+
+/// What a command is run with, and what its option is to do there.
+type Check = fn(command: &str);
+
+/// Commands, their options, and what is looked at.
+type Row = (&'static [&'static str], &'static [(&'static str, Check)]);
+
+const ROWS: &[Row] = &[
+    (
+        &["dump", "pre-dump"],
+        &[
+            ("tree", tree),
+            ("shell-job", shell_job),
+            ("timeout", timeout),
+            ("action-script", action_script),
+            ("prev-images-dir", prev_images_dir),
+            ("track-mem", track_mem),
+            ("tracker", tracker),
+            ("auto-dedup", auto_dedup),
+        ],
+    ),
+    (
+        &["dump"],
+        &[
+            ("leave-running", leave_running),
+            ("leave-stopped", leave_stopped),
+            ("link-remap", link_remap),
+            ("ghost-limit", ghost_limit),
+            ("ext-unix-sk", ext_unix_sk),
+            ("external", external),
+            ("file-validation", file_validation),
+        ],
+    ),
+    (
+        &["restore"],
+        &[
+            ("restore-detached", restore_detached),
+            ("restore-sibling", restore_sibling),
+            ("leave-stopped", restored_stopped),
+            ("shell-job", restored_shell_job),
+            ("exec-cmd", exec_cmd),
+            ("pidfile", pidfile),
+            ("action-script", restored_action_script),
+            ("track-mem", restored_track_mem),
+            ("tracker", restored_tracker),
+            ("auto-dedup", restored_auto_dedup),
+            ("ext-unix-sk", ext_unix_sk),
+            ("inherit-fd", inherit_fd),
+            ("file-validation", restored_file_validation),
+        ],
+    ),
+    (&["dump", "pre-dump", "restore"], &[("display-stats", display_stats)]),
+    (
+        &["dump", "pre-dump", "restore", "check", "dedup"],
+        &[
+            ("images-dir", images_dir),
+            ("work-dir", work_dir),
+            ("log-file", log_file),
+            ("verbosity", verbosity),
+            ("close", close),
+            ("config", config),
+            ("no-default-config", no_default_config),
+        ],
+    ),
+    (
+        &["check"],
+        &[
+            ("extra", feature_sets),
+            ("experimental", feature_sets),
+            ("all", feature_sets),
+            ("feature", feature),
+        ],
+    ),
+    (
+        &["dedup"],
+        &[
+            ("link", link),
+            ("keep-originals", keep_originals),
+            ("rewrite", rewrite),
+            ("reflink", reflink),
+            ("json", dedup_json),
+        ],
+    ),
+    (&["show"], &[("pretty", pretty), ("verbose", says_no_less)]),
+    (&["ls"], &[("duplicates", duplicates), ("json", json)]),
+    (&["imgfs check"], &[("json", json)]),
+    (&["diff"], &[("json", json), ("quiet", quiet)]),
+    (&["flatten"], &[("snapshot", flatten_snapshot)]),
+    (
+        &["mount"],
+        &[
+            ("snapshot", mount_snapshot),
+            ("punch", mount_punch),
+            ("foreground", mount_foreground),
+            ("allow-other", mount_allow_other),
+            ("threads", mount_threads),
+            ("log-file", mount_log_file),
+            ("o", mount_options),
+        ],
+    ),
+    (&["umount"], &[("lazy", lazy)]),
+    (&["imgfs"], &[("verbose", says_no_less)]),
+];
+
+// What clap knows.
+
+/// What is said of an option.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Built,
+    WithoutEffect,
+    Refused,
+    /// Another command's.
+    Foreign,
+}
+
+impl Kind {
+    fn of(arg: &Arg) -> Self {
+        match arg.get_help_heading() {
+            _ if arg.is_hide_set() => Self::Foreign,
+            Some("Accepted, without effect") => Self::WithoutEffect,
+            Some("Known, refused for now") => Self::Refused,
+            _ => Self::Built,
+        }
+    }
+}
+
+/// An option of a command.
+#[derive(Debug)]
+struct Opt {
+    command: String,
+    name: String,
+    kind: Kind,
+    /// As it is given, with a value if it takes one.
+    words: Vec<String>,
+}
+
+fn opt(command: &str, arg: &Arg) -> Option<Opt> {
+    let name = arg.get_long().map(str::to_owned);
+    let name = name.or_else(|| arg.get_short().map(String::from))?;
+    if ["help", "version"].contains(&name.as_str()) {
+        return None;
+    }
+    let values = arg.get_possible_values();
+    let value = match name.as_str() {
+        "inherit-fd" => "fd[0]:key",
+        "empty-ns" => "net",
+        "ext-unix-sk" => "7",
+        // The first ones that mean something are refused.
+        _ if !values.is_empty() => values[0].get_name(),
+        _ => "1",
+    };
+    let dashed = if name.len() == 1 { format!("-{name}") } else { format!("--{name}") };
+    let words = if !arg.get_action().takes_values() {
+        vec![dashed]
+    } else if arg.is_require_equals_set() {
+        // Without a value: what that stands for is what is asked for most.
+        vec![if name == "cpu-cap" || name == "manage-cgroups" {
+            dashed
+        } else {
+            format!("{dashed}={value}")
+        }]
+    } else {
+        vec![dashed, value.to_owned()]
+    };
+    Some(Opt { command: command.to_owned(), name, kind: Kind::of(arg), words })
+}
+
+/// All options of both programs. `check` of imgfs is told from that of rcriu by its
+/// program's name.
+fn all() -> Vec<Opt> {
+    let mut found = Vec::new();
+    for (program, mut command) in [("rcriu", Rcriu::command()), ("imgfs", Imgfs::command())] {
+        command.build();
+        found.extend(command.get_arguments().filter_map(|arg| opt(program, arg)));
+        for sub in command.get_subcommands().filter(|sub| sub.get_name() != "help") {
+            let name = match (program, sub.get_name()) {
+                ("imgfs", "check") => "imgfs check",
+                (_, name) => name,
+            };
+            let args = sub.get_arguments().filter(|arg| !arg.is_positional());
+            // Options of the program as a whole were seen.
+            let own = args.filter(|arg| program == "rcriu" || !arg.is_global_set());
+            found.extend(own.filter_map(|arg| opt(name, arg)));
+        }
+    }
+    found
+}
+
+fn row(command: &str, name: &str) -> Option<Check> {
+    let rows = ROWS.iter().filter(|(commands, _)| commands.contains(&command));
+    rows.flat_map(|(_, options)| *options).find(|(option, _)| *option == name).map(|(_, run)| *run)
+}
+
+#[test]
+fn every_option_that_is_built_has_a_row() {
+    let missing: Vec<_> = all()
+        .into_iter()
+        .filter(|opt| opt.kind == Kind::Built && row(&opt.command, &opt.name).is_none())
+        .map(|opt| format!("{} --{}", opt.command, opt.name))
+        .collect();
+    assert!(missing.is_empty(), "nobody looks at what these do: {}", missing.join(", "));
+    let names: BTreeSet<_> = all().into_iter().map(|opt| (opt.command, opt.name)).collect();
+    for (commands, options) in ROWS {
+        for (command, (name, _)) in
+            commands.iter().flat_map(|command| options.iter().map(move |option| (command, option)))
+        {
+            assert!(
+                names.contains(&((*command).to_owned(), (*name).to_owned())),
+                "{command} {name}"
+            );
+        }
+    }
+}
+
+/// What is refused is refused by name before anything is looked at, and so is what is
+/// another command's.
+#[test]
+fn what_a_command_does_not_do_is_refused_by_name() {
+    let dir = directory();
+    for opt in all().iter().filter(|opt| TASKS.contains(&&*opt.command)) {
+        let why = match opt.kind {
+            Kind::Foreign => format!("--{} is not for {}; leave it out", opt.name, opt.command),
+            Kind::Refused => "is not supported yet: ".to_owned(),
+            Kind::Built | Kind::WithoutEffect => continue,
+        };
+        let mut command = Command::new(RCRIU);
+        command.args([opt.command.as_str(), "--no-default-config"]).args(&opt.words);
+        let output = command.current_dir(dir.path()).output().unwrap();
+        let text = said(&output);
+        assert!(!output.status.success(), "{command:?}");
+        assert!(
+            text.contains(&why) && text.contains(&format!("--{}", opt.name)),
+            "{command:?}: {text}"
+        );
+    }
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "nothing was written");
+}
+
+/// What has no effect does no harm and says why.
+#[test]
+fn privileged_what_has_no_effect_says_so() {
+    let mut run = Run::new();
+    for opt in all().iter().filter(|opt| opt.kind == Kind::WithoutEffect) {
+        let words: Vec<_> = opt.words.iter().map(String::as_str).collect();
+        let output = match opt.command.as_str() {
+            "dump" | "pre-dump" => {
+                run.dump(&opt.command, &[&["-v3", "-o", "-"], &words[..]].concat())
+            }
+            "restore" => {
+                let mut run = Run::new();
+                run.restorable();
+                run.restore(&[&["-v3", "-o", "-"], &words[..]].concat())
+            }
+            command => {
+                let dir = directory();
+                let (dirs, _) = three(dir.path());
+                fine(rcriu(&["dedup", "--link", text(&dirs[0]), text(&dirs[2])]));
+                rcriu(&[&[command, "-v3", "-D", text(&dir.path().join("3"))], &words[..]].concat())
+            }
+        };
+        let text = said(&output);
+        assert!(
+            text.contains(&format!("--{} has no effect: ", opt.name)),
+            "{}: {text}",
+            opt.command
+        );
+    }
+}
+
+macro_rules! groups {
+    ($($name:ident $commands:expr;)*) => {
+        $(#[test]
+        fn $name() {
+            let commands: &[&str] = &$commands;
+            for opt in all().iter().filter(|opt| commands.contains(&&*opt.command)) {
+                if let Some(run) = row(&opt.command, &opt.name) {
+                    println!("{} --{}", opt.command, opt.name);
+                    run(&opt.command);
+                }
+            }
+        })*
+    };
+}
+
+groups! {
+    privileged_options_of_dump ["dump"];
+    privileged_options_of_pre_dump ["pre-dump"];
+    privileged_options_of_restore ["restore"];
+    options_of_check_and_show ["check", "show"];
+    options_of_dedup ["dedup"];
+    options_of_imgfs ["imgfs", "ls", "imgfs check", "diff", "flatten"];
+    privileged_options_of_mounts ["mount", "umount"];
+}
+
+// How commands are run.
+
+/// A process tree and what is done to it.
+struct Run {
+    live: Live,
+    dumps: u32,
+}
+
+/// What a dump had for an image directory.
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+fn said(output: &Output) -> String {
+    [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes)).concat()
+}
+
+fn rcriu(words: &[&str]) -> Output {
+    Command::new(RCRIU).args(words).stdin(Stdio::null()).output().unwrap()
+}
+
+fn imgfs(words: &[&str]) -> Output {
+    Command::new(IMGFS).args(words).stdin(Stdio::null()).output().unwrap()
+}
+
+#[track_caller]
+fn fine(output: Output) -> String {
+    assert!(output.status.success(), "{}", said(&output));
+    said(&output)
+}
+
+#[track_caller]
+fn refused(output: &Output, what: &str) {
+    let text = said(output);
+    assert!(!output.status.success() && text.contains(what), "{what} in: {text}");
+}
+
+impl Run {
+    fn new() -> Self {
+        Self::of("private_anon")
+    }
+
+    fn of(workload: &str) -> Self {
+        require(Cap::Ptrace);
+        Self { live: Live::workload(workload), dumps: 0 }
+    }
+
+    /// Runs a program, which says that it is ready by a file of that name.
+    fn program(program: &str, arguments: &[&str]) -> Self {
+        require(Cap::Ptrace);
+        let live = Live::program(program, arguments, directory());
+        let ready = live.path("ready");
+        wait_for("the program", || ready.exists());
+        Self { live, dumps: 0 }
+    }
+
+    /// The last image directory.
+    fn images(&self) -> PathBuf {
+        self.live.path(&self.dumps.to_string())
+    }
+
+    fn pid(&self) -> String {
+        self.live.root.to_string()
+    }
+
+    /// Dumps into the next directory, or pre-dumps; the tree runs on.
+    fn dump(&mut self, command: &str, words: &[&str]) -> Output {
+        let stays = words.iter().any(|word| ["-R", "-s"].contains(word));
+        let running = if command == "dump" && !stays { &["-R"][..] } else { &[] };
+        self.dump_as(&[&[command], running, words].concat())
+    }
+
+    fn dump_as(&mut self, words: &[&str]) -> Output {
+        self.live.tree();
+        self.dumps += 1;
+        fs::create_dir(self.images()).unwrap();
+        let mut command = Command::new(RCRIU);
+        command.args(words).args(["-t", &self.pid(), "-D"]).arg(self.images());
+        command.stdin(Stdio::null()).output().unwrap()
+    }
+
+    /// Dumps and ends the tree, so that it can be restored.
+    fn restorable(&mut self) {
+        fine(self.dump_as(&["dump"]));
+        self.live.wait_gone();
+    }
+
+    /// Restores from the last directory. What is restored has no pipe of ours.
+    fn restore(&self, words: &[&str]) -> Output {
+        let images = self.images();
+        let mut command = Command::new(RCRIU);
+        command.args(["restore", "-d", "-D", text(&images)]).args(words);
+        self.bounded(command)
+    }
+
+    fn bounded(&self, command: Command) -> Output {
+        common::live::bounded(command, &self.live.path("said"))
+    }
+
+    fn state(&self) -> Option<char> {
+        state_of(self.live.root.as_raw())
+    }
+
+    fn is_running(&self) -> bool {
+        self.state().is_some_and(|state| !"TtZX".contains(state))
+    }
+
+    /// The process that keeps the tracking of the root.
+    fn has_keeper(&self) -> bool {
+        let wanted = format!("rcriu-keep\0{}\0", self.pid());
+        fs::read_dir("/proc").unwrap().flatten().any(|entry| {
+            fs::read(entry.path().join("cmdline"))
+                .is_ok_and(|line| line.starts_with(wanted.as_bytes()))
+        })
+    }
+}
+
+/// Runs a command in one of its usual ways with these words added; `-D` is given besides.
+fn usual(command: &str, words: &[&str]) -> (Output, PathBuf, Box<dyn std::any::Any>) {
+    match command {
+        "dump" | "pre-dump" => {
+            let mut run = Run::new();
+            let output = run.dump(command, words);
+            (output, run.images(), Box::new(run.live))
+        }
+        "restore" => {
+            let mut run = Run::new();
+            run.restorable();
+            let output = run.restore(words);
+            (output, run.images(), Box::new(run.live))
+        }
+        _ => {
+            let dir = directory();
+            let (dirs, _) = three(dir.path());
+            fine(rcriu(&["dedup", "--link", text(&dirs[0]), text(&dirs[1]), text(&dirs[2])]));
+            let output = rcriu(&[&[command, "-D", text(&dirs[2])], words].concat());
+            (output, dirs[2].clone(), Box::new(dir))
+        }
+    }
+}
+
+fn tracking() {
+    require(Cap::Kernel("a tracker of changes", |features| {
+        features.write_protect_private && features.pagemap_scan || features.soft_dirty
+    }));
+}
+
+// Dumps.
+
+fn tree(command: &str) {
+    let mut run = Run::new();
+    fine(run.dump(command, &[]));
+    assert!(run.images().join(format!("pagemap-{}.img", run.pid())).exists());
+    refused(&rcriu(&[command, "-D", text(&run.images())]), "-t PID");
+}
+
+fn leave_running(_: &str) {
+    let mut run = Run::new();
+    fine(run.dump("dump", &["--leave-running"]));
+    assert!(run.is_running());
+    run.restorable();
+}
+
+fn leave_stopped(_: &str) {
+    let mut run = Run::new();
+    fine(run.dump("dump", &["--leave-stopped"]));
+    assert_eq!(run.state(), Some('T'));
+    kill(run.live.root, Signal::SIGCONT).unwrap();
+}
+
+fn shell_job(command: &str) {
+    let shell = Shell::new("terminal");
+    let images = shell.path("job-images");
+    fs::create_dir(&images).unwrap();
+    let pid = shell.job.root.to_string();
+    let dump = |words: &[&str]| {
+        let running = if command == "dump" { &["-R"][..] } else { &[] };
+        rcriu(&[&[command, "-t", &pid, "-D", text(&images)], running, words].concat())
+    };
+    refused(&dump(&[]), "--shell-job");
+    fine(dump(&["--shell-job"]));
+}
+
+/// A process in the middle of vfork(2) can't be stopped.
+fn timeout(command: &str) {
+    // The child waits for a writer, by which nobody can get at the parent.
+    let script = "import ctypes, os, signal\n\
+        os.mkfifo('gate')\n\
+        libc = ctypes.CDLL(None)\n\
+        open('ready', 'w').close()\n\
+        libc.syscall.argtypes = None\n\
+        code = bytes([0xb8, 58, 0, 0, 0, 0x0f, 5, 0x85, 0xc0, 0x75, 9,\n\
+                      0xb8, 34, 0, 0, 0, 0x0f, 5, 0xeb, 0xf7, 0xc3])\n\
+        import mmap\n\
+        page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)\n\
+        page.write(code)\n\
+        address = ctypes.addressof(ctypes.c_char.from_buffer(page))\n\
+        ctypes.CFUNCTYPE(ctypes.c_long)(address)()\n";
+    let mut run = Run::program("/usr/bin/python3", &["-c", script]);
+    let children = format!("/proc/{0}/task/{0}/children", run.pid());
+    wait_for("a child", || !fs::read_to_string(&children).unwrap().is_empty());
+    run.live.tree();
+    let begin = Instant::now();
+    let output = run.dump(command, &["--timeout", "1"]);
+    let took = begin.elapsed();
+    assert!(!output.status.success(), "{}", said(&output));
+    let bounds = Duration::from_secs(1)..Duration::from_secs(8) * common::slowness();
+    assert!(bounds.contains(&took), "{took:?}: {}", said(&output));
+}
+
+/// A script that notes the stages at which it is run, and what its caller has open.
+fn script(live: &Live) -> PathBuf {
+    use std::os::unix::fs::PermissionsExt;
+    let path = live.path("script");
+    let dir = live.path("");
+    let dir = text(&dir);
+    let lines = format!(
+        "#!/bin/sh\necho $CRTOOLS_SCRIPT_ACTION >>{dir}/stages\nls -l /proc/$PPID/fd >{dir}/open\n"
+    );
+    fs::write(&path, lines).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    path
+}
+
+fn action_script(command: &str) {
+    let mut run = Run::new();
+    let script = script(&run.live);
+    fine(run.dump(command, &["--action-script", text(&script)]));
+    let stages = fs::read_to_string(run.live.path("stages")).unwrap();
+    assert!(stages.starts_with("pre-dump\n"), "{stages}");
+}
+
+fn prev_images_dir(command: &str) {
+    let mut run = Run::new();
+    fine(run.dump(command, &[]));
+    fine(run.dump(command, &["--prev-images-dir", "../1"]));
+    assert_eq!(fs::read_link(run.images().join("parent")).unwrap(), Path::new("../1"));
+    let pages = |dir: PathBuf| -> u64 {
+        let entries = fs::read_dir(dir).unwrap().flatten();
+        let pages =
+            entries.filter(|entry| entry.file_name().to_string_lossy().starts_with("pages-"));
+        pages.map(|entry| entry.metadata().unwrap().len()).sum()
+    };
+    let (first, second) = (pages(run.live.path("1")), pages(run.live.path("2")));
+    assert!(second < first / 2, "{first} {second}");
+}
+
+fn track_mem(command: &str) {
+    tracking();
+    let mut run = Run::new();
+    fine(run.dump(command, &[]));
+    assert!(!run.has_keeper());
+    fine(run.dump(command, &["--track-mem"]));
+    assert!(run.has_keeper());
+}
+
+fn tracker(command: &str) {
+    tracking();
+    let mut run = Run::new();
+    fine(run.dump(command, &["--track-mem", "--tracker", "none"]));
+    assert!(!run.has_keeper());
+}
+
+fn auto_dedup(command: &str) {
+    let mut run = Run::new();
+    fine(run.dump(command, &[]));
+    let sum = |run: &Run| -> u64 {
+        let dir = run.live.path("1");
+        let pages = fs::read_dir(dir).unwrap().flatten();
+        let pages = pages.filter(|entry| entry.file_name().to_string_lossy().starts_with("pages-"));
+        pages.map(|entry| blocks(&entry.path())).sum()
+    };
+    // Pages that have changed are superseded, and all of these differ.
+    let pages = fs::read_dir(run.images()).unwrap().flatten();
+    for entry in pages.filter(|entry| entry.file_name().to_string_lossy().starts_with("pages-")) {
+        let file = File::options().write(true).open(entry.path()).unwrap();
+        let len = file.metadata().unwrap().len();
+        file.write_all_at(&vec![0x5a; usize::try_from(len).unwrap()], 0).unwrap();
+    }
+    let before = sum(&run);
+    fine(run.dump(command, &["--prev-images-dir", "../1", "--auto-dedup"]));
+    assert!(sum(&run) < before / 2, "{before} {}", sum(&run));
+}
+
+fn link_remap(_: &str) {
+    let mut run = Run::of("deleted_linked_file");
+    refused(&run.dump("dump", &[]), "--link-remap");
+    fine(run.dump("dump", &["--link-remap"]));
+}
+
+fn ghost_limit(_: &str) {
+    let mut run = Run::of("deleted_file");
+    refused(&run.dump("dump", &["--ghost-limit", "1"]), "--ghost-limit");
+    fine(run.dump("dump", &["--ghost-limit", "1G"]));
+}
+
+/// A process that sends datagrams to a socket of ours.
+fn sender() -> (Run, UnixDatagram, u64) {
+    require(Cap::Ptrace);
+    let dir = directory();
+    let path = dir.path().join("socket");
+    let socket = UnixDatagram::bind(&path).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(20) * common::slowness())).unwrap();
+    let script = "import os, socket, sys, time\n\
+        s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)\n\
+        s.connect('socket')\n\
+        open('inode', 'w').write(str(os.fstat(s.fileno()).st_ino))\n\
+        os.rename('inode', 'ready')\n\
+        while True:\n\
+        \ttime.sleep(0.01)\n\
+        \ttry: s.send(b'x')\n\
+        \texcept OSError: pass\n";
+    let live = Live::program("/usr/bin/python3", &["-c", script], dir);
+    let ready = live.path("ready");
+    wait_for("the sender", || ready.exists());
+    let inode = fs::read_to_string(ready).unwrap().parse().unwrap();
+    (Run { live, dumps: 0 }, socket, inode)
+}
+
+fn ext_unix_sk(command: &str) {
+    let (mut run, socket, _) = sender();
+    refused(&run.dump("dump", &[]), "--ext-unix-sk");
+    if command == "dump" {
+        fine(run.dump("dump", &["--ext-unix-sk"]));
+        return;
+    }
+    fine(run.dump_as(&["dump", "-x"]));
+    run.live.wait_gone();
+    refused(&run.restore(&[]), "--ext-unix-sk");
+    fine(run.restore(&["--ext-unix-sk"]));
+    let mut buffer = [0; 8];
+    // What was sent before it was dumped, and what comes after that.
+    socket.set_nonblocking(true).unwrap();
+    while socket.recv(&mut buffer).is_ok() {}
+    socket.set_nonblocking(false).unwrap();
+    assert_eq!(socket.recv(&mut buffer).unwrap(), 1);
+}
+
+fn external(_: &str) {
+    let (mut run, _socket, inode) = sender();
+    refused(&run.dump("dump", &["--external", "unix[1]"]), "is not open in the tree");
+    fine(run.dump("dump", &["--external", &format!("unix[{inode}]")]));
+}
+
+/// The JSON of an image.
+fn shown(image: &Path) -> String {
+    fine(rcriu(&["show", text(image)]))
+}
+
+fn file_validation(_: &str) {
+    let mut run = Run::new();
+    fine(run.dump("dump", &["--file-validation=buildid"]));
+    assert!(shown(&run.images().join("files.img")).contains("\"build_id\""));
+    fine(run.dump("dump", &["--file-validation=filesize"]));
+    assert!(!shown(&run.images().join("files.img")).contains("\"build_id\""));
+}
+
+// Restores.
+
+fn restore_detached(_: &str) {
+    let mut run = Run::new();
+    run.restorable();
+    let mut command = Command::new(RCRIU);
+    command.args(["restore", "-D"]).arg(run.images());
+    let (out, log) = (Stdio::null(), File::create(run.live.path("said")).unwrap());
+    let mut waiting = command.stdin(Stdio::null()).stdout(out).stderr(log).spawn().unwrap();
+    wait_for("the restored tree", || run.state().is_some());
+    thread::sleep(Duration::from_millis(100));
+    assert!(waiting.try_wait().unwrap().is_none(), "it has not waited for the tree");
+    run.live.kill();
+    waiting.wait().unwrap();
+
+    let mut run = Run::new();
+    run.restorable();
+    fine(run.restore(&["--restore-detached"]));
+    assert!(run.is_running());
+}
+
+fn parent(pid: Pid) -> i32 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    stat.rsplit_once(')').unwrap().1.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+fn restore_sibling(_: &str) {
+    let mut run = Run::new();
+    run.restorable();
+    fine(run.restore(&["--restore-sibling"]));
+    assert_eq!(parent(run.live.root), Pid::this().as_raw());
+    refused(&rcriu(&["restore", "-S", "-D", text(&run.images())]), "--restore-sibling needs");
+}
+
+fn restored_stopped(_: &str) {
+    let mut run = Run::new();
+    run.restorable();
+    fine(run.restore(&["--leave-stopped"]));
+    assert_eq!(run.state(), Some('T'));
+    kill(run.live.root, Signal::SIGCONT).unwrap();
+    wait_for("the tree", || run.is_running());
+}
+
+fn restored_shell_job(_: &str) {
+    let mut shell = Shell::new("terminal");
+    shell.job.dump(&["--shell-job"]);
+    let images = shell.job.images();
+    refused(&rcriu(&["restore", "-d", "-D", text(&images)]), "--shell-job");
+    // With --shell-job.
+    shell.restore();
+    shell.job.verdict();
+}
+
+fn exec_cmd(_: &str) {
+    let mut run = Run::new();
+    run.restorable();
+    let found = run.live.path("found");
+    let script = format!("cat /proc/{}/stat >{}; kill -9 {0}", run.pid(), text(&found));
+    let script = script.replace("{0}", &run.pid());
+    let mut command = Command::new(RCRIU);
+    command.args(["restore", "-D"]).arg(run.images());
+    command.args(["--exec-cmd", "--", "sh", "-c", &script]);
+    fine(run.bounded(command));
+    assert!(fs::read_to_string(found).unwrap().starts_with(&run.pid()));
+}
+
+fn pidfile(_: &str) {
+    let mut run = Run::new();
+    run.restorable();
+    let path = run.live.path("the-pid");
+    fine(run.restore(&["--pidfile", text(&path)]));
+    assert_eq!(fs::read_to_string(path).unwrap(), run.pid());
+}
+
+fn restored_action_script(_: &str) {
+    let mut run = Run::new();
+    run.restorable();
+    let script = script(&run.live);
+    fine(run.restore(&["--action-script", text(&script)]));
+    let stages = fs::read_to_string(run.live.path("stages")).unwrap();
+    assert!(stages.starts_with("pre-restore\n"), "{stages}");
+}
+
+fn restored_track_mem(_: &str) {
+    tracking();
+    let mut run = Run::new();
+    run.restorable();
+    fine(run.restore(&["--track-mem"]));
+    assert!(run.has_keeper());
+}
+
+fn restored_tracker(_: &str) {
+    tracking();
+    let mut run = Run::new();
+    run.restorable();
+    fine(run.restore(&["--track-mem", "--tracker=none"]));
+    assert!(!run.has_keeper());
+}
+
+fn restored_auto_dedup(_: &str) {
+    let mut run = Run::new();
+    run.restorable();
+    let sum = || -> u64 {
+        let pages = fs::read_dir(run.images()).unwrap().flatten();
+        let pages = pages.filter(|entry| entry.file_name().to_string_lossy().starts_with("pages-"));
+        pages.map(|entry| blocks(&entry.path())).sum()
+    };
+    let before = sum();
+    fine(run.restore(&["--auto-dedup"]));
+    assert!(sum() < before / 2, "{before} {}", sum());
+}
+
+fn inherit_fd(_: &str) {
+    let mut run = Run::program(
+        "bash",
+        &["-c", "echo one >one; echo two >two; exec 7<one; echo >ready; exec 8<&7; sleep 1000"],
+    );
+    run.restorable();
+    let one = run.live.path("one").canonicalize().unwrap();
+    let key = format!("fd[9]:{}", text(&one).trim_start_matches('/'));
+    let two = run.live.path("two");
+    let mut command = Command::new("bash");
+    command.args([
+        "-c",
+        r#"exec 9<"$1"; shift; exec "$@""#,
+        "-",
+        text(&two),
+        RCRIU,
+        "restore",
+        "-d",
+    ]);
+    command.arg("-D").arg(run.images()).args(["--inherit-fd", &key]);
+    fine(run.bounded(command));
+    let link = fs::read_link(format!("/proc/{}/fd/7", run.pid())).unwrap();
+    assert_eq!(link, two.canonicalize().unwrap());
+}
+
+/// A library is replaced by one of the same size.
+fn restored_file_validation(_: &str) {
+    let dir = directory();
+    let copy = dir.path().join("sleep");
+    fs::copy("/bin/sleep", &copy).unwrap();
+    require(Cap::Ptrace);
+    let live = Live::program(text(&copy), &["1000"], directory());
+    wait_for("the program", || {
+        fs::read_link(format!("/proc/{}/exe", live.root)).is_ok_and(|exe| exe == copy)
+    });
+    thread::sleep(Duration::from_millis(50));
+    let mut run = Run { live, dumps: 0 };
+    fine(run.dump_as(&["dump", "--file-validation=buildid"]));
+    run.live.wait_gone();
+    // The build-id is a note; its last bytes are changed.
+    let mut bytes = fs::read(&copy).unwrap();
+    let note = bytes.windows(4).position(|window| window == b"GNU\0").unwrap();
+    let found: Vec<usize> = (note..note + 4096)
+        .filter(|at| bytes[*at - 12..*at] == [4, 0, 0, 0, 20, 0, 0, 0, 3, 0, 0, 0])
+        .collect();
+    let at = found.first().expect("a build-id") + 4;
+    bytes[at] ^= 0xff;
+    let times = fs::metadata(&copy).unwrap().modified().unwrap();
+    fs::write(&copy, bytes).unwrap();
+    File::options().write(true).open(&copy).unwrap().set_modified(times).unwrap();
+    refused(&run.restore(&[]), "build");
+    fine(run.restore(&["--file-validation=filesize"]));
+}
+
+// Of all commands.
+
+fn display_stats(command: &str) {
+    let (output, ..) = usual(command, &[]);
+    assert!(!fine(output).contains("time: "));
+    let (output, ..) = usual(command, &["--display-stats"]);
+    assert!(fine(output).contains("time: "), "{command}");
+}
+
+fn images_dir(command: &str) {
+    // -D of the usual run, and nothing is where it was run.
+    let (output, images, _keep) = usual(command, &["-o", "the-log"]);
+    fine(output);
+    assert!(images.join("the-log").exists());
+    let absent = images.join("absent");
+    let output = match command {
+        "check" => rcriu(&[command, "-o", "the-log", "--images-dir", text(&absent)]),
+        "dedup" => rcriu(&[command, "--images-dir", text(&absent)]),
+        _ => rcriu(
+            &[command, "-t1", "-D", text(&absent)][..if command == "restore" { 1 } else { 2 }]
+                .iter()
+                .copied()
+                .chain(["--images-dir", text(&absent)])
+                .collect::<Vec<_>>(),
+        ),
+    };
+    refused(&output, "absent");
+}
+
+fn work_dir(command: &str) {
+    let dir = directory();
+    let words = ["--work-dir", text(dir.path()), "-o", "the-log"];
+    let (output, images, _keep) = usual(command, &words);
+    fine(output);
+    assert!(dir.path().join("the-log").exists() && !images.join("the-log").exists());
+    let stats = match command {
+        "dump" | "pre-dump" => "stats-dump",
+        "restore" => "stats-restore",
+        _ => return,
+    };
+    assert!(dir.path().join(stats).exists());
+}
+
+fn log_file(command: &str) {
+    let (output, images, _keep) = usual(command, &["--log-file", "the-log", "-v4"]);
+    fine(output);
+    assert!(fs::metadata(images.join("the-log")).unwrap().len() > 0, "{command}");
+}
+
+fn verbosity(command: &str) {
+    let mut lines = Vec::new();
+    for level in ["-v0", "-v2", "--verbosity=4"] {
+        let (output, images, _keep) = usual(command, &["--log-file", "the-log", level]);
+        fine(output);
+        lines.push(fs::read_to_string(images.join("the-log")).unwrap().lines().count());
+    }
+    assert!(lines[0] == 0 && lines[1] < lines[2], "{command}: {lines:?}");
+}
+
+/// Descriptor 1 is closed: what would be printed is not, and is not in an image either.
+fn close(command: &str) {
+    let words: &[&str] = if TASKS[..3].contains(&command) { &["--display-stats"] } else { &[] };
+    let (output, _, _keep) = usual(command, words);
+    assert!(output.status.success());
+    assert!(!said(&output).is_empty(), "{command}");
+    let (output, images, _keep) = usual(command, &[words, &["--close", "1"]].concat());
+    assert_eq!(fine(output), "", "{command}");
+    if command != "check" {
+        fine(imgfs(&["check", text(&images)]));
+    }
+}
+
+fn config(command: &str) {
+    let dir = directory();
+    let file = dir.path().join("options");
+    fs::write(&file, "log-file from-file # as it says\nverbosity 4\n").unwrap();
+    let (output, images, _keep) = usual(command, &["--config", text(&file)]);
+    fine(output);
+    assert!(images.join("from-file").exists());
+    fs::write(&file, "no-such-option\n").unwrap();
+    let (output, ..) = usual(command, &["--config", text(&file)]);
+    refused(&output, "line 1: there is no such option");
+}
+
+fn no_default_config(command: &str) {
+    let home = directory();
+    fs::create_dir(home.path().join(".rcriu")).unwrap();
+    fs::write(home.path().join(".rcriu/default.conf"), "no-such-option\n").unwrap();
+    let run = |words: &[&str]| {
+        let mut rcriu = Command::new(RCRIU);
+        // What is refused comes after the files were read.
+        rcriu.args([command, "--ms"]).args(words).env("HOME", home.path()).output().unwrap()
+    };
+    refused(&run(&[]), "default.conf line 1");
+    refused(&run(&["--no-default-config"]), "--ms is not supported yet");
+}
+
+// Check.
+
+fn feature_sets(command: &str) {
+    let names = |words: &[&str]| {
+        let mut rcriu = Command::new(RCRIU);
+        rcriu.arg(command).args(words).env("RCRIU_WITHOUT", "timer_cr_ids,tracefs");
+        let output = rcriu.output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        let last = text.lines().last().unwrap().to_owned();
+        (output.status.success(), last)
+    };
+    if !names(&[]).0 {
+        // Every answer is no: not root.
+        return;
+    }
+    for (option, timers, tracepoints) in
+        [("--extra", true, false), ("--experimental", false, true), ("--all", true, true)]
+    {
+        let (yes, last) = names(&[option]);
+        assert!(!yes, "{option}: {last}");
+        assert!(last.starts_with("Does not look good: "), "{last}");
+        assert_eq!(last.contains("timer_cr_ids"), timers, "{option}: {last}");
+        assert_eq!(last.contains("tracepoints"), tracepoints, "{option}: {last}");
+    }
+}
+
+fn feature(command: &str) {
+    assert_eq!(fine(rcriu(&[command, "--feature", "memfd"])), "ok       memfd\nLooks good.\n");
+    assert!(fine(rcriu(&[command, "--feature", "list"])).contains(" memfd "));
+    refused(&rcriu(&[command, "--feature", "bogus"]), "bogus is not a feature");
+}
+
+// Deduplication.
+
+fn link(command: &str) {
+    let dir = directory();
+    let (dirs, _) = three(dir.path());
+    assert!(!dirs[1].join("parent").exists());
+    fine(rcriu(&[command, "--link", text(&dirs[0]), text(&dirs[1]), text(&dirs[2])]));
+    assert!(dirs[1].join("parent").exists() && dirs[2].join("parent").exists());
+}
+
+fn keep_originals(command: &str) {
+    let dir = directory();
+    let (dirs, _) = three(dir.path());
+    fine(rcriu(&[command, "--link", "--keep-originals", text(&dirs[0]), text(&dirs[1])]));
+    assert!(!dirs[1].join("parent").exists());
+    assert!(dir.path().join("2.linked/parent").exists());
+}
+
+fn rewrite(command: &str) {
+    let dir = directory();
+    let (dirs, _) = three(dir.path());
+    fine(rcriu(&[command, "--link", text(&dirs[0]), text(&dirs[1])]));
+    // Of a file system that frees nothing, files are made anew; here, it is no worse.
+    let inode = |dir: &Path| {
+        use std::os::unix::fs::MetadataExt;
+        let pages = fs::read_dir(dir).unwrap().flatten();
+        let pages = pages.filter(|entry| entry.file_name().to_string_lossy().starts_with("pages-"));
+        pages
+            .map(|entry| (entry.metadata().unwrap().ino(), blocks(&entry.path())))
+            .collect::<Vec<_>>()
+    };
+    let before = inode(&dirs[0]);
+    fine(rcriu(&[command, "--rewrite", "-D", text(&dirs[1])]));
+    assert_ne!(before, inode(&dirs[0]));
+}
+
+fn reflink(command: &str) {
+    let dir = directory();
+    let (dirs, _) = three(dir.path());
+    let output = rcriu(&[command, "--reflink", "-D", text(&dirs[0])]);
+    let text = said(&output);
+    // It shares blocks, or says that this file system cannot.
+    assert!(text.contains("share") || text.contains("reflink"), "{text}");
+}
+
+fn dedup_json(command: &str) {
+    let dir = directory();
+    let (dirs, _) = three(dir.path());
+    let output = fine(rcriu(&[command, "--json", "--link", text(&dirs[0]), text(&dirs[1])]));
+    assert!(serde_json::from_str::<serde_json::Value>(&output).is_ok(), "{output}");
+}
+
+// Show and imgfs.
+
+fn pretty(command: &str) {
+    let dir = directory();
+    let (dirs, _) = three(dir.path());
+    let image = dirs[0].join("inventory.img");
+    let (plain, pretty) =
+        (fine(rcriu(&[command, text(&image)])), fine(rcriu(&[command, "--pretty", text(&image)])));
+    assert!(pretty.lines().count() > plain.lines().count());
+    let read = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
+    assert_eq!(read(&plain), read(&pretty));
+}
+
+/// What is said on standard error becomes more, where there is more to say.
+fn says_no_less(command: &str) {
+    let dir = directory();
+    let (dirs, _) = three(dir.path());
+    let (program, words) = match command {
+        "show" => (RCRIU, vec!["show".to_owned(), text(&dirs[0].join("inventory.img")).to_owned()]),
+        _ => {
+            let out = dir.path().join("out");
+            (IMGFS, vec!["flatten".to_owned(), text(&dirs[2]).to_owned(), text(&out).to_owned()])
+        }
+    };
+    let mut counts = Vec::new();
+    for verbose in ["-v", "-vvv"] {
+        let _ = fs::remove_dir_all(dir.path().join("out"));
+        let output = Command::new(program).args(&words).arg(verbose).output().unwrap();
+        assert!(output.status.success(), "{}", said(&output));
+        counts.push(output.stderr.len());
+    }
+    assert!(
+        counts[0] <= counts[1] && (command == "show" || counts[1] > 0),
+        "{command}: {counts:?}"
+    );
+}
+
+fn read_only(command: &str, dirs: &[PathBuf], root: &Path) -> Vec<String> {
+    let root = text(root).to_owned();
+    let name = |at: usize| dirs[at].file_name().unwrap().to_str().unwrap().to_owned();
+    match command {
+        "ls" => vec!["ls".to_owned(), root],
+        "imgfs check" => vec!["check".to_owned(), root],
+        _ => vec!["diff".to_owned(), root, name(0), name(1)],
+    }
+}
+
+fn json(command: &str) {
+    let dir = directory();
+    let (dirs, _) = three(dir.path());
+    let words = read_only(command, &dirs, dir.path());
+    let parsed = |json: bool| {
+        let mut imgfs = Command::new(IMGFS);
+        imgfs.args(&words).args(json.then_some("--json"));
+        serde_json::from_slice::<serde_json::Value>(&imgfs.output().unwrap().stdout).is_ok()
+    };
+    assert!(parsed(true) && !parsed(false), "{command}");
+}
+
+fn duplicates(command: &str) {
+    let dir = directory();
+    three(dir.path());
+    let plain = fine(imgfs(&[command, text(dir.path())]));
+    let counted = fine(imgfs(&[command, "--duplicates", text(dir.path())]));
+    assert_ne!(plain.lines().next(), counted.lines().next());
+}
+
+fn quiet(command: &str) {
+    let dir = directory();
+    three(dir.path());
+    let output = imgfs(&[command, "--quiet", text(dir.path()), "1", "2"]);
+    assert_eq!((output.status.code(), said(&output).as_str()), (Some(1), ""));
+    assert_ne!(said(&imgfs(&[command, text(dir.path()), "1", "2"])), "");
+}
+
+/// Two snapshots of a chain differ in what is flattened, or seen through a mount.
+fn flatten_snapshot(command: &str) {
+    let dir = directory();
+    let (dirs, _) = three(dir.path());
+    fine(rcriu(&["dedup", "--link", text(&dirs[0]), text(&dirs[1])]));
+    let outs = ["1", "2"].map(|name| {
+        let out = dir.path().join(format!("out-{name}"));
+        fine(imgfs(&[command, text(&dirs[1]), text(&out), "--snapshot", name]));
+        out.join("pagemap-12.img").exists()
+    });
+    assert_eq!(outs, [false, true]);
+}
+
+/// A mount that is gone at the end.
+struct Mount {
+    dir: tempfile::TempDir,
+    dirs: Vec<PathBuf>,
+    point: PathBuf,
+}
+
+impl Mount {
+    fn new() -> Self {
+        require(Cap::Fuse);
+        let dir = directory();
+        let (dirs, _) = three(dir.path());
+        fine(rcriu(&["dedup", "--link", text(&dirs[0]), text(&dirs[1])]));
+        let point = dir.path().join("mnt");
+        fs::create_dir(&point).unwrap();
+        Self { dir, dirs, point }
+    }
+
+    fn mount(&self, words: &[&str]) -> Output {
+        let begin = Instant::now();
+        loop {
+            // The daemon keeps what it has for standard error.
+            let mut command = Command::new(IMGFS);
+            command.args(["mount", text(&self.dirs[1]), text(&self.point)]).args(words);
+            let output = common::live::bounded(command, &self.dir.path().join("said"));
+            // The one before may have a moment to live after its mount is gone.
+            let ends = said(&output).contains("is in use by imgfs");
+            if !ends || begin.elapsed() > Duration::from_secs(20) * common::slowness() {
+                return output;
+            }
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// The options of the mount, as the kernel has them.
+    fn kernel_options(&self) -> String {
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let point = text(&self.point);
+        mounts.lines().find(|line| line.contains(point)).unwrap_or_default().to_owned()
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        if is_mounted(&self.point) {
+            let _ = imgfs(&["umount", text(&self.point)]);
+        }
+    }
+}
+
+fn mount_snapshot(_: &str) {
+    let mount = Mount::new();
+    fine(mount.mount(&["--snapshot", "1"]));
+    assert!(!mount.point.join("pagemap-12.img").exists());
+    fine(imgfs(&["umount", text(&mount.point)]));
+    fine(mount.mount(&[]));
+    assert!(mount.point.join("pagemap-12.img").exists());
+}
+
+fn mount_punch(_: &str) {
+    let mount = Mount::new();
+    fine(mount.mount(&["--punch"]));
+    assert!(!mount.kernel_options().contains(" ro,"), "{}", mount.kernel_options());
+    fine(imgfs(&["umount", text(&mount.point)]));
+    fine(mount.mount(&[]));
+    assert!(mount.kernel_options().contains(" ro,"), "{}", mount.kernel_options());
+}
+
+fn mount_foreground(_: &str) {
+    let mount = Mount::new();
+    let mut command = Command::new(IMGFS);
+    command.args(["mount", text(&mount.dirs[1]), text(&mount.point), "--foreground"]);
+    let log = File::create(mount.dir.path().join("said")).unwrap();
+    let mut daemon = command.stdin(Stdio::null()).stderr(log).spawn().unwrap();
+    wait_for("the mount", || is_mounted(&mount.point));
+    assert!(daemon.try_wait().unwrap().is_none());
+    fine(imgfs(&["umount", text(&mount.point)]));
+    assert!(daemon.wait().unwrap().success());
+}
+
+fn mount_allow_other(_: &str) {
+    let mount = Mount::new();
+    fine(mount.mount(&["--allow-other"]));
+    assert!(mount.kernel_options().contains("allow_other"), "{}", mount.kernel_options());
+    fine(imgfs(&["umount", text(&mount.point)]));
+    fine(mount.mount(&[]));
+    assert!(!mount.kernel_options().contains("allow_other"), "{}", mount.kernel_options());
+}
+
+fn mount_threads(_: &str) {
+    let mount = Mount::new();
+    let count = |number: &str| {
+        let mut command = Command::new(IMGFS);
+        command.args([
+            "mount",
+            text(&mount.dirs[1]),
+            text(&mount.point),
+            "-f",
+            "--threads",
+            number,
+        ]);
+        let log = File::create(mount.dir.path().join("said")).unwrap();
+        let mut daemon = command.stdin(Stdio::null()).stderr(log).spawn().unwrap();
+        wait_for("the mount", || is_mounted(&mount.point));
+        fs::read_dir(&mount.point).unwrap().count();
+        let task = format!("/proc/{}/task", daemon.id());
+        let threads = fs::read_dir(task).unwrap().count();
+        fine(imgfs(&["umount", text(&mount.point)]));
+        daemon.wait().unwrap();
+        threads
+    };
+    let (few, many) = (count("2"), count("9"));
+    assert_eq!(many - few, 7);
+}
+
+fn mount_log_file(_: &str) {
+    let mount = Mount::new();
+    let log = mount.dir.path().join("the-log");
+    fine(mount.mount(&["-vv", "--log-file", text(&log)]));
+    wait_for("the log", || fs::metadata(&log).is_ok_and(|log| log.len() > 0));
+}
+
+fn mount_options(_: &str) {
+    let mount = Mount::new();
+    fine(mount.mount(&["-o", "snapshot=1"]));
+    assert!(!mount.point.join("pagemap-12.img").exists());
+    fine(imgfs(&["umount", text(&mount.point)]));
+    refused(&mount.mount(&["-o", "bogus"]), "bogus");
+}
+
+fn lazy(command: &str) {
+    let mount = Mount::new();
+    fine(mount.mount(&[]));
+    let _open = File::open(mount.point.join("inventory.img")).unwrap();
+    refused(&imgfs(&[command, text(&mount.point)]), "");
+    assert!(is_mounted(&mount.point));
+    fine(imgfs(&[command, "--lazy", text(&mount.point)]));
+    assert!(!is_mounted(&mount.point));
+}
