@@ -157,6 +157,10 @@ states! {
     dead_session_leader;
     dead_group_leader;
     zombies;
+    orphaned_zombies;
+    zombies_of_a_session;
+    zombies_of_the_heedless;
+    zombie_of_a_gone_group;
     stopped_child;
     subreaper;
     parent_death_signal;
@@ -696,6 +700,33 @@ fn privileged_restore_onto_used_pids_names_one() {
     let named = live.tree().iter().any(|pid| text.contains(&pid.to_string()));
     assert!(named, "the message names no pid: {text}");
     before.assert_unchanged(&live.state_after(&before));
+    live.verdict();
+}
+
+/// Who restores right after a tree was killed waits for what is still ending.
+#[test]
+fn privileged_restore_waits_for_what_is_on_its_way_out() {
+    use nix::sys::{
+        signal::{Signal, kill},
+        wait::waitpid,
+    };
+    require(Cap::Ptrace);
+    let mut live = Live::workload("threads");
+    live.dump_running(&[]);
+    kill(live.root, Signal::SIGKILL).unwrap();
+    // Until somebody looks at the dead, they keep their numbers.
+    let output = live.try_restore(&[]);
+    let words = String::from_utf8_lossy(&output.stderr).into_owned();
+    let by = format!("not yet waited for by its parent, process {}", std::process::id());
+    assert!(!output.status.success() && words.contains(&by), "{words}");
+    let root = live.root;
+    let reaper = std::thread::spawn(move || {
+        // The restore is looking at the numbers by then.
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        waitpid(root, None).unwrap();
+    });
+    live.restore(&[]);
+    reaper.join().unwrap();
     live.verdict();
 }
 

@@ -188,7 +188,6 @@ pub fn timers(core: &proto::CoreEntry, pid: HostPid) -> Result<timers::Creation>
 /// credentials of this program. `own_limits` are the limits of this program.
 pub fn apply(core: &proto::CoreEntry, own_limits: &[(u64, u64)], script: &mut Script) {
     let Some(task) = &core.tc else { return };
-    signals::apply(&task.sigactions, script);
     let personality = personality(task.personality);
     script.call("set the personality", libc::SYS_personality, &[personality.into()]);
     if task.child_subreaper == Some(true) {
@@ -211,6 +210,13 @@ pub fn apply(core: &proto::CoreEntry, own_limits: &[(u64, u64)], script: &mut Sc
         let buffer = script.bytes(&bytes);
         let what = format!("set limit {number} to {} of at most {}", limit.cur, limit.max);
         script.call(what, libc::SYS_prlimit64, &[0.into(), number.into(), buffer.into()]);
+    }
+}
+
+/// Adds the calls that set the actions of signals, when all who were dead are so again.
+pub fn apply_actions(core: &proto::CoreEntry, script: &mut Script) {
+    if let Some(task) = &core.tc {
+        signals::apply(&task.sigactions, script);
     }
 }
 

@@ -90,6 +90,9 @@ pub(super) fn all(plan: &Plan, puppets: &mut Puppets, files: &mut Files) -> Resu
         // The leader last: what it sets is reset by others' changes of credentials.
         for (number, of) in planned.threads.iter().enumerate().rev() {
             let mut script = Script::new();
+            if number == 0 {
+                task::apply_actions(planned.core(), &mut script);
+            }
             thread::apply_creds(&of.core, &own, &mut script);
             if number == 0 {
                 let dumpable = body.mm.dumpable.unwrap_or(1);

@@ -35,7 +35,7 @@ pub enum RestoreError {
         /// That process's name.
         name: String,
         /// More about it: that it is dead, or only keeps the number as a session.
-        state: &'static str,
+        state: String,
     },
     /// The images contradict themselves, or hold what is not restored.
     #[error("images of process {pid}: {problem}")]

@@ -13,6 +13,7 @@ mod free;
 mod memory;
 mod objects;
 mod options;
+mod pids;
 mod plan;
 mod source;
 mod stats;

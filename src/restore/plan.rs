@@ -6,20 +6,16 @@ use std::{
     sync::Arc,
 };
 
-use super::{RestoreError, Result};
+use super::{RestoreError, Result, pids::Waiting};
 use crate::{
     chain::{Chain, ChainError, Content, MemoryBytes, SnapshotId},
     image::{Kind, MemoryId, proto, read_all, read_files, read_one, vma},
-    proc,
     res::{
         cgroup::{self, Places},
         mapping,
         task::state,
     },
-    sys::{
-        lock::{Access, DirectoryLocks},
-        process,
-    },
+    sys::lock::{Access, DirectoryLocks},
     units::{HostPid, PAGE_SIZE, PageIndex},
 };
 
@@ -245,7 +241,7 @@ impl Plan {
         Ok(task)
     }
 
-    /// Checks that every number is free.
+    /// Checks that every number is free, or waits until it is.
     fn check_pids(&self) -> Result<()> {
         let mut own = HashMap::new();
         for task in &self.tasks {
@@ -256,11 +252,8 @@ impl Plan {
                 }
             }
         }
-        for pid in own.keys() {
-            if process::exists(*pid) {
-                return Err(in_use(*pid));
-            }
-        }
+        let waiting = Waiting::begin();
+        own.keys().try_for_each(|pid| waiting.until_free(*pid))?;
         Ok(())
     }
 
@@ -278,25 +271,6 @@ impl Plan {
     pub(super) fn is_outside(&self, leader: HostPid) -> bool {
         !self.tasks.iter().any(|task| task.pid == leader)
     }
-}
-
-/// Returns the error that says who has a number.
-pub(super) fn in_use(pid: HostPid) -> RestoreError {
-    let found = proc::status(pid);
-    let (holder, name, dead) = match &found {
-        Ok(status) => (
-            HostPid(status.tgid.0),
-            String::from_utf8_lossy(&status.name).into_owned(),
-            status.state == 'Z',
-        ),
-        Err(_) => (pid, "unknown".into(), false),
-    };
-    let state = match (dead, found.is_err()) {
-        (true, _) => ", which is dead but was not yet waited for by its parent",
-        (_, true) => ", which names a session or process group of processes that live",
-        _ => "",
-    };
-    RestoreError::PidInUse { pid, holder, name, state }
 }
 
 fn host_pid(number: u32) -> HostPid {

@@ -6,14 +6,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::libc;
+use nix::{errno::Errno, libc};
 
 use super::{
     RestoreError, Result,
     births::{Birth, Births, Maker},
     free::Free,
     memory::{self, Layout},
-    plan::{Body, Plan, TaskPlan, in_use},
+    pids::Waiting,
+    plan::{Body, Plan, TaskPlan},
 };
 use crate::{
     causes::tell,
@@ -100,9 +101,7 @@ impl<'a> Puppets<'a> {
     pub(super) fn make(plan: &'a Plan, cgroups: &'a Places, workshop: &Workshop) -> Result<Self> {
         let births = Births::plan(plan, workshop.shell_job, workshop.sibling)?;
         for helper in &births.helpers {
-            if process::exists(helper.pid) {
-                return Err(in_use(helper.pid));
-            }
+            Waiting::begin().until_free(helper.pid)?;
         }
         let scratch = Scratch {
             start: crate::units::RemoteAddr(workshop.place),
@@ -142,11 +141,15 @@ impl<'a> Puppets<'a> {
                 CLONE_CLEAR_SIGHAND | if workshop.sibling { CLONE_PARENT } else { 0 },
             ),
         };
-        let spawned = process::spawn_sleeper(pid, flags);
-        spawned.map_err(|source| match source {
-            nix::errno::Errno::EEXIST => in_use(pid),
-            source => RestoreError::Spawn { pid, source },
-        })?;
+        let waiting = Waiting::begin();
+        loop {
+            match process::spawn_sleeper(pid, flags) {
+                Ok(_) => break,
+                // A session or group may still have it.
+                Err(Errno::EEXIST) => waiting.nap(pid)?,
+                Err(source) => return Err(RestoreError::Spawn { pid, source }),
+            }
+        }
         let mut first = adopt_sleeper(pid)?;
         // What this program's memory has to do with the thread would be in the way.
         let mappings = proc::maps(pid)?;
@@ -351,11 +354,9 @@ impl<'a> Puppets<'a> {
                 continue; // that of this program, which all inherit
             }
             let mut puppet = self.tasks[position].take().expect("all were made");
-            let result = (|| {
+            let result: Result<()> = (|| {
                 if outside && !has_helper && !made.contains_key(&task.group) {
-                    if process::exists(task.group) {
-                        return Err(in_use(task.group));
-                    }
+                    Waiting::begin().until_free(task.group)?;
                     let mut helper =
                         self.fork(&mut puppet.threads[0], task.group, false, SIGCHLD)?;
                     self.helpers.push(Helper { pid: task.group, maker: Maker::Task(position) });
@@ -392,13 +393,34 @@ impl<'a> Puppets<'a> {
         Ok(())
     }
 
-    /// Lets those processes end that are dead in the images, and the helpers, and
-    /// takes away the signs of it.
+    /// Lets the helpers end, and those processes that are dead in the images, and takes
+    /// away the signs of it. All signals have their default actions still: a parent that
+    /// ignores the deaths of its children would have no zombies.
     ///
     /// # Errors
     /// [`RestoreError::Inject`].
     pub(super) fn end_the_dead(&mut self) -> Result<()> {
         let scratch = self.scratch;
+        // One that is to be dead may have made a helper, and has to wait for it.
+        let helpers = std::mem::take(&mut self.helpers);
+        for helper in &helpers {
+            kill(helper.pid)?;
+            await_end(helper.pid)?;
+            let mut script = Script::new();
+            script.call(
+                "reap a helper",
+                libc::SYS_wait4,
+                &[helper.pid.0.into(), 0.into(), libc::__WALL.into(), 0.into()],
+            );
+            match helper.maker {
+                Maker::Task(position) => {
+                    let puppet = self.tasks[position].as_mut().expect("all were made");
+                    scratch.run(&mut puppet.threads[0], &script)?;
+                }
+                // A child of ours was reaped when it was waited for.
+                Maker::Director | Maker::Helper(_) => {}
+            }
+        }
         for (task, puppet) in self.plan.tasks.iter().zip(&mut self.tasks) {
             if task.body.is_some() {
                 continue;
@@ -420,25 +442,6 @@ impl<'a> Puppets<'a> {
             }
             scratch.run(leader, &script)?;
             end(&scratch, leader, status)?;
-        }
-        let helpers = std::mem::take(&mut self.helpers);
-        for helper in &helpers {
-            kill(helper.pid)?;
-            await_end(helper.pid)?;
-            let mut script = Script::new();
-            script.call(
-                "reap a helper",
-                libc::SYS_wait4,
-                &[helper.pid.0.into(), 0.into(), libc::__WALL.into(), 0.into()],
-            );
-            match helper.maker {
-                Maker::Task(position) => {
-                    let puppet = self.tasks[position].as_mut().expect("all were made");
-                    scratch.run(&mut puppet.threads[0], &script)?;
-                }
-                // A child of ours was reaped when it was waited for.
-                Maker::Director | Maker::Helper(_) => {}
-            }
         }
         self.forget_deaths()
     }
@@ -598,14 +601,17 @@ fn make(
         &[buffer.into(), size_of::<CloneArguments>().into()],
     );
     let mut born = None;
-    let made = scratch.run_births(maker, &script, &mut |child| {
-        born = Some(child);
-        Ok(())
-    });
-    match made {
-        Err(InjectError::Call { source: nix::errno::Errno::EEXIST, .. }) => Err(in_use(pid)),
-        Err(error) => Err(error.into()),
-        Ok(_) => await_stop(born.unwrap_or(pid)),
+    let waiting = Waiting::begin();
+    loop {
+        let made = scratch.run_births(maker, &script, &mut |child| {
+            born = Some(child);
+            Ok(())
+        });
+        match made {
+            Err(InjectError::Call { source: Errno::EEXIST, .. }) => waiting.nap(pid)?,
+            Err(error) => return Err(error.into()),
+            Ok(_) => return await_stop(born.unwrap_or(pid)),
+        }
     }
 }
 
@@ -642,7 +648,7 @@ fn signal(pid: HostPid, number: i32) -> Result<()> {
 fn await_end(pid: HostPid) -> Result<()> {
     loop {
         match ptrace::wait(pid) {
-            Err(nix::errno::Errno::ECHILD) | Ok(Wait::Exited(_) | Wait::Killed(_)) => return Ok(()),
+            Err(Errno::ECHILD) | Ok(Wait::Exited(_) | Wait::Killed(_)) => return Ok(()),
             Ok(_) => {}
             Err(source) => return Err(RestoreError::Process { pid, step: "wait for", source }),
         }

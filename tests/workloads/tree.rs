@@ -13,6 +13,10 @@ pub const ROWS: &[Row] = &[
     ("dead_session_leader", dead_session_leader),
     ("dead_group_leader", dead_group_leader),
     ("zombies", zombies),
+    ("orphaned_zombies", orphaned_zombies),
+    ("zombies_of_a_session", zombies_of_a_session),
+    ("zombies_of_the_heedless", zombies_of_the_heedless),
+    ("zombie_of_a_gone_group", zombie_of_a_gone_group),
     ("stopped_child", stopped_child),
     ("subreaper", subreaper),
     ("parent_death_signal", parent_death_signal),
@@ -181,6 +185,104 @@ fn zombies(checkpoint: &Checkpoint) -> Verdict {
         same("status of a zombie", expected, status & 0xff7f)?;
     }
     Ok(())
+}
+
+/// Waits until a process has ended, without waiting for it.
+fn await_zombie(pid: i32) -> Verdict {
+    wait_until("the end of a process", || {
+        fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| stat.contains(") Z "))
+    })
+}
+
+/// Zombies whose parent has died before they were waited for, of a depth; all come to
+/// this process.
+fn orphan_zombies(depth: u32, leads: bool) -> Verdict {
+    sys!(prctl(libc::PR_SET_CHILD_SUBREAPER, 1))?;
+    let pid = sys!(fork())?;
+    if pid == 0 {
+        // SAFETY: the child only makes others and ends.
+        unsafe {
+            if leads {
+                libc::setsid();
+            }
+            let mut left = depth;
+            while left > 0 && libc::fork() == 0 {
+                left -= 1;
+            }
+            // The child of this one ends first.
+            let mut info: libc::siginfo_t = std::mem::zeroed();
+            libc::waitid(libc::P_ALL, 0, &raw mut info, libc::WEXITED | libc::WNOWAIT);
+            libc::_exit(left as i32 + 1);
+        }
+    }
+    await_zombie(pid)
+}
+
+fn own_children() -> Result<Vec<i32>, String> {
+    let text = fs::read_to_string(format!("/proc/self/task/{}/children", place()[0]));
+    let text = text.map_err(|error| error.to_string())?;
+    let mut pids: Vec<i32> = text.split_whitespace().filter_map(|pid| pid.parse().ok()).collect();
+    pids.sort_unstable();
+    Ok(pids)
+}
+
+/// Keeps zombies as they are, and waits for them.
+fn keep_zombies(checkpoint: &Checkpoint) -> Verdict {
+    let before = own_children()?;
+    checkpoint.wait();
+    same("dead children", &before, &own_children()?)?;
+    for pid in before {
+        let mut status = 0;
+        same("pid", pid, sys!(waitpid(pid, &raw mut status, libc::WNOHANG))?)?;
+        ensure!(libc::WIFEXITED(status), "status of {pid}: {status:#x}");
+    }
+    Ok(())
+}
+
+fn orphaned_zombies(checkpoint: &Checkpoint) -> Verdict {
+    orphan_zombies(3, false)?;
+    keep_zombies(checkpoint)
+}
+
+fn zombies_of_a_session(checkpoint: &Checkpoint) -> Verdict {
+    orphan_zombies(2, true)?;
+    keep_zombies(checkpoint)
+}
+
+/// Who ignores the deaths of children has no zombies, but those of before.
+fn zombies_of_the_heedless(checkpoint: &Checkpoint) -> Verdict {
+    orphan_zombies(1, false)?;
+    // SAFETY: nothing runs in a handler.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+    keep_zombies(checkpoint)
+}
+
+/// A zombie in a group whose leader was waited for.
+fn zombie_of_a_gone_group(checkpoint: &Checkpoint) -> Verdict {
+    let leader = checkpoint.fork(|child| {
+        sys!(setpgid(0, 0))?;
+        child.announce();
+        child.wait_mark("member")
+    })?;
+    let member = sys!(fork())?;
+    if member == 0 {
+        // SAFETY: the child only ends.
+        unsafe { libc::_exit(i32::from(libc::setpgid(0, leader.pid) != 0)) };
+    }
+    await_zombie(member)?;
+    checkpoint.mark("member");
+    let group = leader.pid;
+    leader.join()?;
+    let place = || {
+        let stat = fs::read_to_string(format!("/proc/{member}/stat")).unwrap_or_default();
+        stat.split(' ').nth(4).unwrap_or_default().to_owned()
+    };
+    same("group of the zombie", group.to_string(), place())?;
+    checkpoint.wait();
+    same("group of the zombie", group.to_string(), place())?;
+    let mut status = 0;
+    same("zombie", member, sys!(waitpid(-group, &raw mut status, libc::WNOHANG))?)?;
+    same("status of the zombie", 0, status)
 }
 
 fn stopped_child(checkpoint: &Checkpoint) -> Verdict {
