@@ -117,6 +117,17 @@
 //!
 //! `tests/common/untouched.rs` compares targets before and after each kind of dump.
 //!
+//! # Sockets
+//!
+//! To receive from a socket, even with `MSG_PEEK`, takes a pending error if there is no more
+//! to see. So `poll(2)` is asked whether there is one, and never more is asked for than is
+//! there. Which error a TCP socket has the kernel tells only who takes it: it is refused. What
+//! else CRIU's entries have no place for is in two messages of `file_entry`, which CRIU
+//! passes over: `owner` (50001), of pipes and sockets, and `sock` (50002), whose kinds and
+//! what becomes of them `res::file::sock_state` lists. Credentials that sockets show
+//! of their makers (`SO_PEERCRED`) come from calls of helper processes that have the pid and the
+//! ids in question; they share this program's descriptors, and end before the tree is made.
+//!
 //! # Older kernels
 //!
 //! What a kernel does not tell is found out in another way, or the dump fails; nothing

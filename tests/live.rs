@@ -259,6 +259,15 @@ states! {
     tcp_unconnected;
     tcp6_listening;
     udp;
+    unix_pending_errors;
+    unix_reset_before_accept;
+    unix_peek_offset;
+    socket_options;
+    tcp_ended;
+    owners;
+    owner_of_a_shared_port;
+    peer_credentials;
+    peer_credentials_of_the_dead;
 }
 
 /// On kernels of before, some of what a dump needs is found in another way.
@@ -323,7 +332,7 @@ fn every_workload_is_tested() {
         HUGE_NAMES,
         &refused,
         &lost,
-        &["unix_pending_data", "protection_keys", "local_descriptors"],
+        &["unix_pending_data", "udp_pending_error", "protection_keys", "local_descriptors"],
     ]
     .concat();
     let tested = tested.into_iter();
@@ -466,6 +475,10 @@ const REFUSED: &[(&str, &str)] = &[
     ("thread_own_undo", "with a list of semaphore operations to be undone (CLONE_SYSVSEM)"),
     ("thread_own_network", "with a network namespace of its own"),
     ("time_namespace_for_children", "run this program inside, by nsenter -t"),
+    // Who looks at packets takes the error that comes first.
+    ("unix_packets_behind_an_error", "behind an error"),
+    // Only who takes it learns which error it is.
+    ("tcp_pending_error", "with an error that its program has not read"),
     ("caught_system_calls", "has its system calls caught (PR_SET_SYSCALL_USER_DISPATCH)"),
 ];
 
@@ -510,6 +523,17 @@ fn refused_with(live: &mut Live, options: &[&str], what: &str) {
 #[test]
 fn privileged_data_in_a_pending_connection_is_refused() {
     refused("unix_pending_data", "waiting to be accepted");
+}
+
+/// Errors and datagrams of UDP are lost by a restore, with a word, and by nothing else.
+#[test]
+fn privileged_an_error_of_a_udp_socket_stays_and_is_warned_of() {
+    require(Cap::Ptrace);
+    let mut live = Live::workload("udp_pending_error");
+    live.dump_running(&[]);
+    let log = fs::read_to_string(live.images().join("dump.log")).unwrap();
+    assert!(log.contains("has an error that its program has not read"), "{log}");
+    live.verdict();
 }
 
 /// Without its key memory would be open to all threads.

@@ -23,7 +23,7 @@ use crate::{
     proc::{self, FdInfo, Mapping},
     res::file::{
         BuildIds, Collector, Description, FileError, Intake, KINDS, Lost, Policy, Validation, fown,
-        regular,
+        owner, regular,
     },
     sys::{
         fds,
@@ -254,7 +254,7 @@ impl FileTable {
         let mut collector = self.collectors[position].take().expect("only one is out");
         let entry = collector.collect(&file, &mut self.state);
         self.collectors[position] = Some(collector);
-        let entry = entry?;
+        let entry = proto::FileEntry { owner: owner::read(&file), ..entry? };
         self.state.types.insert(id, entry.r#type);
         self.state.entries.push(entry);
         Ok(())

@@ -3,6 +3,7 @@
 mod arch;
 mod error;
 mod freeze;
+mod helper;
 mod script;
 mod session;
 #[cfg(test)]
@@ -11,6 +12,7 @@ mod tracee;
 
 pub use error::{InjectError, Result};
 pub use freeze::{Frozen, Outcome, Task};
+pub use helper::Helper;
 pub use script::{Answers, Arg, Buffer, CallId, Script};
 pub use session::{Scratch, TABLE_BYTES, with_scratch};
 pub use tracee::{Tracee, registers_to_resume};

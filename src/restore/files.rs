@@ -9,6 +9,7 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet},
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::Path,
+    rc::Rc,
 };
 
 use nix::libc;
@@ -24,8 +25,8 @@ use crate::{
     },
     inject::{Arg, Script},
     res::file::{
-        FileError, KINDS, Late, Opened, Opener, Policy, fown, memfd, queued_ids, regular, revived,
-        tty, validation::check_unwritten,
+        FileError, KINDS, Late, NO_DESCRIPTION, Opened, Opener, Policy, fown, memfd, owner::Holder,
+        queued_ids, regular, revived, tty, validation::check_unwritten,
     },
     sys::{fds, process},
     units::{HostPid, TargetFd},
@@ -102,6 +103,7 @@ impl Files {
         used.extend(
             plan.files.iter().filter(|entry| entry.r#type != regular).map(|entry| entry.id),
         );
+        self.opened.holders = holders(plan);
         for (kind, opener) in KINDS.iter().zip(&mut self.openers) {
             let entries: Vec<FileEntry> = plan
                 .files
@@ -302,6 +304,11 @@ impl Files {
             // As the shell would have done for its job.
             tty::set_foreground(TargetFd(fd.as_raw_fd()), pid.0.cast_unsigned(), script);
         }
+        let descriptions = &self.descriptions;
+        let at = |id| Ok(TargetFd(description(descriptions, id)?.as_raw_fd()));
+        for opener in &mut self.openers {
+            opener.prepare_process(pid, &at, script)?;
+        }
         let mut numbers = BTreeMap::new();
         for entry in &body.fds {
             let number = i32::try_from(entry.fd)
@@ -450,8 +457,7 @@ impl Files {
     }
 
     fn description(&self, id: u32) -> Result<BorrowedFd<'_>> {
-        let fd = self.descriptions.get(&id).map(AsFd::as_fd);
-        Ok(fd.ok_or_else(|| FileError::image(id, "it is used but was not opened"))?)
+        Ok(description(&self.descriptions, id)?)
     }
 
     /// Starts what runs by itself.
@@ -498,6 +504,27 @@ fn change_root(fd: Arg, script: &mut Script) {
 
 fn close(fd: Arg, script: &mut Script) {
     script.call("close a descriptor", libc::SYS_close, &[fd]);
+}
+
+fn description(descriptions: &HashMap<u32, OwnedFd>, id: u32) -> Result<BorrowedFd<'_>, FileError> {
+    let fd = descriptions.get(&id).map(AsFd::as_fd);
+    fd.ok_or_else(|| FileError::image(id, "it is used but was not opened"))
+}
+
+/// Returns the first process that has each description, and the first of all for those that
+/// none has.
+fn holders(plan: &Plan) -> HashMap<u32, Holder> {
+    let mut holders = HashMap::new();
+    for task in &plan.tasks {
+        let Some(body) = &task.body else { continue };
+        let creds = task.core().thread_core.as_ref().and_then(|core| core.creds.clone());
+        let Some(creds) = creds.map(Rc::new) else { continue };
+        let holder = Holder { pid: task.pid.0, creds };
+        for id in body.fds.iter().map(|entry| entry.id).chain([NO_DESCRIPTION]) {
+            holders.entry(id).or_insert_with(|| holder.clone());
+        }
+    }
+    holders
 }
 
 /// How directories are opened that processes stand in.

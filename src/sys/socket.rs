@@ -159,7 +159,7 @@ pub struct Received {
     pub len: usize,
     /// The descriptors in it.
     pub fds: Vec<OwnedFd>,
-    /// Whether there was control data of other kinds.
+    /// Whether there was control data of other kinds, but for when it came.
     pub other_control: bool,
 }
 
@@ -175,14 +175,16 @@ pub fn receive(fd: BorrowedFd, buffer: &mut [u8], flags: MsgFlags) -> nix::Resul
     let message = recvmsg::<UnixAddr>(fd.as_raw_fd(), &mut data, Some(&mut control), flags)?;
     let mut received = Received { len: message.bytes, fds: Vec::new(), other_control: false };
     for control in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(numbers) = control {
-            for number in numbers {
-                // SAFETY: the kernel has just made this descriptor for us and told
-                // its number to nobody else; we take each of them once.
-                received.fds.push(unsafe { OwnedFd::from_raw_fd(number) });
+        match control {
+            ControlMessageOwned::ScmRights(numbers) => {
+                for number in numbers {
+                    // SAFETY: the kernel has just made this descriptor for us and told
+                    // its number to nobody else; we take each of them once.
+                    received.fds.push(unsafe { OwnedFd::from_raw_fd(number) });
+                }
             }
-        } else {
-            received.other_control = true;
+            ControlMessageOwned::ScmTimestamp(_) | ControlMessageOwned::ScmTimestampns(_) => {}
+            _ => received.other_control = true,
         }
     }
     Ok(received)
@@ -221,30 +223,32 @@ pub fn peek_whole(fd: BorrowedFd, buffer: &mut [u8]) -> nix::Result<usize> {
     }
 }
 
-/// Runs `call` with the address of a UNIX socket of this name, as it is in the
-/// kernel: a path, which may end with a zero, or a zero and any bytes.
-fn with_unix_address(
-    name: &[u8],
-    call: impl FnOnce(*const libc::sockaddr, socklen_t) -> c_int,
-) -> nix::Result<()> {
+/// Returns the address of a UNIX socket of this name (`struct sockaddr_un`): the name is as
+/// it is in the kernel, a path, which may end with a zero, or a zero and any bytes.
+///
+/// # Errors
+/// `ENAMETOOLONG`.
+pub fn unix_address(name: &[u8]) -> nix::Result<Vec<u8>> {
     // The kernel adds a zero to a path that takes all the room there is.
     let name = match name.strip_suffix(b"\0") {
         Some(path) if path.len() == UNIX_NAME_MAX => path,
         _ => name,
     };
-    let mut address = libc::sockaddr_un {
-        sun_family: libc::sa_family_t::try_from(libc::AF_UNIX).expect("families are small"),
-        sun_path: [0; UNIX_NAME_MAX],
-    };
     if name.len() > UNIX_NAME_MAX {
         return Err(Errno::ENAMETOOLONG);
     }
-    for (place, byte) in address.sun_path.iter_mut().zip(name) {
-        *place = byte.cast_signed();
-    }
-    let len = std::mem::offset_of!(libc::sockaddr_un, sun_path) + name.len();
-    let len = socklen_t::try_from(len).map_err(|_| Errno::EINVAL)?;
-    Errno::result(call((&raw const address).cast(), len)).map(drop)
+    let family = libc::sa_family_t::try_from(libc::AF_UNIX).expect("families are small");
+    Ok([&family.to_ne_bytes(), name].concat())
+}
+
+/// Runs `call` with the address of a UNIX socket of this name.
+fn with_unix_address(
+    name: &[u8],
+    call: impl FnOnce(*const libc::sockaddr, socklen_t) -> c_int,
+) -> nix::Result<()> {
+    let address = unix_address(name)?;
+    let len = socklen_t::try_from(address.len()).map_err(|_| Errno::EINVAL)?;
+    Errno::result(call(address.as_ptr().cast(), len)).map(drop)
 }
 
 /// Binds a UNIX socket (`bind(2)`) to a name as `sock_diag(7)` gives it; an empty
@@ -270,6 +274,19 @@ pub fn connect_unix(fd: BorrowedFd, name: &[u8]) -> nix::Result<()> {
         // reads it.
         unsafe { libc::connect(fd.as_raw_fd(), address, len) }
     })
+}
+
+/// Takes a datagram socket's peer from it (`connect(2)` with `AF_UNSPEC`).
+///
+/// # Errors
+/// What `connect(2)` returns.
+pub fn disconnect(fd: BorrowedFd) -> nix::Result<()> {
+    let family = libc::sa_family_t::try_from(libc::AF_UNSPEC).expect("families are small");
+    let address = libc::sockaddr { sa_family: family, sa_data: [0; 14] };
+    let len = socklen_t::try_from(size_of_val(&address)).map_err(|_| Errno::EINVAL)?;
+    // SAFETY: `address` is valid for `len` bytes during the call, which only reads it.
+    let result = unsafe { libc::connect(fd.as_raw_fd(), &raw const address, len) };
+    Errno::result(result).map(drop)
 }
 
 /// Opens the file that a UNIX socket is bound to, with `O_PATH`.

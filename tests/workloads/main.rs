@@ -21,11 +21,13 @@ mod identity;
 mod kept;
 mod memory;
 mod odd_files;
+mod owners;
 mod refused;
 mod registers;
 mod rounds;
 mod shell;
 mod signals;
+mod socket_ends;
 mod sockets;
 mod steps;
 mod threads;
@@ -58,6 +60,8 @@ const GROUPS: &[&[Row]] = &[
     files::ROWS,
     odd_files::ROWS,
     sockets::ROWS,
+    socket_ends::ROWS,
+    owners::ROWS,
     refused::ROWS,
     attributes::ROWS,
 ];

@@ -33,7 +33,7 @@ pub fn socket(family: i32, kind: i32) -> Result<i32, String> {
     sys!(socket(family, kind, 0))
 }
 
-fn pair(kind: i32) -> Result<[i32; 2], String> {
+pub fn pair(kind: i32) -> Result<[i32; 2], String> {
     let mut pair = [0; 2];
     sys!(socketpair(libc::AF_UNIX, kind, 0, pair.as_mut_ptr()))?;
     Ok(pair)
@@ -69,7 +69,7 @@ impl Address {
         Self::of(address, 2 + name.len())
     }
 
-    fn ip4(port: u16) -> Self {
+    pub fn ip4(port: u16) -> Self {
         // SAFETY: all zeros is a valid value.
         let mut address: libc::sockaddr_in = unsafe { mem::zeroed() };
         address.sin_family = libc::AF_INET as u16;
@@ -118,7 +118,7 @@ impl Address {
     }
 
     /// The name of a socket.
-    fn own(fd: i32) -> Result<Vec<u8>, String> {
+    pub fn own(fd: i32) -> Result<Vec<u8>, String> {
         Self::read(|at, length| sys!(getsockname(fd, at, length)))
     }
 
@@ -132,28 +132,28 @@ pub fn abstract_name(name: &str) -> Address {
     Address::unix(&[b"\0", name.as_bytes()].concat())
 }
 
-fn path_name(checkpoint: &Checkpoint, name: &str) -> Address {
+pub fn path_name(checkpoint: &Checkpoint, name: &str) -> Address {
     Address::unix(checkpoint.path(name).as_os_str().as_bytes())
 }
 
 /// A port that nobody else uses: below the kernel's own choices, and as
 /// unique as the process.
-fn own_port(offset: u32) -> u16 {
+pub fn own_port(offset: u32) -> u16 {
     (10_000 + (std::process::id() * 4 + offset) % 20_000) as u16
 }
 
-fn option(fd: i32, level: i32, name: i32) -> Result<i32, String> {
+pub fn option(fd: i32, level: i32, name: i32) -> Result<i32, String> {
     let (mut value, mut length) = (0_i32, 4);
     sys!(getsockopt(fd, level, name, (&raw mut value).cast(), &raw mut length))?;
     Ok(value)
 }
 
-fn set_option(fd: i32, level: i32, name: i32, value: i32) -> Verdict {
+pub fn set_option(fd: i32, level: i32, name: i32, value: i32) -> Verdict {
     sys!(setsockopt(fd, level, name, (&raw const value).cast(), 4)).map(drop)
 }
 
 /// Reads without waiting; None if there is nothing.
-fn receive(fd: i32) -> Result<Option<Vec<u8>>, String> {
+pub fn receive(fd: i32) -> Result<Option<Vec<u8>>, String> {
     let mut data = vec![0_u8; 1 << 20];
     match sys!(recv(fd, data.as_mut_ptr().cast(), data.len(), libc::MSG_DONTWAIT)) {
         Ok(count) => {

@@ -1,12 +1,14 @@
 //! TCP and UDP sockets that are not connections.
 //!
-//! TCP sockets that listen, or that neither listen nor are connected; UDP and UDP-Lite
-//! sockets in any state. What is queued in UDP sockets is dropped, as by CRIU: images
-//! cannot tell where a datagram came from, and who uses UDP has to live with losses.
-//! So do clients whose connections a listening socket has begun to make.
+//! TCP sockets that listen, that neither listen nor are connected, or whose connection both
+//! ends have ended; UDP and UDP-Lite sockets in any state. What is queued in UDP sockets is
+//! dropped, as by CRIU: images cannot tell where a datagram came from, and who uses UDP has to
+//! live with losses, of ICMP errors too. So do clients whose connections a listening socket
+//! has begun to make.
 //!
-//! The format has no place for memberships in multicast groups, nor for the options
-//! that [`LOST_TCP`] and [`LOST_IP`] list; the log tells of those in use.
+//! A TCP socket whose connection has ended still tells the name that it had, but holds the
+//! port only if its program has bound it. What it has received is kept; an error that nobody
+//! has read is not, since only who takes it learns which one it is.
 //!
 //! [`super::inet_open`] restores them.
 
@@ -19,16 +21,21 @@ use std::{
 use nix::{
     errno::Errno,
     libc::{self, c_int},
-    poll::{PollFd, PollFlags, PollTimeout, poll},
+    poll::PollFlags,
     sys::socket::{SockaddrStorage, getpeername, getsockname},
 };
 
 use super::{
     Collector, Description, Intake, Kind, Result, inet_open, sock_diag,
     sock_opts::{self, NET_NS_ID},
-    unix::state,
+    sock_queue,
+    sock_state::{self, RECEIVED_MAX_BYTES},
+    unix::{SHUT_BOTH, state},
 };
-use crate::{image::proto, sys::socket};
+use crate::{
+    image::proto,
+    sys::{fds, socket},
+};
 
 /// The row of [`super::KINDS`].
 pub(super) const KIND: Kind = Kind {
@@ -51,48 +58,46 @@ const UDP_ENCAP: c_int = 100;
 const TCP_INFO_STATE: usize = 0;
 const TCP_INFO_PENDING: usize = 24;
 const TCP_INFO_BACKLOG: usize = 28;
-const TCP_INFO_BYTES: usize = 32;
-
-/// Options of TCP sockets that images have no place for.
-const LOST_TCP: &[(c_int, c_int, &str)] = &[
-    (libc::SOL_TCP, libc::TCP_DEFER_ACCEPT, "TCP_DEFER_ACCEPT"),
-    (libc::SOL_TCP, libc::TCP_FASTOPEN, "TCP_FASTOPEN"),
-    (libc::SOL_TCP, libc::TCP_USER_TIMEOUT, "TCP_USER_TIMEOUT"),
-];
-
-/// Options of internet sockets that images have no place for.
-const LOST_IP: &[(c_int, c_int, &str)] = &[
-    (libc::SOL_IP, libc::IP_TRANSPARENT, "IP_TRANSPARENT"),
-    (libc::SOL_IP, libc::IP_RECVERR, "IP_RECVERR"),
-    (libc::SOL_IP, libc::IP_RECVTTL, "IP_RECVTTL"),
-    (libc::SOL_IP, libc::IP_RECVTOS, "IP_RECVTOS"),
-    (libc::SOL_IPV6, libc::IPV6_RECVERR, "IPV6_RECVERR"),
-    (libc::SOL_IPV6, libc::IPV6_TCLASS, "IPV6_TCLASS"),
-    (libc::SOL_UDP, libc::UDP_GRO, "UDP_GRO"),
-    (libc::SOL_UDP, libc::UDP_SEGMENT, "UDP_SEGMENT"),
-];
+/// Packets that were sent and received (`tcpi_segs_out`, `tcpi_segs_in`, since Linux 4.2),
+/// also of the connection that a socket had.
+const TCP_INFO_PACKETS: [usize; 2] = [136, 140];
+const TCP_INFO_BYTES: usize = 144;
 
 const HELP_KIND: &str = "only TCP, UDP and UDP-Lite sockets are supported";
 const HELP_ESTABLISHED: &str = "connections are not dumped yet (--tcp-established is refused): let the program close them first";
+const HELP_ERROR: &str = "let the program read it (SO_ERROR, recv) or close the socket; the kernel \
+    tells which error it is only who takes it";
+const HELP_UNREAD: &str = "let the program read it or close the socket, then try again";
 const HELP_ACCEPT: &str = "let the program accept its connections, then try again";
 
 /// Dumps internet sockets.
 #[derive(Debug, Default)]
 struct InetCollector {
-    /// UDP sockets of the network namespace by family and protocol.
-    datagrams: HashMap<(c_int, c_int), HashMap<u32, sock_diag::InetSocket>>,
+    /// Sockets of the network namespace by family and protocol.
+    listed: HashMap<(c_int, c_int), HashMap<u32, sock_diag::InetSocket>>,
+    states: sock_state::Reader,
 }
 
 /// What is asked of a socket in a way that depends on its protocol.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Facts {
     state: u32,
     backlog: u32,
     shutdown: u8,
+    ended: Option<Ended>,
+}
+
+/// A TCP socket whose connection both ends have ended.
+#[derive(Clone, Debug, Default)]
+struct Ended {
+    /// Whether it holds its port.
+    bound: bool,
+    /// What it has received and nobody has read.
+    received: Vec<u8>,
 }
 
 impl InetCollector {
-    fn tcp(file: &Description, what: &str) -> Result<Facts> {
+    fn tcp(&mut self, file: &Description, family: c_int, what: &str) -> Result<Facts> {
         let fd = file.fd.as_fd();
         let mut info = [0; TCP_INFO_BYTES];
         socket::option_bytes(fd, libc::SOL_TCP, libc::TCP_INFO, &mut info)
@@ -107,10 +112,25 @@ impl InetCollector {
                 );
                 Err(file.unsupported(what, HELP_ACCEPT))
             }
-            state::LISTEN => Ok(Facts { state, backlog: word(TCP_INFO_BACKLOG), shutdown: 0 }),
+            state::LISTEN => {
+                Ok(Facts { state, backlog: word(TCP_INFO_BACKLOG), ..Facts::default() })
+            }
             state::CLOSE => {
-                let shutdown = Self::polled_shutdown(fd).map_err(file.failed("poll"))?;
-                Ok(Facts { state, backlog: 0, shutdown })
+                let seen =
+                    sock_state::polled(fd, PollFlags::POLLIN).map_err(file.failed("poll"))?;
+                if seen.contains(PollFlags::POLLERR) {
+                    let what = format!("{what}, with an error that its program has not read");
+                    return Err(file.unsupported(what, HELP_ERROR));
+                }
+                if TCP_INFO_PACKETS.iter().any(|at| word(*at) > 0) {
+                    let ended = self.ended(file, family, what)?;
+                    let shutdown = SHUT_BOTH;
+                    return Ok(Facts { state, shutdown, ended: Some(ended), ..Facts::default() });
+                }
+                // Which directions of a socket that never had data are shut down can be seen
+                // of one only.
+                let shutdown = u8::from(seen.contains(PollFlags::POLLIN));
+                Ok(Facts { state, shutdown, ..Facts::default() })
             }
             _ => {
                 let local = address(getsockname(fd.as_raw_fd()));
@@ -129,13 +149,54 @@ impl InetCollector {
         }
     }
 
-    /// Returns which directions of a socket that never had data are shut down, as far as
-    /// `poll(2)` shows it.
-    fn polled_shutdown(fd: BorrowedFd) -> nix::Result<u8> {
-        let mut polled = [PollFd::new(fd, PollFlags::POLLIN)];
-        poll(&mut polled, PollTimeout::ZERO)?;
-        let found = polled[0].revents().unwrap_or(PollFlags::empty());
-        Ok(u8::from(found.contains(PollFlags::POLLIN)))
+    /// Looks at a TCP socket whose connection both ends have ended.
+    fn ended(&mut self, file: &Description, family: c_int, what: &str) -> Result<Ended> {
+        let fd = file.fd.as_fd();
+        let failed = file.failed("look at the queue of");
+        let bytes = fds::readable_bytes(fd).map_err(&failed)?;
+        if bytes > RECEIVED_MAX_BYTES {
+            let what = format!(
+                "{what}, whose connection has ended with {bytes} bytes that its program has not \
+                 read, more than {RECEIVED_MAX_BYTES}"
+            );
+            return Err(file.unsupported(what, HELP_UNREAD));
+        }
+        let received = if bytes == 0 {
+            Vec::new()
+        } else {
+            sock_queue::peek_received(fd, bytes).map_err(&failed)?
+        };
+        // One that holds no port is in no list; kernels before 6.8 list none that is closed.
+        let bound = self.listed(file, family, libc::IPPROTO_TCP)?.is_some();
+        if !bound {
+            log::warn!(
+                "{what}: its connection has ended; after a restore, getsockname(2) shows another \
+                 name"
+            );
+        }
+        Ok(Ended { bound, received })
+    }
+
+    /// Returns what the list of all sockets of a protocol tells of one.
+    fn listed(
+        &mut self,
+        file: &Description,
+        family: c_int,
+        protocol: c_int,
+    ) -> Result<Option<sock_diag::InetSocket>> {
+        let inode = u32::try_from(file.stat.st_ino).expect("inodes of sockets have 32 bits");
+        let listed = match self.listed.entry((family, protocol)) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(place) => {
+                let byte = |number: c_int| u8::try_from(number).expect("families are small");
+                place.insert(match sock_diag::inet_sockets(byte(family), byte(protocol)) {
+                    // The kernel has no part that tells of them.
+                    Err(Errno::ENOENT) => HashMap::new(),
+                    found => found.map_err(file.failed("list the sockets of the network for"))?,
+                })
+            }
+        };
+        Ok(listed.get(&inode).copied())
     }
 
     fn udp(
@@ -155,25 +216,18 @@ impl InetCollector {
             let what = format!("{what}, which carries other protocols (UDP_ENCAP)");
             return Err(file.unsupported(what, HELP_KIND));
         }
-        let inode = u32::try_from(file.stat.st_ino).expect("inodes of sockets have 32 bits");
-        let listed = match self.datagrams.entry((family, protocol)) {
-            Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(place) => {
-                let byte = |number: c_int| u8::try_from(number).expect("families are small");
-                place.insert(match sock_diag::inet_sockets(byte(family), byte(protocol)) {
-                    // The kernel has no part that tells of them.
-                    Err(Errno::ENOENT) => HashMap::new(),
-                    found => found.map_err(file.failed("list the sockets of the network for"))?,
-                })
-            }
-        };
-        let found = listed.get(&inode).copied();
+        let found = self.listed(file, family, protocol)?;
+        let seen = sock_state::polled(fd, PollFlags::empty()).map_err(file.failed("poll"))?;
+        if seen.contains(PollFlags::POLLERR) {
+            log::warn!("{what} has an error that its program has not read (ICMP): it will be lost");
+        }
         if found.is_some_and(|found| found.receive_queue > 0) {
             log::warn!("{what} has datagrams in its queue: they will be lost");
         }
         let state = if connected { state::ESTABLISHED } else { state::CLOSE };
         let backlog = found.map_or(0, |found| found.send_queue);
-        Ok(Facts { state, backlog, shutdown: found.map_or(0, |found| found.shutdown) })
+        let shutdown = found.map_or(0, |found| found.shutdown);
+        Ok(Facts { state, backlog, shutdown, ended: None })
     }
 }
 
@@ -190,20 +244,24 @@ impl Collector for InetCollector {
         let kind = sock_opts::kind(fd).map_err(&ask)?;
         let protocol = sock_opts::protocol(fd).map_err(&ask)?;
         let inode = file.stat.st_ino;
-        let own = address(getsockname(fd.as_raw_fd()));
+        let mut own = address(getsockname(fd.as_raw_fd()));
         let name = own.map_or_else(|| "unbound".to_owned(), |own| own.to_string());
         let what = format!("the {} socket [{inode}] ({name})", protocol_name(kind, protocol));
         let peer = address(getpeername(fd.as_raw_fd())).filter(|peer| peer.port() != 0);
         let facts = match (kind, protocol) {
-            (libc::SOCK_STREAM, libc::IPPROTO_TCP) => Self::tcp(file, &what)?,
+            (libc::SOCK_STREAM, libc::IPPROTO_TCP) => self.tcp(file, family, &what)?,
             (libc::SOCK_DGRAM, libc::IPPROTO_UDP | libc::IPPROTO_UDPLITE) => {
                 self.udp(file, (family, protocol), peer.is_some(), &what)?
             }
             _ => return Err(file.unsupported(what, HELP_KIND)),
         };
-        sock_opts::warn_of_lost(fd, &what, LOST_IP);
-        if protocol == libc::IPPROTO_TCP {
-            sock_opts::warn_of_lost(fd, &what, LOST_TCP);
+        let mut state = self.states.read(file, &what)?;
+        if let Some(ended) = facts.ended {
+            state.ended = Some(true);
+            state.received = (!ended.received.is_empty()).then_some(ended.received);
+            // Others are of no use any more, and the connection may have changed them.
+            state.options.retain(|option| option.level == libc::SOL_SOCKET);
+            own = own.filter(|_| ended.bound);
         }
         let source_port = own.map_or(0, |own| own.port());
         // CRIU numbers the namespace of those sockets that it finds in a list.
@@ -239,6 +297,7 @@ impl Collector for InetCollector {
             r#type: proto::FdTypes::Inetsk.into(),
             id: file.id,
             isk: Some(entry),
+            sock: Some(state),
             ..proto::FileEntry::default()
         })
     }

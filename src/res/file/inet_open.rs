@@ -3,26 +3,40 @@
 //! All are bound first, then the listening ones listen, then UDP sockets are connected.
 //! Each is bound with the options `SO_REUSEADDR` and `SO_REUSEPORT` that it had. If
 //! the address is taken then, a program may have changed them after it bound several
-//! sockets to one address: all sockets of that port get both, until all are bound.
+//! sockets to one address: all sockets of that port get both, until all are bound. Each belongs
+//! to its owner before it is bound, since sockets share a port with those of one user only.
+//!
+//! A TCP socket whose connection has ended goes through one with this program, of which it
+//! receives what it had, and which ends like the one that it had.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6},
+    io::Write,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6, TcpListener},
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    time::Duration,
 };
 
 use nix::{
     errno::Errno,
     libc,
-    sys::socket::{Backlog, SockaddrStorage, bind, connect, listen, shutdown},
+    poll::{PollFd, PollFlags, poll},
+    sys::socket::{
+        Backlog, Shutdown, SockaddrStorage, bind, connect, getsockname, listen, shutdown,
+    },
 };
 
 use super::{
     FileError, Opened, Opener, Result,
     inet::{IPV6_FREEBIND, IPV6_RECVPKTINFO, protocol_name},
+    owner,
     sock_opts::{self, Restored},
+    sock_state,
     unix::state,
 };
 use crate::{image::proto, sys::socket};
+
+/// How long this program waits for itself.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Restores internet sockets.
 #[derive(Debug)]
@@ -30,6 +44,7 @@ pub(super) struct InetOpener;
 
 struct Socket<'a> {
     entry: &'a proto::InetSkEntry,
+    state: Option<&'a proto::SkStateEntry>,
     restored: Restored,
     own: SocketAddr,
     peer: SocketAddr,
@@ -43,7 +58,7 @@ impl Opener for InetOpener {
             let problem = "it is an internet socket without inet_sk_entry".to_owned();
             let entry = file.isk.as_ref().ok_or(FileError::Image { id: file.id, problem })?;
             if !opened.contains(entry.id) {
-                sockets.push(Socket::new(entry)?);
+                sockets.push(Socket::new(entry, file.sock.as_ref(), opened)?);
             }
         }
         for at in 0..sockets.len() {
@@ -74,7 +89,11 @@ impl Opener for InetOpener {
 }
 
 impl<'a> Socket<'a> {
-    fn new(entry: &'a proto::InetSkEntry) -> Result<Self> {
+    fn new(
+        entry: &'a proto::InetSkEntry,
+        state: Option<&'a proto::SkStateEntry>,
+        opened: &Opened,
+    ) -> Result<Self> {
         let name = protocol_name(entry.r#type.cast_signed(), entry.proto.cast_signed());
         let mut restored =
             Restored { id: entry.id, object: format!("the {name} socket [{}]", entry.ino) };
@@ -98,9 +117,10 @@ impl<'a> Socket<'a> {
             let problem = format!("it is a connection to {peer}, which is not restored yet");
             return Err(restored.wrong(problem));
         }
-        let fd = socket::create(entry.family.cast_signed(), kind.0, kind.1)
-            .map_err(restored.failed("create"))?;
-        let socket = Self { entry, restored, own, peer, fd };
+        let make = || socket::create(entry.family.cast_signed(), kind.0, kind.1);
+        let fd = owner::as_owner(entry.id, opened, make).map_err(restored.failed("create"))?;
+        owner::restore(entry.id, &fd, opened)?;
+        let socket = Self { entry, state, restored, own, peer, fd };
         socket.prepare()?;
         Ok(socket)
     }
@@ -113,6 +133,8 @@ impl<'a> Socket<'a> {
         }
         let reuse = (options.reuseaddr, options.so_reuseport);
         sock_opts::restore_reuse(fd, reuse, &self.restored)?;
+        // Some say to what it may be bound.
+        sock_state::restore_options(fd, self.state, &self.restored)?;
         sock_opts::restore_interface(fd, options, &self.restored)
     }
 
@@ -153,15 +175,62 @@ impl<'a> Socket<'a> {
             .map_err(self.restored.failed("listen on"))
     }
 
+    /// Lets a socket be one whose connection has ended: the other end of one to this
+    /// program sends what was received, and ends it before the socket does.
+    fn end_connection(&self, received: &[u8]) -> nix::Result<()> {
+        let family = self.entry.family.cast_signed();
+        let localhost = if family == libc::AF_INET6 {
+            SocketAddr::from((Ipv6Addr::LOCALHOST, 0))
+        } else {
+            SocketAddr::from((Ipv4Addr::LOCALHOST, 0))
+        };
+        let listener = socket::create(family, libc::SOCK_STREAM, libc::IPPROTO_TCP)?;
+        bind(listener.as_raw_fd(), &SockaddrStorage::from(localhost))?;
+        listen(&listener, Backlog::new(1)?)?;
+        let address: SockaddrStorage = getsockname(listener.as_raw_fd())?;
+        let fd = self.fd.as_fd();
+        // All of it has to find room.
+        let room = i32::try_from(received.len()).map_err(|_| Errno::EFBIG)?.saturating_mul(2);
+        if room > 0 {
+            sock_opts::widen_to_receive(fd, room);
+        }
+        connect(fd.as_raw_fd(), &address)?;
+        let failed =
+            |error: std::io::Error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
+        let (other, _) = TcpListener::from(listener).accept().map_err(failed)?;
+        other.set_write_timeout(Some(PATIENCE)).map_err(failed)?;
+        (&other).write_all(received).map_err(failed)?;
+        shutdown(other.as_raw_fd(), Shutdown::Write)?;
+        let seen = |what| -> nix::Result<()> {
+            let mut polled = [PollFd::new(fd, what)];
+            let patience = u16::try_from(PATIENCE.as_millis()).expect("it is short");
+            match poll(&mut polled, patience)? {
+                0 => Err(Errno::ETIMEDOUT),
+                _ => Ok(()),
+            }
+        };
+        seen(PollFlags::from_bits_retain(libc::POLLRDHUP))?;
+        shutdown(fd.as_raw_fd(), Shutdown::Write)?;
+        // Hung up is shown anyway, asked for or not.
+        seen(PollFlags::empty())
+    }
+
     /// Connects the socket and sets the rest.
     fn set_up(&self) -> Result<()> {
         let (fd, entry, restored) = (self.fd.as_fd(), self.entry, &self.restored);
+        if let Some(state) = self.state.filter(|state| state.ended == Some(true)) {
+            let received = state.received.as_deref().unwrap_or_default();
+            self.end_connection(received)
+                .map_err(restored.failed("send once more what was received by"))?;
+        }
         if entry.dst_port != 0 {
             connect(fd.as_raw_fd(), &SockaddrStorage::from(self.peer))
                 .map_err(restored.failed("connect"))?;
         }
         self.set_ip_options(entry.ip_opts.as_ref())?;
         sock_opts::restore(fd, &entry.opts, restored)?;
+        sock_state::restore_options(fd, self.state, restored)?;
+        sock_state::restore_peek_offset(fd, self.state, restored)?;
         self.set_tcp_options()?;
         let reuse = (entry.opts.reuseaddr, entry.opts.so_reuseport);
         sock_opts::restore_reuse(fd, reuse, restored)?;

@@ -15,6 +15,7 @@ mod inet_open;
 mod late;
 pub mod lost;
 pub mod memfd;
+pub mod owner;
 pub mod pipe;
 pub mod regular;
 pub mod revived;
@@ -24,6 +25,7 @@ mod sock_netlink;
 mod sock_opts;
 mod sock_queue;
 mod sock_rest;
+mod sock_state;
 #[cfg(test)]
 mod sock_testing;
 #[cfg(test)]
@@ -33,6 +35,7 @@ pub mod tty;
 mod unix;
 mod unix_name;
 mod unix_open;
+mod unix_peer;
 pub mod validation;
 
 use std::{
@@ -316,6 +319,9 @@ pub trait Collector {
     }
 }
 
+/// A number that no description has: the kernel's images begin with 1.
+pub const NO_DESCRIPTION: u32 = 0;
+
 /// Descriptions that were opened for a restore, by their numbers in the images.
 #[derive(Debug)]
 pub struct Opened {
@@ -336,6 +342,9 @@ pub struct Opened {
     pub late: HashMap<u32, Late>,
     /// The processes and threads that will be there.
     pub processes: HashSet<i32>,
+    /// A process that has each description; the other descriptions, which are queued
+    /// somewhere, are taken to be of that of [`NO_DESCRIPTION`].
+    pub holders: HashMap<u32, owner::Holder>,
     fds: HashMap<u32, OwnedFd>,
 }
 
@@ -362,6 +371,7 @@ impl Opened {
             objects: HashMap::new(),
             late: HashMap::new(),
             processes: HashSet::new(),
+            holders: HashMap::new(),
             fds: HashMap::new(),
         }
     }
@@ -378,6 +388,11 @@ impl Opened {
     pub fn get(&self, id: u32) -> Result<BorrowedFd<'_>> {
         let missing = || FileError::Image { id, problem: "it is used but was not opened".into() };
         self.fds.get(&id).map(AsFd::as_fd).ok_or_else(missing)
+    }
+
+    /// Returns the process that a description is taken to be of.
+    pub fn holder(&self, id: u32) -> Option<&owner::Holder> {
+        self.holders.get(&id).or_else(|| self.holders.get(&NO_DESCRIPTION))
     }
 
     /// Whether a description was opened.
@@ -432,6 +447,20 @@ pub trait Opener {
         &mut self,
         _entry: &proto::FileEntry,
         _fd: TargetFd,
+        _script: &mut Script,
+    ) -> Result<()> {
+        Ok(())
+    }
+
+    /// Adds the calls that only this process can make, which is there and has what
+    /// descriptions lead to: `at` tells at which number.
+    ///
+    /// # Errors
+    /// What `at` returns.
+    fn prepare_process(
+        &mut self,
+        _pid: HostPid,
+        _at: &dyn Fn(u32) -> Result<TargetFd>,
         _script: &mut Script,
     ) -> Result<()> {
         Ok(())

@@ -16,7 +16,7 @@ use nix::{
 
 use super::{
     Collector, Description, FileError, Intake, Kind, Opened, Opener, Policy, Result, descriptor,
-    regular,
+    owner, regular,
 };
 use crate::{
     image::{
@@ -188,6 +188,10 @@ impl Collector for Pipes {
 /// The format has but one piece for a pipe. A list of them is this program's own,
 /// for what the format cannot say.
 fn contents(source: &Source, size: u32) -> nix::Result<Vec<Vec<u8>>> {
+    // Any end tells. To open a pipe once more may wake others, so that comes later.
+    if fds::readable_bytes(source.file.as_fd())? == 0 {
+        return Ok(Vec::new());
+    }
     let reopened;
     let file: BorrowedFd = if source.readable {
         source.file.as_fd()
@@ -195,9 +199,6 @@ fn contents(source: &Source, size: u32) -> nix::Result<Vec<Vec<u8>>> {
         reopened = descriptor::reopen(source.file.as_fd(), libc::O_NONBLOCK.cast_unsigned())?;
         reopened.as_fd()
     };
-    if fds::readable_bytes(file)? == 0 {
-        return Ok(Vec::new());
-    }
     // Pages are shared between the two pipes, not copied, with their boundaries.
     let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
     fcntl(&write, FcntlArg::F_SETPIPE_SZ(size.cast_signed()))?;
@@ -326,6 +327,7 @@ fn open_pipe(
         let packets = ends.iter().any(|end| end.flags.cast_signed() & libc::O_DIRECT != 0);
         fill(write.as_fd(), contents, packets).map_err(failed(id, "fill"))?;
     }
+    owner::restore(id, &read, opened)?;
     let (mut unused_read, mut unused_write) = (Some(&read), Some(&write));
     for end in ends {
         let original = match end.flags.cast_signed() & libc::O_ACCMODE {

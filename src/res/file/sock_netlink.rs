@@ -7,13 +7,14 @@ use std::{
 
 use nix::{
     libc,
-    poll::{PollFd, PollFlags, PollTimeout, poll},
+    poll::PollFlags,
     sys::socket::{NetlinkAddr, bind, connect},
 };
 
 use super::{
-    Collector, Description, FileError, Intake, Kind, Opened, Opener, Result, sock_diag,
+    Collector, Description, FileError, Intake, Kind, Opened, Opener, Result, owner, sock_diag,
     sock_opts::{self, NET_NS_ID, Restored},
+    sock_state,
 };
 use crate::{image::proto, sys::socket};
 
@@ -34,6 +35,7 @@ const HELP: &str = "let the program read it or leave the groups, then try again"
 #[derive(Debug, Default)]
 struct NetlinkCollector {
     all: Option<HashMap<u32, sock_diag::NetlinkSocket>>,
+    states: sock_state::Reader,
 }
 
 impl Collector for NetlinkCollector {
@@ -46,8 +48,12 @@ impl Collector for NetlinkCollector {
         let inode = u32::try_from(file.stat.st_ino).expect("inodes of sockets have 32 bits");
         let protocol = sock_opts::protocol(fd).map_err(file.failed("ask for the protocol of"))?;
         let what = format!("the netlink socket [{inode}] of protocol {protocol}");
-        let mut readable = [PollFd::new(fd, PollFlags::POLLIN)];
-        if poll(&mut readable, PollTimeout::ZERO).map_err(file.failed("poll"))? != 0 {
+        let seen = sock_state::polled(fd, PollFlags::POLLIN).map_err(file.failed("poll"))?;
+        if seen.contains(PollFlags::POLLERR) {
+            let what = format!("{what}, with an error that its program has not read");
+            return Err(file.unsupported(what, HELP));
+        }
+        if seen.contains(PollFlags::POLLIN) {
             return Err(file.unsupported(format!("{what}, with messages in its queue"), HELP));
         }
         if self.all.is_none() {
@@ -64,7 +70,7 @@ impl Collector for NetlinkCollector {
         if groups.len() > 1 {
             return Err(file.unsupported(format!("{what}, in a group above 32"), HELP));
         }
-        sock_opts::warn_of_lost(fd, &what, &[]);
+        let state = self.states.read(file, &what)?;
         let entry = proto::NetlinkSkEntry {
             id: file.id,
             ino: inode,
@@ -85,6 +91,7 @@ impl Collector for NetlinkCollector {
             r#type: proto::FdTypes::Netlinksk.into(),
             id: file.id,
             nlsk: Some(entry),
+            sock: Some(state),
             ..proto::FileEntry::default()
         })
     }
@@ -106,8 +113,9 @@ impl Opener for NetlinkOpener {
                 format!("the netlink socket [{}] of protocol {}", entry.ino, entry.protocol);
             let restored = Restored { id: entry.id, object };
             let protocol = entry.protocol.cast_signed();
-            let fd = socket::create(libc::AF_NETLINK, libc::SOCK_RAW, protocol)
-                .map_err(restored.failed("create"))?;
+            let make = || socket::create(libc::AF_NETLINK, libc::SOCK_RAW, protocol);
+            let fd = owner::as_owner(file.id, opened, make).map_err(restored.failed("create"))?;
+            owner::restore(file.id, &fd, opened)?;
             let groups = match entry.groups[..] {
                 [] => 0,
                 [groups] => groups,
@@ -127,6 +135,7 @@ impl Opener for NetlinkOpener {
                     .map_err(restored.failed("connect"))?;
             }
             sock_opts::restore(fd.as_fd(), &entry.opts, &restored)?;
+            sock_state::restore_options(fd.as_fd(), file.sock.as_ref(), &restored)?;
             sock_opts::restore_flags(fd.as_fd(), entry.flags, &restored)?;
             opened.insert(entry.id, fd);
         }

@@ -42,16 +42,6 @@ const SETTABLE: OFlag = OFlag::O_APPEND
     .union(OFlag::O_DIRECT)
     .union(OFlag::O_NOATIME);
 
-/// Options that the format has no place for, which are lost if they are not 0.
-const WITHOUT_PLACE: &[(c_int, c_int, &str)] = &[
-    (libc::SOL_SOCKET, libc::SO_TIMESTAMP, "SO_TIMESTAMP"),
-    (libc::SOL_SOCKET, libc::SO_TIMESTAMPNS, "SO_TIMESTAMPNS"),
-    (libc::SOL_SOCKET, libc::SO_TIMESTAMPING, "SO_TIMESTAMPING"),
-    (libc::SOL_SOCKET, libc::SO_BUSY_POLL, "SO_BUSY_POLL"),
-    (libc::SOL_SOCKET, libc::SO_RXQ_OVFL, "SO_RXQ_OVFL"),
-    (libc::SOL_SOCKET, SO_PASSPIDFD, "SO_PASSPIDFD"),
-];
-
 /// A socket that is being restored, for errors.
 #[derive(Clone, Debug)]
 pub(super) struct Restored {
@@ -162,17 +152,6 @@ pub(super) fn read(fd: BorrowedFd, family: c_int) -> nix::Result<proto::SkOptsEn
     })
 }
 
-/// Warns of options in use that the format has no place for: those of all sockets
-/// and `more`.
-pub(super) fn warn_of_lost(fd: BorrowedFd, what: &str, more: &[(c_int, c_int, &str)]) {
-    for (level, option, name) in WITHOUT_PLACE.iter().chain(more) {
-        // What an option is, a socket that does not know it does not use.
-        if socket::option::<c_int>(fd, *level, *option).is_ok_and(|value| value != 0) {
-            log::warn!("{what} has {name}, for which images have no place: it will be lost");
-        }
-    }
-}
-
 fn encode_step(step: &FilterStep) -> u64 {
     u64::from(step.code) << 48
         | u64::from(step.jump_true) << 40
@@ -205,6 +184,14 @@ pub(super) fn ensure(fd: BorrowedFd, level: c_int, name: c_int, value: u32) -> n
 pub(super) fn widen(fd: BorrowedFd) {
     let set = |name| socket::set_option(fd, libc::SOL_SOCKET, name, &LARGEST_BUFFER);
     if set(libc::SO_SNDBUFFORCE).is_err() && set(libc::SO_SNDBUF).is_err() {
+        log::debug!("a socket cannot get a larger buffer");
+    }
+}
+
+/// Gives a socket room to receive so many bytes, as far as it can get it.
+pub(super) fn widen_to_receive(fd: BorrowedFd, bytes: c_int) {
+    let set = |name| socket::set_option(fd, libc::SOL_SOCKET, name, &bytes);
+    if set(libc::SO_RCVBUFFORCE).is_err() && set(libc::SO_RCVBUF).is_err() {
         log::debug!("a socket cannot get a larger buffer");
     }
 }

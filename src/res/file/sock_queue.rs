@@ -2,6 +2,10 @@
 //!
 //! Queues are looked at with `MSG_PEEK`, which takes nothing out; where there is more
 //! to see than the first message, with `SO_PEEK_OFF`, which is set back afterwards.
+//!
+//! But whoever looks for more than there is takes a pending error: at the end of a stream, and
+//! before the first packet of any other socket. So no more of a stream is asked for than
+//! `SIOCINQ` says that there is, and other sockets with an error (`POLLERR`) are not looked at.
 //! Each packet of a socket that keeps packets apart is an entry. A stream is cut into
 //! as few entries as possible, but before and behind each message with descriptors:
 //! a reader that stops where its writer did must not get them too early, or lose them.
@@ -20,17 +24,21 @@ use std::{
 use nix::{
     errno::Errno,
     libc::{self, c_int},
-    poll::{PollFd, PollFlags, PollTimeout, poll},
+    poll::PollFlags,
     sys::socket::{ControlMessage, MsgFlags, recv, sendmsg},
 };
 
 use super::{
     Description, FileError, Intake, Result,
     sock_opts::{self, Restored},
+    sock_state,
 };
 use crate::{
     image::{ImageReader, Kind, SnapshotWriter, proto},
-    sys::socket::{self, Received},
+    sys::{
+        fds,
+        socket::{self, Received},
+    },
 };
 
 /// More than the kernel puts into one message of a stream, about 64 KiB, so that
@@ -48,76 +56,116 @@ pub(super) struct Packet {
     pub(super) rights: Vec<u32>,
 }
 
-/// Sets `SO_PEEK_OFF` back when dropped.
+/// The peek offset of a socket, which is changed only if that is needed, and set back when
+/// dropped.
 struct PeekOffset<'a> {
     fd: BorrowedFd<'a>,
     before: c_int,
+    now: c_int,
 }
 
 impl<'a> PeekOffset<'a> {
-    fn at_start(fd: BorrowedFd<'a>) -> nix::Result<Self> {
+    fn new(fd: BorrowedFd<'a>) -> nix::Result<Self> {
         let before = socket::option(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF)?;
-        let guard = Self { fd, before };
-        guard.set(0)?;
-        Ok(guard)
+        Ok(Self { fd, before, now: before })
     }
 
-    fn set(&self, offset: c_int) -> nix::Result<()> {
+    /// Lets the next look begin at this offset, and remembers that it moves on.
+    fn at(&mut self, offset: c_int) -> nix::Result<()> {
+        // Without an offset every look begins at the start, and leaves it so.
+        if self.now >= 0 || offset != 0 {
+            self.set(offset)?;
+        }
+        Ok(())
+    }
+
+    fn set(&mut self, offset: c_int) -> nix::Result<()> {
+        self.now = offset;
         socket::set_option(self.fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, &offset)
     }
 }
 
 impl Drop for PeekOffset<'_> {
     fn drop(&mut self) {
+        if self.now < 0 {
+            return;
+        }
         if let Err(errno) = self.set(self.before) {
             log::error!("cannot set the peek offset of a socket back to {}: {errno}", self.before);
         }
     }
 }
 
-/// Returns what is queued in a socket that is no listening one.
+/// The error that is pending in a UNIX socket, if there is one: only `ECONNRESET` comes to
+/// pass, when the other end goes with something that it has not read, or a listening socket
+/// with the connection. To ask for it (`SO_ERROR`) would take it.
+pub(super) const UNIX_ERROR: Errno = Errno::ECONNRESET;
+
+/// Returns what is queued in a socket that is no listening one, and the pending error.
 ///
 /// # Errors
-/// [`FileError::Unsupported`] for credentials and out-of-band data; whatever fails.
+/// [`FileError::Unsupported`] for credentials, out-of-band data, and packets behind an error;
+/// whatever fails.
 pub(super) fn peek(
     file: &Description,
     kind: c_int,
     what: &str,
     intake: &mut dyn Intake,
-) -> Result<Vec<Packet>> {
+) -> Result<(Vec<Packet>, Option<Errno>)> {
     let fd = file.fd.as_fd();
     let failed = file.failed("look at the queue of");
-    let urgent = MsgFlags::MSG_PEEK | MsgFlags::MSG_OOB | MsgFlags::MSG_DONTWAIT;
-    if kind == libc::SOCK_STREAM && recv(fd.as_raw_fd(), &mut [0], urgent).is_ok() {
+    let seen = sock_state::polled(fd, PollFlags::POLLIN | PollFlags::POLLPRI).map_err(&failed)?;
+    let error = seen.contains(PollFlags::POLLERR).then_some(UNIX_ERROR);
+    let urgent = || {
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_OOB | MsgFlags::MSG_DONTWAIT;
+        recv(fd.as_raw_fd(), &mut [0], flags).is_ok()
+    };
+    if kind == libc::SOCK_STREAM && (seen.contains(PollFlags::POLLPRI) || urgent()) {
         let what = format!("{what}, with an urgent byte that was not read");
         return Err(file.unsupported(what, HELP_READ));
     }
-    let mut readable = [PollFd::new(fd, PollFlags::POLLIN)];
-    if poll(&mut readable, PollTimeout::ZERO).map_err(&failed)? == 0 {
-        return Ok(Vec::new());
+    // Of datagrams those of the first.
+    let bytes = fds::readable_bytes(fd).map_err(&failed)?;
+    let is_empty = match kind {
+        // Packets without bytes are what the end of a sequence is to a reader.
+        libc::SOCK_SEQPACKET => {
+            bytes == 0 && (error.is_some() || !seen.contains(PollFlags::POLLIN))
+        }
+        libc::SOCK_DGRAM => bytes == 0 && !seen.contains(PollFlags::POLLIN),
+        _ => bytes == 0,
+    };
+    if is_empty {
+        return Ok((Vec::new(), error));
+    }
+    if error.is_some() && kind != libc::SOCK_STREAM {
+        let what = format!("{what}, with packets behind an error that its program has not read");
+        return Err(file.unsupported(what, HELP_READ));
     }
     let asks = |option| {
         socket::option::<c_int>(fd, libc::SOL_SOCKET, option).is_ok_and(|value| value != 0)
     };
-    // At the end of a stream a socket is readable, too.
-    let some = |offset: &PeekOffset| -> nix::Result<bool> {
-        let seen = peek_next(fd, &mut [0], MsgFlags::empty())?;
-        offset.set(0)?;
-        Ok(seen.is_some_and(|seen| seen.len > 0 || kind == libc::SOCK_DGRAM))
-    };
-    let offset = PeekOffset::at_start(fd).map_err(&failed)?;
-    if asks(libc::SO_PASSCRED) || asks(sock_opts::SO_PASSPIDFD) {
-        if some(&offset).map_err(&failed)? {
-            let what = format!("{what}, with credentials in its queue");
-            return Err(file.unsupported(what, HELP_READ));
-        }
-        return Ok(Vec::new());
+    let with_credentials = asks(libc::SO_PASSCRED) || asks(sock_opts::SO_PASSPIDFD);
+    let mut offset = PeekOffset::new(fd).map_err(&failed)?;
+    if with_credentials && kind == libc::SOCK_STREAM {
+        let what = format!("{what}, with credentials in its queue");
+        return Err(file.unsupported(what, HELP_READ));
     }
-    let found =
-        if kind == libc::SOCK_STREAM { peek_stream(fd, &offset) } else { peek_packets(fd, kind) };
+    let found = if kind == libc::SOCK_STREAM {
+        peek_stream(fd, bytes, &mut offset)
+    } else {
+        peek_packets(fd, kind, bytes, &mut offset)
+    };
     drop(offset);
+    let found = found.map_err(&failed)?;
+    if with_credentials && !found.is_empty() {
+        let what = format!("{what}, with credentials in its queue");
+        return Err(file.unsupported(what, HELP_READ));
+    }
+    if !found.is_empty() && (asks(libc::SO_TIMESTAMP) || asks(libc::SO_TIMESTAMPNS)) {
+        log::warn!("{what}: after a restore, what is in its queue came when it was restored");
+    }
     let mut packets = Vec::new();
-    for (data, received) in found.map_err(&failed)? {
+    for (data, received) in found {
         if received.other_control {
             let what = format!("{what}, with control messages in its queue");
             return Err(file.unsupported(what, HELP_READ));
@@ -125,7 +173,24 @@ pub(super) fn peek(
         let rights = received.fds.into_iter().map(|fd| intake.enter(fd, file));
         packets.push(Packet { data, rights: rights.collect::<Result<_>>()? });
     }
-    Ok(packets)
+    Ok((packets, error))
+}
+
+/// Returns the `bytes` that a TCP socket has received, which has so many.
+///
+/// # Errors
+/// What `recv(2)` returns.
+pub(super) fn peek_received(fd: BorrowedFd, bytes: u32) -> nix::Result<Vec<u8>> {
+    let mut buffer = vec![0; bytes as usize];
+    // Kernels before 6.9 know no offset for TCP.
+    let mut offset = PeekOffset::new(fd).ok();
+    offset.as_mut().map_or(Ok(()), |offset| offset.at(0))?;
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    let seen = recv(fd.as_raw_fd(), &mut buffer, flags)?;
+    if seen != buffer.len() {
+        return Err(Errno::EPROTO);
+    }
+    Ok(buffer)
 }
 
 /// Receives at the peek offset; `None` if there is nothing.
@@ -141,9 +206,27 @@ fn peek_next(fd: BorrowedFd, buffer: &mut [u8], more: MsgFlags) -> nix::Result<O
     }
 }
 
-fn peek_packets(fd: BorrowedFd, kind: c_int) -> nix::Result<Vec<(Vec<u8>, Received)>> {
+fn peek_packets(
+    fd: BorrowedFd,
+    kind: c_int,
+    bytes: u32,
+    offset: &mut PeekOffset,
+) -> nix::Result<Vec<(Vec<u8>, Received)>> {
     let mut buffer = vec![0; PEEK_BYTES];
     let mut packets = Vec::new();
+    offset.at(0)?;
+    if kind == libc::SOCK_SEQPACKET && offset.now < 0 {
+        // A single packet can be seen without an offset.
+        let flags = MsgFlags::MSG_TRUNC;
+        if let Some(first) = peek_next(fd, &mut buffer, flags)?
+            && first.len == bytes as usize
+            && first.len <= PEEK_BYTES
+        {
+            let data = buffer[..first.len].to_vec();
+            return Ok(if first.len == 0 { Vec::new() } else { vec![(data, first)] });
+        }
+    }
+    offset.set(0)?;
     while let Some(first) = peek_next(fd, &mut buffer, MsgFlags::MSG_TRUNC)? {
         // A sequence of packets that has ended looks like an empty packet.
         if first.len == 0 && kind == libc::SOCK_SEQPACKET && first.fds.is_empty() {
@@ -161,23 +244,31 @@ fn peek_packets(fd: BorrowedFd, kind: c_int) -> nix::Result<Vec<(Vec<u8>, Receiv
     Ok(packets)
 }
 
-/// Looks at a stream piece by piece.
+/// Looks at the `bytes` that a stream has, piece by piece.
 ///
 /// A peek ends behind a message with descriptors. If it ends before one, because the
 /// buffer is full, the descriptors come nevertheless, with bytes they do not belong
 /// to; so it is asked how far the messages reach that fit in whole.
-fn peek_stream(fd: BorrowedFd, offset: &PeekOffset) -> nix::Result<Vec<(Vec<u8>, Received)>> {
+fn peek_stream(
+    fd: BorrowedFd,
+    bytes: u32,
+    offset: &mut PeekOffset,
+) -> nix::Result<Vec<(Vec<u8>, Received)>> {
+    let bytes = c_int::try_from(bytes).map_err(|_| Errno::EOVERFLOW)?;
     let mut buffer = vec![0; PEEK_BYTES];
     let mut pieces: Vec<(Vec<u8>, Received)> = Vec::new();
     let mut at = 0;
-    loop {
-        offset.set(at)?;
-        let Some(mut received) = peek_next(fd, &mut buffer, MsgFlags::empty())? else { break };
+    while at < bytes {
+        let len = usize::try_from(bytes - at).expect("it is behind").min(PEEK_BYTES);
+        offset.at(at)?;
+        let Some(mut received) = peek_next(fd, &mut buffer[..len], MsgFlags::empty())? else {
+            return Err(Errno::EPROTO);
+        };
         if received.len == 0 {
-            break;
+            return Err(Errno::EPROTO);
         }
         if !received.fds.is_empty() {
-            offset.set(at)?;
+            offset.at(at)?;
             // Either all messages that the buffer holds, or all but the last, which
             // is the one with descriptors.
             let is_full = received.len == PEEK_BYTES;

@@ -6,12 +6,7 @@
 //! it is refused, as are sockets at whose other end is another program; datagram
 //! sockets can be connected to a name again, which `--ext-unix-sk` allows.
 //!
-//! All sockets are made by this program, so that `SO_PEERCRED` of connections that were
-//! there before shows this program's credentials after a restore (after one by CRIU,
-//! those of the process that made them). Who connects to a listening socket afterwards
-//! sees those of a process of the tree that has it, because that listens once more.
-//!
-//! [`super::unix_open`] restores them.
+//! [`super::unix_open`] restores them, [`super::unix_peer`] whose credentials they show.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -24,7 +19,7 @@ use super::{
     Collector, Description, FileError, Intake, Kind, Policy, Result, sock_diag,
     sock_opts::{self, NET_NS_ID},
     sock_queue::{self, Packet},
-    unix_name, unix_open,
+    sock_state, unix_name, unix_open,
 };
 use crate::{
     image::{SnapshotWriter, proto},
@@ -42,7 +37,7 @@ pub(super) mod state {
 }
 
 /// Both directions are shut down.
-const SHUT_BOTH: u8 = 3;
+pub(super) const SHUT_BOTH: u8 = 3;
 
 const HELP_PEER: &str = "dump the program that has the other end as well, or end the connection";
 const HELP_EXTERNAL: &str = "dump the program that has it as well, or use --ext-unix-sk to connect \
@@ -89,6 +84,7 @@ struct UnixCollector {
     waiting_at: HashMap<u32, u32>,
     collected: Vec<Collected>,
     queues: Vec<(u32, Vec<Packet>)>,
+    states: sock_state::Reader,
 }
 
 impl UnixCollector {
@@ -99,6 +95,7 @@ impl UnixCollector {
             waiting_at: HashMap::new(),
             collected: Vec::new(),
             queues: Vec::new(),
+            states: sock_state::Reader::default(),
         }
     }
 
@@ -240,11 +237,12 @@ impl Collector for UnixCollector {
             needs,
             is_datagram,
         });
+        let mut state = self.states.read(file, &what)?;
         if is_datagram || u32::from(socket.state) == state::ESTABLISHED {
-            let packets = sock_queue::peek(file, socket.kind.into(), &what, intake)?;
+            let (packets, error) = sock_queue::peek(file, socket.kind.into(), &what, intake)?;
             self.queues.push((file.id, packets));
+            state.error = error.map(|error| (error as i32).cast_unsigned());
         }
-        sock_opts::warn_of_lost(fd, &what, &[]);
         let entry = proto::UnixSkEntry {
             id: file.id,
             ino: inode,
@@ -268,6 +266,7 @@ impl Collector for UnixCollector {
             r#type: proto::FdTypes::Unixsk.into(),
             id: file.id,
             usk: Some(entry),
+            sock: Some(state),
             ..proto::FileEntry::default()
         })
     }

@@ -316,19 +316,19 @@ fn is_in_use(file: &fs::Metadata) -> bool {
     })
 }
 
-/// Connects a socket to one that was bound: by its file if it has one, whatever has
-/// become of the path, else by its name.
+/// Returns a name by which a socket of this file can be connected to, whatever has become
+/// of its path.
+pub(super) fn path_of(file: BorrowedFd) -> Vec<u8> {
+    format!("/proc/self/fd/{}\0", file.as_raw_fd()).into_bytes()
+}
+
+/// Connects a socket to one that was bound: by its file if it has one, else by its name.
 ///
 /// # Errors
 /// What `connect(2)` returns.
 pub(super) fn connect(fd: BorrowedFd, name: &[u8], file: Option<BorrowedFd>) -> nix::Result<()> {
-    match file {
-        Some(file) => {
-            let path = format!("/proc/self/fd/{}\0", file.as_raw_fd());
-            socket::connect_unix(fd, path.as_bytes())
-        }
-        None => socket::connect_unix(fd, name),
-    }
+    let path = file.map(path_of);
+    socket::connect_unix(fd, path.as_deref().unwrap_or(name))
 }
 
 #[cfg(test)]

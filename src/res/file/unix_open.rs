@@ -12,7 +12,9 @@
 //! 5. connections are made that wait to be accepted;
 //! 6. options are set, directions are shut down, and flags set.
 //!
-//! Sockets whose peers have gone get a peer that goes; but a datagram socket with a name
+//! [`super::unix_peer`] makes the calls by which sockets come to show somebody's credentials.
+//! Sockets whose peers have gone get a peer that goes, with something unread if they have an
+//! error to show; but a datagram socket with a name
 //! has none afterwards, because images do not tell that from never having had one.
 
 use std::{
@@ -26,38 +28,62 @@ use std::{
 
 use nix::{
     libc,
-    sys::socket::{
-        AddressFamily, Backlog, SockFlag, SockType, listen, shutdown, socket, socketpair,
-    },
+    sys::socket::{AddressFamily, SockFlag, SockType, shutdown, socket as new_socket},
+    unistd::write,
 };
 
 use super::{
     FileError, Opened, Opener, Policy, Result,
+    owner::{self, Holder},
     sock_opts::{self, Restored},
     sock_queue::{self, Packet},
+    sock_state,
     unix::{EXTERNAL, kind_name, state},
     unix_name::{self, Keep},
+    unix_peer::{self, Caller, Callers},
 };
-use crate::{image::proto, inject::Script, units::TargetFd};
+use crate::{
+    image::proto,
+    inject::Script,
+    sys::socket,
+    units::{HostPid, TargetFd},
+};
 
 /// Restores UNIX sockets.
 #[derive(Debug, Default)]
 pub(super) struct UnixOpener {
     sockets: Sockets,
+    own: proto::SkPeerEntry,
+    /// Sockets that processes of the tree let listen.
+    listening: Vec<Listening>,
+}
+
+/// A socket that is to show its clients a process of the tree.
+#[derive(Debug)]
+struct Listening {
+    id: u32,
+    backlog: u32,
+    peer: proto::SkPeerEntry,
 }
 
 impl Opener for UnixOpener {
     fn open(&mut self, entries: &[proto::FileEntry], opened: &mut Opened) -> Result<()> {
-        self.sockets = Sockets::new(entries, opened)?;
-        self.sockets.make_lone(&opened.policy)?;
-        self.sockets.make_pairs()?;
-        for socket in &self.sockets.all {
+        let mut sockets = Sockets::new(entries, opened)?;
+        let mut callers = Callers::new(opened)?;
+        sockets.make_lone(&opened.policy, &mut callers)?;
+        sockets.make_pairs(&mut callers)?;
+        sockets.connect_waiting(&mut callers)?;
+        self.listening = sockets.listen(&mut callers)?;
+        self.own = callers.into_own();
+        for socket in &sockets.all {
             if let (false, Some(fd)) = (socket.is_external(), &socket.fd) {
+                owner::restore(socket.entry.id, fd, opened)?;
                 let copy = fd.try_clone();
                 let copy = copy.map_err(|error| socket.restored.failed("duplicate")(io(&error)))?;
                 opened.insert(socket.entry.id, copy);
             }
         }
+        self.sockets = sockets;
         Ok(())
     }
 
@@ -65,21 +91,23 @@ impl Opener for UnixOpener {
         let mut sockets = std::mem::take(&mut self.sockets);
         sockets.connect_datagrams(opened)?;
         sockets.fill_streams(opened)?;
-        sockets.connect_waiting()?;
         sockets.set_up()
     }
 
-    /// `SO_PEERCRED` shows clients who called `listen(2)` last.
-    fn install(
+    fn prepare_process(
         &mut self,
-        entry: &proto::FileEntry,
-        fd: TargetFd,
+        pid: HostPid,
+        at: &dyn Fn(u32) -> Result<TargetFd>,
         script: &mut Script,
     ) -> Result<()> {
-        let listening = entry.usk.as_ref().filter(|entry| entry.state == state::LISTEN);
-        if let Some(entry) = listening.filter(|entry| entry.uflags & EXTERNAL == 0) {
-            let arguments = [fd.0.into(), entry.backlog.into()];
+        for Listening { id, backlog, peer } in &self.listening {
+            if peer.pid != pid.0 {
+                continue;
+            }
+            unix_peer::become_peer(&self.own, peer, script);
+            let arguments = [at(*id)?.0.into(), (*backlog).into()];
             script.call("listen on a UNIX socket", libc::SYS_listen, &arguments);
+            unix_peer::become_own(&self.own, peer, script);
         }
         Ok(())
     }
@@ -113,6 +141,9 @@ struct Socket {
     /// The other end, where that is to go.
     partner: Option<OwnedFd>,
     queue: VecDeque<Packet>,
+    state: proto::SkStateEntry,
+    /// The process that has it.
+    holder: Option<Holder>,
 }
 
 impl Socket {
@@ -142,13 +173,32 @@ impl Socket {
     }
 
     fn make(&self) -> Result<OwnedFd> {
-        socket(AddressFamily::Unix, self.kind()?, SockFlag::SOCK_CLOEXEC, None)
+        new_socket(AddressFamily::Unix, self.kind()?, SockFlag::SOCK_CLOEXEC, None)
             .map_err(self.restored.failed("create"))
     }
 
-    fn make_pair(&self) -> Result<(OwnedFd, OwnedFd)> {
-        socketpair(AddressFamily::Unix, self.kind()?, None, SockFlag::SOCK_CLOEXEC)
-            .map_err(self.restored.failed("create"))
+    fn make_pair(&self, by: Option<&Caller>, callers: &mut Callers) -> Result<(OwnedFd, OwnedFd)> {
+        callers.pair(by, self.kind()?, &self.restored)
+    }
+
+    /// Returns who makes the calls that a process that has this socket would make.
+    fn caller(&self) -> Option<Caller> {
+        let holder = self.holder.as_ref()?;
+        Some(Caller { peer: unix_peer::of_holder(holder), instead: None })
+    }
+
+    /// As [`Self::caller`], but with the credentials that a socket shows if they are known.
+    fn caller_shown_by(&self, socket: &Socket) -> Option<Caller> {
+        let recorded = socket.state.peer.clone().map(|peer| {
+            let instead = self.holder.as_ref().map(|holder| holder.pid);
+            Caller { peer, instead }
+        });
+        recorded.or_else(|| self.caller())
+    }
+
+    /// Whether its program has an error to read.
+    fn has_error(&self) -> bool {
+        self.state.error.is_some()
     }
 
     /// Gives `fd` the name of this socket.
@@ -160,8 +210,25 @@ impl Socket {
 
     /// Connects `fd` to this socket.
     fn accept_from(&self, fd: BorrowedFd, by: &Restored) -> Result<()> {
-        let file = self.file.as_ref().map(AsFd::as_fd);
-        unix_name::connect(fd, &self.entry.name, file).map_err(by.failed("connect"))
+        let (name, file) = self.address();
+        unix_name::connect(fd, name, file).map_err(by.failed("connect"))
+    }
+
+    /// Lets the other end go, with something that it has not read if there is an error to
+    /// be left by that.
+    fn leave(&self, partner: Option<OwnedFd>) -> Result<()> {
+        if self.has_error() && !self.is_datagram() {
+            if partner.is_none() {
+                return Err(self.restored.wrong("it has an error, but its peer is not gone"));
+            }
+            write(self.fd()?, b"x").map_err(self.restored.failed("leave an error in"))?;
+        }
+        Ok(())
+    }
+
+    /// Returns its name and the file that it is bound to.
+    fn address(&self) -> (&[u8], Option<BorrowedFd<'_>>) {
+        (&self.entry.name, self.file.as_ref().map(AsFd::as_fd))
     }
 }
 
@@ -175,12 +242,12 @@ impl Sockets {
     fn new(entries: &[proto::FileEntry], opened: &Opened) -> Result<Self> {
         let mut queues = sock_queue::read(&opened.images)?;
         let mut all = Vec::new();
-        for entry in entries {
+        for file in entries {
             let missing = || FileError::Image {
-                id: entry.id,
+                id: file.id,
                 problem: "it is a UNIX socket without unix_sk_entry".into(),
             };
-            let entry = entry.usk.as_ref().ok_or_else(missing)?;
+            let entry = file.usk.as_ref().ok_or_else(missing)?;
             // Whoever restores may have put another socket in its place.
             if opened.contains(entry.id) {
                 continue;
@@ -199,6 +266,8 @@ impl Sockets {
                 file: None,
                 partner: None,
                 queue: queues.remove(&entry.id).unwrap_or_default(),
+                state: file.sock.clone().unwrap_or_default(),
+                holder: opened.holder(entry.id).cloned(),
             });
         }
         let by_inode: HashMap<u32, usize> =
@@ -210,7 +279,7 @@ impl Sockets {
     }
 
     /// Makes the sockets that are not one end of a connected pair.
-    fn make_lone(&mut self, policy: &Policy) -> Result<()> {
+    fn make_lone(&mut self, policy: &Policy, callers: &mut Callers) -> Result<()> {
         // What has lost its name first, so that it is out of the way of what has it now.
         let mut order: Vec<usize> = (0..self.all.len()).collect();
         order.sort_by_key(|at| !self.all[*at].entry.deleted());
@@ -224,15 +293,26 @@ impl Sockets {
                 continue;
             }
             let (fd, partner) = match socket.link {
+                Link::None | Link::Single(_) | Link::Dead
+                    if socket.is_datagram() && socket.has_error() =>
+                {
+                    let (fd, partner) =
+                        socket.make_pair(socket.caller_shown_by(socket).as_ref(), callers)?;
+                    (disconnected(fd, partner, &socket.restored)?, None)
+                }
                 Link::None | Link::Single(_) | Link::Waiting(_) => (socket.make()?, None),
                 Link::Dead if socket.is_datagram() => {
-                    let (fd, partner) = socket.make_pair()?;
+                    let (fd, partner) =
+                        socket.make_pair(socket.caller_shown_by(socket).as_ref(), callers)?;
                     (fd, Some(partner))
                 }
-                // Each is connected by its peer's name.
+                // Each is connected by its peer's name, unless it was a pair before it got one.
                 Link::Mutual(peer)
                     if socket.is_datagram()
-                        && (peer == at || socket.is_named() && self.all[peer].is_named()) =>
+                        && (peer == at
+                            || socket.is_named()
+                                && self.all[peer].is_named()
+                                && socket.state.peer.is_none()) =>
                 {
                     (socket.make()?, None)
                 }
@@ -241,9 +321,7 @@ impl Sockets {
             let socket = &mut self.all[at];
             socket.bind(&fd, Keep::Replacing)?;
             if socket.entry.state == state::LISTEN {
-                let backlog = socket.entry.backlog.cast_signed().clamp(0, i32::from(i16::MAX));
-                let backlog = Backlog::new(backlog).unwrap_or(Backlog::MAXCONN);
-                listen(&fd, backlog).map_err(socket.restored.failed("listen on"))?;
+                callers.listen(None, fd.as_fd(), socket.entry.backlog, &socket.restored)?;
             }
             (socket.fd, socket.partner) = (Some(fd), partner);
         }
@@ -251,7 +329,7 @@ impl Sockets {
     }
 
     /// Makes pairs that are connected to each other, and ends whose other one is gone.
-    fn make_pairs(&mut self) -> Result<()> {
+    fn make_pairs(&mut self, callers: &mut Callers) -> Result<()> {
         for at in 0..self.all.len() {
             if self.all[at].fd.is_some() || self.all[at].is_external() {
                 continue;
@@ -260,8 +338,9 @@ impl Sockets {
                 Link::Mutual(peer) => Some(peer),
                 _ => None,
             };
+            let by = self.all[at].caller_shown_by(&self.all[at]);
             if self.all[at].is_datagram() {
-                let (mine, other) = self.all[at].make_pair()?;
+                let (mine, other) = self.all[at].make_pair(by.as_ref(), callers)?;
                 self.all[at].bind(&mine, Keep::Replacing)?;
                 self.all[at].fd = Some(mine);
                 if let Some(peer) = peer {
@@ -273,10 +352,10 @@ impl Sockets {
             // The end that was accepted has the name of the socket that did it.
             let accepted = self.accepted(at, peer);
             let (mine, other) = match accepted {
-                None => self.all[at].make_pair()?,
-                Some(end) if end == at => self.connect_and_accept(at, peer)?,
+                None => self.all[at].make_pair(by.as_ref(), callers)?,
+                Some(end) if end == at => self.connect_and_accept(at, peer, callers)?,
                 Some(end) => {
-                    let (mine, other) = self.connect_and_accept(end, Some(at))?;
+                    let (mine, other) = self.connect_and_accept(end, Some(at), callers)?;
                     (other, mine)
                 }
             };
@@ -314,29 +393,36 @@ impl Sockets {
         &mut self,
         accepted: usize,
         peer: Option<usize>,
+        callers: &mut Callers,
     ) -> Result<(OwnedFd, OwnedFd)> {
         let caller = self.all[accepted].make()?;
         if let Some(peer) = peer {
             self.all[peer].bind(&caller, Keep::Replacing)?;
         }
         let by = self.all[accepted].restored.clone();
-        let listener = match self.listener_of(accepted) {
-            Some(listener) => {
-                self.all[listener].accept_from(caller.as_fd(), &by)?;
-                let fd = self.all[listener].fd()?;
-                fd.try_clone_to_owned()
-                    .map_err(|error| by.failed("duplicate a socket for")(io(&error)))?
+        // The end that calls is shown who listens, and the other who calls.
+        let calling = &self.all[peer.unwrap_or(accepted)];
+        let listens = peer.and_then(|peer| self.all[accepted].caller_shown_by(&self.all[peer]));
+        let calls = calling.caller_shown_by(&self.all[accepted]);
+        let (listener, at) = match self.listener_of(accepted) {
+            Some(at) => {
+                let fd = self.all[at].fd()?.try_clone_to_owned();
+                let fd = fd.map_err(|error| by.failed("duplicate a socket for")(io(&error)))?;
+                (fd, at)
             }
             None => {
                 let socket = &mut self.all[accepted];
                 let listener = socket.make()?;
                 socket.bind(&listener, Keep::Yielding)?;
-                listen(&listener, Backlog::new(1).unwrap_or(Backlog::MAXCONN))
-                    .map_err(by.failed("listen for"))?;
-                socket.accept_from(caller.as_fd(), &by)?;
-                listener
+                callers.listen(None, listener.as_fd(), 1, &by)?;
+                (listener, accepted)
             }
         };
+        if listens.is_some() {
+            let backlog = self.all[at].entry.backlog.max(1);
+            callers.listen(listens.as_ref(), listener.as_fd(), backlog, &by)?;
+        }
+        callers.connect(calls.as_ref(), caller.as_fd(), self.all[at].address(), &by)?;
         let (end, _) = UnixListener::from(listener)
             .accept()
             .map_err(|error| by.failed("accept")(io(&error)))?;
@@ -388,7 +474,9 @@ impl Sockets {
             return Ok(());
         }
         let socket = &self.all[at];
-        let caller = || self.all.iter().find(|other| other.link == Link::Single(at));
+        // To send something takes an error.
+        let caller =
+            || self.all.iter().find(|other| other.link == Link::Single(at) && !other.has_error());
         let sender = match (socket.link, &socket.partner) {
             (_, Some(partner)) => Some(partner.as_fd()),
             (Link::Mutual(peer), None) => Some(self.all[peer].fd()?),
@@ -421,10 +509,11 @@ impl Sockets {
         for at in 0..self.all.len() {
             let partner = self.all[at].partner.take();
             let queue = std::mem::take(&mut self.all[at].queue);
+            let socket = &self.all[at];
             if queue.is_empty() {
+                socket.leave(partner)?;
                 continue;
             }
-            let socket = &self.all[at];
             let sender = match (&partner, socket.link) {
                 (Some(partner), _) => partner.as_fd(),
                 (None, Link::Mutual(peer)) => self.all[peer].fd()?,
@@ -434,17 +523,46 @@ impl Sockets {
                 }
             };
             self.send(sender, queue, at, opened)?;
+            self.all[at].leave(partner)?;
         }
         Ok(())
     }
 
-    fn connect_waiting(&self) -> Result<()> {
+    /// Makes the connections that wait to be accepted.
+    fn connect_waiting(&self, callers: &mut Callers) -> Result<()> {
         for socket in &self.all {
-            if let Link::Waiting(listener) = socket.link {
-                self.all[listener].accept_from(socket.fd()?, &socket.restored)?;
-            }
+            let Link::Waiting(listener) = socket.link else { continue };
+            let listener = &self.all[listener];
+            let listens = listener.caller_shown_by(socket);
+            let backlog = listener.entry.backlog;
+            callers.listen(listens.as_ref(), listener.fd()?, backlog, &listener.restored)?;
+            let calls = socket.caller();
+            callers.connect(calls.as_ref(), socket.fd()?, listener.address(), &socket.restored)?;
         }
         Ok(())
+    }
+
+    /// Lets sockets listen in the names of those who did, and returns those whom
+    /// processes of the tree are to let listen.
+    fn listen(&self, callers: &mut Callers) -> Result<Vec<Listening>> {
+        let mut left = Vec::new();
+        for socket in &self.all {
+            let entry = &socket.entry;
+            if entry.state != state::LISTEN || socket.is_external() {
+                continue;
+            }
+            let Some(caller) = socket.caller_shown_by(socket) else { continue };
+            let pids = [Some(caller.peer.pid), caller.instead];
+            if let Some(pid) = pids.into_iter().flatten().find(|pid| callers.is_of_tree(*pid))
+                && (pid == caller.peer.pid || !callers.can_be(caller.peer.pid))
+            {
+                let peer = proto::SkPeerEntry { pid, ..caller.peer };
+                left.push(Listening { id: entry.id, backlog: entry.backlog, peer });
+            } else {
+                callers.listen(Some(&caller), socket.fd()?, entry.backlog, &socket.restored)?;
+            }
+        }
+        Ok(left)
     }
 
     fn set_up(&self) -> Result<()> {
@@ -458,10 +576,21 @@ impl Sockets {
             if let Some(how) = sock_opts::how(entry.shutdown) {
                 shutdown(fd.as_raw_fd(), how).map_err(restored.failed("shut down"))?;
             }
+            sock_state::restore_options(fd, Some(&socket.state), restored)?;
+            sock_state::restore_peek_offset(fd, Some(&socket.state), restored)?;
             sock_opts::restore_flags(fd, entry.flags, restored)?;
         }
         Ok(())
     }
+}
+
+/// Returns a datagram socket with the error that its peer leaves who goes elsewhere and has
+/// something unread.
+fn disconnected(fd: OwnedFd, peer: OwnedFd, restored: &Restored) -> Result<OwnedFd> {
+    let failed = restored.failed("leave an error in");
+    write(&fd, b"x").map_err(&failed)?;
+    socket::disconnect(peer.as_fd()).map_err(&failed)?;
+    Ok(fd)
 }
 
 fn io(error: &std::io::Error) -> nix::errno::Errno {

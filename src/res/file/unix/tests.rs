@@ -25,10 +25,11 @@ use nix::{
 };
 
 use super::super::{
-    Policy,
-    sock_testing::{dump, odd_options, receive_all, refused, set_odd_options},
+    Opened, Policy,
+    owner::Holder,
+    sock_testing::{dump, odd_options, option, receive_all, refused, set_odd_options},
 };
-use crate::{res::file::FileError, sys::socket};
+use crate::{image::proto, res::file::FileError, sys::socket};
 
 fn pair(kind: SockType) -> (OwnedFd, OwnedFd) {
     socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC).unwrap()
@@ -494,18 +495,41 @@ fn datagram_sockets_find_external_servers_by_name() {
 }
 
 #[test]
-fn a_process_listens_once_more_so_that_its_clients_see_who_it_is() {
+fn the_process_that_listened_listens_once_more() {
     let listener = UnixListener::bind_addr(&abstract_address()).unwrap();
     let lone = UnixDatagram::unbound().unwrap();
     let dumped = dump(vec![OwnedFd::from(listener), lone.into()], &defaults()).unwrap();
+    let own = std::process::id().cast_signed();
+    assert_eq!(dumped.entries[0].sock.as_ref().unwrap().peer.as_ref().unwrap().pid, own);
+    let entries = dumped.entries.clone();
+    let mut opened = Opened::new(dumped.dir.path(), defaults(), entries.clone());
+    let creds = std::rc::Rc::new(proto::CredsEntry::default());
+    opened.holders = [0, 1].map(|id| (id, Holder { pid: own, creds: creds.clone() })).into();
     let mut opener = (super::KIND.opener)(&defaults());
-    let calls = [0, 1].map(|id| {
+    opener.open(&entries, &mut opened).unwrap();
+    let calls = [own, own + 1].map(|pid| {
         let mut script = crate::inject::Script::new();
-        let entry = dumped.entries.iter().find(|entry| entry.id == id).unwrap();
-        opener.install(entry, crate::units::TargetFd(3), &mut script).unwrap();
-        script.len()
+        let at = |_| Ok(crate::units::TargetFd(3));
+        opener.prepare_process(crate::units::HostPid(pid), &at, &mut script).unwrap();
+        script.is_empty()
     });
-    assert_eq!(calls, [1, 0]);
+    assert_eq!(calls, [false, true]);
+}
+
+#[test]
+fn an_error_is_seen_and_not_taken() {
+    for kind in [SockType::Stream, SockType::SeqPacket] {
+        let (a, b) = pair(kind);
+        send(&a, b"never read");
+        drop(b);
+        let watched = a.try_clone().unwrap();
+        for _ in 0..2 {
+            let dumped = dump(vec![a.try_clone().unwrap()], &defaults()).unwrap();
+            let error = dumped.entries[0].sock.as_ref().unwrap().error;
+            assert_eq!(error, Some(libc::ECONNRESET.cast_unsigned()));
+        }
+        assert_eq!(option(&watched, sockopt::SocketError), libc::ECONNRESET);
+    }
 }
 
 #[test]

@@ -1,0 +1,335 @@
+//! What sockets have and the format has no place for: `file_entry.sock`, which is this
+//! program's own.
+//!
+//! | what | by a dump | by a restore |
+//! |---|---|---|
+//! | pending error, UNIX | seen by `poll(2)`: it can only be `ECONNRESET` | made again |
+//! | pending error, TCP | refused: the kernel tells which one it is only who takes it | |
+//! | pending error, UDP (ICMP), netlink (overrun) | warned of; netlink: refused | lost |
+//! | packets behind an error (UNIX datagram, seqpacket) | refused: the error comes first | |
+//! | queue, UNIX | kept with descriptors; refused with credentials, out-of-band data | sent again |
+//! | queue, TCP, of a connection that has ended | kept, up to [`RECEIVED_MAX_BYTES`] | sent again |
+//! | queue, UDP | warned of | lost |
+//! | queue, netlink; connections that TCP has not accepted | refused | |
+//! | `SO_PEEK_OFF` | kept | set |
+//! | `SO_PEERCRED`, `SO_PEERGROUPS` | kept | [`super::unix_peer`] |
+//! | owner and mode of the inode | kept | [`super::owner`] |
+//! | options of `sk_opts_entry`, `ip_opts_entry`, `tcp_opts_entry` | kept | set |
+//! | options of [`OPTIONS`] | kept, if they are not the default | set |
+//! | `SO_LOCK_FILTER`, TCP ULPs (TLS), `TCP_REPAIR`, `SO_TXTIME`, `SO_RESERVE_MEM` | warned of | lost |
+//! | `SO_INCOMING_CPU`, `TCP_WINDOW_CLAMP`, which the kernel changes, too; multicast groups; eBPF programs of `SO_ATTACH_REUSEPORT_EBPF`; TCP-MD5 keys | cannot be seen | lost |
+//! | eBPF filter (`SO_ATTACH_BPF`) | refused | |
+//! | names of peers that are gone; the name of a TCP socket whose connection has ended | warned of | lost |
+//!
+//! Options are compared with those of a new socket of the same kind, so that nobody needs to
+//! know the defaults of a kernel.
+
+use std::{
+    collections::HashMap,
+    os::fd::{AsFd, BorrowedFd},
+};
+
+use nix::{
+    libc::{self, c_int},
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+};
+
+use super::{
+    Description, Result,
+    sock_opts::{self, Restored},
+    unix_peer,
+};
+use crate::{
+    image::proto::{SkOptionEntry, SkStateEntry},
+    sys::socket,
+};
+
+/// The most bytes of an ended TCP connection that are kept.
+pub(super) const RECEIVED_MAX_BYTES: u32 = 4 << 20;
+
+/// Bytes of the longest value among [`OPTIONS`] (`TCP_CA_NAME_MAX`, `net/tcp.h`).
+const VALUE_BYTES: usize = 16;
+
+/// Of `asm-generic/socket.h`, which `libc` lacks.
+const SO_WIFI_STATUS: c_int = 41;
+const SO_MAX_PACING_RATE: c_int = 47;
+const SO_PREFER_BUSY_POLL: c_int = 69;
+const SO_BUSY_POLL_BUDGET: c_int = 70;
+const SO_RESERVE_MEM: c_int = 73;
+const SO_TXREHASH: c_int = 74;
+const SO_RCVMARK: c_int = 75;
+const SO_RCVPRIORITY: c_int = 82;
+const SO_PASSRIGHTS: c_int = 83;
+
+/// Of `linux/in.h` and `linux/in6.h`.
+const IP_RECVERR_RFC4884: c_int = 26;
+const IP_LOCAL_PORT_RANGE: c_int = 51;
+const IPV6_MULTICAST_ALL: c_int = 29;
+const IPV6_RECVERR_RFC4884: c_int = 31;
+const IPV6_AUTOFLOWLABEL: c_int = 70;
+const IPV6_MINHOPCOUNT: c_int = 73;
+const IPV6_RECVORIGDSTADDR: c_int = 74;
+const IPV6_UNICAST_IF: c_int = 76;
+const IPV6_RECVFRAGSIZE: c_int = 77;
+
+/// Of `linux/tcp.h` and `linux/udp.h`.
+const TCP_NOTSENT_LOWAT: c_int = 25;
+const TCP_SAVE_SYN: c_int = 27;
+const TCP_FASTOPEN_NO_COOKIE: c_int = 34;
+const TCP_TX_DELAY: c_int = 37;
+const UDP_NO_CHECK6_TX: c_int = 101;
+const UDP_NO_CHECK6_RX: c_int = 102;
+
+/// Of `linux/netlink.h`.
+const NETLINK_PKTINFO: c_int = 3;
+const NETLINK_BROADCAST_ERROR: c_int = 4;
+const NETLINK_NO_ENOBUFS: c_int = 5;
+const NETLINK_LISTEN_ALL_NSID: c_int = 8;
+const NETLINK_CAP_ACK: c_int = 10;
+const NETLINK_EXT_ACK: c_int = 11;
+const NETLINK_GET_STRICT_CHK: c_int = 12;
+
+/// Options that are set to the very value that is read. A socket that does not know one
+/// does not have it.
+const OPTIONS: &[(c_int, &[c_int])] = &[
+    (
+        libc::SOL_SOCKET,
+        &[
+            libc::SO_TIMESTAMP,
+            libc::SO_TIMESTAMPNS,
+            libc::SO_TIMESTAMPING,
+            libc::SO_RXQ_OVFL,
+            libc::SO_SELECT_ERR_QUEUE,
+            libc::SO_BUSY_POLL,
+            libc::SO_ZEROCOPY,
+            sock_opts::SO_PASSPIDFD,
+            SO_WIFI_STATUS,
+            SO_MAX_PACING_RATE,
+            SO_PREFER_BUSY_POLL,
+            SO_BUSY_POLL_BUDGET,
+            SO_TXREHASH,
+            SO_RCVMARK,
+            SO_RCVPRIORITY,
+            SO_PASSRIGHTS,
+        ],
+    ),
+    (
+        libc::SOL_TCP,
+        &[
+            libc::TCP_MAXSEG,
+            libc::TCP_SYNCNT,
+            libc::TCP_LINGER2,
+            libc::TCP_DEFER_ACCEPT,
+            libc::TCP_CONGESTION,
+            libc::TCP_THIN_LINEAR_TIMEOUTS,
+            libc::TCP_USER_TIMEOUT,
+            libc::TCP_FASTOPEN,
+            libc::TCP_FASTOPEN_CONNECT,
+            libc::TCP_INQ,
+            TCP_NOTSENT_LOWAT,
+            TCP_SAVE_SYN,
+            TCP_FASTOPEN_NO_COOKIE,
+            TCP_TX_DELAY,
+        ],
+    ),
+    (
+        libc::SOL_IP,
+        &[
+            libc::IP_TRANSPARENT,
+            libc::IP_RECVERR,
+            libc::IP_RECVTTL,
+            libc::IP_RECVTOS,
+            libc::IP_RECVOPTS,
+            libc::IP_RETOPTS,
+            libc::IP_RECVORIGDSTADDR,
+            libc::IP_PASSSEC,
+            libc::IP_MTU_DISCOVER,
+            libc::IP_MULTICAST_IF,
+            libc::IP_MULTICAST_TTL,
+            libc::IP_MULTICAST_LOOP,
+            libc::IP_MULTICAST_ALL,
+            libc::IP_UNICAST_IF,
+            libc::IP_BIND_ADDRESS_NO_PORT,
+            libc::IP_MINTTL,
+            libc::IP_NODEFRAG,
+            libc::IP_CHECKSUM,
+            libc::IP_RECVFRAGSIZE,
+            IP_RECVERR_RFC4884,
+            IP_LOCAL_PORT_RANGE,
+        ],
+    ),
+    (
+        libc::SOL_IPV6,
+        &[
+            libc::IPV6_UNICAST_HOPS,
+            libc::IPV6_MULTICAST_IF,
+            libc::IPV6_MULTICAST_HOPS,
+            libc::IPV6_MULTICAST_LOOP,
+            libc::IPV6_MTU_DISCOVER,
+            libc::IPV6_RECVERR,
+            libc::IPV6_RECVHOPLIMIT,
+            libc::IPV6_RECVRTHDR,
+            libc::IPV6_RECVHOPOPTS,
+            libc::IPV6_RECVDSTOPTS,
+            libc::IPV6_RECVTCLASS,
+            libc::IPV6_RECVPATHMTU,
+            libc::IPV6_TCLASS,
+            libc::IPV6_DONTFRAG,
+            libc::IPV6_TRANSPARENT,
+            IPV6_MULTICAST_ALL,
+            IPV6_RECVERR_RFC4884,
+            IPV6_AUTOFLOWLABEL,
+            IPV6_MINHOPCOUNT,
+            IPV6_RECVORIGDSTADDR,
+            IPV6_UNICAST_IF,
+            IPV6_RECVFRAGSIZE,
+        ],
+    ),
+    (libc::SOL_UDP, &[libc::UDP_GRO, libc::UDP_SEGMENT, UDP_NO_CHECK6_TX, UDP_NO_CHECK6_RX]),
+    (
+        libc::SOL_NETLINK,
+        &[
+            NETLINK_PKTINFO,
+            NETLINK_BROADCAST_ERROR,
+            NETLINK_NO_ENOBUFS,
+            NETLINK_LISTEN_ALL_NSID,
+            NETLINK_CAP_ACK,
+            NETLINK_EXT_ACK,
+            NETLINK_GET_STRICT_CHK,
+        ],
+    ),
+];
+
+/// Options of [`OPTIONS`] that streams show, but cannot be given.
+const OF_DATAGRAMS: &[(c_int, c_int)] = &[
+    (libc::SOL_IP, libc::IP_MULTICAST_IF),
+    (libc::SOL_IP, libc::IP_MULTICAST_TTL),
+    (libc::SOL_IP, libc::IP_MULTICAST_LOOP),
+    (libc::SOL_IPV6, libc::IPV6_MULTICAST_IF),
+    (libc::SOL_IPV6, libc::IPV6_MULTICAST_HOPS),
+    (libc::SOL_IPV6, libc::IPV6_MULTICAST_LOOP),
+];
+
+/// Options in use that are lost.
+const LOST: &[(c_int, c_int, &str)] = &[
+    (libc::SOL_SOCKET, libc::SO_LOCK_FILTER, "SO_LOCK_FILTER"),
+    (libc::SOL_SOCKET, SO_RESERVE_MEM, "SO_RESERVE_MEM"),
+    (libc::SOL_SOCKET, libc::SO_TXTIME, "SO_TXTIME"),
+    (libc::SOL_TCP, libc::TCP_ULP, "TCP_ULP"),
+    (libc::SOL_TCP, libc::TCP_REPAIR, "TCP_REPAIR"),
+];
+
+/// What `poll(2)` shows of a socket at once, of what `wanted` asks for and errors.
+///
+/// # Errors
+/// What `poll(2)` returns.
+pub(super) fn polled(fd: BorrowedFd, wanted: PollFlags) -> nix::Result<PollFlags> {
+    let mut polled = [PollFd::new(fd, wanted)];
+    poll(&mut polled, PollTimeout::ZERO)?;
+    Ok(polled[0].revents().unwrap_or(PollFlags::empty()))
+}
+
+fn value(fd: BorrowedFd, level: c_int, name: c_int) -> Option<Vec<u8>> {
+    let mut value = vec![0; VALUE_BYTES];
+    let len = socket::option_bytes(fd, level, name, &mut value).ok()?;
+    value.truncate(len);
+    Some(value)
+}
+
+/// The values of [`OPTIONS`], in order.
+type Values = Vec<Option<Vec<u8>>>;
+
+/// Reads what sockets have.
+#[derive(Debug, Default)]
+pub(super) struct Reader {
+    /// The values that new sockets have, by family, type and protocol.
+    defaults: HashMap<(c_int, c_int, c_int), Values>,
+}
+
+impl Reader {
+    /// Returns what this socket has, and warns of what is lost. None of it changes.
+    ///
+    /// # Errors
+    /// Those of asking.
+    pub(super) fn read(&mut self, file: &Description, what: &str) -> Result<SkStateEntry> {
+        let fd = file.fd.as_fd();
+        let ask = file.failed("ask for the type of");
+        let family = sock_opts::family(fd).map_err(&ask)?;
+        let kind = sock_opts::kind(fd).map_err(&ask)?;
+        let protocol = sock_opts::protocol(fd).map_err(&ask)?;
+        let names = || OPTIONS.iter().flat_map(|(level, names)| names.iter().map(|n| (*level, *n)));
+        let defaults = self.defaults.entry((family, kind, protocol)).or_insert_with(|| {
+            let new = socket::create(family, kind, protocol).ok();
+            let of_new = |(level, name)| value(new.as_ref()?.as_fd(), level, name);
+            names().map(of_new).collect()
+        });
+        let mut options = Vec::new();
+        for ((level, name), default) in names().zip(defaults) {
+            if kind == libc::SOCK_STREAM && OF_DATAGRAMS.contains(&(level, name)) {
+                continue;
+            }
+            if let Some(value) = value(fd, level, name)
+                && Some(&value) != default.as_ref()
+            {
+                options.push(SkOptionEntry { level, name, value });
+            }
+        }
+        for (level, name, called) in LOST {
+            let value = value(fd, *level, *name);
+            if value.is_some_and(|value| value.iter().any(|byte| *byte != 0)) {
+                log::warn!("{what} has {called}, for which images have no place: it will be lost");
+            }
+        }
+        let peer = if family == libc::AF_UNIX {
+            unix_peer::read(fd).map_err(file.failed("ask for the peer's credentials of"))?
+        } else {
+            None
+        };
+        Ok(SkStateEntry { peek_off: peek_offset(fd), peer, options, ..SkStateEntry::default() })
+    }
+}
+
+/// Returns `SO_PEEK_OFF` if it is in use.
+pub(super) fn peek_offset(fd: BorrowedFd) -> Option<c_int> {
+    let offset = socket::option::<c_int>(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF);
+    offset.ok().filter(|offset| *offset >= 0)
+}
+
+/// Sets options that are not as the images have them.
+///
+/// # Errors
+/// [`super::FileError::Restore`].
+pub(super) fn restore_options(
+    fd: BorrowedFd,
+    state: Option<&SkStateEntry>,
+    restored: &Restored,
+) -> Result<()> {
+    for SkOptionEntry { level, name, value: wanted } in state.iter().flat_map(|s| &s.options) {
+        if !OPTIONS.iter().any(|(of, names)| of == level && names.contains(name)) {
+            let problem = format!("option {name} of level {level} is none that is restored");
+            return Err(restored.wrong(problem));
+        }
+        if value(fd, *level, *name).as_ref() == Some(wanted) {
+            continue;
+        }
+        if let Err(errno) = socket::set_option(fd, *level, *name, wanted.as_slice()) {
+            let object = format!("option {name} of level {level} of {}", restored.object);
+            return Err(Restored { id: restored.id, object }.failed("set")(errno));
+        }
+    }
+    Ok(())
+}
+
+/// Sets `SO_PEEK_OFF`, when the queue is filled.
+///
+/// # Errors
+/// [`super::FileError::Restore`].
+pub(super) fn restore_peek_offset(
+    fd: BorrowedFd,
+    state: Option<&SkStateEntry>,
+    restored: &Restored,
+) -> Result<()> {
+    let Some(offset) = state.and_then(|state| state.peek_off) else { return Ok(()) };
+    socket::set_option(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, &offset)
+        .map_err(restored.failed("set SO_PEEK_OFF of"))
+}

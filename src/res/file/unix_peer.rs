@@ -1,0 +1,290 @@
+//! Whose credentials the ends of UNIX sockets show (`SO_PEERCRED`, `SO_PEERGROUPS`).
+//!
+//! The kernel notes the pid, the effective ids and the groups of who calls `socketpair(2)`,
+//! `listen(2)` and `connect(2)`. A socket that listens shows its clients who called
+//! `listen(2)` last. So a helper process makes these calls that has the pid and the ids
+//! which the images have; it ends before the processes of the tree are made. The kernel keeps
+//! the pid that it had, so that the tree's process of this pid is the one that is named.
+//! `SO_PEERPIDFD` tells the helper, which is dead, from that one. Sockets that listen are
+//! given the living process ([`super::Opener::prepare_process`]).
+//!
+//! CRIU's images do not tell whose these were: the process that has the other end is taken for
+//! who made the call. A pid that another process has by now cannot be had: the socket
+//! names the process that has it, and the log tells of it.
+
+use std::{
+    collections::{HashMap, HashSet},
+    os::fd::{AsRawFd, BorrowedFd, OwnedFd},
+};
+
+use nix::{
+    libc::{self, c_int},
+    sys::socket::{AddressFamily, Backlog, SockFlag, SockType, listen, socketpair},
+};
+
+use super::{FileError, Opened, Result, owner::Holder, sock_opts::Restored, unix_name};
+use crate::{
+    image::proto::SkPeerEntry,
+    inject::{Helper, InjectError, Script},
+    proc,
+    sys::{fds, socket},
+    units::HostPid,
+};
+
+/// `asm-generic/socket.h`, since Linux 4.13.
+const SO_PEERGROUPS: c_int = 59;
+
+/// The most groups that a process may be in (`NGROUPS_MAX`, `linux/limits.h`).
+const GROUPS_MAX: usize = 65_536;
+
+/// An id that means none, and for calls that nothing changes.
+const NO_ID: u32 = u32::MAX;
+
+/// Returns whose credentials a socket shows, if it shows any.
+///
+/// # Errors
+/// What `getsockopt(2)` returns.
+pub(super) fn read(fd: BorrowedFd) -> nix::Result<Option<SkPeerEntry>> {
+    let [pid, uid, gid]: [u32; 3] = socket::option(fd, libc::SOL_SOCKET, libc::SO_PEERCRED)?;
+    if pid == 0 && uid == NO_ID {
+        return Ok(None);
+    }
+    let mut groups = vec![0; GROUPS_MAX * size_of::<u32>()];
+    // Kernels before 4.13 do not tell.
+    let len = socket::option_bytes(fd, libc::SOL_SOCKET, SO_PEERGROUPS, &mut groups).unwrap_or(0);
+    let word = |bytes: &[u8]| u32::from_ne_bytes(bytes.try_into().expect("chunks of 4"));
+    let groups = groups[..len].chunks_exact(size_of::<u32>()).map(word).collect();
+    Ok(Some(SkPeerEntry { pid: pid.cast_signed(), uid, gid, groups }))
+}
+
+/// Returns what a call of a process of the tree would leave.
+pub(super) fn of_holder(holder: &Holder) -> SkPeerEntry {
+    let creds = &holder.creds;
+    SkPeerEntry { pid: holder.pid, uid: creds.euid, gid: creds.egid, groups: creds.groups.clone() }
+}
+
+/// Who makes a call.
+#[derive(Clone, Debug)]
+pub(super) struct Caller {
+    pub(super) peer: SkPeerEntry,
+    /// The pid to take if that one is not to be had.
+    pub(super) instead: Option<i32>,
+}
+
+/// Returns the credentials of this program.
+///
+/// # Errors
+/// Those of reading `/proc`.
+pub(super) fn own() -> Result<SkPeerEntry> {
+    let pid = nix::unistd::getpid().as_raw();
+    let status = proc::status(HostPid(pid))?;
+    let (uid, gid) = (status.uids.effective, status.gids.effective);
+    Ok(SkPeerEntry { pid, uid, gid, groups: status.groups })
+}
+
+/// Adds the calls by which a process with the effective ids of `own` takes others.
+pub(super) fn become_peer(own: &SkPeerEntry, peer: &SkPeerEntry, script: &mut Script) {
+    change(script, peer.groups != own.groups, peer);
+}
+
+/// Adds the calls by which it goes back.
+pub(super) fn become_own(own: &SkPeerEntry, peer: &SkPeerEntry, script: &mut Script) {
+    let arguments = [NO_ID.into(), own.uid.into(), NO_ID.into()];
+    script.call("set the effective user id", libc::SYS_setresuid, &arguments);
+    change(script, peer.groups != own.groups, own);
+}
+
+fn change(script: &mut Script, with_groups: bool, to: &SkPeerEntry) {
+    if with_groups {
+        let groups: Vec<u8> = to.groups.iter().flat_map(|group| group.to_ne_bytes()).collect();
+        let list = script.bytes(&groups);
+        script.call("set groups", libc::SYS_setgroups, &[to.groups.len().into(), list.into()]);
+    }
+    let arguments = [NO_ID.into(), to.gid.into(), NO_ID.into()];
+    script.call("set the effective group id", libc::SYS_setresgid, &arguments);
+    let arguments = [NO_ID.into(), to.uid.into(), NO_ID.into()];
+    script.call("set the effective user id", libc::SYS_setresuid, &arguments);
+}
+
+/// Makes the calls that leave credentials.
+#[derive(Debug)]
+pub(super) struct Callers {
+    own: SkPeerEntry,
+    /// By pid; `None` if there is none to be had.
+    helpers: HashMap<i32, Option<Helper>>,
+    /// The pids of the tree.
+    tree: HashSet<i32>,
+}
+
+impl Callers {
+    pub(super) fn new(opened: &Opened) -> Result<Self> {
+        let tree = opened.holders.values().map(|holder| holder.pid).collect();
+        Ok(Self { own: own()?, helpers: HashMap::new(), tree })
+    }
+
+    /// Whether a pid will be one of the tree.
+    pub(super) fn is_of_tree(&self, pid: i32) -> bool {
+        self.tree.contains(&pid)
+    }
+
+    /// Returns the credentials of this program; helpers end.
+    pub(super) fn into_own(self) -> SkPeerEntry {
+        self.own
+    }
+
+    /// Whether calls can be made with this pid.
+    pub(super) fn can_be(&mut self, pid: i32) -> bool {
+        let place = self.helpers.entry(pid).or_insert_with(|| {
+            let spawned = (pid > 0).then(|| Helper::spawn(HostPid(pid)))?;
+            spawned.map_err(|error| log::debug!("no helper {pid}: {error}")).ok()
+        });
+        place.is_some()
+    }
+
+    /// Lets the caller make the calls that `add` adds, and then be what it was. Returns
+    /// what `result` makes of the answers; `None` if this program has to make the calls.
+    fn call<T>(
+        &mut self,
+        caller: Option<&Caller>,
+        restored: &Restored,
+        step: &'static str,
+        add: impl FnOnce(&mut Script) -> Box<dyn FnOnce(&crate::inject::Answers) -> T>,
+    ) -> Result<Option<T>> {
+        let Some(Caller { peer, instead }) = caller else { return Ok(None) };
+        let candidates = [Some(peer.pid), *instead].into_iter().flatten();
+        let found = candidates.into_iter().find(|pid| self.can_be(*pid));
+        let Some(pid) = found else {
+            // Of a tree whose pids are in use, a later error tells.
+            if !self.is_of_tree(peer.pid) {
+                warn_of_peer(restored, peer, self.own.pid);
+            }
+            return Ok(None);
+        };
+        if pid != peer.pid {
+            warn_of_peer(restored, peer, pid);
+        }
+        let helper = self.helpers.get_mut(&pid).and_then(Option::as_mut).expect("it was found");
+        let mut script = Script::new();
+        become_peer(&self.own, peer, &mut script);
+        if let Err(error) = helper.run(&script) {
+            log::warn!(
+                "{}: SO_PEERCRED will name user {} instead of {}: {error}; run rcriu as root",
+                restored.object,
+                self.own.uid,
+                peer.uid
+            );
+            return Ok(None);
+        }
+        let mut script = Script::new();
+        let result = add(&mut script);
+        let answers = helper.run(&script);
+        let mut script = Script::new();
+        become_own(&self.own, peer, &mut script);
+        let back = helper.run(&script);
+        let failed = |error: InjectError| match error {
+            InjectError::Call { source, .. } => restored.failed(step)(source),
+            other => restored.wrong(format!("cannot {step} it in a process of its own: {other}")),
+        };
+        let answers = answers.map_err(failed)?;
+        back.map_err(failed)?;
+        Ok(Some(result(&answers)))
+    }
+
+    /// Makes a pair of sockets.
+    ///
+    /// # Errors
+    /// [`FileError::Restore`].
+    pub(super) fn pair(
+        &mut self,
+        caller: Option<&Caller>,
+        kind: SockType,
+        restored: &Restored,
+    ) -> Result<(OwnedFd, OwnedFd)> {
+        let step = "create";
+        let made = self.call(caller, restored, step, |script| {
+            let place = script.space(size_of::<[i32; 2]>());
+            let arguments = [
+                libc::AF_UNIX.into(),
+                (kind as c_int | libc::SOCK_CLOEXEC).into(),
+                0.into(),
+                place.into(),
+            ];
+            script.call("make a pair of sockets", libc::SYS_socketpair, &arguments);
+            Box::new(move |answers| answers.value::<[i32; 2]>(place))
+        })?;
+        let Some(numbers) = made else {
+            return socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC)
+                .map_err(restored.failed(step));
+        };
+        // The helper has made them among the descriptors of this program.
+        let own = |number| {
+            let copy = fds::duplicate(number).map_err(restored.failed("duplicate"))?;
+            nix::unistd::close(number).map_err(restored.failed("close a duplicate of"))?;
+            Ok::<_, FileError>(copy)
+        };
+        Ok((own(numbers[0])?, own(numbers[1])?))
+    }
+
+    /// Lets a socket listen.
+    ///
+    /// # Errors
+    /// [`FileError::Restore`].
+    pub(super) fn listen(
+        &mut self,
+        caller: Option<&Caller>,
+        fd: BorrowedFd,
+        backlog: u32,
+        restored: &Restored,
+    ) -> Result<()> {
+        let number = fd.as_raw_fd();
+        let done = self.call(caller, restored, "listen on", |script| {
+            script.call("listen on a socket", libc::SYS_listen, &[number.into(), backlog.into()]);
+            Box::new(|_| ())
+        })?;
+        if done.is_some() {
+            return Ok(());
+        }
+        let backlog = backlog.cast_signed().clamp(0, i32::from(i16::MAX));
+        listen(&fd, Backlog::new(backlog).unwrap_or(Backlog::MAXCONN))
+            .map_err(restored.failed("listen on"))
+    }
+
+    /// Connects a socket to one that listens, as [`unix_name::connect`] does.
+    ///
+    /// # Errors
+    /// [`FileError::Restore`].
+    pub(super) fn connect(
+        &mut self,
+        caller: Option<&Caller>,
+        fd: BorrowedFd,
+        (name, file): (&[u8], Option<BorrowedFd>),
+        restored: &Restored,
+    ) -> Result<()> {
+        let step = "connect";
+        let through = file.map(unix_name::path_of);
+        let address = socket::unix_address(through.as_deref().unwrap_or(name));
+        let address = address.map_err(restored.failed(step))?;
+        let number = fd.as_raw_fd();
+        let done = self.call(caller, restored, step, |script| {
+            let bytes = script.bytes(&address);
+            // As this program it may use any file, and has its descriptors.
+            script.attempt(libc::SYS_setfsuid, &[0.into()]);
+            let arguments = [number.into(), bytes.into(), address.len().into()];
+            script.call("connect a socket", libc::SYS_connect, &arguments);
+            Box::new(|_| ())
+        })?;
+        match done {
+            Some(()) => Ok(()),
+            None => unix_name::connect(fd, name, file).map_err(restored.failed(step)),
+        }
+    }
+}
+
+fn warn_of_peer(restored: &Restored, peer: &SkPeerEntry, pid: i32) {
+    log::warn!(
+        "{}: SO_PEERCRED named process {}, which is not in the tree and whose number another \
+         process has: it will name {pid}; programs that believe this pid must be started again",
+        restored.object,
+        peer.pid
+    );
+}

@@ -1,0 +1,245 @@
+//! What sockets keep of a peer that is gone, and what can be set of them only.
+
+use std::{io::Error, ptr};
+
+use crate::{
+    Row,
+    kit::{Checkpoint, Verdict, same, wait_until, write_all},
+    sockets::{Address, option, own_port, pair, path_name, receive, set_option, socket},
+};
+
+pub const ROWS: &[Row] = &[
+    ("unix_pending_errors", unix_pending_errors),
+    ("unix_reset_before_accept", unix_reset_before_accept),
+    ("unix_packets_behind_an_error", unix_packets_behind_an_error),
+    ("unix_peek_offset", unix_peek_offset),
+    ("socket_options", socket_options),
+    ("tcp_ended", tcp_ended),
+    ("tcp_pending_error", tcp_pending_error),
+    ("udp_pending_error", udp_pending_error),
+];
+
+/// The events that a socket shows.
+fn events(fd: i32) -> Result<i16, String> {
+    let mut polled = libc::pollfd { fd, events: libc::POLLIN | libc::POLLRDHUP, revents: 0 };
+    sys!(poll(&raw mut polled, 1, 0))?;
+    Ok(polled.revents)
+}
+
+fn has_error(fd: i32) -> bool {
+    events(fd).is_ok_and(|events| events & libc::POLLERR != 0)
+}
+
+/// The error with which receiving fails.
+fn failure(fd: i32) -> Result<Option<i32>, String> {
+    match receive(fd) {
+        Ok(Some(data)) => Err(format!("{} bytes instead of an error", data.len())),
+        Ok(None) => Err("nothing instead of an error".into()),
+        Err(_) => Ok(Error::last_os_error().raw_os_error()),
+    }
+}
+
+/// Lets a datagram socket go elsewhere that has something unread.
+fn disconnect(fd: i32) -> Verdict {
+    let nowhere = libc::sockaddr { sa_family: libc::AF_UNSPEC as u16, sa_data: [0; 14] };
+    sys!(connect(fd, &raw const nowhere, size_of::<libc::sockaddr>() as u32)).map(drop)
+}
+
+fn unix_pending_errors(checkpoint: &Checkpoint) -> Verdict {
+    let kinds = [libc::SOCK_STREAM, libc::SOCK_SEQPACKET, libc::SOCK_DGRAM];
+    let mut ends = Vec::new();
+    for kind in kinds {
+        let [left, gone] = pair(kind)?;
+        write_all(left, b"never read")?;
+        if kind == libc::SOCK_STREAM {
+            write_all(gone, b"read first")?;
+        }
+        if kind == libc::SOCK_DGRAM {
+            disconnect(gone)?;
+        }
+        sys!(close(gone))?;
+        ends.push(left);
+    }
+    let seen = || ends.iter().map(|fd| events(*fd)).collect::<Result<Vec<_>, _>>();
+    let before = seen()?;
+    ensure!(before.iter().all(|events| events & libc::POLLERR != 0), "no errors: {before:?}");
+    checkpoint.wait();
+    same("events", before, seen()?)?;
+    same("bytes before the error", Some(b"read first".to_vec()), receive(ends[0])?)?;
+    for (fd, kind) in ends.into_iter().zip(kinds) {
+        same("error", Some(libc::ECONNRESET), failure(fd)?)?;
+        if kind != libc::SOCK_DGRAM {
+            same("bytes after it", Some(Vec::new()), receive(fd)?)?;
+        }
+        let sent = sys!(send(fd, b"x".as_ptr().cast(), 1, libc::MSG_NOSIGNAL));
+        ensure!(sent.is_err(), "something takes what is sent");
+    }
+    Ok(())
+}
+
+fn unix_reset_before_accept(checkpoint: &Checkpoint) -> Verdict {
+    let name = path_name(checkpoint, "socket");
+    let server = socket(libc::AF_UNIX, libc::SOCK_STREAM)?;
+    name.bind(server)?;
+    sys!(listen(server, 7))?;
+    let client = socket(libc::AF_UNIX, libc::SOCK_STREAM)?;
+    name.connect(client)?;
+    sys!(close(server))?;
+    ensure!(has_error(client), "no error");
+    checkpoint.wait();
+    same("error", Some(libc::ECONNRESET), failure(client)?)?;
+    same("bytes after it", Some(Vec::new()), receive(client)?)
+}
+
+fn unix_packets_behind_an_error(checkpoint: &Checkpoint) -> Verdict {
+    let [left, gone] = pair(libc::SOCK_SEQPACKET)?;
+    write_all(left, b"never read")?;
+    write_all(gone, b"a packet")?;
+    sys!(close(gone))?;
+    checkpoint.wait();
+    same("error", Some(libc::ECONNRESET), failure(left)?)?;
+    same("packet", Some(b"a packet".to_vec()), receive(left)?)
+}
+
+fn unix_peek_offset(checkpoint: &Checkpoint) -> Verdict {
+    let mut ends = Vec::new();
+    for kind in [libc::SOCK_STREAM, libc::SOCK_DGRAM, libc::SOCK_SEQPACKET] {
+        let [a, b] = pair(kind)?;
+        write_all(a, b"abcdef")?;
+        set_option(b, libc::SOL_SOCKET, libc::SO_PEEK_OFF, 2)?;
+        write_all(b, b"back")?;
+        ends.push((a, b));
+    }
+    checkpoint.wait();
+    for (a, b) in ends {
+        same("offset", 2, option(b, libc::SOL_SOCKET, libc::SO_PEEK_OFF)?)?;
+        same("no offset", -1, option(a, libc::SOL_SOCKET, libc::SO_PEEK_OFF)?)?;
+        let mut byte = [0_u8; 3];
+        sys!(recv(b, byte.as_mut_ptr().cast(), 2, libc::MSG_PEEK))?;
+        same("bytes there", &b"cd"[..], &byte[..2])?;
+        same("offset afterwards", 4, option(b, libc::SOL_SOCKET, libc::SO_PEEK_OFF)?)?;
+        same("all bytes", Some(b"abcdef".to_vec()), receive(b)?)?;
+    }
+    Ok(())
+}
+
+/// Options that the format has no place for.
+fn socket_options(checkpoint: &Checkpoint) -> Verdict {
+    let unix = pair(libc::SOCK_DGRAM)?[0];
+    let tcp = socket(libc::AF_INET, libc::SOCK_STREAM)?;
+    let listening = socket(libc::AF_INET, libc::SOCK_STREAM)?;
+    Address::ip4(own_port(3)).bind(listening)?;
+    sys!(listen(listening, 3))?;
+    let udp = socket(libc::AF_INET, libc::SOCK_DGRAM)?;
+    let udp6 = socket(libc::AF_INET6, libc::SOCK_DGRAM)?;
+    let netlink = socket(libc::AF_NETLINK, libc::SOCK_RAW)?;
+    let wanted = [
+        (unix, libc::SOL_SOCKET, libc::SO_TIMESTAMP, 1),
+        (unix, libc::SOL_SOCKET, libc::SO_RXQ_OVFL, 1),
+        (tcp, libc::SOL_TCP, libc::TCP_USER_TIMEOUT, 12_345),
+        (tcp, libc::SOL_TCP, libc::TCP_MAXSEG, 1000),
+        (tcp, libc::SOL_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT),
+        (listening, libc::SOL_TCP, libc::TCP_DEFER_ACCEPT, 7),
+        (listening, libc::SOL_TCP, libc::TCP_FASTOPEN, 5),
+        (udp, libc::SOL_SOCKET, libc::SO_TIMESTAMPNS, 1),
+        (udp, libc::SOL_IP, libc::IP_RECVERR, 1),
+        (udp, libc::SOL_IP, libc::IP_RECVTTL, 1),
+        (udp, libc::SOL_IP, libc::IP_MULTICAST_TTL, 7),
+        (udp, libc::SOL_IP, libc::IP_MULTICAST_LOOP, 0),
+        (udp6, libc::SOL_IPV6, libc::IPV6_RECVERR, 1),
+        (udp6, libc::SOL_IPV6, libc::IPV6_UNICAST_HOPS, 9),
+        (udp6, libc::SOL_IPV6, libc::IPV6_MULTICAST_LOOP, 0),
+        (netlink, libc::SOL_NETLINK, libc::NETLINK_EXT_ACK, 1),
+    ];
+    for (fd, level, name, value) in wanted {
+        set_option(fd, level, name, value)?;
+    }
+    let found = || {
+        let found = wanted.iter().map(|(fd, level, name, _)| option(*fd, *level, *name));
+        found.collect::<Result<Vec<_>, _>>()
+    };
+    let before = found()?;
+    checkpoint.wait();
+    same("options", before, found()?)
+}
+
+/// A connection within this process: who called, and who was called.
+fn connection(port: u32) -> Result<[i32; 2], String> {
+    let server = socket(libc::AF_INET, libc::SOCK_STREAM)?;
+    set_option(server, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
+    let name = Address::ip4(own_port(port));
+    name.bind(server)?;
+    sys!(listen(server, 3))?;
+    let client = socket(libc::AF_INET, libc::SOCK_STREAM)?;
+    name.connect(client)?;
+    let accepted = sys!(accept(server, ptr::null_mut(), ptr::null_mut()))?;
+    sys!(close(server))?;
+    Ok([client, accepted])
+}
+
+fn tcp_ended(checkpoint: &Checkpoint) -> Verdict {
+    let mut left = Vec::new();
+    for (port, data) in [(0, &b"never read"[..]), (1, b"")] {
+        // The one that was called has the port of the server, which is not its own.
+        let [client, accepted] = connection(port)?;
+        write_all(client, data)?;
+        sys!(close(client))?;
+        let seen = || events(accepted).is_ok_and(|events| events & libc::POLLRDHUP != 0);
+        wait_until("the end of a connection", seen)?;
+        sys!(shutdown(accepted, libc::SHUT_WR))?;
+        let is_closed = || Address::own(accepted).is_ok() && tcp_state(accepted) == Ok(7);
+        wait_until("the end of both directions", is_closed)?;
+        left.push((port, accepted, data));
+    }
+    let seen = || left.iter().map(|(_, fd, _)| events(*fd)).collect::<Result<Vec<_>, _>>();
+    let before = seen()?;
+    checkpoint.wait();
+    same("events", before, seen()?)?;
+    for (port, fd, data) in left {
+        let mut found = Vec::new();
+        while let Some(more) = receive(fd)?.filter(|more| !more.is_empty()) {
+            found.extend(more);
+        }
+        same("bytes received", data, &found[..])?;
+        let sent = sys!(send(fd, b"x".as_ptr().cast(), 1, libc::MSG_NOSIGNAL));
+        ensure!(sent.is_err(), "something takes what is sent");
+        same("error", Some(libc::EPIPE), Error::last_os_error().raw_os_error())?;
+        // Nobody holds the port.
+        let server = socket(libc::AF_INET, libc::SOCK_STREAM)?;
+        set_option(server, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
+        Address::ip4(own_port(port)).bind(server)?;
+        sys!(listen(server, 3))?;
+    }
+    Ok(())
+}
+
+fn tcp_state(fd: i32) -> Result<u8, String> {
+    let (mut info, mut length) = ([0_u8; 104], 104);
+    let at = info.as_mut_ptr().cast();
+    sys!(getsockopt(fd, libc::SOL_TCP, libc::TCP_INFO, at, &raw mut length))?;
+    Ok(info[0])
+}
+
+fn tcp_pending_error(checkpoint: &Checkpoint) -> Verdict {
+    let [client, accepted] = connection(0)?;
+    // It is closed by force.
+    let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+    let size = size_of::<libc::linger>() as u32;
+    let at = (&raw const linger).cast();
+    sys!(setsockopt(client, libc::SOL_SOCKET, libc::SO_LINGER, at, size))?;
+    sys!(close(client))?;
+    wait_until("an error", || has_error(accepted))?;
+    checkpoint.wait();
+    let mut byte = 0_u8;
+    ensure!(sys!(recv(accepted, (&raw mut byte).cast(), 1, 0)).is_err(), "no error");
+    same("error", Some(libc::ECONNRESET), Error::last_os_error().raw_os_error())
+}
+
+fn udp_pending_error(checkpoint: &Checkpoint) -> Verdict {
+    let fd = socket(libc::AF_INET, libc::SOCK_DGRAM)?;
+    Address::ip4(own_port(3)).connect(fd)?;
+    write_all(fd, b"nobody is there")?;
+    wait_until("an error", || has_error(fd))?;
+    checkpoint.wait();
+    same("error", libc::ECONNREFUSED, option(fd, libc::SOL_SOCKET, libc::SO_ERROR)?)
+}
