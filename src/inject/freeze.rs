@@ -13,7 +13,7 @@ use nix::{
     unistd::Pid,
 };
 
-use super::{InjectError, Result, Tracee, tracee};
+use super::{InjectError, Result, Tracee, arch, tracee};
 use crate::{
     fault::{self, Point},
     proc,
@@ -172,7 +172,7 @@ impl Frozen {
         }
         let any = !pending.is_empty();
         for tid in pending {
-            match self.await_stop(tid).and_then(|by| Tracee::new(tid, by)) {
+            match self.await_stop(tid).and_then(|by| take_over(tid, by)) {
                 Ok(thread) => stopped.push(thread),
                 Err(_) if is_dead(pid, tid) => {}
                 Err(error) => {
@@ -273,6 +273,21 @@ fn release_all(threads: Vec<Tracee>) {
 fn seize(tid: HostPid) -> Result<()> {
     ptrace::seize(tid, ptrace::options::SYSGOOD).map_err(|errno| tracee::denied(tid, errno))?;
     ptrace::interrupt(tid).map_err(InjectError::trace(tid, "interrupt"))
+}
+
+/// Takes over a thread that has stopped. If that was for this program, a call that it
+/// would interrupt for nothing is made to go on.
+fn take_over(tid: HostPid, stopped_by: i32) -> Result<Tracee> {
+    let mut tracee = Tracee::new(tid, stopped_by)?;
+    if stopped_by == 0
+        && let Some(mended) = arch::mended(&tracee.registers)
+    {
+        // At once: whatever ends this program, it goes on like that.
+        ptrace::set_registers(tid, &mended)
+            .map_err(InjectError::trace(tid, "set the registers of"))?;
+        tracee.registers = mended;
+    }
+    Ok(tracee)
 }
 
 fn is_io_worker(pid: HostPid, tid: HostPid) -> bool {

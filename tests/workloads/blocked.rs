@@ -44,7 +44,7 @@ pub const ROWS: &[Row] = &[
 ];
 
 /// Starts a thread that is inside a system call when this returns.
-fn enter(
+pub fn enter(
     checkpoint: &Checkpoint,
     number: i64,
     body: impl FnOnce() -> Verdict + Send + 'static,

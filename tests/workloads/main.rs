@@ -18,6 +18,7 @@ mod blocked;
 mod files;
 mod hugetlb;
 mod identity;
+mod interrupted;
 mod kept;
 mod memory;
 mod odd_files;
@@ -87,7 +88,8 @@ fn main() -> ExitCode {
     };
     // In a shell's session, and by itself: not in the list.
     let apart: &[Row] = &[("terminal", shell::terminal), ("four_gib", memory::four_gib)];
-    let mut rows = GROUPS.iter().copied().flatten().chain(apart).chain(kept::ROWS);
+    let apart = [apart, kept::ROWS, interrupted::ROWS].into_iter().flatten();
+    let mut rows = GROUPS.iter().copied().flatten().chain(apart);
     let Some((_, run)) = rows.find(|(row, _)| row == name) else {
         eprintln!("there is no state {name}");
         return ExitCode::from(2);

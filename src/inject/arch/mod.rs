@@ -3,5 +3,5 @@
 mod x86_64;
 
 pub(super) use x86_64::{
-    CALL_BYTES, SYSCALL_INSTRUCTION, code, enter, restart, syscall_registers, uninterrupted,
+    CALL_BYTES, SYSCALL_INSTRUCTION, code, enter, mended, restart, syscall_registers, uninterrupted,
 };

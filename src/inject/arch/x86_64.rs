@@ -120,6 +120,31 @@ const ERESTART_RESTARTBLOCK: i64 = -516;
 const CONTINUED: [i64; 4] =
     [libc::SYS_poll, libc::SYS_nanosleep, libc::SYS_futex, libc::SYS_clock_nanosleep];
 
+/// Returns the registers of a thread that stopped for this program alone so that a call
+/// without a timeout goes on, which the kernel would let fail with `EINTR` although no
+/// handler was run. If one is run now, the call fails all the same.
+///
+/// A timeout would begin anew each time: a program that is dumped more often than that
+/// would wait for ever. Such calls are left as they are.
+pub(in crate::inject) fn mended(stopped: &Registers) -> Option<Registers> {
+    /// `timeout` of `epoll_wait(2)`, of which the kernel takes the lower half.
+    const FOR_EVER: i32 = -1;
+    if stopped.rax.cast_signed() != i64::from(-libc::EINTR) {
+        return None;
+    }
+    let timeout = stopped.r10 & u64::from(u32::MAX);
+    let untimed = match stopped.orig_rax.cast_signed() {
+        libc::SYS_semop => true,
+        libc::SYS_semtimedop | libc::SYS_epoll_pwait2 => stopped.r10 == 0,
+        libc::SYS_rt_sigtimedwait => stopped.rdx == 0,
+        libc::SYS_epoll_wait | libc::SYS_epoll_pwait => {
+            timeout == u64::from(FOR_EVER.cast_unsigned())
+        }
+        _ => false,
+    };
+    untimed.then(|| Registers { rax: ERESTARTNOHAND.cast_unsigned(), ..*stopped })
+}
+
 /// Bytes of `mov eax, NUMBER; syscall`.
 pub(in crate::inject) const CALL_BYTES: usize = 7;
 
@@ -218,5 +243,18 @@ mod tests {
         assert_eq!(again(uninterrupted(&stopped(232, -4)), code), (-4, 0x1002, 0));
         assert_eq!(again(uninterrupted(&stopped(7, 1)), None), (1, 0x1002, 0));
         assert_eq!(again(uninterrupted(&stopped(-1, -4)), None), (-4, 0x1002, 0));
+        // Without a timeout, as r10 and rdx say, but for that of epoll_wait.
+        let mended = |number: i64, result: i64, r10: u64| {
+            let registers = mended(&Registers { r10, ..stopped(number, result) });
+            registers.map(|registers| registers.rax.cast_signed())
+        };
+        let forever = u64::from(u32::MAX);
+        assert_eq!(mended(libc::SYS_semop, -4, 7), Some(ERESTARTNOHAND));
+        assert_eq!(mended(libc::SYS_semtimedop, -4, 0), Some(ERESTARTNOHAND));
+        assert_eq!(mended(libc::SYS_semtimedop, -4, 7), None);
+        assert_eq!(mended(libc::SYS_epoll_wait, -4, forever), Some(ERESTARTNOHAND));
+        assert_eq!(mended(libc::SYS_epoll_wait, -4, 100), None);
+        assert_eq!(mended(libc::SYS_semop, 0, 0), None);
+        assert_eq!(mended(libc::SYS_read, -4, 0), None);
     }
 }
