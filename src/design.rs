@@ -113,7 +113,22 @@
 //! - what was in swap is sent back there as soon as it was read (`MADV_PAGEOUT`), which
 //!   costs no writing;
 //! - files without names and shared memory are read by a description of their own, with
-//!   `O_NOATIME`.
+//!   `O_NOATIME`;
+//! - a process whose memory cgroup has no room for scratch memory is refused before
+//!   anything is changed: the kernel would not let the call fail, but kill a process of the
+//!   group;
+//! - a call that the kernel lets fail with `EINTR` although no handler was run is made to
+//!   go on, if it has no timeout that would begin anew: `semop`, `sigwaitinfo`,
+//!   `epoll_wait` ([`crate::inject`]). Those with timeouts, and those that have done a part
+//!   of their work, return as signal(7) says of any stop; the README lists them, and a test
+//!   holds the list.
+//!
+//! With `--track-mem` the first write to a huge page splits it: the kernel marks single
+//! pages.
+//!
+//! A process that dies while its tree is dumped makes the dump fail by its name
+//! (`src/dump/census.rs`). In a tree that runs during a pre-dump, processes may exit, but
+//! not be killed.
 //!
 //! `tests/common/untouched.rs` compares targets before and after each kind of dump.
 //!

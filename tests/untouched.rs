@@ -8,11 +8,17 @@
 
 mod common;
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
+    time::{Duration, Instant},
+};
 
 use common::{
     Cap,
-    live::{Live, directory, workload},
+    live::{Live, directory, engine, state_of, wait_for, workload},
     require, skip, slow,
     untouched::Before,
 };
@@ -20,6 +26,8 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
+use rcriu::units::HostPid;
+use tempfile::TempDir;
 
 /// A kind of dump after which the tree goes on.
 #[derive(Clone, Copy, Debug)]
@@ -107,7 +115,7 @@ states! {
 fn privileged_every_state_is_untouched_by_every_kind_of_dump() {
     slow();
     require(Cap::Ptrace);
-    let list = std::process::Command::new(workload()).arg("--list").output().unwrap();
+    let list = Command::new(workload()).arg("--list").output().unwrap();
     // They need what not every machine has, cannot be dumped, or are stopped themselves,
     // so that they are no longer after they were told to go on.
     let others = |name: &&str| {
@@ -248,4 +256,229 @@ fn privileged_huge_pages_of_an_empty_pool_are_not_copied() {
     untouched(&mut live, &KINDS, &[]);
     assert_eq!(free(), 0);
     live.verdict();
+}
+
+/// Which calls notice that they were stopped: the list of the README.
+#[test]
+fn privileged_calls_that_a_dump_interrupts_are_known() {
+    require(Cap::Ptrace);
+    let mut live = Live::workload("interrupted");
+    Kind::Running.dump(&mut live, &[]);
+    live.verdict();
+}
+
+/// A dump whose worker has stopped itself at a point.
+struct StoppedDump {
+    front: Child,
+    worker: Pid,
+}
+
+impl StoppedDump {
+    fn begin(live: &mut Live, command: &str, arguments: &[&str], point: &str) -> Self {
+        live.tree();
+        fs::create_dir_all(live.images()).unwrap();
+        let mut front = Command::new(engine())
+            .args([command, "-t", &live.root.to_string(), "-D"])
+            .arg(live.images())
+            .args(arguments)
+            .env("RCRIU_FAULT", format!("{point}:stop"))
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let children = format!("/proc/{0}/task/{0}/children", front.id());
+        let mut worker = None;
+        wait_for(&format!("a dump to stop at {point}"), || {
+            assert_eq!(front.try_wait().unwrap(), None, "{point} is never hit");
+            let text = fs::read_to_string(&children).unwrap();
+            let stopped = |pid: &i32| state_of(*pid) == Some('T');
+            worker = text.split_whitespace().filter_map(|pid| pid.parse().ok()).find(stopped);
+            worker.is_some()
+        });
+        Self { front, worker: Pid::from_raw(worker.unwrap()) }
+    }
+
+    /// Lets it go on, and returns what it says at its end.
+    fn finish(self) -> Output {
+        let Self { mut front, worker } = self;
+        wait_for("the end of the dump", || {
+            // Again and again: other threads may have been on their way to the point.
+            let _ = kill(worker, Signal::SIGCONT);
+            front.try_wait().unwrap().is_some()
+        });
+        front.wait_with_output().unwrap()
+    }
+}
+
+/// A dump is none if one of the processes has not lived to see its end.
+#[test]
+fn privileged_a_process_that_dies_meanwhile_is_no_success() {
+    require(Cap::Ptrace);
+    let cases: [(&str, &[&str], &str); 8] = [
+        ("dump", &[], "dump-frozen"),
+        ("dump", &["-R"], "dump-asked"),
+        ("dump", &["-R"], "dump-files"),
+        ("dump", &["-R"], "dump-memory"),
+        ("dump", &[], "dump-memory"),
+        ("dump", &["-s"], "dump-written"),
+        ("dump", &[], "dump-synced"),
+        ("pre-dump", &[], "dump-memory"),
+    ];
+    for (command, arguments, point) in cases {
+        let what = format!("{command} {arguments:?}, at {point}");
+        let mut live = Live::workload("cow_tree");
+        let root = live.root.as_raw();
+        let victim = live.tree().into_iter().filter(|pid| *pid != root).max().unwrap();
+        let dump = StoppedDump::begin(&mut live, command, arguments, point);
+        kill(Pid::from_raw(victim), Signal::SIGKILL).unwrap();
+        let output = dump.finish();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success(), "{what}: {said}");
+        assert!(said.contains(&format!("process {victim} was killed")), "{what}: {said}");
+        assert!(!live.images().join("inventory.img").exists(), "{what}");
+        assert!(!live.images().join(".unfinished").exists(), "{what}");
+        // All others run on.
+        let left = live.tree();
+        let runs = |pid: &i32| matches!(state_of(*pid), Some('S' | 'R'));
+        wait_for("the others to run on", || left.iter().filter(|pid| **pid != victim).all(runs));
+        assert_eq!(left.iter().filter(|pid| **pid != victim).count(), 3, "{what}");
+    }
+}
+
+/// Processes that end by themselves are no reason to give up a pre-dump.
+#[test]
+fn privileged_a_process_that_exits_during_a_pre_dump_is_no_failure() {
+    require(Cap::Ptrace);
+    let dir = directory();
+    let script = "mkfifo gate; (dd if=gate of=/dev/null count=1 2>/dev/null; exit 3) & \
+                  echo ready >status.new; mv status.new status; wait; sleep 1000";
+    let mut live = Live::program("sh", &["-c", script], dir);
+    live.wait_ready();
+    wait_for("the end of mv", || live.tree().len() == 3);
+    let dump = StoppedDump::begin(&mut live, "pre-dump", &[], "dump-written");
+    fs::write(live.path("gate"), "x").unwrap();
+    wait_for("the children's end", || live.tree().len() == 2);
+    let output = dump.finish();
+    let said = String::from_utf8_lossy(&output.stderr);
+    if said.contains("does not tell how") {
+        skip("a kernel that tells how a process has ended (Linux 6.15)");
+    }
+    assert!(output.status.success(), "{said}");
+}
+
+/// A memory cgroup of a test's own.
+struct Group(PathBuf);
+
+/// The end of the names of a group's files: of its limit, and of its usage.
+const GROUP_FILES: [[&str; 2]; 2] =
+    [["memory.limit_in_bytes", "memory.usage_in_bytes"], ["memory.max", "memory.current"]];
+
+impl Group {
+    fn new(limit: u64) -> Self {
+        let own = HostPid(std::process::id().cast_signed());
+        let mounts = rcriu::proc::mounts().unwrap();
+        for (_, controllers, path) in rcriu::proc::cgroups(own).unwrap() {
+            let Ok(parent) = rcriu::res::cgroup::directory(&controllers, &path, &mounts) else {
+                continue;
+            };
+            static NUMBER: AtomicU32 = AtomicU32::new(0);
+            let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+            let dir = parent.join(format!("rcriu-test-{}-{number}", std::process::id()));
+            if fs::create_dir(&dir).is_err() {
+                continue;
+            }
+            let group = Self(dir);
+            if let Some([name, _]) = group.files() {
+                fs::write(group.0.join(name), limit.to_string()).unwrap();
+                return group;
+            }
+        }
+        skip("memory cgroups (version 1, or version 2 where this one may have children)");
+    }
+
+    fn files(&self) -> Option<[&str; 2]> {
+        GROUP_FILES.into_iter().find(|[limit, _]| self.0.join(limit).exists())
+    }
+
+    fn usage(&self) -> PathBuf {
+        self.0.join(self.files().unwrap()[1])
+    }
+
+    fn used(&self) -> u64 {
+        fs::read_to_string(self.usage()).unwrap().trim().parse().unwrap()
+    }
+
+    /// How often the kernel has killed a process for want of memory.
+    fn kills(&self) -> Option<u64> {
+        let texts = ["memory.oom_control", "memory.events"]
+            .map(|name| fs::read_to_string(self.0.join(name)).unwrap_or_default());
+        let line = texts.iter().flat_map(|text| text.lines()).find(|l| l.starts_with("oom_kill "));
+        line?.split(' ').nth(1)?.parse().ok()
+    }
+
+    /// Starts a state in the group.
+    fn workload(&self, name: &str, dir: TempDir) -> Live {
+        let procs = self.0.join("cgroup.procs");
+        let status = dir.path().join("status");
+        let program = workload();
+        let script = format!(
+            "echo $$ >{} && exec {} {name} {}",
+            procs.display(),
+            program.display(),
+            status.display()
+        );
+        let live = Live::program("sh", &["-c", &script], dir);
+        live.wait_ready();
+        live
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let begin = Instant::now();
+        while fs::remove_dir(&self.0).is_err() && begin.elapsed() < Duration::from_secs(5) {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+/// 68 MiB of 100 are in use: a copy for each process would be the end of one.
+#[test]
+fn privileged_a_memory_limit_is_not_reached_by_a_dump() {
+    const SLACK: u64 = 2 << 20;
+    require(Cap::Ptrace);
+    let group = Group::new(100 << 20);
+    let mut live = group.workload("forks_share", directory());
+    for kind in KINDS {
+        let used = group.used();
+        assert!((60 << 20..80 << 20).contains(&used), "{used} bytes");
+        untouched(&mut live, &[kind], &[]);
+        // The kernel counts ahead, for each processor.
+        assert!(group.used() < used + SLACK, "{kind:?}: {used} bytes, then {}", group.used());
+        assert_eq!(group.kills().unwrap_or(0), 0, "{kind:?}");
+    }
+    live.verdict();
+    drop(live);
+}
+
+/// The kernel would kill a process for the little that asking it takes.
+#[test]
+fn privileged_a_process_without_room_is_not_asked() {
+    const KIB: u64 = 24 << 10;
+    require(Cap::Ptrace);
+    let group = Group::new(KIB << 10);
+    let dir = directory();
+    fs::write(dir.path().join("status.kib"), KIB.to_string()).unwrap();
+    fs::write(dir.path().join("status.usage"), group.usage().to_str().unwrap()).unwrap();
+    let mut live = group.workload("full_cgroup", dir);
+    let before = Before::of(&mut live);
+    let output = live.try_dump(&["-R"]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && said.contains("raise the limit"), "{said}");
+    assert_eq!(group.kills().unwrap_or(0), 0);
+    before.assert_untouched(&mut live, "a dump that was refused");
+    // Without a word to the process it can be done.
+    Kind::PreDump.dump(&mut live, &[]);
+    before.assert_untouched(&mut live, "a pre-dump");
+    live.verdict();
+    drop(live);
 }

@@ -29,6 +29,33 @@ pub enum DumpError {
         /// What was asked for.
         pid: HostPid,
     },
+    /// A process of the tree has died while it was dumped.
+    #[error(
+        "process {pid} {how} while it was dumped: the images are not complete and were removed; \
+         dump what is left of the tree again"
+    )]
+    Died {
+        /// The process.
+        pid: HostPid,
+        /// What became of it, beginning with a verb.
+        how: String,
+    },
+    /// The kernel would kill a process if it were given memory.
+    #[error(
+        "process {pid} cannot be asked for its state: that takes {needed} bytes of memory for a \
+         moment, and its cgroup {group} has {left} left, so that the kernel would kill it; raise \
+         the limit for the time of the dump", group = .group.display()
+    )]
+    NoRoom {
+        /// The process.
+        pid: HostPid,
+        /// The directory of the control group.
+        group: PathBuf,
+        /// Bytes that are left in it.
+        left: u64,
+        /// Bytes that are needed.
+        needed: u64,
+    },
     /// The tree depends on what is outside of it, or is in a state that is not
     /// dumped.
     #[error("process {pid} {what}; {help}")]

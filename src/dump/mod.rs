@@ -5,6 +5,7 @@
 //! snapshot and the tree goes on or dies. Whatever fails before that, the tree
 //! goes on.
 
+mod census;
 mod check;
 mod error;
 mod files;
@@ -12,6 +13,7 @@ mod memory;
 mod options;
 mod pre_dump;
 mod reading;
+mod room;
 mod stats;
 mod track;
 mod tree;
@@ -46,6 +48,7 @@ use crate::{
     },
     units::HostPid,
 };
+use census::Census;
 use files::FileTable;
 use memory::Memory;
 use stats::Stats;
@@ -80,19 +83,25 @@ pub fn run(options: &Options) -> Result<()> {
     let timeout = Duration::from_secs(options.timeout_s.into());
     let mut frozen = stats.freezing(|| Frozen::freeze(options.pid, timeout))?;
     stats.frozen();
+    let census = Census::take(&frozen.tasks)?;
     log::info!("stopped {} processes", frozen.tasks.len());
     let images = SnapshotWriter::begin(&options.images_dir)?;
     if let Some(link) = &options.prev_images_dir {
         images.link_parent(link)?;
     }
     check::tree(&frozen.tasks, options)?;
+    // A pre-dump asks no process, unless it is to be tracked.
+    if !options.pre_dump || options.track_mem {
+        room::check(&frozen.tasks)?;
+    }
     let tracking =
         Tracking::new(options, parent.as_ref().map(|(chain, id)| (chain.as_ref(), *id)))?;
     if options.pre_dump {
-        pre_dump::run(options, frozen, images, parent.as_ref(), tracking, stats)?;
+        pre_dump::run(options, frozen, images, &census, parent.as_ref(), tracking, stats)?;
     } else {
-        let (files, tracking) =
-            dump_stopped(options, &mut frozen, &images, parent.as_ref(), tracking, &mut stats)?;
+        let dumped =
+            dump_stopped(options, &mut frozen, &images, parent.as_ref(), tracking, &mut stats);
+        let dumped = census.explain(dumped)?;
         let outcome = if options.leave_running {
             Outcome::Run
         } else if options.leave_stopped {
@@ -101,7 +110,7 @@ pub fn run(options: &Options) -> Result<()> {
             Outcome::Kill
         };
         let inventory = inventory(parent.as_ref())?;
-        finish(options, &actions, frozen, (images, inventory), (files, tracking), outcome, stats)?;
+        finish(options, &actions, (frozen, &census), (images, inventory), dumped, outcome, stats)?;
     }
     if options.auto_dedup && parent.is_some() {
         free_superseded(&images_dir);
@@ -138,7 +147,7 @@ fn free_superseded(images_dir: &Path) {
 fn finish(
     options: &Options,
     actions: &Actions<'_>,
-    frozen: Frozen,
+    (frozen, census): (Frozen, &Census),
     (images, inventory): (SnapshotWriter, proto::InventoryEntry),
     (mut files, tracking): (FileTable, Tracking),
     outcome: Outcome,
@@ -146,10 +155,14 @@ fn finish(
 ) -> Result<()> {
     let mut frozen = Some(frozen);
     if outcome == Outcome::Run && actions.is_empty() {
-        frozen.take().map_or(Ok(()), |frozen| frozen.release(outcome))?;
+        census.check_stopped()?;
+        let released = frozen.take().map_or(Ok(()), |frozen| frozen.release(outcome));
+        census.explain(released.map_err(DumpError::from))?;
         stats.thawed();
     }
-    stats.syncing(|| commit(images, tracking, inventory))?;
+    // One that runs on may end when it likes: it is complete.
+    let check = || frozen.as_ref().map_or(Ok(()), |_| census.check_stopped());
+    stats.syncing(|| commit(images, tracking, inventory, check))?;
     // If one fails, the tree runs on.
     actions.run(Stage::PostDump, Some(options.pid))?;
     if let Some(frozen) = frozen {
@@ -164,11 +177,12 @@ fn finish(
 }
 
 /// Brings the images to the disk, makes them a snapshot, and lets the tracking begin
-/// with it.
+/// with it. The last thing before that is `check`.
 fn commit(
     images: SnapshotWriter,
     tracking: Tracking,
     mut inventory: proto::InventoryEntry,
+    check: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
     let path = PathBuf::from("/proc/sys/kernel/random/uuid");
     let id = fs::read_to_string(&path).map_err(|source| DumpError::File { path, source })?;
@@ -180,6 +194,7 @@ fn commit(
     if cancel::is_cancelled() {
         return Err(DumpError::Cancelled);
     }
+    check()?;
     images.commit(&inventory)?;
     fault::hit(Point::DumpCommit)?;
     tracking.commit(id);

@@ -14,7 +14,9 @@ use std::{
 };
 
 use super::{
-    DumpError, Options, Parent, Result, commit, find_parents,
+    DumpError, Options, Parent, Result,
+    census::Census,
+    commit, find_parents,
     memory::{self, Memory, Origin},
     reading::ProcessMemory,
     stats::Stats,
@@ -53,6 +55,7 @@ pub(super) fn run(
     options: &Options,
     mut frozen: Frozen,
     images: SnapshotWriter,
+    census: &Census,
     parent: Option<&Parent>,
     mut tracking: Tracking,
     mut stats: Stats,
@@ -60,7 +63,7 @@ pub(super) fn run(
     let mut found =
         Found { memories: Vec::new(), objects: BTreeMap::new(), segments: BTreeMap::new() };
     for task in frozen.tasks.iter_mut().filter(|task| !task.is_zombie()) {
-        found.look_at(task, &mut tracking)?;
+        census.explain(found.look_at(task, &mut tracking))?;
     }
     let mut memories = found.memories;
     let mut objects = Vec::new();
@@ -79,7 +82,8 @@ pub(super) fn run(
     }
     memories.sort_by_key(|memory| memory.id);
     stats.collected();
-    frozen.release(Outcome::Run)?;
+    census.check_stopped()?;
+    census.explain(frozen.release(Outcome::Run).map_err(DumpError::from))?;
     stats.thawed();
     find_parents(&mut memories, parent)?;
     if parent.is_some() {
@@ -88,7 +92,7 @@ pub(super) fn run(
     stats.copied = stats.copying(|| memory::dump(&memories, &images, true))?;
     let inventory =
         proto::InventoryEntry { pre_dump_mode: Some(READ), ..super::inventory(parent)? };
-    stats.syncing(|| commit(images, tracking, inventory))?;
+    stats.syncing(|| commit(images, tracking, inventory, || census.check_running()))?;
     stats.finish(options);
     Ok(())
 }

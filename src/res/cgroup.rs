@@ -271,7 +271,7 @@ fn hierarchy(name: &[u8]) -> String {
 }
 
 /// Returns the directory of a group.
-fn directory(name: &[u8], path: &[u8], mounts: &[proc::Mount]) -> Result<PathBuf, CgroupError> {
+pub fn directory(name: &[u8], path: &[u8], mounts: &[proc::Mount]) -> Result<PathBuf, CgroupError> {
     let text = String::from_utf8_lossy(path).into_owned();
     let absent = |problem: &str| CgroupError::Absent {
         path: text.clone(),

@@ -15,13 +15,14 @@ use std::{
 use nix::{
     errno::Errno,
     libc,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
         signal::kill,
         uio::{RemoteIoVec, process_vm_writev},
     },
     unistd::Pid,
 };
-use zerocopy::IntoBytes;
+use zerocopy::{FromZeros, IntoBytes};
 
 use crate::units::{HostPid, HugeSize, PAGE_SIZE, RemoteAddr, TargetFd};
 
@@ -54,6 +55,66 @@ fn owned(result: libc::c_long) -> Result<OwnedFd, Errno> {
     let fd = RawFd::try_from(Errno::result(result)?).expect("descriptors are small");
     // SAFETY: the kernel has just made this descriptor for us alone.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// How a process has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// By itself, with this code.
+    Exited(i32),
+    /// By this signal.
+    Killed(i32),
+    /// The kernel does not tell.
+    Unknown,
+}
+
+impl End {
+    /// Returns what a status says, as `waitpid(2)` has it.
+    pub fn of_status(status: i32) -> Self {
+        match status & 0x7f {
+            0 => Self::Exited(status >> 8 & 0xff),
+            signal => Self::Killed(signal),
+        }
+    }
+}
+
+/// `struct pidfd_info` of its first version (`linux/pidfd.h`, since Linux 6.13).
+#[derive(Clone, Copy, zerocopy::FromZeros)]
+#[repr(C)]
+struct PidfdInfo {
+    mask: u64,
+    cgroup_id: u64,
+    /// Of process, group and parent; then the eight ids of its credentials.
+    numbers: [u32; 11],
+    exit_code: i32,
+}
+
+const _: () = assert!(size_of::<PidfdInfo>() == 64);
+
+/// `PIDFD_INFO_EXIT` (Linux 6.15): the exit code of a process that was reaped.
+const PIDFD_INFO_EXIT: u64 = 1 << 3;
+
+/// `PIDFD_GET_INFO`: `_IOWR(0xff, 11, struct pidfd_info)`.
+const PIDFD_GET_INFO: libc::Ioctl =
+    (3 << 30) | ((size_of::<PidfdInfo>() as libc::Ioctl) << 16) | (0xff << 8) | 11;
+
+/// Whether the process of a pidfd has ended, with all of its threads.
+pub fn has_ended(pidfd: impl AsFd) -> bool {
+    let mut asked = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+    poll(&mut asked, PollTimeout::ZERO).is_ok_and(|count| count > 0)
+}
+
+/// Tells how a process has ended that was reaped (since Linux 6.15).
+pub fn end(pidfd: impl AsFd) -> End {
+    let mut info = PidfdInfo { mask: PIDFD_INFO_EXIT, ..PidfdInfo::new_zeroed() };
+    let fd = pidfd.as_fd().as_raw_fd();
+    // SAFETY: the structure outlives the call, and has the size that its number says.
+    let result = unsafe { libc::ioctl(fd, PIDFD_GET_INFO, &raw mut info) };
+    if result == 0 && info.mask & PIDFD_INFO_EXIT != 0 {
+        End::of_status(info.exit_code)
+    } else {
+        End::Unknown
+    }
 }
 
 /// What [`kcmp`] compares (`linux/kcmp.h`).

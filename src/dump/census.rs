@@ -1,0 +1,116 @@
+//! Whether the processes of a tree live through their dump.
+//!
+//! Somebody may kill one, or the kernel for want of memory. What was read of it is no
+//! snapshot then. A process is known by a descriptor, so that one which takes over its
+//! number is not taken for it.
+
+use std::os::fd::OwnedFd;
+
+use super::{DumpError, Result};
+use crate::{
+    inject::Task,
+    proc,
+    sys::process::{self, End},
+    units::HostPid,
+};
+
+/// The living processes of a tree.
+#[derive(Debug)]
+pub(super) struct Census(Vec<Citizen>);
+
+#[derive(Debug)]
+struct Citizen {
+    pid: HostPid,
+    fd: OwnedFd,
+    /// Its leader has ended, and other threads have not: that it is dead tells nothing.
+    leaderless: bool,
+}
+
+impl Census {
+    /// Takes a tree that was stopped.
+    ///
+    /// # Errors
+    /// [`DumpError::Process`]; [`DumpError::Died`].
+    pub(super) fn take(tasks: &[Task]) -> Result<Self> {
+        let mut citizens = Vec::with_capacity(tasks.len());
+        for task in tasks.iter().filter(|task| !task.is_zombie()) {
+            let pid = task.pid;
+            let step = "open";
+            let fd = process::pidfd_open(pid).map_err(|source| DumpError::Process {
+                pid,
+                step,
+                source,
+            })?;
+            let leaderless = task.threads.iter().all(|thread| thread.tid != pid);
+            citizens.push(Citizen { pid, fd, leaderless });
+        }
+        let census = Self(citizens);
+        census.check_stopped()?;
+        Ok(census)
+    }
+
+    /// Checks that all processes of a stopped tree are still there.
+    ///
+    /// # Errors
+    /// [`DumpError::Died`] for the first that is not.
+    pub(super) fn check_stopped(&self) -> Result<()> {
+        let dead = self.0.iter().find(|citizen| citizen.is_dead());
+        dead.map_or(Ok(()), |citizen| {
+            // A process that stands still does not end by itself.
+            let how = match citizen.end() {
+                End::Killed(signal) => format!("was killed by {}", name(signal)),
+                End::Exited(_) | End::Unknown => "was killed".to_owned(),
+            };
+            Err(DumpError::Died { pid: citizen.pid, how })
+        })
+    }
+
+    /// Checks that no process of a tree that runs was killed; they may exit.
+    ///
+    /// # Errors
+    /// [`DumpError::Died`] for the first that was, and for one of which it is not known how
+    /// it has ended (before Linux 6.15).
+    pub(super) fn check_running(&self) -> Result<()> {
+        for citizen in self.0.iter().filter(|citizen| citizen.is_dead()) {
+            let how = match citizen.end() {
+                End::Exited(code) => {
+                    log::info!("{}: has exited with code {code} meanwhile", citizen.pid);
+                    continue;
+                }
+                End::Killed(signal) => format!("was killed by {}", name(signal)),
+                End::Unknown => "has ended, and the kernel does not tell how,".to_owned(),
+            };
+            return Err(DumpError::Died { pid: citizen.pid, how });
+        }
+        Ok(())
+    }
+
+    /// Says that a process has died rather than what came of it.
+    pub(super) fn explain<T>(&self, result: Result<T>) -> Result<T> {
+        result.map_err(|error| self.check_stopped().err().unwrap_or(error))
+    }
+}
+
+impl Citizen {
+    /// Whether the process has ended. Its dead threads keep a traced process from being
+    /// told as ended, until the tracer has waited for them.
+    fn is_dead(&self) -> bool {
+        let has_died = |stat: proc::Stat| matches!(stat.state, 'Z' | 'X');
+        process::has_ended(&self.fd)
+            || !self.leaderless
+                && proc::stat(self.pid).map_or_else(|error| error.is_vanished(), has_died)
+    }
+
+    fn end(&self) -> End {
+        // What is left of it tells, until it is reaped.
+        match proc::stat(self.pid) {
+            Ok(stat) if stat.state == 'Z' => End::of_status(stat.exit_code),
+            _ => process::end(&self.fd),
+        }
+    }
+}
+
+fn name(signal: i32) -> String {
+    nix::sys::signal::Signal::try_from(signal)
+        .map_or_else(|_| format!("signal {signal}"), |signal| signal.as_str().to_owned())
+}

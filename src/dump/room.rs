@@ -1,0 +1,104 @@
+//! Whether a process can be given a little memory for the time in which it is asked.
+//!
+//! What a process is given counts against the limits of its control groups. Where nothing
+//! is left, the kernel would not let the call fail: it would kill a process of the group.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use super::{DumpError, Result};
+use crate::{inject::Task, proc, res::cgroup};
+
+/// What a process is given at most: code, a table of calls and what these return, and
+/// page tables for them.
+const NEEDED_BYTES: u64 = 128 << 10;
+
+/// Names of files of a group's limit and usage, and of what in its statistics the kernel
+/// takes back before it kills anybody.
+struct Names {
+    limit: &'static str,
+    usage: &'static str,
+    reclaimed: &'static [&'static str],
+}
+
+const VERSION_1: Names = Names {
+    limit: "memory.limit_in_bytes",
+    usage: "memory.usage_in_bytes",
+    reclaimed: &["total_inactive_file", "total_active_file"],
+};
+
+const VERSION_2: Names = Names {
+    limit: "memory.max",
+    usage: "memory.current",
+    reclaimed: &["inactive_file", "active_file", "slab_reclaimable"],
+};
+
+/// Checks that the processes of a tree can be given memory.
+///
+/// # Errors
+/// [`DumpError::NoRoom`] for the first that cannot.
+pub(super) fn check(tasks: &[Task]) -> Result<()> {
+    let mounts = proc::mounts()?;
+    let mut checked: Vec<PathBuf> = Vec::new();
+    for task in tasks.iter().filter(|task| !task.is_zombie()) {
+        for (hierarchy, name, path) in proc::cgroups(task.pid)? {
+            let Some(names) = names(hierarchy, &name) else { continue };
+            // Of a group that is not to be seen, nothing is known.
+            let Ok(group) = cgroup::directory(&name, &path, &mounts) else { continue };
+            for group in group.ancestors() {
+                if checked.iter().any(|checked| checked == group) {
+                    break;
+                }
+                let Some(left) = left(group, names) else { break };
+                if left < NEEDED_BYTES {
+                    let (pid, group) = (task.pid, group.to_owned());
+                    return Err(DumpError::NoRoom { pid, group, left, needed: NEEDED_BYTES });
+                }
+                checked.push(group.to_owned());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Returns the files of a group that limits memory.
+fn names(hierarchy: u32, controllers: &[u8]) -> Option<&'static Names> {
+    match hierarchy {
+        0 => Some(&VERSION_2),
+        _ => {
+            let mut controllers = controllers.split(|byte| *byte == b',');
+            controllers.any(|name| name == b"memory").then_some(&VERSION_1)
+        }
+    }
+}
+
+/// Returns how many bytes a group has left; `None` if it limits nothing, as the root of a
+/// hierarchy.
+fn left(group: &Path, names: &Names) -> Option<u64> {
+    let read = |name: &str| fs::read_to_string(group.join(name)).ok();
+    let limit = read(names.limit)?;
+    // "max" is no number.
+    let Ok(limit) = limit.trim().parse::<u64>() else { return Some(u64::MAX) };
+    let usage: u64 = read(names.usage)?.trim().parse().ok()?;
+    if limit.saturating_sub(usage) >= NEEDED_BYTES {
+        return Some(limit - usage);
+    }
+    let statistics = read("memory.stat")?;
+    let reclaimed: u64 = statistics
+        .lines()
+        .filter_map(|line| line.split_once(' '))
+        .filter(|(name, _)| names.reclaimed.contains(name))
+        .filter_map(|(_, bytes)| bytes.parse::<u64>().ok())
+        .sum();
+    Some(limit.saturating_sub(usage).saturating_add(reclaimed).saturating_add(free_swap()))
+}
+
+/// Bytes of swap, to which the kernel can bring what is in memory.
+fn free_swap() -> u64 {
+    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("SwapFree:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    kib.unwrap_or(0) << 10
+}
