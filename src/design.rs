@@ -73,7 +73,14 @@
 //! that a page which the cache was given is one that was touched.
 //!
 //! Files of `mem/` and `core/` are for the owner of the images alone, whatever
-//! mode those have: mapped files are read with the rights of who mounts.
+//! mode those have. Nothing is shown that its reader could not have read: an image
+//! directory can name any file, by links, as its parent, or as a file that was mapped. If
+//! all directories of the chain are such that one user alone can have put images there
+//! ([`crate::chain::Owner`]), these are read with the rights of that user, which root's mount
+//! assumes (`setfsuid(2)`, in all threads but the one that unmounts), and an ordinary user
+//! has. Otherwise every node belongs to who mounts, and is for nobody else. Files that the
+//! images only name are opened if the images are the mounter's, or, when asked for, with
+//! the rights of their owner.
 //!
 //! # Work in other processes
 //!

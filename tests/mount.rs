@@ -317,6 +317,13 @@ fn privileged_only_the_owner_gets_in_unless_others_are_allowed() {
     assert!(!read && message.contains("Permission denied"), "{message}");
     drop(mounted);
 
+    // New images are their owner's alone.
+    for entry in fs::read_dir(scene.chain.dir(2)).unwrap() {
+        let path = entry.unwrap().path();
+        if !path.is_symlink() {
+            fs::set_permissions(path, fs::Permissions::from_mode(0o644)).unwrap();
+        }
+    }
     let secret = scene.chain.dir(2).join("pagemap-8.img");
     fs::set_permissions(secret, fs::Permissions::from_mode(0o600)).unwrap();
     let mounted = scene.mount_with(&["--allow-other"]);

@@ -81,31 +81,33 @@ fn replace(live: &Live, build_id: Option<&str>) {
 const FIRST: &str = "0x00112233445566778899aabbccddeeff00112233";
 const SECOND: &str = "0xffeeddccbbaa99887766554433221100ffeeddcc";
 
-/// Reads what a mount shows of the code of the library.
-fn shown(live: &Live) -> Vec<u8> {
-    let mounted = Mounted::new(&live.images(), &live.path("mount"), &[]);
-    let mm = Command::new(env!("CARGO_BIN_EXE_rcriu"))
-        .args(["show"])
-        .arg(live.images().join(format!("mm-{}.img", live.root)))
-        .output()
-        .unwrap();
-    let mm: serde_json::Value = serde_json::from_slice(&mm.stdout).unwrap();
-    let files = Command::new(env!("CARGO_BIN_EXE_rcriu"))
-        .args(["show"])
-        .arg(live.images().join("files.img"))
-        .output()
-        .unwrap();
-    let files: serde_json::Value = serde_json::from_slice(&files.stdout).unwrap();
-    let entries = files["entries"].as_array().unwrap();
+/// Reads an image as JSON.
+fn document(path: &Path) -> serde_json::Value {
+    let output = Command::new(env!("CARGO_BIN_EXE_rcriu")).arg("show").arg(path).output().unwrap();
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// Where the code of the library is in the process's memory.
+fn code(live: &Live) -> (u64, usize) {
+    let files = document(&live.images().join("files.img"));
     let named = |entry: &&serde_json::Value| {
         entry["reg"]["name"].as_str().is_some_and(|name| name.ends_with("libanswer.so"))
     };
+    let entries = files["entries"].as_array().unwrap();
     let id = entries.iter().find(named).unwrap()["id"].as_u64().unwrap();
+    let mm = document(&live.images().join(format!("mm-{}.img", live.root)));
     let vmas = mm["entries"][0]["vmas"].as_array().unwrap();
     let code = vmas.iter().find(|vma| vma["shmid"] == id && vma["prot"] == 5).unwrap();
     let (start, end) = (code["start"].as_u64().unwrap(), code["end"].as_u64().unwrap());
+    (start, usize::try_from(end - start).unwrap())
+}
+
+/// Reads what a mount shows of the code of the library.
+fn shown(live: &Live) -> Vec<u8> {
+    let mounted = Mounted::new(&live.images(), &live.path("mount"), &[]);
+    let (start, len) = code(live);
     let file = fs::File::open(mounted.path(&format!("mem/{}", live.root))).unwrap();
-    let mut bytes = vec![0xee; usize::try_from(end - start).unwrap()];
+    let mut bytes = vec![0xee; len];
     file.read_exact_at(&mut bytes, start).unwrap();
     bytes
 }
@@ -185,11 +187,16 @@ fn privileged_to_look_at_a_file_is_not_to_use_it() {
 /// A user who owns nothing.
 const NOBODY: &str = "65534";
 
-/// Runs a command as that user.
-fn as_nobody(words: &[&str]) {
+/// Runs a command as that user, and returns what it writes if it succeeds.
+fn nobody_gets(words: &[&str]) -> Option<Vec<u8>> {
     let mut command = Command::new("setpriv");
     command.args(["--reuid", NOBODY, "--regid", NOBODY, "--clear-groups"]).args(words);
-    assert!(command.status().unwrap().success(), "{words:?}");
+    let output = command.output().unwrap();
+    output.status.success().then_some(output.stdout)
+}
+
+fn as_nobody(words: &[&str]) {
+    assert!(nobody_gets(words).is_some(), "{words:?}");
 }
 
 fn mode(path: &Path) -> u32 {
@@ -269,4 +276,110 @@ fn privileged_links_of_others_are_not_followed() {
     assert_eq!(fs::read_to_string(&victim).unwrap(), "precious");
     live.restore(&[]);
     live.verdict();
+}
+
+/// Gives a directory and all in it to that user.
+fn give(dir: &Path) {
+    let status = Command::new("chown").args(["-R", "-h", NOBODY]).arg(dir).status();
+    assert!(status.unwrap().success());
+}
+
+#[test]
+fn privileged_a_mount_shows_no_file_that_its_reader_could_not_read() {
+    require(Cap::Ptrace);
+    require(Cap::Fuse);
+    require(Cap::Program("cc"));
+    require(Cap::Program("setpriv"));
+    let mut live = calling(42, Some(FIRST));
+    live.dump(&[]);
+    fs::set_permissions(live.dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let (library, images) = (live.path("libanswer.so"), live.images());
+    let (start, len) = code(&live);
+    let mem = format!("mount/mem/{}", live.root);
+    // Through dd, as a user would.
+    let read = |nobody: bool| {
+        let path = format!("if={}", live.path(&mem).display());
+        let (skip, count) = (format!("skip={start}"), format!("count={len}"));
+        let flags = "iflag=skip_bytes,count_bytes";
+        let words = ["dd", &path, "status=none", &skip, &count, flags];
+        if nobody {
+            return nobody_gets(&words);
+        }
+        let output = Command::new(words[0]).args(&words[1..]).output().unwrap();
+        output.status.success().then_some(output.stdout)
+    };
+    let has_code = |bytes: Option<Vec<u8>>| bytes.map(|bytes| bytes.iter().any(|byte| *byte != 0));
+    let mount = |arguments: &[&str]| Mounted::new(&images, &live.path("mount"), arguments);
+
+    // Root's images: root reads everything, and nobody else anything.
+    let mounted = mount(&["--allow-other"]);
+    assert_eq!((has_code(read(false)), has_code(read(true))), (Some(true), None));
+    drop(mounted);
+
+    // Somebody else's: nothing but what is in them, whoever looks.
+    give(&images);
+    for secret in [0o600, 0o644] {
+        fs::set_permissions(&library, fs::Permissions::from_mode(secret)).unwrap();
+        let mounted = mount(&["--allow-other"]);
+        assert_eq!((has_code(read(false)), has_code(read(true))), (Some(false), Some(false)));
+        assert!(mounted.log_text().contains("belong to user 65534"));
+        drop(mounted);
+        // Unless that is wanted, and then with that user's rights.
+        let mounted = mount(&["--allow-other", "--mapped-files=owner"]);
+        let readable = Some(secret == 0o644);
+        assert_eq!((has_code(read(false)), has_code(read(true))), (readable, readable));
+        drop(mounted);
+        let mounted = mount(&["--mapped-files=owner"]);
+        assert_eq!((has_code(read(false)), has_code(read(true))), (readable, None));
+        drop(mounted);
+    }
+
+    // In a directory of somebody else's, there may be anything.
+    let status = Command::new("chown").args(["-R", "root"]).arg(&images).status();
+    assert!(status.unwrap().success());
+    std::os::unix::fs::chown(&images, Some(65534), None).unwrap();
+    let mounted = mount(&["--allow-other", "--mapped-files=owner"]);
+    assert_eq!((has_code(read(false)), has_code(read(true))), (Some(false), None));
+    assert!(nobody_gets(&["ls", live.path("mount").to_str().unwrap()]).is_none());
+    drop(mounted);
+}
+
+#[test]
+fn privileged_links_in_images_of_others_lead_to_nothing_of_ours() {
+    require(Cap::Ptrace);
+    require(Cap::Fuse);
+    require(Cap::Program("setpriv"));
+    let mut live = Live::workload("private_anon");
+    fs::set_permissions(live.dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    live.images_name = "1";
+    live.dump_running(&[]);
+    live.images_name = "2";
+    live.dump(&["--prev-images-dir", "../1"]);
+    let (first, second, mount) = (live.path("1"), live.path("2"), live.path("mount"));
+    let pages = |dir: &Path| {
+        let head = document(&dir.join(format!("pagemap-{}.img", live.root)));
+        format!("pages-{}.img", head["entries"][0]["pages_id"])
+    };
+    let shown = mount.join(pages(&second));
+    let read = || nobody_gets(&["cat", shown.to_str().unwrap()]);
+    // The parent is root's: what is not everybody's is not shown to anybody else.
+    give(&second);
+    let mounted = Mounted::new(&second, &mount, &["--allow-other"]);
+    assert!(read().is_none());
+    assert!(fs::read(&shown).is_ok());
+    assert!(mounted.log_text().contains("more than one user"));
+    drop(mounted);
+    // All of it is nobody's, and shown.
+    give(&first);
+    let mounted = Mounted::new(&second, &mount, &["--allow-other"]);
+    assert!(read().is_some_and(|bytes| !bytes.is_empty()));
+    drop(mounted);
+    // But not what a link in it leads to.
+    let (own, secret) = (first.join(pages(&first)), live.path("secret"));
+    fs::rename(&own, &secret).unwrap();
+    std::os::unix::fs::chown(&secret, Some(0), None).unwrap();
+    as_nobody(&["ln", "-s", secret.to_str().unwrap(), own.to_str().unwrap()]);
+    let mounted = Mounted::new(&second, &mount, &["--allow-other"]);
+    assert!(read().is_none());
+    drop(mounted);
 }

@@ -21,6 +21,7 @@ mod index;
 mod links;
 mod memory;
 mod overlay;
+mod owner;
 pub(crate) mod side_by_side;
 mod summary;
 #[cfg(test)]
@@ -44,6 +45,7 @@ pub use index::{Extent, Index, Layer, Place};
 pub use links::{Chain, Snapshot, SnapshotId, children};
 pub(crate) use memory::Cursor;
 pub use memory::{FlatPages, MemoryBytes};
+pub use owner::Owner;
 pub use summary::{PageCounts, Summary, disk_bytes};
 
 /// The extended attribute by which a mount tells of a directory that shows a whole

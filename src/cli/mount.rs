@@ -5,15 +5,17 @@ use std::{io::Write, num::NonZeroUsize, path::PathBuf, process::ExitCode, sync::
 use anyhow::{Context, anyhow, bail};
 use clap::{Args, ValueEnum};
 use indicatif::BinaryBytes;
+use nix::unistd::{getegid, geteuid};
 
 use super::{Common, exit, log_sink, report};
 use crate::{
     causes::tell,
-    chain::{Chain, freed},
+    chain::{Chain, Owner, freed},
     fs::{self, MountOptions, Punch, Session},
     sys::{
         daemon::{self, Background, Detached, Start},
         lock::{Access, DirectoryLocks},
+        reader::Reader,
     },
     units::page_bytes,
     view::View,
@@ -55,6 +57,14 @@ pub struct MountArgs {
     /// Let other users in; memory images are secrets
     #[arg(long)]
     allow_other: bool,
+    /// Whose rights the files have to be read with that processes had mapped
+    ///
+    /// What a process has not changed of such a file is not in the images, and shown in mem/
+    /// and core/ from the file itself. own reads it only if the images belong to who mounts
+    /// them; owner, as root, with the rights of the one user whose the images are; never
+    /// leaves it out.
+    #[arg(long, value_name = "WHO", value_enum, default_value_t = MappedFiles::Own)]
+    mapped_files: MappedFiles,
     /// How many threads answer; by default one for each processor, at least 2
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
@@ -63,11 +73,19 @@ pub struct MountArgs {
     log_file: Option<PathBuf>,
     /// Options as mount(8) and fstab(5) have them
     ///
-    /// allow_other, foreground, log_file=FILE, punch[=WHEN], snapshot=NAME and
-    /// threads=N are the options above; ro is what is done anyway, and what is meant for others,
+    /// allow_other, foreground, log_file=FILE, mapped_files=WHO, punch[=WHEN],
+    /// snapshot=NAME and threads=N are the options above; ro is what is done anyway, and what is meant for others,
     /// such as noauto or x-systemd.requires=..., is ignored.
     #[arg(short = 'o', value_name = "OPT,...")]
     options: Vec<String>,
+}
+
+/// `--mapped-files`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum MappedFiles {
+    Own,
+    Owner,
+    Never,
 }
 
 /// `--punch`
@@ -164,6 +182,11 @@ impl MountArgs {
                     let threads = value.parse().with_context(|| format!("mount option {option}"));
                     self.threads = Some(threads?);
                 }
+                ("mapped_files", Some(who)) => {
+                    let who = MappedFiles::from_str(who, false);
+                    let failed = |why| anyhow!("mount option {option}: {why}");
+                    self.mapped_files = who.map_err(failed)?;
+                }
                 ("punch", when) => {
                     let when = when.unwrap_or(Punch::OnRequest.name());
                     let name = PunchName::from_str(when, false);
@@ -212,13 +235,24 @@ impl MountArgs {
         for base in chain.bases() {
             locks.take(&chain.snapshot(base).dir, access)?;
         }
+        let trust = Trust::of(&chain, self.mapped_files);
+        if let Some(warning) = &trust.warning {
+            tell(log::Level::Warn, warning);
+        }
+        if let Some(reader) = trust.reader {
+            reader.assume().context("read the images with the rights of their owner")?;
+        }
         if self.punch.is_some()
             && let Some(warning) = freed::warning(&chain, tip)?
         {
             tell(log::Level::Warn, &warning);
         }
-        let view = Arc::new(View::new(chain, tip));
-        let mut options = MountOptions { allow_other: self.allow_other, ..Default::default() };
+        let view = Arc::new(trust.apply(View::new(chain, tip)));
+        let mut options = MountOptions {
+            allow_other: self.allow_other,
+            reader: trust.reader,
+            ..Default::default()
+        };
         options.punch = self.punch.map(PunchName::punch);
         if let Some(threads) = self.threads {
             options.threads = threads;
@@ -228,6 +262,77 @@ impl MountArgs {
             background.ready().context("let go of the terminal")?;
         }
         Ok(session.run()?)
+    }
+}
+
+/// What is done about images that may be somebody else's.
+///
+/// Who can write to an image directory can have it name any file of this machine, by links,
+/// by its parent or as a file that a process had mapped. So what is read is read with the
+/// rights of the images' owner, if that is one user and we may do so; else nobody sees it
+/// but who mounts it, who could have read it anyway.
+struct Trust {
+    reader: Option<Reader>,
+    shown_to: Option<(u32, u32)>,
+    mapped_files: bool,
+    warning: Option<String>,
+}
+
+impl Trust {
+    fn of(chain: &Chain, mapped_files: MappedFiles) -> Self {
+        let me = geteuid();
+        let own = (me.as_raw(), getegid().as_raw());
+        match Owner::of(chain) {
+            Owner::One(owner) if owner == own.0 => Self {
+                reader: None,
+                shown_to: None,
+                mapped_files: mapped_files != MappedFiles::Never,
+                warning: None,
+            },
+            Owner::One(owner) if me.is_root() => {
+                let left_out = format!(
+                    "the images belong to user {owner}, with whose rights they are read; mem/ and \
+                     core/ have holes for the files that processes had mapped\n  Use \
+                     --mapped-files=owner to have these read with the same rights."
+                );
+                Self {
+                    reader: Some(Reader(owner)),
+                    shown_to: None,
+                    mapped_files: mapped_files == MappedFiles::Owner,
+                    warning: (mapped_files == MappedFiles::Own).then_some(left_out),
+                }
+            }
+            other => {
+                let why = match other {
+                    Owner::One(owner) => format!("the images belong to user {owner}"),
+                    Owner::Several { dir } => {
+                        format!("more than one user could have put images into {}", dir.display())
+                    }
+                };
+                let warning = format!(
+                    "{why}; the mount is for user {} alone, and mem/ and core/ have holes for the \
+                     files that processes had mapped\n  To have it otherwise, let the directories \
+                     and all files in them belong to one user (chown -R), who alone can write there.",
+                    own.0
+                );
+                Self {
+                    reader: None,
+                    shown_to: Some(own),
+                    mapped_files: false,
+                    warning: Some(warning),
+                }
+            }
+        }
+    }
+
+    fn apply(&self, mut view: View) -> View {
+        if !self.mapped_files {
+            view = view.without_mapped_files();
+        }
+        if let Some((uid, gid)) = self.shown_to {
+            view = view.shown_to(uid, gid);
+        }
+        view
     }
 }
 

@@ -12,6 +12,14 @@ pub type Result<T, E = MountError> = std::result::Result<T, E>;
 /// What keeps a chain from being mounted or unmounted.
 #[derive(Debug, thiserror::Error)]
 pub enum MountError {
+    /// Files cannot be opened with the rights of the images' owner.
+    #[error("open the images for {path} with the rights of their owner", path = .path.display())]
+    Rights {
+        /// The mount point.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// The chain cannot be shown.
     #[error(transparent)]
     Chain(#[from] ChainError),

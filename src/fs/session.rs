@@ -1,7 +1,7 @@
 //! A mount, from its beginning to its end.
 
 use std::{
-    fs,
+    fs, io,
     num::NonZeroUsize,
     panic,
     path::{Path, PathBuf},
@@ -18,7 +18,7 @@ use super::{
     mount::{check_mount_point, mount_device, unmount_device},
     punching::Punching,
 };
-use crate::view::View;
+use crate::{sys::reader::Reader, view::View};
 
 /// What the kernel reads ahead for who maps a file: as much as one request
 /// carries, instead of 128 KiB.
@@ -35,13 +35,16 @@ pub struct MountOptions {
     pub pass_through: bool,
     /// Whether and when pages of the shown snapshot are freed.
     pub punch: Option<Punch>,
+    /// With whose rights files are opened, if not with those of the process. Who mounts
+    /// has assumed them already, if so.
+    pub reader: Option<Reader>,
 }
 
 impl Default for MountOptions {
     fn default() -> Self {
         let processors = thread::available_parallelism().map_or(1, NonZeroUsize::get);
         let threads = NonZeroUsize::new(processors.max(2)).expect("at least two");
-        Self { allow_other: false, threads, pass_through: true, punch: None }
+        Self { allow_other: false, threads, pass_through: true, punch: None, reader: None }
     }
 }
 
@@ -50,6 +53,7 @@ impl Default for MountOptions {
 pub struct Session {
     fuse: fuser::Session<ImageFs>,
     mount_point: PathBuf,
+    reader: Option<Reader>,
 }
 
 impl Session {
@@ -66,8 +70,11 @@ impl Session {
         mount_point: &Path,
         options: &MountOptions,
     ) -> Result<Self> {
-        let mount_point = check_mount_point(mount_point, chain_path, view.chain())?;
         let punching = options.punch.map(|punch| Punching::new(&view, punch)).transpose()?;
+        if options.reader.is_some() {
+            rights(mount_point, Reader::put_off)?;
+        }
+        let mount_point = check_mount_point(mount_point, chain_path, view.chain())?;
         // From the moment in which it is mounted, a signal must not end us and
         // leave the mount behind: it waits until `run` waits for it.
         ending_signals().thread_block().map_err(|errno| MountError::Handshake {
@@ -93,8 +100,11 @@ impl Session {
         // What is read ahead was not read by whom it would be freed for.
         let read_ahead = if options.punch == Some(Punch::OnRead) { 0 } else { READ_AHEAD_KB };
         set_read_ahead(&mount_point, read_ahead);
+        if let Some(reader) = options.reader {
+            rights(&mount_point, || reader.assume())?;
+        }
         info!("mounted at {} with {} threads", mount_point.display(), options.threads);
-        Ok(Self { fuse, mount_point })
+        Ok(Self { fuse, mount_point, reader: options.reader })
     }
 
     /// Answers until the chain is unmounted, by whomever.
@@ -115,9 +125,18 @@ impl Session {
         let signals = ending_signals();
         let device = Mounted::at(&self.mount_point)?.map(|mounted| mounted.device);
         let mount_point = self.mount_point.clone();
+        let reader = self.reader;
         thread::Builder::new()
             .name("signals".to_owned())
-            .spawn(move || unmount_on(signals, &mount_point, device))
+            .spawn(move || {
+                // Who reads images need not be able to reach the mount point.
+                if reader.is_some()
+                    && let Err(error) = Reader::put_off()
+                {
+                    error!("take back the rights to unmount: {error}");
+                }
+                unmount_on(signals, &mount_point, device)
+            })
             .map_err(failed)?;
         let result = self.fuse.run();
         let gone = !is_ours(&self.mount_point, device);
@@ -131,6 +150,11 @@ impl Session {
             result => result.map_err(|source| MountError::Serve { path: self.mount_point, source }),
         }
     }
+}
+
+/// Changes with whose rights files are opened.
+fn rights(mount_point: &Path, change: impl FnOnce() -> io::Result<()>) -> Result<()> {
+    change().map_err(|source| MountError::Rights { path: mount_point.to_owned(), source })
 }
 
 /// Returns the signals that ask for the end.

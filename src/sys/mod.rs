@@ -15,6 +15,7 @@ pub mod output;
 pub mod pagemap;
 pub mod process;
 pub mod ptrace;
+pub mod reader;
 pub mod reflink;
 pub mod shm;
 pub mod socket;

@@ -42,8 +42,9 @@ pub(super) struct MappedFiles {
 }
 
 impl MappedFiles {
-    /// Reads the tables of files in `dir`, but looks at none of the files.
-    pub(super) fn load(dir: &Path) -> Result<Self> {
+    /// Reads the tables of files in `dir`, but looks at none of the files. Those that are
+    /// not in the images themselves are not to be had unless `named` is set.
+    pub(super) fn load(dir: &Path, named: bool) -> Result<Self> {
         let path = |kind: Kind| dir.join(kind.file_name(0));
         let entries = read_files(dir)?.unwrap_or_default();
         let inodes: Vec<proto::MemfdInodeEntry> =
@@ -71,7 +72,10 @@ impl MappedFiles {
             let mapped = if reg.name == DEV_ZERO {
                 Mapped::Zero
             } else {
-                let origin = origin(dir, reg, remaps.get(&reg.id).copied(), &names);
+                let origin = match origin(dir, reg, remaps.get(&reg.id).copied(), &names) {
+                    Origin::Path { .. } if !named => Origin::Nowhere,
+                    origin => origin,
+                };
                 let name = String::from_utf8_lossy(&reg.name).into_owned();
                 Mapped::File(Arc::new(MappedFile { name, origin, extents: OnceLock::new() }))
             };

@@ -50,6 +50,7 @@ pub struct Tables {
     tree: Lazy<Vec<proto::PstreeEntry>>,
     mapped: Lazy<MappedFiles>,
     shared: Lazy<BTreeMap<u64, SharedObject>>,
+    mapped_files: bool,
 }
 
 impl Tables {
@@ -61,7 +62,14 @@ impl Tables {
             tree: Lazy::default(),
             mapped: Lazy::default(),
             shared: Lazy::default(),
+            mapped_files: true,
         }
+    }
+
+    /// Leaves out what is in files that the images only name.
+    pub fn without_mapped_files(mut self) -> Self {
+        self.mapped_files = false;
+        self
     }
 
     /// Returns the chain.
@@ -93,7 +101,7 @@ impl Tables {
     /// # Errors
     /// [`ViewError::Image`](super::ViewError::Image).
     pub(super) fn mapped(&self) -> Result<Arc<MappedFiles>> {
-        self.mapped.get(|| MappedFiles::load(self.dir()))
+        self.mapped.get(|| MappedFiles::load(self.dir(), self.mapped_files))
     }
 
     /// Returns the shared objects by their shmids.

@@ -116,6 +116,9 @@ pub struct View {
     tip: SnapshotId,
     table: RwLock<Table>,
     tables: Mutex<LruCache<SnapshotId, Arc<Tables>>>,
+    mapped_files: bool,
+    /// The user and the group that everything is shown to alone.
+    shown_to: Option<(u32, u32)>,
 }
 
 impl View {
@@ -131,7 +134,22 @@ impl View {
         let mut table = Table::default();
         table.nodes.insert(ROOT, Arc::new(root));
         let tables = Mutex::new(LruCache::new(TABLES_KEPT));
-        Self { chain, tip, table: RwLock::new(table), tables }
+        Self { chain, tip, table: RwLock::new(table), tables, mapped_files: true, shown_to: None }
+    }
+
+    /// Leaves out of address spaces and core files what is in files that the images only
+    /// name: opening them is up to who may read them.
+    #[must_use]
+    pub fn without_mapped_files(mut self) -> Self {
+        self.mapped_files = false;
+        self
+    }
+
+    /// Shows everything to one user alone, whoever owns the images.
+    #[must_use]
+    pub fn shown_to(mut self, uid: u32, gid: u32) -> Self {
+        self.shown_to = Some((uid, gid));
+        self
     }
 
     /// Returns the chain that is shown.
@@ -308,7 +326,10 @@ impl View {
     /// Returns what the processes of a snapshot have in common.
     fn tables(&self, id: SnapshotId) -> Arc<Tables> {
         let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
-        let chain = || Arc::new(Tables::new(Arc::clone(&self.chain), id));
+        let chain = || {
+            let tables = Tables::new(Arc::clone(&self.chain), id);
+            Arc::new(if self.mapped_files { tables } else { tables.without_mapped_files() })
+        };
         Arc::clone(tables.get_or_insert(id, chain))
     }
 
@@ -322,6 +343,16 @@ impl View {
     }
 
     fn node_attr(&self, node: &Node) -> Result<Attr> {
+        let mut attr = self.owners_attr(node)?;
+        if let Some((uid, gid)) = self.shown_to {
+            (attr.uid, attr.gid) = (uid, gid);
+            attr.mode &= 0o700;
+        }
+        Ok(attr)
+    }
+
+    /// Returns the attributes that the images give a node.
+    fn owners_attr(&self, node: &Node) -> Result<Attr> {
         // How much room is taken changes when pages are freed.
         let lasting = !self.chain.has_freed();
         if lasting && node.what.kind() == NodeType::File && !matches!(node.what, What::Image(_)) {
@@ -352,7 +383,7 @@ impl View {
         attr.atime = attr.mtime;
         attr.size = content.len();
         attr.blocks = content.allocated().div_ceil(BLOCK_BYTES);
-        // Mapped files are read with the rights of who mounts, not of who looks.
+        // Mapped files are read with the rights of the images' owner, not of who looks.
         attr.mode &=
             if matches!(node.what, What::Mem(..) | What::Core(..)) { 0o400 } else { 0o444 };
         if lasting {

@@ -1,0 +1,74 @@
+//! Whose images a chain is made of.
+
+use std::{
+    fs,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
+
+use super::Chain;
+use crate::image::Kind;
+
+/// Others may create files in a directory: `S_IWOTH`, `S_IWGRP` (`inode(7)`).
+const OTHERS_WRITE: u32 = 0o002;
+const GROUP_WRITES: u32 = 0o020;
+
+/// Whose images a chain is made of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Owner {
+    /// All of this user.
+    One(u32),
+    /// Of several users, or in a directory where several can put some.
+    Several {
+        /// A directory where that shows.
+        dir: PathBuf,
+    },
+}
+
+impl Owner {
+    /// Finds out who could have put into the directories of a chain what is there: the
+    /// owners of the directories and of their inventories, and who else can write there.
+    ///
+    /// A group that has the number of its directory's owner is taken for that user alone.
+    pub fn of(chain: &Chain) -> Self {
+        let mut one = None;
+        for snapshot in chain.snapshots() {
+            let dir = &snapshot.dir;
+            match owner_of(dir) {
+                Some(owner) if *one.get_or_insert(owner) == owner => {}
+                _ => return Self::Several { dir: dir.clone() },
+            }
+        }
+        // A chain has snapshots.
+        one.map_or_else(|| Self::Several { dir: PathBuf::new() }, Self::One)
+    }
+}
+
+/// Returns the one user who can put files into an image directory.
+fn owner_of(dir: &Path) -> Option<u32> {
+    let meta = fs::symlink_metadata(dir).ok()?;
+    let inventory = fs::symlink_metadata(dir.join(Kind::Inventory.file_name(0))).ok()?;
+    let group = meta.mode() & GROUP_WRITES != 0 && meta.gid() != meta.uid();
+    let alone = meta.mode() & OTHERS_WRITE == 0 && !group && inventory.uid() == meta.uid();
+    alone.then(|| meta.uid())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+    use crate::chain::testing::TestChain;
+
+    #[test]
+    fn whoever_can_write_to_a_directory_counts() {
+        let mut disk = TestChain::new();
+        let first = disk.push(&[]);
+        disk.push(&[]);
+        let me = nix::unistd::geteuid().as_raw();
+        assert_eq!(Owner::of(&disk.open()), Owner::One(me));
+        let dir = disk.dir(first);
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o1777)).unwrap();
+        assert!(matches!(Owner::of(&disk.open()), Owner::Several { dir: found } if found == dir));
+    }
+}
