@@ -265,8 +265,10 @@ states! {
     socket_options;
     tcp_ended;
     owners;
+    owner_of_a_terminal;
     owner_of_a_shared_port;
     peer_credentials;
+    credentials_of_a_pair;
     peer_credentials_of_the_dead;
 }
 
@@ -523,6 +525,33 @@ fn refused_with(live: &mut Live, options: &[&str], what: &str) {
 #[test]
 fn privileged_data_in_a_pending_connection_is_refused() {
     refused("unix_pending_data", "waiting to be accepted");
+}
+
+/// Takes out of images what only this program puts into entries of files.
+fn without_extensions(images: &Path) {
+    let path = images.join(Kind::Files.file_name(0));
+    let mut entries: Vec<proto::FileEntry> = read_all(&path, Kind::Files).unwrap();
+    let file = BufWriter::new(File::create(&path).unwrap());
+    let mut image = ImageWriter::new(&path, file, Kind::Files).unwrap();
+    for entry in &mut entries {
+        (entry.owner, entry.sock) = (None, None);
+        image.message(entry).unwrap();
+    }
+    image.finish().unwrap();
+}
+
+/// What CRIU's images do not tell of owners and peers is as if the processes that have the
+/// sockets had made them.
+#[test]
+fn privileged_owners_are_found_without_being_recorded() {
+    require(Cap::Ptrace);
+    for name in ["owner_of_a_shared_port", "credentials_of_a_pair"] {
+        let mut live = Live::workload(name);
+        live.dump(&[]);
+        without_extensions(&live.images());
+        live.restore(&[]);
+        live.verdict();
+    }
 }
 
 /// Errors and datagrams of UDP are lost by a restore, with a word, and by nothing else.

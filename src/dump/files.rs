@@ -254,7 +254,8 @@ impl FileTable {
         let mut collector = self.collectors[position].take().expect("only one is out");
         let entry = collector.collect(&file, &mut self.state);
         self.collectors[position] = Some(collector);
-        let entry = proto::FileEntry { owner: owner::read(&file), ..entry? };
+        let mut entry = entry?;
+        entry.owner = entry.owner.or_else(|| owner::read(&file));
         self.state.types.insert(id, entry.r#type);
         self.state.entries.push(entry);
         Ok(())

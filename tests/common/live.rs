@@ -6,7 +6,10 @@ use std::{
     ffi::OsString,
     fmt::Write as _,
     fs,
-    os::unix::{ffi::OsStrExt, fs::PermissionsExt},
+    os::unix::{
+        ffi::OsStrExt,
+        fs::{MetadataExt, PermissionsExt},
+    },
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
     sync::OnceLock,
@@ -707,6 +710,10 @@ impl TargetState {
         for fd in fs::read_dir(proc.join("fd")).into_iter().flatten().flatten() {
             let name = fd.file_name().into_string().expect("a number");
             let info = read_text(&proc.join("fdinfo").join(&name));
+            if let Ok(of) = fs::metadata(fd.path()) {
+                let owner = format!("{}:{} {:o}", of.uid(), of.gid(), of.mode());
+                found.insert(format!("owner of fd {name}"), owner);
+            }
             let kept: Vec<_> = info
                 .lines()
                 .filter(|line| line.starts_with("pos:") || line.starts_with("flags:"))

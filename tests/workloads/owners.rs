@@ -1,6 +1,10 @@
 //! Whose a process's nameless files are, and who its sockets say that it is.
 
-use std::{fs, mem, os::unix::fs::PermissionsExt, ptr};
+use std::{
+    fs, mem,
+    os::unix::fs::{MetadataExt, PermissionsExt},
+    ptr,
+};
 
 use crate::{
     Row,
@@ -13,8 +17,10 @@ use crate::{
 
 pub const ROWS: &[Row] = &[
     ("owners", owners),
+    ("owner_of_a_terminal", owner_of_a_terminal),
     ("owner_of_a_shared_port", owner_of_a_shared_port),
     ("peer_credentials", peer_credentials),
+    ("credentials_of_a_pair", credentials_of_a_pair),
     ("peer_credentials_of_the_dead", peer_credentials_of_the_dead),
 ];
 
@@ -92,6 +98,34 @@ fn owners(checkpoint: &Checkpoint) -> Verdict {
         opens_again(fd, libc::O_WRONLY)?;
     }
     opens_again(memory, libc::O_RDWR)
+}
+
+/// Who has opened a master can open its slave, which nobody had open.
+fn owner_of_a_terminal(checkpoint: &Checkpoint) -> Verdict {
+    become_user(NOBODY)?;
+    let terminal = || -> Result<(i32, std::ffi::CString), String> {
+        let master = open(c"/dev/ptmx", libc::O_RDWR | libc::O_NOCTTY)?;
+        let mut number = 0;
+        sys!(ioctl(master, libc::TIOCGPTN, &raw mut number))?;
+        let unlocked = 0;
+        sys!(ioctl(master, libc::TIOCSPTLCK, &raw const unlocked))?;
+        let name = format!("/dev/pts/{number}");
+        Ok((master, std::ffi::CString::new(name).expect("no NUL")))
+    };
+    let (_lone, name) = terminal()?;
+    let (_master, other) = terminal()?;
+    let slave = open(&other, libc::O_RDWR | libc::O_NOCTTY)?;
+    sys!(chmod(name.as_ptr(), 0o640))?;
+    let of_path = || {
+        let path = std::str::from_utf8(name.to_bytes()).expect("it is text");
+        let stat = fs::metadata(path).map_err(|error| error.to_string())?;
+        Ok::<_, String>((stat.uid(), stat.gid(), stat.mode()))
+    };
+    let before = (of_path()?, owner(slave)?);
+    same("owner", NOBODY, before.0.0)?;
+    checkpoint.wait();
+    same("owners and modes", before, (of_path()?, owner(slave)?))?;
+    sys!(close(open(&name, libc::O_RDWR | libc::O_NOCTTY)?)).map(drop)
 }
 
 /// A second socket is bound by the owner of the first.
@@ -204,4 +238,25 @@ fn peer_credentials_of_the_dead(checkpoint: &Checkpoint) -> Verdict {
     let client = socket(libc::AF_UNIX, libc::SOCK_STREAM)?;
     name.connect(client)?;
     same("who listened", before[0], peer(client)?)
+}
+
+/// A process is what it was when it made its sockets.
+fn credentials_of_a_pair(checkpoint: &Checkpoint) -> Verdict {
+    become_user(NOBODY)?;
+    let stream = pair(libc::SOCK_STREAM)?;
+    let packets = pair(libc::SOCK_SEQPACKET)?;
+    let name = crate::sockets::abstract_name(&format!("rcriu-owner-{}", std::process::id()));
+    let server = socket(libc::AF_UNIX, libc::SOCK_STREAM)?;
+    name.bind(server)?;
+    sys!(listen(server, 7))?;
+    let client = socket(libc::AF_UNIX, libc::SOCK_STREAM)?;
+    name.connect(client)?;
+    let accepted = sys!(accept(server, ptr::null_mut(), ptr::null_mut()))?;
+    let fds = [stream[0], stream[1], packets[0], packets[1], server, client, accepted];
+    let of_all = || fds.iter().map(|fd| peer(*fd)).collect::<Result<Vec<_>, _>>();
+    let before = of_all()?;
+    let own = (std::process::id().cast_signed(), NOBODY, NOBODY, NOBODY);
+    ensure!(before.iter().all(|peer| *peer == own), "others than {own:?}: {before:?}");
+    checkpoint.wait();
+    same("peers", before, of_all()?)
 }

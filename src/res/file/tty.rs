@@ -7,7 +7,12 @@
 
 mod restore;
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    ffi::OsStr,
+    os::unix::{ffi::OsStrExt, fs::MetadataExt},
+    path::{Path, PathBuf},
+};
 
 use nix::{
     errno::Errno,
@@ -56,6 +61,9 @@ const CTTY_INDEX: u32 = 1006;
 const SERIAL_INDEX: u32 = 1010;
 const EXTERNAL_INDEX: u32 = 1013;
 const EXTERNAL_INDEX_MAX: u32 = 1076;
+
+/// Permissions and the like.
+const PERMISSIONS: u32 = 0o7777;
 
 /// What helps if a terminal is outside of the tree.
 const SHELL_JOB: &str = "dump with --shell-job, to restore on the terminal of who restores";
@@ -172,10 +180,12 @@ impl Collector for Terminals {
                 self.infos.insert(info_id, (info, holder));
             }
         }
+        let is_master = tty_type == TtyType::Pty && is_master(info_id);
         Ok(proto::FileEntry {
             r#type: FdTypes::Tty.into(),
             id: file.id,
             tty: Some(entry),
+            owner: is_master.then(|| slave_owner(file, index)).flatten(),
             ..Default::default()
         })
     }
@@ -250,6 +260,27 @@ impl Terminals {
         }
         Ok(())
     }
+}
+
+/// Returns the path of the slave of a master that was opened by `path`.
+fn slave_path(path: &[u8], index: u32) -> PathBuf {
+    let path = Path::new(OsStr::from_bytes(path));
+    let dir = path.parent().unwrap_or(Path::new("/"));
+    // A file system of terminals has a `ptmx` of its own; the other is beside it.
+    let inside = dir.file_name() == Some(OsStr::new("pts"));
+    let dir = if inside { dir.to_owned() } else { dir.join("pts") };
+    dir.join(index.to_string())
+}
+
+/// Returns who owns the slave of a master, which perhaps nobody has open.
+fn slave_owner(file: &Description, index: u32) -> Option<proto::InodeOwnerEntry> {
+    let stat = std::fs::metadata(slave_path(&file.link, index)).ok()?;
+    let is_it = Role::of(stat.rdev()) == Some(Role::Slave(index));
+    is_it.then(|| proto::InodeOwnerEntry {
+        uid: stat.uid(),
+        gid: stat.gid(),
+        mode: stat.mode() & PERMISSIONS,
+    })
 }
 
 /// Whether a device is one that is dumped as a terminal.

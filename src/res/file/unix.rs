@@ -10,10 +10,13 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    os::fd::AsFd,
+    os::fd::{AsFd, AsRawFd},
 };
 
-use nix::libc;
+use nix::{
+    libc,
+    sys::socket::{UnixAddr, getpeername},
+};
 
 use super::{
     Collector, Description, FileError, Intake, Kind, Policy, Result, sock_diag,
@@ -170,6 +173,7 @@ impl UnixCollector {
                     return Ok((vec![*listener], *listener));
                 }
                 if socket.shutdown == SHUT_BOTH {
+                    warn_of_peer_name(file, what);
                     return Ok((Vec::new(), 0));
                 }
                 let what = format!("{what}, connected to a socket that nobody has open");
@@ -208,6 +212,14 @@ impl UnixCollector {
             .flat_map(|socket| needed(socket).into_iter().map(move |inode| (socket, inode)))
             .filter(|(_, inode)| !there.contains(inode))
             .collect()
+    }
+}
+
+/// Warns of the name that a socket shows of a peer that is gone.
+fn warn_of_peer_name(file: &Description, what: &str) {
+    let peer: nix::Result<UnixAddr> = getpeername(file.fd.as_raw_fd());
+    if peer.is_ok_and(|peer| peer.path().is_some() || peer.as_abstract().is_some()) {
+        log::warn!("{what}: its peer is gone; after a restore, getpeername(2) shows no name of it");
     }
 }
 

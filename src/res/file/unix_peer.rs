@@ -173,6 +173,8 @@ impl Callers {
                 self.own.uid,
                 peer.uid
             );
+            // What it has become by then is not known.
+            self.helpers.insert(pid, None);
             return Ok(None);
         }
         let mut script = Script::new();

@@ -2,19 +2,23 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
-    fs::File,
+    fs::{File, Permissions, set_permissions},
     io::{IsTerminal, Write},
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::{ffi::OsStrExt, fs::PermissionsExt},
+    },
 };
 
 use nix::{
     errno::Errno,
+    fcntl::AtFlags,
     libc,
     sys::stat::{Mode, fchmod},
-    unistd::{Gid, Uid, fchown},
+    unistd::{Gid, Uid, fchown, fchownat},
 };
 
-use super::{external_name, is_master, peer, unpack};
+use super::{PERMISSIONS, external_name, is_master, peer, slave_path, unpack};
 use crate::{
     image::{
         Kind as ImageKind,
@@ -33,9 +37,6 @@ const ATTEMPTS: usize = 256;
 
 /// The terminal of who runs this program.
 const OWN_TERMINAL: &[u8] = b"/dev/tty";
-
-/// Permissions and the like.
-const PERMISSIONS: u32 = 0o7777;
 
 /// Restores terminals.
 #[derive(Default)]
@@ -136,6 +137,7 @@ impl Opening {
                 let failed = || FileError::restore(id, "adjust the terminal", &path.name);
                 tty::switch(fd.as_fd(), Switch::Locked, false).map_err(failed())?;
                 set_modes(fd.as_fd(), info, true).map_err(failed())?;
+                own_slave(id, &path.name, info, opened).map_err(failed())?;
                 if info.packet_mode {
                     tty::switch(fd.as_fd(), Switch::Packet, true).map_err(failed())?;
                 }
@@ -273,6 +275,37 @@ fn inherit(
         set_modes(fd.as_fd(), info, false).map_err(failed())?;
     }
     Ok(fd)
+}
+
+/// Gives the slave of a master to whom it belonged: the kernel gives it to who opens the
+/// master, which is this program.
+fn own_slave(
+    id: u32,
+    master: &[u8],
+    info: &proto::TtyInfoEntry,
+    opened: &Opened,
+) -> nix::Result<()> {
+    let recorded = opened.entries.get(&id).and_then(|entry| entry.owner.as_ref());
+    let (uid, gid, mode) = match (recorded, opened.holder(id)) {
+        (Some(owner), _) => (owner.uid, Some(owner.gid), Some(owner.mode)),
+        (None, Some(holder)) => (holder.creds.fsuid, None, None),
+        (None, None) => return Ok(()),
+    };
+    let Ok(index) = index(info, id) else { return Ok(()) };
+    let slave = slave_path(master, index);
+    let fd = match descriptor::open(slave.as_os_str().as_bytes(), libc::O_PATH.cast_unsigned()) {
+        // Where it is mounted elsewhere, its other end has its own owner.
+        Err(Errno::ENOENT) => return Ok(()),
+        fd => fd?,
+    };
+    let (uid, gid) = (Some(Uid::from_raw(uid)), gid.map(Gid::from_raw));
+    fchownat(&fd, "", uid, gid, AtFlags::AT_EMPTY_PATH)?;
+    if let Some(mode) = mode {
+        let mode = Permissions::from_mode(mode);
+        set_permissions(descriptor::path_of(fd.as_fd()), mode)
+            .map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
+    }
+    Ok(())
 }
 
 fn set_owner(fd: BorrowedFd, info: &proto::TtyInfoEntry) -> nix::Result<()> {
