@@ -256,7 +256,8 @@
 //!
 //! What CRIU's images have no place for is kept in fields of ours, from number 20001 on,
 //! which CRIU passes over: attributes of threads ([`crate::res::attribute`]), which a restore
-//! reads, sets where they differ, and reads again, so that it can say what is not as it was;
+//! reads, sets where they differ, and reads again, so that it can say what is not as it was
+//! ([`crate::docs::state`] lists all state, kept, refused or warned of);
 //! and the signal by which a process tells its end, if it is not `SIGCHLD`.
 //!
 //! With `--auto-dedup` everything that could keep pages from being freed is found out

@@ -10,6 +10,7 @@ pub mod chain;
 pub mod cli;
 pub mod dedup;
 pub mod design;
+pub mod docs;
 pub mod dump;
 pub mod fault;
 pub mod fs;

@@ -16,6 +16,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("fs", &["causes", "view", "chain", "image", "sys", "units"]),
     ("fault", &[]),
     ("causes", &[]),
+    ("docs", &[]),
     ("action", &["units"]),
     ("proc", &["units"]),
     ("inject", &["sys", "proc", "units", "fault"]),

@@ -152,6 +152,9 @@ states! {
     reset_on_fork;
     deadline;
     exit_signals;
+    sealed;
+    locked_later;
+    locked_later_on_fault;
     tree;
     sessions;
     dead_session_leader;

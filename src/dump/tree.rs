@@ -15,11 +15,12 @@ use super::{
     track::Tracking,
 };
 use crate::{
+    causes::tell,
     image::{Kind, MemoryId, SnapshotWriter, proto, vma},
     inject::{Script, TABLE_BYTES, Task, with_scratch},
     proc::{self, Mapping, VmFlags},
     res::{
-        attribute::{self, Who},
+        attribute::{self, Who, memory::LockLater},
         cgroup,
         mapping::{self, Object},
         sysv,
@@ -164,11 +165,16 @@ impl<'a> Collection<'a> {
             questions.push((script, asked, attributes));
         }
         let room = questions.iter().map(|(script, ..)| script.bytes_needed()).max().unwrap_or(0);
+        let locked = proc::status(pid)?.vm_lck_kib;
+        let mut later = LockLater::default();
         let answers = with_scratch(
             &mut task.threads,
             mappings,
             TABLE_BYTES.max(room * 2),
             |scratch, threads| {
+                // What was just mapped is locked if all is that is mapped later.
+                later.locked = proc::status(pid)?.vm_lck_kib != locked;
+                later.on_fault = later.locked && !is_present(pid, scratch.untouched());
                 threads
                     .iter_mut()
                     .zip(&questions)
@@ -176,6 +182,9 @@ impl<'a> Collection<'a> {
                     .collect::<Result<Vec<_>, _>>()
             },
         )?;
+        for what in attribute::memory::lost(pid, mappings) {
+            tell(log::Level::Warn, &format!("process {pid} {what}"));
+        }
         let mut for_memory = ForMemory { dumpable: 1, brk: 0 };
         let about_task = about_task.expect("the leader was asked");
         for (position, thread) in task.threads.iter().enumerate() {
@@ -188,6 +197,9 @@ impl<'a> Collection<'a> {
                 thread.cg_set = Some(set);
                 let who = Who { pid, tid, own_session: true };
                 thread.rcriu_attributes = attribute::collect(attributes, &answers[position], who);
+                if position == 0 {
+                    thread.rcriu_attributes.extend(attribute::memory::collect(mappings, later));
+                }
             }
             if position == 0 {
                 for_memory = task::collect(&about_task, &answers[0], pid, stopped_by, &mut core)?;
@@ -389,6 +401,16 @@ pub(super) fn scan(
         Stretch { first, pages, pinnable, swapped, over_file, unwritten: *unwritten }
     }));
     Ok(untracked)
+}
+
+/// Whether a page of a process is in memory.
+fn is_present(pid: HostPid, address: RemoteAddr) -> bool {
+    let mut regions = Vec::new();
+    let query = Query { all: category::PRESENT, ..Query::default() };
+    let end = address.plus(crate::units::PAGE_SIZE);
+    PagemapFile::open(&proc_path(pid, "pagemap"))
+        .and_then(|pagemap| pagemap.scan(address, end, query, &mut regions))
+        .is_ok_and(|_| !regions.is_empty())
 }
 
 fn guard(region: &Region) -> proto::VmaEntry {

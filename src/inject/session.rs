@@ -47,6 +47,11 @@ impl Scratch {
         CODE_BYTES + self.table_bytes as u64
     }
 
+    /// Returns the address of a page that nobody has written to, before the first script.
+    pub fn untouched(&self) -> RemoteAddr {
+        self.table()
+    }
+
     /// Whether there is none: never.
     pub fn is_empty(&self) -> bool {
         false

@@ -95,6 +95,8 @@ pub struct Status {
     pub shadow_stack: bool,
     /// The memory in use, in KiB; not of zombies and kernel threads.
     pub vm_rss_kib: Option<u64>,
+    /// The memory that is locked, in KiB; not of zombies and kernel threads.
+    pub vm_lck_kib: Option<u64>,
     /// The memory that devices and io_uring have pinned, in KiB; not of zombies and
     /// kernel threads.
     pub vm_pin_kib: Option<u64>,
@@ -157,6 +159,7 @@ impl Status {
                 .get("x86_Thread_features")
                 .is_some_and(|value| text::words(value).any(|word| word == b"shstk")),
             vm_rss_kib: fields.get("VmRSS").map(|value| kib(value, "VmRSS")).transpose()?,
+            vm_lck_kib: fields.get("VmLck").map(|value| kib(value, "VmLck")).transpose()?,
             vm_pin_kib: fields.get("VmPin").map(|value| kib(value, "VmPin")).transpose()?,
         })
     }

@@ -14,7 +14,7 @@ use crate::{
     inject::{Answers, Script},
     res::{
         ResError,
-        attribute::{Differences, Who},
+        attribute::{Differences, Who, memory as memory_attributes},
         creds, signals, task, thread,
     },
     units::HostPid,
@@ -134,6 +134,7 @@ pub(super) fn finish(plan: &Plan, puppets: &mut Puppets, files: &mut Files) -> R
             }
             if number == 0 {
                 task::finish(planned.core(), planned.pid, &mut script)?;
+                memory_attributes::finish(planned.core(), &mut script);
             }
             if !script.is_empty() {
                 run(puppets, position, number, &script)?;

@@ -4,7 +4,7 @@ use std::{fs, mem, ptr};
 
 use crate::{
     Row,
-    kit::{Checkpoint, Verdict, gettid, same, wait_until},
+    kit::{Area, Checkpoint, Verdict, gettid, same, wait_until},
 };
 
 pub const ROWS: &[Row] = &[
@@ -21,6 +21,9 @@ pub const ROWS: &[Row] = &[
     ("reset_on_fork", reset_on_fork),
     ("deadline", deadline),
     ("exit_signals", exit_signals),
+    ("sealed", sealed),
+    ("locked_later", locked_later),
+    ("locked_later_on_fault", locked_later_on_fault),
     ("keyrings", keyrings),
     ("undone_semaphore", undone_semaphore),
 ];
@@ -339,6 +342,49 @@ fn exit_signals(checkpoint: &Checkpoint) -> Verdict {
         same("status", 3 << 8, status)?;
     }
     Ok(())
+}
+
+fn smaps_flags(at: usize) -> Result<String, String> {
+    let text = text("/proc/self/smaps")?;
+    let begin = format!("{at:x}-");
+    let mut lines = text.lines().skip_while(|line| !line.starts_with(&begin));
+    let flags = lines.find(|line| line.starts_with("VmFlags:"));
+    Ok(flags.ok_or("no such mapping")?.to_owned())
+}
+
+fn sealed(checkpoint: &Checkpoint) -> Verdict {
+    let area = Area::apart(3)?;
+    area.fill(7);
+    let (at, bytes) = (area.at.addr(), area.bytes);
+    const MSEAL: i64 = 462;
+    sys!(syscall(MSEAL, at, bytes, 0))?;
+    let before = smaps_flags(at)?;
+    checkpoint.wait();
+    same("flags of sealed memory", before, smaps_flags(at)?)?;
+    ensure!(area.unmap().is_err(), "sealed memory could be unmapped");
+    area.verify("sealed memory", 7)
+}
+
+fn lock_later(checkpoint: &Checkpoint, flags: i32) -> Verdict {
+    sys!(mlockall(flags))?;
+    let look = || {
+        let area = Area::apart(5)?;
+        let flags = smaps_flags(area.at.addr())?;
+        area.unmap()?;
+        Ok::<_, String>(flags.replace(" sd", ""))
+    };
+    let before = look()?;
+    ensure!(before.contains(" lo"), "new memory is not locked: {before}");
+    checkpoint.wait();
+    same("flags of new memory", before, look()?)
+}
+
+fn locked_later(checkpoint: &Checkpoint) -> Verdict {
+    lock_later(checkpoint, libc::MCL_FUTURE)
+}
+
+fn locked_later_on_fault(checkpoint: &Checkpoint) -> Verdict {
+    lock_later(checkpoint, libc::MCL_FUTURE | libc::MCL_ONFAULT)
 }
 
 /// Keyrings, which are lost.

@@ -15,6 +15,7 @@ mod io_flusher;
 mod io_priority;
 mod keyrings;
 pub mod lost;
+pub mod memory;
 mod memory_policy;
 mod prctls;
 mod scheduling;
@@ -199,7 +200,10 @@ impl Differences {
         }
         let mut script = Script::new();
         let questions = ask(who.pid == who.tid, &mut script);
-        let known = |name: &[u8]| KINDS.iter().any(|kind| kind.name().as_bytes() == name);
+        let known = |name: &[u8]| {
+            let mut names = KINDS.iter().map(|kind| kind.name()).chain(memory::NAMES);
+            names.any(|known| known.as_bytes() == name)
+        };
         for name in wanted.keys().filter(|name| !known(name)) {
             let name = String::from_utf8_lossy(name);
             self.add(format!("{name} of the images is unknown to this program"), who.tid);

@@ -1,0 +1,4 @@
+//! Long documents.
+
+#[doc = include_str!("state.md")]
+pub mod state {}
