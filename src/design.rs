@@ -354,7 +354,9 @@
 //!   descriptors of their directory, logs and the like by a way that is gone component
 //!   after component ([`crate::sys::output`]). Nothing is removed because an image names
 //!   it: a name of `--link-remap` only if it is of the form that a dump gives to that very
-//!   entry, and still leads to the file that was restored; a ghost is made under a name that
+//!   entry, and still leads to the file that was restored. Pages are freed in regular files
+//!   alone, never through a link, and in no directory of which one of another user calls
+//!   itself a child; a ghost is made under a name that
 //!   is free, and filled and adjusted by its descriptor.
 //! - A page is never answered with another page's bytes or with zeros that
 //!   nobody stored: what cannot be found, or was freed, is an error.

@@ -383,3 +383,48 @@ fn privileged_links_in_images_of_others_lead_to_nothing_of_ours() {
     assert!(read().is_none());
     drop(mounted);
 }
+
+#[test]
+fn privileged_images_of_others_free_nothing_of_ours() {
+    require(Cap::Ptrace);
+    require(Cap::Program("setpriv"));
+    let mut live = Live::workload("private_anon");
+    fs::set_permissions(live.dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    live.images_name = "1";
+    live.dump_running(&[]);
+    live.images_name = "2";
+    live.dump(&[]);
+    let (first, second) = (live.path("1"), live.path("2"));
+    let pages = first.join(format!(
+        "pages-{}.img",
+        document(&first.join(format!("pagemap-{}.img", live.root)))["entries"][0]["pages_id"]
+    ));
+    let blocks = || fs::metadata(&pages).unwrap().blocks();
+    let before = blocks();
+    let dedup = || {
+        let mut dedup = Command::new(env!("CARGO_BIN_EXE_rcriu"));
+        let output = dedup.args(["dedup", "-D"]).arg(&second).output().unwrap();
+        (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    // A full dump, which supersedes all that its parent has, if that is its parent.
+    give(&second);
+    as_nobody(&["ln", "-s", first.to_str().unwrap(), second.join("parent").to_str().unwrap()]);
+    let (done, said) = dedup();
+    assert!(!done && said.contains("which belongs to user 0: its descendant"), "{said}");
+    assert_eq!(blocks(), before);
+    // Nor does a link in the place of pages.
+    give(&first);
+    let secret = live.path("secret");
+    fs::rename(&pages, &secret).unwrap();
+    std::os::unix::fs::chown(&secret, Some(0), None).unwrap();
+    as_nobody(&["ln", "-s", secret.to_str().unwrap(), pages.to_str().unwrap()]);
+    let (done, said) = dedup();
+    assert!(!done && said.contains("it is a symbolic link"), "{said}");
+    assert_eq!(blocks(), before);
+    // What is all of one user's is freed.
+    fs::remove_file(&pages).unwrap();
+    fs::rename(&secret, &pages).unwrap();
+    give(&first);
+    let (done, said) = dedup();
+    assert!(done && blocks() < before, "{said}");
+}

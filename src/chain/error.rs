@@ -133,6 +133,23 @@ pub enum ChainError {
         /// A pages file.
         path: PathBuf,
     },
+    /// Pages of one user would be freed for what another one has made.
+    #[error(
+        "nothing is freed in {dir}, which belongs to user {owner}: its descendant {child} belongs to \
+         user {child_owner}\n  If that is meant to be, let both belong to one user (chown -R).",
+        dir = .dir.display(),
+        child = .child.display()
+    )]
+    ForeignChild {
+        /// The image directory that pages would be freed in.
+        dir: PathBuf,
+        /// The owner of its inventory.
+        owner: u32,
+        /// A directory that has it among its ancestors.
+        child: PathBuf,
+        /// The owner of that one's inventory.
+        child_owner: u32,
+    },
     /// Pages could not be freed.
     #[error("{step} {path}", path = .path.display())]
     Free {

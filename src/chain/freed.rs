@@ -19,7 +19,9 @@ use std::{
 
 use nix::unistd::{AccessFlags, access};
 
-use super::{Chain, ChainError, FileId, Index, Layer, Place, Result, SnapshotId};
+use super::{
+    Chain, ChainError, FileId, Index, Layer, Place, Result, SnapshotId, owner::ForeignChildren,
+};
 use crate::{
     fault::{self, Point},
     image::{Disk, Kind, MemoryId, punched::JournalWriter},
@@ -94,12 +96,14 @@ pub struct Freeing {
     disk: Arc<dyn Disk>,
     /// By snapshot and `pages_id`.
     targets: BTreeMap<(SnapshotId, u32), Target>,
+    foreign: ForeignChildren,
 }
 
 impl Freeing {
     /// Begins to free pages of `chain` by way of `disk`.
     pub fn new(chain: Arc<Chain>, disk: Arc<dyn Disk>) -> Self {
-        Self { chain, disk, targets: BTreeMap::new() }
+        let foreign = ForeignChildren::of(&chain);
+        Self { chain, disk, targets: BTreeMap::new(), foreign }
     }
 
     /// Opens the pages file of a layer of `memory`, and its journal. Nothing is
@@ -114,6 +118,7 @@ impl Freeing {
         if self.targets.contains_key(&key) {
             return Ok(());
         }
+        self.foreign.check(&self.chain, layer.snapshot)?;
         let path = self.chain.image_path(layer.snapshot, Kind::Pages, layer.pages_id.into());
         let failed = |step| {
             let path = path.clone();

@@ -1,12 +1,13 @@
 //! Whose images a chain is made of.
 
 use std::{
+    collections::HashMap,
     fs,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
-use super::Chain;
+use super::{Chain, ChainError, Result, SnapshotId};
 use crate::image::Kind;
 
 /// Others may create files in a directory: `S_IWOTH`, `S_IWGRP` (`inode(7)`).
@@ -41,6 +42,55 @@ impl Owner {
         }
         // A chain has snapshots.
         one.map_or_else(|| Self::Several { dir: PathBuf::new() }, Self::One)
+    }
+}
+
+/// Snapshots that have descendants of other users.
+///
+/// Pages may be freed in the others only: a link called `parent` is anybody's to make.
+#[derive(Debug)]
+pub(super) struct ForeignChildren {
+    owners: HashMap<SnapshotId, u32>,
+    /// With such a descendant.
+    found: HashMap<SnapshotId, SnapshotId>,
+}
+
+impl ForeignChildren {
+    /// Looks at all inventories of a chain.
+    pub(super) fn of(chain: &Chain) -> Self {
+        let owner = |id| {
+            let inventory = chain.image_path(id, Kind::Inventory, 0);
+            fs::symlink_metadata(inventory).ok().map(|meta| (id, meta.uid()))
+        };
+        let owners: HashMap<_, _> = chain.ids().filter_map(owner).collect();
+        let mut found = HashMap::new();
+        // Each comes after its parent.
+        let mut ids: Vec<_> = chain.ids().collect();
+        ids.reverse();
+        for child in ids {
+            let Ok(Some(parent)) = chain.snapshot(child).parent else { continue };
+            if owners.get(&child) != owners.get(&parent) {
+                found.insert(parent, child);
+            } else if let Some(below) = found.get(&child).copied() {
+                found.entry(parent).or_insert(below);
+            }
+        }
+        Self { owners, found }
+    }
+
+    /// Checks that pages may be freed in a snapshot.
+    ///
+    /// # Errors
+    /// [`ChainError::ForeignChild`].
+    pub(super) fn check(&self, chain: &Chain, id: SnapshotId) -> Result<()> {
+        let Some(child) = self.found.get(&id) else { return Ok(()) };
+        let owner = |id| self.owners.get(id).copied().unwrap_or(u32::MAX);
+        Err(ChainError::ForeignChild {
+            dir: chain.snapshot(id).dir.clone(),
+            owner: owner(&id),
+            child: chain.snapshot(*child).dir.clone(),
+            child_owner: owner(child),
+        })
     }
 }
 

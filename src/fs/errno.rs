@@ -50,6 +50,7 @@ fn chain_errno(error: &ChainError) -> Errno {
         | ChainError::Read { source, .. }
         | ChainError::Free { source, .. } => io_errno(source),
         ChainError::NoPunching { .. } => Errno::EOPNOTSUPP,
+        ChainError::ForeignChild { .. } => Errno::EPERM,
         ChainError::Image(error) => image_errno(error),
         ChainError::Lost(error) => chain_errno(error),
         ChainError::NoImages { .. }

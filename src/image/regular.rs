@@ -26,29 +26,41 @@ const FILE_MODE: u32 = 0o600;
 /// # Errors
 /// What `open(2)` returns; [`io::ErrorKind::InvalidInput`] for a file of another type.
 pub fn open(path: &Path) -> io::Result<(File, FileStat)> {
-    open_with(path, File::options().read(true))
+    open_with(path, File::options().read(true), OFlag::empty())
 }
 
-/// Opens a regular file for reading and writing.
+/// Opens a regular file for reading and writing. A link is none: what it leads to may be
+/// anything of anybody's.
 ///
 /// # Errors
 /// As [`open`].
 pub fn open_to_change(path: &Path) -> io::Result<(File, FileStat)> {
-    open_with(path, File::options().read(true).write(true))
+    open_with(path, File::options().read(true).write(true), OFlag::O_NOFOLLOW)
 }
 
-fn open_with(path: &Path, options: &mut OpenOptions) -> io::Result<(File, FileStat)> {
+fn open_with(path: &Path, options: &mut OpenOptions, flags: OFlag) -> io::Result<(File, FileStat)> {
     // Without O_NONBLOCK, a FIFO under the file's name would hang us.
-    let file = options.custom_flags((OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits()).open(path)?;
+    let flags = flags | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+    let file = options.custom_flags(flags.bits()).open(path).map_err(|error| {
+        if error.raw_os_error() == Some(libc::ELOOP) && path.is_symlink() {
+            not_regular(libc::S_IFLNK)
+        } else {
+            error
+        }
+    })?;
     // The standard library's way to ask takes twice as long.
     let stat = fstat(&file)?;
-    match type_name(stat.st_mode) {
-        None => Ok((file, stat)),
-        Some(name) => {
-            let problem = format!("it is {name}, and not a regular file");
-            Err(io::Error::new(io::ErrorKind::InvalidInput, problem))
-        }
+    if stat.st_mode & libc::S_IFMT == libc::S_IFREG {
+        Ok((file, stat))
+    } else {
+        Err(not_regular(stat.st_mode))
     }
+}
+
+fn not_regular(mode: u32) -> io::Error {
+    let name = type_name(mode).unwrap_or("a regular file");
+    let problem = format!("it is {name}, and not a regular file");
+    io::Error::new(io::ErrorKind::InvalidInput, problem)
 }
 
 /// Returns what to call a file of this mode, `None` if it is a regular one.
@@ -117,6 +129,12 @@ mod tests {
             read(path, 10).unwrap_err();
         }
         open_to_change(&path).unwrap_err();
+        let link = dir.path().join("link");
+        fs::write(dir.path().join("target"), "").unwrap();
+        std::os::unix::fs::symlink("target", &link).unwrap();
+        open(&link).unwrap();
+        let problem = open_to_change(&link).unwrap_err().to_string();
+        assert_eq!(problem, "it is a symbolic link, and not a regular file");
     }
 
     #[test]

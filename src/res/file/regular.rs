@@ -295,7 +295,7 @@ pub fn open_entry(entry: &proto::RegFileEntry, flags: i32, opened: &mut Opened) 
     }
     if let Some(fd) = revived::open(entry, flags, opened)? {
         let stat = fstat(&fd).map_err(failed("look at"))?;
-        check(entry, &stat)?;
+        check(entry, &stat, flags)?;
         validation::check(entry, fd.as_fd(), &stat, opened)?;
         return Ok(fd);
     }
@@ -315,7 +315,7 @@ pub fn open_entry(entry: &proto::RegFileEntry, flags: i32, opened: &mut Opened) 
         }
     })?;
     let stat = fstat(&named).map_err(failed("look at"))?;
-    check(entry, &stat)?;
+    check(entry, &stat, flags)?;
     validation::check(entry, named.as_fd(), &stat, opened)?;
     if descriptor::is_path(flags) {
         return Ok(named);
@@ -329,7 +329,7 @@ pub fn open_entry(entry: &proto::RegFileEntry, flags: i32, opened: &mut Opened) 
     if is_same(&now, &stat) { Ok(fd) } else { Err(failed("open")(Errno::ESTALE)) }
 }
 
-fn check(entry: &proto::RegFileEntry, stat: &libc::stat) -> Result<()> {
+fn check(entry: &proto::RegFileEntry, stat: &libc::stat, flags: u32) -> Result<()> {
     let name = || String::from_utf8_lossy(&entry.name);
     let format = |mode: u32| mode & libc::S_IFMT;
     let was = entry.mode.map_or(libc::S_IFREG, format);
@@ -337,7 +337,11 @@ fn check(entry: &proto::RegFileEntry, stat: &libc::stat) -> Result<()> {
     // is of.
     let other = match entry.mode {
         Some(_) => was != format(stat.st_mode),
-        None => matches!(format(stat.st_mode), libc::S_IFIFO | libc::S_IFSOCK),
+        // One that is opened for both ends, as a FIFO is for a start, does not wait.
+        None => {
+            format(stat.st_mode) == libc::S_IFIFO
+                && flags.cast_signed() & libc::O_ACCMODE != libc::O_RDWR
+        }
     };
     if other {
         let say = |mode| image::regular::type_name(mode).unwrap_or("a regular file");
