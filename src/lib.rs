@@ -16,6 +16,7 @@ pub mod fault;
 pub mod fs;
 pub mod image;
 pub mod inject;
+pub mod parallel;
 pub mod proc;
 pub mod res;
 pub mod restore;

@@ -11,12 +11,13 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("units", &[]),
     ("sys", &["units", "fault"]),
     ("image", &["units"]),
-    ("chain", &["causes", "image", "units", "fault"]),
+    ("chain", &["causes", "parallel", "image", "units", "fault"]),
     ("view", &["chain", "image", "units"]),
     ("fs", &["causes", "view", "chain", "image", "sys", "units"]),
     ("fault", &[]),
     ("causes", &[]),
     ("docs", &[]),
+    ("parallel", &[]),
     ("action", &["units"]),
     ("proc", &["units"]),
     ("inject", &["sys", "proc", "units", "fault"]),
@@ -25,13 +26,16 @@ const ARROWS: &[(&str, &[&str])] = &[
     (
         "dump",
         &[
-            "causes", "action", "dedup", "res", "inject", "proc", "chain", "image", "sys", "units",
-            "fault",
+            "causes", "parallel", "action", "dedup", "res", "inject", "proc", "chain", "image",
+            "sys", "units", "fault",
         ],
     ),
     (
         "restore",
-        &["causes", "action", "res", "inject", "proc", "chain", "image", "sys", "units", "fault"],
+        &[
+            "causes", "parallel", "action", "res", "inject", "proc", "chain", "image", "sys",
+            "units", "fault",
+        ],
     ),
     (
         "cli",

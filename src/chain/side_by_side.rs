@@ -8,6 +8,8 @@ use std::{
     thread,
 };
 
+use crate::parallel;
+
 /// Returns how many processors there are for us and `parts` of work, at least one.
 pub(super) fn processors_for(parts: usize) -> usize {
     if parts <= 1 {
@@ -69,7 +71,7 @@ pub(crate) fn map_until<T: Sync, R: Send, S: Default>(
     };
     let others = processors_for(items.len().div_ceil(worth)) - 1;
     let mut done = thread::scope(|scope| {
-        let others: Vec<_> = (0..others).map(|_| scope.spawn(take)).collect();
+        let others: Vec<_> = (0..others).map_while(|_| parallel::spawn(scope, take)).collect();
         let mut done = take();
         for other in others {
             done.extend(other.join().expect("the work does not panic"));

@@ -56,6 +56,8 @@ pub(super) fn tree(tasks: &[Task], options: &Options) -> Result<()> {
     let own = HostPid(nix::unistd::getpid().as_raw());
     let pids: BTreeSet<i32> = tasks.iter().map(|task| task.pid.0).collect();
     for task in tasks.iter().filter(|task| !task.is_zombie()) {
+        // Before anything is taken for not shared because that cannot be told.
+        compare(task.pid, task.pid, Shared::Memory)?;
         check_namespaces(task.pid, own)?;
         check_sharing(task)?;
         for thread in &task.threads {
@@ -86,7 +88,7 @@ pub(super) fn tree(tasks: &[Task], options: &Options) -> Result<()> {
                 ("descriptor table", Shared::Files),
                 ("working directory", Shared::Fs),
             ] {
-                if process::kcmp(task.pid, other.pid, kind) == Ok(Ordering::Equal) {
+                if compare(task.pid, other.pid, kind)? == Ordering::Equal {
                     return Err(DumpError::Unsupported {
                         pid: task.pid,
                         what: format!("shares its {what} with process {} (clone(2))", other.pid),
@@ -149,7 +151,7 @@ fn check_sharing(task: &Task) -> Result<()> {
             ("a root, working directory and umask (CLONE_FS)", Shared::Fs),
             ("a list of semaphore operations to be undone (CLONE_SYSVSEM)", Shared::Undo),
         ] {
-            if matches!(process::kcmp(first, tid, kind), Ok(Ordering::Less | Ordering::Greater)) {
+            if compare(first, tid, kind)? != Ordering::Equal {
                 return Err(own_of_thread(pid, tid, what));
             }
         }
@@ -160,6 +162,12 @@ fn check_sharing(task: &Task) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Compares what two processes or threads have. What could not be told would be taken for
+/// something else, and the tree restored without what it shares.
+fn compare(a: HostPid, b: HostPid, kind: Shared) -> Result<Ordering> {
+    process::kcmp(a, b, kind).map_err(|source| DumpError::Compare { pid: a, source })
 }
 
 fn own_of_thread(pid: HostPid, tid: HostPid, what: &str) -> DumpError {

@@ -80,6 +80,17 @@ pub enum DumpError {
         /// The options of nsenter(1) that enter them.
         flags: String,
     },
+    /// It cannot be told what processes, threads and descriptors share.
+    #[error(
+        "tell by kcmp(2) what process {pid} shares; run rcriu where no filter of system calls \
+         forbids it, on a kernel with CONFIG_KCMP"
+    )]
+    Compare {
+        /// The process.
+        pid: HostPid,
+        /// Why.
+        source: Errno,
+    },
     /// The program was asked to stop.
     #[error("asked to stop; the tree runs on")]
     Cancelled,

@@ -80,10 +80,17 @@ impl State {
         let failed = |step| FileError::restore(0, step, "a descriptor");
         let stat = fstat(&fd).map_err(failed("look at"))?;
         let known = self.known.entry((stat.st_dev, stat.st_ino)).or_default();
+        let mut untold = None;
         let position = known.binary_search_by(|(_, known)| {
             let pair = Shared::File(known.as_raw_fd(), fd.as_raw_fd());
-            process::kcmp(self.own, self.own, pair).unwrap_or(Ordering::Less)
+            process::kcmp(self.own, self.own, pair).unwrap_or_else(|errno| {
+                untold = Some(errno);
+                Ordering::Less
+            })
         });
+        if let Some(errno) = untold {
+            return Err(failed("tell by kcmp(2) who shares")(errno));
+        }
         match position {
             Ok(position) => Ok((known[position].0, None)),
             Err(position) => {

@@ -10,14 +10,12 @@
 use std::{
     fs::File,
     io::{self, IoSlice},
-    num::NonZeroUsize,
     os::unix::fs::{FileExt, MetadataExt},
     path::PathBuf,
     sync::{
         Arc, Condvar, Mutex, MutexGuard,
         atomic::{AtomicBool, Ordering},
     },
-    thread,
 };
 
 use nix::{
@@ -31,6 +29,7 @@ use crate::{
     chain::{Content, MemoryBytes, Place, read_at},
     fault::{self, Point},
     image::{Kind, MemoryId, PagemapEntry, PagemapWriter, Presence, SnapshotWriter},
+    parallel,
     sys::{cancel, fds},
     units::{BLOCK_BYTES, PAGE_SIZE, PageIndex, page_bytes},
 };
@@ -165,8 +164,7 @@ pub(super) fn dump(memories: &[Memory], images: &SnapshotWriter, early: bool) ->
     if total < WORTH_A_THREAD_PAGES {
         work();
     } else {
-        let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        thread::scope(|scope| (0..threads).for_each(|_| drop(scope.spawn(work))));
+        parallel::on_all_processors(&work);
     }
     if let Some(error) = lock(&failure).take() {
         return Err(error);

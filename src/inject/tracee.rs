@@ -237,13 +237,16 @@ pub(super) fn find_syscall(pid: HostPid, mappings: &[Mapping]) -> Result<RemoteA
     let executable = |mapping: &&Mapping| mapping.execute && mapping.read;
     let vdso = mappings.iter().filter(|mapping| mapping.name == b"[vdso]");
     let others = mappings.iter().filter(|mapping| mapping.name != b"[vsyscall]");
+    let mut unread = None;
     for mapping in vdso.chain(others).filter(executable) {
         let mut buffer = vec![0; SEARCH_BYTES];
         let mut next = mapping.start;
         while next < mapping.end {
             let len = usize::try_from(mapping.end.0 - next.0).unwrap_or(usize::MAX);
             let buffer = &mut buffer[..len.min(SEARCH_BYTES)];
-            if process::read_memory(pid, next, buffer).is_err() {
+            if let Err(source) = process::read_memory(pid, next, buffer) {
+                let (step, len) = ("look for a system call in", buffer.len() as u64);
+                unread = Some(InjectError::Memory { tid: pid, step, address: next, len, source });
                 break;
             }
             let found = buffer
@@ -255,5 +258,5 @@ pub(super) fn find_syscall(pid: HostPid, mappings: &[Mapping]) -> Result<RemoteA
             next = next.plus(buffer.len() as u64);
         }
     }
-    Err(InjectError::NoSyscall { tid: pid })
+    Err(unread.unwrap_or(InjectError::NoSyscall { tid: pid }))
 }

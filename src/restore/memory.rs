@@ -7,14 +7,12 @@
 
 use std::{
     fs::File,
-    num::NonZeroUsize,
     ops::Range,
     os::unix::fs::FileExt,
     sync::{
         Mutex,
         atomic::{AtomicBool, Ordering},
     },
-    thread,
 };
 
 use nix::libc;
@@ -28,6 +26,7 @@ use crate::{
     chain::{MemoryBytes, read_at},
     image::{proto::VmaEntry, vma},
     inject::Script,
+    parallel,
     res::{mapping, sysv},
     sys::process,
     units::{HostPid, PAGE_SHIFT, PAGE_SIZE, PageIndex, PageRanges, RemoteAddr, page_bytes},
@@ -153,8 +152,7 @@ pub(super) fn in_parallel(
     if chunks.chunks.len() < WORTH_A_THREAD {
         run();
     } else {
-        let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        thread::scope(|scope| (0..threads).for_each(|_| drop(scope.spawn(run))));
+        parallel::on_all_processors(&run);
     }
     let failure = failure.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
     failure.map_or(Ok(()), Err)

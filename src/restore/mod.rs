@@ -29,7 +29,7 @@ use crate::{
     action::{Actions, Stage},
     causes::{tell, with_sources},
     fault::{self, Point},
-    proc,
+    parallel, proc,
     res::{
         cgroup::Places,
         file::{Policy, memfd},
@@ -162,8 +162,14 @@ fn restore(
     let table_bytes = table_bytes(plan);
     let place = scratch_place(plan, table_bytes)?;
     thread::scope(|scope| {
-        let filling =
-            objects::any_filled(&objects).then(|| scope.spawn(|| objects::fill(&objects, free)));
+        let fill = || objects::fill(&objects, free);
+        let mut filling = None;
+        if objects::any_filled(&objects) {
+            filling = parallel::spawn(scope, fill);
+            if filling.is_none() {
+                fill()?;
+            }
+        }
         let workshop = Workshop {
             place,
             table_bytes,
