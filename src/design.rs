@@ -260,6 +260,14 @@
 //! ([`crate::docs::state`] lists all state, kept, refused or warned of);
 //! and the signal by which a process tells its end, if it is not `SIGCHLD`.
 //!
+//! Files keep what hardly shows, in fields of ours: a reader of a FIFO that it has seen no
+//! writer go (`rcriu_no_hangup` of `fifo_entry`), a master that its slave was closed
+//! (`rcriu_hung_up` of `tty_info_entry`), a deleted file its extended attributes and its
+//! times to the nanosecond (`rcriu_xattrs`, `rcriu_atim_nsec` and `rcriu_mtim_nsec` of
+//! `ghost_file_entry`); one that was made without a name (`O_TMPFILE`) can be given one.
+//! A pseudoterminal whose number is taken gets another, unless it controls a session or
+//! is open by name alone.
+//!
 //! With `--auto-dedup` everything that could keep pages from being freed is found out
 //! first: the journals, and whether the file system can do it. Pages are freed when the
 //! tree runs, or as it is filled; so what a child shares with its parent is compared

@@ -245,6 +245,11 @@ states! {
     unix_queued_files;
     memfd_append;
     shared_anon_reopened;
+    fifo_hangups;
+    pty_masters;
+    pty_hangups;
+    tmpfile;
+    deleted_attributes;
     unix_stream_pair;
     unix_datagram_pair;
     unix_seqpacket_pair;
@@ -581,6 +586,74 @@ impl Drop for Mount {
     fn drop(&mut self) {
         let _ = umount2(&self.0, MntFlags::MNT_DETACH);
     }
+}
+
+/// Starts a shell that runs `script`, says that it is ready, and waits.
+fn shell(script: &str) -> Live {
+    let script = format!(
+        "{script}; mkfifo gate; echo ready >status.new; mv status.new status; read x <gate"
+    );
+    let mut live = Live::program("sh", &["-c", &script], directory());
+    live.wait_ready();
+    wait_for("the end of mv", || live.tree().len() == 1);
+    live
+}
+
+#[test]
+fn privileged_a_file_below_a_mount_is_refused_until_that_is_gone() {
+    require(Cap::Ptrace);
+    let mut live = shell("mkdir dir; exec 3>dir/file");
+    let point = live.path("dir");
+    mount(None::<&str>, &point, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+    let mounted = Mount(point);
+    for options in [&[][..], &["--link-remap"]] {
+        refused_with(&mut live, options, "something is mounted over it");
+    }
+    drop(mounted);
+    live.dump(&[]);
+    live.restore(&[]);
+}
+
+/// The main case of a log: the program runs on after the snapshot.
+#[test]
+fn privileged_a_file_that_has_grown_is_named_with_what_helps() {
+    require(Cap::Ptrace);
+    let mut live = shell("exec 3>log; echo begin >&3");
+    live.dump_running(&[]);
+    live.kill();
+    let log = live.path("log");
+    fs::write(&log, "begin and more\n").unwrap();
+    let output = live.try_restore(&[]);
+    let words = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success(), "restored with a file that has grown");
+    let (root, log) = (live.root, log.display());
+    for part in [
+        &format!("descriptor 3 of process {root} ({log})"),
+        "has 15 bytes, but had 6",
+        &format!("truncate -s 6 {log}"),
+    ] {
+        assert!(words.contains(part), "{words}");
+    }
+    fs::write(live.path("log"), "begin\n").unwrap();
+    live.restore(&[]);
+}
+
+/// Of several dumps of one tree, each can be restored that found its names taken.
+#[test]
+fn privileged_link_remaps_leave_names_alone_that_are_taken() {
+    require(Cap::Ptrace);
+    let mut live = shell("echo text >file; ln file other; exec 3<>file; rm file");
+    live.dump_running(&["--link-remap"]);
+    for number in 0..40 {
+        fs::write(live.path(&format!("link_remap.{number}")), "of another").unwrap();
+    }
+    fs::remove_dir_all(live.images()).unwrap();
+    live.dump(&["--link-remap"]);
+    live.restore(&["--link-remap"]);
+    assert!(live.path("link_remap.7").exists());
+    let left = fs::read_dir(live.dir.path()).unwrap().flatten();
+    let left = left.filter(|entry| entry.file_name().to_string_lossy().contains("link_remap"));
+    assert_eq!(left.count(), 40);
 }
 
 /// A restore could not write the bytes of such a file.

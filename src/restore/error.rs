@@ -177,6 +177,26 @@ pub enum RestoreError {
     /// An open file could not be restored.
     #[error(transparent)]
     OpenFile(#[from] FileError),
+    /// The same, of a file that processes are known to use.
+    #[error("{place}: {problem}")]
+    WrongFile {
+        /// Who uses it, as what.
+        place: String,
+        /// What is wrong, and what would help.
+        problem: String,
+    },
+    /// A system call about a file failed that processes are known to use.
+    #[error("{step} {object} ({place})")]
+    FileCall {
+        /// Who uses it, as what.
+        place: String,
+        /// What was attempted, as a verb.
+        step: &'static str,
+        /// The object: a path, an address.
+        object: String,
+        /// Why it failed.
+        source: Errno,
+    },
     /// State of a process could not be restored.
     #[error(transparent)]
     State(#[from] ResError),
@@ -198,4 +218,22 @@ pub enum RestoreError {
     /// A test asked for it.
     #[error(transparent)]
     Fault(#[from] Injected),
+}
+
+impl RestoreError {
+    /// Replaces the number of a file in the images by what `place` says of who uses it.
+    pub(super) fn located(self, place: impl Fn(u32) -> Option<String>) -> Self {
+        let Self::OpenFile(error) = self else { return self };
+        match error {
+            FileError::Image { id, problem } => match place(id) {
+                Some(place) => Self::WrongFile { place, problem },
+                None => FileError::Image { id, problem }.into(),
+            },
+            FileError::Restore { id, step, object, source } => match place(id) {
+                Some(place) => Self::FileCall { place, step, object, source },
+                None => FileError::Restore { id, step, object, source }.into(),
+            },
+            error => error.into(),
+        }
+    }
 }

@@ -97,6 +97,7 @@ pub fn run(options: &Options) -> Result<()> {
     subreaper(true)?;
     let restored = restore(options, &actions, &plan, &cgroups, free.as_ref(), &mut stats);
     subreaper(false)?;
+    let restored = restored.map_err(|error| error.located(|id| plan.user_of(id)));
     restored.map_err(|source| match free.as_ref().map(Free::freed_pages) {
         Some(pages @ 1..) => RestoreError::Spent { pages, source: Box::new(source) },
         _ => source,

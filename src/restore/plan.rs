@@ -100,6 +100,44 @@ impl Plan {
         &self.chain.snapshot(self.snapshot).dir
     }
 
+    /// Says who uses a file of the images, as what, and what it is called: as in
+    /// "descriptor 3 of process 12 (/var/log/messages)".
+    pub(super) fn user_of(&self, id: u32) -> Option<String> {
+        // The path of a FIFO or terminal has an entry of its own.
+        let has_path = |entry: &&proto::FileEntry| {
+            let fifo = entry.fifo.as_ref().and_then(|fifo| fifo.regf_id);
+            [fifo, entry.tty.as_ref().and_then(|tty| tty.regf_id)].contains(&Some(id))
+        };
+        let id = self.files.iter().find(has_path).map_or(id, |entry| entry.id);
+        let users = self.tasks.iter().filter_map(|task| {
+            let body = task.body.as_ref()?;
+            let descriptor = body.fds.iter().find(|entry| entry.id == id);
+            let mapping = body.vmas.iter().find(|entry| {
+                entry.status & (vma::FILE_PRIVATE | vma::FILE_SHARED) != 0
+                    && entry.shmid == u64::from(id)
+            });
+            let pid = task.pid;
+            Some(match (descriptor, mapping) {
+                (Some(entry), _) => format!("descriptor {} of process {pid}", entry.fd),
+                _ if body.fs.cwd_id == id => format!("working directory of process {pid}"),
+                _ if body.fs.root_id == id => format!("root directory of process {pid}"),
+                _ if body.mm.exe_file_id == id => format!("program of process {pid}"),
+                (_, Some(entry)) => format!("mapping at {:#x} of process {pid}", entry.start),
+                _ => return None,
+            })
+        });
+        let user = users.into_iter().next()?;
+        let entry = self.files.iter().find(|entry| entry.id == id)?;
+        let path = |id: u32| self.files.iter().find(|entry| entry.id == id)?.reg.as_ref();
+        let fifo = entry.fifo.as_ref().and_then(|fifo| fifo.regf_id);
+        let name = [Some(id), fifo, entry.tty.as_ref().and_then(|tty| tty.regf_id)];
+        let name = name.into_iter().flatten().find_map(path);
+        Some(match name {
+            Some(file) => format!("{user} ({})", String::from_utf8_lossy(&file.name)),
+            None => user,
+        })
+    }
+
     /// Reads the images in `dir`, after keeping others from changing them, or from
     /// using them if this program changes them.
     ///

@@ -1,9 +1,16 @@
 //! Terminals.
 #![expect(unsafe_code, reason = "ioctls of terminals")]
 
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use nix::{errno::Errno, libc};
+use nix::{
+    errno::Errno,
+    fcntl::{FcntlArg, FdFlag, fcntl},
+    libc,
+};
+
+/// As the kernel has it (`include/uapi/asm-generic/fcntl.h`); to the C library it is 0.
+const O_LARGEFILE: libc::c_int = 0o100_000;
 
 /// `NCCS` (`include/uapi/asm-generic/termbits.h`).
 pub const CONTROL_CHARACTERS: usize = 19;
@@ -68,6 +75,8 @@ const TIOCSPTLCK: libc::Ioctl = with_int(1, 0x31);
 const TIOCGPKT: libc::Ioctl = with_int(2, 0x38);
 const TIOCGPTLCK: libc::Ioctl = with_int(2, 0x39);
 const TIOCGEXCL: libc::Ioctl = with_int(2, 0x40);
+/// Since Linux 4.13.
+const TIOCGPTPEER: libc::Ioctl = 0x5441;
 const _: () = assert!(TIOCGPTN == 0x8004_5430 && TIOCSPTLCK == 0x4004_5431);
 
 /// What a terminal tells as an `int`.
@@ -137,6 +146,24 @@ pub fn switch(fd: BorrowedFd, switch: Switch, on: bool) -> nix::Result<()> {
 pub fn make_exclusive(fd: BorrowedFd) -> nix::Result<()> {
     // SAFETY: the request takes no argument.
     Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), TIOCEXCL) }).map(drop)
+}
+
+/// Opens the slave of a master, wherever its file system is mounted. It does not become
+/// the controlling terminal.
+///
+/// # Errors
+/// What `ioctl(2)` returns: `EIO` if the master is locked.
+pub fn open_slave(master: BorrowedFd, flags: u32) -> nix::Result<OwnedFd> {
+    // The description would keep `O_CLOEXEC`, which a descriptor is given otherwise.
+    let flags = flags.cast_signed() & (libc::O_ACCMODE | libc::O_NONBLOCK | O_LARGEFILE);
+    let flags = flags | libc::O_NOCTTY;
+    // SAFETY: the request takes a number and returns a new descriptor.
+    let fd = unsafe { libc::ioctl(master.as_raw_fd(), TIOCGPTPEER, flags) };
+    let fd = Errno::result(fd)?;
+    // SAFETY: the kernel has just made this descriptor for us alone.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    fcntl(&fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
+    Ok(fd)
 }
 
 /// Returns the modes of a terminal, or with `locked` which of them cannot be changed.

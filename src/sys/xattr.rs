@@ -1,5 +1,5 @@
 //! Extended attributes of files.
-#![expect(unsafe_code, reason = "getxattr with a buffer")]
+#![expect(unsafe_code, reason = "getxattr and its like with buffers")]
 
 use std::{ffi::CString, os::unix::ffi::OsStrExt, path::Path};
 
@@ -8,6 +8,13 @@ use nix::{errno::Errno, libc};
 /// The longest value that is asked for: that of a path (`PATH_MAX`, `linux/limits.h`).
 const VALUE_BYTES: usize = 4096;
 
+/// The most bytes of a value, and of all names together (`XATTR_SIZE_MAX`,
+/// `XATTR_LIST_MAX`, `linux/limits.h`).
+const MOST_BYTES: usize = 65536;
+
+/// The name and the value of an extended attribute.
+pub type Attribute = (Vec<u8>, Vec<u8>);
+
 /// Returns an extended attribute of a file.
 ///
 /// # Errors
@@ -15,9 +22,46 @@ const VALUE_BYTES: usize = 4096;
 /// if no file there has any, `ERANGE` if it is longer than a path. `EINVAL` for names
 /// with a zero in them.
 pub fn get(path: &Path, name: &str) -> Result<Vec<u8>, Errno> {
+    value(path, name.as_bytes(), VALUE_BYTES)
+}
+
+/// Returns all extended attributes of a file, or none if no file there has any.
+///
+/// # Errors
+/// What `listxattr(2)` and `getxattr(2)` return.
+pub fn all(path: &Path) -> Result<Vec<Attribute>, Errno> {
+    let c_path = CString::new(path.as_os_str().as_bytes()).map_err(|_| Errno::EINVAL)?;
+    let mut names = vec![0_u8; MOST_BYTES];
+    // SAFETY: the string ends with a zero, and the kernel writes no more than
+    // `names.len()` bytes to `names`; both live until it returns.
+    let count = unsafe { libc::listxattr(c_path.as_ptr(), names.as_mut_ptr().cast(), names.len()) };
+    match Errno::result(count) {
+        Err(Errno::EOPNOTSUPP) => return Ok(Vec::new()),
+        count => names.truncate(count?.unsigned_abs()),
+    }
+    let names = names.split(|byte| *byte == 0).filter(|name| !name.is_empty());
+    names.map(|name| Ok((name.to_owned(), value(path, name, MOST_BYTES)?))).collect()
+}
+
+/// Sets an extended attribute of a file.
+///
+/// # Errors
+/// What `setxattr(2)` returns. `EINVAL` for names with a zero in them.
+pub fn set(path: &Path, name: &[u8], value: &[u8]) -> Result<(), Errno> {
     let path = CString::new(path.as_os_str().as_bytes()).map_err(|_| Errno::EINVAL)?;
     let name = CString::new(name).map_err(|_| Errno::EINVAL)?;
-    let mut value = vec![0_u8; VALUE_BYTES];
+    // SAFETY: both strings end with a zero, and the kernel reads `value.len()` bytes of
+    // `value`; all of them live until it returns.
+    let result = unsafe {
+        libc::setxattr(path.as_ptr(), name.as_ptr(), value.as_ptr().cast(), value.len(), 0)
+    };
+    Errno::result(result).map(drop)
+}
+
+fn value(path: &Path, name: &[u8], most_bytes: usize) -> Result<Vec<u8>, Errno> {
+    let path = CString::new(path.as_os_str().as_bytes()).map_err(|_| Errno::EINVAL)?;
+    let name = CString::new(name).map_err(|_| Errno::EINVAL)?;
+    let mut value = vec![0_u8; most_bytes];
     // SAFETY: both strings end with a zero, and the kernel writes no more than
     // `value.len()` bytes to `value`; all of them live until it returns.
     let count = unsafe {

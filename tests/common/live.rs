@@ -618,7 +618,8 @@ impl TreeState {
 /// memory objects that are shown by a number.
 fn without_numbers(text: &str) -> String {
     let mut out = text.to_owned();
-    for kind in ["pipe:[", "socket:[", "net:[", "inode="] {
+    // Files that never had a name are called after them.
+    for kind in ["pipe:[", "socket:[", "net:[", "inode=", "/#"] {
         if let Some(at) = out.find(kind) {
             let digits = at + kind.len();
             let end =

@@ -16,6 +16,11 @@ pub const ROWS: &[Row] = &[
     ("unix_queued_files", unix_queued_files),
     ("memfd_append", memfd_append),
     ("shared_anon_reopened", shared_anon_reopened),
+    ("fifo_hangups", fifo_hangups),
+    ("pty_masters", pty_masters),
+    ("pty_hangups", pty_hangups),
+    ("tmpfile", tmpfile),
+    ("deleted_attributes", deleted_attributes),
 ];
 
 fn text(error: std::io::Error) -> String {
@@ -34,6 +39,14 @@ fn c_string(text: impl Into<Vec<u8>>) -> CString {
 fn link_of(fd: i32) -> Result<String, String> {
     let link = fs::read_link(format!("/proc/self/fd/{fd}")).map_err(text)?;
     Ok(link.to_string_lossy().into_owned())
+}
+
+/// What poll(2) says now.
+fn polled(fd: i32) -> Result<i16, String> {
+    let events = libc::POLLIN | libc::POLLOUT;
+    let mut poll = libc::pollfd { fd, events, revents: 0 };
+    sys!(poll(&raw mut poll, 1, 0))?;
+    Ok(poll.revents)
 }
 
 /// Files of the process, of its thread, of its child, and one that two processes share.
@@ -219,4 +232,185 @@ fn shared_anon_reopened(checkpoint: &Checkpoint) -> Verdict {
     let mut found = [0_u8; 8];
     sys!(pread(fd, found.as_mut_ptr().cast(), 8, PAGE as i64))?;
     same("a word through the descriptor", 1234, u64::from_ne_bytes(found))
+}
+
+/// Readers of FIFOs: one that has never seen a writer, one whose writer has gone, and one
+/// that came after that.
+fn fifo_hangups(checkpoint: &Checkpoint) -> Verdict {
+    let make = |name| -> Result<CString, String> {
+        let path = checkpoint.c_path(name);
+        sys!(mkfifo(path.as_ptr(), 0o600))?;
+        Ok(path)
+    };
+    let (quiet, left, kept) = (make("quiet")?, make("left")?, make("kept")?);
+    let reader = libc::O_RDONLY | libc::O_NONBLOCK;
+    let never = open(&quiet, reader)?;
+    let early = open(&left, reader)?;
+    let writer = open(&left, libc::O_WRONLY)?;
+    write_all(writer, b"left behind")?;
+    sys!(close(writer))?;
+    let late = open(&left, reader)?;
+    let listening = open(&kept, reader)?;
+    let talking = open(&kept, libc::O_WRONLY)?;
+    let all = [never, early, late, listening, talking];
+    let state = || all.map(|fd| (polled(fd), flags(fd)));
+    let before = state();
+    same("events", [0, 0x11, 1, 0, 4].map(Ok), before.clone().map(|state| state.0))?;
+    checkpoint.wait();
+    same("events and flags", before, state())?;
+    same("bytes", &b"left"[..], &read_some(late, 4)?[..])?;
+    same("bytes", &b" behind"[..], &read_some(early, 100)?[..])?;
+    let writer = open(&quiet, libc::O_WRONLY)?;
+    sys!(close(writer))?;
+    same("events once a writer has come and gone", libc::POLLHUP, polled(never)?)
+}
+
+fn master(mode: i32) -> Result<(i32, CString), String> {
+    let master = open(c"/dev/ptmx", libc::O_RDWR | libc::O_NOCTTY | mode)?;
+    let unlocked = 0;
+    sys!(ioctl(master, libc::TIOCSPTLCK, &raw const unlocked))?;
+    let mut number = 0;
+    sys!(ioctl(master, libc::TIOCGPTN, &raw mut number))?;
+    Ok((master, c_string(format!("/dev/pts/{number}"))))
+}
+
+/// Masters: of a slave that was closed, and of one that was never opened.
+fn pty_masters(checkpoint: &Checkpoint) -> Verdict {
+    let (closed, path) = master(libc::O_NONBLOCK)?;
+    let slave = open(&path, libc::O_RDWR | libc::O_NOCTTY)?;
+    sys!(close(slave))?;
+    let (waiting, waiting_path) = master(libc::O_NONBLOCK)?;
+    let state = || (polled(closed), polled(waiting), link_of(closed));
+    let before = state();
+    same("what the master sees", Ok(libc::POLLHUP | libc::POLLOUT), before.0.clone())?;
+    let lost = read_some(closed, 10);
+    checkpoint.wait();
+    same("events", before, state())?;
+    same("what reading says", lost, read_some(closed, 10))?;
+    let slave = open(&waiting_path, libc::O_RDWR | libc::O_NOCTTY)?;
+    write_all(slave, b"words")?;
+    same("bytes of the slave", &b"words"[..], &read_some(waiting, 100)?[..])
+}
+
+/// A session whose terminal hangs up after the checkpoint, and one whose did before.
+fn pty_hangups(checkpoint: &Checkpoint) -> Verdict {
+    let lead = |path: &CString| -> Result<i32, String> {
+        sys!(setsid())?;
+        let slave = open(path, libc::O_RDWR)?;
+        sys!(ioctl(slave, libc::TIOCSCTTY, 0))?;
+        Ok(slave)
+    };
+    let ctty = || fs::File::open("/dev/tty").map(drop).map_err(text);
+    let (first, path) = master(libc::O_CLOEXEC)?;
+    let doomed = checkpoint.fork(|child| {
+        sys!(close(first))?;
+        lead(&path)?;
+        child.wait();
+        // SIGHUP ends it.
+        loop {
+            crate::kit::nap(1000);
+        }
+    })?;
+    // Its terminal hangs up as soon as it has one: the master is its own.
+    let hung = checkpoint.fork(|child| {
+        sys!(close(first))?;
+        ignore_hangup()?;
+        let (second, path) = master(libc::O_CLOEXEC)?;
+        let slave = lead(&path)?;
+        sys!(close(second))?;
+        let state = || (polled(slave), read_some(slave, 10), write_all(slave, b"x"), ctty());
+        let before = state();
+        ensure!(before.3.is_err(), "the session still has a terminal");
+        child.wait();
+        same("what a hung-up terminal says", before, state())
+    })?;
+    checkpoint.wait();
+    sys!(close(first))?;
+    let mut status = 0;
+    sys!(waitpid(doomed.pid, &raw mut status, 0))?;
+    ensure!(
+        libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGHUP,
+        "the leader of the session ended with {status:#x}"
+    );
+    hung.join()
+}
+
+fn ignore_hangup() -> Verdict {
+    // SAFETY: SIG_IGN is no function.
+    let before = unsafe { libc::signal(libc::SIGHUP, libc::SIG_IGN) };
+    ensure!(before != libc::SIG_ERR, "SIGHUP cannot be ignored");
+    Ok(())
+}
+
+fn stat_of(fd: i32) -> Result<libc::stat, String> {
+    // SAFETY: all zeros is a valid value.
+    let mut stat: libc::stat = unsafe { std::mem::zeroed() };
+    sys!(fstat(fd, &raw mut stat))?;
+    Ok(stat)
+}
+
+/// A file that never had a name can be given one.
+fn tmpfile(checkpoint: &Checkpoint) -> Verdict {
+    let path = checkpoint.path("status");
+    let dir = c_string(path.parent().ok_or("no directory")?.as_os_str().as_encoded_bytes());
+    let fd = open(&dir, libc::O_TMPFILE | libc::O_RDWR)?;
+    let reader = open(&c_string(format!("/proc/self/fd/{fd}")), libc::O_RDONLY)?;
+    write_all(fd, b"without a name")?;
+    let before = (flags(fd)?, offset(fd)?, stat_of(fd)?.st_mode);
+    checkpoint.wait();
+    same("flags, offset, mode", before, (flags(fd)?, offset(fd)?, stat_of(fd)?.st_mode))?;
+    same("bytes", &b"without"[..], &read_some(reader, 7)?[..])?;
+    let new = checkpoint.c_path("named");
+    sys!(linkat(fd, c"".as_ptr(), libc::AT_FDCWD, new.as_ptr(), libc::AT_EMPTY_PATH))?;
+    let found = fs::read(checkpoint.path("named")).map_err(text)?;
+    same("bytes under the new name", &b"without a name"[..], &found[..])
+}
+
+/// Attributes and times of a deleted file.
+fn deleted_attributes(checkpoint: &Checkpoint) -> Verdict {
+    let fd = open(&checkpoint.c_path("file"), libc::O_RDWR | libc::O_CREAT)?;
+    write_all(fd, b"contents")?;
+    let names = [c"user.first", c"trusted.second"];
+    for name in names {
+        let value = name.to_bytes();
+        sys!(fsetxattr(fd, name.as_ptr(), value.as_ptr().cast(), value.len(), 0))?;
+    }
+    // An access control list with a user of its own (`linux/posix_acl_xattr.h`): version,
+    // then tag, permissions and id of each entry.
+    let none = u32::MAX;
+    let entries = [(1, 6, none), (2, 4, 65_534_u32), (4, 0, none), (16, 4, none), (32, 0, none)];
+    let mut list = 2_u32.to_le_bytes().to_vec();
+    for (tag, permissions, id) in entries {
+        list.extend(u16::to_le_bytes(tag));
+        list.extend(u16::to_le_bytes(permissions));
+        list.extend(id.to_le_bytes());
+    }
+    let acl = c"system.posix_acl_access";
+    let has_lists = sys!(fsetxattr(fd, acl.as_ptr(), list.as_ptr().cast(), list.len(), 0)).is_ok();
+    sys!(fchown(fd, 65_534, 65_533))?;
+    let time = |seconds, nanoseconds| libc::timespec { tv_sec: seconds, tv_nsec: nanoseconds };
+    let times = [time(1_000_000_000, 123_456_789), time(1_100_000_000, 987_654_321)];
+    sys!(futimens(fd, times.as_ptr()))?;
+    fs::remove_file(checkpoint.path("file")).map_err(text)?;
+    let get = |name: &std::ffi::CStr| -> Result<Vec<u8>, String> {
+        let mut value = vec![0_u8; 200];
+        let count = sys!(fgetxattr(fd, name.as_ptr(), value.as_mut_ptr().cast(), value.len()))?;
+        value.truncate(count as usize);
+        Ok(value)
+    };
+    let state = || -> Result<_, String> {
+        let stat = stat_of(fd)?;
+        let times = [stat.st_atime, stat.st_atime_nsec, stat.st_mtime, stat.st_mtime_nsec];
+        Ok((times, stat.st_mode, stat.st_uid, stat.st_gid))
+    };
+    let before = state()?;
+    checkpoint.wait();
+    same("times, mode and owner", before, state()?)?;
+    for name in names {
+        same("attribute", name.to_bytes(), &get(name)?[..])?;
+    }
+    if has_lists {
+        same("access control list", list, get(acl)?)?;
+    }
+    Ok(())
 }

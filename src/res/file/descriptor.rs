@@ -6,6 +6,7 @@ use nix::{
     errno::Errno,
     fcntl::{FcntlArg, OFlag, fcntl, open as open_path},
     libc,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::stat::Mode,
     unistd::{Whence, lseek},
 };
@@ -53,6 +54,17 @@ pub(super) fn name(path: &[u8], flags: u32) -> nix::Result<OwnedFd> {
     open(path, way | libc::O_PATH.cast_unsigned())
 }
 
+/// Whether a file was made without a name, which leaves it the right to be given one.
+pub(super) fn is_tmpfile(flags: u32) -> bool {
+    flags.cast_signed() & TMPFILE != 0
+}
+
+/// Makes a file without a name in a directory, open as one that was made so before.
+pub(super) fn open_tmpfile(dir: &[u8], flags: u32) -> nix::Result<OwnedFd> {
+    let flags = flags.cast_signed() & !NOT_AGAIN | libc::O_TMPFILE | libc::O_CLOEXEC;
+    open_path(dir, OFlag::from_bits_retain(flags), Mode::S_IRUSR | Mode::S_IWUSR)
+}
+
 /// Returns the path under which a descriptor of this program can be opened again.
 pub(super) fn path_of(fd: BorrowedFd) -> String {
     format!("/proc/self/fd/{}", fd.as_raw_fd())
@@ -61,6 +73,13 @@ pub(super) fn path_of(fd: BorrowedFd) -> String {
 /// Makes a description of its own of what a descriptor leads to.
 pub(super) fn reopen(fd: BorrowedFd, flags: u32) -> nix::Result<OwnedFd> {
     open(path_of(fd).as_bytes(), flags & !libc::O_NOFOLLOW.cast_unsigned())
+}
+
+/// Returns what `poll(2)` tells of a descriptor now.
+pub(super) fn events(fd: BorrowedFd) -> nix::Result<PollFlags> {
+    let mut polled = [PollFd::new(fd, PollFlags::POLLIN | PollFlags::POLLOUT)];
+    poll(&mut polled, PollTimeout::ZERO)?;
+    Ok(polled[0].revents().unwrap_or(PollFlags::empty()))
 }
 
 /// Sets the status flags that can be set, but for `O_ASYNC`, for which there must

@@ -30,7 +30,7 @@ use crate::{
         ImageError, ImageWriter, Kind as ImageKind, SnapshotWriter,
         proto::{self, FdTypes, RemapType},
     },
-    sys::fds,
+    sys::{fds, xattr},
     units::BLOCK_BYTES,
 };
 
@@ -171,13 +171,17 @@ pub(super) fn link(
         let what = format!("the file {}, which has lost this name", String::from_utf8_lossy(name));
         return Err(file.unsupported(what, "allow it to be given another name with --link-remap"));
     }
-    let link_id = intake.new_id();
     let mut dir = Path::new(OsStr::from_bytes(name)).parent();
-    let path = loop {
+    let (link_id, path) = loop {
         let Some(at) = dir else {
             return Err(file.failed("give another name to")(Errno::ENOENT));
         };
-        let path = at.join(link_name(link_id));
+        // Other dumps may have left such names there.
+        let ids = std::iter::repeat_with(|| intake.new_id());
+        let (link_id, path) = ids
+            .map(|id| (id, at.join(link_name(id))))
+            .find(|(_, path)| path.symlink_metadata().is_err())
+            .expect("there are fewer files than numbers");
         // As with CRIU: by the descriptor, which needs CAP_DAC_READ_SEARCH, or else
         // through /proc.
         let by_descriptor = linkat(&file.fd, "", AT_FDCWD, &path, AtFlags::AT_EMPTY_PATH);
@@ -186,7 +190,7 @@ pub(super) fn link(
             linkat(AT_FDCWD, source.as_str(), AT_FDCWD, &path, AtFlags::AT_SYMLINK_FOLLOW)
         });
         match linked {
-            Ok(()) => break path,
+            Ok(()) => break (link_id, path),
             // The directory is gone too, or on an overlay the file itself is.
             Err(Errno::ENOENT) if !at.exists() => dir = at.parent(),
             Err(Errno::ENOENT) => return intake.lost().ghost(file, name, id),
@@ -217,6 +221,11 @@ fn kernel_device(device: u64) -> u32 {
     u32::try_from(number).unwrap_or(u32::MAX)
 }
 
+/// Returns what microseconds leave of a time, in nanoseconds.
+fn below_microsecond(nanoseconds: i64) -> Option<u32> {
+    u32::try_from(nanoseconds % 1000).ok().filter(|rest| *rest != 0)
+}
+
 impl Ghost {
     fn write(&self, images: &SnapshotWriter) -> Result<()> {
         let format = self.stat.st_mode & libc::S_IFMT;
@@ -240,7 +249,16 @@ impl Ghost {
             chunks: chunks.then_some(true),
             size: chunks.then_some(size),
             symlnk_target: None,
+            rcriu_xattrs: Vec::new(),
+            rcriu_atim_nsec: below_microsecond(self.stat.st_atime_nsec),
+            rcriu_mtim_nsec: below_microsecond(self.stat.st_mtime_nsec),
         };
+        if format != libc::S_IFLNK {
+            let path = descriptor::path_of(self.file.as_fd());
+            let all = xattr::all(Path::new(&path)).map_err(|errno| self.unreadable(errno))?;
+            let attribute = |(name, value)| proto::RcriuXattr { name, value };
+            entry.rcriu_xattrs = all.into_iter().map(attribute).collect();
+        }
         if format == libc::S_IFLNK {
             let target = readlinkat(&self.file, "").map_err(|errno| self.unreadable(errno))?;
             entry.symlnk_target = Some(target.as_bytes().to_vec());

@@ -11,6 +11,7 @@ use nix::{
     errno::Errno,
     fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, tee},
     libc,
+    poll::PollFlags,
     unistd::pipe2,
 };
 
@@ -148,7 +149,12 @@ impl Collector for Pipes {
         let file_entry = regular::entry_with_id(file, path, intake)?;
         intake.push(file_entry);
         entry.set_type(FdTypes::Fifo);
-        entry.fifo = Some(proto::FifoEntry { id: file.id, pipe_id, regf_id: Some(path) });
+        entry.fifo = Some(proto::FifoEntry {
+            id: file.id,
+            pipe_id,
+            regf_id: Some(path),
+            rcriu_no_hangup: has_no_hangup(file)?.then_some(true),
+        });
         self.note(pipe_id, file)?;
         Ok(entry)
     }
@@ -180,6 +186,17 @@ impl Collector for Pipes {
         image.finish()?;
         Ok(())
     }
+}
+
+/// Whether a description of a FIFO reads and is not told that its writers have gone: it
+/// was opened when there was none, and none has come since, or there is one.
+fn has_no_hangup(file: &Description) -> Result<bool> {
+    let flags = file.flags.cast_signed();
+    if flags & libc::O_ACCMODE != libc::O_RDONLY {
+        return Ok(false);
+    }
+    let events = descriptor::events(file.fd.as_fd()).map_err(file.failed("poll"))?;
+    Ok(!events.contains(PollFlags::POLLHUP))
 }
 
 /// Returns what is in a pipe, without taking it out: packet by packet if it is in
@@ -356,9 +373,7 @@ impl Opener for FifoOpener {
             return Ok(());
         }
         let contents = read_contents(opened, ImageKind::FifoData)?;
-        // Without a reader and a writer, opening would wait, and what is in a FIFO be lost.
-        let mut held = Vec::new();
-        let mut filled = HashSet::new();
+        let mut fifos: BTreeMap<u32, Vec<FifoEnd>> = BTreeMap::new();
         for entry in entries {
             let missing = || FileError::image(entry.id, "it is a FIFO without its entry");
             let fifo = entry.fifo.as_ref().ok_or_else(missing)?;
@@ -366,24 +381,67 @@ impl Opener for FifoOpener {
             let path = opened.entries.get(&path_id).and_then(|entry| entry.reg.clone());
             let path =
                 path.ok_or_else(|| FileError::image(entry.id, "it is a FIFO without its path"))?;
-            let failed = |step| FileError::restore(entry.id, step, &path.name);
-            let both = regular::open_entry(&path, libc::O_RDWR, opened)?;
-            if filled.insert(fifo.pipe_id)
-                && let Some(contents) = contents.get(&fifo.pipe_id)
-                // Someone else has kept it open: nothing is lost.
-                && fds::readable_bytes(both.as_fd()) == Ok(0)
-            {
-                let packets = path.flags.cast_signed() & libc::O_DIRECT != 0;
-                fill(both.as_fd(), contents, packets).map_err(failed("fill the FIFO"))?;
-            }
-            let flags = path.flags.cast_signed();
-            let fd = regular::open_entry(&path, flags & !libc::O_DIRECT, opened)?;
-            descriptor::set_status(fd.as_fd(), path.flags).map_err(failed("open the FIFO"))?;
-            opened.insert(entry.id, fd);
-            held.push(both);
+            let no_hangup = fifo.rcriu_no_hangup();
+            fifos.entry(fifo.pipe_id).or_default().push(FifoEnd { id: entry.id, path, no_hangup });
+        }
+        for (pipe_id, ends) in fifos {
+            open_fifo(&ends, contents.get(&pipe_id), opened)?;
         }
         Ok(())
     }
+}
+
+/// A description of a FIFO in the images.
+struct FifoEnd {
+    id: u32,
+    path: proto::RegFileEntry,
+    no_hangup: bool,
+}
+
+impl FifoEnd {
+    fn access(&self) -> i32 {
+        self.path.flags.cast_signed() & libc::O_ACCMODE
+    }
+
+    fn open(&self, opened: &mut Opened) -> Result<()> {
+        // Nobody is waited for.
+        let flags = self.path.flags.cast_signed() & !libc::O_DIRECT | libc::O_NONBLOCK;
+        let fd = regular::open_entry(&self.path, flags, opened)?;
+        let failed = FileError::restore(self.id, "open the FIFO", &self.path.name);
+        descriptor::set_status(fd.as_fd(), self.path.flags).map_err(failed)?;
+        opened.insert(self.id, fd);
+        Ok(())
+    }
+}
+
+/// Opens all descriptions of a FIFO. Those that have seen no writer go are opened when
+/// there is none any more, unless one stays.
+fn open_fifo(ends: &[FifoEnd], contents: Option<&Contents>, opened: &mut Opened) -> Result<()> {
+    let first = &ends[0];
+    let failed = |step| FileError::restore(first.id, step, &first.path.name);
+    // Without a writer and a reader, there would be nothing to open or to fill.
+    let both = regular::open_entry(&first.path, libc::O_RDWR, opened)?;
+    if let Some(contents) = contents
+        // Someone else has kept it open: nothing is lost.
+        && fds::readable_bytes(both.as_fd()) == Ok(0)
+    {
+        let packets = ends.iter().any(|end| end.path.flags.cast_signed() & libc::O_DIRECT != 0);
+        fill(both.as_fd(), contents, packets).map_err(failed("fill the FIFO"))?;
+    }
+    let has_writer = ends.iter().any(|end| end.access() != libc::O_RDONLY);
+    let (last, before): (Vec<_>, Vec<_>) =
+        ends.iter().partition(|end| end.no_hangup && !has_writer);
+    for end in before {
+        end.open(opened)?;
+    }
+    // What is in it stays while somebody has it open.
+    let held = regular::open_entry(&first.path, libc::O_RDONLY | libc::O_NONBLOCK, opened)?;
+    drop(both);
+    for end in last {
+        end.open(opened)?;
+    }
+    drop(held);
+    Ok(())
 }
 
 #[cfg(test)]

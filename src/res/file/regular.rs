@@ -4,7 +4,7 @@
 use std::{
     ffi::OsStr,
     os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::ffi::OsStrExt,
     },
     path::Path,
@@ -23,9 +23,13 @@ use super::{
     Collector, Description, FileError, Intake, Kind, Late, Opened, Opener, Policy, Result,
     descriptor, file_of, late, lost, revived, tty, validation,
 };
-use crate::image::{
-    self,
-    proto::{self, FdTypes},
+use crate::{
+    image::{
+        self,
+        proto::{self, FdTypes},
+    },
+    proc,
+    units::{HostPid, TargetFd},
 };
 
 /// The kind's row.
@@ -48,6 +52,8 @@ const SECRETMEM_MAGIC: libc::__fsword_t = 0x5345_434d;
 const MQUEUE_MAGIC: libc::__fsword_t = 0x1980_0202;
 /// What links to files without names end with.
 const DELETED: &[u8] = b" (deleted)";
+/// Permissions and the like.
+const PERMISSIONS: u32 = 0o7777;
 /// Where processes are seen.
 const PROC: &[u8] = b"/proc/";
 
@@ -173,6 +179,15 @@ fn name(file: &Description, id: u32, intake: &mut dyn Intake) -> Result<Vec<u8>>
         Ok(found) if is_same(&found, &file.stat) => Ok(file.link.clone()),
         // Somebody else has the name now, or nobody.
         Ok(_) | Err(Errno::ENOENT | Errno::ENOTDIR) => {
+            if let Some(point) = hidden_below(file, path) {
+                let what = format!(
+                    "{}, which cannot be reached: something is mounted over it at {}",
+                    path.display(),
+                    point.display()
+                );
+                let help = "unmount that before dumping, or close the file";
+                return Err(file.unsupported(what, help));
+            }
             let name = without_mark().to_vec();
             if file.is_type(libc::S_IFDIR) {
                 let what = format!(
@@ -186,6 +201,26 @@ fn name(file: &Description, id: u32, intake: &mut dyn Intake) -> Result<Vec<u8>>
         }
         Err(errno) => Err(file.failed("find the path of")(errno)),
     }
+}
+
+/// Returns where another file system is mounted over the path of a file.
+fn hidden_below<'a>(file: &Description, path: &'a Path) -> Option<&'a Path> {
+    let own = HostPid(nix::unistd::getpid().as_raw());
+    let mount_of = |path: &Path| {
+        let flags = (libc::O_PATH | libc::O_NOFOLLOW).cast_unsigned();
+        let fd = descriptor::open(path.as_os_str().as_bytes(), flags).ok()?;
+        Some(proc::fdinfo(own, TargetFd(fd.as_raw_fd())).ok()?.mnt_id)
+    };
+    // The first that is there is on the mount of the file, unless another hides that.
+    let (mut point, mount) =
+        path.ancestors().find_map(|path| mount_of(path).map(|mount| (path, mount)))?;
+    if mount == file.info.mnt_id {
+        return None;
+    }
+    while let Some(above) = point.parent().filter(|above| mount_of(above) == Some(mount)) {
+        point = above;
+    }
+    Some(point)
 }
 
 fn is_same(a: &libc::stat, b: &libc::stat) -> bool {
@@ -356,15 +391,31 @@ fn check(entry: &proto::RegFileEntry, stat: &libc::stat, flags: u32) -> Result<(
     if let Some(size) = entry.size
         && size != stat.st_size.cast_unsigned()
     {
-        let problem =
-            format!("{} has {} bytes, but had {size} when it was dumped", name(), stat.st_size);
+        let help = if stat.st_size.cast_unsigned() > size {
+            format!(
+                "if it has only grown, keep a copy and cut it back (truncate -s {size} {}), or \
+                 restore a later snapshot",
+                name()
+            )
+        } else {
+            "put back the file that was there".to_owned()
+        };
+        let problem = format!(
+            "{} has {} bytes, but had {size} when it was dumped; {help}",
+            name(),
+            stat.st_size
+        );
         return Err(FileError::image(entry.id, problem));
     }
     if let Some(mode) = entry.mode
         && mode != stat.st_mode
     {
-        let problem =
-            format!("{} has mode {:o}, but had {mode:o} when it was dumped", name(), stat.st_mode);
+        let problem = format!(
+            "{} has mode {:o}, but had {mode:o} when it was dumped; give it that again (chmod {:o})",
+            name(),
+            stat.st_mode,
+            mode & PERMISSIONS
+        );
         return Err(FileError::image(entry.id, problem));
     }
     Ok(())

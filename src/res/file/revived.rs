@@ -2,7 +2,7 @@
 //!
 //! A ghost is made under the name that it had, opened once for each description of
 //! it, and loses the name again at once, so that nothing is left of it if this
-//! program is killed.
+//! program is killed. One that never had a name gets none.
 
 use std::{
     collections::HashMap,
@@ -33,10 +33,13 @@ use nix::{
 };
 
 use super::{FileError, Opened, Result, descriptor};
-use crate::image::{
-    ImageReader, Kind as ImageKind, payload,
-    proto::{self, RemapType},
-    read_all,
+use crate::{
+    image::{
+        ImageReader, Kind as ImageKind, payload,
+        proto::{self, RemapType},
+        read_all,
+    },
+    sys::xattr,
 };
 
 /// The bit that marks ghosts in images without `remap_type`.
@@ -285,6 +288,9 @@ fn make(ghost: u32, first: &proto::RegFileEntry, opened: &mut Opened) -> Result<
     let entry: proto::GhostFileEntry = image.next_message()?.ok_or_else(missing)?;
     let failed = |step| FileError::restore(first.id, step, &first.name);
 
+    if let Some(made) = make_linkable(ghost, &entry, first, &mut image, opened)? {
+        return Ok(made);
+    }
     let suffix = format!(".cr.{ghost:x}.{}.ghost", std::process::id());
     let mut name =
         Name::give(&first.name, &suffix, |path| make_node(path, &entry)).map_err(failed("make"))?;
@@ -301,22 +307,57 @@ fn make(ghost: u32, first: &proto::RegFileEntry, opened: &mut Opened) -> Result<
     if format == libc::S_IFREG {
         fill(object.as_fd(), &entry, &mut image, first)?;
     }
-    adjust(object.as_fd(), &entry).map_err(failed("adjust"))?;
+    adjust(object.as_fd(), &entry, &first.name).map_err(failed("adjust"))?;
 
     let mut unused = HashMap::new();
     if matches!(format, libc::S_IFREG | libc::S_IFDIR) {
-        let is_of_it = |id: &u32| {
-            opened.revived.remaps.as_ref().and_then(|remaps| remaps.get(id))
-                == Some(&Remap::Ghost(ghost))
-        };
-        let entries = opened.entries.values().filter(|entry| is_of_it(&entry.id));
-        for user in entries.filter_map(|entry| entry.reg.as_ref()) {
+        for user in users(ghost, opened) {
             if let Some(fd) = open_as(&name, user, format).map_err(failed("open"))? {
                 unused.insert(user.id, fd);
             }
         }
     }
     Ok(Ghost { object, is_link: format == libc::S_IFLNK, unused })
+}
+
+/// Returns the entries that lead to a ghost.
+fn users(ghost: u32, opened: &Opened) -> impl Iterator<Item = &proto::RegFileEntry> {
+    let remaps = opened.revived.remaps.as_ref();
+    let is_of_it = move |id| remaps.and_then(|remaps| remaps.get(id)) == Some(&Remap::Ghost(ghost));
+    let entries = opened.entries.values().filter(move |entry| is_of_it(&entry.id));
+    entries.filter_map(|entry| entry.reg.as_ref())
+}
+
+/// Makes a ghost that never had a name (`O_TMPFILE`) and can be given one; `None` if it
+/// is none of these, or the file system cannot make any.
+fn make_linkable(
+    ghost: u32,
+    entry: &proto::GhostFileEntry,
+    first: &proto::RegFileEntry,
+    image: &mut ImageReader,
+    opened: &Opened,
+) -> Result<Option<Ghost>> {
+    let Some(user) = users(ghost, opened).find(|user| descriptor::is_tmpfile(user.flags)) else {
+        return Ok(None);
+    };
+    let failed = |step| FileError::restore(first.id, step, &first.name);
+    let dir = first.name.iter().rposition(|byte| *byte == b'/').map_or(0, |at| at + 1);
+    let own = match descriptor::open_tmpfile(&first.name[..dir], user.flags) {
+        Ok(own) => own,
+        Err(errno) => {
+            let name = String::from_utf8_lossy(&first.name);
+            log::warn!(
+                "the file {name}, which has no name, cannot be given one any more (linkat(2)): \
+                 {errno}"
+            );
+            return Ok(None);
+        }
+    };
+    fill(own.as_fd(), entry, image, first)?;
+    adjust(own.as_fd(), entry, &first.name).map_err(failed("adjust"))?;
+    let only_name = libc::O_PATH.cast_unsigned();
+    let object = descriptor::reopen(own.as_fd(), only_name).map_err(failed("open"))?;
+    Ok(Some(Ghost { object, is_link: false, unused: HashMap::from([(user.id, own)]) }))
 }
 
 /// Opens a ghost that has the name `name` for an entry which may have another.
@@ -394,8 +435,8 @@ fn fill(
     Ok(())
 }
 
-/// Gives a ghost its owner, mode and times.
-fn adjust(object: BorrowedFd, entry: &proto::GhostFileEntry) -> nix::Result<()> {
+/// Gives a ghost, which was called `name`, its owner, mode, attributes and times.
+fn adjust(object: BorrowedFd, entry: &proto::GhostFileEntry, name: &[u8]) -> nix::Result<()> {
     let (uid, gid) = (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid));
     fchownat(object, "", Some(uid), Some(gid), AtFlags::AT_EMPTY_PATH)?;
     // Through /proc, which leads to the object itself, a link too.
@@ -404,13 +445,25 @@ fn adjust(object: BorrowedFd, entry: &proto::GhostFileEntry) -> nix::Result<()> 
         let mode = Mode::from_bits_truncate(entry.mode & PERMISSIONS);
         fchmodat(AT_FDCWD, path.as_str(), mode, FchmodatFlags::FollowSymlink)?;
     }
+    for attribute in &entry.rcriu_xattrs {
+        if let Err(errno) = xattr::set(Path::new(&path), &attribute.name, &attribute.value) {
+            log::warn!(
+                "the extended attribute {} of the deleted file {} is lost: {errno}",
+                String::from_utf8_lossy(&attribute.name),
+                String::from_utf8_lossy(name)
+            );
+        }
+    }
     if let (Some(access), Some(change)) = (&entry.atim, &entry.mtim) {
-        let time = |time: &proto::Timeval| {
-            let nanoseconds = (time.tv_usec % 1_000_000) * 1000;
+        let time = |time: &proto::Timeval, rest: Option<u32>| {
+            let nanoseconds =
+                (time.tv_usec % 1_000_000) * 1000 + u64::from(rest.unwrap_or(0) % 1000);
             TimeSpec::new(time.tv_sec.cast_signed(), nanoseconds.cast_signed())
         };
         let flag = UtimensatFlags::FollowSymlink;
-        utimensat(AT_FDCWD, path.as_str(), &time(access), &time(change), flag)?;
+        let access = time(access, entry.rcriu_atim_nsec);
+        let change = time(change, entry.rcriu_mtim_nsec);
+        utimensat(AT_FDCWD, path.as_str(), &access, &change, flag)?;
     }
     Ok(())
 }

@@ -211,6 +211,10 @@ pub(super) struct Dumped {
 }
 
 impl Dumped {
+    pub(super) fn images(&self) -> &Path {
+        self.dir.path()
+    }
+
     fn open(self) -> Result<Restored> {
         let path = self.dir.path().join(ImageKind::Files.file_name(0));
         let entries: Vec<proto::FileEntry> = read_all(&path, ImageKind::Files).unwrap();

@@ -2,8 +2,13 @@
 //!
 //! What a description leads to has a number of its own, so that several
 //! descriptions of one terminal find it: twice its index, and one more for the
-//! master of a pair. Bytes on their way between the two ends of a pair are not
-//! dumped; no terminal promises to deliver them.
+//! master of a pair.
+//!
+//! Bytes that are queued between the two ends of a pair cannot be looked at without taking
+//! them out, and what kills this program then would lose them: a dump that finds some is
+//! refused, unless the terminal stays outside of the tree. What CRIU has put into images is
+//! queued again. A line that was typed in part, at a terminal that gives out lines, is
+//! counted nowhere: nobody can see it, and it is lost.
 
 mod restore;
 
@@ -17,6 +22,7 @@ use std::{
 use nix::{
     errno::Errno,
     libc,
+    poll::PollFlags,
     sys::stat::{major, minor},
 };
 
@@ -28,7 +34,10 @@ use crate::{
         proto::{self, FdTypes, TtyType},
     },
     proc,
-    sys::tty::{self, CONTROL_CHARACTERS, Question, Termios},
+    sys::{
+        fds,
+        tty::{self, CONTROL_CHARACTERS, Question, Termios},
+    },
     units::{HostPid, TargetFd},
 };
 
@@ -129,6 +138,8 @@ struct Holder {
     pid: HostPid,
     fd: TargetFd,
     name: String,
+    /// How many bytes are queued that can be read from it.
+    queued: u32,
 }
 
 impl Holder {
@@ -176,7 +187,8 @@ impl Collector for Terminals {
                 let mut info = info(file, info_id, tty_type, index)?;
                 (info.sid, info.pgrp) = (session, foreground);
                 let name = String::from_utf8_lossy(&file.link).into_owned();
-                let holder = Holder { pid: file.pid, fd: file.number, name };
+                let queued = queued(file, &info)?;
+                let holder = Holder { pid: file.pid, fd: file.number, name, queued };
                 self.infos.insert(info_id, (info, holder));
             }
         }
@@ -248,6 +260,15 @@ impl Terminals {
             if let Some((_, holder)) = alone.next() {
                 let what = "the second whose other end is outside of the tree";
                 return Err(holder.unsupported(what, "one is possible: close the other"));
+            }
+        }
+        // The others are made anew.
+        for (info, holder) in self.infos.values() {
+            let is_ours = is_pair(info) && !is_alone(info);
+            if is_ours && holder.queued > 0 {
+                let what = format!("in which {} bytes wait to be read", holder.queued);
+                let help = "let the program read them, or read the master, and try again";
+                return Err(holder.unsupported(&what, help));
             }
         }
         let Some((info, holder)) = self.infos.get(&(CTTY_INDEX << 1)) else { return Ok(()) };
@@ -324,6 +345,16 @@ fn session(file: &Description) -> Result<(u32, u32)> {
     Ok((stat.session.max(0).cast_unsigned(), stat.tpgid.max(0).cast_unsigned()))
 }
 
+/// Returns how many bytes can be read from a terminal.
+fn queued(file: &Description, info: &proto::TtyInfoEntry) -> Result<u32> {
+    if info.termios.is_none() || info.pty.is_none() {
+        return Ok(0);
+    }
+    // Asking for events brings in what is on its way.
+    descriptor::events(fd(file)).map_err(file.failed("poll"))?;
+    fds::readable_bytes(fd(file)).map_err(file.failed("count what is queued in"))
+}
+
 fn info(file: &Description, id: u32, tty_type: TtyType, index: u32) -> Result<proto::TtyInfoEntry> {
     let low = |number: u64| u32::try_from(number & u64::from(u32::MAX)).expect("32 bits");
     let mut info = proto::TtyInfoEntry {
@@ -340,6 +371,10 @@ fn info(file: &Description, id: u32, tty_type: TtyType, index: u32) -> Result<pr
         // Hung up: there is nothing more to be known.
         Err(Errno::EIO) => (info.termios, info.termios_locked, info.winsize) = (None, None, None),
         result => result.map_err(file.failed("read the modes of"))?,
+    }
+    if is_master(id) && tty_type == TtyType::Pty {
+        let events = descriptor::events(fd(file)).map_err(file.failed("poll"))?;
+        info.rcriu_hung_up = events.contains(PollFlags::POLLHUP).then_some(true);
     }
     Ok(info)
 }

@@ -12,7 +12,7 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::AtFlags,
+    fcntl::{AtFlags, FcntlArg, fcntl},
     libc,
     sys::stat::{Mode, fchmod},
     unistd::{Gid, Uid, fchown, fchownat},
@@ -38,11 +38,16 @@ const ATTEMPTS: usize = 256;
 /// The terminal of who runs this program.
 const OWN_TERMINAL: &[u8] = b"/dev/tty";
 
+/// `ICANON` (`include/uapi/asm-generic/termbits.h`): a terminal gives out lines.
+const CANONICAL: u32 = 2;
+
 /// Restores terminals.
 #[derive(Default)]
 pub(super) struct Opening {
     late: HashSet<u32>,
     paths: BTreeMap<u32, proto::RegFileEntry>,
+    /// The first description of each master that was opened.
+    masters: BTreeMap<u32, u32>,
 }
 
 /// A description of a terminal in the images.
@@ -96,8 +101,11 @@ impl Opener for Opening {
                 let fd = self.open_one(info, file, &infos, position == 0, opened)?;
                 opened.insert(file.file.id, fd);
             }
+            if is_master(*info_id) {
+                self.masters.insert(*info_id, files[0].file.id);
+            }
         }
-        restore_queued(&masters, &others, opened)?;
+        restore_queued(&masters, &infos, opened)?;
         for (info_id, files) in masters.iter().chain(&others) {
             finish(&infos[info_id], files[0].file.id, opened)?;
         }
@@ -133,11 +141,12 @@ impl Opening {
         match info.r#type() {
             TtyType::Pty if is_master(info.id) => {
                 let path = wanted.path()?;
-                let fd = open_master(id, &path.name, index(info, id)?, flags)?;
+                let fixed = needs_its_number(info, infos, opened);
+                let fd = open_master(id, &path.name, index(info, id)?, flags, fixed)?;
                 let failed = || FileError::restore(id, "adjust the terminal", &path.name);
                 tty::switch(fd.as_fd(), Switch::Locked, false).map_err(failed())?;
                 set_modes(fd.as_fd(), info, true).map_err(failed())?;
-                own_slave(id, &path.name, info, opened).map_err(failed())?;
+                own_slave(id, &path.name, fd.as_fd(), opened).map_err(failed())?;
                 if info.packet_mode {
                     tty::switch(fd.as_fd(), Switch::Packet, true).map_err(failed())?;
                 }
@@ -152,7 +161,7 @@ impl Opening {
                 if !infos.contains_key(&peer(info.id)) {
                     return inherit(id, info, flags, is_first, opened);
                 }
-                let fd = open_path(path, flags).map_err(failed("open the terminal"))?;
+                let fd = self.open_slave(info, path, flags, opened)?;
                 if is_first {
                     set_owner(fd.as_fd(), info).map_err(failed("adjust the terminal"))?;
                     set_modes(fd.as_fd(), info, true).map_err(failed("adjust the terminal"))?;
@@ -200,13 +209,62 @@ impl Opening {
     }
 }
 
+impl Opening {
+    /// Opens a slave and gives it its permissions.
+    fn open_slave(
+        &self,
+        info: &proto::TtyInfoEntry,
+        path: &proto::RegFileEntry,
+        flags: u32,
+        opened: &Opened,
+    ) -> Result<OwnedFd> {
+        let failed = |step| FileError::restore(path.id, step, &path.name);
+        let master = self.masters.get(&peer(info.id)).map(|id| opened.get(*id)).transpose()?;
+        let number = master.map(|master| tty::ask(master, Question::Index)).transpose();
+        let number = number.map_err(failed("find the other end of"))?;
+        let fd = match (master, number) {
+            // It has another number than it had.
+            (Some(master), Some(number)) if number.cast_unsigned() != index(info, path.id)? => {
+                tty::open_slave(master, flags)
+            }
+            _ => descriptor::open(&path.name, flags),
+        };
+        let fd = fd.map_err(failed("open the terminal"))?;
+        if let Some(mode) = path.mode {
+            let mode = Mode::from_bits_truncate(mode & PERMISSIONS);
+            fchmod(&fd, mode).map_err(failed("adjust the terminal"))?;
+        }
+        Ok(fd)
+    }
+}
+
+/// Whether somebody relies on the number of a pair: a session, to which its controlling
+/// terminal is known by it, or a file of the tree that only names the slave.
+fn needs_its_number(
+    info: &proto::TtyInfoEntry,
+    infos: &BTreeMap<u32, proto::TtyInfoEntry>,
+    opened: &Opened,
+) -> bool {
+    let other = infos.get(&peer(info.id));
+    if info.sid != 0 || other.is_some_and(|other| other.sid != 0) {
+        return true;
+    }
+    let terminals = opened.entries.values().filter_map(|entry| entry.tty.as_ref());
+    let own_paths: HashSet<u32> = terminals.filter_map(|file| file.regf_id).collect();
+    let number = info.pty.as_ref().map_or(0, |pty| pty.index);
+    let slave = format!("/pts/{number}");
+    let mut others = opened.entries.values().filter_map(|entry| entry.reg.as_ref());
+    others.any(|file| !own_paths.contains(&file.id) && file.name.ends_with(slave.as_bytes()))
+}
+
 fn index(info: &proto::TtyInfoEntry, id: u32) -> Result<u32> {
     let missing = || FileError::image(id, "it is a pseudoterminal without a number");
     info.pty.as_ref().map(|pty| pty.index).ok_or_else(missing)
 }
 
-/// Opens the master of the pseudoterminal with this number.
-fn open_master(id: u32, path: &[u8], index: u32, flags: u32) -> Result<OwnedFd> {
+/// Opens the master of the pseudoterminal with this number, or unless it is `fixed`, of
+/// another if it is taken.
+fn open_master(id: u32, path: &[u8], index: u32, flags: u32, fixed: bool) -> Result<OwnedFd> {
     let failed = || FileError::restore(id, "open the terminal", path);
     let mut others = Vec::new();
     for _ in 0..ATTEMPTS {
@@ -216,21 +274,23 @@ fn open_master(id: u32, path: &[u8], index: u32, flags: u32) -> Result<OwnedFd> 
             return Ok(fd);
         }
         if found > index {
-            break;
+            if fixed {
+                break;
+            }
+            log::warn!(
+                "the pseudoterminal {index} has the number {found} now: another program has taken \
+                 the old one, and nobody in the tree is known to rely on it"
+            );
+            return Ok(fd);
         }
         others.push(fd);
     }
-    let problem = format!("the number of the pseudoterminal {index} is taken by another program");
+    let problem = format!(
+        "another program has taken the number of the pseudoterminal {index}, which is the \
+         controlling terminal of a session or open by name; end that program, or restore where \
+         another devpts is mounted"
+    );
     Err(FileError::image(id, problem))
-}
-
-/// Opens a slave by path and gives it its permissions.
-fn open_path(path: &proto::RegFileEntry, flags: u32) -> nix::Result<OwnedFd> {
-    let fd = descriptor::open(&path.name, flags)?;
-    if let Some(mode) = path.mode {
-        fchmod(&fd, Mode::from_bits_truncate(mode & PERMISSIONS))?;
-    }
-    Ok(fd)
 }
 
 /// Opens a slave whose master is no more.
@@ -242,9 +302,10 @@ fn open_hung(
 ) -> Result<OwnedFd> {
     let dir = path.name.iter().rposition(|byte| *byte == b'/').map_or(0, |at| at + 1);
     let master = [&path.name[..dir], b"ptmx"].concat();
-    let master = open_master(id, &master, index(info, id)?, libc::O_RDWR.cast_unsigned())?;
+    let read_write = libc::O_RDWR.cast_unsigned();
+    let master = open_master(id, &master, index(info, id)?, read_write, false)?;
     tty::switch(master.as_fd(), Switch::Locked, false)
-        .and_then(|()| descriptor::open(&path.name, flags))
+        .and_then(|()| tty::open_slave(master.as_fd(), flags))
         .map_err(FileError::restore(id, "open the terminal", &path.name))
 }
 
@@ -279,20 +340,15 @@ fn inherit(
 
 /// Gives the slave of a master to whom it belonged: the kernel gives it to who opens the
 /// master, which is this program.
-fn own_slave(
-    id: u32,
-    master: &[u8],
-    info: &proto::TtyInfoEntry,
-    opened: &Opened,
-) -> nix::Result<()> {
+fn own_slave(id: u32, path: &[u8], master: BorrowedFd, opened: &Opened) -> nix::Result<()> {
     let recorded = opened.entries.get(&id).and_then(|entry| entry.owner.as_ref());
     let (uid, gid, mode) = match (recorded, opened.holder(id)) {
         (Some(owner), _) => (owner.uid, Some(owner.gid), Some(owner.mode)),
         (None, Some(holder)) => (holder.creds.fsuid, None, None),
         (None, None) => return Ok(()),
     };
-    let Ok(index) = index(info, id) else { return Ok(()) };
-    let slave = slave_path(master, index);
+    let index = tty::ask(master, Question::Index)?.cast_unsigned();
+    let slave = slave_path(path, index);
     let fd = match descriptor::open(slave.as_os_str().as_bytes(), libc::O_PATH.cast_unsigned()) {
         // Where it is mounted elsewhere, its other end has its own owner.
         Err(Errno::ENOENT) => return Ok(()),
@@ -351,27 +407,73 @@ fn termios(entry: &proto::TermiosEntry) -> nix::Result<Termios> {
     })
 }
 
-/// Writes what was queued at one end of a pair to the other end, from where it
-/// came. Nothing is certain about such bytes, so that errors are none.
+/// Queues again what was queued at both ends of the pairs, and closes the slaves that
+/// nobody has open any more.
 fn restore_queued(
     masters: &[(u32, Vec<Wanted>)],
-    others: &[(u32, Vec<Wanted>)],
+    infos: &BTreeMap<u32, proto::TtyInfoEntry>,
     opened: &Opened,
 ) -> Result<()> {
     let path = opened.images.join(ImageKind::TtyData.file_name(0));
     let queued = match read_all::<proto::TtyDataEntry>(&path, ImageKind::TtyData) {
-        Err(error) if error.is_missing() => return Ok(()),
+        Err(error) if error.is_missing() => Vec::new(),
         result => result?,
     };
-    for data in queued {
-        let from = masters.iter().chain(others).find(|(info_id, _)| *info_id == peer(data.tty_id));
-        let Some((_, files)) = from else { continue };
-        let fd = opened.get(files[0].file.id)?.try_clone_to_owned().map(File::from);
-        if let Err(error) = fd.and_then(|mut file| file.write_all(&data.data)) {
-            log::warn!("what was queued in terminal {:#x} is lost: {error}", data.tty_id);
+    for (info_id, files) in masters {
+        let of = |id: u32| queued.iter().find(|data| data.tty_id == id);
+        let (to_master, to_slave) = (of(*info_id), of(peer(*info_id)));
+        let hung_up = infos.get(info_id).is_some_and(proto::TtyInfoEntry::rcriu_hung_up);
+        if to_master.is_none() && to_slave.is_none() && !hung_up {
+            continue;
         }
+        let id = files[0].file.id;
+        let failed = |step| FileError::restore(id, step, "a pseudoterminal");
+        let master = opened.get(id)?;
+        let packets = infos.get(info_id).is_some_and(|info| info.packet_mode);
+        let packet_mode = |on: bool| {
+            let switched = if packets { tty::switch(master, Switch::Packet, on) } else { Ok(()) };
+            switched.map_err(failed("switch the packet mode of"))
+        };
+        // The master is not to be told of what happens here.
+        packet_mode(false)?;
+        let read_write = (libc::O_RDWR | libc::O_NONBLOCK).cast_unsigned();
+        let slave = tty::open_slave(master, read_write).map_err(failed("open the other end of"))?;
+        let modes = tty::termios(slave.as_fd(), false).map_err(failed("read the modes of"))?;
+        // Nothing is to be made of the bytes on their way but lines.
+        let plain = Termios {
+            input: 0,
+            output: 0,
+            local: modes.local & CANONICAL,
+            characters: [0; tty::CONTROL_CHARACTERS],
+            ..modes
+        };
+        if to_master.is_some() || to_slave.is_some() {
+            tty::set_termios(slave.as_fd(), false, &plain).map_err(failed("set the modes of"))?;
+        }
+        if let Some(data) = to_master {
+            write_all(slave.as_fd(), &data.data).map_err(failed("queue bytes in"))?;
+        }
+        if let Some(data) = to_slave {
+            write_all(master, &data.data).map_err(failed("queue bytes in"))?;
+        }
+        if to_master.is_some() || to_slave.is_some() {
+            // What is on its way meets the old modes first.
+            descriptor::events(slave.as_fd()).map_err(failed("poll"))?;
+            tty::set_termios(slave.as_fd(), false, &modes).map_err(failed("set the modes of"))?;
+        }
+        packet_mode(true)?;
     }
     Ok(())
+}
+
+/// Writes to a terminal without waiting for room.
+fn write_all(fd: BorrowedFd, bytes: &[u8]) -> nix::Result<()> {
+    let flags = fcntl(fd, FcntlArg::F_GETFL)?.cast_unsigned();
+    descriptor::set_status(fd, flags | libc::O_NONBLOCK.cast_unsigned())?;
+    let file = fd.try_clone_to_owned().map(File::from);
+    let written = file.and_then(|mut file| file.write_all(bytes));
+    descriptor::set_status(fd, flags)?;
+    written.map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))
 }
 
 /// Sets what would have been in the way of the other end.

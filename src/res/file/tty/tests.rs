@@ -1,7 +1,18 @@
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::{
+    fs::File,
+    io::{BufWriter, Read, Write},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    sync::{Mutex, MutexGuard, PoisonError},
+};
 
 use super::*;
-use crate::res::file::testing::Tree;
+use crate::{image::ImageWriter, res::file::testing::Tree};
+
+/// Whoever relies on a number that is free has all of them for himself.
+fn numbers() -> MutexGuard<'static, ()> {
+    static NUMBERS: Mutex<()> = Mutex::new(());
+    NUMBERS.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 fn pair() -> (OwnedFd, OwnedFd) {
     let master = descriptor::open(b"/dev/ptmx", libc::O_RDWR.cast_unsigned()).unwrap();
@@ -36,6 +47,7 @@ fn control_characters_are_packed_as_in_memory() {
 
 #[test]
 fn a_pair_is_restored_with_its_modes_and_number() {
+    let _numbers = numbers();
     let (master, slave) = pair();
     let mut modes = tty::termios(slave.as_fd(), false).unwrap();
     modes.local &= !0x8;
@@ -67,6 +79,7 @@ fn a_pair_is_restored_with_its_modes_and_number() {
 
 #[test]
 fn a_slave_alone_takes_the_shell_job_option() {
+    let _numbers = numbers();
     let (_elsewhere, slave) = pair();
     let mut tree = Tree::new();
     tree.add(1, slave.try_clone().unwrap());
@@ -84,6 +97,7 @@ fn a_slave_alone_takes_the_shell_job_option() {
 
 #[test]
 fn an_external_terminal_is_given_by_who_restores() {
+    let _numbers = numbers();
     let (_theirs, slave) = pair();
     let stat = nix::sys::stat::fstat(&slave).unwrap();
     let name = external_name(stat.st_rdev, stat.st_dev);
@@ -101,10 +115,114 @@ fn an_external_terminal_is_given_by_who_restores() {
 
 #[test]
 fn a_slave_without_master_is_hung_up_again() {
+    let _numbers = numbers();
     let (master, slave) = pair();
     drop(master);
     let mut tree = Tree::new();
     tree.add(1, slave);
     let restored = tree.restore();
     assert_eq!(tty::termios(restored.get(1), false), Err(Errno::EIO));
+}
+
+/// Opens masters until one has a higher number than `index`.
+fn take_numbers(index: i32) -> Vec<OwnedFd> {
+    let mut taken = Vec::new();
+    loop {
+        let (master, _) = pair();
+        let number = tty::ask(master.as_fd(), Question::Index).unwrap();
+        taken.push(master);
+        if number > index {
+            return taken;
+        }
+    }
+}
+
+#[test]
+fn a_pair_takes_another_number_unless_somebody_relies_on_it() {
+    let _numbers = numbers();
+    for relied_on in [false, true] {
+        let (master, slave) = pair();
+        let index = tty::ask(master.as_fd(), Question::Index).unwrap();
+        let mut tree = Tree::new();
+        if relied_on {
+            let path = format!("/dev/pts/{index}");
+            let named = descriptor::open(path.as_bytes(), libc::O_PATH.cast_unsigned()).unwrap();
+            tree.add(3, named);
+        }
+        tree.add(1, master);
+        tree.add(2, slave);
+        let dumped = tree.dump();
+        let taken = take_numbers(index);
+        if relied_on {
+            let error = dumped.restore_error().to_string();
+            assert!(error.contains("has taken the number"), "{error}");
+            continue;
+        }
+        let restored = dumped.restore();
+        let now = tty::ask(restored.get(1), Question::Index).unwrap();
+        assert!(now > index, "{now} is not above {index}");
+        for id in 1..=2 {
+            assert_eq!(restored.flags(id), restored.before(id).flags);
+        }
+        File::from(restored.take(2)).write_all(b"words").unwrap();
+        let mut found = [0; 5];
+        File::from(restored.take(1)).read_exact(&mut found).unwrap();
+        assert_eq!(&found, b"words");
+        drop(taken);
+    }
+}
+
+#[test]
+fn bytes_that_wait_are_not_dumped_and_stay_where_they_are() {
+    let _numbers = numbers();
+    for from_slave in [false, true] {
+        let (master, slave) = pair();
+        let (from, to) = if from_slave { (&slave, &master) } else { (&master, &slave) };
+        File::from(from.try_clone().unwrap()).write_all(b"some\n").unwrap();
+        let mut tree = Tree::new();
+        tree.add(1, master.try_clone().unwrap());
+        tree.add(2, slave.try_clone().unwrap());
+        let error = tree.collect_error().to_string();
+        assert!(error.contains("wait to be read"), "{error}");
+        let mut found = [0; 5];
+        File::from(to.try_clone().unwrap()).read_exact(&mut found).unwrap();
+        assert!(found.starts_with(b"some"), "{found:?}");
+    }
+}
+
+/// CRIU dumps what is queued.
+#[test]
+fn what_is_queued_in_images_is_queued_again() {
+    let _numbers = numbers();
+    let (master, slave) = pair();
+    let index = tty::ask(master.as_fd(), Question::Index).unwrap().cast_unsigned();
+    let modes = tty::termios(slave.as_fd(), false).unwrap();
+    let mut tree = Tree::new();
+    tree.add(1, master);
+    tree.add(2, slave);
+    let dumped = tree.dump();
+    let path = dumped.images().join(ImageKind::TtyData.file_name(0));
+    let file = BufWriter::new(File::create(&path).unwrap());
+    let mut image = ImageWriter::new(&path, file, ImageKind::TtyData).unwrap();
+    let output = b"on the screen\r\nand on";
+    let input = b"typed\nand typed\n";
+    for (tty_id, data) in [(index << 1 | 1, &output[..]), (index << 1, &input[..])] {
+        image.message(&proto::TtyDataEntry { tty_id, data: data.to_owned() }).unwrap();
+    }
+    image.finish().unwrap();
+    let restored = dumped.restore();
+    let read = |id| {
+        let fd = restored.take(id);
+        descriptor::events(fd.as_fd()).unwrap();
+        let mut found = vec![0; 100];
+        let count = File::from(fd).read(&mut found).unwrap();
+        found.truncate(count);
+        found
+    };
+    // Nothing was echoed or translated, and lines are lines.
+    assert_eq!(read(1), output);
+    assert_eq!(read(2), b"typed\n");
+    assert_eq!(read(2), b"and typed\n");
+    assert_eq!(tty::termios(restored.get(2), false), Ok(modes));
+    assert!(!descriptor::events(restored.get(1)).unwrap().contains(PollFlags::POLLIN));
 }
