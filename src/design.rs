@@ -258,7 +258,9 @@
 //! which CRIU passes over: attributes of threads ([`crate::res::attribute`]), which a restore
 //! reads, sets where they differ, and reads again, so that it can say what is not as it was
 //! ([`crate::docs::state`] lists all state, kept, refused or warned of);
-//! and the signal by which a process tells its end, if it is not `SIGCHLD`.
+//! the signal by which a process tells its end, if it is not `SIGCHLD`; and whether the
+//! parent of a stopped process was told so. Children that stay stopped are let go first, and
+//! their parents, still stopped, wait for them if they had.
 //!
 //! Files keep what hardly shows, in fields of ours: a reader of a FIFO that it has seen no
 //! writer go (`rcriu_no_hangup` of `fifo_entry`), a master that its slave was closed

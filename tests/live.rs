@@ -165,6 +165,7 @@ states! {
     zombies_of_the_heedless;
     zombie_of_a_gone_group;
     stopped_child;
+    stops_told_and_untold;
     subreaper;
     parent_death_signal;
     chain_of_forks;

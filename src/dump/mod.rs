@@ -246,7 +246,7 @@ fn dump_stopped(
     });
     let files = FileTable::new(&policy, numbers.collect());
     let cgroups = cgroup::Sets::new(!options.cgroups)?;
-    let mut collection = Collection::new(images, files, tracking, cgroups);
+    let mut collection = Collection::new(images, files, tracking, cgroups, &frozen.tasks);
     for (position, task) in frozen.tasks.iter_mut().enumerate() {
         if cancel::is_cancelled() {
             return Err(DumpError::Cancelled);

@@ -17,12 +17,13 @@ use super::{
 use crate::{
     causes::tell,
     image::{Kind, MemoryId, SnapshotWriter, proto, vma},
-    inject::{Script, TABLE_BYTES, Task, with_scratch},
+    inject::{Answers, Script, TABLE_BYTES, Task, with_scratch},
     proc::{self, Mapping, VmFlags},
     res::{
         attribute::{self, Who, memory::LockLater},
         cgroup,
         mapping::{self, Object},
+        stop::{self, Untold},
         sysv,
         task::{self, ForMemory},
         thread,
@@ -65,6 +66,10 @@ pub(super) struct Collection<'a> {
     pub(super) files: FileTable,
     pub(super) tracking: Tracking,
     cgroups: cgroup::Sets,
+    /// Children of each process.
+    children: HashMap<HostPid, Vec<HostPid>>,
+    /// What parents were not told of their children.
+    untold: HashMap<HostPid, Untold>,
     pub(super) memories: Vec<Memory>,
     /// Numbers of files of shared memory, by device and inode.
     shared: HashMap<(u32, u32, u64), u32>,
@@ -80,12 +85,19 @@ impl<'a> Collection<'a> {
         files: FileTable,
         tracking: Tracking,
         cgroups: cgroup::Sets,
+        tasks: &[Task],
     ) -> Self {
+        let mut children: HashMap<HostPid, Vec<HostPid>> = HashMap::new();
+        for task in tasks.iter().filter(|task| !task.is_zombie()) {
+            children.entry(task.parent).or_default().push(task.pid);
+        }
         Self {
             images,
             files,
             tracking,
             cgroups,
+            children,
+            untold: HashMap::new(),
             memories: Vec::new(),
             shared: HashMap::new(),
             segments: BTreeMap::new(),
@@ -155,12 +167,16 @@ impl<'a> Collection<'a> {
         let stopped_by = task.stopped_by();
         let mut questions = Vec::new();
         let mut about_task = None;
+        let mut about_children = Vec::new();
         for position in 0..task.threads.len() {
             let mut script = Script::new();
             let asked = thread::ask(&mut script);
             let attributes = attribute::ask(position == 0, &mut script);
             if position == 0 {
                 about_task = Some(task::ask(pid, &mut script)?);
+                for child in self.children.get(&pid).into_iter().flatten() {
+                    about_children.push((*child, stop::ask(*child, &mut script)));
+                }
             }
             questions.push((script, asked, attributes));
         }
@@ -203,10 +219,41 @@ impl<'a> Collection<'a> {
             }
             if position == 0 {
                 for_memory = task::collect(&about_task, &answers[0], pid, stopped_by, &mut core)?;
+                self.note_untold(pid, stopped_by, &about_children, &answers[0], &mut core);
             }
             self.write_one(Kind::Core, tid, &core)?;
         }
         Ok(for_memory)
+    }
+
+    /// Notes what a process was not told of its children, and whether its own parent was
+    /// told that it has stopped.
+    fn note_untold(
+        &mut self,
+        pid: HostPid,
+        stopped_by: i32,
+        about_children: &[(HostPid, stop::Asked)],
+        answers: &Answers,
+        core: &mut proto::CoreEntry,
+    ) {
+        for (child, asked) in about_children {
+            if let Some(untold) = stop::collect(*asked, answers) {
+                self.untold.insert(*child, untold);
+            }
+        }
+        let untold = self.untold.get(&pid).copied();
+        if untold == Some(Untold::Continuation) {
+            let message = format!(
+                "process {pid} was stopped and goes on, which its parent was not told yet \
+                 (WCONTINUED): the parent of the restored one will not be"
+            );
+            tell(log::Level::Warn, &message);
+        }
+        if let Some(task) = &mut core.tc
+            && stopped_by != 0
+        {
+            task.rcriu_stop_told = untold.map(|untold| untold != Untold::Stop);
+        }
     }
 
     /// Collects the mappings of a process and plans the copying of its memory.

@@ -7,6 +7,7 @@ mod error;
 pub mod file;
 pub mod mapping;
 pub mod signals;
+pub mod stop;
 pub mod sysv;
 pub mod task;
 pub mod thread;

@@ -147,11 +147,9 @@ pub(super) fn finish(plan: &Plan, puppets: &mut Puppets, files: &mut Files) -> R
         if planned.body.is_none() {
             continue;
         }
-        let scratch = puppets.scratch;
-        let puppet = puppets.tasks[position].as_mut().expect("it lives");
-        scratch.unmap(&mut puppet.threads[0])?;
-        for of in &planned.threads {
-            thread::apply_registers(&of.core, of.tid)?;
+        // One with children that stop waits for them first.
+        if !puppets.awaits_stops(position) {
+            puppets.dress(position)?;
         }
     }
     files.position_late()

@@ -33,7 +33,6 @@ use crate::{
     res::{
         cgroup::Places,
         file::{Policy, memfd},
-        task::state,
     },
     sys::{
         lock::{Access, DirectoryLocks},
@@ -178,6 +177,7 @@ fn restore(
             shell_job: options.shell_job,
             free,
             sibling: options.sibling,
+            leave_stopped: options.leave_stopped,
         };
         let mut puppets = Puppets::make(plan, cgroups, &workshop)?;
         stats.forked(puppets.filled);
@@ -195,8 +195,7 @@ fn restore(
         write_pidfile(options, plan)?;
         actions.run(Stage::PostRestore, Some(root))?;
         actions.run_anyway(Stage::PreResume, root);
-        let stopped = options.leave_stopped;
-        puppets.release(|task| stopped || task.state() == state::STOPPED)?;
+        puppets.release()?;
         if let Some(tracking) = tracking {
             tracking.commit();
         }

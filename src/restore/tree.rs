@@ -22,7 +22,7 @@ use crate::{
     image::proto::VmaEntry,
     inject::{InjectError, Scratch, Script, Tracee},
     proc,
-    res::cgroup::Places,
+    res::{self, cgroup::Places, task::state},
     sys::{
         process::{self, CloneArguments},
         ptrace::{self, Wait, options},
@@ -75,6 +75,7 @@ pub(super) struct Puppets<'a> {
     pub(super) scratch: Scratch,
     /// Where processes are put before they have memory.
     cgroups: &'a Places,
+    leave_stopped: bool,
     released: bool,
     pub(super) filled: memory::Filled,
 }
@@ -91,6 +92,8 @@ pub(super) struct Workshop<'a> {
     pub(super) free: Option<&'a Free>,
     /// The first process is to be a sibling of this program.
     pub(super) sibling: bool,
+    /// All processes stay stopped.
+    pub(super) leave_stopped: bool,
 }
 
 impl<'a> Puppets<'a> {
@@ -115,6 +118,7 @@ impl<'a> Puppets<'a> {
             helpers: Vec::new(),
             scratch,
             cgroups,
+            leave_stopped: workshop.leave_stopped,
             released: false,
             filled: memory::Filled::default(),
         };
@@ -458,44 +462,106 @@ impl<'a> Puppets<'a> {
             let mut signals = vec![SIGCHLD];
             signals.extend(dead.map(TaskPlan::exit_signal).filter(|signal| *signal != 0));
             let mut script = Script::new();
-            let now = script.bytes(&[0; 16]);
             for signal in signals {
-                let bit = 1_u64.checked_shl(signal - 1).unwrap_or(0);
-                let set = script.bytes(&bit.to_le_bytes());
-                let arguments = [set.into(), 0.into(), now.into(), 8.into()];
-                script.attempt(libc::SYS_rt_sigtimedwait, &arguments);
+                res::stop::forget_signal(signal, &mut script);
             }
             scratch.run(&mut puppet.threads[0], &script)?;
         }
         Ok(())
     }
 
-    /// Lets all processes go, with the registers that their threads have now.
-    /// `stopped` says which tasks stay stopped.
+    /// Whether a task stays stopped.
+    fn stays_stopped(&self, task: &TaskPlan) -> bool {
+        task.body.is_some() && (self.leave_stopped || task.state() == state::STOPPED)
+    }
+
+    /// Whether children of a task are to be stopped when it goes on.
+    pub(super) fn awaits_stops(&self, position: usize) -> bool {
+        let mut tasks = self.plan.tasks.iter();
+        tasks.any(|task| task.parent == Some(position) && self.stays_stopped(task))
+    }
+
+    /// Takes the scratch memory out of a task, and gives its threads their registers.
+    ///
+    /// # Errors
+    /// [`RestoreError::Inject`], [`RestoreError::State`].
+    pub(super) fn dress(&mut self, position: usize) -> Result<()> {
+        let puppet = self.tasks[position].as_mut().expect("it lives");
+        self.scratch.unmap(&mut puppet.threads[0])?;
+        for of in &self.plan.tasks[position].threads {
+            res::thread::apply_registers(&of.core, of.tid)?;
+        }
+        Ok(())
+    }
+
+    /// Lets a task see that its children have stopped, as far as it was told before, and
+    /// takes away the signals by which it is told again.
+    fn tell_of_stops(&mut self, position: usize) -> Result<()> {
+        let plan = self.plan;
+        let task = &plan.tasks[position];
+        let mut script = Script::new();
+        let mut signals = vec![SIGCHLD];
+        for child in plan.tasks.iter().filter(|child| child.parent == Some(position)) {
+            if !self.stays_stopped(child) {
+                continue;
+            }
+            signals.push(child.exit_signal());
+            let told = child.core().tc.as_ref().and_then(|core| core.rcriu_stop_told);
+            // CRIU's images do not say; most parents look at once.
+            if child.state() != state::STOPPED || told != Some(false) {
+                res::stop::tell(child.pid, &mut script);
+            }
+        }
+        let pending = task.core().tc.as_ref().and_then(|core| core.signals_s.as_ref());
+        let was_pending = |signal: u32| {
+            let signal = signal.to_le_bytes();
+            pending.is_some_and(|queue| {
+                queue.signals.iter().any(|entry| entry.siginfo.starts_with(&signal))
+            })
+        };
+        for signal in signals.into_iter().filter(|signal| *signal != 0 && !was_pending(*signal)) {
+            res::stop::forget_signal(signal, &mut script);
+        }
+        let puppet = self.tasks[position].as_mut().expect("it lives");
+        self.scratch.run(&mut puppet.threads[0], &script)?;
+        Ok(())
+    }
+
+    /// Lets all processes go: children before their parents, and first those that stay
+    /// stopped, so that their parents find them as they were.
     ///
     /// # Errors
     /// [`RestoreError::Process`]; processes that were let go by then run on.
-    pub(super) fn release(mut self, stopped: impl Fn(&TaskPlan) -> bool) -> Result<()> {
+    pub(super) fn release(mut self) -> Result<()> {
         self.released = true;
-        for (task, puppet) in self.plan.tasks.iter().zip(&self.tasks) {
-            if task.body.is_some() && puppet.is_some() && stopped(task) {
+        let plan = self.plan;
+        let mut go_on = Vec::new();
+        for (position, task) in plan.tasks.iter().enumerate().rev() {
+            if task.body.is_none() || self.tasks[position].is_none() {
+                continue;
+            }
+            if self.awaits_stops(position) {
+                self.tell_of_stops(position)?;
+                self.dress(position)?;
+            }
+            if self.stays_stopped(task) {
                 signal(task.pid, libc::SIGSTOP)?;
-            }
-        }
-        for (task, puppet) in self.plan.tasks.iter().zip(&mut self.tasks).rev() {
-            let (Some(_), Some(puppet)) = (&task.body, puppet) else { continue };
-            for thread in &puppet.threads {
-                ptrace::detach(thread.tid, 0).map_err(|source| RestoreError::Process {
-                    pid: thread.tid,
-                    step: "let go of",
-                    source,
-                })?;
-            }
-        }
-        for (task, puppet) in self.plan.tasks.iter().zip(&self.tasks) {
-            if task.body.is_some() && puppet.is_some() && stopped(task) {
+                self.let_go(position)?;
                 await_rest(task.pid);
+            } else {
+                go_on.push(position);
             }
+        }
+        go_on.into_iter().try_for_each(|position| self.let_go(position))
+    }
+
+    fn let_go(&self, position: usize) -> Result<()> {
+        for thread in self.tasks[position].iter().flat_map(|puppet| &puppet.threads) {
+            ptrace::detach(thread.tid, 0).map_err(|source| RestoreError::Process {
+                pid: thread.tid,
+                step: "let go of",
+                source,
+            })?;
         }
         Ok(())
     }

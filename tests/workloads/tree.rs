@@ -18,6 +18,7 @@ pub const ROWS: &[Row] = &[
     ("zombies_of_the_heedless", zombies_of_the_heedless),
     ("zombie_of_a_gone_group", zombie_of_a_gone_group),
     ("stopped_child", stopped_child),
+    ("stops_told_and_untold", stops_told_and_untold),
     ("subreaper", subreaper),
     ("parent_death_signal", parent_death_signal),
     ("chain_of_forks", chain_of_forks),
@@ -308,6 +309,57 @@ fn stopped_child(checkpoint: &Checkpoint) -> Verdict {
     sys!(kill(pid, libc::SIGCONT))?;
     sys!(waitpid(pid, &raw mut status, 0))?;
     same("status of the child that went on", 5 << 8, status)
+}
+
+/// Stopped children, of which one was waited for, and the signal that tells of it.
+fn stops_told_and_untold(checkpoint: &Checkpoint) -> Verdict {
+    use crate::threads::{bit, block};
+    block(bit(libc::SIGCHLD))?;
+    let stopped = || -> Result<i32, String> {
+        let pid = sys!(fork())?;
+        if pid == 0 {
+            // SAFETY: the child only stops and ends.
+            unsafe {
+                libc::raise(libc::SIGSTOP);
+                libc::_exit(0);
+            }
+        }
+        wait_until("a child that has stopped", || {
+            fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| stat.contains(") T "))
+        })?;
+        Ok(pid)
+    };
+    let look = |pid: i32, flags: i32| -> Result<i32, String> {
+        // SAFETY: all zeros is a valid value.
+        let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+        let all = libc::WSTOPPED | libc::WNOHANG | flags;
+        sys!(waitid(libc::P_PID, pid as u32, &raw mut info, all))?;
+        // SAFETY: it is that of SIGCHLD, or zeros.
+        Ok(unsafe { info.si_pid() })
+    };
+    let pending = || -> Result<u64, String> {
+        let mut set = 0_u64;
+        sys!(syscall(libc::SYS_rt_sigpending, &raw mut set, 8))?;
+        Ok(set)
+    };
+    let (told, untold) = (stopped()?, stopped()?);
+    same("the one that is waited for", told, look(told, 0)?)?;
+    let now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let set = bit(libc::SIGCHLD);
+    sys!(syscall(libc::SYS_rt_sigtimedwait, &raw const set, 0, &raw const now, 8))?;
+    let read =
+        || Ok::<_, String>((look(told, libc::WNOWAIT)?, look(untold, libc::WNOWAIT)?, pending()?));
+    let before = read()?;
+    same("what is not told yet", (0, untold, 0), before)?;
+    checkpoint.wait();
+    same("what is not told yet, and pending", before, read()?)?;
+    for pid in [told, untold] {
+        sys!(kill(pid, libc::SIGCONT))?;
+        let mut status = 0;
+        sys!(waitpid(pid, &raw mut status, 0))?;
+        same("status", 0, status)?;
+    }
+    Ok(())
 }
 
 fn subreaper(checkpoint: &Checkpoint) -> Verdict {

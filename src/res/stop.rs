@@ -1,0 +1,86 @@
+//! Whether the parent of a stopped process was told so: it is, once, by `wait(2)`.
+
+use nix::libc;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use crate::{
+    inject::{Answers, Buffer, CallId, Script},
+    units::HostPid,
+};
+
+/// `P_PID` (`linux/wait.h`).
+const P_PID: i32 = 1;
+
+/// `CLD_CONTINUED` (`asm-generic/siginfo.h`).
+const CLD_CONTINUED: i32 = 6;
+
+/// The begin of a `siginfo_t` of `SIGCHLD` (`asm-generic/siginfo.h`).
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct Info {
+    signal: i32,
+    errno: i32,
+    code: i32,
+    padding: i32,
+    pid: i32,
+    uid: u32,
+    status: i32,
+}
+
+const _: () = assert!(size_of::<Info>() == 28);
+
+/// Bytes of a `siginfo_t`.
+const INFO_BYTES: usize = 128;
+
+/// What a parent has not been told of a child.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Untold {
+    /// Nothing.
+    Nothing,
+    /// That it has stopped.
+    Stop,
+    /// That it goes on.
+    Continuation,
+}
+
+/// The questions about a child to its parent.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked {
+    call: CallId,
+    info: Buffer,
+}
+
+/// Adds the question, which changes nothing.
+pub fn ask(child: HostPid, script: &mut Script) -> Asked {
+    let info = script.space(INFO_BYTES);
+    let flags = libc::WSTOPPED | libc::WCONTINUED | libc::WNOWAIT | libc::WNOHANG | libc::__WALL;
+    let arguments = [P_PID.into(), child.0.into(), info.into(), flags.into()];
+    Asked { call: script.attempt(libc::SYS_waitid, &arguments), info }
+}
+
+/// Returns what the parent has not been told; `None` if it cannot say.
+pub fn collect(asked: Asked, answers: &Answers) -> Option<Untold> {
+    answers.result(asked.call).ok()?;
+    let info: Info = answers.value(asked.info);
+    Some(match (info.pid, info.code) {
+        (0, _) => Untold::Nothing,
+        (_, CLD_CONTINUED) => Untold::Continuation,
+        _ => Untold::Stop,
+    })
+}
+
+/// Adds the call by which a parent is told that a child has stopped.
+pub fn tell(child: HostPid, script: &mut Script) {
+    let flags = libc::WSTOPPED | libc::WNOHANG | libc::__WALL;
+    let arguments = [P_PID.into(), child.0.into(), 0.into(), flags.into()];
+    script.attempt(libc::SYS_waitid, &arguments);
+}
+
+/// Adds the call that takes away the signals of children.
+pub fn forget_signal(signal: u32, script: &mut Script) {
+    let bit = 1_u64.checked_shl(signal.wrapping_sub(1)).unwrap_or(0);
+    let set = script.bytes(&bit.to_le_bytes());
+    let now = script.bytes(&[0; 16]);
+    let arguments = [set.into(), 0.into(), now.into(), 8.into()];
+    script.attempt(libc::SYS_rt_sigtimedwait, &arguments);
+}
