@@ -118,7 +118,8 @@
 //!   it is for memory that is a process's own, as `smaps` tells while the tree stands
 //!   still, and never for a pre-dump, whose tree may fork at any time;
 //! - what was in swap is sent back there as soon as it was read (`MADV_PAGEOUT`), which
-//!   costs no writing;
+//!   costs no writing; of shared memory since Linux 6.5, where the kernel tells what of it
+//!   is in swap (`cachestat(2)`);
 //! - files without names and shared memory are read by a description of their own, with
 //!   `O_NOATIME`;
 //! - a process whose memory cgroup has no room for scratch memory is refused before

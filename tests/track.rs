@@ -11,7 +11,6 @@ mod common;
 
 use std::{
     fs::{self, File},
-    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::Command,
     time::Instant,
@@ -23,6 +22,7 @@ use common::{
     require,
     same::assert_same,
     skip,
+    swap::Swap,
 };
 use nix::{
     fcntl::{Flock, FlockArg},
@@ -587,49 +587,10 @@ fn privileged_memory_that_is_pinned_is_not_tracked() {
     }
 }
 
-/// A file that memory is swapped to.
-struct Swap {
-    path: PathBuf,
-    _dir: tempfile::TempDir,
-}
-
-impl Swap {
-    /// Makes one of 32 MiB; `None` on a file system that has no such files.
-    fn make() -> Option<Self> {
-        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        let path = dir.path().join("swap");
-        fs::write(&path, vec![0; 32 << 20]).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
-        let made = Command::new("mkswap").arg(&path).output().unwrap();
-        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-        let made = Command::new("swapon").arg(&path).output().unwrap();
-        let text = String::from_utf8_lossy(&made.stderr);
-        let has_none = ["Invalid argument", "holes"].iter().any(|what| text.contains(what));
-        assert!(made.status.success() || has_none, "{text}");
-        made.status.success().then_some(Self { path, _dir: dir })
-    }
-
-    /// Pages that were ever swapped out on this machine.
-    fn pages_out() -> u64 {
-        let text = fs::read_to_string("/proc/vmstat").unwrap();
-        let line = text.lines().find_map(|line| line.strip_prefix("pswpout "));
-        line.expect("a kernel with swap").parse().unwrap()
-    }
-}
-
-impl Drop for Swap {
-    fn drop(&mut self) {
-        // What was swapped out comes back.
-        let _ = Command::new("swapoff").arg(&self.path).status();
-    }
-}
-
 #[test]
 fn privileged_memory_that_is_swapped_out_is_not_lost() {
     require(Cap::Ptrace);
-    let Some(_swap) = Swap::make() else {
-        skip("a file system with files to swap to below the build's directory");
-    };
+    let _swap = Swap::make();
     let before = Swap::pages_out();
     for tracker in [Tracker::Wp, Tracker::SoftDirty, Tracker::None] {
         if has(tracker) {

@@ -20,6 +20,7 @@ use common::{
     Cap,
     live::{Live, directory, engine, state_of, wait_for, workload},
     require, skip, slow,
+    swap::Swap,
     untouched::Before,
 };
 use nix::{
@@ -239,6 +240,20 @@ fn privileged_merged_pages_stay_merged() {
     fs::write(Merging::path("run"), "0").unwrap();
     untouched(&mut live, &KINDS, &[]);
     live.verdict();
+}
+
+/// What is in swap would count as memory again, and could end the process where that is
+/// limited.
+#[test]
+fn privileged_memory_in_swap_stays_there() {
+    require(Cap::Ptrace);
+    let _swap = Swap::make();
+    for name in ["swapped_out", "swapped_object"] {
+        let mut live = Live::workload(name);
+        assert!(kib(&mut live, "Swap") >= 8 << 10, "{name}");
+        untouched(&mut live, &KINDS, &[]);
+        live.verdict();
+    }
 }
 
 /// With an empty pool of huge pages there is none for a copy: a process that needs one is

@@ -24,13 +24,13 @@ use nix::{
     unistd::{Whence, lseek},
 };
 
-use super::{DumpError, Result, reading::ProcessMemory};
+use super::{DumpError, Result, reading::ProcessMemory, track::marked};
 use crate::{
     chain::{Content, MemoryBytes, Place, read_at},
     fault::{self, Point},
     image::{Kind, MemoryId, PagemapEntry, PagemapWriter, Presence, SnapshotWriter},
     parallel,
-    sys::{cancel, fds},
+    sys::{cancel, fds, swap},
     units::{BLOCK_BYTES, PAGE_SIZE, PageIndex, page_bytes},
 };
 
@@ -88,10 +88,19 @@ impl Memory {
     /// # Errors
     /// What looking for holes returns.
     pub(super) fn of_object(shmid: u64, file: File, name: String, running: bool) -> Result<Self> {
-        let stretches = data_of(&file).map_err(|source| {
+        let mut stretches = data_of(&file).map_err(|source| {
             let name = name.clone();
             DumpError::ReadObject { name, offset: 0, source }
         })?;
+        let (swap, free) = swap::bytes();
+        if swap != free {
+            match swap::swapped_pages(&file) {
+                Ok(swapped) => {
+                    stretches = marked(&stretches, &swapped, |pages| pages.swapped = true);
+                }
+                Err(error) => log::debug!("{name}: it is not known what is in swap: {error}"),
+            }
+        }
         let id = MemoryId::Shared(shmid);
         Ok(Self { id, origin: Origin::Object { file, name }, stretches, parent: None, running })
     }
@@ -385,7 +394,13 @@ impl<'a> Job<'a> {
                     name: name.clone(),
                     offset,
                     source,
-                })
+                })?;
+                if run.swapped
+                    && let Err(errno) = swap::page_out(file, offset, target.len())
+                {
+                    log::debug!("{name}: memory that was in swap stays in memory: {errno}");
+                }
+                Ok(())
             }),
         }
     }

@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{DumpError, Result};
-use crate::{inject::Task, proc, res::cgroup};
+use crate::{inject::Task, proc, res::cgroup, sys::swap};
 
 /// What a process is given at most: code, a table of calls and what these return, and
 /// page tables for them.
@@ -92,13 +92,5 @@ fn left(group: &Path, names: &Names) -> Option<u64> {
         .filter(|(name, _)| names.reclaimed.contains(name))
         .filter_map(|(_, bytes)| bytes.parse::<u64>().ok())
         .sum();
-    Some(limit.saturating_sub(usage).saturating_add(reclaimed).saturating_add(free_swap()))
-}
-
-/// Bytes of swap, to which the kernel can bring what is in memory.
-fn free_swap() -> u64 {
-    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix("SwapFree:"));
-    let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok());
-    kib.unwrap_or(0) << 10
+    Some(limit.saturating_sub(usage).saturating_add(reclaimed).saturating_add(swap::bytes().1))
 }

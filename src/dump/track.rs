@@ -145,7 +145,10 @@ impl Tracking {
         let shared = memories.iter_mut().filter(|memory| memory.is_shared());
         for (memory, unwritten) in shared.zip(survey.unwritten) {
             match unwritten {
-                Some(unwritten) => memory.stretches = marked(&memory.stretches, &unwritten),
+                Some(unwritten) => {
+                    memory.stretches =
+                        marked(&memory.stretches, &unwritten, |pages| pages.unwritten = true);
+                }
                 None => self.untracked.shared += data_pages(memory),
             }
         }
@@ -188,19 +191,28 @@ fn data_pages(memory: &Memory) -> u64 {
     memory.stretches.iter().map(|stretch| stretch.pages).sum()
 }
 
-/// Returns the same pages, and marks those that are unwritten.
-fn marked(stretches: &[Stretch], unwritten: &[Range<u64>]) -> Vec<Stretch> {
+/// Returns the same pages, those of `ranges` as `mark` makes them.
+pub(super) fn marked(
+    stretches: &[Stretch],
+    ranges: &[Range<u64>],
+    mark: impl Fn(&mut Stretch),
+) -> Vec<Stretch> {
     let mut marked = Vec::with_capacity(stretches.len());
-    let mut push = |pages: Range<u64>, of: &Stretch, unwritten| {
-        if !pages.is_empty() {
-            let (first, pages) = (PageIndex(pages.start), pages.end - pages.start);
-            marked.push(Stretch { first, pages, unwritten, ..*of });
+    let mut push = |pages: Range<u64>, of: &Stretch, is_marked: bool| {
+        if pages.is_empty() {
+            return;
         }
+        let (first, pages) = (PageIndex(pages.start), pages.end - pages.start);
+        let mut part = Stretch { first, pages, ..*of };
+        if is_marked {
+            mark(&mut part);
+        }
+        marked.push(part);
     };
     for stretch in stretches {
         let (mut next, end) = (stretch.first.0, stretch.first.0 + stretch.pages);
-        let begin = unwritten.partition_point(|pages| pages.end <= next);
-        for pages in unwritten[begin..].iter().take_while(|pages| pages.start < end) {
+        let begin = ranges.partition_point(|pages| pages.end <= next);
+        for pages in ranges[begin..].iter().take_while(|pages| pages.start < end) {
             let pages = pages.start.max(next)..pages.end.min(end);
             push(next..pages.start, stretch, false);
             next = pages.end;
@@ -292,7 +304,8 @@ mod tests {
         ];
         for (unwritten, expected) in cases {
             let ranges: Vec<_> = unwritten.iter().map(|(start, end)| *start..*end).collect();
-            assert_eq!(marked(&plain, &ranges), expected, "{unwritten:?}");
+            let found = marked(&plain, &ranges, |pages| pages.unwritten = true);
+            assert_eq!(found, expected, "{unwritten:?}");
         }
     }
 }

@@ -20,6 +20,7 @@ pub mod reflink;
 pub mod shm;
 pub mod socket;
 pub mod supervise;
+pub mod swap;
 pub mod task;
 pub mod tracepoint;
 pub mod tty;

@@ -9,6 +9,7 @@ pub mod mounted;
 pub mod peak;
 pub mod recorder;
 pub mod same;
+pub mod swap;
 pub mod untouched;
 
 use std::{

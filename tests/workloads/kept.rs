@@ -13,6 +13,8 @@ pub const ROWS: &[Row] = &[
     ("forks_share_huge", forks_share_huge),
     ("forks_share_hugetlb", forks_share_hugetlb),
     ("merged", merged),
+    ("swapped_out", swapped_out),
+    ("swapped_object", swapped_object),
     ("full_cgroup", full_cgroup),
 ];
 
@@ -73,6 +75,36 @@ fn merged(checkpoint: &Checkpoint) -> Verdict {
     })?;
     checkpoint.wait();
     (0..area.pages()).try_for_each(|page| area.page(page).verify("merged page", 1))
+}
+
+/// KiB of this process that are in swap, in shared memory as well.
+fn swapped_kib() -> Option<usize> {
+    let text = fs::read_to_string("/proc/self/smaps_rollup").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("Swap:"))?;
+    line.trim().strip_suffix(" kB")?.parse().ok()
+}
+
+/// 8 MiB that are in swap, and 1 MiB beside it that is not.
+fn swapped_out(checkpoint: &Checkpoint) -> Verdict {
+    let area = Area::private(2048 + 256)?;
+    area.advise(libc::MADV_NOHUGEPAGE)?;
+    area.fill(1);
+    wait_until("8 MiB to be in swap", || {
+        area.part(0, 2048).advise(libc::MADV_PAGEOUT).is_ok() && swapped_kib() >= Some(8 << 10)
+    })?;
+    checkpoint.wait();
+    area.verify("memory that was in swap", 1)
+}
+
+/// 8 MiB of shared memory that are in swap.
+fn swapped_object(checkpoint: &Checkpoint) -> Verdict {
+    let area = Area::shared(2048)?;
+    area.fill(1);
+    wait_until("8 MiB to be in swap", || {
+        area.advise(libc::MADV_PAGEOUT).is_ok() && swapped_kib() >= Some(8 << 10)
+    })?;
+    checkpoint.wait();
+    area.verify("memory that was in swap", 1)
 }
 
 /// As much memory as its memory cgroup allows; the file beside the status says how many
