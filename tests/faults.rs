@@ -15,8 +15,9 @@ use std::{
 
 use common::{
     Cap,
-    live::{Live, TreeState, engine, state_of, wait_for},
+    live::{Live, engine, state_of, wait_for},
     require,
+    untouched::Before,
 };
 use nix::{
     sys::{
@@ -82,14 +83,13 @@ fn assert_failed_at(point: Point, output: &Output) {
 
 /// Waits until a tree whose tracer was killed is as it was: the kernel lets go of
 /// the traced in its own time.
-fn assert_left_alone(what: &str, live: &mut Live, before: &TreeState) {
-    let differences = before.differences(&live.state_after(before));
-    assert!(differences.is_empty(), "{what}:\n{}", differences.join("\n"));
+fn assert_left_alone(what: &str, live: &mut Live, before: &Before) {
+    before.assert_untouched(live, what);
 }
 
 /// Makes a dump fail at a point, once into an empty directory and once into one
 /// that holds a snapshot.
-fn failed_dump(point: Point, mode: &[&str], live: &mut Live, before: &TreeState) {
+fn failed_dump(point: Point, mode: &[&str], live: &mut Live, before: &Before) {
     let name = point.name();
     for old in [false, true] {
         live.fault = None;
@@ -102,7 +102,8 @@ fn failed_dump(point: Point, mode: &[&str], live: &mut Live, before: &TreeState)
         let output = live.try_dump(mode);
         assert_failed_at(point, &output);
         // At once: a dump that has ended has put everything back.
-        before.assert_unchanged(&live.state());
+        before.state().assert_unchanged(&live.state());
+        before.assert_untouched(live, &format!("{mode:?}, failed at {name},"));
         let left = images(&live.images());
         assert!(!left.contains_key(".unfinished"), "{name} {mode:?} leaves unfinished images");
         if point == Point::DumpCommit {
@@ -116,14 +117,15 @@ fn failed_dump(point: Point, mode: &[&str], live: &mut Live, before: &TreeState)
 }
 
 /// Kills the process that dumps at a point.
-fn killed_dump(point: Point, mode: &[&str], live: &mut Live, before: &TreeState) {
+fn killed_dump(point: Point, mode: &[&str], live: &mut Live, before: &Before) {
     let name = point.name();
     empty(&live.images());
     live.fault = Some(format!("{name}:kill"));
     let output = live.try_dump(mode);
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(said.contains("was killed by SIGKILL"), "{name}: {} {said}", output.status);
-    assert_left_alone(&format!("killed at {name} {mode:?}"), live, before);
+    let what = format!("{mode:?}, killed at {name},");
+    assert_left_alone(&what, live, before);
     let complete = images(&live.images()).contains_key("inventory.img");
     assert_eq!(complete, point == Point::DumpCommit, "{name} {mode:?}: a complete snapshot");
     if complete {
@@ -132,13 +134,13 @@ fn killed_dump(point: Point, mode: &[&str], live: &mut Live, before: &TreeState)
     // What is left of it is in nobody's way.
     live.fault = None;
     live.dump_running(&[]);
-    before.assert_unchanged(&live.state());
+    before.assert_untouched(live, &format!("-R, after {what},"));
     live.check_images();
 }
 
 /// Kills the process that the user has started while the one that does the work is
 /// at a point.
-fn deserted_dump(point: Point, mode: &[&str], live: &mut Live, before: &TreeState) {
+fn deserted_dump(point: Point, mode: &[&str], live: &mut Live, before: &Before) {
     let what = format!("{} {mode:?}, deserted", point.name());
     empty(&live.images());
     let mut dump = Command::new(engine())
@@ -178,16 +180,17 @@ fn deserted_dump(point: Point, mode: &[&str], live: &mut Live, before: &TreeStat
         assert!(!left.contains_key("inventory.img"), "{what}: a snapshot");
     }
     if point != Point::DumpCommit || mode == ["-R"] {
-        before.assert_unchanged(&live.state());
+        before.state().assert_unchanged(&live.state());
+        before.assert_untouched(live, &what);
     }
 }
 
 fn dump_fails(name: &str) {
     require(Cap::Ptrace);
     let mut live = Live::workload(name);
-    let before = live.state();
+    let before = Before::of(&mut live);
     for point in dump_points(name) {
-        for mode in [&["-R"][..], &[]] {
+        for mode in [&["-R"][..], &[], &["-R", "--track-mem"]] {
             failed_dump(point, mode, &mut live, &before);
         }
     }
@@ -197,7 +200,7 @@ fn dump_fails(name: &str) {
 fn dump_is_killed(name: &str) {
     require(Cap::Ptrace);
     let mut live = Live::workload(name);
-    let before = live.state();
+    let before = Before::of(&mut live);
     for point in dump_points(name) {
         for mode in [&["-R"][..], &[]] {
             // With no warning at all: nobody is there who could take the memory away

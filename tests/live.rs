@@ -522,12 +522,12 @@ fn privileged_states_that_are_lost_are_warned_of() {
 }
 
 fn refused_with(live: &mut Live, options: &[&str], what: &str) {
-    let before = live.state();
+    let before = Before::of(live);
     let output = live.try_dump(options);
     let words = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(!output.status.success(), "it was dumped: {words}");
     assert!(words.contains(what), "{words}");
-    before.assert_unchanged(&live.state_after(&before));
+    before.assert_untouched(live, "a dump that was refused");
 }
 
 /// Data in a connection that was not accepted can be seen by no one.
