@@ -132,6 +132,29 @@ fn a_sparse_pagemap_is_an_error_and_takes_no_memory() {
     look(&view, ROOT, &mut vec![0; LOOK_BYTES]);
 }
 
+/// A copy that lacks an image which is there, but is not to be opened, is no copy.
+#[test]
+fn what_is_no_file_under_an_images_name_is_not_left_out() {
+    let root = tempfile::tempdir().unwrap();
+    copy(CHAINS[0], root.path());
+    let core = root.path().join("3/core-293.img");
+    fs::remove_file(&core).unwrap();
+    let refused = || {
+        let chain = Arc::new(Chain::open(root.path()).unwrap());
+        let tip = chain.choose(None).unwrap();
+        let view = View::new(chain, tip);
+        look(&view, ROOT, &mut vec![0; LOOK_BYTES]);
+        let problem = flatten(&view, &root.path().join("flat"), &mut |_, _| {}).unwrap_err();
+        assert!(problem.to_string().contains("3/core-293.img"), "{problem}");
+        assert!(!root.path().join("flat").exists());
+    };
+    nix::unistd::mkfifo(&core, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    refused();
+    fs::remove_file(&core).unwrap();
+    symlink("nowhere", &core).unwrap();
+    refused();
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(96))]
 

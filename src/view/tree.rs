@@ -293,8 +293,11 @@ impl View {
             // Names that are not UTF-8 are not names of images.
             let Ok(name) = entry.file_name().into_string() else { continue };
             // It is about the pages file on disk, which has others than the one here.
-            let journal = desc::by_file_name(&name).is_some_and(|(d, _)| d.kind == Kind::Punched);
-            if entry.path().is_file() && !journal {
+            let kind = desc::by_file_name(&name).map(|(desc, _)| desc.kind);
+            let journal = kind == Some(Kind::Punched);
+            // What has an image's name and is none is an error to who reads it: without it,
+            // a copy would look complete.
+            if (kind.is_some() || entry.path().is_file()) && !journal {
                 children.push((name, What::Image(id)));
             }
         }
