@@ -24,6 +24,7 @@ use nix::{
 
 use super::{FileError, Opened, Result, owner::Holder, sock_opts::Restored, unix_name};
 use crate::{
+    causes::with_sources,
     image::proto::SkPeerEntry,
     inject::{Helper, InjectError, Script},
     proc,
@@ -110,8 +111,8 @@ fn change(script: &mut Script, with_groups: bool, to: &SkPeerEntry) {
 #[derive(Debug)]
 pub(super) struct Callers {
     own: SkPeerEntry,
-    /// By pid; `None` if there is none to be had.
-    helpers: HashMap<i32, Option<Helper>>,
+    /// By pid; why there is none to be had.
+    helpers: HashMap<i32, Result<Helper, String>>,
     /// The pids of the tree.
     tree: HashSet<i32>,
 }
@@ -135,10 +136,12 @@ impl Callers {
     /// Whether calls can be made with this pid.
     pub(super) fn can_be(&mut self, pid: i32) -> bool {
         let place = self.helpers.entry(pid).or_insert_with(|| {
-            let spawned = (pid > 0).then(|| Helper::spawn(HostPid(pid)))?;
-            spawned.map_err(|error| log::debug!("no helper {pid}: {error}")).ok()
+            if pid <= 0 {
+                return Err("it is of another namespace".into());
+            }
+            Helper::spawn(HostPid(pid)).map_err(|error| with_sources(&error))
         });
-        place.is_some()
+        place.is_ok()
     }
 
     /// Lets the caller make the calls that `add` adds, and then be what it was. Returns
@@ -154,16 +157,22 @@ impl Callers {
         let candidates = [Some(peer.pid), *instead].into_iter().flatten();
         let found = candidates.into_iter().find(|pid| self.can_be(*pid));
         let Some(pid) = found else {
-            // Of a tree whose pids are in use, a later error tells.
-            if !self.is_of_tree(peer.pid) {
-                warn_of_peer(restored, peer, self.own.pid);
+            // Those of the tree are free now, and have to be.
+            let of_tree = [Some(peer.pid), *instead].into_iter().flatten();
+            for pid in of_tree.filter(|pid| self.is_of_tree(*pid)) {
+                if let Some(Err(why)) = self.helpers.get(&pid) {
+                    let problem = format!("no process {pid} can be made to {step} it: {why}");
+                    return Err(restored.wrong(problem));
+                }
             }
+            warn_of_peer(restored, peer, self.own.pid);
             return Ok(None);
         };
         if pid != peer.pid {
             warn_of_peer(restored, peer, pid);
         }
-        let helper = self.helpers.get_mut(&pid).and_then(Option::as_mut).expect("it was found");
+        let helper = self.helpers.get_mut(&pid);
+        let helper = helper.and_then(|helper| helper.as_mut().ok()).expect("it was found");
         let mut script = Script::new();
         become_peer(&self.own, peer, &mut script);
         if let Err(error) = helper.run(&script) {
@@ -174,7 +183,7 @@ impl Callers {
                 peer.uid
             );
             // What it has become by then is not known.
-            self.helpers.insert(pid, None);
+            self.helpers.insert(pid, Err(with_sources(&error)));
             return Ok(None);
         }
         let mut script = Script::new();
