@@ -273,6 +273,7 @@ states! {
     unix_peek_offset;
     socket_options;
     tcp_ended;
+    udp_queued;
     owners;
     owner_of_a_terminal;
     owner_of_a_shared_port;

@@ -4,7 +4,7 @@ use std::{io::Error, ptr};
 
 use crate::{
     Row,
-    kit::{Checkpoint, Verdict, same, wait_until, write_all},
+    kit::{Checkpoint, Verdict, bytes, same, wait_until, write_all},
     sockets::{Address, option, own_port, pair, path_name, receive, set_option, socket},
 };
 
@@ -17,6 +17,7 @@ pub const ROWS: &[Row] = &[
     ("tcp_ended", tcp_ended),
     ("tcp_pending_error", tcp_pending_error),
     ("udp_pending_error", udp_pending_error),
+    ("udp_queued", udp_queued),
 ];
 
 /// The events that a socket shows.
@@ -242,4 +243,50 @@ fn udp_pending_error(checkpoint: &Checkpoint) -> Verdict {
     wait_until("an error", || has_error(fd))?;
     checkpoint.wait();
     same("error", libc::ECONNREFUSED, option(fd, libc::SOL_SOCKET, libc::SO_ERROR)?)
+}
+
+/// Receives a datagram; who sent it comes first.
+fn receive_from(fd: i32) -> Result<(Vec<u8>, Vec<u8>), String> {
+    let mut data = vec![0_u8; 1 << 16];
+    let (at, len) = (data.as_mut_ptr().cast(), data.len());
+    let mut count = 0;
+    let from = Address::read(|name, length| {
+        count = sys!(recvfrom(fd, at, len, libc::MSG_DONTWAIT, name, length))? as usize;
+        Ok(0)
+    })?;
+    data.truncate(count);
+    Ok((from, data))
+}
+
+fn udp_queued(checkpoint: &Checkpoint) -> Verdict {
+    let sender = socket(libc::AF_INET, libc::SOCK_DGRAM)?;
+    Address::ip4(own_port(0)).bind(sender)?;
+    let other = socket(libc::AF_INET, libc::SOCK_DGRAM)?;
+    Address::ip4(own_port(1)).bind(other)?;
+    let sender6 = socket(libc::AF_INET6, libc::SOCK_DGRAM)?;
+    Address::ip6(own_port(0)).bind(sender6)?;
+    let first = socket(libc::AF_INET, libc::SOCK_DGRAM)?;
+    Address::ip4(own_port(3)).bind(first)?;
+    // Of both families, for anyone.
+    let both = socket(libc::AF_INET6, libc::SOCK_DGRAM)?;
+    Address::any6(own_port(2)).bind(both)?;
+    let large = bytes(3, 60_000);
+    Address::ip4(own_port(3)).send(sender, b"one")?;
+    Address::ip4(own_port(3)).send(sender, b"")?;
+    Address::ip4(own_port(3)).send(other, &large)?;
+    Address::ip4(own_port(2)).send(sender, b"by the old")?;
+    Address::ip6(own_port(2)).send(sender6, b"by the new")?;
+    // From now on it takes nothing of others.
+    Address::ip4(own_port(0)).connect(first)?;
+    let names = [Address::own(sender)?, Address::own(other)?, Address::own(sender6)?];
+    checkpoint.wait();
+    same("first", (names[0].clone(), b"one".to_vec()), receive_from(first)?)?;
+    same("empty", (names[0].clone(), Vec::new()), receive_from(first)?)?;
+    ensure!((names[1].clone(), large) == receive_from(first)?, "the large one has changed");
+    same("one too many", None, receive(first)?)?;
+    let (from, data) = receive_from(both)?;
+    same("by IPv4", (&b"by the old"[..], &names[0][2..4]), (&data[..], &from[2..4]))?;
+    same("by IPv6", (names[2].clone(), b"by the new".to_vec()), receive_from(both)?)?;
+    write_all(first, b"still connected")?;
+    same("afterwards", Some(b"still connected".to_vec()), receive(sender)?)
 }

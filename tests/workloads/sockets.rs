@@ -78,12 +78,20 @@ impl Address {
         Self::of(address, size_of::<libc::sockaddr_in>())
     }
 
-    fn ip6(port: u16) -> Self {
+    pub fn ip6(port: u16) -> Self {
         // SAFETY: all zeros is a valid value.
         let mut address: libc::sockaddr_in6 = unsafe { mem::zeroed() };
         address.sin6_family = libc::AF_INET6 as u16;
         address.sin6_port = port.to_be();
         address.sin6_addr.s6_addr[15] = 1;
+        Self::of(address, size_of::<libc::sockaddr_in6>())
+    }
+
+    pub fn any6(port: u16) -> Self {
+        // SAFETY: all zeros is a valid value.
+        let mut address: libc::sockaddr_in6 = unsafe { mem::zeroed() };
+        address.sin6_family = libc::AF_INET6 as u16;
+        address.sin6_port = port.to_be();
         Self::of(address, size_of::<libc::sockaddr_in6>())
     }
 
@@ -95,7 +103,7 @@ impl Address {
         sys!(connect(fd, (&raw const self.storage).cast(), self.length)).map(drop)
     }
 
-    fn send(&self, fd: i32, data: &[u8]) -> Verdict {
+    pub fn send(&self, fd: i32, data: &[u8]) -> Verdict {
         let (at, to) = (data.as_ptr().cast(), (&raw const self.storage).cast());
         sys!(sendto(fd, at, data.len(), 0, to, self.length)).map(drop)
     }
@@ -106,7 +114,7 @@ impl Address {
         unsafe { std::slice::from_raw_parts((&raw const self.storage).cast(), length) }
     }
 
-    fn read(
+    pub fn read(
         read: impl FnOnce(*mut libc::sockaddr, *mut libc::socklen_t) -> Result<i32, String>,
     ) -> Result<Vec<u8>, String> {
         // SAFETY: all zeros is a valid value.

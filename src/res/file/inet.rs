@@ -2,9 +2,9 @@
 //!
 //! TCP sockets that listen, that neither listen nor are connected, or whose connection both
 //! ends have ended; UDP and UDP-Lite sockets in any state. What is queued in UDP sockets is
-//! dropped, as by CRIU: images cannot tell where a datagram came from, and who uses UDP has to
-//! live with losses, of ICMP errors too. So do clients whose connections a listening socket
-//! has begun to make.
+//! kept as far as [`super::udp_queue`] can. CRIU drops it, and who uses UDP has to live with
+//! losses, of ICMP errors too. So do clients whose connections a listening socket has begun
+//! to make.
 //!
 //! A TCP socket whose connection has ended still tells the name that it had, but holds the
 //! port only if its program has bound it. What it has received is kept; an error that nobody
@@ -30,6 +30,7 @@ use super::{
     sock_opts::{self, NET_NS_ID},
     sock_queue,
     sock_state::{self, RECEIVED_MAX_BYTES},
+    udp_queue,
     unix::{SHUT_BOTH, state},
 };
 use crate::{
@@ -85,6 +86,8 @@ struct Facts {
     backlog: u32,
     shutdown: u8,
     ended: Option<Ended>,
+    /// What is queued in a UDP socket and can be sent again.
+    datagrams: Vec<proto::SkDatagramEntry>,
 }
 
 /// A TCP socket whose connection both ends have ended.
@@ -221,13 +224,23 @@ impl InetCollector {
         if seen.contains(PollFlags::POLLERR) {
             log::warn!("{what} has an error that its program has not read (ICMP): it will be lost");
         }
+        let mut datagrams = Vec::new();
         if found.is_some_and(|found| found.receive_queue > 0) {
-            log::warn!("{what} has datagrams in its queue: they will be lost");
+            // Who looks at datagrams takes an error.
+            let kept = if seen.contains(PollFlags::POLLERR) || !can_be_sent_again(fd, protocol) {
+                None
+            } else {
+                udp_queue::peek(fd).map_err(file.failed("look at the queue of"))?
+            };
+            datagrams = kept.unwrap_or_else(|| {
+                log::warn!("{what} has datagrams in its queue: they will be lost");
+                Vec::new()
+            });
         }
         let state = if connected { state::ESTABLISHED } else { state::CLOSE };
         let backlog = found.map_or(0, |found| found.send_queue);
         let shutdown = found.map_or(0, |found| found.shutdown);
-        Ok(Facts { state, backlog, shutdown, ended: None })
+        Ok(Facts { state, backlog, shutdown, datagrams, ended: None })
     }
 }
 
@@ -256,6 +269,7 @@ impl Collector for InetCollector {
             _ => return Err(file.unsupported(what, HELP_KIND)),
         };
         let mut state = self.states.read(file, &what)?;
+        state.datagrams = facts.datagrams;
         if let Some(ended) = facts.ended {
             state.ended = Some(true);
             state.received = (!ended.received.is_empty()).then_some(ended.received);
@@ -303,6 +317,17 @@ impl Collector for InetCollector {
     }
 }
 
+/// Whether what is queued in a UDP socket would come to it, and to no other, if it were sent
+/// again by [`udp_queue`].
+fn can_be_sent_again(fd: BorrowedFd, protocol: c_int) -> bool {
+    let uses = |level, option| socket::option::<c_int>(fd, level, option).is_ok_and(|v| v != 0);
+    protocol == libc::IPPROTO_UDP
+        && !uses(libc::SOL_SOCKET, libc::SO_REUSEADDR)
+        && !uses(libc::SOL_SOCKET, libc::SO_REUSEPORT)
+        && !uses(libc::SOL_UDP, libc::UDP_GRO)
+        && sock_opts::bound_interface(fd).is_ok_and(|interface| interface.is_none())
+}
+
 fn state_name(state: u32) -> String {
     // `net/tcp_states.h`, from 1.
     const NAMES: [&str; 12] = [
@@ -342,7 +367,7 @@ pub(super) fn protocol_name(kind: c_int, protocol: c_int) -> String {
 }
 
 /// Takes an address of either family.
-fn address(found: nix::Result<SockaddrStorage>) -> Option<SocketAddr> {
+pub(super) fn address(found: nix::Result<SockaddrStorage>) -> Option<SocketAddr> {
     let found = found.ok()?;
     let v4 = found.as_sockaddr_in().map(|v4| SocketAddr::V4((*v4).into()));
     v4.or_else(|| found.as_sockaddr_in6().map(|v6| SocketAddr::V6((*v6).into())))

@@ -30,10 +30,13 @@ use super::{
     inet::{IPV6_FREEBIND, IPV6_RECVPKTINFO, protocol_name},
     owner,
     sock_opts::{self, Restored},
-    sock_state,
+    sock_state, udp_queue,
     unix::state,
 };
 use crate::{image::proto, sys::socket};
+
+/// What a socket has room for at least that receives what was in its queue.
+const ROOM_BYTES: i32 = 1 << 20;
 
 /// How long this program waits for itself.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -77,6 +80,7 @@ impl Opener for InetOpener {
         }
         for socket in &sockets {
             socket.listen()?;
+            socket.fill();
         }
         for socket in &sockets {
             socket.set_up()?;
@@ -173,6 +177,16 @@ impl<'a> Socket<'a> {
         let backlog = i32::try_from(self.entry.backlog).ok().and_then(|n| Backlog::new(n).ok());
         listen(&self.fd, backlog.unwrap_or(Backlog::MAXALLOWABLE))
             .map_err(self.restored.failed("listen on"))
+    }
+
+    /// Sends what was queued, as long as the socket takes it from everyone.
+    fn fill(&self) {
+        let Some(state) = self.state.filter(|state| !state.datagrams.is_empty()) else { return };
+        let bytes: usize = state.datagrams.iter().map(|datagram| datagram.data.len()).sum();
+        // What the kernel keeps beside counts as well.
+        let room = i32::try_from(bytes).unwrap_or(i32::MAX).saturating_mul(2);
+        sock_opts::widen_to_receive(self.fd.as_fd(), room.max(ROOM_BYTES));
+        udp_queue::restore(self.fd.as_fd(), self.own, &state.datagrams, &self.restored);
     }
 
     /// Lets a socket be one whose connection has ended: the other end of one to this

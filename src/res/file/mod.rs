@@ -32,6 +32,7 @@ mod sock_testing;
 mod testing;
 pub mod timerfd;
 pub mod tty;
+mod udp_queue;
 mod unix;
 mod unix_name;
 mod unix_open;

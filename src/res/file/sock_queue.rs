@@ -58,14 +58,18 @@ pub(super) struct Packet {
 
 /// The peek offset of a socket, which is changed only if that is needed, and set back when
 /// dropped.
-struct PeekOffset<'a> {
+pub(super) struct PeekOffset<'a> {
     fd: BorrowedFd<'a>,
     before: c_int,
     now: c_int,
 }
 
 impl<'a> PeekOffset<'a> {
-    fn new(fd: BorrowedFd<'a>) -> nix::Result<Self> {
+    /// Returns that of a socket, as it is.
+    ///
+    /// # Errors
+    /// What `getsockopt(2)` returns.
+    pub(super) fn new(fd: BorrowedFd<'a>) -> nix::Result<Self> {
         let before = socket::option(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF)?;
         Ok(Self { fd, before, now: before })
     }
@@ -79,7 +83,11 @@ impl<'a> PeekOffset<'a> {
         Ok(())
     }
 
-    fn set(&mut self, offset: c_int) -> nix::Result<()> {
+    /// Changes it.
+    ///
+    /// # Errors
+    /// What `setsockopt(2)` returns.
+    pub(super) fn set(&mut self, offset: c_int) -> nix::Result<()> {
         self.now = offset;
         socket::set_option(self.fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, &offset)
     }

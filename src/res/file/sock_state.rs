@@ -9,7 +9,8 @@
 //! | packets behind an error (UNIX datagram, seqpacket) | refused: the error comes first | |
 //! | queue, UNIX | kept with descriptors; refused with credentials, out-of-band data | sent again |
 //! | queue, TCP, of a connection that has ended | kept, up to [`RECEIVED_MAX_BYTES`] | sent again |
-//! | queue, UDP | warned of | lost |
+//! | queue, UDP, of a socket that shares its port with none | kept, but for when and by what device it came | [`super::udp_queue`] |
+//! | queue, UDP, with `SO_REUSEADDR`, `SO_REUSEPORT`, `UDP_GRO`, of one device, behind an error | warned of | lost |
 //! | queue, netlink; connections that TCP has not accepted | refused | |
 //! | `SO_PEEK_OFF` | kept | set |
 //! | `SO_PEERCRED`, `SO_PEERGROUPS` | kept | [`super::unix_peer`] |
