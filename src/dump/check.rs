@@ -8,7 +8,7 @@ use crate::{
     causes::tell,
     inject::{Task, Tracee},
     proc,
-    res::attribute,
+    res::attribute::lost::Own,
     sys::{
         process::{self, Shared},
         ptrace::{self, Rare},
@@ -54,17 +54,18 @@ const FOR_CHILDREN: [Namespace; 2] = [
 /// [`DumpError::Unsupported`] for the first thing that is not.
 pub(super) fn tree(tasks: &[Task], options: &Options) -> Result<()> {
     let own = HostPid(nix::unistd::getpid().as_raw());
+    let own: Vec<_> = all_namespaces().map(|kind| proc::namespace(own, kind.file).ok()).collect();
     let pids: BTreeSet<i32> = tasks.iter().map(|task| task.pid.0).collect();
     for task in tasks.iter().filter(|task| !task.is_zombie()) {
         // Before anything is taken for not shared because that cannot be told.
         compare(task.pid, task.pid, Shared::Memory)?;
-        check_namespaces(task.pid, own)?;
+        check_namespaces(task.pid, &own)?;
         check_sharing(task)?;
         for thread in &task.threads {
             check_thread(task.pid, thread)?;
         }
     }
-    warn_of_losses(tasks, own, &pids);
+    warn_of_losses(tasks, &pids);
     for (position, task) in tasks.iter().enumerate() {
         let stat = proc::stat(task.pid)?;
         // The leader of a session or group may have ended, but then nobody outside
@@ -102,24 +103,29 @@ pub(super) fn tree(tasks: &[Task], options: &Options) -> Result<()> {
 }
 
 /// Says what is seen here and will be lost.
-fn warn_of_losses(tasks: &[Task], own: HostPid, pids: &BTreeSet<i32>) {
+fn warn_of_losses(tasks: &[Task], pids: &BTreeSet<i32>) {
+    let own = Own::read();
     let in_tree = |pid: HostPid| pids.contains(&pid.0);
     for task in tasks.iter().filter(|task| !task.is_zombie()) {
         let tids: Vec<_> = task.threads.iter().map(|thread| thread.tid).collect();
-        for what in attribute::lost::look(task.pid, &tids, own, &in_tree) {
+        for what in own.look(task.pid, &tids, &in_tree) {
             tell(log::Level::Warn, &format!("process {} {what}", task.pid));
         }
     }
 }
 
+fn all_namespaces() -> impl Iterator<Item = &'static Namespace> {
+    NAMESPACES.iter().chain(&FOR_CHILDREN)
+}
+
 /// Checks that a process lives in the namespaces of this program.
-fn check_namespaces(pid: HostPid, own: HostPid) -> Result<()> {
+fn check_namespaces(pid: HostPid, own: &[Option<u64>]) -> Result<()> {
     let mut what = Vec::new();
     let mut flags = Vec::new();
-    for Namespace { file, name, flag } in NAMESPACES.iter().chain(&FOR_CHILDREN) {
+    for (Namespace { file, name, flag }, ours) in all_namespaces().zip(own) {
         // Kernels without a kind of namespace have nothing to differ in.
-        if let (Ok(theirs), Ok(ours)) = (proc::namespace(pid, file), proc::namespace(own, file))
-            && theirs != ours
+        if let (Ok(theirs), Some(ours)) = (proc::namespace(pid, file), ours)
+            && theirs != *ours
             && !flags.contains(flag)
         {
             what.push(format!("{name} ({file}:[{theirs}])"));
@@ -140,9 +146,7 @@ fn check_sharing(task: &Task) -> Result<()> {
         |tid| proc::thread_stat(pid, tid).is_ok_and(|stat| !matches!(stat.state, 'Z' | 'X'));
     let mut threads = task.threads.iter().map(|thread| thread.tid).skip_while(|tid| !lives(*tid));
     let Some(first) = threads.next() else { return Ok(()) };
-    let namespaces: Vec<_> = NAMESPACES
-        .iter()
-        .chain(&FOR_CHILDREN)
+    let namespaces: Vec<_> = all_namespaces()
         .map(|kind| (kind, proc::thread_namespace(pid, first, kind.file).ok()))
         .collect();
     for tid in threads {

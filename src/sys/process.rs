@@ -291,9 +291,15 @@ pub struct Scheduling {
     pub deadline: u64,
     /// Nanoseconds, for `SCHED_DEADLINE`.
     pub period: u64,
+    /// The least and the most that the processor takes the thread for, of 1024 (since
+    /// Linux 5.3); 0 where it is not told.
+    pub clamps: [u32; 2],
 }
 
-const _: () = assert!(size_of::<Scheduling>() == 48);
+const _: () = assert!(size_of::<Scheduling>() == 56);
+
+/// `SCHED_FLAG_UTIL_CLAMP_MIN` and `_MAX` (`linux/sched.h`): the clamps are set, too.
+pub const SCHED_CLAMPS: u64 = 0x60;
 
 /// Returns how a thread is scheduled.
 ///

@@ -9,7 +9,7 @@ use crate::{
 };
 
 /// Policy, flags, nice value and priority; runtime, deadline and period in nanoseconds:
-/// of deadline scheduling, and the slice of other policies. What is left of the present
+/// of deadline scheduling, and the slice of other policies; clamps of utilization. What is left of the present
 /// period is not kept.
 pub(super) struct Scheduling;
 
@@ -20,7 +20,7 @@ impl Kind for Scheduling {
 
     fn about(&self) -> &'static str {
         "how it is scheduled (sched_setattr(2): policy, flags, nice, priority, runtime, deadline, \
-         period)"
+         period, clamps)"
     }
 
     fn read(&self, who: Who, _: &Asked, _: &Answers) -> Option<Vec<u64>> {
@@ -33,14 +33,20 @@ impl Kind for Scheduling {
             now.runtime,
             now.deadline,
             now.period,
+            now.clamps[0].into(),
+            now.clamps[1].into(),
         ])
     }
 
     fn set(&self, values: &[u64], who: Who, _: &mut Script) -> Result<(), Errno> {
-        let &[policy, flags, nice, priority, runtime, deadline, period] = values else {
+        let &[policy, flags, nice, priority, runtime, deadline, period, least, most] = values
+        else {
             return Err(Errno::EINVAL);
         };
         let wrong = |_| Errno::EINVAL;
+        let now = process::scheduling(who.tid)?;
+        let clamps = [u32::try_from(least).map_err(wrong)?, u32::try_from(most).map_err(wrong)?];
+        let flags = if clamps == now.clamps { flags } else { flags | process::SCHED_CLAMPS };
         let wanted = process::Scheduling {
             policy: u32::try_from(policy).map_err(wrong)?,
             flags,
@@ -49,7 +55,8 @@ impl Kind for Scheduling {
             runtime,
             deadline,
             period,
-            ..process::scheduling(who.tid)?
+            clamps,
+            ..now
         };
         process::set_scheduling(who.tid, &wanted)
     }
