@@ -10,7 +10,7 @@ use std::{
 const ARROWS: &[(&str, &[&str])] = &[
     ("units", &[]),
     ("sys", &["units", "fault"]),
-    ("image", &["units"]),
+    ("image", &["causes", "units"]),
     ("chain", &["causes", "parallel", "image", "units", "fault"]),
     ("view", &["chain", "image", "units"]),
     ("fs", &["causes", "view", "chain", "image", "sys", "units"]),

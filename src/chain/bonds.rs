@@ -15,8 +15,8 @@ use std::{
 
 use xxhash_rust::xxh3::xxh3_128;
 
-use super::{Chain, LinkError, SnapshotId, side_by_side};
-use crate::image::{ImageError, Kind, proto, read_one, regular};
+use super::{Chain, ChainError, LinkError, SnapshotId, side_by_side};
+use crate::image::{ImageError, Kind, proto, read_one, regular, tree};
 
 /// Begins the name of a dump that has no id of its own; the hash of its inventory
 /// follows.
@@ -35,6 +35,7 @@ struct Identity {
     name: Vec<u8>,
     /// The parent's, as far as the dump recorded it.
     parent: Option<Vec<u8>>,
+    version: u32,
     uptime: Option<Duration>,
     date: Option<SystemTime>,
 }
@@ -80,10 +81,22 @@ fn read(dir: &Path) -> Result<Identity, ImageError> {
     };
     let date = fs::metadata(&path).and_then(|meta| meta.modified()).ok();
     let uptime = inventory.dump_uptime.map(Duration::from_micros);
-    Ok(Identity { name, parent: inventory.parent_run_id, uptime, date })
+    let (parent, version) = (inventory.parent_run_id, inventory.img_version);
+    Ok(Identity { name, parent, version, uptime, date })
 }
 
 impl Chain {
+    /// Checks that the images of a snapshot are of a version of the format that is known.
+    /// What is wrong with an inventory that cannot be read is for who needs it.
+    ///
+    /// # Errors
+    /// [`ChainError::Version`].
+    pub fn require_version(&self, id: SnapshotId) -> Result<(), ChainError> {
+        let problem = self.identity(id).and_then(|this| tree::version_problem(this.version));
+        let dir = || self.snapshot(id).dir.clone();
+        problem.map_or(Ok(()), |problem| Err(ChainError::Version { dir: dir(), problem }))
+    }
+
     /// Checks that the parent of a snapshot, if it has one, is the one that it was made
     /// on, as far as the snapshot recorded that.
     ///
@@ -108,12 +121,20 @@ impl Chain {
         })
     }
 
-    /// Does so for many snapshots; the first that is wrong counts.
+    /// Does both for many snapshots, but for the parent of the last; the first that is
+    /// wrong counts.
     ///
     /// # Errors
-    /// [`LinkError::Replaced`].
-    pub(super) fn require_bonds(&self, ids: &[SnapshotId]) -> Result<(), LinkError> {
-        side_by_side::map(ids, WORTH_A_THREAD, |_, id| self.require_bond(*id)).into_iter().collect()
+    /// [`ChainError::Version`], [`LinkError::Replaced`].
+    pub(super) fn require_layers(&self, ids: &[SnapshotId]) -> Result<(), ChainError> {
+        let look = |position: usize, id: &SnapshotId| {
+            self.require_version(*id)?;
+            if position + 1 < ids.len() {
+                self.require_bond(*id)?;
+            }
+            Ok(())
+        };
+        side_by_side::map(ids, WORTH_A_THREAD, look).into_iter().collect()
     }
 
     /// Whether a snapshot that did not record which parent it was made on is older than

@@ -1,7 +1,7 @@
 //! Everything that can be wrong with a chain.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     fmt, fs,
     path::{Path, PathBuf},
 };
@@ -16,8 +16,8 @@ use super::{
 use crate::{
     causes::with_sources,
     image::{
-        Body, ImageError, Kind, MemoryId, PagemapReader, desc, proto, punched, read_all,
-        snapshot::DEDUP_STAGE, verify,
+        Body, ImageError, Kind, MemoryId, PagemapReader, desc, punched, snapshot::DEDUP_STAGE,
+        tree, verify,
     },
     units::{PAGE_SIZE, PageIndex, PageRanges, page_bytes},
 };
@@ -192,24 +192,19 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// Checks that every process of the tree has what a restore reads first.
+    /// Tells what keeps the processes of the snapshot from being restored, but for their
+    /// memory.
     fn processes(&mut self) {
-        let path = self.chain.image_path(self.id, Kind::Pstree, 0);
-        let tree = match read_all::<proto::PstreeEntry>(&path, Kind::Pstree) {
-            Ok(tree) => tree,
-            Err(error) if error.is_missing() => {
-                return; // a pre-dump
-            }
-            Err(_) => return, // told among the images
-        };
-        for process in &tree {
-            // The process is the first of its threads.
-            for task in BTreeSet::from_iter(process.threads.iter().copied().chain([process.pid])) {
-                let name = Kind::Core.file_name(task.into());
-                if !self.dir().join(&name).exists() {
-                    let pid = process.pid;
-                    self.error(format!("process {pid} is in pstree.img, but there is no {name}"));
-                }
+        let (_, problems) = tree::read(self.dir());
+        for problem in problems {
+            // Images that cannot be read were told already.
+            let severity = if problem.is_broken { Severity::Error } else { Severity::Note };
+            let here = self.chain.snapshot(self.id).dir.as_path();
+            let is_told = self.findings.iter().any(|finding| {
+                finding.dir == here && problem.text.ends_with(finding.problem.as_str())
+            });
+            if !is_told {
+                self.tell(severity, None, None, problem.text);
             }
         }
     }

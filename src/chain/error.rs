@@ -51,6 +51,14 @@ pub enum ChainError {
     /// A directory's link to its parent leads nowhere good.
     #[error(transparent)]
     Link(#[from] LinkError),
+    /// A snapshot is of a version of the format that is not known.
+    #[error("{dir}: {problem}", dir = .dir.display())]
+    Version {
+        /// The image directory.
+        dir: PathBuf,
+        /// Which version was found, and which are known.
+        problem: String,
+    },
     /// An image could not be read.
     #[error(transparent)]
     Image(#[from] ImageError),

@@ -306,9 +306,8 @@ fn read_layers(chain: &Chain, id: SnapshotId, memory: MemoryId) -> Result<Layers
         Some(End::Answered | End::Missing) | None => {}
     }
     // Each but the last has left pages to the next.
-    let askers: Vec<SnapshotId> =
-        layers[..layers.len() - 1].iter().map(|layer| layer.snapshot).collect();
-    chain.require_bonds(&askers)?;
+    let snapshots: Vec<SnapshotId> = layers.iter().map(|layer| layer.snapshot).collect();
+    chain.require_layers(&snapshots)?;
     Ok(Layers { layers, stretches })
 }
 

@@ -195,6 +195,9 @@ impl FileTable {
             if let Some(fd) = new {
                 let link = proc::fd_link(pid, number)?;
                 self.collect(id, fd, pid, number, link, info)?;
+                // A file that was found in a queue may have a descriptor, too, which is
+                // to tell its type.
+                self.collect_pending()?;
             }
             entries.push(proto::FdinfoEntry {
                 id,

@@ -58,6 +58,7 @@ fn chain_errno(error: &ChainError) -> Errno {
         | ChainError::SeveralTips { .. }
         | ChainError::NoTip
         | ChainError::Link(_)
+        | ChainError::Version { .. }
         | ChainError::NoMemory { .. }
         | ChainError::TooDeep { .. }
         | ChainError::Unanswered { .. }

@@ -20,6 +20,7 @@ pub mod punched;
 pub mod registers;
 pub mod regular;
 pub mod snapshot;
+pub mod tree;
 mod verify;
 pub mod vma;
 mod wire;

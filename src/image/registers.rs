@@ -138,6 +138,15 @@ pub fn extended(regs: &proto::UserX86FpregsEntry) -> Result<Option<Vec<u8>>, Str
     Ok(Some(area))
 }
 
+/// Checks that every register has the bytes that the processor gives it.
+///
+/// # Errors
+/// The first register that does not, and what was expected.
+pub fn check(regs: &proto::UserX86FpregsEntry) -> Result<(), String> {
+    legacy(regs)?;
+    regs.xsave.as_ref().map_or(Ok(()), |xsave| components(xsave).map(drop))
+}
+
 /// Returns the components that were dumped, with their bytes.
 fn components(xsave: &proto::UserX86XsaveEntry) -> Result<Vec<(Component, Vec<u8>)>, String> {
     let fields = [

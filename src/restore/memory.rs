@@ -17,14 +17,10 @@ use std::{
 
 use nix::libc;
 
-use super::{
-    RestoreError, Result,
-    free::Free,
-    plan::{ADDRESSES_END, Body},
-};
+use super::{RestoreError, Result, free::Free, plan::Body};
 use crate::{
     chain::{MemoryBytes, read_at},
-    image::{proto::VmaEntry, vma},
+    image::{proto::VmaEntry, tree::ADDRESSES_END, vma},
     inject::Script,
     parallel,
     res::{mapping, sysv},

@@ -6,7 +6,6 @@
 //! theirs, too.
 
 mod apply;
-mod births;
 mod error;
 mod files;
 mod free;
@@ -74,11 +73,11 @@ pub fn run(options: &Options) -> Result<()> {
             return Err(RestoreError::MountedReadOnly { path: images.clone(), behind });
         }
         // Who serves the mount has locked them.
-        Some(behind) => Plan::read(&behind, None)?,
+        Some(behind) => Plan::read(&behind, options, None)?,
         None => {
             let changes = options.auto_dedup.is_some();
             let access = if changes { Access::Exclusive } else { Access::Shared };
-            Plan::read(&images, Some((&mut locks, access)))?
+            Plan::read(&images, options, Some((&mut locks, access)))?
         }
     };
     plan.chain.require_whole(plan.snapshot)?;

@@ -1,4 +1,4 @@
-//! Making the processes of a tree, each by the one that is to make it ([`super::births`]).
+//! Making the processes of a tree, each by the one that is to make it ([`crate::image::tree::Births`]).
 
 use std::{
     collections::HashMap,
@@ -10,7 +10,6 @@ use nix::{errno::Errno, libc};
 
 use super::{
     RestoreError, Result,
-    births::{Birth, Births, Maker},
     free::Free,
     memory::{self, Layout},
     pids::Waiting,
@@ -19,7 +18,10 @@ use super::{
 use crate::{
     causes::tell,
     fault::{self, Point},
-    image::proto::VmaEntry,
+    image::{
+        proto::VmaEntry,
+        tree::{Birth, Births, Maker},
+    },
     inject::{InjectError, Scratch, Script, Tracee},
     proc,
     res::{self, cgroup::Places, task::state},
@@ -102,7 +104,7 @@ impl<'a> Puppets<'a> {
     /// # Errors
     /// Whatever fails; no process is left then.
     pub(super) fn make(plan: &'a Plan, cgroups: &'a Places, workshop: &Workshop) -> Result<Self> {
-        let births = Births::plan(plan, workshop.shell_job, workshop.sibling)?;
+        let births = plan.births.clone();
         for helper in &births.helpers {
             Waiting::begin().until_free(helper.pid)?;
         }

@@ -8,7 +8,10 @@ use super::{
     Collector, Description, FileError, Intake, Kind, Opened, Opener, Policy, Result, descriptor,
 };
 use crate::{
-    image::proto::{self, FdTypes},
+    image::{
+        proto::{self, FdTypes},
+        tree,
+    },
     proc::{self, FdDetail, FdInfo},
     sys::fds::{self, TimerSetting},
     units::{HostPid, TargetFd},
@@ -23,10 +26,6 @@ pub(super) const KIND: Kind = Kind {
 };
 
 const NANOSECONDS: u64 = 1_000_000_000;
-
-/// The flags of `timerfd_settime(2)` that are known.
-const SETTIME_FLAGS: u32 =
-    (libc::TFD_TIMER_ABSTIME | libc::TFD_TIMER_CANCEL_ON_SET).cast_unsigned();
 
 #[derive(Default)]
 struct Timers {
@@ -113,15 +112,7 @@ impl Opener for Timers {
 }
 
 fn check(entry: &proto::TimerfdEntry) -> Result<()> {
-    let wrong = |problem: String| Err(FileError::image(entry.id, problem));
-    if entry.settime_flags & !SETTIME_FLAGS != 0 {
-        return wrong(format!("unknown flags {:#x} of a timer", entry.settime_flags));
-    }
-    let largest = i64::MAX.cast_unsigned() / 2;
-    if entry.vnsec.max(entry.insec) >= NANOSECONDS || entry.vsec.max(entry.isec) > largest {
-        return wrong("a timer with an impossible time".to_owned());
-    }
-    Ok(())
+    tree::timer_problem(entry).map_or(Ok(()), |problem| Err(FileError::image(entry.id, problem)))
 }
 
 /// Returns what to set a timer to; images always have the time that is left.

@@ -7,15 +7,27 @@
 //! leaders of sessions and groups that have ended, helpers stand in, which end before
 //! the tree goes on.
 
-use super::{
-    RestoreError, Result,
-    plan::{Plan, TaskPlan},
-};
 use crate::units::HostPid;
+
+/// What decides who makes a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kin {
+    /// Its pid.
+    pub pid: HostPid,
+    /// The position of its parent; `None` for the root.
+    pub parent: Option<usize>,
+    /// Its session.
+    pub session: HostPid,
+}
+
+/// Whether the leader of a session or group is no process of the tree.
+fn is_outside(tasks: &[Kin], leader: HostPid) -> bool {
+    !tasks.iter().any(|task| task.pid == leader)
+}
 
 /// Who makes a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Maker {
+pub enum Maker {
     /// This program.
     Director,
     /// The task at this position.
@@ -26,51 +38,55 @@ pub(super) enum Maker {
 
 /// How a process comes into being.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Birth {
-    pub(super) maker: Maker,
+pub struct Birth {
+    /// Who makes it.
+    pub maker: Maker,
     /// The maker makes it as its own sibling.
-    pub(super) sibling: bool,
+    pub sibling: bool,
     /// The maker makes it before it makes a session of its own.
-    pub(super) early: bool,
+    pub early: bool,
 }
 
 /// A process that exists during the restore only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct HelperPlan {
-    pub(super) pid: HostPid,
+pub struct HelperPlan {
+    /// Its pid.
+    pub pid: HostPid,
     /// Its parent, which makes it.
-    pub(super) maker: Maker,
+    pub maker: Maker,
     /// Whether it leads a session, or a group only.
-    pub(super) session: bool,
+    pub session: bool,
 }
 
 /// Who makes whom.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Births {
-    pub(super) tasks: Vec<Option<Birth>>,
-    pub(super) helpers: Vec<HelperPlan>,
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Births {
+    /// By the positions of the processes; all are there.
+    pub tasks: Vec<Option<Birth>>,
+    /// Those that exist during the restore only.
+    pub helpers: Vec<HelperPlan>,
 }
 
 impl Births {
     /// Decides who makes whom.
     ///
     /// # Errors
-    /// [`RestoreError::Relation`].
-    pub(super) fn plan(plan: &Plan, shell_job: bool, sibling: bool) -> Result<Self> {
-        let mut births = Self { tasks: vec![None; plan.tasks.len()], helpers: Vec::new() };
-        let root = &plan.tasks[0];
+    /// A process that is related in a way that is not restored, and to whom.
+    pub fn plan(tasks: &[Kin], shell_job: bool, sibling: bool) -> Result<Self, (HostPid, String)> {
+        let mut births = Self { tasks: vec![None; tasks.len()], helpers: Vec::new() };
+        let Some(root) = tasks.first() else { return Ok(births) };
         let led_by_another =
-            root.session != root.pid && !(shell_job && plan.is_outside(root.session));
+            root.session != root.pid && !(shell_job && is_outside(tasks, root.session));
         if sibling && led_by_another {
             let problem = format!(
                 "the leader of its session, {}, has ended, and --restore-sibling would leave the \
                  one that stands in for it to the parent of rcriu; leave that option out",
                 root.session
             );
-            return Err(RestoreError::Relation { pid: root.pid, problem });
+            return Err((root.pid, problem));
         }
-        for (position, task) in plan.tasks.iter().enumerate() {
-            let birth = births.of(plan, position, task, shell_job)?;
+        for (position, task) in tasks.iter().enumerate() {
+            let birth = births.of(tasks, position, task, shell_job)?;
             births.tasks[position] = Some(birth);
         }
         Ok(births)
@@ -78,43 +94,44 @@ impl Births {
 
     fn of(
         &mut self,
-        plan: &Plan,
+        tasks: &[Kin],
         position: usize,
-        task: &TaskPlan,
+        task: &Kin,
         shell_job: bool,
-    ) -> Result<Birth> {
+    ) -> Result<Birth, (HostPid, String)> {
         let natural = |maker| Birth { maker, sibling: false, early: false };
         let Some(parent) = task.parent else {
             let own_session = task.session == task.pid;
-            if own_session || shell_job && plan.is_outside(task.session) {
+            if own_session || shell_job && is_outside(tasks, task.session) {
                 return Ok(natural(Maker::Director));
             }
             let helper = self.helper(task.session, Maker::Director);
             return Ok(Birth { maker: helper, sibling: true, early: false });
         };
-        let above = &plan.tasks[parent];
+        let above = &tasks[parent];
         if task.session == task.pid || task.session == above.session {
             return Ok(natural(Maker::Task(parent)));
         }
-        if above.session == above.pid && self.session_at_birth(plan, parent) == Some(task.session) {
+        if above.session == above.pid && self.session_at_birth(tasks, parent) == Some(task.session)
+        {
             return Ok(Birth { maker: Maker::Task(parent), sibling: false, early: true });
         }
         // A sibling of the same session that was made already, the leader best of all.
         let sibling = (0..position)
             .filter(|other| {
-                let other = &plan.tasks[*other];
+                let other = &tasks[*other];
                 other.parent == Some(parent) && other.session == task.session
             })
-            .min_by_key(|other| plan.tasks[*other].pid != task.session);
+            .min_by_key(|other| tasks[*other].pid != task.session);
         if let Some(sibling) = sibling {
             return Ok(Birth { maker: Maker::Task(sibling), sibling: true, early: false });
         }
-        if !plan.is_outside(task.session) {
+        if !is_outside(tasks, task.session) {
             let problem = format!(
                 "it is in the session of process {}, which is neither its parent nor a child of its parent",
                 task.session
             );
-            return Err(RestoreError::Relation { pid: task.pid, problem });
+            return Err((task.pid, problem));
         }
         let helper = self.helper(task.session, Maker::Task(parent));
         Ok(Birth { maker: helper, sibling: true, early: false })
@@ -132,13 +149,13 @@ impl Births {
 
     /// Returns the session that a task is in when it is made; `None` for that of
     /// this program.
-    fn session_at_birth(&self, plan: &Plan, position: usize) -> Option<HostPid> {
+    fn session_at_birth(&self, tasks: &[Kin], position: usize) -> Option<HostPid> {
         let birth = self.tasks[position]?;
         match birth.maker {
             Maker::Director => None,
             Maker::Helper(helper) => Some(self.helpers[helper].pid),
-            Maker::Task(maker) if birth.early => self.session_at_birth(plan, maker),
-            Maker::Task(maker) => Some(plan.tasks[maker].session),
+            Maker::Task(maker) if birth.early => self.session_at_birth(tasks, maker),
+            Maker::Task(maker) => Some(tasks[maker].session),
         }
     }
 }

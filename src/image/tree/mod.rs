@@ -1,0 +1,249 @@
+//! The processes that a snapshot restores, read and held against each other.
+//!
+//! Everything that images can say wrongly of a tree is looked for here, without looking
+//! at the machine: a restore asks before it makes anything, and `imgfs check` tells all
+//! of it. What is right but beyond what this program restores is told apart.
+
+mod births;
+mod files;
+mod memory;
+mod order;
+mod task;
+
+use std::{fmt, path::Path};
+
+use super::{ImageError, Kind, proto, read_all, read_files, read_one, vma};
+
+pub use self::{
+    births::{Birth, Births, HelperPlan, Kin, Maker},
+    files::timer_problem,
+    memory::ADDRESSES_END,
+};
+
+/// The versions of the format that are known (`inventory_entry.img_version`): CRIU's
+/// `CRTOOLS_IMAGES_V1`, and `CRTOOLS_IMAGES_V1_1`, with a common magic before each
+/// image's own.
+pub const VERSIONS: [u32; 2] = [1, 2];
+
+/// What keeps a tree from being restored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// Whether the images contradict themselves or the kernel, rather than hold what this
+    /// program does not restore.
+    pub is_broken: bool,
+    /// What it is, and of what.
+    pub text: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+/// Collects problems.
+#[derive(Debug, Default)]
+struct Problems(Vec<Problem>);
+
+impl Problems {
+    fn broken(&mut self, text: impl Into<String>) {
+        self.0.push(Problem { is_broken: true, text: text.into() });
+    }
+
+    fn not_restored(&mut self, text: impl Into<String>) {
+        self.0.push(Problem { is_broken: false, text: text.into() });
+    }
+
+    /// Notes an image that cannot be read, and returns it otherwise.
+    fn image<T>(&mut self, image: Result<T, ImageError>) -> Option<T> {
+        let failed = |error| self.broken(crate::causes::with_sources(&error));
+        image.map_err(failed).ok()
+    }
+}
+
+/// A process of a snapshot.
+#[derive(Clone, Debug)]
+pub struct Task {
+    /// Its pid, group and session.
+    pub entry: proto::PstreeEntry,
+    /// The position of its parent; `None` for the root.
+    pub parent: Option<usize>,
+    /// The cores of its threads, the leader's first.
+    pub threads: Vec<(u32, proto::CoreEntry)>,
+    /// What it has if it has not ended.
+    pub body: Option<Body>,
+}
+
+/// What a process has that has not ended.
+#[derive(Clone, Debug)]
+pub struct Body {
+    /// Its address space, without its mappings.
+    pub mm: proto::MmEntry,
+    /// Its mappings, ascending.
+    pub vmas: Vec<proto::VmaEntry>,
+    /// Its ranges of guard pages, ascending.
+    pub guards: Vec<proto::VmaEntry>,
+    /// Where it stands.
+    pub fs: proto::FsEntry,
+    /// Its descriptors.
+    pub fds: Vec<proto::FdinfoEntry>,
+}
+
+/// The processes of a snapshot and their open files.
+#[derive(Clone, Debug, Default)]
+pub struct Tree {
+    /// Parents before their children.
+    pub tasks: Vec<Task>,
+    /// The table of open files.
+    pub files: Vec<proto::FileEntry>,
+    /// What the dumper says of itself.
+    pub inventory: proto::InventoryEntry,
+}
+
+/// `task_core_entry.task_state`, as CRIU numbers them.
+pub mod state {
+    /// It runs, or sleeps.
+    pub const ALIVE: u32 = 1;
+    /// It has ended and was not waited for.
+    pub const DEAD: u32 = 2;
+    /// It was stopped by a signal.
+    pub const STOPPED: u32 = 3;
+}
+
+/// Whether a directory holds processes; a pre-dump has memory only.
+pub fn is_pre_dump(dir: &Path) -> bool {
+    !dir.join(Kind::Pstree.file_name(0)).exists()
+}
+
+/// Says what is wrong with a version of the format, if anything is.
+pub fn version_problem(found: u32) -> Option<String> {
+    let [first, last] = VERSIONS;
+    (!VERSIONS.contains(&found)).then(|| {
+        format!(
+            "its images have version {found} of the format (img_version), {first} or {last} \
+             expected: a program that knows that version can read them"
+        )
+    })
+}
+
+/// Reads the processes of the snapshot in `dir`, and returns what keeps them from being
+/// restored. What cannot be read is left out.
+pub fn read(dir: &Path) -> (Tree, Vec<Problem>) {
+    let mut problems = Problems::default();
+    let mut tree = Tree::default();
+    let inventory: Option<proto::InventoryEntry> =
+        problems.image(read_one(&dir.join(Kind::Inventory.file_name(0)), Kind::Inventory));
+    if let Some(inventory) = inventory {
+        if let Some(problem) = version_problem(inventory.img_version) {
+            // Nothing else can be believed.
+            problems.broken(problem);
+            return (tree, problems.0);
+        }
+        if inventory.fdinfo_per_id != Some(true) && !is_pre_dump(dir) {
+            problems.not_restored(
+                "it is of a dumper before CRIU 1.0, whose descriptors are not read".to_owned(),
+            );
+        }
+        tree.inventory = inventory;
+    }
+    if is_pre_dump(dir) {
+        return (tree, problems.0);
+    }
+    tree.files = problems.image(read_files(dir)).flatten().unwrap_or_default();
+    let pstree = problems.image(read_all(&dir.join(Kind::Pstree.file_name(0)), Kind::Pstree));
+    let ordered = match order::order(pstree.unwrap_or_default()) {
+        Ok(ordered) => ordered,
+        Err(problem) => {
+            problems.broken(problem);
+            return (tree, problems.0);
+        }
+    };
+    for (entry, parent) in ordered {
+        let pid = entry.pid;
+        let mut found = Problems::default();
+        tree.tasks.push(read_task(dir, entry, parent, &mut found));
+        problems.0.extend(found.0.into_iter().map(|problem| {
+            let text = format!("images of process {pid}: {}", problem.text);
+            Problem { text, ..problem }
+        }));
+    }
+    order::check(&tree.tasks, &mut problems);
+    files::check(dir, &tree, &mut problems);
+    (tree, problems.0)
+}
+
+fn read_task(
+    dir: &Path,
+    entry: proto::PstreeEntry,
+    parent: Option<usize>,
+    problems: &mut Problems,
+) -> Task {
+    let pid = entry.pid;
+    let core = |tid: u32| -> Result<proto::CoreEntry, ImageError> {
+        read_one(&dir.join(Kind::Core.file_name(tid.into())), Kind::Core)
+    };
+    let mut task = Task { entry, parent, threads: Vec::new(), body: None };
+    let Some(leader) = problems.image(core(pid)) else { return task };
+    let of_task = leader.tc.clone();
+    task.threads.push((pid, leader));
+    let Some(of_task) = of_task else {
+        problems.broken("its core does not say what it was doing");
+        return task;
+    };
+    match of_task.task_state {
+        // The threads that CRIU lists of it are arbitrary numbers.
+        state::DEAD => return task,
+        state::ALIVE | state::STOPPED => {}
+        other => {
+            problems.broken(format!("its state is {other}, which is unknown"));
+            return task;
+        }
+    }
+    task::check_task(&of_task, problems);
+    if let Some((first, others)) = task.entry.threads.split_first() {
+        if *first != pid {
+            problems.broken(format!("its first thread is {first}"));
+        }
+        for tid in others {
+            if let Some(core) = problems.image(core(*tid)) {
+                task.threads.push((*tid, core));
+            }
+        }
+    }
+    for (tid, core) in &task.threads {
+        task::check_thread(*tid, core, problems);
+    }
+    task.body = read_body(dir, &task, problems);
+    task
+}
+
+fn read_body(dir: &Path, task: &Task, problems: &mut Problems) -> Option<Body> {
+    let number = u64::from(task.entry.pid);
+    let mm = problems.image(read_one(&dir.join(Kind::Mm.file_name(number)), Kind::Mm));
+    let fs = problems.image(read_one(&dir.join(Kind::Fs.file_name(number)), Kind::Fs));
+    let ids_path = dir.join(Kind::Ids.file_name(number));
+    let ids = match read_one::<proto::TaskKobjIdsEntry>(&ids_path, Kind::Ids) {
+        Err(error) if error.is_missing() => {
+            let ids = task.threads.first().and_then(|(_, core)| core.ids);
+            if ids.is_none() {
+                problems.broken("it has no ids");
+            }
+            ids
+        }
+        ids => problems.image(ids),
+    };
+    let fds = ids.and_then(|ids| {
+        let path = dir.join(Kind::Fdinfo.file_name(ids.files_id.into()));
+        match read_all(&path, Kind::Fdinfo) {
+            Err(error) if error.is_missing() => Some(Vec::new()),
+            fds => problems.image(fds),
+        }
+    });
+    let mut mm: proto::MmEntry = mm?;
+    let mut all = std::mem::take(&mut mm.vmas);
+    all.retain(|entry| entry.status & vma::VSYSCALL == 0);
+    let (guards, vmas): (Vec<_>, Vec<_>) =
+        all.into_iter().partition(|entry| entry.status & vma::GUARD != 0);
+    memory::check(&mm, &vmas, &guards, problems);
+    Some(Body { mm, vmas, guards, fs: fs?, fds: fds? })
+}

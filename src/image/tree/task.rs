@@ -1,0 +1,296 @@
+//! What a core says of a process and its threads.
+
+use super::{Problems, memory::ADDRESSES_END};
+use crate::image::{proto, registers};
+
+/// Limits of resources (`RLIM_NLIMITS`, `asm-generic/resource.h`).
+const LIMITS: usize = 16;
+
+/// Signals (`_NSIG`).
+const SIGNALS: u32 = 64;
+
+/// Bytes of a `siginfo_t`.
+const SIGINFO_BYTES: usize = 128;
+
+const NANOSECONDS: u64 = 1_000_000_000;
+const MICROSECONDS: u64 = 1_000_000;
+
+/// The clocks with numbers that timers can be made of (`linux/time.h`); those of processes
+/// and threads have negative ones.
+const CLOCKS: [i32; 8] = [0, 1, 2, 3, 7, 8, 9, 11];
+
+/// Scheduling policies (`linux/sched.h`), and those among them that have a priority.
+const POLICIES: [u32; 7] = [0, 1, 2, 3, 5, 6, 7];
+const REAL_TIME: [u32; 2] = [1, 2];
+
+/// Bytes of `struct robust_list_head` (`linux/futex.h`).
+const ROBUST_LIST_BYTES: u32 = 24;
+
+/// Bits of the control register of SSE that the processor refuses (`MXCSR`).
+const NO_MXCSR: u32 = 0xfffd_0000;
+
+/// Checks what a process has besides its memory and files.
+pub(super) fn check_task(task: &proto::TaskCoreEntry, problems: &mut Problems) {
+    let limits = task.rlimits.iter().flat_map(|limits| &limits.rlimits);
+    for (number, limit) in limits.enumerate() {
+        if number >= LIMITS {
+            problems.broken(format!("it has a limit {number}, of which there is none"));
+            break;
+        }
+        if limit.cur > limit.max {
+            problems.broken(format!(
+                "its limit {number} is {}, more than the {} that it may be",
+                limit.cur, limit.max
+            ));
+        }
+    }
+    if task.sigactions.len() > SIGNALS as usize - 2 {
+        problems.broken(format!("it has actions for {} signals", task.sigactions.len()));
+    }
+    if let Some(queue) = &task.signals_s {
+        check_queue(queue, problems);
+    }
+    if let Some(timers) = &task.timers {
+        check_timers(timers, problems);
+    }
+    if task.oom_score_adj.is_some_and(|adjustment| !(-1000..=1000).contains(&adjustment)) {
+        problems.broken(format!("its OOM score adjustment is {:?}", task.oom_score_adj));
+    }
+}
+
+fn check_queue(queue: &proto::SignalQueueEntry, problems: &mut Problems) {
+    for entry in &queue.signals {
+        let number = entry.siginfo.first_chunk().map(|bytes| u32::from_le_bytes(*bytes));
+        let fine = entry.siginfo.len() == SIGINFO_BYTES
+            && number.is_some_and(|number| (1..=SIGNALS).contains(&number));
+        if !fine {
+            problems.broken("a signal in its queue is malformed");
+        }
+    }
+}
+
+fn check_timers(timers: &proto::TaskTimersEntry, problems: &mut Problems) {
+    for timer in [timers.real, timers.virt, timers.prof] {
+        let fine = timer.vusec.max(timer.iusec) < MICROSECONDS
+            && timer.vsec.max(timer.isec) <= i64::MAX.cast_unsigned();
+        if !fine {
+            problems.broken("an interval timer with an impossible time");
+        }
+    }
+    let mut ids: Vec<u32> = timers.posix.iter().map(|timer| timer.it_id).collect();
+    ids.sort_unstable();
+    if let Some(pair) = ids.windows(2).find(|pair| pair[0] == pair[1]) {
+        problems.broken(format!("there are two timers with the id {}", pair[0]));
+    }
+    for timer in &timers.posix {
+        let id = timer.it_id;
+        if i32::try_from(id).is_err() {
+            problems.broken(format!("there is a timer with the id {id}"));
+        }
+        let fine = timer.vnsec.max(timer.insec) < NANOSECONDS
+            && timer.vsec.max(timer.isec) <= i64::MAX.cast_unsigned();
+        if !fine {
+            problems.broken(format!("timer {id} has an impossible time"));
+        }
+        let clock = timer.clock_id.cast_signed();
+        if clock >= 0 && !CLOCKS.contains(&clock) {
+            problems.broken(format!("timer {id} is of the clock {clock}"));
+        }
+        // SIGEV_SIGNAL, SIGEV_NONE, SIGEV_THREAD, SIGEV_THREAD_ID.
+        let notifies = matches!(timer.it_sigev_notify, 0..=2 | 4);
+        let signals = matches!(timer.it_sigev_notify, 0 | 2 | 4);
+        if !notifies || signals && !(1..=SIGNALS).contains(&timer.si_signo) {
+            problems.broken(format!(
+                "timer {id} tells of its end in a way {}, by signal {}, that there is not",
+                timer.it_sigev_notify, timer.si_signo
+            ));
+        }
+    }
+}
+
+/// Checks what a core says of one thread.
+pub(super) fn check_thread(tid: u32, core: &proto::CoreEntry, problems: &mut Problems) {
+    let mut wrong = |problem: String| problems.broken(format!("thread {tid}: {problem}"));
+    if core.mtype() != proto::core_entry::March::X8664 {
+        wrong(format!("it is of another kind of machine ({:?})", core.mtype()));
+        return;
+    }
+    match &core.thread_info {
+        None => wrong("it has no registers".into()),
+        Some(info) => {
+            if let Err(problem) = registers::check(&info.fpregs) {
+                wrong(problem);
+            }
+            if info.fpregs.mxcsr & NO_MXCSR != 0 {
+                wrong(format!("its register mxcsr is {:#x}", info.fpregs.mxcsr));
+            }
+            check_registers(&info.gpregs, &mut wrong);
+        }
+    }
+    let mode = core.thread_info.as_ref().and_then(|info| info.gpregs.mode);
+    if mode.is_some_and(|mode| mode != i32::from(proto::UserX86RegsMode::Native)) {
+        problems.not_restored(format!("thread {tid} is a 32-bit one, which is not restored"));
+    }
+    let mut wrong = |problem: String| problems.broken(format!("thread {tid}: {problem}"));
+    let Some(thread) = &core.thread_core else { return };
+    let filtered = thread.seccomp_mode.is_some_and(|mode| mode != 0);
+    if thread.futex_rla != 0 && thread.futex_rla_len != ROBUST_LIST_BYTES {
+        wrong(format!(
+            "its list of robust futexes has {} bytes, {ROBUST_LIST_BYTES} expected",
+            thread.futex_rla_len
+        ));
+    }
+    let policy = thread.sched_policy.unwrap_or(0);
+    let priority = thread.sched_prio.unwrap_or(0);
+    let fits =
+        if REAL_TIME.contains(&policy) { (1..100).contains(&priority) } else { priority == 0 };
+    if !POLICIES.contains(&policy) || !fits {
+        wrong(format!("its scheduling policy is {policy} with priority {priority}"));
+    }
+    if thread.pdeath_sig.is_some_and(|signal| signal > SIGNALS) {
+        wrong(format!("its parent-death signal is {:?}", thread.pdeath_sig));
+    }
+    if let Some(rseq) = &thread.rseq_entry
+        && rseq.rseq_abi_pointer != 0
+        && (rseq.rseq_abi_pointer >= ADDRESSES_END || rseq.rseq_abi_size < 20)
+    {
+        wrong("its restartable sequences are nowhere".into());
+    }
+    if let Some(creds) = &thread.creds {
+        check_creds(creds, &mut wrong);
+    }
+    if let Some(queue) = &thread.signals_p {
+        check_queue(queue, problems);
+    }
+    if filtered {
+        problems
+            .not_restored(format!("thread {tid} has a seccomp filter, which is not restored yet"));
+    }
+}
+
+/// Checks what the kernel refuses of a debugger (`putreg`, `arch/x86/kernel/ptrace.c`).
+fn check_registers(regs: &proto::UserX86RegsEntry, wrong: &mut dyn FnMut(String)) {
+    /// Requested privilege level of user space; null is fine but for code and stack.
+    const USER: u64 = 3;
+    let selectors = [
+        ("cs", regs.cs, true),
+        ("ss", regs.ss, true),
+        ("ds", regs.ds, false),
+        ("es", regs.es, false),
+        ("fs", regs.fs, false),
+        ("gs", regs.gs, false),
+    ];
+    for (name, value, needed) in selectors {
+        let user = value & USER == USER && value <= u64::from(u16::MAX);
+        if !user && (needed || value != 0) {
+            wrong(format!("its register {name} is {value:#x}"));
+        }
+    }
+    for (name, value) in [("fs_base", regs.fs_base), ("gs_base", regs.gs_base)] {
+        if value >= ADDRESSES_END {
+            wrong(format!("its register {name} is {value:#x}"));
+        }
+    }
+}
+
+fn check_creds(creds: &proto::CredsEntry, wrong: &mut dyn FnMut(String)) {
+    let ids = [
+        creds.uid,
+        creds.euid,
+        creds.suid,
+        creds.fsuid,
+        creds.gid,
+        creds.egid,
+        creds.sgid,
+        creds.fsgid,
+    ];
+    // -1 is no user and no group.
+    if ids.iter().chain(&creds.groups).any(|id| *id == u32::MAX) {
+        wrong("its user or group is -1".into());
+    }
+    let sets = [&creds.cap_inh, &creds.cap_prm, &creds.cap_eff, &creds.cap_bnd];
+    if let Some(set) = sets.iter().find(|set| set.len() != 2) {
+        wrong(format!("a set of its capabilities has {} halves, two expected", set.len()));
+        return;
+    }
+    let within = |set: &[u32], of: &[u32]| set.iter().zip(of).all(|(set, of)| set & !of == 0);
+    if !within(&creds.cap_eff, &creds.cap_prm) {
+        wrong("its effective capabilities are more than the permitted ones".into());
+    }
+    let amb = &creds.cap_amb;
+    if !amb.is_empty() && !(within(amb, &creds.cap_prm) && within(amb, &creds.cap_inh)) {
+        wrong("its ambient capabilities are more than it may have".into());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn told(core: &proto::CoreEntry) -> String {
+        let mut problems = Problems::default();
+        check_thread(7, core, &mut problems);
+        if let Some(task) = &core.tc {
+            check_task(task, &mut problems);
+        }
+        problems.0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+    }
+
+    fn core() -> proto::CoreEntry {
+        let gpregs = proto::UserX86RegsEntry { cs: 0x33, ss: 0x2b, ..Default::default() };
+        let fpregs = proto::UserX86FpregsEntry {
+            mxcsr: 0x1f80,
+            st_space: vec![0; 32],
+            xmm_space: vec![0; 64],
+            ..Default::default()
+        };
+        proto::CoreEntry {
+            mtype: proto::core_entry::March::X8664.into(),
+            thread_info: Some(proto::ThreadInfoX86 { gpregs, fpregs, ..Default::default() }),
+            tc: Some(proto::TaskCoreEntry::default()),
+            thread_core: Some(proto::ThreadCoreEntry::default()),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn what_the_kernel_would_refuse_is_told() {
+        assert_eq!(told(&core()), "");
+        type Break = fn(&mut proto::CoreEntry);
+        fn info(core: &mut proto::CoreEntry) -> &mut proto::ThreadInfoX86 {
+            core.thread_info.as_mut().unwrap()
+        }
+        let breaks: [(Break, &str); 8] = [
+            (|core| info(core).fpregs.st_space.truncate(31), "st_space has 124 bytes"),
+            (|core| info(core).gpregs.cs = 0, "register cs is 0x0"),
+            (|core| info(core).gpregs.fs_base = u64::MAX, "fs_base is 0xffffffffffffffff"),
+            (|core| core.thread_info = None, "no registers"),
+            (|core| core.mtype = 3, "another kind of machine"),
+            (
+                |core| {
+                    let limit = proto::RlimitEntry { cur: 2, max: 1 };
+                    let rlimits = Some(proto::TaskRlimitsEntry { rlimits: vec![limit] });
+                    core.tc.as_mut().unwrap().rlimits = rlimits;
+                },
+                "limit 0 is 2, more than the 1",
+            ),
+            (
+                |core| {
+                    let queue = proto::SignalQueueEntry { signals: vec![Default::default()] };
+                    core.tc.as_mut().unwrap().signals_s = Some(queue);
+                },
+                "a signal in its queue is malformed",
+            ),
+            (
+                |core| core.thread_core.as_mut().unwrap().seccomp_mode = Some(2),
+                "has a seccomp filter",
+            ),
+        ];
+        for (damage, expected) in breaks {
+            let mut broken = core();
+            damage(&mut broken);
+            let told = told(&broken);
+            assert!(told.contains(expected), "{expected}: {told}");
+        }
+    }
+}
