@@ -60,6 +60,10 @@
 //! was cut within a page. A panic ends the daemon, and the kernel then answers
 //! whoever waits.
 //!
+//! A reader gets an errno and no more. The daemon keeps its last warnings and errors, each
+//! once, and shows them as an attribute of the root ([`crate::fs::recent`]), which
+//! `imgfs log` prints.
+//!
 //! A mount that frees pages (`--punch`) takes requests to punch the flat pages files in
 //! its root, and nothing else; it has the chain for itself. Reads hold a lock shared
 //! from the question where bytes are until they were answered, and pages are gone
@@ -229,6 +233,11 @@
 //! pre-dump, so it cannot be restored.
 //!
 //! # A restore
+//!
+//! Before anything is made, all images of the tree are read and held against each other and
+//! against what any kernel takes ([`crate::image::tree`]): what is wrong with them ends a
+//! restore there, and `imgfs check` tells the same. So what fails later is the machine's
+//! doing: a file that is not there, a number that is taken.
 //!
 //! One thread directs. All files are opened by it, above the numbers that the tree uses;
 //! queues of sockets are filled when all kinds are open, since they may hold any of them.

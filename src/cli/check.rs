@@ -10,7 +10,8 @@ use crate::chain::{Chain, Finding, Severity, check};
 ///
 /// Every image of every snapshot is decoded, every page that is said to be in a
 /// parent is looked up there, and every pages file is compared with its
-/// pagemap. What is found is printed with directory, memory and address; the
+/// pagemap. Processes, their memory and their files are held against each other, as
+/// `rcriu restore` does before it begins; what it does not restore is a note. What is found is printed with directory, memory and address; the
 /// exit status is 1 if any of it is an error rather than a note.
 #[derive(Debug, clap::Args)]
 pub struct CheckArgs {

@@ -28,6 +28,7 @@ enum Command {
     Flatten(flatten::FlattenArgs),
     Mount(mount::MountArgs),
     Commit(mount::CommitArgs),
+    Log(mount::LogArgs),
     #[command(name = "umount")]
     Unmount(mount::UnmountArgs),
 }
@@ -61,6 +62,9 @@ impl Imgfs {
             }
             Command::Commit(args) => {
                 answer(|out| mount::commit(&args, out).map(|()| true), exit::FAILED, exit::FAILED)
+            }
+            Command::Log(args) => {
+                answer(|out| mount::log(&args, out).map(|()| true), exit::FAILED, exit::FAILED)
             }
             Command::Unmount(args) => {
                 answer(|_| mount::unmount(&args).map(|()| true), exit::FAILED, exit::FAILED)

@@ -10,10 +10,11 @@ use std::{
 use anyhow::Context;
 use env_logger::{Builder, Target};
 use jiff::Timestamp;
-use log::{Level, LevelFilter};
+use log::{Level, LevelFilter, Log, Metadata, Record};
 
 use crate::{
     causes::TOLD,
+    fs::recent,
     sys::output::{self, Existing},
 };
 
@@ -59,9 +60,36 @@ pub(super) fn start(
             write!(out, "<{priority}>imgfs[{}]: {}", process::id(), record.args())
         });
     } else {
-        return Ok(());
+        builder.filter_level(LevelFilter::Off);
     }
-    builder.try_init().context("start logging")
+    let logger = builder.build();
+    // Warnings are kept whatever is logged elsewhere.
+    log::set_max_level(logger.filter().max(LevelFilter::Warn));
+    log::set_boxed_logger(Box::new(Keeper { logger })).context("start logging")
+}
+
+/// Sends messages on, and keeps the last of them for `imgfs log`.
+struct Keeper {
+    logger: env_logger::Logger,
+}
+
+impl Log for Keeper {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.level() <= Level::Warn || self.logger.enabled(metadata)
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        recent::note(
+            record.level(),
+            || format!("{:.0}", Timestamp::now()),
+            || record.args().to_string(),
+        );
+        self.logger.log(record);
+    }
+
+    fn flush(&self) {
+        self.logger.flush();
+    }
 }
 
 /// Returns the severity of syslog(3).

@@ -1,6 +1,12 @@
 //! `imgfs mount` and `imgfs umount`.
 
-use std::{io::Write, num::NonZeroUsize, path::PathBuf, process::ExitCode, sync::Arc};
+use std::{
+    io::Write,
+    num::NonZeroUsize,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+};
 
 use anyhow::{Context, anyhow, bail};
 use clap::{Args, ValueEnum};
@@ -10,7 +16,7 @@ use nix::unistd::{getegid, geteuid};
 use super::{Common, exit, log_sink, report};
 use crate::{
     causes::tell,
-    chain::{Chain, Owner, freed},
+    chain::{Chain, Owner, SnapshotId, freed, glance},
     fs::{self, MountOptions, Punch, Session},
     sys::{
         daemon::{self, Background, Detached, Start},
@@ -122,6 +128,24 @@ pub fn commit(args: &CommitArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let pages = fs::commit(&args.mountpoint)?;
     writeln!(out, "freed {pages} pages, {}", BinaryBytes(page_bytes(pages)))?;
     Ok(())
+}
+
+/// Show the last warnings and errors of a mount
+///
+/// A read that fails says no more than `Input/output error`; this says which page of which
+/// image was missing. It needs no log of the system, and goes with the mount.
+#[derive(Args, Debug)]
+pub struct LogArgs {
+    /// Where the chain is mounted
+    mountpoint: PathBuf,
+}
+
+/// Prints the last messages of a mount.
+///
+/// # Errors
+/// What [`fs::log`] returns.
+pub fn log(args: &LogArgs, out: &mut dyn Write) -> anyhow::Result<()> {
+    Ok(out.write_all(fs::log(&args.mountpoint)?.as_bytes())?)
 }
 
 /// Unmount a chain
@@ -247,6 +271,7 @@ impl MountArgs {
         {
             tell(log::Level::Warn, &warning);
         }
+        warn_of_damage(&chain, tip, &self.chain, &self.mountpoint);
         let view = Arc::new(trust.apply(View::new(chain, tip)));
         let mut options = MountOptions {
             allow_other: self.allow_other,
@@ -334,6 +359,31 @@ impl Trust {
         }
         view
     }
+}
+
+/// Says what is broken, as far as a glance tells, and where that will show.
+fn warn_of_damage(chain: &Chain, tip: SnapshotId, path: &Path, mountpoint: &Path) {
+    /// Messages that are printed; the rest is counted.
+    const TOLD: usize = 4;
+    let problems = glance(chain, tip);
+    for problem in problems.iter().take(TOLD) {
+        tell(log::Level::Warn, &format!("imgfs: {problem}"));
+    }
+    if problems.is_empty() {
+        return;
+    }
+    let more = match problems.len().saturating_sub(TOLD) {
+        0 => String::new(),
+        more => format!("{more} more are not shown; "),
+    };
+    let message = format!(
+        "imgfs: {more}`imgfs check {}` tells all that is wrong; what cannot be found is an \
+         input/output error in the pages, mem/, core/ and shmem/ of {}, and `imgfs log {}` says why",
+        path.display(),
+        chain.snapshot(tip).name,
+        mountpoint.display()
+    );
+    tell(log::Level::Warn, &message);
 }
 
 /// Whether an option is what we do anyway, or for mount(8), systemd and the like.

@@ -21,6 +21,7 @@ use super::{
     errno::failed,
     handles::OpenDir,
     image_fs::{ImageFs, SMALL_READ_BYTES, file_type, stack_depth},
+    recent::LOG_XATTR,
 };
 use crate::{
     sys::commit,
@@ -36,6 +37,11 @@ const GENERATION: Generation = Generation(0);
 
 /// The longest file name that is accepted anywhere (`NAME_MAX`, `linux/limits.h`).
 const NAME_BYTES: u32 = 255;
+
+/// Whether root asks, or the user who has mounted.
+fn is_owner(req: &Request) -> bool {
+    req.uid() == 0 || req.uid() == getuid().as_raw()
+}
 
 impl Filesystem for ImageFs {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
@@ -287,7 +293,11 @@ impl Filesystem for ImageFs {
     }
 
     /// Tells restorers what they cannot see in files.
-    fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+    fn getxattr(&self, req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        // The log names what is in the memory of others.
+        if name == LOG_XATTR && !is_owner(req) {
+            return reply.error(Errno::EACCES);
+        }
         let value = self.attribute(ino.0, name);
         let Some(value) = value else { return reply.error(Errno::ENODATA) };
         match u32::try_from(value.len()) {
@@ -357,7 +367,7 @@ impl Filesystem for ImageFs {
         else {
             return reply.error(Errno::ENOTTY);
         };
-        if req.uid() != 0 && req.uid() != getuid().as_raw() {
+        if !is_owner(req) {
             return reply.error(Errno::EPERM);
         }
         match punching.commit() {

@@ -133,6 +133,14 @@ pub enum MountError {
         /// Why.
         source: io::Error,
     },
+    /// The mount did not tell its last messages.
+    #[error("read the log of {path}; it is for root and for the user who mounted it", path = .path.display())]
+    Log {
+        /// The mount point.
+        path: PathBuf,
+        /// Why.
+        source: Errno,
+    },
     /// Files in the mount are open, or a process is in it.
     #[error("{path} is busy: `fuser -vm {path}` shows who uses it, `imgfs umount --lazy` detaches it", path = .path.display())]
     Busy {

@@ -16,6 +16,7 @@ use super::{
     errno::failed,
     handles::Handles,
     punching::{Punch, Punching},
+    recent::{self, LOG_XATTR},
     reply::{self, MappedReply},
 };
 use crate::{
@@ -78,6 +79,7 @@ impl ImageFs {
             Some(punching) if name == PUNCH_XATTR && ino == ROOT => {
                 Some(punching.mode().name().into())
             }
+            _ if name == LOG_XATTR && ino == ROOT => Some(recent::text().into_bytes()),
             _ if name == GONE_XATTR && ino == ROOT => {
                 let gone = chain.require_whole(self.view.tip()).err()?;
                 let mut text = with_sources(&gone).into_bytes();

@@ -13,12 +13,13 @@ mod image_fs;
 mod mount;
 mod mounts;
 mod punching;
+pub mod recent;
 mod reply;
 mod session;
 
 pub use error::{MountError, Result};
 pub use image_fs::ImageFs;
-pub use mount::{commit, unmount};
+pub use mount::{commit, log, unmount};
 pub use mounts::{FS_TYPE, Mounted};
 pub use punching::Punch;
 pub use session::{MountOptions, Session};

@@ -18,7 +18,7 @@ use nix::{
     unistd::{getgid, getuid},
 };
 
-use super::{FS_TYPE, MountError, MountOptions, Mounted, Result};
+use super::{FS_TYPE, MountError, MountOptions, Mounted, Result, recent::LOG_XATTR};
 use crate::{chain::Chain, sys};
 
 const DEVICE: &str = "/dev/fuse";
@@ -132,6 +132,17 @@ pub fn commit(path: &Path) -> Result<u64> {
         Err(Errno::ENOTTY) => Err(MountError::NotPunching { path: path.to_owned() }),
         result => result.map_err(|errno| failed(errno.into())),
     }
+}
+
+/// Returns the last messages of the mount at `path`, a line each.
+///
+/// # Errors
+/// [`MountError::NotMounted`], [`MountError::ForeignMount`], [`MountError::Log`].
+pub fn log(path: &Path) -> Result<String> {
+    let mount_point = mount_of_ours(path)?;
+    let text = sys::xattr::get(&mount_point, LOG_XATTR);
+    let text = text.map_err(|source| MountError::Log { path: path.to_owned(), source })?;
+    Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
 /// Returns the mount point that `path` is, which must be one of ours.

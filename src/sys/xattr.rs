@@ -5,8 +5,8 @@ use std::{ffi::CString, os::unix::ffi::OsStrExt, path::Path};
 
 use nix::{errno::Errno, libc};
 
-/// The longest value that is asked for: that of a path (`PATH_MAX`, `linux/limits.h`).
-const VALUE_BYTES: usize = 4096;
+/// The longest value that an attribute can have (`XATTR_SIZE_MAX`, `linux/limits.h`).
+const VALUE_BYTES: usize = 64 << 10;
 
 /// The most bytes of a value, and of all names together (`XATTR_SIZE_MAX`,
 /// `XATTR_LIST_MAX`, `linux/limits.h`).

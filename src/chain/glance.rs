@@ -1,0 +1,60 @@
+//! What can be told of a chain at a glance, without an index.
+
+use std::{fs, path::Path};
+
+use super::{Chain, SnapshotId, overlay::LAYER_LIMIT};
+use crate::{
+    causes::with_sources,
+    image::{Kind, PagemapReader, tree},
+    units::page_bytes,
+};
+
+/// Says what is wrong with a snapshot and the links to its ancestors, as far as that can
+/// be seen without reading more than its own images and the inventories of the others.
+pub fn glance(chain: &Chain, id: SnapshotId) -> Vec<String> {
+    let mut problems = Vec::new();
+    let mut path = vec![id];
+    while let Ok(Some(parent)) = chain.snapshot(path[path.len() - 1]).parent
+        && path.len() < LAYER_LIMIT
+    {
+        path.push(parent);
+    }
+    if let Err(error) = chain.require_layers(&path) {
+        problems.push(with_sources(&error));
+    }
+    if let Err(link) = &chain.snapshot(path[path.len() - 1]).parent {
+        problems.push(link.to_string());
+    }
+    let dir = &chain.snapshot(id).dir;
+    let (_, found) = tree::read(dir);
+    problems
+        .extend(found.into_iter().filter(|problem| problem.is_broken).map(|problem| problem.text));
+    for memory in chain.memories(id).unwrap_or_default() {
+        problems.extend(short_pages(dir, &memory.pagemap_name()));
+    }
+    problems
+}
+
+/// Says what is missing of the pages file that a pagemap claims.
+fn short_pages(dir: &Path, pagemap: &str) -> Option<String> {
+    let mut reader = match PagemapReader::open(&dir.join(pagemap)) {
+        Ok(reader) => reader,
+        Err(error) => return Some(with_sources(&error)),
+    };
+    let path = dir.join(Kind::Pages.file_name(reader.pages_id().into()));
+    let mut wanted = 0;
+    for entry in reader.by_ref() {
+        match entry {
+            Ok(entry) => wanted += page_bytes(entry.pages_in_file()),
+            Err(error) => return Some(with_sources(&error)),
+        }
+    }
+    let found = match fs::metadata(&path) {
+        Ok(found) => found.len(),
+        Err(_) if wanted == 0 => return None,
+        Err(error) => return Some(format!("{}: {error}", path.display())),
+    };
+    let path = path.display();
+    (found < wanted)
+        .then(|| format!("{path} is cut short: it has {found} bytes, expected {wanted}"))
+}
