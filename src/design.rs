@@ -21,8 +21,8 @@
 //! merging, since a newer layer may have it; only if none has is it an error.
 //!
 //! Directories are only names, so a child records the dump that it was made on
-//! ([`crate::chain::dump_name`]): `parent_run_id` in its inventory, field 50001 of
-//! `inventory_entry` and the only one of our own, which is the parent's
+//! ([`crate::chain::dump_name`]): `rcriu_parent_run_id` in its inventory, field 20001 of
+//! `inventory_entry` which is the parent's
 //! `dump_criu_run_id`, or a hash of its inventory. Whoever resolves pages across that link
 //! compares them first. Of children without it, which CRIU writes, only dates tell, and
 //! `imgfs check` notes a parent that is younger. A dump replaces no snapshot that a

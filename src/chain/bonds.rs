@@ -3,7 +3,7 @@
 //! Names of directories say nothing about that: another dump may have been put in the
 //! parent's place. Every inventory of CRIU 4.2 and of this program has an id of its dump,
 //! and this program writes the parent's into the child's
-//! (`inventory_entry.parent_run_id`, a field of our own). For children that CRIU wrote,
+//! (`inventory_entry.rcriu_parent_run_id`, a field of our own). For children that CRIU wrote,
 //! only dates and the time since boot tell.
 
 use std::{
@@ -81,7 +81,7 @@ fn read(dir: &Path) -> Result<Identity, ImageError> {
     };
     let date = fs::metadata(&path).and_then(|meta| meta.modified()).ok();
     let uptime = inventory.dump_uptime.map(Duration::from_micros);
-    let (parent, version) = (inventory.parent_run_id, inventory.img_version);
+    let (parent, version) = (inventory.rcriu_parent_run_id, inventory.img_version);
     Ok(Identity { name, parent, version, uptime, date })
 }
 
@@ -191,7 +191,8 @@ mod tests {
             let root = root.path();
             snapshot(root, "1", entry(parent_id, 10));
             let name = dump_name(&root.join("1")).unwrap();
-            let child = proto::InventoryEntry { parent_run_id: Some(name), ..entry(Some("b"), 20) };
+            let child =
+                proto::InventoryEntry { rcriu_parent_run_id: Some(name), ..entry(Some("b"), 20) };
             snapshot(root, "2", child);
             symlink("../1", root.join("2/parent")).unwrap();
             let bond = || {

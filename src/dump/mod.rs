@@ -348,7 +348,7 @@ fn inventory(parent: Option<&Parent>) -> Result<proto::InventoryEntry> {
         root_cg_set: Some(cgroup::OWN_SET),
         lsmtype: Some(proto::Lsmtype::NoLsm.into()),
         dump_uptime: u64::try_from(uptime.as_micros()).ok(),
-        parent_run_id: parent_name(parent)?,
+        rcriu_parent_run_id: parent_name(parent)?,
         ..Default::default()
     })
 }
