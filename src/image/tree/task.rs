@@ -218,7 +218,7 @@ fn check_creds(creds: &proto::CredsEntry, wrong: &mut dyn FnMut(String)) {
         wrong("its effective capabilities are more than the permitted ones".into());
     }
     let amb = &creds.cap_amb;
-    if !amb.is_empty() && !(within(amb, &creds.cap_prm) && within(amb, &creds.cap_inh)) {
+    if !within(amb, &creds.cap_prm) || !within(amb, &creds.cap_inh) {
         wrong("its ambient capabilities are more than it may have".into());
     }
 }
