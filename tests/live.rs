@@ -16,6 +16,7 @@ use std::{
     io::{BufWriter, Read},
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::{Mutex, MutexGuard, PoisonError},
     time::Instant,
 };
 
@@ -37,6 +38,7 @@ fn restored(name: &str, options: &[&str]) {
 /// The same, as on a kernel that does not have something (`rcriu::fault::Novelty`).
 fn restored_without(name: &str, options: &[&str], without: &'static str) {
     require(Cap::Ptrace);
+    let _numbers = terminal_numbers(name);
     let mut live = Live::workload(name);
     live.without = without;
     let before = live.state();
@@ -57,6 +59,7 @@ fn running(name: &str, options: &[&str]) {
 /// The same, as on a kernel that does not have something.
 fn running_without(name: &str, options: &[&str], without: &'static str) {
     require(Cap::Ptrace);
+    let _numbers = terminal_numbers(name);
     let mut live = Live::workload(name);
     live.without = without;
     let mut before = Before::of(&mut live);
@@ -66,6 +69,13 @@ fn running_without(name: &str, options: &[&str], without: &'static str) {
     live.dump_running(options);
     before.assert_untouched(&mut live, "dump -R");
     live.verdict();
+}
+
+/// The numbers of pseudoterminals: what is to have its number again has all to itself.
+fn terminal_numbers(name: &str) -> Option<MutexGuard<'static, ()>> {
+    static NUMBERS: Mutex<()> = Mutex::new(());
+    let lock = || NUMBERS.lock().unwrap_or_else(PoisonError::into_inner);
+    name.starts_with("pty_").then(lock)
 }
 
 /// Two tests for each state.
@@ -456,6 +466,7 @@ fn privileged_images_of_one_kind_each_are_restored() {
 #[test]
 fn privileged_shell_job() {
     require(Cap::Ptrace);
+    let _numbers = terminal_numbers("pty_");
     let mut shell = common::live::Shell::new("terminal");
     let output = shell.job.try_dump(&[]);
     assert!(!output.status.success(), "a job was dumped without --shell-job");
@@ -647,6 +658,8 @@ fn privileged_link_remaps_leave_names_alone_that_are_taken() {
     require(Cap::Ptrace);
     let mut live = shell("echo text >file; ln file other; exec 3<>file; rm file");
     live.dump_running(&["--link-remap"]);
+    let log = fs::read_to_string(live.images().join("dump.log")).unwrap();
+    assert!(log.contains("is taken away again"), "{log}");
     for number in 0..40 {
         fs::write(live.path(&format!("link_remap.{number}")), "of another").unwrap();
     }
@@ -657,6 +670,14 @@ fn privileged_link_remaps_leave_names_alone_that_are_taken() {
     let left = fs::read_dir(live.dir.path()).unwrap().flatten();
     let left = left.filter(|entry| entry.file_name().to_string_lossy().contains("link_remap"));
     assert_eq!(left.count(), 40);
+    // A tree that runs on keeps no such name.
+    fs::remove_dir_all(live.images()).unwrap();
+    live.dump_running(&["--link-remap"]);
+    live.kill();
+    let output = live.try_restore(&["--link-remap"]);
+    let words = String::from_utf8_lossy(&output.stderr).into_owned();
+    let place = format!("descriptor 3 of process {}", live.root);
+    assert!(words.contains(&place) && words.contains("is gone"), "{words}");
 }
 
 /// A restore could not write the bytes of such a file.

@@ -373,4 +373,9 @@ impl FileTable {
     pub(super) fn keep_links(&mut self) {
         self.state.lost.keep_links();
     }
+
+    /// Says which of them are taken away although a restore needs them.
+    pub(super) fn warn_of_links(&self) {
+        self.state.lost.warn_of_links();
+    }
 }

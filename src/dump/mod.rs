@@ -154,6 +154,9 @@ fn finish(
     mut stats: Stats,
 ) -> Result<()> {
     let mut frozen = Some(frozen);
+    if outcome == Outcome::Run {
+        files.warn_of_links();
+    }
     if outcome == Outcome::Run && actions.is_empty() {
         census.check_stopped()?;
         let released = frozen.take().map_or(Ok(()), |frozen| frozen.release(outcome));
@@ -166,7 +169,7 @@ fn finish(
     // If one fails, the tree runs on.
     actions.run(Stage::PostDump, Some(options.pid))?;
     if let Some(frozen) = frozen {
-        if outcome == Outcome::Kill {
+        if outcome != Outcome::Run {
             files.keep_links();
         }
         frozen.release(outcome)?;

@@ -144,6 +144,18 @@ impl Lost {
     pub fn keep_links(&mut self) {
         self.links.0.clear();
     }
+
+    /// Says which names are taken away again although a restore needs them.
+    pub fn warn_of_links(&self) {
+        for link in &self.links.0 {
+            log::warn!(
+                "{}: this name of a file that has lost its own is taken away again, as the tree \
+                 runs on, and a restore of this snapshot needs it; copy the file system in a \
+                 post-dump action, or dump without -R",
+                link.display()
+            );
+        }
+    }
 }
 
 impl Drop for Links {

@@ -139,6 +139,15 @@ pub(super) fn open(
         }
         Some(Remap::Linked(other)) => {
             let source = linked(opened, entry.id, other)?;
+            if lstat(&source) == Err(Errno::ENOENT) {
+                let problem = format!(
+                    "the name {} is gone, which --link-remap gave the file when it was dumped; a \
+                     tree that runs on after a dump keeps no such names: restore from a copy of \
+                     the file system that a post-dump action made while it was there",
+                    source.display()
+                );
+                return Err(FileError::image(entry.id, problem));
+            }
             let link = |path: &Path| linkat(AT_FDCWD, &source, AT_FDCWD, path, AtFlags::empty());
             let name = Name::give(&entry.name, ".cr_link", link).map_err(failed("link"))?;
             let fd = descriptor::open(name.bytes(), flags).map_err(failed("open"))?;
