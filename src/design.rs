@@ -179,6 +179,11 @@
 //! tracked one. `PAGEMAP_SCAN` tells what was written and protects it again in one step,
 //! while the tree is stopped and before anything is read.
 //!
+//! A mapping of 4 MiB or more whose pages were nearly all written since the snapshot before
+//! stays as it is in three dumps of four: to protect it would cost the process a fault for
+//! each page, 0.4 to 0.9 microseconds, and spare nothing. What has lost its protection counts
+//! as written.
+//!
 //! A page is left to the parent without a look only if all of this holds: the keeper
 //! says that tracking began with this very parent (`dump_criu_run_id` in the
 //! inventory); the mapping is private memory without a file, registered since then with

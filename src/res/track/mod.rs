@@ -173,6 +173,28 @@ pub struct Request<'a> {
     pub restart: bool,
 }
 
+/// Mappings that are smaller are protected in any case: that costs little.
+const WORTH_LEAVING_BYTES: u64 = 4 << 20;
+
+/// What is looked at first, to find out whether a mapping is written all over.
+const SAMPLE_BYTES: u64 = 1 << 20;
+
+/// Of so many dumps in a row, one protects what is written all over as well.
+const PROTECTED_ONCE_IN: u64 = 4;
+
+/// Whether nine tenths of the pages or more were written.
+fn is_written_all_over(regions: &[Region]) -> bool {
+    let (mut written, mut all) = (0, 0);
+    for region in regions {
+        let bytes = region.end().0 - region.start().0;
+        all += bytes;
+        if region.categories & category::WRITTEN != 0 {
+            written += bytes;
+        }
+    }
+    all > 0 && written >= all / 10 * 9
+}
+
 /// What is known of the pages of a mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Told {
@@ -433,7 +455,10 @@ impl Watch {
         let mut regions = Vec::new();
         let mut believed = self.trusted && before == Some(true);
         let (start, end) = (mapping.start, mapping.end);
-        if self.tracker == Tracker::Wp && self.restart && before.is_some() {
+        if believed && self.leaves_alone(pagemap, mapping, query, &mut regions) {
+            log::debug!("{}: {start} is written all over, and stays unprotected", self.pid);
+        } else if self.tracker == Tracker::Wp && self.restart && before.is_some() {
+            regions.clear();
             if let Err(error) = pagemap.scan_and_protect(start, end, query, &mut regions) {
                 log::debug!("{}: cannot protect {start}: {error}", self.pid);
                 // What was protected was not told in full: all of it is looked at.
@@ -449,6 +474,38 @@ impl Watch {
             regions.into_iter().map(|region| (region, believed && region.categories & told == 0)),
         );
         Ok(if believed { Told::Writes } else { Told::Nothing })
+    }
+
+    /// Whether a mapping is left as it is although tracking begins anew, since its process
+    /// writes all of it in any case: to protect it would cost a fault for each page and
+    /// spare nothing. If so, its regions are appended.
+    ///
+    /// Pages that have lost their protection count as written in the next dump, and those
+    /// that still have it were not written since an older one, so what is told stays true.
+    /// Once in a while all is protected, to find out whether it is still written.
+    fn leaves_alone(
+        &self,
+        pagemap: &PagemapFile,
+        mapping: &Mapping,
+        query: Query,
+        regions: &mut Vec<Region>,
+    ) -> bool {
+        if self.tracker != Tracker::Wp
+            || !self.restart
+            || self.epoch.is_multiple_of(PROTECTED_ONCE_IN)
+            || mapping.len() < WORTH_LEAVING_BYTES
+        {
+            return false;
+        }
+        // The first pages tell already of most that it is not so.
+        for end in [mapping.start.plus(SAMPLE_BYTES), mapping.end] {
+            regions.clear();
+            let told = pagemap.scan(mapping.start, end, query, regions);
+            if !told.unwrap_or(false) || !is_written_all_over(regions) {
+                return false;
+            }
+        }
+        true
     }
 
     /// Notes that all mappings were looked at; the process is still stopped.
