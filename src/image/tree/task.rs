@@ -23,6 +23,9 @@ const CLOCKS: [i32; 8] = [0, 1, 2, 3, 7, 8, 9, 11];
 const POLICIES: [u32; 7] = [0, 1, 2, 3, 5, 6, 7];
 const REAL_TIME: [u32; 2] = [1, 2];
 
+/// Beside a policy: children get the usual one (`SCHED_RESET_ON_FORK`).
+const RESET_ON_FORK: u32 = 0x4000_0000;
+
 /// Bytes of `struct robust_list_head` (`linux/futex.h`).
 const ROBUST_LIST_BYTES: u32 = 24;
 
@@ -140,7 +143,7 @@ pub(super) fn check_thread(tid: u32, core: &proto::CoreEntry, problems: &mut Pro
             thread.futex_rla_len
         ));
     }
-    let policy = thread.sched_policy.unwrap_or(0);
+    let policy = thread.sched_policy.unwrap_or(0) & !RESET_ON_FORK;
     let priority = thread.sched_prio.unwrap_or(0);
     let fits =
         if REAL_TIME.contains(&policy) { (1..100).contains(&priority) } else { priority == 0 };
@@ -260,6 +263,10 @@ mod tests {
         fn info(core: &mut proto::CoreEntry) -> &mut proto::ThreadInfoX86 {
             core.thread_info.as_mut().unwrap()
         }
+        let mut reset = core();
+        let thread = reset.thread_core.as_mut().unwrap();
+        (thread.sched_policy, thread.sched_prio) = (Some(1 | RESET_ON_FORK), Some(7));
+        assert_eq!(told(&reset), "");
         let breaks: [(Break, &str); 8] = [
             (|core| info(core).fpregs.st_space.truncate(31), "st_space has 124 bytes"),
             (|core| info(core).gpregs.cs = 0, "register cs is 0x0"),
