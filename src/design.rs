@@ -151,7 +151,7 @@
 //! there. Which error a TCP socket has the kernel tells only who takes it: it is refused. What
 //! else CRIU's entries have no place for is in two messages of `file_entry`, which CRIU
 //! passes over: `owner` (50001), of pipes and sockets, and `sock` (50002), whose kinds and
-//! what becomes of them `res::file::sock_state` lists. Credentials that sockets show
+//! what becomes of them [`crate::docs::state`] lists. Credentials that sockets show
 //! of their makers (`SO_PEERCRED`) come from calls of helper processes that have the pid and the
 //! ids in question; they share this program's descriptors, and end before the tree is made.
 //!

@@ -1,26 +1,7 @@
 //! What sockets have and the format has no place for: `file_entry.sock`, which is this
 //! program's own.
 //!
-//! | what | by a dump | by a restore |
-//! |---|---|---|
-//! | pending error, UNIX | seen by `poll(2)`: it can only be `ECONNRESET` | made again |
-//! | pending error, TCP | refused: the kernel tells which one it is only who takes it | |
-//! | pending error, UDP (ICMP), netlink (overrun) | warned of; netlink: refused | lost |
-//! | packets behind an error (UNIX datagram, seqpacket) | refused: the error comes first | |
-//! | queue, UNIX | kept with descriptors; refused with credentials, out-of-band data | sent again |
-//! | queue, TCP, of a connection that has ended | kept, up to [`RECEIVED_MAX_BYTES`] | sent again |
-//! | queue, UDP, of a socket that shares its port with none | kept, but for when and by what device it came | [`super::udp_queue`] |
-//! | queue, UDP, with `SO_REUSEADDR`, `SO_REUSEPORT`, `UDP_GRO`, of one device, behind an error | warned of | lost |
-//! | queue, netlink; connections that TCP has not accepted | refused | |
-//! | `SO_PEEK_OFF` | kept | set |
-//! | `SO_PEERCRED`, `SO_PEERGROUPS` | kept | [`super::unix_peer`] |
-//! | owner and mode of the inode | kept | [`super::owner`] |
-//! | options of `sk_opts_entry`, `ip_opts_entry`, `tcp_opts_entry` | kept | set |
-//! | options of [`OPTIONS`] | kept, if they are not the default | set |
-//! | `SO_LOCK_FILTER`, TCP ULPs (TLS), `TCP_REPAIR`, `SO_TXTIME`, `SO_RESERVE_MEM` | warned of | lost |
-//! | `SO_INCOMING_CPU`, `TCP_WINDOW_CLAMP`, which the kernel changes, too; multicast groups; eBPF programs of `SO_ATTACH_REUSEPORT_EBPF`; TCP-MD5 keys | cannot be seen | lost |
-//! | eBPF filter (`SO_ATTACH_BPF`) | refused | |
-//! | names of peers that are gone; the name of a TCP socket whose connection has ended | warned of | lost |
+//! What becomes of all else that a socket has is listed in [`crate::docs::state`].
 //!
 //! Options are compared with those of a new socket of the same kind, so that nobody needs to
 //! know the defaults of a kernel.
@@ -31,6 +12,7 @@ use std::{
 };
 
 use nix::{
+    errno::Errno,
     libc::{self, c_int},
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
@@ -258,6 +240,12 @@ impl Reader {
         let family = sock_opts::family(fd).map_err(&ask)?;
         let kind = sock_opts::kind(fd).map_err(&ask)?;
         let protocol = sock_opts::protocol(fd).map_err(&ask)?;
+        // The kernel shows classic ones only.
+        if socket::filter(fd) == Err(Errno::EACCES) {
+            let what = format!("{what}, with an eBPF program as its filter (SO_ATTACH_BPF)");
+            let help = "let the program detach it (SO_DETACH_FILTER), then try again";
+            return Err(file.unsupported(what, help));
+        }
         let names = || OPTIONS.iter().flat_map(|(level, names)| names.iter().map(|n| (*level, *n)));
         let defaults = self.defaults.entry((family, kind, protocol)).or_insert_with(|| {
             let new = socket::create(family, kind, protocol).ok();

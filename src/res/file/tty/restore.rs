@@ -14,11 +14,11 @@ use nix::{
     errno::Errno,
     fcntl::{AtFlags, FcntlArg, fcntl},
     libc,
-    sys::stat::{Mode, fchmod},
+    sys::stat::{Mode, fchmod, fstat},
     unistd::{Gid, Uid, fchown, fchownat},
 };
 
-use super::{PERMISSIONS, external_name, is_master, peer, slave_path, unpack};
+use super::{PERMISSIONS, Role, external_name, is_master, peer, slave_path, unpack};
 use crate::{
     image::{
         Kind as ImageKind,
@@ -354,6 +354,10 @@ fn own_slave(id: u32, path: &[u8], master: BorrowedFd, opened: &Opened) -> nix::
         Err(Errno::ENOENT) => return Ok(()),
         fd => fd?,
     };
+    // Whatever else is there belongs to somebody else.
+    if Role::of(fstat(&fd)?.st_rdev) != Some(Role::Slave(index)) {
+        return Ok(());
+    }
     let (uid, gid) = (Some(Uid::from_raw(uid)), gid.map(Gid::from_raw));
     fchownat(&fd, "", uid, gid, AtFlags::AT_EMPTY_PATH)?;
     if let Some(mode) = mode {
