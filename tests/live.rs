@@ -883,6 +883,26 @@ fn privileged_restore_waits_for_what_is_on_its_way_out() {
     live.verdict();
 }
 
+/// Whose clocks have gone back is told so, and what helps.
+#[test]
+fn privileged_clocks_that_have_gone_back_are_told() {
+    require(Cap::Ptrace);
+    let mut live = Live::workload("tree");
+    live.dump(&[]);
+    let path = live.images().join(Kind::Inventory.file_name(0));
+    let entries: Vec<proto::InventoryEntry> = read_all(&path, Kind::Inventory).unwrap();
+    let later = entries[0].dump_uptime.map(|now| now + 5_000_000_000);
+    let file = BufWriter::new(File::create(&path).unwrap());
+    let mut image = ImageWriter::new(&path, file, Kind::Inventory).unwrap();
+    let entry = proto::InventoryEntry { dump_uptime: later, ..entries[0].clone() };
+    image.message(&entry).unwrap();
+    image.finish().unwrap();
+    let output = live.try_restore(&[]);
+    let words = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success() && words.contains("unshare -T --fork --monotonic"), "{words}");
+    live.verdict();
+}
+
 #[test]
 fn privileged_failed_restore_leaves_no_process() {
     require(Cap::Ptrace);

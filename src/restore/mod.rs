@@ -82,6 +82,15 @@ pub fn run(options: &Options) -> Result<()> {
     };
     plan.chain.require_whole(plan.snapshot)?;
     let free = options.auto_dedup.map(|when| Free::prepare(when, &images, &plan)).transpose()?;
+    if let Some(lost) = plan.clocks_lost() {
+        let message = format!(
+            "clocks that begin with the machine (CLOCK_MONOTONIC, CLOCK_BOOTTIME) are {} seconds \
+             behind those of the dump: timeouts of the tree come as much later; restore it in a \
+             time namespace: unshare -T --fork --monotonic {0} --boottime {0} rcriu restore ...",
+            lost.as_secs() + 1
+        );
+        tell(log::Level::Warn, &message);
+    }
     let cgroups = if options.cgroups { plan.cgroups()? } else { Places::default() };
     fault::hit(Point::RestorePlan)?;
     let subreaper = |on: bool| {

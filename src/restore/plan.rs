@@ -1,6 +1,8 @@
 //! What is to be restored: the images of a tree, read and checked.
 
-use std::{path::Path, sync::Arc};
+use std::{path::Path, sync::Arc, time::Duration};
+
+use nix::time::{ClockId, clock_gettime};
 
 use super::{Options, RestoreError, Result, pids::Waiting};
 use crate::{
@@ -81,6 +83,8 @@ pub(super) struct Plan {
     pub(super) snapshot: SnapshotId,
     /// The number of the set of cgroups that the dumper was in.
     dumper_set: Option<u32>,
+    /// The clock since the start of the machine when the tree was dumped, if it is known.
+    uptime: Option<Duration>,
 }
 
 impl Plan {
@@ -162,7 +166,9 @@ impl Plan {
             .map_err(|(pid, problem)| RestoreError::Relation { pid, problem })?;
         let tasks = Vec::with_capacity(tree.tasks.len());
         let dumper_set = tree.inventory.root_cg_set;
-        let mut plan = Self { tasks, files: tree.files, births, chain, snapshot, dumper_set };
+        let uptime = tree.inventory.dump_uptime.map(Duration::from_micros);
+        let files = tree.files;
+        let mut plan = Self { tasks, files, births, chain, snapshot, dumper_set, uptime };
         for (task, kin) in tree.tasks.into_iter().zip(kin) {
             let task = plan.task(task, kin)?;
             plan.tasks.push(task);
@@ -204,6 +210,13 @@ impl Plan {
         let waiting = Waiting::begin();
         let mut threads = self.tasks.iter().flat_map(|task| &task.threads);
         threads.try_for_each(|thread| waiting.until_free(thread.tid))
+    }
+
+    /// Returns how far the clocks that begin with the machine have gone back since the
+    /// dump: in another time namespace, on another machine, after another start.
+    pub(super) fn clocks_lost(&self) -> Option<Duration> {
+        let now = clock_gettime(ClockId::CLOCK_BOOTTIME).ok()?;
+        self.uptime?.checked_sub(Duration::from(now)).filter(|lost| !lost.is_zero())
     }
 
     /// Finds the cgroups of the tree.
