@@ -54,6 +54,8 @@ const MQUEUE_MAGIC: libc::__fsword_t = 0x1980_0202;
 const DELETED: &[u8] = b" (deleted)";
 /// Permissions and the like.
 const PERMISSIONS: u32 = 0o7777;
+/// What links to memfds begin with.
+const MEMFD: &[u8] = b"/memfd:";
 /// Where processes are seen.
 const PROC: &[u8] = b"/proc/";
 
@@ -169,6 +171,16 @@ fn name(file: &Description, id: u32, intake: &mut dyn Intake) -> Result<Vec<u8>>
         if file_system.filesystem_type() == HUGETLBFS_MAGIC && file.is_type(libc::S_IFREG) {
             let what = format!("the deleted file {} of huge pages", String::from_utf8_lossy(&name));
             return Err(file.unsupported(what, "give it a name, or use a memfd (MFD_HUGETLB)"));
+        }
+        // Only a program is a memfd and comes here: images have no other place for it.
+        if name.starts_with(MEMFD) {
+            log::warn!(
+                "process {} executes the memfd {}: after a restore /proc/{}/exe is a copy of it, \
+                 and the restore has to be able to make a file in /",
+                file.pid,
+                String::from_utf8_lossy(&name),
+                file.pid
+            );
         }
         intake.lost().ghost(file, &name, id)?;
         return Ok(name);
