@@ -91,10 +91,29 @@
 //! [`crate::inject`] stops threads by `PTRACE_SEIZE` and lets them walk a table of
 //! system calls: a few dozen instructions in a page of scratch memory. A dump maps
 //! that memory for less than a millisecond for each process, asks what only the
-//! process knows, unmaps it and puts registers, signal mask and restartable sequences
-//! back; memory is read while the tree merely stands still, so that whatever ends
-//! this program then lets the tree go on. Dumps run in a process of their own: if
-//! the one that the user started is killed, it puts everything back first.
+//! process knows, unmaps it and puts registers and signal mask back; memory is read while
+//! the tree merely stands still.
+//!
+//! Whatever ends this program, each thread finds home alone. The kernel lets a thread go on
+//! with the registers that it has when its tracer dies, so it never has any but its own, or
+//! such as make one system call and return, by the program's own code, to a frame of
+//! `rt_sigreturn(2)` at the unused end of the main thread's stack, which gives it back all
+//! registers and the mask at once. The registers are set before signals are blocked, and
+//! put back after they are unblocked. One thread at a time works; it tells of the end of a
+//! table not by a trap, which would kill it without a tracer, but by a signal to itself
+//! that the process ignores, and then unmaps the scratch memory and goes home. While no
+//! thread works, the one that has mapped the memory is in a state in which it does the same.
+//! Where no signal is ignored, or limits allow for no mapping, a thread is stopped at each
+//! call instead, and its data is on that stack, too. A critical section of restartable
+//! sequences is aborted, as the kernel does after a stop. What this changes: up to three
+//! pages of the stack's unused end may be in memory afterwards, zero again; and a
+//! call with a relative timeout begins anew if the thread had to come home alone.
+//!
+//! Dumps run in a process of their own, in a session of its own: if the one that the user
+//! started is killed, it puts everything back first. If the worker is killed, the other
+//! one looks into the process that was worked in, by what the two share, waits until its
+//! threads are home, removes scratch memory that was left in the microseconds in which no
+//! thread would unmap it, and says so. If both die at once in these, 68 KiB stay mapped.
 //!
 //! # A dump
 //!

@@ -2,11 +2,18 @@
 //!
 //! `RCRIU_FAULT=NAME` makes the point `NAME` fail; `RCRIU_FAULT=NAME:kill` makes
 //! the process kill itself there, as `kill -9` or a power cut would;
+//! `NAME:kill:3` does so when it comes by for the third time;
 //! `NAME:stop` makes it stop (`SIGSTOP`), so that a test can look.
 //! `RCRIU_WITHOUT=NAME,NAME` makes the programs take the kernel for an older one.
 //! Compiled always, so that what is tested is what is shipped.
 
-use std::{env, sync::OnceLock};
+use std::{
+    env,
+    sync::{
+        OnceLock,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+};
 
 use nix::{
     sys::signal::{Signal, raise},
@@ -38,6 +45,12 @@ named! {
         DumpSeize = "dump-seize": "After the first task of the tree was stopped.";
         DumpFrozen = "dump-frozen": "After the whole tree was stopped.";
         DumpInjected = "dump-injected": "While a task has scratch memory mapped.";
+        DumpCallSet = "dump-call-set": "When a thread has the registers for one call.";
+        DumpCall = "dump-call": "When it enters that call, and when it leaves it.";
+        DumpHanded = "dump-handed": "When no thread is to unmap scratch memory for a moment.";
+        DumpListed = "dump-listed": "When a thread is to begin with a list of calls.";
+        DumpWalking = "dump-walking": "While a thread makes a list of calls.";
+        DumpWalked = "dump-walked": "When it is through with them.";
         DumpAsked = "dump-asked": "After a task was asked what only it knows.";
         DumpFiles = "dump-files": "After the descriptors were collected.";
         DumpMemory = "dump-memory": "In the middle of copying memory.";
@@ -94,7 +107,8 @@ pub struct Injected {
 
 enum Action {
     Fail,
-    Kill,
+    /// When it comes by for this time.
+    Kill(usize),
     Stop,
 }
 
@@ -103,7 +117,10 @@ fn chosen() -> Option<&'static (String, Action)> {
     let choose = || {
         let value = env::var("RCRIU_FAULT").ok()?;
         let (name, action) = match value.split_once(':') {
-            Some((name, "kill")) => (name, Action::Kill),
+            Some((name, "kill")) => (name, Action::Kill(1)),
+            Some((name, how)) if let Some(time) = how.strip_prefix("kill:") => {
+                (name, Action::Kill(time.parse().unwrap_or(1)))
+            }
             Some((name, "stop")) => (name, Action::Stop),
             Some((name, _)) => (name, Action::Fail),
             None => (value.as_str(), Action::Fail),
@@ -113,18 +130,28 @@ fn chosen() -> Option<&'static (String, Action)> {
     CHOSEN.get_or_init(choose).as_ref()
 }
 
+static DISARMED: AtomicBool = AtomicBool::new(false);
+
+/// Makes nothing fail in this process from now on: it sees to what has failed in another.
+pub fn disarm() {
+    DISARMED.store(true, Ordering::Relaxed);
+}
+
 /// Fails if this point was chosen.
 ///
 /// # Errors
 /// [`Injected`].
 pub fn hit(point: Point) -> Result<(), Injected> {
     match chosen() {
-        Some((name, action)) if name == point.name() => {
+        Some((name, action)) if name == point.name() && !DISARMED.load(Ordering::Relaxed) => {
+            static TIMES: AtomicUsize = AtomicUsize::new(0);
+            let time = TIMES.fetch_add(1, Ordering::Relaxed) + 1;
             log::warn!("{}: fault {name} injected", gettid());
             match action {
                 Action::Fail => return Err(Injected { point: point.name() }),
                 // Nothing is left to report a failure to.
-                Action::Kill => drop(raise(Signal::SIGKILL)),
+                Action::Kill(wanted) if time == *wanted => drop(raise(Signal::SIGKILL)),
+                Action::Kill(_) => {}
                 Action::Stop => drop(raise(Signal::SIGSTOP)),
             }
             Ok(())

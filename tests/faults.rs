@@ -40,7 +40,12 @@ fn points(command: &str) -> impl Iterator<Item = Point> {
 /// The points that a dump of a state comes by.
 fn dump_points(state: &str) -> impl Iterator<Item = Point> {
     let large = LARGE.contains(&state);
-    points("dump-").filter(move |point| large || *point != Point::DumpMemory)
+    let has_threads = state == "threads";
+    points("dump-").filter(move |point| match point {
+        Point::DumpMemory => large,
+        Point::DumpHanded => has_threads,
+        _ => true,
+    })
 }
 
 #[test]
@@ -203,12 +208,7 @@ fn dump_is_killed(name: &str) {
     let before = Before::of(&mut live);
     for point in dump_points(name) {
         for mode in [&["-R"][..], &[]] {
-            // With no warning at all: nobody is there who could take the memory away
-            // that a task has been given, and let it go on as it was. That is why
-            // the process that does the work is not the one that the user starts.
-            if point != Point::DumpInjected {
-                killed_dump(point, mode, &mut live, &before);
-            }
+            killed_dump(point, mode, &mut live, &before);
             // A dump that is complete kills the tree.
             if point != Point::DumpCommit || mode == ["-R"] {
                 deserted_dump(point, mode, &mut live, &before);

@@ -176,6 +176,8 @@ states! {
     zombie_of_a_gone_group;
     stopped_child;
     stops_told_and_untold;
+    stopped_root;
+    stopped_twice;
     subreaper;
     parent_death_signal;
     chain_of_forks;
@@ -226,6 +228,11 @@ states! {
     blocked_receive;
     blocked_eventfd;
     blocked_fifo_open;
+    busy_tree;
+    no_ignored_signal;
+    no_room_for_mappings;
+    no_room_nor_signal;
+    pending_trap;
     regular_files;
     shared_offsets;
     descriptor_numbers;

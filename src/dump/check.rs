@@ -48,6 +48,24 @@ const FOR_CHILDREN: [Namespace; 2] = [
     namespace("time_for_children", "a time namespace for its children", "-T"),
 ];
 
+/// The pid of the first process of a pid namespace.
+const FIRST_PID: i32 = 1;
+
+/// Checks that what is to become of the tree can be done to the first process of a pid
+/// namespace: the kernel keeps signals from it that come from inside.
+fn check_first(tasks: &[Task], options: &Options) -> Result<()> {
+    let stays = options.leave_running || options.pre_dump;
+    match tasks.iter().find(|task| task.pid.0 == FIRST_PID) {
+        Some(first) if !stays => Err(DumpError::Unsupported {
+            pid: first.pid,
+            what: "is the first one of this pid namespace, which nobody inside can kill or stop"
+                .to_owned(),
+            help: "dump it with --leave-running, and end it from outside",
+        }),
+        _ => Ok(()),
+    }
+}
+
 /// Checks that a tree is one that can be dumped.
 ///
 /// # Errors
@@ -56,6 +74,7 @@ pub(super) fn tree(tasks: &[Task], options: &Options) -> Result<()> {
     let own = HostPid(nix::unistd::getpid().as_raw());
     let own: Vec<_> = all_namespaces().map(|kind| proc::namespace(own, kind.file).ok()).collect();
     let pids: BTreeSet<i32> = tasks.iter().map(|task| task.pid.0).collect();
+    check_first(tasks, options)?;
     for task in tasks.iter().filter(|task| !task.is_zombie()) {
         // Before anything is taken for not shared because that cannot be told.
         compare(task.pid, task.pid, Shared::Memory)?;

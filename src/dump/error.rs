@@ -56,6 +56,15 @@ pub enum DumpError {
         /// Bytes that are needed.
         needed: u64,
     },
+    /// This program is a descendant of what it is to dump.
+    #[error(
+        "rcriu itself is in the tree of process {pid}, and cannot dump itself; run it from \
+         another shell, or start it apart from the tree: setsid -f rcriu dump ..."
+    )]
+    Inside {
+        /// The root of the tree.
+        pid: HostPid,
+    },
     /// The tree depends on what is outside of it, or is in a state that is not
     /// dumped.
     #[error("process {pid} {what}; {help}")]

@@ -67,6 +67,7 @@ pub fn run(options: &Options) -> Result<()> {
     if proc::stat(options.pid).is_err_and(|error| error.is_vanished()) {
         return Err(DumpError::NoProcess { pid: options.pid });
     }
+    check_outside(options.pid)?;
     let images_dir = check_directory(&options.images_dir)?;
     let actions = Actions::new(&options.action_scripts, &images_dir);
     let mut locks = DirectoryLocks::default();
@@ -114,6 +115,18 @@ pub fn run(options: &Options) -> Result<()> {
     }
     if options.auto_dedup && parent.is_some() {
         free_superseded(&images_dir);
+    }
+    Ok(())
+}
+
+/// Checks that this program is not in the tree of a process.
+fn check_outside(root: HostPid) -> Result<()> {
+    let mut pid = HostPid(nix::unistd::getpid().as_raw());
+    while pid.0 > 0 {
+        if pid == root {
+            return Err(DumpError::Inside { pid });
+        }
+        pid = HostPid(proc::stat(pid)?.ppid);
     }
     Ok(())
 }

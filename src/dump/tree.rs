@@ -17,7 +17,7 @@ use super::{
 use crate::{
     causes::tell,
     image::{Kind, MemoryId, SnapshotWriter, proto, vma},
-    inject::{Answers, Script, TABLE_BYTES, Task, with_scratch},
+    inject::{Answers, Script, TABLE_BYTES, Task, with_session},
     proc::{self, Mapping, VmFlags},
     res::{
         attribute::{self, Who, memory::LockLater},
@@ -183,18 +183,17 @@ impl<'a> Collection<'a> {
         let room = questions.iter().map(|(script, ..)| script.bytes_needed()).max().unwrap_or(0);
         let locked = proc::status(pid)?.vm_lck_kib;
         let mut later = LockLater::default();
-        let answers = with_scratch(
+        let answers = with_session(
             &mut task.threads,
             mappings,
             TABLE_BYTES.max(room * 2),
-            |scratch, threads| {
+            |session, threads| {
                 // What was just mapped is locked if all is that is mapped later.
-                later.locked = proc::status(pid)?.vm_lck_kib != locked;
-                later.on_fault = later.locked && !is_present(pid, scratch.untouched());
-                threads
-                    .iter_mut()
-                    .zip(&questions)
-                    .map(|(thread, (script, ..))| scratch.run(thread, script))
+                later.locked = session.is_locked() || proc::status(pid)?.vm_lck_kib != locked;
+                later.on_fault =
+                    later.locked && session.untouched().is_some_and(|page| !is_present(pid, page));
+                let each = questions.iter().enumerate();
+                each.map(|(position, (script, ..))| session.run(threads, position, script))
                     .collect::<Result<Vec<_>, _>>()
             },
         )?;

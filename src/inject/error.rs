@@ -1,5 +1,7 @@
 //! What can go wrong with work in other processes.
 
+use std::path::PathBuf;
+
 use nix::errno::Errno;
 
 use crate::{
@@ -31,6 +33,40 @@ pub enum InjectError {
         tid: HostPid,
         /// Who traces it already, or which privilege is missing.
         why: String,
+    },
+    /// A thread that executes 32-bit code.
+    #[error("thread {tid} executes 32-bit code, which is not dumped; build the program for x86-64")]
+    Narrow {
+        /// The thread.
+        tid: HostPid,
+    },
+    /// It is in a cgroup that is frozen.
+    #[error("process {pid} is in the cgroup {}, which is frozen; thaw it first: {thaw}", .cgroup.display())]
+    FrozenCgroup {
+        /// The process.
+        pid: HostPid,
+        /// The cgroup that was frozen: its own, or one above.
+        cgroup: PathBuf,
+        /// A command.
+        thaw: String,
+    },
+    /// It waits for a child that has its memory.
+    #[error(
+        "thread {tid} waits for a child that it has made by vfork(2) and that has neither \
+         executed a program nor ended; let that happen, or give it more time with --timeout"
+    )]
+    Vfork {
+        /// The thread.
+        tid: HostPid,
+    },
+    /// A process whose first thread has exited while others run.
+    #[error(
+        "the first thread of process {pid} has exited while others run (pthread_exit(3) in \
+         main), which is not dumped; let main wait for its threads instead"
+    )]
+    LeaderExited {
+        /// The process.
+        pid: HostPid,
     },
     /// A system call failed in the other process.
     #[error("{what} in process {tid}")]
@@ -68,6 +104,16 @@ pub enum InjectError {
     #[error("process {tid} has no executable memory with a system call instruction")]
     NoSyscall {
         /// The process.
+        tid: HostPid,
+    },
+    /// There is neither room for scratch memory nor for data on the stack.
+    #[error(
+        "process {tid} has no room for this program to work in: its limits (RLIMIT_AS, \
+         RLIMIT_DATA, or RLIMIT_MEMLOCK with MCL_FUTURE) or PR_SET_MDWE allow for no scratch \
+         memory, and the end of its stack is in use; raise the limits with prlimit(1)"
+    )]
+    NoRoom {
+        /// The thread.
         tid: HostPid,
     },
     /// A script that does not fit into scratch memory.

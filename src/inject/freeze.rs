@@ -13,10 +13,10 @@ use nix::{
     unistd::Pid,
 };
 
-use super::{InjectError, Result, Tracee, arch, tracee};
+use super::{InjectError, Result, Tracee, arch, hold, tracee};
 use crate::{
     fault::{self, Point},
-    proc,
+    proc::{self, Cgroup},
     sys::ptrace::{self, Wait},
     units::HostPid,
 };
@@ -75,9 +75,16 @@ pub struct Frozen {
     /// The processes.
     pub tasks: Vec<Task>,
     deadline: Instant,
+    /// Sets of cgroups that are not frozen.
+    cgroups: BTreeSet<Vec<Cgroup>>,
 }
 
 impl Frozen {
+    fn new(timeout: Duration) -> Self {
+        let deadline = Instant::now() + timeout;
+        Self { tasks: Vec::new(), deadline, cgroups: BTreeSet::new() }
+    }
+
     /// Stops a process with all its descendants within `timeout`.
     ///
     /// # Errors
@@ -85,7 +92,7 @@ impl Frozen {
     /// for a thread that does not stop in time; those of reading `/proc`. What was
     /// stopped by then goes on.
     pub fn freeze(root: HostPid, timeout: Duration) -> Result<Self> {
-        let mut frozen = Self { tasks: Vec::new(), deadline: Instant::now() + timeout };
+        let mut frozen = Self::new(timeout);
         frozen.stop_task(root, proc::stat(root)?.ppid)?;
         fault::hit(Point::DumpSeize)?;
         let mut known = BTreeSet::from([root]);
@@ -114,8 +121,28 @@ impl Frozen {
         Err(InjectError::Restless { root })
     }
 
+    /// Stops a process without its descendants.
+    ///
+    /// # Errors
+    /// As [`Self::freeze`].
+    pub(super) fn freeze_alone(pid: HostPid, timeout: Duration) -> Result<Self> {
+        let mut frozen = Self::new(timeout);
+        frozen.stop_task(pid, 0)?;
+        Ok(frozen)
+    }
+
     fn stop_task(&mut self, pid: HostPid, parent: i32) -> Result<()> {
+        if let Ok(cgroups) = proc::cgroups(pid)
+            && !self.cgroups.contains(&cgroups)
+        {
+            hold::check_frozen(pid, &cgroups)?;
+            self.cgroups.insert(cgroups);
+        }
         let threads = self.stop_threads(pid)?;
+        if threads.first().is_some_and(|first| first.tid != pid) {
+            release_all(threads);
+            return Err(InjectError::LeaderExited { pid });
+        }
         let gone = threads.is_empty()
             && proc::stat(pid).map_or_else(|error| error.is_vanished(), |stat| stat.state != 'Z');
         // The parent may be another one, if the one it was found under has died.
@@ -172,7 +199,7 @@ impl Frozen {
         }
         let any = !pending.is_empty();
         for tid in pending {
-            match self.await_stop(tid).and_then(|by| take_over(tid, by)) {
+            match self.await_stop(pid, tid).and_then(|by| take_over(tid, by)) {
                 Ok(thread) => stopped.push(thread),
                 Err(_) if is_dead(pid, tid) => {}
                 Err(error) => {
@@ -190,7 +217,7 @@ impl Frozen {
 
     /// Waits for a thread that was interrupted and returns the signal that had
     /// stopped its process, or 0. Signals that come first are passed on.
-    fn await_stop(&self, tid: HostPid) -> Result<i32> {
+    fn await_stop(&self, pid: HostPid, tid: HostPid) -> Result<i32> {
         let failed = |step| InjectError::trace(tid, step);
         for look in 0_usize.. {
             match ptrace::wait_nohang(tid).map_err(failed("wait for"))? {
@@ -208,8 +235,7 @@ impl Frozen {
                 None => thread::sleep(NAP),
             }
         }
-        let what = "does not stop in time (it may wait for a device; see --timeout),".to_owned();
-        Err(InjectError::Lost { tid, what })
+        Err(hold::why_running(pid, tid))
     }
 
     /// Ends the stop.

@@ -2,7 +2,9 @@
 
 use nix::libc;
 
-use super::{Answers, InjectError, Result, Scratch, Script, TABLE_BYTES, Tracee};
+use super::{
+    Answers, InjectError, Result, Scratch, Script, TABLE_BYTES, Tracee, session::free_place,
+};
 use crate::{
     proc,
     sys::{
@@ -55,7 +57,7 @@ impl Helper {
             }
         };
         let mappings = proc::maps(pid)?;
-        let scratch = Scratch::map(&mut tracee, &mappings, None, TABLE_BYTES)?;
+        let scratch = Scratch::map(&mut tracee, &mappings, free_place(&mappings), TABLE_BYTES)?;
         std::mem::forget(kill);
         Ok(Self { tracee, scratch })
     }

@@ -43,6 +43,9 @@ pub(super) struct Entry {
 /// The number that ends a list.
 pub(super) const END: u64 = u64::MAX;
 
+/// The number of what is no call: the thread stops and lets this program act.
+const PAUSE: i64 = -2;
+
 /// One call of a script.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CallId(usize);
@@ -166,6 +169,12 @@ impl Script {
         self.push("".into(), number, arguments, false)
     }
 
+    /// Lets the thread stop, so that this program can act on what was done so far, and
+    /// then go on. If this program is killed, it goes on by itself.
+    pub fn pause(&mut self) {
+        self.push("".into(), PAUSE, &[], false);
+    }
+
     fn push(
         &mut self,
         what: Cow<'static, str>,
@@ -243,11 +252,8 @@ impl Script {
             self.calls.len(),
             &Entry { number: END, arguments: [0; ARGUMENTS], result: 0, flags: 0, from_results: 0 },
         );
-        scratch[data_at..data_at + self.data.len()].copy_from_slice(&self.data);
-        for (place, target) in &self.pointers {
-            let pointer = address.plus((data_at + target.offset) as u64).0.to_le_bytes();
-            scratch[data_at + place..data_at + place + pointer.len()].copy_from_slice(&pointer);
-        }
+        let data = self.data(address.plus(data_at as u64));
+        scratch[data_at..data_at + data.len()].copy_from_slice(&data);
     }
 
     /// Reads the table back after it was walked.
@@ -255,21 +261,77 @@ impl Script {
     /// # Errors
     /// The position of the first call that had to succeed and did not, and why.
     pub(super) fn read(&self, scratch: &[u8]) -> Result<Answers, (usize, Errno)> {
-        let mut results = Vec::with_capacity(self.calls.len());
-        for (position, call) in self.calls.iter().enumerate() {
+        let result = |position: usize| {
             let at = position * size_of::<Entry>();
-            let (entry, _) = Entry::read_from_prefix(&scratch[at..]).expect("it was written");
-            let result = outcome(entry.result);
+            Entry::read_from_prefix(&scratch[at..]).expect("it was written").0.result
+        };
+        let results: Vec<_> = (0..self.calls.len()).map(result).collect();
+        let data_at = (self.calls.len() + 1) * size_of::<Entry>();
+        self.conclude(&results, scratch[data_at..data_at + self.data.len()].to_vec())
+    }
+
+    /// Makes the calls one after the other by `call`, which is given the numbers and the
+    /// arguments; data is at `address`. Returns the results as a table would have them.
+    ///
+    /// # Errors
+    /// What `call` and `at_pause` return.
+    pub(super) fn walk<E>(
+        &self,
+        address: RemoteAddr,
+        mut call: impl FnMut(i64, [u64; ARGUMENTS]) -> Result<Result<u64, Errno>, E>,
+        mut at_pause: impl FnMut(&[u64]) -> Result<(), E>,
+    ) -> Result<Vec<u64>, E> {
+        let mut results = vec![NOT_MADE; self.calls.len()];
+        for (position, wanted) in self.calls.iter().enumerate() {
+            if wanted.number == PAUSE {
+                at_pause(&results)?;
+                continue;
+            }
+            let arguments = wanted.arguments.map(|argument| match argument {
+                Arg::Value(value) => value,
+                Arg::Pointer(buffer) => address.plus(buffer.offset as u64).0,
+                Arg::Result(CallId(earlier)) => results[earlier],
+            });
+            let result = call(wanted.number, arguments)?;
+            results[position] =
+                result.unwrap_or_else(|errno| i64::from(-(errno as i32)).cast_unsigned());
+            if wanted.must_succeed && result.is_err() {
+                break;
+            }
+        }
+        Ok(results)
+    }
+
+    /// Returns the data for memory that the other process has at `address`.
+    pub(super) fn data(&self, address: RemoteAddr) -> Vec<u8> {
+        let mut data = self.data.clone();
+        for (place, target) in &self.pointers {
+            let pointer = address.plus(target.offset as u64).0.to_le_bytes();
+            data[*place..place + pointer.len()].copy_from_slice(&pointer);
+        }
+        data
+    }
+
+    /// Returns what came of calls with these results, and with this data afterwards.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub(super) fn conclude(
+        &self,
+        results: &[u64],
+        data: Vec<u8>,
+    ) -> Result<Answers, (usize, Errno)> {
+        let mut outcomes = Vec::with_capacity(results.len());
+        for (position, (call, result)) in self.calls.iter().zip(results).enumerate() {
+            let result = outcome(*result);
             if call.must_succeed
                 && let Err(errno) = result
             {
                 return Err((position, errno));
             }
-            results.push(result);
+            outcomes.push(result);
         }
-        let data_at = (self.calls.len() + 1) * size_of::<Entry>();
-        let data = scratch[data_at..data_at + self.data.len()].to_vec();
-        Ok(Answers { results, data })
+        Ok(Answers { results: outcomes, data })
     }
 
     /// Returns what the call at `position` is for.
@@ -283,7 +345,7 @@ fn put(scratch: &mut [u8], position: usize, entry: &Entry) {
     scratch[at..at + size_of::<Entry>()].copy_from_slice(entry.as_bytes());
 }
 
-fn outcome(result: u64) -> Result<u64, Errno> {
+pub(super) fn outcome(result: u64) -> Result<u64, Errno> {
     if result == NOT_MADE {
         return Err(Errno::ECANCELED);
     }

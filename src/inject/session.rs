@@ -1,280 +1,358 @@
-//! Scratch memory in another process, from which its threads work for us.
+//! Work in a process that goes on afterwards, as if nothing had happened.
+//!
+//! At every moment at most one thread of it has other registers than its own, and these
+//! lead it home (see `home`), so that the process takes no harm if this program is killed.
+//!
+//! Scripts are made from scratch memory, which one thread, the keeper, has mapped. While
+//! nobody works, the keeper's registers are those with which it unmaps that memory and
+//! comes home. A thread that works ends in the same way. It tells that it is through by a
+//! signal to itself that the process ignores: it is only seen by who traces the thread.
+//!
+//! Where there is no such signal, or no room for scratch memory (`RLIMIT_AS`, `RLIMIT_DATA`,
+//! `RLIMIT_MEMLOCK` with `MCL_FUTURE`), a thread is stopped at each call instead, with its
+//! data on the stack.
 
 use nix::{errno::Errno, libc};
 
 use super::{
     Answers, InjectError, Result, Script, arch,
-    tracee::{Tracee, find_syscall},
+    home::{Home, Slot},
+    scratch::{MAP_FLAGS, Scratch, bits, failed_call, no_births},
+    tracee::{Sign, Tracee},
 };
 use crate::{
     fault::{self, Point},
     proc::{self, Mapping},
-    sys::process,
-    units::{HostPid, PAGE_SIZE, RemoteAddr},
+    sys::supervise,
+    units::{PAGE_SIZE, RemoteAddr},
 };
 
-/// Bytes of scratch memory for tables and data, unless more is asked for.
-pub const TABLE_BYTES: usize = 64 << 10;
+/// Signals that a process ignores by default, but for `SIGCONT`, which has effects of its
+/// own.
+const IGNORED: u64 = 1 << (libc::SIGURG - 1) | 1 << (libc::SIGWINCH - 1) | 1 << (libc::SIGCHLD - 1);
 
-/// Bytes mapped for the code.
-const CODE_BYTES: u64 = PAGE_SIZE;
+/// Signals that cannot be used: what comes instead of one that is ignored, or has effects
+/// of its own when it is sent.
+const SPECIAL: u64 = 1 << (libc::SIGCONT - 1)
+    | 1 << (libc::SIGTSTP - 1)
+    | 1 << (libc::SIGTTIN - 1)
+    | 1 << (libc::SIGTTOU - 1);
 
-/// `SIGTRAP`'s bit in a signal set.
-const TRAP_BIT: u64 = 1 << (libc::SIGTRAP - 1);
+/// Addresses from here up are not for programs (47 bits, and a guard page).
+const ADDRESSES_END: u64 = (1 << 47) - PAGE_SIZE;
 
-/// Bytes of `struct kernel_sigaction` on x86-64.
-const SIGACTION_BYTES: usize = 32;
+/// What a gap has to have for scratch memory on both sides.
+const GAP_MARGIN: u64 = 64 << 10;
 
-/// Scratch memory: a page of code and a table behind it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Scratch {
-    /// Where the code is.
-    pub start: RemoteAddr,
-    /// Bytes of the table.
-    pub table_bytes: usize,
-    /// An instruction that calls the kernel, outside of the scratch memory.
-    pub instruction: RemoteAddr,
+/// Work in one process.
+#[derive(Debug)]
+pub struct Session {
+    home: Home,
+    /// Where the keeper's stack pointer has to be.
+    stack: Option<RemoteAddr>,
+    place: Place,
+    /// Whether there is no scratch memory because it would be locked.
+    locked: bool,
 }
 
-impl Scratch {
-    /// Returns where the table is.
-    pub fn table(&self) -> RemoteAddr {
-        self.start.plus(CODE_BYTES)
-    }
+/// Where scripts are made from.
+#[derive(Clone, Copy, Debug)]
+enum Place {
+    /// Scratch memory, with a signal that tells of the end.
+    Scratch(Scratch, i32),
+    /// Nowhere.
+    Stack,
+}
 
-    /// Returns the bytes of code and table together.
-    pub fn len(&self) -> u64 {
-        CODE_BYTES + self.table_bytes as u64
+/// Lets threads of a stopped process make system calls, and puts everything back.
+///
+/// # Errors
+/// What `work` returns, and whatever keeps the process from being put back.
+pub fn with_session<T>(
+    threads: &mut [Tracee],
+    mappings: &[Mapping],
+    table_bytes: usize,
+    work: impl FnOnce(&mut Session, &mut [Tracee]) -> Result<T>,
+) -> Result<T> {
+    let mut session = Session::begin(threads, mappings, table_bytes)?;
+    let result = fault::hit(Point::DumpInjected)
+        .map_err(InjectError::from)
+        .and_then(|()| work(&mut session, threads));
+    let ended = session.end(&mut threads[0]);
+    for thread in threads {
+        thread.put_back()?;
     }
+    session.home.clear()?;
+    ended?;
+    result
+}
 
-    /// Returns the address of a page that nobody has written to, before the first script.
-    pub fn untouched(&self) -> RemoteAddr {
-        self.table()
-    }
-
-    /// Whether there is none: never.
-    pub fn is_empty(&self) -> bool {
-        false
-    }
-
-    /// Maps scratch memory through a stopped thread of the process: at `place`, or
-    /// where the kernel likes.
-    ///
-    /// # Errors
-    /// [`InjectError::NoSyscall`], [`InjectError::Call`], [`InjectError::Trace`].
-    pub fn map(
-        tracee: &mut Tracee,
-        mappings: &[Mapping],
-        place: Option<RemoteAddr>,
-        table_bytes: usize,
-    ) -> Result<Self> {
-        let instruction = find_syscall(tracee.tid, mappings)?;
-        let table_bytes = table_bytes.next_multiple_of(usize::try_from(PAGE_SIZE).expect("small"));
-        let mut scratch = Self { start: RemoteAddr(0), table_bytes, instruction };
-        tracee.begin_work()?;
-        // Not reserved, it is joined with no neighbour: that would make all of the
-        // neighbour's pages soft-dirty, and is more to put back.
-        let flags = libc::MAP_PRIVATE
-            | libc::MAP_ANONYMOUS
-            | libc::MAP_NORESERVE
-            | place.map_or(0, |_| libc::MAP_FIXED_NOREPLACE);
-        let map = [
-            place.unwrap_or_default().0,
-            scratch.len(),
-            bits(libc::PROT_READ | libc::PROT_WRITE),
-            bits(flags),
-            u64::MAX,
-            0,
-        ];
-        scratch.start =
-            RemoteAddr(made(tracee, instruction, "map scratch memory", libc::SYS_mmap, map)?);
-        let protect =
-            [scratch.start.0, CODE_BYTES, bits(libc::PROT_READ | libc::PROT_EXEC), 0, 0, 0];
-        let result = scratch.load_code(tracee.tid).and_then(|()| {
-            let what = "make scratch memory executable (PR_SET_MDWE forbids it, and is not dumped)";
-            made(tracee, instruction, what, libc::SYS_mprotect, protect)
-        });
-        if let Err(error) = result {
-            scratch.unmap(tracee)?;
-            return Err(error);
+impl Session {
+    fn begin(threads: &mut [Tracee], mappings: &[Mapping], table_bytes: usize) -> Result<Self> {
+        let mut home = Home::find(threads, mappings)?;
+        let keeper = &mut threads[0];
+        let stack = home.prepare(Slot::Keeper, keeper)?;
+        let mut session = Self { home, stack, place: Place::Stack, locked: false };
+        let Some(signal) = choose_signal(threads)? else {
+            log::debug!("{}: it ignores no signal, which makes work slower", threads[0].tid);
+            return Ok(session);
+        };
+        let page = usize::try_from(PAGE_SIZE).expect("small");
+        let scratch = Scratch {
+            start: free_place(mappings),
+            table_bytes: table_bytes.next_multiple_of(page),
+            instruction: session.home.call,
+        };
+        let keeper = &mut threads[0];
+        match session.map(keeper, &scratch, signal) {
+            Ok(()) => {}
+            // What limits allow for is used up, or code that was written is not executed.
+            Err(InjectError::Call {
+                source: source @ (Errno::ENOMEM | Errno::EAGAIN | Errno::EACCES | Errno::EPERM),
+                ..
+            }) => {
+                // Which is what a mapping that is to be locked fails with.
+                session.locked = source == Errno::EAGAIN;
+                log::debug!("{}: there is no scratch memory to be had", keeper.tid);
+                supervise::clear_scratch();
+                session.place = Place::Stack;
+                keeper.put_back()?;
+            }
+            Err(error) => {
+                let _ = session.end(keeper);
+                keeper.put_back()?;
+                session.home.clear()?;
+                return Err(error);
+            }
         }
-        Ok(scratch)
+        Ok(session)
     }
 
-    /// Returns the same scratch memory with the instruction that calls the kernel in
-    /// its own code, for when nothing else is left of the address space.
-    #[must_use]
-    pub fn on_its_own(self) -> Self {
-        let offset = arch::code()
-            .windows(arch::SYSCALL_INSTRUCTION.len())
-            .position(|window| window == arch::SYSCALL_INSTRUCTION)
-            .expect("the code calls the kernel");
-        Self { instruction: self.start.plus(offset as u64), ..self }
+    /// Maps scratch memory by the keeper, and has it wait in a state from which it unmaps
+    /// it.
+    fn map(&mut self, keeper: &mut Tracee, scratch: &Scratch, signal: i32) -> Result<()> {
+        let all = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
+        let map = [scratch.start.0, scratch.len(), bits(all), bits(MAP_FLAGS), u64::MAX, 0];
+        supervise::note_scratch(keeper.tid, scratch.start, scratch.len());
+        self.place = Place::Scratch(*scratch, signal);
+        let mask = mask_for(signal);
+        let tid = keeper.tid;
+        let result = keeper.call(scratch.instruction, self.stack, mask, libc::SYS_mmap, map)?;
+        let what = "map scratch memory".into();
+        result.map_err(|source| InjectError::Call { tid, what, source })?;
+        self.park(keeper)?;
+        scratch.load_code(tid)
     }
 
-    /// Writes the code, as long as its page is writable.
-    fn load_code(&self, tid: HostPid) -> Result<()> {
-        let code = arch::code();
-        process::write_memory(tid, self.start, code).map_err(|source| InjectError::Memory {
-            tid,
-            step: "write",
-            address: self.start,
-            len: code.len() as u64,
-            source,
-        })
+    /// Gives the keeper the registers with which it unmaps the scratch memory and comes
+    /// home.
+    fn park(&self, keeper: &mut Tracee) -> Result<()> {
+        let Place::Scratch(scratch, signal) = self.place else { return keeper.put_back() };
+        let registers = keeper.registers_to_call(
+            scratch.instruction,
+            self.stack,
+            libc::SYS_munmap,
+            unmap(&scratch),
+        );
+        keeper.set_registers(&registers)?;
+        keeper.block(mask_for(signal))
     }
 
     /// Unmaps the scratch memory.
-    ///
-    /// # Errors
-    /// [`InjectError::Call`], [`InjectError::Trace`].
-    pub fn unmap(&self, tracee: &mut Tracee) -> Result<()> {
-        let unmap = [self.start.0, self.len(), 0, 0, 0, 0];
-        made(tracee, self.instruction, "unmap scratch memory", libc::SYS_munmap, unmap).map(drop)
+    fn end(&mut self, keeper: &mut Tracee) -> Result<()> {
+        let Place::Scratch(scratch, signal) = self.place else { return Ok(()) };
+        let mask = mask_for(signal);
+        let call = unmap(&scratch);
+        let tid = keeper.tid;
+        let result = keeper.call(scratch.instruction, self.stack, mask, libc::SYS_munmap, call)?;
+        self.place = Place::Stack;
+        supervise::clear_scratch();
+        let what = "unmap scratch memory".into();
+        result.map(drop).map_err(|source| InjectError::Call { tid, what, source })
     }
 
-    /// Lets a thread make the calls of a script, and returns what came of them.
-    /// Its other threads may work at the same time in other scratch memory only.
+    /// Whether new mappings are to be locked (`MCL_FUTURE`), but may not be.
+    pub fn is_locked(&self) -> bool {
+        self.locked
+    }
+
+    /// Returns the address of a page that nobody has written to, before the first script;
+    /// `None` without scratch memory.
+    pub fn untouched(&self) -> Option<RemoteAddr> {
+        match self.place {
+            Place::Scratch(scratch, _) => Some(scratch.table()),
+            Place::Stack => None,
+        }
+    }
+
+    /// Lets a thread make the calls of a script, and returns what came of them. The first
+    /// of `threads` is the keeper.
     ///
     /// # Errors
     /// [`InjectError::Call`] for the first call that had to succeed and did not;
     /// [`InjectError::TooLong`], [`InjectError::Lost`].
-    pub fn run(&self, tracee: &mut Tracee, script: &Script) -> Result<Answers> {
-        self.run_births(tracee, script, &mut |child| {
-            Err(InjectError::Lost { tid: child, what: "was born".into() })
-        })
-    }
-
-    /// As [`Self::run`], for scripts that make threads or processes: `born` is told
-    /// of each while the thread waits.
-    ///
-    /// # Errors
-    /// As [`Self::run`], and what `born` returns.
-    pub fn run_births(
-        &self,
-        tracee: &mut Tracee,
+    pub fn run(
+        &mut self,
+        threads: &mut [Tracee],
+        position: usize,
         script: &Script,
-        born: &mut dyn FnMut(HostPid) -> Result<()>,
     ) -> Result<Answers> {
-        self.start(tracee, script)?;
-        tracee.join(born)?;
-        self.answers(tracee, script)
+        self.work(threads, position, script, None)
     }
 
-    /// Lets a thread begin with a script; [`Self::join`] waits for it.
+    /// As [`Self::run`]; `act` is called when the script pauses, with the answers so far.
     ///
     /// # Errors
     /// As [`Self::run`].
-    pub fn start(&self, tracee: &mut Tracee, script: &Script) -> Result<()> {
-        let bytes = script.bytes_needed();
-        let limit = self.table_bytes - SIGACTION_BYTES;
-        if bytes > limit {
-            return Err(InjectError::TooLong { tid: tracee.tid, bytes, limit });
+    pub fn run_paused(
+        &mut self,
+        threads: &mut [Tracee],
+        position: usize,
+        script: &Script,
+        act: &mut dyn FnMut(&Answers),
+    ) -> Result<Answers> {
+        self.work(threads, position, script, Some(act))
+    }
+
+    fn work(
+        &mut self,
+        threads: &mut [Tracee],
+        position: usize,
+        script: &Script,
+        act: Option<&mut dyn FnMut(&Answers)>,
+    ) -> Result<Answers> {
+        let stack = match position {
+            0 => self.stack,
+            _ => self.home.prepare(Slot::Worker, &threads[position])?,
+        };
+        let Place::Scratch(scratch, signal) = self.place else {
+            let result = self.step(&mut threads[position], stack, script, act);
+            threads[position].put_back()?;
+            return result;
+        };
+        let thread = &threads[position];
+        scratch.load(thread.tid, script)?;
+        let home = arch::Return {
+            signal,
+            scratch: scratch.start,
+            scratch_bytes: u32::try_from(scratch.len()).expect("small"),
+            call: scratch.instruction,
+            frame: stack.unwrap_or(RemoteAddr(thread.registers.rsp)),
+        };
+        let (code, table) = (scratch.start, scratch.table());
+        let registers = arch::enter_and_return(&thread.registers, code, table, home);
+        if position != 0 {
+            // Two threads that unmap the same memory could unmap what others have mapped
+            // in between. Rather it stays mapped for the moment in which nobody would.
+            threads[0].put_back()?;
+            fault::hit(Point::DumpHanded)?;
         }
-        let mut table = vec![0; bytes];
-        script.write(&mut table, self.table());
-        let failed = |source| self.memory(tracee.tid, "write", bytes, source);
-        process::write_memory(tracee.tid, self.table(), &table).map_err(failed)?;
-        tracee.start(self.start, self.table())
-    }
-
-    /// Waits until a thread is through with a script.
-    ///
-    /// # Errors
-    /// As [`Self::run`].
-    pub fn join(&self, tracee: &mut Tracee, script: &Script) -> Result<Answers> {
-        tracee.join(&mut |child| Err(InjectError::Lost { tid: child, what: "was born".into() }))?;
-        self.answers(tracee, script)
-    }
-
-    fn answers(&self, tracee: &Tracee, script: &Script) -> Result<Answers> {
-        let tid = tracee.tid;
-        let mut table = vec![0; script.bytes_needed()];
-        process::read_memory(tid, self.table(), &mut table)
-            .map_err(|source| self.memory(tid, "read", table.len(), source))?;
-        script.read(&table).map_err(|(position, source)| InjectError::Call {
-            tid,
-            what: script.what(position).to_owned(),
-            source,
-        })
-    }
-
-    fn memory(&self, tid: HostPid, step: &'static str, len: usize, source: Errno) -> InjectError {
-        InjectError::Memory { tid, step, address: self.table(), len: len as u64, source }
-    }
-}
-
-fn bits(flags: i32) -> u64 {
-    u64::from(flags.cast_unsigned())
-}
-
-/// Makes a call that has to succeed.
-fn made(
-    tracee: &mut Tracee,
-    instruction: RemoteAddr,
-    what: &str,
-    number: libc::c_long,
-    arguments: [u64; 6],
-) -> Result<u64> {
-    let tid = tracee.tid;
-    tracee.call(instruction, number, arguments)?.map_err(|source| InjectError::Call {
-        tid,
-        what: what.to_owned(),
-        source,
-    })
-}
-
-/// Lets threads of a process make system calls and puts everything back: scratch
-/// memory lives as long as `work` runs.
-///
-/// The trap at the end of a script makes the kernel forget that `SIGTRAP` is
-/// ignored, if it is; that is put back, too.
-///
-/// # Errors
-/// What `work` returns, and whatever keeps the process from being put back.
-pub fn with_scratch<T>(
-    threads: &mut [Tracee],
-    mappings: &[Mapping],
-    table_bytes: usize,
-    work: impl FnOnce(&Scratch, &mut [Tracee]) -> Result<T>,
-) -> Result<T> {
-    let pid = threads[0].tid;
-    let traps_ignored = proc::status(pid)?.sig_ignored & TRAP_BIT != 0;
-    let scratch = Scratch::map(&mut threads[0], mappings, None, table_bytes)?;
-    let result = fault::hit(Point::DumpInjected).map_err(InjectError::from).and_then(|()| {
-        for thread in &mut threads[1..] {
-            thread.begin_work()?;
+        let thread = &mut threads[position];
+        thread.set_registers(&registers)?;
+        thread.block(mask_for(signal))?;
+        let result = Self::walk(thread, &scratch, signal, script, act);
+        if position != 0 {
+            thread.put_back()?;
         }
-        let saved = traps_ignored.then(|| trap_action(&scratch, &mut threads[0])).transpose()?;
-        let result = work(&scratch, threads);
-        if saved.is_some() {
-            restore_trap_action(&scratch, &mut threads[0])?;
-        }
+        self.park(&mut threads[0])?;
         result
-    });
-    let unmapped = scratch.unmap(&mut threads[0]);
-    for thread in threads.iter_mut() {
-        thread.put_back()?;
     }
-    unmapped?;
-    result
+
+    /// Lets a thread walk the table that is loaded.
+    fn walk(
+        thread: &mut Tracee,
+        scratch: &Scratch,
+        signal: i32,
+        script: &Script,
+        act: Option<&mut dyn FnMut(&Answers)>,
+    ) -> Result<Answers> {
+        let sign = Sign::Signal { number: signal, told: arch::told(scratch.start) };
+        fault::hit(Point::DumpListed)?;
+        thread.start()?;
+        fault::hit(Point::DumpWalking)?;
+        if let Some(act) = act {
+            return scratch.go_on_paused(thread, sign, script, act);
+        }
+        thread.join(sign, &mut no_births)?;
+        fault::hit(Point::DumpWalked)?;
+        scratch.answers(thread.tid, script)
+    }
+
+    /// Lets a thread make the calls of a script one by one.
+    fn step(
+        &mut self,
+        thread: &mut Tracee,
+        stack: Option<RemoteAddr>,
+        script: &Script,
+        act: Option<&mut dyn FnMut(&Answers)>,
+    ) -> Result<Answers> {
+        let tid = thread.tid;
+        let Some((room, limit)) = self.home.room() else {
+            return Err(InjectError::NoRoom { tid });
+        };
+        let data = script.data(room);
+        if data.len() > limit {
+            return Err(InjectError::TooLong { tid, bytes: data.len(), limit });
+        }
+        self.home.lend(room, &data)?;
+        let read = || -> Result<Vec<u8>> {
+            let mut bytes = data.clone();
+            crate::sys::process::read_memory(tid, room, &mut bytes).map_err(|source| {
+                let len = bytes.len() as u64;
+                InjectError::Memory { tid, step: "read", address: room, len, source }
+            })?;
+            Ok(bytes)
+        };
+        let mut act = act;
+        let instruction = self.home.call;
+        let results = script.walk(
+            room,
+            |number, arguments| thread.call(instruction, stack, u64::MAX, number, arguments),
+            |results| {
+                if let Some(act) = &mut act {
+                    let so_far = script.conclude(results, read()?);
+                    act(&so_far.map_err(|failed| failed_call(tid, script, failed))?);
+                }
+                Ok(())
+            },
+        )?;
+        script.conclude(&results, read()?).map_err(|failed| failed_call(tid, script, failed))
+    }
 }
 
-/// The end of the table, which scripts leave alone.
-fn saved_action(scratch: &Scratch) -> RemoteAddr {
-    scratch.table().plus((scratch.table_bytes - SIGACTION_BYTES) as u64)
+/// The signals that a thread blocks while it works: all but the one by which it stops.
+const fn mask_for(signal: i32) -> u64 {
+    !(1 << (signal - 1))
 }
 
-fn trap_action(scratch: &Scratch, tracee: &mut Tracee) -> Result<()> {
-    let signal = bits(libc::SIGTRAP);
-    let arguments = [signal, 0, saved_action(scratch).0, 8, 0, 0];
-    let what = "read the action of SIGTRAP";
-    made(tracee, scratch.instruction, what, libc::SYS_rt_sigaction, arguments).map(drop)
+fn unmap(scratch: &Scratch) -> [u64; 6] {
+    [scratch.start.0, scratch.len(), 0, 0, 0, 0]
 }
 
-fn restore_trap_action(scratch: &Scratch, tracee: &mut Tracee) -> Result<()> {
-    let signal = bits(libc::SIGTRAP);
-    let arguments = [signal, saved_action(scratch).0, 0, 8, 0, 0];
-    let what = "set the action of SIGTRAP";
-    made(tracee, scratch.instruction, what, libc::SYS_rt_sigaction, arguments).map(drop)
+/// Chooses a signal that has no effect: one that the process ignores, and that no thread
+/// blocks, since one that waits for it (`sigwait(3)`, `signalfd(2)`) would notice.
+fn choose_signal(threads: &[Tracee]) -> Result<Option<i32>> {
+    let status = proc::status(threads[0].tid)?;
+    let blocked = threads.iter().fold(0, |blocked, thread| blocked | thread.signal_mask);
+    let pending = status.shared_pending | status.sig_pending;
+    let ignored = (IGNORED & !status.sig_caught | status.sig_ignored) & !SPECIAL;
+    let usable = ignored & !blocked & !pending;
+    // Those that are ignored by default first: nobody expects anything of them.
+    let usable = if usable & IGNORED == 0 { usable } else { usable & IGNORED };
+    Ok((usable != 0).then(|| u64::BITS - usable.leading_zeros()).map(u32::cast_signed))
+}
+
+/// Returns the middle of the largest gap between mappings, where nothing grows to, and
+/// nothing is put soon.
+pub(super) fn free_place(mappings: &[Mapping]) -> RemoteAddr {
+    let mut end = GAP_MARGIN;
+    let mut best = (0, 0);
+    let starts = mappings.iter().map(|mapping| (mapping.start.0, mapping.end.0));
+    for (start, next_end) in starts.chain([(ADDRESSES_END, ADDRESSES_END)]) {
+        let start = start.min(ADDRESSES_END);
+        best = best.max((start.saturating_sub(end), end));
+        end = next_end.max(end);
+    }
+    let (bytes, start) = best;
+    RemoteAddr((start + bytes / 2) & !(PAGE_SIZE - 1))
 }

@@ -5,7 +5,7 @@ use std::{
 
 use nix::{errno::Errno, libc};
 
-use super::{Frozen, Outcome, Script, TABLE_BYTES, with_scratch};
+use super::{Frozen, Outcome, Script, TABLE_BYTES, with_session};
 use crate::{proc, units::HostPid};
 
 /// A process of our own, which dies with the test.
@@ -79,11 +79,11 @@ fn privileged_a_process_works_for_us_and_notices_nothing() {
         script.call("read", libc::SYS_read, &[fd.into(), buffer.into(), 8.into()]);
         script.call("close", libc::SYS_close, &[fd.into()]);
         let bad = script.attempt(libc::SYS_close, &[fd.into()]);
-        let answers = with_scratch(
+        let answers = with_session(
             &mut frozen.tasks[0].threads,
             &mappings,
             TABLE_BYTES,
-            |scratch, threads| scratch.run(&mut threads[0], &script),
+            |session, threads| session.run(threads, 0, &script),
         )
         .unwrap();
         assert_eq!(answers.result(getpid), Ok(u64::try_from(pid.0).unwrap()));
@@ -92,11 +92,11 @@ fn privileged_a_process_works_for_us_and_notices_nothing() {
 
         let mut failing = Script::new();
         failing.call("close nothing", libc::SYS_close, &[(-1).into()]);
-        let error = with_scratch(
+        let error = with_session(
             &mut frozen.tasks[0].threads,
             &mappings,
             TABLE_BYTES,
-            |scratch, threads| scratch.run(&mut threads[0], &failing),
+            |session, threads| session.run(threads, 0, &failing),
         )
         .unwrap_err();
         assert_eq!(error.to_string(), format!("close nothing in process {pid}"));

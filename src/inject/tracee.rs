@@ -1,12 +1,15 @@
 //! One thread of another process, stopped.
 
 use nix::{errno::Errno, libc};
+use zerocopy::{FromBytes, IntoBytes};
 
 use super::{
     InjectError, Result,
     arch::{self, SYSCALL_INSTRUCTION},
+    script,
 };
 use crate::{
+    fault::{self, Point},
     proc::{self, Mapping},
     sys::{
         process,
@@ -33,12 +36,23 @@ pub fn registers_to_resume(tid: HostPid, stored: &Registers) -> Registers {
     restarted(tid, &arch::uninterrupted(stored))
 }
 
-/// A thread that works for this program gets no signal but those that cannot be
-/// blocked, and the trap at the end.
-const WORKING_MASK: u64 = !(1 << (libc::SIGTRAP - 1));
+/// A thread that works for this program by scripts that end with a trap gets no signal
+/// but those that cannot be blocked, and that trap.
+pub(super) const MASK_FOR_TRAPS: u64 = !(1 << (libc::SIGTRAP - 1));
 
 /// A thread stops when it enters a system call and when it leaves it.
 const SYSCALL_STOPS: usize = 2;
+
+/// `struct rseq_cs` (`linux/rseq.h`).
+#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes)]
+#[repr(C)]
+struct CriticalSection {
+    version: u32,
+    flags: u32,
+    start: u64,
+    bytes: u64,
+    abort: u64,
+}
 
 /// A thread that was stopped, and its state at that moment.
 #[derive(Debug)]
@@ -55,29 +69,65 @@ pub struct Tracee {
     pub rseq_cs: u64,
     /// The signal that had stopped its process, or 0.
     pub stopped_by: i32,
+    /// Whether a SIGSTOP was taken that was pending while its process was stopped.
+    stopped_again: bool,
+    /// Where it goes on if a critical section has to be aborted.
+    abort: Option<u64>,
     /// Whether the thread is in a state other than the one it was found in.
     dirty: bool,
+    /// The signals that it blocks now.
+    mask_now: u64,
+}
+
+/// How a thread that works tells that it has stopped for this program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Sign {
+    /// By a trap.
+    Trap,
+    /// By this signal, which it has sent itself before the instruction at `told`.
+    Signal { number: i32, told: RemoteAddr },
 }
 
 impl Tracee {
     /// Takes over a thread that is traced and stopped.
     ///
     /// # Errors
-    /// [`InjectError::Trace`].
+    /// [`InjectError::Trace`]; [`InjectError::Narrow`].
     pub fn new(tid: HostPid, stopped_by: i32) -> Result<Self> {
-        let registers =
-            ptrace::registers(tid).map_err(InjectError::trace(tid, "read the registers of"))?;
+        let registers = ptrace::registers(tid).map_err(|errno| match errno {
+            Errno::ENOEXEC => InjectError::Narrow { tid },
+            errno => InjectError::trace(tid, "read the registers of")(errno),
+        })?;
         let signal_mask =
             ptrace::signal_mask(tid).map_err(InjectError::trace(tid, "read the signal mask of"))?;
         // Kernels that cannot tell have no way to get it wrong either.
         let rseq = ptrace::rseq_configuration(tid).unwrap_or_default();
-        let mut tracee =
-            Self { tid, registers, signal_mask, rseq, rseq_cs: 0, stopped_by, dirty: false };
+        let mut tracee = Self {
+            tid,
+            registers,
+            signal_mask,
+            rseq,
+            rseq_cs: 0,
+            stopped_by,
+            stopped_again: false,
+            abort: None,
+            dirty: false,
+            mask_now: signal_mask,
+        };
         if rseq.pointer != 0 {
             let mut bytes = [0; 8];
             let address = RemoteAddr(rseq.pointer).plus(RSEQ_CS_OFFSET);
             if process::read_memory(tid, address, &mut bytes).is_ok() {
                 tracee.rseq_cs = u64::from_le_bytes(bytes);
+            }
+        }
+        if tracee.rseq_cs != 0 {
+            let mut section = CriticalSection::default();
+            let address = RemoteAddr(tracee.rseq_cs);
+            let known = process::read_memory(tid, address, section.as_mut_bytes()).is_ok();
+            // Such as the kernel does not abort are long gone (Linux 6.1).
+            if known && tracee.registers.rip.wrapping_sub(section.start) < section.bytes {
+                tracee.abort = Some(section.abort);
             }
         }
         Ok(tracee)
@@ -89,75 +139,147 @@ impl Tracee {
         restarted(self.tid, &self.registers)
     }
 
-    /// Blocks signals, so that the thread can work for this program.
-    pub(super) fn begin_work(&mut self) -> Result<()> {
-        self.dirty = true;
-        ptrace::set_signal_mask(self.tid, WORKING_MASK)
-            .map_err(InjectError::trace(self.tid, "block the signals of"))
+    /// Returns those with which it goes on here. A critical section that it was in is
+    /// aborted, as the kernel does with any thread that was not running for a while.
+    /// Otherwise the kernel would forget the section as soon as the thread works elsewhere.
+    pub(super) fn registers_to_go_on(&self) -> Registers {
+        Registers { rip: self.abort.unwrap_or(self.registers.rip), ..self.registers }
     }
 
-    /// Makes the thread call the kernel once, with the instruction at
-    /// `instruction`, and returns the result as the kernel gives it.
+    /// Returns those with which it goes on where the kernel does not see to interrupted
+    /// system calls.
+    pub(super) fn registers_to_come_home(&self) -> Registers {
+        restarted(self.tid, &self.registers_to_go_on())
+    }
+
+    /// Gives the thread registers other than its own.
+    pub(super) fn set_registers(&mut self, registers: &Registers) -> Result<()> {
+        self.dirty = true;
+        ptrace::set_registers(self.tid, registers)
+            .map_err(InjectError::trace(self.tid, "set the registers of"))
+    }
+
+    /// Blocks signals, so that the thread can work for this program.
+    pub(super) fn block(&mut self, mask: u64) -> Result<()> {
+        self.dirty = true;
+        if self.mask_now != mask {
+            ptrace::set_signal_mask(self.tid, mask)
+                .map_err(InjectError::trace(self.tid, "block the signals of"))?;
+            self.mask_now = mask;
+        }
+        Ok(())
+    }
+
+    /// Returns the registers with which the thread, with its stack pointer at `stack` if
+    /// that is given, calls the kernel once.
+    pub(super) fn registers_to_call(
+        &self,
+        instruction: RemoteAddr,
+        stack: Option<RemoteAddr>,
+        number: libc::c_long,
+        arguments: [u64; 6],
+    ) -> Registers {
+        let registers = arch::syscall_registers(&self.registers, instruction, number, arguments);
+        Registers { rsp: stack.map_or(registers.rsp, |stack| stack.0), ..registers }
+    }
+
+    /// Makes the thread, which blocks the signals of `mask` then, call the kernel once,
+    /// with the instruction at `instruction`, and returns the result as the kernel gives
+    /// it. The registers come first: with them it finds the way home (see `home`), and the
+    /// mask comes with it.
     pub(super) fn call(
         &mut self,
         instruction: RemoteAddr,
+        stack: Option<RemoteAddr>,
+        mask: u64,
         number: libc::c_long,
         arguments: [u64; 6],
     ) -> Result<Result<u64, Errno>> {
-        let failed = |step| InjectError::trace(self.tid, step);
-        let registers = arch::syscall_registers(&self.registers, instruction, number, arguments);
-        self.dirty = true;
-        ptrace::set_registers(self.tid, &registers).map_err(failed("set the registers of"))?;
+        let tid = self.tid;
+        let failed = |step| InjectError::trace(tid, step);
+        let registers = self.registers_to_call(instruction, stack, number, arguments);
+        self.set_registers(&registers)?;
+        let mut fault = fault::hit(Point::DumpCallSet);
+        self.block(mask)?;
         // A stop that was pending comes first, before the call is entered.
         let mut stops = 0;
+        let mut signal = 0;
         while stops < SYSCALL_STOPS {
-            ptrace::resume_to_syscall(self.tid).map_err(failed("resume"))?;
+            ptrace::resume_to_syscall(self.tid, signal).map_err(failed("resume"))?;
+            signal = 0;
             match self.wait()? {
-                Wait::Syscall => stops += 1,
-                Wait::Stopped(_) | Wait::Interrupted if stops == 0 => {}
+                Wait::Syscall => {
+                    stops += 1;
+                    fault = fault.and(fault::hit(Point::DumpCall));
+                }
+                // Its process is stopped on the way: it will be when it is let go, too.
+                Wait::Signal(libc::SIGSTOP) if stops == 0 => {
+                    self.stopped_again |= self.stopped_by != 0;
+                    signal = libc::SIGSTOP;
+                }
+                Wait::Stopped(signal) if stops == 0 => self.stopped_by = signal,
+                Wait::Interrupted if stops == 0 => {}
+                // Not blocked, since the process ignores it.
+                Wait::Signal(number) if stops == 0 && is_clear(mask, number) => {}
                 other => return Err(lost(self.tid, other)),
             }
         }
         let result = ptrace::registers(self.tid).map_err(failed("read the registers of"))?.rax;
-        let error = result.wrapping_neg();
-        Ok(match i32::try_from(error) {
-            Ok(number @ 1..=4095) => Err(Errno::from_raw(number)),
-            _ => Ok(result),
-        })
+        fault?;
+        Ok(script::outcome(result))
     }
 
-    /// Lets the thread walk the table at `table`, without waiting for it.
-    pub(super) fn start(&mut self, code: RemoteAddr, table: RemoteAddr) -> Result<()> {
-        let registers = arch::enter(&self.registers, code, table);
-        self.dirty = true;
-        ptrace::set_registers(self.tid, &registers)
-            .map_err(InjectError::trace(self.tid, "set the registers of"))?;
+    /// Lets the thread, whose registers are set, work, without waiting for it.
+    pub(super) fn start(&self) -> Result<()> {
         ptrace::resume(self.tid, 0).map_err(InjectError::trace(self.tid, "resume"))
     }
 
-    /// Waits for the trap at the end of the table; `born` is told of threads and
+    /// Waits until the thread has stopped for this program; `born` is told of threads and
     /// processes that it makes.
-    pub(super) fn join(&mut self, born: &mut dyn FnMut(HostPid) -> Result<()>) -> Result<()> {
+    pub(super) fn join(
+        &mut self,
+        sign: Sign,
+        born: &mut dyn FnMut(HostPid) -> Result<()>,
+    ) -> Result<()> {
         loop {
-            match self.wait()? {
-                Wait::Signal(libc::SIGTRAP) => return Ok(()),
-                Wait::Event(
-                    libc::PTRACE_EVENT_CLONE | libc::PTRACE_EVENT_FORK | libc::PTRACE_EVENT_VFORK,
+            match (self.wait()?, sign) {
+                (Wait::Signal(libc::SIGTRAP), Sign::Trap) => return Ok(()),
+                (Wait::Signal(signal), Sign::Signal { number, told }) if signal == number => {
+                    let now = ptrace::registers(self.tid)
+                        .map_err(InjectError::trace(self.tid, "read the registers of"))?;
+                    if now.rip == told.0 {
+                        return Ok(());
+                    }
+                    // Somebody else's, which the process ignores.
+                    ptrace::resume(self.tid, 0).map_err(InjectError::trace(self.tid, "resume"))?;
+                }
+                (
+                    Wait::Event(
+                        libc::PTRACE_EVENT_CLONE
+                        | libc::PTRACE_EVENT_FORK
+                        | libc::PTRACE_EVENT_VFORK,
+                    ),
+                    _,
                 ) => {
                     let child = ptrace::event_message(self.tid)
                         .map_err(InjectError::trace(self.tid, "ask for the child of"))?;
                     born(HostPid(i32::try_from(child).expect("pids are small")))?;
                     ptrace::resume(self.tid, 0).map_err(InjectError::trace(self.tid, "resume"))?;
                 }
-                // Such as a stop of the process, which it will be told of later.
-                Wait::Stopped(_) | Wait::Interrupted => {
+                // Its process is stopped on the way: it will be when it is let go, too.
+                (Wait::Signal(libc::SIGSTOP), _) => {
+                    self.stopped_again |= self.stopped_by != 0;
+                    ptrace::resume(self.tid, libc::SIGSTOP)
+                        .map_err(InjectError::trace(self.tid, "resume"))?;
+                }
+                (Wait::Stopped(signal), _) => {
+                    self.stopped_by = signal;
                     ptrace::resume(self.tid, 0).map_err(InjectError::trace(self.tid, "resume"))?;
                 }
-                // Blocked signals do not come; these do, and are not for the worker.
-                Wait::Signal(libc::SIGSTOP | libc::SIGCHLD) => {
+                (Wait::Interrupted, _) => {
                     ptrace::resume(self.tid, 0).map_err(InjectError::trace(self.tid, "resume"))?;
                 }
-                other => return Err(lost(self.tid, other)),
+                (other, _) => return Err(lost(self.tid, other)),
             }
         }
     }
@@ -174,23 +296,9 @@ impl Tracee {
         if !self.dirty {
             return Ok(());
         }
-        let failed = |step| InjectError::trace(self.tid, step);
-        ptrace::set_registers(self.tid, &self.registers).map_err(failed("set the registers of"))?;
-        ptrace::set_signal_mask(self.tid, self.signal_mask)
-            .map_err(failed("set the signal mask of"))?;
-        if self.rseq_cs != 0 {
-            // The kernel clears it when the thread runs outside of the section.
-            let address = RemoteAddr(self.rseq.pointer).plus(RSEQ_CS_OFFSET);
-            process::write_memory(self.tid, address, &self.rseq_cs.to_le_bytes()).map_err(
-                |source| InjectError::Memory {
-                    tid: self.tid,
-                    step: "write",
-                    address,
-                    len: 8,
-                    source,
-                },
-            )?;
-        }
+        // In this order: until it has its registers, it comes home by a frame.
+        self.block(self.signal_mask)?;
+        self.set_registers(&self.registers_to_go_on())?;
         self.dirty = false;
         Ok(())
     }
@@ -201,8 +309,20 @@ impl Tracee {
     /// [`InjectError::Trace`] if it has died.
     pub fn release(mut self) -> Result<()> {
         self.put_back()?;
-        ptrace::detach(self.tid, 0).map_err(InjectError::trace(self.tid, "detach from"))
+        let tid = self.tid;
+        ptrace::detach(tid, 0).map_err(InjectError::trace(tid, "detach from"))?;
+        if self.stopped_again {
+            // It stays stopped, and this one waits again.
+            process::signal(tid, libc::SIGSTOP)
+                .map_err(InjectError::trace(tid, "send a signal to"))?;
+        }
+        Ok(())
     }
+}
+
+/// Whether a signal is not blocked.
+fn is_clear(mask: u64, signal: i32) -> bool {
+    mask & 1 << (signal - 1) == 0
 }
 
 pub(super) fn lost(tid: HostPid, wait: Wait) -> InjectError {

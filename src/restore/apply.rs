@@ -137,7 +137,10 @@ pub(super) fn finish(plan: &Plan, puppets: &mut Puppets, files: &mut Files) -> R
                 memory_attributes::finish(planned.core(), &mut script);
             }
             if !script.is_empty() {
-                run(puppets, position, number, &script)?;
+                let scratch = puppets.scratch;
+                let puppet = puppets.tasks[position].as_mut().expect("it lives");
+                // Signals wait from now on, maybe those of traps.
+                scratch.run_without_traps(&mut puppet.threads[number], &script)?;
             }
         }
     }

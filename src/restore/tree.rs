@@ -162,7 +162,7 @@ impl<'a> Puppets<'a> {
         let place = crate::units::RemoteAddr(workshop.place);
         let rseq = first.rseq;
         self.scratch =
-            Scratch::map(&mut first, &mappings, Some(place), workshop.table_bytes)?.on_its_own();
+            Scratch::map(&mut first, &mappings, place, workshop.table_bytes)?.on_its_own();
         let mut script = Script::new();
         if rseq.pointer != 0 {
             /// `RSEQ_FLAG_UNREGISTER` (`linux/rseq.h`).

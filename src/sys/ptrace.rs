@@ -163,12 +163,13 @@ pub fn resume(tid: HostPid, signal: i32) -> Result<(), Errno> {
     request(libc::PTRACE_CONT, tid, 0, signal.cast_unsigned() as usize).map(drop)
 }
 
-/// Lets a stopped tracee go on until it enters or leaves a system call.
+/// Lets a stopped tracee go on, with a signal or with 0, until it enters or leaves a
+/// system call.
 ///
 /// # Errors
 /// `ESRCH` if it is not stopped.
-pub fn resume_to_syscall(tid: HostPid) -> Result<(), Errno> {
-    request(libc::PTRACE_SYSCALL, tid, 0, 0).map(drop)
+pub fn resume_to_syscall(tid: HostPid, signal: i32) -> Result<(), Errno> {
+    request(libc::PTRACE_SYSCALL, tid, 0, signal.cast_unsigned() as usize).map(drop)
 }
 
 /// Ends tracing a stopped tracee, which goes on.
@@ -196,12 +197,16 @@ fn io_vector(buffer: &mut [u8]) -> libc::iovec {
 /// Returns the general registers of a stopped tracee.
 ///
 /// # Errors
-/// `ESRCH` if it is not stopped.
+/// `ESRCH` if it is not stopped; `ENOEXEC` if it executes 32-bit code, whose registers are
+/// others.
 pub fn registers(tid: HostPid) -> Result<Registers, Errno> {
     let mut registers = MaybeUninit::<Registers>::zeroed();
     let mut vector =
         libc::iovec { iov_base: registers.as_mut_ptr().cast(), iov_len: size_of::<Registers>() };
     request(libc::PTRACE_GETREGSET, tid, NT_PRSTATUS, (&raw mut vector).addr())?;
+    if vector.iov_len != size_of::<Registers>() {
+        return Err(Errno::ENOEXEC);
+    }
     // SAFETY: the structure is plain integers, for which all bytes are valid.
     Ok(unsafe { registers.assume_init() })
 }

@@ -1,19 +1,83 @@
 //! A worker that outlives the end of who waits for it.
 #![expect(unsafe_code, reason = "fork")]
 
-use std::{fs, io, process};
+use std::{
+    fs, io, process,
+    sync::atomic::{AtomicPtr, AtomicU64, Ordering},
+};
 
 use nix::{
     errno::Errno,
+    libc,
     sys::{
         prctl::set_pdeathsig,
         signal::{SaFlags, SigAction, SigHandler, SigSet, SigmaskHow, Signal, kill, sigaction},
         wait::{WaitPidFlag, WaitStatus, waitpid},
     },
-    unistd::{ForkResult, Pid, fork, getpid, getppid},
+    unistd::{ForkResult, Pid, fork, getpid, getppid, setsid},
 };
 
 use super::cancel;
+use crate::units::{HostPid, RemoteAddr};
+
+/// What the worker lets the supervisor know, in memory that both have.
+#[derive(Debug, Default)]
+struct Ledger {
+    /// The process that has scratch memory, or 0.
+    pid: AtomicU64,
+    start: AtomicU64,
+    bytes: AtomicU64,
+}
+
+/// The ledger; none before [`split`].
+static LEDGER: AtomicPtr<Ledger> = AtomicPtr::new(std::ptr::null_mut());
+
+fn ledger() -> Option<&'static Ledger> {
+    // SAFETY: what is there was set by `begin_ledger`, to memory that stays mapped and
+    // consists of atomics; otherwise it is null.
+    unsafe { LEDGER.load(Ordering::Acquire).as_ref() }
+}
+
+fn begin_ledger() -> nix::Result<()> {
+    let access = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
+    let (anywhere, len) = (std::ptr::null_mut(), size_of::<Ledger>());
+    // SAFETY: a new mapping touches no other. It is aligned to a page, and zeros are a ledger.
+    let memory = unsafe { libc::mmap(anywhere, len, access, flags, -1, 0) };
+    if memory == libc::MAP_FAILED {
+        return Err(Errno::last());
+    }
+    LEDGER.store(memory.cast(), Ordering::Release);
+    Ok(())
+}
+
+/// Scratch memory in another process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Leftover {
+    /// The process.
+    pub pid: HostPid,
+    /// Where it begins.
+    pub start: RemoteAddr,
+    /// Its length.
+    pub bytes: u64,
+}
+
+/// Lets the supervisor know that a process is to get scratch memory, which is to be removed
+/// if this process cannot.
+pub fn note_scratch(pid: HostPid, start: RemoteAddr, bytes: u64) {
+    if let Some(ledger) = ledger() {
+        ledger.start.store(start.0, Ordering::Relaxed);
+        ledger.bytes.store(bytes, Ordering::Relaxed);
+        ledger.pid.store(u64::from(pid.0.cast_unsigned()), Ordering::Release);
+    }
+}
+
+/// Lets the supervisor know that there is no scratch memory any more.
+pub fn clear_scratch() {
+    if let Some(ledger) = ledger() {
+        ledger.pid.store(0, Ordering::Release);
+    }
+}
 
 /// The two processes after [`split`].
 #[derive(Debug)]
@@ -44,6 +108,9 @@ pub enum Ended {
 /// Splits the process in two: a worker, and one that waits for it and passes on
 /// to it what asks for an end.
 ///
+/// The worker is in a session of its own, so that what kills the caller's process group or
+/// session does not kill both.
+///
 /// Whoever kills the caller, even by `SIGKILL`, thereby asks the worker to stop,
 /// which is a flag there ([`cancel`]). So it always gets to undo what it has done
 /// to other processes. In the worker Ctrl-Z has no effect either: it would stop
@@ -68,6 +135,7 @@ pub fn split() -> io::Result<Side> {
     // An ignored SIGCHLD is inherited, and would let the kernel reap the worker
     // behind our back.
     set_action(Signal::SIGCHLD, SigHandler::SigDfl)?;
+    begin_ledger()?;
     let before = signals.thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
     let supervisor = getpid();
     // SAFETY: there is one thread, as was checked above, so that the child
@@ -84,6 +152,7 @@ pub fn split() -> io::Result<Side> {
                 // It was killed before we asked to be told. Nothing is begun yet.
                 process::exit(1);
             }
+            setsid()?;
             before.thread_set_mask()?;
             Ok(Side::Worker)
         }
@@ -96,7 +165,7 @@ pub fn split() -> io::Result<Side> {
 
 /// The handler of a signal that is to have no effect, but not for the programs
 /// that the worker executes, as ignoring it would.
-extern "C" fn stay(_signal: nix::libc::c_int) {}
+extern "C" fn stay(_signal: libc::c_int) {}
 
 fn set_action(signal: Signal, handler: SigHandler) -> nix::Result<()> {
     let action = SigAction::new(handler, SaFlags::SA_RESTART, SigSet::empty());
@@ -105,12 +174,24 @@ fn set_action(signal: Signal, handler: SigHandler) -> nix::Result<()> {
 }
 
 impl Supervisor {
+    /// Returns the scratch memory that a worker has left, which was killed.
+    pub fn leftover(&self) -> Option<Leftover> {
+        let ledger = ledger()?;
+        let pid = ledger.pid.load(Ordering::Acquire);
+        let pid = i32::try_from(pid).ok().filter(|pid| *pid != 0)?;
+        Some(Leftover {
+            pid: HostPid(pid),
+            start: RemoteAddr(ledger.start.load(Ordering::Relaxed)),
+            bytes: ledger.bytes.load(Ordering::Relaxed),
+        })
+    }
+
     /// Waits for the end of the worker, and passes on `SIGINT`, `SIGTERM` and
     /// `SIGHUP` until then.
     ///
     /// # Errors
     /// What `sigwait(3)` and `waitpid(2)` return.
-    pub fn wait(self) -> io::Result<Ended> {
+    pub fn wait(&self) -> io::Result<Ended> {
         loop {
             match waitpid(self.worker, Some(WaitPidFlag::WNOHANG)) {
                 Ok(WaitStatus::Exited(_, code)) => return Ok(Ended::Exited(code)),

@@ -15,6 +15,7 @@
 mod kit;
 mod attributes;
 mod blocked;
+mod busy;
 mod files;
 mod hugetlb;
 mod identity;
@@ -58,6 +59,7 @@ const GROUPS: &[&[Row]] = &[
     identity::ROWS,
     signals::ROWS,
     blocked::ROWS,
+    busy::ROWS,
     files::ROWS,
     odd_files::ROWS,
     sockets::ROWS,

@@ -19,6 +19,8 @@ pub const ROWS: &[Row] = &[
     ("zombie_of_a_gone_group", zombie_of_a_gone_group),
     ("stopped_child", stopped_child),
     ("stops_told_and_untold", stops_told_and_untold),
+    ("stopped_root", stopped_root),
+    ("stopped_twice", stopped_twice),
     ("subreaper", subreaper),
     ("parent_death_signal", parent_death_signal),
     ("chain_of_forks", chain_of_forks),
@@ -284,6 +286,46 @@ fn zombie_of_a_gone_group(checkpoint: &Checkpoint) -> Verdict {
     let mut status = 0;
     same("zombie", member, sys!(waitpid(-group, &raw mut status, libc::WNOHANG))?)?;
     same("status of the zombie", 0, status)
+}
+
+/// The state of a process as the kernel shows it.
+fn state_of(pid: i32) -> Option<char> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    status.rsplit(") ").next()?.chars().next()
+}
+
+/// The first process is stopped while its child works.
+fn stopped_root(checkpoint: &Checkpoint) -> Verdict {
+    // SAFETY: getpid has no preconditions.
+    let root = unsafe { libc::getpid() };
+    let child = checkpoint.fork(|child| {
+        child.announce();
+        super::kit::wait_until("the stop of the root", || state_of(root) == Some('T'))?;
+        checkpoint.wait();
+        let state = state_of(root);
+        sys!(kill(root, libc::SIGCONT))?;
+        super::kit::same("the state of the root", Some('T'), state)
+    })?;
+    sys!(raise(libc::SIGSTOP))?;
+    checkpoint.wait_go();
+    child.join()
+}
+
+/// A child was stopped, and stopped again: the second SIGSTOP waits.
+fn stopped_twice(checkpoint: &Checkpoint) -> Verdict {
+    let child = checkpoint.fork(|child| {
+        child.announce();
+        child.wait_go();
+        Ok(())
+    })?;
+    for _ in 0..2 {
+        sys!(kill(child.pid, libc::SIGSTOP))?;
+        super::kit::wait_until("the stop of the child", || state_of(child.pid) == Some('T'))?;
+    }
+    checkpoint.wait();
+    super::kit::same("the state of the child", Some('T'), state_of(child.pid))?;
+    sys!(kill(child.pid, libc::SIGCONT))?;
+    child.join()
 }
 
 fn stopped_child(checkpoint: &Checkpoint) -> Verdict {

@@ -15,7 +15,9 @@ use super::{Given, Task, TaskArgs, convert, log as task_log, refusal, without_ef
 use crate::{
     causes::TOLD,
     cli::{answer, check_features, dedup, exit, report},
-    dump, restore,
+    dump, fault,
+    inject::{self, Repair},
+    restore,
     sys::supervise::{self, Ended, Side},
 };
 
@@ -82,7 +84,21 @@ fn supervised(work: impl FnOnce() -> u8) -> anyhow::Result<u8> {
     match supervisor.wait().context("wait for the process that does the work")? {
         // It has said why.
         Ended::Exited(code) => Ok(u8::try_from(code).unwrap_or(exit::FAILED)),
-        Ended::Killed(signal) => bail!("the process that does the work was killed by {signal}"),
+        Ended::Killed(signal) => {
+            let what = format!("the process that does the work was killed by {signal}");
+            fault::disarm();
+            match supervisor.leftover().map(inject::repair) {
+                None => bail!("{what}; the tree goes on as it was"),
+                Some(Ok(Repair::Nothing(_))) => {
+                    bail!("{what}; its threads went on as they were, by themselves")
+                }
+                Some(Ok(Repair::Unmapped(pid))) => {
+                    bail!("{what}; its scratch memory in process {pid} was removed")
+                }
+                Some(Err(error)) => Err(anyhow::Error::from(error)
+                    .context(format!("{what}; its scratch memory could not be removed"))),
+            }
+        }
     }
 }
 

@@ -10,8 +10,21 @@ use crate::{inject::script::Entry, sys::ptrace::Registers, units::RemoteAddr};
 /// The instruction `syscall`.
 pub(in crate::inject) const SYSCALL_INSTRUCTION: [u8; 2] = [0x0f, 0x05];
 
+/// The instruction `syscall`, and `ret` behind it.
+pub(in crate::inject) const CALL_AND_RETURN: &[u8] = &[0x0f, 0x05, 0xc3];
+
+/// What every program has that can handle signals (`SA_RESTORER`): the instructions that
+/// load the number of `rt_sigreturn(2)` and call the kernel.
+pub(in crate::inject) const RESTORERS: [&[u8]; 2] =
+    [&[0x48, 0xc7, 0xc0, 0x0f, 0, 0, 0, 0x0f, 0x05], &[0xb8, 0x0f, 0, 0, 0, 0x0f, 0x05]];
+
 // Walks the table of `Entry` that `rbx` points to. It needs neither a stack nor
-// relocation, and ends with a trap.
+// relocation. At its end, and where the table says so, it stops: by a trap, or if `r14`
+// has the number of a signal, by sending that to itself. The process ignores this signal
+// (see `session`), so that nothing happens if nobody traces the thread any more. It then
+// goes on with the table, and after its end home: it has the kernel unmap scratch memory
+// (`r15`, and the upper half of `r14` for its length) by the instruction at `rbp`, which
+// returns to the frame that is above the stack pointer.
 global_asm!(
     ".pushsection .rodata.rcriu_inject, \"a\", @progbits",
     ".globl rcriu_inject_start",
@@ -21,6 +34,8 @@ global_asm!(
     "mov rax, [rbx + {number}]",
     "cmp rax, -1",
     "je 29f",
+    "cmp rax, -2",
+    "je 27f",
     "mov r12, [rbx + {from_results}]",
     "lea r13, [rbx + {arguments}]",
     // Arguments that are results of earlier calls.
@@ -55,8 +70,38 @@ global_asm!(
     "24:",
     "add rbx, {size}",
     "jmp 20b",
+    "27:",
+    "lea r13, [rip + 24b]",
+    "jmp 28f",
     "29:",
+    "xor r13d, r13d",
+    "28:",
+    "test r14, r14",
+    "jz 26f",
+    "mov eax, {gettid}",
+    "syscall",
+    "mov r12, rax",
+    "mov eax, {getpid}",
+    "syscall",
+    "mov rdi, rax",
+    "mov rsi, r12",
+    "mov edx, r14d",
+    "mov eax, {tgkill}",
+    "syscall",
+    "rcriu_inject_told:",
+    "25:",
+    "test r13, r13",
+    "jz 30f",
+    "jmp r13",
+    "30:",
+    "mov rdi, r15",
+    "mov rsi, r14",
+    "shr rsi, 32",
+    "mov eax, {munmap}",
+    "jmp rbp",
+    "26:",
     "int3",
+    "jmp 25b",
     "rcriu_inject_end:",
     ".popsection",
     number = const std::mem::offset_of!(Entry, number),
@@ -65,10 +110,15 @@ global_asm!(
     flags = const std::mem::offset_of!(Entry, flags),
     from_results = const std::mem::offset_of!(Entry, from_results),
     size = const size_of::<Entry>(),
+    gettid = const libc::SYS_gettid,
+    getpid = const libc::SYS_getpid,
+    tgkill = const libc::SYS_tgkill,
+    munmap = const libc::SYS_munmap,
 );
 
 unsafe extern "C" {
     static rcriu_inject_start: u8;
+    static rcriu_inject_told: u8;
     static rcriu_inject_end: u8;
 }
 
@@ -80,12 +130,50 @@ pub(in crate::inject) fn code() -> &'static [u8] {
     unsafe { std::slice::from_raw_parts(start, end.addr() - start.addr()) }
 }
 
-/// Returns registers with which a thread begins to walk the table at `table`.
+/// Returns where in the code a thread is that has sent itself its signal.
+pub(in crate::inject) fn told(code: RemoteAddr) -> RemoteAddr {
+    let (start, told) = (&raw const rcriu_inject_start, &raw const rcriu_inject_told);
+    code.plus((told.addr() - start.addr()) as u64)
+}
+
+/// How a thread that walks a table comes home by itself.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::inject) struct Return {
+    /// The signal by which it stops, which the process ignores.
+    pub(in crate::inject) signal: i32,
+    /// The scratch memory that it unmaps then.
+    pub(in crate::inject) scratch: RemoteAddr,
+    /// The bytes of that.
+    pub(in crate::inject) scratch_bytes: u32,
+    /// An instruction that calls the kernel, with one that returns behind it.
+    pub(in crate::inject) call: RemoteAddr,
+    /// The frame that is returned to.
+    pub(in crate::inject) frame: RemoteAddr,
+}
+
+/// Returns the registers with which a thread walks the table at `table` and comes home.
+pub(in crate::inject) fn enter_and_return(
+    base: &Registers,
+    code: RemoteAddr,
+    table: RemoteAddr,
+    home: Return,
+) -> Registers {
+    let mut registers = enter(base, code, table);
+    registers.rsp = home.frame.0;
+    registers.rbp = home.call.0;
+    registers.r15 = home.scratch.0;
+    registers.r14 = u64::from(home.scratch_bytes) << 32 | u64::from(home.signal.cast_unsigned());
+    registers
+}
+
+/// Returns registers with which a thread begins to walk the table at `table`, and stops by
+/// a trap.
 /// `base` are those it had, whose segments are kept.
 pub(in crate::inject) fn enter(base: &Registers, code: RemoteAddr, table: RemoteAddr) -> Registers {
     let mut registers = *base;
     registers.rip = code.0;
     registers.rbx = table.0;
+    registers.r14 = 0;
     // No system call is to be restarted.
     registers.orig_rax = u64::MAX;
     registers

@@ -20,7 +20,7 @@ use nix::errno::Errno;
 
 use crate::{
     causes::with_sources,
-    inject::{InjectError, Scratch, TABLE_BYTES, Task, Tracee, with_scratch},
+    inject::{InjectError, Scratch, TABLE_BYTES, Task, Tracee, with_session},
     proc::{self, Mapping, ProcError, VmFlags},
     sys::{
         pagemap::{PagemapFile, Query, Region, category},
@@ -247,8 +247,10 @@ impl Watch {
         let threads: Vec<_> = task.threads.iter().map(|thread| thread.tid).collect();
         Self::begin_with(request, pid, threads, mappings, &mut || {
             let mut made = None;
-            with_scratch(&mut task.threads, mappings, TABLE_BYTES, |scratch, threads| {
-                made = Some(wp::make(pid, scratch, &mut threads[0]));
+            with_session(&mut task.threads, mappings, TABLE_BYTES, |session, threads| {
+                made = Some(wp::make(pid, &mut |script, act| {
+                    session.run_paused(threads, 0, script, act)
+                }));
                 Ok(())
             })?;
             made.expect("it ran")
@@ -268,7 +270,8 @@ impl Watch {
         thread: &mut Tracee,
     ) -> Result<Option<Self>, TrackError> {
         let request = Request { tracker, since: None, restart: true };
-        let make = &mut || wp::make(pid, scratch, thread);
+        let run: &mut wp::Run = &mut |script, act| scratch.run_paused(thread, script, act);
+        let make = &mut || wp::make(pid, run);
         let watch = Self::begin_with(request, pid, Vec::new(), mappings, make)?;
         let Some(watch) = watch else { return Ok(None) };
         let failed = |source| TrackError::Kernel { pid, step: "protect the memory", source };

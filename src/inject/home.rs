@@ -1,0 +1,256 @@
+//! The way home of a thread that works for this program.
+//!
+//! If this program is killed, the kernel lets go of the thread, which then goes on with
+//! whatever registers and signal mask it happens to have. So it never has any but those
+//! from which it finds home alone: its stack pointer leads to a frame like the one that
+//! the kernel makes for a signal handler, and all that it executes is one system call,
+//! `ret`, and then, in the program's own code, `rt_sigreturn(2)`, which gives it back all
+//! registers and the mask at once.
+//!
+//! The frames are at the low end of the main thread's stack, far below whatever is in use
+//! of it, where nothing else is kept. They do not need to be mapped.
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    os::unix::fs::FileExt,
+    sync::{Mutex, PoisonError},
+};
+
+use super::{
+    InjectError, Result,
+    arch::{self, Area},
+    tracee::{Tracee, find_syscall},
+};
+use crate::{
+    proc::Mapping,
+    sys::{process, ptrace},
+    units::{HostPid, PAGE_SIZE, RemoteAddr},
+};
+
+/// Bytes for one frame, and for the handler of a signal below it: the largest areas of
+/// today's processors have 11 KiB.
+const SLOT_BYTES: u64 = 20 << 10;
+
+/// Where in these the frame begins.
+const FRAME_AT: u64 = PAGE_SIZE;
+
+/// One for the thread that has the scratch memory mapped, one for another.
+const SLOTS: u64 = 2;
+
+/// Bytes behind the slots for the data of calls, where there is no scratch memory.
+const DATA_BYTES: u64 = 32 << 10;
+
+/// What stays free between the frames and the stack pointers of all threads, at least.
+const DISTANCE_BYTES: u64 = 16 << 10;
+
+/// Which frame a thread has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Slot {
+    /// That of the thread that has mapped the scratch memory.
+    Keeper,
+    /// That of another thread, which works.
+    Worker,
+}
+
+/// Where threads of a process work, and how they come home.
+#[derive(Debug)]
+pub(super) struct Home {
+    pid: HostPid,
+    /// An instruction that calls the kernel, and returns if there is a way home.
+    pub(super) call: RemoteAddr,
+    way: Option<Way>,
+    /// The low end of the stack, whether or not there is room.
+    stack: Option<RemoteAddr>,
+    /// What was written over, in the order in which it was.
+    before: Vec<(RemoteAddr, Vec<u8>)>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Way {
+    restorer: RemoteAddr,
+    /// The low end of the stack.
+    start: RemoteAddr,
+}
+
+impl Home {
+    /// Looks for a way home for the threads of a stopped process. Where there is none, they
+    /// are lost if this program is killed while they work.
+    ///
+    /// # Errors
+    /// [`InjectError::NoSyscall`].
+    pub(super) fn find(threads: &[Tracee], mappings: &[Mapping]) -> Result<Self> {
+        let pid = threads[0].tid;
+        let instructions = find_instructions(pid, mappings);
+        let way = instructions.zip(find_room(threads, mappings));
+        let (call, way) = match way {
+            Some(((call, restorer), start)) => (call, Some(Way { restorer, start })),
+            None => {
+                log::debug!("{pid}: its threads find no way home if this program is killed");
+                (find_syscall(pid, mappings)?, None)
+            }
+        };
+        Ok(Self {
+            pid,
+            call,
+            way,
+            stack: stack_of(mappings).map(|stack| stack.start),
+            before: Vec::new(),
+        })
+    }
+
+    /// Makes the way home of a thread, and returns where its stack pointer has to be for
+    /// it; `None` if there is no way.
+    ///
+    /// # Errors
+    /// [`InjectError::Trace`], [`InjectError::Memory`].
+    pub(super) fn prepare(&mut self, slot: Slot, tracee: &Tracee) -> Result<Option<RemoteAddr>> {
+        let Some(way) = self.way else { return Ok(None) };
+        let address = way.start.plus(slot as u64 * SLOT_BYTES + FRAME_AT);
+        let area = ptrace::extended_registers(tracee.tid)
+            .map_err(InjectError::trace(tracee.tid, "read the registers of"))?;
+        let area = Area::new(area)
+            .filter(|area| arch::FRAME_AREA_OFFSET + area.len() as u64 <= SLOT_BYTES - FRAME_AT);
+        let Some(area) = area else {
+            log::debug!("{}: it has registers that no frame has room for", tracee.tid);
+            return Ok(None);
+        };
+        let (registers, mask) = (tracee.registers_to_come_home(), tracee.signal_mask);
+        let frame = arch::frame(address, way.restorer, &registers, mask, &area);
+        self.lend(address, &frame)?;
+        Ok(Some(address))
+    }
+
+    /// Whether a thread is on its way home by a frame.
+    pub(super) fn has_frame(&self, tracee: &Tracee) -> bool {
+        self.stack.is_some_and(|start| holds_frames(start, tracee.registers.rsp))
+    }
+
+    /// Returns where data of calls can be, and how much; `None` if nowhere.
+    pub(super) fn room(&self) -> Option<(RemoteAddr, usize)> {
+        let data = self.way?.start.plus(SLOTS * SLOT_BYTES);
+        Some((data, usize::try_from(DATA_BYTES).expect("small")))
+    }
+
+    /// Writes to the process's memory until [`Self::clear`].
+    ///
+    /// # Errors
+    /// [`InjectError::Memory`].
+    pub(super) fn lend(&mut self, address: RemoteAddr, bytes: &[u8]) -> Result<()> {
+        let is_kept = |(at, old): &(_, Vec<u8>)| *at == address && old.len() >= bytes.len();
+        if !self.before.iter().any(is_kept) {
+            let mut old = vec![0; bytes.len()];
+            process::read_memory(self.pid, address, &mut old)
+                .map_err(|source| self.failed("read", address, bytes.len(), source))?;
+            self.before.push((address, old));
+        }
+        process::write_memory(self.pid, address, bytes)
+            .map_err(|source| self.failed("write", address, bytes.len(), source))
+    }
+
+    fn failed(
+        &self,
+        step: &'static str,
+        address: RemoteAddr,
+        len: usize,
+        source: nix::errno::Errno,
+    ) -> InjectError {
+        InjectError::Memory { tid: self.pid, step, address, len: len as u64, source }
+    }
+
+    /// Puts back what was written over. No thread needs its way home any more.
+    ///
+    /// # Errors
+    /// [`InjectError::Memory`].
+    pub(super) fn clear(&mut self) -> Result<()> {
+        while let Some((address, old)) = self.before.pop() {
+            process::write_memory(self.pid, address, &old)
+                .map_err(|source| self.failed("write", address, old.len(), source))?;
+        }
+        Ok(())
+    }
+}
+
+fn stack_of(mappings: &[Mapping]) -> Option<&Mapping> {
+    mappings.iter().find(|mapping| mapping.name == b"[stack]")
+}
+
+/// Whether an address is where frames are, of the stack that begins at `start`.
+fn holds_frames(start: RemoteAddr, address: u64) -> bool {
+    (start.0..start.plus(SLOTS * SLOT_BYTES).0).contains(&address)
+}
+
+/// Returns the low end of the stack, if there is room for frames and data below all that
+/// is in use of it.
+fn find_room(threads: &[Tracee], mappings: &[Mapping]) -> Option<RemoteAddr> {
+    let stack = stack_of(mappings)?;
+    let needed = SLOTS * SLOT_BYTES + DATA_BYTES + DISTANCE_BYTES;
+    let is_clear = |thread: &Tracee| {
+        let used = thread.registers.rsp;
+        !(stack.start.0..=stack.end.0).contains(&used) || used - stack.start.0 >= needed
+    };
+    let usable = stack.read && stack.write && !stack.shared && stack.len() >= needed;
+    (usable && threads.iter().all(is_clear)).then_some(stack.start)
+}
+
+/// Where instructions are in a file's mapping, by what identifies that.
+type Known = HashMap<(u32, u32, u64, u64, u64), Offsets>;
+
+/// Offsets in a mapping of `syscall; ret` and of a restorer.
+type Offsets = (Option<u64>, Option<u64>);
+
+/// Finds `syscall; ret` and a restorer in a process.
+fn find_instructions(pid: HostPid, mappings: &[Mapping]) -> Option<(RemoteAddr, RemoteAddr)> {
+    static KNOWN: Mutex<Option<Known>> = Mutex::new(None);
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    let known = known.get_or_insert_with(Known::new);
+    let mut files: Vec<_> =
+        mappings.iter().filter(|mapping| mapping.execute && mapping.inode != 0).collect();
+    // Where both are, if there is a C library at all.
+    files.sort_by_key(|mapping| {
+        let name = mapping.name.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
+        let likely: [&[u8]; 3] = [b"ld-", b"ld.", b"libc"];
+        !likely.iter().any(|start| name.starts_with(start))
+    });
+    let mut found: (Option<RemoteAddr>, Option<RemoteAddr>) = (None, None);
+    for mapping in files {
+        let Mapping { dev_major, dev_minor, inode, offset, .. } = *mapping;
+        let key = (dev_major, dev_minor, inode, offset, mapping.len());
+        let (call, restorer) =
+            *known.entry(key).or_insert_with(|| search(pid, mapping).unwrap_or_default());
+        // The file may be another one, or the process may have changed its copy.
+        let check = |offset: Option<u64>, wanted: &[&[u8]]| {
+            let address = mapping.start.plus(offset?);
+            let mut there = vec![0; wanted.iter().map(|bytes| bytes.len()).max()?];
+            process::read_memory(pid, address, &mut there).ok()?;
+            wanted.iter().any(|bytes| there.starts_with(bytes)).then_some(address)
+        };
+        found.0 = found.0.or_else(|| check(call, &[arch::CALL_AND_RETURN]));
+        found.1 = found.1.or_else(|| check(restorer, &arch::RESTORERS));
+        if let (Some(call), Some(restorer)) = found {
+            return Some((call, restorer));
+        }
+    }
+    None
+}
+
+/// Searches a mapping of a file, by the file: the process does not get pages for it.
+fn search(pid: HostPid, mapping: &Mapping) -> Option<Offsets> {
+    let (start, end) = (mapping.start.0, mapping.end.0);
+    let file = File::open(format!("/proc/{pid}/map_files/{start:x}-{end:x}")).ok()?;
+    let mut bytes = vec![0; usize::try_from(mapping.len()).ok()?];
+    let mut len = 0;
+    while len < bytes.len() {
+        match file.read_at(&mut bytes[len..], mapping.offset + len as u64).ok()? {
+            0 => break,
+            count => len += count,
+        }
+    }
+    let bytes = &bytes[..len];
+    let position = |wanted: &[u8]| {
+        let found = bytes.windows(wanted.len()).position(|window| window == wanted)?;
+        Some(found as u64)
+    };
+    let restorer = arch::RESTORERS.iter().find_map(|restorer| position(restorer));
+    Some((position(arch::CALL_AND_RETURN), restorer))
+}
