@@ -14,6 +14,9 @@ use crate::{
     units::HostPid,
 };
 
+/// `PF_EXITING` (`linux/sched.h`): the process is on its way out.
+const EXITING: u32 = 0x4;
+
 /// The living processes of a tree.
 #[derive(Debug)]
 pub(super) struct Census(Vec<Citizen>);
@@ -54,7 +57,12 @@ impl Census {
     /// # Errors
     /// [`DumpError::Died`] for the first that is not.
     pub(super) fn check_stopped(&self) -> Result<()> {
-        let dead = self.0.iter().find(|citizen| citizen.is_dead());
+        // A large one takes its time to die: it no longer stands still, at least.
+        let dead = self.0.iter().find(|citizen| citizen.is_dead() || !citizen.stands_still());
+        Self::died(dead)
+    }
+
+    fn died(dead: Option<&Citizen>) -> Result<()> {
         dead.map_or(Ok(()), |citizen| {
             // A process that stands still does not end by itself.
             let how = match citizen.end() {
@@ -71,7 +79,7 @@ impl Census {
     /// [`DumpError::Died`] for the first that was, and for one of which it is not known how
     /// it has ended (before Linux 6.15).
     pub(super) fn check_running(&self) -> Result<()> {
-        for citizen in self.0.iter().filter(|citizen| citizen.is_dead()) {
+        for citizen in self.0.iter().filter(|citizen| process::has_ended(&citizen.fd)) {
             let how = match citizen.end() {
                 End::Exited(code) => {
                     log::info!("{}: has exited with code {code} meanwhile", citizen.pid);
@@ -87,7 +95,10 @@ impl Census {
 
     /// Says that a process has died rather than what came of it.
     pub(super) fn explain<T>(&self, result: Result<T>) -> Result<T> {
-        result.map_err(|error| self.check_stopped().err().unwrap_or(error))
+        result.map_err(|error| {
+            let dead = self.0.iter().find(|citizen| citizen.is_dead());
+            Self::died(dead).err().unwrap_or(error)
+        })
     }
 }
 
@@ -95,10 +106,16 @@ impl Citizen {
     /// Whether the process has ended. Its dead threads keep a traced process from being
     /// told as ended, until the tracer has waited for them.
     fn is_dead(&self) -> bool {
-        let has_died = |stat: proc::Stat| matches!(stat.state, 'Z' | 'X');
+        let has_died =
+            |stat: proc::Stat| matches!(stat.state, 'Z' | 'X') || stat.flags & EXITING != 0;
         process::has_ended(&self.fd)
             || !self.leaderless
                 && proc::stat(self.pid).map_or_else(|error| error.is_vanished(), has_died)
+    }
+
+    /// Whether the process is stopped by this program.
+    fn stands_still(&self) -> bool {
+        self.leaderless || proc::stat(self.pid).is_ok_and(|stat| stat.state == 't')
     }
 
     fn end(&self) -> End {
