@@ -133,6 +133,7 @@ const ROWS: &[Row] = &[
             ("punch", mount_punch),
             ("foreground", mount_foreground),
             ("allow-other", mount_allow_other),
+            ("mapped-files", mount_mapped_files),
             ("threads", mount_threads),
             ("log-file", mount_log_file),
             ("o", mount_options),
@@ -1212,6 +1213,25 @@ fn mount_allow_other(_: &str) {
     fine(imgfs(&["umount", text(&mount.point)]));
     fine(mount.mount(&[]));
     assert!(!mount.kernel_options().contains("allow_other"), "{}", mount.kernel_options());
+}
+
+/// The first bytes of a program that a process runs are those of its file.
+fn mount_mapped_files(_: &str) {
+    let mut mount = Mount::new();
+    let mut run = Run::new();
+    fine(run.dump("dump", &[]));
+    mount.dirs[1] = run.images();
+    let maps = fs::read_to_string(format!("/proc/{}/maps", run.pid())).unwrap();
+    let line = maps.lines().find(|line| line.ends_with("/workload")).unwrap();
+    let start = u64::from_str_radix(line.split_once('-').unwrap().0, 16).unwrap();
+    let memory = mount.point.join(format!("mem/{}", run.pid()));
+    for (who, shown) in [("own", true), ("never", false)] {
+        fine(mount.mount(&["--mapped-files", who]));
+        let mut bytes = [0; 4];
+        let read = File::open(&memory).unwrap().read_exact_at(&mut bytes, start);
+        assert_eq!(read.is_ok() && bytes == *b"\x7fELF", shown, "{who}: {read:?} {bytes:?}");
+        fine(imgfs(&["umount", text(&mount.point)]));
+    }
 }
 
 fn mount_threads(_: &str) {
