@@ -41,8 +41,9 @@ const MEMORY: [&str; 12] = [
 ];
 
 /// KiB that memory may grow by in a process: a page that it writes itself in the meantime,
-/// such as one of its stack by a handler of a timer's signal.
-const OWN_WRITES_KIB: u64 = 4;
+/// such as one of its stack by a handler of a timer's signal; and two at the unused end of
+/// the main thread's stack, which hold the frames by which threads come home.
+const OWN_WRITES_KIB: u64 = 12;
 
 /// KiB of page tables that a process may have more: where the memory was that a dump maps
 /// for a moment, the table stays if other memory is beside it.
