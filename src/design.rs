@@ -296,6 +296,12 @@
 //! parent of a stopped process was told so. Children that stay stopped are let go first, and
 //! their parents, still stopped, wait for them if they had.
 //!
+//! Of a process whose first thread has exited while others live, the kernel shows everything
+//! by the others alone, and one of them is its witness. In the images the first thread is one
+//! that calls `exit(2)` as its next step ([`crate::res::leader`]), so that any restore makes
+//! the others by it; this program ends it before children of it wait for the death of a
+//! parent. Its exit code is a field of ours (`rcriu_leader_exited` of `task_core_entry`).
+//!
 //! Files keep what hardly shows, in fields of ours: a reader of a FIFO that it has seen no
 //! writer go (`rcriu_no_hangup` of `fifo_entry`), a master that its slave was closed
 //! (`rcriu_hung_up` of `tty_info_entry`), a deleted file its extended attributes and its

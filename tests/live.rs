@@ -143,6 +143,8 @@ states! {
     robust_mutex;
     clear_tid;
     condition_variable;
+    exited_leader;
+    exited_leader_of_a_session;
     registers_general;
     registers_sse;
     registers_avx;

@@ -25,8 +25,8 @@ pub(super) struct Census(Vec<Citizen>);
 struct Citizen {
     pid: HostPid,
     fd: OwnedFd,
-    /// Its leader has ended, and other threads have not: that it is dead tells nothing.
-    leaderless: bool,
+    /// The thread that tells whether it lives.
+    witness: HostPid,
 }
 
 impl Census {
@@ -44,8 +44,7 @@ impl Census {
                 step,
                 source,
             })?;
-            let leaderless = task.threads.iter().all(|thread| thread.tid != pid);
-            citizens.push(Citizen { pid, fd, leaderless });
+            citizens.push(Citizen { pid, fd, witness: task.witness() });
         }
         let census = Self(citizens);
         census.check_stopped()?;
@@ -109,13 +108,16 @@ impl Citizen {
         let has_died =
             |stat: proc::Stat| matches!(stat.state, 'Z' | 'X') || stat.flags & EXITING != 0;
         process::has_ended(&self.fd)
-            || !self.leaderless
-                && proc::stat(self.pid).map_or_else(|error| error.is_vanished(), has_died)
+            || self.stat().map_or_else(|error| error.is_vanished(), has_died)
     }
 
     /// Whether the process is stopped by this program.
     fn stands_still(&self) -> bool {
-        self.leaderless || proc::stat(self.pid).is_ok_and(|stat| stat.state == 't')
+        self.stat().is_ok_and(|stat| stat.state == 't')
+    }
+
+    fn stat(&self) -> Result<proc::Stat, proc::ProcError> {
+        proc::thread_stat(self.pid, self.witness)
     }
 
     fn end(&self) -> End {

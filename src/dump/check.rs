@@ -77,8 +77,8 @@ pub(super) fn tree(tasks: &[Task], options: &Options) -> Result<()> {
     check_first(tasks, options)?;
     for task in tasks.iter().filter(|task| !task.is_zombie()) {
         // Before anything is taken for not shared because that cannot be told.
-        compare(task.pid, task.pid, Shared::Memory)?;
-        check_namespaces(task.pid, &own)?;
+        compare(task.witness(), task.witness(), Shared::Memory)?;
+        check_namespaces(task, &own)?;
         check_sharing(task)?;
         for thread in &task.threads {
             check_thread(task.pid, thread)?;
@@ -108,7 +108,7 @@ pub(super) fn tree(tasks: &[Task], options: &Options) -> Result<()> {
                 ("descriptor table", Shared::Files),
                 ("working directory", Shared::Fs),
             ] {
-                if compare(task.pid, other.pid, kind)? == Ordering::Equal {
+                if compare(task.witness(), other.witness(), kind)? == Ordering::Equal {
                     return Err(DumpError::Unsupported {
                         pid: task.pid,
                         what: format!("shares its {what} with process {} (clone(2))", other.pid),
@@ -127,7 +127,7 @@ fn warn_of_losses(tasks: &[Task], pids: &BTreeSet<i32>) {
     let in_tree = |pid: HostPid| pids.contains(&pid.0);
     for task in tasks.iter().filter(|task| !task.is_zombie()) {
         let tids: Vec<_> = task.threads.iter().map(|thread| thread.tid).collect();
-        for what in own.look(task.pid, &tids, &in_tree) {
+        for what in own.look(task.witness(), &tids, &in_tree) {
             tell(log::Level::Warn, &format!("process {} {what}", task.pid));
         }
     }
@@ -138,12 +138,12 @@ fn all_namespaces() -> impl Iterator<Item = &'static Namespace> {
 }
 
 /// Checks that a process lives in the namespaces of this program.
-fn check_namespaces(pid: HostPid, own: &[Option<u64>]) -> Result<()> {
+fn check_namespaces(task: &Task, own: &[Option<u64>]) -> Result<()> {
     let mut what = Vec::new();
     let mut flags = Vec::new();
     for (Namespace { file, name, flag }, ours) in all_namespaces().zip(own) {
         // Kernels without a kind of namespace have nothing to differ in.
-        if let (Ok(theirs), Some(ours)) = (proc::namespace(pid, file), ours)
+        if let (Ok(theirs), Some(ours)) = (proc::namespace(task.witness(), file), ours)
             && theirs != *ours
             && !flags.contains(flag)
         {
@@ -154,17 +154,14 @@ fn check_namespaces(pid: HostPid, own: &[Option<u64>]) -> Result<()> {
     if what.is_empty() {
         return Ok(());
     }
-    Err(DumpError::Namespaces { pid, what: what.join(" and "), flags: flags.join(" ") })
+    Err(DumpError::Namespaces { pid: task.pid, what: what.join(" and "), flags: flags.join(" ") })
 }
 
 /// Checks that the threads of a process have in common what those of a restored one have.
 fn check_sharing(task: &Task) -> Result<()> {
     let pid = task.pid;
-    // A leader that has ended has nothing any more.
-    let lives =
-        |tid| proc::thread_stat(pid, tid).is_ok_and(|stat| !matches!(stat.state, 'Z' | 'X'));
-    let mut threads = task.threads.iter().map(|thread| thread.tid).skip_while(|tid| !lives(*tid));
-    let Some(first) = threads.next() else { return Ok(()) };
+    let first = task.witness();
+    let threads = task.threads.iter().map(|thread| thread.tid).skip(1);
     let namespaces: Vec<_> = all_namespaces()
         .map(|kind| (kind, proc::thread_namespace(pid, first, kind.file).ok()))
         .collect();

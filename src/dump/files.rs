@@ -12,6 +12,7 @@ use std::{
 };
 
 use nix::{
+    errno::Errno,
     fcntl::{FcntlArg, fcntl},
     libc,
     sys::stat::fstat,
@@ -20,6 +21,7 @@ use nix::{
 use super::{DumpError, Result, tree::map_file};
 use crate::{
     image::{Kind, SnapshotWriter, proto},
+    inject::Task,
     proc::{self, FdInfo, Mapping},
     res::file::{
         BuildIds, Collector, Description, FileError, Intake, KINDS, Lost, Policy, Validation, fown,
@@ -34,6 +36,25 @@ use crate::{
 
 /// The number in [`Description::number`] of files that are no descriptors.
 const NO_DESCRIPTOR: TargetFd = TargetFd(-1);
+
+/// Returns a descriptor of a process, by which its descriptors are duplicated.
+fn open_process(task: &Task) -> Result<OwnedFd> {
+    let opened = if task.is_leaderless() {
+        process::pidfd_open_thread(task.witness())
+    } else {
+        process::pidfd_open(task.pid)
+    };
+    opened.map_err(|source| match source {
+        Errno::EINVAL => DumpError::Unsupported {
+            pid: task.pid,
+            what:
+                "has threads that live, but the first of them has exited (pthread_exit(3) in main)"
+                    .to_owned(),
+            help: "it takes Linux 6.9 or newer to see what these have open; let main wait for them",
+        },
+        source => DumpError::Process { pid: task.pid, step: "open", source },
+    })
+}
 
 /// All open files of a tree.
 pub(super) struct FileTable {
@@ -165,12 +186,9 @@ impl FileTable {
 
     /// Collects the descriptors of a process and returns what its `fdinfo` image
     /// says.
-    pub(super) fn collect_fds(&mut self, pid: HostPid) -> Result<Vec<proto::FdinfoEntry>> {
-        let pidfd = process::pidfd_open(pid).map_err(|source| DumpError::Process {
-            pid,
-            step: "open",
-            source,
-        })?;
+    pub(super) fn collect_fds(&mut self, task: &Task) -> Result<Vec<proto::FdinfoEntry>> {
+        let pid = task.witness();
+        let pidfd = open_process(task)?;
         let mut entries = Vec::new();
         for number in proc::fds(pid)? {
             let fd = process::pidfd_getfd(&pidfd, number).map_err(|source| FileError::Dump {

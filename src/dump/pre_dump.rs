@@ -99,7 +99,7 @@ pub(super) fn run(
 
 impl Found {
     fn look_at(&mut self, task: &mut Task, tracking: &mut Tracking) -> Result<()> {
-        let pid = task.pid;
+        let pid = task.witness();
         let mappings = proc::smaps(pid)?;
         let watch = tracking.begin(task, &mappings)?;
         let path = tree::proc_path(pid, "pagemap");
@@ -139,7 +139,7 @@ impl Found {
             }
         }
         self.memories.push(Memory {
-            id: MemoryId::Private(u64::from(pid.0.cast_unsigned())),
+            id: MemoryId::Private(u64::from(task.pid.0.cast_unsigned())),
             origin: Origin::Process(ProcessMemory::open(pid)?),
             stretches,
             parent: None,

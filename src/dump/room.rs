@@ -43,7 +43,7 @@ pub(super) fn check(tasks: &[Task]) -> Result<()> {
     let mounts = proc::mounts()?;
     let mut checked: Vec<PathBuf> = Vec::new();
     for task in tasks.iter().filter(|task| !task.is_zombie()) {
-        for (hierarchy, name, path) in proc::cgroups(task.pid)? {
+        for (hierarchy, name, path) in proc::cgroups(task.witness())? {
             let Some(names) = names(hierarchy, &name) else { continue };
             // Of a group that is not to be seen, nothing is known.
             let Ok(group) = cgroup::directory(&name, &path, &mounts) else { continue };

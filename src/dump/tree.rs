@@ -17,11 +17,11 @@ use super::{
 use crate::{
     causes::tell,
     image::{Kind, MemoryId, SnapshotWriter, proto, vma},
-    inject::{Answers, Script, TABLE_BYTES, Task, with_session},
+    inject::{Answers, Script, TABLE_BYTES, Task, registers_to_exit, with_session},
     proc::{self, Mapping, VmFlags},
     res::{
         attribute::{self, Who, memory::LockLater},
-        cgroup,
+        cgroup, leader,
         mapping::{self, Object},
         stop::{self, Untold},
         sysv,
@@ -116,8 +116,8 @@ impl<'a> Collection<'a> {
         let unsigned = |number: i32| number.cast_unsigned();
         let mut threads: Vec<u32> =
             task.threads.iter().map(|thread| unsigned(thread.tid.0)).collect();
-        if threads.is_empty() {
-            threads.push(unsigned(pid.0));
+        if threads.first() != Some(&unsigned(pid.0)) {
+            threads.insert(0, unsigned(pid.0));
         }
         self.pstree.push(proto::PstreeEntry {
             pid: unsigned(pid.0),
@@ -129,7 +129,8 @@ impl<'a> Collection<'a> {
         if task.is_zombie() {
             return Ok(self.write_one(Kind::Core, pid, &task::zombie(pid)?)?);
         }
-        let mappings = proc::smaps(pid)?;
+        let witness = task.witness();
+        let mappings = proc::smaps(witness)?;
         let for_memory = self.ask(task, &mappings)?;
         self.next_object += 1;
         let ids = proto::TaskKobjIdsEntry {
@@ -140,12 +141,12 @@ impl<'a> Collection<'a> {
             ..namespace_ids()
         };
         self.write_one(Kind::Ids, pid, &ids)?;
-        let fds = self.files.collect_fds(pid)?;
+        let fds = self.files.collect_fds(task)?;
         self.images.write(Kind::Fdinfo, ids.files_id.into(), &fds)?;
         let fs = proto::FsEntry {
-            cwd_id: self.files.enter_path(pid, proc_path(pid, "cwd"))?,
-            root_id: self.files.enter_path(pid, proc_path(pid, "root"))?,
-            umask: proc::status(pid)?.umask,
+            cwd_id: self.files.enter_path(witness, proc_path(witness, "cwd"))?,
+            root_id: self.files.enter_path(witness, proc_path(witness, "root"))?,
+            umask: proc::status(witness)?.umask,
         };
         self.write_one(Kind::Fs, pid, &fs)?;
         self.memory(task, &mappings, for_memory)
@@ -163,7 +164,7 @@ impl<'a> Collection<'a> {
 
     /// Asks the threads of a process what only they know, and writes their cores.
     fn ask(&mut self, task: &mut Task, mappings: &[Mapping]) -> Result<ForMemory> {
-        let pid = task.pid;
+        let (pid, witness) = (task.pid, task.witness());
         let stopped_by = task.stopped_by();
         let mut questions = Vec::new();
         let mut about_task = None;
@@ -173,7 +174,7 @@ impl<'a> Collection<'a> {
             let asked = thread::ask(&mut script);
             let attributes = attribute::ask(position == 0, &mut script);
             if position == 0 {
-                about_task = Some(task::ask(pid, &mut script)?);
+                about_task = Some(task::ask(witness, &mut script)?);
                 for child in self.children.get(&pid).into_iter().flatten() {
                     about_children.push((*child, stop::ask(*child, &mut script)));
                 }
@@ -181,7 +182,7 @@ impl<'a> Collection<'a> {
             questions.push((script, asked, attributes));
         }
         let room = questions.iter().map(|(script, ..)| script.bytes_needed()).max().unwrap_or(0);
-        let locked = proc::status(pid)?.vm_lck_kib;
+        let locked = proc::status(witness)?.vm_lck_kib;
         let mut later = LockLater::default();
         let answers = with_session(
             &mut task.threads,
@@ -189,19 +190,19 @@ impl<'a> Collection<'a> {
             TABLE_BYTES.max(room * 2),
             |session, threads| {
                 // What was just mapped is locked if all is that is mapped later.
-                later.locked = session.is_locked() || proc::status(pid)?.vm_lck_kib != locked;
-                later.on_fault =
-                    later.locked && session.untouched().is_some_and(|page| !is_present(pid, page));
+                later.locked = session.is_locked() || proc::status(witness)?.vm_lck_kib != locked;
+                later.on_fault = later.locked
+                    && session.untouched().is_some_and(|page| !is_present(witness, page));
                 let each = questions.iter().enumerate();
                 each.map(|(position, (script, ..))| session.run(threads, position, script))
                     .collect::<Result<Vec<_>, _>>()
             },
         )?;
-        for what in attribute::memory::lost(pid, mappings) {
+        for what in attribute::memory::lost(witness, mappings) {
             tell(log::Level::Warn, &format!("process {pid} {what}"));
         }
         let mut for_memory = ForMemory { dumpable: 1, brk: 0 };
-        let about_task = about_task.expect("the leader was asked");
+        let about_task = about_task.expect("its first thread was asked");
         for (position, thread) in task.threads.iter().enumerate() {
             let (_, asked, attributes) = &questions[position];
             let mut core = proto::CoreEntry::default();
@@ -210,15 +211,22 @@ impl<'a> Collection<'a> {
             let set = self.cgroups.enter(pid, tid)?;
             if let Some(thread) = &mut core.thread_core {
                 thread.cg_set = Some(set);
-                let who = Who { pid, tid, own_session: true };
+                let who = Who { pid: witness, tid, own_session: true };
                 thread.rcriu_attributes = attribute::collect(attributes, &answers[position], who);
                 if position == 0 {
                     thread.rcriu_attributes.extend(attribute::memory::collect(mappings, later));
                 }
             }
             if position == 0 {
-                for_memory = task::collect(&about_task, &answers[0], pid, stopped_by, &mut core)?;
+                let of = (pid, witness);
+                for_memory = task::collect(&about_task, &answers[0], of, stopped_by, &mut core)?;
                 self.note_untold(pid, stopped_by, &about_children, &answers[0], &mut core);
+                if task.is_leaderless() {
+                    let code = leader::exit_code(pid)?;
+                    let exit = registers_to_exit(thread, mappings, code)?;
+                    let leader = leader::split(pid, code, &exit, &mut core)?;
+                    self.write_one(Kind::Core, pid, &leader)?;
+                }
             }
             self.write_one(Kind::Core, tid, &core)?;
         }
@@ -257,7 +265,7 @@ impl<'a> Collection<'a> {
 
     /// Collects the mappings of a process and plans the copying of its memory.
     fn memory(&mut self, task: &mut Task, mappings: &[Mapping], also: ForMemory) -> Result<()> {
-        let pid = task.pid;
+        let pid = task.witness();
         let watch = self.tracking.begin(task, mappings)?;
         let pagemap_path = proc_path(pid, "pagemap");
         let failed = |source| DumpError::File { path: proc_path(pid, "pagemap"), source };
@@ -324,9 +332,9 @@ impl<'a> Collection<'a> {
             aios: Vec::new(),
             thp_disabled: Some(proc::status(pid)?.thp_enabled == Some(false)),
         };
-        self.write_one(Kind::Mm, pid, &mm)?;
+        self.write_one(Kind::Mm, task.pid, &mm)?;
         self.memories.push(Memory {
-            id: MemoryId::Private(u64::from(pid.0.cast_unsigned())),
+            id: MemoryId::Private(u64::from(task.pid.0.cast_unsigned())),
             origin: Origin::Process(ProcessMemory::open(pid)?),
             stretches,
             parent: None,

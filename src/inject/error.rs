@@ -59,15 +59,6 @@ pub enum InjectError {
         /// The thread.
         tid: HostPid,
     },
-    /// A process whose first thread has exited while others run.
-    #[error(
-        "the first thread of process {pid} has exited while others run (pthread_exit(3) in \
-         main), which is not dumped; let main wait for its threads instead"
-    )]
-    LeaderExited {
-        /// The process.
-        pid: HostPid,
-    },
     /// A system call failed in the other process.
     #[error("{what} in process {tid}")]
     Call {

@@ -41,7 +41,8 @@ pub struct Task {
     pub pid: HostPid,
     /// Its parent.
     pub parent: HostPid,
-    /// Its threads, the leader first; none if it is dead and not yet waited for.
+    /// Its threads that live, the leader first unless that has ended; none if it is dead
+    /// and not yet waited for.
     pub threads: Vec<Tracee>,
 }
 
@@ -51,9 +52,20 @@ impl Task {
         self.threads.is_empty()
     }
 
+    /// Returns the thread by which the kernel shows what all of them share: memory, files,
+    /// signals. It is the leader, unless that has ended: then it has nothing any more.
+    pub fn witness(&self) -> HostPid {
+        self.threads.first().map_or(self.pid, |thread| thread.tid)
+    }
+
+    /// Whether the leader has ended while other threads live.
+    pub fn is_leaderless(&self) -> bool {
+        self.witness() != self.pid
+    }
+
     /// Returns the signal that had stopped the process before, or 0.
     pub fn stopped_by(&self) -> i32 {
-        self.threads.first().map_or(0, |leader| leader.stopped_by)
+        self.threads.first().map_or(0, |thread| thread.stopped_by)
     }
 }
 
@@ -139,10 +151,6 @@ impl Frozen {
             self.cgroups.insert(cgroups);
         }
         let threads = self.stop_threads(pid)?;
-        if threads.first().is_some_and(|first| first.tid != pid) {
-            release_all(threads);
-            return Err(InjectError::LeaderExited { pid });
-        }
         let gone = threads.is_empty()
             && proc::stat(pid).map_or_else(|error| error.is_vanished(), |stat| stat.state != 'Z');
         // The parent may be another one, if the one it was found under has died.

@@ -98,7 +98,7 @@ fn mount_of(freezer: &Freezer) -> Option<PathBuf> {
 
 /// Returns why a thread does not stop.
 pub(super) fn why_running(pid: HostPid, tid: HostPid) -> InjectError {
-    if let Ok(cgroups) = proc::cgroups(pid)
+    if let Ok(cgroups) = proc::thread_cgroups(pid, tid)
         && let Err(frozen) = check_frozen(pid, &cgroups)
     {
         return frozen;

@@ -17,6 +17,8 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
+use nix::libc;
+
 use super::{
     InjectError, Result,
     arch::{self, Area},
@@ -24,7 +26,10 @@ use super::{
 };
 use crate::{
     proc::Mapping,
-    sys::{process, ptrace},
+    sys::{
+        process,
+        ptrace::{self, Registers},
+    },
     units::{HostPid, PAGE_SIZE, RemoteAddr},
 };
 
@@ -191,6 +196,20 @@ fn find_room(threads: &[Tracee], mappings: &[Mapping]) -> Option<RemoteAddr> {
     };
     let usable = stack.read && stack.write && !stack.shared && stack.len() >= needed;
     (usable && threads.iter().all(is_clear)).then_some(stack.start)
+}
+
+/// Returns the registers with which a stopped thread would call `exit(2)`, by the
+/// program's own code, which is the same wherever the process is restored.
+///
+/// # Errors
+/// [`InjectError::NoSyscall`].
+pub fn registers_to_exit(tracee: &Tracee, mappings: &[Mapping], code: u8) -> Result<Registers> {
+    let call = match find_instructions(tracee.tid, mappings) {
+        Some((call, _)) => call,
+        None => find_syscall(tracee.tid, mappings)?,
+    };
+    let arguments = [code.into(), 0, 0, 0, 0, 0];
+    Ok(tracee.registers_to_call(call, None, libc::SYS_exit, arguments))
 }
 
 /// Where instructions are in a file's mapping, by what identifies that.

@@ -17,6 +17,7 @@ mod tracee;
 pub use error::{InjectError, Result};
 pub use freeze::{Frozen, Outcome, Task};
 pub use helper::Helper;
+pub use home::registers_to_exit;
 pub use repair::{Repair, repair};
 pub use scratch::{Scratch, TABLE_BYTES};
 pub use script::{Answers, Arg, Buffer, CallId, Script};

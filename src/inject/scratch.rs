@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     proc::Mapping,
-    sys::process,
+    sys::{process, ptrace},
     units::{HostPid, PAGE_SIZE, RemoteAddr},
 };
 
@@ -213,6 +213,18 @@ impl Scratch {
         tracee.set_registers(&arch::enter(&tracee.registers, self.start, self.table()))?;
         tracee.block(MASK_FOR_TRAPS)?;
         tracee.start()
+    }
+
+    /// Lets a thread begin with a script that does not come to an end, and lets go of it.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn let_go(&self, mut tracee: Tracee, script: &Script) -> Result<()> {
+        let tid = tracee.tid;
+        self.load(tid, script)?;
+        tracee.set_registers(&arch::enter(&tracee.registers, self.start, self.table()))?;
+        tracee.block(u64::MAX)?;
+        ptrace::detach(tid, 0).map_err(InjectError::trace(tid, "detach from"))
     }
 
     /// Writes the table of a script.

@@ -37,6 +37,11 @@ pub fn ask(script: &mut Script) -> Asked {
 /// Returns what an image says of the credentials of a thread.
 pub fn collect(asked: Asked, answers: &Answers, status: &Status) -> proto::CredsEntry {
     let securebits = answers.result(asked.securebits).unwrap_or(0);
+    entry(u32::try_from(securebits).unwrap_or(0), status)
+}
+
+/// Returns what an image says of the credentials of a thread with these securebits.
+pub fn entry(securebits: u32, status: &Status) -> proto::CredsEntry {
     proto::CredsEntry {
         uid: status.uids.real,
         euid: status.uids.effective,
@@ -51,7 +56,7 @@ pub fn collect(asked: Asked, answers: &Answers, status: &Status) -> proto::Creds
         cap_eff: halves(status.cap_effective),
         cap_bnd: halves(status.cap_bounding),
         cap_amb: halves(status.cap_ambient),
-        secbits: u32::try_from(securebits).unwrap_or(0),
+        secbits: securebits,
         groups: status.groups.clone(),
         no_new_privs: status.no_new_privs.then_some(1),
         ..Default::default()

@@ -5,6 +5,7 @@ pub mod cgroup;
 pub mod creds;
 mod error;
 pub mod file;
+pub mod leader;
 pub mod mapping;
 pub mod signals;
 pub mod stop;

@@ -42,12 +42,12 @@ pub struct Asked {
     ldt: CallId,
 }
 
-/// Adds the questions to the process `pid`.
+/// Adds the questions to a process; `witness` is a thread of it that lives.
 ///
 /// # Errors
 /// Those of reading `/proc`.
-pub fn ask(pid: HostPid, script: &mut Script) -> Result<Asked> {
-    let posix = match proc::timers(pid) {
+pub fn ask(witness: HostPid, script: &mut Script) -> Result<Asked> {
+    let posix = match proc::timers(witness) {
         Err(error) if error.is_vanished() => Vec::new(),
         timers => timers?,
     };
@@ -78,14 +78,15 @@ pub struct ForMemory {
     pub brk: u64,
 }
 
-/// Fills in what an image says of a stopped process.
+/// Fills in what an image says of a stopped process; `witness` is a thread of it that
+/// lives.
 ///
 /// # Errors
 /// What keeps something from being read.
 pub fn collect(
     asked: &Asked,
     answers: &Answers,
-    pid: HostPid,
+    (pid, witness): (HostPid, HostPid),
     stopped_by: i32,
     core: &mut proto::CoreEntry,
 ) -> Result<ForMemory> {
@@ -95,9 +96,9 @@ pub fn collect(
         return Err(ResError::Unsupported { pid, what });
     }
     let stat = proc::stat(pid)?;
-    let limits = proc::limits(pid)?;
-    let pending = ptrace::queued_signals(pid, true).map_err(|source| ResError::Thread {
-        tid: pid,
+    let limits = proc::limits(witness)?;
+    let pending = ptrace::queued_signals(witness, true).map_err(|source| ResError::Thread {
+        tid: witness,
         step: "read the signals of",
         source,
     })?;
@@ -107,7 +108,7 @@ pub fn collect(
     core.tc = Some(proto::TaskCoreEntry {
         task_state: if stopped { state::STOPPED } else { state::ALIVE },
         exit_code: 0,
-        personality: proc::personality(pid)?,
+        personality: proc::personality(witness)?,
         flags: stat.flags,
         blk_sigset: core.thread_core.as_ref().and_then(|thread| thread.blk_sigset).unwrap_or(0),
         comm: proc::comm(pid, pid)?,
@@ -116,8 +117,8 @@ pub fn collect(
             rlimits: limits.map(|(cur, max)| proto::RlimitEntry { cur, max }).to_vec(),
         }),
         signals_s: Some(signals::queue(pending)),
-        loginuid: proc::loginuid(pid)?,
-        oom_score_adj: Some(proc::oom_score_adj(pid)?),
+        loginuid: proc::loginuid(witness)?,
+        oom_score_adj: Some(proc::oom_score_adj(witness)?),
         sigactions: signals::collect(&asked.actions, answers),
         child_subreaper: Some(subreaper != 0),
         stop_signo: stopped.then_some(stopped_by.cast_unsigned()),

@@ -8,7 +8,11 @@ use crate::{
     image::{proto, registers},
     inject::{Answers, Buffer, CallId, Script, Tracee, registers_to_resume},
     proc,
-    sys::{process, ptrace, xsave},
+    sys::{
+        process::{self, Scheduling},
+        ptrace::{self, Registers},
+        xsave,
+    },
     units::{HostPid, RemoteAddr},
 };
 
@@ -65,8 +69,62 @@ pub fn collect(
     let area = ptrace::extended_registers(tid).map_err(failed("read the registers of"))?;
     let fpregs = registers::from_area(&area, &xsave::offset)
         .map_err(|problem| ResError::Unsupported { pid: tid, what: problem })?;
-    let regs = thread.registers_to_restore();
-    let gpregs = proto::UserX86RegsEntry {
+    let gpregs = general_registers(&thread.registers_to_restore());
+    let unused_tls = |entry_number| proto::UserDescT {
+        entry_number,
+        read_exec_only: true,
+        seg_not_present: true,
+        ..Default::default()
+    };
+    let tid_address: u64 = match answers.result(asked.tid_address.0) {
+        Ok(_) => answers.value(asked.tid_address.1),
+        Err(_) => 0,
+    };
+    core.mtype = proto::core_entry::March::X8664.into();
+    core.thread_info = Some(proto::ThreadInfoX86 {
+        clear_tid_addr: tid_address,
+        gpregs,
+        fpregs,
+        tls: TLS_ENTRIES.map(unused_tls).collect(),
+    });
+    let status = proc::thread_status(pid, tid)?;
+    let scheduling = process::scheduling(tid).map_err(failed("read the scheduling of"))?;
+    let (robust_list, robust_len) =
+        process::robust_list(tid).map_err(failed("read the robust list of"))?;
+    let stack: AlternateStack = answers.value(asked.stack);
+    let pending = ptrace::queued_signals(tid, false).map_err(failed("read the signals of"))?;
+    let death_signal: u32 = answers.value(asked.death_signal);
+    let rseq = thread.rseq;
+    let mut own = proto::ThreadCoreEntry {
+        futex_rla: robust_list.0,
+        futex_rla_len: u32::try_from(robust_len).unwrap_or(0),
+        blk_sigset: Some(thread.signal_mask),
+        sas: Some(proto::ThreadSasEntry {
+            ss_sp: stack.pointer,
+            ss_size: stack.size,
+            ss_flags: stack.flags,
+        }),
+        pdeath_sig: (death_signal != 0).then_some(death_signal),
+        signals_p: Some(signals::queue(pending)),
+        creds: Some(creds::collect(asked.creds, answers, &status)),
+        seccomp_mode: Some(proto::SeccompMode::Disabled.into()),
+        comm: Some(proc::comm(pid, tid)?),
+        rseq_entry: (rseq.pointer != 0).then_some(proto::RseqEntry {
+            rseq_abi_pointer: rseq.pointer,
+            rseq_abi_size: rseq.size,
+            signature: rseq.signature,
+            rseq_cs_pointer: (thread.rseq_cs != 0).then_some(thread.rseq_cs),
+        }),
+        ..Default::default()
+    };
+    set_scheduling(&scheduling, &mut own);
+    core.thread_core = Some(own);
+    Ok(())
+}
+
+/// Returns what an image says of a thread's general registers.
+pub(super) fn general_registers(regs: &Registers) -> proto::UserX86RegsEntry {
+    proto::UserX86RegsEntry {
         r15: regs.r15,
         r14: regs.r14,
         r13: regs.r13,
@@ -95,61 +153,17 @@ pub fn collect(
         fs: regs.fs,
         gs: regs.gs,
         mode: Some(proto::UserX86RegsMode::Native.into()),
-    };
-    let unused_tls = |entry_number| proto::UserDescT {
-        entry_number,
-        read_exec_only: true,
-        seg_not_present: true,
-        ..Default::default()
-    };
-    let tid_address: u64 = match answers.result(asked.tid_address.0) {
-        Ok(_) => answers.value(asked.tid_address.1),
-        Err(_) => 0,
-    };
-    core.mtype = proto::core_entry::March::X8664.into();
-    core.thread_info = Some(proto::ThreadInfoX86 {
-        clear_tid_addr: tid_address,
-        gpregs,
-        fpregs,
-        tls: TLS_ENTRIES.map(unused_tls).collect(),
+    }
+}
+
+/// Fills in what an image says of how a thread is scheduled.
+pub(super) fn set_scheduling(scheduling: &Scheduling, core: &mut proto::ThreadCoreEntry) {
+    core.sched_nice = Some(scheduling.nice);
+    core.sched_policy = Some(match scheduling.flags & FLAG_RESET_ON_FORK {
+        0 => scheduling.policy,
+        _ => scheduling.policy | RESET_ON_FORK,
     });
-    let status = proc::thread_status(pid, tid)?;
-    let scheduling = process::scheduling(tid).map_err(failed("read the scheduling of"))?;
-    let (robust_list, robust_len) =
-        process::robust_list(tid).map_err(failed("read the robust list of"))?;
-    let stack: AlternateStack = answers.value(asked.stack);
-    let pending = ptrace::queued_signals(tid, false).map_err(failed("read the signals of"))?;
-    let death_signal: u32 = answers.value(asked.death_signal);
-    let rseq = thread.rseq;
-    core.thread_core = Some(proto::ThreadCoreEntry {
-        futex_rla: robust_list.0,
-        futex_rla_len: u32::try_from(robust_len).unwrap_or(0),
-        sched_nice: Some(scheduling.nice),
-        sched_policy: Some(match scheduling.flags & FLAG_RESET_ON_FORK {
-            0 => scheduling.policy,
-            _ => scheduling.policy | RESET_ON_FORK,
-        }),
-        sched_prio: (scheduling.priority != 0).then_some(scheduling.priority),
-        blk_sigset: Some(thread.signal_mask),
-        sas: Some(proto::ThreadSasEntry {
-            ss_sp: stack.pointer,
-            ss_size: stack.size,
-            ss_flags: stack.flags,
-        }),
-        pdeath_sig: (death_signal != 0).then_some(death_signal),
-        signals_p: Some(signals::queue(pending)),
-        creds: Some(creds::collect(asked.creds, answers, &status)),
-        seccomp_mode: Some(proto::SeccompMode::Disabled.into()),
-        comm: Some(proc::comm(pid, tid)?),
-        rseq_entry: (rseq.pointer != 0).then_some(proto::RseqEntry {
-            rseq_abi_pointer: rseq.pointer,
-            rseq_abi_size: rseq.size,
-            signature: rseq.signature,
-            rseq_cs_pointer: (thread.rseq_cs != 0).then_some(thread.rseq_cs),
-        }),
-        ..Default::default()
-    });
-    Ok(())
+    core.sched_prio = (scheduling.priority != 0).then_some(scheduling.priority);
 }
 
 /// Adds the calls that a thread makes for itself while it still has the
@@ -202,16 +216,23 @@ pub fn apply(core: &proto::CoreEntry, script: &mut Script) {
     }
 }
 
-/// Adds the calls that give a thread its credentials, and what changing those
-/// resets.
+/// Adds the calls that give a thread its credentials.
 pub fn apply_creds(core: &proto::CoreEntry, own: &creds::Own, script: &mut Script) {
     let Some(thread) = &core.thread_core else { return };
     if let Some(creds) = &thread.creds {
         creds::apply(creds, own, script);
     }
-    let signal = thread.pdeath_sig.unwrap_or(0);
-    let arguments = [libc::PR_SET_PDEATHSIG.into(), signal.into()];
-    script.call("set the parent-death signal", libc::SYS_prctl, &arguments);
+}
+
+/// Adds the call that has a thread told when the thread ends that has made it, once those
+/// have ended that had before.
+pub fn apply_death_signal(core: &proto::CoreEntry, script: &mut Script) {
+    // A new thread has none.
+    let signal = core.thread_core.as_ref().and_then(|thread| thread.pdeath_sig).unwrap_or(0);
+    if signal != 0 {
+        let arguments = [libc::PR_SET_PDEATHSIG.into(), signal.into()];
+        script.call("set the parent-death signal", libc::SYS_prctl, &arguments);
+    }
 }
 
 /// `SCHED_RESET_ON_FORK`, `SCHED_DEADLINE` (`linux/sched.h`).

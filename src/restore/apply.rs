@@ -15,7 +15,7 @@ use crate::{
     res::{
         ResError,
         attribute::{Differences, Who, memory as memory_attributes},
-        creds, signals, task, thread,
+        creds, leader, signals, task, thread,
     },
     units::HostPid,
 };
@@ -122,6 +122,7 @@ pub(super) fn finish(plan: &Plan, puppets: &mut Puppets, files: &mut Files) -> R
         }
         for (number, of) in planned.threads.iter().enumerate() {
             let mut script = Script::new();
+            thread::apply_death_signal(&of.core, &mut script);
             if let Some(queue) =
                 of.core.thread_core.as_ref().and_then(|core| core.signals_p.as_ref())
             {
@@ -142,6 +143,10 @@ pub(super) fn finish(plan: &Plan, puppets: &mut Puppets, files: &mut Files) -> R
                 // Signals wait from now on, maybe those of traps.
                 scratch.run_without_traps(&mut puppet.threads[number], &script)?;
             }
+        }
+        // Parents come before their children, which then do not hear of this end.
+        if let Some(code) = leader::has_exited(planned.core()) {
+            puppets.end_leader(position, code)?;
         }
     }
     files.start()?;

@@ -490,9 +490,31 @@ impl<'a> Puppets<'a> {
     pub(super) fn dress(&mut self, position: usize) -> Result<()> {
         let puppet = self.tasks[position].as_mut().expect("it lives");
         self.scratch.unmap(&mut puppet.threads[0])?;
-        for of in &self.plan.tasks[position].threads {
+        let lives = |tid| puppet.threads.iter().any(|thread| thread.tid == tid);
+        for of in self.plan.tasks[position].threads.iter().filter(|of| lives(of.tid)) {
             res::thread::apply_registers(&of.core, of.tid)?;
         }
+        Ok(())
+    }
+
+    /// Ends the first thread of a task, whose other threads live. This program lets go of it
+    /// before: one that is traced is told of as ended to its tracer alone.
+    ///
+    /// # Errors
+    /// [`RestoreError::Inject`], [`RestoreError::Process`].
+    pub(super) fn end_leader(&mut self, position: usize, code: u32) -> Result<()> {
+        let puppet = self.tasks[position].as_mut().expect("it lives");
+        if puppet.threads.len() < 2 {
+            let pid = self.plan.tasks[position].pid;
+            let problem = "its first thread has exited, and it has no other".to_owned();
+            return Err(RestoreError::Images { pid, problem });
+        }
+        let mut script = Script::new();
+        res::leader::end(code, &mut script);
+        let leader = puppet.threads.remove(0);
+        let pid = leader.tid;
+        self.scratch.let_go(leader, &script)?;
+        await_state(pid, |state| matches!(state, 'Z' | 'X'));
         Ok(())
     }
 
@@ -549,7 +571,8 @@ impl<'a> Puppets<'a> {
             if self.stays_stopped(task) {
                 signal(task.pid, libc::SIGSTOP)?;
                 self.let_go(position)?;
-                await_rest(task.pid);
+                let witness = self.tasks[position].as_ref().expect("it lives").threads[0].tid;
+                await_state(witness, |state| matches!(state, 'T' | 'Z' | 'X'));
             } else {
                 go_on.push(position);
             }
@@ -569,11 +592,12 @@ impl<'a> Puppets<'a> {
     }
 }
 
-/// Waits until a process that was let go has stopped, unless somebody makes it go on.
-fn await_rest(pid: HostPid) {
+/// Waits until a process or thread that was let go has come to rest, unless somebody makes
+/// it go on.
+fn await_state(tid: HostPid, rests: impl Fn(char) -> bool) {
     let deadline = Instant::now() + REST_PATIENCE;
-    let runs = |state| !matches!(state, 'T' | 'Z' | 'X');
-    while proc::stat(pid).is_ok_and(|stat| runs(stat.state)) && Instant::now() < deadline {
+    let runs = |stat: proc::Stat| !rests(stat.state);
+    while proc::thread_stat(tid, tid).is_ok_and(runs) && Instant::now() < deadline {
         thread::sleep(REST_NAP);
     }
 }

@@ -40,6 +40,18 @@ pub fn pidfd_open(pid: HostPid) -> Result<OwnedFd, Errno> {
     owned(result)
 }
 
+/// Opens a thread: what it is asked for is that thread's own (since Linux 6.9).
+///
+/// # Errors
+/// `ESRCH` if there is no such thread; `EINVAL` on older kernels.
+pub fn pidfd_open_thread(tid: HostPid) -> Result<OwnedFd, Errno> {
+    /// `PIDFD_THREAD` (`linux/pidfd.h`).
+    const PIDFD_THREAD: i32 = libc::O_EXCL;
+    // SAFETY: the call takes numbers.
+    let result = unsafe { libc::syscall(libc::SYS_pidfd_open, tid.0, PIDFD_THREAD) };
+    owned(result)
+}
+
 /// Returns a duplicate of a descriptor of another process (since Linux 5.6).
 ///
 /// # Errors

@@ -665,19 +665,25 @@ impl TargetState {
                 found.insert(format!("{prefix} {key}"), entry);
             }
         }
-        if found.get("status State").is_some_and(|state| state.starts_with('Z')) {
+        let is_zombie = found.get("status State").is_some_and(|state| state.starts_with('Z'));
+        let witness = witness(pid);
+        if is_zombie && witness == pid {
             // Nobody can see more of a dead process than its end and place.
             found.retain(|key, _| {
                 ["threads", "status State", "status PPid"].contains(&key.as_str())
             });
+        } else if is_zombie {
+            // What a thread blocks that has ended is no matter.
+            found.remove("status SigBlk");
         }
         // Group, session, terminal, nice.
         if let Some(fields) = stat_fields(pid) {
             found.insert("stat".to_owned(), [&fields[2..5], &fields[16..17]].concat().join(" "));
         }
-        if found.get("status State").is_some_and(|state| state.starts_with('Z')) {
+        if is_zombie && witness == pid {
             return Self(found);
         }
+        let proc = PathBuf::from(format!("/proc/{witness}"));
         for name in ["cmdline", "environ", "auxv"] {
             let bytes = fs::read(proc.join(name)).unwrap_or_default();
             found.insert(name.to_owned(), String::from_utf8_lossy(&bytes).into_owned());
@@ -784,6 +790,17 @@ impl TargetState {
         }
         found
     }
+}
+
+/// Returns the thread by which the kernel shows what a process has: the first, or another
+/// one if that has ended and others have not.
+pub fn witness(pid: i32) -> i32 {
+    if state_of(pid) != Some('Z') {
+        return pid;
+    }
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let mut tids = tasks.filter_map(|task| task.file_name().to_str()?.parse().ok());
+    tids.find(|tid| *tid != pid).unwrap_or(pid)
 }
 
 fn read_text(path: &Path) -> String {

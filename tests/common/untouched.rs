@@ -17,11 +17,11 @@ use std::{
 use libc::c_int;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rcriu::{
-    sys::process::{pidfd_getfd, pidfd_open},
+    sys::process::{pidfd_getfd, pidfd_open, pidfd_open_thread},
     units::{HostPid, TargetFd},
 };
 
-use super::live::{Live, TreeState};
+use super::live::{Live, TreeState, witness};
 
 /// Lines of `smaps_rollup` that are compared: memory that is not a file's. How a file's
 /// pages are shared depends on what other programs run.
@@ -133,6 +133,7 @@ fn is_tolerated(key: &str, before: &str, after: &str, passed: Duration) -> bool 
 
 fn look_at(pid: i32) -> Process {
     let mut found = Process::new();
+    let (leader, pid) = (pid, witness(pid));
     let read = |name: &str| fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap_or_default();
     let mut lines = |prefix: &str, text: &str, wanted: &dyn Fn(&str) -> bool| {
         for (key, value) in text.lines().filter_map(|line| line.split_once(':')) {
@@ -154,7 +155,8 @@ fn look_at(pid: i32) -> Process {
         let Some((key, value)) = line.split_once(' ') else { continue };
         found.insert(format!("ksm {key}"), value.to_owned());
     }
-    let Ok(process) = pidfd_open(HostPid(pid)) else { return found };
+    let open = if pid == leader { pidfd_open } else { pidfd_open_thread };
+    let Ok(process) = open(HostPid(pid)) else { return found };
     for entry in fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten() {
         let name = entry.file_name().into_string().expect("a number");
         let number = name.parse().expect("a number");

@@ -21,6 +21,7 @@ mod hugetlb;
 mod identity;
 mod interrupted;
 mod kept;
+mod leaderless;
 mod memory;
 mod odd_files;
 mod owners;
@@ -54,6 +55,7 @@ const GROUPS: &[&[Row]] = &[
     hugetlb::ROWS,
     rounds::ROWS,
     threads::ROWS,
+    leaderless::ROWS,
     registers::ROWS,
     tree::ROWS,
     identity::ROWS,

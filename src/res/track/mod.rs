@@ -102,6 +102,12 @@ pub enum TrackError {
         /// What it has, beginning with a verb.
         what: &'static str,
     },
+    /// The kernel shows nothing of a process by a thread that has ended.
+    #[error("the first thread of process {pid} has exited while others live")]
+    Leaderless {
+        /// The process.
+        pid: HostPid,
+    },
     /// It cannot be known who opens shared memory.
     #[error("{step}")]
     Openings {
@@ -147,6 +153,7 @@ impl TrackError {
             Self::Overtaken { .. } => "let one program at a time dump a process",
             Self::Missing { help, .. } => help,
             Self::Unseen { .. } => "nothing; such memory is always compared",
+            Self::Leaderless { .. } => "let main wait for its threads (pthread_join(3))",
             Self::Openings { .. } => {
                 "run rcriu with CAP_SYS_ADMIN outside of user namespaces, on Linux 5.19 or newer"
             }
@@ -244,6 +251,10 @@ impl Watch {
         mappings: &[Mapping],
     ) -> Result<Option<Self>, TrackError> {
         let pid = task.pid;
+        if task.is_leaderless() {
+            forget(pid)?;
+            return Err(TrackError::Leaderless { pid });
+        }
         let threads: Vec<_> = task.threads.iter().map(|thread| thread.tid).collect();
         Self::begin_with(request, pid, threads, mappings, &mut || {
             let mut made = None;
