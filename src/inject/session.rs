@@ -269,11 +269,15 @@ impl Session {
         let sign = Sign::Signal { number: signal, told: arch::told(scratch.start) };
         fault::hit(Point::DumpListed)?;
         thread.start()?;
-        fault::hit(Point::DumpWalking)?;
+        // Whatever fails now, it has to come to its end: one that runs cannot be put back.
+        let fault = fault::hit(Point::DumpWalking);
         if let Some(act) = act {
-            return scratch.go_on_paused(thread, sign, script, act);
+            let answers = scratch.go_on_paused(thread, sign, script, act);
+            fault?;
+            return answers;
         }
         thread.join(sign, &mut no_births)?;
+        fault?;
         fault::hit(Point::DumpWalked)?;
         scratch.answers(thread.tid, script)
     }
