@@ -316,6 +316,7 @@ macro_rules! states {
 states! {
     cow_tree
     threads
+    exited_leader
     dead_session_leader
     unix_queued_descriptors
 }

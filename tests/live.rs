@@ -15,7 +15,7 @@ use std::{
     fs::{self, File},
     io::{BufWriter, Read},
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Command, Output, Stdio},
     sync::{Mutex, MutexGuard, PoisonError},
     time::Instant,
 };
@@ -890,6 +890,36 @@ fn privileged_restore_waits_for_what_is_on_its_way_out() {
     live.restore(&[]);
     reaper.join().unwrap();
     live.verdict();
+}
+
+/// A process whose first thread has exited loses nothing however often it is dumped, but
+/// its changes are not tracked, which is said.
+#[test]
+fn privileged_an_exited_leader_is_dumped_again() {
+    require(Cap::Ptrace);
+    let mut live = Live::workload("exited_leader");
+    let says_why = |output: &Output| {
+        let words = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{words}");
+        assert!(
+            words.contains("the first thread of process") && words.contains("helps"),
+            "{words}"
+        );
+    };
+    let before = live.state();
+    says_why(&live.try_run("pre-dump", &["--track-mem"]));
+    before.assert_unchanged(&live.state_after(&before));
+    live.images_name = "second";
+    live.dump(&["--prev-images-dir", "../images"]);
+    live.check_images();
+    says_why(&live.try_restore(&["--track-mem"]));
+    live.images_name = "third";
+    live.dump(&[]);
+    live.check_images();
+    live.restore(&[]);
+    let after = live.state_restored(&before);
+    live.verdict();
+    before.restored(live.root).assert_unchanged(&after.restored(live.root));
 }
 
 /// Whose clocks have gone back is told so, and what helps.

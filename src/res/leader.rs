@@ -7,7 +7,7 @@
 
 use nix::libc;
 
-use super::{ResError, Result, creds, thread};
+use super::{ResError, Result, attribute, creds, thread};
 use crate::{
     image::proto,
     inject::Script,
@@ -64,6 +64,7 @@ pub fn split(
             ..own.clone()
         };
         thread::set_scheduling(&scheduling, own);
+        attribute::retain_of_process(&mut own.rcriu_attributes);
     }
     if let Some(task) = &mut leader.tc {
         task.blk_sigset = ALL_SIGNALS;

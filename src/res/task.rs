@@ -109,7 +109,7 @@ pub fn collect(
         task_state: if stopped { state::STOPPED } else { state::ALIVE },
         exit_code: 0,
         personality: proc::personality(witness)?,
-        flags: stat.flags,
+        flags: proc::stat(witness)?.flags,
         blk_sigset: core.thread_core.as_ref().and_then(|thread| thread.blk_sigset).unwrap_or(0),
         comm: proc::comm(pid, pid)?,
         timers: Some(timers::collect(&asked.timers, answers)),

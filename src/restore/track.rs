@@ -9,7 +9,10 @@ use crate::{
     causes::tell,
     image::{Kind, proto, read_one},
     proc,
-    res::track::{Hindrance, TrackError, Watch},
+    res::{
+        leader,
+        track::{Hindrance, TrackError, Watch},
+    },
 };
 
 /// The tracking of all processes, which begins with the snapshot `since`.
@@ -54,7 +57,11 @@ pub(super) fn begin(
             .retain(|mapping| mapping.end <= work_place.start || mapping.start >= work_place.end);
         let puppet = puppets.tasks[position].as_mut().expect("it lives");
         let thread = &mut puppet.threads[0];
-        match Watch::begin_restored(options.tracker, task.pid, &mappings, &scratch, thread) {
+        let begun = match leader::has_exited(task.core()) {
+            Some(_) => Err(TrackError::Leaderless { pid: task.pid }),
+            None => Watch::begin_restored(options.tracker, task.pid, &mappings, &scratch, thread),
+        };
+        match begun {
             Ok(watch) => tracking.watches.extend(watch),
             Err(error @ TrackError::Inject(_)) => return Err(error.into()),
             Err(error) if options.tracker.is_some() => return Err(error.into()),

@@ -504,11 +504,6 @@ impl<'a> Puppets<'a> {
     /// [`RestoreError::Inject`], [`RestoreError::Process`].
     pub(super) fn end_leader(&mut self, position: usize, code: u32) -> Result<()> {
         let puppet = self.tasks[position].as_mut().expect("it lives");
-        if puppet.threads.len() < 2 {
-            let pid = self.plan.tasks[position].pid;
-            let problem = "its first thread has exited, and it has no other".to_owned();
-            return Err(RestoreError::Images { pid, problem });
-        }
         let mut script = Script::new();
         res::leader::end(code, &mut script);
         let leader = puppet.threads.remove(0);

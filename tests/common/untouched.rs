@@ -45,6 +45,9 @@ const MEMORY: [&str; 12] = [
 /// the main thread's stack, which hold the frames by which threads come home.
 const OWN_WRITES_KIB: u64 = 12;
 
+/// KiB by which a share of memory that several have differs when it is rounded.
+const ROUNDING_KIB: u64 = 1;
+
 /// KiB of page tables that a process may have more: where the memory was that a dump maps
 /// for a moment, the table stays if other memory is beside it.
 const TABLES_KIB: u64 = 4;
@@ -122,11 +125,12 @@ fn is_tolerated(key: &str, before: &str, after: &str, passed: Duration) -> bool 
     }
     let (Some(before), Some(after)) = (number(before), number(after)) else { return false };
     match key {
-        "memory Pss_Anon" | "memory Anonymous" => before.abs_diff(after) <= OWN_WRITES_KIB,
+        "memory Anonymous" => before.abs_diff(after) <= OWN_WRITES_KIB,
+        "memory Pss_Anon" => before.abs_diff(after) <= OWN_WRITES_KIB + ROUNDING_KIB,
         _ if key.starts_with("timer ticks ") => before < after,
         "status VmPTE" => before.abs_diff(after) <= TABLES_KIB,
         // A share of the memory that several have is rounded.
-        "memory Pss_Shmem" | "memory SwapPss" => before.abs_diff(after) <= 1,
+        "memory Pss_Shmem" | "memory SwapPss" => before.abs_diff(after) <= ROUNDING_KIB,
         _ => false,
     }
 }

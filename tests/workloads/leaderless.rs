@@ -54,6 +54,11 @@ fn first() -> Result<Vec<String>, String> {
     let text = fs::read_to_string("/proc/self/status").map_err(|error| error.to_string())?;
     let wanted = ["Name:", "State:", "Uid:", "Gid:", "Groups:", "CapPrm:"];
     let lines = text.lines().filter(|line| wanted.iter().any(|word| line.starts_with(word)));
+    // SAFETY: getpid has no preconditions.
+    let path = format!("/proc/self/task/{}/stat", unsafe { libc::getpid() });
+    let stat = fs::read_to_string(path).map_err(|error| error.to_string())?;
+    let code = stat.split_whitespace().last().unwrap_or_default();
+    same("the status of the first thread", (FIRST_CODE << 8).to_string(), code.to_owned())?;
     Ok(lines.map(str::to_owned).collect())
 }
 

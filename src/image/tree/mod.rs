@@ -210,6 +210,9 @@ fn read_task(
             }
         }
     }
+    if of_task.rcriu_leader_exited.is_some() && task.entry.threads.len() < 2 {
+        problems.broken("its first thread has exited, and it has no other");
+    }
     for (tid, core) in &task.threads {
         task::check_thread(*tid, core, problems);
     }

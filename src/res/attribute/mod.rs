@@ -174,6 +174,15 @@ pub fn collect(questions: &Questions, answers: &Answers, who: Who) -> Vec<proto:
     questions.0.iter().filter_map(read).collect()
 }
 
+/// Leaves of the attributes in a core those that belong to the process.
+pub fn retain_of_process(attributes: &mut Vec<proto::RcriuAttribute>) {
+    let of_thread = |name: &[u8]| {
+        let mut kinds = KINDS.iter().filter(|kind| kind.scope() == Scope::Thread);
+        kinds.any(|kind| kind.name().as_bytes() == name)
+    };
+    attributes.retain(|attribute| !of_thread(&attribute.name));
+}
+
 /// A kind by its place, the values that are wanted, and those that a thread has.
 type Difference<'a> = (usize, &'a [u64], Option<Vec<u64>>);
 
