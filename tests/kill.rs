@@ -139,12 +139,9 @@ fn strike(victim: Victim, mut dump: Child) {
     }
 }
 
-/// Returns how the tree differs from what it was, but for how nice it is: whoever looks
-/// after the machine may change that of programs which keep it busy.
+/// Returns how the tree differs from what it was.
 fn harm(live: &mut Live, before: &TreeState) -> Vec<String> {
-    let mut wrong = before.differences(&live.state_after(before));
-    wrong.retain(|line| !line.contains(": stat: "));
-    wrong
+    before.differences(&live.state_after(before))
 }
 
 /// Kills again and again, and returns what was wrong each time that something was.

@@ -13,16 +13,18 @@
 use std::{
     collections::HashMap,
     fs::File,
+    io,
     os::unix::fs::FileExt,
     sync::{Mutex, PoisonError},
 };
 
+use memchr::memmem;
 use nix::libc;
 
 use super::{
     InjectError, Result,
     arch::{self, Area},
-    tracee::{Tracee, find_syscall},
+    tracee::{SEARCH_BYTES, Tracee, find_syscall},
 };
 use crate::{
     proc::Mapping,
@@ -212,6 +214,11 @@ pub fn registers_to_exit(tracee: &Tracee, mappings: &[Mapping], code: u8) -> Res
     Ok(tracee.registers_to_call(call, None, libc::SYS_exit, arguments))
 }
 
+/// Bytes of the longest restorer.
+const RESTORER_BYTES: usize = arch::RESTORERS[0].len();
+
+const _: () = assert!(arch::RESTORERS[1].len() <= RESTORER_BYTES);
+
 /// Where instructions are in a file's mapping, by what identifies that.
 type Known = HashMap<(u32, u32, u64, u64, u64), Offsets>;
 
@@ -257,19 +264,82 @@ fn find_instructions(pid: HostPid, mappings: &[Mapping]) -> Option<(RemoteAddr, 
 fn search(pid: HostPid, mapping: &Mapping) -> Option<Offsets> {
     let (start, end) = (mapping.start.0, mapping.end.0);
     let file = File::open(format!("/proc/{pid}/map_files/{start:x}-{end:x}")).ok()?;
-    let mut bytes = vec![0; usize::try_from(mapping.len()).ok()?];
-    let mut len = 0;
-    while len < bytes.len() {
-        match file.read_at(&mut bytes[len..], mapping.offset + len as u64).ok()? {
-            0 => break,
-            count => len += count,
+    let len = usize::try_from(mapping.len()).ok()?;
+    search_in(len, |bytes, at| file.read_at(bytes, mapping.offset + at as u64)).ok()
+}
+
+/// Searches `len` bytes that `read` gives, from the beginning until all is found: C
+/// libraries have both early.
+fn search_in(
+    len: usize,
+    mut read: impl FnMut(&mut [u8], usize) -> io::Result<usize>,
+) -> io::Result<Offsets> {
+    let mut found: Offsets = (None, None);
+    let mut buffer = vec![0; len.min(SEARCH_BYTES)];
+    let mut at = 0;
+    // Instructions may begin in one piece and end in the next.
+    let overlap = RESTORER_BYTES - 1;
+    while at < len && (found.0.is_none() || found.1.is_none()) {
+        let wanted = buffer.len().min(len - at);
+        let mut filled = 0;
+        while filled < wanted {
+            match read(&mut buffer[filled..wanted], at + filled)? {
+                0 => break,
+                count => filled += count,
+            }
+        }
+        let bytes = &buffer[..filled];
+        let position =
+            |wanted: &[u8]| memmem::find(bytes, wanted).map(|offset| (at + offset) as u64);
+        found.0 = found.0.or_else(|| position(arch::CALL_AND_RETURN));
+        found.1 =
+            found.1.or_else(|| arch::RESTORERS.iter().find_map(|restorer| position(restorer)));
+        if filled < wanted || at + filled == len {
+            break;
+        }
+        at += filled - overlap;
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Searches bytes, which are given in pieces of `piece`; returns how many were read too.
+    fn searched(bytes: &[u8], piece: usize) -> (Offsets, usize) {
+        let mut end = 0;
+        let found = search_in(bytes.len(), |buffer, at| {
+            let len = buffer.len().min(piece).min(bytes.len() - at);
+            buffer[..len].copy_from_slice(&bytes[at..at + len]);
+            end = end.max(at + len);
+            Ok(len)
+        });
+        (found.unwrap(), end)
+    }
+
+    #[test]
+    fn instructions_are_found_wherever_they_are() {
+        let mut places: Vec<usize> = vec![0, 1, 5 * SEARCH_BYTES - RESTORER_BYTES];
+        for edge in [SEARCH_BYTES, 2 * SEARCH_BYTES] {
+            places.extend(edge - 2 * RESTORER_BYTES..edge + 2);
+        }
+        for restorer in arch::RESTORERS {
+            for place in &places {
+                let mut bytes = vec![0x90; 5 * SEARCH_BYTES];
+                bytes[*place..*place + restorer.len()].copy_from_slice(restorer);
+                let (found, _) = searched(&bytes, 1000);
+                assert_eq!(found, (None, Some(*place as u64)));
+            }
         }
     }
-    let bytes = &bytes[..len];
-    let position = |wanted: &[u8]| {
-        let found = bytes.windows(wanted.len()).position(|window| window == wanted)?;
-        Some(found as u64)
-    };
-    let restorer = arch::RESTORERS.iter().find_map(|restorer| position(restorer));
-    Some((position(arch::CALL_AND_RETURN), restorer))
+
+    #[test]
+    fn no_more_is_read_than_needed() {
+        let mut bytes = vec![0x90; 5 * SEARCH_BYTES];
+        let restorer = arch::RESTORERS[0];
+        bytes[100..100 + restorer.len()].copy_from_slice(restorer);
+        bytes[200..200 + arch::CALL_AND_RETURN.len()].copy_from_slice(arch::CALL_AND_RETURN);
+        assert_eq!(searched(&bytes, usize::MAX), ((Some(200), Some(100)), SEARCH_BYTES));
+    }
 }

@@ -1,5 +1,6 @@
 //! One thread of another process, stopped.
 
+use memchr::memmem;
 use nix::{errno::Errno, libc};
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -349,7 +350,7 @@ pub(super) fn denied(tid: HostPid, errno: Errno) -> InjectError {
 }
 
 /// Bytes of a mapping that are searched at a time.
-const SEARCH_BYTES: usize = 64 << 10;
+pub(super) const SEARCH_BYTES: usize = 64 << 10;
 
 /// Finds an instruction in a process that calls the kernel: in the vDSO, else
 /// anywhere.
@@ -369,10 +370,7 @@ pub(super) fn find_syscall(pid: HostPid, mappings: &[Mapping]) -> Result<RemoteA
                 unread = Some(InjectError::Memory { tid: pid, step, address: next, len, source });
                 break;
             }
-            let found = buffer
-                .windows(SYSCALL_INSTRUCTION.len())
-                .position(|window| window == SYSCALL_INSTRUCTION);
-            if let Some(offset) = found {
+            if let Some(offset) = memmem::find(buffer, &SYSCALL_INSTRUCTION) {
                 return Ok(next.plus(offset as u64));
             }
             next = next.plus(buffer.len() as u64);
