@@ -234,6 +234,8 @@ states! {
     no_ignored_signal;
     no_room_for_mappings;
     no_room_nor_signal;
+    no_room_for_data;
+    no_room_to_lock;
     pending_trap;
     regular_files;
     shared_offsets;

@@ -92,6 +92,7 @@ pub(super) fn all(plan: &Plan, puppets: &mut Puppets, files: &mut Files) -> Resu
             let mut script = Script::new();
             if number == 0 {
                 task::apply_actions(planned.core(), &mut script);
+                memory_attributes::lock_later(planned.core(), &mut script);
             }
             thread::apply_creds(&of.core, &own, &mut script);
             if number == 0 {

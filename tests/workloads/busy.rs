@@ -12,6 +12,8 @@ pub const ROWS: &[Row] = &[
     ("no_ignored_signal", no_ignored_signal),
     ("no_room_for_mappings", no_room_for_mappings),
     ("no_room_nor_signal", no_room_nor_signal),
+    ("no_room_for_data", no_room_for_data),
+    ("no_room_to_lock", no_room_to_lock),
     ("pending_trap", pending_trap),
 ];
 
@@ -208,4 +210,35 @@ fn no_room_nor_signal(checkpoint: &Checkpoint) -> Verdict {
     let bytes = limit()?;
     checkpoint.wait();
     check_limit(bytes)
+}
+
+fn set_limit(resource: libc::__rlimit_resource_t, bytes: u64) -> Verdict {
+    let limit = libc::rlimit { rlim_cur: bytes, rlim_max: libc::RLIM_INFINITY };
+    sys!(setrlimit(resource, &raw const limit)).map(drop)
+}
+
+/// No new memory can be written to (`RLIMIT_DATA`).
+fn no_room_for_data(checkpoint: &Checkpoint) -> Verdict {
+    let thread = checkpoint.thread(|thread| until_go(thread, compute))?;
+    let status = std::fs::read_to_string("/proc/self/status").map_err(|error| error.to_string())?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmData:"));
+    let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
+    set_limit(libc::RLIMIT_DATA, kib.ok_or("no VmData")? << 10)?;
+    checkpoint.wait();
+    set_limit(libc::RLIMIT_DATA, libc::RLIM_INFINITY)?;
+    thread.join()
+}
+
+/// New memory is to be locked, and may not be.
+fn no_room_to_lock(checkpoint: &Checkpoint) -> Verdict {
+    sys!(mlockall(libc::MCL_FUTURE))?;
+    let limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    sys!(setrlimit(libc::RLIMIT_MEMLOCK, &raw const limit))?;
+    // Who may lock memory may do so in spite of the limit.
+    const NOBODY: u32 = 65534;
+    sys!(setresuid(NOBODY, NOBODY, NOBODY))?;
+    checkpoint.wait();
+    let mut now = libc::rlimit { rlim_cur: 1, rlim_max: 1 };
+    sys!(getrlimit(libc::RLIMIT_MEMLOCK, &raw mut now))?;
+    same("limit of locked memory", 0, now.rlim_cur)
 }

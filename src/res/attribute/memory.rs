@@ -61,22 +61,29 @@ pub fn collect(mappings: &[Mapping], later: LockLater) -> Vec<proto::RcriuAttrib
     found
 }
 
+fn attributes_of(core: &proto::CoreEntry) -> impl Iterator<Item = &proto::RcriuAttribute> {
+    core.thread_core.iter().flat_map(|thread| &thread.rcriu_attributes)
+}
+
+/// Adds the call by which what is mapped later is locked. It takes a privilege if the limit
+/// is low, so it comes before the credentials; and after everything that is mapped.
+pub fn lock_later(core: &proto::CoreEntry, script: &mut Script) {
+    for attribute in attributes_of(core).filter(|of| of.name == LOCK_LATER.as_bytes()) {
+        let flags = attribute.values.first().copied().unwrap_or_default();
+        let what = "lock what is mapped later (MCL_FUTURE; see RLIMIT_MEMLOCK)";
+        script.call(what, libc::SYS_mlockall, &[flags.into()]);
+    }
+}
+
 /// Adds the last calls of a process that are about its memory: nothing of the images can
 /// be mapped afterwards as it is to be.
 pub fn finish(core: &proto::CoreEntry, script: &mut Script) {
-    let attributes = core.thread_core.iter().flat_map(|thread| &thread.rcriu_attributes);
-    for attribute in attributes {
-        if attribute.name == SEALED.as_bytes() {
-            for range in attribute.values.chunks_exact(2) {
-                let (start, end) = (range[0], range[1]);
-                let what = format!("seal the memory {start:#x}-{end:#x} (mseal(2))");
-                let len = end.saturating_sub(start);
-                script.call(what, SYS_MSEAL, &[start.into(), len.into(), 0.into()]);
-            }
-        } else if attribute.name == LOCK_LATER.as_bytes() {
-            let flags = attribute.values.first().copied().unwrap_or_default();
-            let what = "lock what is mapped later (MCL_FUTURE; see RLIMIT_MEMLOCK)";
-            script.call(what, libc::SYS_mlockall, &[flags.into()]);
+    for attribute in attributes_of(core).filter(|of| of.name == SEALED.as_bytes()) {
+        for range in attribute.values.chunks_exact(2) {
+            let (start, end) = (range[0], range[1]);
+            let what = format!("seal the memory {start:#x}-{end:#x} (mseal(2))");
+            let len = end.saturating_sub(start);
+            script.call(what, SYS_MSEAL, &[start.into(), len.into(), 0.into()]);
         }
     }
 }
