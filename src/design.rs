@@ -107,7 +107,8 @@
 //! call instead, and its data is on that stack, too. A critical section of restartable
 //! sequences is aborted, as the kernel does after a stop. What this changes: up to three
 //! pages of the stack's unused end may be in memory afterwards, zero again; and a
-//! call with a relative timeout begins anew if the thread had to come home alone.
+//! call with a relative timeout begins anew if the thread had to come home alone. Until it
+//! is home, no other dump may work in its process: frames are told by a mark.
 //!
 //! Dumps run in a process of their own, in a session of its own: if the one that the user
 //! started is killed, it puts everything back first. If the worker is killed, the other

@@ -16,7 +16,7 @@ use std::{
 
 use common::{
     Cap,
-    live::{Live, TreeState, engine, state_of, wait_for},
+    live::{Live, PATIENCE, TreeState, engine, state_of, wait_for},
     require,
 };
 use nix::{
@@ -139,9 +139,16 @@ fn strike(victim: Victim, mut dump: Child) {
     }
 }
 
-/// Returns how the tree differs from what it was.
+/// Returns how the tree differs from what it was. A thread comes home when it gets a
+/// processor, which others keep busy.
 fn harm(live: &mut Live, before: &TreeState) -> Vec<String> {
-    before.differences(&live.state_after(before))
+    let begin = Instant::now();
+    loop {
+        let wrong = before.differences(&live.state_after(before));
+        if wrong.is_empty() || begin.elapsed() > PATIENCE * common::slowness() {
+            return wrong;
+        }
+    }
 }
 
 /// Kills again and again, and returns what was wrong each time that something was.
@@ -265,4 +272,32 @@ fn privileged_a_process_without_an_ignored_signal_survives_at_every_point() {
 fn privileged_a_process_without_room_survives_at_every_point() {
     killed_everywhere("no_room_for_mappings", &["--track-mem"]);
     killed_everywhere("no_room_nor_signal", &[]);
+}
+
+/// A thread of a stopped process comes home when that goes on. Until then nothing else may
+/// work there, for which its registers would be the program's own.
+#[test]
+fn privileged_a_thread_that_is_not_home_yet_is_left_alone() {
+    require(Cap::Ptrace);
+    let mut live = Live::workload("threads");
+    let before = live.state();
+    let signal = |live: &Live, signal| kill(live.root, signal).unwrap();
+    signal(&live, Signal::SIGSTOP);
+    wait_for("the stop", || state_of(live.root.as_raw()) == Some('T'));
+    live.fault = Some(format!("{}:kill:1", Point::DumpInjected.name()));
+    let said = |live: &mut Live| {
+        let output = live.try_dump(&["-R"]);
+        assert!(!output.status.success());
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    let words = said(&mut live);
+    assert!(words.contains("removes its scratch memory when it goes on"), "{words}");
+    live.fault = None;
+    let words = said(&mut live);
+    assert!(words.contains("is still on its way back"), "{words}");
+    signal(&live, Signal::SIGCONT);
+    let wrong = harm(&mut live, &before);
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    live.dump_running(&[]);
+    live.verdict();
 }

@@ -91,6 +91,15 @@ pub(super) fn tree(tasks: &[Task], options: &Options) -> Result<()> {
         // may be in it.
         for (kind, leader) in [("session", stat.session), ("process group", stat.pgrp)] {
             let outside = !pids.contains(&leader) && process::exists(HostPid(leader));
+            // The kernel shows what is outside of this pid namespace as 0.
+            if leader == 0 && !options.shell_job {
+                return Err(DumpError::Unsupported {
+                    pid: task.pid,
+                    what: format!("is in a {kind} whose leader is outside of this pid namespace"),
+                    help: "start the tree by setsid(1), dump it from where its leader is seen, or \
+                           use --shell-job",
+                });
+            }
             if outside && !options.shell_job {
                 return Err(DumpError::Unsupported {
                     pid: task.pid,

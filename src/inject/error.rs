@@ -40,6 +40,15 @@ pub enum InjectError {
         /// The thread.
         tid: HostPid,
     },
+    /// It has not come home yet from a dump that was killed.
+    #[error(
+        "thread {tid} is still on its way back from what it did for a dump that was killed; let \
+         its process go on if it is stopped, and try again in a moment"
+    )]
+    Abroad {
+        /// The thread.
+        tid: HostPid,
+    },
     /// It is in a cgroup that is frozen.
     #[error("process {pid} is in the cgroup {}, which is frozen; thaw it first: {thaw}", .cgroup.display())]
     FrozenCgroup {

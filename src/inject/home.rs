@@ -67,8 +67,6 @@ pub(super) struct Home {
     /// An instruction that calls the kernel, and returns if there is a way home.
     pub(super) call: RemoteAddr,
     way: Option<Way>,
-    /// The low end of the stack, whether or not there is room.
-    stack: Option<RemoteAddr>,
     /// What was written over, in the order in which it was.
     before: Vec<(RemoteAddr, Vec<u8>)>,
 }
@@ -97,13 +95,7 @@ impl Home {
                 (find_syscall(pid, mappings)?, None)
             }
         };
-        Ok(Self {
-            pid,
-            call,
-            way,
-            stack: stack_of(mappings).map(|stack| stack.start),
-            before: Vec::new(),
-        })
+        Ok(Self { pid, call, way, before: Vec::new() })
     }
 
     /// Makes the way home of a thread, and returns where its stack pointer has to be for
@@ -126,11 +118,6 @@ impl Home {
         let frame = arch::frame(address, way.restorer, &registers, mask, &area);
         self.lend(address, &frame)?;
         Ok(Some(address))
-    }
-
-    /// Whether a thread is on its way home by a frame.
-    pub(super) fn has_frame(&self, tracee: &Tracee) -> bool {
-        self.stack.is_some_and(|start| holds_frames(start, tracee.registers.rsp))
     }
 
     /// Returns where data of calls can be, and how much; `None` if nowhere.
@@ -182,9 +169,14 @@ fn stack_of(mappings: &[Mapping]) -> Option<&Mapping> {
     mappings.iter().find(|mapping| mapping.name == b"[stack]")
 }
 
-/// Whether an address is where frames are, of the stack that begins at `start`.
-fn holds_frames(start: RemoteAddr, address: u64) -> bool {
-    (start.0..start.plus(SLOTS * SLOT_BYTES).0).contains(&address)
+/// Whether a thread is still on its way home by a frame: its stack pointer leads to it, or
+/// is just behind its first word, which is popped on the way.
+pub(super) fn is_abroad(thread: &Tracee) -> bool {
+    const POPPED: u64 = size_of::<u64>() as u64;
+    let mut bytes = [0; arch::FRAME_MARK_BYTES + size_of::<u64>()];
+    let before = RemoteAddr(thread.registers.rsp.wrapping_sub(POPPED));
+    let readable = process::read_memory(thread.tid, before, &mut bytes).is_ok();
+    readable && (arch::is_frame(&bytes) || arch::is_frame(&bytes[size_of::<u64>()..]))
 }
 
 /// Returns the low end of the stack, if there is room for frames and data below all that

@@ -9,18 +9,21 @@ use nix::libc;
 
 use super::{
     Frozen, InjectError, Outcome, Result, Tracee,
-    home::{Home, Slot},
+    home::{Home, Slot, is_abroad},
 };
 use crate::{proc, sys::supervise::Leftover, units::HostPid};
 
-/// How long a thread may take to come home.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a thread may take to come home: on a busy machine it waits for a processor.
+const PATIENCE: Duration = Duration::from_secs(60);
 
-/// How long to let it run in between.
+/// How long to let it run in between at first; each time twice as long, up to [`LONG_NAP`].
 const NAP: Duration = Duration::from_millis(5);
 
+/// The longest time to let it run in between.
+const LONG_NAP: Duration = Duration::from_millis(320);
+
 /// How long to wait for the process to stop.
-const STOP_TIMEOUT: Duration = Duration::from_secs(2);
+const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What became of scratch memory that was left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +32,8 @@ pub enum Repair {
     Nothing(HostPid),
     /// It was there, and is gone now.
     Unmapped(HostPid),
+    /// The process is stopped, and removes it as soon as it goes on.
+    Later(HostPid),
 }
 
 /// Removes scratch memory that a process still has although who mapped it is dead.
@@ -37,6 +42,7 @@ pub enum Repair {
 /// Those of stopping the process and working in it.
 pub fn repair(left: Leftover) -> Result<Repair> {
     let begin = Instant::now();
+    let mut nap = NAP;
     loop {
         let mut frozen = match Frozen::freeze_alone(left.pid, STOP_TIMEOUT) {
             Err(InjectError::Proc(error)) if error.is_vanished() => {
@@ -50,12 +56,16 @@ pub fn repair(left: Leftover) -> Result<Repair> {
         if let Some(done) = attempt(left, &mut task.threads)? {
             return Ok(done);
         }
+        if task.stopped_by() != 0 {
+            return Ok(Repair::Later(left.pid));
+        }
         if begin.elapsed() > PATIENCE {
             let what = "does not come home".to_owned();
             return Err(InjectError::Lost { tid: left.pid, what });
         }
         frozen.release(Outcome::Run)?;
-        thread::sleep(NAP);
+        thread::sleep(nap);
+        nap = LONG_NAP.min(nap * 2);
     }
 }
 
@@ -65,16 +75,15 @@ fn attempt(left: Leftover, threads: &mut [Tracee]) -> Result<Option<Repair>> {
     let pid = left.pid;
     let (start, end) = (left.start, left.start.plus(left.bytes));
     let mappings = proc::maps(pid)?;
-    let mut home = Home::find(threads, &mappings)?;
-    let is_abroad = |thread: &Tracee| {
-        (start.0..end.0).contains(&thread.registers.rip) || home.has_frame(thread)
-    };
-    if threads.iter().any(is_abroad) {
+    let is_away =
+        |thread: &Tracee| (start.0..end.0).contains(&thread.registers.rip) || is_abroad(thread);
+    if threads.iter().any(is_away) {
         return Ok(None);
     }
     if !mappings.iter().any(|mapping| mapping.start == start && mapping.end == end) {
         return Ok(Some(Repair::Nothing(pid)));
     }
+    let mut home = Home::find(threads, &mappings)?;
     let thread = &mut threads[0];
     let stack = home.prepare(Slot::Keeper, thread)?;
     let unmap = [start.0, left.bytes, 0, 0, 0, 0];

@@ -16,7 +16,7 @@ use nix::{errno::Errno, libc};
 
 use super::{
     Answers, InjectError, Result, Script, arch,
-    home::{Home, Slot},
+    home::{Home, Slot, is_abroad},
     scratch::{MAP_FLAGS, Scratch, bits, failed_call, no_births},
     tracee::{Sign, Tracee},
 };
@@ -89,6 +89,9 @@ pub fn with_session<T>(
 
 impl Session {
     fn begin(threads: &mut [Tracee], mappings: &[Mapping], table_bytes: usize) -> Result<Self> {
+        if let Some(thread) = threads.iter().find(|thread| is_abroad(thread)) {
+            return Err(InjectError::Abroad { tid: thread.tid });
+        }
         let mut home = Home::find(threads, mappings)?;
         let keeper = &mut threads[0];
         let stack = home.prepare(Slot::Keeper, keeper)?;

@@ -95,6 +95,10 @@ fn supervised(work: impl FnOnce() -> u8) -> anyhow::Result<u8> {
                 Some(Ok(Repair::Unmapped(pid))) => {
                     bail!("{what}; its scratch memory in process {pid} was removed")
                 }
+                Some(Ok(Repair::Later(pid))) => bail!(
+                    "{what}; process {pid} is stopped, and removes its scratch memory when it goes \
+                     on (kill -CONT {pid})"
+                ),
                 Some(Err(error)) => Err(anyhow::Error::from(error)
                     .context(format!("{what}; its scratch memory could not be removed"))),
             }

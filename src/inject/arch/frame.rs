@@ -45,6 +45,18 @@ const FLAGS: u64 = 0x1 | 0x2 | 0x4;
 /// stack that it has.
 const NO_STACK: u32 = 0xdead;
 
+/// How many bytes of a frame [`is_frame`] looks at.
+pub(in crate::inject) const FRAME_MARK_BYTES: usize =
+    std::mem::offset_of!(Frame, stack_flags) + size_of::<u32>();
+
+/// Whether bytes begin a frame of this program's: the kernel gives no alternate stack such
+/// flags.
+pub(in crate::inject) fn is_frame(bytes: &[u8]) -> bool {
+    let has = |at: usize, wanted: &[u8]| bytes.get(at..at + wanted.len()) == Some(wanted);
+    has(std::mem::offset_of!(Frame, flags), &FLAGS.to_le_bytes())
+        && has(std::mem::offset_of!(Frame, stack_flags), &NO_STACK.to_le_bytes())
+}
+
 /// Where the area is behind the frame: the processor wants it aligned to 64 bytes.
 pub(in crate::inject) const FRAME_AREA_OFFSET: u64 = 320;
 
