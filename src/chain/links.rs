@@ -398,15 +398,9 @@ impl Discovery {
     /// `../NAME`, and leads to a directory that is known: a chain of thousands is
     /// found in half the time without resolving each link.
     fn known_sibling(&self, position: usize) -> Option<usize> {
-        let name = self.links[position].as_ref()?.strip_prefix("..").ok()?;
-        let mut parts = name.components();
-        match (parts.next(), parts.next()) {
-            (Some(Component::Normal(name)), None) => {
-                let dir = &self.snapshots[position].dir;
-                self.by_dir.get(dir.parent()?.join(name).as_os_str()).copied()
-            }
-            _ => None,
-        }
+        let link = self.links[position].as_ref()?;
+        let path = sibling(&self.snapshots[position].dir, link)?;
+        self.by_dir.get(path.as_os_str()).copied()
     }
 
     /// Returns the one of the `listed` first snapshots that `parent`, a directory and no
@@ -572,7 +566,11 @@ fn parent_dir(dir: &Path) -> Result<Option<PathBuf>, LinkError> {
         Err(error) if error.kind() == io::ErrorKind::InvalidInput => PathBuf::from(PARENT_LINK),
         Err(error) => return Err(dangling(&link, &error.to_string())),
     };
-    match link.canonicalize() {
+    // Resolving a link takes a call for each component of the path, and most lead to a
+    // directory beside this one.
+    let is_directory = |path: &PathBuf| fs::symlink_metadata(path).is_ok_and(|meta| meta.is_dir());
+    let beside = sibling(dir, &target).filter(is_directory);
+    match beside.map_or_else(|| link.canonicalize(), Ok) {
         Ok(parent) if has_inventory(&parent) => Ok(Some(parent)),
         Ok(parent) if parent.is_dir() => Err(dangling(
             &target,
@@ -580,6 +578,15 @@ fn parent_dir(dir: &Path) -> Result<Option<PathBuf>, LinkError> {
         )),
         Ok(_) => Err(dangling(&target, "that is not a directory")),
         Err(error) => Err(dangling(&target, &error.to_string())),
+    }
+}
+
+/// Returns the path that a link of the usual form, `../NAME`, in the directory `dir` names.
+fn sibling(dir: &Path, link: &Path) -> Option<PathBuf> {
+    let mut parts = link.strip_prefix("..").ok()?.components();
+    match (parts.next(), parts.next()) {
+        (Some(Component::Normal(name)), None) => Some(dir.parent()?.join(name)),
+        _ => None,
     }
 }
 
