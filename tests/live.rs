@@ -154,6 +154,7 @@ states! {
     affinity;
     io_priorities;
     timer_slack;
+    write_or_execute;
     time_stamp_counter;
     machine_checks;
     memory_policy;
@@ -513,7 +514,6 @@ const REFUSED: &[(&str, &str)] = &[
     ("unix_packets_behind_an_error", "behind an error"),
     // Only who takes it learns which error it is.
     ("tcp_pending_error", "with an error that its program has not read"),
-    ("write_or_execute", "PR_SET_MDWE forbids it"),
     ("caught_system_calls", "has its system calls caught (PR_SET_SYSCALL_USER_DISPATCH)"),
 ];
 

@@ -11,6 +11,7 @@ pub const ROWS: &[Row] = &[
     ("affinity", affinity),
     ("io_priorities", io_priorities),
     ("timer_slack", timer_slack),
+    ("write_or_execute", write_or_execute),
     ("time_stamp_counter", time_stamp_counter),
     ("machine_checks", machine_checks),
     ("memory_policy", memory_policy),
@@ -94,6 +95,18 @@ fn io_priorities(checkpoint: &Checkpoint) -> Verdict {
         io_priority,
         &[|| set(3, 0), || set(2, 6), || set(2, 1), || set(1, 4)],
     )
+}
+
+/// A program whose memory is never both writable and executable: nothing can be mapped to
+/// ask it.
+fn write_or_execute(checkpoint: &Checkpoint) -> Verdict {
+    /// `PR_SET_MDWE`, `PR_GET_MDWE` and `PR_MDWE_REFUSE_EXEC_GAIN` (`linux/prctl.h`).
+    const SET: i32 = 65;
+    const GET: i32 = 66;
+    const REFUSE_EXEC_GAIN: i32 = 1;
+    sys!(prctl(SET, u64::from(REFUSE_EXEC_GAIN.cast_unsigned()), 0_u64, 0_u64, 0_u64))?;
+    checkpoint.wait();
+    same("what is refused", REFUSE_EXEC_GAIN, sys!(prctl(GET, 0_u64, 0_u64, 0_u64, 0_u64))?)
 }
 
 fn timer_slack(checkpoint: &Checkpoint) -> Verdict {

@@ -12,7 +12,6 @@ pub const ROWS: &[Row] = &[
     ("thread_own_network", thread_own_network),
     ("time_namespace_for_children", time_namespace_for_children),
     ("caught_system_calls", caught_system_calls),
-    ("write_or_execute", write_or_execute),
 ];
 
 /// A thread that leaves what it shared with the others.
@@ -46,16 +45,6 @@ fn time_namespace_for_children(checkpoint: &Checkpoint) -> Verdict {
     /// `CLONE_NEWTIME` (`linux/sched.h`).
     const NEW_TIME: i32 = 0x80;
     sys!(unshare(NEW_TIME))?;
-    checkpoint.wait();
-    Ok(())
-}
-
-/// A program whose memory is never both writable and executable.
-fn write_or_execute(checkpoint: &Checkpoint) -> Verdict {
-    /// `PR_SET_MDWE`, `PR_MDWE_REFUSE_EXEC_GAIN` (`linux/prctl.h`).
-    const SET: i32 = 65;
-    const REFUSE_EXEC_GAIN: u64 = 1;
-    sys!(prctl(SET, REFUSE_EXEC_GAIN, 0_u64, 0_u64, 0_u64))?;
     checkpoint.wait();
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! Attributes of processes and threads that the images of CRIU have no place for.
 //!
-//! Each kind is a file (or a row of [`prctls`]) with both directions, and a row of
-//! [`KINDS`]. A dump records what every thread has; a restore looks at what the new
+//! Each kind is a file (or a row of `prctls`) with both directions, and a row of
+//! `KINDS`. A dump records what every thread has; a restore looks at what the new
 //! thread has, sets what differs, looks again, and says what is not as it was. In the
 //! images they are an extension, `thread_core_entry.rcriu_attributes`, which CRIU passes
 //! over; in its own images they are not, and threads have then what `rcriu` has.
@@ -44,6 +44,7 @@ const KINDS: &[&dyn Kind] = &[
     &prctls::MACHINE_CHECKS,
     &prctls::HUGE_PAGES,
     &prctls::MEMORY_MERGING,
+    &prctls::WRITE_OR_EXECUTE,
     &memory_policy::MemoryPolicy,
     &io_flusher::IoFlusher,
     &speculation::STORE_BYPASS,

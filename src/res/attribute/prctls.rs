@@ -8,6 +8,8 @@ use crate::inject::{Answers, Script};
 /// Of `linux/prctl.h`.
 const GET_MEMORY_MERGE: i32 = 68;
 const SET_MEMORY_MERGE: i32 = 67;
+const GET_MDWE: i32 = 66;
+const SET_MDWE: i32 = 65;
 
 /// How an option answers.
 enum Answer {
@@ -77,6 +79,16 @@ pub(super) const MEMORY_MERGING: Prctl = Prctl {
     get: GET_MEMORY_MERGE,
     answer: Answer::Returned,
     set: |value| Some([option(SET_MEMORY_MERGE), value, 0]),
+};
+
+/// Bits; once set they stay.
+pub(super) const WRITE_OR_EXECUTE: Prctl = Prctl {
+    name: "mdwe",
+    about: "whether memory may become executable (PR_SET_MDWE)",
+    scope: Scope::Process,
+    get: GET_MDWE,
+    answer: Answer::Returned,
+    set: |bits| (bits != 0).then_some([option(SET_MDWE), bits, 0]),
 };
 
 impl Kind for Prctl {
