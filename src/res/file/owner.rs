@@ -4,7 +4,7 @@
 //! The owner is more than what `fstat(2)` shows: `/proc/self/fd/N` of a pipe can be opened by
 //! its owner, a second socket be bound with `SO_REUSEPORT` by the owner of the first, and
 //! firewalls match it. All of it follows `fchown(2)`, but for the last: firewalls look at who made
-//! the socket. So internet sockets are made in the owner's name ([`as_owner`]).
+//! the socket. So internet sockets are made in the owner's name (`as_owner`).
 //!
 //! CRIU's images do not say whose these are. They belong to the user then as whom the
 //! first process works that has them.
