@@ -55,7 +55,7 @@ const RESTORES: &[(&str, libc::c_long, Then)] = &[
     ("flock", libc::SYS_flock, Says("lock directory ")),
     ("getdents64", libc::SYS_getdents64, Says("read directory ")),
     ("preadv", libc::SYS_preadv, Says(".img at offset ")),
-    ("socketpair", libc::SYS_socketpair, Says("(file 0x")),
+    ("socketpair", libc::SYS_socketpair, Says("create the UNIX stream socket ")),
     ("dup3", libc::SYS_dup3, Says("install descriptor 0 in process PID")),
     ("close_range", libc::SYS_close_range, Says("close other descriptors in process PID")),
     ("setsid", libc::SYS_setsid, Says("make a session in process PID")),

@@ -100,7 +100,7 @@ fn check_names_directory_memory_and_address_of_what_is_wrong() {
         "/1: shmem 1024 at 0x3000: pages-1.img is cut short: it has 12295 bytes, expected 196608",
         "/2: image",
         "core-293.img begins with magic 0x62726167",
-        "/3: process 295 is in pstree.img, but there is no core-295.img",
+        "/3: images of process 295: there is no core-295.img",
         "2/pagemap-295.img has no entry for them",
         "3 snapshots: ",
     ] {

@@ -40,11 +40,12 @@ const ARROWS: &[(&str, &[&str])] = &[
     (
         "cli",
         &[
-            "causes", "dump", "restore", "dedup", "res", "proc", "fs", "view", "chain", "image",
-            "sys", "units", "fault",
+            "causes", "dump", "inject", "restore", "dedup", "res", "proc", "fs", "view", "chain",
+            "image", "sys", "units", "fault",
         ],
     ),
     ("design", &[]),
+    ("docs", &[]),
 ];
 
 /// Crates that are used in one module only.

@@ -258,7 +258,7 @@ fn privileged_a_restore_from_a_mount_that_frees_pages_logs_elsewhere() {
         .unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(!output.status.success() && !said.contains("Read-only"), "{said}");
-    assert!(fs::read_to_string(here.join("log")).unwrap().contains("is of a dumper before"));
+    assert!(fs::read_to_string(here.join("log")).unwrap().contains("is it a pre-dump"));
 }
 
 #[test]

@@ -67,8 +67,8 @@ pub fn run(options: &Options) -> Result<()> {
     if proc::stat(options.pid).is_err_and(|error| error.is_vanished()) {
         return Err(DumpError::NoProcess { pid: options.pid });
     }
-    check_outside(options.pid)?;
     let images_dir = check_directory(&options.images_dir)?;
+    check_outside(options.pid)?;
     let actions = Actions::new(&options.action_scripts, &images_dir);
     let mut locks = DirectoryLocks::default();
     locks.take(&images_dir, Access::Exclusive)?;

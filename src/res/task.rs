@@ -11,17 +11,7 @@ use crate::{
     units::HostPid,
 };
 
-/// `task_core_entry.task_state` (CRIU 4.2, `compel/include/uapi/task-state.h`).
-pub mod state {
-    /// It runs or sleeps.
-    pub const ALIVE: u32 = 1;
-    /// It has ended and was not waited for.
-    pub const DEAD: u32 = 2;
-    /// A signal has stopped it.
-    pub const STOPPED: u32 = 3;
-    /// Not a process of the images: it exists during a restore only.
-    pub const HELPER: u32 = 4;
-}
+pub use crate::image::tree::state;
 
 /// `MEMBARRIER_CMD_GET_REGISTRATIONS` (`linux/membarrier.h`, since Linux 6.3).
 const MEMBARRIER_REGISTRATIONS: i32 = 1 << 9;

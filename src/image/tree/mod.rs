@@ -59,6 +59,17 @@ impl Problems {
         let failed = |error| self.broken(crate::causes::with_sources(&error));
         image.map_err(failed).ok()
     }
+
+    /// Like [`Self::image`], for one image of a process, by its name.
+    fn own_image<T>(&mut self, name: &str, image: Result<T, ImageError>) -> Option<T> {
+        match image {
+            Err(error) if error.is_missing() => {
+                self.broken(format!("there is no {name}"));
+                None
+            }
+            image => self.image(image),
+        }
+    }
 }
 
 /// A process of a snapshot.
@@ -100,7 +111,7 @@ pub struct Tree {
     pub inventory: proto::InventoryEntry,
 }
 
-/// `task_core_entry.task_state`, as CRIU numbers them.
+/// `task_core_entry.task_state` (CRIU 4.2, `compel/include/uapi/task-state.h`).
 pub mod state {
     /// It runs, or sleeps.
     pub const ALIVE: u32 = 1;
@@ -179,11 +190,12 @@ fn read_task(
     problems: &mut Problems,
 ) -> Task {
     let pid = entry.pid;
+    let name = |tid: u32| Kind::Core.file_name(tid.into());
     let core = |tid: u32| -> Result<proto::CoreEntry, ImageError> {
-        read_one(&dir.join(Kind::Core.file_name(tid.into())), Kind::Core)
+        read_one(&dir.join(name(tid)), Kind::Core)
     };
     let mut task = Task { entry, parent, threads: Vec::new(), body: None };
-    let Some(leader) = problems.image(core(pid)) else { return task };
+    let Some(leader) = problems.own_image(&name(pid), core(pid)) else { return task };
     let of_task = leader.tc.clone();
     task.threads.push((pid, leader));
     let Some(of_task) = of_task else {
@@ -205,7 +217,7 @@ fn read_task(
             problems.broken(format!("its first thread is {first}"));
         }
         for tid in others {
-            if let Some(core) = problems.image(core(*tid)) {
+            if let Some(core) = problems.own_image(&name(*tid), core(*tid)) {
                 task.threads.push((*tid, core));
             }
         }
