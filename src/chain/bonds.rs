@@ -92,9 +92,9 @@ impl Chain {
     /// # Errors
     /// [`ChainError::Version`].
     pub fn require_version(&self, id: SnapshotId) -> Result<(), ChainError> {
-        let problem = self.identity(id).and_then(|this| tree::version_problem(this.version));
-        let dir = || self.snapshot(id).dir.clone();
-        problem.map_or(Ok(()), |problem| Err(ChainError::Version { dir: dir(), problem }))
+        let dir = &self.snapshot(id).dir;
+        let problem = self.identity(id).and_then(|this| tree::version_problem(dir, this.version));
+        problem.map_or(Ok(()), |problem| Err(ChainError::Version { dir: dir.clone(), problem }))
     }
 
     /// Checks that the parent of a snapshot, if it has one, is the one that it was made

@@ -52,6 +52,9 @@ pub(super) struct Stretch {
     pub(super) pages: u64,
     /// Whether reading may pin them; see [`super::reading`].
     pub(super) pinnable: bool,
+    /// Whether they are of the vDSO, and the process has not looked at them yet; see
+    /// [`super::reading`].
+    pub(super) of_kernel: bool,
     /// Whether they are in swap.
     pub(super) swapped: bool,
     /// Whether a file would be seen without them: then zeros are as good as other bytes.
@@ -616,7 +619,15 @@ pub(super) fn parent_memory(
 
 /// A stretch of an object, whose holes are zero.
 fn of_object(first: PageIndex, pages: u64) -> Stretch {
-    Stretch { first, pages, pinnable: false, swapped: false, over_file: false, unwritten: false }
+    Stretch {
+        first,
+        pages,
+        pinnable: false,
+        of_kernel: false,
+        swapped: false,
+        over_file: false,
+        unwritten: false,
+    }
 }
 
 /// Returns the stretches of an object that are not holes.

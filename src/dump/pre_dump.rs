@@ -140,7 +140,7 @@ impl Found {
         }
         self.memories.push(Memory {
             id: MemoryId::Private(u64::from(task.pid.0.cast_unsigned())),
-            origin: Origin::Process(ProcessMemory::open(pid)?),
+            origin: Origin::Process(ProcessMemory::open(pid, &mappings)?),
             stretches,
             parent: None,
             running: true,

@@ -5,6 +5,9 @@
 //! copy-on-write or merged with its like, the kernel first copies it in the process that
 //! is read, and splits huge pages for that. Reading `/proc/PID/mem` takes references only,
 //! and half as fast. So pages are pinned only where no other process has them.
+//!
+//! Pages of the vDSO are in the page table of a process only when it has looked at them.
+//! The kernel has one vDSO for all, so that the rest of it is read in this program.
 
 use std::{fs::File, io::IoSliceMut, ops::Range, os::unix::fs::FileExt};
 
@@ -18,7 +21,7 @@ use super::{
     memory::{PAGE, Stretch, for_each_run, len},
 };
 use crate::{
-    proc::{Mapping, VmFlags},
+    proc::{self, Mapping, VmFlags},
     sys::process,
     units::{HostPid, RemoteAddr, page_bytes},
 };
@@ -29,19 +32,26 @@ pub(super) struct ProcessMemory {
     pid: HostPid,
     /// Its `/proc/PID/mem`.
     file: File,
+    /// Where its vDSO begins, and this program's own, if that is as long.
+    vdsos: Option<(RemoteAddr, RemoteAddr)>,
 }
 
 impl ProcessMemory {
-    /// Opens the memory of a process.
+    /// Opens the memory of a process that has these mappings.
     ///
     /// # Errors
-    /// [`DumpError::File`].
-    pub(super) fn open(pid: HostPid) -> Result<Self> {
+    /// [`DumpError::File`], and those of reading `/proc`.
+    pub(super) fn open(pid: HostPid, mappings: &[Mapping]) -> Result<Self> {
         let file = process::open_memory(pid).map_err(|source| {
             let path = format!("/proc/{pid}/mem").into();
             DumpError::File { path, source }
         })?;
-        Ok(Self { pid, file })
+        let vdso = mappings.iter().find(|mapping| is_vdso(mapping));
+        let own = proc::maps(HostPid(nix::unistd::getpid().as_raw()))?;
+        let own = own.iter().find(|mapping| is_vdso(mapping));
+        let vdsos = vdso.zip(own).filter(|(theirs, own)| theirs.len() == own.len());
+        let vdsos = vdsos.map(|(theirs, own)| (theirs.start, own.start));
+        Ok(Self { pid, file, vdsos })
     }
 
     /// Reads stretches of a process. If it is `running`, pages may be gone; they are
@@ -55,6 +65,9 @@ impl ProcessMemory {
         if !pinned {
             for_each_run(runs, bytes, |run, target| {
                 let address = RemoteAddr(run.first.address());
+                if run.of_kernel && self.read_own_vdso(address, target) {
+                    return Ok(());
+                }
                 if running {
                     self.read_what_is_there(address, target);
                     return Ok(());
@@ -67,6 +80,13 @@ impl ProcessMemory {
         }
         self.swap_out(runs);
         Ok(())
+    }
+
+    /// Reads pages of the vDSO in this program; false if it has another one.
+    fn read_own_vdso(&self, address: RemoteAddr, target: &mut [u8]) -> bool {
+        let Some((theirs, own)) = self.vdsos else { return false };
+        let at = own.0 + (address.0 - theirs.0);
+        File::open("/proc/self/mem").and_then(|file| file.read_exact_at(target, at)).is_ok()
     }
 
     /// Reads all stretches by one call; false if not all could be read.
@@ -115,6 +135,10 @@ impl ProcessMemory {
             log::debug!("{}: memory that was in swap stays in memory: {errno}", self.pid);
         }
     }
+}
+
+fn is_vdso(mapping: &Mapping) -> bool {
+    mapping.name == b"[vdso]"
 }
 
 /// Whether the pages of a mapping of a stopped process can be pinned without a trace: it

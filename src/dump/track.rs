@@ -279,6 +279,7 @@ mod tests {
             first: PageIndex(pages.start),
             pages: pages.end - pages.start,
             pinnable: false,
+            of_kernel: false,
             swapped: false,
             over_file: false,
             unwritten,

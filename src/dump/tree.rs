@@ -33,7 +33,7 @@ use crate::{
         fds,
         pagemap::{PagemapFile, Query, Region, category},
     },
-    units::{HostPid, PAGE_SHIFT, RemoteAddr},
+    units::{HostPid, PAGE_SHIFT, PageIndex, RemoteAddr},
 };
 
 /// The numbers of kernel objects that the images of one tree use: those of this
@@ -335,7 +335,7 @@ impl<'a> Collection<'a> {
         self.write_one(Kind::Mm, task.pid, &mm)?;
         self.memories.push(Memory {
             id: MemoryId::Private(u64::from(task.pid.0.cast_unsigned())),
-            origin: Origin::Process(ProcessMemory::open(pid)?),
+            origin: Origin::Process(ProcessMemory::open(pid, mappings)?),
             stretches,
             parent: None,
             running: false,
@@ -452,9 +452,41 @@ pub(super) fn scan(
         let pages = (region.end().0 >> PAGE_SHIFT) - first.0;
         untracked += if told == Told::Nothing { pages } else { 0 };
         let swapped = region.categories & category::SWAPPED != 0;
-        Stretch { first, pages, pinnable, swapped, over_file, unwritten: *unwritten }
+        let unwritten = *unwritten;
+        Stretch { first, pages, pinnable, of_kernel: false, swapped, over_file, unwritten }
     }));
+    if object == Object::Vdso {
+        add_rest(mapping, stretches);
+    }
     Ok(untracked)
+}
+
+/// Adds those pages of the vDSO that the process has not looked at yet, after those that
+/// it has: another restorer wants to read all of it.
+fn add_rest(mapping: &Mapping, stretches: &mut Vec<Stretch>) {
+    let (start, end) = (mapping.start.0 >> PAGE_SHIFT, mapping.end.0 >> PAGE_SHIFT);
+    let begin = stretches.partition_point(|stretch| stretch.first.0 < start);
+    let present = stretches.split_off(begin);
+    let rest = |first: u64, end: u64| Stretch {
+        first: PageIndex(first),
+        pages: end - first,
+        pinnable: false,
+        of_kernel: true,
+        swapped: false,
+        over_file: false,
+        unwritten: false,
+    };
+    let mut next = start;
+    for stretch in present {
+        if stretch.first.0 > next {
+            stretches.push(rest(next, stretch.first.0));
+        }
+        next = stretch.first.0 + stretch.pages;
+        stretches.push(stretch);
+    }
+    if next < end {
+        stretches.push(rest(next, end));
+    }
 }
 
 /// Whether a page of a process is in memory.

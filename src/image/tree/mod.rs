@@ -126,10 +126,12 @@ pub fn is_pre_dump(dir: &Path) -> bool {
     !dir.join(Kind::Pstree.file_name(0)).exists()
 }
 
-/// Says what is wrong with a version of the format, if anything is.
-pub fn version_problem(found: u32) -> Option<String> {
+/// Says what is wrong with the version of the format that the inventory in `dir` has, if
+/// anything is. CRIU 3.17 gives none to pre-dumps.
+pub fn version_problem(dir: &Path, found: u32) -> Option<String> {
     let [first, last] = VERSIONS;
-    (!VERSIONS.contains(&found)).then(|| {
+    let known = VERSIONS.contains(&found) || (found == 0 && is_pre_dump(dir));
+    (!known).then(|| {
         format!(
             "its images have version {found} of the format (img_version), {first} or {last} \
              expected: a program that knows that version can read them"
@@ -145,7 +147,7 @@ pub fn read(dir: &Path) -> (Tree, Vec<Problem>) {
     let inventory: Option<proto::InventoryEntry> =
         problems.image(read_one(&dir.join(Kind::Inventory.file_name(0)), Kind::Inventory));
     if let Some(inventory) = inventory {
-        if let Some(problem) = version_problem(inventory.img_version) {
+        if let Some(problem) = version_problem(dir, inventory.img_version) {
             // Nothing else can be believed.
             problems.broken(problem);
             return (tree, problems.0);
