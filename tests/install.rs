@@ -1,0 +1,98 @@
+//! `mnt-scripts/install`: everything is there and works, and all of it goes away again.
+//!
+//! It installs below a directory of its own, and builds the programs as they are released
+//! if that was not done before.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+fn install(root: &Path, options: &[&str]) -> Output {
+    Command::new("bash")
+        .arg("mnt-scripts/install")
+        .arg("--destdir")
+        .arg(root)
+        .args(["--prefix", "/opt/rcriu"])
+        .args(options)
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .expect("bash is there")
+}
+
+fn files(dir: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(dir).expect("the directory can be listed") {
+        let path = entry.expect("the entry can be read").path();
+        if path.is_dir() && !path.is_symlink() {
+            files(&path, found);
+        } else {
+            found.push(path);
+        }
+    }
+}
+
+fn version(program: &Path) -> String {
+    let output = Command::new(program).arg("--version").output().expect("it can be run");
+    assert!(output.status.success(), "{}: {output:?}", program.display());
+    String::from_utf8(output.stdout).expect("it prints text")
+}
+
+#[test]
+fn what_is_installed_works_and_can_be_removed() {
+    let root = tempfile::tempdir().expect("a directory can be made");
+    let prefix = root.path().join("opt/rcriu");
+    let output = install(root.path(), &["--as-criu"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+
+    assert!(version(&prefix.join("bin/rcriu")).starts_with("rcriu "));
+    assert!(version(&prefix.join("bin/imgfs")).starts_with("imgfs "));
+    version(&prefix.join("sbin/criu"));
+    let page = |name: &str| fs::read_to_string(prefix.join("share/man").join(name)).expect(name);
+    assert!(page("man1/rcriu-dump.1").contains("leave\\-running"));
+    assert!(page("man1/imgfs-mount.1").contains("MOUNTPOINT"));
+    assert!(page("man8/mount.imgfs.8").contains("fstab"));
+    for command in ["rcriu", "rcriu-restore", "rcriu-check", "rcriu-dedup", "imgfs", "imgfs-ls"] {
+        page(&format!("man1/{command}.1"));
+    }
+    for file in [
+        "share/bash-completion/completions/rcriu",
+        "share/zsh/site-functions/_imgfs",
+        "share/fish/vendor_completions.d/rcriu.fish",
+    ] {
+        let text = fs::read_to_string(prefix.join(file)).expect(file);
+        assert!(text.contains("restore") || text.contains("umount"), "{file} completes nothing");
+    }
+    assert!(prefix.join("lib/systemd/system/imgfs@.service").is_file());
+    let helper = Command::new(root.path().join("usr/sbin/mount.imgfs"))
+        .args(["chain", "dir", "-f"])
+        .status()
+        .expect("the helper can be run");
+    assert!(helper.success());
+    let completion = prefix.join("share/bash-completion/completions/imgfs");
+    let loaded = Command::new("bash").arg("-n").arg(&completion).status().expect("bash is there");
+    assert!(loaded.success(), "the completion is no bash");
+
+    // Once more over it, and gone.
+    assert!(install(root.path(), &[]).status.success());
+    let output = install(root.path(), &["--uninstall"]);
+    assert!(output.status.success(), "{output:?}");
+    let mut left = Vec::new();
+    files(root.path(), &mut left);
+    assert_eq!(left, Vec::<PathBuf>::new());
+    let output = install(root.path(), &["--uninstall"]);
+    assert!(!output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("is not there"), "{output:?}");
+}
+
+#[test]
+fn another_criu_is_left_alone() {
+    let root = tempfile::tempdir().expect("a directory can be made");
+    let criu = root.path().join("opt/rcriu/sbin/criu");
+    fs::create_dir_all(criu.parent().expect("it has one")).expect("it can be made");
+    fs::write(&criu, "another program").expect("it can be written");
+    let output = install(root.path(), &["--as-criu"]);
+    assert!(!output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("another program"), "{output:?}");
+    assert_eq!(fs::read(&criu).expect("it is there"), b"another program");
+}
