@@ -86,6 +86,7 @@ named! {
         LockOnFault = "lock_on_fault":
             "`/proc/PID/smaps` has a code for memory that is locked on fault (after Linux 6.1).";
         TimerIds = "timer_cr_ids": "`PR_TIMER_CREATE_RESTORE_IDS` (Linux 6.15).";
+        ThreadPidfd = "pidfd_thread": "`pidfd_open(2)` of a thread, `PIDFD_THREAD` (Linux 6.9).";
         Tracefs = "tracefs": "Tracepoints have numbers that this program can read.";
         ScanGuards = "pagemap_scan_guards": "`PAGEMAP_SCAN` tells guard pages (Linux 6.18).";
     }

@@ -924,6 +924,16 @@ fn privileged_an_exited_leader_is_dumped_again() {
     before.restored(live.root).assert_unchanged(&after.restored(live.root));
 }
 
+/// Before Linux 6.9 nobody gets at what the other threads have open.
+#[test]
+fn privileged_an_exited_leader_is_refused_by_older_kernels() {
+    require(Cap::Ptrace);
+    let mut live = Live::workload("exited_leader");
+    live.without = "pidfd_thread";
+    refused_with(&mut live, &[], "it takes Linux 6.9");
+    live.verdict();
+}
+
 /// Whose clocks have gone back is told so, and what helps.
 #[test]
 fn privileged_clocks_that_have_gone_back_are_told() {

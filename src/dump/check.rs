@@ -3,7 +3,7 @@
 
 use std::{cmp::Ordering, collections::BTreeSet};
 
-use super::{DumpError, Options, Result};
+use super::{DumpError, Options, Result, files};
 use crate::{
     causes::tell,
     inject::{Task, Tracee},
@@ -78,6 +78,9 @@ pub(super) fn tree(tasks: &[Task], options: &Options) -> Result<()> {
     for task in tasks.iter().filter(|task| !task.is_zombie()) {
         // Before anything is taken for not shared because that cannot be told.
         compare(task.witness(), task.witness(), Shared::Memory)?;
+        if task.is_leaderless() && !options.pre_dump {
+            files::open_process(task)?;
+        }
         check_namespaces(task, &own)?;
         check_sharing(task)?;
         for thread in &task.threads {

@@ -38,7 +38,11 @@ use crate::{
 const NO_DESCRIPTOR: TargetFd = TargetFd(-1);
 
 /// Returns a descriptor of a process, by which its descriptors are duplicated.
-fn open_process(task: &Task) -> Result<OwnedFd> {
+///
+/// # Errors
+/// [`DumpError::Unsupported`] where the kernel has none for a process whose first thread has
+/// exited; [`DumpError::Process`].
+pub(super) fn open_process(task: &Task) -> Result<OwnedFd> {
     let opened = if task.is_leaderless() {
         process::pidfd_open_thread(task.witness())
     } else {

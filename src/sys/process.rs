@@ -24,7 +24,10 @@ use nix::{
 };
 use zerocopy::{FromZeros, IntoBytes};
 
-use crate::units::{HostPid, HugeSize, PAGE_SIZE, RemoteAddr, TargetFd};
+use crate::{
+    fault::{self, Novelty},
+    units::{HostPid, HugeSize, PAGE_SIZE, RemoteAddr, TargetFd},
+};
 
 /// The inode of the first pid namespace (`PROC_PID_INIT_INO`, `linux/proc_ns.h`), in
 /// which all processes are seen.
@@ -47,6 +50,9 @@ pub fn pidfd_open(pid: HostPid) -> Result<OwnedFd, Errno> {
 pub fn pidfd_open_thread(tid: HostPid) -> Result<OwnedFd, Errno> {
     /// `PIDFD_THREAD` (`linux/pidfd.h`).
     const PIDFD_THREAD: i32 = libc::O_EXCL;
+    if fault::is_without(Novelty::ThreadPidfd) {
+        return Err(Errno::EINVAL);
+    }
     // SAFETY: the call takes numbers.
     let result = unsafe { libc::syscall(libc::SYS_pidfd_open, tid.0, PIDFD_THREAD) };
     owned(result)

@@ -4,7 +4,7 @@ use std::{ffi::CString, fs, mem, ptr};
 
 use crate::{
     Row,
-    kit::{Area, Checkpoint, Child, Verdict, gettid, same, wait_until},
+    kit::{Area, Checkpoint, Child, Verdict, gettid, lacks, same, wait_until},
     threads::{bit, block, blocked},
 };
 
@@ -21,6 +21,12 @@ fn leaderless(
     prepare: impl FnOnce() -> Verdict,
     body: impl FnOnce(&Checkpoint) -> Verdict + Send + 'static,
 ) -> Result<Child, String> {
+    /// `PIDFD_THREAD` (`linux/pidfd.h`).
+    const PIDFD_THREAD: i32 = libc::O_EXCL;
+    match sys!(syscall(libc::SYS_pidfd_open, gettid(), PIDFD_THREAD)) {
+        Ok(fd) => sys!(close(fd as i32)).map(drop)?,
+        Err(_) => lacks("descriptors of threads (Linux 6.9)")?,
+    }
     checkpoint.fork(|child| {
         prepare()?;
         let child = child.clone();
