@@ -57,8 +57,9 @@ pub(super) struct Stretch {
     pub(super) of_kernel: bool,
     /// Whether they are in swap.
     pub(super) swapped: bool,
-    /// Whether a file would be seen without them: then zeros are as good as other bytes.
-    pub(super) over_file: bool,
+    /// Whether zeros must be stored: without them a file would be seen, or another program
+    /// would not go on with the chain.
+    pub(super) zeros_stored: bool,
     /// Whether they are known to be in the parent as they are, without a look.
     pub(super) unwritten: bool,
 }
@@ -376,7 +377,7 @@ impl<'a> Job<'a> {
                     Some(_) => *page == parent[at..at + PAGE],
                     None => false,
                 };
-                places.push(if zero && !run.over_file {
+                places.push(if zero && !run.zeros_stored {
                     Presence::Absent
                 } else if is_in_parent() {
                     Presence::Parent
@@ -625,7 +626,7 @@ fn of_object(first: PageIndex, pages: u64) -> Stretch {
         pinnable: false,
         of_kernel: false,
         swapped: false,
-        over_file: false,
+        zeros_stored: false,
         unwritten: false,
     }
 }

@@ -281,7 +281,7 @@ mod tests {
             pinnable: false,
             of_kernel: false,
             swapped: false,
-            over_file: false,
+            zeros_stored: false,
             unwritten,
         };
         let plain = [stretch(10..20, false), stretch(30..40, false)];

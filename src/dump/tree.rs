@@ -445,7 +445,10 @@ pub(super) fn scan(
         found.extend(regions.into_iter().map(|region| (region, false)));
     }
     let pinnable = reading::is_pinnable(mapping);
-    let over_file = matches!(object, Object::File | Object::SharedMemory);
+    // The unused end of the stack has pages of zeros where threads had their way home
+    // (`crate::inject`): CRIU goes on with a chain only if each page that is there was stored.
+    let is_stack = mapping.name == b"[stack]";
+    let zeros_stored = is_stack || matches!(object, Object::File | Object::SharedMemory);
     let mut untracked = 0;
     stretches.extend(found.iter().map(|(region, unwritten)| {
         let first = region.first();
@@ -453,7 +456,7 @@ pub(super) fn scan(
         untracked += if told == Told::Nothing { pages } else { 0 };
         let swapped = region.categories & category::SWAPPED != 0;
         let unwritten = *unwritten;
-        Stretch { first, pages, pinnable, of_kernel: false, swapped, over_file, unwritten }
+        Stretch { first, pages, pinnable, of_kernel: false, swapped, zeros_stored, unwritten }
     }));
     if object == Object::Vdso {
         add_rest(mapping, stretches);
@@ -473,7 +476,7 @@ fn add_rest(mapping: &Mapping, stretches: &mut Vec<Stretch>) {
         pinnable: false,
         of_kernel: true,
         swapped: false,
-        over_file: false,
+        zeros_stored: false,
         unwritten: false,
     };
     let mut next = start;
