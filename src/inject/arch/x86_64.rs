@@ -28,6 +28,7 @@ pub(in crate::inject) const RESTORERS: [&[u8]; 2] =
 global_asm!(
     ".pushsection .rodata.rcriu_inject, \"a\", @progbits",
     ".globl rcriu_inject_start",
+    ".globl rcriu_inject_told",
     ".globl rcriu_inject_end",
     "rcriu_inject_start:",
     "20:",
