@@ -19,8 +19,15 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// How long to wait for who holds a dead child, which may be about to look at it.
 const SHORT_PATIENCE: Duration = Duration::from_millis(500);
 
+/// How long to wait for a process that lives: one that was killed a moment ago is neither
+/// pending to be killed nor exiting, until it gets a processor.
+const GRACE: Duration = Duration::from_millis(100);
+
 /// How long to sleep between two looks.
 const NAP: Duration = Duration::from_millis(2);
+
+/// `SIGKILL` in a set of signals.
+const KILL_BIT: u64 = 1 << (nix::libc::SIGKILL - 1);
 
 /// `PF_EXITING` (`linux/sched.h`).
 const EXITING: u32 = 4;
@@ -81,7 +88,7 @@ impl Waiting {
         let patience = match holder.as_ref().map(|holder| holder.prospect) {
             None | Some(Prospect::Leaves) => PATIENCE,
             Some(Prospect::Held) => SHORT_PATIENCE,
-            Some(Prospect::Stays) => Duration::ZERO,
+            Some(Prospect::Stays) => GRACE,
         };
         if self.begin.elapsed() < patience {
             thread::sleep(NAP);
@@ -122,8 +129,13 @@ fn of_process(pid: HostPid, relation: &str) -> Holder {
     };
     let ends = |stat: &Stat| matches!(stat.state, 'Z' | 'X') || stat.flags & EXITING != 0;
     let threads = proc::threads(pid).unwrap_or_default();
-    let lives =
-        threads.iter().any(|tid| proc::thread_stat(pid, *tid).is_ok_and(|stat| !ends(&stat)));
+    let is_killed = |tid: HostPid| {
+        proc::thread_status(pid, tid)
+            .is_ok_and(|status| (status.sig_pending | status.shared_pending) & KILL_BIT != 0)
+    };
+    let lives = threads
+        .iter()
+        .any(|tid| proc::thread_stat(pid, *tid).is_ok_and(|stat| !ends(&stat)) && !is_killed(*tid));
     if lives {
         return Holder { pid, prospect: Prospect::Stays, state: relation.into() };
     }
