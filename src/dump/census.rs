@@ -4,7 +4,13 @@
 //! snapshot then. A process is known by a descriptor, so that one which takes over its
 //! number is not taken for it.
 
-use std::os::fd::OwnedFd;
+use std::{
+    os::fd::OwnedFd,
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::errno::Errno;
 
 use super::{DumpError, Result};
 use crate::{
@@ -16,6 +22,12 @@ use crate::{
 
 /// `PF_EXITING` (`linux/sched.h`): the process is on its way out.
 const EXITING: u32 = 0x4;
+
+/// How long a process that was killed may take to get a processor and begin to end.
+const DYING: Duration = Duration::from_secs(1);
+
+/// How long to sleep between two looks.
+const NAP: Duration = Duration::from_millis(1);
 
 /// The living processes of a tree.
 #[derive(Debug)]
@@ -95,10 +107,31 @@ impl Census {
     /// Says that a process has died rather than what came of it.
     pub(super) fn explain<T>(&self, result: Result<T>) -> Result<T> {
         result.map_err(|error| {
-            let dead = self.0.iter().find(|citizen| citizen.is_dead());
-            Self::died(dead).err().unwrap_or(error)
+            let begin = Instant::now();
+            loop {
+                let dead = self.0.iter().find(|citizen| citizen.is_dead());
+                if let Err(died) = Self::died(dead) {
+                    return died;
+                }
+                if !lost_a_thread(&error) || begin.elapsed() > DYING {
+                    return error;
+                }
+                thread::sleep(NAP);
+            }
         })
     }
+}
+
+/// Whether an error is that a thread is no longer there, or no longer stands still.
+fn lost_a_thread(error: &DumpError) -> bool {
+    let mut cause: Option<&dyn std::error::Error> = Some(error);
+    while let Some(error) = cause {
+        if error.downcast_ref() == Some(&Errno::ESRCH) {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
 }
 
 impl Citizen {
