@@ -102,7 +102,8 @@
 //! put back after they are unblocked. One thread at a time works; it tells of the end of a
 //! table not by a trap, which would kill it without a tracer, but by a signal to itself
 //! that the process ignores, and then unmaps the scratch memory and goes home. While no
-//! thread works, the one that has mapped the memory is in a state in which it does the same.
+//! thread works, the one that has mapped the memory is in a state in which it does the same;
+//! while the memory changes hands, two are.
 //! Where no signal is ignored, or limits allow for no mapping, a thread is stopped at each
 //! call instead, and its data is on that stack, too. A critical section of restartable
 //! sequences is aborted, as the kernel does after a stop. What this changes: up to three
@@ -113,8 +114,7 @@
 //! Dumps run in a process of their own, in a session of its own: if the one that the user
 //! started is killed, it puts everything back first. If the worker is killed, the other
 //! one looks into the process that was worked in, by what the two share, waits until its
-//! threads are home, removes scratch memory that was left in the microseconds in which no
-//! thread would unmap it, and says so. If both die at once in these, 68 KiB stay mapped.
+//! threads are home, removes scratch memory that was left, and says so.
 //!
 //! # A dump
 //!

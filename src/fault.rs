@@ -2,13 +2,14 @@
 //!
 //! `RCRIU_FAULT=NAME` makes the point `NAME` fail; `RCRIU_FAULT=NAME:kill` makes
 //! the process kill itself there, as `kill -9` or a power cut would;
-//! `NAME:kill:3` does so when it comes by for the third time;
+//! `NAME:kill:3` does so when it comes by for the third time, and `NAME:kill-both:3`
+//! also kills the process that waits for it;
 //! `NAME:stop` makes it stop (`SIGSTOP`), so that a test can look.
 //! `RCRIU_WITHOUT=NAME,NAME` makes the programs take the kernel for an older one.
 //! Compiled always, so that what is tested is what is shipped.
 
 use std::{
-    env,
+    env, fs,
     sync::{
         OnceLock,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -16,8 +17,8 @@ use std::{
 };
 
 use nix::{
-    sys::signal::{Signal, raise},
-    unistd::gettid,
+    sys::signal::{Signal, kill, raise},
+    unistd::{getppid, gettid},
 };
 use thiserror::Error;
 
@@ -47,7 +48,8 @@ named! {
         DumpInjected = "dump-injected": "While a task has scratch memory mapped.";
         DumpCallSet = "dump-call-set": "When a thread has the registers for one call.";
         DumpCall = "dump-call": "When it enters that call, and when it leaves it.";
-        DumpHanded = "dump-handed": "When no thread is to unmap scratch memory for a moment.";
+        DumpMapped = "dump-mapped": "When a task has scratch memory, before it waits there.";
+        DumpHanded = "dump-handed": "When one thread has scratch memory, before another has.";
         DumpListed = "dump-listed": "When a thread is to begin with a list of calls.";
         DumpWalking = "dump-walking": "While a thread makes a list of calls.";
         DumpWalked = "dump-walked": "When it is through with them.";
@@ -110,6 +112,8 @@ enum Action {
     Fail,
     /// When it comes by for this time.
     Kill(usize),
+    /// Likewise, with the process that waits for this one, which dies first.
+    KillBoth(usize),
     Stop,
 }
 
@@ -121,6 +125,9 @@ fn chosen() -> Option<&'static (String, Action)> {
             Some((name, "kill")) => (name, Action::Kill(1)),
             Some((name, how)) if let Some(time) = how.strip_prefix("kill:") => {
                 (name, Action::Kill(time.parse().unwrap_or(1)))
+            }
+            Some((name, how)) if let Some(time) = how.strip_prefix("kill-both:") => {
+                (name, Action::KillBoth(time.parse().unwrap_or(1)))
             }
             Some((name, "stop")) => (name, Action::Stop),
             Some((name, _)) => (name, Action::Fail),
@@ -152,12 +159,27 @@ pub fn hit(point: Point) -> Result<(), Injected> {
                 Action::Fail => return Err(Injected { point: point.name() }),
                 // Nothing is left to report a failure to.
                 Action::Kill(wanted) if time == *wanted => drop(raise(Signal::SIGKILL)),
-                Action::Kill(_) => {}
+                Action::KillBoth(wanted) if time == *wanted => {
+                    kill_parent();
+                    let _ = raise(Signal::SIGKILL);
+                }
+                Action::Kill(_) | Action::KillBoth(_) => {}
                 Action::Stop => drop(raise(Signal::SIGSTOP)),
             }
             Ok(())
         }
         _ => Ok(()),
+    }
+}
+
+/// Kills the process that has started this one if it runs the same program.
+fn kill_parent() {
+    let parent = getppid();
+    let programs = (fs::read_link("/proc/self/exe"), fs::read_link(format!("/proc/{parent}/exe")));
+    if let (Ok(own), Ok(other)) = programs
+        && own == other
+    {
+        let _ = kill(parent, Signal::SIGKILL);
     }
 }
 

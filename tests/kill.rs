@@ -223,7 +223,8 @@ fn privileged_a_tree_survives_the_death_of_both_at_once() {
 
 /// The points at which a thread of the tree has other registers than its own, or is just
 /// about to.
-const WINDOWS: [Point; 7] = [
+const WINDOWS: [Point; 8] = [
+    Point::DumpMapped,
     Point::DumpInjected,
     Point::DumpCallSet,
     Point::DumpCall,
@@ -233,8 +234,14 @@ const WINDOWS: [Point; 7] = [
     Point::DumpWalked,
 ];
 
-/// Kills the worker at a point each time that it comes by, until it does no more.
+/// Kills the worker at a point each time that it comes by, until it does no more; and then
+/// both processes.
 fn killed_everywhere(name: &str, options: &[&str]) {
+    killed_at_all_points(name, options, "kill");
+    killed_at_all_points(name, options, "kill-both");
+}
+
+fn killed_at_all_points(name: &str, options: &[&str], how: &str) {
     require(Cap::Ptrace);
     let mut live = Live::workload(name);
     let before = live.state();
@@ -242,7 +249,7 @@ fn killed_everywhere(name: &str, options: &[&str]) {
     let mut kills = 0;
     for point in WINDOWS {
         for time in 1..=most {
-            let fault = format!("{}:kill:{time}", point.name());
+            let fault = format!("{}:{how}:{time}", point.name());
             let status = start(&live, options, Some(&fault)).wait().unwrap();
             let wrong = harm(&mut live, &before);
             assert!(wrong.is_empty(), "killed at {fault}:\n{}", wrong.join("\n"));
@@ -253,7 +260,7 @@ fn killed_everywhere(name: &str, options: &[&str]) {
         }
     }
     assert!(kills > 0, "no point was hit");
-    println!("{name} {options:?}: killed {kills} times");
+    println!("{name} {options:?}: {how} {kills} times");
     live.verdict();
 }
 

@@ -39,8 +39,14 @@ use crate::{
 /// today's processors have 11 KiB.
 const SLOT_BYTES: u64 = 20 << 10;
 
-/// Where in these the frame begins.
-const FRAME_AT: u64 = PAGE_SIZE;
+/// Where in these the frame begins that leads to one more call (see [`Home::detour`]).
+const DETOUR_AT: u64 = PAGE_SIZE;
+
+/// Where in these the frame begins that leads home. It is above the other one, so that a
+/// handler that runs before that is reached leaves this one alone.
+const FRAME_AT: u64 = DETOUR_AT + 512;
+
+const _: () = assert!(FRAME_AT - DETOUR_AT >= arch::FRAME_AREA_OFFSET && FRAME_AT % 64 == 0);
 
 /// One for the thread that has the scratch memory mapped, one for another.
 const SLOTS: u64 = 2;
@@ -115,7 +121,26 @@ impl Home {
             return Ok(None);
         };
         let (registers, mask) = (tracee.registers_to_come_home(), tracee.signal_mask);
-        let frame = arch::frame(address, way.restorer, &registers, mask, &area);
+        let frame = arch::frame(address, way.restorer, &registers, mask, Some(&area));
+        self.lend(address, &frame)?;
+        Ok(Some(address))
+    }
+
+    /// Makes the way of a thread from one call to the next: it returns from the first to
+    /// `registers`, which make the second, and from there home by the frame of `slot`, which
+    /// is prepared. Returns where its stack pointer has to be for the first.
+    ///
+    /// # Errors
+    /// [`InjectError::Memory`].
+    pub(super) fn detour(
+        &mut self,
+        slot: Slot,
+        registers: &Registers,
+        mask: u64,
+    ) -> Result<Option<RemoteAddr>> {
+        let Some(way) = self.way else { return Ok(None) };
+        let address = way.start.plus(slot as u64 * SLOT_BYTES + DETOUR_AT);
+        let frame = arch::frame(address, way.restorer, registers, mask, None);
         self.lend(address, &frame)?;
         Ok(Some(address))
     }

@@ -1,12 +1,17 @@
 //! Work in a process that goes on afterwards, as if nothing had happened.
 //!
-//! At every moment at most one thread of it has other registers than its own, and these
-//! lead it home (see `home`), so that the process takes no harm if this program is killed.
+//! Threads of it that have other registers than their own find home by these alone (see
+//! `home`), so that the process takes no harm if this program is killed.
 //!
-//! Scripts are made from scratch memory, which one thread, the keeper, has mapped. While
-//! nobody works, the keeper's registers are those with which it unmaps that memory and
+//! Scripts are made from scratch memory, which one thread, the keeper, has mapped. While no
+//! thread works, the keeper's registers are those with which it unmaps that memory and
 //! comes home. A thread that works ends in the same way. It tells that it is through by a
-//! signal to itself that the process ignores: it is only seen by who traces the thread.
+//! signal to itself that the process ignores: only the tracer of the thread sees it.
+//!
+//! So at each moment some thread is to unmap the memory. While it changes hands, two are:
+//! if this program is killed just then, each unmaps it. The second call finds nothing, as
+//! the place is in the middle of the largest gap, where the kernel puts no mapping of its
+//! own choice.
 //!
 //! Where there is no such signal, or no room for scratch memory (`RLIMIT_AS`, `RLIMIT_DATA`,
 //! `RLIMIT_MEMLOCK` with `MCL_FUTURE`), a thread is stopped at each call instead, with its
@@ -23,7 +28,7 @@ use super::{
 use crate::{
     fault::{self, Point},
     proc::{self, Mapping},
-    sys::supervise,
+    sys::{ptrace::Registers, supervise},
     units::{PAGE_SIZE, RemoteAddr},
 };
 
@@ -140,25 +145,26 @@ impl Session {
         self.place = Place::Scratch(*scratch, signal);
         let mask = mask_for(signal);
         let tid = keeper.tid;
-        let result = keeper.call(scratch.instruction, self.stack, mask, libc::SYS_mmap, map)?;
+        // If this program is killed now, the keeper returns from the call to the next one.
+        let parked = parked(keeper, scratch, self.stack);
+        let stack = match self.stack {
+            Some(_) => self.home.detour(Slot::Keeper, &parked, mask)?,
+            None => None,
+        };
+        let result = keeper.call(scratch.instruction, stack, mask, libc::SYS_mmap, map)?;
         let what = "map scratch memory".into();
         result.map_err(|source| InjectError::Call { tid, what, source })?;
-        self.park(keeper)?;
+        fault::hit(Point::DumpMapped)?;
+        self.park(keeper, self.stack)?;
         scratch.load_code(tid)
     }
 
-    /// Gives the keeper the registers with which it unmaps the scratch memory and comes
-    /// home.
-    fn park(&self, keeper: &mut Tracee) -> Result<()> {
-        let Place::Scratch(scratch, signal) = self.place else { return keeper.put_back() };
-        let registers = keeper.registers_to_call(
-            scratch.instruction,
-            self.stack,
-            libc::SYS_munmap,
-            unmap(&scratch),
-        );
-        keeper.set_registers(&registers)?;
-        keeper.block(mask_for(signal))
+    /// Gives a thread, whose way home begins at `stack`, the registers with which it unmaps
+    /// the scratch memory and goes there.
+    fn park(&self, thread: &mut Tracee, stack: Option<RemoteAddr>) -> Result<()> {
+        let Place::Scratch(scratch, signal) = self.place else { return thread.put_back() };
+        thread.set_registers(&parked(thread, &scratch, stack))?;
+        thread.block(mask_for(signal))
     }
 
     /// Unmaps the scratch memory.
@@ -244,20 +250,26 @@ impl Session {
         };
         let (code, table) = (scratch.start, scratch.table());
         let registers = arch::enter_and_return(&thread.registers, code, table, home);
-        if position != 0 {
-            // Two threads that unmap the same memory could unmap what others have mapped
-            // in between. Rather it stays mapped for the moment in which nobody would.
-            threads[0].put_back()?;
-            fault::hit(Point::DumpHanded)?;
+        if position == 0 {
+            threads[0].set_registers(&registers)?;
+            threads[0].block(mask_for(signal))?;
+            let result = Self::walk(&mut threads[0], &scratch, signal, script, act);
+            self.park(&mut threads[0], self.stack)?;
+            return result;
         }
-        let thread = &mut threads[position];
-        thread.set_registers(&registers)?;
-        thread.block(mask_for(signal))?;
-        let result = Self::walk(thread, &scratch, signal, script, act);
-        if position != 0 {
-            thread.put_back()?;
-        }
-        self.park(&mut threads[0])?;
+        // The keeper may not unmap what the other thread executes: both wait to unmap it
+        // until one of them is put back.
+        self.park(&mut threads[position], stack)?;
+        fault::hit(Point::DumpHanded)?;
+        threads[0].put_back()?;
+        fault::hit(Point::DumpHanded)?;
+        threads[position].set_registers(&registers)?;
+        let result = Self::walk(&mut threads[position], &scratch, signal, script, act);
+        let waits = self.park(&mut threads[position], stack);
+        let keeps = self.park(&mut threads[0], self.stack);
+        fault::hit(Point::DumpHanded)?;
+        waits.and(keeps)?;
+        threads[position].put_back()?;
         result
     }
 
@@ -330,6 +342,11 @@ impl Session {
 /// The signals that a thread blocks while it works: all but the one by which it stops.
 const fn mask_for(signal: i32) -> u64 {
     !(1 << (signal - 1))
+}
+
+/// Returns the registers with which a thread unmaps the scratch memory and comes home.
+fn parked(thread: &Tracee, scratch: &Scratch, stack: Option<RemoteAddr>) -> Registers {
+    thread.registers_to_call(scratch.instruction, stack, libc::SYS_munmap, unmap(scratch))
 }
 
 fn unmap(scratch: &Scratch) -> [u64; 6] {

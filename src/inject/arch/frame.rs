@@ -113,13 +113,14 @@ impl Area {
 }
 
 /// Returns the bytes of a frame at `address`, which is a multiple of 64: the thread that
-/// returns to it has these registers, these signals blocked, and what is in `area`.
+/// returns to it has these registers, these signals blocked, and what is in `area`;
+/// without one, all registers but the general ones are as in a new program.
 pub(in crate::inject) fn frame(
     address: RemoteAddr,
     restorer: RemoteAddr,
     registers: &Registers,
     mask: u64,
-    area: &Area,
+    area: Option<&Area>,
 ) -> Vec<u8> {
     let narrow = |selector: u64| u16::try_from(selector).unwrap_or(0);
     let r = registers;
@@ -135,12 +136,14 @@ pub(in crate::inject) fn frame(
         gs: narrow(r.gs),
         fs: narrow(r.fs),
         ss: narrow(r.ss),
-        area: address.plus(FRAME_AREA_OFFSET).0,
+        area: area.map_or(0, |_| address.plus(FRAME_AREA_OFFSET).0),
         mask,
         ..Frame::default()
     };
     let mut bytes = frame.as_bytes().to_vec();
-    bytes.resize(usize::try_from(FRAME_AREA_OFFSET).expect("small"), 0);
-    bytes.extend_from_slice(&area.0);
+    if let Some(area) = area {
+        bytes.resize(usize::try_from(FRAME_AREA_OFFSET).expect("small"), 0);
+        bytes.extend_from_slice(&area.0);
+    }
     bytes
 }
