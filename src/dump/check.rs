@@ -1,9 +1,11 @@
 //! Whether a stopped tree is one that can be dumped: what is told from outside, before
 //! anything in it is changed.
 
-use std::{cmp::Ordering, collections::BTreeSet};
+use std::{cmp::Ordering, collections::BTreeSet, os::fd::OwnedFd};
 
-use super::{DumpError, Options, Result, files};
+use nix::errno::Errno;
+
+use super::{DumpError, Options, Result};
 use crate::{
     causes::tell,
     inject::{Task, Tracee},
@@ -79,7 +81,7 @@ pub(super) fn tree(tasks: &[Task], options: &Options) -> Result<()> {
         // Before anything is taken for not shared because that cannot be told.
         compare(task.witness(), task.witness(), Shared::Memory)?;
         if task.is_leaderless() && !options.pre_dump {
-            files::open_process(task)?;
+            open_process(task)?;
         }
         check_namespaces(task, &own)?;
         check_sharing(task)?;
@@ -243,4 +245,27 @@ fn check_thread(pid: HostPid, thread: &Tracee) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Returns a descriptor of a process, by which its descriptors are duplicated.
+///
+/// # Errors
+/// [`DumpError::Unsupported`] where the kernel has none for a process whose first thread has
+/// exited; [`DumpError::Process`].
+pub(super) fn open_process(task: &Task) -> Result<OwnedFd> {
+    let opened = if task.is_leaderless() {
+        process::pidfd_open_thread(task.witness())
+    } else {
+        process::pidfd_open(task.pid)
+    };
+    opened.map_err(|source| match source {
+        Errno::EINVAL => DumpError::Unsupported {
+            pid: task.pid,
+            what:
+                "has threads that live, but the first of them has exited (pthread_exit(3) in main)"
+                    .to_owned(),
+            help: "it takes Linux 6.9 or newer to see what these have open; let main wait for them",
+        },
+        source => DumpError::Process { pid: task.pid, step: "open", source },
+    })
 }

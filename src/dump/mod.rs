@@ -8,7 +8,6 @@
 mod census;
 mod check;
 mod error;
-mod files;
 mod memory;
 mod options;
 mod pre_dump;
@@ -40,7 +39,10 @@ use crate::{
     image::{Kind, SnapshotWriter, disk::Kernel, proto},
     inject::{Frozen, Outcome},
     proc,
-    res::{cgroup, file::Policy},
+    res::{
+        cgroup,
+        file::{FileTable, Policy},
+    },
     sys::{
         cancel, fds,
         lock::{Access, DirectoryLocks},
@@ -49,7 +51,6 @@ use crate::{
     units::HostPid,
 };
 use census::Census;
-use files::FileTable;
 use memory::Memory;
 use stats::Stats;
 use track::Tracking;

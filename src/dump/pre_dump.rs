@@ -111,7 +111,7 @@ impl Found {
             if object == Object::Vsyscall {
                 continue;
             }
-            let path = || tree::map_file(pid, mapping);
+            let path = || proc::map_file(pid, mapping);
             match object {
                 Object::SharedMemory => {
                     tracking.note(pid, mapping);

@@ -9,7 +9,7 @@ use std::{
 
 use super::{
     DumpError, Result,
-    files::FileTable,
+    check::open_process,
     memory::{Memory, Origin, Stretch},
     reading::{self, ProcessMemory},
     track::Tracking,
@@ -21,7 +21,9 @@ use crate::{
     proc::{self, Mapping, VmFlags},
     res::{
         attribute::{self, Who, memory::LockLater},
-        cgroup, leader,
+        cgroup,
+        file::FileTable,
+        leader,
         mapping::{self, Object},
         stop::{self, Untold},
         sysv,
@@ -141,7 +143,7 @@ impl<'a> Collection<'a> {
             ..namespace_ids()
         };
         self.write_one(Kind::Ids, pid, &ids)?;
-        let fds = self.files.collect_fds(task)?;
+        let fds = self.files.collect_fds(witness, &open_process(task)?)?;
         self.images.write(Kind::Fdinfo, ids.files_id.into(), &fds)?;
         let fs = proto::FsEntry {
             cwd_id: self.files.enter_path(witness, proc_path(witness, "cwd"))?,
@@ -349,7 +351,7 @@ impl<'a> Collection<'a> {
         if let Some(file_id) = self.shared.get(&key) {
             return Ok(*file_id);
         }
-        let file_id = self.files.enter_object(pid, map_file(pid, mapping))?;
+        let file_id = self.files.enter_object(pid, proc::map_file(pid, mapping))?;
         self.shared.insert(key, file_id);
         Ok(file_id)
     }
@@ -369,7 +371,7 @@ impl<'a> Collection<'a> {
             step: "look at the System V segment of",
             source,
         })?;
-        let path = map_file(pid, mapping);
+        let path = proc::map_file(pid, mapping);
         let file = fds::open_unseen(&path).map_err(|source| DumpError::File { path, source })?;
         self.segments.insert(id, (entry, file));
         Ok(())
@@ -513,9 +515,4 @@ fn guard(region: &Region) -> proto::VmaEntry {
 
 pub(super) fn proc_path(pid: HostPid, file: &str) -> PathBuf {
     format!("/proc/{pid}/{file}").into()
-}
-
-pub(super) fn map_file(pid: HostPid, mapping: &Mapping) -> PathBuf {
-    let (RemoteAddr(start), RemoteAddr(end)) = (mapping.start, mapping.end);
-    format!("/proc/{pid}/map_files/{start:x}-{end:x}").into()
 }

@@ -308,6 +308,12 @@ pub fn syscall(pid: HostPid, tid: HostPid) -> Result<Vec<u8>> {
     read_bytes(&of_thread(pid, tid, "syscall"))
 }
 
+/// Returns the path by which the file of a mapping can be opened.
+pub fn map_file(pid: HostPid, mapping: &Mapping) -> PathBuf {
+    let (start, end) = (mapping.start.0, mapping.end.0);
+    of_process(pid, &format!("map_files/{start:x}-{end:x}"))
+}
+
 /// Returns the path of a file of a process.
 fn of_process(pid: HostPid, file: &str) -> PathBuf {
     PathBuf::from(format!("/proc/{pid}/{file}"))

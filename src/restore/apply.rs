@@ -3,9 +3,7 @@
 use nix::libc;
 
 use super::{
-    Result,
-    files::Files,
-    memory,
+    Result, memory,
     plan::{Body, Plan},
     tree::Puppets,
 };
@@ -15,7 +13,9 @@ use crate::{
     res::{
         ResError,
         attribute::{Differences, Who, memory as memory_attributes},
-        creds, leader, signals, task, thread,
+        creds,
+        file::Installer,
+        leader, signals, task, thread,
     },
     units::HostPid,
 };
@@ -31,16 +31,16 @@ const AUXV_AT: usize = 88;
 ///
 /// # Errors
 /// Whatever fails.
-pub(super) fn all(plan: &Plan, puppets: &mut Puppets, files: &mut Files) -> Result<()> {
+pub(super) fn all(plan: &Plan, puppets: &mut Puppets, files: &mut Installer<'_>) -> Result<()> {
     let own = creds::Own::read()?;
     let mut differences = Differences::default();
     let limits = crate::proc::limits(HostPid(nix::unistd::getpid().as_raw()))?;
     for (position, planned) in plan.tasks.iter().enumerate() {
         let Some(body) = &planned.body else { continue };
         let mut script = Script::new();
-        files.stand(body, &mut script)?;
-        memory_map(body, files.program(body)?, &mut script);
-        files.install(planned.pid, body, &mut script)?;
+        files.stand(&body.fs, &mut script)?;
+        memory_map(body, files.program(body.mm.exe_file_id)?, &mut script);
+        files.install(planned.pid, &body.fds, &mut script)?;
         run(puppets, position, 0, &script)?;
     }
     fault::hit(Point::RestoreFiles)?;
@@ -51,7 +51,7 @@ pub(super) fn all(plan: &Plan, puppets: &mut Puppets, files: &mut Files) -> Resu
     for (position, planned) in plan.tasks.iter().enumerate() {
         let Some(body) = &planned.body else { continue };
         let mut script = Script::new();
-        files.install_late(planned.pid, body, &mut script)?;
+        files.install_late(planned.pid, &body.fds, &body.fs, &mut script)?;
         if !script.is_empty() {
             run(puppets, position, 0, &script)?;
         }
@@ -102,7 +102,7 @@ pub(super) fn all(plan: &Plan, puppets: &mut Puppets, files: &mut Files) -> Resu
                     let arguments = [libc::PR_SET_DUMPABLE.into(), dumpable.into()];
                     script.call("set whether it can be dumped", libc::SYS_prctl, &arguments);
                 }
-                files.own(body, &mut script);
+                files.own(&body.fds, &mut script);
             }
             run(puppets, position, number, &script)?;
         }
@@ -116,7 +116,7 @@ pub(super) fn all(plan: &Plan, puppets: &mut Puppets, files: &mut Files) -> Resu
 ///
 /// # Errors
 /// Whatever fails.
-pub(super) fn finish(plan: &Plan, puppets: &mut Puppets, files: &mut Files) -> Result<()> {
+pub(super) fn finish(plan: &Plan, puppets: &mut Puppets, files: &mut Installer<'_>) -> Result<()> {
     for (position, planned) in plan.tasks.iter().enumerate() {
         if planned.body.is_none() {
             continue;
@@ -161,7 +161,7 @@ pub(super) fn finish(plan: &Plan, puppets: &mut Puppets, files: &mut Files) -> R
             puppets.dress(position)?;
         }
     }
-    files.position_late()
+    Ok(files.position_late()?)
 }
 
 fn run(puppets: &mut Puppets, position: usize, number: usize, script: &Script) -> Result<Answers> {

@@ -7,7 +7,6 @@
 
 mod apply;
 mod error;
-mod files;
 mod free;
 mod memory;
 mod objects;
@@ -40,7 +39,6 @@ use crate::{
     },
     units::HostPid,
 };
-use files::Files;
 use free::Free;
 use plan::Plan;
 use stats::Stats;
@@ -161,11 +159,17 @@ fn restore(
         external: Vec::new(),
         inherit_fds: options.inherit_fds.clone(),
     };
-    let mut files = Files::open(plan, images, &policy)?;
+    let mut files = plan.installer(&policy);
     let objects = objects::create(plan, images, &mut files.opened)?;
     let inodes = memfd::inodes(images)?;
-    files.open_others(plan, &inodes)?;
-    files.open_descriptions(plan)?;
+    for body in plan.tasks.iter().filter_map(|task| task.body.as_ref()) {
+        files.need_program(body.mm.exe_file_id)?;
+        files.need_directory(body.fs.root_id)?;
+        files.need_directory(body.fs.cwd_id)?;
+        body.vmas.iter().try_for_each(|entry| files.need_mapped(entry, &inodes))?;
+    }
+    files.move_objects()?;
+    files.open_descriptions()?;
     files.opened.build_ids.log();
     let table_bytes = table_bytes(plan);
     let place = scratch_place(plan, table_bytes)?;
@@ -181,7 +185,7 @@ fn restore(
         let workshop = Workshop {
             place,
             table_bytes,
-            file: &|entry| files.for_mapping(entry),
+            file: &|entry| Ok(files.for_mapping(entry)?),
             shell_job: options.shell_job,
             free,
             sibling: options.sibling,

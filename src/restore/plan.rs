@@ -14,6 +14,7 @@ use crate::{
     },
     res::{
         cgroup::{self, Places},
+        file::{self, Installer, Policy},
         task::state,
     },
     sys::lock::{Access, DirectoryLocks},
@@ -66,6 +67,13 @@ impl TaskPlan {
         stored.unwrap_or(nix::libc::SIGCHLD.cast_unsigned())
     }
 
+    /// Returns what concerns its files, if it lives.
+    fn file_user(&self) -> Option<file::Process<'_>> {
+        let body = self.body.as_ref()?;
+        let creds = self.core().thread_core.as_ref().and_then(|core| core.creds.as_ref());
+        Some(file::Process { pid: self.pid, group: self.group, creds, fds: &body.fds })
+    }
+
     /// Returns the process's state, see [`state`].
     pub(super) fn state(&self) -> u32 {
         self.core().tc.as_ref().map_or(state::DEAD, |task| task.task_state)
@@ -91,6 +99,14 @@ impl Plan {
     /// Returns the directory of the images.
     pub(super) fn dir(&self) -> &Path {
         &self.chain.snapshot(self.snapshot).dir
+    }
+
+    /// Returns what opens the files of the tree, and gives them to its processes.
+    pub(super) fn installer(&self, policy: &Policy) -> Installer<'_> {
+        let threads = self.tasks.iter().flat_map(|task| &task.threads);
+        let numbers = threads.map(|thread| thread.tid.0).collect();
+        let processes = self.tasks.iter().filter_map(TaskPlan::file_user).collect();
+        Installer::new(self.dir(), policy, &self.files, processes, numbers)
     }
 
     /// Says who uses a file of the images, as what, and what it is called: as in

@@ -12,6 +12,7 @@ pub mod eventpoll;
 pub mod fown;
 mod inet;
 mod inet_open;
+mod install;
 mod late;
 pub mod lost;
 pub mod memfd;
@@ -28,6 +29,7 @@ mod sock_rest;
 mod sock_state;
 #[cfg(test)]
 mod sock_testing;
+mod table;
 #[cfg(test)]
 mod testing;
 pub mod timerfd;
@@ -57,9 +59,10 @@ use crate::{
 };
 
 pub use self::{
+    install::{Installer, Process},
     lost::Lost,
     revived::Revived,
-    sock_queue::queued_ids,
+    table::FileTable,
     validation::{BuildIds, Validation},
 };
 
@@ -136,6 +139,14 @@ pub enum FileError {
         id: u32,
         /// What is wrong, found and expected.
         problem: String,
+    },
+    /// A file could not be read while dumping.
+    #[error("read {path}", path = .path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
     },
     /// An image could not be read or written.
     #[error(transparent)]

@@ -12,21 +12,18 @@ use std::{
 };
 
 use nix::{
-    errno::Errno,
     fcntl::{FcntlArg, fcntl},
     libc,
     sys::stat::fstat,
 };
 
-use super::{DumpError, Result, tree::map_file};
+use super::{
+    BuildIds, Collector, Description, FileError, Intake, KINDS, Lost, Policy, Result, Validation,
+    fown, owner, regular,
+};
 use crate::{
     image::{Kind, SnapshotWriter, proto},
-    inject::Task,
     proc::{self, FdInfo, Mapping},
-    res::file::{
-        BuildIds, Collector, Description, FileError, Intake, KINDS, Lost, Policy, Validation, fown,
-        owner, regular,
-    },
     sys::{
         fds,
         process::{self, Shared},
@@ -37,31 +34,8 @@ use crate::{
 /// The number in [`Description::number`] of files that are no descriptors.
 const NO_DESCRIPTOR: TargetFd = TargetFd(-1);
 
-/// Returns a descriptor of a process, by which its descriptors are duplicated.
-///
-/// # Errors
-/// [`DumpError::Unsupported`] where the kernel has none for a process whose first thread has
-/// exited; [`DumpError::Process`].
-pub(super) fn open_process(task: &Task) -> Result<OwnedFd> {
-    let opened = if task.is_leaderless() {
-        process::pidfd_open_thread(task.witness())
-    } else {
-        process::pidfd_open(task.pid)
-    };
-    opened.map_err(|source| match source {
-        Errno::EINVAL => DumpError::Unsupported {
-            pid: task.pid,
-            what:
-                "has threads that live, but the first of them has exited (pthread_exit(3) in main)"
-                    .to_owned(),
-            help: "it takes Linux 6.9 or newer to see what these have open; let main wait for them",
-        },
-        source => DumpError::Process { pid: task.pid, step: "open", source },
-    })
-}
-
 /// All open files of a tree.
-pub(super) struct FileTable {
+pub struct FileTable {
     own: HostPid,
     collectors: Vec<Option<Box<dyn Collector>>>,
     state: State,
@@ -101,7 +75,7 @@ impl State {
     }
 
     /// Returns the number of a description, and a duplicate of `fd` if it is new.
-    fn identify(&mut self, fd: OwnedFd) -> Result<(u32, Option<OwnedFd>), FileError> {
+    fn identify(&mut self, fd: OwnedFd) -> Result<(u32, Option<OwnedFd>)> {
         let failed = |step| FileError::restore(0, step, "a descriptor");
         let stat = fstat(&fd).map_err(failed("look at"))?;
         let known = self.known.entry((stat.st_dev, stat.st_ino)).or_default();
@@ -131,7 +105,7 @@ impl State {
 }
 
 impl Intake for State {
-    fn enter(&mut self, fd: OwnedFd, from: &Description) -> Result<u32, FileError> {
+    fn enter(&mut self, fd: OwnedFd, from: &Description) -> Result<u32> {
         let (id, new) = self.identify(fd)?;
         if let Some(fd) = new {
             self.pending.push(Pending { id, fd, pid: from.pid });
@@ -164,9 +138,15 @@ impl Intake for State {
     }
 }
 
+impl std::fmt::Debug for FileTable {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("FileTable").field("entries", &self.state.entries).finish_non_exhaustive()
+    }
+}
+
 impl FileTable {
     /// Returns an empty table for a tree with these processes and threads.
-    pub(super) fn new(policy: &Policy, processes: HashSet<i32>) -> Self {
+    pub fn new(policy: &Policy, processes: HashSet<i32>) -> Self {
         let own = HostPid(nix::unistd::getpid().as_raw());
         Self {
             own,
@@ -190,12 +170,14 @@ impl FileTable {
 
     /// Collects the descriptors of a process and returns what its `fdinfo` image
     /// says.
-    pub(super) fn collect_fds(&mut self, task: &Task) -> Result<Vec<proto::FdinfoEntry>> {
-        let pid = task.witness();
-        let pidfd = open_process(task)?;
+    pub fn collect_fds(
+        &mut self,
+        pid: HostPid,
+        pidfd: &OwnedFd,
+    ) -> Result<Vec<proto::FdinfoEntry>> {
         let mut entries = Vec::new();
         for number in proc::fds(pid)? {
-            let fd = process::pidfd_getfd(&pidfd, number).map_err(|source| FileError::Dump {
+            let fd = process::pidfd_getfd(pidfd, number).map_err(|source| FileError::Dump {
                 pid,
                 fd: number,
                 link: "unknown".into(),
@@ -210,7 +192,7 @@ impl FileTable {
                     String::from_utf8_lossy(lock)
                 );
                 let help = "file locks are not dumped yet; let the program release it";
-                return Err(FileError::Unsupported { pid, fd: number, what, help }.into());
+                return Err(FileError::Unsupported { pid, fd: number, what, help });
             }
             let close_on_exec = info.flags & libc::O_CLOEXEC.cast_unsigned() != 0;
             let (id, new) = self.state.identify(fd)?;
@@ -278,9 +260,7 @@ impl FileTable {
             .position(|kind| kind.as_ref().is_some_and(|kind| kind.claims(&file)));
         let Some(position) = claimed else {
             let what = String::from_utf8_lossy(&file.link).into_owned();
-            return Err(file
-                .unsupported(what, "files of this kind are not dumped; close it")
-                .into());
+            return Err(file.unsupported(what, "files of this kind are not dumped; close it"));
         };
         // Taken out, so that it can enter files that it finds.
         let mut collector = self.collectors[position].take().expect("only one is out");
@@ -295,8 +275,8 @@ impl FileTable {
 
     /// Enters a file that is known by its path: `path` leads to it, such as
     /// `/proc/PID/exe`. Returns its number.
-    pub(super) fn enter_path(&mut self, pid: HostPid, path: PathBuf) -> Result<u32> {
-        let failed = |source| DumpError::File { path: path.clone(), source };
+    pub fn enter_path(&mut self, pid: HostPid, path: PathBuf) -> Result<u32> {
+        let failed = |source| FileError::Read { path: path.clone(), source };
         let file =
             File::options().read(true).custom_flags(libc::O_PATH).open(&path).map_err(failed)?;
         let link = std::fs::read_link(&path).map_err(failed)?;
@@ -329,20 +309,20 @@ impl FileTable {
 
     /// Enters the file of a mapping, and returns its number. Most files are mapped
     /// several times, by several processes.
-    pub(super) fn enter_mapped(&mut self, pid: HostPid, mapping: &Mapping) -> Result<u32> {
+    pub fn enter_mapped(&mut self, pid: HostPid, mapping: &Mapping) -> Result<u32> {
         let Mapping { dev_major, dev_minor, inode, .. } = *mapping;
         let key = (dev_major, dev_minor, inode, mapping.name.clone());
         if let Some(id) = self.state.mapped.get(&key) {
             return Ok(*id);
         }
-        let id = self.enter_path(pid, map_file(pid, mapping))?;
+        let id = self.enter_path(pid, proc::map_file(pid, mapping))?;
         self.state.mapped.insert(key, id);
         Ok(id)
     }
 
     /// Enters shared memory that is mapped; `path` leads to it. Returns its number.
-    pub(super) fn enter_object(&mut self, pid: HostPid, path: PathBuf) -> Result<u32> {
-        let failed = |source| DumpError::File { path: path.clone(), source };
+    pub fn enter_object(&mut self, pid: HostPid, path: PathBuf) -> Result<u32> {
+        let failed = |source| FileError::Read { path: path.clone(), source };
         let file = File::open(&path).map_err(failed)?;
         let link = std::fs::read_link(&path).map_err(failed)?;
         let link = std::os::unix::ffi::OsStringExt::into_vec(link.into_os_string());
@@ -356,7 +336,7 @@ impl FileTable {
 
     /// Returns all shared memory that was found, mapped or not, by inode number, with
     /// descriptors that can be read.
-    pub(super) fn shared_memory(&self) -> Result<BTreeMap<u64, OwnedFd>> {
+    pub fn shared_memory(&self) -> Result<BTreeMap<u64, OwnedFd>> {
         let mut found = BTreeMap::new();
         for ((_, inode), descriptions) in &self.state.known {
             for (id, fd) in descriptions {
@@ -364,7 +344,7 @@ impl FileTable {
                 if is_memory && !found.contains_key(inode) {
                     let path = PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()));
                     let file = fds::open_unseen(&path)
-                        .map_err(|source| DumpError::File { path, source })?;
+                        .map_err(|source| FileError::Read { path, source })?;
                     found.insert(*inode, file.into());
                 }
             }
@@ -374,7 +354,7 @@ impl FileTable {
 
     /// Writes all images of open files. The tree is still stopped: files without
     /// names are read now.
-    pub(super) fn write(&mut self, images: &SnapshotWriter) -> Result<()> {
+    pub fn write(&mut self, images: &SnapshotWriter) -> Result<()> {
         self.collect_pending()?;
         for position in 0..self.collectors.len() {
             let mut collector = self.collectors[position].take().expect("none is out");
@@ -392,12 +372,12 @@ impl FileTable {
     }
 
     /// Leaves the names that were given to files without one.
-    pub(super) fn keep_links(&mut self) {
+    pub fn keep_links(&mut self) {
         self.state.lost.keep_links();
     }
 
     /// Says which of them are taken away although a restore needs them.
-    pub(super) fn warn_of_links(&self) {
+    pub fn warn_of_links(&self) {
         self.state.lost.warn_of_links();
     }
 }

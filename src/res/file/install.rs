@@ -15,26 +15,40 @@ use std::{
 use nix::libc;
 
 use super::{
-    RestoreError, Result,
-    plan::{Body, Plan},
+    FileError, KINDS, Late, NO_DESCRIPTION, Opened, Opener, Policy, Result, fown, memfd,
+    owner::Holder, regular, revived, sock_queue::queued_ids, tty, validation::check_unwritten,
 };
 use crate::{
     image::{
-        proto::{self, FileEntry, VmaEntry},
+        proto::{self, FdinfoEntry, FileEntry, FsEntry, VmaEntry},
         vma,
     },
     inject::{Arg, Script},
-    res::file::{
-        FileError, KINDS, Late, NO_DESCRIPTION, Opened, Opener, Policy, fown, memfd, owner::Holder,
-        queued_ids, regular, revived, tty, validation::check_unwritten,
-    },
     sys::{fds, process},
     units::{HostPid, TargetFd},
 };
 
+/// A process of the tree, as far as it matters for its files.
+#[derive(Clone, Copy, Debug)]
+pub struct Process<'a> {
+    /// Its number.
+    pub pid: HostPid,
+    /// Its process group.
+    pub group: HostPid,
+    /// The credentials of its leader.
+    pub creds: Option<&'a proto::CredsEntry>,
+    /// Its descriptors.
+    pub fds: &'a [FdinfoEntry],
+}
+
 /// All open files of the tree.
-pub(super) struct Files {
-    pub(super) opened: Opened,
+pub struct Installer<'a> {
+    /// The processes that live, in the order of the images.
+    processes: Vec<Process<'a>>,
+    /// The entries of `files.img`.
+    entries: &'a [FileEntry],
+    /// What was opened so far.
+    pub opened: Opened,
     openers: Vec<Box<dyn Opener>>,
     /// Descriptors above all that the tree uses.
     lowest: i32,
@@ -54,25 +68,31 @@ pub(super) struct Files {
     inherited_terminal: Option<OwnedFd>,
 }
 
-impl Files {
-    /// Opens all descriptions of the tree.
-    ///
-    /// # Errors
-    /// [`RestoreError::OpenFile`].
-    pub(super) fn open(plan: &Plan, images: &Path, policy: &Policy) -> Result<Self> {
-        let highest = plan
-            .tasks
-            .iter()
-            .filter_map(|task| task.body.as_ref())
-            .flat_map(|body| &body.fds)
-            .map(|entry| entry.fd)
-            .max()
-            .unwrap_or(0);
+impl std::fmt::Debug for Installer<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Installer").field("opened", &self.opened).finish_non_exhaustive()
+    }
+}
+
+impl<'a> Installer<'a> {
+    /// Returns an installer that has not opened anything yet. `processes` are those that
+    /// live, in the order of the images; `numbers` are all processes and threads of the tree.
+    pub fn new(
+        images: &Path,
+        policy: &Policy,
+        entries: &'a [FileEntry],
+        processes: Vec<Process<'a>>,
+        numbers: HashSet<i32>,
+    ) -> Self {
+        let descriptors = processes.iter().flat_map(|process| process.fds);
+        let highest = descriptors.map(|entry| entry.fd).max().unwrap_or(0);
         let lowest = i32::try_from(highest).unwrap_or(i32::MAX - 1) + 1;
-        let mut opened = Opened::new(images, policy.clone(), plan.files.clone());
-        let threads = plan.tasks.iter().flat_map(|task| &task.threads);
-        opened.processes = threads.map(|thread| thread.tid.0).collect();
-        Ok(Self {
+        let mut opened = Opened::new(images, policy.clone(), entries.to_vec());
+        opened.processes = numbers;
+        opened.holders = holders(&processes);
+        Self {
+            processes,
+            entries,
             opened,
             openers: KINDS.iter().map(|kind| (kind.opener)(policy)).collect(),
             lowest,
@@ -83,30 +103,27 @@ impl Files {
             late: HashSet::new(),
             controlling: Vec::new(),
             inherited_terminal: None,
-        })
+        }
     }
 
     /// Opens what descriptors of the tree lead to. Shared memory was made before.
     ///
     /// # Errors
-    /// [`RestoreError::OpenFile`].
-    pub(super) fn open_descriptions(&mut self, plan: &Plan) -> Result<()> {
+    /// [`FileError`].
+    pub fn open_descriptions(&mut self) -> Result<()> {
         // Files with a path that no descriptor leads to are programs or are mapped.
-        let bodies = plan.tasks.iter().filter_map(|task| task.body.as_ref());
-        let mut used: HashSet<u32> =
-            bodies.flat_map(|body| &body.fds).map(|entry| entry.id).collect();
+        let descriptors = self.processes.iter().flat_map(|process| process.fds);
+        let mut used: HashSet<u32> = descriptors.map(|entry| entry.id).collect();
         used.extend(queued_ids(&self.opened.images)?);
         // Some of the others stand for what a program outside of the tree has, as the
         // sockets of --ext-unix-sk do: nothing is opened for them.
         let needed = used.clone();
         let regular = i32::from(proto::FdTypes::Reg);
-        used.extend(
-            plan.files.iter().filter(|entry| entry.r#type != regular).map(|entry| entry.id),
-        );
-        self.opened.holders = holders(plan);
+        let others = self.entries.iter().filter(|entry| entry.r#type != regular);
+        used.extend(others.map(|entry| entry.id));
         for (kind, opener) in KINDS.iter().zip(&mut self.openers) {
-            let entries: Vec<FileEntry> = plan
-                .files
+            let entries: Vec<FileEntry> = self
+                .entries
                 .iter()
                 .filter(|entry| {
                     used.contains(&entry.id)
@@ -126,7 +143,7 @@ impl Files {
             self.controlling.push((terminal, fd));
         }
         if let Some(terminal) = tty::inherited(&self.opened)?
-            && plan.tasks[0].group == plan.tasks[0].pid
+            && self.processes.first().is_some_and(|root| root.group == root.pid)
         {
             let fd = fds::duplicate_from(terminal, self.lowest).map_err(too_many(0))?;
             self.inherited_terminal = Some(fd);
@@ -158,35 +175,52 @@ impl Files {
         entry.is_some_and(|entry| regular::is_late(entry, &self.opened))
     }
 
-    /// Opens all that is mapped, executed or stood in.
+    /// Opens the file that a process executes.
     ///
     /// # Errors
-    /// [`RestoreError::OpenFile`].
-    pub(super) fn open_others(
+    /// [`FileError`]: it is missing, or is another.
+    pub fn need_program(&mut self, id: u32) -> Result<()> {
+        self.other(id, libc::O_RDONLY).map(drop)
+    }
+
+    /// Opens a directory that a process stands in.
+    ///
+    /// # Errors
+    /// As [`Self::need_program`].
+    pub fn need_directory(&mut self, id: u32) -> Result<()> {
+        if self.is_late(id) {
+            self.late.insert(id);
+            return Ok(());
+        }
+        self.other(id, STAND).map(drop)
+    }
+
+    /// Opens what a mapping maps.
+    ///
+    /// # Errors
+    /// As [`Self::need_program`].
+    pub fn need_mapped(
         &mut self,
-        plan: &Plan,
+        entry: &VmaEntry,
         inodes: &[proto::MemfdInodeEntry],
     ) -> Result<()> {
-        for body in plan.tasks.iter().filter_map(|task| task.body.as_ref()) {
-            for (id, flags) in paths(body) {
-                if flags == STAND && self.is_late(id) {
-                    self.late.insert(id);
-                } else {
-                    self.other(id, flags)?;
-                }
-            }
-            for entry in &body.vmas {
-                if entry.status & vma::MEMFD != 0 {
-                    self.object(file_id(entry)?, access(entry), inodes)?;
-                } else if entry.status & (vma::FILE_PRIVATE | vma::FILE_SHARED) != 0 {
-                    self.other(file_id(entry)?, access(entry))?;
-                }
-                if entry.status & vma::FILE_PRIVATE != 0 {
-                    self.check_unwritten(entry)?;
-                }
-            }
+        if entry.status & vma::MEMFD != 0 {
+            self.object(file_id(entry)?, access(entry), inodes)?;
+        } else if entry.status & (vma::FILE_PRIVATE | vma::FILE_SHARED) != 0 {
+            self.other(file_id(entry)?, access(entry))?;
         }
-        // Anonymous shared memory has no file in the images, but an object.
+        if entry.status & vma::FILE_PRIVATE != 0 {
+            self.check_unwritten(entry)?;
+        }
+        Ok(())
+    }
+
+    /// Moves the descriptors of shared memory to where they are in no process's way.
+    /// Anonymous shared memory has no file in the images, but an object.
+    ///
+    /// # Errors
+    /// [`FileError::Restore`].
+    pub fn move_objects(&mut self) -> Result<()> {
         let objects: Vec<u64> = self.opened.objects.keys().copied().collect();
         for shmid in objects {
             let fd = fds::duplicate_from(self.opened.objects[&shmid].as_fd(), self.lowest)
@@ -231,7 +265,7 @@ impl Files {
     ///
     /// # Errors
     /// [`FileError::Image`] if there is none.
-    pub(super) fn for_mapping(&self, entry: &VmaEntry) -> Result<i32> {
+    pub fn for_mapping(&self, entry: &VmaEntry) -> Result<i32> {
         if entry.status & vma::ANON_SHARED != 0 {
             let object = self.opened.objects.get(&entry.shmid);
             let fd = object.ok_or_else(|| {
@@ -250,8 +284,8 @@ impl Files {
     ///
     /// # Errors
     /// As [`Self::for_mapping`].
-    pub(super) fn program(&self, body: &Body) -> Result<i32> {
-        self.opened_path(body.mm.exe_file_id, libc::O_RDONLY)
+    pub fn program(&self, id: u32) -> Result<i32> {
+        self.opened_path(id, libc::O_RDONLY)
     }
 
     fn opened_path(&self, id: u32, flags: i32) -> Result<i32> {
@@ -265,21 +299,21 @@ impl Files {
     ///
     /// # Errors
     /// As [`Self::for_mapping`].
-    pub(super) fn stand(&self, body: &Body, script: &mut Script) -> Result<()> {
+    pub fn stand(&self, fs: &FsEntry, script: &mut Script) -> Result<()> {
         let is_slash = self
             .opened
             .entries
-            .get(&body.fs.root_id)
+            .get(&fs.root_id)
             .and_then(|entry| entry.reg.as_ref())
             .is_some_and(|reg| reg.name == b"/");
-        if !is_slash && !self.late.contains(&body.fs.root_id) {
-            change_root(self.opened_path(body.fs.root_id, STAND)?.into(), script);
+        if !is_slash && !self.late.contains(&fs.root_id) {
+            change_root(self.opened_path(fs.root_id, STAND)?.into(), script);
         }
-        if !self.late.contains(&body.fs.cwd_id) {
-            let cwd = self.opened_path(body.fs.cwd_id, STAND)?;
+        if !self.late.contains(&fs.cwd_id) {
+            let cwd = self.opened_path(fs.cwd_id, STAND)?;
             script.call("enter the working directory", libc::SYS_fchdir, &[cwd.into()]);
         }
-        if let Some(umask) = body.fs.umask {
+        if let Some(umask) = fs.umask {
             script.call("set the umask", libc::SYS_umask, &[umask.into()]);
         }
         Ok(())
@@ -289,8 +323,13 @@ impl Files {
     /// close all others. Tasks come in the order of the images.
     ///
     /// # Errors
-    /// [`RestoreError::OpenFile`].
-    pub(super) fn install(&mut self, pid: HostPid, body: &Body, script: &mut Script) -> Result<()> {
+    /// [`FileError`].
+    pub fn install(
+        &mut self,
+        pid: HostPid,
+        fds: &[FdinfoEntry],
+        script: &mut Script,
+    ) -> Result<()> {
         for (terminal, fd) in &self.controlling {
             if i64::from(terminal.session) == i64::from(pid.0) {
                 let fd = TargetFd(fd.as_raw_fd());
@@ -310,7 +349,7 @@ impl Files {
             opener.prepare_process(pid, &at, script)?;
         }
         let mut numbers = BTreeMap::new();
-        for entry in &body.fds {
+        for entry in fds {
             let number = i32::try_from(entry.fd)
                 .map_err(|_| FileError::image(entry.id, format!("descriptor {}", entry.fd)))?;
             numbers.insert(number, entry);
@@ -352,8 +391,8 @@ impl Files {
     /// fills what may hold any of the files.
     ///
     /// # Errors
-    /// [`RestoreError::OpenFile`].
-    pub(super) fn open_late(&mut self) -> Result<()> {
+    /// [`FileError`].
+    pub fn open_late(&mut self) -> Result<()> {
         for id in self.late.clone() {
             self.other(id, STAND)?;
         }
@@ -384,17 +423,18 @@ impl Files {
     /// which it was made too early to inherit them from.
     ///
     /// # Errors
-    /// [`RestoreError::OpenFile`].
-    pub(super) fn install_late(
+    /// [`FileError`].
+    pub fn install_late(
         &mut self,
         pid: HostPid,
-        body: &Body,
+        fds: &[FdinfoEntry],
+        fs: &FsEntry,
         script: &mut Script,
     ) -> Result<()> {
         let is_first =
             |id: u32, number: i32| self.installed.get(&id) == Some(&(pid, TargetFd(number)));
         let mut wanted = Vec::new();
-        for entry in &body.fds {
+        for entry in fds {
             let number = entry.fd.cast_signed();
             match self.opened.late.get(&entry.id) {
                 None => {}
@@ -404,7 +444,7 @@ impl Files {
                 }
             }
         }
-        let (root, cwd) = (body.fs.root_id, body.fs.cwd_id);
+        let (root, cwd) = (fs.root_id, fs.cwd_id);
         let stands = [root, cwd].map(|id| self.late.contains(&id));
         if !wanted.is_empty() || stands != [false; 2] {
             let own = nix::unistd::getpid().as_raw();
@@ -434,7 +474,7 @@ impl Files {
             }
             close(pidfd.into(), script);
         }
-        for entry in &body.fds {
+        for entry in fds {
             let Some(file) = self.opened.entries.get(&entry.id) else { continue };
             if let Some(kind) = kind_of(file)
                 && self.watching.insert(entry.id)
@@ -447,8 +487,8 @@ impl Files {
 
     /// Adds the calls that say who is told of events of the descriptors of a process,
     /// when all processes exist and it has its user ids.
-    pub(super) fn own(&mut self, body: &Body, script: &mut Script) {
-        for entry in &body.fds {
+    pub fn own(&mut self, fds: &[FdinfoEntry], script: &mut Script) {
+        for entry in fds {
             let Some(file) = self.opened.entries.get(&entry.id) else { continue };
             if let (Some((owner, flags)), Ok(number)) = (fown::of(file), i32::try_from(entry.fd)) {
                 fown::install(owner, flags, TargetFd(number), script);
@@ -457,14 +497,14 @@ impl Files {
     }
 
     fn description(&self, id: u32) -> Result<BorrowedFd<'_>> {
-        Ok(description(&self.descriptions, id)?)
+        description(&self.descriptions, id)
     }
 
     /// Starts what runs by itself.
     ///
     /// # Errors
-    /// [`RestoreError::OpenFile`].
-    pub(super) fn start(&mut self) -> Result<()> {
+    /// [`FileError`].
+    pub fn start(&mut self) -> Result<()> {
         for opener in &mut self.openers {
             opener.start(&self.opened)?;
         }
@@ -475,8 +515,8 @@ impl Files {
     /// changes any more.
     ///
     /// # Errors
-    /// [`RestoreError::OpenFile`].
-    pub(super) fn position_late(&self) -> Result<()> {
+    /// [`FileError`].
+    pub fn position_late(&self) -> Result<()> {
         for id in self.opened.late.iter().filter(|(_, late)| **late == Late::ByPath).map(|l| l.0) {
             regular::position_late(*id, &self.opened)?;
         }
@@ -484,7 +524,7 @@ impl Files {
     }
 
     /// Cleans up when the tree is restored.
-    pub(super) fn finish(&mut self) {
+    pub fn finish(&mut self) {
         if let Err(error) = revived::remove_links(&mut self.opened) {
             log::warn!("{error}");
         }
@@ -506,21 +546,19 @@ fn close(fd: Arg, script: &mut Script) {
     script.call("close a descriptor", libc::SYS_close, &[fd]);
 }
 
-fn description(descriptions: &HashMap<u32, OwnedFd>, id: u32) -> Result<BorrowedFd<'_>, FileError> {
+fn description(descriptions: &HashMap<u32, OwnedFd>, id: u32) -> Result<BorrowedFd<'_>> {
     let fd = descriptions.get(&id).map(AsFd::as_fd);
     fd.ok_or_else(|| FileError::image(id, "it is used but was not opened"))
 }
 
 /// Returns the first process that has each description, and the first of all for those that
 /// none has.
-fn holders(plan: &Plan) -> HashMap<u32, Holder> {
+fn holders(processes: &[Process<'_>]) -> HashMap<u32, Holder> {
     let mut holders = HashMap::new();
-    for task in &plan.tasks {
-        let Some(body) = &task.body else { continue };
-        let creds = task.core().thread_core.as_ref().and_then(|core| core.creds.clone());
-        let Some(creds) = creds.map(Rc::new) else { continue };
-        let holder = Holder { pid: task.pid.0, creds };
-        for id in body.fds.iter().map(|entry| entry.id).chain([NO_DESCRIPTION]) {
+    for process in processes {
+        let Some(creds) = process.creds.cloned().map(Rc::new) else { continue };
+        let holder = Holder { pid: process.pid.0, creds };
+        for id in process.fds.iter().map(|entry| entry.id).chain([NO_DESCRIPTION]) {
             holders.entry(id).or_insert_with(|| holder.clone());
         }
     }
@@ -530,14 +568,9 @@ fn holders(plan: &Plan) -> HashMap<u32, Holder> {
 /// How directories are opened that processes stand in.
 const STAND: i32 = libc::O_PATH;
 
-/// The files of a process that are no descriptors, with how they are opened.
-fn paths(body: &Body) -> [(u32, i32); 3] {
-    [(body.mm.exe_file_id, libc::O_RDONLY), (body.fs.root_id, STAND), (body.fs.cwd_id, STAND)]
-}
-
 fn file_id(entry: &VmaEntry) -> Result<u32> {
     let id = u32::try_from(entry.shmid);
-    Ok(id.map_err(|_| FileError::image(0, format!("a mapping has the file {}", entry.shmid)))?)
+    id.map_err(|_| FileError::image(0, format!("a mapping has the file {}", entry.shmid)))
 }
 
 /// Returns how the file of a mapping is opened.
@@ -550,9 +583,9 @@ fn access(entry: &VmaEntry) -> i32 {
     }
 }
 
-fn too_many(id: u32) -> impl Fn(nix::errno::Errno) -> RestoreError {
+fn too_many(id: u32) -> impl Fn(nix::errno::Errno) -> FileError {
     move |source| {
         let object = "a descriptor above all that the tree uses (see ulimit -n)".to_owned();
-        RestoreError::OpenFile(FileError::Restore { id, step: "make room for", object, source })
+        FileError::Restore { id, step: "make room for", object, source }
     }
 }
