@@ -46,7 +46,8 @@ const DETOUR_AT: u64 = PAGE_SIZE;
 /// handler that runs before that is reached leaves this one alone.
 const FRAME_AT: u64 = DETOUR_AT + 512;
 
-const _: () = assert!(FRAME_AT - DETOUR_AT >= arch::FRAME_AREA_OFFSET && FRAME_AT % 64 == 0);
+const _: () =
+    assert!(FRAME_AT - DETOUR_AT >= arch::FRAME_AREA_OFFSET && FRAME_AT.is_multiple_of(64));
 
 /// One for the thread that has the scratch memory mapped, one for another.
 const SLOTS: u64 = 2;
