@@ -5,6 +5,7 @@ mod common;
 
 use std::{
     fs,
+    io::{BufRead, BufReader, Read, Write},
     path::Path,
     process::{Command, Stdio},
 };
@@ -49,6 +50,73 @@ running 1 test
 test keys ... ok
 
 test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s
+";
+
+/// What is shown of it.
+const SHOWN: &str = "
+     Running tests/live.rs (target/debug/deps/live-0123456789abcdef)
+
+running 4 tests
+test fine ... ok
+test keys ... skipped: a key
+test wrong ... FAILED
+test asked_for ... ignored, takes a day
+
+failures:
+
+---- wrong stdout ----
+panicked
+
+failures:
+    wrong
+
+test result: FAILED. 1 passed; 1 failed; 1 skipped; 1 ignored; 0 measured; 3 filtered out; finished in 0.00s
+
+error: test failed, to rerun pass `--test live`
+     Running tests/killed.rs (target/debug/deps/killed-0123456789abcdef)
+
+running 2 tests
+test fine ... ok
+     Running tests/core.rs (target/debug/deps/core-0123456789abcdef)
+
+running 1 test
+test keys ... ok
+
+test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s
+";
+
+/// A program in which a test was skipped and none has failed, and the end of the log.
+const ONLY_SKIPPED: &str = "     Running tests/peer.rs (target/debug/deps/peer-0123456789abcdef)
+
+running 1 test
+test alone ... FAILED
+
+failures:
+
+---- alone stdout ----
+SKIPPED
+
+failures:
+    alone
+
+test result: FAILED. 0 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s
+
+error: test failed, to rerun pass `--test peer`
+error: 2 targets failed:
+    `--test live`
+    `--test peer`
+";
+
+/// What is shown of it.
+const ONLY_SKIPPED_SHOWN: &str = "     Running tests/peer.rs (target/debug/deps/peer-0123456789abcdef)
+
+running 1 test
+test alone ... skipped: a peer
+
+test result: ok. 0 passed; 0 failed; 1 skipped; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s
+
+error: 1 target(s) failed:
+    `--test live`
 ";
 
 /// The same program where a key is there.
@@ -109,6 +177,40 @@ failed:
     let (text, _) = sum(&(here + &there));
     assert!(text.ends_with("\n3 passed, 2 failed, 1 skipped\n"), "{text}");
     assert_eq!(sum(&there), ("\n1 passed, 0 failed, 0 skipped\n".to_owned(), true));
+}
+
+#[test]
+fn skipped_tests_are_shown_as_skipped() {
+    let dir = tempfile::tempdir().unwrap();
+    let skipped = dir.path().join("skipped");
+    fs::write(&skipped, "live\tkeys\ta key\npeer\talone\ta peer\n").unwrap();
+    let mut command = tally(&["show".as_ref(), &skipped]);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut to = child.stdin.take().unwrap();
+    let mut from = BufReader::new(child.stdout.take().unwrap());
+    // Each line comes before the next is written.
+    let mut shown = String::new();
+    let (lines, rest) = LOG.split_at(LOG.find("\nfailures:").unwrap());
+    for line in lines.split_inclusive('\n') {
+        to.write_all(line.as_bytes()).unwrap();
+        from.read_line(&mut shown).unwrap();
+    }
+    to.write_all(rest.as_bytes()).unwrap();
+    to.write_all(ONLY_SKIPPED.as_bytes()).unwrap();
+    drop(to);
+    from.read_to_string(&mut shown).unwrap();
+    assert_eq!(shown, [SHOWN, ONLY_SKIPPED_SHOWN].concat());
+    assert!(child.wait().unwrap().success());
+    // Of a section that does not end, nothing is lost.
+    let output = Command::new("sh")
+        .arg("-c")
+        .arg("printf 'failures:\n\n---- keys stdout ----\n' | tests/tally show \"$0\"")
+        .arg(&skipped)
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(text, "failures:\n\n---- keys stdout ----\n");
 }
 
 #[test]
