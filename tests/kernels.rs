@@ -37,3 +37,8 @@ fn privileged_check_says_what_the_readme_says() {
     assert_eq!(missing, *expected, "{text}");
     assert!(output.status.success(), "nothing that every dump needs is missing: {text}");
 }
+
+#[test]
+fn tests_of_machines_exist() {
+    common::machines::tell(&[("privileged_", &["6.1", "6.12"])]);
+}

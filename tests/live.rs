@@ -80,77 +80,73 @@ fn terminal_numbers(name: &str) -> Option<MutexGuard<'static, ()>> {
 
 /// Two tests for each state.
 macro_rules! states {
-    ($($name:ident $($options:expr)?;)*) => {
+    ($($name:ident $([$($option:literal),*])? $(, elsewhere: $($how:ident)+)?;)*) => {
         mod privileged_restored {
             $(#[test]
             fn $name() {
-                super::restored(stringify!($name), super::options!($($options)?));
+                super::restored(stringify!($name), &[$($($option),*)?]);
             })*
         }
 
         mod privileged_running {
             $(#[test]
             fn $name() {
-                super::running(stringify!($name), super::options!($($options)?));
+                super::running(stringify!($name), &[$($($option),*)?]);
             })*
         }
 
         /// The states that are tested here.
         const NAMES: &[&str] = &[$(stringify!($name)),*];
+
+        /// The tests of states that are run on other kernels as well.
+        const ELSEWHERE: &[&str] = &[$($($(
+            concat!("privileged_", stringify!($how), "::", stringify!($name))
+        ),+,)?)*];
     };
 }
 
-/// The options of a row, or none.
-macro_rules! options {
-    () => {
-        &[]
-    };
-    ($options:expr) => {
-        &$options
-    };
-}
-use options;
-
+// Kernels differ in what they tell, so one state of each kind is tested `elsewhere`, on other
+// kernels: restored, left running, or both.
 states! {
-    private_anon;
+    private_anon, elsewhere: restored;
     zero_and_holes;
     shared_anon;
-    shared_anon_parts;
-    shared_file;
-    private_file;
-    deleted_file_mapping;
-    memfd_mapping;
-    sysv_shm;
-    mlocked;
-    madvised;
+    shared_anon_parts, elsewhere: restored;
+    shared_file, elsewhere: restored;
+    private_file, elsewhere: restored;
+    deleted_file_mapping, elsewhere: restored;
+    memfd_mapping, elsewhere: restored;
+    sysv_shm, elsewhere: restored;
+    mlocked, elsewhere: restored;
+    madvised, elsewhere: restored;
     prot_none;
-    growing_stack;
+    growing_stack, elsewhere: restored;
     brk_heap;
-    cow_tree;
-    guard_pages;
-    mremapped;
-    huge_pages;
+    cow_tree, elsewhere: restored running;
+    guard_pages, elsewhere: restored;
+    mremapped, elsewhere: restored;
+    huge_pages, elsewhere: restored;
     many_areas;
     droppable;
     vast;
-    rounds;
-    vdso;
-    threads;
+    rounds, elsewhere: restored;
+    vdso, elsewhere: restored;
+    threads, elsewhere: restored running;
     thread_names;
-    thread_scheduling;
+    thread_scheduling, elsewhere: restored;
     thread_masks;
-    thread_creds;
-    robust_mutex;
+    thread_creds, elsewhere: restored;
+    robust_mutex, elsewhere: restored;
     clear_tid;
     condition_variable;
     exited_leader;
     exited_leader_of_a_session;
-    registers_general;
+    registers_general, elsewhere: restored;
     registers_sse;
-    registers_avx;
+    registers_avx, elsewhere: restored running;
     registers_avx512;
-    registers_x87;
-    segment_bases;
+    registers_x87, elsewhere: restored;
+    segment_bases, elsewhere: restored;
     affinity;
     io_priorities;
     timer_slack;
@@ -169,65 +165,65 @@ states! {
     locked_later;
     locked_later_on_fault;
     tree;
-    sessions;
-    dead_session_leader;
+    sessions, elsewhere: restored;
+    dead_session_leader, elsewhere: restored;
     dead_group_leader;
-    zombies;
+    zombies, elsewhere: restored;
     orphaned_zombies;
     zombies_of_a_session;
     zombies_of_the_heedless;
     zombie_of_a_gone_group;
-    stopped_child;
+    stopped_child, elsewhere: restored;
     stops_told_and_untold;
     stopped_root;
     stopped_twice;
-    subreaper;
+    subreaper, elsewhere: restored;
     parent_death_signal;
     chain_of_forks;
     two_hundred;
-    other_user;
-    other_user_threads;
+    other_user, elsewhere: restored running;
+    other_user_threads, elsewhere: restored;
     effective_user;
     capabilities;
-    ambient_capabilities;
-    securebits;
+    ambient_capabilities, elsewhere: restored;
+    securebits, elsewhere: restored;
     groups;
     no_new_privs;
-    limits;
+    limits, elsewhere: restored;
     directory_and_umask;
-    changed_root;
-    oom_score;
-    personality;
-    dumpable;
-    thp_disabled;
-    changed_arguments;
+    changed_root, elsewhere: restored;
+    oom_score, elsewhere: restored;
+    personality, elsewhere: restored;
+    dumpable, elsewhere: restored;
+    thp_disabled, elsewhere: restored;
+    changed_arguments, elsewhere: restored;
     memory_layout;
-    handlers;
+    handlers, elsewhere: restored;
     pending_process;
-    pending_thread;
+    pending_thread, elsewhere: restored;
     pending_many;
     signal_mask;
-    alternate_stack;
+    alternate_stack, elsewhere: restored;
     inside_handler;
-    interval_timers;
+    interval_timers, elsewhere: restored;
     interval_timer_idle;
-    posix_timers;
-    posix_timer_ids;
-    blocked_read;
+    posix_timers, elsewhere: restored;
+    posix_timer_ids, elsewhere: restored running;
+    blocked_read, elsewhere: restored;
     blocked_write;
     blocked_futex;
-    blocked_futex_timeout;
+    blocked_futex_timeout, elsewhere: restored;
     blocked_poll;
     blocked_poll_timeout;
     blocked_select;
     blocked_epoll;
-    blocked_sleep;
+    blocked_sleep, elsewhere: restored;
     blocked_sleep_until;
-    blocked_wait;
-    blocked_sigsuspend;
+    blocked_wait, elsewhere: restored;
+    blocked_sigsuspend, elsewhere: restored;
     blocked_pause;
     blocked_sigwait;
-    blocked_accept;
+    blocked_accept, elsewhere: restored;
     blocked_receive;
     blocked_eventfd;
     blocked_fifo_open;
@@ -238,29 +234,29 @@ states! {
     no_room_for_data;
     no_room_to_lock;
     pending_trap;
-    regular_files;
-    shared_offsets;
+    regular_files, elsewhere: restored;
+    shared_offsets, elsewhere: restored;
     descriptor_numbers;
     directories;
     devices;
-    path_descriptors;
-    pipes;
+    path_descriptors, elsewhere: restored;
+    pipes, elsewhere: restored;
     pipe_across_tasks;
-    pipe_packets;
+    pipe_packets, elsewhere: restored;
     pipe_ends_reopened;
-    fifo;
-    eventfds;
-    memfds;
-    deleted_file;
-    deleted_linked_file ["--link-remap"];
+    fifo, elsewhere: restored;
+    eventfds, elsewhere: restored running;
+    memfds, elsewhere: restored;
+    deleted_file, elsewhere: restored;
+    deleted_linked_file ["--link-remap"], elsewhere: restored;
     deleted_directory;
     renamed_file;
-    epoll;
-    epoll_nested;
-    epoll_of_closed;
-    timerfds;
-    signalfd;
-    file_owner;
+    epoll, elsewhere: running;
+    epoll_nested, elsewhere: restored;
+    epoll_of_closed, elsewhere: restored;
+    timerfds, elsewhere: restored;
+    signalfd, elsewhere: restored;
+    file_owner, elsewhere: restored;
     many_descriptors;
     proc_files;
     proc_directory;
@@ -273,23 +269,23 @@ states! {
     pty_hangups;
     tmpfile;
     deleted_attributes;
-    unix_stream_pair;
+    unix_stream_pair, elsewhere: restored;
     unix_datagram_pair;
     unix_seqpacket_pair;
     unix_pair_across_tasks;
     unix_shut_pair;
     unix_half_closed_pair;
-    unix_queued_descriptors;
-    unix_named;
+    unix_queued_descriptors, elsewhere: restored running;
+    unix_named, elsewhere: restored;
     unix_abstract;
     unix_accepted_name;
-    unix_pending_connection;
+    unix_pending_connection, elsewhere: restored;
     unix_named_datagram;
     unix_options;
-    tcp_listening;
+    tcp_listening, elsewhere: restored;
     tcp_unconnected;
-    tcp6_listening;
-    udp;
+    tcp6_listening, elsewhere: restored;
+    udp, elsewhere: restored;
     unix_pending_errors;
     unix_reset_before_accept;
     unix_peek_offset;
@@ -352,6 +348,23 @@ huge_states! {
     hugetlb_shared;
     hugetlb_memfd;
     hugetlb_sysv;
+}
+
+#[test]
+fn tests_of_machines_exist() {
+    let machines: &[&str] = &["6.1", "6.12"];
+    let mut tests: Vec<_> = ELSEWHERE.iter().map(|name| (*name, machines)).collect();
+    tests.extend([
+        ("privileged_huge_pages::", machines),
+        ("privileged_deleted_files_of_huge_pages_are_refused", machines),
+        ("privileged_restored_from_a_mount_with_shared_memory", machines),
+        ("privileged_shell_job", machines),
+        ("privileged_failed_restore_leaves_no_process", machines),
+        // What the processor of this machine may lack.
+        ("privileged_memory_with_a_protection_key_is_refused", &["6.12-max"]),
+        ("privileged_restored::registers_", &["6.12-max"]),
+    ]);
+    common::machines::tell(&tests);
 }
 
 #[test]

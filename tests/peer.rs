@@ -373,3 +373,16 @@ fn privileged_all_images_are_decoded_by_its_library() {
         live.verdict();
     }
 }
+
+/// What the peer restores is tried on one kernel, and what it dumps on the other.
+#[test]
+fn tests_of_machines_exist() {
+    common::machines::tell(&[
+        ("privileged_chain::", &["6.1", "6.12"]),
+        ("privileged_for_peer::", &["6.1"]),
+        ("privileged_by_peer::", &["6.12"]),
+        ("privileged_freed_by_peer_", &["6.1", "6.12"]),
+        ("privileged_a_page_that_became_zero_keeps_the_peer_from_going_on", &["6.1"]),
+        ("privileged_all_images_are_decoded_by_its_library", &["6.1"]),
+    ]);
+}

@@ -204,7 +204,7 @@ fn go_through(name: &str, tracker: Tracker) {
 
 /// One test for each program and tracker.
 macro_rules! programs {
-    ($($name:ident)*) => {
+    ($($name:ident $(, elsewhere: $($tracker:ident)+)?;)*) => {
         mod privileged_wp {
             $(#[test]
             fn $name() {
@@ -225,45 +225,71 @@ macro_rules! programs {
                 super::go_through(stringify!($name), super::Tracker::None);
             })*
         }
+
+        /// The tests of programs that are run on other kernels as well.
+        const ELSEWHERE: &[&str] = &[$($($(
+            concat!("privileged_", stringify!($tracker), "::", stringify!($name))
+        ),+,)?)*];
     };
 }
 
+// A tracker depends on the kernel, so some programs are run `elsewhere` with it, on other
+// kernels. Comparing everything is the same on all of them.
 programs! {
-    private_pages
-    shared_pages
-    child_that_ends
-    short_mapping
-    written_memfd
-    written_by_others
-    read_into
-    outsider
-    zeroed
-    discarded
-    moved
-    protected
-    mapped_again
-    executed
-    forks
-    grow_and_shrink
-    huge
-    heap_and_stack
-    private_file
-    busy_threads
-    random
-    shared_twice
-    shared_from_afar
-    shared_read_into
-    shared_opened
-    shared_handed_over
-    shared_by_several
-    shared_in_part
-    shared_exchanged
-    shared_zeroed_unseen
-    shared_executed
-    shared_memfd_closed
-    shared_by_new_threads
-    shared_huge
-    shared_random
+    private_pages, elsewhere: wp soft_dirty;
+    shared_pages, elsewhere: wp;
+    child_that_ends;
+    short_mapping, elsewhere: wp;
+    written_memfd;
+    written_by_others;
+    read_into;
+    outsider;
+    zeroed;
+    discarded, elsewhere: wp;
+    moved, elsewhere: wp;
+    protected;
+    mapped_again;
+    executed, elsewhere: wp;
+    forks, elsewhere: wp soft_dirty;
+    grow_and_shrink;
+    huge, elsewhere: wp soft_dirty;
+    heap_and_stack, elsewhere: wp;
+    private_file;
+    busy_threads;
+    random, elsewhere: wp soft_dirty;
+    shared_twice, elsewhere: wp;
+    shared_from_afar;
+    shared_read_into;
+    shared_opened, elsewhere: wp;
+    shared_handed_over, elsewhere: wp;
+    shared_by_several;
+    shared_in_part;
+    shared_exchanged;
+    shared_zeroed_unseen, elsewhere: wp;
+    shared_executed;
+    shared_memfd_closed;
+    shared_by_new_threads;
+    shared_huge;
+    shared_random, elsewhere: wp;
+}
+
+#[test]
+fn tests_of_machines_exist() {
+    let both: &[&str] = &["6.1", "6.12"];
+    // Linux 6.1 has no write protection that a tracker could use (6.7).
+    let mut tests = vec![("privileged_soft_dirty::", &["6.1"][..])];
+    tests.extend(ELSEWHERE.iter().map(|name| (*name, &["6.12"][..])));
+    tests.extend(
+        [
+            "privileged_a_tracker_spares_looking",
+            "privileged_a_restored_process_is_tracked_since_its_images",
+            "privileged_memory_that_is_pinned_is_not_tracked",
+            "privileged_tracking_of_another_chain_is_not_believed",
+            "privileged_the_keeper_of_the_tracking_ends_with_the_process",
+        ]
+        .map(|name| (name, both)),
+    );
+    common::machines::tell(&tests);
 }
 
 /// Whether the kernel has a tracker.
@@ -483,7 +509,7 @@ fn privileged_what_keeps_memory_from_being_tracked_is_said() {
 }
 
 #[test]
-fn privileged_whoever_keeps_the_tracking_ends_with_the_process() {
+fn privileged_the_keeper_of_the_tracking_ends_with_the_process() {
     let tracker = best();
     let mut steps = Steps::start("private_pages", tracker);
     assert!(steps.await_step(1));

@@ -276,7 +276,7 @@ fn privileged_memory_in_swap_stays_there() {
 /// With an empty pool of huge pages there is none for a copy: a process that needs one is
 /// killed by SIGBUS.
 #[test]
-#[ignore = "needs huge pages for itself: tests/vm/run, or vm.nr_hugepages"]
+#[ignore = "needs all huge pages for itself: tests/vm/ci, or vm.nr_hugepages and --ignored"]
 fn privileged_huge_pages_of_an_empty_pool_are_not_copied() {
     require(Cap::Ptrace);
     let path = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
@@ -288,6 +288,13 @@ fn privileged_huge_pages_of_an_empty_pool_are_not_copied() {
     untouched(&mut live, &KINDS, &[]);
     assert_eq!(free(), 0);
     live.verdict();
+}
+
+#[test]
+fn tests_of_machines_exist() {
+    // A machine has huge pages that nothing else uses.
+    let test = "privileged_huge_pages_of_an_empty_pool_are_not_copied";
+    common::machines::tell(&[(test, &["6.1", "6.12"])]);
 }
 
 /// Which calls notice that they were stopped: the list of the README.

@@ -5,6 +5,7 @@ pub mod chain;
 pub mod dumps;
 pub mod live;
 pub mod loops;
+pub mod machines;
 pub mod mounted;
 pub mod peak;
 pub mod recorder;
