@@ -1,4 +1,4 @@
-//! What the demonstration dumps: processes that keep a journal in shared memory.
+//! Processes that keep a journal in shared memory, for the demonstration.
 //!
 //! `journal DIR` makes a tree of a keeper and its writers, with pipes in between. A file `DIR/work`
 //! makes each writer add a round of entries; the keeper then writes the journal
@@ -6,9 +6,9 @@
 //! compare the journal and their own memory with what must be there; the verdict
 //! goes to `DIR/verdict`, and the tree ends.
 //!
-//! `journal --adopt COMMAND...` runs a command and reaps what its processes leave
-//! behind: the first process of a container may not do so, and pids of processes
-//! that nobody reaps cannot be restored.
+//! `journal --adopt COMMAND...` runs a command and reaps what its processes leave behind:
+//! the first process of a container may not do so, and the pid of a process that is not
+//! reaped cannot be restored.
 #![expect(unsafe_code, reason = "processes that share memory")]
 
 use std::{
