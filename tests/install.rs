@@ -1,9 +1,13 @@
-//! `mnt-scripts/install`: everything is there and works, and all of it goes away again.
+//! `mnt-scripts/install` and the Debian package: what they install works, and all of it can
+//! be removed again.
 //!
-//! It installs below a directory of its own, and builds the programs as they are released
-//! if that was not done before.
+//! The tests install below directories of their own. They build the programs in release
+//! mode if that was not done before.
+
+mod common;
 
 use std::{
+    ffi::OsStr,
     fs,
     path::{Path, PathBuf},
     process::{Command, Output},
@@ -83,6 +87,74 @@ fn what_is_installed_works_and_can_be_removed() {
     let output = install(root.path(), &["--uninstall"]);
     assert!(!output.status.success());
     assert!(String::from_utf8_lossy(&output.stderr).contains("is not there"), "{output:?}");
+}
+
+/// Runs dpkg on a root directory of the test's own.
+fn dpkg(root: &Path, arguments: &[&OsStr]) -> Output {
+    let mut command = Command::new("dpkg");
+    command.arg(format!("--root={}", root.display())).args(arguments);
+    command.output().expect("dpkg is there")
+}
+
+#[test]
+fn privileged_the_debian_package_can_be_installed_and_removed() {
+    common::require(common::Cap::Ptrace);
+    common::require(common::Cap::Program("dpkg"));
+    let cargo_deb = Command::new("cargo").args(["deb", "--version"]).output();
+    if !cargo_deb.is_ok_and(|output| output.status.success()) {
+        common::skip("cargo-deb (cargo install --locked cargo-deb)");
+    }
+    let dir = tempfile::tempdir().expect("a directory can be made");
+    let output = Command::new("bash")
+        .arg("mnt-scripts/deb")
+        .arg(dir.path())
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .expect("bash is there");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let package = String::from_utf8(output.stdout).expect("it prints a path");
+    let package = Path::new(package.trim());
+
+    let root = dir.path().join("root");
+    let database = root.join("var/lib/dpkg");
+    fs::create_dir_all(database.join("info")).expect("it can be made");
+    fs::create_dir_all(database.join("updates")).expect("it can be made");
+    fs::write(database.join("status"), "").expect("it can be written");
+    let output = dpkg(&root, &["--install".as_ref(), package.as_os_str()]);
+    assert!(output.status.success(), "{output:?}");
+    let usr = root.join("usr");
+    assert!(version(&usr.join("bin/rcriu")).starts_with("rcriu "));
+    assert!(version(&usr.join("bin/imgfs")).starts_with("imgfs "));
+    let helper = Command::new(usr.join("sbin/mount.imgfs"))
+        .args(["chain", "dir", "-f"])
+        .status()
+        .expect("the helper can be run");
+    assert!(helper.success());
+    let page = |name: &str| {
+        let page = usr.join("share/man").join(name);
+        let output = Command::new("gzip").arg("-dc").arg(page).output().expect("gzip is there");
+        String::from_utf8(output.stdout).expect(name)
+    };
+    assert!(page("man1/rcriu-dump.1.gz").contains("leave\\-running"));
+    assert!(page("man1/imgfs-mount.1.gz").contains("MOUNTPOINT"));
+    assert!(page("man8/mount.imgfs.8.gz").contains("fstab"));
+    for (file, words) in [
+        ("share/bash-completion/completions/rcriu", "restore"),
+        ("share/zsh/vendor-completions/_imgfs", "umount"),
+        ("share/fish/vendor_completions.d/rcriu.fish", "restore"),
+        ("share/doc/rcriu/copyright", "Permission is hereby granted"),
+        ("share/doc/rcriu/LICENSE-APACHE", "Apache License"),
+        ("lib/systemd/system/imgfs@.service", "imgfs mount"),
+    ] {
+        let text = fs::read_to_string(usr.join(file)).expect(file);
+        assert!(text.contains(words), "{file} does not contain {words}");
+    }
+
+    let output = dpkg(&root, &["--purge".as_ref(), "rcriu".as_ref()]);
+    assert!(output.status.success(), "{output:?}");
+    let mut left = Vec::new();
+    files(&usr, &mut left);
+    assert_eq!(left, Vec::<PathBuf>::new());
 }
 
 #[test]
