@@ -1,4 +1,4 @@
-//! `imgfs check`: what is wrong with a chain.
+//! `imgfs check`: the defects of a chain.
 
 use std::{io::Write, path::PathBuf};
 
@@ -6,13 +6,13 @@ use serde_json::json;
 
 use crate::chain::{Chain, Finding, Severity, check};
 
-/// Look for everything that can be wrong with a chain.
+/// Check a chain for defects.
 ///
-/// Every image of every snapshot is decoded, every page that is said to be in a
-/// parent is looked up there, and every pages file is compared with its
-/// pagemap. Processes, their memory and their files are held against each other, as
-/// `rcriu restore` does before it begins; what it does not restore is a note. What is found is printed with directory, memory and address; the
-/// exit status is 1 if any of it is an error rather than a note.
+/// Every image of every snapshot is decoded, every page that a snapshot leaves to its
+/// parent is looked up there, and every pages file is compared with its pagemap. Processes,
+/// their memory and their files are checked against each other, as `rcriu restore` does
+/// before it begins; state that rcriu does not restore is a note. Each finding is printed
+/// with directory, memory and address. The exit status is 1 if any finding is an error.
 #[derive(Debug, clap::Args)]
 pub struct CheckArgs {
     /// An image directory, or a directory of image directories
@@ -22,10 +22,10 @@ pub struct CheckArgs {
     json: bool,
 }
 
-/// Checks a chain; false if something is wrong.
+/// Checks a chain; false if there is an error.
 ///
 /// # Errors
-/// A place without images, and what keeps the output from being written.
+/// A path without images; a failed write of the output.
 pub fn run(args: &CheckArgs, out: &mut dyn Write) -> anyhow::Result<bool> {
     let chain = Chain::open(&args.chain)?;
     let findings = check(&chain)?;

@@ -1,5 +1,4 @@
-//! `rcriu check`: what this kernel can do, and what each thing that it can't
-//! costs.
+//! `rcriu check`: the features of this kernel, and the cost of each that is missing.
 
 use std::io::Write;
 
@@ -7,35 +6,35 @@ use anyhow::bail;
 
 use crate::sys::Features;
 
-/// What is to be checked.
+/// Selects the features to check.
 #[derive(Debug, Default)]
 pub(super) struct Wanted {
-    /// What only some trees need.
+    /// Features that only some trees need.
     pub extra: bool,
-    /// What makes things faster.
+    /// Features that make rcriu faster.
     pub experimental: bool,
     /// These only, by CRIU's names or ours; `list` lists them.
     pub names: Vec<String>,
 }
 
-/// Who needs a feature.
+/// What needs a feature.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Need {
     /// Every dump and restore.
     Always,
     /// Some trees, or some users.
     Sometimes,
-    /// Nobody, but it saves time or room.
+    /// Nothing; it saves time or space.
     Speed,
 }
 
 /// A feature.
 struct Row {
-    /// Our name, after that CRIU's if it has one.
+    /// Our name, followed by CRIU's if there is one.
     names: &'static [&'static str],
     need: Need,
     has: fn(&Features) -> bool,
-    /// What is lost without it.
+    /// What rcriu cannot do without it.
     cost: &'static str,
 }
 
@@ -66,7 +65,7 @@ const ROWS: &[Row] = &[
         |f| f.proc_children,
         "the children of a process can't be found (CONFIG_PROC_CHILDREN)",
     ),
-    row(&["mnt_id"], Always, |f| f.fdinfo_mnt_id, "it can't be told which mount a file is on"),
+    row(&["mnt_id"], Always, |f| f.fdinfo_mnt_id, "the mount of a file can't be found"),
     row(&["memfd"], Always, |f| f.memfd, "shared memory can't be restored"),
     row(&["mm_map"], Always, |f| f.mm_map, "command line and heap can't be restored in place"),
     row(
@@ -105,7 +104,7 @@ const ROWS: &[Row] = &[
         &["cap_checkpoint_restore"],
         Sometimes,
         |f| f.cap_checkpoint_restore,
-        "only one's own processes, without deleted files, and with new pids",
+        "only processes of one's own user, without deleted files, and with new pids",
     ),
     row(
         &["cap_sys_ptrace"],
@@ -119,7 +118,12 @@ const ROWS: &[Row] = &[
         |f| f.cap_sys_resource,
         "limits above one's own can't be restored",
     ),
-    row(&["openat2"], Sometimes, |f| f.openat2, "trees with a root of their own can't be restored"),
+    row(
+        &["openat2"],
+        Sometimes,
+        |f| f.openat2,
+        "trees with a root directory of their own can't be restored",
+    ),
     row(&["timens"], Sometimes, |f| f.time_namespaces, "no trees with a time namespace"),
     row(&["userns"], Sometimes, |f| f.user_namespaces, "no trees with a user namespace"),
     row(&["cgroupns"], Sometimes, |f| f.cgroup_namespaces, "no trees with a cgroup namespace"),
@@ -130,12 +134,17 @@ const ROWS: &[Row] = &[
         |f| f.soft_dirty || f.write_protect_private,
         "changes can't be tracked; every dump reads all memory and compares it",
     ),
-    row(&["uffd", "uffd-noncoop"], Speed, |f| f.userfaultfd, "changes can't be tracked by it"),
+    row(
+        &["uffd", "uffd-noncoop"],
+        Speed,
+        |f| f.userfaultfd,
+        "changes can't be tracked by write protection",
+    ),
     row(
         &["pagemap_scan"],
         Speed,
         |f| f.pagemap_scan,
-        "pages are looked for one by one, which is slow in large sparse memory",
+        "pages are found one by one, which is slow in large sparse memory",
     ),
     row(
         &["uffd_wp_async"],
@@ -193,24 +202,24 @@ const fn row(
     Row { names, need, has, cost }
 }
 
-/// Says what is there and what is missing; false if something is missing that is
-/// wanted.
+/// Prints which features are present and which are missing; false if a required one is
+/// missing.
 ///
 /// # Errors
-/// A name that is not known, and what keeps the output from being written.
+/// An unknown name; a failed write of the output.
 pub(super) fn run(wanted: &Wanted, out: &mut dyn Write) -> anyhow::Result<bool> {
     if wanted.names.iter().any(|name| name == "list") {
         let names: Vec<&str> = ROWS.iter().flat_map(|row| row.names).copied().collect();
         writeln!(out, "{}", names.join(" "))?;
         return Ok(true);
     }
-    // Names first: one that is wrong is an error before anything is tried.
+    // Unknown names are reported before any feature is probed.
     let rows = wanted.rows()?;
     wanted.print(&rows, &Features::probe(), out)
 }
 
 impl Wanted {
-    /// Returns what is looked at: everything unless it is named.
+    /// Returns the selected features: all of them unless some are named.
     fn rows(&self) -> anyhow::Result<Vec<&'static Row>> {
         if self.names.is_empty() {
             return Ok(ROWS.iter().collect());
@@ -223,7 +232,7 @@ impl Wanted {
         self.names.iter().map(find).collect()
     }
 
-    /// Whether the answer is no if this is missing.
+    /// Whether a missing feature of this kind makes the check fail.
     fn is_required(&self, need: Need) -> bool {
         !self.names.is_empty()
             || match need {

@@ -9,12 +9,11 @@ use crate::{
     units::PageIndex,
 };
 
-/// Show which pages of which memory differ between two snapshots.
+/// Show which pages differ between two snapshots.
 ///
-/// Pages that both snapshots find in the same place of the chain are the same;
-/// the bytes of others are compared. A page that one of them does not hold is
-/// zero. Like diff(1), the exit status is 0 if nothing differs, 1 if something
-/// does, and 2 on failure.
+/// Pages that both snapshots read from the same place of the chain are equal; other pages
+/// are compared byte by byte. A page that one of them does not hold counts as zero. As with
+/// diff(1), the exit status is 0 if nothing differs, 1 if a page differs, and 2 on failure.
 #[derive(Debug, clap::Args)]
 pub struct DiffArgs {
     /// An image directory, or a directory of image directories
@@ -34,8 +33,7 @@ pub struct DiffArgs {
 /// Compares two snapshots; true if nothing differs.
 ///
 /// # Errors
-/// A place without images, snapshots that are not there, chains that are broken,
-/// and what keeps the output from being written.
+/// A path without images; missing snapshots; broken chains; a failed write of the output.
 pub fn run(args: &DiffArgs, out: &mut dyn Write) -> anyhow::Result<bool> {
     let chain = Chain::open(&args.chain)?;
     let (a, b) = (chain.choose(Some(&args.a))?, chain.choose(Some(&args.b))?);

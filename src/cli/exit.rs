@@ -1,10 +1,10 @@
 //! Exit codes of the programs.
 
-/// Everything that was asked for was done.
+/// The command has succeeded.
 pub const OK: u8 = 0;
-/// Something that was asked for failed; standard error says what.
+/// The command has failed; standard error has the reason.
 pub const FAILED: u8 = 1;
-/// The command line is wrong, nothing was done.
+/// The command line is wrong, and nothing was done.
 pub const USAGE: u8 = 2;
 /// `imgfs diff`: something differs.
 pub const DIFFERENT: u8 = 1;

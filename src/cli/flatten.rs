@@ -27,7 +27,7 @@ pub struct FlattenArgs {
     chain: PathBuf,
     /// The directory to write, which must not exist or be empty
     out: PathBuf,
-    /// Which snapshot, if not the only one that is nobody's parent
+    /// The snapshot to write [default: the only one without children]
     #[arg(long, value_name = "NAME")]
     snapshot: Option<String>,
 }
@@ -35,8 +35,7 @@ pub struct FlattenArgs {
 /// Writes a snapshot to a directory of its own.
 ///
 /// # Errors
-/// A place without images, a chain that is broken where it is needed, and a
-/// directory that cannot be written.
+/// A path without images; a broken chain; a directory that cannot be written.
 pub fn run(args: &FlattenArgs) -> anyhow::Result<()> {
     let above = args.out.parent().filter(|above| !above.as_os_str().is_empty());
     let out = if args.out.is_dir() { Some(args.out.as_path()) } else { above };

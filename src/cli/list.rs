@@ -14,20 +14,19 @@ use crate::{
 
 /// List the snapshots of a chain, each after its parent.
 ///
-/// For every snapshot: how many pages of memory it holds itself, how many it
-/// leaves to its parent, how many of its own have been punched out of its
-/// files, what the directory takes on disk, and what the same memory would take
-/// in images without parents.
+/// For every snapshot: how many pages of memory it holds itself, how many it leaves to its
+/// parent, how many of its own were freed in its files, the size of the directory on disk,
+/// and the size of the same memory in images without parents.
 #[derive(Debug, clap::Args)]
 pub struct ListArgs {
     /// An image directory, or a directory of image directories
     chain: PathBuf,
     /// Count pages that are stored more than once, instead
     ///
-    /// Reads all that is stored. For every snapshot: how many pages its files hold, how
-    /// many of these are zero, how many the same memory has another time, or another
-    /// memory of the snapshot (a process that was forked), or an older snapshot, and what
-    /// all of them take. Needs 16 bytes of memory for each page: 4 MiB for 1 GiB.
+    /// Reads all stored pages. For every snapshot: how many pages its files hold, how many
+    /// of these are zero, how many are stored again in the same memory, in another memory
+    /// of the snapshot (such as that of a forked process) or in an older snapshot, and the
+    /// size of all duplicates. Needs 16 bytes of memory per page: 4 MiB for 1 GiB.
     #[arg(long)]
     duplicates: bool,
     /// Print JSON instead of a table

@@ -1,7 +1,6 @@
-//! Command lines: what users type, what they are told, exit codes.
+//! Command lines: options, output and exit codes.
 //!
-//! Each program has a module with its command line, which runs commands that
-//! have modules of their own.
+//! Each program has a module for its command line; each command has a module of its own.
 
 pub mod check;
 mod check_features;
@@ -32,16 +31,16 @@ use crate::image::MemoryId;
 /// Options of all programs.
 #[derive(Args, Clone, Copy, Debug)]
 pub struct Common {
-    /// Say more of what is being done, on standard error
+    /// Print progress to standard error
     ///
-    /// Once: phases with their figures. Twice: every task and object. Three
-    /// times: every page and system call. Warnings and errors are always said.
+    /// Once: phases and their counts. Twice: every task and object. Three times: every page
+    /// and system call. Warnings and errors are always printed.
     #[arg(short, long, action = ArgAction::Count, global = true)]
     verbose: u8,
 }
 
 impl Common {
-    /// Returns how much is said.
+    /// Returns the level of messages to print.
     fn log_level(self) -> LevelFilter {
         match self.verbose {
             0 => LevelFilter::Warn,
@@ -55,13 +54,12 @@ impl Common {
     pub fn start_logging(self) {
         let level = self.log_level();
         let mut logger = env_logger::Builder::new();
-        // Tests and libraries may have been first.
+        // A test or a library may have set it up already.
         let _ = logger.filter_level(level).format_timestamp(None).try_init();
     }
 }
 
-/// Parses the command line of this process, or says what is wrong with it, or
-/// what was asked about it, and returns the exit code.
+/// Parses the command line of this process. Prints help and usage errors.
 ///
 /// # Errors
 /// The exit code, if there is nothing more to do.
@@ -69,7 +67,7 @@ pub fn parse<T: Parser>() -> Result<T, ExitCode> {
     parsed(T::try_parse_from(env::args_os()))
 }
 
-/// Returns what was parsed, or says why it was not and returns the exit code.
+/// Returns the parsed command line, or prints the usage error and returns the exit code.
 fn parsed<T>(result: Result<T, clap::Error>) -> Result<T, ExitCode> {
     result.map_err(|error| {
         // A closed terminal is no reason to fail.
@@ -78,15 +76,15 @@ fn parsed<T>(result: Result<T, clap::Error>) -> Result<T, ExitCode> {
     })
 }
 
-/// Says on standard error what went wrong, and why, and why that.
+/// Prints an error and the chain of its causes on standard error.
 pub fn report(error: &anyhow::Error) {
     let program = env::args_os().next().unwrap_or_default();
     let program = std::path::Path::new(&program).file_name().unwrap_or_default();
-    // There is nobody left to tell if this fails.
+    // A failed write to standard error cannot be reported anywhere.
     let _ = writeln!(io::stderr(), "{}: {error:#}", program.display());
 }
 
-/// Whether the error is that nobody reads the output any more.
+/// Whether the error is a broken pipe: the reader of the output has closed it.
 pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error
         .chain()
@@ -94,8 +92,8 @@ pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
         .any(|cause| cause.kind() == io::ErrorKind::BrokenPipe)
 }
 
-/// Runs a command that prints and returns the exit code: `no` for a negative
-/// answer, `failed` for none.
+/// Runs a command that prints. Its exit code is `no` for a negative answer and `failed` for
+/// an error.
 fn answer(
     command: impl FnOnce(&mut dyn Write) -> anyhow::Result<bool>,
     no: u8,
@@ -104,7 +102,7 @@ fn answer(
     let mut out = io::BufWriter::new(io::stdout().lock());
     match command(&mut out).and_then(|yes| Ok(out.flush().map(|()| yes)?)) {
         Ok(yes) => ExitCode::from(if yes { exit::OK } else { no }),
-        // Like cat: who stops reading has read enough.
+        // As with cat, a reader that closes the pipe is no error.
         Err(error) if is_broken_pipe(&error) => ExitCode::from(exit::OK),
         Err(error) => {
             report(&error);
@@ -113,8 +111,7 @@ fn answer(
     }
 }
 
-/// Returns a bar that shows how many bytes are done, and of how many, where standard
-/// error is a terminal.
+/// Returns a progress bar in bytes, which is hidden unless standard error is a terminal.
 fn bytes_bar() -> ProgressBar {
     ProgressBar::new(0).with_style(
         ProgressStyle::with_template("{wide_bar} {binary_bytes}/{binary_total_bytes} {eta}")

@@ -29,7 +29,7 @@ use crate::{
 
 /// Mount a chain as one flat image directory, read-only unless --punch is given
 ///
-/// Returns when the mount can be used, and goes on in the background until it is
+/// The command returns when the mount is ready. A daemon serves the mount until it is
 /// unmounted.
 #[derive(Args, Debug)]
 pub struct MountArgs {
@@ -37,17 +37,18 @@ pub struct MountArgs {
     chain: PathBuf,
     /// An existing directory that holds none of the images
     mountpoint: PathBuf,
-    /// The snapshot to show; by default the one that is nobody's parent
+    /// The snapshot to show [default: the only one without children]
     #[arg(long, value_name = "NAME")]
     snapshot: Option<String>,
-    /// Let restorers free what they have restored, in whichever snapshot holds it
+    /// Let restorers free pages that they have restored
     ///
-    /// Without WHEN, the pages that somebody punches (fallocate(2)) in pages-*.img are
-    /// freed at once, as `criu restore --auto-dedup` does. on-read frees besides what
-    /// was read, for restorers that do not say so; a restore that fails has lost it.
-    /// commit frees what was punched only when `imgfs commit` says so, and forgets it
-    /// if the mount ends before. Freed pages are input/output errors from then on, for
-    /// all snapshots that share them.
+    /// A page is freed in the snapshot that holds it. Without WHEN, pages are freed at once
+    /// when a restorer punches them (fallocate(2)) in pages-*.img, as `criu restore
+    /// --auto-dedup` does. on-read also frees pages when they have been read, for restorers
+    /// that do not punch; a restore that fails has lost them. commit frees punched pages
+    /// only on `imgfs commit`, and forgets them if the mount ends first. From then on,
+    /// reading a freed page fails with an input/output error in all snapshots that share
+    /// it.
     #[arg(
         long,
         value_name = "WHEN",
@@ -60,28 +61,28 @@ pub struct MountArgs {
     /// Stay in the foreground, and log to standard error
     #[arg(short, long)]
     foreground: bool,
-    /// Let other users in; memory images are secrets
+    /// Let other users read the mount; memory images contain secrets
     #[arg(long)]
     allow_other: bool,
-    /// Whose rights the files have to be read with that processes had mapped
+    /// Whether mem/ and core/ show the files that processes had mapped
     ///
-    /// What a process has not changed of such a file is not in the images, and shown in mem/
-    /// and core/ from the file itself. own reads it only if the images belong to who mounts
-    /// them; owner, as root, with the rights of the one user whose the images are; never
-    /// leaves it out.
+    /// Images do not hold the unchanged parts of a mapped file; mem/ and core/ show them
+    /// from the file itself. own: only if the images belong to the user who mounts them.
+    /// owner: also, if root mounts them, with the rights of the one user who owns the
+    /// images. never: not at all.
     #[arg(long, value_name = "WHO", value_enum, default_value_t = MappedFiles::Own)]
     mapped_files: MappedFiles,
-    /// How many threads answer; by default one for each processor, at least 2
+    /// Number of threads that serve requests [default: one per processor, at least 2]
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
-    /// Log to this file instead of the system's log
+    /// Log to this file instead of the system log
     #[arg(long, value_name = "FILE")]
     log_file: Option<PathBuf>,
-    /// Options as mount(8) and fstab(5) have them
+    /// Mount options, as in mount(8) and fstab(5)
     ///
     /// allow_other, foreground, log_file=FILE, mapped_files=WHO, punch[=WHEN],
-    /// snapshot=NAME and threads=N are the options above; ro is what is done anyway, and what is meant for others,
-    /// such as noauto or x-systemd.requires=..., is ignored.
+    /// snapshot=NAME and threads=N are the options above. ro is the default. Options for
+    /// other programs, such as noauto or x-systemd.requires=..., are ignored.
     #[arg(short = 'o', value_name = "OPT,...")]
     options: Vec<String>,
 }
@@ -113,14 +114,14 @@ impl PunchName {
     }
 }
 
-/// Free what was punched through a mount with --punch=commit
+/// Free the pages that were punched through a mount with --punch=commit
 #[derive(Args, Debug)]
 pub struct CommitArgs {
     /// Where the chain is mounted
     mountpoint: PathBuf,
 }
 
-/// Frees what was punched, and says how much that is.
+/// Frees the punched pages and prints how many they are.
 ///
 /// # Errors
 /// What [`fs::commit`] returns.
@@ -132,8 +133,8 @@ pub fn commit(args: &CommitArgs, out: &mut dyn Write) -> anyhow::Result<()> {
 
 /// Show the last warnings and errors of a mount
 ///
-/// A read that fails says no more than `Input/output error`; this says which page of which
-/// image was missing. It needs no log of the system, and goes with the mount.
+/// A failed read returns only `Input/output error`; these messages name the missing page
+/// and its image. The mount itself keeps them, until it is unmounted.
 #[derive(Args, Debug)]
 pub struct LogArgs {
     /// Where the chain is mounted
@@ -153,7 +154,7 @@ pub fn log(args: &LogArgs, out: &mut dyn Write) -> anyhow::Result<()> {
 pub struct UnmountArgs {
     /// Where the chain is mounted
     mountpoint: PathBuf,
-    /// Detach it even if it is in use; who uses it may finish
+    /// Detach it even if it is in use; processes that use it may finish
     #[arg(short, long)]
     lazy: bool,
 }
@@ -224,8 +225,7 @@ impl MountArgs {
         Ok(())
     }
 
-    /// Goes on in the background, and returns in the foreground when that is
-    /// ready or has failed.
+    /// Starts the daemon, and returns when it is ready or has failed.
     fn detach(mut self, common: Common) -> anyhow::Result<u8> {
         // The daemon leaves this directory.
         for path in [Some(&mut self.chain), Some(&mut self.mountpoint), self.log_file.as_mut()] {
@@ -241,19 +241,19 @@ impl MountArgs {
         };
         match foreground.wait().context("wait for the process in the background")? {
             Start::Ready => Ok(exit::OK),
-            // It has said why.
+            // The daemon has printed the error.
             Start::Exited(_) => Ok(exit::FAILED),
             Start::Killed(signal) => bail!("the process in the background was killed by {signal}"),
         }
     }
 
-    /// Mounts, lets the foreground go, and serves until the mount is gone.
+    /// Mounts, tells the foreground process to return, and serves until the mount is gone.
     fn serve(self, background: Option<Background>, common: Common) -> anyhow::Result<()> {
         log_sink::start(self.foreground, self.log_file.as_deref(), common.log_level())?;
         let chain = Arc::new(Chain::open(&self.chain)?);
         let tip = chain.choose(self.snapshot.as_deref())?;
-        // Whoever frees pages of the chain is kept from it: what was found in an index
-        // would no longer be there. Who frees some, is alone.
+        // The lock keeps other programs from freeing pages of the chain, which would
+        // invalidate our indexes. A mount that frees pages locks the chain exclusively.
         let access = if self.punch.is_some() { Access::Exclusive } else { Access::Shared };
         let mut locks = DirectoryLocks::default();
         for base in chain.bases() {
@@ -290,12 +290,12 @@ impl MountArgs {
     }
 }
 
-/// What is done about images that may be somebody else's.
+/// How images that may belong to another user are read.
 ///
-/// Who can write to an image directory can have it name any file of this machine, by links,
-/// by its parent or as a file that a process had mapped. So what is read is read with the
-/// rights of the images' owner, if that is one user and we may do so; else nobody sees it
-/// but who mounts it, who could have read it anyway.
+/// A user who can write to an image directory can make it name any file of this machine: by
+/// links, by its parent, or as a file that a process had mapped. So files are read with the
+/// rights of the images' owner, if that is one user and we may assume them; otherwise only
+/// the user who mounts sees the result, and that user could have read the files anyway.
 struct Trust {
     reader: Option<Reader>,
     shown_to: Option<(u32, u32)>,
@@ -336,8 +336,8 @@ impl Trust {
                 };
                 let warning = format!(
                     "{why}; the mount is for user {} alone, and mem/ and core/ have holes for the \
-                     files that processes had mapped\n  To have it otherwise, let the directories \
-                     and all files in them belong to one user (chown -R), who alone can write there.",
+                     files that processes had mapped\n  To change this, let the directories \
+                     and all files in them belong to one user (chown -R), and let only that user write there.",
                     own.0
                 );
                 Self {
@@ -361,9 +361,10 @@ impl Trust {
     }
 }
 
-/// Says what is broken, as far as a glance tells, and where that will show.
+/// Prints which parts of the chain are broken, as far as a quick look tells, and where that
+/// will show.
 fn warn_of_damage(chain: &Chain, tip: SnapshotId, path: &Path, mountpoint: &Path) {
-    /// Messages that are printed; the rest is counted.
+    /// How many messages are printed; the others are counted.
     const TOLD: usize = 4;
     let problems = glance(chain, tip);
     for problem in problems.iter().take(TOLD) {
@@ -377,7 +378,7 @@ fn warn_of_damage(chain: &Chain, tip: SnapshotId, path: &Path, mountpoint: &Path
         more => format!("{more} more are not shown; "),
     };
     let message = format!(
-        "imgfs: {more}`imgfs check {}` tells all that is wrong; what cannot be found is an \
+        "imgfs: {more}`imgfs check {}` lists all defects; reading a missing page is an \
          input/output error in the pages, mem/, core/ and shmem/ of {}, and `imgfs log {}` says why",
         path.display(),
         chain.snapshot(tip).name,
@@ -386,7 +387,7 @@ fn warn_of_damage(chain: &Chain, tip: SnapshotId, path: &Path, mountpoint: &Path
     tell(log::Level::Warn, &message);
 }
 
-/// Whether an option is what we do anyway, or for mount(8), systemd and the like.
+/// Whether an option is a default, or meant for mount(8), systemd and the like.
 fn is_for_others(name: &str) -> bool {
     const KNOWN: [&str; 26] = [
         "_netdev",

@@ -12,8 +12,8 @@ use crate::{res::track::keeper, sys::heap};
 
 /// Checkpoint and restore of process trees
 ///
-/// Works on image directories: directories of files that hold the state of a
-/// tree of processes, in the format of CRIU, with the options of CRIU.
+/// An image directory holds the state of a tree of processes, in the format of CRIU. The
+/// commands take the options of CRIU.
 #[derive(Debug, Parser)]
 #[command(
     name = "rcriu",
@@ -37,32 +37,32 @@ known and refused for now.";
 enum Command {
     /// Write the state of a tree of processes to images
     ///
-    /// The tree is killed afterwards, unless -R or -s say otherwise. If the dump
+    /// The dump kills the tree when it has succeeded, unless -R or -s is given. If the dump
     /// fails or is interrupted, the tree runs on.
     #[command(after_help = DUMP_EXAMPLE)]
     Dump(TaskWords),
-    /// Write the memory of a tree while it runs, for a dump that is to follow
+    /// Write the memory of a tree while it runs, as the parent of a later dump
     #[command(after_help = PRE_DUMP_EXAMPLE)]
     PreDump(TaskWords),
-    /// Make a tree of processes from images
+    /// Restore a tree of processes from images
     #[command(after_help = RESTORE_EXAMPLE)]
     Restore(TaskWords),
-    /// Say what this kernel can do, and what is lost by what it cannot
+    /// Check the features of this kernel, and print the cost of each that is missing
     #[command(after_help = CHECK_EXAMPLE)]
     Check(TaskWords),
-    /// Remove memory from images that others hold as well
+    /// Remove duplicate memory from images
     ///
-    /// What the snapshot in the directory of -D holds is freed in its ancestors, which
-    /// may then no longer be restored; which of them is said first. What snapshots of
-    /// other branches need is kept.
+    /// Pages that the snapshot in -D holds are freed in its ancestors. Ancestors that can
+    /// no longer be restored are listed first. Pages that snapshots of other branches need
+    /// are kept.
     ///
-    /// --link makes one chain of full dumps of a tree: what a dump has in common with
-    /// the one before it is left to that one. Every snapshot can be restored
-    /// afterwards as before. Processes are matched by pid, shared objects by what
-    /// they are, and what is the same is told by comparing all bytes.
+    /// --link turns full dumps of a tree into a chain: each dump leaves the pages that are
+    /// equal in the previous dump to it. Every snapshot can still be restored. Processes
+    /// are matched by pid, shared objects by kind, name and place, and pages by comparing
+    /// all bytes.
     ///
-    /// --reflink lets equal pages of a chain, wherever they are, share blocks of the file
-    /// system; -D is an image directory, or a directory of such.
+    /// --reflink makes equal pages anywhere in a chain share blocks of the file system; -D
+    /// is an image directory, or a directory of image directories.
     #[command(after_help = DEDUP_EXAMPLE)]
     Dedup(TaskWords),
     /// Show image files as JSON

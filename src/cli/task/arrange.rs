@@ -21,7 +21,7 @@ enum Takes {
     Value,
 }
 
-/// What is to be known of an option to find the end of it.
+/// What the parser has to know of an option to find its end.
 #[derive(Debug)]
 struct Spec {
     long: String,
@@ -41,7 +41,7 @@ pub(in crate::cli) struct Given {
     pub name: String,
     /// Its value.
     pub value: Option<OsString>,
-    /// Whether a configuration file has it, and not the command line.
+    /// Whether it comes from a configuration file instead of the command line.
     pub configured: bool,
 }
 
@@ -50,10 +50,9 @@ pub(in crate::cli) struct Given {
 pub(super) struct Arranged {
     /// Options with their full names; none of them has been taken back.
     pub given: Vec<Given>,
-    /// What is no option, in this order: the first is the command.
+    /// Operands in their order; the first is the command.
     pub operands: Vec<OsString>,
-    /// What clap is to answer: a request for help, an unknown option, a missing
-    /// value.
+    /// Words for clap to answer: a request for help, an unknown option, a missing value.
     pub for_clap: Vec<OsString>,
 }
 
@@ -89,7 +88,7 @@ impl Specs {
         Self(specs.collect())
     }
 
-    /// Returns what a name, or the beginning of only one name, means.
+    /// Returns the meaning of a name, or of an unambiguous abbreviation.
     fn named(&self, name: &str) -> Named<'_> {
         let names = || {
             self.0.iter().flat_map(|spec| {

@@ -1,4 +1,4 @@
-//! From the command line to what the engine is asked to do.
+//! Converts the command line into the options of the engine.
 
 use std::path::{Path, PathBuf};
 
@@ -14,10 +14,10 @@ use super::options::{
 };
 use crate::{cli::dedup::Work, dedup, dump, res::file::Validation, restore, units::HostPid};
 
-/// What is wrong with a command line as a whole.
+/// Errors of a command line as a whole.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum UsageError {
-    #[error("which process? -t PID says it")]
+    #[error("no process given; use -t PID")]
     NoPid,
     #[error("too many words: {}", .0.to_string_lossy())]
     Operand(std::ffi::OsString),
@@ -35,9 +35,9 @@ pub(super) enum UsageError {
     KeepNotLinking,
 }
 
-/// How much is said: 0 nothing, 2 warnings, and so on, without end.
+/// The level of messages: 0 for none, 1 for errors, 2 for warnings, and so on.
 pub(super) fn verbosity(args: &TaskArgs) -> u8 {
-    /// As with CRIU: errors and warnings.
+    /// Errors and warnings, as with CRIU.
     const DEFAULT: u8 = 2;
     args.output.verbosity.iter().fold(DEFAULT, |level, step| match step {
         Verbosity::More(levels) => level.saturating_add(*levels),
@@ -53,10 +53,10 @@ pub(super) fn work_dir(images_dir: &Path, work_dir: Option<&Path>) -> PathBuf {
     }
     let flags = AccessFlags::W_OK | AccessFlags::X_OK;
     match faccessat(AT_FDCWD, images_dir, flags, AtFlags::AT_EACCESS) {
-        // Pages can be freed there, but nothing be written.
+        // Such a mount frees pages, but does not take new files.
         Ok(()) if frees_pages(images_dir) => PathBuf::from("."),
         Err(Errno::EROFS | Errno::EACCES | Errno::EPERM) => PathBuf::from("."),
-        // What else is wrong with it is said by who needs it.
+        // The code that opens the directory reports other errors.
         Ok(()) | Err(_) => images_dir.to_owned(),
     }
 }
@@ -66,7 +66,7 @@ fn frees_pages(dir: &Path) -> bool {
     crate::sys::xattr::get(dir, crate::chain::PUNCH_XATTR).is_ok()
 }
 
-/// Returns what a dump or a pre-dump is asked to do.
+/// Returns the options of a dump or pre-dump.
 pub(super) fn dump_options(args: &TaskArgs, pre_dump: bool) -> Result<dump::Options, UsageError> {
     check_operands(args, false)?;
     if !args.around.inherit_fd.is_empty() {
@@ -96,7 +96,7 @@ pub(super) fn dump_options(args: &TaskArgs, pre_dump: bool) -> Result<dump::Opti
     })
 }
 
-/// Whether the tree keeps its cgroups.
+/// Whether the tree is restored into its cgroups.
 fn cgroups(args: &TaskArgs) -> bool {
     args.cgroups.manage_cgroups != Some(ManageCgroups::Ignore)
 }
@@ -116,7 +116,7 @@ fn validation(args: &TaskArgs) -> Validation {
     }
 }
 
-/// Returns what a restore is asked to do.
+/// Returns the options of a restore.
 pub(super) fn restore_options(args: &TaskArgs) -> Result<restore::Options, UsageError> {
     check_operands(args, true)?;
     if args.tree.restore_sibling && !args.tree.restore_detached {
@@ -146,7 +146,7 @@ pub(super) fn restore_options(args: &TaskArgs) -> Result<restore::Options, Usage
     })
 }
 
-/// Returns what a deduplication is asked to do.
+/// Returns the options of a deduplication.
 pub(super) fn dedup_work(args: &TaskArgs) -> Result<Work, UsageError> {
     if args.tree.exec_cmd {
         return Err(UsageError::ExecNotRestoring);
@@ -164,7 +164,7 @@ pub(super) fn dedup_work(args: &TaskArgs) -> Result<Work, UsageError> {
     Ok(if reflink { Work::Reflink(dir) } else { Work::Free(dedup::FreeOptions { dir, rewrite }) })
 }
 
-/// Checks what is no option, and the option that is about that.
+/// Checks the operands, and the option that takes them.
 pub(super) fn check_operands(args: &TaskArgs, restoring: bool) -> Result<(), UsageError> {
     match (args.tree.exec_cmd, args.operands.first()) {
         (false, None) => Ok(()),
@@ -176,7 +176,7 @@ pub(super) fn check_operands(args: &TaskArgs, restoring: bool) -> Result<(), Usa
     }
 }
 
-/// Returns the resources of others, sockets that were named by their numbers too.
+/// Returns the external resources, including sockets that are named by inode number.
 fn external(args: &TaskArgs) -> Vec<String> {
     let sockets = args.network.ext_unix_sk.iter().flat_map(|Inodes(numbers)| numbers);
     let sockets = sockets.map(|number| format!("unix[{number}]"));
@@ -199,7 +199,7 @@ mod tests {
         assert_eq!(work_dir(dir.path(), Some(Path::new("w"))), Path::new("w"));
         let absent = dir.path().join("absent");
         assert_eq!(work_dir(&absent, None), absent);
-        // Nobody can write here.
+        // No process can write here.
         assert_eq!(work_dir(Path::new("/proc/self"), Some(here)), here);
         if !geteuid().is_root() {
             fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o555)).unwrap();

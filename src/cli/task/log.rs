@@ -1,4 +1,4 @@
-//! Where the messages of a task go.
+//! The log of a command.
 
 use std::{
     io::{self, Write},
@@ -51,7 +51,7 @@ pub(super) fn start(file: Option<&Path>, level: LevelFilter) -> anyhow::Result<(
             }
             builder.format(|out, record| {
                 if record.level() == Level::Error && record.target() != TOLD {
-                    // There is nobody left to tell if this fails.
+                    // A failed write to standard error cannot be reported anywhere.
                     let _ = writeln!(io::stderr(), "rcriu: error: {}", record.args());
                 }
                 let (now, level) = (Timestamp::now(), record.level());

@@ -60,7 +60,7 @@ impl Task {
     }
 }
 
-/// A command line that is ready for clap.
+/// A command line in the order and spelling that clap reads.
 #[derive(Debug)]
 pub(super) struct Prepared {
     /// All words, with the program's name.
@@ -89,7 +89,7 @@ pub(super) fn prepare(words: Vec<OsString>) -> anyhow::Result<Prepared> {
     let mut all = if first.for_clap.is_empty() {
         specs.arrange(line, Sources::of(&first).read(&specs)?)
     } else {
-        // Clap has something to say about the line itself.
+        // Clap reports help, version or an error of the line itself.
         first
     };
     all.operands.remove(0);
@@ -99,7 +99,7 @@ pub(super) fn prepare(words: Vec<OsString>) -> anyhow::Result<Prepared> {
     Ok(Prepared { words: prepared, given: all.given })
 }
 
-/// Says why an option that was given is refused.
+/// Returns why an option that was given is refused.
 fn refusal(task: Task, given: &[Given]) -> Option<String> {
     given.iter().find_map(|Given { name, value, configured }| {
         let Some(row) = table::row(name, task.as_set()) else {
@@ -123,7 +123,7 @@ fn refusal(task: Task, given: &[Given]) -> Option<String> {
     })
 }
 
-/// Says of options that were given and have no effect why that is so.
+/// Logs why options that were given have no effect.
 fn without_effect(task: Task, given: &[Given]) -> impl Iterator<Item = String> {
     given.iter().filter_map(move |Given { name, .. }| {
         let Some(row) = table::row(name, task.as_set()) else {
@@ -136,8 +136,8 @@ fn without_effect(task: Task, given: &[Given]) -> impl Iterator<Item = String> {
     })
 }
 
-/// The options of a [`Task`]. Its help shows those only that it has, and the ones that
-/// are refused or have no effect only to who asks for the long help.
+/// The options of a [`Task`]. The help of a command shows only its own options, and options
+/// that are refused or have no effect only in the long help.
 #[derive(Debug)]
 pub(super) struct TaskWords(Box<TaskArgs>);
 
@@ -163,7 +163,7 @@ impl Args for TaskWords {
     fn augment_args(command: Command) -> Command {
         let about = Resettable::from(command.get_about().cloned());
         let long_about = Resettable::from(command.get_long_about().cloned());
-        // Clap takes what is said of groups of options for what the command does.
+        // Clap would show the doc comment of a group of options as that of the command.
         tidy_help(TaskArgs::augment_args(command)).about(about).long_about(long_about)
     }
 

@@ -1,8 +1,8 @@
 //! The options of `criu` and our own, as clap sees them.
 //!
-//! All commands know all options, as with CRIU: a configuration file is shared by
-//! them, and an option that means nothing to a command has no effect there.
-//! [`super::table`] says what is done about each.
+//! All commands know all options, as with CRIU: a configuration file is shared by them, and
+//! an option that a command does not use has no effect there. [`super::table`] says what is
+//! done about each.
 
 use std::{ffi::OsString, path::PathBuf, str::FromStr};
 
@@ -10,10 +10,10 @@ use clap::{Args, ValueEnum};
 
 use crate::dump;
 
-/// What stands for the value of an option that was given without its own.
+/// The value of an option that was given without one.
 pub(super) const NO_VALUE: &str = "+";
 
-/// Everything that may be said to `dump`, `pre-dump`, `restore`, `check` and `dedup`.
+/// The options and operands of `dump`, `pre-dump`, `restore`, `check` and `dedup`.
 #[derive(Args, Clone, Debug)]
 #[command(args_override_self = true)]
 pub(in crate::cli) struct TaskArgs {
@@ -50,56 +50,56 @@ pub(in crate::cli) struct TaskArgs {
     pub(super) operands: Vec<OsString>,
 }
 
-/// Which processes, and what becomes of them.
+/// The tree of processes.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Processes")]
 pub(super) struct TreeArgs {
     /// The root of the tree to dump
     #[arg(short = 't', long, value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
     pub tree: Option<i32>,
-    /// Let the tree run on afterwards, instead of killing it
+    /// Leave the tree running after the dump instead of killing it
     #[arg(short = 'R', long, overrides_with = "leave_stopped")]
     pub leave_running: bool,
-    /// Leave the tree stopped afterwards
+    /// Leave the tree stopped after the dump or restore
     #[arg(short = 's', long, overrides_with = "leave_running")]
     pub leave_stopped: bool,
-    /// Return when the tree runs; otherwise wait for its end
+    /// Return as soon as the tree runs, instead of waiting for it to end
     #[arg(short = 'd', long, alias = "daemon")]
     pub restore_detached: bool,
-    /// Make the tree a child of the caller (with -d)
+    /// Make the tree a child of the calling process (with -d)
     #[arg(short = 'S', long)]
     pub restore_sibling: bool,
-    /// The tree shares session and terminal with a shell
+    /// Allow a tree that shares its session and terminal with a shell
     #[arg(short = 'j', long)]
     pub shell_job: bool,
-    /// Become this command afterwards, the tree's parent: --exec-cmd -- COMMAND...
+    /// Execute this command as the parent of the restored tree: --exec-cmd -- COMMAND...
     #[arg(long)]
     pub exec_cmd: bool,
     /// Write the pid of the tree's root to this file
     #[arg(long, value_name = "FILE")]
     pub pidfile: Option<PathBuf>,
-    /// Give up stopping the tree after this time
+    /// Fail if the tree cannot be stopped within this time
     #[arg(long, value_name = "SECONDS", default_value_t = dump::Options::TIMEOUT_S)]
     pub timeout: u32,
     /// Root directory of the tree
     #[arg(short = 'r', long, value_name = "DIR")]
     pub root: Option<PathBuf>,
-    /// Run this program at each stage, named in $CRTOOLS_SCRIPT_ACTION; repeatable
+    /// Run this program at each stage; $CRTOOLS_SCRIPT_ACTION names the stage; repeatable
     #[arg(long, value_name = "FILE")]
     pub action_script: Vec<PathBuf>,
 }
 
-/// Where the images are.
+/// Image directories.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Images")]
 pub(super) struct ImageArgs {
-    /// Directory of the images
+    /// Image directory
     #[arg(short = 'D', long, value_name = "DIR", default_value = ".")]
     pub images_dir: PathBuf,
-    /// Directory of the dump before, relative to the images
+    /// Image directory of the previous dump, relative to this one
     #[arg(long, value_name = "DIR")]
     pub prev_images_dir: Option<PathBuf>,
-    /// Directory for log, statistics and pid file [default: that of the images]
+    /// Directory for log, statistics and pid file [default: the image directory]
     #[arg(short = 'W', long, value_name = "DIR")]
     pub work_dir: Option<PathBuf>,
     /// Send the images to criu-image-streamer
@@ -111,90 +111,91 @@ pub(super) struct ImageArgs {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Memory")]
 pub(super) struct MemoryArgs {
-    /// Track changes from now on, so that the next dump looks at less
+    /// Track memory changes from now on, so that the next dump reads less memory
     #[arg(long)]
     pub track_mem: bool,
-    /// How changes are tracked [default: what works]
+    /// How changes are tracked [default: the best that the kernel offers]
     #[arg(long, value_enum, value_name = "HOW")]
     pub tracker: Option<TrackerName>,
-    /// Free memory in the images that is not needed any more
+    /// Free pages in the images that are no longer needed
     ///
-    /// When dumping, what this dump supersedes in its parent; when restoring, what
-    /// has been restored: `commit` when all of it is, `now` as it goes.
+    /// A dump frees the pages of its parent that it supersedes. A restore frees the pages
+    /// that it has restored: `commit` when the restore has succeeded, `now` as it reads
+    /// them.
     #[arg(long, value_enum, value_name = "WHEN", num_args = 0..=1, require_equals = true,
           default_missing_value = "commit")]
     pub auto_dedup: Option<AutoDedupName>,
-    /// How a pre-dump reads; both are the same here
+    /// How a pre-dump reads memory; both modes are the same here
     #[arg(long, value_enum, value_name = "MODE")]
     pub pre_dump_mode: Option<PreDumpMode>,
-    /// Leave the memory to a server that the restored tree asks for it
+    /// Restore memory on demand, from a lazy-pages server
     #[arg(long)]
     pub lazy_pages: bool,
 }
 
-/// What of open files.
+/// Open files.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Files")]
 pub(super) struct FileArgs {
     /// Dump or restore file locks
     #[arg(short = 'l', long)]
     pub file_locks: bool,
-    /// Give deleted files a name again where that is possible
+    /// Link deleted files to a name again where that is possible
     #[arg(long)]
     pub link_remap: bool,
-    /// Largest deleted file that is copied; K, M or G may follow
+    /// Size limit of deleted files that are stored in the images; K, M or G may follow
     #[arg(long, value_name = "SIZE", value_parser = size_bytes, default_value = "1M")]
     pub ghost_limit: u64,
-    /// Look for the holes of deleted files by fewer system calls
+    /// Find the holes of deleted files by FIEMAP
     #[arg(long)]
     pub ghost_fiemap: bool,
-    /// What tells a file from another one at the same path [default: buildid]
+    /// How a restore recognizes that a file was replaced [default: buildid]
     #[arg(long, value_enum, value_name = "METHOD")]
     pub file_validation: Option<FileValidation>,
     /// Don't compare the permissions of files
     #[arg(long)]
     pub skip_file_rwx_check: bool,
-    /// Take any path that leads to a device
+    /// Accept any path that leads to the same device
     #[arg(long)]
     pub evasive_devices: bool,
-    /// Look up the names of watched files in any case
+    /// Always look up the names of watched files
     #[arg(long)]
     pub force_irmap: bool,
-    /// Look for watched files here too; repeatable
+    /// Also look for watched files below this directory; repeatable
     #[arg(long, value_name = "PATH")]
     pub irmap_scan_path: Vec<PathBuf>,
 }
 
-/// What of sockets.
+/// Sockets.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Sockets")]
 pub(super) struct NetworkArgs {
     /// Dump or restore established TCP connections
     #[arg(long)]
     pub tcp_established: bool,
-    /// Don't keep established TCP connections; restore them closed
+    /// Drop established TCP connections; restore their sockets closed
     #[arg(long)]
     pub tcp_close: bool,
     /// Leave out TCP connections that are being established
     #[arg(long)]
     pub skip_in_flight: bool,
-    /// Unix sockets may be connected to others; =INODE,... names them
+    /// Allow UNIX sockets that are connected to other processes; =INODE,... names them
     #[arg(short = 'x', long, value_name = "INODE,...", num_args = 0..=1, require_equals = true,
           default_missing_value = NO_VALUE)]
     pub ext_unix_sk: Vec<Inodes>,
-    /// How connections are held while nobody has them
+    /// How packets are held back while the tree is dumped or restored
     #[arg(long, value_enum, value_name = "METHOD")]
     pub network_lock: Option<NetworkLock>,
 }
 
-/// What others provide.
+/// Resources that are not dumped.
 #[derive(Args, Clone, Debug)]
-#[command(next_help_heading = "Provided by others")]
+#[command(next_help_heading = "External resources")]
 pub(super) struct AroundArgs {
-    /// A resource of others: TYPE[ID]:VALUE; repeatable
+    /// External resource that is not dumped: TYPE[ID]:VALUE; repeatable
     #[arg(long, value_name = "RESOURCE")]
     pub external: Vec<String>,
-    /// Open descriptor of the caller that stands for a resource: fd[N]:KEY; repeatable
+    /// Use descriptor N of the caller for the resource KEY: fd[N]:KEY; repeatable
     #[arg(long, value_name = "fd[N]:KEY", value_parser = inherit_fd)]
     pub inherit_fd: Vec<(i32, String)>,
     /// Close this descriptor first; repeatable
@@ -205,7 +206,7 @@ pub(super) struct AroundArgs {
     pub libdir: Option<PathBuf>,
 }
 
-/// What of the processor and the rights of a process.
+/// Processor and security.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Machine")]
 pub(super) struct MachineArgs {
@@ -219,36 +220,36 @@ pub(super) struct MachineArgs {
     /// Restore mounts with this security context
     #[arg(long, value_name = "CONTEXT")]
     pub lsm_mount_context: Option<String>,
-    /// The tree may have been probed by uprobes
+    /// Allow trees that have been probed by uprobes
     #[arg(long)]
     pub allow_uprobes: bool,
-    /// Do what is possible without being root
+    /// Do what is possible without root's privileges
     #[arg(long)]
     pub unprivileged: bool,
-    /// Allow what CRIU is going to drop
+    /// Allow features that CRIU is going to drop
     #[arg(long)]
     pub deprecated: bool,
 }
 
-/// What of cgroups.
+/// Cgroups.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Cgroups")]
 pub(super) struct CgroupArgs {
-    /// Put the tree back into its cgroups, which must be there (none, the default), or not
-    /// (ignore)
+    /// Restore the tree into its cgroups, which must exist (none, the default), or leave it
+    /// in the cgroup of rcriu (ignore)
     #[arg(long, value_enum, value_name = "MODE", num_args = 0..=1, require_equals = true,
           default_missing_value = "soft")]
     pub manage_cgroups: Option<ManageCgroups>,
-    /// Stop the tree by this cgroup
+    /// Stop the tree by freezing this cgroup
     #[arg(long, value_name = "DIR")]
     pub freeze_cgroup: Option<PathBuf>,
-    /// Another cgroup for the tree; repeatable
+    /// Restore the tree into this cgroup; repeatable
     #[arg(long, value_name = "[CONTROLLER:]/DIR")]
     pub cgroup_root: Vec<String>,
     /// Which properties of cgroups are kept
     #[arg(long, value_name = "YAML")]
     pub cgroup_props: Option<String>,
-    /// The same, from a file
+    /// Which properties of cgroups are kept, from a file
     #[arg(long, value_name = "FILE")]
     pub cgroup_props_file: Option<PathBuf>,
     /// Keep this controller only; repeatable
@@ -259,11 +260,11 @@ pub(super) struct CgroupArgs {
     pub cgroup_yard: Option<PathBuf>,
 }
 
-/// What of namespaces.
+/// Namespaces.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Namespaces")]
 pub(super) struct NamespaceArgs {
-    /// Restore into a namespace of others; repeatable
+    /// Restore into an existing namespace; repeatable
     #[arg(short = 'J', long, value_name = "NS:{PID|FILE}")]
     pub join_ns: Vec<String>,
     /// Restore this namespace without its contents
@@ -272,30 +273,30 @@ pub(super) struct NamespaceArgs {
     /// Leave out this mount; repeatable
     #[arg(long, value_name = "PATH")]
     pub skip_mnt: Vec<PathBuf>,
-    /// Dump mounts of these file systems as if they were known
+    /// Dump mounts of these file systems as if they were supported
     #[arg(long, value_name = "NAME,...")]
     pub enable_fs: Vec<String>,
-    /// A mount of others; repeatable
+    /// External mount; repeatable
     #[arg(short = 'M', long, value_name = "KEY:VALUE")]
     pub ext_mount_map: Vec<String>,
-    /// Mounts may be shared with others
+    /// Allow mounts that are shared with mounts outside the tree
     #[arg(long)]
     pub enable_external_sharing: bool,
-    /// Mounts may be slaves of others'
+    /// Allow mounts that are slaves of mounts outside the tree
     #[arg(long)]
     pub enable_external_masters: bool,
-    /// Restore mounts in the older way
+    /// Restore mounts in CRIU's older way
     #[arg(long)]
     pub mntns_compat_mode: bool,
     /// The other end of a network device; repeatable
     #[arg(long, value_name = "IN=OUT")]
     pub veth_pair: Vec<String>,
-    /// Leave out sysctls that this kernel does not have
+    /// Skip sysctls that this kernel does not have
     #[arg(long)]
     pub weak_sysctls: bool,
 }
 
-/// What of servers.
+/// Page servers.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Page server")]
 pub(super) struct ServerArgs {
@@ -308,25 +309,25 @@ pub(super) struct ServerArgs {
     /// Port of the server
     #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
     pub port: Option<u16>,
-    /// Open socket to the server
+    /// Descriptor of an open socket to the server
     #[arg(long, value_name = "FD")]
     pub ps_socket: Option<i32>,
-    /// Say on this descriptor when the server is ready
+    /// Write to this descriptor when the server is ready
     #[arg(long, value_name = "FD")]
     pub status_fd: Option<i32>,
     /// Encrypt the connection to the server
     #[arg(long)]
     pub tls: bool,
-    /// Certificates of authorities to be trusted
+    /// File of trusted certificate authorities
     #[arg(long, value_name = "FILE")]
     pub tls_cacert: Option<PathBuf>,
-    /// Certificates not to be trusted
+    /// File of revoked certificates
     #[arg(long, value_name = "FILE")]
     pub tls_cacrl: Option<PathBuf>,
-    /// Certificate of this side
+    /// Certificate of this host
     #[arg(long, value_name = "FILE")]
     pub tls_cert: Option<PathBuf>,
-    /// Key of this side
+    /// Private key of this host
     #[arg(long, value_name = "FILE")]
     pub tls_key: Option<PathBuf>,
     /// Don't compare the name in the server's certificate
@@ -334,20 +335,20 @@ pub(super) struct ServerArgs {
     pub tls_no_cn_verify: bool,
 }
 
-/// What is checked.
+/// Feature checks.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Check")]
 pub(super) struct CheckArgs {
-    /// Look at features too that only some trees need
+    /// Also check features that only some trees need
     #[arg(long)]
     pub extra: bool,
-    /// Look at features too that make things faster
+    /// Also check features that make rcriu faster
     #[arg(long)]
     pub experimental: bool,
-    /// Look at all features
+    /// Check all features
     #[arg(long)]
     pub all: bool,
-    /// Look at this feature only; `list` names those that are known; repeatable
+    /// Check only this feature; `list` lists all features; repeatable
     #[arg(long, value_name = "NAME")]
     pub feature: Vec<String>,
     /// Pretend that features are missing
@@ -355,42 +356,42 @@ pub(super) struct CheckArgs {
     pub ms: bool,
 }
 
-/// What is deduplicated.
+/// Deduplication.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Deduplication")]
 pub(super) struct DedupArgs {
-    /// Make one chain of these dumps of a tree, the oldest first: --link DIR DIR...
+    /// Link these full dumps of one tree into a chain, the oldest first: --link DIR DIR...
     #[arg(long)]
     pub link: bool,
-    /// Write new directories, DIR.linked, and leave those that are linked as they are
+    /// Write new directories, DIR.linked, instead of replacing the dumps
     #[arg(long)]
     pub keep_originals: bool,
-    /// Write files anew where the file system cannot free parts of them
+    /// Rewrite files where the file system cannot punch holes
     #[arg(long)]
     pub rewrite: bool,
     /// Let equal pages of the chain share blocks (btrfs, xfs); the images stay the same
     #[arg(long, conflicts_with = "link")]
     pub reflink: bool,
-    /// Say what was done as JSON
+    /// Print the result as JSON
     #[arg(long)]
     pub json: bool,
 }
 
-/// What is said about it.
+/// Log and output.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Messages")]
 pub(super) struct OutputArgs {
     /// Write the log to this file in the work directory; `-` is standard output
     #[arg(short = 'o', long, value_name = "FILE")]
     pub log_file: Option<PathBuf>,
-    /// Say more, as does each further v; or -vN
+    /// Increase verbosity, once per v; or set it by -vN
     ///
     /// 0: nothing; 1: errors; 2: warnings too (the default); 3: phases with their
     /// figures; 4: every task and object; 5: every page and system call.
     #[arg(short = 'v', long, value_name = "N", num_args = 0..=1, require_equals = true,
           default_missing_value = NO_VALUE)]
     pub verbosity: Vec<Verbosity>,
-    /// One log for each process; there is only one that logs
+    /// Write one log per process; rcriu has a single logging process
     #[arg(long)]
     pub log_pid: bool,
     /// Print the statistics afterwards
@@ -398,11 +399,12 @@ pub(super) struct OutputArgs {
     pub display_stats: bool,
 }
 
-/// Where else options come from.
+/// Configuration files.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Configuration")]
 pub(super) struct ConfigArgs {
-    /// File of options, one a line without its dashes; the command line wins
+    /// Read options from this file, one per line without dashes; the command line overrides
+    /// them
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// Don't read /etc/rcriu/default.conf and ~/.rcriu/default.conf

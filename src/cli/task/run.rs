@@ -21,7 +21,7 @@ use crate::{
     sys::supervise::{self, Ended, Side},
 };
 
-/// What is to be done.
+/// The parsed command.
 enum Work {
     Dump(dump::Options),
     Restore(restore::Options),
@@ -63,11 +63,12 @@ fn usage(error: anyhow::Error) -> ExitCode {
     ExitCode::from(exit::USAGE)
 }
 
-/// Closes descriptors that the caller wants to be closed.
+/// Closes the descriptors of `--close`.
 fn close(args: &TaskArgs) {
     for fd in &args.around.close {
-        // We have opened nothing yet, and one that is not open is as good as closed. What is
-        // said must not get into the file that has the number of a standard stream next.
+        // We have opened no files yet, and a number that is not open counts as closed. Our
+        // messages must not get into the file that takes the number of a standard stream
+        // next.
         let _ = nix::unistd::close(*fd);
         if (0..=libc::STDERR_FILENO).contains(fd) {
             let _ = File::options().read(true).write(true).open("/dev/null").map(File::into_raw_fd);
@@ -82,7 +83,7 @@ fn supervised(work: impl FnOnce() -> u8) -> anyhow::Result<u8> {
         Side::Supervisor(supervisor) => supervisor,
     };
     match supervisor.wait().context("wait for the process that does the work")? {
-        // It has said why.
+        // The worker has printed the error.
         Ended::Exited(code) => Ok(u8::try_from(code).unwrap_or(exit::FAILED)),
         Ended::Killed(signal) => {
             let what = format!("the process that does the work was killed by {signal}");
@@ -106,8 +107,8 @@ fn supervised(work: impl FnOnce() -> u8) -> anyhow::Result<u8> {
     }
 }
 
-/// Does the work, says on standard error and in the log what went wrong, and
-/// returns the exit code.
+/// Runs the command, prints errors on standard error and in the log, and returns the exit
+/// code.
 fn perform(task: Task, work: &Work, args: &TaskArgs, given: &[Given]) -> u8 {
     match start_log(work.work_dir(), task, args, given).and_then(|()| work.run()) {
         Ok(()) => exit::OK,
@@ -119,7 +120,7 @@ fn perform(task: Task, work: &Work, args: &TaskArgs, given: &[Given]) -> u8 {
     }
 }
 
-/// Starts the log, and says there which of the options have no effect.
+/// Starts the log, and notes there which options have no effect.
 fn start_log(work_dir: &Path, task: Task, args: &TaskArgs, given: &[Given]) -> anyhow::Result<()> {
     let file = args.output.log_file.as_deref();
     let file = file.map(|file| match file.to_str() {
@@ -157,7 +158,7 @@ impl Work {
     }
 }
 
-/// Where the log of a command goes that writes nothing else to a work directory.
+/// The log of a command that writes nothing else to a work directory.
 fn log_dir(args: &TaskArgs) -> PathBuf {
     convert::work_dir(&args.images.images_dir, args.images.work_dir.as_deref())
 }

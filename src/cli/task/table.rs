@@ -119,7 +119,7 @@ pub(super) const ROWS: &[Row] = &[
     built("ext-unix-sk", DUMP.or(RESTORE)),
     harmless("ext-unix-sk", PRE_DUMP, NO_FILES),
     Row { name: "network-lock", on: DUMP, state: RefusedUnless(&["skip", "none"], NO_CONNECTIONS) },
-    // Provided by others
+    // External resources
     built("external", DUMP),
     harmless("external", RESTORE, "what a dump left to others is given by --inherit-fd"),
     harmless("external", PRE_DUMP, NO_FILES),

@@ -298,7 +298,7 @@ fn lines_of_restore_become_options() {
 #[test]
 fn wrong_lines_are_usage_errors() {
     for (line, why) in [
-        ("dump", "which process? -t PID says it"),
+        ("dump", "no process given; use -t PID"),
         ("dump -t 7 x", "too many words: x"),
         ("dump -t 7 --exec-cmd x", "--exec-cmd is for restore"),
         ("dump -t 7 --inherit-fd fd[1]:x", "--inherit-fd is for restore"),
