@@ -8,7 +8,7 @@ pub const TOLD: &str = "rcriu::told";
 
 /// Says something on standard error, and in the log.
 pub fn tell(level: log::Level, message: &str) {
-    // There is nobody left to tell if this fails.
+    // A failed write to standard error cannot be reported anywhere.
     let _ = writeln!(std::io::stderr(), "{message}");
     log::log!(target: TOLD, level, "{message}");
 }

@@ -22,22 +22,20 @@
 //!
 //! Directories are only names, so a child records the dump that it was made on
 //! ([`crate::chain::dump_name`]): `rcriu_parent_run_id` in its inventory, field 20001 of
-//! `inventory_entry` which is the parent's
-//! `dump_criu_run_id`, or a hash of its inventory. Whoever resolves pages across that link
-//! compares them first. Of children without it, which CRIU writes, only dates tell, and
-//! `imgfs check` notes a parent that is younger. A dump replaces no snapshot that a
-//! directory beside it has as its parent.
+//! `inventory_entry` which is the parent's `dump_criu_run_id`, or a hash of its inventory.
+//! Code that resolves pages across that link compares them first. Of children without it,
+//! which CRIU writes, only dates tell, and `imgfs check` notes a parent that is younger. A
+//! dump replaces no snapshot that a directory beside it has as its parent.
 //!
 //! # Bytes
 //!
-//! All that is shown is a [`crate::chain::Content`]: a function from a range to
-//! *runs*, each in one file, in memory, a hole, or lost. Reading, seeking holes,
-//! flattening and FUSE stand on that alone. Runs that lie in a row in one file
-//! are read by one `preadv(2)`, however they are scattered over the buffer.
-//! Nobody touches mapped bytes in user space: backing files are read instead, and
-//! a file that shrinks is a short read and not a SIGBUS. Files are opened when
-//! first needed and closed by an LRU bound; one that was replaced since it was
-//! first opened is an error.
+//! All that is shown is a [`crate::chain::Content`]: a function from a range to *runs*,
+//! each in one file, in memory, a hole, or lost. Reading, seeking holes, flattening and
+//! FUSE stand on that alone. Runs that lie in a row in one file are read by one
+//! `preadv(2)`, however they are scattered over the buffer. No code reads mapped bytes in
+//! user space: backing files are read instead, and a file that shrinks is a short read and
+//! not a SIGBUS. Files are opened when first needed and closed by an LRU bound; one that
+//! was replaced since it was first opened is an error.
 //!
 //! # The view
 //!
@@ -49,16 +47,15 @@
 //!
 //! # The mount
 //!
-//! [`crate::fs`] hands the view to FUSE. A file that is one backing file is read
-//! by the kernel itself (pass-through). All others are read without the page
-//! cache, so that nothing is held twice: large reads are answered by one
-//! `writev(2)` from mappings of the backing files, past `fuser`, whose answers
-//! are one piece; the kernel copies from them to the reader, and where a file
-//! has become shorter it finds no page and answers with an error itself. Small
-//! reads go through a buffer. Before an answer from mappings, the lengths of
-//! the files are looked at, as a mapping is zero behind the end of a file that
-//! was cut within a page. A panic ends the daemon, and the kernel then answers
-//! whoever waits.
+//! [`crate::fs`] hands the view to FUSE. A file that is one backing file is read by the
+//! kernel itself (pass-through). All others are read without the page cache, so that
+//! nothing is held twice: large reads are answered by one `writev(2)` from mappings of the
+//! backing files, past `fuser`, whose answers are one piece; the kernel copies from them to
+//! the reader, and where a file has become shorter it finds no page and answers with an
+//! error itself. Small reads go through a buffer. Before an answer from mappings, the
+//! lengths of the files are looked at, as a mapping is zero behind the end of a file that
+//! was cut within a page. A panic ends the daemon, and the kernel then answers all waiting
+//! readers.
 //!
 //! A reader gets an errno and no more. The daemon keeps its last warnings and errors, each
 //! once, and shows them as an attribute of the root ([`crate::fs::recent`]), which
@@ -76,15 +73,15 @@
 //! since the kernel may drop a clean page and ask again. Read-ahead is off there, so
 //! that a page which the cache was given is one that was touched.
 //!
-//! Files of `mem/` and `core/` are for the owner of the images alone, whatever
-//! mode those have. Nothing is shown that its reader could not have read: an image
-//! directory can name any file, by links, as its parent, or as a file that was mapped. If
-//! all directories of the chain are such that one user alone can have put images there
-//! ([`crate::chain::Owner`]), these are read with the rights of that user, which root's mount
-//! assumes (`setfsuid(2)`, in all threads but the one that unmounts), and an ordinary user
-//! has. Otherwise every node belongs to who mounts, and is for nobody else. Files that the
-//! images only name are opened if the images are the mounter's, or, when asked for, with
-//! the rights of their owner.
+//! Files of `mem/` and `core/` are for the owner of the images alone, whatever mode those
+//! have. Nothing is shown that its reader could not have read: an image directory can name
+//! any file, by links, as its parent, or as a file that was mapped. If all directories of
+//! the chain are such that one user alone can have put images there
+//! ([`crate::chain::Owner`]), these are read with the rights of that user, which root's
+//! mount assumes (`setfsuid(2)`, in all threads but the one that unmounts), and an ordinary
+//! user has. Otherwise every node belongs to the user who mounts, and no other user may
+//! read it. Files that the images only name are opened if the images are the mounter's, or,
+//! when asked for, with the rights of their owner.
 //!
 //! # Work in other processes
 //!
@@ -120,14 +117,14 @@
 //!
 //! Stop the tree, check that it is one that can be dumped, ask each process, collect
 //! descriptors by duplicates (`pidfd_getfd(2)`), copy memory, sync, commit. Images are
-//! written to a hidden directory inside the one that was asked for, and moved when all
-//! of them are on disk, the inventory last ([`crate::image::SnapshotWriter`]). Memory
-//! is read in chunks that stay in the processor's cache; a page is stored only if it is
-//! not zero and its bytes differ from those of the parent chain. Zeros of a private mapping
-//! of a file are stored like other bytes: without them the file would be seen. The parent's
-//! content is the truth, so that nobody needs to know who wrote to shared memory. A tree
-//! that is not to run on has the disk begin with its images while they are written; for one
-//! that is, they are first copied, which is what it waits for.
+//! written to a hidden directory inside the one that was asked for, and moved when all of
+//! them are on disk, the inventory last ([`crate::image::SnapshotWriter`]). Memory is read
+//! in chunks that stay in the processor's cache; a page is stored only if it is not zero
+//! and its bytes differ from those of the parent chain. Zeros of a private mapping of a
+//! file are stored like other bytes: without them the file would be seen. The parent's
+//! content is the truth, so the writers of shared memory need not be known. A tree that is
+//! not to run on has the disk begin with its images while they are written; for one that
+//! is, they are first copied, which is what it waits for.
 //!
 //! # No trace
 //!
@@ -166,14 +163,15 @@
 //!
 //! # Sockets
 //!
-//! To receive from a socket, even with `MSG_PEEK`, takes a pending error if there is no more
-//! to see. So `poll(2)` is asked whether there is one, and never more is asked for than is
-//! there. Which error a TCP socket has the kernel tells only who takes it: it is refused. What
-//! else CRIU's entries have no place for is in two messages of `file_entry`, which CRIU
-//! passes over: `owner` (50001), of pipes and sockets, and `sock` (50002), whose kinds and
-//! what becomes of them [`crate::docs::state`] lists. Credentials that sockets show
-//! of their makers (`SO_PEERCRED`) come from calls of helper processes that have the pid and the
-//! ids in question; they share this program's descriptors, and end before the tree is made.
+//! To receive from a socket, even with `MSG_PEEK`, takes a pending error if there is no
+//! more to see. So `poll(2)` is asked whether there is one, and never more is asked for
+//! than is there. The kernel shows which error a TCP socket has only by taking it, so such
+//! a socket is refused. What else CRIU's entries have no place for is in two messages of
+//! `file_entry`, which CRIU passes over: `owner` (50001), of pipes and sockets, and `sock`
+//! (50002), whose kinds and what becomes of them [`crate::docs::state`] lists. Credentials
+//! that sockets show of their makers (`SO_PEERCRED`) come from calls of helper processes
+//! that have the pid and the ids in question; they share this program's descriptors, and
+//! end before the tree is made.
 //!
 //! # Older kernels
 //!
@@ -214,21 +212,21 @@
 //! is compared.
 //!
 //! Of shared memory the bits are believed only if all of its writers are known
-//! ([`crate::res::track::shared`]): nobody outside the tree has it or a descriptor of
+//! ([`crate::res::track::shared`]): no process outside the tree has it or a descriptor of
 //! it, the same mappings are there as at the snapshot, and the kernel's counters say that
 //! none was made or removed since. What leads to a comparison of the whole object is
 //!
 //! - a process that was forked, exited or executed another program while it had the
 //!   object mapped; `vfork(2)` and `posix_spawn(3)` do no harm;
-//! - a mapping that was made, removed, moved or cut; anybody's `mremap(2)` with an old
-//!   size of 0 and `MADV_REMOVE`, which are counted for the whole machine;
-//! - a descriptor: a memfd is compared as long as anybody has it open;
+//! - a mapping that was made, removed, moved or cut; `mremap(2)` with an old size of 0 and
+//!   `MADV_REMOVE` by any process, which are counted for the whole machine;
+//! - a descriptor: a memfd is compared as long as any process has it open;
 //! - an object of more than eight mappings, or of less than 64 pages; System V segments;
 //!   memory of a process that has more than 512 threads or was just restored;
 //! - a kernel without asynchronous write protection. A shared page that was written and
 //!   taken from the page table comes back without its soft-dirty bit;
 //! - a program that may not see all processes, count by tracepoints (`CAP_PERFMON`, and
-//!   tracefs, which it opens itself if nobody has mounted it) or watch who opens files
+//!   tracefs, which it opens itself if it is not mounted) or watch which files are opened
 //!   (`CAP_SYS_ADMIN`).
 //!
 //! What keeps memory from being tracked is said once for each dump that was asked to
@@ -236,18 +234,18 @@
 //! statistics; `stats-dump` has it in fields of our own, 1001 and 1002.
 //!
 //! Two things cannot be seen. A descriptor may be on its way in a message when tracking
-//! begins; memory other than a memfd has one only if somebody opened it in
-//! `/proc/PID/map_files` before. And a process that may not be looked at, as the first
-//! one of some machines, is taken to have nothing if it is older than a tree that has
-//! executed a program since.
+//! begins; memory other than a memfd has one only if a process opened it in
+//! `/proc/PID/map_files` before. And a process that may not be looked at, as the first one
+//! of some machines, is taken to have nothing if it is older than a tree that has executed
+//! a program since.
 //!
-//! What writes to memory by its physical address is seen by no page table. Where
-//! there is an io_uring, a ring of asynchronous I/O or pinned memory, tracking does not
-//! begin anew. Where the scan does not know guard pages (before Linux 6.18), they are
-//! looked for among what counts as swapped. Somebody outside the tree who writes by `process_vm_writev(2)` in the
-//! very microseconds in which a page is protected again, having looked it up before,
-//! can be missed. Soft-dirty bits, the tracker of older kernels, are anybody's to
-//! clear: a dump by another program in between is not noticed.
+//! What writes to memory by its physical address is seen by no page table. Where there is
+//! an io_uring, a ring of asynchronous I/O or pinned memory, tracking does not begin anew.
+//! Where the scan does not know guard pages (before Linux 6.18), they are looked for among
+//! what counts as swapped. A process outside the tree that writes by `process_vm_writev(2)`
+//! in the very microseconds in which a page is protected again, having looked it up before,
+//! can be missed. Any program can clear soft-dirty bits, the tracker of older kernels: a
+//! dump by another program in between is not noticed.
 //!
 //! # A pre-dump
 //!
@@ -313,9 +311,9 @@
 //!
 //! With `--auto-dedup` everything that could keep pages from being freed is found out
 //! first: the journals, and whether the file system can do it. Pages are freed when the
-//! tree runs, or as it is filled; so what a child shares with its parent is compared
-//! with the parent's memory, and no page of the images is read twice. Through a mount
-//! the pages are punched there, and whoever serves it keeps the journals.
+//! tree runs, or as it is filled; so what a child shares with its parent is compared with
+//! the parent's memory, and no page of the images is read twice. Through a mount the pages
+//! are punched there, and the daemon that serves it keeps the journals.
 //!
 //! What the images of a small process cost is mostly the time to begin: the table of
 //! required fields is made by the build script, since the descriptors of all messages
@@ -325,15 +323,15 @@
 //!
 //! # Freed pages
 //!
-//! A hole in a pages file reads as zeros, so no reader can tell a page that was freed
-//! from a page of zeros. Whoever frees pages therefore names them first, in a journal
-//! beside the pages file ([`crate::image::punched`] has the layout), and in this order:
-//! readers in this program lose them, the journal names them, the journal is on disk,
-//! they are freed ([`crate::chain::Freeing`]). What a journal names is gone, freed or
-//! not: reading it is an error that names it. So a page may be noted only when
-//! something else that lasts has it, or nobody needs it; and running again frees what a
-//! crash has left. A journal is bound to the pagemap and the inventory beside it, since
-//! programs that do not know it dump into the same directory.
+//! A hole in a pages file reads as zeros, so no reader can tell a page that was freed from
+//! a page of zeros. Code that frees pages therefore names them first, in a journal beside
+//! the pages file ([`crate::image::punched`] has the layout), and in this order: readers in
+//! this program lose them, the journal names them, the journal is on disk, they are freed
+//! ([`crate::chain::Freeing`]). What a journal names is gone, freed or not: reading it is
+//! an error that names it. So a page may be noted only when another lasting place has it,
+//! or it is no longer needed; and running again frees what a crash has left. A journal is
+//! bound to the pagemap and the inventory beside it, since programs that do not know it
+//! dump into the same directory.
 //!
 //! Freed pages keep their place in a pages file without parents. What needs one says so
 //! before it begins: a restore, flattening, a comparison. A dump takes the page of a
@@ -352,15 +350,15 @@
 //! that they were compared with, and those that are kept are compared with their copies.
 //! A list in that directory tells what a killed run leaves from what is the user's.
 //!
-//! A page of the parent is asked for by the same pid or number of an object. So a
-//! process whose pid was taken by another is compared with that one, which is as right
-//! and gains little. An object's number is an inode number, which a restored tree does
-//! not keep: objects are matched by kind, name and the places where processes have them,
-//! and renumbered if their number in the parent is free, nobody beside has the snapshot
-//! as its parent, and one image alone names them, so that one rename changes all. Others are
-//! compared by number, or stay in full; a copy of a snapshot can be renumbered in any
-//! case. A System V segment is never renumbered: programs know its id. A memory that has
-//! lost pages stays as it is.
+//! A page of the parent is asked for by the same pid or number of an object. So a process
+//! whose pid was taken by another is compared with that one, which is as right and gains
+//! little. An object's number is an inode number, which a restored tree does not keep:
+//! objects are matched by kind, name and the places where processes have them, and
+//! renumbered if their number in the parent is free, no other snapshot has the snapshot as
+//! its parent, and one image alone names them, so that one rename changes all. Others are
+//! compared by number, or stay in full; a copy of a snapshot can be renumbered in any case.
+//! A System V segment is never renumbered: programs know its id. A memory that has lost
+//! pages stays as it is.
 //!
 //! # Superseded pages
 //!
@@ -387,13 +385,13 @@
 //!
 //! Locks are those of `flock(2)` on directories, so that they end with their holder and
 //! leave nothing behind ([`crate::sys::lock`]). A chain is locked at its base, the
-//! directory without a parent, which all of its snapshots have in common: one lock for
-//! a chain of any depth. Who reads a chain shares it; who changes what is in one that
-//! is complete has it alone. Besides, each locks the directory that it was asked for:
-//! a dump has the one it makes alone, and shares that of its parent, so that several
-//! may dump on top of one. A restore from a mount locks nothing, since who serves the
-//! mount has done so. Programs that only look, such as `imgfs ls` and `check`, lock
-//! nothing, and CRIU knows nothing of these locks.
+//! directory without a parent, which all of its snapshots have in common: one lock for a
+//! chain of any depth. Programs that read a chain share the lock; a program that changes a
+//! complete chain has it alone. Besides, each locks the directory that it was given: a dump
+//! has the one it makes alone, and shares that of its parent, so that several may dump on
+//! top of one. A restore from a mount locks nothing, since the daemon of the mount has done
+//! so. Programs that only look, such as `imgfs ls` and `check`, lock nothing, and CRIU
+//! knows nothing of these locks.
 //!
 //! # Invariants
 //!
@@ -409,8 +407,8 @@
 //!   alone, never through a link, and in no directory of which one of another user calls
 //!   itself a child; a ghost is made under a name that
 //!   is free, and filled and adjusted by its descriptor.
-//! - A page is never answered with another page's bytes or with zeros that
-//!   nobody stored: what cannot be found, or was freed, is an error.
+//! - A page is never answered with another page's bytes or with zeros that were never
+//!   stored: what cannot be found, or was freed, is an error.
 //! - An image directory that is written has its inventory last, after everything
 //!   else is on disk; a directory without one is not a snapshot.
 //! - `image`, `chain` and `view` know neither FUSE nor privileges: they are

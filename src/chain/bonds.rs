@@ -87,7 +87,7 @@ fn read(dir: &Path) -> Result<Identity, ImageError> {
 
 impl Chain {
     /// Checks that the images of a snapshot are of a version of the format that is known.
-    /// What is wrong with an inventory that cannot be read is for who needs it.
+    /// An inventory that cannot be read passes: the code that needs it reports the error.
     ///
     /// # Errors
     /// [`ChainError::Version`].

@@ -15,8 +15,8 @@ type Key = (SnapshotId, MemoryId);
 /// An index, or the place for it while it is being built.
 type Slot = Arc<Mutex<Option<Arc<Index>>>>;
 
-/// Indexes by what they resolve. The least recently used go when there are too
-/// many extents in all; who holds one keeps it.
+/// Indexes by what they resolve. The least recently used ones are dropped when there are
+/// too many extents in all; a caller that holds one keeps it.
 #[derive(Debug)]
 pub(super) struct IndexCache {
     slots: Mutex<LruCache<Key, Slot>>,

@@ -28,9 +28,9 @@ const TOLD: usize = 8;
 /// How bad a finding is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Severity {
-    /// Nothing is lost, but somebody should know.
+    /// Nothing is lost, but the user should know.
     Note,
-    /// Something cannot be restored, or not be trusted.
+    /// A snapshot cannot be restored, or not be trusted.
     Error,
 }
 
@@ -321,14 +321,14 @@ impl Check<'_> {
         // Of one memory, and as bad as one another.
         for same in gone.chunk_by(|a, b| (a.memory, a.needed) == (b.memory, b.needed)) {
             let (memory, needed) = (same[0].memory, same[0].needed);
-            // Who frees pages of an ancestor gives it up, however that is done: what counts
-            // is whether a snapshot can be restored that nobody has as its parent.
+            // Freeing pages of an ancestor gives it up, so only a snapshot without children
+            // must be restorable.
             let severity = if self.is_tip { Severity::Error } else { Severity::Note };
-            let who = if needed { "" } else { ", only its descendants" };
+            let rest = if needed { "" } else { ", only its descendants" };
             for gone in same.iter().take(TOLD) {
                 let holder = self.chain.snapshot(gone.holder).dir.display();
                 let problem = format!(
-                    "{} gone, freed in {holder}: this snapshot can no longer be restored{who}",
+                    "{} gone, freed in {holder}: this snapshot can no longer be restored{rest}",
                     are(gone.pages)
                 );
                 self.tell(severity, Some(memory), Some(gone.first), problem);

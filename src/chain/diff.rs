@@ -153,7 +153,7 @@ fn diff_memory(
     Ok(diff)
 }
 
-/// Where a page is, independently of who asks.
+/// Where a page is, independently of the snapshot that reads it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Where {
     Zero,

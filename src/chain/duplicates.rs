@@ -1,7 +1,7 @@
 //! How much of a chain is the same page stored again.
 //!
-//! Pages are told apart by a hash, so what is found is for people to look at: whoever
-//! acts on it compares bytes.
+//! Pages are compared by a hash, so the result is information for people. Code that acts on
+//! duplicates compares bytes.
 
 use std::{
     collections::BTreeSet,

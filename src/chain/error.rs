@@ -39,7 +39,7 @@ pub enum ChainError {
         /// Those that there are.
         known: String,
     },
-    /// More than one snapshot is nobody's parent.
+    /// More than one snapshot has no children.
     #[error("the chain has several tips, choose one with --snapshot: {tips}")]
     SeveralTips {
         /// Their names.

@@ -44,8 +44,8 @@ impl BackingFile {
     /// Returns the file's bytes in memory, for system calls to copy from: as many
     /// as there were when this was first called. `None` if it cannot be mapped.
     ///
-    /// Nobody may look at them otherwise: a file that has become shorter has no
-    /// bytes there, and who looks for them is killed.
+    /// It must not be read in any other way: where a file has become shorter there are no
+    /// bytes, and a reader is killed by SIGBUS.
     pub fn mapping(&self) -> Option<&MmapRaw> {
         let map = || MmapOptions::new().map_raw_read_only(&self.file).ok();
         self.mapping.get_or_init(map).as_ref()
@@ -194,7 +194,7 @@ impl Files {
             }
             PathBuf::from(&inner.entries[id.0 as usize].path)
         };
-        // Opening may wait for a disk or a network: nobody else should.
+        // Opening may wait for a disk or a network; other threads must not wait with us.
         let open = || {
             let (file, stat) = regular::open(&path)?;
             io::Result::Ok((file, (stat.st_dev, stat.st_ino)))

@@ -1,11 +1,11 @@
-//! Freeing pages in the files that hold them, so that nobody reads zeros for them.
+//! Freeing pages in the files that hold them, so that no reader gets zeros for them.
 //!
-//! The order is always the same, and all of it is here: the pages are gone for
-//! readers of this program ([`Chain`] knows them), the journals name them, the
-//! journals are on disk, and only then are they freed. A crash in between leaves
-//! pages that are gone though their bytes are there, so pages may only be noted
-//! when something else that lasts has them, or nobody needs them. Whoever opens the
-//! file for freeing again takes up what was left.
+//! The order is always the same, and all of it is here: the pages are gone for readers of
+//! this program ([`Chain`] knows them), the journals name them, the journals are on disk,
+//! and only then are they freed. A crash in between leaves pages that are gone though their
+//! bytes are there, so pages may only be noted when another lasting place has them, or when
+//! they are no longer needed. The next program that opens the file for freeing finishes
+//! what was left.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -34,7 +34,7 @@ use crate::{
 pub(super) struct Freed {
     any: AtomicBool,
     files: RwLock<HashMap<FileId, PageRanges>>,
-    /// Held for reading by who reads files of which pages may be freed meanwhile.
+    /// Held for reading while files are read of which pages may be freed.
     reading: RwLock<()>,
 }
 
@@ -59,8 +59,7 @@ impl Freed {
         self.reading.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets pages be gone. Nobody who began to read before still does so when this
-    /// returns.
+    /// Marks pages as gone. When this returns, all reads that began before have ended.
     fn add(&self, file: FileId, pages: &PageRanges) {
         let mut files = self.files.write().unwrap_or_else(PoisonError::into_inner);
         files.entry(file).or_default().extend(pages);
@@ -88,8 +87,8 @@ struct Target {
 /// Frees pages of a chain's files.
 ///
 /// [`Self::prepare`] for every file that may have some, then [`Self::note`] pages,
-/// [`Self::sync`] and [`Self::free`], as often as need be. Whoever does this holds
-/// the locks of the directories.
+/// [`Self::sync`] and [`Self::free`], as often as need be. The caller holds the locks of
+/// the directories.
 #[derive(Debug)]
 pub struct Freeing {
     chain: Arc<Chain>,
@@ -170,8 +169,8 @@ impl Freeing {
     /// Notes pages of a file to be freed: `pages` are those of the *file*. Those
     /// behind its end, and those that were freed by this, are left out.
     ///
-    /// Only pages that something else that lasts has, or that nobody needs any more,
-    /// may be noted.
+    /// Only pages that another lasting place has, or that are no longer needed, may be
+    /// noted.
     ///
     /// # Errors
     /// As [`Self::prepare`], if that was not called for the layer before.

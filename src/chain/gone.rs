@@ -20,8 +20,8 @@ pub(super) struct Gone {
     pub(super) pages: u64,
     /// Whose pages file held them.
     pub(super) holder: SnapshotId,
-    /// Whether a snapshot that is nobody's parent asks for them, too: then no newer
-    /// page has taken their place.
+    /// Whether a snapshot without children reads them, too: then no newer page has replaced
+    /// them.
     pub(super) needed: bool,
 }
 

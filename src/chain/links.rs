@@ -24,8 +24,8 @@ use crate::image::{Kind, MemoryId, PARENT_LINK, desc};
 /// Directories that take longer to look at than a thread takes to start.
 const WORTH_A_THREAD: usize = 32;
 
-/// How many files of a chain are kept open, if the process may open twice as
-/// many: the other half is for requests under way and whoever else needs some.
+/// How many files of a chain are kept open, if the process may open twice as many: the
+/// other half is for requests under way and other parts of the program.
 const OPEN_FILES: u64 = 2048;
 
 /// The number of a snapshot in its chain: its position in [`Chain::snapshots`].
@@ -70,8 +70,8 @@ impl Chain {
     /// Opens the chain at `path`: an image directory with its ancestors, or a
     /// directory of image directories with theirs.
     ///
-    /// Only links are read, no images. A broken link is kept with the snapshot
-    /// that has it and is an error only to who needs what is behind it.
+    /// Only links are read, no images. A broken link is kept with its snapshot, and is an
+    /// error only when a page behind it is needed.
     ///
     /// # Errors
     /// [`ChainError::Directory`], [`ChainError::NoImages`].
@@ -152,9 +152,9 @@ impl Chain {
         !self.freed.is_empty()
     }
 
-    /// Keeps pages from being freed by this program until the guard is dropped. To
-    /// be held from the question where bytes are until they were read, by whoever
-    /// reads while another thread may free.
+    /// Keeps pages from being freed by this program until the guard is dropped. A reader
+    /// holds it from looking up the place of bytes until it has read them, if another
+    /// thread may free pages.
     pub fn reading(&self) -> RwLockReadGuard<'_, ()> {
         self.freed.reading()
     }
@@ -171,7 +171,7 @@ impl Chain {
         Ok(())
     }
 
-    /// Returns the snapshots that are nobody's parent.
+    /// Returns the snapshots without children.
     pub fn tips(&self) -> Vec<SnapshotId> {
         let mut tip = vec![true; self.snapshots.len()];
         for snapshot in &self.snapshots {
@@ -182,8 +182,8 @@ impl Chain {
         self.ids().filter(|id| tip[id.position()]).collect()
     }
 
-    /// Returns the snapshots without a parent that can be found: whoever uses a
-    /// chain locks these.
+    /// Returns the snapshots without a parent that can be found: users of a chain lock
+    /// these.
     pub fn bases(&self) -> impl Iterator<Item = SnapshotId> + '_ {
         self.ids().filter(|id| !matches!(self.snapshot(*id).parent, Ok(Some(_))))
     }

@@ -27,8 +27,9 @@ pub enum Owner {
 }
 
 impl Owner {
-    /// Finds out who could have put into the directories of a chain what is there: the
-    /// owners of the directories and of their inventories, and who else can write there.
+    /// Finds the users who could have written the files in the directories of a chain: the
+    /// owners of the directories and of their inventories, and the users who can write
+    /// there.
     ///
     /// A group that has the number of its directory's owner is taken for that user alone.
     pub fn of(chain: &Chain) -> Self {
@@ -47,7 +48,7 @@ impl Owner {
 
 /// Snapshots that have descendants of other users.
 ///
-/// Pages may be freed in the others only: a link called `parent` is anybody's to make.
+/// Pages may be freed in the others only: any user can make a link called `parent`.
 #[derive(Debug)]
 pub(super) struct ForeignChildren {
     owners: HashMap<SnapshotId, u32>,

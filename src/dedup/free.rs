@@ -102,7 +102,7 @@ pub fn check_freeing(chain: &Arc<Chain>, id: SnapshotId, disk: Arc<dyn Disk>) ->
     Ok(())
 }
 
-/// As [`free`], for who has locked the directories.
+/// Like [`free`], for a caller that has locked the directories.
 ///
 /// # Errors
 /// As [`free`].

@@ -46,8 +46,8 @@ struct Same {
 /// that is stored, and 40 for each that is equal to another one.
 ///
 /// # Errors
-/// [`DedupError::NoSharing`] if the file system cannot do it; directories that are in
-/// use by somebody who changes them; images that cannot be read.
+/// [`DedupError::NoSharing`] if the file system cannot do it; directories that another
+/// program is changing; images that cannot be read.
 pub fn reflink(path: &Path, progress: &dyn Progress) -> Result<Reflinked> {
     let chain = Chain::open(path)?;
     let mut locks = DirectoryLocks::default();

@@ -253,7 +253,8 @@ impl<'a> Stage<'a> {
         Ok(())
     }
 
-    /// Leaves what was made to whoever has taken it out of the hidden directory.
+    /// Leaves the new files to the caller, which has moved them out of the hidden
+    /// directory.
     pub(super) fn taken(mut self) -> Result<()> {
         self.published = true;
         fs::remove_dir_all(&self.stage).map_err(|source| write_error(&self.stage, source).into())

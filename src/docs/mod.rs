@@ -1,4 +1,4 @@
-//! The long documents: for users, and for engineers who carry the work on.
+//! The long documents: for users, and for the engineers of this project.
 //!
 //! [`crate::design`] says how the programs are built and what holds at all times.
 

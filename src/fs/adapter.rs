@@ -28,8 +28,8 @@ use crate::{
     view::{self, DirEntry, NodeType, ROOT, ViewError, Whence},
 };
 
-/// How long the kernel may answer from what it was told before. Images do not
-/// change, but who writes new ones wants to see them.
+/// How long the kernel may answer from what it was told before. Images do not change, but
+/// new ones should appear soon.
 const TTL: Duration = Duration::from_secs(1);
 
 /// Inode numbers are never used again for something else.
@@ -38,7 +38,7 @@ const GENERATION: Generation = Generation(0);
 /// The longest file name that is accepted anywhere (`NAME_MAX`, `linux/limits.h`).
 const NAME_BYTES: u32 = 255;
 
-/// Whether root asks, or the user who has mounted.
+/// Whether the request comes from root or from the user who mounted.
 fn is_owner(req: &Request) -> bool {
     req.uid() == 0 || req.uid() == getuid().as_raw()
 }
@@ -47,7 +47,7 @@ impl Filesystem for ImageFs {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
         // Without it, files read without the page cache can not be mapped shared. Where
         // files may be opened for writing, they must not: what is written to a shared
-        // mapping is refused too late for anybody to notice.
+        // mapping is refused too late for the writer to notice.
         let shared = InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP;
         let wanted = [
             if self.punching.is_none() { shared } else { InitFlags::empty() },
@@ -141,7 +141,7 @@ impl Filesystem for ImageFs {
             return reply.error(self.nonsense("read", ino, "the handle is not open"));
         };
         let size = size as usize;
-        // The page cache asks in nobody's name.
+        // Requests of the page cache have no lock owner.
         let mapped = lock_owner.is_none();
         let answered = {
             // Pages that are found are not freed before they were read.
@@ -350,7 +350,8 @@ impl Filesystem for ImageFs {
         reply.error(Errno::EINVAL); // there are no links
     }
 
-    /// Frees what was punched and only noted, for root and for who has mounted.
+    /// Frees the pages that were punched and noted. Allowed for root and for the user who
+    /// mounted.
     fn ioctl(
         &self,
         req: &Request,

@@ -142,7 +142,7 @@ pub enum MountError {
         source: Errno,
     },
     /// Files in the mount are open, or a process is in it.
-    #[error("{path} is busy: `fuser -vm {path}` shows who uses it, `imgfs umount --lazy` detaches it", path = .path.display())]
+    #[error("{path} is busy: `fuser -vm {path}` shows which processes use it, `imgfs umount --lazy` detaches it", path = .path.display())]
     Busy {
         /// The mount point.
         path: PathBuf,

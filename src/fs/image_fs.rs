@@ -67,9 +67,9 @@ impl ImageFs {
     }
 
     /// Returns an extended attribute of a node: in the root, when pages are freed, and
-    /// whether some of those that are shown are gone; where the images of a directory
-    /// are, so that they need not be read through the mount. Who restores from a mount
-    /// that frees pages must not go past it.
+    /// whether some of those that are shown are gone; where the images of a directory are,
+    /// so that they need not be read through the mount. A restorer must not bypass a mount
+    /// that frees pages.
     pub(super) fn attribute(&self, ino: Ino, name: &OsStr) -> Option<Vec<u8>> {
         let chain = self.view.chain();
         match &self.punching {

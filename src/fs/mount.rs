@@ -1,8 +1,8 @@
 //! Mounting and unmounting, without `fuser`.
 //!
-//! `fuser` 0.18 unmounts its mount point again after somebody else has done so,
-//! and hits whatever has been mounted there since; so it is only given the
-//! open device.
+//! `fuser` 0.18 unmounts its mount point even if another program has already done so, and
+//! then hits a file system that was mounted there since. So it is only given the open
+//! device.
 
 use std::{
     fs::File,
@@ -23,7 +23,7 @@ use crate::{chain::Chain, sys};
 
 const DEVICE: &str = "/dev/fuse";
 
-/// The program that mounts and unmounts for who is not root.
+/// The program that mounts and unmounts for ordinary users.
 const HELPER: &str = "fusermount3";
 
 /// Returns the absolute path of a mount point, which must be a directory and
@@ -108,8 +108,8 @@ fn mount_by_helper(mount_point: &Path, source: &str, options: &MountOptions) -> 
     }
 }
 
-/// Unmounts the chain that is mounted at `path`; `lazy` detaches it even if it
-/// is in use, and lets who uses it finish.
+/// Unmounts the chain that is mounted at `path`; `lazy` detaches it even if it is in use,
+/// and lets the processes that use it finish.
 ///
 /// # Errors
 /// [`MountError::NotMounted`], [`MountError::ForeignMount`],

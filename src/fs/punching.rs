@@ -1,9 +1,8 @@
 //! Freeing the pages that a mount shows.
 //!
-//! Only the flat pages files in the root can be punched: those of the shown snapshot.
-//! Whoever reads through the mount holds [`crate::chain::Chain::reading`], so that
-//! pages are freed after the reads that have found them, and are an error to those
-//! that come later.
+//! Only the flat pages files in the root can be punched: those of the shown snapshot. Each
+//! read through the mount holds [`crate::chain::Chain::reading`], so that a page is freed
+//! only after the reads that have found it; later reads fail.
 
 use std::{
     collections::HashMap,
@@ -30,11 +29,11 @@ const PARTS_KEPT: usize = 64;
 /// When pages are freed that a mount shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Punch {
-    /// When somebody punches them.
+    /// When a program punches them.
     OnRequest,
-    /// When they have been read; or when somebody punches them.
+    /// When they have been read, or when a program punches them.
     OnRead,
-    /// When somebody has punched them, and then says that they may be freed.
+    /// When a program has punched them and then commits.
     Commit,
 }
 
@@ -62,8 +61,8 @@ struct State {
     freeing: Freeing,
     /// Pages of flat files that were punched, to be freed on commit.
     noted: HashMap<Ino, (Arc<FlatPages>, PageRanges)>,
-    /// Pages that the page cache was given, for who has mapped the file. They are
-    /// asked for again if the kernel drops them, as long as the file is open.
+    /// Pages that the page cache was given, for processes that have mapped the file. They
+    /// are asked for again if the kernel drops them, as long as the file is open.
     cached: HashMap<Ino, PageRanges>,
     /// By handle: pages of which a part was read, and which.
     parts: HashMap<u64, Vec<Part>>,
@@ -97,8 +96,8 @@ impl Punching {
         self.mode
     }
 
-    /// Somebody has punched bytes of a flat file: the whole pages in them are freed,
-    /// or noted.
+    /// Frees, or notes, the whole pages in a range of a flat file that a program has
+    /// punched.
     ///
     /// # Errors
     /// What keeps them from being freed.
@@ -151,7 +150,7 @@ impl Punching {
         log_failure(freed);
     }
 
-    /// An open file was closed; `last` if nobody has it open any more.
+    /// Handles the close of an open file; `last` if it was the last open one.
     pub(super) fn closed(&self, ino: Ino, handle: u64, file: &FlatPages, last: bool) {
         if self.mode != Punch::OnRead {
             return;
@@ -233,8 +232,8 @@ impl State {
     }
 }
 
-/// Tells of pages that could not be freed where nobody waits for an answer. They are
-/// tried again with those that come next.
+/// Logs pages that could not be freed where no request waits for an answer. They are tried
+/// again with the next ones.
 fn log_failure(result: Result<(), ChainError>) {
     if let Err(failure) = result {
         error!("free what was read: {}", with_sources(&failure));

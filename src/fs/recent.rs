@@ -1,4 +1,4 @@
-//! The last messages of a mount, for whoever asks why a read failed.
+//! The last messages of a mount, which say why a read failed.
 //!
 //! A reader is told an errno and nothing else, and not every machine has a log of the
 //! system. So the daemon keeps what it said last, and tells it as an attribute of the

@@ -77,7 +77,7 @@ impl MappedReply {
                 file_names(&runs)
             ),
             // The reader was killed.
-            Some(Err(Errno::ENOENT)) => debug!("nobody waits for request {request:?}"),
+            Some(Err(Errno::ENOENT)) => debug!("no reader waits for request {request:?}"),
             // The kernel did not take it as an answer.
             Some(Err(_)) | None => return Err(reply),
         }

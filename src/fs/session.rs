@@ -20,23 +20,23 @@ use super::{
 };
 use crate::{sys::reader::Reader, view::View};
 
-/// What the kernel reads ahead for who maps a file: as much as one request
-/// carries, instead of 128 KiB.
+/// Readahead of the kernel for mapped files: as much as one request carries, instead of 128
+/// KiB.
 const READ_AHEAD_KB: u32 = 1024;
 
 /// How a chain is mounted.
 #[derive(Clone, Debug)]
 pub struct MountOptions {
-    /// Whether all users may look at the mount, or only who mounts it.
+    /// Whether all users may look at the mount, or only the user who mounts it.
     pub allow_other: bool,
-    /// How many threads answer.
+    /// How many threads serve requests.
     pub threads: NonZeroUsize,
     /// Whether the kernel may read files that are one backing file by itself.
     pub pass_through: bool,
     /// Whether and when pages of the shown snapshot are freed.
     pub punch: Option<Punch>,
-    /// With whose rights files are opened, if not with those of the process. Who mounts
-    /// has assumed them already, if so.
+    /// The user whose rights files are opened with, if not those of the process. The caller
+    /// has already assumed them.
     pub reader: Option<Reader>,
 }
 
@@ -97,7 +97,8 @@ impl Session {
         // The kernel lets in only the owner if others are not allowed.
         let acl = fuser::SessionACL::All;
         let fuse = fuser::Session::from_fd(fs, device, acl, config).map_err(failed)?;
-        // What is read ahead was not read by whom it would be freed for.
+        // A page that was read ahead was not read by the restorer yet, so it must not be
+        // freed.
         let read_ahead = if options.punch == Some(Punch::OnRead) { 0 } else { READ_AHEAD_KB };
         set_read_ahead(&mount_point, read_ahead);
         if let Some(reader) = options.reader {
@@ -109,13 +110,13 @@ impl Session {
 
     /// Answers until the chain is unmounted, by whomever.
     ///
-    /// SIGTERM, SIGINT and SIGHUP unmount it. If it is in use, it is only
-    /// detached: who has files open may go on reading them, and a second signal
-    /// ends the process. To be called while the process has one thread, so that
-    /// all threads leave these signals to the one that waits for them.
+    /// SIGTERM, SIGINT and SIGHUP unmount it. If it is in use, it is only detached:
+    /// processes that have files open may go on reading them, and a second signal ends the
+    /// daemon. To be called while the process has one thread, so that all threads leave
+    /// these signals to the one that waits for them.
     ///
-    /// A panic ends the process: the kernel then answers all readers with an
-    /// error, who would otherwise wait for ever.
+    /// A panic ends the process: the kernel then answers all readers with an error.
+    /// Otherwise they would wait for ever.
     ///
     /// # Errors
     /// [`MountError::Serve`].
@@ -129,7 +130,7 @@ impl Session {
         thread::Builder::new()
             .name("signals".to_owned())
             .spawn(move || {
-                // Who reads images need not be able to reach the mount point.
+                // The owner of the images may not be able to reach the mount point.
                 if reader.is_some()
                     && let Err(error) = Reader::put_off()
                 {

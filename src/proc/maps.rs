@@ -33,7 +33,7 @@ pub struct Mapping {
     pub write: bool,
     /// Whether it may be executed.
     pub execute: bool,
-    /// Whether writes are for all who map the same: `MAP_SHARED`.
+    /// Whether writes are shared with all mappings of the object: `MAP_SHARED`.
     pub shared: bool,
     /// Where in the file it begins, in bytes; 0 for private anonymous memory.
     pub offset: u64,

@@ -64,9 +64,9 @@ pub struct PosixTimer {
     pub value: u64,
     /// How the timer tells that it expired.
     pub notify: Notify,
-    /// Whom it tells, in the pid namespace of this `/proc`: the thread if
-    /// [`Notify::is_for_thread`], else the process. `None` if that is gone or
-    /// not in the namespace.
+    /// The receiver, in the pid namespace of this `/proc`: the thread if
+    /// [`Notify::is_for_thread`], else the process. `None` if that is gone or not in the
+    /// namespace.
     pub notify_pid: Option<i32>,
     /// The clock: a `CLOCK_*` number.
     pub clock: i32,

@@ -17,9 +17,9 @@ extern "C" fn cancel(_signal: libc::c_int) {
     CANCELLED.store(true, Ordering::Relaxed);
 }
 
-/// Makes `SIGINT`, `SIGTERM` and `SIGHUP` set a flag instead of ending this
-/// process. The first two of the terminal's, `SIGINT` and `SIGHUP`, stay ignored
-/// if who started us ignores them, as nohup(1) does.
+/// Makes `SIGINT`, `SIGTERM` and `SIGHUP` set a flag instead of ending this process. The
+/// first two of the terminal's, `SIGINT` and `SIGHUP`, stay ignored if the parent process
+/// ignores them, as nohup(1) does.
 ///
 /// A system call that waits is interrupted once: it returns `EINTR`.
 ///

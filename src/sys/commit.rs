@@ -17,8 +17,8 @@ const _: () = assert!(REQUEST as libc::Ioctl == nix::request_code_read!(b'i', 0x
 /// that are.
 ///
 /// # Errors
-/// `ENOTTY` if it is no mount that frees pages, `EPERM` for who is neither root nor
-/// the one who mounted it; what keeps the pages from being freed.
+/// `ENOTTY` if it is no mount that frees pages, `EPERM` for a user who is neither root nor
+/// the one who mounted it; the error that keeps the pages from being freed.
 pub fn commit(dir: &File) -> nix::Result<u64> {
     let mut pages = 0_u64;
     let number = libc::Ioctl::from(REQUEST);

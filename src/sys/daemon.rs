@@ -145,7 +145,7 @@ impl Background {
         dup2_stdin(&null)?;
         dup2_stdout(&null)?;
         dup2_stderr(&null)?;
-        // Who started us may have been killed, and then does not care.
+        // The process that started us may have been killed; then nothing waits for this.
         let _ = self.pipe.write_all(&[READY]);
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! Who opens a file: `fanotify(7)`.
+//! Watching which files are opened: `fanotify(7)`.
 #![expect(unsafe_code, reason = "fanotify_init(2) and fanotify_mark(2)")]
 
 use std::{
@@ -38,8 +38,8 @@ pub fn probe() -> bool {
     Openings::new().is_ok_and(|openings| memory.is_ok_and(|fd| openings.watch(fd.as_fd()).is_ok()))
 }
 
-/// Tells of each opening of the files that it was told to watch, by whomever. Files
-/// stay watched only as long as somebody else uses them.
+/// Reports each opening of the watched files, by any process. A file stays watched only
+/// while another process uses it.
 #[derive(Debug)]
 pub struct Openings {
     file: File,
@@ -52,7 +52,7 @@ impl Openings {
     /// What `fanotify_init(2)` returns: `EPERM` without `CAP_SYS_ADMIN`; `EMFILE` if
     /// the user has too many.
     pub fn new() -> nix::Result<Self> {
-        // Files are told by handles that nobody looks at, not by descriptors.
+        // Events carry file handles, which are ignored, instead of descriptors.
         let flags =
             libc::FAN_CLOEXEC | libc::FAN_NONBLOCK | libc::FAN_CLASS_NOTIF | libc::FAN_REPORT_FID;
         let event_flags = libc::O_RDONLY | libc::O_CLOEXEC;

@@ -30,14 +30,14 @@ const _: () = assert!(
 /// Bytes in the kernel's set of signals, not the C library's.
 const SIGSET_BYTES: usize = 8;
 
-/// Who gets the signals of a descriptor (`struct f_owner_ex`,
+/// The receiver of the signals of a descriptor (`struct f_owner_ex`,
 /// `include/uapi/asm-generic/fcntl.h`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Owner {
     /// `F_OWNER_*`.
     pub kind: i32,
-    /// A thread, process or group; 0 for nobody.
+    /// A thread, process or group; 0 for none.
     pub pid: i32,
 }
 const _: () = assert!(size_of::<Owner>() == 8);
@@ -119,7 +119,7 @@ pub fn duplicate_from(fd: BorrowedFd, lowest: i32) -> nix::Result<OwnedFd> {
     made(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, lowest) }.into())
 }
 
-/// Returns who gets the signals of a descriptor, and which signal (0: `SIGIO`).
+/// Returns the receiver of the signals of a descriptor, and the signal (0: `SIGIO`).
 ///
 /// # Errors
 /// What `fcntl(2)` returns.
@@ -211,8 +211,8 @@ pub fn set_timer(fd: BorrowedFd, flags: libc::c_int, setting: TimerSetting) -> n
 
 /// Returns what is left of a timer's time, and its interval.
 ///
-/// A timer with an interval that has expired waits for somebody to look at it before
-/// it runs again, which this call does.
+/// A timer with an interval that has expired runs again only after a process has looked at
+/// it, which this call does.
 ///
 /// # Errors
 /// What `timerfd_gettime(2)` returns.

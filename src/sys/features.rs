@@ -71,7 +71,7 @@ pub struct Features {
     pub soft_dirty: bool,
     /// Counting what threads and the whole machine do, by tracepoints.
     pub tracepoints: bool,
-    /// Being told who opens shared memory, by `fanotify(7)` (Linux 5.19).
+    /// Watching which processes open shared memory, by `fanotify(7)` (Linux 5.19).
     pub openings: bool,
     /// Every process of the machine can be seen and looked at.
     pub all_processes: bool,

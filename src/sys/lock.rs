@@ -22,13 +22,13 @@ use thiserror::Error;
 /// How a directory is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Access {
-    /// It is read, and so may others.
+    /// The program reads the directory; others may read it, too.
     Shared,
-    /// It is changed, and nobody else may use it.
+    /// The program changes the directory; no other program may use it.
     Exclusive,
 }
 
-/// Who has locked a directory.
+/// The process that has locked a directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Holder {
     /// Its pid.
@@ -47,7 +47,7 @@ impl fmt::Display for Holder {
 /// Why a directory cannot be used now.
 #[derive(Debug, Error)]
 pub enum LockError {
-    /// Somebody else uses it.
+    /// Another process uses the directory.
     #[error(
         "{path} is in use by {holder}; wait for its end",
         path = .path.display(),
@@ -56,7 +56,7 @@ pub enum LockError {
     InUse {
         /// The directory.
         path: PathBuf,
-        /// Who does, if it can be seen from here.
+        /// The process, if it can be seen from here.
         holder: Option<Holder>,
     },
     /// It cannot be locked at all.
@@ -87,8 +87,8 @@ impl DirectoryLocks {
     /// without one and says so.
     ///
     /// # Errors
-    /// [`LockError::InUse`]; [`LockError::Failed`] if it cannot be opened, or not be
-    /// locked by who wants to change it.
+    /// [`LockError::InUse`]; [`LockError::Failed`] if it cannot be opened, or not be locked
+    /// for changes.
     pub fn take(&mut self, path: &Path, access: Access) -> Result<(), LockError> {
         let failed = |source| LockError::Failed { path: path.to_owned(), source };
         let flags = (OFlag::O_DIRECTORY | OFlag::O_CLOEXEC).bits();
@@ -116,7 +116,10 @@ impl DirectoryLocks {
             Err((_, errno @ (Errno::ENOLCK | Errno::EBADF | Errno::ENOTSUP | Errno::ENOSYS)))
                 if access == Access::Shared =>
             {
-                log::warn!("{}: nobody is kept from changing it: {errno}", path.display());
+                log::warn!(
+                    "{}: it cannot be locked, so other programs may change it: {errno}",
+                    path.display()
+                );
                 Ok(())
             }
             Err((_, errno)) => Err(failed(errno.into())),
@@ -124,8 +127,8 @@ impl DirectoryLocks {
     }
 }
 
-/// Returns who has locked a directory; `None` for a process of another pid namespace,
-/// or for one that has just let go.
+/// Returns the process that has locked a directory; `None` for a process of another pid
+/// namespace, or for one that has just released the lock.
 fn holder(dir: &File) -> Option<Holder> {
     let inode = dir.metadata().ok()?.ino();
     let device = device(dir)?;
@@ -147,8 +150,8 @@ fn device(dir: &File) -> Option<(u32, u32)> {
     Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
-/// Returns the pid in a line of `/proc/locks` (proc_locks(5)), if that is of an
-/// `flock(2)` that somebody holds on this file.
+/// Returns the pid in a line of `/proc/locks` (proc_locks(5)), if it is a held `flock(2)`
+/// on this file.
 fn locker(line: &str, device: (u32, u32), inode: u64) -> Option<i32> {
     // NUMBER: [->] FLOCK ADVISORY MODE PID MAJOR:MINOR:INODE START END
     let mut words = line.split_whitespace().skip(1);

@@ -1,9 +1,9 @@
-//! Files that this program writes where it was told to: logs, pid files, statistics.
+//! Files that this program writes at given paths: logs, pid files, statistics.
 //!
-//! In a directory such as `/tmp`, anybody can lay a link under the name that a file of
-//! ours is going to have, or create the file first, to read or to have overwritten what is
-//! not theirs. A link in a directory that others can write to is followed only if it
-//! belongs to this program's user or to the owner of the directory, as Linux does with
+//! In a directory such as `/tmp`, any user can create a link under the name of our next
+//! file, or the file itself, to read our output or to have us overwrite another file. A
+//! link in a directory that others can write to is followed only if it belongs to this
+//! program's user or to the owner of the directory, as Linux does with
 //! `fs.protected_symlinks` in directories with the sticky bit. That is found out here,
 //! component after component, whatever the setting is.
 
@@ -92,7 +92,7 @@ pub fn create(path: &Path, existing: Existing) -> io::Result<File> {
     }
 }
 
-/// Checks that nobody else has laid a link on the way to a directory, or in its place.
+/// Checks that no other user has placed a link on the path of a directory, or in its place.
 ///
 /// # Errors
 /// As [`create`].

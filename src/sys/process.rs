@@ -388,8 +388,8 @@ pub struct CloneArguments {
 
 const _: () = assert!(size_of::<CloneArguments>() == 88);
 
-/// Makes a child with this pid that sleeps for ever, with all signal handlers at
-/// their defaults, until somebody traces it.
+/// Makes a child with this pid that sleeps for ever, with all signal handlers at their
+/// defaults, until a process traces it.
 ///
 /// The child has copies of this program's memory and descriptors, and executes
 /// nothing but `pause(2)`: no destructor, no lock, no allocation. As a sibling
@@ -424,8 +424,8 @@ pub fn spawn_sleeper(pid: HostPid, flags: u64) -> Result<HostPid, Errno> {
     Ok(HostPid(i32::try_from(Errno::result(result)?).expect("pids are small")))
 }
 
-/// Lets this program open as many files as it may: as the kernel lets anyone, with
-/// `CAP_SYS_RESOURCE`, else as its hard limit says.
+/// Raises the limit of open files: with `CAP_SYS_RESOURCE` to the kernel's maximum, else to
+/// the hard limit.
 pub fn raise_descriptor_limit() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
     let most = std::fs::read_to_string("/proc/sys/fs/nr_open").ok();

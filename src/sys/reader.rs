@@ -1,4 +1,4 @@
-//! Reading files with the rights of somebody else, in one thread.
+//! Reading files with the rights of another user, in one thread.
 
 use std::io;
 
@@ -7,7 +7,7 @@ use nix::{
     unistd::{Gid, Uid, getegid, geteuid, setfsgid, setfsuid, setgroups},
 };
 
-/// The group of files that have none here (`fs.overflowgid`), in which nobody is.
+/// The group of files that have none here (`fs.overflowgid`); no user is in it.
 const NO_GROUP: u32 = 65534;
 
 /// A user with whose rights files are opened.

@@ -49,9 +49,10 @@ struct Request {
 }
 const _: () = assert!(size_of::<Request>() == 56);
 
-/// Lets `len` bytes of `to`, from `to_offset` on, share the blocks of as many bytes of
-/// `from`, if they are equal. The kernel compares them, and nobody can change them
-/// meanwhile. Returns how many bytes were done, from the first on; `None` if they differ.
+/// Makes `len` bytes of `to`, from `to_offset` on, share the blocks of as many bytes of
+/// `from`, if they are equal. The kernel compares them, and keeps them from being changed
+/// meanwhile. Returns how many bytes it has shared, from the first on; `None` if they
+/// differ.
 ///
 /// # Errors
 /// What `ioctl(2)` returns: `EOPNOTSUPP`, `ENOTTY` or `EXDEV` where files cannot share

@@ -14,9 +14,9 @@ pub struct Segment {
     pub uid: u32,
     /// Its owner's group.
     pub gid: u32,
-    /// Who made it.
+    /// The user that created it.
     pub creator_uid: u32,
-    /// The group of who made it.
+    /// The group of the user that created it.
     pub creator_gid: u32,
     /// Permissions, `SHM_DEST`, `SHM_LOCKED`.
     pub mode: u32,
@@ -24,7 +24,7 @@ pub struct Segment {
     pub bytes: u64,
     /// How often it is attached.
     pub attached: u64,
-    /// Who attached or detached it last.
+    /// The process that attached or detached it last.
     pub last_pid: i32,
 }
 
@@ -73,7 +73,7 @@ pub fn create(key: u32, bytes: u64, mode: u32) -> Result<u32, Errno> {
     Errno::result(result).map(i32::cast_unsigned)
 }
 
-/// Sets who owns a segment.
+/// Sets the owner of a segment.
 ///
 /// # Errors
 /// What `shmctl(2)` returns.
@@ -87,7 +87,7 @@ pub fn set_owner(id: u32, uid: u32, gid: u32, mode: u32) -> Result<(), Errno> {
     Errno::result(result).map(drop)
 }
 
-/// Removes a segment, now or when nobody has it attached any more.
+/// Removes a segment, now or when the last process detaches it.
 ///
 /// # Errors
 /// What `shmctl(2)` returns.

@@ -1,4 +1,4 @@
-//! A worker that outlives the end of who waits for it.
+//! A worker that outlives the process that waits for it.
 #![expect(unsafe_code, reason = "fork")]
 
 use std::{
@@ -111,10 +111,9 @@ pub enum Ended {
 /// The worker is in a session of its own, so that what kills the caller's process group or
 /// session does not kill both.
 ///
-/// Whoever kills the caller, even by `SIGKILL`, thereby asks the worker to stop,
-/// which is a flag there ([`cancel`]). So it always gets to undo what it has done
-/// to other processes. In the worker Ctrl-Z has no effect either: it would stop
-/// while others are stopped by it.
+/// If the caller is killed, even by `SIGKILL`, the worker is asked to stop, by a flag
+/// ([`cancel`]). So it always gets to undo what it has done to other processes. In the
+/// worker Ctrl-Z has no effect either: it would stop while others are stopped by it.
 ///
 /// To be called before the program starts a thread. The worker must not change
 /// its user id: the kernel forgets then whose end it wants to know of.
@@ -201,7 +200,7 @@ impl Supervisor {
             }
             match self.signals.wait()? {
                 Signal::SIGCHLD => {}
-                // It may have ended just now; then there is nobody to be told.
+                // The worker may have ended just now; then the signal goes nowhere.
                 signal => drop(kill(self.worker, signal)),
             }
         }

@@ -106,7 +106,7 @@ pub fn swapped_pages(object: &File) -> io::Result<Vec<Range<u64>>> {
     Ok(found)
 }
 
-/// Brings pages of shared memory to swap that nobody maps (since Linux 5.14).
+/// Moves pages of unmapped shared memory to swap (since Linux 5.14).
 ///
 /// # Errors
 /// What `mmap(2)` and `madvise(2)` return.

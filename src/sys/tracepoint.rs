@@ -1,12 +1,12 @@
 //! Counters of what threads do, by the kernel's tracepoints (`perf_event_open(2)`).
 //!
-//! A counter belongs to one thread and whatever that creates, or to one processor, for
-//! as long as its descriptor is open. The kernel counts where it meets the tracepoint,
-//! so nothing is lost and nobody has to listen.
+//! A counter belongs to one thread and whatever that creates, or to one processor, for as
+//! long as its descriptor is open. The kernel counts where it meets the tracepoint, so no
+//! event is lost, and no reader is needed.
 //!
-//! A tracepoint is asked for by its number, which tracefs shows. Where nobody has mounted
-//! that, as in containers and on machines without systemd, this program opens it without
-//! a mount point.
+//! A tracepoint is asked for by its number, which tracefs shows. Where it is not mounted,
+//! as in containers and on machines without systemd, this program opens it without a mount
+//! point.
 #![expect(unsafe_code, reason = "perf_event_open(2) and its ioctls; fsopen(2) and fsmount(2)")]
 
 use std::{
@@ -226,7 +226,7 @@ pub fn has_unseen_calls() -> bool {
 pub enum Scope {
     /// In a thread, and in all that it creates.
     Thread(HostPid),
-    /// On a processor, whoever runs there.
+    /// On a processor, whichever thread runs there.
     Processor(u32),
 }
 

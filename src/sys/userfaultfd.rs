@@ -1,8 +1,8 @@
 //! userfaultfd(2), of which only the asynchronous write protection is used: the
 //! kernel itself lets writes through and remembers them.
 //!
-//! A descriptor belongs to the memory of the process that made it, but anyone who
-//! has it may register ranges of that memory.
+//! A descriptor belongs to the memory of the process that made it, but any process that has
+//! it may register ranges of that memory.
 #![expect(unsafe_code, reason = "ioctls of userfaultfd")]
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -14,9 +14,8 @@ use crate::units::RemoteAddr;
 /// The flags with which a descriptor is made (`userfaultfd(2)`).
 ///
 /// `UFFD_USER_MODE_ONLY` (`linux/userfaultfd.h`, Linux 5.11) needs no privilege. It
-/// is about faults of the kernel that somebody would have to resolve; with
-/// asynchronous protection nobody has to, and writes of the kernel are let through
-/// and seen as well.
+/// excludes faults of the kernel, which a handler would have to resolve. Asynchronous
+/// protection needs no handler, and the kernel's own writes pass and are seen as well.
 pub const MAKE_FLAGS: libc::c_int = libc::O_CLOEXEC | libc::O_NONBLOCK | 1;
 
 /// `UFFD_API` (`linux/userfaultfd.h`).
@@ -71,7 +70,7 @@ pub struct WriteProtect {
 }
 
 impl WriteProtect {
-    /// Sets up a descriptor that was just made, by whomever.
+    /// Sets up a descriptor that was just made, by this or another process.
     ///
     /// # Errors
     /// `EINVAL` if the kernel does not know asynchronous write protection (before

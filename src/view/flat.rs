@@ -97,7 +97,7 @@ pub(super) fn shmem(tables: &Tables, shmid: u64) -> Result<Arc<dyn Content>> {
     let size = object.map_or(Size::AtLeast(0), |object| object.size);
     let index = match chain.index(tables.snapshot(), MemoryId::Shared(shmid)) {
         Ok(index) => index,
-        // It is open or mapped, but nobody has written to it.
+        // It is open or mapped, but was never written.
         Err(ChainError::NoMemory { .. }) => return Ok(Arc::new(Zeros(size.bytes(0)))),
         Err(error) => return Err(error.into()),
     };

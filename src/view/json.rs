@@ -17,8 +17,8 @@ use crate::{
 /// What is appended to an image's name.
 pub(super) const SUFFIX: &str = ".json";
 
-/// The longest text that is made. It is held in memory as long as somebody
-/// reads it; `rcriu show` prints images of any size.
+/// The longest text that is produced. It is held in memory while a reader has it open;
+/// `rcriu show` prints images of any size.
 const LIMIT_BYTES: usize = 256 << 20;
 
 /// Returns the name of an image's text, if it has one: raw images have not.

@@ -1,4 +1,4 @@
-//! The notes of a core file: who the process was and what its threads were at.
+//! The notes of a core file: the identity of the process and the state of its threads.
 //!
 //! Layouts are those of the kernel for x86-64 (`linux/elfcore.h`,
 //! `uapi/linux/elf.h`, `fs/binfmt_elf.c`), which debuggers expect.

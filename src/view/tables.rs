@@ -16,9 +16,9 @@ use crate::{
     image::{Kind, proto, read_all},
 };
 
-/// A value that is made when it is first asked for, and then shared.
+/// A value that is computed on first use, and then shared.
 ///
-/// Who asks while it is being made waits. A failure is not remembered.
+/// Callers wait while another computes it. A failure is not cached.
 #[derive(Debug)]
 struct Lazy<T>(Mutex<Option<Arc<T>>>);
 

@@ -174,7 +174,7 @@ fn holes_of_backing_files_take_no_room() {
 fn numbers_and_attributes_stay_the_same() {
     let disk = two_layers();
     let (first, second) = (view(&disk), view(&disk));
-    // Whoever comes first, and whichever way.
+    // The order of look-ups does not matter.
     find(&second, "snapshots/1/shmem/1024").unwrap();
     let paths =
         ["pages-7.img", "shmem", "shmem/1024", "snapshots/1/shmem/1024", "json/inventory.img.json"];

@@ -138,14 +138,14 @@ impl View {
     }
 
     /// Leaves out of address spaces and core files what is in files that the images only
-    /// name: opening them is up to who may read them.
+    /// name: only a user who may read them can open them.
     #[must_use]
     pub fn without_mapped_files(mut self) -> Self {
         self.mapped_files = false;
         self
     }
 
-    /// Shows everything to one user alone, whoever owns the images.
+    /// Shows everything to one user alone, whatever the owner of the images.
     #[must_use]
     pub fn shown_to(mut self, uid: u32, gid: u32) -> Self {
         self.shown_to = Some((uid, gid));
@@ -295,8 +295,8 @@ impl View {
             // It is about the pages file on disk, which has others than the one here.
             let kind = desc::by_file_name(&name).map(|(desc, _)| desc.kind);
             let journal = kind == Some(Kind::Punched);
-            // What has an image's name and is none is an error to who reads it: without it,
-            // a copy would look complete.
+            // A file that has an image's name and is no image is an error to its reader. If
+            // it were left out, a copy would look complete.
             if (kind.is_some() || entry.path().is_file()) && !journal {
                 children.push((name, What::Image(id)));
             }
@@ -386,7 +386,7 @@ impl View {
         attr.atime = attr.mtime;
         attr.size = content.len();
         attr.blocks = content.allocated().div_ceil(BLOCK_BYTES);
-        // Mapped files are read with the rights of the images' owner, not of who looks.
+        // Mapped files are read with the rights of the images' owner, not of the reader.
         attr.mode &=
             if matches!(node.what, What::Mem(..) | What::Core(..)) { 0o400 } else { 0o444 };
         if lasting {

@@ -192,7 +192,7 @@ fn room_is_given_back_and_the_bytes_are_gone_at_once_and_later() {
     );
     let punched = |layer| Summary::of(&anew, SnapshotId::at(layer)).unwrap().total();
     assert_eq!(punched(0), PageCounts { present: 20, punched: 5, ..Default::default() });
-    // What was named is taken up by whoever comes next.
+    // The next program that frees takes up the named pages.
     let mut again = Freeing::new(Arc::clone(&anew), Arc::new(Kernel));
     again.prepare_all(&anew.index(tip, MEMORY).unwrap()).unwrap();
     again.sync().unwrap();

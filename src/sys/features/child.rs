@@ -24,7 +24,7 @@ pub(super) struct Child {
 }
 
 impl Child {
-    /// Makes one with a pid that nobody has.
+    /// Makes one with a free pid.
     pub(super) fn with_free_pid() -> Option<Self> {
         /// How many pids are tried: others may take one in between.
         const TRIES: libc::pid_t = 64;

@@ -20,7 +20,7 @@ use crate::{
 
 const _: () = assert!(Page::BYTES as u64 == PAGE_SIZE);
 
-/// One page of this process that no one else knows of.
+/// One page of this process that no other code uses.
 pub(super) struct Page {
     start: NonNull<u8>,
 }

@@ -100,7 +100,7 @@ fn vmas() -> Vec<proto::VmaEntry> {
         // the file is gone, but one page of its mapping was changed
         proto::VmaEntry { shmid: 1, pgoff: 0x1000, prot: 5, ..mapping(10, 4, vma::FILE_PRIVATE) },
         proto::VmaEntry { prot: 0, ..mapping(20, 100, vma::ANON_PRIVATE) },
-        // nobody may read it, and pages 3 and 4 of the object are stored
+        // it cannot be read, and pages 3 and 4 of the object are stored
         proto::VmaEntry {
             prot: 0,
             shmid: 1024,
@@ -253,7 +253,7 @@ fn the_last_page_is_the_last_that_is_known() {
     assert!(bytes[bytes.len() - 4096..] == page(1, 4));
 }
 
-/// Mappings that images might contain if somebody made them up.
+/// Arbitrary mappings, as forged images might contain.
 fn any_vma() -> impl Strategy<Value = proto::VmaEntry> {
     let status = prop_oneof![
         Just(vma::ANON_PRIVATE),
