@@ -20,9 +20,6 @@ use crate::{
     units::HostPid,
 };
 
-/// `PF_EXITING` (`linux/sched.h`): the process is on its way out.
-const EXITING: u32 = 0x4;
-
 /// How long a process that was killed may take to get a processor and begin to end.
 const DYING: Duration = Duration::from_secs(1);
 
@@ -138,10 +135,8 @@ impl Citizen {
     /// Whether the process has ended. Its dead threads keep a traced process from being
     /// told as ended, until the tracer has waited for them.
     fn is_dead(&self) -> bool {
-        let has_died =
-            |stat: proc::Stat| matches!(stat.state, 'Z' | 'X') || stat.flags & EXITING != 0;
         process::has_ended(&self.fd)
-            || self.stat().map_or_else(|error| error.is_vanished(), has_died)
+            || self.stat().map_or_else(|error| error.is_vanished(), |stat| stat.has_ended())
     }
 
     /// Whether the process is stopped by this program.

@@ -63,6 +63,9 @@ pub struct Stat {
     pub exit_code: i32,
 }
 
+/// `PF_EXITING` in [`Stat::flags`] (`include/linux/sched.h`).
+const EXITING: u32 = 0x4;
+
 /// The number that proc_pid_stat(5) gives the field after the name.
 const FIRST_FIELD: usize = 3;
 
@@ -86,6 +89,11 @@ impl<'a> Columns<'a> {
 }
 
 impl Stat {
+    /// Whether the task is dead or exiting.
+    pub fn has_ended(&self) -> bool {
+        matches!(self.state, 'Z' | 'X') || self.flags & EXITING != 0
+    }
+
     /// Takes the text of the file apart.
     pub(super) fn parse(text: &[u8]) -> Parsed<Self> {
         let name = "name in parentheses";

@@ -6,11 +6,7 @@ use std::{
 };
 
 use super::{RestoreError, Result};
-use crate::{
-    proc::{self, Stat},
-    sys::process,
-    units::HostPid,
-};
+use crate::{proc, sys::process, units::HostPid};
 
 /// How long to wait for what is on its way out: the first process of some machines looks
 /// for dead orphans every second or two.
@@ -28,9 +24,6 @@ const NAP: Duration = Duration::from_millis(2);
 
 /// `SIGKILL` in a set of signals.
 const KILL_BIT: u64 = 1 << (nix::libc::SIGKILL - 1);
-
-/// `PF_EXITING` (`linux/sched.h`).
-const EXITING: u32 = 4;
 
 /// The process that orphans come to.
 const INIT: i32 = 1;
@@ -127,15 +120,14 @@ fn of_process(pid: HostPid, relation: &str) -> Holder {
     let Ok(stat) = proc::stat(pid) else {
         return leaves(format!("{relation}, which has just ended"));
     };
-    let ends = |stat: &Stat| matches!(stat.state, 'Z' | 'X') || stat.flags & EXITING != 0;
     let threads = proc::threads(pid).unwrap_or_default();
     let is_killed = |tid: HostPid| {
         proc::thread_status(pid, tid)
             .is_ok_and(|status| (status.sig_pending | status.shared_pending) & KILL_BIT != 0)
     };
-    let lives = threads
-        .iter()
-        .any(|tid| proc::thread_stat(pid, *tid).is_ok_and(|stat| !ends(&stat)) && !is_killed(*tid));
+    let lives = threads.iter().any(|tid| {
+        proc::thread_stat(pid, *tid).is_ok_and(|stat| !stat.has_ended()) && !is_killed(*tid)
+    });
     if lives {
         return Holder { pid, prospect: Prospect::Stays, state: relation.into() };
     }
