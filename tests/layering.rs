@@ -13,7 +13,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("image", &["causes", "units"]),
     ("chain", &["causes", "parallel", "image", "units", "fault"]),
     ("view", &["chain", "image", "units"]),
-    ("fs", &["causes", "view", "chain", "image", "sys", "units"]),
+    ("fs", &["causes", "view", "chain", "image", "proc", "sys", "units"]),
     ("fault", &[]),
     ("causes", &[]),
     ("docs", &[]),

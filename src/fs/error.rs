@@ -4,7 +4,7 @@ use std::{io, path::PathBuf};
 
 use nix::errno::Errno;
 
-use crate::chain::ChainError;
+use crate::{chain::ChainError, proc::ProcError};
 
 /// The result of mounting and unmounting.
 pub type Result<T, E = MountError> = std::result::Result<T, E>;
@@ -156,9 +156,9 @@ pub enum MountError {
         source: Errno,
     },
     /// The table of mounts could not be read.
-    #[error("read /proc/self/mountinfo")]
+    #[error("read the table of mounts")]
     MountTable {
         /// Why.
-        source: io::Error,
+        source: ProcError,
     },
 }

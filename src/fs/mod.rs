@@ -11,7 +11,6 @@ mod error;
 mod handles;
 mod image_fs;
 mod mount;
-mod mounts;
 mod punching;
 pub mod recent;
 mod reply;
@@ -19,7 +18,6 @@ mod session;
 
 pub use error::{MountError, Result};
 pub use image_fs::ImageFs;
-pub use mount::{commit, log, unmount};
-pub use mounts::{FS_TYPE, Mounted};
+pub use mount::{FS_TYPE, commit, log, mounted_at, unmount};
 pub use punching::Punch;
 pub use session::{MountOptions, Session};

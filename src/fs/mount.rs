@@ -18,10 +18,17 @@ use nix::{
     unistd::{getgid, getuid},
 };
 
-use super::{FS_TYPE, MountError, MountOptions, Mounted, Result, recent::LOG_XATTR};
-use crate::{chain::Chain, sys};
+use super::{MountError, MountOptions, Result, recent::LOG_XATTR};
+use crate::{
+    chain::Chain,
+    proc::{self, Mount},
+    sys,
+};
 
 const DEVICE: &str = "/dev/fuse";
+
+/// The type of our mounts in the table of mounts.
+pub const FS_TYPE: &str = "fuse.imgfs";
 
 /// The program that mounts and unmounts for ordinary users.
 const HELPER: &str = "fusermount3";
@@ -148,17 +155,27 @@ pub fn log(path: &Path) -> Result<String> {
 /// Returns the mount point that `path` is, which must be one of ours.
 fn mount_of_ours(path: &Path) -> Result<PathBuf> {
     let mount_point = resolve(path);
-    let Some(mounted) = Mounted::at(&mount_point)? else {
+    let Some(mounted) = mounted_at(&mount_point)? else {
         return Err(MountError::NotMounted { path: path.to_owned() });
     };
-    if mounted.fs_type != FS_TYPE {
+    if mounted.fs_type != FS_TYPE.as_bytes() {
         return Err(MountError::ForeignMount {
             path: path.to_owned(),
-            found: mounted.fs_type,
+            found: String::from_utf8_lossy(&mounted.fs_type).into_owned(),
             expected: FS_TYPE,
         });
     }
     Ok(mount_point)
+}
+
+/// Returns the mount at `mount_point`, the uppermost if there are several.
+///
+/// # Errors
+/// [`MountError::MountTable`].
+pub fn mounted_at(mount_point: &Path) -> Result<Option<Mount>> {
+    let mounts = proc::mounts().map_err(|source| MountError::MountTable { source })?;
+    // Later mounts are further down, and lie over the earlier ones.
+    Ok(mounts.into_iter().rfind(|mount| mount.point == mount_point))
 }
 
 /// Unmounts what is at `mount_point`, whatever it is.

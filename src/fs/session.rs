@@ -14,8 +14,8 @@ use log::{debug, error, info, warn};
 use nix::sys::signal::{SigSet, Signal};
 
 use super::{
-    FS_TYPE, ImageFs, MountError, Mounted, Punch, Result,
-    mount::{check_mount_point, mount_device, unmount_device},
+    FS_TYPE, ImageFs, MountError, Punch, Result,
+    mount::{check_mount_point, mount_device, mounted_at, unmount_device},
     punching::Punching,
 };
 use crate::{sys::reader::Reader, view::View};
@@ -124,7 +124,7 @@ impl Session {
         abort_on_panic();
         let failed = |source| MountError::Serve { path: self.mount_point.clone(), source };
         let signals = ending_signals();
-        let device = Mounted::at(&self.mount_point)?.map(|mounted| mounted.device);
+        let device = mounted_at(&self.mount_point)?.map(|mounted| mounted.device);
         let mount_point = self.mount_point.clone();
         let reader = self.reader;
         thread::Builder::new()
@@ -174,13 +174,15 @@ fn abort_on_panic() {
 }
 
 /// Whether the mount of this device is still at `mount_point`.
-fn is_ours(mount_point: &Path, device: Option<u32>) -> bool {
-    let mounted = Mounted::at(mount_point).ok().flatten();
-    mounted.is_some_and(|mounted| mounted.fs_type == FS_TYPE && Some(mounted.device) == device)
+fn is_ours(mount_point: &Path, device: Option<(u32, u32)>) -> bool {
+    let mounted = mounted_at(mount_point).ok().flatten();
+    mounted.is_some_and(|mounted| {
+        mounted.fs_type == FS_TYPE.as_bytes() && Some(mounted.device) == device
+    })
 }
 
 /// Unmounts at the first of `signals`, and ends the process at the second.
-fn unmount_on(signals: SigSet, mount_point: &Path, device: Option<u32>) {
+fn unmount_on(signals: SigSet, mount_point: &Path, device: Option<(u32, u32)>) {
     let mut detached = false;
     loop {
         let signal = match signals.wait() {
@@ -210,8 +212,9 @@ fn unmount_on(signals: SigSet, mount_point: &Path, device: Option<u32>) {
 
 /// Lets the kernel read so far ahead, if we may say so.
 fn set_read_ahead(mount_point: &Path, read_ahead_kb: u32) {
-    let Ok(Some(mounted)) = Mounted::at(mount_point) else { return };
-    let path = format!("/sys/class/bdi/0:{}/read_ahead_kb", mounted.device);
+    let Ok(Some(mounted)) = mounted_at(mount_point) else { return };
+    let (major, minor) = mounted.device;
+    let path = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
     if let Err(error) = fs::write(&path, read_ahead_kb.to_string()) {
         debug!("write {path}: {error}");
     }

@@ -1,4 +1,4 @@
-//! `/proc/self/mountinfo`: what is mounted where.
+//! `/proc/self/mountinfo`: the table of mounts.
 
 use std::{ffi::OsString, os::unix::ffi::OsStringExt, path::PathBuf};
 
@@ -7,6 +7,8 @@ use super::text::{self, Defect, Parsed};
 /// A mount that this program sees (proc_pid_mountinfo(5)).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {
+    /// The major and minor number of its device, as `stat(2)` returns them.
+    pub device: (u32, u32),
     /// The directory of the file system that is its root.
     pub root: PathBuf,
     /// Where it is.
@@ -25,13 +27,20 @@ pub(super) fn parse_mounts(text: &[u8]) -> Parsed<Vec<Mount>> {
 fn parse_mount(line: &[u8]) -> Parsed<Mount> {
     let whole = || Defect::new("mount", line);
     let mut fields = text::words(line);
-    let root = fields.nth(3).ok_or_else(whole)?;
+    let device = fields.nth(2).and_then(device).ok_or_else(whole)?;
+    let root = fields.next().ok_or_else(whole)?;
     let point = fields.next().ok_or_else(whole)?;
     // Some optional fields, then a hyphen.
     fields.by_ref().find(|field| *field == b"-").ok_or_else(whole)?;
     let fs_type = fields.next().ok_or_else(whole)?.to_vec();
     let options = fields.nth(1).unwrap_or_default().to_vec();
-    Ok(Mount { root: path(root), point: path(point), fs_type, options })
+    Ok(Mount { device, root: path(root), point: path(point), fs_type, options })
+}
+
+/// Parses `MAJOR:MINOR`.
+fn device(field: &[u8]) -> Option<(u32, u32)> {
+    let (major, minor) = std::str::from_utf8(field).ok()?.split_once(':')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
 /// Undoes the kernel's `\ooo` for blanks, tabs, line ends and backslashes.
@@ -59,11 +68,12 @@ mod tests {
     fn optional_fields_and_escapes_are_understood() {
         let text =
             b"33 32 0:30 /a /mnt/b\\040c rw,relatime shared:1 - cgroup none rw,cpu,cpuacct\n\
-                     41 31 0:38 / /u rw - cgroup2 cgroup2 rw\n";
+                     41 31 259:38 / /u\\134 rw - cgroup2 cgroup2 rw\n";
         let mounts = parse_mounts(text).unwrap();
         assert_eq!(
             mounts[0],
             Mount {
+                device: (0, 30),
                 root: "/a".into(),
                 point: "/mnt/b c".into(),
                 fs_type: b"cgroup".to_vec(),
@@ -71,6 +81,8 @@ mod tests {
             }
         );
         assert_eq!(mounts[1].fs_type, b"cgroup2");
+        assert_eq!((mounts[1].device, mounts[1].point.as_path()), ((259, 38), "/u\\".as_ref()));
         parse_mounts(b"33 32 0:30 / /x rw\n").unwrap_err();
+        parse_mounts(b"33 32 0 / /x rw - proc proc rw\n").unwrap_err();
     }
 }

@@ -175,5 +175,6 @@ pub fn slowness() -> u32 {
 
 /// Whether a path is where the table of mounts has a mount of ours.
 pub fn is_mounted(path: &Path) -> bool {
-    rcriu::fs::Mounted::at(path).unwrap().is_some_and(|m| m.fs_type == rcriu::fs::FS_TYPE)
+    let mounted = rcriu::fs::mounted_at(path).unwrap();
+    mounted.is_some_and(|mount| mount.fs_type == rcriu::fs::FS_TYPE.as_bytes())
 }
