@@ -82,6 +82,14 @@ fn places(live: &mut Live) -> Vec<(i32, i32, String)> {
     found
 }
 
+/// Dumps and restores a tree; each thread is in its cgroups again.
+fn come_back(live: &mut Live) {
+    let before = places(live);
+    live.dump(&[]);
+    live.restore(&[]);
+    assert_eq!(before, places(live));
+}
+
 fn words(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
@@ -105,10 +113,7 @@ fn privileged_a_tree_comes_back_into_its_cgroups() {
         groups.push(group);
     }
     assert!(!groups.is_empty(), "this test needs a hierarchy of cgroups that is mounted");
-    let before = places(&mut live);
-    live.dump(&[]);
-    live.restore(&[]);
-    assert_eq!(before, places(&mut live));
+    come_back(&mut live);
     live.verdict();
 }
 
@@ -121,10 +126,7 @@ fn privileged_children_come_back_out_of_the_cgroup_of_their_parent() {
     for group in &groups {
         group.write("cgroup.procs", &live.root.to_string());
     }
-    let before = places(&mut live);
-    live.dump(&[]);
-    live.restore(&[]);
-    assert_eq!(before, places(&mut live));
+    come_back(&mut live);
     for group in &groups {
         assert_eq!(group.procs(), [live.root.as_raw()]);
     }
@@ -174,10 +176,7 @@ fn privileged_threads_come_back_into_cgroups_of_their_own() {
         groups.push(group);
     }
     assert!(!groups.is_empty(), "this test needs a hierarchy of cgroups that is mounted");
-    let before = places(&mut live);
-    live.dump(&[]);
-    live.restore(&[]);
-    assert_eq!(before, places(&mut live));
+    come_back(&mut live);
     live.verdict();
     live.wait_gone();
 }
@@ -231,7 +230,7 @@ fn privileged_a_frozen_cgroup_is_named() {
     }
 }
 
-/// Where nobody asks for the groups at the dump, the images do not tell of them.
+/// A dump that ignores cgroups does not record them.
 #[test]
 fn privileged_ignored_cgroups_are_not_recorded() {
     require(Cap::Ptrace);

@@ -29,20 +29,21 @@ use std::{
 use common::{
     Cap,
     live::{Live, engine},
+    look::look,
     mounted::{IMGFS, Mounted},
     require,
 };
 use mutate::{Random, Values, every_kind, mutate};
 use nix::sys::resource::{Resource, setrlimit};
 use rcriu::{
-    chain::{Chain, Summary, check, diff, read_at},
+    chain::{Chain, Summary, check, diff},
     dedup::{self, FreeOptions, LinkOptions},
     image::{
         disk::Kernel,
         json::{self, Style},
         tree,
     },
-    view::{Ino, NodeType, ROOT, View, Whence, flatten, seek},
+    view::{ROOT, View, flatten},
 };
 
 /// Cases of each sort in a run without further ado.
@@ -129,26 +130,6 @@ impl Canary {
         assert_eq!(names, [Path::new("below/other"), Path::new("file")], "case {case}");
         for (path, name) in all.iter().zip(names) {
             assert_eq!(fs::read(path).unwrap(), name.to_str().unwrap().as_bytes(), "case {case}");
-        }
-    }
-}
-
-/// Looks at everything below a directory; errors are fine.
-fn look(view: &View, dir: Ino, buffer: &mut [u8]) {
-    let Ok((_, entries)) = view.entries(dir) else { return };
-    for entry in entries {
-        if entry.kind == NodeType::Directory {
-            look(view, entry.ino, buffer);
-            continue;
-        }
-        let _ = view.lookup(dir, &entry.name);
-        let Ok(open) = view.open(entry.ino) else { continue };
-        let content = &*open.content;
-        let _ = read_at(content, 0, buffer);
-        let _ = read_at(content, content.len().saturating_sub(100), buffer);
-        let _ = content.allocated();
-        for whence in [Whence::Data, Whence::Hole] {
-            let _ = seek(content, content.len() / 2, whence);
         }
     }
 }

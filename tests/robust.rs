@@ -1,6 +1,9 @@
 //! A chain that CRIU wrote, damaged at random: whatever is asked of it is
 //! answered or an error, and nothing panics, hangs or takes memory without end.
 
+#[path = "common/look.rs"]
+mod look;
+
 use std::{
     fs,
     os::unix::fs::symlink,
@@ -8,10 +11,11 @@ use std::{
     sync::Arc,
 };
 
+use look::look;
 use proptest::{prelude::*, sample::Index};
 use rcriu::{
-    chain::{Chain, Summary, check, diff, read_at},
-    view::{Ino, NodeType, ROOT, View, Whence, flatten, seek},
+    chain::{Chain, Summary, check, diff},
+    view::{ROOT, View, flatten},
 };
 
 /// Bytes read of every file, at its beginning and at its end.
@@ -91,26 +95,6 @@ fn apply(files: &[PathBuf], file: &Path, damage: &Damage) {
         },
     }
     fs::write(file, bytes).unwrap();
-}
-
-/// Looks at everything below a directory; errors are fine.
-fn look(view: &View, dir: Ino, buffer: &mut [u8]) {
-    let Ok((_, entries)) = view.entries(dir) else { return };
-    for entry in entries {
-        if entry.kind == NodeType::Directory {
-            look(view, entry.ino, buffer);
-            continue;
-        }
-        let _ = view.lookup(dir, &entry.name);
-        let Ok(open) = view.open(entry.ino) else { continue };
-        let content = &*open.content;
-        let _ = read_at(content, 0, buffer);
-        let _ = read_at(content, content.len().saturating_sub(100), buffer);
-        let _ = content.allocated();
-        for whence in [Whence::Data, Whence::Hole] {
-            let _ = seek(content, content.len() / 2, whence);
-        }
-    }
 }
 
 /// No length is believed: a pagemap of 1 TiB, all but its beginning a hole, is an error

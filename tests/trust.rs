@@ -1,5 +1,5 @@
 //! What is trusted, and what is not: files that are not those that were dumped, images that
-//! belong to others, and links that somebody else has laid.
+//! belong to other users, and links that other users have placed.
 
 mod common;
 
@@ -102,6 +102,13 @@ fn code(live: &Live) -> (u64, usize) {
     (start, usize::try_from(end - start).unwrap())
 }
 
+/// Returns what a restore says that is refused.
+fn refusal(live: &Live) -> String {
+    let refused = live.try_restore(&[]);
+    assert!(!refused.status.success());
+    String::from_utf8_lossy(&refused.stderr).into_owned()
+}
+
 /// Reads what a mount shows of the code of the library.
 fn shown(live: &Live) -> Vec<u8> {
     let mounted = Mounted::new(&live.images(), &live.path("mount"), &[]);
@@ -123,9 +130,7 @@ fn privileged_another_build_of_a_library_is_refused() {
     let kept = live.path("kept");
     fs::copy(live.path("libanswer.so"), &kept).unwrap();
     replace(&live, Some(SECOND));
-    let refused = live.try_restore(&[]);
-    assert!(!refused.status.success());
-    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    let said = refusal(&live);
     for part in [&FIRST[2..], &SECOND[2..], "libanswer.so", "--file-validation=filesize"] {
         assert!(said.contains(part), "{part} in: {said}");
     }
@@ -159,9 +164,7 @@ fn privileged_a_file_without_a_build_id_is_known_by_its_time() {
     let date = fs::metadata(&path).unwrap().modified().unwrap();
     let set = |date: SystemTime| fs::File::open(&path).unwrap().set_modified(date).unwrap();
     set(date + Duration::from_nanos(1));
-    let refused = live.try_restore(&[]);
-    assert!(!refused.status.success());
-    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    let said = refusal(&live);
     assert!(said.contains("libanswer.so was written at "), "{said}");
     set(date);
     live.restore(&[]);
@@ -257,7 +260,7 @@ fn privileged_links_of_others_are_not_followed() {
         assert_eq!(fs::read_to_string(&victim).unwrap(), "precious");
         assert_eq!(fs::read_dir(&other).unwrap().count(), 0);
     }
-    // A file that somebody else can read, waiting for a log.
+    // A file that another user can read, in the place of a log.
     let laid = public.join("laid");
     as_nobody(&["touch", laid.to_str().unwrap()]);
     let output = live.try_dump(&["-R", "-o", laid.to_str().unwrap()]);
@@ -311,12 +314,12 @@ fn privileged_a_mount_shows_no_file_that_its_reader_could_not_read() {
     let has_code = |bytes: Option<Vec<u8>>| bytes.map(|bytes| bytes.iter().any(|byte| *byte != 0));
     let mount = |arguments: &[&str]| Mounted::new(&images, &live.path("mount"), arguments);
 
-    // Root's images: root reads everything, and nobody else anything.
+    // Root's images: root reads everything, other users nothing.
     let mounted = mount(&["--allow-other"]);
     assert_eq!((has_code(read(false)), has_code(read(true))), (Some(true), None));
     drop(mounted);
 
-    // Somebody else's: nothing but what is in them, whoever looks.
+    // Another user's images: only their contents are shown, to any reader.
     give(&images);
     for secret in [0o600, 0o644] {
         fs::set_permissions(&library, fs::Permissions::from_mode(secret)).unwrap();
@@ -334,7 +337,7 @@ fn privileged_a_mount_shows_no_file_that_its_reader_could_not_read() {
         drop(mounted);
     }
 
-    // In a directory of somebody else's, there may be anything.
+    // In another user's directory, there may be any file.
     let status = Command::new("chown").args(["-R", "root"]).arg(&images).status();
     assert!(status.unwrap().success());
     std::os::unix::fs::chown(&images, Some(65534), None).unwrap();
@@ -362,14 +365,15 @@ fn privileged_links_in_images_of_others_lead_to_nothing_of_ours() {
     };
     let shown = mount.join(pages(&second));
     let read = || nobody_gets(&["cat", shown.to_str().unwrap()]);
-    // The parent is root's: what is not everybody's is not shown to anybody else.
+    // The parent belongs to root: files that not all users can read are shown to no other
+    // user.
     give(&second);
     let mounted = Mounted::new(&second, &mount, &["--allow-other"]);
     assert!(read().is_none());
     assert!(fs::read(&shown).is_ok());
     assert!(mounted.log_text().contains("more than one user"));
     drop(mounted);
-    // All of it is nobody's, and shown.
+    // All of it belongs to the user nobody, and is shown.
     give(&first);
     let mounted = Mounted::new(&second, &mount, &["--allow-other"]);
     assert!(read().is_some_and(|bytes| !bytes.is_empty()));

@@ -1,9 +1,10 @@
-//! What the privileged tests and the benchmarks share.
+//! Code that the privileged tests and the benchmarks share.
 #![allow(dead_code, clippy::allow_attributes, reason = "every test takes a part of it")]
 
 pub mod chain;
 pub mod dumps;
 pub mod live;
+pub mod look;
 pub mod loops;
 pub mod machines;
 pub mod mounted;
@@ -25,33 +26,33 @@ use rcriu::sys::Features;
 /// What a test needs of the machine.
 #[derive(Clone, Copy, Debug)]
 pub enum Cap {
-    /// To mount file systems in user space, as root.
+    /// Mounting file systems in user space, as root.
     Fuse,
-    /// To stop, read and restore processes of any user.
+    /// Stopping, reading and restoring processes of any user.
     Ptrace,
-    /// To mount files as file systems, as root.
+    /// Mounting files as file systems, as root.
     Loop,
     /// Huge pages of 2 MiB that are free.
     HugePages,
     /// A processor with something, by its name among the flags in `/proc/cpuinfo`.
     Processor(&'static str),
-    /// A kernel that can do something, and what that is called.
+    /// A kernel with a feature, by its name.
     Kernel(&'static str, fn(&Features) -> bool),
     /// One of Debian's kernels, in a machine of `tests/vm/run`.
     DebianKernel,
-    /// The other program that dumps and restores, by the name of one of its commands.
+    /// CRIU, by the name of one of its commands.
     Peer(&'static str),
     /// A program in the search path.
     Program(&'static str),
-    /// Somebody who has time.
+    /// Time: the slow tests were asked for.
     Time,
 }
 
 /// Huge pages that a test may use.
 const HUGE_PAGES: u32 = 32;
 
-/// The file that is given what is skipped, a line each: program, test, and what is
-/// missing, with tabs between. Set by `tests/run`.
+/// The file that lists the skipped tests, a line each: program, test, and what is missing,
+/// with tabs between. Set by `tests/run`.
 const SKIPPED: &str = "RCRIU_TEST_SKIPPED";
 /// If set, nothing may be skipped.
 const STRICT: &str = "RCRIU_TEST_STRICT";
@@ -141,9 +142,9 @@ pub fn slow() {
 
 /// Ends a test that cannot run, and says what it needs.
 ///
-/// Rust's test runner has passed and failed and nothing else, so the test fails, and
-/// whoever runs it by `cargo test` cannot take it for one that has passed. `tests/run`
-/// finds it in its list, and counts it as what it is.
+/// Rust's test runner has passed and failed and nothing else, so the test fails, and `cargo
+/// test` alone cannot show it as passed. `tests/run` finds it in its list, and counts it as
+/// what it is.
 pub fn skip(missing: &str) -> ! {
     let strict = std::env::var_os(STRICT).is_some_and(|value| value != "0");
     if let Some(path) = std::env::var_os(SKIPPED).filter(|_| !strict) {
@@ -163,7 +164,7 @@ pub fn skip(missing: &str) -> ! {
     std::panic::resume_unwind(Box::new("skipped"));
 }
 
-/// How many times slower than usual the machine is, as who runs the tests says
+/// How many times slower than usual the machine is, from the environment
 /// (`RCRIU_TEST_SLOWNESS`): all bounds of waits are longer by this factor.
 pub fn slowness() -> u32 {
     static SLOWNESS: OnceLock<u32> = OnceLock::new();
