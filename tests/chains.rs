@@ -71,7 +71,7 @@ fn privileged_a_dump_into_a_parent_is_refused_and_one_into_a_tip_replaces_it() {
         assert!(why.contains("-D"), "{why}");
     }
     assert_eq!(before, ["1", "2", "3"].map(inventory));
-    // Nobody depends on the last.
+    // No snapshot depends on the last.
     live.images_name = "chain/3";
     live.dump(&["--prev-images-dir", "../2"]);
     assert_ne!(before[2], inventory("3"));
@@ -181,7 +181,7 @@ fn privileged_a_mount_says_what_is_broken_and_why_a_read_failed() {
     let log = said(&imgfs(&["log", mnt]));
     assert!(log.contains("error: read /") && log.contains("pages-1.img is cut short"), "{log}");
     assert!(log.contains(dirs[0].to_str().unwrap()), "{log}");
-    // It is for who mounted, and for root.
+    // It is for the user who mounted, and for root.
     let stranger = Command::new("setpriv")
         .args(["--reuid=65534", "--regid=65534", "--clear-groups", "--"])
         .args([common::mounted::IMGFS, "log", mnt])

@@ -1,5 +1,5 @@
-//! What is freed in images, or shared, since something else has it: nothing that anybody
-//! needs is lost, and what is gone is named, whatever happens meanwhile.
+//! Freeing and sharing pages that another image has: nothing that any snapshot needs is
+//! lost, and what is gone is named, whatever happens meanwhile.
 
 mod common;
 

@@ -136,7 +136,7 @@ fn killed_dump(point: Point, mode: &[&str], live: &mut Live, before: &Before) {
     if complete {
         live.check_images();
     }
-    // What is left of it is in nobody's way.
+    // The remains do not get in the way of the next dump.
     live.fault = None;
     live.dump_running(&[]);
     before.assert_untouched(live, &format!("-R, after {what},"));
@@ -258,7 +258,7 @@ fn restore_fails(name: &str) {
         live.fault = Some(point.name().to_owned());
         let output = live.try_restore(&[]);
         assert_failed_at(point, &output);
-        // At once, and nobody has been left for this process to reap.
+        // At once, and no process is left for this one to reap.
         assert!(there().is_empty(), "{} leaves {:?}", point.name(), there());
         assert!(!live.path("pid").exists(), "{} leaves a pid file", point.name());
         assert!(images(&live.images()) == snapshot, "{} changes images", point.name());

@@ -523,9 +523,9 @@ const REFUSED: &[(&str, &str)] = &[
     ("thread_own_undo", "with a list of semaphore operations to be undone (CLONE_SYSVSEM)"),
     ("thread_own_network", "with a network namespace of its own"),
     ("time_namespace_for_children", "run this program inside, by nsenter -t"),
-    // Who looks at packets takes the error that comes first.
+    // Looking at packets takes the error that comes first.
     ("unix_packets_behind_an_error", "behind an error"),
-    // Only who takes it learns which error it is.
+    // Only taking the error shows which one it is.
     ("tcp_pending_error", "with an error that its program has not read"),
     ("caught_system_calls", "has its system calls caught (PR_SET_SYSCALL_USER_DISPATCH)"),
 ];
@@ -567,7 +567,7 @@ fn refused_with(live: &mut Live, options: &[&str], what: &str) {
     before.assert_untouched(live, "a dump that was refused");
 }
 
-/// Data in a connection that was not accepted can be seen by no one.
+/// No call shows data in a connection that was not accepted.
 #[test]
 fn privileged_data_in_a_pending_connection_is_refused() {
     refused("unix_pending_data", "waiting to be accepted");
@@ -880,7 +880,7 @@ fn privileged_restore_onto_used_pids_names_one() {
     live.verdict();
 }
 
-/// Who restores right after a tree was killed waits for what is still ending.
+/// A restore right after a tree was killed waits for processes that are still ending.
 #[test]
 fn privileged_restore_waits_for_what_is_on_its_way_out() {
     use nix::sys::{
@@ -891,7 +891,7 @@ fn privileged_restore_waits_for_what_is_on_its_way_out() {
     let mut live = Live::workload("threads");
     live.dump_running(&[]);
     kill(live.root, Signal::SIGKILL).unwrap();
-    // Until somebody looks at the dead, they keep their numbers.
+    // Until they are reaped, dead processes keep their pids.
     let output = live.try_restore(&[]);
     let words = String::from_utf8_lossy(&output.stderr).into_owned();
     let by = format!("not yet waited for by its parent, process {}", std::process::id());
@@ -937,7 +937,7 @@ fn privileged_an_exited_leader_is_dumped_again() {
     before.restored(live.root).assert_unchanged(&after.restored(live.root));
 }
 
-/// Before Linux 6.9 nobody gets at what the other threads have open.
+/// Before Linux 6.9 the files of the other threads cannot be reached.
 #[test]
 fn privileged_an_exited_leader_is_refused_by_older_kernels() {
     require(Cap::Ptrace);

@@ -438,7 +438,7 @@ fn privileged_a_killed_daemon_fails_readers_and_can_be_unmounted() {
     let scene = Scene::new();
     let mut mounted = scene.mount();
     let file = File::open(mounted.path("pages-1.img")).unwrap();
-    // A reader whose request nobody answers, as the daemon stands still.
+    // A reader whose request is not answered, as the daemon is stopped.
     mounted.signal(Signal::SIGSTOP);
     wait_for("all threads to stand still", || {
         let tasks = fs::read_dir(format!("/proc/{}/task", mounted.pid())).unwrap();
@@ -451,7 +451,7 @@ fn privileged_a_killed_daemon_fails_readers_and_can_be_unmounted() {
     let path = mounted.path("inventory.img");
     std::thread::spawn(move || sender.send(errno(fs::read(path))));
     let blocked = receiver.recv_timeout(Duration::from_millis(200));
-    assert_eq!(blocked, Err(mpsc::RecvTimeoutError::Timeout), "nobody could answer");
+    assert_eq!(blocked, Err(mpsc::RecvTimeoutError::Timeout), "the daemon is stopped");
     mounted.signal(Signal::SIGKILL);
     mounted.wait();
     let failed = receiver.recv_timeout(PATIENCE).expect("the reader gets an answer");

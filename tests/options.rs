@@ -240,7 +240,7 @@ fn every_option_that_is_built_has_a_row() {
         .filter(|opt| opt.kind == Kind::Built && row(&opt.command, &opt.name).is_none())
         .map(|opt| format!("{} --{}", opt.command, opt.name))
         .collect();
-    assert!(missing.is_empty(), "nobody looks at what these do: {}", missing.join(", "));
+    assert!(missing.is_empty(), "no test looks at what these do: {}", missing.join(", "));
     let names: BTreeSet<_> = all().into_iter().map(|opt| (opt.command, opt.name)).collect();
     for (commands, options) in ROWS {
         for (command, (name, _)) in
@@ -519,7 +519,7 @@ fn shell_job(command: &str) {
 
 /// A process in the middle of vfork(2) can't be stopped.
 fn timeout(command: &str) {
-    // The child waits for a writer, by which nobody can get at the parent.
+    // The child waits for a writer, so its parent stays in vfork(2).
     let script = "import ctypes, os, signal\n\
         os.mkfifo('gate')\n\
         libc = ctypes.CDLL(None)\n\

@@ -141,7 +141,7 @@ states! {
     udp
 }
 
-/// One link of a chain: who writes it, and how.
+/// One link of a chain: the program that writes it, and how.
 type Link = (Program, &'static str);
 
 /// A dump that the kernel's tracking is not used for.

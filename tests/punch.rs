@@ -168,7 +168,7 @@ fn privileged_punched_pages_are_freed_where_they_are_and_never_read_as_zeros() {
     };
     look(&file);
     look(&File::open(&path).unwrap());
-    // What is gone is no hole: who skips holes would take it for zeros.
+    // A freed page is no hole: a reader that skips holes would take it for zeros.
     let hole = lseek(&file, 0, Whence::SeekHole).unwrap();
     assert_eq!(hole.cast_unsigned(), len);
     // The same pages elsewhere in the mount.
@@ -461,7 +461,7 @@ fn privileged_commit_frees_what_was_noted_and_an_end_without_it_nothing() {
     assert_eq!(read_page(&object, 49), None);
     assert_eq!(read_page(&file, 99).unwrap(), scene.page(99));
     assert_eq!(commit(), "freed 0 pages, 0 B\n");
-    // Nobody else may.
+    // No other user may.
     let stranger = Command::new("setpriv")
         .args(["--reuid=65534", "--regid=65534", "--clear-groups", "--"])
         .args([common::mounted::IMGFS, "commit", text(&mounted.point)])

@@ -1,4 +1,4 @@
-//! A worker gets to undo its work whatever happens to who waits for it.
+//! A worker gets to undo its work, whatever happens to the process that waits for it.
 //!
 //! Without the test harness, whose threads keep a process from being split: this
 //! program runs itself.
@@ -37,7 +37,8 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
-        // Whoever runs the tests in the background may have it ignored, and then so do we.
+        // A shell that runs the tests in the background may ignore the signal, and this
+        // process inherits that.
         let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
         // SAFETY: the default action is no handler.
         unsafe { sigaction(signal, &default) }.unwrap();
@@ -50,7 +51,7 @@ fn main() -> ExitCode {
         }
         println!("test a_worker_undoes_its_work_after_{signal} ... ok");
     }
-    // As the test harness says it: tests/tally reads this.
+    // In the form of the test harness: tests/tally reads this.
     println!("\ntest result: ok. {} passed; 0 failed; 0 ignored", SIGNALS.len());
     ExitCode::SUCCESS
 }
@@ -63,7 +64,7 @@ fn split() -> ExitCode {
             Ended::Killed(signal) => panic!("killed by {signal}"),
         },
         Side::Worker => {
-            // Ctrl-Z is for others.
+            // Ctrl-Z must have no effect on the worker.
             raise(Signal::SIGTSTP).unwrap();
             println!("{READY}");
             while !cancel::is_cancelled() {

@@ -308,7 +308,7 @@ fn best() -> Tracker {
     found.unwrap_or_else(|| skip("a kernel with write protection (Linux 6.7) or soft-dirty bits"))
 }
 
-/// The pids of those who keep the tracking of a process.
+/// Returns the keepers of the tracking of a process.
 fn keepers(pid: i32) -> Vec<i32> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").unwrap().flatten() {
@@ -371,7 +371,7 @@ const SPARED: [(&str, &[u32]); 8] = [
     ("shared_executed", &[2, 3, 4, 5, 7]),
 ];
 
-/// The same for a memfd: open at first, and opened again later on. Whether anybody else
+/// The same for a memfd: open at first, and opened again later on. Whether another process
 /// has it is only known where all processes can be looked at.
 fn spared_of_memfd() -> (&'static str, &'static [u32]) {
     let all_are_seen = fs::read("/proc/1/maps").is_ok();
@@ -399,7 +399,7 @@ fn privileged_a_tracker_spares_looking_at_shared_memory_if_all_writers_are_known
     }
 }
 
-/// How often a program is run at most until nobody disturbs it.
+/// How often a program is run at most until no other program disturbs it.
 const ATTEMPTS: u32 = 12;
 
 /// Takes a program through its steps, and returns those whose dump has looked at part of

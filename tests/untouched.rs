@@ -297,7 +297,7 @@ fn tests_of_machines_exist() {
     common::machines::tell(&[(test, &["6.1", "6.12"])]);
 }
 
-/// Which calls notice that they were stopped: the list of the README.
+/// Which calls notice that they were stopped: the list in src/docs/limits.md.
 #[test]
 fn privileged_calls_that_a_dump_interrupts_are_known() {
     require(Cap::Ptrace);

@@ -75,7 +75,7 @@ fn measure(bytes: usize, shared: bool) {
             }
             *round = bytes as f64 / begin.elapsed().as_secs_f64() / f64::from(1 << 30);
         }
-        // The first one is the one that counts: nobody reads it twice.
+        // The first read is the one that counts: a restorer reads each page once.
         let first = rounds[0];
         rounds.sort_by(f64::total_cmp);
         (first, rounds[ROUNDS / 2], pss_mib(child))

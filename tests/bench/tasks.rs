@@ -127,8 +127,8 @@ impl Program {
         Run { seconds, peak_kib }
     }
 
-    /// Dumps and kills a process. The time is that until it is gone, which rcriu waits
-    /// for and others leave to who comes next.
+    /// Dumps and kills a process. The time is that until it is gone, which rcriu waits for
+    /// and others leave to the next caller.
     fn dump(&self, target: &Target, images: &Path) -> Run {
         let pid = target.pid.to_string();
         let begin = Instant::now();

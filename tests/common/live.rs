@@ -402,8 +402,8 @@ impl Drop for Live {
         for _ in 0..2 {
             self.tree();
             for pid in &self.pids {
-                // Only what is below this process is ours: a pid of ours that is
-                // free may be anyone's by now.
+                // Only what is below this process is ours: a pid of ours that is free may
+                // belong to another process by now.
                 if is_below_us(*pid) {
                     let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
                 }
@@ -668,7 +668,7 @@ impl TargetState {
         let is_zombie = found.get("status State").is_some_and(|state| state.starts_with('Z'));
         let witness = witness(pid);
         if is_zombie && witness == pid {
-            // Nobody can see more of a dead process than its end and place.
+            // A dead process shows nothing but its end and its place in the tree.
             found.retain(|key, _| {
                 ["threads", "status State", "status PPid"].contains(&key.as_str())
             });

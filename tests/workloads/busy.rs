@@ -99,7 +99,7 @@ fn call(thread: &Checkpoint) -> Verdict {
 }
 
 /// A wait in which the kernel sets the signal mask and puts it back: to the same one, so
-/// that it is always the same for who looks.
+/// that each look finds it the same.
 fn wait() -> Verdict {
     let time = libc::timespec { tv_sec: 0, tv_nsec: 1_000_000 };
     // SAFETY: a signal set is plain data; the calls read and write what outlives them.
@@ -234,7 +234,7 @@ fn no_room_to_lock(checkpoint: &Checkpoint) -> Verdict {
     sys!(mlockall(libc::MCL_FUTURE))?;
     let limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     sys!(setrlimit(libc::RLIMIT_MEMLOCK, &raw const limit))?;
-    // Who may lock memory may do so in spite of the limit.
+    // A process with CAP_IPC_LOCK may lock memory beyond the limit.
     const NOBODY: u32 = 65534;
     sys!(setresuid(NOBODY, NOBODY, NOBODY))?;
     checkpoint.wait();

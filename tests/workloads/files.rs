@@ -340,7 +340,7 @@ fn eventfds(checkpoint: &Checkpoint) -> Verdict {
         same("semaphore", 1, read(semaphore)?)?;
     }
     ensure!(read(semaphore).is_err(), "the semaphore counts further");
-    ensure!(read(zero).is_err(), "an event that nobody sent");
+    ensure!(read(zero).is_err(), "an event that was never sent");
     same("large counter", u64::MAX - 1, read(large)?)
 }
 
@@ -452,7 +452,7 @@ pub fn watch(epoll: i32, fd: i32, events: i32, data: u64) -> Verdict {
     sys!(epoll_ctl(epoll, libc::EPOLL_CTL_ADD, fd, &raw mut event)).map(drop)
 }
 
-/// What is ready, sorted by the values of those who watch.
+/// Ready events, sorted by the values of their watchers.
 pub fn ready(epoll: i32) -> Result<Vec<(u64, u32)>, String> {
     let mut events = [libc::epoll_event { events: 0, u64: 0 }; 16];
     let count = sys!(epoll_wait(epoll, events.as_mut_ptr(), 16, 0))?;

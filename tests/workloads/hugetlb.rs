@@ -128,7 +128,7 @@ fn hugetlb_sysv(checkpoint: &Checkpoint) -> Verdict {
     let id = sys!(shmget(libc::IPC_PRIVATE, 2 * HUGE * PAGE, flags))?;
     let at = sys!(shmat(id, ptr::null(), 0))?;
     let area = Area { at: at.cast(), bytes: 2 * HUGE * PAGE };
-    // It goes with whoever has it attached.
+    // It is removed when the last process detaches it.
     sys!(shmctl(id, libc::IPC_RMID, ptr::null_mut()))?;
     area.part(HUGE, SOME).fill(1);
     let child = checkpoint.fork(|child| {

@@ -1,4 +1,4 @@
-//! Who a process is and what it may do.
+//! The ids and the rights of a process.
 
 use std::{fs, path::PathBuf, ptr};
 
@@ -33,7 +33,7 @@ fn text(path: &str) -> Result<String, String> {
     fs::read_to_string(path).map_err(|error| format!("{path}: {error}"))
 }
 
-/// The lines of the status file that say who the process is.
+/// The lines of the status file with the identity of the process.
 fn credentials() -> Result<Vec<String>, String> {
     let text = text("/proc/self/status")?;
     let wanted = ["Uid:", "Gid:", "Groups:", "Cap", "NoNewPrivs:"];

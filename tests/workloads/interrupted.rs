@@ -1,6 +1,6 @@
 //! Calls that block while the tree is stopped and goes on: which of them notice.
 //!
-//! The list is that of the README: whoever changes it changes both.
+//! The list is also in src/docs/limits.md: change both.
 
 use std::{io::Error, ptr, sync::mpsc};
 

@@ -27,7 +27,7 @@ pub fn lacks(what: &str) -> Verdict {
 /// that is not slower than usual.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
-/// How many times slower than usual the machine is, as who runs the tests says
+/// How many times slower than usual the machine is, from the environment
 /// (`RCRIU_TEST_SLOWNESS`).
 pub fn slowness() -> u32 {
     let value = std::env::var("RCRIU_TEST_SLOWNESS").unwrap_or_default();
@@ -186,7 +186,7 @@ impl Checkpoint {
 
     /// Tells the other tasks of the tree that a step after the checkpoint is done.
     pub fn mark(&self, step: &str) {
-        // Whoever sees it finds it closed.
+        // A process that sees it finds it closed.
         crate::publish(&self.path(step), "");
     }
 

@@ -11,7 +11,7 @@ use crate::{
 pub const ROWS: &[Row] =
     &[("exited_leader", exited_leader), ("exited_leader_of_a_session", exited_leader_of_a_session)];
 
-/// The exit code of the first thread, which nobody gets to see.
+/// The exit code of the first thread, which no process sees.
 const FIRST_CODE: i32 = 7;
 
 /// Forks a child in which `prepare` runs in the first thread, and the rest in another one,

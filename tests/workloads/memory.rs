@@ -282,7 +282,7 @@ fn memfd_mapping(checkpoint: &Checkpoint) -> Verdict {
 }
 
 fn sysv_shm(checkpoint: &Checkpoint) -> Verdict {
-    // A private key in this IPC namespace; removed once nobody has it attached.
+    // A private key in this IPC namespace; removed when the last process detaches it.
     let id = sys!(shmget(libc::IPC_PRIVATE, 8 * PAGE, 0o600 | libc::IPC_CREAT))?;
     let at = sys!(shmat(id, ptr::null(), 0))?;
     let area = Area { at: at.cast(), bytes: 8 * PAGE };

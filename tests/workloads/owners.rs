@@ -1,4 +1,4 @@
-//! Whose a process's nameless files are, and who its sockets say that it is.
+//! The owners of a process's nameless files, and the credentials that its sockets show.
 
 use std::{
     fs, mem,
@@ -27,7 +27,7 @@ pub const ROWS: &[Row] = &[
 const NOBODY: u32 = 65534;
 const OTHER: u32 = 1234;
 
-/// Becomes another user, who may look at itself.
+/// Becomes another user, and stays dumpable.
 fn become_user(id: u32) -> Verdict {
     let groups = [id, id + 1];
     sys!(setgroups(2, groups.as_ptr()))?;
@@ -100,7 +100,7 @@ fn owners(checkpoint: &Checkpoint) -> Verdict {
     opens_again(memory, libc::O_RDWR)
 }
 
-/// Who has opened a master can open its slave, which nobody had open.
+/// The user who has opened a master can open its slave, which no process had open.
 fn owner_of_a_terminal(checkpoint: &Checkpoint) -> Verdict {
     become_user(NOBODY)?;
     let terminal = || -> Result<(i32, std::ffi::CString), String> {
@@ -180,10 +180,10 @@ fn peer_credentials(checkpoint: &Checkpoint) -> Verdict {
         let before = peer(old)?;
         let [one, other] = pair(libc::SOCK_SEQPACKET)?;
         let pair_before = (peer(one)?, peer(other)?);
-        same("who made the pair", std::process::id().cast_signed(), pair_before.0.0)?;
+        same("creator of the pair", std::process::id().cast_signed(), pair_before.0.0)?;
         child.wait();
         same("who listened", before, peer(old)?)?;
-        same("who made the pair", pair_before, (peer(one)?, peer(other)?))?;
+        same("creator of the pair", pair_before, (peer(one)?, peer(other)?))?;
         let new = socket(libc::AF_UNIX, libc::SOCK_STREAM)?;
         name.connect(new)?;
         same("who listens", before, peer(new)?)?;

@@ -164,7 +164,7 @@ fn socket_options(checkpoint: &Checkpoint) -> Verdict {
     same("options", before, found()?)
 }
 
-/// A connection within this process: who called, and who was called.
+/// A connection within this process: the end that connected, and the end that accepted.
 fn connection(port: u32) -> Result<[i32; 2], String> {
     let server = socket(libc::AF_INET, libc::SOCK_STREAM)?;
     set_option(server, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
@@ -205,7 +205,7 @@ fn tcp_ended(checkpoint: &Checkpoint) -> Verdict {
         let sent = sys!(send(fd, b"x".as_ptr().cast(), 1, libc::MSG_NOSIGNAL));
         ensure!(sent.is_err(), "something takes what is sent");
         same("error", Some(libc::EPIPE), Error::last_os_error().raw_os_error())?;
-        // Nobody holds the port.
+        // No socket holds the port.
         let server = socket(libc::AF_INET, libc::SOCK_STREAM)?;
         set_option(server, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
         Address::ip4(own_port(port)).bind(server)?;
@@ -245,7 +245,7 @@ fn udp_pending_error(checkpoint: &Checkpoint) -> Verdict {
     same("error", libc::ECONNREFUSED, option(fd, libc::SOL_SOCKET, libc::SO_ERROR)?)
 }
 
-/// Receives a datagram; who sent it comes first.
+/// Receives a datagram, after the address of its sender.
 fn receive_from(fd: i32) -> Result<(Vec<u8>, Vec<u8>), String> {
     let mut data = vec![0_u8; 1 << 16];
     let (at, len) = (data.as_mut_ptr().cast(), data.len());
@@ -267,7 +267,7 @@ fn udp_queued(checkpoint: &Checkpoint) -> Verdict {
     Address::ip6(own_port(0)).bind(sender6)?;
     let first = socket(libc::AF_INET, libc::SOCK_DGRAM)?;
     Address::ip4(own_port(3)).bind(first)?;
-    // Of both families, for anyone.
+    // Of both families, on all addresses.
     let both = socket(libc::AF_INET6, libc::SOCK_DGRAM)?;
     Address::any6(own_port(2)).bind(both)?;
     let large = bytes(3, 60_000);

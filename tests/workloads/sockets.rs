@@ -144,8 +144,8 @@ pub fn path_name(checkpoint: &Checkpoint, name: &str) -> Address {
     Address::unix(checkpoint.path(name).as_os_str().as_bytes())
 }
 
-/// A port that nobody else uses: below the kernel's own choices, and as
-/// unique as the process.
+/// A port that no other test uses: below the kernel's own choices, and as unique as the
+/// process.
 pub fn own_port(offset: u32) -> u16 {
     (10_000 + (std::process::id() * 4 + offset) % 20_000) as u16
 }

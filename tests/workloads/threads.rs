@@ -212,8 +212,8 @@ fn thread_creds(checkpoint: &Checkpoint) -> Verdict {
 fn robust_mutex(checkpoint: &Checkpoint) -> Verdict {
     let area = Area::shared(1)?;
     let mutex: *mut libc::pthread_mutex_t = area.at.cast();
-    // SAFETY: the mutex lies in shared memory that is mapped for good, and is
-    // initialised before anyone else uses it.
+    // SAFETY: the mutex lies in shared memory that is mapped for good, and is initialised
+    // before another thread uses it.
     unsafe {
         let mut attributes: libc::pthread_mutexattr_t = mem::zeroed();
         libc::pthread_mutexattr_init(&raw mut attributes);

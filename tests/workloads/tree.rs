@@ -252,7 +252,7 @@ fn zombies_of_a_session(checkpoint: &Checkpoint) -> Verdict {
     keep_zombies(checkpoint)
 }
 
-/// Who ignores the deaths of children has no zombies, but those of before.
+/// A process that ignores SIGCHLD gets no new zombies, but keeps the old ones.
 fn zombies_of_the_heedless(checkpoint: &Checkpoint) -> Verdict {
     orphan_zombies(1, false)?;
     // SAFETY: nothing runs in a handler.

@@ -182,7 +182,7 @@ fn write_by(fd: i32, step: usize, pages: usize) {
     }
 }
 
-/// By somebody who opens it through its mapping.
+/// By a process that opens it through its mapping.
 fn opened(steps: &Steps) -> Verdict {
     let area = filled(100)?;
     area.advise(libc::MADV_DONTFORK)?;
@@ -365,7 +365,7 @@ pub fn executed_again(steps: &Steps) -> Verdict {
     Ok(())
 }
 
-/// A memfd that nobody has open.
+/// A memfd that no process has open.
 fn memfd_closed(steps: &Steps) -> Verdict {
     let fd = memfd(100)?;
     let area = Area::of_file(100, fd, libc::MAP_SHARED)?;
