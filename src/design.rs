@@ -274,7 +274,7 @@
 //! Until the last step the end of this program ends them all (`PTRACE_O_EXITKILL`).
 //!
 //! A process is put into its cgroups when it is made, before it has memory, so that this
-//! is charged to them. The images number the sets of cgroups ([`crate::res::cgroup`]) as
+//! is charged to them. The images number the sets of cgroups ([`crate::res::tree::cgroup`]) as
 //! CRIU does: what was where the dumper was is left where the restorer is.
 //!
 //! A file is the one that was dumped if its type, size and mode are the same, and its
@@ -297,7 +297,7 @@
 //!
 //! Of a process whose first thread has exited while others live, the kernel shows everything
 //! by the others alone, and one of them is its witness. In the images the first thread is one
-//! that calls `exit(2)` as its next step ([`crate::res::leader`]), so that any restore makes
+//! that calls `exit(2)` as its next step ([`crate::res::task::leader`]), so that any restore makes
 //! the others by it; this program ends it before children of it wait for the death of a
 //! parent. Its exit code is a field of ours (`rcriu_leader_exited` of `task_core_entry`).
 //!

@@ -40,8 +40,8 @@ use crate::{
     inject::{Frozen, Outcome},
     proc,
     res::{
-        cgroup,
         file::{FileTable, Policy},
+        tree::cgroup,
     },
     sys::{
         cancel, fds,

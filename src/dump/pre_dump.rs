@@ -27,7 +27,7 @@ use crate::{
     image::{MemoryId, SnapshotWriter, proto},
     inject::{Frozen, Outcome, Task},
     proc,
-    res::mapping::{self, Object},
+    res::mm::mapping::{self, Object},
     sys::{fds, pagemap::PagemapFile},
 };
 

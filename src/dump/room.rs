@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{DumpError, Result};
-use crate::{inject::Task, proc, res::cgroup, sys::swap};
+use crate::{inject::Task, proc, res::tree::cgroup, sys::swap};
 
 /// What a process is given at most: code, a table of calls and what these return, and
 /// page tables for them.

@@ -21,15 +21,15 @@ use crate::{
     proc::{self, Mapping, VmFlags},
     res::{
         attribute::{self, Who, memory::LockLater},
-        cgroup,
         file::FileTable,
-        leader,
-        mapping::{self, Object},
-        stop::{self, Untold},
-        sysv,
-        task::{self, ForMemory},
+        mm::mapping::{self, Object},
+        task::{
+            self, ForMemory, leader,
+            stop::{self, Untold},
+        },
         thread,
         track::{self, Told, Watch},
+        tree::{cgroup, sysv},
     },
     sys::{
         fds,

@@ -4,7 +4,7 @@ use std::{io, path::PathBuf};
 
 use nix::errno::Errno;
 
-use super::cgroup::CgroupError;
+use super::tree::cgroup::CgroupError;
 use crate::{image::ImageError, inject::InjectError, proc::ProcError, units::HostPid};
 
 /// The result of dumping or restoring state of a process.

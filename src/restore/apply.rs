@@ -13,9 +13,10 @@ use crate::{
     res::{
         ResError,
         attribute::{Differences, Who, memory as memory_attributes},
-        creds,
         file::Installer,
-        leader, signals, task, thread,
+        signals,
+        task::{self, leader},
+        thread::{self, creds},
     },
     units::HostPid,
 };

@@ -23,7 +23,7 @@ use crate::{
     image::{proto::VmaEntry, tree::ADDRESSES_END, vma},
     inject::Script,
     parallel,
-    res::{mapping, sysv},
+    res::{mm::mapping, tree::sysv},
     sys::process,
     units::{HostPid, PAGE_SHIFT, PAGE_SIZE, PageIndex, PageRanges, RemoteAddr, page_bytes},
 };

@@ -29,8 +29,8 @@ use crate::{
     fault::{self, Point},
     parallel, proc,
     res::{
-        cgroup::Places,
         file::{Policy, memfd},
+        tree::cgroup::Places,
     },
     sys::{
         lock::{Access, DirectoryLocks},

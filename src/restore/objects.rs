@@ -30,7 +30,7 @@ use crate::{
     image::{MemoryId, proto, vma},
     res::{
         file::{FileError, Opened, memfd},
-        sysv,
+        tree::sysv,
     },
     sys::process,
     units::{HostPid, HugeSize, PageIndex, RemoteAddr, page_bytes},

@@ -13,9 +13,9 @@ use crate::{
         vma,
     },
     res::{
-        cgroup::{self, Places},
         file::{self, Installer, Policy},
         task::state,
+        tree::cgroup::{self, Places},
     },
     sys::lock::{Access, DirectoryLocks},
     units::{HostPid, PageIndex},

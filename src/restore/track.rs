@@ -10,7 +10,7 @@ use crate::{
     image::{Kind, proto, read_one},
     proc,
     res::{
-        leader,
+        task::leader,
         track::{Hindrance, TrackError, Watch},
     },
 };

@@ -24,7 +24,11 @@ use crate::{
     },
     inject::{InjectError, Scratch, Script, Tracee},
     proc,
-    res::{self, cgroup::Places, task::state},
+    res::{
+        self,
+        task::{leader, state, stop},
+        tree::cgroup::Places,
+    },
     sys::{
         process::{self, CloneArguments},
         ptrace::{self, Wait, options},
@@ -465,7 +469,7 @@ impl<'a> Puppets<'a> {
             signals.extend(dead.map(TaskPlan::exit_signal).filter(|signal| *signal != 0));
             let mut script = Script::new();
             for signal in signals {
-                res::stop::forget_signal(signal, &mut script);
+                stop::forget_signal(signal, &mut script);
             }
             scratch.run(&mut puppet.threads[0], &script)?;
         }
@@ -505,7 +509,7 @@ impl<'a> Puppets<'a> {
     pub(super) fn end_leader(&mut self, position: usize, code: u32) -> Result<()> {
         let puppet = self.tasks[position].as_mut().expect("it lives");
         let mut script = Script::new();
-        res::leader::end(code, &mut script);
+        leader::end(code, &mut script);
         let leader = puppet.threads.remove(0);
         let pid = leader.tid;
         self.scratch.let_go(leader, &script)?;
@@ -528,7 +532,7 @@ impl<'a> Puppets<'a> {
             let told = child.core().tc.as_ref().and_then(|core| core.rcriu_stop_told);
             // CRIU's images do not say; most parents look at once.
             if child.state() != state::STOPPED || told != Some(false) {
-                res::stop::tell(child.pid, &mut script);
+                stop::tell(child.pid, &mut script);
             }
         }
         let pending = task.core().tc.as_ref().and_then(|core| core.signals_s.as_ref());
@@ -539,7 +543,7 @@ impl<'a> Puppets<'a> {
             })
         };
         for signal in signals.into_iter().filter(|signal| *signal != 0 && !was_pending(*signal)) {
-            res::stop::forget_signal(signal, &mut script);
+            stop::forget_signal(signal, &mut script);
         }
         let puppet = self.tasks[position].as_mut().expect("it lives");
         self.scratch.run(&mut puppet.threads[0], &script)?;

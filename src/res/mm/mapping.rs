@@ -3,11 +3,11 @@
 
 use nix::libc;
 
-use super::{ResError, Result};
 use crate::{
     fault::{self, Novelty},
     image::{proto::VmaEntry, vma},
     proc::{Mapping, VmFlags},
+    res::{ResError, Result},
     sys::Features,
     units::{HostPid, HugeSize, PAGE_SIZE},
 };

@@ -7,11 +7,14 @@
 
 use nix::libc;
 
-use super::{ResError, Result, attribute, creds, thread};
 use crate::{
     image::proto,
     inject::Script,
     proc,
+    res::{
+        ResError, Result, attribute,
+        thread::{self, creds},
+    },
     sys::{process, ptrace::Registers},
     units::HostPid,
 };

@@ -1,8 +1,12 @@
 //! What a process has besides its threads, memory and files.
 
+pub mod leader;
+pub mod stop;
+pub mod timers;
+
 use nix::libc;
 
-use super::{ResError, Result, signals, timers};
+use super::{ResError, Result, signals};
 use crate::{
     image::proto,
     inject::{Answers, Buffer, CallId, Script},

@@ -11,7 +11,6 @@ use std::{
 
 use nix::{errno::Errno, libc};
 
-use super::mapping;
 use crate::{
     image::{
         Kind, SnapshotWriter,
@@ -20,6 +19,7 @@ use crate::{
     },
     inject::Script,
     proc::Mapping,
+    res::mm::mapping,
     sys::shm::{self, Segment},
     units::{HugeSize, PAGE_SIZE},
 };

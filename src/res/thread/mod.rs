@@ -1,9 +1,11 @@
 //! What each thread has for itself.
 
+pub mod creds;
+
 use nix::libc;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::{ResError, Result, creds, signals};
+use super::{ResError, Result, signals};
 use crate::{
     image::{proto, registers},
     inject::{Answers, Buffer, CallId, Script, Tracee, registers_to_resume},
@@ -123,7 +125,7 @@ pub fn collect(
 }
 
 /// Returns what an image says of a thread's general registers.
-pub(super) fn general_registers(regs: &Registers) -> proto::UserX86RegsEntry {
+pub(in crate::res) fn general_registers(regs: &Registers) -> proto::UserX86RegsEntry {
     proto::UserX86RegsEntry {
         r15: regs.r15,
         r14: regs.r14,
@@ -157,7 +159,7 @@ pub(super) fn general_registers(regs: &Registers) -> proto::UserX86RegsEntry {
 }
 
 /// Fills in what an image says of how a thread is scheduled.
-pub(super) fn set_scheduling(scheduling: &Scheduling, core: &mut proto::ThreadCoreEntry) {
+pub(in crate::res) fn set_scheduling(scheduling: &Scheduling, core: &mut proto::ThreadCoreEntry) {
     core.sched_nice = Some(scheduling.nice);
     core.sched_policy = Some(match scheduling.flags & FLAG_RESET_ON_FORK {
         0 => scheduling.policy,

@@ -10,10 +10,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{ResError, Result};
 use crate::{
     image::{ImageError, Kind, SnapshotWriter, proto, read_one},
     proc,
+    res::{ResError, Result},
     units::HostPid,
 };
 

@@ -1,0 +1,3 @@
+//! Address spaces: their mappings, and what belongs to them as a whole.
+
+pub mod mapping;
