@@ -39,6 +39,16 @@ pub enum ResError {
         /// What is wrong, found and expected.
         problem: String,
     },
+    /// The kernel is another one than the tree was dumped on.
+    #[error(
+        "process {pid} has a vDSO that this kernel does not have ({problem}); restore it on the kernel that it was dumped on"
+    )]
+    OtherKernel {
+        /// The process.
+        pid: HostPid,
+        /// What differs.
+        problem: String,
+    },
     /// Something in `/proc` could not be written.
     #[error("write {path}", path = .path.display())]
     Write {

@@ -142,16 +142,6 @@ pub enum RestoreError {
         /// What is in the way, and what would help.
         problem: String,
     },
-    /// The kernel is another one than the tree was dumped on.
-    #[error(
-        "process {pid} has a vDSO that this kernel does not have ({problem}); restore it on the kernel that it was dumped on"
-    )]
-    OtherKernel {
-        /// The process.
-        pid: HostPid,
-        /// What differs.
-        problem: String,
-    },
     /// The directory with the images cannot be used.
     #[error("images directory {path}: {problem}", path = .path.display())]
     Directory {

@@ -13,8 +13,10 @@ mod objects;
 mod options;
 mod pids;
 mod plan;
+mod release;
 mod source;
 mod stats;
+mod tracees;
 mod track;
 mod tree;
 

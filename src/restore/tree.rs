@@ -1,10 +1,6 @@
 //! Making the processes of a tree, each by the one that is to make it ([`crate::image::tree::Births`]).
 
-use std::{
-    collections::HashMap,
-    thread,
-    time::{Duration, Instant},
-};
+use std::collections::HashMap;
 
 use nix::{errno::Errno, libc};
 
@@ -13,7 +9,8 @@ use super::{
     free::Free,
     memory::{self, Layout},
     pids::Waiting,
-    plan::{Body, Plan, TaskPlan},
+    plan::{Body, Plan},
+    tracees::{adopt_sleeper, make},
 };
 use crate::{
     causes::tell,
@@ -22,25 +19,12 @@ use crate::{
         proto::VmaEntry,
         tree::{Birth, Births, Maker},
     },
-    inject::{InjectError, Scratch, Script, Tracee},
+    inject::{Scratch, Script, Tracee},
     proc,
-    res::{
-        self,
-        task::{leader, state, stop},
-        tree::cgroup::Places,
-    },
-    sys::{
-        process::{self, CloneArguments},
-        ptrace::{self, Wait, options},
-    },
+    res::{mm::vdso, tree::cgroup::Places},
+    sys::process::{self, CloneArguments},
     units::HostPid,
 };
-
-/// How long a process that is to be stopped may take for it.
-const REST_PATIENCE: Duration = Duration::from_secs(1);
-
-/// How long to sleep between two looks at it.
-const REST_NAP: Duration = Duration::from_micros(100);
 
 /// `CLONE_CLEAR_SIGHAND` (`linux/sched.h`, since Linux 5.5): all handlers at their
 /// defaults.
@@ -50,7 +34,7 @@ const CLONE_CLEAR_SIGHAND: u64 = 1 << 32;
 const CLONE_PARENT: u64 = libc::CLONE_PARENT.cast_unsigned() as u64;
 
 /// By which processes that are made for the restore tell their ends.
-const SIGCHLD: u32 = libc::SIGCHLD.cast_unsigned();
+pub(super) const SIGCHLD: u32 = libc::SIGCHLD.cast_unsigned();
 
 /// A process while it is restored.
 #[derive(Debug)]
@@ -65,24 +49,24 @@ pub(super) struct Puppet {
 
 /// A helper while it exists.
 #[derive(Debug)]
-struct Helper {
-    pid: HostPid,
-    maker: Maker,
+pub(super) struct Helper {
+    pub(super) pid: HostPid,
+    pub(super) maker: Maker,
 }
 
 /// The processes of a tree while it is restored. If it is dropped, they end.
 #[derive(Debug)]
 pub(super) struct Puppets<'a> {
-    plan: &'a Plan,
+    pub(super) plan: &'a Plan,
     births: Births,
     /// In the order of the plan's tasks, as far as they were made.
     pub(super) tasks: Vec<Option<Puppet>>,
-    helpers: Vec<Helper>,
+    pub(super) helpers: Vec<Helper>,
     pub(super) scratch: Scratch,
     /// Where processes are put before they have memory.
     cgroups: &'a Places,
-    leave_stopped: bool,
-    released: bool,
+    pub(super) leave_stopped: bool,
+    pub(super) released: bool,
     pub(super) filled: memory::Filled,
 }
 
@@ -214,7 +198,7 @@ impl<'a> Puppets<'a> {
         let mut script = Script::new();
         memory::arrange(body, &puppet.layout, inherited, scratch, &mut script, workshop.file)?;
         self.scratch.run(&mut puppet.threads[0], &script)?;
-        check_vdso(task.pid, body)?;
+        vdso::check(task.pid, &body.vmas)?;
         let forked_from = puppet.inherited.zip(parent_memory);
         let forked_from = forked_from.map(|(parent, memory)| (self.plan.tasks[parent].pid, memory));
         fault::hit(Point::RestoreMemory)?;
@@ -402,371 +386,4 @@ impl<'a> Puppets<'a> {
         }
         Ok(())
     }
-
-    /// Lets the helpers end, and those processes that are dead in the images, and takes
-    /// away the signs of it. All signals have their default actions still: a parent that
-    /// ignores the deaths of its children would have no zombies.
-    ///
-    /// # Errors
-    /// [`RestoreError::Inject`].
-    pub(super) fn end_the_dead(&mut self) -> Result<()> {
-        let scratch = self.scratch;
-        // One that is to be dead may have made a helper, and has to wait for it.
-        let helpers = std::mem::take(&mut self.helpers);
-        for helper in &helpers {
-            kill(helper.pid)?;
-            await_end(helper.pid)?;
-            let mut script = Script::new();
-            script.call(
-                "reap a helper",
-                libc::SYS_wait4,
-                &[helper.pid.0.into(), 0.into(), libc::__WALL.into(), 0.into()],
-            );
-            match helper.maker {
-                Maker::Task(position) => {
-                    let puppet = self.tasks[position].as_mut().expect("all were made");
-                    scratch.run(&mut puppet.threads[0], &script)?;
-                }
-                // A child of ours was reaped when it was waited for.
-                Maker::Director | Maker::Helper(_) => {}
-            }
-        }
-        for (task, puppet) in self.plan.tasks.iter().zip(&mut self.tasks) {
-            if task.body.is_some() {
-                continue;
-            }
-            let Some(puppet) = puppet else { continue };
-            let leader = &mut puppet.threads[0];
-            let core = task.core().tc.as_ref();
-            let status = core.map_or(0, |core| core.exit_code);
-            let mut script = Script::new();
-            if let Some(core) = core {
-                let mut name = core.comm.clone();
-                name.push(0);
-                let name = script.bytes(&name);
-                let arguments = [libc::PR_SET_NAME.into(), name.into()];
-                script.call("set the name", libc::SYS_prctl, &arguments);
-                // No core file is to be left of a death that has been.
-                let arguments = [libc::PR_SET_DUMPABLE.into(), 0.into()];
-                script.call("forbid core files", libc::SYS_prctl, &arguments);
-            }
-            scratch.run(leader, &script)?;
-            end(&scratch, leader, status)?;
-        }
-        self.forget_deaths()
-    }
-
-    /// Takes away the signals by which processes were told of deaths.
-    fn forget_deaths(&mut self) -> Result<()> {
-        let scratch = self.scratch;
-        for (task, puppet) in self.plan.tasks.iter().zip(&mut self.tasks) {
-            let (Some(_), Some(puppet)) = (&task.body, puppet) else { continue };
-            let dead = self.plan.tasks.iter().filter(|dead| {
-                let parent = dead.parent.map(|parent| self.plan.tasks[parent].pid);
-                dead.body.is_none() && parent == Some(task.pid)
-            });
-            let mut signals = vec![SIGCHLD];
-            signals.extend(dead.map(TaskPlan::exit_signal).filter(|signal| *signal != 0));
-            let mut script = Script::new();
-            for signal in signals {
-                stop::forget_signal(signal, &mut script);
-            }
-            scratch.run(&mut puppet.threads[0], &script)?;
-        }
-        Ok(())
-    }
-
-    /// Whether a task stays stopped.
-    fn stays_stopped(&self, task: &TaskPlan) -> bool {
-        task.body.is_some() && (self.leave_stopped || task.state() == state::STOPPED)
-    }
-
-    /// Whether children of a task are to be stopped when it goes on.
-    pub(super) fn awaits_stops(&self, position: usize) -> bool {
-        let mut tasks = self.plan.tasks.iter();
-        tasks.any(|task| task.parent == Some(position) && self.stays_stopped(task))
-    }
-
-    /// Takes the scratch memory out of a task, and gives its threads their registers.
-    ///
-    /// # Errors
-    /// [`RestoreError::Inject`], [`RestoreError::State`].
-    pub(super) fn dress(&mut self, position: usize) -> Result<()> {
-        let puppet = self.tasks[position].as_mut().expect("it lives");
-        self.scratch.unmap(&mut puppet.threads[0])?;
-        let lives = |tid| puppet.threads.iter().any(|thread| thread.tid == tid);
-        for of in self.plan.tasks[position].threads.iter().filter(|of| lives(of.tid)) {
-            res::thread::apply_registers(&of.core, of.tid)?;
-        }
-        Ok(())
-    }
-
-    /// Ends the first thread of a task, whose other threads live. This program lets go of it
-    /// before: one that is traced is told of as ended to its tracer alone.
-    ///
-    /// # Errors
-    /// [`RestoreError::Inject`], [`RestoreError::Process`].
-    pub(super) fn end_leader(&mut self, position: usize, code: u32) -> Result<()> {
-        let puppet = self.tasks[position].as_mut().expect("it lives");
-        let mut script = Script::new();
-        leader::end(code, &mut script);
-        let leader = puppet.threads.remove(0);
-        let pid = leader.tid;
-        self.scratch.let_go(leader, &script)?;
-        await_state(pid, |state| matches!(state, 'Z' | 'X'));
-        Ok(())
-    }
-
-    /// Lets a task see that its children have stopped, as far as it was told before, and
-    /// takes away the signals by which it is told again.
-    fn tell_of_stops(&mut self, position: usize) -> Result<()> {
-        let plan = self.plan;
-        let task = &plan.tasks[position];
-        let mut script = Script::new();
-        let mut signals = vec![SIGCHLD];
-        for child in plan.tasks.iter().filter(|child| child.parent == Some(position)) {
-            if !self.stays_stopped(child) {
-                continue;
-            }
-            signals.push(child.exit_signal());
-            let told = child.core().tc.as_ref().and_then(|core| core.rcriu_stop_told);
-            // CRIU's images do not say; most parents look at once.
-            if child.state() != state::STOPPED || told != Some(false) {
-                stop::tell(child.pid, &mut script);
-            }
-        }
-        let pending = task.core().tc.as_ref().and_then(|core| core.signals_s.as_ref());
-        let was_pending = |signal: u32| {
-            let signal = signal.to_le_bytes();
-            pending.is_some_and(|queue| {
-                queue.signals.iter().any(|entry| entry.siginfo.starts_with(&signal))
-            })
-        };
-        for signal in signals.into_iter().filter(|signal| *signal != 0 && !was_pending(*signal)) {
-            stop::forget_signal(signal, &mut script);
-        }
-        let puppet = self.tasks[position].as_mut().expect("it lives");
-        self.scratch.run(&mut puppet.threads[0], &script)?;
-        Ok(())
-    }
-
-    /// Lets all processes go: children before their parents, and first those that stay
-    /// stopped, so that their parents find them as they were.
-    ///
-    /// # Errors
-    /// [`RestoreError::Process`]; processes that were let go by then run on.
-    pub(super) fn release(mut self) -> Result<()> {
-        self.released = true;
-        let plan = self.plan;
-        let mut go_on = Vec::new();
-        for (position, task) in plan.tasks.iter().enumerate().rev() {
-            if task.body.is_none() || self.tasks[position].is_none() {
-                continue;
-            }
-            if self.awaits_stops(position) {
-                self.tell_of_stops(position)?;
-                self.dress(position)?;
-            }
-            if self.stays_stopped(task) {
-                signal(task.pid, libc::SIGSTOP)?;
-                self.let_go(position)?;
-                let witness = self.tasks[position].as_ref().expect("it lives").threads[0].tid;
-                await_state(witness, |state| matches!(state, 'T' | 'Z' | 'X'));
-            } else {
-                go_on.push(position);
-            }
-        }
-        go_on.into_iter().try_for_each(|position| self.let_go(position))
-    }
-
-    fn let_go(&self, position: usize) -> Result<()> {
-        for thread in self.tasks[position].iter().flat_map(|puppet| &puppet.threads) {
-            ptrace::detach(thread.tid, 0).map_err(|source| RestoreError::Process {
-                pid: thread.tid,
-                step: "let go of",
-                source,
-            })?;
-        }
-        Ok(())
-    }
-}
-
-/// Waits until a process or thread that was let go has come to rest, unless somebody makes
-/// it go on.
-fn await_state(tid: HostPid, rests: impl Fn(char) -> bool) {
-    let deadline = Instant::now() + REST_PATIENCE;
-    let runs = |stat: proc::Stat| !rests(stat.state);
-    while proc::thread_stat(tid, tid).is_ok_and(runs) && Instant::now() < deadline {
-        thread::sleep(REST_NAP);
-    }
-}
-
-impl Drop for Puppets<'_> {
-    /// Ends all processes, unless they were let go.
-    fn drop(&mut self) {
-        if self.released {
-            return;
-        }
-        let mut pids: Vec<HostPid> = self.helpers.iter().map(|helper| helper.pid).collect();
-        for (task, puppet) in self.plan.tasks.iter().zip(&self.tasks) {
-            if puppet.is_some() {
-                pids.push(task.pid);
-            }
-        }
-        for pid in &pids {
-            let _ = signal(*pid, libc::SIGKILL);
-        }
-        for pid in &pids {
-            // The kernel tells of the end of a leader only after all its threads,
-            // which are ours to wait for, are gone.
-            for tid in proc::threads(*pid).unwrap_or_default() {
-                if tid != *pid {
-                    let _ = await_end(tid);
-                }
-            }
-            let _ = await_end(*pid);
-        }
-        // Those whose parents have died with them are children of this program now,
-        // which is a subreaper.
-        for pid in &pids {
-            let _ = await_end(*pid);
-        }
-    }
-}
-
-/// Takes over a process that was made by [`process::spawn_sleeper`].
-fn adopt_sleeper(pid: HostPid) -> Result<Tracee> {
-    let trace = |step| move |source| RestoreError::Process { pid, step, source };
-    let adopted = (|| {
-        let wanted = options::SYSGOOD | options::FOLLOW | options::EXITKILL;
-        ptrace::seize(pid, wanted).map_err(trace("trace"))?;
-        ptrace::interrupt(pid).map_err(trace("interrupt"))?;
-        await_stop(pid)
-    })();
-    if adopted.is_err() {
-        let _ = signal(pid, libc::SIGKILL);
-        let _ = await_end(pid);
-    }
-    adopted
-}
-
-/// Waits until a new tracee has stopped.
-fn await_stop(tid: HostPid) -> Result<Tracee> {
-    loop {
-        let wait = ptrace::wait(tid).map_err(|source| RestoreError::Process {
-            pid: tid,
-            step: "wait for",
-            source,
-        })?;
-        match wait {
-            Wait::Interrupted | Wait::Stopped(_) => return Ok(Tracee::new(tid, 0)?),
-            Wait::Exited(_) | Wait::Killed(_) => {
-                let what = format!("has ended ({wait:?})");
-                return Err(InjectError::Lost { tid, what }.into());
-            }
-            _ => ptrace::resume(tid, 0).map_err(|source| RestoreError::Process {
-                pid: tid,
-                step: "resume",
-                source,
-            })?,
-        }
-    }
-}
-
-/// Lets a puppet make a process or thread of this number.
-fn make(
-    scratch: &Scratch,
-    maker: &mut Tracee,
-    pid: HostPid,
-    arguments: CloneArguments,
-) -> Result<Tracee> {
-    use zerocopy::IntoBytes;
-    let mut script = Script::new();
-    let set_tid = script.bytes(&pid.0.to_le_bytes());
-    let arguments = CloneArguments { set_tid_size: 1, ..arguments };
-    let buffer = script.bytes(arguments.as_bytes());
-    script.point(buffer, std::mem::offset_of!(CloneArguments, set_tid), set_tid);
-    script.call(
-        format!("make process {pid}"),
-        libc::SYS_clone3,
-        &[buffer.into(), size_of::<CloneArguments>().into()],
-    );
-    let mut born = None;
-    let waiting = Waiting::begin();
-    loop {
-        let made = scratch.run_births(maker, &script, &mut |child| {
-            born = Some(child);
-            Ok(())
-        });
-        match made {
-            Err(InjectError::Call { source: Errno::EEXIST, .. }) => waiting.nap(pid)?,
-            Err(error) => return Err(error.into()),
-            Ok(_) => return await_stop(born.unwrap_or(pid)),
-        }
-    }
-}
-
-/// Ends a puppet so that its parent finds this status (`wait(2)`).
-fn end(scratch: &Scratch, leader: &mut Tracee, status: u32) -> Result<()> {
-    let pid = leader.tid;
-    let trace = |step| move |source| RestoreError::Process { pid, step, source };
-    let number = (status & 0x7f).cast_signed();
-    if number == 0 {
-        let mut script = Script::new();
-        script.call("exit", libc::SYS_exit_group, &[(status >> 8 & 0xff).into()]);
-        scratch.start(leader, &script)?;
-    } else {
-        // It is stopped, and goes on with the signal that ended it.
-        ptrace::set_signal_mask(pid, 0).map_err(trace("unblock the signals of"))?;
-        ptrace::resume(pid, number).map_err(trace("resume"))?;
-    }
-    await_end(pid)
-}
-
-fn kill(pid: HostPid) -> Result<()> {
-    signal(pid, libc::SIGKILL)
-}
-
-fn signal(pid: HostPid, number: i32) -> Result<()> {
-    process::signal(pid, number).map_err(|source| RestoreError::Process {
-        pid,
-        step: "send a signal to",
-        source,
-    })
-}
-
-/// Waits until a tracee that was killed is gone.
-fn await_end(pid: HostPid) -> Result<()> {
-    loop {
-        match ptrace::wait(pid) {
-            Err(Errno::ECHILD) | Ok(Wait::Exited(_) | Wait::Killed(_)) => return Ok(()),
-            Ok(_) => {}
-            Err(source) => return Err(RestoreError::Process { pid, step: "wait for", source }),
-        }
-    }
-}
-
-/// Checks that the kernel has put the vDSO where the images have it.
-fn check_vdso(pid: HostPid, body: &Body) -> Result<()> {
-    use crate::image::vma;
-    let wanted: Vec<(u64, u64)> = body
-        .vmas
-        .iter()
-        .filter(|entry| entry.status & vma::VDSO != 0)
-        .map(|entry| (entry.start, entry.end))
-        .collect();
-    if wanted.is_empty() {
-        return Ok(());
-    }
-    let maps = proc::maps(pid)?;
-    let found: Vec<(u64, u64)> = maps
-        .iter()
-        .filter(|mapping| mapping.name == b"[vdso]")
-        .map(|mapping| (mapping.start.0, mapping.end.0))
-        .collect();
-    if found == wanted {
-        return Ok(());
-    }
-    let problem = format!("it is at {found:x?}, expected {wanted:x?}");
-    Err(RestoreError::OtherKernel { pid, problem })
 }

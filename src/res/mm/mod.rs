@@ -1,3 +1,4 @@
 //! Address spaces: their mappings, and what belongs to them as a whole.
 
 pub mod mapping;
+pub mod vdso;

@@ -1,0 +1,34 @@
+//! The vDSO: code that the kernel puts into each process.
+
+use crate::{
+    image::{proto::VmaEntry, vma},
+    proc,
+    res::{ResError, Result},
+    units::HostPid,
+};
+
+/// Checks that the kernel has put the vDSO where the images have it.
+///
+/// # Errors
+/// [`ResError::OtherKernel`].
+pub fn check(pid: HostPid, vmas: &[VmaEntry]) -> Result<()> {
+    let wanted: Vec<(u64, u64)> = vmas
+        .iter()
+        .filter(|entry| entry.status & vma::VDSO != 0)
+        .map(|entry| (entry.start, entry.end))
+        .collect();
+    if wanted.is_empty() {
+        return Ok(());
+    }
+    let maps = proc::maps(pid)?;
+    let found: Vec<(u64, u64)> = maps
+        .iter()
+        .filter(|mapping| mapping.name == b"[vdso]")
+        .map(|mapping| (mapping.start.0, mapping.end.0))
+        .collect();
+    if found == wanted {
+        return Ok(());
+    }
+    let problem = format!("it is at {found:x?}, expected {wanted:x?}");
+    Err(ResError::OtherKernel { pid, problem })
+}

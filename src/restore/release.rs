@@ -1,0 +1,243 @@
+//! The end of a restore: the dead end, stops are told, and the processes are let go.
+
+use nix::libc;
+
+use super::{
+    RestoreError, Result,
+    plan::TaskPlan,
+    tracees::{await_end, await_state, end, kill, signal},
+    tree::{Puppets, SIGCHLD},
+};
+use crate::{
+    image::tree::Maker,
+    inject::Script,
+    proc,
+    res::{
+        task::{leader, state, stop},
+        thread,
+    },
+    sys::ptrace,
+    units::HostPid,
+};
+
+impl Puppets<'_> {
+    /// Lets the helpers end, and those processes that are dead in the images, and takes
+    /// away the signs of it. All signals have their default actions still: a parent that
+    /// ignores the deaths of its children would have no zombies.
+    ///
+    /// # Errors
+    /// [`RestoreError::Inject`].
+    pub(super) fn end_the_dead(&mut self) -> Result<()> {
+        let scratch = self.scratch;
+        // One that is to be dead may have made a helper, and has to wait for it.
+        let helpers = std::mem::take(&mut self.helpers);
+        for helper in &helpers {
+            kill(helper.pid)?;
+            await_end(helper.pid)?;
+            let mut script = Script::new();
+            script.call(
+                "reap a helper",
+                libc::SYS_wait4,
+                &[helper.pid.0.into(), 0.into(), libc::__WALL.into(), 0.into()],
+            );
+            match helper.maker {
+                Maker::Task(position) => {
+                    let puppet = self.tasks[position].as_mut().expect("all were made");
+                    scratch.run(&mut puppet.threads[0], &script)?;
+                }
+                // A child of ours was reaped when it was waited for.
+                Maker::Director | Maker::Helper(_) => {}
+            }
+        }
+        for (task, puppet) in self.plan.tasks.iter().zip(&mut self.tasks) {
+            if task.body.is_some() {
+                continue;
+            }
+            let Some(puppet) = puppet else { continue };
+            let leader = &mut puppet.threads[0];
+            let core = task.core().tc.as_ref();
+            let status = core.map_or(0, |core| core.exit_code);
+            let mut script = Script::new();
+            if let Some(core) = core {
+                let mut name = core.comm.clone();
+                name.push(0);
+                let name = script.bytes(&name);
+                let arguments = [libc::PR_SET_NAME.into(), name.into()];
+                script.call("set the name", libc::SYS_prctl, &arguments);
+                // No core file is to be left of a death that has been.
+                let arguments = [libc::PR_SET_DUMPABLE.into(), 0.into()];
+                script.call("forbid core files", libc::SYS_prctl, &arguments);
+            }
+            scratch.run(leader, &script)?;
+            end(&scratch, leader, status)?;
+        }
+        self.forget_deaths()
+    }
+
+    /// Takes away the signals by which processes were told of deaths.
+    fn forget_deaths(&mut self) -> Result<()> {
+        let scratch = self.scratch;
+        for (task, puppet) in self.plan.tasks.iter().zip(&mut self.tasks) {
+            let (Some(_), Some(puppet)) = (&task.body, puppet) else { continue };
+            let dead = self.plan.tasks.iter().filter(|dead| {
+                let parent = dead.parent.map(|parent| self.plan.tasks[parent].pid);
+                dead.body.is_none() && parent == Some(task.pid)
+            });
+            let mut signals = vec![SIGCHLD];
+            signals.extend(dead.map(TaskPlan::exit_signal).filter(|signal| *signal != 0));
+            let mut script = Script::new();
+            for signal in signals {
+                stop::forget_signal(signal, &mut script);
+            }
+            scratch.run(&mut puppet.threads[0], &script)?;
+        }
+        Ok(())
+    }
+
+    /// Whether a task stays stopped.
+    fn stays_stopped(&self, task: &TaskPlan) -> bool {
+        task.body.is_some() && (self.leave_stopped || task.state() == state::STOPPED)
+    }
+
+    /// Whether children of a task are to be stopped when it goes on.
+    pub(super) fn awaits_stops(&self, position: usize) -> bool {
+        let mut tasks = self.plan.tasks.iter();
+        tasks.any(|task| task.parent == Some(position) && self.stays_stopped(task))
+    }
+
+    /// Takes the scratch memory out of a task, and gives its threads their registers.
+    ///
+    /// # Errors
+    /// [`RestoreError::Inject`], [`RestoreError::State`].
+    pub(super) fn dress(&mut self, position: usize) -> Result<()> {
+        let puppet = self.tasks[position].as_mut().expect("it lives");
+        self.scratch.unmap(&mut puppet.threads[0])?;
+        let lives = |tid| puppet.threads.iter().any(|thread| thread.tid == tid);
+        for of in self.plan.tasks[position].threads.iter().filter(|of| lives(of.tid)) {
+            thread::apply_registers(&of.core, of.tid)?;
+        }
+        Ok(())
+    }
+
+    /// Ends the first thread of a task, whose other threads live. This program lets go of it
+    /// before: one that is traced is told of as ended to its tracer alone.
+    ///
+    /// # Errors
+    /// [`RestoreError::Inject`], [`RestoreError::Process`].
+    pub(super) fn end_leader(&mut self, position: usize, code: u32) -> Result<()> {
+        let puppet = self.tasks[position].as_mut().expect("it lives");
+        let mut script = Script::new();
+        leader::end(code, &mut script);
+        let leader = puppet.threads.remove(0);
+        let pid = leader.tid;
+        self.scratch.let_go(leader, &script)?;
+        await_state(pid, |state| matches!(state, 'Z' | 'X'));
+        Ok(())
+    }
+
+    /// Lets a task see that its children have stopped, as far as it was told before, and
+    /// takes away the signals by which it is told again.
+    fn tell_of_stops(&mut self, position: usize) -> Result<()> {
+        let plan = self.plan;
+        let task = &plan.tasks[position];
+        let mut script = Script::new();
+        let mut signals = vec![SIGCHLD];
+        for child in plan.tasks.iter().filter(|child| child.parent == Some(position)) {
+            if !self.stays_stopped(child) {
+                continue;
+            }
+            signals.push(child.exit_signal());
+            let told = child.core().tc.as_ref().and_then(|core| core.rcriu_stop_told);
+            // CRIU's images do not say; most parents look at once.
+            if child.state() != state::STOPPED || told != Some(false) {
+                stop::tell(child.pid, &mut script);
+            }
+        }
+        let pending = task.core().tc.as_ref().and_then(|core| core.signals_s.as_ref());
+        let was_pending = |signal: u32| {
+            let signal = signal.to_le_bytes();
+            pending.is_some_and(|queue| {
+                queue.signals.iter().any(|entry| entry.siginfo.starts_with(&signal))
+            })
+        };
+        for signal in signals.into_iter().filter(|signal| *signal != 0 && !was_pending(*signal)) {
+            stop::forget_signal(signal, &mut script);
+        }
+        let puppet = self.tasks[position].as_mut().expect("it lives");
+        self.scratch.run(&mut puppet.threads[0], &script)?;
+        Ok(())
+    }
+
+    /// Lets all processes go: children before their parents, and first those that stay
+    /// stopped, so that their parents find them as they were.
+    ///
+    /// # Errors
+    /// [`RestoreError::Process`]; processes that were let go by then run on.
+    pub(super) fn release(mut self) -> Result<()> {
+        self.released = true;
+        let plan = self.plan;
+        let mut go_on = Vec::new();
+        for (position, task) in plan.tasks.iter().enumerate().rev() {
+            if task.body.is_none() || self.tasks[position].is_none() {
+                continue;
+            }
+            if self.awaits_stops(position) {
+                self.tell_of_stops(position)?;
+                self.dress(position)?;
+            }
+            if self.stays_stopped(task) {
+                signal(task.pid, libc::SIGSTOP)?;
+                self.let_go(position)?;
+                let witness = self.tasks[position].as_ref().expect("it lives").threads[0].tid;
+                await_state(witness, |state| matches!(state, 'T' | 'Z' | 'X'));
+            } else {
+                go_on.push(position);
+            }
+        }
+        go_on.into_iter().try_for_each(|position| self.let_go(position))
+    }
+
+    fn let_go(&self, position: usize) -> Result<()> {
+        for thread in self.tasks[position].iter().flat_map(|puppet| &puppet.threads) {
+            ptrace::detach(thread.tid, 0).map_err(|source| RestoreError::Process {
+                pid: thread.tid,
+                step: "let go of",
+                source,
+            })?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Puppets<'_> {
+    /// Ends all processes, unless they were let go.
+    fn drop(&mut self) {
+        if self.released {
+            return;
+        }
+        let mut pids: Vec<HostPid> = self.helpers.iter().map(|helper| helper.pid).collect();
+        for (task, puppet) in self.plan.tasks.iter().zip(&self.tasks) {
+            if puppet.is_some() {
+                pids.push(task.pid);
+            }
+        }
+        for pid in &pids {
+            let _ = signal(*pid, libc::SIGKILL);
+        }
+        for pid in &pids {
+            // The kernel tells of the end of a leader only after all its threads,
+            // which are ours to wait for, are gone.
+            for tid in proc::threads(*pid).unwrap_or_default() {
+                if tid != *pid {
+                    let _ = await_end(tid);
+                }
+            }
+            let _ = await_end(*pid);
+        }
+        // Those whose parents have died with them are children of this program now,
+        // which is a subreaper.
+        for pid in &pids {
+            let _ = await_end(*pid);
+        }
+    }
+}

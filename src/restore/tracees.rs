@@ -1,0 +1,147 @@
+//! Single processes and threads of a restore: taken over, waited for and ended.
+
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::{errno::Errno, libc};
+use zerocopy::IntoBytes;
+
+use super::{RestoreError, Result, pids::Waiting};
+use crate::{
+    inject::{InjectError, Scratch, Script, Tracee},
+    proc,
+    sys::{
+        process::{self, CloneArguments},
+        ptrace::{self, Wait, options},
+    },
+    units::HostPid,
+};
+
+/// How long a process that is to be stopped may take for it.
+const REST_PATIENCE: Duration = Duration::from_secs(1);
+
+/// How long to sleep between two looks at it.
+const REST_NAP: Duration = Duration::from_micros(100);
+
+/// Takes over a process that was made by [`process::spawn_sleeper`].
+pub(super) fn adopt_sleeper(pid: HostPid) -> Result<Tracee> {
+    let trace = |step| move |source| RestoreError::Process { pid, step, source };
+    let adopted = (|| {
+        let wanted = options::SYSGOOD | options::FOLLOW | options::EXITKILL;
+        ptrace::seize(pid, wanted).map_err(trace("trace"))?;
+        ptrace::interrupt(pid).map_err(trace("interrupt"))?;
+        await_stop(pid)
+    })();
+    if adopted.is_err() {
+        let _ = signal(pid, libc::SIGKILL);
+        let _ = await_end(pid);
+    }
+    adopted
+}
+
+/// Waits until a new tracee has stopped.
+fn await_stop(tid: HostPid) -> Result<Tracee> {
+    loop {
+        let wait = ptrace::wait(tid).map_err(|source| RestoreError::Process {
+            pid: tid,
+            step: "wait for",
+            source,
+        })?;
+        match wait {
+            Wait::Interrupted | Wait::Stopped(_) => return Ok(Tracee::new(tid, 0)?),
+            Wait::Exited(_) | Wait::Killed(_) => {
+                let what = format!("has ended ({wait:?})");
+                return Err(InjectError::Lost { tid, what }.into());
+            }
+            _ => ptrace::resume(tid, 0).map_err(|source| RestoreError::Process {
+                pid: tid,
+                step: "resume",
+                source,
+            })?,
+        }
+    }
+}
+
+/// Lets a puppet make a process or thread of this number.
+pub(super) fn make(
+    scratch: &Scratch,
+    maker: &mut Tracee,
+    pid: HostPid,
+    arguments: CloneArguments,
+) -> Result<Tracee> {
+    let mut script = Script::new();
+    let set_tid = script.bytes(&pid.0.to_le_bytes());
+    let arguments = CloneArguments { set_tid_size: 1, ..arguments };
+    let buffer = script.bytes(arguments.as_bytes());
+    script.point(buffer, std::mem::offset_of!(CloneArguments, set_tid), set_tid);
+    script.call(
+        format!("make process {pid}"),
+        libc::SYS_clone3,
+        &[buffer.into(), size_of::<CloneArguments>().into()],
+    );
+    let mut born = None;
+    let waiting = Waiting::begin();
+    loop {
+        let made = scratch.run_births(maker, &script, &mut |child| {
+            born = Some(child);
+            Ok(())
+        });
+        match made {
+            Err(InjectError::Call { source: Errno::EEXIST, .. }) => waiting.nap(pid)?,
+            Err(error) => return Err(error.into()),
+            Ok(_) => return await_stop(born.unwrap_or(pid)),
+        }
+    }
+}
+
+/// Ends a puppet so that its parent finds this status (`wait(2)`).
+pub(super) fn end(scratch: &Scratch, leader: &mut Tracee, status: u32) -> Result<()> {
+    let pid = leader.tid;
+    let trace = |step| move |source| RestoreError::Process { pid, step, source };
+    let number = (status & 0x7f).cast_signed();
+    if number == 0 {
+        let mut script = Script::new();
+        script.call("exit", libc::SYS_exit_group, &[(status >> 8 & 0xff).into()]);
+        scratch.start(leader, &script)?;
+    } else {
+        // It is stopped, and goes on with the signal that ended it.
+        ptrace::set_signal_mask(pid, 0).map_err(trace("unblock the signals of"))?;
+        ptrace::resume(pid, number).map_err(trace("resume"))?;
+    }
+    await_end(pid)
+}
+
+pub(super) fn kill(pid: HostPid) -> Result<()> {
+    signal(pid, libc::SIGKILL)
+}
+
+pub(super) fn signal(pid: HostPid, number: i32) -> Result<()> {
+    process::signal(pid, number).map_err(|source| RestoreError::Process {
+        pid,
+        step: "send a signal to",
+        source,
+    })
+}
+
+/// Waits until a tracee that was killed is gone.
+pub(super) fn await_end(pid: HostPid) -> Result<()> {
+    loop {
+        match ptrace::wait(pid) {
+            Err(Errno::ECHILD) | Ok(Wait::Exited(_) | Wait::Killed(_)) => return Ok(()),
+            Ok(_) => {}
+            Err(source) => return Err(RestoreError::Process { pid, step: "wait for", source }),
+        }
+    }
+}
+
+/// Waits until a process or thread that was let go has come to rest, unless somebody makes
+/// it go on.
+pub(super) fn await_state(tid: HostPid, rests: impl Fn(char) -> bool) {
+    let deadline = Instant::now() + REST_PATIENCE;
+    let runs = |stat: proc::Stat| !rests(stat.state);
+    while proc::thread_stat(tid, tid).is_ok_and(runs) && Instant::now() < deadline {
+        thread::sleep(REST_NAP);
+    }
+}
