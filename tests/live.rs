@@ -298,6 +298,7 @@ states! {
     peer_credentials;
     credentials_of_a_pair;
     peer_credentials_of_the_dead;
+    uts_namespace;
 }
 
 /// On kernels of before, some of what a dump needs is found in another way.
@@ -522,6 +523,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("thread_own_directory", "with a root, working directory and umask (CLONE_FS) of its own"),
     ("thread_own_undo", "with a list of semaphore operations to be undone (CLONE_SYSVSEM)"),
     ("thread_own_network", "with a network namespace of its own"),
+    ("child_in_another_uts_namespace", "that is not that of process"),
     ("time_namespace_for_children", "run this program inside, by nsenter -t"),
     // Looking at packets takes the error that comes first.
     ("unix_packets_behind_an_error", "behind an error"),

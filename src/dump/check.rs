@@ -10,45 +10,16 @@ use crate::{
     causes::tell,
     inject::{Task, Tracee},
     proc,
-    res::attribute::lost::Own,
+    res::{
+        attribute::lost::Own,
+        ns::{self, FOR_CHILDREN, KINDS},
+    },
     sys::{
         process::{self, Shared},
         ptrace::{self, Rare},
     },
     units::HostPid,
 };
-
-/// A kind of namespace.
-struct Namespace {
-    /// Its name in `/proc/PID/ns`.
-    file: &'static str,
-    /// What it is called.
-    name: &'static str,
-    /// The option of nsenter(1) that enters it.
-    flag: &'static str,
-}
-
-const fn namespace(file: &'static str, name: &'static str, flag: &'static str) -> Namespace {
-    Namespace { file, name, flag }
-}
-
-/// The namespaces that a thread lives in.
-const NAMESPACES: [Namespace; 8] = [
-    namespace("pid", "a pid namespace", "-p"),
-    namespace("net", "a network namespace", "-n"),
-    namespace("ipc", "an IPC namespace", "-i"),
-    namespace("uts", "a UTS namespace", "-u"),
-    namespace("time", "a time namespace", "-T"),
-    namespace("mnt", "a mount namespace", "-m"),
-    namespace("user", "a user namespace", "-U"),
-    namespace("cgroup", "a cgroup namespace", "-C"),
-];
-
-/// The namespaces that its children are to live in.
-const FOR_CHILDREN: [Namespace; 2] = [
-    namespace("pid_for_children", "a pid namespace for its children", "-p"),
-    namespace("time_for_children", "a time namespace for its children", "-T"),
-];
 
 /// The pid of the first process of a pid namespace.
 const FIRST_PID: i32 = 1;
@@ -75,6 +46,7 @@ fn check_first(tasks: &[Task], options: &Options) -> Result<()> {
 pub(super) fn tree(tasks: &[Task], options: &Options) -> Result<()> {
     let own = HostPid(nix::unistd::getpid().as_raw());
     let own: Vec<_> = all_namespaces().map(|kind| proc::namespace(own, kind.file).ok()).collect();
+    let first = tasks.iter().find(|task| !task.is_zombie()).map(Task::witness);
     let pids: BTreeSet<i32> = tasks.iter().map(|task| task.pid.0).collect();
     check_first(tasks, options)?;
     for task in tasks.iter().filter(|task| !task.is_zombie()) {
@@ -84,6 +56,7 @@ pub(super) fn tree(tasks: &[Task], options: &Options) -> Result<()> {
             open_process(task)?;
         }
         check_namespaces(task, &own)?;
+        first.map_or(Ok(()), |first| check_common_namespaces(task, first))?;
         check_sharing(task)?;
         for thread in &task.threads {
             check_thread(task.pid, thread)?;
@@ -147,15 +120,17 @@ fn warn_of_losses(tasks: &[Task], pids: &BTreeSet<i32>) {
     }
 }
 
-fn all_namespaces() -> impl Iterator<Item = &'static Namespace> {
-    NAMESPACES.iter().chain(&FOR_CHILDREN)
+fn all_namespaces() -> impl Iterator<Item = &'static ns::Kind> {
+    KINDS.iter().chain(&FOR_CHILDREN)
 }
 
-/// Checks that a process lives in the namespaces of this program.
+/// Checks that a process lives in the namespaces of this program, but for those that a
+/// tree can have for itself.
 fn check_namespaces(task: &Task, own: &[Option<u64>]) -> Result<()> {
     let mut what = Vec::new();
     let mut flags = Vec::new();
-    for (Namespace { file, name, flag }, ours) in all_namespaces().zip(own) {
+    for (kind, ours) in all_namespaces().zip(own).filter(|(kind, _)| !kind.is_dumped()) {
+        let ns::Kind { file, name, flag, .. } = kind;
         // Kernels without a kind of namespace have nothing to differ in.
         if let (Ok(theirs), Some(ours)) = (proc::namespace(task.witness(), file), ours)
             && theirs != *ours
@@ -169,6 +144,25 @@ fn check_namespaces(task: &Task, own: &[Option<u64>]) -> Result<()> {
         return Ok(());
     }
     Err(DumpError::Namespaces { pid: task.pid, what: what.join(" and "), flags: flags.join(" ") })
+}
+
+/// Checks that a process lives in the same namespaces as the first of its tree, where the
+/// tree can have one for itself.
+fn check_common_namespaces(task: &Task, first: HostPid) -> Result<()> {
+    for kind in KINDS.iter().filter(|kind| kind.is_dumped()) {
+        let pair = [first, task.witness()].map(|pid| proc::namespace(pid, kind.file).ok());
+        if let [Some(wanted), Some(found)] = pair
+            && wanted != found
+        {
+            let (file, name) = (kind.file, kind.name);
+            return Err(DumpError::Unsupported {
+                pid: task.pid,
+                what: format!("has {name} ({file}:[{found}]) that is not that of process {first}"),
+                help: "a tree can have only one; dump the part of it that is in there",
+            });
+        }
+    }
+    Ok(())
 }
 
 /// Checks that the threads of a process have in common what those of a restored one have.

@@ -78,8 +78,8 @@ pub enum DumpError {
     },
     /// A process lives in namespaces that are not those of this program.
     #[error(
-        "process {pid} has {what} of its own; namespaces are not dumped yet: run this program \
-         inside, by nsenter -t {pid} {flags} rcriu dump ..."
+        "process {pid} has {what} of its own, which is not dumped yet: run this program inside, by \
+         nsenter -t {pid} {flags} rcriu dump ..."
     )]
     Namespaces {
         /// The process.

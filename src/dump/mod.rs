@@ -41,6 +41,7 @@ use crate::{
     proc,
     res::{
         file::{FileTable, Policy},
+        ns,
         tree::cgroup,
     },
     sys::{
@@ -360,7 +361,7 @@ fn inventory(parent: Option<&Parent>) -> Result<proto::InventoryEntry> {
     Ok(proto::InventoryEntry {
         img_version: FORMAT_VERSION,
         fdinfo_per_id: Some(true),
-        root_ids: Some(tree::own_ids()),
+        root_ids: Some(ns::own_ids()),
         ns_per_id: Some(true),
         root_cg_set: Some(cgroup::OWN_SET),
         lsmtype: Some(proto::Lsmtype::NoLsm.into()),

@@ -23,6 +23,7 @@ use crate::{
         attribute::{self, Who, memory::LockLater},
         file::FileTable,
         mm::mapping::{self, Object},
+        ns,
         task::{
             self, ForMemory, leader,
             stop::{self, Untold},
@@ -37,30 +38,6 @@ use crate::{
     },
     units::{HostPid, PAGE_SHIFT, PageIndex, RemoteAddr},
 };
-
-/// The numbers of kernel objects that the images of one tree use: those of this
-/// program's namespaces come first, as in the images of CRIU.
-fn namespace_ids() -> proto::TaskKobjIdsEntry {
-    proto::TaskKobjIdsEntry {
-        vm_id: 1,
-        files_id: 1,
-        fs_id: 1,
-        sighand_id: 1,
-        pid_ns_id: Some(1),
-        net_ns_id: Some(2),
-        ipc_ns_id: Some(3),
-        uts_ns_id: Some(4),
-        time_ns_id: Some(5),
-        mnt_ns_id: Some(6),
-        user_ns_id: Some(7),
-        cgroup_ns_id: Some(8),
-    }
-}
-
-/// Returns the ids of this program, for the inventory.
-pub(super) fn own_ids() -> proto::TaskKobjIdsEntry {
-    namespace_ids()
-}
 
 /// What a dump knows of a tree as it goes over its processes.
 pub(super) struct Collection<'a> {
@@ -78,6 +55,7 @@ pub(super) struct Collection<'a> {
     /// System V segments by their ids.
     segments: BTreeMap<u32, (proto::IpcShmEntry, File)>,
     pstree: Vec<proto::PstreeEntry>,
+    namespaces: ns::OfTree,
     next_object: u32,
 }
 
@@ -93,6 +71,7 @@ impl<'a> Collection<'a> {
         for task in tasks.iter().filter(|task| !task.is_zombie()) {
             children.entry(task.parent).or_default().push(task.pid);
         }
+        let first = tasks.iter().find(|task| !task.is_zombie());
         Self {
             images,
             files,
@@ -104,7 +83,8 @@ impl<'a> Collection<'a> {
             shared: HashMap::new(),
             segments: BTreeMap::new(),
             pstree: Vec::new(),
-            next_object: namespace_ids().vm_id,
+            namespaces: first.map(|task| ns::OfTree::look(task.witness())).unwrap_or_default(),
+            next_object: ns::own_ids().vm_id,
         }
     }
 
@@ -140,7 +120,7 @@ impl<'a> Collection<'a> {
             files_id: self.next_object,
             fs_id: self.next_object,
             sighand_id: self.next_object,
-            ..namespace_ids()
+            ..self.namespaces.ids()
         };
         self.write_one(Kind::Ids, pid, &ids)?;
         let fds = self.files.collect_fds(witness, &open_process(task)?)?;
@@ -171,12 +151,14 @@ impl<'a> Collection<'a> {
         let mut questions = Vec::new();
         let mut about_task = None;
         let mut about_children = Vec::new();
+        let mut about_namespaces = Vec::new();
         for position in 0..task.threads.len() {
             let mut script = Script::new();
             let asked = thread::ask(&mut script);
             let attributes = attribute::ask(position == 0, &mut script);
             if position == 0 {
                 about_task = Some(task::ask(witness, &mut script)?);
+                about_namespaces = self.namespaces.ask(&mut script);
                 for child in self.children.get(&pid).into_iter().flatten() {
                     about_children.push((*child, stop::ask(*child, &mut script)));
                 }
@@ -200,6 +182,9 @@ impl<'a> Collection<'a> {
                     .collect::<Result<Vec<_>, _>>()
             },
         )?;
+        for (number, collect) in about_namespaces {
+            collect(&answers[0], number, self.images)?;
+        }
         for what in attribute::memory::lost(witness, mappings) {
             tell(log::Level::Warn, &format!("process {pid} {what}"));
         }

@@ -49,6 +49,14 @@ pub enum ResError {
         /// What differs.
         problem: String,
     },
+    /// What the images say of a namespace cannot be.
+    #[error("images of namespace {number}: {problem}")]
+    Namespace {
+        /// Its number in the images.
+        number: u32,
+        /// What is wrong, found and expected.
+        problem: String,
+    },
     /// Something in `/proc` could not be written.
     #[error("write {path}", path = .path.display())]
     Write {

@@ -4,6 +4,7 @@ pub mod attribute;
 mod error;
 pub mod file;
 pub mod mm;
+pub mod ns;
 pub mod signals;
 pub mod task;
 pub mod thread;

@@ -61,6 +61,16 @@ pub enum RestoreError {
         /// Why it failed.
         source: Errno,
     },
+    /// A process could not be made in namespaces of its own.
+    #[error("make process {pid} in {what} of its own, which takes CAP_SYS_ADMIN")]
+    SpawnInside {
+        /// Its pid.
+        pid: HostPid,
+        /// Which namespaces.
+        what: String,
+        /// Why it failed.
+        source: Errno,
+    },
     /// A system call about a process failed.
     #[error("{step} process {pid}")]
     Process {

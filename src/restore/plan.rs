@@ -14,6 +14,7 @@ use crate::{
     },
     res::{
         file::{self, Installer, Policy},
+        ns,
         task::state,
         tree::cgroup::{self, Places},
     },
@@ -89,6 +90,8 @@ pub(super) struct Plan {
     pub(super) births: Births,
     pub(super) chain: Arc<Chain>,
     pub(super) snapshot: SnapshotId,
+    /// The namespaces that it is to have for itself.
+    pub(super) namespaces: ns::Wanted,
     /// The number of the set of cgroups that the dumper was in.
     dumper_set: Option<u32>,
     /// The clock since the start of the machine when the tree was dumped, if it is known.
@@ -184,7 +187,12 @@ impl Plan {
         let dumper_set = tree.inventory.root_cg_set;
         let uptime = tree.inventory.dump_uptime.map(Duration::from_micros);
         let files = tree.files;
-        let mut plan = Self { tasks, files, births, chain, snapshot, dumper_set, uptime };
+        let first = tree.tasks.iter().zip(&kin).find(|(task, _)| task.body.is_some());
+        let dumpers = tree.inventory.root_ids.as_ref();
+        let namespaces = first.map(|(_, kin)| ns::Wanted::read(dir, dumpers, kin.pid));
+        let namespaces = namespaces.transpose()?.unwrap_or_default();
+        let mut plan =
+            Self { tasks, files, births, chain, snapshot, namespaces, dumper_set, uptime };
         for (task, kin) in tree.tasks.into_iter().zip(kin) {
             let task = plan.task(task, kin)?;
             plan.tasks.push(task);

@@ -135,13 +135,20 @@ impl<'a> Puppets<'a> {
                 CLONE_CLEAR_SIGHAND | if workshop.sibling { CLONE_PARENT } else { 0 },
             ),
         };
+        let namespaces = &self.plan.namespaces;
+        let flags = flags | namespaces.clone_flags();
         let waiting = Waiting::begin();
         loop {
             match process::spawn_sleeper(pid, flags) {
                 Ok(_) => break,
                 // A session or group may still have it.
                 Err(Errno::EEXIST) => waiting.nap(pid)?,
-                Err(source) => return Err(RestoreError::Spawn { pid, source }),
+                Err(source) => {
+                    return Err(match namespaces.names() {
+                        Some(what) => RestoreError::SpawnInside { pid, what, source },
+                        None => RestoreError::Spawn { pid, source },
+                    });
+                }
             }
         }
         let mut first = adopt_sleeper(pid)?;
@@ -164,6 +171,9 @@ impl<'a> Puppets<'a> {
         let arguments = [libc::PR_SET_PDEATHSIG.into(), 0.into()];
         script.call("reset the parent-death signal", libc::SYS_prctl, &arguments);
         self.scratch.run(&mut first, &script)?;
+        for script in namespaces.scripts() {
+            self.scratch.run(&mut first, script)?;
+        }
         if let Maker::Helper(helper) = birth.maker {
             let helper = self.births.helpers[helper];
             let mut script = Script::new();

@@ -23,6 +23,7 @@ mod interrupted;
 mod kept;
 mod leaderless;
 mod memory;
+mod namespaces;
 mod odd_files;
 mod owners;
 mod refused;
@@ -67,6 +68,7 @@ const GROUPS: &[&[Row]] = &[
     sockets::ROWS,
     socket_ends::ROWS,
     owners::ROWS,
+    namespaces::ROWS,
     refused::ROWS,
     attributes::ROWS,
 ];

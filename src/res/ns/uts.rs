@@ -1,0 +1,96 @@
+//! UTS namespaces: the names of the host and of its domain.
+
+use std::path::Path;
+
+use nix::libc;
+
+use super::{Collect, Own, wrong};
+use crate::{
+    image::{Kind, proto::UtsnsEntry, read_one},
+    inject::Script,
+    res::Result,
+};
+
+/// Bytes of a name with its zero (`__NEW_UTS_LEN`, `linux/utsname.h`).
+const FIELD_BYTES: usize = 65;
+
+/// Fields of `struct new_utsname`: system, host, release, version, machine, domain.
+const FIELDS: usize = 6;
+const HOST: usize = 1;
+const DOMAIN: usize = 5;
+
+/// The kind.
+#[derive(Debug)]
+pub(super) struct Uts;
+
+impl Own for Uts {
+    fn clone_flag(&self) -> u64 {
+        u64::from(libc::CLONE_NEWUTS.cast_unsigned())
+    }
+
+    fn ask(&self, script: &mut Script) -> Collect {
+        let names = script.space(FIELDS * FIELD_BYTES);
+        script.call("ask for the names of the host", libc::SYS_uname, &[names.into()]);
+        Box::new(move |answers, number, images| {
+            let entry = entry(answers.bytes(names));
+            images.write(Kind::Utsns, number.into(), &[entry])
+        })
+    }
+
+    fn restore(&self, images: &Path, number: u32) -> Result<Script> {
+        let path = images.join(Kind::Utsns.file_name(number.into()));
+        let entry: UtsnsEntry = read_one(&path, Kind::Utsns)?;
+        let mut script = Script::new();
+        for (what, call, name) in [
+            ("set the name of the host", libc::SYS_sethostname, &entry.nodename),
+            ("set the name of its domain", libc::SYS_setdomainname, &entry.domainname),
+        ] {
+            if name.len() >= FIELD_BYTES {
+                let problem = format!("a name has {} bytes, at most 64 expected", name.len());
+                return Err(wrong(number, &problem));
+            }
+            let bytes = script.bytes(name);
+            script.call(what, call, &[bytes.into(), name.len().into()]);
+        }
+        Ok(script)
+    }
+}
+
+/// Returns what an image says of what `uname(2)` has written.
+fn entry(names: &[u8]) -> UtsnsEntry {
+    let field = |number: usize| {
+        let field = &names[number * FIELD_BYTES..(number + 1) * FIELD_BYTES];
+        field.split(|byte| *byte == 0).next().unwrap_or_default().to_vec()
+    };
+    UtsnsEntry { nodename: field(HOST), domainname: field(DOMAIN) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::{SnapshotWriter, proto::InventoryEntry};
+
+    #[test]
+    fn names_come_back_from_their_image() {
+        let mut names = vec![0; FIELDS * FIELD_BYTES];
+        names[HOST * FIELD_BYTES..][..4].copy_from_slice(b"host");
+        names[DOMAIN * FIELD_BYTES..][..6].copy_from_slice(b"domain");
+        let entry = entry(&names);
+        assert_eq!(
+            (entry.nodename.as_slice(), entry.domainname.as_slice()),
+            (&b"host"[..], &b"domain"[..])
+        );
+        let dir = tempfile::tempdir().unwrap();
+        let images = SnapshotWriter::begin(dir.path()).unwrap();
+        let long = UtsnsEntry { nodename: vec![b'x'; FIELD_BYTES], domainname: Vec::new() };
+        images.write(Kind::Utsns, 12, &[entry]).unwrap();
+        images.write(Kind::Utsns, 13, &[long]).unwrap();
+        images.sync(|_| {}).unwrap();
+        images.commit(&InventoryEntry::default()).unwrap();
+        // Two calls, each with its name.
+        assert_eq!(Uts.restore(dir.path(), 12).unwrap().len(), 2);
+        let error = Uts.restore(dir.path(), 13).unwrap_err();
+        assert!(error.to_string().contains("65 bytes"), "{error}");
+        assert!(Uts.restore(dir.path(), 14).is_err());
+    }
+}
