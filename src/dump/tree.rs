@@ -20,15 +20,15 @@ use crate::{
     inject::{Answers, Script, TABLE_BYTES, Task, registers_to_exit, with_session},
     proc::{self, Mapping, VmFlags},
     res::{
-        attribute::{self, Who, memory::LockLater},
+        attribute::{self, memory::LockLater},
         file::FileTable,
         mm::mapping::{self, Object},
         ns,
         task::{
-            self, ForMemory, leader,
+            self, Process, leader,
             stop::{self, Untold},
         },
-        thread,
+        thread::{self, Thread},
         track::{self, Told, Watch},
         tree::{cgroup, sysv},
     },
@@ -113,7 +113,7 @@ impl<'a> Collection<'a> {
         }
         let witness = task.witness();
         let mappings = proc::smaps(witness)?;
-        let for_memory = self.ask(task, &mappings)?;
+        let mm = self.ask(task, &mappings)?;
         self.next_object += 1;
         let ids = proto::TaskKobjIdsEntry {
             vm_id: self.next_object,
@@ -131,7 +131,7 @@ impl<'a> Collection<'a> {
             umask: proc::status(witness)?.umask,
         };
         self.write_one(Kind::Fs, pid, &fs)?;
-        self.memory(task, &mappings, for_memory)
+        self.memory(task, &mappings, mm)
     }
 
     fn write_one<M: prost::Message>(
@@ -144,26 +144,27 @@ impl<'a> Collection<'a> {
         self.images.write(kind, number, std::slice::from_ref(message))
     }
 
-    /// Asks the threads of a process what only they know, and writes their cores.
-    fn ask(&mut self, task: &mut Task, mappings: &[Mapping]) -> Result<ForMemory> {
+    /// Asks the threads of a process what only they know, writes their cores, and returns
+    /// what else there is to write: of its address space.
+    fn ask(&mut self, task: &mut Task, mappings: &[Mapping]) -> Result<proto::MmEntry> {
         let (pid, witness) = (task.pid, task.witness());
         let stopped_by = task.stopped_by();
         let mut questions = Vec::new();
-        let mut about_task = None;
+        let mut about_task = Vec::new();
         let mut about_children = Vec::new();
         let mut about_namespaces = Vec::new();
-        for position in 0..task.threads.len() {
+        for (position, thread) in task.threads.iter().enumerate() {
             let mut script = Script::new();
-            let asked = thread::ask(&mut script);
-            let attributes = attribute::ask(position == 0, &mut script);
+            let of = Thread { pid, witness, tid: thread.tid };
+            let kinds = thread::ask(of, &mut script);
             if position == 0 {
-                about_task = Some(task::ask(witness, &mut script)?);
+                about_task = task::ask(Process { pid, witness }, &mut script)?;
                 about_namespaces = self.namespaces.ask(&mut script);
                 for child in self.children.get(&pid).into_iter().flatten() {
                     about_children.push((*child, stop::ask(*child, &mut script)));
                 }
             }
-            questions.push((script, asked, attributes));
+            questions.push((script, of, kinds));
         }
         let room = questions.iter().map(|(script, ..)| script.bytes_needed()).max().unwrap_or(0);
         let locked = proc::status(witness)?.vm_lck_kib;
@@ -188,26 +189,28 @@ impl<'a> Collection<'a> {
         for what in attribute::memory::lost(witness, mappings) {
             tell(log::Level::Warn, &format!("process {pid} {what}"));
         }
-        let mut for_memory = ForMemory { dumpable: 1, brk: 0 };
-        let about_task = about_task.expect("its first thread was asked");
-        for (position, thread) in task.threads.iter().enumerate() {
-            let (_, asked, attributes) = &questions[position];
-            let mut core = proto::CoreEntry::default();
-            thread::collect(asked, &answers[position], pid, thread, &mut core)?;
-            let tid = thread.tid;
-            let set = self.cgroups.enter(pid, tid)?;
-            if let Some(thread) = &mut core.thread_core {
-                thread.cg_set = Some(set);
-                let who = Who { pid: witness, tid, own_session: true };
-                thread.rcriu_attributes = attribute::collect(attributes, &answers[position], who);
-                if position == 0 {
-                    thread.rcriu_attributes.extend(attribute::memory::collect(mappings, later));
-                }
-            }
-            if position == 0 {
-                let of = (pid, witness);
-                for_memory = task::collect(&about_task, &answers[0], of, stopped_by, &mut core)?;
-                self.note_untold(pid, stopped_by, &about_children, &answers[0], &mut core);
+        let mut about_task = Some(about_task);
+        let mut mm = proto::MmEntry::default();
+        let of_threads = questions.into_iter().zip(&answers).zip(&task.threads);
+        for (((_, of, kinds), answers), thread) in of_threads {
+            let status = proc::thread_status(pid, of.tid)?;
+            let stopped = thread::Stopped { of, thread, status: &status };
+            let mut core = thread::collect(kinds, &stopped, answers)?;
+            thread::own(&mut core).cg_set = Some(self.cgroups.enter(pid, of.tid)?);
+            if let Some(kinds) = about_task.take() {
+                let stopped = task::Stopped {
+                    of: Process { pid, witness },
+                    stopped_by,
+                    blocked: thread.signal_mask,
+                    stat: &proc::stat(pid)?,
+                    mappings,
+                    lock_later: later,
+                };
+                let images = task::collect(kinds, &stopped, answers)?;
+                thread::own(&mut core).rcriu_attributes.extend(images.attributes);
+                core.tc = Some(images.core);
+                mm = images.mm;
+                self.note_untold(pid, stopped_by, &about_children, answers, &mut core);
                 if task.is_leaderless() {
                     let code = leader::exit_code(pid)?;
                     let exit = registers_to_exit(thread, mappings, code)?;
@@ -215,9 +218,9 @@ impl<'a> Collection<'a> {
                     self.write_one(Kind::Core, pid, &leader)?;
                 }
             }
-            self.write_one(Kind::Core, tid, &core)?;
+            self.write_one(Kind::Core, of.tid, &core)?;
         }
-        Ok(for_memory)
+        Ok(mm)
     }
 
     /// Notes what a process was not told of its children, and whether its own parent was
@@ -251,7 +254,7 @@ impl<'a> Collection<'a> {
     }
 
     /// Collects the mappings of a process and plans the copying of its memory.
-    fn memory(&mut self, task: &mut Task, mappings: &[Mapping], also: ForMemory) -> Result<()> {
+    fn memory(&mut self, task: &mut Task, mappings: &[Mapping], mm: proto::MmEntry) -> Result<()> {
         let pid = task.witness();
         let watch = self.tracking.begin(task, mappings)?;
         let pagemap_path = proc_path(pid, "pagemap");
@@ -295,30 +298,8 @@ impl<'a> Collection<'a> {
             watch.scanned()?;
         }
         vmas.extend(guards);
-        let stat = proc::stat(pid)?;
-        let mut auxv = proc::auxv(pid)?;
-        while auxv.last() == Some(&0) {
-            auxv.pop();
-        }
-        let mm = proto::MmEntry {
-            mm_start_code: stat.start_code,
-            mm_end_code: stat.end_code,
-            mm_start_data: stat.start_data,
-            mm_end_data: stat.end_data,
-            mm_start_stack: stat.start_stack,
-            mm_start_brk: stat.start_brk,
-            mm_brk: also.brk,
-            mm_arg_start: stat.arg_start,
-            mm_arg_end: stat.arg_end,
-            mm_env_start: stat.env_start,
-            mm_env_end: stat.env_end,
-            exe_file_id: self.files.enter_path(pid, proc_path(pid, "exe"))?,
-            mm_saved_auxv: auxv,
-            vmas,
-            dumpable: Some(also.dumpable),
-            aios: Vec::new(),
-            thp_disabled: Some(proc::status(pid)?.thp_enabled == Some(false)),
-        };
+        let exe_file_id = self.files.enter_path(pid, proc_path(pid, "exe"))?;
+        let mm = proto::MmEntry { exe_file_id, vmas, ..mm };
         self.write_one(Kind::Mm, task.pid, &mm)?;
         self.memories.push(Memory {
             id: MemoryId::Private(u64::from(task.pid.0.cast_unsigned())),

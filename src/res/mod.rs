@@ -1,6 +1,7 @@
 //! Kinds of state that processes have, one file each, with both directions in it.
 
 pub mod attribute;
+pub mod calls;
 mod error;
 pub mod file;
 pub mod mm;

@@ -31,6 +31,7 @@ use crate::{
     fault::{self, Point},
     parallel, proc,
     res::{
+        calls::Own,
         file::{Policy, memfd},
         tree::cgroup::Places,
     },
@@ -198,14 +199,15 @@ fn restore(
         let root = plan.tasks[0].pid;
         actions.run(Stage::SetupNamespaces, Some(root))?;
         actions.run(Stage::PostSetupNamespaces, Some(root))?;
-        apply::all(plan, &mut puppets, &mut files)?;
+        let own = Own::read()?;
+        apply::all(plan, &mut puppets, &mut files, &own)?;
         if let Some(filling) = filling {
             filling.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
         }
         objects::seal(&inodes, &files.opened)?;
         objects::finish_segments(images)?;
         let tracking = track::begin(options, images, plan, &mut puppets)?;
-        apply::finish(plan, &mut puppets, &mut files)?;
+        apply::finish(plan, &mut puppets, &mut files, &own)?;
         write_pidfile(options, plan)?;
         actions.run(Stage::PostRestore, Some(root))?;
         actions.run_anyway(Stage::PreResume, root);

@@ -15,7 +15,7 @@ use crate::{
     res::{
         file::{self, Installer, Policy},
         ns,
-        task::state,
+        task::DEAD,
         tree::cgroup::{self, Places},
     },
     sys::lock::{Access, DirectoryLocks},
@@ -75,9 +75,9 @@ impl TaskPlan {
         Some(file::Process { pid: self.pid, group: self.group, creds, fds: &body.fds })
     }
 
-    /// Returns the process's state, see [`state`].
+    /// Returns the process's state, see [`crate::image::tree::state`].
     pub(super) fn state(&self) -> u32 {
-        self.core().tc.as_ref().map_or(state::DEAD, |task| task.task_state)
+        self.core().tc.as_ref().map_or(DEAD, |task| task.task_state)
     }
 }
 

@@ -13,7 +13,7 @@ use crate::{
     inject::Script,
     proc,
     res::{
-        task::{leader, state, stop},
+        task::{STOPPED, leader, stop},
         thread,
     },
     sys::ptrace,
@@ -96,7 +96,7 @@ impl Puppets<'_> {
 
     /// Whether a task stays stopped.
     fn stays_stopped(&self, task: &TaskPlan) -> bool {
-        task.body.is_some() && (self.leave_stopped || task.state() == state::STOPPED)
+        task.body.is_some() && (self.leave_stopped || task.state() == STOPPED)
     }
 
     /// Whether children of a task are to be stopped when it goes on.
@@ -114,7 +114,7 @@ impl Puppets<'_> {
         self.scratch.unmap(&mut puppet.threads[0])?;
         let lives = |tid| puppet.threads.iter().any(|thread| thread.tid == tid);
         for of in self.plan.tasks[position].threads.iter().filter(|of| lives(of.tid)) {
-            thread::apply_registers(&of.core, of.tid)?;
+            thread::dress(&of.core, of.tid)?;
         }
         Ok(())
     }
@@ -149,7 +149,7 @@ impl Puppets<'_> {
             signals.push(child.exit_signal());
             let told = child.core().tc.as_ref().and_then(|core| core.rcriu_stop_told);
             // CRIU's images do not say; most parents look at once.
-            if child.state() != state::STOPPED || told != Some(false) {
+            if child.state() != STOPPED || told != Some(false) {
                 stop::tell(child.pid, &mut script);
             }
         }

@@ -2,10 +2,14 @@
 
 use nix::libc;
 
-use super::proto;
 use crate::{
+    image::proto,
     inject::Script,
     proc::{Mapping, VmFlags},
+    res::{
+        Result,
+        task::{Collect, Kind, Process, Restored},
+    },
     units::HostPid,
 };
 
@@ -33,8 +37,72 @@ pub struct LockLater {
     pub on_fault: bool,
 }
 
-/// Returns what an image says of the memory of a process.
-pub fn collect(mappings: &[Mapping], later: LockLater) -> Vec<proto::RcriuAttribute> {
+/// Notes an attribute.
+fn add(found: &mut Vec<proto::RcriuAttribute>, name: &str, values: Vec<u64>) {
+    found.push(proto::RcriuAttribute { name: name.into(), values });
+}
+
+/// Returns the values of the attributes of a name.
+fn values<'a>(core: &'a proto::CoreEntry, name: &str) -> impl Iterator<Item = &'a [u64]> {
+    let all = core.thread_core.iter().flat_map(|thread| &thread.rcriu_attributes);
+    let name = name.as_bytes().to_vec();
+    all.filter(move |of| of.name == name).map(|of| of.values.as_slice())
+}
+
+/// How what is mapped later is locked.
+pub(in crate::res) struct LockedLater;
+
+impl Kind for LockedLater {
+    fn ask(&self, _: Process, _: &mut Script) -> Result<Collect> {
+        Ok(Box::new(|of, _, images| {
+            if of.lock_later.locked {
+                let on_fault = if of.lock_later.on_fault { MCL_ONFAULT } else { 0 };
+                let flags = u64::from(libc::MCL_FUTURE.cast_unsigned()) | on_fault;
+                add(&mut images.attributes, LOCK_LATER, vec![flags]);
+            }
+            Ok(())
+        }))
+    }
+
+    /// It takes a privilege if the limit is low, so it comes before the credentials; and
+    /// after everything that is mapped.
+    fn before_credentials(&self, of: &Restored<'_>, script: &mut Script) {
+        for values in values(of.core, LOCK_LATER) {
+            let flags = values.first().copied().unwrap_or_default();
+            let what = "lock what is mapped later (MCL_FUTURE; see RLIMIT_MEMLOCK)";
+            script.call(what, libc::SYS_mlockall, &[flags.into()]);
+        }
+    }
+}
+
+/// Memory that is sealed.
+pub(in crate::res) struct Sealed;
+
+impl Kind for Sealed {
+    fn ask(&self, _: Process, _: &mut Script) -> Result<Collect> {
+        Ok(Box::new(|of, _, images| {
+            let ranges = sealed(of.mappings);
+            if !ranges.is_empty() {
+                add(&mut images.attributes, SEALED, ranges);
+            }
+            Ok(())
+        }))
+    }
+
+    /// Nothing of the images can be mapped afterwards as it is to be.
+    fn wake(&self, of: &Restored<'_>, script: &mut Script) -> Result<()> {
+        for range in values(of.core, SEALED).flat_map(|values| values.chunks_exact(2)) {
+            let (start, end) = (range[0], range[1]);
+            let what = format!("seal the memory {start:#x}-{end:#x} (mseal(2))");
+            let len = end.saturating_sub(start);
+            script.call(what, SYS_MSEAL, &[start.into(), len.into(), 0.into()]);
+        }
+        Ok(())
+    }
+}
+
+/// Returns the ranges of sealed memory: begins and ends in turn.
+fn sealed(mappings: &[Mapping]) -> Vec<u64> {
     let mut ranges: Vec<u64> = Vec::new();
     // The kernel seals its own by itself.
     let sealed = |mapping: &&Mapping| {
@@ -47,45 +115,7 @@ pub fn collect(mappings: &[Mapping], later: LockLater) -> Vec<proto::RcriuAttrib
             _ => ranges.extend([mapping.start.0, mapping.end.0]),
         }
     }
-    let mut found = Vec::new();
-    let mut add = |name: &str, values: Vec<u64>| {
-        found.push(proto::RcriuAttribute { name: name.into(), values });
-    };
-    if !ranges.is_empty() {
-        add(SEALED, ranges);
-    }
-    if later.locked {
-        let on_fault = if later.on_fault { MCL_ONFAULT } else { 0 };
-        add(LOCK_LATER, vec![u64::from(libc::MCL_FUTURE.cast_unsigned()) | on_fault]);
-    }
-    found
-}
-
-fn attributes_of(core: &proto::CoreEntry) -> impl Iterator<Item = &proto::RcriuAttribute> {
-    core.thread_core.iter().flat_map(|thread| &thread.rcriu_attributes)
-}
-
-/// Adds the call by which what is mapped later is locked. It takes a privilege if the limit
-/// is low, so it comes before the credentials; and after everything that is mapped.
-pub fn lock_later(core: &proto::CoreEntry, script: &mut Script) {
-    for attribute in attributes_of(core).filter(|of| of.name == LOCK_LATER.as_bytes()) {
-        let flags = attribute.values.first().copied().unwrap_or_default();
-        let what = "lock what is mapped later (MCL_FUTURE; see RLIMIT_MEMLOCK)";
-        script.call(what, libc::SYS_mlockall, &[flags.into()]);
-    }
-}
-
-/// Adds the last calls of a process that are about its memory: nothing of the images can
-/// be mapped afterwards as it is to be.
-pub fn finish(core: &proto::CoreEntry, script: &mut Script) {
-    for attribute in attributes_of(core).filter(|of| of.name == SEALED.as_bytes()) {
-        for range in attribute.values.chunks_exact(2) {
-            let (start, end) = (range[0], range[1]);
-            let what = format!("seal the memory {start:#x}-{end:#x} (mseal(2))");
-            let len = end.saturating_sub(start);
-            script.call(what, SYS_MSEAL, &[start.into(), len.into(), 0.into()]);
-        }
-    }
+    ranges
 }
 
 /// Returns what a process will lose of its memory, as the ends of sentences that begin

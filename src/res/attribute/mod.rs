@@ -25,7 +25,11 @@ use std::collections::BTreeMap;
 
 use nix::errno::Errno;
 
-use super::Result;
+use super::{
+    Result,
+    calls::Calls,
+    thread::{self, Collect, Restored, Thread},
+};
 use crate::{
     causes::tell,
     image::proto,
@@ -71,13 +75,13 @@ enum Scope {
 
 /// A thread that has attributes.
 #[derive(Clone, Copy, Debug)]
-pub struct Who {
+struct Who {
     /// The process.
-    pub pid: HostPid,
+    pid: HostPid,
     /// The thread.
-    pub tid: HostPid,
+    tid: HostPid,
     /// Whether its session is one of the tree, and not that of who restores.
-    pub own_session: bool,
+    own_session: bool,
 }
 
 /// What was asked of a thread.
@@ -147,7 +151,7 @@ trait Kind: Sync {
 
 /// What was asked of a thread about all kinds.
 #[derive(Clone, Debug)]
-pub struct Questions(Vec<(usize, Asked)>);
+struct Questions(Vec<(usize, Asked)>);
 
 /// Returns the kinds that a thread has.
 fn kinds(leader: bool) -> impl Iterator<Item = (usize, &'static dyn Kind)> {
@@ -155,13 +159,33 @@ fn kinds(leader: bool) -> impl Iterator<Item = (usize, &'static dyn Kind)> {
     all.filter(move |(_, kind)| leader || kind.scope() == Scope::Thread)
 }
 
+/// All attributes: a kind of state of a thread.
+pub(super) struct Attributes;
+
+impl thread::Kind for Attributes {
+    fn ask(&self, of: Thread, script: &mut Script) -> Collect {
+        let questions = ask(of.is_first(), script);
+        Box::new(move |of, answers, core| {
+            let who = Who { pid: of.of.witness, tid: of.of.tid, own_session: true };
+            thread::own(core).rcriu_attributes = collect(&questions, answers, who);
+            Ok(())
+        })
+    }
+
+    fn set(&self, of: &Restored<'_>, calls: &mut Calls<'_>) -> Result<()> {
+        let who = Who { pid: of.pid, tid: of.tid, own_session: of.own_session };
+        let mut differences = of.own.differences.borrow_mut();
+        differences.restore(of.core, who, &mut |script| calls.make(script))
+    }
+}
+
 /// Adds the questions to a thread, or to the leader of its process.
-pub fn ask(leader: bool, script: &mut Script) -> Questions {
+fn ask(leader: bool, script: &mut Script) -> Questions {
     Questions(kinds(leader).map(|(at, kind)| (at, kind.ask(script))).collect())
 }
 
 /// Returns what an image says of the attributes of a thread.
-pub fn collect(questions: &Questions, answers: &Answers, who: Who) -> Vec<proto::RcriuAttribute> {
+fn collect(questions: &Questions, answers: &Answers, who: Who) -> Vec<proto::RcriuAttribute> {
     let read = |(at, asked): &(usize, Asked)| {
         let kind = KINDS[*at];
         let values = kind.read(who, asked, answers)?;
@@ -176,7 +200,7 @@ pub fn collect(questions: &Questions, answers: &Answers, who: Who) -> Vec<proto:
 }
 
 /// Leaves of the attributes in a core those that belong to the process.
-pub fn retain_of_process(attributes: &mut Vec<proto::RcriuAttribute>) {
+pub(super) fn retain_of_process(attributes: &mut Vec<proto::RcriuAttribute>) {
     let of_thread = |name: &[u8]| {
         let mut kinds = KINDS.iter().filter(|kind| kind.scope() == Scope::Thread);
         kinds.any(|kind| kind.name().as_bytes() == name)
@@ -196,12 +220,12 @@ impl Differences {
     ///
     /// # Errors
     /// What `run` returns.
-    pub fn restore<E>(
+    fn restore(
         &mut self,
         core: &proto::CoreEntry,
         who: Who,
-        run: &mut dyn FnMut(&Script) -> Result<Answers, E>,
-    ) -> Result<(), E> {
+        run: &mut dyn FnMut(&Script) -> Result<Answers>,
+    ) -> Result<()> {
         let wanted = core.thread_core.iter().flat_map(|thread| &thread.rcriu_attributes);
         let wanted: BTreeMap<&[u8], &[u64]> =
             wanted.map(|one| (one.name.as_slice(), one.values.as_slice())).collect();

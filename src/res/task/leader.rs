@@ -13,7 +13,7 @@ use crate::{
     proc,
     res::{
         ResError, Result, attribute,
-        thread::{self, creds},
+        thread::{creds, registers, scheduling},
     },
     sys::{process, ptrace::Registers},
     units::HostPid,
@@ -33,23 +33,23 @@ pub fn exit_code(pid: HostPid) -> Result<u8> {
 }
 
 /// Takes out of the core of another thread what belongs to the process, and returns it as
-/// the core of its leader, which ends by `registers` with this exit code.
+/// the core of its leader, which ends by the registers `to_exit` with this exit code.
 ///
 /// # Errors
 /// What keeps something of the leader from being read.
 pub fn split(
     pid: HostPid,
     code: u8,
-    registers: &Registers,
+    to_exit: &Registers,
     core: &mut proto::CoreEntry,
 ) -> Result<proto::CoreEntry> {
     let mut leader = core.clone();
     core.tc = None;
     let failed = |step| move |source| ResError::Thread { tid: pid, step, source };
     let status = proc::thread_status(pid, pid)?;
-    let scheduling = process::scheduling(pid).map_err(failed("read the scheduling of"))?;
+    let its_scheduling = process::scheduling(pid).map_err(failed("read the scheduling of"))?;
     if let Some(info) = &mut leader.thread_info {
-        info.gpregs = thread::general_registers(registers);
+        info.gpregs = registers::general(to_exit);
         info.clear_tid_addr = 0;
     }
     if let Some(own) = &mut leader.thread_core {
@@ -66,7 +66,7 @@ pub fn split(
             rseq_entry: None,
             ..own.clone()
         };
-        thread::set_scheduling(&scheduling, own);
+        scheduling::fill_in(&its_scheduling, own);
         attribute::retain_of_process(&mut own.rcriu_attributes);
     }
     if let Some(task) = &mut leader.tc {

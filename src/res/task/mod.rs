@@ -1,273 +1,166 @@
-//! What a process has besides its threads, memory and files.
+//! What a process has besides its threads, mappings and files: a file for each kind, with
+//! a row in [`KINDS`].
 
+mod dumpable;
+mod handlers;
 pub mod leader;
+mod limits;
+mod membarrier;
+mod outside;
+mod personality;
+mod queue;
+mod segments;
+mod state;
 pub mod stop;
-pub mod timers;
+mod subreaper;
+mod timers;
 
-use nix::libc;
-
-use super::{ResError, Result, signals};
+use super::{
+    Result,
+    attribute::memory,
+    calls::{Calls, Own},
+    mm::description,
+};
 use crate::{
-    image::proto,
-    inject::{Answers, Buffer, CallId, Script},
-    proc,
-    sys::ptrace,
+    image::proto::{CoreEntry, MmEntry, RcriuAttribute, TaskCoreEntry},
+    inject::{Answers, Script},
+    proc::{Mapping, Stat},
     units::HostPid,
 };
 
-pub use crate::image::tree::state;
+pub use crate::image::tree::state::{ALIVE, DEAD, STOPPED};
+pub use state::zombie;
 
-/// `MEMBARRIER_CMD_GET_REGISTRATIONS` (`linux/membarrier.h`, since Linux 6.3).
-const MEMBARRIER_REGISTRATIONS: i32 = 1 << 9;
+/// Every kind, in the order in which it is asked and set.
+pub const KINDS: &[&dyn Kind] = &[
+    &state::State,
+    &description::Description,
+    // What waits comes before what runs by itself.
+    &queue::Queue,
+    // Timers are made before a limit forbids it.
+    &timers::Timers,
+    &personality::Personality,
+    &subreaper::Subreaper,
+    &membarrier::Membarrier,
+    &segments::Segments,
+    &limits::Limits,
+    &outside::Outside,
+    &handlers::Handlers,
+    &memory::Sealed,
+    &memory::LockedLater,
+    &dumpable::Dumpable,
+];
 
-/// Where `modify_ldt(2)` reads entries from the table, and the bytes of one.
-const READ_LDT: u64 = 0;
-const LDT_ENTRY_BYTES: usize = 8;
-
-/// What a process was asked.
-#[derive(Clone, Debug)]
-pub struct Asked {
-    actions: signals::Asked,
-    timers: timers::Asked,
-    subreaper: Buffer,
-    dumpable: CallId,
-    brk: CallId,
-    membarrier: CallId,
-    ldt: CallId,
-}
-
-/// Adds the questions to a process; `witness` is a thread of it that lives.
+/// A kind of state that a process has.
 ///
-/// # Errors
-/// Those of reading `/proc`.
-pub fn ask(witness: HostPid, script: &mut Script) -> Result<Asked> {
-    let posix = match proc::timers(witness) {
-        Err(error) if error.is_vanished() => Vec::new(),
-        timers => timers?,
-    };
-    let subreaper = script.space(size_of::<u32>());
-    let entry = script.space(LDT_ENTRY_BYTES);
-    let arguments = [libc::PR_GET_CHILD_SUBREAPER.into(), subreaper.into()];
-    script.call("ask whether it is a subreaper", libc::SYS_prctl, &arguments);
-    Ok(Asked {
-        actions: signals::ask(script),
-        timers: timers::ask(posix, script),
-        subreaper,
-        dumpable: script.attempt(libc::SYS_prctl, &[libc::PR_GET_DUMPABLE.into()]),
-        brk: script.attempt(libc::SYS_brk, &[0.into()]),
-        membarrier: script.attempt(libc::SYS_membarrier, &[MEMBARRIER_REGISTRATIONS.into()]),
-        ldt: script.attempt(
-            libc::SYS_modify_ldt,
-            &[READ_LDT.into(), entry.into(), (LDT_ENTRY_BYTES as u64).into()],
-        ),
-    })
+/// Its first thread answers and acts for it. The methods of a restore are its phases, in
+/// this order; [`crate::docs::phases`] says what is there at each.
+pub trait Kind: Sync {
+    /// Dump: adds the questions that only the process can answer, and returns what notes
+    /// the state when they are answered.
+    ///
+    /// # Errors
+    /// What keeps it from being asked.
+    fn ask(&self, of: Process, script: &mut Script) -> Result<Collect>;
+
+    /// Restore: sets the state when the process has its memory, but no other threads and
+    /// not its own descriptors yet: `program` is one that leads to its program.
+    fn place(&self, _of: &Restored<'_>, _program: i32, _script: &mut Script) {}
+
+    /// Restore: sets the state when all threads are there and have the credentials of this
+    /// program.
+    ///
+    /// # Errors
+    /// What cannot be set.
+    fn set(&self, _of: &Restored<'_>, _calls: &mut Calls<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    /// Restore: sets, before the process gets its credentials, what was in the way of
+    /// those that had to end.
+    fn before_credentials(&self, _of: &Restored<'_>, _script: &mut Script) {}
+
+    /// Restore: sets what changing credentials resets.
+    fn after_credentials(&self, _of: &Restored<'_>, _script: &mut Script) {}
+
+    /// Restore: adds the last calls of the process. Signals may wait for it afterwards.
+    ///
+    /// # Errors
+    /// What is wrong with the images.
+    fn wake(&self, _of: &Restored<'_>, _script: &mut Script) -> Result<()> {
+        Ok(())
+    }
 }
 
-/// What belongs into other images than the core.
+/// Notes in the images of a process what it has answered.
+pub type Collect = Box<dyn FnOnce(&Stopped<'_>, &Answers, &mut Images) -> Result<()>>;
+
+/// A process of a tree that is dumped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Process {
+    /// The process.
+    pub pid: HostPid,
+    /// The thread of it that shows what all of them share.
+    pub witness: HostPid,
+}
+
+/// A process that was stopped and has answered.
 #[derive(Clone, Copy, Debug)]
-pub struct ForMemory {
-    /// Whether the process can be dumped (`PR_GET_DUMPABLE`).
-    pub dumpable: i32,
-    /// The end of the heap.
-    pub brk: u64,
+pub struct Stopped<'a> {
+    /// Which it is.
+    pub of: Process,
+    /// The signal that had stopped it before, or 0.
+    pub stopped_by: i32,
+    /// The signals that its first thread blocks.
+    pub blocked: u64,
+    /// What the kernel shows of it.
+    pub stat: &'a Stat,
+    /// Its mappings.
+    pub mappings: &'a [Mapping],
+    /// What the memory told that was mapped to ask it.
+    pub lock_later: memory::LockLater,
 }
 
-/// Fills in what an image says of a stopped process; `witness` is a thread of it that
-/// lives.
+/// What images say of a process.
+#[derive(Clone, Debug, Default)]
+pub struct Images {
+    /// Its part of the core of its first thread.
+    pub core: TaskCoreEntry,
+    /// Attributes of the process, which are in the core of its first thread.
+    pub attributes: Vec<RcriuAttribute>,
+    /// Its address space, without mappings.
+    pub mm: MmEntry,
+}
+
+/// A new process that is to become one of the images.
+#[derive(Clone, Copy, Debug)]
+pub struct Restored<'a> {
+    /// The process.
+    pub pid: HostPid,
+    /// The core of its first thread.
+    pub core: &'a CoreEntry,
+    /// Its address space.
+    pub mm: &'a MmEntry,
+    /// What this program has itself.
+    pub own: &'a Own,
+}
+
+/// Adds the questions about all kinds.
 ///
 /// # Errors
-/// What keeps something from being read.
-pub fn collect(
-    asked: &Asked,
-    answers: &Answers,
-    (pid, witness): (HostPid, HostPid),
-    stopped_by: i32,
-    core: &mut proto::CoreEntry,
-) -> Result<ForMemory> {
-    // Nothing is read where there is no table.
-    if answers.result(asked.ldt).is_ok_and(|bytes| bytes > 0) {
-        let what = "it has a local descriptor table (modify_ldt(2))".to_owned();
-        return Err(ResError::Unsupported { pid, what });
-    }
-    let stat = proc::stat(pid)?;
-    let limits = proc::limits(witness)?;
-    let pending = ptrace::queued_signals(witness, true).map_err(|source| ResError::Thread {
-        tid: witness,
-        step: "read the signals of",
-        source,
-    })?;
-    let subreaper: u32 = answers.value(asked.subreaper);
-    let membarrier = answers.result(asked.membarrier).unwrap_or(0);
-    let stopped = stopped_by != 0;
-    core.tc = Some(proto::TaskCoreEntry {
-        task_state: if stopped { state::STOPPED } else { state::ALIVE },
-        exit_code: 0,
-        personality: proc::personality(witness)?,
-        flags: proc::stat(witness)?.flags,
-        blk_sigset: core.thread_core.as_ref().and_then(|thread| thread.blk_sigset).unwrap_or(0),
-        comm: proc::comm(pid, pid)?,
-        timers: Some(timers::collect(&asked.timers, answers)),
-        rlimits: Some(proto::TaskRlimitsEntry {
-            rlimits: limits.map(|(cur, max)| proto::RlimitEntry { cur, max }).to_vec(),
-        }),
-        signals_s: Some(signals::queue(pending)),
-        loginuid: proc::loginuid(witness)?,
-        oom_score_adj: Some(proc::oom_score_adj(witness)?),
-        sigactions: signals::collect(&asked.actions, answers),
-        child_subreaper: Some(subreaper != 0),
-        stop_signo: stopped.then_some(stopped_by.cast_unsigned()),
-        membarrier_registration_mask: (membarrier != 0)
-            .then(|| u32::try_from(membarrier).unwrap_or(0)),
-        rcriu_exit_signal: exit_signal(&stat),
-        ..Default::default()
-    });
-    Ok(ForMemory {
-        dumpable: answers
-            .result(asked.dumpable)
-            .map_or(1, |value| i32::try_from(value).unwrap_or(1)),
-        brk: answers.result(asked.brk).unwrap_or(0),
-    })
+/// What keeps it from being asked.
+pub fn ask(of: Process, script: &mut Script) -> Result<Vec<Collect>> {
+    KINDS.iter().map(|kind| kind.ask(of, script)).collect()
 }
 
-/// Returns what an image says of the signal by which a process tells its end.
-fn exit_signal(stat: &proc::Stat) -> Option<u32> {
-    (stat.exit_signal != libc::SIGCHLD).then_some(stat.exit_signal.cast_unsigned())
-}
-
-/// Returns the core of a process that has ended and was not waited for.
+/// Returns what images say of a process that has answered.
 ///
 /// # Errors
-/// Those of reading `/proc`.
-pub fn zombie(pid: HostPid) -> Result<proto::CoreEntry> {
-    let stat = proc::stat(pid)?;
-    Ok(proto::CoreEntry {
-        mtype: proto::core_entry::March::X8664.into(),
-        tc: Some(proto::TaskCoreEntry {
-            task_state: state::DEAD,
-            exit_code: stat.exit_code.cast_unsigned(),
-            flags: stat.flags,
-            rcriu_exit_signal: exit_signal(&stat),
-            comm: stat.comm,
-            ..Default::default()
-        }),
-        ..Default::default()
-    })
-}
-
-/// Bits that no personality has (`linux/personality.h`).
-const NO_PERSONALITY: u32 = 0xff00;
-
-/// Returns the personality that an image tells of.
-///
-/// CRIU reads the hexadecimal digits of `/proc/PID/personality` as decimal ones. All
-/// flags that have decimal digits only then give a number with bits that mean nothing.
-fn personality(stored: u32) -> u32 {
-    if stored & NO_PERSONALITY == 0 {
-        return stored;
+/// What keeps something from being read, or cannot be dumped.
+pub fn collect(kinds: Vec<Collect>, of: &Stopped<'_>, answers: &Answers) -> Result<Images> {
+    let mut images = Images::default();
+    for collect in kinds {
+        collect(of, answers, &mut images)?;
     }
-    let read = u32::from_str_radix(&stored.to_string(), 16);
-    read.ok().filter(|read| read & NO_PERSONALITY == 0).unwrap_or(stored)
-}
-
-/// Returns the scripts that make the timers of a process whose threads are there.
-///
-/// # Errors
-/// [`ResError::Image`].
-pub fn timers(core: &proto::CoreEntry, pid: HostPid) -> Result<timers::Creation> {
-    let timers = core.tc.as_ref().and_then(|task| task.timers.as_ref());
-    let posix = timers.map_or(&[][..], |timers| &timers.posix);
-    timers::create(posix).map_err(|problem| ResError::Image { pid, problem })
-}
-
-/// Adds the calls that a process makes for itself while it still has the
-/// credentials of this program. `own_limits` are the limits of this program.
-pub fn apply(core: &proto::CoreEntry, own_limits: &[(u64, u64)], script: &mut Script) {
-    let Some(task) = &core.tc else { return };
-    let personality = personality(task.personality);
-    script.call("set the personality", libc::SYS_personality, &[personality.into()]);
-    if task.child_subreaper == Some(true) {
-        let arguments = [libc::PR_SET_CHILD_SUBREAPER.into(), 1.into()];
-        script.call("become a subreaper", libc::SYS_prctl, &arguments);
-    }
-    for bit in 0..u32::BITS {
-        if task.membarrier_registration_mask.unwrap_or(0) >> bit & 1 == 1 {
-            let command = 1_u32 << bit;
-            script.attempt(libc::SYS_membarrier, &[command.into(), 0.into()]);
-        }
-    }
-    let limits = task.rlimits.iter().flat_map(|limits| &limits.rlimits);
-    for (number, limit) in limits.enumerate() {
-        if own_limits.get(number) == Some(&(limit.cur, limit.max)) {
-            continue;
-        }
-        let mut bytes = limit.cur.to_le_bytes().to_vec();
-        bytes.extend_from_slice(&limit.max.to_le_bytes());
-        let buffer = script.bytes(&bytes);
-        let what = format!("set limit {number} to {} of at most {}", limit.cur, limit.max);
-        script.call(what, libc::SYS_prlimit64, &[0.into(), number.into(), buffer.into()]);
-    }
-}
-
-/// Adds the calls that set the actions of signals, when all who were dead are so again.
-pub fn apply_actions(core: &proto::CoreEntry, script: &mut Script) {
-    if let Some(task) = &core.tc {
-        signals::apply(&task.sigactions, script);
-    }
-}
-
-/// Adds the last calls of a process: what waits for it, and what runs by itself.
-///
-/// # Errors
-/// [`ResError::Image`].
-pub fn finish(core: &proto::CoreEntry, pid: HostPid, script: &mut Script) -> Result<()> {
-    let Some(task) = &core.tc else { return Ok(()) };
-    if let Some(queue) = &task.signals_s {
-        signals::requeue(queue, pid, None, script).map_err(|_| ResError::Image {
-            pid,
-            problem: "a signal in its queue is malformed".into(),
-        })?;
-    }
-    if let Some(timers) = &task.timers {
-        timers::start(timers, script);
-    }
-    Ok(())
-}
-
-/// Sets what can be set from outside.
-///
-/// # Errors
-/// [`ResError::Write`].
-pub fn apply_outside(core: &proto::CoreEntry, pid: HostPid) -> Result<()> {
-    let Some(task) = &core.tc else { return Ok(()) };
-    if let Some(adjustment) = task.oom_score_adj
-        && proc::oom_score_adj(pid)? != adjustment
-    {
-        write_proc(pid, "oom_score_adj", &adjustment.to_string())?;
-    }
-    if let Some(loginuid) = task.loginuid
-        && proc::loginuid(pid)?.is_some_and(|now| now != loginuid)
-    {
-        write_proc(pid, "loginuid", &loginuid.to_string())?;
-    }
-    Ok(())
-}
-
-fn write_proc(pid: HostPid, file: &str, value: &str) -> Result<()> {
-    let path = format!("/proc/{pid}/{file}");
-    std::fs::write(&path, value).map_err(|source| ResError::Write { path: path.into(), source })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn personalities_of_criu_are_understood() {
-        // PER_LINUX32, ADDR_NO_RANDOMIZE, UNAME26 with it, READ_IMPLIES_EXEC.
-        for value in [8, 0x40000, 0x60000, 0x0040_0000] {
-            assert_eq!(personality(value), value);
-            let digits: u32 = format!("{value:08x}").parse().unwrap();
-            assert_eq!(personality(digits), value, "{digits}");
-        }
-    }
+    Ok(images)
 }

@@ -5,10 +5,12 @@ use std::collections::VecDeque;
 use nix::libc;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use super::{Kind, Process, Restored};
 use crate::{
     image::proto,
     inject::{Answers, Buffer, CallId, Script},
-    proc::PosixTimer,
+    proc::{self, PosixTimer},
+    res::{ResError, Result, calls::Calls},
     sys::Features,
 };
 
@@ -51,15 +53,49 @@ struct Event {
 
 const _: () = assert!(size_of::<Event>() == 64);
 
+/// The kind.
+pub(super) struct Timers;
+
+impl Kind for Timers {
+    fn ask(&self, of: Process, script: &mut Script) -> Result<super::Collect> {
+        let posix = match proc::timers(of.witness) {
+            Err(error) if error.is_vanished() => Vec::new(),
+            timers => timers?,
+        };
+        let asked = ask(posix, script);
+        Ok(Box::new(move |_, answers, images| {
+            images.core.timers = Some(collect(&asked, answers));
+            Ok(())
+        }))
+    }
+
+    fn set(&self, of: &Restored<'_>, calls: &mut Calls<'_>) -> Result<()> {
+        let timers = of.core.tc.as_ref().and_then(|task| task.timers.as_ref());
+        let posix = timers.map_or(&[][..], |timers| &timers.posix);
+        let wrong = |problem| ResError::Image { pid: of.pid, problem };
+        for script in create(posix).map_err(wrong)? {
+            calls.make(&script)?;
+        }
+        Ok(())
+    }
+
+    fn wake(&self, of: &Restored<'_>, script: &mut Script) -> Result<()> {
+        if let Some(timers) = of.core.tc.as_ref().and_then(|task| task.timers.as_ref()) {
+            start(timers, script);
+        }
+        Ok(())
+    }
+}
+
 /// What a process was asked.
 #[derive(Clone, Debug)]
-pub struct Asked {
+struct Asked {
     intervals: [Buffer; 3],
     posix: Vec<(PosixTimer, Buffer, CallId)>,
 }
 
 /// Adds the questions; `posix` are the timers that `/proc` shows.
-pub fn ask(posix: Vec<PosixTimer>, script: &mut Script) -> Asked {
+fn ask(posix: Vec<PosixTimer>, script: &mut Script) -> Asked {
     let intervals = [0, 1, 2].map(|which: i32| {
         let buffer = script.space(size_of::<Times>());
         let arguments = [which.into(), buffer.into()];
@@ -77,7 +113,7 @@ pub fn ask(posix: Vec<PosixTimer>, script: &mut Script) -> Asked {
 }
 
 /// Returns what an image says of the timers of a process.
-pub fn collect(asked: &Asked, answers: &Answers) -> proto::TaskTimersEntry {
+fn collect(asked: &Asked, answers: &Answers) -> proto::TaskTimersEntry {
     let [real, virt, prof] = asked.intervals.map(|buffer| {
         let times: Times = answers.value(buffer);
         running(proto::ItimerEntry {
@@ -128,7 +164,7 @@ fn running(timer: proto::ItimerEntry) -> proto::ItimerEntry {
 ///
 /// # Errors
 /// What is wrong with the entries.
-pub fn create(entries: &[proto::PosixTimerEntry]) -> Result<Creation, String> {
+fn create(entries: &[proto::PosixTimerEntry]) -> Result<Creation, String> {
     let mut entries = entries.to_vec();
     entries.sort_by_key(|entry| entry.it_id);
     if let Some(pair) = entries.windows(2).find(|pair| pair[0].it_id == pair[1].it_id) {
@@ -147,7 +183,7 @@ pub fn create(entries: &[proto::PosixTimerEntry]) -> Result<Creation, String> {
 
 /// Scripts that make timers.
 #[derive(Debug)]
-pub struct Creation {
+struct Creation {
     entries: VecDeque<proto::PosixTimerEntry>,
     /// Whether ids can only be reached by counting.
     counts: bool,
@@ -207,7 +243,7 @@ fn make(script: &mut Script, id: u32, clock: u32, event: Event) {
 
 /// Adds the calls that start all timers of a process, with what was left of their
 /// time.
-pub fn start(entry: &proto::TaskTimersEntry, script: &mut Script) {
+fn start(entry: &proto::TaskTimersEntry, script: &mut Script) {
     for timer in &entry.posix {
         let times = Times {
             interval_s: timer.isec,

@@ -2,11 +2,11 @@
 
 use nix::libc;
 
+use super::{Collect, Kind, Restored, Thread, own};
 use crate::{
     image::proto,
-    inject::{Answers, CallId, Script},
-    proc::{self, Ids, ProcError, Status},
-    units::HostPid,
+    inject::Script,
+    proc::{Ids, Status},
 };
 
 /// `_LINUX_CAPABILITY_VERSION_3` (`linux/capability.h`).
@@ -23,21 +23,25 @@ const AMBIENT_CLEAR_ALL: i32 = 4;
 /// Bits of capability sets.
 const CAPABILITIES: u32 = 64;
 
-/// What a thread was asked that cannot be seen from outside.
-#[derive(Clone, Copy, Debug)]
-pub struct Asked {
-    securebits: CallId,
-}
+/// The kind.
+pub(super) struct Creds;
 
-/// Adds the questions.
-pub fn ask(script: &mut Script) -> Asked {
-    Asked { securebits: script.attempt(libc::SYS_prctl, &[libc::PR_GET_SECUREBITS.into()]) }
-}
+impl Kind for Creds {
+    fn ask(&self, _: Thread, script: &mut Script) -> Collect {
+        // The rest is seen from outside.
+        let call = script.attempt(libc::SYS_prctl, &[libc::PR_GET_SECUREBITS.into()]);
+        Box::new(move |of, answers, core| {
+            let securebits = u32::try_from(answers.result(call).unwrap_or(0)).unwrap_or(0);
+            own(core).creds = Some(entry(securebits, of.status));
+            Ok(())
+        })
+    }
 
-/// Returns what an image says of the credentials of a thread.
-pub fn collect(asked: Asked, answers: &Answers, status: &Status) -> proto::CredsEntry {
-    let securebits = answers.result(asked.securebits).unwrap_or(0);
-    entry(u32::try_from(securebits).unwrap_or(0), status)
+    fn set_credentials(&self, of: &Restored<'_>, script: &mut Script) {
+        if let Some(creds) = of.core.thread_core.as_ref().and_then(|core| core.creds.as_ref()) {
+            apply(creds, &of.own.status, script);
+        }
+    }
 }
 
 /// Returns what an image says of the credentials of a thread with these securebits.
@@ -72,36 +76,19 @@ fn whole(halves: &[u32]) -> u64 {
     halves.iter().take(2).rev().fold(0, |set, half| set << 32 | u64::from(*half))
 }
 
-/// The credentials of this program, which new processes begin with.
-#[derive(Clone, Debug)]
-pub struct Own {
-    status: Status,
-}
-
-impl Own {
-    /// Reads them.
-    ///
-    /// # Errors
-    /// Those of reading `/proc`.
-    pub fn read() -> Result<Self, ProcError> {
-        let pid = HostPid(nix::unistd::getpid().as_raw());
-        Ok(Self { status: proc::status(pid)? })
-    }
-
-    fn has(&self, entry: &proto::CredsEntry) -> bool {
-        let own = &self.status;
-        let ids = |real, effective, saved, fs| Ids { real, effective, saved, fs };
-        own.uids == ids(entry.uid, entry.euid, entry.suid, entry.fsuid)
-            && own.gids == ids(entry.gid, entry.egid, entry.sgid, entry.fsgid)
-            && own.groups == entry.groups
-            && own.cap_inheritable == whole(&entry.cap_inh)
-            && own.cap_permitted == whole(&entry.cap_prm)
-            && own.cap_effective == whole(&entry.cap_eff)
-            && own.cap_bounding == whole(&entry.cap_bnd)
-            && own.cap_ambient == whole(&entry.cap_amb)
-            && entry.secbits == 0
-            && own.no_new_privs == (entry.no_new_privs == Some(1))
-    }
+/// Whether this program has these credentials, with which new processes begin.
+fn has(own: &Status, entry: &proto::CredsEntry) -> bool {
+    let ids = |real, effective, saved, fs| Ids { real, effective, saved, fs };
+    own.uids == ids(entry.uid, entry.euid, entry.suid, entry.fsuid)
+        && own.gids == ids(entry.gid, entry.egid, entry.sgid, entry.fsgid)
+        && own.groups == entry.groups
+        && own.cap_inheritable == whole(&entry.cap_inh)
+        && own.cap_permitted == whole(&entry.cap_prm)
+        && own.cap_effective == whole(&entry.cap_eff)
+        && own.cap_bounding == whole(&entry.cap_bnd)
+        && own.cap_ambient == whole(&entry.cap_amb)
+        && entry.secbits == 0
+        && own.no_new_privs == (entry.no_new_privs == Some(1))
 }
 
 /// Adds the calls that give a thread its credentials. It has those of this program
@@ -109,8 +96,8 @@ impl Own {
 ///
 /// Afterwards it may be unable to do much; signals that its parent's death sends,
 /// and whether it can be dumped, are reset.
-pub fn apply(entry: &proto::CredsEntry, own: &Own, script: &mut Script) {
-    if own.has(entry) {
+fn apply(entry: &proto::CredsEntry, own: &Status, script: &mut Script) {
+    if has(own, entry) {
         return;
     }
     let prctl = |script: &mut Script, what: &'static str, option: i32, value: u64| {
@@ -134,17 +121,21 @@ pub fn apply(entry: &proto::CredsEntry, own: &Own, script: &mut Script) {
     );
     script.attempt(libc::SYS_setfsuid, &[entry.fsuid.into()]);
     // Inheritable capabilities may exceed a bounding set that was reduced later.
-    let own = &self::Own::capabilities(own);
-    set_capabilities(script, own.0, own.1, whole(&entry.cap_inh));
+    set_capabilities(script, own.cap_effective, own.cap_permitted, whole(&entry.cap_inh));
     let bounding = whole(&entry.cap_bnd);
     for capability in 0..CAPABILITIES {
-        if own.2 >> capability & 1 == 1 && bounding >> capability & 1 == 0 {
+        if own.cap_bounding >> capability & 1 == 1 && bounding >> capability & 1 == 0 {
             let what = "drop a capability from the bounding set";
             prctl(script, what, libc::PR_CAPBSET_DROP, capability.into());
         }
     }
     let permitted = whole(&entry.cap_prm);
-    set_capabilities(script, own.0, permitted | own.0, whole(&entry.cap_inh));
+    set_capabilities(
+        script,
+        own.cap_effective,
+        permitted | own.cap_effective,
+        whole(&entry.cap_inh),
+    );
     prctl(
         script,
         "clear the ambient set",
@@ -163,14 +154,6 @@ pub fn apply(entry: &proto::CredsEntry, own: &Own, script: &mut Script) {
     set_capabilities(script, whole(&entry.cap_eff), permitted, whole(&entry.cap_inh));
     if entry.no_new_privs == Some(1) {
         prctl(script, "forbid new privileges", libc::PR_SET_NO_NEW_PRIVS, 1);
-    }
-}
-
-impl Own {
-    /// Returns the effective, permitted and bounding sets.
-    fn capabilities(&self) -> (u64, u64, u64) {
-        let status = &self.status;
-        (status.cap_effective, status.cap_permitted, status.cap_bounding)
     }
 }
 

@@ -1,0 +1,44 @@
+//! What `/proc/PID` shows of a process and takes: how ready the kernel is to kill it for
+//! want of memory, and who has logged in.
+
+use super::{Collect, Kind, Process, Restored};
+use crate::{
+    inject::Script,
+    proc,
+    res::{ResError, Result, calls::Calls},
+    units::HostPid,
+};
+
+/// The kind.
+pub(super) struct Outside;
+
+impl Kind for Outside {
+    fn ask(&self, _: Process, _: &mut Script) -> Result<Collect> {
+        Ok(Box::new(|of, _, images| {
+            images.core.loginuid = proc::loginuid(of.of.witness)?;
+            images.core.oom_score_adj = Some(proc::oom_score_adj(of.of.witness)?);
+            Ok(())
+        }))
+    }
+
+    fn set(&self, of: &Restored<'_>, _: &mut Calls<'_>) -> Result<()> {
+        let Some(task) = &of.core.tc else { return Ok(()) };
+        let pid = of.pid;
+        if let Some(adjustment) = task.oom_score_adj
+            && proc::oom_score_adj(pid)? != adjustment
+        {
+            write(pid, "oom_score_adj", &adjustment.to_string())?;
+        }
+        if let Some(loginuid) = task.loginuid
+            && proc::loginuid(pid)?.is_some_and(|now| now != loginuid)
+        {
+            write(pid, "loginuid", &loginuid.to_string())?;
+        }
+        Ok(())
+    }
+}
+
+fn write(pid: HostPid, file: &str, value: &str) -> Result<()> {
+    let path = format!("/proc/{pid}/{file}");
+    std::fs::write(&path, value).map_err(|source| ResError::Write { path: path.into(), source })
+}

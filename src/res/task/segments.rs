@@ -1,0 +1,32 @@
+//! The local descriptor table of a process (`modify_ldt(2)`), which is refused.
+
+use nix::libc;
+
+use super::{Collect, Kind, Process};
+use crate::{
+    inject::Script,
+    res::{ResError, Result},
+};
+
+/// Where `modify_ldt(2)` reads entries from the table, and the bytes of one.
+const READ: u64 = 0;
+const ENTRY_BYTES: usize = 8;
+
+/// The kind.
+pub(super) struct Segments;
+
+impl Kind for Segments {
+    fn ask(&self, _: Process, script: &mut Script) -> Result<Collect> {
+        let entry = script.space(ENTRY_BYTES);
+        let arguments = [READ.into(), entry.into(), ENTRY_BYTES.into()];
+        let call = script.attempt(libc::SYS_modify_ldt, &arguments);
+        Ok(Box::new(move |of, answers, _| {
+            // Nothing is read where there is no table.
+            if answers.result(call).is_ok_and(|bytes| bytes > 0) {
+                let what = "it has a local descriptor table (modify_ldt(2))".to_owned();
+                return Err(ResError::Unsupported { pid: of.of.pid, what });
+            }
+            Ok(())
+        }))
+    }
+}

@@ -1,0 +1,50 @@
+//! Whether a process runs or was stopped, how it is called, how it tells its end.
+
+use nix::libc;
+
+use super::{ALIVE, Collect, DEAD, Kind, Process, STOPPED};
+use crate::{image::proto, inject::Script, proc, res::Result, units::HostPid};
+
+/// The kind. A new process is stopped when it is let go, and named by its first thread.
+pub(super) struct State;
+
+impl Kind for State {
+    fn ask(&self, _: Process, _: &mut Script) -> Result<Collect> {
+        Ok(Box::new(|of, _, images| {
+            let stopped = of.stopped_by != 0;
+            let core = &mut images.core;
+            core.task_state = if stopped { STOPPED } else { ALIVE };
+            core.stop_signo = stopped.then_some(of.stopped_by.cast_unsigned());
+            core.flags = proc::stat(of.of.witness)?.flags;
+            core.blk_sigset = of.blocked;
+            core.comm = proc::comm(of.of.pid, of.of.pid)?;
+            core.rcriu_exit_signal = exit_signal(of.stat);
+            Ok(())
+        }))
+    }
+}
+
+/// Returns what an image says of the signal by which a process tells its end.
+fn exit_signal(stat: &proc::Stat) -> Option<u32> {
+    (stat.exit_signal != libc::SIGCHLD).then_some(stat.exit_signal.cast_unsigned())
+}
+
+/// Returns the core of a process that has ended and was not waited for.
+///
+/// # Errors
+/// Those of reading `/proc`.
+pub fn zombie(pid: HostPid) -> Result<proto::CoreEntry> {
+    let stat = proc::stat(pid)?;
+    Ok(proto::CoreEntry {
+        mtype: proto::core_entry::March::X8664.into(),
+        tc: Some(proto::TaskCoreEntry {
+            task_state: DEAD,
+            exit_code: stat.exit_code.cast_unsigned(),
+            flags: stat.flags,
+            rcriu_exit_signal: exit_signal(&stat),
+            comm: stat.comm,
+            ..Default::default()
+        }),
+        ..Default::default()
+    })
+}

@@ -1,0 +1,32 @@
+//! Whether a process adopts the orphans among its descendants.
+
+use nix::libc;
+
+use super::{Collect, Kind, Process, Restored};
+use crate::{
+    inject::Script,
+    res::{Result, calls::Calls},
+};
+
+/// The kind.
+pub(super) struct Subreaper;
+
+impl Kind for Subreaper {
+    fn ask(&self, _: Process, script: &mut Script) -> Result<Collect> {
+        let answer = script.space(size_of::<u32>());
+        let arguments = [libc::PR_GET_CHILD_SUBREAPER.into(), answer.into()];
+        script.call("ask whether it is a subreaper", libc::SYS_prctl, &arguments);
+        Ok(Box::new(move |_, answers, images| {
+            images.core.child_subreaper = Some(answers.value::<u32>(answer) != 0);
+            Ok(())
+        }))
+    }
+
+    fn set(&self, of: &Restored<'_>, calls: &mut Calls<'_>) -> Result<()> {
+        if of.core.tc.as_ref().is_some_and(|task| task.child_subreaper == Some(true)) {
+            let arguments = [libc::PR_SET_CHILD_SUBREAPER.into(), 1.into()];
+            calls.script.call("become a subreaper", libc::SYS_prctl, &arguments);
+        }
+        Ok(())
+    }
+}

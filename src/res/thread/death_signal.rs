@@ -1,0 +1,33 @@
+//! The signal that a thread gets when the thread ends that has made it.
+
+use nix::libc;
+
+use super::{Collect, Kind, Restored, Thread, own};
+use crate::{inject::Script, res::Result};
+
+/// The kind.
+pub(super) struct DeathSignal;
+
+impl Kind for DeathSignal {
+    fn ask(&self, _: Thread, script: &mut Script) -> Collect {
+        let signal = script.space(size_of::<u32>());
+        let arguments = [libc::PR_GET_PDEATHSIG.into(), signal.into()];
+        script.call("read the parent-death signal", libc::SYS_prctl, &arguments);
+        Box::new(move |_, answers, core| {
+            let signal: u32 = answers.value(signal);
+            own(core).pdeath_sig = (signal != 0).then_some(signal);
+            Ok(())
+        })
+    }
+
+    fn wake(&self, of: &Restored<'_>, script: &mut Script) -> Result<()> {
+        // A new thread has none, and those have ended by now that had to end.
+        let thread = of.core.thread_core.as_ref();
+        let signal = thread.and_then(|thread| thread.pdeath_sig).unwrap_or(0);
+        if signal != 0 {
+            let arguments = [libc::PR_SET_PDEATHSIG.into(), signal.into()];
+            script.call("set the parent-death signal", libc::SYS_prctl, &arguments);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,51 @@
+//! What the kernel does for others when a thread ends: it clears the word with its id, and
+//! gives up its robust futexes.
+
+use nix::libc;
+
+use super::{Collect, Kind, Restored, Thread, own};
+use crate::{
+    inject::Script,
+    res::{ResError, Result, calls::Calls},
+    sys::process,
+};
+
+/// The kind.
+pub(super) struct Futexes;
+
+impl Kind for Futexes {
+    fn ask(&self, _: Thread, script: &mut Script) -> Collect {
+        let address = script.space(size_of::<u64>());
+        let arguments = [libc::PR_GET_TID_ADDRESS.into(), address.into()];
+        let call = script.attempt(libc::SYS_prctl, &arguments);
+        Box::new(move |of, answers, core| {
+            let tid = of.of.tid;
+            let info = core.thread_info.get_or_insert_default();
+            // Kernels without CONFIG_CHECKPOINT_RESTORE do not tell.
+            info.clear_tid_addr = answers.result(call).map_or(0, |_| answers.value(address));
+            let (list, len) = process::robust_list(tid).map_err(|source| ResError::Thread {
+                tid,
+                step: "read the robust list of",
+                source,
+            })?;
+            own(core).futex_rla = list.0;
+            own(core).futex_rla_len = u32::try_from(len).unwrap_or(0);
+            Ok(())
+        })
+    }
+
+    fn set(&self, of: &Restored<'_>, calls: &mut Calls<'_>) -> Result<()> {
+        if let Some(info) = &of.core.thread_info {
+            let arguments = [info.clear_tid_addr.into()];
+            calls.script.call("set the thread id address", libc::SYS_set_tid_address, &arguments);
+        }
+        if let Some(thread) = of.core.thread_core.as_ref().filter(|thread| thread.futex_rla != 0) {
+            calls.script.call(
+                "set the list of robust futexes",
+                libc::SYS_set_robust_list,
+                &[thread.futex_rla.into(), thread.futex_rla_len.into()],
+            );
+        }
+        Ok(())
+    }
+}

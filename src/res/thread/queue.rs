@@ -1,0 +1,29 @@
+//! Signals that wait for a single thread.
+
+use super::{Collect, Kind, Restored, Thread, own};
+use crate::{
+    inject::Script,
+    res::{ResError, Result, signals},
+    sys::ptrace,
+};
+
+/// The kind.
+pub(super) struct Queue;
+
+impl Kind for Queue {
+    fn ask(&self, _: Thread, _: &mut Script) -> Collect {
+        Box::new(|of, _, core| {
+            let tid = of.of.tid;
+            let step = "read the signals of";
+            let pending = ptrace::queued_signals(tid, false)
+                .map_err(|source| ResError::Thread { tid, step, source })?;
+            own(core).signals_p = Some(signals::queue(pending));
+            Ok(())
+        })
+    }
+
+    fn wake(&self, of: &Restored<'_>, script: &mut Script) -> Result<()> {
+        let queue = of.core.thread_core.as_ref().and_then(|thread| thread.signals_p.as_ref());
+        queue.map_or(Ok(()), |queue| signals::requeue(queue, of.pid, Some(of.tid), script))
+    }
+}

@@ -1,0 +1,72 @@
+//! How a thread is scheduled, as far as CRIU's images have a place for it.
+
+use super::{Collect, Kind, Restored, Thread, own};
+use crate::{
+    image::proto::ThreadCoreEntry,
+    inject::Script,
+    res::{ResError, Result, calls::Calls},
+    sys::process,
+};
+
+/// `SCHED_RESET_ON_FORK`, `SCHED_DEADLINE` (`linux/sched.h`).
+const RESET_ON_FORK: u32 = 0x4000_0000;
+const DEADLINE: u32 = 6;
+
+/// `SCHED_FLAG_RESET_ON_FORK` (`linux/sched.h`).
+const FLAG_RESET_ON_FORK: u64 = 1;
+
+/// The kind.
+pub(super) struct Scheduling;
+
+impl Kind for Scheduling {
+    fn ask(&self, _: Thread, _: &mut Script) -> Collect {
+        Box::new(|of, _, core| {
+            let tid = of.of.tid;
+            let step = "read the scheduling of";
+            let scheduling = process::scheduling(tid).map_err(|source| ResError::Thread {
+                tid,
+                step,
+                source,
+            })?;
+            fill_in(&scheduling, own(core));
+            Ok(())
+        })
+    }
+
+    fn set(&self, of: &Restored<'_>, _: &mut Calls<'_>) -> Result<()> {
+        let Some(thread) = &of.core.thread_core else { return Ok(()) };
+        let tid = of.tid;
+        let step = "set the scheduling of";
+        let failed = |source| ResError::Thread { tid, step, source };
+        let now = process::scheduling(tid).map_err(failed)?;
+        // CRIU keeps the flag with the policy, as sched_setscheduler(2) has it.
+        let policy = thread.sched_policy.unwrap_or(0);
+        let resets = policy & RESET_ON_FORK != 0;
+        let policy = policy & !RESET_ON_FORK;
+        if policy == DEADLINE {
+            // It takes more than there is a place for: see the attributes.
+            return Ok(());
+        }
+        let wanted = process::Scheduling {
+            policy,
+            flags: if resets { FLAG_RESET_ON_FORK } else { 0 },
+            nice: thread.sched_nice.unwrap_or(0),
+            priority: thread.sched_prio.unwrap_or(0),
+            ..now
+        };
+        if wanted != now {
+            process::set_scheduling(tid, &wanted).map_err(failed)?;
+        }
+        Ok(())
+    }
+}
+
+/// Fills in what an image says of how a thread is scheduled.
+pub fn fill_in(scheduling: &process::Scheduling, core: &mut ThreadCoreEntry) {
+    core.sched_nice = Some(scheduling.nice);
+    core.sched_policy = Some(match scheduling.flags & FLAG_RESET_ON_FORK {
+        0 => scheduling.policy,
+        _ => scheduling.policy | RESET_ON_FORK,
+    });
+    core.sched_prio = (scheduling.priority != 0).then_some(scheduling.priority);
+}
