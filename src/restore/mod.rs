@@ -30,11 +30,7 @@ use crate::{
     causes::{tell, with_sources},
     fault::{self, Point},
     parallel, proc,
-    res::{
-        calls::Own,
-        file::{Policy, memfd},
-        tree::cgroup::Places,
-    },
+    res::{calls::Own, file::Policy, tree::cgroup::Places},
     sys::{
         lock::{Access, DirectoryLocks},
         output::{self, Existing},
@@ -163,13 +159,12 @@ fn restore(
         inherit_fds: options.inherit_fds.clone(),
     };
     let mut files = plan.installer(&policy);
-    let objects = objects::create(plan, images, &mut files.opened)?;
-    let inodes = memfd::inodes(images)?;
+    let objects = objects::create(plan, &mut files)?;
     for body in plan.tasks.iter().filter_map(|task| task.body.as_ref()) {
         files.need_program(body.mm.exe_file_id)?;
         files.need_directory(body.fs.root_id)?;
         files.need_directory(body.fs.cwd_id)?;
-        body.vmas.iter().try_for_each(|entry| files.need_mapped(entry, &inodes))?;
+        body.vmas.iter().try_for_each(|entry| files.need_mapped(entry))?;
     }
     files.move_objects()?;
     files.open_descriptions()?;
@@ -204,7 +199,7 @@ fn restore(
         if let Some(filling) = filling {
             filling.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
         }
-        objects::seal(&inodes, &files.opened)?;
+        files.seal()?;
         objects::finish_segments(images)?;
         let tracking = track::begin(options, images, plan, &mut puppets)?;
         apply::finish(plan, &mut puppets, &mut files, &own)?;

@@ -6,7 +6,7 @@ use std::{
     fs::File,
     io,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsRawFd, OwnedFd},
         unix::fs::FileExt,
     },
     path::Path,
@@ -14,10 +14,7 @@ use std::{
 };
 
 use memmap2::{MmapOptions, MmapRaw};
-use nix::{
-    libc,
-    sys::statfs::{HUGETLBFS_MAGIC, fstatfs},
-};
+use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 
 use super::{
     RestoreError, Result,
@@ -27,17 +24,11 @@ use super::{
 };
 use crate::{
     chain::{Chain, ChainError, MemoryBytes, SnapshotId, read_at},
-    image::{MemoryId, proto, vma},
-    res::{
-        file::{FileError, Opened, memfd},
-        tree::sysv,
-    },
+    image::{MemoryId, vma},
+    res::{file::Installer, tree::sysv},
     sys::process,
-    units::{HostPid, HugeSize, PageIndex, RemoteAddr, page_bytes},
+    units::{HostPid, PageIndex, RemoteAddr, page_bytes},
 };
-
-/// What anonymous shared memory is called by the kernel, and that of huge pages.
-const ANONYMOUS: [&[u8]; 2] = [b"/dev/zero", b"/anon_hugepage"];
 
 /// Shared memory to be filled.
 #[derive(Debug)]
@@ -51,29 +42,19 @@ pub(super) struct Object {
 ///
 /// # Errors
 /// [`RestoreError::Object`].
-pub(super) fn create(plan: &Plan, images: &Path, opened: &mut Opened) -> Result<Vec<Object>> {
+pub(super) fn create(plan: &Plan, files: &mut Installer<'_>) -> Result<Vec<Object>> {
     let mut objects = Vec::new();
-    for inode in memfd::inodes(images)? {
-        let shmid = u64::from(inode.shmid);
-        let huge = inode.hugetlb_flag.map(HugeSize::in_flags);
-        let step =
-            if huge.is_some() { "find huge pages (see vm.nr_hugepages) for" } else { "make" };
-        let failed = |source| RestoreError::Object { shmid, step, source };
-        let fd = if ANONYMOUS.contains(&inode.name.as_slice()) {
-            process::shared_anonymous(inode.size, huge).map_err(failed)?
-        } else {
-            memfd::create(&inode).map_err(|errno| failed(errno.into()))?
-        };
-        objects.push(object(plan, shmid, &fd)?);
-        opened.objects.insert(shmid, fd);
+    for shmid in files.make_memory()? {
+        objects.push(object(plan, shmid, &files.opened.objects[&shmid])?);
     }
+    let opened = &mut files.opened;
     for (shmid, bytes) in anonymous(plan) {
         let failed = |source| RestoreError::Object { shmid, step: "make", source };
         let fd = process::shared_anonymous(bytes, None).map_err(failed)?;
         objects.push(object(plan, shmid, &fd)?);
         opened.objects.insert(shmid, fd);
     }
-    for entry in sysv::read(images)? {
+    for entry in sysv::read(plan.dir())? {
         let shmid = u64::from(entry.desc.id);
         sysv::create(&entry).map_err(|problem| RestoreError::Segment { shmid, problem })?;
         let failed = |source| RestoreError::Object { shmid, step: "open", source };
@@ -118,8 +99,8 @@ fn object(plan: &Plan, shmid: u64, fd: &OwnedFd) -> Result<Object> {
     let failed = |source| RestoreError::Object { shmid, step: "open", source };
     // A description of its own: that of the tree may be one that appends whatever the
     // offset is.
-    let own = memfd::open_object(fd.as_fd(), libc::O_RDWR);
-    let file = File::from(own.map_err(|errno| failed(errno.into()))?);
+    let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    let file = File::options().read(true).write(true).open(path).map_err(failed)?;
     Ok(Object { shmid, file, memory: memory_of(&plan.chain, plan.snapshot, shmid)? })
 }
 
@@ -194,17 +175,4 @@ impl<'a> Target<'a> {
             }
         }
     }
-}
-
-/// Seals all memfds, after everything was mapped.
-///
-/// # Errors
-/// [`FileError::Restore`].
-pub(super) fn seal(inodes: &[proto::MemfdInodeEntry], opened: &Opened) -> Result<()> {
-    for inode in inodes {
-        if let Some(fd) = opened.objects.get(&inode.shmid.into()) {
-            memfd::seal(fd.as_fd(), inode).map_err(FileError::restore(0, "seal", &inode.name))?;
-        }
-    }
-    Ok(())
 }

@@ -15,7 +15,8 @@ use std::{
 use nix::{errno::Errno, libc};
 
 use super::{
-    Collector, Description, FileError, Intake, Kind, Opened, Opener, Policy, Result, descriptor,
+    Collector, Description, FileError, FileKind, Intake, Opened, Opener, Policy, Result, Usage,
+    descriptor,
 };
 use crate::{
     fault::{self, Novelty},
@@ -26,9 +27,10 @@ use crate::{
 };
 
 /// The kind's row.
-pub(super) const KIND: Kind = Kind {
+pub(super) const KIND: FileKind = FileKind {
     name: "eventfd",
     types: &[FdTypes::Eventfd],
+    usage: Usage::Descriptor,
     collector: |_: &Policy| Box::new(Collected::default()),
     opener: |_: &Policy| Box::new(Eventfds),
 };

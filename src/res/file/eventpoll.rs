@@ -5,11 +5,12 @@ use std::{collections::HashMap, os::fd::AsFd};
 use nix::{errno::Errno, libc};
 
 use super::{
-    Collector, Description, FileError, Intake, Kind, Opened, Opener, Policy, Result, descriptor,
+    Collector, Description, FileError, FileKind, Intake, Opened, Opener, Policy, Result, Usage,
+    descriptor,
 };
 use crate::{
     image::{
-        Kind as ImageKind,
+        Kind,
         proto::{self, FdTypes},
         read_all,
     },
@@ -20,9 +21,10 @@ use crate::{
 };
 
 /// The kind's row.
-pub(super) const KIND: Kind = Kind {
+pub(super) const KIND: FileKind = FileKind {
     name: "epoll",
     types: &[FdTypes::Eventpoll],
+    usage: Usage::Descriptor,
     collector: |_: &Policy| Box::new(Epolls::default()),
     opener: |_: &Policy| Box::new(Epolls::default()),
 };
@@ -138,8 +140,8 @@ fn escaped(file: &Description, target: &EpollTarget) -> FileError {
 
 impl Opener for Epolls {
     fn open(&mut self, entries: &[proto::FileEntry], opened: &mut Opened) -> Result<()> {
-        let path = opened.images.join(ImageKind::EventpollTfd.file_name(0));
-        match read_all::<proto::EventpollTfdEntry>(&path, ImageKind::EventpollTfd) {
+        let path = opened.images.join(Kind::EventpollTfd.file_name(0));
+        match read_all::<proto::EventpollTfdEntry>(&path, Kind::EventpollTfd) {
             Ok(targets) => {
                 for target in targets {
                     self.separate.entry(target.id).or_default().push(target);

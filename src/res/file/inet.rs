@@ -26,7 +26,7 @@ use nix::{
 };
 
 use super::{
-    Collector, Description, Intake, Kind, Result, inet_open, sock_diag,
+    Collector, Description, FileKind, Intake, Result, Usage, inet_open, sock_diag,
     sock_opts::{self, NET_NS_ID},
     sock_queue,
     sock_state::{self, RECEIVED_MAX_BYTES},
@@ -39,9 +39,10 @@ use crate::{
 };
 
 /// The row of [`super::KINDS`].
-pub(super) const KIND: Kind = Kind {
+pub(super) const KIND: FileKind = FileKind {
     name: "internet socket",
     types: &[proto::FdTypes::Inetsk],
+    usage: Usage::Descriptor,
     collector: |_| Box::new(InetCollector::default()),
     opener: |_| Box::new(inet_open::InetOpener),
 };

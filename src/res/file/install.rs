@@ -5,7 +5,6 @@
 //! process is made, so that putting one into its place never closes another.
 
 use std::{
-    cell::RefCell,
     collections::{BTreeMap, HashMap, HashSet},
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::Path,
@@ -15,8 +14,8 @@ use std::{
 use nix::libc;
 
 use super::{
-    FileError, KINDS, Late, NO_DESCRIPTION, Opened, Opener, Policy, Result, fown, memfd,
-    owner::Holder, regular, revived, sock_queue::queued_ids, tty, validation::check_unwritten,
+    FileError, FileKind, KINDS, Late, NO_DESCRIPTION, NOT_BY_PATH, Opened, Opener, Policy, Result,
+    Usage, fown, owner::Holder, revived,
 };
 use crate::{
     image::{
@@ -55,17 +54,13 @@ pub struct Installer<'a> {
     descriptions: HashMap<u32, OwnedFd>,
     /// Files that are opened for something else than a descriptor, by number and
     /// access mode.
-    others: RefCell<HashMap<(u32, i32), OwnedFd>>,
+    others: HashMap<(u32, i32), OwnedFd>,
     /// Descriptions that were finished in some process, and where.
     installed: HashMap<u32, (HostPid, TargetFd)>,
     /// Those that watch others and do so by now.
     watching: HashSet<u32>,
     /// Directories that processes stand in and that are not there yet.
     late: HashSet<u32>,
-    controlling: Vec<(tty::Controlling, OwnedFd)>,
-    /// The terminal of this program, if the tree's first process leads the group that
-    /// is to be in its foreground.
-    inherited_terminal: Option<OwnedFd>,
 }
 
 impl std::fmt::Debug for Installer<'_> {
@@ -90,6 +85,7 @@ impl<'a> Installer<'a> {
         let mut opened = Opened::new(images, policy.clone(), entries.to_vec());
         opened.processes = numbers;
         opened.holders = holders(&processes);
+        opened.root_leads_group = processes.first().is_some_and(|root| root.group == root.pid);
         Self {
             processes,
             entries,
@@ -97,12 +93,10 @@ impl<'a> Installer<'a> {
             openers: KINDS.iter().map(|kind| (kind.opener)(policy)).collect(),
             lowest,
             descriptions: HashMap::new(),
-            others: RefCell::default(),
+            others: HashMap::new(),
             installed: HashMap::new(),
             watching: HashSet::new(),
             late: HashSet::new(),
-            controlling: Vec::new(),
-            inherited_terminal: None,
         }
     }
 
@@ -114,23 +108,23 @@ impl<'a> Installer<'a> {
         // Files with a path that no descriptor leads to are programs or are mapped.
         let descriptors = self.processes.iter().flat_map(|process| process.fds);
         let mut used: HashSet<u32> = descriptors.map(|entry| entry.id).collect();
-        used.extend(queued_ids(&self.opened.images)?);
+        for opener in &self.openers {
+            used.extend(opener.inside(&self.opened)?);
+        }
         // Some of the others stand for what a program outside of the tree has, as the
         // sockets of --ext-unix-sk do: nothing is opened for them.
         let needed = used.clone();
-        let regular = i32::from(proto::FdTypes::Reg);
-        let others = self.entries.iter().filter(|entry| entry.r#type != regular);
-        used.extend(others.map(|entry| entry.id));
-        for (kind, opener) in KINDS.iter().zip(&mut self.openers) {
-            let entries: Vec<FileEntry> = self
-                .entries
-                .iter()
-                .filter(|entry| {
-                    used.contains(&entry.id)
-                        && kind.types.iter().any(|of| i32::from(*of) == entry.r#type)
-                })
-                .cloned()
-                .collect();
+        for entry in self.entries {
+            let kind = FileKind::of(entry).map(|kind| &KINDS[kind]);
+            if kind.is_none_or(|kind| kind.usage != Usage::Path) {
+                used.insert(entry.id);
+            }
+        }
+        for (position, opener) in self.openers.iter_mut().enumerate() {
+            let is_wanted = |entry: &&FileEntry| {
+                used.contains(&entry.id) && FileKind::of(entry) == Some(position)
+            };
+            let entries: Vec<FileEntry> = self.entries.iter().filter(is_wanted).cloned().collect();
             opener.open(&entries, &mut self.opened)?;
         }
         for id in used.iter().filter(|id| needed.contains(id) || self.opened.contains(**id)) {
@@ -138,41 +132,69 @@ impl<'a> Installer<'a> {
                 fds::duplicate_from(self.opened.get(*id)?, self.lowest).map_err(too_many(*id))?;
             self.descriptions.insert(*id, fd);
         }
-        for terminal in tty::controlling(&self.opened)? {
-            let fd = fds::duplicate_from(terminal.fd.as_fd(), self.lowest).map_err(too_many(0))?;
-            self.controlling.push((terminal, fd));
-        }
-        if let Some(terminal) = tty::inherited(&self.opened)?
-            && self.processes.first().is_some_and(|root| root.group == root.pid)
-        {
-            let fd = fds::duplicate_from(terminal, self.lowest).map_err(too_many(0))?;
-            self.inherited_terminal = Some(fd);
+        let lowest = self.lowest;
+        let keep = |fd: BorrowedFd<'_>| fds::duplicate_from(fd, lowest).map_err(too_many(0));
+        for opener in &mut self.openers {
+            opener.carry(&self.opened, &keep)?;
         }
         Ok(())
     }
 
     /// Returns the number that a file has in all new processes which is opened for
     /// something else than a descriptor.
-    fn other(&mut self, id: u32, flags: i32) -> Result<i32> {
-        if let Some(fd) = self.others.borrow().get(&(id, flags)) {
+    fn other(&mut self, id: u32, flags: i32, usage: Usage) -> Result<i32> {
+        if let Some(fd) = self.others.get(&(id, flags)) {
             return Ok(fd.as_raw_fd());
         }
-        let entry = self.opened.entries.get(&id).cloned();
-        let reg = entry.and_then(|entry| entry.reg).ok_or_else(|| {
-            FileError::image(id, "it is used as a file with a path, but is none in files.img")
-        })?;
-        let fd = regular::open_entry(&reg, flags, &mut self.opened)?;
+        let fd = match self.kind_used(id, usage) {
+            Some((entry, kind)) => {
+                let entry = entry.clone();
+                self.openers[kind].reopen(&entry, flags, &mut self.opened)?
+            }
+            None if usage == Usage::Memory => {
+                return Err(FileError::image(id, "it is mapped as a memfd, but is none"));
+            }
+            None => return Err(FileError::image(id, NOT_BY_PATH)),
+        };
         let fd = fds::duplicate_from(fd.as_fd(), self.lowest).map_err(too_many(id))?;
         let number = fd.as_raw_fd();
-        self.others.borrow_mut().insert((id, flags), fd);
+        self.others.insert((id, flags), fd);
         Ok(number)
+    }
+
+    /// Returns an entry and its kind, if that can be used so.
+    fn kind_used(&self, id: u32, usage: Usage) -> Option<(&FileEntry, usize)> {
+        let entry = self.opened.entries.get(&id)?;
+        let kind = FileKind::of(entry).filter(|kind| KINDS[*kind].usage == usage)?;
+        Some((entry, kind))
     }
 
     /// Whether a directory that processes stand in is that of a process, and not there
     /// yet.
     fn is_late(&self, id: u32) -> bool {
-        let entry = self.opened.entries.get(&id).and_then(|entry| entry.reg.as_ref());
-        entry.is_some_and(|entry| regular::is_late(entry, &self.opened))
+        self.kind_used(id, Usage::Path)
+            .is_some_and(|(entry, kind)| self.openers[kind].is_late(entry, &self.opened))
+    }
+
+    /// Makes the shared memory that has entries among the files, without its bytes. Returns
+    /// its `shmid`s.
+    ///
+    /// # Errors
+    /// [`FileError::Memory`].
+    pub fn make_memory(&mut self) -> Result<Vec<u64>> {
+        let mut made = Vec::new();
+        for opener in &mut self.openers {
+            made.extend(opener.make_memory(&mut self.opened)?);
+        }
+        Ok(made)
+    }
+
+    /// Seals memory, after everything was mapped and filled.
+    ///
+    /// # Errors
+    /// [`FileError::Restore`].
+    pub fn seal(&mut self) -> Result<()> {
+        self.openers.iter_mut().try_for_each(|opener| opener.seal(&self.opened))
     }
 
     /// Opens the file that a process executes.
@@ -180,7 +202,7 @@ impl<'a> Installer<'a> {
     /// # Errors
     /// [`FileError`]: it is missing, or is another.
     pub fn need_program(&mut self, id: u32) -> Result<()> {
-        self.other(id, libc::O_RDONLY).map(drop)
+        self.other(id, libc::O_RDONLY, Usage::Path).map(drop)
     }
 
     /// Opens a directory that a process stands in.
@@ -192,25 +214,28 @@ impl<'a> Installer<'a> {
             self.late.insert(id);
             return Ok(());
         }
-        self.other(id, STAND).map(drop)
+        self.other(id, STAND, Usage::Path).map(drop)
     }
 
     /// Opens what a mapping maps.
     ///
     /// # Errors
     /// As [`Self::need_program`].
-    pub fn need_mapped(
-        &mut self,
-        entry: &VmaEntry,
-        inodes: &[proto::MemfdInodeEntry],
-    ) -> Result<()> {
-        if entry.status & vma::MEMFD != 0 {
-            self.object(file_id(entry)?, access(entry), inodes)?;
+    pub fn need_mapped(&mut self, entry: &VmaEntry) -> Result<()> {
+        let usage = if entry.status & vma::MEMFD != 0 {
+            Usage::Memory
         } else if entry.status & (vma::FILE_PRIVATE | vma::FILE_SHARED) != 0 {
-            self.other(file_id(entry)?, access(entry))?;
-        }
-        if entry.status & vma::FILE_PRIVATE != 0 {
-            self.check_unwritten(entry)?;
+            Usage::Path
+        } else {
+            return Ok(());
+        };
+        let key = (file_id(entry)?, access(entry));
+        self.other(key.0, key.1, usage)?;
+        if entry.status & vma::FILE_PRIVATE != 0
+            && let Some((file, kind)) = self.kind_used(key.0, usage)
+            && let Some(fd) = self.others.get(&key)
+        {
+            self.openers[kind].check_unwritten(file, fd.as_fd(), &self.opened)?;
         }
         Ok(())
     }
@@ -230,37 +255,6 @@ impl<'a> Installer<'a> {
         Ok(())
     }
 
-    /// Checks that a file of which a process has a mapping of its own is as it was.
-    fn check_unwritten(&self, entry: &VmaEntry) -> Result<()> {
-        let key = (file_id(entry)?, access(entry));
-        let file = self.opened.entries.get(&key.0).and_then(|file| file.reg.as_ref());
-        if let (Some(file), Some(fd)) = (file, self.others.borrow().get(&key)) {
-            check_unwritten(file, fd.as_fd(), self.opened.policy.validation)?;
-        }
-        Ok(())
-    }
-
-    /// Opens shared memory for a mapping.
-    fn object(&mut self, id: u32, flags: i32, inodes: &[proto::MemfdInodeEntry]) -> Result<()> {
-        if self.others.borrow().contains_key(&(id, flags)) {
-            return Ok(());
-        }
-        let wrong = |problem: &str| FileError::image(id, problem);
-        let entry = self.opened.entries.get(&id).and_then(|entry| entry.memfd.as_ref());
-        let inode_id = entry.ok_or_else(|| wrong("it is mapped as a memfd, but is none"))?.inode_id;
-        let inode = inodes
-            .iter()
-            .find(|inode| inode.inode_id == u64::from(inode_id))
-            .ok_or_else(|| wrong("memfd.img does not have it"))?;
-        let object = self.opened.objects.get(&inode.shmid.into());
-        let object = object.ok_or_else(|| wrong("its memory was not made"))?;
-        let failed = |step| FileError::restore(id, step, &inode.name);
-        let fd = memfd::open_object(object.as_fd(), flags).map_err(failed("open"))?;
-        let fd = fds::duplicate_from(fd.as_fd(), self.lowest).map_err(failed("duplicate"))?;
-        self.others.borrow_mut().insert((id, flags), fd);
-        Ok(())
-    }
-
     /// Returns the descriptor, in all new processes, for a mapping of a file.
     ///
     /// # Errors
@@ -275,8 +269,8 @@ impl<'a> Installer<'a> {
             return Ok(fd.as_raw_fd());
         }
         let key = (file_id(entry)?, access(entry));
-        let others = self.others.borrow();
-        let fd = others.get(&key).ok_or_else(|| FileError::image(key.0, "it was not opened"))?;
+        let fd =
+            self.others.get(&key).ok_or_else(|| FileError::image(key.0, "it was not opened"))?;
         Ok(fd.as_raw_fd())
     }
 
@@ -289,9 +283,10 @@ impl<'a> Installer<'a> {
     }
 
     fn opened_path(&self, id: u32, flags: i32) -> Result<i32> {
-        let others = self.others.borrow();
-        let fd =
-            others.get(&(id, flags)).ok_or_else(|| FileError::image(id, "it was not opened"))?;
+        let fd = self
+            .others
+            .get(&(id, flags))
+            .ok_or_else(|| FileError::image(id, "it was not opened"))?;
         Ok(fd.as_raw_fd())
     }
 
@@ -330,19 +325,6 @@ impl<'a> Installer<'a> {
         fds: &[FdinfoEntry],
         script: &mut Script,
     ) -> Result<()> {
-        for (terminal, fd) in &self.controlling {
-            if i64::from(terminal.session) == i64::from(pid.0) {
-                let fd = TargetFd(fd.as_raw_fd());
-                tty::take_control(fd, script);
-                if terminal.foreground != 0 {
-                    tty::set_foreground(fd, terminal.foreground, script);
-                }
-            }
-        }
-        if let Some(fd) = self.inherited_terminal.take() {
-            // As the shell would have done for its job.
-            tty::set_foreground(TargetFd(fd.as_raw_fd()), pid.0.cast_unsigned(), script);
-        }
         let descriptions = &self.descriptions;
         let at = |id| Ok(TargetFd(description(descriptions, id)?.as_raw_fd()));
         for opener in &mut self.openers {
@@ -380,7 +362,7 @@ impl<'a> Installer<'a> {
             }
             self.installed.insert(entry.id, (pid, TargetFd(*number)));
             let Some(file) = self.opened.entries.get(&entry.id) else { continue };
-            if let Some(kind) = kind_of(file) {
+            if let Some(kind) = FileKind::of(file) {
                 self.openers[kind].install(file, TargetFd(*number), script)?;
             }
         }
@@ -394,12 +376,15 @@ impl<'a> Installer<'a> {
     /// [`FileError`].
     pub fn open_late(&mut self) -> Result<()> {
         for id in self.late.clone() {
-            self.other(id, STAND)?;
+            self.other(id, STAND, Usage::Path)?;
         }
         let late: Vec<_> = self.opened.late.iter().map(|(id, late)| (*id, *late)).collect();
         for (id, late) in late {
             let fd = match (late, self.installed.get(&id)) {
-                (Late::ByPath, _) => regular::open_late(id, &mut self.opened)?,
+                (Late::ByPath, _) => {
+                    let Some((entry, kind)) = self.late_kind(id) else { continue };
+                    self.openers[kind].open_late(&entry, &mut self.opened)?
+                }
                 (Late::Inside, Some((pid, number))) => {
                     let failed = |step| FileError::restore(id, step, format!("process {pid}"));
                     let pidfd = process::pidfd_open(*pid).map_err(failed("open"))?;
@@ -476,7 +461,7 @@ impl<'a> Installer<'a> {
         }
         for entry in fds {
             let Some(file) = self.opened.entries.get(&entry.id) else { continue };
-            if let Some(kind) = kind_of(file)
+            if let Some(kind) = FileKind::of(file)
                 && self.watching.insert(entry.id)
             {
                 self.openers[kind].watch(file, TargetFd(entry.fd.cast_signed()), script)?;
@@ -518,9 +503,17 @@ impl<'a> Installer<'a> {
     /// [`FileError`].
     pub fn position_late(&self) -> Result<()> {
         for id in self.opened.late.iter().filter(|(_, late)| **late == Late::ByPath).map(|l| l.0) {
-            regular::position_late(*id, &self.opened)?;
+            if let Some((entry, kind)) = self.late_kind(*id) {
+                self.openers[kind].complete(&entry, &self.opened)?;
+            }
         }
         Ok(())
+    }
+
+    /// Returns the entry of a description that is opened late, and its kind.
+    fn late_kind(&self, id: u32) -> Option<(FileEntry, usize)> {
+        let entry = self.opened.entries.get(&id)?;
+        Some((entry.clone(), FileKind::of(entry)?))
     }
 
     /// Cleans up when the tree is restored.
@@ -529,11 +522,6 @@ impl<'a> Installer<'a> {
             log::warn!("{error}");
         }
     }
-}
-
-/// Returns the position of the kind of a file among all kinds.
-fn kind_of(file: &FileEntry) -> Option<usize> {
-    KINDS.iter().position(|kind| kind.types.iter().any(|of| i32::from(*of) == file.r#type))
 }
 
 fn change_root(fd: Arg, script: &mut Script) {

@@ -27,7 +27,7 @@ use nix::{
 use super::{Description, FileError, Intake, Policy, Result, descriptor, revived::link_name};
 use crate::{
     image::{
-        ImageError, ImageWriter, Kind as ImageKind, SnapshotWriter,
+        ImageError, ImageWriter, Kind, SnapshotWriter,
         proto::{self, FdTypes, RemapType},
     },
     sys::{fds, xattr},
@@ -133,7 +133,7 @@ impl Lost {
             ghost.write(images)?;
         }
         if !self.remaps.is_empty() {
-            images.write(ImageKind::RemapFpath, 0, &self.remaps)?;
+            images.write(Kind::RemapFpath, 0, &self.remaps)?;
         }
         Ok(())
     }
@@ -275,7 +275,7 @@ impl Ghost {
             let target = readlinkat(&self.file, "").map_err(|errno| self.unreadable(errno))?;
             entry.symlnk_target = Some(target.as_bytes().to_vec());
         }
-        let mut image = images.create(ImageKind::GhostFile, self.id.into())?;
+        let mut image = images.create(Kind::GhostFile, self.id.into())?;
         image.message(&entry)?;
         if format == libc::S_IFREG {
             let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());

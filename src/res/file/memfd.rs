@@ -20,26 +20,30 @@ use nix::{
 };
 
 use super::{
-    Collector, Description, FileError, Intake, Kind, Opened, Opener, Policy, Result, descriptor,
+    Collector, Description, FileError, FileKind, Intake, Opened, Opener, Policy, Result, Usage,
+    descriptor,
 };
 use crate::{
     image::{
-        Kind as ImageKind, SnapshotWriter,
+        Kind, SnapshotWriter,
         proto::{self, FdTypes},
         read_all,
     },
-    sys::fds,
+    sys::{fds, process},
     units::HugeSize,
 };
 
 /// The kind's row.
-pub(super) const KIND: Kind = Kind {
+pub(super) const KIND: FileKind = FileKind {
     name: "memfd",
     types: &[FdTypes::Memfd],
+    usage: Usage::Memory,
     collector: |_: &Policy| Box::new(Memfds::probe()),
-    opener: |_: &Policy| Box::new(Reopener),
+    opener: |_: &Policy| Box::new(Memories::default()),
 };
 
+/// What anonymous shared memory is called by the kernel, and that of huge pages.
+const ANONYMOUS: [&[u8]; 2] = [b"/dev/zero", b"/anon_hugepage"];
 /// What links to memfds begin with.
 const PREFIX: &[u8] = b"/memfd:";
 /// What links to files without names end with.
@@ -160,7 +164,7 @@ impl Collector for Memfds {
 
     fn finish(&mut self, images: &SnapshotWriter) -> Result<()> {
         if !self.inodes.is_empty() {
-            images.write(ImageKind::MemfdInode, 0, &self.inodes)?;
+            images.write(Kind::MemfdInode, 0, &self.inodes)?;
         }
         Ok(())
     }
@@ -171,7 +175,7 @@ impl Collector for Memfds {
 ///
 /// # Errors
 /// What the system calls return; `EINVAL` for a name with a zero in it.
-pub fn create(inode: &proto::MemfdInodeEntry) -> nix::Result<OwnedFd> {
+fn create(inode: &proto::MemfdInodeEntry) -> nix::Result<OwnedFd> {
     let name = CString::new(inode.name.as_slice()).map_err(|_| Errno::EINVAL)?;
     let mut flags = inode.hugetlb_flag.unwrap_or(0);
     if inode.seals != SEAL_SEAL {
@@ -199,7 +203,7 @@ pub fn create(inode: &proto::MemfdInodeEntry) -> nix::Result<OwnedFd> {
 ///
 /// # Errors
 /// What `fcntl(2)` returns.
-pub fn seal(fd: BorrowedFd, inode: &proto::MemfdInodeEntry) -> nix::Result<()> {
+fn seal(fd: BorrowedFd, inode: &proto::MemfdInodeEntry) -> nix::Result<()> {
     // What was made without sealing has this one from the start.
     if inode.seals == 0 || inode.seals == SEAL_SEAL {
         return Ok(());
@@ -212,31 +216,27 @@ pub fn seal(fd: BorrowedFd, inode: &proto::MemfdInodeEntry) -> nix::Result<()> {
 ///
 /// # Errors
 /// [`FileError::Images`].
-pub fn inodes(images: &std::path::Path) -> Result<Vec<proto::MemfdInodeEntry>> {
-    match read_all(&images.join(ImageKind::MemfdInode.file_name(0)), ImageKind::MemfdInode) {
+fn inodes(images: &std::path::Path) -> Result<Vec<proto::MemfdInodeEntry>> {
+    match read_all(&images.join(Kind::MemfdInode.file_name(0)), Kind::MemfdInode) {
         Err(error) if error.is_missing() => Ok(Vec::new()),
         result => Ok(result?),
     }
 }
 
-/// Opens a description of an object with other flags than it had, for a mapping.
-///
-/// # Errors
-/// What `open(2)` returns.
-pub fn open_object(object: BorrowedFd, flags: i32) -> nix::Result<OwnedFd> {
-    descriptor::reopen(object, flags.cast_unsigned())
+/// Restores shared memory with descriptors.
+#[derive(Debug, Default)]
+struct Memories {
+    /// What `memfd.img` says, once it was read.
+    inodes: Option<Vec<proto::MemfdInodeEntry>>,
 }
 
-struct Reopener;
-
-impl Opener for Reopener {
+impl Opener for Memories {
     fn open(&mut self, entries: &[proto::FileEntry], opened: &mut Opened) -> Result<()> {
         if entries.is_empty() {
             return Ok(());
         }
-        let inodes = inodes(&opened.images)?;
-        let inodes: HashMap<u64, proto::MemfdInodeEntry> =
-            inodes.into_iter().map(|inode| (inode.inode_id, inode)).collect();
+        let inodes: HashMap<u64, &proto::MemfdInodeEntry> =
+            self.inodes(opened)?.iter().map(|inode| (inode.inode_id, inode)).collect();
         let mut originals = HashMap::new();
         for entry in entries {
             let missing = || FileError::image(entry.id, "it is a memfd without its entry");
@@ -271,6 +271,67 @@ impl Opener for Reopener {
             opened.insert(entry.id, fd);
         }
         Ok(())
+    }
+
+    fn reopen(
+        &mut self,
+        entry: &proto::FileEntry,
+        flags: i32,
+        opened: &mut Opened,
+    ) -> Result<OwnedFd> {
+        let wrong = |problem: &str| FileError::image(entry.id, problem);
+        let file = entry.memfd.as_ref();
+        let inode_id = file.ok_or_else(|| wrong("it is mapped as a memfd, but is none"))?.inode_id;
+        let inodes = self.inodes(opened)?;
+        let inode = inodes
+            .iter()
+            .find(|inode| inode.inode_id == u64::from(inode_id))
+            .ok_or_else(|| wrong("memfd.img does not have it"))?;
+        let object = opened.objects.get(&inode.shmid.into());
+        let object = object.ok_or_else(|| wrong("its memory was not made"))?;
+        descriptor::reopen(object.as_fd(), flags.cast_unsigned()).map_err(FileError::restore(
+            entry.id,
+            "open",
+            &inode.name,
+        ))
+    }
+
+    fn make_memory(&mut self, opened: &mut Opened) -> Result<Vec<u64>> {
+        let mut made = Vec::new();
+        for inode in self.inodes(opened)? {
+            let shmid = u64::from(inode.shmid);
+            let huge = inode.hugetlb_flag.map(HugeSize::in_flags);
+            let step =
+                if huge.is_some() { "find huge pages (see vm.nr_hugepages) for" } else { "make" };
+            let fd = if ANONYMOUS.contains(&inode.name.as_slice()) {
+                process::shared_anonymous(inode.size, huge)
+            } else {
+                create(inode).map_err(Into::into)
+            };
+            let fd = fd.map_err(|source| FileError::Memory { shmid, step, source })?;
+            opened.objects.insert(shmid, fd);
+            made.push(shmid);
+        }
+        Ok(made)
+    }
+
+    fn seal(&mut self, opened: &Opened) -> Result<()> {
+        for inode in self.inodes(opened)? {
+            if let Some(fd) = opened.objects.get(&inode.shmid.into()) {
+                seal(fd.as_fd(), inode).map_err(FileError::restore(0, "seal", &inode.name))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Memories {
+    /// Returns the objects of the snapshot.
+    fn inodes(&mut self, opened: &Opened) -> Result<&[proto::MemfdInodeEntry]> {
+        if self.inodes.is_none() {
+            self.inodes = Some(inodes(&opened.images)?);
+        }
+        Ok(self.inodes.as_deref().unwrap_or_default())
     }
 }
 

@@ -15,10 +15,11 @@ mod inet_open;
 mod install;
 mod late;
 pub mod lost;
-pub mod memfd;
+mod memfd;
 pub mod owner;
-pub mod pipe;
-pub mod regular;
+mod path;
+mod pipe;
+mod regular;
 pub mod revived;
 pub mod signalfd;
 mod sock_diag;
@@ -33,7 +34,7 @@ mod table;
 #[cfg(test)]
 mod testing;
 pub mod timerfd;
-pub mod tty;
+mod tty;
 mod udp_queue;
 mod unix;
 mod unix_name;
@@ -131,6 +132,16 @@ pub enum FileError {
         object: String,
         /// Why it failed.
         source: Errno,
+    },
+    /// Shared memory could not be made.
+    #[error("{step} the shared memory {shmid}")]
+    Memory {
+        /// Its number in the images.
+        shmid: u64,
+        /// What was attempted, as a verb.
+        step: &'static str,
+        /// Why it failed.
+        source: std::io::Error,
     },
     /// What the images say cannot be, or is not restored here.
     #[error("file {id:#x} of the images: {problem}")]
@@ -354,6 +365,8 @@ pub struct Opened {
     pub late: HashMap<u32, Late>,
     /// The processes and threads that will be there.
     pub processes: HashSet<i32>,
+    /// Whether the first process of the tree leads its group.
+    pub root_leads_group: bool,
     /// A process that has each description; the other descriptions, which are queued
     /// somewhere, are taken to be of that of [`NO_DESCRIPTION`].
     pub holders: HashMap<u32, owner::Holder>,
@@ -383,6 +396,7 @@ impl Opened {
             objects: HashMap::new(),
             late: HashMap::new(),
             processes: HashSet::new(),
+            root_leads_group: false,
             holders: HashMap::new(),
             fds: HashMap::new(),
         }
@@ -420,6 +434,23 @@ impl Opened {
 
 /// Restores the descriptions of one kind.
 pub trait Opener {
+    /// Makes the shared memory of the kind, without its bytes, in [`Opened::objects`], before
+    /// anything is opened. Returns its `shmid`s.
+    ///
+    /// # Errors
+    /// [`FileError::Memory`]; those of reading an image.
+    fn make_memory(&mut self, _opened: &mut Opened) -> Result<Vec<u64>> {
+        Ok(Vec::new())
+    }
+
+    /// Sets what keeps memory from being changed, after all of it was mapped and filled.
+    ///
+    /// # Errors
+    /// [`FileError::Restore`].
+    fn seal(&mut self, _opened: &Opened) -> Result<()> {
+        Ok(())
+    }
+
     /// Opens the descriptions of these entries, which are all of the kind, and
     /// adds them to `opened`. Nothing may depend on other kinds here.
     ///
@@ -433,6 +464,78 @@ pub trait Opener {
     /// # Errors
     /// Whatever fails.
     fn fill(&mut self, _opened: &Opened) -> Result<()> {
+        Ok(())
+    }
+
+    /// Returns the descriptions that are held inside of others of the kind, by what its
+    /// images say.
+    ///
+    /// # Errors
+    /// Those of reading an image.
+    fn inside(&self, _opened: &Opened) -> Result<Vec<u32>> {
+        Ok(Vec::new())
+    }
+
+    /// Makes what processes need beside the descriptors of the images, after the
+    /// descriptions of all kinds were opened. `keep` returns a duplicate in no process's way.
+    ///
+    /// # Errors
+    /// Whatever fails.
+    fn carry(
+        &mut self,
+        _opened: &Opened,
+        _keep: &dyn Fn(BorrowedFd<'_>) -> Result<OwnedFd>,
+    ) -> Result<()> {
+        Ok(())
+    }
+
+    /// Opens the file of an entry once more, with these flags, for something that is no
+    /// descriptor: see [`Usage`].
+    ///
+    /// # Errors
+    /// [`FileError::Image`] if it is another file; whatever fails.
+    fn reopen(
+        &mut self,
+        entry: &proto::FileEntry,
+        _flags: i32,
+        _opened: &mut Opened,
+    ) -> Result<OwnedFd> {
+        Err(FileError::image(entry.id, NOT_BY_PATH))
+    }
+
+    /// Checks that a file of which a process has a private mapping is as it was. `fd` was
+    /// opened by [`Opener::reopen`].
+    ///
+    /// # Errors
+    /// [`FileError::Image`].
+    fn check_unwritten(
+        &self,
+        _entry: &proto::FileEntry,
+        _fd: BorrowedFd<'_>,
+        _opened: &Opened,
+    ) -> Result<()> {
+        Ok(())
+    }
+
+    /// Whether the file is there only when all processes are, as those in `/proc/PID` are.
+    fn is_late(&self, _entry: &proto::FileEntry, _opened: &Opened) -> bool {
+        false
+    }
+
+    /// Opens a description that stood for what could not be opened yet ([`Late::ByPath`]).
+    ///
+    /// # Errors
+    /// As [`Opener::reopen`].
+    fn open_late(&mut self, entry: &proto::FileEntry, _opened: &mut Opened) -> Result<OwnedFd> {
+        Err(FileError::image(entry.id, NOT_BY_PATH))
+    }
+
+    /// Sets what depends on the state of processes in a description that was opened late, when
+    /// nothing of that changes any more.
+    ///
+    /// # Errors
+    /// [`FileError::Restore`].
+    fn complete(&self, _entry: &proto::FileEntry, _opened: &Opened) -> Result<()> {
         Ok(())
     }
 
@@ -487,35 +590,65 @@ pub trait Opener {
     }
 }
 
+/// Why [`Opener::reopen`] fails.
+const NOT_BY_PATH: &str = "it is used as a file with a path, but is none in files.img";
+
+/// What the files of a kind are used for beside descriptors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Usage {
+    /// For nothing. All of them are opened, and stand for something even if no process has a
+    /// descriptor of them.
+    Descriptor,
+    /// They are programs, directories that processes stand in, mapped files, or name a file
+    /// of another kind. For a descriptor they are opened only if there is one.
+    Path,
+    /// They are shared memory that is mapped. Their bytes are dumped.
+    Memory,
+}
+
 /// One row of the table of kinds.
 #[derive(Clone, Copy)]
-pub struct Kind {
+pub struct FileKind {
     /// What it is called in messages.
     pub name: &'static str,
     /// The types that it has in images.
     pub types: &'static [proto::FdTypes],
+    /// What they are used for beside descriptors.
+    pub usage: Usage,
     /// Makes what dumps it.
     pub collector: fn(&Policy) -> Box<dyn Collector>,
     /// Makes what restores it.
     pub opener: fn(&Policy) -> Box<dyn Opener>,
 }
 
-impl std::fmt::Debug for Kind {
+impl std::fmt::Debug for FileKind {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(self.name)
     }
 }
 
+impl FileKind {
+    /// Returns the position in [`KINDS`] of the kind that an entry is of.
+    fn of(entry: &proto::FileEntry) -> Option<usize> {
+        Self::of_type(entry.r#type)
+    }
+
+    /// Returns the position in [`KINDS`] of the kind with this type.
+    fn of_type(number: i32) -> Option<usize> {
+        KINDS.iter().position(|kind| kind.types.iter().any(|of| i32::from(*of) == number))
+    }
+}
+
 /// All kinds. A description is of the first kind that claims it.
-pub static KINDS: &[Kind] = &[
+pub static KINDS: &[FileKind] = &[
     memfd::KIND,
+    tty::KIND,
     regular::KIND,
     pipe::KIND,
     pipe::FIFO,
     eventfd::KIND,
     signalfd::KIND,
     timerfd::KIND,
-    tty::KIND,
     inet::KIND,
     sock_netlink::KIND,
     unix::KIND,

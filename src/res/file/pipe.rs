@@ -16,12 +16,12 @@ use nix::{
 };
 
 use super::{
-    Collector, Description, FileError, Intake, Kind, Opened, Opener, Policy, Result, descriptor,
-    owner, regular,
+    Collector, Description, FileError, FileKind, Intake, Opened, Opener, Policy, Result, Usage,
+    descriptor, owner, path,
 };
 use crate::{
     image::{
-        ImageReader, Kind as ImageKind, SnapshotWriter,
+        ImageReader, Kind, SnapshotWriter,
         proto::{self, FdTypes},
     },
     sys::fds,
@@ -29,18 +29,20 @@ use crate::{
 };
 
 /// The row of pipes.
-pub(super) const KIND: Kind = Kind {
+pub(super) const KIND: FileKind = FileKind {
     name: "pipe",
     types: &[FdTypes::Pipe],
-    collector: |policy: &Policy| Box::new(Pipes::new(ImageKind::PipesData, policy)),
+    usage: Usage::Descriptor,
+    collector: |policy: &Policy| Box::new(Pipes::new(Kind::PipesData, policy)),
     opener: |_: &Policy| Box::new(PipeOpener),
 };
 
 /// The row of FIFOs.
-pub(super) const FIFO: Kind = Kind {
+pub(super) const FIFO: FileKind = FileKind {
     name: "FIFO",
     types: &[FdTypes::Fifo],
-    collector: |policy: &Policy| Box::new(Pipes::new(ImageKind::FifoData, policy)),
+    usage: Usage::Descriptor,
+    collector: |policy: &Policy| Box::new(Pipes::new(Kind::FifoData, policy)),
     opener: |_: &Policy| Box::new(FifoOpener),
 };
 
@@ -62,14 +64,14 @@ struct Source {
 
 /// Dumps pipes, or FIFOs; which, the image of their contents tells.
 struct Pipes {
-    data: ImageKind,
+    data: Kind,
     policy: Policy,
     sources: BTreeMap<u32, Source>,
     fifos: HashMap<(u64, u64), u32>,
 }
 
 impl Pipes {
-    fn new(data: ImageKind, policy: &Policy) -> Self {
+    fn new(data: Kind, policy: &Policy) -> Self {
         let (sources, fifos) = (BTreeMap::new(), HashMap::new());
         Self { data, policy: policy.clone(), sources, fifos }
     }
@@ -124,13 +126,13 @@ fn pipe_id(file: &Description) -> Result<u32> {
 impl Collector for Pipes {
     fn claims(&self, file: &Description) -> bool {
         let anonymous = file.link.starts_with(PREFIX);
-        file.is_type(libc::S_IFIFO) && anonymous == (self.data == ImageKind::PipesData)
+        file.is_type(libc::S_IFIFO) && anonymous == (self.data == Kind::PipesData)
     }
 
     fn collect(&mut self, file: &Description, intake: &mut dyn Intake) -> Result<proto::FileEntry> {
         let mut entry = proto::FileEntry { id: file.id, ..Default::default() };
         let name = String::from_utf8_lossy(&file.link).into_owned();
-        if self.data == ImageKind::PipesData {
+        if self.data == Kind::PipesData {
             let pipe_id = pipe_id(file)?;
             entry.set_type(FdTypes::Pipe);
             entry.pipe = Some(proto::PipeEntry {
@@ -146,7 +148,7 @@ impl Collector for Pipes {
         }
         let pipe_id = self.fifo_id(file);
         let path = intake.new_id();
-        let file_entry = regular::entry_with_id(file, path, intake)?;
+        let file_entry = path::entry_with_id(file, path, intake)?;
         intake.push(file_entry);
         entry.set_type(FdTypes::Fifo);
         entry.fifo = Some(proto::FifoEntry {
@@ -252,7 +254,7 @@ struct Contents {
 }
 
 /// Reads the contents of all pipes.
-fn read_contents(opened: &Opened, kind: ImageKind) -> Result<HashMap<u32, Contents>> {
+fn read_contents(opened: &Opened, kind: Kind) -> Result<HashMap<u32, Contents>> {
     let mut image = match ImageReader::open_kind(&opened.images.join(kind.file_name(0)), kind) {
         Err(error) if error.is_missing() => return Ok(HashMap::new()),
         result => result?,
@@ -307,7 +309,7 @@ impl Opener for PipeOpener {
         if entries.is_empty() {
             return Ok(());
         }
-        let contents = read_contents(opened, ImageKind::PipesData)?;
+        let contents = read_contents(opened, Kind::PipesData)?;
         let mut pipes: BTreeMap<u32, Vec<&proto::PipeEntry>> = BTreeMap::new();
         for entry in entries {
             let missing = || FileError::image(entry.id, "it is a pipe without its entry");
@@ -372,7 +374,7 @@ impl Opener for FifoOpener {
         if entries.is_empty() {
             return Ok(());
         }
-        let contents = read_contents(opened, ImageKind::FifoData)?;
+        let contents = read_contents(opened, Kind::FifoData)?;
         let mut fifos: BTreeMap<u32, Vec<FifoEnd>> = BTreeMap::new();
         for entry in entries {
             let missing = || FileError::image(entry.id, "it is a FIFO without its entry");
@@ -406,7 +408,7 @@ impl FifoEnd {
     fn open(&self, opened: &mut Opened) -> Result<()> {
         // Nobody is waited for.
         let flags = self.path.flags.cast_signed() & !libc::O_DIRECT | libc::O_NONBLOCK;
-        let fd = regular::open_entry(&self.path, flags, opened)?;
+        let fd = path::open_entry(&self.path, flags, opened)?;
         let failed = FileError::restore(self.id, "open the FIFO", &self.path.name);
         descriptor::set_status(fd.as_fd(), self.path.flags).map_err(failed)?;
         opened.insert(self.id, fd);
@@ -420,7 +422,7 @@ fn open_fifo(ends: &[FifoEnd], contents: Option<&Contents>, opened: &mut Opened)
     let first = &ends[0];
     let failed = |step| FileError::restore(first.id, step, &first.path.name);
     // Without a writer and a reader, there would be nothing to open or to fill.
-    let both = regular::open_entry(&first.path, libc::O_RDWR, opened)?;
+    let both = path::open_entry(&first.path, libc::O_RDWR, opened)?;
     if let Some(contents) = contents
         // Someone else has kept it open: nothing is lost.
         && fds::readable_bytes(both.as_fd()) == Ok(0)
@@ -435,7 +437,7 @@ fn open_fifo(ends: &[FifoEnd], contents: Option<&Contents>, opened: &mut Opened)
         end.open(opened)?;
     }
     // What is in it stays while somebody has it open.
-    let held = regular::open_entry(&first.path, libc::O_RDONLY | libc::O_NONBLOCK, opened)?;
+    let held = path::open_entry(&first.path, libc::O_RDONLY | libc::O_NONBLOCK, opened)?;
     drop(both);
     for end in last {
         end.open(opened)?;

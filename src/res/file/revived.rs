@@ -35,7 +35,7 @@ use nix::{
 use super::{FileError, Opened, Result, descriptor};
 use crate::{
     image::{
-        ImageReader, Kind as ImageKind, payload,
+        ImageReader, Kind, payload,
         proto::{self, RemapType},
         read_all,
     },
@@ -83,8 +83,8 @@ pub struct Revived {
 
 /// Reads which entries have lost their names.
 fn read(images: &Path) -> Result<HashMap<u32, Remap>> {
-    let path = images.join(ImageKind::RemapFpath.file_name(0));
-    let entries = match read_all::<proto::RemapFilePathEntry>(&path, ImageKind::RemapFpath) {
+    let path = images.join(Kind::RemapFpath.file_name(0));
+    let entries = match read_all::<proto::RemapFilePathEntry>(&path, Kind::RemapFpath) {
         Err(error) if error.is_missing() => return Ok(HashMap::new()),
         result => result?,
     };
@@ -291,8 +291,8 @@ impl Drop for Name {
 
 /// Makes a ghost, which `first` is an entry of, and opens it for all its entries.
 fn make(ghost: u32, first: &proto::RegFileEntry, opened: &mut Opened) -> Result<Ghost> {
-    let path = opened.images.join(ImageKind::GhostFile.file_name(ghost.into()));
-    let mut image = ImageReader::open_kind(&path, ImageKind::GhostFile)?;
+    let path = opened.images.join(Kind::GhostFile.file_name(ghost.into()));
+    let mut image = ImageReader::open_kind(&path, Kind::GhostFile)?;
     let missing = || FileError::image(first.id, format!("{} is empty", path.display()));
     let entry: proto::GhostFileEntry = image.next_message()?.ok_or_else(missing)?;
     let failed = |step| FileError::restore(first.id, step, &first.name);

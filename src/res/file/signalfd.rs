@@ -5,7 +5,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use nix::errno::Errno;
 
 use super::{
-    Collector, Description, FileError, Intake, Kind, Opened, Opener, Policy, Result, descriptor,
+    Collector, Description, FileError, FileKind, Intake, Opened, Opener, Policy, Result, Usage,
+    descriptor,
 };
 use crate::{
     image::proto::{self, FdTypes},
@@ -14,9 +15,10 @@ use crate::{
 };
 
 /// The kind's row.
-pub(super) const KIND: Kind = Kind {
+pub(super) const KIND: FileKind = FileKind {
     name: "signalfd",
     types: &[FdTypes::Signalfd],
+    usage: Usage::Descriptor,
     collector: |_: &Policy| Box::new(Signalfds),
     opener: |_: &Policy| Box::new(Signalfds),
 };

@@ -12,16 +12,18 @@ use nix::{
 };
 
 use super::{
-    Collector, Description, FileError, Intake, Kind, Opened, Opener, Result, owner, sock_diag,
+    Collector, Description, FileError, FileKind, Intake, Opened, Opener, Result, Usage, owner,
+    sock_diag,
     sock_opts::{self, NET_NS_ID, Restored},
     sock_state,
 };
 use crate::{image::proto, sys::socket};
 
 /// The row of [`super::KINDS`].
-pub(super) const KIND: Kind = Kind {
+pub(super) const KIND: FileKind = FileKind {
     name: "netlink socket",
     types: &[proto::FdTypes::Netlinksk],
+    usage: Usage::Descriptor,
     collector: |_| Box::new(NetlinkCollector::default()),
     opener: |_| Box::new(NetlinkOpener),
 };

@@ -328,15 +328,6 @@ pub(super) fn write(images: &SnapshotWriter, queues: &[(u32, Vec<Packet>)]) -> R
     Ok(())
 }
 
-/// Returns the numbers of the descriptions that are queued in sockets.
-///
-/// # Errors
-/// Those of reading an image.
-pub fn queued_ids(images: &Path) -> Result<Vec<u32>> {
-    let queues = read(images)?;
-    Ok(queues.into_values().flatten().flat_map(|packet| packet.rights).collect())
-}
-
 /// Reads the image of queues in `images`, if there is one: the packets of each
 /// socket by its number.
 ///

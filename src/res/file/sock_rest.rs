@@ -4,13 +4,16 @@ use std::os::fd::AsFd;
 
 use nix::libc;
 
-use super::{Collector, Description, FileError, Intake, Kind, Opened, Opener, Result, sock_opts};
+use super::{
+    Collector, Description, FileError, FileKind, Intake, Opened, Opener, Result, Usage, sock_opts,
+};
 use crate::image::proto;
 
 /// The row of [`super::KINDS`]. It takes every socket: it comes after all other sockets.
-pub(super) const KIND: Kind = Kind {
+pub(super) const KIND: FileKind = FileKind {
     name: "socket",
     types: &[proto::FdTypes::Packetsk],
+    usage: Usage::Descriptor,
     collector: |_| Box::new(Rest),
     opener: |_| Box::new(Rest),
 };

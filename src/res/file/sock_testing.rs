@@ -16,7 +16,7 @@ use super::{
     Result, Validation,
 };
 use crate::{
-    image::{Kind as ImageKind, SnapshotWriter, proto, read_all},
+    image::{Kind, SnapshotWriter, proto, read_all},
     proc,
     sys::socket,
     units::{HostPid, TargetFd},
@@ -131,7 +131,7 @@ pub(super) fn dump<T: Into<OwnedFd>>(fds: Vec<T>, policy: &Policy) -> Result<Dum
         collector.settle(&mut intake)?;
         collector.finish(&images)?;
     }
-    images.write(ImageKind::Files, 0, &intake.entries).unwrap();
+    images.write(Kind::Files, 0, &intake.entries).unwrap();
     images.commit(&proto::InventoryEntry::default()).unwrap();
     Ok(Dumped { dir, entries: intake.entries, policy: policy.clone() })
 }
@@ -148,8 +148,8 @@ pub(super) fn refused<T: Into<OwnedFd>>(fds: Vec<T>, policy: &Policy) -> String 
 impl Dumped {
     /// Restores all sockets, beside `given`.
     pub(super) fn open_with(&self, given: Vec<(u32, OwnedFd)>) -> Result<Restored> {
-        let path = self.dir.path().join(ImageKind::Files.file_name(0));
-        let entries: Vec<proto::FileEntry> = read_all(&path, ImageKind::Files)?;
+        let path = self.dir.path().join(Kind::Files.file_name(0));
+        let entries: Vec<proto::FileEntry> = read_all(&path, Kind::Files)?;
         let mut opened = Opened::new(self.dir.path(), self.policy.clone(), entries.clone());
         for (id, fd) in given {
             opened.insert(id, fd);

@@ -18,8 +18,8 @@ use nix::{
 };
 
 use super::{
-    BuildIds, Collector, Description, FileError, Intake, KINDS, Lost, Policy, Result, Validation,
-    fown, owner, regular,
+    BuildIds, Collector, Description, FileError, FileKind, Intake, KINDS, Lost, Policy, Result,
+    Usage, Validation, fown, owner, path,
 };
 use crate::{
     image::{Kind, SnapshotWriter, proto},
@@ -301,7 +301,7 @@ impl FileTable {
             fown: proto::FownEntry::default(),
         };
         file.info.pos = 0;
-        let entry = regular::entry_of(&file, &mut self.state)?;
+        let entry = path::entry_of(&file, &mut self.state)?;
         self.state.entries.push(entry);
         self.state.paths.insert(key, id);
         Ok(id)
@@ -340,7 +340,8 @@ impl FileTable {
         let mut found = BTreeMap::new();
         for ((_, inode), descriptions) in &self.state.known {
             for (id, fd) in descriptions {
-                let is_memory = self.state.types.get(id) == Some(&proto::FdTypes::Memfd.into());
+                let kind = self.state.types.get(id).and_then(|number| FileKind::of_type(*number));
+                let is_memory = kind.is_some_and(|kind| KINDS[kind].usage == Usage::Memory);
                 if is_memory && !found.contains_key(inode) {
                     let path = PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()));
                     let file = fds::open_unseen(&path)

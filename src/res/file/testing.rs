@@ -17,7 +17,7 @@ use super::{
     Validation, fown, lost::Lost,
 };
 use crate::{
-    image::{Kind as ImageKind, SnapshotWriter, proto, read_all},
+    image::{Kind, SnapshotWriter, proto, read_all},
     proc::{self, FdInfo},
     units::{HostPid, TargetFd},
 };
@@ -148,7 +148,7 @@ impl Tree {
         let images = SnapshotWriter::begin(dir.path()).unwrap();
         let (before, mut intake) = self.collect(&images).unwrap();
         intake.lost.keep_links();
-        images.write(ImageKind::Files, 0, &intake.pushed).unwrap();
+        images.write(Kind::Files, 0, &intake.pushed).unwrap();
         images.commit(&proto::InventoryEntry::default()).unwrap();
         // What was dumped is closed, or a FIFO would keep what is in it.
         let before = before.into_iter().map(|(id, file)| (id, Before::from(file))).collect();
@@ -216,8 +216,8 @@ impl Dumped {
     }
 
     fn open(self) -> Result<Restored> {
-        let path = self.dir.path().join(ImageKind::Files.file_name(0));
-        let entries: Vec<proto::FileEntry> = read_all(&path, ImageKind::Files).unwrap();
+        let path = self.dir.path().join(Kind::Files.file_name(0));
+        let entries: Vec<proto::FileEntry> = read_all(&path, Kind::Files).unwrap();
         let mut opened = Opened::new(self.dir.path(), self.policy.clone(), entries.clone());
         let mut openers: Vec<Box<dyn Opener>> = Vec::new();
         for kind in KINDS {

@@ -5,7 +5,8 @@ use std::os::fd::{AsFd, AsRawFd};
 use nix::{errno::Errno, libc};
 
 use super::{
-    Collector, Description, FileError, Intake, Kind, Opened, Opener, Policy, Result, descriptor,
+    Collector, Description, FileError, FileKind, Intake, Opened, Opener, Policy, Result, Usage,
+    descriptor,
 };
 use crate::{
     image::{
@@ -18,9 +19,10 @@ use crate::{
 };
 
 /// The kind's row.
-pub(super) const KIND: Kind = Kind {
+pub(super) const KIND: FileKind = FileKind {
     name: "timerfd",
     types: &[FdTypes::Timerfd],
+    usage: Usage::Descriptor,
     collector: |_: &Policy| Box::new(Timers::default()),
     opener: |_: &Policy| Box::new(Timers::default()),
 };

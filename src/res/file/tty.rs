@@ -26,11 +26,12 @@ use nix::{
     sys::stat::{major, minor},
 };
 
-pub use self::restore::{Controlling, controlling, inherited, set_foreground, take_control};
-use super::{Collector, Description, FileError, Intake, Kind, Policy, Result, descriptor, regular};
+use super::{
+    Collector, Description, FileError, FileKind, Intake, Policy, Result, Usage, descriptor, path,
+};
 use crate::{
     image::{
-        Kind as ImageKind, SnapshotWriter,
+        Kind, SnapshotWriter,
         proto::{self, FdTypes, TtyType},
     },
     proc,
@@ -42,9 +43,10 @@ use crate::{
 };
 
 /// The kind's row.
-pub(super) const KIND: Kind = Kind {
+pub(super) const KIND: FileKind = FileKind {
     name: "terminal",
     types: &[FdTypes::Tty],
+    usage: Usage::Descriptor,
     collector: |policy: &Policy| {
         Box::new(Terminals { policy: policy.clone(), ..Terminals::default() })
     },
@@ -173,7 +175,7 @@ impl Collector for Terminals {
         };
         if tty_type != TtyType::ExtTty {
             let path = intake.new_id();
-            let path_entry = regular::entry_with_id(file, path, intake)?;
+            let path_entry = path::entry_with_id(file, path, intake)?;
             intake.push(path_entry);
             entry.regf_id = Some(path);
         }
@@ -206,7 +208,7 @@ impl Collector for Terminals {
         self.check()?;
         if !self.infos.is_empty() {
             let infos: Vec<_> = self.infos.values().map(|(info, _)| info.clone()).collect();
-            images.write(ImageKind::TtyInfo, 0, &infos)?;
+            images.write(Kind::TtyInfo, 0, &infos)?;
         }
         Ok(())
     }
@@ -305,7 +307,7 @@ fn slave_owner(file: &Description, index: u32) -> Option<proto::InodeOwnerEntry>
 }
 
 /// Whether a device is one that is dumped as a terminal.
-pub(super) fn is_terminal(file: &Description, policy: &Policy) -> bool {
+fn is_terminal(file: &Description, policy: &Policy) -> bool {
     let is_known = || Role::of(file.stat.st_rdev).is_some();
     file.is_type(libc::S_IFCHR) && (is_known() || is_external(file, policy))
 }

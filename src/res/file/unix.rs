@@ -19,7 +19,7 @@ use nix::{
 };
 
 use super::{
-    Collector, Description, FileError, Intake, Kind, Policy, Result, sock_diag,
+    Collector, Description, FileError, FileKind, Intake, Policy, Result, Usage, sock_diag,
     sock_opts::{self, NET_NS_ID},
     sock_queue::{self, Packet},
     sock_state, unix_name, unix_open,
@@ -48,9 +48,10 @@ const HELP_EXTERNAL: &str = "dump the program that has it as well, or use --ext-
 const HELP_ACCEPT: &str = "let the program accept its connections, then try again";
 
 /// The row of [`super::KINDS`].
-pub(super) const KIND: Kind = Kind {
+pub(super) const KIND: FileKind = FileKind {
     name: "UNIX socket",
     types: &[proto::FdTypes::Unixsk],
+    usage: Usage::Descriptor,
     collector: |policy| Box::new(UnixCollector::new(policy)),
     opener: |_| Box::<unix_open::UnixOpener>::default(),
 };

@@ -87,6 +87,11 @@ impl Opener for UnixOpener {
         Ok(())
     }
 
+    fn inside(&self, opened: &Opened) -> Result<Vec<u32>> {
+        let queues = sock_queue::read(&opened.images)?;
+        Ok(queues.into_values().flatten().flat_map(|packet| packet.rights).collect())
+    }
+
     fn fill(&mut self, opened: &Opened) -> Result<()> {
         let mut sockets = std::mem::take(&mut self.sockets);
         sockets.connect_datagrams(opened)?;

@@ -1,17 +1,24 @@
 use std::{
+    ffi::OsStr,
     fs::{self, File},
     io::{Read, Seek, SeekFrom, Write},
     os::{
         fd::AsRawFd,
-        unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink},
+        unix::{
+            ffi::OsStrExt,
+            fs::{FileExt, MetadataExt, PermissionsExt, symlink},
+        },
     },
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use nix::sys::stat::Mode;
 
 use super::*;
-use crate::res::file::testing::{Tree, stat};
+use crate::res::file::{
+    revived,
+    testing::{Tree, stat},
+};
 
 fn bytes(path: &Path) -> &[u8] {
     path.as_os_str().as_bytes()
@@ -98,7 +105,7 @@ fn a_deleted_file_comes_back_with_its_bytes_and_holes() {
     let entry = restored.entry(3).reg.clone().unwrap();
     let inode = stat(&restored.get(3)).st_ino;
     let mut opened = restored.into_opened();
-    let mapped = open_entry(&entry, libc::O_RDWR, &mut opened).unwrap();
+    let mapped = path::open_entry(&entry, libc::O_RDWR, &mut opened).unwrap();
     assert_eq!(stat(&mapped.as_fd()).st_ino, inode);
     let mut text = String::new();
     File::from(mapped).read_to_string(&mut text).unwrap();
@@ -115,7 +122,8 @@ fn what_is_there_instead_of_a_file_is_not_opened() {
         let entry =
             proto::RegFileEntry { id: 7, name: bytes(&path).to_vec(), mode, ..Default::default() };
         let mut opened = Opened::new(dir.path(), Policy::default(), Vec::new());
-        let problem = open_entry(&entry, libc::O_RDONLY, &mut opened).unwrap_err().to_string();
+        let problem =
+            path::open_entry(&entry, libc::O_RDONLY, &mut opened).unwrap_err().to_string();
         let expected = format!("{} is a FIFO, but was {was}", path.display());
         assert!(problem.contains(&expected), "{problem}");
     }
@@ -242,17 +250,17 @@ fn devices_are_refused_by_name() {
 
 #[test]
 fn processes_in_proc_are_opened_when_they_are_there() {
-    assert_eq!(process_of(b"/proc/12/maps"), Some(12));
-    assert_eq!(process_of(b"/proc/12"), Some(12));
-    assert_eq!(process_of(b"/proc/12x"), None);
-    assert_eq!(process_of(b"/proc/sys"), None);
+    assert_eq!(path::process_of(b"/proc/12/maps"), Some(12));
+    assert_eq!(path::process_of(b"/proc/12"), Some(12));
+    assert_eq!(path::process_of(b"/proc/12x"), None);
+    assert_eq!(path::process_of(b"/proc/sys"), None);
 
     let name = b"/proc/4194304/status".to_vec();
     let reg = proto::RegFileEntry { id: 1, name, ..Default::default() };
     let entry = proto::FileEntry { id: 1, reg: Some(reg), ..Default::default() };
     let dir = tempfile::tempdir().unwrap();
     let mut opened = Opened::new(dir.path(), Policy::default(), vec![entry.clone()]);
-    let mut files = Files::default();
+    let mut files = Files;
     let error = files.open(std::slice::from_ref(&entry), &mut opened).unwrap_err().to_string();
     assert!(error.contains("there is no process 4194304"), "{error}");
     opened.processes.insert(4_194_304);

@@ -5,7 +5,7 @@ use std::{
     fs::{File, Permissions, set_permissions},
     io::{IsTerminal, Write},
     os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::{ffi::OsStrExt, fs::PermissionsExt},
     },
 };
@@ -21,14 +21,14 @@ use nix::{
 use super::{PERMISSIONS, Role, external_name, is_master, peer, slave_path, unpack};
 use crate::{
     image::{
-        Kind as ImageKind,
+        Kind,
         proto::{self, TtyType},
         read_all,
     },
     inject::Script,
     res::file::{FileError, Late, Opened, Opener, Result, descriptor, late},
     sys::tty::{self, Question, Switch, Termios, WindowSize},
-    units::TargetFd,
+    units::{HostPid, TargetFd},
 };
 
 /// How many pseudoterminals are made, and dropped again, to get at one with a
@@ -48,6 +48,10 @@ pub(super) struct Opening {
     paths: BTreeMap<u32, proto::RegFileEntry>,
     /// The first description of each master that was opened.
     masters: BTreeMap<u32, u32>,
+    controlling: Vec<Controlling>,
+    /// The terminal of this program, if the tree's first process leads the group that is to
+    /// be in its foreground.
+    inherited: Option<OwnedFd>,
 }
 
 /// A description of a terminal in the images.
@@ -64,8 +68,8 @@ impl Wanted<'_> {
 }
 
 fn read_infos(opened: &Opened) -> Result<BTreeMap<u32, proto::TtyInfoEntry>> {
-    let path = opened.images.join(ImageKind::TtyInfo.file_name(0));
-    let infos = match read_all::<proto::TtyInfoEntry>(&path, ImageKind::TtyInfo) {
+    let path = opened.images.join(Kind::TtyInfo.file_name(0));
+    let infos = match read_all::<proto::TtyInfoEntry>(&path, Kind::TtyInfo) {
         Err(error) if error.is_missing() => Vec::new(),
         result => result?,
     };
@@ -108,6 +112,45 @@ impl Opener for Opening {
         restore_queued(&masters, &infos, opened)?;
         for (info_id, files) in masters.iter().chain(&others) {
             finish(&infos[info_id], files[0].file.id, opened)?;
+        }
+        Ok(())
+    }
+
+    fn carry(
+        &mut self,
+        opened: &Opened,
+        keep: &dyn Fn(BorrowedFd) -> Result<OwnedFd>,
+    ) -> Result<()> {
+        for terminal in controlling(opened)? {
+            let fd = keep(terminal.fd.as_fd())?;
+            self.controlling.push(Controlling { fd, ..terminal });
+        }
+        if let Some(terminal) = inherited(opened)?
+            && opened.root_leads_group
+        {
+            self.inherited = Some(keep(terminal)?);
+        }
+        Ok(())
+    }
+
+    fn prepare_process(
+        &mut self,
+        pid: HostPid,
+        _at: &dyn Fn(u32) -> Result<TargetFd>,
+        script: &mut Script,
+    ) -> Result<()> {
+        for terminal in &self.controlling {
+            if i64::from(terminal.session) == i64::from(pid.0) {
+                let fd = TargetFd(terminal.fd.as_raw_fd());
+                take_control(fd, script);
+                if terminal.foreground != 0 {
+                    set_foreground(fd, terminal.foreground, script);
+                }
+            }
+        }
+        if let Some(fd) = self.inherited.take() {
+            // As the shell would have done for its job.
+            set_foreground(TargetFd(fd.as_raw_fd()), pid.0.cast_unsigned(), script);
         }
         Ok(())
     }
@@ -418,8 +461,8 @@ fn restore_queued(
     infos: &BTreeMap<u32, proto::TtyInfoEntry>,
     opened: &Opened,
 ) -> Result<()> {
-    let path = opened.images.join(ImageKind::TtyData.file_name(0));
-    let queued = match read_all::<proto::TtyDataEntry>(&path, ImageKind::TtyData) {
+    let path = opened.images.join(Kind::TtyData.file_name(0));
+    let queued = match read_all::<proto::TtyDataEntry>(&path, Kind::TtyData) {
         Err(error) if error.is_missing() => Vec::new(),
         result => result?,
     };
@@ -493,13 +536,12 @@ fn finish(info: &proto::TtyInfoEntry, id: u32, opened: &Opened) -> Result<()> {
 
 /// A terminal that has to become the controlling one of a session.
 #[derive(Debug)]
-pub struct Controlling {
-    /// The session.
-    pub session: u32,
+pub(super) struct Controlling {
+    session: u32,
     /// The group in the foreground; 0 for none.
-    pub foreground: u32,
+    foreground: u32,
     /// A descriptor of it: the session's leader needs one at some number.
-    pub fd: OwnedFd,
+    fd: OwnedFd,
 }
 
 /// Returns the controlling terminals of sessions, after all descriptions were
@@ -507,7 +549,7 @@ pub struct Controlling {
 ///
 /// # Errors
 /// [`FileError::Image`]; what fails when a slave is opened that nobody has open.
-pub fn controlling(opened: &Opened) -> Result<Vec<Controlling>> {
+pub(super) fn controlling(opened: &Opened) -> Result<Vec<Controlling>> {
     let infos = read_infos(opened)?;
     let mut found: BTreeMap<u32, Controlling> = BTreeMap::new();
     let files: Vec<&proto::TtyFileEntry> =
@@ -560,7 +602,7 @@ fn open_slave(
 /// Returns the terminal of this program that was given to the tree, if one was. Its
 /// group in the foreground is to be that of the tree's first process, if this is
 /// its leader.
-pub fn inherited(opened: &Opened) -> Result<Option<BorrowedFd<'_>>> {
+pub(super) fn inherited(opened: &Opened) -> Result<Option<BorrowedFd<'_>>> {
     let infos = read_infos(opened)?;
     let alone = |info_id: u32| {
         let info = infos.get(&info_id);
@@ -574,14 +616,14 @@ pub fn inherited(opened: &Opened) -> Result<Option<BorrowedFd<'_>>> {
 
 /// Adds the call that makes the terminal at `fd` the controlling one of the
 /// process, which leads a session without any.
-pub fn take_control(fd: TargetFd, script: &mut Script) {
+fn take_control(fd: TargetFd, script: &mut Script) {
     let arguments = [fd.0.into(), tty::TIOCSCTTY.into(), 1.into()];
     script.call("take the controlling terminal", libc::SYS_ioctl, &arguments);
 }
 
 /// Adds the call that puts a group, which exists by then, into the foreground of
 /// the controlling terminal at `fd`. `SIGTTOU` must be blocked.
-pub fn set_foreground(fd: TargetFd, group: u32, script: &mut Script) {
+fn set_foreground(fd: TargetFd, group: u32, script: &mut Script) {
     let group = script.bytes(&group.to_ne_bytes());
     let arguments = [fd.0.into(), tty::TIOCSPGRP.into(), group.into()];
     script.call("set the group in the foreground", libc::SYS_ioctl, &arguments);

@@ -73,8 +73,8 @@ fn a_pair_is_restored_with_its_modes_and_number() {
     assert_eq!(tty::ask(master, Question::Locked), Ok(0));
     assert_eq!(tty::termios(restored.get(1), false), Ok(modes));
     assert_eq!(tty::window_size(restored.get(3)), Ok(size));
-    assert!(controlling(restored.opened()).unwrap().is_empty());
-    assert!(inherited(restored.opened()).unwrap().is_none());
+    assert!(restore::controlling(restored.opened()).unwrap().is_empty());
+    assert!(restore::inherited(restored.opened()).unwrap().is_none());
 }
 
 #[test]
@@ -201,9 +201,9 @@ fn what_is_queued_in_images_is_queued_again() {
     tree.add(1, master);
     tree.add(2, slave);
     let dumped = tree.dump();
-    let path = dumped.images().join(ImageKind::TtyData.file_name(0));
+    let path = dumped.images().join(Kind::TtyData.file_name(0));
     let file = BufWriter::new(File::create(&path).unwrap());
-    let mut image = ImageWriter::new(&path, file, ImageKind::TtyData).unwrap();
+    let mut image = ImageWriter::new(&path, file, Kind::TtyData).unwrap();
     let output = b"on the screen\r\nand on";
     let input = b"typed\nand typed\n";
     for (tty_id, data) in [(index << 1 | 1, &output[..]), (index << 1, &input[..])] {

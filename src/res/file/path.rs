@@ -1,10 +1,13 @@
-//! Files that are opened by path: regular files, directories, harmless devices, and
-//! descriptors that only name a file.
+//! Files that are known by their path: what a dump writes of them, and how a restore finds
+//! and opens them again.
+//!
+//! Programs, working directories and mapped files are such, and descriptors of several kinds
+//! of files have a path beside what they are.
 
 use std::{
     ffi::OsStr,
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, AsRawFd, OwnedFd},
         unix::ffi::OsStrExt,
     },
     path::Path,
@@ -14,14 +17,13 @@ use nix::{
     errno::Errno,
     libc,
     sys::{
-        stat::{fstat, lstat, major, minor, stat},
+        stat::{fstat, lstat, stat},
         statfs::{FsType, HUGETLBFS_MAGIC, fstatfs},
     },
 };
 
 use super::{
-    Collector, Description, FileError, Intake, Kind, Late, Opened, Opener, Policy, Result,
-    descriptor, file_of, late, lost, revived, tty, validation,
+    Description, FileError, Intake, Opened, Result, descriptor, file_of, lost, revived, validation,
 };
 use crate::{
     image::{
@@ -32,19 +34,6 @@ use crate::{
     units::{HostPid, TargetFd},
 };
 
-/// The kind's row.
-pub(super) const KIND: Kind = Kind {
-    name: "file",
-    types: &[FdTypes::Reg],
-    collector: |policy: &Policy| Box::new(Files { policy: policy.clone() }),
-    opener: |_: &Policy| Box::new(Files::default()),
-};
-
-/// The major number of memory devices (`include/uapi/linux/major.h`).
-const MEM_MAJOR: u64 = 1;
-/// Memory devices without any state: null, zero, full, random and urandom
-/// (`drivers/char/mem.c`).
-const HARMLESS_DEVICES: [u64; 5] = [3, 5, 7, 8, 9];
 /// Types of file systems (`include/uapi/linux/magic.h`).
 const PROC_SUPER_MAGIC: libc::__fsword_t = 0x9fa0;
 const DEVPTS_SUPER_MAGIC: libc::__fsword_t = 0x1cd1;
@@ -58,39 +47,6 @@ const PERMISSIONS: u32 = 0o7777;
 const MEMFD: &[u8] = b"/memfd:";
 /// Where processes are seen.
 const PROC: &[u8] = b"/proc/";
-
-#[derive(Default)]
-struct Files {
-    policy: Policy,
-}
-
-impl Collector for Files {
-    fn claims(&self, file: &Description) -> bool {
-        // What is elsewhere than on a file system belongs to other kinds.
-        if file.link.first() != Some(&b'/') && !file.link.starts_with(b"(unreachable)") {
-            return false;
-        }
-        match file.stat.st_mode & libc::S_IFMT {
-            _ if descriptor::is_path(file.flags) => true,
-            libc::S_IFREG | libc::S_IFDIR | libc::S_IFLNK | libc::S_IFBLK => true,
-            libc::S_IFCHR => !tty::is_terminal(file, &self.policy),
-            _ => false,
-        }
-    }
-
-    fn collect(&mut self, file: &Description, intake: &mut dyn Intake) -> Result<proto::FileEntry> {
-        if !descriptor::is_path(file.flags) {
-            let name = || String::from_utf8_lossy(&file.link).into_owned();
-            let device = file.stat.st_rdev;
-            let is_harmless =
-                major(device) == MEM_MAJOR && HARMLESS_DEVICES.contains(&minor(device));
-            if file.is_type(libc::S_IFBLK) || file.is_type(libc::S_IFCHR) && !is_harmless {
-                return Err(file.unsupported(format!("the device {}", name()), "close it"));
-            }
-        }
-        entry_of(file, intake)
-    }
-}
 
 /// Returns the entry of a file that is known by its path: also of a program, a
 /// working directory, or a mapped file.
@@ -240,7 +196,7 @@ fn is_same(a: &libc::stat, b: &libc::stat) -> bool {
 }
 
 /// Returns the process or thread whose directory a path in `/proc` goes through.
-fn process_of(path: &[u8]) -> Option<i32> {
+pub(super) fn process_of(path: &[u8]) -> Option<i32> {
     path.strip_prefix(PROC)?.split(|byte| *byte == b'/').next().and_then(number)
 }
 
@@ -281,40 +237,6 @@ fn check_process_file(file: &Description, intake: &dyn Intake) -> Result<()> {
 /// can be opened only when that is there.
 pub fn is_late(entry: &proto::RegFileEntry, opened: &Opened) -> bool {
     process_of(&entry.name).is_some_and(|pid| opened.processes.contains(&pid))
-}
-
-/// Opens a file of a process that is there by now.
-///
-/// # Errors
-/// As [`open_entry`].
-pub fn open_late(id: u32, opened: &mut Opened) -> Result<OwnedFd> {
-    let entry = opened.entries.get(&id).cloned();
-    let entry = entry.ok_or_else(|| FileError::image(id, "files.img does not have it"))?;
-    let file = inner(&entry)?;
-    open_entry(file, file.flags.cast_signed(), opened)
-}
-
-/// Sets the position of such a file, which makes the kernel write down what it shows up
-/// to there: the process has to be as it will be.
-///
-/// # Errors
-/// [`FileError::Restore`].
-pub fn position_late(id: u32, opened: &Opened) -> Result<()> {
-    let Some(file) = opened.entries.get(&id).and_then(|entry| entry.reg.as_ref()) else {
-        return Ok(());
-    };
-    position(opened.get(id)?, file)
-}
-
-fn position(fd: BorrowedFd, file: &proto::RegFileEntry) -> Result<()> {
-    let positioned = descriptor::seek(fd, file.pos, file.flags);
-    positioned.map_err(FileError::restore(file.id, "position", &file.name))
-}
-
-fn open_positioned(file: &proto::RegFileEntry, opened: &mut Opened) -> Result<OwnedFd> {
-    let fd = open_entry(file, file.flags.cast_signed(), opened)?;
-    position(fd.as_fd(), file)?;
-    Ok(fd)
 }
 
 /// Opens the file of an entry with these flags, which may differ from its own, as
@@ -432,26 +354,3 @@ fn check(entry: &proto::RegFileEntry, stat: &libc::stat, flags: u32) -> Result<(
     }
     Ok(())
 }
-
-impl Opener for Files {
-    fn open(&mut self, entries: &[proto::FileEntry], opened: &mut Opened) -> Result<()> {
-        for entry in entries {
-            let file = inner(entry)?;
-            let fd = if is_late(file, opened) {
-                late::placeholder(entry.id, Late::ByPath, opened)?
-            } else {
-                open_positioned(file, opened)?
-            };
-            opened.insert(entry.id, fd);
-        }
-        Ok(())
-    }
-}
-
-fn inner(entry: &proto::FileEntry) -> Result<&proto::RegFileEntry> {
-    let missing = || FileError::image(entry.id, "it is a file without its entry");
-    entry.reg.as_ref().ok_or_else(missing)
-}
-
-#[cfg(test)]
-mod tests;
