@@ -177,42 +177,50 @@ impl FileTable {
     ) -> Result<Vec<proto::FdinfoEntry>> {
         let mut entries = Vec::new();
         for number in proc::fds(pid)? {
-            let fd = process::pidfd_getfd(pidfd, number).map_err(|source| FileError::Dump {
-                pid,
-                fd: number,
-                link: "unknown".into(),
-                step: "duplicate",
-                source,
-            })?;
-            let info = proc::fdinfo(pid, number)?;
-            if let Some(lock) = info.locks.first() {
-                let link = String::from_utf8_lossy(&proc::fd_link(pid, number)?).into_owned();
-                let what = format!(
-                    "{link}, on which it holds the lock \"{}\"",
-                    String::from_utf8_lossy(lock)
-                );
-                let help = "file locks are not dumped yet; let the program release it";
-                return Err(FileError::Unsupported { pid, fd: number, what, help });
-            }
-            let close_on_exec = info.flags & libc::O_CLOEXEC.cast_unsigned() != 0;
-            let (id, new) = self.state.identify(fd)?;
-            if let Some(fd) = new {
-                let link = proc::fd_link(pid, number)?;
-                self.collect(id, fd, pid, number, link, info)?;
-                // A file that was found in a queue may have a descriptor, too, which is
-                // to tell its type.
-                self.collect_pending()?;
-            }
-            entries.push(proto::FdinfoEntry {
-                id,
-                flags: if close_on_exec { libc::FD_CLOEXEC.cast_unsigned() } else { 0 },
-                r#type: self.state.types.get(&id).copied().unwrap_or_default(),
-                fd: number.0.cast_unsigned(),
-                xattr_security_selinux: None,
-            });
+            entries.push(self.collect_fd(pid, pidfd, number)?);
         }
         self.collect_pending()?;
         Ok(entries)
+    }
+
+    /// Collects one descriptor of a process.
+    pub(super) fn collect_fd(
+        &mut self,
+        pid: HostPid,
+        pidfd: &OwnedFd,
+        number: TargetFd,
+    ) -> Result<proto::FdinfoEntry> {
+        let fd = process::pidfd_getfd(pidfd, number).map_err(|source| FileError::Dump {
+            pid,
+            fd: number,
+            link: "unknown".into(),
+            step: "duplicate",
+            source,
+        })?;
+        let info = proc::fdinfo(pid, number)?;
+        if let Some(lock) = info.locks.first() {
+            let link = String::from_utf8_lossy(&proc::fd_link(pid, number)?).into_owned();
+            let what =
+                format!("{link}, on which it holds the lock \"{}\"", String::from_utf8_lossy(lock));
+            let help = "file locks are not dumped yet; let the program release it";
+            return Err(FileError::Unsupported { pid, fd: number, what, help });
+        }
+        let close_on_exec = info.flags & libc::O_CLOEXEC.cast_unsigned() != 0;
+        let (id, new) = self.state.identify(fd)?;
+        if let Some(fd) = new {
+            let link = proc::fd_link(pid, number)?;
+            self.collect(id, fd, pid, number, link, info)?;
+            // A file that was found in a queue may have a descriptor, too, which is
+            // to tell its type.
+            self.collect_pending()?;
+        }
+        Ok(proto::FdinfoEntry {
+            id,
+            flags: if close_on_exec { libc::FD_CLOEXEC.cast_unsigned() } else { 0 },
+            r#type: self.state.types.get(&id).copied().unwrap_or_default(),
+            fd: number.0.cast_unsigned(),
+            xattr_security_selinux: None,
+        })
     }
 
     fn collect_pending(&mut self) -> Result<()> {

@@ -1,9 +1,10 @@
 //! Dumps descriptors of the test itself, and restores them beside.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::Path,
+    rc::Rc,
 };
 
 use nix::{
@@ -12,18 +13,13 @@ use nix::{
 };
 use tempfile::TempDir;
 
-use super::{
-    BuildIds, Collector, Description, FileError, Intake, KINDS, Opened, Opener, Policy, Result,
-    Validation, fown, lost::Lost,
-};
+use super::{FileError, FileTable, Installer, Opened, Policy, Process, Result};
 use crate::{
     image::{Kind, SnapshotWriter, proto, read_all},
     proc::{self, FdInfo},
+    sys::process,
     units::{HostPid, TargetFd},
 };
-
-/// The first number of entries that are no descriptions.
-const FIRST_NEW_ID: u32 = 1000;
 
 fn own_pid() -> HostPid {
     HostPid(std::process::id().cast_signed())
@@ -38,68 +34,12 @@ fn status(fd: BorrowedFd) -> u32 {
     fcntl(fd, FcntlArg::F_GETFL).unwrap().cast_unsigned()
 }
 
-/// Describes a descriptor of the test.
-fn describe(id: u32, fd: &OwnedFd) -> Description {
-    let number = TargetFd(fd.as_raw_fd());
-    let flags = status(fd.as_fd());
-    Description {
-        id,
-        fd: fd.try_clone().unwrap(),
-        pid: own_pid(),
-        number,
-        stat: stat(&fd.as_fd()),
-        flags,
-        link: proc::fd_link(own_pid(), number).unwrap(),
-        info: proc::fdinfo(own_pid(), number).unwrap(),
-        fown: fown::read(fd.as_fd(), flags).unwrap(),
-    }
-}
-
 /// Adds a descriptor to an epoll by the script of a restore would.
 pub(super) fn watch(epoll: &OwnedFd, target: i32, events: u32, data: u64) {
     crate::sys::fds::watch(epoll.as_fd(), target, events, data).unwrap();
 }
 
-/// Takes in what is found inside others.
-struct TestIntake {
-    next: u32,
-    pushed: Vec<proto::FileEntry>,
-    lost: Lost,
-    build_ids: BuildIds,
-}
-
-impl Intake for TestIntake {
-    fn enter(&mut self, _: OwnedFd, _: &Description) -> Result<u32> {
-        unreachable!("nothing is queued here")
-    }
-
-    fn new_id(&mut self) -> u32 {
-        self.next += 1;
-        self.next
-    }
-
-    fn push(&mut self, entry: proto::FileEntry) {
-        self.pushed.push(entry);
-    }
-
-    fn has_process(&self, pid: i32) -> bool {
-        pid == std::process::id().cast_signed()
-    }
-
-    fn entry(&mut self, id: u32) -> Option<&mut proto::FileEntry> {
-        self.pushed.iter_mut().find(|entry| entry.id == id)
-    }
-
-    fn lost(&mut self) -> &mut Lost {
-        &mut self.lost
-    }
-
-    fn build_ids(&mut self) -> (&mut BuildIds, Validation) {
-        (&mut self.build_ids, Validation::BuildId)
-    }
-}
-
-/// Descriptors to be dumped.
+/// Descriptors to be dumped, by numbers that the test gives them.
 pub(super) struct Tree {
     pub(super) policy: Policy,
     files: Vec<(u32, OwnedFd)>,
@@ -107,7 +47,10 @@ pub(super) struct Tree {
 
 impl Tree {
     pub(super) fn new() -> Self {
-        let policy = Policy { ghost_limit_bytes: 1 << 20, ..Policy::default() };
+        Self::with_policy(Policy { ghost_limit_bytes: 1 << 20, ..Policy::default() })
+    }
+
+    pub(super) fn with_policy(policy: Policy) -> Self {
         Self { policy, files: Vec::new() }
     }
 
@@ -115,44 +58,34 @@ impl Tree {
         self.files.push((id, fd));
     }
 
-    fn collect(&self, images: &SnapshotWriter) -> Result<(HashMap<u32, Description>, TestIntake)> {
-        let mut collectors: Vec<Box<dyn Collector>> =
-            KINDS.iter().map(|kind| (kind.collector)(&self.policy)).collect();
-        let lost = Lost::new(&self.policy);
-        let mut intake = TestIntake {
-            next: FIRST_NEW_ID,
-            pushed: Vec::new(),
-            lost,
-            build_ids: BuildIds::default(),
-        };
+    fn collect(&self, images: &SnapshotWriter) -> Result<(FileTable, HashMap<u32, Before>)> {
+        let mut table = FileTable::new(&self.policy, HashSet::from([own_pid().0]));
+        let pidfd = process::pidfd_open(own_pid()).unwrap();
         let mut before = HashMap::new();
         for (id, fd) in &self.files {
-            let file = describe(*id, fd);
-            let collector = collectors.iter_mut().find(|collector| collector.claims(&file));
-            let collector = collector.unwrap_or_else(|| panic!("nobody claims {file:?}"));
-            let entry = collector.collect(&file, &mut intake)?;
-            assert_eq!(entry.id, *id);
-            intake.push(entry);
-            before.insert(*id, file);
+            let number = TargetFd(fd.as_raw_fd());
+            let entry = table.collect_fd(own_pid(), &pidfd, number)?;
+            before.insert(*id, Before::of(fd, entry));
         }
-        for collector in &mut collectors {
-            collector.finish(images)?;
-        }
-        intake.lost.write(images)?;
-        Ok((before, intake))
+        table.write(images)?;
+        Ok((table, before))
     }
 
     /// Dumps all, and closes them.
     pub(super) fn dump(self) -> Dumped {
+        self.try_dump().unwrap()
+    }
+
+    pub(super) fn try_dump(self) -> Result<Dumped> {
         let dir = tempfile::tempdir().unwrap();
         let images = SnapshotWriter::begin(dir.path()).unwrap();
-        let (before, mut intake) = self.collect(&images).unwrap();
-        intake.lost.keep_links();
-        images.write(Kind::Files, 0, &intake.pushed).unwrap();
+        let (mut table, before) = self.collect(&images)?;
+        table.keep_links();
         images.commit(&proto::InventoryEntry::default()).unwrap();
-        // What was dumped is closed, or a FIFO would keep what is in it.
-        let before = before.into_iter().map(|(id, file)| (id, Before::from(file))).collect();
-        Dumped { dir, before, policy: self.policy }
+        let entries = read_all(&dir.path().join(Kind::Files.file_name(0)), Kind::Files).unwrap();
+        // The table goes with all that it holds open, or a FIFO would keep what is in it.
+        let (dir, before) = (Rc::new(dir), Rc::new(before));
+        Ok(Dumped { dir, before, entries, policy: self.policy })
     }
 
     pub(super) fn restore(self) -> Restored {
@@ -190,23 +123,36 @@ impl std::fmt::Display for Report {
 }
 
 /// What is known of a description that was dumped.
+#[derive(Debug)]
 pub(super) struct Before {
     pub(super) stat: libc::stat,
     pub(super) flags: u32,
     pub(super) link: Vec<u8>,
     pub(super) info: FdInfo,
+    /// What the image of descriptors says.
+    entry: proto::FdinfoEntry,
 }
 
-impl From<Description> for Before {
-    fn from(file: Description) -> Self {
-        Self { stat: file.stat, flags: file.flags, link: file.link, info: file.info }
+impl Before {
+    fn of(fd: &OwnedFd, entry: proto::FdinfoEntry) -> Self {
+        let number = TargetFd(fd.as_raw_fd());
+        Self {
+            stat: stat(&fd.as_fd()),
+            flags: status(fd.as_fd()),
+            link: proc::fd_link(own_pid(), number).unwrap(),
+            info: proc::fdinfo(own_pid(), number).unwrap(),
+            entry,
+        }
     }
 }
 
 /// Images of descriptors.
+#[derive(Clone, Debug)]
 pub(super) struct Dumped {
-    dir: TempDir,
-    before: HashMap<u32, Before>,
+    dir: Rc<TempDir>,
+    before: Rc<HashMap<u32, Before>>,
+    /// What `files.img` says.
+    pub(super) entries: Vec<proto::FileEntry>,
     pub(super) policy: Policy,
 }
 
@@ -215,29 +161,23 @@ impl Dumped {
         self.dir.path()
     }
 
-    fn open(self) -> Result<Restored> {
-        let path = self.dir.path().join(Kind::Files.file_name(0));
-        let entries: Vec<proto::FileEntry> = read_all(&path, Kind::Files).unwrap();
-        let mut opened = Opened::new(self.dir.path(), self.policy.clone(), entries.clone());
-        let mut openers: Vec<Box<dyn Opener>> = Vec::new();
-        for kind in KINDS {
-            let mut opener = (kind.opener)(&self.policy);
-            // Entries that are only the paths of others are no descriptions.
-            let own: Vec<proto::FileEntry> = entries
-                .iter()
-                .filter(|entry| kind.types.contains(&entry.r#type()) && entry.id < FIRST_NEW_ID)
-                .cloned()
-                .collect();
-            opener.open(&own, &mut opened)?;
-            openers.push(opener);
-        }
-        for opener in &mut openers {
-            opener.fill(&opened)?;
-        }
-        for opener in &mut openers {
-            opener.start(&opened)?;
-        }
-        Ok(Restored { dumped: self, opened })
+    /// Returns what `files.img` says of a descriptor of the test.
+    pub(super) fn entry(&self, id: u32) -> &proto::FileEntry {
+        let number = self.before[&id].entry.id;
+        self.entries.iter().find(|entry| entry.id == number).unwrap()
+    }
+
+    /// Opens everything.
+    pub(super) fn open(&self) -> Result<Restored> {
+        let fds: Vec<_> = self.before.values().map(|before| before.entry.clone()).collect();
+        let process = Process { pid: own_pid(), group: HostPid(0), creds: None, fds: &fds };
+        let (dir, policy) = (self.dir.path(), &self.policy);
+        let mut installer =
+            Installer::new(dir, policy, &self.entries, vec![process], HashSet::new());
+        installer.open_descriptions()?;
+        installer.open_late()?;
+        installer.start()?;
+        Ok(Restored { dumped: self.clone(), opened: installer.opened })
     }
 
     pub(super) fn restore(self) -> Restored {
@@ -251,6 +191,7 @@ impl Dumped {
 }
 
 /// Descriptors that were restored.
+#[derive(Debug)]
 pub(super) struct Restored {
     dumped: Dumped,
     opened: Opened,
@@ -275,15 +216,20 @@ impl Restored {
     }
 
     pub(super) fn entry(&self, id: u32) -> &proto::FileEntry {
-        &self.opened.entries[&id]
+        self.dumped.entry(id)
     }
 
     pub(super) fn get(&self, id: u32) -> BorrowedFd<'_> {
-        self.opened.get(id).unwrap()
+        self.opened.get(self.before(id).entry.id).unwrap()
     }
 
     pub(super) fn take(&self, id: u32) -> OwnedFd {
         self.get(id).try_clone_to_owned().unwrap()
+    }
+
+    /// As [`Self::take`], as a type of the standard library.
+    pub(super) fn take_as<T: From<OwnedFd>>(&self, id: u32) -> T {
+        self.take(id).into()
     }
 
     pub(super) fn flags(&self, id: u32) -> u32 {

@@ -12,7 +12,7 @@ use nix::{
 
 use super::super::{
     Policy,
-    sock_testing::{dump, odd_options, option, receive_all, refused, set_odd_options},
+    sock_testing::{dump, inet, odd_options, option, receive_all, refused, set_odd_options},
 };
 use crate::{res::file::FileError, sys::socket};
 
@@ -39,9 +39,9 @@ fn listening_sockets_listen_again() {
         setsockopt(&listener, sockopt::TcpKeepIdle, &77).unwrap();
         let (before, options) = (listener.local_addr().unwrap(), odd_options(&listener));
         let dumped = dump(vec![listener], &defaults()).unwrap();
-        assert_eq!((dumped.inet(0).state, dumped.inet(0).backlog), (10, 7));
+        assert_eq!((inet(&dumped, 0).state, inet(&dumped, 0).backlog), (10, 7));
         let restored = dumped.open().unwrap();
-        let listener: TcpListener = restored.take(0);
+        let listener: TcpListener = restored.take_as(0);
         assert_eq!(listener.local_addr().unwrap(), before);
         assert_eq!(odd_options(&listener), options);
         assert!(option(&listener, sockopt::TcpNoDelay));
@@ -66,7 +66,7 @@ fn tcp_sockets_that_are_not_used_yet_are_made_again() {
         let before_name = before.local_addr().unwrap();
         drop(std::mem::ManuallyDrop::into_inner(before));
         let restored = dump(vec![tcp(family), bound], &defaults()).unwrap().open().unwrap();
-        let [plain, bound]: [TcpListener; 2] = [restored.take(0), restored.take(1)];
+        let [plain, bound]: [TcpListener; 2] = [restored.take_as(0), restored.take_as(1)];
         assert_eq!(plain.local_addr().unwrap().port(), 0);
         assert_eq!(bound.local_addr().unwrap(), before_name);
         let backlog = nix::sys::socket::Backlog::new(1).unwrap();
@@ -124,7 +124,7 @@ fn udp_sockets_are_bound_and_connected_as_they_were() {
                 nix::sys::socket::getsockname(client.as_raw_fd()).unwrap();
             let dumped = dump(vec![client, server, plain], &defaults()).unwrap();
             let restored = dumped.open().unwrap();
-            let client: UdpSocket = restored.take(0);
+            let client: UdpSocket = restored.take_as(0);
             assert_eq!(SockaddrStorage::from(client.local_addr().unwrap()), clients);
             assert_eq!(SockaddrStorage::from(client.peer_addr().unwrap()), name);
             assert_eq!(odd_options(&client), options);
@@ -133,7 +133,7 @@ fn udp_sockets_are_bound_and_connected_as_they_were() {
             }
             client.send(b"hello").unwrap();
             assert_eq!(receive_all(restored.get(1), 10), [b"hello"]);
-            let plain: UdpSocket = restored.take(2);
+            let plain: UdpSocket = restored.take_as(2);
             assert_eq!(plain.local_addr().unwrap().port(), 0);
         }
     }
@@ -146,7 +146,7 @@ fn udp_sockets_stay_shut_down() {
     client.connect(server.local_addr().unwrap()).unwrap();
     shutdown(client.as_raw_fd(), Shutdown::Write).unwrap();
     let restored = dump(vec![client, server], &defaults()).unwrap().open().unwrap();
-    let client: UdpSocket = restored.take(0);
+    let client: UdpSocket = restored.take_as(0);
     assert_eq!(client.send(b"x").unwrap_err().kind(), std::io::ErrorKind::BrokenPipe);
 }
 

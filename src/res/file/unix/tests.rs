@@ -27,7 +27,7 @@ use nix::{
 use super::super::{
     Opened, Policy,
     owner::Holder,
-    sock_testing::{dump, odd_options, option, receive_all, refused, set_odd_options},
+    sock_testing::{dump, odd_options, option, receive_all, refused, set_odd_options, unix},
 };
 use crate::{image::proto, res::file::FileError, sys::socket};
 
@@ -130,9 +130,9 @@ fn a_pair_whose_other_end_is_closed_is_closed_again() {
         send(&a, b"last");
         drop(a);
         let dumped = dump(vec![b], &defaults()).unwrap();
-        assert_eq!((dumped.unix(0).peer, dumped.unix(0).shutdown), (0, Some(3)));
+        assert_eq!((unix(&dumped, 0).peer, unix(&dumped, 0).shutdown), (0, Some(3)));
         let restored = dumped.open().unwrap();
-        let mut stream: UnixStream = restored.take(0);
+        let mut stream: UnixStream = restored.take_as(0);
         let mut text = Vec::new();
         stream.read_to_end(&mut text).unwrap();
         assert_eq!(text, b"last");
@@ -142,7 +142,7 @@ fn a_pair_whose_other_end_is_closed_is_closed_again() {
     send(&a, b"last");
     drop(a);
     let restored = dump(vec![b], &defaults()).unwrap().open().unwrap();
-    let datagram: UnixDatagram = restored.take(0);
+    let datagram: UnixDatagram = restored.take_as(0);
     assert_eq!(receive_all(datagram.as_fd(), 10), [b"last"]);
     assert_eq!(datagram.send(b"x").unwrap_err().kind(), std::io::ErrorKind::ConnectionRefused);
 }
@@ -153,10 +153,10 @@ fn directions_that_are_shut_down_stay_so() {
     send(&a, b"end");
     shutdown(a.as_raw_fd(), Shutdown::Write).unwrap();
     let dumped = dump(vec![a, b], &defaults()).unwrap();
-    assert_eq!((dumped.unix(0).shutdown, dumped.unix(1).shutdown), (Some(2), Some(1)));
+    assert_eq!((unix(&dumped, 0).shutdown, unix(&dumped, 1).shutdown), (Some(2), Some(1)));
     let restored = dumped.open().unwrap();
     let mut text = Vec::new();
-    restored.take::<UnixStream>(1).read_to_end(&mut text).unwrap();
+    restored.take_as::<UnixStream>(1).read_to_end(&mut text).unwrap();
     assert_eq!(text, b"end");
     send(&restored.get(1), b"still");
     assert_eq!(receive_all(restored.get(0), 10), [b"still"]);
@@ -171,9 +171,8 @@ fn queued_descriptors_come_with_the_bytes_they_were_sent_with() {
     send_fds(&a, b"one", &[writer.as_fd()]);
     send(&a, b"rest");
     let dumped = dump(vec![a, b], &defaults()).unwrap();
-    // The pipe is of a kind that is not restored here.
-    let given = vec![(1001, reader), (1002, writer)];
-    let restored = dumped.open_with(given).unwrap();
+    drop((reader, writer));
+    let restored = dumped.open().unwrap();
     let mut buffer = [0; 5];
     let mut next = |len: usize| {
         let (fd, flags) = (restored.get(1), MsgFlags::MSG_DONTWAIT);
@@ -243,14 +242,14 @@ fn connections_through_a_listening_socket_keep_their_names() {
         let expected = name(listener.as_fd());
         let fds: Vec<OwnedFd> = vec![server.into(), client.into(), waiting.into(), listener.into()];
         let dumped = dump(fds, &defaults()).unwrap();
-        assert_eq!(dumped.unix(2).peer, dumped.unix(3).ino);
+        assert_eq!(unix(&dumped, 2).peer, unix(&dumped, 3).ino);
         let restored = dumped.open().unwrap();
         assert_eq!(name(restored.get(0)), expected);
         assert_eq!(peer_name(restored.get(1)), expected);
         assert_eq!(peer_name(restored.get(2)), expected);
         assert_eq!(receive_all(restored.get(0), 10), [b"question"]);
         assert_eq!(receive_all(restored.get(1), 10), [b"answer"]);
-        let listener: UnixListener = restored.take(3);
+        let listener: UnixListener = restored.take_as(3);
         send(&restored.get(2), b"late");
         let (accepted, _) = listener.accept().unwrap();
         assert_eq!(receive_all(accepted.as_fd(), 10), [b"late"]);
@@ -330,7 +329,7 @@ fn a_socket_whose_file_is_deleted_leaves_the_new_file_alone() {
     client.send(b"queued").unwrap();
     fs::remove_dir_all(dir.path().join("gone")).unwrap();
     let dumped = dump(vec![client, server], &defaults()).unwrap();
-    assert_eq!(dumped.unix(1).deleted, Some(true));
+    assert_eq!(unix(&dumped, 1).deleted, Some(true));
     let check = || {
         let restored = dumped.open().unwrap();
         assert_eq!(name(restored.get(1)), path.display().to_string());
@@ -359,7 +358,7 @@ fn a_relative_name_stays_relative() {
         scope.spawn(bind).join().unwrap()
     });
     let dumped = dump(vec![listener, client], &defaults()).unwrap();
-    let entry = dumped.unix(0);
+    let entry = unix(&dumped, 0);
     assert_eq!(entry.name, b"socket\0");
     assert_eq!(entry.name_dir.as_deref(), Some(dir.path().as_os_str().as_encoded_bytes()));
     let restored = dumped.open().unwrap();
@@ -386,7 +385,7 @@ fn datagram_sockets_are_connected_as_they_were() {
     assert_eq!(peer_name(restored.get(0)), peer_name(restored.get(1)));
     assert_eq!(peer_name(server), name(server));
     assert_eq!(receive_all(server, 10), [&b"named"[..], b"self"]);
-    let unnamed: UnixDatagram = restored.take(0);
+    let unnamed: UnixDatagram = restored.take_as(0);
     assert_eq!(unnamed.send(b"x").unwrap_err().kind(), std::io::ErrorKind::PermissionDenied);
 }
 
@@ -402,7 +401,7 @@ fn datagram_sockets_with_names_may_be_connected_to_each_other() {
     a.send(b"ab").unwrap();
     b.send(b"ba").unwrap();
     let restored = dump(vec![a, b, c], &defaults()).unwrap().open().unwrap();
-    let (a, b) = (restored.take::<UnixDatagram>(0), restored.take::<UnixDatagram>(1));
+    let (a, b) = (restored.take_as::<UnixDatagram>(0), restored.take_as::<UnixDatagram>(1));
     let mut buffer = [0; 10];
     let (len, sender) = b.recv_from(&mut buffer).unwrap();
     assert_eq!((&buffer[..len], sender.as_abstract_name()), (&b"ab"[..], first.as_abstract_name()));
@@ -502,9 +501,10 @@ fn the_process_that_listened_listens_once_more() {
     let own = std::process::id().cast_signed();
     assert_eq!(dumped.entries[0].sock.as_ref().unwrap().peer.as_ref().unwrap().pid, own);
     let entries = dumped.entries.clone();
-    let mut opened = Opened::new(dumped.dir.path(), defaults(), entries.clone());
+    let mut opened = Opened::new(dumped.images(), defaults(), entries.clone());
     let creds = std::rc::Rc::new(proto::CredsEntry::default());
-    opened.holders = [0, 1].map(|id| (id, Holder { pid: own, creds: creds.clone() })).into();
+    opened.holders =
+        [0, 1].map(|id| (dumped.entry(id).id, Holder { pid: own, creds: creds.clone() })).into();
     let mut opener = (super::KIND.opener)(&defaults());
     opener.open(&entries, &mut opened).unwrap();
     let calls = [own, own + 1].map(|pid| {
