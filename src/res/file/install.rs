@@ -15,7 +15,7 @@ use nix::libc;
 
 use super::{
     FileError, FileKind, KINDS, Late, NO_DESCRIPTION, NOT_BY_PATH, Opened, Opener, Policy, Result,
-    Usage, fown, owner::Holder, revived,
+    Usage, fown, ghost, owner::Holder,
 };
 use crate::{
     image::{
@@ -518,7 +518,7 @@ impl<'a> Installer<'a> {
 
     /// Cleans up when the tree is restored.
     pub fn finish(&mut self) {
-        if let Err(error) = revived::remove_links(&mut self.opened) {
+        if let Err(error) = ghost::remove_links(&mut self.opened) {
             log::warn!("{error}");
         }
     }

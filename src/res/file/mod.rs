@@ -10,36 +10,21 @@ mod descriptor;
 pub mod eventfd;
 pub mod eventpoll;
 pub mod fown;
-mod inet;
-mod inet_open;
+mod ghost;
 mod install;
 mod late;
-pub mod lost;
 mod memfd;
 pub mod owner;
 mod path;
 mod pipe;
 mod regular;
-pub mod revived;
 pub mod signalfd;
-mod sock_diag;
-mod sock_netlink;
-mod sock_opts;
-mod sock_queue;
-mod sock_rest;
-mod sock_state;
-#[cfg(test)]
-mod sock_testing;
+mod sock;
 mod table;
 #[cfg(test)]
 mod testing;
 pub mod timerfd;
 mod tty;
-mod udp_queue;
-mod unix;
-mod unix_name;
-mod unix_open;
-mod unix_peer;
 pub mod validation;
 
 use std::{
@@ -60,9 +45,8 @@ use crate::{
 };
 
 pub use self::{
+    ghost::{Lost, Revived},
     install::{Installer, Process},
-    lost::Lost,
-    revived::Revived,
     table::FileTable,
     validation::{BuildIds, Validation},
 };
@@ -649,9 +633,9 @@ pub static KINDS: &[FileKind] = &[
     eventfd::KIND,
     signalfd::KIND,
     timerfd::KIND,
-    inet::KIND,
-    sock_netlink::KIND,
-    unix::KIND,
-    sock_rest::KIND,
+    sock::inet::KIND,
+    sock::netlink::KIND,
+    sock::unix::KIND,
+    sock::rest::KIND,
     eventpoll::KIND,
 ];

@@ -23,7 +23,7 @@ use nix::{
 };
 
 use super::{
-    Description, FileError, Intake, Opened, Result, descriptor, file_of, lost, revived, validation,
+    Description, FileError, Intake, Opened, Result, descriptor, file_of, ghost, validation,
 };
 use crate::{
     image::{
@@ -164,7 +164,7 @@ fn name(file: &Description, id: u32, intake: &mut dyn Intake) -> Result<Vec<u8>>
                 );
                 return Err(file.unsupported(what, "close it, or give it back its name"));
             }
-            lost::link(file, &name, id, intake)?;
+            ghost::link(file, &name, id, intake)?;
             Ok(name)
         }
         Err(errno) => Err(file.failed("find the path of")(errno)),
@@ -262,7 +262,7 @@ pub fn open_entry(entry: &proto::RegFileEntry, flags: i32, opened: &mut Opened) 
         let problem = format!("it is external; give it with --inherit-fd 'fd[N]:{name}'");
         return Err(FileError::image(entry.id, problem));
     }
-    if let Some(fd) = revived::open(entry, flags, opened)? {
+    if let Some(fd) = ghost::open(entry, flags, opened)? {
         let stat = fstat(&fd).map_err(failed("look at"))?;
         check(entry, &stat, flags)?;
         validation::check(entry, fd.as_fd(), &stat, opened)?;

@@ -16,7 +16,7 @@ use nix::sys::stat::Mode;
 
 use super::*;
 use crate::res::file::{
-    revived,
+    ghost,
     testing::{Tree, stat},
 };
 
@@ -173,7 +173,7 @@ fn a_file_with_another_name_is_linked_and_the_link_removed() {
         }
         let mut opened = restored.into_opened();
         assert_eq!(count(dir.path()), 2 + usize::from(replaced));
-        revived::remove_links(&mut opened).unwrap();
+        ghost::remove_links(&mut opened).unwrap();
         assert_eq!(count(dir.path()), 1 + usize::from(replaced));
         let _ = fs::remove_file(&path);
     }
@@ -194,7 +194,7 @@ fn a_file_with_another_name_is_linked_and_the_link_removed() {
             fs::remove_file(&given).unwrap();
             fs::write(&given, b"another file").unwrap();
         }
-        revived::remove_links(&mut opened).unwrap();
+        ghost::remove_links(&mut opened).unwrap();
         assert!(given.exists() && keepsake.exists());
         fs::remove_file(&given).unwrap();
     }

@@ -5,8 +5,14 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
+use nix::{errno::Errno, libc, poll::PollFlags};
+
 use super::*;
-use crate::{image::ImageWriter, res::file::testing::Tree};
+use crate::{
+    image::{ImageWriter, Kind, proto},
+    res::file::{descriptor, testing::Tree},
+    sys::tty::{self, Question},
+};
 
 /// Whoever relies on a number that is free has all of them for himself.
 fn numbers() -> MutexGuard<'static, ()> {

@@ -12,7 +12,7 @@
 //! 5. connections are made that wait to be accepted;
 //! 6. options are set, directions are shut down, and flags set.
 //!
-//! [`super::unix_peer`] makes the calls by which sockets come to show somebody's credentials.
+//! [`super::peer`] makes the calls by which sockets come to show somebody's credentials.
 //! Sockets whose peers have gone get a peer that goes, with something unread if they have an
 //! error to show; but a datagram socket with a name
 //! has none afterwards, because images do not tell that from never having had one.
@@ -33,18 +33,23 @@ use nix::{
 };
 
 use super::{
-    FileError, Opened, Opener, Policy, Result,
-    owner::{self, Holder},
-    sock_opts::{self, Restored},
-    sock_queue::{self, Packet},
-    sock_state,
-    unix::{EXTERNAL, kind_name, state},
-    unix_name::{self, Keep},
-    unix_peer::{self, Caller, Callers},
+    EXTERNAL, kind_name,
+    name::{self, Keep},
+    peer::{self, Caller, Callers},
 };
 use crate::{
     image::proto,
     inject::Script,
+    res::file::{
+        FileError, Opened, Opener, Policy, Result,
+        owner::{self, Holder},
+        sock::{
+            attributes,
+            opts::{self, Restored},
+            queue::{self, Packet},
+            state,
+        },
+    },
     sys::socket,
     units::{HostPid, TargetFd},
 };
@@ -88,7 +93,7 @@ impl Opener for UnixOpener {
     }
 
     fn inside(&self, opened: &Opened) -> Result<Vec<u32>> {
-        let queues = sock_queue::read(&opened.images)?;
+        let queues = queue::read(&opened.images)?;
         Ok(queues.into_values().flatten().flat_map(|packet| packet.rights).collect())
     }
 
@@ -109,10 +114,10 @@ impl Opener for UnixOpener {
             if peer.pid != pid.0 {
                 continue;
             }
-            unix_peer::become_peer(&self.own, peer, script);
+            peer::become_peer(&self.own, peer, script);
             let arguments = [at(*id)?.0.into(), (*backlog).into()];
             script.call("listen on a UNIX socket", libc::SYS_listen, &arguments);
-            unix_peer::become_own(&self.own, peer, script);
+            peer::become_own(&self.own, peer, script);
         }
         Ok(())
     }
@@ -189,7 +194,7 @@ impl Socket {
     /// Returns who makes the calls that a process that has this socket would make.
     fn caller(&self) -> Option<Caller> {
         let holder = self.holder.as_ref()?;
-        Some(Caller { peer: unix_peer::of_holder(holder), instead: None })
+        Some(Caller { peer: peer::of_holder(holder), instead: None })
     }
 
     /// As [`Self::caller`], but with the credentials that a socket shows if they are known.
@@ -209,14 +214,14 @@ impl Socket {
     /// Gives `fd` the name of this socket.
     fn bind(&mut self, fd: &OwnedFd, keep: Keep) -> Result<()> {
         let keep = if self.entry.deleted() { Keep::Not } else { keep };
-        self.file = unix_name::bind(fd.as_fd(), &self.entry, keep, &self.restored)?;
+        self.file = name::bind(fd.as_fd(), &self.entry, keep, &self.restored)?;
         Ok(())
     }
 
     /// Connects `fd` to this socket.
     fn accept_from(&self, fd: BorrowedFd, by: &Restored) -> Result<()> {
         let (name, file) = self.address();
-        unix_name::connect(fd, name, file).map_err(by.failed("connect"))
+        name::connect(fd, name, file).map_err(by.failed("connect"))
     }
 
     /// Lets the other end go, with something that it has not read if there is an error to
@@ -245,7 +250,7 @@ struct Sockets {
 
 impl Sockets {
     fn new(entries: &[proto::FileEntry], opened: &Opened) -> Result<Self> {
-        let mut queues = sock_queue::read(&opened.images)?;
+        let mut queues = queue::read(&opened.images)?;
         let mut all = Vec::new();
         for file in entries {
             let missing = || FileError::Image {
@@ -261,7 +266,7 @@ impl Sockets {
                 "the UNIX {} socket [{}] ({})",
                 kind_name(entry.r#type),
                 entry.ino,
-                unix_name::display(&entry.name)
+                name::display(&entry.name)
             );
             all.push(Socket {
                 entry: Rc::new(entry.clone()),
@@ -506,7 +511,7 @@ impl Sockets {
         opened: &Opened,
     ) -> Result<()> {
         let lookup = |id: u32| opened.get(id).map(|fd| fd.as_raw_fd());
-        sock_queue::send(sender, queue, &self.all[to].restored, &lookup)
+        queue::send(sender, queue, &self.all[to].restored, &lookup)
     }
 
     /// Fills the queues of connected sockets that are no datagram sockets.
@@ -574,16 +579,16 @@ impl Sockets {
         for socket in &self.all {
             let Some(fd) = socket.fd.as_ref().map(AsFd::as_fd) else { continue };
             let (entry, restored) = (&socket.entry, &socket.restored);
-            sock_opts::restore(fd, &entry.opts, restored)?;
+            opts::restore(fd, &entry.opts, restored)?;
             let reuse = (entry.opts.reuseaddr, entry.opts.so_reuseport);
             // Newer kernels do not let UNIX sockets have the second.
-            sock_opts::restore_reuse(fd, (reuse.0, reuse.1.filter(|on| *on)), restored)?;
-            if let Some(how) = sock_opts::how(entry.shutdown) {
+            opts::restore_reuse(fd, (reuse.0, reuse.1.filter(|on| *on)), restored)?;
+            if let Some(how) = opts::how(entry.shutdown) {
                 shutdown(fd.as_raw_fd(), how).map_err(restored.failed("shut down"))?;
             }
-            sock_state::restore_options(fd, Some(&socket.state), restored)?;
-            sock_state::restore_peek_offset(fd, Some(&socket.state), restored)?;
-            sock_opts::restore_flags(fd, entry.flags, restored)?;
+            attributes::restore_options(fd, Some(&socket.state), restored)?;
+            attributes::restore_peek_offset(fd, Some(&socket.state), restored)?;
+            opts::restore_flags(fd, entry.flags, restored)?;
         }
         Ok(())
     }

@@ -6,7 +6,7 @@
 //! which the images have; it ends before the processes of the tree are made. The kernel keeps
 //! the pid that it had, so that the tree's process of this pid is the one that is named.
 //! `SO_PEERPIDFD` tells the helper, which is dead, from that one. Sockets that listen are
-//! given the living process ([`super::Opener::prepare_process`]).
+//! given the living process ([`crate::res::file::Opener::prepare_process`]).
 //!
 //! CRIU's images do not tell whose these were: the process that has the other end is taken for
 //! who made the call. A pid that another process has by now cannot be had: the socket
@@ -22,41 +22,19 @@ use nix::{
     sys::socket::{AddressFamily, Backlog, SockFlag, SockType, listen, socketpair},
 };
 
-use super::{FileError, Opened, Result, owner::Holder, sock_opts::Restored, unix_name};
+use super::name;
 use crate::{
     causes::with_sources,
     image::proto::SkPeerEntry,
     inject::{Helper, InjectError, Script},
     proc,
+    res::file::{FileError, Opened, Result, owner::Holder, sock::opts::Restored},
     sys::{fds, socket},
     units::HostPid,
 };
 
-/// `asm-generic/socket.h`, since Linux 4.13.
-const SO_PEERGROUPS: c_int = 59;
-
-/// The most groups that a process may be in (`NGROUPS_MAX`, `linux/limits.h`).
-const GROUPS_MAX: usize = 65_536;
-
 /// An id that means none, and for calls that nothing changes.
 const NO_ID: u32 = u32::MAX;
-
-/// Returns whose credentials a socket shows, if it shows any.
-///
-/// # Errors
-/// What `getsockopt(2)` returns.
-pub(super) fn read(fd: BorrowedFd) -> nix::Result<Option<SkPeerEntry>> {
-    let [pid, uid, gid]: [u32; 3] = socket::option(fd, libc::SOL_SOCKET, libc::SO_PEERCRED)?;
-    if pid == 0 && uid == NO_ID {
-        return Ok(None);
-    }
-    let mut groups = vec![0; GROUPS_MAX * size_of::<u32>()];
-    // Kernels before 4.13 do not tell.
-    let len = socket::option_bytes(fd, libc::SOL_SOCKET, SO_PEERGROUPS, &mut groups).unwrap_or(0);
-    let word = |bytes: &[u8]| u32::from_ne_bytes(bytes.try_into().expect("chunks of 4"));
-    let groups = groups[..len].chunks_exact(size_of::<u32>()).map(word).collect();
-    Ok(Some(SkPeerEntry { pid: pid.cast_signed(), uid, gid, groups }))
-}
 
 /// Returns what a call of a process of the tree would leave.
 pub(super) fn of_holder(holder: &Holder) -> SkPeerEntry {
@@ -260,7 +238,7 @@ impl Callers {
             .map_err(restored.failed("listen on"))
     }
 
-    /// Connects a socket to one that listens, as [`unix_name::connect`] does.
+    /// Connects a socket to one that listens, as [`name::connect`] does.
     ///
     /// # Errors
     /// [`FileError::Restore`].
@@ -272,7 +250,7 @@ impl Callers {
         restored: &Restored,
     ) -> Result<()> {
         let step = "connect";
-        let through = file.map(unix_name::path_of);
+        let through = file.map(name::path_of);
         let address = socket::unix_address(through.as_deref().unwrap_or(name));
         let address = address.map_err(restored.failed(step))?;
         let number = fd.as_raw_fd();
@@ -286,7 +264,7 @@ impl Callers {
         })?;
         match done {
             Some(()) => Ok(()),
-            None => unix_name::connect(fd, name, file).map_err(restored.failed(step)),
+            None => name::connect(fd, name, file).map_err(restored.failed(step)),
         }
     }
 }

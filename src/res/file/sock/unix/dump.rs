@@ -1,12 +1,4 @@
-//! UNIX sockets.
-//!
-//! A socket belongs to a dump if the socket it is connected to does, for neither can
-//! be made alone. Which one that is `sock_diag(7)` tells, and which connections
-//! wait to be accepted. What was sent into such a connection cannot be seen, so that
-//! it is refused, as are sockets at whose other end is another program; datagram
-//! sockets can be connected to a name again, which `--ext-unix-sk` allows.
-//!
-//! [`super::unix_open`] restores them, [`super::unix_peer`] whose credentials they show.
+//! Dumping UNIX sockets.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -18,53 +10,25 @@ use nix::{
     sys::socket::{UnixAddr, getpeername},
 };
 
-use super::{
-    Collector, Description, FileError, FileKind, Intake, Policy, Result, Usage, sock_diag,
-    sock_opts::{self, NET_NS_ID},
-    sock_queue::{self, Packet},
-    sock_state, unix_name, unix_open,
-};
+use super::{EXTERNAL, kind_name, name};
 use crate::{
     image::{SnapshotWriter, proto},
+    res::file::{
+        Collector, Description, FileError, Intake, Policy, Result,
+        sock::{
+            SHUT_BOTH, attributes, diag,
+            opts::{self, NET_NS_ID},
+            queue::{self, Packet},
+            state,
+        },
+    },
     units::{HostPid, TargetFd},
 };
-
-/// `unix_sk_entry.uflags`: the socket is of a program that was not dumped.
-pub(super) const EXTERNAL: u32 = 1;
-
-/// States of sockets (`net/tcp_states.h`).
-pub(super) mod state {
-    pub(in crate::res::file) const ESTABLISHED: u32 = 1;
-    pub(in crate::res::file) const CLOSE: u32 = 7;
-    pub(in crate::res::file) const LISTEN: u32 = 10;
-}
-
-/// Both directions are shut down.
-pub(super) const SHUT_BOTH: u8 = 3;
 
 const HELP_PEER: &str = "dump the program that has the other end as well, or end the connection";
 const HELP_EXTERNAL: &str = "dump the program that has it as well, or use --ext-unix-sk to connect \
     to its name again when restoring";
 const HELP_ACCEPT: &str = "let the program accept its connections, then try again";
-
-/// The row of [`super::KINDS`].
-pub(super) const KIND: FileKind = FileKind {
-    name: "UNIX socket",
-    types: &[proto::FdTypes::Unixsk],
-    usage: Usage::Descriptor,
-    collector: |policy| Box::new(UnixCollector::new(policy)),
-    opener: |_| Box::<unix_open::UnixOpener>::default(),
-};
-
-/// Returns what a type of sockets is called.
-pub(super) fn kind_name(kind: u32) -> &'static str {
-    match kind.cast_signed() {
-        libc::SOCK_STREAM => "stream",
-        libc::SOCK_DGRAM => "datagram",
-        libc::SOCK_SEQPACKET => "seqpacket",
-        _ => "unknown",
-    }
-}
 
 /// A socket that was collected.
 #[derive(Debug)]
@@ -80,34 +44,34 @@ struct Collected {
 
 /// Dumps UNIX sockets.
 #[derive(Debug)]
-struct UnixCollector {
+pub(super) struct UnixCollector {
     policy: Policy,
     /// All sockets of the network namespace.
-    all: Option<HashMap<u32, sock_diag::UnixSocket>>,
+    all: Option<HashMap<u32, diag::UnixSocket>>,
     /// Which listening socket a connection waits at that was not accepted.
     waiting_at: HashMap<u32, u32>,
     collected: Vec<Collected>,
     queues: Vec<(u32, Vec<Packet>)>,
-    states: sock_state::Reader,
+    states: attributes::Reader,
 }
 
 impl UnixCollector {
-    fn new(policy: &Policy) -> Self {
+    pub(super) fn new(policy: &Policy) -> Self {
         Self {
             policy: policy.clone(),
             all: None,
             waiting_at: HashMap::new(),
             collected: Vec::new(),
             queues: Vec::new(),
-            states: sock_state::Reader::default(),
+            states: attributes::Reader::default(),
         }
     }
 
     /// Returns what the kernel says of a socket.
-    fn look_up(&mut self, file: &Description, inode: u32) -> Result<sock_diag::UnixSocket> {
+    fn look_up(&mut self, file: &Description, inode: u32) -> Result<diag::UnixSocket> {
         if self.all.as_ref().is_none_or(|all| !all.contains_key(&inode)) {
-            let all = sock_diag::unix_sockets()
-                .map_err(file.failed("list the sockets of the network for"))?;
+            let all =
+                diag::unix_sockets().map_err(file.failed("list the sockets of the network for"))?;
             self.waiting_at = all
                 .values()
                 .flat_map(|socket| socket.pending.iter().map(|peer| (*peer, socket.inode)))
@@ -122,13 +86,13 @@ impl UnixCollector {
     }
 
     /// Returns a socket for messages.
-    fn describe(&self, socket: &sock_diag::UnixSocket) -> String {
+    fn describe(&self, socket: &diag::UnixSocket) -> String {
         let kind = kind_name(socket.kind.into());
-        let name = unix_name::display(&socket.name);
+        let name = name::display(&socket.name);
         let Some(peer) = self.all.as_ref().and_then(|all| all.get(&socket.peer)) else {
             return format!("the UNIX {kind} socket [{}] ({name})", socket.inode);
         };
-        let peer_name = unix_name::display(&peer.name);
+        let peer_name = name::display(&peer.name);
         format!(
             "the UNIX {kind} socket [{}] ({name}), connected to the socket [{}] ({peer_name})",
             socket.inode, peer.inode
@@ -140,7 +104,7 @@ impl UnixCollector {
     fn peers(
         &self,
         file: &Description,
-        socket: &sock_diag::UnixSocket,
+        socket: &diag::UnixSocket,
         what: &str,
     ) -> Result<(Vec<u32>, u32)> {
         let datagrams = i32::from(socket.kind) == libc::SOCK_DGRAM;
@@ -226,7 +190,7 @@ fn warn_of_peer_name(file: &Description, what: &str) {
 
 impl Collector for UnixCollector {
     fn claims(&self, file: &Description) -> bool {
-        file.is_type(libc::S_IFSOCK) && sock_opts::family(file.fd.as_fd()) == Ok(libc::AF_UNIX)
+        file.is_type(libc::S_IFSOCK) && opts::family(file.fd.as_fd()) == Ok(libc::AF_UNIX)
     }
 
     fn collect(&mut self, file: &Description, intake: &mut dyn Intake) -> Result<proto::FileEntry> {
@@ -236,10 +200,10 @@ impl Collector for UnixCollector {
         let what = self.describe(&socket);
         let (needs, peer) = self.peers(file, &socket, &what)?;
         let is_datagram = i32::from(socket.kind) == libc::SOCK_DGRAM;
-        let named = if unix_name::is_path(&socket.name) {
-            unix_name::look_at_file(file, &socket.name, socket.file, &what)?
+        let named = if name::is_path(&socket.name) {
+            name::look_at_file(file, &socket.name, socket.file, &what)?
         } else {
-            unix_name::NamedFile::default()
+            name::NamedFile::default()
         };
         // It is known before its queue is looked at, where it may be itself.
         self.collected.push(Collected {
@@ -252,7 +216,7 @@ impl Collector for UnixCollector {
         });
         let mut state = self.states.read(file, &what)?;
         if is_datagram || u32::from(socket.state) == state::ESTABLISHED {
-            let (packets, error) = sock_queue::peek(file, socket.kind.into(), &what, intake)?;
+            let (packets, error) = queue::peek(file, socket.kind.into(), &what, intake)?;
             self.queues.push((file.id, packets));
             state.error = error.map(|error| (error as i32).cast_unsigned());
         }
@@ -266,9 +230,9 @@ impl Collector for UnixCollector {
             backlog: socket.send_queue,
             peer,
             fown: file.fown,
-            opts: sock_opts::read(fd, libc::AF_UNIX).map_err(file.failed("read the options of"))?,
+            opts: opts::read(fd, libc::AF_UNIX).map_err(file.failed("read the options of"))?,
             name: socket.name,
-            shutdown: sock_opts::shutdown(socket.shutdown),
+            shutdown: opts::shutdown(socket.shutdown),
             file_perms: named.perms,
             name_dir: named.dir,
             deleted: named.deleted.then_some(true),
@@ -315,9 +279,6 @@ impl Collector for UnixCollector {
     }
 
     fn finish(&mut self, images: &SnapshotWriter) -> Result<()> {
-        sock_queue::write(images, &self.queues)
+        queue::write(images, &self.queues)
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -29,12 +29,12 @@ use nix::{
 };
 
 use super::{
-    Description, FileError, Intake, Result,
-    sock_opts::{self, Restored},
-    sock_state,
+    attributes,
+    opts::{self, Restored},
 };
 use crate::{
     image::{ImageReader, Kind, SnapshotWriter, proto},
+    res::file::{Description, FileError, Intake, Result},
     sys::{
         fds,
         socket::{self, Received},
@@ -122,7 +122,7 @@ pub(super) fn peek(
 ) -> Result<(Vec<Packet>, Option<Errno>)> {
     let fd = file.fd.as_fd();
     let failed = file.failed("look at the queue of");
-    let seen = sock_state::polled(fd, PollFlags::POLLIN | PollFlags::POLLPRI).map_err(&failed)?;
+    let seen = attributes::polled(fd, PollFlags::POLLIN | PollFlags::POLLPRI).map_err(&failed)?;
     let error = seen.contains(PollFlags::POLLERR).then_some(UNIX_ERROR);
     let urgent = || {
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_OOB | MsgFlags::MSG_DONTWAIT;
@@ -152,7 +152,7 @@ pub(super) fn peek(
     let asks = |option| {
         socket::option::<c_int>(fd, libc::SOL_SOCKET, option).is_ok_and(|value| value != 0)
     };
-    let with_credentials = asks(libc::SO_PASSCRED) || asks(sock_opts::SO_PASSPIDFD);
+    let with_credentials = asks(libc::SO_PASSCRED) || asks(opts::SO_PASSPIDFD);
     let mut offset = PeekOffset::new(fd).map_err(&failed)?;
     if with_credentials && kind == libc::SOCK_STREAM {
         let what = format!("{what}, with credentials in its queue");
@@ -373,7 +373,7 @@ pub(super) fn send(
     lookup: &dyn Fn(u32) -> Result<RawFd>,
 ) -> Result<()> {
     let failed = receiver.failed("send what was queued in");
-    sock_opts::widen(sender);
+    opts::widen(sender);
     for packet in packets {
         let fds = packet.rights.iter().map(|id| lookup(*id)).collect::<Result<Vec<_>>>()?;
         let rights = [ControlMessage::ScmRights(&fds)];

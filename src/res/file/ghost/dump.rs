@@ -24,12 +24,13 @@ use nix::{
     unistd::{Whence, linkat, lseek},
 };
 
-use super::{Description, FileError, Intake, Policy, Result, descriptor, revived::link_name};
+use super::link_name;
 use crate::{
     image::{
         ImageError, ImageWriter, Kind, SnapshotWriter,
         proto::{self, FdTypes, RemapType},
     },
+    res::file::{Description, FileError, Intake, Policy, Result, descriptor},
     sys::{fds, xattr},
     units::BLOCK_BYTES,
 };
@@ -73,7 +74,7 @@ impl Lost {
     }
 
     /// Whether who restores will provide this object.
-    pub(super) fn is_external(&self, name: &str) -> bool {
+    pub(in crate::res::file) fn is_external(&self, name: &str) -> bool {
         self.policy.is_external(name)
     }
 
@@ -82,7 +83,12 @@ impl Lost {
     ///
     /// # Errors
     /// [`FileError::Unsupported`] if it is too large.
-    pub(super) fn ghost(&mut self, file: &Description, name: &[u8], id: u32) -> Result<()> {
+    pub(in crate::res::file) fn ghost(
+        &mut self,
+        file: &Description,
+        name: &[u8],
+        id: u32,
+    ) -> Result<()> {
         let key = (file.stat.st_dev, file.stat.st_ino);
         let ghost = match self.known.get(&key) {
             Some(ghost) => *ghost,
@@ -173,7 +179,7 @@ impl Drop for Links {
 ///
 /// # Errors
 /// [`FileError::Unsupported`] if that was not allowed; what `linkat(2)` returns.
-pub(super) fn link(
+pub(in crate::res::file) fn link(
     file: &Description,
     name: &[u8],
     id: u32,

@@ -12,15 +12,19 @@ use nix::{
 };
 
 use super::{
-    Collector, Description, FileError, FileKind, Intake, Opened, Opener, Result, Usage, owner,
-    sock_diag,
-    sock_opts::{self, NET_NS_ID, Restored},
-    sock_state,
+    attributes, diag,
+    opts::{self, NET_NS_ID, Restored},
 };
-use crate::{image::proto, sys::socket};
+use crate::{
+    image::proto,
+    res::file::{
+        Collector, Description, FileError, FileKind, Intake, Opened, Opener, Result, Usage, owner,
+    },
+    sys::socket,
+};
 
-/// The row of [`super::KINDS`].
-pub(super) const KIND: FileKind = FileKind {
+/// The row of [`KINDS`](crate::res::file::KINDS).
+pub(in crate::res::file) const KIND: FileKind = FileKind {
     name: "netlink socket",
     types: &[proto::FdTypes::Netlinksk],
     usage: Usage::Descriptor,
@@ -36,21 +40,21 @@ const HELP: &str = "let the program read it or leave the groups, then try again"
 /// Dumps netlink sockets.
 #[derive(Debug, Default)]
 struct NetlinkCollector {
-    all: Option<HashMap<u32, sock_diag::NetlinkSocket>>,
-    states: sock_state::Reader,
+    all: Option<HashMap<u32, diag::NetlinkSocket>>,
+    states: attributes::Reader,
 }
 
 impl Collector for NetlinkCollector {
     fn claims(&self, file: &Description) -> bool {
-        file.is_type(libc::S_IFSOCK) && sock_opts::family(file.fd.as_fd()) == Ok(libc::AF_NETLINK)
+        file.is_type(libc::S_IFSOCK) && opts::family(file.fd.as_fd()) == Ok(libc::AF_NETLINK)
     }
 
     fn collect(&mut self, file: &Description, _: &mut dyn Intake) -> Result<proto::FileEntry> {
         let fd = file.fd.as_fd();
         let inode = u32::try_from(file.stat.st_ino).expect("inodes of sockets have 32 bits");
-        let protocol = sock_opts::protocol(fd).map_err(file.failed("ask for the protocol of"))?;
+        let protocol = opts::protocol(fd).map_err(file.failed("ask for the protocol of"))?;
         let what = format!("the netlink socket [{inode}] of protocol {protocol}");
-        let seen = sock_state::polled(fd, PollFlags::POLLIN).map_err(file.failed("poll"))?;
+        let seen = attributes::polled(fd, PollFlags::POLLIN).map_err(file.failed("poll"))?;
         if seen.contains(PollFlags::POLLERR) {
             let what = format!("{what}, with an error that its program has not read");
             return Err(file.unsupported(what, HELP));
@@ -59,7 +63,7 @@ impl Collector for NetlinkCollector {
             return Err(file.unsupported(format!("{what}, with messages in its queue"), HELP));
         }
         if self.all.is_none() {
-            let all = sock_diag::netlink_sockets();
+            let all = diag::netlink_sockets();
             self.all = Some(all.map_err(file.failed("list the sockets of the network for"))?);
         }
         // One without an address is in no list.
@@ -85,8 +89,7 @@ impl Collector for NetlinkCollector {
             dst_portid: bound.map_or(0, |bound| bound.peer_port),
             dst_group: bound.map_or(0, |bound| bound.peer_group),
             fown: file.fown,
-            opts: sock_opts::read(fd, libc::AF_NETLINK)
-                .map_err(file.failed("read the options of"))?,
+            opts: opts::read(fd, libc::AF_NETLINK).map_err(file.failed("read the options of"))?,
             ns_id: bound.map(|_| NET_NS_ID),
         };
         Ok(proto::FileEntry {
@@ -136,9 +139,9 @@ impl Opener for NetlinkOpener {
                 connect(fd.as_raw_fd(), &NetlinkAddr::new(entry.dst_portid, group))
                     .map_err(restored.failed("connect"))?;
             }
-            sock_opts::restore(fd.as_fd(), &entry.opts, &restored)?;
-            sock_state::restore_options(fd.as_fd(), file.sock.as_ref(), &restored)?;
-            sock_opts::restore_flags(fd.as_fd(), entry.flags, &restored)?;
+            opts::restore(fd.as_fd(), &entry.opts, &restored)?;
+            attributes::restore_options(fd.as_fd(), file.sock.as_ref(), &restored)?;
+            opts::restore_flags(fd.as_fd(), entry.flags, &restored)?;
             opened.insert(entry.id, fd);
         }
         Ok(())
@@ -151,11 +154,11 @@ mod tests {
 
     use nix::sys::socket::getsockname;
 
-    use super::{
-        super::sock_testing::{dump, refused},
-        *,
+    use super::*;
+    use crate::res::file::{
+        Policy,
+        sock::testing::{dump, refused},
     };
-    use crate::res::file::Policy;
 
     fn netlink(protocol: i32) -> std::os::fd::OwnedFd {
         socket::create(libc::AF_NETLINK, libc::SOCK_RAW, protocol).unwrap()

@@ -17,15 +17,21 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
 
-use super::{
-    Description, Result,
-    sock_opts::{self, Restored},
-    unix_peer,
-};
+use super::opts::{self, Restored};
 use crate::{
-    image::proto::{SkOptionEntry, SkStateEntry},
+    image::proto::{SkOptionEntry, SkPeerEntry, SkStateEntry},
+    res::file::{Description, Result},
     sys::socket,
 };
+
+/// `asm-generic/socket.h`, since Linux 4.13.
+const SO_PEERGROUPS: c_int = 59;
+
+/// The most groups that a process may be in (`NGROUPS_MAX`, `linux/limits.h`).
+const GROUPS_MAX: usize = 65_536;
+
+/// An id that means none.
+const NO_ID: u32 = u32::MAX;
 
 /// The most bytes of an ended TCP connection that are kept.
 pub(super) const RECEIVED_MAX_BYTES: u32 = 4 << 20;
@@ -85,7 +91,7 @@ const OPTIONS: &[(c_int, &[c_int])] = &[
             libc::SO_SELECT_ERR_QUEUE,
             libc::SO_BUSY_POLL,
             libc::SO_ZEROCOPY,
-            sock_opts::SO_PASSPIDFD,
+            opts::SO_PASSPIDFD,
             SO_WIFI_STATUS,
             SO_MAX_PACING_RATE,
             SO_PREFER_BUSY_POLL,
@@ -237,9 +243,9 @@ impl Reader {
     pub(super) fn read(&mut self, file: &Description, what: &str) -> Result<SkStateEntry> {
         let fd = file.fd.as_fd();
         let ask = file.failed("ask for the type of");
-        let family = sock_opts::family(fd).map_err(&ask)?;
-        let kind = sock_opts::kind(fd).map_err(&ask)?;
-        let protocol = sock_opts::protocol(fd).map_err(&ask)?;
+        let family = opts::family(fd).map_err(&ask)?;
+        let kind = opts::kind(fd).map_err(&ask)?;
+        let protocol = opts::protocol(fd).map_err(&ask)?;
         // The kernel shows classic ones only.
         if socket::filter(fd) == Err(Errno::EACCES) {
             let what = format!("{what}, with an eBPF program as its filter (SO_ATTACH_BPF)");
@@ -270,12 +276,29 @@ impl Reader {
             }
         }
         let peer = if family == libc::AF_UNIX {
-            unix_peer::read(fd).map_err(file.failed("ask for the peer's credentials of"))?
+            peer(fd).map_err(file.failed("ask for the peer's credentials of"))?
         } else {
             None
         };
         Ok(SkStateEntry { peek_off: peek_offset(fd), peer, options, ..SkStateEntry::default() })
     }
+}
+
+/// Returns whose credentials a socket shows, if it shows any.
+///
+/// # Errors
+/// What `getsockopt(2)` returns.
+fn peer(fd: BorrowedFd) -> nix::Result<Option<SkPeerEntry>> {
+    let [pid, uid, gid]: [u32; 3] = socket::option(fd, libc::SOL_SOCKET, libc::SO_PEERCRED)?;
+    if pid == 0 && uid == NO_ID {
+        return Ok(None);
+    }
+    let mut groups = vec![0; GROUPS_MAX * size_of::<u32>()];
+    // Kernels before 4.13 do not tell.
+    let len = socket::option_bytes(fd, libc::SOL_SOCKET, SO_PEERGROUPS, &mut groups).unwrap_or(0);
+    let word = |bytes: &[u8]| u32::from_ne_bytes(bytes.try_into().expect("chunks of 4"));
+    let groups = groups[..len].chunks_exact(size_of::<u32>()).map(word).collect();
+    Ok(Some(SkPeerEntry { pid: pid.cast_signed(), uid, gid, groups }))
 }
 
 /// Returns `SO_PEEK_OFF` if it is in use.
@@ -287,7 +310,7 @@ pub(super) fn peek_offset(fd: BorrowedFd) -> Option<c_int> {
 /// Sets options that are not as the images have them.
 ///
 /// # Errors
-/// [`super::FileError::Restore`].
+/// [`crate::res::file::FileError::Restore`].
 pub(super) fn restore_options(
     fd: BorrowedFd,
     state: Option<&SkStateEntry>,
@@ -312,7 +335,7 @@ pub(super) fn restore_options(
 /// Sets `SO_PEEK_OFF`, when the queue is filled.
 ///
 /// # Errors
-/// [`super::FileError::Restore`].
+/// [`crate::res::file::FileError::Restore`].
 pub(super) fn restore_peek_offset(
     fd: BorrowedFd,
     state: Option<&SkStateEntry>,

@@ -24,12 +24,15 @@ use nix::{
     unistd::pipe,
 };
 
-use super::super::{
-    Opened, Policy,
-    owner::Holder,
-    sock_testing::{dump, odd_options, option, receive_all, refused, set_odd_options, unix},
+use crate::{
+    image::proto,
+    res::file::{
+        FileError, Opened, Policy,
+        owner::Holder,
+        sock::testing::{dump, odd_options, option, receive_all, refused, set_odd_options, unix},
+    },
+    sys::socket,
 };
-use crate::{image::proto, res::file::FileError, sys::socket};
 
 fn pair(kind: SockType) -> (OwnedFd, OwnedFd) {
     socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC).unwrap()
@@ -425,7 +428,7 @@ fn lone_sockets_options_and_flags_are_restored() {
         for (id, before) in (0..).zip(&before) {
             assert_eq!(&odd_options(&restored.get(id)), before, "{id}");
         }
-        let passes = |id| super::super::sock_testing::option(&restored.get(id), sockopt::PassCred);
+        let passes = |id| option(&restored.get(id), sockopt::PassCred);
         assert_eq!((passes(0), passes(1), passes(2)), (true, true, false));
         let flags =
             |id| OFlag::from_bits_retain(fcntl(restored.get(id), FcntlArg::F_GETFL).unwrap());

@@ -1,68 +1,23 @@
-//! Terminals.
-//!
-//! What a description leads to has a number of its own, so that several
-//! descriptions of one terminal find it: twice its index, and one more for the
-//! master of a pair.
-//!
-//! Bytes that are queued between the two ends of a pair cannot be looked at without taking
-//! them out, and what kills this program then would lose them: a dump that finds some is
-//! refused, unless the terminal stays outside of the tree. What CRIU has put into images is
-//! queued again. A line that was typed in part, at a terminal that gives out lines, is
-//! counted nowhere: nobody can see it, and it is lost.
+//! Dumping terminals.
 
-mod restore;
+use std::{collections::BTreeMap, os::unix::fs::MetadataExt};
 
-use std::{
-    collections::BTreeMap,
-    ffi::OsStr,
-    os::unix::{ffi::OsStrExt, fs::MetadataExt},
-    path::{Path, PathBuf},
-};
+use nix::{errno::Errno, libc, poll::PollFlags};
 
-use nix::{
-    errno::Errno,
-    libc,
-    poll::PollFlags,
-    sys::stat::{major, minor},
-};
-
-use super::{
-    Collector, Description, FileError, FileKind, Intake, Policy, Result, Usage, descriptor, path,
-};
+use super::{PERMISSIONS, Role, external_name, is_master, pack, peer, slave_path};
 use crate::{
     image::{
         Kind, SnapshotWriter,
         proto::{self, FdTypes, TtyType},
     },
     proc,
+    res::file::{Collector, Description, FileError, Intake, Policy, Result, descriptor, path},
     sys::{
         fds,
-        tty::{self, CONTROL_CHARACTERS, Question, Termios},
+        tty::{self, Question, Termios},
     },
     units::{HostPid, TargetFd},
 };
-
-/// The kind's row.
-pub(super) const KIND: FileKind = FileKind {
-    name: "terminal",
-    types: &[FdTypes::Tty],
-    usage: Usage::Descriptor,
-    collector: |policy: &Policy| {
-        Box::new(Terminals { policy: policy.clone(), ..Terminals::default() })
-    },
-    opener: |_: &Policy| Box::new(restore::Opening::default()),
-};
-
-// `include/uapi/linux/major.h`
-const TTY_MAJOR: u64 = 4;
-const TTYAUX_MAJOR: u64 = 5;
-const UNIX98_PTY_MASTER_MAJOR: u64 = 128;
-const UNIX98_PTY_SLAVE_MAJOR: u64 = 136;
-const UNIX98_PTY_MAJOR_COUNT: u64 = 8;
-const USB_SERIAL_MAJOR: u64 = 188;
-const LOW_DENSE_SERIAL_MAJOR: u64 = 204;
-/// Virtual terminals have the numbers from 1 to this (`include/uapi/linux/vt.h`).
-const MAX_NR_CONSOLES: u64 = 63;
 
 // Numbers of CRIU for terminals that have none of their own; pairs have less.
 const MAX_PTY_INDEX: u32 = 1000;
@@ -73,70 +28,11 @@ const SERIAL_INDEX: u32 = 1010;
 const EXTERNAL_INDEX: u32 = 1013;
 const EXTERNAL_INDEX_MAX: u32 = 1076;
 
-/// Permissions and the like.
-const PERMISSIONS: u32 = 0o7777;
-
 /// What helps if a terminal is outside of the tree.
 const SHELL_JOB: &str = "dump with --shell-job, to restore on the terminal of who restores";
 
-/// What a terminal is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Role {
-    Master,
-    Slave(u32),
-    Console,
-    Virtual,
-    Controlling,
-    Serial,
-}
-
-impl Role {
-    fn of(device: u64) -> Option<Self> {
-        let small = |number: u64| u32::try_from(number).ok();
-        let (major, minor) = (major(device), minor(device));
-        match major {
-            TTYAUX_MAJOR => match minor {
-                0 => Some(Self::Controlling),
-                1 => Some(Self::Console),
-                2 => Some(Self::Master),
-                _ => None,
-            },
-            TTY_MAJOR if (1..=MAX_NR_CONSOLES).contains(&minor) => Some(Self::Virtual),
-            USB_SERIAL_MAJOR | LOW_DENSE_SERIAL_MAJOR => Some(Self::Serial),
-            _ => {
-                let in_range = |first| (first..first + UNIX98_PTY_MAJOR_COUNT).contains(&major);
-                if in_range(UNIX98_PTY_MASTER_MAJOR) {
-                    return Some(Self::Master);
-                }
-                let index = small((major.wrapping_sub(UNIX98_PTY_SLAVE_MAJOR) << 8) | minor)?;
-                in_range(UNIX98_PTY_SLAVE_MAJOR).then_some(Self::Slave(index))
-            }
-        }
-    }
-
-    fn tty_type(self) -> TtyType {
-        match self {
-            Self::Master | Self::Slave(_) => TtyType::Pty,
-            Self::Console => TtyType::Console,
-            Self::Virtual => TtyType::Vt,
-            Self::Controlling => TtyType::Ctty,
-            Self::Serial => TtyType::Serial,
-        }
-    }
-}
-
-/// Whether the number of a terminal is that of a master.
-fn is_master(info_id: u32) -> bool {
-    info_id & 1 != 0
-}
-
-/// Returns the number of the other end of a pair.
-fn peer(info_id: u32) -> u32 {
-    info_id ^ 1
-}
-
 /// Who has a terminal open, for messages.
-struct Holder {
+struct Owner {
     pid: HostPid,
     fd: TargetFd,
     name: String,
@@ -144,7 +40,7 @@ struct Holder {
     queued: u32,
 }
 
-impl Holder {
+impl Owner {
     fn unsupported(&self, what: &str, help: &'static str) -> FileError {
         let what = format!("the terminal {}, {what}", self.name);
         FileError::Unsupported { pid: self.pid, fd: self.fd, what, help }
@@ -153,9 +49,9 @@ impl Holder {
 
 /// Dumps terminals.
 #[derive(Default)]
-struct Terminals {
+pub(super) struct Terminals {
     policy: Policy,
-    infos: BTreeMap<u32, (proto::TtyInfoEntry, Holder)>,
+    infos: BTreeMap<u32, (proto::TtyInfoEntry, Owner)>,
     externals: u32,
 }
 
@@ -190,7 +86,7 @@ impl Collector for Terminals {
                 (info.sid, info.pgrp) = (session, foreground);
                 let name = String::from_utf8_lossy(&file.link).into_owned();
                 let queued = queued(file, &info)?;
-                let holder = Holder { pid: file.pid, fd: file.number, name, queued };
+                let holder = Owner { pid: file.pid, fd: file.number, name, queued };
                 self.infos.insert(info_id, (info, holder));
             }
         }
@@ -215,6 +111,10 @@ impl Collector for Terminals {
 }
 
 impl Terminals {
+    pub(super) fn new(policy: &Policy) -> Self {
+        Self { policy: policy.clone(), ..Self::default() }
+    }
+
     /// Returns the number, the type and the index of a terminal.
     fn number(&mut self, file: &Description) -> Result<(u32, TtyType, u32)> {
         if is_external(file, &self.policy) {
@@ -285,16 +185,6 @@ impl Terminals {
     }
 }
 
-/// Returns the path of the slave of a master that was opened by `path`.
-fn slave_path(path: &[u8], index: u32) -> PathBuf {
-    let path = Path::new(OsStr::from_bytes(path));
-    let dir = path.parent().unwrap_or(Path::new("/"));
-    // A file system of terminals has a `ptmx` of its own; the other is beside it.
-    let inside = dir.file_name() == Some(OsStr::new("pts"));
-    let dir = if inside { dir.to_owned() } else { dir.join("pts") };
-    dir.join(index.to_string())
-}
-
 /// Returns who owns the slave of a master, which perhaps nobody has open.
 fn slave_owner(file: &Description, index: u32) -> Option<proto::InodeOwnerEntry> {
     let stat = std::fs::metadata(slave_path(&file.link, index)).ok()?;
@@ -318,11 +208,6 @@ fn is_external(file: &Description, policy: &Policy) -> bool {
 
 fn fd(file: &Description) -> std::os::fd::BorrowedFd<'_> {
     std::os::fd::AsFd::as_fd(&file.fd)
-}
-
-/// Returns what `--external` and `--inherit-fd` call a terminal.
-fn external_name(device: u64, file_system: u64) -> String {
-    format!("tty[{device:x}:{file_system:x}]")
 }
 
 /// Returns the session that a terminal controls, and the group in the foreground;
@@ -402,29 +287,6 @@ fn modes(file: &Description, info: &mut proto::TtyInfoEntry) -> nix::Result<()> 
     Ok(())
 }
 
-/// Bytes of control characters in one number of images: the bytes stand there as
-/// they are in memory, not one a number, of which there are as many nevertheless.
-const CHARACTERS_PER_NUMBER: usize = size_of::<u32>();
-
-fn pack(characters: &[u8; CONTROL_CHARACTERS]) -> Vec<u32> {
-    let mut numbers = vec![0; CONTROL_CHARACTERS];
-    for (number, bytes) in numbers.iter_mut().zip(characters.chunks(CHARACTERS_PER_NUMBER)) {
-        let mut word = [0; CHARACTERS_PER_NUMBER];
-        word[..bytes.len()].copy_from_slice(bytes);
-        *number = u32::from_le_bytes(word);
-    }
-    numbers
-}
-
-/// Takes characters out of numbers again; `None` if there are too few.
-fn unpack(numbers: &[u32]) -> Option<[u8; CONTROL_CHARACTERS]> {
-    if numbers.len() < CONTROL_CHARACTERS {
-        return None;
-    }
-    let bytes: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
-    bytes[..CONTROL_CHARACTERS].try_into().ok()
-}
-
 fn termios_entry(modes: &Termios) -> proto::TermiosEntry {
     proto::TermiosEntry {
         c_iflag: modes.input,
@@ -438,6 +300,3 @@ fn termios_entry(modes: &Termios) -> proto::TermiosEntry {
         c_cc: pack(&modes.characters),
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -25,15 +25,19 @@ use nix::{
     },
 };
 
-use super::{
-    FileError, Opened, Opener, Result,
-    inet::{IPV6_FREEBIND, IPV6_RECVPKTINFO, protocol_name},
-    owner,
-    sock_opts::{self, Restored},
-    sock_state, udp_queue,
-    unix::state,
+use super::{IPV6_FREEBIND, IPV6_RECVPKTINFO, protocol_name, udp_queue};
+use crate::{
+    image::proto,
+    res::file::{
+        FileError, Opened, Opener, Result, owner,
+        sock::{
+            attributes,
+            opts::{self, Restored},
+            state,
+        },
+    },
+    sys::socket,
 };
-use crate::{image::proto, sys::socket};
 
 /// What a socket has room for at least that receives what was in its queue.
 const ROOM_BYTES: i32 = 1 << 20;
@@ -70,7 +74,7 @@ impl Opener for InetOpener {
                     let port = sockets[at].entry.src_port;
                     for socket in sockets.iter().filter(|socket| socket.entry.src_port == port) {
                         let (fd, both) = (socket.fd.as_fd(), (Some(true), Some(true)));
-                        sock_opts::restore_reuse(fd, both, &socket.restored)?;
+                        opts::restore_reuse(fd, both, &socket.restored)?;
                     }
                     sockets[at].bind()
                 }
@@ -136,14 +140,14 @@ impl<'a> Socket<'a> {
             self.set(libc::SOL_IPV6, libc::IPV6_V6ONLY, v6only.into(), "set IPV6_V6ONLY of")?;
         }
         let reuse = (options.reuseaddr, options.so_reuseport);
-        sock_opts::restore_reuse(fd, reuse, &self.restored)?;
+        opts::restore_reuse(fd, reuse, &self.restored)?;
         // Some say to what it may be bound.
-        sock_state::restore_options(fd, self.state, &self.restored)?;
-        sock_opts::restore_interface(fd, options, &self.restored)
+        attributes::restore_options(fd, self.state, &self.restored)?;
+        opts::restore_interface(fd, options, &self.restored)
     }
 
     fn set(&self, level: i32, name: i32, value: u32, step: &'static str) -> Result<()> {
-        sock_opts::ensure(self.fd.as_fd(), level, name, value).map_err(self.restored.failed(step))
+        opts::ensure(self.fd.as_fd(), level, name, value).map_err(self.restored.failed(step))
     }
 
     fn bind(&self) -> nix::Result<()> {
@@ -158,8 +162,7 @@ impl<'a> Socket<'a> {
         // An address that was just added cannot be bound to until the network has
         // been asked whether someone else has it.
         let early = self.own.is_ipv6();
-        let freebind =
-            |on: u32| sock_opts::ensure(self.fd.as_fd(), libc::SOL_IPV6, IPV6_FREEBIND, on);
+        let freebind = |on: u32| opts::ensure(self.fd.as_fd(), libc::SOL_IPV6, IPV6_FREEBIND, on);
         if early {
             freebind(1)?;
         }
@@ -185,7 +188,7 @@ impl<'a> Socket<'a> {
         let bytes: usize = state.datagrams.iter().map(|datagram| datagram.data.len()).sum();
         // What the kernel keeps beside counts as well.
         let room = i32::try_from(bytes).unwrap_or(i32::MAX).saturating_mul(2);
-        sock_opts::widen_to_receive(self.fd.as_fd(), room.max(ROOM_BYTES));
+        opts::widen_to_receive(self.fd.as_fd(), room.max(ROOM_BYTES));
         udp_queue::restore(self.fd.as_fd(), self.own, &state.datagrams, &self.restored);
     }
 
@@ -206,7 +209,7 @@ impl<'a> Socket<'a> {
         // All of it has to find room.
         let room = i32::try_from(received.len()).map_err(|_| Errno::EFBIG)?.saturating_mul(2);
         if room > 0 {
-            sock_opts::widen_to_receive(fd, room);
+            opts::widen_to_receive(fd, room);
         }
         connect(fd.as_raw_fd(), &address)?;
         let failed =
@@ -242,18 +245,18 @@ impl<'a> Socket<'a> {
                 .map_err(restored.failed("connect"))?;
         }
         self.set_ip_options(entry.ip_opts.as_ref())?;
-        sock_opts::restore(fd, &entry.opts, restored)?;
-        sock_state::restore_options(fd, self.state, restored)?;
-        sock_state::restore_peek_offset(fd, self.state, restored)?;
+        opts::restore(fd, &entry.opts, restored)?;
+        attributes::restore_options(fd, self.state, restored)?;
+        attributes::restore_peek_offset(fd, self.state, restored)?;
         self.set_tcp_options()?;
         let reuse = (entry.opts.reuseaddr, entry.opts.so_reuseport);
-        sock_opts::restore_reuse(fd, reuse, restored)?;
+        opts::restore_reuse(fd, reuse, restored)?;
         self.shut_down(fd)?;
-        sock_opts::restore_flags(fd, entry.flags, restored)
+        opts::restore_flags(fd, entry.flags, restored)
     }
 
     fn shut_down(&self, fd: BorrowedFd) -> Result<()> {
-        let Some(how) = sock_opts::how(self.entry.shutdown) else { return Ok(()) };
+        let Some(how) = opts::how(self.entry.shutdown) else { return Ok(()) };
         match shutdown(fd.as_raw_fd(), how) {
             // It is done nevertheless.
             Err(Errno::ENOTCONN) => Ok(()),

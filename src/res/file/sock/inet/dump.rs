@@ -1,16 +1,4 @@
-//! TCP and UDP sockets that are not connections.
-//!
-//! TCP sockets that listen, that neither listen nor are connected, or whose connection both
-//! ends have ended; UDP and UDP-Lite sockets in any state. What is queued in UDP sockets is
-//! kept as far as [`super::udp_queue`] can. CRIU drops it, and who uses UDP has to live with
-//! losses, of ICMP errors too. So do clients whose connections a listening socket has begun
-//! to make.
-//!
-//! A TCP socket whose connection has ended still tells the name that it had, but holds the
-//! port only if its program has bound it. What it has received is kept; an error that nobody
-//! has read is not, since only who takes it learns which one it is.
-//!
-//! [`super::inet_open`] restores them.
+//! Dumping internet sockets.
 
 use std::{
     collections::{HashMap, hash_map::Entry},
@@ -22,34 +10,24 @@ use nix::{
     errno::Errno,
     libc::{self, c_int},
     poll::PollFlags,
-    sys::socket::{SockaddrStorage, getpeername, getsockname},
+    sys::socket::{getpeername, getsockname},
 };
 
-use super::{
-    Collector, Description, FileKind, Intake, Result, Usage, inet_open, sock_diag,
-    sock_opts::{self, NET_NS_ID},
-    sock_queue,
-    sock_state::{self, RECEIVED_MAX_BYTES},
-    udp_queue,
-    unix::{SHUT_BOTH, state},
-};
+use super::{IPV6_FREEBIND, IPV6_RECVPKTINFO, address, protocol_name, udp_queue};
 use crate::{
     image::proto,
+    res::file::{
+        Collector, Description, Intake, Result,
+        sock::{
+            SHUT_BOTH,
+            attributes::{self, RECEIVED_MAX_BYTES},
+            diag,
+            opts::{self, NET_NS_ID},
+            queue, state,
+        },
+    },
     sys::{fds, socket},
 };
-
-/// The row of [`super::KINDS`].
-pub(super) const KIND: FileKind = FileKind {
-    name: "internet socket",
-    types: &[proto::FdTypes::Inetsk],
-    usage: Usage::Descriptor,
-    collector: |_| Box::new(InetCollector::default()),
-    opener: |_| Box::new(inet_open::InetOpener),
-};
-
-/// `IPV6_FREEBIND` and `IPV6_RECVPKTINFO`, `linux/in6.h`.
-pub(super) const IPV6_FREEBIND: c_int = 78;
-pub(super) const IPV6_RECVPKTINFO: c_int = 49;
 
 /// `UDP_CORK` and `UDP_ENCAP`, `linux/udp.h`.
 const UDP_CORK: c_int = 1;
@@ -74,10 +52,10 @@ const HELP_ACCEPT: &str = "let the program accept its connections, then try agai
 
 /// Dumps internet sockets.
 #[derive(Debug, Default)]
-struct InetCollector {
+pub(super) struct InetCollector {
     /// Sockets of the network namespace by family and protocol.
-    listed: HashMap<(c_int, c_int), HashMap<u32, sock_diag::InetSocket>>,
-    states: sock_state::Reader,
+    listed: HashMap<(c_int, c_int), HashMap<u32, diag::InetSocket>>,
+    states: attributes::Reader,
 }
 
 /// What is asked of a socket in a way that depends on its protocol.
@@ -121,7 +99,7 @@ impl InetCollector {
             }
             state::CLOSE => {
                 let seen =
-                    sock_state::polled(fd, PollFlags::POLLIN).map_err(file.failed("poll"))?;
+                    attributes::polled(fd, PollFlags::POLLIN).map_err(file.failed("poll"))?;
                 if seen.contains(PollFlags::POLLERR) {
                     let what = format!("{what}, with an error that its program has not read");
                     return Err(file.unsupported(what, HELP_ERROR));
@@ -168,7 +146,7 @@ impl InetCollector {
         let received = if bytes == 0 {
             Vec::new()
         } else {
-            sock_queue::peek_received(fd, bytes).map_err(&failed)?
+            queue::peek_received(fd, bytes).map_err(&failed)?
         };
         // One that holds no port is in no list; kernels before 6.8 list none that is closed.
         let bound = self.listed(file, family, libc::IPPROTO_TCP)?.is_some();
@@ -187,13 +165,13 @@ impl InetCollector {
         file: &Description,
         family: c_int,
         protocol: c_int,
-    ) -> Result<Option<sock_diag::InetSocket>> {
+    ) -> Result<Option<diag::InetSocket>> {
         let inode = u32::try_from(file.stat.st_ino).expect("inodes of sockets have 32 bits");
         let listed = match self.listed.entry((family, protocol)) {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(place) => {
                 let byte = |number: c_int| u8::try_from(number).expect("families are small");
-                place.insert(match sock_diag::inet_sockets(byte(family), byte(protocol)) {
+                place.insert(match diag::inet_sockets(byte(family), byte(protocol)) {
                     // The kernel has no part that tells of them.
                     Err(Errno::ENOENT) => HashMap::new(),
                     found => found.map_err(file.failed("list the sockets of the network for"))?,
@@ -221,7 +199,7 @@ impl InetCollector {
             return Err(file.unsupported(what, HELP_KIND));
         }
         let found = self.listed(file, family, protocol)?;
-        let seen = sock_state::polled(fd, PollFlags::empty()).map_err(file.failed("poll"))?;
+        let seen = attributes::polled(fd, PollFlags::empty()).map_err(file.failed("poll"))?;
         if seen.contains(PollFlags::POLLERR) {
             log::warn!("{what} has an error that its program has not read (ICMP): it will be lost");
         }
@@ -248,15 +226,15 @@ impl InetCollector {
 impl Collector for InetCollector {
     fn claims(&self, file: &Description) -> bool {
         let inet = |family| matches!(family, libc::AF_INET | libc::AF_INET6);
-        file.is_type(libc::S_IFSOCK) && sock_opts::family(file.fd.as_fd()).is_ok_and(inet)
+        file.is_type(libc::S_IFSOCK) && opts::family(file.fd.as_fd()).is_ok_and(inet)
     }
 
     fn collect(&mut self, file: &Description, _: &mut dyn Intake) -> Result<proto::FileEntry> {
         let fd = file.fd.as_fd();
         let ask = file.failed("ask for the type of");
-        let family = sock_opts::family(fd).map_err(&ask)?;
-        let kind = sock_opts::kind(fd).map_err(&ask)?;
-        let protocol = sock_opts::protocol(fd).map_err(&ask)?;
+        let family = opts::family(fd).map_err(&ask)?;
+        let kind = opts::kind(fd).map_err(&ask)?;
+        let protocol = opts::protocol(fd).map_err(&ask)?;
         let inode = file.stat.st_ino;
         let mut own = address(getsockname(fd.as_raw_fd()));
         let name = own.map_or_else(|| "unbound".to_owned(), |own| own.to_string());
@@ -300,12 +278,12 @@ impl Collector for InetCollector {
             src_addr: words(own, family),
             dst_addr: words(peer, family),
             fown: file.fown,
-            opts: sock_opts::read(fd, family).map_err(&options)?,
+            opts: opts::read(fd, family).map_err(&options)?,
             v6only: v6only(fd, family).map_err(&options)?,
             ip_opts: Some(ip_options(fd, family).map_err(&options)?),
             ifname: scope(fd, own).map_err(&options)?,
             ns_id: listed.then_some(NET_NS_ID),
-            shutdown: sock_opts::shutdown(facts.shutdown),
+            shutdown: opts::shutdown(facts.shutdown),
             tcp_opts: Some(tcp_options(fd, protocol).map_err(&options)?),
         };
         Ok(proto::FileEntry {
@@ -326,7 +304,7 @@ fn can_be_sent_again(fd: BorrowedFd, protocol: c_int) -> bool {
         && !uses(libc::SOL_SOCKET, libc::SO_REUSEADDR)
         && !uses(libc::SOL_SOCKET, libc::SO_REUSEPORT)
         && !uses(libc::SOL_UDP, libc::UDP_GRO)
-        && sock_opts::bound_interface(fd).is_ok_and(|interface| interface.is_none())
+        && opts::bound_interface(fd).is_ok_and(|interface| interface.is_none())
 }
 
 fn state_name(state: u32) -> String {
@@ -349,34 +327,9 @@ fn state_name(state: u32) -> String {
     name.map_or_else(|| format!("{state}, which is not known"), |name| (*name).to_owned())
 }
 
-/// Returns what sockets of a type and protocol are called.
-pub(super) fn protocol_name(kind: c_int, protocol: c_int) -> String {
-    if kind == libc::SOCK_RAW {
-        return format!("raw IP (protocol {protocol})");
-    }
-    let name = match protocol {
-        libc::IPPROTO_TCP => "TCP",
-        libc::IPPROTO_UDP => "UDP",
-        libc::IPPROTO_UDPLITE => "UDP-Lite",
-        libc::IPPROTO_ICMP | libc::IPPROTO_ICMPV6 => "ICMP",
-        libc::IPPROTO_SCTP => "SCTP",
-        libc::IPPROTO_MPTCP => "multipath TCP",
-        libc::IPPROTO_DCCP => "DCCP",
-        _ => return format!("IP protocol {protocol}"),
-    };
-    name.to_owned()
-}
-
-/// Takes an address of either family.
-pub(super) fn address(found: nix::Result<SockaddrStorage>) -> Option<SocketAddr> {
-    let found = found.ok()?;
-    let v4 = found.as_sockaddr_in().map(|v4| SocketAddr::V4((*v4).into()));
-    v4.or_else(|| found.as_sockaddr_in6().map(|v6| SocketAddr::V6((*v6).into())))
-}
-
 /// Returns the bytes of an address, as they are on the wire, in words as this machine
 /// reads them, which is what images have.
-fn words(address: Option<SocketAddr>, family: c_int) -> Vec<u32> {
+pub(super) fn words(address: Option<SocketAddr>, family: c_int) -> Vec<u32> {
     let bytes = match address.map(|address| address.ip()) {
         Some(IpAddr::V4(v4)) => v4.octets().to_vec(),
         Some(IpAddr::V6(v6)) => v6.octets().to_vec(),
@@ -393,7 +346,7 @@ fn words(address: Option<SocketAddr>, family: c_int) -> Vec<u32> {
 fn scope(fd: BorrowedFd, own: Option<SocketAddr>) -> nix::Result<Option<Vec<u8>>> {
     match own {
         Some(SocketAddr::V6(v6)) if v6.port() != 0 && v6.scope_id() != 0 => {
-            sock_opts::bound_interface(fd)
+            opts::bound_interface(fd)
         }
         _ => Ok(None),
     }
@@ -440,6 +393,3 @@ fn tcp_options(fd: BorrowedFd, protocol: c_int) -> nix::Result<proto::TcpOptsEnt
         keepintvl: number(libc::TCP_KEEPINTVL)?,
     })
 }
-
-#[cfg(test)]
-mod tests;

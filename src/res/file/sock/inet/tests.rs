@@ -10,11 +10,14 @@ use nix::{
     sys::socket::{Shutdown, SockaddrStorage, bind, setsockopt, shutdown, sockopt},
 };
 
-use super::super::{
-    Policy,
-    sock_testing::{dump, inet, odd_options, option, receive_all, refused, set_odd_options},
+use super::dump::words;
+use crate::{
+    res::file::{
+        FileError, Policy,
+        sock::testing::{dump, inet, odd_options, option, receive_all, refused, set_odd_options},
+    },
+    sys::socket,
 };
-use crate::{res::file::FileError, sys::socket};
 
 fn localhosts() -> [SocketAddr; 2] {
     [(Ipv4Addr::LOCALHOST, 0).into(), (Ipv6Addr::LOCALHOST, 0).into()]
@@ -226,6 +229,6 @@ fn other_protocols_are_refused_by_name() {
 #[test]
 fn the_words_of_addresses_are_bytes_in_order() {
     let v4 = SocketAddr::from((Ipv4Addr::new(127, 0, 0, 1), 80));
-    assert_eq!(super::words(Some(v4), libc::AF_INET), [u32::from_le(0x0100_007f)]);
-    assert_eq!(super::words(None, libc::AF_INET6), [0; 4]);
+    assert_eq!(words(Some(v4), libc::AF_INET), [u32::from_le(0x0100_007f)]);
+    assert_eq!(words(None, libc::AF_INET6), [0; 4]);
 }

@@ -4,13 +4,16 @@ use std::os::fd::AsFd;
 
 use nix::libc;
 
-use super::{
-    Collector, Description, FileError, FileKind, Intake, Opened, Opener, Result, Usage, sock_opts,
+use super::opts;
+use crate::{
+    image::proto,
+    res::file::{
+        Collector, Description, FileError, FileKind, Intake, Opened, Opener, Result, Usage,
+    },
 };
-use crate::image::proto;
 
-/// The row of [`super::KINDS`]. It takes every socket: it comes after all other sockets.
-pub(super) const KIND: FileKind = FileKind {
+/// The row of [`KINDS`](crate::res::file::KINDS). It takes every socket: it comes after all other sockets.
+pub(in crate::res::file) const KIND: FileKind = FileKind {
     name: "socket",
     types: &[proto::FdTypes::Packetsk],
     usage: Usage::Descriptor,
@@ -43,8 +46,8 @@ impl Collector for Rest {
 
     fn collect(&mut self, file: &Description, _: &mut dyn Intake) -> Result<proto::FileEntry> {
         let fd = file.fd.as_fd();
-        let family = sock_opts::family(fd).map_err(file.failed("ask for the family of"))?;
-        let protocol = sock_opts::protocol(fd).map_err(file.failed("ask for the protocol of"))?;
+        let family = opts::family(fd).map_err(file.failed("ask for the family of"))?;
+        let protocol = opts::protocol(fd).map_err(file.failed("ask for the protocol of"))?;
         let what = format!(
             "a {} [{}], family {family}, protocol {protocol:#x}",
             family_name(family),

@@ -20,8 +20,12 @@ use nix::{
     sys::socket::{MsgFlags, SockaddrStorage, recvmsg, sendto},
 };
 
-use super::{inet, sock_opts::Restored, sock_queue::PeekOffset};
-use crate::{image::proto::SkDatagramEntry, sys::socket};
+use super::address;
+use crate::{
+    image::proto::SkDatagramEntry,
+    res::file::sock::{opts::Restored, queue::PeekOffset},
+    sys::socket,
+};
 
 /// More than a datagram can have.
 const DATAGRAM_BYTES: usize = 64 << 10;
@@ -56,7 +60,7 @@ pub(super) fn peek(fd: BorrowedFd) -> nix::Result<Option<Vec<SkDatagramEntry>>> 
             message => message?,
         };
         let (bytes, from) = (message.bytes, message.address);
-        let Some(from) = inet::address(from.ok_or(Errno::EDESTADDRREQ)) else { return Ok(None) };
+        let Some(from) = address(from.ok_or(Errno::EDESTADDRREQ)) else { return Ok(None) };
         let from_address = match from.ip() {
             IpAddr::V4(v4) => v4.octets().to_vec(),
             IpAddr::V6(v6) if v6.is_unicast_link_local() => return Ok(None),

@@ -32,13 +32,14 @@ use nix::{
     unistd::{Gid, Uid, fchownat, linkat},
 };
 
-use super::{FileError, Opened, Result, descriptor};
+use super::link_name;
 use crate::{
     image::{
         ImageReader, Kind, payload,
         proto::{self, RemapType},
         read_all,
     },
+    res::file::{FileError, Opened, Result, descriptor},
     sys::xattr,
 };
 
@@ -115,14 +116,8 @@ fn remaps(opened: &mut Opened) -> Result<&HashMap<u32, Remap>> {
     Ok(opened.revived.remaps.as_ref().expect("it was read"))
 }
 
-/// Returns the name that a dump gives to a file which has lost its own, whose entry in the
-/// images is to have the number `id`; the same as CRIU.
-pub(super) fn link_name(id: u32) -> String {
-    format!("link_remap.{id}")
-}
-
 /// Opens the file of an entry that has lost its name; `None` if it has not.
-pub(super) fn open(
+pub(in crate::res::file) fn open(
     entry: &proto::RegFileEntry,
     flags: u32,
     opened: &mut Opened,

@@ -17,9 +17,9 @@ use nix::{
 };
 use zerocopy::IntoBytes;
 
-use super::FileError;
 use crate::{
     image::proto,
+    res::file::{FileError, Result},
     sys::socket::{self, FilterStep},
 };
 
@@ -227,7 +227,7 @@ pub(super) fn restore(
     fd: BorrowedFd,
     options: &proto::SkOptsEntry,
     restored: &Restored,
-) -> super::Result<()> {
+) -> Result<()> {
     let send = (libc::SO_SNDBUF, libc::SO_SNDBUFFORCE, libc::SO_SNDBUF);
     let receive = (libc::SO_RCVBUF, libc::SO_RCVBUFFORCE, libc::SO_RCVBUF);
     set_buffer(fd, send, options.so_sndbuf).map_err(restored.failed("set the send buffer of"))?;
@@ -292,7 +292,7 @@ pub(super) fn restore_interface(
     fd: BorrowedFd,
     options: &proto::SkOptsEntry,
     restored: &Restored,
-) -> super::Result<()> {
+) -> Result<()> {
     let Some(name) = options.so_bound_dev.as_deref() else { return Ok(()) };
     let step = "bind to its interface";
     if bound_interface(fd).map_err(restored.failed(step))?.as_deref() == Some(name) {
@@ -310,7 +310,7 @@ pub(super) fn restore_reuse(
     fd: BorrowedFd,
     (address, port): (Option<bool>, Option<bool>),
     restored: &Restored,
-) -> super::Result<()> {
+) -> Result<()> {
     let options = [
         (libc::SO_REUSEADDR, address, "set SO_REUSEADDR of"),
         (libc::SO_REUSEPORT, port, "set SO_REUSEPORT of"),
@@ -327,7 +327,7 @@ pub(super) fn restore_reuse(
 ///
 /// # Errors
 /// [`FileError::Restore`].
-pub(super) fn restore_flags(fd: BorrowedFd, flags: u32, restored: &Restored) -> super::Result<()> {
+pub(super) fn restore_flags(fd: BorrowedFd, flags: u32, restored: &Restored) -> Result<()> {
     let flags = OFlag::from_bits_truncate(flags.cast_signed()) & SETTABLE;
     fcntl(fd, FcntlArg::F_SETFL(flags)).map_err(restored.failed("set the flags of")).map(drop)
 }

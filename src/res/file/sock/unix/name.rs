@@ -28,8 +28,14 @@ use nix::{
     unistd::{Gid, Uid, chdir, fchownat},
 };
 
-use super::{Description, FileError, Result, sock_diag, sock_opts::Restored};
-use crate::{image::proto, sys::socket};
+use crate::{
+    image::proto,
+    res::file::{
+        Description, FileError, Result,
+        sock::{diag, opts::Restored},
+    },
+    sys::socket,
+};
 
 /// What `/proc/PID/fd/N` has after the path of a file that has none any more.
 const DELETED: &str = " (deleted)";
@@ -307,7 +313,7 @@ fn make_room(path: &Path, keep: Keep, restored: &Restored) -> Result<Option<Path
 fn is_in_use(file: &fs::Metadata) -> bool {
     // The kernel's device numbers have 20 bits for the minor one (`linux/kdev_t.h`).
     let device = (libc::major(file.dev()) << 20) | libc::minor(file.dev());
-    sock_diag::unix_sockets().is_ok_and(|sockets| {
+    diag::unix_sockets().is_ok_and(|sockets| {
         sockets.values().any(|socket| {
             socket.file.is_some_and(|found| {
                 (u64::from(found.0), found.1) == (file.ino() & u64::from(u32::MAX), device)

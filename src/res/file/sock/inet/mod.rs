@@ -1,0 +1,68 @@
+//! TCP and UDP sockets that are not connections.
+//!
+//! TCP sockets that listen, that neither listen nor are connected, or whose connection both
+//! ends have ended; UDP and UDP-Lite sockets in any state. What is queued in UDP sockets is
+//! kept as far as [`udp_queue`] can. CRIU drops it, and who uses UDP has to live with
+//! losses, of ICMP errors too. So do clients whose connections a listening socket has begun
+//! to make.
+//!
+//! A TCP socket whose connection has ended still tells the name that it had, but holds the
+//! port only if its program has bound it. What it has received is kept; an error that nobody
+//! has read is not, since only who takes it learns which one it is.
+
+mod dump;
+mod restore;
+mod udp_queue;
+
+use std::net::SocketAddr;
+
+use nix::{
+    libc::{self, c_int},
+    sys::socket::SockaddrStorage,
+};
+
+use crate::{
+    image::proto,
+    res::file::{FileKind, Usage},
+};
+
+/// The row of [`KINDS`](crate::res::file::KINDS).
+pub(in crate::res::file) const KIND: FileKind = FileKind {
+    name: "internet socket",
+    types: &[proto::FdTypes::Inetsk],
+    usage: Usage::Descriptor,
+    collector: |_| Box::new(dump::InetCollector::default()),
+    opener: |_| Box::new(restore::InetOpener),
+};
+
+/// `IPV6_FREEBIND` and `IPV6_RECVPKTINFO`, `linux/in6.h`.
+const IPV6_FREEBIND: c_int = 78;
+const IPV6_RECVPKTINFO: c_int = 49;
+
+/// Returns what sockets of a type and protocol are called.
+fn protocol_name(kind: c_int, protocol: c_int) -> String {
+    if kind == libc::SOCK_RAW {
+        return format!("raw IP (protocol {protocol})");
+    }
+    let name = match protocol {
+        libc::IPPROTO_TCP => "TCP",
+        libc::IPPROTO_UDP => "UDP",
+        libc::IPPROTO_UDPLITE => "UDP-Lite",
+        libc::IPPROTO_ICMP | libc::IPPROTO_ICMPV6 => "ICMP",
+        libc::IPPROTO_SCTP => "SCTP",
+        libc::IPPROTO_MPTCP => "multipath TCP",
+        libc::IPPROTO_DCCP => "DCCP",
+        _ => return format!("IP protocol {protocol}"),
+    };
+    name.to_owned()
+}
+
+/// Takes an address of either family.
+fn address(found: nix::Result<SockaddrStorage>) -> Option<SocketAddr> {
+    let found = found.ok()?;
+    let v4 = found.as_sockaddr_in().map(|v4| SocketAddr::V4((*v4).into()));
+    v4.or_else(|| found.as_sockaddr_in6().map(|v6| SocketAddr::V6((*v6).into())))
+}
+
+#[cfg(test)]
+mod tests;

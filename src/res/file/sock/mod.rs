@@ -1,0 +1,22 @@
+//! Sockets: what the kinds of them share, and the kinds.
+
+mod attributes;
+mod diag;
+pub(super) mod inet;
+pub(super) mod netlink;
+mod opts;
+mod queue;
+pub(super) mod rest;
+#[cfg(test)]
+mod testing;
+pub(super) mod unix;
+
+/// States of sockets (`net/tcp_states.h`).
+mod state {
+    pub(super) const ESTABLISHED: u32 = 1;
+    pub(super) const CLOSE: u32 = 7;
+    pub(super) const LISTEN: u32 = 10;
+}
+
+/// Both directions are shut down.
+const SHUT_BOTH: u8 = 3;
