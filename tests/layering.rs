@@ -1,7 +1,7 @@
 //! Which modules may use which: a wrong arrow fails.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
 };
@@ -138,4 +138,159 @@ fn arrows_point_downwards() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Takes a tree of `use` apart: `a::{b, c::D}` is `a::b` and `a::c::D`. Returns the paths, and
+/// how many bytes the tree has.
+fn expand(tree: &str) -> (Vec<Vec<String>>, usize) {
+    let mut path = Vec::new();
+    let mut at = 0;
+    loop {
+        let rest = &tree[at..];
+        if let Some(list) = rest.strip_prefix('{') {
+            let mut found = Vec::new();
+            let mut inside = 0;
+            while let Some(item) = list.get(inside..).filter(|item| !item.starts_with('}')) {
+                if item.is_empty() {
+                    break;
+                }
+                let (paths, len) = expand(item);
+                found.extend(paths.into_iter().map(|tail| [path.clone(), tail].concat()));
+                inside += len.max(1);
+            }
+            return (found, at + inside + 2);
+        }
+        let word: String = rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+        at += word.len();
+        if word.is_empty() {
+            return (if path.is_empty() { Vec::new() } else { vec![path] }, at);
+        }
+        path.push(word);
+        match tree[at..].strip_prefix("::") {
+            Some(_) => at += 2,
+            None => return (vec![path], at),
+        }
+    }
+}
+
+/// A module below `src/res/file`, as a path: `sock/unix/peer`.
+type Inner = Vec<String>;
+
+/// Returns the modules of `src/res/file` with those that each uses. A folder's `mod.rs` is what
+/// the modules in it share, and the row that names them.
+fn file_modules(root: &Path) -> BTreeMap<Inner, BTreeSet<Inner>> {
+    let mut files = Vec::new();
+    sources(root, &mut files);
+    let mut texts: BTreeMap<Inner, String> = BTreeMap::new();
+    for file in files {
+        let name = file.file_stem().unwrap().to_str().unwrap().to_owned();
+        let inside = file.parent().unwrap().strip_prefix(root).unwrap();
+        let mut module: Inner =
+            inside.iter().map(|part| part.to_str().unwrap().to_owned()).collect();
+        match name.as_str() {
+            "tests" | "testing" => continue,
+            "mod" => {}
+            _ => module.push(name),
+        }
+        let text = fs::read_to_string(&file).unwrap();
+        let code = text.split("#[cfg(test)]\nmod tests {").next().unwrap();
+        let code = code.lines().filter(|line| !line.trim_start().starts_with("//"));
+        // Without white space, but for that between words.
+        let code = code.collect::<Vec<_>>().join("\n").replace(",\n", ",");
+        let code: String = code.split_whitespace().collect::<Vec<_>>().join(" ");
+        let code = code.replace("{ ", "{").replace(", ", ",").replace(" }", "}");
+        texts.insert(module, code);
+    }
+    let folders: BTreeSet<Inner> =
+        texts.keys().filter(|module| root.join(module.join("/")).is_dir()).cloned().collect();
+    let home = ["res", "file"].map(str::to_owned);
+    let mut uses = BTreeMap::new();
+    for (module, code) in texts.iter().filter(|(module, _)| !module.is_empty()) {
+        let mut used = BTreeSet::new();
+        let own = if folders.contains(module) { module.clone() } else { parent(module) };
+        let above = |levels: usize| module[..module.len().saturating_sub(levels)].to_vec();
+        let bases = [
+            ("super::super::", above(2)),
+            ("super::", above(1)),
+            ("self::", own),
+            ("crate::", Inner::new()),
+        ];
+        for (prefix, base) in bases {
+            for (at, _) in code.match_indices(prefix) {
+                let before = code[..at].chars().next_back();
+                if before.is_some_and(|c| c == ':' || c.is_alphanumeric()) {
+                    continue;
+                }
+                for path in expand(&code[at + prefix.len()..]).0 {
+                    let full = [base.clone(), path].concat();
+                    let full = match (prefix, full.strip_prefix(&home[..])) {
+                        ("crate::", Some(inside)) => inside.to_vec(),
+                        ("crate::", None) => continue,
+                        _ => full,
+                    };
+                    // The longest beginning of the path that is a module.
+                    let found = (1..=full.len()).rev().map(|len| full[..len].to_vec());
+                    used.extend(found.into_iter().find(|found| texts.contains_key(found)));
+                }
+            }
+        }
+        // What is in a folder stands on its `mod.rs`.
+        used.retain(|other| !other.starts_with(module) && !module.starts_with(other));
+        uses.insert(module.clone(), used);
+    }
+    uses
+}
+
+fn parent(module: &Inner) -> Inner {
+    module[..module.len() - 1].to_vec()
+}
+
+#[test]
+fn trees_of_paths_are_taken_apart() {
+    let (found, _) = expand("{a,b::{self,C},d::E::{f,G}};");
+    let found: Vec<String> = found.iter().map(|path| path.join("::")).collect();
+    assert_eq!(found, ["a", "b::self", "b::C", "d::E::f", "d::E::G"]);
+}
+
+#[test]
+fn modules_of_open_files_use_each_other_in_no_circle() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/res/file");
+    let mut left = file_modules(&src);
+    let sock = |name: &str| vec!["sock".to_owned(), name.to_owned()];
+    assert!(left[&sock("queue")].contains(&sock("opts")), "{left:#?}");
+    // Those that use none of the others, or that none uses, are taken away, as long as there
+    // are any.
+    loop {
+        let is_used = |module: &Inner| left.values().any(|used| used.contains(module));
+        let free: Vec<Inner> = left
+            .iter()
+            .filter(|(module, used)| {
+                !is_used(module) || used.iter().all(|other| !left.contains_key(other))
+            })
+            .map(|(module, _)| module.clone())
+            .collect();
+        if free.is_empty() {
+            break;
+        }
+        left.retain(|module, _| !free.contains(module));
+    }
+    assert!(left.is_empty(), "in a circle: {left:#?}");
+}
+
+#[test]
+fn no_kind_of_files_uses_another() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/res/file");
+    let text = fs::read_to_string(src.join("mod.rs")).unwrap();
+    let table = text.split("pub static KINDS").nth(1).expect("the table of kinds");
+    let table = table.split('[').nth(2).and_then(|rows| rows.split(']').next()).unwrap();
+    let rows = table.split(',').map(str::trim).filter(|row| !row.is_empty());
+    let kind = |row: &str| parent(&row.split("::").map(str::to_owned).collect());
+    let kinds: BTreeSet<Inner> = rows.map(kind).collect();
+    assert!(kinds.len() > 10, "{kinds:?}");
+    let kind_of = |module: &Inner| kinds.iter().find(|kind| module.starts_with(kind));
+    for (module, used) in file_modules(&src) {
+        let Some(own) = kind_of(&module) else { continue };
+        let other = used.iter().filter_map(&kind_of).find(|other| *other != own);
+        assert!(other.is_none(), "{module:?} uses {other:?}");
+    }
 }
