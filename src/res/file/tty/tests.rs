@@ -179,6 +179,22 @@ fn a_pair_takes_another_number_unless_somebody_relies_on_it() {
 }
 
 #[test]
+fn a_slave_that_is_only_named_is_found() {
+    let _numbers = numbers();
+    let (master, slave) = pair();
+    let index = tty::ask(master.as_fd(), Question::Index).unwrap();
+    let path = format!("/dev/pts/{index}");
+    let named = descriptor::open(path.as_bytes(), libc::O_PATH.cast_unsigned()).unwrap();
+    let mut tree = Tree::new();
+    tree.add(3, named);
+    tree.add(1, master);
+    drop(slave);
+    let restored = tree.restore();
+    assert_eq!(restored.link(3), path.as_bytes());
+    assert_eq!(restored.flags(3), restored.before(3).flags);
+}
+
+#[test]
 fn bytes_that_wait_are_not_dumped_and_stay_where_they_are() {
     let _numbers = numbers();
     for from_slave in [false, true] {
