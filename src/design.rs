@@ -190,7 +190,7 @@
 //!
 //! # Changes
 //!
-//! A tracker ([`crate::res::track`]) lets a dump look at less. The best that the kernel
+//! A tracker ([`crate::track`]) lets a dump look at less. The best that the kernel
 //! has is a userfaultfd with asynchronous write protection, which needs no privilege: it
 //! is made inside the process by one injected call, taken out by `pidfd_getfd(2)`, and
 //! kept open between dumps by a process of its own (`rcriu-keep`), which ends with the
@@ -212,7 +212,7 @@
 //! is compared.
 //!
 //! Of shared memory the bits are believed only if all of its writers are known
-//! ([`crate::res::track::shared`]): no process outside the tree has it or a descriptor of
+//! ([`crate::track::shared`]): no process outside the tree has it or a descriptor of
 //! it, the same mappings are there as at the snapshot, and the kernel's counters say that
 //! none was made or removed since. What leads to a comparison of the whole object is
 //!
@@ -230,7 +230,7 @@
 //!   (`CAP_SYS_ADMIN`).
 //!
 //! What keeps memory from being tracked is said once for each dump that was asked to
-//! ([`crate::res::track::Hindrance`]), and what was compared for want of it is in the
+//! ([`crate::track::Hindrance`]), and what was compared for want of it is in the
 //! statistics; `stats-dump` has it in fields of our own, 1001 and 1002.
 //!
 //! Two things cannot be seen. A descriptor may be on its way in a message when tracking

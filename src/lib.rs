@@ -21,5 +21,6 @@ pub mod proc;
 pub mod res;
 pub mod restore;
 pub mod sys;
+pub mod track;
 pub mod units;
 pub mod view;

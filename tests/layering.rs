@@ -21,27 +21,28 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("action", &["units"]),
     ("proc", &["units"]),
     ("inject", &["sys", "proc", "units", "fault"]),
+    ("track", &["causes", "inject", "proc", "sys", "units"]),
     ("res", &["causes", "inject", "proc", "sys", "image", "units", "fault"]),
     ("dedup", &["chain", "image", "sys", "units", "fault"]),
     (
         "dump",
         &[
-            "causes", "parallel", "action", "dedup", "res", "inject", "proc", "chain", "image",
-            "sys", "units", "fault",
+            "causes", "parallel", "action", "dedup", "res", "track", "inject", "proc", "chain",
+            "image", "sys", "units", "fault",
         ],
     ),
     (
         "restore",
         &[
-            "causes", "parallel", "action", "res", "inject", "proc", "chain", "image", "sys",
-            "units", "fault",
+            "causes", "parallel", "action", "res", "track", "inject", "proc", "chain", "image",
+            "sys", "units", "fault",
         ],
     ),
     (
         "cli",
         &[
-            "causes", "dump", "inject", "restore", "dedup", "res", "proc", "fs", "view", "chain",
-            "image", "sys", "units", "fault",
+            "causes", "dump", "inject", "restore", "dedup", "res", "track", "proc", "fs", "view",
+            "chain", "image", "sys", "units", "fault",
         ],
     ),
     ("design", &[]),

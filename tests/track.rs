@@ -29,7 +29,7 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use rcriu::{res::track::Tracker, sys::Features};
+use rcriu::{sys::Features, track::Tracker};
 
 /// What is no option of the engine: do not leave the program running.
 const KILL: &str = "--kill";

@@ -8,7 +8,7 @@ use super::{
     Common, exit, report, show,
     task::{self, Task, TaskWords},
 };
-use crate::{res::track::keeper, sys::heap};
+use crate::{sys::heap, track::keeper};
 
 /// Checkpoint and restore of process trees
 ///

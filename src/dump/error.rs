@@ -12,8 +12,9 @@ use crate::{
     image::ImageError,
     inject::InjectError,
     proc::ProcError,
-    res::{ResError, file::FileError, track::TrackError},
+    res::{ResError, file::FileError},
     sys::lock::LockError,
+    track::TrackError,
     units::{HostPid, RemoteAddr},
 };
 

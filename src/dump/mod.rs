@@ -29,7 +29,7 @@ use nix::time::{ClockId, clock_gettime};
 pub use error::{DumpError, Result};
 pub use options::Options;
 
-pub use crate::res::track::Tracker;
+pub use crate::track::Tracker;
 use crate::{
     action::{Actions, Stage},
     causes::with_sources,

@@ -2,10 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::{
-    res::{file::Validation, track::Tracker},
-    units::HostPid,
-};
+use crate::{res::file::Validation, track::Tracker, units::HostPid};
 
 /// What a dump is asked to do.
 ///

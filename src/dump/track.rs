@@ -18,7 +18,7 @@ use crate::{
     image::{Kind, proto, read_one},
     inject::Task,
     proc::{Mapping, VmFlags},
-    res::track::{
+    track::{
         Hindrance, Request, Tracker, Watch,
         shared::{self, Key, Next},
     },

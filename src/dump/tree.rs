@@ -29,13 +29,13 @@ use crate::{
             stop::{self, Untold},
         },
         thread::{self, Thread},
-        track::{self, Told, Watch},
         tree::{cgroup, sysv},
     },
     sys::{
         fds,
         pagemap::{PagemapFile, Query, Region, category},
     },
+    track::{self, Told, Watch},
     units::{HostPid, PAGE_SHIFT, PageIndex, RemoteAddr},
 };
 

@@ -9,7 +9,6 @@ pub mod ns;
 pub mod signals;
 pub mod task;
 pub mod thread;
-pub mod track;
 pub mod tree;
 
 pub use error::{ResError, Result};

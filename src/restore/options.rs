@@ -2,7 +2,7 @@
 
 use std::{ffi::OsString, path::PathBuf};
 
-use crate::res::{file::Validation, track::Tracker};
+use crate::{res::file::Validation, track::Tracker};
 
 /// What a restore is asked to do.
 ///

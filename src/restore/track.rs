@@ -9,10 +9,8 @@ use crate::{
     causes::tell,
     image::{Kind, proto, read_one},
     proc,
-    res::{
-        task::leader,
-        track::{Hindrance, TrackError, Watch},
-    },
+    res::task::leader,
+    track::{Hindrance, TrackError, Watch},
 };
 
 /// The tracking of all processes, which begins with the snapshot `since`.
