@@ -5,6 +5,7 @@
 //! holds them to. [`design`] is the project's account of itself.
 
 pub mod action;
+pub mod arch;
 pub mod causes;
 pub mod chain;
 pub mod cli;
@@ -18,6 +19,7 @@ pub mod image;
 pub mod inject;
 pub mod parallel;
 pub mod proc;
+pub mod proto;
 pub mod res;
 pub mod restore;
 pub mod sys;

@@ -6,9 +6,13 @@ use std::fmt;
 
 pub use ranges::PageRanges;
 
-/// Bytes in a page of x86-64, the unit of every pagemap; the images do not
-/// store it.
+/// Bytes in the unit in which memory is counted: the smallest page of all machines.
 pub const PAGE_SIZE: u64 = 4096;
+
+/// [`PAGE_SIZE`], for slices.
+pub const PAGE_LEN: usize = 4096;
+
+const _: () = assert!(PAGE_LEN as u64 == PAGE_SIZE);
 
 /// `log2` of [`PAGE_SIZE`].
 pub const PAGE_SHIFT: u32 = 12;
@@ -25,7 +29,7 @@ pub struct HugeSize(u32);
 impl HugeSize {
     const SHIFT: u32 = 26;
     const MASK: u32 = 0x3f << Self::SHIFT;
-    /// The usual size on x86-64, unless the kernel was started with another
+    /// The usual size where pages have 4 KiB, unless the kernel was started with another
     /// (`default_hugepagesz`).
     const USUAL_BYTES: u64 = 2 << 20;
 

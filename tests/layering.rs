@@ -9,10 +9,12 @@ use std::{
 /// Each module of the library with those that it may use besides itself.
 const ARROWS: &[(&str, &[&str])] = &[
     ("units", &[]),
-    ("sys", &["units", "fault"]),
-    ("image", &["causes", "units"]),
+    ("proto", &[]),
+    ("arch", &["proto", "units"]),
+    ("sys", &["arch", "units", "fault"]),
+    ("image", &["causes", "arch", "proto", "units"]),
     ("chain", &["causes", "parallel", "image", "units", "fault"]),
-    ("view", &["chain", "image", "units"]),
+    ("view", &["chain", "image", "arch", "units"]),
     ("fs", &["causes", "view", "chain", "image", "proc", "sys", "units"]),
     ("fault", &[]),
     ("causes", &[]),
@@ -20,22 +22,22 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("parallel", &[]),
     ("action", &["units"]),
     ("proc", &["units"]),
-    ("inject", &["sys", "proc", "units", "fault"]),
+    ("inject", &["sys", "arch", "proc", "units", "fault"]),
     ("track", &["causes", "inject", "proc", "sys", "units"]),
-    ("res", &["causes", "inject", "proc", "sys", "image", "units", "fault"]),
+    ("res", &["causes", "inject", "proc", "sys", "arch", "image", "units", "fault"]),
     ("dedup", &["chain", "image", "sys", "units", "fault"]),
     (
         "dump",
         &[
             "causes", "parallel", "action", "dedup", "res", "track", "inject", "proc", "chain",
-            "image", "sys", "units", "fault",
+            "arch", "image", "sys", "units", "fault",
         ],
     ),
     (
         "restore",
         &[
-            "causes", "parallel", "action", "res", "track", "inject", "proc", "chain", "image",
-            "sys", "units", "fault",
+            "causes", "parallel", "action", "res", "track", "inject", "proc", "chain", "arch",
+            "image", "sys", "units", "fault",
         ],
     ),
     (

@@ -14,7 +14,7 @@ use xxhash_rust::xxh3::xxh3_128;
 use super::{Chain, FileId, Result, SnapshotId, holes, side_by_side};
 use crate::{
     image::{Kind, PagemapReader, Presence, punched},
-    units::{PAGE_SIZE, PageIndex, page_bytes},
+    units::{PAGE_LEN, PAGE_SIZE, PageIndex, page_bytes},
 };
 
 /// Pages read at a time by a thread: 256 KiB.
@@ -22,11 +22,6 @@ const CHUNK_PAGES: u64 = 64;
 
 /// Chunks whose hashes are held at a time before they are passed on: of 256 MiB.
 const BATCH_CHUNKS: usize = 1024;
-
-/// Bytes in a page, for slices.
-const PAGE: usize = 4096;
-
-const _: () = assert!(PAGE as u64 == PAGE_SIZE);
 
 /// Bits of a page's key that are those of its hash; the others number its memory.
 const HASH_SHIFT: u32 = 32;
@@ -192,12 +187,12 @@ fn hashes(chain: &Chain, chunk: &Chunk, buffer: &mut Vec<u8>) -> Result<Vec<u128
     buffer.resize(usize::try_from(len).expect("at most a chunk"), 0);
     let offset = PageIndex(chunk.pages.start).address();
     chain.files().get(chunk.file)?.read_exact_at(&mut [IoSliceMut::new(buffer)], offset)?;
-    Ok(buffer.chunks_exact(PAGE).map(xxh3_128).collect())
+    Ok(buffer.chunks_exact(PAGE_LEN).map(xxh3_128).collect())
 }
 
 /// Returns the hash of a page of zeros.
 pub(crate) fn zero_hash() -> u128 {
-    xxh3_128(&[0; PAGE])
+    xxh3_128(&[0; PAGE_LEN])
 }
 
 /// Counts pages that are stored more than once, for each snapshot of a chain. The
@@ -277,7 +272,7 @@ mod tests {
         disk.memory(1, MemoryId::Private(1), 8, &present(3));
         disk.push(&present(4));
         let write = |layer: usize, pages_id: u64, pages: &[u8]| {
-            let bytes: Vec<u8> = pages.iter().flat_map(|value| [*value; PAGE]).collect();
+            let bytes: Vec<u8> = pages.iter().flat_map(|value| [*value; PAGE_LEN]).collect();
             fs::write(disk.dir(layer).join(Kind::Pages.file_name(pages_id)), bytes).unwrap();
         };
         // Private memory comes first. 1 is there twice in one memory and once in the

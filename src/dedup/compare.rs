@@ -7,7 +7,7 @@ use std::{ops::Range, sync::Arc};
 
 use crate::{
     chain::{BackingFile, ChainError, FileId, Files, Run, Source, read_runs, side_by_side},
-    units::{PAGE_SIZE, PageIndex, page_bytes},
+    units::{PAGE_LEN, PageIndex, page_bytes},
 };
 
 /// Pages in a chunk: 256 KiB of either side. As many as the bits of [`Equal`].
@@ -18,11 +18,6 @@ const WORTH_A_THREAD: usize = 16;
 
 /// Chunks that are cut at a time: 1 GiB of either side.
 const BATCH_CHUNKS: usize = 4096;
-
-/// Bytes in a page, for slices.
-const PAGE: usize = 4096;
-
-const _: () = assert!(PAGE as u64 == PAGE_SIZE);
 
 /// Which pages of a chunk are equal, one bit for each.
 type Equal = u64;
@@ -168,7 +163,8 @@ impl Desk {
     ) -> Result<Equal, ChainError> {
         self.left.read(left, parts.iter().map(|part| (part.left, part.pages)))?;
         self.right.read(right, parts.iter().map(|part| (part.right, part.pages)))?;
-        let pages = self.left.bytes.chunks_exact(PAGE).zip(self.right.bytes.chunks_exact(PAGE));
+        let pages =
+            self.left.bytes.chunks_exact(PAGE_LEN).zip(self.right.bytes.chunks_exact(PAGE_LEN));
         let bit = |(number, (left, right))| Equal::from(left == right) << number;
         Ok((0..CHUNK_PAGES).zip(pages).map(bit).fold(0, |all, one| all | one))
     }
@@ -208,7 +204,7 @@ mod tests {
     #[test]
     fn equal_pages_are_found_wherever_they_are() {
         let dir = tempfile::tempdir().unwrap();
-        let page = |value: u8| vec![value; PAGE];
+        let page = |value: u8| vec![value; PAGE_LEN];
         // 300 pages; on the right one page further on, and each seventh differs.
         let left: Vec<u8> = (0..300_u16).flat_map(|n| page(n.to_le_bytes()[0])).collect();
         let mut right = page(99);

@@ -6,6 +6,7 @@ use nix::errno::Errno;
 
 use crate::{
     action::ActionError,
+    arch::NotBuilt,
     chain::ChainError,
     dedup::DedupError,
     fault::Injected,
@@ -202,6 +203,9 @@ pub enum DumpError {
     /// A directory is in use by another program.
     #[error(transparent)]
     Lock(#[from] LockError),
+    /// Processes of this machine cannot be handled yet.
+    #[error(transparent)]
+    NotBuilt(#[from] NotBuilt),
     /// A test asked for it.
     #[error(transparent)]
     Fault(#[from] Injected),

@@ -31,17 +31,12 @@ use crate::{
     image::{Kind, MemoryId, PagemapEntry, PagemapWriter, Presence, SnapshotWriter},
     parallel,
     sys::{cancel, fds, swap},
-    units::{BLOCK_BYTES, PAGE_SIZE, PageIndex, page_bytes},
+    units::{BLOCK_BYTES, PAGE_LEN, PAGE_SIZE, PageIndex, page_bytes},
 };
 
 /// Pages in a chunk: 256 KiB, half of a usual second-level cache, since the parent's
 /// bytes are beside it.
 const CHUNK_PAGES: u64 = 64;
-
-/// Bytes in a page, for slices.
-pub(super) const PAGE: usize = 4096;
-
-const _: () = assert!(PAGE as u64 == PAGE_SIZE);
 
 /// A stretch of pages that may hold something.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -367,14 +362,14 @@ impl<'a> Job<'a> {
                 at = end;
             }
         }
-        let mut pages = bytes.chunks_exact(PAGE).enumerate();
+        let mut pages = bytes.chunks_exact(PAGE_LEN).enumerate();
         for run in runs.iter() {
             for (index, (number, page)) in (run.first.0..run.first.0 + run.pages).zip(&mut pages) {
-                let at = number * PAGE;
+                let at = number * PAGE_LEN;
                 let zero = is_zero(page);
                 let is_in_parent = || match &self.memory.parent {
                     Some(memory) if zero => has_zeros(memory, PageIndex(index)),
-                    Some(_) => *page == parent[at..at + PAGE],
+                    Some(_) => *page == parent[at..at + PAGE_LEN],
                     None => false,
                 };
                 places.push(if zero && !run.zeros_stored {
@@ -467,9 +462,9 @@ impl<'a> Job<'a> {
         for number in 0..=buffers.places.len() {
             let stored = buffers.places.get(number) == Some(&Presence::Present);
             match (stored, start) {
-                (true, None) => start = Some(number * PAGE),
+                (true, None) => start = Some(number * PAGE_LEN),
                 (false, Some(from)) => {
-                    slices.push(IoSlice::new(&buffers.bytes[from..number * PAGE]));
+                    slices.push(IoSlice::new(&buffers.bytes[from..number * PAGE_LEN]));
                     start = None;
                 }
                 _ => {}
@@ -573,7 +568,7 @@ fn read_parent(memory: &MemoryBytes, run: &Stretch, target: &mut [u8]) -> Result
         return Ok(());
     }
     // Some page cannot be read, such as one that was punched: it is not equal.
-    for (number, page) in (run.first.0..).zip(target.chunks_exact_mut(PAGE)) {
+    for (number, page) in (run.first.0..).zip(target.chunks_exact_mut(PAGE_LEN)) {
         if !read_stored(memory, PageIndex(number), page) {
             page.fill(0);
         }
@@ -590,7 +585,7 @@ fn read_stored(memory: &MemoryBytes, page: PageIndex, target: &mut [u8]) -> bool
 
 /// Whether the parent chain has a page, all zero, and it can be read.
 fn has_zeros(memory: &MemoryBytes, page: PageIndex) -> bool {
-    let mut bytes = [0; PAGE];
+    let mut bytes = [0; PAGE_LEN];
     read_stored(memory, page, &mut bytes) && is_zero(&bytes)
 }
 
@@ -681,10 +676,10 @@ mod tests {
         assert_eq!(data(&object), []);
         object.set_len(10 * PAGE_SIZE).unwrap();
         assert_eq!(data(&object), []);
-        object.write_all_at(&[1; 4 * PAGE], 2 * PAGE_SIZE).unwrap();
+        object.write_all_at(&[1; 4 * PAGE_LEN], 2 * PAGE_SIZE).unwrap();
         object.write_all_at(&[1], 9 * PAGE_SIZE).unwrap();
         assert_eq!(data(&object), [(2, 4), (9, 1)]);
-        object.write_all_at(&[1; 10 * PAGE], 0).unwrap();
+        object.write_all_at(&[1; 10 * PAGE_LEN], 0).unwrap();
         assert_eq!(data(&object), [(0, 10)]);
         object.set_len(9 * PAGE_SIZE + 1).unwrap();
         assert_eq!(data(&object), [(0, 10)]);

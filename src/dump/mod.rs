@@ -32,6 +32,7 @@ pub use options::Options;
 pub use crate::track::Tracker;
 use crate::{
     action::{Actions, Stage},
+    arch,
     causes::with_sources,
     chain::{self, Chain, SnapshotId},
     dedup,
@@ -66,6 +67,7 @@ const FORMAT_VERSION: u32 = 2;
 /// # Errors
 /// What keeps the tree from being dumped; it runs on then.
 pub fn run(options: &Options) -> Result<()> {
+    arch::check_built()?;
     if proc::stat(options.pid).is_err_and(|error| error.is_vanished()) {
         return Err(DumpError::NoProcess { pid: options.pid });
     }

@@ -18,12 +18,12 @@ use nix::{
 
 use super::{
     DumpError, Result,
-    memory::{PAGE, Stretch, for_each_run, len},
+    memory::{Stretch, for_each_run, len},
 };
 use crate::{
     proc::{self, Mapping, VmFlags},
     sys::process,
-    units::{HostPid, RemoteAddr, page_bytes},
+    units::{HostPid, PAGE_LEN, RemoteAddr, page_bytes},
 };
 
 /// The memory of a process.
@@ -109,7 +109,7 @@ impl ProcessMemory {
         if self.file.read_exact_at(target, address.0).is_ok() {
             return;
         }
-        for (number, page) in (0..).zip(target.chunks_exact_mut(PAGE)) {
+        for (number, page) in (0..).zip(target.chunks_exact_mut(PAGE_LEN)) {
             if self.file.read_exact_at(page, address.0 + page_bytes(number)).is_err() {
                 page.fill(0);
             }

@@ -15,9 +15,7 @@ mod framing;
 pub mod json;
 pub mod pagemap;
 pub mod payload;
-pub mod proto;
 pub mod punched;
-pub mod registers;
 pub mod regular;
 pub mod snapshot;
 pub mod tree;
@@ -25,6 +23,7 @@ mod verify;
 pub mod vma;
 mod wire;
 
+pub use crate::proto;
 pub use desc::{Body, Desc, Kind};
 pub use disk::Disk;
 pub use document::Document;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use nix::errno::Errno;
 
 use crate::{
+    arch::Machine,
     fault::Injected,
     proc::ProcError,
     units::{HostPid, RemoteAddr},
@@ -35,7 +36,7 @@ pub enum InjectError {
         why: String,
     },
     /// A thread that executes 32-bit code.
-    #[error("thread {tid} executes 32-bit code, which is not dumped; build the program for x86-64")]
+    #[error("thread {tid} executes 32-bit code, which is not dumped; build the program for {machine}", machine = Machine::NATIVE.name())]
     Narrow {
         /// The thread.
         tid: HostPid,

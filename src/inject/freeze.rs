@@ -13,8 +13,9 @@ use nix::{
     unistd::Pid,
 };
 
-use super::{InjectError, Result, Tracee, arch, hold, tracee};
+use super::{InjectError, Result, Tracee, hold, tracee};
 use crate::{
+    arch::native,
     fault::{self, Point},
     proc::{self, Cgroup},
     sys::ptrace::{self, Wait},
@@ -314,7 +315,7 @@ fn seize(tid: HostPid) -> Result<()> {
 fn take_over(tid: HostPid, stopped_by: i32) -> Result<Tracee> {
     let mut tracee = Tracee::new(tid, stopped_by)?;
     if stopped_by == 0
-        && let Some(mended) = arch::mended(&tracee.registers)
+        && let Some(mended) = native::mended(&tracee.registers)
     {
         // At once: whatever ends this program, it goes on like that.
         ptrace::set_registers(tid, &mended)

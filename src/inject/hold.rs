@@ -5,10 +5,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use nix::libc;
-
 use super::{InjectError, Result};
 use crate::{
+    arch::native::waits_for_child,
     proc::{self, Cgroup},
     units::HostPid,
 };
@@ -119,10 +118,5 @@ fn is_vfork(pid: HostPid, tid: HostPid) -> bool {
     let number: i64 = words.next().and_then(|word| word.parse().ok()).unwrap_or(-1);
     let first =
         words.next().and_then(|word| i32::from_str_radix(word.strip_prefix("0x")?, 16).ok());
-    match number {
-        // Whose flags are in memory; but it waits for nothing else so.
-        libc::SYS_vfork | libc::SYS_clone3 => true,
-        libc::SYS_clone => first.is_some_and(|flags| flags & libc::CLONE_VFORK != 0),
-        _ => false,
-    }
+    waits_for_child(number, first)
 }

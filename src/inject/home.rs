@@ -23,10 +23,10 @@ use nix::libc;
 
 use super::{
     InjectError, Result,
-    arch::{self, Area},
     tracee::{SEARCH_BYTES, Tracee, find_syscall},
 };
 use crate::{
+    arch::native::{self as arch, Area},
     proc::Mapping,
     sys::{
         process,
@@ -200,7 +200,7 @@ fn stack_of(mappings: &[Mapping]) -> Option<&Mapping> {
 pub(super) fn is_abroad(thread: &Tracee) -> bool {
     const POPPED: u64 = size_of::<u64>() as u64;
     let mut bytes = [0; arch::FRAME_MARK_BYTES + size_of::<u64>()];
-    let before = RemoteAddr(thread.registers.rsp.wrapping_sub(POPPED));
+    let before = RemoteAddr(arch::stack_pointer(&thread.registers).wrapping_sub(POPPED));
     let readable = process::read_memory(thread.tid, before, &mut bytes).is_ok();
     readable && (arch::is_frame(&bytes) || arch::is_frame(&bytes[size_of::<u64>()..]))
 }
@@ -211,7 +211,7 @@ fn find_room(threads: &[Tracee], mappings: &[Mapping]) -> Option<RemoteAddr> {
     let stack = stack_of(mappings)?;
     let needed = SLOTS * SLOT_BYTES + DATA_BYTES + DISTANCE_BYTES;
     let is_clear = |thread: &Tracee| {
-        let used = thread.registers.rsp;
+        let used = arch::stack_pointer(&thread.registers);
         !(stack.start.0..=stack.end.0).contains(&used) || used - stack.start.0 >= needed
     };
     let usable = stack.read && stack.write && !stack.shared && stack.len() >= needed;
@@ -233,9 +233,15 @@ pub fn registers_to_exit(tracee: &Tracee, mappings: &[Mapping], code: u8) -> Res
 }
 
 /// Bytes of the longest restorer.
-const RESTORER_BYTES: usize = arch::RESTORERS[0].len();
-
-const _: () = assert!(arch::RESTORERS[1].len() <= RESTORER_BYTES);
+const RESTORER_BYTES: usize = {
+    let (mut longest, mut next) = (0, 0);
+    while next < arch::RESTORERS.len() {
+        let bytes = arch::RESTORERS[next].len();
+        longest = if bytes > longest { bytes } else { longest };
+        next += 1;
+    }
+    longest
+};
 
 /// Where instructions are in a file's mapping, by what identifies that.
 type Known = HashMap<(u32, u32, u64, u64, u64), Offsets>;
@@ -270,7 +276,7 @@ fn find_instructions(pid: HostPid, mappings: &[Mapping]) -> Option<(RemoteAddr, 
             wanted.iter().any(|bytes| there.starts_with(bytes)).then_some(address)
         };
         found.0 = found.0.or_else(|| check(call, &[arch::CALL_AND_RETURN]));
-        found.1 = found.1.or_else(|| check(restorer, &arch::RESTORERS));
+        found.1 = found.1.or_else(|| check(restorer, arch::RESTORERS));
         if let (Some(call), Some(restorer)) = found {
             return Some((call, restorer));
         }

@@ -1,6 +1,5 @@
 //! Work inside other processes: lists of system calls that they execute.
 
-mod arch;
 mod error;
 mod freeze;
 mod helper;

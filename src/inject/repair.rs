@@ -11,7 +11,7 @@ use super::{
     Frozen, InjectError, Outcome, Result, Tracee,
     home::{Home, Slot, is_abroad},
 };
-use crate::{proc, sys::supervise::Leftover, units::HostPid};
+use crate::{arch::native::instruction_pointer, proc, sys::supervise::Leftover, units::HostPid};
 
 /// How long a thread may take to come home: on a busy machine it waits for a processor.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -75,8 +75,9 @@ fn attempt(left: Leftover, threads: &mut [Tracee]) -> Result<Option<Repair>> {
     let pid = left.pid;
     let (start, end) = (left.start, left.start.plus(left.bytes));
     let mappings = proc::maps(pid)?;
-    let is_away =
-        |thread: &Tracee| (start.0..end.0).contains(&thread.registers.rip) || is_abroad(thread);
+    let is_away = |thread: &Tracee| {
+        (start.0..end.0).contains(&instruction_pointer(&thread.registers)) || is_abroad(thread)
+    };
     if threads.iter().any(is_away) {
         return Ok(None);
     }

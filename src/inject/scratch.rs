@@ -3,10 +3,11 @@
 use nix::{errno::Errno, libc};
 
 use super::{
-    Answers, InjectError, Result, Script, arch,
+    Answers, InjectError, Result, Script,
     tracee::{MASK_FOR_TRAPS, Sign, Tracee, find_syscall},
 };
 use crate::{
+    arch::native as arch,
     proc::Mapping,
     sys::{process, ptrace},
     units::{HostPid, PAGE_SIZE, RemoteAddr},

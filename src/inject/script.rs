@@ -1,18 +1,18 @@
 //! Lists of system calls to be made by another process.
 //!
-//! The table that the injected code walks (`arch`) is an array of [`Entry`],
+//! The table that the injected code walks (`arch::native`) is an array of [`Entry`],
 //! followed by bytes that arguments point to. Its layout is private to this
 //! program: both ends of it are compiled together.
 
 use std::{borrow::Cow, ffi::CStr};
 
 use nix::{errno::Errno, libc};
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+use zerocopy::{FromBytes, IntoBytes};
 
-use crate::units::RemoteAddr;
-
-/// Arguments of a system call on x86-64.
-const ARGUMENTS: usize = 6;
+use crate::{
+    arch::{ARGUMENTS, Entry},
+    units::RemoteAddr,
+};
 
 /// Results from here up are negated error numbers (`include/linux/err.h`).
 const FIRST_ERROR: u64 = (-4095_i64).cast_unsigned();
@@ -25,20 +25,6 @@ const MUST_SUCCEED: u64 = 1;
 
 /// What data is aligned to: enough for every kernel structure.
 const ALIGN: usize = 16;
-
-/// One system call as the injected code sees it.
-#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
-#[repr(C)]
-pub(super) struct Entry {
-    /// The call's number; [`END`] after the last.
-    pub(super) number: u64,
-    pub(super) arguments: [u64; ARGUMENTS],
-    pub(super) result: u64,
-    pub(super) flags: u64,
-    /// For arguments 0 to 5, a byte each: the distance in entries back to the
-    /// call whose result is the argument, or 0.
-    pub(super) from_results: u64,
-}
 
 /// The number that ends a list.
 pub(super) const END: u64 = u64::MAX;

@@ -20,12 +20,16 @@
 use nix::{errno::Errno, libc};
 
 use super::{
-    Answers, InjectError, Result, Script, arch,
+    Answers, InjectError, Result, Script,
     home::{Home, Slot, is_abroad},
     scratch::{MAP_FLAGS, Scratch, bits, failed_call, no_births},
     tracee::{Sign, Tracee},
 };
 use crate::{
+    arch::{
+        Return,
+        native::{self as arch, ADDRESSES_END},
+    },
     fault::{self, Point},
     proc::{self, Mapping},
     sys::{ptrace::Registers, supervise},
@@ -42,9 +46,6 @@ const SPECIAL: u64 = 1 << (libc::SIGCONT - 1)
     | 1 << (libc::SIGTSTP - 1)
     | 1 << (libc::SIGTTIN - 1)
     | 1 << (libc::SIGTTOU - 1);
-
-/// Addresses from here up are not for programs (47 bits, and a guard page).
-const ADDRESSES_END: u64 = (1 << 47) - PAGE_SIZE;
 
 /// What a gap has to have for scratch memory on both sides.
 const GAP_MARGIN: u64 = 64 << 10;
@@ -241,12 +242,12 @@ impl Session {
         };
         let thread = &threads[position];
         scratch.load(thread.tid, script)?;
-        let home = arch::Return {
+        let home = Return {
             signal,
             scratch: scratch.start,
             scratch_bytes: u32::try_from(scratch.len()).expect("small"),
             call: scratch.instruction,
-            frame: stack.unwrap_or(RemoteAddr(thread.registers.rsp)),
+            frame: stack.unwrap_or(RemoteAddr(arch::stack_pointer(&thread.registers))),
         };
         let (code, table) = (scratch.start, scratch.table());
         let registers = arch::enter_and_return(&thread.registers, code, table, home);

@@ -4,12 +4,9 @@ use memchr::memmem;
 use nix::{errno::Errno, libc};
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::{
-    InjectError, Result,
-    arch::{self, SYSCALL_INSTRUCTION},
-    script,
-};
+use super::{InjectError, Result, script};
 use crate::{
+    arch::native::{self as arch, SYSCALL_INSTRUCTION},
     fault::{self, Point},
     proc::{self, Mapping},
     sys::{
@@ -23,8 +20,8 @@ use crate::{
 /// elsewhere; its memory is there.
 fn restarted(tid: HostPid, registers: &Registers) -> Registers {
     let mut code = [0; arch::CALL_BYTES];
-    let before = RemoteAddr(registers.rip.wrapping_sub(code.len() as u64));
-    let readable = process::read_memory(tid, before, &mut code).is_ok();
+    let before = arch::instruction_pointer(registers).wrapping_sub(code.len() as u64);
+    let readable = process::read_memory(tid, RemoteAddr(before), &mut code).is_ok();
     arch::restart(registers, readable.then_some(code))
 }
 
@@ -127,7 +124,8 @@ impl Tracee {
             let address = RemoteAddr(tracee.rseq_cs);
             let known = process::read_memory(tid, address, section.as_mut_bytes()).is_ok();
             // Such as the kernel does not abort are long gone (Linux 6.1).
-            if known && tracee.registers.rip.wrapping_sub(section.start) < section.bytes {
+            let at = arch::instruction_pointer(&tracee.registers);
+            if known && at.wrapping_sub(section.start) < section.bytes {
                 tracee.abort = Some(section.abort);
             }
         }
@@ -144,7 +142,10 @@ impl Tracee {
     /// aborted, as the kernel does with any thread that was not running for a while.
     /// Otherwise the kernel would forget the section as soon as the thread works elsewhere.
     pub(super) fn registers_to_go_on(&self) -> Registers {
-        Registers { rip: self.abort.unwrap_or(self.registers.rip), ..self.registers }
+        match self.abort {
+            Some(abort) => arch::with_instruction_pointer(&self.registers, abort),
+            None => self.registers,
+        }
     }
 
     /// Returns those with which it goes on where the kernel does not see to interrupted
@@ -181,7 +182,10 @@ impl Tracee {
         arguments: [u64; 6],
     ) -> Registers {
         let registers = arch::syscall_registers(&self.registers, instruction, number, arguments);
-        Registers { rsp: stack.map_or(registers.rsp, |stack| stack.0), ..registers }
+        match stack {
+            Some(stack) => arch::with_stack_pointer(&registers, stack.0),
+            None => registers,
+        }
     }
 
     /// Makes the thread, which blocks the signals of `mask` then, call the kernel once,
@@ -225,9 +229,9 @@ impl Tracee {
                 other => return Err(lost(self.tid, other)),
             }
         }
-        let result = ptrace::registers(self.tid).map_err(failed("read the registers of"))?.rax;
+        let now = ptrace::registers(self.tid).map_err(failed("read the registers of"))?;
         fault?;
-        Ok(script::outcome(result))
+        Ok(script::outcome(arch::call_result(&now)))
     }
 
     /// Lets the thread, whose registers are set, work, without waiting for it.
@@ -248,7 +252,7 @@ impl Tracee {
                 (Wait::Signal(signal), Sign::Signal { number, told }) if signal == number => {
                     let now = ptrace::registers(self.tid)
                         .map_err(InjectError::trace(self.tid, "read the registers of"))?;
-                    if now.rip == told.0 {
+                    if arch::instruction_pointer(&now) == told.0 {
                         return Ok(());
                     }
                     // Somebody else's, which the process ignores.

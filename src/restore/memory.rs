@@ -19,23 +19,20 @@ use nix::libc;
 
 use super::{RestoreError, Result, free::Free, plan::Body};
 use crate::{
+    arch::native::{ADDRESSES_END, MAP_VDSO},
     chain::{MemoryBytes, read_at},
-    image::{proto::VmaEntry, tree::ADDRESSES_END, vma},
+    image::{proto::VmaEntry, vma},
     inject::Script,
     parallel,
     res::{mm::mapping, tree::sysv},
     sys::process,
-    units::{HostPid, PAGE_SHIFT, PAGE_SIZE, PageIndex, PageRanges, RemoteAddr, page_bytes},
+    units::{
+        HostPid, PAGE_LEN, PAGE_SHIFT, PAGE_SIZE, PageIndex, PageRanges, RemoteAddr, page_bytes,
+    },
 };
 
 /// Pages that are read and written at a time: 256 KiB.
 const CHUNK_PAGES: u64 = 64;
-
-/// Bytes in a page, for slices.
-const PAGE: usize = 4096;
-
-/// `ARCH_MAP_VDSO_64` (`asm/prctl.h`): map the vDSO at an address.
-const ARCH_MAP_VDSO_64: u64 = 0x2003;
 
 /// `MADV_GUARD_INSTALL` (`asm-generic/mman-common.h`, since Linux 6.13).
 const MADV_GUARD_INSTALL: i32 = 102;
@@ -326,9 +323,9 @@ pub(super) fn arrange(
     let vdso = body.vmas.iter().find(|entry| mapping::is_vdso(entry));
     if let Some(first) = vdso
         && !layout.vdso_kept
+        && let Some((call, option)) = MAP_VDSO
     {
-        let arguments = [ARCH_MAP_VDSO_64.into(), first.start.into()];
-        script.call("map the vDSO", libc::SYS_arch_prctl, &arguments);
+        script.call("map the vDSO", call, &[option.into(), first.start.into()]);
     }
     // A segment is attached as a whole, over what comes later.
     let is_segment = |entry: &&VmaEntry| entry.status & vma::SYSVIPC != 0;
@@ -449,8 +446,8 @@ pub(super) fn fill(
             None => theirs.fill(0),
         }
         let differs = |number: usize| {
-            let at = number * PAGE;
-            own[at..at + PAGE] != theirs[at..at + PAGE]
+            let at = number * PAGE_LEN;
+            own[at..at + PAGE_LEN] != theirs[at..at + PAGE_LEN]
                 // A page of zeros of a file is not one that the parent has.
                 || parent.as_ref().is_some_and(|parent| {
                     parent.memory.index().find(PageIndex(chunk.first.0 + number as u64)).is_none()
@@ -463,7 +460,7 @@ pub(super) fn fill(
             let run = (number..pages).take_while(|number| differs(*number)).count();
             if run > 0 {
                 let first = PageIndex(chunk.first.0 + number as u64);
-                write(pid, first, &own[number * PAGE..(number + run) * PAGE])?;
+                write(pid, first, &own[number * PAGE_LEN..(number + run) * PAGE_LEN])?;
                 written += run as u64;
             }
             number += run.max(1);

@@ -27,6 +27,7 @@ pub use options::{AutoDedup, Options};
 
 use crate::{
     action::{Actions, Stage},
+    arch,
     causes::{tell, with_sources},
     fault::{self, Point},
     parallel, proc,
@@ -55,6 +56,7 @@ const TABLE_BYTES: usize = 256 << 10;
 /// # Errors
 /// What keeps the tree from being restored; no process of it is left then.
 pub fn run(options: &Options) -> Result<()> {
+    arch::check_built()?;
     let mut stats = Stats::begin();
     process::raise_descriptor_limit();
     let images = options.images_dir.canonicalize().map_err(|error| RestoreError::Directory {

@@ -26,7 +26,6 @@ pub mod tracepoint;
 pub mod tty;
 pub mod userfaultfd;
 pub mod xattr;
-pub mod xsave;
 
 pub use descriptors::receive_fd;
 pub use features::Features;

@@ -7,20 +7,14 @@ use std::{mem::MaybeUninit, ptr};
 
 use nix::{errno::Errno, libc};
 
-use crate::units::{HostPid, RemoteAddr};
-
-/// The registers of a thread (`struct user_regs_struct`, `linux/user.h`).
-pub type Registers = libc::user_regs_struct;
+pub use crate::arch::native::Registers;
+use crate::{
+    arch::native::{EXTENDED_NOTE, LOCAL_STORAGE_NOTE, PORTS_NOTE},
+    units::{HostPid, RemoteAddr},
+};
 
 /// `NT_PRSTATUS` (`linux/elf.h`): general registers.
 const NT_PRSTATUS: usize = 1;
-/// `NT_X86_XSTATE` (`linux/elf.h`): everything that `XSAVE` saves.
-const NT_X86_XSTATE: usize = 0x202;
-
-/// `NT_386_TLS` (`linux/elf.h`): descriptors of thread-local storage for 32-bit code.
-const NT_386_TLS: usize = 0x200;
-/// `NT_386_IOPERM` (`linux/elf.h`): the ports that `ioperm(2)` has opened.
-const NT_386_IOPERM: usize = 0x201;
 
 /// Requests that `libc` does not name (`linux/ptrace.h`).
 const PTRACE_GETSIGMASK: libc::c_uint = 0x420a;
@@ -31,8 +25,8 @@ const PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG: libc::c_uint = 0x4211;
 /// Bytes of a kernel signal set.
 const SIGSET_BYTES: usize = 8;
 
-/// The most that `XSAVE` takes today with AMX is 11 KiB.
-const XSTATE_LIMIT: usize = 64 << 10;
+/// More than the extended registers take: 11 KiB on x86-64 with AMX.
+const EXTENDED_LIMIT: usize = 64 << 10;
 
 /// What a tracee does when it is seized.
 pub mod options {
@@ -223,14 +217,15 @@ pub fn set_registers(tid: HostPid, registers: &Registers) -> Result<(), Errno> {
     request(libc::PTRACE_SETREGSET, tid, NT_PRSTATUS, (&raw mut vector).addr()).map(drop)
 }
 
-/// Returns what `XSAVE` saves of a stopped tracee, in the standard form.
+/// Returns the registers of a stopped tracee beside the general ones: on x86-64 what
+/// `XSAVE` saves, in the standard form.
 ///
 /// # Errors
-/// `ESRCH` if it is not stopped, `ENODEV` on processors without `XSAVE`.
+/// `ESRCH` if it is not stopped, `ENODEV` on processors without any.
 pub fn extended_registers(tid: HostPid) -> Result<Vec<u8>, Errno> {
-    let mut bytes = vec![0; XSTATE_LIMIT];
+    let mut bytes = vec![0; EXTENDED_LIMIT];
     let mut vector = io_vector(&mut bytes);
-    request(libc::PTRACE_GETREGSET, tid, NT_X86_XSTATE, (&raw mut vector).addr())?;
+    request(libc::PTRACE_GETREGSET, tid, EXTENDED_NOTE, (&raw mut vector).addr())?;
     let len = vector.iov_len;
     bytes.truncate(len);
     Ok(bytes)
@@ -243,7 +238,7 @@ pub fn extended_registers(tid: HostPid) -> Result<Vec<u8>, Errno> {
 pub fn set_extended_registers(tid: HostPid, bytes: &[u8]) -> Result<(), Errno> {
     let mut vector =
         libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
-    request(libc::PTRACE_SETREGSET, tid, NT_X86_XSTATE, (&raw mut vector).addr()).map(drop)
+    request(libc::PTRACE_SETREGSET, tid, EXTENDED_NOTE, (&raw mut vector).addr()).map(drop)
 }
 
 /// Returns the signals that a stopped tracee blocks, bit 0 being signal 1.
@@ -354,9 +349,10 @@ pub fn has_rare(tid: HostPid, which: Rare) -> Result<bool, Errno> {
     let mut buffer = vec![0; BITMAP_BYTES];
     let mut vector = io_vector(&mut buffer);
     let set = match which {
-        Rare::LocalStorage => NT_386_TLS,
-        Rare::Ports => NT_386_IOPERM,
+        Rare::LocalStorage => LOCAL_STORAGE_NOTE,
+        Rare::Ports => PORTS_NOTE,
     };
+    let Some(set) = set else { return Ok(false) };
     match request(libc::PTRACE_GETREGSET, tid, set, (&raw mut vector).addr()) {
         Err(Errno::ENXIO | Errno::ENODEV | Errno::EINVAL | Errno::EIO) => Ok(false),
         Err(errno) => Err(errno),

@@ -81,7 +81,7 @@ pub fn set_owner(id: u32, uid: u32, gid: u32, mode: u32) -> Result<(), Errno> {
     let mut status = status(id)?;
     status.shm_perm.uid = uid;
     status.shm_perm.gid = gid;
-    status.shm_perm.mode = u16::try_from(mode).map_err(|_| Errno::EINVAL)?;
+    status.shm_perm.mode = mode.try_into().map_err(|_| Errno::EINVAL)?;
     // SAFETY: the structure outlives the call.
     let result = unsafe { libc::shmctl(number(id), libc::IPC_SET, &raw mut status) };
     Errno::result(result).map(drop)

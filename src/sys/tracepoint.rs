@@ -30,6 +30,7 @@ use nix::{
 use zerocopy::{FromZeros, IntoBytes};
 
 use crate::{
+    arch::native::OTHER_INTERFACE,
     fault::{self, Novelty},
     units::HostPid,
 };
@@ -212,13 +213,11 @@ pub fn probe() -> Result<(), CountError> {
     count(&Event::SELDOM, &[Scope::Processor(first)]).map(drop)
 }
 
-/// Whether a program can make system calls by the x32 interface (`CONFIG_X86_X32_ABI`),
-/// which tracepoints of system calls do not see.
+/// Whether a program can make system calls by another interface, such as x32
+/// (`CONFIG_X86_X32_ABI`), which tracepoints of system calls do not see.
 pub fn has_unseen_calls() -> bool {
-    /// `__X32_SYSCALL_BIT` (`asm/unistd.h`).
-    const X32: libc::c_long = 0x4000_0000;
     // SAFETY: getppid takes nothing and changes nothing, by whatever interface.
-    unsafe { libc::syscall(X32 | libc::SYS_getppid) >= 0 }
+    OTHER_INTERFACE.is_some_and(|bit| unsafe { libc::syscall(bit | libc::SYS_getppid) >= 0 })
 }
 
 /// Where events are counted.

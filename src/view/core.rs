@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 use object::{
     LittleEndian as LE, U16, U32, U64,
     elf::{
-        ELFCLASS64, ELFDATA2LSB, ELFMAG, ELFOSABI_NONE, EM_X86_64, ET_CORE, EV_CURRENT, FileFlags,
+        ELFCLASS64, ELFDATA2LSB, ELFMAG, ELFOSABI_NONE, ET_CORE, EV_CURRENT, FileFlags,
         FileHeader64, Ident, PF_R, PF_W, PF_X, PN_XNUM, PT_LOAD, PT_NOTE, ProgramFlags,
         ProgramHeader64, SHN_UNDEF, SHT_NULL, SectionFlags, SectionHeader64,
     },
@@ -14,15 +14,15 @@ use object::{
 
 use super::{
     AddressSpace, Result, ViewError,
-    notes::notes,
+    notes::{Description, describe},
     process::{PROT_EXEC, PROT_READ, PROT_WRITE},
 };
 use crate::{
+    arch::Machine,
     chain::{self, Content, Run, Source},
-    units::PAGE_SIZE,
 };
 
-/// A process as an ELF core file of x86-64.
+/// A process as an ELF core file of the machine that it ran on.
 ///
 /// ```text
 /// file header
@@ -66,12 +66,12 @@ impl CoreFile {
     /// at the files that it maps, and reads the images of its threads.
     ///
     /// # Errors
-    /// [`ViewError::BadThread`] for threads that are not of x86-64 in 64-bit
-    /// mode; [`ViewError::Chain`] and [`ViewError::Image`] for images that
+    /// [`ViewError::BadThread`] for threads of unknown machines, and for 32-bit
+    /// ones; [`ViewError::Chain`] and [`ViewError::Image`] for images that
     /// cannot be read; [`ViewError::CoreTooLarge`].
     pub fn open(space: Arc<AddressSpace>) -> Result<Self> {
         let mut segments = segments(&space)?;
-        let notes = notes(&space)?;
+        let Description { machine, page_size, notes } = describe(&space)?;
         let too_large = || ViewError::CoreTooLarge {
             dir: space.process().tables().dir().to_owned(),
             pid: space.process().pid(),
@@ -81,15 +81,16 @@ impl CoreFile {
         let notes_at = size_of::<FileHeader64<LE>>()
             + size_of::<ProgramHeader64<LE>>() * (segments.len() + 1)
             + if extended { size_of::<SectionHeader64<LE>>() } else { 0 };
-        let head_len = (notes_at + notes.len()).next_multiple_of(PAGE_BYTES);
+        let page_bytes = usize::try_from(page_size).expect("pages are small");
+        let head_len = (notes_at + notes.len()).next_multiple_of(page_bytes);
 
         let mut head = Vec::with_capacity(head_len);
-        head.extend(pod::bytes_of(&file_header(headers, extended)));
+        head.extend(pod::bytes_of(&file_header(machine, headers, extended)));
         head.extend(pod::bytes_of(&note_header(notes_at as u64, notes.len() as u64)));
         let mut len = head_len as u64;
         for segment in &mut segments {
             segment.offset = len;
-            head.extend(pod::bytes_of(&load_header(segment)));
+            head.extend(pod::bytes_of(&load_header(segment, page_size)));
             len = len
                 .checked_add(segment.len)
                 .filter(|len| i64::try_from(*len).is_ok())
@@ -109,10 +110,6 @@ impl CoreFile {
     }
 }
 
-/// [`PAGE_SIZE`], to count bytes in memory with.
-const PAGE_BYTES: usize = 1 << crate::units::PAGE_SHIFT;
-const _: () = assert!(PAGE_BYTES as u64 == PAGE_SIZE);
-
 /// Returns what is known of the mappings of a process, without offsets.
 fn segments(space: &AddressSpace) -> chain::Result<Vec<Segment>> {
     let mut segments = Vec::new();
@@ -128,7 +125,7 @@ fn segments(space: &AddressSpace) -> chain::Result<Vec<Segment>> {
     Ok(segments)
 }
 
-fn file_header(headers: u32, extended: bool) -> FileHeader64<LE> {
+fn file_header(machine: Machine, headers: u32, extended: bool) -> FileHeader64<LE> {
     let size = |bytes| U16::new(LE, u16::try_from(bytes).expect("headers are small"));
     let table = size_of::<FileHeader64<LE>>();
     let header = size_of::<ProgramHeader64<LE>>();
@@ -144,7 +141,7 @@ fn file_header(headers: u32, extended: bool) -> FileHeader64<LE> {
             padding: [0; 7],
         },
         e_type: U16::new(LE, ET_CORE),
-        e_machine: U16::new(LE, EM_X86_64),
+        e_machine: U16::new(LE, machine.elf()),
         e_version: U32::new(LE, EV_CURRENT.0.into()),
         e_entry: U64::new(LE, 0),
         e_phoff: U64::new(LE, table as u64),
@@ -172,7 +169,7 @@ fn note_header(offset: u64, len: u64) -> ProgramHeader64<LE> {
     }
 }
 
-fn load_header(segment: &Segment) -> ProgramHeader64<LE> {
+fn load_header(segment: &Segment, page_size: u64) -> ProgramHeader64<LE> {
     let prots = [(PROT_READ, PF_R), (PROT_WRITE, PF_W), (PROT_EXEC, PF_X)];
     let flags = prots.iter().filter(|(prot, _)| segment.prot & prot != 0);
     let flags = flags.fold(0, |flags, (_, flag)| flags | flag.0);
@@ -184,7 +181,7 @@ fn load_header(segment: &Segment) -> ProgramHeader64<LE> {
         p_paddr: U64::new(LE, 0),
         p_filesz: U64::new(LE, segment.len),
         p_memsz: U64::new(LE, segment.len),
-        p_align: U64::new(LE, PAGE_SIZE),
+        p_align: U64::new(LE, page_size),
     }
 }
 

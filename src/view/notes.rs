@@ -1,7 +1,8 @@
 //! The notes of a core file: the identity of the process and the state of its threads.
 //!
-//! Layouts are those of the kernel for x86-64 (`linux/elfcore.h`,
-//! `uapi/linux/elf.h`, `fs/binfmt_elf.c`), which debuggers expect.
+//! Layouts are those of the kernel for 64-bit machines (`linux/elfcore.h`,
+//! `uapi/linux/elf.h`, `fs/binfmt_elf.c`), which debuggers expect. What differs between
+//! machines is in [`crate::arch`].
 
 use std::sync::Arc;
 
@@ -9,7 +10,7 @@ use object::{
     LittleEndian as LE, U32,
     elf::{
         ELF_NOTE_CORE, ELF_NOTE_LINUX, NT_AUXV, NT_FILE, NT_FPREGSET, NT_PRPSINFO, NT_PRSTATUS,
-        NT_X86_XSTATE, NoteHeader32, NoteType,
+        NoteHeader32, NoteType,
     },
     pod,
 };
@@ -18,13 +19,16 @@ use super::{
     AddressSpace, Process, Result, ViewError, mapped::Mapped, process::Below, thread::Thread,
 };
 use crate::{
+    arch::{self, Machine},
     chain::read_at,
-    image::{proto, registers},
-    units::PAGE_SIZE,
+    image::proto,
 };
 
-/// Bytes in the kernel's `elf_prstatus`.
-const PRSTATUS_BYTES: usize = 336;
+/// Bytes in the kernel's `elf_prstatus` before the registers.
+const PRSTATUS_HEAD_BYTES: usize = 112;
+
+/// What `elf_prstatus` is aligned to.
+const PRSTATUS_ALIGN: usize = 8;
 
 /// Bytes in the kernel's `elf_prpsinfo`.
 const PRPSINFO_BYTES: usize = 136;
@@ -45,7 +49,18 @@ const ALIGN: usize = 4;
 /// `task_core_entry.task_state` (CRIU 4.2, `compel/include/uapi/task-state.h`).
 const STOPPED: u32 = 3;
 
-/// The notes of a process, in the order in which the kernel writes them: the
+/// What a core file says of its process.
+#[derive(Debug)]
+pub(super) struct Description {
+    /// The machine that it ran on.
+    pub(super) machine: Machine,
+    /// The bytes in a page there.
+    pub(super) page_size: u64,
+    /// The notes.
+    pub(super) notes: Vec<u8>,
+}
+
+/// Describes a process. Notes are in the order in which the kernel writes them: the
 /// leader's status, the process's description, its auxiliary vector, its mapped
 /// files, the leader's other registers; then the other threads' registers.
 ///
@@ -54,32 +69,38 @@ const STOPPED: u32 = 3;
 ///
 /// # Errors
 /// [`ViewError::BadThread`], [`ViewError::Image`].
-pub(super) fn notes(space: &AddressSpace) -> Result<Vec<u8>> {
+pub(super) fn describe(space: &AddressSpace) -> Result<Description> {
     let process = space.process();
     let threads = process.threads()?;
+    let bad_thread = |tid| {
+        move |problem| ViewError::BadThread { dir: process.tables().dir().to_owned(), tid, problem }
+    };
+    let leader = threads.first().expect("a process has a leader");
+    let machine =
+        Machine::of(&leader.core).map_err(|unknown| bad_thread(leader.tid)(unknown.to_string()))?;
+    let page_size = machine.page_size(&process.mm().mm_saved_auxv).map_err(|size| {
+        let problem = format!("{} has no pages of {size} bytes", machine.name());
+        bad_thread(leader.tid)(problem)
+    })?;
     let mut notes = Notes::default();
     for (position, thread) in threads.iter().enumerate() {
-        let bad = |problem| ViewError::BadThread {
-            dir: process.tables().dir().to_owned(),
-            tid: thread.tid,
-            problem,
-        };
-        let info = info(thread).map_err(|problem| bad(problem.to_owned()))?;
-        let status = status(process.entry(), thread, &info.gpregs);
+        let bad = bad_thread(thread.tid);
+        let registers = registers(thread, machine).map_err(bad)?;
+        let status = status(process.entry(), thread, &registers.general);
         notes.push(ELF_NOTE_CORE, NT_PRSTATUS, &status);
         if position == 0 {
-            notes.push(ELF_NOTE_CORE, NT_PRPSINFO, &description(space, thread));
+            notes.push(ELF_NOTE_CORE, NT_PRPSINFO, &prpsinfo(space, thread));
             notes.push(ELF_NOTE_CORE, NT_AUXV, &auxiliary_vector(process));
-            if let Some(files) = files(process) {
+            if let Some(files) = files(process, page_size) {
                 notes.push(ELF_NOTE_CORE, NT_FILE, &files);
             }
         }
-        notes.push(ELF_NOTE_CORE, NT_FPREGSET, &registers::legacy(&info.fpregs).map_err(bad)?);
-        if let Some(extended) = registers::extended(&info.fpregs).map_err(bad)? {
-            notes.push(ELF_NOTE_LINUX, NT_X86_XSTATE, &extended);
+        notes.push(ELF_NOTE_CORE, NT_FPREGSET, &registers.floating);
+        for (kind, bytes) in &registers.others {
+            notes.push(ELF_NOTE_LINUX, *kind, bytes);
         }
     }
-    Ok(notes.0)
+    Ok(Description { machine, page_size, notes: notes.0 })
 }
 
 #[derive(Default)]
@@ -108,17 +129,14 @@ impl Notes {
     }
 }
 
-/// Returns a thread's registers.
-fn info(thread: &Thread) -> Result<&proto::ThreadInfoX86, &'static str> {
-    let core = &thread.core;
-    if core.mtype() != proto::core_entry::March::X8664 {
-        return Err("it ran on another kind of processor than x86-64");
+/// Returns the registers of a thread of a process of `machine`.
+fn registers(thread: &Thread, machine: Machine) -> Result<arch::Notes, String> {
+    let own = Machine::of(&thread.core).map_err(|unknown| unknown.to_string())?;
+    if own != machine {
+        let (own, machine) = (own.name(), machine.name());
+        return Err(format!("it ran on {own}, and its process on {machine}"));
     }
-    let info = core.thread_info.as_ref().ok_or("its image has no registers")?;
-    if info.gpregs.mode() == proto::UserX86RegsMode::Compat {
-        return Err("it ran 32-bit code");
-    }
-    Ok(info)
+    machine.notes(&thread.core)
 }
 
 /// Returns an `elf_prstatus`.
@@ -130,27 +148,24 @@ fn info(thread: &Thread) -> Result<&proto::ThreadInfoX86, &'static str> {
 ///  24  pr_sighold                   u64: signals blocked
 ///  32  pr_pid, ppid, pgrp, sid      i32 each
 ///  48  four times of 16 bytes       not dumped: zero
-/// 112  pr_reg                       user_regs_struct
-/// 328  pr_fpvalid                   i32: floating-point registers follow
+/// 112  pr_reg                       general registers
+///      pr_fpvalid                   i32: floating-point registers follow
 /// ```
-fn status(
-    entry: &proto::PstreeEntry,
-    thread: &Thread,
-    regs: &proto::UserX86RegsEntry,
-) -> [u8; PRSTATUS_BYTES] {
+fn status(entry: &proto::PstreeEntry, thread: &Thread, registers: &[u8]) -> Vec<u8> {
     let own = thread.core.thread_core.as_ref();
     let leader = thread.core.tc.as_ref();
     let blocked = own.and_then(|own| own.blk_sigset).or(leader.map(|leader| leader.blk_sigset));
     let pending = own.and_then(|own| own.signals_p.as_ref()).map_or(0, pending);
-    let mut status = [0; PRSTATUS_BYTES];
+    let mut status = vec![0; PRSTATUS_HEAD_BYTES];
     put(&mut status, 16, &pending.to_le_bytes());
     put(&mut status, 24, &blocked.unwrap_or(0).to_le_bytes());
     let ids = [thread.tid, entry.ppid, entry.pgid, entry.sid];
     for (offset, id) in (32..).step_by(4).zip(ids) {
         put(&mut status, offset, &id.to_le_bytes());
     }
-    put(&mut status, 112, &registers::general(regs));
-    put(&mut status, 112 + registers::GENERAL_BYTES, &1_u32.to_le_bytes());
+    status.extend(registers);
+    status.extend(1_u32.to_le_bytes());
+    status.resize(status.len().next_multiple_of(PRSTATUS_ALIGN), 0);
     status
 }
 
@@ -173,7 +188,7 @@ fn pending(queue: &proto::SignalQueueEntry) -> u64 {
 ///  40  pr_fname                              16 bytes
 ///  56  pr_psargs                             80 bytes
 /// ```
-fn description(space: &AddressSpace, leader: &Thread) -> [u8; PRPSINFO_BYTES] {
+fn prpsinfo(space: &AddressSpace, leader: &Thread) -> [u8; PRPSINFO_BYTES] {
     let process = space.process();
     let entry = process.entry();
     let mut description = [0; PRPSINFO_BYTES];
@@ -229,7 +244,7 @@ fn auxiliary_vector(process: &Process) -> Vec<u8> {
 /// Shared objects have names in the kernel's notes, too, such as `/dev/zero
 /// (deleted)`, but no files that a debugger could open: they are left out, or
 /// it would warn of each of them.
-fn files(process: &Process) -> Option<Vec<u8>> {
+fn files(process: &Process, page_size: u64) -> Option<Vec<u8>> {
     let mapped = process.areas().iter().filter_map(|area| match &area.below {
         Below::Mapped(Mapped::File(file)) => Some((area, Arc::as_ref(file))),
         _ => None,
@@ -238,7 +253,7 @@ fn files(process: &Process) -> Option<Vec<u8>> {
     let mut names = Vec::new();
     let mut count = 0_u64;
     for (area, file) in mapped {
-        places.extend([area.start, area.end, area.offset / PAGE_SIZE]);
+        places.extend([area.start, area.end, area.offset / page_size]);
         names.extend(file.name().bytes());
         names.push(0);
         count += 1;
@@ -246,7 +261,7 @@ fn files(process: &Process) -> Option<Vec<u8>> {
             return None;
         }
     }
-    let words = [count, PAGE_SIZE].into_iter().chain(places);
+    let words = [count, page_size].into_iter().chain(places);
     let mut note: Vec<u8> = words.flat_map(u64::to_le_bytes).collect();
     note.extend(names);
     Some(note)

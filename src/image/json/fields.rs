@@ -224,6 +224,7 @@ static FIELDS: &[(&str, &[(&str, Show)])] = {
                 ("pdeath_sig", Signal),
             ],
         ),
+        ("thread_info_aarch64", &[("clear_tid_addr", Hex)]),
         ("thread_info_x86", &[(ANY, Hex)]),
         ("thread_sas_entry", &[("ss_sp", Hex), ("ss_flags", Bits(names::SIGNAL_STACK))]),
         (
@@ -248,6 +249,7 @@ static FIELDS: &[(&str, &[(&str, Show)])] = {
             ],
         ),
         ("user_desc_t", &[("base_addr", Hex), ("limit", Hex)]),
+        ("user_aarch64_regs_entry", &[(ANY, Hex)]),
         ("user_x86_cet_entry", &[(ANY, Hex)]),
         ("user_x86_fpregs_entry", &[(ANY, Hex)]),
         ("user_x86_regs_entry", &[(ANY, Hex)]),

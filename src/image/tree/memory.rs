@@ -4,13 +4,10 @@ use nix::libc;
 
 use super::Problems;
 use crate::{
+    arch::Machine,
     image::{proto, vma},
     units::{HugeSize, PAGE_SIZE},
 };
-
-/// The end of the addresses that a process may have (`TASK_SIZE_MAX` with four
-/// levels of page tables).
-pub const ADDRESSES_END: u64 = 0x7fff_ffff_f000;
 
 /// The most words of an auxiliary vector (`AT_VECTOR_SIZE`, `linux/mm_types.h`).
 const AUXV_WORDS: usize = 52;
@@ -21,15 +18,17 @@ const KINDS: [u32; 4] = [vma::FILE_PRIVATE, vma::FILE_SHARED, vma::ANON_SHARED, 
 /// The bits of protection that an image may have: to read, to write, to execute.
 const PROTECTION: u32 = 0x7;
 
-/// Checks the mappings of a process, and what it says of them.
+/// Checks the mappings of a process of `machine`, and what it says of them.
 pub(super) fn check(
     mm: &proto::MmEntry,
     vmas: &[proto::VmaEntry],
     guards: &[proto::VmaEntry],
+    machine: Machine,
     problems: &mut Problems,
 ) {
-    check_order(vmas, problems);
-    check_order(guards, problems);
+    let addresses_end = machine.addresses_end();
+    check_order(vmas, addresses_end, problems);
+    check_order(guards, addresses_end, problems);
     for entry in vmas {
         check_mapping(entry, problems);
     }
@@ -58,7 +57,7 @@ pub(super) fn check(
     ];
     for (what, start, end, some) in addresses {
         // Below are addresses that nothing may be mapped at (`vm.mmap_min_addr`).
-        let fine = start >= PAGE_SIZE && end < ADDRESSES_END && start <= end;
+        let fine = start >= PAGE_SIZE && end < addresses_end && start <= end;
         if !fine || some && start == end {
             problems.broken(format!("its {what} is said to be at {start:#x}-{end:#x}"));
         }
@@ -79,7 +78,7 @@ fn range(entry: &proto::VmaEntry) -> String {
     format!("{:#x}-{:#x}", entry.start, entry.end)
 }
 
-fn check_order(vmas: &[proto::VmaEntry], problems: &mut Problems) {
+fn check_order(vmas: &[proto::VmaEntry], addresses_end: u64, problems: &mut Problems) {
     let mut end = 0;
     for entry in vmas {
         let aligned = entry.start.is_multiple_of(PAGE_SIZE) && entry.end.is_multiple_of(PAGE_SIZE);
@@ -87,7 +86,7 @@ fn check_order(vmas: &[proto::VmaEntry], problems: &mut Problems) {
             "is no whole number of pages"
         } else if entry.start >= entry.end {
             "is empty"
-        } else if entry.end > ADDRESSES_END {
+        } else if entry.end > addresses_end {
             "is behind the last address that a process may have"
         } else if entry.start < end {
             "overlaps the one before"
@@ -187,7 +186,7 @@ mod tests {
 
     fn told(mm: &proto::MmEntry, vmas: &[proto::VmaEntry]) -> String {
         let mut problems = Problems::default();
-        check(mm, vmas, &[], &mut problems);
+        check(mm, vmas, &[], Machine::X86_64, &mut problems);
         problems.0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
     }
 

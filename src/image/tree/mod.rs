@@ -14,10 +14,11 @@ use std::{fmt, path::Path};
 
 use super::{ImageError, Kind, proto, read_all, read_files, read_one, vma};
 
+use crate::arch::Machine;
+
 pub use self::{
     births::{Birth, Births, HelperPlan, Kin, Maker},
     files::timer_problem,
-    memory::ADDRESSES_END,
 };
 
 /// The versions of the format that are known (`inventory_entry.img_version`): CRIU's
@@ -261,6 +262,8 @@ fn read_body(dir: &Path, task: &Task, problems: &mut Problems) -> Option<Body> {
     all.retain(|entry| entry.status & vma::VSYSCALL == 0);
     let (guards, vmas): (Vec<_>, Vec<_>) =
         all.into_iter().partition(|entry| entry.status & vma::GUARD != 0);
-    memory::check(&mm, &vmas, &guards, problems);
+    // Unknown ones are told of already.
+    let machine = task.threads.first().and_then(|(_, core)| Machine::of(core).ok());
+    memory::check(&mm, &vmas, &guards, machine.unwrap_or(Machine::NATIVE), problems);
     Some(Body { mm, vmas, guards, fs: fs?, fds: fds? })
 }

@@ -1,7 +1,7 @@
 //! What a core says of a process and its threads.
 
-use super::{Problems, memory::ADDRESSES_END};
-use crate::image::{proto, registers};
+use super::Problems;
+use crate::{arch::Machine, image::proto};
 
 /// Limits of resources (`RLIM_NLIMITS`, `asm-generic/resource.h`).
 const LIMITS: usize = 16;
@@ -28,9 +28,6 @@ const RESET_ON_FORK: u32 = 0x4000_0000;
 
 /// Bytes of `struct robust_list_head` (`linux/futex.h`).
 const ROBUST_LIST_BYTES: u32 = 24;
-
-/// Bits of the control register of SSE that the processor refuses (`MXCSR`).
-const NO_MXCSR: u32 = 0xfffd_0000;
 
 /// Checks what a process has besides its memory and files.
 pub(super) fn check_task(task: &proto::TaskCoreEntry, problems: &mut Problems) {
@@ -113,25 +110,21 @@ fn check_timers(timers: &proto::TaskTimersEntry, problems: &mut Problems) {
 
 /// Checks what a core says of one thread.
 pub(super) fn check_thread(tid: u32, core: &proto::CoreEntry, problems: &mut Problems) {
-    let mut wrong = |problem: String| problems.broken(format!("thread {tid}: {problem}"));
-    if core.mtype() != proto::core_entry::March::X8664 {
-        wrong(format!("it is of another kind of machine ({:?})", core.mtype()));
-        return;
-    }
-    match &core.thread_info {
-        None => wrong("it has no registers".into()),
-        Some(info) => {
-            if let Err(problem) = registers::check(&info.fpregs) {
-                wrong(problem);
-            }
-            if info.fpregs.mxcsr & NO_MXCSR != 0 {
-                wrong(format!("its register mxcsr is {:#x}", info.fpregs.mxcsr));
-            }
-            check_registers(&info.gpregs, &mut wrong);
+    let machine = match Machine::of(core) {
+        Ok(machine) => machine,
+        Err(unknown) => {
+            problems.not_restored(format!("thread {tid}: {unknown}"));
+            return;
         }
+    };
+    if machine != Machine::NATIVE {
+        let (name, native) = (machine.name(), Machine::NATIVE.name());
+        problems.not_restored(format!("thread {tid} is of {name}, and this is {native}"));
     }
-    let mode = core.thread_info.as_ref().and_then(|info| info.gpregs.mode);
-    if mode.is_some_and(|mode| mode != i32::from(proto::UserX86RegsMode::Native)) {
+    machine.check_registers(core, &mut |problem| {
+        problems.broken(format!("thread {tid}: {problem}"));
+    });
+    if machine.is_narrow(core) {
         problems.not_restored(format!("thread {tid} is a 32-bit one, which is not restored"));
     }
     let mut wrong = |problem: String| problems.broken(format!("thread {tid}: {problem}"));
@@ -155,7 +148,7 @@ pub(super) fn check_thread(tid: u32, core: &proto::CoreEntry, problems: &mut Pro
     }
     if let Some(rseq) = &thread.rseq_entry
         && rseq.rseq_abi_pointer != 0
-        && (rseq.rseq_abi_pointer >= ADDRESSES_END || rseq.rseq_abi_size < 20)
+        && (rseq.rseq_abi_pointer >= machine.addresses_end() || rseq.rseq_abi_size < 20)
     {
         wrong("its restartable sequences are nowhere".into());
     }
@@ -168,31 +161,6 @@ pub(super) fn check_thread(tid: u32, core: &proto::CoreEntry, problems: &mut Pro
     if filtered {
         problems
             .not_restored(format!("thread {tid} has a seccomp filter, which is not restored yet"));
-    }
-}
-
-/// Checks what the kernel refuses of a debugger (`putreg`, `arch/x86/kernel/ptrace.c`).
-fn check_registers(regs: &proto::UserX86RegsEntry, wrong: &mut dyn FnMut(String)) {
-    /// Requested privilege level of user space; null is fine but for code and stack.
-    const USER: u64 = 3;
-    let selectors = [
-        ("cs", regs.cs, true),
-        ("ss", regs.ss, true),
-        ("ds", regs.ds, false),
-        ("es", regs.es, false),
-        ("fs", regs.fs, false),
-        ("gs", regs.gs, false),
-    ];
-    for (name, value, needed) in selectors {
-        let user = value & USER == USER && value <= u64::from(u16::MAX);
-        if !user && (needed || value != 0) {
-            wrong(format!("its register {name} is {value:#x}"));
-        }
-    }
-    for (name, value) in [("fs_base", regs.fs_base), ("gs_base", regs.gs_base)] {
-        if value >= ADDRESSES_END {
-            wrong(format!("its register {name} is {value:#x}"));
-        }
     }
 }
 
@@ -267,12 +235,13 @@ mod tests {
         let thread = reset.thread_core.as_mut().unwrap();
         (thread.sched_policy, thread.sched_prio) = (Some(1 | RESET_ON_FORK), Some(7));
         assert_eq!(told(&reset), "");
-        let breaks: [(Break, &str); 8] = [
+        let breaks: [(Break, &str); 9] = [
             (|core| info(core).fpregs.st_space.truncate(31), "st_space has 124 bytes"),
             (|core| info(core).gpregs.cs = 0, "register cs is 0x0"),
             (|core| info(core).gpregs.fs_base = u64::MAX, "fs_base is 0xffffffffffffffff"),
             (|core| core.thread_info = None, "no registers"),
-            (|core| core.mtype = 3, "another kind of machine"),
+            (|core| core.mtype = 2, "not known (Arm)"),
+            (|core| core.mtype = 3, "is of aarch64, and this is x86-64"),
             (
                 |core| {
                     let limit = proto::RlimitEntry { cur: 2, max: 1 };

@@ -7,6 +7,7 @@
 //! over; in its own images they are not, and threads have then what `rcriu` has.
 
 mod affinity;
+#[cfg(target_arch = "x86_64")]
 mod arch;
 mod autogroup;
 mod core_cookie;
@@ -54,8 +55,11 @@ const KINDS: &[&dyn Kind] = &[
     &speculation::STORE_BYPASS,
     &speculation::INDIRECT_BRANCH,
     &speculation::CACHE_FLUSH,
+    #[cfg(target_arch = "x86_64")]
     &arch::CpuId,
+    #[cfg(target_arch = "x86_64")]
     &arch::LargeState,
+    #[cfg(target_arch = "x86_64")]
     &arch::TaggedAddresses,
     &core_filter::CoreFilter,
     &autogroup::Autogroup,

@@ -8,6 +8,10 @@ use crate::inject::{Answers, Script};
 /// `PR_SPEC_PRCTL` (`linux/prctl.h`): a thread may choose.
 const MAY_CHOOSE: u64 = 1;
 
+/// Of `linux/prctl.h`.
+const PR_GET_SPECULATION_CTRL: i32 = 52;
+const PR_SET_SPECULATION_CTRL: i32 = 53;
+
 /// A control of `PR_GET_SPECULATION_CTRL`, and what it says (`PR_SPEC_*`).
 pub(super) struct Speculation {
     name: &'static str,
@@ -43,7 +47,7 @@ impl Kind for Speculation {
     }
 
     fn ask(&self, script: &mut Script) -> Asked {
-        let arguments = [libc::PR_GET_SPECULATION_CTRL.into(), self.which.into()];
+        let arguments = [PR_GET_SPECULATION_CTRL.into(), self.which.into()];
         Asked::call(script.attempt(libc::SYS_prctl, &arguments))
     }
 
@@ -54,7 +58,7 @@ impl Kind for Speculation {
     fn set(&self, values: &[u64], _: Who, script: &mut Script) -> Result<(), Errno> {
         let &[value] = values else { return Err(Errno::EINVAL) };
         if value & MAY_CHOOSE != 0 {
-            let option = libc::PR_SET_SPECULATION_CTRL;
+            let option = PR_SET_SPECULATION_CTRL;
             let arguments = [option.into(), self.which.into(), (value & !MAY_CHOOSE).into()];
             script.attempt(libc::SYS_prctl, &arguments);
         }

@@ -8,14 +8,15 @@
 use nix::libc;
 
 use crate::{
+    arch::native::{self, Registers},
     image::proto,
     inject::Script,
     proc,
     res::{
         ResError, Result, attribute,
-        thread::{creds, registers, scheduling},
+        thread::{creds, scheduling},
     },
-    sys::{process, ptrace::Registers},
+    sys::process,
     units::HostPid,
 };
 
@@ -48,10 +49,7 @@ pub fn split(
     let failed = |step| move |source| ResError::Thread { tid: pid, step, source };
     let status = proc::thread_status(pid, pid)?;
     let its_scheduling = process::scheduling(pid).map_err(failed("read the scheduling of"))?;
-    if let Some(info) = &mut leader.thread_info {
-        info.gpregs = registers::general(to_exit);
-        info.clear_tid_addr = 0;
-    }
+    native::replace_general(&mut leader, to_exit);
     if let Some(own) = &mut leader.thread_core {
         let securebits = own.creds.as_ref().map_or(0, |creds| creds.secbits);
         *own = proto::ThreadCoreEntry {

@@ -9,6 +9,7 @@ mod membarrier;
 mod outside;
 mod personality;
 mod queue;
+#[cfg(target_arch = "x86_64")]
 mod segments;
 mod state;
 pub mod stop;
@@ -42,6 +43,7 @@ pub const KINDS: &[&dyn Kind] = &[
     &personality::Personality,
     &subreaper::Subreaper,
     &membarrier::Membarrier,
+    #[cfg(target_arch = "x86_64")]
     &segments::Segments,
     &limits::Limits,
     &outside::Outside,

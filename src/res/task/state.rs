@@ -3,7 +3,7 @@
 use nix::libc;
 
 use super::{ALIVE, Collect, DEAD, Kind, Process, STOPPED};
-use crate::{image::proto, inject::Script, proc, res::Result, units::HostPid};
+use crate::{arch::Machine, image::proto, inject::Script, proc, res::Result, units::HostPid};
 
 /// The kind. A new process is stopped when it is let go, and named by its first thread.
 pub(super) struct State;
@@ -36,7 +36,7 @@ fn exit_signal(stat: &proc::Stat) -> Option<u32> {
 pub fn zombie(pid: HostPid) -> Result<proto::CoreEntry> {
     let stat = proc::stat(pid)?;
     Ok(proto::CoreEntry {
-        mtype: proto::core_entry::March::X8664.into(),
+        mtype: Machine::NATIVE.march().into(),
         tc: Some(proto::TaskCoreEntry {
             task_state: DEAD,
             exit_code: stat.exit_code.cast_unsigned(),

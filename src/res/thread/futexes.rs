@@ -5,6 +5,7 @@ use nix::libc;
 
 use super::{Collect, Kind, Restored, Thread, own};
 use crate::{
+    arch::{Machine, native},
     inject::Script,
     res::{ResError, Result, calls::Calls},
     sys::process,
@@ -20,9 +21,9 @@ impl Kind for Futexes {
         let call = script.attempt(libc::SYS_prctl, &arguments);
         Box::new(move |of, answers, core| {
             let tid = of.of.tid;
-            let info = core.thread_info.get_or_insert_default();
             // Kernels without CONFIG_CHECKPOINT_RESTORE do not tell.
-            info.clear_tid_addr = answers.result(call).map_or(0, |_| answers.value(address));
+            let address = answers.result(call).map_or(0, |_| answers.value(address));
+            native::set_tid_address(core, address);
             let (list, len) = process::robust_list(tid).map_err(|source| ResError::Thread {
                 tid,
                 step: "read the robust list of",
@@ -35,8 +36,8 @@ impl Kind for Futexes {
     }
 
     fn set(&self, of: &Restored<'_>, calls: &mut Calls<'_>) -> Result<()> {
-        if let Some(info) = &of.core.thread_info {
-            let arguments = [info.clear_tid_addr.into()];
+        if let Some(address) = Machine::NATIVE.tid_address(of.core) {
+            let arguments = [address.into()];
             calls.script.call("set the thread id address", libc::SYS_set_tid_address, &arguments);
         }
         if let Some(thread) = of.core.thread_core.as_ref().filter(|thread| thread.futex_rla != 0) {

@@ -15,6 +15,7 @@ use super::{
     calls::{Calls, Own},
 };
 use crate::{
+    arch::Machine,
     image::proto::{self, CoreEntry, ThreadCoreEntry},
     inject::{Answers, Script, Tracee},
     proc::Status,
@@ -131,7 +132,7 @@ pub fn ask(of: Thread, script: &mut Script) -> Vec<Collect> {
 /// What keeps something from being read.
 pub fn collect(kinds: Vec<Collect>, of: &Stopped<'_>, answers: &Answers) -> Result<CoreEntry> {
     let mut core = CoreEntry {
-        mtype: proto::core_entry::March::X8664.into(),
+        mtype: Machine::NATIVE.march().into(),
         thread_core: Some(ThreadCoreEntry {
             seccomp_mode: Some(proto::SeccompMode::Disabled.into()),
             ..Default::default()

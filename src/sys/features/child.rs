@@ -11,7 +11,7 @@ use nix::{errno::Errno, libc};
 
 use super::{KCMP_FILE, descriptor};
 use crate::{
-    sys::process::read_memory,
+    sys::{process::read_memory, ptrace},
     units::{HostPid, RemoteAddr},
 };
 
@@ -157,19 +157,7 @@ impl Child {
 
     /// The child is stopped.
     pub(super) fn rseq_configuration(&self) -> bool {
-        let mut configuration = std::mem::MaybeUninit::<libc::ptrace_rseq_configuration>::uninit();
-        let bytes = size_of_val(&configuration);
-        // SAFETY: the kernel writes at most so many bytes, and `configuration`
-        // outlives the call.
-        let written = unsafe {
-            libc::ptrace(
-                libc::PTRACE_GET_RSEQ_CONFIGURATION,
-                self.pid,
-                bytes,
-                configuration.as_mut_ptr(),
-            )
-        };
-        written > 0
+        ptrace::rseq_configuration(HostPid(self.pid)).is_ok()
     }
 }
 
@@ -192,7 +180,7 @@ fn wait_to_be_killed() -> ! {
     unsafe {
         libc::syscall(libc::SYS_prctl, libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0);
         loop {
-            libc::syscall(libc::SYS_pause);
+            libc::syscall(libc::SYS_ppoll, 0, 0, 0, 0, 0);
         }
     }
 }

@@ -15,10 +15,8 @@ use nix::{errno::Errno, libc};
 use super::descriptor;
 use crate::{
     fault::{self, Novelty},
-    units::PAGE_SIZE,
+    units::{PAGE_LEN, PAGE_SIZE},
 };
-
-const _: () = assert!(Page::BYTES as u64 == PAGE_SIZE);
 
 /// One page of this process that no other code uses.
 pub(super) struct Page {
@@ -26,14 +24,12 @@ pub(super) struct Page {
 }
 
 impl Page {
-    const BYTES: usize = 4096;
-
     /// Maps a page and writes to it.
     pub(super) fn map(sharing: libc::c_int) -> Option<Self> {
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         let flags = sharing | libc::MAP_ANONYMOUS;
         // SAFETY: a new mapping, where the kernel likes it, disturbs no other.
-        let start = unsafe { libc::mmap(ptr::null_mut(), Self::BYTES, protection, flags, -1, 0) };
+        let start = unsafe { libc::mmap(ptr::null_mut(), PAGE_LEN, protection, flags, -1, 0) };
         if start == libc::MAP_FAILED {
             return None;
         }
@@ -86,7 +82,7 @@ impl Page {
 impl Drop for Page {
     fn drop(&mut self) {
         // SAFETY: the mapping is ours alone, and no reference to it is left.
-        unsafe { libc::munmap(self.start.as_ptr().cast(), Self::BYTES) };
+        unsafe { libc::munmap(self.start.as_ptr().cast(), PAGE_LEN) };
     }
 }
 
@@ -111,7 +107,7 @@ pub(super) fn hides_lock_on_fault() -> bool {
         let page = Page::map(libc::MAP_PRIVATE)?;
         // SAFETY: the page is mapped, and locking it changes nothing of it.
         let locked =
-            unsafe { libc::mlock2(page.start.as_ptr().cast(), Page::BYTES, libc::MLOCK_ONFAULT) };
+            unsafe { libc::mlock2(page.start.as_ptr().cast(), PAGE_LEN, libc::MLOCK_ONFAULT) };
         Errno::result(locked).ok()?;
         let smaps = fs::read_to_string("/proc/self/smaps").ok()?;
         let begin = format!("{:x}-", page.address());

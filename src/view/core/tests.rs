@@ -1,6 +1,9 @@
 use std::{fs, path::Path};
 
-use object::read::elf::{FileHeader, ProgramHeader};
+use object::{
+    elf::{EM_AARCH64, EM_X86_64},
+    read::elf::{FileHeader, ProgramHeader},
+};
 use proptest::prelude::*;
 
 use super::*;
@@ -10,6 +13,7 @@ use crate::{
         testing::{TestChain, entry, page},
     },
     image::{Kind, MemoryId, Presence, proto, vma},
+    units::PAGE_SIZE,
     view::testing::{PID, image, load, mapping, regular},
 };
 
@@ -126,7 +130,8 @@ fn parse(core: &CoreFile) -> (Vec<(u64, u64, u32)>, Vec<Note>) {
     let bytes = bytes(core);
     let data = bytes.as_slice();
     let header = FileHeader64::<LE>::parse(data).unwrap();
-    assert!(header.e_type.get(LE) == ET_CORE && header.e_machine.get(LE) == EM_X86_64);
+    let machine = header.e_machine.get(LE);
+    assert!(header.e_type.get(LE) == ET_CORE && [EM_X86_64, EM_AARCH64].contains(&machine));
     let (mut loads, mut notes) = (Vec::new(), Vec::new());
     for segment in header.program_headers(LE, data).unwrap() {
         let len = segment.p_filesz.get(LE);
@@ -230,7 +235,11 @@ fn threads_of_other_processors_are_errors() {
     assert_eq!(problem(|core| core.thread_info = None), "its image has no registers");
     assert_eq!(
         problem(|core| core.set_mtype(proto::core_entry::March::Aarch64)),
-        "it ran on another kind of processor than x86-64"
+        "it ran on aarch64, and its process on x86-64"
+    );
+    assert_eq!(
+        problem(|core| core.set_mtype(proto::core_entry::March::S390)),
+        "it ran on a machine whose registers are not known (S390)"
     );
     assert_eq!(
         problem(|core| {
@@ -243,6 +252,52 @@ fn threads_of_other_processors_are_errors() {
         problem(|core| core.thread_info.as_mut().unwrap().fpregs.xmm_space.clear()),
         "xmm_space has 0 bytes, 256 expected"
     );
+}
+
+/// A thread of aarch64.
+fn arm(mark: u64) -> proto::CoreEntry {
+    let gpregs = proto::UserAarch64RegsEntry {
+        regs: (mark..mark + 31).collect(),
+        sp: 0x7000,
+        pc: 0x2004,
+        pstate: 0,
+    };
+    let fpsimd =
+        proto::UserAarch64FpsimdContextEntry { vregs: vec![mark; 64], ..Default::default() };
+    proto::CoreEntry {
+        mtype: proto::core_entry::March::Aarch64.into(),
+        thread_info: None,
+        ti_aarch64: Some(proto::ThreadInfoAarch64 {
+            clear_tid_addr: 0,
+            tls: mark << 16,
+            gpregs,
+            fpsimd,
+            pac_keys: None,
+        }),
+        ..thread(mark)
+    }
+}
+
+#[test]
+fn a_core_of_aarch64_has_the_notes_of_that_machine() {
+    let chain = chain();
+    let leader = proto::CoreEntry { tc: leader().tc, ..arm(1) };
+    let core = open(&chain, vmas(), &[leader, arm(2)]).unwrap();
+    let head = bytes(&core);
+    let header = FileHeader64::<LE>::parse(head.as_slice()).unwrap();
+    assert_eq!(header.e_machine.get(LE), EM_AARCH64);
+    let (_, notes) = parse(&core);
+    let kinds: Vec<u32> = notes.iter().map(|(kind, _)| *kind).collect();
+    // The last of each thread is NT_ARM_TLS.
+    assert_eq!(kinds, [1, 3, 6, 0x4649_4c45, 2, 0x401, 1, 2, 0x401]);
+    for (position, mark) in [(0, 1), (6, 2)] {
+        let status = &notes[position].1;
+        assert_eq!(status.len(), 392);
+        assert_eq!((word(status, 112), word(status, 112 + 30 * 8)), (mark, mark + 30));
+        assert_eq!((word(status, 112 + 32 * 8), word(status, 112 + 34 * 8)), (0x2004, 1));
+    }
+    assert_eq!((notes[4].1.len(), word(&notes[4].1, 0)), (528, 1));
+    assert_eq!(notes[8].1, (2_u64 << 16).to_le_bytes());
 }
 
 #[test]

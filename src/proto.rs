@@ -27,7 +27,7 @@ pub fn pool() -> &'static DescriptorPool {
 
 /// Returns [`pool`] with strings declared as bytes, which they are to the
 /// kernel: the path of a file need not be UTF-8.
-pub(super) fn pool_without_strings() -> &'static DescriptorPool {
+pub(crate) fn pool_without_strings() -> &'static DescriptorPool {
     static POOL: LazyLock<DescriptorPool> = LazyLock::new(|| {
         let mut pool = DescriptorPool::new();
         let files = pool_files_without_strings();

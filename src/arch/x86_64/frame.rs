@@ -2,10 +2,8 @@
 
 use zerocopy::{Immutable, IntoBytes};
 
-use crate::{
-    sys::{ptrace::Registers, xsave},
-    units::RemoteAddr,
-};
+use super::{native::Registers, xsave};
+use crate::units::RemoteAddr;
 
 /// `struct rt_sigframe` without its `siginfo` (`arch/x86/include/asm/sigframe.h`).
 #[derive(Clone, Copy, Debug, Default, IntoBytes, Immutable)]
@@ -46,19 +44,18 @@ const FLAGS: u64 = 0x1 | 0x2 | 0x4;
 const NO_STACK: u32 = 0xdead;
 
 /// How many bytes of a frame [`is_frame`] looks at.
-pub(in crate::inject) const FRAME_MARK_BYTES: usize =
-    std::mem::offset_of!(Frame, stack_flags) + size_of::<u32>();
+pub const FRAME_MARK_BYTES: usize = std::mem::offset_of!(Frame, stack_flags) + size_of::<u32>();
 
 /// Whether bytes begin a frame of this program's: the kernel gives no alternate stack such
 /// flags.
-pub(in crate::inject) fn is_frame(bytes: &[u8]) -> bool {
+pub fn is_frame(bytes: &[u8]) -> bool {
     let has = |at: usize, wanted: &[u8]| bytes.get(at..at + wanted.len()) == Some(wanted);
     has(std::mem::offset_of!(Frame, flags), &FLAGS.to_le_bytes())
         && has(std::mem::offset_of!(Frame, stack_flags), &NO_STACK.to_le_bytes())
 }
 
 /// Where the area is behind the frame: the processor wants it aligned to 64 bytes.
-pub(in crate::inject) const FRAME_AREA_OFFSET: u64 = 320;
+pub const FRAME_AREA_OFFSET: u64 = 320;
 
 /// `FP_XSTATE_MAGIC1` and `FP_XSTATE_MAGIC2` (`uapi/asm/sigcontext.h`).
 const MAGICS: (u32, u32) = (0x4650_5853, 0x4650_5845);
@@ -77,7 +74,7 @@ const LEGACY: u64 = 0x3;
 
 /// What `XSAVE` saves of a thread, in the form that a frame has.
 #[derive(Clone, Debug)]
-pub(in crate::inject) struct Area(Vec<u8>);
+pub struct Area(Vec<u8>);
 
 impl Area {
     /// Makes it of what `PTRACE_GETREGSET` returns (`sys::ptrace::extended_registers`);
@@ -85,7 +82,7 @@ impl Area {
     ///
     /// Only what is in use is taken: the kernel initializes the rest, and refuses an area
     /// that is larger than this thread may have.
-    pub(in crate::inject) fn new(mut bytes: Vec<u8>) -> Option<Self> {
+    pub fn new(mut bytes: Vec<u8>) -> Option<Self> {
         let word = |at: usize| Some(u64::from_le_bytes(bytes.get(at..at + 8)?.try_into().ok()?));
         let used = word(HEADER)? | LEGACY;
         let mut len = COMPONENTS;
@@ -107,15 +104,20 @@ impl Area {
     }
 
     /// Returns the bytes in it.
-    pub(in crate::inject) fn len(&self) -> usize {
+    pub fn len(&self) -> usize {
         self.0.len()
+    }
+
+    /// Whether there are none: never.
+    pub fn is_empty(&self) -> bool {
+        false
     }
 }
 
 /// Returns the bytes of a frame at `address`, which is a multiple of 64: the thread that
 /// returns to it has these registers, these signals blocked, and what is in `area`;
 /// without one, all registers but the general ones are as in a new program.
-pub(in crate::inject) fn frame(
+pub fn frame(
     address: RemoteAddr,
     restorer: RemoteAddr,
     registers: &Registers,

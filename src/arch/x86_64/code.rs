@@ -5,18 +5,22 @@ use std::arch::global_asm;
 
 use nix::libc;
 
-use crate::{inject::script::Entry, sys::ptrace::Registers, units::RemoteAddr};
+use super::native::Registers;
+use crate::{
+    arch::{Entry, Return},
+    units::RemoteAddr,
+};
 
 /// The instruction `syscall`.
-pub(in crate::inject) const SYSCALL_INSTRUCTION: [u8; 2] = [0x0f, 0x05];
+pub const SYSCALL_INSTRUCTION: [u8; 2] = [0x0f, 0x05];
 
 /// The instruction `syscall`, and `ret` behind it.
-pub(in crate::inject) const CALL_AND_RETURN: &[u8] = &[0x0f, 0x05, 0xc3];
+pub const CALL_AND_RETURN: &[u8] = &[0x0f, 0x05, 0xc3];
 
 /// What every program has that can handle signals (`SA_RESTORER`): the instructions that
 /// load the number of `rt_sigreturn(2)` and call the kernel.
-pub(in crate::inject) const RESTORERS: [&[u8]; 2] =
-    [&[0x48, 0xc7, 0xc0, 0x0f, 0, 0, 0, 0x0f, 0x05], &[0xb8, 0x0f, 0, 0, 0, 0x0f, 0x05]];
+pub const RESTORERS: &[&[u8]] =
+    &[&[0x48, 0xc7, 0xc0, 0x0f, 0, 0, 0, 0x0f, 0x05], &[0xb8, 0x0f, 0, 0, 0, 0x0f, 0x05]];
 
 // Walks the table of `Entry` that `rbx` points to. It needs neither a stack nor
 // relocation. At its end, and where the table says so, it stops: by a trap, or if `r14`
@@ -124,7 +128,7 @@ unsafe extern "C" {
 }
 
 /// Returns the code, which runs at any address.
-pub(in crate::inject) fn code() -> &'static [u8] {
+pub fn code() -> &'static [u8] {
     let (start, end) = (&raw const rcriu_inject_start, &raw const rcriu_inject_end);
     // SAFETY: both are labels in one section above, the second behind the first,
     // and what is between them is never written.
@@ -132,28 +136,13 @@ pub(in crate::inject) fn code() -> &'static [u8] {
 }
 
 /// Returns where in the code a thread is that has sent itself its signal.
-pub(in crate::inject) fn told(code: RemoteAddr) -> RemoteAddr {
+pub fn told(code: RemoteAddr) -> RemoteAddr {
     let (start, told) = (&raw const rcriu_inject_start, &raw const rcriu_inject_told);
     code.plus((told.addr() - start.addr()) as u64)
 }
 
-/// How a thread that walks a table comes home by itself.
-#[derive(Clone, Copy, Debug)]
-pub(in crate::inject) struct Return {
-    /// The signal by which it stops, which the process ignores.
-    pub(in crate::inject) signal: i32,
-    /// The scratch memory that it unmaps then.
-    pub(in crate::inject) scratch: RemoteAddr,
-    /// The bytes of that.
-    pub(in crate::inject) scratch_bytes: u32,
-    /// An instruction that calls the kernel, with one that returns behind it.
-    pub(in crate::inject) call: RemoteAddr,
-    /// The frame that is returned to.
-    pub(in crate::inject) frame: RemoteAddr,
-}
-
 /// Returns the registers with which a thread walks the table at `table` and comes home.
-pub(in crate::inject) fn enter_and_return(
+pub fn enter_and_return(
     base: &Registers,
     code: RemoteAddr,
     table: RemoteAddr,
@@ -170,7 +159,7 @@ pub(in crate::inject) fn enter_and_return(
 /// Returns registers with which a thread begins to walk the table at `table`, and stops by
 /// a trap.
 /// `base` are those it had, whose segments are kept.
-pub(in crate::inject) fn enter(base: &Registers, code: RemoteAddr, table: RemoteAddr) -> Registers {
+pub fn enter(base: &Registers, code: RemoteAddr, table: RemoteAddr) -> Registers {
     let mut registers = *base;
     registers.rip = code.0;
     registers.rbx = table.0;
@@ -182,7 +171,7 @@ pub(in crate::inject) fn enter(base: &Registers, code: RemoteAddr, table: Remote
 
 /// Returns registers with which a thread that is at the instruction `syscall`
 /// makes this call.
-pub(in crate::inject) fn syscall_registers(
+pub fn syscall_registers(
     base: &Registers,
     instruction: RemoteAddr,
     number: libc::c_long,
@@ -215,7 +204,7 @@ const CONTINUED: [i64; 4] =
 ///
 /// A timeout would begin anew each time: a program that is dumped more often than that
 /// would wait for ever. Such calls are left as they are.
-pub(in crate::inject) fn mended(stopped: &Registers) -> Option<Registers> {
+pub fn mended(stopped: &Registers) -> Option<Registers> {
     /// `timeout` of `epoll_wait(2)`, of which the kernel takes the lower half.
     const FOR_EVER: i32 = -1;
     if stopped.rax.cast_signed() != i64::from(-libc::EINTR) {
@@ -235,7 +224,7 @@ pub(in crate::inject) fn mended(stopped: &Registers) -> Option<Registers> {
 }
 
 /// Bytes of `mov eax, NUMBER; syscall`.
-pub(in crate::inject) const CALL_BYTES: usize = 7;
+pub const CALL_BYTES: usize = 7;
 
 /// Returns the registers with which a thread that was stopped goes on elsewhere:
 /// if a system call was interrupted, it is made again, as the kernel would have
@@ -247,7 +236,7 @@ pub(in crate::inject) const CALL_BYTES: usize = 7;
 /// had been continued before, the kernel has forgotten its number: it is taken from
 /// the instruction that loaded it, and where there is none, the call fails with
 /// `EINTR`.
-pub(in crate::inject) fn restart(stopped: &Registers, code: Option<[u8; CALL_BYTES]>) -> Registers {
+pub fn restart(stopped: &Registers, code: Option<[u8; CALL_BYTES]>) -> Registers {
     let mut registers = *stopped;
     let mut number = registers.orig_rax.cast_signed();
     registers.orig_rax = u64::MAX;
@@ -282,7 +271,7 @@ pub(in crate::inject) fn restart(stopped: &Registers, code: Option<[u8; CALL_BYT
 /// keeps their number. The kernel itself never has both in the registers: only a
 /// handler could have interrupted such a call, and what returns from one clears the
 /// number.
-pub(in crate::inject) fn uninterrupted(stored: &Registers) -> Registers {
+pub fn uninterrupted(stored: &Registers) -> Registers {
     let number = stored.orig_rax.cast_signed();
     let continued = CONTINUED.contains(&number) || number == libc::SYS_restart_syscall;
     let mut registers = *stored;

@@ -1,9 +1,21 @@
 //! The registers of a thread, laid out as the kernel hands them to debuggers.
 
-use super::proto;
+use object::elf::NT_X86_XSTATE;
+
+use crate::{
+    arch::Notes,
+    proto::{self, CoreEntry},
+};
+
+/// The end of the addresses that a process may have (`TASK_SIZE_MAX` with four
+/// levels of page tables).
+pub const ADDRESSES_END: u64 = 0x7fff_ffff_f000;
+
+/// Bits of the control register of SSE that the processor refuses (`MXCSR`).
+const NO_MXCSR: u32 = 0xfffd_0000;
 
 /// Bytes in the kernel's `user_regs_struct` (`asm/user_64.h`): 27 registers.
-pub const GENERAL_BYTES: usize = 27 * 8;
+const GENERAL_BYTES: usize = 27 * 8;
 
 /// Bytes in the area that `FXSAVE` writes, and XSAVE's begins with.
 const LEGACY_BYTES: usize = 512;
@@ -52,13 +64,77 @@ const fn component(name: &'static str, number: u32, offset: usize, bytes: usize)
 
 /// Where a processor has the components of its XSAVE area: the offset of the
 /// component of this number, `None` if it has no such component.
-pub type Offsets<'a> = &'a dyn Fn(u32) -> Option<usize>;
+#[cfg(any(test, target_arch = "x86_64"))]
+type Offsets<'a> = &'a dyn Fn(u32) -> Option<usize>;
 
 /// The components that the format has fields for, in the order of their numbers.
 const COMPONENTS: [Component; 7] = [YMM, BNDREGS, BNDCSR, OPMASK, ZMM_HI256, HI16_ZMM, PKRU];
 
+/// Returns the registers of a thread as the notes of a core file have them.
+///
+/// # Errors
+/// What is wrong with the image: no registers, or those of 32-bit code.
+pub(in crate::arch) fn notes(core: &CoreEntry) -> Result<Notes, String> {
+    let info = core.thread_info.as_ref().ok_or("its image has no registers")?;
+    if is_narrow(core) {
+        return Err("it ran 32-bit code".into());
+    }
+    let others = extended(&info.fpregs)?.map(|area| (NT_X86_XSTATE, area));
+    Ok(Notes {
+        general: general(&info.gpregs).to_vec(),
+        floating: legacy(&info.fpregs)?,
+        others: others.into_iter().collect(),
+    })
+}
+
+/// Whether a thread executed 32-bit code.
+pub(in crate::arch) fn is_narrow(core: &CoreEntry) -> bool {
+    let mode = core.thread_info.as_ref().and_then(|info| info.gpregs.mode);
+    mode.is_some_and(|mode| mode != i32::from(proto::UserX86RegsMode::Native))
+}
+
+/// Reports registers that no thread can have: lengths, and what the kernel refuses of a
+/// debugger (`putreg`, `arch/x86/kernel/ptrace.c`).
+pub(in crate::arch) fn check_thread(core: &CoreEntry, wrong: &mut dyn FnMut(String)) {
+    let Some(info) = &core.thread_info else {
+        wrong("it has no registers".into());
+        return;
+    };
+    if let Err(problem) = check(&info.fpregs) {
+        wrong(problem);
+    }
+    if info.fpregs.mxcsr & NO_MXCSR != 0 {
+        wrong(format!("its register mxcsr is {:#x}", info.fpregs.mxcsr));
+    }
+    check_general(&info.gpregs, wrong);
+}
+
+fn check_general(regs: &proto::UserX86RegsEntry, wrong: &mut dyn FnMut(String)) {
+    /// Requested privilege level of user space; null is fine but for code and stack.
+    const USER: u64 = 3;
+    let selectors = [
+        ("cs", regs.cs, true),
+        ("ss", regs.ss, true),
+        ("ds", regs.ds, false),
+        ("es", regs.es, false),
+        ("fs", regs.fs, false),
+        ("gs", regs.gs, false),
+    ];
+    for (name, value, needed) in selectors {
+        let user = value & USER == USER && value <= u64::from(u16::MAX);
+        if !user && (needed || value != 0) {
+            wrong(format!("its register {name} is {value:#x}"));
+        }
+    }
+    for (name, value) in [("fs_base", regs.fs_base), ("gs_base", regs.gs_base)] {
+        if value >= ADDRESSES_END {
+            wrong(format!("its register {name} is {value:#x}"));
+        }
+    }
+}
+
 /// Returns the general registers as `user_regs_struct`.
-pub fn general(regs: &proto::UserX86RegsEntry) -> [u8; GENERAL_BYTES] {
+fn general(regs: &proto::UserX86RegsEntry) -> [u8; GENERAL_BYTES] {
     let values: [u64; GENERAL_BYTES / 8] = [
         regs.r15,
         regs.r14,
@@ -100,7 +176,7 @@ pub fn general(regs: &proto::UserX86RegsEntry) -> [u8; GENERAL_BYTES] {
 ///
 /// # Errors
 /// What is wrong with the entry: a set of registers of the wrong length.
-pub fn legacy(regs: &proto::UserX86FpregsEntry) -> Result<Vec<u8>, String> {
+fn legacy(regs: &proto::UserX86FpregsEntry) -> Result<Vec<u8>, String> {
     let mut area = vec![0; LEGACY_BYTES];
     for (offset, control) in [(0, regs.cwd), (2, regs.swd), (4, regs.twd), (6, regs.fop)] {
         put(&mut area, offset, &control.to_le_bytes()[..2]);
@@ -122,7 +198,7 @@ pub fn legacy(regs: &proto::UserX86FpregsEntry) -> Result<Vec<u8>, String> {
 ///
 /// # Errors
 /// As [`legacy`].
-pub fn extended(regs: &proto::UserX86FpregsEntry) -> Result<Option<Vec<u8>>, String> {
+fn extended(regs: &proto::UserX86FpregsEntry) -> Result<Option<Vec<u8>>, String> {
     let Some(xsave) = &regs.xsave else { return Ok(None) };
     let mut area = legacy(regs)?;
     area.resize(LEGACY_BYTES + HEADER_BYTES, 0);
@@ -142,7 +218,7 @@ pub fn extended(regs: &proto::UserX86FpregsEntry) -> Result<Option<Vec<u8>>, Str
 ///
 /// # Errors
 /// The first register that does not, and what was expected.
-pub fn check(regs: &proto::UserX86FpregsEntry) -> Result<(), String> {
+fn check(regs: &proto::UserX86FpregsEntry) -> Result<(), String> {
     legacy(regs)?;
     regs.xsave.as_ref().map_or(Ok(()), |xsave| components(xsave).map(drop))
 }
@@ -174,7 +250,8 @@ fn components(xsave: &proto::UserX86XsaveEntry) -> Result<Vec<(Component, Vec<u8
 ///
 /// # Errors
 /// As [`legacy`]; a component in use that this processor does not have.
-pub fn overwrite(
+#[cfg(any(test, target_arch = "x86_64"))]
+pub(super) fn overwrite(
     area: &mut [u8],
     regs: &proto::UserX86FpregsEntry,
     offsets: Offsets,
@@ -205,6 +282,7 @@ pub fn overwrite(
 
 /// Components that may be in use without anything being lost if they are not
 /// dumped: supervisor state that the kernel makes anew.
+#[cfg(any(test, target_arch = "x86_64"))]
 const SUPERVISOR: u64 = 1 << 8 | 1 << 10 | 1 << 11 | 1 << 12 | 1 << 13 | 1 << 15 | 1 << 16;
 
 /// Returns what an area that was read from a thread of this processor says, for
@@ -212,7 +290,11 @@ const SUPERVISOR: u64 = 1 << 8 | 1 << 10 | 1 << 11 | 1 << 12 | 1 << 13 | 1 << 15
 ///
 /// # Errors
 /// A component that is in use and that the format has no field for.
-pub fn from_area(area: &[u8], offsets: Offsets) -> Result<proto::UserX86FpregsEntry, String> {
+#[cfg(any(test, target_arch = "x86_64"))]
+pub(super) fn from_area(
+    area: &[u8],
+    offsets: Offsets,
+) -> Result<proto::UserX86FpregsEntry, String> {
     let word = |at: usize| u32::from_le_bytes(area[at..at + 4].try_into().expect("four bytes"));
     let double = |at: usize| u64::from_le_bytes(area[at..at + 8].try_into().expect("eight bytes"));
     let words = |at: usize, bytes: usize| (at..at + bytes).step_by(4).map(word).collect::<Vec<_>>();
