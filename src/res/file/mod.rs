@@ -7,6 +7,7 @@
 //! descriptions shared between processes are shared again without more ado.
 
 mod descriptor;
+mod error;
 pub mod eventfd;
 pub mod eventpoll;
 pub mod fown;
@@ -34,141 +35,22 @@ use std::{
 };
 
 use nix::{errno::Errno, libc};
-use thiserror::Error;
 
 use crate::{
-    image::{ImageError, SnapshotWriter, proto},
+    image::{SnapshotWriter, proto},
     inject::Script,
-    proc::{FdInfo, ProcError},
+    proc::FdInfo,
     sys::fds,
     units::{HostPid, TargetFd},
 };
 
 pub use self::{
+    error::{FileError, Result},
     ghost::{Lost, Revived},
     install::{Installer, Process},
     table::FileTable,
     validation::{BuildIds, Validation},
 };
-
-/// The result of dumping or restoring an open file.
-pub type Result<T, E = FileError> = std::result::Result<T, E>;
-
-fn file_of(pid: HostPid, fd: TargetFd) -> String {
-    if fd.0 < 0 {
-        format!("a file that process {pid} uses without a descriptor")
-    } else {
-        format!("descriptor {fd} of process {pid}")
-    }
-}
-
-/// Why an open file could not be dumped or restored.
-#[derive(Debug, Error)]
-pub enum FileError {
-    /// It is of a kind, or in a state, that is not dumped.
-    #[error("{} is {what}; {help}", file_of(*pid, *fd))]
-    Unsupported {
-        /// The process.
-        pid: HostPid,
-        /// The descriptor's number there, negative if it has none: the file is mapped, say, or
-        /// on its way in a socket.
-        fd: TargetFd,
-        /// What it is, with its name, as in `the socket [1234], connected to 10.0.0.1:80`.
-        what: String,
-        /// What would help: the beginning of a sentence, in lower case.
-        help: &'static str,
-    },
-    /// A system call failed while dumping.
-    #[error("{step} {} ({link})", file_of(*pid, *fd))]
-    Dump {
-        /// The process.
-        pid: HostPid,
-        /// The descriptor's number there, negative if it has none.
-        fd: TargetFd,
-        /// What it leads to.
-        link: String,
-        /// What was attempted, as a verb: "read the counter of".
-        step: &'static str,
-        /// Why it failed.
-        source: Errno,
-    },
-    /// An eventfd did not behave as one that nobody else uses.
-    #[error(
-        "find out whether an eventfd of process {pid}, which held {count:#x}, is a semaphore; \
-         this kernel does not tell"
-    )]
-    Probe {
-        /// A process that has it.
-        pid: HostPid,
-        /// What its counter was.
-        count: u64,
-        /// What went wrong.
-        source: std::io::Error,
-    },
-    /// A system call failed while restoring.
-    #[error("{step} {object} (file {id:#x} of the images)")]
-    Restore {
-        /// The number of the file in the images.
-        id: u32,
-        /// What was attempted, as a verb: "open", "bind".
-        step: &'static str,
-        /// The object: a path, an address.
-        object: String,
-        /// Why it failed.
-        source: Errno,
-    },
-    /// Shared memory could not be made.
-    #[error("{step} the shared memory {shmid}")]
-    Memory {
-        /// Its number in the images.
-        shmid: u64,
-        /// What was attempted, as a verb.
-        step: &'static str,
-        /// Why it failed.
-        source: std::io::Error,
-    },
-    /// What the images say cannot be, or is not restored here.
-    #[error("file {id:#x} of the images: {problem}")]
-    Image {
-        /// The number of the file in the images.
-        id: u32,
-        /// What is wrong, found and expected.
-        problem: String,
-    },
-    /// A file could not be read while dumping.
-    #[error("read {path}", path = .path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// An image could not be read or written.
-    #[error(transparent)]
-    Images(#[from] ImageError),
-    /// Something in `/proc` could not be read.
-    #[error(transparent)]
-    Proc(#[from] ProcError),
-}
-
-impl FileError {
-    /// Returns [`FileError::Restore`] for a file of the images, ready for `map_err`.
-    pub fn restore(
-        id: u32,
-        step: &'static str,
-        object: impl AsRef<[u8]>,
-    ) -> impl FnOnce(Errno) -> Self {
-        move |source| {
-            let object = String::from_utf8_lossy(object.as_ref()).into_owned();
-            Self::Restore { id, step, object, source }
-        }
-    }
-
-    /// Returns [`FileError::Image`].
-    pub fn image(id: u32, problem: impl Into<String>) -> Self {
-        Self::Image { id, problem: problem.into() }
-    }
-}
 
 /// What the user allowed or asked for, as far as it concerns files.
 #[derive(Clone, Debug, Default)]

@@ -23,7 +23,7 @@ use nix::{
 };
 
 use super::{
-    Description, FileError, Intake, Opened, Result, descriptor, file_of, ghost, validation,
+    Description, FileError, Intake, Opened, Result, descriptor, error::file_of, ghost, validation,
 };
 use crate::{
     image::{

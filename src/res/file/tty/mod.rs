@@ -11,6 +11,7 @@
 //! counted nowhere: nobody can see it, and it is lost.
 
 mod dump;
+mod queue;
 mod restore;
 
 use std::{

@@ -2,8 +2,8 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
-    fs::{File, Permissions, set_permissions},
-    io::{IsTerminal, Write},
+    fs::{Permissions, set_permissions},
+    io::IsTerminal,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::{ffi::OsStrExt, fs::PermissionsExt},
@@ -12,13 +12,13 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::{AtFlags, FcntlArg, fcntl},
+    fcntl::AtFlags,
     libc,
     sys::stat::{Mode, fchmod, fstat},
     unistd::{Gid, Uid, fchown, fchownat},
 };
 
-use super::{PERMISSIONS, Role, external_name, is_master, peer, slave_path, unpack};
+use super::{PERMISSIONS, Role, external_name, is_master, peer, queue, slave_path, unpack};
 use crate::{
     image::{
         Kind,
@@ -37,9 +37,6 @@ const ATTEMPTS: usize = 256;
 
 /// The terminal of who runs this program.
 const OWN_TERMINAL: &[u8] = b"/dev/tty";
-
-/// `ICANON` (`include/uapi/asm-generic/termbits.h`): a terminal gives out lines.
-const CANONICAL: u32 = 2;
 
 /// Restores terminals.
 #[derive(Default)]
@@ -109,7 +106,7 @@ impl Opener for Opening {
                 self.masters.insert(*info_id, files[0].file.id);
             }
         }
-        restore_queued(&masters, &infos, opened)?;
+        queue::restore(&self.masters, &infos, opened)?;
         for (info_id, files) in masters.iter().chain(&others) {
             finish(&infos[info_id], files[0].file.id, opened)?;
         }
@@ -452,75 +449,6 @@ fn termios(entry: &proto::TermiosEntry) -> nix::Result<Termios> {
         line: u8::try_from(entry.c_line).map_err(|_| Errno::EINVAL)?,
         characters: unpack(&entry.c_cc).ok_or(Errno::EINVAL)?,
     })
-}
-
-/// Queues again what was queued at both ends of the pairs, and closes the slaves that
-/// nobody has open any more.
-fn restore_queued(
-    masters: &[(u32, Vec<Wanted>)],
-    infos: &BTreeMap<u32, proto::TtyInfoEntry>,
-    opened: &Opened,
-) -> Result<()> {
-    let path = opened.images.join(Kind::TtyData.file_name(0));
-    let queued = match read_all::<proto::TtyDataEntry>(&path, Kind::TtyData) {
-        Err(error) if error.is_missing() => Vec::new(),
-        result => result?,
-    };
-    for (info_id, files) in masters {
-        let of = |id: u32| queued.iter().find(|data| data.tty_id == id);
-        let (to_master, to_slave) = (of(*info_id), of(peer(*info_id)));
-        let hung_up = infos.get(info_id).is_some_and(proto::TtyInfoEntry::rcriu_hung_up);
-        if to_master.is_none() && to_slave.is_none() && !hung_up {
-            continue;
-        }
-        let id = files[0].file.id;
-        let failed = |step| FileError::restore(id, step, "a pseudoterminal");
-        let master = opened.get(id)?;
-        let packets = infos.get(info_id).is_some_and(|info| info.packet_mode);
-        let packet_mode = |on: bool| {
-            let switched = if packets { tty::switch(master, Switch::Packet, on) } else { Ok(()) };
-            switched.map_err(failed("switch the packet mode of"))
-        };
-        // The master is not to be told of what happens here.
-        packet_mode(false)?;
-        let read_write = (libc::O_RDWR | libc::O_NONBLOCK).cast_unsigned();
-        let slave = tty::open_slave(master, read_write).map_err(failed("open the other end of"))?;
-        let modes = tty::termios(slave.as_fd(), false).map_err(failed("read the modes of"))?;
-        // Nothing is to be made of the bytes on their way but lines.
-        let plain = Termios {
-            input: 0,
-            output: 0,
-            local: modes.local & CANONICAL,
-            characters: [0; tty::CONTROL_CHARACTERS],
-            ..modes
-        };
-        if to_master.is_some() || to_slave.is_some() {
-            tty::set_termios(slave.as_fd(), false, &plain).map_err(failed("set the modes of"))?;
-        }
-        if let Some(data) = to_master {
-            write_all(slave.as_fd(), &data.data).map_err(failed("queue bytes in"))?;
-        }
-        if let Some(data) = to_slave {
-            write_all(master, &data.data).map_err(failed("queue bytes in"))?;
-        }
-        if to_master.is_some() || to_slave.is_some() {
-            // What is on its way meets the old modes first.
-            descriptor::events(slave.as_fd()).map_err(failed("poll"))?;
-            tty::set_termios(slave.as_fd(), false, &modes).map_err(failed("set the modes of"))?;
-        }
-        packet_mode(true)?;
-    }
-    Ok(())
-}
-
-/// Writes to a terminal without waiting for room.
-fn write_all(fd: BorrowedFd, bytes: &[u8]) -> nix::Result<()> {
-    let flags = fcntl(fd, FcntlArg::F_GETFL)?.cast_unsigned();
-    descriptor::set_status(fd, flags | libc::O_NONBLOCK.cast_unsigned())?;
-    let file = fd.try_clone_to_owned().map(File::from);
-    let written = file.and_then(|mut file| file.write_all(bytes));
-    descriptor::set_status(fd, flags)?;
-    written.map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))
 }
 
 /// Sets what would have been in the way of the other end.

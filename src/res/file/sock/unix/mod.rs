@@ -12,6 +12,7 @@ mod dump;
 mod name;
 mod peer;
 mod restore;
+mod socket;
 
 use nix::libc;
 

@@ -26,23 +26,19 @@ use std::{
     rc::Rc,
 };
 
-use nix::{
-    libc,
-    sys::socket::{AddressFamily, SockFlag, SockType, shutdown, socket as new_socket},
-    unistd::write,
-};
+use nix::{libc, sys::socket::shutdown, unistd::write};
 
 use super::{
-    EXTERNAL, kind_name,
+    kind_name,
     name::{self, Keep},
-    peer::{self, Caller, Callers},
+    peer::{self, Callers},
+    socket::{Link, Socket, link},
 };
 use crate::{
     image::proto,
     inject::Script,
     res::file::{
-        FileError, Opened, Opener, Policy, Result,
-        owner::{self, Holder},
+        FileError, Opened, Opener, Policy, Result, owner,
         sock::{
             attributes,
             opts::{self, Restored},
@@ -120,125 +116,6 @@ impl Opener for UnixOpener {
             peer::become_own(&self.own, peer, script);
         }
         Ok(())
-    }
-}
-
-/// How a socket is connected.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Link {
-    /// Not at all.
-    None,
-    /// To a socket that is connected to it.
-    Mutual(usize),
-    /// To a socket that is not.
-    Single(usize),
-    /// To the listening socket, which has not accepted it.
-    Waiting(usize),
-    /// To one that is gone.
-    Dead,
-}
-
-/// A socket while it is restored.
-#[derive(Debug)]
-struct Socket {
-    entry: Rc<proto::UnixSkEntry>,
-    restored: Restored,
-    link: Link,
-    /// `None` until it is made, and for external ones.
-    fd: Option<OwnedFd>,
-    /// The file it is bound to.
-    file: Option<OwnedFd>,
-    /// The other end, where that is to go.
-    partner: Option<OwnedFd>,
-    queue: VecDeque<Packet>,
-    state: proto::SkStateEntry,
-    /// The process that has it.
-    holder: Option<Holder>,
-}
-
-impl Socket {
-    fn is_external(&self) -> bool {
-        self.entry.uflags & EXTERNAL != 0
-    }
-
-    fn is_datagram(&self) -> bool {
-        self.entry.r#type.cast_signed() == libc::SOCK_DGRAM
-    }
-
-    fn is_named(&self) -> bool {
-        !self.entry.name.is_empty()
-    }
-
-    fn kind(&self) -> Result<SockType> {
-        match self.entry.r#type.cast_signed() {
-            libc::SOCK_STREAM => Ok(SockType::Stream),
-            libc::SOCK_DGRAM => Ok(SockType::Datagram),
-            libc::SOCK_SEQPACKET => Ok(SockType::SeqPacket),
-            other => Err(self.restored.wrong(format!("its type is {other}"))),
-        }
-    }
-
-    fn fd(&self) -> Result<BorrowedFd<'_>> {
-        self.fd.as_ref().map(AsFd::as_fd).ok_or_else(|| self.restored.wrong("it was not made"))
-    }
-
-    fn make(&self) -> Result<OwnedFd> {
-        new_socket(AddressFamily::Unix, self.kind()?, SockFlag::SOCK_CLOEXEC, None)
-            .map_err(self.restored.failed("create"))
-    }
-
-    fn make_pair(&self, by: Option<&Caller>, callers: &mut Callers) -> Result<(OwnedFd, OwnedFd)> {
-        callers.pair(by, self.kind()?, &self.restored)
-    }
-
-    /// Returns who makes the calls that a process that has this socket would make.
-    fn caller(&self) -> Option<Caller> {
-        let holder = self.holder.as_ref()?;
-        Some(Caller { peer: peer::of_holder(holder), instead: None })
-    }
-
-    /// As [`Self::caller`], but with the credentials that a socket shows if they are known.
-    fn caller_shown_by(&self, socket: &Socket) -> Option<Caller> {
-        let recorded = socket.state.peer.clone().map(|peer| {
-            let instead = self.holder.as_ref().map(|holder| holder.pid);
-            Caller { peer, instead }
-        });
-        recorded.or_else(|| self.caller())
-    }
-
-    /// Whether its program has an error to read.
-    fn has_error(&self) -> bool {
-        self.state.error.is_some()
-    }
-
-    /// Gives `fd` the name of this socket.
-    fn bind(&mut self, fd: &OwnedFd, keep: Keep) -> Result<()> {
-        let keep = if self.entry.deleted() { Keep::Not } else { keep };
-        self.file = name::bind(fd.as_fd(), &self.entry, keep, &self.restored)?;
-        Ok(())
-    }
-
-    /// Connects `fd` to this socket.
-    fn accept_from(&self, fd: BorrowedFd, by: &Restored) -> Result<()> {
-        let (name, file) = self.address();
-        name::connect(fd, name, file).map_err(by.failed("connect"))
-    }
-
-    /// Lets the other end go, with something that it has not read if there is an error to
-    /// be left by that.
-    fn leave(&self, partner: Option<OwnedFd>) -> Result<()> {
-        if self.has_error() && !self.is_datagram() {
-            if partner.is_none() {
-                return Err(self.restored.wrong("it has an error, but its peer is not gone"));
-            }
-            write(self.fd()?, b"x").map_err(self.restored.failed("leave an error in"))?;
-        }
-        Ok(())
-    }
-
-    /// Returns its name and the file that it is bound to.
-    fn address(&self) -> (&[u8], Option<BorrowedFd<'_>>) {
-        (&self.entry.name, self.file.as_ref().map(AsFd::as_fd))
     }
 }
 
@@ -605,36 +482,4 @@ fn disconnected(fd: OwnedFd, peer: OwnedFd, restored: &Restored) -> Result<Owned
 
 fn io(error: &std::io::Error) -> nix::errno::Errno {
     error.raw_os_error().map_or(nix::errno::Errno::EIO, nix::errno::Errno::from_raw)
-}
-
-/// Returns how a socket is connected, by what its entry and that of its peer say.
-fn link(all: &[Socket], at: usize, by_inode: &HashMap<u32, usize>) -> Result<Link> {
-    let socket = &all[at];
-    let entry = &socket.entry;
-    if entry.peer == 0 || socket.is_external() {
-        // A datagram socket counts as connected, too, if others are connected to it. Those
-        // need its name, so that one without had a peer of its own.
-        let dead = entry.state == state::ESTABLISHED
-            && !socket.is_external()
-            && !(socket.is_datagram() && socket.is_named());
-        return Ok(if dead { Link::Dead } else { Link::None });
-    }
-    let peer = *by_inode.get(&entry.peer).ok_or_else(|| {
-        let problem = format!("the images have no socket [{}], its peer", entry.peer);
-        socket.restored.wrong(problem)
-    })?;
-    let other = &all[peer].entry;
-    if other.r#type != entry.r#type {
-        return Err(socket.restored.wrong(format!("its peer [{}] is of another type", entry.peer)));
-    }
-    if other.peer == entry.ino {
-        return Ok(Link::Mutual(peer));
-    }
-    if socket.is_datagram() {
-        return Ok(Link::Single(peer));
-    }
-    if other.state == state::LISTEN {
-        return Ok(Link::Waiting(peer));
-    }
-    Err(socket.restored.wrong(format!("its peer [{}] is not connected to it", entry.peer)))
 }
