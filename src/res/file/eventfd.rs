@@ -31,7 +31,7 @@ pub(super) const KIND: FileKind = FileKind {
     name: "eventfd",
     types: &[FdTypes::Eventfd],
     usage: Usage::Descriptor,
-    collector: |_: &Policy| Box::new(Collected::default()),
+    collector: |_: &Policy| Box::new(EventfdCollector::default()),
     opener: |_: &Policy| Box::new(Eventfds),
 };
 
@@ -45,7 +45,7 @@ const SEMAPHORE: u32 = libc::EFD_SEMAPHORE.cast_unsigned();
 
 /// The eventfds of which it is not known whether they are semaphores.
 #[derive(Default)]
-struct Collected {
+struct EventfdCollector {
     unknown: Vec<Unknown>,
 }
 
@@ -59,7 +59,7 @@ struct Unknown {
     event: Option<u64>,
 }
 
-impl Collector for Collected {
+impl Collector for EventfdCollector {
     fn claims(&self, file: &Description) -> bool {
         file.is_anonymous(NAME)
     }

@@ -53,7 +53,7 @@ const READ_BYTES: usize = 1 << 20;
 const _: () = assert!(READ_BYTES as u64 >= PAGE_SIZE);
 
 /// A pipe of the tree, while dumping.
-struct Source {
+struct PipeToRead {
     /// A description of it, one that can be read if there is one.
     file: OwnedFd,
     readable: bool,
@@ -66,7 +66,7 @@ struct Source {
 struct Pipes {
     data: Kind,
     policy: Policy,
-    sources: BTreeMap<u32, Source>,
+    sources: BTreeMap<u32, PipeToRead>,
     fifos: HashMap<(u64, u64), u32>,
 }
 
@@ -110,7 +110,7 @@ impl Pipes {
             source,
         });
         let packets = packets || self.sources.get(&pipe_id).is_some_and(|known| known.packets);
-        self.sources.insert(pipe_id, Source { file: duplicate, readable, packets, error });
+        self.sources.insert(pipe_id, PipeToRead { file: duplicate, readable, packets, error });
         Ok(())
     }
 }
@@ -206,7 +206,7 @@ fn has_no_hangup(file: &Description) -> Result<bool> {
 ///
 /// The format has but one piece for a pipe. A list of them is this program's own,
 /// for what the format cannot say.
-fn contents(source: &Source, size: u32) -> nix::Result<Vec<Vec<u8>>> {
+fn contents(source: &PipeToRead, size: u32) -> nix::Result<Vec<Vec<u8>>> {
     // Any end tells. To open a pipe once more may wake others, so that comes later.
     if fds::readable_bytes(source.file.as_fd())? == 0 {
         return Ok(Vec::new());
@@ -248,18 +248,18 @@ fn errno(error: &io::Error) -> Errno {
 
 /// What is to be in a pipe.
 #[derive(Default)]
-struct Contents {
+struct PipeContents {
     size: Option<u32>,
     packets: Vec<Vec<u8>>,
 }
 
 /// Reads the contents of all pipes.
-fn read_contents(opened: &Opened, kind: Kind) -> Result<HashMap<u32, Contents>> {
+fn read_contents(opened: &Opened, kind: Kind) -> Result<HashMap<u32, PipeContents>> {
     let mut image = match ImageReader::open_kind(&opened.images.join(kind.file_name(0)), kind) {
         Err(error) if error.is_missing() => return Ok(HashMap::new()),
         result => result?,
     };
-    let mut found: HashMap<u32, Contents> = HashMap::new();
+    let mut found: HashMap<u32, PipeContents> = HashMap::new();
     while let Some(entry) = image.next_message::<proto::PipeDataEntry>()? {
         let mut bytes = Vec::new();
         image.append(entry.bytes.into(), "contents of a pipe", &mut bytes)?;
@@ -273,7 +273,7 @@ fn read_contents(opened: &Opened, kind: Kind) -> Result<HashMap<u32, Contents>> 
 }
 
 /// Gives a pipe, by a description that can be written, its size and contents.
-fn fill(write: BorrowedFd, contents: &Contents, packets: bool) -> nix::Result<()> {
+fn fill(write: BorrowedFd, contents: &PipeContents, packets: bool) -> nix::Result<()> {
     if let Some(size) = contents.size {
         let size = size.cast_signed();
         if fcntl(write, FcntlArg::F_GETPIPE_SZ)? != size {
@@ -326,7 +326,7 @@ impl Opener for PipeOpener {
 fn open_pipe(
     pipe_id: u32,
     ends: &[&proto::PipeEntry],
-    contents: Option<&Contents>,
+    contents: Option<&PipeContents>,
     opened: &mut Opened,
 ) -> Result<()> {
     let name = format!("pipe:[{pipe_id}]");
@@ -418,7 +418,7 @@ impl FifoEnd {
 
 /// Opens all descriptions of a FIFO. Those that have seen no writer go are opened when
 /// there is none any more, unless one stays.
-fn open_fifo(ends: &[FifoEnd], contents: Option<&Contents>, opened: &mut Opened) -> Result<()> {
+fn open_fifo(ends: &[FifoEnd], contents: Option<&PipeContents>, opened: &mut Opened) -> Result<()> {
     let first = &ends[0];
     let failed = |step| FileError::restore(first.id, step, &first.path.name);
     // Without a writer and a reader, there would be nothing to open or to fill.

@@ -1,4 +1,4 @@
-//! Timers with descriptors.
+//! Timerfds with descriptors.
 
 use std::os::fd::{AsFd, AsRawFd};
 
@@ -23,19 +23,19 @@ pub(super) const KIND: FileKind = FileKind {
     name: "timerfd",
     types: &[FdTypes::Timerfd],
     usage: Usage::Descriptor,
-    collector: |_: &Policy| Box::new(Timers::default()),
-    opener: |_: &Policy| Box::new(Timers::default()),
+    collector: |_: &Policy| Box::new(Timerfds::default()),
+    opener: |_: &Policy| Box::new(Timerfds::default()),
 };
 
 const NANOSECONDS: u64 = 1_000_000_000;
 
 #[derive(Default)]
-struct Timers {
+struct Timerfds {
     /// Those that [`Opener::start`] sets.
     entries: Vec<proto::TimerfdEntry>,
 }
 
-impl Collector for Timers {
+impl Collector for Timerfds {
     fn claims(&self, file: &Description) -> bool {
         file.is_anonymous("[timerfd]")
     }
@@ -72,7 +72,7 @@ impl Collector for Timers {
     }
 }
 
-impl Opener for Timers {
+impl Opener for Timerfds {
     fn open(&mut self, entries: &[proto::FileEntry], opened: &mut Opened) -> Result<()> {
         for entry in entries {
             let missing = || FileError::image(entry.id, "it is a timer without its entry");

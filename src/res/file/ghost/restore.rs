@@ -64,7 +64,7 @@ enum Remap {
 
 /// A ghost that was made.
 #[derive(Debug)]
-struct Ghost {
+struct RevivedGhost {
     /// A descriptor that only names it.
     object: OwnedFd,
     is_link: bool,
@@ -76,7 +76,7 @@ struct Ghost {
 #[derive(Debug, Default)]
 pub struct Revived {
     remaps: Option<HashMap<u32, Remap>>,
-    ghosts: HashMap<u32, Ghost>,
+    ghosts: HashMap<u32, RevivedGhost>,
     /// Files that were found under the names that a dump gave them, by the numbers of the
     /// entries that name them: device and inode.
     linked: HashMap<u32, (u64, u64)>,
@@ -144,7 +144,8 @@ pub(in crate::res::file) fn open(
                 return Err(FileError::image(entry.id, problem));
             }
             let link = |path: &Path| linkat(AT_FDCWD, &source, AT_FDCWD, path, AtFlags::empty());
-            let name = Name::give(&entry.name, ".cr_link", link).map_err(failed("link"))?;
+            let name =
+                TemporaryName::give(&entry.name, ".cr_link", link).map_err(failed("link"))?;
             let fd = descriptor::open(name.bytes(), flags).map_err(failed("open"))?;
             let stat = fstat(&fd).map_err(failed("look at"))?;
             opened.revived.linked.insert(other, (stat.st_dev, stat.st_ino));
@@ -223,13 +224,13 @@ pub fn remove_links(opened: &mut Opened) -> Result<()> {
 
 /// A name that a file has until this is dropped, with the directories that it
 /// takes.
-struct Name {
+struct TemporaryName {
     path: PathBuf,
     directories: Vec<PathBuf>,
     is_directory: bool,
 }
 
-impl Name {
+impl TemporaryName {
     /// Makes something at `path`, or if that is taken, at `path` with `suffix`.
     fn give(
         path: &[u8],
@@ -267,7 +268,7 @@ impl Name {
     }
 }
 
-impl Drop for Name {
+impl Drop for TemporaryName {
     fn drop(&mut self) {
         let warn = |path: &Path, error| log::warn!("cannot remove {}: {error}", path.display());
         if !self.path.as_os_str().is_empty() {
@@ -285,7 +286,7 @@ impl Drop for Name {
 }
 
 /// Makes a ghost, which `first` is an entry of, and opens it for all its entries.
-fn make(ghost: u32, first: &proto::RegFileEntry, opened: &mut Opened) -> Result<Ghost> {
+fn make(ghost: u32, first: &proto::RegFileEntry, opened: &mut Opened) -> Result<RevivedGhost> {
     let path = opened.images.join(Kind::GhostFile.file_name(ghost.into()));
     let mut image = ImageReader::open_kind(&path, Kind::GhostFile)?;
     let missing = || FileError::image(first.id, format!("{} is empty", path.display()));
@@ -296,8 +297,8 @@ fn make(ghost: u32, first: &proto::RegFileEntry, opened: &mut Opened) -> Result<
         return Ok(made);
     }
     let suffix = format!(".cr.{ghost:x}.{}.ghost", std::process::id());
-    let mut name =
-        Name::give(&first.name, &suffix, |path| make_node(path, &entry)).map_err(failed("make"))?;
+    let mut name = TemporaryName::give(&first.name, &suffix, |path| make_node(path, &entry))
+        .map_err(failed("make"))?;
     let format = entry.mode & libc::S_IFMT;
     name.is_directory = format == libc::S_IFDIR;
     let only_name = (libc::O_PATH | libc::O_NOFOLLOW).cast_unsigned();
@@ -321,7 +322,7 @@ fn make(ghost: u32, first: &proto::RegFileEntry, opened: &mut Opened) -> Result<
             }
         }
     }
-    Ok(Ghost { object, is_link: format == libc::S_IFLNK, unused })
+    Ok(RevivedGhost { object, is_link: format == libc::S_IFLNK, unused })
 }
 
 /// Returns the entries that lead to a ghost.
@@ -340,7 +341,7 @@ fn make_linkable(
     first: &proto::RegFileEntry,
     image: &mut ImageReader,
     opened: &Opened,
-) -> Result<Option<Ghost>> {
+) -> Result<Option<RevivedGhost>> {
     let Some(user) = users(ghost, opened).find(|user| descriptor::is_tmpfile(user.flags)) else {
         return Ok(None);
     };
@@ -361,16 +362,20 @@ fn make_linkable(
     adjust(own.as_fd(), entry, &first.name).map_err(failed("adjust"))?;
     let only_name = libc::O_PATH.cast_unsigned();
     let object = descriptor::reopen(own.as_fd(), only_name).map_err(failed("open"))?;
-    Ok(Some(Ghost { object, is_link: false, unused: HashMap::from([(user.id, own)]) }))
+    Ok(Some(RevivedGhost { object, is_link: false, unused: HashMap::from([(user.id, own)]) }))
 }
 
 /// Opens a ghost that has the name `name` for an entry which may have another.
-fn open_as(name: &Name, user: &proto::RegFileEntry, format: u32) -> nix::Result<Option<OwnedFd>> {
+fn open_as(
+    name: &TemporaryName,
+    user: &proto::RegFileEntry,
+    format: u32,
+) -> nix::Result<Option<OwnedFd>> {
     if name.bytes() == user.name || format == libc::S_IFDIR {
         return descriptor::open(name.bytes(), user.flags).map(Some);
     }
     let link = |path: &Path| linkat(AT_FDCWD, &name.path, AT_FDCWD, path, AtFlags::empty());
-    match Name::give(&user.name, ".cr_link", link) {
+    match TemporaryName::give(&user.name, ".cr_link", link) {
         Ok(other) => descriptor::open(other.bytes(), user.flags).map(Some),
         // Its place may be on another file system: then it has the first one's name.
         Err(_) => Ok(None),

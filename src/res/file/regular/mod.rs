@@ -1,4 +1,4 @@
-//! Files that are opened by path: regular files, directories, harmless devices, and
+//! RegularFiles that are opened by path: regular files, directories, harmless devices, and
 //! descriptors that only name a file.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -19,8 +19,8 @@ pub(super) const KIND: FileKind = FileKind {
     name: "file",
     types: &[FdTypes::Reg],
     usage: Usage::Path,
-    collector: |_: &Policy| Box::new(Files),
-    opener: |_: &Policy| Box::new(Files),
+    collector: |_: &Policy| Box::new(RegularFiles),
+    opener: |_: &Policy| Box::new(RegularFiles),
 };
 
 /// The major number of memory devices (`include/uapi/linux/major.h`).
@@ -29,9 +29,9 @@ const MEM_MAJOR: u64 = 1;
 /// (`drivers/char/mem.c`).
 const HARMLESS_DEVICES: [u64; 5] = [3, 5, 7, 8, 9];
 
-struct Files;
+struct RegularFiles;
 
-impl Collector for Files {
+impl Collector for RegularFiles {
     fn claims(&self, file: &Description) -> bool {
         // What is elsewhere than on a file system belongs to other kinds.
         if file.link.first() != Some(&b'/') && !file.link.starts_with(b"(unreachable)") {
@@ -59,7 +59,7 @@ impl Collector for Files {
     }
 }
 
-impl Opener for Files {
+impl Opener for RegularFiles {
     fn open(&mut self, entries: &[proto::FileEntry], opened: &mut Opened) -> Result<()> {
         for entry in entries {
             let file = inner(entry)?;

@@ -260,7 +260,7 @@ fn processes_in_proc_are_opened_when_they_are_there() {
     let entry = proto::FileEntry { id: 1, reg: Some(reg), ..Default::default() };
     let dir = tempfile::tempdir().unwrap();
     let mut opened = Opened::new(dir.path(), Policy::default(), vec![entry.clone()]);
-    let mut files = Files;
+    let mut files = RegularFiles;
     let error = files.open(std::slice::from_ref(&entry), &mut opened).unwrap_err().to_string();
     assert!(error.contains("there is no process 4194304"), "{error}");
     opened.processes.insert(4_194_304);

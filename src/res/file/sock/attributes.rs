@@ -230,12 +230,12 @@ type Values = Vec<Option<Vec<u8>>>;
 
 /// Reads what sockets have.
 #[derive(Debug, Default)]
-pub(super) struct Reader {
+pub(super) struct AttributeReader {
     /// The values that new sockets have, by family, type and protocol.
     defaults: HashMap<(c_int, c_int, c_int), Values>,
 }
 
-impl Reader {
+impl AttributeReader {
     /// Returns what this socket has, and warns of what is lost. None of it changes.
     ///
     /// # Errors

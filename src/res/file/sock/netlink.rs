@@ -41,7 +41,7 @@ const HELP: &str = "let the program read it or leave the groups, then try again"
 #[derive(Debug, Default)]
 struct NetlinkCollector {
     all: Option<HashMap<u32, diag::NetlinkSocket>>,
-    states: attributes::Reader,
+    states: attributes::AttributeReader,
 }
 
 impl Collector for NetlinkCollector {

@@ -32,7 +32,7 @@ const EXTERNAL_INDEX_MAX: u32 = 1076;
 const SHELL_JOB: &str = "dump with --shell-job, to restore on the terminal of who restores";
 
 /// Who has a terminal open, for messages.
-struct Owner {
+struct OpenTerminal {
     pid: HostPid,
     fd: TargetFd,
     name: String,
@@ -40,7 +40,7 @@ struct Owner {
     queued: u32,
 }
 
-impl Owner {
+impl OpenTerminal {
     fn unsupported(&self, what: &str, help: &'static str) -> FileError {
         let what = format!("the terminal {}, {what}", self.name);
         FileError::Unsupported { pid: self.pid, fd: self.fd, what, help }
@@ -51,7 +51,7 @@ impl Owner {
 #[derive(Default)]
 pub(super) struct Terminals {
     policy: Policy,
-    infos: BTreeMap<u32, (proto::TtyInfoEntry, Owner)>,
+    infos: BTreeMap<u32, (proto::TtyInfoEntry, OpenTerminal)>,
     externals: u32,
 }
 
@@ -86,7 +86,7 @@ impl Collector for Terminals {
                 (info.sid, info.pgrp) = (session, foreground);
                 let name = String::from_utf8_lossy(&file.link).into_owned();
                 let queued = queued(file, &info)?;
-                let holder = Owner { pid: file.pid, fd: file.number, name, queued };
+                let holder = OpenTerminal { pid: file.pid, fd: file.number, name, queued };
                 self.infos.insert(info_id, (info, holder));
             }
         }

@@ -55,7 +55,7 @@ const HELP_ACCEPT: &str = "let the program accept its connections, then try agai
 pub(super) struct InetCollector {
     /// Sockets of the network namespace by family and protocol.
     listed: HashMap<(c_int, c_int), HashMap<u32, diag::InetSocket>>,
-    states: attributes::Reader,
+    states: attributes::AttributeReader,
 }
 
 /// What is asked of a socket in a way that depends on its protocol.
@@ -64,14 +64,14 @@ struct Facts {
     state: u32,
     backlog: u32,
     shutdown: u8,
-    ended: Option<Ended>,
+    ended: Option<EndedConnection>,
     /// What is queued in a UDP socket and can be sent again.
     datagrams: Vec<proto::SkDatagramEntry>,
 }
 
 /// A TCP socket whose connection both ends have ended.
 #[derive(Clone, Debug, Default)]
-struct Ended {
+struct EndedConnection {
     /// Whether it holds its port.
     bound: bool,
     /// What it has received and nobody has read.
@@ -132,7 +132,7 @@ impl InetCollector {
     }
 
     /// Looks at a TCP socket whose connection both ends have ended.
-    fn ended(&mut self, file: &Description, family: c_int, what: &str) -> Result<Ended> {
+    fn ended(&mut self, file: &Description, family: c_int, what: &str) -> Result<EndedConnection> {
         let fd = file.fd.as_fd();
         let failed = file.failed("look at the queue of");
         let bytes = fds::readable_bytes(fd).map_err(&failed)?;
@@ -156,7 +156,7 @@ impl InetCollector {
                  name"
             );
         }
-        Ok(Ended { bound, received })
+        Ok(EndedConnection { bound, received })
     }
 
     /// Returns what the list of all sockets of a protocol tells of one.

@@ -32,7 +32,7 @@ const HELP_ACCEPT: &str = "let the program accept its connections, then try agai
 
 /// A socket that was collected.
 #[derive(Debug)]
-struct Collected {
+struct CollectedSocket {
     pid: HostPid,
     number: TargetFd,
     what: String,
@@ -50,9 +50,9 @@ pub(super) struct UnixCollector {
     all: Option<HashMap<u32, diag::UnixSocket>>,
     /// Which listening socket a connection waits at that was not accepted.
     waiting_at: HashMap<u32, u32>,
-    collected: Vec<Collected>,
+    collected: Vec<CollectedSocket>,
     queues: Vec<(u32, Vec<Packet>)>,
-    states: attributes::Reader,
+    states: attributes::AttributeReader,
 }
 
 impl UnixCollector {
@@ -63,7 +63,7 @@ impl UnixCollector {
             waiting_at: HashMap::new(),
             collected: Vec::new(),
             queues: Vec::new(),
-            states: attributes::Reader::default(),
+            states: attributes::AttributeReader::default(),
         }
     }
 
@@ -150,7 +150,7 @@ impl UnixCollector {
 
     /// Returns the entry that stands for a socket of a program that is not dumped,
     /// if it may be left out.
-    fn external(&self, of: &Collected, inode: u32) -> Option<Option<proto::UnixSkEntry>> {
+    fn external(&self, of: &CollectedSocket, inode: u32) -> Option<Option<proto::UnixSkEntry>> {
         if self.policy.external.contains(&format!("unix[{}]", of.inode)) {
             return Some(None);
         }
@@ -169,9 +169,9 @@ impl UnixCollector {
     }
 
     /// Returns what is needed and was not collected: of whom, and which inode.
-    fn missing(&self) -> Vec<(&Collected, u32)> {
+    fn missing(&self) -> Vec<(&CollectedSocket, u32)> {
         let there: HashSet<u32> = self.collected.iter().map(|socket| socket.inode).collect();
-        let needed = |socket: &Collected| socket.needs.clone();
+        let needed = |socket: &CollectedSocket| socket.needs.clone();
         self.collected
             .iter()
             .flat_map(|socket| needed(socket).into_iter().map(move |inode| (socket, inode)))
@@ -206,7 +206,7 @@ impl Collector for UnixCollector {
             name::NamedFile::default()
         };
         // It is known before its queue is looked at, where it may be itself.
-        self.collected.push(Collected {
+        self.collected.push(CollectedSocket {
             pid: file.pid,
             number: file.number,
             what: what.clone(),
