@@ -115,11 +115,7 @@ impl Plan {
     /// Says who uses a file of the images, as what, and what it is called: as in
     /// "descriptor 3 of process 12 (/var/log/messages)".
     pub(super) fn user_of(&self, id: u32) -> Option<String> {
-        // The path of a FIFO or terminal has an entry of its own.
-        let has_path = |entry: &&proto::FileEntry| {
-            let fifo = entry.fifo.as_ref().and_then(|fifo| fifo.regf_id);
-            [fifo, entry.tty.as_ref().and_then(|tty| tty.regf_id)].contains(&Some(id))
-        };
+        let has_path = |entry: &&proto::FileEntry| file::path_id(entry) == Some(id);
         let id = self.files.iter().find(has_path).map_or(id, |entry| entry.id);
         let users = self.tasks.iter().filter_map(|task| {
             let body = task.body.as_ref()?;
@@ -141,9 +137,7 @@ impl Plan {
         let user = users.into_iter().next()?;
         let entry = self.files.iter().find(|entry| entry.id == id)?;
         let path = |id: u32| self.files.iter().find(|entry| entry.id == id)?.reg.as_ref();
-        let fifo = entry.fifo.as_ref().and_then(|fifo| fifo.regf_id);
-        let name = [Some(id), fifo, entry.tty.as_ref().and_then(|tty| tty.regf_id)];
-        let name = name.into_iter().flatten().find_map(path);
+        let name = [Some(id), file::path_id(entry)].into_iter().flatten().find_map(path);
         Some(match name {
             Some(file) => format!("{user} ({})", String::from_utf8_lossy(&file.name)),
             None => user,

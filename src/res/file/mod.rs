@@ -48,6 +48,7 @@ pub use self::{
     error::{FileError, Result},
     ghost::{Lost, Revived},
     install::{Installer, Process},
+    path::path_id,
     table::FileTable,
     validation::{BuildIds, Validation},
 };

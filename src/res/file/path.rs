@@ -96,6 +96,13 @@ pub fn entry_with_id(
     Ok(proto::FileEntry { r#type: FdTypes::Reg.into(), id, reg: Some(entry), ..Default::default() })
 }
 
+/// Returns the number of the entry that has the path of a file of another kind, if it has one:
+/// that of a FIFO or of a terminal.
+pub fn path_id(entry: &proto::FileEntry) -> Option<u32> {
+    let fifo = entry.fifo.as_ref().and_then(|fifo| fifo.regf_id);
+    fifo.or_else(|| entry.tty.as_ref().and_then(|tty| tty.regf_id))
+}
+
 /// Returns the name of a file, after making sure that it can be found by it.
 fn name(file: &Description, id: u32, intake: &mut dyn Intake) -> Result<Vec<u8>> {
     if file.link.first() != Some(&b'/') {
