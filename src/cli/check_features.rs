@@ -249,7 +249,7 @@ impl Wanted {
         out: &mut dyn Write,
     ) -> anyhow::Result<bool> {
         let width = rows.iter().map(|row| row.names[0].len()).max().unwrap_or(0);
-        let (mut required, mut useful) = (Vec::new(), Vec::new());
+        let mut missing = Vec::new();
         for row in rows {
             let name = row.names[0];
             let has = (row.has)(features);
@@ -258,17 +258,19 @@ impl Wanted {
                 writeln!(out, "ok       {name}")?;
                 continue;
             }
-            writeln!(out, "missing  {name:width$}  {}", row.cost)?;
-            if self.is_required(row.need) { &mut required } else { &mut useful }.push(name);
-        }
-        match (required.is_empty(), useful.is_empty()) {
-            (true, true) => writeln!(out, "Looks good.")?,
-            (true, false) => {
-                writeln!(out, "Looks good; it would be better with {}.", useful.join(", "))?;
+            let required = self.is_required(row.need);
+            let state = if required { "missing" } else { "optional" };
+            writeln!(out, "{state:8} {name:width$}  {}", row.cost)?;
+            if required {
+                missing.push(name);
             }
-            (false, _) => writeln!(out, "Does not look good: {} missing.", required.join(", "))?,
         }
-        Ok(required.is_empty())
+        if missing.is_empty() {
+            writeln!(out, "Looks good.")?;
+        } else {
+            writeln!(out, "Does not look good: {} missing.", missing.join(", "))?;
+        }
+        Ok(missing.is_empty())
     }
 }
 
@@ -304,11 +306,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_needed_is_missed_only_by_who_asks_for_it() {
+    fn a_missing_optional_feature_fails_only_the_check_that_asks_for_it() {
         let features = Features { soft_dirty: false, ..Features::probe() };
         let rows: Vec<&Row> = ROWS.iter().filter(|row| row.names[0] == "soft_dirty").collect();
         let print = |wanted: Wanted| wanted.print(&rows, &features, &mut Vec::new()).unwrap();
         assert!(print(Wanted::default()));
+        let (_, lines) = printed(&named(&["memfd"]), &Features::default());
+        assert!(lines[0].starts_with("missing  memfd "), "{lines:?}");
         assert!(print(Wanted { extra: true, ..Wanted::default() }));
         assert!(!print(Wanted { experimental: true, ..Wanted::default() }));
     }

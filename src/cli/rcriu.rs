@@ -48,6 +48,11 @@ enum Command {
     #[command(after_help = RESTORE_EXAMPLE)]
     Restore(TaskWords),
     /// Check the features of this kernel, and print the cost of each that is missing
+    ///
+    /// Prints a line per feature: `ok`; `missing`, if a dump or restore needs it; or
+    /// `optional`, if rcriu does without it, at the cost in the line. The exit status is 1
+    /// if a feature is missing. --extra, --experimental and --all make optional features
+    /// required, and --feature the named ones.
     #[command(after_help = CHECK_EXAMPLE)]
     Check(TaskWords),
     /// Remove duplicate memory from images
@@ -56,10 +61,10 @@ enum Command {
     /// no longer be restored are listed first. Pages that snapshots of other branches need
     /// are kept.
     ///
-    /// --link turns full dumps of a tree into a chain: each dump leaves the pages that are
-    /// equal in the previous dump to it. Every snapshot can still be restored. Processes
-    /// are matched by pid, shared objects by kind, name and place, and pages by comparing
-    /// all bytes.
+    /// --link turns full dumps of a tree into a chain: each dump leaves the pages that it
+    /// has in common with the previous dump to that one. Every snapshot can still be
+    /// restored. Processes are matched by pid, shared objects by kind, name and place, and
+    /// pages by comparing all bytes.
     ///
     /// --reflink makes equal pages anywhere in a chain share blocks of the file system; -D
     /// is an image directory, or a directory of image directories.
