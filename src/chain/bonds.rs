@@ -22,7 +22,7 @@ use crate::image::{ImageError, Kind, proto, read_one, regular, tree};
 /// follows.
 const HASHED: &str = "inventory-xxh3:";
 
-/// The most that is read of an inventory, which is as long as a message may be at most.
+/// The most that is read of an inventory: the longest message.
 const INVENTORY_BYTES: u64 = 32 << 20;
 
 /// Inventories that take longer to read than a thread takes to start.
@@ -31,7 +31,7 @@ const WORTH_A_THREAD: usize = 32;
 /// What an inventory says of its dump.
 #[derive(Clone, Debug)]
 struct Identity {
-    /// Tells it from other dumps.
+    /// Its unique id.
     name: Vec<u8>,
     /// The parent's, as far as the dump recorded it.
     parent: Option<Vec<u8>>,
@@ -40,7 +40,7 @@ struct Identity {
     date: Option<SystemTime>,
 }
 
-/// What is known of the dumps of a chain, by the positions of the snapshots.
+/// The dumps of a chain, by the positions of the snapshots.
 #[derive(Debug)]
 pub(super) struct Bonds {
     identities: Vec<OnceLock<Option<Identity>>>,
@@ -52,8 +52,7 @@ impl Bonds {
     }
 }
 
-/// Returns the name that tells the dump in an image directory from all others: what its
-/// child is bound to.
+/// Returns the unique name of the dump in an image directory, which binds its child to it.
 ///
 /// # Errors
 /// What keeps its inventory from being read.
@@ -121,8 +120,8 @@ impl Chain {
         })
     }
 
-    /// Does both for many snapshots, but for the parent of the last; the first that is
-    /// wrong counts.
+    /// Makes both checks for many snapshots, except for the parent of the last, and returns
+    /// the first error.
     ///
     /// # Errors
     /// [`ChainError::Version`], [`LinkError::Replaced`].

@@ -1,4 +1,4 @@
-//! Indexes that were built and may be asked for again.
+//! A cache of indexes.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -29,7 +29,7 @@ impl Default for IndexCache {
 }
 
 impl IndexCache {
-    /// Returns the index for `key`, which is built once however many ask. A
+    /// Returns the index for `key`, which is built once, however many threads need it. A
     /// failure is not remembered.
     pub(super) fn get(
         &self,

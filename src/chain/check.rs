@@ -1,4 +1,4 @@
-//! Everything that can be wrong with a chain.
+//! Checking a chain for defects.
 
 use std::{
     collections::BTreeMap,
@@ -22,7 +22,7 @@ use crate::{
     units::{PAGE_SIZE, PageIndex, PageRanges, page_bytes},
 };
 
-/// How many findings of one sort are told of one memory; the rest is counted.
+/// How many findings of one sort are reported of one memory; the others are counted.
 const TOLD: usize = 8;
 
 /// How bad a finding is.
@@ -34,7 +34,7 @@ pub enum Severity {
     Error,
 }
 
-/// One thing that is wrong.
+/// A defect of a chain.
 #[derive(Clone, Debug)]
 pub struct Finding {
     /// How bad it is.
@@ -66,12 +66,11 @@ impl fmt::Display for Finding {
     }
 }
 
-/// Looks at every file of every snapshot of a chain and returns what is wrong,
-/// snapshot by snapshot.
+/// Checks every file of every snapshot of a chain, and returns the findings, snapshot by
+/// snapshot.
 ///
 /// # Errors
-/// Only what keeps it from looking; what is wrong with what it sees is a
-/// finding.
+/// Only errors that keep it from checking; defects are findings.
 pub fn check(chain: &Chain) -> Result<Vec<Finding>> {
     let mut findings = Vec::new();
     for dir in chain.unfinished() {
@@ -178,7 +177,7 @@ impl Check<'_> {
         Ok(self.file_names()?.iter().filter_map(number).collect())
     }
 
-    /// Decodes every image to its end, but for pagemaps, which are next.
+    /// Decodes every image to its end, except pagemaps, which are checked next.
     fn images(&mut self) -> Result<()> {
         for name in self.file_names()? {
             let Some((desc, _)) = desc::by_file_name(&name) else { continue };
@@ -192,12 +191,11 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// Tells what keeps the processes of the snapshot from being restored, but for their
-    /// memory.
+    /// Reports why processes of the snapshot cannot be restored, except for their memory.
     fn processes(&mut self) {
         let (_, problems) = tree::read(self.dir());
         for problem in problems {
-            // Images that cannot be read were told already.
+            // Images that cannot be read have been reported already.
             let severity = if problem.is_broken { Severity::Error } else { Severity::Note };
             let here = self.chain.snapshot(self.id).dir.as_path();
             let is_told = self.findings.iter().any(|finding| {
@@ -281,7 +279,7 @@ impl Check<'_> {
         let mut below = Vec::new();
         match PagemapReader::open(&path) {
             Ok(reader) => {
-                // What it has up to an error, which is told when it is its turn.
+                // Its pages up to an error, which is reported when that pagemap is checked.
                 let none = PageRanges::new();
                 for entry in reader.map_while(|entry| entry.ok()) {
                     pieces(1, 0, &entry, &none, |piece| overlay::push(&mut below, piece));
@@ -305,7 +303,7 @@ impl Check<'_> {
         });
     }
 
-    /// Tells of the first of many findings, and how many more there are.
+    /// Reports the first of many findings, and the number of the others.
     fn some(&mut self, memory: MemoryId, pieces: &[&Piece], problem: impl Fn(&Piece) -> String) {
         for piece in pieces.iter().take(TOLD) {
             self.tell(Severity::Error, Some(memory), Some(piece.first()), problem(piece));
@@ -316,7 +314,7 @@ impl Check<'_> {
         }
     }
 
-    /// Tells which pages of the snapshot were freed.
+    /// Reports the pages of the snapshot that were freed.
     fn gone(&mut self, gone: &[Gone]) {
         // Of one memory, and as bad as one another.
         for same in gone.chunk_by(|a, b| (a.memory, a.needed) == (b.memory, b.needed)) {
@@ -392,7 +390,7 @@ impl Check<'_> {
         }
         let holes: PageRanges =
             holes.iter().map(|hole| hole.start.div_ceil(PAGE_SIZE)..hole.end / PAGE_SIZE).collect();
-        // What the journal names is told for every snapshot that asks for it.
+        // Pages that the journal names are reported for every snapshot that needs them.
         let mut unnamed = holes;
         gone.iter().for_each(|range| unnamed.remove(range));
         if let Some(first) = unnamed.iter().next() {

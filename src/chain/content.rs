@@ -1,4 +1,4 @@
-//! Bytes that are put together from stretches of files.
+//! Content that is composed of stretches of files.
 
 use std::{fmt, io::IoSliceMut, sync::Arc};
 
@@ -36,7 +36,7 @@ pub struct Run {
     pub source: Source,
 }
 
-/// A file's content, put together from runs.
+/// The content of a file, composed of runs.
 pub trait Content: fmt::Debug + Send + Sync {
     /// Returns the content's length in bytes.
     fn len(&self) -> u64;

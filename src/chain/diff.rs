@@ -1,4 +1,4 @@
-//! Which pages differ between two snapshots.
+//! Comparing the pages of two snapshots.
 
 use std::{collections::BTreeSet, io::IoSliceMut, sync::Arc};
 
@@ -244,7 +244,7 @@ fn compare(
 
 fn read(chain: &Chain, at: Where, buffer: &mut [u8]) -> Result<()> {
     match at {
-        // The last two were found out before.
+        // Both were checked before.
         Where::Zero | Where::Absent | Where::Punched(..) => {
             buffer.fill(0);
             Ok(())

@@ -1,4 +1,4 @@
-//! How much of a chain is the same page stored again.
+//! Counting the pages of a chain that are stored more than once.
 //!
 //! Pages are compared by a hash, so the result is information for people. Code that acts on
 //! duplicates compares bytes.

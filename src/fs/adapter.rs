@@ -1,4 +1,4 @@
-//! The kernel's questions, answered by the view.
+//! The FUSE requests of the kernel, answered from the view.
 
 use std::{
     ffi::OsStr,
@@ -28,8 +28,8 @@ use crate::{
     view::{self, DirEntry, NodeType, ROOT, ViewError, Whence},
 };
 
-/// How long the kernel may answer from what it was told before. Images do not change, but
-/// new ones should appear soon.
+/// How long the kernel may answer from its cache. Images do not change, but new ones should
+/// appear soon.
 const TTL: Duration = Duration::from_secs(1);
 
 /// Inode numbers are never used again for something else.
@@ -45,8 +45,8 @@ fn is_owner(req: &Request) -> bool {
 
 impl Filesystem for ImageFs {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        // Without it, files read without the page cache can not be mapped shared. Where
-        // files may be opened for writing, they must not: what is written to a shared
+        // Without it, files that are read without the page cache cannot be mapped shared.
+        // Where files may be opened for writing, they must not: what is written to a shared
         // mapping is refused too late for the writer to notice.
         let shared = InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP;
         let wanted = [
@@ -61,7 +61,7 @@ impl Filesystem for ImageFs {
             }
         }
         if self.punches_on_read() {
-            // Less than a page, which is none: 0 is not taken.
+            // Any value below one page disables readahead; the kernel rejects 0.
             let set = config.set_max_readahead(1);
             debug!("nothing is read ahead: {}", set.is_ok());
         }
@@ -77,7 +77,7 @@ impl Filesystem for ImageFs {
     }
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        // No name in the view is anything but UTF-8.
+        // All names in the view are UTF-8.
         let found = name.to_str().ok_or_else(|| ViewError::NoSuchEntry {
             dir: self.view.path(parent.0),
             name: name.to_string_lossy().into_owned(),
@@ -144,7 +144,7 @@ impl Filesystem for ImageFs {
         // Requests of the page cache have no lock owner.
         let mapped = lock_owner.is_none();
         let answered = {
-            // Pages that are found are not freed before they were read.
+            // Pages that were found are not freed before they are read.
             let _reading = self.reading();
             self.answer_read(req, ino, &*file.content, offset, size, reply)
         };
@@ -177,7 +177,7 @@ impl Filesystem for ImageFs {
             _ => return reply.error(Errno::EINVAL),
         };
         let Ok(from) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
-        // What is freed meanwhile would be a hole.
+        // A page that is freed meanwhile would be a hole.
         let _reading = self.reading();
         match view::seek(&*file.content, from, whence) {
             Ok(Some(found)) => match i64::try_from(found) {
@@ -258,7 +258,7 @@ impl Filesystem for ImageFs {
         reply.ok();
     }
 
-    /// Tells the sizes of the file system that holds the images.
+    /// Returns the sizes of the file system that holds the images.
     fn statfs(&self, _req: &Request, ino: INodeNo, reply: ReplyStatfs) {
         let chain = self.view.chain();
         let dir = &chain.snapshot(self.view.tip()).dir;
@@ -284,7 +284,7 @@ impl Filesystem for ImageFs {
         }
     }
 
-    /// Permissions are the kernel's business (`default_permissions`).
+    /// The kernel checks permissions (`default_permissions`).
     fn access(&self, _req: &Request, _ino: INodeNo, mask: AccessFlags, reply: ReplyEmpty) {
         if mask.contains(AccessFlags::W_OK) {
             return reply.error(Errno::EROFS);
@@ -292,9 +292,9 @@ impl Filesystem for ImageFs {
         reply.ok();
     }
 
-    /// Tells restorers what they cannot see in files.
+    /// Returns attributes that tell restorers about the mount.
     fn getxattr(&self, req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        // The log names what is in the memory of others.
+        // The log may name memory of other users' processes.
         if name == LOG_XATTR && !is_owner(req) {
             return reply.error(Errno::EACCES);
         }
@@ -307,7 +307,7 @@ impl Filesystem for ImageFs {
         }
     }
 
-    // What a mount does not have. ENOSYS makes the kernel do without asking again.
+    // Operations that a mount does not support. After ENOSYS the kernel does not ask again.
 
     fn listxattr(&self, _req: &Request, _ino: INodeNo, _size: u32, reply: ReplyXattr) {
         reply.error(Errno::ENOSYS);
@@ -404,8 +404,8 @@ impl Filesystem for ImageFs {
         }
     }
 
-    // What would change something. Of a read-only mount the kernel asks hardly any of
-    // this; one that frees pages refuses it, too.
+    // Operations that would change a file. The kernel sends hardly any of them to a
+    // read-only mount; a mount that frees pages refuses them, too.
 
     fn setattr(
         &self,

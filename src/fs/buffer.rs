@@ -1,11 +1,11 @@
-//! The memory that reads are answered from.
+//! Buffers for the answers to reads.
 
 use std::{cell::RefCell, sync::LazyLock};
 
 use memmap2::{Advice, Mmap, MmapMut};
 
-/// The most that the kernel asks for at a time: `fs.fuse.max_pages_limit`, which
-/// is 256 pages unless root raises it. What is more is allocated for the one read.
+/// The longest read that the kernel requests: `fs.fuse.max_pages_limit`, 256 pages unless
+/// root raises it. A longer read gets a buffer of its own.
 const BUFFER_BYTES: usize = 1 << 20;
 
 /// Length of the mapping: anonymous mappings of a huge page or more begin at a
@@ -45,7 +45,7 @@ pub(super) fn with_zeroes<T>(len: usize, use_zeroes: impl FnOnce(&[u8]) -> T) ->
 
 fn allocate() -> Option<MmapMut> {
     let mapping = MmapMut::map_anon(MAPPING_BYTES).ok()?;
-    // Only an improvement: kernels without huge pages refuse.
+    // This is only an optimization: kernels without huge pages refuse.
     let _ = mapping.advise(Advice::HugePage);
     Some(mapping)
 }

@@ -1,4 +1,4 @@
-//! What a failure is to the program that asked.
+//! The errno of each failure.
 
 use std::io;
 
@@ -7,10 +7,9 @@ use log::{error, trace};
 
 use crate::{causes::with_sources, chain::ChainError, image::ImageError, view::ViewError};
 
-/// Logs why an operation failed, with its cause and the cause's causes, and
-/// returns what the kernel is told.
+/// Logs a failure with the chain of its causes, and returns its errno for the kernel.
 ///
-/// What does not exist is asked for all the time and is no failure.
+/// Look-ups of missing names are common and are not logged.
 pub(super) fn failed(operation: &str, path: &str, failure: &ViewError) -> Errno {
     let errno = errno(failure);
     let reasons = with_sources(failure);
@@ -23,12 +22,12 @@ pub(super) fn failed(operation: &str, path: &str, failure: &ViewError) -> Errno 
     errno
 }
 
-/// Returns the errno of a failure: EIO for whatever is wrong with the images.
+/// Returns the errno of a failure: EIO for all defects of the images.
 fn errno(error: &ViewError) -> Errno {
     match error {
         ViewError::Chain(error) => chain_errno(error),
         ViewError::Image(error) => image_errno(error),
-        // The kernel asks by numbers that we gave it.
+        // The kernel uses only the inode numbers that it got from us.
         ViewError::NoSuchNode { .. } => Errno::ESTALE,
         ViewError::NoSuchEntry { .. } => Errno::ENOENT,
         ViewError::NotADirectory { .. } => Errno::ENOTDIR,
@@ -88,11 +87,10 @@ fn image_errno(error: &ImageError) -> Errno {
     }
 }
 
-/// Returns the errno for what a backing file answered.
+/// Returns the errno for an error of a backing file.
 ///
-/// A backing file that is missing is not a name that does not exist in the
-/// mount, so ENOENT and the like become EIO. What says something about this
-/// system rather than about the images is passed on.
+/// A backing file that is missing is not a name that does not exist in the mount, so ENOENT
+/// and the like become EIO. Errors about this system rather than the images are passed on.
 fn io_errno(error: &io::Error) -> Errno {
     match error.raw_os_error().map(nix::errno::Errno::from_raw) {
         Some(nix::errno::Errno::EACCES | nix::errno::Errno::EPERM) => Errno::EACCES,

@@ -1,4 +1,4 @@
-//! Why a chain cannot be mounted, or a mount not be taken away.
+//! Errors of mounting and unmounting.
 
 use std::{io, path::PathBuf};
 
@@ -9,7 +9,7 @@ use crate::{chain::ChainError, proc::ProcError};
 /// The result of mounting and unmounting.
 pub type Result<T, E = MountError> = std::result::Result<T, E>;
 
-/// What keeps a chain from being mounted or unmounted.
+/// Errors of mounting and unmounting a chain.
 #[derive(Debug, thiserror::Error)]
 pub enum MountError {
     /// Files cannot be opened with the rights of the images' owner.
@@ -70,8 +70,7 @@ pub enum MountError {
         /// Why.
         source: Errno,
     },
-    /// Only root mounts by itself, and the program that does it for others is
-    /// not there.
+    /// An ordinary user needs `fusermount3`, which is not installed.
     #[error("mount at {path}: run as root, or install fusermount3 (package fuse3)", path = .path.display())]
     NoHelper {
         /// The mount point.
@@ -84,10 +83,10 @@ pub enum MountError {
     Helper {
         /// The mount point.
         path: PathBuf,
-        /// What it said.
+        /// Its output.
         message: String,
     },
-    /// Kernel and file system did not agree.
+    /// The kernel and the daemon could not start the FUSE session.
     #[error("start to serve {path}", path = .path.display())]
     Handshake {
         /// The mount point.
@@ -95,7 +94,7 @@ pub enum MountError {
         /// Why.
         source: io::Error,
     },
-    /// Serving ended otherwise than by an unmount.
+    /// The daemon stopped serving before the mount was unmounted.
     #[error("serve {path}", path = .path.display())]
     Serve {
         /// The mount point.
@@ -125,7 +124,7 @@ pub enum MountError {
         /// The mount point.
         path: PathBuf,
     },
-    /// The mount did not free what was noted.
+    /// The mount could not free the noted pages.
     #[error("free what was punched through {path}; its log says more", path = .path.display())]
     Commit {
         /// The mount point.
@@ -133,7 +132,7 @@ pub enum MountError {
         /// Why.
         source: io::Error,
     },
-    /// The mount did not tell its last messages.
+    /// The last messages of the mount could not be read.
     #[error("read the log of {path}; it is for root and for the user who mounted it", path = .path.display())]
     Log {
         /// The mount point.

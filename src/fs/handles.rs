@@ -1,4 +1,4 @@
-//! What is open through the mount.
+//! Open files and directories of a mount.
 
 use std::{
     collections::HashMap,

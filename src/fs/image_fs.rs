@@ -1,4 +1,4 @@
-//! What is served, and how it looks to the kernel.
+//! The file system that is served, in the kernel's terms.
 
 use std::{
     ffi::OsStr,
@@ -119,7 +119,7 @@ impl ImageFs {
         failed(operation, &self.view.path(ino.0), &failure.into())
     }
 
-    /// Logs that a request makes no sense and returns what the kernel is told.
+    /// Logs that a request makes no sense, and returns its errno.
     pub(super) fn nonsense(&self, operation: &str, ino: INodeNo, problem: &str) -> Errno {
         error!("{operation} {}: {problem} (EBADF)", self.view.path(ino.0));
         Errno::EBADF

@@ -75,7 +75,7 @@ pub(super) fn mount_device(
         text.push_str(",allow_other");
     }
     let mut flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-    // Punching is writing, for the kernel.
+    // For the kernel, punching holes is writing.
     flags.set(MsFlags::MS_RDONLY, options.punch.is_none());
     match mount(Some(source), mount_point, Some(FS_TYPE), flags, Some(text.as_str())) {
         Ok(()) => Ok(device.into()),
@@ -85,7 +85,7 @@ pub(super) fn mount_device(
     }
 }
 
-/// Lets `fusermount3` mount, which is set-user-ID root.
+/// Mounts by `fusermount3`, which is set-user-ID root.
 fn mount_by_helper(mount_point: &Path, source: &str, options: &MountOptions) -> Result<OwnedFd> {
     let failed = |message: String| MountError::Helper { path: mount_point.to_owned(), message };
     let mut text = format!(
@@ -125,8 +125,8 @@ pub fn unmount(path: &Path, lazy: bool) -> Result<()> {
     unmount_device(&mount_of_ours(path)?, lazy)
 }
 
-/// Lets the mount at `path` free the pages that were punched and only noted, and
-/// returns how many that were.
+/// Makes the mount at `path` free the pages that were punched and noted, and returns their
+/// number.
 ///
 /// # Errors
 /// [`MountError::NotMounted`], [`MountError::ForeignMount`],

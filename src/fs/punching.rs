@@ -164,7 +164,7 @@ impl Punching {
         log_failure(result.and_then(|()| state.free().map(drop)));
     }
 
-    /// Frees what was noted, and returns how many pages that were.
+    /// Frees the noted pages, and returns their number.
     ///
     /// # Errors
     /// What keeps them from being freed.

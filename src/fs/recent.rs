@@ -1,8 +1,8 @@
 //! The last messages of a mount, which say why a read failed.
 //!
-//! A reader is told an errno and nothing else, and not every machine has a log of the
-//! system. So the daemon keeps what it said last, and tells it as an attribute of the
-//! root of the mount ([`LOG_XATTR`]).
+//! A reader gets only an errno, and not every machine has a system log. So the daemon keeps
+//! its last messages, and shows them as an attribute of the root of the mount
+//! ([`LOG_XATTR`]).
 
 use std::{
     collections::VecDeque,
@@ -31,16 +31,16 @@ struct Recent {
 
 #[derive(Debug)]
 struct Line {
-    /// When it was said first.
+    /// When it was logged first.
     time: String,
     text: String,
-    /// How often it was said in a row.
+    /// How often it was logged in a row.
     times: u64,
 }
 
 impl Recent {
     fn note(&mut self, time: String, mut text: String) {
-        // A reader that tries again would push out all else.
+        // A reader that tries again and again would push out all other messages.
         if let Some(same) = self.lines.iter_mut().find(|line| line.text == text) {
             same.times += 1;
             return;
@@ -72,7 +72,7 @@ impl Recent {
     }
 }
 
-/// Keeps a message, if it is a warning or worse; `time` says when it was said.
+/// Keeps a message, if it is a warning or worse; `time` is when it was logged.
 pub fn note(level: Level, time: impl FnOnce() -> String, text: impl FnOnce() -> String) {
     if level <= Level::Warn {
         let level = if level == Level::Error { "error" } else { "warning" };
@@ -82,7 +82,7 @@ pub fn note(level: Level, time: impl FnOnce() -> String, text: impl FnOnce() -> 
     }
 }
 
-/// Returns the messages that are kept.
+/// Returns the kept messages.
 pub(super) fn text() -> String {
     RECENT.lock().unwrap_or_else(PoisonError::into_inner).text()
 }

@@ -21,7 +21,7 @@ use crate::{
 /// than to find in a mapping; larger ones may need more files than may be open.
 pub(super) const SIZES: RangeInclusive<usize> = 64 << 10..=1 << 20;
 
-/// More files than this in one read are not worth the questions for their length.
+/// With more files than this in one read, checking their lengths costs more than copying.
 const MAX_FILES: usize = 32;
 
 /// Bytes in the header of an answer (`struct fuse_out_header`, `linux/fuse.h`).
@@ -43,9 +43,9 @@ impl MappedReply {
         Self { device }
     }
 
-    /// Answers a read of `size` bytes of `content` from `offset` on; gives the
-    /// reply back if this is not the way to answer it. Returns how many bytes the
-    /// reader got, if it did. `path` is what the file is called in messages.
+    /// Answers a read of `size` bytes of `content` from `offset` on; gives the reply back
+    /// if it cannot answer in this way. Returns how many bytes the reader got, if any.
+    /// `path` is what the file is called in messages.
     pub(super) fn answer(
         &self,
         request: RequestId,
@@ -69,7 +69,7 @@ impl MappedReply {
         let mut read = None;
         match written {
             Some(Ok(_)) => read = Some(len as u64),
-            // The kernel has told the reader that this is an input/output error.
+            // The reader has got an input/output error from the kernel.
             Some(Err(Errno::EFAULT)) => error!(
                 "read {}: {len:#x} bytes at {offset:#x}: a page of {} could not be read, or was \
                  cut off in this moment (EIO)",

@@ -108,7 +108,7 @@ impl Session {
         Ok(Self { fuse, mount_point, reader: options.reader })
     }
 
-    /// Answers until the chain is unmounted, by whomever.
+    /// Serves until the chain is unmounted, by this or another program.
     ///
     /// SIGTERM, SIGINT and SIGHUP unmount it. If it is in use, it is only detached:
     /// processes that have files open may go on reading them, and a second signal ends the
@@ -153,17 +153,17 @@ impl Session {
     }
 }
 
-/// Changes with whose rights files are opened.
+/// Changes the user whose rights files are opened with.
 fn rights(mount_point: &Path, change: impl FnOnce() -> io::Result<()>) -> Result<()> {
     change().map_err(|source| MountError::Rights { path: mount_point.to_owned(), source })
 }
 
-/// Returns the signals that ask for the end.
+/// Returns the signals that end the daemon.
 fn ending_signals() -> SigSet {
     [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect()
 }
 
-/// Lets a panic in any thread end the process.
+/// Makes a panic in any thread end the process.
 fn abort_on_panic() {
     let report = panic::take_hook();
     panic::set_hook(Box::new(move |info| {
@@ -210,7 +210,7 @@ fn unmount_on(signals: SigSet, mount_point: &Path, device: Option<(u32, u32)>) {
     }
 }
 
-/// Lets the kernel read so far ahead, if we may say so.
+/// Sets the kernel's readahead of the mount, if this user may.
 fn set_read_ahead(mount_point: &Path, read_ahead_kb: u32) {
     let Ok(Some(mounted)) = mounted_at(mount_point) else { return };
     let (major, minor) = mounted.device;

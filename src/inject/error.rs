@@ -32,7 +32,7 @@ pub enum InjectError {
     Denied {
         /// The process.
         tid: HostPid,
-        /// Who traces it already, or which privilege is missing.
+        /// The process that traces it already, or the privilege that is missing.
         why: String,
     },
     /// A thread that executes 32-bit code.

@@ -338,7 +338,8 @@ fn is_dead(pid: HostPid, tid: HostPid) -> bool {
 fn await_death(tid: HostPid) -> Result<()> {
     loop {
         match ptrace::wait(tid) {
-            // Not the leader: nobody waits for it; or its parent has reaped it.
+            // It is not the leader, so no process waits for it; or its parent has reaped
+            // it.
             Err(Errno::ECHILD) | Ok(Wait::Exited(_) | Wait::Killed(_)) => return Ok(()),
             Err(errno) => return Err(InjectError::trace(tid, "wait for")(errno)),
             Ok(Wait::Event(libc::PTRACE_EVENT_EXIT)) => {

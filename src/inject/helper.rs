@@ -1,4 +1,4 @@
-//! Processes that make calls in somebody else's name, and end.
+//! Processes that make calls with the ids of another process, and end.
 
 use nix::libc;
 

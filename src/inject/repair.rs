@@ -36,7 +36,7 @@ pub enum Repair {
     Later(HostPid),
 }
 
-/// Removes scratch memory that a process still has although who mapped it is dead.
+/// Removes the scratch memory of a process whose dumper is dead.
 ///
 /// # Errors
 /// Those of stopping the process and working in it.

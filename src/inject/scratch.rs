@@ -205,7 +205,7 @@ impl Scratch {
         self.answers(tracee.tid, script)
     }
 
-    /// Lets a thread begin with a script, which somebody else waits for.
+    /// Starts a script in a thread; another caller waits for it.
     ///
     /// # Errors
     /// As [`Self::run`].

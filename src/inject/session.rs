@@ -186,7 +186,7 @@ impl Session {
         self.locked
     }
 
-    /// Returns the address of a page that nobody has written to, before the first script;
+    /// Returns the address of a page that was never written, before the first script;
     /// `None` without scratch memory.
     pub fn untouched(&self) -> Option<RemoteAddr> {
         match self.place {
@@ -362,7 +362,7 @@ fn choose_signal(threads: &[Tracee]) -> Result<Option<i32>> {
     let pending = status.shared_pending | status.sig_pending;
     let ignored = (IGNORED & !status.sig_caught | status.sig_ignored) & !SPECIAL;
     let usable = ignored & !blocked & !pending;
-    // Those that are ignored by default first: nobody expects anything of them.
+    // Signals that are ignored by default come first: programs expect nothing of them.
     let usable = if usable & IGNORED == 0 { usable } else { usable & IGNORED };
     Ok((usable != 0).then(|| u64::BITS - usable.leading_zeros()).map(u32::cast_signed))
 }

@@ -255,7 +255,7 @@ impl Tracee {
                     if arch::instruction_pointer(&now) == told.0 {
                         return Ok(());
                     }
-                    // Somebody else's, which the process ignores.
+                    // A signal from another process, which this one ignores.
                     ptrace::resume(self.tid, 0).map_err(InjectError::trace(self.tid, "resume"))?;
                 }
                 (

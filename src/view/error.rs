@@ -1,13 +1,13 @@
-//! Why a part of the view cannot be shown.
+//! Errors of the view.
 
 use std::path::PathBuf;
 
 use crate::{chain::ChainError, image::ImageError};
 
-/// The result of asking the view.
+/// The result of a request to the view.
 pub type Result<T, E = ViewError> = std::result::Result<T, E>;
 
-/// Why the view has no answer.
+/// Errors of the view.
 #[derive(Debug, thiserror::Error)]
 pub enum ViewError {
     /// The chain has none.
@@ -63,7 +63,7 @@ pub enum ViewError {
     TooLong {
         /// The image.
         path: PathBuf,
-        /// The longest text that is made.
+        /// The longest text that is produced.
         limit: usize,
     },
     /// The snapshot has no such process.

@@ -26,13 +26,12 @@ const DIRECTORY_MODE: u32 = 0o700;
 /// What an inventory is called until all else is on disk.
 const UNFINISHED_INVENTORY: &str = ".inventory.img.unfinished";
 
-/// Writes the flat image directory that is the root of `view` to `out`, which
-/// must not exist or be empty. `progress` is told how many bytes are done, and
-/// of how many.
+/// Writes the flat image directory that is the root of `view` to `out`, which must not
+/// exist or be empty. `progress` gets the bytes that are done, and their total.
 ///
-/// Everything else is on disk before the inventory appears, so that whatever
-/// happens `out` is complete or no image directory. File systems that can share
-/// blocks between files (btrfs, xfs) are asked to.
+/// Everything else is on disk before the inventory appears, so that `out` is complete or no
+/// image directory, even after a crash. File systems that can share blocks between files
+/// (btrfs, xfs) are asked to.
 ///
 /// # Errors
 /// A snapshot of which pages were freed, before anything is written; whatever keeps
@@ -48,7 +47,7 @@ pub fn flatten(view: &View, out: &Path, progress: &mut dyn FnMut(u64, u64)) -> R
     let mut written = Vec::new();
     let result = write_all(view, out, &mut written, progress);
     if result.is_err() {
-        // The first error is the one to tell.
+        // The first error is the one to report.
         for path in written {
             let _ = fs::remove_file(path);
         }

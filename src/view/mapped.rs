@@ -1,5 +1,5 @@
-//! The files that a snapshot's processes map, as far as their bytes are to be
-//! had: on this machine where they are unchanged, and in ghost images.
+//! The files that a snapshot's processes map, as far as their bytes exist: on this machine
+//! where they are unchanged, and in ghost images.
 
 use std::{
     collections::HashMap,
@@ -42,8 +42,8 @@ pub(super) struct MappedFiles {
 }
 
 impl MappedFiles {
-    /// Reads the tables of files in `dir`, but looks at none of the files. Those that are
-    /// not in the images themselves are not to be had unless `named` is set.
+    /// Reads the tables of files in `dir`, but looks at none of the files. Files that are
+    /// not in the images themselves are left out unless `named` is set.
     pub(super) fn load(dir: &Path, named: bool) -> Result<Self> {
         let path = |kind: Kind| dir.join(kind.file_name(0));
         let entries = read_files(dir)?.unwrap_or_default();
@@ -148,7 +148,7 @@ enum Origin {
     Path { path: PathBuf, size: u64, build_id: Vec<u32>, mtime_ns: Option<i64> },
     /// In this image: the file had no name any more.
     Ghost(PathBuf),
-    /// In no place that is known.
+    /// In no known place.
     Nowhere,
 }
 
@@ -182,11 +182,11 @@ impl MappedFile {
     /// Returns where the file's bytes are, sorted, with holes between; `None`
     /// if they are not to be had.
     ///
-    /// A file on this machine is looked at once, when first asked for. It
-    /// counts as the one that was dumped if its size is as recorded, and so is its
-    /// build-id, or without one, the time at which it was last written, where the
-    /// images have these. That is what a restore goes by. A recorded
-    /// checksum is not verified, since that would mean reading the whole file.
+    /// A file on this machine is examined once, on first use. It counts as the one that was
+    /// dumped if its size is as recorded, and so is its build-id, or without one, the time
+    /// at which it was last written, where the images have these. A restore uses the same
+    /// rules. A recorded checksum is not verified, since that would mean reading the whole
+    /// file.
     pub(super) fn extents(&self, files: &Files) -> Option<&[FileExtent]> {
         self.extents.get_or_init(|| self.find(files)).as_deref()
     }

@@ -1,8 +1,8 @@
-//! The tree that a mount shows: pure questions and answers, without FUSE.
+//! The tree that a mount shows, without FUSE.
 //!
-//! The root is a complete image directory of one snapshot that has no parent.
-//! Nothing is read before it is asked for: listing a directory reads names and
-//! pagemap heads, and an index is built when a file that needs it is looked up.
+//! The root is a complete image directory of one snapshot that has no parent. Everything is
+//! read on demand: listing a directory reads names and pagemap heads, and an index is built
+//! when a file that needs it is looked up.
 
 mod address_space;
 mod core;

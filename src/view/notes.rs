@@ -39,8 +39,8 @@ const COMM_BYTES: usize = 16;
 /// Bytes for a command line, the closing zero among them (`ELF_PRARGSZ`).
 const ARGS_BYTES: usize = 80;
 
-/// The most that is said about mapped files; the kernel leaves the note out
-/// beyond that, too (`MAX_FILE_NOTE_SIZE`, `fs/binfmt_elf.c`).
+/// The longest note about mapped files; the kernel leaves a longer one out, too
+/// (`MAX_FILE_NOTE_SIZE`, `fs/binfmt_elf.c`).
 const FILES_LIMIT_BYTES: usize = 4 << 20;
 
 /// What notes and their parts are aligned to.

@@ -13,7 +13,7 @@ use crate::{
     units::page_bytes,
 };
 
-/// What is known of a shared object without looking at its pages.
+/// The properties of a shared object, without its pages.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct SharedObject {
     /// Its size in bytes.
@@ -25,7 +25,7 @@ pub(super) struct SharedObject {
 /// How long a shared object is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Size {
-    /// As the kernel said.
+    /// As the kernel reported it.
     Exactly(u64),
     /// As far as it is mapped; pages beyond may be stored nevertheless.
     AtLeast(u64),

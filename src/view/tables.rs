@@ -1,4 +1,4 @@
-//! What the processes of a snapshot have in common.
+//! The tables that the processes of a snapshot share.
 
 use std::{
     collections::BTreeMap,
@@ -66,7 +66,7 @@ impl Tables {
         }
     }
 
-    /// Leaves out what is in files that the images only name.
+    /// Leaves out the contents of files that the images only name.
     pub fn without_mapped_files(mut self) -> Self {
         self.mapped_files = false;
         self

@@ -41,7 +41,7 @@ pub struct DirEntry {
     pub name: String,
 }
 
-/// The directories of a snapshot that show it to people and ordinary tools.
+/// The directories that show a snapshot to people and ordinary tools.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Group {
     Core,
@@ -53,7 +53,7 @@ enum Group {
 const GROUPS: [(&str, Group); 4] =
     [("core", Group::Core), ("json", Group::Json), ("mem", Group::Mem), ("shmem", Group::Shmem)];
 
-/// How many snapshots' tables are kept for when they are needed again.
+/// How many snapshots' tables are cached.
 const TABLES_KEPT: NonZeroUsize = NonZeroUsize::new(16).expect("not zero");
 
 /// What a node shows.
@@ -356,7 +356,7 @@ impl View {
 
     /// Returns the attributes that the images give a node.
     fn owners_attr(&self, node: &Node) -> Result<Attr> {
-        // How much room is taken changes when pages are freed.
+        // The space that a file takes changes when pages are freed.
         let lasting = !self.chain.has_freed();
         if lasting && node.what.kind() == NodeType::File && !matches!(node.what, What::Image(_)) {
             let table = self.table.read().unwrap_or_else(PoisonError::into_inner);

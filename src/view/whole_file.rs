@@ -1,4 +1,4 @@
-//! A file on disk as it is.
+//! A whole file on disk.
 
 use std::sync::Arc;
 

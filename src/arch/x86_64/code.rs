@@ -22,13 +22,13 @@ pub const CALL_AND_RETURN: &[u8] = &[0x0f, 0x05, 0xc3];
 pub const RESTORERS: &[&[u8]] =
     &[&[0x48, 0xc7, 0xc0, 0x0f, 0, 0, 0, 0x0f, 0x05], &[0xb8, 0x0f, 0, 0, 0, 0x0f, 0x05]];
 
-// Walks the table of `Entry` that `rbx` points to. It needs neither a stack nor
-// relocation. At its end, and where the table says so, it stops: by a trap, or if `r14`
-// has the number of a signal, by sending that to itself. The process ignores this signal
-// (see `session`), so that nothing happens if nobody traces the thread any more. It then
-// goes on with the table, and after its end home: it has the kernel unmap scratch memory
-// (`r15`, and the upper half of `r14` for its length) by the instruction at `rbp`, which
-// returns to the frame that is above the stack pointer.
+// Walks the table of `Entry` that `rbx` points to. It needs neither a stack nor relocation.
+// At its end, and where the table says so, it stops: by a trap, or if `r14` has the number
+// of a signal, by sending that to itself. The process ignores this signal (see `session`),
+// so that nothing happens if the thread is no longer traced. It then goes on with the
+// table, and after its end home: it has the kernel unmap scratch memory (`r15`, and the
+// upper half of `r14` for its length) by the instruction at `rbp`, which returns to the
+// frame that is above the stack pointer.
 global_asm!(
     ".pushsection .rodata.rcriu_inject, \"a\", @progbits",
     ".globl rcriu_inject_start",

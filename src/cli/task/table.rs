@@ -1,6 +1,6 @@
 //! What is done about each option: one table.
 
-/// Commands that an option means something to, as a set.
+/// A set of commands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Commands(u8);
 
@@ -30,14 +30,14 @@ impl Commands {
     }
 }
 
-/// What is done about an option.
+/// How an option is treated.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum State {
-    /// It does what it says.
+    /// It works.
     Built,
-    /// It is accepted and does nothing, for this reason.
+    /// It is accepted and has no effect, for this reason.
     Harmless(&'static str),
-    /// It is refused: what would be needed, or what to do instead.
+    /// It is refused, with what it would need or what to do instead.
     Refused(&'static str),
     /// It is refused unless it has one of these values, with which it is harmless.
     RefusedUnless(&'static [&'static str], &'static str),
@@ -48,8 +48,8 @@ pub(super) enum State {
 pub(super) struct Row {
     /// Its long name.
     pub name: &'static str,
-    /// The commands that this row is about; one that no row is about refuses the option
-    /// on its command line, and ignores it in configuration files, which are for all.
+    /// The commands of this row. A command without a row refuses the option on its command
+    /// line, and ignores it in configuration files, which all commands share.
     pub on: Commands,
     /// What is done about it.
     pub state: State,
@@ -68,9 +68,8 @@ const NO_CONNECTIONS: &str =
 const NO_WATCHES: &str =
     "watches (inotify, fanotify) are not dumped; let the program close them, and leave it out";
 const NO_FILES: &str = "a pre-dump writes memory, and no files";
-const CGROUPS: &str =
-    "the tree is put back into cgroups that are there (=none), or into none (=ignore)";
-const PAGE_SERVER: &str = "pages are written to local images only; copy those";
+const CGROUPS: &str = "the tree can be restored into its existing cgroups (=none), or stay in those of rcriu (=ignore)";
+const PAGE_SERVER: &str = "pages are written to local images only; copy the images";
 const TLS: &str = "there is no page server; copy the images over ssh";
 
 /// Every option but `help` and `version`.
@@ -86,7 +85,7 @@ pub(super) const ROWS: &[Row] = &[
     built("exec-cmd", RESTORE),
     built("pidfile", RESTORE),
     built("timeout", DUMPS),
-    refused("root", BOTH, "trees with a mount namespace of their own are not; leave it out"),
+    refused("root", BOTH, "trees with a mount namespace of their own are not dumped; leave it out"),
     built("action-script", BOTH),
     // Images
     built("images-dir", ALL),
@@ -103,7 +102,7 @@ pub(super) const ROWS: &[Row] = &[
     refused("file-locks", BOTH, "a tree that holds locks can't be dumped; let it release them"),
     built("link-remap", DUMP),
     harmless("link-remap", PRE_DUMP, NO_FILES),
-    harmless("link-remap", RESTORE, "files that a dump gave another name are found in any case"),
+    harmless("link-remap", RESTORE, "files that a dump linked to another name are always found"),
     built("ghost-limit", DUMP),
     harmless("ghost-fiemap", DUMP, "holes are found by SEEK_DATA, at the same cost"),
     built("file-validation", DUMP.or(RESTORE)),
@@ -121,7 +120,7 @@ pub(super) const ROWS: &[Row] = &[
     Row { name: "network-lock", on: DUMP, state: RefusedUnless(&["skip", "none"], NO_CONNECTIONS) },
     // External resources
     built("external", DUMP),
-    harmless("external", RESTORE, "what a dump left to others is given by --inherit-fd"),
+    harmless("external", RESTORE, "pass external resources by --inherit-fd"),
     harmless("external", PRE_DUMP, NO_FILES),
     built("inherit-fd", RESTORE),
     built("close", ALL),
@@ -138,8 +137,8 @@ pub(super) const ROWS: &[Row] = &[
     refused("lsm-profile", RESTORE, "start rcriu itself with the profile, it is inherited"),
     refused("lsm-mount-context", RESTORE, "mounts are not restored"),
     refused("allow-uprobes", BOTH, "dump a tree that has never been probed"),
-    harmless("unprivileged", BOTH, "what needs privileges says so when it is needed"),
-    harmless("deprecated", ALL, "there is nothing that would need it"),
+    harmless("unprivileged", BOTH, "each step that lacks a privilege says so"),
+    harmless("deprecated", ALL, "no feature needs it"),
     // Cgroups
     Row { name: "manage-cgroups", on: BOTH, state: RefusedUnless(&["ignore", "none"], CGROUPS) },
     refused("freeze-cgroup", DUMPS, "leave it out: the tree is stopped by ptrace"),
@@ -176,7 +175,7 @@ pub(super) const ROWS: &[Row] = &[
     built("experimental", CHECK),
     built("all", CHECK),
     built("feature", CHECK),
-    refused("ms", ALL, "CRIU has dropped it as well; use --feature"),
+    refused("ms", ALL, "CRIU has dropped it, too; use --feature"),
     // Deduplication
     built("link", DEDUP),
     built("keep-originals", DEDUP),
@@ -205,7 +204,7 @@ const fn refused(name: &'static str, on: Commands, instead: &'static str) -> Row
     Row { name, on, state: Refused(instead) }
 }
 
-/// Commands of CRIU that are not built, and what to do instead.
+/// Commands of CRIU that rcriu does not have, and what to do instead.
 pub(super) const REFUSED_COMMANDS: &[(&str, &str)] = &[
     ("cpuinfo", "restore on the same kind of processor"),
     ("exec", "CRIU has dropped it as well"),
