@@ -8,25 +8,25 @@
 
 mod descriptor;
 mod error;
-pub mod eventfd;
-pub mod eventpoll;
-pub mod fown;
+mod eventfd;
+mod eventpoll;
+mod fown;
 mod ghost;
 mod install;
 mod late;
 mod memfd;
-pub mod owner;
+mod owner;
 mod path;
 mod pipe;
 mod regular;
-pub mod signalfd;
+mod signalfd;
 mod sock;
 mod table;
 #[cfg(test)]
 mod testing;
-pub mod timerfd;
+mod timerfd;
 mod tty;
-pub mod validation;
+mod validation;
 
 use std::{
     collections::{HashMap, HashSet},
