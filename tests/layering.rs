@@ -25,19 +25,20 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("inject", &["sys", "arch", "proc", "units", "fault"]),
     ("track", &["causes", "inject", "proc", "sys", "units"]),
     ("res", &["causes", "inject", "proc", "sys", "arch", "image", "units", "fault"]),
-    ("dedup", &["chain", "image", "sys", "units", "fault"]),
+    ("pages", &["parallel", "track", "proc", "chain", "image", "sys", "units", "fault"]),
+    ("dedup", &["parallel", "chain", "image", "sys", "units", "fault"]),
     (
         "dump",
         &[
-            "causes", "parallel", "action", "dedup", "res", "track", "inject", "proc", "chain",
+            "causes", "action", "dedup", "pages", "res", "track", "inject", "proc", "chain",
             "arch", "image", "sys", "units", "fault",
         ],
     ),
     (
         "restore",
         &[
-            "causes", "parallel", "action", "res", "track", "inject", "proc", "chain", "arch",
-            "image", "sys", "units", "fault",
+            "causes", "parallel", "action", "pages", "res", "track", "inject", "proc", "chain",
+            "arch", "image", "sys", "units", "fault",
         ],
     ),
     (

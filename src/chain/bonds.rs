@@ -15,8 +15,11 @@ use std::{
 
 use xxhash_rust::xxh3::xxh3_128;
 
-use super::{Chain, ChainError, LinkError, SnapshotId, side_by_side};
-use crate::image::{ImageError, Kind, proto, read_one, regular, tree};
+use super::{Chain, ChainError, LinkError, SnapshotId};
+use crate::{
+    image::{ImageError, Kind, proto, read_one, regular, tree},
+    parallel,
+};
 
 /// Begins the name of a dump that has no id of its own; the hash of its inventory
 /// follows.
@@ -133,7 +136,7 @@ impl Chain {
             }
             Ok(())
         };
-        side_by_side::map(ids, WORTH_A_THREAD, look).into_iter().collect()
+        parallel::map(ids, WORTH_A_THREAD, look).into_iter().collect()
     }
 
     /// Whether a snapshot that did not record which parent it was made on is older than

@@ -11,9 +11,10 @@ use std::{
 
 use xxhash_rust::xxh3::xxh3_128;
 
-use super::{Chain, FileId, Result, SnapshotId, holes, side_by_side};
+use super::{Chain, FileId, Result, SnapshotId, holes};
 use crate::{
     image::{Kind, PagemapReader, Presence, punched},
+    parallel,
     units::{PAGE_LEN, PAGE_SIZE, PageIndex, page_bytes},
 };
 
@@ -165,7 +166,7 @@ impl StoredPages {
     /// Files that cannot be read or end too early.
     pub(crate) fn hash(&self, chain: &Chain, sink: &mut dyn FnMut(StoredPage)) -> Result<()> {
         for batch in self.chunks.chunks(BATCH_CHUNKS) {
-            let hashes = side_by_side::map_until(
+            let hashes = parallel::map_until(
                 batch,
                 1,
                 |buffer: &mut Vec<u8>, _, chunk| hashes(chain, chunk, buffer),

@@ -11,10 +11,10 @@ use std::{
 use super::{
     Chain, ChainError, FileId, LinkError, Result, SnapshotId, freed,
     overlay::{self, Gaps, Merged, Piece, PiecePlace, Pile},
-    side_by_side,
 };
 use crate::{
     image::{Kind, MemoryId, PagemapEntry, PagemapReader, Presence, punched},
+    parallel,
     units::{BLOCK_BYTES, PageIndex, PageRanges},
 };
 
@@ -282,11 +282,11 @@ fn read_layers(chain: &Chain, id: SnapshotId, memory: MemoryId) -> Result<Layers
     let mut stretches = vec![Desk::default().read(chain, &name, 0, &[id])];
     let asked = matches!(stretches[0].end, End::AsksParent);
     let (ancestors, end) = if asked { ancestors(chain, id) } else { (Vec::new(), Ok(())) };
-    let processors = side_by_side::processors_for(ancestors.len() / STRETCH_LAYERS.start());
+    let processors = parallel::processors_for(ancestors.len() / STRETCH_LAYERS.start());
     let fair = ancestors.len().div_ceil(processors * STRETCHES);
     let each = fair.clamp(*STRETCH_LAYERS.start(), *STRETCH_LAYERS.end());
     let parts: Vec<&[SnapshotId]> = ancestors.chunks(each).collect();
-    stretches.extend(side_by_side::map_until(
+    stretches.extend(parallel::map_until(
         &parts,
         1,
         |desk: &mut Desk, position, ids| desk.read(chain, &name, 1 + position * each, ids),

@@ -17,9 +17,11 @@ use super::{
     bonds::{self, Bonds},
     cache::IndexCache,
     freed::Freed,
-    side_by_side,
 };
-use crate::image::{Kind, MemoryId, PARENT_LINK, desc};
+use crate::{
+    image::{Kind, MemoryId, PARENT_LINK, desc},
+    parallel,
+};
 
 /// Directories that take longer to look at than a thread takes to start.
 const WORTH_A_THREAD: usize = 32;
@@ -83,7 +85,7 @@ impl Chain {
             found.enter(root);
         } else {
             let dirs = directories(&root)?;
-            let probes = side_by_side::map(&dirs, WORTH_A_THREAD, |_, dir| {
+            let probes = parallel::map(&dirs, WORTH_A_THREAD, |_, dir| {
                 (has_inventory(dir), fs::read_link(dir.join(PARENT_LINK)).ok())
             });
             found.reserve(dirs.len());
@@ -537,7 +539,7 @@ pub fn children(dir: &Path) -> Result<Vec<PathBuf>> {
     let mut beside = directories(above)?;
     beside.sort_unstable();
     beside.dedup();
-    let found = side_by_side::map(&beside, WORTH_A_THREAD, |_, other| {
+    let found = parallel::map(&beside, WORTH_A_THREAD, |_, other| {
         // Only a link can lead here: a directory of that name is a copy.
         let link = other.join(PARENT_LINK);
         fs::read_link(&link).is_ok()

@@ -23,7 +23,6 @@ mod links;
 mod memory;
 mod overlay;
 mod owner;
-pub(crate) mod side_by_side;
 mod summary;
 #[cfg(test)]
 pub(crate) mod testing;

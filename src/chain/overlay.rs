@@ -16,8 +16,10 @@
 
 use std::{collections::TryReserveError, mem};
 
-use super::side_by_side;
-use crate::units::{PAGE_SHIFT, PageIndex};
+use crate::{
+    parallel,
+    units::{PAGE_SHIFT, PageIndex},
+};
 
 /// Entries that take longer to merge, about a millisecond, than a thread takes
 /// to start.
@@ -248,9 +250,9 @@ fn merge_by_windows(layers: &[Merged], target: usize) -> Vec<Piece> {
     bounds.sort_unstable();
     bounds.dedup();
     let windows: Vec<(PageIndex, PageIndex)> = bounds.windows(2).map(|b| (b[0], b[1])).collect();
-    let threads = side_by_side::processors_for(total / WORTH_A_THREAD);
+    let threads = parallel::processors_for(total / WORTH_A_THREAD);
     let shares: Vec<_> = windows.chunks(windows.len().div_ceil(threads)).collect();
-    let mut parts = side_by_side::map(&shares, 1, |position, windows| {
+    let mut parts = parallel::map(&shares, 1, |position, windows| {
         // In most cases enough, and what is never touched costs nothing.
         let mut merged = Vec::with_capacity(if position == 0 { total } else { total / threads });
         let mut pile = Pile::default();

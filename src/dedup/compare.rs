@@ -6,7 +6,8 @@
 use std::{ops::Range, sync::Arc};
 
 use crate::{
-    chain::{BackingFile, ChainError, FileId, Files, Run, Source, read_runs, side_by_side},
+    chain::{BackingFile, ChainError, FileId, Files, Run, Source, read_runs},
+    parallel,
     units::{PAGE_LEN, PageIndex, page_bytes},
 };
 
@@ -68,7 +69,7 @@ pub(super) fn equal(
         if batch.chunks.is_empty() {
             return Ok(stretches);
         }
-        let results = side_by_side::map_until(
+        let results = parallel::map_until(
             &batch.chunks,
             WORTH_A_THREAD,
             |desk: &mut Desk, _, chunk| {

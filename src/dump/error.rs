@@ -12,11 +12,12 @@ use crate::{
     fault::Injected,
     image::ImageError,
     inject::InjectError,
+    pages::PagesError,
     proc::ProcError,
     res::{ResError, file::FileError},
     sys::lock::LockError,
     track::TrackError,
-    units::{HostPid, RemoteAddr},
+    units::HostPid,
 };
 
 /// The result of a step of a dump.
@@ -123,36 +124,6 @@ pub enum DumpError {
         /// Why.
         source: io::Error,
     },
-    /// Memory of a process could not be read.
-    #[error("read {len:#x} bytes at {address} of process {pid}")]
-    ReadMemory {
-        /// The process.
-        pid: HostPid,
-        /// Where.
-        address: RemoteAddr,
-        /// How many.
-        len: u64,
-        /// Why it failed.
-        source: io::Error,
-    },
-    /// Shared memory could not be read.
-    #[error("read shared memory {name} at offset {offset:#x}")]
-    ReadObject {
-        /// The object.
-        name: String,
-        /// Where.
-        offset: u64,
-        /// Why it failed.
-        source: io::Error,
-    },
-    /// A pages file could not be written.
-    #[error("write {path}", path = .path.display())]
-    WritePages {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
     /// The directory for the images cannot be used.
     #[error("images directory {path}: {problem}", path = .path.display())]
     Directory {
@@ -173,6 +144,9 @@ pub enum DumpError {
         /// Their names.
         children: String,
     },
+    /// Memory could not be copied.
+    #[error(transparent)]
+    Pages(PagesError),
     /// The parent chain cannot be used.
     #[error(transparent)]
     Chain(#[from] ChainError),
@@ -209,4 +183,13 @@ pub enum DumpError {
     /// A test asked for it.
     #[error(transparent)]
     Fault(#[from] Injected),
+}
+
+impl From<PagesError> for DumpError {
+    fn from(error: PagesError) -> Self {
+        match error {
+            PagesError::Cancelled => Self::Cancelled,
+            error => Self::Pages(error),
+        }
+    }
 }

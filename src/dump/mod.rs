@@ -8,10 +8,8 @@
 mod census;
 mod check;
 mod error;
-mod memory;
 mod options;
 mod pre_dump;
-mod reading;
 mod room;
 mod stats;
 mod track;
@@ -39,6 +37,7 @@ use crate::{
     fault::{self, Point},
     image::{Kind, SnapshotWriter, disk::Kernel, proto},
     inject::{Frozen, Outcome},
+    pages::{self, Memory},
     proc,
     res::{
         file::{FileTable, Policy},
@@ -53,7 +52,6 @@ use crate::{
     units::HostPid,
 };
 use census::Census;
-use memory::Memory;
 use stats::Stats;
 use track::Tracking;
 use tree::Collection;
@@ -234,10 +232,10 @@ fn parent_name(parent: Option<&Parent>) -> Result<Option<Vec<u8>>> {
 fn find_parents(memories: &mut [Memory], parent: Option<&Parent>) -> Result<()> {
     for memory in memories {
         if let Some((chain, snapshot)) = parent {
-            memory.parent = memory::parent_memory(chain, *snapshot, memory.id)?;
+            memory.parent = pages::parent_memory(chain, *snapshot, memory.id)?;
         }
         let index = memory.parent.as_ref().map(|parent| parent.index().as_ref());
-        track::settle(&mut memory.stretches, index);
+        pages::settle(&mut memory.stretches, index);
     }
     Ok(())
 }
@@ -279,7 +277,7 @@ fn dump_stopped(
     let mut memories = std::mem::take(&mut collection.memories);
     find_parents(&mut memories, parent)?;
     stats.collected();
-    let copied = stats.copying(|| memory::dump(&memories, images, !options.leave_running))?;
+    let copied = stats.copying(|| pages::write(&memories, images, !options.leave_running))?;
     stats.copied = copied;
     if parent.is_some() {
         stats.untracked = collection.tracking.untracked;

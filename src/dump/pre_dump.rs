@@ -14,18 +14,13 @@ use std::{
 };
 
 use super::{
-    DumpError, Options, Parent, Result,
-    census::Census,
-    commit, find_parents,
-    memory::{self, Memory, Origin},
-    reading::ProcessMemory,
-    stats::Stats,
-    track::Tracking,
-    tree,
+    DumpError, Options, Parent, Result, census::Census, commit, find_parents, stats::Stats,
+    track::Tracking, tree,
 };
 use crate::{
     image::{MemoryId, SnapshotWriter, proto},
     inject::{Frozen, Outcome, Task},
+    pages::{self, Memory, Origin, ProcessMemory, scan},
     proc,
     res::mm::mapping::{self, Object},
     sys::{fds, pagemap::PagemapFile},
@@ -89,7 +84,7 @@ pub(super) fn run(
     if parent.is_some() {
         stats.untracked = tracking.untracked;
     }
-    stats.copied = stats.copying(|| memory::dump(&memories, &images, true))?;
+    stats.copied = stats.copying(|| pages::write(&memories, &images, true))?;
     let inventory =
         proto::InventoryEntry { pre_dump_mode: Some(READ), ..super::inventory(parent)? };
     stats.syncing(|| commit(images, tracking, inventory, || census.check_running()))?;
@@ -121,9 +116,14 @@ impl Found {
                 _ => {}
             }
             if mapping::is_private(&mapping::entry(mapping, object, 0)) {
-                tracking.untracked.private +=
-                    tree::scan(&pagemap, watch.as_deref(), mapping, object, &mut stretches)
-                        .map_err(failed)?;
+                tracking.untracked.private += scan::mapping(
+                    &pagemap,
+                    watch.as_deref(),
+                    mapping,
+                    tree::shown(object),
+                    &mut stretches,
+                )
+                .map_err(failed)?;
             }
         }
         if let Some(watch) = watch {

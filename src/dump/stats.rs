@@ -5,9 +5,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Options, Result, memory::Copied, track::Untracked};
+use super::{Options, Result, track::Untracked};
 use crate::{
     image::{ImageError, ImageWriter, Kind, proto},
+    pages::Copied,
     sys::output,
 };
 

@@ -2,27 +2,24 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    ops::Range,
     rc::Rc,
 };
 
 use log::Level;
 
-use super::{
-    DumpError, Options, Result,
-    memory::{Memory, Origin, Stretch},
-};
+use super::{DumpError, Options, Result};
 use crate::{
     causes::{tell, with_sources},
-    chain::{Chain, Index, Place, SnapshotId},
+    chain::{Chain, SnapshotId},
     image::{Kind, proto, read_one},
     inject::Task,
+    pages::{Memory, Origin, marked},
     proc::{Mapping, VmFlags},
     track::{
         Hindrance, Request, Tracker, Watch,
         shared::{self, Key, Next},
     },
-    units::{HostPid, PageIndex},
+    units::HostPid,
 };
 
 /// The tracking of all processes of a tree.
@@ -189,124 +186,4 @@ impl Tracking {
 /// Pages that a memory may have stored.
 fn data_pages(memory: &Memory) -> u64 {
     memory.stretches.iter().map(|stretch| stretch.pages).sum()
-}
-
-/// Returns the same pages, those of `ranges` as `mark` makes them.
-pub(super) fn marked(
-    stretches: &[Stretch],
-    ranges: &[Range<u64>],
-    mark: impl Fn(&mut Stretch),
-) -> Vec<Stretch> {
-    let mut marked = Vec::with_capacity(stretches.len());
-    let mut push = |pages: Range<u64>, of: &Stretch, is_marked: bool| {
-        if pages.is_empty() {
-            return;
-        }
-        let (first, pages) = (PageIndex(pages.start), pages.end - pages.start);
-        let mut part = Stretch { first, pages, ..*of };
-        if is_marked {
-            mark(&mut part);
-        }
-        marked.push(part);
-    };
-    for stretch in stretches {
-        let (mut next, end) = (stretch.first.0, stretch.first.0 + stretch.pages);
-        let begin = ranges.partition_point(|pages| pages.end <= next);
-        for pages in ranges[begin..].iter().take_while(|pages| pages.start < end) {
-            let pages = pages.start.max(next)..pages.end.min(end);
-            push(next..pages.start, stretch, false);
-            next = pages.end;
-            push(pages, stretch, true);
-        }
-        push(next..end, stretch, false);
-    }
-    marked
-}
-
-/// Of stretches that are unwritten since the parent, leaves those so that it has
-/// stored. The others are looked at: they are new to it, or cannot be read there.
-pub(super) fn settle(stretches: &mut Vec<Stretch>, parent: Option<&Index>) {
-    if !stretches.iter().any(|stretch| stretch.unwritten) {
-        return;
-    }
-    let mut settled = Vec::with_capacity(stretches.len());
-    for stretch in stretches.drain(..) {
-        match parent {
-            Some(parent) if stretch.unwritten => split(stretch, parent, &mut settled),
-            _ => settled.push(Stretch { unwritten: false, ..stretch }),
-        }
-    }
-    *stretches = settled;
-}
-
-fn split(stretch: Stretch, parent: &Index, settled: &mut Vec<Stretch>) {
-    let end = stretch.first.0 + stretch.pages;
-    let mut next = stretch.first.0;
-    let mut position = parent.position(stretch.first);
-    let mut push = |first: u64, end: u64, unwritten| {
-        if end > first {
-            settled.push(Stretch {
-                first: PageIndex(first),
-                pages: end - first,
-                unwritten,
-                ..stretch
-            });
-        }
-    };
-    while next < end
-        && let Some(extent) = parent.extent(position)
-        && extent.first.0 < end
-    {
-        position += 1;
-        // Only a file that was never punched has them for certain.
-        let stored = matches!(extent.place, Place::Stored { layer, .. }
-            if parent.layers()[layer as usize].dense);
-        let (from, to) = (extent.first.0.max(next), extent.end().0.min(end));
-        push(next, from, false);
-        push(from, to, stored);
-        next = to;
-    }
-    push(next, end, false);
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn unwritten_pages_are_marked() {
-        let stretch = |pages: Range<u64>, unwritten| Stretch {
-            first: PageIndex(pages.start),
-            pages: pages.end - pages.start,
-            pinnable: false,
-            of_kernel: false,
-            swapped: false,
-            zeros_stored: false,
-            unwritten,
-        };
-        let plain = [stretch(10..20, false), stretch(30..40, false)];
-        type Case<'a> = (&'a [(u64, u64)], &'a [Stretch]);
-        let cases: [Case; 4] = [
-            (&[], &plain),
-            (&[(0, 10), (20, 30), (40, 50)], &plain),
-            (&[(0, 50)], &[stretch(10..20, true), stretch(30..40, true)]),
-            (
-                &[(12, 14), (19, 31), (39, 40)],
-                &[
-                    stretch(10..12, false),
-                    stretch(12..14, true),
-                    stretch(14..19, false),
-                    stretch(19..20, true),
-                    stretch(30..31, true),
-                    stretch(31..39, false),
-                    stretch(39..40, true),
-                ],
-            ),
-        ];
-        for (unwritten, expected) in cases {
-            let ranges: Vec<_> = unwritten.iter().map(|(start, end)| *start..*end).collect();
-            let found = marked(&plain, &ranges, |pages| pages.unwritten = true);
-            assert_eq!(found, expected, "{unwritten:?}");
-        }
-    }
 }

@@ -3,22 +3,19 @@
 use std::{
     collections::{BTreeMap, HashMap},
     fs::File,
-    io,
     path::PathBuf,
 };
 
-use super::{
-    DumpError, Result,
-    check::open_process,
-    memory::{Memory, Origin, Stretch},
-    reading::{self, ProcessMemory},
-    track::Tracking,
-};
+use super::{DumpError, Result, check::open_process, track::Tracking};
 use crate::{
     causes::tell,
     image::{Kind, MemoryId, SnapshotWriter, proto, vma},
     inject::{Answers, Script, TABLE_BYTES, Task, registers_to_exit, with_session},
-    proc::{self, Mapping, VmFlags},
+    pages::{
+        Memory, Origin, ProcessMemory,
+        scan::{self, Shown},
+    },
+    proc::{self, Mapping},
     res::{
         attribute::{self, memory::LockLater},
         file::FileTable,
@@ -35,8 +32,7 @@ use crate::{
         fds,
         pagemap::{PagemapFile, Query, Region, category},
     },
-    track::{self, Told, Watch},
-    units::{HostPid, PAGE_SHIFT, PageIndex, RemoteAddr},
+    units::{HostPid, RemoteAddr},
 };
 
 /// What a dump knows of a tree as it goes over its processes.
@@ -281,9 +277,14 @@ impl<'a> Collection<'a> {
             };
             let entry = mapping::entry(mapping, object, shmid);
             if mapping::is_private(&entry) {
-                self.tracking.untracked.private +=
-                    scan(&pagemap, watch.as_deref(), mapping, object, &mut stretches)
-                        .map_err(failed)?;
+                self.tracking.untracked.private += scan::mapping(
+                    &pagemap,
+                    watch.as_deref(),
+                    mapping,
+                    shown(object),
+                    &mut stretches,
+                )
+                .map_err(failed)?;
                 regions.clear();
                 let query = Query { all: category::GUARD, ..Query::default() };
                 pagemap.scan(mapping.start, mapping.end, query, &mut regions).map_err(failed)?;
@@ -375,88 +376,12 @@ impl<'a> Collection<'a> {
     }
 }
 
-/// Appends the pages of a private mapping that are to be dumped, and returns of how many
-/// nothing is known but what the parent has.
-///
-/// # Errors
-/// What looking at them returns.
-pub(super) fn scan(
-    pagemap: &PagemapFile,
-    watch: Option<&Watch>,
-    mapping: &Mapping,
-    object: Object,
-    stretches: &mut Vec<Stretch>,
-) -> io::Result<u64> {
-    // It may be zero at any time, which whoever keeps the state of random numbers there
-    // (`vgetrandom`) relies on: two restores must not go on with the same.
-    if mapping.flags.contains(VmFlags::DROPPABLE) {
-        return Ok(0);
-    }
-    let query = if object == Object::Vdso {
-        Query { all: category::PRESENT, ..Query::default() }
-    } else if track::can_be_tracked(mapping) {
-        Query::ANONYMOUS
-    } else {
-        Query::PRIVATE
-    };
-    let query = query.without_guards();
-    // Telling it costs nothing where nothing is in swap.
-    let tell = if mapping.swap_bytes > 0 { category::SWAPPED } else { 0 };
-    let query = Query { tell, ..query };
-    let mut found = Vec::new();
-    let mut told = Told::Nothing;
-    if let Some(watch) = watch {
-        told = watch.scan(pagemap, mapping, query, &mut found)?;
-    } else {
-        let mut regions = Vec::new();
-        pagemap.scan(mapping.start, mapping.end, query, &mut regions)?;
-        found.extend(regions.into_iter().map(|region| (region, false)));
-    }
-    let pinnable = reading::is_pinnable(mapping);
-    // The unused end of the stack has pages of zeros where threads had their way home
-    // (`crate::inject`): CRIU goes on with a chain only if each page that is there was stored.
-    let is_stack = mapping.name == b"[stack]";
-    let zeros_stored = is_stack || matches!(object, Object::File | Object::SharedMemory);
-    let mut untracked = 0;
-    stretches.extend(found.iter().map(|(region, unwritten)| {
-        let first = region.first();
-        let pages = (region.end().0 >> PAGE_SHIFT) - first.0;
-        untracked += if told == Told::Nothing { pages } else { 0 };
-        let swapped = region.categories & category::SWAPPED != 0;
-        let unwritten = *unwritten;
-        Stretch { first, pages, pinnable, of_kernel: false, swapped, zeros_stored, unwritten }
-    }));
-    if object == Object::Vdso {
-        add_rest(mapping, stretches);
-    }
-    Ok(untracked)
-}
-
-/// Adds those pages of the vDSO that the process has not looked at yet, after those that
-/// it has: another restorer wants to read all of it.
-fn add_rest(mapping: &Mapping, stretches: &mut Vec<Stretch>) {
-    let (start, end) = (mapping.start.0 >> PAGE_SHIFT, mapping.end.0 >> PAGE_SHIFT);
-    let begin = stretches.partition_point(|stretch| stretch.first.0 < start);
-    let present = stretches.split_off(begin);
-    let rest = |first: u64, end: u64| Stretch {
-        first: PageIndex(first),
-        pages: end - first,
-        pinnable: false,
-        of_kernel: true,
-        swapped: false,
-        zeros_stored: false,
-        unwritten: false,
-    };
-    let mut next = start;
-    for stretch in present {
-        if stretch.first.0 > next {
-            stretches.push(rest(next, stretch.first.0));
-        }
-        next = stretch.first.0 + stretch.pages;
-        stretches.push(stretch);
-    }
-    if next < end {
-        stretches.push(rest(next, end));
+/// Returns what a private mapping shows where its process has no page of its own.
+pub(super) fn shown(object: Object) -> Shown {
+    match object {
+        Object::Vdso => Shown::Vdso,
+        Object::File | Object::SharedMemory => Shown::File,
+        _ => Shown::Zeros,
     }
 }
 

@@ -5,15 +5,7 @@
 //! is kept, and only pages that differ are written, so that the others stay shared
 //! copy-on-write.
 
-use std::{
-    fs::File,
-    ops::Range,
-    os::unix::fs::FileExt,
-    sync::{
-        Mutex,
-        atomic::{AtomicBool, Ordering},
-    },
-};
+use std::{fs::File, ops::Range, os::unix::fs::FileExt, sync::Mutex};
 
 use nix::libc;
 
@@ -23,16 +15,13 @@ use crate::{
     chain::{MemoryBytes, read_at},
     image::{proto::VmaEntry, vma},
     inject::Script,
-    parallel,
+    pages::{Chunk, Chunks},
     res::{mm::mapping, tree::sysv},
     sys::process,
     units::{
         HostPid, PAGE_LEN, PAGE_SHIFT, PAGE_SIZE, PageIndex, PageRanges, RemoteAddr, page_bytes,
     },
 };
-
-/// Pages that are read and written at a time: 256 KiB.
-const CHUNK_PAGES: u64 = 64;
 
 /// `MADV_GUARD_INSTALL` (`asm-generic/mman-common.h`, since Linux 6.13).
 const MADV_GUARD_INSTALL: i32 = 102;
@@ -57,99 +46,6 @@ const KINDS: u32 = vma::FILE_PRIVATE
     | vma::MEMFD
     | vma::VDSO
     | vma::VVAR;
-
-/// Stretches of memory that are stored in the chain, in chunks.
-#[derive(Debug)]
-pub(super) struct Chunks {
-    chunks: Vec<Chunk>,
-}
-
-/// Pages that are read and written in one go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Chunk {
-    pub(super) first: PageIndex,
-    pub(super) pages: u64,
-}
-
-impl Chunks {
-    /// Cuts what is stored of `memory` within `ranges`, which ascend, into chunks.
-    /// Pages that are in no image, though the images say that they exist, are among
-    /// them: reading them is an error.
-    pub(super) fn new(memory: &MemoryBytes, ranges: &[Range<PageIndex>]) -> Self {
-        let index = memory.index();
-        let mut chunks = Vec::new();
-        for range in ranges {
-            let mut position = index.position(range.start);
-            while let Some(extent) = index.extent(position) {
-                if extent.first >= range.end {
-                    break;
-                }
-                let mut first = extent.first.max(range.start);
-                let end = extent.end().min(range.end);
-                while first < end {
-                    let pages = CHUNK_PAGES.min(end.0 - first.0);
-                    push(&mut chunks, Chunk { first, pages });
-                    first.0 += pages;
-                }
-                position += 1;
-            }
-        }
-        Self { chunks }
-    }
-}
-
-/// Appends a chunk, or lengthens the last one by it.
-fn push(chunks: &mut Vec<Chunk>, chunk: Chunk) {
-    match chunks.last_mut() {
-        Some(last)
-            if last.first.0 + last.pages == chunk.first.0
-                && last.pages + chunk.pages <= CHUNK_PAGES =>
-        {
-            last.pages += chunk.pages;
-        }
-        _ => chunks.push(chunk),
-    }
-}
-
-/// Chunks that take longer than a thread takes to start.
-const WORTH_A_THREAD: usize = 16;
-
-/// Calls `work` with each chunk, on all processors. Each call may use a buffer.
-///
-/// # Errors
-/// The first error of `work`; what was not begun by then is not done.
-pub(super) fn in_parallel(
-    chunks: &Chunks,
-    work: impl Fn(Chunk, &mut Vec<u8>) -> Result<()> + Sync,
-) -> Result<()> {
-    let next = Mutex::new(chunks.chunks.iter().copied());
-    let failure = Mutex::new(None);
-    let stop = AtomicBool::new(false);
-    let lock = |mutex: &Mutex<_>| -> Option<Chunk> {
-        let mut chunks: std::sync::MutexGuard<std::iter::Copied<std::slice::Iter<Chunk>>> =
-            mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        chunks.next()
-    };
-    let run = || {
-        let mut buffer = Vec::new();
-        while !stop.load(Ordering::Relaxed)
-            && let Some(chunk) = lock(&next)
-        {
-            if let Err(error) = work(chunk, &mut buffer) {
-                stop.store(true, Ordering::Relaxed);
-                let mut failure = failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-                failure.get_or_insert(error);
-            }
-        }
-    };
-    if chunks.chunks.len() < WORTH_A_THREAD {
-        run();
-    } else {
-        parallel::on_all_processors(&run);
-    }
-    let failure = failure.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-    failure.map_or(Ok(()), Err)
-}
 
 /// What a new process keeps of the address space that it inherits.
 #[derive(Debug, Default)]
@@ -235,8 +131,9 @@ fn lost(parent: &MemoryBytes, body: &Body, addresses: Range<u64>) -> Vec<Range<u
         body.memory.as_ref().is_some_and(|memory| memory.index().find(PageIndex(page)).is_some())
     };
     let range = pages(&addresses);
-    let chunks = Chunks::new(parent, &[range]).chunks;
-    let pages = chunks.iter().flat_map(|chunk| chunk.first.0..chunk.first.0 + chunk.pages);
+    let chunks = Chunks::new(parent, &[range]);
+    let pages =
+        chunks.as_slice().iter().flat_map(|chunk| chunk.first.0..chunk.first.0 + chunk.pages);
     let mut lost: Vec<Range<u64>> = Vec::new();
     for page in pages.filter(|page| !has(*page)) {
         match lost.last_mut() {
@@ -428,7 +325,7 @@ pub(super) fn fill(
     let done = |chunk: Chunk| {
         free.map_or(Ok(()), |free| free.restored(memory.index(), chunk.first, chunk.pages))
     };
-    in_parallel(&Chunks::new(memory, &fresh), |chunk, buffer| {
+    Chunks::new(memory, &fresh).try_each(|chunk, buffer| {
         buffer.resize(bytes(chunk.pages), 0);
         read_at(memory, chunk.first.address(), buffer)?;
         write(pid, chunk.first, buffer)?;
@@ -436,7 +333,7 @@ pub(super) fn fill(
         done(chunk)
     })?;
     let parent = parent.map(|(pid, memory)| Forked::open(pid, memory)).transpose()?;
-    in_parallel(&Chunks::new(memory, &kept), |chunk, buffer| {
+    Chunks::new(memory, &kept).try_each(|chunk, buffer| {
         let len = bytes(chunk.pages);
         buffer.resize(2 * len, 0);
         let (own, theirs) = buffer.split_at_mut(len);
@@ -492,7 +389,7 @@ impl<'a> Forked<'a> {
     fn read(&self, chunk: Chunk, target: &mut [u8]) -> Result<()> {
         target.fill(0);
         let range = chunk.first..PageIndex(chunk.first.0 + chunk.pages);
-        for part in Chunks::new(self.memory, std::slice::from_ref(&range)).chunks {
+        for part in Chunks::new(self.memory, std::slice::from_ref(&range)).as_slice() {
             let at = bytes(part.first.0 - chunk.first.0);
             let target = &mut target[at..at + bytes(part.pages)];
             let address = part.first.address();

@@ -16,15 +16,11 @@ use std::{
 use memmap2::{MmapOptions, MmapRaw};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 
-use super::{
-    RestoreError, Result,
-    free::Free,
-    memory::{self, Chunks},
-    plan::Plan,
-};
+use super::{RestoreError, Result, free::Free, plan::Plan};
 use crate::{
     chain::{Chain, ChainError, MemoryBytes, SnapshotId, read_at},
     image::{MemoryId, vma},
+    pages::Chunks,
     res::{file::Installer, tree::sysv},
     sys::process,
     units::{HostPid, PageIndex, RemoteAddr, page_bytes},
@@ -133,7 +129,7 @@ pub(super) fn fill(objects: &[Object], free: Option<&Free>) -> Result<()> {
         // The kernel lets one thread write to a file at a time; the others would burn
         // time that whoever fills private memory needs.
         let writing = Mutex::new(());
-        memory::in_parallel(&chunks, |chunk, buffer| {
+        chunks.try_each(|chunk, buffer| {
             buffer.resize(usize::try_from(page_bytes(chunk.pages)).expect("a chunk"), 0);
             let offset = chunk.first.address();
             read_at(memory, offset, buffer)?;

@@ -17,8 +17,8 @@ use nix::{
 };
 
 use super::{
-    DumpError, Result,
-    memory::{Stretch, for_each_run, len},
+    PagesError, Result, Stretch,
+    stretch::{for_each_run, len},
 };
 use crate::{
     proc::{self, Mapping, VmFlags},
@@ -28,7 +28,7 @@ use crate::{
 
 /// The memory of a process.
 #[derive(Debug)]
-pub(super) struct ProcessMemory {
+pub struct ProcessMemory {
     pid: HostPid,
     /// Its `/proc/PID/mem`.
     file: File,
@@ -40,11 +40,11 @@ impl ProcessMemory {
     /// Opens the memory of a process that has these mappings.
     ///
     /// # Errors
-    /// [`DumpError::File`], and those of reading `/proc`.
-    pub(super) fn open(pid: HostPid, mappings: &[Mapping]) -> Result<Self> {
+    /// [`PagesError::Open`], and those of reading `/proc`.
+    pub fn open(pid: HostPid, mappings: &[Mapping]) -> Result<Self> {
         let file = process::open_memory(pid).map_err(|source| {
             let path = format!("/proc/{pid}/mem").into();
-            DumpError::File { path, source }
+            PagesError::Open { path, source }
         })?;
         let vdso = mappings.iter().find(|mapping| is_vdso(mapping));
         let own = proc::maps(HostPid(nix::unistd::getpid().as_raw()))?;
@@ -58,7 +58,7 @@ impl ProcessMemory {
     /// zero.
     ///
     /// # Errors
-    /// [`DumpError::ReadMemory`].
+    /// [`PagesError::ReadMemory`].
     pub(super) fn read(&self, runs: &[Stretch], bytes: &mut [u8], running: bool) -> Result<()> {
         // A process that runs may fork at any time.
         let pinned = !running && runs.iter().all(|run| run.pinnable) && self.pin(runs, bytes);
@@ -74,7 +74,7 @@ impl ProcessMemory {
                 }
                 self.file.read_exact_at(target, address.0).map_err(|source| {
                     let (pid, len) = (self.pid, target.len() as u64);
-                    DumpError::ReadMemory { pid, address, len, source }
+                    PagesError::ReadMemory { pid, address, len, source }
                 })
             })?;
         }

@@ -1,0 +1,336 @@
+//! Copying memories, each into its sink.
+//!
+//! Each memory (the private memory of a process, or a shared object) is read in
+//! chunks that stay in the processor's cache: the test for zeros, the comparison
+//! with the parent chain and the writing cost one trip to memory. Several threads
+//! share the work. They read and compare chunks side by side, and take turns to
+//! enter the chunk's pages, so that entries come in order; then they store the bytes
+//! side by side.
+
+use std::{
+    io::IoSlice,
+    sync::{
+        Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use super::{Memory, PageSink, PagesError, Result, Stretch, compare::compare, stretch::len};
+use crate::{
+    fault::{self, Point},
+    image::{MemoryId, PagemapEntry, Presence},
+    parallel::{self, lock},
+    sys::cancel,
+    units::{PAGE_LEN, PageIndex},
+};
+
+/// Pages in a chunk: 256 KiB, half of a usual second-level cache, since the parent's
+/// bytes are beside it.
+const CHUNK_PAGES: u64 = 64;
+
+/// How many pages were found to be what.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Looked at.
+    pub scanned: u64,
+    /// Compared with the parent.
+    pub compared: u64,
+    /// Left to the parent.
+    pub in_parent: u64,
+    /// All zero, and left out.
+    pub zero: u64,
+    /// Written.
+    pub stored: u64,
+}
+
+impl Counts {
+    fn add(&mut self, other: Self) {
+        self.scanned += other.scanned;
+        self.compared += other.compared;
+        self.in_parent += other.in_parent;
+        self.zero += other.zero;
+        self.stored += other.stored;
+    }
+}
+
+/// What was copied: private memory and shared objects.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Copied {
+    /// Private memory.
+    pub private: Counts,
+    /// Shared objects.
+    pub shared: Counts,
+}
+
+/// Copies memories, each into its sink.
+///
+/// # Errors
+/// What keeps a memory from being read, or a sink from taking it.
+pub fn copy<S: PageSink>(memories: Vec<(&Memory, S)>) -> Result<Copied> {
+    let to_read = memories.iter().flat_map(|(memory, _)| &memory.stretches);
+    let total: u64 = to_read.filter(|stretch| !stretch.unwritten).map(|s| s.pages).sum();
+    let jobs: Vec<Job<S>> =
+        memories.into_iter().map(|(memory, sink)| Job::new(memory, sink)).collect();
+    let failure = Mutex::new(None);
+    let stop = AtomicBool::new(false);
+    let work = || {
+        let mut buffers = Buffers::default();
+        while let Some(job) = next_job(&jobs)
+            && !stop.load(Ordering::Relaxed)
+        {
+            if let Err(error) = job.work(&mut buffers, &stop) {
+                stop.store(true, Ordering::Relaxed);
+                jobs.iter().for_each(Job::wake);
+                lock(&failure).get_or_insert(error);
+            }
+        }
+    };
+    let parts = if total < WORTH_A_THREAD_PAGES { 1 } else { usize::MAX };
+    parallel::on_threads(parallel::processors_for(parts), &work);
+    if let Some(error) = lock(&failure).take() {
+        return Err(error);
+    }
+    let mut copied = Copied::default();
+    for job in jobs {
+        let counts = match job.memory.id {
+            MemoryId::Private(_) => &mut copied.private,
+            MemoryId::Shared(_) => &mut copied.shared,
+        };
+        counts.add(job.finish()?);
+    }
+    Ok(copied)
+}
+
+/// Pages that take longer to copy than a thread takes to start.
+const WORTH_A_THREAD_PAGES: u64 = 1024;
+
+/// Returns the memory with most left to do for each thread that is at it.
+fn next_job<'a, 'b, S>(jobs: &'b [Job<'a, S>]) -> Option<&'b Job<'a, S>> {
+    let weight = |job: &&Job<S>| {
+        let plan = lock(&job.plan);
+        plan.left / (plan.workers + 1)
+    };
+    jobs.iter().filter(|job| lock(&job.plan).left > 0).max_by_key(weight)
+}
+
+/// One memory while it is copied.
+struct Job<'a, S> {
+    memory: &'a Memory,
+    sink: S,
+    plan: Mutex<Plan>,
+    turn: Mutex<Turn>,
+    turned: Condvar,
+}
+
+/// What is left to read.
+struct Plan {
+    stretch: usize,
+    /// Pages of that stretch that were given out.
+    taken: u64,
+    /// Pages that were not given out.
+    left: u64,
+    next_chunk: u64,
+    workers: u64,
+}
+
+/// What was decided so far, in the order of pages.
+#[derive(Default)]
+struct Turn {
+    chunk: u64,
+    last: Option<PagemapEntry>,
+    file_pages: u64,
+    counts: Counts,
+}
+
+/// What each thread reads into.
+#[derive(Default)]
+struct Buffers {
+    /// All of the chunk.
+    runs: Vec<Stretch>,
+    /// What of it is read.
+    reads: Vec<Stretch>,
+    bytes: Vec<u8>,
+    parent: Vec<u8>,
+    places: Vec<Presence>,
+}
+
+impl<'a, S: PageSink> Job<'a, S> {
+    fn new(memory: &'a Memory, sink: S) -> Self {
+        let left = memory.stretches.iter().map(|stretch| stretch.pages).sum();
+        Self {
+            memory,
+            sink,
+            plan: Mutex::new(Plan { stretch: 0, taken: 0, left, next_chunk: 0, workers: 0 }),
+            turn: Mutex::new(Turn::default()),
+            turned: Condvar::new(),
+        }
+    }
+
+    /// Copies chunks until all are given out.
+    fn work(&self, buffers: &mut Buffers, stop: &AtomicBool) -> Result<()> {
+        lock(&self.plan).workers += 1;
+        let result = self.copy_chunks(buffers, stop);
+        lock(&self.plan).workers -= 1;
+        result
+    }
+
+    fn copy_chunks(&self, buffers: &mut Buffers, stop: &AtomicBool) -> Result<()> {
+        while let Some(chunk) = self.take(buffers) {
+            if cancel::is_cancelled() {
+                return Err(PagesError::Cancelled);
+            }
+            if chunk == FAULT_CHUNK {
+                fault::hit(Point::DumpMemory)?;
+            }
+            let read = self.read(buffers);
+            // The turn is taken in any case, or nobody behind would get theirs.
+            let placed = self.await_turn(chunk, stop).map(|mut turn| {
+                let placed = read.and_then(|()| self.place(&mut turn, buffers));
+                turn.chunk += 1;
+                self.turned.notify_all();
+                placed
+            });
+            let Some(placed) = placed else { return Ok(()) };
+            self.store(buffers, placed?)?;
+        }
+        Ok(())
+    }
+
+    /// Takes the next chunk and returns its number. What is not read takes no room in
+    /// it.
+    fn take(&self, buffers: &mut Buffers) -> Option<u64> {
+        let mut plan = lock(&self.plan);
+        buffers.runs.clear();
+        buffers.reads.clear();
+        let mut room = CHUNK_PAGES;
+        while room > 0
+            && let Some(stretch) = self.memory.stretches.get(plan.stretch)
+        {
+            let rest = stretch.pages - plan.taken;
+            let pages = if stretch.unwritten { rest } else { room.min(rest) };
+            let first = PageIndex(stretch.first.0 + plan.taken);
+            let run = Stretch { first, pages, ..*stretch };
+            buffers.runs.push(run);
+            if !run.unwritten {
+                buffers.reads.push(run);
+                room -= pages;
+            }
+            plan.left -= pages;
+            plan.taken += pages;
+            if plan.taken == stretch.pages {
+                plan.stretch += 1;
+                plan.taken = 0;
+            }
+        }
+        let chunk = plan.next_chunk;
+        plan.next_chunk += 1;
+        (!buffers.runs.is_empty()).then_some(chunk)
+    }
+
+    /// Reads the chunk and decides of each page where it is to be.
+    fn read(&self, buffers: &mut Buffers) -> Result<()> {
+        let Buffers { reads, bytes, parent, places, .. } = buffers;
+        let pages: u64 = reads.iter().map(|run| run.pages).sum();
+        bytes.resize(len(pages), 0);
+        self.memory.origin.read(reads, bytes, self.memory.running)?;
+        compare(reads, bytes, self.memory.parent.as_ref(), parent, places)
+    }
+
+    fn await_turn(&self, chunk: u64, stop: &AtomicBool) -> Option<MutexGuard<'_, Turn>> {
+        let mut turn = lock(&self.turn);
+        while turn.chunk != chunk {
+            if stop.load(Ordering::Relaxed) {
+                return None;
+            }
+            turn = self.turned.wait(turn).unwrap_or_else(PoisonError::into_inner);
+        }
+        Some(turn)
+    }
+
+    /// Wakes who waits for a turn that will not come.
+    fn wake(&self) {
+        let _turn = lock(&self.turn);
+        self.turned.notify_all();
+    }
+
+    /// Enters the pages of a chunk, and returns how many were stored before them.
+    fn place(&self, turn: &mut Turn, buffers: &Buffers) -> Result<u64> {
+        let begin = turn.file_pages;
+        let mut places = buffers.places.iter();
+        for run in &buffers.runs {
+            if run.unwritten {
+                turn.counts.in_parent += run.pages;
+                self.enter(turn, run.first, run.pages, Presence::Parent)?;
+                continue;
+            }
+            for number in 0..run.pages {
+                let presence = *places.next().expect("one for each page");
+                turn.counts.scanned += 1;
+                match presence {
+                    Presence::Absent => turn.counts.zero += 1,
+                    Presence::Parent => turn.counts.in_parent += 1,
+                    Presence::Present => {
+                        turn.counts.stored += 1;
+                        turn.file_pages += 1;
+                    }
+                }
+                if presence != Presence::Absent {
+                    turn.counts.compared += u64::from(self.memory.parent.is_some());
+                    self.enter(turn, PageIndex(run.first.0 + number), 1, presence)?;
+                }
+            }
+        }
+        Ok(begin)
+    }
+
+    /// Enters pages, which come behind all that were entered before.
+    fn enter(
+        &self,
+        turn: &mut Turn,
+        first: PageIndex,
+        pages: u64,
+        presence: Presence,
+    ) -> Result<()> {
+        if let Some(last) = &mut turn.last
+            && last.end() == first
+            && last.presence == presence
+        {
+            last.pages += pages;
+            return Ok(());
+        }
+        let entry = PagemapEntry { first, pages, presence, lazy: false };
+        turn.last.replace(entry).map_or(Ok(()), |last| self.sink.enter(&last))
+    }
+
+    /// Stores the pages of a chunk that are to be stored, the first of which is stored page
+    /// `begin`.
+    fn store(&self, buffers: &Buffers, begin: u64) -> Result<()> {
+        let mut slices: Vec<IoSlice> = Vec::new();
+        let mut start = None;
+        for number in 0..=buffers.places.len() {
+            let stored = buffers.places.get(number) == Some(&Presence::Present);
+            match (stored, start) {
+                (true, None) => start = Some(number * PAGE_LEN),
+                (false, Some(from)) => {
+                    slices.push(IoSlice::new(&buffers.bytes[from..number * PAGE_LEN]));
+                    start = None;
+                }
+                _ => {}
+            }
+        }
+        self.sink.store(begin, slices)
+    }
+
+    fn finish(self) -> Result<Counts> {
+        let turn = self.turn.into_inner().unwrap_or_else(PoisonError::into_inner);
+        if let Some(last) = turn.last {
+            self.sink.enter(&last)?;
+        }
+        self.sink.finish()?;
+        log::debug!("{}: {:?}", self.memory.id, turn.counts);
+        Ok(turn.counts)
+    }
+}
+
+/// The chunk in which a failure can be made to happen.
+const FAULT_CHUNK: u64 = 1;
