@@ -8,6 +8,12 @@ use crate::proto::{CoreEntry, core_entry::March};
 /// `AT_PAGESZ` (`linux/auxvec.h`): the size of pages, in an auxiliary vector.
 const AT_PAGESZ: u64 = 6;
 
+/// Returns the bytes in a page of a process with this auxiliary vector, if that says so.
+pub fn told_page_size(auxv: &[u64]) -> Option<u64> {
+    let (pairs, _) = auxv.as_chunks::<2>();
+    pairs.iter().find(|[kind, _]| *kind == AT_PAGESZ).map(|[_, size]| *size)
+}
+
 /// A kind of machine whose images can be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Machine {
@@ -96,11 +102,10 @@ impl Machine {
     /// # Errors
     /// A size that no kernel for the machine has.
     pub fn page_size(self, auxv: &[u64]) -> Result<u64, u64> {
-        let (pairs, _) = auxv.as_chunks::<2>();
-        match pairs.iter().find(|[kind, _]| *kind == AT_PAGESZ) {
+        match told_page_size(auxv) {
             None => Ok(self.page_sizes()[0]),
-            Some([_, size]) if self.page_sizes().contains(size) => Ok(*size),
-            Some([_, size]) => Err(*size),
+            Some(size) if self.page_sizes().contains(&size) => Ok(size),
+            Some(size) => Err(size),
         }
     }
 

@@ -13,7 +13,7 @@ mod machine;
 pub mod x86_64;
 
 pub use calls::{ARGUMENTS, Entry, Return};
-pub use machine::{Machine, Notes, UnknownMachine};
+pub use machine::{Machine, Notes, UnknownMachine, told_page_size};
 
 #[cfg(target_arch = "aarch64")]
 pub use aarch64::native;

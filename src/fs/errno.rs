@@ -34,6 +34,7 @@ fn errno(error: &ViewError) -> Errno {
         ViewError::IsADirectory { .. } => Errno::EISDIR,
         ViewError::Attributes { source, .. } | ViewError::Write { source, .. } => io_errno(source),
         ViewError::TooLong { .. } | ViewError::CoreTooLarge { .. } => Errno::EFBIG,
+        ViewError::PageSize { .. } => Errno::EOPNOTSUPP,
         ViewError::NoSuchProcess { .. }
         | ViewError::NoAddressSpace { .. }
         | ViewError::BadVma { .. }

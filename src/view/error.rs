@@ -85,6 +85,19 @@ pub enum ViewError {
         /// The process.
         pid: u32,
     },
+    /// Pagemaps count in pages of another size than is read here.
+    #[error(
+        "{dir}: process {pid} has pages of {size} bytes; only images with pages of 4096 are read",
+        dir = .dir.display()
+    )]
+    PageSize {
+        /// The image directory.
+        dir: PathBuf,
+        /// The process.
+        pid: u32,
+        /// Bytes in its pages.
+        size: u64,
+    },
     /// A mapping that contradicts itself or another.
     #[error(
         "{dir}: process {pid} has a mapping {start:#x}-{end:#x} that cannot be: {problem}",

@@ -7,8 +7,9 @@ use super::{
     mapped::{Mapped, MappedFiles, optional},
 };
 use crate::{
+    arch::told_page_size,
     image::{Kind, MemoryId, proto, read_all, read_one, vma},
-    units::PageIndex,
+    units::{PAGE_SIZE, PageIndex},
 };
 
 /// The first address that no process can have: the upper half is the kernel's.
@@ -69,7 +70,7 @@ impl Process {
     ///
     /// # Errors
     /// [`ViewError::NoSuchProcess`]; [`ViewError::NoAddressSpace`] for a zombie;
-    /// [`ViewError::BadVma`] for mappings that overlap or are not of whole
+    /// [`ViewError::PageSize`]; [`ViewError::BadVma`] for mappings that overlap or are not of whole
     /// pages; [`ViewError::NoSuchFile`]; [`ViewError::Image`].
     pub fn load(tables: &Arc<Tables>, pid: u32) -> Result<Self> {
         let dir = tables.dir();
@@ -81,6 +82,10 @@ impl Process {
             .clone();
         let mut mm = read_mm(dir, pid)?
             .ok_or_else(|| ViewError::NoAddressSpace { dir: dir.to_owned(), pid })?;
+        // Pagemaps do not say in which unit they count.
+        if let Some(size) = told_page_size(&mm.mm_saved_auxv).filter(|size| *size != PAGE_SIZE) {
+            return Err(ViewError::PageSize { dir: dir.to_owned(), pid, size });
+        }
         let vmas = std::mem::take(&mut mm.vmas);
         let areas = Mappings { tables, pid }.areas(vmas)?;
         Ok(Self { tables: Arc::clone(tables), entry, mm, areas })

@@ -279,6 +279,20 @@ fn arm(mark: u64) -> proto::CoreEntry {
 }
 
 #[test]
+fn larger_pages_are_not_taken_for_others() {
+    let chain = chain();
+    let dir = chain.dir(1);
+    let tree = proto::PstreeEntry { pid: PID, threads: vec![PID], ..Default::default() };
+    image(&dir, Kind::Pstree, 0, &[tree]);
+    let mm = proto::MmEntry { mm_saved_auxv: vec![6, 65536, 0, 0], ..Default::default() };
+    image(&dir, Kind::Mm, PID.into(), &[mm]);
+    let chain = chain.open();
+    let snapshot = chain.choose(None).unwrap();
+    let error = load(chain, snapshot).unwrap_err();
+    assert!(matches!(error, ViewError::PageSize { size: 65536, .. }), "{error}");
+}
+
+#[test]
 fn a_core_of_aarch64_has_the_notes_of_that_machine() {
     let chain = chain();
     let leader = proto::CoreEntry { tc: leader().tc, ..arm(1) };
