@@ -69,7 +69,7 @@ fn inner_id(file: &FileEntry) -> Option<u32> {
 
 /// Checks the table of open files, and all that refers to it.
 pub(super) fn check(dir: &Path, tree: &Tree, problems: &mut Problems) {
-    let mut table = Table { dir, files: BTreeMap::new(), memfds: BTreeMap::new(), problems };
+    let mut table = Table { dir, tree, files: BTreeMap::new(), memfds: BTreeMap::new(), problems };
     table.enter(&tree.files);
     for file in &tree.files {
         table.file(file);
@@ -87,6 +87,7 @@ pub(super) fn check(dir: &Path, tree: &Tree, problems: &mut Problems) {
 
 struct Table<'a, 'b> {
     dir: &'a Path,
+    tree: &'a Tree,
     files: BTreeMap<u32, &'a FileEntry>,
     /// By `inode_id`.
     memfds: BTreeMap<u64, proto::MemfdInodeEntry>,
@@ -95,7 +96,21 @@ struct Table<'a, 'b> {
 
 impl<'a> Table<'a, '_> {
     fn wrong(&mut self, id: u32, problem: &str) {
-        self.problems.broken(format!("file {id:#x} of the images: {problem}"));
+        let place = self.place(id);
+        self.problems.broken(format!("{place}: {problem}"));
+    }
+
+    /// Returns what messages call a file: as in "descriptor 3 of process 12 (/var/log/messages)".
+    fn place(&self, id: u32) -> String {
+        let user = self.tree.tasks.iter().find_map(|task| {
+            let fd = task.body.as_ref()?.fds.iter().find(|entry| entry.id == id)?.fd;
+            Some(format!("descriptor {fd} of process {}", task.entry.pid))
+        });
+        let Some(user) = user else { return format!("file {id:#x} of the images") };
+        match self.files.get(&id).and_then(|file| file.reg.as_ref()) {
+            Some(reg) => format!("{user} ({})", String::from_utf8_lossy(&reg.name)),
+            None => user,
+        }
     }
 
     /// Reads an image that need not be there.
@@ -142,8 +157,8 @@ impl<'a> Table<'a, '_> {
         };
         if !RESTORED.contains(&of) {
             let name = of.as_str_name();
-            let problem =
-                format!("file {id:#x} of the images: it is of type {name}, which is not restored");
+            let place = self.place(id);
+            let problem = format!("{place}: it is of type {name}, which is not restored");
             return self.problems.not_restored(problem);
         }
         match inner_id(file) {
@@ -300,15 +315,15 @@ impl<'a> Table<'a, '_> {
     fn queues(&mut self) {
         for (to, control) in self.read_queues() {
             if control.r#type != libc::SCM_RIGHTS.cast_unsigned() {
+                let place = self.place(to);
                 self.problems.not_restored(format!(
-                    "file {to:#x} of the images: its queue holds control messages of type {}, which \
-                     are not restored",
+                    "{place}: its queue holds control messages of type {}, which are not restored",
                     control.r#type
                 ));
             } else if let Some(id) = control.rights.iter().find(|id| !self.files.contains_key(id)) {
-                self.problems.broken(format!(
-                    "the queue of socket {to:#x} holds file {id:#x}, which is not there"
-                ));
+                let place = self.place(to);
+                self.problems
+                    .broken(format!("{place}: its queue holds file {id:#x}, which is not there"));
             }
         }
     }
@@ -357,10 +372,9 @@ impl<'a> Table<'a, '_> {
                     }
                 }
                 Some(Ok(proto::RemapType::Procfs)) => {
-                    let id = remap.orig_id;
+                    let place = self.place(remap.orig_id);
                     self.problems.not_restored(format!(
-                        "file {id:#x} of the images: it is of a process that had ended, and is not \
-                         restored"
+                        "{place}: it is of a process that had ended, and is not restored"
                     ));
                 }
                 Some(Err(_)) => {
