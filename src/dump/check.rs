@@ -31,8 +31,9 @@ fn check_first(tasks: &[Task], options: &Options) -> Result<()> {
     match tasks.iter().find(|task| task.pid.0 == FIRST_PID) {
         Some(first) if !stays => Err(DumpError::Unsupported {
             pid: first.pid,
-            what: "is the first one of this pid namespace, which nobody inside can kill or stop"
-                .to_owned(),
+            what:
+                "is the first one of this pid namespace, which no process inside can kill or stop"
+                    .to_owned(),
             help: "dump it with --leave-running, and end it from outside",
         }),
         _ => Ok(()),

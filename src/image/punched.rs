@@ -260,7 +260,7 @@ impl Owner {
                     contents.records = position + 1;
                 }
                 Some(offset) if whole && record.pages.get() == 0 => {
-                    let problem = "a record is damaged, so that nobody can tell which pages are \
+                    let problem = "a record is damaged, so it is not known which pages are \
                                    gone; take the directory from a copy";
                     return Err(self.wrong(offset, problem));
                 }

@@ -260,7 +260,7 @@ impl MountedPages {
         match commit::commit(&self.root) {
             // Its owner frees what was noted, by `imgfs commit`.
             Err(Errno::EPERM) => {
-                log::warn!("the mount is another user's, who may free what is noted there");
+                log::warn!("the mount belongs to another user, who may free the noted pages");
                 Ok(())
             }
             result => result.map(drop).map_err(|errno| RestoreError::Commit { source: errno }),

@@ -202,7 +202,7 @@ fn is_quiet(guard: &Guard, keepers: &[&Keeper]) -> Result<bool, TrackError> {
     for keeper in keepers {
         keeper.unguard()?;
     }
-    let failed = unwatched("ask who has opened shared memory");
+    let failed = unwatched("ask which processes have opened shared memory");
     let openings = Openings::from(guard.openings.try_clone().map_err(&failed)?);
     let quiet = openings.only_by(own()).map_err(&failed)?;
     if quiet {
@@ -210,7 +210,7 @@ fn is_quiet(guard: &Guard, keepers: &[&Keeper]) -> Result<bool, TrackError> {
             keeper.guard(guard)?;
         }
     } else {
-        log::debug!("somebody has opened shared memory that was tracked");
+        log::debug!("another process has opened shared memory that was tracked");
     }
     Ok(quiet)
 }
@@ -315,9 +315,9 @@ impl<'a> Surveyor<'a> {
         let openings = self.openings.take().map_or_else(Openings::new, Ok);
         let openings = openings.map_err(|errno| unwatched("make an fanotify")(errno.into()))?;
         for (object, _) in chosen.values() {
-            openings
-                .watch(object.file.as_fd())
-                .map_err(|errno| unwatched("watch who opens shared memory")(errno.into()))?;
+            openings.watch(object.file.as_fd()).map_err(|errno| {
+                unwatched("watch which processes open shared memory")(errno.into())
+            })?;
         }
         // From here on whoever opens it is told.
         if !new.is_empty() {

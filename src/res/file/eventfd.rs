@@ -146,7 +146,7 @@ fn is_semaphore(fd: &File, count: u64) -> io::Result<bool> {
         value if value == count + added => add(count).map(|()| false),
         value => {
             add(value - added.min(value))?;
-            Err(io::Error::other("somebody else has changed it"))
+            Err(io::Error::other("another process has changed it"))
         }
     }
 }

@@ -88,7 +88,7 @@ impl State {
             })
         });
         if let Some(errno) = untold {
-            return Err(failed("tell by kcmp(2) who shares")(errno));
+            return Err(failed("find by kcmp(2) which processes share")(errno));
         }
         match position {
             Ok(position) => Ok((known[position].0, None)),

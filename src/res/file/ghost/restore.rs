@@ -207,7 +207,7 @@ pub fn remove_links(opened: &mut Opened) -> Result<()> {
         if !is_given || restored != Some(&(found.st_dev, found.st_ino)) {
             log::warn!(
                 "{} stays, although the images call it a name that a dump has given; remove it if \
-                 nobody needs it",
+                 no program needs it",
                 path.display()
             );
             continue;

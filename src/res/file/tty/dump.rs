@@ -29,7 +29,7 @@ const EXTERNAL_INDEX: u32 = 1013;
 const EXTERNAL_INDEX_MAX: u32 = 1076;
 
 /// What helps if a terminal is outside of the tree.
-const SHELL_JOB: &str = "dump with --shell-job, to restore on the terminal of who restores";
+const SHELL_JOB: &str = "dump with --shell-job, and restore it on the terminal that rcriu runs on";
 
 /// Who has a terminal open, for messages.
 struct OpenTerminal {
@@ -178,7 +178,7 @@ impl Terminals {
             other.id != info.id && other.sid == info.sid && info.sid != 0 && !is_alone(other)
         });
         if !is_ours && !self.policy.shell_job {
-            let what = "which stands for one that nobody in the tree has open";
+            let what = "which stands for one that no process of the tree has open";
             return Err(holder.unsupported(what, SHELL_JOB));
         }
         Ok(())

@@ -319,7 +319,7 @@ fn open_master(id: u32, path: &[u8], index: u32, flags: u32, fixed: bool) -> Res
             }
             log::warn!(
                 "the pseudoterminal {index} has the number {found} now: another program has taken \
-                 the old one, and nobody in the tree is known to rely on it"
+                 the old one, and no process of the tree is known to rely on it"
             );
             return Ok(fd);
         }

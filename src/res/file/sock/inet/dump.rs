@@ -45,8 +45,8 @@ const TCP_INFO_BYTES: usize = 144;
 
 const HELP_KIND: &str = "only TCP, UDP and UDP-Lite sockets are supported";
 const HELP_ESTABLISHED: &str = "connections are not dumped yet (--tcp-established is refused): let the program close them first";
-const HELP_ERROR: &str = "let the program read it (SO_ERROR, recv) or close the socket; the kernel \
-    tells which error it is only who takes it";
+const HELP_ERROR: &str = "let the program read it (SO_ERROR, recv) or close the socket; the kernel shows \
+    which error it is only by taking it";
 const HELP_UNREAD: &str = "let the program read it or close the socket, then try again";
 const HELP_ACCEPT: &str = "let the program accept its connections, then try again";
 

@@ -141,7 +141,7 @@ impl UnixCollector {
                     warn_of_peer_name(file, what);
                     return Ok((Vec::new(), 0));
                 }
-                let what = format!("{what}, connected to a socket that nobody has open");
+                let what = format!("{what}, connected to a socket that no process has open");
                 Err(file.unsupported(what, HELP_PEER))
             }
             _ => Ok((Vec::new(), 0)),

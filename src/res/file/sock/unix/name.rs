@@ -304,7 +304,7 @@ fn make_room(path: &Path, keep: Keep, restored: &Restored) -> Result<Option<Path
     if !found.file_type().is_socket() || is_in_use(&found) {
         return Err(restored.failed("bind")(Errno::EADDRINUSE));
     }
-    log::debug!("{}: removing a socket that nobody has open", path.display());
+    log::debug!("{}: removing a socket that no process has open", path.display());
     fs::remove_file(path).map_err(failed("remove an old file of"))?;
     Ok(None)
 }

@@ -373,7 +373,9 @@ impl Sockets {
             return self.send(sender, queue, at, opened);
         }
         if !socket.is_named() {
-            return Err(socket.restored.wrong("its queue is not empty, but nobody can reach it"));
+            return Err(socket
+                .restored
+                .wrong("its queue is not empty, but no process can reach it"));
         }
         let sender = socket.make()?;
         socket.accept_from(sender.as_fd(), &socket.restored)?;
