@@ -1,8 +1,8 @@
 //! Every option of every command is run once for real, and its effect looked at.
 //!
-//! What options there are clap says: one that is built and has no row here is an error, so
-//! that none can be added which nobody has seen at work. Those that are refused, have no
-//! effect, or are not for a command have to say so when they are given.
+//! clap lists the options. One that works and has no row here is an error, so that no
+//! option is added without a test. Options that are refused, have no effect, or are not for
+//! a command have to say so when they are given.
 //!
 //! A row is run in a process tree, or on a chain, of its own.
 

@@ -60,10 +60,10 @@ type Pair = (Option<Arc<Index>>, Option<Arc<Index>>);
 /// matched by pid and shmid.
 ///
 /// # Errors
-/// What keeps an index from being built or a page from being read. A page that is in
-/// no image is [`ChainError::Absent`], unless it is so in both snapshots, and one that
-/// was freed [`ChainError::Punched`], unless both find it in that place; both are
-/// told before anything is read.
+/// What keeps an index from being built or a page from being read. A page that is in no
+/// image is [`ChainError::Absent`], unless it is so in both snapshots, and one that was
+/// freed [`ChainError::Punched`], unless both find it in that place; both are reported
+/// before any page is read.
 pub fn diff(chain: &Chain, first: SnapshotId, second: SnapshotId) -> Result<Vec<MemoryDiff>> {
     let (in_first, in_second) = (chain.memories(first)?, chain.memories(second)?);
     let all: BTreeSet<MemoryId> = in_first.iter().chain(&in_second).copied().collect();
@@ -85,8 +85,8 @@ pub fn diff(chain: &Chain, first: SnapshotId, second: SnapshotId) -> Result<Vec<
         .collect()
 }
 
-/// Goes through two memories side by side, as far as they have pages. `visit` is
-/// called with stretches of pages and where they are in each.
+/// Walks through two memories side by side, where they have pages. `visit` is called with
+/// stretches of pages and where they are in each.
 fn walk(
     first: Option<&Index>,
     second: Option<&Index>,

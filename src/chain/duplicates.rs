@@ -34,11 +34,11 @@ pub struct DuplicateCounts {
     pub stored: u64,
     /// All zero.
     pub zero: u64,
-    /// Those of which the same memory of the snapshot has another one.
+    /// Pages that the same memory of the snapshot stores again.
     pub within_memory: u64,
-    /// Other ones of which another memory of the snapshot has one.
+    /// Other pages that another memory of the snapshot stores, too.
     pub between_memories: u64,
-    /// Other ones of which an older snapshot has one.
+    /// Other pages that an older snapshot stores, too.
     pub between_snapshots: u64,
 }
 

@@ -69,7 +69,7 @@ impl Freed {
     }
 }
 
-/// A pages file of which pages are freed.
+/// A pages file whose pages are freed.
 #[derive(Debug)]
 struct Target {
     path: PathBuf,
@@ -300,8 +300,7 @@ pub fn with_relatives(dir: &Path) -> Result<(Chain, SnapshotId)> {
     Ok((chain, id))
 }
 
-/// Returns what is to be said before pages of a snapshot are freed, if others lose
-/// them, too.
+/// Returns the warnings before pages of a snapshot are freed, if others lose them, too.
 ///
 /// # Errors
 /// As [`sharing`].

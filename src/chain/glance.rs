@@ -1,4 +1,4 @@
-//! What can be told of a chain at a glance, without an index.
+//! A quick look at a chain, without an index.
 
 use std::{fs, path::Path};
 

@@ -36,7 +36,7 @@ pub(crate) fn seek_file(file: &BackingFile, offset: u64, whence: Whence) -> Resu
     };
     match lseek(file.file(), from, file_whence) {
         Ok(found) => Ok(u64::try_from(found).ok()),
-        // No data up to the end; or the file has shrunk, which reading tells.
+        // There is no data up to the end, or the file has shrunk, which a read detects.
         Err(Errno::ENXIO) => Ok((whence == Whence::Hole).then_some(offset)),
         Err(Errno::EINVAL) => Ok((whence == Whence::Data).then_some(offset)),
         Err(errno) => Err(failed(errno.into())),

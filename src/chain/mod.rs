@@ -53,8 +53,8 @@ pub use summary::{PageCounts, Summary, disk_bytes};
 /// snapshot which image directory that is: an absolute path.
 pub const DIRECTORY_XATTR: &str = "user.imgfs.directory";
 
-/// The extended attribute by which the root of a mount that frees pages tells when it
-/// does: `on-request`, `on-read` or `commit`.
+/// The extended attribute of the root of a mount that says when the mount does:
+/// `on-request`, `on-read` or `commit`.
 pub const PUNCH_XATTR: &str = "user.imgfs.punch";
 
 /// The value of [`PUNCH_XATTR`] of a mount that only notes what is punched, until

@@ -82,7 +82,7 @@ pub enum DedupError {
         /// In which way.
         problem: &'static str,
     },
-    /// The file system cannot let files share blocks.
+    /// Files of this file system cannot share blocks.
     #[error(
         "files on the file system of {path} (type {file_system}) cannot share blocks; btrfs can, \
          and xfs with reflink=1: move the images there, or use --link or -D",
@@ -94,7 +94,7 @@ pub enum DedupError {
         /// The type of its file system, as `statfs(2)` tells it.
         file_system: String,
     },
-    /// What another snapshot needs cannot be told.
+    /// The pages that another snapshot needs cannot be determined.
     #[error(
         "{dir} may need pages that would be freed, and cannot be read; repair it, or move it \
          elsewhere",

@@ -1,8 +1,8 @@
 //! Removing duplicates from images that exist.
 //!
 //! Looking and deciding is apart from changing: `plan`, `compare`, `objects` and
-//! `superseded` read, `stage` and [`free()`] change files. [`link()`] makes a chain of
-//! full dumps, and [`reflink()`] lets the file system store equal pages once.
+//! `superseded` read, `stage` and [`free()`] change files. [`link()`] makes a chain of full
+//! dumps, and [`reflink()`] makes the file system store equal pages once.
 
 mod compare;
 mod error;

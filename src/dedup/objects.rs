@@ -186,7 +186,8 @@ impl Reader<'_> {
             return;
         }
         if object.kind != *kind {
-            // Two objects of one number cannot be told apart: it stays as it is.
+            // Two objects with one number cannot be distinguished; the memory stays as it
+            // is.
             object.kind = ObjectKind::SystemV;
         } else if !object.named_by.contains(&image) {
             object.named_by.push(image);

@@ -52,7 +52,7 @@ pub(super) struct MemoryPlan {
     pub(super) parent: Option<Arc<Index>>,
     /// The pages that are equal.
     pub(super) equal: Vec<Stretch>,
-    /// What its pagemap is to say.
+    /// Its new pagemap.
     pub(super) entries: Vec<PagemapEntry>,
     /// What is to be kept of its pages file: first page of the file, and how many.
     pub(super) kept: Vec<(u64, u64)>,

@@ -42,7 +42,7 @@ struct Same {
     pages: u64,
 }
 
-/// Lets equal pages of a chain share blocks. This takes 32 bytes of memory for each page
+/// Makes equal pages of a chain share blocks. This takes 32 bytes of memory for each page
 /// that is stored, and 40 for each that is equal to another one.
 ///
 /// # Errors
@@ -115,7 +115,7 @@ fn same(pages: &mut [(u128, FileId, u64)]) -> Vec<Same> {
     found
 }
 
-/// A file of which pages are to share other blocks.
+/// A file whose pages are to share other blocks.
 struct Target {
     file: File,
     path: std::path::PathBuf,
@@ -138,7 +138,7 @@ impl Target {
         Ok(Self { file: open, path, block_pages })
     }
 
-    /// Lets one range share blocks, as far as it is made of whole ones.
+    /// Makes one range share blocks, where it covers whole blocks.
     fn share(&self, from: &BackingFile, same: &Same, done: &mut Reflinked) -> Result<()> {
         let block = self.block_pages;
         let skipped = (block - same.to.1 % block) % block;

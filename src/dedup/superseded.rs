@@ -108,7 +108,7 @@ fn held(own: &Index) -> impl Iterator<Item = Range<u64>> {
     })
 }
 
-/// Checks that a snapshot has the bytes that it says it has: another copy is going to
+/// Checks that a snapshot has the bytes that its pagemaps claim: another copy is going to
 /// be freed.
 fn check_length(at: At, own: &Index) -> Result<()> {
     let Some(layer) = own.layers().first().filter(|layer| layer.pages > 0) else { return Ok(()) };

@@ -2,8 +2,7 @@
 
 use super::text::{self, Defect, Parsed};
 
-/// An open file as `/proc/PID/fdinfo/FD` tells of it (`seq_show`,
-/// `fs/proc/fd.c`).
+/// An open file as `/proc/PID/fdinfo/FD` shows it (`seq_show`, `fs/proc/fd.c`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FdInfo {
     /// The position in the file, in bytes. A negative position, which memory
@@ -97,7 +96,7 @@ pub struct EpollTarget {
     pub dev: u64,
 }
 
-/// Takes the text of the file apart.
+/// Parses the text of the file.
 ///
 /// # Errors
 ///

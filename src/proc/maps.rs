@@ -155,7 +155,7 @@ fn bytes(value: &[u8], what: &'static str) -> Parsed<u64> {
     kib.checked_mul(KIB).ok_or_else(|| Defect::new(what, value))
 }
 
-/// Takes the text of `maps` apart.
+/// Parses the text of `maps`.
 pub(super) fn parse_maps(text: &[u8]) -> Parsed<Vec<Mapping>> {
     let mut mappings = Vec::with_capacity(text.len() / MAPS_BYTES);
     for line in text::lines(text) {
@@ -164,7 +164,7 @@ pub(super) fn parse_maps(text: &[u8]) -> Parsed<Vec<Mapping>> {
     Ok(mappings)
 }
 
-/// Takes the text of `smaps` apart.
+/// Parses the text of `smaps`.
 pub(super) fn parse_smaps(text: &[u8]) -> Parsed<Vec<Mapping>> {
     let mut mappings: Vec<Mapping> = Vec::with_capacity(text.len() / SMAPS_BYTES);
     for line in text::lines(text) {

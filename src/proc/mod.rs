@@ -1,4 +1,4 @@
-//! What `/proc` tells of processes: pure parsers, and thin readers over them.
+//! Processes as `/proc` shows them: pure parsers, and thin readers over them.
 //!
 //! Every reader opens its file anew: two answers about a process fit together
 //! only if it is stopped, and are about the same process only if it is known not
@@ -324,12 +324,12 @@ fn of_thread(pid: HostPid, tid: HostPid, file: &str) -> PathBuf {
     PathBuf::from(format!("/proc/{pid}/task/{tid}/{file}"))
 }
 
-/// Reads a file and takes its text apart.
+/// Reads and parses a file.
 fn read<T>(path: PathBuf, parser: impl FnOnce(&[u8]) -> Parsed<T>) -> Result<T> {
     parse(&path, &read_bytes(&path)?, parser)
 }
 
-/// Takes apart what was read from `path`.
+/// Parses the text that was read from `path`.
 fn parse<T>(path: &Path, bytes: &[u8], parser: impl FnOnce(&[u8]) -> Parsed<T>) -> Result<T> {
     parser(bytes).map_err(|defect| ProcError::malformed(path, defect))
 }

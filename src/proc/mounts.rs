@@ -19,7 +19,7 @@ pub struct Mount {
     pub options: Vec<u8>,
 }
 
-/// Takes the text of the file apart, in its order: later mounts lie over earlier ones.
+/// Parses the text of the file. The order stays: later mounts lie over earlier ones.
 pub(super) fn parse_mounts(text: &[u8]) -> Parsed<Vec<Mount>> {
     text::lines(text).map(parse_mount).collect()
 }

@@ -2,7 +2,7 @@
 
 use super::text::{self, Defect, Parsed};
 
-/// A task as `/proc/PID/stat` tells of it (`do_task_stat`, `fs/proc/array.c`).
+/// A task as `/proc/PID/stat` shows it (`do_task_stat`, `fs/proc/array.c`).
 ///
 /// Ids are those of the pid namespace of this `/proc`. The addresses are real
 /// only for a caller that may trace the process: others see 0, or 1 for the
@@ -38,8 +38,7 @@ pub struct Stat {
     pub end_code: u64,
     /// The address of the bottom of the stack.
     pub start_stack: u64,
-    /// The signal by which its end is told to its parent; of a thread other than the
-    /// leader -1.
+    /// The signal that its parent gets when it ends; -1 for a thread other than the leader.
     pub exit_signal: i32,
     /// The realtime priority, 1 to 99; 0 under other policies.
     pub rt_priority: u32,
@@ -94,7 +93,7 @@ impl Stat {
         matches!(self.state, 'Z' | 'X') || self.flags & EXITING != 0
     }
 
-    /// Takes the text of the file apart.
+    /// Parses the text of the file.
     pub(super) fn parse(text: &[u8]) -> Parsed<Self> {
         let name = "name in parentheses";
         let open = text.iter().position(|&byte| byte == b'(');

@@ -16,8 +16,7 @@ pub struct Ids {
     pub fs: u32,
 }
 
-/// A task as `/proc/PID/status` tells of it (`proc_pid_status`,
-/// `fs/proc/array.c`).
+/// A task as `/proc/PID/status` shows it (`proc_pid_status`, `fs/proc/array.c`).
 ///
 /// User and group ids are those of this program's user namespace. Sets of
 /// signals have bit `N - 1` for signal `N`; sets of capabilities bit `N` for
@@ -103,7 +102,7 @@ pub struct Status {
 }
 
 impl Status {
-    /// Takes the text of the file apart.
+    /// Parses the text of the file.
     pub(super) fn parse(text: &[u8]) -> Parsed<Self> {
         let fields = Fields::parse(text);
         let state = fields.required("State")?;

@@ -30,7 +30,7 @@ const LIMIT_NAMES: [&str; LIMITS] = [
     "Max realtime timeout",
 ];
 
-/// How a timer tells that it expired: the `SIGEV_*` bits
+/// How a timer reports that it expired: the `SIGEV_*` bits
 /// (`include/uapi/asm-generic/siginfo.h`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Notify(pub u32);
@@ -43,7 +43,7 @@ impl Notify {
     /// `SIGEV_THREAD`: by a thread, which the C library starts; the kernel
     /// treats it as a signal.
     pub const THREAD: Self = Self(2);
-    /// `SIGEV_THREAD_ID`: the bit that says that the signal is for one thread.
+    /// `SIGEV_THREAD_ID`: the bit for a signal to one thread.
     pub const THREAD_ID: Self = Self(4);
 
     /// Returns whether the signal is for one thread and not for the process.
@@ -52,8 +52,8 @@ impl Notify {
     }
 }
 
-/// A timer made by `timer_create`, as `/proc/PID/timers` tells of it
-/// (`show_timer`, `fs/proc/base.c`; with `CONFIG_CHECKPOINT_RESTORE`).
+/// A timer made by `timer_create`, as `/proc/PID/timers` shows it (`show_timer`,
+/// `fs/proc/base.c`; with `CONFIG_CHECKPOINT_RESTORE`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PosixTimer {
     /// The id within the process.
@@ -62,7 +62,7 @@ pub struct PosixTimer {
     pub signal: i32,
     /// What is given with the signal: a number or an address of the process.
     pub value: u64,
-    /// How the timer tells that it expired.
+    /// How the timer reports that it expired.
     pub notify: Notify,
     /// The receiver, in the pid namespace of this `/proc`: the thread if
     /// [`Notify::is_for_thread`], else the process. `None` if that is gone or not in the
@@ -80,7 +80,7 @@ pub struct PosixTimer {
 /// the cgroup namespace of this program.
 pub type Cgroup = (u32, Vec<u8>, Vec<u8>);
 
-/// Takes the text of `limits` apart, whatever the widths of its columns.
+/// Parses the text of `limits`, with columns of any width.
 pub(super) fn parse_limits(text: &[u8]) -> Parsed<[(u64, u64); LIMITS]> {
     let mut limits = [None; LIMITS];
     for line in text::lines(text) {
@@ -102,7 +102,7 @@ fn limit(column: &[u8], name: &'static str) -> Parsed<u64> {
     if column == b"unlimited" { Ok(UNLIMITED) } else { text::unsigned(column, 10, name) }
 }
 
-/// Takes the text of `timers` apart.
+/// Parses the text of `timers`.
 pub(super) fn parse_timers(text: &[u8]) -> Parsed<Vec<PosixTimer>> {
     let mut timers = Vec::new();
     let mut lines = text::lines(text);
@@ -147,7 +147,7 @@ fn pair(text: &[u8], separator: u8) -> Parsed<(&[u8], &[u8])> {
     text::split_once(text, separator).ok_or_else(|| Defect::new("two parts", text))
 }
 
-/// Takes the text of `cgroup` apart.
+/// Parses the text of `cgroup`.
 pub(super) fn parse_cgroups(text: &[u8]) -> Parsed<Vec<Cgroup>> {
     text::lines(text)
         .map(|line| {
@@ -160,8 +160,7 @@ pub(super) fn parse_cgroups(text: &[u8]) -> Parsed<Vec<Cgroup>> {
         .collect()
 }
 
-/// Takes the text of a link such as `mnt:[4026531841]` apart and returns the
-/// number.
+/// Parses the text of a link such as `mnt:[4026531841]` and returns the number.
 pub(super) fn parse_namespace(link: &[u8]) -> Parsed<u64> {
     let what = "kind:[inode]";
     link.strip_suffix(b"]")
@@ -171,7 +170,7 @@ pub(super) fn parse_namespace(link: &[u8]) -> Parsed<u64> {
         .and_then(|(_, number)| text::unsigned(number, 10, what))
 }
 
-/// Takes the words of `auxv` apart.
+/// Parses the words of `auxv`.
 pub(super) fn parse_auxv(bytes: &[u8]) -> Parsed<Vec<u64>> {
     let (words, rest) = bytes.as_chunks();
     if rest.is_empty() {

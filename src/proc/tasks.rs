@@ -68,7 +68,7 @@ pub fn children(pid: HostPid) -> Result<Vec<HostPid>> {
     Ok(found)
 }
 
-/// Returns the processes that say that `pid` is their parent, ascending.
+/// Returns the processes whose parent is `pid`, ascending.
 pub(super) fn children_by_parent(pid: HostPid) -> Result<Vec<HostPid>> {
     let mut found = Vec::new();
     for candidate in pids()? {

@@ -38,7 +38,7 @@ pub(super) fn words(text: &[u8]) -> impl Iterator<Item = &[u8]> {
     text.split(u8::is_ascii_whitespace).filter(|word| !word.is_empty())
 }
 
-/// Takes `text` apart at the first `separator`.
+/// Splits `text` at the first `separator`.
 pub(super) fn split_once(text: &[u8], separator: u8) -> Option<(&[u8], &[u8])> {
     let position = text.iter().position(|&byte| byte == separator)?;
     Some((&text[..position], &text[position + 1..]))
@@ -137,7 +137,7 @@ pub(super) fn undo_name_escapes(text: &[u8]) -> Vec<u8> {
 pub(super) struct Fields<'a>(Vec<(&'a [u8], &'a [u8])>);
 
 impl<'a> Fields<'a> {
-    /// Takes `text` apart; lines without a colon are left out.
+    /// Splits `text` into lines of keys and values; lines without a colon are left out.
     pub(super) fn parse(text: &'a [u8]) -> Self {
         Self(lines(text).filter_map(field).collect())
     }
@@ -153,8 +153,7 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// Takes a line apart into its key and its value: what follows the colon and
-/// one blank.
+/// Splits a line into its key and its value: what follows the colon and one blank.
 pub(super) fn field(line: &[u8]) -> Option<(&[u8], &[u8])> {
     let (key, value) = split_once(line, b':')?;
     let value = match value.split_first() {

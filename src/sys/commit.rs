@@ -13,7 +13,7 @@ use nix::libc;
 pub const REQUEST: u32 = 2 << 30 | 8 << 16 | (b'i' as u32) << 8 | 0x50;
 const _: () = assert!(REQUEST as libc::Ioctl == nix::request_code_read!(b'i', 0x50, 8));
 
-/// Lets the mount whose root is `dir` free what was noted, and returns how many pages
+/// Makes the mount whose root is `dir` free the noted pages, and returns how many pages
 /// that are.
 ///
 /// # Errors

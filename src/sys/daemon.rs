@@ -45,8 +45,8 @@ pub enum Start {
     Killed(nix::sys::signal::Signal),
 }
 
-/// The process in the background. Until [`Background::ready`] it has the
-/// standard streams of the caller, so that it can say what is wrong.
+/// The process in the background. Until [`Background::ready`] it has the standard streams
+/// of the caller, so that it can print errors.
 #[derive(Debug)]
 pub struct Background {
     pipe: File,
@@ -136,7 +136,7 @@ impl Foreground {
 }
 
 impl Background {
-    /// Lets go of the caller's streams, and the caller go on.
+    /// Releases the caller's streams, and lets the caller return.
     ///
     /// # Errors
     /// What opening `/dev/null` returns.

@@ -78,8 +78,8 @@ impl Openings {
         Errno::result(result).map(drop)
     }
 
-    /// Forgets the openings until now, and returns whether all of them were by the
-    /// process `own`. If there were too many to be told, they were not.
+    /// Forgets the openings until now, and returns whether all of them were by the process
+    /// `own`. If there were too many events for the queue, the answer is no.
     ///
     /// # Errors
     /// What `read(2)` returns.

@@ -82,9 +82,9 @@ impl DirectoryLocks {
     /// Locks a directory as well, without waiting. One that is locked already is so
     /// the stronger way afterwards.
     ///
-    /// To be called by the process that is to hold the lock, and not before a fork:
-    /// others are told its pid. Where the file system has no locks, reading goes on
-    /// without one and says so.
+    /// To be called by the process that is to hold the lock, and not before a fork: others
+    /// are told its pid. Where the file system has no locks, reading goes on without one,
+    /// with a warning.
     ///
     /// # Errors
     /// [`LockError::InUse`]; [`LockError::Failed`] if it cannot be opened, or not be locked

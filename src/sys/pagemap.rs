@@ -84,7 +84,7 @@ pub struct Query {
     pub any: u64,
     /// These mean their contrary.
     pub inverted: u64,
-    /// What to tell of the pages that were found.
+    /// The properties to return of the pages that were found.
     pub tell: u64,
 }
 
@@ -126,7 +126,7 @@ impl Query {
         }
     }
 
-    /// Whether guard pages are told from others.
+    /// Whether guard pages are distinguished from others.
     fn is_about_guards(self) -> bool {
         (self.all | self.any | self.tell) & category::GUARD != 0
     }
@@ -150,7 +150,7 @@ struct ScanArguments {
     return_mask: u64,
 }
 
-/// `PM_SCAN_WP_MATCHING` (`linux/fs.h`): write-protect what is told.
+/// `PM_SCAN_WP_MATCHING` (`linux/fs.h`): write-protect the returned pages.
 const SCAN_WP_MATCHING: u64 = 1 << 0;
 
 /// `PM_SCAN_CHECK_WPASYNC` (`linux/fs.h`): `EPERM` for mappings without asynchronous
@@ -164,10 +164,10 @@ const _: () = assert!(SCAN_BYTES == 96);
 const PAGEMAP_SCAN: libc::c_ulong =
     (3 << 30) | ((SCAN_BYTES as libc::c_ulong) << 16) | ((b'f' as libc::c_ulong) << 8) | 16;
 
-/// Regions told by one call: 24 bytes each, 48 KiB.
+/// Regions returned by one call: 24 bytes each, 48 KiB.
 const SCAN_REGIONS: usize = 2048;
 
-/// Pages of which the plain file is read at a time.
+/// Pages whose entries of the plain file are read at a time.
 const ENTRY_BATCH: usize = 4096;
 
 /// In an entry: mapped by one process only (Linux 4.2).
@@ -369,7 +369,7 @@ impl PagemapFile {
     }
 }
 
-/// Why the ioctl did not tell.
+/// Why the ioctl failed.
 enum ScanError {
     /// The kernel has no such ioctl, or does not know what it is asked for.
     Unknown,

@@ -82,7 +82,7 @@ pub enum End {
     Exited(i32),
     /// By this signal.
     Killed(i32),
-    /// The kernel does not tell.
+    /// Unknown: the kernel does not show it.
     Unknown,
 }
 
@@ -309,8 +309,8 @@ pub struct Scheduling {
     pub deadline: u64,
     /// Nanoseconds, for `SCHED_DEADLINE`.
     pub period: u64,
-    /// The least and the most that the processor takes the thread for, of 1024 (since
-    /// Linux 5.3); 0 where it is not told.
+    /// The least and the most that the processor takes the thread for, of 1024 (since Linux
+    /// 5.3); 0 if unknown.
     pub clamps: [u32; 2],
 }
 

@@ -32,7 +32,7 @@ const EXTENDED_LIMIT: usize = 64 << 10;
 pub mod options {
     use nix::libc;
 
-    /// System call stops are told from signals (`PTRACE_O_TRACESYSGOOD`).
+    /// System call stops are distinguished from signals (`PTRACE_O_TRACESYSGOOD`).
     pub const SYSGOOD: i32 = libc::PTRACE_O_TRACESYSGOOD;
     /// Children and threads that it makes are traced from their first instruction.
     pub const FOLLOW: i32 =
@@ -141,7 +141,7 @@ pub fn set_options(tid: HostPid, options: i32) -> Result<(), Errno> {
     request(libc::PTRACE_SETOPTIONS, tid, 0, options.cast_unsigned() as usize).map(drop)
 }
 
-/// Stops a tracee; [`wait`] tells when it has stopped.
+/// Starts to stop a tracee; [`wait`] returns when it has stopped.
 ///
 /// # Errors
 /// `ESRCH`.
@@ -149,7 +149,7 @@ pub fn interrupt(tid: HostPid) -> Result<(), Errno> {
     request(libc::PTRACE_INTERRUPT, tid, 0, 0).map(drop)
 }
 
-/// Lets a stopped tracee go on, with a signal or with 0.
+/// Resumes a stopped tracee, with a signal or with 0.
 ///
 /// # Errors
 /// `ESRCH` if it is not stopped.
@@ -157,8 +157,8 @@ pub fn resume(tid: HostPid, signal: i32) -> Result<(), Errno> {
     request(libc::PTRACE_CONT, tid, 0, signal.cast_unsigned() as usize).map(drop)
 }
 
-/// Lets a stopped tracee go on, with a signal or with 0, until it enters or leaves a
-/// system call.
+/// Resumes a stopped tracee, with a signal or with 0, until it enters or leaves a system
+/// call.
 ///
 /// # Errors
 /// `ESRCH` if it is not stopped.
@@ -358,7 +358,7 @@ pub fn has_rare(tid: HostPid, which: Rare) -> Result<bool, Errno> {
         Err(errno) => Err(errno),
         Ok(_) => {
             let len = vector.iov_len;
-            // An unused descriptor is told as not present and otherwise empty.
+            // An unused descriptor is shown as not present and otherwise empty.
             Ok(match which {
                 Rare::LocalStorage => buffer[..len].chunks(TLS_BYTES).any(|entry| {
                     let (address_and_limit, bits) = entry[4..].split_at(8);

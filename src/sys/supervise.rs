@@ -20,7 +20,7 @@ use nix::{
 use super::cancel;
 use crate::units::{HostPid, RemoteAddr};
 
-/// What the worker lets the supervisor know, in memory that both have.
+/// State that the worker shares with the supervisor, in common memory.
 #[derive(Debug, Default)]
 struct Ledger {
     /// The process that has scratch memory, or 0.
@@ -62,8 +62,8 @@ pub struct Leftover {
     pub bytes: u64,
 }
 
-/// Lets the supervisor know that a process is to get scratch memory, which is to be removed
-/// if this process cannot.
+/// Tells the supervisor that a process is about to get scratch memory, which is to be
+/// removed if this process cannot.
 pub fn note_scratch(pid: HostPid, start: RemoteAddr, bytes: u64) {
     if let Some(ledger) = ledger() {
         ledger.start.store(start.0, Ordering::Relaxed);
@@ -72,7 +72,7 @@ pub fn note_scratch(pid: HostPid, start: RemoteAddr, bytes: u64) {
     }
 }
 
-/// Lets the supervisor know that there is no scratch memory any more.
+/// Tells the supervisor that there is no scratch memory any more.
 pub fn clear_scratch() {
     if let Some(ledger) = ledger() {
         ledger.pid.store(0, Ordering::Release);
@@ -148,7 +148,8 @@ pub fn split() -> io::Result<Side> {
             set_action(Signal::SIGTSTP, SigHandler::Handler(stay))?;
             set_pdeathsig(Signal::SIGTERM)?;
             if getppid() != supervisor {
-                // It was killed before we asked to be told. Nothing is begun yet.
+                // The supervisor was killed before we asked for the signal. No work has
+                // begun yet.
                 process::exit(1);
             }
             setsid()?;

@@ -239,7 +239,7 @@ pub fn processors() -> Result<Vec<u32>, CountError> {
         .map_err(|source| CountError::Processors { source })
 }
 
-/// Takes a list such as `0-2,5` apart.
+/// Parses a list such as `0-2,5`.
 fn numbers(list: &str) -> Option<Vec<u32>> {
     let mut numbers = Vec::new();
     for range in list.split(',') {

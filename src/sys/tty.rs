@@ -79,7 +79,7 @@ const TIOCGEXCL: libc::Ioctl = with_int(2, 0x40);
 const TIOCGPTPEER: libc::Ioctl = 0x5441;
 const _: () = assert!(TIOCGPTN == 0x8004_5430 && TIOCSPTLCK == 0x4004_5431);
 
-/// What a terminal tells as an `int`.
+/// A property of a terminal that is an `int`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Question {
     /// The number of a pseudoterminal; asked of its master.

@@ -1,5 +1,5 @@
-//! userfaultfd(2), of which only the asynchronous write protection is used: the
-//! kernel itself lets writes through and remembers them.
+//! Asynchronous write protection by userfaultfd(2): the kernel itself lets writes through
+//! and remembers them.
 //!
 //! A descriptor belongs to the memory of the process that made it, but any process that has
 //! it may register ranges of that memory.

@@ -132,7 +132,7 @@ impl Files {
     fn read_mapped(&self) {
         let mut page = [0; 4096];
         for (file, _) in &self.0 {
-            // SAFETY: nobody changes the files while the benchmark runs.
+            // SAFETY: no program changes the files while the benchmark runs.
             let mapping = unsafe { Mmap::map(file) }.unwrap();
             for bytes in mapping.chunks_exact(page.len()) {
                 page.copy_from_slice(bytes);

@@ -232,8 +232,8 @@ impl Shared {
     }
 
     fn bytes(&self) -> &[u8] {
-        // SAFETY: it stays mapped. Nobody writes but on the keeper's order, and it
-        // awaits the answer before it looks.
+        // SAFETY: it stays mapped. Writers write only on the keeper's order, and the keeper
+        // awaits their answers before it looks.
         unsafe { std::slice::from_raw_parts(self.start, self.len) }
     }
 

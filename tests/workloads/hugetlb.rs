@@ -57,7 +57,7 @@ fn hugetlb_private(checkpoint: &Checkpoint) -> Verdict {
     area.page(2 * HUGE + 7).verify("written page", 2)?;
     area.part(4 * HUGE, SOME).verify("read-only huge page", 3)?;
     same("huge pages", true, is_huge(area)?)?;
-    area.part(HUGE, SOME).verify_zero("huge page nobody wrote")?;
+    area.part(HUGE, SOME).verify_zero("huge page never written")?;
     area.part(HUGE, SOME).fill(4);
     area.part(HUGE, SOME).verify("huge page written last", 4)?;
     child.join()
@@ -77,7 +77,7 @@ fn hugetlb_shared(checkpoint: &Checkpoint) -> Verdict {
     })?;
     checkpoint.wait();
     object.part(0, SOME).verify("object", 1)?;
-    object.part(HUGE, SOME).verify_zero("huge page nobody wrote")?;
+    object.part(HUGE, SOME).verify_zero("huge page never written")?;
     checkpoint.wait_mark("written")?;
     same("word of the child", 7, object.get(3 * HUGE * PAGE / 8))?;
     same("huge pages", true, is_huge(object)?)?;

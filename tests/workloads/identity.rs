@@ -314,12 +314,11 @@ fn changed_arguments(checkpoint: &Checkpoint) -> Verdict {
     let fields: Vec<&str> = after_name.split(' ').collect();
     let at: usize = fields[45].parse().map_err(|_| format!("no arg_start: {stat}"))?;
     let title = b"a changed title\0";
-    // SAFETY: the arguments of the process are longer than that, and nobody
-    // reads them any more.
+    // SAFETY: the arguments of the process are longer than that, and are not read any more.
     unsafe {
         ptr::copy_nonoverlapping(title.as_ptr(), ptr::with_exposed_provenance_mut(at), title.len())
     };
-    // SAFETY: clearing the environment that nobody else reads.
+    // SAFETY: no other thread reads the environment.
     unsafe { std::env::set_var("LATER", "value") };
     keep(checkpoint, "name, arguments, environment, auxiliary vector", || {
         let bytes = |path| fs::read(path).map_err(|error| format!("{path}: {error}"));

@@ -338,8 +338,8 @@ impl Area {
         Self::map(pages, libc::PROT_READ | libc::PROT_WRITE, flags, -1)
     }
 
-    /// The same, apart from its neighbours by pages that nobody has, so that the
-    /// kernel's list shows it by itself.
+    /// The same, separated from its neighbours by unused pages, so that the kernel's list
+    /// shows it by itself.
     pub fn apart(pages: usize) -> Result<Self, String> {
         let whole = Self::private(pages + 2)?;
         whole.page(0).unmap()?;

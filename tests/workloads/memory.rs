@@ -117,7 +117,7 @@ fn shared_anon(checkpoint: &Checkpoint) -> Verdict {
         checkpoint.wait_mark(&format!("written{number}"))?;
         same("word of a child", 77, object.get((30 + number) * PAGE / 8))?;
     }
-    object.part(26, 4).verify_zero("pages nobody wrote")?;
+    object.part(26, 4).verify_zero("pages never written")?;
     other.set(0, 99);
     children.into_iter().try_for_each(super::kit::Child::join)
 }
@@ -157,7 +157,7 @@ fn shared_anon_parts(checkpoint: &Checkpoint) -> Verdict {
     object.part(48, 12).unmap()?;
     checkpoint.wait();
     object.part(0, 4).verify("lower end", 1)?;
-    object.part(4, 36).verify_zero("pages nobody wrote")?;
+    object.part(4, 36).verify_zero("pages never written")?;
     object.part(40, 8).verify("pages of a writer that has gone", 3)?;
     tail.verify("tail", 9)?;
     checkpoint.wait_mark("upper")?;
@@ -227,7 +227,7 @@ fn deleted_file_mapping(checkpoint: &Checkpoint) -> Verdict {
     shared.page(1).verify("page of a deleted file", 1)?;
     private.page(1).verify("page of a deleted file, private", 1)?;
     private.page(2).verify("changed page over a deleted file", 2)?;
-    same("page nobody wrote", 0x0707_0707_0707_0707, shared.get(5 * PAGE / 8))?;
+    same("page never written", 0x0707_0707_0707_0707, shared.get(5 * PAGE / 8))?;
     shared.set(6 * PAGE / 8, 5);
     same("the same object", 5, private.get(6 * PAGE / 8))?;
     ensure!(!path.exists(), "the deleted file has come back");
@@ -670,7 +670,7 @@ fn vast(checkpoint: &Checkpoint) -> Verdict {
         for page in places {
             area.page(page).verify("page of a vast mapping", seed)?;
         }
-        area.page(2).verify_zero("page nobody wrote")?;
+        area.page(2).verify_zero("page never written")?;
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Memory whose changes the kernel tells of.
+//! Probes of the kernel's tracking of memory changes.
 #![expect(unsafe_code, reason = "mappings, and ioctls of pagemap and userfaultfd")]
 
 use std::{
@@ -47,7 +47,8 @@ impl Page {
         self.start.as_ptr().expose_provenance() as u64
     }
 
-    /// Returns whether the page is of all `categories`; `None` if the kernel can't say.
+    /// Returns whether the page is in all `categories`; `None` if the kernel does not know
+    /// them.
     pub(super) fn scan(&self, categories: u64) -> Option<bool> {
         let pagemap = File::open("/proc/self/pagemap").ok()?;
         let mut region = PageRegion::default();
