@@ -395,6 +395,10 @@
 //!
 //! # Invariants
 //!
+//! - Numbers of processes in images, and in calls that processes of the tree make, are those
+//!   of the tree's own pid namespace ([`crate::units::NsPid`]); those that the kernel gives
+//!   this program are [`crate::units::HostPid`]. One [`crate::units::PidMap`] for each dump
+//!   and each restore leads from one to the other, and nothing else does.
 //! - Image bytes are untrusted: no length is believed before the file has shown
 //!   that many bytes, and whatever contradicts itself is an error that names
 //!   file, memory and address. Only regular files are opened as images

@@ -1,9 +1,11 @@
 //! Units that would otherwise be mixed up as plain integers.
 
+mod pids;
 mod ranges;
 
 use std::fmt;
 
+pub use pids::{HostPid, NsPid, PidMap};
 pub use ranges::PageRanges;
 
 /// Bytes in the unit in which memory is counted: the smallest page of all machines.
@@ -93,16 +95,6 @@ impl fmt::Display for PageIndex {
     /// Writes the address of the page, in hexadecimal.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:#x}", self.address())
-    }
-}
-
-/// A process or thread by its number in the pid namespace of this program.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct HostPid(pub i32);
-
-impl fmt::Display for HostPid {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
     }
 }
 

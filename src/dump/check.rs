@@ -48,7 +48,7 @@ pub(super) fn tree(tasks: &[Task], options: &Options) -> Result<()> {
     let own = HostPid(nix::unistd::getpid().as_raw());
     let own: Vec<_> = all_namespaces().map(|kind| proc::namespace(own, kind.file).ok()).collect();
     let first = tasks.iter().find(|task| !task.is_zombie()).map(Task::witness);
-    let pids: BTreeSet<i32> = tasks.iter().map(|task| task.pid.0).collect();
+    let pids: BTreeSet<HostPid> = tasks.iter().map(|task| task.pid).collect();
     check_first(tasks, options)?;
     for task in tasks.iter().filter(|task| !task.is_zombie()) {
         // Before anything is taken for not shared because that cannot be told.
@@ -69,9 +69,9 @@ pub(super) fn tree(tasks: &[Task], options: &Options) -> Result<()> {
         // The leader of a session or group may have ended, but then nobody outside
         // may be in it.
         for (kind, leader) in [("session", stat.session), ("process group", stat.pgrp)] {
-            let outside = !pids.contains(&leader) && process::exists(HostPid(leader));
+            let outside = !pids.contains(&leader) && process::exists(leader);
             // The kernel shows what is outside of this pid namespace as 0.
-            if leader == 0 && !options.shell_job {
+            if leader.0 == 0 && !options.shell_job {
                 return Err(DumpError::Unsupported {
                     pid: task.pid,
                     what: format!("is in a {kind} whose leader is outside of this pid namespace"),
@@ -110,9 +110,9 @@ pub(super) fn tree(tasks: &[Task], options: &Options) -> Result<()> {
 }
 
 /// Says what is seen here and will be lost.
-fn warn_of_losses(tasks: &[Task], pids: &BTreeSet<i32>) {
+fn warn_of_losses(tasks: &[Task], pids: &BTreeSet<HostPid>) {
     let own = Own::read();
-    let in_tree = |pid: HostPid| pids.contains(&pid.0);
+    let in_tree = |pid: HostPid| pids.contains(&pid);
     for task in tasks.iter().filter(|task| !task.is_zombie()) {
         let tids: Vec<_> = task.threads.iter().map(|thread| thread.tid).collect();
         for what in own.look(task.witness(), &tids, &in_tree) {

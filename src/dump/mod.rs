@@ -49,7 +49,7 @@ use crate::{
         lock::{Access, DirectoryLocks},
         output,
     },
-    units::HostPid,
+    units::{HostPid, PidMap},
 };
 use census::Census;
 use stats::Stats;
@@ -87,6 +87,7 @@ pub fn run(options: &Options) -> Result<()> {
     let mut frozen = stats.freezing(|| Frozen::freeze(options.pid, timeout))?;
     stats.frozen();
     let census = Census::take(&frozen.tasks)?;
+    let pids = PidMap::of_own_namespace();
     log::info!("stopped {} processes", frozen.tasks.len());
     let images = SnapshotWriter::begin(&options.images_dir)?;
     if let Some(link) = &options.prev_images_dir {
@@ -100,10 +101,18 @@ pub fn run(options: &Options) -> Result<()> {
     let tracking =
         Tracking::new(options, parent.as_ref().map(|(chain, id)| (chain.as_ref(), *id)))?;
     if options.pre_dump {
-        pre_dump::run(options, frozen, images, &census, parent.as_ref(), tracking, stats)?;
+        let stopped = (frozen, &census);
+        pre_dump::run(options, stopped, &pids, images, parent.as_ref(), tracking, stats)?;
     } else {
-        let dumped =
-            dump_stopped(options, &mut frozen, &images, parent.as_ref(), tracking, &mut stats);
+        let dumped = dump_stopped(
+            options,
+            &mut frozen,
+            pids,
+            &images,
+            parent.as_ref(),
+            tracking,
+            &mut stats,
+        );
         let dumped = census.explain(dumped)?;
         let outcome = if options.leave_running {
             Outcome::Run
@@ -128,7 +137,7 @@ fn check_outside(root: HostPid) -> Result<()> {
         if pid == root {
             return Err(DumpError::Inside { pid });
         }
-        pid = HostPid(proc::stat(pid)?.ppid);
+        pid = proc::stat(pid)?.ppid;
     }
     Ok(())
 }
@@ -244,6 +253,7 @@ fn find_parents(memories: &mut [Memory], parent: Option<&Parent>) -> Result<()> 
 fn dump_stopped(
     options: &Options,
     frozen: &mut Frozen,
+    pids: PidMap,
     images: &SnapshotWriter,
     parent: Option<&Parent>,
     tracking: Tracking,
@@ -259,12 +269,12 @@ fn dump_stopped(
         inherit_fds: Vec::new(),
     };
     let numbers = frozen.tasks.iter().flat_map(|task| {
-        let threads = task.threads.iter().map(|thread| thread.tid.0);
-        threads.chain([task.pid.0])
+        let threads = task.threads.iter().map(|thread| pids.ns(thread.tid));
+        threads.chain([pids.ns(task.pid)])
     });
-    let files = FileTable::new(&policy, numbers.collect());
+    let files = FileTable::new(&policy, pids.clone(), numbers.collect());
     let cgroups = cgroup::Sets::new(!options.cgroups)?;
-    let mut collection = Collection::new(images, files, tracking, cgroups, &frozen.tasks);
+    let mut collection = Collection::new(images, pids, files, tracking, cgroups, &frozen.tasks);
     for (position, task) in frozen.tasks.iter_mut().enumerate() {
         if cancel::is_cancelled() {
             return Err(DumpError::Cancelled);

@@ -24,6 +24,7 @@ use crate::{
     proc,
     res::mm::mapping::{self, Object},
     sys::{fds, pagemap::PagemapFile},
+    units::PidMap,
 };
 
 /// `inventory_entry.pre_dump_mode`: memory was read while the tree ran
@@ -48,9 +49,9 @@ struct Found {
 /// What keeps its memory from being dumped; it runs on.
 pub(super) fn run(
     options: &Options,
-    mut frozen: Frozen,
+    (mut frozen, census): (Frozen, &Census),
+    pids: &PidMap,
     images: SnapshotWriter,
-    census: &Census,
     parent: Option<&Parent>,
     mut tracking: Tracking,
     mut stats: Stats,
@@ -58,7 +59,7 @@ pub(super) fn run(
     let mut found =
         Found { memories: Vec::new(), objects: BTreeMap::new(), segments: BTreeMap::new() };
     for task in frozen.tasks.iter_mut().filter(|task| !task.is_zombie()) {
-        census.explain(found.look_at(task, &mut tracking))?;
+        census.explain(found.look_at(task, pids, &mut tracking))?;
     }
     let mut memories = found.memories;
     let mut objects = Vec::new();
@@ -93,7 +94,7 @@ pub(super) fn run(
 }
 
 impl Found {
-    fn look_at(&mut self, task: &mut Task, tracking: &mut Tracking) -> Result<()> {
+    fn look_at(&mut self, task: &mut Task, pids: &PidMap, tracking: &mut Tracking) -> Result<()> {
         let pid = task.witness();
         let mappings = proc::smaps(pid)?;
         let watch = tracking.begin(task, &mappings)?;
@@ -139,7 +140,7 @@ impl Found {
             }
         }
         self.memories.push(Memory {
-            id: MemoryId::Private(u64::from(task.pid.0.cast_unsigned())),
+            id: MemoryId::Private(pids.ns(task.pid).image().into()),
             origin: Origin::Process(ProcessMemory::open(pid, &mappings)?),
             stretches,
             parent: None,

@@ -32,12 +32,13 @@ use crate::{
         fds,
         pagemap::{PagemapFile, Query, Region, category},
     },
-    units::{HostPid, RemoteAddr},
+    units::{HostPid, NsPid, PidMap, RemoteAddr},
 };
 
 /// What a dump knows of a tree as it goes over its processes.
 pub(super) struct Collection<'a> {
     pub(super) images: &'a SnapshotWriter,
+    pids: PidMap,
     pub(super) files: FileTable,
     pub(super) tracking: Tracking,
     cgroups: cgroup::Sets,
@@ -58,6 +59,7 @@ pub(super) struct Collection<'a> {
 impl<'a> Collection<'a> {
     pub(super) fn new(
         images: &'a SnapshotWriter,
+        pids: PidMap,
         files: FileTable,
         tracking: Tracking,
         cgroups: cgroup::Sets,
@@ -70,6 +72,7 @@ impl<'a> Collection<'a> {
         let first = tasks.iter().find(|task| !task.is_zombie());
         Self {
             images,
+            pids,
             files,
             tracking,
             cgroups,
@@ -91,17 +94,16 @@ impl<'a> Collection<'a> {
     pub(super) fn task(&mut self, task: &mut Task, is_root: bool) -> Result<()> {
         let pid = task.pid;
         let stat = proc::stat(pid)?;
-        let unsigned = |number: i32| number.cast_unsigned();
-        let mut threads: Vec<u32> =
-            task.threads.iter().map(|thread| unsigned(thread.tid.0)).collect();
-        if threads.first() != Some(&unsigned(pid.0)) {
-            threads.insert(0, unsigned(pid.0));
+        let number = |pid: HostPid| self.pids.ns(pid).image();
+        let mut threads: Vec<u32> = task.threads.iter().map(|thread| number(thread.tid)).collect();
+        if threads.first() != Some(&number(pid)) {
+            threads.insert(0, number(pid));
         }
         self.pstree.push(proto::PstreeEntry {
-            pid: unsigned(pid.0),
-            ppid: if is_root { 0 } else { unsigned(task.parent.0) },
-            pgid: unsigned(stat.pgrp),
-            sid: unsigned(stat.session),
+            pid: number(pid),
+            ppid: if is_root { 0 } else { number(task.parent) },
+            pgid: number(stat.pgrp),
+            sid: number(stat.session),
             threads,
         });
         if task.is_zombie() {
@@ -136,8 +138,8 @@ impl<'a> Collection<'a> {
         pid: HostPid,
         message: &M,
     ) -> Result<(), crate::image::ImageError> {
-        let number = u64::from(pid.0.cast_unsigned());
-        self.images.write(kind, number, std::slice::from_ref(message))
+        let number = self.pids.ns(pid).image();
+        self.images.write(kind, number.into(), std::slice::from_ref(message))
     }
 
     /// Asks the threads of a process what only they know, writes their cores, and returns
@@ -157,7 +159,7 @@ impl<'a> Collection<'a> {
                 about_task = task::ask(Process { pid, witness }, &mut script)?;
                 about_namespaces = self.namespaces.ask(&mut script);
                 for child in self.children.get(&pid).into_iter().flatten() {
-                    about_children.push((*child, stop::ask(*child, &mut script)));
+                    about_children.push((*child, stop::ask(self.pids.ns(*child), &mut script)));
                 }
             }
             questions.push((script, of, kinds));
@@ -200,6 +202,7 @@ impl<'a> Collection<'a> {
                     blocked: thread.signal_mask,
                     stat: &proc::stat(pid)?,
                     mappings,
+                    pids: &self.pids,
                     lock_later: later,
                 };
                 let images = task::collect(kinds, &stopped, answers)?;
@@ -303,7 +306,7 @@ impl<'a> Collection<'a> {
         let mm = proto::MmEntry { exe_file_id, vmas, ..mm };
         self.write_one(Kind::Mm, task.pid, &mm)?;
         self.memories.push(Memory {
-            id: MemoryId::Private(u64::from(task.pid.0.cast_unsigned())),
+            id: MemoryId::Private(self.pids.ns(task.pid).image().into()),
             origin: Origin::Process(ProcessMemory::open(pid, mappings)?),
             stretches,
             parent: None,
@@ -355,7 +358,7 @@ impl<'a> Collection<'a> {
             let name = format!("shared memory {shmid}");
             objects.push(Memory::of_object(shmid, fd.into(), name, false)?);
         }
-        let pid = |entry: &proto::PstreeEntry| HostPid(entry.pid.cast_signed());
+        let pid = |entry: &proto::PstreeEntry| self.pids.host(NsPid::of_image(entry.pid));
         let tree: Vec<_> = self.pstree.iter().map(pid).collect();
         self.tracking.look_at_shared(&tree, &mut objects);
         self.memories.append(&mut objects);

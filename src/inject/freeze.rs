@@ -116,7 +116,7 @@ impl Frozen {
                 looked_at += 1;
                 for child in proc::children(parent)? {
                     if known.insert(child) {
-                        frozen.stop_task(child, parent.0)?;
+                        frozen.stop_task(child, parent)?;
                     }
                 }
             }
@@ -140,11 +140,11 @@ impl Frozen {
     /// As [`Self::freeze`].
     pub(super) fn freeze_alone(pid: HostPid, timeout: Duration) -> Result<Self> {
         let mut frozen = Self::new(timeout);
-        frozen.stop_task(pid, 0)?;
+        frozen.stop_task(pid, HostPid(0))?;
         Ok(frozen)
     }
 
-    fn stop_task(&mut self, pid: HostPid, parent: i32) -> Result<()> {
+    fn stop_task(&mut self, pid: HostPid, parent: HostPid) -> Result<()> {
         if let Ok(cgroups) = proc::cgroups(pid)
             && !self.cgroups.contains(&cgroups)
         {
@@ -157,7 +157,7 @@ impl Frozen {
         // The parent may be another one, if the one it was found under has died.
         let parent = proc::stat(pid).map_or(parent, |stat| stat.ppid);
         if !gone {
-            self.tasks.push(Task { pid, parent: HostPid(parent), threads });
+            self.tasks.push(Task { pid, parent, threads });
         }
         Ok(())
     }

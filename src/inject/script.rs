@@ -11,7 +11,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use crate::{
     arch::{ARGUMENTS, Entry},
-    units::RemoteAddr,
+    units::{NsPid, RemoteAddr},
 };
 
 /// Results from here up are negated error numbers (`include/linux/err.h`).
@@ -74,6 +74,12 @@ impl From<u64> for Arg {
 impl From<usize> for Arg {
     fn from(value: usize) -> Self {
         Self::Value(value as u64)
+    }
+}
+
+impl From<NsPid> for Arg {
+    fn from(pid: NsPid) -> Self {
+        Self::from(pid.raw())
     }
 }
 

@@ -1,6 +1,7 @@
 //! `/proc/PID/stat`: the numbers of a task that `status` does not have.
 
 use super::text::{self, Defect, Parsed};
+use crate::units::HostPid;
 
 /// A task as `/proc/PID/stat` shows it (`do_task_stat`, `fs/proc/array.c`).
 ///
@@ -14,16 +15,16 @@ pub struct Stat {
     /// The state: one of `RSDTtXZPI`.
     pub state: char,
     /// The pid of the parent process; 0 if it is outside the pid namespace.
-    pub ppid: i32,
+    pub ppid: HostPid,
     /// The process group.
-    pub pgrp: i32,
+    pub pgrp: HostPid,
     /// The session.
-    pub session: i32,
+    pub session: HostPid,
     /// The controlling terminal as a device number (`new_encode_dev`); 0 if
     /// there is none.
     pub tty_nr: u32,
     /// The foreground process group of the terminal; -1 if there is none.
-    pub tpgid: i32,
+    pub tpgid: HostPid,
     /// The `PF_*` flags of the task (`include/linux/sched.h`).
     pub flags: u32,
     /// The nice value, -20 to 19.
@@ -110,12 +111,12 @@ impl Stat {
         Ok(Self {
             comm,
             state: char::from(*state),
-            ppid: columns.signed(4, "ppid")?,
-            pgrp: columns.signed(5, "pgrp")?,
-            session: columns.signed(6, "session")?,
+            ppid: HostPid(columns.signed(4, "ppid")?),
+            pgrp: HostPid(columns.signed(5, "pgrp")?),
+            session: HostPid(columns.signed(6, "session")?),
             // Printed as a signed number.
             tty_nr: columns.signed::<i32>(7, "tty_nr")?.cast_unsigned(),
-            tpgid: columns.signed(8, "tpgid")?,
+            tpgid: HostPid(columns.signed(8, "tpgid")?),
             flags: columns.unsigned(9, "flags")?,
             nice: columns.signed(19, "nice")?,
             threads: columns.unsigned(20, "num_threads")?,

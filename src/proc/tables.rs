@@ -1,6 +1,7 @@
 //! The small tables of a process: limits, timers, control groups.
 
 use super::text::{self, Defect, Parsed};
+use crate::units::HostPid;
 
 /// How many limits a process has (`RLIM_NLIMITS`,
 /// `include/uapi/asm-generic/resource.h`).
@@ -67,7 +68,7 @@ pub struct PosixTimer {
     /// The receiver, in the pid namespace of this `/proc`: the thread if
     /// [`Notify::is_for_thread`], else the process. `None` if that is gone or not in the
     /// namespace.
-    pub notify_pid: Option<i32>,
+    pub notify_pid: Option<HostPid>,
     /// The clock: a `CLOCK_*` number.
     pub clock: i32,
 }
@@ -127,7 +128,7 @@ pub(super) fn parse_timers(text: &[u8]) -> Parsed<Vec<PosixTimer>> {
             signal: text::signed(signal, "signal")?,
             value: text::unsigned(value, 16, "value of signal")?,
             notify: Notify(how.0 | target),
-            notify_pid: Some(text::signed(pid, "pid or tid")?).filter(|&pid| pid > 0),
+            notify_pid: Some(text::signed(pid, "pid or tid")?).filter(|&pid| pid > 0).map(HostPid),
             clock: text::signed(keyed(lines.next(), "ClockID")?, "ClockID")?,
         });
     }

@@ -73,7 +73,7 @@ pub(super) fn children_by_parent(pid: HostPid) -> Result<Vec<HostPid>> {
     let mut found = Vec::new();
     for candidate in pids()? {
         match stat(candidate) {
-            Ok(stat) if stat.ppid == pid.0 => found.push(candidate),
+            Ok(stat) if stat.ppid == pid => found.push(candidate),
             Ok(_) => {}
             Err(error) if error.is_vanished() => {}
             Err(error) => return Err(error),

@@ -161,11 +161,11 @@ fn stat_is_read_after_the_last_parenthesis() {
     let expected = Stat {
         comm: b"a) b (c".to_vec(),
         state: 'R',
-        ppid: 23165,
-        pgrp: 23166,
-        session: 21974,
+        ppid: HostPid(23165),
+        pgrp: HostPid(23166),
+        session: HostPid(21974),
         tty_nr: 34816,
-        tpgid: -1,
+        tpgid: HostPid(-1),
         flags: 4_194_304,
         nice: -5,
         threads: 1,
@@ -299,8 +299,8 @@ fn timers_are_read() {
         clock,
     };
     let expected = [
-        timer(2, 60, 0x7fff_86e4_52a8, 4, Some(2634), 0),
-        timer(1, 0, 0, 1, Some(2635), 1),
+        timer(2, 60, 0x7fff_86e4_52a8, 4, Some(HostPid(2634)), 0),
+        timer(1, 0, 0, 1, Some(HostPid(2635)), 1),
         timer(0, 14, 0xdead_beef, 2, None, -6),
     ];
     assert_eq!(tables::parse_timers(TIMERS).unwrap(), expected);
@@ -446,7 +446,7 @@ fn this_process_is_read() {
     let status = status(pid).unwrap();
     assert_eq!((status.tgid, status.pid), (pid, pid));
     let stat = stat(pid).unwrap();
-    assert_eq!(stat.ppid, status.ppid.0);
+    assert_eq!(stat.ppid, status.ppid);
     assert!(stat.start_time > 0 && stat.start_stack > stat.start_brk);
     assert_eq!(comm(pid, pid).unwrap(), stat.comm);
     assert!(cmdline(pid).unwrap().ends_with(b"\0"));

@@ -5,7 +5,12 @@ use std::{io, path::PathBuf};
 use nix::errno::Errno;
 
 use super::tree::cgroup::CgroupError;
-use crate::{image::ImageError, inject::InjectError, proc::ProcError, units::HostPid};
+use crate::{
+    image::ImageError,
+    inject::InjectError,
+    proc::ProcError,
+    units::{HostPid, NsPid},
+};
 
 /// The result of dumping or restoring state of a process.
 pub type Result<T, E = ResError> = std::result::Result<T, E>;
@@ -35,7 +40,7 @@ pub enum ResError {
     #[error("images of process {pid}: {problem}")]
     Image {
         /// The process or thread.
-        pid: HostPid,
+        pid: NsPid,
         /// What is wrong, found and expected.
         problem: String,
     },

@@ -3,7 +3,7 @@
 use nix::libc;
 
 use super::{ResError, Result};
-use crate::{image::proto, inject::Script, sys::ptrace::SIGINFO_BYTES, units::HostPid};
+use crate::{image::proto, inject::Script, sys::ptrace::SIGINFO_BYTES, units::NsPid};
 
 /// Returns what an image says of a queue of signals.
 pub fn queue(signals: Vec<Vec<u8>>) -> proto::SignalQueueEntry {
@@ -18,8 +18,8 @@ pub fn queue(signals: Vec<Vec<u8>>) -> proto::SignalQueueEntry {
 /// [`ResError::Image`] for an entry that is not a `siginfo_t`.
 pub fn requeue(
     queue: &proto::SignalQueueEntry,
-    pid: HostPid,
-    thread: Option<HostPid>,
+    pid: NsPid,
+    thread: Option<NsPid>,
     script: &mut Script,
 ) -> Result<()> {
     let malformed = || ResError::Image {
@@ -35,12 +35,12 @@ pub fn requeue(
             None => script.call(
                 what,
                 libc::SYS_rt_sigqueueinfo,
-                &[pid.0.into(), signal.into(), info.into()],
+                &[pid.into(), signal.into(), info.into()],
             ),
             Some(tid) => script.call(
                 what,
                 libc::SYS_rt_tgsigqueueinfo,
-                &[pid.0.into(), tid.0.into(), signal.into(), info.into()],
+                &[pid.into(), tid.into(), signal.into(), info.into()],
             ),
         };
     }

@@ -24,8 +24,14 @@ fn living(plan: &Plan) -> impl Iterator<Item = (usize, &TaskPlan, &Body)> {
 }
 
 /// Returns what kinds of a process's state are told of it.
-fn process<'a>(planned: &'a TaskPlan, body: &'a Body, own: &'a Own) -> task::Restored<'a> {
-    task::Restored { pid: planned.pid, core: planned.core(), mm: &body.mm, own }
+fn process<'a>(
+    plan: &Plan,
+    planned: &'a TaskPlan,
+    body: &'a Body,
+    own: &'a Own,
+) -> task::Restored<'a> {
+    let (pid, host) = (planned.pid, plan.host(planned.pid));
+    task::Restored { pid, host, core: planned.core(), mm: &body.mm, own }
 }
 
 /// Returns what kinds of a thread's state are told of it.
@@ -36,7 +42,15 @@ fn thread_of<'a>(
     own: &'a Own,
 ) -> thread::Restored<'a> {
     let own_session = !plan.is_outside(planned.session);
-    thread::Restored { pid: planned.pid, tid: of.tid, core: &of.core, own_session, own }
+    thread::Restored {
+        pid: planned.pid,
+        tid: of.tid,
+        host_pid: plan.host(planned.pid),
+        host_tid: plan.host(of.tid),
+        core: &of.core,
+        own_session,
+        own,
+    }
 }
 
 /// Gives all processes their files, threads and attributes.
@@ -52,7 +66,8 @@ pub(super) fn all(
     for (position, planned, body) in living(plan) {
         let mut script = Script::new();
         files.stand(&body.fs, &mut script)?;
-        let (of, program) = (process(planned, body, own), files.program(body.mm.exe_file_id)?);
+        let (of, program) =
+            (process(plan, planned, body, own), files.program(body.mm.exe_file_id)?);
         task::KINDS.iter().for_each(|kind| kind.place(&of, program, &mut script));
         files.install(planned.pid, &body.fds, &mut script)?;
         run(puppets, position, 0, &script)?;
@@ -76,7 +91,7 @@ pub(super) fn all(
             let mut make = |script: &Script| run(puppets, position, number, script);
             let mut calls = Calls::new(&mut make);
             if number == 0 {
-                let of = process(planned, body, own);
+                let of = process(plan, planned, body, own);
                 task::KINDS.iter().try_for_each(|kind| kind.set(&of, &mut calls))?;
                 // Before an attribute keeps it from being done.
                 memory::finish(body, &layout, &mut calls.script);
@@ -89,7 +104,7 @@ pub(super) fn all(
     fault::hit(Point::RestoreThreads)?;
     puppets.end_the_dead()?;
     for (position, planned, body) in living(plan) {
-        let process = process(planned, body, own);
+        let process = process(plan, planned, body, own);
         // The leader last: what it sets is reset by others' changes of credentials.
         for (number, of) in planned.threads.iter().enumerate().rev() {
             let mut script = Script::new();
@@ -126,7 +141,7 @@ pub(super) fn finish(
             let of = thread_of(plan, planned, of, own);
             thread::KINDS.iter().try_for_each(|kind| kind.wake(&of, &mut script))?;
             if number == 0 {
-                let of = process(planned, body, own);
+                let of = process(plan, planned, body, own);
                 task::KINDS.iter().try_for_each(|kind| kind.wake(&of, &mut script))?;
             }
             if !script.is_empty() {

@@ -15,7 +15,7 @@ use crate::{
     res::{ResError, file::FileError},
     sys::lock::LockError,
     track::TrackError,
-    units::{HostPid, RemoteAddr},
+    units::{HostPid, NsPid, RemoteAddr},
 };
 
 /// The result of a step of a restore.
@@ -43,7 +43,7 @@ pub enum RestoreError {
     #[error("images of process {pid}: {problem}")]
     Images {
         /// The process.
-        pid: HostPid,
+        pid: NsPid,
         /// What is wrong.
         problem: String,
     },
@@ -51,7 +51,7 @@ pub enum RestoreError {
     #[error("process {pid} cannot be restored: {problem}")]
     Relation {
         /// The process.
-        pid: HostPid,
+        pid: NsPid,
         /// What relates it to whom.
         problem: String,
     },

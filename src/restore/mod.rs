@@ -112,7 +112,7 @@ pub fn run(options: &Options) -> Result<()> {
         free_all(&free, &plan);
     }
     drop(locks);
-    let root = plan.tasks[0].pid;
+    let root = plan.host(plan.tasks[0].pid);
     log::info!("restored {} processes", plan.tasks.len());
     // The tree is running.
     actions.run_anyway(Stage::PostResume, root);
@@ -193,7 +193,7 @@ fn restore(
         };
         let mut puppets = Puppets::make(plan, cgroups, &workshop)?;
         stats.forked(puppets.filled);
-        let root = plan.tasks[0].pid;
+        let root = plan.host(plan.tasks[0].pid);
         actions.run(Stage::SetupNamespaces, Some(root))?;
         actions.run(Stage::PostSetupNamespaces, Some(root))?;
         let own = Own::read()?;
@@ -222,7 +222,7 @@ fn write_pidfile(options: &Options, plan: &Plan) -> Result<()> {
     let Some(path) = &options.pidfile else { return Ok(()) };
     let path = options.work_dir.join(path);
     output::create(&path, Existing::Replaced)
-        .and_then(|mut file| file.write_all(plan.tasks[0].pid.to_string().as_bytes()))
+        .and_then(|mut file| file.write_all(plan.host(plan.tasks[0].pid).to_string().as_bytes()))
         .map_err(|source| RestoreError::Write { path, source })
 }
 

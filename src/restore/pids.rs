@@ -108,7 +108,7 @@ fn holder(pid: HostPid) -> Option<Holder> {
         return Some(of_process(status.tgid, ""));
     }
     let members = proc::pids().unwrap_or_default().into_iter().filter(|member| {
-        proc::stat(*member).is_ok_and(|stat| stat.session == pid.0 || stat.pgrp == pid.0)
+        proc::stat(*member).is_ok_and(|stat| stat.session == pid || stat.pgrp == pid)
     });
     let holders = members.map(|member| of_process(member, ", whose session or group it is"));
     // Whoever stays longest.
@@ -135,7 +135,7 @@ fn of_process(pid: HostPid, relation: &str) -> Holder {
     if stat.state != 'Z' || threads.len() > 1 {
         return leaves(format!("{relation}, which is ending"));
     }
-    let parent = HostPid(stat.ppid);
+    let parent = stat.ppid;
     let state = format!(
         "{relation}, which is dead but was not yet waited for by its parent, process {parent} ({})",
         name(parent)

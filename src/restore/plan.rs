@@ -19,17 +19,17 @@ use crate::{
         tree::cgroup::{self, Places},
     },
     sys::lock::{Access, DirectoryLocks},
-    units::{HostPid, PageIndex},
+    units::{HostPid, NsPid, PageIndex, PidMap},
 };
 
 /// A process to be restored.
 #[derive(Debug)]
 pub(super) struct TaskPlan {
-    pub(super) pid: HostPid,
+    pub(super) pid: NsPid,
     /// The position of its parent among the tasks; `None` for the root.
     pub(super) parent: Option<usize>,
-    pub(super) group: HostPid,
-    pub(super) session: HostPid,
+    pub(super) group: NsPid,
+    pub(super) session: NsPid,
     /// Its threads, the leader first.
     pub(super) threads: Vec<ThreadPlan>,
     /// What it has if it lives.
@@ -39,7 +39,7 @@ pub(super) struct TaskPlan {
 /// A thread to be restored.
 #[derive(Debug)]
 pub(super) struct ThreadPlan {
-    pub(super) tid: HostPid,
+    pub(super) tid: NsPid,
     pub(super) core: proto::CoreEntry,
 }
 
@@ -88,6 +88,8 @@ pub(super) struct Plan {
     pub(super) tasks: Vec<TaskPlan>,
     pub(super) files: Vec<proto::FileEntry>,
     pub(super) births: Births,
+    /// Which process here each number in the images is.
+    pub(super) pids: PidMap,
     pub(super) chain: Arc<Chain>,
     pub(super) snapshot: SnapshotId,
     /// The namespaces that it is to have for itself.
@@ -107,9 +109,9 @@ impl Plan {
     /// Returns what opens the files of the tree, and gives them to its processes.
     pub(super) fn installer(&self, policy: &Policy) -> Installer<'_> {
         let threads = self.tasks.iter().flat_map(|task| &task.threads);
-        let numbers = threads.map(|thread| thread.tid.0).collect();
+        let numbers = threads.map(|thread| thread.tid).collect();
         let processes = self.tasks.iter().filter_map(TaskPlan::file_user).collect();
-        Installer::new(self.dir(), policy, &self.files, processes, numbers)
+        Installer::new(self.dir(), policy, &self.files, processes, numbers, self.pids.clone())
     }
 
     /// Says who uses a file of the images, as what, and what it is called: as in
@@ -185,8 +187,9 @@ impl Plan {
         let dumpers = tree.inventory.root_ids.as_ref();
         let namespaces = first.map(|(_, kin)| ns::Wanted::read(dir, dumpers, kin.pid));
         let namespaces = namespaces.transpose()?.unwrap_or_default();
+        let pids = PidMap::of_own_namespace();
         let mut plan =
-            Self { tasks, files, births, chain, snapshot, namespaces, dumper_set, uptime };
+            Self { tasks, files, births, pids, chain, snapshot, namespaces, dumper_set, uptime };
         for (task, kin) in tree.tasks.into_iter().zip(kin) {
             let task = plan.task(task, kin)?;
             plan.tasks.push(task);
@@ -199,7 +202,8 @@ impl Plan {
     fn task(&self, task: tree::Task, kin: Kin) -> Result<TaskPlan> {
         let number = u64::from(task.entry.pid);
         let threads = task.threads.into_iter();
-        let threads = threads.map(|(tid, core)| ThreadPlan { tid: host_pid(tid), core }).collect();
+        let threads =
+            threads.map(|(tid, core)| ThreadPlan { tid: NsPid::of_image(tid), core }).collect();
         let body = task.body.map(|body| -> Result<Body> {
             let memory = match self.chain.index(self.snapshot, MemoryId::Private(number)) {
                 Ok(index) => {
@@ -216,7 +220,7 @@ impl Plan {
         Ok(TaskPlan {
             pid: kin.pid,
             parent: kin.parent,
-            group: host_pid(task.entry.pgid),
+            group: NsPid::of_image(task.entry.pgid),
             session: kin.session,
             threads,
             body: body.transpose()?,
@@ -227,7 +231,12 @@ impl Plan {
     fn check_pids(&self) -> Result<()> {
         let waiting = Waiting::begin();
         let mut threads = self.tasks.iter().flat_map(|task| &task.threads);
-        threads.try_for_each(|thread| waiting.until_free(thread.tid))
+        threads.try_for_each(|thread| waiting.until_free(self.host(thread.tid)))
+    }
+
+    /// Returns which process or thread here a number in the images is.
+    pub(super) fn host(&self, pid: NsPid) -> HostPid {
+        self.pids.host(pid)
     }
 
     /// Returns how far the clocks that begin with the machine have gone back since the
@@ -248,18 +257,14 @@ impl Plan {
     }
 
     /// Whether the leader of a session or group is no process of the tree.
-    pub(super) fn is_outside(&self, leader: HostPid) -> bool {
+    pub(super) fn is_outside(&self, leader: NsPid) -> bool {
         !self.tasks.iter().any(|task| task.pid == leader)
     }
 }
 
-fn host_pid(number: u32) -> HostPid {
-    HostPid(i32::try_from(number).unwrap_or(-1))
-}
-
 /// Returns what decides who makes a process.
 fn kin(task: &tree::Task) -> Kin {
-    let (pid, session) = (host_pid(task.entry.pid), host_pid(task.entry.sid));
+    let (pid, session) = (NsPid::of_image(task.entry.pid), NsPid::of_image(task.entry.sid));
     Kin { pid, parent: task.parent, session }
 }
 

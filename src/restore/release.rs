@@ -32,13 +32,14 @@ impl Puppets<'_> {
         // One that is to be dead may have made a helper, and has to wait for it.
         let helpers = std::mem::take(&mut self.helpers);
         for helper in &helpers {
-            kill(helper.pid)?;
-            await_end(helper.pid)?;
+            let pid = self.plan.host(helper.pid);
+            kill(pid)?;
+            await_end(pid)?;
             let mut script = Script::new();
             script.call(
                 "reap a helper",
                 libc::SYS_wait4,
-                &[helper.pid.0.into(), 0.into(), libc::__WALL.into(), 0.into()],
+                &[helper.pid.into(), 0.into(), libc::__WALL.into(), 0.into()],
             );
             match helper.maker {
                 Maker::Task(position) => {
@@ -112,9 +113,11 @@ impl Puppets<'_> {
     pub(super) fn dress(&mut self, position: usize) -> Result<()> {
         let puppet = self.tasks[position].as_mut().expect("it lives");
         self.scratch.unmap(&mut puppet.threads[0])?;
-        let lives = |tid| puppet.threads.iter().any(|thread| thread.tid == tid);
-        for of in self.plan.tasks[position].threads.iter().filter(|of| lives(of.tid)) {
-            thread::dress(&of.core, of.tid)?;
+        for of in &self.plan.tasks[position].threads {
+            let tid = self.plan.host(of.tid);
+            if puppet.threads.iter().any(|thread| thread.tid == tid) {
+                thread::dress(&of.core, of.tid, tid)?;
+            }
         }
         Ok(())
     }
@@ -186,7 +189,7 @@ impl Puppets<'_> {
                 self.dress(position)?;
             }
             if self.stays_stopped(task) {
-                signal(task.pid, libc::SIGSTOP)?;
+                signal(plan.host(task.pid), libc::SIGSTOP)?;
                 self.let_go(position)?;
                 let witness = self.tasks[position].as_ref().expect("it lives").threads[0].tid;
                 await_state(witness, |state| matches!(state, 'T' | 'Z' | 'X'));
@@ -215,10 +218,11 @@ impl Drop for Puppets<'_> {
         if self.released {
             return;
         }
-        let mut pids: Vec<HostPid> = self.helpers.iter().map(|helper| helper.pid).collect();
+        let host = |pid| self.plan.host(pid);
+        let mut pids: Vec<HostPid> = self.helpers.iter().map(|helper| host(helper.pid)).collect();
         for (task, puppet) in self.plan.tasks.iter().zip(&self.tasks) {
             if puppet.is_some() {
-                pids.push(task.pid);
+                pids.push(host(task.pid));
             }
         }
         for pid in &pids {

@@ -16,7 +16,7 @@ use crate::{
         process::{self, CloneArguments},
         ptrace::{self, Wait, options},
     },
-    units::HostPid,
+    units::{HostPid, NsPid},
 };
 
 /// How long a process that is to be stopped may take for it.
@@ -64,15 +64,15 @@ fn await_stop(tid: HostPid) -> Result<Tracee> {
     }
 }
 
-/// Lets a puppet make a process or thread of this number.
+/// Lets a puppet make a process or thread of this number, in the images and here.
 pub(super) fn make(
     scratch: &Scratch,
     maker: &mut Tracee,
-    pid: HostPid,
+    (pid, host): (NsPid, HostPid),
     arguments: CloneArguments,
 ) -> Result<Tracee> {
     let mut script = Script::new();
-    let set_tid = script.bytes(&pid.0.to_le_bytes());
+    let set_tid = script.bytes(&pid.raw().to_le_bytes());
     let arguments = CloneArguments { set_tid_size: 1, ..arguments };
     let buffer = script.bytes(arguments.as_bytes());
     script.point(buffer, std::mem::offset_of!(CloneArguments, set_tid), set_tid);
@@ -89,9 +89,9 @@ pub(super) fn make(
             Ok(())
         });
         match made {
-            Err(InjectError::Call { source: Errno::EEXIST, .. }) => waiting.nap(pid)?,
+            Err(InjectError::Call { source: Errno::EEXIST, .. }) => waiting.nap(host)?,
             Err(error) => return Err(error.into()),
-            Ok(_) => return await_stop(born.unwrap_or(pid)),
+            Ok(_) => return await_stop(born.unwrap_or(host)),
         }
     }
 }

@@ -50,14 +50,15 @@ pub(super) fn begin(
         if task.body.is_none() {
             continue;
         }
-        let mut mappings = proc::smaps(task.pid)?;
+        let pid = plan.host(task.pid);
+        let mut mappings = proc::smaps(pid)?;
         mappings
             .retain(|mapping| mapping.end <= work_place.start || mapping.start >= work_place.end);
         let puppet = puppets.tasks[position].as_mut().expect("it lives");
         let thread = &mut puppet.threads[0];
         let begun = match leader::has_exited(task.core()) {
-            Some(_) => Err(TrackError::Leaderless { pid: task.pid }),
-            None => Watch::begin_restored(options.tracker, task.pid, &mappings, &scratch, thread),
+            Some(_) => Err(TrackError::Leaderless { pid }),
+            None => Watch::begin_restored(options.tracker, pid, &mappings, &scratch, thread),
         };
         match begun {
             Ok(watch) => tracking.watches.extend(watch),
@@ -65,7 +66,7 @@ pub(super) fn begin(
             Err(error) if options.tracker.is_some() => return Err(error.into()),
             Err(error) => {
                 let hindrance = Hindrance::of("changes are not tracked", &error);
-                hindrances.entry(hindrance).or_insert(task.pid);
+                hindrances.entry(hindrance).or_insert(pid);
             }
         }
     }

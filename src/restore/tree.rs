@@ -23,7 +23,7 @@ use crate::{
     proc,
     res::{mm::vdso, tree::cgroup::Places},
     sys::process::{self, CloneArguments},
-    units::HostPid,
+    units::NsPid,
 };
 
 /// `CLONE_CLEAR_SIGHAND` (`linux/sched.h`, since Linux 5.5): all handlers at their
@@ -50,7 +50,7 @@ pub(super) struct Puppet {
 /// A helper while it exists.
 #[derive(Debug)]
 pub(super) struct Helper {
-    pub(super) pid: HostPid,
+    pub(super) pid: NsPid,
     pub(super) maker: Maker,
 }
 
@@ -94,7 +94,7 @@ impl<'a> Puppets<'a> {
     pub(super) fn make(plan: &'a Plan, cgroups: &'a Places, workshop: &Workshop) -> Result<Self> {
         let births = plan.births.clone();
         for helper in &births.helpers {
-            Waiting::begin().until_free(helper.pid)?;
+            Waiting::begin().until_free(plan.host(helper.pid))?;
         }
         let scratch = Scratch {
             start: crate::units::RemoteAddr(workshop.place),
@@ -137,6 +137,7 @@ impl<'a> Puppets<'a> {
         };
         let namespaces = &self.plan.namespaces;
         let flags = flags | namespaces.clone_flags();
+        let pid = self.plan.host(pid);
         let waiting = Waiting::begin();
         loop {
             match process::spawn_sleeper(pid, flags) {
@@ -196,7 +197,8 @@ impl<'a> Puppets<'a> {
         let task = &self.plan.tasks[position];
         let Some(body) = &task.body else { return Ok(()) };
         // Memory is charged to where the process is when it gets it.
-        self.cgroups.put(task.core(), task.pid, task.pid)?;
+        let pid = self.plan.host(task.pid);
+        self.cgroups.put(task.core(), pid, pid)?;
         let puppet = self.tasks[position].as_mut().expect("its maker came before it");
         let parent: Option<&Body> =
             puppet.inherited.and_then(|parent| self.plan.tasks[parent].body.as_ref());
@@ -208,12 +210,13 @@ impl<'a> Puppets<'a> {
         let mut script = Script::new();
         memory::arrange(body, &puppet.layout, inherited, scratch, &mut script, workshop.file)?;
         self.scratch.run(&mut puppet.threads[0], &script)?;
-        vdso::check(task.pid, &body.vmas)?;
+        vdso::check(pid, &body.vmas)?;
         let forked_from = puppet.inherited.zip(parent_memory);
-        let forked_from = forked_from.map(|(parent, memory)| (self.plan.tasks[parent].pid, memory));
+        let forked_from = forked_from
+            .map(|(parent, memory)| (self.plan.host(self.plan.tasks[parent].pid), memory));
         fault::hit(Point::RestoreMemory)?;
-        let filled = memory::fill(task.pid, body, &puppet.layout, forked_from, workshop.free)?;
-        log::debug!("{}: {filled:?}", task.pid);
+        let filled = memory::fill(pid, body, &puppet.layout, forked_from, workshop.free)?;
+        log::debug!("{pid}: {filled:?}");
         self.filled.compared += filled.compared;
         self.filled.equal += filled.equal;
         self.filled.written += filled.written;
@@ -295,7 +298,7 @@ impl<'a> Puppets<'a> {
     fn fork(
         &self,
         maker: &mut Tracee,
-        pid: HostPid,
+        pid: NsPid,
         sibling: bool,
         exit_signal: u32,
     ) -> Result<Tracee> {
@@ -305,7 +308,7 @@ impl<'a> Puppets<'a> {
             exit_signal: if sibling { 0 } else { exit_signal.into() },
             ..CloneArguments::default()
         };
-        make(&self.scratch, maker, pid, arguments)
+        make(&self.scratch, maker, (pid, self.plan.host(pid)), arguments)
     }
 
     /// Says whose end will be told by another signal than before: a sibling's is that of
@@ -334,7 +337,7 @@ impl<'a> Puppets<'a> {
     /// Puts all processes into their groups.
     fn set_groups(&mut self, shell_job: bool) -> Result<()> {
         let plan = self.plan;
-        let join = |scratch: &Scratch, tracee: &mut Tracee, group: i32| {
+        let join = |scratch: &Scratch, tracee: &mut Tracee, group: NsPid| {
             let mut script = Script::new();
             let what = format!("join process group {group}");
             script.call(what, libc::SYS_setpgid, &[0.into(), group.into()]);
@@ -344,7 +347,7 @@ impl<'a> Puppets<'a> {
         for (task, puppet) in plan.tasks.iter().zip(&mut self.tasks) {
             let puppet = puppet.as_mut().expect("all were made");
             if task.group == task.pid && task.session != task.pid {
-                join(&scratch, &mut puppet.threads[0], 0)?;
+                join(&scratch, &mut puppet.threads[0], task.pid)?;
             }
         }
         let mut made = HashMap::new();
@@ -360,14 +363,14 @@ impl<'a> Puppets<'a> {
             let mut puppet = self.tasks[position].take().expect("all were made");
             let result: Result<()> = (|| {
                 if outside && !has_helper && !made.contains_key(&task.group) {
-                    Waiting::begin().until_free(task.group)?;
+                    Waiting::begin().until_free(plan.host(task.group))?;
                     let mut helper =
                         self.fork(&mut puppet.threads[0], task.group, false, SIGCHLD)?;
                     self.helpers.push(Helper { pid: task.group, maker: Maker::Task(position) });
-                    join(&scratch, &mut helper, 0)?;
+                    join(&scratch, &mut helper, task.group)?;
                     made.insert(task.group, position);
                 }
-                Ok(join(&scratch, &mut puppet.threads[0], task.group.0)?)
+                Ok(join(&scratch, &mut puppet.threads[0], task.group)?)
             })();
             self.tasks[position] = Some(puppet);
             result?;
@@ -390,9 +393,12 @@ impl<'a> Puppets<'a> {
         for thread in &self.plan.tasks[position].threads[1..] {
             let flags = u64::from(flags.cast_unsigned());
             let arguments = CloneArguments { flags, ..CloneArguments::default() };
-            let made = make(&self.scratch, &mut puppet.threads[0], thread.tid, arguments)?;
+            let tid = self.plan.host(thread.tid);
+            let numbers = (thread.tid, tid);
+            let made = make(&self.scratch, &mut puppet.threads[0], numbers, arguments)?;
             puppet.threads.push(made);
-            self.cgroups.put(&thread.core, self.plan.tasks[position].pid, thread.tid)?;
+            let pid = self.plan.host(self.plan.tasks[position].pid);
+            self.cgroups.put(&thread.core, pid, tid)?;
         }
         Ok(())
     }

@@ -14,6 +14,8 @@ use std::{
 
 use nix::{errno::Errno, libc};
 
+use crate::units::HostPid;
+
 /// `F_GETOWNER_UIDS` (`include/uapi/asm-generic/fcntl.h`, Linux 3.6).
 const F_GETOWNER_UIDS: libc::c_int = 17;
 /// `F_GETOWN_EX` and `F_GETSIG` (the same file), which `libc` lacks.
@@ -32,13 +34,13 @@ const SIGSET_BYTES: usize = 8;
 
 /// The receiver of the signals of a descriptor (`struct f_owner_ex`,
 /// `include/uapi/asm-generic/fcntl.h`).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Owner {
     /// `F_OWNER_*`.
     pub kind: i32,
     /// A thread, process or group; 0 for none.
-    pub pid: i32,
+    pub pid: HostPid,
 }
 const _: () = assert!(size_of::<Owner>() == 8);
 
@@ -124,7 +126,7 @@ pub fn duplicate_from(fd: BorrowedFd, lowest: i32) -> nix::Result<OwnedFd> {
 /// # Errors
 /// What `fcntl(2)` returns.
 pub fn owner(fd: BorrowedFd) -> nix::Result<(Owner, u32)> {
-    let mut owner = Owner::default();
+    let mut owner = Owner { kind: 0, pid: HostPid(0) };
     // SAFETY: the kernel writes a `struct f_owner_ex`, whose layout is asserted.
     Errno::result(unsafe { libc::fcntl(fd.as_raw_fd(), F_GETOWN_EX, &raw mut owner) })?;
     // SAFETY: the call takes no pointer.
@@ -271,10 +273,10 @@ pub fn readable_bytes(fd: BorrowedFd) -> nix::Result<u32> {
 ///
 /// # Errors
 /// What `kcmp(2)` returns.
-pub fn is_epoll_target(pid: i32, fd: i32, slot: EpollSlot) -> nix::Result<bool> {
+pub fn is_epoll_target(pid: HostPid, fd: i32, slot: EpollSlot) -> nix::Result<bool> {
     // SAFETY: the kernel reads a `struct kcmp_epoll_slot`, whose size is asserted.
     let result =
-        unsafe { libc::syscall(libc::SYS_kcmp, pid, pid, KCMP_EPOLL_TFD, fd, &raw const slot) };
+        unsafe { libc::syscall(libc::SYS_kcmp, pid.0, pid.0, KCMP_EPOLL_TFD, fd, &raw const slot) };
     Errno::result(result).map(|order| order == 0)
 }
 
@@ -287,7 +289,7 @@ mod tests {
     #[test]
     fn the_kernel_knows_these_calls() {
         let event = eventfd(libc::EFD_SEMAPHORE).unwrap();
-        assert_eq!(owner(event.as_fd()).unwrap(), (Owner::default(), 0));
+        assert_eq!(owner(event.as_fd()).unwrap(), (Owner { kind: 0, pid: HostPid(0) }, 0));
         owner_uids(event.as_fd()).unwrap();
         signalfd(1 << 9).unwrap();
         epoll().unwrap();

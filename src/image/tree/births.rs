@@ -7,21 +7,21 @@
 //! leaders of sessions and groups that have ended, helpers stand in, which end before
 //! the tree goes on.
 
-use crate::units::HostPid;
+use crate::units::NsPid;
 
 /// What decides who makes a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Kin {
     /// Its pid.
-    pub pid: HostPid,
+    pub pid: NsPid,
     /// The position of its parent; `None` for the root.
     pub parent: Option<usize>,
     /// Its session.
-    pub session: HostPid,
+    pub session: NsPid,
 }
 
 /// Whether the leader of a session or group is no process of the tree.
-fn is_outside(tasks: &[Kin], leader: HostPid) -> bool {
+fn is_outside(tasks: &[Kin], leader: NsPid) -> bool {
     !tasks.iter().any(|task| task.pid == leader)
 }
 
@@ -51,7 +51,7 @@ pub struct Birth {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HelperPlan {
     /// Its pid.
-    pub pid: HostPid,
+    pub pid: NsPid,
     /// Its parent, which makes it.
     pub maker: Maker,
     /// Whether it leads a session, or a group only.
@@ -72,7 +72,7 @@ impl Births {
     ///
     /// # Errors
     /// A process that is related in a way that is not restored, and to whom.
-    pub fn plan(tasks: &[Kin], shell_job: bool, sibling: bool) -> Result<Self, (HostPid, String)> {
+    pub fn plan(tasks: &[Kin], shell_job: bool, sibling: bool) -> Result<Self, (NsPid, String)> {
         let mut births = Self { tasks: vec![None; tasks.len()], helpers: Vec::new() };
         let Some(root) = tasks.first() else { return Ok(births) };
         let led_by_another =
@@ -98,7 +98,7 @@ impl Births {
         position: usize,
         task: &Kin,
         shell_job: bool,
-    ) -> Result<Birth, (HostPid, String)> {
+    ) -> Result<Birth, (NsPid, String)> {
         let natural = |maker| Birth { maker, sibling: false, early: false };
         let Some(parent) = task.parent else {
             let own_session = task.session == task.pid;
@@ -139,7 +139,7 @@ impl Births {
 
     /// Returns the helper that leads a session, making one under `maker` if there is
     /// none yet.
-    fn helper(&mut self, pid: HostPid, maker: Maker) -> Maker {
+    fn helper(&mut self, pid: NsPid, maker: Maker) -> Maker {
         let found = self.helpers.iter().position(|helper| helper.pid == pid);
         Maker::Helper(found.unwrap_or_else(|| {
             self.helpers.push(HelperPlan { pid, maker, session: true });
@@ -149,7 +149,7 @@ impl Births {
 
     /// Returns the session that a task is in when it is made; `None` for that of
     /// this program.
-    fn session_at_birth(&self, tasks: &[Kin], position: usize) -> Option<HostPid> {
+    fn session_at_birth(&self, tasks: &[Kin], position: usize) -> Option<NsPid> {
         let birth = self.tasks[position]?;
         match birth.maker {
             Maker::Director => None,

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::{Births, Kin, Problems, Task, state};
-use crate::{image::proto, units::HostPid};
+use crate::{image::proto, units::NsPid};
 
 /// The highest number that a process can have anywhere (`PID_MAX_LIMIT`,
 /// `linux/threads.h`).
@@ -102,13 +102,12 @@ pub(super) fn check(tasks: &[Task], problems: &mut Problems) {
             ));
         }
     }
-    let host = |number: u32| HostPid(i32::try_from(number).unwrap_or(-1));
     let kin: Vec<Kin> = tasks
         .iter()
         .map(|task| Kin {
-            pid: host(task.entry.pid),
+            pid: NsPid::of_image(task.entry.pid),
             parent: task.parent,
-            session: host(task.entry.sid),
+            session: NsPid::of_image(task.entry.sid),
         })
         .collect();
     if let Err((pid, problem)) = Births::plan(&kin, true, false) {

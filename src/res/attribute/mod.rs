@@ -177,7 +177,7 @@ impl thread::Kind for Attributes {
     }
 
     fn set(&self, of: &Restored<'_>, calls: &mut Calls<'_>) -> Result<()> {
-        let who = Who { pid: of.pid, tid: of.tid, own_session: of.own_session };
+        let who = Who { pid: of.host_pid, tid: of.host_tid, own_session: of.own_session };
         let mut differences = of.own.differences.borrow_mut();
         differences.restore(of.core, who, &mut |script| calls.make(script))
     }

@@ -100,12 +100,12 @@ fn number(
     slot: EpollSlot,
     all: &mut Option<Vec<TargetFd>>,
 ) -> Result<i32> {
-    let leads_there = |fd: i32| match fds::is_epoll_target(file.pid.0, fd, slot) {
+    let leads_there = |fd: i32| match fds::is_epoll_target(file.pid, fd, slot) {
         // Not open, or gone from the epoll because all who had it open closed it.
         Err(Errno::EBADF | Errno::ENOENT) => Ok(false),
         result => result.map_err(file.failed("find what is watched by")),
     };
-    match fds::is_epoll_target(file.pid.0, target.tfd, slot) {
+    match fds::is_epoll_target(file.pid, target.tfd, slot) {
         Ok(true) => return Ok(target.tfd),
         Ok(false) | Err(Errno::EBADF | Errno::ENOENT) => {}
         // A kernel without kcmp(2) tells less: the file's number must do.

@@ -8,8 +8,8 @@ use super::descriptor;
 use crate::{
     image::proto,
     inject::Script,
-    sys::fds::{self, Owner},
-    units::TargetFd,
+    sys::fds,
+    units::{HostPid, NsPid, PidMap, TargetFd},
 };
 
 /// `F_SETSIG` and `F_SETOWN_EX` (`include/uapi/asm-generic/fcntl.h`).
@@ -20,17 +20,17 @@ const F_SETOWN_EX: i32 = 15;
 ///
 /// # Errors
 /// What `fcntl(2)` returns.
-pub fn read(fd: BorrowedFd, flags: u32) -> nix::Result<proto::FownEntry> {
+pub fn read(fd: BorrowedFd, flags: u32, pids: &PidMap) -> nix::Result<proto::FownEntry> {
     let mut entry = proto::FownEntry::default();
     if descriptor::is_path(flags) {
         return Ok(entry);
     }
     let (owner, signal) = fds::owner(fd)?;
     entry.signum = signal;
-    if owner.pid != 0 {
+    if owner.pid != HostPid(0) {
         [entry.uid, entry.euid] = fds::owner_uids(fd)?;
         entry.pid_type = owner.kind.cast_unsigned();
-        entry.pid = owner.pid.cast_unsigned();
+        entry.pid = pids.ns(owner.pid).image();
     }
     Ok(entry)
 }
@@ -60,9 +60,9 @@ pub fn install(fown: &proto::FownEntry, flags: u32, fd: TargetFd, script: &mut S
         script.call("set the signal of a descriptor", fcntl, &arguments);
     }
     if fown.pid != 0 {
-        let owner = Owner { kind: fown.pid_type.cast_signed(), pid: fown.pid.cast_signed() };
-        let bytes: Vec<u8> =
-            [owner.kind, owner.pid].into_iter().flat_map(i32::to_ne_bytes).collect();
+        // `struct f_owner_ex`, of the process's own pid namespace.
+        let owner = [fown.pid_type.cast_signed(), NsPid::of_image(fown.pid).raw()];
+        let bytes: Vec<u8> = owner.into_iter().flat_map(i32::to_ne_bytes).collect();
         let owner = script.bytes(&bytes);
         let arguments = [fd.0.into(), F_SETOWN_EX.into(), owner.into()];
         script.call("set the owner of a descriptor", fcntl, &arguments);
@@ -84,11 +84,12 @@ mod tests {
 
     #[test]
     fn the_owner_of_a_socket_is_read_and_restored() {
+        let pids = PidMap::of_own_namespace();
         let (socket, _peer) = UnixStream::pair().unwrap();
-        assert_eq!(read(socket.as_fd(), 0).unwrap(), proto::FownEntry::default());
+        assert_eq!(read(socket.as_fd(), 0, &pids).unwrap(), proto::FownEntry::default());
         let path = descriptor::open(b"/", libc::O_PATH.cast_unsigned()).unwrap();
         let flags = libc::O_PATH.cast_unsigned();
-        assert_eq!(read(path.as_fd(), flags).unwrap(), proto::FownEntry::default());
+        assert_eq!(read(path.as_fd(), flags, &pids).unwrap(), proto::FownEntry::default());
 
         let fown = proto::FownEntry { pid: 1, pid_type: 1, signum: 10, ..Default::default() };
         let mut script = Script::new();

@@ -24,16 +24,16 @@ use crate::{
     },
     inject::{Arg, Script},
     sys::{fds, process},
-    units::{HostPid, TargetFd},
+    units::{NsPid, PidMap, TargetFd},
 };
 
 /// A process of the tree, as far as it matters for its files.
 #[derive(Clone, Copy, Debug)]
 pub struct Process<'a> {
     /// Its number.
-    pub pid: HostPid,
+    pub pid: NsPid,
     /// Its process group.
-    pub group: HostPid,
+    pub group: NsPid,
     /// The credentials of its leader.
     pub creds: Option<&'a proto::CredsEntry>,
     /// Its descriptors.
@@ -56,7 +56,7 @@ pub struct Installer<'a> {
     /// access mode.
     others: HashMap<(u32, i32), OwnedFd>,
     /// Descriptions that were finished in some process, and where.
-    installed: HashMap<u32, (HostPid, TargetFd)>,
+    installed: HashMap<u32, (NsPid, TargetFd)>,
     /// Those that watch others and do so by now.
     watching: HashSet<u32>,
     /// Directories that processes stand in and that are not there yet.
@@ -77,12 +77,13 @@ impl<'a> Installer<'a> {
         policy: &Policy,
         entries: &'a [FileEntry],
         processes: Vec<Process<'a>>,
-        numbers: HashSet<i32>,
+        numbers: HashSet<NsPid>,
+        pids: PidMap,
     ) -> Self {
         let descriptors = processes.iter().flat_map(|process| process.fds);
         let highest = descriptors.map(|entry| entry.fd).max().unwrap_or(0);
         let lowest = i32::try_from(highest).unwrap_or(i32::MAX - 1) + 1;
-        let mut opened = Opened::new(images, policy.clone(), entries.to_vec());
+        let mut opened = Opened::new(images, policy.clone(), entries.to_vec(), pids);
         opened.processes = numbers;
         opened.holders = holders(&processes);
         opened.root_leads_group = processes.first().is_some_and(|root| root.group == root.pid);
@@ -319,12 +320,7 @@ impl<'a> Installer<'a> {
     ///
     /// # Errors
     /// [`FileError`].
-    pub fn install(
-        &mut self,
-        pid: HostPid,
-        fds: &[FdinfoEntry],
-        script: &mut Script,
-    ) -> Result<()> {
+    pub fn install(&mut self, pid: NsPid, fds: &[FdinfoEntry], script: &mut Script) -> Result<()> {
         let descriptions = &self.descriptions;
         let at = |id| Ok(TargetFd(description(descriptions, id)?.as_raw_fd()));
         for opener in &mut self.openers {
@@ -387,7 +383,8 @@ impl<'a> Installer<'a> {
                 }
                 (Late::Inside, Some((pid, number))) => {
                     let failed = |step| FileError::restore(id, step, format!("process {pid}"));
-                    let pidfd = process::pidfd_open(*pid).map_err(failed("open"))?;
+                    let pidfd =
+                        process::pidfd_open(self.opened.pids.host(*pid)).map_err(failed("open"))?;
                     let got = process::pidfd_getfd(&pidfd, *number);
                     got.map_err(failed("take a descriptor from"))?
                 }
@@ -411,7 +408,7 @@ impl<'a> Installer<'a> {
     /// [`FileError`].
     pub fn install_late(
         &mut self,
-        pid: HostPid,
+        pid: NsPid,
         fds: &[FdinfoEntry],
         fs: &FsEntry,
         script: &mut Script,
@@ -545,7 +542,7 @@ fn holders(processes: &[Process<'_>]) -> HashMap<u32, Holder> {
     let mut holders = HashMap::new();
     for process in processes {
         let Some(creds) = process.creds.cloned().map(Rc::new) else { continue };
-        let holder = Holder { pid: process.pid.0, creds };
+        let holder = Holder { pid: process.pid, creds };
         for id in process.fds.iter().map(|entry| entry.id).chain([NO_DESCRIPTION]) {
             holders.entry(id).or_insert_with(|| holder.clone());
         }

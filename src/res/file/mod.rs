@@ -41,7 +41,7 @@ use crate::{
     inject::Script,
     proc::FdInfo,
     sys::fds,
-    units::{HostPid, TargetFd},
+    units::{HostPid, NsPid, PidMap, TargetFd},
 };
 
 pub use self::{
@@ -168,7 +168,10 @@ pub trait Intake {
     fn entry(&mut self, id: u32) -> Option<&mut proto::FileEntry>;
 
     /// Whether a process or thread with this number is in the tree.
-    fn has_process(&self, pid: i32) -> bool;
+    fn has_process(&self, pid: NsPid) -> bool;
+
+    /// Returns the numbers that processes have in the images.
+    fn pids(&self) -> &PidMap;
 
     /// Returns the files without names that were found so far, of all kinds. Who
     /// owns the table writes it ([`Lost::write`]) after all kinds are finished.
@@ -231,9 +234,11 @@ pub struct Opened {
     /// Descriptions that stand for what cannot be opened yet.
     pub late: HashMap<u32, Late>,
     /// The processes and threads that will be there.
-    pub processes: HashSet<i32>,
+    pub processes: HashSet<NsPid>,
     /// Whether the first process of the tree leads its group.
     pub root_leads_group: bool,
+    /// Which process here each number in the images is.
+    pub pids: PidMap,
     /// A process that has each description; the other descriptions, which are queued
     /// somewhere, are taken to be of that of [`NO_DESCRIPTION`].
     pub holders: HashMap<u32, owner::Holder>,
@@ -252,7 +257,12 @@ pub enum Late {
 
 impl Opened {
     /// Returns a table without descriptions for the images in `images`.
-    pub fn new(images: &Path, policy: Policy, entries: Vec<proto::FileEntry>) -> Self {
+    pub fn new(
+        images: &Path,
+        policy: Policy,
+        entries: Vec<proto::FileEntry>,
+        pids: PidMap,
+    ) -> Self {
         let entries = entries.into_iter().map(|entry| (entry.id, entry)).collect();
         Self {
             images: images.to_owned(),
@@ -264,6 +274,7 @@ impl Opened {
             late: HashMap::new(),
             processes: HashSet::new(),
             root_leads_group: false,
+            pids,
             holders: HashMap::new(),
             fds: HashMap::new(),
         }
@@ -441,7 +452,7 @@ pub trait Opener {
     /// What `at` returns.
     fn prepare_process(
         &mut self,
-        _pid: HostPid,
+        _pid: NsPid,
         _at: &dyn Fn(u32) -> Result<TargetFd>,
         _script: &mut Script,
     ) -> Result<()> {

@@ -21,7 +21,7 @@ use nix::{
 };
 
 use super::{Description, FileError, Opened, Result};
-use crate::image::proto;
+use crate::{image::proto, units::NsPid};
 
 /// Permission bits of a file's mode.
 const PERMISSIONS: u32 = 0o7777;
@@ -30,7 +30,7 @@ const PERMISSIONS: u32 = 0o7777;
 #[derive(Clone, Debug, PartialEq)]
 pub struct Holder {
     /// The process.
-    pub pid: i32,
+    pub pid: NsPid,
     /// The credentials of its leader.
     pub creds: Rc<proto::CredsEntry>,
 }

@@ -31,7 +31,7 @@ use crate::{
         proto::{self, FdTypes},
     },
     proc,
-    units::{HostPid, TargetFd},
+    units::{HostPid, NsPid, TargetFd},
 };
 
 /// Types of file systems (`include/uapi/linux/magic.h`).
@@ -203,8 +203,9 @@ fn is_same(a: &libc::stat, b: &libc::stat) -> bool {
 }
 
 /// Returns the process or thread whose directory a path in `/proc` goes through.
-pub(super) fn process_of(path: &[u8]) -> Option<i32> {
-    path.strip_prefix(PROC)?.split(|byte| *byte == b'/').next().and_then(number)
+pub(super) fn process_of(path: &[u8]) -> Option<NsPid> {
+    let number = path.strip_prefix(PROC)?.split(|byte| *byte == b'/').next().and_then(number);
+    number.map(NsPid::of_image)
 }
 
 fn number(component: &[u8]) -> Option<i32> {

@@ -28,7 +28,7 @@ use crate::{
         fds,
         process::{self, Shared},
     },
-    units::{HostPid, TargetFd},
+    units::{HostPid, NsPid, PidMap, TargetFd},
 };
 
 /// The number in [`Description::number`] of files that are no descriptors.
@@ -44,8 +44,9 @@ pub struct FileTable {
 /// What is known so far.
 struct State {
     own: HostPid,
+    pids: PidMap,
     /// The processes and threads of the tree.
-    processes: HashSet<i32>,
+    processes: HashSet<NsPid>,
     next_id: u32,
     /// Descriptions by device and inode, in the order that the kernel has for them.
     known: HashMap<(u64, u64), Vec<(u32, OwnedFd)>>,
@@ -125,8 +126,12 @@ impl Intake for State {
         self.entries.iter_mut().find(|entry| entry.id == id)
     }
 
-    fn has_process(&self, pid: i32) -> bool {
+    fn has_process(&self, pid: NsPid) -> bool {
         self.processes.contains(&pid)
+    }
+
+    fn pids(&self) -> &PidMap {
+        &self.pids
     }
 
     fn lost(&mut self) -> &mut Lost {
@@ -146,13 +151,14 @@ impl std::fmt::Debug for FileTable {
 
 impl FileTable {
     /// Returns an empty table for a tree with these processes and threads.
-    pub fn new(policy: &Policy, processes: HashSet<i32>) -> Self {
+    pub fn new(policy: &Policy, pids: PidMap, processes: HashSet<NsPid>) -> Self {
         let own = HostPid(nix::unistd::getpid().as_raw());
         Self {
             own,
             collectors: KINDS.iter().map(|kind| Some((kind.collector)(policy))).collect(),
             state: State {
                 own,
+                pids,
                 processes,
                 next_id: 0,
                 known: HashMap::new(),
@@ -234,6 +240,7 @@ impl FileTable {
     }
 
     fn describe(
+        &self,
         id: u32,
         fd: OwnedFd,
         pid: HostPid,
@@ -248,7 +255,8 @@ impl FileTable {
         let stat = fstat(&fd).map_err(failed("look at", &link))?;
         let flags = fcntl(&fd, FcntlArg::F_GETFL).map_err(failed("read the flags of", &link))?;
         let flags = flags.cast_unsigned();
-        let fown = fown::read(fd.as_fd(), flags).map_err(failed("read the owner of", &link))?;
+        let fown = fown::read(fd.as_fd(), flags, &self.state.pids)
+            .map_err(failed("read the owner of", &link))?;
         Ok(Description { id, fd, pid, number, stat, flags, link, info, fown })
     }
 
@@ -261,7 +269,7 @@ impl FileTable {
         link: Vec<u8>,
         info: FdInfo,
     ) -> Result<()> {
-        let file = Self::describe(id, fd, pid, number, link, info)?;
+        let file = self.describe(id, fd, pid, number, link, info)?;
         let claimed = self
             .collectors
             .iter()

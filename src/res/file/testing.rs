@@ -18,7 +18,7 @@ use crate::{
     image::{Kind, SnapshotWriter, proto, read_all},
     proc::{self, FdInfo},
     sys::process,
-    units::{HostPid, TargetFd},
+    units::{HostPid, NsPid, PidMap, TargetFd},
 };
 
 fn own_pid() -> HostPid {
@@ -59,7 +59,11 @@ impl Tree {
     }
 
     fn collect(&self, images: &SnapshotWriter) -> Result<(FileTable, HashMap<u32, Before>)> {
-        let mut table = FileTable::new(&self.policy, HashSet::from([own_pid().0]));
+        let mut table = FileTable::new(
+            &self.policy,
+            PidMap::of_own_namespace(),
+            HashSet::from([NsPid::of_image(own_pid().0)]),
+        );
         let pidfd = process::pidfd_open(own_pid()).unwrap();
         let mut before = HashMap::new();
         for (id, fd) in &self.files {
@@ -170,10 +174,21 @@ impl Dumped {
     /// Opens everything.
     pub(super) fn open(&self) -> Result<Restored> {
         let fds: Vec<_> = self.before.values().map(|before| before.entry.clone()).collect();
-        let process = Process { pid: own_pid(), group: HostPid(0), creds: None, fds: &fds };
+        let process = Process {
+            pid: NsPid::of_image(own_pid().0),
+            group: NsPid::NONE,
+            creds: None,
+            fds: &fds,
+        };
         let (dir, policy) = (self.dir.path(), &self.policy);
-        let mut installer =
-            Installer::new(dir, policy, &self.entries, vec![process], HashSet::new());
+        let mut installer = Installer::new(
+            dir,
+            policy,
+            &self.entries,
+            vec![process],
+            HashSet::new(),
+            PidMap::of_own_namespace(),
+        );
         installer.open_descriptions()?;
         installer.open_late()?;
         installer.start()?;

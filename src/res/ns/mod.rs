@@ -17,7 +17,7 @@ use crate::{
     image::{ImageError, Kind as Image, SnapshotWriter, proto::TaskKobjIdsEntry, read_one},
     inject::{Answers, Script},
     proc,
-    units::HostPid,
+    units::{HostPid, NsPid},
 };
 
 /// A kind of namespace.
@@ -176,9 +176,9 @@ impl Wanted {
     ///
     /// # Errors
     /// What is wrong with the images.
-    pub fn read(images: &Path, dumper: Option<&TaskKobjIdsEntry>, pid: HostPid) -> Result<Self> {
+    pub fn read(images: &Path, dumper: Option<&TaskKobjIdsEntry>, pid: NsPid) -> Result<Self> {
         let Some(mut dumper) = dumper.copied() else { return Ok(Self::default()) };
-        let path = images.join(Image::Ids.file_name(u64::from(pid.0.cast_unsigned())));
+        let path = images.join(Image::Ids.file_name(pid.image().into()));
         let mut ids: TaskKobjIdsEntry = match read_one(&path, Image::Ids) {
             // Images of before have none.
             Err(error) if error.is_missing() => return Ok(Self::default()),

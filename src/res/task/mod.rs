@@ -26,7 +26,7 @@ use crate::{
     image::proto::{CoreEntry, MmEntry, RcriuAttribute, TaskCoreEntry},
     inject::{Answers, Script},
     proc::{Mapping, Stat},
-    units::HostPid,
+    units::{HostPid, NsPid, PidMap},
 };
 
 pub use crate::image::tree::state::{ALIVE, DEAD, STOPPED};
@@ -119,6 +119,8 @@ pub struct Stopped<'a> {
     pub stat: &'a Stat,
     /// Its mappings.
     pub mappings: &'a [Mapping],
+    /// The numbers that processes have in the images.
+    pub pids: &'a PidMap,
     /// What the memory told that was mapped to ask it.
     pub lock_later: memory::LockLater,
 }
@@ -137,8 +139,10 @@ pub struct Images {
 /// A new process that is to become one of the images.
 #[derive(Clone, Copy, Debug)]
 pub struct Restored<'a> {
-    /// The process.
-    pub pid: HostPid,
+    /// The process in the images.
+    pub pid: NsPid,
+    /// The process here.
+    pub host: HostPid,
     /// The core of its first thread.
     pub core: &'a CoreEntry,
     /// Its address space.

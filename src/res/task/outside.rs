@@ -23,7 +23,7 @@ impl Kind for Outside {
 
     fn set(&self, of: &Restored<'_>, _: &mut Calls<'_>) -> Result<()> {
         let Some(task) = &of.core.tc else { return Ok(()) };
-        let pid = of.pid;
+        let pid = of.host;
         if let Some(adjustment) = task.oom_score_adj
             && proc::oom_score_adj(pid)? != adjustment
         {

@@ -5,7 +5,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::{
     inject::{Answers, Buffer, CallId, Script},
-    units::HostPid,
+    units::NsPid,
 };
 
 /// `P_PID` (`linux/wait.h`).
@@ -51,10 +51,10 @@ pub struct Asked {
 }
 
 /// Adds the question, which changes nothing.
-pub fn ask(child: HostPid, script: &mut Script) -> Asked {
+pub fn ask(child: NsPid, script: &mut Script) -> Asked {
     let info = script.space(INFO_BYTES);
     let flags = libc::WSTOPPED | libc::WCONTINUED | libc::WNOWAIT | libc::WNOHANG | libc::__WALL;
-    let arguments = [P_PID.into(), child.0.into(), info.into(), flags.into()];
+    let arguments = [P_PID.into(), child.into(), info.into(), flags.into()];
     Asked { call: script.attempt(libc::SYS_waitid, &arguments), info }
 }
 
@@ -70,9 +70,9 @@ pub fn collect(asked: Asked, answers: &Answers) -> Option<Untold> {
 }
 
 /// Adds the call by which a parent is told that a child has stopped.
-pub fn tell(child: HostPid, script: &mut Script) {
+pub fn tell(child: NsPid, script: &mut Script) {
     let flags = libc::WSTOPPED | libc::WNOHANG | libc::__WALL;
-    let arguments = [P_PID.into(), child.0.into(), 0.into(), flags.into()];
+    let arguments = [P_PID.into(), child.into(), 0.into(), flags.into()];
     script.attempt(libc::SYS_waitid, &arguments);
 }
 

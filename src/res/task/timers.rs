@@ -12,6 +12,7 @@ use crate::{
     proc::{self, PosixTimer},
     res::{ResError, Result, calls::Calls},
     sys::Features,
+    units::{NsPid, PidMap},
 };
 
 /// `PR_TIMER_CREATE_RESTORE_IDS` (`linux/prctl.h`, since Linux 6.15): a new timer
@@ -47,6 +48,7 @@ struct Event {
     value: u64,
     signal: u32,
     notify: u32,
+    /// Of the process's own pid namespace.
     thread: i32,
     padding: [u32; 11],
 }
@@ -63,8 +65,8 @@ impl Kind for Timers {
             timers => timers?,
         };
         let asked = ask(posix, script);
-        Ok(Box::new(move |_, answers, images| {
-            images.core.timers = Some(collect(&asked, answers));
+        Ok(Box::new(move |of, answers, images| {
+            images.core.timers = Some(collect(&asked, answers, of.pids));
             Ok(())
         }))
     }
@@ -113,7 +115,7 @@ fn ask(posix: Vec<PosixTimer>, script: &mut Script) -> Asked {
 }
 
 /// Returns what an image says of the timers of a process.
-fn collect(asked: &Asked, answers: &Answers) -> proto::TaskTimersEntry {
+fn collect(asked: &Asked, answers: &Answers, pids: &PidMap) -> proto::TaskTimersEntry {
     let [real, virt, prof] = asked.intervals.map(|buffer| {
         let times: Times = answers.value(buffer);
         running(proto::ItimerEntry {
@@ -137,7 +139,10 @@ fn collect(asked: &Asked, answers: &Answers) -> proto::TaskTimersEntry {
             insec: times.interval_fraction,
             vsec: times.value_s,
             vnsec: times.value_fraction,
-            notify_thread_id: timer.notify.is_for_thread().then_some(timer.notify_pid).flatten(),
+            notify_thread_id: timer
+                .notify_pid
+                .filter(|_| timer.notify.is_for_thread())
+                .map(|tid| pids.ns(tid).raw()),
         }
     };
     proto::TaskTimersEntry { real, virt, prof, posix: asked.posix.iter().map(entry).collect() }
@@ -214,7 +219,7 @@ impl Iterator for Creation {
                     value: entry.sival_ptr,
                     signal: entry.si_signo,
                     notify: entry.it_sigev_notify,
-                    thread: entry.notify_thread_id.unwrap_or(0),
+                    thread: entry.notify_thread_id.map_or(0, |tid| NsPid::of_image(tid).raw()),
                     padding: [0; 11],
                 };
                 make(&mut script, entry.it_id, entry.clock_id, event);

@@ -19,7 +19,7 @@ use crate::{
     image::proto::{self, CoreEntry, ThreadCoreEntry},
     inject::{Answers, Script, Tracee},
     proc::Status,
-    units::HostPid,
+    units::{HostPid, NsPid},
 };
 
 /// Every kind, in the order in which it is asked and set.
@@ -65,11 +65,12 @@ pub trait Kind: Sync {
         Ok(())
     }
 
-    /// Restore: sets, from outside, with what a thread goes on that makes no more calls.
+    /// Restore: sets, from outside, with what a thread goes on that makes no more calls: `of`
+    /// of the images, which is `tid` here.
     ///
     /// # Errors
     /// What cannot be set.
-    fn dress(&self, _core: &CoreEntry, _tid: HostPid) -> Result<()> {
+    fn dress(&self, _core: &CoreEntry, _of: NsPid, _tid: HostPid) -> Result<()> {
         Ok(())
     }
 }
@@ -109,10 +110,14 @@ pub struct Stopped<'a> {
 /// A new thread that is to become one of the images.
 #[derive(Clone, Copy, Debug)]
 pub struct Restored<'a> {
-    /// Its process.
-    pub pid: HostPid,
-    /// The thread.
-    pub tid: HostPid,
+    /// Its process in the images.
+    pub pid: NsPid,
+    /// The thread in the images.
+    pub tid: NsPid,
+    /// Its process here.
+    pub host_pid: HostPid,
+    /// The thread here.
+    pub host_tid: HostPid,
     /// What the images say of it.
     pub core: &'a CoreEntry,
     /// Whether its session is one of the tree, and not that of this program.
@@ -145,12 +150,13 @@ pub fn collect(kinds: Vec<Collect>, of: &Stopped<'_>, answers: &Answers) -> Resu
     Ok(core)
 }
 
-/// Gives a thread that makes no more calls what it goes on with.
+/// Gives a thread that makes no more calls what it goes on with: `of` of the images, which is
+/// `tid` here.
 ///
 /// # Errors
 /// What cannot be set.
-pub fn dress(core: &CoreEntry, tid: HostPid) -> Result<()> {
-    KINDS.iter().try_for_each(|kind| kind.dress(core, tid))
+pub fn dress(core: &CoreEntry, of: NsPid, tid: HostPid) -> Result<()> {
+    KINDS.iter().try_for_each(|kind| kind.dress(core, of, tid))
 }
 
 /// Returns what a core says of its thread alone, to fill it in.

@@ -7,7 +7,7 @@ use crate::{
     inject::{Script, registers_to_resume},
     res::{ResError, Result},
     sys::ptrace,
-    units::HostPid,
+    units::{HostPid, NsPid},
 };
 
 /// The kind.
@@ -30,9 +30,9 @@ impl Kind for Registers {
         })
     }
 
-    fn dress(&self, core: &CoreEntry, tid: HostPid) -> Result<()> {
+    fn dress(&self, core: &CoreEntry, of: NsPid, tid: HostPid) -> Result<()> {
         let failed = |step| move |source| ResError::Thread { tid, step, source };
-        let wrong = |problem: String| ResError::Image { pid: tid, problem };
+        let wrong = |problem: String| ResError::Image { pid: of, problem };
         let mut extended =
             ptrace::extended_registers(tid).map_err(failed("read the registers of"))?;
         let mut regs = ptrace::registers(tid).map_err(failed("read the registers of"))?;

@@ -8,7 +8,7 @@ use crate::{
     inject::Script,
     res::{ResError, Result, calls::Calls},
     sys::{process, ptrace},
-    units::{HostPid, RemoteAddr},
+    units::{HostPid, NsPid, RemoteAddr},
 };
 
 /// The kind.
@@ -42,7 +42,7 @@ impl Kind for Rseq {
         Ok(())
     }
 
-    fn dress(&self, core: &CoreEntry, tid: HostPid) -> Result<()> {
+    fn dress(&self, core: &CoreEntry, _of: NsPid, tid: HostPid) -> Result<()> {
         if let Some(rseq) = entry(core)
             && let Some(section) = rseq.rseq_cs_pointer
         {

@@ -35,7 +35,7 @@ impl Kind for Scheduling {
 
     fn set(&self, of: &Restored<'_>, _: &mut Calls<'_>) -> Result<()> {
         let Some(thread) = &of.core.thread_core else { return Ok(()) };
-        let tid = of.tid;
+        let tid = of.host_tid;
         let step = "set the scheduling of";
         let failed = |source| ResError::Thread { tid, step, source };
         let now = process::scheduling(tid).map_err(failed)?;

@@ -15,9 +15,12 @@ use std::{
 use nix::sys::stat::Mode;
 
 use super::*;
-use crate::res::file::{
-    ghost,
-    testing::{Tree, stat},
+use crate::{
+    res::file::{
+        ghost,
+        testing::{Tree, stat},
+    },
+    units::{NsPid, PidMap},
 };
 
 fn bytes(path: &Path) -> &[u8] {
@@ -121,7 +124,8 @@ fn what_is_there_instead_of_a_file_is_not_opened() {
         nix::unistd::mkfifo(&path, Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
         let entry =
             proto::RegFileEntry { id: 7, name: bytes(&path).to_vec(), mode, ..Default::default() };
-        let mut opened = Opened::new(dir.path(), Policy::default(), Vec::new());
+        let mut opened =
+            Opened::new(dir.path(), Policy::default(), Vec::new(), PidMap::of_own_namespace());
         let problem =
             path::open_entry(&entry, libc::O_RDONLY, &mut opened).unwrap_err().to_string();
         let expected = format!("{} is a FIFO, but was {was}", path.display());
@@ -250,8 +254,8 @@ fn devices_are_refused_by_name() {
 
 #[test]
 fn processes_in_proc_are_opened_when_they_are_there() {
-    assert_eq!(path::process_of(b"/proc/12/maps"), Some(12));
-    assert_eq!(path::process_of(b"/proc/12"), Some(12));
+    assert_eq!(path::process_of(b"/proc/12/maps"), Some(NsPid::of_image(12)));
+    assert_eq!(path::process_of(b"/proc/12"), Some(NsPid::of_image(12)));
     assert_eq!(path::process_of(b"/proc/12x"), None);
     assert_eq!(path::process_of(b"/proc/sys"), None);
 
@@ -259,11 +263,12 @@ fn processes_in_proc_are_opened_when_they_are_there() {
     let reg = proto::RegFileEntry { id: 1, name, ..Default::default() };
     let entry = proto::FileEntry { id: 1, reg: Some(reg), ..Default::default() };
     let dir = tempfile::tempdir().unwrap();
-    let mut opened = Opened::new(dir.path(), Policy::default(), vec![entry.clone()]);
+    let mut opened =
+        Opened::new(dir.path(), Policy::default(), vec![entry.clone()], PidMap::of_own_namespace());
     let mut files = RegularFiles;
     let error = files.open(std::slice::from_ref(&entry), &mut opened).unwrap_err().to_string();
     assert!(error.contains("there is no process 4194304"), "{error}");
-    opened.processes.insert(4_194_304);
+    opened.processes.insert(NsPid::of_image(4_194_304));
     files.open(std::slice::from_ref(&entry), &mut opened).unwrap();
     assert!(opened.contains(1) && opened.late.get(&1) == Some(&Late::ByPath));
 }

@@ -22,6 +22,7 @@ use crate::{
     image::proto::{SkOptionEntry, SkPeerEntry, SkStateEntry},
     res::file::{Description, Result},
     sys::socket,
+    units::{HostPid, PidMap},
 };
 
 /// `asm-generic/socket.h`, since Linux 4.13.
@@ -275,12 +276,7 @@ impl AttributeReader {
                 log::warn!("{what} has {called}, for which images have no place: it will be lost");
             }
         }
-        let peer = if family == libc::AF_UNIX {
-            peer(fd).map_err(file.failed("ask for the peer's credentials of"))?
-        } else {
-            None
-        };
-        Ok(SkStateEntry { peek_off: peek_offset(fd), peer, options, ..SkStateEntry::default() })
+        Ok(SkStateEntry { peek_off: peek_offset(fd), options, ..SkStateEntry::default() })
     }
 }
 
@@ -288,7 +284,7 @@ impl AttributeReader {
 ///
 /// # Errors
 /// What `getsockopt(2)` returns.
-fn peer(fd: BorrowedFd) -> nix::Result<Option<SkPeerEntry>> {
+pub(super) fn peer(fd: BorrowedFd, pids: &PidMap) -> nix::Result<Option<SkPeerEntry>> {
     let [pid, uid, gid]: [u32; 3] = socket::option(fd, libc::SOL_SOCKET, libc::SO_PEERCRED)?;
     if pid == 0 && uid == NO_ID {
         return Ok(None);
@@ -298,7 +294,8 @@ fn peer(fd: BorrowedFd) -> nix::Result<Option<SkPeerEntry>> {
     let len = socket::option_bytes(fd, libc::SOL_SOCKET, SO_PEERGROUPS, &mut groups).unwrap_or(0);
     let word = |bytes: &[u8]| u32::from_ne_bytes(bytes.try_into().expect("chunks of 4"));
     let groups = groups[..len].chunks_exact(size_of::<u32>()).map(word).collect();
-    Ok(Some(SkPeerEntry { pid: pid.cast_signed(), uid, gid, groups }))
+    let pid = pids.ns(HostPid(pid.cast_signed())).raw();
+    Ok(Some(SkPeerEntry { pid, uid, gid, groups }))
 }
 
 /// Returns `SO_PEEK_OFF` if it is in use.

@@ -75,7 +75,7 @@ impl Collector for Terminals {
             intake.push(path_entry);
             entry.regf_id = Some(path);
         }
-        let (session, foreground) = session(file)?;
+        let [session, foreground] = session(file)?.map(|pid| intake.pids().ns(pid).image());
         match self.infos.get_mut(&info_id) {
             Some((info, _)) if info.sid == 0 => {
                 (info.sid, info.pgrp) = (session, foreground);
@@ -212,24 +212,25 @@ fn fd(file: &Description) -> std::os::fd::BorrowedFd<'_> {
 
 /// Returns the session that a terminal controls, and the group in the foreground;
 /// 0 for none.
-fn session(file: &Description) -> Result<(u32, u32)> {
+fn session(file: &Description) -> Result<[HostPid; 2]> {
+    const NONE: HostPid = HostPid(0);
     let ask = |question| match tty::ask(fd(file), question) {
-        Ok(answer) => Ok(answer.max(0).cast_unsigned()),
-        Err(Errno::ENOTTY | Errno::EIO) => Ok(0),
+        Ok(answer) => Ok(HostPid(answer)),
+        Err(Errno::ENOTTY | Errno::EIO) => Ok(NONE),
         Err(errno) => Err(file.failed("read the session of")(errno)),
     };
     let asked = ask(Question::Session)?;
-    if asked != 0 && Role::of(file.stat.st_rdev) == Some(Role::Master) {
-        return Ok((asked, ask(Question::Foreground)?));
+    if asked.0 > 0 && Role::of(file.stat.st_rdev) == Some(Role::Master) {
+        return Ok([asked, ask(Question::Foreground)?]);
     }
     // The others tell only who has them as controlling terminal.
     let stat = proc::stat(file.pid)?;
     let is_it = u64::from(stat.tty_nr) == file.stat.st_rdev
         || stat.tty_nr != 0 && Role::of(file.stat.st_rdev) == Some(Role::Controlling);
     if !is_it {
-        return Ok((0, 0));
+        return Ok([NONE; 2]);
     }
-    Ok((stat.session.max(0).cast_unsigned(), stat.tpgid.max(0).cast_unsigned()))
+    Ok([stat.session, stat.tpgid])
 }
 
 /// Returns how many bytes can be read from a terminal.

@@ -28,7 +28,7 @@ use crate::{
     inject::Script,
     res::file::{FileError, Late, Opened, Opener, Result, descriptor, late},
     sys::tty::{self, Question, Switch, Termios, WindowSize},
-    units::{HostPid, TargetFd},
+    units::{NsPid, TargetFd},
 };
 
 /// How many pseudoterminals are made, and dropped again, to get at one with a
@@ -132,22 +132,22 @@ impl Opener for Opening {
 
     fn prepare_process(
         &mut self,
-        pid: HostPid,
+        pid: NsPid,
         _at: &dyn Fn(u32) -> Result<TargetFd>,
         script: &mut Script,
     ) -> Result<()> {
         for terminal in &self.controlling {
-            if i64::from(terminal.session) == i64::from(pid.0) {
+            if terminal.session == pid {
                 let fd = TargetFd(terminal.fd.as_raw_fd());
                 take_control(fd, script);
-                if terminal.foreground != 0 {
-                    set_foreground(fd, terminal.foreground, script);
+                if let Some(group) = terminal.foreground {
+                    set_foreground(fd, group, script);
                 }
             }
         }
         if let Some(fd) = self.inherited.take() {
             // As the shell would have done for its job.
-            set_foreground(TargetFd(fd.as_raw_fd()), pid.0.cast_unsigned(), script);
+            set_foreground(TargetFd(fd.as_raw_fd()), pid, script);
         }
         Ok(())
     }
@@ -465,9 +465,9 @@ fn finish(info: &proto::TtyInfoEntry, id: u32, opened: &Opened) -> Result<()> {
 /// A terminal that has to become the controlling one of a session.
 #[derive(Debug)]
 pub(super) struct Controlling {
-    session: u32,
-    /// The group in the foreground; 0 for none.
-    foreground: u32,
+    session: NsPid,
+    /// The group in the foreground, if there is one.
+    foreground: Option<NsPid>,
     /// A descriptor of it: the session's leader needs one at some number.
     fd: OwnedFd,
 }
@@ -502,8 +502,9 @@ pub(super) fn controlling(opened: &Opened) -> Result<Vec<Controlling>> {
                 None => continue,
             },
         };
-        let (session, foreground) = (info.sid, info.pgrp);
-        found.insert(session, Controlling { session, foreground, fd });
+        let session = NsPid::of_image(info.sid);
+        let foreground = Some(NsPid::of_image(info.pgrp)).filter(|group| *group != NsPid::NONE);
+        found.insert(info.sid, Controlling { session, foreground, fd });
     }
     Ok(found.into_values().collect())
 }
@@ -551,8 +552,8 @@ fn take_control(fd: TargetFd, script: &mut Script) {
 
 /// Adds the call that puts a group, which exists by then, into the foreground of
 /// the controlling terminal at `fd`. `SIGTTOU` must be blocked.
-fn set_foreground(fd: TargetFd, group: u32, script: &mut Script) {
-    let group = script.bytes(&group.to_ne_bytes());
+fn set_foreground(fd: TargetFd, group: NsPid, script: &mut Script) {
+    let group = script.bytes(&group.raw().to_ne_bytes());
     let arguments = [fd.0.into(), tty::TIOCSPGRP.into(), group.into()];
     script.call("set the group in the foreground", libc::SYS_ioctl, &arguments);
 }

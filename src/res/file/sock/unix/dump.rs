@@ -215,6 +215,8 @@ impl Collector for UnixCollector {
             is_datagram,
         });
         let mut state = self.states.read(file, &what)?;
+        state.peer = attributes::peer(fd, intake.pids())
+            .map_err(file.failed("ask for the peer's credentials of"))?;
         if is_datagram || u32::from(socket.state) == state::ESTABLISHED {
             let (packets, error) = queue::peek(file, socket.kind.into(), &what, intake)?;
             self.queues.push((file.id, packets));

@@ -30,7 +30,7 @@ use crate::{
     proc,
     res::file::{FileError, Opened, Result, owner::Holder, sock::opts::Restored},
     sys::{fds, socket},
-    units::HostPid,
+    units::{HostPid, NsPid, PidMap},
 };
 
 /// An id that means none, and for calls that nothing changes.
@@ -39,7 +39,8 @@ const NO_ID: u32 = u32::MAX;
 /// Returns what a call of a process of the tree would leave.
 pub(super) fn of_holder(holder: &Holder) -> SkPeerEntry {
     let creds = &holder.creds;
-    SkPeerEntry { pid: holder.pid, uid: creds.euid, gid: creds.egid, groups: creds.groups.clone() }
+    let pid = holder.pid.raw();
+    SkPeerEntry { pid, uid: creds.euid, gid: creds.egid, groups: creds.groups.clone() }
 }
 
 /// Who makes a call.
@@ -47,16 +48,17 @@ pub(super) fn of_holder(holder: &Holder) -> SkPeerEntry {
 pub(super) struct Caller {
     pub(super) peer: SkPeerEntry,
     /// The pid to take if that one is not to be had.
-    pub(super) instead: Option<i32>,
+    pub(super) instead: Option<NsPid>,
 }
 
 /// Returns the credentials of this program.
 ///
 /// # Errors
 /// Those of reading `/proc`.
-pub(super) fn own() -> Result<SkPeerEntry> {
-    let pid = nix::unistd::getpid().as_raw();
-    let status = proc::status(HostPid(pid))?;
+pub(super) fn own(pids: &PidMap) -> Result<SkPeerEntry> {
+    let pid = HostPid(nix::unistd::getpid().as_raw());
+    let status = proc::status(pid)?;
+    let pid = pids.ns(pid).raw();
     let (uid, gid) = (status.uids.effective, status.gids.effective);
     Ok(SkPeerEntry { pid, uid, gid, groups: status.groups })
 }
@@ -90,19 +92,21 @@ fn change(script: &mut Script, with_groups: bool, to: &SkPeerEntry) {
 pub(super) struct Callers {
     own: SkPeerEntry,
     /// By pid; why there is none to be had.
-    helpers: HashMap<i32, Result<Helper, String>>,
+    helpers: HashMap<NsPid, Result<Helper, String>>,
     /// The pids of the tree.
-    tree: HashSet<i32>,
+    tree: HashSet<NsPid>,
+    pids: PidMap,
 }
 
 impl Callers {
     pub(super) fn new(opened: &Opened) -> Result<Self> {
         let tree = opened.holders.values().map(|holder| holder.pid).collect();
-        Ok(Self { own: own()?, helpers: HashMap::new(), tree })
+        let pids = opened.pids.clone();
+        Ok(Self { own: own(&pids)?, helpers: HashMap::new(), tree, pids })
     }
 
     /// Whether a pid will be one of the tree.
-    pub(super) fn is_of_tree(&self, pid: i32) -> bool {
+    pub(super) fn is_of_tree(&self, pid: NsPid) -> bool {
         self.tree.contains(&pid)
     }
 
@@ -112,12 +116,12 @@ impl Callers {
     }
 
     /// Whether calls can be made with this pid.
-    pub(super) fn can_be(&mut self, pid: i32) -> bool {
+    pub(super) fn can_be(&mut self, pid: NsPid) -> bool {
         let place = self.helpers.entry(pid).or_insert_with(|| {
-            if pid <= 0 {
+            if pid.raw() <= 0 {
                 return Err("it is of another namespace".into());
             }
-            Helper::spawn(HostPid(pid)).map_err(|error| with_sources(&error))
+            Helper::spawn(self.pids.host(pid)).map_err(|error| with_sources(&error))
         });
         place.is_ok()
     }
@@ -132,21 +136,21 @@ impl Callers {
         add: impl FnOnce(&mut Script) -> Box<dyn FnOnce(&crate::inject::Answers) -> T>,
     ) -> Result<Option<T>> {
         let Some(Caller { peer, instead }) = caller else { return Ok(None) };
-        let candidates = [Some(peer.pid), *instead].into_iter().flatten();
-        let found = candidates.into_iter().find(|pid| self.can_be(*pid));
+        let shown = NsPid::of_image(peer.pid);
+        let candidates = [Some(shown), *instead].into_iter().flatten();
+        let found = candidates.clone().find(|pid| self.can_be(*pid));
         let Some(pid) = found else {
             // Those of the tree are free now, and have to be.
-            let of_tree = [Some(peer.pid), *instead].into_iter().flatten();
-            for pid in of_tree.filter(|pid| self.is_of_tree(*pid)) {
+            for pid in candidates.filter(|pid| self.is_of_tree(*pid)) {
                 if let Some(Err(why)) = self.helpers.get(&pid) {
                     let problem = format!("no process {pid} can be made to {step} it: {why}");
                     return Err(restored.wrong(problem));
                 }
             }
-            warn_of_peer(restored, peer, self.own.pid);
+            warn_of_peer(restored, peer, NsPid::of_image(self.own.pid));
             return Ok(None);
         };
-        if pid != peer.pid {
+        if pid != shown {
             warn_of_peer(restored, peer, pid);
         }
         let helper = self.helpers.get_mut(&pid);
@@ -269,7 +273,7 @@ impl Callers {
     }
 }
 
-fn warn_of_peer(restored: &Restored, peer: &SkPeerEntry, pid: i32) {
+fn warn_of_peer(restored: &Restored, peer: &SkPeerEntry, pid: NsPid) {
     log::warn!(
         "{}: SO_PEERCRED named process {}, which is not in the tree and whose number another \
          process has: it will name {pid}; programs that believe this pid must be started again",

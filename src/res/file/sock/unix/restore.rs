@@ -47,7 +47,7 @@ use crate::{
         },
     },
     sys::socket,
-    units::{HostPid, TargetFd},
+    units::{NsPid, TargetFd},
 };
 
 /// Restores UNIX sockets.
@@ -102,12 +102,12 @@ impl Opener for UnixOpener {
 
     fn prepare_process(
         &mut self,
-        pid: HostPid,
+        pid: NsPid,
         at: &dyn Fn(u32) -> Result<TargetFd>,
         script: &mut Script,
     ) -> Result<()> {
         for Listening { id, backlog, peer } in &self.listening {
-            if peer.pid != pid.0 {
+            if NsPid::of_image(peer.pid) != pid {
                 continue;
             }
             peer::become_peer(&self.own, peer, script);
@@ -441,11 +441,12 @@ impl Sockets {
                 continue;
             }
             let Some(caller) = socket.caller_shown_by(socket) else { continue };
-            let pids = [Some(caller.peer.pid), caller.instead];
+            let shown = NsPid::of_image(caller.peer.pid);
+            let pids = [Some(shown), caller.instead];
             if let Some(pid) = pids.into_iter().flatten().find(|pid| callers.is_of_tree(*pid))
-                && (pid == caller.peer.pid || !callers.can_be(caller.peer.pid))
+                && (pid == shown || !callers.can_be(shown))
             {
-                let peer = proto::SkPeerEntry { pid, ..caller.peer };
+                let peer = proto::SkPeerEntry { pid: pid.raw(), ..caller.peer };
                 left.push(Listening { id: entry.id, backlog: entry.backlog, peer });
             } else {
                 callers.listen(Some(&caller), socket.fd()?, entry.backlog, &socket.restored)?;

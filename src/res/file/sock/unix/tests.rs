@@ -32,6 +32,7 @@ use crate::{
         sock::testing::{dump, odd_options, option, receive_all, refused, set_odd_options, unix},
     },
     sys::socket,
+    units::{NsPid, PidMap, TargetFd},
 };
 
 fn pair(kind: SockType) -> (OwnedFd, OwnedFd) {
@@ -504,16 +505,18 @@ fn the_process_that_listened_listens_once_more() {
     let own = std::process::id().cast_signed();
     assert_eq!(dumped.entries[0].sock.as_ref().unwrap().peer.as_ref().unwrap().pid, own);
     let entries = dumped.entries.clone();
-    let mut opened = Opened::new(dumped.images(), defaults(), entries.clone());
+    let mut opened =
+        Opened::new(dumped.images(), defaults(), entries.clone(), PidMap::of_own_namespace());
     let creds = std::rc::Rc::new(proto::CredsEntry::default());
-    opened.holders =
-        [0, 1].map(|id| (dumped.entry(id).id, Holder { pid: own, creds: creds.clone() })).into();
+    opened.holders = [0, 1]
+        .map(|id| (dumped.entry(id).id, Holder { pid: NsPid::of_image(own), creds: creds.clone() }))
+        .into();
     let mut opener = (super::KIND.opener)(&defaults());
     opener.open(&entries, &mut opened).unwrap();
     let calls = [own, own + 1].map(|pid| {
         let mut script = crate::inject::Script::new();
-        let at = |_| Ok(crate::units::TargetFd(3));
-        opener.prepare_process(crate::units::HostPid(pid), &at, &mut script).unwrap();
+        let at = |_| Ok(TargetFd(3));
+        opener.prepare_process(NsPid::of_image(pid), &at, &mut script).unwrap();
         script.is_empty()
     });
     assert_eq!(calls, [false, true]);
