@@ -69,10 +69,10 @@ impl TaskPlan {
     }
 
     /// Returns what concerns its files, if it lives.
-    fn file_user(&self) -> Option<file::Process<'_>> {
+    fn file_user(&self) -> Option<file::FileUser<'_>> {
         let body = self.body.as_ref()?;
         let creds = self.core().thread_core.as_ref().and_then(|core| core.creds.as_ref());
-        Some(file::Process { pid: self.pid, group: self.group, creds, fds: &body.fds })
+        Some(file::FileUser { pid: self.pid, group: self.group, creds, fds: &body.fds })
     }
 
     /// Returns the process's state, see [`crate::image::tree::state`].

@@ -29,7 +29,7 @@ use crate::{
 
 /// A process of the tree, as far as it matters for its files.
 #[derive(Clone, Copy, Debug)]
-pub struct Process<'a> {
+pub struct FileUser<'a> {
     /// Its number.
     pub pid: NsPid,
     /// Its process group.
@@ -43,7 +43,7 @@ pub struct Process<'a> {
 /// All open files of the tree.
 pub struct Installer<'a> {
     /// The processes that live, in the order of the images.
-    processes: Vec<Process<'a>>,
+    processes: Vec<FileUser<'a>>,
     /// The entries of `files.img`.
     entries: &'a [FileEntry],
     /// What was opened so far.
@@ -76,7 +76,7 @@ impl<'a> Installer<'a> {
         images: &Path,
         policy: &Policy,
         entries: &'a [FileEntry],
-        processes: Vec<Process<'a>>,
+        processes: Vec<FileUser<'a>>,
         numbers: HashSet<NsPid>,
         pids: PidMap,
     ) -> Self {
@@ -538,7 +538,7 @@ fn description(descriptions: &HashMap<u32, OwnedFd>, id: u32) -> Result<Borrowed
 
 /// Returns the first process that has each description, and the first of all for those that
 /// none has.
-fn holders(processes: &[Process<'_>]) -> HashMap<u32, Holder> {
+fn holders(processes: &[FileUser<'_>]) -> HashMap<u32, Holder> {
     let mut holders = HashMap::new();
     for process in processes {
         let Some(creds) = process.creds.cloned().map(Rc::new) else { continue };

@@ -47,7 +47,7 @@ use crate::{
 pub use self::{
     error::{FileError, Result},
     ghost::{Lost, Revived},
-    install::{Installer, Process},
+    install::{FileUser, Installer},
     path::path_id,
     table::FileTable,
     validation::{BuildIds, Validation},

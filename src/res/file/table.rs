@@ -38,11 +38,11 @@ const NO_DESCRIPTOR: TargetFd = TargetFd(-1);
 pub struct FileTable {
     own: HostPid,
     collectors: Vec<Option<Box<dyn Collector>>>,
-    state: State,
+    state: Known,
 }
 
 /// What is known so far.
-struct State {
+struct Known {
     own: HostPid,
     pids: PidMap,
     /// The processes and threads of the tree.
@@ -69,7 +69,7 @@ struct Pending {
     pid: HostPid,
 }
 
-impl State {
+impl Known {
     fn new_id(&mut self) -> u32 {
         self.next_id += 1;
         self.next_id
@@ -105,7 +105,7 @@ impl State {
     }
 }
 
-impl Intake for State {
+impl Intake for Known {
     fn enter(&mut self, fd: OwnedFd, from: &Description) -> Result<u32> {
         let (id, new) = self.identify(fd)?;
         if let Some(fd) = new {
@@ -156,7 +156,7 @@ impl FileTable {
         Self {
             own,
             collectors: KINDS.iter().map(|kind| Some((kind.collector)(policy))).collect(),
-            state: State {
+            state: Known {
                 own,
                 pids,
                 processes,

@@ -13,7 +13,7 @@ use nix::{
 };
 use tempfile::TempDir;
 
-use super::{FileError, FileTable, Installer, Opened, Policy, Process, Result};
+use super::{FileError, FileTable, FileUser, Installer, Opened, Policy, Result};
 use crate::{
     image::{Kind, SnapshotWriter, proto, read_all},
     proc::{self, FdInfo},
@@ -174,7 +174,7 @@ impl Dumped {
     /// Opens everything.
     pub(super) fn open(&self) -> Result<Restored> {
         let fds: Vec<_> = self.before.values().map(|before| before.entry.clone()).collect();
-        let process = Process {
+        let process = FileUser {
             pid: NsPid::of_image(own_pid().0),
             group: NsPid::NONE,
             creds: None,

@@ -17,7 +17,7 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
 
-use super::opts::{self, Restored};
+use super::opts::{self, Subject};
 use crate::{
     image::proto::{SkOptionEntry, SkPeerEntry, SkStateEntry},
     res::file::{Description, Result},
@@ -311,7 +311,7 @@ pub(super) fn peek_offset(fd: BorrowedFd) -> Option<c_int> {
 pub(super) fn restore_options(
     fd: BorrowedFd,
     state: Option<&SkStateEntry>,
-    restored: &Restored,
+    restored: &Subject,
 ) -> Result<()> {
     for SkOptionEntry { level, name, value: wanted } in state.iter().flat_map(|s| &s.options) {
         if !OPTIONS.iter().any(|(of, names)| of == level && names.contains(name)) {
@@ -323,7 +323,7 @@ pub(super) fn restore_options(
         }
         if let Err(errno) = socket::set_option(fd, *level, *name, wanted.as_slice()) {
             let object = format!("option {name} of level {level} of {}", restored.object);
-            return Err(Restored { id: restored.id, object }.failed("set")(errno));
+            return Err(Subject { id: restored.id, object }.failed("set")(errno));
         }
     }
     Ok(())
@@ -336,7 +336,7 @@ pub(super) fn restore_options(
 pub(super) fn restore_peek_offset(
     fd: BorrowedFd,
     state: Option<&SkStateEntry>,
-    restored: &Restored,
+    restored: &Subject,
 ) -> Result<()> {
     let Some(offset) = state.and_then(|state| state.peek_off) else { return Ok(()) };
     socket::set_option(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, &offset)

@@ -13,7 +13,7 @@ use nix::{
 
 use super::{
     attributes, diag,
-    opts::{self, NET_NS_ID, Restored},
+    opts::{self, NET_NS_ID, Subject},
 };
 use crate::{
     image::proto,
@@ -116,7 +116,7 @@ impl Opener for NetlinkOpener {
             }
             let object =
                 format!("the netlink socket [{}] of protocol {}", entry.ino, entry.protocol);
-            let restored = Restored { id: entry.id, object };
+            let restored = Subject { id: entry.id, object };
             let protocol = entry.protocol.cast_signed();
             let make = || socket::create(libc::AF_NETLINK, libc::SOCK_RAW, protocol);
             let fd = owner::as_owner(file.id, opened, make).map_err(restored.failed("create"))?;

@@ -44,14 +44,14 @@ const SETTABLE: OFlag = OFlag::O_APPEND
 
 /// A socket that is being restored, for errors.
 #[derive(Clone, Debug)]
-pub(super) struct Restored {
+pub(super) struct Subject {
     /// Its number in the images.
     pub(super) id: u32,
     /// What it is.
     pub(super) object: String,
 }
 
-impl Restored {
+impl Subject {
     /// Returns [`FileError::Restore`], ready for `map_err`.
     pub(super) fn failed(&self, step: &'static str) -> impl Fn(Errno) -> FileError + '_ {
         move |source| FileError::Restore { id: self.id, step, object: self.object.clone(), source }
@@ -226,7 +226,7 @@ fn set_buffer(
 pub(super) fn restore(
     fd: BorrowedFd,
     options: &proto::SkOptsEntry,
-    restored: &Restored,
+    restored: &Subject,
 ) -> Result<()> {
     let send = (libc::SO_SNDBUF, libc::SO_SNDBUFFORCE, libc::SO_SNDBUF);
     let receive = (libc::SO_RCVBUF, libc::SO_RCVBUFFORCE, libc::SO_RCVBUF);
@@ -291,7 +291,7 @@ pub(super) fn restore(
 pub(super) fn restore_interface(
     fd: BorrowedFd,
     options: &proto::SkOptsEntry,
-    restored: &Restored,
+    restored: &Subject,
 ) -> Result<()> {
     let Some(name) = options.so_bound_dev.as_deref() else { return Ok(()) };
     let step = "bind to its interface";
@@ -309,7 +309,7 @@ pub(super) fn restore_interface(
 pub(super) fn restore_reuse(
     fd: BorrowedFd,
     (address, port): (Option<bool>, Option<bool>),
-    restored: &Restored,
+    restored: &Subject,
 ) -> Result<()> {
     let options = [
         (libc::SO_REUSEADDR, address, "set SO_REUSEADDR of"),
@@ -327,7 +327,7 @@ pub(super) fn restore_reuse(
 ///
 /// # Errors
 /// [`FileError::Restore`].
-pub(super) fn restore_flags(fd: BorrowedFd, flags: u32, restored: &Restored) -> Result<()> {
+pub(super) fn restore_flags(fd: BorrowedFd, flags: u32, restored: &Subject) -> Result<()> {
     let flags = OFlag::from_bits_truncate(flags.cast_signed()) & SETTABLE;
     fcntl(fd, FcntlArg::F_SETFL(flags)).map_err(restored.failed("set the flags of")).map(drop)
 }

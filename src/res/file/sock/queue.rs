@@ -30,7 +30,7 @@ use nix::{
 
 use super::{
     attributes,
-    opts::{self, Restored},
+    opts::{self, Subject},
 };
 use crate::{
     image::{ImageReader, Kind, SnapshotWriter, proto},
@@ -369,7 +369,7 @@ pub(super) fn read(images: &Path) -> Result<HashMap<u32, VecDeque<Packet>>> {
 pub(super) fn send(
     sender: BorrowedFd,
     packets: impl IntoIterator<Item = Packet>,
-    receiver: &Restored,
+    receiver: &Subject,
     lookup: &dyn Fn(u32) -> Result<RawFd>,
 ) -> Result<()> {
     let failed = receiver.failed("send what was queued in");

@@ -32,7 +32,7 @@ use crate::{
         FileError, Opened, Opener, Result, owner,
         sock::{
             attributes,
-            opts::{self, Restored},
+            opts::{self, Subject},
             state,
         },
     },
@@ -52,7 +52,7 @@ pub(super) struct InetOpener;
 struct Socket<'a> {
     entry: &'a proto::InetSkEntry,
     state: Option<&'a proto::SkStateEntry>,
-    restored: Restored,
+    restored: Subject,
     own: SocketAddr,
     peer: SocketAddr,
     fd: OwnedFd,
@@ -104,7 +104,7 @@ impl<'a> Socket<'a> {
     ) -> Result<Self> {
         let name = protocol_name(entry.r#type.cast_signed(), entry.proto.cast_signed());
         let mut restored =
-            Restored { id: entry.id, object: format!("the {name} socket [{}]", entry.ino) };
+            Subject { id: entry.id, object: format!("the {name} socket [{}]", entry.ino) };
         let kind = (entry.r#type.cast_signed(), entry.proto.cast_signed());
         let is_tcp = kind == (libc::SOCK_STREAM, libc::IPPROTO_TCP);
         let is_udp = kind.0 == libc::SOCK_DGRAM

@@ -23,7 +23,7 @@ use nix::{
 use super::address;
 use crate::{
     image::proto::SkDatagramEntry,
-    res::file::sock::{opts::Restored, queue::PeekOffset},
+    res::file::sock::{opts::Subject, queue::PeekOffset},
     sys::socket,
 };
 
@@ -76,7 +76,7 @@ pub(super) fn restore(
     fd: BorrowedFd,
     own: SocketAddr,
     datagrams: &[SkDatagramEntry],
-    restored: &Restored,
+    restored: &Subject,
 ) {
     let sent = datagrams.iter().try_for_each(|datagram| send(own, datagram));
     let arrived = sent.and_then(|()| peek(fd));

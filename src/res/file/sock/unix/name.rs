@@ -32,7 +32,7 @@ use crate::{
     image::proto,
     res::file::{
         Description, FileError, Result,
-        sock::{diag, opts::Restored},
+        sock::{diag, opts::Subject},
     },
     sys::socket,
 };
@@ -202,7 +202,7 @@ pub(super) fn bind(
     fd: BorrowedFd,
     entry: &proto::UnixSkEntry,
     keep: Keep,
-    restored: &Restored,
+    restored: &Subject,
 ) -> Result<Option<OwnedFd>> {
     if entry.name.is_empty() {
         return Ok(None);
@@ -221,7 +221,7 @@ fn bind_path(
     fd: BorrowedFd,
     entry: &proto::UnixSkEntry,
     keep: Keep,
-    restored: &Restored,
+    restored: &Subject,
 ) -> Result<OwnedFd> {
     unshare(CloneFlags::CLONE_FS).map_err(restored.failed("prepare a thread for"))?;
     umask(PRIVATE);
@@ -260,7 +260,7 @@ fn bind_here(
     fd: BorrowedFd,
     entry: &proto::UnixSkEntry,
     path: &Path,
-    restored: &Restored,
+    restored: &Subject,
 ) -> Result<OwnedFd> {
     socket::bind_unix(fd, &entry.name).map_err(restored.failed("bind"))?;
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
@@ -292,7 +292,7 @@ fn make_missing(dir: Option<&Path>, made: &mut Vec<PathBuf>) -> io::Result<()> {
 
 /// Sees to it that there is no file at `path`; returns where one was moved to that
 /// has to come back.
-fn make_room(path: &Path, keep: Keep, restored: &Restored) -> Result<Option<PathBuf>> {
+fn make_room(path: &Path, keep: Keep, restored: &Subject) -> Result<Option<PathBuf>> {
     let Ok(found) = fs::symlink_metadata(path) else { return Ok(None) };
     let failed = |step| move |error: io::Error| restored.failed(step)(errno(&error));
     if keep != Keep::Replacing {

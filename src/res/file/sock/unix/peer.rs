@@ -28,7 +28,7 @@ use crate::{
     image::proto::SkPeerEntry,
     inject::{Helper, InjectError, Script},
     proc,
-    res::file::{FileError, Opened, Result, owner::Holder, sock::opts::Restored},
+    res::file::{FileError, Opened, Result, owner::Holder, sock::opts::Subject},
     sys::{fds, socket},
     units::{HostPid, NsPid, PidMap},
 };
@@ -131,7 +131,7 @@ impl Callers {
     fn call<T>(
         &mut self,
         caller: Option<&Caller>,
-        restored: &Restored,
+        restored: &Subject,
         step: &'static str,
         add: impl FnOnce(&mut Script) -> Box<dyn FnOnce(&crate::inject::Answers) -> T>,
     ) -> Result<Option<T>> {
@@ -191,7 +191,7 @@ impl Callers {
         &mut self,
         caller: Option<&Caller>,
         kind: SockType,
-        restored: &Restored,
+        restored: &Subject,
     ) -> Result<(OwnedFd, OwnedFd)> {
         let step = "create";
         let made = self.call(caller, restored, step, |script| {
@@ -227,7 +227,7 @@ impl Callers {
         caller: Option<&Caller>,
         fd: BorrowedFd,
         backlog: u32,
-        restored: &Restored,
+        restored: &Subject,
     ) -> Result<()> {
         let number = fd.as_raw_fd();
         let done = self.call(caller, restored, "listen on", |script| {
@@ -251,7 +251,7 @@ impl Callers {
         caller: Option<&Caller>,
         fd: BorrowedFd,
         (name, file): (&[u8], Option<BorrowedFd>),
-        restored: &Restored,
+        restored: &Subject,
     ) -> Result<()> {
         let step = "connect";
         let through = file.map(name::path_of);
@@ -273,7 +273,7 @@ impl Callers {
     }
 }
 
-fn warn_of_peer(restored: &Restored, peer: &SkPeerEntry, pid: NsPid) {
+fn warn_of_peer(restored: &Subject, peer: &SkPeerEntry, pid: NsPid) {
     log::warn!(
         "{}: SO_PEERCRED named process {}, which is not in the tree and whose number another \
          process has: it will name {pid}; programs that believe this pid must be started again",

@@ -41,7 +41,7 @@ use crate::{
         FileError, Opened, Opener, Policy, Result, owner,
         sock::{
             attributes,
-            opts::{self, Restored},
+            opts::{self, Subject},
             queue::{self, Packet},
             state,
         },
@@ -147,7 +147,7 @@ impl Sockets {
             );
             all.push(Socket {
                 entry: Rc::new(entry.clone()),
-                restored: Restored { id: entry.id, object },
+                restored: Subject { id: entry.id, object },
                 link: Link::None,
                 fd: None,
                 file: None,
@@ -476,7 +476,7 @@ impl Sockets {
 
 /// Returns a datagram socket with the error that its peer leaves who goes elsewhere and has
 /// something unread.
-fn disconnected(fd: OwnedFd, peer: OwnedFd, restored: &Restored) -> Result<OwnedFd> {
+fn disconnected(fd: OwnedFd, peer: OwnedFd, restored: &Subject) -> Result<OwnedFd> {
     let failed = restored.failed("leave an error in");
     write(&fd, b"x").map_err(&failed)?;
     socket::disconnect(peer.as_fd()).map_err(&failed)?;

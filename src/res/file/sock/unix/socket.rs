@@ -22,7 +22,7 @@ use crate::{
     res::file::{
         Result,
         owner::Holder,
-        sock::{opts::Restored, queue::Packet, state},
+        sock::{opts::Subject, queue::Packet, state},
     },
 };
 
@@ -45,7 +45,7 @@ pub(super) enum Link {
 #[derive(Debug)]
 pub(super) struct Socket {
     pub(super) entry: Rc<proto::UnixSkEntry>,
-    pub(super) restored: Restored,
+    pub(super) restored: Subject,
     pub(super) link: Link,
     /// `None` until it is made, and for external ones.
     pub(super) fd: Option<OwnedFd>,
@@ -126,7 +126,7 @@ impl Socket {
     }
 
     /// Connects `fd` to this socket.
-    pub(super) fn accept_from(&self, fd: BorrowedFd, by: &Restored) -> Result<()> {
+    pub(super) fn accept_from(&self, fd: BorrowedFd, by: &Subject) -> Result<()> {
         let (name, file) = self.address();
         name::connect(fd, name, file).map_err(by.failed("connect"))
     }
