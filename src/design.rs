@@ -27,6 +27,19 @@
 //! which CRIU writes, only dates tell, and `imgfs check` notes a parent that is younger. A
 //! dump replaces no snapshot that a directory beside it has as its parent.
 //!
+//! # Stores
+//!
+//! Readers ask a [`crate::image::ImageStore`] for images by kind and number, never for a path
+//! or a descriptor: [`crate::image::Directory`] is one store among others to come, such as an
+//! archive that is read in place. A store opens images to be read in a row or at any place,
+//! lists them, says whose they are, and opens the store of the parent. Each request for bytes
+//! is for a run, not for a page. What only files of this machine can (to be mapped, passed
+//! through, punched, linked, locked, or to share blocks) is asked of
+//! [`ImageStore::directory`](crate::image::ImageStore::directory) and
+//! [`StoredFile::file`](crate::image::store::StoredFile::file): a reader that gets `None` takes
+//! the way that always works, and a writer fails with the name of the store. Names of stores
+//! are unique, and paths of directories; messages name images by them.
+//!
 //! # Bytes
 //!
 //! All that is shown is a [`crate::chain::Content`]: a function from a range to *runs*,

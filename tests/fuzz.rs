@@ -39,6 +39,7 @@ use rcriu::{
     chain::{Chain, Summary, check, diff},
     dedup::{self, FreeOptions, LinkOptions},
     image::{
+        Directory,
         disk::Kernel,
         json::{self, Style},
         tree,
@@ -148,7 +149,7 @@ fn ask(root: &Path, random: &mut Random) {
     }
     let dirs: Vec<PathBuf> = fs::read_dir(root).unwrap().flatten().map(|e| e.path()).collect();
     for dir in dirs.iter().filter(|dir| dir.is_dir()) {
-        let _ = tree::read(dir);
+        let _ = tree::read(&Directory::at(dir));
     }
     let Ok(chain) = Chain::open(root) else { return };
     let _ = check(&chain);
@@ -167,7 +168,8 @@ fn ask(root: &Path, random: &mut Random) {
         let _ = fs::remove_dir_all(&out);
     }
     // What changes images comes last.
-    let mut named: Vec<PathBuf> = chain.snapshots().iter().map(|one| one.dir.clone()).collect();
+    let mut named: Vec<PathBuf> =
+        chain.snapshots().iter().map(|one| one.path().to_owned()).collect();
     match random.below(3) {
         0 => {
             let options = FreeOptions { dir: named.pop().unwrap(), rewrite: random.below(2) == 0 };

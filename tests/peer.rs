@@ -62,7 +62,7 @@ struct InParent {
 fn in_parent(images: &Path) -> InParent {
     let dir = images.canonicalize().unwrap();
     let chain = Chain::open(&dir).unwrap();
-    let id = chain.ids().find(|id| chain.snapshot(*id).dir == dir).unwrap();
+    let id = chain.at(&dir).unwrap();
     let summary = Summary::of(&chain, id).unwrap();
     InParent { private: summary.private.in_parent, shared: summary.shared.in_parent }
 }

@@ -171,7 +171,7 @@ fn two_versions_tell_the_same_of_the_same_program() {
     for (dir, rounds) in [("criu42/1", 1), ("criu3171/1", 0), ("criu3171/2", 1)] {
         let dir = small.join(dir);
         let chain = Arc::new(Chain::open(&dir).unwrap());
-        let id = chain.ids().find(|id| chain.snapshot(*id).dir == dir).unwrap();
+        let id = chain.at(&dir).unwrap();
         let summary = Summary::of(&chain, id).unwrap();
         assert_eq!(summary.private.in_parent > 0, dir.ends_with("criu3171/2"), "{summary:?}");
         let view = View::new(Arc::clone(&chain), id);

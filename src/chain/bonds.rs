@@ -7,17 +7,16 @@
 //! only dates and the time since boot tell.
 
 use std::{
-    fs,
-    path::Path,
+    io::{self, Read},
     sync::OnceLock,
     time::{Duration, SystemTime},
 };
 
 use xxhash_rust::xxh3::xxh3_128;
 
-use super::{Chain, ChainError, LinkError, SnapshotId};
+use super::{Chain, ChainError, LinkError, Snapshot, SnapshotId};
 use crate::{
-    image::{ImageError, Kind, proto, read_one, regular, tree},
+    image::{ImageError, ImageStore, Kind, proto, tree},
     parallel,
 };
 
@@ -55,36 +54,45 @@ impl Bonds {
     }
 }
 
-/// Returns the unique name of the dump in an image directory, which binds its child to it.
+/// Returns the unique name of a dump, which binds its child to it.
 ///
 /// # Errors
 /// What keeps its inventory from being read.
-pub fn dump_name(dir: &Path) -> Result<Vec<u8>, ImageError> {
-    read(dir).map(|identity| identity.name)
+pub fn dump_name(images: &dyn ImageStore) -> Result<Vec<u8>, ImageError> {
+    read(images).map(|identity| identity.name)
 }
 
 /// Returns the id of a dump, if it has one of its own.
-pub(super) fn run_id(dir: &Path) -> Option<Vec<u8>> {
-    let inventory = read_one(&dir.join(Kind::Inventory.file_name(0)), Kind::Inventory);
-    let inventory: proto::InventoryEntry = inventory.ok()?;
+pub(super) fn run_id(images: &dyn ImageStore) -> Option<Vec<u8>> {
+    let inventory: proto::InventoryEntry = images.message(Kind::Inventory, 0).ok()?;
     inventory.dump_criu_run_id.filter(|id| !id.is_empty())
 }
 
-fn read(dir: &Path) -> Result<Identity, ImageError> {
-    let path = dir.join(Kind::Inventory.file_name(0));
-    let inventory: proto::InventoryEntry = read_one(&path, Kind::Inventory)?;
+fn read(images: &dyn ImageStore) -> Result<Identity, ImageError> {
+    let inventory: proto::InventoryEntry = images.message(Kind::Inventory, 0)?;
+    let file = Kind::Inventory.file_name(0);
     let name = match inventory.dump_criu_run_id.filter(|id| !id.is_empty()) {
         Some(id) => id,
         None => {
-            let failed = |source| ImageError::Open { path: path.clone(), source };
-            let bytes = regular::read(&path, INVENTORY_BYTES).map_err(failed)?;
+            let failed = |source| ImageError::Open { path: images.path_of(&file), source };
+            let bytes = bytes(images, &file).map_err(failed)?;
             format!("{HASHED}{:032x}", xxh3_128(&bytes)).into_bytes()
         }
     };
-    let date = fs::metadata(&path).and_then(|meta| meta.modified()).ok();
+    let date = images.stat(&file).map(|stat| stat.modified).ok();
     let uptime = inventory.dump_uptime.map(Duration::from_micros);
     let (parent, version) = (inventory.rcriu_parent_run_id, inventory.img_version);
     Ok(Identity { name, parent, version, uptime, date })
+}
+
+/// Reads an inventory as it is.
+fn bytes(images: &dyn ImageStore, file: &str) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let input = images.open(file)?.bytes;
+    if input.take(INVENTORY_BYTES + 1).read_to_end(&mut bytes)? as u64 > INVENTORY_BYTES {
+        return Err(io::ErrorKind::FileTooLarge.into());
+    }
+    Ok(bytes)
 }
 
 impl Chain {
@@ -94,9 +102,12 @@ impl Chain {
     /// # Errors
     /// [`ChainError::Version`].
     pub fn require_version(&self, id: SnapshotId) -> Result<(), ChainError> {
-        let dir = &self.snapshot(id).dir;
-        let problem = self.identity(id).and_then(|this| tree::version_problem(dir, this.version));
-        problem.map_or(Ok(()), |problem| Err(ChainError::Version { dir: dir.clone(), problem }))
+        let Snapshot { images, .. } = self.snapshot(id);
+        let this = self.identity(id);
+        match this.and_then(|this| tree::version_problem(&**images, this.version)) {
+            Some(problem) => Err(ChainError::Version { dir: images.name().to_owned(), problem }),
+            None => Ok(()),
+        }
     }
 
     /// Checks that the parent of a snapshot, if it has one, is the one that it was made
@@ -115,8 +126,8 @@ impl Chain {
         }
         let text = |name: &[u8]| String::from_utf8_lossy(name).into_owned();
         Err(LinkError::Replaced {
-            dir: self.snapshot(id).dir.clone(),
-            parent: self.snapshot(parent).dir.clone(),
+            dir: self.snapshot(id).path().to_owned(),
+            parent: self.snapshot(parent).path().to_owned(),
             found: found
                 .map_or_else(|| "a dump without a readable inventory".into(), |id| text(id)),
             expected: text(expected),
@@ -155,16 +166,16 @@ impl Chain {
 
     fn identity(&self, id: SnapshotId) -> Option<&Identity> {
         let place = &self.bonds().identities[id.position()];
-        place.get_or_init(|| read(&self.snapshot(id).dir).ok()).as_ref()
+        place.get_or_init(|| read(&**self.images(id)).ok()).as_ref()
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::symlink;
+    use std::{fs, os::unix::fs::symlink, path::Path};
 
     use super::*;
-    use crate::image::ImageWriter;
+    use crate::image::{Directory, ImageWriter};
 
     fn snapshot(root: &Path, name: &str, entry: proto::InventoryEntry) {
         let dir = root.join(name);
@@ -192,7 +203,7 @@ mod tests {
             let root = tempfile::tempdir().unwrap();
             let root = root.path();
             snapshot(root, "1", entry(parent_id, 10));
-            let name = dump_name(&root.join("1")).unwrap();
+            let name = dump_name(&Directory::at(root.join("1"))).unwrap();
             let child =
                 proto::InventoryEntry { rcriu_parent_run_id: Some(name), ..entry(Some("b"), 20) };
             snapshot(root, "2", child);

@@ -1,10 +1,6 @@
 //! Checking a chain for defects.
 
-use std::{
-    collections::BTreeMap,
-    fmt, fs,
-    path::{Path, PathBuf},
-};
+use std::{collections::BTreeMap, fmt, path::PathBuf};
 
 use super::{
     Chain, ChainError, Result, SnapshotId,
@@ -16,8 +12,7 @@ use super::{
 use crate::{
     causes::with_sources,
     image::{
-        Body, ImageError, Kind, MemoryId, PagemapReader, desc, punched, snapshot::DEDUP_STAGE,
-        tree, verify,
+        Body, ImageError, Kind, MemoryId, Store, desc, punched, snapshot::DEDUP_STAGE, tree, verify,
     },
     units::{PAGE_SIZE, PageIndex, PageRanges, page_bytes},
 };
@@ -100,8 +95,8 @@ struct Check<'a> {
 }
 
 impl Check<'_> {
-    fn dir(&self) -> &Path {
-        &self.chain.snapshot(self.id).dir
+    fn images(&self) -> &Store {
+        self.chain.images(self.id)
     }
 
     fn tell(
@@ -111,7 +106,7 @@ impl Check<'_> {
         first: Option<PageIndex>,
         problem: String,
     ) {
-        let dir = self.dir().to_owned();
+        let dir = self.images().name().to_owned();
         self.findings.push(Finding { severity, dir, memory, first, problem });
     }
 
@@ -132,11 +127,11 @@ impl Check<'_> {
                            left to it are of another time";
             self.tell(Severity::Note, None, None, problem.to_owned());
         }
-        if self.dir().join(DEDUP_STAGE).is_dir() {
+        if self.images().stat(DEDUP_STAGE).is_ok_and(|stat| !stat.is_file) {
             let problem = "a deduplication was not finished here; running it again finishes it";
             self.tell(Severity::Note, None, None, problem.to_owned());
         }
-        self.images()?;
+        self.all_images()?;
         self.processes();
         let mut claims = BTreeMap::new();
         for memory in self.chain.memories(self.id)? {
@@ -156,14 +151,9 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// Returns the names of the files in the directory, sorted.
+    /// Returns the names of the files, sorted.
     fn file_names(&self) -> Result<Vec<String>> {
-        let dir = self.dir();
-        let failed = |source| ChainError::Directory { path: dir.to_owned(), source };
-        let mut names = Vec::new();
-        for entry in fs::read_dir(dir).map_err(failed)? {
-            names.extend(entry.map_err(failed)?.file_name().into_string());
-        }
+        let mut names = self.chain.list(self.id)?;
         names.sort_unstable();
         Ok(names)
     }
@@ -178,13 +168,13 @@ impl Check<'_> {
     }
 
     /// Decodes every image to its end, except pagemaps, which are checked next.
-    fn images(&mut self) -> Result<()> {
+    fn all_images(&mut self) -> Result<()> {
         for name in self.file_names()? {
             let Some((desc, _)) = desc::by_file_name(&name) else { continue };
             if matches!(desc.body, Body::Raw | Body::Pagemap) {
                 continue;
             }
-            if let Err(error) = verify(&self.dir().join(&name), desc.kind) {
+            if let Err(error) = self.images().image_called(&name, desc.kind).and_then(verify) {
                 self.error(with_sources(&error));
             }
         }
@@ -193,11 +183,11 @@ impl Check<'_> {
 
     /// Reports why processes of the snapshot cannot be restored, except for their memory.
     fn processes(&mut self) {
-        let (_, problems) = tree::read(self.dir());
+        let (_, problems) = tree::read(&**self.images());
         for problem in problems {
             // Images that cannot be read have been reported already.
             let severity = if problem.is_broken { Severity::Error } else { Severity::Note };
-            let here = self.chain.snapshot(self.id).dir.as_path();
+            let here = self.chain.snapshot(self.id).path();
             let is_told = self.findings.iter().any(|finding| {
                 finding.dir == here && problem.text.ends_with(finding.problem.as_str())
             });
@@ -212,14 +202,15 @@ impl Check<'_> {
         let tell = |check: &mut Self, error: &ImageError| {
             check.tell(Severity::Error, Some(memory), None, with_sources(error));
         };
-        let mut reader = match PagemapReader::open(&self.dir().join(memory.pagemap_name())) {
+        let mut reader = match self.images().pagemap(memory) {
             Ok(reader) => reader,
             Err(error) => {
                 tell(self, &error);
                 return None;
             }
         };
-        let journal = punched::read(self.dir(), &memory.pagemap_name(), reader.pages_id());
+        let name = memory.pagemap_name();
+        let journal = punched::read(&**self.images(), &name, reader.pages_id());
         let gone = journal.unwrap_or_else(|error| {
             tell(self, &error);
             None
@@ -275,9 +266,9 @@ impl Check<'_> {
             }
             Err(_) => return, // told already
         };
-        let path = self.chain.snapshot(parent).dir.join(memory.pagemap_name());
+        let path = self.chain.images(parent).path_of(&memory.pagemap_name());
         let mut below = Vec::new();
-        match PagemapReader::open(&path) {
+        match self.chain.images(parent).pagemap(memory) {
             Ok(reader) => {
                 // Its pages up to an error, which is reported when that pagemap is checked.
                 let none = PageRanges::new();
@@ -324,7 +315,7 @@ impl Check<'_> {
             let severity = if self.is_tip { Severity::Error } else { Severity::Note };
             let rest = if needed { "" } else { ", only its descendants" };
             for gone in same.iter().take(TOLD) {
-                let holder = self.chain.snapshot(gone.holder).dir.display();
+                let holder = self.chain.snapshot(gone.holder).path().display();
                 let problem = format!(
                     "{} gone, freed in {holder}: this snapshot can no longer be restored{rest}",
                     are(gone.pages)
@@ -351,7 +342,6 @@ impl Check<'_> {
         gone: &PageRanges,
     ) {
         let name = Kind::Pages.file_name(pages_id);
-        let path = self.dir().join(&name);
         let wanted = page_bytes(present);
         let address = |file_page: u64| {
             pieces.iter().find_map(|piece| match piece.place() {
@@ -365,8 +355,8 @@ impl Check<'_> {
             })
         };
         let found = (|| {
-            let file = self.chain.files().get(self.chain.files().enter(&path))?;
-            let len = file.metadata()?.len();
+            let file = self.chain.files().get(self.chain.files().enter(self.images(), &name))?;
+            let len = file.stat()?.len;
             Ok::<_, ChainError>((len, holes::in_file(&file, 0, wanted)?))
         })();
         let (len, holes) = match found {

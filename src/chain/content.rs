@@ -17,7 +17,7 @@ const OPEN_BATCHES: usize = 16;
 /// Where a run's bytes come from.
 #[derive(Clone, Debug)]
 pub enum Source {
-    /// A file, from this offset on.
+    /// A file that is stored somewhere, from this offset on.
     File(Arc<BackingFile>, u64),
     /// Memory, from this offset on.
     Bytes(Arc<[u8]>, u64),

@@ -13,7 +13,7 @@ use xxhash_rust::xxh3::xxh3_128;
 
 use super::{Chain, FileId, Result, SnapshotId, holes};
 use crate::{
-    image::{Kind, PagemapReader, Presence, punched},
+    image::{Presence, punched},
     parallel,
     units::{PAGE_LEN, PAGE_SIZE, PageIndex, page_bytes},
 };
@@ -102,9 +102,8 @@ impl StoredPages {
             for memory in chain.memories(id)? {
                 let number = u32::try_from(found.owners.len()).expect("fewer files than 2^32");
                 found.owners.push(id);
-                let dir = &chain.snapshot(id).dir;
-                let name = memory.pagemap_name();
-                let mut reader = PagemapReader::open(&dir.join(&name))?;
+                let images = chain.images(id);
+                let mut reader = images.pagemap(memory)?;
                 let pages_id = reader.pages_id();
                 let mut pages = 0;
                 for entry in reader.by_ref() {
@@ -113,11 +112,11 @@ impl StoredPages {
                     pages += if entry.presence == Presence::Present { entry.pages } else { 0 };
                 }
                 if pages > 0 && seen.insert((id, pages_id)) {
-                    let gone = punched::read(dir, &name, pages_id)?.unwrap_or_default();
+                    let gone = punched::read(&**images, &memory.pagemap_name(), pages_id)?
+                        .unwrap_or_default();
                     let there = gone.split(0..pages).filter(|(_, gone)| !gone);
                     let own = there.map(|(range, _)| range).collect();
-                    let path = chain.image_path(id, Kind::Pages, pages_id.into());
-                    found.enter(chain, number, chain.files().enter(&path), own)?;
+                    found.enter(chain, number, chain.enter_pages(id, pages_id), own)?;
                 }
             }
         }
@@ -132,7 +131,7 @@ impl StoredPages {
         own: Vec<Range<u64>>,
     ) -> Result<()> {
         let file = chain.files().get(id)?;
-        let len = file.metadata()?.len();
+        let len = file.stat()?.len;
         let holes = holes::in_file(&file, 0, len)?;
         for pages in own {
             // Of what the pagemap claims and the file does not have, one page is enough

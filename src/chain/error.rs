@@ -22,6 +22,12 @@ pub enum ChainError {
         /// Why.
         source: io::Error,
     },
+    /// Images are to be changed that are not in a directory.
+    #[error("the images in {path} can only be read: unpack them into a directory", path = .path.display())]
+    ReadOnly {
+        /// What the store is called.
+        path: PathBuf,
+    },
     /// There is no image directory where one should be.
     #[error(
         "no image directory at {path}: expected inventory.img in it or in one of its directories",

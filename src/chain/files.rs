@@ -4,7 +4,7 @@
 use std::{
     collections::HashMap,
     ffi::OsStr,
-    fs::{File, Metadata},
+    fs::File,
     io::{self, IoSliceMut},
     num::NonZeroUsize,
     path::{Path, PathBuf},
@@ -13,10 +13,13 @@ use std::{
 
 use lru::LruCache;
 use memmap2::{MmapOptions, MmapRaw};
-use nix::{errno::Errno, fcntl::copy_file_range, sys::uio::preadv};
+use nix::{errno::Errno, fcntl::copy_file_range};
 
 use super::{ChainError, Result};
-use crate::image::regular;
+use crate::image::{
+    Store, regular,
+    store::{Stat, StoredFile},
+};
 
 /// A file that was entered into [`Files`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -25,18 +28,24 @@ pub struct FileId(u32);
 /// An open file that bytes are read from.
 #[derive(Debug)]
 pub struct BackingFile {
-    file: File,
+    file: Box<dyn StoredFile>,
     path: PathBuf,
     mapping: OnceLock<Option<MmapRaw>>,
 }
 
 impl BackingFile {
-    /// Returns the open file.
-    pub fn file(&self) -> &File {
-        &self.file
+    /// Returns the file of this machine that the bytes are in, for what only those can;
+    /// `None` if they are in a store that has none.
+    pub fn file(&self) -> Option<&File> {
+        self.file.file()
     }
 
-    /// Returns the file's path when it was opened.
+    /// Returns the bytes as they are stored.
+    pub(super) fn stored(&self) -> &dyn StoredFile {
+        &*self.file
+    }
+
+    /// Returns what messages call the file: its path when it was opened.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -47,7 +56,7 @@ impl BackingFile {
     /// It must not be read in any other way: where a file has become shorter there are no
     /// bytes, and a reader is killed by SIGBUS.
     pub fn mapping(&self) -> Option<&MmapRaw> {
-        let map = || MmapOptions::new().map_raw_read_only(&self.file).ok();
+        let map = || MmapOptions::new().map_raw_read_only(self.file()?).ok();
         self.mapping.get_or_init(map).as_ref()
     }
 
@@ -55,8 +64,8 @@ impl BackingFile {
     ///
     /// # Errors
     /// [`ChainError::Open`].
-    pub fn metadata(&self) -> Result<Metadata> {
-        self.file.metadata().map_err(|source| ChainError::Open { path: self.path.clone(), source })
+    pub fn stat(&self) -> Result<Stat> {
+        self.file.stat().map_err(|source| ChainError::Open { path: self.path.clone(), source })
     }
 
     /// Fills `buffers` one after the other from the bytes at `offset`.
@@ -73,23 +82,21 @@ impl BackingFile {
                 length: wanted,
                 source,
             };
-            let position =
-                i64::try_from(offset).map_err(|_| failed(io::ErrorKind::InvalidInput.into()))?;
-            match preadv(&self.file, buffers, position) {
+            match self.file.read_vectored_at(buffers, offset) {
                 Ok(0) => {
                     return Err(ChainError::Truncated {
                         path: self.path.clone(),
                         offset,
                         wanted,
-                        end: self.metadata().map_or(offset, |meta| meta.len()),
+                        end: self.stat().map_or(offset, |stat| stat.len),
                     });
                 }
                 Ok(read) => {
                     IoSliceMut::advance_slices(&mut buffers, read);
                     offset += read as u64;
                 }
-                Err(Errno::EINTR) => {}
-                Err(errno) => return Err(failed(errno.into())),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(source) => return Err(failed(source)),
             }
         }
         Ok(())
@@ -113,11 +120,12 @@ impl BackingFile {
         let position = |offset| {
             i64::try_from(offset).map_err(|_| io::Error::from(io::ErrorKind::FileTooLarge))
         };
+        let Some(file) = self.file() else { return Ok(0) };
         let (mut from_at, mut to_at) = (position(start)?, position(offset)?);
         let mut copied = 0;
         while copied < len {
             let rest = usize::try_from(len - copied).unwrap_or(usize::MAX);
-            match copy_file_range(&self.file, Some(&mut from_at), target, Some(&mut to_at), rest) {
+            match copy_file_range(file, Some(&mut from_at), target, Some(&mut to_at), rest) {
                 Ok(0) => break,
                 Ok(count) => copied += count as u64,
                 Err(Errno::EINTR) => {}
@@ -129,12 +137,22 @@ impl BackingFile {
     }
 }
 
-/// Which file it was when it was first opened: device and inode number.
+/// Which file it was when it was first opened: [`Stat::identity`].
 type Identity = (u64, u64);
+
+/// Where a file is.
+#[derive(Clone, Debug)]
+enum Place {
+    /// At its path on this machine.
+    Here,
+    /// In a store, under this name.
+    In(Store, Arc<str>),
+}
 
 #[derive(Debug)]
 struct Entry {
     path: Arc<OsStr>,
+    place: Place,
     identity: Option<Identity>,
 }
 
@@ -167,16 +185,26 @@ impl Files {
         }
     }
 
-    /// Enters a file, which need not exist yet, and returns its number; the same
-    /// for the same path.
-    pub fn enter(&self, path: &Path) -> FileId {
+    /// Enters a file of a store, which need not exist yet, and returns its number; the same
+    /// for the same file.
+    pub fn enter(&self, store: &Store, name: &str) -> FileId {
+        let place = || Place::In(Arc::clone(store), name.into());
+        self.enter_at(&store.path_of(name), place)
+    }
+
+    /// Enters a file of this machine that is in no store, such as a mapped one.
+    pub fn enter_path(&self, path: &Path) -> FileId {
+        self.enter_at(path, || Place::Here)
+    }
+
+    fn enter_at(&self, path: &Path, place: impl FnOnce() -> Place) -> FileId {
         let mut inner = self.lock();
         if let Some(id) = inner.by_path.get(path.as_os_str()) {
             return *id;
         }
         let id = FileId(u32::try_from(inner.entries.len()).expect("fewer files than 2^32"));
         let path: Arc<OsStr> = path.as_os_str().into();
-        inner.entries.push(Entry { path: Arc::clone(&path), identity: None });
+        inner.entries.push(Entry { path: Arc::clone(&path), place: place(), identity: None });
         inner.by_path.insert(path, id);
         id
     }
@@ -187,17 +215,22 @@ impl Files {
     /// [`ChainError::Open`]; [`ChainError::Replaced`] if the path has come to
     /// lead to another file since it was first opened.
     pub fn get(&self, id: FileId) -> Result<Arc<BackingFile>> {
-        let path = {
+        let (path, place) = {
             let mut inner = self.lock();
             if let Some(file) = inner.open.get(&id) {
                 return Ok(Arc::clone(file));
             }
-            PathBuf::from(&inner.entries[id.0 as usize].path)
+            let entry = &inner.entries[id.0 as usize];
+            (PathBuf::from(&entry.path), entry.place.clone())
         };
         // Opening may wait for a disk or a network; other threads must not wait with us.
         let open = || {
-            let (file, stat) = regular::open(&path)?;
-            io::Result::Ok((file, (stat.st_dev, stat.st_ino)))
+            let file: Box<dyn StoredFile> = match &place {
+                Place::Here => Box::new(regular::open(&path)?.0),
+                Place::In(store, name) => store.open_at_random(name)?,
+            };
+            let identity = file.stat()?.identity;
+            io::Result::Ok((file, identity))
         };
         let (file, identity) =
             open().map_err(|source| ChainError::Open { path: path.clone(), source })?;

@@ -118,7 +118,8 @@ impl Freeing {
             return Ok(());
         }
         self.foreign.check(&self.chain, layer.snapshot)?;
-        let path = self.chain.image_path(layer.snapshot, Kind::Pages, layer.pages_id.into());
+        let dir = self.chain.directory(layer.snapshot)?;
+        let path = dir.join(Kind::Pages.file_name(layer.pages_id.into()));
         let failed = |step| {
             let path = path.clone();
             move |source| ChainError::Free { path, step, source }
@@ -135,9 +136,8 @@ impl Freeing {
                 _ => ChainError::Free { path: path.clone(), step: "free pages of", source },
             }
         })?;
-        let dir = &self.chain.snapshot(layer.snapshot).dir;
-        access(dir.as_path(), AccessFlags::W_OK).map_err(|errno| ChainError::Free {
-            path: dir.clone(),
+        access(dir, AccessFlags::W_OK).map_err(|errno| ChainError::Free {
+            path: dir.to_owned(),
             step: "make a journal in",
             source: errno.into(),
         })?;
@@ -288,15 +288,14 @@ pub fn sharing(chain: &Chain, id: SnapshotId) -> Result<Vec<SnapshotId>> {
 /// # Errors
 /// As [`Chain::open`].
 pub fn with_relatives(dir: &Path) -> Result<(Chain, SnapshotId)> {
-    let find = |chain: &Chain| chain.ids().find(|id| chain.snapshot(*id).dir == dir);
     if let Some(above) = dir.parent()
         && let Ok(chain) = Chain::open(above)
-        && let Some(id) = find(&chain)
+        && let Some(id) = chain.at(dir)
     {
         return Ok((chain, id));
     }
     let chain = Chain::open(dir)?;
-    let id = find(&chain).ok_or_else(|| ChainError::NoImages { path: dir.to_owned() })?;
+    let id = chain.at(dir).ok_or_else(|| ChainError::NoImages { path: dir.to_owned() })?;
     Ok((chain, id))
 }
 

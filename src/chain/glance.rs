@@ -1,11 +1,9 @@
 //! A quick look at a chain, without an index.
 
-use std::{fs, path::Path};
-
 use super::{Chain, SnapshotId, overlay::LAYER_LIMIT};
 use crate::{
     causes::with_sources,
-    image::{Kind, PagemapReader, tree},
+    image::{ImageStore, Kind, MemoryId, tree},
     units::page_bytes,
 };
 
@@ -25,23 +23,24 @@ pub fn glance(chain: &Chain, id: SnapshotId) -> Vec<String> {
     if let Err(link) = &chain.snapshot(path[path.len() - 1]).parent {
         problems.push(link.to_string());
     }
-    let dir = &chain.snapshot(id).dir;
-    let (_, found) = tree::read(dir);
+    let images = &**chain.images(id);
+    let (_, found) = tree::read(images);
     problems
         .extend(found.into_iter().filter(|problem| problem.is_broken).map(|problem| problem.text));
     for memory in chain.memories(id).unwrap_or_default() {
-        problems.extend(short_pages(dir, &memory.pagemap_name()));
+        problems.extend(short_pages(images, memory));
     }
     problems
 }
 
 /// Says what is missing of the pages file that a pagemap claims.
-fn short_pages(dir: &Path, pagemap: &str) -> Option<String> {
-    let mut reader = match PagemapReader::open(&dir.join(pagemap)) {
+fn short_pages(images: &dyn ImageStore, memory: MemoryId) -> Option<String> {
+    let mut reader = match images.pagemap(memory) {
         Ok(reader) => reader,
         Err(error) => return Some(with_sources(&error)),
     };
-    let path = dir.join(Kind::Pages.file_name(reader.pages_id().into()));
+    let pages = Kind::Pages.file_name(reader.pages_id().into());
+    let path = images.path_of(&pages);
     let mut wanted = 0;
     for entry in reader.by_ref() {
         match entry {
@@ -49,8 +48,8 @@ fn short_pages(dir: &Path, pagemap: &str) -> Option<String> {
             Err(error) => return Some(with_sources(&error)),
         }
     }
-    let found = match fs::metadata(&path) {
-        Ok(found) => found.len(),
+    let found = match images.stat(&pages) {
+        Ok(found) => found.len,
         Err(_) if wanted == 0 => return None,
         Err(error) => return Some(format!("{}: {error}", path.display())),
     };

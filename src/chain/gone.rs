@@ -1,6 +1,6 @@
 //! Which pages that were freed the snapshots of a chain still ask for.
 
-use std::{collections::HashMap, fs, path::Path};
+use std::collections::HashMap;
 
 use super::{
     Chain, ChainError, Result, SnapshotId,
@@ -8,7 +8,7 @@ use super::{
     overlay::{self, Gaps, Merged, Piece, PiecePlace},
 };
 use crate::{
-    image::{Kind, MemoryId, PagemapReader, desc, punched},
+    image::{ImageStore, Kind, MemoryId, desc, punched},
     units::{PageIndex, PageRanges},
 };
 
@@ -45,11 +45,12 @@ type Places = HashMap<(u32, MemoryId), PageRanges>;
 /// [`ChainError::Directory`], [`ChainError::TooDeep`].
 pub(super) fn gone(chain: &Chain) -> Result<Vec<Vec<Gone>>> {
     let mut found: Vec<Vec<Found>> = vec![Vec::new(); chain.snapshots().len()];
-    if !chain.snapshots().iter().any(|snapshot| has_journal(&snapshot.dir)) {
+    if !chain.snapshots().iter().any(|snapshot| has_journal(&*snapshot.images)) {
         return Ok(vec![Vec::new(); found.len()]);
     }
     if let Some(snapshot) = chain.snapshots().get(overlay::LAYER_LIMIT) {
-        return Err(ChainError::TooDeep { dir: snapshot.dir.clone(), limit: overlay::LAYER_LIMIT });
+        let dir = snapshot.path().to_owned();
+        return Err(ChainError::TooDeep { dir, limit: overlay::LAYER_LIMIT });
     }
     let mut children = vec![0; found.len()];
     for snapshot in chain.snapshots() {
@@ -84,12 +85,11 @@ pub(super) fn gone(chain: &Chain) -> Result<Vec<Vec<Gone>>> {
     Ok(found.into_iter().map(|found| judge(found, &needed)).collect())
 }
 
-/// Whether pages of some file in a directory may have been freed.
-fn has_journal(dir: &Path) -> bool {
+/// Whether pages of some file of a snapshot may have been freed.
+fn has_journal(images: &dyn ImageStore) -> bool {
     let is_journal =
         |name: &str| desc::by_file_name(name).is_some_and(|(desc, _)| desc.kind == Kind::Punched);
-    let mut names = fs::read_dir(dir).into_iter().flatten().flatten();
-    names.any(|entry| entry.file_name().to_str().is_some_and(is_journal))
+    images.list().is_ok_and(|names| names.iter().any(|name| is_journal(name)))
 }
 
 /// Tells pages that a tip asks for, too, from the others.
@@ -129,13 +129,13 @@ fn file_pages(piece: &Piece) -> std::ops::Range<u64> {
 }
 
 fn resolve(chain: &Chain, id: SnapshotId, below: Option<&Resolved>) -> Result<Resolved> {
-    let dir = &chain.snapshot(id).dir;
+    let images = chain.images(id);
     let layer = u32::try_from(id.position()).expect("below the limit of layers");
     let mut resolved = Resolved::new();
     for memory in chain.memories(id)? {
-        let name = memory.pagemap_name();
-        let Ok(mut reader) = PagemapReader::open(&dir.join(&name)) else { continue };
-        let Ok(gone) = punched::read(dir, &name, reader.pages_id()) else { continue };
+        let Ok(mut reader) = images.pagemap(memory) else { continue };
+        let gone = punched::read(&**images, &memory.pagemap_name(), reader.pages_id());
+        let Ok(gone) = gone else { continue };
         let gone = gone.unwrap_or_default();
         let (mut own, mut present) = (Vec::new(), 0);
         for entry in reader.by_ref().map_while(|entry| entry.ok()) {

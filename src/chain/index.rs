@@ -1,9 +1,8 @@
 //! Which bytes hold page P of memory M?
 
 use std::{
-    fs, mem,
+    mem,
     ops::{Range, RangeInclusive},
-    os::unix::fs::MetadataExt,
     sync::OnceLock,
     time::Instant,
 };
@@ -15,13 +14,13 @@ use super::{
 use crate::{
     image::{Kind, MemoryId, PagemapEntry, PagemapReader, Presence, punched},
     parallel,
-    units::{BLOCK_BYTES, PageIndex, PageRanges},
+    units::{PageIndex, PageRanges},
 };
 
 /// A pages file that an index refers to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layer {
-    /// The snapshot in whose directory it is.
+    /// The snapshot that it is of.
     pub snapshot: SnapshotId,
     /// Its number there.
     pub pages_id: u32,
@@ -294,7 +293,7 @@ fn read_layers(chain: &Chain, id: SnapshotId, memory: MemoryId) -> Result<Layers
     ));
     let layers: Vec<Layer> =
         stretches.iter_mut().flat_map(|stretch| mem::take(&mut stretch.layers)).collect();
-    let dir = || chain.snapshot(id).dir.clone();
+    let dir = || chain.snapshot(id).path().to_owned();
     match stretches.last_mut().map(|last| mem::replace(&mut last.end, End::Answered)) {
         Some(End::Failed(error)) => return Err(error),
         _ if layers.is_empty() => return Err(ChainError::NoMemory { dir: dir(), memory }),
@@ -398,8 +397,8 @@ impl Desk {
         id: SnapshotId,
         layer: u32,
     ) -> Result<Option<(Layer, bool)>> {
-        let path = chain.snapshot(id).dir.join(name);
-        let mut reader = match PagemapReader::open_with(&path, &mut self.buffer) {
+        let images = chain.images(id);
+        let mut reader = match images.pagemap_through(name, &mut self.buffer) {
             Ok(reader) => reader,
             Err(error) if error.is_missing() => {
                 return Ok(None);
@@ -407,16 +406,15 @@ impl Desk {
             Err(error) => return Err(error.into()),
         };
         let pages_id = reader.pages_id();
-        let pages_path = chain.image_path(id, Kind::Pages, pages_id.into());
-        let dense = fs::metadata(&pages_path)
-            .is_ok_and(|meta| meta.blocks().saturating_mul(BLOCK_BYTES) >= meta.len());
-        let file = chain.files().enter(&pages_path);
+        let pages = Kind::Pages.file_name(pages_id.into());
+        let dense = images.stat(&pages).is_ok_and(|stat| stat.is_dense());
+        let file = chain.files().enter(images, &pages);
         // At once as large as it can become: growing it costs more than filling it.
         let make_room = |pile: &mut Pile, pieces, reader: &PagemapReader<_>| {
             pile.make_room(pieces).map_err(|_| reader.out_of_memory())
         };
         make_room(&mut self.pile, reader.entries_left(), &reader)?;
-        let gone = punched::read(&chain.snapshot(id).dir, name, pages_id)?.unwrap_or_default();
+        let gone = punched::read(&**images, name, pages_id)?.unwrap_or_default();
         let (mut pages, mut asks_parent) = (0, false);
         while let Some(entry) = reader.next() {
             let entry = entry?;
@@ -494,16 +492,13 @@ fn unanswered(
     let reason = match &asking.parent {
         Ok(None) => "it has no parent".to_owned(),
         Ok(Some(parent)) => {
-            let parent = &chain.snapshot(*parent).dir;
-            format!(
-                "{} does not account for that page",
-                parent.join(memory.pagemap_name()).display()
-            )
+            let pagemap = chain.images(*parent).path_of(&memory.pagemap_name());
+            format!("{} does not account for that page", pagemap.display())
         }
         Err(link) => link.to_string(),
     };
     ChainError::Unanswered {
-        dir: asking.dir.clone(),
+        dir: asking.path().to_owned(),
         memory,
         first: piece.first(),
         pages: piece.pages(),

@@ -4,22 +4,25 @@ use std::{
     cmp::Ordering,
     collections::{BTreeMap, HashMap, HashSet},
     ffi::OsString,
-    fs, io,
+    fs,
     num::NonZeroUsize,
-    path::{Component, Path, PathBuf},
+    path::{Path, PathBuf},
     sync::{Arc, RwLockReadGuard},
 };
 
 use nix::sys::resource::{Resource, getrlimit};
 
 use super::{
-    ChainError, Files, Index, LinkError, Result,
+    ChainError, FileId, Files, Index, LinkError, Result,
     bonds::{self, Bonds},
     cache::IndexCache,
     freed::Freed,
 };
 use crate::{
-    image::{Kind, MemoryId, PARENT_LINK, desc},
+    image::{
+        ImageStore, Kind, MemoryId, PARENT_LINK, Store, desc,
+        store::{self, BrokenLink, Found, Probe},
+    },
     parallel,
 };
 
@@ -45,18 +48,31 @@ impl SnapshotId {
     }
 }
 
-/// An image directory.
+/// A snapshot of a chain.
 #[derive(Clone, Debug)]
 pub struct Snapshot {
     /// The name it goes by, unique in the chain.
     pub name: String,
-    /// Its absolute path, without links.
-    pub dir: PathBuf,
+    /// Its images.
+    pub images: Store,
     /// The snapshot that pages are looked up in that it does not hold itself.
     pub parent: Result<Option<SnapshotId>, LinkError>,
 }
 
-/// Image directories that are linked to one another: one path from tip to base,
+impl Snapshot {
+    /// Returns what messages call the snapshot: the absolute path of its directory, without
+    /// links.
+    pub fn path(&self) -> &Path {
+        self.images.name()
+    }
+
+    /// Returns its directory, if its images are in one.
+    pub fn directory(&self) -> Option<&Path> {
+        self.images.directory()
+    }
+}
+
+/// Snapshots that are linked to one another: one path from tip to base,
 /// or several that may share their beginnings.
 #[derive(Debug)]
 pub struct Chain {
@@ -78,40 +94,51 @@ impl Chain {
     /// # Errors
     /// [`ChainError::Directory`], [`ChainError::NoImages`].
     pub fn open(path: &Path) -> Result<Self> {
-        let root = canonical(path)?;
+        let failed = |source| ChainError::Directory { path: path.to_owned(), source };
         let mut found = Discovery::default();
         let mut unfinished = Vec::new();
-        if has_inventory(&root) {
-            found.enter(root);
-        } else {
-            let dirs = directories(&root)?;
-            let probes = parallel::map(&dirs, WORTH_A_THREAD, |_, dir| {
-                (has_inventory(dir), fs::read_link(dir.join(PARENT_LINK)).ok())
-            });
-            found.reserve(dirs.len());
-            for (dir, (is_snapshot, link)) in dirs.into_iter().zip(probes) {
-                if is_snapshot {
-                    let position = found.enter(dir);
-                    found.links[position] = link;
-                } else if has_images(&dir) {
-                    unfinished.push(dir);
+        match store::find(path).map_err(failed)? {
+            Found::Snapshot(images) => drop(found.enter(images)),
+            Found::Several(dirs) => {
+                let probes = parallel::map(&dirs, WORTH_A_THREAD, |_, dir| dir.probe());
+                found.reserve(dirs.len());
+                for (dir, probe) in dirs.into_iter().zip(probes) {
+                    match probe {
+                        Probe::Snapshot { parent } => {
+                            let position = found.enter(dir.shared());
+                            found.links[position] = parent;
+                        }
+                        Probe::Unfinished => unfinished.push(dir.name().to_owned()),
+                        Probe::Nothing => {}
+                    }
                 }
             }
         }
         if found.snapshots.is_empty() {
             return Err(ChainError::NoImages { path: path.to_owned() });
         }
+        Ok(Self::of_found(found, unfinished))
+    }
+
+    /// Opens the chain that ends with a snapshot, wherever its images are.
+    pub fn of(images: Store) -> Self {
+        let mut found = Discovery::default();
+        found.enter(images);
+        Self::of_found(found, Vec::new())
+    }
+
+    fn of_found(mut found: Discovery, unfinished: Vec<PathBuf>) -> Self {
         found.follow_links();
         found.break_circles();
         let snapshots = found.sorted();
-        Ok(Self {
+        Self {
             bonds: Bonds::new(snapshots.len()),
             snapshots,
             unfinished,
             files: Files::new(open_files()),
             indexes: IndexCache::default(),
             freed: Freed::default(),
-        })
+        }
     }
 
     /// Returns all snapshots, each after its parent.
@@ -133,6 +160,21 @@ impl Chain {
     /// Returns one snapshot.
     pub fn snapshot(&self, id: SnapshotId) -> &Snapshot {
         &self.snapshots[id.position()]
+    }
+
+    /// Returns the images of a snapshot.
+    pub fn images(&self, id: SnapshotId) -> &Store {
+        &self.snapshot(id).images
+    }
+
+    /// Returns the directory of a snapshot that is to be changed.
+    ///
+    /// # Errors
+    /// [`ChainError::ReadOnly`] if its images are in none.
+    pub fn directory(&self, id: SnapshotId) -> Result<&Path> {
+        let snapshot = self.snapshot(id);
+        let read_only = || ChainError::ReadOnly { path: snapshot.path().to_owned() };
+        snapshot.directory().ok_or_else(read_only)
     }
 
     /// Returns the files that the chain's bytes are read from.
@@ -223,14 +265,24 @@ impl Chain {
         self.ids().find(|id| self.snapshot(*id).name == name)
     }
 
+    /// Returns the snapshot that messages call `path`: the canonical path of its directory.
+    pub fn at(&self, path: &Path) -> Option<SnapshotId> {
+        self.ids().find(|id| self.snapshot(*id).path() == path)
+    }
+
     fn names(&self, ids: impl Iterator<Item = SnapshotId>) -> String {
         let names: Vec<&str> = ids.map(|id| self.snapshot(id).name.as_str()).collect();
         names.join(", ")
     }
 
-    /// Returns the path of an image in a snapshot's directory.
+    /// Returns what messages call an image of a snapshot.
     pub fn image_path(&self, id: SnapshotId, kind: Kind, number: u64) -> PathBuf {
-        self.snapshot(id).dir.join(kind.file_name(number))
+        self.images(id).path(kind, number)
+    }
+
+    /// Enters a pages file of a snapshot into [`Self::files`].
+    pub(crate) fn enter_pages(&self, id: SnapshotId, pages_id: u32) -> FileId {
+        self.files.enter(self.images(id), &Kind::Pages.file_name(pages_id.into()))
     }
 
     /// Returns the memories that a snapshot has a pagemap of, in order.
@@ -238,15 +290,21 @@ impl Chain {
     /// # Errors
     /// [`ChainError::Directory`].
     pub fn memories(&self, id: SnapshotId) -> Result<Vec<MemoryId>> {
-        let dir = &self.snapshot(id).dir;
-        let failed = |source| ChainError::Directory { path: dir.clone(), source };
-        let mut memories = Vec::new();
-        for entry in fs::read_dir(dir).map_err(failed)? {
-            let name = entry.map_err(failed)?.file_name();
-            memories.extend(name.to_str().and_then(MemoryId::of_pagemap));
-        }
+        let names = self.list(id)?;
+        let mut memories: Vec<MemoryId> =
+            names.iter().filter_map(|name| MemoryId::of_pagemap(name)).collect();
         memories.sort_unstable();
         Ok(memories)
+    }
+
+    /// Returns the names of all files of a snapshot, in no order.
+    ///
+    /// # Errors
+    /// [`ChainError::Directory`].
+    pub fn list(&self, id: SnapshotId) -> Result<Vec<String>> {
+        let path = || self.snapshot(id).path().to_owned();
+        let names = self.images(id).list();
+        names.map_err(|source| ChainError::Directory { path: path(), source })
     }
 
     /// Resolves one memory of a snapshot across its ancestors, or recalls it
@@ -290,57 +348,13 @@ fn digits(text: &str) -> &str {
     &text[..text.bytes().take_while(u8::is_ascii_digit).count()]
 }
 
-fn canonical(path: &Path) -> Result<PathBuf> {
-    let failed = |source| ChainError::Directory { path: path.to_owned(), source };
-    let canonical = path.canonicalize().map_err(failed)?;
-    if canonical.is_dir() {
-        Ok(canonical)
-    } else {
-        Err(failed(io::ErrorKind::NotADirectory.into()))
-    }
-}
-
-fn has_inventory(dir: &Path) -> bool {
-    dir.join(Kind::Inventory.file_name(0)).is_file()
-}
-
-/// Whether a directory has pagemaps or cores, which a dump writes first.
-fn has_images(dir: &Path) -> bool {
-    let image = |entry: io::Result<fs::DirEntry>| {
-        let name = entry.ok()?.file_name();
-        let (desc, _) = desc::by_file_name(name.to_str()?)?;
-        Some(matches!(desc.kind, Kind::Pagemap | Kind::ShmemPagemap | Kind::Core))
-    };
-    fs::read_dir(dir).is_ok_and(|mut entries| entries.any(|entry| image(entry) == Some(true)))
-}
-
-fn directories(root: &Path) -> Result<Vec<PathBuf>> {
-    let failed = |source| ChainError::Directory { path: root.to_owned(), source };
-    let mut dirs = Vec::new();
-    for entry in fs::read_dir(root).map_err(failed)? {
-        let entry = entry.map_err(failed)?;
-        let kind = entry.file_type().map_err(failed)?;
-        if kind.is_dir() {
-            dirs.push(entry.path());
-        } else if kind.is_symlink()
-            && let Ok(dir) = entry.path().canonicalize()
-            && dir.is_dir()
-        {
-            // Such as `latest`, which may lead to a directory found already.
-            dirs.push(dir);
-        }
-    }
-    Ok(dirs)
-}
-
-/// The directories found so far, in the order in which they were.
+/// The snapshots found so far, in the order in which they were.
 #[derive(Default)]
 struct Discovery {
     snapshots: Vec<Snapshot>,
-    /// By paths as strings, which are hashed in a fraction of the time; all are
-    /// canonical.
-    by_dir: HashMap<OsString, usize>,
-    /// Where the links to the parents lead, as far as they were looked at.
+    /// By the names of their stores: as strings, which are hashed in a fraction of the time.
+    by_path: HashMap<OsString, usize>,
+    /// The names of the parents' stores, as far as they were told.
     links: Vec<Option<PathBuf>>,
     names: HashSet<String>,
 }
@@ -349,28 +363,29 @@ impl Discovery {
     /// Makes room for so many directories.
     fn reserve(&mut self, dirs: usize) {
         self.snapshots.reserve(dirs);
-        self.by_dir.reserve(dirs);
+        self.by_path.reserve(dirs);
         self.links.reserve(dirs);
         self.names.reserve(dirs);
     }
 
-    fn enter(&mut self, dir: PathBuf) -> usize {
-        if let Some(known) = self.by_dir.get(dir.as_os_str()) {
+    fn enter(&mut self, images: Store) -> usize {
+        let path = images.name();
+        if let Some(known) = self.by_path.get(path.as_os_str()) {
             return *known;
         }
         let position = self.snapshots.len();
-        let name = self.unused_name(&dir);
+        let name = self.unused_name(path);
         self.names.insert(name.clone());
-        self.by_dir.insert(dir.clone().into_os_string(), position);
-        self.snapshots.push(Snapshot { name, dir, parent: Ok(None) });
+        self.by_path.insert(path.as_os_str().to_owned(), position);
+        self.snapshots.push(Snapshot { name, images, parent: Ok(None) });
         self.links.push(None);
         position
     }
 
-    /// Names a directory: as it is called, with a number behind where another
+    /// Names a snapshot: as its directory is called, with a number behind where another
     /// one is called so.
-    fn unused_name(&self, dir: &Path) -> String {
-        let name = dir.file_name().map_or("root".into(), |name| name.to_string_lossy());
+    fn unused_name(&self, path: &Path) -> String {
+        let name = path.file_name().map_or("root".into(), |name| name.to_string_lossy());
         if !self.names.contains(&*name) {
             return name.into_owned();
         }
@@ -384,25 +399,35 @@ impl Discovery {
         while position < self.snapshots.len() {
             let parent = match self.known_sibling(position) {
                 Some(known) => Ok(Some(known)),
-                None => parent_dir(&self.snapshots[position].dir).map(|parent| {
-                    parent.map(|dir| match self.original(position, &dir, listed, &mut originals) {
+                None => self.snapshots[position].images.parent().map(|parent| {
+                    let original = |parent: Store| match self.original(
+                        position,
+                        &*parent,
+                        listed,
+                        &mut originals,
+                    ) {
                         Some(original) => original,
-                        None => self.enter(dir),
-                    })
+                        None => self.enter(parent),
+                    };
+                    parent.map(original)
                 }),
             };
-            self.snapshots[position].parent = parent.map(|p| p.map(SnapshotId::at));
+            let snapshot = &mut self.snapshots[position];
+            snapshot.parent = match parent {
+                Ok(parent) => Ok(parent.map(SnapshotId::at)),
+                Err(BrokenLink { target, problem }) => {
+                    Err(LinkError::Dangling { dir: snapshot.path().to_owned(), target, problem })
+                }
+            };
             position += 1;
         }
     }
 
-    /// Returns a snapshot's parent if its link is known, of the usual form,
-    /// `../NAME`, and leads to a directory that is known: a chain of thousands is
-    /// found in half the time without resolving each link.
+    /// Returns a snapshot's parent if the name of its store was told and is known: a chain
+    /// of thousands is found in half the time without resolving each link.
     fn known_sibling(&self, position: usize) -> Option<usize> {
-        let link = self.links[position].as_ref()?;
-        let path = sibling(&self.snapshots[position].dir, link)?;
-        self.by_dir.get(path.as_os_str()).copied()
+        let path = self.links[position].as_ref()?;
+        self.by_path.get(path.as_os_str()).copied()
     }
 
     /// Returns the one of the `listed` first snapshots that `parent`, a directory and no
@@ -412,22 +437,23 @@ impl Discovery {
     fn original(
         &self,
         position: usize,
-        parent: &Path,
+        parent: &dyn ImageStore,
         listed: usize,
         originals: &mut Option<HashMap<Vec<u8>, usize>>,
     ) -> Option<usize> {
-        let is_inside = parent == self.snapshots[position].dir.join(PARENT_LINK);
+        let is_inside = parent.name() == self.snapshots[position].images.path_of(PARENT_LINK);
         if !is_inside || listed < 2 {
             return None;
         }
         let originals = originals.get_or_insert_with(|| {
-            let ids = self.snapshots[..listed].iter().map(|snapshot| bonds::run_id(&snapshot.dir));
+            let ids = self.snapshots[..listed].iter();
+            let ids = ids.map(|snapshot| bonds::run_id(&*snapshot.images));
             ids.zip(0..).filter_map(|(id, position)| Some((id?, position))).collect()
         });
         let original = *originals.get(&bonds::run_id(parent)?)?;
         let same = original != position
             && sizes(parent)
-                .is_some_and(|sizes_of| sizes(&self.snapshots[original].dir) == Some(sizes_of));
+                .is_some_and(|found| sizes(&*self.snapshots[original].images) == Some(found));
         same.then_some(original)
     }
 
@@ -467,10 +493,10 @@ impl Discovery {
             members.push(position);
         }
         let names = |members: &[usize]| {
-            let dirs = members.iter().map(|m| self.snapshots[*m].dir.display().to_string());
+            let dirs = members.iter().map(|m| self.snapshots[*m].path().display().to_string());
             dirs.collect::<Vec<_>>().join(" -> ")
         };
-        let circle = format!("{} -> {}", names(&members), self.snapshots[start].dir.display());
+        let circle = format!("{} -> {}", names(&members), self.snapshots[start].path().display());
         for member in members {
             self.snapshots[member].parent = Err(LinkError::Circle { circle: circle.clone() });
         }
@@ -515,17 +541,11 @@ impl Discovery {
     }
 }
 
-/// Returns the names of the images in a directory with their sizes.
-fn sizes(dir: &Path) -> Option<BTreeMap<OsString, u64>> {
-    let mut sizes = BTreeMap::new();
-    for entry in fs::read_dir(dir).ok()? {
-        let entry = entry.ok()?;
-        let is_image = entry.file_name().to_str().is_some_and(|n| desc::by_file_name(n).is_some());
-        if is_image {
-            sizes.insert(entry.file_name(), fs::metadata(entry.path()).ok()?.len());
-        }
-    }
-    Some(sizes)
+/// Returns the names of the images of a snapshot with their sizes.
+fn sizes(images: &dyn ImageStore) -> Option<BTreeMap<String, u64>> {
+    let names = images.list().ok()?.into_iter();
+    let names = names.filter(|name| desc::by_file_name(name).is_some());
+    names.map(|name| images.stat(&name).map(|stat| (name, stat.len)).ok()).collect()
 }
 
 /// Returns the image directories beside `dir` whose parent it is, sorted; those that
@@ -534,16 +554,20 @@ fn sizes(dir: &Path) -> Option<BTreeMap<OsString, u64>> {
 /// # Errors
 /// [`ChainError::Directory`].
 pub fn children(dir: &Path) -> Result<Vec<PathBuf>> {
-    let dir = canonical(dir)?;
+    let failed = |path: &Path| {
+        let path = path.to_owned();
+        |source| ChainError::Directory { path, source }
+    };
+    let dir = dir.canonicalize().map_err(failed(dir))?;
     let Some(above) = dir.parent() else { return Ok(Vec::new()) };
-    let mut beside = directories(above)?;
+    let mut beside = store::directories(above).map_err(failed(above))?;
     beside.sort_unstable();
     beside.dedup();
     let found = parallel::map(&beside, WORTH_A_THREAD, |_, other| {
         // Only a link can lead here: a directory of that name is a copy.
         let link = other.join(PARENT_LINK);
         fs::read_link(&link).is_ok()
-            && has_inventory(other)
+            && store::has_inventory(other)
             && link.canonicalize().is_ok_and(|parent| parent == dir)
     });
     Ok(beside
@@ -551,45 +575,6 @@ pub fn children(dir: &Path) -> Result<Vec<PathBuf>> {
         .zip(found)
         .filter_map(|(other, is_child)| is_child.then_some(other))
         .collect())
-}
-
-/// Returns the directory that `dir`'s parent link leads to, if it has one.
-fn parent_dir(dir: &Path) -> Result<Option<PathBuf>, LinkError> {
-    let link = dir.join(PARENT_LINK);
-    let dangling = |target: &Path, problem: &str| LinkError::Dangling {
-        dir: dir.to_owned(),
-        target: target.to_owned(),
-        problem: problem.to_owned(),
-    };
-    let target = match fs::read_link(&link) {
-        Ok(target) => target,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        // Not a link: a directory of that name serves as well.
-        Err(error) if error.kind() == io::ErrorKind::InvalidInput => PathBuf::from(PARENT_LINK),
-        Err(error) => return Err(dangling(&link, &error.to_string())),
-    };
-    // Resolving a link takes a call for each component of the path, and most lead to a
-    // directory beside this one.
-    let is_directory = |path: &PathBuf| fs::symlink_metadata(path).is_ok_and(|meta| meta.is_dir());
-    let beside = sibling(dir, &target).filter(is_directory);
-    match beside.map_or_else(|| link.canonicalize(), Ok) {
-        Ok(parent) if has_inventory(&parent) => Ok(Some(parent)),
-        Ok(parent) if parent.is_dir() => Err(dangling(
-            &target,
-            "that directory has no inventory.img, so it is no image directory",
-        )),
-        Ok(_) => Err(dangling(&target, "that is not a directory")),
-        Err(error) => Err(dangling(&target, &error.to_string())),
-    }
-}
-
-/// Returns the path that a link of the usual form, `../NAME`, in the directory `dir` names.
-fn sibling(dir: &Path, link: &Path) -> Option<PathBuf> {
-    let mut parts = link.strip_prefix("..").ok()?.components();
-    match (parts.next(), parts.next()) {
-        (Some(Component::Normal(name)), None) => Some(dir.parent()?.join(name)),
-        _ => None,
-    }
 }
 
 #[cfg(test)]

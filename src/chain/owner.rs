@@ -1,18 +1,9 @@
 //! Whose images a chain is made of.
 
-use std::{
-    collections::HashMap,
-    fs,
-    os::unix::fs::MetadataExt,
-    path::{Path, PathBuf},
-};
+use std::{collections::HashMap, fs, os::unix::fs::MetadataExt, path::PathBuf};
 
 use super::{Chain, ChainError, Result, SnapshotId};
 use crate::image::Kind;
-
-/// Others may create files in a directory: `S_IWOTH`, `S_IWGRP` (`inode(7)`).
-const OTHERS_WRITE: u32 = 0o002;
-const GROUP_WRITES: u32 = 0o020;
 
 /// Whose images a chain is made of.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,18 +18,14 @@ pub enum Owner {
 }
 
 impl Owner {
-    /// Finds the users who could have written the files in the directories of a chain: the
-    /// owners of the directories and of their inventories, and the users who can write
-    /// there.
-    ///
-    /// A group that has the number of its directory's owner is taken for that user alone.
+    /// Finds the users who could have written the images of a chain
+    /// ([`ImageStore::owner`](crate::image::ImageStore::owner)).
     pub fn of(chain: &Chain) -> Self {
         let mut one = None;
         for snapshot in chain.snapshots() {
-            let dir = &snapshot.dir;
-            match owner_of(dir) {
+            match snapshot.images.owner() {
                 Some(owner) if *one.get_or_insert(owner) == owner => {}
-                _ => return Self::Several { dir: dir.clone() },
+                _ => return Self::Several { dir: snapshot.path().to_owned() },
             }
         }
         // A chain has snapshots.
@@ -60,7 +47,7 @@ impl ForeignChildren {
     /// Looks at all inventories of a chain.
     pub(super) fn of(chain: &Chain) -> Self {
         let owner = |id| {
-            let inventory = chain.image_path(id, Kind::Inventory, 0);
+            let inventory = chain.directory(id).ok()?.join(Kind::Inventory.file_name(0));
             fs::symlink_metadata(inventory).ok().map(|meta| (id, meta.uid()))
         };
         let owners: HashMap<_, _> = chain.ids().filter_map(owner).collect();
@@ -87,21 +74,12 @@ impl ForeignChildren {
         let Some(child) = self.found.get(&id) else { return Ok(()) };
         let owner = |id| self.owners.get(id).copied().unwrap_or(u32::MAX);
         Err(ChainError::ForeignChild {
-            dir: chain.snapshot(id).dir.clone(),
+            dir: chain.snapshot(id).path().to_owned(),
             owner: owner(&id),
-            child: chain.snapshot(*child).dir.clone(),
+            child: chain.snapshot(*child).path().to_owned(),
             child_owner: owner(child),
         })
     }
-}
-
-/// Returns the one user who can put files into an image directory.
-fn owner_of(dir: &Path) -> Option<u32> {
-    let meta = fs::symlink_metadata(dir).ok()?;
-    let inventory = fs::symlink_metadata(dir.join(Kind::Inventory.file_name(0))).ok()?;
-    let group = meta.mode() & GROUP_WRITES != 0 && meta.gid() != meta.uid();
-    let alone = meta.mode() & OTHERS_WRITE == 0 && !group && inventory.uid() == meta.uid();
-    alone.then(|| meta.uid())
 }
 
 #[cfg(test)]

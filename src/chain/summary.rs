@@ -1,11 +1,11 @@
 //! What one snapshot of a chain holds, in numbers.
 
-use std::{fs, os::unix::fs::MetadataExt, path::Path, time::SystemTime};
+use std::time::SystemTime;
 
 use super::{Chain, ChainError, Result, SnapshotId, holes};
 use crate::{
-    image::{Kind, MemoryId, PagemapReader, Presence, proto, punched, read_all},
-    units::{BLOCK_BYTES, PAGE_SIZE, PageRanges, page_bytes},
+    image::{ImageStore, Kind, MemoryId, Presence, proto, punched},
+    units::{PAGE_SIZE, PageRanges, page_bytes},
 };
 
 /// How many pages of one kind of memory are where.
@@ -51,7 +51,7 @@ pub struct Summary {
     pub private: PageCounts,
     /// Pages of shared objects.
     pub shared: PageCounts,
-    /// Bytes that the directory's files take on disk.
+    /// Bytes that its files take where they are stored.
     pub disk_bytes: u64,
 }
 
@@ -61,11 +61,11 @@ impl Summary {
     /// # Errors
     /// Directories, images and pages files that cannot be read.
     pub fn of(chain: &Chain, id: SnapshotId) -> Result<Self> {
-        let dir = &chain.snapshot(id).dir;
-        let failed = |source| ChainError::Directory { path: dir.clone(), source };
-        let disk_bytes = disk_bytes(dir)?;
-        let inventory = chain.image_path(id, Kind::Inventory, 0);
-        let date = fs::metadata(inventory).and_then(|meta| meta.modified()).map_err(failed)?;
+        let images = &**chain.images(id);
+        let failed = |source| ChainError::Directory { path: images.name().to_owned(), source };
+        let disk_bytes = disk_bytes(images)?;
+        let inventory = images.stat(&Kind::Inventory.file_name(0)).map_err(failed)?;
+        let date = inventory.modified;
         let (mut private, mut shared) = (PageCounts::default(), PageCounts::default());
         let memories = chain.memories(id)?;
         for memory in &memories {
@@ -96,34 +96,25 @@ impl Summary {
     }
 }
 
-/// Returns how many bytes the files of a directory take on disk.
+/// Returns how many bytes the files of a snapshot take where they are stored.
 ///
 /// # Errors
 /// [`ChainError::Directory`].
-pub fn disk_bytes(dir: &Path) -> Result<u64> {
-    let failed = |source| ChainError::Directory { path: dir.to_owned(), source };
-    let mut bytes = 0;
-    for entry in fs::read_dir(dir).map_err(failed)? {
-        let meta = entry.and_then(|entry| entry.metadata()).map_err(failed)?;
-        bytes += if meta.is_file() { meta.blocks() * BLOCK_BYTES } else { 0 };
-    }
-    Ok(bytes)
+pub fn disk_bytes(images: &dyn ImageStore) -> Result<u64> {
+    let failed = |source| ChainError::Directory { path: images.name().to_owned(), source };
+    images.allocated().map_err(failed)
 }
 
 /// Returns the pids of a snapshot's processes; `None` for a pre-dump, which has
 /// no tree of them.
 fn processes(chain: &Chain, id: SnapshotId) -> Result<Option<Vec<u64>>> {
-    let path = chain.image_path(id, Kind::Pstree, 0);
-    match read_all::<proto::PstreeEntry>(&path, Kind::Pstree) {
-        Ok(tree) => Ok(Some(tree.iter().map(|process| process.pid.into()).collect())),
-        Err(error) if error.is_missing() => Ok(None),
-        Err(error) => Err(error.into()),
-    }
+    let tree = chain.images(id).messages_if_any::<proto::PstreeEntry>(Kind::Pstree, 0)?;
+    Ok(tree.map(|tree| tree.iter().map(|process| process.pid.into()).collect()))
 }
 
 fn count(chain: &Chain, id: SnapshotId, memory: MemoryId) -> Result<PageCounts> {
-    let path = chain.snapshot(id).dir.join(memory.pagemap_name());
-    let mut reader = PagemapReader::open(&path)?;
+    let images = &**chain.images(id);
+    let mut reader = images.pagemap(memory)?;
     let mut counts = PageCounts::default();
     for entry in reader.by_ref() {
         let entry = entry?;
@@ -136,10 +127,8 @@ fn count(chain: &Chain, id: SnapshotId, memory: MemoryId) -> Result<PageCounts> 
         *count += entry.pages;
     }
     if counts.present > 0 {
-        let pages = chain.image_path(id, Kind::Pages, reader.pages_id().into());
-        let file = chain.files().get(chain.files().enter(&pages))?;
-        let dir = &chain.snapshot(id).dir;
-        let gone = punched::read(dir, &memory.pagemap_name(), reader.pages_id())?;
+        let file = chain.files().get(chain.enter_pages(id, reader.pages_id()))?;
+        let gone = punched::read(images, &memory.pagemap_name(), reader.pages_id())?;
         let mut punched: PageRanges = gone.unwrap_or_default().within(0..counts.present).collect();
         for hole in holes::in_file(&file, 0, page_bytes(counts.present))? {
             punched.insert(hole.start.div_ceil(PAGE_SIZE)..hole.end / PAGE_SIZE);

@@ -1,13 +1,16 @@
 //! Chains for tests: on disk, and as a naive model beside it.
 
-use std::{collections::BTreeMap, fs, os::unix::fs::symlink, path::PathBuf};
+use std::{collections::BTreeMap, fs, os::unix::fs::symlink, path::PathBuf, sync::Arc};
 
 use proptest::prelude::*;
 use tempfile::TempDir;
 
 use super::Chain;
 use crate::{
-    image::{ImageWriter, Kind, MemoryId, PagemapEntry, PagemapWriter, Presence, proto},
+    image::{
+        ImageWriter, Kind, MemoryId, PagemapEntry, PagemapWriter, Presence, Store, proto,
+        store::memory::InMemory,
+    },
     units::{PAGE_SIZE, PageIndex},
 };
 
@@ -75,6 +78,25 @@ impl TestChain {
         }
         writer.into_image().finish().expect("write a pagemap");
         fs::write(dir.join(Kind::Pages.file_name(pages_id.into())), pages).expect("write pages");
+    }
+
+    /// Returns all of it in a store that is no directory.
+    pub(crate) fn in_memory(&self) -> Store {
+        let mut tip: Option<Store> = None;
+        for layer in 1..=self.layers {
+            let mut images = InMemory::new(&format!("memory:{layer}"));
+            for entry in fs::read_dir(self.dir(layer)).expect("list").flatten() {
+                if entry.file_type().expect("look at").is_file() {
+                    let bytes = fs::read(entry.path()).expect("read");
+                    images.put(&entry.file_name().to_string_lossy(), &bytes);
+                }
+            }
+            tip = Some(match tip {
+                Some(parent) => Arc::new(images.with_parent(parent)),
+                None => Arc::new(images),
+            });
+        }
+        tip.expect("a chain has layers")
     }
 
     pub(crate) fn open(&self) -> Chain {

@@ -13,7 +13,7 @@ use super::{
     *,
 };
 use crate::{
-    image::{MemoryId, Presence},
+    image::{Directory, MemoryId, Presence},
     units::{PAGE_SIZE, PageIndex},
 };
 
@@ -221,7 +221,9 @@ fn files_that_vanish_or_are_replaced_are_errors() {
     let tip = disk.dir(2).join("pages-7.img");
     assert!(read(&memory, 5 * PAGE_SIZE, 4096).is_ok());
     let files = Files::new(std::num::NonZeroUsize::MIN);
-    let (kept, other) = (files.enter(&tip), files.enter(&disk.dir(2).join("inventory.img")));
+    let images = Directory::at(disk.dir(2)).shared();
+    let (kept, other) = (files.enter_path(&tip), files.enter(&images, "inventory.img"));
+    assert_eq!(files.enter(&images, "pages-7.img"), kept);
     files.get(kept).unwrap();
     files.get(other).unwrap();
     assert_eq!(files.open_count(), 1);
@@ -284,7 +286,30 @@ fn a_deep_chain_is_read_with_few_open_files() {
     }
     let few = Files::new(std::num::NonZeroUsize::new(16).unwrap());
     for layer in 1..100 {
-        few.get(few.enter(&disk.dir(layer).join("pages-7.img"))).unwrap();
+        few.get(few.enter_path(&disk.dir(layer).join("pages-7.img"))).unwrap();
     }
     assert_eq!(few.open_count(), 16);
+}
+
+#[test]
+fn a_chain_need_not_be_in_directories() {
+    let disk = two_layers();
+    let chain = Arc::new(Chain::of(disk.in_memory()));
+    let tip = chain.choose(None).unwrap();
+    assert_eq!(chain.snapshot(tip).name, "memory:2");
+    assert_eq!(chain.snapshot(chain.base(tip)).path().to_str(), Some("memory:1"));
+    let bytes = |chain: &Arc<Chain>| {
+        let index = chain.index(chain.choose(None).unwrap(), MEMORY).unwrap();
+        let memory = MemoryBytes::new(Arc::clone(chain), index, 10 * PAGE_SIZE);
+        read(&memory, 0, 10 * 4096).unwrap()
+    };
+    assert_eq!(bytes(&chain), bytes(&Arc::new(disk.open())));
+    assert_eq!(check(&chain).unwrap().len(), check(&disk.open()).unwrap().len());
+    Summary::of(&chain, tip).unwrap();
+    // What cannot be done there is refused by name.
+    let index = chain.index(tip, MEMORY).unwrap();
+    let disk = Arc::new(crate::image::disk::Kernel);
+    let error = Freeing::new(Arc::clone(&chain), disk).prepare_all(&index).unwrap_err();
+    assert!(error.to_string().contains("memory:"), "{error}");
+    assert!(matches!(error, ChainError::ReadOnly { .. }));
 }

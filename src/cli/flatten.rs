@@ -45,7 +45,9 @@ pub fn run(args: &FlattenArgs) -> anyhow::Result<()> {
     let tip = chain.choose(args.snapshot.as_deref())?;
     let mut locks = DirectoryLocks::default();
     for id in [tip, chain.base(tip)] {
-        locks.take(&chain.snapshot(id).dir, Access::Shared)?;
+        if let Some(dir) = chain.snapshot(id).directory() {
+            locks.take(dir, Access::Shared)?;
+        }
     }
     let name = chain.snapshot(tip).name.clone();
     let view = View::new(Arc::new(chain), tip);

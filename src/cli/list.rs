@@ -194,7 +194,7 @@ fn document(chain: &Chain, id: SnapshotId, summary: &Summary) -> anyhow::Result<
     };
     Ok(json!({
         "name": snapshot.name,
-        "directory": snapshot.dir.to_string_lossy(),
+        "directory": snapshot.path().to_string_lossy(),
         "parent": parent.as_ref().ok(),
         "parent_error": parent.as_ref().err().map(ToString::to_string),
         "date": Timestamp::try_from(summary.date)?.to_string(),

@@ -257,7 +257,9 @@ impl MountArgs {
         let access = if self.punch.is_some() { Access::Exclusive } else { Access::Shared };
         let mut locks = DirectoryLocks::default();
         for base in chain.bases() {
-            locks.take(&chain.snapshot(base).dir, access)?;
+            if let Some(dir) = chain.snapshot(base).directory() {
+                locks.take(dir, access)?;
+            }
         }
         let trust = Trust::of(&chain, self.mapped_files);
         if let Some(warning) = &trust.warning {

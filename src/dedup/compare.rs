@@ -217,7 +217,7 @@ mod tests {
         fs::write(&paths[0], left).unwrap();
         fs::write(&paths[1], right).unwrap();
         let files = Files::new(NonZeroUsize::MIN);
-        let [left, right] = paths.map(|path| files.enter(&path));
+        let [left, right] = paths.map(|path| files.enter_path(&path));
         // Stretches of one page, of less than a chunk and of several, with gaps.
         let pair = |first, pages| Pair {
             first: PageIndex(1000 + 2 * first),

@@ -12,7 +12,7 @@ use super::{
 use crate::{
     chain::{Chain, ChainError, Freeing, SnapshotId, disk_bytes},
     image::{
-        Disk, Pagemap, punched,
+        Disk, punched,
         snapshot::{sync, sync_all},
     },
     sys::{
@@ -70,7 +70,9 @@ pub fn free(
     }
     lock_ancestors(&chain, id, &mut locks)?;
     for snapshot in chain.snapshots() {
-        recover(&snapshot.dir)?;
+        if let Some(dir) = snapshot.directory() {
+            recover(dir)?;
+        }
     }
     drop(chain);
     free_locked(options, disk, tell)
@@ -84,7 +86,7 @@ pub fn lock_ancestors(chain: &Chain, id: SnapshotId, locks: &mut DirectoryLocks)
     // One for each.
     process::raise_descriptor_limit();
     for ancestor in superseded::ancestors(chain, id) {
-        locks.take(&chain.snapshot(ancestor).dir, Access::Exclusive)?;
+        locks.take(chain.directory(ancestor)?, Access::Exclusive)?;
     }
     Ok(())
 }
@@ -128,7 +130,7 @@ pub fn free_locked(
     let mut freed = told(&chain, id, &found)?;
     tell(&freed);
     // What is freed must be on disk elsewhere.
-    let dir = &chain.snapshot(id).dir;
+    let dir = chain.directory(id)?;
     sync_all(dir, |file| fds::begin_writing(file, 0, 0))?;
     if let Some(above) = dir.parent() {
         sync(above)?;
@@ -154,11 +156,11 @@ fn rewrite_files(chain: &Chain, found: &Found) -> Result<()> {
     let mut plans: BTreeMap<SnapshotId, Plan> = BTreeMap::new();
     for file in found.files.iter().filter(|file| !file.pages.is_empty()) {
         let snapshot = file.layer.snapshot;
-        let dir = &chain.snapshot(snapshot).dir;
+        let images = &**chain.images(snapshot);
         let name = file.memory.pagemap_name();
         let mut pages = file.pages.clone();
         // Those of earlier times.
-        if let Some(gone) = punched::read(dir, &name, file.layer.pages_id)? {
+        if let Some(gone) = punched::read(images, &name, file.layer.pages_id)? {
             pages.extend(&gone);
         }
         let total = file.layer.pages;
@@ -171,7 +173,7 @@ fn rewrite_files(chain: &Chain, found: &Found) -> Result<()> {
             index: chain.index(snapshot, file.memory)?,
             parent: None,
             equal: Vec::new(),
-            entries: Pagemap::read(&dir.join(name))?.entries,
+            entries: images.whole_pagemap(file.memory)?.entries,
             kept,
             gone: Some(Gone { pages, total }),
         });
@@ -180,7 +182,7 @@ fn rewrite_files(chain: &Chain, found: &Found) -> Result<()> {
     for (id, plan) in plans.into_iter().rev() {
         let at = |id| At { chain, id };
         let parent = chain.snapshot(id).parent.as_ref().ok().copied().flatten();
-        let stage = Stage::make(&chain.snapshot(id).dir, &plan, at(id), parent.map(at))?;
+        let stage = Stage::make(chain.directory(id)?, &plan, at(id), parent.map(at))?;
         stage.publish(None)?;
     }
     Ok(())
@@ -190,7 +192,7 @@ fn rewrite_files(chain: &Chain, found: &Found) -> Result<()> {
 fn told(chain: &Chain, id: SnapshotId, found: &Found) -> Result<Freed> {
     let bytes = ancestors_bytes(chain, id)?;
     Ok(Freed {
-        lost: found.losers.iter().map(|id| chain.snapshot(*id).dir.clone()).collect(),
+        lost: found.losers.iter().map(|id| chain.snapshot(*id).path().to_owned()).collect(),
         kept_for: found.kept_for.clone(),
         pages: found.files.iter().map(|file| file.pages.pages()).sum(),
         bytes_before: bytes,
@@ -201,7 +203,7 @@ fn told(chain: &Chain, id: SnapshotId, found: &Found) -> Result<Freed> {
 fn ancestors_bytes(chain: &Chain, id: SnapshotId) -> Result<u64> {
     let mut bytes = 0;
     for ancestor in superseded::ancestors(chain, id) {
-        bytes += disk_bytes(&chain.snapshot(ancestor).dir)?;
+        bytes += disk_bytes(&**chain.images(ancestor))?;
     }
     Ok(bytes)
 }

@@ -17,7 +17,7 @@ use super::{
 use crate::{
     chain::{self, Chain, ChainError, Summary, disk_bytes},
     image::{
-        Kind, SnapshotWriter, desc, proto, read_one,
+        Directory, Kind, SnapshotWriter, desc, proto, read_one,
         snapshot::{DEDUP_STAGE, names, write_error},
     },
     sys::{
@@ -76,7 +76,7 @@ pub fn link(options: &LinkOptions, progress: &dyn Progress) -> Result<Vec<Linked
         locks.take(dir, access)?;
         let chain = Chain::open(dir)?;
         let base = chain.base(snapshot_at(&chain, dir)?);
-        locks.take(&chain.snapshot(base).dir, access)?;
+        locks.take(chain.directory(base)?, access)?;
     }
     let given = dirs.iter().zip(&options.dirs).skip(1);
     let copies: Vec<PathBuf> = if options.keep_originals {
@@ -170,11 +170,11 @@ fn made_before(copy: &Path, dir: &Path) -> Result<Linked> {
     };
     Ok(Linked {
         dir: copy.to_owned(),
-        parent: parent.map(|parent| chain.snapshot(parent).dir.clone()),
+        parent: parent.map(|parent| chain.snapshot(parent).path().to_owned()),
         shared_pages: in_parent(copy)?.saturating_sub(in_parent(dir)?),
         renumbered: 0,
-        bytes_before: disk_bytes(dir)?,
-        bytes_after: disk_bytes(copy)?,
+        bytes_before: disk_bytes(&Directory::at(dir))?,
+        bytes_after: disk_bytes(&Directory::at(copy))?,
     })
 }
 
@@ -201,10 +201,10 @@ fn check_parent(dir: &Path, parent: &Path) -> Result<()> {
     let chain = Chain::open(dir)?;
     match &chain.snapshot(snapshot_at(&chain, dir)?).parent {
         Ok(None) => Ok(()),
-        Ok(Some(found)) if chain.snapshot(*found).dir == parent => Ok(()),
+        Ok(Some(found)) if chain.snapshot(*found).path() == parent => Ok(()),
         Ok(Some(found)) => Err(DedupError::OtherParent {
             dir: dir.to_owned(),
-            found: chain.snapshot(*found).dir.clone(),
+            found: chain.snapshot(*found).path().to_owned(),
             expected: parent.to_owned(),
         }),
         Err(link) => Err(ChainError::Link(link.clone()).into()),
@@ -231,7 +231,7 @@ fn link_one(
     let more = |pages| progress.more(page_bytes(pages));
     let done = |pages| progress.done(page_bytes(pages));
     let plan = plan::plan(child, parent, renumbering, &more, &done)?;
-    let bytes_before = disk_bytes(dir)?;
+    let bytes_before = disk_bytes(&Directory::at(dir))?;
     let was_linked = !matches!(chain.snapshot(child.id).parent, Ok(None));
     let gained = !plan.memories.is_empty();
     for memory in &plan.memories {
@@ -262,7 +262,7 @@ fn link_one(
         shared_pages: plan.memories.iter().map(plan::MemoryPlan::shared_pages).sum(),
         renumbered: plan.memories.iter().filter(|memory| memory.memory != memory.becomes).count(),
         bytes_before,
-        bytes_after: disk_bytes(dir)?,
+        bytes_after: disk_bytes(&Directory::at(dir))?,
     })
 }
 

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use super::Result;
 use crate::{
     chain::{Chain, SnapshotId},
-    image::{ImageError, Kind, proto, read_all, vma},
+    image::{ImageError, Kind, proto, vma},
 };
 
 /// What an object is.
@@ -121,10 +121,8 @@ impl Reader<'_> {
         kind: Kind,
         number: u64,
     ) -> Result<Vec<M>, ImageError> {
-        match read_all(&self.chain.image_path(self.id, kind, number), kind) {
-            Err(error) if error.is_missing() => Ok(Vec::new()),
-            entries => entries,
-        }
+        let entries = self.chain.images(self.id).messages_if_any(kind, number)?;
+        Ok(entries.unwrap_or_default())
     }
 
     fn memfds(&mut self) -> Result<()> {

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     chain::{Chain, ChainError, Extent, FileId, Index, Place, SnapshotId},
-    image::{MemoryId, Pagemap, PagemapEntry, Presence},
+    image::{MemoryId, PagemapEntry, Presence},
     units::{PageIndex, PageRanges},
 };
 
@@ -25,15 +25,16 @@ pub(super) struct At<'a> {
 }
 
 impl At<'_> {
+    /// Returns the snapshot's directory: a chain of others is not deduplicated.
     pub(super) fn dir(&self) -> &Path {
-        &self.chain.snapshot(self.id).dir
+        self.chain.snapshot(self.id).path()
     }
 
     /// Returns the directory and the number of the pages file of one of an index's
     /// layers.
     pub(super) fn pages_file(&self, index: &Index, layer: u32) -> (&Path, u32) {
         let layer = &index.layers()[layer as usize];
-        (&self.chain.snapshot(layer.snapshot).dir, layer.pages_id)
+        (self.chain.snapshot(layer.snapshot).path(), layer.pages_id)
     }
 }
 
@@ -131,7 +132,7 @@ pub(super) fn plan(
     let matches = matches(&memories, &there, &objects, &older, renumbering);
     let mut compared = Vec::new();
     for Match { memory, parent: mut other } in matches {
-        let pagemap = Pagemap::read(&child.dir().join(memory.pagemap_name()))?;
+        let pagemap = child.chain.images(child.id).whole_pagemap(memory)?;
         // What asks the parent already asks by its number.
         if pagemap.entries.iter().any(|entry| entry.presence == Presence::Parent) {
             other = memory;

@@ -12,7 +12,7 @@ use nix::{
 
 use super::{DedupError, Progress, Result};
 use crate::{
-    chain::{BackingFile, Chain, FileId, StoredPages, zero_hash},
+    chain::{BackingFile, Chain, ChainError, FileId, StoredPages, zero_hash},
     image::regular,
     sys::{
         lock::{Access, DirectoryLocks},
@@ -53,7 +53,7 @@ pub fn reflink(path: &Path, progress: &dyn Progress) -> Result<Reflinked> {
     let mut locks = DirectoryLocks::default();
     // No byte changes, so others may read meanwhile.
     for base in chain.bases() {
-        locks.take(&chain.snapshot(base).dir, Access::Shared)?;
+        locks.take(chain.directory(base)?, Access::Shared)?;
     }
     let stored = StoredPages::of(&chain)?;
     progress.more(page_bytes(stored.pages));
@@ -140,6 +140,8 @@ impl Target {
 
     /// Makes one range share blocks, where it covers whole blocks.
     fn share(&self, from: &BackingFile, same: &Same, done: &mut Reflinked) -> Result<()> {
+        let read_only = || ChainError::ReadOnly { path: from.path().to_owned() };
+        let source_file = from.file().ok_or_else(read_only)?;
         let block = self.block_pages;
         let skipped = (block - same.to.1 % block) % block;
         let aligned = (same.from.1 + skipped).is_multiple_of(block);
@@ -149,7 +151,7 @@ impl Target {
         while at < skipped + pages {
             let (source, target) = (page_bytes(same.from.1 + at), page_bytes(same.to.1 + at));
             let len = page_bytes(skipped + pages - at);
-            let shared = reflink::share(from.file(), source, &self.file, target, len)
+            let shared = reflink::share(source_file, source, &self.file, target, len)
                 .map_err(|source| self.failed(source))?;
             match shared.map(|bytes| bytes / PAGE_SIZE) {
                 // They were changed since, or have the same hash by chance.
@@ -187,7 +189,7 @@ mod tests {
     #[test]
     fn equal_pages_are_joined_to_ranges() {
         let files = Files::new(NonZeroUsize::MIN);
-        let [a, b] = ["a", "b"].map(|name| files.enter(Path::new(name)));
+        let [a, b] = ["a", "b"].map(|name| files.enter_path(Path::new(name)));
         // a: 1 2 3 4 4 4 4; b: 9 2 3 4 1 0
         let pages = |file, hashes: &[u128]| -> Vec<(u128, FileId, u64)> {
             (0..).zip(hashes).map(|(page, hash)| (*hash, file, page)).collect()

@@ -22,7 +22,7 @@ use std::{
     fs::{self, DirBuilder, File},
     io::{self, BufWriter, Write as _},
     num::NonZeroUsize,
-    os::unix::fs::{DirBuilderExt, MetadataExt, fchown, symlink},
+    os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, fchown, symlink},
     path::{Component, Path, PathBuf},
 };
 
@@ -353,10 +353,7 @@ pub(super) fn snapshot_at(chain: &Chain, dir: &Path) -> Result<SnapshotId> {
         path: dir.to_owned(),
         source,
     })?;
-    chain
-        .ids()
-        .find(|id| chain.snapshot(*id).dir == canonical)
-        .ok_or_else(|| DedupError::NoSnapshot { dir: dir.to_owned() })
+    chain.at(&canonical).ok_or_else(|| DedupError::NoSnapshot { dir: dir.to_owned() })
 }
 
 /// Returns numbers that no pages file of a directory has and no pagemap names.
@@ -448,15 +445,16 @@ pub(super) fn copy_file(from: &Path, to: &Path) -> Result<()> {
 /// Copies a whole pages file, leaving its holes holes.
 pub(super) fn copy_pages(from: &Path, to: &Path) -> Result<()> {
     let files = Files::new(NonZeroUsize::MIN);
-    let from = files.get(files.enter(from))?;
+    let from = files.get(files.enter_path(from))?;
     let failed = |source| write_error(to, source);
     let target = regular::create(to).map_err(failed)?;
-    let metadata = from.metadata()?;
-    target.set_permissions(metadata.permissions()).map_err(failed)?;
-    target.set_len(metadata.len()).map_err(failed)?;
+    let found = from.stat()?;
+    let permissions = fs::Permissions::from_mode(found.mode.into());
+    target.set_permissions(permissions).map_err(failed)?;
+    target.set_len(found.len).map_err(failed)?;
     let mut next = 0;
     while let Some(data) = seek_file(&from, next, Whence::Data)? {
-        next = seek_file(&from, data, Whence::Hole)?.unwrap_or(metadata.len());
+        next = seek_file(&from, data, Whence::Hole)?.unwrap_or(found.len);
         copy(&from, data, next - data, &target, to, data)?;
     }
     Ok(())

@@ -9,7 +9,7 @@ use std::{
 use super::{DedupError, Result, plan::At};
 use crate::{
     chain::{Chain, ChainError, Index, Layer, Place, SnapshotId, freed::stored},
-    image::{Kind, MemoryId, Pagemap, PagemapReader, Presence, punched},
+    image::{MemoryId, Pagemap, Presence, punched},
     units::{PageRanges, page_bytes},
 };
 
@@ -70,24 +70,22 @@ pub(super) fn find(at: At) -> Result<Found> {
             continue;
         }
         for ancestor in &path {
-            let pagemap =
-                match Pagemap::read(&chain.snapshot(*ancestor).dir.join(memory.pagemap_name())) {
-                    // The memory begins above it: what is below is of another one.
-                    Err(error) if error.is_missing() => break,
-                    pagemap => pagemap?,
-                };
+            let images = &**chain.images(*ancestor);
+            let pagemap = match images.whole_pagemap(memory) {
+                // The memory begins above it: what is below is of another one.
+                Err(error) if error.is_missing() => break,
+                pagemap => pagemap?,
+            };
             let (mut pages, total) = file_pages(&pagemap, &held);
-            let dir = &chain.snapshot(*ancestor).dir;
-            let gone = punched::read(dir, &memory.pagemap_name(), pagemap.pages_id)?;
+            let gone = punched::read(images, &memory.pagemap_name(), pagemap.pages_id)?;
             gone.iter().flat_map(PageRanges::iter).for_each(|range| pages.remove(range));
             // An earlier run may not have freed all that it noted.
             if !pages.is_empty() || gone.is_some() {
-                let path = chain.image_path(*ancestor, Kind::Pages, pagemap.pages_id.into());
                 let layer = Layer {
                     snapshot: *ancestor,
                     pages_id: pagemap.pages_id,
                     pages: total,
-                    file: chain.files().enter(&path),
+                    file: chain.enter_pages(*ancestor, pagemap.pages_id),
                     dense: false,
                 };
                 found.files.push(Superseded { memory, layer, pages });
@@ -113,7 +111,7 @@ fn held(own: &Index) -> impl Iterator<Item = Range<u64>> {
 fn check_length(at: At, own: &Index) -> Result<()> {
     let Some(layer) = own.layers().first().filter(|layer| layer.pages > 0) else { return Ok(()) };
     let file = at.chain.files().get(layer.file)?;
-    let (len, wanted) = (file.metadata()?.len(), page_bytes(layer.pages));
+    let (len, wanted) = (file.stat()?.len, page_bytes(layer.pages));
     if len >= wanted {
         return Ok(());
     }
@@ -142,7 +140,7 @@ fn file_pages(pagemap: &Pagemap, held: &PageRanges) -> (PageRanges, u64) {
 /// Takes out what other snapshots need: those in the directories in which the snapshot
 /// and its ancestors are, and what these lead to.
 fn keep(at: At, path: &[SnapshotId], found: &mut Found) -> Result<()> {
-    let dir = |id: SnapshotId| at.chain.snapshot(id).dir.as_path();
+    let dir = |id: SnapshotId| at.chain.snapshot(id).path();
     let line: BTreeSet<&Path> = path.iter().copied().chain([at.id]).map(dir).collect();
     let mut wanted: BTreeMap<FileName, &mut PageRanges> = found
         .files
@@ -154,20 +152,20 @@ fn keep(at: At, path: &[SnapshotId], found: &mut Found) -> Result<()> {
     for above in above {
         let beside = Chain::open(above)?;
         for id in beside.ids() {
-            let other = &beside.snapshot(id).dir;
-            if line.contains(other.as_path()) || !looked_at.insert(other.clone()) {
+            let other = beside.snapshot(id).path();
+            if line.contains(other) || !looked_at.insert(other.to_owned()) {
                 continue;
             }
             // One that leads through the snapshot finds there what is to be freed.
             let below = ancestors(&beside, id);
-            if !below.iter().any(|id| line.contains(beside.snapshot(*id).dir.as_path()))
-                || below.iter().any(|id| beside.snapshot(*id).dir == dir(at.id))
+            if !below.iter().any(|id| line.contains(beside.snapshot(*id).path()))
+                || below.iter().any(|id| beside.snapshot(*id).path() == dir(at.id))
             {
                 continue;
             }
             let kept = take_out(&beside, id, &mut wanted)?;
             if kept > 0 {
-                found.kept_for.push((other.clone(), kept));
+                found.kept_for.push((other.to_owned(), kept));
             }
         }
     }
@@ -180,12 +178,13 @@ fn take_out(
     id: SnapshotId,
     wanted: &mut BTreeMap<FileName, &mut PageRanges>,
 ) -> Result<u64> {
-    let unknown = |source| DedupError::Unknown { dir: chain.snapshot(id).dir.clone(), source };
+    let unknown =
+        |source| DedupError::Unknown { dir: chain.snapshot(id).path().to_owned(), source };
     let mut kept = 0;
     for memory in chain.memories(id)? {
         let index = chain.index(id, memory).map_err(unknown)?;
         for (layer, pages) in stored(&index) {
-            let name = (chain.snapshot(layer.snapshot).dir.clone(), layer.pages_id);
+            let name = (chain.snapshot(layer.snapshot).path().to_owned(), layer.pages_id);
             if let Some(wanted) = wanted.get_mut(&name) {
                 let before = wanted.pages();
                 wanted.remove(pages);
@@ -202,10 +201,9 @@ fn check_claims(chain: &Chain, files: &[Superseded]) -> Result<()> {
     for id in snapshots {
         let mut claims = BTreeMap::new();
         for memory in chain.memories(id)? {
-            let dir = &chain.snapshot(id).dir;
-            let pages_id = PagemapReader::open(&dir.join(memory.pagemap_name()))?.pages_id();
+            let pages_id = chain.images(id).pagemap(memory)?.pages_id();
             if let Some(first) = claims.insert(pages_id, memory) {
-                let (dir, second) = (dir.clone(), memory);
+                let (dir, second) = (chain.snapshot(id).path().to_owned(), memory);
                 return Err(ChainError::SharedPages { dir, pages_id, first, second }.into());
             }
         }

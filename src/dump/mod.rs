@@ -234,7 +234,7 @@ type Parent = (Arc<Chain>, SnapshotId);
 /// Returns what the inventory says of the parent.
 fn parent_name(parent: Option<&Parent>) -> Result<Option<Vec<u8>>> {
     let Some((chain, id)) = parent else { return Ok(None) };
-    Ok(Some(chain::dump_name(&chain.snapshot(*id).dir)?))
+    Ok(Some(chain::dump_name(&**chain.images(*id))?))
 }
 
 /// Finds each memory in the parent chain.
@@ -343,20 +343,19 @@ fn open_parent(
     }
     locks.take(&dir, if options.auto_dedup { Access::Exclusive } else { Access::Shared })?;
     let chain = Arc::new(Chain::open(&dir)?);
-    if chain.snapshots().iter().any(|snapshot| snapshot.dir == images_dir) {
+    if chain.at(images_dir).is_some() {
         // It may be out of the sight of the directories beside it.
         let children = dir.display().to_string();
         return Err(DumpError::HasChildren { dir: images_dir.to_owned(), children });
     }
-    let id = chain.ids().find(|id| chain.snapshot(*id).dir == dir);
-    let id = id.ok_or_else(|| {
+    let id = chain.at(&dir).ok_or_else(|| {
         problem(dir, "it holds no inventory.img, so it is no complete dump".to_owned())
     })?;
     if options.auto_dedup {
         dedup::lock_ancestors(&chain, id, locks)?;
         dedup::check_freeing(&chain, id, Arc::new(Kernel))?;
     } else {
-        locks.take(&chain.snapshot(chain.base(id)).dir, Access::Shared)?;
+        locks.take(chain.directory(chain.base(id))?, Access::Shared)?;
     }
     Ok((chain, id))
 }

@@ -11,7 +11,7 @@ use super::{DumpError, Options, Result};
 use crate::{
     causes::{tell, with_sources},
     chain::{Chain, SnapshotId},
-    image::{Kind, proto, read_one},
+    image::{Kind, proto},
     inject::Task,
     pages::{Memory, Origin, marked},
     proc::{Mapping, VmFlags},
@@ -55,8 +55,7 @@ impl Tracking {
     pub(super) fn new(options: &Options, parent: Option<(&Chain, SnapshotId)>) -> Result<Self> {
         let goes_on = options.pre_dump || options.leave_running || options.leave_stopped;
         let since = parent.map(|(chain, id)| {
-            let path = chain.image_path(id, Kind::Inventory, 0);
-            let inventory: proto::InventoryEntry = read_one(&path, Kind::Inventory)?;
+            let inventory: proto::InventoryEntry = chain.images(id).message(Kind::Inventory, 0)?;
             let id = inventory.dump_criu_run_id;
             Ok::<_, DumpError>(id.map(|id| String::from_utf8_lossy(&id).into_owned()))
         });

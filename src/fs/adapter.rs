@@ -260,9 +260,11 @@ impl Filesystem for ImageFs {
 
     /// Returns the sizes of the file system that holds the images.
     fn statfs(&self, _req: &Request, ino: INodeNo, reply: ReplyStatfs) {
-        let chain = self.view.chain();
-        let dir = &chain.snapshot(self.view.tip()).dir;
-        match statvfs(dir.as_path()) {
+        let Some(dir) = self.view.chain().snapshot(self.view.tip()).directory() else {
+            // As much as nobody knows.
+            return reply.statfs(0, 0, 0, 0, 0, SMALL_READ_BYTES, NAME_BYTES, SMALL_READ_BYTES);
+        };
+        match statvfs(dir) {
             Ok(stat) => {
                 let size = |bytes: u64| u32::try_from(bytes).unwrap_or(SMALL_READ_BYTES);
                 reply.statfs(
@@ -278,7 +280,7 @@ impl Filesystem for ImageFs {
             }
             Err(errno) => {
                 let source = io::Error::from(errno);
-                let error = ViewError::Attributes { path: dir.clone(), source };
+                let error = ViewError::Attributes { path: dir.to_owned(), source };
                 reply.error(self.failed("statfs", ino, error));
             }
         }

@@ -51,6 +51,7 @@ fn chain_errno(error: &ChainError) -> Errno {
         | ChainError::Free { source, .. } => io_errno(source),
         ChainError::NoPunching { .. } => Errno::EOPNOTSUPP,
         ChainError::ForeignChild { .. } => Errno::EPERM,
+        ChainError::ReadOnly { .. } => Errno::EROFS,
         ChainError::Image(error) => image_errno(error),
         ChainError::Lost(error) => chain_errno(error),
         ChainError::NoImages { .. }

@@ -135,7 +135,12 @@ impl ImageFs {
         match &file.whole {
             // The kernel would read zeros where pages are freed.
             Some(_) if self.punching.is_some() && file.pages.is_some() => Ok(None),
-            Some(whole) if self.pass_through => reply.open_backing(whole.file()).map(Some),
+            Some(whole)
+                if self.pass_through
+                    && let Some(file) = whole.file() =>
+            {
+                reply.open_backing(file).map(Some)
+            }
             _ => Ok(None),
         }
     }
@@ -179,8 +184,10 @@ impl ImageFs {
 /// The images may themselves be on an overlay, as in a container; otherwise, an
 /// overlay may be put over the mount, which 2 would forbid.
 pub(super) fn stack_depth(view: &View) -> u32 {
-    let dir = &view.chain().snapshot(view.tip()).dir;
-    let stacked = statfs(dir).is_ok_and(|stat| stat.filesystem_type() == OVERLAYFS_SUPER_MAGIC);
+    let dir = view.chain().snapshot(view.tip()).directory();
+    let stacked = dir
+        .and_then(|dir| statfs(dir).ok())
+        .is_some_and(|stat| stat.filesystem_type() == OVERLAYFS_SUPER_MAGIC);
     if stacked { 2 } else { 1 }
 }
 

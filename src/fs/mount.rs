@@ -42,10 +42,10 @@ pub(super) fn check_mount_point(path: &Path, chain_path: &Path, chain: &Chain) -
         return Err(MountError::NotADirectory { path: mount_point });
     }
     let chain_dir = chain_path.canonicalize().unwrap_or_else(|_| chain_path.to_owned());
-    let dirs = chain.snapshots().iter().map(|snapshot| &snapshot.dir);
-    for images in dirs.chain([&chain_dir]) {
+    let dirs = chain.snapshots().iter().filter_map(|snapshot| snapshot.directory());
+    for images in dirs.chain([chain_dir.as_path()]) {
         if images.starts_with(&mount_point) {
-            return Err(MountError::HidesImages { path: mount_point, images: images.clone() });
+            return Err(MountError::HidesImages { path: mount_point, images: images.to_owned() });
         }
     }
     Ok(mount_point)

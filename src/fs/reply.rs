@@ -124,7 +124,7 @@ fn all_there(runs: &[Run]) -> bool {
             return false;
         }
     }
-    ends.iter().all(|(file, end)| file.metadata().is_ok_and(|meta| meta.len() >= *end))
+    ends.iter().all(|(file, end)| file.stat().is_ok_and(|stat| stat.len >= *end))
 }
 
 /// Returns the pieces of an answer, or `None` if they cannot all be had from

@@ -1,9 +1,9 @@
 //! The table of open files: one image of all kinds, or, in images of CRIU from before
 //! there was such a one, an image for each kind.
 
-use std::{collections::HashMap, path::Path};
+use std::collections::HashMap;
 
-use super::{Kind, Result, proto, read_all};
+use super::{ImageStore, Kind, Result, proto};
 use proto::{FdTypes, FileEntry};
 
 /// Reads each image of one kind: which, the type of its entries, where they go, and the
@@ -16,15 +16,15 @@ macro_rules! read_kinds {
     };
 }
 
-/// Reads the table of open files in an image directory; `None` if it has none.
+/// Reads the table of open files of a snapshot; `None` if it has none.
 ///
 /// # Errors
-/// As [`read_all`].
-pub fn read_files(dir: &Path) -> Result<Option<Vec<FileEntry>>> {
-    if let Some(entries) = read_kind(dir, Kind::Files)? {
+/// As [`crate::image::read_all`].
+pub fn read_files(images: &dyn ImageStore) -> Result<Option<Vec<FileEntry>>> {
+    if let Some(entries) = images.messages_if_any(Kind::Files, 0)? {
         return Ok(Some(entries));
     }
-    let mut old = Old { dir, entries: Vec::new(), any: false };
+    let mut old = Old { images, entries: Vec::new(), any: false };
     read_kinds! { old:
         RegFiles, Reg, reg: RegFileEntry;
         Pipes, Pipe, pipe: PipeEntry;
@@ -48,20 +48,9 @@ pub fn read_files(dir: &Path) -> Result<Option<Vec<FileEntry>>> {
     Ok(old.any.then_some(old.entries))
 }
 
-/// Reads an image that need not be there.
-fn read_kind<M: prost::Message + prost::Name + Default>(
-    dir: &Path,
-    kind: Kind,
-) -> Result<Option<Vec<M>>> {
-    match read_all(&dir.join(kind.file_name(0)), kind) {
-        Err(error) if error.is_missing() => Ok(None),
-        messages => messages.map(Some),
-    }
-}
-
 /// The images of one kind each.
 struct Old<'a> {
-    dir: &'a Path,
+    images: &'a dyn ImageStore,
     entries: Vec<FileEntry>,
     /// Whether there is any.
     any: bool,
@@ -74,7 +63,7 @@ impl Old<'_> {
         r#type: FdTypes,
         put: impl Fn(M, &mut FileEntry),
     ) -> Result<()> {
-        let Some(messages) = read_kind(self.dir, kind)? else { return Ok(()) };
+        let Some(messages) = self.images.messages_if_any(kind, 0)? else { return Ok(()) };
         self.any = true;
         self.entries.extend(messages.into_iter().map(|message| {
             let mut entry = FileEntry { r#type: r#type.into(), ..Default::default() };
@@ -86,9 +75,11 @@ impl Old<'_> {
 
     /// Adds what epolls watch, and inotify and fanotify, which had images of their own.
     fn add_targets(&mut self) -> Result<()> {
-        let targets = read_kind::<proto::EventpollTfdEntry>(self.dir, Kind::EventpollTfd)?;
-        let watches = read_kind::<proto::InotifyWdEntry>(self.dir, Kind::InotifyWd)?;
-        let marks = read_kind::<proto::FanotifyMarkEntry>(self.dir, Kind::FanotifyMark)?;
+        let targets =
+            self.images.messages_if_any::<proto::EventpollTfdEntry>(Kind::EventpollTfd, 0)?;
+        let watches = self.images.messages_if_any::<proto::InotifyWdEntry>(Kind::InotifyWd, 0)?;
+        let marks =
+            self.images.messages_if_any::<proto::FanotifyMarkEntry>(Kind::FanotifyMark, 0)?;
         let mut entries: HashMap<u32, &mut FileEntry> =
             self.entries.iter_mut().map(|entry| (entry.id, entry)).collect();
         for target in targets.into_iter().flatten() {
@@ -112,40 +103,31 @@ impl Old<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use super::*;
-    use crate::image::ImageWriter;
-
-    fn write<M: prost::Message>(dir: &Path, kind: Kind, messages: &[M]) {
-        let mut image = ImageWriter::create(&dir.join(kind.file_name(0)), kind).unwrap();
-        messages.iter().for_each(|message| image.message(message).unwrap());
-        image.finish().unwrap();
-    }
+    use crate::image::store::memory::InMemory;
 
     #[test]
     fn images_of_one_kind_each_are_one_table() {
-        let dir = tempfile::tempdir().unwrap();
-        let dir = dir.path();
-        assert!(read_files(dir).unwrap().is_none());
+        let mut images = InMemory::new("images");
+        assert!(read_files(&images).unwrap().is_none());
         let reg = |id| proto::RegFileEntry { id, name: b"/a".to_vec(), ..Default::default() };
-        write(dir, Kind::RegFiles, &[reg(1), reg(4)]);
-        write(
-            dir,
+        images.write(Kind::RegFiles, 0, &[reg(1), reg(4)]);
+        images.write(
             Kind::EventpollFile,
+            0,
             &[proto::EventpollFileEntry { id: 2, ..Default::default() }],
         );
         let target = |id, tfd| proto::EventpollTfdEntry { id, tfd, ..Default::default() };
-        write(dir, Kind::EventpollTfd, &[target(2, 7), target(2, 8), target(99, 9)]);
-        let entries = read_files(dir).unwrap().unwrap();
+        images.write(Kind::EventpollTfd, 0, &[target(2, 7), target(2, 8), target(99, 9)]);
+        let entries = read_files(&images).unwrap().unwrap();
         let found: Vec<_> = entries.iter().map(|entry| (entry.id, entry.r#type())).collect();
         assert_eq!(found, [(1, FdTypes::Reg), (4, FdTypes::Reg), (2, FdTypes::Eventpoll)]);
         let watched = &entries[2].epfd.as_ref().unwrap().tfd;
         assert_eq!(watched.iter().map(|target| target.tfd).collect::<Vec<_>>(), [7, 8]);
         // The image of all kinds is the table, if it is there.
-        write(dir, Kind::Files, &entries[..1]);
-        assert_eq!(read_files(dir).unwrap().unwrap(), entries[..1]);
-        fs::write(dir.join(Kind::Files.file_name(0)), b"what is no image").unwrap();
-        read_files(dir).unwrap_err();
+        images.write(Kind::Files, 0, &entries[..1]);
+        assert_eq!(read_files(&images).unwrap().unwrap(), entries[..1]);
+        images.put(&Kind::Files.file_name(0), b"what is no image");
+        read_files(&images).unwrap_err();
     }
 }

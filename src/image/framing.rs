@@ -14,9 +14,10 @@ use super::{
     Desc, ImageError, Kind, Result,
     desc::{self, Body, IMAGE_MAGIC, SERVICE_MAGIC},
     regular,
+    store::{self, Input, Stream},
     wire::{self, Shape},
 };
-use crate::units::{BLOCK_BYTES, PAGE_SIZE};
+use crate::units::PAGE_SIZE;
 
 /// Bytes read from an image at a time.
 const BUFFER_BYTES: usize = 64 << 10;
@@ -46,9 +47,12 @@ pub enum Prologue {
     Service,
 }
 
+/// An image of a store, read through a buffer.
+pub type Buffered = BufReader<Box<dyn Stream>>;
+
 /// Reads one image, message by message.
 #[derive(Debug)]
-pub struct ImageReader<R = BufReader<File>> {
+pub struct ImageReader<R = Buffered> {
     input: R,
     path: PathBuf,
     offset: u64,
@@ -70,9 +74,18 @@ impl ImageReader {
     /// # Errors
     /// [`ImageError::Open`], [`ImageError::Read`], [`ImageError::Truncated`], [`ImageError::Magic`].
     pub fn open(path: &Path) -> Result<Self> {
-        let (file, len, stored) = open_regular(path)?;
-        let reader = Self::new(path, BufReader::with_capacity(buffer_bytes(len), file))?;
-        Ok(Self { size: Some(len), stored, ..reader })
+        Self::from_input(path, open_input(path)?)
+    }
+
+    /// Reads the magics of an image that was just opened in its store, and that errors call
+    /// `path`.
+    ///
+    /// # Errors
+    /// As [`ImageReader::open`].
+    pub(super) fn from_input(path: &Path, input: Input) -> Result<Self> {
+        let Input { bytes, len, allocated } = input;
+        let reader = Self::new(path, BufReader::with_capacity(buffer_bytes(len), bytes))?;
+        Ok(Self { size: Some(len), stored: allocated, ..reader })
     }
 
     /// Opens a file of any kind, among them those without magics. Returns its size too.
@@ -80,9 +93,9 @@ impl ImageReader {
     /// # Errors
     /// As [`ImageReader::open`].
     pub fn open_any(path: &Path) -> Result<(Self, u64)> {
-        let (file, size, _) = open_regular(path)?;
-        let input = BufReader::with_capacity(buffer_bytes(size), file);
-        Ok((Self::of_any_kind(path, input, Some(size))?, size))
+        let Input { bytes, len, .. } = open_input(path)?;
+        let input = BufReader::with_capacity(buffer_bytes(len), bytes);
+        Ok((Self::of_any_kind(path, input, Some(len))?, len))
     }
 
     /// Opens an image that must be of kind `kind`.
@@ -97,35 +110,32 @@ impl ImageReader {
 }
 
 impl<'a> ImageReader<Lent<'a>> {
-    /// Opens an image as [`ImageReader::open`] does, to be read through `buffer`,
-    /// which grows if need be and may have served another image before.
+    /// Like [`ImageReader::from_input`], but reads through `buffer`, which grows if need be
+    /// and may have served another image before.
     ///
     /// # Errors
     /// As [`ImageReader::open`].
-    pub fn open_with(path: &Path, buffer: &'a mut Vec<u8>) -> Result<Self> {
-        let (file, len, stored) = open_regular(path)?;
+    pub(super) fn through(path: &Path, input: Input, buffer: &'a mut Vec<u8>) -> Result<Self> {
+        let Input { bytes, len, allocated } = input;
         let wanted = buffer_bytes(len);
         if buffer.len() < wanted {
             buffer.resize(wanted, 0);
         }
-        let reader = Self::new(path, Lent { file, left: len, buffer, unread: 0..0 })?;
-        Ok(Self { size: Some(len), stored, ..reader })
+        let reader = Self::new(path, Lent { bytes, left: len, buffer, unread: 0..0 })?;
+        Ok(Self { size: Some(len), stored: allocated, ..reader })
     }
 }
 
-/// Opens a regular file and returns its size, and how many bytes it takes on the disk.
-fn open_regular(path: &Path) -> Result<(File, u64, u64)> {
-    let (file, stat) =
-        regular::open(path).map_err(|source| ImageError::Open { path: path.to_owned(), source })?;
-    let bytes = |count: i64| u64::try_from(count).unwrap_or(0);
-    Ok((file, bytes(stat.st_size), bytes(stat.st_blocks).saturating_mul(BLOCK_BYTES)))
+/// Opens a file of this machine.
+fn open_input(path: &Path) -> Result<Input> {
+    store::open_file(path).map_err(|source| ImageError::Open { path: path.to_owned(), source })
 }
 
 /// A file that is read through a buffer which outlives it: who opens thousands
 /// should not need new memory for each.
 #[derive(Debug)]
 pub struct Lent<'a> {
-    file: File,
+    bytes: Box<dyn Stream>,
     /// How many of the bytes that it had when it was opened are not yet read.
     left: u64,
     buffer: &'a mut [u8],
@@ -143,7 +153,7 @@ impl Read for Lent<'_> {
 impl BufRead for Lent<'_> {
     fn fill_buf(&mut self) -> io::Result<&[u8]> {
         if self.unread.is_empty() && self.left > 0 {
-            let read = self.file.read(self.buffer)?;
+            let read = self.bytes.read(self.buffer)?;
             self.left = self.left.saturating_sub(read as u64);
             self.unread = 0..read;
         }
@@ -443,34 +453,51 @@ impl<R: BufRead> ImageReader<R> {
     }
 }
 
-/// Reads all messages of an image that has no payloads.
+impl<R: BufRead> ImageReader<R> {
+    /// Reads all messages that are left.
+    ///
+    /// # Errors
+    /// As [`ImageReader::next_message`].
+    pub fn all<M: Message + Name + Default>(mut self) -> Result<Vec<M>> {
+        let mut messages = Vec::new();
+        while let Some(message) = self.next_message()? {
+            messages.push(message);
+        }
+        Ok(messages)
+    }
+
+    /// Reads the message of an image that must hold exactly one.
+    ///
+    /// # Errors
+    /// As [`ImageReader::next_message`]; another number of messages is
+    /// [`ImageError::Count`].
+    pub fn only<M: Message + Name + Default>(mut self) -> Result<M> {
+        let first = self.next_message()?;
+        let more = !self.at_end()?;
+        match first {
+            Some(message) if !more => Ok(message),
+            first => {
+                let found = usize::from(first.is_some()) + usize::from(more);
+                Err(ImageError::Count { path: self.path, found })
+            }
+        }
+    }
+}
+
+/// Reads all messages of an image file that has no payloads.
 ///
 /// # Errors
 /// As [`ImageReader::open_kind`] and [`ImageReader::next_message`].
 pub fn read_all<M: Message + Name + Default>(path: &Path, kind: Kind) -> Result<Vec<M>> {
-    let mut reader = ImageReader::open_kind(path, kind)?;
-    let mut messages = Vec::new();
-    while let Some(message) = reader.next_message()? {
-        messages.push(message);
-    }
-    Ok(messages)
+    ImageReader::open_kind(path, kind)?.all()
 }
 
-/// Reads the message of an image that must hold exactly one.
+/// Reads the message of an image file that must hold exactly one.
 ///
 /// # Errors
 /// As [`read_all`]; another number of messages is [`ImageError::Count`].
 pub fn read_one<M: Message + Name + Default>(path: &Path, kind: Kind) -> Result<M> {
-    let mut reader = ImageReader::open_kind(path, kind)?;
-    let first = reader.next_message()?;
-    let more = !reader.at_end()?;
-    match first {
-        Some(message) if !more => Ok(message),
-        first => {
-            let found = usize::from(first.is_some()) + usize::from(more);
-            Err(ImageError::Count { path: path.to_owned(), found })
-        }
-    }
+    ImageReader::open_kind(path, kind)?.only()
 }
 
 /// Writes one image, message by message.

@@ -3,14 +3,13 @@
 
 use std::{
     fmt,
-    fs::File,
-    io::{BufRead, BufReader, Write},
+    io::{BufRead, Write},
     path::Path,
 };
 
 use super::{
     ImageError, ImageReader, ImageWriter, Kind, Result,
-    framing::{Lent, MESSAGE_LIMIT_BYTES},
+    framing::{Buffered, MESSAGE_LIMIT_BYTES},
     proto,
     wire::{self, Value},
 };
@@ -116,7 +115,14 @@ impl Pagemap {
     /// # Errors
     /// As [`PagemapReader::open`], and what the reader's items can be.
     pub fn read(path: &Path) -> Result<Self> {
-        let mut reader = PagemapReader::open(path)?;
+        Self::of(PagemapReader::open(path)?)
+    }
+
+    /// Reads what is left of a pagemap.
+    ///
+    /// # Errors
+    /// What the reader's items can be.
+    pub fn of<R: BufRead>(mut reader: PagemapReader<R>) -> Result<Self> {
         let entries = reader.by_ref().collect::<Result<_>>()?;
         Ok(Self { pages_id: reader.pages_id(), entries })
     }
@@ -124,7 +130,7 @@ impl Pagemap {
 
 /// Reads a pagemap entry by entry, checking that they ascend.
 #[derive(Debug)]
-pub struct PagemapReader<R = BufReader<File>> {
+pub struct PagemapReader<R = Buffered> {
     image: ImageReader<R>,
     pages_id: u32,
     entries: u64,
@@ -141,16 +147,6 @@ impl PagemapReader {
     /// without a head.
     pub fn open(path: &Path) -> Result<Self> {
         Self::new(ImageReader::open_kind(path, Kind::Pagemap)?)
-    }
-}
-
-impl<'a> PagemapReader<Lent<'a>> {
-    /// Opens a pagemap file, to be read through a buffer that is lent for it.
-    ///
-    /// # Errors
-    /// As [`PagemapReader::open`].
-    pub fn open_with(path: &Path, buffer: &'a mut Vec<u8>) -> Result<Self> {
-        Self::new(ImageReader::open_with(path, buffer)?)
     }
 }
 

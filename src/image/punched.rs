@@ -38,7 +38,6 @@
 //! under another name that is then changed, so that its head is always whole.
 
 use std::{
-    fs::File,
     io::{self, BufReader, Read},
     ops::Range,
     path::{Path, PathBuf},
@@ -50,7 +49,7 @@ use zerocopy::{
     little_endian::{U32, U64},
 };
 
-use super::{Disk, ImageError, Kind, Result, disk::DiskFile, regular};
+use super::{Directory, Disk, ImageError, ImageStore, Kind, Result, disk::DiskFile};
 use crate::units::{PageIndex, PageRanges};
 
 const MAGIC: [u8; 8] = *b"rcriuPUN";
@@ -132,8 +131,9 @@ impl Record {
 /// Where a journal is, and what it must belong to.
 #[derive(Clone, Debug)]
 struct Owner {
+    /// What messages call it.
     path: PathBuf,
-    /// The name of the pagemap in the same directory.
+    /// The name of the pagemap beside it.
     pagemap: String,
     pages_id: u32,
 }
@@ -146,48 +146,48 @@ struct Contents {
     records: u64,
 }
 
-/// Reads which pages of the file `pages-<pages_id>.img` in `dir` are gone; `pagemap`
+/// Reads which pages of the file `pages-<pages_id>.img` of `images` are gone; `pagemap`
 /// is the name of the pagemap that says what is in that file. `None` if there is no
 /// journal.
 ///
 /// # Errors
 /// [`ImageError::Foreign`], [`ImageError::Journal`], and what keeps the files from
 /// being read.
-pub fn read(dir: &Path, pagemap: &str, pages_id: u32) -> Result<Option<PageRanges>> {
-    let Some(file) = open(&journal_path(dir, pages_id))? else { return Ok(None) };
-    let owner = Owner::new(dir, pagemap, pages_id);
-    let dump = owner.dump()?;
-    owner.contents(BufReader::new(file), dump).map(|contents| Some(contents.pages))
+pub fn read(images: &dyn ImageStore, pagemap: &str, pages_id: u32) -> Result<Option<PageRanges>> {
+    let Some(journal) = open(images, pages_id)? else { return Ok(None) };
+    let owner = Owner::new(images, pagemap, pages_id);
+    let dump = owner.dump(images)?;
+    owner.contents(BufReader::new(journal), dump).map(|contents| Some(contents.pages))
 }
 
-fn journal_path(dir: &Path, pages_id: u32) -> PathBuf {
-    dir.join(Kind::Punched.file_name(pages_id.into()))
-}
-
-fn open(path: &Path) -> Result<Option<File>> {
-    match regular::open(path) {
-        Ok((file, _)) => Ok(Some(file)),
+fn open(images: &dyn ImageStore, pages_id: u32) -> Result<Option<impl Read + use<>>> {
+    let name = Kind::Punched.file_name(pages_id.into());
+    match images.open(&name) {
+        Ok(input) => Ok(Some(input.bytes)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(ImageError::Open { path: path.to_owned(), source }),
+        Err(source) => Err(ImageError::Open { path: images.path_of(&name), source }),
     }
 }
 
 impl Owner {
-    fn new(dir: &Path, pagemap: &str, pages_id: u32) -> Self {
-        Self { path: journal_path(dir, pages_id), pagemap: pagemap.to_owned(), pages_id }
+    fn new(images: &dyn ImageStore, pagemap: &str, pages_id: u32) -> Self {
+        let path = images.path(Kind::Punched, pages_id.into());
+        Self { path, pagemap: pagemap.to_owned(), pages_id }
     }
 
     fn dir(&self) -> &Path {
         self.path.parent().expect("it was joined to a directory")
     }
 
-    /// Returns which dump is in the directory.
-    fn dump(&self) -> Result<u64> {
+    /// Returns which dump it must be of.
+    fn dump(&self, images: &dyn ImageStore) -> Result<u64> {
         let mut hash = Xxh3::new();
         for name in [&self.pagemap, &Kind::Inventory.file_name(0)] {
-            let path = self.dir().join(name);
-            let (mut file, _) = regular::open(&path)
-                .map_err(|source| ImageError::Open { path: path.clone(), source })?;
+            let path = images.path_of(name);
+            let mut file = match images.open(name) {
+                Ok(input) => input.bytes,
+                Err(source) => return Err(ImageError::Open { path, source }),
+            };
             let mut buffer = [0; 16 << 10];
             let mut len = 0_u64;
             loop {
@@ -307,9 +307,10 @@ impl JournalWriter {
     /// # Errors
     /// As [`read`].
     pub fn open(dir: &Path, pagemap: &str, pages_id: u32) -> Result<Self> {
-        let owner = Owner::new(dir, pagemap, pages_id);
-        let dump = owner.dump()?;
-        let found = open(&owner.path)?;
+        let images = Directory::at(dir);
+        let owner = Owner::new(&images, pagemap, pages_id);
+        let dump = owner.dump(&images)?;
+        let found = open(&images, pages_id)?;
         let exists = found.is_some();
         let contents = match found {
             Some(file) => owner.contents(BufReader::new(file), dump)?,
@@ -468,11 +469,13 @@ mod tests {
     }
 
     fn named(dir: &Path) -> Vec<Range<u64>> {
-        read(dir, PAGEMAP, 3).unwrap().map_or(Vec::new(), |pages| pages.iter().collect())
+        read(&Directory::at(dir), PAGEMAP, 3)
+            .unwrap()
+            .map_or(Vec::new(), |pages| pages.iter().collect())
     }
 
     fn problem(dir: &Path) -> String {
-        read(dir, PAGEMAP, 3).unwrap_err().to_string()
+        read(&Directory::at(dir), PAGEMAP, 3).unwrap_err().to_string()
     }
 
     #[test]
@@ -480,7 +483,7 @@ mod tests {
         let dir = dump();
         let dir = dir.path();
         let path = dir.join("punched-3.img");
-        assert!(read(dir, PAGEMAP, 3).unwrap().is_none());
+        assert!(read(&Directory::at(dir), PAGEMAP, 3).unwrap().is_none());
         drop(writer(dir));
         assert!(!path.exists());
         add(dir, &[4..6, 9..10]);
@@ -508,7 +511,7 @@ mod tests {
         }
         assert_eq!(named(dir), [1..2]);
         fs::rename(dir.join("punched-3.img"), dir.join("punched-4.img")).unwrap();
-        let error = read(dir, PAGEMAP, 4).unwrap_err().to_string();
+        let error = read(&Directory::at(dir), PAGEMAP, 4).unwrap_err().to_string();
         assert!(error.contains("another pages file"), "{error}");
     }
 
@@ -576,8 +579,8 @@ mod tests {
         fn arbitrary_bytes_do_no_harm(tail: Vec<u8>, records: Vec<(u64, u64)>, head: bool) {
             let dir = dump();
             let path = dir.path().join("punched-3.img");
-            let owner = Owner::new(dir.path(), PAGEMAP, 3);
-            let dump = owner.dump().unwrap();
+            let images = Directory::at(dir.path());
+            let dump = Owner::new(&images, PAGEMAP, 3).dump(&images).unwrap();
             let mut bytes = Vec::new();
             if head {
                 bytes.extend_from_slice(Head::new(3, dump).as_bytes());
@@ -591,7 +594,7 @@ mod tests {
             }
             bytes.extend(tail);
             fs::write(path, bytes).unwrap();
-            let _ = read(dir.path(), PAGEMAP, 3);
+            let _ = read(&images, PAGEMAP, 3);
         }
     }
 }

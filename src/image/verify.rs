@@ -1,9 +1,7 @@
 //! Whether a file is a whole image of its kind.
 
-use std::path::Path;
-
 use super::{
-    ImageReader, Kind, Result,
+    ImageReader, Result,
     dynamic::EntryReader,
     payload::{Layout, Stretch},
 };
@@ -11,9 +9,8 @@ use super::{
 /// Decodes an image to its end without keeping it.
 ///
 /// # Errors
-/// Whatever is wrong with it first, another kind than `kind` included.
-pub fn verify(path: &Path, kind: Kind) -> Result<()> {
-    let image = ImageReader::open_kind(path, kind)?;
+/// Whatever is wrong with it first.
+pub fn verify(image: ImageReader) -> Result<()> {
     let Ok(mut reader) = EntryReader::new(image) else {
         return Ok(()); // no entries, only bytes
     };

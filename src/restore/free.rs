@@ -71,7 +71,7 @@ impl Free {
             }
             Where::Mount(mounted)
         } else {
-            warn_of_sharing(plan.dir())?;
+            warn_of_sharing(plan.chain.directory(plan.snapshot)?)?;
             let mut freeing = Freeing::new(Arc::clone(chain), Arc::new(Kernel));
             for index in indexes(plan)? {
                 freeing.prepare_all(&index)?;

@@ -150,7 +150,7 @@ fn restore(
     free: Option<&Free>,
     stats: &mut Stats,
 ) -> Result<()> {
-    let images = plan.dir();
+    let images = plan.images();
     let policy = Policy {
         shell_job: options.shell_job,
         ext_unix_sk: options.ext_unix_sk,
@@ -202,8 +202,8 @@ fn restore(
             filling.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
         }
         files.seal()?;
-        objects::finish_segments(images)?;
-        let tracking = track::begin(options, images, plan, &mut puppets)?;
+        objects::finish_segments(&**images)?;
+        let tracking = track::begin(options, plan, &mut puppets)?;
         apply::finish(plan, &mut puppets, &mut files, &own)?;
         write_pidfile(options, plan)?;
         actions.run(Stage::PostRestore, Some(root))?;

@@ -9,7 +9,6 @@ use std::{
         fd::{AsRawFd, OwnedFd},
         unix::fs::FileExt,
     },
-    path::Path,
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -19,7 +18,7 @@ use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use super::{RestoreError, Result, free::Free, plan::Plan};
 use crate::{
     chain::{Chain, ChainError, MemoryBytes, SnapshotId, read_at},
-    image::{MemoryId, vma},
+    image::{ImageStore, MemoryId, vma},
     pages::Chunks,
     res::{file::Installer, tree::sysv},
     sys::process,
@@ -50,7 +49,7 @@ pub(super) fn create(plan: &Plan, files: &mut Installer<'_>) -> Result<Vec<Objec
         objects.push(object(plan, shmid, &fd)?);
         opened.objects.insert(shmid, fd);
     }
-    for entry in sysv::read(plan.dir())? {
+    for entry in sysv::read(&**plan.images())? {
         let shmid = u64::from(entry.desc.id);
         sysv::create(&entry).map_err(|problem| RestoreError::Segment { shmid, problem })?;
         let failed = |source| RestoreError::Object { shmid, step: "open", source };
@@ -64,7 +63,7 @@ pub(super) fn create(plan: &Plan, files: &mut Installer<'_>) -> Result<Vec<Objec
 ///
 /// # Errors
 /// [`RestoreError::Object`].
-pub(super) fn finish_segments(images: &Path) -> Result<()> {
+pub(super) fn finish_segments(images: &dyn ImageStore) -> Result<()> {
     for entry in sysv::read(images)? {
         let shmid = u64::from(entry.desc.id);
         sysv::finish(&entry).map_err(|errno| RestoreError::Object {

@@ -8,7 +8,7 @@ use super::{Options, RestoreError, Result, pids::Waiting};
 use crate::{
     chain::{Chain, ChainError, Content, MemoryBytes, SnapshotId},
     image::{
-        Kind, MemoryId, proto,
+        Directory, Kind, MemoryId, Store, proto,
         tree::{self, Births, Kin},
         vma,
     },
@@ -101,9 +101,9 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// Returns the directory of the images.
-    pub(super) fn dir(&self) -> &Path {
-        &self.chain.snapshot(self.snapshot).dir
+    /// Returns the images.
+    pub(super) fn images(&self) -> &Store {
+        self.chain.images(self.snapshot)
     }
 
     /// Returns what opens the files of the tree, and gives them to its processes.
@@ -111,7 +111,7 @@ impl Plan {
         let threads = self.tasks.iter().flat_map(|task| &task.threads);
         let numbers = threads.map(|thread| thread.tid).collect();
         let processes = self.tasks.iter().filter_map(TaskPlan::file_user).collect();
-        Installer::new(self.dir(), policy, &self.files, processes, numbers, self.pids.clone())
+        Installer::new(self.images(), policy, &self.files, processes, numbers, self.pids.clone())
     }
 
     /// Says who uses a file of the images, as what, and what it is called: as in
@@ -164,18 +164,19 @@ impl Plan {
             let what = "it has no inventory.img, so it is no complete dump; name one with -D";
             return Err(problem(what.into()));
         }
-        if tree::is_pre_dump(dir) {
+        let images = Directory::at(dir);
+        if tree::is_pre_dump(&images) {
             return Err(problem("it has no pstree.img; is it a pre-dump?".into()));
         }
-        let (tree, problems) = tree::read(dir);
+        let (tree, problems) = tree::read(&images);
         require_sound(dir, &problems)?;
         let canonical = dir.canonicalize().map_err(|error| problem(error.to_string()))?;
         let chain = Arc::new(Chain::open(&canonical)?);
-        let snapshot = chain
-            .ids()
-            .find(|id| chain.snapshot(*id).dir == canonical)
-            .ok_or_else(|| problem("it is no image directory".into()))?;
-        lock(&chain.snapshot(chain.base(snapshot)).dir)?;
+        let snapshot =
+            chain.at(&canonical).ok_or_else(|| problem("it is no image directory".into()))?;
+        if let Some(base) = chain.snapshot(chain.base(snapshot)).directory() {
+            lock(base)?;
+        }
         let kin: Vec<Kin> = tree.tasks.iter().map(kin).collect();
         let births = Births::plan(&kin, options.shell_job, options.sibling)
             .map_err(|(pid, problem)| RestoreError::Relation { pid, problem })?;
@@ -185,7 +186,7 @@ impl Plan {
         let files = tree.files;
         let first = tree.tasks.iter().zip(&kin).find(|(task, _)| task.body.is_some());
         let dumpers = tree.inventory.root_ids.as_ref();
-        let namespaces = first.map(|(_, kin)| ns::Wanted::read(dir, dumpers, kin.pid));
+        let namespaces = first.map(|(_, kin)| ns::Wanted::read(&images, dumpers, kin.pid));
         let namespaces = namespaces.transpose()?.unwrap_or_default();
         let pids = PidMap::of_own_namespace();
         let mut plan =
@@ -253,7 +254,7 @@ impl Plan {
     pub(super) fn cgroups(&self) -> Result<Places> {
         let threads = self.tasks.iter().flat_map(|task| &task.threads);
         let sets = threads.filter_map(|thread| cgroup::set_of(&thread.core));
-        Ok(Places::find(self.dir(), self.dumper_set, sets)?)
+        Ok(Places::find(&**self.images(), self.dumper_set, sets)?)
     }
 
     /// Whether the leader of a session or group is no process of the tree.

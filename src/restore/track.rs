@@ -1,13 +1,13 @@
 //! Tracking of changes from the restore on, for a dump into the same chain.
 
-use std::{collections::BTreeMap, path::Path};
+use std::collections::BTreeMap;
 
 use log::Level;
 
 use super::{Options, Result, plan::Plan, tree::Puppets};
 use crate::{
     causes::tell,
-    image::{Kind, proto, read_one},
+    image::{Kind, proto},
     proc,
     res::task::leader,
     track::{Hindrance, TrackError, Watch},
@@ -28,15 +28,13 @@ pub(super) struct Tracking {
 /// and nothing else.
 pub(super) fn begin(
     options: &Options,
-    images: &Path,
     plan: &Plan,
     puppets: &mut Puppets,
 ) -> Result<Option<Tracking>> {
     if !options.track_mem {
         return Ok(None);
     }
-    let path = images.join(Kind::Inventory.file_name(0));
-    let inventory: proto::InventoryEntry = read_one(&path, Kind::Inventory)?;
+    let inventory: proto::InventoryEntry = plan.images().message(Kind::Inventory, 0)?;
     let Some(since) = inventory.dump_criu_run_id else {
         log::warn!("changes are not tracked: the inventory has no dump_criu_run_id");
         return Ok(None);

@@ -73,7 +73,7 @@ impl CoreFile {
         let mut segments = segments(&space)?;
         let Description { machine, page_size, notes } = describe(&space)?;
         let too_large = || ViewError::CoreTooLarge {
-            dir: space.process().tables().dir().to_owned(),
+            dir: space.process().tables().path().to_owned(),
             pid: space.process().pid(),
         };
         let headers = u32::try_from(segments.len() + 1).map_err(|_| too_large())?;

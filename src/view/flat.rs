@@ -90,8 +90,8 @@ pub(super) fn shmem(tables: &Tables, shmid: u64) -> Result<Arc<dyn Content>> {
     let chain = tables.chain();
     let objects = tables.shared()?;
     let object = objects.get(&shmid);
-    if let Some(SharedObject { size, inline: Some((path, start)) }) = object {
-        let file = chain.files().get(chain.files().enter(path))?;
+    if let Some(SharedObject { size, inline: Some((name, start)) }) = object {
+        let file = chain.files().get(chain.files().enter(tables.images(), name))?;
         return Ok(Arc::new(Stretch { file, start: *start, len: size.bytes(0) }));
     }
     let size = object.map_or(Size::AtLeast(0), |object| object.size);

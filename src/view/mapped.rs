@@ -5,15 +5,16 @@ use std::{
     collections::HashMap,
     ffi::OsStr,
     fs,
-    os::unix::{ffi::OsStrExt, fs::MetadataExt},
+    os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
+    time::{SystemTime, UNIX_EPOCH},
 };
 
 use super::Result;
 use crate::{
     chain::{self, FileId, Files},
-    image::{ImageError, ImageReader, Kind, build_id, proto, read_all, read_files},
+    image::{ImageError, Kind, Store, build_id, proto, read_files},
 };
 
 /// Set in `remap_file_path_entry.remap_id` where images have no `remap_type`:
@@ -42,15 +43,14 @@ pub(super) struct MappedFiles {
 }
 
 impl MappedFiles {
-    /// Reads the tables of files in `dir`, but looks at none of the files. Files that are
-    /// not in the images themselves are left out unless `named` is set.
-    pub(super) fn load(dir: &Path, named: bool) -> Result<Self> {
-        let path = |kind: Kind| dir.join(kind.file_name(0));
-        let entries = read_files(dir)?.unwrap_or_default();
+    /// Reads the tables of files of a snapshot, but looks at none of the files. Files that
+    /// are not in the images themselves are left out unless `named` is set.
+    pub(super) fn load(images: &Store, named: bool) -> Result<Self> {
+        let entries = read_files(&**images)?.unwrap_or_default();
         let inodes: Vec<proto::MemfdInodeEntry> =
-            optional(read_all(&path(Kind::MemfdInode), Kind::MemfdInode))?.unwrap_or_default();
+            images.messages_if_any(Kind::MemfdInode, 0)?.unwrap_or_default();
         let remaps: Vec<proto::RemapFilePathEntry> =
-            optional(read_all(&path(Kind::RemapFpath), Kind::RemapFpath))?.unwrap_or_default();
+            images.messages_if_any(Kind::RemapFpath, 0)?.unwrap_or_default();
 
         let shmids: HashMap<u64, u64> =
             inodes.iter().map(|inode| (inode.inode_id, inode.shmid.into())).collect();
@@ -72,7 +72,7 @@ impl MappedFiles {
             let mapped = if reg.name == DEV_ZERO {
                 Mapped::Zero
             } else {
-                let origin = match origin(dir, reg, remaps.get(&reg.id).copied(), &names) {
+                let origin = match origin(images, reg, remaps.get(&reg.id).copied(), &names) {
                     Origin::Path { .. } if !named => Origin::Nowhere,
                     origin => origin,
                 };
@@ -95,18 +95,9 @@ impl MappedFiles {
     }
 }
 
-/// Turns the absence of an image into `None`.
-pub(super) fn optional<T>(result: Result<T, ImageError>) -> Result<Option<T>, ImageError> {
-    match result {
-        Ok(value) => Ok(Some(value)),
-        Err(error) if error.is_missing() => Ok(None),
-        Err(error) => Err(error),
-    }
-}
-
 /// Finds out where the bytes of a file should be.
 fn origin(
-    dir: &Path,
+    images: &Store,
     reg: &proto::RegFileEntry,
     remap: Option<&proto::RemapFilePathEntry>,
     names: &HashMap<u32, &[u8]>,
@@ -121,7 +112,7 @@ fn origin(
         match remap.remap_type.map_or(Ok(old), proto::RemapType::try_from) {
             Ok(proto::RemapType::Ghost) => {
                 let id = remap.remap_id & !OLD_GHOST;
-                return Origin::Ghost(dir.join(Kind::GhostFile.file_name(id.into())));
+                return Origin::Ghost(Arc::clone(images), id);
             }
             Ok(proto::RemapType::Linked) => match names.get(&remap.remap_id) {
                 Some(linked) => name = linked,
@@ -146,8 +137,8 @@ fn origin(
 enum Origin {
     /// In the file at this path, if it is still the one that was dumped.
     Path { path: PathBuf, size: u64, build_id: Vec<u32>, mtime_ns: Option<i64> },
-    /// In this image: the file had no name any more.
-    Ghost(PathBuf),
+    /// In the ghost image of this number: the file had no name any more.
+    Ghost(Store, u32),
     /// In no known place.
     Nowhere,
 }
@@ -197,7 +188,9 @@ impl MappedFile {
                 let found = same_file(files, path, *size, build_id, *mtime_ns);
                 found.map_err(|error| error.to_string())
             }
-            Origin::Ghost(path) => ghost(files, path).map_err(|error| error.to_string()),
+            Origin::Ghost(images, id) => {
+                ghost(files, images, *id).map_err(|error| error.to_string())
+            }
             Origin::Nowhere => Ok(None),
         };
         found.unwrap_or_else(|error| {
@@ -219,26 +212,34 @@ fn same_file(
     if !fs::metadata(path).is_ok_and(|meta| meta.is_file() && meta.len() == size) {
         return Ok(None);
     }
-    let id = files.enter(path);
+    let id = files.enter_path(path);
     let file = files.get(id)?;
-    let meta = file.metadata()?;
+    let found = file.stat()?;
     let same = if build_id.is_empty() {
-        mtime_ns.is_none_or(|time| time == build_id::time_ns(meta.mtime(), meta.mtime_nsec()))
+        mtime_ns.is_none_or(|time| time == since_epoch_ns(found.modified))
     } else {
-        let found = build_id::read(file.file());
-        found.is_ok_and(|found| build_id::is_same(found.as_deref(), build_id))
+        let id = file.file().map(build_id::read);
+        id.is_some_and(|id| id.is_ok_and(|id| build_id::is_same(id.as_deref(), build_id)))
     };
-    let same = same && meta.len() == size;
+    let same = same && found.len == size;
     Ok(same.then(|| vec![FileExtent { start: 0, end: size, file: id, at: 0 }]))
 }
 
+/// Returns a time as images record it, in nanoseconds since 1970.
+fn since_epoch_ns(time: SystemTime) -> i64 {
+    match time.duration_since(UNIX_EPOCH) {
+        Ok(after) => i64::try_from(after.as_nanos()).unwrap_or(i64::MAX),
+        Err(before) => i64::try_from(before.duration().as_nanos()).map_or(i64::MIN, |ns| -ns),
+    }
+}
+
 /// Returns the bytes of a file that has no name, from the image of it.
-fn ghost(files: &Files, path: &Path) -> Result<Option<Vec<FileExtent>>, ImageError> {
-    let mut reader = ImageReader::open_kind(path, Kind::GhostFile)?;
+fn ghost(files: &Files, images: &Store, id: u32) -> Result<Option<Vec<FileExtent>>, ImageError> {
+    let mut reader = images.image(Kind::GhostFile, id.into())?;
     let Some(entry) = reader.next_message::<proto::GhostFileEntry>()? else {
         return Ok(None);
     };
-    let id = files.enter(path);
+    let id = files.enter(images, &Kind::GhostFile.file_name(id.into()));
     let mut extents: Vec<FileExtent> = Vec::new();
     if entry.chunks() {
         while let Some(chunk) = reader.next_message::<proto::GhostChunkEntry>()? {
@@ -254,7 +255,7 @@ fn ghost(files: &Files, path: &Path) -> Result<Option<Vec<FileExtent>>, ImageErr
         }
     } else {
         let at = reader.offset();
-        let len = fs::metadata(path).map_or(0, |meta| meta.len()).saturating_sub(at);
+        let len = reader.bytes_left().unwrap_or(0);
         extents.push(FileExtent { start: 0, end: len, file: id, at });
     }
     extents.retain(|extent| extent.start < extent.end);

@@ -25,11 +25,7 @@ mod thread;
 mod tree;
 mod whole_file;
 
-use std::{
-    fs::Metadata,
-    sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::{sync::Arc, time::SystemTime};
 
 pub use self::core::CoreFile;
 pub use address_space::AddressSpace;
@@ -42,7 +38,11 @@ pub use tree::{DirEntry, Ino, ROOT, View};
 pub use whole_file::WholeFile;
 
 pub use crate::chain::Whence;
-use crate::chain::{BackingFile, Content, FlatPages};
+use crate::{
+    chain::{BackingFile, Content, FlatPages},
+    image::store::Stat,
+    units::BLOCK_BYTES,
+};
 
 /// What a node is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,30 +92,19 @@ pub struct OpenFile {
     pub pages: Option<Arc<FlatPages>>,
 }
 
-/// Converts a time of `stat(2)`.
-fn time(seconds: i64, nanoseconds: i64) -> SystemTime {
-    let nanoseconds = Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(0));
-    let whole = Duration::from_secs(seconds.unsigned_abs());
-    let second =
-        if seconds < 0 { UNIX_EPOCH.checked_sub(whole) } else { UNIX_EPOCH.checked_add(whole) };
-    second.and_then(|second| second.checked_add(nanoseconds)).unwrap_or(UNIX_EPOCH)
-}
-
-/// Returns the attributes of a file on disk, under another inode number.
-fn attr_of(ino: Ino, kind: NodeType, meta: &Metadata) -> Attr {
-    use std::os::unix::fs::MetadataExt;
+/// Returns the attributes of a stored file, under another inode number.
+fn attr_of(ino: Ino, kind: NodeType, stat: &Stat) -> Attr {
     Attr {
         ino,
         kind,
-        size: meta.len(),
-        blocks: meta.blocks(),
-        // Bits 0 to 11; the file type is above them.
-        mode: u16::try_from(meta.mode() & 0o7777).expect("twelve bits"),
+        size: stat.len,
+        blocks: stat.allocated / BLOCK_BYTES,
+        mode: stat.mode,
         nlink: 1,
-        uid: meta.uid(),
-        gid: meta.gid(),
-        atime: time(meta.atime(), meta.atime_nsec()),
-        mtime: time(meta.mtime(), meta.mtime_nsec()),
-        ctime: time(meta.ctime(), meta.ctime_nsec()),
+        uid: stat.uid,
+        gid: stat.gid,
+        atime: stat.accessed,
+        mtime: stat.modified,
+        ctime: stat.changed,
     }
 }

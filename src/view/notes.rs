@@ -73,7 +73,11 @@ pub(super) fn describe(space: &AddressSpace) -> Result<Description> {
     let process = space.process();
     let threads = process.threads()?;
     let bad_thread = |tid| {
-        move |problem| ViewError::BadThread { dir: process.tables().dir().to_owned(), tid, problem }
+        move |problem| ViewError::BadThread {
+            dir: process.tables().path().to_owned(),
+            tid,
+            problem,
+        }
     };
     let leader = threads.first().expect("a process has a leader");
     let machine =

@@ -1,14 +1,14 @@
 //! One dumped process and what it maps.
 
-use std::{path::Path, sync::Arc};
+use std::sync::Arc;
 
 use super::{
     Result, Tables, ViewError,
-    mapped::{Mapped, MappedFiles, optional},
+    mapped::{Mapped, MappedFiles},
 };
 use crate::{
     arch::told_page_size,
-    image::{Kind, MemoryId, proto, read_all, read_one, vma},
+    image::{Kind, MemoryId, proto, vma},
     units::{PAGE_SIZE, PageIndex},
 };
 
@@ -73,14 +73,14 @@ impl Process {
     /// [`ViewError::PageSize`]; [`ViewError::BadVma`] for mappings that overlap or are not of whole
     /// pages; [`ViewError::NoSuchFile`]; [`ViewError::Image`].
     pub fn load(tables: &Arc<Tables>, pid: u32) -> Result<Self> {
-        let dir = tables.dir();
+        let dir = tables.path();
         let tree = tables.tree()?;
         let entry = tree
             .iter()
             .find(|entry| entry.pid == pid)
             .ok_or_else(|| ViewError::NoSuchProcess { dir: dir.to_owned(), pid })?
             .clone();
-        let mut mm = read_mm(dir, pid)?
+        let mut mm = read_mm(tables, pid)?
             .ok_or_else(|| ViewError::NoAddressSpace { dir: dir.to_owned(), pid })?;
         // Pagemaps do not say in which unit they count.
         if let Some(size) = told_page_size(&mm.mm_saved_auxv).filter(|size| *size != PAGE_SIZE) {
@@ -128,14 +128,13 @@ impl Process {
 }
 
 /// Reads what the process `pid` maps; `None` if it has no address space.
-pub(super) fn read_mm(dir: &Path, pid: u32) -> Result<Option<proto::MmEntry>> {
-    let path = dir.join(Kind::Mm.file_name(pid.into()));
-    let mm: Option<proto::MmEntry> = optional(read_one(&path, Kind::Mm))?;
+pub(super) fn read_mm(tables: &Tables, pid: u32) -> Result<Option<proto::MmEntry>> {
+    let images = tables.images();
+    let mm: Option<proto::MmEntry> = images.message_if_any(Kind::Mm, pid.into())?;
     let Some(mut mm) = mm else { return Ok(None) };
     if mm.vmas.is_empty() {
         // Older images have them apart.
-        let path = dir.join(Kind::Vmas.file_name(pid.into()));
-        mm.vmas = optional(read_all(&path, Kind::Vmas))?.unwrap_or_default();
+        mm.vmas = images.messages_if_any(Kind::Vmas, pid.into())?.unwrap_or_default();
     }
     Ok(Some(mm))
 }
@@ -209,7 +208,7 @@ impl Mappings<'_> {
             return Ok(Below::Unknown);
         };
         found.map(Below::Mapped).ok_or_else(|| ViewError::NoSuchFile {
-            dir: self.tables.dir().to_owned(),
+            dir: self.tables.path().to_owned(),
             pid: self.pid,
             start: entry.start,
             id: entry.shmid,
@@ -218,7 +217,7 @@ impl Mappings<'_> {
 
     fn bad(&self, entry: &proto::VmaEntry, problem: &'static str) -> ViewError {
         ViewError::BadVma {
-            dir: self.tables.dir().to_owned(),
+            dir: self.tables.path().to_owned(),
             pid: self.pid,
             start: entry.start,
             end: entry.end,

@@ -46,7 +46,7 @@ fn seek_run(run: &Run, whence: Whence) -> Result<Option<u64>> {
         (Source::File(file, start), _) => {
             // What is missing at the end of a file that was cut short is lost,
             // no hole.
-            let end = file.metadata()?.len();
+            let end = file.stat()?.len;
             let lost = (start + run.len > end).then(|| end.max(*start));
             let found = seek_file(file, *start, whence)?.filter(|found| *found < end);
             let found = if whence == Whence::Data { found.or(lost) } else { found };

@@ -1,15 +1,10 @@
 //! The shared objects of a snapshot.
 
-use std::{
-    collections::{BTreeMap, btree_map::Entry},
-    fs,
-    path::{Path, PathBuf},
-};
+use std::collections::{BTreeMap, btree_map::Entry};
 
-use super::{Result, Tables, mapped::optional, process::read_mm};
+use super::{Result, Tables, process::read_mm};
 use crate::{
-    chain::ChainError,
-    image::{ImageReader, Kind, MemoryId, desc, payload::Layout, proto, read_all, vma},
+    image::{Kind, MemoryId, desc, payload::Layout, proto, vma},
     units::page_bytes,
 };
 
@@ -18,8 +13,8 @@ use crate::{
 pub(super) struct SharedObject {
     /// Its size in bytes.
     pub(super) size: Size,
-    /// Where its bytes are if not in pages: an image, and the offset in it.
-    pub(super) inline: Option<(PathBuf, u64)>,
+    /// Where its bytes are if not in pages: the name of an image, and the offset in it.
+    pub(super) inline: Option<(String, u64)>,
 }
 
 /// How long a shared object is.
@@ -42,7 +37,7 @@ pub(super) fn load(tables: &Tables) -> Result<BTreeMap<u64, SharedObject>> {
     }
     // A pre-dump has neither processes nor descriptors.
     for process in optional_tree(tables)? {
-        let Some(mm) = read_mm(tables.dir(), process)? else { continue };
+        let Some(mm) = read_mm(tables, process)? else { continue };
         for area in mm.vmas {
             if area.status & vma::ANON_SHARED != 0 && area.status & vma::MEMFD == 0 {
                 let end = area.pgoff.saturating_add(area.end.saturating_sub(area.start));
@@ -50,21 +45,19 @@ pub(super) fn load(tables: &Tables) -> Result<BTreeMap<u64, SharedObject>> {
             }
         }
     }
-    let path = tables.dir().join(Kind::MemfdInode.file_name(0));
-    let inodes: Vec<proto::MemfdInodeEntry> =
-        optional(read_all(&path, Kind::MemfdInode))?.unwrap_or_default();
-    for inode in inodes {
+    let inodes = tables.images().messages_if_any::<proto::MemfdInodeEntry>(Kind::MemfdInode, 0)?;
+    for inode in inodes.into_iter().flatten() {
         let object = SharedObject { size: Size::Exactly(inode.size), inline: None };
         objects.insert(inode.shmid.into(), object);
     }
-    for path in segment_images(tables.dir())? {
-        segments(&path, &mut objects)?;
+    for name in segment_images(tables)? {
+        segments(tables, &name, &mut objects)?;
     }
     Ok(objects)
 }
 
 fn optional_tree(tables: &Tables) -> Result<Vec<u32>> {
-    if !tables.dir().join(Kind::Pstree.file_name(0)).exists() {
+    if !tables.images().has(Kind::Pstree, 0) {
         return Ok(Vec::new());
     }
     Ok(tables.tree()?.iter().map(|process| process.pid).collect())
@@ -85,23 +78,18 @@ fn mapped(objects: &mut BTreeMap<u64, SharedObject>, shmid: u64, end: u64) {
 }
 
 /// Returns the images of System V segments, one for each namespace.
-fn segment_images(dir: &Path) -> Result<Vec<PathBuf>> {
-    let failed = |source| ChainError::Directory { path: dir.to_owned(), source };
-    let mut images = Vec::new();
-    for entry in fs::read_dir(dir).map_err(failed)? {
-        let entry = entry.map_err(failed)?;
-        let kind = entry.file_name().to_str().and_then(desc::by_file_name);
-        if kind.is_some_and(|(desc, _)| desc.kind == Kind::IpcnsShm) {
-            images.push(entry.path());
-        }
-    }
-    Ok(images)
+fn segment_images(tables: &Tables) -> Result<Vec<String>> {
+    let is_one = |name: &String| {
+        desc::by_file_name(name).is_some_and(|(desc, _)| desc.kind == Kind::IpcnsShm)
+    };
+    let names = tables.chain().list(tables.snapshot())?;
+    Ok(names.into_iter().filter(is_one).collect())
 }
 
 /// Reads the sizes of System V segments, and where those are whose bytes are in
 /// the image itself, as they are in older ones.
-fn segments(path: &Path, objects: &mut BTreeMap<u64, SharedObject>) -> Result<()> {
-    let mut reader = ImageReader::open_kind(path, Kind::IpcnsShm)?;
+fn segments(tables: &Tables, name: &str, objects: &mut BTreeMap<u64, SharedObject>) -> Result<()> {
+    let mut reader = tables.images().image_called(name, Kind::IpcnsShm)?;
     while let Some(segment) = reader.next_message::<proto::IpcShmEntry>()? {
         let in_pagemaps = segment.in_pagemaps();
         let start = reader.offset();
@@ -111,7 +99,7 @@ fn segments(path: &Path, objects: &mut BTreeMap<u64, SharedObject>) -> Result<()
                 reader.skip(stretch.padding, "padding")?;
             }
         }
-        let inline = (!in_pagemaps).then(|| (path.to_owned(), start));
+        let inline = (!in_pagemaps).then(|| (name.to_owned(), start));
         let object = SharedObject { size: Size::Exactly(segment.size), inline };
         objects.insert(segment.desc.id.into(), object);
     }

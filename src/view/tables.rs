@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     chain::{Chain, SnapshotId},
-    image::{Kind, proto, read_all},
+    image::{Kind, Store, proto},
 };
 
 /// A value that is computed on first use, and then shared.
@@ -82,9 +82,14 @@ impl Tables {
         self.snapshot
     }
 
-    /// Returns the snapshot's directory.
-    pub fn dir(&self) -> &Path {
-        &self.chain.snapshot(self.snapshot).dir
+    /// Returns the snapshot's images.
+    pub fn images(&self) -> &Store {
+        self.chain.images(self.snapshot)
+    }
+
+    /// Returns what messages call the snapshot.
+    pub(super) fn path(&self) -> &Path {
+        self.images().name()
     }
 
     /// Returns the snapshot's processes, those without memory among them.
@@ -92,8 +97,7 @@ impl Tables {
     /// # Errors
     /// [`ViewError::Image`](super::ViewError::Image).
     pub fn tree(&self) -> Result<Arc<Vec<proto::PstreeEntry>>> {
-        let path = self.dir().join(Kind::Pstree.file_name(0));
-        Ok(self.tree.get(|| read_all(&path, Kind::Pstree))?)
+        Ok(self.tree.get(|| self.images().messages(Kind::Pstree, 0))?)
     }
 
     /// Returns the files that processes may map.
@@ -101,7 +105,7 @@ impl Tables {
     /// # Errors
     /// [`ViewError::Image`](super::ViewError::Image).
     pub(super) fn mapped(&self) -> Result<Arc<MappedFiles>> {
-        self.mapped.get(|| MappedFiles::load(self.dir(), self.mapped_files))
+        self.mapped.get(|| MappedFiles::load(self.images(), self.mapped_files))
     }
 
     /// Returns the shared objects by their shmids.

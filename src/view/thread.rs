@@ -1,7 +1,7 @@
 //! The threads of a dumped process.
 
-use super::{Process, Result, mapped::optional};
-use crate::image::{Kind, proto, read_one};
+use super::{Process, Result};
+use crate::image::{Kind, proto};
 
 /// A thread, as it was stopped.
 #[derive(Clone, Debug)]
@@ -26,14 +26,12 @@ impl Process {
     }
 
     fn thread(&self, tid: u32) -> Result<Thread> {
-        let dir = self.tables().dir();
-        let path = dir.join(Kind::Core.file_name(tid.into()));
-        let mut core: proto::CoreEntry = read_one(&path, Kind::Core)?;
+        let images = self.tables().images();
+        let mut core: proto::CoreEntry = images.message(Kind::Core, tid.into())?;
         let mut creds = core.thread_core.as_mut().and_then(|thread| thread.creds.take());
         if creds.is_none() {
             // Older images have one file of them for the whole process.
-            let path = dir.join(Kind::Creds.file_name(self.entry().pid.into()));
-            creds = optional(read_one(&path, Kind::Creds))?;
+            creds = images.message_if_any(Kind::Creds, self.entry().pid.into())?;
         }
         Ok(Thread { tid, core, creds })
     }

@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    fs,
+    io,
     num::NonZeroUsize,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError, RwLock},
@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     chain::{Chain, ChainError, Content, FlatPages, SnapshotId},
-    image::{Kind, MemoryId, PagemapReader, desc},
+    image::{ImageStore, Kind, MemoryId, desc, store::Stat},
     units::BLOCK_BYTES,
 };
 
@@ -209,7 +209,7 @@ impl View {
     /// Returns the image directory that a directory shows, if it shows one whole.
     pub fn image_dir(&self, ino: Ino) -> Option<&Path> {
         match self.node(ino).ok()?.what {
-            What::Snapshot(id) => Some(&self.chain.snapshot(id).dir),
+            What::Snapshot(id) => self.chain.snapshot(id).directory(),
             _ => None,
         }
     }
@@ -270,8 +270,7 @@ impl View {
 
     /// Returns what a snapshot's directory holds.
     fn snapshot_children(&self, id: SnapshotId, root: bool) -> Result<Vec<(String, What)>> {
-        let dir = &self.chain.snapshot(id).dir;
-        let failed = |source| ChainError::Directory { path: dir.clone(), source };
+        let images = self.chain.images(id);
         let mut children: Vec<(String, What)> = GROUPS
             .iter()
             .map(|(name, group)| ((*name).to_owned(), What::Group(id, *group)))
@@ -283,21 +282,19 @@ impl View {
         for memory in self.chain.memories(id)? {
             children.push((memory.pagemap_name(), What::Pagemap(id, memory)));
             // A pagemap without a readable head says so when it is read.
-            if let Ok(reader) = PagemapReader::open(&dir.join(memory.pagemap_name())) {
+            if let Ok(reader) = images.pagemap(memory) {
                 let pages = Kind::Pages.file_name(reader.pages_id().into());
                 children.push((pages, What::Pages(id, memory)));
             }
         }
-        for entry in fs::read_dir(dir).map_err(failed)? {
-            let entry = entry.map_err(failed)?;
-            // Names that are not UTF-8 are not names of images.
-            let Ok(name) = entry.file_name().into_string() else { continue };
+        for name in self.chain.list(id)? {
             // It is about the pages file on disk, which has others than the one here.
             let kind = desc::by_file_name(&name).map(|(desc, _)| desc.kind);
             let journal = kind == Some(Kind::Punched);
             // A file that has an image's name and is no image is an error to its reader. If
             // it were left out, a copy would look complete.
-            if (kind.is_some() || entry.path().is_file()) && !journal {
+            let is_file = || images.stat(&name).is_ok_and(|stat| stat.is_file);
+            if (kind.is_some() || is_file()) && !journal {
                 children.push((name, What::Image(id)));
             }
         }
@@ -315,14 +312,14 @@ impl View {
         id: SnapshotId,
         what: impl Fn(SnapshotId, u32) -> What,
     ) -> Result<Vec<(String, What)>> {
-        let dir = &self.chain.snapshot(id).dir;
+        let images = self.chain.images(id);
         // A pre-dump has no tree of processes, and nothing but pages.
-        if !dir.join(Kind::Pstree.file_name(0)).exists() {
+        if !images.has(Kind::Pstree, 0) {
             return Ok(Vec::new());
         }
         let tree = self.tables(id).tree()?;
         let pids = tree.iter().map(|process| process.pid);
-        let alive = pids.filter(|pid| dir.join(Kind::Mm.file_name((*pid).into())).exists());
+        let alive = pids.filter(|pid| images.has(Kind::Mm, (*pid).into()));
         Ok(alive.map(|pid| (pid.to_string(), what(id, pid))).collect())
     }
 
@@ -365,9 +362,10 @@ impl View {
             }
         }
         let origin = self.origin(&node.what, &node.name);
-        let meta = fs::metadata(&origin)
-            .map_err(|source| ViewError::Attributes { path: origin, source })?;
-        let mut attr = attr_of(node.ino, node.what.kind(), &meta);
+        let stat = origin
+            .stat()
+            .map_err(|source| ViewError::Attributes { path: origin.path(), source })?;
+        let mut attr = attr_of(node.ino, node.what.kind(), &stat);
         match node.what {
             What::Image(_) => return Ok(attr),
             What::Snapshot(_) | What::Group(..) | What::Snapshots => {
@@ -396,25 +394,26 @@ impl View {
         Ok(attr)
     }
 
-    /// Returns the file or directory on disk that gives a node its owner, mode
-    /// and times.
-    fn origin(&self, what: &What, name: &str) -> PathBuf {
-        let dir = |id: SnapshotId| &self.chain.snapshot(id).dir;
-        let inventory = |id| self.chain.image_path(id, Kind::Inventory, 0);
+    /// Returns what gives a node its owner, mode and times.
+    fn origin(&self, what: &What, name: &str) -> Origin<'_> {
+        let whole = |id: SnapshotId| Origin { images: &**self.chain.images(id), file: None };
+        let file = |id: SnapshotId, name: String| Origin { file: Some(name), ..whole(id) };
         match what {
-            What::Snapshot(id) | What::Group(id, _) => dir(*id).clone(),
-            What::Snapshots => dir(self.tip).clone(),
-            What::Image(id) => dir(*id).join(name),
+            What::Snapshot(id) | What::Group(id, _) => whole(*id),
+            What::Snapshots => whole(self.tip),
+            What::Image(id) => file(*id, name.to_owned()),
             What::Json(_, image, name) => self.origin(image, name),
-            What::Pagemap(id, memory) | What::Pages(id, memory) => {
-                dir(*id).join(memory.pagemap_name())
-            }
+            What::Pagemap(id, memory) | What::Pages(id, memory) => file(*id, memory.pagemap_name()),
             What::Shmem(id, shmid) => {
-                let pagemap = dir(*id).join(MemoryId::Shared(*shmid).pagemap_name());
-                if pagemap.exists() { pagemap } else { inventory(*id) }
+                let pagemap = MemoryId::Shared(*shmid).pagemap_name();
+                if self.chain.images(*id).stat(&pagemap).is_ok() {
+                    file(*id, pagemap)
+                } else {
+                    file(*id, Kind::Inventory.file_name(0))
+                }
             }
             What::Mem(id, pid) | What::Core(id, pid) => {
-                dir(*id).join(Kind::Mm.file_name((*pid).into()))
+                file(*id, Kind::Mm.file_name((*pid).into()))
             }
         }
     }
@@ -426,14 +425,14 @@ impl View {
             What::Snapshot(_) | What::Group(..) | What::Snapshots => {
                 Err(ViewError::IsADirectory { path: name.to_owned() })
             }
-            What::Image(_) => {
-                let file = chain.files().get(chain.files().enter(&self.origin(what, name)))?;
+            What::Image(id) => {
+                let file = chain.files().get(chain.files().enter(chain.images(*id), name))?;
                 let content = Arc::new(WholeFile::new(Arc::clone(&file))?);
                 Ok(OpenFile { content, whole: Some(file), pages: None })
             }
             What::Pagemap(id, memory) => {
                 let index = chain.index(*id, *memory)?;
-                let content = flat::pagemap(&self.origin(what, name), &index)?;
+                let content = flat::pagemap(&self.origin(what, name).path(), &index)?;
                 Ok(OpenFile { content: Arc::new(content), whole: None, pages: None })
             }
             What::Pages(id, memory) => {
@@ -443,8 +442,8 @@ impl View {
                     Some(layer) => Some(chain.files().get(layer.file)?),
                     None => None,
                 };
-                let whole = whole
-                    .filter(|file| file.metadata().is_ok_and(|meta| meta.len() == pages.len()));
+                let whole =
+                    whole.filter(|file| file.stat().is_ok_and(|stat| stat.len == pages.len()));
                 let pages = Arc::new(pages);
                 let content = Arc::clone(&pages) as Arc<dyn Content>;
                 Ok(OpenFile { content, whole, pages: Some(pages) })
@@ -463,7 +462,7 @@ impl View {
             }
             What::Json(_, image, name) => {
                 let open = self.open_what(image, name)?;
-                let content = json::render(&self.origin(image, name), &*open.content)?;
+                let content = json::render(&self.origin(image, name).path(), &*open.content)?;
                 Ok(OpenFile { content: Arc::new(content), whole: None, pages: None })
             }
         }
@@ -475,15 +474,13 @@ impl View {
 
     /// Checks that no other memory of the snapshot has the same pages file.
     fn check_claims(&self, id: SnapshotId, memory: MemoryId) -> Result<()> {
-        let dir = &self.chain.snapshot(id).dir;
-        let pages_id = |memory: MemoryId| {
-            PagemapReader::open(&dir.join(memory.pagemap_name())).map(|reader| reader.pages_id())
-        };
+        let images = self.chain.images(id);
+        let pages_id = |memory: MemoryId| images.pagemap(memory).map(|pagemap| pagemap.pages_id());
         let claimed = pages_id(memory)?;
         for other in self.chain.memories(id)? {
             if other != memory && pages_id(other).is_ok_and(|id| id == claimed) {
                 return Err(ViewError::Chain(ChainError::SharedPages {
-                    dir: dir.clone(),
+                    dir: images.name().to_owned(),
                     pages_id: claimed,
                     first: memory,
                     second: other,
@@ -491,6 +488,28 @@ impl View {
             }
         }
         Ok(())
+    }
+}
+
+/// A store, or a file in it.
+struct Origin<'a> {
+    images: &'a dyn ImageStore,
+    file: Option<String>,
+}
+
+impl Origin<'_> {
+    fn path(&self) -> PathBuf {
+        match &self.file {
+            Some(file) => self.images.path_of(file),
+            None => self.images.name().to_owned(),
+        }
+    }
+
+    fn stat(&self) -> io::Result<Stat> {
+        match &self.file {
+            Some(file) => self.images.stat(file),
+            None => self.images.stat_store(),
+        }
     }
 }
 

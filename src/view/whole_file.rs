@@ -1,13 +1,13 @@
-//! A whole file on disk.
+//! A whole stored file.
 
 use std::sync::Arc;
 
 use crate::{
     chain::{BackingFile, Content, Result, Run, Source},
-    units::BLOCK_BYTES,
+    image::store::Stat,
 };
 
-/// A file on disk, from its first byte to its last.
+/// A stored file, from its first byte to its last.
 #[derive(Debug)]
 pub struct WholeFile {
     file: Arc<BackingFile>,
@@ -21,10 +21,8 @@ impl WholeFile {
     /// # Errors
     /// [`crate::chain::ChainError::Open`] if its attributes cannot be read.
     pub fn new(file: Arc<BackingFile>) -> Result<Self> {
-        use std::os::unix::fs::MetadataExt;
-        let meta = file.metadata()?;
-        let allocated = meta.blocks().saturating_mul(BLOCK_BYTES);
-        Ok(Self { file, len: meta.len(), allocated })
+        let Stat { len, allocated, .. } = file.stat()?;
+        Ok(Self { file, len, allocated })
     }
 }
 

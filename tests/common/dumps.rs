@@ -9,11 +9,11 @@ use std::{
 };
 
 use rcriu::{
-    chain::{Finding, Severity, check},
+    chain::{self, Finding, Severity, check},
     dedup::{DedupError, LinkOptions, Linked, Progress, link},
     image::{
-        ImageWriter, Kind, MemoryId, PagemapEntry, PagemapWriter, Presence, proto, read_all,
-        tree::state, vma,
+        Directory, ImageWriter, Kind, MemoryId, PagemapEntry, PagemapWriter, Presence, proto,
+        read_all, tree::state, vma,
     },
     units::PageIndex,
 };
@@ -45,6 +45,11 @@ pub fn write<M: prost::Message>(dir: &Path, kind: Kind, number: u64, messages: &
     let mut image = ImageWriter::create(&dir.join(kind.file_name(number)), kind).unwrap();
     messages.iter().for_each(|message| image.message(message).unwrap());
     image.finish().unwrap();
+}
+
+/// Returns how many bytes the files of an image directory take.
+pub fn disk_bytes(dir: &Path) -> u64 {
+    chain::disk_bytes(&Directory::at(dir)).unwrap()
 }
 
 /// Writes a full dump.

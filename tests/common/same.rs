@@ -12,7 +12,7 @@ use rcriu::{
 pub fn open(dir: &Path) -> (Arc<Chain>, SnapshotId) {
     let dir = dir.canonicalize().unwrap();
     let chain = Chain::open(&dir).unwrap();
-    let id = chain.ids().find(|id| chain.snapshot(*id).dir == dir).unwrap();
+    let id = chain.at(&dir).unwrap();
     (Arc::new(chain), id)
 }
 

@@ -17,7 +17,7 @@ use crate::{
         testing::{MEMORY, PAGES, TestChain, entry, layers, on_disk, page},
     },
     image::{
-        Presence,
+        Directory, Presence,
         disk::{DiskFile, Kernel},
     },
     units::{BLOCK_BYTES, PageIndex},
@@ -317,7 +317,7 @@ impl PowerCut {
             fs::copy(dir.join(name), copy.path().join(name)).unwrap();
         }
         fs::write(copy.path().join("punched-7.img"), bytes).unwrap();
-        crate::image::punched::read(copy.path(), &pagemap, 7).unwrap().unwrap()
+        crate::image::punched::read(&Directory::at(copy.path()), &pagemap, 7).unwrap().unwrap()
     }
 }
 
@@ -450,7 +450,7 @@ proptest! {
         }
         // What is gone for the newest is told from what it does not need, and is an error
         // for itself.
-        let last_dir = &anew.snapshots()[models.len() - 1].dir;
+        let last_dir = anew.snapshots()[models.len() - 1].path();
         let last = &models[models.len() - 1];
         let tip: BTreeSet<(usize, u64)> = last
             .iter()
@@ -464,16 +464,16 @@ proptest! {
             };
             let bad = (0..PAGES).filter_map(|number| asked(&number)).any(|p| tip.contains(&p));
             let told = findings.iter().any(|finding| {
-                finding.dir == snapshot.dir
+                finding.dir == snapshot.path()
                     && finding.problem.ends_with("can no longer be restored")
             });
             prop_assert_eq!(bad, told);
             let error = findings.iter().any(|finding| {
                 finding.severity == Severity::Error
-                    && finding.dir == snapshot.dir
+                    && finding.dir == snapshot.path()
                     && finding.problem.contains("can no longer be restored")
             });
-            prop_assert_eq!(error, bad && snapshot.dir == *last_dir);
+            prop_assert_eq!(error, bad && snapshot.path() == last_dir);
         }
         // Comparing a snapshot with itself needs no page.
         let id = SnapshotId::at(models.len() - 1);

@@ -1,14 +1,11 @@
 //! What images say of open files, and who uses them.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    path::Path,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
 use nix::libc;
 
 use super::{Body, Problems, Tree};
-use crate::image::{Kind, proto, read_all, vma};
+use crate::image::{ImageStore, Kind, proto, vma};
 use proto::{FdTypes, FileEntry};
 
 /// The highest number that a descriptor can have (`sysctl_nr_open_max`, `fs/file.c`).
@@ -68,8 +65,9 @@ fn inner_id(file: &FileEntry) -> Option<u32> {
 }
 
 /// Checks the table of open files, and all that refers to it.
-pub(super) fn check(dir: &Path, tree: &Tree, problems: &mut Problems) {
-    let mut table = Table { dir, tree, files: BTreeMap::new(), memfds: BTreeMap::new(), problems };
+pub(super) fn check(images: &dyn ImageStore, tree: &Tree, problems: &mut Problems) {
+    let mut table =
+        Table { images, tree, files: BTreeMap::new(), memfds: BTreeMap::new(), problems };
     table.enter(&tree.files);
     for file in &tree.files {
         table.file(file);
@@ -86,7 +84,7 @@ pub(super) fn check(dir: &Path, tree: &Tree, problems: &mut Problems) {
 }
 
 struct Table<'a, 'b> {
-    dir: &'a Path,
+    images: &'a dyn ImageStore,
     tree: &'a Tree,
     files: BTreeMap<u32, &'a FileEntry>,
     /// By `inode_id`.
@@ -115,10 +113,8 @@ impl<'a> Table<'a, '_> {
 
     /// Reads an image that need not be there.
     fn read<M: prost::Message + prost::Name + Default>(&mut self, kind: Kind, id: u64) -> Vec<M> {
-        match read_all(&self.dir.join(kind.file_name(id)), kind) {
-            Err(error) if error.is_missing() => Vec::new(),
-            messages => self.problems.image(messages).unwrap_or_default(),
-        }
+        let messages = self.images.messages_if_any(kind, id);
+        self.problems.image(messages).flatten().unwrap_or_default()
     }
 
     fn enter(&mut self, files: &'a [FileEntry]) {
@@ -330,8 +326,7 @@ impl<'a> Table<'a, '_> {
 
     /// Returns the sockets that data waits in, with what comes along with it.
     fn read_queues(&mut self) -> Vec<(u32, proto::ScmEntry)> {
-        let path = self.dir.join(Kind::SkQueues.file_name(0));
-        let mut image = match crate::image::ImageReader::open_kind(&path, Kind::SkQueues) {
+        let mut image = match self.images.image(Kind::SkQueues, 0) {
             Err(error) if error.is_missing() => return Vec::new(),
             image => match self.problems.image(image) {
                 Some(image) => image,
@@ -366,8 +361,9 @@ impl<'a> Table<'a, '_> {
                     self.wrong(remap.orig_id, &problem);
                 }
                 Some(Ok(proto::RemapType::Ghost)) => {
-                    let name = Kind::GhostFile.file_name(remap.remap_id.into());
-                    if !self.dir.join(&name).exists() {
+                    let ghost = remap.remap_id.into();
+                    if !self.images.has(Kind::GhostFile, ghost) {
+                        let name = Kind::GhostFile.file_name(ghost);
                         self.wrong(remap.orig_id, &format!("its bytes should be in {name}"));
                     }
                 }

@@ -10,9 +10,9 @@ mod memory;
 mod order;
 mod task;
 
-use std::{fmt, path::Path};
+use std::fmt;
 
-use super::{ImageError, Kind, proto, read_all, read_files, read_one, vma};
+use super::{ImageError, ImageStore, Kind, proto, read_files, vma};
 
 use crate::arch::Machine;
 
@@ -122,16 +122,16 @@ pub mod state {
     pub const STOPPED: u32 = 3;
 }
 
-/// Whether a directory holds processes; a pre-dump has memory only.
-pub fn is_pre_dump(dir: &Path) -> bool {
-    !dir.join(Kind::Pstree.file_name(0)).exists()
+/// Whether a snapshot is a pre-dump, which has memory and no processes.
+pub fn is_pre_dump(images: &dyn ImageStore) -> bool {
+    !images.has(Kind::Pstree, 0)
 }
 
-/// Says what is wrong with the version of the format that the inventory in `dir` has, if
+/// Says what is wrong with the version of the format that the inventory of `images` has, if
 /// anything is. CRIU 3.17 gives none to pre-dumps.
-pub fn version_problem(dir: &Path, found: u32) -> Option<String> {
+pub fn version_problem(images: &dyn ImageStore, found: u32) -> Option<String> {
     let [first, last] = VERSIONS;
-    let known = VERSIONS.contains(&found) || (found == 0 && is_pre_dump(dir));
+    let known = VERSIONS.contains(&found) || (found == 0 && is_pre_dump(images));
     (!known).then(|| {
         format!(
             "its images have version {found} of the format (img_version), {first} or {last} \
@@ -140,31 +140,31 @@ pub fn version_problem(dir: &Path, found: u32) -> Option<String> {
     })
 }
 
-/// Reads the processes of the snapshot in `dir`, and returns what keeps them from being
-/// restored. What cannot be read is left out.
-pub fn read(dir: &Path) -> (Tree, Vec<Problem>) {
+/// Reads the processes of a snapshot, and returns what keeps them from being restored.
+/// What cannot be read is left out.
+pub fn read(images: &dyn ImageStore) -> (Tree, Vec<Problem>) {
     let mut problems = Problems::default();
     let mut tree = Tree::default();
     let inventory: Option<proto::InventoryEntry> =
-        problems.image(read_one(&dir.join(Kind::Inventory.file_name(0)), Kind::Inventory));
+        problems.image(images.message(Kind::Inventory, 0));
     if let Some(inventory) = inventory {
-        if let Some(problem) = version_problem(dir, inventory.img_version) {
+        if let Some(problem) = version_problem(images, inventory.img_version) {
             // Nothing else can be believed.
             problems.broken(problem);
             return (tree, problems.0);
         }
-        if inventory.fdinfo_per_id != Some(true) && !is_pre_dump(dir) {
+        if inventory.fdinfo_per_id != Some(true) && !is_pre_dump(images) {
             problems.not_restored(
                 "it is of a dumper before CRIU 1.0, whose descriptors are not read".to_owned(),
             );
         }
         tree.inventory = inventory;
     }
-    if is_pre_dump(dir) {
+    if is_pre_dump(images) {
         return (tree, problems.0);
     }
-    tree.files = problems.image(read_files(dir)).flatten().unwrap_or_default();
-    let pstree = problems.image(read_all(&dir.join(Kind::Pstree.file_name(0)), Kind::Pstree));
+    tree.files = problems.image(read_files(images)).flatten().unwrap_or_default();
+    let pstree = problems.image(images.messages(Kind::Pstree, 0));
     let ordered = match order::order(pstree.unwrap_or_default()) {
         Ok(ordered) => ordered,
         Err(problem) => {
@@ -175,19 +175,19 @@ pub fn read(dir: &Path) -> (Tree, Vec<Problem>) {
     for (entry, parent) in ordered {
         let pid = entry.pid;
         let mut found = Problems::default();
-        tree.tasks.push(read_task(dir, entry, parent, &mut found));
+        tree.tasks.push(read_task(images, entry, parent, &mut found));
         problems.0.extend(found.0.into_iter().map(|problem| {
             let text = format!("images of process {pid}: {}", problem.text);
             Problem { text, ..problem }
         }));
     }
     order::check(&tree.tasks, &mut problems);
-    files::check(dir, &tree, &mut problems);
+    files::check(images, &tree, &mut problems);
     (tree, problems.0)
 }
 
 fn read_task(
-    dir: &Path,
+    images: &dyn ImageStore,
     entry: proto::PstreeEntry,
     parent: Option<usize>,
     problems: &mut Problems,
@@ -195,7 +195,7 @@ fn read_task(
     let pid = entry.pid;
     let name = |tid: u32| Kind::Core.file_name(tid.into());
     let core = |tid: u32| -> Result<proto::CoreEntry, ImageError> {
-        read_one(&dir.join(name(tid)), Kind::Core)
+        images.message(Kind::Core, tid.into())
     };
     let mut task = Task { entry, parent, threads: Vec::new(), body: None };
     let Some(leader) = problems.own_image(&name(pid), core(pid)) else { return task };
@@ -231,31 +231,27 @@ fn read_task(
     for (tid, core) in &task.threads {
         task::check_thread(*tid, core, problems);
     }
-    task.body = read_body(dir, &task, problems);
+    task.body = read_body(images, &task, problems);
     task
 }
 
-fn read_body(dir: &Path, task: &Task, problems: &mut Problems) -> Option<Body> {
+fn read_body(images: &dyn ImageStore, task: &Task, problems: &mut Problems) -> Option<Body> {
     let number = u64::from(task.entry.pid);
-    let mm = problems.image(read_one(&dir.join(Kind::Mm.file_name(number)), Kind::Mm));
-    let fs = problems.image(read_one(&dir.join(Kind::Fs.file_name(number)), Kind::Fs));
-    let ids_path = dir.join(Kind::Ids.file_name(number));
-    let ids = match read_one::<proto::TaskKobjIdsEntry>(&ids_path, Kind::Ids) {
-        Err(error) if error.is_missing() => {
+    let mm = problems.image(images.message(Kind::Mm, number));
+    let fs = problems.image(images.message(Kind::Fs, number));
+    let ids = match images.message_if_any::<proto::TaskKobjIdsEntry>(Kind::Ids, number) {
+        Ok(None) => {
             let ids = task.threads.first().and_then(|(_, core)| core.ids);
             if ids.is_none() {
                 problems.broken("it has no ids");
             }
             ids
         }
-        ids => problems.image(ids),
+        ids => problems.image(ids).flatten(),
     };
     let fds = ids.and_then(|ids| {
-        let path = dir.join(Kind::Fdinfo.file_name(ids.files_id.into()));
-        match read_all(&path, Kind::Fdinfo) {
-            Err(error) if error.is_missing() => Some(Vec::new()),
-            fds => problems.image(fds),
-        }
+        let fds = images.messages_if_any(Kind::Fdinfo, ids.files_id.into());
+        problems.image(fds).map(Option::unwrap_or_default)
     });
     let mut mm: proto::MmEntry = mm?;
     let mut all = std::mem::take(&mut mm.vmas);

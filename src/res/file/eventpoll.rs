@@ -12,7 +12,6 @@ use crate::{
     image::{
         Kind,
         proto::{self, FdTypes},
-        read_all,
     },
     inject::Script,
     proc::{self, EpollTarget, FdDetail},
@@ -140,15 +139,10 @@ fn escaped(file: &Description, target: &EpollTarget) -> FileError {
 
 impl Opener for Epolls {
     fn open(&mut self, entries: &[proto::FileEntry], opened: &mut Opened) -> Result<()> {
-        let path = opened.images.join(Kind::EventpollTfd.file_name(0));
-        match read_all::<proto::EventpollTfdEntry>(&path, Kind::EventpollTfd) {
-            Ok(targets) => {
-                for target in targets {
-                    self.separate.entry(target.id).or_default().push(target);
-                }
-            }
-            Err(error) if error.is_missing() => {}
-            Err(error) => return Err(error.into()),
+        let targets =
+            opened.images.messages_if_any::<proto::EventpollTfdEntry>(Kind::EventpollTfd, 0)?;
+        for target in targets.into_iter().flatten() {
+            self.separate.entry(target.id).or_default().push(target);
         }
         for entry in entries {
             let epoll = inner(entry)?;

@@ -7,7 +7,6 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-    path::Path,
     rc::Rc,
 };
 
@@ -19,6 +18,7 @@ use super::{
 };
 use crate::{
     image::{
+        Store,
         proto::{self, FdinfoEntry, FileEntry, FsEntry, VmaEntry},
         vma,
     },
@@ -73,7 +73,7 @@ impl<'a> Installer<'a> {
     /// Returns an installer that has not opened anything yet. `processes` are those that
     /// live, in the order of the images; `numbers` are all processes and threads of the tree.
     pub fn new(
-        images: &Path,
+        images: &Store,
         policy: &Policy,
         entries: &'a [FileEntry],
         processes: Vec<FileUser<'a>>,

@@ -25,9 +25,8 @@ use super::{
 };
 use crate::{
     image::{
-        Kind, SnapshotWriter,
+        ImageStore, Kind, SnapshotWriter,
         proto::{self, FdTypes},
-        read_all,
     },
     sys::{fds, process},
     units::HugeSize,
@@ -216,11 +215,8 @@ fn seal(fd: BorrowedFd, inode: &proto::MemfdInodeEntry) -> nix::Result<()> {
 ///
 /// # Errors
 /// [`FileError::Images`].
-fn inodes(images: &std::path::Path) -> Result<Vec<proto::MemfdInodeEntry>> {
-    match read_all(&images.join(Kind::MemfdInode.file_name(0)), Kind::MemfdInode) {
-        Err(error) if error.is_missing() => Ok(Vec::new()),
-        result => Ok(result?),
-    }
+fn inodes(images: &dyn ImageStore) -> Result<Vec<proto::MemfdInodeEntry>> {
+    Ok(images.messages_if_any(Kind::MemfdInode, 0)?.unwrap_or_default())
 }
 
 /// Restores shared memory with descriptors.
@@ -329,7 +325,7 @@ impl Memories {
     /// Returns the objects of the snapshot.
     fn inodes(&mut self, opened: &Opened) -> Result<&[proto::MemfdInodeEntry]> {
         if self.inodes.is_none() {
-            self.inodes = Some(inodes(&opened.images)?);
+            self.inodes = Some(inodes(&*opened.images)?);
         }
         Ok(self.inodes.as_deref().unwrap_or_default())
     }
@@ -362,7 +358,7 @@ mod tests {
         tree.add(3, third);
         tree.add(4, fds::memfd(c"unsealed", 0).unwrap());
         let restored = tree.restore();
-        let inodes = inodes(restored.images()).unwrap();
+        let inodes = inodes(&crate::image::Directory::at(restored.images())).unwrap();
         assert_eq!(inodes.len(), 2);
         assert_eq!((inodes[0].seals, inodes[1].seals), (2, 1));
         let object = &restored.opened().objects[&inodes[0].shmid.into()];

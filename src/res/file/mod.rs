@@ -31,13 +31,13 @@ mod validation;
 use std::{
     collections::{HashMap, HashSet},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use nix::{errno::Errno, libc};
 
 use crate::{
-    image::{SnapshotWriter, proto},
+    image::{SnapshotWriter, Store, proto},
     inject::Script,
     proc::FdInfo,
     sys::fds,
@@ -218,8 +218,8 @@ pub const NO_DESCRIPTION: u32 = 0;
 /// Descriptions that were opened for a restore, by their numbers in the images.
 #[derive(Debug)]
 pub struct Opened {
-    /// The image directory.
-    pub images: PathBuf,
+    /// The images.
+    pub images: Store,
     /// What the user asked for.
     pub policy: Policy,
     /// All entries of `files.img`, also of other kinds.
@@ -256,16 +256,16 @@ pub enum Late {
 }
 
 impl Opened {
-    /// Returns a table without descriptions for the images in `images`.
+    /// Returns a table without descriptions for `images`.
     pub fn new(
-        images: &Path,
+        images: &Store,
         policy: Policy,
         entries: Vec<proto::FileEntry>,
         pids: PidMap,
     ) -> Self {
         let entries = entries.into_iter().map(|entry| (entry.id, entry)).collect();
         Self {
-            images: images.to_owned(),
+            images: Arc::clone(images),
             policy,
             entries,
             revived: Revived::default(),

@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     image::{
-        ImageReader, Kind, SnapshotWriter,
+        Kind, SnapshotWriter,
         proto::{self, FdTypes},
     },
     sys::fds,
@@ -255,7 +255,7 @@ struct PipeContents {
 
 /// Reads the contents of all pipes.
 fn read_contents(opened: &Opened, kind: Kind) -> Result<HashMap<u32, PipeContents>> {
-    let mut image = match ImageReader::open_kind(&opened.images.join(kind.file_name(0)), kind) {
+    let mut image = match opened.images.image(kind, 0) {
         Err(error) if error.is_missing() => return Ok(HashMap::new()),
         result => result?,
     };

@@ -15,7 +15,7 @@ use tempfile::TempDir;
 
 use super::{FileError, FileTable, FileUser, Installer, Opened, Policy, Result};
 use crate::{
-    image::{Kind, SnapshotWriter, proto, read_all},
+    image::{Directory, Kind, SnapshotWriter, proto, read_all},
     proc::{self, FdInfo},
     sys::process,
     units::{HostPid, NsPid, PidMap, TargetFd},
@@ -180,9 +180,9 @@ impl Dumped {
             creds: None,
             fds: &fds,
         };
-        let (dir, policy) = (self.dir.path(), &self.policy);
+        let (images, policy) = (Directory::at(self.dir.path()).shared(), &self.policy);
         let mut installer = Installer::new(
-            dir,
+            &images,
             policy,
             &self.entries,
             vec![process],

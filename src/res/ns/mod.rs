@@ -9,12 +9,10 @@
 
 mod uts;
 
-use std::path::Path;
-
 use super::{ResError, Result};
 use crate::{
     causes::tell,
-    image::{ImageError, Kind as Image, SnapshotWriter, proto::TaskKobjIdsEntry, read_one},
+    image::{ImageError, ImageStore, Kind as Image, SnapshotWriter, proto::TaskKobjIdsEntry},
     inject::{Answers, Script},
     proc,
     units::{HostPid, NsPid},
@@ -96,7 +94,7 @@ pub trait Own: Sync + std::fmt::Debug {
     ///
     /// # Errors
     /// What is wrong with the images.
-    fn restore(&self, images: &Path, number: u32) -> Result<Script>;
+    fn restore(&self, images: &dyn ImageStore, number: u32) -> Result<Script>;
 }
 
 /// Writes the images of a namespace with this number, as a process has answered.
@@ -176,13 +174,16 @@ impl Wanted {
     ///
     /// # Errors
     /// What is wrong with the images.
-    pub fn read(images: &Path, dumper: Option<&TaskKobjIdsEntry>, pid: NsPid) -> Result<Self> {
+    pub fn read(
+        images: &dyn ImageStore,
+        dumper: Option<&TaskKobjIdsEntry>,
+        pid: NsPid,
+    ) -> Result<Self> {
         let Some(mut dumper) = dumper.copied() else { return Ok(Self::default()) };
-        let path = images.join(Image::Ids.file_name(pid.image().into()));
-        let mut ids: TaskKobjIdsEntry = match read_one(&path, Image::Ids) {
-            // Images of before have none.
-            Err(error) if error.is_missing() => return Ok(Self::default()),
-            ids => ids?,
+        let number = pid.image().into();
+        // Images of before have none.
+        let Some(mut ids) = images.message_if_any::<TaskKobjIdsEntry>(Image::Ids, number)? else {
+            return Ok(Self::default());
         };
         let mut wanted = Vec::new();
         for kind in &KINDS {

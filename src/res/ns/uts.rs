@@ -1,12 +1,10 @@
 //! UTS namespaces: the names of the host and of its domain.
 
-use std::path::Path;
-
 use nix::libc;
 
 use super::{Collect, Own, wrong};
 use crate::{
-    image::{Kind, proto::UtsnsEntry, read_one},
+    image::{ImageStore, Kind, proto::UtsnsEntry},
     inject::Script,
     res::Result,
 };
@@ -37,9 +35,8 @@ impl Own for Uts {
         })
     }
 
-    fn restore(&self, images: &Path, number: u32) -> Result<Script> {
-        let path = images.join(Kind::Utsns.file_name(number.into()));
-        let entry: UtsnsEntry = read_one(&path, Kind::Utsns)?;
+    fn restore(&self, images: &dyn ImageStore, number: u32) -> Result<Script> {
+        let entry: UtsnsEntry = images.message(Kind::Utsns, number.into())?;
         let mut script = Script::new();
         for (what, call, name) in [
             ("set the name of the host", libc::SYS_sethostname, &entry.nodename),
@@ -88,9 +85,10 @@ mod tests {
         images.sync(|_| {}).unwrap();
         images.commit(&InventoryEntry::default()).unwrap();
         // Two calls, each with its name.
-        assert_eq!(Uts.restore(dir.path(), 12).unwrap().len(), 2);
-        let error = Uts.restore(dir.path(), 13).unwrap_err();
+        let images = crate::image::Directory::at(dir.path());
+        assert_eq!(Uts.restore(&images, 12).unwrap().len(), 2);
+        let error = Uts.restore(&images, 13).unwrap_err();
         assert!(error.to_string().contains("65 bytes"), "{error}");
-        assert!(Uts.restore(dir.path(), 14).is_err());
+        assert!(Uts.restore(&images, 14).is_err());
     }
 }

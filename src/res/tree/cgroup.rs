@@ -11,7 +11,7 @@ use std::{
 };
 
 use crate::{
-    image::{ImageError, Kind, SnapshotWriter, proto, read_one},
+    image::{ImageError, ImageStore, Kind, SnapshotWriter, proto},
     proc,
     res::{ResError, Result},
     units::HostPid,
@@ -172,16 +172,13 @@ impl Places {
     /// # Errors
     /// [`CgroupError`] for a group that is not there or frozen.
     pub fn find(
-        images: &Path,
+        images: &dyn ImageStore,
         dumper: Option<u32>,
         wanted: impl Iterator<Item = u32>,
     ) -> Result<Self> {
-        let path = images.join(Kind::Cgroup.file_name(0));
-        let entry: proto::CgroupEntry = match read_one(&path, Kind::Cgroup) {
-            // All of the tree was where the dumper was, or it did not look.
-            Err(error) if error.is_missing() => return Ok(Self::default()),
-            entry => entry?,
-        };
+        let entry = images.message_if_any::<proto::CgroupEntry>(Kind::Cgroup, 0)?;
+        // Without it, all of the tree was where the dumper was, or it did not look.
+        let Some(entry) = entry else { return Ok(Self::default()) };
         let own = own()?;
         let mounts = proc::mounts()?;
         let mut places = Self::default();

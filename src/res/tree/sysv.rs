@@ -4,18 +4,14 @@
 //! finds it again by its id if it is still the one that was dumped and nobody uses it,
 //! else it makes one with this id. Its bytes are those of the dump in any case.
 
-use std::{
-    fs::{self, File},
-    path::Path,
-};
+use std::fs::{self, File};
 
 use nix::{errno::Errno, libc};
 
 use crate::{
     image::{
-        Kind, SnapshotWriter,
+        ImageStore, Kind, SnapshotWriter,
         proto::{IpcDescEntry, IpcShmEntry, VmaEntry},
-        read_all,
     },
     inject::Script,
     proc::Mapping,
@@ -74,11 +70,8 @@ pub fn write(segments: &[IpcShmEntry], images: &SnapshotWriter) -> crate::image:
 /// # Errors
 /// Those of reading an image; segments whose bytes are in that image itself, as of
 /// dumped namespaces before CRIU 3, are not among them.
-pub fn read(images: &Path) -> crate::image::Result<Vec<IpcShmEntry>> {
-    match read_all(&images.join(Kind::IpcnsShm.file_name(NAMESPACE)), Kind::IpcnsShm) {
-        Err(error) if error.is_missing() => Ok(Vec::new()),
-        segments => segments,
-    }
+pub fn read(images: &dyn ImageStore) -> crate::image::Result<Vec<IpcShmEntry>> {
+    Ok(images.messages_if_any(Kind::IpcnsShm, NAMESPACE)?.unwrap_or_default())
 }
 
 /// Finds or makes a segment.

@@ -35,9 +35,8 @@ use nix::{
 use super::link_name;
 use crate::{
     image::{
-        ImageReader, Kind, payload,
+        ImageReader, ImageStore, Kind, payload,
         proto::{self, RemapType},
-        read_all,
     },
     res::file::{FileError, Opened, Result, descriptor},
     sys::xattr,
@@ -83,14 +82,10 @@ pub struct Revived {
 }
 
 /// Reads which entries have lost their names.
-fn read(images: &Path) -> Result<HashMap<u32, Remap>> {
-    let path = images.join(Kind::RemapFpath.file_name(0));
-    let entries = match read_all::<proto::RemapFilePathEntry>(&path, Kind::RemapFpath) {
-        Err(error) if error.is_missing() => return Ok(HashMap::new()),
-        result => result?,
-    };
+fn read(images: &dyn ImageStore) -> Result<HashMap<u32, Remap>> {
+    let entries = images.messages_if_any::<proto::RemapFilePathEntry>(Kind::RemapFpath, 0)?;
     let mut remaps = HashMap::new();
-    for entry in entries {
+    for entry in entries.into_iter().flatten() {
         let id = entry.remap_id;
         let remap = match entry.remap_type.map(RemapType::try_from) {
             Some(Ok(RemapType::Linked)) => Remap::Linked(id),
@@ -111,7 +106,7 @@ fn read(images: &Path) -> Result<HashMap<u32, Remap>> {
 
 fn remaps(opened: &mut Opened) -> Result<&HashMap<u32, Remap>> {
     if opened.revived.remaps.is_none() {
-        opened.revived.remaps = Some(read(&opened.images)?);
+        opened.revived.remaps = Some(read(&*opened.images)?);
     }
     Ok(opened.revived.remaps.as_ref().expect("it was read"))
 }
@@ -287,10 +282,10 @@ impl Drop for TemporaryName {
 
 /// Makes a ghost, which `first` is an entry of, and opens it for all its entries.
 fn make(ghost: u32, first: &proto::RegFileEntry, opened: &mut Opened) -> Result<RevivedGhost> {
-    let path = opened.images.join(Kind::GhostFile.file_name(ghost.into()));
-    let mut image = ImageReader::open_kind(&path, Kind::GhostFile)?;
-    let missing = || FileError::image(first.id, format!("{} is empty", path.display()));
-    let entry: proto::GhostFileEntry = image.next_message()?.ok_or_else(missing)?;
+    let mut image = opened.images.image(Kind::GhostFile, ghost.into())?;
+    let Some(entry) = image.next_message::<proto::GhostFileEntry>()? else {
+        return Err(FileError::image(first.id, format!("{} is empty", image.path().display())));
+    };
     let failed = |step| FileError::restore(first.id, step, &first.name);
 
     if let Some(made) = make_linkable(ghost, &entry, first, &mut image, opened)? {

@@ -16,6 +16,7 @@ use nix::sys::stat::Mode;
 
 use super::*;
 use crate::{
+    image::Directory,
     res::file::{
         ghost,
         testing::{Tree, stat},
@@ -124,8 +125,12 @@ fn what_is_there_instead_of_a_file_is_not_opened() {
         nix::unistd::mkfifo(&path, Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
         let entry =
             proto::RegFileEntry { id: 7, name: bytes(&path).to_vec(), mode, ..Default::default() };
-        let mut opened =
-            Opened::new(dir.path(), Policy::default(), Vec::new(), PidMap::of_own_namespace());
+        let mut opened = Opened::new(
+            &Directory::at(dir.path()).shared(),
+            Policy::default(),
+            Vec::new(),
+            PidMap::of_own_namespace(),
+        );
         let problem =
             path::open_entry(&entry, libc::O_RDONLY, &mut opened).unwrap_err().to_string();
         let expected = format!("{} is a FIFO, but was {was}", path.display());
@@ -263,8 +268,12 @@ fn processes_in_proc_are_opened_when_they_are_there() {
     let reg = proto::RegFileEntry { id: 1, name, ..Default::default() };
     let entry = proto::FileEntry { id: 1, reg: Some(reg), ..Default::default() };
     let dir = tempfile::tempdir().unwrap();
-    let mut opened =
-        Opened::new(dir.path(), Policy::default(), vec![entry.clone()], PidMap::of_own_namespace());
+    let mut opened = Opened::new(
+        &Directory::at(dir.path()).shared(),
+        Policy::default(),
+        vec![entry.clone()],
+        PidMap::of_own_namespace(),
+    );
     let mut files = RegularFiles;
     let error = files.open(std::slice::from_ref(&entry), &mut opened).unwrap_err().to_string();
     assert!(error.contains("there is no process 4194304"), "{error}");

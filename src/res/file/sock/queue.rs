@@ -18,7 +18,6 @@ use std::{
     collections::{HashMap, VecDeque},
     io::IoSlice,
     os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
-    path::Path,
 };
 
 use nix::{
@@ -33,7 +32,7 @@ use super::{
     opts::{self, Subject},
 };
 use crate::{
-    image::{ImageReader, Kind, SnapshotWriter, proto},
+    image::{ImageStore, Kind, SnapshotWriter, proto},
     res::file::{Description, FileError, Intake, Result},
     sys::{
         fds,
@@ -328,15 +327,13 @@ pub(super) fn write(images: &SnapshotWriter, queues: &[(u32, Vec<Packet>)]) -> R
     Ok(())
 }
 
-/// Reads the image of queues in `images`, if there is one: the packets of each
-/// socket by its number.
+/// Reads the image of queues, if there is one: the packets of each socket by its number.
 ///
 /// # Errors
 /// What reading returns; [`FileError::Image`] for control messages that are no
 /// descriptors.
-pub(super) fn read(images: &Path) -> Result<HashMap<u32, VecDeque<Packet>>> {
-    let path = images.join(Kind::SkQueues.file_name(0));
-    let mut image = match ImageReader::open_kind(&path, Kind::SkQueues) {
+pub(super) fn read(images: &dyn ImageStore) -> Result<HashMap<u32, VecDeque<Packet>>> {
+    let mut image = match images.image(Kind::SkQueues, 0) {
         Err(error) if error.is_missing() => return Ok(HashMap::new()),
         image => image?,
     };

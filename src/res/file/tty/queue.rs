@@ -15,7 +15,7 @@ use nix::{
 
 use super::peer;
 use crate::{
-    image::{Kind, proto, read_all},
+    image::{Kind, proto},
     res::file::{FileError, Opened, Result, descriptor},
     sys::tty::{self, Switch, Termios},
 };
@@ -33,11 +33,8 @@ pub(super) fn restore(
     infos: &BTreeMap<u32, proto::TtyInfoEntry>,
     opened: &Opened,
 ) -> Result<()> {
-    let path = opened.images.join(Kind::TtyData.file_name(0));
-    let queued = match read_all::<proto::TtyDataEntry>(&path, Kind::TtyData) {
-        Err(error) if error.is_missing() => Vec::new(),
-        result => result?,
-    };
+    let queued: Vec<proto::TtyDataEntry> =
+        opened.images.messages_if_any(Kind::TtyData, 0)?.unwrap_or_default();
     for (info_id, id) in masters {
         let of = |id: u32| queued.iter().find(|data| data.tty_id == id);
         let (to_master, to_slave) = (of(*info_id), of(peer(*info_id)));

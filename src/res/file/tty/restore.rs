@@ -23,7 +23,6 @@ use crate::{
     image::{
         Kind,
         proto::{self, TtyType},
-        read_all,
     },
     inject::Script,
     res::file::{FileError, Late, Opened, Opener, Result, descriptor, late},
@@ -65,12 +64,8 @@ impl Wanted<'_> {
 }
 
 fn read_infos(opened: &Opened) -> Result<BTreeMap<u32, proto::TtyInfoEntry>> {
-    let path = opened.images.join(Kind::TtyInfo.file_name(0));
-    let infos = match read_all::<proto::TtyInfoEntry>(&path, Kind::TtyInfo) {
-        Err(error) if error.is_missing() => Vec::new(),
-        result => result?,
-    };
-    Ok(infos.into_iter().map(|info| (info.id, info)).collect())
+    let infos = opened.images.messages_if_any::<proto::TtyInfoEntry>(Kind::TtyInfo, 0)?;
+    Ok(infos.into_iter().flatten().map(|info| (info.id, info)).collect())
 }
 
 fn path_of(file: &proto::TtyFileEntry, opened: &Opened) -> Option<proto::RegFileEntry> {

@@ -89,7 +89,7 @@ impl Opener for UnixOpener {
     }
 
     fn inside(&self, opened: &Opened) -> Result<Vec<u32>> {
-        let queues = queue::read(&opened.images)?;
+        let queues = queue::read(&*opened.images)?;
         Ok(queues.into_values().flatten().flat_map(|packet| packet.rights).collect())
     }
 
@@ -127,7 +127,7 @@ struct Sockets {
 
 impl Sockets {
     fn new(entries: &[proto::FileEntry], opened: &Opened) -> Result<Self> {
-        let mut queues = queue::read(&opened.images)?;
+        let mut queues = queue::read(&*opened.images)?;
         let mut all = Vec::new();
         for file in entries {
             let missing = || FileError::Image {

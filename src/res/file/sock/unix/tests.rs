@@ -505,8 +505,12 @@ fn the_process_that_listened_listens_once_more() {
     let own = std::process::id().cast_signed();
     assert_eq!(dumped.entries[0].sock.as_ref().unwrap().peer.as_ref().unwrap().pid, own);
     let entries = dumped.entries.clone();
-    let mut opened =
-        Opened::new(dumped.images(), defaults(), entries.clone(), PidMap::of_own_namespace());
+    let mut opened = Opened::new(
+        &crate::image::Directory::at(dumped.images()).shared(),
+        defaults(),
+        entries.clone(),
+        PidMap::of_own_namespace(),
+    );
     let creds = std::rc::Rc::new(proto::CredsEntry::default());
     opened.holders = [0, 1]
         .map(|id| (dumped.entry(id).id, Holder { pid: NsPid::of_image(own), creds: creds.clone() }))

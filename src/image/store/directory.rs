@@ -1,0 +1,269 @@
+//! Images in a directory, beside which others may be.
+
+use std::{
+    fs::{self, File},
+    io::{self, IoSliceMut},
+    os::unix::fs::MetadataExt,
+    path::{Component, Path, PathBuf},
+    sync::Arc,
+};
+
+use nix::{
+    errno::Errno,
+    sys::{
+        stat::{fstat, stat},
+        uio::preadv,
+    },
+    unistd::{Whence as FileWhence, lseek},
+};
+
+use super::{BrokenLink, ImageStore, Input, Stat, Store, StoredFile, Whence};
+use crate::{
+    image::{Kind, PARENT_LINK, desc, regular},
+    units::BLOCK_BYTES,
+};
+
+/// Others may create files in a directory: `S_IWOTH`, `S_IWGRP` (`inode(7)`).
+const OTHERS_WRITE: u32 = 0o002;
+const GROUP_WRITES: u32 = 0o020;
+
+/// An image directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Directory {
+    path: PathBuf,
+}
+
+impl Directory {
+    /// Stands for the directory at `path`; nothing is looked at.
+    pub fn at(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into() }
+    }
+
+    /// Returns it as a store that several can hold.
+    pub fn shared(self) -> Store {
+        Arc::new(self)
+    }
+
+    /// Finds out what is in the directory.
+    pub fn probe(&self) -> Probe {
+        if has_inventory(&self.path) {
+            let link = fs::read_link(self.path.join(PARENT_LINK)).ok();
+            Probe::Snapshot { parent: link.and_then(|link| sibling(&self.path, &link)) }
+        } else if has_images(&self.path) {
+            Probe::Unfinished
+        } else {
+            Probe::Nothing
+        }
+    }
+}
+
+/// What is in a directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Probe {
+    /// A snapshot.
+    Snapshot {
+        /// The name of its parent's store if its link is of the usual form, `../NAME`; which
+        /// need not be there, or may be a link itself.
+        parent: Option<PathBuf>,
+    },
+    /// What is left of a dump that failed.
+    Unfinished,
+    /// No images.
+    Nothing,
+}
+
+/// What is found at a path.
+#[derive(Debug)]
+pub enum Found {
+    /// A snapshot.
+    Snapshot(Store),
+    /// Directories, of which each may be one.
+    Several(Vec<Directory>),
+}
+
+/// Finds the images at `path`: those of one snapshot, or of several side by side.
+///
+/// # Errors
+/// What keeps the directory from being read; [`io::ErrorKind::NotADirectory`].
+pub fn find(path: &Path) -> io::Result<Found> {
+    let root = path.canonicalize()?;
+    if !root.is_dir() {
+        return Err(io::ErrorKind::NotADirectory.into());
+    }
+    if has_inventory(&root) {
+        return Ok(Found::Snapshot(Directory::at(root).shared()));
+    }
+    Ok(Found::Several(directories(&root)?.into_iter().map(Directory::at).collect()))
+}
+
+impl ImageStore for Directory {
+    fn name(&self) -> &Path {
+        &self.path
+    }
+
+    fn open(&self, file: &str) -> io::Result<Input> {
+        open_file(&self.path.join(file))
+    }
+
+    fn open_at_random(&self, file: &str) -> io::Result<Box<dyn StoredFile>> {
+        let (file, _) = regular::open(&self.path.join(file))?;
+        Ok(Box::new(file))
+    }
+
+    fn stat(&self, file: &str) -> io::Result<Stat> {
+        Ok(stat(&self.path.join(file))?.into())
+    }
+
+    fn stat_store(&self) -> io::Result<Stat> {
+        Ok(stat(&self.path)?.into())
+    }
+
+    fn list(&self) -> io::Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in fs::read_dir(&self.path)? {
+            names.extend(entry?.file_name().into_string());
+        }
+        Ok(names)
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        let mut bytes = 0;
+        for entry in fs::read_dir(&self.path)? {
+            let meta = entry?.metadata()?;
+            bytes += if meta.is_file() { meta.blocks() * BLOCK_BYTES } else { 0 };
+        }
+        Ok(bytes)
+    }
+
+    fn parent(&self) -> Result<Option<Store>, BrokenLink> {
+        let parent = parent_dir(&self.path)?;
+        Ok(parent.map(|path| Self { path }.shared()))
+    }
+
+    /// Goes by the owners of the directory and of its inventory, and by who else can write
+    /// there. A group that has the number of the directory's owner is taken for that user
+    /// alone.
+    fn owner(&self) -> Option<u32> {
+        let meta = fs::symlink_metadata(&self.path).ok()?;
+        let inventory = self.path.join(Kind::Inventory.file_name(0));
+        let inventory = fs::symlink_metadata(inventory).ok()?;
+        let group = meta.mode() & GROUP_WRITES != 0 && meta.gid() != meta.uid();
+        let alone = meta.mode() & OTHERS_WRITE == 0 && !group && inventory.uid() == meta.uid();
+        alone.then(|| meta.uid())
+    }
+
+    fn directory(&self) -> Option<&Path> {
+        Some(&self.path)
+    }
+}
+
+impl StoredFile for File {
+    fn stat(&self) -> io::Result<Stat> {
+        Ok(fstat(self)?.into())
+    }
+
+    fn read_vectored_at(&self, buffers: &mut [IoSliceMut<'_>], offset: u64) -> io::Result<usize> {
+        Ok(preadv(self, buffers, position(offset)?)?)
+    }
+
+    /// A file system that does not know about holes has none.
+    fn seek(&self, offset: u64, whence: Whence) -> io::Result<Option<u64>> {
+        let file_whence = match whence {
+            Whence::Data => FileWhence::SeekData,
+            Whence::Hole => FileWhence::SeekHole,
+        };
+        match lseek(self, position(offset)?, file_whence) {
+            Ok(found) => Ok(u64::try_from(found).ok()),
+            // No data up to the end; or the file has shrunk, which reading tells.
+            Err(Errno::ENXIO) => Ok((whence == Whence::Hole).then_some(offset)),
+            Err(Errno::EINVAL) => Ok((whence == Whence::Data).then_some(offset)),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    fn file(&self) -> Option<&File> {
+        Some(self)
+    }
+}
+
+fn position(offset: u64) -> io::Result<i64> {
+    i64::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput.into())
+}
+
+/// Opens a file of this machine to be read from its first byte on.
+pub(in crate::image) fn open_file(path: &Path) -> io::Result<Input> {
+    let (file, found) = regular::open(path)?;
+    let Stat { len, allocated, .. } = found.into();
+    Ok(Input { bytes: Box::new(file), len, allocated })
+}
+
+/// Whether there is a snapshot in a directory.
+pub(crate) fn has_inventory(dir: &Path) -> bool {
+    dir.join(Kind::Inventory.file_name(0)).is_file()
+}
+
+/// Whether a directory has pagemaps or cores, which a dump writes first.
+fn has_images(dir: &Path) -> bool {
+    let image = |entry: io::Result<fs::DirEntry>| {
+        let name = entry.ok()?.file_name();
+        let (desc, _) = desc::by_file_name(name.to_str()?)?;
+        Some(matches!(desc.kind, Kind::Pagemap | Kind::ShmemPagemap | Kind::Core))
+    };
+    fs::read_dir(dir).is_ok_and(|mut entries| entries.any(|entry| image(entry) == Some(true)))
+}
+
+/// Returns the directories in a directory, and those that links in it lead to.
+pub(crate) fn directories(root: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut dirs = Vec::new();
+    for entry in fs::read_dir(root)? {
+        let entry = entry?;
+        let kind = entry.file_type()?;
+        if kind.is_dir() {
+            dirs.push(entry.path());
+        } else if kind.is_symlink()
+            && let Ok(dir) = entry.path().canonicalize()
+            && dir.is_dir()
+        {
+            // Such as `latest`, which may lead to a directory found already.
+            dirs.push(dir);
+        }
+    }
+    Ok(dirs)
+}
+
+/// Returns the directory that `dir`'s parent link leads to, if it has one.
+fn parent_dir(dir: &Path) -> Result<Option<PathBuf>, BrokenLink> {
+    let link = dir.join(PARENT_LINK);
+    let broken = |target: &Path, problem: &str| BrokenLink {
+        target: target.to_owned(),
+        problem: problem.to_owned(),
+    };
+    let target = match fs::read_link(&link) {
+        Ok(target) => target,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        // Not a link: a directory of that name serves as well.
+        Err(error) if error.kind() == io::ErrorKind::InvalidInput => PathBuf::from(PARENT_LINK),
+        Err(error) => return Err(broken(&link, &error.to_string())),
+    };
+    // Resolving a link takes a call for each component of the path, and most lead to a
+    // directory beside this one.
+    let is_directory = |path: &PathBuf| fs::symlink_metadata(path).is_ok_and(|meta| meta.is_dir());
+    let beside = sibling(dir, &target).filter(is_directory);
+    match beside.map_or_else(|| link.canonicalize(), Ok) {
+        Ok(parent) if has_inventory(&parent) => Ok(Some(parent)),
+        Ok(parent) if parent.is_dir() => {
+            Err(broken(&target, "that directory has no inventory.img, so it is no image directory"))
+        }
+        Ok(_) => Err(broken(&target, "that is not a directory")),
+        Err(error) => Err(broken(&target, &error.to_string())),
+    }
+}
+
+/// Returns the path that a link of the usual form, `../NAME`, in the directory `dir` names.
+fn sibling(dir: &Path, link: &Path) -> Option<PathBuf> {
+    let mut parts = link.strip_prefix("..").ok()?.components();
+    match (parts.next(), parts.next()) {
+        (Some(Component::Normal(name)), None) => Some(dir.parent()?.join(name)),
+        _ => None,
+    }
+}

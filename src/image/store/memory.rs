@@ -1,0 +1,127 @@
+//! Images in memory, for tests.
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::{self, Cursor, IoSliceMut},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::UNIX_EPOCH,
+};
+
+use prost::Message;
+
+use super::{BrokenLink, ImageStore, Input, Stat, Store, StoredFile};
+use crate::image::{ImageWriter, Kind};
+
+/// A snapshot in memory: neither paths nor descriptors lead to it.
+#[derive(Clone, Debug)]
+pub(crate) struct InMemory {
+    name: PathBuf,
+    files: BTreeMap<String, Arc<[u8]>>,
+    parent: Option<Store>,
+}
+
+impl InMemory {
+    pub(crate) fn new(name: &str) -> Self {
+        Self { name: name.into(), files: BTreeMap::new(), parent: None }
+    }
+
+    pub(crate) fn with_parent(mut self, parent: Store) -> Self {
+        self.parent = Some(parent);
+        self
+    }
+
+    pub(crate) fn put(&mut self, file: &str, bytes: &[u8]) {
+        self.files.insert(file.to_owned(), bytes.into());
+    }
+
+    pub(crate) fn write<M: Message>(&mut self, kind: Kind, number: u64, messages: &[M]) {
+        let name = kind.file_name(number);
+        let mut image = ImageWriter::new(Path::new(&name), Vec::new(), kind).unwrap();
+        messages.iter().for_each(|message| image.message(message).unwrap());
+        self.put(&name, &image.into_output());
+    }
+
+    fn file(&self, file: &str) -> io::Result<&Arc<[u8]>> {
+        self.files.get(file).ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+}
+
+fn stat(bytes: &[u8]) -> Stat {
+    let len = bytes.len() as u64;
+    Stat {
+        is_file: true,
+        len,
+        allocated: len,
+        mode: 0o600,
+        uid: 0,
+        gid: 0,
+        accessed: UNIX_EPOCH,
+        modified: UNIX_EPOCH,
+        changed: UNIX_EPOCH,
+        identity: (0, bytes.as_ptr().addr() as u64),
+    }
+}
+
+impl ImageStore for InMemory {
+    fn name(&self) -> &Path {
+        &self.name
+    }
+
+    fn open(&self, file: &str) -> io::Result<Input> {
+        let bytes = Arc::clone(self.file(file)?);
+        let len = bytes.len() as u64;
+        Ok(Input { bytes: Box::new(Cursor::new(bytes)), len, allocated: len })
+    }
+
+    fn open_at_random(&self, file: &str) -> io::Result<Box<dyn StoredFile>> {
+        Ok(Box::new(InMemoryFile(Arc::clone(self.file(file)?))))
+    }
+
+    fn stat(&self, file: &str) -> io::Result<Stat> {
+        Ok(stat(self.file(file)?))
+    }
+
+    fn stat_store(&self) -> io::Result<Stat> {
+        Ok(Stat { is_file: false, mode: 0o700, ..stat(&[]) })
+    }
+
+    fn list(&self) -> io::Result<Vec<String>> {
+        Ok(self.files.keys().cloned().collect())
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        Ok(self.files.values().map(|bytes| bytes.len() as u64).sum())
+    }
+
+    fn parent(&self) -> Result<Option<Store>, BrokenLink> {
+        Ok(self.parent.clone())
+    }
+
+    fn owner(&self) -> Option<u32> {
+        Some(0)
+    }
+
+    fn directory(&self) -> Option<&Path> {
+        None
+    }
+}
+
+#[derive(Debug)]
+struct InMemoryFile(Arc<[u8]>);
+
+impl StoredFile for InMemoryFile {
+    fn stat(&self) -> io::Result<Stat> {
+        Ok(stat(&self.0))
+    }
+
+    fn read_vectored_at(&self, buffers: &mut [IoSliceMut<'_>], offset: u64) -> io::Result<usize> {
+        let offset = usize::try_from(offset).unwrap_or(usize::MAX).min(self.0.len());
+        io::Read::read_vectored(&mut &self.0[offset..], buffers)
+    }
+
+    fn file(&self) -> Option<&File> {
+        None
+    }
+}
