@@ -40,6 +40,9 @@
 //! the way that always works, and a writer fails with the name of the store. Names of stores
 //! are unique, and paths of directories; messages name images by them.
 //!
+//! A dump hands files to a [`crate::image::store::StoreWriter`]: images in a row, pages by
+//! offset. It syncs, and commits once; what is dropped before leaves no snapshot.
+//!
 //! # Bytes
 //!
 //! All that is shown is a [`crate::chain::Content`]: a function from a range to *runs*,
@@ -131,7 +134,7 @@
 //! Stop the tree, check that it is one that can be dumped, ask each process, collect
 //! descriptors by duplicates (`pidfd_getfd(2)`), copy memory, sync, commit. Images are
 //! written to a hidden directory inside the one that was asked for, and moved when all of
-//! them are on disk, the inventory last ([`crate::image::SnapshotWriter`]). Memory is read
+//! them are on disk, the inventory last ([`crate::image::store::DirectoryWriter`]). Memory is read
 //! in chunks that stay in the processor's cache; a page is stored only if it is not zero
 //! and its bytes differ from those of the parent chain. Zeros of a private mapping of a
 //! file are stored like other bytes: without them the file would be seen. The parent's

@@ -12,7 +12,8 @@ use super::{
 use crate::{
     causes::with_sources,
     image::{
-        Body, ImageError, Kind, MemoryId, Store, desc, punched, snapshot::DEDUP_STAGE, tree, verify,
+        Body, ImageError, Kind, MemoryId, Store, desc, punched, store::snapshot::DEDUP_STAGE, tree,
+        verify,
     },
     units::{PAGE_SIZE, PageIndex, PageRanges, page_bytes},
 };

@@ -13,7 +13,7 @@ use crate::{
     chain::{Chain, ChainError, Freeing, SnapshotId, disk_bytes},
     image::{
         Disk, punched,
-        snapshot::{sync, sync_all},
+        store::snapshot::{sync, sync_all},
     },
     sys::{
         fds,

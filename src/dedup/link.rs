@@ -17,8 +17,11 @@ use super::{
 use crate::{
     chain::{self, Chain, ChainError, Summary, disk_bytes},
     image::{
-        Directory, Kind, SnapshotWriter, desc, proto, read_one,
-        snapshot::{DEDUP_STAGE, names, write_error},
+        Directory, Kind, PARENT_LINK, desc, proto, read_one,
+        store::{
+            DirectoryWriter, StoreWriter,
+            snapshot::{DEDUP_STAGE, names, write_error},
+        },
     },
     sys::{
         fds,
@@ -296,7 +299,7 @@ fn write_copy(
         _ => {}
     }
     let stage = Stage::make(dir, plan, child, Some(parent))?;
-    let images = SnapshotWriter::begin(dir)?;
+    let images = DirectoryWriter::begin(dir)?;
     let replaced: BTreeSet<String> = plan
         .memories
         .iter()
@@ -320,9 +323,11 @@ fn write_copy(
         fs::rename(&path, &target).map_err(|source| write_error(&target, source))?;
     }
     if let Some(parent) = linked_to {
-        images.link_parent(&relative(dir, parent))?;
+        let link = images.path_of(PARENT_LINK);
+        let linked = images.link_parent(&relative(dir, parent));
+        linked.map_err(|source| write_error(&link, source))?;
     }
     stage.taken()?;
-    images.sync(|file| fds::begin_writing(file, 0, 0))?;
+    images.sync(&|file| fds::begin_writing(file, 0, 0))?;
     Ok(images.commit_as(&child.dir().join(inventory))?)
 }

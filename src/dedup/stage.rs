@@ -42,7 +42,7 @@ use crate::{
         document::Content,
         punched::JournalWriter,
         regular,
-        snapshot::{DEDUP_STAGE, DIRECTORY_MODE, names, sync, sync_all, write_error},
+        store::snapshot::{DEDUP_STAGE, DIRECTORY_MODE, names, sync, sync_all, write_error},
     },
     sys::fds,
     units::page_bytes,

@@ -508,7 +508,7 @@ pub struct ImageWriter<W: Write = BufWriter<File>> {
 }
 
 impl ImageWriter {
-    /// Creates an image that must not exist yet, and writes its magics.
+    /// Creates an image file that must not exist yet, and writes its magics.
     ///
     /// # Errors
     /// [`ImageError::Write`].
@@ -517,12 +517,14 @@ impl ImageWriter {
             .map_err(|source| ImageError::Write { path: path.to_owned(), source })?;
         Self::new(path, BufWriter::new(file), kind)
     }
+}
 
+impl<W: Write> ImageWriter<BufWriter<W>> {
     /// Flushes what was written and returns the file, for example to sync it.
     ///
     /// # Errors
     /// [`ImageError::Write`].
-    pub fn finish(self) -> Result<File> {
+    pub fn finish(self) -> Result<W> {
         let path = self.path;
         self.output
             .into_inner()

@@ -1,17 +1,17 @@
 //! Where copied pages go.
 
 use std::{
-    fs::File,
     io::{self, IoSlice},
     path::PathBuf,
     sync::{Mutex, PoisonError},
 };
 
-use nix::sys::uio::pwritev;
-
 use super::{PagesError, Result};
 use crate::{
-    image::{Kind, MemoryId, PagemapEntry, PagemapWriter, SnapshotWriter},
+    image::{
+        Kind, MemoryId, PagemapEntry, PagemapWriter, SnapshotWriter,
+        store::{Output, StoredOutput},
+    },
     parallel::lock,
     sys::fds,
     units::page_bytes,
@@ -47,11 +47,11 @@ pub trait PageSink: Sync + Sized {
     fn finish(self) -> Result<()>;
 }
 
-/// The pagemap and the pages file of a memory in a directory of images.
+/// The pagemap and the pages file of a memory among the images of a snapshot.
 #[derive(Debug)]
 pub struct FileSink {
-    pagemap: Mutex<PagemapWriter<io::BufWriter<File>>>,
-    pages: File,
+    pagemap: Mutex<PagemapWriter<StoredOutput>>,
+    pages: Box<dyn Output>,
     path: PathBuf,
     /// Held while writing: the kernel lets one thread write to a file at a time, and
     /// those that wait for it in the kernel burn time.
@@ -84,14 +84,14 @@ impl FileSink {
         })
     }
 
-    fn write(&self, mut offset: i64, mut slices: &mut [IoSlice]) -> io::Result<i64> {
+    fn write(&self, mut offset: u64, mut slices: &mut [IoSlice]) -> io::Result<u64> {
         let _writing = lock(&self.writing);
         while !slices.is_empty() {
-            let count = pwritev(&self.pages, slices, offset)?;
+            let count = self.pages.write_vectored_at(slices, offset)?;
             if count == 0 {
                 return Err(io::ErrorKind::WriteZero.into());
             }
-            offset += i64::try_from(count).expect("at most a chunk");
+            offset += count as u64;
             IoSlice::advance_slices(&mut slices, count);
         }
         Ok(offset)
@@ -104,13 +104,16 @@ impl PageSink for FileSink {
     }
 
     fn store(&self, first: u64, mut pages: Vec<IoSlice<'_>>) -> Result<()> {
-        let from = i64::try_from(page_bytes(first)).expect("files are shorter than 2^63");
+        let from = page_bytes(first);
         let end = self
             .write(from, &mut pages)
             .map_err(|source| PagesError::Write { path: self.path.clone(), source })?;
-        let stretch = |offset: i64| offset.cast_unsigned() / EARLY_BYTES;
-        if self.early && stretch(from) != stretch(end) {
-            fds::begin_writing(&self.pages, stretch(from) * EARLY_BYTES, EARLY_BYTES);
+        let stretch = |offset: u64| offset / EARLY_BYTES;
+        if self.early
+            && stretch(from) != stretch(end)
+            && let Some(file) = self.pages.file()
+        {
+            fds::begin_writing(file, stretch(from) * EARLY_BYTES, EARLY_BYTES);
         }
         Ok(())
     }

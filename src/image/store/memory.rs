@@ -3,16 +3,16 @@
 use std::{
     collections::BTreeMap,
     fs::File,
-    io::{self, Cursor, IoSliceMut},
+    io::{self, Cursor, IoSlice, IoSliceMut, Write},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, OnceLock},
     time::UNIX_EPOCH,
 };
 
 use prost::Message;
 
-use super::{BrokenLink, ImageStore, Input, Stat, Store, StoredFile};
-use crate::image::{ImageWriter, Kind};
+use super::{BrokenLink, ImageStore, Input, Output, Stat, Store, StoreWriter, StoredFile};
+use crate::image::{ImageWriter, Kind, Result as ImageResult};
 
 /// A snapshot in memory: neither paths nor descriptors lead to it.
 #[derive(Clone, Debug)]
@@ -119,6 +119,80 @@ impl StoredFile for InMemoryFile {
     fn read_vectored_at(&self, buffers: &mut [IoSliceMut<'_>], offset: u64) -> io::Result<usize> {
         let offset = usize::try_from(offset).unwrap_or(usize::MAX).min(self.0.len());
         io::Read::read_vectored(&mut &self.0[offset..], buffers)
+    }
+
+    fn file(&self) -> Option<&File> {
+        None
+    }
+}
+
+/// Bytes that are written.
+type Shared = Arc<Mutex<Vec<u8>>>;
+
+/// A snapshot in memory while it is written; `done` is given what becomes of it.
+#[derive(Debug, Default)]
+pub(crate) struct InMemoryWriter {
+    name: PathBuf,
+    files: Mutex<BTreeMap<String, Shared>>,
+    done: Arc<OnceLock<InMemory>>,
+}
+
+impl InMemoryWriter {
+    pub(crate) fn new(name: &str, done: &Arc<OnceLock<InMemory>>) -> Self {
+        Self { name: name.into(), done: Arc::clone(done), ..Self::default() }
+    }
+}
+
+impl StoreWriter for InMemoryWriter {
+    fn name(&self) -> &Path {
+        &self.name
+    }
+
+    fn create(&self, file: &str) -> io::Result<Box<dyn Output>> {
+        let bytes = Shared::default();
+        match self.files.lock().unwrap().insert(file.to_owned(), Arc::clone(&bytes)) {
+            Some(_) => Err(io::ErrorKind::AlreadyExists.into()),
+            None => Ok(Box::new(InMemoryOutput(bytes))),
+        }
+    }
+
+    fn link_parent(&self, _: &Path) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn sync(&self, _: &dyn Fn(&File)) -> ImageResult<()> {
+        Ok(())
+    }
+
+    fn commit(self: Box<Self>) -> ImageResult<()> {
+        let mut images = InMemory { name: self.name, files: BTreeMap::new(), parent: None };
+        for (name, bytes) in self.files.into_inner().unwrap() {
+            images.put(&name, &bytes.lock().unwrap());
+        }
+        self.done.set(images).expect("committed once");
+        Ok(())
+    }
+}
+
+#[derive(Debug)]
+struct InMemoryOutput(Shared);
+
+impl Write for InMemoryOutput {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Output for InMemoryOutput {
+    fn write_vectored_at(&self, buffers: &[IoSlice<'_>], offset: u64) -> io::Result<usize> {
+        let mut bytes = self.0.lock().unwrap();
+        let mut at = Cursor::new(&mut *bytes);
+        at.set_position(offset);
+        at.write_vectored(buffers)
     }
 
     fn file(&self) -> Option<&File> {

@@ -11,9 +11,11 @@ mod directory;
 #[cfg(test)]
 pub(crate) mod memory;
 mod reading;
+pub(crate) mod snapshot;
 mod stat;
 #[cfg(test)]
 mod tests;
+mod writer;
 
 use std::{
     fmt,
@@ -25,7 +27,9 @@ use std::{
 
 pub use directory::{Directory, Found, Probe, find};
 pub(crate) use directory::{directories, has_inventory};
+pub use snapshot::{DirectoryWriter, PARENT_LINK};
 pub use stat::Stat;
+pub use writer::{Output, SnapshotWriter, StoreWriter, StoredOutput};
 
 pub(super) use directory::open_file;
 

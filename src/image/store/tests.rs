@@ -1,8 +1,17 @@
 //! What every store does alike.
 
-use std::{fs, io, io::IoSliceMut, os::unix::fs::symlink, path::Path, sync::Arc};
+use std::{
+    fs,
+    io::{self, IoSlice, IoSliceMut},
+    os::unix::fs::symlink,
+    path::Path,
+    sync::{Arc, OnceLock},
+};
 
-use super::{memory::InMemory, *};
+use super::{
+    memory::{InMemory, InMemoryWriter},
+    *,
+};
 use crate::image::{ImageError, Kind, proto};
 
 /// Asks a store that holds an inventory, seven bytes as `pages-1.img`, and a parent.
@@ -100,4 +109,33 @@ fn a_directory_says_what_it_holds() {
     assert_eq!(probe("other"), Probe::Nothing);
     let broken = Directory::at(root.path().join("done")).parent().unwrap_err();
     assert_eq!(broken.target, Path::new("../failed"));
+}
+
+#[test]
+fn a_snapshot_is_written_to_any_store() {
+    let done = Arc::new(OnceLock::new());
+    let dir = tempfile::tempdir().unwrap();
+    let inventory = proto::InventoryEntry { img_version: 2, ..Default::default() };
+    let in_memory = InMemoryWriter::new("memory:1", &done);
+    let writers =
+        [SnapshotWriter::to(Box::new(in_memory)), SnapshotWriter::begin(dir.path()).unwrap()];
+    for images in writers {
+        // Threads are not in order.
+        let pages = images.create_raw(Kind::Pages, 1).unwrap();
+        pages.write_vectored_at(&[IoSlice::new(b"6"), IoSlice::new(b"7")], 5).unwrap();
+        pages.write_vectored_at(&[IoSlice::new(b"12345")], 0).unwrap();
+        images.write(Kind::Pstree, 0, &[proto::PstreeEntry::default()]).unwrap();
+        let again = images.create(Kind::Pstree, 0).unwrap_err().to_string();
+        assert!(again.starts_with("write image ") && again.ends_with("/pstree.img"), "{again}");
+        images.sync(|_| {}).unwrap();
+        images.commit(&inventory).unwrap();
+    }
+    let directory = Directory::at(dir.path());
+    for store in [done.get().unwrap() as &dyn ImageStore, &directory] {
+        assert_eq!(store.messages::<proto::PstreeEntry>(Kind::Pstree, 0).unwrap().len(), 1);
+        assert_eq!(store.message::<proto::InventoryEntry>(Kind::Inventory, 0).unwrap(), inventory);
+        let mut bytes = Vec::new();
+        store.open("pages-1.img").unwrap().bytes.read_to_end(&mut bytes).unwrap();
+        assert_eq!(bytes, b"1234567");
+    }
 }

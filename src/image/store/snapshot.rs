@@ -8,7 +8,7 @@
 use std::{
     ffi::{OsStr, OsString},
     fs::{self, File},
-    io::{self, BufWriter},
+    io,
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
 };
@@ -22,9 +22,8 @@ use nix::{
     unistd::{UnlinkatFlags, geteuid, symlinkat, unlinkat},
 };
 
-use prost::Message;
-
-use super::{ImageError, ImageWriter, Kind, Result, desc, proto, regular};
+use super::writer::{Output, StoreWriter};
+use crate::image::{ImageError, Kind, Result, desc, regular};
 
 /// Where images are until they are complete.
 const UNFINISHED: &str = ".unfinished";
@@ -39,12 +38,12 @@ pub(crate) const DEDUP_STAGE: &str = ".dedup";
 /// Permissions of directories with images: memory is secret.
 pub(crate) const DIRECTORY_MODE: u32 = 0o700;
 
-/// Writes the images of one snapshot.
+/// A directory while a snapshot is written to it.
 ///
 /// Everything is done by descriptors of the two directories: whoever else can write to
 /// the one may put links in the place of the hidden one, or of an image.
 #[derive(Debug)]
-pub struct SnapshotWriter {
+pub struct DirectoryWriter {
     dir: PathBuf,
     unfinished: PathBuf,
     opened_dir: File,
@@ -52,9 +51,9 @@ pub struct SnapshotWriter {
     committed: bool,
 }
 
-impl SnapshotWriter {
+impl DirectoryWriter {
     /// Begins a snapshot in `dir`, which must exist. What is left of one that was
-    /// not finished is removed; a complete one stays until [`Self::commit`].
+    /// not finished is removed; a complete one stays until [`StoreWriter::commit`].
     ///
     /// # Errors
     /// [`ImageError::Write`].
@@ -90,85 +89,18 @@ impl SnapshotWriter {
         })
     }
 
-    /// Returns the path at which an image is written.
-    pub fn path(&self, kind: Kind, number: u64) -> PathBuf {
-        self.path_of(&kind.file_name(number))
-    }
-
     /// Returns the path at which an image of this name is written.
     pub fn path_of(&self, name: &str) -> PathBuf {
         self.unfinished.join(name)
-    }
-
-    /// Creates an image of many messages.
-    ///
-    /// # Errors
-    /// [`ImageError::Write`]; an image that was created before is one.
-    pub fn create(&self, kind: Kind, number: u64) -> Result<ImageWriter> {
-        let file = self.create_raw(kind, number)?;
-        ImageWriter::new(&self.path(kind, number), BufWriter::new(file), kind)
-    }
-
-    /// Writes an image of these messages.
-    ///
-    /// # Errors
-    /// [`ImageError::Write`].
-    pub fn write<M: Message>(&self, kind: Kind, number: u64, messages: &[M]) -> Result<()> {
-        let mut image = self.create(kind, number)?;
-        for message in messages {
-            image.message(message)?;
-        }
-        image.finish().map(drop)
-    }
-
-    /// Creates a file without magic, such as one of pages.
-    ///
-    /// # Errors
-    /// [`ImageError::Write`].
-    pub fn create_raw(&self, kind: Kind, number: u64) -> Result<File> {
-        let name = kind.file_name(number);
-        regular::create_at(&self.opened_unfinished, &name)
-            .map_err(|source| write_error(&self.path_of(&name), source))
-    }
-
-    /// Makes `parent`, as it was given, the snapshot's parent.
-    ///
-    /// # Errors
-    /// [`ImageError::Write`].
-    pub fn link_parent(&self, parent: &Path) -> Result<()> {
-        symlinkat(parent, &self.opened_unfinished, PARENT_LINK)
-            .map_err(|errno| write_error(&self.unfinished.join(PARENT_LINK), errno.into()))
-    }
-
-    /// Brings everything that was written to the disk. `begin` may let the disk begin
-    /// with a file: it is called for all files before the first is waited for, so that
-    /// the file system can commit them together.
-    ///
-    /// # Errors
-    /// [`ImageError::Write`].
-    pub fn sync(&self, begin: impl Fn(&File)) -> Result<()> {
-        sync_opened(&self.opened_unfinished, &self.unfinished, begin)
-    }
-
-    /// Makes the directory a snapshot: what was one before is gone from here on,
-    /// and the inventory appears last.
-    ///
-    /// [`Self::sync`] comes first.
-    ///
-    /// # Errors
-    /// [`ImageError::Write`].
-    pub fn commit(self, inventory: &proto::InventoryEntry) -> Result<()> {
-        self.write(Kind::Inventory, 0, std::slice::from_ref(inventory))?;
-        self.publish_all()
     }
 
     /// Makes the directory a snapshot with a copy of another one's inventory, of the
     /// same date.
     ///
     /// # Errors
-    /// As [`Self::commit`].
-    pub fn commit_as(self, inventory: &Path) -> Result<()> {
-        let path = self.path(Kind::Inventory, 0);
+    /// As [`StoreWriter::commit`].
+    pub fn commit_as(mut self, inventory: &Path) -> Result<()> {
+        let path = self.path_of(&Kind::Inventory.file_name(0));
         let copy = || {
             let (mut source, _) = regular::open(inventory)?;
             let name = Kind::Inventory.file_name(0);
@@ -180,7 +112,7 @@ impl SnapshotWriter {
         self.publish_all()
     }
 
-    fn publish_all(mut self) -> Result<()> {
+    fn publish_all(&mut self) -> Result<()> {
         let inventory = OsString::from(Kind::Inventory.file_name(0));
         self.sync_file(&inventory)?;
         self.remove_old()?;
@@ -250,7 +182,29 @@ impl SnapshotWriter {
     }
 }
 
-impl Drop for SnapshotWriter {
+impl StoreWriter for DirectoryWriter {
+    fn name(&self) -> &Path {
+        &self.unfinished
+    }
+
+    fn create(&self, file: &str) -> io::Result<Box<dyn Output>> {
+        Ok(Box::new(regular::create_at(&self.opened_unfinished, file)?))
+    }
+
+    fn link_parent(&self, parent: &Path) -> io::Result<()> {
+        Ok(symlinkat(parent, &self.opened_unfinished, PARENT_LINK)?)
+    }
+
+    fn sync(&self, begin: &dyn Fn(&File)) -> Result<()> {
+        sync_opened(&self.opened_unfinished, &self.unfinished, begin)
+    }
+
+    fn commit(mut self: Box<Self>) -> Result<()> {
+        self.publish_all()
+    }
+}
+
+impl Drop for DirectoryWriter {
     /// Removes what was written of a snapshot that did not become one.
     fn drop(&mut self) {
         if !self.committed
@@ -290,7 +244,7 @@ pub(crate) fn sync(path: &Path) -> Result<()> {
 }
 
 /// Brings all files of a directory, and their names, to the disk; `begin` as for
-/// [`SnapshotWriter::sync`].
+/// [`StoreWriter::sync`].
 pub(crate) fn sync_all(dir: &Path, begin: impl Fn(&File)) -> Result<()> {
     let opened = File::open(dir).map_err(|source| write_error(dir, source))?;
     sync_opened(&opened, dir, begin)
@@ -324,7 +278,7 @@ pub(crate) fn write_error(path: &Path, source: io::Error) -> ImageError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::image::read_one;
+    use crate::image::{SnapshotWriter, proto, read_one};
 
     fn inventory(version: u32) -> proto::InventoryEntry {
         proto::InventoryEntry { img_version: version, ..Default::default() }
