@@ -16,6 +16,7 @@ use std::{
 use common::{
     Cap,
     live::{Live, engine, state_of, wait_for},
+    recorder::{Recorder, State},
     require,
     untouched::Before,
 };
@@ -319,4 +320,64 @@ states! {
     exited_leader
     dead_session_leader
     unix_queued_descriptors
+}
+
+/// Dumps a process that runs on into a directory of the recorder, and checks that a power
+/// cut leaves there what was there before, no snapshot, or the new one, each with all of its
+/// bytes; and of a parent all.
+fn dump_survives_power_cuts(recorder: &Recorder, live: &Live, name: &str, arguments: &[&str]) {
+    let dir = recorder.path().join(name);
+    let work = live.path("work");
+    recorder.begin();
+    let before = recorder.now();
+    let mut command = Command::new(engine());
+    command.args(["dump", "-R", "-t", &live.root.to_string(), "-D"]).arg(dir);
+    // A log in the images directory would be most of what is recorded.
+    let output = command.arg("-W").arg(work).args(arguments).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let after = recorder.now();
+    let (dir, parent) = (Path::new(name), Path::new("1"));
+    let is_snapshot = |state: &State| state.files(dir).contains_key(&*dir.join("inventory.img"));
+    assert!(is_snapshot(&after));
+    let states = recorder.states();
+    let (mut old, mut none, mut new) = (0, 0, 0);
+    for state in &states {
+        let found = state.files(dir);
+        if found == after.files(dir) {
+            new += 1;
+        } else if is_snapshot(state) {
+            let names: Vec<_> = found.keys().collect();
+            assert!(found == before.files(dir), "{name} is a snapshot of {names:?} only");
+            old += 1;
+        } else {
+            none += 1;
+        }
+        if dir != parent {
+            assert!(state.files(parent) == before.files(parent), "the parent of {name} changes");
+        }
+    }
+    println!("{name}: {old} states with the old snapshot, {none} with none, {new} with the new");
+    assert!(none > 20 && new > 0, "{none} {new}");
+    assert_eq!(old > 0, is_snapshot(&before));
+}
+
+#[test]
+fn privileged_dumps_survive_power_cuts() {
+    require(Cap::Ptrace);
+    let recorder = Recorder::mount();
+    let live = Live::program("/bin/sleep", &["1000"], tempfile::tempdir().unwrap());
+    wait_for("the program to sleep", || {
+        let comm = fs::read_to_string(format!("/proc/{}/comm", live.root));
+        comm.is_ok_and(|comm| comm == "sleep\n") && state_of(live.root.as_raw()) == Some('S')
+    });
+    for dir in [recorder.path().join("1"), recorder.path().join("2"), live.path("work")] {
+        fs::create_dir(dir).unwrap();
+    }
+    dump_survives_power_cuts(&recorder, &live, "1", &[]);
+    dump_survives_power_cuts(&recorder, &live, "2", &["--prev-images-dir", "../1"]);
+    // In the place of the one that is there.
+    dump_survives_power_cuts(&recorder, &live, "2", &[]);
+    let mut check = Command::new(env!("CARGO_BIN_EXE_imgfs"));
+    let output = check.arg("check").arg(recorder.path()).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
 }

@@ -160,6 +160,19 @@ fn size(bytes: u64) -> usize {
 pub struct State(BTreeMap<PathBuf, Node>);
 
 impl State {
+    /// The bytes of the files and the targets of the links in a directory.
+    pub fn files(&self, dir: &Path) -> BTreeMap<&Path, &[u8]> {
+        let inside = |path: &PathBuf| path.parent() == Some(dir);
+        let files = self.0.iter().filter(|(path, _)| inside(path));
+        files
+            .filter_map(|(path, node)| match node {
+                Node::File(bytes, _) => Some((path.as_path(), bytes.as_slice())),
+                Node::Link(target) => Some((path.as_path(), target.as_os_str().as_encoded_bytes())),
+                Node::Dir(_) => None,
+            })
+            .collect()
+    }
+
     /// Writes the files to a directory.
     pub fn write(&self, dir: &Path) {
         for (path, node) in &self.0 {
@@ -274,6 +287,13 @@ impl Recorder {
         let mut inner = self.inner.lock().unwrap();
         inner.begin = inner.tree.clone();
         inner.log.clear();
+    }
+
+    /// The state that there is now.
+    pub fn now(&self) -> State {
+        let mut found = BTreeMap::new();
+        self.inner.lock().unwrap().tree.walk(ROOT, Path::new(""), &mut found);
+        State(found)
     }
 
     /// Every state that a power cut could have left since.
