@@ -42,7 +42,7 @@ use crate::{
     res::{
         file::{FileTable, Policy},
         ns,
-        tree::cgroup,
+        tree::{self as common, cgroup},
     },
     sys::{
         cancel, fds,
@@ -273,8 +273,9 @@ fn dump_stopped(
         threads.chain([pids.ns(task.pid)])
     });
     let files = FileTable::new(&policy, pids.clone(), numbers.collect());
-    let cgroups = cgroup::Sets::new(!options.cgroups)?;
-    let mut collection = Collection::new(images, pids, files, tracking, cgroups, &frozen.tasks);
+    let policy = common::Policy { cgroups: options.cgroups };
+    let common = common::collectors(&frozen.tasks, &pids, policy)?;
+    let mut collection = Collection::new(images, pids, files, tracking, common, &frozen.tasks);
     for (position, task) in frozen.tasks.iter_mut().enumerate() {
         if cancel::is_cancelled() {
             return Err(DumpError::Cancelled);

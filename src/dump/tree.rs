@@ -1,16 +1,12 @@
 //! The processes of a stopped tree: what is checked, and what their images say.
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    fs::File,
-    path::PathBuf,
-};
+use std::{collections::HashMap, path::PathBuf};
 
 use super::{DumpError, Result, check::open_process, track::Tracking};
 use crate::{
     causes::tell,
     image::{Kind, MemoryId, SnapshotWriter, proto, vma},
-    inject::{Answers, Script, TABLE_BYTES, Task, registers_to_exit, with_session},
+    inject::{Script, TABLE_BYTES, Task, registers_to_exit, with_session},
     pages::{
         Memory, Origin, ProcessMemory,
         scan::{self, Shown},
@@ -21,17 +17,11 @@ use crate::{
         file::FileTable,
         mm::mapping::{self, Object},
         ns,
-        task::{
-            self, Process, leader,
-            stop::{self, Untold},
-        },
+        task::{self, Process, leader},
         thread::{self, Thread},
-        tree::{cgroup, sysv},
+        tree as common,
     },
-    sys::{
-        fds,
-        pagemap::{PagemapFile, Query, Region, category},
-    },
+    sys::pagemap::{PagemapFile, Query, Region, category},
     units::{HostPid, NsPid, PidMap, RemoteAddr},
 };
 
@@ -41,16 +31,11 @@ pub(super) struct Collection<'a> {
     pids: PidMap,
     pub(super) files: FileTable,
     pub(super) tracking: Tracking,
-    cgroups: cgroup::Sets,
-    /// Children of each process.
-    children: HashMap<HostPid, Vec<HostPid>>,
-    /// What parents were not told of their children.
-    untold: HashMap<HostPid, Untold>,
+    /// What the tree has in common.
+    common: Vec<Box<dyn common::Collector>>,
     pub(super) memories: Vec<Memory>,
     /// Numbers of files of shared memory, by device and inode.
     shared: HashMap<(u32, u32, u64), u32>,
-    /// System V segments by their ids.
-    segments: BTreeMap<u32, (proto::IpcShmEntry, File)>,
     pstree: Vec<proto::PstreeEntry>,
     namespaces: ns::OfTree,
     next_object: u32,
@@ -62,25 +47,18 @@ impl<'a> Collection<'a> {
         pids: PidMap,
         files: FileTable,
         tracking: Tracking,
-        cgroups: cgroup::Sets,
+        common: Vec<Box<dyn common::Collector>>,
         tasks: &[Task],
     ) -> Self {
-        let mut children: HashMap<HostPid, Vec<HostPid>> = HashMap::new();
-        for task in tasks.iter().filter(|task| !task.is_zombie()) {
-            children.entry(task.parent).or_default().push(task.pid);
-        }
         let first = tasks.iter().find(|task| !task.is_zombie());
         Self {
             images,
             pids,
             files,
             tracking,
-            cgroups,
-            children,
-            untold: HashMap::new(),
+            common,
             memories: Vec::new(),
             shared: HashMap::new(),
-            segments: BTreeMap::new(),
             pstree: Vec::new(),
             namespaces: first.map(|task| ns::OfTree::look(task.witness())).unwrap_or_default(),
             next_object: ns::own_ids().vm_id,
@@ -147,20 +125,18 @@ impl<'a> Collection<'a> {
     fn ask(&mut self, task: &mut Task, mappings: &[Mapping]) -> Result<proto::MmEntry> {
         let (pid, witness) = (task.pid, task.witness());
         let stopped_by = task.stopped_by();
+        let process = Process { pid, witness };
         let mut questions = Vec::new();
         let mut about_task = Vec::new();
-        let mut about_children = Vec::new();
         let mut about_namespaces = Vec::new();
         for (position, thread) in task.threads.iter().enumerate() {
             let mut script = Script::new();
             let of = Thread { pid, witness, tid: thread.tid };
             let kinds = thread::ask(of, &mut script);
             if position == 0 {
-                about_task = task::ask(Process { pid, witness }, &mut script)?;
+                about_task = task::ask(process, &mut script)?;
                 about_namespaces = self.namespaces.ask(&mut script);
-                for child in self.children.get(&pid).into_iter().flatten() {
-                    about_children.push((*child, stop::ask(self.pids.ns(*child), &mut script)));
-                }
+                self.common.iter_mut().for_each(|kind| kind.ask(process, &mut script));
             }
             questions.push((script, of, kinds));
         }
@@ -194,10 +170,10 @@ impl<'a> Collection<'a> {
             let status = proc::thread_status(pid, of.tid)?;
             let stopped = thread::Stopped { of, thread, status: &status };
             let mut core = thread::collect(kinds, &stopped, answers)?;
-            thread::own(&mut core).cg_set = Some(self.cgroups.enter(pid, of.tid)?);
+            self.common.iter_mut().try_for_each(|kind| kind.thread(of, &mut core))?;
             if let Some(kinds) = about_task.take() {
                 let stopped = task::Stopped {
-                    of: Process { pid, witness },
+                    of: process,
                     stopped_by,
                     blocked: thread.signal_mask,
                     stat: &proc::stat(pid)?,
@@ -205,11 +181,13 @@ impl<'a> Collection<'a> {
                     pids: &self.pids,
                     lock_later: later,
                 };
-                let images = task::collect(kinds, &stopped, answers)?;
+                let mut images = task::collect(kinds, &stopped, answers)?;
+                for kind in &mut self.common {
+                    kind.collect(&stopped, answers, &mut images);
+                }
                 thread::own(&mut core).rcriu_attributes.extend(images.attributes);
                 core.tc = Some(images.core);
                 mm = images.mm;
-                self.note_untold(pid, stopped_by, &about_children, answers, &mut core);
                 if task.is_leaderless() {
                     let code = leader::exit_code(pid)?;
                     let exit = registers_to_exit(thread, mappings, code)?;
@@ -220,36 +198,6 @@ impl<'a> Collection<'a> {
             self.write_one(Kind::Core, of.tid, &core)?;
         }
         Ok(mm)
-    }
-
-    /// Notes what a process was not told of its children, and whether its own parent was
-    /// told that it has stopped.
-    fn note_untold(
-        &mut self,
-        pid: HostPid,
-        stopped_by: i32,
-        about_children: &[(HostPid, stop::Asked)],
-        answers: &Answers,
-        core: &mut proto::CoreEntry,
-    ) {
-        for (child, asked) in about_children {
-            if let Some(untold) = stop::collect(*asked, answers) {
-                self.untold.insert(*child, untold);
-            }
-        }
-        let untold = self.untold.get(&pid).copied();
-        if untold == Some(Untold::Continuation) {
-            let message = format!(
-                "process {pid} was stopped and goes on, which its parent was not told yet \
-                 (WCONTINUED): the parent of the restored one will not be"
-            );
-            tell(log::Level::Warn, &message);
-        }
-        if let Some(task) = &mut core.tc
-            && stopped_by != 0
-        {
-            task.rcriu_stop_told = untold.map(|untold| untold != Untold::Stop);
-        }
     }
 
     /// Collects the mappings of a process and plans the copying of its memory.
@@ -273,11 +221,9 @@ impl<'a> Collection<'a> {
                     self.tracking.note(pid, mapping);
                     self.shared_object(pid, mapping)?.into()
                 }
-                Object::SystemV => {
-                    self.segment(pid, mapping)?;
-                    mapping.inode
-                }
+                Object::SystemV => mapping.inode,
             };
+            self.common.iter_mut().try_for_each(|kind| kind.mapping(pid, mapping, object))?;
             let entry = mapping::entry(mapping, object, shmid);
             if mapping::is_private(&entry) {
                 self.tracking.untracked.private += scan::mapping(
@@ -326,27 +272,6 @@ impl<'a> Collection<'a> {
         Ok(file_id)
     }
 
-    /// Enters a System V segment that is mapped.
-    fn segment(&mut self, pid: HostPid, mapping: &Mapping) -> Result<()> {
-        let id = u32::try_from(mapping.inode).map_err(|_| DumpError::Unsupported {
-            pid,
-            what: format!("has the System V segment {} attached", mapping.inode),
-            help: "ids have 32 bits",
-        })?;
-        if self.segments.contains_key(&id) {
-            return Ok(());
-        }
-        let entry = sysv::collect(id, mapping).map_err(|source| DumpError::Process {
-            pid,
-            step: "look at the System V segment of",
-            source,
-        })?;
-        let path = proc::map_file(pid, mapping);
-        let file = fds::open_unseen(&path).map_err(|source| DumpError::File { path, source })?;
-        self.segments.insert(id, (entry, file));
-        Ok(())
-    }
-
     /// Adds the shared objects to what is copied, and writes the images of the
     /// whole tree.
     ///
@@ -362,16 +287,13 @@ impl<'a> Collection<'a> {
         let tree: Vec<_> = self.pstree.iter().map(pid).collect();
         self.tracking.look_at_shared(&tree, &mut objects);
         self.memories.append(&mut objects);
-        let mut segments = Vec::new();
-        for (id, (entry, file)) in std::mem::take(&mut self.segments) {
-            segments.push(entry);
-            let name = format!("System V segment {id}");
-            let memory = Memory::of_object(id.into(), file, name, false)?;
-            self.tracking.note_untracked(&memory);
-            self.memories.push(memory);
+        for kind in &mut self.common {
+            for common::Memory { number, name, file } in kind.finish(self.images)? {
+                let memory = Memory::of_object(number, file, name, false)?;
+                self.tracking.note_untracked(&memory);
+                self.memories.push(memory);
+            }
         }
-        sysv::write(&segments, self.images)?;
-        self.cgroups.write(self.images)?;
         // The same order whenever the same tree is dumped.
         self.memories.sort_by_key(|memory| memory.id);
         self.files.write(self.images)?;

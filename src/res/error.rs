@@ -62,6 +62,32 @@ pub enum ResError {
         /// What is wrong, found and expected.
         problem: String,
     },
+    /// A System V segment could not be found or made again.
+    #[error("System V segment {id}: {problem}")]
+    Segment {
+        /// Its id.
+        id: u32,
+        /// What is in the way, and what would help.
+        problem: String,
+    },
+    /// Shared memory could not be looked at or made.
+    #[error("{step} the shared memory {number}")]
+    SharedMemory {
+        /// Its number in the images.
+        number: u64,
+        /// What was attempted, as a verb.
+        step: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// A file could not be read.
+    #[error("read {path}", path = .path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// Something in `/proc` could not be written.
     #[error("write {path}", path = .path.display())]
     Write {

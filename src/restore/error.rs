@@ -146,14 +146,6 @@ pub enum RestoreError {
         /// Why it failed.
         source: io::Error,
     },
-    /// A System V segment could not be found or made again.
-    #[error("System V segment {shmid}: {problem}")]
-    Segment {
-        /// Its id.
-        shmid: u64,
-        /// What is in the way, and what would help.
-        problem: String,
-    },
     /// The directory with the images cannot be used.
     #[error("images directory {path}: {problem}", path = .path.display())]
     Directory {

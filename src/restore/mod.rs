@@ -31,7 +31,7 @@ use crate::{
     causes::{tell, with_sources},
     fault::{self, Point},
     parallel, proc,
-    res::{calls::Own, file::Policy, tree::cgroup::Places},
+    res::{calls::Own, file::Policy},
     sys::{
         lock::{Access, DirectoryLocks},
         output::{self, Existing},
@@ -67,7 +67,7 @@ pub fn run(options: &Options) -> Result<()> {
     actions.run(Stage::PreRestore, None)?;
     source::require_whole(&images)?;
     let mut locks = DirectoryLocks::default();
-    let plan = match source::behind_mount(&images) {
+    let mut plan = match source::behind_mount(&images) {
         Some(behind) if options.auto_dedup.is_some() => {
             return Err(RestoreError::MountedReadOnly { path: images.clone(), behind });
         }
@@ -90,7 +90,7 @@ pub fn run(options: &Options) -> Result<()> {
         );
         tell(log::Level::Warn, &message);
     }
-    let cgroups = if options.cgroups { plan.cgroups()? } else { Places::default() };
+    plan.find_common(options)?;
     fault::hit(Point::RestorePlan)?;
     let subreaper = |on: bool| {
         ptrace::set_subreaper(on).map_err(|source| RestoreError::Process {
@@ -101,7 +101,7 @@ pub fn run(options: &Options) -> Result<()> {
     };
     // What is left of a restore that fails is ours to reap.
     subreaper(true)?;
-    let restored = restore(options, &actions, &plan, &cgroups, free.as_ref(), &mut stats);
+    let restored = restore(options, &actions, &plan, free.as_ref(), &mut stats);
     subreaper(false)?;
     let restored = restored.map_err(|error| error.located(|id| plan.user_of(id)));
     restored.map_err(|source| match free.as_ref().map(Free::freed_pages) {
@@ -146,11 +146,9 @@ fn restore(
     options: &Options,
     actions: &Actions<'_>,
     plan: &Plan,
-    cgroups: &Places,
     free: Option<&Free>,
     stats: &mut Stats,
 ) -> Result<()> {
-    let images = plan.images();
     let policy = Policy {
         shell_job: options.shell_job,
         ext_unix_sk: options.ext_unix_sk,
@@ -191,7 +189,7 @@ fn restore(
             sibling: options.sibling,
             leave_stopped: options.leave_stopped,
         };
-        let mut puppets = Puppets::make(plan, cgroups, &workshop)?;
+        let mut puppets = Puppets::make(plan, &workshop)?;
         stats.forked(puppets.filled);
         let root = plan.host(plan.tasks[0].pid);
         actions.run(Stage::SetupNamespaces, Some(root))?;
@@ -202,7 +200,7 @@ fn restore(
             filling.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
         }
         files.seal()?;
-        objects::finish_segments(&**images)?;
+        plan.common.iter().try_for_each(|kind| kind.finish())?;
         let tracking = track::begin(options, plan, &mut puppets)?;
         apply::finish(plan, &mut puppets, &mut files, &own)?;
         write_pidfile(options, plan)?;

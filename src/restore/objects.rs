@@ -18,9 +18,9 @@ use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use super::{RestoreError, Result, free::Free, plan::Plan};
 use crate::{
     chain::{Chain, ChainError, MemoryBytes, SnapshotId, read_at},
-    image::{ImageStore, MemoryId, vma},
+    image::{MemoryId, vma},
     pages::Chunks,
-    res::{file::Installer, tree::sysv},
+    res::{file::Installer, tree},
     sys::process,
     units::{HostPid, PageIndex, RemoteAddr, page_bytes},
 };
@@ -49,30 +49,13 @@ pub(super) fn create(plan: &Plan, files: &mut Installer<'_>) -> Result<Vec<Objec
         objects.push(object(plan, shmid, &fd)?);
         opened.objects.insert(shmid, fd);
     }
-    for entry in sysv::read(&**plan.images())? {
-        let shmid = u64::from(entry.desc.id);
-        sysv::create(&entry).map_err(|problem| RestoreError::Segment { shmid, problem })?;
-        let failed = |source| RestoreError::Object { shmid, step: "open", source };
-        let file = sysv::open(&entry).map_err(failed)?;
-        objects.push(Object { shmid, file, memory: memory_of(&plan.chain, plan.snapshot, shmid)? });
+    for memory in plan.common.iter().map(|kind| kind.make()).collect::<Result<Vec<_>, _>>()? {
+        for tree::Memory { number, file, .. } in memory {
+            let memory = memory_of(&plan.chain, plan.snapshot, number)?;
+            objects.push(Object { shmid: number, file, memory });
+        }
     }
     Ok(objects)
-}
-
-/// Lets segments go with those who have them attached, if they were to.
-///
-/// # Errors
-/// [`RestoreError::Object`].
-pub(super) fn finish_segments(images: &dyn ImageStore) -> Result<()> {
-    for entry in sysv::read(images)? {
-        let shmid = u64::from(entry.desc.id);
-        sysv::finish(&entry).map_err(|errno| RestoreError::Object {
-            shmid,
-            step: "let go of",
-            source: errno.into(),
-        })?;
-    }
-    Ok(())
 }
 
 /// Returns the shared objects that only mappings tell of, with their sizes as far

@@ -16,7 +16,7 @@ use crate::{
         file::{self, Installer, Policy},
         ns,
         task::DEAD,
-        tree::cgroup::{self, Places},
+        tree as common,
     },
     sys::lock::{Access, DirectoryLocks},
     units::{HostPid, NsPid, PageIndex, PidMap},
@@ -94,8 +94,10 @@ pub(super) struct Plan {
     pub(super) snapshot: SnapshotId,
     /// The namespaces that it is to have for itself.
     pub(super) namespaces: ns::Wanted,
-    /// The number of the set of cgroups that the dumper was in.
-    dumper_set: Option<u32>,
+    /// What it is to have in common.
+    pub(super) common: Vec<Box<dyn common::Restorer>>,
+    /// What the dumper says of itself.
+    inventory: proto::InventoryEntry,
     /// The clock since the start of the machine when the tree was dumped, if it is known.
     uptime: Option<Duration>,
 }
@@ -181,7 +183,6 @@ impl Plan {
         let births = Births::plan(&kin, options.shell_job, options.sibling)
             .map_err(|(pid, problem)| RestoreError::Relation { pid, problem })?;
         let tasks = Vec::with_capacity(tree.tasks.len());
-        let dumper_set = tree.inventory.root_cg_set;
         let uptime = tree.inventory.dump_uptime.map(Duration::from_micros);
         let files = tree.files;
         let first = tree.tasks.iter().zip(&kin).find(|(task, _)| task.body.is_some());
@@ -189,8 +190,19 @@ impl Plan {
         let namespaces = first.map(|(_, kin)| ns::Wanted::read(&images, dumpers, kin.pid));
         let namespaces = namespaces.transpose()?.unwrap_or_default();
         let pids = PidMap::of_own_namespace();
-        let mut plan =
-            Self { tasks, files, births, pids, chain, snapshot, namespaces, dumper_set, uptime };
+        let (common, inventory) = (Vec::new(), tree.inventory);
+        let mut plan = Self {
+            tasks,
+            files,
+            births,
+            pids,
+            chain,
+            snapshot,
+            namespaces,
+            common,
+            inventory,
+            uptime,
+        };
         for (task, kin) in tree.tasks.into_iter().zip(kin) {
             let task = plan.task(task, kin)?;
             plan.tasks.push(task);
@@ -247,14 +259,18 @@ impl Plan {
         self.uptime?.checked_sub(Duration::from(now)).filter(|lost| !lost.is_zero())
     }
 
-    /// Finds the cgroups of the tree.
+    /// Finds what the tree has in common.
     ///
     /// # Errors
     /// What is missing.
-    pub(super) fn cgroups(&self) -> Result<Places> {
+    pub(super) fn find_common(&mut self, options: &Options) -> Result<()> {
         let threads = self.tasks.iter().flat_map(|task| &task.threads);
-        let sets = threads.filter_map(|thread| cgroup::set_of(&thread.core));
-        Ok(Places::find(&**self.images(), self.dumper_set, sets)?)
+        let cores = threads.map(|thread| &thread.core).collect();
+        let images = &**self.images();
+        let plan = common::Plan { images, inventory: &self.inventory, cores };
+        let policy = common::Policy { cgroups: options.cgroups };
+        self.common = common::restorers(&plan, policy)?;
+        Ok(())
     }
 
     /// Whether the leader of a session or group is no process of the tree.

@@ -13,8 +13,9 @@ use crate::{
     inject::Script,
     proc,
     res::{
-        task::{STOPPED, leader, stop},
+        task::{STOPPED, leader},
         thread,
+        tree::stops,
     },
     sys::ptrace,
     units::HostPid,
@@ -88,7 +89,7 @@ impl Puppets<'_> {
             signals.extend(dead.map(TaskPlan::exit_signal).filter(|signal| *signal != 0));
             let mut script = Script::new();
             for signal in signals {
-                stop::forget_signal(signal, &mut script);
+                stops::forget_signal(signal, &mut script);
             }
             scratch.run(&mut puppet.threads[0], &script)?;
         }
@@ -153,7 +154,7 @@ impl Puppets<'_> {
             let told = child.core().tc.as_ref().and_then(|core| core.rcriu_stop_told);
             // CRIU's images do not say; most parents look at once.
             if child.state() != STOPPED || told != Some(false) {
-                stop::tell(child.pid, &mut script);
+                stops::tell(child.pid, &mut script);
             }
         }
         let pending = task.core().tc.as_ref().and_then(|core| core.signals_s.as_ref());
@@ -164,7 +165,7 @@ impl Puppets<'_> {
             })
         };
         for signal in signals.into_iter().filter(|signal| *signal != 0 && !was_pending(*signal)) {
-            stop::forget_signal(signal, &mut script);
+            stops::forget_signal(signal, &mut script);
         }
         let puppet = self.tasks[position].as_mut().expect("it lives");
         self.scratch.run(&mut puppet.threads[0], &script)?;

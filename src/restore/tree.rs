@@ -21,7 +21,7 @@ use crate::{
     },
     inject::{Scratch, Script, Tracee},
     proc,
-    res::{mm::vdso, tree::cgroup::Places},
+    res::mm::vdso,
     sys::process::{self, CloneArguments},
     units::NsPid,
 };
@@ -63,8 +63,6 @@ pub(super) struct Puppets<'a> {
     pub(super) tasks: Vec<Option<Puppet>>,
     pub(super) helpers: Vec<Helper>,
     pub(super) scratch: Scratch,
-    /// Where processes are put before they have memory.
-    cgroups: &'a Places,
     pub(super) leave_stopped: bool,
     pub(super) released: bool,
     pub(super) filled: memory::Filled,
@@ -91,7 +89,7 @@ impl<'a> Puppets<'a> {
     ///
     /// # Errors
     /// Whatever fails; no process is left then.
-    pub(super) fn make(plan: &'a Plan, cgroups: &'a Places, workshop: &Workshop) -> Result<Self> {
+    pub(super) fn make(plan: &'a Plan, workshop: &Workshop) -> Result<Self> {
         let births = plan.births.clone();
         for helper in &births.helpers {
             Waiting::begin().until_free(plan.host(helper.pid))?;
@@ -107,7 +105,6 @@ impl<'a> Puppets<'a> {
             tasks: (0..plan.tasks.len()).map(|_| None).collect(),
             helpers: Vec::new(),
             scratch,
-            cgroups,
             leave_stopped: workshop.leave_stopped,
             released: false,
             filled: memory::Filled::default(),
@@ -196,9 +193,10 @@ impl<'a> Puppets<'a> {
     fn populate(&mut self, position: usize, workshop: &Workshop) -> Result<()> {
         let task = &self.plan.tasks[position];
         let Some(body) = &task.body else { return Ok(()) };
-        // Memory is charged to where the process is when it gets it.
         let pid = self.plan.host(task.pid);
-        self.cgroups.put(task.core(), pid, pid)?;
+        for kind in &self.plan.common {
+            kind.born(task.core(), pid, pid)?;
+        }
         let puppet = self.tasks[position].as_mut().expect("its maker came before it");
         let parent: Option<&Body> =
             puppet.inherited.and_then(|parent| self.plan.tasks[parent].body.as_ref());
@@ -398,7 +396,9 @@ impl<'a> Puppets<'a> {
             let made = make(&self.scratch, &mut puppet.threads[0], numbers, arguments)?;
             puppet.threads.push(made);
             let pid = self.plan.host(self.plan.tasks[position].pid);
-            self.cgroups.put(&thread.core, pid, tid)?;
+            for kind in &self.plan.common {
+                kind.born(&thread.core, pid, tid)?;
+            }
         }
         Ok(())
     }

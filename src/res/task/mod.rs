@@ -12,7 +12,6 @@ mod queue;
 #[cfg(target_arch = "x86_64")]
 mod segments;
 mod state;
-pub mod stop;
 mod subreaper;
 mod timers;
 

@@ -10,11 +10,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use super::{Begun, Collector, Memory, Plan, Policy, Restorer};
 use crate::{
     image::{ImageError, ImageStore, Kind, SnapshotWriter, proto},
+    inject::Task,
     proc,
-    res::{ResError, Result},
-    units::HostPid,
+    res::{ResError, Result, thread},
+    units::{HostPid, PidMap},
 };
 
 /// The number of this program's own set.
@@ -81,27 +83,39 @@ fn own() -> Result<Set> {
     Ok(set(proc::cgroups(HostPid(nix::unistd::getpid().as_raw()))?))
 }
 
+/// Begins with this program's own set, or ignores what threads are in.
+///
+/// # Errors
+/// Those of reading `/proc`.
+pub(super) fn collector(_: &[Task], _: &PidMap, policy: Policy) -> Begun<dyn Collector> {
+    Ok(Box::new(Sets { known: if policy.cgroups { vec![own()?] } else { Vec::new() } }))
+}
+
+/// Finds the groups of a tree.
+///
+/// # Errors
+/// [`CgroupError`] for a group that is not there or frozen.
+pub(super) fn restorer(plan: &Plan<'_>, policy: Policy) -> Begun<dyn Restorer> {
+    if !policy.cgroups {
+        return Ok(Box::new(Places::default()));
+    }
+    let wanted = plan.cores.iter().filter_map(|core| set_of(core));
+    Ok(Box::new(Places::find(plan.images, plan.inventory.root_cg_set, wanted)?))
+}
+
 /// The sets of a tree that is dumped.
 #[derive(Debug)]
-pub struct Sets {
+struct Sets {
     /// This program's own first; none if they are ignored.
     known: Vec<Set>,
 }
 
 impl Sets {
-    /// Begins with this program's own, or ignores what threads are in.
-    ///
-    /// # Errors
-    /// Those of reading `/proc`.
-    pub fn new(ignored: bool) -> Result<Self> {
-        Ok(Self { known: if ignored { Vec::new() } else { vec![own()?] } })
-    }
-
     /// Returns the number of the set that a thread is in.
     ///
     /// # Errors
     /// Those of reading `/proc`.
-    pub fn enter(&mut self, pid: HostPid, tid: HostPid) -> Result<u32> {
+    fn enter(&mut self, pid: HostPid, tid: HostPid) -> Result<u32> {
         if self.known.is_empty() {
             return Ok(OWN_SET);
         }
@@ -117,7 +131,7 @@ impl Sets {
     ///
     /// # Errors
     /// Those of writing it.
-    pub fn write(&self, images: &SnapshotWriter) -> Result<(), ImageError> {
+    fn write(&self, images: &SnapshotWriter) -> Result<(), ImageError> {
         if self.known.len() < 2 {
             return Ok(());
         }
@@ -150,15 +164,27 @@ impl Sets {
     }
 }
 
+impl Collector for Sets {
+    fn thread(&mut self, of: thread::Thread, core: &mut proto::CoreEntry) -> Result<()> {
+        thread::own(core).cg_set = Some(self.enter(of.pid, of.tid)?);
+        Ok(())
+    }
+
+    fn finish(&mut self, images: &SnapshotWriter) -> Result<Vec<Memory>> {
+        self.write(images)?;
+        Ok(Vec::new())
+    }
+}
+
 /// Returns the number of the set that a thread's core names.
-pub fn set_of(core: &proto::CoreEntry) -> Option<u32> {
+fn set_of(core: &proto::CoreEntry) -> Option<u32> {
     let of_thread = core.thread_core.as_ref().and_then(|thread| thread.cg_set);
     of_thread.or(core.tc.as_ref().and_then(|task| task.cg_set))
 }
 
 /// Where the groups of a tree that is restored are.
 #[derive(Debug, Default)]
-pub struct Places {
+struct Places {
     /// The sets that differ from the dumper's own, by their numbers.
     sets: BTreeMap<u32, Set>,
     /// The directories of groups that this program is not in.
@@ -171,7 +197,7 @@ impl Places {
     ///
     /// # Errors
     /// [`CgroupError`] for a group that is not there or frozen.
-    pub fn find(
+    fn find(
         images: &dyn ImageStore,
         dumper: Option<u32>,
         wanted: impl Iterator<Item = u32>,
@@ -213,12 +239,12 @@ impl Places {
         }
         Ok(places)
     }
+}
 
-    /// Puts a process, or one of its threads other than the leader, where its core says.
-    ///
-    /// # Errors
-    /// [`CgroupError::Move`].
-    pub fn put(&self, core: &proto::CoreEntry, pid: HostPid, tid: HostPid) -> Result<()> {
+impl Restorer for Places {
+    /// Puts a process, or one of its threads other than the leader, where its core says:
+    /// memory is charged to where the process is when it gets it.
+    fn born(&self, core: &proto::CoreEntry, pid: HostPid, tid: HostPid) -> Result<()> {
         let Some(wanted) = set_of(core).and_then(|id| self.sets.get(&id)) else { return Ok(()) };
         let now = set(proc::thread_cgroups(pid, tid)?);
         for (name, path) in wanted {

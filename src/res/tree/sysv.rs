@@ -4,20 +4,31 @@
 //! finds it again by its id if it is still the one that was dumped and nobody uses it,
 //! else it makes one with this id. Its bytes are those of the dump in any case.
 
-use std::fs::{self, File};
+use std::{
+    collections::{BTreeMap, btree_map::Entry},
+    fs::{self, File},
+    path::Path,
+};
 
 use nix::{errno::Errno, libc};
 
+use super::{Begun, Collector, Memory, Plan, Policy, Restorer};
 use crate::{
     image::{
         ImageStore, Kind, SnapshotWriter,
         proto::{IpcDescEntry, IpcShmEntry, VmaEntry},
     },
-    inject::Script,
+    inject::{Script, Task},
     proc::Mapping,
-    res::mm::mapping,
-    sys::shm::{self, Segment},
-    units::{HugeSize, PAGE_SIZE},
+    res::{
+        ResError, Result,
+        mm::mapping::{self, Object},
+    },
+    sys::{
+        fds,
+        shm::{self, Segment},
+    },
+    units::{HostPid, HugeSize, PAGE_SIZE, PidMap, RemoteAddr},
 };
 
 /// The number of this program's IPC namespace in images.
@@ -35,11 +46,97 @@ const HUGE: u32 = libc::SHM_HUGETLB.cast_unsigned();
 /// Where the id of the next segment can be chosen.
 const NEXT_ID: &str = "/proc/sys/kernel/shm_next_id";
 
+/// The segments of a tree that is dumped, by their ids.
+#[derive(Debug, Default)]
+struct Attached(BTreeMap<u32, (IpcShmEntry, File)>);
+
+/// Begins without any.
+///
+/// # Errors
+/// None.
+pub(super) fn collector(_: &[Task], _: &PidMap, _: Policy) -> Begun<dyn Collector> {
+    Ok(Box::new(Attached::default()))
+}
+
+impl Collector for Attached {
+    fn mapping(&mut self, pid: HostPid, mapping: &Mapping, object: Object) -> Result<()> {
+        if object != Object::SystemV {
+            return Ok(());
+        }
+        let id = u32::try_from(mapping.inode).map_err(|_| ResError::Unsupported {
+            pid,
+            what: format!("it has the System V segment {} attached", mapping.inode),
+        })?;
+        if let Entry::Vacant(place) = self.0.entry(id) {
+            let entry = collect(id, mapping).map_err(failed("look at", id))?;
+            let (RemoteAddr(start), RemoteAddr(end)) = (mapping.start, mapping.end);
+            let path = format!("/proc/{pid}/map_files/{start:x}-{end:x}");
+            let file = fds::open_unseen(Path::new(&path))
+                .map_err(|source| ResError::Read { path: path.into(), source })?;
+            place.insert((entry, file));
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, images: &SnapshotWriter) -> Result<Vec<Memory>> {
+        let mut entries = Vec::new();
+        let mut memories = Vec::new();
+        for (id, (entry, file)) in std::mem::take(&mut self.0) {
+            entries.push(entry);
+            let name = format!("System V segment {id}");
+            memories.push(Memory { number: id.into(), name, file });
+        }
+        write(&entries, images)?;
+        Ok(memories)
+    }
+}
+
+/// The segments of a tree that is restored.
+#[derive(Debug)]
+struct Segments(Vec<IpcShmEntry>);
+
+/// Reads the images.
+///
+/// # Errors
+/// Those of reading an image.
+pub(super) fn restorer(plan: &Plan<'_>, _: Policy) -> Begun<dyn Restorer> {
+    Ok(Box::new(Segments(read(plan.images)?)))
+}
+
+impl Restorer for Segments {
+    fn make(&self) -> Result<Vec<Memory>> {
+        let make = |entry: &IpcShmEntry| {
+            let id = entry.desc.id;
+            let number = u64::from(id);
+            create(entry).map_err(|problem| ResError::Segment { id, problem })?;
+            let file = open(entry).map_err(|source| ResError::SharedMemory {
+                number,
+                step: "open",
+                source,
+            })?;
+            Ok(Memory { number, name: format!("System V segment {id}"), file })
+        };
+        self.0.iter().map(make).collect()
+    }
+
+    /// Lets segments go with those who have them attached, if they were to.
+    fn finish(&self) -> Result<()> {
+        self.0
+            .iter()
+            .try_for_each(|entry| finish(entry).map_err(failed("let go of", entry.desc.id)))
+    }
+}
+
+/// Returns what makes an error of one about a segment.
+fn failed(step: &'static str, id: u32) -> impl Fn(Errno) -> ResError {
+    move |errno| ResError::SharedMemory { number: id.into(), step, source: errno.into() }
+}
+
 /// Returns what an image says of a segment, of which there is a mapping.
 ///
 /// # Errors
 /// `EINVAL` if it is gone.
-pub fn collect(id: u32, mapping: &Mapping) -> Result<IpcShmEntry, Errno> {
+fn collect(id: u32, mapping: &Mapping) -> Result<IpcShmEntry, Errno> {
     let segment = shm::stat(id)?;
     Ok(IpcShmEntry {
         desc: IpcDescEntry {
@@ -61,7 +158,7 @@ pub fn collect(id: u32, mapping: &Mapping) -> Result<IpcShmEntry, Errno> {
 ///
 /// # Errors
 /// [`crate::image::ImageError::Write`].
-pub fn write(segments: &[IpcShmEntry], images: &SnapshotWriter) -> crate::image::Result<()> {
+fn write(segments: &[IpcShmEntry], images: &SnapshotWriter) -> crate::image::Result<()> {
     if segments.is_empty() { Ok(()) } else { images.write(Kind::IpcnsShm, NAMESPACE, segments) }
 }
 
@@ -70,7 +167,7 @@ pub fn write(segments: &[IpcShmEntry], images: &SnapshotWriter) -> crate::image:
 /// # Errors
 /// Those of reading an image; segments whose bytes are in that image itself, as of
 /// dumped namespaces before CRIU 3, are not among them.
-pub fn read(images: &dyn ImageStore) -> crate::image::Result<Vec<IpcShmEntry>> {
+fn read(images: &dyn ImageStore) -> crate::image::Result<Vec<IpcShmEntry>> {
     Ok(images.messages_if_any(Kind::IpcnsShm, NAMESPACE)?.unwrap_or_default())
 }
 
@@ -78,7 +175,7 @@ pub fn read(images: &dyn ImageStore) -> crate::image::Result<Vec<IpcShmEntry>> {
 ///
 /// # Errors
 /// Why it cannot be had: what has its id or its key, or which call failed.
-pub fn create(entry: &IpcShmEntry) -> Result<(), String> {
+fn create(entry: &IpcShmEntry) -> Result<(), String> {
     let desc = &entry.desc;
     match shm::stat(desc.id) {
         Ok(found) => return check(entry, &found),
@@ -137,7 +234,7 @@ pub fn attach(entry: &VmaEntry, script: &mut Script) {
 ///
 /// # Errors
 /// What `shmctl(2)` returns.
-pub fn finish(entry: &IpcShmEntry) -> Result<(), Errno> {
+fn finish(entry: &IpcShmEntry) -> Result<(), Errno> {
     if entry.desc.mode & DESTROYED != 0 { shm::remove(entry.desc.id) } else { Ok(()) }
 }
 
@@ -145,7 +242,7 @@ pub fn finish(entry: &IpcShmEntry) -> Result<(), Errno> {
 ///
 /// # Errors
 /// What `shmat(2)` returns; what opening the mapping returns.
-pub fn open(entry: &IpcShmEntry) -> std::io::Result<File> {
+fn open(entry: &IpcShmEntry) -> std::io::Result<File> {
     let page_bytes = huge_size(entry).map_or(PAGE_SIZE, HugeSize::bytes);
     shm::open(entry.desc.id, entry.size, page_bytes)
 }
