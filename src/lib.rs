@@ -23,6 +23,7 @@ pub mod proc;
 pub mod proto;
 pub mod res;
 pub mod restore;
+pub mod step;
 pub mod sys;
 pub mod track;
 pub mod units;

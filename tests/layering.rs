@@ -28,17 +28,24 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("pages", &["parallel", "track", "proc", "chain", "image", "sys", "units", "fault"]),
     ("dedup", &["parallel", "chain", "image", "sys", "units", "fault"]),
     (
+        "step",
+        &[
+            "action", "res", "track", "inject", "proc", "chain", "arch", "image", "sys", "units",
+            "fault",
+        ],
+    ),
+    (
         "dump",
         &[
-            "causes", "action", "dedup", "pages", "res", "track", "inject", "proc", "chain",
-            "arch", "image", "sys", "units", "fault",
+            "causes", "action", "step", "dedup", "pages", "res", "track", "inject", "proc",
+            "chain", "arch", "image", "sys", "units", "fault",
         ],
     ),
     (
         "restore",
         &[
-            "causes", "parallel", "action", "pages", "res", "track", "inject", "proc", "chain",
-            "arch", "image", "sys", "units", "fault",
+            "causes", "parallel", "action", "step", "pages", "res", "track", "inject", "proc",
+            "chain", "arch", "image", "sys", "units", "fault",
         ],
     ),
     (

@@ -16,6 +16,7 @@ use super::{DumpError, Result};
 use crate::{
     inject::Task,
     proc,
+    step::StepError,
     sys::process::{self, End},
     units::HostPid,
 };
@@ -42,13 +43,13 @@ impl Census {
     /// Takes a tree that was stopped.
     ///
     /// # Errors
-    /// [`DumpError::Process`]; [`DumpError::Died`].
+    /// [`StepError::Process`]; [`DumpError::Died`].
     pub(super) fn take(tasks: &[Task]) -> Result<Self> {
         let mut citizens = Vec::with_capacity(tasks.len());
         for task in tasks.iter().filter(|task| !task.is_zombie()) {
             let pid = task.pid;
             let step = "open";
-            let fd = process::pidfd_open(pid).map_err(|source| DumpError::Process {
+            let fd = process::pidfd_open(pid).map_err(|source| StepError::Process {
                 pid,
                 step,
                 source,

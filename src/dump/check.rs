@@ -14,6 +14,7 @@ use crate::{
         attribute::lost::Own,
         ns::{self, FOR_CHILDREN, KINDS},
     },
+    step::StepError,
     sys::{
         process::{self, Shared},
         ptrace::{self, Rare},
@@ -246,7 +247,7 @@ fn check_thread(pid: HostPid, thread: &Tracee) -> Result<()> {
 ///
 /// # Errors
 /// [`DumpError::Unsupported`] where the kernel has none for a process whose first thread has
-/// exited; [`DumpError::Process`].
+/// exited; [`StepError::Process`].
 pub(super) fn open_process(task: &Task) -> Result<OwnedFd> {
     let opened = if task.is_leaderless() {
         process::pidfd_open_thread(task.witness())
@@ -261,6 +262,6 @@ pub(super) fn open_process(task: &Task) -> Result<OwnedFd> {
                     .to_owned(),
             help: "it takes Linux 6.9 or newer to see what these have open; let main wait for them",
         },
-        source => DumpError::Process { pid: task.pid, step: "open", source },
+        source => StepError::Process { pid: task.pid, step: "open", source }.into(),
     })
 }

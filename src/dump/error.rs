@@ -4,21 +4,7 @@ use std::{io, path::PathBuf};
 
 use nix::errno::Errno;
 
-use crate::{
-    action::ActionError,
-    arch::NotBuilt,
-    chain::ChainError,
-    dedup::DedupError,
-    fault::Injected,
-    image::ImageError,
-    inject::InjectError,
-    pages::PagesError,
-    proc::ProcError,
-    res::{ResError, file::FileError},
-    sys::lock::LockError,
-    track::TrackError,
-    units::HostPid,
-};
+use crate::{dedup::DedupError, pages::PagesError, step::StepError, units::HostPid};
 
 /// The result of a step of a dump.
 pub type Result<T, E = DumpError> = std::result::Result<T, E>;
@@ -106,16 +92,6 @@ pub enum DumpError {
     /// The program was asked to stop.
     #[error("asked to stop; the tree runs on")]
     Cancelled,
-    /// A system call about a process failed.
-    #[error("{step} process {pid}")]
-    Process {
-        /// The process.
-        pid: HostPid,
-        /// What was attempted, as a verb.
-        step: &'static str,
-        /// Why it failed.
-        source: Errno,
-    },
     /// A file could not be read.
     #[error("read {path}", path = .path.display())]
     File {
@@ -123,14 +99,6 @@ pub enum DumpError {
         path: PathBuf,
         /// Why.
         source: io::Error,
-    },
-    /// The directory for the images cannot be used.
-    #[error("images directory {path}: {problem}", path = .path.display())]
-    Directory {
-        /// The directory.
-        path: PathBuf,
-        /// What is wrong, and what would help.
-        problem: String,
     },
     /// Other snapshots find pages in the directory.
     #[error(
@@ -147,42 +115,21 @@ pub enum DumpError {
     /// Memory could not be copied.
     #[error(transparent)]
     Pages(PagesError),
-    /// The parent chain cannot be used.
-    #[error(transparent)]
-    Chain(#[from] ChainError),
-    /// An image could not be read or written.
-    #[error(transparent)]
-    Image(#[from] ImageError),
-    /// An open file could not be dumped.
-    #[error(transparent)]
-    OpenFile(#[from] FileError),
-    /// State of a process could not be dumped.
-    #[error(transparent)]
-    State(#[from] ResError),
-    /// A process could not be stopped or made to work for this program.
-    #[error(transparent)]
-    Inject(#[from] InjectError),
-    /// Changes could not be tracked in the way that was asked for.
-    #[error(transparent)]
-    Track(#[from] TrackError),
-    /// Something in `/proc` could not be read.
-    #[error(transparent)]
-    Proc(#[from] ProcError),
-    /// A program of the user failed.
-    #[error(transparent)]
-    Action(#[from] ActionError),
     /// Nothing can be freed in the ancestors.
     #[error(transparent)]
     Dedup(#[from] DedupError),
-    /// A directory is in use by another program.
+    /// A step failed that a restore has, too.
     #[error(transparent)]
-    Lock(#[from] LockError),
-    /// Processes of this machine cannot be handled yet.
-    #[error(transparent)]
-    NotBuilt(#[from] NotBuilt),
-    /// A test asked for it.
-    #[error(transparent)]
-    Fault(#[from] Injected),
+    Step(StepError),
+}
+
+impl<E> From<E> for DumpError
+where
+    StepError: From<E>,
+{
+    fn from(error: E) -> Self {
+        Self::Step(error.into())
+    }
 }
 
 impl From<PagesError> for DumpError {

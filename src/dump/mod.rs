@@ -44,6 +44,7 @@ use crate::{
         ns,
         tree::{self as common, cgroup},
     },
+    step::StepError,
     sys::{
         cancel, fds,
         lock::{Access, DirectoryLocks},
@@ -322,7 +323,7 @@ fn check_directory(path: &Path) -> Result<PathBuf> {
         Ok(_) => "it is not a directory".to_owned(),
         Err(error) => format!("{error}; make it, or name another one with -D"),
     };
-    Err(DumpError::Directory { path: path.to_owned(), problem })
+    Err(StepError::Directory { path: path.to_owned(), problem }.into())
 }
 
 /// Opens the chain that ends with the directory that `--prev-images-dir` names,
@@ -335,12 +336,12 @@ fn open_parent(
     locks: &mut DirectoryLocks,
 ) -> Result<(Arc<Chain>, SnapshotId)> {
     let path = options.images_dir.join(parent);
-    let problem = |path: PathBuf, problem: String| DumpError::Directory { path, problem };
+    let problem = |path: PathBuf, problem: String| StepError::Directory { path, problem };
     let dir = path.canonicalize().map_err(|error| {
         problem(path.clone(), format!("{error}; --prev-images-dir is relative to -D"))
     })?;
     if images_dir == dir {
-        return Err(problem(path, "it cannot be its own parent".to_owned()));
+        return Err(problem(path, "it cannot be its own parent".to_owned()).into());
     }
     locks.take(&dir, if options.auto_dedup { Access::Exclusive } else { Access::Shared })?;
     let chain = Arc::new(Chain::open(&dir)?);
@@ -362,7 +363,7 @@ fn open_parent(
 }
 
 fn inventory(parent: Option<&Parent>) -> Result<proto::InventoryEntry> {
-    let uptime = clock_gettime(ClockId::CLOCK_BOOTTIME).map_err(|source| DumpError::Process {
+    let uptime = clock_gettime(ClockId::CLOCK_BOOTTIME).map_err(|source| StepError::Process {
         pid: HostPid(nix::unistd::getpid().as_raw()),
         step: "read the clock for",
         source,

@@ -5,16 +5,8 @@ use std::{io, path::PathBuf};
 use nix::errno::Errno;
 
 use crate::{
-    action::ActionError,
-    arch::NotBuilt,
-    chain::ChainError,
-    fault::Injected,
-    image::ImageError,
-    inject::InjectError,
-    proc::ProcError,
-    res::{ResError, file::FileError},
-    sys::lock::LockError,
-    track::TrackError,
+    res::file::FileError,
+    step::StepError,
     units::{HostPid, NsPid, RemoteAddr},
 };
 
@@ -73,16 +65,6 @@ pub enum RestoreError {
         /// Why it failed.
         source: Errno,
     },
-    /// A system call about a process failed.
-    #[error("{step} process {pid}")]
-    Process {
-        /// The process.
-        pid: HostPid,
-        /// What was attempted, as a verb.
-        step: &'static str,
-        /// Why it failed.
-        source: Errno,
-    },
     /// Memory could not be filled.
     #[error("write {len:#x} bytes at {address} of process {pid}")]
     WriteMemory {
@@ -94,18 +76,6 @@ pub enum RestoreError {
         len: u64,
         /// Why it failed.
         source: Errno,
-    },
-    /// Memory of a process that was filled already could not be read.
-    #[error("read {len:#x} bytes at {address} of process {pid}")]
-    ReadMemory {
-        /// The process.
-        pid: HostPid,
-        /// Where.
-        address: RemoteAddr,
-        /// How many.
-        len: u64,
-        /// Why it failed.
-        source: io::Error,
     },
     /// What is to be freed is mounted read-only.
     #[error(
@@ -136,6 +106,18 @@ pub enum RestoreError {
         /// Why it failed.
         source: Box<RestoreError>,
     },
+    /// Memory of a process that was filled already could not be read.
+    #[error("read {len:#x} bytes at {address} of process {pid}")]
+    ReadMemory {
+        /// The process.
+        pid: HostPid,
+        /// Where.
+        address: RemoteAddr,
+        /// How many.
+        len: u64,
+        /// Why it failed.
+        source: io::Error,
+    },
     /// Shared memory could not be made or filled.
     #[error("{step} the shared memory {shmid}")]
     Object {
@@ -146,14 +128,6 @@ pub enum RestoreError {
         /// Why it failed.
         source: io::Error,
     },
-    /// The directory with the images cannot be used.
-    #[error("images directory {path}: {problem}", path = .path.display())]
-    Directory {
-        /// The directory.
-        path: PathBuf,
-        /// What is wrong, and what would help.
-        problem: String,
-    },
     /// A file could not be written.
     #[error("write {path}", path = .path.display())]
     Write {
@@ -162,15 +136,6 @@ pub enum RestoreError {
         /// Why.
         source: io::Error,
     },
-    /// The chain cannot be read.
-    #[error(transparent)]
-    Chain(#[from] ChainError),
-    /// An image could not be read.
-    #[error(transparent)]
-    Image(#[from] ImageError),
-    /// An open file could not be restored.
-    #[error(transparent)]
-    OpenFile(#[from] FileError),
     /// The same, of a file that processes are known to use.
     #[error("{place}: {problem}")]
     WrongFile {
@@ -191,36 +156,24 @@ pub enum RestoreError {
         /// Why it failed.
         source: Errno,
     },
-    /// State of a process could not be restored.
+    /// A step failed that a dump has, too.
     #[error(transparent)]
-    State(#[from] ResError),
-    /// A new process could not be made to work for this program.
-    #[error(transparent)]
-    Inject(#[from] InjectError),
-    /// Changes could not be tracked in the way that was asked for.
-    #[error(transparent)]
-    Track(#[from] TrackError),
-    /// Something in `/proc` could not be read.
-    #[error(transparent)]
-    Proc(#[from] ProcError),
-    /// A program of the user failed.
-    #[error(transparent)]
-    Action(#[from] ActionError),
-    /// A directory is in use by another program.
-    #[error(transparent)]
-    Lock(#[from] LockError),
-    /// Processes of this machine cannot be handled yet.
-    #[error(transparent)]
-    NotBuilt(#[from] NotBuilt),
-    /// A test asked for it.
-    #[error(transparent)]
-    Fault(#[from] Injected),
+    Step(StepError),
+}
+
+impl<E> From<E> for RestoreError
+where
+    StepError: From<E>,
+{
+    fn from(error: E) -> Self {
+        Self::Step(error.into())
+    }
 }
 
 impl RestoreError {
     /// Replaces the number of a file in the images by what `place` says of who uses it.
     pub(super) fn located(self, place: impl Fn(u32) -> Option<String>) -> Self {
-        let Self::OpenFile(error) = self else { return self };
+        let Self::Step(StepError::OpenFile(error)) = self else { return self };
         match error {
             FileError::Image { id, problem } => match place(id) {
                 Some(place) => Self::WrongFile { place, problem },

@@ -24,6 +24,7 @@ use crate::{
         Disk, Kind,
         disk::{DiskFile, Kernel},
     },
+    step::StepError,
     sys::commit,
     units::{PAGE_SIZE, PageIndex, PageRanges, page_bytes},
 };
@@ -60,7 +61,7 @@ impl Free {
     pub(super) fn prepare(when: AutoDedup, dir: &Path, plan: &Plan) -> Result<Self> {
         let chain = &plan.chain;
         let place = if let Some(punches) = source::punches(dir) {
-            let root = File::open(dir).map_err(|error| RestoreError::Directory {
+            let root = File::open(dir).map_err(|error| StepError::Directory {
                 path: dir.to_owned(),
                 problem: error.to_string(),
             })?;

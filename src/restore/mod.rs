@@ -32,6 +32,7 @@ use crate::{
     fault::{self, Point},
     parallel, proc,
     res::{calls::Own, file::Policy},
+    step::StepError,
     sys::{
         lock::{Access, DirectoryLocks},
         output::{self, Existing},
@@ -59,7 +60,7 @@ pub fn run(options: &Options) -> Result<()> {
     arch::check_built()?;
     let mut stats = Stats::begin();
     process::raise_descriptor_limit();
-    let images = options.images_dir.canonicalize().map_err(|error| RestoreError::Directory {
+    let images = options.images_dir.canonicalize().map_err(|error| StepError::Directory {
         path: options.images_dir.clone(),
         problem: format!("{error}; name another one with -D"),
     })?;
@@ -93,7 +94,7 @@ pub fn run(options: &Options) -> Result<()> {
     plan.find_common(options)?;
     fault::hit(Point::RestorePlan)?;
     let subreaper = |on: bool| {
-        ptrace::set_subreaper(on).map_err(|source| RestoreError::Process {
+        ptrace::set_subreaper(on).map_err(|source| StepError::Process {
             pid: HostPid(nix::unistd::getpid().as_raw()),
             step: "adopt orphans in",
             source,

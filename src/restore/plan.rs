@@ -18,6 +18,7 @@ use crate::{
         task::DEAD,
         tree as common,
     },
+    step::StepError,
     sys::lock::{Access, DirectoryLocks},
     units::{HostPid, NsPid, PageIndex, PidMap},
 };
@@ -161,14 +162,14 @@ impl Plan {
         let mut lock =
             |dir: &Path| locks.as_mut().map_or(Ok(()), |(locks, access)| locks.take(dir, *access));
         lock(dir)?;
-        let problem = |problem: String| RestoreError::Directory { path: dir.to_owned(), problem };
+        let problem = |problem: String| StepError::Directory { path: dir.to_owned(), problem };
         if !dir.join(Kind::Inventory.file_name(0)).exists() {
             let what = "it has no inventory.img, so it is no complete dump; name one with -D";
-            return Err(problem(what.into()));
+            return Err(problem(what.into()).into());
         }
         let images = Directory::at(dir);
         if tree::is_pre_dump(&images) {
-            return Err(problem("it has no pstree.img; is it a pre-dump?".into()));
+            return Err(problem("it has no pstree.img; is it a pre-dump?".into()).into());
         }
         let (tree, problems) = tree::read(&images);
         require_sound(dir, &problems)?;
@@ -295,5 +296,5 @@ fn require_sound(dir: &Path, problems: &[tree::Problem]) -> Result<()> {
         let more = problems.len() - 1;
         problem.push_str(&format!("; and {more} more: `imgfs check {}` tells all", dir.display()));
     }
-    Err(RestoreError::Directory { path: dir.to_owned(), problem })
+    Err(StepError::Directory { path: dir.to_owned(), problem }.into())
 }

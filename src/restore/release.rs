@@ -3,7 +3,7 @@
 use nix::libc;
 
 use super::{
-    RestoreError, Result,
+    Result,
     plan::TaskPlan,
     tracees::{await_end, await_state, end, kill, signal},
     tree::{Puppets, SIGCHLD},
@@ -17,6 +17,7 @@ use crate::{
         thread,
         tree::stops,
     },
+    step::StepError,
     sys::ptrace,
     units::HostPid,
 };
@@ -27,7 +28,7 @@ impl Puppets<'_> {
     /// ignores the deaths of its children would have no zombies.
     ///
     /// # Errors
-    /// [`RestoreError::Inject`].
+    /// [`StepError::Inject`].
     pub(super) fn end_the_dead(&mut self) -> Result<()> {
         let scratch = self.scratch;
         // One that is to be dead may have made a helper, and has to wait for it.
@@ -110,7 +111,7 @@ impl Puppets<'_> {
     /// Takes the scratch memory out of a task, and gives its threads their registers.
     ///
     /// # Errors
-    /// [`RestoreError::Inject`], [`RestoreError::State`].
+    /// [`StepError::Inject`], [`StepError::State`].
     pub(super) fn dress(&mut self, position: usize) -> Result<()> {
         let puppet = self.tasks[position].as_mut().expect("it lives");
         self.scratch.unmap(&mut puppet.threads[0])?;
@@ -127,7 +128,7 @@ impl Puppets<'_> {
     /// before: one that is traced is told of as ended to its tracer alone.
     ///
     /// # Errors
-    /// [`RestoreError::Inject`], [`RestoreError::Process`].
+    /// [`StepError::Inject`], [`StepError::Process`].
     pub(super) fn end_leader(&mut self, position: usize, code: u32) -> Result<()> {
         let puppet = self.tasks[position].as_mut().expect("it lives");
         let mut script = Script::new();
@@ -176,7 +177,7 @@ impl Puppets<'_> {
     /// stopped, so that their parents find them as they were.
     ///
     /// # Errors
-    /// [`RestoreError::Process`]; processes that were let go by then run on.
+    /// [`StepError::Process`]; processes that were let go by then run on.
     pub(super) fn release(mut self) -> Result<()> {
         self.released = true;
         let plan = self.plan;
@@ -203,7 +204,7 @@ impl Puppets<'_> {
 
     fn let_go(&self, position: usize) -> Result<()> {
         for thread in self.tasks[position].iter().flat_map(|puppet| &puppet.threads) {
-            ptrace::detach(thread.tid, 0).map_err(|source| RestoreError::Process {
+            ptrace::detach(thread.tid, 0).map_err(|source| StepError::Process {
                 pid: thread.tid,
                 step: "let go of",
                 source,

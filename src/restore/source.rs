@@ -8,10 +8,11 @@ use std::{
 
 use nix::sys::statfs::{FUSE_SUPER_MAGIC, statfs};
 
-use super::{RestoreError, Result};
+use super::Result;
 use crate::{
     chain::{DIRECTORY_XATTR, GONE_XATTR, PUNCH_ON_COMMIT, PUNCH_XATTR},
     image::{Kind, regular},
+    step::StepError,
     sys::xattr,
 };
 
@@ -59,11 +60,11 @@ pub(super) fn punches(dir: &Path) -> Option<Punches> {
 /// in its pagemaps.
 ///
 /// # Errors
-/// [`RestoreError::Directory`].
+/// [`StepError::Directory`].
 pub(super) fn require_whole(dir: &Path) -> Result<()> {
     let Some(gone) = attribute(dir, GONE_XATTR) else { return Ok(()) };
     let problem = String::from_utf8_lossy(&gone).into_owned();
-    Err(RestoreError::Directory { path: dir.to_owned(), problem })
+    Err(StepError::Directory { path: dir.to_owned(), problem }.into())
 }
 
 /// Returns an attribute of the root of a mount.

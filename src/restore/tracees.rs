@@ -8,10 +8,11 @@ use std::{
 use nix::{errno::Errno, libc};
 use zerocopy::IntoBytes;
 
-use super::{RestoreError, Result, pids::Waiting};
+use super::{Result, pids::Waiting};
 use crate::{
     inject::{InjectError, Scratch, Script, Tracee},
     proc,
+    step::StepError,
     sys::{
         process::{self, CloneArguments},
         ptrace::{self, Wait, options},
@@ -27,7 +28,7 @@ const REST_NAP: Duration = Duration::from_micros(100);
 
 /// Takes over a process that was made by [`process::spawn_sleeper`].
 pub(super) fn adopt_sleeper(pid: HostPid) -> Result<Tracee> {
-    let trace = |step| move |source| RestoreError::Process { pid, step, source };
+    let trace = |step| move |source| StepError::Process { pid, step, source };
     let adopted = (|| {
         let wanted = options::SYSGOOD | options::FOLLOW | options::EXITKILL;
         ptrace::seize(pid, wanted).map_err(trace("trace"))?;
@@ -44,7 +45,7 @@ pub(super) fn adopt_sleeper(pid: HostPid) -> Result<Tracee> {
 /// Waits until a new tracee has stopped.
 fn await_stop(tid: HostPid) -> Result<Tracee> {
     loop {
-        let wait = ptrace::wait(tid).map_err(|source| RestoreError::Process {
+        let wait = ptrace::wait(tid).map_err(|source| StepError::Process {
             pid: tid,
             step: "wait for",
             source,
@@ -55,7 +56,7 @@ fn await_stop(tid: HostPid) -> Result<Tracee> {
                 let what = format!("has ended ({wait:?})");
                 return Err(InjectError::Lost { tid, what }.into());
             }
-            _ => ptrace::resume(tid, 0).map_err(|source| RestoreError::Process {
+            _ => ptrace::resume(tid, 0).map_err(|source| StepError::Process {
                 pid: tid,
                 step: "resume",
                 source,
@@ -99,7 +100,7 @@ pub(super) fn make(
 /// Ends a puppet so that its parent finds this status (`wait(2)`).
 pub(super) fn end(scratch: &Scratch, leader: &mut Tracee, status: u32) -> Result<()> {
     let pid = leader.tid;
-    let trace = |step| move |source| RestoreError::Process { pid, step, source };
+    let trace = |step| move |source| StepError::Process { pid, step, source };
     let number = (status & 0x7f).cast_signed();
     if number == 0 {
         let mut script = Script::new();
@@ -118,11 +119,9 @@ pub(super) fn kill(pid: HostPid) -> Result<()> {
 }
 
 pub(super) fn signal(pid: HostPid, number: i32) -> Result<()> {
-    process::signal(pid, number).map_err(|source| RestoreError::Process {
-        pid,
-        step: "send a signal to",
-        source,
-    })
+    let step = "send a signal to";
+    let failed = |source| StepError::Process { pid, step, source };
+    Ok(process::signal(pid, number).map_err(failed)?)
 }
 
 /// Waits until a tracee that was killed is gone.
@@ -131,7 +130,7 @@ pub(super) fn await_end(pid: HostPid) -> Result<()> {
         match ptrace::wait(pid) {
             Err(Errno::ECHILD) | Ok(Wait::Exited(_) | Wait::Killed(_)) => return Ok(()),
             Ok(_) => {}
-            Err(source) => return Err(RestoreError::Process { pid, step: "wait for", source }),
+            Err(source) => return Err(StepError::Process { pid, step: "wait for", source }.into()),
         }
     }
 }

@@ -379,7 +379,7 @@ impl<'a> Puppets<'a> {
     /// Makes the other threads of a task.
     ///
     /// # Errors
-    /// [`RestoreError::Inject`].
+    /// [`StepError::Inject`](crate::step::StepError::Inject).
     pub(super) fn make_threads(&mut self, position: usize) -> Result<()> {
         let flags = libc::CLONE_VM
             | libc::CLONE_FS
