@@ -89,8 +89,8 @@
 //! since the kernel may drop a clean page and ask again. Read-ahead is off there, so
 //! that a page which the cache was given is one that was touched.
 //!
-//! Files of `mem/` and `core/` are for the owner of the images alone, whatever mode those
-//! have. Nothing is shown that its reader could not have read: an image directory can name
+//! Files of `mem/`, `core/` and `proc/` are for the owner of the images alone, whatever mode
+//! those have. Nothing is shown that its reader could not have read: an image directory can name
 //! any file, by links, as its parent, or as a file that was mapped. If all directories of
 //! the chain are such that one user alone can have put images there
 //! ([`crate::chain::Owner`]), these are read with the rights of that user, which root's

@@ -126,6 +126,8 @@ const ROWS: &[Row] = &[
     (&["imgfs check"], &[("json", json)]),
     (&["diff"], &[("json", json), ("quiet", quiet)]),
     (&["flatten"], &[("snapshot", flatten_snapshot)]),
+    (&["ps", "fds", "maps", "info"], &[("json", json), ("snapshot", look_snapshot)]),
+    (&["cat", "get"], &[("snapshot", look_snapshot)]),
     (
         &["mount"],
         &[
@@ -330,7 +332,9 @@ groups! {
     privileged_options_of_restore ["restore"];
     options_of_check_and_show ["check", "show"];
     options_of_dedup ["dedup"];
-    options_of_imgfs ["imgfs", "ls", "imgfs check", "diff", "flatten"];
+    options_of_imgfs [
+        "imgfs", "ls", "imgfs check", "diff", "flatten", "ps", "fds", "maps", "info", "cat", "get",
+    ];
     privileged_options_of_mounts ["mount", "umount"];
 }
 
@@ -1081,6 +1085,8 @@ fn read_only(command: &str, dirs: &[PathBuf], root: &Path) -> Vec<String> {
     match command {
         "ls" => vec!["ls".to_owned(), root],
         "imgfs check" => vec!["check".to_owned(), root],
+        "ps" | "fds" | "info" => vec![command.to_owned(), peers_chain()],
+        "maps" => vec![command.to_owned(), peers_chain(), "293".to_owned()],
         _ => vec!["diff".to_owned(), root, name(0), name(1)],
     }
 }
@@ -1124,6 +1130,36 @@ fn flatten_snapshot(command: &str) {
         out.join("pagemap-12.img").exists()
     });
     assert_eq!(outs, [false, true]);
+}
+
+/// A chain of three snapshots that CRIU wrote, of processes 293 and 295.
+fn peers_chain() -> String {
+    concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/criu42-chain/chain").to_owned()
+}
+
+/// What a process had mapped by the first snapshot, and by the last, is not the same.
+fn look_snapshot(command: &str) {
+    let dir = directory();
+    let chain = peers_chain();
+    let looks = ["1", "3"].map(|name| {
+        let copy = dir.path().join(name);
+        let mut words = vec![command, &chain, "--snapshot", name];
+        match command {
+            "maps" => words.push("293"),
+            "cat" => words.push("json/inventory.img.json"),
+            "get" => words.extend(["json/inventory.img.json", text(&copy)]),
+            _ => {}
+        }
+        let printed = fine(imgfs(&words));
+        if command == "get" { fs::read_to_string(copy).unwrap() } else { printed }
+    });
+    match command {
+        // Neither program nor files changed in between.
+        "fds" => assert_eq!(looks[0], looks[1]),
+        _ => assert_ne!(looks[0], looks[1]),
+    }
+    let output = imgfs(&[command, &chain, "--snapshot", "7", "293", "x"]);
+    assert!(!output.status.success());
 }
 
 /// A mount that is gone at the end.
@@ -1224,7 +1260,7 @@ fn mount_mapped_files(_: &str) {
     let maps = fs::read_to_string(format!("/proc/{}/maps", run.pid())).unwrap();
     let line = maps.lines().find(|line| line.ends_with("/workload")).unwrap();
     let start = u64::from_str_radix(line.split_once('-').unwrap().0, 16).unwrap();
-    let memory = mount.point.join(format!("mem/{}", run.pid()));
+    let memory = mount.point.join(format!("proc/{}/mem", run.pid()));
     for (who, shown) in [("own", true), ("never", false)] {
         fine(mount.mount(&["--mapped-files", who]));
         let mut bytes = [0; 4];

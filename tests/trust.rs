@@ -113,7 +113,7 @@ fn refusal(live: &Live) -> String {
 fn shown(live: &Live) -> Vec<u8> {
     let mounted = Mounted::new(&live.images(), &live.path("mount"), &[]);
     let (start, len) = code(live);
-    let file = fs::File::open(mounted.path(&format!("mem/{}", live.root))).unwrap();
+    let file = fs::File::open(mounted.path(&format!("proc/{}/mem", live.root))).unwrap();
     let mut bytes = vec![0xee; len];
     file.read_exact_at(&mut bytes, start).unwrap();
     bytes
@@ -298,7 +298,7 @@ fn privileged_a_mount_shows_no_file_that_its_reader_could_not_read() {
     fs::set_permissions(live.dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let (library, images) = (live.path("libanswer.so"), live.images());
     let (start, len) = code(&live);
-    let mem = format!("mount/mem/{}", live.root);
+    let mem = format!("mount/proc/{}/mem", live.root);
     // Through dd, as a user would.
     let read = |nobody: bool| {
         let path = format!("if={}", live.path(&mem).display());

@@ -89,8 +89,8 @@ fn compare(read: Read) {
         let private = flat(read, &format!("pagemap-{pid}.img"));
         let mut left = private.clone();
         for (address, (expected, offset)) in truth(pid) {
-            let page = read(&format!("mem/{pid}"), address, PAGE);
-            assert_eq!(prefix(&page), expected, "mem/{pid} at {address:#x}");
+            let page = read(&format!("proc/{pid}/mem"), address, PAGE);
+            assert_eq!(prefix(&page), expected, "proc/{pid}/mem at {address:#x}");
             let stored = match offset {
                 None => private.get(&address),
                 Some(offset) => {
@@ -177,9 +177,8 @@ fn two_versions_tell_the_same_of_the_same_program() {
         let view = View::new(Arc::clone(&chain), id);
         let [parent, child] = summary.processes[..] else { panic!("{summary:?}") };
         for (pid, is_child) in [(parent, false), (child, true)] {
-            let folder = view.lookup(ROOT, "mem").unwrap().ino;
-            let ino = view.lookup(folder, &pid.to_string()).unwrap().ino;
-            let open = view.open(ino).unwrap();
+            let memory = view.find(&format!("proc/{pid}/mem")).unwrap();
+            let open = view.open(memory.ino).unwrap();
             let page = |at: u64| {
                 let mut bytes = vec![0xaa; PAGE];
                 assert_eq!(read_at(&*open.content, at, &mut bytes).unwrap(), PAGE);

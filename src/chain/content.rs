@@ -46,6 +46,12 @@ pub trait Content: fmt::Debug + Send + Sync {
         self.len() == 0
     }
 
+    /// Returns where a read that begins at `offset` ends at the latest: at the content's
+    /// end, or before that if the bytes there cannot be read at all.
+    fn read_end(&self, _offset: u64) -> u64 {
+        self.len()
+    }
+
     /// Returns how many of the bytes are stored rather than holes.
     fn allocated(&self) -> u64;
 
@@ -60,7 +66,7 @@ pub trait Content: fmt::Debug + Send + Sync {
 }
 
 /// Reads bytes of `content` from `offset` on into `buffer` and returns how many:
-/// fewer than the buffer holds only at the content's end.
+/// fewer than the buffer holds only where [`Content::read_end`] says so.
 ///
 /// Stretches that lie in a row in one file are read by one system call, however
 /// they are scattered over the buffer: alternating pages of two files cost two.
@@ -69,7 +75,7 @@ pub trait Content: fmt::Debug + Send + Sync {
 /// What [`Content::runs`] returns, a run that is lost, and files that cannot be
 /// read or are too short.
 pub fn read_at(content: &dyn Content, offset: u64, buffer: &mut [u8]) -> Result<usize> {
-    let rest = content.len().saturating_sub(offset);
+    let rest = content.read_end(offset).saturating_sub(offset);
     let wanted = usize::try_from(rest).unwrap_or(usize::MAX).min(buffer.len());
     if wanted == 0 {
         return Ok(0);

@@ -1,10 +1,10 @@
 //! The command line of `imgfs`.
 
-use std::process::ExitCode;
+use std::{io::Write, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 
-use super::{Common, answer, check, diff, exit, flatten, list, mount};
+use super::{Common, answer, check, diff, exit, flatten, list, look, mount};
 
 /// Look into chains of image directories
 ///
@@ -26,6 +26,15 @@ enum Command {
     Check(check::CheckArgs),
     Diff(diff::DiffArgs),
     Flatten(flatten::FlattenArgs),
+    Info(look::InfoArgs),
+    #[command(name = "ps")]
+    Processes(look::ProcessesArgs),
+    #[command(name = "fds")]
+    Descriptors(look::DescriptorsArgs),
+    #[command(name = "maps")]
+    Mappings(look::MappingsArgs),
+    Cat(look::CatArgs),
+    Get(look::GetArgs),
     Mount(mount::MountArgs),
     Commit(mount::CommitArgs),
     Log(mount::LogArgs),
@@ -57,18 +66,21 @@ impl Imgfs {
             Command::Diff(args) => {
                 answer(|out| diff::run(&args, out), exit::DIFFERENT, exit::NOT_COMPARED)
             }
-            Command::Flatten(args) => {
-                answer(|_| flatten::run(&args).map(|()| true), exit::FAILED, exit::FAILED)
-            }
-            Command::Commit(args) => {
-                answer(|out| mount::commit(&args, out).map(|()| true), exit::FAILED, exit::FAILED)
-            }
-            Command::Log(args) => {
-                answer(|out| mount::log(&args, out).map(|()| true), exit::FAILED, exit::FAILED)
-            }
-            Command::Unmount(args) => {
-                answer(|_| mount::unmount(&args).map(|()| true), exit::FAILED, exit::FAILED)
-            }
+            Command::Flatten(args) => plain(|_| flatten::run(&args)),
+            Command::Info(args) => plain(|out| look::info(&args, out)),
+            Command::Processes(args) => plain(|out| look::processes(&args, out)),
+            Command::Descriptors(args) => plain(|out| look::descriptors(&args, out)),
+            Command::Mappings(args) => plain(|out| look::mappings(&args, out)),
+            Command::Cat(args) => plain(|out| look::cat(&args, out)),
+            Command::Get(args) => plain(|_| look::get(&args)),
+            Command::Commit(args) => plain(|out| mount::commit(&args, out)),
+            Command::Log(args) => plain(|out| mount::log(&args, out)),
+            Command::Unmount(args) => plain(|_| mount::unmount(&args)),
         }
     }
+}
+
+/// Runs a command that has no negative answer.
+fn plain(command: impl FnOnce(&mut dyn Write) -> anyhow::Result<()>) -> ExitCode {
+    answer(|out| command(out).map(|()| true), exit::FAILED, exit::FAILED)
 }

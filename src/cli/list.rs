@@ -7,6 +7,7 @@ use indicatif::BinaryBytes;
 use jiff::{Timestamp, Zoned};
 use serde_json::{Value, json};
 
+use super::table::{Align, Table};
 use crate::{
     chain::{Chain, DuplicateCounts, PageCounts, Snapshot, SnapshotId, Summary, duplicates},
     units::page_bytes,
@@ -86,21 +87,13 @@ fn print_table<const N: usize>(
     text_columns: usize,
     out: &mut dyn Write,
 ) -> anyhow::Result<()> {
-    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
-    let widths: Vec<usize> = (0..N).filter_map(width).collect();
-    for row in rows {
-        let mut line = String::new();
-        for (column, (text, width)) in row.iter().zip(&widths).enumerate() {
-            let gap = if column == 0 { "" } else { "  " };
-            line += &if column < text_columns {
-                format!("{gap}{text:<width$}")
-            } else {
-                format!("{gap}{text:>width$}")
-            };
-        }
-        writeln!(out, "{line}")?;
-    }
-    Ok(())
+    let align = |column| if column < text_columns { Align::Left } else { Align::Right };
+    let mut rows = rows.iter();
+    let headings = rows.next().into_iter().flatten().enumerate();
+    let columns: Vec<_> = headings.map(|(at, name)| (name.as_str(), align(at))).collect();
+    let mut table = Table::new(&columns);
+    rows.for_each(|row| table.row(row.to_vec()));
+    table.print(out)
 }
 
 const DUPLICATE_HEADINGS: [&str; 7] =
@@ -177,7 +170,7 @@ fn parent<'a>(chain: &'a Chain, snapshot: &Snapshot) -> anyhow::Result<Option<&'
     Ok(parent.map(|parent| chain.snapshot(parent).name.as_str()))
 }
 
-fn zoned(time: SystemTime) -> anyhow::Result<Zoned> {
+pub(super) fn zoned(time: SystemTime) -> anyhow::Result<Zoned> {
     Zoned::try_from(time).context("convert the time of an inventory")
 }
 

@@ -11,9 +11,11 @@ pub mod flatten;
 pub mod imgfs;
 pub mod list;
 mod log_sink;
+mod look;
 pub mod mount;
 pub mod rcriu;
 pub mod show;
+mod table;
 mod task;
 
 use std::{

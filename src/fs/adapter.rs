@@ -76,14 +76,14 @@ impl Filesystem for ImageFs {
         Ok(())
     }
 
-    fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+    fn lookup(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         // All names in the view are UTF-8.
         let found = name.to_str().ok_or_else(|| ViewError::NoSuchEntry {
             dir: self.view.path(parent.0),
             name: name.to_string_lossy().into_owned(),
         });
         let _reading = self.reading();
-        match found.and_then(|name| self.view.lookup(parent.0, name)) {
+        match found.and_then(|name| self.view.lookup_for(parent.0, name, req.pid())) {
             Ok(attr) => reply.entry(&TTL, &self.file_attr(&attr), GENERATION),
             Err(error) => {
                 let dir = self.view.path(parent.0);
@@ -98,6 +98,13 @@ impl Filesystem for ImageFs {
         match self.view.attr(ino.0) {
             Ok(attr) => reply.attr(&TTL, &self.file_attr(&attr)),
             Err(error) => reply.error(self.failed("getattr", ino, error)),
+        }
+    }
+
+    fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
+        match self.view.link(ino.0) {
+            Ok(target) => reply.data(&target),
+            Err(error) => reply.error(self.failed("readlink", ino, error)),
         }
     }
 
@@ -346,10 +353,6 @@ impl Filesystem for ImageFs {
         reply: ReplyEmpty,
     ) {
         reply.error(Errno::ENOSYS);
-    }
-
-    fn readlink(&self, _req: &Request, _ino: INodeNo, reply: ReplyData) {
-        reply.error(Errno::EINVAL); // there are no links
     }
 
     /// Frees the pages that were punched and noted. Allowed for root and for the user who

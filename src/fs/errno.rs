@@ -32,10 +32,12 @@ fn errno(error: &ViewError) -> Errno {
         ViewError::NoSuchEntry { .. } => Errno::ENOENT,
         ViewError::NotADirectory { .. } => Errno::ENOTDIR,
         ViewError::IsADirectory { .. } => Errno::EISDIR,
+        ViewError::NotALink { .. } => Errno::EINVAL,
         ViewError::Attributes { source, .. } | ViewError::Write { source, .. } => io_errno(source),
         ViewError::TooLong { .. } | ViewError::CoreTooLarge { .. } => Errno::EFBIG,
         ViewError::PageSize { .. } => Errno::EOPNOTSUPP,
         ViewError::NoSuchProcess { .. }
+        | ViewError::NoTree { .. }
         | ViewError::NoAddressSpace { .. }
         | ViewError::BadVma { .. }
         | ViewError::NoSuchFile { .. }

@@ -195,6 +195,9 @@ pub(super) fn file_type(kind: NodeType) -> FileType {
     match kind {
         NodeType::Directory => FileType::Directory,
         NodeType::File => FileType::RegularFile,
+        NodeType::Link => FileType::Symlink,
+        NodeType::Pipe => FileType::NamedPipe,
+        NodeType::Socket => FileType::Socket,
     }
 }
 

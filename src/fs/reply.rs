@@ -55,7 +55,7 @@ impl MappedReply {
         path: impl FnOnce() -> String,
         reply: ReplyData,
     ) -> Result<Option<u64>, ReplyData> {
-        let len = content.len().saturating_sub(offset).min(size as u64);
+        let len = content.read_end(offset).saturating_sub(offset).min(size as u64);
         let mut runs = Vec::new();
         if len == 0 || content.runs(offset, len, &mut runs).is_err() || !all_there(&runs) {
             return Err(reply);

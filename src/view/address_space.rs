@@ -3,18 +3,22 @@
 use std::{
     collections::HashMap,
     iter,
+    num::NonZeroUsize,
     ops::Range,
     sync::{Arc, Mutex, OnceLock, PoisonError},
 };
 
+use lru::LruCache;
+
 use super::{
-    Process,
+    Process, Result, Tables,
     mapped::{Mapped, MappedFile},
     process::{Area, Below, PROT_READ},
 };
 use crate::{
     chain::{
-        self, ChainError, Content, Cursor, Extent, Files, Index, MemoryBytes, Place, Run, Source,
+        self, ChainError, Content, Cursor, Extent, Files, Index, MemoryBytes, Place, Run,
+        SnapshotId, Source,
     },
     image::MemoryId,
     units::PageIndex,
@@ -125,6 +129,35 @@ impl AddressSpace {
         Ok(known)
     }
 
+    /// Counts the bytes of `area` that are in images, wherever: pages of the process's own,
+    /// and pages of a shared object.
+    ///
+    /// # Errors
+    /// What [`Index::build`] returns.
+    pub(super) fn resident(&self, area: &Area) -> chain::Result<(u64, u64)> {
+        let all = area.start..area.end;
+        let len = |range: &Range<u64>| range.end - range.start;
+        let shared = match &area.below {
+            Below::Mapped(Mapped::Shared(shmid)) => self.shared_index(*shmid).ok(),
+            _ => None,
+        };
+        let in_object = |part: Range<u64>| {
+            let Some(index) = &shared else { return 0 };
+            let start = area.offset_of(part.start);
+            let parts = parts(index, start..start + len(&part));
+            parts.filter(|(_, extent)| extent.is_some()).map(|(part, _)| len(&part)).sum()
+        };
+        let Some(index) = self.private_index(area)? else { return Ok((0, in_object(all))) };
+        let (mut own, mut below) = (0, 0);
+        for (part, extent) in parts(&index, all) {
+            match extent {
+                Some(_) => own += len(&part),
+                None => below += in_object(part),
+            }
+        }
+        Ok((own, below))
+    }
+
     /// Counts the bytes of `range`, which lies within one mapping, that are no
     /// holes.
     pub(super) fn allocated_in(&self, range: Range<u64>) -> u64 {
@@ -208,6 +241,108 @@ impl AddressSpace {
                 inside.map(|extent| extent.end.min(end) - extent.start.max(start)).sum()
             }
         }
+    }
+}
+
+/// Address spaces that were asked for of late: tools read many files of a process in a row.
+#[derive(Debug)]
+pub(super) struct Spaces(Mutex<LruCache<(SnapshotId, u32), Arc<AddressSpace>>>);
+
+/// How many address spaces are kept. Each holds its mappings, and the indexes of the
+/// memories that were read.
+const SPACES_KEPT: NonZeroUsize = NonZeroUsize::new(8).expect("not zero");
+
+impl Default for Spaces {
+    fn default() -> Self {
+        Self(Mutex::new(LruCache::new(SPACES_KEPT)))
+    }
+}
+
+impl Spaces {
+    /// Returns the address space of a process; reads nothing but what it maps.
+    ///
+    /// # Errors
+    /// As [`Process::load`].
+    pub(super) fn get(&self, tables: &Arc<Tables>, pid: u32) -> Result<Arc<AddressSpace>> {
+        let spaces = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // Where pages are changes when they are freed.
+        let lasting = !tables.chain().has_freed();
+        let key = (tables.snapshot(), pid);
+        if lasting && let Some(space) = spaces().get(&key) {
+            return Ok(Arc::clone(space));
+        }
+        let space = Arc::new(AddressSpace::new(Arc::new(Process::load(tables, pid)?)));
+        if lasting {
+            spaces().put(key, Arc::clone(&space));
+        }
+        Ok(space)
+    }
+}
+
+/// An address space as `/proc/PID/mem` has it: where nothing is mapped, nothing is read.
+#[derive(Debug)]
+pub(super) struct ProcessMemory {
+    space: Arc<AddressSpace>,
+}
+
+impl ProcessMemory {
+    pub(super) fn new(space: Arc<AddressSpace>) -> Self {
+        Self { space }
+    }
+}
+
+impl Content for ProcessMemory {
+    fn len(&self) -> u64 {
+        self.space.len()
+    }
+
+    fn read_end(&self, offset: u64) -> u64 {
+        let areas = self.space.process.areas();
+        let position = areas.partition_point(|area| area.end <= offset);
+        let mut end = offset;
+        for area in &areas[position..] {
+            if area.start > end {
+                break;
+            }
+            end = area.end;
+        }
+        end
+    }
+
+    fn allocated(&self) -> u64 {
+        self.space.allocated()
+    }
+
+    fn runs(&self, offset: u64, len: u64, runs: &mut Vec<Run>) -> chain::Result<()> {
+        self.space.runs(offset, len, runs)
+    }
+}
+
+/// The bytes of one mapping.
+#[derive(Debug)]
+pub(super) struct MappingFile {
+    space: Arc<AddressSpace>,
+    range: Range<u64>,
+}
+
+impl MappingFile {
+    /// Presents the mapping at `range`, which is one of the address space's.
+    pub(super) fn new(space: Arc<AddressSpace>, range: Range<u64>) -> Self {
+        Self { space, range }
+    }
+}
+
+impl Content for MappingFile {
+    fn len(&self) -> u64 {
+        self.range.end - self.range.start
+    }
+
+    fn allocated(&self) -> u64 {
+        self.space.allocated_in(self.range.clone())
+    }
+
+    fn runs(&self, offset: u64, len: u64, runs: &mut Vec<Run>) -> chain::Result<()> {
+        self.space.runs(self.range.start + offset, len, runs)
     }
 }
 

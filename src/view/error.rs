@@ -42,6 +42,12 @@ pub enum ViewError {
         /// The directory's path in the view.
         path: String,
     },
+    /// Something else was used as a symbolic link.
+    #[error("{path} is not a symbolic link")]
+    NotALink {
+        /// The node's path in the view.
+        path: String,
+    },
     /// The attributes of a file that the view shows could not be read.
     #[error("read the attributes of {path}", path = .path.display())]
     Attributes {
@@ -65,6 +71,12 @@ pub enum ViewError {
         path: PathBuf,
         /// The longest text that is produced.
         limit: usize,
+    },
+    /// The snapshot is a pre-dump, which has memory but no processes.
+    #[error("{dir} is a pre-dump: it has memory, but no processes", dir = .dir.display())]
+    NoTree {
+        /// The image directory.
+        dir: PathBuf,
     },
     /// The snapshot has no such process.
     #[error("{dir} has no process {pid}: expected it in pstree.img", dir = .dir.display())]

@@ -90,7 +90,7 @@ pub(super) fn shmem(tables: &Tables, shmid: u64) -> Result<Arc<dyn Content>> {
     let chain = tables.chain();
     let objects = tables.shared()?;
     let object = objects.get(&shmid);
-    if let Some(SharedObject { size, inline: Some((name, start)) }) = object {
+    if let Some(SharedObject { size, inline: Some((name, start)), .. }) = object {
         let file = chain.files().get(chain.files().enter(tables.images(), name))?;
         return Ok(Arc::new(Stretch { file, start: *start, len: size.bytes(0) }));
     }

@@ -90,7 +90,7 @@ fn write_all(
         let path = if file.name == inventory { unfinished.clone() } else { out.join(&file.name) };
         let failed = |source| ViewError::Write { path: path.clone(), source };
         let target = regular::create(&path);
-        let target = Target { file: target.map_err(failed)?, path: &path };
+        let target = Target::new(target.map_err(failed)?, &path);
         written.push(path.clone());
         // For the owner alone, whatever the images are: of the memory of several of them.
         copy(&*view.open(file.ino)?.content, &target, &mut step)?;
@@ -116,19 +116,27 @@ fn write_all(
 }
 
 /// A file that is being written.
-struct Target<'a> {
+pub(super) struct Target<'a> {
     file: File,
     path: &'a Path,
 }
 
-impl Target<'_> {
+impl<'a> Target<'a> {
+    pub(super) fn new(file: File, path: &'a Path) -> Self {
+        Self { file, path }
+    }
+
     fn failed(&self, source: io::Error) -> ViewError {
         ViewError::Write { path: self.path.to_owned(), source }
     }
 }
 
 /// Copies `content`, leaving its holes holes.
-fn copy(content: &dyn Content, target: &Target, step: &mut impl FnMut(u64)) -> Result<()> {
+pub(super) fn copy(
+    content: &dyn Content,
+    target: &Target,
+    step: &mut impl FnMut(u64),
+) -> Result<()> {
     target.file.set_len(content.len()).map_err(|source| target.failed(source))?;
     let mut runs = Vec::new();
     let mut next = 0;

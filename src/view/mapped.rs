@@ -19,7 +19,7 @@ use crate::{
 
 /// Set in `remap_file_path_entry.remap_id` where images have no `remap_type`:
 /// the file is a ghost (`REMAP_GHOST`, `criu/include/image.h`).
-const OLD_GHOST: u32 = 1 << 31;
+pub(super) const OLD_GHOST: u32 = 1 << 31;
 
 /// The device that private mappings of anonymous memory may be made of.
 const DEV_ZERO: &[u8] = b"/dev/zero";
@@ -234,7 +234,11 @@ fn since_epoch_ns(time: SystemTime) -> i64 {
 }
 
 /// Returns the bytes of a file that has no name, from the image of it.
-fn ghost(files: &Files, images: &Store, id: u32) -> Result<Option<Vec<FileExtent>>, ImageError> {
+pub(super) fn ghost(
+    files: &Files,
+    images: &Store,
+    id: u32,
+) -> Result<Option<Vec<FileExtent>>, ImageError> {
     let mut reader = images.image(Kind::GhostFile, id.into())?;
     let Some(entry) = reader.next_message::<proto::GhostFileEntry>()? else {
         return Ok(None);

@@ -7,13 +7,18 @@
 mod address_space;
 mod core;
 mod error;
+mod extract;
+mod files;
 mod flat;
 mod flatten;
+mod held;
 mod json;
+mod listing;
 mod mapped;
 mod notes;
+mod proc;
 mod process;
-
+mod rows;
 mod seek;
 mod shared;
 mod tables;
@@ -30,7 +35,9 @@ use std::{sync::Arc, time::SystemTime};
 pub use self::core::CoreFile;
 pub use address_space::AddressSpace;
 pub use error::{Result, ViewError};
+pub use extract::extract;
 pub use flatten::flatten;
+pub use proc::{DescriptorRow, MappingRow, ProcessRow};
 pub use process::Process;
 pub use seek::seek;
 pub use tables::Tables;
@@ -51,6 +58,12 @@ pub enum NodeType {
     Directory,
     /// A regular file.
     File,
+    /// A symbolic link.
+    Link,
+    /// A pipe that a descriptor leads to.
+    Pipe,
+    /// A socket that a descriptor leads to.
+    Socket,
 }
 
 /// A node's attributes.
@@ -90,6 +103,12 @@ pub struct OpenFile {
     pub whole: Option<Arc<BackingFile>>,
     /// The content, if it is a pages file without parents.
     pub pages: Option<Arc<FlatPages>>,
+}
+
+/// Returns the beginning of a name, of at most `limit` bytes.
+fn shortened(name: &str, limit: usize) -> &str {
+    let end = (0..=limit.min(name.len())).rev().find(|end| name.is_char_boundary(*end));
+    &name[..end.unwrap_or(0)]
 }
 
 /// Returns the attributes of a stored file, under another inode number.

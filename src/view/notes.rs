@@ -94,7 +94,7 @@ pub(super) fn describe(space: &AddressSpace) -> Result<Description> {
         notes.push(ELF_NOTE_CORE, NT_PRSTATUS, &status);
         if position == 0 {
             notes.push(ELF_NOTE_CORE, NT_PRPSINFO, &prpsinfo(space, thread));
-            notes.push(ELF_NOTE_CORE, NT_AUXV, &auxiliary_vector(process));
+            notes.push(ELF_NOTE_CORE, NT_AUXV, &process.auxiliary_vector());
             if let Some(files) = files(process, page_size) {
                 notes.push(ELF_NOTE_CORE, NT_FILE, &files);
             }
@@ -231,14 +231,6 @@ fn arguments(space: &AddressSpace) -> Option<Vec<u8>> {
         *byte = b' ';
     }
     Some(arguments)
-}
-
-/// Returns the auxiliary vector, which ends with a pair of zeros.
-fn auxiliary_vector(process: &Process) -> Vec<u8> {
-    let saved = &process.mm().mm_saved_auxv;
-    let (pairs, _) = saved.as_chunks::<2>();
-    let pairs = pairs.iter().take_while(|[kind, _]| *kind != 0);
-    pairs.chain([&[0, 0]]).flatten().flat_map(|value| value.to_le_bytes()).collect()
 }
 
 /// Returns which files are mapped where: a count, the unit of offsets, so many

@@ -121,6 +121,13 @@ impl Process {
         &self.mm
     }
 
+    /// Returns the auxiliary vector, which ends with a pair of zeros.
+    pub(super) fn auxiliary_vector(&self) -> Vec<u8> {
+        let (pairs, _) = self.mm.mm_saved_auxv.as_chunks::<2>();
+        let pairs = pairs.iter().take_while(|[kind, _]| *kind != 0);
+        pairs.chain([&[0, 0]]).flatten().flat_map(|value| value.to_le_bytes()).collect()
+    }
+
     /// Returns the process's mappings, ascending and without overlap.
     pub(super) fn areas(&self) -> &[Area] {
         &self.areas

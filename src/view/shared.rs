@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, btree_map::Entry};
 
-use super::{Result, Tables, process::read_mm};
+use super::{Result, Tables, files::ANONYMOUS, process::read_mm};
 use crate::{
     image::{Kind, MemoryId, desc, payload::Layout, proto, vma},
     units::page_bytes,
@@ -15,6 +15,10 @@ pub(super) struct SharedObject {
     pub(super) size: Size,
     /// Where its bytes are if not in pages: the name of an image, and the offset in it.
     pub(super) inline: Option<(String, u64)>,
+    /// The key of a System V segment.
+    pub(super) key: Option<u32>,
+    /// What people know it by: the name of a memfd, the key of a segment.
+    pub(super) name: Option<String>,
 }
 
 /// How long a shared object is.
@@ -32,7 +36,10 @@ pub(super) fn load(tables: &Tables) -> Result<BTreeMap<u64, SharedObject>> {
     let mut objects = BTreeMap::new();
     for memory in tables.chain().memories(tables.snapshot())? {
         if let MemoryId::Shared(shmid) = memory {
-            objects.insert(shmid, SharedObject { size: Size::AtLeast(0), inline: None });
+            objects.insert(
+                shmid,
+                SharedObject { size: Size::AtLeast(0), inline: None, key: None, name: None },
+            );
         }
     }
     // A pre-dump has neither processes nor descriptors.
@@ -47,7 +54,10 @@ pub(super) fn load(tables: &Tables) -> Result<BTreeMap<u64, SharedObject>> {
     }
     let inodes = tables.images().messages_if_any::<proto::MemfdInodeEntry>(Kind::MemfdInode, 0)?;
     for inode in inodes.into_iter().flatten() {
-        let object = SharedObject { size: Size::Exactly(inode.size), inline: None };
+        let name = String::from_utf8_lossy(&inode.name).replace(['/', '\0'], "?");
+        let name = (inode.name != ANONYMOUS).then(|| format!("memfd:{name}"));
+        let size = Size::Exactly(inode.size);
+        let object = SharedObject { size, inline: None, key: None, name };
         objects.insert(inode.shmid.into(), object);
     }
     for name in segment_images(tables)? {
@@ -67,7 +77,12 @@ fn optional_tree(tables: &Tables) -> Result<Vec<u32>> {
 fn mapped(objects: &mut BTreeMap<u64, SharedObject>, shmid: u64, end: u64) {
     match objects.entry(shmid) {
         Entry::Vacant(vacant) => {
-            vacant.insert(SharedObject { size: Size::AtLeast(end), inline: None });
+            vacant.insert(SharedObject {
+                size: Size::AtLeast(end),
+                inline: None,
+                key: None,
+                name: None,
+            });
         }
         Entry::Occupied(mut occupied) => {
             if let Size::AtLeast(known) = &mut occupied.get_mut().size {
@@ -100,7 +115,9 @@ fn segments(tables: &Tables, name: &str, objects: &mut BTreeMap<u64, SharedObjec
             }
         }
         let inline = (!in_pagemaps).then(|| (name.to_owned(), start));
-        let object = SharedObject { size: Size::Exactly(segment.size), inline };
+        let key = Some(segment.desc.key);
+        let name = Some(format!("SYSV{:08x}", segment.desc.key));
+        let object = SharedObject { size: Size::Exactly(segment.size), inline, key, name };
         objects.insert(segment.desc.id.into(), object);
     }
     Ok(())

@@ -4,11 +4,15 @@ use std::{
     collections::BTreeMap,
     path::Path,
     sync::{Arc, Mutex, PoisonError},
+    time::UNIX_EPOCH,
 };
 
 use super::{
     Result,
+    files::OpenFiles,
+    held::Held,
     mapped::MappedFiles,
+    process::read_mm,
     shared::{self, SharedObject},
 };
 use crate::{
@@ -50,6 +54,8 @@ pub struct Tables {
     tree: Lazy<Vec<proto::PstreeEntry>>,
     mapped: Lazy<MappedFiles>,
     shared: Lazy<BTreeMap<u64, SharedObject>>,
+    files: Lazy<OpenFiles>,
+    held: Lazy<Held>,
     mapped_files: bool,
 }
 
@@ -62,6 +68,8 @@ impl Tables {
             tree: Lazy::default(),
             mapped: Lazy::default(),
             shared: Lazy::default(),
+            files: Lazy::default(),
+            held: Lazy::default(),
             mapped_files: true,
         }
     }
@@ -106,6 +114,40 @@ impl Tables {
     /// [`ViewError::Image`](super::ViewError::Image).
     pub(super) fn mapped(&self) -> Result<Arc<MappedFiles>> {
         self.mapped.get(|| MappedFiles::load(self.images(), self.mapped_files))
+    }
+
+    /// Returns the open files.
+    ///
+    /// # Errors
+    /// [`ViewError::Image`](super::ViewError::Image).
+    pub(super) fn files(&self) -> Result<Arc<OpenFiles>> {
+        self.files.get(|| OpenFiles::load(self))
+    }
+
+    /// Returns what the images hold of files.
+    ///
+    /// # Errors
+    /// [`ViewError::Image`](super::ViewError::Image).
+    pub(super) fn held(&self) -> Result<Arc<Held>> {
+        self.held.get(|| Held::load(self))
+    }
+
+    /// Reads what the process `pid` maps; `None` if it has no address space.
+    pub(super) fn mm(&self, pid: u32) -> Result<Option<proto::MmEntry>> {
+        read_mm(self, pid)
+    }
+
+    /// Returns the key of a System V segment.
+    pub(super) fn segment_key(&self, shmid: u64) -> Result<Option<u32>> {
+        Ok(self.shared()?.get(&shmid).and_then(|object| object.key))
+    }
+
+    /// Returns when the snapshot was made, in seconds since 1970; 0 if nothing tells.
+    pub(super) fn dumped_at(&self) -> u64 {
+        let stat = self.images().stat(&Kind::Inventory.file_name(0));
+        let time = stat.ok().map(|stat| stat.modified);
+        let since = time.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+        since.map_or(0, |since| since.as_secs())
     }
 
     /// Returns the shared objects by their shmids.

@@ -12,12 +12,16 @@ use lru::LruCache;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::{
-    AddressSpace, Attr, CoreFile, NodeType, OpenFile, Process, Result, Tables, ViewError,
-    WholeFile, attr_of, flat, json,
+    AddressSpace, Attr, CoreFile, NodeType, OpenFile, Result, Tables, ViewError, WholeFile,
+    address_space::{MappingFile, ProcessMemory, Spaces},
+    attr_of,
+    flat::{self, MemoryFile},
+    json,
+    proc::{self, Proc},
 };
 use crate::{
     chain::{Chain, ChainError, Content, FlatPages, SnapshotId},
-    image::{ImageStore, Kind, MemoryId, desc, store::Stat},
+    image::{ImageStore, Kind, MemoryId, store::Stat},
     units::BLOCK_BYTES,
 };
 
@@ -26,9 +30,6 @@ pub type Ino = u64;
 
 /// The inode number of the root (`FUSE_ROOT_ID`, `linux/fuse.h`).
 pub const ROOT: Ino = 1;
-
-/// The name of the directory that holds the trees of all snapshots.
-const SNAPSHOTS: &str = "snapshots";
 
 /// An entry of a directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,22 +44,19 @@ pub struct DirEntry {
 
 /// The directories that show a snapshot to people and ordinary tools.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Group {
+pub(super) enum Group {
     Core,
     Json,
     Mem,
     Shmem,
 }
 
-const GROUPS: [(&str, Group); 4] =
-    [("core", Group::Core), ("json", Group::Json), ("mem", Group::Mem), ("shmem", Group::Shmem)];
-
 /// How many snapshots' tables are cached.
 const TABLES_KEPT: NonZeroUsize = NonZeroUsize::new(16).expect("not zero");
 
 /// What a node shows.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum What {
+pub(super) enum What {
     /// All of a snapshot; in the root, besides the snapshots of the chain.
     Snapshot(SnapshotId),
     /// One of a snapshot's groups.
@@ -73,18 +71,43 @@ enum What {
     Pages(SnapshotId, MemoryId),
     /// The bytes of a shared object.
     Shmem(SnapshotId, u64),
-    /// The address space of a process.
+    /// The mappings of a process.
     Mem(SnapshotId, u32),
+    /// One of them, by its addresses.
+    Mapping(SnapshotId, u32, u64, u64),
     /// A process as a core file.
     Core(SnapshotId, u32),
+    /// A directory below `files`: its path there, empty or with a slash at its end.
+    HeldDirectory(SnapshotId, String),
+    /// A file below `files`.
+    HeldFile(SnapshotId, String),
+    /// The objects by the names that people know them by.
+    ShmemNames(SnapshotId),
+    /// The processes that map objects.
+    ShmemUsers(SnapshotId),
+    /// The objects that a process maps.
+    ShmemUser(SnapshotId, u32),
+    /// A link to an object, from so many directories below `shmem`.
+    ShmemLink(SnapshotId, u32, u64),
+    /// Something below `proc`.
+    Proc(SnapshotId, proc::Node),
     /// An image of the snapshot's directory as text.
     Json(SnapshotId, Box<What>, String),
 }
 
 impl What {
-    fn kind(&self) -> NodeType {
+    pub(super) fn kind(&self) -> NodeType {
         match self {
-            Self::Snapshot(_) | Self::Group(..) | Self::Snapshots => NodeType::Directory,
+            Self::Snapshot(_)
+            | Self::Group(..)
+            | Self::Snapshots
+            | Self::Mem(..)
+            | Self::HeldDirectory(..)
+            | Self::ShmemNames(_)
+            | Self::ShmemUsers(_)
+            | Self::ShmemUser(..) => NodeType::Directory,
+            Self::ShmemLink(..) => NodeType::Link,
+            Self::Proc(_, node) => node.kind(),
             _ => NodeType::File,
         }
     }
@@ -105,6 +128,8 @@ struct Table {
     nodes: HashMap<Ino, Arc<Node>>,
     /// The entries of the directories that have been looked into.
     listings: HashMap<Ino, Arc<[Arc<Node>]>>,
+    /// Nodes that are in no listing, by their directories and names.
+    unlisted: HashMap<(Ino, String), Arc<Node>>,
     /// The attributes of files that are put together.
     attrs: HashMap<Ino, Attr>,
 }
@@ -112,10 +137,11 @@ struct Table {
 /// The tree that a mount of a chain shows.
 #[derive(Debug)]
 pub struct View {
-    chain: Arc<Chain>,
-    tip: SnapshotId,
+    pub(super) chain: Arc<Chain>,
+    pub(super) tip: SnapshotId,
     table: RwLock<Table>,
     tables: Mutex<LruCache<SnapshotId, Arc<Tables>>>,
+    pub(super) spaces: Spaces,
     mapped_files: bool,
     /// The user and the group that everything is shown to alone.
     shown_to: Option<(u32, u32)>,
@@ -134,7 +160,15 @@ impl View {
         let mut table = Table::default();
         table.nodes.insert(ROOT, Arc::new(root));
         let tables = Mutex::new(LruCache::new(TABLES_KEPT));
-        Self { chain, tip, table: RwLock::new(table), tables, mapped_files: true, shown_to: None }
+        Self {
+            chain,
+            tip,
+            table: RwLock::new(table),
+            tables,
+            spaces: Spaces::default(),
+            mapped_files: true,
+            shown_to: None,
+        }
     }
 
     /// Leaves out of address spaces and core files what is in files that the images only
@@ -169,12 +203,60 @@ impl View {
     pub fn lookup(&self, parent: Ino, name: &str) -> Result<Attr> {
         let dir = self.node(parent)?;
         let entries = self.listing(&dir)?;
-        let found = entries.binary_search_by(|node| node.name.as_str().cmp(name));
-        let position = found.map_err(|_| ViewError::NoSuchEntry {
-            dir: format!("/{}", dir.path),
-            name: name.to_owned(),
-        })?;
-        self.node_attr(&entries[position])
+        let node = match entries.binary_search_by(|node| node.name.as_str().cmp(name)) {
+            Ok(position) => Arc::clone(&entries[position]),
+            Err(_) => self.hidden(&dir, name)?.ok_or_else(|| ViewError::NoSuchEntry {
+                dir: format!("/{}", dir.path),
+                name: name.to_owned(),
+            })?,
+        };
+        self.node_attr(&node)
+    }
+
+    /// As [`Self::lookup`], for the thread `reader`: if the name is its number, and the
+    /// directory one of processes of which none is called so, it is shown the first one.
+    /// Programs such as `ps` want to find themselves.
+    ///
+    /// # Errors
+    /// As [`Self::lookup`].
+    pub fn lookup_for(&self, parent: Ino, name: &str, reader: u32) -> Result<Attr> {
+        let missing = match self.lookup(parent, name) {
+            Err(error @ ViewError::NoSuchEntry { .. }) => error,
+            found => return found,
+        };
+        let dir = self.node(parent)?;
+        let What::Proc(id, proc::Node::Root) = dir.what else { return Err(missing) };
+        if name != reader.to_string() {
+            return Err(missing);
+        }
+        let Some(pid) = Proc::new(&self.tables(id), &self.spaces).itself()? else {
+            return Err(missing);
+        };
+        // One node for all readers.
+        let what = What::Proc(id, proc::Node::Process(pid));
+        self.node_attr(&self.unlisted(&dir, "reader", what))
+    }
+
+    /// Returns a node that no listing has.
+    fn hidden(&self, dir: &Node, name: &str) -> Result<Option<Arc<Node>>> {
+        let What::Proc(id, node) = &dir.what else { return Ok(None) };
+        let found = Proc::new(&self.tables(*id), &self.spaces).hidden(node, name)?;
+        Ok(found.map(|node| self.unlisted(dir, name, What::Proc(*id, node))))
+    }
+
+    fn unlisted(&self, dir: &Node, name: &str, what: What) -> Arc<Node> {
+        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        let key = (dir.ino, name.to_owned());
+        let table = &mut *table;
+        let node = table.unlisted.entry(key).or_insert_with(|| {
+            // Programs know pipes and sockets by their inodes.
+            let number = match what {
+                What::Proc(_, proc::Node::Pipe(ino) | proc::Node::Socket(ino)) => Some(ino.into()),
+                _ => None,
+            };
+            enter(&mut table.nodes, dir, name.to_owned(), what, number)
+        });
+        Arc::clone(node)
     }
 
     /// Returns the attributes of a node.
@@ -249,10 +331,18 @@ impl View {
                 .ids()
                 .map(|id| (self.chain.snapshot(id).name.clone(), What::Snapshot(id)))
                 .collect(),
-            What::Group(id, Group::Core) => self.processes(*id, What::Core)?,
+            What::Group(id, Group::Core) => self.processes_with_memory(*id, What::Core)?,
             What::Group(id, Group::Json) => self.json_children(*id)?,
-            What::Group(id, Group::Mem) => self.processes(*id, What::Mem)?,
+            What::Group(id, Group::Mem) => self.processes_with_memory(*id, What::Mem)?,
             What::Group(id, Group::Shmem) => self.shmem_children(*id)?,
+            What::Mem(id, pid) => self.mapping_children(*id, *pid)?,
+            What::HeldDirectory(id, path) => self.held_children(*id, path)?,
+            What::ShmemNames(id) => self.shmem_names(*id)?,
+            What::ShmemUsers(id) => self.processes_with_memory(*id, What::ShmemUser)?,
+            What::ShmemUser(id, pid) => self.shmem_of(*id, *pid)?,
+            What::Proc(id, node) if node.kind() == NodeType::Directory => {
+                self.proc_children(*id, node)?
+            }
             _ => return Err(ViewError::NotADirectory { path: format!("/{}", dir.path) }),
         };
         children.sort_by(|a, b| a.0.cmp(&b.0));
@@ -262,84 +352,20 @@ impl View {
         let listing = table.listings.entry(dir.ino).or_insert_with(|| {
             children
                 .into_iter()
-                .map(|(name, what)| enter(&mut table.nodes, dir, name, what))
+                .map(|(name, what)| enter(&mut table.nodes, dir, name, what, None))
                 .collect()
         });
         Ok(Arc::clone(listing))
     }
 
-    /// Returns what a snapshot's directory holds.
-    fn snapshot_children(&self, id: SnapshotId, root: bool) -> Result<Vec<(String, What)>> {
-        let images = self.chain.images(id);
-        let mut children: Vec<(String, What)> = GROUPS
-            .iter()
-            .map(|(name, group)| ((*name).to_owned(), What::Group(id, *group)))
-            .collect();
-        if root {
-            children.push((SNAPSHOTS.to_owned(), What::Snapshots));
-        }
-        // What belongs to a memory takes precedence over a file of that name.
-        for memory in self.chain.memories(id)? {
-            children.push((memory.pagemap_name(), What::Pagemap(id, memory)));
-            // A pagemap without a readable head says so when it is read.
-            if let Ok(reader) = images.pagemap(memory) {
-                let pages = Kind::Pages.file_name(reader.pages_id().into());
-                children.push((pages, What::Pages(id, memory)));
-            }
-        }
-        for name in self.chain.list(id)? {
-            // It is about the pages file on disk, which has others than the one here.
-            let kind = desc::by_file_name(&name).map(|(desc, _)| desc.kind);
-            let journal = kind == Some(Kind::Punched);
-            // A file that has an image's name and is no image is an error to its reader. If
-            // it were left out, a copy would look complete.
-            let is_file = || images.stat(&name).is_ok_and(|stat| stat.is_file);
-            if (kind.is_some() || is_file()) && !journal {
-                children.push((name, What::Image(id)));
-            }
-        }
-        Ok(children)
-    }
-
-    fn shmem_children(&self, id: SnapshotId) -> Result<Vec<(String, What)>> {
-        let objects = self.tables(id).shared()?;
-        Ok(objects.keys().map(|shmid| (shmid.to_string(), What::Shmem(id, *shmid))).collect())
-    }
-
-    /// Returns an entry for each process of a snapshot that had memory.
-    fn processes(
-        &self,
-        id: SnapshotId,
-        what: impl Fn(SnapshotId, u32) -> What,
-    ) -> Result<Vec<(String, What)>> {
-        let images = self.chain.images(id);
-        // A pre-dump has no tree of processes, and nothing but pages.
-        if !images.has(Kind::Pstree, 0) {
-            return Ok(Vec::new());
-        }
-        let tree = self.tables(id).tree()?;
-        let pids = tree.iter().map(|process| process.pid);
-        let alive = pids.filter(|pid| images.has(Kind::Mm, (*pid).into()));
-        Ok(alive.map(|pid| (pid.to_string(), what(id, pid))).collect())
-    }
-
     /// Returns what the processes of a snapshot have in common.
-    fn tables(&self, id: SnapshotId) -> Arc<Tables> {
+    pub(super) fn tables(&self, id: SnapshotId) -> Arc<Tables> {
         let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
         let chain = || {
             let tables = Tables::new(Arc::clone(&self.chain), id);
             Arc::new(if self.mapped_files { tables } else { tables.without_mapped_files() })
         };
         Arc::clone(tables.get_or_insert(id, chain))
-    }
-
-    fn json_children(&self, id: SnapshotId) -> Result<Vec<(String, What)>> {
-        let images = self.snapshot_children(id, false)?.into_iter();
-        let text = |(image, what): (String, What)| {
-            let name = json::name(&image)?;
-            (what.kind() == NodeType::File).then(|| (name, What::Json(id, Box::new(what), image)))
-        };
-        Ok(images.filter_map(text).collect())
     }
 
     fn node_attr(&self, node: &Node) -> Result<Attr> {
@@ -368,7 +394,7 @@ impl View {
         let mut attr = attr_of(node.ino, node.what.kind(), &stat);
         match node.what {
             What::Image(_) => return Ok(attr),
-            What::Snapshot(_) | What::Group(..) | What::Snapshots => {
+            _ if node.what.kind() == NodeType::Directory => {
                 attr.size = 0;
                 attr.blocks = 0;
                 // `.`, the name in the directory above, and one for each below.
@@ -380,13 +406,31 @@ impl View {
             }
             _ => {}
         }
+        if node.what.kind() == NodeType::Link {
+            attr.size = self.target(&node.what)?.len() as u64;
+            (attr.blocks, attr.mode) = (0, 0o777);
+            return Ok(attr);
+        }
+        if matches!(node.what.kind(), NodeType::Pipe | NodeType::Socket) {
+            (attr.size, attr.blocks, attr.mode) = (0, 0, 0o600);
+            return Ok(attr);
+        }
+        if matches!(node.what, What::Proc(_, proc::Node::Memory(_))) {
+            // As procfs has it: only who knows where to look finds something.
+            (attr.size, attr.blocks, attr.mode) = (0, 0, attr.mode & 0o400);
+            return Ok(attr);
+        }
         let content = self.open_what(&node.what, &node.name)?.content;
         attr.atime = attr.mtime;
         attr.size = content.len();
         attr.blocks = content.allocated().div_ceil(BLOCK_BYTES);
-        // Mapped files are read with the rights of the images' owner, not of the reader.
-        attr.mode &=
-            if matches!(node.what, What::Mem(..) | What::Core(..)) { 0o400 } else { 0o444 };
+        // Mapped files are read with the rights of the images' owner, not of the reader; and
+        // images say what is in a command line, and whose name a deleted file had.
+        let from_images = matches!(
+            node.what,
+            What::Image(_) | What::Pagemap(..) | What::Pages(..) | What::Shmem(..) | What::Json(..)
+        );
+        attr.mode &= if from_images { 0o444 } else { 0o400 };
         if lasting {
             let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
             table.attrs.insert(node.ino, attr.clone());
@@ -412,9 +456,23 @@ impl View {
                     file(*id, Kind::Inventory.file_name(0))
                 }
             }
-            What::Mem(id, pid) | What::Core(id, pid) => {
+            What::Mem(id, _)
+            | What::HeldDirectory(id, _)
+            | What::ShmemNames(id)
+            | What::ShmemUsers(id)
+            | What::ShmemUser(id, _) => whole(*id),
+            What::HeldFile(id, _) | What::ShmemLink(id, ..) => {
+                file(*id, Kind::Inventory.file_name(0))
+            }
+            What::Mapping(id, pid, ..) | What::Core(id, pid) => {
                 file(*id, Kind::Mm.file_name((*pid).into()))
             }
+            What::Proc(id, node) => match node.pid() {
+                Some(pid) if node.kind() != NodeType::Directory => {
+                    file(*id, Kind::Core.file_name(pid.into()))
+                }
+                _ => whole(*id),
+            },
         }
     }
 
@@ -422,8 +480,25 @@ impl View {
     fn open_what(&self, what: &What, name: &str) -> Result<OpenFile> {
         let chain = &self.chain;
         match what {
-            What::Snapshot(_) | What::Group(..) | What::Snapshots => {
+            What::Snapshot(_)
+            | What::Group(..)
+            | What::Snapshots
+            | What::Mem(..)
+            | What::HeldDirectory(..)
+            | What::ShmemNames(_)
+            | What::ShmemUsers(_)
+            | What::ShmemUser(..) => Err(ViewError::IsADirectory { path: name.to_owned() }),
+            What::Proc(_, node) if node.kind() == NodeType::Directory => {
                 Err(ViewError::IsADirectory { path: name.to_owned() })
+            }
+            What::Proc(id, proc::Node::Memory(pid)) => {
+                let content = Arc::new(ProcessMemory::new(self.address_space(*id, *pid)?));
+                Ok(OpenFile { content, whole: None, pages: None })
+            }
+            What::Proc(id, node) => {
+                let tables = self.tables(*id);
+                let content = MemoryFile::new(Proc::new(&tables, &self.spaces).text(node)?);
+                Ok(OpenFile { content: Arc::new(content), whole: None, pages: None })
             }
             What::Image(id) => {
                 let file = chain.files().get(chain.files().enter(chain.images(*id), name))?;
@@ -452,12 +527,21 @@ impl View {
                 let content = flat::shmem(&self.tables(*id), *shmid)?;
                 Ok(OpenFile { content, whole: None, pages: None })
             }
-            What::Mem(id, pid) => {
-                let content = Arc::new(self.address_space(*id, *pid)?);
+            What::HeldFile(id, path) => {
+                let tables = self.tables(*id);
+                let content = tables.held()?.open(&tables, path)?;
+                Ok(OpenFile { content, whole: None, pages: None })
+            }
+            What::ShmemLink(..) => {
+                Err(ViewError::NoSuchEntry { dir: name.to_owned(), name: name.to_owned() })
+            }
+            What::Mapping(id, pid, start, end) => {
+                let space = self.address_space(*id, *pid)?;
+                let content = Arc::new(MappingFile::new(space, *start..*end));
                 Ok(OpenFile { content, whole: None, pages: None })
             }
             What::Core(id, pid) => {
-                let space = Arc::new(self.address_space(*id, *pid)?);
+                let space = self.address_space(*id, *pid)?;
                 Ok(OpenFile { content: Arc::new(CoreFile::open(space)?), whole: None, pages: None })
             }
             What::Json(_, image, name) => {
@@ -468,8 +552,30 @@ impl View {
         }
     }
 
-    fn address_space(&self, id: SnapshotId, pid: u32) -> Result<AddressSpace> {
-        Ok(AddressSpace::new(Arc::new(Process::load(&self.tables(id), pid)?)))
+    /// Returns where a symbolic link leads.
+    ///
+    /// # Errors
+    /// [`ViewError::NotALink`], and what keeps it from being read.
+    pub fn link(&self, ino: Ino) -> Result<Vec<u8>> {
+        let node = self.node(ino)?;
+        match node.what.kind() {
+            NodeType::Link => self.target(&node.what),
+            _ => Err(ViewError::NotALink { path: format!("/{}", node.path) }),
+        }
+    }
+
+    fn target(&self, what: &What) -> Result<Vec<u8>> {
+        match what {
+            What::Proc(id, node) => Proc::new(&self.tables(*id), &self.spaces).target(node),
+            What::ShmemLink(_, depth, shmid) => {
+                Ok(format!("{}{shmid}", "../".repeat(*depth as usize)).into_bytes())
+            }
+            _ => Ok(Vec::new()),
+        }
+    }
+
+    pub(super) fn address_space(&self, id: SnapshotId, pid: u32) -> Result<Arc<AddressSpace>> {
+        self.spaces.get(&self.tables(id), pid)
     }
 
     /// Checks that no other memory of the snapshot has the same pages file.
@@ -513,11 +619,17 @@ impl Origin<'_> {
     }
 }
 
-/// Makes a node and gives it a number: the hash of its path, so that it is the
-/// same in every mount, or the next free one should two paths have the same.
-fn enter(nodes: &mut HashMap<Ino, Arc<Node>>, dir: &Node, name: String, what: What) -> Arc<Node> {
+/// Makes a node and gives it the number `wanted`, or without one, the hash of its path, so
+/// that it is the same in every mount; or the next free one should two have the same.
+fn enter(
+    nodes: &mut HashMap<Ino, Arc<Node>>,
+    dir: &Node,
+    name: String,
+    what: What,
+    wanted: Option<Ino>,
+) -> Arc<Node> {
     let path = if dir.path.is_empty() { name.clone() } else { format!("{}/{name}", dir.path) };
-    let mut ino = xxh3_64(path.as_bytes());
+    let mut ino = wanted.unwrap_or_else(|| xxh3_64(path.as_bytes()));
     while ino <= ROOT || nodes.contains_key(&ino) {
         ino = ino.wrapping_add(1);
     }

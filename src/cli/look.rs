@@ -1,0 +1,367 @@
+//! `imgfs ps`, `fds`, `maps`, `cat`, `get` and `info`: a look into a snapshot without a
+//! mount.
+
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use anyhow::{Context as _, bail};
+use indicatif::BinaryBytes;
+use serde_json::{Value, json};
+
+use super::table::{Align, Table};
+use crate::{
+    chain::{Chain, Content, Summary, read_at},
+    view::{NodeType, View, extract},
+};
+
+/// Which snapshot.
+#[derive(Debug, clap::Args)]
+pub struct Which {
+    /// An image directory, or a directory of image directories
+    chain: PathBuf,
+    /// Which snapshot, if not the only one that is nobody's parent
+    #[arg(long, value_name = "NAME")]
+    snapshot: Option<String>,
+}
+
+impl Which {
+    fn view(&self) -> anyhow::Result<View> {
+        let chain = Chain::open(&self.chain)?;
+        let tip = chain.choose(self.snapshot.as_deref())?;
+        Ok(View::new(Arc::new(chain), tip))
+    }
+}
+
+/// List the processes of a snapshot.
+///
+/// STORED is the private memory of a process that the images hold, in whichever snapshot;
+/// SHARED is that of the shared objects it maps. A mount shows the same under proc/, for
+/// ps and its like.
+#[derive(Debug, clap::Args)]
+pub struct ProcessesArgs {
+    #[command(flatten)]
+    which: Which,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+/// Lists processes.
+///
+/// # Errors
+/// Images that cannot be read, and what keeps the output from being written.
+pub fn processes(args: &ProcessesArgs, out: &mut dyn Write) -> anyhow::Result<()> {
+    let rows = args.which.view()?.processes()?;
+    if args.json {
+        let document = rows.iter().map(|row| {
+            json!({
+                "pid": row.pid,
+                "ppid": row.ppid,
+                "uid": row.uid,
+                "state": row.state.to_string(),
+                "threads": row.threads,
+                "mapped_bytes": row.mapped,
+                "private_bytes": row.private,
+                "shared_bytes": row.shared,
+                "command": row.command,
+            })
+        });
+        return print_json(&json!({ "processes": document.collect::<Vec<Value>>() }), out);
+    }
+    let mut table = Table::new(&[
+        ("PID", Align::Right),
+        ("PPID", Align::Right),
+        ("UID", Align::Right),
+        ("S", Align::Left),
+        ("THREADS", Align::Right),
+        ("MAPPED", Align::Right),
+        ("STORED", Align::Right),
+        ("SHARED", Align::Right),
+        ("COMMAND", Align::Left),
+    ]);
+    for row in rows {
+        table.row(vec![
+            row.pid.to_string(),
+            row.ppid.to_string(),
+            row.uid.map_or_else(|| "?".to_owned(), |uid| uid.to_string()),
+            row.state.to_string(),
+            row.threads.to_string(),
+            BinaryBytes(row.mapped).to_string(),
+            BinaryBytes(row.private).to_string(),
+            BinaryBytes(row.shared).to_string(),
+            row.command,
+        ]);
+    }
+    table.print(out)
+}
+
+/// List the open files of a snapshot's processes.
+///
+/// ACCESS is r, w or u (both), as in lsof; POSITION counts bytes.
+#[derive(Debug, clap::Args)]
+pub struct DescriptorsArgs {
+    #[command(flatten)]
+    which: Which,
+    /// The process, if not all
+    pid: Option<u32>,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+/// Lists open files.
+///
+/// # Errors
+/// As [`processes`]; a process that is not there.
+pub fn descriptors(args: &DescriptorsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
+    let view = args.which.view()?;
+    let rows = view.descriptors(args.pid)?;
+    if args.json {
+        let document = rows.iter().map(|row| {
+            json!({
+                "pid": row.pid,
+                "fd": row.fd,
+                "access": row.access.to_string(),
+                "close_on_exec": row.close_on_exec,
+                "position": row.position,
+                "target": row.target,
+            })
+        });
+        return print_json(&json!({ "descriptors": document.collect::<Vec<Value>>() }), out);
+    }
+    let mut table = Table::new(&[
+        ("PID", Align::Right),
+        ("FD", Align::Right),
+        ("ACCESS", Align::Left),
+        ("POSITION", Align::Right),
+        ("TARGET", Align::Left),
+    ]);
+    for row in rows {
+        table.row(vec![
+            row.pid.to_string(),
+            row.fd.to_string(),
+            row.access.to_string(),
+            row.position.to_string(),
+            row.target,
+        ]);
+    }
+    table.print(out)
+}
+
+/// List the mappings of a process.
+///
+/// STORED is what the images hold of the process's own pages, in whichever snapshot;
+/// SHARED is what they hold of a shared object there.
+#[derive(Debug, clap::Args)]
+pub struct MappingsArgs {
+    #[command(flatten)]
+    which: Which,
+    /// The process
+    pid: u32,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+/// Lists mappings.
+///
+/// # Errors
+/// As [`descriptors`].
+pub fn mappings(args: &MappingsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
+    let rows = args.which.view()?.mappings(args.pid)?;
+    if args.json {
+        let document = rows.iter().map(|row| {
+            json!({
+                "start": row.start,
+                "end": row.end,
+                "protection": row.protection,
+                "private_bytes": row.private,
+                "shared_bytes": row.shared,
+                "name": row.name,
+            })
+        });
+        return print_json(&json!({ "mappings": document.collect::<Vec<Value>>() }), out);
+    }
+    let mut table = Table::new(&[
+        ("ADDRESSES", Align::Left),
+        ("PROT", Align::Left),
+        ("SIZE", Align::Right),
+        ("STORED", Align::Right),
+        ("SHARED", Align::Right),
+        ("NAME", Align::Left),
+    ]);
+    for row in rows {
+        table.row(vec![
+            format!("{:012x}-{:012x}", row.start, row.end),
+            row.protection,
+            BinaryBytes(row.end - row.start).to_string(),
+            BinaryBytes(row.private).to_string(),
+            BinaryBytes(row.shared).to_string(),
+            row.name,
+        ]);
+    }
+    table.print(out)
+}
+
+/// Print a file of what a mount would show.
+///
+/// For example proc/PID/cmdline, shmem/ID, or snapshots/NAME/json/core-PID.img.json.
+#[derive(Debug, clap::Args)]
+pub struct CatArgs {
+    #[command(flatten)]
+    which: Which,
+    /// The file, from the root of the mount on
+    path: String,
+}
+
+/// Prints a file.
+///
+/// # Errors
+/// Nothing of that name, or no file; what keeps it from being read or written.
+pub fn cat(args: &CatArgs, out: &mut dyn Write) -> anyhow::Result<()> {
+    /// What is read at a time.
+    const PIECE_BYTES: usize = 1 << 20;
+    let view = args.which.view()?;
+    let found = find(&view, &args.path)?;
+    match found.kind {
+        NodeType::File => {}
+        NodeType::Directory => bail!("{} is a directory; imgfs get copies it", args.path),
+        NodeType::Link => {
+            let target = view.link(found.ino)?;
+            bail!("{} is a link to {}", args.path, String::from_utf8_lossy(&target));
+        }
+        NodeType::Pipe | NodeType::Socket => bail!("{} is a pipe or socket", args.path),
+    }
+    let content: Arc<dyn Content> = view.open(found.ino)?.content;
+    let mut buffer = vec![0; PIECE_BYTES];
+    let mut offset = 0;
+    loop {
+        let read = read_at(&*content, offset, &mut buffer)?;
+        if read == 0 {
+            return Ok(());
+        }
+        out.write_all(&buffer[..read])?;
+        offset += read as u64;
+    }
+}
+
+/// Copy a file or directory of what a mount would show.
+///
+/// Files keep their holes. Without DEST, the copy has the same name, in the working
+/// directory. Nothing is overwritten.
+#[derive(Debug, clap::Args)]
+pub struct GetArgs {
+    #[command(flatten)]
+    which: Which,
+    /// The file or directory, from the root of the mount on
+    path: String,
+    /// Where the copy is made, which must not exist
+    dest: Option<PathBuf>,
+}
+
+/// Copies a file or directory.
+///
+/// # Errors
+/// As [`cat`]; a destination that exists.
+pub fn get(args: &GetArgs) -> anyhow::Result<()> {
+    let view = args.which.view()?;
+    let found = find(&view, &args.path)?;
+    let name = Path::new(&args.path).file_name();
+    let Some(dest) = args.dest.as_deref().or(name.map(Path::new)) else {
+        bail!("say where the copy is to be made: imgfs get CHAIN {} DEST", args.path);
+    };
+    if dest.symlink_metadata().is_ok() {
+        bail!("{} exists already; nothing was copied", dest.display());
+    }
+    extract(&view, &found, dest).with_context(|| format!("copy {}", args.path))
+}
+
+fn find(view: &View, path: &str) -> anyhow::Result<crate::view::Attr> {
+    Ok(view.find(path)?)
+}
+
+/// Say in a few lines what a chain is.
+#[derive(Debug, clap::Args)]
+pub struct InfoArgs {
+    #[command(flatten)]
+    which: Which,
+    /// Print JSON instead of text
+    #[arg(long)]
+    json: bool,
+}
+
+/// Says what a chain is.
+///
+/// # Errors
+/// As [`processes`].
+pub fn info(args: &InfoArgs, out: &mut dyn Write) -> anyhow::Result<()> {
+    let view = args.which.view()?;
+    let chain = view.chain();
+    let (mut disk, mut flat) = (0, 0);
+    for id in chain.ids() {
+        let summary = Summary::of(chain, id)?;
+        disk += summary.disk_bytes;
+        flat += summary.total().flat_bytes();
+    }
+    let shown = Summary::of(chain, view.tip())?;
+    let rows = view.processes()?;
+    let mut commands: Vec<&str> = Vec::new();
+    for row in &rows {
+        let first = row.command.split(' ').next().unwrap_or_default();
+        let name = first.rsplit('/').next().unwrap_or(first);
+        if !commands.contains(&name) {
+            commands.push(name);
+        }
+    }
+    let snapshot = chain.snapshot(view.tip());
+    let date = super::list::zoned(shown.date)?;
+    let threads: usize = rows.iter().map(|row| row.threads).sum();
+    let (private, shared) = (shown.private.flat_bytes(), shown.shared.flat_bytes());
+    if args.json {
+        let document = json!({
+            "snapshots": chain.ids().count(),
+            "snapshot": snapshot.name,
+            "directory": snapshot.images.name().to_string_lossy(),
+            "date": date.timestamp().to_string(),
+            "host": view.host()?,
+            "uptime_seconds": view.uptime()?.map(|uptime| uptime.as_secs()),
+            "processes": rows.len(),
+            "threads": threads,
+            "programs": commands,
+            "private_bytes": private,
+            "shared_bytes": shared,
+            "disk_bytes": disk,
+            "flat_bytes": flat,
+        });
+        return print_json(&document, out);
+    }
+    let several = chain.ids().count();
+    writeln!(out, "Snapshot:   {}, one of {several}", snapshot.name)?;
+    writeln!(out, "Directory:  {}", snapshot.images.name().display())?;
+    writeln!(out, "Date:       {}", date.strftime("%Y-%m-%d %H:%M:%S %Z"))?;
+    if let Some(host) = view.host()? {
+        writeln!(out, "Host:       {host}")?;
+    }
+    if let Some(uptime) = view.uptime()? {
+        writeln!(out, "Uptime:     {}", indicatif::HumanDuration(uptime))?;
+    }
+    writeln!(out, "Processes:  {}, with {threads} threads", rows.len())?;
+    writeln!(out, "Programs:   {}", commands.join(", "))?;
+    writeln!(out, "Memory:     {} private, {} shared", BinaryBytes(private), BinaryBytes(shared))?;
+    writeln!(
+        out,
+        "On disk:    {}; without a chain, {} of memory would be stored",
+        BinaryBytes(disk),
+        BinaryBytes(flat)
+    )?;
+    Ok(())
+}
+
+fn print_json(document: &Value, out: &mut dyn Write) -> anyhow::Result<()> {
+    serde_json::to_writer_pretty(&mut *out, document)?;
+    writeln!(out)?;
+    Ok(())
+}

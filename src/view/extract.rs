@@ -1,0 +1,66 @@
+//! Copies of what a view shows, without a mount.
+
+use std::{
+    ffi::OsStr,
+    fs,
+    os::unix::{
+        ffi::OsStrExt,
+        fs::{DirBuilderExt, symlink},
+    },
+    path::Path,
+};
+
+use super::{
+    Attr, Ino, NodeType, ROOT, Result, View, ViewError,
+    flatten::{Target, copy},
+};
+use crate::image::regular;
+
+impl View {
+    /// Finds what is at a path: names separated by slashes, from the root of the view on.
+    /// Symbolic links are not followed.
+    ///
+    /// # Errors
+    /// As [`View::lookup`].
+    pub fn find(&self, path: &str) -> Result<Attr> {
+        let names = path.split('/').filter(|name| !["", "."].contains(name));
+        names.fold(self.attr(ROOT), |dir, name| self.lookup(dir?.ino, name))
+    }
+}
+
+/// Copies a file, a link or a whole directory to `to`, where nothing may be. Files keep
+/// their holes, and are for their owner alone. Pipes and sockets have no bytes, and are
+/// left out.
+///
+/// # Errors
+/// What keeps it from being read, [`ViewError::Write`].
+pub fn extract(view: &View, from: &Attr, to: &Path) -> Result<()> {
+    let failed = |source| ViewError::Write { path: to.to_owned(), source };
+    match from.kind {
+        NodeType::File => {
+            let file = regular::create(to).map_err(failed)?;
+            // A linear address space says that it is empty, as procfs does.
+            if from.size == 0 {
+                return Ok(());
+            }
+            let content = view.open(from.ino)?.content;
+            copy(&*content, &Target::new(file, to), &mut |_| {})
+        }
+        NodeType::Link => {
+            let target = view.link(from.ino)?;
+            symlink(OsStr::from_bytes(&target), to).map_err(failed)
+        }
+        NodeType::Directory => {
+            fs::DirBuilder::new().mode(0o700).create(to).map_err(failed)?;
+            extract_entries(view, from.ino, to)
+        }
+        NodeType::Pipe | NodeType::Socket => Ok(()),
+    }
+}
+
+fn extract_entries(view: &View, dir: Ino, to: &Path) -> Result<()> {
+    for entry in view.entries(dir)?.1 {
+        extract(view, &view.lookup(dir, &entry.name)?, &to.join(&entry.name))?;
+    }
+    Ok(())
+}

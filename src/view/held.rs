@@ -1,0 +1,263 @@
+//! What images hold of files: those that had no name any more, and data that waited in
+//! pipes, sockets and terminals.
+//!
+//! ```text
+//! files/deleted/PATH        a file that was deleted, or a name of it
+//! files/pipes/ID            bytes in a pipe, by the number that links of descriptors have
+//! files/sockets/INODE-N     the Nth packet or piece in the queue of a socket
+//! files/terminals/ID        bytes in a terminal
+//! ```
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use nix::libc;
+
+use super::{
+    Result, Tables,
+    mapped::{FileExtent, ghost},
+    shortened,
+};
+use crate::{
+    chain::{self, Content, FileId, Files, Run, Source},
+    image::{ImageError, Kind, proto},
+};
+
+/// Files by their paths below `files`.
+#[derive(Debug, Default)]
+pub(super) struct Held {
+    files: BTreeMap<String, Place>,
+}
+
+/// Where a file's bytes are.
+#[derive(Clone, Debug)]
+enum Place {
+    /// In an image of a deleted file, with this number.
+    Ghost(u32),
+    /// In a row in an image of this kind.
+    Bytes { kind: Kind, offset: u64, len: u64 },
+}
+
+/// An entry of a directory below `files`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Entry {
+    /// A directory.
+    Directory,
+    /// A file.
+    File,
+}
+
+impl Held {
+    /// Looks through the images that hold data; reads none of it.
+    ///
+    /// # Errors
+    /// [`ViewError::Image`](super::ViewError::Image).
+    pub(super) fn load(tables: &Tables) -> Result<Self> {
+        let mut held = Self::default();
+        held.add_deleted(tables)?;
+        for kind in [Kind::PipesData, Kind::FifoData] {
+            held.add_pipes(tables, kind)?;
+        }
+        held.add_packets(tables)?;
+        held.add_terminals(tables)?;
+        Ok(held)
+    }
+
+    /// Returns what is in the directory `path`, which ends with a slash or is empty.
+    pub(super) fn children(&self, path: &str) -> BTreeMap<String, Entry> {
+        let inside = self.files.range(path.to_owned()..).map(|(name, _)| name);
+        let inside = inside.map_while(|name| name.strip_prefix(path));
+        let entry = |rest: &str| match rest.split_once('/') {
+            Some((name, _)) => (name.to_owned(), Entry::Directory),
+            None => (rest.to_owned(), Entry::File),
+        };
+        inside.map(entry).collect()
+    }
+
+    /// Returns a file's bytes.
+    ///
+    /// # Errors
+    /// [`ViewError::Image`](super::ViewError::Image); [`ViewError::Chain`](super::ViewError::Chain).
+    pub(super) fn open(&self, tables: &Tables, path: &str) -> Result<Arc<dyn Content>> {
+        let files = tables.chain().files();
+        let (len, extents) = match self.files.get(path) {
+            Some(Place::Ghost(number)) => {
+                let extents = ghost(files, tables.images(), *number)?.unwrap_or_default();
+                let end = extents.last().map_or(0, |extent| extent.end);
+                let size = ghost_entry(tables, *number)?.and_then(|entry| entry.size);
+                (size.unwrap_or(end).max(end), extents)
+            }
+            Some(Place::Bytes { kind, offset, len }) => {
+                let file = files.enter(tables.images(), &kind.file_name(0));
+                let extent = FileExtent { start: 0, end: *len, file, at: *offset };
+                (*len, vec![extent])
+            }
+            None => (0, Vec::new()),
+        };
+        // Opened now, so that a failure is one of opening.
+        let ids: BTreeSet<FileId> = extents.iter().map(|extent| extent.file).collect();
+        for id in ids {
+            files.get(id)?;
+        }
+        Ok(Arc::new(Pieces { chain: Arc::clone(tables.chain()), extents, len }))
+    }
+
+    /// Adds a file, under another name if there is one of this name.
+    fn add(&mut self, path: String, place: Place) {
+        let mut name = path.clone();
+        let mut number = 2;
+        while self.files.contains_key(&name) {
+            name = format!("{path}.{number}");
+            number += 1;
+        }
+        self.files.insert(name, place);
+    }
+
+    fn add_deleted(&mut self, tables: &Tables) -> Result<()> {
+        let files = tables.files()?;
+        let mut seen = BTreeSet::new();
+        for (file, number) in files.ghosts() {
+            let Some(entry) = ghost_entry(tables, number)? else { continue };
+            // FIFOs, directories and others hold nothing; several names lead to one image.
+            let regular = entry.mode & libc::S_IFMT == libc::S_IFREG;
+            let name = files.entry(file).and_then(|entry| entry.reg.as_ref());
+            if let Some(reg) = name.filter(|_| regular)
+                && seen.insert((number, reg.name.clone()))
+            {
+                self.add(format!("deleted{}", printable(&reg.name)), Place::Ghost(number));
+            }
+        }
+        Ok(())
+    }
+
+    fn add_pipes(&mut self, tables: &Tables, kind: Kind) -> Result<()> {
+        each(tables, kind, |entry: proto::PipeDataEntry, offset| {
+            let len = entry.bytes.into();
+            if len > 0 {
+                let place = Place::Bytes { kind, offset, len };
+                self.add(format!("pipes/{}", entry.pipe_id), place);
+            }
+            len
+        })
+    }
+
+    fn add_packets(&mut self, tables: &Tables) -> Result<()> {
+        let files = tables.files()?;
+        let mut counts: BTreeMap<u32, u32> = BTreeMap::new();
+        let kind = Kind::SkQueues;
+        each(tables, kind, |entry: proto::SkPacketEntry, offset| {
+            let len = entry.length.into();
+            let socket = files.entry(entry.id_for).and_then(|entry| entry.usk.as_ref());
+            let socket = socket.map_or(entry.id_for, |socket| socket.ino);
+            let number = counts.entry(socket).or_default();
+            let place = Place::Bytes { kind, offset, len };
+            self.add(format!("sockets/{socket}-{number}"), place);
+            *number += 1;
+            len
+        })
+    }
+
+    fn add_terminals(&mut self, tables: &Tables) -> Result<()> {
+        let kind = Kind::TtyData;
+        each(tables, kind, |entry: proto::TtyDataEntry, end| {
+            let len = entry.data.len() as u64;
+            // The bytes are the last field of the message.
+            let place = Place::Bytes { kind, offset: end.saturating_sub(len), len };
+            self.add(format!("terminals/{}", entry.tty_id), place);
+            0
+        })
+    }
+}
+
+/// Calls `found` with each message of an image and the offset behind it; it returns how many
+/// bytes follow there that belong to it.
+fn each<M: prost::Message + prost::Name + Default>(
+    tables: &Tables,
+    kind: Kind,
+    mut found: impl FnMut(M, u64) -> u64,
+) -> Result<()> {
+    let mut reader = match tables.images().image(kind, 0) {
+        Ok(reader) => reader,
+        Err(error) if error.is_missing() => return Ok(()),
+        Err(error) => return Err(error.into()),
+    };
+    let mut all = || -> std::result::Result<(), ImageError> {
+        while let Some(message) = reader.next_message::<M>()? {
+            let len = found(message, reader.offset());
+            reader.skip(len, "data that waited")?;
+        }
+        Ok(())
+    };
+    Ok(all()?)
+}
+
+fn ghost_entry(tables: &Tables, number: u32) -> Result<Option<proto::GhostFileEntry>> {
+    let mut reader = match tables.images().image(Kind::GhostFile, number.into()) {
+        Ok(reader) => reader,
+        Err(error) if error.is_missing() => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    Ok(reader.next_message()?)
+}
+
+/// Returns a path as one that can be shown: absolute, without `.` and `..`, in UTF-8, and
+/// no component longer than a name may be.
+fn printable(path: &[u8]) -> String {
+    /// `NAME_MAX`, less what a number at the end takes.
+    const LIMIT: usize = 240;
+    let path = String::from_utf8_lossy(path);
+    let parts = path.split('/').filter(|part| !["", ".", ".."].contains(part));
+    let parts = parts.map(|part| {
+        let part: String = part.chars().map(|c| if c == '\0' { '?' } else { c }).collect();
+        format!("/{}", shortened(&part, LIMIT))
+    });
+    let path: String = parts.collect();
+    if path.is_empty() { "/unnamed".to_owned() } else { path }
+}
+
+/// Pieces of files, with holes between.
+#[derive(Debug)]
+struct Pieces {
+    chain: Arc<chain::Chain>,
+    extents: Vec<FileExtent>,
+    len: u64,
+}
+
+impl Pieces {
+    fn files(&self) -> &Files {
+        self.chain.files()
+    }
+}
+
+impl Content for Pieces {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn allocated(&self) -> u64 {
+        self.extents.iter().map(|extent| extent.end - extent.start).sum()
+    }
+
+    fn runs(&self, offset: u64, len: u64, runs: &mut Vec<Run>) -> chain::Result<()> {
+        let end = offset + len;
+        let mut next = offset;
+        let first = self.extents.partition_point(|extent| extent.end <= offset);
+        for extent in self.extents[first..].iter().take_while(|extent| extent.start < end) {
+            if extent.start > next {
+                runs.push(Run { len: extent.start - next, source: Source::Zero });
+                next = extent.start;
+            }
+            let stop = extent.end.min(end);
+            let source =
+                Source::File(self.files().get(extent.file)?, extent.at + (next - extent.start));
+            runs.push(Run { len: stop - next, source });
+            next = stop;
+        }
+        if next < end {
+            runs.push(Run { len: end - next, source: Source::Zero });
+        }
+        Ok(())
+    }
+}

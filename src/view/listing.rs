@@ -1,0 +1,201 @@
+//! What is in the directories of a view.
+
+use super::{
+    NodeType, Result, View, held, json,
+    mapped::Mapped,
+    proc::{self, Proc},
+    process::Below,
+    shortened,
+    tree::{Group, What},
+};
+use crate::{
+    chain::SnapshotId,
+    image::{Kind, desc},
+};
+
+/// The name of the directory that holds the trees of all snapshots.
+const SNAPSHOTS: &str = "snapshots";
+
+/// The name of the directory that shows what images hold of files.
+const FILES: &str = "files";
+
+/// The directories of `shmem` that lead to objects by other names.
+const BY_NAME: &str = "by-name";
+const BY_PROCESS: &str = "by-process";
+
+/// The name of the directory that shows processes as `proc(5)` did.
+const PROC: &str = "proc";
+
+const GROUPS: [(&str, Group); 4] =
+    [("core", Group::Core), ("json", Group::Json), ("mem", Group::Mem), ("shmem", Group::Shmem)];
+
+impl View {
+    /// Returns what a snapshot's directory holds.
+    pub(super) fn snapshot_children(
+        &self,
+        id: SnapshotId,
+        root: bool,
+    ) -> Result<Vec<(String, What)>> {
+        let images = self.chain.images(id);
+        let mut children: Vec<(String, What)> = GROUPS
+            .iter()
+            .map(|(name, group)| ((*name).to_owned(), What::Group(id, *group)))
+            .collect();
+        children.push((PROC.to_owned(), What::Proc(id, proc::Node::Root)));
+        children.push((FILES.to_owned(), What::HeldDirectory(id, String::new())));
+        if root {
+            children.push((SNAPSHOTS.to_owned(), What::Snapshots));
+        }
+        // What belongs to a memory takes precedence over a file of that name.
+        for memory in self.chain.memories(id)? {
+            children.push((memory.pagemap_name(), What::Pagemap(id, memory)));
+            // A pagemap without a readable head says so when it is read.
+            if let Ok(reader) = images.pagemap(memory) {
+                let pages = Kind::Pages.file_name(reader.pages_id().into());
+                children.push((pages, What::Pages(id, memory)));
+            }
+        }
+        for name in self.chain.list(id)? {
+            // It is about the pages file on disk, which has others than the one here.
+            let kind = desc::by_file_name(&name).map(|(desc, _)| desc.kind);
+            let journal = kind == Some(Kind::Punched);
+            // A file that has an image's name and is no image is an error to its reader. If
+            // it were left out, a copy would look complete.
+            let is_file = || images.stat(&name).is_ok_and(|stat| stat.is_file);
+            if (kind.is_some() || is_file()) && !journal {
+                children.push((name, What::Image(id)));
+            }
+        }
+        Ok(children)
+    }
+
+    pub(super) fn shmem_children(&self, id: SnapshotId) -> Result<Vec<(String, What)>> {
+        let objects = self.tables(id).shared()?;
+        let objects = objects.keys().map(|shmid| (shmid.to_string(), What::Shmem(id, *shmid)));
+        let mut children: Vec<(String, What)> = objects.collect();
+        if !children.is_empty() {
+            children.push((BY_NAME.to_owned(), What::ShmemNames(id)));
+            children.push((BY_PROCESS.to_owned(), What::ShmemUsers(id)));
+        }
+        Ok(children)
+    }
+
+    /// Returns links by the names of memfds and the keys of System V segments. What several
+    /// are called, only the first is called alone.
+    pub(super) fn shmem_names(&self, id: SnapshotId) -> Result<Vec<(String, What)>> {
+        let tables = self.tables(id);
+        let mut children: Vec<(String, What)> = Vec::new();
+        for (shmid, object) in tables.shared()?.iter() {
+            let Some(name) = &object.name else { continue };
+            let taken = |name: &str| children.iter().any(|(other, _)| other == name);
+            let name = if taken(name) { format!("{name}.{shmid}") } else { name.clone() };
+            children.push((name, What::ShmemLink(id, 1, *shmid)));
+        }
+        Ok(children)
+    }
+
+    /// Returns a link for each mapping of a shared object.
+    pub(super) fn shmem_of(&self, id: SnapshotId, pid: u32) -> Result<Vec<(String, What)>> {
+        let space = self.address_space(id, pid)?;
+        let areas = space.process().areas().iter();
+        let shared = areas.filter_map(|area| match &area.below {
+            Below::Mapped(Mapped::Shared(shmid)) => Some((area.start, area.end, *shmid)),
+            _ => None,
+        });
+        let link = |(start, end, shmid)| {
+            (format!("{start:012x}-{end:012x}"), What::ShmemLink(id, 2, shmid))
+        };
+        Ok(shared.map(link).collect())
+    }
+
+    pub(super) fn held_children(&self, id: SnapshotId, path: &str) -> Result<Vec<(String, What)>> {
+        let children = self.tables(id).held()?.children(path).into_iter();
+        let child = |(name, entry): (String, held::Entry)| {
+            let what = match entry {
+                held::Entry::Directory => What::HeldDirectory(id, format!("{path}{name}/")),
+                held::Entry::File => What::HeldFile(id, format!("{path}{name}")),
+            };
+            (name, what)
+        };
+        Ok(children.map(child).collect())
+    }
+
+    /// Returns an entry for each process of a snapshot that had memory.
+    pub(super) fn processes_with_memory(
+        &self,
+        id: SnapshotId,
+        what: impl Fn(SnapshotId, u32) -> What,
+    ) -> Result<Vec<(String, What)>> {
+        let images = self.chain.images(id);
+        // A pre-dump has no tree of processes, and nothing but pages.
+        if !images.has(Kind::Pstree, 0) {
+            return Ok(Vec::new());
+        }
+        let tree = self.tables(id).tree()?;
+        let pids = tree.iter().map(|process| process.pid);
+        let alive = pids.filter(|pid| images.has(Kind::Mm, (*pid).into()));
+        Ok(alive.map(|pid| (pid.to_string(), what(id, pid))).collect())
+    }
+
+    pub(super) fn json_children(&self, id: SnapshotId) -> Result<Vec<(String, What)>> {
+        let images = self.snapshot_children(id, false)?.into_iter();
+        let text = |(image, what): (String, What)| {
+            let name = json::name(&image)?;
+            (what.kind() == NodeType::File).then(|| (name, What::Json(id, Box::new(what), image)))
+        };
+        Ok(images.filter_map(text).collect())
+    }
+
+    pub(super) fn proc_children(
+        &self,
+        id: SnapshotId,
+        node: &proc::Node,
+    ) -> Result<Vec<(String, What)>> {
+        // A pre-dump has no tree of processes.
+        if !self.chain.images(id).has(Kind::Pstree, 0) {
+            return Ok(Vec::new());
+        }
+        let tables = self.tables(id);
+        let children = Proc::new(&tables, &self.spaces).children(node)?.into_iter();
+        Ok(children.map(|(name, node)| (name, What::Proc(id, node))).collect())
+    }
+
+    /// Returns a file for each mapping of a process whose bytes images or files tell.
+    pub(super) fn mapping_children(&self, id: SnapshotId, pid: u32) -> Result<Vec<(String, What)>> {
+        let tables = self.tables(id);
+        let space = self.address_space(id, pid)?;
+        let names = Proc::new(&tables, &self.spaces).names(space.process())?;
+        let mut children = Vec::new();
+        for area in space.process().areas() {
+            // What the process could not read is not worth a file, unless it wrote it before.
+            let visible = area.prot != 0 && !matches!(area.below, Below::Unknown);
+            if !visible && space.resident(area)? == (0, 0) {
+                continue;
+            }
+            let position = names.partition_point(|(start, ..)| *start < area.start);
+            let name = names.get(position).map_or(&[][..], |(.., name)| name);
+            let (start, end) = (area.start, area.end);
+            let name = format!("{start:012x}-{end:012x}-{}", mapping_name(name));
+            children.push((name, What::Mapping(id, pid, start, end)));
+        }
+        Ok(children)
+    }
+}
+
+/// Returns what a mapping's file is called, of what `maps` calls the mapping.
+fn mapping_name(name: &[u8]) -> String {
+    /// With two addresses before, no longer than names may be.
+    const LIMIT: usize = 200;
+    let name = name.strip_suffix(b" (deleted)").unwrap_or(name);
+    let name = name.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
+    let name = String::from_utf8_lossy(name);
+    let name = name.trim_matches(['[', ']']);
+    match name {
+        "" => "anon".to_owned(),
+        "zero" => "shared".to_owned(),
+        name => {
+            let name = shortened(name, LIMIT);
+            name.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+        }
+    }
+}
