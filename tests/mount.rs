@@ -307,6 +307,33 @@ fn as_nobody(path: &Path) -> (bool, String) {
 }
 
 #[test]
+fn privileged_mounts_are_listed_and_none_lies_over_another() {
+    require(Cap::Fuse);
+    let scene = Scene::new();
+    let listed = || {
+        let output = imgfs(&["mounts", "--json"]);
+        let document: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let here = scene.point().canonicalize().ok();
+        let mounts = document["mounts"].as_array().unwrap().clone();
+        let ours = mounts.into_iter().find(|mount| {
+            here.as_ref().is_some_and(|here| mount["mount_point"] == here.to_str().unwrap())
+        });
+        ours.map(|mount| (mount["chain"].clone(), mount["daemon"].clone()))
+    };
+    assert_eq!(listed(), None);
+    let mounted = scene.mount();
+    let chain = scene.chain.root().canonicalize().unwrap();
+    let expected = (chain.to_str().unwrap().into(), mounted.pid().as_raw().into());
+    assert_eq!(listed(), Some(expected));
+    let point = scene.point();
+    let again = imgfs(&["mount", chain.to_str().unwrap(), point.to_str().unwrap()]);
+    let words = String::from_utf8_lossy(&again.stderr).into_owned();
+    assert!(!again.status.success() && words.contains("already: run `imgfs umount"), "{words}");
+    drop(mounted);
+    assert_eq!(listed(), None);
+}
+
+#[test]
 fn privileged_only_the_owner_gets_in_unless_others_are_allowed() {
     require(Cap::Fuse);
     require(Cap::Program("setpriv"));

@@ -127,6 +127,7 @@ const ROWS: &[Row] = &[
     (&["diff"], &[("json", json), ("quiet", quiet)]),
     (&["flatten"], &[("snapshot", flatten_snapshot)]),
     (&["ps", "fds", "maps", "info"], &[("json", json), ("snapshot", look_snapshot)]),
+    (&["mounts"], &[("json", json)]),
     (&["cat", "get"], &[("snapshot", look_snapshot)]),
     (
         &["mount"],
@@ -334,6 +335,7 @@ groups! {
     options_of_dedup ["dedup"];
     options_of_imgfs [
         "imgfs", "ls", "imgfs check", "diff", "flatten", "ps", "fds", "maps", "info", "cat", "get",
+        "mounts",
     ];
     privileged_options_of_mounts ["mount", "umount"];
 }
@@ -1085,6 +1087,7 @@ fn read_only(command: &str, dirs: &[PathBuf], root: &Path) -> Vec<String> {
     match command {
         "ls" => vec!["ls".to_owned(), root],
         "imgfs check" => vec!["check".to_owned(), root],
+        "mounts" => vec![command.to_owned()],
         "ps" | "fds" | "info" => vec![command.to_owned(), peers_chain()],
         "maps" => vec![command.to_owned(), peers_chain(), "293".to_owned()],
         _ => vec!["diff".to_owned(), root, name(0), name(1)],

@@ -36,6 +36,7 @@ enum Command {
     Cat(look::CatArgs),
     Get(look::GetArgs),
     Mount(mount::MountArgs),
+    Mounts(mount::MountsArgs),
     Commit(mount::CommitArgs),
     Log(mount::LogArgs),
     #[command(name = "umount")]
@@ -73,6 +74,7 @@ impl Imgfs {
             Command::Mappings(args) => plain(|out| look::mappings(&args, out)),
             Command::Cat(args) => plain(|out| look::cat(&args, out)),
             Command::Get(args) => plain(|_| look::get(&args)),
+            Command::Mounts(args) => plain(|out| mount::mounts(&args, out)),
             Command::Commit(args) => plain(|out| mount::commit(&args, out)),
             Command::Log(args) => plain(|out| mount::log(&args, out)),
             Command::Unmount(args) => plain(|_| mount::unmount(&args)),

@@ -360,7 +360,7 @@ pub fn info(args: &InfoArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn print_json(document: &Value, out: &mut dyn Write) -> anyhow::Result<()> {
+pub(super) fn print_json(document: &Value, out: &mut dyn Write) -> anyhow::Result<()> {
     serde_json::to_writer_pretty(&mut *out, document)?;
     writeln!(out)?;
     Ok(())

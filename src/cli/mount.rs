@@ -12,8 +12,14 @@ use anyhow::{Context, anyhow, bail};
 use clap::{Args, ValueEnum};
 use indicatif::BinaryBytes;
 use nix::unistd::{getegid, geteuid};
+use serde_json::json;
 
-use super::{Common, exit, log_sink, report};
+use super::{
+    Common, exit, log_sink,
+    look::print_json,
+    report,
+    table::{Align, Table},
+};
 use crate::{
     causes::tell,
     chain::{Chain, Owner, SnapshotId, freed, glance},
@@ -147,6 +153,52 @@ pub struct LogArgs {
 /// What [`fs::log`] returns.
 pub fn log(args: &LogArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     Ok(out.write_all(fs::log(&args.mountpoint)?.as_bytes())?)
+}
+
+/// List the chains that are mounted
+///
+/// DAEMON is the process that answers; a mount without one has ended, and `imgfs umount`
+/// removes it. What belongs to another user is only told to root.
+#[derive(Args, Debug)]
+pub struct MountsArgs {
+    /// Print JSON instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+/// Lists mounts.
+///
+/// # Errors
+/// What [`fs::mounts`] returns, and what keeps the output from being written.
+pub fn mounts(args: &MountsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
+    let mounts = fs::mounts()?;
+    if args.json {
+        let document = mounts.iter().map(|mount| {
+            json!({
+                "chain": mount.chain.to_string_lossy(),
+                "mount_point": mount.mount_point.to_string_lossy(),
+                "directory": mount.directory.as_ref().map(|dir| dir.to_string_lossy()),
+                "punch": mount.punch,
+                "daemon": mount.daemon,
+            })
+        });
+        return print_json(&json!({ "mounts": document.collect::<Vec<_>>() }), out);
+    }
+    let mut table = Table::new(&[
+        ("MOUNTPOINT", Align::Left),
+        ("CHAIN", Align::Left),
+        ("PUNCH", Align::Left),
+        ("DAEMON", Align::Right),
+    ]);
+    for mount in mounts {
+        table.row(vec![
+            mount.mount_point.display().to_string(),
+            mount.chain.display().to_string(),
+            mount.punch.unwrap_or_else(|| "-".to_owned()),
+            mount.daemon.map_or_else(|| "-".to_owned(), |pid| pid.to_string()),
+        ]);
+    }
+    table.print(out)
 }
 
 /// Unmount a chain

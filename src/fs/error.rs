@@ -48,6 +48,17 @@ pub enum MountError {
         /// What would be hidden.
         images: PathBuf,
     },
+    /// A chain is mounted there already.
+    #[error(
+        "{source_path} is mounted at {path} already: run `imgfs umount {path}` first, or choose another mount point",
+        path = .path.display(), source_path = .chain.display()
+    )]
+    Mounted {
+        /// The mount point.
+        path: PathBuf,
+        /// What is mounted there.
+        chain: PathBuf,
+    },
     /// The kernel has no FUSE.
     #[error(
         "open /dev/fuse: load the kernel's module with `modprobe fuse`, or, in a container, pass the device in"

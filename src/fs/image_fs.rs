@@ -4,6 +4,7 @@ use std::{
     ffi::OsStr,
     io,
     os::{fd::OwnedFd, unix::ffi::OsStrExt},
+    process,
     sync::{Arc, RwLockReadGuard},
 };
 
@@ -15,6 +16,7 @@ use super::{
     buffer,
     errno::failed,
     handles::Handles,
+    mount::DAEMON_XATTR,
     punching::{Punch, Punching},
     recent::{self, LOG_XATTR},
     reply::{self, MappedReply},
@@ -79,6 +81,7 @@ impl ImageFs {
             Some(punching) if name == PUNCH_XATTR && ino == ROOT => {
                 Some(punching.mode().name().into())
             }
+            _ if name == DAEMON_XATTR && ino == ROOT => Some(process::id().to_string().into()),
             _ if name == LOG_XATTR && ino == ROOT => Some(recent::text().into_bytes()),
             _ if name == GONE_XATTR && ino == ROOT => {
                 let gone = chain.require_whole(self.view.tip()).err()?;

@@ -18,6 +18,6 @@ mod session;
 
 pub use error::{MountError, Result};
 pub use image_fs::ImageFs;
-pub use mount::{FS_TYPE, commit, log, mounted_at, unmount};
+pub use mount::{FS_TYPE, MountedChain, commit, log, mounted_at, mounts, unmount};
 pub use punching::Punch;
 pub use session::{MountOptions, Session};

@@ -20,7 +20,7 @@ use nix::{
 
 use super::{MountError, MountOptions, Result, recent::LOG_XATTR};
 use crate::{
-    chain::Chain,
+    chain::{Chain, DIRECTORY_XATTR, PUNCH_XATTR},
     proc::{self, Mount},
     sys,
 };
@@ -30,16 +30,25 @@ const DEVICE: &str = "/dev/fuse";
 /// The type of our mounts in the table of mounts.
 pub const FS_TYPE: &str = "fuse.imgfs";
 
+/// The extended attribute by which the root of a mount tells its process.
+pub(super) const DAEMON_XATTR: &str = "user.imgfs.daemon";
+
 /// The program that mounts and unmounts for ordinary users.
 const HELPER: &str = "fusermount3";
 
 /// Returns the absolute path of a mount point, which must be a directory and
-/// neither hold the images of `chain` nor be one of its directories.
+/// neither hold the images of `chain` nor be one of its directories, nor have a chain
+/// mounted.
 pub(super) fn check_mount_point(path: &Path, chain_path: &Path, chain: &Chain) -> Result<PathBuf> {
     let failed = |source| MountError::MountPoint { path: path.to_owned(), source };
     let mount_point = path.canonicalize().map_err(failed)?;
     if !mount_point.metadata().map_err(failed)?.is_dir() {
         return Err(MountError::NotADirectory { path: mount_point });
+    }
+    if let Some(mounted) = mounted_at(&mount_point)?
+        && mounted.fs_type == FS_TYPE.as_bytes()
+    {
+        return Err(MountError::Mounted { path: mount_point, chain: mounted.source });
     }
     let chain_dir = chain_path.canonicalize().unwrap_or_else(|_| chain_path.to_owned());
     let dirs = chain.snapshots().iter().filter_map(|snapshot| snapshot.directory());
@@ -150,6 +159,47 @@ pub fn log(path: &Path) -> Result<String> {
     let text = sys::xattr::get(&mount_point, LOG_XATTR);
     let text = text.map_err(|source| MountError::Log { path: path.to_owned(), source })?;
     Ok(String::from_utf8_lossy(&text).into_owned())
+}
+
+/// A chain that is mounted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MountedChain {
+    /// The chain, as it was mounted.
+    pub chain: PathBuf,
+    /// Where.
+    pub mount_point: PathBuf,
+    /// The image directory that the root shows; `None` if pages of it are freed, or the
+    /// mount belongs to another user.
+    pub directory: Option<PathBuf>,
+    /// When pages are freed, if at all.
+    pub punch: Option<String>,
+    /// The process that answers; `None` if it has ended, or the mount belongs to another
+    /// user.
+    pub daemon: Option<u32>,
+}
+
+/// Returns the chains that are mounted, in the order of the table of mounts.
+///
+/// # Errors
+/// [`MountError::MountTable`].
+pub fn mounts() -> Result<Vec<MountedChain>> {
+    let mounts = proc::mounts().map_err(|source| MountError::MountTable { source })?;
+    let ours = mounts.into_iter().filter(|mount| mount.fs_type == FS_TYPE.as_bytes());
+    Ok(ours
+        .map(|mount| {
+            let told = |name| {
+                let value = sys::xattr::get(&mount.point, name).ok()?;
+                Some(String::from_utf8_lossy(&value).into_owned())
+            };
+            MountedChain {
+                directory: told(DIRECTORY_XATTR).map(PathBuf::from),
+                punch: told(PUNCH_XATTR),
+                daemon: told(DAEMON_XATTR).and_then(|pid| pid.parse().ok()),
+                chain: mount.source,
+                mount_point: mount.point,
+            }
+        })
+        .collect())
 }
 
 /// Returns the mount point that `path` is, which must be one of ours.

@@ -15,6 +15,8 @@ pub struct Mount {
     pub point: PathBuf,
     /// The type of the file system.
     pub fs_type: Vec<u8>,
+    /// What is mounted, as the mounter called it.
+    pub source: PathBuf,
     /// The options of the file system, with commas between.
     pub options: Vec<u8>,
 }
@@ -33,8 +35,9 @@ fn parse_mount(line: &[u8]) -> Parsed<Mount> {
     // Some optional fields, then a hyphen.
     fields.by_ref().find(|field| *field == b"-").ok_or_else(whole)?;
     let fs_type = fields.next().ok_or_else(whole)?.to_vec();
-    let options = fields.nth(1).unwrap_or_default().to_vec();
-    Ok(Mount { device, root: path(root), point: path(point), fs_type, options })
+    let source = path(fields.next().unwrap_or_default());
+    let options = fields.next().unwrap_or_default().to_vec();
+    Ok(Mount { device, root: path(root), point: path(point), fs_type, source, options })
 }
 
 /// Parses `MAJOR:MINOR`.
@@ -77,6 +80,7 @@ mod tests {
                 root: "/a".into(),
                 point: "/mnt/b c".into(),
                 fs_type: b"cgroup".to_vec(),
+                source: "none".into(),
                 options: b"rw,cpu,cpuacct".to_vec()
             }
         );
