@@ -149,11 +149,13 @@ impl StoreWriter for InMemoryWriter {
     }
 
     fn create(&self, file: &str) -> io::Result<Box<dyn Output>> {
-        let bytes = Shared::default();
-        match self.files.lock().unwrap().insert(file.to_owned(), Arc::clone(&bytes)) {
-            Some(_) => Err(io::ErrorKind::AlreadyExists.into()),
-            None => Ok(Box::new(InMemoryOutput(bytes))),
+        let mut files = self.files.lock().unwrap();
+        if files.contains_key(file) {
+            return Err(io::ErrorKind::AlreadyExists.into());
         }
+        let bytes = Shared::default();
+        files.insert(file.to_owned(), Arc::clone(&bytes));
+        Ok(Box::new(InMemoryOutput(bytes)))
     }
 
     fn link_parent(&self, _: &Path) -> io::Result<()> {
