@@ -289,6 +289,13 @@
 //! whose leaders have ended are led by helpers, which end before the tree goes on.
 //! Until the last step the end of this program ends them all (`PTRACE_O_EXITKILL`).
 //!
+//! What processes have in common (`clone(2)`: memory, descriptors, directories, signal
+//! handlers) has the same number in their images (`ids-PID.img`), and
+//! [`crate::image::tree::Arenas`] tells the first that has it: a dump asks that one, a
+//! restore gives it to that one, and the others are made with it by their parent or a
+//! sibling. Each has images of its own but for descriptors, which are numbered so, and for
+//! the pages of memory, which only the first has.
+//!
 //! A process is put into its cgroups when it is made, before it has memory, so that this
 //! is charged to them. The images number the sets of cgroups ([`crate::res::tree::cgroup`]) as
 //! CRIU does: what was where the dumper was is left where the restorer is.

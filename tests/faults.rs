@@ -318,6 +318,7 @@ states! {
     cow_tree
     threads
     exited_leader
+    shared_everything
     dead_session_leader
     unix_queued_descriptors
 }

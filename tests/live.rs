@@ -11,7 +11,7 @@
 mod common;
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     io::{BufWriter, Read},
     path::{Path, PathBuf},
@@ -27,7 +27,10 @@ use common::{
     require, skip,
     untouched::Before,
 };
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::{
+    mount::{MntFlags, MsFlags, mount, umount2},
+    unistd::{Whence, lseek},
+};
 use rcriu::image::{ImageWriter, Kind, proto, read_all};
 
 /// Dumps a state, which ends it, and restores it.
@@ -141,6 +144,12 @@ states! {
     condition_variable;
     exited_leader;
     exited_leader_of_a_session;
+    shared_descriptors;
+    shared_directory;
+    shared_address_space;
+    shared_handlers;
+    shared_everything;
+    shared_by_siblings;
     registers_general, elsewhere: restored;
     registers_sse;
     registers_avx, elsewhere: restored running;
@@ -929,6 +938,65 @@ fn privileged_an_exited_leader_is_dumped_again() {
     live.images_name = "second";
     live.dump(&["--prev-images-dir", "../images"]);
     live.check_images();
+    says_why(&live.try_restore(&["--track-mem"]));
+    live.images_name = "third";
+    live.dump(&[]);
+    live.check_images();
+    live.restore(&[]);
+    let after = live.state_restored(&before);
+    live.verdict();
+    before.restored(live.root).assert_unchanged(&after.restored(live.root));
+}
+
+/// The stored bytes of a file of the mount, with their offsets.
+fn stored(path: &Path) -> Vec<(i64, Vec<u8>)> {
+    let mut file = File::open(path).unwrap();
+    let mut found = Vec::new();
+    let mut next = 0;
+    while let Ok(start) = lseek(&file, next, Whence::SeekData) {
+        next = lseek(&file, start, Whence::SeekHole).unwrap();
+        lseek(&file, start, Whence::SeekSet).unwrap();
+        let mut bytes = vec![0; usize::try_from(next - start).unwrap()];
+        file.read_exact(&mut bytes).unwrap();
+        found.push((start, bytes));
+    }
+    found
+}
+
+/// Memory that several processes have is stored once and seen of each. Its changes are not
+/// tracked, which is said, and nothing is lost however often it is dumped.
+#[test]
+fn privileged_memory_of_several_processes_is_dumped_again() {
+    require(Cap::Ptrace);
+    require(Cap::Fuse);
+    let mut live = Live::workload("shared_everything");
+    let says_why = |output: &Output| {
+        let words = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{words}");
+        assert!(words.contains("shares its memory with another one"), "{words}");
+    };
+    let before = live.state();
+    says_why(&live.try_run("pre-dump", &["--track-mem"]));
+    before.assert_unchanged(&live.state_after(&before));
+    live.images_name = "second";
+    live.dump(&["--prev-images-dir", "../images"]);
+    live.check_images();
+    let tree: Vec<proto::PstreeEntry> =
+        read_all(&live.images().join("pstree.img"), Kind::Pstree).unwrap();
+    let pagemap = |process: &&proto::PstreeEntry| {
+        live.images().join(Kind::Pagemap.file_name(process.pid.into())).exists()
+    };
+    assert_eq!((tree.len(), tree.iter().filter(pagemap).count()), (3, 2));
+    {
+        let mounted = Mounted::new(&live.images(), &live.path("mount"), &[]);
+        let memory = |process: &proto::PstreeEntry| {
+            let dir = fs::read_dir(mounted.path(&format!("mem/{}", process.pid))).unwrap();
+            let files = dir.flatten().map(|file| (file.file_name(), stored(&file.path())));
+            files.collect::<BTreeMap<_, _>>()
+        };
+        let root = memory(&tree[0]);
+        assert!(!root.is_empty() && root == memory(&tree[1]), "the memory of both is the same");
+    }
     says_why(&live.try_restore(&["--track-mem"]));
     live.images_name = "third";
     live.dump(&[]);

@@ -8,6 +8,7 @@ use nix::errno::Errno;
 use super::{DumpError, Options, Result};
 use crate::{
     causes::tell,
+    image::tree::{Arena, ArenaIds, Arenas, Births, Kin},
     inject::{Task, Tracee},
     proc,
     res::{
@@ -19,8 +20,11 @@ use crate::{
         process::{self, Shared},
         ptrace::{self, Rare},
     },
-    units::HostPid,
+    units::{HostPid, PidMap},
 };
+
+/// The number that images give to what this program has.
+const NUMBER_OF_OWN: u32 = 1;
 
 /// The pid of the first process of a pid namespace.
 const FIRST_PID: i32 = 1;
@@ -41,15 +45,16 @@ fn check_first(tasks: &[Task], options: &Options) -> Result<()> {
     }
 }
 
-/// Checks that a tree is one that can be dumped.
+/// Checks that a tree is one that can be dumped, and returns the numbers that its images
+/// have for what its processes may have in common.
 ///
 /// # Errors
 /// [`DumpError::Unsupported`] for the first thing that is not.
-pub(super) fn tree(tasks: &[Task], options: &Options) -> Result<()> {
+pub(super) fn tree(tasks: &[Task], pids: &PidMap, options: &Options) -> Result<Vec<ArenaIds>> {
     let own = HostPid(nix::unistd::getpid().as_raw());
     let own: Vec<_> = all_namespaces().map(|kind| proc::namespace(own, kind.file).ok()).collect();
     let first = tasks.iter().find(|task| !task.is_zombie()).map(Task::witness);
-    let pids: BTreeSet<HostPid> = tasks.iter().map(|task| task.pid).collect();
+    let members: BTreeSet<HostPid> = tasks.iter().map(|task| task.pid).collect();
     check_first(tasks, options)?;
     for task in tasks.iter().filter(|task| !task.is_zombie()) {
         // Before anything is taken for not shared because that cannot be told.
@@ -64,13 +69,13 @@ pub(super) fn tree(tasks: &[Task], options: &Options) -> Result<()> {
             check_thread(task.pid, thread)?;
         }
     }
-    warn_of_losses(tasks, &pids);
-    for (position, task) in tasks.iter().enumerate() {
+    warn_of_losses(tasks, &members);
+    for task in tasks {
         let stat = proc::stat(task.pid)?;
         // The leader of a session or group may have ended, but then nobody outside
         // may be in it.
         for (kind, leader) in [("session", stat.session), ("process group", stat.pgrp)] {
-            let outside = !pids.contains(&leader) && process::exists(leader);
+            let outside = !members.contains(&leader) && process::exists(leader);
             // The kernel shows what is outside of this pid namespace as 0.
             if leader.0 == 0 && !options.shell_job {
                 return Err(DumpError::Unsupported {
@@ -88,26 +93,78 @@ pub(super) fn tree(tasks: &[Task], options: &Options) -> Result<()> {
                 });
             }
         }
-        for other in tasks[..position].iter().filter(|other| !other.is_zombie()) {
-            if task.is_zombie() {
-                break;
-            }
-            for (what, kind) in [
-                ("memory", Shared::Memory),
-                ("descriptor table", Shared::Files),
-                ("working directory", Shared::Fs),
-            ] {
-                if compare(task.witness(), other.witness(), kind)? == Ordering::Equal {
-                    return Err(DumpError::Unsupported {
-                        pid: task.pid,
-                        what: format!("shares its {what} with process {} (clone(2))", other.pid),
-                        help: "such processes are not dumped",
-                    });
-                }
-            }
-        }
     }
-    Ok(())
+    let ids = arenas(tasks)?;
+    check_births(tasks, pids, &ids)?;
+    Ok(ids)
+}
+
+/// Numbers what the processes of a tree may have in common, from 2 on: 1 is what this program
+/// has. Those that have ended have nothing.
+fn arenas(tasks: &[Task]) -> Result<Vec<ArenaIds>> {
+    let mut next = NUMBER_OF_OWN;
+    // Who has each first, in the order of the kernel.
+    let mut known: [Vec<(HostPid, u32)>; 4] = Default::default();
+    let mut found = Vec::with_capacity(tasks.len());
+    for task in tasks {
+        let mut ids = ArenaIds::default();
+        if task.is_zombie() {
+            found.push(ids);
+            continue;
+        }
+        next += 1;
+        let witness = task.witness();
+        for (arena, known) in Arena::ALL.into_iter().zip(&mut known) {
+            let kind = match arena {
+                Arena::Memory => Shared::Memory,
+                Arena::Files => Shared::Files,
+                Arena::Fs => Shared::Fs,
+                Arena::Handlers => Shared::Handlers,
+            };
+            let mut untold = None;
+            let place = known.binary_search_by(|(other, _)| {
+                compare(*other, witness, kind).unwrap_or_else(|error| {
+                    untold = Some(error);
+                    Ordering::Less
+                })
+            });
+            if let Some(error) = untold {
+                return Err(error);
+            }
+            let id = match place {
+                Ok(place) => known[place].1,
+                Err(place) => {
+                    known.insert(place, (witness, next));
+                    next
+                }
+            };
+            ids.set(arena, id);
+        }
+        found.push(ids);
+    }
+    Ok(found)
+}
+
+/// Checks that a restore can make the processes so that they share what they do.
+fn check_births(tasks: &[Task], pids: &PidMap, ids: &[ArenaIds]) -> Result<()> {
+    if !Arenas::new(ids.to_vec()).any_shared() {
+        return Ok(());
+    }
+    let position = |pid| tasks.iter().position(|task| task.pid == pid);
+    let mut kin = Vec::with_capacity(tasks.len());
+    for (task, ids) in tasks.iter().zip(ids) {
+        kin.push(Kin {
+            pid: pids.ns(task.pid),
+            parent: if kin.is_empty() { None } else { position(task.parent) },
+            session: pids.ns(proc::stat(task.pid)?.session),
+            ids: *ids,
+        });
+    }
+    Births::plan(&kin, true, false).map(drop).map_err(|(pid, problem)| DumpError::Unsupported {
+        pid: pids.host(pid),
+        what: format!("could not be restored: {problem}"),
+        help: "dump the tree when one of them has ended",
+    })
 }
 
 /// Says what is seen here and will be lost.

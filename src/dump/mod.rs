@@ -35,7 +35,12 @@ use crate::{
     chain::{self, Chain, SnapshotId},
     dedup,
     fault::{self, Point},
-    image::{Kind, SnapshotWriter, disk::Kernel, proto},
+    image::{
+        Kind, SnapshotWriter,
+        disk::Kernel,
+        proto,
+        tree::{ArenaIds, Arenas},
+    },
     inject::{Frozen, Outcome},
     pages::{self, Memory},
     proc,
@@ -94,7 +99,7 @@ pub fn run(options: &Options) -> Result<()> {
     if let Some(link) = &options.prev_images_dir {
         images.link_parent(link)?;
     }
-    check::tree(&frozen.tasks, options)?;
+    let arenas = check::tree(&frozen.tasks, &pids, options)?;
     // A pre-dump asks no process, unless it is to be tracked.
     if !options.pre_dump || options.track_mem {
         room::check(&frozen.tasks)?;
@@ -103,12 +108,13 @@ pub fn run(options: &Options) -> Result<()> {
         Tracking::new(options, parent.as_ref().map(|(chain, id)| (chain.as_ref(), *id)))?;
     if options.pre_dump {
         let stopped = (frozen, &census);
-        pre_dump::run(options, stopped, &pids, images, parent.as_ref(), tracking, stats)?;
+        let of_tree = (&pids, Arenas::new(arenas));
+        pre_dump::run(options, stopped, of_tree, images, parent.as_ref(), tracking, stats)?;
     } else {
         let dumped = dump_stopped(
             options,
             &mut frozen,
-            pids,
+            (pids, arenas),
             &images,
             parent.as_ref(),
             tracking,
@@ -254,7 +260,7 @@ fn find_parents(memories: &mut [Memory], parent: Option<&Parent>) -> Result<()> 
 fn dump_stopped(
     options: &Options,
     frozen: &mut Frozen,
-    pids: PidMap,
+    (pids, arenas): (PidMap, Vec<ArenaIds>),
     images: &SnapshotWriter,
     parent: Option<&Parent>,
     tracking: Tracking,
@@ -276,12 +282,13 @@ fn dump_stopped(
     let files = FileTable::new(&policy, pids.clone(), numbers.collect());
     let policy = common::Policy { cgroups: options.cgroups };
     let common = common::collectors(&frozen.tasks, &pids, policy)?;
-    let mut collection = Collection::new(images, pids, files, tracking, common, &frozen.tasks);
+    let mut collection =
+        Collection::new(images, (pids, arenas), files, tracking, common, &frozen.tasks);
     for (position, task) in frozen.tasks.iter_mut().enumerate() {
         if cancel::is_cancelled() {
             return Err(DumpError::Cancelled);
         }
-        collection.task(task, position == 0)?;
+        collection.task(task, position)?;
         fault::hit(Point::DumpAsked)?;
     }
     collection.finish()?;

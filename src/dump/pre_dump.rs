@@ -18,13 +18,16 @@ use super::{
     track::Tracking, tree,
 };
 use crate::{
-    image::{MemoryId, SnapshotWriter, proto},
+    image::{
+        MemoryId, SnapshotWriter, proto,
+        tree::{Arena, Arenas},
+    },
     inject::{Frozen, Outcome, Task},
     pages::{self, Memory, Origin, ProcessMemory, scan},
     proc,
     res::mm::mapping::{self, Object},
     sys::{fds, pagemap::PagemapFile},
-    units::PidMap,
+    units::{HostPid, PidMap},
 };
 
 /// `inventory_entry.pre_dump_mode`: memory was read while the tree ran
@@ -50,7 +53,7 @@ struct Found {
 pub(super) fn run(
     options: &Options,
     (mut frozen, census): (Frozen, &Census),
-    pids: &PidMap,
+    (pids, arenas): (&PidMap, Arenas),
     images: SnapshotWriter,
     parent: Option<&Parent>,
     mut tracking: Tracking,
@@ -58,8 +61,15 @@ pub(super) fn run(
 ) -> Result<()> {
     let mut found =
         Found { memories: Vec::new(), objects: BTreeMap::new(), segments: BTreeMap::new() };
-    for task in frozen.tasks.iter_mut().filter(|task| !task.is_zombie()) {
-        census.explain(found.look_at(task, pids, &mut tracking))?;
+    let tasks = frozen.tasks.iter_mut().enumerate();
+    for (position, task) in tasks.filter(|(_, task)| !task.is_zombie()) {
+        let is_alone = !arenas.is_shared(Arena::Memory, position);
+        if arenas.owns(Arena::Memory, position) {
+            census.explain(found.look_at(task, pids, is_alone, &mut tracking))?;
+        } else {
+            tracking.begin(task, &[], is_alone)?;
+        }
+        census.explain(found.look_at_descriptors(task.witness()))?;
     }
     let mut memories = found.memories;
     let mut objects = Vec::new();
@@ -94,10 +104,17 @@ pub(super) fn run(
 }
 
 impl Found {
-    fn look_at(&mut self, task: &mut Task, pids: &PidMap, tracking: &mut Tracking) -> Result<()> {
+    /// Finds the memory of a process; `is_alone` if no other one has it, too.
+    fn look_at(
+        &mut self,
+        task: &mut Task,
+        pids: &PidMap,
+        is_alone: bool,
+        tracking: &mut Tracking,
+    ) -> Result<()> {
         let pid = task.witness();
         let mappings = proc::smaps(pid)?;
-        let watch = tracking.begin(task, &mappings)?;
+        let watch = tracking.begin(task, &mappings, is_alone)?;
         let path = tree::proc_path(pid, "pagemap");
         let failed = |source| DumpError::File { path: path.clone(), source };
         let pagemap = PagemapFile::open(&path).map_err(failed)?;
@@ -130,7 +147,18 @@ impl Found {
         if let Some(watch) = watch {
             watch.scanned()?;
         }
-        // Memory with a descriptor that nobody maps.
+        self.memories.push(Memory {
+            id: MemoryId::Private(pids.ns(task.pid).image().into()),
+            origin: Origin::Process(ProcessMemory::open(pid, &mappings)?),
+            stretches,
+            parent: None,
+            running: true,
+        });
+        Ok(())
+    }
+
+    /// Finds memory with a descriptor that nobody maps.
+    fn look_at_descriptors(&mut self, pid: HostPid) -> Result<()> {
         for number in proc::fds(pid)? {
             if proc::fd_link(pid, number)?.starts_with(MEMFD) {
                 let path = tree::proc_path(pid, &format!("fd/{number}"));
@@ -139,13 +167,6 @@ impl Found {
                 enter(&mut self.objects, inode, path)?;
             }
         }
-        self.memories.push(Memory {
-            id: MemoryId::Private(pids.ns(task.pid).image().into()),
-            origin: Origin::Process(ProcessMemory::open(pid, &mappings)?),
-            stretches,
-            parent: None,
-            running: true,
-        });
         Ok(())
     }
 }

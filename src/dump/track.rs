@@ -16,7 +16,7 @@ use crate::{
     pages::{Memory, Origin, marked},
     proc::{Mapping, VmFlags},
     track::{
-        Hindrance, Request, Tracker, Watch,
+        self, Hindrance, Request, Tracker, Watch,
         shared::{self, Key, Next},
     },
     units::HostPid,
@@ -72,7 +72,8 @@ impl Tracking {
     }
 
     /// Takes up the tracking of a stopped process, and begins it anew if that is
-    /// wanted. Without any, `None` says that all is to be compared.
+    /// wanted. Without any, `None` says that all is to be compared. Memory that another
+    /// process has, too, is not tracked.
     ///
     /// # Errors
     /// What keeps the tracker that was asked for from working. If it was for this
@@ -81,13 +82,19 @@ impl Tracking {
         &mut self,
         task: &mut Task,
         mappings: &[Mapping],
+        is_alone: bool,
     ) -> Result<Option<Rc<Watch>>> {
         if !self.restart && self.since.is_none() {
             return Ok(None);
         }
         let request =
             Request { tracker: self.tracker, since: self.since.as_deref(), restart: self.restart };
-        match Watch::begin(request, task, mappings) {
+        let begun = if is_alone {
+            Watch::begin(request, task, mappings)
+        } else {
+            Err(track::refuse_shared(task.pid))
+        };
+        match begun {
             Ok(Some(watch)) => {
                 let watch = Rc::new(watch);
                 self.watches.push(Rc::clone(&watch));

@@ -5,7 +5,11 @@ use std::{collections::HashMap, path::PathBuf};
 use super::{DumpError, Result, check::open_process, track::Tracking};
 use crate::{
     causes::tell,
-    image::{Kind, MemoryId, SnapshotWriter, proto, vma},
+    image::{
+        Kind, MemoryId, SnapshotWriter, proto,
+        tree::{Arena, ArenaIds, Arenas},
+        vma,
+    },
     inject::{Script, TABLE_BYTES, Task, registers_to_exit, with_session},
     pages::{
         Memory, Origin, ProcessMemory,
@@ -29,6 +33,13 @@ use crate::{
 pub(super) struct Collection<'a> {
     pub(super) images: &'a SnapshotWriter,
     pids: PidMap,
+    /// The numbers of what processes may have in common.
+    ids: Vec<ArenaIds>,
+    arenas: Arenas,
+    /// Stack pointers of all threads, by the numbers of their memory.
+    stacks: HashMap<u32, Vec<RemoteAddr>>,
+    /// The address spaces that several processes have, by their numbers.
+    shared_memory: HashMap<u32, proto::MmEntry>,
     pub(super) files: FileTable,
     pub(super) tracking: Tracking,
     /// What the tree has in common.
@@ -38,22 +49,30 @@ pub(super) struct Collection<'a> {
     shared: HashMap<(u32, u32, u64), u32>,
     pstree: Vec<proto::PstreeEntry>,
     namespaces: ns::OfTree,
-    next_object: u32,
 }
 
 impl<'a> Collection<'a> {
     pub(super) fn new(
         images: &'a SnapshotWriter,
-        pids: PidMap,
+        (pids, arenas): (PidMap, Vec<ArenaIds>),
         files: FileTable,
         tracking: Tracking,
         common: Vec<Box<dyn common::Collector>>,
         tasks: &[Task],
     ) -> Self {
         let first = tasks.iter().find(|task| !task.is_zombie());
+        let mut stacks: HashMap<u32, Vec<RemoteAddr>> = HashMap::new();
+        for (task, ids) in tasks.iter().zip(&arenas) {
+            let of_memory = stacks.entry(ids.get(Arena::Memory)).or_default();
+            of_memory.extend(task.stack_pointers());
+        }
         Self {
             images,
             pids,
+            ids: arenas.clone(),
+            arenas: Arenas::new(arenas),
+            stacks,
+            shared_memory: HashMap::new(),
             files,
             tracking,
             common,
@@ -61,15 +80,15 @@ impl<'a> Collection<'a> {
             shared: HashMap::new(),
             pstree: Vec::new(),
             namespaces: first.map(|task| ns::OfTree::look(task.witness())).unwrap_or_default(),
-            next_object: ns::own_ids().vm_id,
         }
     }
 
-    /// Collects a process, writing the images that are its own.
+    /// Collects a process, writing the images that are its own. What it has in common with a
+    /// process before it is in the images already, under the same number.
     ///
     /// # Errors
     /// Whatever keeps it from being dumped.
-    pub(super) fn task(&mut self, task: &mut Task, is_root: bool) -> Result<()> {
+    pub(super) fn task(&mut self, task: &mut Task, position: usize) -> Result<()> {
         let pid = task.pid;
         let stat = proc::stat(pid)?;
         let number = |pid: HostPid| self.pids.ns(pid).image();
@@ -79,7 +98,7 @@ impl<'a> Collection<'a> {
         }
         self.pstree.push(proto::PstreeEntry {
             pid: number(pid),
-            ppid: if is_root { 0 } else { number(task.parent) },
+            ppid: if position == 0 { 0 } else { number(task.parent) },
             pgid: number(stat.pgrp),
             sid: number(stat.session),
             threads,
@@ -89,25 +108,40 @@ impl<'a> Collection<'a> {
         }
         let witness = task.witness();
         let mappings = proc::smaps(witness)?;
-        let mm = self.ask(task, &mappings)?;
-        self.next_object += 1;
-        let ids = proto::TaskKobjIdsEntry {
-            vm_id: self.next_object,
-            files_id: self.next_object,
-            fs_id: self.next_object,
-            sighand_id: self.next_object,
+        let ids = self.ids[position];
+        let mm = self.ask(task, &mappings, ids.get(Arena::Memory))?;
+        let kobj_ids = proto::TaskKobjIdsEntry {
+            vm_id: ids.get(Arena::Memory),
+            files_id: ids.get(Arena::Files),
+            fs_id: ids.get(Arena::Fs),
+            sighand_id: ids.get(Arena::Handlers),
             ..self.namespaces.ids()
         };
-        self.write_one(Kind::Ids, pid, &ids)?;
-        let fds = self.files.collect_fds(witness, &open_process(task)?)?;
-        self.images.write(Kind::Fdinfo, ids.files_id.into(), &fds)?;
+        self.write_one(Kind::Ids, pid, &kobj_ids)?;
+        if self.arenas.owns(Arena::Files, position) {
+            let fds = self.files.collect_fds(witness, &open_process(task)?)?;
+            self.images.write(Kind::Fdinfo, ids.get(Arena::Files).into(), &fds)?;
+        }
         let fs = proto::FsEntry {
             cwd_id: self.files.enter_path(witness, proc_path(witness, "cwd"))?,
             root_id: self.files.enter_path(witness, proc_path(witness, "root"))?,
             umask: proc::status(witness)?.umask,
         };
         self.write_one(Kind::Fs, pid, &fs)?;
-        self.memory(task, &mappings, mm)
+        let memory_id = ids.get(Arena::Memory);
+        let is_alone = !self.arenas.is_shared(Arena::Memory, position);
+        if let Some(mm) = self.shared_memory.get(&memory_id) {
+            // The pages are those of the first.
+            self.write_one(Kind::Mm, pid, mm)?;
+            self.tracking.begin(task, &mappings, is_alone)?;
+            return Ok(());
+        }
+        let mm = self.memory(task, &mappings, mm, is_alone)?;
+        self.write_one(Kind::Mm, pid, &mm)?;
+        if !is_alone {
+            self.shared_memory.insert(memory_id, mm);
+        }
+        Ok(())
     }
 
     fn write_one<M: prost::Message>(
@@ -122,7 +156,12 @@ impl<'a> Collection<'a> {
 
     /// Asks the threads of a process what only they know, writes their cores, and returns
     /// what else there is to write: of its address space.
-    fn ask(&mut self, task: &mut Task, mappings: &[Mapping]) -> Result<proto::MmEntry> {
+    fn ask(
+        &mut self,
+        task: &mut Task,
+        mappings: &[Mapping],
+        memory_id: u32,
+    ) -> Result<proto::MmEntry> {
         let (pid, witness) = (task.pid, task.witness());
         let stopped_by = task.stopped_by();
         let process = Process { pid, witness };
@@ -146,6 +185,7 @@ impl<'a> Collection<'a> {
         let answers = with_session(
             &mut task.threads,
             mappings,
+            &self.stacks[&memory_id],
             TABLE_BYTES.max(room * 2),
             |session, threads| {
                 // What was just mapped is locked if all is that is mapped later.
@@ -200,10 +240,17 @@ impl<'a> Collection<'a> {
         Ok(mm)
     }
 
-    /// Collects the mappings of a process and plans the copying of its memory.
-    fn memory(&mut self, task: &mut Task, mappings: &[Mapping], mm: proto::MmEntry) -> Result<()> {
+    /// Collects the mappings of a process and plans the copying of its memory; `is_alone` if
+    /// no other one has it, too.
+    fn memory(
+        &mut self,
+        task: &mut Task,
+        mappings: &[Mapping],
+        mm: proto::MmEntry,
+        is_alone: bool,
+    ) -> Result<proto::MmEntry> {
         let pid = task.witness();
-        let watch = self.tracking.begin(task, mappings)?;
+        let watch = self.tracking.begin(task, mappings, is_alone)?;
         let pagemap_path = proc_path(pid, "pagemap");
         let failed = |source| DumpError::File { path: proc_path(pid, "pagemap"), source };
         let pagemap = PagemapFile::open(&pagemap_path).map_err(failed)?;
@@ -250,7 +297,6 @@ impl<'a> Collection<'a> {
         vmas.extend(guards);
         let exe_file_id = self.files.enter_path(pid, proc_path(pid, "exe"))?;
         let mm = proto::MmEntry { exe_file_id, vmas, ..mm };
-        self.write_one(Kind::Mm, task.pid, &mm)?;
         self.memories.push(Memory {
             id: MemoryId::Private(self.pids.ns(task.pid).image().into()),
             origin: Origin::Process(ProcessMemory::open(pid, mappings)?),
@@ -258,7 +304,7 @@ impl<'a> Collection<'a> {
             parent: None,
             running: false,
         });
-        Ok(())
+        Ok(mm)
     }
 
     /// Returns the number of the file of shared memory that is mapped.

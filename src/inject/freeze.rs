@@ -19,7 +19,7 @@ use crate::{
     fault::{self, Point},
     proc::{self, Cgroup},
     sys::ptrace::{self, Wait},
-    units::HostPid,
+    units::{HostPid, RemoteAddr},
 };
 
 /// Rounds over the tree in which new processes may turn up.
@@ -62,6 +62,11 @@ impl Task {
     /// Whether the leader has ended while other threads live.
     pub fn is_leaderless(&self) -> bool {
         self.witness() != self.pid
+    }
+
+    /// Returns where the stacks of its threads end.
+    pub fn stack_pointers(&self) -> impl Iterator<Item = RemoteAddr> + '_ {
+        self.threads.iter().map(|thread| RemoteAddr(native::stack_pointer(&thread.registers)))
     }
 
     /// Returns the signal that had stopped the process before, or 0.

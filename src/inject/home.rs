@@ -87,14 +87,19 @@ struct Way {
 
 impl Home {
     /// Looks for a way home for the threads of a stopped process. Where there is none, they
-    /// are lost if this program is killed while they work.
+    /// are lost if this program is killed while they work. `in_use` are stack pointers of
+    /// threads of other processes in the same memory.
     ///
     /// # Errors
     /// [`InjectError::NoSyscall`].
-    pub(super) fn find(threads: &[Tracee], mappings: &[Mapping]) -> Result<Self> {
+    pub(super) fn find(
+        threads: &[Tracee],
+        mappings: &[Mapping],
+        in_use: &[RemoteAddr],
+    ) -> Result<Self> {
         let pid = threads[0].tid;
         let instructions = find_instructions(pid, mappings);
-        let way = instructions.zip(find_room(threads, mappings));
+        let way = instructions.zip(find_room(threads, mappings, in_use));
         let (call, way) = match way {
             Some(((call, restorer), start)) => (call, Some(Way { restorer, start })),
             None => {
@@ -207,15 +212,20 @@ pub(super) fn is_abroad(thread: &Tracee) -> bool {
 
 /// Returns the low end of the stack, if there is room for frames and data below all that
 /// is in use of it.
-fn find_room(threads: &[Tracee], mappings: &[Mapping]) -> Option<RemoteAddr> {
+fn find_room(
+    threads: &[Tracee],
+    mappings: &[Mapping],
+    in_use: &[RemoteAddr],
+) -> Option<RemoteAddr> {
     let stack = stack_of(mappings)?;
     let needed = SLOTS * SLOT_BYTES + DATA_BYTES + DISTANCE_BYTES;
-    let is_clear = |thread: &Tracee| {
-        let used = arch::stack_pointer(&thread.registers);
+    let is_clear = |used: u64| {
         !(stack.start.0..=stack.end.0).contains(&used) || used - stack.start.0 >= needed
     };
+    let own = threads.iter().map(|thread| arch::stack_pointer(&thread.registers));
+    let mut used = own.chain(in_use.iter().map(|pointer| pointer.0));
     let usable = stack.read && stack.write && !stack.shared && stack.len() >= needed;
-    (usable && threads.iter().all(is_clear)).then_some(stack.start)
+    (usable && used.all(is_clear)).then_some(stack.start)
 }
 
 /// Returns the registers with which a stopped thread would call `exit(2)`, by the

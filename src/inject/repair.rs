@@ -84,7 +84,7 @@ fn attempt(left: Leftover, threads: &mut [Tracee]) -> Result<Option<Repair>> {
     if !mappings.iter().any(|mapping| mapping.start == start && mapping.end == end) {
         return Ok(Some(Repair::Nothing(pid)));
     }
-    let mut home = Home::find(threads, &mappings)?;
+    let mut home = Home::find(threads, &mappings, &[])?;
     let thread = &mut threads[0];
     let stack = home.prepare(Slot::Keeper, thread)?;
     let unmap = [start.0, left.bytes, 0, 0, 0, 0];

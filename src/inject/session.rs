@@ -70,17 +70,19 @@ enum Place {
     Stack,
 }
 
-/// Lets threads of a stopped process make system calls, and puts everything back.
+/// Lets threads of a stopped process make system calls, and puts everything back. `in_use`
+/// are stack pointers of threads of other processes in the same memory.
 ///
 /// # Errors
 /// What `work` returns, and whatever keeps the process from being put back.
 pub fn with_session<T>(
     threads: &mut [Tracee],
     mappings: &[Mapping],
+    in_use: &[RemoteAddr],
     table_bytes: usize,
     work: impl FnOnce(&mut Session, &mut [Tracee]) -> Result<T>,
 ) -> Result<T> {
-    let mut session = Session::begin(threads, mappings, table_bytes)?;
+    let mut session = Session::begin(threads, mappings, in_use, table_bytes)?;
     let result = fault::hit(Point::DumpInjected)
         .map_err(InjectError::from)
         .and_then(|()| work(&mut session, threads));
@@ -94,11 +96,16 @@ pub fn with_session<T>(
 }
 
 impl Session {
-    fn begin(threads: &mut [Tracee], mappings: &[Mapping], table_bytes: usize) -> Result<Self> {
+    fn begin(
+        threads: &mut [Tracee],
+        mappings: &[Mapping],
+        in_use: &[RemoteAddr],
+        table_bytes: usize,
+    ) -> Result<Self> {
         if let Some(thread) = threads.iter().find(|thread| is_abroad(thread)) {
             return Err(InjectError::Abroad { tid: thread.tid });
         }
-        let mut home = Home::find(threads, mappings)?;
+        let mut home = Home::find(threads, mappings, in_use)?;
         let keeper = &mut threads[0];
         let stack = home.prepare(Slot::Keeper, keeper)?;
         let mut session = Self { home, stack, place: Place::Stack, locked: false };

@@ -82,6 +82,7 @@ fn privileged_a_process_works_for_us_and_notices_nothing() {
         let answers = with_session(
             &mut frozen.tasks[0].threads,
             &mappings,
+            &[],
             TABLE_BYTES,
             |session, threads| session.run(threads, 0, &script),
         )
@@ -95,6 +96,7 @@ fn privileged_a_process_works_for_us_and_notices_nothing() {
         let error = with_session(
             &mut frozen.tasks[0].threads,
             &mappings,
+            &[],
             TABLE_BYTES,
             |session, threads| session.run(threads, 0, &failing),
         )

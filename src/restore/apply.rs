@@ -8,6 +8,7 @@ use super::{
 };
 use crate::{
     fault::{self, Point},
+    image::tree::Arena,
     inject::{Answers, InjectError, Script},
     res::{
         calls::{Calls, Own},
@@ -63,14 +64,19 @@ pub(super) fn all(
     files: &mut Installer<'_>,
     own: &Own,
 ) -> Result<()> {
-    for (position, planned, body) in living(plan) {
-        let mut script = Script::new();
-        files.stand(&body.fs, &mut script)?;
-        let (of, program) =
-            (process(plan, planned, body, own), files.program(body.mm.exe_file_id)?);
-        task::KINDS.iter().for_each(|kind| kind.place(&of, program, &mut script));
+    for (owner, planned, body) in living(plan) {
+        if !plan.arenas.owns(Arena::Files, owner) {
+            continue;
+        }
+        // What has no place in a descriptor table is closed for all who share it.
+        let sharers = plan.arenas.sharers(Arena::Files, owner);
+        for position in sharers.filter(|position| *position != owner) {
+            let script = prepare(plan, position, files, own)?;
+            run(puppets, position, 0, &script)?;
+        }
+        let mut script = prepare(plan, owner, files, own)?;
         files.install(planned.pid, &body.fds, &mut script)?;
-        run(puppets, position, 0, &script)?;
+        run(puppets, owner, 0, &script)?;
     }
     fault::hit(Point::RestoreFiles)?;
     for (position, ..) in living(plan) {
@@ -79,7 +85,12 @@ pub(super) fn all(
     files.open_late()?;
     for (position, planned, body) in living(plan) {
         let mut script = Script::new();
-        files.install_late(planned.pid, &body.fds, &body.fs, &mut script)?;
+        if plan.arenas.owns(Arena::Fs, position) {
+            files.stand_late(&body.fs, &mut script)?;
+        }
+        if plan.arenas.owns(Arena::Files, position) {
+            files.install_late(planned.pid, &body.fds, &mut script)?;
+        }
         if !script.is_empty() {
             run(puppets, position, 0, &script)?;
         }
@@ -94,7 +105,9 @@ pub(super) fn all(
                 let of = process(plan, planned, body, own);
                 task::KINDS.iter().try_for_each(|kind| kind.set(&of, &mut calls))?;
                 // Before an attribute keeps it from being done.
-                memory::finish(body, &layout, &mut calls.script);
+                if plan.arenas.owns(Arena::Memory, position) {
+                    memory::finish(body, &layout, &mut calls.script);
+                }
             }
             let of = thread_of(plan, planned, of, own);
             thread::KINDS.iter().try_for_each(|kind| kind.set(&of, &mut calls))?;
@@ -122,6 +135,23 @@ pub(super) fn all(
     }
     own.differences.borrow().tell();
     Ok(())
+}
+
+/// Returns the calls of a process that need the descriptors of this program, which it still
+/// has. Where several share a directory, each of them enters the same.
+fn prepare(plan: &Plan, position: usize, files: &mut Installer<'_>, own: &Own) -> Result<Script> {
+    let mut script = Script::new();
+    let planned = &plan.tasks[position];
+    let body = planned.body.as_ref().expect("what has ended shares nothing");
+    files.stand(&body.fs, &mut script)?;
+    // The program is set once for each memory: the kernel refuses to replace one that is mapped.
+    if plan.arenas.owns(Arena::Memory, position) {
+        let program = files.program(body.mm.exe_file_id)?;
+        let of = process(plan, planned, body, own);
+        task::KINDS.iter().for_each(|kind| kind.place(&of, program, &mut script));
+    }
+    files.prepare(planned.pid, &mut script)?;
+    Ok(script)
 }
 
 /// Gives all threads their registers and what waits for them. After this they can

@@ -9,7 +9,7 @@ use crate::{
     chain::{Chain, ChainError, Content, MemoryBytes, SnapshotId},
     image::{
         Directory, Kind, MemoryId, Store, proto,
-        tree::{self, Births, Kin},
+        tree::{self, Arena, Arenas, Births, Kin},
         vma,
     },
     res::{
@@ -53,7 +53,7 @@ pub(super) struct Body {
     pub(super) guards: Vec<proto::VmaEntry>,
     pub(super) fs: proto::FsEntry,
     pub(super) fds: Vec<proto::FdinfoEntry>,
-    /// Its private memory, by address.
+    /// Its private memory, by address, unless it has that of another one before it.
     pub(super) memory: Option<MemoryBytes>,
 }
 
@@ -89,6 +89,8 @@ pub(super) struct Plan {
     pub(super) tasks: Vec<TaskPlan>,
     pub(super) files: Vec<proto::FileEntry>,
     pub(super) births: Births,
+    /// What processes have in common.
+    pub(super) arenas: Arenas,
     /// Which process here each number in the images is.
     pub(super) pids: PidMap,
     pub(super) chain: Arc<Chain>,
@@ -192,10 +194,12 @@ impl Plan {
         let namespaces = namespaces.transpose()?.unwrap_or_default();
         let pids = PidMap::of_own_namespace();
         let (common, inventory) = (Vec::new(), tree.inventory);
+        let arenas = Arenas::new(kin.iter().map(|kin| kin.ids).collect());
         let mut plan = Self {
             tasks,
             files,
             births,
+            arenas,
             pids,
             chain,
             snapshot,
@@ -204,8 +208,8 @@ impl Plan {
             inventory,
             uptime,
         };
-        for (task, kin) in tree.tasks.into_iter().zip(kin) {
-            let task = plan.task(task, kin)?;
+        for (position, task) in tree.tasks.into_iter().enumerate() {
+            let task = plan.task(task, position, &kin)?;
             plan.tasks.push(task);
         }
         plan.check_pids()?;
@@ -213,20 +217,22 @@ impl Plan {
     }
 
     /// Finds the memory of a process.
-    fn task(&self, task: tree::Task, kin: Kin) -> Result<TaskPlan> {
-        let number = u64::from(task.entry.pid);
+    fn task(&self, task: tree::Task, position: usize, all: &[Kin]) -> Result<TaskPlan> {
+        let kin = all[position];
         let threads = task.threads.into_iter();
         let threads =
             threads.map(|(tid, core)| ThreadPlan { tid: NsPid::of_image(tid), core }).collect();
         let body = task.body.map(|body| -> Result<Body> {
-            let memory = match self.chain.index(self.snapshot, MemoryId::Private(number)) {
-                Ok(index) => {
-                    let end = PageIndex::END.address();
-                    Some(MemoryBytes::new(Arc::clone(&self.chain), index, end))
+            // Of those who share memory, one has it in the images, and the first gets it.
+            let mut memory = None;
+            if self.arenas.owns(Arena::Memory, position) {
+                for sharer in self.arenas.sharers(Arena::Memory, position) {
+                    memory = self.memory_of(all[sharer].pid)?;
+                    if memory.is_some() {
+                        break;
+                    }
                 }
-                Err(ChainError::NoMemory { .. }) => None,
-                Err(error) => return Err(error.into()),
-            };
+            }
             let memory = memory.filter(|memory| !memory.is_empty());
             let tree::Body { mm, vmas, guards, fs, fds } = body;
             Ok(Body { mm, vmas, guards, fs, fds, memory })
@@ -239,6 +245,18 @@ impl Plan {
             threads,
             body: body.transpose()?,
         })
+    }
+
+    /// Returns the private memory that is stored of a process.
+    fn memory_of(&self, pid: NsPid) -> Result<Option<MemoryBytes>> {
+        match self.chain.index(self.snapshot, MemoryId::Private(pid.image().into())) {
+            Ok(index) => {
+                let end = PageIndex::END.address();
+                Ok(Some(MemoryBytes::new(Arc::clone(&self.chain), index, end)))
+            }
+            Err(ChainError::NoMemory { .. }) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Checks that every number is free, or waits until it is.
@@ -283,7 +301,7 @@ impl Plan {
 /// Returns what decides who makes a process.
 fn kin(task: &tree::Task) -> Kin {
     let (pid, session) = (NsPid::of_image(task.entry.pid), NsPid::of_image(task.entry.sid));
-    Kin { pid, parent: task.parent, session }
+    Kin { pid, parent: task.parent, session, ids: task.ids }
 }
 
 /// Checks that the images hold what can be restored.

@@ -9,7 +9,7 @@ use super::{
     tree::{Puppets, SIGCHLD},
 };
 use crate::{
-    image::tree::Maker,
+    image::tree::{Arena, Maker},
     inject::Script,
     proc,
     res::{
@@ -108,13 +108,22 @@ impl Puppets<'_> {
         tasks.any(|task| task.parent == Some(position) && self.stays_stopped(task))
     }
 
-    /// Takes the scratch memory out of a task, and gives its threads their registers.
+    /// Takes the scratch memory out of a task, unless another one has the same memory and still
+    /// needs it, and gives its threads their registers.
     ///
     /// # Errors
     /// [`StepError::Inject`], [`StepError::State`].
     pub(super) fn dress(&mut self, position: usize) -> Result<()> {
+        // It is unmapped when the last of those who share the memory needs it no more.
+        let mut sharers = self.plan.arenas.sharers(Arena::Memory, position);
+        let is_needed = sharers.any(|other| {
+            other != position && self.tasks[other].as_ref().is_some_and(|other| !other.is_dressed)
+        });
         let puppet = self.tasks[position].as_mut().expect("it lives");
-        self.scratch.unmap(&mut puppet.threads[0])?;
+        if !is_needed {
+            self.scratch.unmap(&mut puppet.threads[0])?;
+        }
+        puppet.is_dressed = true;
         for of in &self.plan.tasks[position].threads {
             let tid = self.plan.host(of.tid);
             if puppet.threads.iter().any(|thread| thread.tid == tid) {

@@ -7,7 +7,7 @@ use log::Level;
 use super::{Options, Result, plan::Plan, tree::Puppets};
 use crate::{
     causes::tell,
-    image::{Kind, proto},
+    image::{Kind, proto, tree::Arena},
     proc,
     res::task::leader,
     track::{Hindrance, TrackError, Watch},
@@ -55,6 +55,9 @@ pub(super) fn begin(
         let puppet = puppets.tasks[position].as_mut().expect("it lives");
         let thread = &mut puppet.threads[0];
         let begun = match leader::has_exited(task.core()) {
+            _ if plan.arenas.is_shared(Arena::Memory, position) => {
+                Err(TrackError::SharedMemory { pid })
+            }
             Some(_) => Err(TrackError::Leaderless { pid }),
             None => Watch::begin_restored(options.tracker, pid, &mappings, &scratch, thread),
         };

@@ -17,7 +17,7 @@ use crate::{
     fault::{self, Point},
     image::{
         proto::VmaEntry,
-        tree::{Birth, Births, Maker},
+        tree::{Arena, Birth, Births, Maker},
     },
     inject::{Scratch, Script, Tracee},
     proc,
@@ -41,6 +41,8 @@ pub(super) const SIGCHLD: u32 = libc::SIGCHLD.cast_unsigned();
 pub(super) struct Puppet {
     /// Its threads that exist, the leader first.
     pub(super) threads: Vec<Tracee>,
+    /// Whether its threads have the registers with which they go on.
+    pub(super) is_dressed: bool,
     /// What it kept of the address space that it inherited.
     pub(super) layout: Layout,
     /// The task whose memory it inherited.
@@ -179,12 +181,20 @@ impl<'a> Puppets<'a> {
             self.scratch.run(&mut first, &script)?;
             self.helpers.push(Helper { pid: helper.pid, maker: Maker::Director });
             let root = self.plan.tasks[0].pid;
-            let child = self.fork(&mut first, root, true, SIGCHLD)?;
-            self.tasks[0] =
-                Some(Puppet { threads: vec![child], layout: Layout::default(), inherited: None });
+            let child = self.fork(&mut first, root, true, SIGCHLD, 0)?;
+            self.tasks[0] = Some(Puppet {
+                threads: vec![child],
+                is_dressed: false,
+                layout: Layout::default(),
+                inherited: None,
+            });
         } else {
-            self.tasks[0] =
-                Some(Puppet { threads: vec![first], layout: Layout::default(), inherited: None });
+            self.tasks[0] = Some(Puppet {
+                threads: vec![first],
+                is_dressed: false,
+                layout: Layout::default(),
+                inherited: None,
+            });
         }
         Ok(())
     }
@@ -196,6 +206,9 @@ impl<'a> Puppets<'a> {
         let pid = self.plan.host(task.pid);
         for kind in &self.plan.common {
             kind.born(task.core(), pid, pid)?;
+        }
+        if !self.plan.arenas.owns(Arena::Memory, position) {
+            return Ok(()); // it was made with that of its maker
         }
         let puppet = self.tasks[position].as_mut().expect("its maker came before it");
         let parent: Option<&Body> =
@@ -244,7 +257,7 @@ impl<'a> Puppets<'a> {
         let own = Maker::Task(position);
         // One that is to be dead keeps the memory that it has inherited until then.
         let memory = match self.plan.tasks[position].body {
-            Some(_) => Some(position),
+            Some(_) => Some(self.plan.arenas.owner(Arena::Memory, position)),
             None => inherited,
         };
         self.make_all(own, true, memory, maker)?;
@@ -259,7 +272,7 @@ impl<'a> Puppets<'a> {
             if helper.maker != own || !helper.session {
                 continue;
             }
-            let mut tracee = self.fork(maker, helper.pid, false, SIGCHLD)?;
+            let mut tracee = self.fork(maker, helper.pid, false, SIGCHLD, 0)?;
             self.helpers.push(Helper { pid: helper.pid, maker: own });
             let mut script = Script::new();
             script.call("make a session", libc::SYS_setsid, &[]);
@@ -282,9 +295,14 @@ impl<'a> Puppets<'a> {
                 continue;
             }
             let task = &self.plan.tasks[child];
-            let tracee = self.fork(by, task.pid, birth.sibling, task.exit_signal())?;
+            let shared = match maker {
+                Maker::Task(maker) => self.plan.arenas.clone_flags(maker, child),
+                Maker::Director | Maker::Helper(_) => 0,
+            };
+            let tracee = self.fork(by, task.pid, birth.sibling, task.exit_signal(), shared)?;
             self.tasks[child] = Some(Puppet {
                 threads: vec![tracee],
+                is_dressed: false,
                 layout: Layout::default(),
                 inherited: memory,
             });
@@ -292,16 +310,18 @@ impl<'a> Puppets<'a> {
         Ok(())
     }
 
-    /// Makes a process with this pid.
+    /// Makes a process with this pid; `shared` are the flags of `clone(2)` for what it has in
+    /// common with its maker.
     fn fork(
         &self,
         maker: &mut Tracee,
         pid: NsPid,
         sibling: bool,
         exit_signal: u32,
+        shared: u64,
     ) -> Result<Tracee> {
         let arguments = CloneArguments {
-            flags: if sibling { CLONE_PARENT } else { 0 },
+            flags: shared | if sibling { CLONE_PARENT } else { 0 },
             // A sibling's is that of who makes it.
             exit_signal: if sibling { 0 } else { exit_signal.into() },
             ..CloneArguments::default()
@@ -363,7 +383,7 @@ impl<'a> Puppets<'a> {
                 if outside && !has_helper && !made.contains_key(&task.group) {
                     Waiting::begin().until_free(plan.host(task.group))?;
                     let mut helper =
-                        self.fork(&mut puppet.threads[0], task.group, false, SIGCHLD)?;
+                        self.fork(&mut puppet.threads[0], task.group, false, SIGCHLD, 0)?;
                     self.helpers.push(Helper { pid: task.group, maker: Maker::Task(position) });
                     join(&scratch, &mut helper, task.group)?;
                     made.insert(task.group, position);

@@ -108,6 +108,12 @@ pub enum TrackError {
         /// The process.
         pid: HostPid,
     },
+    /// Another process has the same memory: what it does is not watched.
+    #[error("process {pid} shares its memory with another one")]
+    SharedMemory {
+        /// The process.
+        pid: HostPid,
+    },
     /// It cannot be known who opens shared memory.
     #[error("{step}")]
     Openings {
@@ -153,6 +159,7 @@ impl TrackError {
             Self::Overtaken { .. } => "let one program at a time dump a process",
             Self::Missing { help, .. } => help,
             Self::Unseen { .. } => "nothing; such memory is always compared",
+            Self::SharedMemory { .. } => "nothing; such memory is always compared",
             Self::Leaderless { .. } => "let main wait for its threads (pthread_join(3))",
             Self::Openings { .. } => {
                 "run rcriu with CAP_SYS_ADMIN outside of user namespaces, on Linux 5.19 or newer"
@@ -258,7 +265,7 @@ impl Watch {
         let threads: Vec<_> = task.threads.iter().map(|thread| thread.tid).collect();
         Self::begin_with(request, pid, threads, mappings, &mut || {
             let mut made = None;
-            with_session(&mut task.threads, mappings, TABLE_BYTES, |session, threads| {
+            with_session(&mut task.threads, mappings, &[], TABLE_BYTES, |session, threads| {
                 made = Some(wp::make(pid, &mut |script, act| {
                     session.run_paused(threads, 0, script, act)
                 }));
@@ -555,6 +562,12 @@ impl Watch {
         let guard = shared.and_then(|shared| shared.give(self.pid, &keeper));
         keeper.remember(epoch, id, guard)
     }
+}
+
+/// Says why the memory of a process is not tracked that another one has, too. Its keeper, if
+/// there is one, forgets the snapshot.
+pub fn refuse_shared(pid: HostPid) -> TrackError {
+    forget(pid).err().unwrap_or(TrackError::SharedMemory { pid })
 }
 
 /// Makes the keeper of a process, if there is one, forget the snapshot.

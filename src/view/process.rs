@@ -8,7 +8,11 @@ use super::{
 };
 use crate::{
     arch::told_page_size,
-    image::{Kind, MemoryId, proto, vma},
+    image::{
+        Kind, MemoryId, proto,
+        tree::{Arena, ArenaIds},
+        vma,
+    },
     units::{PAGE_SIZE, PageIndex},
 };
 
@@ -62,6 +66,7 @@ pub struct Process {
     entry: proto::PstreeEntry,
     mm: proto::MmEntry,
     areas: Vec<Area>,
+    private: MemoryId,
 }
 
 impl Process {
@@ -88,7 +93,8 @@ impl Process {
         }
         let vmas = std::mem::take(&mut mm.vmas);
         let areas = Mappings { tables, pid }.areas(vmas)?;
-        Ok(Self { tables: Arc::clone(tables), entry, mm, areas })
+        let private = private_of(tables, pid)?;
+        Ok(Self { tables: Arc::clone(tables), entry, mm, areas, private })
     }
 
     /// Returns the process's pid, as the process itself knew it.
@@ -106,9 +112,10 @@ impl Process {
         &self.tables
     }
 
-    /// Returns the name of the process's private memory.
+    /// Returns the name of the process's private memory. Of processes that share it
+    /// (`CLONE_VM`), one has it.
     pub fn private(&self) -> MemoryId {
-        MemoryId::Private(self.entry.pid.into())
+        self.private
     }
 
     /// Returns the process's place in the tree, in sessions and in groups.
@@ -132,6 +139,30 @@ impl Process {
     pub(super) fn areas(&self) -> &[Area] {
         &self.areas
     }
+}
+
+/// Returns the memory that holds the private pages of a process: that of another one if the
+/// images say that both have the same, and have pages of the other one only.
+fn private_of(tables: &Tables, pid: u32) -> Result<MemoryId> {
+    let images = tables.images();
+    let own = MemoryId::Private(pid.into());
+    let has_pages = |memory: MemoryId| images.stat(&memory.pagemap_name()).is_ok();
+    if has_pages(own) {
+        return Ok(own);
+    }
+    let ids = |pid: u32| -> Result<Option<ArenaIds>> {
+        let ids: Option<proto::TaskKobjIdsEntry> = images.message_if_any(Kind::Ids, pid.into())?;
+        Ok(ids.as_ref().map(ArenaIds::of))
+    };
+    let Some(own_ids) = ids(pid)? else { return Ok(own) };
+    for other in tables.tree()?.iter().map(|entry| entry.pid) {
+        let memory = MemoryId::Private(other.into());
+        let shares = |ids: ArenaIds| ids.share(&own_ids, Arena::Memory);
+        if has_pages(memory) && ids(other)?.is_some_and(shares) {
+            return Ok(memory);
+        }
+    }
+    Ok(own)
 }
 
 /// Reads what the process `pid` maps; `None` if it has no address space.

@@ -29,6 +29,7 @@ mod owners;
 mod refused;
 mod registers;
 mod rounds;
+mod shared;
 mod shell;
 mod signals;
 mod socket_ends;
@@ -57,6 +58,7 @@ const GROUPS: &[&[Row]] = &[
     rounds::ROWS,
     threads::ROWS,
     leaderless::ROWS,
+    shared::ROWS,
     registers::ROWS,
     tree::ROWS,
     identity::ROWS,

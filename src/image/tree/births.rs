@@ -1,5 +1,8 @@
 //! Who makes which process of a tree: its true parent, in its session.
 //!
+//! What a process shares with another (`clone(2)`) it can have from its maker only, which is
+//! its parent, or another child of that, if the parent does not share it.
+//!
 //! A session is inherited: a process of the session S must be made by one that is in
 //! S at that time. Most often that is its parent, before or after the parent made a
 //! session of its own. Where the parent is in another session, because it has adopted
@@ -7,6 +10,7 @@
 //! leaders of sessions and groups that have ended, helpers stand in, which end before
 //! the tree goes on.
 
+use super::{Arena, ArenaIds};
 use crate::units::NsPid;
 
 /// What decides who makes a process.
@@ -18,11 +22,20 @@ pub struct Kin {
     pub parent: Option<usize>,
     /// Its session.
     pub session: NsPid,
+    /// What it may have in common with others.
+    pub ids: ArenaIds,
 }
 
 /// Whether the leader of a session or group is no process of the tree.
 fn is_outside(tasks: &[Kin], leader: NsPid) -> bool {
     !tasks.iter().any(|task| task.pid == leader)
+}
+
+/// Returns what a process has in common with those before it, with one of these.
+fn shared(tasks: &[Kin], position: usize) -> Vec<(Arena, usize)> {
+    let task = &tasks[position];
+    let with = |arena| tasks[..position].iter().position(|other| other.ids.share(&task.ids, arena));
+    Arena::ALL.into_iter().filter_map(|arena| Some((arena, with(arena)?))).collect()
 }
 
 /// Who makes a process.
@@ -109,22 +122,38 @@ impl Births {
             return Ok(Birth { maker: helper, sibling: true, early: false });
         };
         let above = &tasks[parent];
-        if task.session == task.pid || task.session == above.session {
-            return Ok(natural(Maker::Task(parent)));
-        }
-        if above.session == above.pid && self.session_at_birth(tasks, parent) == Some(task.session)
-        {
-            return Ok(Birth { maker: Maker::Task(parent), sibling: false, early: true });
+        let shared = shared(tasks, position);
+        let fits = |maker: &Kin| shared.iter().all(|(arena, _)| maker.ids.share(&task.ids, *arena));
+        let own_session = task.session == task.pid;
+        if fits(above) {
+            if own_session || task.session == above.session {
+                return Ok(natural(Maker::Task(parent)));
+            }
+            if above.session == above.pid
+                && self.session_at_birth(tasks, parent) == Some(task.session)
+            {
+                return Ok(Birth { maker: Maker::Task(parent), sibling: false, early: true });
+            }
         }
         // A sibling of the same session that was made already, the leader best of all.
         let sibling = (0..position)
             .filter(|other| {
                 let other = &tasks[*other];
-                other.parent == Some(parent) && other.session == task.session
+                let same_session = own_session || other.session == task.session;
+                other.parent == Some(parent) && same_session && fits(other)
             })
             .min_by_key(|other| tasks[*other].pid != task.session);
         if let Some(sibling) = sibling {
             return Ok(Birth { maker: Maker::Task(sibling), sibling: true, early: false });
+        }
+        if let Some((arena, other)) = shared.first() {
+            let problem = format!(
+                "it shares its {} with process {}, but has neither a parent nor a sibling of its \
+                 session that could make it so",
+                arena.name(),
+                tasks[*other].pid
+            );
+            return Err((task.pid, problem));
         }
         if !is_outside(tasks, task.session) {
             let problem = format!(
@@ -157,5 +186,39 @@ impl Births {
             Maker::Task(maker) if birth.early => self.session_at_birth(tasks, maker),
             Maker::Task(maker) => Some(tasks[maker].session),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Processes of these numbers, parents, sessions and descriptor tables.
+    fn kin<const N: usize>(tasks: [(i32, Option<usize>, i32, u32); N]) -> [Kin; N] {
+        tasks.map(|(pid, parent, session, files)| {
+            let mut ids = ArenaIds::default();
+            ids.set(Arena::Files, files);
+            let (pid, session) = (NsPid::of_image(pid), NsPid::of_image(session));
+            Kin { pid, parent, session, ids }
+        })
+    }
+
+    #[test]
+    fn who_shares_is_made_by_who_has_it() {
+        let maker = |tasks: &[Kin]| {
+            let births = Births::plan(tasks, false, false)?;
+            let last = births.tasks.last().copied().flatten().expect("all are there");
+            Ok::<_, (NsPid, String)>((last.maker, last.sibling))
+        };
+        let by_parent = kin([(5, None, 5, 1), (6, Some(0), 5, 2), (7, Some(0), 5, 1)]);
+        assert_eq!(maker(&by_parent), Ok((Maker::Task(0), false)));
+        let by_sibling = kin([(5, None, 5, 1), (6, Some(0), 5, 2), (7, Some(0), 5, 2)]);
+        assert_eq!(maker(&by_sibling), Ok((Maker::Task(1), true)));
+        let leader = kin([(5, None, 5, 1), (6, Some(0), 5, 2), (7, Some(0), 7, 2)]);
+        assert_eq!(maker(&leader), Ok((Maker::Task(1), true)));
+        let by_nobody = kin([(5, None, 5, 1), (6, Some(0), 5, 2), (7, Some(1), 5, 1)]);
+        let (pid, problem) = maker(&by_nobody).unwrap_err();
+        assert_eq!(pid.raw(), 7);
+        assert!(problem.contains("shares its descriptor table with process 5"), "{problem}");
     }
 }

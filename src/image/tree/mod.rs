@@ -4,6 +4,7 @@
 //! at the machine: a restore asks before it makes anything, and `imgfs check` tells all
 //! of it. What is right but beyond what this program restores is told apart.
 
+mod arenas;
 mod births;
 mod files;
 mod memory;
@@ -17,6 +18,7 @@ use super::{ImageError, ImageStore, Kind, proto, read_files, vma};
 use crate::arch::Machine;
 
 pub use self::{
+    arenas::{Arena, ArenaIds, Arenas},
     births::{Birth, Births, HelperPlan, Kin, Maker},
     files::timer_problem,
 };
@@ -82,6 +84,8 @@ pub struct Task {
     pub parent: Option<usize>,
     /// The cores of its threads, the leader's first.
     pub threads: Vec<(u32, proto::CoreEntry)>,
+    /// The numbers of what it may have in common with others.
+    pub ids: ArenaIds,
     /// What it has if it has not ended.
     pub body: Option<Body>,
 }
@@ -197,7 +201,8 @@ fn read_task(
     let core = |tid: u32| -> Result<proto::CoreEntry, ImageError> {
         images.message(Kind::Core, tid.into())
     };
-    let mut task = Task { entry, parent, threads: Vec::new(), body: None };
+    let mut task =
+        Task { entry, parent, threads: Vec::new(), ids: ArenaIds::default(), body: None };
     let Some(leader) = problems.own_image(&name(pid), core(pid)) else { return task };
     let of_task = leader.tc.clone();
     task.threads.push((pid, leader));
@@ -231,11 +236,17 @@ fn read_task(
     for (tid, core) in &task.threads {
         task::check_thread(*tid, core, problems);
     }
-    task.body = read_body(images, &task, problems);
+    if let Some((ids, body)) = read_body(images, &task, problems) {
+        (task.ids, task.body) = (ids, Some(body));
+    }
     task
 }
 
-fn read_body(images: &dyn ImageStore, task: &Task, problems: &mut Problems) -> Option<Body> {
+fn read_body(
+    images: &dyn ImageStore,
+    task: &Task,
+    problems: &mut Problems,
+) -> Option<(ArenaIds, Body)> {
     let number = u64::from(task.entry.pid);
     let mm = problems.image(images.message(Kind::Mm, number));
     let fs = problems.image(images.message(Kind::Fs, number));
@@ -261,5 +272,5 @@ fn read_body(images: &dyn ImageStore, task: &Task, problems: &mut Problems) -> O
     // Unknown ones are told of already.
     let machine = task.threads.first().and_then(|(_, core)| Machine::of(core).ok());
     memory::check(&mm, &vmas, &guards, machine.unwrap_or(Machine::NATIVE), problems);
-    Some(Body { mm, vmas, guards, fs: fs?, fds: fds? })
+    Some((ArenaIds::of(&ids?), Body { mm, vmas, guards, fs: fs?, fds: fds? }))
 }

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use super::{Births, Kin, Problems, Task, state};
+use super::{Arena, Arenas, Births, Kin, Problems, Task, state};
 use crate::{image::proto, units::NsPid};
 
 /// The highest number that a process can have anywhere (`PID_MAX_LIMIT`,
@@ -102,12 +102,24 @@ pub(super) fn check(tasks: &[Task], problems: &mut Problems) {
             ));
         }
     }
+    let arenas = Arenas::new(tasks.iter().map(|task| task.ids).collect());
+    for (position, task) in tasks.iter().enumerate() {
+        let other = arenas.owner(Arena::Handlers, position);
+        if arenas.owner(Arena::Memory, position) != arenas.owner(Arena::Memory, other) {
+            let (pid, other) = (task.entry.pid, tasks[other].entry.pid);
+            problems.broken(format!(
+                "images of process {pid}: it shares its signal handlers with process {other}, but \
+                 not its memory"
+            ));
+        }
+    }
     let kin: Vec<Kin> = tasks
         .iter()
         .map(|task| Kin {
             pid: NsPid::of_image(task.entry.pid),
             parent: task.parent,
             session: NsPid::of_image(task.entry.sid),
+            ids: task.ids,
         })
         .collect();
     if let Err((pid, problem)) = Births::plan(&kin, true, false) {
@@ -122,7 +134,7 @@ fn is_dead(task: &Task) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::ArenaIds, *};
 
     #[test]
     fn parents_come_first_and_nonsense_is_refused() {
@@ -159,7 +171,7 @@ mod tests {
                 .map(|(entry, parent)| {
                     let core = |tid: &u32| (*tid, proto::CoreEntry::default());
                     let threads = entry.threads.iter().map(core).collect();
-                    Task { entry, parent, threads, body: None }
+                    Task { entry, parent, threads, ids: ArenaIds::default(), body: None }
                 })
                 .collect();
             let mut problems = Problems::default();

@@ -22,7 +22,7 @@ use crate::{
         proto::{self, FdinfoEntry, FileEntry, FsEntry, VmaEntry},
         vma,
     },
-    inject::{Arg, Script},
+    inject::{Arg, CallId, Script},
     sys::{fds, process},
     units::{NsPid, PidMap, TargetFd},
 };
@@ -315,17 +315,25 @@ impl<'a> Installer<'a> {
         Ok(())
     }
 
+    /// Adds the calls of a process that need the descriptors of this program.
+    ///
+    /// # Errors
+    /// [`FileError`].
+    pub fn prepare(&mut self, pid: NsPid, script: &mut Script) -> Result<()> {
+        let descriptions = &self.descriptions;
+        let at = |id| Ok(TargetFd(description(descriptions, id)?.as_raw_fd()));
+        for opener in &mut self.openers {
+            opener.prepare_process(pid, &at, script)?;
+        }
+        Ok(())
+    }
+
     /// Adds the calls that put all descriptors of a process into their places and
     /// close all others. Tasks come in the order of the images.
     ///
     /// # Errors
     /// [`FileError`].
     pub fn install(&mut self, pid: NsPid, fds: &[FdinfoEntry], script: &mut Script) -> Result<()> {
-        let descriptions = &self.descriptions;
-        let at = |id| Ok(TargetFd(description(descriptions, id)?.as_raw_fd()));
-        for opener in &mut self.openers {
-            opener.prepare_process(pid, &at, script)?;
-        }
         let mut numbers = BTreeMap::new();
         for entry in fds {
             let number = i32::try_from(entry.fd)
@@ -400,6 +408,30 @@ impl<'a> Installer<'a> {
         Ok(())
     }
 
+    /// Adds the calls by which a process enters directories that were opened late. It takes
+    /// them from this program.
+    ///
+    /// # Errors
+    /// As [`Self::for_mapping`].
+    pub fn stand_late(&self, fs: &FsEntry, script: &mut Script) -> Result<()> {
+        let (root, cwd) = (fs.root_id, fs.cwd_id);
+        let late = [root, cwd].map(|id| self.late.contains(&id));
+        if late == [false; 2] {
+            return Ok(());
+        }
+        let pidfd = open_director(script);
+        if late[0] {
+            let fd = take(pidfd, self.opened_path(root, STAND)?, script);
+            change_root(fd.into(), script);
+            close(fd.into(), script);
+        }
+        let fd = take(pidfd, self.opened_path(cwd, STAND)?, script);
+        script.call("enter the working directory", libc::SYS_fchdir, &[fd.into()]);
+        close(fd.into(), script);
+        close(pidfd.into(), script);
+        Ok(())
+    }
+
     /// Adds the calls that put into their places what was opened late, and those that
     /// need all other files to be in place. The process gets the files from this program,
     /// which it was made too early to inherit them from.
@@ -410,7 +442,6 @@ impl<'a> Installer<'a> {
         &mut self,
         pid: NsPid,
         fds: &[FdinfoEntry],
-        fs: &FsEntry,
         script: &mut Script,
     ) -> Result<()> {
         let is_first =
@@ -426,28 +457,10 @@ impl<'a> Installer<'a> {
                 }
             }
         }
-        let (root, cwd) = (fs.root_id, fs.cwd_id);
-        let stands = [root, cwd].map(|id| self.late.contains(&id));
-        if !wanted.is_empty() || stands != [false; 2] {
-            let own = nix::unistd::getpid().as_raw();
-            let pidfd =
-                script.call("open this program", libc::SYS_pidfd_open, &[own.into(), 0.into()]);
-            let take = |script: &mut Script, number: i32| {
-                let arguments = [pidfd.into(), number.into(), 0.into()];
-                script.call("take a descriptor", libc::SYS_pidfd_getfd, &arguments)
-            };
-            if stands[0] {
-                let fd = take(script, self.opened_path(root, STAND)?);
-                change_root(fd.into(), script);
-                close(fd.into(), script);
-            }
-            if stands != [false; 2] {
-                let fd = take(script, self.opened_path(cwd, STAND)?);
-                script.call("enter the working directory", libc::SYS_fchdir, &[fd.into()]);
-                close(fd.into(), script);
-            }
+        if !wanted.is_empty() {
+            let pidfd = open_director(script);
             for (from, number, flags) in wanted {
-                let fd = take(script, from);
+                let fd = take(pidfd, from, script);
                 let flags =
                     if flags & libc::FD_CLOEXEC.cast_unsigned() == 0 { 0 } else { libc::O_CLOEXEC };
                 let what = format!("install descriptor {number}");
@@ -525,6 +538,18 @@ fn change_root(fd: Arg, script: &mut Script) {
     script.call("enter the root directory", libc::SYS_fchdir, &[fd]);
     let here = script.string(c".");
     script.call("change the root directory", libc::SYS_chroot, &[here.into()]);
+}
+
+/// Adds the call by which a process gets a descriptor of this program.
+fn open_director(script: &mut Script) -> CallId {
+    let own = nix::unistd::getpid().as_raw();
+    script.call("open this program", libc::SYS_pidfd_open, &[own.into(), 0.into()])
+}
+
+/// Adds the call by which it takes a descriptor from there.
+fn take(pidfd: CallId, number: i32, script: &mut Script) -> CallId {
+    let arguments = [pidfd.into(), number.into(), 0.into()];
+    script.call("take a descriptor", libc::SYS_pidfd_getfd, &arguments)
 }
 
 fn close(fd: Arg, script: &mut Script) {
