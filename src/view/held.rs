@@ -25,6 +25,9 @@ use crate::{
     image::{ImageError, Kind, proto},
 };
 
+/// The longest that a file can be (`MAX_LFS_FILESIZE`).
+const LONGEST: u64 = i64::MAX.cast_unsigned();
+
 /// Files by their paths below `files`.
 #[derive(Debug, Default)]
 pub(super) struct Held {
@@ -87,7 +90,7 @@ impl Held {
                 let extents = ghost(files, tables.images(), *number)?.unwrap_or_default();
                 let end = extents.last().map_or(0, |extent| extent.end);
                 let size = ghost_entry(tables, *number)?.and_then(|entry| entry.size);
-                (size.unwrap_or(end).max(end), extents)
+                (size.unwrap_or(end).clamp(end, LONGEST.max(end)), extents)
             }
             Some(Place::Bytes { kind, offset, len }) => {
                 let file = files.enter(tables.images(), &kind.file_name(0));

@@ -71,7 +71,7 @@ impl Sizes {
     /// Returns the bytes that images hold. Pages of files do not count: images do not tell
     /// which of them were in memory.
     pub(super) fn resident(&self) -> u64 {
-        self.own + self.shared
+        self.own.saturating_add(self.shared)
     }
 
     /// Writes what `status` has of it.
@@ -137,7 +137,7 @@ impl Proc<'_> {
             b"/[aio] (deleted)"
         } else if (entry.start..entry.end).contains(&mm.mm_start_stack) {
             b"[stack]"
-        } else if entry.start < mm.mm_brk.max(mm.mm_start_brk + 1)
+        } else if entry.start < mm.mm_brk.max(mm.mm_start_brk.saturating_add(1))
             && entry.end > mm.mm_start_brk
             && mm.mm_start_brk != 0
         {
@@ -230,8 +230,11 @@ impl Proc<'_> {
         };
         let mut text = Self::line(&all, b"[rollup]");
         let mut rest = String::new();
-        let own = mappings.iter().map(|mapping| mapping.own).sum();
-        let shared = mappings.iter().map(|mapping| mapping.shared).sum();
+        let (mut own, mut shared) = (0, 0);
+        for mapping in &mappings {
+            add(&mut own, mapping.own);
+            add(&mut shared, mapping.shared);
+        }
         page_lines(&mut rest, own, shared, 0);
         text.extend(rest.into_bytes());
         Ok(text)
@@ -247,20 +250,20 @@ impl Proc<'_> {
             }
             let bytes = entry.end - entry.start;
             let is = |bits| entry.prot & bits == bits;
-            sizes.mapped += bytes;
-            sizes.own += own;
-            sizes.shared += shared;
+            add(&mut sizes.mapped, bytes);
+            add(&mut sizes.own, own);
+            add(&mut sizes.shared, shared);
             if entry.flags & MAP_LOCKED != 0 {
-                sizes.locked += bytes;
+                add(&mut sizes.locked, bytes);
             }
             let private = entry.flags & MAP_SHARED == 0;
             if (entry.start..entry.end).contains(&mm.mm_start_stack) {
-                sizes.stack += bytes;
+                add(&mut sizes.stack, bytes);
             } else if private && is(PROT_WRITE) {
-                sizes.data += bytes;
+                add(&mut sizes.data, bytes);
             } else if is(PROT_EXEC) && !is(PROT_WRITE) {
                 let program = (entry.start..entry.end).contains(&mm.mm_start_code);
-                *if program { &mut sizes.code } else { &mut sizes.libraries } += bytes;
+                add(if program { &mut sizes.code } else { &mut sizes.libraries }, bytes);
             }
         }
         Ok(Some(sizes))
@@ -319,6 +322,11 @@ impl Proc<'_> {
     }
 }
 
+/// Adds to a count of bytes. Images can claim mappings of any size, and over each other.
+fn add(count: &mut u64, bytes: u64) {
+    *count = count.saturating_add(bytes);
+}
+
 fn size_lines(text: &mut String, lines: &[(&str, u64)]) {
     for (name, bytes) in lines {
         let _ = writeln!(text, "{:15} {:8} kB", format!("{name}:"), bytes >> 10);
@@ -331,12 +339,12 @@ fn page_lines(text: &mut String, own: u64, shared: u64, locked: u64) {
     size_lines(
         text,
         &[
-            ("Rss", own + shared),
+            ("Rss", own.saturating_add(shared)),
             ("Shared_Clean", 0),
             ("Shared_Dirty", shared),
             ("Private_Clean", 0),
             ("Private_Dirty", own),
-            ("Referenced", own + shared),
+            ("Referenced", own.saturating_add(shared)),
             ("Anonymous", own),
             ("AnonHugePages", 0),
             ("Swap", 0),

@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// `PR_DEF_*`: the priority of a task with nice value 0, as `stat` shows it.
-const PRIORITY: i32 = 20;
+const PRIORITY: i64 = 20;
 
 /// Real-time policies, and what is subtracted from their priorities in `stat`.
 const REAL_TIME: [u32; 2] = [1, 2];
@@ -28,9 +28,9 @@ impl Proc<'_> {
         let policy = thread.and_then(|thread| thread.sched_policy).unwrap_or(0);
         let real_time = thread.and_then(|thread| thread.sched_prio).unwrap_or(0);
         let priority = if REAL_TIME.contains(&policy) {
-            -1 - real_time.cast_signed()
+            -1 - i64::from(real_time)
         } else {
-            PRIORITY + nice
+            PRIORITY + i64::from(nice)
         };
         let (pending, blocked) = (task.pending().0, task.blocked());
         let (ignored, caught) = task.handled();
@@ -73,7 +73,7 @@ impl Proc<'_> {
             pages(sizes.resident()),
             pages(shared),
             pages(code),
-            pages(data + stack)
+            pages(data.saturating_add(stack))
         );
         Ok(text.into_bytes())
     }
@@ -102,8 +102,8 @@ impl Proc<'_> {
             let _ = writeln!(rest, "Gid:\t{gid}\t{egid}\t{sgid}\t{fsgid}");
         }
         let fds = self.descriptors(pid)?;
-        let highest = fds.iter().map(|fd| fd.fd + 1).max().unwrap_or(0);
-        let _ = writeln!(rest, "FDSize:\t{}", highest.next_multiple_of(u64::BITS));
+        let highest = fds.iter().map(|fd| u64::from(fd.fd) + 1).max().unwrap_or(0);
+        let _ = writeln!(rest, "FDSize:\t{}", highest.next_multiple_of(u64::BITS.into()));
         let groups = task.creds.iter().flat_map(|creds| &creds.groups);
         let groups: String = groups.map(|group| format!("{group} ")).collect();
         let _ = writeln!(rest, "Groups:\t{groups}");

@@ -133,7 +133,8 @@ impl Proc<'_> {
     fn meminfo(&self) -> Result<String> {
         let mut bytes = 0;
         for entry in self.tables.tree()?.iter() {
-            bytes += self.sizes(entry.pid)?.map_or(0, |sizes| sizes.resident());
+            let resident = self.sizes(entry.pid)?.map_or(0, |sizes| sizes.resident());
+            bytes = u64::saturating_add(bytes, resident);
         }
         let mut text = String::new();
         for (name, value) in [
