@@ -15,10 +15,10 @@ pub struct Stretch {
     pub first: PageIndex,
     /// How many there are.
     pub pages: u64,
-    /// Whether reading may pin them; see [`super::process`].
+    /// Whether reading may pin them; see `pages/process.rs`.
     pub pinnable: bool,
     /// Whether they are of the vDSO, and the process has not looked at them yet; see
-    /// [`super::reading`].
+    /// `pages/process.rs`.
     pub of_kernel: bool,
     /// Whether they are in swap.
     pub swapped: bool,

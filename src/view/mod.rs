@@ -75,7 +75,7 @@ pub struct Attr {
     pub kind: NodeType,
     /// Length in bytes.
     pub size: u64,
-    /// Space taken, in units of [`BLOCK_BYTES`](crate::units::BLOCK_BYTES).
+    /// Space taken, in units of [`BLOCK_BYTES`].
     pub blocks: u64,
     /// Permission bits, without the file type.
     pub mode: u16,

@@ -60,10 +60,10 @@ impl dyn ImageStore + '_ {
         self.image(kind, number)?.only()
     }
 
-    /// Like [`Self::messages`], for an image that need not be there.
+    /// Like `messages`, for an image that need not be there.
     ///
     /// # Errors
-    /// As [`Self::messages`].
+    /// As `messages`.
     pub fn messages_if_any<M: Message + Name + Default>(
         &self,
         kind: Kind,
@@ -72,10 +72,10 @@ impl dyn ImageStore + '_ {
         if_any(self.messages(kind, number))
     }
 
-    /// Like [`Self::message`], for an image that need not be there.
+    /// Like `message`, for an image that need not be there.
     ///
     /// # Errors
-    /// As [`Self::message`].
+    /// As `message`.
     pub fn message_if_any<M: Message + Name + Default>(
         &self,
         kind: Kind,
