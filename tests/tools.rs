@@ -232,7 +232,7 @@ fn privileged_files_are_those_that_the_kernel_had() {
         fs::read_dir(scene.mounted.path("files/pipes")).unwrap().flatten().collect();
     let waits = pipes.iter().map(|pipe| fs::read(pipe.path()).unwrap());
     assert!(waits.into_iter().any(|bytes| bytes == b"waits in the pipe"));
-    let journal = scene.mounted.path("shmem/by-name/memfd:journal");
+    let journal = scene.mounted.path("shmem-by-name/memfd:journal");
     assert_eq!(fs::read(journal).unwrap(), b"a line of the journal");
     // A link to a pipe leads to a pipe.
     let types = fs::read_dir(proc.join("fd")).unwrap().flatten();

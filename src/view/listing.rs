@@ -19,9 +19,10 @@ const SNAPSHOTS: &str = "snapshots";
 /// The name of the directory that shows what images hold of files.
 const FILES: &str = "files";
 
-/// The directories of `shmem` that lead to objects by other names.
-const BY_NAME: &str = "by-name";
-const BY_PROCESS: &str = "by-process";
+/// The directories that lead to shared objects by other names than their shmids. They are
+/// beside `shmem`, so that all in that is a file.
+const BY_NAME: &str = "shmem-by-name";
+const BY_PROCESS: &str = "shmem-by-process";
 
 /// The name of the directory that shows processes as `proc(5)` did.
 const PROC: &str = "proc";
@@ -43,6 +44,8 @@ impl View {
             .collect();
         children.push((PROC.to_owned(), What::Proc(id, proc::Node::Root)));
         children.push((FILES.to_owned(), What::HeldDirectory(id, String::new())));
+        children.push((BY_NAME.to_owned(), What::ShmemNames(id)));
+        children.push((BY_PROCESS.to_owned(), What::ShmemUsers(id)));
         if root {
             children.push((SNAPSHOTS.to_owned(), What::Snapshots));
         }
@@ -72,12 +75,7 @@ impl View {
     pub(super) fn shmem_children(&self, id: SnapshotId) -> Result<Vec<(String, What)>> {
         let objects = self.tables(id).shared()?;
         let objects = objects.keys().map(|shmid| (shmid.to_string(), What::Shmem(id, *shmid)));
-        let mut children: Vec<(String, What)> = objects.collect();
-        if !children.is_empty() {
-            children.push((BY_NAME.to_owned(), What::ShmemNames(id)));
-            children.push((BY_PROCESS.to_owned(), What::ShmemUsers(id)));
-        }
-        Ok(children)
+        Ok(objects.collect())
     }
 
     /// Returns links by the names of memfds and the keys of System V segments. What several

@@ -87,7 +87,7 @@ pub(super) enum What {
     ShmemUsers(SnapshotId),
     /// The objects that a process maps.
     ShmemUser(SnapshotId, u32),
-    /// A link to an object, from so many directories below `shmem`.
+    /// A link to an object, from so many directories below the snapshot's.
     ShmemLink(SnapshotId, u32, u64),
     /// Something below `proc`.
     Proc(SnapshotId, proc::Node),
@@ -568,7 +568,7 @@ impl View {
         match what {
             What::Proc(id, node) => Proc::new(&self.tables(*id), &self.spaces).target(node),
             What::ShmemLink(_, depth, shmid) => {
-                Ok(format!("{}{shmid}", "../".repeat(*depth as usize)).into_bytes())
+                Ok(format!("{}shmem/{shmid}", "../".repeat(*depth as usize)).into_bytes())
             }
             _ => Ok(Vec::new()),
         }

@@ -204,7 +204,7 @@ fn mappings_are_named_and_counted() {
     let shared = text(&view, "mem/7/000000700000-000000704000-shared");
     assert_eq!(shared.len(), 4 * 4096);
     assert!(shared[4096..].starts_with("layer 1 page 1\n"));
-    assert_eq!(link(&view, "shmem/by-process/7/000000700000-000000704000"), "../../1024");
+    assert_eq!(link(&view, "shmem-by-process/7/000000700000-000000704000"), "../../shmem/1024");
 }
 
 #[test]
