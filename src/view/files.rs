@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use super::{Result, Tables, mapped::OLD_GHOST};
-use crate::image::{Kind, proto, read_files};
+use super::{Result, Tables};
+use crate::image::{Kind, Remap, proto, read_files};
 
 /// The first major number of slaves of pseudoterminals, and of their masters
 /// (`linux/major.h`).
@@ -56,12 +56,9 @@ impl OpenFiles {
     /// Returns the files whose bytes are in images of their own: their ids, and the numbers of
     /// these images.
     pub(super) fn ghosts(&self) -> impl Iterator<Item = (u32, u32)> {
-        self.remaps.values().filter_map(|remap| {
-            let ghost = match remap.remap_type {
-                Some(kind) => kind == i32::from(proto::RemapType::Ghost),
-                None => remap.remap_id & OLD_GHOST != 0,
-            };
-            ghost.then_some((remap.orig_id, remap.remap_id & !OLD_GHOST))
+        self.remaps.values().filter_map(|remap| match Remap::of(remap) {
+            Ok(Remap::Ghost(number)) => Some((remap.orig_id, number)),
+            _ => None,
         })
     }
 

@@ -14,12 +14,8 @@ use std::{
 use super::Result;
 use crate::{
     chain::{self, FileId, Files},
-    image::{ImageError, Kind, Store, build_id, proto, read_files},
+    image::{ImageError, Kind, Remap, Store, build_id, proto, read_files},
 };
-
-/// Set in `remap_file_path_entry.remap_id` where images have no `remap_type`:
-/// the file is a ghost (`REMAP_GHOST`, `criu/include/image.h`).
-pub(super) const OLD_GHOST: u32 = 1 << 31;
 
 /// The device that private mappings of anonymous memory may be made of.
 const DEV_ZERO: &[u8] = b"/dev/zero";
@@ -104,17 +100,9 @@ fn origin(
 ) -> Origin {
     let mut name = reg.name.as_slice();
     if let Some(remap) = remap {
-        let old = if remap.remap_id & OLD_GHOST == 0 {
-            proto::RemapType::Linked
-        } else {
-            proto::RemapType::Ghost
-        };
-        match remap.remap_type.map_or(Ok(old), proto::RemapType::try_from) {
-            Ok(proto::RemapType::Ghost) => {
-                let id = remap.remap_id & !OLD_GHOST;
-                return Origin::Ghost(Arc::clone(images), id);
-            }
-            Ok(proto::RemapType::Linked) => match names.get(&remap.remap_id) {
+        match Remap::of(remap) {
+            Ok(Remap::Ghost(id)) => return Origin::Ghost(Arc::clone(images), id),
+            Ok(Remap::Linked(id)) => match names.get(&id) {
                 Some(linked) => name = linked,
                 None => return Origin::Nowhere,
             },

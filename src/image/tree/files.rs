@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use nix::libc;
 
 use super::{Body, Problems, Tree};
-use crate::image::{ImageStore, Kind, proto, vma};
+use crate::image::{ImageStore, Kind, Remap, proto, vma};
 use proto::{FdTypes, FileEntry};
 
 /// The highest number that a descriptor can have (`sysctl_nr_open_max`, `fs/file.c`).
@@ -351,34 +351,29 @@ impl<'a> Table<'a, '_> {
     /// Checks the files that have lost their names.
     fn remaps(&mut self) {
         for remap in self.read::<proto::RemapFilePathEntry>(Kind::RemapFpath, 0) {
-            let of = remap.remap_type.map(proto::RemapType::try_from);
-            match of {
-                Some(Ok(proto::RemapType::Linked)) if !self.is_path(remap.remap_id) => {
-                    let problem = format!(
-                        "it has lost its name to file {:#x}, which is none",
-                        remap.remap_id
-                    );
+            // Entries of older images say it by the number alone, which is not looked at.
+            if remap.remap_type.is_none() {
+                continue;
+            }
+            match Remap::of(&remap) {
+                Ok(Remap::Linked(id)) if !self.is_path(id) => {
+                    let problem = format!("it has lost its name to file {id:#x}, which is none");
                     self.wrong(remap.orig_id, &problem);
                 }
-                Some(Ok(proto::RemapType::Ghost)) => {
-                    let ghost = remap.remap_id.into();
-                    if !self.images.has(Kind::GhostFile, ghost) {
-                        let name = Kind::GhostFile.file_name(ghost);
+                Ok(Remap::Ghost(id)) => {
+                    if !self.images.has(Kind::GhostFile, id.into()) {
+                        let name = Kind::GhostFile.file_name(id.into());
                         self.wrong(remap.orig_id, &format!("its bytes should be in {name}"));
                     }
                 }
-                Some(Ok(proto::RemapType::Procfs)) => {
+                Ok(Remap::Process(_)) => {
                     let place = self.place(remap.orig_id);
                     self.problems.not_restored(format!(
                         "{place}: it is of a process that had ended, and is not restored"
                     ));
                 }
-                Some(Err(_)) => {
-                    let problem =
-                        format!("its name was lost in an unknown way ({:?})", remap.remap_type);
-                    self.wrong(remap.orig_id, &problem);
-                }
-                Some(Ok(proto::RemapType::Linked)) | None => {}
+                Err(problem) => self.wrong(remap.orig_id, &problem),
+                Ok(Remap::Linked(_)) => {}
             }
         }
     }

@@ -34,32 +34,16 @@ use nix::{
 
 use super::link_name;
 use crate::{
-    image::{
-        ImageReader, ImageStore, Kind, payload,
-        proto::{self, RemapType},
-    },
+    image::{ImageReader, ImageStore, Kind, Remap, payload, proto},
     res::file::{FileError, Opened, Result, descriptor},
     sys::xattr,
 };
-
-/// The bit that marks ghosts in images without `remap_type`.
-const OLD_GHOST: u32 = 1 << 31;
 
 /// Permissions and the like.
 const PERMISSIONS: u32 = 0o7777;
 
 /// Permissions of directories that are made for a moment.
 const DIRECTORY_MODE: u32 = 0o700;
-
-/// Where an entry of `files.img` that has lost its name leads to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Remap {
-    /// The file that another entry names.
-    Linked(u32),
-    Ghost(u32),
-    /// A file in `/proc` of a process that had ended.
-    Process(u32),
-}
 
 /// A ghost that was made.
 #[derive(Debug)]
@@ -86,19 +70,7 @@ fn read(images: &dyn ImageStore) -> Result<HashMap<u32, Remap>> {
     let entries = images.messages_if_any::<proto::RemapFilePathEntry>(Kind::RemapFpath, 0)?;
     let mut remaps = HashMap::new();
     for entry in entries.into_iter().flatten() {
-        let id = entry.remap_id;
-        let remap = match entry.remap_type.map(RemapType::try_from) {
-            Some(Ok(RemapType::Linked)) => Remap::Linked(id),
-            Some(Ok(RemapType::Ghost)) => Remap::Ghost(id),
-            Some(Ok(RemapType::Procfs)) => Remap::Process(id),
-            None if id & OLD_GHOST != 0 => Remap::Ghost(id & !OLD_GHOST),
-            None => Remap::Linked(id),
-            Some(Err(_)) => {
-                let problem =
-                    format!("its name was lost in an unknown way ({:?})", entry.remap_type);
-                return Err(FileError::image(entry.orig_id, problem));
-            }
-        };
+        let remap = Remap::of(&entry).map_err(|what| FileError::image(entry.orig_id, what))?;
         remaps.insert(entry.orig_id, remap);
     }
     Ok(remaps)
