@@ -12,7 +12,7 @@ use lru::LruCache;
 
 use super::{
     Process, Result, Tables,
-    mapped::{Mapped, MappedFile},
+    mapped::{FileExtent, Mapped},
     process::{Area, Below, PROT_READ},
 };
 use crate::{
@@ -206,7 +206,8 @@ impl AddressSpace {
             },
             Below::Mapped(Mapped::File(file)) => {
                 let start = area.offset_of(range.start);
-                file_runs(file, self.files(), start..start + len, runs)?;
+                let extents = file.extents(self.files()).unwrap_or_default();
+                extent_runs(extents, self.files(), start..start + len, runs)?;
             }
         }
         Ok(())
@@ -350,14 +351,14 @@ fn lost(error: ChainError, len: u64) -> Run {
     Run { len, source: Source::Lost(Arc::new(error)) }
 }
 
-/// Appends the runs of the bytes `range` of a mapped file.
-fn file_runs(
-    file: &MappedFile,
+/// Appends the runs of the bytes `range` of a file whose bytes are in `extents`, ascending,
+/// with holes between.
+pub(super) fn extent_runs(
+    extents: &[FileExtent],
     files: &Files,
     range: Range<u64>,
     runs: &mut Vec<Run>,
 ) -> chain::Result<()> {
-    let extents = file.extents(files).unwrap_or_default();
     let first = extents.partition_point(|extent| extent.end <= range.start);
     let mut next = range.start;
     for extent in extents[first..].iter().take_while(|extent| extent.start < range.end) {

@@ -17,11 +17,12 @@ use nix::libc;
 
 use super::{
     Result, Tables,
+    address_space::extent_runs,
     mapped::{FileExtent, ghost},
     shortened,
 };
 use crate::{
-    chain::{self, Content, FileId, Files, Run, Source},
+    chain::{self, Content, FileId, Run},
     image::{ImageError, Kind, proto},
 };
 
@@ -228,12 +229,6 @@ struct Pieces {
     len: u64,
 }
 
-impl Pieces {
-    fn files(&self) -> &Files {
-        self.chain.files()
-    }
-}
-
 impl Content for Pieces {
     fn len(&self) -> u64 {
         self.len
@@ -244,23 +239,6 @@ impl Content for Pieces {
     }
 
     fn runs(&self, offset: u64, len: u64, runs: &mut Vec<Run>) -> chain::Result<()> {
-        let end = offset + len;
-        let mut next = offset;
-        let first = self.extents.partition_point(|extent| extent.end <= offset);
-        for extent in self.extents[first..].iter().take_while(|extent| extent.start < end) {
-            if extent.start > next {
-                runs.push(Run { len: extent.start - next, source: Source::Zero });
-                next = extent.start;
-            }
-            let stop = extent.end.min(end);
-            let source =
-                Source::File(self.files().get(extent.file)?, extent.at + (next - extent.start));
-            runs.push(Run { len: stop - next, source });
-            next = stop;
-        }
-        if next < end {
-            runs.push(Run { len: end - next, source: Source::Zero });
-        }
-        Ok(())
+        extent_runs(&self.extents, self.chain.files(), offset..offset + len, runs)
     }
 }

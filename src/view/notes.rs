@@ -21,7 +21,7 @@ use super::{
 use crate::{
     arch::{self, Machine},
     chain::read_at,
-    image::proto,
+    image::{proto, tree::state},
 };
 
 /// Bytes in the kernel's `elf_prstatus` before the registers.
@@ -45,9 +45,6 @@ const FILES_LIMIT_BYTES: usize = 4 << 20;
 
 /// What notes and their parts are aligned to.
 const ALIGN: usize = 4;
-
-/// `task_core_entry.task_state` (CRIU 4.2, `compel/include/uapi/task-state.h`).
-const STOPPED: u32 = 3;
 
 /// What a core file says of its process.
 #[derive(Debug)]
@@ -156,13 +153,9 @@ fn registers(thread: &Thread, machine: Machine) -> Result<arch::Notes, String> {
 ///      pr_fpvalid                   i32: floating-point registers follow
 /// ```
 fn status(entry: &proto::PstreeEntry, thread: &Thread, registers: &[u8]) -> Vec<u8> {
-    let own = thread.core.thread_core.as_ref();
-    let leader = thread.core.tc.as_ref();
-    let blocked = own.and_then(|own| own.blk_sigset).or(leader.map(|leader| leader.blk_sigset));
-    let pending = own.and_then(|own| own.signals_p.as_ref()).map_or(0, pending);
     let mut status = vec![0; PRSTATUS_HEAD_BYTES];
-    put(&mut status, 16, &pending.to_le_bytes());
-    put(&mut status, 24, &blocked.unwrap_or(0).to_le_bytes());
+    put(&mut status, 16, &thread.pending().0.to_le_bytes());
+    put(&mut status, 24, &thread.blocked().to_le_bytes());
     let ids = [thread.tid, entry.ppid, entry.pgid, entry.sid];
     for (offset, id) in (32..).step_by(4).zip(ids) {
         put(&mut status, offset, &id.to_le_bytes());
@@ -171,15 +164,6 @@ fn status(entry: &proto::PstreeEntry, thread: &Thread, registers: &[u8]) -> Vec<
     status.extend(1_u32.to_le_bytes());
     status.resize(status.len().next_multiple_of(PRSTATUS_ALIGN), 0);
     status
-}
-
-/// Returns the set of the signals in a queue; `siginfo_t` begins with the number.
-fn pending(queue: &proto::SignalQueueEntry) -> u64 {
-    let numbers = queue.signals.iter().filter_map(|signal| {
-        let number = u32::from_le_bytes(*signal.siginfo.first_chunk()?);
-        1_u64.checked_shl(number.checked_sub(1)?)
-    });
-    numbers.fold(0, |set, signal| set | signal)
 }
 
 /// Returns an `elf_prpsinfo`.
@@ -197,12 +181,12 @@ fn prpsinfo(space: &AddressSpace, leader: &Thread) -> [u8; PRPSINFO_BYTES] {
     let entry = process.entry();
     let mut description = [0; PRPSINFO_BYTES];
     let task = leader.core.tc.as_ref();
-    let (state, letter) = match task.map(|task| task.task_state) {
-        Some(STOPPED) => (3, b'T'),
+    let (number, letter) = match task.map(|task| task.task_state) {
+        Some(state::STOPPED) => (3, b'T'),
         _ => (0, b'R'),
     };
     let nice = leader.core.thread_core.as_ref().and_then(|own| own.sched_nice);
-    put(&mut description, 0, &[state, letter, 0, nice.unwrap_or(0).to_le_bytes()[0]]);
+    put(&mut description, 0, &[number, letter, 0, nice.unwrap_or(0).to_le_bytes()[0]]);
     put(&mut description, 8, &task.map_or(0, |task| u64::from(task.flags)).to_le_bytes());
     let (uid, gid) = leader.creds.as_ref().map_or((0, 0), |creds| (creds.uid, creds.gid));
     let ids = [uid, gid, entry.pid, entry.ppid, entry.pgid, entry.sid];

@@ -90,7 +90,7 @@ impl Proc<'_> {
         Ok(ProcessRow {
             pid,
             ppid: task.entry.ppid,
-            uid: task.creds.as_ref().map(|creds| creds.euid),
+            uid: task.thread.creds.as_ref().map(|creds| creds.euid),
             state: task.state().0,
             threads: task.entry.threads.len().max(1),
             mapped: sizes.mapped,

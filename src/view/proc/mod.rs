@@ -16,7 +16,9 @@ use std::sync::Arc;
 
 pub use list::{DescriptorRow, MappingRow, ProcessRow};
 
-use super::{AddressSpace, NodeType, Result, Tables, ViewError, address_space::Spaces};
+use super::{
+    AddressSpace, NodeType, Result, Tables, ViewError, address_space::Spaces, thread::Thread,
+};
 use crate::image::{Kind, proto};
 
 /// A node below the directory `proc` of a snapshot.
@@ -185,8 +187,7 @@ pub(super) struct Proc<'a> {
 struct Task {
     who: Who,
     entry: proto::PstreeEntry,
-    core: proto::CoreEntry,
-    creds: Option<proto::CredsEntry>,
+    thread: Thread,
 }
 
 impl<'a> Proc<'a> {
@@ -259,7 +260,9 @@ impl<'a> Proc<'a> {
             TaskFile::Cgroup => self.cgroups(&task).is_ok_and(|lines| !lines.is_empty()),
             TaskFile::CoredumpFilter => task.attribute("core_filter").is_some(),
             TaskFile::TimerSlack => task.attribute("timer_slack").is_some(),
-            TaskFile::LoginUid => task.core.tc.as_ref().is_some_and(|tc| tc.loginuid.is_some()),
+            TaskFile::LoginUid => {
+                task.thread.core.tc.as_ref().is_some_and(|tc| tc.loginuid.is_some())
+            }
             TaskFile::Mountinfo => self.mountinfo(pid).is_ok_and(|mounts| mounts.is_some()),
             _ => true,
         };
@@ -360,17 +363,17 @@ impl<'a> Proc<'a> {
             TaskFile::Environ => self.memory_text(who.pid, memory::Text::Environment)?,
             TaskFile::Limits => task.limits(),
             TaskFile::LoginUid => {
-                let id = task.core.tc.as_ref().and_then(|tc| tc.loginuid);
+                let id = task.thread.core.tc.as_ref().and_then(|tc| tc.loginuid);
                 id.map_or_else(Vec::new, |id| id.to_string().into_bytes())
             }
             TaskFile::Maps => self.maps(who.pid)?,
             TaskFile::Mountinfo => self.mountinfo(who.pid)?.unwrap_or_default(),
             TaskFile::OomScoreAdj => {
-                let adjusted = task.core.tc.as_ref().and_then(|tc| tc.oom_score_adj);
+                let adjusted = task.thread.core.tc.as_ref().and_then(|tc| tc.oom_score_adj);
                 format!("{}\n", adjusted.unwrap_or(0)).into_bytes()
             }
             TaskFile::Personality => {
-                let bits = task.core.tc.as_ref().map_or(0, |tc| tc.personality);
+                let bits = task.thread.core.tc.as_ref().map_or(0, |tc| tc.personality);
                 format!("{bits:08x}\n").into_bytes()
             }
             TaskFile::Smaps => self.smaps(who.pid)?,
@@ -397,12 +400,8 @@ impl<'a> Proc<'a> {
         let entry = self.entry(who.pid)?;
         let core: Option<proto::CoreEntry> =
             self.tables.images().message_if_any(Kind::Core, who.tid.into())?;
-        let mut core = core.unwrap_or_default();
-        let mut creds = core.thread_core.as_mut().and_then(|thread| thread.creds.take());
-        if creds.is_none() {
-            creds = self.tables.images().message_if_any(Kind::Creds, who.pid.into())?;
-        }
-        Ok(Task { who, entry, core, creds })
+        let thread = Thread::new(self.tables, who.pid, who.tid, core.unwrap_or_default())?;
+        Ok(Task { who, entry, thread })
     }
 
     fn ids(&self, pid: u32) -> Result<proto::TaskKobjIdsEntry> {

@@ -22,8 +22,8 @@ impl Proc<'_> {
         let mm = self.tables.mm(task.who.pid)?.unwrap_or_default();
         let sizes = self.sizes(task.who.pid)?.unwrap_or_default();
         let (tty, foreground) = self.terminal(entry.sid)?.unwrap_or((0, -1));
-        let tc = task.core.tc.as_ref();
-        let thread = task.core.thread_core.as_ref();
+        let tc = task.thread.core.tc.as_ref();
+        let thread = task.thread.core.thread_core.as_ref();
         let nice = thread.and_then(|thread| thread.sched_nice).unwrap_or(0);
         let policy = thread.and_then(|thread| thread.sched_policy).unwrap_or(0);
         let real_time = thread.and_then(|thread| thread.sched_prio).unwrap_or(0);
@@ -32,9 +32,9 @@ impl Proc<'_> {
         } else {
             PRIORITY + i64::from(nice)
         };
-        let (pending, blocked) = (task.pending().0, task.blocked());
+        let (pending, blocked) = (task.thread.pending().0, task.thread.blocked());
         let (ignored, caught) = task.handled();
-        let registers = task.core.thread_info.as_ref().map(|info| &info.gpregs);
+        let registers = task.thread.core.thread_info.as_ref().map(|info| &info.gpregs);
         let (sp, ip) = registers.map_or((0, 0), |registers| (registers.sp, registers.ip));
         let limits = tc.and_then(|tc| tc.rlimits.as_ref());
         let resident_limit =
@@ -81,8 +81,8 @@ impl Proc<'_> {
     /// Returns `status`.
     pub(super) fn status(&self, task: &Task) -> Result<Vec<u8>> {
         let entry = &task.entry;
-        let tc = task.core.tc.as_ref();
-        let thread = task.core.thread_core.as_ref();
+        let tc = task.thread.core.tc.as_ref();
+        let thread = task.thread.core.thread_core.as_ref();
         let mut text = b"Name:\t".to_vec();
         text.extend(super::escaped(task.comm(), b"\n\\"));
         let mut rest = String::from("\n");
@@ -96,7 +96,7 @@ impl Proc<'_> {
         let (tid, pid) = (task.who.tid, task.who.pid);
         let _ = writeln!(rest, "Tgid:\t{pid}\nNgid:\t0\nPid:\t{tid}\nPPid:\t{}", task.parent());
         let _ = writeln!(rest, "TracerPid:\t0");
-        if let Some(creds) = &task.creds {
+        if let Some(creds) = &task.thread.creds {
             let proto::CredsEntry { uid, euid, suid, fsuid, gid, egid, sgid, fsgid, .. } = creds;
             let _ = writeln!(rest, "Uid:\t{uid}\t{euid}\t{suid}\t{fsuid}");
             let _ = writeln!(rest, "Gid:\t{gid}\t{egid}\t{sgid}\t{fsgid}");
@@ -104,7 +104,7 @@ impl Proc<'_> {
         let fds = self.descriptors(pid)?;
         let highest = fds.iter().map(|fd| u64::from(fd.fd) + 1).max().unwrap_or(0);
         let _ = writeln!(rest, "FDSize:\t{}", highest.next_multiple_of(u64::BITS.into()));
-        let groups = task.creds.iter().flat_map(|creds| &creds.groups);
+        let groups = task.thread.creds.iter().flat_map(|creds| &creds.groups);
         let groups: String = groups.map(|group| format!("{group} ")).collect();
         let _ = writeln!(rest, "Groups:\t{groups}");
         let (pgid, sid) = (entry.pgid, entry.sid);
@@ -113,18 +113,18 @@ impl Proc<'_> {
             sizes.write(&mut rest);
         }
         let _ = writeln!(rest, "Threads:\t{}", entry.threads.len().max(1));
-        let (own, shared) = task.pending();
+        let (own, shared) = task.thread.pending();
         let (ignored, caught) = task.handled();
         for (name, set) in [
             ("SigPnd", own),
             ("ShdPnd", shared),
-            ("SigBlk", task.blocked()),
+            ("SigBlk", task.thread.blocked()),
             ("SigIgn", ignored),
             ("SigCgt", caught),
         ] {
             let _ = writeln!(rest, "{name}:\t{set:016x}");
         }
-        if let Some(creds) = &task.creds {
+        if let Some(creds) = &task.thread.creds {
             for (name, words) in [
                 ("CapInh", &creds.cap_inh),
                 ("CapPrm", &creds.cap_prm),

@@ -4,13 +4,9 @@ use std::fmt::Write;
 
 use super::{Proc, Task, Who};
 use crate::{
-    image::{Kind, proto},
+    image::{Kind, proto, tree::state},
     view::Result,
 };
-
-/// `core_entry.tc.task_state` (`criu/include/image.h`).
-const DEAD: u32 = 2;
-const STOPPED: u32 = 3;
 
 /// `sigaction` of signals that are handled by default, and of those that are ignored.
 const SIG_DFL: u64 = 0;
@@ -51,8 +47,8 @@ const NOTIFIES_THREAD: u32 = 4;
 impl Task {
     /// Returns the name of the thread; that of the process where there is none of its own.
     pub(super) fn comm(&self) -> &[u8] {
-        let own = self.core.thread_core.as_ref().and_then(|thread| thread.comm.as_deref());
-        let process = self.core.tc.as_ref().map(|tc| tc.comm.as_slice());
+        let own = self.thread.core.thread_core.as_ref().and_then(|thread| thread.comm.as_deref());
+        let process = self.thread.core.tc.as_ref().map(|tc| tc.comm.as_slice());
         own.or(process).unwrap_or_default()
     }
 
@@ -69,16 +65,16 @@ impl Task {
     /// Returns the letter of its state, and what it stands for. Images do not tell whether
     /// it was running.
     pub(super) fn state(&self) -> (char, &'static str) {
-        match self.core.tc.as_ref().map(|tc| tc.task_state) {
-            Some(DEAD) => ('Z', "zombie"),
-            Some(STOPPED) => ('T', "stopped"),
+        match self.thread.core.tc.as_ref().map(|tc| tc.task_state) {
+            Some(state::DEAD) => ('Z', "zombie"),
+            Some(state::STOPPED) => ('T', "stopped"),
             _ => ('S', "sleeping"),
         }
     }
 
     /// Returns the first value of one of the attributes that this program records.
     pub(super) fn attribute(&self, name: &str) -> Option<u64> {
-        let attributes = &self.core.thread_core.as_ref()?.rcriu_attributes;
+        let attributes = &self.thread.core.thread_core.as_ref()?.rcriu_attributes;
         let found = attributes.iter().find(|attribute| attribute.name == name.as_bytes())?;
         found.values.first().copied()
     }
@@ -87,22 +83,9 @@ impl Task {
         self.attribute(name).map_or_else(Vec::new, |value| text(value).into_bytes())
     }
 
-    /// Returns the signals that it blocks.
-    pub(super) fn blocked(&self) -> u64 {
-        let own = self.core.thread_core.as_ref().and_then(|thread| thread.blk_sigset);
-        own.or(self.core.tc.as_ref().map(|tc| tc.blk_sigset)).unwrap_or(0)
-    }
-
-    /// Returns the signals that wait for the thread, and for the process.
-    pub(super) fn pending(&self) -> (u64, u64) {
-        let own = self.core.thread_core.as_ref().and_then(|thread| thread.signals_p.as_ref());
-        let shared = self.core.tc.as_ref().and_then(|tc| tc.signals_s.as_ref());
-        (own.map_or(0, queued), shared.map_or(0, queued))
-    }
-
     /// Returns the signals that the process ignores, and those that it handles.
     pub(super) fn handled(&self) -> (u64, u64) {
-        let actions = self.core.tc.iter().flat_map(|tc| &tc.sigactions);
+        let actions = self.thread.core.tc.iter().flat_map(|tc| &tc.sigactions);
         let numbers = (1..=u64::BITS).filter(|number| ![SIGKILL, SIGSTOP].contains(number));
         let (mut ignored, mut caught) = (0, 0);
         for (number, action) in numbers.zip(actions) {
@@ -118,7 +101,7 @@ impl Task {
     pub(super) fn limits(&self) -> Vec<u8> {
         let mut text =
             format!("{:25} {:20} {:20} {:10}\n", "Limit", "Soft Limit", "Hard Limit", "Units");
-        let limits = self.core.tc.as_ref().and_then(|tc| tc.rlimits.as_ref());
+        let limits = self.thread.core.tc.as_ref().and_then(|tc| tc.rlimits.as_ref());
         let number = |value: u64| match value {
             u64::MAX => "unlimited".to_owned(),
             value => value.to_string(),
@@ -133,7 +116,7 @@ impl Task {
 
     /// Returns the process's POSIX timers.
     pub(super) fn timers(&self) -> Vec<u8> {
-        let timers = self.core.tc.as_ref().and_then(|tc| tc.timers.as_ref());
+        let timers = self.thread.core.tc.as_ref().and_then(|tc| tc.timers.as_ref());
         let mut text = String::new();
         for timer in timers.iter().flat_map(|timers| &timers.posix) {
             let how = timer.it_sigev_notify & !NOTIFIES_THREAD;
@@ -151,15 +134,6 @@ impl Task {
     }
 }
 
-/// Returns the set of the signals in a queue; `siginfo_t` begins with the number.
-fn queued(queue: &proto::SignalQueueEntry) -> u64 {
-    let numbers = queue.signals.iter().filter_map(|signal| {
-        let number = u32::from_le_bytes(*signal.siginfo.first_chunk()?);
-        1_u64.checked_shl(number.checked_sub(1)?)
-    });
-    numbers.fold(0, |set, signal| set | signal)
-}
-
 impl Proc<'_> {
     /// Returns the children of a process: all were forked by its first thread, as far as
     /// images tell.
@@ -172,8 +146,8 @@ impl Proc<'_> {
 
     /// Returns the cgroups of a task; empty if they were not dumped.
     pub(super) fn cgroups(&self, task: &Task) -> Result<Vec<u8>> {
-        let own = task.core.thread_core.as_ref().and_then(|thread| thread.cg_set);
-        let Some(set) = own.or(task.core.tc.as_ref().and_then(|tc| tc.cg_set)) else {
+        let own = task.thread.core.thread_core.as_ref().and_then(|thread| thread.cg_set);
+        let Some(set) = own.or(task.thread.core.tc.as_ref().and_then(|tc| tc.cg_set)) else {
             return Ok(Vec::new());
         };
         let image: Option<proto::CgroupEntry> =
