@@ -64,7 +64,7 @@ pub(super) enum Below {
 pub struct Process {
     tables: Arc<Tables>,
     entry: proto::PstreeEntry,
-    mm: proto::MmEntry,
+    mm: Arc<proto::MmEntry>,
     areas: Vec<Area>,
     private: MemoryId,
 }
@@ -85,14 +85,14 @@ impl Process {
             .find(|entry| entry.pid == pid)
             .ok_or_else(|| ViewError::NoSuchProcess { dir: dir.to_owned(), pid })?
             .clone();
-        let mut mm = read_mm(tables, pid)?
+        let mm = tables
+            .mm(pid)?
             .ok_or_else(|| ViewError::NoAddressSpace { dir: dir.to_owned(), pid })?;
         // Pagemaps do not say in which unit they count.
         if let Some(size) = told_page_size(&mm.mm_saved_auxv).filter(|size| *size != PAGE_SIZE) {
             return Err(ViewError::PageSize { dir: dir.to_owned(), pid, size });
         }
-        let vmas = std::mem::take(&mut mm.vmas);
-        let areas = Mappings { tables, pid }.areas(vmas)?;
+        let areas = Mappings { tables, pid }.areas(mm.vmas.clone())?;
         let private = private_of(tables, pid)?;
         Ok(Self { tables: Arc::clone(tables), entry, mm, areas, private })
     }

@@ -2,10 +2,13 @@
 
 use std::{
     collections::BTreeMap,
+    num::NonZeroUsize,
     path::Path,
     sync::{Arc, Mutex, PoisonError},
     time::UNIX_EPOCH,
 };
+
+use lru::LruCache;
 
 use super::{
     Result,
@@ -19,6 +22,9 @@ use crate::{
     chain::{Chain, SnapshotId},
     image::{Kind, Store, proto},
 };
+
+/// How many processes' mappings are kept.
+const MMS_KEPT: NonZeroUsize = NonZeroUsize::new(8).expect("not zero");
 
 /// A value that is computed on first use, and then shared.
 ///
@@ -56,6 +62,8 @@ pub struct Tables {
     shared: Lazy<BTreeMap<u64, SharedObject>>,
     files: Lazy<OpenFiles>,
     held: Lazy<Held>,
+    cgroups: Lazy<Vec<proto::CgSetEntry>>,
+    mms: Mutex<LruCache<u32, Option<Arc<proto::MmEntry>>>>,
     mapped_files: bool,
 }
 
@@ -70,6 +78,8 @@ impl Tables {
             shared: Lazy::default(),
             files: Lazy::default(),
             held: Lazy::default(),
+            cgroups: Lazy::default(),
+            mms: Mutex::new(LruCache::new(MMS_KEPT)),
             mapped_files: true,
         }
     }
@@ -132,9 +142,28 @@ impl Tables {
         self.held.get(|| Held::load(self))
     }
 
-    /// Reads what the process `pid` maps; `None` if it has no address space.
-    pub(super) fn mm(&self, pid: u32) -> Result<Option<proto::MmEntry>> {
-        read_mm(self, pid)
+    /// Returns what the process `pid` maps; `None` if it has no address space. That of the
+    /// last processes that were asked for is kept: the files of one are read in a row.
+    pub(super) fn mm(&self, pid: u32) -> Result<Option<Arc<proto::MmEntry>>> {
+        let kept = || self.mms.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(mm) = kept().get(&pid) {
+            return Ok(mm.clone());
+        }
+        let mm = read_mm(self, pid)?.map(Arc::new);
+        kept().put(pid, mm.clone());
+        Ok(mm)
+    }
+
+    /// Returns the sets of cgroups that tasks may be in; none if they were not dumped.
+    ///
+    /// # Errors
+    /// [`ViewError::Image`](super::ViewError::Image).
+    pub(super) fn cgroups(&self) -> Result<Arc<Vec<proto::CgSetEntry>>> {
+        self.cgroups.get(|| {
+            let image: Option<proto::CgroupEntry> =
+                self.images().message_if_any(Kind::Cgroup, 0)?;
+            Ok(image.map(|image| image.sets).unwrap_or_default())
+        })
     }
 
     /// Returns the key of a System V segment.

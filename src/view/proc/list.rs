@@ -1,13 +1,10 @@
 //! Processes, descriptors and mappings as rows of a table.
 
-use super::{Proc, Who, memory::Text};
-use crate::{
-    image::vma,
-    view::{
-        Result,
-        process::{PROT_EXEC, PROT_READ, PROT_WRITE},
-    },
+use super::{
+    Proc, Who,
+    memory::{Text, protection},
 };
+use crate::{image::vma, view::Result};
 
 /// A process.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -130,23 +127,21 @@ impl Proc<'_> {
     /// Returns the mappings of a process, ascending.
     pub(in crate::view) fn mapping_rows(&self, pid: u32) -> Result<Vec<MappingRow>> {
         self.entry(pid)?;
+        let mm = self.tables.mm(pid)?.unwrap_or_default();
         let shown = self.shown(pid)?.into_iter();
         let rows = shown.filter(|mapping| mapping.entry.status & vma::VSYSCALL == 0);
-        Ok(rows
-            .map(|mapping| {
-                let entry = &mapping.entry;
-                let bit = |bits, letter| if entry.prot & bits != 0 { letter } else { '-' };
-                let sharing = if entry.flags & super::memory::MAP_SHARED != 0 { 's' } else { 'p' };
-                let letters = [bit(PROT_READ, 'r'), bit(PROT_WRITE, 'w'), bit(PROT_EXEC, 'x')];
-                MappingRow {
-                    start: entry.start,
-                    end: entry.end,
-                    protection: letters.into_iter().chain([sharing]).collect(),
-                    private: mapping.own,
-                    shared: mapping.shared,
-                    name: String::from_utf8_lossy(&mapping.name).into_owned(),
-                }
+        rows.map(|mapping| {
+            let entry = &mapping.entry;
+            let name = self.mapping_name(&mm, entry)?;
+            Ok(MappingRow {
+                start: entry.start,
+                end: entry.end,
+                protection: protection(entry),
+                private: mapping.own,
+                shared: mapping.shared,
+                name: String::from_utf8_lossy(&name).into_owned(),
             })
-            .collect())
+        })
+        .collect()
     }
 }

@@ -17,7 +17,7 @@ use crate::{
 const NAME_COLUMN: usize = 73;
 
 /// `MAP_*` and others that images keep of mappings (`asm-generic/mman.h`).
-pub(super) const MAP_SHARED: u32 = 0x01;
+const MAP_SHARED: u32 = 0x01;
 const MAP_GROWSDOWN: u32 = 0x0100;
 const MAP_LOCKED: u32 = 0x2000;
 const MAP_NORESERVE: u32 = 0x4000;
@@ -101,7 +101,6 @@ impl Sizes {
 /// A mapping, and how much of it is in images.
 pub(super) struct Shown {
     pub(super) entry: proto::VmaEntry,
-    pub(super) name: Vec<u8>,
     pub(super) own: u64,
     pub(super) shared: u64,
 }
@@ -110,14 +109,18 @@ impl Proc<'_> {
     /// Returns the mappings of a process, ascending.
     fn vmas(&self, pid: u32) -> Result<Vec<proto::VmaEntry>> {
         let mm = self.tables.mm(pid)?.unwrap_or_default();
-        let mut vmas = mm.vmas;
+        let mut vmas = mm.vmas.clone();
         vmas.retain(|entry| entry.status & vma::GUARD == 0 && entry.start < entry.end);
         vmas.sort_by_key(|entry| entry.start);
         Ok(vmas)
     }
 
     /// Returns what `maps` calls a mapping.
-    fn mapping_name(&self, mm: &proto::MmEntry, entry: &proto::VmaEntry) -> Result<Vec<u8>> {
+    pub(super) fn mapping_name(
+        &self,
+        mm: &proto::MmEntry,
+        entry: &proto::VmaEntry,
+    ) -> Result<Vec<u8>> {
         let is = |bits| entry.status & bits != 0;
         let fixed: &[u8] = if is(vma::VDSO) {
             b"[vdso]"
@@ -149,19 +152,11 @@ impl Proc<'_> {
     }
 
     fn line(entry: &proto::VmaEntry, name: &[u8]) -> Vec<u8> {
-        let bit = |bits, letter| if entry.prot & bits != 0 { letter } else { '-' };
-        let sharing = if entry.flags & MAP_SHARED != 0 { 's' } else { 'p' };
         let placed = entry.status & (vma::FILE_PRIVATE | vma::FILE_SHARED | vma::ANON_SHARED) != 0;
         let offset = if placed { entry.pgoff } else { 0 };
-        let mut line = format!(
-            "{:08x}-{:08x} {}{}{}{sharing} {offset:08x} 00:00 0 ",
-            entry.start,
-            entry.end,
-            bit(PROT_READ, 'r'),
-            bit(PROT_WRITE, 'w'),
-            bit(PROT_EXEC, 'x'),
-        )
-        .into_bytes();
+        let (start, end, protection) = (entry.start, entry.end, protection(entry));
+        let mut line =
+            format!("{start:08x}-{end:08x} {protection} {offset:08x} 00:00 0 ").into_bytes();
         if !name.is_empty() {
             line.resize(line.len().max(NAME_COLUMN), b' ');
             line.extend(super::escaped(name, b"\n"));
@@ -184,10 +179,8 @@ impl Proc<'_> {
     /// Returns the mappings with how much of each is in images.
     pub(super) fn shown(&self, pid: u32) -> Result<Vec<Shown>> {
         let Some(space) = self.space(pid)? else { return Ok(Vec::new()) };
-        let mm = self.tables.mm(pid)?.unwrap_or_default();
         let mut shown = Vec::new();
         for entry in self.vmas(pid)? {
-            let name = self.mapping_name(&mm, &entry)?;
             let areas = space.process().areas();
             let position = areas.partition_point(|area| area.end <= entry.start);
             let area = areas.get(position).filter(|area| area.start == entry.start);
@@ -195,16 +188,17 @@ impl Proc<'_> {
                 Some(area) => space.resident(area)?,
                 None => (0, 0),
             };
-            shown.push(Shown { entry, name, own, shared });
+            shown.push(Shown { entry, own, shared });
         }
         Ok(shown)
     }
 
     pub(super) fn smaps(&self, pid: u32) -> Result<Vec<u8>> {
         let mut text = Vec::new();
+        let mm = self.tables.mm(pid)?.unwrap_or_default();
         for mapping in self.shown(pid)? {
             let entry = &mapping.entry;
-            text.extend(Self::line(entry, &mapping.name));
+            text.extend(Self::line(entry, &self.mapping_name(&mm, entry)?));
             let mut rest = String::new();
             let bytes = entry.end - entry.start;
             let locked =
@@ -244,7 +238,7 @@ impl Proc<'_> {
     pub(super) fn sizes(&self, pid: u32) -> Result<Option<Sizes>> {
         let Some(mm) = self.tables.mm(pid)? else { return Ok(None) };
         let mut sizes = Sizes::default();
-        for Shown { entry, own, shared, .. } in self.shown(pid)? {
+        for Shown { entry, own, shared } in self.shown(pid)? {
             if entry.status & vma::VSYSCALL != 0 {
                 continue;
             }
@@ -320,6 +314,13 @@ impl Proc<'_> {
         let vmas = self.vmas(process.pid())?.into_iter();
         vmas.map(|entry| Ok((entry.start, entry.end, self.mapping_name(mm, &entry)?))).collect()
     }
+}
+
+/// Returns what may be done with a mapping, as `maps` has it: `rwxp`.
+pub(super) fn protection(entry: &proto::VmaEntry) -> String {
+    let bit = |bits, letter| if entry.prot & bits != 0 { letter } else { '-' };
+    let sharing = if entry.flags & MAP_SHARED != 0 { 's' } else { 'p' };
+    [bit(PROT_READ, 'r'), bit(PROT_WRITE, 'w'), bit(PROT_EXEC, 'x'), sharing].iter().collect()
 }
 
 /// Adds to a count of bytes. Images can claim mappings of any size, and over each other.

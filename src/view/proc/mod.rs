@@ -263,7 +263,7 @@ impl<'a> Proc<'a> {
             TaskFile::LoginUid => {
                 task.thread.core.tc.as_ref().is_some_and(|tc| tc.loginuid.is_some())
             }
-            TaskFile::Mountinfo => self.mountinfo(pid).is_ok_and(|mounts| mounts.is_some()),
+            TaskFile::Mountinfo => self.mount_entries(pid).is_ok_and(|mounts| mounts.is_some()),
             _ => true,
         };
         let files = TaskFile::ALL.iter().filter(|(_, file)| is_known(*file));
@@ -438,12 +438,12 @@ const NAMESPACES: [(&str, NamespaceId); 8] = [
     ("uts", |ids| ids.uts_ns_id),
 ];
 
-/// Writes a path as the kernel does where it separates fields: characters of `set`, and
-/// the backslash, are octal numbers.
+/// Writes a path as the kernel does where it separates fields: characters of `set` are
+/// octal numbers.
 fn escaped(path: &[u8], set: &[u8]) -> Vec<u8> {
     let mut text = Vec::with_capacity(path.len());
     for byte in path {
-        if set.contains(byte) || *byte == b'\\' && set.contains(&b'\\') {
+        if set.contains(byte) {
             text.extend(format!("\\{byte:03o}").into_bytes());
         } else {
             text.push(*byte);

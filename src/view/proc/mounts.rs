@@ -47,7 +47,8 @@ const MS_RDONLY: u32 = 1;
 const MOUNT_ESCAPES: &[u8] = b" \t\n\\#";
 
 impl Proc<'_> {
-    fn mount_entries(&self, pid: u32) -> Result<Option<Vec<proto::MntEntry>>> {
+    /// Returns the mounts that a process sees; `None` if they were not dumped.
+    pub(super) fn mount_entries(&self, pid: u32) -> Result<Option<Vec<proto::MntEntry>>> {
         let Some(id) = self.ids(pid)?.mnt_ns_id else { return Ok(None) };
         Ok(self.tables.images().messages_if_any(Kind::Mnts, id.into())?)
     }

@@ -3,10 +3,7 @@
 use std::fmt::Write;
 
 use super::{Proc, Task, Who};
-use crate::{
-    image::{Kind, proto, tree::state},
-    view::Result,
-};
+use crate::{image::tree::state, view::Result};
 
 /// `sigaction` of signals that are handled by default, and of those that are ignored.
 const SIG_DFL: u64 = 0;
@@ -150,9 +147,7 @@ impl Proc<'_> {
         let Some(set) = own.or(task.thread.core.tc.as_ref().and_then(|tc| tc.cg_set)) else {
             return Ok(Vec::new());
         };
-        let image: Option<proto::CgroupEntry> =
-            self.tables.images().message_if_any(Kind::Cgroup, 0)?;
-        let sets = image.map(|image| image.sets).unwrap_or_default();
+        let sets = self.tables.cgroups()?;
         let members = sets.iter().filter(|known| known.id == set).flat_map(|known| &known.ctls);
         let mut text = Vec::new();
         for (position, member) in members.enumerate() {
