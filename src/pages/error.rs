@@ -6,7 +6,6 @@ use crate::{
     chain::ChainError,
     fault::Injected,
     image::ImageError,
-    proc::ProcError,
     units::{HostPid, RemoteAddr},
 };
 
@@ -63,9 +62,6 @@ pub enum PagesError {
     /// A pagemap could not be written.
     #[error(transparent)]
     Image(#[from] ImageError),
-    /// Something in `/proc` could not be read.
-    #[error(transparent)]
-    Proc(#[from] ProcError),
     /// A test asked for it.
     #[error(transparent)]
     Fault(#[from] Injected),

@@ -9,7 +9,7 @@
 //! Pages of the vDSO are in the page table of a process only when it has looked at them.
 //! The kernel has one vDSO for all, so that the rest of it is read in this program.
 
-use std::{fs::File, io::IoSliceMut, ops::Range, os::unix::fs::FileExt};
+use std::{fs::File, io::IoSliceMut, ops::Range, os::unix::fs::FileExt, sync::OnceLock};
 
 use nix::{
     sys::uio::{RemoteIoVec, process_vm_readv},
@@ -33,24 +33,43 @@ pub struct ProcessMemory {
     /// Its `/proc/PID/mem`.
     file: File,
     /// Where its vDSO begins, and this program's own, if that is as long.
-    vdsos: Option<(RemoteAddr, RemoteAddr)>,
+    vdsos: Option<(RemoteAddr, &'static OwnVdso)>,
+}
+
+/// The vDSO of this program.
+#[derive(Debug)]
+struct OwnVdso {
+    start: RemoteAddr,
+    len: u64,
+    /// `/proc/self/mem`.
+    memory: File,
+}
+
+/// Returns the vDSO of this program; `None` if it has none, or cannot read it.
+fn own_vdso() -> Option<&'static OwnVdso> {
+    static OWN: OnceLock<Option<OwnVdso>> = OnceLock::new();
+    let find = || {
+        let mappings = proc::maps(HostPid(nix::unistd::getpid().as_raw())).ok()?;
+        let vdso = mappings.iter().find(|mapping| is_vdso(mapping))?;
+        let memory = File::open("/proc/self/mem").ok()?;
+        Some(OwnVdso { start: vdso.start, len: vdso.len(), memory })
+    };
+    OWN.get_or_init(find).as_ref()
 }
 
 impl ProcessMemory {
     /// Opens the memory of a process that has these mappings.
     ///
     /// # Errors
-    /// [`PagesError::Open`], and those of reading `/proc`.
+    /// [`PagesError::Open`].
     pub fn open(pid: HostPid, mappings: &[Mapping]) -> Result<Self> {
         let file = process::open_memory(pid).map_err(|source| {
             let path = format!("/proc/{pid}/mem").into();
             PagesError::Open { path, source }
         })?;
         let vdso = mappings.iter().find(|mapping| is_vdso(mapping));
-        let own = proc::maps(HostPid(nix::unistd::getpid().as_raw()))?;
-        let own = own.iter().find(|mapping| is_vdso(mapping));
-        let vdsos = vdso.zip(own).filter(|(theirs, own)| theirs.len() == own.len());
-        let vdsos = vdsos.map(|(theirs, own)| (theirs.start, own.start));
+        let vdsos = vdso.zip(own_vdso()).filter(|(theirs, own)| theirs.len() == own.len);
+        let vdsos = vdsos.map(|(theirs, own)| (theirs.start, own));
         Ok(Self { pid, file, vdsos })
     }
 
@@ -85,8 +104,8 @@ impl ProcessMemory {
     /// Reads pages of the vDSO in this program; false if it has another one.
     fn read_own_vdso(&self, address: RemoteAddr, target: &mut [u8]) -> bool {
         let Some((theirs, own)) = self.vdsos else { return false };
-        let at = own.0 + (address.0 - theirs.0);
-        File::open("/proc/self/mem").and_then(|file| file.read_exact_at(target, at)).is_ok()
+        let at = own.start.0 + (address.0 - theirs.0);
+        own.memory.read_exact_at(target, at).is_ok()
     }
 
     /// Reads all stretches by one call; false if not all could be read.
