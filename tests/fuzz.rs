@@ -29,14 +29,14 @@ use std::{
 use common::{
     Cap,
     live::{Live, engine},
-    look::look,
+    look,
     mounted::{IMGFS, Mounted},
     require,
 };
 use mutate::{Random, Values, every_kind, mutate};
 use nix::sys::resource::{Resource, setrlimit};
 use rcriu::{
-    chain::{Chain, Summary, check, diff},
+    chain::{Chain, check},
     dedup::{self, FreeOptions, LinkOptions},
     image::{
         Directory,
@@ -44,7 +44,6 @@ use rcriu::{
         json::{self, Style},
         tree,
     },
-    view::{ROOT, View, flatten},
 };
 
 /// Cases of each sort in a run without further ado.
@@ -151,22 +150,7 @@ fn ask(root: &Path, random: &mut Random) {
     for dir in dirs.iter().filter(|dir| dir.is_dir()) {
         let _ = tree::read(&Directory::at(dir));
     }
-    let Ok(chain) = Chain::open(root) else { return };
-    let _ = check(&chain);
-    let ids: Vec<_> = chain.ids().collect();
-    for id in &ids {
-        let _ = Summary::of(&chain, *id);
-        let _ = diff(&chain, ids[0], *id);
-    }
-    let chain = Arc::new(chain);
-    if let Ok(tip) = chain.choose(None) {
-        let view = View::new(Arc::clone(&chain), tip);
-        look(&view, ROOT, &mut vec![0; LOOK_BYTES]);
-        let out = root.join("flat");
-        let flattened = flatten(&view, &out, &mut |_, _| {});
-        assert_eq!(flattened.is_ok(), out.exists(), "a flat directory that is not complete");
-        let _ = fs::remove_dir_all(&out);
-    }
+    let Some(chain) = look::ask(root, LOOK_BYTES) else { return };
     // What changes images comes last.
     let mut named: Vec<PathBuf> =
         chain.snapshots().iter().map(|one| one.path().to_owned()).collect();

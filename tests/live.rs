@@ -31,6 +31,7 @@ use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
     unistd::{Whence, lseek},
 };
+use prost::Message;
 use rcriu::image::{ImageWriter, Kind, proto, read_all};
 
 /// Dumps a state, which ends it, and restores it.
@@ -466,11 +467,7 @@ fn split_files(images: &Path) {
             $(
                 let these: Vec<_> = left.iter().filter_map(|entry| entry.$field.clone()).collect();
                 if !these.is_empty() {
-                    let path = images.join(Kind::$kind.file_name(0));
-                    let file = BufWriter::new(File::create(&path).unwrap());
-                    let mut image = ImageWriter::new(&path, file, Kind::$kind).unwrap();
-                    these.iter().for_each(|entry| image.message(entry).unwrap());
-                    image.finish().unwrap();
+                    write_image(&images.join(Kind::$kind.file_name(0)), Kind::$kind, &these);
                     left.retain(|entry| entry.$field.is_none());
                 }
             )*
@@ -584,17 +581,22 @@ fn privileged_data_in_a_pending_connection_is_refused() {
     refused("unix_pending_data", "waiting to be accepted");
 }
 
+/// Writes an image, over one that is there.
+fn write_image<M: Message>(path: &Path, kind: Kind, messages: &[M]) {
+    let file = BufWriter::new(File::create(path).unwrap());
+    let mut image = ImageWriter::new(path, file, kind).unwrap();
+    messages.iter().for_each(|message| image.message(message).unwrap());
+    image.finish().unwrap();
+}
+
 /// Takes out of images what only this program puts into entries of files.
 fn without_extensions(images: &Path) {
     let path = images.join(Kind::Files.file_name(0));
     let mut entries: Vec<proto::FileEntry> = read_all(&path, Kind::Files).unwrap();
-    let file = BufWriter::new(File::create(&path).unwrap());
-    let mut image = ImageWriter::new(&path, file, Kind::Files).unwrap();
     for entry in &mut entries {
         (entry.owner, entry.sock) = (None, None);
-        image.message(entry).unwrap();
     }
-    image.finish().unwrap();
+    write_image(&path, Kind::Files, &entries);
 }
 
 /// What CRIU's images do not tell of owners and peers is as if the processes that have the
@@ -1026,11 +1028,8 @@ fn privileged_clocks_that_have_gone_back_are_told() {
     let path = live.images().join(Kind::Inventory.file_name(0));
     let entries: Vec<proto::InventoryEntry> = read_all(&path, Kind::Inventory).unwrap();
     let later = entries[0].dump_uptime.map(|now| now + 5_000_000_000);
-    let file = BufWriter::new(File::create(&path).unwrap());
-    let mut image = ImageWriter::new(&path, file, Kind::Inventory).unwrap();
     let entry = proto::InventoryEntry { dump_uptime: later, ..entries[0].clone() };
-    image.message(&entry).unwrap();
-    image.finish().unwrap();
+    write_image(&path, Kind::Inventory, &[entry]);
     let output = live.try_restore(&[]);
     let words = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.success() && words.contains("unshare -T --fork --monotonic"), "{words}");
