@@ -110,10 +110,12 @@ pub struct Injected {
 
 enum Action {
     Fail,
-    /// When it comes by for this time.
-    Kill(usize),
-    /// Likewise, with the process that waits for this one, which dies first.
-    KillBoth(usize),
+    /// When it comes by for this time; and with `both`, the process that waits for this one
+    /// is killed first.
+    Kill {
+        time: usize,
+        both: bool,
+    },
     Stop,
 }
 
@@ -121,17 +123,14 @@ fn chosen() -> Option<&'static (String, Action)> {
     static CHOSEN: OnceLock<Option<(String, Action)>> = OnceLock::new();
     let choose = || {
         let value = env::var("RCRIU_FAULT").ok()?;
-        let (name, action) = match value.split_once(':') {
-            Some((name, "kill")) => (name, Action::Kill(1)),
-            Some((name, how)) if let Some(time) = how.strip_prefix("kill:") => {
-                (name, Action::Kill(time.parse().unwrap_or(1)))
-            }
-            Some((name, how)) if let Some(time) = how.strip_prefix("kill-both:") => {
-                (name, Action::KillBoth(time.parse().unwrap_or(1)))
-            }
-            Some((name, "stop")) => (name, Action::Stop),
-            Some((name, _)) => (name, Action::Fail),
-            None => (value.as_str(), Action::Fail),
+        let (name, how) = value.split_once(':').unwrap_or((&value, ""));
+        let (verb, time) = how.split_once(':').unwrap_or((how, "1"));
+        let time = time.parse().unwrap_or(1);
+        let action = match verb {
+            "kill" => Action::Kill { time, both: false },
+            "kill-both" => Action::Kill { time, both: true },
+            "stop" => Action::Stop,
+            _ => Action::Fail,
         };
         Some((name.to_owned(), action))
     };
@@ -158,12 +157,13 @@ pub fn hit(point: Point) -> Result<(), Injected> {
             match action {
                 Action::Fail => return Err(Injected { point: point.name() }),
                 // Nothing is left to report a failure to.
-                Action::Kill(wanted) if time == *wanted => drop(raise(Signal::SIGKILL)),
-                Action::KillBoth(wanted) if time == *wanted => {
-                    kill_parent();
+                Action::Kill { time: wanted, both } if time == *wanted => {
+                    if *both {
+                        kill_parent();
+                    }
                     let _ = raise(Signal::SIGKILL);
                 }
-                Action::Kill(_) | Action::KillBoth(_) => {}
+                Action::Kill { .. } => {}
                 Action::Stop => drop(raise(Signal::SIGSTOP)),
             }
             Ok(())

@@ -7,8 +7,8 @@ use std::{
 
 use anyhow::Context as _;
 
+use super::look::Which;
 use crate::{
-    chain::Chain,
     sys::{
         lock::{Access, DirectoryLocks},
         output,
@@ -23,13 +23,10 @@ use crate::{
 /// between files (btrfs, xfs), no memory is copied.
 #[derive(Debug, clap::Args)]
 pub struct FlattenArgs {
-    /// An image directory, or a directory of image directories
-    chain: PathBuf,
+    #[command(flatten)]
+    which: Which,
     /// The directory to write, which must not exist or be empty
     out: PathBuf,
-    /// The snapshot to write [default: the only one without children]
-    #[arg(long, value_name = "NAME")]
-    snapshot: Option<String>,
 }
 
 /// Writes a snapshot to a directory of its own.
@@ -41,8 +38,7 @@ pub fn run(args: &FlattenArgs) -> anyhow::Result<()> {
     let out = if args.out.is_dir() { Some(args.out.as_path()) } else { above };
     output::check_directory(out.unwrap_or(Path::new(".")))
         .with_context(|| format!("write to {}", args.out.display()))?;
-    let chain = Chain::open(&args.chain)?;
-    let tip = chain.choose(args.snapshot.as_deref())?;
+    let (chain, tip) = args.which.open()?;
     let mut locks = DirectoryLocks::default();
     for id in [tip, chain.base(tip)] {
         if let Some(dir) = chain.snapshot(id).directory() {

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::table::{Align, Table};
 use crate::{
-    chain::{Chain, Content, Summary, read_at},
+    chain::{Chain, Content, SnapshotId, Summary, read_at},
     view::{NodeType, View, extract},
 };
 
@@ -22,15 +22,24 @@ use crate::{
 pub struct Which {
     /// An image directory, or a directory of image directories
     chain: PathBuf,
-    /// Which snapshot, if not the only one that is nobody's parent
+    /// The snapshot [default: the only one without children]
     #[arg(long, value_name = "NAME")]
     snapshot: Option<String>,
 }
 
 impl Which {
-    fn view(&self) -> anyhow::Result<View> {
+    /// Opens the chain, and chooses the snapshot.
+    ///
+    /// # Errors
+    /// A place without images, and a name that no snapshot has.
+    pub(super) fn open(&self) -> anyhow::Result<(Chain, SnapshotId)> {
         let chain = Chain::open(&self.chain)?;
         let tip = chain.choose(self.snapshot.as_deref())?;
+        Ok((chain, tip))
+    }
+
+    fn view(&self) -> anyhow::Result<View> {
+        let (chain, tip) = self.open()?;
         Ok(View::new(Arc::new(chain), tip))
     }
 }
