@@ -157,7 +157,7 @@ impl Found {
         Ok(())
     }
 
-    /// Finds memory with a descriptor that nobody maps.
+    /// Finds memory that has a descriptor and is not mapped.
     fn look_at_descriptors(&mut self, pid: HostPid) -> Result<()> {
         for number in proc::fds(pid)? {
             if proc::fd_link(pid, number)?.starts_with(MEMFD) {

@@ -268,7 +268,7 @@ impl Filesystem for ImageFs {
     /// Returns the sizes of the file system that holds the images.
     fn statfs(&self, _req: &Request, ino: INodeNo, reply: ReplyStatfs) {
         let Some(dir) = self.view.chain().snapshot(self.view.tip()).directory() else {
-            // As much as nobody knows.
+            // Only a directory has a file system whose sizes can be asked for.
             return reply.statfs(0, 0, 0, 0, 0, SMALL_READ_BYTES, NAME_BYTES, SMALL_READ_BYTES);
         };
         match statvfs(dir) {

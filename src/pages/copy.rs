@@ -183,7 +183,7 @@ impl<'a, S: PageSink> Job<'a, S> {
                 fault::hit(Point::DumpMemory)?;
             }
             let read = self.read(buffers);
-            // The turn is taken in any case, or nobody behind would get theirs.
+            // Take the turn even after an error: the chunks behind wait for it.
             let placed = self.await_turn(chunk, stop).map(|mut turn| {
                 let placed = read.and_then(|()| self.place(&mut turn, buffers));
                 turn.chunk += 1;

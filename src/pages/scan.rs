@@ -41,8 +41,8 @@ pub fn mapping(
     shown: Shown,
     stretches: &mut Vec<Stretch>,
 ) -> io::Result<u64> {
-    // It may be zero at any time, which whoever keeps the state of random numbers there
-    // (`vgetrandom`) relies on: two restores must not go on with the same.
+    // The kernel may zero it at any time. C libraries that keep the state of random numbers
+    // there (`vgetrandom`) rely on that: two restores must not continue with the same state.
     if mapping.flags.contains(VmFlags::DROPPABLE) {
         return Ok(0);
     }

@@ -52,7 +52,7 @@ pub enum FileError {
         /// Why it failed.
         source: Errno,
     },
-    /// An eventfd did not behave as one that nobody else uses.
+    /// An eventfd behaved as if another process used it.
     #[error(
         "find out whether an eventfd of process {pid}, which held {count:#x}, is a semaphore; \
          this kernel does not tell"

@@ -8,7 +8,7 @@
 //! them out, and what kills this program then would lose them: a dump that finds some is
 //! refused, unless the terminal stays outside of the tree. What CRIU has put into images is
 //! queued again. A line that was typed in part, at a terminal that gives out lines, is
-//! counted nowhere: nobody can see it, and it is lost.
+//! counted nowhere: the dump cannot see it, and it is lost.
 
 mod dump;
 mod queue;

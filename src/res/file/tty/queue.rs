@@ -23,8 +23,8 @@ use crate::{
 /// `ICANON` (`include/uapi/asm-generic/termbits.h`): a terminal gives out lines.
 const CANONICAL: u32 = 2;
 
-/// Queues again what was queued at both ends of the pairs, and closes the slaves that
-/// nobody has open any more. `masters` has a description of each master.
+/// Queues again what was queued at both ends of the pairs, and closes the slaves that no
+/// process has open. `masters` has a description of each master.
 ///
 /// # Errors
 /// [`FileError::Restore`]; those of reading an image.

@@ -7,8 +7,8 @@
 //! to make.
 //!
 //! A TCP socket whose connection has ended still tells the name that it had, but holds the
-//! port only if its program has bound it. What it has received is kept; an error that nobody
-//! has read is not, since only who takes it learns which one it is.
+//! port only if its program has bound it. What it has received is kept; a pending
+//! error is not, since only reading it, which clears it, tells which one it is.
 
 mod dump;
 mod restore;

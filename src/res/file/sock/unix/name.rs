@@ -185,7 +185,7 @@ fn errno(error: &io::Error) -> Errno {
 /// What is to become of the file that binding makes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Keep {
-    /// It stays. A file of a socket that nobody has open any more makes room for it.
+    /// It stays, and replaces the file of a socket that no process has open.
     Replacing,
     /// It stays, unless there is one, which stays instead.
     Yielding,

@@ -12,7 +12,7 @@
 //! 5. connections are made that wait to be accepted;
 //! 6. options are set, directions are shut down, and flags set.
 //!
-//! [`super::peer`] makes the calls by which sockets come to show somebody's credentials.
+//! [`super::peer`] makes the calls that give sockets the credentials of their peers.
 //! Sockets whose peers have gone get a peer that goes, with something unread if they have an
 //! error to show; but a datagram socket with a name
 //! has none afterwards, because images do not tell that from never having had one.
