@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use nix::errno::Errno;
+use nix::{errno::Errno, libc};
 use thiserror::Error;
 
 use crate::{
@@ -103,6 +103,18 @@ pub enum FileError {
         /// Why.
         source: std::io::Error,
     },
+    /// The kernel opens a file in `/proc/PID/map_files` only for privileged programs
+    /// (`proc_pid_map_files(5)`).
+    #[error(
+        "read {path}: run rcriu as root, or give it CAP_CHECKPOINT_RESTORE",
+        path = .path.display()
+    )]
+    Unprivileged {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
     /// An image could not be read or written.
     #[error(transparent)]
     Images(#[from] ImageError),
@@ -112,6 +124,14 @@ pub enum FileError {
 }
 
 impl FileError {
+    /// Returns why the file at `path` could not be read while dumping.
+    pub(super) fn read(path: PathBuf, source: std::io::Error) -> Self {
+        match source.raw_os_error() {
+            Some(libc::EPERM) => Self::Unprivileged { path, source },
+            _ => Self::Read { path, source },
+        }
+    }
+
     /// Returns [`FileError::Restore`] for a file of the images, ready for `map_err`.
     pub fn restore(
         id: u32,

@@ -292,7 +292,7 @@ impl FileTable {
     /// Enters a file that is known by its path: `path` leads to it, such as
     /// `/proc/PID/exe`. Returns its number.
     pub fn enter_path(&mut self, pid: HostPid, path: PathBuf) -> Result<u32> {
-        let failed = |source| FileError::Read { path: path.clone(), source };
+        let failed = |source| FileError::read(path.clone(), source);
         let file =
             File::options().read(true).custom_flags(libc::O_PATH).open(&path).map_err(failed)?;
         let link = std::fs::read_link(&path).map_err(failed)?;
@@ -338,7 +338,7 @@ impl FileTable {
 
     /// Enters shared memory that is mapped; `path` leads to it. Returns its number.
     pub fn enter_object(&mut self, pid: HostPid, path: PathBuf) -> Result<u32> {
-        let failed = |source| FileError::Read { path: path.clone(), source };
+        let failed = |source| FileError::read(path.clone(), source);
         let file = File::open(&path).map_err(failed)?;
         let link = std::fs::read_link(&path).map_err(failed)?;
         let link = std::os::unix::ffi::OsStringExt::into_vec(link.into_os_string());
