@@ -2,6 +2,7 @@
 
 mod attributes;
 mod diag;
+mod held;
 pub(super) mod inet;
 pub(super) mod netlink;
 mod opts;

@@ -31,7 +31,7 @@ use crate::{
     res::file::{
         FileError, Opened, Opener, Result, owner,
         sock::{
-            attributes,
+            attributes, held,
             opts::{self, Subject},
             state,
         },
@@ -76,7 +76,7 @@ impl Opener for InetOpener {
                         let (fd, both) = (socket.fd.as_fd(), (Some(true), Some(true)));
                         opts::restore_reuse(fd, both, &socket.restored)?;
                     }
-                    sockets[at].bind()
+                    held::retry(|| sockets[at].bind())
                 }
                 result => result,
             }

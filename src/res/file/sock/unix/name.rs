@@ -32,7 +32,7 @@ use crate::{
     image::proto,
     res::file::{
         Description, FileError, Result,
-        sock::{diag, opts::Subject},
+        sock::{diag, held, opts::Subject},
     },
     sys::socket,
 };
@@ -208,7 +208,7 @@ pub(super) fn bind(
         return Ok(None);
     }
     if !is_path(&entry.name) {
-        socket::bind_unix(fd, &entry.name).map_err(restored.failed("bind"))?;
+        held::retry(|| socket::bind_unix(fd, &entry.name)).map_err(restored.failed("bind"))?;
         return Ok(None);
     }
     thread::scope(|scope| scope.spawn(|| bind_path(fd, entry, keep, restored)).join())
@@ -301,9 +301,11 @@ fn make_room(path: &Path, keep: Keep, restored: &Subject) -> Result<Option<PathB
         fs::rename(path, &name).map_err(failed("move a file away from the name of"))?;
         return Ok(Some(name.into()));
     }
-    if !found.file_type().is_socket() || is_in_use(&found) {
+    let is_free = || if is_in_use(&found) { Err(Errno::EADDRINUSE) } else { Ok(()) };
+    if !found.file_type().is_socket() {
         return Err(restored.failed("bind")(Errno::EADDRINUSE));
     }
+    held::retry(is_free).map_err(restored.failed("bind"))?;
     log::debug!("{}: removing a socket that no process has open", path.display());
     fs::remove_file(path).map_err(failed("remove an old file of"))?;
     Ok(None)
