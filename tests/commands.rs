@@ -165,6 +165,7 @@ skipped, since this takes what is not here:
 
 failed:
   live wrong
+      panicked
   killed ended without a result
 
 2 passed, 2 failed, 2 skipped
