@@ -21,6 +21,7 @@ use common::{
     recorder::Recorder,
     require,
     same::{assert_same, open},
+    stored_bytes,
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -96,7 +97,8 @@ fn what_was_freed_stays_gone_and_takes_no_room_in_a_copy() {
             (chain.index(id, memory).unwrap(), copied.index(copied_id, memory).unwrap());
         assert!(index.punched_pages() > 0);
         assert_eq!(index.punched_pages(), there.punched_pages());
-        let pages = |dir: &Path| blocks(&dir.join(Kind::Pages.file_name(index.pages_id().into())));
+        let pages =
+            |dir: &Path| stored_bytes(&dir.join(Kind::Pages.file_name(index.pages_id().into())));
         assert_eq!(pages(&copy), pages(&dirs[0]));
     }
 }
@@ -139,7 +141,7 @@ fn freeing_that_fails_or_is_killed_names_what_is_gone_and_is_finished_by_the_nex
             assert_eq!(restorable(&dirs, &models), [false, false, true, true], "{fault}");
             let holes = |dir: &Path| {
                 let pages = listing(dir).into_keys().filter(|name| name.starts_with("pages-"));
-                pages.map(|name| blocks(&dir.join(name))).sum::<u64>()
+                pages.map(|name| stored_bytes(&dir.join(name))).sum::<u64>()
             };
             // Ten pages were stored, one of them zero, and three are gone.
             assert_eq!(holes(&dirs[0]), 6 * 4096, "{fault}");
@@ -351,7 +353,7 @@ fn privileged_files_that_cannot_be_punched_are_rewritten_if_asked_for() {
 
     let stored = |dir: &Path| -> u64 {
         let pages = listing(dir).into_keys().filter(|name| name.starts_with("pages-"));
-        pages.map(|name| blocks(&dir.join(name))).sum()
+        pages.map(|name| stored_bytes(&dir.join(name))).sum()
     };
     let before = stored(&dirs[0]);
     freeing_survives_power_cuts(&recorder, (&dirs, &models), &["--rewrite"]);

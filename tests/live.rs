@@ -14,6 +14,8 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     io::{BufWriter, Read},
+    ops::Range,
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
     sync::{Mutex, MutexGuard, PoisonError},
@@ -21,16 +23,13 @@ use std::{
 };
 
 use common::{
-    Cap,
+    Cap, data_of,
     live::{Live, bounded, directory, engine, restorer, wait_for, workload},
     mounted::Mounted,
     require, skip,
     untouched::Before,
 };
-use nix::{
-    mount::{MntFlags, MsFlags, mount, umount2},
-    unistd::{Whence, lseek},
-};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use prost::Message;
 use rcriu::image::{ImageWriter, Kind, proto, read_all};
 
@@ -952,17 +951,13 @@ fn privileged_an_exited_leader_is_dumped_again() {
 
 /// The stored bytes of a file of the mount, with their offsets.
 fn stored(path: &Path) -> Vec<(i64, Vec<u8>)> {
-    let mut file = File::open(path).unwrap();
-    let mut found = Vec::new();
-    let mut next = 0;
-    while let Ok(start) = lseek(&file, next, Whence::SeekData) {
-        next = lseek(&file, start, Whence::SeekHole).unwrap();
-        lseek(&file, start, Whence::SeekSet).unwrap();
-        let mut bytes = vec![0; usize::try_from(next - start).unwrap()];
-        file.read_exact(&mut bytes).unwrap();
-        found.push((start, bytes));
-    }
-    found
+    let file = File::open(path).unwrap();
+    let read = |data: Range<i64>| {
+        let mut bytes = vec![0; usize::try_from(data.end - data.start).unwrap()];
+        file.read_exact_at(&mut bytes, data.start.cast_unsigned()).unwrap();
+        (data.start, bytes)
+    };
+    data_of(&file).into_iter().map(read).collect()
 }
 
 /// Memory that several processes have is stored once and seen of each. Its changes are not

@@ -21,11 +21,11 @@ use std::{
 use clap::{Arg, CommandFactory};
 use common::{
     Cap,
-    dumps::{blocks, three},
+    dumps::three,
     is_mounted,
     live::{Live, Shell, directory, state_of, wait_for},
     mounted::IMGFS,
-    require,
+    require, stored_bytes,
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -610,7 +610,7 @@ fn auto_dedup(command: &str) {
         let dir = run.live.path("1");
         let pages = fs::read_dir(dir).unwrap().flatten();
         let pages = pages.filter(|entry| entry.file_name().to_string_lossy().starts_with("pages-"));
-        pages.map(|entry| blocks(&entry.path())).sum()
+        pages.map(|entry| stored_bytes(&entry.path())).sum()
     };
     // Pages that have changed are superseded, and all of these differ.
     let pages = fs::read_dir(run.images()).unwrap().flatten();
@@ -802,7 +802,7 @@ fn restored_auto_dedup(_: &str) {
     let sum = || -> u64 {
         let pages = fs::read_dir(run.images()).unwrap().flatten();
         let pages = pages.filter(|entry| entry.file_name().to_string_lossy().starts_with("pages-"));
-        pages.map(|entry| blocks(&entry.path())).sum()
+        pages.map(|entry| stored_bytes(&entry.path())).sum()
     };
     let before = sum();
     fine(run.restore(&["--auto-dedup"]));
@@ -1020,7 +1020,7 @@ fn rewrite(command: &str) {
         let pages = fs::read_dir(dir).unwrap().flatten();
         let pages = pages.filter(|entry| entry.file_name().to_string_lossy().starts_with("pages-"));
         pages
-            .map(|entry| (entry.metadata().unwrap().ino(), blocks(&entry.path())))
+            .map(|entry| (entry.metadata().unwrap().ino(), stored_bytes(&entry.path())))
             .collect::<Vec<_>>()
     };
     let before = inode(&dirs[0]);

@@ -12,7 +12,6 @@ mod common;
 use std::{
     ffi::OsString,
     fs,
-    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     process::{Command, Output},
 };
@@ -21,7 +20,7 @@ use common::{
     Cap,
     live::{Live, bounded, engine, wait_for},
     mounted::Mounted,
-    require,
+    require, stored_bytes,
 };
 use rcriu::chain::{Chain, Summary};
 
@@ -271,7 +270,7 @@ fn room(chain: &Path) -> u64 {
     let directories = fs::read_dir(chain).unwrap().flatten();
     let files = directories.flat_map(|dir| fs::read_dir(dir.path()).unwrap().flatten());
     let pages = files.filter(|file| file.file_name().to_string_lossy().starts_with("pages-"));
-    pages.map(|file| file.metadata().unwrap().blocks() * 512).sum()
+    pages.map(|file| stored_bytes(&file.path())).sum()
 }
 
 fn imgfs(command: &str, path: &Path) -> Output {

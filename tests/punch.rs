@@ -8,7 +8,7 @@ mod common;
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Read, Write},
-    os::unix::fs::{FileExt, MetadataExt, PermissionsExt},
+    os::unix::fs::{FileExt, PermissionsExt},
     path::Path,
     process::{Command, Stdio},
     sync::Arc,
@@ -20,7 +20,7 @@ use common::{
     live::{Live, engine, wait_for as wait_for_large},
     mounted::{Mounted, imgfs, wait_for},
     peak::{HOLDER, images_bytes, private_peak},
-    require,
+    require, stored_bytes,
 };
 use memmap2::MmapOptions;
 use nix::{
@@ -90,10 +90,10 @@ impl Scene {
         page_bytes(layer, APP, FIRST + number).to_vec()
     }
 
-    /// Returns the bytes that all pages files of the chain take.
+    /// Returns the bytes that all pages files of the chain hold.
     fn room(&self) -> u64 {
         let files = (0..3).flat_map(|layer| [1, 2].map(|id| self.chain.pages_path(layer, id)));
-        files.map(|path| path.metadata().unwrap().blocks() * 512).sum()
+        files.map(|path| stored_bytes(&path)).sum()
     }
 
     fn check(&self) -> (bool, String) {

@@ -15,7 +15,7 @@ use common::{
     Cap,
     live::{Live, directory},
     mounted::Mounted,
-    require,
+    require, stored_bytes,
 };
 
 /// A program that calls a library, and says afterwards whether it is the one that it was.
@@ -403,8 +403,8 @@ fn privileged_images_of_others_free_nothing_of_ours() {
         "pages-{}.img",
         document(&first.join(format!("pagemap-{}.img", live.root)))["entries"][0]["pages_id"]
     ));
-    let blocks = || fs::metadata(&pages).unwrap().blocks();
-    let before = blocks();
+    let stored = || stored_bytes(&pages);
+    let before = stored();
     let dedup = || {
         let mut dedup = Command::new(env!("CARGO_BIN_EXE_rcriu"));
         let output = dedup.args(["dedup", "-D"]).arg(&second).output().unwrap();
@@ -415,7 +415,7 @@ fn privileged_images_of_others_free_nothing_of_ours() {
     as_nobody(&["ln", "-s", first.to_str().unwrap(), second.join("parent").to_str().unwrap()]);
     let (done, said) = dedup();
     assert!(!done && said.contains("which belongs to user 0: its descendant"), "{said}");
-    assert_eq!(blocks(), before);
+    assert_eq!(stored(), before);
     // Nor does a link in the place of pages.
     give(&first);
     let secret = live.path("secret");
@@ -424,11 +424,11 @@ fn privileged_images_of_others_free_nothing_of_ours() {
     as_nobody(&["ln", "-s", secret.to_str().unwrap(), pages.to_str().unwrap()]);
     let (done, said) = dedup();
     assert!(!done && said.contains("it is a symbolic link"), "{said}");
-    assert_eq!(blocks(), before);
+    assert_eq!(stored(), before);
     // What is all of one user's is freed.
     fs::remove_file(&pages).unwrap();
     fs::rename(&secret, &pages).unwrap();
     give(&first);
     let (done, said) = dedup();
-    assert!(done && blocks() < before, "{said}");
+    assert!(done && stored() < before, "{said}");
 }

@@ -354,12 +354,6 @@ pub fn restorable(dirs: &[PathBuf], models: &[Model]) -> Vec<bool> {
     whole.collect()
 }
 
-/// The bytes that a file takes.
-pub fn blocks(path: &Path) -> u64 {
-    use std::os::unix::fs::MetadataExt;
-    fs::metadata(path).unwrap().blocks() * 512
-}
-
 /// Returns the errors of which a check of the chains in a directory tells.
 pub fn errors(root: &Path) -> String {
     let findings = findings(root);

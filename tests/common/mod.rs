@@ -21,6 +21,7 @@ use std::{
     sync::OnceLock,
 };
 
+use nix::unistd::{Whence, lseek};
 use rcriu::sys::Features;
 
 /// What a test needs of the machine.
@@ -178,4 +179,21 @@ pub fn slowness() -> u32 {
 pub fn is_mounted(path: &Path) -> bool {
     let mounted = rcriu::fs::mounted_at(path).unwrap();
     mounted.is_some_and(|mount| mount.fs_type == rcriu::fs::FS_TYPE.as_bytes())
+}
+
+/// Returns the stretches of a file that are not holes, as byte offsets.
+pub fn data_of(file: &File) -> Vec<std::ops::Range<i64>> {
+    let mut found = Vec::new();
+    let mut next = 0;
+    while let Ok(start) = lseek(file, next, Whence::SeekData) {
+        next = lseek(file, start, Whence::SeekHole).unwrap();
+        found.push(start..next);
+    }
+    found
+}
+
+/// Returns how many bytes of a file are not holes. The blocks that it takes are more where
+/// a file system keeps its own lists in them, as ext4 does for files of many extents.
+pub fn stored_bytes(path: &Path) -> u64 {
+    data_of(&File::open(path).unwrap()).iter().map(|data| (data.end - data.start) as u64).sum()
 }
