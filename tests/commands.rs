@@ -172,6 +172,14 @@ failed:
 ";
     assert_eq!((text.as_str(), fine), (expected, false));
 
+    // What has failed among others and passed alone is named.
+    let alone = here.replace("failed\tlive", "unsteady\tlive");
+    let (text, _) = sum(&alone);
+    let named =
+        "\nfailed at first, and passed when repeated alone:\n  live wrong\n      panicked\n";
+    assert!(text.contains(named), "{text}");
+    assert!(text.ends_with("\n3 passed, 1 failed, 2 skipped\n"), "{text}");
+
     // What has passed elsewhere was not left out.
     let (there, fine) = records(ELSEWHERE, "");
     assert!(fine);
