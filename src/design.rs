@@ -64,7 +64,14 @@
 //! # The mount
 //!
 //! [`crate::fs`] hands the view to FUSE. A file that is one backing file is read by the
-//! kernel itself (pass-through). All others are read without the page cache, so that
+//! kernel itself (pass-through). Where the images' file system shares blocks, so is one
+//! that lies in several: when it is opened, root's mount makes a file of the same blocks, which
+//! has no name from the beginning (`O_TMPFILE`), so that nothing is left of it whatever
+//! ends the daemon. Whatever keeps it from being made, the daemon answers as it would
+//! without. The kernel does not know that blocks are the same, so this file is read from
+//! disk even if the images are in memory: then, the daemon answers at the first open, and
+//! a file that is opened again is taken to be read often. 32 such files are kept, of up to
+//! 32,768 extents each. All others are read without the page cache, so that
 //! nothing is held twice: large reads are answered by one `writev(2)` from mappings of the
 //! backing files, past `fuser`, whose answers are one piece; the kernel copies from them to
 //! the reader, and where a file has become shorter it finds no page and answers with an

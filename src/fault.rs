@@ -41,7 +41,8 @@ macro_rules! named {
 }
 
 named! {
-    /// Where a failure can be made to happen: in a dump, a restore, linking and freeing.
+    /// Where a failure can be made to happen: in a dump, a restore, linking, freeing and
+    /// reading through a mount.
     Point {
         DumpSeize = "dump-seize": "After the first task of the tree was stopped.";
         DumpFrozen = "dump-frozen": "After the whole tree was stopped.";
@@ -77,6 +78,7 @@ named! {
         FreeJournalled = "free-journalled": "After that is on disk, before the first page is freed.";
         FreeHalf = "free-half": "After the first pages were freed.";
         FreeDone = "free-done": "After all were freed.";
+        ComposeHalf = "compose-half": "After the first blocks of a file that a mount composes.";
     }
 }
 
@@ -90,6 +92,8 @@ named! {
         TimerIds = "timer_cr_ids": "`PR_TIMER_CREATE_RESTORE_IDS` (Linux 6.15).";
         ThreadPidfd = "pidfd_thread": "`pidfd_open(2)` of a thread, `PIDFD_THREAD` (Linux 6.9).";
         Tracefs = "tracefs": "Tracepoints have numbers that this program can read.";
+        Reflink = "reflink": "`FICLONERANGE` (Linux 4.5, btrfs and XFS).";
+        CacheStat = "cachestat": "`cachestat(2)` (Linux 6.5).";
         ScanGuards = "pagemap_scan_guards": "`PAGEMAP_SCAN` tells guard pages (Linux 6.18).";
     }
 }

@@ -51,8 +51,10 @@ fn dump_points(state: &str) -> impl Iterator<Item = Point> {
 
 #[test]
 fn every_point_is_one_of_a_command() {
-    // Those of a deduplication are for tests/link.rs and tests/dedup.rs.
-    let all = ["dump-", "restore-", "dedup-", "free-"].map(|command| points(command).count());
+    // Those of a deduplication are for tests/link.rs and tests/dedup.rs, that of a mount for
+    // tests/compose.rs.
+    let commands = ["dump-", "restore-", "dedup-", "free-", "compose-"];
+    let all = commands.map(|command| points(command).count());
     assert_eq!(all.iter().sum::<usize>(), Point::ALL.len());
 }
 

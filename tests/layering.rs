@@ -15,7 +15,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("image", &["causes", "arch", "proto", "units"]),
     ("chain", &["causes", "parallel", "image", "units", "fault"]),
     ("view", &["chain", "image", "arch", "units"]),
-    ("fs", &["causes", "view", "chain", "image", "proc", "sys", "units"]),
+    ("fs", &["causes", "view", "chain", "image", "proc", "sys", "units", "fault"]),
     ("fault", &[]),
     ("causes", &[]),
     ("docs", &[]),

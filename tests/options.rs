@@ -138,6 +138,8 @@ const ROWS: &[Row] = &[
             ("allow-other", mount_allow_other),
             ("mapped-files", mount_mapped_files),
             ("threads", mount_threads),
+            ("compose", mount_compose),
+            ("compose-dir", mount_compose_dir),
             ("log-file", mount_log_file),
             ("o", mount_options),
         ],
@@ -1300,6 +1302,34 @@ fn mount_threads(_: &str) {
     let most = 8;
     assert!(count("2") < most);
     assert!(count("9") > most);
+}
+
+/// What a mount says of composing `pages-11.img`, on a file system that shares no blocks.
+fn said_of_composing(words: &[&str]) -> String {
+    let mount = Mount::new();
+    let log = mount.dir.path().join("the-log");
+    let words: Vec<_> = words.iter().copied().chain(["-vv", "--log-file", text(&log)]).collect();
+    fine(mount.mount(&words));
+    for entry in fs::read_dir(&mount.point).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_file() {
+            fs::read(path).unwrap();
+        }
+    }
+    fine(imgfs(&["umount", text(&mount.point)]));
+    fs::read_to_string(log).unwrap()
+}
+
+fn mount_compose(_: &str) {
+    assert!(said_of_composing(&["--compose", "always"]).contains("not composed: share blocks"));
+    assert!(!said_of_composing(&["--compose", "never"]).contains("composed"));
+    refused(&Mount::new().mount(&["--compose", "often"]), "often");
+}
+
+fn mount_compose_dir(_: &str) {
+    let words = ["--compose", "always", "--compose-dir", "/dev/shm"];
+    assert!(said_of_composing(&words).contains("Invalid cross-device link"));
+    refused(&Mount::new().mount(&["--compose-dir", "/nowhere"]), "/nowhere");
 }
 
 fn mount_log_file(_: &str) {

@@ -55,6 +55,12 @@ pub trait Content: fmt::Debug + Send + Sync {
     /// Returns how many of the bytes are stored rather than holes.
     fn allocated(&self) -> u64;
 
+    /// Returns in how many stretches of stored files the content lies at most, if it has
+    /// nothing but these and holes, each at the beginning of a page here and there.
+    fn stretches(&self) -> Option<usize> {
+        None
+    }
+
     /// Appends the runs that make up the bytes `[offset, offset + len)` to
     /// `runs`, in order and without gaps. The range lies within the content.
     ///

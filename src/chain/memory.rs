@@ -132,6 +132,13 @@ fn allocated(chain: &Chain, index: &Index) -> u64 {
     stored.saturating_sub(free.sum())
 }
 
+/// Returns how many stretches of files a resolved memory lies in, unless pages of it are
+/// gone.
+fn stretches(chain: &Chain, index: &Index) -> Option<usize> {
+    let whole = index.punched_pages() == 0 && chain.freed().is_empty();
+    whole.then(|| index.extents().len())
+}
+
 /// A memory in place: the byte at offset X is the byte at address X.
 #[derive(Debug)]
 pub struct MemoryBytes {
@@ -159,6 +166,10 @@ impl Content for MemoryBytes {
 
     fn allocated(&self) -> u64 {
         allocated(&self.chain, &self.index)
+    }
+
+    fn stretches(&self) -> Option<usize> {
+        stretches(&self.chain, &self.index)
     }
 
     fn runs(&self, offset: u64, len: u64, runs: &mut Vec<Run>) -> Result<()> {
@@ -248,6 +259,10 @@ impl Content for FlatPages {
 
     fn allocated(&self) -> u64 {
         allocated(&self.chain, &self.index)
+    }
+
+    fn stretches(&self) -> Option<usize> {
+        stretches(&self.chain, &self.index)
     }
 
     fn runs(&self, offset: u64, len: u64, runs: &mut Vec<Run>) -> Result<()> {

@@ -23,7 +23,7 @@ use super::{
 use crate::{
     causes::tell,
     chain::{Chain, Owner, SnapshotId, freed, glance},
-    fs::{self, MountOptions, Punch, Session},
+    fs::{self, Compose, MountOptions, Punch, Session},
     sys::{
         daemon::{self, Background, Detached, Start},
         lock::{Access, DirectoryLocks},
@@ -81,13 +81,29 @@ pub struct MountArgs {
     /// Number of threads that serve requests [default: one per processor, at least 2]
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
+    /// Whether files are composed of blocks of the images
+    ///
+    /// Where the images' file system shares blocks (btrfs, XFS), the kernel can read a file
+    /// that lies in several snapshots at the speed of a plain file: the mount makes one of
+    /// their blocks when the file is opened, one system call an extent, which has no name and
+    /// takes no room but for the list of its extents. It is read from disk even if the images
+    /// are in memory. auto: at the first open if most of the file is not in memory, else at
+    /// the second. always: at the first. never: not at all. Only for root, and not with
+    /// --punch; elsewhere, and for more than 32768 extents, the mount answers from the images.
+    #[arg(long, value_name = "WHEN", value_enum, default_value_t = ComposeName::Auto)]
+    compose: ComposeName,
+    /// Compose files in this directory instead of the one of the snapshot shown
+    ///
+    /// It must be on the file system of the images. For those that are mounted read-only.
+    #[arg(long, value_name = "DIR")]
+    compose_dir: Option<PathBuf>,
     /// Log to this file instead of the system log
     #[arg(long, value_name = "FILE")]
     log_file: Option<PathBuf>,
     /// Mount options, as in mount(8) and fstab(5)
     ///
-    /// allow_other, foreground, log_file=FILE, mapped_files=WHO, punch[=WHEN],
-    /// snapshot=NAME and threads=N are the options above. ro is the default. Options for
+    /// allow_other, compose=WHEN, compose_dir=DIR, foreground, log_file=FILE,
+    /// mapped_files=WHO, punch[=WHEN], snapshot=NAME and threads=N are the options above. ro is the default. Options for
     /// other programs, such as noauto or x-systemd.requires=..., are ignored.
     #[arg(short = 'o', value_name = "OPT,...")]
     options: Vec<String>,
@@ -99,6 +115,24 @@ enum MappedFiles {
     Own,
     Owner,
     Never,
+}
+
+/// `--compose`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum ComposeName {
+    Auto,
+    Always,
+    Never,
+}
+
+impl ComposeName {
+    fn compose(self) -> Compose {
+        match self {
+            Self::Auto => Compose::Auto,
+            Self::Always => Compose::Always,
+            Self::Never => Compose::Never,
+        }
+    }
 }
 
 /// `--punch`
@@ -254,6 +288,12 @@ impl MountArgs {
                 ("allow_other", None) => self.allow_other = true,
                 ("foreground", None) => self.foreground = true,
                 ("log_file", Some(value)) => self.log_file = Some(value.into()),
+                ("compose", Some(when)) => {
+                    let when = ComposeName::from_str(when, false);
+                    let failed = |why| anyhow!("mount option {option}: {why}");
+                    self.compose = when.map_err(failed)?;
+                }
+                ("compose_dir", Some(value)) => self.compose_dir = Some(value.into()),
                 ("snapshot", Some(value)) => self.snapshot = Some(value.to_owned()),
                 ("threads", Some(value)) => {
                     let threads = value.parse().with_context(|| format!("mount option {option}"));
@@ -280,8 +320,9 @@ impl MountArgs {
     /// Starts the daemon, and returns when it is ready or has failed.
     fn detach(mut self, common: Common) -> anyhow::Result<u8> {
         // The daemon leaves this directory.
-        for path in [Some(&mut self.chain), Some(&mut self.mountpoint), self.log_file.as_mut()] {
-            let Some(path) = path else { continue };
+        let optional = [self.log_file.as_mut(), self.compose_dir.as_mut()];
+        let paths = [&mut self.chain, &mut self.mountpoint].into_iter();
+        for path in paths.chain(optional.into_iter().flatten()) {
             *path = std::path::absolute(&*path)
                 .with_context(|| format!("find {} from the root", path.display()))?;
         }
@@ -329,12 +370,21 @@ impl MountArgs {
         let view = Arc::new(trust.apply(View::new(chain, tip)));
         let mut options = MountOptions {
             allow_other: self.allow_other,
+            compose: self.compose.compose(),
+            compose_dir: self.compose_dir,
             reader: trust.reader,
             ..Default::default()
         };
         options.punch = self.punch.map(PunchName::punch);
         if let Some(threads) = self.threads {
             options.threads = threads;
+        }
+        if let Some(dir) = &options.compose_dir
+            && !std::fs::metadata(dir)
+                .with_context(|| format!("--compose-dir {}", dir.display()))?
+                .is_dir()
+        {
+            bail!("--compose-dir {}: not a directory", dir.display());
         }
         let session = Session::mount(view, &self.chain, &self.mountpoint, &options)?;
         if let Some(background) = background {

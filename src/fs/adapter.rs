@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     sys::commit,
-    view::{self, DirEntry, NodeType, ROOT, ViewError, Whence},
+    view::{self, DirEntry, NodeType, OpenFile, ROOT, ViewError, Whence},
 };
 
 /// How long the kernel may answer from its cache. Images do not change, but new ones should
@@ -117,8 +117,9 @@ impl Filesystem for ImageFs {
             Ok(file) => file,
             Err(error) => return reply.error(self.failed("open", ino, error)),
         };
-        let (number, backing) =
-            self.handles.enter_file(ino.0, file, |file| self.register(file, &reply));
+        let composed = self.composed(ino.0, &file);
+        let register = |file: &OpenFile| self.register(file, composed.as_deref(), &reply);
+        let (number, backing) = self.handles.enter_file(ino.0, file, register);
         let direct = FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NOFLUSH;
         match backing {
             Ok(Some(backing)) => {

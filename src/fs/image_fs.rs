@@ -2,6 +2,7 @@
 
 use std::{
     ffi::OsStr,
+    fs::File,
     io,
     os::{fd::OwnedFd, unix::ffi::OsStrExt},
     process,
@@ -14,6 +15,7 @@ use nix::sys::statfs::{OVERLAYFS_SUPER_MAGIC, statfs};
 
 use super::{
     buffer,
+    compose::Composer,
     errno::failed,
     handles::Handles,
     mount::DAEMON_XATTR,
@@ -48,20 +50,22 @@ pub struct ImageFs {
     pub(super) handles: Handles,
     pub(super) pass_through: bool,
     mapped: MappedReply,
+    composer: Option<Composer>,
     pub(super) punching: Option<Punching>,
 }
 
 impl ImageFs {
     /// Shows `view`; `pass_through` lets the kernel read files that are one
-    /// backing file by itself, where it can.
+    /// backing file by itself, where it can, and those that `composer` makes.
     pub(super) fn new(
         view: Arc<View>,
         device: OwnedFd,
         pass_through: bool,
+        composer: Option<Composer>,
         punching: Option<Punching>,
     ) -> Self {
         let mapped = MappedReply::new(device);
-        Self { view, handles: Handles::default(), pass_through, mapped, punching }
+        Self { view, handles: Handles::default(), pass_through, mapped, composer, punching }
     }
 
     pub(super) fn punches_on_read(&self) -> bool {
@@ -128,13 +132,30 @@ impl ImageFs {
         Errno::EBADF
     }
 
-    /// Makes the file that `file` is known to the kernel, so that it reads from
-    /// it without asking.
+    /// Returns a file that is composed of the blocks of those that `file` lies in, to be
+    /// read in its place. There is none of a file that is open already.
+    pub(super) fn composed(&self, ino: Ino, file: &OpenFile) -> Option<Arc<File>> {
+        // The kernel would read zeros where pages are freed.
+        let wanted = self.pass_through && self.punching.is_none() && file.whole.is_none();
+        let composer = self.composer.as_ref().filter(|_| wanted && !self.handles.is_open(ino))?;
+        composer.file(ino, &*file.content, || self.view.path(ino))
+    }
+
+    /// Makes the file that `file` is, or was composed into, known to the kernel, so that it
+    /// reads from it without asking.
     pub(super) fn register(
         &self,
         file: &OpenFile,
+        composed: Option<&File>,
         reply: &ReplyOpen,
     ) -> io::Result<Option<fuser::BackingId>> {
+        if let Some(composed) = composed {
+            let backing = reply.open_backing(composed);
+            if let (Err(_), Some(composer)) = (&backing, &self.composer) {
+                composer.give_up();
+            }
+            return backing.map(Some);
+        }
         match &file.whole {
             // The kernel would read zeros where pages are freed.
             Some(_) if self.punching.is_some() && file.pages.is_some() => Ok(None),

@@ -6,6 +6,7 @@
 
 mod adapter;
 mod buffer;
+mod compose;
 mod errno;
 mod error;
 mod handles;
@@ -16,6 +17,7 @@ pub mod recent;
 mod reply;
 mod session;
 
+pub use compose::Compose;
 pub use error::{MountError, Result};
 pub use image_fs::ImageFs;
 pub use mount::{FS_TYPE, MountedChain, commit, log, mounted_at, mounts, unmount};

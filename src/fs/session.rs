@@ -11,10 +11,14 @@ use std::{
 };
 
 use log::{debug, error, info, warn};
-use nix::sys::signal::{SigSet, Signal};
+use nix::{
+    sys::signal::{SigSet, Signal},
+    unistd::geteuid,
+};
 
 use super::{
-    FS_TYPE, ImageFs, MountError, Punch, Result,
+    Compose, FS_TYPE, ImageFs, MountError, Punch, Result,
+    compose::Composer,
     mount::{check_mount_point, mount_device, mounted_at, unmount_device},
     punching::Punching,
 };
@@ -33,6 +37,10 @@ pub struct MountOptions {
     pub threads: NonZeroUsize,
     /// Whether the kernel may read files that are one backing file by itself.
     pub pass_through: bool,
+    /// When files that lie in several images are composed of their blocks.
+    pub compose: Compose,
+    /// The directory in which they are composed, if not that of the snapshot shown.
+    pub compose_dir: Option<PathBuf>,
     /// Whether and when pages of the shown snapshot are freed.
     pub punch: Option<Punch>,
     /// The user whose rights files are opened with, if not those of the process. The caller
@@ -44,7 +52,15 @@ impl Default for MountOptions {
     fn default() -> Self {
         let processors = thread::available_parallelism().map_or(1, NonZeroUsize::get);
         let threads = NonZeroUsize::new(processors.max(2)).expect("at least two");
-        Self { allow_other: false, threads, pass_through: true, punch: None, reader: None }
+        Self {
+            allow_other: false,
+            threads,
+            pass_through: true,
+            compose: Compose::default(),
+            compose_dir: None,
+            punch: None,
+            reader: None,
+        }
     }
 }
 
@@ -91,7 +107,15 @@ impl Session {
         };
         // The same open device under another number: answers may come from there.
         let answers = device.try_clone().map_err(failed)?;
-        let fs = ImageFs::new(view, answers, options.pass_through, punching);
+        // Only root may tell the kernel which file to read.
+        let composer = if geteuid().is_root() {
+            let own = || view.chain().snapshot(view.tip()).directory().map(Path::to_owned);
+            let dir = options.compose_dir.clone().or_else(own);
+            dir.map(|dir| Composer::new(options.compose, dir))
+        } else {
+            None
+        };
+        let fs = ImageFs::new(view, answers, options.pass_through, composer, punching);
         let mut config = fuser::Config::default();
         config.n_threads = Some(options.threads.get());
         // The kernel lets in only the owner if others are not allowed.

@@ -12,6 +12,7 @@ pub mod gather;
 pub mod heap;
 pub mod lock;
 pub mod output;
+pub mod page_cache;
 pub mod pagemap;
 pub mod process;
 pub mod ptrace;

@@ -1,9 +1,12 @@
-//! Letting files share blocks (`FIDEDUPERANGE`, `ioctl_fideduperange(2)`, Linux 4.5).
-#![expect(unsafe_code, reason = "an ioctl that no crate of ours wraps")]
+//! Letting files share blocks (`FIDEDUPERANGE`, `ioctl_fideduperange(2)`, and
+//! `FICLONERANGE`, `ioctl_ficlonerange(2)`, Linux 4.5).
+#![expect(unsafe_code, reason = "ioctls that no crate of ours wraps")]
 
 use std::{fs::File, io, os::fd::AsRawFd};
 
 use nix::{errno::Errno, libc};
+
+use crate::fault::{self, Novelty};
 
 /// `FIDEDUPERANGE` (`include/uapi/linux/fs.h`): `_IOWR(0x94, 54, struct
 /// file_dedupe_range)`.
@@ -90,6 +93,54 @@ pub fn share(
     }
 }
 
+/// `FICLONERANGE` (`include/uapi/linux/fs.h`): `_IOW(0x94, 13, struct file_clone_range)`.
+const FICLONERANGE: libc::Ioctl = 0x4020_940d;
+const _: () =
+    assert!(FICLONERANGE == (1 << 30) | (size_of::<Clone>() as libc::Ioctl) << 16 | 0x94 << 8 | 13);
+
+/// `struct file_clone_range` (the same file).
+#[derive(Debug)]
+#[repr(C)]
+struct Clone {
+    src_fd: i64,
+    src_offset: u64,
+    src_length: u64,
+    dest_offset: u64,
+}
+const _: () = assert!(size_of::<Clone>() == 32);
+
+/// Makes `len` bytes of `to`, from `to_offset` on, the same blocks as those of `from`, which
+/// are written to disk first if they are not there yet.
+///
+/// # Errors
+/// What `ioctl(2)` returns: `EOPNOTSUPP`, `ENOTTY` or `EXDEV` where files cannot share
+/// blocks; `EINVAL` for offsets that are not those of blocks, and where `from` ends before.
+pub fn clone_range(
+    from: &File,
+    from_offset: u64,
+    to: &File,
+    to_offset: u64,
+    len: u64,
+) -> io::Result<()> {
+    // The kernel takes 0 for all up to the end.
+    if len == 0 {
+        return Ok(());
+    }
+    if fault::is_without(Novelty::Reflink) {
+        return Err(Errno::EOPNOTSUPP.into());
+    }
+    let request = Clone {
+        src_fd: from.as_raw_fd().into(),
+        src_offset: from_offset,
+        src_length: len,
+        dest_offset: to_offset,
+    };
+    // SAFETY: the kernel reads a `struct file_clone_range`, whose size is asserted.
+    let result = unsafe { libc::ioctl(to.as_raw_fd(), FICLONERANGE, &raw const request) };
+    Errno::result(result)?;
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -101,5 +152,8 @@ mod tests {
         let error = share(&file, 0, &file, 4096, 4096).unwrap_err();
         let known = [libc::EOPNOTSUPP, libc::ENOTTY].map(Some);
         assert!(known.contains(&error.raw_os_error()), "{error}");
+        let error = clone_range(&file, 0, &file, 4096, 4096).unwrap_err();
+        assert!(known.contains(&error.raw_os_error()), "{error}");
+        clone_range(&file, 0, &file, 4096, 0).unwrap();
     }
 }

@@ -1,0 +1,313 @@
+//! Composing files of blocks that they share with the images.
+//!
+//! Where the images' file system shares blocks (btrfs, XFS), a file that lies in several
+//! images can be made of their blocks without copying a byte: one system call a stretch. The
+//! result has no name, from the beginning, so that nothing is left of it when the daemon
+//! ends, however it ends. The kernel reads from it without asking the daemon.
+
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    num::NonZeroUsize,
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Instant,
+};
+
+use log::{debug, warn};
+use lru::LruCache;
+use nix::{errno::Errno, libc};
+
+use crate::{
+    causes::with_sources,
+    chain::{BackingFile, ChainError, Content, Run, Source},
+    fault::{self, Point},
+    sys::{page_cache, reflink},
+    units::PAGE_SIZE,
+    view::Ino,
+};
+
+/// The most stretches that a file is composed of: at 10 to 20 us each, its first open takes
+/// half a second.
+const MAX_STRETCHES: usize = 32 << 10;
+
+/// The longest file that is composed: looking up where its bytes are takes a tenth of a
+/// second, whatever an image claims.
+const MAX_BYTES: u64 = 1 << 40;
+
+/// Bytes that share blocks by one call, so that a stretch that reaches beyond its file is
+/// found early.
+const CALL_BYTES: u64 = 1 << 30;
+
+/// How many files are remembered, composed or not. As many descriptors are open at most, and
+/// the file system has a record of about 100 bytes of each stretch.
+const FILES_KEPT: NonZeroUsize = NonZeroUsize::new(32).expect("not zero");
+
+/// Bytes whose runs are looked up at a time: at most a file for each page is open then.
+const WINDOW_BYTES: u64 = 1 << 20;
+
+/// Pages of a file that are looked for in memory.
+const SAMPLES: u64 = 64;
+
+/// What is wrong where blocks cannot be shared: file systems that cannot do it, or not with
+/// blocks as small as pages (EINVAL; also a file that is cut short); no right to create files
+/// there, or no room for them; too many open files.
+const EXPECTED: [Errno; 14] = [
+    Errno::EOPNOTSUPP,
+    Errno::ENOTTY,
+    Errno::ENOSYS,
+    Errno::EXDEV,
+    Errno::EINVAL,
+    Errno::EISDIR, // no O_TMPFILE (open(2))
+    Errno::ENOENT,
+    Errno::EROFS,
+    Errno::EACCES,
+    Errno::EPERM,
+    Errno::ENOSPC,
+    Errno::EDQUOT,
+    Errno::EMFILE,
+    Errno::ENFILE,
+];
+
+/// When files are composed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Compose {
+    /// When they are opened: if their bytes are in memory already, for the second time.
+    #[default]
+    Auto,
+    /// When they are opened.
+    Always,
+    /// Not at all.
+    Never,
+}
+
+/// Why a file is not composed.
+#[derive(Debug, thiserror::Error)]
+enum ComposeError {
+    #[error("create a file without a name in {path}", path = .path.display())]
+    Create { path: PathBuf, source: io::Error },
+    #[error(
+        "share blocks of {path}: {len:#x} bytes at {offset:#x}",
+        path = .path.display()
+    )]
+    Share { path: PathBuf, offset: u64, len: u64, source: io::Error },
+    #[error("set the length of the file")]
+    Length { source: io::Error },
+    #[error(transparent)]
+    Chain(#[from] ChainError),
+    #[error("{len:#x} bytes at {offset:#x} are in no file of this machine, page by page")]
+    NotInFiles { offset: u64, len: u64 },
+    #[error(transparent)]
+    Fault(#[from] fault::Injected),
+}
+
+impl ComposeError {
+    /// Whether the daemon can tell what is wrong as well, or nothing is.
+    fn is_expected(&self) -> bool {
+        match self {
+            Self::Create { source, .. } | Self::Share { source, .. } | Self::Length { source } => {
+                let errno = source.raw_os_error().map(Errno::from_raw);
+                errno.is_some_and(|errno| EXPECTED.contains(&errno))
+            }
+            // A read will fail for the same reason, with its own message.
+            Self::Chain(_) | Self::NotInFiles { .. } => true,
+            Self::Fault(_) => false,
+        }
+    }
+}
+
+/// What is known of a file.
+#[derive(Debug, Default)]
+struct State {
+    /// Whether it was opened before.
+    opened: bool,
+    /// Whether it was composed, and into what.
+    composed: Option<Option<Arc<File>>>,
+}
+
+/// Composes files when they are opened, and keeps them for the next time.
+#[derive(Debug)]
+pub(super) struct Composer {
+    when: Compose,
+    /// The directory that they are made in.
+    dir: PathBuf,
+    /// The kernel has refused one.
+    refused: AtomicBool,
+    files: Mutex<LruCache<Ino, Arc<Mutex<State>>>>,
+}
+
+impl Composer {
+    /// Composes files in `dir`.
+    pub(super) fn new(when: Compose, dir: PathBuf) -> Self {
+        Self {
+            when,
+            dir,
+            refused: AtomicBool::new(false),
+            files: Mutex::new(LruCache::new(FILES_KEPT)),
+        }
+    }
+
+    /// Returns a file with the bytes of `content`, which is what a file is called `path`
+    /// shows; `None` if it is better, or only possible, to answer from the images.
+    pub(super) fn file(
+        &self,
+        ino: Ino,
+        content: &dyn Content,
+        path: impl FnOnce() -> String,
+    ) -> Option<Arc<File>> {
+        let stretches = content.stretches()?;
+        if self.when == Compose::Never
+            || !(1..=MAX_STRETCHES).contains(&stretches)
+            || content.len() > MAX_BYTES
+            || self.refused.load(Ordering::Relaxed)
+        {
+            return None;
+        }
+        let state = {
+            let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+            Arc::clone(files.get_or_insert(ino, Arc::default))
+        };
+        // Others that open the same file wait for it; they may not read it in another way.
+        let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(composed) = &state.composed {
+            return composed.clone();
+        }
+        let again = std::mem::replace(&mut state.opened, true);
+        if self.when == Compose::Auto && !again && is_in_memory(content) {
+            debug!("open {}: not composed, since most of it is in memory", path());
+            return None;
+        }
+        let begin = Instant::now();
+        let composed = match compose(&self.dir, content) {
+            Ok((file, shared)) => {
+                let took = begin.elapsed();
+                debug!("open {}: composed of {shared} stretches in {took:?}", path());
+                Some(Arc::new(file))
+            }
+            Err(error) => {
+                let message = format!("open {}: not composed: {}", path(), with_sources(&error));
+                if error.is_expected() {
+                    debug!("{message}");
+                } else {
+                    warn!("{message}");
+                }
+                None
+            }
+        };
+        state.composed = Some(composed.clone());
+        composed
+    }
+
+    /// Composes nothing from here on, because the kernel does not read from such files.
+    pub(super) fn give_up(&self) {
+        self.refused.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Whether more than half of some pages are in memory. They would be read from disk again
+/// through another file, since the kernel does not know that the blocks are the same.
+fn is_in_memory(content: &dyn Content) -> bool {
+    let pages = content.len() / PAGE_SIZE;
+    let samples = pages.min(SAMPLES);
+    let (mut stored, mut cached) = (0, 0);
+    let mut runs = Vec::new();
+    for sample in 0..samples {
+        runs.clear();
+        let at = pages / samples * sample * PAGE_SIZE;
+        if content.runs(at, PAGE_SIZE, &mut runs).is_err() {
+            return false;
+        }
+        let Some(Run { source: Source::File(backing, offset), .. }) = runs.first() else {
+            continue;
+        };
+        let Some(file) = backing.file() else { return false };
+        match page_cache::cached_pages(file, *offset, PAGE_SIZE) {
+            Ok(pages) => cached += pages,
+            Err(errno) => {
+                debug!("{}: what is in memory is not known: {errno}", backing.path().display());
+                return false;
+            }
+        }
+        stored += 1;
+    }
+    cached * 2 > stored
+}
+
+/// Bytes in a row of a file that are to be at `to`.
+#[derive(Debug)]
+struct Stretch {
+    file: Arc<BackingFile>,
+    from: u64,
+    to: u64,
+    len: u64,
+}
+
+/// Makes a file without a name in `dir` whose bytes are those of `content`, and returns it
+/// and the number of stretches.
+fn compose(dir: &Path, content: &dyn Content) -> Result<(File, usize), ComposeError> {
+    let target = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .mode(0o600)
+        // Without O_EXCL it could be given a name.
+        .custom_flags(libc::O_TMPFILE | libc::O_EXCL)
+        .open(dir)
+        .map_err(|source| ComposeError::Create { path: dir.to_owned(), source })?;
+    let end = content.len();
+    let mut pending: Option<Stretch> = None;
+    let mut shared = 0;
+    let mut runs = Vec::new();
+    let mut next = 0;
+    while next < end {
+        runs.clear();
+        content.runs(next, WINDOW_BYTES.min(end - next), &mut runs)?;
+        for run in &runs {
+            match &run.source {
+                Source::Zero => {}
+                // The last page of an object counts as a whole one: it is one in its file.
+                Source::File(file, from)
+                    if from.is_multiple_of(PAGE_SIZE) && next.is_multiple_of(PAGE_SIZE) =>
+                {
+                    let len = run.len.next_multiple_of(PAGE_SIZE);
+                    if let Some(before) = &mut pending
+                        && before.from + before.len == *from
+                        && before.to + before.len == next
+                        && before.len < CALL_BYTES
+                        && Arc::ptr_eq(&before.file, file)
+                    {
+                        before.len += len;
+                    } else {
+                        let file = Arc::clone(file);
+                        let before = pending.replace(Stretch { file, from: *from, to: next, len });
+                        shared += share(before, &target)?;
+                    }
+                }
+                _ => return Err(ComposeError::NotInFiles { offset: next, len: run.len }),
+            }
+            next += run.len;
+        }
+    }
+    shared += share(pending, &target)?;
+    target.set_len(end).map_err(|source| ComposeError::Length { source })?;
+    Ok((target, shared))
+}
+
+/// Lets `target` share the blocks of a stretch, and returns how many stretches that were.
+fn share(stretch: Option<Stretch>, target: &File) -> Result<usize, ComposeError> {
+    let Some(Stretch { file, from, to, len }) = stretch else { return Ok(0) };
+    let Some(source) = file.file() else {
+        return Err(ComposeError::NotInFiles { offset: to, len });
+    };
+    reflink::clone_range(source, from, target, to, len).map_err(|source| ComposeError::Share {
+        path: file.path().to_owned(),
+        offset: from,
+        len,
+        source,
+    })?;
+    fault::hit(Point::ComposeHalf)?;
+    Ok(1)
+}
