@@ -82,6 +82,20 @@ pub enum ActionError {
     },
 }
 
+/// The programs that the user names (`--action-script`), in this order.
+#[derive(Clone, Debug, Default)]
+#[cfg_attr(test, derive(PartialEq, Eq))]
+pub struct Options {
+    scripts: Vec<PathBuf>,
+}
+
+impl Options {
+    /// Takes the list that the user gave.
+    pub fn new(scripts: Vec<PathBuf>) -> Self {
+        Self { scripts }
+    }
+}
+
 /// The programs of a dump or a restore.
 #[derive(Debug)]
 pub struct Actions<'a> {
@@ -91,8 +105,8 @@ pub struct Actions<'a> {
 
 impl<'a> Actions<'a> {
     /// Returns the programs, which are told of `images_dir`, an absolute path.
-    pub fn new(scripts: &'a [PathBuf], images_dir: &'a Path) -> Self {
-        Self { scripts, images_dir }
+    pub fn new(options: &'a Options, images_dir: &'a Path) -> Self {
+        Self { scripts: &options.scripts, images_dir }
     }
 
     /// Whether there are none.
@@ -145,12 +159,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let seen = dir.path().join("seen");
         let line = "echo $CRTOOLS_SCRIPT_ACTION $CRTOOLS_IMAGE_DIR $CRTOOLS_INIT_PID";
-        let scripts = [
+        let scripts = vec![
             PathBuf::from(format!("{line} >> {}", seen.display())),
             PathBuf::from("test $CRTOOLS_SCRIPT_ACTION != post-dump"),
             PathBuf::from(format!("echo again >> {}", seen.display())),
         ];
-        let actions = Actions::new(&scripts, Path::new("/images"));
+        let options = Options::new(scripts);
+        let actions = Actions::new(&options, Path::new("/images"));
         actions.run(Stage::PreDump, None).unwrap();
         let error = actions.run(Stage::PostDump, Some(HostPid(7))).unwrap_err();
         assert_eq!(

@@ -51,8 +51,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     (
         "cli",
         &[
-            "causes", "dump", "inject", "restore", "dedup", "res", "track", "proc", "fs", "view",
-            "chain", "image", "sys", "units", "fault",
+            "causes", "action", "step", "dump", "inject", "restore", "dedup", "res", "track",
+            "proc", "fs", "view", "chain", "image", "sys", "units", "fault",
         ],
     ),
     ("design", &[]),

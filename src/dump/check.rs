@@ -5,7 +5,7 @@ use std::{cmp::Ordering, collections::BTreeSet, os::fd::OwnedFd};
 
 use nix::errno::Errno;
 
-use super::{DumpError, Options, Result};
+use super::{DumpError, Goal, Result};
 use crate::{
     causes::tell,
     image::tree::{Arena, ArenaIds, Arenas, Births, Kin},
@@ -23,6 +23,21 @@ use crate::{
     units::{HostPid, PidMap},
 };
 
+/// What the user says of the tree's relations to processes outside of it.
+#[derive(Clone, Copy, Debug, Default)]
+#[cfg_attr(test, derive(PartialEq, Eq))]
+pub struct Options {
+    shell_job: bool,
+}
+
+impl Options {
+    /// `shell_job`: its session and process group may be those of processes outside the tree
+    /// (`--shell-job`).
+    pub fn new(shell_job: bool) -> Self {
+        Self { shell_job }
+    }
+}
+
 /// The number that images give to what this program has.
 const NUMBER_OF_OWN: u32 = 1;
 
@@ -31,10 +46,9 @@ const FIRST_PID: i32 = 1;
 
 /// Checks that what is to become of the tree can be done to the first process of a pid
 /// namespace: the kernel keeps signals from it that come from inside.
-fn check_first(tasks: &[Task], options: &Options) -> Result<()> {
-    let stays = options.leave_running || options.pre_dump;
+fn check_first(tasks: &[Task], goal: Goal) -> Result<()> {
     match tasks.iter().find(|task| task.pid.0 == FIRST_PID) {
-        Some(first) if !stays => Err(DumpError::Unsupported {
+        Some(first) if !goal.runs_on() => Err(DumpError::Unsupported {
             pid: first.pid,
             what:
                 "is the first one of this pid namespace, which no process inside can kill or stop"
@@ -50,16 +64,21 @@ fn check_first(tasks: &[Task], options: &Options) -> Result<()> {
 ///
 /// # Errors
 /// [`DumpError::Unsupported`] for the first thing that is not.
-pub(super) fn tree(tasks: &[Task], pids: &PidMap, options: &Options) -> Result<Vec<ArenaIds>> {
+pub(super) fn tree(
+    tasks: &[Task],
+    pids: &PidMap,
+    goal: Goal,
+    options: Options,
+) -> Result<Vec<ArenaIds>> {
     let own = HostPid(nix::unistd::getpid().as_raw());
     let own: Vec<_> = all_namespaces().map(|kind| proc::namespace(own, kind.file).ok()).collect();
     let first = tasks.iter().find(|task| !task.is_zombie()).map(Task::witness);
     let members: BTreeSet<HostPid> = tasks.iter().map(|task| task.pid).collect();
-    check_first(tasks, options)?;
+    check_first(tasks, goal)?;
     for task in tasks.iter().filter(|task| !task.is_zombie()) {
         // Before anything is taken for not shared because that cannot be told.
         compare(task.witness(), task.witness(), Shared::Memory)?;
-        if task.is_leaderless() && !options.pre_dump {
+        if task.is_leaderless() && !goal.is_pre_dump() {
             open_process(task)?;
         }
         check_namespaces(task, &own)?;

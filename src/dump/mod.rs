@@ -12,7 +12,7 @@ mod options;
 mod pre_dump;
 mod room;
 mod stats;
-mod track;
+mod tracking;
 mod tree;
 
 use std::{
@@ -24,8 +24,9 @@ use std::{
 
 use nix::time::{ClockId, clock_gettime};
 
+pub use check::Options as CheckOptions;
 pub use error::{DumpError, Result};
-pub use options::Options;
+pub use options::{Goal, Options, Store};
 
 pub use crate::track::Tracker;
 use crate::{
@@ -45,7 +46,7 @@ use crate::{
     pages::{self, Memory},
     proc,
     res::{
-        file::{FileTable, Policy},
+        file::{DumpOptions, FileTable},
         ns,
         tree::{self as common, cgroup},
     },
@@ -59,7 +60,7 @@ use crate::{
 };
 use census::Census;
 use stats::Stats;
-use track::Tracking;
+use tracking::Tracking;
 use tree::Collection;
 
 /// The version of the format (`inventory_entry.img_version`): with the common magic
@@ -71,67 +72,67 @@ const FORMAT_VERSION: u32 = 2;
 /// # Errors
 /// What keeps the tree from being dumped; it runs on then.
 pub fn run(options: &Options) -> Result<()> {
+    let Options { root, goal, store, freeze, check, common, files, track, actions, stats } =
+        options;
+    let (root, goal) = (*root, *goal);
+    let stats_options = stats;
     arch::check_built()?;
-    if proc::stat(options.pid).is_err_and(|error| error.is_vanished()) {
-        return Err(DumpError::NoProcess { pid: options.pid });
+    if proc::stat(root).is_err_and(|error| error.is_vanished()) {
+        return Err(DumpError::NoProcess { pid: root });
     }
-    let images_dir = check_directory(&options.images_dir)?;
-    check_outside(options.pid)?;
-    let actions = Actions::new(&options.action_scripts, &images_dir);
+    let images_dir = check_directory(&store.images_dir)?;
+    check_outside(root)?;
+    let actions = Actions::new(actions, &images_dir);
     let mut locks = DirectoryLocks::default();
     locks.take(&images_dir, Access::Exclusive)?;
     check_children(&images_dir)?;
-    let parent = options
-        .prev_images_dir
-        .as_deref()
-        .map(|parent| open_parent(options, &images_dir, parent, &mut locks))
-        .transpose()?;
+    let parent = store.parent.as_deref();
+    let parent = parent.map(|parent| open_parent(store, &images_dir, parent, &mut locks));
+    let parent = parent.transpose()?;
     crate::sys::process::raise_descriptor_limit();
-    actions.run(Stage::PreDump, Some(options.pid))?;
+    actions.run(Stage::PreDump, Some(root))?;
     let mut stats = Stats::default();
-    let timeout = Duration::from_secs(options.timeout_s.into());
-    let mut frozen = stats.freezing(|| Frozen::freeze(options.pid, timeout))?;
+    let mut frozen = stats.freezing(|| Frozen::freeze(root, *freeze))?;
     stats.frozen();
     let census = Census::take(&frozen.tasks)?;
     let pids = PidMap::of_own_namespace();
     log::info!("stopped {} processes", frozen.tasks.len());
-    let images = SnapshotWriter::begin(&options.images_dir)?;
-    if let Some(link) = &options.prev_images_dir {
+    let images = SnapshotWriter::begin(&store.images_dir)?;
+    if let Some(link) = &store.parent {
         images.link_parent(link)?;
     }
-    let arenas = check::tree(&frozen.tasks, &pids, options)?;
+    let arenas = check::tree(&frozen.tasks, &pids, goal, *check)?;
     // A pre-dump asks no process, unless it is to be tracked.
-    if !options.pre_dump || options.track_mem {
+    if !goal.is_pre_dump() || track.for_next() {
         room::check(&frozen.tasks)?;
     }
-    let tracking =
-        Tracking::new(options, parent.as_ref().map(|(chain, id)| (chain.as_ref(), *id)))?;
-    if options.pre_dump {
-        let stopped = (frozen, &census);
-        let of_tree = (&pids, Arenas::new(arenas));
-        pre_dump::run(options, stopped, of_tree, images, parent.as_ref(), tracking, stats)?;
-    } else {
-        let dumped = dump_stopped(
-            options,
-            &mut frozen,
-            (pids, arenas),
-            &images,
-            parent.as_ref(),
-            tracking,
-            &mut stats,
-        );
-        let dumped = census.explain(dumped)?;
-        let outcome = if options.leave_running {
-            Outcome::Run
-        } else if options.leave_stopped {
-            Outcome::Stop
-        } else {
-            Outcome::Kill
-        };
-        let inventory = inventory(parent.as_ref())?;
-        finish(options, &actions, (frozen, &census), (images, inventory), dumped, outcome, stats)?;
+    let since = parent.as_ref().map(|(chain, id)| (chain.as_ref(), *id));
+    let tracking = Tracking::new(*track, goal, since)?;
+    match goal {
+        Goal::Memory => {
+            let stopped = (frozen, &census);
+            let of_tree = (&pids, Arenas::new(arenas));
+            let parent = parent.as_ref();
+            pre_dump::run(stats_options, stopped, of_tree, images, parent, tracking, stats)?;
+        }
+        Goal::Tree(outcome) => {
+            let dumped = dump_stopped(
+                (common, files, outcome),
+                &mut frozen,
+                (pids, arenas),
+                &images,
+                parent.as_ref(),
+                tracking,
+                &mut stats,
+            );
+            let dumped = census.explain(dumped)?;
+            let images = (images, inventory(parent.as_ref())?);
+            let stopped = (frozen, &census);
+            finish((root, &actions), stopped, images, dumped, outcome, &mut stats)?;
+            stats.finish(stats_options);
+        }
     }
-    if options.auto_dedup && parent.is_some() {
+    if store.free_parent && parent.is_some() {
         free_superseded(&images_dir);
     }
     Ok(())
@@ -176,13 +177,12 @@ fn free_superseded(images_dir: &Path) {
 /// before that: its images are complete in memory, and waiting for the disk is
 /// nothing to it. Unless somebody wants to act on the images while it is stopped.
 fn finish(
-    options: &Options,
-    actions: &Actions<'_>,
+    (root, actions): (HostPid, &Actions<'_>),
     (frozen, census): (Frozen, &Census),
     (images, inventory): (SnapshotWriter, proto::InventoryEntry),
     (mut files, tracking): (FileTable, Tracking),
     outcome: Outcome,
-    mut stats: Stats,
+    stats: &mut Stats,
 ) -> Result<()> {
     let mut frozen = Some(frozen);
     if outcome == Outcome::Run {
@@ -198,7 +198,7 @@ fn finish(
     let check = || frozen.as_ref().map_or(Ok(()), |_| census.check_stopped());
     stats.syncing(|| commit(images, tracking, inventory, check))?;
     // If one fails, the tree runs on.
-    actions.run(Stage::PostDump, Some(options.pid))?;
+    actions.run(Stage::PostDump, Some(root))?;
     if let Some(frozen) = frozen {
         if outcome != Outcome::Run {
             files.keep_links();
@@ -206,7 +206,6 @@ fn finish(
         frozen.release(outcome)?;
         stats.thawed();
     }
-    stats.finish(options);
     Ok(())
 }
 
@@ -258,7 +257,7 @@ fn find_parents(memories: &mut [Memory], parent: Option<&Parent>) -> Result<()> 
 
 /// Writes all images but the inventory.
 fn dump_stopped(
-    options: &Options,
+    (common, files, outcome): (&common::Options, &DumpOptions, Outcome),
     frozen: &mut Frozen,
     (pids, arenas): (PidMap, Vec<ArenaIds>),
     images: &SnapshotWriter,
@@ -266,22 +265,12 @@ fn dump_stopped(
     tracking: Tracking,
     stats: &mut Stats,
 ) -> Result<(FileTable, Tracking)> {
-    let policy = Policy {
-        shell_job: options.shell_job,
-        ext_unix_sk: options.ext_unix_sk,
-        link_remap: options.link_remap,
-        ghost_limit_bytes: options.ghost_limit_bytes,
-        validation: options.file_validation,
-        external: options.external.clone(),
-        inherit_fds: Vec::new(),
-    };
     let numbers = frozen.tasks.iter().flat_map(|task| {
         let threads = task.threads.iter().map(|thread| pids.ns(thread.tid));
         threads.chain([pids.ns(task.pid)])
     });
-    let files = FileTable::new(&policy, pids.clone(), numbers.collect());
-    let policy = common::Policy { cgroups: options.cgroups };
-    let common = common::collectors(&frozen.tasks, &pids, policy)?;
+    let files = FileTable::new(files, pids.clone(), numbers.collect());
+    let common = common::collectors(&frozen.tasks, &pids, common)?;
     let mut collection =
         Collection::new(images, (pids, arenas), files, tracking, common, &frozen.tasks);
     for (position, task) in frozen.tasks.iter_mut().enumerate() {
@@ -296,7 +285,7 @@ fn dump_stopped(
     let mut memories = std::mem::take(&mut collection.memories);
     find_parents(&mut memories, parent)?;
     stats.collected();
-    let copied = stats.copying(|| pages::write(&memories, images, !options.leave_running))?;
+    let copied = stats.copying(|| pages::write(&memories, images, outcome != Outcome::Run))?;
     stats.copied = copied;
     if parent.is_some() {
         stats.untracked = collection.tracking.untracked;
@@ -337,12 +326,12 @@ fn check_directory(path: &Path) -> Result<PathBuf> {
 /// relative to the images directory, and keeps others from changing it, or from using it
 /// if pages are to be freed in it.
 fn open_parent(
-    options: &Options,
+    store: &Store,
     images_dir: &Path,
     parent: &Path,
     locks: &mut DirectoryLocks,
 ) -> Result<(Arc<Chain>, SnapshotId)> {
-    let path = options.images_dir.join(parent);
+    let path = store.images_dir.join(parent);
     let problem = |path: PathBuf, problem: String| StepError::Directory { path, problem };
     let dir = path.canonicalize().map_err(|error| {
         problem(path.clone(), format!("{error}; --prev-images-dir is relative to -D"))
@@ -350,7 +339,7 @@ fn open_parent(
     if images_dir == dir {
         return Err(problem(path, "it cannot be its own parent".to_owned()).into());
     }
-    locks.take(&dir, if options.auto_dedup { Access::Exclusive } else { Access::Shared })?;
+    locks.take(&dir, if store.free_parent { Access::Exclusive } else { Access::Shared })?;
     let chain = Arc::new(Chain::open(&dir)?);
     if chain.at(images_dir).is_some() {
         // It may be out of the sight of the directories beside it.
@@ -360,7 +349,7 @@ fn open_parent(
     let id = chain.at(&dir).ok_or_else(|| {
         problem(dir, "it holds no inventory.img, so it is no complete dump".to_owned())
     })?;
-    if options.auto_dedup {
+    if store.free_parent {
         dedup::lock_ancestors(&chain, id, locks)?;
         dedup::check_freeing(&chain, id, Arc::new(Kernel))?;
     } else {

@@ -14,8 +14,8 @@ use std::{
 };
 
 use super::{
-    DumpError, Options, Parent, Result, census::Census, commit, find_parents, stats::Stats,
-    track::Tracking, tree,
+    DumpError, Parent, Result, census::Census, commit, find_parents, stats::Stats,
+    tracking::Tracking, tree,
 };
 use crate::{
     image::{
@@ -26,6 +26,7 @@ use crate::{
     pages::{self, Memory, Origin, ProcessMemory, scan},
     proc,
     res::mm::mapping::{self, Object},
+    step::stats,
     sys::{fds, pagemap::PagemapFile},
     units::{HostPid, PidMap},
 };
@@ -51,7 +52,7 @@ struct Found {
 /// # Errors
 /// What keeps its memory from being dumped; it runs on.
 pub(super) fn run(
-    options: &Options,
+    stats_options: &stats::Options,
     (mut frozen, census): (Frozen, &Census),
     (pids, arenas): (&PidMap, Arenas),
     images: SnapshotWriter,
@@ -99,7 +100,7 @@ pub(super) fn run(
     let inventory =
         proto::InventoryEntry { pre_dump_mode: Some(READ), ..super::inventory(parent)? };
     stats.syncing(|| commit(images, tracking, inventory, || census.check_running()))?;
-    stats.finish(options);
+    stats.finish(stats_options);
     Ok(())
 }
 

@@ -1,16 +1,9 @@
 //! How long a dump took and what it copied.
 
-use std::{
-    path::Path,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
-use super::{Options, Result, track::Untracked};
-use crate::{
-    image::{ImageError, ImageWriter, Kind, proto},
-    pages::Copied,
-    sys::output,
-};
+use super::tracking::Untracked;
+use crate::{image::proto, pages::Copied, step::stats::Options};
 
 /// The statistics of a dump.
 #[derive(Debug, Default)]
@@ -92,29 +85,10 @@ impl Stats {
         }
     }
 
-    /// Writes the statistics, and prints them if that is wanted. The snapshot is
-    /// complete by then, and the tree has gone on or is dead: what fails here is no
-    /// failure of the dump.
+    /// Writes the statistics, and prints them if the user wants that.
     pub(super) fn finish(&self, options: &Options) {
-        if let Err(error) = self.write(&options.work_dir) {
-            log::warn!("no statistics: {error}");
-        }
-        if options.display_stats {
-            self.display();
-        }
-    }
-
-    /// Writes `stats-dump` into `dir`.
-    fn write(&self, dir: &Path) -> Result<()> {
-        let path = dir.join("stats-dump");
-        let wrong = |source| ImageError::Write { path: path.clone(), source };
-        output::check_directory(dir).map_err(wrong)?;
-        // Of an earlier dump.
-        let _ = std::fs::remove_file(&path);
-        let mut image = ImageWriter::create(&path, Kind::Stats)?;
-        image.message(&proto::StatsEntry { dump: Some(self.entry()), restore: None })?;
-        image.finish()?;
-        Ok(())
+        let entry = proto::StatsEntry { dump: Some(self.entry()), restore: None };
+        options.publish("stats-dump", &entry, || self.display());
     }
 
     /// Prints the statistics.

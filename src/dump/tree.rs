@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, path::PathBuf};
 
-use super::{DumpError, Result, check::open_process, track::Tracking};
+use super::{DumpError, Result, check::open_process, tracking::Tracking};
 use crate::{
     causes::tell,
     image::{

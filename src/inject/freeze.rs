@@ -86,6 +86,23 @@ pub enum Outcome {
     Kill,
 }
 
+/// What the user says of stopping a tree.
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(test, derive(PartialEq, Eq))]
+pub struct Options {
+    timeout: Duration,
+}
+
+impl Options {
+    /// The timeout unless the user says otherwise, as CRIU has it.
+    pub const TIMEOUT_S: u32 = 10;
+
+    /// `timeout_s`: how many seconds to try (`--timeout`).
+    pub fn new(timeout_s: u32) -> Self {
+        Self { timeout: Duration::from_secs(timeout_s.into()) }
+    }
+}
+
 /// A tree of processes that is stopped, parents before children. When it is
 /// dropped, it goes on.
 #[derive(Debug)]
@@ -103,14 +120,14 @@ impl Frozen {
         Self { tasks: Vec::new(), deadline, cgroups: BTreeSet::new() }
     }
 
-    /// Stops a process with all its descendants within `timeout`.
+    /// Stops a process with all its descendants within the timeout.
     ///
     /// # Errors
     /// [`InjectError::Denied`]; [`InjectError::Restless`]; [`InjectError::Lost`]
     /// for a thread that does not stop in time; those of reading `/proc`. What was
     /// stopped by then goes on.
-    pub fn freeze(root: HostPid, timeout: Duration) -> Result<Self> {
-        let mut frozen = Self::new(timeout);
+    pub fn freeze(root: HostPid, options: Options) -> Result<Self> {
+        let mut frozen = Self::new(options.timeout);
         frozen.stop_task(root, proc::stat(root)?.ppid)?;
         fault::hit(Point::DumpSeize)?;
         let mut known = BTreeSet::from([root]);

@@ -14,7 +14,7 @@ mod tests;
 mod tracee;
 
 pub use error::{InjectError, Result};
-pub use freeze::{Frozen, Outcome, Task};
+pub use freeze::{Frozen, Options as FreezeOptions, Outcome, Task};
 pub use helper::Helper;
 pub use home::registers_to_exit;
 pub use repair::{Repair, repair};

@@ -5,7 +5,7 @@ use std::{
 
 use nix::{errno::Errno, libc};
 
-use super::{Frozen, Outcome, Script, TABLE_BYTES, with_session};
+use super::{FreezeOptions, Frozen, Outcome, Script, TABLE_BYTES, with_session};
 use crate::{proc, units::HostPid};
 
 /// A process of our own, which dies with the test.
@@ -69,7 +69,7 @@ fn privileged_a_process_works_for_us_and_notices_nothing() {
         // Not before: its libraries are mapped first.
         wait_until(|| target.is_asleep());
         let before = target.state();
-        let mut frozen = Frozen::freeze(pid, Duration::from_secs(10)).unwrap();
+        let mut frozen = Frozen::freeze(pid, FreezeOptions::new(10)).unwrap();
         assert_eq!(proc::status(pid).unwrap().tracer_pid.0, nix::unistd::gettid().as_raw());
         let mappings = proc::maps(pid).unwrap();
         let mut script = Script::new();
@@ -113,7 +113,7 @@ fn privileged_a_tree_is_stopped_whole_and_goes_on() {
     let target = Target::start("(sleep 1000 & sleep 1000) & sleep 1000; true");
     let pid = target.pid();
     wait_until(|| proc::children(pid).unwrap().len() == 2);
-    let frozen = Frozen::freeze(pid, Duration::from_secs(10)).unwrap();
+    let frozen = Frozen::freeze(pid, FreezeOptions::new(10)).unwrap();
     assert!(frozen.tasks.len() >= 3, "{frozen:?}");
     assert_eq!(frozen.tasks[0].pid, pid);
     let pids: Vec<HostPid> = frozen.tasks.iter().map(|task| task.pid).collect();

@@ -17,13 +17,13 @@ mod release;
 mod source;
 mod stats;
 mod tracees;
-mod track;
+mod tracking;
 mod tree;
 
 use std::{io::Write, ops::Range, thread};
 
 pub use error::{RestoreError, Result};
-pub use options::{AutoDedup, Options};
+pub use options::{AutoDedup, Options, Relations, Release, Store};
 
 use crate::{
     action::{Actions, Stage},
@@ -31,13 +31,14 @@ use crate::{
     causes::{tell, with_sources},
     fault::{self, Point},
     parallel, proc,
-    res::{calls::Own, file::Policy},
+    res::{calls::Own, file::RestoreOptions},
     step::StepError,
     sys::{
         lock::{Access, DirectoryLocks},
         output::{self, Existing},
         process, ptrace,
     },
+    track,
     units::HostPid,
 };
 use free::Free;
@@ -57,31 +58,34 @@ const TABLE_BYTES: usize = 256 << 10;
 /// # Errors
 /// What keeps the tree from being restored; no process of it is left then.
 pub fn run(options: &Options) -> Result<()> {
+    let Options { store, relations, release, common, files, track, actions, stats } = options;
+    let Store { images_dir, free } = store;
+    let stats_options = stats;
     arch::check_built()?;
     let mut stats = Stats::begin();
     process::raise_descriptor_limit();
-    let images = options.images_dir.canonicalize().map_err(|error| StepError::Directory {
-        path: options.images_dir.clone(),
+    let images = images_dir.canonicalize().map_err(|error| StepError::Directory {
+        path: images_dir.clone(),
         problem: format!("{error}; name another one with -D"),
     })?;
-    let actions = Actions::new(&options.action_scripts, &images);
+    let actions = Actions::new(actions, &images);
     actions.run(Stage::PreRestore, None)?;
     source::require_whole(&images)?;
     let mut locks = DirectoryLocks::default();
     let mut plan = match source::behind_mount(&images) {
-        Some(behind) if options.auto_dedup.is_some() => {
+        Some(behind) if free.is_some() => {
             return Err(RestoreError::MountedReadOnly { path: images.clone(), behind });
         }
         // Who serves the mount has locked them.
-        Some(behind) => Plan::read(&behind, options, None)?,
+        Some(behind) => Plan::read(&behind, *relations, None)?,
         None => {
-            let changes = options.auto_dedup.is_some();
+            let changes = free.is_some();
             let access = if changes { Access::Exclusive } else { Access::Shared };
-            Plan::read(&images, options, Some((&mut locks, access)))?
+            Plan::read(&images, *relations, Some((&mut locks, access)))?
         }
     };
     plan.chain.require_whole(plan.snapshot)?;
-    let free = options.auto_dedup.map(|when| Free::prepare(when, &images, &plan)).transpose()?;
+    let free = free.map(|when| Free::prepare(when, &images, &plan)).transpose()?;
     if let Some(lost) = plan.clocks_lost() {
         let message = format!(
             "clocks that begin with the machine (CLOCK_MONOTONIC, CLOCK_BOOTTIME) are {} seconds \
@@ -91,7 +95,7 @@ pub fn run(options: &Options) -> Result<()> {
         );
         tell(log::Level::Warn, &message);
     }
-    plan.find_common(options)?;
+    plan.find_common(common)?;
     fault::hit(Point::RestorePlan)?;
     let subreaper = |on: bool| {
         ptrace::set_subreaper(on).map_err(|source| StepError::Process {
@@ -102,7 +106,8 @@ pub fn run(options: &Options) -> Result<()> {
     };
     // What is left of a restore that fails is ours to reap.
     subreaper(true)?;
-    let restored = restore(options, &actions, &plan, free.as_ref(), &mut stats);
+    let groups = Groups { relations: *relations, release, files, track: *track };
+    let restored = restore(groups, &actions, &plan, free.as_ref(), &mut stats);
     subreaper(false)?;
     let restored = restored.map_err(|error| error.located(|id| plan.user_of(id)));
     restored.map_err(|source| match free.as_ref().map(Free::freed_pages) {
@@ -117,13 +122,8 @@ pub fn run(options: &Options) -> Result<()> {
     log::info!("restored {} processes", plan.tasks.len());
     // The tree is running.
     actions.run_anyway(Stage::PostResume, root);
-    if let Err(error) = stats.write(&options.work_dir) {
-        log::warn!("no statistics: {error}");
-    }
-    if options.display_stats {
-        stats.display();
-    }
-    if !options.detached && options.exec_cmd.is_empty() {
+    stats.finish(stats_options);
+    if release.wait {
         // Its exit code is its own affair.
         let _ = ptrace::wait(root);
     }
@@ -143,23 +143,23 @@ fn free_all(free: &Free, plan: &Plan) {
     }
 }
 
+/// The options of making the tree, once it is known what is to be made.
+#[derive(Clone, Copy)]
+struct Groups<'a> {
+    relations: Relations,
+    release: &'a Release,
+    files: &'a RestoreOptions,
+    track: track::Options,
+}
+
 fn restore(
-    options: &Options,
+    Groups { relations, release, files: file_options, track }: Groups<'_>,
     actions: &Actions<'_>,
     plan: &Plan,
     free: Option<&Free>,
     stats: &mut Stats,
 ) -> Result<()> {
-    let policy = Policy {
-        shell_job: options.shell_job,
-        ext_unix_sk: options.ext_unix_sk,
-        link_remap: false,
-        ghost_limit_bytes: 0,
-        validation: options.file_validation,
-        external: Vec::new(),
-        inherit_fds: options.inherit_fds.clone(),
-    };
-    let mut files = plan.installer(&policy);
+    let mut files = plan.installer(file_options);
     let objects = objects::create(plan, &mut files)?;
     for body in plan.tasks.iter().filter_map(|task| task.body.as_ref()) {
         files.need_program(body.mm.exe_file_id)?;
@@ -185,10 +185,9 @@ fn restore(
             place,
             table_bytes,
             file: &|entry| Ok(files.for_mapping(entry)?),
-            shell_job: options.shell_job,
+            relations,
             free,
-            sibling: options.sibling,
-            leave_stopped: options.leave_stopped,
+            leave_stopped: release.stopped,
         };
         let mut puppets = Puppets::make(plan, &workshop)?;
         stats.forked(puppets.filled);
@@ -202,9 +201,9 @@ fn restore(
         }
         files.seal()?;
         plan.common.iter().try_for_each(|kind| kind.finish())?;
-        let tracking = track::begin(options, plan, &mut puppets)?;
+        let tracking = tracking::begin(track, plan, &mut puppets)?;
         apply::finish(plan, &mut puppets, &mut files, &own)?;
-        write_pidfile(options, plan)?;
+        write_pidfile(release, plan)?;
         actions.run(Stage::PostRestore, Some(root))?;
         actions.run_anyway(Stage::PreResume, root);
         puppets.release()?;
@@ -217,12 +216,11 @@ fn restore(
     })
 }
 
-fn write_pidfile(options: &Options, plan: &Plan) -> Result<()> {
-    let Some(path) = &options.pidfile else { return Ok(()) };
-    let path = options.work_dir.join(path);
-    output::create(&path, Existing::Replaced)
+fn write_pidfile(release: &Release, plan: &Plan) -> Result<()> {
+    let Some(path) = &release.pidfile else { return Ok(()) };
+    output::create(path, Existing::Replaced)
         .and_then(|mut file| file.write_all(plan.host(plan.tasks[0].pid).to_string().as_bytes()))
-        .map_err(|source| RestoreError::Write { path, source })
+        .map_err(|source| RestoreError::Write { path: path.clone(), source })
 }
 
 /// Returns how much room the longest list of calls takes.

@@ -1,52 +1,62 @@
-//! What a restore is asked to do.
+//! What a restore is asked to do: a group of options for each phase or kind that reads some.
+//!
+//! [`run`](super::run) takes them apart and hands each group to its reader, and nothing else.
 
-use std::{ffi::OsString, path::PathBuf};
+use std::path::PathBuf;
 
-use crate::{res::file::Validation, track::Tracker};
+use crate::{
+    action,
+    res::{file, tree},
+    step::stats,
+    track,
+};
 
 /// What a restore is asked to do.
 ///
-/// Paths are as the user gave them, relative to the current directory unless it
-/// says otherwise.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Paths are as the user gave them, relative to the current directory.
+#[derive(Clone, Debug)]
+#[cfg_attr(test, derive(PartialEq, Eq))]
 pub struct Options {
-    /// Where the images are.
-    pub images_dir: PathBuf,
-    /// Where statistics and other files that are no images go. It has been
-    /// chosen already: it can be written as far as can be told.
-    pub work_dir: PathBuf,
-    /// Return when the tree runs, rather than to wait for its end.
-    pub detached: bool,
-    /// The root of the tree becomes a child of this program's parent.
-    pub sibling: bool,
-    /// Leave the tree stopped.
-    pub leave_stopped: bool,
-    /// The tree takes part in the session and the process group of this program.
-    pub shell_job: bool,
-    /// Where the pid of the root is written; relative to `work_dir`.
-    pub pidfile: Option<PathBuf>,
-    /// Open descriptors of this program that stand for resources of the images:
-    /// number and key, such as `pipe:[4711]`.
-    pub inherit_fds: Vec<(i32, String)>,
-    /// The tree is put back into its cgroups.
-    pub cgroups: bool,
-    /// Programs to be run at certain stages, in this order.
-    pub action_scripts: Vec<PathBuf>,
-    /// What this process becomes when the tree runs, with its arguments; it is
-    /// the parent of the tree then. Empty: it stays what it is.
-    pub exec_cmd: Vec<OsString>,
-    /// Unix sockets may have been connected to processes outside the tree.
-    pub ext_unix_sk: bool,
-    /// What tells a file from another one at the same path.
-    pub file_validation: Validation,
-    /// Free in the images what has been restored.
-    pub auto_dedup: Option<AutoDedup>,
-    /// Start the tracking of changes, for the next dump.
-    pub track_mem: bool,
-    /// How changes are tracked; `None` chooses what works.
-    pub tracker: Option<Tracker>,
-    /// Print the statistics afterwards.
-    pub display_stats: bool,
+    pub(crate) store: Store,
+    pub(crate) relations: Relations,
+    pub(crate) release: Release,
+    pub(crate) common: tree::Options,
+    pub(crate) files: file::RestoreOptions,
+    pub(crate) track: track::Options,
+    pub(crate) actions: action::Options,
+    pub(crate) stats: stats::Options,
+}
+
+/// Where the images are.
+#[derive(Clone, Debug)]
+#[cfg_attr(test, derive(PartialEq, Eq))]
+pub struct Store {
+    /// The directory of the images.
+    pub(crate) images_dir: PathBuf,
+    /// Free in the images what has been restored (`--auto-dedup`).
+    pub(crate) free: Option<AutoDedup>,
+}
+
+/// How the tree is related to this program.
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(test, derive(PartialEq, Eq))]
+pub struct Relations {
+    /// It takes part in the session and the process group of this program (`--shell-job`).
+    pub(crate) shell_job: bool,
+    /// Its root becomes a child of this program's parent (`--restore-sibling`).
+    pub(crate) sibling: bool,
+}
+
+/// How the tree is let go.
+#[derive(Clone, Debug)]
+#[cfg_attr(test, derive(PartialEq, Eq))]
+pub struct Release {
+    /// It stays stopped (`--leave-stopped`).
+    pub(crate) stopped: bool,
+    /// Return when it has ended, and not as soon as it runs.
+    pub(crate) wait: bool,
+    /// The file for the pid of its root.
+    pub(crate) pidfile: Option<PathBuf>,
 }
 
 /// When bytes that have been restored are freed in the images.

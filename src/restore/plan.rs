@@ -4,7 +4,7 @@ use std::{path::Path, sync::Arc, time::Duration};
 
 use nix::time::{ClockId, clock_gettime};
 
-use super::{Options, RestoreError, Result, pids::Waiting};
+use super::{Relations, RestoreError, Result, pids::Waiting};
 use crate::{
     chain::{Chain, ChainError, Content, MemoryBytes, SnapshotId},
     image::{
@@ -13,7 +13,7 @@ use crate::{
         vma,
     },
     res::{
-        file::{self, Installer, Policy},
+        file::{self, Installer, RestoreOptions},
         ns,
         task::DEAD,
         tree as common,
@@ -112,11 +112,11 @@ impl Plan {
     }
 
     /// Returns what opens the files of the tree, and gives them to its processes.
-    pub(super) fn installer(&self, policy: &Policy) -> Installer<'_> {
+    pub(super) fn installer(&self, options: &RestoreOptions) -> Installer<'_> {
         let threads = self.tasks.iter().flat_map(|task| &task.threads);
         let numbers = threads.map(|thread| thread.tid).collect();
         let processes = self.tasks.iter().filter_map(TaskPlan::file_user).collect();
-        Installer::new(self.images(), policy, &self.files, processes, numbers, self.pids.clone())
+        Installer::new(self.images(), options, &self.files, processes, numbers, self.pids.clone())
     }
 
     /// Says who uses a file of the images, as what, and what it is called: as in
@@ -158,7 +158,7 @@ impl Plan {
     /// What is missing, malformed or contradictory; who changes them now.
     pub(super) fn read(
         dir: &Path,
-        options: &Options,
+        relations: Relations,
         mut locks: Option<(&mut DirectoryLocks, Access)>,
     ) -> Result<Self> {
         let mut lock =
@@ -183,7 +183,7 @@ impl Plan {
             lock(base)?;
         }
         let kin: Vec<Kin> = tree.tasks.iter().map(kin).collect();
-        let births = Births::plan(&kin, options.shell_job, options.sibling)
+        let births = Births::plan(&kin, relations.shell_job, relations.sibling)
             .map_err(|(pid, problem)| RestoreError::Relation { pid, problem })?;
         let tasks = Vec::with_capacity(tree.tasks.len());
         let uptime = tree.inventory.dump_uptime.map(Duration::from_micros);
@@ -282,13 +282,12 @@ impl Plan {
     ///
     /// # Errors
     /// What is missing.
-    pub(super) fn find_common(&mut self, options: &Options) -> Result<()> {
+    pub(super) fn find_common(&mut self, options: &common::Options) -> Result<()> {
         let threads = self.tasks.iter().flat_map(|task| &task.threads);
         let cores = threads.map(|thread| &thread.core).collect();
         let images = &**self.images();
         let plan = common::Plan { images, inventory: &self.inventory, cores };
-        let policy = common::Policy { cgroups: options.cgroups };
-        self.common = common::restorers(&plan, policy)?;
+        self.common = common::restorers(&plan, options)?;
         Ok(())
     }
 

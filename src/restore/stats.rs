@@ -1,15 +1,9 @@
 //! How long a restore took and what it wrote.
 
-use std::{
-    path::Path,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
-use super::{Result, memory::Filled};
-use crate::{
-    image::{ImageError, ImageWriter, Kind, proto},
-    sys::output,
-};
+use super::memory::Filled;
+use crate::{image::proto, step::stats::Options};
 
 /// The statistics of a restore.
 #[derive(Debug)]
@@ -41,17 +35,9 @@ impl Stats {
         self.restore = self.begin.elapsed();
     }
 
-    /// Writes `stats-restore` into `dir`.
-    ///
-    /// # Errors
-    /// [`crate::image::ImageError::Write`].
-    pub(super) fn write(&self, dir: &Path) -> Result<()> {
+    /// Writes the statistics, and prints them if the user wants that.
+    pub(super) fn finish(&self, options: &Options) {
         let micros = |time: Duration| u32::try_from(time.as_micros()).unwrap_or(u32::MAX);
-        let path = dir.join("stats-restore");
-        let wrong = |source| ImageError::Write { path: path.clone(), source };
-        output::check_directory(dir).map_err(wrong)?;
-        // Of an earlier restore.
-        let _ = std::fs::remove_file(&path);
         let restore = proto::RestoreStatsEntry {
             pages_compared: self.filled.compared,
             pages_skipped_cow: self.filled.equal,
@@ -59,14 +45,12 @@ impl Stats {
             restore_time: micros(self.restore),
             pages_restored: Some(self.filled.written),
         };
-        let mut image = ImageWriter::create(&path, Kind::Stats)?;
-        image.message(&proto::StatsEntry { dump: None, restore: Some(restore) })?;
-        image.finish()?;
-        Ok(())
+        let entry = proto::StatsEntry { dump: None, restore: Some(restore) };
+        options.publish("stats-restore", &entry, || self.display());
     }
 
     /// Prints the statistics.
-    pub(super) fn display(&self) {
+    fn display(&self) {
         println!("forking time: {} us", self.forking.as_micros());
         println!("restore time: {} us", self.restore.as_micros());
         println!("pages compared: {}", self.filled.compared);

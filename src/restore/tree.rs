@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use nix::{errno::Errno, libc};
 
 use super::{
-    RestoreError, Result,
+    Relations, RestoreError, Result,
     free::Free,
     memory::{self, Layout},
     pids::Waiting,
@@ -77,11 +77,9 @@ pub(super) struct Workshop<'a> {
     pub(super) table_bytes: usize,
     /// Returns the descriptor for a mapping of a file.
     pub(super) file: &'a dyn Fn(&VmaEntry) -> Result<i32>,
-    pub(super) shell_job: bool,
+    pub(super) relations: Relations,
     /// Who frees in the images what is in place.
     pub(super) free: Option<&'a Free>,
-    /// The first process is to be a sibling of this program.
-    pub(super) sibling: bool,
     /// All processes stay stopped.
     pub(super) leave_stopped: bool,
 }
@@ -120,7 +118,7 @@ impl<'a> Puppets<'a> {
         }
         fault::hit(Point::RestoreForked)?;
         puppets.tell_of_exit_signals();
-        puppets.set_groups(workshop.shell_job)?;
+        puppets.set_groups(workshop.relations.shell_job)?;
         Ok(puppets)
     }
 
@@ -131,7 +129,7 @@ impl<'a> Puppets<'a> {
             Maker::Helper(helper) => (self.births.helpers[helper].pid, CLONE_CLEAR_SIGHAND),
             _ => (
                 self.plan.tasks[0].pid,
-                CLONE_CLEAR_SIGHAND | if workshop.sibling { CLONE_PARENT } else { 0 },
+                CLONE_CLEAR_SIGHAND | if workshop.relations.sibling { CLONE_PARENT } else { 0 },
             ),
         };
         let namespaces = &self.plan.namespaces;

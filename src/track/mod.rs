@@ -8,6 +8,7 @@
 //! memory they tell something only if all writers are [known](shared).
 
 pub mod keeper;
+mod options;
 mod outside;
 mod record;
 pub mod shared;
@@ -30,6 +31,7 @@ use crate::{
     units::{HostPid, RemoteAddr},
 };
 use keeper::{Guard, Keeper};
+pub use options::Options;
 use shared::Sealed;
 
 /// How changes to memory are tracked between two dumps.

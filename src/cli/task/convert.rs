@@ -9,10 +9,26 @@ use nix::{
 };
 
 use super::options::{
-    AutoDedupName, DedupArgs, FileValidation, Inodes, ManageCgroups, TaskArgs, TrackerName,
-    Verbosity,
+    AutoDedupName, DedupArgs, FileValidation, ImageArgs, Inodes, ManageCgroups, TaskArgs,
+    TrackerName, TreeArgs, Verbosity,
 };
-use crate::{cli::dedup::Work, dedup, dump, res::file::Validation, restore, units::HostPid};
+use crate::{
+    action,
+    cli::dedup::Work,
+    dedup, dump,
+    inject::{FreezeOptions, Outcome},
+    res::{
+        file::{
+            DumpOptions, External, GhostOptions, Inherited, RestoreOptions, TerminalOptions,
+            UnixOptions, Validation,
+        },
+        tree::{self, cgroup},
+    },
+    restore,
+    step::stats,
+    track::{self, Tracker},
+    units::HostPid,
+};
 
 /// Errors of a command line as a whole.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -47,10 +63,11 @@ pub(super) fn verbosity(args: &TaskArgs) -> u8 {
 
 /// Chooses where log, statistics and pid file go: the work directory if there is
 /// one, otherwise that of the images, or the current one if that can't be written.
-pub(super) fn work_dir(images_dir: &Path, work_dir: Option<&Path>) -> PathBuf {
-    if let Some(dir) = work_dir {
-        return dir.to_owned();
-    }
+pub(super) fn work_dir(args: &ImageArgs) -> PathBuf {
+    args.work_dir.clone().unwrap_or_else(|| default_work_dir(&args.images_dir))
+}
+
+fn default_work_dir(images_dir: &Path) -> PathBuf {
     let flags = AccessFlags::W_OK | AccessFlags::X_OK;
     match faccessat(AT_FDCWD, images_dir, flags, AtFlags::AT_EACCESS) {
         // Such a mount frees pages, but does not take new files.
@@ -72,41 +89,60 @@ pub(super) fn dump_options(args: &TaskArgs, pre_dump: bool) -> Result<dump::Opti
     if !args.around.inherit_fd.is_empty() {
         return Err(UsageError::InheritNotRestoring);
     }
+    let goal = match args.tree {
+        _ if pre_dump => dump::Goal::Memory,
+        TreeArgs { leave_running: true, .. } => dump::Goal::Tree(Outcome::Run),
+        TreeArgs { leave_stopped: true, .. } => dump::Goal::Tree(Outcome::Stop),
+        _ => dump::Goal::Tree(Outcome::Kill),
+    };
     Ok(dump::Options {
-        pid: HostPid(args.tree.tree.ok_or(UsageError::NoPid)?),
-        images_dir: args.images.images_dir.clone(),
-        work_dir: work_dir(&args.images.images_dir, args.images.work_dir.as_deref()),
-        pre_dump,
-        leave_running: args.tree.leave_running,
-        leave_stopped: args.tree.leave_stopped,
-        shell_job: args.tree.shell_job,
-        ext_unix_sk: !args.network.ext_unix_sk.is_empty(),
-        link_remap: args.files.link_remap,
-        ghost_limit_bytes: args.files.ghost_limit,
-        file_validation: validation(args),
-        track_mem: args.memory.track_mem,
-        auto_dedup: args.memory.auto_dedup.is_some(),
-        prev_images_dir: args.images.prev_images_dir.clone(),
-        tracker: tracker(args),
-        external: external(args),
-        action_scripts: args.tree.action_script.clone(),
-        cgroups: cgroups(args),
-        timeout_s: args.tree.timeout,
-        display_stats: args.output.display_stats,
+        root: HostPid(args.tree.tree.ok_or(UsageError::NoPid)?),
+        goal,
+        store: dump::Store {
+            images_dir: args.images.images_dir.clone(),
+            parent: args.images.prev_images_dir.clone(),
+            free_parent: args.memory.auto_dedup.is_some(),
+        },
+        freeze: FreezeOptions::new(args.tree.timeout),
+        check: dump::CheckOptions::new(args.tree.shell_job),
+        common: common(args),
+        files: DumpOptions {
+            terminals: TerminalOptions::new(args.tree.shell_job),
+            unix: unix(args),
+            ghosts: GhostOptions::new(args.files.link_remap, args.files.ghost_limit),
+            validation: validation(args),
+            external: External::new(external(args)),
+        },
+        track: track(args),
+        actions: actions(args),
+        stats: stats(args),
     })
 }
 
-/// Whether the tree is restored into its cgroups.
-fn cgroups(args: &TaskArgs) -> bool {
-    args.cgroups.manage_cgroups != Some(ManageCgroups::Ignore)
+fn common(args: &TaskArgs) -> tree::Options {
+    let is_ignored = args.cgroups.manage_cgroups == Some(ManageCgroups::Ignore);
+    tree::Options { cgroups: cgroup::Options::new(!is_ignored) }
 }
 
-fn tracker(args: &TaskArgs) -> Option<dump::Tracker> {
-    args.memory.tracker.map(|tracker| match tracker {
-        TrackerName::Wp => dump::Tracker::Wp,
-        TrackerName::SoftDirty => dump::Tracker::SoftDirty,
-        TrackerName::None => dump::Tracker::None,
-    })
+fn unix(args: &TaskArgs) -> UnixOptions {
+    UnixOptions::new(!args.network.ext_unix_sk.is_empty())
+}
+
+fn actions(args: &TaskArgs) -> action::Options {
+    action::Options::new(args.tree.action_script.clone())
+}
+
+fn stats(args: &TaskArgs) -> stats::Options {
+    stats::Options::new(work_dir(&args.images), args.output.display_stats)
+}
+
+fn track(args: &TaskArgs) -> track::Options {
+    let tracker = args.memory.tracker.map(|tracker| match tracker {
+        TrackerName::Wp => Tracker::Wp,
+        TrackerName::SoftDirty => Tracker::SoftDirty,
+        TrackerName::None => Tracker::None,
+    });
+    track::Options::new(args.memory.track_mem, tracker)
 }
 
 fn validation(args: &TaskArgs) -> Validation {
@@ -122,27 +158,34 @@ pub(super) fn restore_options(args: &TaskArgs) -> Result<restore::Options, Usage
     if args.tree.restore_sibling && !args.tree.restore_detached {
         return Err(UsageError::SiblingNotDetached);
     }
+    let pidfile = args.tree.pidfile.as_ref();
     Ok(restore::Options {
-        images_dir: args.images.images_dir.clone(),
-        work_dir: work_dir(&args.images.images_dir, args.images.work_dir.as_deref()),
-        detached: args.tree.restore_detached,
-        sibling: args.tree.restore_sibling,
-        leave_stopped: args.tree.leave_stopped,
-        shell_job: args.tree.shell_job,
-        pidfile: args.tree.pidfile.clone(),
-        inherit_fds: args.around.inherit_fd.clone(),
-        action_scripts: args.tree.action_script.clone(),
-        exec_cmd: args.operands.clone(),
-        cgroups: cgroups(args),
-        ext_unix_sk: !args.network.ext_unix_sk.is_empty(),
-        file_validation: validation(args),
-        auto_dedup: args.memory.auto_dedup.map(|when| match when {
-            AutoDedupName::Commit => restore::AutoDedup::Commit,
-            AutoDedupName::Now => restore::AutoDedup::Now,
-        }),
-        track_mem: args.memory.track_mem,
-        tracker: tracker(args),
-        display_stats: args.output.display_stats,
+        store: restore::Store {
+            images_dir: args.images.images_dir.clone(),
+            free: args.memory.auto_dedup.map(|when| match when {
+                AutoDedupName::Commit => restore::AutoDedup::Commit,
+                AutoDedupName::Now => restore::AutoDedup::Now,
+            }),
+        },
+        relations: restore::Relations {
+            shell_job: args.tree.shell_job,
+            sibling: args.tree.restore_sibling,
+        },
+        release: restore::Release {
+            stopped: args.tree.leave_stopped,
+            wait: !args.tree.restore_detached && !args.tree.exec_cmd,
+            pidfile: pidfile.map(|file| work_dir(&args.images).join(file)),
+        },
+        common: common(args),
+        files: RestoreOptions {
+            terminals: TerminalOptions::new(args.tree.shell_job),
+            unix: unix(args),
+            validation: validation(args),
+            inherited: Inherited::new(args.around.inherit_fd.clone()),
+        },
+        track: track(args),
+        actions: actions(args),
+        stats: stats(args),
     })
 }
 
@@ -195,15 +238,14 @@ mod tests {
     fn what_cannot_be_written_is_replaced_by_the_current_directory() {
         let here = Path::new(".");
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(work_dir(dir.path(), None), dir.path());
-        assert_eq!(work_dir(dir.path(), Some(Path::new("w"))), Path::new("w"));
+        assert_eq!(default_work_dir(dir.path()), dir.path());
         let absent = dir.path().join("absent");
-        assert_eq!(work_dir(&absent, None), absent);
+        assert_eq!(default_work_dir(&absent), absent);
         // No process can write here.
-        assert_eq!(work_dir(Path::new("/proc/self"), Some(here)), here);
+        assert_eq!(default_work_dir(Path::new("/proc/self")), here);
         if !geteuid().is_root() {
             fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o555)).unwrap();
-            assert_eq!(work_dir(dir.path(), None), here);
+            assert_eq!(default_work_dir(dir.path()), here);
         }
     }
 }

@@ -8,7 +8,7 @@ use std::{ffi::OsString, path::PathBuf, str::FromStr};
 
 use clap::{Args, ValueEnum};
 
-use crate::dump;
+use crate::inject::FreezeOptions;
 
 /// The value of an option that was given without one.
 pub(super) const NO_VALUE: &str = "+";
@@ -79,7 +79,7 @@ pub(super) struct TreeArgs {
     #[arg(long, value_name = "FILE")]
     pub pidfile: Option<PathBuf>,
     /// Fail if the tree cannot be stopped within this time
-    #[arg(long, value_name = "SECONDS", default_value_t = dump::Options::TIMEOUT_S)]
+    #[arg(long, value_name = "SECONDS", default_value_t = FreezeOptions::TIMEOUT_S)]
     pub timeout: u32,
     /// Root directory of the tree
     #[arg(short = 'r', long, value_name = "DIR")]

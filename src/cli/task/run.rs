@@ -1,9 +1,10 @@
 //! Running the commands.
 
 use std::{
+    ffi::OsString,
     fs::File,
     os::{fd::IntoRawFd, unix::process::CommandExt},
-    path::{Path, PathBuf},
+    path::Path,
     process::ExitCode,
 };
 
@@ -110,7 +111,7 @@ fn supervised(work: impl FnOnce() -> u8) -> anyhow::Result<u8> {
 /// Runs the command, prints errors on standard error and in the log, and returns the exit
 /// code.
 fn perform(task: Task, work: &Work, args: &TaskArgs, given: &[Given]) -> u8 {
-    match start_log(work.work_dir(), task, args, given).and_then(|()| work.run()) {
+    match start_log(task, args, given).and_then(|()| work.run(&args.operands)) {
         Ok(()) => exit::OK,
         Err(failure) => {
             error!(target: TOLD, "{failure:#}");
@@ -121,11 +122,11 @@ fn perform(task: Task, work: &Work, args: &TaskArgs, given: &[Given]) -> u8 {
 }
 
 /// Starts the log, and notes there which options have no effect.
-fn start_log(work_dir: &Path, task: Task, args: &TaskArgs, given: &[Given]) -> anyhow::Result<()> {
+fn start_log(task: Task, args: &TaskArgs, given: &[Given]) -> anyhow::Result<()> {
     let file = args.output.log_file.as_deref();
     let file = file.map(|file| match file.to_str() {
         Some("-") => file.to_owned(),
-        _ => work_dir.join(file),
+        _ => convert::work_dir(&args.images).join(file),
     });
     task_log::start(file.as_deref(), task_log::level(convert::verbosity(args)))?;
     for line in without_effect(task, given) {
@@ -135,19 +136,12 @@ fn start_log(work_dir: &Path, task: Task, args: &TaskArgs, given: &[Given]) -> a
 }
 
 impl Work {
-    fn work_dir(&self) -> &Path {
-        match self {
-            Self::Dump(options) => &options.work_dir,
-            Self::Restore(options) => &options.work_dir,
-        }
-    }
-
-    fn run(&self) -> anyhow::Result<()> {
+    fn run(&self, command: &[OsString]) -> anyhow::Result<()> {
         match self {
             Self::Dump(options) => Ok(dump::run(options)?),
             Self::Restore(options) => {
                 restore::run(options)?;
-                let Some((program, arguments)) = options.exec_cmd.split_first() else {
+                let Some((program, arguments)) = command.split_first() else {
                     return Ok(());
                 };
                 let error = std::process::Command::new(program).args(arguments).exec();
@@ -158,18 +152,13 @@ impl Work {
     }
 }
 
-/// The log of a command that writes nothing else to a work directory.
-fn log_dir(args: &TaskArgs) -> PathBuf {
-    convert::work_dir(&args.images.images_dir, args.images.work_dir.as_deref())
-}
-
 fn dedup(args: &TaskArgs, given: &[Given]) -> ExitCode {
     let work = match convert::dedup_work(args) {
         Ok(work) => work,
         Err(error) => return usage(error.into()),
     };
     close(args);
-    if let Err(error) = start_log(&log_dir(args), Task::Dedup, args, given) {
+    if let Err(error) = start_log(Task::Dedup, args, given) {
         report(&error);
         return ExitCode::from(exit::FAILED);
     }
@@ -181,7 +170,7 @@ fn check(args: &TaskArgs, given: &[Given]) -> ExitCode {
         return usage(error.into());
     }
     close(args);
-    if let Err(error) = start_log(&log_dir(args), Task::Check, args, given) {
+    if let Err(error) = start_log(Task::Check, args, given) {
         report(&error);
         return ExitCode::from(exit::FAILED);
     }

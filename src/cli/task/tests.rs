@@ -5,7 +5,22 @@ use std::collections::BTreeSet;
 use clap::{CommandFactory, FromArgMatches, Parser};
 
 use super::*;
-use crate::{dump, res::file::Validation, restore, units::HostPid};
+use crate::{
+    action,
+    dump::{self, Goal},
+    inject::{FreezeOptions, Outcome},
+    res::{
+        file::{
+            DumpOptions, External, GhostOptions, Inherited, RestoreOptions, TerminalOptions,
+            UnixOptions, Validation,
+        },
+        tree::{self, cgroup},
+    },
+    restore,
+    step::stats,
+    track::{self, Tracker},
+    units::HostPid,
+};
 
 /// Every long option of CRIU 4.2 with a value that it accepts, as `crtools.c` and
 /// `config.c` have them, but help and version.
@@ -137,160 +152,137 @@ fn short_letters_are_those_of_criu() {
 
 fn default_dump() -> dump::Options {
     dump::Options {
-        pid: HostPid(7),
-        images_dir: ".".into(),
-        work_dir: ".".into(),
-        pre_dump: false,
-        leave_running: false,
-        leave_stopped: false,
-        shell_job: false,
-        ext_unix_sk: false,
-        link_remap: false,
-        file_validation: Validation::BuildId,
-        ghost_limit_bytes: 1 << 20,
-        track_mem: false,
-        auto_dedup: false,
-        prev_images_dir: None,
-        tracker: None,
-        external: Vec::new(),
-        action_scripts: Vec::new(),
-        cgroups: true,
-        timeout_s: 10,
-        display_stats: false,
+        root: HostPid(7),
+        goal: Goal::Tree(Outcome::Kill),
+        store: dump::Store { images_dir: ".".into(), parent: None, free_parent: false },
+        freeze: FreezeOptions::new(10),
+        check: dump::CheckOptions::new(false),
+        common: tree::Options { cgroups: cgroup::Options::new(true) },
+        files: DumpOptions {
+            terminals: TerminalOptions::new(false),
+            unix: UnixOptions::new(false),
+            ghosts: GhostOptions::new(false, 1 << 20),
+            validation: Validation::BuildId,
+            external: External::new(Vec::new()),
+        },
+        track: track::Options::new(false, None),
+        actions: action::Options::new(Vec::new()),
+        stats: stats::Options::new(".".into(), false),
     }
 }
 
 fn default_restore() -> restore::Options {
     restore::Options {
-        images_dir: ".".into(),
-        work_dir: ".".into(),
-        detached: false,
-        sibling: false,
-        leave_stopped: false,
-        shell_job: false,
-        pidfile: None,
-        inherit_fds: Vec::new(),
-        action_scripts: Vec::new(),
-        exec_cmd: Vec::new(),
-        cgroups: true,
-        ext_unix_sk: false,
-        file_validation: Validation::BuildId,
-        auto_dedup: None,
-        track_mem: false,
-        tracker: None,
-        display_stats: false,
+        store: restore::Store { images_dir: ".".into(), free: None },
+        relations: restore::Relations { shell_job: false, sibling: false },
+        release: restore::Release { stopped: false, wait: true, pidfile: None },
+        common: tree::Options { cgroups: cgroup::Options::new(true) },
+        files: RestoreOptions {
+            terminals: TerminalOptions::new(false),
+            unix: UnixOptions::new(false),
+            validation: Validation::BuildId,
+            inherited: Inherited::new(Vec::new()),
+        },
+        track: track::Options::new(false, None),
+        actions: action::Options::new(Vec::new()),
+        stats: stats::Options::new(".".into(), false),
     }
 }
 
+/// A command line, and in what its options differ from the defaults.
+type Row<T> = (&'static str, fn(&mut T));
+
 #[test]
 fn lines_of_dump_become_options() {
-    let default = default_dump();
-    let strings = |list: &[&str]| list.iter().map(ToString::to_string).collect::<Vec<_>>();
-    for (line, expected) in [
-        ("dump -t 7", default.clone()),
-        (
-            "dump --tree=3 -t7 -Dd -W w",
-            dump::Options { images_dir: "d".into(), work_dir: "w".into(), ..default.clone() },
-        ),
-        (
-            "-D d -W w dump -t 7 -R",
-            dump::Options {
-                images_dir: "d".into(),
-                work_dir: "w".into(),
-                leave_running: true,
-                ..default.clone()
-            },
-        ),
+    let rows: &[Row<dump::Options>] = &[
+        ("dump -t 7", |_| {}),
+        ("dump --tree=3 -t7 -Dd -W w", |dump| {
+            dump.store.images_dir = "d".into();
+            dump.stats = stats::Options::new("w".into(), false);
+        }),
+        ("-D d -W w dump -t 7 -R", |dump| {
+            dump.store.images_dir = "d".into();
+            dump.stats = stats::Options::new("w".into(), false);
+            dump.goal = Goal::Tree(Outcome::Run);
+        }),
         // Of what cannot be together, the last one counts.
-        ("dump -t 7 -R -s", dump::Options { leave_stopped: true, ..default.clone() }),
-        ("dump -t 7 -sR", dump::Options { leave_running: true, ..default.clone() }),
-        (
-            "dump -t 7 -j --link-remap --display-stats --file-validation=filesize",
-            dump::Options {
-                shell_job: true,
-                link_remap: true,
-                file_validation: Validation::FileSize,
-                display_stats: true,
-                ..default.clone()
-            },
-        ),
-        (
-            "dump -t 7 --ghost-limit 64k --timeout 3",
-            dump::Options { ghost_limit_bytes: 64 << 10, timeout_s: 3, ..default.clone() },
-        ),
-        ("dump -t 7 --track-mem --prev-images-dir ../1 --tracker soft-dirty --auto-dedup", {
-            dump::Options {
-                track_mem: true,
-                prev_images_dir: Some("../1".into()),
-                tracker: Some(dump::Tracker::SoftDirty),
-                auto_dedup: true,
-                ..default.clone()
-            }
+        ("dump -t 7 -R -s", |dump| dump.goal = Goal::Tree(Outcome::Stop)),
+        ("dump -t 7 -sR", |dump| dump.goal = Goal::Tree(Outcome::Run)),
+        ("dump -t 7 -j --link-remap --display-stats --file-validation=filesize", |dump| {
+            dump.check = dump::CheckOptions::new(true);
+            dump.files.terminals = TerminalOptions::new(true);
+            dump.files.ghosts = GhostOptions::new(true, 1 << 20);
+            dump.files.validation = Validation::FileSize;
+            dump.stats = stats::Options::new(".".into(), true);
+        }),
+        ("dump -t 7 --ghost-limit 64k --timeout 3", |dump| {
+            dump.files.ghosts = GhostOptions::new(false, 64 << 10);
+            dump.freeze = FreezeOptions::new(3);
         }),
         (
-            "dump -t 7 --external mnt[/a]:b -x5,6 --external tty[1:2]",
-            dump::Options {
-                ext_unix_sk: true,
-                external: strings(&["mnt[/a]:b", "tty[1:2]", "unix[5]", "unix[6]"]),
-                ..default.clone()
+            "dump -t 7 --track-mem --prev-images-dir ../1 --tracker soft-dirty --auto-dedup",
+            |dump| {
+                dump.track = track::Options::new(true, Some(Tracker::SoftDirty));
+                dump.store.parent = Some("../1".into());
+                dump.store.free_parent = true;
             },
         ),
-        (
-            "dump -t 7 -x --no-ext-unix-sk --action-script a --action-script b",
-            dump::Options { action_scripts: vec!["a".into(), "b".into()], ..default.clone() },
-        ),
-    ] {
+        ("dump -t 7 --external mnt[/a]:b -x5,6 --external tty[1:2]", |dump| {
+            dump.files.unix = UnixOptions::new(true);
+            let external = ["mnt[/a]:b", "tty[1:2]", "unix[5]", "unix[6]"];
+            dump.files.external = External::new(external.map(str::to_owned).to_vec());
+        }),
+        ("dump -t 7 -x --no-ext-unix-sk --action-script a --action-script b", |dump| {
+            dump.actions = action::Options::new(vec!["a".into(), "b".into()]);
+        }),
+        ("dump -t 7 --manage-cgroups=ignore", |dump| {
+            dump.common.cgroups = cgroup::Options::new(false);
+        }),
+    ];
+    for (line, change) in rows {
+        let mut expected = default_dump();
+        change(&mut expected);
         assert_eq!(dumped(line), expected, "{line}");
     }
-    let pre_dump = convert::dump_options(&args("pre-dump -t 7"), true).unwrap();
-    assert_eq!(pre_dump, dump::Options { pre_dump: true, ..default });
+    let pre_dump = convert::dump_options(&args("pre-dump -t 7 -s"), true).unwrap();
+    assert_eq!(pre_dump, dump::Options { goal: Goal::Memory, ..default_dump() });
 }
 
 #[test]
 fn lines_of_restore_become_options() {
-    let default = default_restore();
-    for (line, expected) in [
-        ("restore", default.clone()),
-        (
-            "restore -dSs --pidfile p -D d -W w",
-            restore::Options {
-                images_dir: "d".into(),
-                work_dir: "w".into(),
-                detached: true,
-                sibling: true,
-                leave_stopped: true,
-                pidfile: Some("p".into()),
-                ..default.clone()
-            },
-        ),
-        ("restore --daemon", restore::Options { detached: true, ..default.clone() }),
-        (
-            "restore --exec-cmd -- sh -c :",
-            restore::Options {
-                exec_cmd: ["sh", "-c", ":"].map(OsString::from).to_vec(),
-                ..default.clone()
-            },
-        ),
-        (
-            "restore --inherit-fd fd[3]:pipe:[1] --inherit-fd=fd[4]:a/b",
-            restore::Options {
-                inherit_fds: vec![(3, "pipe:[1]".to_owned()), (4, "a/b".to_owned())],
-                ..default.clone()
-            },
-        ),
-        (
-            "restore --auto-dedup --track-mem",
-            restore::Options {
-                auto_dedup: Some(restore::AutoDedup::Commit),
-                track_mem: true,
-                ..default.clone()
-            },
-        ),
-        (
-            "restore --auto-dedup=now",
-            restore::Options { auto_dedup: Some(restore::AutoDedup::Now), ..default.clone() },
-        ),
-    ] {
+    let rows: &[Row<restore::Options>] = &[
+        ("restore", |_| {}),
+        ("restore -dSs --pidfile p -D d -W w", |restore| {
+            restore.store.images_dir = "d".into();
+            restore.relations.sibling = true;
+            restore.release =
+                restore::Release { stopped: true, wait: false, pidfile: Some("w/p".into()) };
+            restore.stats = stats::Options::new("w".into(), false);
+        }),
+        ("restore --daemon", |restore| restore.release.wait = false),
+        ("restore --exec-cmd -- sh -c :", |restore| restore.release.wait = false),
+        ("restore --inherit-fd fd[3]:pipe:[1] --inherit-fd=fd[4]:a/b", |restore| {
+            let list = [(3, "pipe:[1]".to_owned()), (4, "a/b".to_owned())];
+            restore.files.inherited = Inherited::new(list.to_vec());
+        }),
+        ("restore --auto-dedup --track-mem", |restore| {
+            restore.store.free = Some(restore::AutoDedup::Commit);
+            restore.track = track::Options::new(true, None);
+        }),
+        ("restore --auto-dedup=now", |restore| {
+            restore.store.free = Some(restore::AutoDedup::Now);
+        }),
+        ("restore -j -x --file-validation=filesize --manage-cgroups=ignore", |restore| {
+            restore.relations.shell_job = true;
+            restore.files.terminals = TerminalOptions::new(true);
+            restore.files.unix = UnixOptions::new(true);
+            restore.files.validation = Validation::FileSize;
+            restore.common.cgroups = cgroup::Options::new(false);
+        }),
+    ];
+    for (line, change) in rows {
+        let mut expected = default_restore();
+        change(&mut expected);
         assert_eq!(restored(line), expected, "{line}");
     }
 }

@@ -15,8 +15,7 @@ use std::{
 use nix::{errno::Errno, libc};
 
 use super::{
-    Collector, Description, FileError, FileKind, Intake, Opened, Opener, Policy, Result, Usage,
-    descriptor,
+    Collector, Description, FileError, FileKind, Intake, Opened, Opener, Result, Usage, descriptor,
 };
 use crate::{
     fault::{self, Novelty},
@@ -31,8 +30,8 @@ pub(super) const KIND: FileKind = FileKind {
     name: "eventfd",
     types: &[FdTypes::Eventfd],
     usage: Usage::Descriptor,
-    collector: |_: &Policy| Box::new(EventfdCollector::default()),
-    opener: |_: &Policy| Box::new(Eventfds),
+    collector: |_| Box::new(EventfdCollector::default()),
+    opener: |_| Box::new(Eventfds),
 };
 
 /// What such a file is called where it has no name.

@@ -5,8 +5,7 @@ use std::{collections::HashMap, os::fd::AsFd};
 use nix::{errno::Errno, libc};
 
 use super::{
-    Collector, Description, FileError, FileKind, Intake, Opened, Opener, Policy, Result, Usage,
-    descriptor,
+    Collector, Description, FileError, FileKind, Intake, Opened, Opener, Result, Usage, descriptor,
 };
 use crate::{
     image::{
@@ -24,8 +23,8 @@ pub(super) const KIND: FileKind = FileKind {
     name: "epoll",
     types: &[FdTypes::Eventpoll],
     usage: Usage::Descriptor,
-    collector: |_: &Policy| Box::new(Epolls::default()),
-    opener: |_: &Policy| Box::new(Epolls::default()),
+    collector: |_| Box::new(Epolls::default()),
+    opener: |_| Box::new(Epolls::default()),
 };
 
 #[derive(Default)]

@@ -13,8 +13,8 @@ use std::{
 use nix::libc;
 
 use super::{
-    FileError, FileKind, KINDS, Late, NO_DESCRIPTION, NOT_BY_PATH, Opened, Opener, Policy, Result,
-    Usage, fown, ghost, owner::Holder,
+    FileError, FileKind, KINDS, Late, NO_DESCRIPTION, NOT_BY_PATH, Opened, Opener, RestoreOptions,
+    Result, Usage, fown, ghost, owner::Holder,
 };
 use crate::{
     image::{
@@ -74,7 +74,7 @@ impl<'a> Installer<'a> {
     /// live, in the order of the images; `numbers` are all processes and threads of the tree.
     pub fn new(
         images: &Store,
-        policy: &Policy,
+        options: &RestoreOptions,
         entries: &'a [FileEntry],
         processes: Vec<FileUser<'a>>,
         numbers: HashSet<NsPid>,
@@ -83,7 +83,7 @@ impl<'a> Installer<'a> {
         let descriptors = processes.iter().flat_map(|process| process.fds);
         let highest = descriptors.map(|entry| entry.fd).max().unwrap_or(0);
         let lowest = i32::try_from(highest).unwrap_or(i32::MAX - 1) + 1;
-        let mut opened = Opened::new(images, policy.clone(), entries.to_vec(), pids);
+        let mut opened = Opened::new(images, options, entries.to_vec(), pids);
         opened.processes = numbers;
         opened.holders = holders(&processes);
         opened.root_leads_group = processes.first().is_some_and(|root| root.group == root.pid);
@@ -91,7 +91,7 @@ impl<'a> Installer<'a> {
             processes,
             entries,
             opened,
-            openers: KINDS.iter().map(|kind| (kind.opener)(policy)).collect(),
+            openers: KINDS.iter().map(|kind| (kind.opener)(options)).collect(),
             lowest,
             descriptions: HashMap::new(),
             others: HashMap::new(),

@@ -20,8 +20,7 @@ use nix::{
 };
 
 use super::{
-    Collector, Description, FileError, FileKind, Intake, Opened, Opener, Policy, Result, Usage,
-    descriptor,
+    Collector, Description, FileError, FileKind, Intake, Opened, Opener, Result, Usage, descriptor,
 };
 use crate::{
     image::{
@@ -37,8 +36,8 @@ pub(super) const KIND: FileKind = FileKind {
     name: "memfd",
     types: &[FdTypes::Memfd],
     usage: Usage::Memory,
-    collector: |_: &Policy| Box::new(Memfds::probe()),
-    opener: |_: &Policy| Box::new(Memories::default()),
+    collector: |_| Box::new(Memfds::probe()),
+    opener: |_| Box::new(Memories::default()),
 };
 
 /// What anonymous shared memory is called by the kernel, and that of huge pages.
@@ -243,7 +242,7 @@ impl Opener for Memories {
             })?;
             let failed = |step| FileError::restore(entry.id, step, &inode.name);
             let name = [PREFIX, &inode.name].concat();
-            if let Some(given) = opened.policy.inherited(&name).map_err(failed("inherit"))? {
+            if let Some(given) = opened.inherited.duplicate(&name).map_err(failed("inherit"))? {
                 opened.insert(entry.id, given);
                 continue;
             }

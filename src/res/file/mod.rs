@@ -15,6 +15,7 @@ mod ghost;
 mod install;
 mod late;
 mod memfd;
+mod options;
 mod owner;
 mod path;
 mod pipe;
@@ -40,54 +41,20 @@ use crate::{
     image::{SnapshotWriter, Store, proto},
     inject::Script,
     proc::FdInfo,
-    sys::fds,
     units::{HostPid, NsPid, PidMap, TargetFd},
 };
 
 pub use self::{
     error::{FileError, Result},
-    ghost::{Lost, Revived},
+    ghost::{Lost, Options as GhostOptions, Revived},
     install::{FileUser, Installer},
+    options::{DumpOptions, External, Inherited, RestoreOptions},
     path::path_id,
+    sock::unix::Options as UnixOptions,
     table::FileTable,
+    tty::Options as TerminalOptions,
     validation::{BuildIds, Validation},
 };
-
-/// What the user allowed or asked for, as far as it concerns files.
-#[derive(Clone, Debug, Default)]
-pub struct Policy {
-    /// `--shell-job`: the tree may use the terminal of who runs this program.
-    pub shell_job: bool,
-    /// `--ext-unix-sk`: sockets whose peers are outside of the tree.
-    pub ext_unix_sk: bool,
-    /// `--link-remap`: give files that have lost their name another one.
-    pub link_remap: bool,
-    /// `--ghost-limit`: the most bytes of a deleted file that are put into images.
-    pub ghost_limit_bytes: u64,
-    /// `--file-validation`: what tells a file from another one.
-    pub validation: Validation,
-    /// `--external`: what is not dumped and will be provided by who restores.
-    pub external: Vec<String>,
-    /// `--inherit-fd`: descriptors of this program and the names they stand for.
-    pub inherit_fds: Vec<(i32, String)>,
-}
-
-impl Policy {
-    /// Whether `--external` names this object.
-    pub fn is_external(&self, name: &str) -> bool {
-        self.external.iter().any(|external| external == name)
-    }
-
-    /// Returns a duplicate of the descriptor that `--inherit-fd` gives for this
-    /// object, if it does.
-    ///
-    /// # Errors
-    /// What `fcntl(2)` returns.
-    pub fn inherited(&self, name: &[u8]) -> nix::Result<Option<OwnedFd>> {
-        let found = self.inherit_fds.iter().find(|(_, key)| key.as_bytes() == name);
-        found.map(|(number, _)| fds::duplicate(*number)).transpose()
-    }
-}
 
 /// An open file description of the tree, while dumping.
 #[derive(Debug)]
@@ -220,8 +187,10 @@ pub const NO_DESCRIPTION: u32 = 0;
 pub struct Opened {
     /// The images.
     pub images: Store,
-    /// What the user asked for.
-    pub policy: Policy,
+    /// What is compared to tell a file from another one.
+    pub validation: Validation,
+    /// What the caller provides.
+    pub inherited: Inherited,
     /// All entries of `files.img`, also of other kinds.
     pub entries: HashMap<u32, proto::FileEntry>,
     /// Files without names that were made again.
@@ -259,14 +228,15 @@ impl Opened {
     /// Returns a table without descriptions for `images`.
     pub fn new(
         images: &Store,
-        policy: Policy,
+        options: &RestoreOptions,
         entries: Vec<proto::FileEntry>,
         pids: PidMap,
     ) -> Self {
         let entries = entries.into_iter().map(|entry| (entry.id, entry)).collect();
         Self {
             images: Arc::clone(images),
-            policy,
+            validation: options.validation,
+            inherited: options.inherited.clone(),
             entries,
             revived: Revived::default(),
             build_ids: BuildIds::default(),
@@ -494,9 +464,9 @@ pub struct FileKind {
     /// What they are used for beside descriptors.
     pub usage: Usage,
     /// Makes what dumps it.
-    pub collector: fn(&Policy) -> Box<dyn Collector>,
+    pub collector: fn(&DumpOptions) -> Box<dyn Collector>,
     /// Makes what restores it.
-    pub opener: fn(&Policy) -> Box<dyn Opener>,
+    pub opener: fn(&RestoreOptions) -> Box<dyn Opener>,
 }
 
 impl std::fmt::Debug for FileKind {

@@ -259,7 +259,7 @@ pub fn open_entry(entry: &proto::RegFileEntry, flags: i32, opened: &mut Opened) 
     let external = entry.ext == Some(true);
     let key =
         if external { &entry.name } else { entry.name.strip_prefix(b"/").unwrap_or_default() };
-    if let Some(given) = opened.policy.inherited(key).map_err(failed("inherit"))? {
+    if let Some(given) = opened.inherited.duplicate(key).map_err(failed("inherit"))? {
         if external {
             return descriptor::reopen(given.as_fd(), flags).map_err(failed("open the inherited"));
         }

@@ -16,7 +16,7 @@ use nix::{
 };
 
 use super::{
-    Collector, Description, FileError, FileKind, Intake, Opened, Opener, Policy, Result, Usage,
+    Collector, Description, External, FileError, FileKind, Intake, Opened, Opener, Result, Usage,
     descriptor, owner, path,
 };
 use crate::{
@@ -33,8 +33,8 @@ pub(super) const KIND: FileKind = FileKind {
     name: "pipe",
     types: &[FdTypes::Pipe],
     usage: Usage::Descriptor,
-    collector: |policy: &Policy| Box::new(Pipes::new(Kind::PipesData, policy)),
-    opener: |_: &Policy| Box::new(PipeOpener),
+    collector: |options| Box::new(Pipes::new(Kind::PipesData, &options.external)),
+    opener: |_| Box::new(PipeOpener),
 };
 
 /// The row of FIFOs.
@@ -42,8 +42,8 @@ pub(super) const FIFO: FileKind = FileKind {
     name: "FIFO",
     types: &[FdTypes::Fifo],
     usage: Usage::Descriptor,
-    collector: |policy: &Policy| Box::new(Pipes::new(Kind::FifoData, policy)),
-    opener: |_: &Policy| Box::new(FifoOpener),
+    collector: |options| Box::new(Pipes::new(Kind::FifoData, &options.external)),
+    opener: |_| Box::new(FifoOpener),
 };
 
 /// What links to pipes begin with.
@@ -65,15 +65,15 @@ struct PipeToRead {
 /// Dumps pipes, or FIFOs; which, the image of their contents tells.
 struct Pipes {
     data: Kind,
-    policy: Policy,
+    external: External,
     sources: BTreeMap<u32, PipeToRead>,
     fifos: HashMap<(u64, u64), u32>,
 }
 
 impl Pipes {
-    fn new(data: Kind, policy: &Policy) -> Self {
+    fn new(data: Kind, external: &External) -> Self {
         let (sources, fifos) = (BTreeMap::new(), HashMap::new());
-        Self { data, policy: policy.clone(), sources, fifos }
+        Self { data, external: external.clone(), sources, fifos }
     }
 
     /// Returns a number for a FIFO: like a pipe, that of its inode, but two file
@@ -141,7 +141,7 @@ impl Collector for Pipes {
                 flags: file.status(),
                 fown: file.fown,
             });
-            if !self.policy.is_external(&name) {
+            if !self.external.contains(&name) {
                 self.note(pipe_id, file)?;
             }
             return Ok(entry);
@@ -332,7 +332,7 @@ fn open_pipe(
     let name = format!("pipe:[{pipe_id}]");
     let id = ends[0].id;
     let failed = |id, step| FileError::restore(id, step, &name);
-    let given = opened.policy.inherited(name.as_bytes());
+    let given = opened.inherited.duplicate(name.as_bytes());
     if let Some(given) = given.map_err(failed(id, "inherit"))? {
         for end in ends {
             let fd =
@@ -453,7 +453,10 @@ mod tests {
     use nix::{sys::stat::Mode, unistd::mkfifo};
 
     use super::*;
-    use crate::res::file::testing::{Tree, stat};
+    use crate::res::file::{
+        Inherited,
+        testing::{Tree, stat},
+    };
 
     fn drain(fd: OwnedFd) -> Vec<Vec<u8>> {
         descriptor::set_status(fd.as_fd(), libc::O_NONBLOCK.cast_unsigned()).unwrap();
@@ -518,7 +521,7 @@ mod tests {
         let name = format!("pipe:[{}]", stat(&write.as_fd()).st_ino);
         tree.add(1, write);
         let (theirs, ours) = pipe2(OFlag::O_CLOEXEC).unwrap();
-        tree.policy.inherit_fds.push((ours.as_raw_fd(), name));
+        tree.inherited = Inherited::new(vec![(ours.as_raw_fd(), name)]);
         let restored = tree.restore();
         assert_eq!(stat(&restored.get(1)).st_ino, stat(&theirs.as_fd()).st_ino);
     }

@@ -5,8 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use nix::errno::Errno;
 
 use super::{
-    Collector, Description, FileError, FileKind, Intake, Opened, Opener, Policy, Result, Usage,
-    descriptor,
+    Collector, Description, FileError, FileKind, Intake, Opened, Opener, Result, Usage, descriptor,
 };
 use crate::{
     image::proto::{self, FdTypes},
@@ -19,8 +18,8 @@ pub(super) const KIND: FileKind = FileKind {
     name: "signalfd",
     types: &[FdTypes::Signalfd],
     usage: Usage::Descriptor,
-    collector: |_: &Policy| Box::new(Signalfds),
-    opener: |_: &Policy| Box::new(Signalfds),
+    collector: |_| Box::new(Signalfds),
+    opener: |_| Box::new(Signalfds),
 };
 
 struct Signalfds;

@@ -18,8 +18,8 @@ use nix::{
 };
 
 use super::{
-    BuildIds, Collector, Description, FileError, FileKind, Intake, KINDS, Lost, Policy, Result,
-    Usage, Validation, fown, owner, path,
+    BuildIds, Collector, Description, DumpOptions, FileError, FileKind, Intake, KINDS, Lost,
+    Result, Usage, Validation, fown, owner, path,
 };
 use crate::{
     image::{Kind, SnapshotWriter, proto},
@@ -151,11 +151,11 @@ impl std::fmt::Debug for FileTable {
 
 impl FileTable {
     /// Returns an empty table for a tree with these processes and threads.
-    pub fn new(policy: &Policy, pids: PidMap, processes: HashSet<NsPid>) -> Self {
+    pub fn new(options: &DumpOptions, pids: PidMap, processes: HashSet<NsPid>) -> Self {
         let own = HostPid(nix::unistd::getpid().as_raw());
         Self {
             own,
-            collectors: KINDS.iter().map(|kind| Some((kind.collector)(policy))).collect(),
+            collectors: KINDS.iter().map(|kind| Some((kind.collector)(options))).collect(),
             state: Known {
                 own,
                 pids,
@@ -167,9 +167,9 @@ impl FileTable {
                 pending: Vec::new(),
                 entries: Vec::new(),
                 types: HashMap::new(),
-                lost: Lost::new(policy),
+                lost: Lost::new(&options.ghosts, &options.external),
                 build_ids: BuildIds::default(),
-                validation: policy.validation,
+                validation: options.validation,
             },
         }
     }

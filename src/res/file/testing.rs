@@ -13,7 +13,10 @@ use nix::{
 };
 use tempfile::TempDir;
 
-use super::{FileError, FileTable, FileUser, Installer, Opened, Policy, Result};
+use super::{
+    DumpOptions, FileError, FileTable, FileUser, Inherited, Installer, Opened, RestoreOptions,
+    Result,
+};
 use crate::{
     image::{Directory, Kind, SnapshotWriter, proto, read_all},
     proc::{self, FdInfo},
@@ -41,17 +44,19 @@ pub(super) fn watch(epoll: &OwnedFd, target: i32, events: u32, data: u64) {
 
 /// Descriptors to be dumped, by numbers that the test gives them.
 pub(super) struct Tree {
-    pub(super) policy: Policy,
+    pub(super) options: DumpOptions,
+    /// What the restore is given.
+    pub(super) inherited: Inherited,
     files: Vec<(u32, OwnedFd)>,
 }
 
 impl Tree {
     pub(super) fn new() -> Self {
-        Self::with_policy(Policy { ghost_limit_bytes: 1 << 20, ..Policy::default() })
+        Self::with_options(DumpOptions::default())
     }
 
-    pub(super) fn with_policy(policy: Policy) -> Self {
-        Self { policy, files: Vec::new() }
+    pub(super) fn with_options(options: DumpOptions) -> Self {
+        Self { options, inherited: Inherited::default(), files: Vec::new() }
     }
 
     pub(super) fn add(&mut self, id: u32, fd: OwnedFd) {
@@ -60,7 +65,7 @@ impl Tree {
 
     fn collect(&self, images: &SnapshotWriter) -> Result<(FileTable, HashMap<u32, Before>)> {
         let mut table = FileTable::new(
-            &self.policy,
+            &self.options,
             PidMap::of_own_namespace(),
             HashSet::from([NsPid::of_image(own_pid().0)]),
         );
@@ -89,7 +94,9 @@ impl Tree {
         let entries = read_all(&dir.path().join(Kind::Files.file_name(0)), Kind::Files).unwrap();
         // The table goes with all that it holds open, or a FIFO would keep what is in it.
         let (dir, before) = (Rc::new(dir), Rc::new(before));
-        Ok(Dumped { dir, before, entries, policy: self.policy })
+        let DumpOptions { terminals, unix, validation, .. } = self.options;
+        let options = RestoreOptions { terminals, unix, validation, inherited: self.inherited };
+        Ok(Dumped { dir, before, entries, options })
     }
 
     pub(super) fn restore(self) -> Restored {
@@ -157,7 +164,7 @@ pub(super) struct Dumped {
     before: Rc<HashMap<u32, Before>>,
     /// What `files.img` says.
     pub(super) entries: Vec<proto::FileEntry>,
-    pub(super) policy: Policy,
+    pub(super) options: RestoreOptions,
 }
 
 impl Dumped {
@@ -180,10 +187,10 @@ impl Dumped {
             creds: None,
             fds: &fds,
         };
-        let (images, policy) = (Directory::at(self.dir.path()).shared(), &self.policy);
+        let images = Directory::at(self.dir.path()).shared();
         let mut installer = Installer::new(
             &images,
-            policy,
+            &self.options,
             &self.entries,
             vec![process],
             HashSet::new(),

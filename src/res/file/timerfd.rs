@@ -5,8 +5,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use nix::{errno::Errno, libc};
 
 use super::{
-    Collector, Description, FileError, FileKind, Intake, Opened, Opener, Policy, Result, Usage,
-    descriptor,
+    Collector, Description, FileError, FileKind, Intake, Opened, Opener, Result, Usage, descriptor,
 };
 use crate::{
     image::{
@@ -23,8 +22,8 @@ pub(super) const KIND: FileKind = FileKind {
     name: "timerfd",
     types: &[FdTypes::Timerfd],
     usage: Usage::Descriptor,
-    collector: |_: &Policy| Box::new(Timerfds::default()),
-    opener: |_: &Policy| Box::new(Timerfds::default()),
+    collector: |_| Box::new(Timerfds::default()),
+    opener: |_| Box::new(Timerfds::default()),
 };
 
 const NANOSECONDS: u64 = 1_000_000_000;

@@ -141,7 +141,7 @@ pub(super) fn check(
     opened: &mut Opened,
 ) -> Result<()> {
     let is_regular = stat.st_mode & libc::S_IFMT == libc::S_IFREG;
-    if opened.policy.validation == Validation::FileSize || entry.size.is_none() || !is_regular {
+    if opened.validation == Validation::FileSize || entry.size.is_none() || !is_regular {
         return Ok(());
     }
     let name = String::from_utf8_lossy(&entry.name);

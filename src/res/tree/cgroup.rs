@@ -10,13 +10,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{Begun, Collector, Memory, Plan, Policy, Restorer};
+use super::{Begun, Collector, Memory, Plan, Restorer};
 use crate::{
     image::{ImageError, ImageStore, Kind, SnapshotWriter, proto},
-    inject::Task,
     proc,
     res::{ResError, Result, thread},
-    units::{HostPid, PidMap},
+    units::HostPid,
 };
 
 /// The number of this program's own set.
@@ -72,6 +71,27 @@ pub enum CgroupError {
     },
 }
 
+/// What the user says of cgroups.
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(test, derive(PartialEq, Eq))]
+pub struct Options {
+    managed: bool,
+}
+
+impl Options {
+    /// `managed`: the cgroups of the tree are recorded if they are not those of this program, and
+    /// the tree is put back into them (`--manage-cgroups`).
+    pub fn new(managed: bool) -> Self {
+        Self { managed }
+    }
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self::new(true)
+    }
+}
+
 /// A place in each hierarchy: names of hierarchies as in `/proc/PID/cgroup`, and paths.
 type Set = BTreeMap<Vec<u8>, Vec<u8>>;
 
@@ -87,16 +107,16 @@ fn own() -> Result<Set> {
 ///
 /// # Errors
 /// Those of reading `/proc`.
-pub(super) fn collector(_: &[Task], _: &PidMap, policy: Policy) -> Begun<dyn Collector> {
-    Ok(Box::new(Sets { known: if policy.cgroups { vec![own()?] } else { Vec::new() } }))
+pub(super) fn collector(options: Options) -> Begun<dyn Collector> {
+    Ok(Box::new(Sets { known: if options.managed { vec![own()?] } else { Vec::new() } }))
 }
 
 /// Finds the groups of a tree.
 ///
 /// # Errors
 /// [`CgroupError`] for a group that is not there or frozen.
-pub(super) fn restorer(plan: &Plan<'_>, policy: Policy) -> Begun<dyn Restorer> {
-    if !policy.cgroups {
+pub(super) fn restorer(plan: &Plan<'_>, options: Options) -> Begun<dyn Restorer> {
+    if !options.managed {
         return Ok(Box::new(Places::default()));
     }
     let wanted = plan.cores.iter().filter_map(|core| set_of(core));

@@ -19,34 +19,37 @@ use crate::{
 };
 
 /// What the user says of the kinds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Policy {
-    /// The cgroups of the tree are recorded if they are not those of this program, and the
-    /// tree is put back into them.
-    pub cgroups: bool,
+#[derive(Clone, Copy, Debug, Default)]
+#[cfg_attr(test, derive(PartialEq, Eq))]
+pub struct Options {
+    /// Of cgroups.
+    pub(crate) cgroups: cgroup::Options,
 }
 
 /// One kind's part in a dump or a restore.
 pub type Begun<T> = Result<Box<T>>;
 
 /// Reads the images of one kind.
-type Reader = fn(&Plan<'_>, Policy) -> Begun<dyn Restorer>;
+type Reader = fn(&Plan<'_>, &Options) -> Begun<dyn Restorer>;
 
 /// A kind of state that a tree has in common.
 #[derive(Clone, Copy, Debug)]
 pub struct Kind {
     /// Begins to dump it.
-    collector: fn(&[Task], &PidMap, Policy) -> Begun<dyn Collector>,
+    collector: fn(&[Task], &PidMap, &Options) -> Begun<dyn Collector>,
     /// Reads its images, before anything is made; `None` if it has none.
     restorer: Option<Reader>,
 }
 
 /// Every kind, in the order in which it is asked, written and made.
 pub const KINDS: &[Kind] = &[
-    Kind { collector: cgroup::collector, restorer: Some(cgroup::restorer) },
-    Kind { collector: sysv::collector, restorer: Some(sysv::restorer) },
+    Kind {
+        collector: |_, _, options| cgroup::collector(options.cgroups),
+        restorer: Some(|plan, options| cgroup::restorer(plan, options.cgroups)),
+    },
+    Kind { collector: |_, _, _| sysv::collector(), restorer: Some(|plan, _| sysv::restorer(plan)) },
     // Its restore is the order in which processes are let go.
-    Kind { collector: stops::collector, restorer: None },
+    Kind { collector: |tasks, pids, _| stops::collector(tasks, pids), restorer: None },
 ];
 
 /// Memory that processes of a tree share.
@@ -101,9 +104,9 @@ pub trait Collector {
 pub fn collectors(
     tasks: &[Task],
     pids: &PidMap,
-    policy: Policy,
+    options: &Options,
 ) -> Result<Vec<Box<dyn Collector>>> {
-    KINDS.iter().map(|kind| (kind.collector)(tasks, pids, policy)).collect()
+    KINDS.iter().map(|kind| (kind.collector)(tasks, pids, options)).collect()
 }
 
 /// What is to be restored.
@@ -149,7 +152,7 @@ pub trait Restorer: std::fmt::Debug {
 ///
 /// # Errors
 /// What is wrong with the images, or missing here.
-pub fn restorers(plan: &Plan<'_>, policy: Policy) -> Result<Vec<Box<dyn Restorer>>> {
+pub fn restorers(plan: &Plan<'_>, options: &Options) -> Result<Vec<Box<dyn Restorer>>> {
     let restorers = KINDS.iter().filter_map(|kind| kind.restorer);
-    restorers.map(|restorer| restorer(plan, policy)).collect()
+    restorers.map(|restorer| restorer(plan, options)).collect()
 }

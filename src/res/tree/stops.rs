@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use nix::libc;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::{Begun, Collector, Policy};
+use super::{Begun, Collector};
 use crate::{
     causes::tell as say,
     inject::{Answers, Buffer, CallId, Script, Task},
@@ -64,7 +64,7 @@ struct Stops {
 ///
 /// # Errors
 /// None.
-pub(super) fn collector(tasks: &[Task], pids: &PidMap, _: Policy) -> Begun<dyn Collector> {
+pub(super) fn collector(tasks: &[Task], pids: &PidMap) -> Begun<dyn Collector> {
     let mut stops = Stops {
         pids: pids.clone(),
         children: HashMap::new(),

@@ -12,13 +12,13 @@ use std::{
 
 use nix::{errno::Errno, libc};
 
-use super::{Begun, Collector, Memory, Plan, Policy, Restorer};
+use super::{Begun, Collector, Memory, Plan, Restorer};
 use crate::{
     image::{
         ImageStore, Kind, SnapshotWriter,
         proto::{IpcDescEntry, IpcShmEntry, VmaEntry},
     },
-    inject::{Script, Task},
+    inject::Script,
     proc::Mapping,
     res::{
         ResError, Result,
@@ -28,7 +28,7 @@ use crate::{
         fds,
         shm::{self, Segment},
     },
-    units::{HostPid, HugeSize, PAGE_SIZE, PidMap, RemoteAddr},
+    units::{HostPid, HugeSize, PAGE_SIZE, RemoteAddr},
 };
 
 /// The number of this program's IPC namespace in images.
@@ -54,7 +54,7 @@ struct Attached(BTreeMap<u32, (IpcShmEntry, File)>);
 ///
 /// # Errors
 /// None.
-pub(super) fn collector(_: &[Task], _: &PidMap, _: Policy) -> Begun<dyn Collector> {
+pub(super) fn collector() -> Begun<dyn Collector> {
     Ok(Box::new(Attached::default()))
 }
 
@@ -99,7 +99,7 @@ struct Segments(Vec<IpcShmEntry>);
 ///
 /// # Errors
 /// Those of reading an image.
-pub(super) fn restorer(plan: &Plan<'_>, _: Policy) -> Begun<dyn Restorer> {
+pub(super) fn restorer(plan: &Plan<'_>) -> Begun<dyn Restorer> {
     Ok(Box::new(Segments(read(plan.images)?)))
 }
 

@@ -24,13 +24,13 @@ use nix::{
     unistd::{Whence, linkat, lseek},
 };
 
-use super::link_name;
+use super::{Options, link_name};
 use crate::{
     image::{
         ImageError, ImageWriter, Kind, SnapshotWriter,
         proto::{self, FdTypes, RemapType},
     },
-    res::file::{Description, FileError, Intake, Policy, Result, descriptor},
+    res::file::{Description, External, FileError, Intake, Result, descriptor},
     sys::{fds, xattr},
     units::BLOCK_BYTES,
 };
@@ -56,7 +56,8 @@ struct Ghost {
 /// Files without names of a tree.
 #[derive(Debug, Default)]
 pub struct Lost {
-    policy: Policy,
+    options: Options,
+    external: External,
     ghosts: Vec<Ghost>,
     known: HashMap<(u64, u64), u32>,
     remaps: Vec<proto::RemapFilePathEntry>,
@@ -69,13 +70,13 @@ struct Links(Vec<PathBuf>);
 
 impl Lost {
     /// Returns an empty table.
-    pub fn new(policy: &Policy) -> Self {
-        Self { policy: policy.clone(), ..Self::default() }
+    pub fn new(options: &Options, external: &External) -> Self {
+        Self { options: *options, external: external.clone(), ..Self::default() }
     }
 
     /// Whether who restores will provide this object.
     pub(in crate::res::file) fn is_external(&self, name: &str) -> bool {
-        self.policy.is_external(name)
+        self.external.contains(name)
     }
 
     /// Enters a file without any name, of which `files.img` will have an entry
@@ -101,8 +102,8 @@ impl Lost {
     fn add(&mut self, file: &Description, name: &[u8], key: (u64, u64)) -> Result<u32> {
         let bytes = file.stat.st_blocks.cast_unsigned() * BLOCK_BYTES;
         let shown = String::from_utf8_lossy(name);
-        if file.is_type(libc::S_IFREG) && bytes > self.policy.ghost_limit_bytes {
-            let limit = self.policy.ghost_limit_bytes;
+        if file.is_type(libc::S_IFREG) && bytes > self.options.limit_bytes {
+            let limit = self.options.limit_bytes;
             let what = format!(
                 "the deleted file {shown}, which has {bytes} bytes, the limit being {limit}"
             );
@@ -185,7 +186,7 @@ pub(in crate::res::file) fn link(
     id: u32,
     intake: &mut dyn Intake,
 ) -> Result<()> {
-    if !intake.lost().policy.link_remap {
+    if !intake.lost().options.link_remap {
         let what = format!("the file {}, which has lost this name", String::from_utf8_lossy(name));
         return Err(file.unsupported(what, "allow it to be given another name with --link-remap"));
     }

@@ -9,6 +9,31 @@ pub use self::{
 };
 pub(super) use self::{dump::link, restore::open};
 
+/// The most bytes of a deleted file that are stored unless the user says otherwise, as with CRIU.
+const LIMIT_BYTES: u64 = 1 << 20;
+
+/// What the user says of files that have lost their names.
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(test, derive(PartialEq, Eq))]
+pub struct Options {
+    link_remap: bool,
+    limit_bytes: u64,
+}
+
+impl Options {
+    /// `link_remap`: files that still have another name are given one again (`--link-remap`).
+    /// `limit_bytes`: larger files are not copied into the images (`--ghost-limit`).
+    pub fn new(link_remap: bool, limit_bytes: u64) -> Self {
+        Self { link_remap, limit_bytes }
+    }
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self::new(false, LIMIT_BYTES)
+    }
+}
+
 /// Returns the name that a dump gives to a file which has lost its own, whose entry in the
 /// images is to have the number `id`; the same as CRIU.
 fn link_name(id: u32) -> String {

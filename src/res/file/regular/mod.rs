@@ -9,8 +9,8 @@ use nix::{
 };
 
 use super::{
-    Collector, Description, FileError, FileKind, Intake, Late, Opened, Opener, Policy, Result,
-    Usage, descriptor, late, path, validation,
+    Collector, Description, FileError, FileKind, Intake, Late, Opened, Opener, Result, Usage,
+    descriptor, late, path, validation,
 };
 use crate::image::proto::{self, FdTypes};
 
@@ -19,8 +19,8 @@ pub(super) const KIND: FileKind = FileKind {
     name: "file",
     types: &[FdTypes::Reg],
     usage: Usage::Path,
-    collector: |_: &Policy| Box::new(RegularFiles),
-    opener: |_: &Policy| Box::new(RegularFiles),
+    collector: |_| Box::new(RegularFiles),
+    opener: |_| Box::new(RegularFiles),
 };
 
 /// The major number of memory devices (`include/uapi/linux/major.h`).
@@ -88,7 +88,7 @@ impl Opener for RegularFiles {
         fd: BorrowedFd<'_>,
         opened: &Opened,
     ) -> Result<()> {
-        validation::check_unwritten(inner(entry)?, fd, opened.policy.validation)
+        validation::check_unwritten(inner(entry)?, fd, opened.validation)
     }
 
     fn is_late(&self, entry: &proto::FileEntry, opened: &Opened) -> bool {

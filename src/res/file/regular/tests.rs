@@ -18,7 +18,7 @@ use super::*;
 use crate::{
     image::Directory,
     res::file::{
-        ghost,
+        GhostOptions, Inherited, RestoreOptions, ghost,
         testing::{Tree, stat},
     },
     units::{NsPid, PidMap},
@@ -127,7 +127,7 @@ fn what_is_there_instead_of_a_file_is_not_opened() {
             proto::RegFileEntry { id: 7, name: bytes(&path).to_vec(), mode, ..Default::default() };
         let mut opened = Opened::new(
             &Directory::at(dir.path()).shared(),
-            Policy::default(),
+            &RestoreOptions::default(),
             Vec::new(),
             PidMap::of_own_namespace(),
         );
@@ -144,7 +144,7 @@ fn a_deleted_file_may_be_too_large() {
     let path = dir.path().join("large");
     fs::write(&path, vec![1; 1 << 16]).unwrap();
     let mut tree = Tree::new();
-    tree.policy.ghost_limit_bytes = 1 << 15;
+    tree.options.ghosts = GhostOptions::new(false, 1 << 15);
     tree.add(1, open(&path, 0));
     fs::remove_file(&path).unwrap();
     let error = tree.collect_error().to_string();
@@ -160,7 +160,7 @@ fn a_file_with_another_name_is_linked_and_the_link_removed() {
         let _ = fs::remove_file(&other);
         fs::hard_link(&path, &other).unwrap();
         let mut tree = Tree::new();
-        tree.policy.link_remap = allowed;
+        tree.options.ghosts = GhostOptions::new(allowed, 1 << 20);
         tree.add(1, open(&path, libc::O_RDWR));
         fs::remove_file(&path).unwrap();
         tree
@@ -270,7 +270,7 @@ fn processes_in_proc_are_opened_when_they_are_there() {
     let dir = tempfile::tempdir().unwrap();
     let mut opened = Opened::new(
         &Directory::at(dir.path()).shared(),
-        Policy::default(),
+        &RestoreOptions::default(),
         vec![entry.clone()],
         PidMap::of_own_namespace(),
     );
@@ -292,7 +292,7 @@ fn inherited_files_take_the_place() {
     tree.add(1, open(&path, libc::O_WRONLY));
     let ours = open(&given, libc::O_WRONLY);
     let key = path.to_str().unwrap()[1..].to_owned();
-    tree.policy.inherit_fds.push((ours.as_raw_fd(), key));
+    tree.inherited = Inherited::new(vec![(ours.as_raw_fd(), key)]);
     let restored = tree.restore();
     assert_eq!(stat(&restored.get(1)).st_ino, stat(&ours.as_fd()).st_ino);
 }

@@ -156,7 +156,7 @@ mod tests {
 
     use super::*;
     use crate::res::file::{
-        Policy,
+        DumpOptions,
         sock::testing::{dump, refused},
     };
 
@@ -170,7 +170,7 @@ mod tests {
         bind(bound.as_raw_fd(), &NetlinkAddr::new(0, 1)).unwrap();
         let name = |fd: i32| getsockname::<NetlinkAddr>(fd).unwrap();
         let before = name(bound.as_raw_fd());
-        let restored = dump(vec![plain, bound], &Policy::default()).unwrap().open().unwrap();
+        let restored = dump(vec![plain, bound], &DumpOptions::default()).unwrap().open().unwrap();
         assert_eq!(name(restored.get(0).as_raw_fd()).pid(), 0);
         let after = name(restored.get(1).as_raw_fd());
         assert_eq!((after.pid(), after.groups()), (before.pid(), before.groups()));
@@ -183,7 +183,7 @@ mod tests {
         let request = [16_u8, 0, 0, 0, 0xff, 0, 5, 0, 1, 0, 0, 0, 0, 0, 0, 0];
         nix::sys::socket::send(socket.as_raw_fd(), &request, nix::sys::socket::MsgFlags::empty())
             .unwrap();
-        let message = refused(vec![socket], &Policy::default());
+        let message = refused(vec![socket], &DumpOptions::default());
         assert!(message.contains("with messages in its queue"), "{message}");
     }
 }

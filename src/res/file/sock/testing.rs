@@ -10,15 +10,15 @@ use nix::{libc, sys::socket::sockopt};
 use crate::{
     image::proto,
     res::file::{
-        FileError, Policy, Result,
+        DumpOptions, FileError, Result,
         testing::{Dumped, Tree},
     },
     sys::socket,
 };
 
 /// Dumps these descriptors, which get the numbers 0, 1, ..., and closes them.
-pub(super) fn dump<T: Into<OwnedFd>>(fds: Vec<T>, policy: &Policy) -> Result<Dumped> {
-    let mut tree = Tree::with_policy(policy.clone());
+pub(super) fn dump<T: Into<OwnedFd>>(fds: Vec<T>, options: &DumpOptions) -> Result<Dumped> {
+    let mut tree = Tree::with_options(options.clone());
     for (id, fd) in (0..).zip(fds) {
         tree.add(id, fd.into());
     }
@@ -26,8 +26,8 @@ pub(super) fn dump<T: Into<OwnedFd>>(fds: Vec<T>, policy: &Policy) -> Result<Dum
 }
 
 /// Returns the message of what keeps these from being dumped.
-pub(super) fn refused<T: Into<OwnedFd>>(fds: Vec<T>, policy: &Policy) -> String {
-    match dump(fds, policy) {
+pub(super) fn refused<T: Into<OwnedFd>>(fds: Vec<T>, options: &DumpOptions) -> String {
+    match dump(fds, options) {
         Ok(_) => panic!("it was dumped"),
         Err(error @ FileError::Unsupported { .. }) => error.to_string(),
         Err(error) => panic!("{error:?}"),

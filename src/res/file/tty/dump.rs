@@ -4,14 +4,14 @@ use std::{collections::BTreeMap, os::unix::fs::MetadataExt};
 
 use nix::{errno::Errno, libc, poll::PollFlags};
 
-use super::{PERMISSIONS, Role, external_name, is_master, pack, peer, slave_path};
+use super::{Options, PERMISSIONS, Role, external_name, is_master, pack, peer, slave_path};
 use crate::{
     image::{
         Kind, SnapshotWriter,
         proto::{self, FdTypes, TtyType},
     },
     proc,
-    res::file::{Collector, Description, FileError, Intake, Policy, Result, descriptor, path},
+    res::file::{Collector, Description, External, FileError, Intake, Result, descriptor, path},
     sys::{
         fds,
         tty::{self, Question, Termios},
@@ -50,14 +50,15 @@ impl OpenTerminal {
 /// Dumps terminals.
 #[derive(Default)]
 pub(super) struct Terminals {
-    policy: Policy,
+    options: Options,
+    external: External,
     infos: BTreeMap<u32, (proto::TtyInfoEntry, OpenTerminal)>,
     externals: u32,
 }
 
 impl Collector for Terminals {
     fn claims(&self, file: &Description) -> bool {
-        !descriptor::is_path(file.flags) && is_terminal(file, &self.policy)
+        !descriptor::is_path(file.flags) && is_terminal(file, &self.external)
     }
 
     fn collect(&mut self, file: &Description, intake: &mut dyn Intake) -> Result<proto::FileEntry> {
@@ -111,13 +112,13 @@ impl Collector for Terminals {
 }
 
 impl Terminals {
-    pub(super) fn new(policy: &Policy) -> Self {
-        Self { policy: policy.clone(), ..Self::default() }
+    pub(super) fn new(options: Options, external: &External) -> Self {
+        Self { options, external: external.clone(), ..Self::default() }
     }
 
     /// Returns the number, the type and the index of a terminal.
     fn number(&mut self, file: &Description) -> Result<(u32, TtyType, u32)> {
-        if is_external(file, &self.policy) {
+        if is_external(file, &self.external) {
             let index = EXTERNAL_INDEX + self.externals;
             if index > EXTERNAL_INDEX_MAX {
                 return Err(file.unsupported("one external terminal too many", "close some"));
@@ -155,7 +156,7 @@ impl Terminals {
         };
         let mut alone = self.infos.values().filter(|(info, _)| is_alone(info));
         if let Some((_, holder)) = alone.next() {
-            if !self.policy.shell_job {
+            if !self.options.shell_job {
                 let what = "whose other end is outside of the tree";
                 return Err(holder.unsupported(what, SHELL_JOB));
             }
@@ -177,7 +178,7 @@ impl Terminals {
         let is_ours = self.infos.values().any(|(other, _)| {
             other.id != info.id && other.sid == info.sid && info.sid != 0 && !is_alone(other)
         });
-        if !is_ours && !self.policy.shell_job {
+        if !is_ours && !self.options.shell_job {
             let what = "which stands for one that no process of the tree has open";
             return Err(holder.unsupported(what, SHELL_JOB));
         }
@@ -197,13 +198,13 @@ fn slave_owner(file: &Description, index: u32) -> Option<proto::InodeOwnerEntry>
 }
 
 /// Whether a device is one that is dumped as a terminal.
-fn is_terminal(file: &Description, policy: &Policy) -> bool {
+fn is_terminal(file: &Description, external: &External) -> bool {
     let is_known = || Role::of(file.stat.st_rdev).is_some();
-    file.is_type(libc::S_IFCHR) && (is_known() || is_external(file, policy))
+    file.is_type(libc::S_IFCHR) && (is_known() || is_external(file, external))
 }
 
-fn is_external(file: &Description, policy: &Policy) -> bool {
-    policy.is_external(&external_name(file.stat.st_rdev, file.stat.st_dev))
+fn is_external(file: &Description, external: &External) -> bool {
+    external.contains(&external_name(file.stat.st_rdev, file.stat.st_dev))
 }
 
 fn fd(file: &Description) -> std::os::fd::BorrowedFd<'_> {

@@ -22,7 +22,7 @@ use std::{
 
 use nix::sys::stat::{major, minor};
 
-use super::{FileKind, Policy, Usage};
+use super::{FileKind, Usage};
 use crate::{
     image::proto::{FdTypes, TtyType},
     sys::tty::CONTROL_CHARACTERS,
@@ -33,9 +33,23 @@ pub(super) const KIND: FileKind = FileKind {
     name: "terminal",
     types: &[FdTypes::Tty],
     usage: Usage::Descriptor,
-    collector: |policy: &Policy| Box::new(dump::Terminals::new(policy)),
-    opener: |_: &Policy| Box::new(restore::Opening::default()),
+    collector: |options| Box::new(dump::Terminals::new(options.terminals, &options.external)),
+    opener: |options| Box::new(restore::Opening::new(options.terminals)),
 };
+
+/// What the user says of terminals.
+#[derive(Clone, Copy, Debug, Default)]
+#[cfg_attr(test, derive(PartialEq, Eq))]
+pub struct Options {
+    shell_job: bool,
+}
+
+impl Options {
+    /// `shell_job`: the tree may use the terminal that rcriu runs on (`--shell-job`).
+    pub fn new(shell_job: bool) -> Self {
+        Self { shell_job }
+    }
+}
 
 // `include/uapi/linux/major.h`
 const TTY_MAJOR: u64 = 4;

@@ -18,7 +18,9 @@ use nix::{
     unistd::{Gid, Uid, fchown, fchownat},
 };
 
-use super::{PERMISSIONS, Role, external_name, is_master, peer, queue, slave_path, unpack};
+use super::{
+    Options, PERMISSIONS, Role, external_name, is_master, peer, queue, slave_path, unpack,
+};
 use crate::{
     image::{
         Kind,
@@ -40,6 +42,7 @@ const OWN_TERMINAL: &[u8] = b"/dev/tty";
 /// Restores terminals.
 #[derive(Default)]
 pub(super) struct Opening {
+    options: Options,
     late: HashSet<u32>,
     paths: BTreeMap<u32, proto::RegFileEntry>,
     /// The first description of each master that was opened.
@@ -163,6 +166,10 @@ impl Opener for Opening {
 }
 
 impl Opening {
+    pub(super) fn new(options: Options) -> Self {
+        Self { options, ..Self::default() }
+    }
+
     fn open_one(
         &mut self,
         info: &proto::TtyInfoEntry,
@@ -194,7 +201,7 @@ impl Opening {
                     return open_hung(id, info, path, flags);
                 }
                 if !infos.contains_key(&peer(info.id)) {
-                    return inherit(id, info, flags, is_first, opened);
+                    return self.inherit(id, info, flags, is_first);
                 }
                 let fd = self.open_slave(info, path, flags, opened)?;
                 if is_first {
@@ -206,7 +213,7 @@ impl Opening {
             TtyType::Ctty => {
                 let path = wanted.path()?;
                 // In the session of this program it is the same terminal for all.
-                if opened.policy.shell_job
+                if self.options.shell_job
                     && let Ok(fd) = descriptor::open(&path.name, flags)
                 {
                     return Ok(fd);
@@ -230,7 +237,8 @@ impl Opening {
             TtyType::ExtTty => {
                 let name = external_name(info.rdev.into(), info.dev.unwrap_or(0).into());
                 let failed = |step| FileError::restore(id, step, &name);
-                let given = opened.policy.inherited(name.as_bytes()).map_err(failed("inherit"))?;
+                let given =
+                    opened.inherited.duplicate(name.as_bytes()).map_err(failed("inherit"))?;
                 let fd = given.ok_or_else(|| {
                     let problem =
                         format!("it is external; give it with --inherit-fd 'fd[N]:{name}'");
@@ -245,6 +253,36 @@ impl Opening {
 }
 
 impl Opening {
+    /// Returns a description of the terminal of who runs this program, in the place of
+    /// one that was outside of the tree.
+    fn inherit(
+        &self,
+        id: u32,
+        info: &proto::TtyInfoEntry,
+        flags: u32,
+        is_first: bool,
+    ) -> Result<OwnedFd> {
+        if !self.options.shell_job {
+            let problem =
+                "its terminal is not restored; with --shell-job, it is that of this program";
+            return Err(FileError::image(id, problem));
+        }
+        let failed = || FileError::restore(id, "take over", "the terminal of this program");
+        let stdin = std::io::stdin();
+        let fd = if stdin.is_terminal() {
+            descriptor::reopen(stdin.as_fd(), flags)
+                .or_else(|_| stdin.as_fd().try_clone_to_owned().map_err(|_| Errno::EMFILE))
+        } else {
+            descriptor::open(OWN_TERMINAL, flags)
+        };
+        let fd = fd.map_err(failed())?;
+        if is_first {
+            // The window has the size that it has now.
+            set_modes(fd.as_fd(), info, false).map_err(failed())?;
+        }
+        Ok(fd)
+    }
+
     /// Opens a slave and gives it its permissions.
     fn open_slave(
         &self,
@@ -342,35 +380,6 @@ fn open_hung(
     tty::switch(master.as_fd(), Switch::Locked, false)
         .and_then(|()| tty::open_slave(master.as_fd(), flags))
         .map_err(FileError::restore(id, "open the terminal", &path.name))
-}
-
-/// Returns a description of the terminal of who runs this program, in the place of
-/// one that was outside of the tree.
-fn inherit(
-    id: u32,
-    info: &proto::TtyInfoEntry,
-    flags: u32,
-    is_first: bool,
-    opened: &Opened,
-) -> Result<OwnedFd> {
-    if !opened.policy.shell_job {
-        let problem = "its terminal is not restored; with --shell-job, it is that of this program";
-        return Err(FileError::image(id, problem));
-    }
-    let failed = || FileError::restore(id, "take over", "the terminal of this program");
-    let stdin = std::io::stdin();
-    let fd = if stdin.is_terminal() {
-        descriptor::reopen(stdin.as_fd(), flags)
-            .or_else(|_| stdin.as_fd().try_clone_to_owned().map_err(|_| Errno::EMFILE))
-    } else {
-        descriptor::open(OWN_TERMINAL, flags)
-    };
-    let fd = fd.map_err(failed())?;
-    if is_first {
-        // The window has the size that it has now.
-        set_modes(fd.as_fd(), info, false).map_err(failed())?;
-    }
-    Ok(fd)
 }
 
 /// Gives the slave of a master to whom it belonged: the kernel gives it to who opens the

@@ -10,7 +10,7 @@ use nix::{errno::Errno, libc, poll::PollFlags};
 use super::*;
 use crate::{
     image::{ImageWriter, Kind, proto},
-    res::file::{descriptor, testing::Tree},
+    res::file::{External, Inherited, descriptor, testing::Tree},
     sys::tty::{self, Question},
 };
 
@@ -93,10 +93,10 @@ fn a_slave_alone_takes_the_shell_job_option() {
     assert!(error.contains("--shell-job") && error.contains("/dev/pts/"), "{error}");
 
     let mut tree = Tree::new();
-    tree.policy.shell_job = true;
+    tree.options.terminals = Options::new(true);
     tree.add(1, slave);
     let mut dumped = tree.dump();
-    dumped.policy.shell_job = false;
+    dumped.options.terminals = Options::new(false);
     let error = dumped.restore_error().to_string();
     assert!(error.contains("--shell-job"), "{error}");
 }
@@ -109,10 +109,10 @@ fn an_external_terminal_is_given_by_who_restores() {
     let name = external_name(stat.st_rdev, stat.st_dev);
     let (other_master, ours) = pair();
     let mut tree = Tree::new();
-    tree.policy.external.push(name.clone());
+    tree.options.external = External::new(vec![name.clone()]);
     tree.add(1, slave);
     let mut dumped = tree.dump();
-    dumped.policy.inherit_fds.push((ours.as_raw_fd(), name));
+    dumped.options.inherited = Inherited::new(vec![(ours.as_raw_fd(), name)]);
     let restored = dumped.restore();
     let given = nix::sys::stat::fstat(restored.get(1)).unwrap();
     assert_eq!(given.st_rdev, nix::sys::stat::fstat(&ours).unwrap().st_rdev);

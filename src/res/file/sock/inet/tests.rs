@@ -13,7 +13,7 @@ use nix::{
 use super::dump::words;
 use crate::{
     res::file::{
-        FileError, Policy,
+        DumpOptions, FileError,
         sock::testing::{dump, inet, odd_options, option, receive_all, refused, set_odd_options},
     },
     sys::socket,
@@ -27,8 +27,8 @@ fn tcp(family: i32) -> OwnedFd {
     socket::create(family, libc::SOCK_STREAM, libc::IPPROTO_TCP).unwrap()
 }
 
-fn defaults() -> Policy {
-    Policy::default()
+fn defaults() -> DumpOptions {
+    DumpOptions::default()
 }
 
 #[test]

@@ -10,11 +10,11 @@ use nix::{
     sys::socket::{UnixAddr, getpeername},
 };
 
-use super::{EXTERNAL, kind_name, name};
+use super::{EXTERNAL, Options, kind_name, name};
 use crate::{
     image::{SnapshotWriter, proto},
     res::file::{
-        Collector, Description, FileError, Intake, Policy, Result,
+        Collector, Description, External, FileError, Intake, Result,
         sock::{
             SHUT_BOTH, attributes, diag,
             opts::{self, NET_NS_ID},
@@ -45,7 +45,8 @@ struct CollectedSocket {
 /// Dumps UNIX sockets.
 #[derive(Debug)]
 pub(super) struct UnixCollector {
-    policy: Policy,
+    options: Options,
+    external: External,
     /// All sockets of the network namespace.
     all: Option<HashMap<u32, diag::UnixSocket>>,
     /// Which listening socket a connection waits at that was not accepted.
@@ -56,9 +57,10 @@ pub(super) struct UnixCollector {
 }
 
 impl UnixCollector {
-    pub(super) fn new(policy: &Policy) -> Self {
+    pub(super) fn new(options: Options, external: &External) -> Self {
         Self {
-            policy: policy.clone(),
+            options,
+            external: external.clone(),
             all: None,
             waiting_at: HashMap::new(),
             collected: Vec::new(),
@@ -151,12 +153,12 @@ impl UnixCollector {
     /// Returns the entry that stands for a socket of a program that is not dumped,
     /// if it may be left out.
     fn external(&self, of: &CollectedSocket, inode: u32) -> Option<Option<proto::UnixSkEntry>> {
-        if self.policy.external.contains(&format!("unix[{}]", of.inode)) {
+        if self.external.contains(&format!("unix[{}]", of.inode)) {
             return Some(None);
         }
         let socket = self.all.as_ref()?.get(&inode)?;
         let named = i32::from(socket.kind) == libc::SOCK_DGRAM && !socket.name.is_empty();
-        (self.policy.ext_unix_sk && named).then(|| {
+        (self.options.allow_external && named).then(|| {
             Some(proto::UnixSkEntry {
                 ino: inode,
                 r#type: libc::SOCK_DGRAM.cast_unsigned(),

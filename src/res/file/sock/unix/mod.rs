@@ -26,9 +26,23 @@ pub(in crate::res::file) const KIND: FileKind = FileKind {
     name: "UNIX socket",
     types: &[proto::FdTypes::Unixsk],
     usage: Usage::Descriptor,
-    collector: |policy| Box::new(dump::UnixCollector::new(policy)),
-    opener: |_| Box::<restore::UnixOpener>::default(),
+    collector: |options| Box::new(dump::UnixCollector::new(options.unix, &options.external)),
+    opener: |options| Box::new(restore::UnixOpener::new(options.unix)),
 };
+
+/// What the user says of UNIX sockets.
+#[derive(Clone, Copy, Debug, Default)]
+#[cfg_attr(test, derive(PartialEq, Eq))]
+pub struct Options {
+    allow_external: bool,
+}
+
+impl Options {
+    /// `allow_external`: they may be connected to sockets outside the tree (`--ext-unix-sk`).
+    pub fn new(allow_external: bool) -> Self {
+        Self { allow_external }
+    }
+}
 
 /// `unix_sk_entry.uflags`: the socket is of a program that was not dumped.
 const EXTERNAL: u32 = 1;

@@ -29,7 +29,7 @@ use std::{
 use nix::{libc, sys::socket::shutdown, unistd::write};
 
 use super::{
-    kind_name,
+    Options, kind_name,
     name::{self, Keep},
     peer::{self, Callers},
     socket::{Link, Socket, link},
@@ -38,7 +38,7 @@ use crate::{
     image::proto,
     inject::Script,
     res::file::{
-        FileError, Opened, Opener, Policy, Result, owner,
+        FileError, Opened, Opener, Result, owner,
         sock::{
             attributes,
             opts::{self, Subject},
@@ -53,10 +53,17 @@ use crate::{
 /// Restores UNIX sockets.
 #[derive(Debug, Default)]
 pub(super) struct UnixOpener {
+    options: Options,
     sockets: Sockets,
     own: proto::SkPeerEntry,
     /// Sockets that processes of the tree let listen.
     listening: Vec<Listening>,
+}
+
+impl UnixOpener {
+    pub(super) fn new(options: Options) -> Self {
+        Self { options, ..Self::default() }
+    }
 }
 
 /// A socket that is to show its clients a process of the tree.
@@ -71,7 +78,7 @@ impl Opener for UnixOpener {
     fn open(&mut self, entries: &[proto::FileEntry], opened: &mut Opened) -> Result<()> {
         let mut sockets = Sockets::new(entries, opened)?;
         let mut callers = Callers::new(opened)?;
-        sockets.make_lone(&opened.policy, &mut callers)?;
+        sockets.make_lone(self.options, &mut callers)?;
         sockets.make_pairs(&mut callers)?;
         sockets.connect_waiting(&mut callers)?;
         self.listening = sockets.listen(&mut callers)?;
@@ -166,14 +173,14 @@ impl Sockets {
     }
 
     /// Makes the sockets that are not one end of a connected pair.
-    fn make_lone(&mut self, policy: &Policy, callers: &mut Callers) -> Result<()> {
+    fn make_lone(&mut self, options: Options, callers: &mut Callers) -> Result<()> {
         // What has lost its name first, so that it is out of the way of what has it now.
         let mut order: Vec<usize> = (0..self.all.len()).collect();
         order.sort_by_key(|at| !self.all[*at].entry.deleted());
         for at in order {
             let socket = &self.all[at];
             if socket.is_external() {
-                if !policy.ext_unix_sk {
+                if !options.allow_external {
                     let problem = "it is of a program that was not dumped; use --ext-unix-sk";
                     return Err(socket.restored.wrong(problem));
                 }

@@ -27,7 +27,7 @@ use nix::{
 use crate::{
     image::proto,
     res::file::{
-        FileError, Opened, Policy,
+        DumpOptions, FileError, Opened, RestoreOptions, UnixOptions,
         owner::Holder,
         sock::testing::{dump, odd_options, option, receive_all, refused, set_odd_options, unix},
     },
@@ -66,8 +66,8 @@ fn abstract_address() -> SocketAddr {
     SocketAddr::from_abstract_name(name).unwrap()
 }
 
-fn defaults() -> Policy {
-    Policy::default()
+fn defaults() -> DumpOptions {
+    DumpOptions::default()
 }
 
 #[test]
@@ -440,7 +440,7 @@ fn lone_sockets_options_and_flags_are_restored() {
 #[test]
 fn sockets_whose_peers_are_elsewhere_are_refused_by_name() {
     let (a, _b) = pair(SockType::Stream);
-    let message = refused(vec![a], &Policy { ext_unix_sk: true, ..defaults() });
+    let message = refused(vec![a], &DumpOptions { unix: UnixOptions::new(true), ..defaults() });
     assert!(message.contains("the UNIX stream socket ["), "{message}");
     assert!(message.contains("is not open in the tree"), "{message}");
 
@@ -487,12 +487,12 @@ fn datagram_sockets_find_external_servers_by_name() {
     let message = refused(vec![clone], &defaults());
     assert!(message.contains("--ext-unix-sk") && message.contains("not open"), "{message}");
 
-    let policy = Policy { ext_unix_sk: true, ..defaults() };
+    let policy = DumpOptions { unix: UnixOptions::new(true), ..defaults() };
     let mut dumped = dump(vec![client], &policy).unwrap();
     let restored = dumped.open().unwrap();
     send(&restored.get(0), b"hello");
     assert_eq!(receive_all(server.as_fd(), 10), [b"hello"]);
-    dumped.policy.ext_unix_sk = false;
+    dumped.options.unix = UnixOptions::new(false);
     let error = dumped.open().unwrap_err();
     assert!(error.to_string().contains("use --ext-unix-sk"), "{error}");
 }
@@ -507,7 +507,7 @@ fn the_process_that_listened_listens_once_more() {
     let entries = dumped.entries.clone();
     let mut opened = Opened::new(
         &crate::image::Directory::at(dumped.images()).shared(),
-        defaults(),
+        &RestoreOptions::default(),
         entries.clone(),
         PidMap::of_own_namespace(),
     );
@@ -515,7 +515,7 @@ fn the_process_that_listened_listens_once_more() {
     opened.holders = [0, 1]
         .map(|id| (dumped.entry(id).id, Holder { pid: NsPid::of_image(own), creds: creds.clone() }))
         .into();
-    let mut opener = (super::KIND.opener)(&defaults());
+    let mut opener = (super::KIND.opener)(&RestoreOptions::default());
     opener.open(&entries, &mut opened).unwrap();
     let calls = [own, own + 1].map(|pid| {
         let mut script = crate::inject::Script::new();

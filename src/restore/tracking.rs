@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 
 use log::Level;
 
-use super::{Options, Result, plan::Plan, tree::Puppets};
+use super::{Result, plan::Plan, tree::Puppets};
 use crate::{
     causes::tell,
     image::{Kind, proto, tree::Arena},
     proc,
     res::task::leader,
-    track::{Hindrance, TrackError, Watch},
+    track::{Hindrance, Options, TrackError, Watch},
 };
 
 /// The tracking of all processes, which begins with the snapshot `since`.
@@ -27,11 +27,11 @@ pub(super) struct Tracking {
 /// An inventory that cannot be read. What cannot be tracked costs the next dump time
 /// and nothing else.
 pub(super) fn begin(
-    options: &Options,
+    options: Options,
     plan: &Plan,
     puppets: &mut Puppets,
 ) -> Result<Option<Tracking>> {
-    if !options.track_mem {
+    if !options.for_next() {
         return Ok(None);
     }
     let inventory: proto::InventoryEntry = plan.images().message(Kind::Inventory, 0)?;
@@ -59,12 +59,12 @@ pub(super) fn begin(
                 Err(TrackError::SharedMemory { pid })
             }
             Some(_) => Err(TrackError::Leaderless { pid }),
-            None => Watch::begin_restored(options.tracker, pid, &mappings, &scratch, thread),
+            None => Watch::begin_restored(options.tracker(), pid, &mappings, &scratch, thread),
         };
         match begun {
             Ok(watch) => tracking.watches.extend(watch),
             Err(error @ TrackError::Inject(_)) => return Err(error.into()),
-            Err(error) if options.tracker.is_some() => return Err(error.into()),
+            Err(error) if options.tracker().is_some() => return Err(error.into()),
             Err(error) => {
                 let hindrance = Hindrance::of("changes are not tracked", &error);
                 hindrances.entry(hindrance).or_insert(pid);

@@ -7,7 +7,7 @@ use std::{
 
 use log::Level;
 
-use super::{DumpError, Options, Result};
+use super::{DumpError, Goal, Result};
 use crate::{
     causes::{tell, with_sources},
     chain::{Chain, SnapshotId},
@@ -52,17 +52,20 @@ impl Tracking {
     ///
     /// # Errors
     /// An inventory that cannot be read.
-    pub(super) fn new(options: &Options, parent: Option<(&Chain, SnapshotId)>) -> Result<Self> {
-        let goes_on = options.pre_dump || options.leave_running || options.leave_stopped;
+    pub(super) fn new(
+        options: track::Options,
+        goal: Goal,
+        parent: Option<(&Chain, SnapshotId)>,
+    ) -> Result<Self> {
         let since = parent.map(|(chain, id)| {
             let inventory: proto::InventoryEntry = chain.images(id).message(Kind::Inventory, 0)?;
             let id = inventory.dump_criu_run_id;
             Ok::<_, DumpError>(id.map(|id| String::from_utf8_lossy(&id).into_owned()))
         });
         Ok(Self {
-            tracker: options.tracker,
+            tracker: options.tracker(),
             since: since.transpose()?.flatten(),
-            restart: options.track_mem && goes_on,
+            restart: options.for_next() && goal.spares(),
             watches: Vec::new(),
             writers: BTreeMap::new(),
             next: None,

@@ -1,4 +1,6 @@
-//! Why a step failed that dumps and restores have in common.
+//! What dumps and restores have in common: why a step failed, and where statistics go.
+
+pub mod stats;
 
 use std::path::PathBuf;
 
