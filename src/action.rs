@@ -15,7 +15,7 @@ use std::{
     process::{Command, ExitStatus, Stdio},
 };
 
-use crate::units::HostPid;
+use crate::{causes::with_sources, units::HostPid};
 
 /// A stage at which programs are run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,7 +69,8 @@ pub enum ActionError {
     },
     /// It says that it failed.
     #[error(
-        "the action script {script} failed at {stage} ({status}); its own messages say why",
+        "the action script {script} failed at {stage} ({status})\nhelp: see \
+         what the script itself printed",
         stage = .stage.name()
     )]
     Failed {
@@ -145,7 +146,7 @@ impl<'a> Actions<'a> {
     /// Runs the programs at a stage at which it is too late to give up.
     pub fn run_anyway(&self, stage: Stage, root: HostPid) {
         if let Err(error) = self.run(stage, Some(root)) {
-            log::warn!("{error}; the tree is restored");
+            log::warn!("the tree is restored, but {}", with_sources(&error));
         }
     }
 }
@@ -171,7 +172,7 @@ mod tests {
         assert_eq!(
             error.to_string(),
             "the action script test $CRTOOLS_SCRIPT_ACTION != post-dump failed at post-dump \
-             (exit status: 1); its own messages say why"
+             (exit status: 1)\nhelp: see what the script itself printed"
         );
         let seen = std::fs::read_to_string(seen).unwrap();
         assert_eq!(seen, "pre-dump /images\nagain\npost-dump /images 7\n");

@@ -1,26 +1,120 @@
-//! What errors say, with what caused them, and what users are told of them.
+//! How errors and warnings are worded: what happened, why, and what the user can do.
+//!
+//! The first line of a message says what happened to what. A message that knows a remedy
+//! says it in a second line, which begins with [`HELP`]. An error has that line in its
+//! `Display`, so the remedy stands next to the problem in the source:
+//!
+//! ```text
+//! #[error("{path} is in use by {holder}\nhelp: wait until it has ended")]
+//! ```
+//!
+//! Standard error and log files show the lines apart, see [`told`] and [`lines`]; what
+//! must fit in one line (JSON, syslog, a message in a message) uses [`with_sources`] or
+//! [`one_line`].
 
-use std::io::Write;
+use std::{io::Write, path::Path};
 
-/// The target of messages that standard error gets in any case: logs that go there
-/// leave them out.
+/// What the line with a remedy begins with, after the end of the line before it.
+pub const HELP: &str = "\nhelp: ";
+
+/// The log target of messages that `tell` has already written to standard error: a log
+/// that goes to standard error skips them.
 pub const TOLD: &str = "rcriu::told";
 
-/// Says something on standard error, and in the log.
+/// Writes a message to standard error and to the log.
 pub fn tell(level: log::Level, message: &str) {
+    let prefix = match level {
+        log::Level::Error => "error: ",
+        log::Level::Warn => "warning: ",
+        log::Level::Info | log::Level::Debug | log::Level::Trace => "",
+    };
     // A failed write to standard error cannot be reported anywhere.
-    let _ = writeln!(std::io::stderr(), "{message}");
+    let _ = writeln!(std::io::stderr(), "{}: {prefix}{}", program(), indented(message));
     log::log!(target: TOLD, level, "{message}");
 }
 
-/// Returns what an error says, and what everything says that caused it.
-pub fn with_sources(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
+/// Returns the name that messages begin with: that by which the user called this program.
+pub fn program() -> String {
+    let path = std::env::args_os().next().unwrap_or_default();
+    Path::new(&path).file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// Returns what an error and its causes say, and below it the remedies that they know,
+/// each in a line that begins with [`HELP`].
+pub fn told(error: &(dyn std::error::Error + 'static)) -> String {
+    let (mut problem, mut help) = (String::new(), String::new());
+    for cause in std::iter::successors(Some(error), |error| error.source()) {
+        let text = cause.to_string();
+        let (what, remedy) = text.split_at(text.find(HELP).unwrap_or(text.len()));
+        if !problem.is_empty() {
+            problem.push_str(": ");
+        }
+        problem.push_str(what);
+        help.push_str(remedy);
     }
-    text
+    problem + &help
+}
+
+/// Returns what an error and its causes say, and the remedies that they know, in one line.
+pub fn with_sources(error: &(dyn std::error::Error + 'static)) -> String {
+    one_line(&told(error))
+}
+
+/// Returns a message with its remedies in the same line.
+pub fn one_line(message: &str) -> String {
+    message.replace(HELP, "; ")
+}
+
+/// Returns a message as a terminal shows it: each remedy in an indented line of its own.
+pub fn indented(message: &str) -> String {
+    message.replace(HELP, "\n  help: ")
+}
+
+/// Returns what a message says happened, and its remedies.
+pub fn lines(message: &str) -> (&str, impl Iterator<Item = &str>) {
+    let mut lines = message.split(HELP);
+    (lines.next().unwrap_or_default(), lines)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("read /images/core-7.img\nhelp: run as root")]
+    struct Read(#[source] Device);
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("the disk is gone\nhelp: plug it in")]
+    struct Device(#[source] io::Error);
+
+    #[test]
+    fn remedies_follow_the_problem_and_all_its_causes() {
+        let error = Read(Device(io::Error::other("no answer")));
+        let expected = "read /images/core-7.img: the disk is gone: no answer\nhelp: run as root\n\
+                        help: plug it in";
+        assert_eq!(told(&error), expected);
+        assert_eq!(
+            with_sources(&error),
+            "read /images/core-7.img: the disk is gone: no answer; run as root; plug it in"
+        );
+        assert_eq!(
+            indented(&told(&error)),
+            "read /images/core-7.img: the disk is gone: no answer\n  help: run as root\n  help: \
+             plug it in"
+        );
+        let text = told(&error);
+        let (problem, help) = lines(&text);
+        assert_eq!(problem, "read /images/core-7.img: the disk is gone: no answer");
+        assert_eq!(help.collect::<Vec<_>>(), ["run as root", "plug it in"]);
+    }
+
+    #[test]
+    fn a_message_without_a_remedy_is_one_line() {
+        let error = io::Error::other("no answer");
+        assert_eq!(told(&error), "no answer");
+        assert_eq!(lines("no answer").1.count(), 0);
+    }
 }

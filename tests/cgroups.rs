@@ -195,7 +195,10 @@ fn privileged_a_cgroup_that_is_gone_is_named() {
         let output = live.try_restore(&[]);
         assert!(!output.status.success());
         let said = words(&output);
-        assert!(said.contains(&path) && said.contains("is not there; make it again"), "{said}");
+        assert!(
+            said.contains(&path) && said.contains("is not there\n  help: make it again"),
+            "{said}"
+        );
         live.restore(&["--manage-cgroups=ignore"]);
         assert_eq!(place(live.root.as_raw(), live.root.as_raw()), own_place());
         live.verdict();
@@ -223,7 +226,7 @@ fn privileged_a_frozen_cgroup_is_named() {
         });
         let output = live.try_restore(&["--manage-cgroups=none"]);
         let said = words(&output);
-        assert!(!output.status.success() && said.contains("is frozen; thaw it"), "{said}");
+        assert!(!output.status.success() && said.contains("is frozen\n  help: thaw it"), "{said}");
         group.write(file, thawed);
         live.restore(&[]);
         live.verdict();

@@ -258,7 +258,11 @@ fn where_blocks_cannot_be_shared_nothing_is_changed() {
     let (dirs, models) = three(root.path());
     let output = command(&["--reflink"], &[]).arg("-D").arg(root.path()).output().unwrap();
     assert!(!output.status.success());
-    assert!(text(&output).contains("cannot share blocks; btrfs can"), "{}", text(&output));
+    assert!(
+        text(&output).contains("cannot share blocks\n  help: move the images to btrfs"),
+        "{}",
+        text(&output)
+    );
     assert_eq!(restorable(&dirs, &models), [true; 3]);
 }
 

@@ -32,7 +32,7 @@ const DUMPS: &[(&str, libc::c_long, Then)] = &[
     ("ptrace", libc::SYS_ptrace, Says(" PID: ")),
     ("pidfd_open", libc::SYS_pidfd_open, Says("open process PID")),
     ("pidfd_getfd", libc::SYS_pidfd_getfd, Says("duplicate descriptor 0 of process PID")),
-    ("kcmp", libc::SYS_kcmp, Says("tell by kcmp(2) what")),
+    ("kcmp", libc::SYS_kcmp, Says("compare what processes share with")),
     ("pread64", libc::SYS_pread64, Says(" of process PID")),
     ("process_vm_readv", libc::SYS_process_vm_readv, Works),
     ("ioctl", libc::SYS_ioctl, Says(" of process PID ")),

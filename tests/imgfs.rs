@@ -195,6 +195,6 @@ fn bad_input_is_told_from_bad_usage() {
     fs::remove_file(chain.join("3/parent")).unwrap();
     let output = imgfs(&["flatten", chain.to_str().unwrap(), &format!("{empty}/out")]);
     assert_eq!(output.status.code(), Some(1));
-    assert!(stderr(&output).contains("several tips, choose one with --snapshot: 2, 3"));
+    assert!(stderr(&output).contains("several tips: 2, 3\n  help: choose one with"));
     assert!(!place.path().join("out").exists());
 }

@@ -298,7 +298,7 @@ fn privileged_a_thread_that_is_not_home_yet_is_left_alone() {
         String::from_utf8_lossy(&output.stderr).into_owned()
     };
     let words = said(&mut live);
-    assert!(words.contains("removes its scratch memory when it goes on"), "{words}");
+    assert!(words.contains("unmaps its scratch memory when it runs again"), "{words}");
     live.fault = None;
     let words = said(&mut live);
     assert!(words.contains("is still on its way back"), "{words}");

@@ -111,7 +111,7 @@ fn copies_are_linked_and_the_originals_stay() {
     // What is not such a copy is left alone.
     fs::copy(dirs[2].join("inventory.img"), copies[0].join("inventory.img")).unwrap();
     let again = dedup(&["--link", "--keep-originals"], &names);
-    assert!(!again.status.success() && text(&again).contains("2.linked exists already"));
+    assert!(!again.status.success() && text(&again).contains("2.linked already exists"));
 }
 
 #[test]
@@ -186,7 +186,7 @@ fn what_cannot_be_linked_is_refused_before_anything_is_changed() {
     date(&dirs[0], 1000);
     date(&dirs[1], 2000);
     let order = said(&[&dirs[1], &dirs[0]]);
-    assert!(order.ends_with("by its date and its uptime: name the oldest first"), "{order}");
+    assert!(order.ends_with("by its date and its uptime\nhelp: name the oldest first"), "{order}");
     let different = said(&[&dirs[0], &other]);
     assert!(different.contains("dumps of different trees"), "{different}");
     assert!(said(&[&dirs[0]]).contains("two image directories"));
@@ -416,7 +416,7 @@ fn the_second_of_two_is_refused_and_told_who_is_the_first() {
     let (dirs, models) = three(root.path());
     let names = paths(&dirs);
     let first = Stopped::at(Point::DedupLinked, &["--link"], &names);
-    let pid = format!("is in use by rcriu (pid {}); wait for its end", first.pid());
+    let pid = format!("is in use by rcriu (pid {})\n  help: wait until it has ended", first.pid());
     // One directory in common is enough.
     let others = [
         dedup(&["--link"], &names[..2]),

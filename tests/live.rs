@@ -529,7 +529,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("thread_own_undo", "with a list of semaphore operations to be undone (CLONE_SYSVSEM)"),
     ("thread_own_network", "with a network namespace of its own"),
     ("child_in_another_uts_namespace", "that is not that of process"),
-    ("time_namespace_for_children", "run this program inside, by nsenter -t"),
+    ("time_namespace_for_children", "help: run rcriu inside: nsenter -t"),
     // Looking at packets takes the error that comes first.
     ("unix_packets_behind_an_error", "behind an error"),
     // Only taking the error shows which one it is.

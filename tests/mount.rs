@@ -328,7 +328,7 @@ fn privileged_mounts_are_listed_and_none_lies_over_another() {
     let point = scene.point();
     let again = imgfs(&["mount", chain.to_str().unwrap(), point.to_str().unwrap()]);
     let words = String::from_utf8_lossy(&again.stderr).into_owned();
-    assert!(!again.status.success() && words.contains("already: run `imgfs umount"), "{words}");
+    assert!(!again.status.success() && words.contains("\n  help: run `imgfs umount"), "{words}");
     drop(mounted);
     assert_eq!(listed(), None);
 }
@@ -436,7 +436,7 @@ fn privileged_a_mount_in_use_is_detached_and_served_to_the_end() {
         let mut file = File::open(mounted.path("pages-1.img")).unwrap();
         let busy = imgfs(&["umount", text(&mounted.point)]);
         assert_eq!(busy.status.code(), Some(1));
-        assert!(String::from_utf8_lossy(&busy.stderr).contains("is busy: `fuser -vm"));
+        assert!(String::from_utf8_lossy(&busy.stderr).contains("is busy\n  help: `fuser -vm"));
         assert!(is_mounted(&mounted.point));
         if lazily {
             assert!(imgfs(&["umount", "--lazy", text(&mounted.point)]).status.success());

@@ -266,8 +266,10 @@ fn what_a_command_does_not_do_is_refused_by_name() {
     let dir = directory();
     for opt in all().iter().filter(|opt| TASKS.contains(&&*opt.command)) {
         let why = match opt.kind {
-            Kind::Foreign => format!("--{} is not for {}; leave it out", opt.name, opt.command),
-            Kind::Refused => "is not supported yet: ".to_owned(),
+            Kind::Foreign => {
+                format!("--{} is not an option of {}\n  help: ", opt.name, opt.command)
+            }
+            Kind::Refused => "is not supported yet\n  help: ".to_owned(),
             Kind::Built | Kind::WithoutEffect => continue,
         };
         let mut command = Command::new(RCRIU);
@@ -1355,4 +1357,41 @@ fn lazy(command: &str) {
     assert!(is_mounted(&mount.point));
     fine(imgfs(&[command, "--lazy", text(&mount.point)]));
     assert!(!is_mounted(&mount.point));
+}
+
+/// Whatever the program, an error is one line, and what the user can do is another.
+#[test]
+fn a_remedy_is_a_line_of_its_own_on_standard_error_and_in_the_log() {
+    let dir = directory();
+    let output = rcriu(&[
+        "dedup",
+        "--no-default-config",
+        "--link",
+        "-W",
+        text(dir.path()),
+        "-o",
+        "the-log",
+        text(dir.path()),
+    ]);
+    assert_eq!(
+        String::from_utf8_lossy(&output.stderr),
+        "rcriu: there is nothing to link\n  help: name two image directories or more, the oldest \
+         first\n"
+    );
+    let log = fs::read_to_string(dir.path().join("the-log")).unwrap();
+    let lines: Vec<_> = log.lines().map(|line| line.split_once(' ').unwrap().1).collect();
+    let [.., problem, remedy] = lines.as_slice() else { panic!("{log}") };
+    assert!(problem.starts_with("ERROR rcriu["), "{log}");
+    assert!(problem.ends_with("]: there is nothing to link"), "{log}");
+    assert!(remedy.starts_with("HELP  rcriu["), "{log}");
+    assert!(remedy.ends_with("]: name two image directories or more, the oldest first"), "{log}");
+    // Without a file, the log goes to standard error, and repeats nothing.
+    let output = rcriu(&["dump", "--no-default-config", "-D", text(dir.path())]);
+    assert_eq!(
+        String::from_utf8_lossy(&output.stderr),
+        "rcriu: no process given\n  help: use -t PID\n"
+    );
+    let output = imgfs(&["commit", "-v", text(dir.path())]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(said.lines().count(), 1, "{said}");
 }

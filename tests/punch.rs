@@ -277,7 +277,7 @@ fn privileged_who_frees_pages_is_alone_and_says_whose_they_are() {
     let _detach = common::mounted::Detach(other.clone());
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(output.status.success(), "{said}");
-    let warning = "snapshot 3: 1, 2 can no longer be restored then";
+    let warning = "restored once its pages are freed: 1, 2";
     assert_eq!(said.matches(warning).count(), 1, "{said}");
     let out = scene.dir.path().join("out");
     let refused = imgfs(&["flatten", text(scene.chain.root()), text(&out)]);
@@ -675,7 +675,7 @@ fn privileged_restores_free_what_they_restore_and_nothing_else() {
                 assert!(output.status.success(), "{what}: {said}");
                 if way == Way::Direct {
                     assert!(
-                        said.contains("snapshot 2: 1 can no longer be restored"),
+                        said.contains("restored once its pages are freed: 1"),
                         "{what}: {said}"
                     );
                 }

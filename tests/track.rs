@@ -496,7 +496,7 @@ fn privileged_what_keeps_memory_from_being_tracked_is_said() {
         assert!(done, "{}", said.text);
         let what = "shared memory is not tracked: find the tracepoint cpuhp/cpuhp_enter in tracefs";
         assert_eq!(said.text.matches(what).count(), 1, "{}", said.text);
-        assert_eq!(said.text.matches("what helps: ").count(), 1, "{}", said.text);
+        assert_eq!(said.text.matches("\n  help: ").count(), 1, "{}", said.text);
         let untracked = said.count("shared", "not tracked");
         let expected = if number == 1 { 0 } else { said.count("shared", "compared") };
         assert!(untracked >= expected && (untracked > 0) == (number > 1), "{}", said.text);

@@ -26,7 +26,7 @@ compile_error!("src/arch has no module for this machine");
 /// Dump and restore are not built for this kind of machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "dump and restore are not built for {} yet; imgfs works on images of all machines",
+    "dump and restore do not support {} yet\nhelp: imgfs works on images of every machine",
     Machine::NATIVE.name()
 )]
 pub struct NotBuilt;

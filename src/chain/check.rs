@@ -117,11 +117,10 @@ impl Check<'_> {
 
     fn snapshot(&mut self) -> Result<()> {
         if let Err(link) = &self.chain.snapshot(self.id).parent {
-            let problem = link.to_string();
-            self.error(problem);
+            self.error(with_sources(link));
         }
         if let Err(link) = self.chain.require_bond(self.id) {
-            self.error(link.to_string());
+            self.error(with_sources(&link));
         } else if self.chain.is_older_than_parent(self.id) {
             let problem = "it was dumped before its parent, as far as dates and times since boot \
                            tell: if another dump has taken the parent's place, pages that are \

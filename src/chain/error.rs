@@ -23,7 +23,7 @@ pub enum ChainError {
         source: io::Error,
     },
     /// Images are to be changed that are not in a directory.
-    #[error("the images in {path} can only be read: unpack them into a directory", path = .path.display())]
+    #[error("the images in {path} can only be read\nhelp: unpack them into a directory", path = .path.display())]
     ReadOnly {
         /// What the store is called.
         path: PathBuf,
@@ -46,7 +46,7 @@ pub enum ChainError {
         known: String,
     },
     /// More than one snapshot has no children.
-    #[error("the chain has several tips, choose one with --snapshot: {tips}")]
+    #[error("the chain has several tips: {tips}\nhelp: choose one with --snapshot")]
     SeveralTips {
         /// Their names.
         tips: String,
@@ -139,8 +139,8 @@ pub enum ChainError {
     },
     /// A file system cannot free parts of files.
     #[error(
-        "the file system of {path} cannot free parts of a file (no hole punching): copy the images \
-         to one that can, such as tmpfs, ext4, xfs or btrfs, or use rcriu dedup --rewrite",
+        "the file system of {path} cannot free parts of a file (no hole punching)\nhelp: copy the \
+         images to one that can, such as tmpfs, ext4, xfs or btrfs, or use rcriu dedup --rewrite",
         path = .path.display()
     )]
     NoPunching {
@@ -150,7 +150,7 @@ pub enum ChainError {
     /// Pages of one user would be freed for what another one has made.
     #[error(
         "nothing is freed in {dir}, which belongs to user {owner}: its descendant {child} belongs to \
-         user {child_owner}\n  If that is meant to be, let both belong to one user (chown -R).",
+         user {child_owner}\nhelp: if that is intended, give both to one user (chown -R)",
         dir = .dir.display(),
         child = .child.display()
     )]
@@ -229,7 +229,7 @@ pub enum LinkError {
     /// Another dump has taken the parent's place.
     #[error(
         "{parent} is not the snapshot that {dir} was dumped on: found the dump {found}, expected \
-         {expected}; put that one back, or dump without this parent",
+         {expected}\nhelp: put that one back, or dump without this parent",
         dir = .dir.display(), parent = .parent.display()
     )]
     Replaced {

@@ -308,8 +308,8 @@ pub fn warning(chain: &Chain, id: SnapshotId) -> Result<Option<String>> {
     let names: Vec<&str> = sharing.iter().map(|id| chain.snapshot(*id).name.as_str()).collect();
     Ok((!names.is_empty()).then(|| {
         format!(
-            "freeing pages of snapshot {}: {} can no longer be restored then, which share pages \
-             with it",
+            "snapshots that share pages with snapshot {} can no longer be restored once its pages \
+             are freed: {}",
             chain.snapshot(id).name,
             names.join(", ")
         )

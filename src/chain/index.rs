@@ -12,6 +12,7 @@ use super::{
     overlay::{self, Gaps, Merged, Piece, PiecePlace, Pile},
 };
 use crate::{
+    causes::with_sources,
     image::{Kind, MemoryId, PagemapEntry, PagemapReader, Presence, punched},
     parallel,
     units::{PageIndex, PageRanges},
@@ -495,7 +496,7 @@ fn unanswered(
             let pagemap = chain.images(*parent).path_of(&memory.pagemap_name());
             format!("{} does not account for that page", pagemap.display())
         }
-        Err(link) => link.to_string(),
+        Err(link) => with_sources(link),
     };
     ChainError::Unanswered {
         dir: asking.path().to_owned(),

@@ -614,7 +614,7 @@ mod tests {
         let chain = Chain::open(root.path()).unwrap();
         assert_eq!(order(&chain), ["1", "2", "9", "10", "0-late"]);
         let tips = chain.choose(None).unwrap_err().to_string();
-        assert_eq!(tips, "the chain has several tips, choose one with --snapshot: 2, 0-late");
+        assert_eq!(tips, "the chain has several tips: 2, 0-late\nhelp: choose one with --snapshot");
         assert_eq!(chain.snapshot(chain.choose(Some("9")).unwrap()).name, "9");
         let missing = chain.choose(Some("x")).unwrap_err().to_string();
         assert_eq!(missing, "no snapshot is called \"x\", there are: 1, 2, 9, 10, 0-late");

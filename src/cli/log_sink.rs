@@ -13,7 +13,7 @@ use jiff::Timestamp;
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
 use crate::{
-    causes::TOLD,
+    causes::{TOLD, indented, lines, one_line},
     fs::recent,
     sys::output::{self, Existing},
 };
@@ -40,24 +40,23 @@ pub(super) fn start(
         let file = output::create(path, Existing::Continued);
         let file = file.with_context(|| format!("open log file {}", path.display()))?;
         builder.target(Target::Pipe(Box::new(file))).format(|out, record| {
-            let level = record.level();
-            writeln!(
-                out,
-                "{:.3} {level:<5} imgfs[{}]: {}",
-                Timestamp::now(),
-                process::id(),
-                record.args()
-            )
+            write_message(out, "imgfs", record.level(), &record.args().to_string())
         });
     } else if foreground {
         builder.filter_module(TOLD, LevelFilter::Off);
         builder.target(Target::Stderr).format(|out, record| {
-            writeln!(out, "imgfs: {}: {}", record.level().as_str().to_lowercase(), record.args())
+            let level = record.level().as_str().to_lowercase();
+            writeln!(out, "imgfs: {level}: {}", indented(&record.args().to_string()))
         });
     } else if let Some(syslog) = Syslog::connect() {
         builder.target(Target::Pipe(Box::new(syslog))).format(|out, record| {
             let priority = FACILITY_DAEMON | severity(record.level());
-            write!(out, "<{priority}>imgfs[{}]: {}", process::id(), record.args())
+            write!(
+                out,
+                "<{priority}>imgfs[{}]: {}",
+                process::id(),
+                one_line(&record.args().to_string())
+            )
         });
     } else {
         builder.filter_level(LevelFilter::Off);
@@ -66,6 +65,23 @@ pub(super) fn start(
     // Warnings are kept whatever is logged elsewhere.
     log::set_max_level(logger.filter().max(LevelFilter::Warn));
     log::set_boxed_logger(Box::new(Keeper { logger })).context("start logging")
+}
+
+/// Writes a message to a log file: a line with its level, and a line for each remedy. What
+/// looks for errors by their level finds one line per error.
+pub(super) fn write_message(
+    out: &mut impl Write,
+    program: &str,
+    level: Level,
+    message: &str,
+) -> io::Result<()> {
+    let (now, pid) = (Timestamp::now(), process::id());
+    let (problem, remedies) = lines(message);
+    writeln!(out, "{now:.3} {level:<5} {program}[{pid}]: {problem}")?;
+    for remedy in remedies {
+        writeln!(out, "{now:.3} HELP  {program}[{pid}]: {remedy}")?;
+    }
+    Ok(())
 }
 
 /// Sends messages on, and keeps the last of them for `imgfs log`.
@@ -82,7 +98,7 @@ impl Log for Keeper {
         recent::note(
             record.level(),
             || format!("{:.0}", Timestamp::now()),
-            || record.args().to_string(),
+            || one_line(&record.args().to_string()),
         );
         self.logger.log(record);
     }

@@ -28,7 +28,10 @@ use clap::{ArgAction, Args, Parser};
 use indicatif::{ProgressBar, ProgressStyle};
 use log::LevelFilter;
 
-use crate::image::MemoryId;
+use crate::{
+    causes::{TOLD, indented, program, told},
+    image::MemoryId,
+};
 
 /// Options of all programs.
 #[derive(Args, Clone, Copy, Debug)]
@@ -57,7 +60,11 @@ impl Common {
         let level = self.log_level();
         let mut logger = env_logger::Builder::new();
         // A test or a library may have set it up already.
-        let _ = logger.filter_level(level).format_timestamp(None).try_init();
+        let _ = logger
+            .filter_level(level)
+            .filter_module(TOLD, LevelFilter::Off)
+            .format_timestamp(None)
+            .try_init();
     }
 }
 
@@ -78,12 +85,13 @@ fn parsed<T>(result: Result<T, clap::Error>) -> Result<T, ExitCode> {
     })
 }
 
-/// Prints an error and the chain of its causes on standard error.
+/// Prints an error with its causes on standard error, and each remedy in a line below. The
+/// log gets the same, unless it goes to standard error, too.
 pub fn report(error: &anyhow::Error) {
-    let program = env::args_os().next().unwrap_or_default();
-    let program = std::path::Path::new(&program).file_name().unwrap_or_default();
+    let message = told(error.as_ref());
     // A failed write to standard error cannot be reported anywhere.
-    let _ = writeln!(io::stderr(), "{}: {error:#}", program.display());
+    let _ = writeln!(io::stderr(), "{}: {}", program(), indented(&message));
+    log::error!(target: TOLD, "{message}");
 }
 
 /// Whether the error is a broken pipe: the reader of the output has closed it.

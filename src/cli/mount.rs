@@ -420,9 +420,9 @@ impl Trust {
             },
             Owner::One(owner) if me.is_root() => {
                 let left_out = format!(
-                    "the images belong to user {owner}, with whose rights they are read; mem/ and \
-                     core/ have holes for the files that processes had mapped\n  Use \
-                     --mapped-files=owner to have these read with the same rights."
+                    "the images belong to user {owner} and are read with that user's rights; mem/ and \
+                     core/ have holes for the files that processes had mapped\nhelp: \
+                     --mapped-files=owner reads these files with the same rights"
                 );
                 Self {
                     reader: Some(Reader(owner)),
@@ -440,8 +440,8 @@ impl Trust {
                 };
                 let warning = format!(
                     "{why}; the mount is for user {} alone, and mem/ and core/ have holes for the \
-                     files that processes had mapped\n  To change this, let the directories \
-                     and all files in them belong to one user (chown -R), and let only that user write there.",
+                     files that processes had mapped\nhelp: give the directories and all files in them \
+                     to one user (chown -R), and let only that user write there",
                     own.0
                 );
                 Self {
@@ -472,20 +472,21 @@ fn warn_of_damage(chain: &Chain, tip: SnapshotId, path: &Path, mountpoint: &Path
     const TOLD: usize = 4;
     let problems = glance(chain, tip);
     for problem in problems.iter().take(TOLD) {
-        tell(log::Level::Warn, &format!("imgfs: {problem}"));
+        tell(log::Level::Warn, problem);
     }
     if problems.is_empty() {
         return;
     }
     let more = match problems.len().saturating_sub(TOLD) {
         0 => String::new(),
-        more => format!("{more} more are not shown; "),
+        more => format!(" ({more} more defects are not shown)"),
     };
     let message = format!(
-        "imgfs: {more}`imgfs check {}` lists all defects; reading a missing page is an \
-         input/output error in the pages, mem/, core/ and shmem/ of {}, and `imgfs log {}` says why",
-        path.display(),
+        "reading a missing page fails with an input/output error in the pages, mem/, core/ and \
+         shmem/ of {}{more}\nhelp: `imgfs check {}` lists all defects, and `imgfs log {}` says why \
+         a read failed",
         chain.snapshot(tip).name,
+        path.display(),
         mountpoint.display()
     );
     tell(log::Level::Warn, &message);

@@ -17,7 +17,7 @@ pub type Result<T, E = DedupError> = std::result::Result<T, E>;
 #[derive(Debug, thiserror::Error)]
 pub enum DedupError {
     /// There are not enough directories to link.
-    #[error("there is nothing to link: name two image directories or more, the oldest first")]
+    #[error("there is nothing to link\nhelp: name two image directories or more, the oldest first")]
     TooFew,
     /// A directory was named twice.
     #[error("{dir} is named twice", dir = .dir.display())]
@@ -33,7 +33,7 @@ pub enum DedupError {
     },
     /// The snapshots are not in the order in which they were dumped.
     #[error(
-        "{dir} was dumped before {parent}, by its date and its uptime: name the oldest first",
+        "{dir} was dumped before {parent}, by its date and its uptime\nhelp: name the oldest first",
         dir = .dir.display(), parent = .parent.display()
     )]
     Order {
@@ -56,7 +56,7 @@ pub enum DedupError {
     },
     /// A snapshot has another parent already.
     #[error(
-        "the parent of {dir} is {found} already, not {expected}: name that one before it",
+        "the parent of {dir} is already {found}, not {expected}\nhelp: name {found} before {dir}",
         dir = .dir.display(), found = .found.display(), expected = .expected.display()
     )]
     OtherParent {
@@ -69,7 +69,7 @@ pub enum DedupError {
     },
     /// What was made does not read as what it was made of.
     #[error(
-        "{dir}: {memory} at {first} would not read as it did ({problem}); nothing was changed",
+        "{dir}: {memory} at {first} would not read as before ({problem}): nothing was changed",
         dir = .dir.display()
     )]
     Verify {
@@ -84,8 +84,8 @@ pub enum DedupError {
     },
     /// Files of this file system cannot share blocks.
     #[error(
-        "files on the file system of {path} (type {file_system}) cannot share blocks; btrfs can, \
-         and xfs with reflink=1: move the images there, or use --link or -D",
+        "files on the file system of {path} (type {file_system}) cannot share blocks\nhelp: \
+         move the images to btrfs, or to xfs with reflink=1, or use --link or -D",
         path = .path.display()
     )]
     NoSharing {
@@ -96,7 +96,7 @@ pub enum DedupError {
     },
     /// The pages that another snapshot needs cannot be determined.
     #[error(
-        "{dir} may need pages that would be freed, and cannot be read; repair it, or move it \
+        "{dir} may need pages that would be freed, and cannot be read\nhelp: repair it, or move it \
          elsewhere",
         dir = .dir.display()
     )]
@@ -113,7 +113,7 @@ pub enum DedupError {
         dir: PathBuf,
     },
     /// The directory for the new images holds something.
-    #[error("{path} exists already; remove it, or rename it", path = .path.display())]
+    #[error("{path} already exists\nhelp: remove or rename it", path = .path.display())]
     Exists {
         /// The directory.
         path: PathBuf,

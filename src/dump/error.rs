@@ -20,8 +20,8 @@ pub enum DumpError {
     },
     /// A process of the tree has died while it was dumped.
     #[error(
-        "process {pid} {how} while it was dumped: the images are not complete and were removed; \
-         dump what is left of the tree again"
+        "process {pid} {how} while it was dumped, so the incomplete images were removed\nhelp: dump \
+         the rest of the tree again"
     )]
     Died {
         /// The process.
@@ -31,8 +31,8 @@ pub enum DumpError {
     },
     /// The kernel would kill a process if it were given memory.
     #[error(
-        "process {pid} cannot be asked for its state: that takes {needed} bytes of memory for a \
-         moment, and its cgroup {group} has {left} left, so that the kernel would kill it; raise \
+        "reading the state of process {pid} takes {needed} bytes of memory for a moment, but its \
+         cgroup {group} has only {left} left, and the kernel would kill the process\nhelp: raise \
          the limit for the time of the dump", group = .group.display()
     )]
     NoRoom {
@@ -47,7 +47,7 @@ pub enum DumpError {
     },
     /// This program is a descendant of what it is to dump.
     #[error(
-        "rcriu itself is in the tree of process {pid}, and cannot dump itself; run it from \
+        "rcriu itself is in the tree of process {pid}, and cannot dump itself\nhelp: run it from \
          another shell, or start it apart from the tree: setsid -f rcriu dump ..."
     )]
     Inside {
@@ -56,7 +56,7 @@ pub enum DumpError {
     },
     /// The tree depends on what is outside of it, or is in a state that is not
     /// dumped.
-    #[error("process {pid} {what}; {help}")]
+    #[error("process {pid} {what}\nhelp: {help}")]
     Unsupported {
         /// The process.
         pid: HostPid,
@@ -67,7 +67,7 @@ pub enum DumpError {
     },
     /// A process lives in namespaces that are not those of this program.
     #[error(
-        "process {pid} has {what} of its own, which is not dumped yet: run this program inside, by \
+        "process {pid} has {what} of its own, which is not dumped yet\nhelp: run rcriu inside: \
          nsenter -t {pid} {flags} rcriu dump ..."
     )]
     Namespaces {
@@ -80,8 +80,8 @@ pub enum DumpError {
     },
     /// It cannot be told what processes, threads and descriptors share.
     #[error(
-        "tell by kcmp(2) what process {pid} shares; run rcriu where no filter of system calls \
-         forbids it, on a kernel with CONFIG_KCMP"
+        "compare what processes share with process {pid} (kcmp(2))\nhelp: run rcriu where no \
+         seccomp filter forbids kcmp, on a kernel with CONFIG_KCMP"
     )]
     Compare {
         /// The process.
@@ -90,7 +90,7 @@ pub enum DumpError {
         source: Errno,
     },
     /// The program was asked to stop.
-    #[error("asked to stop; the tree runs on")]
+    #[error("interrupted: the tree runs on")]
     Cancelled,
     /// A file could not be read.
     #[error("read {path}", path = .path.display())]
@@ -102,8 +102,8 @@ pub enum DumpError {
     },
     /// Other snapshots find pages in the directory.
     #[error(
-        "{dir} is the parent of {children}, which a dump into it would change: name another \
-         directory with -D, or remove those first",
+        "{dir} is the parent of {children}, which a dump into it would change\nhelp: name \
+         another directory with -D, or remove those first",
         dir = .dir.display()
     )]
     HasChildren {

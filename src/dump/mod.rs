@@ -165,8 +165,8 @@ fn free_superseded(images_dir: &Path) {
     match dedup::free_locked(&options, Arc::new(Kernel), &mut tell) {
         Ok(freed) => log::info!("freed {} pages in the ancestors", freed.pages),
         Err(error) => log::warn!(
-            "the dump is complete, but not everything was freed that it supersedes: {}; \
-             rcriu dedup -D {} does it",
+            "the dump is complete, but not all the pages that it supersedes were freed: {}\nhelp: \
+             rcriu dedup -D {} frees them",
             with_sources(&error),
             images_dir.display()
         ),
@@ -317,7 +317,7 @@ fn check_directory(path: &Path) -> Result<PathBuf> {
             Err(error) => error.to_string(),
         },
         Ok(_) => "it is not a directory".to_owned(),
-        Err(error) => format!("{error}; make it, or name another one with -D"),
+        Err(error) => format!("{error}\nhelp: make it, or name another one with -D"),
     };
     Err(StepError::Directory { path: path.to_owned(), problem }.into())
 }
@@ -334,7 +334,7 @@ fn open_parent(
     let path = store.images_dir.join(parent);
     let problem = |path: PathBuf, problem: String| StepError::Directory { path, problem };
     let dir = path.canonicalize().map_err(|error| {
-        problem(path.clone(), format!("{error}; --prev-images-dir is relative to -D"))
+        problem(path.clone(), format!("{error}\nhelp: --prev-images-dir is relative to -D"))
     })?;
     if images_dir == dir {
         return Err(problem(path, "it cannot be its own parent".to_owned()).into());

@@ -173,7 +173,7 @@ impl Tracking {
                 [pid] => format!("process {pid}: "),
                 [pid, ..] => format!("process {pid} and {} others: ", pids.len() - 1),
             };
-            tell(Level::Warn, &format!("rcriu: warning: {whose}{what}\n  what helps: {help}"));
+            tell(Level::Warn, &format!("{whose}{what}\nhelp: {help}"));
         }
     }
 
@@ -186,7 +186,7 @@ impl Tracking {
         let shared = self.next.and_then(Next::seal);
         for watch in self.watches.into_iter().filter_map(Rc::into_inner) {
             if let Err(error) = watch.commit(id, shared.as_ref()) {
-                log::warn!("the next dump compares everything: {}", with_sources(&error));
+                log::warn!("the next dump compares all pages: {}", with_sources(&error));
             }
         }
     }

@@ -39,7 +39,7 @@ pub enum MountError {
     },
     /// The mount would lie over the images that it shows.
     #[error(
-        "mount point {path} would hide {images}: mount the chain elsewhere",
+        "mount point {path} would hide {images}\nhelp: mount the chain elsewhere",
         path = .path.display(), images = .images.display()
     )]
     HidesImages {
@@ -50,7 +50,7 @@ pub enum MountError {
     },
     /// A chain is mounted there already.
     #[error(
-        "{source_path} is mounted at {path} already: run `imgfs umount {path}` first, or choose another mount point",
+        "{source_path} is already mounted at {path}\nhelp: run `imgfs umount {path}` first, or choose another mount point",
         path = .path.display(), source_path = .chain.display()
     )]
     Mounted {
@@ -61,14 +61,14 @@ pub enum MountError {
     },
     /// The kernel has no FUSE.
     #[error(
-        "open /dev/fuse: load the kernel's module with `modprobe fuse`, or, in a container, pass the device in"
+        "open /dev/fuse\nhelp: load the kernel module with `modprobe fuse`; in a container, pass the device in"
     )]
     NoFuse {
         /// Why.
         source: io::Error,
     },
     /// The device may not be opened.
-    #[error("open /dev/fuse: run as root, or make the device accessible to this user")]
+    #[error("open /dev/fuse\nhelp: run as root, or make the device accessible to this user")]
     FuseDenied {
         /// Why.
         source: io::Error,
@@ -82,7 +82,7 @@ pub enum MountError {
         source: Errno,
     },
     /// An ordinary user needs `fusermount3`, which is not installed.
-    #[error("mount at {path}: run as root, or install fusermount3 (package fuse3)", path = .path.display())]
+    #[error("mount at {path}\nhelp: run as root, or install fusermount3 (package fuse3)", path = .path.display())]
     NoHelper {
         /// The mount point.
         path: PathBuf,
@@ -130,13 +130,13 @@ pub enum MountError {
         expected: &'static str,
     },
     /// The mount frees nothing.
-    #[error("{path} is mounted read-only: mount the chain with --punch", path = .path.display())]
+    #[error("{path} is mounted read-only\nhelp: mount the chain with --punch", path = .path.display())]
     NotPunching {
         /// The mount point.
         path: PathBuf,
     },
     /// The mount could not free the noted pages.
-    #[error("free what was punched through {path}; its log says more", path = .path.display())]
+    #[error("free what was punched through {path}\nhelp: `imgfs log {path}` says more", path = .path.display())]
     Commit {
         /// The mount point.
         path: PathBuf,
@@ -144,7 +144,7 @@ pub enum MountError {
         source: io::Error,
     },
     /// The last messages of the mount could not be read.
-    #[error("read the log of {path}; it is for root and for the user who mounted it", path = .path.display())]
+    #[error("read the log of {path}\nhelp: run as root, or as the user who mounted it", path = .path.display())]
     Log {
         /// The mount point.
         path: PathBuf,
@@ -152,7 +152,7 @@ pub enum MountError {
         source: Errno,
     },
     /// Files in the mount are open, or a process is in it.
-    #[error("{path} is busy: `fuser -vm {path}` shows which processes use it, `imgfs umount --lazy` detaches it", path = .path.display())]
+    #[error("{path} is busy\nhelp: `fuser -vm {path}` shows which processes use it, `imgfs umount --lazy` detaches it", path = .path.display())]
     Busy {
         /// The mount point.
         path: PathBuf,

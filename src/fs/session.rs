@@ -22,7 +22,7 @@ use super::{
     mount::{check_mount_point, mount_device, mounted_at, unmount_device},
     punching::Punching,
 };
-use crate::{sys::reader::Reader, view::View};
+use crate::{causes::with_sources, sys::reader::Reader, view::View};
 
 /// Readahead of the kernel for mapped files: as much as one request carries, instead of 128
 /// KiB.
@@ -101,7 +101,7 @@ impl Session {
         let device = mount_device(&mount_point, &source.to_string_lossy(), options)?;
         let failed = |source| {
             if let Err(error) = unmount_device(&mount_point, true) {
-                warn!("{error}");
+                warn!("{}", with_sources(&error));
             }
             MountError::Handshake { path: mount_point.clone(), source }
         };
@@ -222,7 +222,7 @@ fn unmount_on(signals: SigSet, mount_point: &Path, device: Option<(u32, u32)>) {
             Err(MountError::Busy { .. }) => {
                 warn!("{signal}: {} is in use, detaching it", mount_point.display());
                 if let Err(error) = unmount_device(mount_point, true) {
-                    error!("{error}");
+                    error!("{}", with_sources(&error));
                 }
                 detached = true;
             }

@@ -109,8 +109,8 @@ pub enum ImageError {
     },
     /// A journal of freed pages that belongs to another dump.
     #[error(
-        "{path} names pages that were freed of another dump than the one beside it; if that was \
-         dumped or copied into this directory since then, remove the file",
+        "{path} names pages that were freed of another dump than the one beside it\nhelp: if that one \
+         was dumped or copied into this directory since then, remove {path}",
         path = .path.display()
     )]
     Foreign {

@@ -36,14 +36,14 @@ pub enum InjectError {
         why: String,
     },
     /// A thread that executes 32-bit code.
-    #[error("thread {tid} executes 32-bit code, which is not dumped; build the program for {machine}", machine = Machine::NATIVE.name())]
+    #[error("thread {tid} executes 32-bit code, which is not dumped\nhelp: build the program for {machine}", machine = Machine::NATIVE.name())]
     Narrow {
         /// The thread.
         tid: HostPid,
     },
     /// It has not come home yet from a dump that was killed.
     #[error(
-        "thread {tid} is still on its way back from what it did for a dump that was killed; let \
+        "thread {tid} is still on its way back from the work of a dump that was killed\nhelp: let \
          its process go on if it is stopped, and try again in a moment"
     )]
     Abroad {
@@ -51,7 +51,7 @@ pub enum InjectError {
         tid: HostPid,
     },
     /// It is in a cgroup that is frozen.
-    #[error("process {pid} is in the cgroup {}, which is frozen; thaw it first: {thaw}", .cgroup.display())]
+    #[error("process {pid} is in the cgroup {}, which is frozen\nhelp: thaw it first: {thaw}", .cgroup.display())]
     FrozenCgroup {
         /// The process.
         pid: HostPid,
@@ -62,8 +62,8 @@ pub enum InjectError {
     },
     /// It waits for a child that has its memory.
     #[error(
-        "thread {tid} waits for a child that it has made by vfork(2) and that has neither \
-         executed a program nor ended; let that happen, or give it more time with --timeout"
+        "thread {tid} waits for a vfork(2) child that has neither executed a program nor ended\n\
+         help: let the child do so, or give it more time with --timeout"
     )]
     Vfork {
         /// The thread.
@@ -111,7 +111,7 @@ pub enum InjectError {
     #[error(
         "process {tid} has no room for this program to work in: its limits (RLIMIT_AS, \
          RLIMIT_DATA, or RLIMIT_MEMLOCK with MCL_FUTURE) or PR_SET_MDWE allow for no scratch \
-         memory, and the end of its stack is in use; raise the limits with prlimit(1)"
+         memory, and the end of its stack is in use\nhelp: raise the limits with prlimit(1)"
     )]
     NoRoom {
         /// The thread.

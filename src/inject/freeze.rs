@@ -16,6 +16,7 @@ use nix::{
 use super::{InjectError, Result, Tracee, hold, tracee};
 use crate::{
     arch::native,
+    causes::with_sources,
     fault::{self, Point},
     proc::{self, Cgroup},
     sys::ptrace::{self, Wait},
@@ -313,7 +314,7 @@ impl Drop for Frozen {
     /// Lets the tree go on.
     fn drop(&mut self) {
         if let Err(error) = self.let_go(Outcome::Run) {
-            log::warn!("{error}");
+            log::warn!("{}", with_sources(&error));
         }
     }
 }
@@ -322,7 +323,7 @@ fn release_all(threads: Vec<Tracee>) {
     for thread in threads {
         let tid = thread.tid;
         if let Err(error) = thread.release() {
-            log::warn!("{tid}: {error}");
+            log::warn!("{tid}: {}", with_sources(&error));
         }
     }
 }

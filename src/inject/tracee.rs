@@ -346,7 +346,7 @@ pub(super) fn denied(tid: HostPid, errno: Errno) -> InjectError {
     }
     let tracer = proc::status(tid).map(|status| status.tracer_pid.0).unwrap_or_default();
     let why = if tracer == 0 {
-        "not permitted; run as root or with CAP_SYS_PTRACE".to_owned()
+        "not permitted\nhelp: run rcriu as root or with CAP_SYS_PTRACE".to_owned()
     } else {
         format!("process {tracer} traces it already; end that one first")
     };

@@ -46,7 +46,8 @@ pub enum ResError {
     },
     /// The kernel is another one than the tree was dumped on.
     #[error(
-        "process {pid} has a vDSO that this kernel does not have ({problem}); restore it on the kernel that it was dumped on"
+        "process {pid} has a vDSO that this kernel does not have ({problem})\n\
+         help: restore it on the kernel that it was dumped on"
     )]
     OtherKernel {
         /// The process.

@@ -18,8 +18,8 @@ pub type Result<T, E = RestoreError> = std::result::Result<T, E>;
 pub enum RestoreError {
     /// A pid of the images is in use.
     #[error(
-        "process {pid} cannot be restored: its pid is in use by process {holder} ({name}){state}; \
-         end that one, or restore in a pid namespace of its own"
+        "process {pid} cannot be restored: its pid is in use by process {holder} ({name}){state}\n\
+         help: end that process, or restore the tree in a pid namespace of its own"
     )]
     PidInUse {
         /// The process or thread of the images.
@@ -56,7 +56,7 @@ pub enum RestoreError {
         source: Errno,
     },
     /// A process could not be made in namespaces of its own.
-    #[error("make process {pid} in {what} of its own, which takes CAP_SYS_ADMIN")]
+    #[error("make process {pid} in {what} of its own\nhelp: this takes CAP_SYS_ADMIN")]
     SpawnInside {
         /// Its pid.
         pid: HostPid,
@@ -79,8 +79,8 @@ pub enum RestoreError {
     },
     /// What is to be freed is mounted read-only.
     #[error(
-        "the images are seen through a mount at {path} that frees nothing, and that keeps others \
-         from changing them: mount them with --punch, or unmount them and restore from {behind}",
+        "the images are read through the mount at {path}, which frees no pages and keeps other \
+         programs from freeing them\nhelp: mount them with --punch, or unmount them and restore from {behind}",
         path = .path.display(), behind = .behind.display()
     )]
     MountedReadOnly {
@@ -98,7 +98,7 @@ pub enum RestoreError {
     /// The restore failed after pages were freed.
     #[error(
         "{pages} pages were freed in the images before the restore failed, as --auto-dedup=now \
-         asks: they cannot be restored any more"
+         asks: the images can no longer be restored"
     )]
     Spent {
         /// How many.
@@ -136,18 +136,18 @@ pub enum RestoreError {
         /// Why.
         source: io::Error,
     },
-    /// The same, of a file that processes are known to use.
+    /// The images contradict themselves about a file, or the file is not as it was.
     #[error("{place}: {problem}")]
     WrongFile {
-        /// Who uses it, as what.
+        /// The file: its user and its path.
         place: String,
-        /// What is wrong, and what would help.
+        /// The problem and the remedy.
         problem: String,
     },
-    /// A system call about a file failed that processes are known to use.
+    /// A system call on a file failed.
     #[error("{step} {object} ({place})")]
     FileCall {
-        /// Who uses it, as what.
+        /// The file: its user and its path.
         place: String,
         /// What was attempted, as a verb.
         step: &'static str,
@@ -171,19 +171,16 @@ where
 }
 
 impl RestoreError {
-    /// Replaces the number of a file in the images by what `place` says of who uses it.
-    pub(super) fn located(self, place: impl Fn(u32) -> Option<String>) -> Self {
-        let Self::Step(StepError::OpenFile(error)) = self else { return self };
-        match error {
-            FileError::Image { id, problem } => match place(id) {
-                Some(place) => Self::WrongFile { place, problem },
-                None => FileError::Image { id, problem }.into(),
-            },
-            FileError::Restore { id, step, object, source } => match place(id) {
-                Some(place) => Self::FileCall { place, step, object, source },
-                None => FileError::Restore { id, step, object, source }.into(),
-            },
-            error => error.into(),
+    /// Replaces the number of a file in the images by what messages call the file.
+    pub(super) fn located(self, place: impl Fn(u32) -> String) -> Self {
+        match self {
+            Self::Step(StepError::OpenFile(FileError::Image { id, problem })) => {
+                Self::WrongFile { place: place(id), problem }
+            }
+            Self::Step(StepError::OpenFile(FileError::Restore { id, step, object, source })) => {
+                Self::FileCall { place: place(id), step, object, source }
+            }
+            error => error,
         }
     }
 }

@@ -252,8 +252,8 @@ impl MountedPages {
         if self.punches == Punches::OnCommit {
             let path = self.path.display();
             let message = format!(
-                "the mount has noted what was restored and freed nothing: `imgfs commit {path}` \
-                 frees it"
+                "the mount has recorded the restored pages, but has not freed them yet\nhelp: \
+                 `imgfs commit {path}` frees them"
             );
             tell(log::Level::Info, &message);
             return Ok(());
@@ -261,7 +261,9 @@ impl MountedPages {
         match commit::commit(&self.root) {
             // Its owner frees what was noted, by `imgfs commit`.
             Err(Errno::EPERM) => {
-                log::warn!("the mount belongs to another user, who may free the noted pages");
+                log::warn!(
+                    "the mount belongs to another user: only that user can free the recorded pages"
+                );
                 Ok(())
             }
             result => result.map(drop).map_err(|errno| RestoreError::Commit { source: errno }),

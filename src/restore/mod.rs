@@ -66,7 +66,7 @@ pub fn run(options: &Options) -> Result<()> {
     process::raise_descriptor_limit();
     let images = images_dir.canonicalize().map_err(|error| StepError::Directory {
         path: images_dir.clone(),
-        problem: format!("{error}; name another one with -D"),
+        problem: format!("{error}\nhelp: name another one with -D"),
     })?;
     let actions = Actions::new(actions, &images);
     actions.run(Stage::PreRestore, None)?;
@@ -88,9 +88,9 @@ pub fn run(options: &Options) -> Result<()> {
     let free = free.map(|when| Free::prepare(when, &images, &plan)).transpose()?;
     if let Some(lost) = plan.clocks_lost() {
         let message = format!(
-            "clocks that begin with the machine (CLOCK_MONOTONIC, CLOCK_BOOTTIME) are {} seconds \
-             behind those of the dump: timeouts of the tree come as much later; restore it in a \
-             time namespace: unshare -T --fork --monotonic {0} --boottime {0} rcriu restore ...",
+            "the clocks that start at boot (CLOCK_MONOTONIC, CLOCK_BOOTTIME) are {} seconds behind \
+             those of the dump, so timeouts of the tree expire that much later\nhelp: restore it \
+             in a time namespace: unshare -T --fork --monotonic {0} --boottime {0} rcriu restore ...",
             lost.as_secs() + 1
         );
         tell(log::Level::Warn, &message);
@@ -109,7 +109,7 @@ pub fn run(options: &Options) -> Result<()> {
     let groups = Groups { relations: *relations, release, files, track: *track };
     let restored = restore(groups, &actions, &plan, free.as_ref(), &mut stats);
     subreaper(false)?;
-    let restored = restored.map_err(|error| error.located(|id| plan.user_of(id)));
+    let restored = restored.map_err(|error| error.located(|id| plan.place_of(id)));
     restored.map_err(|source| match free.as_ref().map(Free::freed_pages) {
         Some(pages @ 1..) => RestoreError::Spent { pages, source: Box::new(source) },
         _ => source,

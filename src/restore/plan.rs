@@ -9,8 +9,7 @@ use crate::{
     chain::{Chain, ChainError, Content, MemoryBytes, SnapshotId},
     image::{
         Directory, Kind, MemoryId, Store, proto,
-        tree::{self, Arena, Arenas, Births, Kin},
-        vma,
+        tree::{self, Arena, Arenas, Births, Kin, place},
     },
     res::{
         file::{self, Installer, RestoreOptions},
@@ -119,36 +118,13 @@ impl Plan {
         Installer::new(self.images(), options, &self.files, processes, numbers, self.pids.clone())
     }
 
-    /// Says who uses a file of the images, as what, and what it is called: as in
-    /// "descriptor 3 of process 12 (/var/log/messages)".
-    pub(super) fn user_of(&self, id: u32) -> Option<String> {
-        let has_path = |entry: &&proto::FileEntry| file::path_id(entry) == Some(id);
-        let id = self.files.iter().find(has_path).map_or(id, |entry| entry.id);
-        let users = self.tasks.iter().filter_map(|task| {
-            let body = task.body.as_ref()?;
-            let descriptor = body.fds.iter().find(|entry| entry.id == id);
-            let mapping = body.vmas.iter().find(|entry| {
-                entry.status & (vma::FILE_PRIVATE | vma::FILE_SHARED) != 0
-                    && entry.shmid == u64::from(id)
-            });
-            let pid = task.pid;
-            Some(match (descriptor, mapping) {
-                (Some(entry), _) => format!("descriptor {} of process {pid}", entry.fd),
-                _ if body.fs.cwd_id == id => format!("working directory of process {pid}"),
-                _ if body.fs.root_id == id => format!("root directory of process {pid}"),
-                _ if body.mm.exe_file_id == id => format!("program of process {pid}"),
-                (_, Some(entry)) => format!("mapping at {:#x} of process {pid}", entry.start),
-                _ => return None,
-            })
+    /// Returns what messages call a file of the images, see [`place::of_file`].
+    pub(super) fn place_of(&self, id: u32) -> String {
+        let uses = self.tasks.iter().filter_map(|task| {
+            let Body { mm, vmas, fs, fds, .. } = task.body.as_ref()?;
+            Some(place::Uses { pid: task.pid.image(), fds, fs, mm, vmas })
         });
-        let user = users.into_iter().next()?;
-        let entry = self.files.iter().find(|entry| entry.id == id)?;
-        let path = |id: u32| self.files.iter().find(|entry| entry.id == id)?.reg.as_ref();
-        let name = [Some(id), file::path_id(entry)].into_iter().flatten().find_map(path);
-        Some(match name {
-            Some(file) => format!("{user} ({})", String::from_utf8_lossy(&file.name)),
-            None => user,
-        })
+        place::of_file(id, &self.files, uses)
     }
 
     /// Reads the images in `dir`, after keeping others from changing them, or from
@@ -166,7 +142,8 @@ impl Plan {
         lock(dir)?;
         let problem = |problem: String| StepError::Directory { path: dir.to_owned(), problem };
         if !dir.join(Kind::Inventory.file_name(0)).exists() {
-            let what = "it has no inventory.img, so it is no complete dump; name one with -D";
+            let what =
+                "it has no inventory.img, so it is not a complete dump\nhelp: name one with -D";
             return Err(problem(what.into()).into());
         }
         let images = Directory::at(dir);

@@ -6,7 +6,7 @@ use log::Level;
 
 use super::{Result, plan::Plan, tree::Puppets};
 use crate::{
-    causes::tell,
+    causes::{tell, with_sources},
     image::{Kind, proto, tree::Arena},
     proc,
     res::task::leader,
@@ -72,7 +72,7 @@ pub(super) fn begin(
         }
     }
     for (Hindrance { what, help }, pid) in hindrances {
-        let text = format!("rcriu: warning: process {pid}: {what}\n  what helps: {help}");
+        let text = format!("process {pid}: {what}\nhelp: {help}");
         tell(Level::Warn, &text);
     }
     Ok(Some(tracking))
@@ -83,7 +83,7 @@ impl Tracking {
     pub(super) fn commit(self) {
         for watch in self.watches {
             if let Err(error) = watch.commit(&self.since, None) {
-                log::warn!("the next dump compares everything: {error}");
+                log::warn!("the next dump compares all pages: {}", with_sources(&error));
             }
         }
     }

@@ -49,7 +49,7 @@ impl fmt::Display for Holder {
 pub enum LockError {
     /// Another process uses the directory.
     #[error(
-        "{path} is in use by {holder}; wait for its end",
+        "{path} is in use by {holder}\nhelp: wait until it has ended",
         path = .path.display(),
         holder = .holder.as_ref().map_or_else(|| "another program".to_owned(), ToString::to_string)
     )]

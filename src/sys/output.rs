@@ -170,8 +170,8 @@ impl Walk {
         if others_write(&dir) && owner != geteuid().as_raw() && owner != dir.st_uid {
             let link = self.at.shown.join(name);
             return Err(refused(format!(
-                "{} is a symbolic link of user {owner}, in a directory that others can write to; \
-                 remove it, or name another place",
+                "{} is a symbolic link of user {owner}, in a directory that others can write to\n\
+                 help: remove it, or name another place",
                 link.display()
             )));
         }
@@ -214,8 +214,8 @@ fn check_file(file: &FileStat, dir: &FileStat, path: &Path) -> io::Result<()> {
         return Ok(());
     };
     Err(refused(format!(
-        "{} {problem}, and lies in a directory that others can write to; remove it, or name \
-         another place",
+        "{} {problem}, and lies in a directory that others can write to\nhelp: remove it, or \
+         name another place",
         path.display()
     )))
 }

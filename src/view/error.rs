@@ -65,7 +65,7 @@ pub enum ViewError {
         source: std::io::Error,
     },
     /// An image whose text would be too long to hold in memory.
-    #[error("the text of {path} would be longer than {limit} bytes: use rcriu show", path = .path.display())]
+    #[error("the text of {path} would be longer than {limit} bytes\nhelp: use rcriu show", path = .path.display())]
     TooLong {
         /// The image.
         path: PathBuf,
@@ -99,7 +99,7 @@ pub enum ViewError {
     },
     /// Pagemaps count in pages of another size than is read here.
     #[error(
-        "{dir}: process {pid} has pages of {size} bytes; only images with pages of 4096 are read",
+        "{dir}: process {pid} has pages of {size} bytes: only images with pages of 4096 are read",
         dir = .dir.display()
     )]
     PageSize {

@@ -33,13 +33,13 @@ use crate::{
 /// Errors of a command line as a whole.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum UsageError {
-    #[error("no process given; use -t PID")]
+    #[error("no process given\nhelp: use -t PID")]
     NoPid,
     #[error("too many words: {}", .0.to_string_lossy())]
     Operand(std::ffi::OsString),
     #[error("--exec-cmd is for restore")]
     ExecNotRestoring,
-    #[error("--exec-cmd needs a command: --exec-cmd -- COMMAND [ARGUMENT...]")]
+    #[error("--exec-cmd needs a command\nhelp: rcriu restore --exec-cmd -- COMMAND [ARGUMENT...]")]
     NoCommand,
     #[error("--exec-cmd cannot be used with --restore-detached: the command is the parent")]
     ExecDetached,

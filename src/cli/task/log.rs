@@ -3,16 +3,15 @@
 use std::{
     io::{self, Write},
     path::Path,
-    process,
 };
 
 use anyhow::Context;
 use env_logger::{Builder, Target};
-use jiff::Timestamp;
 use log::{Level, LevelFilter};
 
 use crate::{
-    causes::TOLD,
+    causes::{TOLD, indented},
+    cli::log_sink::write_message,
     sys::output::{self, Existing},
 };
 
@@ -38,7 +37,7 @@ pub(super) fn start(file: Option<&Path>, level: LevelFilter) -> anyhow::Result<(
             builder.filter_module(TOLD, LevelFilter::Off);
             builder.target(Target::Stderr).format(|out, record| {
                 let level = record.level().as_str().to_lowercase();
-                writeln!(out, "rcriu: {level}: {}", record.args())
+                writeln!(out, "rcriu: {level}: {}", indented(&record.args().to_string()))
             });
         }
         Some(path) => {
@@ -50,12 +49,12 @@ pub(super) fn start(file: Option<&Path>, level: LevelFilter) -> anyhow::Result<(
                 builder.target(Target::Pipe(Box::new(file)));
             }
             builder.format(|out, record| {
+                let message = record.args().to_string();
                 if record.level() == Level::Error && record.target() != TOLD {
                     // A failed write to standard error cannot be reported anywhere.
-                    let _ = writeln!(io::stderr(), "rcriu: error: {}", record.args());
+                    let _ = writeln!(io::stderr(), "rcriu: error: {}", indented(&message));
                 }
-                let (now, level) = (Timestamp::now(), record.level());
-                writeln!(out, "{now:.3} {level:<5} rcriu[{}]: {}", process::id(), record.args())
+                write_message(out, "rcriu", record.level(), &message)
             });
         }
     }

@@ -21,6 +21,7 @@ use self::{
     options::TaskArgs,
     table::{Commands, State},
 };
+use crate::causes::HELP;
 
 /// A command with CRIU's options.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,7 +82,7 @@ pub(super) fn prepare(words: Vec<OsString>) -> anyhow::Result<Prepared> {
     let command = first.operands.first().and_then(|word| word.to_str()).unwrap_or_default();
     if let Some((name, instead)) = table::REFUSED_COMMANDS.iter().find(|(name, _)| *name == command)
     {
-        anyhow::bail!("the command {name} is not supported yet: {instead}");
+        anyhow::bail!("the command {name} is not supported yet{HELP}{instead}");
     }
     let Some(task) = Task::named(command) else {
         return Ok(Prepared { words, given: Vec::new() });
@@ -103,20 +104,22 @@ pub(super) fn prepare(words: Vec<OsString>) -> anyhow::Result<Prepared> {
 fn refusal(task: Task, given: &[Given]) -> Option<String> {
     given.iter().find_map(|Given { name, value, configured }| {
         let Some(row) = table::row(name, task.as_set()) else {
-            let said = format!("--{name} is not for {}; leave it out", task.name());
+            let said = format!("--{name} is not an option of {}\nhelp: leave it out", task.name());
             return (!configured).then_some(said);
         };
         match row.state {
             State::Built | State::Harmless(_) => None,
-            State::Refused(instead) => Some(format!("--{name} is not supported yet: {instead}")),
+            State::Refused(instead) => {
+                Some(format!("--{name} is not supported yet{HELP}{instead}"))
+            }
             State::RefusedUnless(values, instead) => {
                 let value = value.as_ref().map(|value| value.to_string_lossy());
                 match value {
                     Some(value) if values.contains(&&*value) => None,
                     Some(value) => {
-                        Some(format!("--{name}={value} is not supported yet: {instead}"))
+                        Some(format!("--{name}={value} is not supported yet{HELP}{instead}"))
                     }
-                    None => Some(format!("--{name} is not supported yet: {instead}")),
+                    None => Some(format!("--{name} is not supported yet{HELP}{instead}")),
                 }
             }
         }

@@ -9,12 +9,11 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use log::{error, info};
+use log::info;
 use nix::libc;
 
 use super::{Given, Task, TaskArgs, convert, log as task_log, refusal, without_effect};
 use crate::{
-    causes::TOLD,
     cli::{answer, check_features, dedup, exit, report},
     dump, fault,
     inject::{self, Repair},
@@ -90,31 +89,29 @@ fn supervised(work: impl FnOnce() -> u8) -> anyhow::Result<u8> {
             let what = format!("the process that does the work was killed by {signal}");
             fault::disarm();
             match supervisor.leftover().map(inject::repair) {
-                None => bail!("{what}; the tree goes on as it was"),
+                None => bail!("{what}; the tree runs on unchanged"),
                 Some(Ok(Repair::Nothing(_))) => {
-                    bail!("{what}; its threads went on as they were, by themselves")
+                    bail!("{what}; its threads run on unchanged")
                 }
                 Some(Ok(Repair::Unmapped(pid))) => {
-                    bail!("{what}; its scratch memory in process {pid} was removed")
+                    bail!("{what}; its scratch memory in process {pid} has been unmapped")
                 }
                 Some(Ok(Repair::Later(pid))) => bail!(
-                    "{what}; process {pid} is stopped, and removes its scratch memory when it goes \
-                     on (kill -CONT {pid})"
+                    "{what}; process {pid} is stopped, and unmaps its scratch memory when it runs \
+                     again\nhelp: kill -CONT {pid}"
                 ),
                 Some(Err(error)) => Err(anyhow::Error::from(error)
-                    .context(format!("{what}; its scratch memory could not be removed"))),
+                    .context(format!("{what}; its scratch memory could not be unmapped"))),
             }
         }
     }
 }
 
-/// Runs the command, prints errors on standard error and in the log, and returns the exit
-/// code.
+/// Runs the command and returns the exit code.
 fn perform(task: Task, work: &Work, args: &TaskArgs, given: &[Given]) -> u8 {
     match start_log(task, args, given).and_then(|()| work.run(&args.operands)) {
         Ok(()) => exit::OK,
         Err(failure) => {
-            error!(target: TOLD, "{failure:#}");
             report(&failure);
             exit::FAILED
         }

@@ -37,7 +37,7 @@ pub(super) enum State {
     Built,
     /// It is accepted and has no effect, for this reason.
     Harmless(&'static str),
-    /// It is refused, with what it would need or what to do instead.
+    /// It is refused; the text says what to do instead.
     Refused(&'static str),
     /// It is refused unless it has one of these values, with which it is harmless.
     RefusedUnless(&'static [&'static str], &'static str),
@@ -48,10 +48,10 @@ pub(super) enum State {
 pub(super) struct Row {
     /// Its long name.
     pub name: &'static str,
-    /// The commands of this row. A command without a row refuses the option on its command
+    /// The commands that this row is about. A command without a row refuses the option on its command
     /// line, and ignores it in configuration files, which all commands share.
     pub on: Commands,
-    /// What is done about it.
+    /// How these commands treat it.
     pub state: State,
 }
 
@@ -62,15 +62,15 @@ pub(super) fn row(name: &str, on: Commands) -> Option<&'static Row> {
 
 use State::{Built, Harmless, Refused, RefusedUnless};
 
-const NO_NAMESPACES: &str = "trees with namespaces of their own are not dumped; leave it out";
-const NO_CONNECTIONS: &str =
-    "established connections are not dumped; let the program close them, and leave it out";
+const NO_NAMESPACES: &str = "leave it out: trees with namespaces of their own are not dumped";
+const NO_CONNECTIONS: &str = "leave it out, and let the program close its connections first";
 const NO_WATCHES: &str =
-    "watches (inotify, fanotify) are not dumped; let the program close them, and leave it out";
-const NO_FILES: &str = "a pre-dump writes memory, and no files";
-const CGROUPS: &str = "the tree can be restored into its existing cgroups (=none), or stay in those of rcriu (=ignore)";
-const PAGE_SERVER: &str = "pages are written to local images only; copy the images";
-const TLS: &str = "there is no page server; copy the images over ssh";
+    "leave it out, and let the program close its watches first (inotify, fanotify)";
+const NO_FILES: &str = "a pre-dump writes memory only";
+const CGROUPS: &str =
+    "--manage-cgroups=none restores the tree into its existing cgroups, =ignore into that of rcriu";
+const PAGE_SERVER: &str = "write the images to a local directory, and copy them";
+const TLS: &str = "copy the images over ssh: there is no page server";
 
 /// Every option but `help` and `version`.
 pub(super) const ROWS: &[Row] = &[
@@ -85,34 +85,34 @@ pub(super) const ROWS: &[Row] = &[
     built("exec-cmd", RESTORE),
     built("pidfile", RESTORE),
     built("timeout", DUMPS),
-    refused("root", BOTH, "trees with a mount namespace of their own are not dumped; leave it out"),
+    refused("root", BOTH, "leave it out: trees with a mount namespace of their own are not dumped"),
     built("action-script", BOTH),
     // Images
     built("images-dir", ALL),
     built("prev-images-dir", DUMPS),
     built("work-dir", ALL),
-    refused("stream", BOTH, "dump into a directory, on tmpfs if it is not to touch a disk"),
+    refused("stream", BOTH, "dump into a directory, on tmpfs to spare the disk"),
     // Memory
     built("track-mem", BOTH),
     built("tracker", BOTH),
     built("auto-dedup", BOTH),
-    harmless("pre-dump-mode", PRE_DUMP, "memory is read in one way, while the tree runs"),
-    refused("lazy-pages", BOTH, "there is no server of pages; restore without it"),
+    harmless("pre-dump-mode", PRE_DUMP, "a pre-dump always reads memory while the tree runs"),
+    refused("lazy-pages", BOTH, "restore without it: there is no page server"),
     // Files
-    refused("file-locks", BOTH, "a tree that holds locks can't be dumped; let it release them"),
+    refused("file-locks", BOTH, "let the tree release its locks first"),
     built("link-remap", DUMP),
     harmless("link-remap", PRE_DUMP, NO_FILES),
-    harmless("link-remap", RESTORE, "files that a dump linked to another name are always found"),
+    harmless("link-remap", RESTORE, "a restore always finds link remaps"),
     built("ghost-limit", DUMP),
     harmless("ghost-fiemap", DUMP, "holes are found by SEEK_DATA, at the same cost"),
     built("file-validation", DUMP.or(RESTORE)),
     harmless("file-validation", PRE_DUMP, NO_FILES),
-    harmless("skip-file-rwx-check", RESTORE, "permissions of files are not compared"),
-    refused("evasive-devices", DUMP, "a device without its path is not dumped; leave it out"),
+    harmless("skip-file-rwx-check", RESTORE, "a restore does not compare the permissions of files"),
+    refused("evasive-devices", DUMP, "leave it out: a device without its path is not dumped"),
     refused("force-irmap", DUMPS, NO_WATCHES),
     refused("irmap-scan-path", DUMPS, NO_WATCHES),
     // Sockets
-    refused("tcp-established", BOTH, "close the connections, or let the peers connect again"),
+    refused("tcp-established", BOTH, "let the program close its connections first"),
     refused("tcp-close", BOTH, NO_CONNECTIONS),
     refused("skip-in-flight", DUMP, NO_CONNECTIONS),
     built("ext-unix-sk", DUMP.or(RESTORE)),
@@ -124,20 +124,21 @@ pub(super) const ROWS: &[Row] = &[
     harmless("external", PRE_DUMP, NO_FILES),
     built("inherit-fd", RESTORE),
     built("close", ALL),
-    refused("libdir", BOTH, "there are no plugins; leave it out if the tree needs none"),
+    refused("libdir", BOTH, "leave it out if the tree needs no plugin: rcriu has none"),
     // Machine
     Row {
         name: "cpu-cap",
         on: BOTH,
-        state: RefusedUnless(
-            &["none"],
-            "restore on the same kind of processor, or use =none to try",
-        ),
+        state: RefusedUnless(&["none"], "restore on the same kind of processor, or try with =none"),
     },
-    refused("lsm-profile", RESTORE, "start rcriu itself with the profile, it is inherited"),
-    refused("lsm-mount-context", RESTORE, "mounts are not restored"),
-    refused("allow-uprobes", BOTH, "dump a tree that has never been probed"),
-    harmless("unprivileged", BOTH, "each step that lacks a privilege says so"),
+    refused(
+        "lsm-profile",
+        RESTORE,
+        "start rcriu itself under the profile, which the tree inherits",
+    ),
+    refused("lsm-mount-context", RESTORE, "leave it out: mounts are not restored"),
+    refused("allow-uprobes", BOTH, "dump a tree that has never had uprobes"),
+    harmless("unprivileged", BOTH, "each step that lacks a privilege reports it"),
     harmless("deprecated", ALL, "no feature needs it"),
     // Cgroups
     Row { name: "manage-cgroups", on: BOTH, state: RefusedUnless(&["ignore", "none"], CGROUPS) },
@@ -148,7 +149,7 @@ pub(super) const ROWS: &[Row] = &[
     refused("cgroup-dump-controller", DUMPS, CGROUPS),
     refused("cgroup-yard", BOTH, CGROUPS),
     // Namespaces
-    refused("join-ns", RESTORE, "run rcriu in the namespace, by nsenter(1)"),
+    refused("join-ns", RESTORE, "run rcriu in the namespace with nsenter(1)"),
     refused("empty-ns", BOTH, NO_NAMESPACES),
     refused("skip-mnt", BOTH, NO_NAMESPACES),
     refused("enable-fs", BOTH, NO_NAMESPACES),
@@ -175,7 +176,7 @@ pub(super) const ROWS: &[Row] = &[
     built("experimental", CHECK),
     built("all", CHECK),
     built("feature", CHECK),
-    refused("ms", ALL, "CRIU has dropped it, too; use --feature"),
+    refused("ms", ALL, "use --feature: CRIU has dropped it, too"),
     // Deduplication
     built("link", DEDUP),
     built("keep-originals", DEDUP),
@@ -185,7 +186,7 @@ pub(super) const ROWS: &[Row] = &[
     // Messages
     built("log-file", ALL),
     built("verbosity", ALL),
-    harmless("log-pid", ALL, "a single process logs, and each line has its pid"),
+    harmless("log-pid", ALL, "only one process logs, and each line has its pid"),
     built("display-stats", BOTH),
     // Configuration
     built("config", ALL),
@@ -207,9 +208,9 @@ const fn refused(name: &'static str, on: Commands, instead: &'static str) -> Row
 /// Commands of CRIU that rcriu does not have, and what to do instead.
 pub(super) const REFUSED_COMMANDS: &[(&str, &str)] = &[
     ("cpuinfo", "restore on the same kind of processor"),
-    ("exec", "CRIU has dropped it as well"),
+    ("exec", "CRIU has dropped it, too"),
     ("lazy-pages", "restore without --lazy-pages"),
     ("page-server", PAGE_SERVER),
-    ("service", "run rcriu by its command line"),
-    ("swrk", "run rcriu by its command line"),
+    ("service", "use the command line of rcriu"),
+    ("swrk", "use the command line of rcriu"),
 ];

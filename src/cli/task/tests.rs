@@ -290,7 +290,7 @@ fn lines_of_restore_become_options() {
 #[test]
 fn wrong_lines_are_usage_errors() {
     for (line, why) in [
-        ("dump", "no process given; use -t PID"),
+        ("dump", "no process given\nhelp: use -t PID"),
         ("dump -t 7 x", "too many words: x"),
         ("dump -t 7 --exec-cmd x", "--exec-cmd is for restore"),
         ("dump -t 7 --inherit-fd fd[1]:x", "--inherit-fd is for restore"),
@@ -300,7 +300,10 @@ fn wrong_lines_are_usage_errors() {
     }
     for (line, why) in [
         ("restore -S", "--restore-sibling needs --restore-detached"),
-        ("restore --exec-cmd", "--exec-cmd needs a command: --exec-cmd -- COMMAND [ARGUMENT...]"),
+        (
+            "restore --exec-cmd",
+            "--exec-cmd needs a command\nhelp: rcriu restore --exec-cmd -- COMMAND [ARGUMENT...]",
+        ),
         (
             "restore -d --exec-cmd x",
             "--exec-cmd cannot be used with --restore-detached: the command is the parent",
@@ -372,7 +375,7 @@ fn what_is_not_built_is_refused_by_name() {
             None => assert_eq!(said, None, "{line}"),
             Some(name) => {
                 let said = said.unwrap_or_else(|| panic!("{line} is accepted"));
-                let start = format!("{name} is not supported yet: ");
+                let start = format!("{name} is not supported yet{HELP}");
                 assert!(said.starts_with(&start), "{said}");
                 assert!(said.len() > start.len(), "{said}");
             }
@@ -380,7 +383,7 @@ fn what_is_not_built_is_refused_by_name() {
     }
     for (command, _) in table::REFUSED_COMMANDS {
         let error = read(&format!("{command} --port 1")).unwrap_err();
-        let start = format!("the command {command} is not supported yet: ");
+        let start = format!("the command {command} is not supported yet{HELP}");
         assert!(error.starts_with(&start), "{error}");
     }
 }
@@ -397,7 +400,7 @@ fn what_has_no_effect_is_said_or_refused() {
         said,
         [
             "--restore-sibling has no effect: it is not for dump",
-            "--log-pid has no effect: a single process logs, and each line has its pid",
+            "--log-pid has no effect: only one process logs, and each line has its pid",
         ]
     );
     assert_eq!(refusal(Task::Dump, &given), None);
@@ -409,7 +412,7 @@ fn what_has_no_effect_is_said_or_refused() {
         (Task::Restore, "--timeout 1", "timeout"),
     ] {
         let (_, given) = read(&format!("{} {line}", task.name())).unwrap();
-        let expected = format!("--{name} is not for {}; leave it out", task.name());
+        let expected = format!("--{name} is not an option of {}{HELP}leave it out", task.name());
         assert_eq!(refusal(task, &given), Some(expected));
     }
 }

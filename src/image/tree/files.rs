@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use nix::libc;
 
-use super::{Body, Problems, Tree};
+use super::{Body, Problems, Tree, place};
 use crate::image::{ImageStore, Kind, Remap, proto, vma};
 use proto::{FdTypes, FileEntry};
 
@@ -98,17 +98,12 @@ impl<'a> Table<'a, '_> {
         self.problems.broken(format!("{place}: {problem}"));
     }
 
-    /// Returns what messages call a file: as in "descriptor 3 of process 12 (/var/log/messages)".
     fn place(&self, id: u32) -> String {
-        let user = self.tree.tasks.iter().find_map(|task| {
-            let fd = task.body.as_ref()?.fds.iter().find(|entry| entry.id == id)?.fd;
-            Some(format!("descriptor {fd} of process {}", task.entry.pid))
+        let uses = self.tree.tasks.iter().filter_map(|task| {
+            let Body { mm, vmas, fs, fds, .. } = task.body.as_ref()?;
+            Some(place::Uses { pid: task.entry.pid, fds, fs, mm, vmas })
         });
-        let Some(user) = user else { return format!("file {id:#x} of the images") };
-        match self.files.get(&id).and_then(|file| file.reg.as_ref()) {
-            Some(reg) => format!("{user} ({})", String::from_utf8_lossy(&reg.name)),
-            None => user,
-        }
+        place::of_file(id, &self.tree.files, uses)
     }
 
     /// Reads an image that need not be there.
@@ -264,8 +259,8 @@ impl<'a> Table<'a, '_> {
             // One that was closed may be watched on, but not be watched anew.
             if let Some(target) = epoll.tfd.iter().find(|target| !numbers.contains(&target.tfd)) {
                 let problem = format!(
-                    "file {:#x} watches descriptor {}, which it does not have",
-                    entry.id, target.tfd
+                    "its epoll at descriptor {} watches descriptor {}, which it does not have",
+                    entry.fd, target.tfd
                 );
                 wrong(self.problems, problem);
             }

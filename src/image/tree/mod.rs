@@ -9,6 +9,7 @@ mod births;
 mod files;
 mod memory;
 mod order;
+pub mod place;
 mod task;
 
 use std::fmt;

@@ -26,7 +26,7 @@ pub(super) fn file_of(pid: HostPid, fd: TargetFd) -> String {
 #[derive(Debug, Error)]
 pub enum FileError {
     /// It is of a kind, or in a state, that is not dumped.
-    #[error("{} is {what}; {help}", file_of(*pid, *fd))]
+    #[error("{} is {what}\nhelp: {help}", file_of(*pid, *fd))]
     Unsupported {
         /// The process.
         pid: HostPid,
@@ -106,7 +106,7 @@ pub enum FileError {
     /// The kernel opens a file in `/proc/PID/map_files` only for privileged programs
     /// (`proc_pid_map_files(5)`).
     #[error(
-        "read {path}: run rcriu as root, or give it CAP_CHECKPOINT_RESTORE",
+        "read {path}\nhelp: run rcriu as root, or give it CAP_CHECKPOINT_RESTORE",
         path = .path.display()
     )]
     Unprivileged {

@@ -17,6 +17,7 @@ use super::{
     Result, Usage, fown, ghost, owner::Holder,
 };
 use crate::{
+    causes::with_sources,
     image::{
         Store,
         proto::{self, FdinfoEntry, FileEntry, FsEntry, VmaEntry},
@@ -529,7 +530,7 @@ impl<'a> Installer<'a> {
     /// Cleans up when the tree is restored.
     pub fn finish(&mut self) {
         if let Err(error) = ghost::remove_links(&mut self.opened) {
-            log::warn!("{error}");
+            log::warn!("{}", with_sources(&error));
         }
     }
 }

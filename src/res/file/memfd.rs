@@ -104,7 +104,7 @@ impl Memfds {
         let shmid = u32::try_from(file.stat.st_ino).map_err(|_| {
             file.unsupported(
                 format!("shared memory with the inode number {}", file.stat.st_ino),
-                "numbers have 32 bits in images; start the program again soon after booting",
+                "numbers have 32 bits in images: start the program again soon after booting",
             )
         })?;
         let id = u32::try_from(self.inodes.len() + 1).expect("fewer than descriptors");

@@ -49,7 +49,6 @@ pub use self::{
     ghost::{Lost, Options as GhostOptions, Revived},
     install::{FileUser, Installer},
     options::{DumpOptions, External, Inherited, RestoreOptions},
-    path::path_id,
     sock::unix::Options as UnixOptions,
     table::FileTable,
     tty::Options as TerminalOptions,

@@ -96,13 +96,6 @@ pub fn entry_with_id(
     Ok(proto::FileEntry { r#type: FdTypes::Reg.into(), id, reg: Some(entry), ..Default::default() })
 }
 
-/// Returns the number of the entry that has the path of a file of another kind, if it has one:
-/// that of a FIFO or of a terminal.
-pub fn path_id(entry: &proto::FileEntry) -> Option<u32> {
-    let fifo = entry.fifo.as_ref().and_then(|fifo| fifo.regf_id);
-    fifo.or_else(|| entry.tty.as_ref().and_then(|tty| tty.regf_id))
-}
-
 /// Returns the name of a file, after making sure that it can be found by it.
 fn name(file: &Description, id: u32, intake: &mut dyn Intake) -> Result<Vec<u8>> {
     if file.link.first() != Some(&b'/') {
@@ -282,7 +275,7 @@ pub fn open_entry(entry: &proto::RegFileEntry, flags: i32, opened: &mut Opened) 
         match (errno, process_of(&entry.name)) {
             (Errno::ENOENT | Errno::ESRCH, Some(pid)) => {
                 let problem = format!(
-                    "it is {}, but there is no process {pid}, which was not dumped with the tree; \
+                    "it is {}, but there is no process {pid}, which was not dumped with the tree\nhelp: \
                      start one with this pid, or close the file before dumping",
                     String::from_utf8_lossy(&entry.name)
                 );
@@ -323,7 +316,7 @@ fn check(entry: &proto::RegFileEntry, stat: &libc::stat, flags: u32) -> Result<(
     if other {
         let say = |mode| image::regular::type_name(mode).unwrap_or("a regular file");
         let problem = format!(
-            "{} is {}, but was {} when it was dumped; put back what was there",
+            "{} is {}, but was {} when it was dumped\nhelp: put back what was there",
             name(),
             say(stat.st_mode),
             say(was)
@@ -343,7 +336,7 @@ fn check(entry: &proto::RegFileEntry, stat: &libc::stat, flags: u32) -> Result<(
             "put back the file that was there".to_owned()
         };
         let problem = format!(
-            "{} has {} bytes, but had {size} when it was dumped; {help}",
+            "{} has {} bytes, but had {size} when it was dumped\nhelp: {help}",
             name(),
             stat.st_size
         );
@@ -353,7 +346,7 @@ fn check(entry: &proto::RegFileEntry, stat: &libc::stat, flags: u32) -> Result<(
         && mode != stat.st_mode
     {
         let problem = format!(
-            "{} has mode {:o}, but had {mode:o} when it was dumped; give it that again (chmod {:o})",
+            "{} has mode {:o}, but had {mode:o} when it was dumped\nhelp: restore the mode (chmod {:o})",
             name(),
             stat.st_mode,
             mode & PERMISSIONS

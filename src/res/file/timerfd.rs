@@ -97,9 +97,13 @@ impl Opener for Timerfds {
             }
             match fds::set_timer_ticks(fd, entry.ticks) {
                 Err(Errno::ENOTTY) => {
+                    let timer = opened.holder(entry.id).map_or_else(
+                        || "a timer".to_owned(),
+                        |holder| format!("a timer of process {}", holder.pid),
+                    );
                     log::warn!(
-                        "file {:#x}: this kernel cannot set what a timer has counted; {} lost",
-                        entry.id,
+                        "{timer}: this kernel cannot set the count of expirations, so {} of them \
+                         are lost",
                         entry.ticks
                     );
                 }

@@ -169,7 +169,7 @@ pub(super) fn check(
         |words| format!("build-id {}", build_id::show(&words)),
     );
     let problem = format!(
-        "{name} has {found}, but had build-id {} when it was dumped; put back the file that was \
+        "{name} has {found}, but had build-id {} when it was dumped\nhelp: put back the file that was \
          there, or take this one as it is with --file-validation=filesize",
         build_id::show(&entry.build_id)
     );

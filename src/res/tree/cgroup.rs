@@ -26,7 +26,7 @@ pub const OWN_SET: u32 = 1;
 pub enum CgroupError {
     /// The group is not there.
     #[error(
-        "the tree was in the cgroup {path} of {hierarchy}, which {problem}; make it again, or \
+        "the tree was in the cgroup {path} of {hierarchy}, which {problem}\nhelp: make it again, or \
          restore with --manage-cgroups=ignore"
     )]
     Absent {
@@ -39,7 +39,7 @@ pub enum CgroupError {
     },
     /// Whatever is put there stops at once.
     #[error(
-        "the tree was in the cgroup {path} of {hierarchy}, which is frozen; thaw it (write {thaw}), \
+        "the tree was in the cgroup {path} of {hierarchy}, which is frozen\nhelp: thaw it (write {thaw}), \
          or restore with --manage-cgroups=ignore"
     )]
     Frozen {
@@ -58,8 +58,8 @@ pub enum CgroupError {
     },
     /// The kernel refuses.
     #[error(
-        "put process {pid} into a cgroup: write {path}; its limits may be reached, see \
-         --manage-cgroups=ignore", path = .path.display()
+        "put process {pid} into a cgroup: write {path}\nhelp: raise the limits of the cgroup if they \
+         are reached, or restore with --manage-cgroups=ignore", path = .path.display()
     )]
     Move {
         /// The process or thread.

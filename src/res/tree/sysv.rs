@@ -205,13 +205,13 @@ fn check(entry: &IpcShmEntry, found: &Segment) -> Result<(), String> {
     let desc = &entry.desc;
     if found.key != desc.key || found.bytes != entry.size {
         return Err(format!(
-            "id {} is in use by another segment, of key {:#x} and {} bytes; remove that with ipcrm(1)",
+            "id {} is in use by another segment, of key {:#x} and {} bytes\nhelp: remove that segment with ipcrm(1)",
             desc.id, found.key, found.bytes
         ));
     }
     if found.attached > 0 {
         return Err(format!(
-            "segment {} is attached by {} other mappings, last by process {}; end those",
+            "segment {} is attached by {} other mappings, last by process {}\nhelp: end those processes",
             desc.id, found.attached, found.last_pid
         ));
     }

@@ -103,9 +103,10 @@ pub(in crate::res::file) fn open(
             let source = linked(opened, entry.id, other)?;
             if lstat(&source) == Err(Errno::ENOENT) {
                 let problem = format!(
-                    "the name {} is gone, which --link-remap gave the file when it was dumped; a \
-                     tree that runs on after a dump keeps no such names: restore from a copy of \
-                     the file system that a post-dump action made while it was there",
+                    "the link remap {} is gone, which --link-remap gave the file when it was \
+                     dumped; a dump removes its link remaps if the tree runs on\nhelp: restore \
+                     from a copy of the file system that a post-dump action made while it was \
+                     there",
                     source.display()
                 );
                 return Err(FileError::image(entry.id, problem));
@@ -173,7 +174,7 @@ pub fn remove_links(opened: &mut Opened) -> Result<()> {
         let is_given = path.file_name() == Some(OsStr::new(&link_name(other)));
         if !is_given || restored != Some(&(found.st_dev, found.st_ino)) {
             log::warn!(
-                "{} stays, although the images call it a name that a dump has given; remove it if \
+                "{} stays, although the images call it a name that a dump has given\nhelp: remove it if \
                  no program needs it",
                 path.display()
             );

@@ -83,15 +83,15 @@ pub(super) fn restore(
     match arrived {
         Ok(Some(arrived)) if arrived == datagrams => {}
         Ok(arrived) => log::warn!(
-            "{}: {} of the {} datagrams that were in its queue are there again; a firewall may \
-             have kept the others",
+            "{}: {} of the {} datagrams that were in its queue are there again\nhelp: see \
+             whether a firewall drops the others",
             restored.object,
             arrived.map_or(0, |arrived| arrived.len()),
             datagrams.len()
         ),
         Err(errno) => log::warn!(
-            "{}: the {} datagrams that were in its queue are lost: {errno}; to send them again \
-             takes CAP_NET_RAW",
+            "{}: the {} datagrams that were in its queue are lost: {errno}\nhelp: run rcriu \
+             with CAP_NET_RAW, which sending them again takes",
             restored.object,
             datagrams.len()
         ),

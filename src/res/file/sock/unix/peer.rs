@@ -159,10 +159,11 @@ impl Callers {
         become_peer(&self.own, peer, &mut script);
         if let Err(error) = helper.run(&script) {
             log::warn!(
-                "{}: SO_PEERCRED will name user {} instead of {}: {error}; run rcriu as root",
+                "{}: SO_PEERCRED will name user {} instead of {}: {}\nhelp: run rcriu as root",
                 restored.object,
                 self.own.uid,
-                peer.uid
+                peer.uid,
+                with_sources(&error)
             );
             // What it has become by then is not known.
             self.helpers.insert(pid, Err(with_sources(&error)));
