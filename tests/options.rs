@@ -127,6 +127,22 @@ const ROWS: &[Row] = &[
     (&["diff"], &[("json", json), ("quiet", quiet)]),
     (&["flatten"], &[("snapshot", flatten_snapshot)]),
     (&["ps", "fds", "maps", "info"], &[("json", json), ("snapshot", look_snapshot)]),
+    (
+        &[
+            "ls",
+            "imgfs check",
+            "diff",
+            "flatten",
+            "ps",
+            "fds",
+            "maps",
+            "info",
+            "cat",
+            "get",
+            "mount",
+        ],
+        &[("previous", previous)],
+    ),
     (&["mounts"], &[("json", json)]),
     (&["cat", "get"], &[("snapshot", look_snapshot)]),
     (
@@ -1167,6 +1183,55 @@ fn look_snapshot(command: &str) {
     }
     let output = imgfs(&[command, &chain, "--snapshot", "7", "293", "x"]);
     assert!(!output.status.success());
+}
+
+/// The parents of an archive's snapshot are in the archive that is named.
+fn previous(command: &str) {
+    let dir = directory();
+    let [base, tip] = [("1", "base"), ("2", "tip")].map(|(name, archive)| {
+        let archive = dir.path().join(archive).with_extension("tar");
+        let images = PathBuf::from(peers_chain()).join(name);
+        let mut tar = Command::new("tar");
+        tar.arg("-C").arg(images.parent().unwrap()).arg("-cf").arg(&archive).arg(name);
+        assert!(tar.status().unwrap().success());
+        archive
+    });
+    let point = dir.path().join("new");
+    let name = command.trim_start_matches("imgfs ");
+    let with = |options: &[&str]| {
+        let mut words = vec![name, text(&tip)];
+        match name {
+            "diff" => words.extend(["1", "2"]),
+            "maps" => words.push("293"),
+            "cat" => words.push("pages-2.img"),
+            "get" => words.extend(["pages-2.img", text(&point)]),
+            "flatten" => words.push(text(&point)),
+            "mount" => {
+                require(Cap::Fuse);
+                fs::create_dir_all(&point).unwrap();
+                words.push(text(&point));
+            }
+            _ => {}
+        }
+        let _ = fs::remove_dir_all(&point).or_else(|_| fs::remove_file(&point));
+        if name == "mount" {
+            fs::create_dir_all(&point).unwrap();
+        }
+        let output = imgfs(&[&words[..], options].concat());
+        let read = || fs::read(point.join("pages-2.img")).is_ok();
+        // As diff(1), which says 2 when it fails.
+        let expected = if name == "diff" { 1 } else { 0 };
+        let good = output.status.code() == Some(expected) && (name != "mount" || read());
+        if is_mounted(&point) {
+            fine(imgfs(&["umount", text(&point)]));
+        }
+        (good, said(&output))
+    };
+    let (good, said) = with(&["--previous", text(&base)]);
+    assert!(good, "{command}: {said}");
+    let (alone, without) = with(&[]);
+    // What processes are is in the snapshot itself.
+    assert!(!alone || without != said || ["ps", "fds"].contains(&name), "{command}: {without}");
 }
 
 /// A mount that is gone at the end.

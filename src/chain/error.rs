@@ -22,6 +22,14 @@ pub enum ChainError {
         /// Why.
         source: io::Error,
     },
+    /// An archive could not be read.
+    #[error("read archive {path}", path = .path.display())]
+    Archive {
+        /// The archive.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// Images are to be changed that are not in a directory.
     #[error("the images in {path} can only be read\nhelp: unpack them into a directory", path = .path.display())]
     ReadOnly {

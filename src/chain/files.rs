@@ -56,7 +56,11 @@ impl BackingFile {
     /// It must not be read in any other way: where a file has become shorter there are no
     /// bytes, and a reader is killed by SIGBUS.
     pub fn mapping(&self) -> Option<&MmapRaw> {
-        let map = || MmapOptions::new().map_raw_read_only(self.file()?).ok();
+        let map = || {
+            let (file, start) = self.file.within()?;
+            let len = usize::try_from(self.file.stat().ok()?.len).ok()?;
+            MmapOptions::new().offset(start).len(len).map_raw_read_only(file).ok()
+        };
         self.mapping.get_or_init(map).as_ref()
     }
 
@@ -120,8 +124,10 @@ impl BackingFile {
         let position = |offset| {
             i64::try_from(offset).map_err(|_| io::Error::from(io::ErrorKind::FileTooLarge))
         };
-        let Some(file) = self.file() else { return Ok(0) };
-        let (mut from_at, mut to_at) = (position(start)?, position(offset)?);
+        let Some((file, begin)) = self.file.within() else { return Ok(0) };
+        // What lies behind the bytes of a part of a file is something else's.
+        let len = len.min(self.file.stat()?.len.saturating_sub(start));
+        let (mut from_at, mut to_at) = (position(begin + start)?, position(offset)?);
         let mut copied = 0;
         while copied < len {
             let rest = usize::try_from(len - copied).unwrap_or(usize::MAX);

@@ -21,7 +21,7 @@ use super::{
 use crate::{
     image::{
         ImageStore, Kind, MemoryId, PARENT_LINK, Store, desc,
-        store::{self, BrokenLink, Found, Probe},
+        store::{self, BrokenLink, Found, Opening, Probe},
     },
     parallel,
 };
@@ -95,9 +95,29 @@ impl Chain {
     /// [`ChainError::Directory`], [`ChainError::NoImages`].
     pub fn open(path: &Path) -> Result<Self> {
         let failed = |source| ChainError::Directory { path: path.to_owned(), source };
+        Self::of_place(path, store::find(path).map_err(failed)?)
+    }
+
+    /// Opens the chain at `path` as [`Self::open`] does, or the one in an archive there.
+    ///
+    /// # Errors
+    /// As [`Self::open`]; [`ChainError::Archive`].
+    pub fn open_anywhere(path: &Path, opening: &Opening) -> Result<Self> {
+        let failed = |source| {
+            let path = path.to_owned();
+            if path.is_dir() {
+                ChainError::Directory { path, source }
+            } else {
+                ChainError::Archive { path, source }
+            }
+        };
+        Self::of_place(path, store::find_anywhere(path, opening).map_err(failed)?)
+    }
+
+    fn of_place(path: &Path, place: Found) -> Result<Self> {
         let mut found = Discovery::default();
         let mut unfinished = Vec::new();
-        match store::find(path).map_err(failed)? {
+        match place {
             Found::Snapshot(images) => drop(found.enter(images)),
             Found::Several(dirs) => {
                 let probes = parallel::map(&dirs, WORTH_A_THREAD, |_, dir| dir.probe());
@@ -112,6 +132,13 @@ impl Chain {
                         Probe::Nothing => {}
                     }
                 }
+            }
+            Found::Archived(archived) => {
+                found.reserve(archived.snapshots.len());
+                for images in archived.snapshots {
+                    found.enter(images);
+                }
+                unfinished = archived.unfinished;
             }
         }
         if found.snapshots.is_empty() {

@@ -1,10 +1,11 @@
 //! `imgfs check`: the defects of a chain.
 
-use std::{io::Write, path::PathBuf};
+use std::io::Write;
 
 use serde_json::json;
 
-use crate::chain::{Chain, Finding, Severity, check};
+use super::source::Source;
+use crate::chain::{Finding, Severity, check};
 
 /// Check a chain for defects.
 ///
@@ -15,8 +16,8 @@ use crate::chain::{Chain, Finding, Severity, check};
 /// with directory, memory and address. The exit status is 1 if any finding is an error.
 #[derive(Debug, clap::Args)]
 pub struct CheckArgs {
-    /// An image directory, or a directory of image directories
-    chain: PathBuf,
+    #[command(flatten)]
+    source: Source,
     /// Print JSON instead of lines
     #[arg(long)]
     json: bool,
@@ -27,7 +28,7 @@ pub struct CheckArgs {
 /// # Errors
 /// A path without images; a failed write of the output.
 pub fn run(args: &CheckArgs, out: &mut dyn Write) -> anyhow::Result<bool> {
-    let chain = Chain::open(&args.chain)?;
+    let chain = args.source.open()?;
     let findings = check(&chain)?;
     let errors = findings.iter().filter(|finding| finding.severity == Severity::Error).count();
     if args.json {

@@ -1,11 +1,12 @@
 //! `imgfs diff`: which pages differ between two snapshots.
 
-use std::{io::Write, path::PathBuf};
+use std::io::Write;
 
 use serde_json::json;
 
+use super::source::Source;
 use crate::{
-    chain::{Chain, MemoryDiff, diff},
+    chain::{MemoryDiff, diff},
     units::PageIndex,
 };
 
@@ -16,8 +17,8 @@ use crate::{
 /// diff(1), the exit status is 0 if nothing differs, 1 if a page differs, and 2 on failure.
 #[derive(Debug, clap::Args)]
 pub struct DiffArgs {
-    /// An image directory, or a directory of image directories
-    chain: PathBuf,
+    #[command(flatten)]
+    source: Source,
     /// The name of one snapshot
     a: String,
     /// The name of the other
@@ -35,7 +36,7 @@ pub struct DiffArgs {
 /// # Errors
 /// A path without images; missing snapshots; broken chains; a failed write of the output.
 pub fn run(args: &DiffArgs, out: &mut dyn Write) -> anyhow::Result<bool> {
-    let chain = Chain::open(&args.chain)?;
+    let chain = args.source.open()?;
     let (a, b) = (chain.choose(Some(&args.a))?, chain.choose(Some(&args.b))?);
     let diffs = diff(&chain, a, b)?;
     let pages: u64 = diffs.iter().map(MemoryDiff::pages).sum();

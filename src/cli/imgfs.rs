@@ -9,7 +9,8 @@ use super::{Common, answer, check, diff, exit, flatten, list, look, mount};
 /// Look into chains of image directories
 ///
 /// A chain is an image directory and those that its parent links lead to, or a
-/// directory of image directories, as CRIU and rcriu write them.
+/// directory of image directories, as CRIU and rcriu write them; or an archive of
+/// these, as Podman and CRI-O export it.
 #[derive(Debug, Parser)]
 #[command(name = "imgfs", version, arg_required_else_help = true)]
 pub struct Imgfs {

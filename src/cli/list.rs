@@ -1,13 +1,16 @@
 //! `imgfs ls`: the snapshots of a chain.
 
-use std::{io::Write, path::PathBuf, time::SystemTime};
+use std::{io::Write, time::SystemTime};
 
 use anyhow::Context as _;
 use indicatif::BinaryBytes;
 use jiff::{Timestamp, Zoned};
 use serde_json::{Value, json};
 
-use super::table::{Align, Table};
+use super::{
+    source::Source,
+    table::{Align, Table},
+};
 use crate::{
     chain::{Chain, DuplicateCounts, PageCounts, Snapshot, SnapshotId, Summary, duplicates},
     units::page_bytes,
@@ -20,8 +23,8 @@ use crate::{
 /// and the size of the same memory in images without parents.
 #[derive(Debug, clap::Args)]
 pub struct ListArgs {
-    /// An image directory, or a directory of image directories
-    chain: PathBuf,
+    #[command(flatten)]
+    source: Source,
     /// Count pages that are stored more than once, instead
     ///
     /// Reads all stored pages. For every snapshot: how many pages its files hold, how many
@@ -46,7 +49,7 @@ const TEXT_COLUMNS: usize = 3;
 /// # Errors
 /// A place without images, and what keeps the output from being written.
 pub fn run(args: &ListArgs, out: &mut dyn Write) -> anyhow::Result<bool> {
-    let chain = Chain::open(&args.chain)?;
+    let chain = args.source.open()?;
     if args.duplicates {
         return list_duplicates(&chain, args.json, out).map(|()| true);
     }

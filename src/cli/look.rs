@@ -11,7 +11,10 @@ use anyhow::{Context as _, bail};
 use indicatif::BinaryBytes;
 use serde_json::{Value, json};
 
-use super::table::{Align, Table};
+use super::{
+    source::Source,
+    table::{Align, Table},
+};
 use crate::{
     chain::{Chain, Content, SnapshotId, Summary, read_at},
     view::{NodeType, View, extract},
@@ -20,8 +23,8 @@ use crate::{
 /// Which snapshot.
 #[derive(Debug, clap::Args)]
 pub struct Which {
-    /// An image directory, or a directory of image directories
-    chain: PathBuf,
+    #[command(flatten)]
+    source: Source,
     /// The snapshot [default: the only one without children]
     #[arg(long, value_name = "NAME")]
     snapshot: Option<String>,
@@ -33,7 +36,7 @@ impl Which {
     /// # Errors
     /// A place without images, and a name that no snapshot has.
     pub(super) fn open(&self) -> anyhow::Result<(Chain, SnapshotId)> {
-        let chain = Chain::open(&self.chain)?;
+        let chain = self.source.open()?;
         let tip = chain.choose(self.snapshot.as_deref())?;
         Ok((chain, tip))
     }

@@ -15,6 +15,7 @@ mod look;
 pub mod mount;
 pub mod rcriu;
 pub mod show;
+mod source;
 mod table;
 mod task;
 

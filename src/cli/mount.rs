@@ -18,6 +18,7 @@ use super::{
     Common, exit, log_sink,
     look::print_json,
     report,
+    source::{Source, absolute},
     table::{Align, Table},
 };
 use crate::{
@@ -39,8 +40,8 @@ use crate::{
 /// unmounted.
 #[derive(Args, Debug)]
 pub struct MountArgs {
-    /// An image directory, or a directory of image directories
-    chain: PathBuf,
+    #[command(flatten)]
+    source: Source,
     /// An existing directory that holds none of the images
     mountpoint: PathBuf,
     /// The snapshot to show [default: the only one without children]
@@ -103,7 +104,8 @@ pub struct MountArgs {
     /// Mount options, as in mount(8) and fstab(5)
     ///
     /// allow_other, compose=WHEN, compose_dir=DIR, foreground, log_file=FILE,
-    /// mapped_files=WHO, punch[=WHEN], snapshot=NAME and threads=N are the options above. ro is the default. Options for
+    /// mapped_files=WHO, previous=ARCHIVE, punch[=WHEN], snapshot=NAME and threads=N
+    /// are the options above. ro is the default. Options for
     /// other programs, such as noauto or x-systemd.requires=..., are ignored.
     #[arg(short = 'o', value_name = "OPT,...")]
     options: Vec<String>,
@@ -294,6 +296,7 @@ impl MountArgs {
                     self.compose = when.map_err(failed)?;
                 }
                 ("compose_dir", Some(value)) => self.compose_dir = Some(value.into()),
+                ("previous", Some(value)) => self.source.add_previous(value.into()),
                 ("snapshot", Some(value)) => self.snapshot = Some(value.to_owned()),
                 ("threads", Some(value)) => {
                     let threads = value.parse().with_context(|| format!("mount option {option}"));
@@ -321,11 +324,10 @@ impl MountArgs {
     fn detach(mut self, common: Common) -> anyhow::Result<u8> {
         // The daemon leaves this directory.
         let optional = [self.log_file.as_mut(), self.compose_dir.as_mut()];
-        let paths = [&mut self.chain, &mut self.mountpoint].into_iter();
-        for path in paths.chain(optional.into_iter().flatten()) {
-            *path = std::path::absolute(&*path)
-                .with_context(|| format!("find {} from the root", path.display()))?;
-        }
+        self.source.make_absolute()?;
+        std::iter::once(&mut self.mountpoint)
+            .chain(optional.into_iter().flatten())
+            .try_for_each(absolute)?;
         let foreground = match daemon::detach().context("start a process in the background")? {
             Detached::Background(background) => {
                 return self.serve(Some(background), common).map(|()| exit::OK);
@@ -343,8 +345,12 @@ impl MountArgs {
     /// Mounts, tells the foreground process to return, and serves until the mount is gone.
     fn serve(self, background: Option<Background>, common: Common) -> anyhow::Result<()> {
         log_sink::start(self.foreground, self.log_file.as_deref(), common.log_level())?;
-        let chain = Arc::new(Chain::open(&self.chain)?);
+        let chain = Arc::new(self.source.open()?);
         let tip = chain.choose(self.snapshot.as_deref())?;
+        if self.punch.is_some() {
+            // Says so if they are in an archive.
+            chain.directory(tip)?;
+        }
         // The lock keeps other programs from freeing pages of the chain, which would
         // invalidate our indexes. A mount that frees pages locks the chain exclusively.
         let access = if self.punch.is_some() { Access::Exclusive } else { Access::Shared };
@@ -366,7 +372,7 @@ impl MountArgs {
         {
             tell(log::Level::Warn, &warning);
         }
-        warn_of_damage(&chain, tip, &self.chain, &self.mountpoint);
+        warn_of_damage(&chain, tip, self.source.path(), &self.mountpoint);
         let view = Arc::new(trust.apply(View::new(chain, tip)));
         let mut options = MountOptions {
             allow_other: self.allow_other,
@@ -386,7 +392,7 @@ impl MountArgs {
         {
             bail!("--compose-dir {}: not a directory", dir.display());
         }
-        let session = Session::mount(view, &self.chain, &self.mountpoint, &options)?;
+        let session = Session::mount(view, self.source.path(), &self.mountpoint, &options)?;
         if let Some(background) = background {
             background.ready().context("let go of the terminal")?;
         }

@@ -47,7 +47,8 @@ fn errno(error: &ViewError) -> Errno {
 
 fn chain_errno(error: &ChainError) -> Errno {
     match error {
-        ChainError::Directory { source, .. }
+        ChainError::Archive { source, .. }
+        | ChainError::Directory { source, .. }
         | ChainError::Open { source, .. }
         | ChainError::Read { source, .. }
         | ChainError::Free { source, .. } => io_errno(source),

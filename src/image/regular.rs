@@ -43,7 +43,7 @@ fn open_with(path: &Path, options: &mut OpenOptions, flags: OFlag) -> io::Result
     let flags = flags | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
     let file = options.custom_flags(flags.bits()).open(path).map_err(|error| {
         if error.raw_os_error() == Some(libc::ELOOP) && path.is_symlink() {
-            not_regular(libc::S_IFLNK)
+            not_regular("a symbolic link")
         } else {
             error
         }
@@ -53,12 +53,12 @@ fn open_with(path: &Path, options: &mut OpenOptions, flags: OFlag) -> io::Result
     if stat.st_mode & libc::S_IFMT == libc::S_IFREG {
         Ok((file, stat))
     } else {
-        Err(not_regular(stat.st_mode))
+        Err(not_regular(type_name(stat.st_mode).unwrap_or("a regular file")))
     }
 }
 
-fn not_regular(mode: u32) -> io::Error {
-    let name = type_name(mode).unwrap_or("a regular file");
+/// Returns the error of opening what is `name`, such as a directory.
+pub(super) fn not_regular(name: &str) -> io::Error {
     let problem = format!("it is {name}, and not a regular file");
     io::Error::new(io::ErrorKind::InvalidInput, problem)
 }

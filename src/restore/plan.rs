@@ -9,6 +9,7 @@ use crate::{
     chain::{Chain, ChainError, Content, MemoryBytes, SnapshotId},
     image::{
         Directory, Kind, MemoryId, Store, proto,
+        store::NO_DIRECTORY,
         tree::{self, Arena, Arenas, Births, Kin, place},
     },
     res::{
@@ -139,8 +140,11 @@ impl Plan {
     ) -> Result<Self> {
         let mut lock =
             |dir: &Path| locks.as_mut().map_or(Ok(()), |(locks, access)| locks.take(dir, *access));
-        lock(dir)?;
         let problem = |problem: String| StepError::Directory { path: dir.to_owned(), problem };
+        if dir.is_file() {
+            return Err(problem(NO_DIRECTORY.into()).into());
+        }
+        lock(dir)?;
         if !dir.join(Kind::Inventory.file_name(0)).exists() {
             let what =
                 "it has no inventory.img, so it is not a complete dump\nhelp: name one with -D";

@@ -27,6 +27,10 @@ use crate::{
 const OTHERS_WRITE: u32 = 0o002;
 const GROUP_WRITES: u32 = 0o020;
 
+/// What is wrong with a directory that a link called `parent` leads to.
+pub(super) const NO_INVENTORY: &str =
+    "that directory has no inventory.img, so it is no image directory";
+
 /// An image directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Directory {
@@ -70,30 +74,6 @@ pub enum Probe {
     Unfinished,
     /// No images.
     Nothing,
-}
-
-/// What is found at a path.
-#[derive(Debug)]
-pub enum Found {
-    /// A snapshot.
-    Snapshot(Store),
-    /// Directories, of which each may be one.
-    Several(Vec<Directory>),
-}
-
-/// Finds the images at `path`: those of one snapshot, or of several side by side.
-///
-/// # Errors
-/// What keeps the directory from being read; [`io::ErrorKind::NotADirectory`].
-pub fn find(path: &Path) -> io::Result<Found> {
-    let root = path.canonicalize()?;
-    if !root.is_dir() {
-        return Err(io::ErrorKind::NotADirectory.into());
-    }
-    if has_inventory(&root) {
-        return Ok(Found::Snapshot(Directory::at(root).shared()));
-    }
-    Ok(Found::Several(directories(&root)?.into_iter().map(Directory::at).collect()))
 }
 
 impl ImageStore for Directory {
@@ -141,15 +121,13 @@ impl ImageStore for Directory {
     }
 
     /// Goes by the owners of the directory and of its inventory, and by who else can write
-    /// there. A group that has the number of the directory's owner is taken for that user
-    /// alone.
+    /// there.
     fn owner(&self) -> Option<u32> {
         let meta = fs::symlink_metadata(&self.path).ok()?;
         let inventory = self.path.join(Kind::Inventory.file_name(0));
         let inventory = fs::symlink_metadata(inventory).ok()?;
-        let group = meta.mode() & GROUP_WRITES != 0 && meta.gid() != meta.uid();
-        let alone = meta.mode() & OTHERS_WRITE == 0 && !group && inventory.uid() == meta.uid();
-        alone.then(|| meta.uid())
+        let owner = sole_writer(meta.mode(), meta.uid(), meta.gid());
+        owner.filter(|owner| inventory.uid() == *owner)
     }
 
     fn directory(&self) -> Option<&Path> {
@@ -186,6 +164,14 @@ impl StoredFile for File {
     }
 }
 
+/// Returns the one user who can write to a file or directory of this mode and these owners;
+/// `None` if several can. A group that has the number of the owner is taken for that user
+/// alone.
+pub(super) fn sole_writer(mode: u32, uid: u32, gid: u32) -> Option<u32> {
+    let group = mode & GROUP_WRITES != 0 && gid != uid;
+    (mode & OTHERS_WRITE == 0 && !group).then_some(uid)
+}
+
 fn position(offset: u64) -> io::Result<i64> {
     i64::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput.into())
 }
@@ -206,10 +192,16 @@ pub(crate) fn has_inventory(dir: &Path) -> bool {
 fn has_images(dir: &Path) -> bool {
     let image = |entry: io::Result<fs::DirEntry>| {
         let name = entry.ok()?.file_name();
-        let (desc, _) = desc::by_file_name(name.to_str()?)?;
-        Some(matches!(desc.kind, Kind::Pagemap | Kind::ShmemPagemap | Kind::Core))
+        Some(is_early_image(name.to_str()?))
     };
     fs::read_dir(dir).is_ok_and(|mut entries| entries.any(|entry| image(entry) == Some(true)))
+}
+
+/// Whether a file of this name is an image of those that a dump writes first.
+pub(super) fn is_early_image(name: &str) -> bool {
+    desc::by_file_name(name).is_some_and(|(desc, _)| {
+        matches!(desc.kind, Kind::Pagemap | Kind::ShmemPagemap | Kind::Core)
+    })
 }
 
 /// Returns the directories in a directory, and those that links in it lead to.
@@ -251,9 +243,7 @@ fn parent_dir(dir: &Path) -> Result<Option<PathBuf>, BrokenLink> {
     let beside = sibling(dir, &target).filter(is_directory);
     match beside.map_or_else(|| link.canonicalize(), Ok) {
         Ok(parent) if has_inventory(&parent) => Ok(Some(parent)),
-        Ok(parent) if parent.is_dir() => {
-            Err(broken(&target, "that directory has no inventory.img, so it is no image directory"))
-        }
+        Ok(parent) if parent.is_dir() => Err(broken(&target, NO_INVENTORY)),
         Ok(_) => Err(broken(&target, "that is not a directory")),
         Err(error) => Err(broken(&target, &error.to_string())),
     }

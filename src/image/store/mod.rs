@@ -1,12 +1,13 @@
 //! Where the images of a snapshot are.
 //!
 //! Readers ask an [`ImageStore`] for images by kind and number, and never for a path or a
-//! descriptor. The first store is the [`Directory`]. Others to come are an archive that is
-//! read in place, an object store, from which bytes are requested by offset and length, and
-//! a stream that is written once and in order. What only a directory can do is asked for
+//! descriptor. Such a store is a [`Directory`], or an archive that is read in place. Others to
+//! come are an object store, from which bytes are requested by offset and length, and a
+//! stream that is written once and in order. What only a directory can do is asked for
 //! by name ([`ImageStore::directory`], [`StoredFile::file`]); callers then fall back, or
 //! refuse.
 
+mod archive;
 mod directory;
 #[cfg(test)]
 pub(crate) mod memory;
@@ -25,7 +26,8 @@ use std::{
     sync::Arc,
 };
 
-pub use directory::{Directory, Found, Probe, find};
+pub use archive::{ArchiveError, Archived};
+pub use directory::{Directory, Probe};
 pub(crate) use directory::{directories, has_inventory};
 pub use snapshot::{DirectoryWriter, PARENT_LINK};
 pub use stat::Stat;
@@ -35,6 +37,63 @@ pub(super) use directory::open_file;
 
 /// A store that several hold.
 pub type Store = Arc<dyn ImageStore>;
+
+/// What is found at a path.
+#[derive(Debug)]
+pub enum Found {
+    /// A snapshot.
+    Snapshot(Store),
+    /// Directories, of which each may be one.
+    Several(Vec<Directory>),
+    /// Snapshots in an archive.
+    Archived(Archived),
+}
+
+/// How images are looked for that need not be in directories.
+#[derive(Debug, Default)]
+pub struct Opening {
+    /// Archives with snapshots that those of an archive have as their parents.
+    pub previous: Vec<PathBuf>,
+}
+
+/// What is wrong with an archive where only a directory will do.
+pub const NO_DIRECTORY: &str =
+    "it is not a directory\nhelp: an archive has to be mounted: imgfs mount ARCHIVE DIR";
+
+/// Finds the images at `path`, a directory: those of one snapshot, or of several side by side.
+///
+/// # Errors
+/// What keeps the directory from being read; [`io::ErrorKind::NotADirectory`].
+pub fn find(path: &Path) -> io::Result<Found> {
+    let root = path.canonicalize()?;
+    if !root.is_dir() {
+        return Err(io::Error::new(io::ErrorKind::NotADirectory, NO_DIRECTORY));
+    }
+    find_in_directory(root)
+}
+
+/// Finds the images at `path`: a directory as for [`find`], or an archive.
+///
+/// # Errors
+/// What keeps the place from being read; [`ArchiveError`], as the source of an error.
+pub fn find_anywhere(path: &Path, opening: &Opening) -> io::Result<Found> {
+    let root = path.canonicalize()?;
+    if !root.is_dir() {
+        return archive::find(&root, opening).map(Found::Archived);
+    }
+    if !opening.previous.is_empty() {
+        let problem = "only an archive takes snapshots from other archives (--previous)";
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, problem));
+    }
+    find_in_directory(root)
+}
+
+fn find_in_directory(root: PathBuf) -> io::Result<Found> {
+    if has_inventory(&root) {
+        return Ok(Found::Snapshot(Directory::at(root).shared()));
+    }
+    Ok(Found::Several(directories(&root)?.into_iter().map(Directory::at).collect()))
+}
 
 /// The files of one snapshot, by their names.
 ///
@@ -140,9 +199,16 @@ pub trait StoredFile: fmt::Debug + Send + Sync {
         })
     }
 
-    /// Returns the file of this machine that this is, for what only those can: to be mapped,
-    /// passed through FUSE, or copied within the kernel.
+    /// Returns the file of this machine that this is, for what only those can: to be passed
+    /// through FUSE.
     fn file(&self) -> Option<&File>;
+
+    /// Returns the file of this machine in which this lies in a row, and where it begins
+    /// there, for what works with a part of a file, too: to be mapped, or copied within the
+    /// kernel.
+    fn within(&self) -> Option<(&File, u64)> {
+        self.file().map(|file| (file, 0))
+    }
 }
 
 /// What is sought in a file.

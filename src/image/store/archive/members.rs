@@ -1,0 +1,556 @@
+//! The members of a tar archive, by directory: read once, without their bytes.
+//!
+//! Headers are taken apart by the crate `tar`, which reads archives as streams. Here only
+//! headers are read, at any place, so that members can be read in place later; and every
+//! length and name in them is distrusted.
+
+use std::{
+    collections::BTreeMap,
+    str,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use tar::{EntryType, GnuSparseHeader, Header, PaxExtensions};
+
+use super::{
+    ArchiveError,
+    error::Result,
+    slice::{Body, Extent, read_full},
+};
+use crate::image::{PARENT_LINK, desc, store::StoredFile};
+
+/// Bytes in a block of a tar archive.
+pub(super) const BLOCK: u64 = 512;
+
+/// The longest name that is read: as long as a path can be (`PATH_MAX`, `linux/limits.h`).
+const NAME_BYTES: u64 = 4096;
+
+/// The longest block of pax records that is read. Extended attributes are in them, too.
+const PAX_BYTES: u64 = 1 << 20;
+
+/// The longest map of a sparse member in its data (GNU sparse format 1.0).
+const MAP_BYTES: u64 = 64 << 20;
+
+/// How many members an archive may have: chains of 10,000 snapshots have fewer.
+const MEMBERS: usize = 1 << 20;
+
+/// How many extents all sparse members of an archive may have together.
+const EXTENTS: usize = 1 << 22;
+
+/// A file in an archive.
+#[derive(Clone, Debug)]
+pub(super) struct Member {
+    pub(super) body: Body,
+    pub(super) modified: SystemTime,
+}
+
+/// What is in a directory of an archive.
+#[derive(Clone, Debug)]
+pub(super) enum Node {
+    File(Member),
+    Folder,
+    /// A symbolic link, and where it leads.
+    Link(String),
+}
+
+/// A directory of an archive.
+pub(super) type Folder = BTreeMap<String, Node>;
+
+/// All directories of an archive by their paths; the root has an empty one.
+#[derive(Debug)]
+pub(super) struct Members {
+    folders: BTreeMap<String, Folder>,
+    members: usize,
+    extents: usize,
+}
+
+/// What the headers before a member's own say of it.
+#[derive(Default)]
+struct Extra {
+    path: Option<Vec<u8>>,
+    link: Option<Vec<u8>>,
+    size: Option<u64>,
+    modified: Option<Duration>,
+    sparse_major: Option<u64>,
+    sparse_minor: Option<u64>,
+    sparse_size: Option<u64>,
+    sparse_name: Option<Vec<u8>>,
+    /// A map in the pax records themselves, as GNU tar once wrote it.
+    sparse_inline: bool,
+}
+
+impl Members {
+    /// Reads all headers of an archive.
+    ///
+    /// # Errors
+    /// Whatever a checkpoint's archive does not have.
+    pub(super) fn read(archive: &dyn StoredFile) -> Result<Self> {
+        let failed = |source| ArchiveError::Read { offset: 0, source };
+        let end = archive.stat().map_err(failed)?.len;
+        let mut members = Self {
+            folders: BTreeMap::from([(String::new(), Folder::new())]),
+            members: 0,
+            extents: 0,
+        };
+        let mut extra = Extra::default();
+        let mut at = 0;
+        loop {
+            let Some(header) = header(archive, at, end)? else { return Ok(members) };
+            let bad = |problem| ArchiveError::Header { offset: at, problem };
+            let kind = header.entry_type();
+            let is_meta = kind.is_gnu_longname()
+                || kind.is_gnu_longlink()
+                || kind.is_pax_local_extensions()
+                || kind.is_pax_global_extensions();
+            let mut size = header.entry_size().map_err(|_| bad("its size is no number"))?;
+            if let Some(larger) = extra.size.filter(|_| !is_meta) {
+                size = larger;
+            }
+            // Links and directories may say how long a file is that does not follow.
+            if kind.is_hard_link() || kind.is_symlink() || kind.is_dir() {
+                size = 0;
+            }
+            let data = at + BLOCK;
+            let next = size
+                .checked_next_multiple_of(BLOCK)
+                .and_then(|padded| data.checked_add(padded))
+                .ok_or_else(|| bad("its size is beyond all files"))?;
+            if is_meta {
+                let limit = if kind.is_gnu_longname() || kind.is_gnu_longlink() {
+                    NAME_BYTES + 1
+                } else {
+                    PAX_BYTES
+                };
+                if size > limit {
+                    return Err(bad("a name or the records before a member are too long"));
+                }
+                let bytes = bytes_at(archive, data, size, end)?;
+                extra.take(kind, bytes).map_err(bad)?;
+                at = next;
+                continue;
+            }
+            let entry = Entry { header: &header, at, data, size, archive, end };
+            at = members.enter(&entry, std::mem::take(&mut extra))?.unwrap_or(next);
+        }
+    }
+
+    /// Returns a directory.
+    pub(super) fn folder(&self, path: &str) -> Option<&Folder> {
+        self.folders.get(path)
+    }
+
+    /// Returns all directories by their paths.
+    pub(super) fn folders(&self) -> impl Iterator<Item = (&str, &Folder)> {
+        self.folders.iter().map(|(path, folder)| (path.as_str(), folder))
+    }
+
+    /// Enters a member, and returns where the next header is if its size does not say so.
+    fn enter(&mut self, entry: &Entry, extra: Extra) -> Result<Option<u64>> {
+        self.members += 1;
+        if self.members > MEMBERS {
+            return Err(ArchiveError::TooMany { what: "members", limit: MEMBERS });
+        }
+        let name = extra.sparse_name.as_deref().or(extra.path.as_deref());
+        let name = name.map_or_else(|| entry.header.path_bytes().into_owned(), <[u8]>::to_owned);
+        let kind = entry.header.entry_type();
+        let is_folder = kind.is_dir() || is_file(kind) && name.ends_with(b"/");
+        let shown = || String::from_utf8_lossy(&name).into_owned();
+        let bad = |problem| ArchiveError::Name { member: shown(), offset: entry.at, problem };
+        let Ok(path) = str::from_utf8(&name) else {
+            // No image has such a name, and no directory of images needs one.
+            return Err(bad("its name is not UTF-8"));
+        };
+        let parts = parts(path).map_err(bad)?;
+        if is_folder {
+            self.make_folders(&parts, entry.at)?;
+            return Ok(None);
+        }
+        let Some((last, above)) = parts.split_last() else {
+            return Err(bad("it has no name"));
+        };
+        let (node, next) = self.node(entry, &extra, &shown(), above, last)?;
+        self.make_folders(above, entry.at)?;
+        let folder = self.folders.entry(above.join("/")).or_default();
+        if folder.insert((*last).to_owned(), node).is_some() {
+            return Err(ArchiveError::Twice { member: shown(), offset: entry.at });
+        }
+        Ok(next)
+    }
+
+    fn make_folders(&mut self, parts: &[&str], offset: u64) -> Result<()> {
+        let mut above = String::new();
+        for part in parts {
+            let folder = self.folders.entry(above.clone()).or_default();
+            let node = folder.entry((*part).to_owned()).or_insert(Node::Folder);
+            if !above.is_empty() {
+                above.push('/');
+            }
+            above.push_str(part);
+            if !matches!(node, Node::Folder) {
+                return Err(ArchiveError::Twice { member: above, offset });
+            }
+            if !self.folders.contains_key(&above) {
+                self.folders.insert(above.clone(), Folder::new());
+            }
+        }
+        Ok(())
+    }
+
+    fn node(
+        &mut self,
+        entry: &Entry,
+        extra: &Extra,
+        name: &str,
+        above: &[&str],
+        last: &str,
+    ) -> Result<(Node, Option<u64>)> {
+        let kind = entry.header.entry_type();
+        let odd = |what: &str| ArchiveError::Type {
+            member: name.to_owned(),
+            offset: entry.at,
+            what: what.to_owned(),
+        };
+        let modified = extra
+            .modified
+            .unwrap_or_else(|| Duration::from_secs(entry.header.mtime().unwrap_or(0)));
+        let modified = UNIX_EPOCH.checked_add(modified).unwrap_or(UNIX_EPOCH);
+        if is_file(kind) {
+            if extra.sparse_inline {
+                let problem = "its map is of an old format\nhelp: make the archive with GNU tar";
+                return Err(ArchiveError::Sparse { member: name.to_owned(), problem });
+            }
+            let body = if extra.sparse_major.is_some() {
+                self.pax_map(entry, extra, name)?
+            } else {
+                entry.require(name, entry.data, entry.size)?;
+                Body::Dense { offset: entry.data, len: entry.size }
+            };
+            return Ok((Node::File(Member { body, modified }), None));
+        }
+        if kind.is_gnu_sparse() {
+            let (body, next) = self.gnu_map(entry, name)?;
+            return Ok((Node::File(Member { body, modified }), Some(next)));
+        }
+        if kind.is_symlink() {
+            let target = extra.link.clone();
+            let target = target.or_else(|| entry.header.link_name_bytes().map(Into::into));
+            let target = String::from_utf8(target.unwrap_or_default());
+            let target = target.map_err(|_| odd("a symbolic link whose target is not UTF-8"))?;
+            // What `parent` leads to may be in another archive.
+            if last != PARENT_LINK && resolve(above, &target).is_none() {
+                let what = format!("a symbolic link that leads out of the archive, to {target:?}");
+                return Err(odd(&what));
+            }
+            if last != PARENT_LINK && desc::by_file_name(last).is_some() {
+                return Err(odd("a symbolic link, and not an image"));
+            }
+            return Ok((Node::Link(target), None));
+        }
+        Err(match kind {
+            EntryType::Link => {
+                odd("a hard link, which is not followed\nhelp: make the archive with tar \
+                 --hard-dereference")
+            }
+            EntryType::Char | EntryType::Block => odd("a device, which is no part of a checkpoint"),
+            EntryType::Fifo => odd("a FIFO, which is no part of a checkpoint"),
+            _ => odd("of a type that is not read"),
+        })
+    }
+
+    /// Reads the map of a sparse member as GNU tar writes it by itself.
+    fn gnu_map(&mut self, entry: &Entry, name: &str) -> Result<(Body, u64)> {
+        let bad = |problem| ArchiveError::Sparse { member: name.to_owned(), problem };
+        let header = entry.header.as_gnu().ok_or_else(|| bad("its header is not GNU tar's"))?;
+        let len = header.real_size().map_err(|_| bad("its length is no number"))?;
+        let mut map = Map::new(len, entry.size);
+        map.take(&header.sparse, name)?;
+        let (mut more, mut data) = (header.is_extended(), entry.data);
+        while more {
+            let mut block = tar::GnuExtSparseHeader::new();
+            let bytes = bytes_at(entry.archive, data, BLOCK, entry.end)?;
+            block.as_mut_bytes().copy_from_slice(&bytes);
+            self.count_extents(block.sparse.len())?;
+            map.take(&block.sparse, name)?;
+            more = block.is_extended();
+            data += BLOCK;
+        }
+        let padded = entry.size.checked_next_multiple_of(BLOCK);
+        let next = padded.and_then(|padded| data.checked_add(padded));
+        let next = next.ok_or_else(|| bad("its size is beyond all files"))?;
+        entry.require(name, data, entry.size)?;
+        Ok((map.body(data, name)?, next))
+    }
+
+    /// Reads the map of a sparse member from its data (GNU sparse format 1.0).
+    fn pax_map(&mut self, entry: &Entry, extra: &Extra, name: &str) -> Result<Body> {
+        let bad = |problem| ArchiveError::Sparse { member: name.to_owned(), problem };
+        if (extra.sparse_major, extra.sparse_minor) != (Some(1), Some(0)) {
+            return Err(bad("its map is of an unknown version; expected 1.0"));
+        }
+        let len = extra.sparse_size.ok_or_else(|| bad("its length is missing"))?;
+        entry.require(name, entry.data, entry.size)?;
+        let mut numbers = Numbers { entry, at: 0, block: Vec::new() };
+        let count = numbers.next().map_err(bad)?;
+        let mut found = Vec::new();
+        for _ in 0..count {
+            self.count_extents(1)?;
+            found.push((numbers.next().map_err(bad)?, numbers.next().map_err(bad)?));
+        }
+        let head = numbers.at.next_multiple_of(BLOCK);
+        let stored = entry.size.checked_sub(head).ok_or_else(|| bad("its map has no end"))?;
+        let mut map = Map::new(len, stored);
+        for (start, len) in found {
+            map.push(start, len, name)?;
+        }
+        map.body(entry.data + head, name)
+    }
+
+    fn count_extents(&mut self, count: usize) -> Result<()> {
+        self.extents += count;
+        if self.extents > EXTENTS {
+            return Err(ArchiveError::TooMany { what: "extents of sparse files", limit: EXTENTS });
+        }
+        Ok(())
+    }
+}
+
+fn is_file(kind: EntryType) -> bool {
+    matches!(kind, EntryType::Regular | EntryType::Continuous)
+}
+
+/// A member's header, and where it is.
+struct Entry<'a> {
+    header: &'a Header,
+    at: u64,
+    /// Where its data begins, and how long it is.
+    data: u64,
+    size: u64,
+    archive: &'a dyn StoredFile,
+    /// Where the archive ends.
+    end: u64,
+}
+
+impl Entry<'_> {
+    /// Checks that the archive has `len` bytes at `offset`.
+    fn require(&self, member: &str, offset: u64, len: u64) -> Result<()> {
+        let wanted = offset.saturating_add(len);
+        if wanted <= self.end {
+            return Ok(());
+        }
+        Err(ArchiveError::CutShort { member: member.to_owned(), wanted, end: self.end })
+    }
+}
+
+/// Reads the header at `at`; none is the end of the archive.
+fn header(archive: &dyn StoredFile, at: u64, end: u64) -> Result<Option<Header>> {
+    let whole = at.checked_add(BLOCK).is_some_and(|next| next <= end);
+    if !whole {
+        return Err(ArchiveError::NoEnd { offset: at });
+    }
+    let mut header = Header::new_old();
+    let bytes = bytes_at(archive, at, BLOCK, end)?;
+    if bytes.iter().all(|byte| *byte == 0) {
+        return Ok(None);
+    }
+    header.as_mut_bytes().copy_from_slice(&bytes);
+    if !has_checksum(&header) {
+        let problem = "its checksum is wrong";
+        return Err(ArchiveError::Header { offset: at, problem });
+    }
+    Ok(Some(header))
+}
+
+/// Whether a header has the checksum that it claims: the sum of its bytes, where those of
+/// the checksum itself count as spaces.
+pub(super) fn has_checksum(header: &Header) -> bool {
+    const CHECKSUM: std::ops::Range<usize> = 148..156;
+    let byte =
+        |(at, byte): (usize, &u8)| u32::from(if CHECKSUM.contains(&at) { b' ' } else { *byte });
+    let sum = header.as_bytes().iter().enumerate().map(byte).sum::<u32>();
+    header.cksum().is_ok_and(|claimed| claimed == sum)
+}
+
+fn bytes_at(archive: &dyn StoredFile, offset: u64, len: u64, end: u64) -> Result<Vec<u8>> {
+    let mut bytes = vec![0; usize::try_from(len).expect("limited by the caller")];
+    let read = read_full(archive, &mut bytes, offset)
+        .map_err(|source| ArchiveError::Read { offset, source })?;
+    if read < bytes.len() {
+        let member = "a header".to_owned();
+        return Err(ArchiveError::CutShort { member, wanted: offset.saturating_add(len), end });
+    }
+    Ok(bytes)
+}
+
+impl Extra {
+    fn take(&mut self, kind: EntryType, mut bytes: Vec<u8>) -> Result<(), &'static str> {
+        if kind.is_gnu_longname() || kind.is_gnu_longlink() {
+            let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
+            bytes.truncate(end);
+            let field = if kind.is_gnu_longname() { &mut self.path } else { &mut self.link };
+            *field = Some(bytes);
+            return Ok(());
+        }
+        if kind.is_pax_global_extensions() {
+            // Comments, such as the commit that `git archive` was asked for.
+            return Ok(());
+        }
+        for record in PaxExtensions::new(&bytes) {
+            let record = record.map_err(|_| "the pax records before a member are malformed")?;
+            let value = record.value_bytes();
+            let number = || {
+                let digits = str::from_utf8(value).ok();
+                digits.and_then(|digits| digits.parse().ok()).ok_or("a pax record is no number")
+            };
+            match record.key_bytes() {
+                b"path" => self.path = Some(value.to_owned()),
+                b"linkpath" => self.link = Some(value.to_owned()),
+                b"size" => self.size = Some(number()?),
+                b"mtime" => self.modified = seconds(value),
+                b"GNU.sparse.major" => self.sparse_major = Some(number()?),
+                b"GNU.sparse.minor" => self.sparse_minor = Some(number()?),
+                b"GNU.sparse.realsize" => self.sparse_size = Some(number()?),
+                b"GNU.sparse.name" => self.sparse_name = Some(value.to_owned()),
+                b"GNU.sparse.map" | b"GNU.sparse.numblocks" => self.sparse_inline = true,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Reads a time of pax: seconds since 1970 with a fraction. One before that is `None`.
+fn seconds(value: &[u8]) -> Option<Duration> {
+    let seconds: f64 = str::from_utf8(value).ok()?.parse().ok()?;
+    Duration::try_from_secs_f64(seconds).ok()
+}
+
+/// Takes a name of an archive apart.
+fn parts(name: &str) -> Result<Vec<&str>, &'static str> {
+    if name.starts_with('/') {
+        return Err("its name is absolute");
+    }
+    if name.len() as u64 > NAME_BYTES {
+        return Err("its name is too long");
+    }
+    if name.contains('\0') {
+        return Err("its name has a zero byte");
+    }
+    let parts = name.split('/').filter(|part| !part.is_empty() && *part != ".");
+    let parts: Vec<&str> = parts.collect();
+    if parts.contains(&"..") {
+        return Err("its name has \"..\" in it");
+    }
+    Ok(parts)
+}
+
+/// Returns the path in the archive that a link in the directory `above` leads to; `None` if
+/// it leads out of the archive.
+pub(super) fn resolve(above: &[&str], target: &str) -> Option<String> {
+    if target.starts_with('/') || target.is_empty() {
+        return None;
+    }
+    let mut path = above.to_vec();
+    for part in target.split('/').filter(|part| !part.is_empty() && *part != ".") {
+        if part == ".." {
+            path.pop()?;
+        } else {
+            path.push(part);
+        }
+    }
+    Some(path.join("/"))
+}
+
+/// The map of a sparse member while it is read.
+struct Map {
+    len: u64,
+    stored: u64,
+    extents: Vec<(u64, u64)>,
+    end: u64,
+    sum: u64,
+}
+
+impl Map {
+    fn new(len: u64, stored: u64) -> Self {
+        Self { len, stored, extents: Vec::new(), end: 0, sum: 0 }
+    }
+
+    fn take(&mut self, headers: &[GnuSparseHeader], name: &str) -> Result<()> {
+        for header in headers.iter().take_while(|header| !header.is_empty()) {
+            let bad = |problem| ArchiveError::Sparse { member: name.to_owned(), problem };
+            let start = header.offset().map_err(|_| bad("an offset is no number"))?;
+            let len = header.length().map_err(|_| bad("a length is no number"))?;
+            self.push(start, len, name)?;
+        }
+        Ok(())
+    }
+
+    fn push(&mut self, start: u64, len: u64, name: &str) -> Result<()> {
+        let bad = |problem| ArchiveError::Sparse { member: name.to_owned(), problem };
+        let end = start.checked_add(len).filter(|end| *end <= self.len);
+        let end = end.ok_or_else(|| bad("data lies behind its end"))?;
+        if start < self.end {
+            return Err(bad("its data is not in order"));
+        }
+        self.end = end;
+        // Both are bounded by the member's length.
+        self.sum += len;
+        if len > 0 {
+            self.extents.push((start, len));
+        }
+        Ok(())
+    }
+
+    fn body(self, mut offset: u64, name: &str) -> Result<Body> {
+        let bad = |problem| ArchiveError::Sparse { member: name.to_owned(), problem };
+        if i64::try_from(self.len).is_err() {
+            return Err(bad("it is longer than files can be"));
+        }
+        if self.sum != self.stored {
+            return Err(bad("its map names more or fewer bytes than are stored"));
+        }
+        let extent = |(start, len)| {
+            let extent = Extent { start, len, offset };
+            offset += len;
+            extent
+        };
+        Ok(Body::Sparse { len: self.len, extents: self.extents.into_iter().map(extent).collect() })
+    }
+}
+
+/// Decimal numbers, each on a line of its own, at the beginning of a member.
+struct Numbers<'a> {
+    entry: &'a Entry<'a>,
+    at: u64,
+    block: Vec<u8>,
+}
+
+impl Numbers<'_> {
+    fn next(&mut self) -> Result<u64, &'static str> {
+        let mut number: Option<u64> = None;
+        loop {
+            match self.byte()? {
+                b'\n' => return number.ok_or("its map is no list of numbers"),
+                digit @ b'0'..=b'9' => {
+                    let value = number.unwrap_or(0).checked_mul(10);
+                    let value = value.and_then(|value| value.checked_add(u64::from(digit - b'0')));
+                    number = Some(value.ok_or("a number in its map is too large")?);
+                }
+                _ => return Err("its map is no list of numbers"),
+            }
+        }
+    }
+
+    fn byte(&mut self) -> Result<u8, &'static str> {
+        let inside = usize::try_from(self.at % BLOCK).expect("below a block");
+        if inside == 0 {
+            if self.at >= MAP_BYTES.min(self.entry.size) {
+                return Err("its map has no end");
+            }
+            let offset = self.entry.data + self.at;
+            let block = bytes_at(self.entry.archive, offset, BLOCK, self.entry.end);
+            self.block = block.map_err(|_| "its map cannot be read")?;
+        }
+        self.at += 1;
+        Ok(self.block[inside])
+    }
+}

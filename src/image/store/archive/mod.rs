@@ -1,0 +1,299 @@
+//! Images in an archive, which is read in place.
+//!
+//! A checkpoint as container engines export it is a tar archive. Its headers are read once;
+//! after that, each member is a stretch of the archive's file, and what maps, copies or reads
+//! a file of a directory does the same with that stretch. Nothing is unpacked, so that no
+//! name in an archive ever becomes a path.
+
+mod error;
+mod members;
+mod slice;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use nix::sys::stat::FileStat;
+
+pub use error::ArchiveError;
+use members::{Member, Members, Node};
+use slice::{Base, Slice};
+
+use super::{BrokenLink, ImageStore, Input, Opening, Stat, Store, StoredFile, directory};
+use crate::image::{Kind, PARENT_LINK, regular};
+
+/// The snapshots of an archive, and what is left in it of dumps that failed.
+#[derive(Debug)]
+pub struct Archived {
+    /// The snapshots.
+    pub snapshots: Vec<Store>,
+    /// What messages call directories with images but no inventory.
+    pub unfinished: Vec<PathBuf>,
+}
+
+/// Opens an archive, and those in which its snapshots may have their parents.
+///
+/// # Errors
+/// [`ArchiveError`], as the source of an [`io::Error`] that is one of
+/// [`io::ErrorKind::InvalidData`]; what keeps a file from being opened.
+pub(super) fn find(path: &Path, opening: &Opening) -> io::Result<Archived> {
+    let mut archives = vec![Arc::new(Archive::open(path)?)];
+    for previous in &opening.previous {
+        let open = || Archive::open(&previous.canonicalize()?);
+        let named = |error: io::Error| {
+            io::Error::new(error.kind(), format!("{}: {error}", previous.display()))
+        };
+        archives.push(Arc::new(open().map_err(named)?));
+    }
+    let archives: Arc<[Arc<Archive>]> = archives.into();
+    let images = |folder: &str| ArchiveImages::new(&archives, 0, folder);
+    let first = &archives[0];
+    let snapshots = first.snapshots().map(|folder| images(folder).shared()).collect();
+    let unfinished = first.unfinished().map(|folder| images(folder).name).collect();
+    Ok(Archived { snapshots, unfinished })
+}
+
+/// An archive that is open.
+#[derive(Debug)]
+struct Archive {
+    path: PathBuf,
+    bytes: Base,
+    members: Members,
+    /// Of the archive's own file.
+    stat: Stat,
+    owner: Option<u32>,
+}
+
+impl Archive {
+    fn open(path: &Path) -> io::Result<Self> {
+        let (file, found) = regular::open(path)?;
+        Ok(Self::read(path, Arc::new(file), &found)?)
+    }
+
+    fn read(path: &Path, bytes: Base, found: &FileStat) -> Result<Self, ArchiveError> {
+        let members = Members::read(&*bytes)?;
+        Ok(Self {
+            path: path.to_owned(),
+            bytes,
+            members,
+            stat: (*found).into(),
+            owner: directory::sole_writer(found.st_mode, found.st_uid, found.st_gid),
+        })
+    }
+
+    /// Returns the directories that hold a snapshot. A directory `parent` inside another
+    /// one's is a copy of that one's parent, and is only found as such.
+    fn snapshots(&self) -> impl Iterator<Item = &str> {
+        let folders = self.members.folders().map(|(path, _)| path);
+        folders.filter(|path| {
+            let copy = path.strip_suffix(PARENT_LINK).and_then(|above| {
+                above.strip_suffix('/').or_else(|| above.is_empty().then_some(above))
+            });
+            self.has_inventory(path) && !copy.is_some_and(|above| self.has_inventory(above))
+        })
+    }
+
+    fn unfinished(&self) -> impl Iterator<Item = &str> {
+        let has_images =
+            |folder: &members::Folder| folder.keys().any(|name| directory::is_early_image(name));
+        let folders = self.members.folders();
+        let folders = folders.filter(move |(_, folder)| has_images(folder)).map(|(path, _)| path);
+        folders.filter(|path| !self.has_inventory(path))
+    }
+
+    fn has_inventory(&self, folder: &str) -> bool {
+        let name = Kind::Inventory.file_name(0);
+        let folder = self.members.folder(folder);
+        matches!(folder.and_then(|folder| folder.get(&name)), Some(Node::File(_)))
+    }
+
+    /// Returns the one snapshot of the archive, if there are not several.
+    fn only_snapshot(&self) -> Option<&str> {
+        let mut snapshots = self.snapshots();
+        snapshots.next().filter(|_| snapshots.next().is_none())
+    }
+
+    /// Returns what the archive's name begins with, such as `pre` for `pre.tar.gz`.
+    fn stem(&self) -> Option<&str> {
+        self.path.file_name()?.to_str()?.split('.').next()
+    }
+
+    fn file_stat(&self, member: &Member) -> Stat {
+        let len = member.body.len();
+        let offset = match &member.body {
+            slice::Body::Dense { offset, .. } => *offset,
+            slice::Body::Sparse { extents, .. } => extents.first().map_or(0, |first| first.offset),
+        };
+        let (device, inode) = self.stat.identity;
+        Stat {
+            is_file: true,
+            len,
+            allocated: member.body.allocated(),
+            // Who may read the archive may read what is in it, and nobody else.
+            mode: self.stat.mode & READ_WRITE,
+            accessed: member.modified,
+            modified: member.modified,
+            changed: member.modified,
+            identity: (device.rotate_left(u32::BITS) ^ inode, offset),
+            ..self.stat
+        }
+    }
+
+    fn folder_stat(&self) -> Stat {
+        let readable = self.stat.mode & READ;
+        Stat { is_file: false, len: 0, allocated: 0, mode: readable | readable >> 2, ..self.stat }
+    }
+}
+
+/// The bits of a file's mode that let it be read, or read and written (`inode(7)`).
+const READ: u16 = 0o444;
+const READ_WRITE: u16 = 0o666;
+
+/// The images in one directory of an archive.
+#[derive(Clone, Debug)]
+struct ArchiveImages {
+    archives: Arc<[Arc<Archive>]>,
+    /// Which archive.
+    position: usize,
+    folder: String,
+    name: PathBuf,
+}
+
+impl ArchiveImages {
+    fn new(archives: &Arc<[Arc<Archive>]>, position: usize, folder: &str) -> Self {
+        let mut name = archives[position].path.clone();
+        if !folder.is_empty() {
+            name.push(folder);
+        }
+        Self { archives: Arc::clone(archives), position, folder: folder.to_owned(), name }
+    }
+
+    fn shared(self) -> Store {
+        Arc::new(self)
+    }
+
+    fn archive(&self) -> &Archive {
+        &self.archives[self.position]
+    }
+
+    fn node(&self, file: &str) -> io::Result<&Node> {
+        let folder = self.archive().members.folder(&self.folder);
+        folder.and_then(|folder| folder.get(file)).ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
+    fn slice(&self, file: &str) -> io::Result<Slice> {
+        let archive = self.archive();
+        match self.node(file)? {
+            Node::File(member) => {
+                let base = Arc::clone(&archive.bytes);
+                Ok(Slice::new(base, member.body.clone(), archive.file_stat(member)))
+            }
+            Node::Folder => Err(regular::not_regular("a directory")),
+            Node::Link(_) => Err(regular::not_regular("a symbolic link")),
+        }
+    }
+
+    fn elsewhere(&self, position: usize, folder: &str) -> Option<Store> {
+        let archive = &self.archives[position];
+        let found = archive.has_inventory(folder);
+        found.then(|| Self::new(&self.archives, position, folder).shared())
+    }
+
+    /// Finds the snapshot that a link called `parent` leads to: in this archive, or in one
+    /// of the others, which hold what would lie beside it if all were unpacked.
+    fn linked(&self, target: &str) -> Option<Store> {
+        let above: Vec<&str> = self.folder.split('/').filter(|part| !part.is_empty()).collect();
+        let resolved = members::resolve(&above, target);
+        let others = || (1..self.archives.len()).filter(|position| *position != self.position);
+        if let Some(folder) = &resolved {
+            let here = std::iter::once(self.position);
+            let mut found = here.chain(others()).filter_map(|at| self.elsewhere(at, folder));
+            if let Some(store) = found.next() {
+                return Some(store);
+            }
+        }
+        // An archive of one image directory: made as its name says, or the only one given.
+        let last = target.rsplit('/').find(|part| !part.is_empty());
+        let mut named = others().filter(|at| self.archives[*at].stem() == last);
+        let at = named.next().or_else(|| {
+            let mut all = others();
+            all.next().filter(|_| all.next().is_none())
+        })?;
+        self.elsewhere(at, self.archives[at].only_snapshot()?)
+    }
+}
+
+impl ImageStore for ArchiveImages {
+    fn name(&self) -> &Path {
+        &self.name
+    }
+
+    fn open(&self, file: &str) -> io::Result<Input> {
+        Ok(self.slice(file)?.input())
+    }
+
+    fn open_at_random(&self, file: &str) -> io::Result<Box<dyn StoredFile>> {
+        Ok(Box::new(self.slice(file)?))
+    }
+
+    fn stat(&self, file: &str) -> io::Result<Stat> {
+        Ok(match self.node(file)? {
+            Node::File(member) => self.archive().file_stat(member),
+            Node::Folder | Node::Link(_) => self.archive().folder_stat(),
+        })
+    }
+
+    fn stat_store(&self) -> io::Result<Stat> {
+        Ok(self.archive().folder_stat())
+    }
+
+    fn list(&self) -> io::Result<Vec<String>> {
+        let folder = self.archive().members.folder(&self.folder);
+        Ok(folder.into_iter().flat_map(|folder| folder.keys().cloned()).collect())
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        let folder = self.archive().members.folder(&self.folder);
+        let bytes = folder.into_iter().flat_map(|folder| folder.values()).map(|node| match node {
+            Node::File(member) => member.body.allocated(),
+            Node::Folder | Node::Link(_) => 0,
+        });
+        Ok(bytes.fold(0, u64::saturating_add))
+    }
+
+    fn parent(&self) -> Result<Option<Store>, BrokenLink> {
+        match self.node(PARENT_LINK) {
+            Ok(Node::Link(target)) => self.linked(target).map(Some).ok_or_else(|| BrokenLink {
+                target: target.into(),
+                problem: "the archive holds no image directory of that name\nhelp: if \
+                          another one does, give it with --previous ARCHIVE"
+                    .to_owned(),
+            }),
+            Ok(Node::Folder) => {
+                let folder = format!("{}/{PARENT_LINK}", self.folder);
+                let folder = folder.trim_start_matches('/');
+                self.elsewhere(self.position, folder).map(Some).ok_or_else(|| BrokenLink {
+                    target: PARENT_LINK.into(),
+                    problem: directory::NO_INVENTORY.to_owned(),
+                })
+            }
+            Ok(Node::File(_)) => Err(BrokenLink {
+                target: PARENT_LINK.into(),
+                problem: "that is not a directory".to_owned(),
+            }),
+            Err(_) => Ok(None),
+        }
+    }
+
+    fn owner(&self) -> Option<u32> {
+        self.archive().owner
+    }
+
+    fn directory(&self) -> Option<&Path> {
+        None
+    }
+}
