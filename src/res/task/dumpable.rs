@@ -1,14 +1,13 @@
-//! Whether a process may be dumped and looked at by others (`PR_SET_DUMPABLE`).
+//! The dumpable attribute of a process (`PR_SET_DUMPABLE`).
 
 use nix::libc;
 
 use super::{Collect, Kind, Process, Restored};
 use crate::{inject::Script, res::Result};
 
-/// What processes usually are.
+/// The default: the user of the process may trace it.
 const USUAL: i32 = 1;
 
-/// The kind.
 pub(super) struct Dumpable;
 
 impl Kind for Dumpable {
@@ -23,10 +22,10 @@ impl Kind for Dumpable {
 
     fn after_credentials(&self, of: &Restored<'_>, script: &mut Script) {
         let dumpable = of.mm.dumpable.unwrap_or(USUAL);
-        // 2 cannot be set, but is what changing credentials leads to.
+        // The kernel sets 2 itself, when credentials change; prctl(2) cannot set it.
         if matches!(dumpable, 0 | 1) {
             let arguments = [libc::PR_SET_DUMPABLE.into(), dumpable.into()];
-            script.call("set whether it can be dumped", libc::SYS_prctl, &arguments);
+            script.call("set the dumpable attribute", libc::SYS_prctl, &arguments);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What a process does when it gets a signal.
+//! Signal actions (`sigaction(2)`).
 
 use nix::libc;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -24,12 +24,11 @@ struct Action {
 
 const _: () = assert!(size_of::<Action>() == 32);
 
-/// The signals whose handlers can be set, in the order of the images.
+/// The signals whose action can be set, in the order of the images.
 fn settable() -> impl Iterator<Item = i32> {
     (1..=SIGNALS).filter(|signal| !matches!(*signal, libc::SIGKILL | libc::SIGSTOP))
 }
 
-/// The kind.
 pub(super) struct Handlers;
 
 impl Kind for Handlers {
@@ -61,7 +60,8 @@ impl Kind for Handlers {
         }))
     }
 
-    /// All actions are at their defaults before; all who were dead are so again by now.
+    /// A new process has default actions. The zombies of the tree have exited by now, so no handler
+    /// runs for them.
     fn before_credentials(&self, of: &Restored<'_>, script: &mut Script) {
         let entries = of.core.tc.iter().flat_map(|task| &task.sigactions);
         for (signal, entry) in settable().zip(entries) {

@@ -1,9 +1,10 @@
-//! A first thread that has ended while others of its process live.
+//! A thread group leader that has exited while other threads of its process live.
 //!
-//! The kernel keeps it, as a zombie, until the others have ended, and shows nothing of the
-//! process by it. The images need it all the same: it is the one that makes the others in a
-//! restore, and it has what belongs to the whole process. So it is dumped as a thread whose
-//! next instruction calls `exit(2)`: whatever restores it, CRIU as well, it ends at once.
+//! The kernel keeps it as a zombie until the others exit, and shows almost nothing of the
+//! process through it. The images still need it: during a restore the leader creates the other
+//! threads, and its core holds what belongs to the whole process. So the dump writes it as a
+//! thread whose next instruction calls `exit(2)`. Any restorer, CRIU included, then restores a
+//! leader that exits at once.
 
 use nix::libc;
 
@@ -20,24 +21,18 @@ use crate::{
     units::HostPid,
 };
 
-/// A thread that blocks all signals.
+/// A signal mask that blocks all signals.
 const ALL_SIGNALS: u64 = u64::MAX;
 
-/// Returns the exit code of a leader that has ended. It is that of the process on kernels
-/// before Linux 5.17, if the others end like it.
-///
-/// # Errors
-/// Those of reading `/proc`.
+/// Returns the exit code of a leader that has exited. Before Linux 5.17 the kernel reports it as
+/// the exit code of the process if the last thread exits in the same way.
 pub fn exit_code(pid: HostPid) -> Result<u8> {
     let stat = proc::thread_stat(pid, pid)?;
     Ok(u8::try_from(stat.exit_code >> 8 & 0xff).expect("it is a byte"))
 }
 
-/// Takes out of the core of another thread what belongs to the process, and returns it as
-/// the core of its leader, which ends by the registers `to_exit` with this exit code.
-///
-/// # Errors
-/// What keeps something of the leader from being read.
+/// Moves what belongs to the process from the core of another thread to a new core for the
+/// leader, which exits with `code` by the registers `to_exit`.
 pub fn split(
     pid: HostPid,
     code: u8,
@@ -74,12 +69,12 @@ pub fn split(
     Ok(leader)
 }
 
-/// Returns the exit code with which the leader of a process has ended, if it has.
+/// Returns the exit code of the leader, if it has exited.
 pub fn has_exited(core: &proto::CoreEntry) -> Option<u32> {
     core.tc.as_ref()?.rcriu_leader_exited
 }
 
-/// Adds the call by which the leader ends.
+/// Adds the call by which the leader exits.
 pub fn end(code: u32, script: &mut Script) {
-    script.call("end the first thread", libc::SYS_exit, &[code.into()]);
+    script.call("exit the thread group leader", libc::SYS_exit, &[code.into()]);
 }

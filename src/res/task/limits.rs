@@ -1,4 +1,4 @@
-//! Limits of resources (`prlimit(2)`).
+//! Resource limits (`prlimit(2)`).
 
 use nix::libc;
 
@@ -10,7 +10,6 @@ use crate::{
     res::{Result, calls::Calls},
 };
 
-/// The kind.
 pub(super) struct Limits;
 
 impl Kind for Limits {
@@ -33,7 +32,8 @@ impl Kind for Limits {
             let mut bytes = limit.cur.to_le_bytes().to_vec();
             bytes.extend_from_slice(&limit.max.to_le_bytes());
             let buffer = calls.script.bytes(&bytes);
-            let what = format!("set limit {number} to {} of at most {}", limit.cur, limit.max);
+            let what =
+                format!("set resource limit {number} to {} (hard limit {})", limit.cur, limit.max);
             let arguments = [0.into(), number.into(), buffer.into()];
             calls.script.call(what, libc::SYS_prlimit64, &arguments);
         }

@@ -1,4 +1,4 @@
-//! The memory barriers that a process is registered for (`membarrier(2)`).
+//! The `membarrier(2)` commands that a process is registered for.
 
 use nix::libc;
 
@@ -11,7 +11,6 @@ use crate::{
 /// `MEMBARRIER_CMD_GET_REGISTRATIONS` (`linux/membarrier.h`, since Linux 6.3).
 const REGISTRATIONS: i32 = 1 << 9;
 
-/// The kind.
 pub(super) struct Membarrier;
 
 impl Kind for Membarrier {

@@ -1,5 +1,5 @@
-//! What a process has besides its threads, mappings and files: a file for each kind, with
-//! a row in [`KINDS`].
+//! Process state other than threads, mappings and files: one file and one row in [`KINDS`] for
+//! each kind.
 
 mod dumpable;
 mod handlers;
@@ -31,13 +31,13 @@ use crate::{
 pub use crate::image::tree::state::{ALIVE, DEAD, STOPPED};
 pub use state::zombie;
 
-/// Every kind, in the order in which it is asked and set.
+/// All kinds, in the order in which they are dumped and restored.
 pub const KINDS: &[&dyn Kind] = &[
     &state::State,
     &description::Description,
-    // What waits comes before what runs by itself.
+    // Pending signals come before timers, which may add more.
     &queue::Queue,
-    // Timers are made before a limit forbids it.
+    // Timers come before the limits, which could forbid them.
     &timers::Timers,
     &personality::Personality,
     &subreaper::Subreaper,
@@ -52,116 +52,100 @@ pub const KINDS: &[&dyn Kind] = &[
     &dumpable::Dumpable,
 ];
 
-/// A kind of state that a process has.
+/// A kind of process state.
 ///
-/// Its first thread answers and acts for it. The methods of a restore are its phases, in
-/// this order; [`crate::docs::phases`] says what is there at each.
+/// The dump has the first live thread answer for the process. The methods for the restore are
+/// its phases, in this order; [`crate::docs::phases`] says what exists in each.
 pub trait Kind: Sync {
-    /// Dump: adds the questions that only the process can answer, and returns what notes
-    /// the state when they are answered.
-    ///
-    /// # Errors
-    /// What keeps it from being asked.
+    /// Dump: adds the calls that only the process can make, and returns the function that
+    /// records their results.
     fn ask(&self, of: Process, script: &mut Script) -> Result<Collect>;
 
-    /// Restore: sets the state when the process has its memory, but no other threads and
-    /// not its own descriptors yet: `program` is one that leads to its program.
+    /// Restore: sets state that needs the restorer's descriptors: `program` refers to the
+    /// program of the process. The process has its memory, but no other threads.
     fn place(&self, _of: &Restored<'_>, _program: i32, _script: &mut Script) {}
 
-    /// Restore: sets the state when all threads are there and have the credentials of this
-    /// program.
-    ///
-    /// # Errors
-    /// What cannot be set.
+    /// Restore: sets state that needs the privileges of the restorer. All threads exist.
     fn set(&self, _of: &Restored<'_>, _calls: &mut Calls<'_>) -> Result<()> {
         Ok(())
     }
 
-    /// Restore: sets, before the process gets its credentials, what was in the way of
-    /// those that had to end.
+    /// Restore: sets state that would disturb creating the zombies of the tree. The process
+    /// still has the privileges of the restorer.
     fn before_credentials(&self, _of: &Restored<'_>, _script: &mut Script) {}
 
-    /// Restore: sets what changing credentials resets.
+    /// Restore: sets what a change of credentials resets.
     fn after_credentials(&self, _of: &Restored<'_>, _script: &mut Script) {}
 
-    /// Restore: adds the last calls of the process. Signals may wait for it afterwards.
-    ///
-    /// # Errors
-    /// What is wrong with the images.
+    /// Restore: adds the last calls of the process. Pending signals may exist from here on.
     fn wake(&self, _of: &Restored<'_>, _script: &mut Script) -> Result<()> {
         Ok(())
     }
 }
 
-/// Notes in the images of a process what it has answered.
+/// Records in the images what a process has answered.
 pub type Collect = Box<dyn FnOnce(&Stopped<'_>, &Answers, &mut Images) -> Result<()>>;
 
-/// A process of a tree that is dumped.
+/// A process of a tree that is being dumped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Process {
     /// The process.
     pub pid: HostPid,
-    /// The thread of it that shows what all of them share.
+    /// A live thread of the process, through which `/proc` shows what its threads share.
     pub witness: HostPid,
 }
 
-/// A process that was stopped and has answered.
+/// A stopped process that has made its calls.
 #[derive(Clone, Copy, Debug)]
 pub struct Stopped<'a> {
-    /// Which it is.
+    /// The process.
     pub of: Process,
-    /// The signal that had stopped it before, or 0.
+    /// The signal that stopped it before the dump, or 0.
     pub stopped_by: i32,
     /// The signals that its first thread blocks.
     pub blocked: u64,
-    /// What the kernel shows of it.
+    /// Its `/proc/PID/stat`.
     pub stat: &'a Stat,
     /// Its mappings.
     pub mappings: &'a [Mapping],
-    /// The numbers that processes have in the images.
+    /// Maps pids of the host to pids of the images.
     pub pids: &'a PidMap,
-    /// What the memory told that was mapped to ask it.
+    /// How the process locks new memory, as seen from the scratch memory mapped into it.
     pub lock_later: memory::LockLater,
 }
 
-/// What images say of a process.
+/// The image entries of a process.
 #[derive(Clone, Debug, Default)]
 pub struct Images {
-    /// Its part of the core of its first thread.
+    /// The part of the core of its leader that belongs to the process.
     pub core: TaskCoreEntry,
-    /// Attributes of the process, which are in the core of its first thread.
+    /// Attributes of the process, stored in the core of its leader.
     pub attributes: Vec<RcriuAttribute>,
     /// Its address space, without mappings.
     pub mm: MmEntry,
 }
 
-/// A new process that is to become one of the images.
+/// A new process that the restore fills with the state of one in the images.
 #[derive(Clone, Copy, Debug)]
 pub struct Restored<'a> {
-    /// The process in the images.
+    /// The pid in the images.
     pub pid: NsPid,
-    /// The process here.
+    /// The pid on this host.
     pub host: HostPid,
-    /// The core of its first thread.
+    /// The core of its leader.
     pub core: &'a CoreEntry,
     /// Its address space.
     pub mm: &'a MmEntry,
-    /// What this program has itself.
+    /// The state that it has inherited from the restorer.
     pub own: &'a Own,
 }
 
-/// Adds the questions about all kinds.
-///
-/// # Errors
-/// What keeps it from being asked.
+/// Adds the calls of all kinds for a process.
 pub fn ask(of: Process, script: &mut Script) -> Result<Vec<Collect>> {
     KINDS.iter().map(|kind| kind.ask(of, script)).collect()
 }
 
-/// Returns what images say of a process that has answered.
-///
-/// # Errors
-/// What keeps something from being read, or cannot be dumped.
+/// Builds the image entries of a process that has made its calls.
 pub fn collect(kinds: Vec<Collect>, of: &Stopped<'_>, answers: &Answers) -> Result<Images> {
     let mut images = Images::default();
     for collect in kinds {

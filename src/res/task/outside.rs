@@ -1,5 +1,4 @@
-//! What `/proc/PID` shows of a process and takes: how ready the kernel is to kill it for
-//! want of memory, and who has logged in.
+//! State that `/proc/PID` both shows and sets: the OOM score adjustment and the login user id.
 
 use super::{Collect, Kind, Process, Restored};
 use crate::{
@@ -9,7 +8,6 @@ use crate::{
     units::HostPid,
 };
 
-/// The kind.
 pub(super) struct Outside;
 
 impl Kind for Outside {

@@ -9,7 +9,6 @@ use crate::{
     res::{Result, calls::Calls},
 };
 
-/// The kind.
 pub(super) struct Personality;
 
 impl Kind for Personality {
@@ -30,13 +29,14 @@ impl Kind for Personality {
     }
 }
 
-/// Bits that no personality has (`linux/personality.h`).
+/// Bits that no personality uses (`linux/personality.h`).
 const NO_PERSONALITY: u32 = 0xff00;
 
-/// Returns the personality that an image tells of.
+/// Returns the personality that an image means.
 ///
-/// CRIU reads the hexadecimal digits of `/proc/PID/personality` as decimal ones. All
-/// flags that have decimal digits only then give a number with bits that mean nothing.
+/// CRIU parses the hexadecimal digits of `/proc/PID/personality` as decimal. Where all digits
+/// are decimal, the result then has bits that no personality uses, which is how this function
+/// recognizes it.
 fn personality(stored: u32) -> u32 {
     if stored & NO_PERSONALITY == 0 {
         return stored;

@@ -1,4 +1,4 @@
-//! Signals that wait for a process as a whole.
+//! Signals pending for a process as a whole.
 
 use super::{Collect, Kind, Process, Restored};
 use crate::{
@@ -7,7 +7,6 @@ use crate::{
     sys::ptrace,
 };
 
-/// The kind.
 pub(super) struct Queue;
 
 impl Kind for Queue {

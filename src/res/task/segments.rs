@@ -1,4 +1,4 @@
-//! The local descriptor table of a process (`modify_ldt(2)`), which is refused.
+//! The local descriptor table of a process (`modify_ldt(2)`), which is not dumped.
 
 use nix::libc;
 
@@ -8,11 +8,10 @@ use crate::{
     res::{ResError, Result},
 };
 
-/// Where `modify_ldt(2)` reads entries from the table, and the bytes of one.
+/// The function of `modify_ldt(2)` that reads the table, and the size of one entry.
 const READ: u64 = 0;
 const ENTRY_BYTES: usize = 8;
 
-/// The kind.
 pub(super) struct Segments;
 
 impl Kind for Segments {
@@ -21,7 +20,7 @@ impl Kind for Segments {
         let arguments = [READ.into(), entry.into(), ENTRY_BYTES.into()];
         let call = script.attempt(libc::SYS_modify_ldt, &arguments);
         Ok(Box::new(move |of, answers, _| {
-            // Nothing is read where there is no table.
+            // Without a table, the call reads 0 bytes.
             if answers.result(call).is_ok_and(|bytes| bytes > 0) {
                 let what = "it has a local descriptor table (modify_ldt(2))".to_owned();
                 return Err(ResError::Unsupported { pid: of.of.pid, what });

@@ -1,11 +1,12 @@
-//! Whether a process runs or was stopped, how it is called, how it tells its end.
+//! Whether a process is stopped, its name, and the signal that it sends its parent on exit.
 
 use nix::libc;
 
 use super::{ALIVE, Collect, DEAD, Kind, Process, STOPPED};
 use crate::{arch::Machine, image::proto, inject::Script, proc, res::Result, units::HostPid};
 
-/// The kind. A new process is stopped when it is let go, and named by its first thread.
+/// The restore does the rest elsewhere: it stops the process when it releases it, and the leader
+/// sets the name.
 pub(super) struct State;
 
 impl Kind for State {
@@ -24,15 +25,12 @@ impl Kind for State {
     }
 }
 
-/// Returns what an image says of the signal by which a process tells its end.
+/// Returns the exit signal of a process, unless it is `SIGCHLD`.
 fn exit_signal(stat: &proc::Stat) -> Option<u32> {
     (stat.exit_signal != libc::SIGCHLD).then_some(stat.exit_signal.cast_unsigned())
 }
 
-/// Returns the core of a process that has ended and was not waited for.
-///
-/// # Errors
-/// Those of reading `/proc`.
+/// Builds the core of a zombie.
 pub fn zombie(pid: HostPid) -> Result<proto::CoreEntry> {
     let stat = proc::stat(pid)?;
     Ok(proto::CoreEntry {

@@ -1,4 +1,4 @@
-//! Whether a process adopts the orphans among its descendants.
+//! Whether a process is a subreaper, which adopts orphaned descendants.
 
 use nix::libc;
 
@@ -8,7 +8,6 @@ use crate::{
     res::{Result, calls::Calls},
 };
 
-/// The kind.
 pub(super) struct Subreaper;
 
 impl Kind for Subreaper {

@@ -15,19 +15,19 @@ use crate::{
     units::{NsPid, PidMap},
 };
 
-/// `PR_TIMER_CREATE_RESTORE_IDS` (`linux/prctl.h`, since Linux 6.15): a new timer
-/// gets the id that is asked for.
+/// `PR_TIMER_CREATE_RESTORE_IDS` (`linux/prctl.h`, since Linux 6.15): `timer_create(2)` then
+/// uses the id that the caller passes.
 const TIMER_CREATE_RESTORE_IDS: i32 = 77;
 
-/// The most timers made and deleted in one go on the way to an id: a script with them
-/// fits into half of the memory for it.
+/// Timers that one script creates. A script of as many calls fits into half of the scratch
+/// memory.
 const GAP_AT_ONCE: u32 = 200;
 
-/// The highest id that is reached by making and deleting timers, which takes about two
-/// seconds.
+/// The highest id that the restore reaches by creating and deleting timers. It takes about
+/// two seconds.
 const COUNTED_LIMIT: u32 = 1 << 20;
 
-/// `SIGEV_NONE` (`asm-generic/siginfo.h`): such a timer tells nobody.
+/// `SIGEV_NONE` (`asm-generic/siginfo.h`): the timer sends no signal.
 const NOTIFY_NONE: u32 = 1;
 
 /// `struct itimerval`, `struct itimerspec`: interval, then value, each in seconds
@@ -48,14 +48,13 @@ struct Event {
     value: u64,
     signal: u32,
     notify: u32,
-    /// Of the process's own pid namespace.
+    /// A thread id of the process's own pid namespace.
     thread: i32,
     padding: [u32; 11],
 }
 
 const _: () = assert!(size_of::<Event>() == 64);
 
-/// The kind.
 pub(super) struct Timers;
 
 impl Kind for Timers {
@@ -89,14 +88,14 @@ impl Kind for Timers {
     }
 }
 
-/// What a process was asked.
+/// The calls that read the timers of a process.
 #[derive(Clone, Debug)]
 struct Asked {
     intervals: [Buffer; 3],
     posix: Vec<(PosixTimer, Buffer, CallId)>,
 }
 
-/// Adds the questions; `posix` are the timers that `/proc` shows.
+/// Adds these calls; `posix` are the timers that `/proc` shows.
 fn ask(posix: Vec<PosixTimer>, script: &mut Script) -> Asked {
     let intervals = [0, 1, 2].map(|which: i32| {
         let buffer = script.space(size_of::<Times>());
@@ -114,7 +113,7 @@ fn ask(posix: Vec<PosixTimer>, script: &mut Script) -> Asked {
     Asked { intervals, posix: posix.into_iter().map(ask_one).collect() }
 }
 
-/// Returns what an image says of the timers of a process.
+/// Builds the image entry for the timers of a process.
 fn collect(asked: &Asked, answers: &Answers, pids: &PidMap) -> proto::TaskTimersEntry {
     let [real, virt, prof] = asked.intervals.map(|buffer| {
         let times: Times = answers.value(buffer);
@@ -148,11 +147,10 @@ fn collect(asked: &Asked, answers: &Answers, pids: &PidMap) -> proto::TaskTimers
     proto::TaskTimersEntry { real, virt, prof, posix: asked.posix.iter().map(entry).collect() }
 }
 
-/// Returns an interval timer as it is once its signal, if one is pending, is taken.
+/// Returns an interval timer as it is after the process has taken its pending signal.
 ///
-/// The kernel sets such a timer anew only then, and until then tells of no time that
-/// is left. What it will be is at most the interval, and a timer that is off has
-/// none.
+/// Until then the kernel has not rearmed the timer and reports no time left. A rearmed timer has
+/// the whole interval left; a disarmed one has no interval.
 fn running(timer: proto::ItimerEntry) -> proto::ItimerEntry {
     if (timer.vsec, timer.vusec) == (0, 0) {
         proto::ItimerEntry { vsec: timer.isec, vusec: timer.iusec, ..timer }
@@ -161,14 +159,13 @@ fn running(timer: proto::ItimerEntry) -> proto::ItimerEntry {
     }
 }
 
-/// Returns the scripts, one after the other, that make the POSIX timers of a process
-/// without starting them.
+/// Returns the scripts that create the POSIX timers of a process, without starting them.
 ///
-/// The ids of timers are given out one after another, from 0. Where the kernel cannot
-/// be asked for one, timers are made and deleted until it is the next one's turn.
+/// The kernel numbers timers from 0 upwards. Where it does not let the caller choose the id,
+/// a script creates and deletes timers until the wanted id is next.
 ///
 /// # Errors
-/// What is wrong with the entries.
+/// Two timers have the same id, or an id is too high to be reached.
 fn create(entries: &[proto::PosixTimerEntry]) -> Result<Creation, String> {
     let mut entries = entries.to_vec();
     entries.sort_by_key(|entry| entry.it_id);
@@ -178,21 +175,21 @@ fn create(entries: &[proto::PosixTimerEntry]) -> Result<Creation, String> {
     let counts = !Features::has_timer_ids();
     if let Some(last) = entries.last().filter(|last| counts && last.it_id > COUNTED_LIMIT) {
         return Err(format!(
-            "timer id {} is too high: this kernel (before Linux 6.15) gives out one after \
-             another, and no more than {COUNTED_LIMIT} are made on the way",
+            "timer id {} is too high: this kernel (before Linux 6.15) numbers timers in order, \
+             and rcriu creates at most {COUNTED_LIMIT} timers to reach an id",
             last.it_id
         ));
     }
     Ok(Creation { entries: entries.into(), counts, next: 0 })
 }
 
-/// Scripts that make timers.
+/// Iterates over the scripts that create timers.
 #[derive(Debug)]
 struct Creation {
     entries: VecDeque<proto::PosixTimerEntry>,
-    /// Whether ids can only be reached by counting.
+    /// Whether ids can only be reached in order.
     counts: bool,
-    /// The id that the kernel gives out next, if it cannot be asked for one.
+    /// The id of the next timer, if `counts`.
     next: u32,
 }
 
@@ -224,7 +221,7 @@ impl Iterator for Creation {
                 };
                 make(&mut script, entry.it_id, entry.clock_id, event);
                 let times = script.space(size_of::<Times>());
-                let what = format!("find timer {}", entry.it_id);
+                let what = format!("check for timer {}", entry.it_id);
                 let arguments = [entry.it_id.into(), times.into()];
                 script.call(what, libc::SYS_timer_gettime, &arguments);
                 self.entries.pop_front();
@@ -238,16 +235,15 @@ impl Iterator for Creation {
     }
 }
 
-/// Adds the call that makes a timer, which gets this id.
+/// Adds the call that creates a timer with this id.
 fn make(script: &mut Script, id: u32, clock: u32, event: Event) {
     let event = script.bytes(event.as_bytes());
     let buffer = script.bytes(&id.to_le_bytes());
     let arguments = [clock.into(), event.into(), buffer.into()];
-    script.call(format!("make timer {id}"), libc::SYS_timer_create, &arguments);
+    script.call(format!("create timer {id}"), libc::SYS_timer_create, &arguments);
 }
 
-/// Adds the calls that start all timers of a process, with what was left of their
-/// time.
+/// Adds the calls that start all timers of a process with the time that was left.
 fn start(entry: &proto::TaskTimersEntry, script: &mut Script) {
     for timer in &entry.posix {
         let times = Times {

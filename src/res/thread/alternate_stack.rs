@@ -10,7 +10,6 @@ use crate::{
     res::{Result, calls::Calls},
 };
 
-/// The kind.
 pub(super) struct AlternateStack;
 
 /// `stack_t` (`asm-generic/signal.h`).

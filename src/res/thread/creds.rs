@@ -12,8 +12,8 @@ use crate::{
 /// `_LINUX_CAPABILITY_VERSION_3` (`linux/capability.h`).
 const CAPABILITY_VERSION: u32 = 0x2008_0522;
 
-/// `SECBIT_NO_SETUID_FIXUP` (`linux/securebits.h`): changing user ids leaves the
-/// capabilities alone.
+/// `SECBIT_NO_SETUID_FIXUP` (`linux/securebits.h`): changing user ids does not change
+/// capabilities.
 const NO_SETUID_FIXUP: u32 = 1 << 2;
 
 /// `PR_CAP_AMBIENT_RAISE`, `PR_CAP_AMBIENT_CLEAR_ALL` (`linux/prctl.h`).
@@ -23,12 +23,11 @@ const AMBIENT_CLEAR_ALL: i32 = 4;
 /// Bits of capability sets.
 const CAPABILITIES: u32 = 64;
 
-/// The kind.
 pub(super) struct Creds;
 
 impl Kind for Creds {
     fn ask(&self, _: Thread, script: &mut Script) -> Collect {
-        // The rest is seen from outside.
+        // /proc shows the rest.
         let call = script.attempt(libc::SYS_prctl, &[libc::PR_GET_SECUREBITS.into()]);
         Box::new(move |of, answers, core| {
             let securebits = u32::try_from(answers.result(call).unwrap_or(0)).unwrap_or(0);
@@ -44,7 +43,7 @@ impl Kind for Creds {
     }
 }
 
-/// Returns what an image says of the credentials of a thread with these securebits.
+/// Builds the image entry for the credentials of a thread.
 pub fn entry(securebits: u32, status: &Status) -> proto::CredsEntry {
     proto::CredsEntry {
         uid: status.uids.real,
@@ -76,7 +75,7 @@ fn whole(halves: &[u32]) -> u64 {
     halves.iter().take(2).rev().fold(0, |set, half| set << 32 | u64::from(*half))
 }
 
-/// Whether this program has these credentials, with which new processes begin.
+/// Whether the restorer has these credentials, which new processes inherit.
 fn has(own: &Status, entry: &proto::CredsEntry) -> bool {
     let ids = |real, effective, saved, fs| Ids { real, effective, saved, fs };
     own.uids == ids(entry.uid, entry.euid, entry.suid, entry.fsuid)
@@ -91,11 +90,10 @@ fn has(own: &Status, entry: &proto::CredsEntry) -> bool {
         && own.no_new_privs == (entry.no_new_privs == Some(1))
 }
 
-/// Adds the calls that give a thread its credentials. It has those of this program
-/// before.
+/// Adds the calls that give a thread its credentials, starting from those of the restorer.
 ///
-/// Afterwards it may be unable to do much; signals that its parent's death sends,
-/// and whether it can be dumped, are reset.
+/// The thread may have few privileges afterwards. The calls also reset its parent-death signal
+/// and its dumpable attribute.
 fn apply(entry: &proto::CredsEntry, own: &Status, script: &mut Script) {
     if has(own, entry) {
         return;
@@ -120,7 +118,7 @@ fn apply(entry: &proto::CredsEntry, own: &Status, script: &mut Script) {
         &[entry.uid.into(), entry.euid.into(), entry.suid.into()],
     );
     script.attempt(libc::SYS_setfsuid, &[entry.fsuid.into()]);
-    // Inheritable capabilities may exceed a bounding set that was reduced later.
+    // The inheritable set may exceed the bounding set, so set it before dropping from the latter.
     set_capabilities(script, own.cap_effective, own.cap_permitted, whole(&entry.cap_inh));
     let bounding = whole(&entry.cap_bnd);
     for capability in 0..CAPABILITIES {

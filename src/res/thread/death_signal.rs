@@ -1,11 +1,10 @@
-//! The signal that a thread gets when the thread ends that has made it.
+//! The parent-death signal: the kernel sends it to a thread when the thread that created it exits.
 
 use nix::libc;
 
 use super::{Collect, Kind, Restored, Thread, own};
 use crate::{inject::Script, res::Result};
 
-/// The kind.
 pub(super) struct DeathSignal;
 
 impl Kind for DeathSignal {
@@ -21,7 +20,7 @@ impl Kind for DeathSignal {
     }
 
     fn wake(&self, of: &Restored<'_>, script: &mut Script) -> Result<()> {
-        // A new thread has none, and those have ended by now that had to end.
+        // A new thread has none. The threads and zombies that had to exit have done so by now.
         let thread = of.core.thread_core.as_ref();
         let signal = thread.and_then(|thread| thread.pdeath_sig).unwrap_or(0);
         if signal != 0 {

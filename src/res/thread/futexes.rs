@@ -1,5 +1,5 @@
-//! What the kernel does for others when a thread ends: it clears the word with its id, and
-//! gives up its robust futexes.
+//! What the kernel does when a thread exits: it clears the word at the thread's
+//! `set_tid_address(2)`, and releases its robust futexes.
 
 use nix::libc;
 
@@ -11,7 +11,6 @@ use crate::{
     sys::process,
 };
 
-/// The kind.
 pub(super) struct Futexes;
 
 impl Kind for Futexes {
@@ -21,7 +20,7 @@ impl Kind for Futexes {
         let call = script.attempt(libc::SYS_prctl, &arguments);
         Box::new(move |of, answers, core| {
             let tid = of.of.tid;
-            // Kernels without CONFIG_CHECKPOINT_RESTORE do not tell.
+            // Kernels without CONFIG_CHECKPOINT_RESTORE do not report it.
             let address = answers.result(call).map_or(0, |_| answers.value(address));
             native::set_tid_address(core, address);
             let (list, len) = process::robust_list(tid).map_err(|source| ResError::Thread {

@@ -1,4 +1,4 @@
-//! What each thread has for itself: a file for each kind, with a row in [`KINDS`].
+//! State of single threads: one file and one row in [`KINDS`] for each kind.
 
 mod alternate_stack;
 pub mod creds;
@@ -22,7 +22,7 @@ use crate::{
     units::{HostPid, NsPid},
 };
 
-/// Every kind, in the order in which it is asked and set.
+/// All kinds, in the order in which they are dumped and restored.
 pub const KINDS: &[&dyn Kind] = &[
     &registers::Registers,
     &futexes::Futexes,
@@ -33,108 +33,96 @@ pub const KINDS: &[&dyn Kind] = &[
     &creds::Creds,
     &death_signal::DeathSignal,
     &queue::Queue,
-    // What they set follows from the policy, or keeps others from being set.
+    // Attributes come last: some follow from the scheduling policy, others forbid later calls.
     &attribute::Attributes,
 ];
 
-/// A kind of state that each thread has.
+/// A kind of thread state.
 ///
-/// The methods of a restore are its phases, in this order; [`crate::docs::phases`] says
-/// what is there at each.
+/// The methods for the restore are its phases, in this order; [`crate::docs::phases`] says what
+/// exists in each.
 pub trait Kind: Sync {
-    /// Dump: adds the questions that only the thread can answer, and returns what notes
-    /// the state when they are answered.
+    /// Dump: adds the calls that only the thread can make, and returns the function that
+    /// records their results.
     fn ask(&self, of: Thread, script: &mut Script) -> Collect;
 
-    /// Restore: sets the state while the thread has the credentials of this program.
-    ///
-    /// # Errors
-    /// What cannot be set.
+    /// Restore: sets state while the thread has the credentials of the restorer.
     fn set(&self, _of: &Restored<'_>, _calls: &mut Calls<'_>) -> Result<()> {
         Ok(())
     }
 
-    /// Restore: gives the thread its credentials, after which it may be unable to do much.
+    /// Restore: sets the credentials. The thread may have few privileges afterwards.
     fn set_credentials(&self, _of: &Restored<'_>, _script: &mut Script) {}
 
-    /// Restore: adds the last calls of the thread. Signals may wait for it afterwards.
-    ///
-    /// # Errors
-    /// What is wrong with the images.
+    /// Restore: adds the last calls of the thread. Pending signals may exist from here on.
     fn wake(&self, _of: &Restored<'_>, _script: &mut Script) -> Result<()> {
         Ok(())
     }
 
-    /// Restore: sets, from outside, with what a thread goes on that makes no more calls: `of`
-    /// of the images, which is `tid` here.
-    ///
-    /// # Errors
-    /// What cannot be set.
+    /// Restore: sets by `ptrace(2)` what a thread resumes with, after its last call. `of` is
+    /// the thread in the images, `tid` the same thread on this host.
     fn dress(&self, _core: &CoreEntry, _of: NsPid, _tid: HostPid) -> Result<()> {
         Ok(())
     }
 }
 
-/// Notes in a core what a thread has answered.
+/// Records in a core what a thread has answered.
 pub type Collect = Box<dyn FnOnce(&Stopped<'_>, &Answers, &mut CoreEntry) -> Result<()>>;
 
-/// A thread of a tree that is dumped.
+/// A thread of a tree that is being dumped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Thread {
     /// Its process.
     pub pid: HostPid,
-    /// The thread of that process which shows what all of them share.
+    /// A live thread of the process, through which `/proc` shows what its threads share.
     pub witness: HostPid,
     /// The thread.
     pub tid: HostPid,
 }
 
 impl Thread {
-    /// Whether it answers for its process, too.
+    /// Whether the thread also answers for its process.
     pub fn is_first(self) -> bool {
         self.tid == self.witness
     }
 }
 
-/// A thread that was stopped and has answered.
+/// A stopped thread that has made its calls.
 #[derive(Clone, Copy, Debug)]
 pub struct Stopped<'a> {
-    /// Which it is.
+    /// The thread.
     pub of: Thread,
-    /// What is known of it from stopping it.
+    /// What stopping it has shown.
     pub thread: &'a Tracee,
-    /// What the kernel shows of it.
+    /// Its `/proc/PID/task/TID/status`.
     pub status: &'a Status,
 }
 
-/// A new thread that is to become one of the images.
+/// A new thread that the restore fills with the state of one in the images.
 #[derive(Clone, Copy, Debug)]
 pub struct Restored<'a> {
-    /// Its process in the images.
+    /// The pid of its process in the images.
     pub pid: NsPid,
-    /// The thread in the images.
+    /// Its tid in the images.
     pub tid: NsPid,
-    /// Its process here.
+    /// The pid of its process on this host.
     pub host_pid: HostPid,
-    /// The thread here.
+    /// Its tid on this host.
     pub host_tid: HostPid,
-    /// What the images say of it.
+    /// Its core in the images.
     pub core: &'a CoreEntry,
-    /// Whether its session is one of the tree, and not that of this program.
+    /// Whether its session belongs to the tree; otherwise it is the restorer's.
     pub own_session: bool,
-    /// What this program has itself.
+    /// The state that it has inherited from the restorer.
     pub own: &'a Own,
 }
 
-/// Adds the questions about all kinds.
+/// Adds the calls of all kinds for a thread.
 pub fn ask(of: Thread, script: &mut Script) -> Vec<Collect> {
     KINDS.iter().map(|kind| kind.ask(of, script)).collect()
 }
 
-/// Returns what an image says of a thread that has answered.
-///
-/// # Errors
-/// What keeps something from being read.
+/// Builds the core of a thread that has made its calls.
 pub fn collect(kinds: Vec<Collect>, of: &Stopped<'_>, answers: &Answers) -> Result<CoreEntry> {
     let mut core = CoreEntry {
         mtype: Machine::NATIVE.march().into(),
@@ -150,16 +138,12 @@ pub fn collect(kinds: Vec<Collect>, of: &Stopped<'_>, answers: &Answers) -> Resu
     Ok(core)
 }
 
-/// Gives a thread that makes no more calls what it goes on with: `of` of the images, which is
-/// `tid` here.
-///
-/// # Errors
-/// What cannot be set.
+/// Sets what a thread resumes with, after its last call: see [`Kind::dress`].
 pub fn dress(core: &CoreEntry, of: NsPid, tid: HostPid) -> Result<()> {
     KINDS.iter().try_for_each(|kind| kind.dress(core, of, tid))
 }
 
-/// Returns what a core says of its thread alone, to fill it in.
+/// Returns the part of a core that belongs to the thread alone.
 pub fn own(core: &mut CoreEntry) -> &mut ThreadCoreEntry {
     core.thread_core.get_or_insert_default()
 }

@@ -9,7 +9,6 @@ use crate::{
     res::{Result, calls::Calls},
 };
 
-/// The kind.
 pub(super) struct Name;
 
 impl Kind for Name {

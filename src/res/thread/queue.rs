@@ -1,4 +1,4 @@
-//! Signals that wait for a single thread.
+//! Signals pending for a single thread.
 
 use super::{Collect, Kind, Restored, Thread, own};
 use crate::{
@@ -7,7 +7,6 @@ use crate::{
     sys::ptrace,
 };
 
-/// The kind.
 pub(super) struct Queue;
 
 impl Kind for Queue {

@@ -1,4 +1,4 @@
-//! The registers of a thread and the signals that it blocks: with what it goes on.
+//! The registers and the signal mask of a thread.
 
 use super::{Collect, Kind, Thread, own};
 use crate::{
@@ -10,7 +10,6 @@ use crate::{
     units::{HostPid, NsPid},
 };
 
-/// The kind.
 pub(super) struct Registers;
 
 impl Kind for Registers {

@@ -11,10 +11,9 @@ use crate::{
     units::{HostPid, NsPid, RemoteAddr},
 };
 
-/// The kind.
 pub(super) struct Rseq;
 
-/// Returns what an image says, if it says that there are any.
+/// Returns the restartable sequences in a core, if it has any.
 fn entry(core: &CoreEntry) -> Option<&RseqEntry> {
     core.thread_core.as_ref()?.rseq_entry.as_ref()
 }

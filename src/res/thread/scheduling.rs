@@ -1,4 +1,4 @@
-//! How a thread is scheduled, as far as CRIU's images have a place for it.
+//! The part of a thread's scheduling that CRIU's images can hold.
 
 use super::{Collect, Kind, Restored, Thread, own};
 use crate::{
@@ -15,7 +15,6 @@ const DEADLINE: u32 = 6;
 /// `SCHED_FLAG_RESET_ON_FORK` (`linux/sched.h`).
 const FLAG_RESET_ON_FORK: u64 = 1;
 
-/// The kind.
 pub(super) struct Scheduling;
 
 impl Kind for Scheduling {
@@ -39,12 +38,12 @@ impl Kind for Scheduling {
         let step = "set the scheduling of";
         let failed = |source| ResError::Thread { tid, step, source };
         let now = process::scheduling(tid).map_err(failed)?;
-        // CRIU keeps the flag with the policy, as sched_setscheduler(2) has it.
+        // CRIU stores the flag in the policy, as sched_setscheduler(2) takes it.
         let policy = thread.sched_policy.unwrap_or(0);
         let resets = policy & RESET_ON_FORK != 0;
         let policy = policy & !RESET_ON_FORK;
         if policy == DEADLINE {
-            // It takes more than there is a place for: see the attributes.
+            // The entry cannot hold the deadline parameters; the `scheduling` attribute does.
             return Ok(());
         }
         let wanted = process::Scheduling {
@@ -61,7 +60,7 @@ impl Kind for Scheduling {
     }
 }
 
-/// Fills in what an image says of how a thread is scheduled.
+/// Stores the scheduling of a thread in its core.
 pub fn fill_in(scheduling: &process::Scheduling, core: &mut ThreadCoreEntry) {
     core.sched_nice = Some(scheduling.nice);
     core.sched_policy = Some(match scheduling.flags & FLAG_RESET_ON_FORK {
