@@ -196,7 +196,7 @@ fn privileged_a_cgroup_that_is_gone_is_named() {
         assert!(!output.status.success());
         let said = words(&output);
         assert!(
-            said.contains(&path) && said.contains("is not there\n  help: make it again"),
+            said.contains(&path) && said.contains("does not exist\n  help: create it again"),
             "{said}"
         );
         live.restore(&["--manage-cgroups=ignore"]);

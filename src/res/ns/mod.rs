@@ -1,11 +1,11 @@
-//! Namespaces: which kinds there are, and which of them a tree may have for itself.
+//! Namespaces: the kinds, and which of them a tree may have of its own.
 //!
-//! The dumper's own have the first numbers in images, those of a tree the next ones, in
-//! the order of [`KINDS`]. What a tree has in common with the dumper is that of the
-//! restorer afterwards; what it has for itself is made with its first process, which all
-//! others inherit it from. So all processes of a tree have to be in the same one.
+//! The images number namespaces. The dumper's own come first, then those of the tree, both in
+//! the order of [`KINDS`]. A tree that shares a namespace with the dumper gets that of the
+//! restorer. A namespace of its own is created with its first process, and all other processes
+//! inherit it; so all processes of a tree must be in the same one.
 //!
-//! To build another kind, write a file with an [`Own`] and name it in the row of the kind.
+//! To support another kind, write a file with an [`Own`] and name it in the row of the kind.
 
 mod uts;
 
@@ -23,17 +23,16 @@ use crate::{
 pub struct Kind {
     /// Its name in `/proc/PID/ns`.
     pub file: &'static str,
-    /// What it is called, with its article.
+    /// Its name in messages, with the article.
     pub name: &'static str,
-    /// The option of nsenter(1) that enters it.
+    /// The option of `nsenter(1)` that enters it.
     pub flag: &'static str,
-    /// Its number among the ids of a process.
+    /// Its field in the `ids` image of a process.
     id: fn(&mut TaskKobjIdsEntry) -> &mut Option<u32>,
-    /// How one of a tree is dumped and restored; `None` if it is not yet.
+    /// Dumps and restores a namespace of this kind; `None` if that is not supported.
     own: Option<&'static dyn Own>,
 }
 
-/// A row.
 const fn row(
     file: &'static str,
     name: &'static str,
@@ -44,7 +43,7 @@ const fn row(
     Kind { file, name, flag, id, own }
 }
 
-/// The kinds of namespaces that a thread lives in.
+/// The namespaces that a thread is in.
 pub static KINDS: [Kind; 8] = [
     row("pid", "a pid namespace", "-p", |ids| &mut ids.pid_ns_id, None),
     row("net", "a network namespace", "-n", |ids| &mut ids.net_ns_id, None),
@@ -56,7 +55,7 @@ pub static KINDS: [Kind; 8] = [
     row("cgroup", "a cgroup namespace", "-C", |ids| &mut ids.cgroup_ns_id, None),
 ];
 
-/// The kinds of those that the children of a thread are to live in.
+/// The namespaces that new children of a thread will be in.
 pub static FOR_CHILDREN: [Kind; 2] = [
     row(
         "pid_for_children",
@@ -75,39 +74,37 @@ pub static FOR_CHILDREN: [Kind; 2] = [
 ];
 
 impl Kind {
-    /// Whether a tree can have one for itself.
+    /// Whether a tree may have its own namespace of this kind.
     pub fn is_dumped(&self) -> bool {
         self.own.is_some()
     }
 }
 
-/// How a namespace of a tree is dumped and restored.
+/// Dumps and restores one kind of namespace.
 pub trait Own: Sync + std::fmt::Debug {
     /// Its flag of `clone(2)`.
     fn clone_flag(&self) -> u64;
 
-    /// Adds the questions to a process that is in it.
+    /// Adds the calls for a process in the namespace to make, and returns the function that
+    /// writes their results.
     fn ask(&self, script: &mut Script) -> Collect;
 
-    /// Reads the images of the namespace with this number, and returns the calls by which
-    /// a process that was made in a new one gives it what it had.
-    ///
-    /// # Errors
-    /// What is wrong with the images.
+    /// Reads the images of the namespace with this number. Returns the calls that restore its
+    /// state, for a process created in a new namespace.
     fn restore(&self, images: &dyn ImageStore, number: u32) -> Result<Script>;
 }
 
-/// Writes the images of a namespace with this number, as a process has answered.
+/// Writes the images of the namespace with this number from the answers of a process.
 pub type Collect = Box<dyn FnOnce(&Answers, u32, &SnapshotWriter) -> Result<(), ImageError>>;
 
-/// Returns the number of a kind of the dumper's own.
+/// Returns the number of the dumper's own namespace of a kind.
 fn number(position: usize) -> u32 {
     u32::try_from(position).expect("a few") + 1
 }
 
-/// Returns the numbers of the dumper's own.
+/// Returns the `ids` entry of a process that shares all namespaces with the dumper.
 pub fn own_ids() -> TaskKobjIdsEntry {
-    // What is no namespace is numbered for each process.
+    // The objects that are not namespaces are numbered per process.
     let mut ids =
         TaskKobjIdsEntry { vm_id: 1, files_id: 1, fs_id: 1, sighand_id: 1, ..Default::default() };
     for (position, kind) in KINDS.iter().enumerate() {
@@ -116,21 +113,21 @@ pub fn own_ids() -> TaskKobjIdsEntry {
     ids
 }
 
-/// The namespaces that a stopped tree has for itself.
+/// The namespaces that a stopped tree has of its own.
 #[derive(Debug, Default)]
 pub struct OfTree {
-    /// Their positions among all kinds.
+    /// Indices in [`KINDS`].
     kinds: Vec<usize>,
-    /// Whether a process was asked about them.
+    /// Whether a process has been asked about them.
     asked: bool,
 }
 
 impl OfTree {
-    /// Looks at a process of the tree.
+    /// Finds them by comparing a process of the tree with the dumper.
     pub fn look(pid: HostPid) -> Self {
         let own = HostPid(nix::unistd::getpid().as_raw());
         let differs = |kind: &Kind| {
-            // Kernels without a kind of namespace have nothing to differ in.
+            // A kernel without this kind of namespace has no such file.
             let pair = [own, pid].map(|pid| proc::namespace(pid, kind.file).ok());
             matches!(pair, [Some(ours), Some(theirs)] if ours != theirs)
         };
@@ -139,7 +136,7 @@ impl OfTree {
         Self { kinds: of_tree.map(|(at, _)| at).collect(), asked: false }
     }
 
-    /// Returns the numbers of a process's namespaces.
+    /// Returns the `ids` entry of a process of the tree.
     pub fn ids(&self) -> TaskKobjIdsEntry {
         let mut ids = own_ids();
         for at in &self.kinds {
@@ -148,13 +145,13 @@ impl OfTree {
         ids
     }
 
-    /// Returns the number of a kind of the tree's own.
+    /// Returns the number of the tree's own namespace of a kind.
     fn number(position: usize) -> u32 {
         number(KINDS.len() + position)
     }
 
-    /// Adds the questions about them to the first process that can answer, and returns
-    /// what writes their images, with their numbers.
+    /// Adds the calls about them for the first process that can make calls. Returns, with the
+    /// number of each namespace, the function that writes its images.
     pub fn ask(&mut self, script: &mut Script) -> Vec<(u32, Collect)> {
         if std::mem::replace(&mut self.asked, true) {
             return Vec::new();
@@ -164,16 +161,13 @@ impl OfTree {
     }
 }
 
-/// The namespaces that a tree is to have for itself.
+/// The namespaces that the restore creates for a tree.
 #[derive(Debug, Default)]
 pub struct Wanted(Vec<(&'static Kind, Script)>);
 
 impl Wanted {
-    /// Reads what the images say of them; `pid` is a process that has not ended, and
-    /// `dumper` has the numbers of the dumper's own.
-    ///
-    /// # Errors
-    /// What is wrong with the images.
+    /// Reads them from the images. `pid` is a process that is alive, `dumper` has the numbers
+    /// of the dumper's own namespaces.
     pub fn read(
         images: &dyn ImageStore,
         dumper: Option<&TaskKobjIdsEntry>,
@@ -181,7 +175,7 @@ impl Wanted {
     ) -> Result<Self> {
         let Some(mut dumper) = dumper.copied() else { return Ok(Self::default()) };
         let number = pid.image().into();
-        // Images of before have none.
+        // Older images have no `ids` image.
         let Some(mut ids) = images.message_if_any::<TaskKobjIdsEntry>(Image::Ids, number)? else {
             return Ok(Self::default());
         };
@@ -198,7 +192,7 @@ impl Wanted {
                 wanted.push((kind, own.restore(images, number)?));
             } else {
                 let message = format!(
-                    "the tree had {} of its own, which is not restored: it will be in that of \
+                    "the tree had {} of its own, which rcriu does not restore: it will be in that of \
                      rcriu restore",
                     kind.name
                 );
@@ -208,25 +202,25 @@ impl Wanted {
         Ok(Self(wanted))
     }
 
-    /// Returns the flags of `clone(2)` for the first process.
+    /// Returns the `clone(2)` flags for the first process.
     pub fn clone_flags(&self) -> u64 {
         let own = self.0.iter().filter_map(|(kind, _)| kind.own);
         own.fold(0, |flags, own| flags | own.clone_flag())
     }
 
-    /// Returns the calls of the first process.
+    /// Returns the scripts for the first process.
     pub fn scripts(&self) -> impl Iterator<Item = &Script> {
         self.0.iter().map(|(_, script)| script)
     }
 
-    /// Says which they are, for people; `None` if there are none.
+    /// Lists the names of the kinds for messages; `None` if there are none.
     pub fn names(&self) -> Option<String> {
         let names: Vec<_> = self.0.iter().map(|(kind, _)| kind.name).collect();
         (!names.is_empty()).then(|| names.join(" and "))
     }
 }
 
-/// Returns an error about what an image says of a namespace.
+/// Returns the error for an invalid image of a namespace.
 fn wrong(number: u32, what: &str) -> ResError {
     ResError::Namespace { number, problem: what.to_owned() }
 }

@@ -1,4 +1,4 @@
-//! UTS namespaces: the names of the host and of its domain.
+//! UTS namespaces: host name and domain name.
 
 use nix::libc;
 
@@ -9,15 +9,14 @@ use crate::{
     res::Result,
 };
 
-/// Bytes of a name with its zero (`__NEW_UTS_LEN`, `linux/utsname.h`).
+/// The size of a name with its NUL byte (`__NEW_UTS_LEN`, `linux/utsname.h`).
 const FIELD_BYTES: usize = 65;
 
-/// Fields of `struct new_utsname`: system, host, release, version, machine, domain.
+/// The fields of `struct new_utsname`: system, host, release, version, machine, domain.
 const FIELDS: usize = 6;
 const HOST: usize = 1;
 const DOMAIN: usize = 5;
 
-/// The kind.
 #[derive(Debug)]
 pub(super) struct Uts;
 
@@ -28,7 +27,7 @@ impl Own for Uts {
 
     fn ask(&self, script: &mut Script) -> Collect {
         let names = script.space(FIELDS * FIELD_BYTES);
-        script.call("ask for the names of the host", libc::SYS_uname, &[names.into()]);
+        script.call("read the host name", libc::SYS_uname, &[names.into()]);
         Box::new(move |answers, number, images| {
             let entry = entry(answers.bytes(names));
             images.write(Kind::Utsns, number.into(), &[entry])
@@ -39,11 +38,14 @@ impl Own for Uts {
         let entry: UtsnsEntry = images.message(Kind::Utsns, number.into())?;
         let mut script = Script::new();
         for (what, call, name) in [
-            ("set the name of the host", libc::SYS_sethostname, &entry.nodename),
-            ("set the name of its domain", libc::SYS_setdomainname, &entry.domainname),
+            ("set the host name", libc::SYS_sethostname, &entry.nodename),
+            ("set the domain name", libc::SYS_setdomainname, &entry.domainname),
         ] {
             if name.len() >= FIELD_BYTES {
-                let problem = format!("a name has {} bytes, at most 64 expected", name.len());
+                let problem = format!(
+                    "the host or domain name has {} bytes, at most 64 expected",
+                    name.len()
+                );
                 return Err(wrong(number, &problem));
             }
             let bytes = script.bytes(name);
@@ -53,7 +55,7 @@ impl Own for Uts {
     }
 }
 
-/// Returns what an image says of what `uname(2)` has written.
+/// Builds the image entry from the buffer that `uname(2)` has written.
 fn entry(names: &[u8]) -> UtsnsEntry {
     let field = |number: usize| {
         let field = &names[number * FIELD_BYTES..(number + 1) * FIELD_BYTES];

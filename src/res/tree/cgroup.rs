@@ -1,8 +1,8 @@
-//! Control groups: which ones a tree was in, and putting it back into them.
+//! Control groups: the dump records which ones the tree is in, and the restore puts it back.
 //!
-//! A *set* is a place in each hierarchy. The images number the sets; the dumper's own is
-//! the first, and what is in it needs nothing: it is restored into that of the restorer.
-//! Groups are not made, nor are their limits set: they must be there.
+//! A *set* is one group in each hierarchy. The images number the sets. The first one is the
+//! dumper's own; processes in it stay in the restorer's set. The restore neither creates groups
+//! nor sets their limits: the groups must exist.
 
 use std::{
     collections::BTreeMap,
@@ -18,15 +18,15 @@ use crate::{
     units::HostPid,
 };
 
-/// The number of this program's own set.
+/// The number of the dumper's own set.
 pub const OWN_SET: u32 = 1;
 
 /// Why a process cannot be put into a control group.
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
-    /// The group is not there.
+    /// The group does not exist, or its hierarchy is not mounted.
     #[error(
-        "the tree was in the cgroup {path} of {hierarchy}, which {problem}\nhelp: make it again, or \
+        "the tree was in the cgroup {path} of {hierarchy}, which {problem}\nhelp: create it again, or \
          restore with --manage-cgroups=ignore"
     )]
     Absent {
@@ -37,7 +37,7 @@ pub enum CgroupError {
         /// What is missing.
         problem: String,
     },
-    /// Whatever is put there stops at once.
+    /// The group is frozen: a process put there would stop at once.
     #[error(
         "the tree was in the cgroup {path} of {hierarchy}, which is frozen\nhelp: thaw it (write {thaw}), \
          or restore with --manage-cgroups=ignore"
@@ -47,18 +47,18 @@ pub enum CgroupError {
         path: String,
         /// The hierarchy's name.
         hierarchy: String,
-        /// What to write where.
+        /// What to write, and to which file.
         thaw: String,
     },
-    /// The images do not say where a process was.
+    /// A core names a set that `cgroup.img` does not have.
     #[error("cgroup.img has no set {id}")]
     NoSet {
-        /// The set that a core names.
+        /// The number of the set.
         id: u32,
     },
-    /// The kernel refuses.
+    /// The kernel refuses to move a process.
     #[error(
-        "put process {pid} into a cgroup: write {path}\nhelp: raise the limits of the cgroup if they \
+        "move process {pid} into a cgroup: write {path}\nhelp: raise the limits of the cgroup if they \
          are reached, or restore with --manage-cgroups=ignore", path = .path.display()
     )]
     Move {
@@ -71,7 +71,7 @@ pub enum CgroupError {
     },
 }
 
-/// What the user says of cgroups.
+/// Options of the user that concern cgroups.
 #[derive(Clone, Copy, Debug)]
 #[cfg_attr(test, derive(PartialEq, Eq))]
 pub struct Options {
@@ -79,8 +79,8 @@ pub struct Options {
 }
 
 impl Options {
-    /// `managed`: the cgroups of the tree are recorded if they are not those of this program, and
-    /// the tree is put back into them (`--manage-cgroups`).
+    /// `managed`: whether the dump records cgroups, and the restore puts the tree back into them
+    /// (`--manage-cgroups`).
     pub fn new(managed: bool) -> Self {
         Self { managed }
     }
@@ -92,7 +92,7 @@ impl Default for Options {
     }
 }
 
-/// A place in each hierarchy: names of hierarchies as in `/proc/PID/cgroup`, and paths.
+/// The path of a group in each hierarchy. Hierarchies are named as in `/proc/PID/cgroup`.
 type Set = BTreeMap<Vec<u8>, Vec<u8>>;
 
 fn set(of: Vec<proc::Cgroup>) -> Set {
@@ -103,18 +103,15 @@ fn own() -> Result<Set> {
     Ok(set(proc::cgroups(HostPid(nix::unistd::getpid().as_raw()))?))
 }
 
-/// Begins with this program's own set, or ignores what threads are in.
-///
-/// # Errors
-/// Those of reading `/proc`.
+/// Starts with the dumper's own set, or with none if the user ignores cgroups.
 pub(super) fn collector(options: Options) -> Begun<dyn Collector> {
     Ok(Box::new(Sets { known: if options.managed { vec![own()?] } else { Vec::new() } }))
 }
 
-/// Finds the groups of a tree.
+/// Finds the groups of the tree.
 ///
 /// # Errors
-/// [`CgroupError`] for a group that is not there or frozen.
+/// [`CgroupError`] for a group that does not exist or is frozen.
 pub(super) fn restorer(plan: &Plan<'_>, options: Options) -> Begun<dyn Restorer> {
     if !options.managed {
         return Ok(Box::new(Places::default()));
@@ -123,18 +120,15 @@ pub(super) fn restorer(plan: &Plan<'_>, options: Options) -> Begun<dyn Restorer>
     Ok(Box::new(Places::find(plan.images, plan.inventory.root_cg_set, wanted)?))
 }
 
-/// The sets of a tree that is dumped.
+/// The sets that the tree is in.
 #[derive(Debug)]
 struct Sets {
-    /// This program's own first; none if they are ignored.
+    /// The dumper's own set first; empty if the user ignores cgroups.
     known: Vec<Set>,
 }
 
 impl Sets {
     /// Returns the number of the set that a thread is in.
-    ///
-    /// # Errors
-    /// Those of reading `/proc`.
     fn enter(&mut self, pid: HostPid, tid: HostPid) -> Result<u32> {
         if self.known.is_empty() {
             return Ok(OWN_SET);
@@ -147,10 +141,7 @@ impl Sets {
         Ok(OWN_SET + u32::try_from(position).expect("fewer than threads"))
     }
 
-    /// Writes the image, unless all of the tree is where this program is.
-    ///
-    /// # Errors
-    /// Those of writing it.
+    /// Writes the image, unless all threads are in the dumper's own set.
     fn write(&self, images: &SnapshotWriter) -> Result<(), ImageError> {
         if self.known.len() < 2 {
             return Ok(());
@@ -166,7 +157,7 @@ impl Sets {
                 })
                 .collect(),
         });
-        // CRIU mounts each of these, and looks for the groups there.
+        // CRIU mounts each of these controllers to look for the groups.
         let directory =
             |path: &Vec<u8>| proto::CgroupDirEntry { dir_name: path.clone(), ..Default::default() };
         let controllers = self.known[0].keys().map(|name| {
@@ -196,34 +187,34 @@ impl Collector for Sets {
     }
 }
 
-/// Returns the number of the set that a thread's core names.
+/// Returns the number of the set in a core.
 fn set_of(core: &proto::CoreEntry) -> Option<u32> {
     let of_thread = core.thread_core.as_ref().and_then(|thread| thread.cg_set);
     of_thread.or(core.tc.as_ref().and_then(|task| task.cg_set))
 }
 
-/// Where the groups of a tree that is restored are.
+/// Where the groups of a tree are on this machine.
 #[derive(Debug, Default)]
 struct Places {
-    /// The sets that differ from the dumper's own, by their numbers.
+    /// The sets other than the dumper's own, by number.
     sets: BTreeMap<u32, Set>,
-    /// The directories of groups that this program is not in.
+    /// The directories of the groups that the restorer is not in.
     directories: BTreeMap<(Vec<u8>, Vec<u8>), PathBuf>,
 }
 
 impl Places {
-    /// Finds the groups of the sets that `wanted` numbers. `dumper` is the number of the
+    /// Finds the groups of the sets with the numbers `wanted`. `dumper` is the number of the
     /// dumper's own set.
     ///
     /// # Errors
-    /// [`CgroupError`] for a group that is not there or frozen.
+    /// [`CgroupError`] for a group that does not exist or is frozen.
     fn find(
         images: &dyn ImageStore,
         dumper: Option<u32>,
         wanted: impl Iterator<Item = u32>,
     ) -> Result<Self> {
         let entry = images.message_if_any::<proto::CgroupEntry>(Kind::Cgroup, 0)?;
-        // Without it, all of the tree was where the dumper was, or it did not look.
+        // Without this image, the whole tree was in the dumper's set, or the dump ignored cgroups.
         let Some(entry) = entry else { return Ok(Self::default()) };
         let own = own()?;
         let mounts = proc::mounts()?;
@@ -247,7 +238,7 @@ impl Places {
             }
             places.sets.insert(id, set);
         }
-        // One that was moved comes back, if another of the tree was where this program is.
+        // A process in the dumper's set may have a parent that was moved: move it back.
         if !places.sets.is_empty() {
             for (name, path) in &own {
                 if places.sets.values().any(|set| set.get(name) != Some(path)) {
@@ -262,8 +253,8 @@ impl Places {
 }
 
 impl Restorer for Places {
-    /// Puts a process, or one of its threads other than the leader, where its core says:
-    /// memory is charged to where the process is when it gets it.
+    /// Moves a new process or thread into its groups. A process moves before it gets memory,
+    /// since the kernel charges memory to the group that the process is in at that time.
     fn born(&self, core: &proto::CoreEntry, pid: HostPid, tid: HostPid) -> Result<()> {
         let Some(wanted) = set_of(core).and_then(|id| self.sets.get(&id)) else { return Ok(()) };
         let now = set(proc::thread_cgroups(pid, tid)?);
@@ -288,8 +279,8 @@ impl Restorer for Places {
     }
 }
 
-/// Returns the group that processes are put into whose threads are in this one: itself,
-/// or the one above a threaded one.
+/// Returns the group to move a process to if its threads belong into `directory`: the nearest
+/// ancestor that is not threaded.
 fn domain(directory: &Path) -> &Path {
     let threaded = |directory: &Path| {
         fs::read(directory.join("cgroup.type")).is_ok_and(|kind| kind.trim_ascii() == b"threaded")
@@ -298,14 +289,14 @@ fn domain(directory: &Path) -> &Path {
 }
 
 fn put(pid: HostPid, path: &Path) -> Result<()> {
-    // `fs::write` would make it.
+    // `fs::write` would create the file.
     let file = fs::OpenOptions::new().write(true).open(path);
     let written =
         file.and_then(|mut file| io::Write::write_all(&mut file, pid.to_string().as_bytes()));
     Ok(written.map_err(|source| CgroupError::Move { pid, path: path.to_owned(), source })?)
 }
 
-/// What users call a hierarchy.
+/// Returns the name of a hierarchy for messages.
 fn hierarchy(name: &[u8]) -> String {
     match name {
         b"" => "version 2".into(),
@@ -313,7 +304,7 @@ fn hierarchy(name: &[u8]) -> String {
     }
 }
 
-/// Returns the directory of a group.
+/// Returns the directory of a group, below one of the mounts.
 pub fn directory(name: &[u8], path: &[u8], mounts: &[proc::Mount]) -> Result<PathBuf, CgroupError> {
     let text = String::from_utf8_lossy(path).into_owned();
     let absent = |problem: &str| CgroupError::Absent {
@@ -339,10 +330,10 @@ pub fn directory(name: &[u8], path: &[u8], mounts: &[proc::Mount]) -> Result<Pat
             }
         }
     }
-    Err(absent(if mounted { "is not there" } else { "is mounted nowhere" }))
+    Err(absent(if mounted { "does not exist" } else { "is not mounted" }))
 }
 
-/// Checks that what is put into a group is not stopped.
+/// Checks that neither a group nor a group above it is frozen.
 fn check_thawed(name: &[u8], path: &[u8], directory: &Path) -> Result<(), CgroupError> {
     let says = |file: &Path, words: &[&[u8]]| {
         fs::read(file).is_ok_and(|text| words.contains(&text.trim_ascii()))

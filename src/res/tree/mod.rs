@@ -1,5 +1,6 @@
-//! What a tree has in common: its control groups, its System V segments, what parents were
-//! told of their children. A file for each kind, with a row in [`KINDS`].
+//! State that the processes of a tree share: control groups, System V segments, and which stops
+//! of children their parents have been notified of. One file and one row in [`KINDS`] for each
+//! kind.
 
 pub mod cgroup;
 pub mod stops;
@@ -18,7 +19,7 @@ use crate::{
     units::{HostPid, PidMap},
 };
 
-/// What the user says of the kinds.
+/// Options of the user that concern these kinds.
 #[derive(Clone, Copy, Debug, Default)]
 #[cfg_attr(test, derive(PartialEq, Eq))]
 pub struct Options {
@@ -26,81 +27,70 @@ pub struct Options {
     pub(crate) cgroups: cgroup::Options,
 }
 
-/// One kind's part in a dump or a restore.
+/// A kind that has begun a dump or a restore.
 pub type Begun<T> = Result<Box<T>>;
 
 /// Reads the images of one kind.
 type Reader = fn(&Plan<'_>, &Options) -> Begun<dyn Restorer>;
 
-/// A kind of state that a tree has in common.
+/// A kind of state of the whole tree.
 #[derive(Clone, Copy, Debug)]
 pub struct Kind {
-    /// Begins to dump it.
+    /// Begins a dump.
     collector: fn(&[Task], &PidMap, &Options) -> Begun<dyn Collector>,
-    /// Reads its images, before anything is made; `None` if it has none.
+    /// Begins a restore by reading the images, before it creates anything; `None` if the kind
+    /// has no images.
     restorer: Option<Reader>,
 }
 
-/// Every kind, in the order in which it is asked, written and made.
+/// All kinds, in the order in which they are dumped and restored.
 pub const KINDS: &[Kind] = &[
     Kind {
         collector: |_, _, options| cgroup::collector(options.cgroups),
         restorer: Some(|plan, options| cgroup::restorer(plan, options.cgroups)),
     },
     Kind { collector: |_, _, _| sysv::collector(), restorer: Some(|plan, _| sysv::restorer(plan)) },
-    // Its restore is the order in which processes are let go.
+    // The restore uses these entries when it releases the processes.
     Kind { collector: |tasks, pids, _| stops::collector(tasks, pids), restorer: None },
 ];
 
-/// Memory that processes of a tree share.
+/// A shared memory object of the tree.
 #[derive(Debug)]
 pub struct Memory {
-    /// Its number in the images.
+    /// Its `shmid` in the images.
     pub number: u64,
-    /// What it is called.
+    /// Its name in messages.
     pub name: String,
-    /// Its bytes.
+    /// A descriptor to read or write its bytes.
     pub file: File,
 }
 
-/// Looks at all processes of a tree that is dumped, parents before their children.
+/// Dumps one kind. Sees all processes of the tree, parents before children.
 pub trait Collector {
-    /// Adds the questions to a process.
+    /// Adds the calls that only this process can make.
     fn ask(&mut self, _of: task::Process, _script: &mut Script) {}
 
-    /// Takes what the process has answered, after what it has itself.
+    /// Records the results of these calls, after the kinds of [`task`] have recorded theirs.
     fn collect(&mut self, _of: &task::Stopped<'_>, _answers: &Answers, _images: &mut task::Images) {
     }
 
-    /// Looks at a thread.
-    ///
-    /// # Errors
-    /// What keeps something from being read.
+    /// Records the state of a thread.
     fn thread(&mut self, _of: thread::Thread, _core: &mut CoreEntry) -> Result<()> {
         Ok(())
     }
 
-    /// Looks at a mapping of `object` that a process has.
-    ///
-    /// # Errors
-    /// What keeps something from being read, or cannot be dumped.
+    /// Records a mapping of `object`.
     fn mapping(&mut self, _pid: HostPid, _mapping: &Mapping, _object: Object) -> Result<()> {
         Ok(())
     }
 
-    /// Writes the images, and returns the memory that was found and is to be copied.
-    ///
-    /// # Errors
-    /// Those of writing images.
+    /// Writes the images, and returns the memory objects whose bytes are to be dumped.
     fn finish(&mut self, _images: &SnapshotWriter) -> Result<Vec<Memory>> {
         Ok(Vec::new())
     }
 }
 
 /// Begins to dump all kinds of a stopped tree.
-///
-/// # Errors
-/// What keeps something from being read.
 pub fn collectors(
     tasks: &[Task],
     pids: &PidMap,
@@ -109,49 +99,37 @@ pub fn collectors(
     KINDS.iter().map(|kind| (kind.collector)(tasks, pids, options)).collect()
 }
 
-/// What is to be restored.
+/// What the restore knows when the kinds begin.
 #[derive(Clone, Debug)]
 pub struct Plan<'a> {
-    /// The images.
+    /// The snapshot.
     pub images: &'a dyn ImageStore,
-    /// What the dumper says of itself.
+    /// The inventory of the snapshot.
     pub inventory: &'a InventoryEntry,
     /// The cores of all threads of the tree.
     pub cores: Vec<&'a CoreEntry>,
 }
 
-/// Gives back to a tree what it had in common.
+/// Restores one kind.
 pub trait Restorer: std::fmt::Debug {
-    /// Makes what has to be there before the first process, and returns the memory that is
-    /// to be filled.
-    ///
-    /// # Errors
-    /// What cannot be made.
+    /// Creates what must exist before the first process, and returns the memory objects to
+    /// fill.
     fn make(&self) -> Result<Vec<Memory>> {
         Ok(Vec::new())
     }
 
-    /// Changes a new process before it has memory, or a new thread.
-    ///
-    /// # Errors
-    /// What cannot be set.
+    /// Restores the state of a new thread, or of a new process before it gets memory.
     fn born(&self, _core: &CoreEntry, _pid: HostPid, _tid: HostPid) -> Result<()> {
         Ok(())
     }
 
-    /// Does what is left when all processes have their memory.
-    ///
-    /// # Errors
-    /// What cannot be done.
+    /// Finishes, once all processes have their memory.
     fn finish(&self) -> Result<()> {
         Ok(())
     }
 }
 
-/// Reads the images of all kinds.
-///
-/// # Errors
-/// What is wrong with the images, or missing here.
+/// Begins to restore all kinds by reading their images.
 pub fn restorers(plan: &Plan<'_>, options: &Options) -> Result<Vec<Box<dyn Restorer>>> {
     let restorers = KINDS.iter().filter_map(|kind| kind.restorer);
     restorers.map(|restorer| restorer(plan, options)).collect()

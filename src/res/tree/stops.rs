@@ -1,4 +1,4 @@
-//! Whether the parent of a stopped process was told so: it is, once, by `wait(2)`.
+//! Whether the parent of a stopped process has been notified: `wait(2)` reports a stop once.
 
 use std::collections::HashMap;
 
@@ -19,7 +19,7 @@ const P_PID: i32 = 1;
 /// `CLD_CONTINUED` (`asm-generic/siginfo.h`).
 const CLD_CONTINUED: i32 = 6;
 
-/// The begin of a `siginfo_t` of `SIGCHLD` (`asm-generic/siginfo.h`).
+/// The first fields of a `siginfo_t` for `SIGCHLD` (`asm-generic/siginfo.h`).
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 struct Info {
@@ -37,33 +37,30 @@ const _: () = assert!(size_of::<Info>() == 28);
 /// Bytes of a `siginfo_t`.
 const INFO_BYTES: usize = 128;
 
-/// What a parent has not been told of a child.
+/// What `wait(2)` has not reported to a parent yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Untold {
     /// Nothing.
     Nothing,
-    /// That it has stopped.
+    /// That the child has stopped.
     Stop,
-    /// That it goes on.
+    /// That the child has continued.
     Continuation,
 }
 
-/// What the processes of a tree were not told.
+/// The notifications that parents have not received.
 #[derive(Debug)]
 struct Stops {
     pids: PidMap,
-    /// Children of each process.
+    /// The live children of each process.
     children: HashMap<HostPid, Vec<HostPid>>,
-    /// What the process at hand was asked of its children.
+    /// The calls about the children of the current process.
     asked: Vec<(HostPid, Asked)>,
-    /// What parents were not told of these.
+    /// The result, by child.
     untold: HashMap<HostPid, Untold>,
 }
 
-/// Begins with the processes that live.
-///
-/// # Errors
-/// None.
+/// Starts with the processes that are alive.
 pub(super) fn collector(tasks: &[Task], pids: &PidMap) -> Begun<dyn Collector> {
     let mut stops = Stops {
         pids: pids.clone(),
@@ -84,8 +81,8 @@ impl Collector for Stops {
         }
     }
 
-    /// Notes what the process was not told of its children, and whether its own parent was
-    /// told that it has stopped.
+    /// Records what the process has not been notified of, and whether its own parent has been
+    /// notified that it stopped.
     fn collect(&mut self, of: &task::Stopped<'_>, answers: &Answers, images: &mut task::Images) {
         for (child, asked) in std::mem::take(&mut self.asked) {
             if let Some(untold) = collect(asked, answers) {
@@ -96,8 +93,8 @@ impl Collector for Stops {
         let untold = self.untold.get(&pid).copied();
         if untold == Some(Untold::Continuation) {
             let message = format!(
-                "process {pid} was stopped and goes on, which its parent was not told yet \
-                 (WCONTINUED): the parent of the restored one will not be"
+                "process {pid} was stopped and has continued, but its parent has not waited for that \
+                 yet (WCONTINUED): after a restore, wait(2) will not report it"
             );
             say(log::Level::Warn, &message);
         }
@@ -107,14 +104,14 @@ impl Collector for Stops {
     }
 }
 
-/// The questions about a child to its parent.
+/// A call about a child in its parent.
 #[derive(Clone, Copy, Debug)]
 struct Asked {
     call: CallId,
     info: Buffer,
 }
 
-/// Adds the question, which changes nothing.
+/// Adds the call, which only peeks (`WNOWAIT`).
 fn ask(child: NsPid, script: &mut Script) -> Asked {
     let info = script.space(INFO_BYTES);
     let flags = libc::WSTOPPED | libc::WCONTINUED | libc::WNOWAIT | libc::WNOHANG | libc::__WALL;
@@ -122,7 +119,7 @@ fn ask(child: NsPid, script: &mut Script) -> Asked {
     Asked { call: script.attempt(libc::SYS_waitid, &arguments), info }
 }
 
-/// Returns what the parent has not been told; `None` if it cannot say.
+/// Returns what the parent has not been notified of; `None` if `waitid(2)` failed.
 fn collect(asked: Asked, answers: &Answers) -> Option<Untold> {
     answers.result(asked.call).ok()?;
     let info: Info = answers.value(asked.info);
@@ -133,14 +130,14 @@ fn collect(asked: Asked, answers: &Answers) -> Option<Untold> {
     })
 }
 
-/// Adds the call by which a parent is told that a child has stopped.
+/// Adds the call by which a parent consumes the notification that a child has stopped.
 pub fn tell(child: NsPid, script: &mut Script) {
     let flags = libc::WSTOPPED | libc::WNOHANG | libc::__WALL;
     let arguments = [P_PID.into(), child.into(), 0.into(), flags.into()];
     script.attempt(libc::SYS_waitid, &arguments);
 }
 
-/// Adds the call that takes away the signals of children.
+/// Adds the call that consumes a pending signal, such as a child's `SIGCHLD`.
 pub fn forget_signal(signal: u32, script: &mut Script) {
     let bit = 1_u64.checked_shl(signal.wrapping_sub(1)).unwrap_or(0);
     let set = script.bytes(&bit.to_le_bytes());

@@ -1,8 +1,8 @@
 //! System V shared memory segments (`shmget(2)`) that processes have attached.
 //!
-//! A segment lives in the IPC namespace and outlives those who attach it. A restore
-//! finds it again by its id if it is still the one that was dumped and nobody uses it,
-//! else it makes one with this id. Its bytes are those of the dump in any case.
+//! A segment belongs to the IPC namespace and survives the processes that attach it. The restore
+//! reuses the segment with the same id if it has the same key and size and no process has it
+//! attached; otherwise it creates one with this id. It overwrites the bytes in any case.
 
 use std::{
     collections::{BTreeMap, btree_map::Entry},
@@ -31,29 +31,26 @@ use crate::{
     units::{HostPid, HugeSize, PAGE_SIZE, RemoteAddr},
 };
 
-/// The number of this program's IPC namespace in images.
+/// The number that images give to the dumper's IPC namespace.
 const NAMESPACE: u64 = 3;
 
-/// `SHM_DEST` (`linux/shm.h`): the segment goes when nobody has it attached.
+/// `SHM_DEST` (`linux/shm.h`): the kernel removes the segment when the last process detaches it.
 const DESTROYED: u32 = 0o1000;
 
-/// What of `shm_perm.mode` are permissions.
+/// The permission bits of `shm_perm.mode`.
 const PERMISSIONS: u32 = 0o777;
 
 /// `SHM_HUGETLB` (`linux/shm.h`).
 const HUGE: u32 = libc::SHM_HUGETLB.cast_unsigned();
 
-/// Where the id of the next segment can be chosen.
+/// The file that chooses the id of the next segment.
 const NEXT_ID: &str = "/proc/sys/kernel/shm_next_id";
 
-/// The segments of a tree that is dumped, by their ids.
+/// The segments that the tree has attached, by id.
 #[derive(Debug, Default)]
 struct Attached(BTreeMap<u32, (IpcShmEntry, File)>);
 
-/// Begins without any.
-///
-/// # Errors
-/// None.
+/// Starts without segments.
 pub(super) fn collector() -> Begun<dyn Collector> {
     Ok(Box::new(Attached::default()))
 }
@@ -91,14 +88,10 @@ impl Collector for Attached {
     }
 }
 
-/// The segments of a tree that is restored.
+/// The segments to restore.
 #[derive(Debug)]
 struct Segments(Vec<IpcShmEntry>);
 
-/// Reads the images.
-///
-/// # Errors
-/// Those of reading an image.
 pub(super) fn restorer(plan: &Plan<'_>) -> Begun<dyn Restorer> {
     Ok(Box::new(Segments(read(plan.images)?)))
 }
@@ -119,23 +112,23 @@ impl Restorer for Segments {
         self.0.iter().map(make).collect()
     }
 
-    /// Lets segments go with those who have them attached, if they were to.
+    /// Removes the segments that were marked for removal, now that processes have them attached.
     fn finish(&self) -> Result<()> {
         self.0
             .iter()
-            .try_for_each(|entry| finish(entry).map_err(failed("let go of", entry.desc.id)))
+            .try_for_each(|entry| finish(entry).map_err(failed("mark for removal", entry.desc.id)))
     }
 }
 
-/// Returns what makes an error of one about a segment.
+/// Returns a constructor of the error for a failed call on a segment.
 fn failed(step: &'static str, id: u32) -> impl Fn(Errno) -> ResError {
     move |errno| ResError::SharedMemory { number: id.into(), step, source: errno.into() }
 }
 
-/// Returns what an image says of a segment, of which there is a mapping.
+/// Builds the image entry for a mapped segment.
 ///
 /// # Errors
-/// `EINVAL` if it is gone.
+/// `EINVAL` if the segment no longer exists.
 fn collect(id: u32, mapping: &Mapping) -> Result<IpcShmEntry, Errno> {
     let segment = shm::stat(id)?;
     Ok(IpcShmEntry {
@@ -154,27 +147,24 @@ fn collect(id: u32, mapping: &Mapping) -> Result<IpcShmEntry, Errno> {
     })
 }
 
-/// Writes the image of the segments.
-///
-/// # Errors
-/// [`crate::image::ImageError::Write`].
+/// Writes the image of the segments, if there are any.
 fn write(segments: &[IpcShmEntry], images: &SnapshotWriter) -> crate::image::Result<()> {
     if segments.is_empty() { Ok(()) } else { images.write(Kind::IpcnsShm, NAMESPACE, segments) }
 }
 
-/// Reads the image of the segments; there are none without it.
+/// Reads the image of the segments, if there is one.
 ///
 /// # Errors
-/// Those of reading an image; segments whose bytes are in that image itself, as of
-/// dumped namespaces before CRIU 3, are not among them.
+/// Those of reading an image. Images of CRIU before version 3, which hold the bytes of segments
+/// here, are not supported.
 fn read(images: &dyn ImageStore) -> crate::image::Result<Vec<IpcShmEntry>> {
     Ok(images.messages_if_any(Kind::IpcnsShm, NAMESPACE)?.unwrap_or_default())
 }
 
-/// Finds or makes a segment.
+/// Finds or creates a segment.
 ///
 /// # Errors
-/// Why it cannot be had: what has its id or its key, or which call failed.
+/// The id or the key is in use, or a call failed.
 fn create(entry: &IpcShmEntry) -> Result<(), String> {
     let desc = &entry.desc;
     match shm::stat(desc.id) {
@@ -188,10 +178,10 @@ fn create(entry: &IpcShmEntry) -> Result<(), String> {
         None => (0, ""),
     };
     let made = shm::create(desc.key, entry.size, desc.mode & PERMISSIONS | huge)
-        .map_err(|errno| format!("make a segment{of_what} with key {:#x}: {errno}", desc.key))?;
+        .map_err(|errno| format!("create a segment{of_what} with key {:#x}: {errno}", desc.key))?;
     if made != desc.id {
         let _ = shm::remove(made);
-        return Err(format!("the kernel made segment {made} instead of {}", desc.id));
+        return Err(format!("the kernel created segment {made} instead of {}", desc.id));
     }
     shm::set_owner(made, desc.uid, desc.gid, desc.mode & PERMISSIONS)
         .map_err(|errno| format!("set the owner of segment {made}: {errno}"))
@@ -205,20 +195,20 @@ fn check(entry: &IpcShmEntry, found: &Segment) -> Result<(), String> {
     let desc = &entry.desc;
     if found.key != desc.key || found.bytes != entry.size {
         return Err(format!(
-            "id {} is in use by another segment, of key {:#x} and {} bytes\nhelp: remove that segment with ipcrm(1)",
+            "id {} is in use by another segment, with key {:#x} and {} bytes\nhelp: remove that segment with ipcrm(1)",
             desc.id, found.key, found.bytes
         ));
     }
     if found.attached > 0 {
         return Err(format!(
-            "segment {} is attached by {} other mappings, last by process {}\nhelp: end those processes",
+            "{} other mappings have segment {} attached, the last one by process {}\nhelp: end those processes",
             desc.id, found.attached, found.last_pid
         ));
     }
     Ok(())
 }
 
-/// Adds the call that attaches a segment where a process has it.
+/// Adds the call that attaches a segment at the address of a mapping.
 pub fn attach(entry: &VmaEntry, script: &mut Script) {
     let read_only = entry.prot & libc::PROT_WRITE.cast_unsigned() == 0;
     let flags = libc::SHM_REMAP | if read_only { libc::SHM_RDONLY } else { 0 };
@@ -230,18 +220,12 @@ pub fn attach(entry: &VmaEntry, script: &mut Script) {
     );
 }
 
-/// Lets a segment go with those who have it attached, if it was to.
-///
-/// # Errors
-/// What `shmctl(2)` returns.
+/// Marks a segment for removal if it was marked.
 fn finish(entry: &IpcShmEntry) -> Result<(), Errno> {
     if entry.desc.mode & DESTROYED != 0 { shm::remove(entry.desc.id) } else { Ok(()) }
 }
 
 /// Opens a segment to fill it.
-///
-/// # Errors
-/// What `shmat(2)` returns; what opening the mapping returns.
 fn open(entry: &IpcShmEntry) -> std::io::Result<File> {
     let page_bytes = huge_size(entry).map_or(PAGE_SIZE, HugeSize::bytes);
     shm::open(entry.desc.id, entry.size, page_bytes)
