@@ -1,5 +1,5 @@
-//! What the kernel is told of the parts of an address space: program, heap, stack,
-//! arguments, auxiliary vector; and whether it may have huge pages.
+//! The layout of an address space that the kernel keeps: program, heap, stack, arguments, and
+//! auxiliary vector; and whether transparent huge pages are disabled.
 
 use nix::libc;
 
@@ -13,14 +13,14 @@ use crate::{
     },
 };
 
-/// Bytes of `struct prctl_mm_map` (`linux/prctl.h`): eleven addresses, the auxiliary
-/// vector's address and size, the program's descriptor.
+/// The size of `struct prctl_mm_map` (`linux/prctl.h`): eleven addresses, the address and the
+/// size of the auxiliary vector, and the descriptor of the program.
 const MM_MAP_BYTES: usize = 104;
 
-/// Where in it the address of the auxiliary vector is.
+/// The offset of the address of the auxiliary vector in it.
 const AUXV_AT: usize = 88;
 
-/// The kind. Mappings and the program's file are not in its part of the image.
+/// Other code fills in the mappings and the file of the program.
 pub(in crate::res) struct Description;
 
 impl Kind for Description {
@@ -53,7 +53,7 @@ impl Kind for Description {
         }))
     }
 
-    /// `PR_SET_MM_MAP` needs no more than `CAP_CHECKPOINT_RESTORE` since Linux 5.9.
+    /// Since Linux 5.9, `PR_SET_MM_MAP` needs only `CAP_CHECKPOINT_RESTORE`.
     fn place(&self, of: &Restored<'_>, program: i32, script: &mut Script) {
         let mm = of.mm;
         let mut map = Vec::with_capacity(MM_MAP_BYTES);
@@ -69,7 +69,7 @@ impl Kind for Description {
             mm.mm_arg_end,
             mm.mm_env_start,
             mm.mm_env_end,
-            0, // the address of the auxiliary vector
+            0, // the auxiliary vector: `point` writes its address
         ] {
             map.extend_from_slice(&address.to_le_bytes());
         }
@@ -81,7 +81,7 @@ impl Kind for Description {
         let buffer = script.bytes(&map);
         script.point(buffer, AUXV_AT, auxv);
         script.call(
-            "describe the address space",
+            "set the layout of the address space",
             libc::SYS_prctl,
             &[
                 libc::PR_SET_MM.into(),
@@ -92,7 +92,7 @@ impl Kind for Description {
         );
         if mm.thp_disabled == Some(true) {
             let arguments = [libc::PR_SET_THP_DISABLE.into(), 1.into()];
-            script.call("switch huge pages off", libc::SYS_prctl, &arguments);
+            script.call("disable transparent huge pages", libc::SYS_prctl, &arguments);
         }
     }
 }

@@ -1,5 +1,4 @@
-//! Mappings: what `/proc/PID/smaps` says of one, what an image says of it, and the
-//! calls that make it again.
+//! Mappings: reads them from `/proc/PID/smaps`, builds their image entries, and recreates them.
 
 use nix::libc;
 
@@ -12,8 +11,8 @@ use crate::{
     units::{HostPid, HugeSize, PAGE_SIZE},
 };
 
-/// Advice that is kept: the flag that shows it, and its number (`MADV_*`,
-/// `asm-generic/mman-common.h`), which is its bit in `vma_entry.madv`.
+/// The advice that is dumped: the flag in `smaps`, and the `MADV_*` number
+/// (`asm-generic/mman-common.h`), which is also the bit in `vma_entry.madv`.
 const ADVICE: [(VmFlags, i32); 8] = [
     (VmFlags::RAND_READ, libc::MADV_RANDOM),
     (VmFlags::SEQ_READ, libc::MADV_SEQUENTIAL),
@@ -25,21 +24,22 @@ const ADVICE: [(VmFlags, i32); 8] = [
     (VmFlags::WIPE_ON_FORK, libc::MADV_WIPEONFORK),
 ];
 
-/// What the kernel calls anonymous memory of huge pages: it is that of a file of its own.
+/// The name of the file behind anonymous memory of huge pages.
 const HUGE_ANONYMOUS: &[u8] = b"/anon_hugepage (deleted)";
 
-/// Together with `MAP_LOCKED`: pages are locked as they are touched. `mmap(2)` ignores
-/// the flag without `MAP_POPULATE`, so that other restorers lose nothing but this.
+/// With `MAP_LOCKED`, marks a mapping whose pages the kernel locks when they are touched
+/// (`MLOCK_ONFAULT`). `mmap(2)` ignores this flag without `MAP_POPULATE`, so another restorer
+/// only loses the mark.
 pub const LOCKED_ON_FAULT: u32 = libc::MAP_NONBLOCK.cast_unsigned();
 
-/// What a mapping maps.
+/// The object behind a mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Object {
-    /// Private memory without a file.
+    /// Private anonymous memory.
     Private,
-    /// A regular file, or something else that has a name.
+    /// A file with a name.
     File,
-    /// Memory that is shared by inheritance, or a memfd.
+    /// Anonymous shared memory, or a memfd.
     SharedMemory,
     /// A System V segment.
     SystemV,
@@ -47,14 +47,14 @@ pub enum Object {
     Vdso,
     /// The data of the vDSO.
     Vvar,
-    /// The page that is the same in all processes.
+    /// The vsyscall page, which all processes have at the same address.
     Vsyscall,
 }
 
-/// Returns what a mapping maps.
+/// Returns the object behind a mapping.
 ///
 /// # Errors
-/// [`ResError::Unsupported`] for mappings of devices and the like.
+/// [`ResError::Unsupported`] for objects that rcriu does not dump, such as devices.
 pub fn object(pid: HostPid, mapping: &Mapping) -> Result<Object> {
     let name = mapping.name.as_slice();
     let flags = mapping.flags;
@@ -75,7 +75,7 @@ pub fn object(pid: HostPid, mapping: &Mapping) -> Result<Object> {
     if flags.contains(VmFlags::SHADOW_STACK) {
         return refuse("a shadow stack");
     }
-    // What can only be executed has one of the kernel's, which it gives again.
+    // The kernel gives execute-only memory a protection key, and will do so again.
     let only_executed = mapping.execute && !mapping.read && !mapping.write;
     if mapping.protection_key != 0 && !only_executed {
         return refuse("memory with a protection key");
@@ -102,7 +102,7 @@ pub fn object(pid: HostPid, mapping: &Mapping) -> Result<Object> {
     if name.starts_with(b"/SYSV") && name.ends_with(b" (deleted)") {
         return Ok(Object::SystemV);
     }
-    // Also mapped privately, by a descriptor from /proc/PID/map_files.
+    // A process maps such an object privately by opening /proc/PID/map_files.
     let anonymous = name == b"/dev/zero (deleted)" || name.starts_with(b"[anon_shmem:");
     if anonymous || name.starts_with(b"/memfd:") {
         return Ok(Object::SharedMemory);
@@ -110,8 +110,8 @@ pub fn object(pid: HostPid, mapping: &Mapping) -> Result<Object> {
     Ok(Object::File)
 }
 
-/// Returns what an image says of a mapping of `object`; `shmid` is the number of
-/// the file or segment.
+/// Builds the image entry for a mapping of `object`; `shmid` is the number of its file or
+/// shared memory object.
 pub fn entry(mapping: &Mapping, object: Object, shmid: u64) -> VmaEntry {
     let flags = mapping.flags;
     let kind = match object {
@@ -173,13 +173,13 @@ pub fn entry(mapping: &Mapping, object: Object, shmid: u64) -> VmaEntry {
     }
 }
 
-/// Returns the size of the huge pages that a mapping asked for by name, if it did.
+/// Returns the size of the huge pages of a mapping with `MAP_HUGETLB`.
 pub fn huge_size(mapping: &Mapping) -> Option<HugeSize> {
     let huge = mapping.flags.contains(VmFlags::HUGE_TLB);
     huge.then(|| HugeSize::of(mapping.kernel_page_bytes))
 }
 
-/// Returns the bytes in a page of a mapping.
+/// Returns the page size of a mapping.
 pub fn page_bytes(entry: &VmaEntry) -> u64 {
     if entry.flags & libc::MAP_HUGETLB.cast_unsigned() == 0 {
         PAGE_SIZE
@@ -188,8 +188,8 @@ pub fn page_bytes(entry: &VmaEntry) -> u64 {
     }
 }
 
-/// Whether a mapping is locked page by page as they are touched, also where the kernel
-/// has no name for that.
+/// Whether the kernel locks pages of the mapping when they are touched. Kernels that do not name
+/// this flag in `smaps` show it as unknown.
 fn is_locked_on_fault(flags: VmFlags) -> bool {
     let named = flags.contains(VmFlags::LOCK_ON_FAULT);
     if named && !fault::is_without(Novelty::LockOnFault) {
@@ -205,33 +205,33 @@ fn may_write(mapping: &Mapping) -> bool {
     mapping.write || mapping.flags.contains(VmFlags::MAY_WRITE)
 }
 
-/// Returns the advice that a mapping was given, as arguments of `madvise(2)`.
+/// Returns the advice of a mapping, as arguments of `madvise(2)`.
 pub fn advice(entry: &VmaEntry) -> impl Iterator<Item = i32> + use<> {
     let bits = entry.madv.unwrap_or(0);
     ADVICE.into_iter().map(|(_, number)| number).filter(move |number| bits >> number & 1 == 1)
 }
 
-/// Whether pages of the mapping are in the private memory of the process.
+/// Whether the pages of the mapping belong to the private memory of the process.
 pub fn is_private(entry: &VmaEntry) -> bool {
     entry.status & (vma::ANON_PRIVATE | vma::FILE_PRIVATE) != 0
         && entry.status & (vma::VVAR | vma::VSYSCALL | vma::GUARD) == 0
 }
 
-/// Whether a mapping goes on where the one before it ends, as one entry of the image.
+/// Whether `next` directly follows `before` and belongs to the same image entry.
 ///
-/// The kernel shows the data of the vDSO in several mappings, but makes, moves and
-/// removes them together. CRIU records them as one, and takes the vDSO for that of
-/// another kernel, which it replaces, if the first is shorter than its own.
+/// The kernel shows the data of the vDSO as several mappings, but creates, moves and removes
+/// them together. CRIU records them as one. If its first mapping were shorter than CRIU's own,
+/// CRIU would take the vDSO for another kernel's and replace it.
 pub fn continues(before: &VmaEntry, next: &VmaEntry) -> bool {
     before.status & next.status & vma::VVAR != 0 && before.end == next.start
 }
 
-/// Whether the mapping is the page that all processes have at the same place.
+/// Whether the mapping is the vsyscall page.
 pub fn is_vsyscall(entry: &VmaEntry) -> bool {
     entry.status & vma::VSYSCALL != 0
 }
 
-/// Whether the mapping is one that the kernel makes: the vDSO with its data.
+/// Whether the mapping is part of the vDSO: its code or its data.
 pub fn is_vdso(entry: &VmaEntry) -> bool {
     entry.status & (vma::VDSO | vma::VVAR) != 0
 }

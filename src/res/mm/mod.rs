@@ -1,4 +1,4 @@
-//! Address spaces: their mappings, and what belongs to them as a whole.
+//! Address spaces: their mappings, and what belongs to an address space as a whole.
 
 pub mod description;
 pub mod mapping;

@@ -1,4 +1,4 @@
-//! The vDSO: code that the kernel puts into each process.
+//! The vDSO: code that the kernel maps into each process.
 
 use crate::{
     image::{proto::VmaEntry, vma},
@@ -7,7 +7,7 @@ use crate::{
     units::HostPid,
 };
 
-/// Checks that the kernel has put the vDSO where the images have it.
+/// Checks that the kernel has mapped the vDSO where the images have it.
 ///
 /// # Errors
 /// [`ResError::OtherKernel`].
