@@ -341,7 +341,7 @@ fn privileged_broken_images_are_mounted_and_read() {
 /// images.
 fn is_of_the_machine(said: &str) -> bool {
     [
-        "put back what was there",
+        "restore what was there",
         "when it was dumped",
         "No such file or directory",
         "ENOENT",
@@ -356,7 +356,7 @@ fn is_of_the_machine(said: &str) -> bool {
         "EFBIG",
         "ENOSPC",
         "is in use by",
-        "the kernel that it was dumped on",
+        "the kernel that the process was dumped on",
         "this processor does not have",
     ]
     .iter()

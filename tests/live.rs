@@ -657,7 +657,7 @@ fn privileged_a_file_below_a_mount_is_refused_until_that_is_gone() {
     mount(None::<&str>, &point, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
     let mounted = Mount(point);
     for options in [&[][..], &["--link-remap"]] {
-        refused_with(&mut live, options, "something is mounted over it");
+        refused_with(&mut live, options, "another file system is mounted over it");
     }
     drop(mounted);
     live.dump(&[]);

@@ -1,4 +1,4 @@
-//! What kinds of state share while a tree is restored.
+//! What the kinds of state share during a restore.
 
 use std::{cell::RefCell, fmt};
 
@@ -9,22 +9,19 @@ use crate::{
     units::HostPid,
 };
 
-/// What this program has itself, which new processes begin with.
+/// The state of the restorer itself, which new processes inherit.
 #[derive(Debug)]
 pub struct Own {
-    /// Its credentials.
+    /// Credentials.
     pub status: Status,
-    /// Its limits, soft and hard, by their numbers.
+    /// Soft and hard limits, indexed by resource number.
     pub limits: Vec<(u64, u64)>,
-    /// What the kinds have found not to be as it was.
+    /// Attributes that the restore could not set as they were.
     pub differences: RefCell<Differences>,
 }
 
 impl Own {
-    /// Reads it.
-    ///
-    /// # Errors
-    /// Those of reading `/proc`.
+    /// Reads the state of this process from `/proc`.
     pub fn read() -> Result<Self> {
         let pid = HostPid(nix::unistd::getpid().as_raw());
         let limits = proc::limits(pid)?.to_vec();
@@ -32,10 +29,12 @@ impl Own {
     }
 }
 
-/// The calls of a new thread: kinds add theirs to one list, which is made at the end of a
-/// phase, or when one of them needs answers.
+/// The system calls of a new thread.
+///
+/// Kinds append to one list. The thread makes these calls at the end of a phase, or earlier
+/// when a kind needs their results.
 pub struct Calls<'a> {
-    /// Those that were not made yet.
+    /// Calls that the thread has not made yet.
     pub script: Script,
     make: &'a mut dyn FnMut(&Script) -> Result<Answers, InjectError>,
 }
@@ -47,21 +46,21 @@ impl fmt::Debug for Calls<'_> {
 }
 
 impl<'a> Calls<'a> {
-    /// Begins with an empty list; `make` lets the thread make one.
+    /// Starts with an empty list; `make` has the thread make the calls of a script.
     pub fn new(make: &'a mut dyn FnMut(&Script) -> Result<Answers, InjectError>) -> Self {
         Self { script: Script::new(), make }
     }
 
-    /// Lets the thread make these calls, after those of the list.
+    /// Has the thread make the pending calls, then those of `script`, and returns the results.
     ///
     /// # Errors
-    /// The first call that fails and must not.
+    /// The first call that fails and is not optional.
     pub fn make(&mut self, script: &Script) -> Result<Answers> {
         self.flush()?;
         Ok((self.make)(script)?)
     }
 
-    /// Lets the thread make the calls of the list.
+    /// Has the thread make the pending calls.
     ///
     /// # Errors
     /// As [`Self::make`].

@@ -1,4 +1,4 @@
-//! Why the state of a process could not be dumped or restored.
+//! Errors of dumping and restoring process state.
 
 use std::{io, path::PathBuf};
 
@@ -12,18 +12,18 @@ use crate::{
     units::{HostPid, NsPid},
 };
 
-/// The result of dumping or restoring state of a process.
+/// The result of dumping or restoring process state.
 pub type Result<T, E = ResError> = std::result::Result<T, E>;
 
-/// Why the state of a process could not be dumped or restored.
+/// Why process state could not be dumped or restored.
 #[derive(Debug, thiserror::Error)]
 pub enum ResError {
-    /// It is in a state that is not dumped.
+    /// The process has state that rcriu does not dump.
     #[error("process {pid} cannot be dumped: {what}")]
     Unsupported {
         /// The process or thread.
         pid: HostPid,
-        /// The state, and what would help.
+        /// The state, and how to avoid it.
         what: String,
     },
     /// A system call about a thread failed.
@@ -31,23 +31,23 @@ pub enum ResError {
     Thread {
         /// The thread.
         tid: HostPid,
-        /// What was attempted, as a verb.
+        /// The attempted step, as a verb.
         step: &'static str,
         /// Why it failed.
         source: Errno,
     },
-    /// What the images say of it cannot be, or cannot be on this machine.
+    /// The images hold an invalid value, or one that this machine cannot restore.
     #[error("images of process {pid}: {problem}")]
     Image {
         /// The process or thread.
         pid: NsPid,
-        /// What is wrong, found and expected.
+        /// What was found, and what was expected.
         problem: String,
     },
-    /// The kernel is another one than the tree was dumped on.
+    /// This kernel is not the one that the tree was dumped on.
     #[error(
-        "process {pid} has a vDSO that this kernel does not have ({problem})\n\
-         help: restore it on the kernel that it was dumped on"
+        "the vDSO of process {pid} differs from this kernel's ({problem})\n\
+         help: restore on the kernel that the process was dumped on"
     )]
     OtherKernel {
         /// The process.
@@ -55,28 +55,28 @@ pub enum ResError {
         /// What differs.
         problem: String,
     },
-    /// What the images say of a namespace cannot be.
+    /// The images describe a namespace wrongly.
     #[error("images of namespace {number}: {problem}")]
     Namespace {
-        /// Its number in the images.
+        /// The number of the namespace in the images.
         number: u32,
-        /// What is wrong, found and expected.
+        /// What was found, and what was expected.
         problem: String,
     },
-    /// A System V segment could not be found or made again.
+    /// A System V segment could not be found or recreated.
     #[error("System V segment {id}: {problem}")]
     Segment {
         /// Its id.
         id: u32,
-        /// What is in the way, and what would help.
+        /// What is wrong, and how to fix it.
         problem: String,
     },
-    /// Shared memory could not be looked at or made.
-    #[error("{step} the shared memory {number}")]
+    /// Shared memory could not be examined or created.
+    #[error("{step} shared memory {number}")]
     SharedMemory {
-        /// Its number in the images.
+        /// Its `shmid` in the images.
         number: u64,
-        /// What was attempted, as a verb.
+        /// The attempted step, as a verb.
         step: &'static str,
         /// Why it failed.
         source: io::Error,
@@ -89,7 +89,7 @@ pub enum ResError {
         /// Why.
         source: io::Error,
     },
-    /// Something in `/proc` could not be written.
+    /// A file in `/proc` could not be written.
     #[error("write {path}", path = .path.display())]
     Write {
         /// The file.
@@ -100,13 +100,13 @@ pub enum ResError {
     /// An image could not be read or written.
     #[error(transparent)]
     Images(#[from] ImageError),
-    /// Something in `/proc` could not be read.
+    /// A file in `/proc` could not be read.
     #[error(transparent)]
     Proc(#[from] ProcError),
-    /// A control group is not as it was.
+    /// A control group differs from that of the dump.
     #[error(transparent)]
     Cgroup(CgroupError),
-    /// The process could not be made to work for this program.
+    /// A system call could not be injected into the process.
     #[error(transparent)]
     Inject(#[from] InjectError),
 }

@@ -1,4 +1,7 @@
-//! Kinds of state that processes have, one file each, with both directions in it.
+//! Kinds of process state.
+//!
+//! Each kind has one file, which both dumps and restores it. Folders group the kinds by what
+//! owns the state: a namespace, the tree, an address space, a task, a thread, or a file.
 
 pub mod attribute;
 pub mod calls;

@@ -1,18 +1,18 @@
-//! Queues of signals that wait to be delivered, to a process or to a thread.
+//! Queues of pending signals, of a process or of a thread.
 
 use nix::libc;
 
 use super::{ResError, Result};
 use crate::{image::proto, inject::Script, sys::ptrace::SIGINFO_BYTES, units::NsPid};
 
-/// Returns what an image says of a queue of signals.
+/// Builds the image entry for a queue of `siginfo_t` structures.
 pub fn queue(signals: Vec<Vec<u8>>) -> proto::SignalQueueEntry {
     let signals = signals.into_iter().map(|siginfo| proto::SiginfoEntry { siginfo }).collect();
     proto::SignalQueueEntry { signals }
 }
 
-/// Adds the calls by which a process (`thread` is `None`) or a thread puts signals
-/// into its own queue.
+/// Adds the calls by which a process (if `thread` is `None`) or a thread queues signals for
+/// itself.
 ///
 /// # Errors
 /// [`ResError::Image`] for an entry that is not a `siginfo_t`.
@@ -24,7 +24,7 @@ pub fn requeue(
 ) -> Result<()> {
     let malformed = || ResError::Image {
         pid: thread.unwrap_or(pid),
-        problem: "a signal in its queue is malformed".into(),
+        problem: "a queued signal is not a siginfo_t".into(),
     };
     for entry in &queue.signals {
         let number = entry.siginfo.first_chunk().filter(|_| entry.siginfo.len() == SIGINFO_BYTES);

@@ -1,4 +1,4 @@
-//! Opening and adjusting descriptors of this program.
+//! Opens and adjusts descriptors of rcriu itself.
 
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
@@ -11,27 +11,27 @@ use nix::{
     unistd::{Whence, lseek},
 };
 
-/// Flags that an open file keeps but that would do something when it is opened
-/// again, or that the kernel does not take then.
+/// Flags that a description keeps, but that must not be passed to `open(2)` again: they would
+/// have an effect, or the kernel rejects them.
 const NOT_AGAIN: i32 = libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC | libc::O_ASYNC;
 
 /// The bit of `O_TMPFILE` that is not `O_DIRECTORY`.
 const TMPFILE: i32 = libc::O_TMPFILE & !libc::O_DIRECTORY;
 
-/// `O_LARGEFILE` as the kernel has it (`include/uapi/asm-generic/fcntl.h`); to the
-/// C library it is 0. What was opened by path has it.
+/// The kernel's `O_LARGEFILE` (`include/uapi/asm-generic/fcntl.h`); in the C library it is 0. The
+/// kernel sets it for all files opened by path.
 pub(super) const LARGE_FILE: u32 = 0o100_000;
 
-/// A position that is not restored, because the file has none.
+/// The position of a file that has none.
 pub(super) const NO_POSITION: u64 = u64::MAX;
 
-/// Whether the flags are those of a descriptor that only names a file.
+/// Whether the descriptor only refers to a path (`O_PATH`).
 pub(super) fn is_path(flags: u32) -> bool {
     flags.cast_signed() & libc::O_PATH != 0
 }
 
-/// Opens a file as it was opened before. The terminal, if it is one, does not
-/// become the controlling one.
+/// Opens a file with the flags of a description. A terminal does not become the controlling
+/// terminal.
 pub(super) fn open(path: &[u8], flags: u32) -> nix::Result<OwnedFd> {
     let mut flags = flags.cast_signed() & !NOT_AGAIN;
     if flags & TMPFILE != 0 {
@@ -46,44 +46,43 @@ pub(super) fn open(path: &[u8], flags: u32) -> nix::Result<OwnedFd> {
     }
 }
 
-/// Returns a descriptor that only names what is at a path, which nothing happens to by
-/// that: a FIFO is not waited for, a device does nothing. Other flags than those that say
-/// what a path leads to are not looked at.
+/// Returns an `O_PATH` descriptor of a file. Opening it has no side effect: it neither waits for
+/// the peer of a FIFO nor calls a device driver. Of `flags`, only those that say which file the
+/// path leads to are used.
 pub(super) fn name(path: &[u8], flags: u32) -> nix::Result<OwnedFd> {
     let way = flags & (libc::O_NOFOLLOW | libc::O_DIRECTORY).cast_unsigned();
     open(path, way | libc::O_PATH.cast_unsigned())
 }
 
-/// Whether a file was made without a name, which leaves it the right to be given one.
+/// Whether the file was created with `O_TMPFILE`; it may still be given a name.
 pub(super) fn is_tmpfile(flags: u32) -> bool {
     flags.cast_signed() & TMPFILE != 0
 }
 
-/// Makes a file without a name in a directory, open as one that was made so before.
+/// Creates a file without a name in `dir`, with the flags of a description.
 pub(super) fn open_tmpfile(dir: &[u8], flags: u32) -> nix::Result<OwnedFd> {
     let flags = flags.cast_signed() & !NOT_AGAIN | libc::O_TMPFILE | libc::O_CLOEXEC;
     open_path(dir, OFlag::from_bits_retain(flags), Mode::S_IRUSR | Mode::S_IWUSR)
 }
 
-/// Returns the path under which a descriptor of this program can be opened again.
+/// Returns a path by which rcriu can open the file of a descriptor again.
 pub(super) fn path_of(fd: BorrowedFd) -> String {
     format!("/proc/self/fd/{}", fd.as_raw_fd())
 }
 
-/// Makes a description of its own of what a descriptor leads to.
+/// Opens a new description of the file of a descriptor.
 pub(super) fn reopen(fd: BorrowedFd, flags: u32) -> nix::Result<OwnedFd> {
     open(path_of(fd).as_bytes(), flags & !libc::O_NOFOLLOW.cast_unsigned())
 }
 
-/// Returns what `poll(2)` tells of a descriptor now.
+/// Returns the current events of a descriptor (`poll(2)`).
 pub(super) fn events(fd: BorrowedFd) -> nix::Result<PollFlags> {
     let mut polled = [PollFd::new(fd, PollFlags::POLLIN | PollFlags::POLLOUT)];
     poll(&mut polled, PollTimeout::ZERO)?;
     Ok(polled[0].revents().unwrap_or(PollFlags::empty()))
 }
 
-/// Sets the status flags that can be set, but for `O_ASYNC`, for which there must
-/// be an owner first.
+/// Sets the status flags that `F_SETFL` can set, except `O_ASYNC`, which needs an owner first.
 pub(super) fn set_status(fd: BorrowedFd, flags: u32) -> nix::Result<()> {
     let flags = OFlag::from_bits_retain(flags.cast_signed() & !libc::O_ASYNC);
     fcntl(fd, FcntlArg::F_SETFL(flags)).map(drop)

@@ -1,4 +1,4 @@
-//! Why an open file could not be dumped or restored.
+//! Errors of dumping and restoring open files.
 
 use std::path::PathBuf;
 
@@ -25,29 +25,29 @@ pub(super) fn file_of(pid: HostPid, fd: TargetFd) -> String {
 /// Why an open file could not be dumped or restored.
 #[derive(Debug, Error)]
 pub enum FileError {
-    /// It is of a kind, or in a state, that is not dumped.
+    /// The file is of a kind, or in a state, that rcriu does not dump.
     #[error("{} is {what}\nhelp: {help}", file_of(*pid, *fd))]
     Unsupported {
         /// The process.
         pid: HostPid,
-        /// The descriptor's number there, negative if it has none: the file is mapped, say, or
-        /// on its way in a socket.
+        /// Its descriptor number there; negative if it has none, because it is mapped or queued
+        /// in a socket.
         fd: TargetFd,
-        /// What it is, with its name, as in `the socket [1234], connected to 10.0.0.1:80`.
+        /// What the file is, with its name: `the socket [1234], connected to 10.0.0.1:80`.
         what: String,
-        /// What would help: the beginning of a sentence, in lower case.
+        /// How to avoid it: a clause in lower case.
         help: &'static str,
     },
-    /// A system call failed while dumping.
+    /// A system call of the dump failed.
     #[error("{step} {} ({link})", file_of(*pid, *fd))]
     Dump {
         /// The process.
         pid: HostPid,
-        /// The descriptor's number there, negative if it has none.
+        /// Its descriptor number there; negative if it has none.
         fd: TargetFd,
-        /// What it leads to.
+        /// What `/proc/PID/fd` shows.
         link: String,
-        /// What was attempted, as a verb: "read the counter of".
+        /// The attempted step, as a verb: "read the counter of".
         step: &'static str,
         /// Why it failed.
         source: Errno,
@@ -58,44 +58,44 @@ pub enum FileError {
          this kernel does not tell"
     )]
     Probe {
-        /// A process that has it.
+        /// A process that has the eventfd open.
         pid: HostPid,
-        /// What its counter was.
+        /// The value of its counter.
         count: u64,
         /// What went wrong.
         source: std::io::Error,
     },
-    /// A system call failed while restoring.
+    /// A system call of the restore failed.
     #[error("{step} {object} (file {id:#x} of the images)")]
     Restore {
         /// The number of the file in the images.
         id: u32,
-        /// What was attempted, as a verb: "open", "bind".
+        /// The attempted step, as a verb: "open", "bind".
         step: &'static str,
         /// The object: a path, an address.
         object: String,
         /// Why it failed.
         source: Errno,
     },
-    /// Shared memory could not be made.
-    #[error("{step} the shared memory {shmid}")]
+    /// A shared memory object could not be created.
+    #[error("{step} shared memory {shmid}")]
     Memory {
-        /// Its number in the images.
+        /// Its `shmid` in the images.
         shmid: u64,
-        /// What was attempted, as a verb.
+        /// The attempted step, as a verb.
         step: &'static str,
         /// Why it failed.
         source: std::io::Error,
     },
-    /// What the images say cannot be, or is not restored here.
+    /// The images hold an invalid value, or one that this machine cannot restore.
     #[error("file {id:#x} of the images: {problem}")]
     Image {
         /// The number of the file in the images.
         id: u32,
-        /// What is wrong, found and expected.
+        /// What was found, and what was expected.
         problem: String,
     },
-    /// A file could not be read while dumping.
+    /// The dump could not read a file.
     #[error("read {path}", path = .path.display())]
     Read {
         /// The file.
@@ -103,7 +103,7 @@ pub enum FileError {
         /// Why.
         source: std::io::Error,
     },
-    /// The kernel opens a file in `/proc/PID/map_files` only for privileged programs
+    /// The kernel opens files in `/proc/PID/map_files` only for privileged processes
     /// (`proc_pid_map_files(5)`).
     #[error(
         "read {path}\nhelp: run rcriu as root, or give it CAP_CHECKPOINT_RESTORE",
@@ -118,13 +118,13 @@ pub enum FileError {
     /// An image could not be read or written.
     #[error(transparent)]
     Images(#[from] ImageError),
-    /// Something in `/proc` could not be read.
+    /// A file in `/proc` could not be read.
     #[error(transparent)]
     Proc(#[from] ProcError),
 }
 
 impl FileError {
-    /// Returns why the file at `path` could not be read while dumping.
+    /// Returns the error for a file that the dump could not read.
     pub(super) fn read(path: PathBuf, source: std::io::Error) -> Self {
         match source.raw_os_error() {
             Some(libc::EPERM) => Self::Unprivileged { path, source },
@@ -132,7 +132,7 @@ impl FileError {
         }
     }
 
-    /// Returns [`FileError::Restore`] for a file of the images, ready for `map_err`.
+    /// Returns a constructor of [`FileError::Restore`] for `map_err`.
     pub fn restore(
         id: u32,
         step: &'static str,

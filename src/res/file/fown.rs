@@ -1,4 +1,5 @@
-//! Who is told of events on a descriptor (`F_SETOWN`, `F_SETSIG`, `O_ASYNC`).
+//! Signal-driven I/O: which process receives signals for a descriptor (`F_SETOWN`, `F_SETSIG`,
+//! `O_ASYNC`).
 
 use std::os::fd::BorrowedFd;
 
@@ -16,10 +17,7 @@ use crate::{
 const F_SETSIG: i32 = 10;
 const F_SETOWN_EX: i32 = 15;
 
-/// Asks who is told of events on a descriptor with the status flags `flags`.
-///
-/// # Errors
-/// What `fcntl(2)` returns.
+/// Reads the signal owner of a descriptor, which has the status flags `flags`.
 pub fn read(fd: BorrowedFd, flags: u32, pids: &PidMap) -> nix::Result<proto::FownEntry> {
     let mut entry = proto::FownEntry::default();
     if descriptor::is_path(flags) {
@@ -35,8 +33,7 @@ pub fn read(fd: BorrowedFd, flags: u32, pids: &PidMap) -> nix::Result<proto::Fow
     Ok(entry)
 }
 
-/// Returns what an entry of `files.img` says of it, and the status flags, if it is
-/// of a kind that does.
+/// Returns the signal owner and the status flags in an entry of `files.img`, if its kind has them.
 pub fn of(entry: &proto::FileEntry) -> Option<(&proto::FownEntry, u32)> {
     macro_rules! first {
         ($($field:ident),*) => {
@@ -49,10 +46,10 @@ pub fn of(entry: &proto::FileEntry) -> Option<(&proto::FownEntry, u32)> {
     None
 }
 
-/// Adds the calls that restore it in a process that has the description at `fd`.
+/// Adds the calls that set the signal owner of `fd`.
 ///
-/// The owner must exist by then, and the process be the one, in user ids, in whose
-/// name the signals are to be sent.
+/// The owner must exist. The calling process must have its user ids: the kernel sends the
+/// signals with them.
 pub fn install(fown: &proto::FownEntry, flags: u32, fd: TargetFd, script: &mut Script) {
     let fcntl = libc::SYS_fcntl;
     if fown.signum != 0 {
@@ -60,7 +57,7 @@ pub fn install(fown: &proto::FownEntry, flags: u32, fd: TargetFd, script: &mut S
         script.call("set the signal of a descriptor", fcntl, &arguments);
     }
     if fown.pid != 0 {
-        // `struct f_owner_ex`, of the process's own pid namespace.
+        // `struct f_owner_ex`, with a pid of the process's own namespace.
         let owner = [fown.pid_type.cast_signed(), NsPid::of_image(fown.pid).raw()];
         let bytes: Vec<u8> = owner.into_iter().flat_map(i32::to_ne_bytes).collect();
         let owner = script.bytes(&bytes);

@@ -1,8 +1,8 @@
-//! Open files: opened by this program, inherited by all processes, and put at their
-//! numbers there.
+//! Installs open files during a restore.
 //!
-//! The descriptors are moved above all numbers that the tree uses before the first
-//! process is made, so that putting one into its place never closes another.
+//! The restore opens every description in its own process, and the new processes inherit
+//! them. Before it creates the first process, it moves the descriptors above all numbers that
+//! the tree uses. Putting one in its place therefore never closes another.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -28,14 +28,14 @@ use crate::{
     units::{NsPid, PidMap, TargetFd},
 };
 
-/// A process of the tree, as far as it matters for its files.
+/// The file-related part of a process of the tree.
 #[derive(Clone, Copy, Debug)]
 pub struct FileUser<'a> {
     /// Its number.
     pub pid: NsPid,
     /// Its process group.
     pub group: NsPid,
-    /// The credentials of its leader.
+    /// The credentials of its thread group leader.
     pub creds: Option<&'a proto::CredsEntry>,
     /// Its descriptors.
     pub fds: &'a [FdinfoEntry],
@@ -43,24 +43,23 @@ pub struct FileUser<'a> {
 
 /// All open files of the tree.
 pub struct Installer<'a> {
-    /// The processes that live, in the order of the images.
+    /// The processes that are alive, in the order of the images.
     processes: Vec<FileUser<'a>>,
     /// The entries of `files.img`.
     entries: &'a [FileEntry],
-    /// What was opened so far.
+    /// The descriptions opened so far.
     pub opened: Opened,
     openers: Vec<Box<dyn Opener>>,
-    /// Descriptors above all that the tree uses.
+    /// The first descriptor number above all that the tree uses.
     lowest: i32,
     descriptions: HashMap<u32, OwnedFd>,
-    /// Files that are opened for something else than a descriptor, by number and
-    /// access mode.
+    /// Files opened for uses other than a descriptor, by number in the images and access mode.
     others: HashMap<(u32, i32), OwnedFd>,
-    /// Descriptions that were finished in some process, and where.
+    /// Descriptions that a process has installed already: which process, and at which number.
     installed: HashMap<u32, (NsPid, TargetFd)>,
-    /// Those that watch others and do so by now.
+    /// Epolls that already watch their targets.
     watching: HashSet<u32>,
-    /// Directories that processes stand in and that are not there yet.
+    /// Working and root directories in `/proc/PID`, which do not exist yet.
     late: HashSet<u32>,
 }
 
@@ -71,8 +70,8 @@ impl std::fmt::Debug for Installer<'_> {
 }
 
 impl<'a> Installer<'a> {
-    /// Returns an installer that has not opened anything yet. `processes` are those that
-    /// live, in the order of the images; `numbers` are all processes and threads of the tree.
+    /// Returns an installer that has not opened anything yet. `processes` are those that are
+    /// alive, in the order of the images; `numbers` are all processes and threads of the tree.
     pub fn new(
         images: &Store,
         options: &RestoreOptions,
@@ -102,19 +101,17 @@ impl<'a> Installer<'a> {
         }
     }
 
-    /// Opens what descriptors of the tree lead to. Shared memory was made before.
-    ///
-    /// # Errors
-    /// [`FileError`].
+    /// Opens all descriptions that the tree has descriptors of. Runs after
+    /// [`Self::make_memory`].
     pub fn open_descriptions(&mut self) -> Result<()> {
-        // Files with a path that no descriptor leads to are programs or are mapped.
+        // A file with a path that no descriptor refers to is a program or mapped.
         let descriptors = self.processes.iter().flat_map(|process| process.fds);
         let mut used: HashSet<u32> = descriptors.map(|entry| entry.id).collect();
         for opener in &self.openers {
             used.extend(opener.inside(&self.opened)?);
         }
-        // Some of the others stand for what a program outside of the tree has, as the
-        // sockets of --ext-unix-sk do: nothing is opened for them.
+        // Some other entries stand for a file of a process outside the tree, such as the sockets of
+        // --ext-unix-sk: their kinds open nothing.
         let needed = used.clone();
         for entry in self.entries {
             let kind = FileKind::of(entry).map(|kind| &KINDS[kind]);
@@ -142,8 +139,8 @@ impl<'a> Installer<'a> {
         Ok(())
     }
 
-    /// Returns the number that a file has in all new processes which is opened for
-    /// something else than a descriptor.
+    /// Opens a file for a use other than a descriptor, once. Returns its number, which is the
+    /// same in all new processes.
     fn other(&mut self, id: u32, flags: i32, usage: Usage) -> Result<i32> {
         if let Some(fd) = self.others.get(&(id, flags)) {
             return Ok(fd.as_raw_fd());
@@ -154,7 +151,7 @@ impl<'a> Installer<'a> {
                 self.openers[kind].reopen(&entry, flags, &mut self.opened)?
             }
             None if usage == Usage::Memory => {
-                return Err(FileError::image(id, "it is mapped as a memfd, but is none"));
+                return Err(FileError::image(id, "it is mapped as a memfd, but is not one"));
             }
             None => return Err(FileError::image(id, NOT_BY_PATH)),
         };
@@ -164,25 +161,21 @@ impl<'a> Installer<'a> {
         Ok(number)
     }
 
-    /// Returns an entry and its kind, if that can be used so.
+    /// Returns an entry and its kind, if files of that kind have this use.
     fn kind_used(&self, id: u32, usage: Usage) -> Option<(&FileEntry, usize)> {
         let entry = self.opened.entries.get(&id)?;
         let kind = FileKind::of(entry).filter(|kind| KINDS[*kind].usage == usage)?;
         Some((entry, kind))
     }
 
-    /// Whether a directory that processes stand in is that of a process, and not there
-    /// yet.
+    /// Whether a working or root directory belongs to a process that does not exist yet.
     fn is_late(&self, id: u32) -> bool {
         self.kind_used(id, Usage::Path)
             .is_some_and(|(entry, kind)| self.openers[kind].is_late(entry, &self.opened))
     }
 
-    /// Makes the shared memory that has entries among the files, without its bytes. Returns
-    /// its `shmid`s.
-    ///
-    /// # Errors
-    /// [`FileError::Memory`].
+    /// Creates the shared memory objects that `memfd.img` describes, still empty. Returns their
+    /// `shmid`s.
     pub fn make_memory(&mut self) -> Result<Vec<u64>> {
         let mut made = Vec::new();
         for opener in &mut self.openers {
@@ -191,23 +184,20 @@ impl<'a> Installer<'a> {
         Ok(made)
     }
 
-    /// Seals memory, after everything was mapped and filled.
-    ///
-    /// # Errors
-    /// [`FileError::Restore`].
+    /// Seals shared memory objects, after all of them were mapped and filled.
     pub fn seal(&mut self) -> Result<()> {
         self.openers.iter_mut().try_for_each(|opener| opener.seal(&self.opened))
     }
 
-    /// Opens the file that a process executes.
+    /// Opens the program of a process.
     ///
     /// # Errors
-    /// [`FileError`]: it is missing, or is another.
+    /// [`FileError::Image`] if the file is missing or differs from the one that was dumped.
     pub fn need_program(&mut self, id: u32) -> Result<()> {
         self.other(id, libc::O_RDONLY, Usage::Path).map(drop)
     }
 
-    /// Opens a directory that a process stands in.
+    /// Opens a working or root directory.
     ///
     /// # Errors
     /// As [`Self::need_program`].
@@ -219,7 +209,7 @@ impl<'a> Installer<'a> {
         self.other(id, STAND, Usage::Path).map(drop)
     }
 
-    /// Opens what a mapping maps.
+    /// Opens the file of a mapping.
     ///
     /// # Errors
     /// As [`Self::need_program`].
@@ -242,11 +232,8 @@ impl<'a> Installer<'a> {
         Ok(())
     }
 
-    /// Moves the descriptors of shared memory to where they are in no process's way.
-    /// Anonymous shared memory has no file in the images, but an object.
-    ///
-    /// # Errors
-    /// [`FileError::Restore`].
+    /// Moves the descriptors of anonymous shared memory, which has no entry in `files.img`,
+    /// above all numbers that the tree uses.
     pub fn move_objects(&mut self) -> Result<()> {
         let objects: Vec<u64> = self.opened.objects.keys().copied().collect();
         for shmid in objects {
@@ -257,15 +244,16 @@ impl<'a> Installer<'a> {
         Ok(())
     }
 
-    /// Returns the descriptor, in all new processes, for a mapping of a file.
+    /// Returns the descriptor of the file of a mapping, valid in all new processes.
     ///
     /// # Errors
-    /// [`FileError::Image`] if there is none.
+    /// [`FileError::Image`] if the file was not opened.
     pub fn for_mapping(&self, entry: &VmaEntry) -> Result<i32> {
         if entry.status & vma::ANON_SHARED != 0 {
             let object = self.opened.objects.get(&entry.shmid);
             let fd = object.ok_or_else(|| {
-                let problem = format!("shared memory {} is mapped but was not made", entry.shmid);
+                let problem =
+                    format!("shared memory {} is mapped but was not created", entry.shmid);
                 FileError::image(0, problem)
             })?;
             return Ok(fd.as_raw_fd());
@@ -276,7 +264,7 @@ impl<'a> Installer<'a> {
         Ok(fd.as_raw_fd())
     }
 
-    /// Returns the descriptor, in all new processes, of the program of a process.
+    /// Returns the descriptor of a program, valid in all new processes.
     ///
     /// # Errors
     /// As [`Self::for_mapping`].
@@ -292,7 +280,7 @@ impl<'a> Installer<'a> {
         Ok(fd.as_raw_fd())
     }
 
-    /// Adds the calls that give a process its root, working directory and umask.
+    /// Adds the calls that set the root directory, working directory and umask of a process.
     ///
     /// # Errors
     /// As [`Self::for_mapping`].
@@ -316,10 +304,8 @@ impl<'a> Installer<'a> {
         Ok(())
     }
 
-    /// Adds the calls of a process that need the descriptors of this program.
-    ///
-    /// # Errors
-    /// [`FileError`].
+    /// Adds the calls that a process makes before it closes the descriptors inherited from the
+    /// restorer.
     pub fn prepare(&mut self, pid: NsPid, script: &mut Script) -> Result<()> {
         let descriptions = &self.descriptions;
         let at = |id| Ok(TargetFd(description(descriptions, id)?.as_raw_fd()));
@@ -329,11 +315,8 @@ impl<'a> Installer<'a> {
         Ok(())
     }
 
-    /// Adds the calls that put all descriptors of a process into their places and
-    /// close all others. Tasks come in the order of the images.
-    ///
-    /// # Errors
-    /// [`FileError`].
+    /// Adds the calls that move all descriptors of a process to their numbers and close all
+    /// others. Call it for the processes in the order of the images.
     pub fn install(&mut self, pid: NsPid, fds: &[FdinfoEntry], script: &mut Script) -> Result<()> {
         let mut numbers = BTreeMap::new();
         for entry in fds {
@@ -374,11 +357,8 @@ impl<'a> Installer<'a> {
         Ok(())
     }
 
-    /// Opens what could not be opened before all processes and threads were there, and
-    /// fills what may hold any of the files.
-    ///
-    /// # Errors
-    /// [`FileError`].
+    /// Opens the deferred descriptions and directories, once all processes and threads exist.
+    /// Then fills the descriptions that hold others.
     pub fn open_late(&mut self) -> Result<()> {
         for id in self.late.clone() {
             self.other(id, STAND, Usage::Path)?;
@@ -409,8 +389,8 @@ impl<'a> Installer<'a> {
         Ok(())
     }
 
-    /// Adds the calls by which a process enters directories that were opened late. It takes
-    /// them from this program.
+    /// Adds the calls by which a process enters its deferred directories, which it takes from
+    /// the restorer.
     ///
     /// # Errors
     /// As [`Self::for_mapping`].
@@ -433,12 +413,9 @@ impl<'a> Installer<'a> {
         Ok(())
     }
 
-    /// Adds the calls that put into their places what was opened late, and those that
-    /// need all other files to be in place. The process gets the files from this program,
-    /// which it was made too early to inherit them from.
-    ///
-    /// # Errors
-    /// [`FileError`].
+    /// Adds the calls that move deferred descriptors to their numbers, and those that need all
+    /// other files in place. The process takes the files from the restorer: they were opened
+    /// after it was created, so it has not inherited them.
     pub fn install_late(
         &mut self,
         pid: NsPid,
@@ -481,8 +458,8 @@ impl<'a> Installer<'a> {
         Ok(())
     }
 
-    /// Adds the calls that say who is told of events of the descriptors of a process,
-    /// when all processes exist and it has its user ids.
+    /// Adds the calls that set which process receives signals for the descriptors of a process.
+    /// All processes must exist, and this one must have its user IDs.
     pub fn own(&mut self, fds: &[FdinfoEntry], script: &mut Script) {
         for entry in fds {
             let Some(file) = self.opened.entries.get(&entry.id) else { continue };
@@ -496,10 +473,7 @@ impl<'a> Installer<'a> {
         description(&self.descriptions, id)
     }
 
-    /// Starts what runs by itself.
-    ///
-    /// # Errors
-    /// [`FileError`].
+    /// Starts what runs by itself, such as timers.
     pub fn start(&mut self) -> Result<()> {
         for opener in &mut self.openers {
             opener.start(&self.opened)?;
@@ -507,11 +481,8 @@ impl<'a> Installer<'a> {
         Ok(())
     }
 
-    /// Sets the positions of files that show the state of processes, when nothing of that
-    /// changes any more.
-    ///
-    /// # Errors
-    /// [`FileError`].
+    /// Sets the positions of deferred files, which show the state of processes, once that state
+    /// is final.
     pub fn position_late(&self) -> Result<()> {
         for id in self.opened.late.iter().filter(|(_, late)| **late == Late::ByPath).map(|l| l.0) {
             if let Some((entry, kind)) = self.late_kind(*id) {
@@ -521,13 +492,13 @@ impl<'a> Installer<'a> {
         Ok(())
     }
 
-    /// Returns the entry of a description that is opened late, and its kind.
+    /// Returns the entry of a deferred description, and its kind.
     fn late_kind(&self, id: u32) -> Option<(FileEntry, usize)> {
         let entry = self.opened.entries.get(&id)?;
         Some((entry.clone(), FileKind::of(entry)?))
     }
 
-    /// Cleans up when the tree is restored.
+    /// Removes the link remaps, once the tree is restored.
     pub fn finish(&mut self) {
         if let Err(error) = ghost::remove_links(&mut self.opened) {
             log::warn!("{}", with_sources(&error));
@@ -541,13 +512,13 @@ fn change_root(fd: Arg, script: &mut Script) {
     script.call("change the root directory", libc::SYS_chroot, &[here.into()]);
 }
 
-/// Adds the call by which a process gets a descriptor of this program.
+/// Adds the call that opens a pidfd of the restorer.
 fn open_director(script: &mut Script) -> CallId {
     let own = nix::unistd::getpid().as_raw();
-    script.call("open this program", libc::SYS_pidfd_open, &[own.into(), 0.into()])
+    script.call("open a pidfd of the restorer", libc::SYS_pidfd_open, &[own.into(), 0.into()])
 }
 
-/// Adds the call by which it takes a descriptor from there.
+/// Adds the call that takes a descriptor from it.
 fn take(pidfd: CallId, number: i32, script: &mut Script) -> CallId {
     let arguments = [pidfd.into(), number.into(), 0.into()];
     script.call("take a descriptor", libc::SYS_pidfd_getfd, &arguments)
@@ -562,8 +533,8 @@ fn description(descriptions: &HashMap<u32, OwnedFd>, id: u32) -> Result<Borrowed
     fd.ok_or_else(|| FileError::image(id, "it is used but was not opened"))
 }
 
-/// Returns the first process that has each description, and the first of all for those that
-/// none has.
+/// Returns the first process that has each description; the first process of all stands for
+/// descriptions that no process has.
 fn holders(processes: &[FileUser<'_>]) -> HashMap<u32, Holder> {
     let mut holders = HashMap::new();
     for process in processes {
@@ -576,7 +547,7 @@ fn holders(processes: &[FileUser<'_>]) -> HashMap<u32, Holder> {
     holders
 }
 
-/// How directories are opened that processes stand in.
+/// How working and root directories are opened.
 const STAND: i32 = libc::O_PATH;
 
 fn file_id(entry: &VmaEntry) -> Result<u32> {
@@ -584,7 +555,7 @@ fn file_id(entry: &VmaEntry) -> Result<u32> {
     id.map_err(|_| FileError::image(0, format!("a mapping has the file {}", entry.shmid)))
 }
 
-/// Returns how the file of a mapping is opened.
+/// Returns the flags to open the file of a mapping with.
 fn access(entry: &VmaEntry) -> i32 {
     let write = entry.prot & libc::PROT_WRITE.cast_unsigned() != 0;
     match entry.fdflags {
@@ -596,7 +567,7 @@ fn access(entry: &VmaEntry) -> i32 {
 
 fn too_many(id: u32) -> impl Fn(nix::errno::Errno) -> FileError {
     move |source| {
-        let object = "a descriptor above all that the tree uses (see ulimit -n)".to_owned();
+        let object = "a descriptor above all that the tree uses (raise ulimit -n)".to_owned();
         FileError::Restore { id, step: "make room for", object, source }
     }
 }

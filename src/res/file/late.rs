@@ -1,4 +1,4 @@
-//! Files that can only be opened once the tree is there.
+//! Deferred files, which can only be opened once the tree exists.
 
 use std::{ffi::CString, os::fd::OwnedFd};
 
@@ -7,7 +7,7 @@ use nix::libc;
 use super::{FileError, Late, Opened, Result, descriptor};
 use crate::{inject::Script, units::TargetFd};
 
-/// Returns what stands for such a file until then.
+/// Opens a placeholder for a deferred file.
 pub(super) fn placeholder(id: u32, late: Late, opened: &mut Opened) -> Result<OwnedFd> {
     let path = "/dev/null";
     let fd = descriptor::open(path.as_bytes(), libc::O_RDWR.cast_unsigned())
@@ -16,7 +16,7 @@ pub(super) fn placeholder(id: u32, late: Late, opened: &mut Opened) -> Result<Ow
     Ok(fd)
 }
 
-/// Adds the calls that put the file in the place of the placeholder at `fd`.
+/// Adds the calls that open the file at `path` and replace the placeholder at `fd`.
 pub(super) fn install(
     id: u32,
     path: &[u8],
@@ -24,7 +24,8 @@ pub(super) fn install(
     fd: TargetFd,
     script: &mut Script,
 ) -> Result<()> {
-    let path = CString::new(path).map_err(|_| FileError::image(id, "its path has a zero in it"))?;
+    let path =
+        CString::new(path).map_err(|_| FileError::image(id, "its path has a NUL byte in it"))?;
     let what = format!("open {}", path.to_string_lossy());
     let path = script.string(&path);
     let close_on_exec = script.call(
@@ -35,7 +36,7 @@ pub(super) fn install(
     let flags = flags.cast_signed() | libc::O_NOCTTY;
     let file =
         script.call(what, libc::SYS_openat, &[libc::AT_FDCWD.into(), path.into(), flags.into()]);
-    script.call("place a descriptor", libc::SYS_dup3, &[file.into(), fd.0.into()]);
+    script.call("install a descriptor", libc::SYS_dup3, &[file.into(), fd.0.into()]);
     script.call(
         "set the flags of a descriptor",
         libc::SYS_fcntl,

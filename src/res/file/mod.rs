@@ -1,10 +1,11 @@
 //! Open file descriptions.
 //!
-//! One file a kind, with both directions in it, and one row each in [`KINDS`].
-//! A dump takes a duplicate of each descriptor (`pidfd_getfd(2)`), so that almost
-//! everything can be asked of the description from outside. A restore opens each
-//! description once, in this program; the new processes inherit it, so that
-//! descriptions shared between processes are shared again without more ado.
+//! Each kind has one file, which both dumps and restores it, and one row in [`KINDS`].
+//!
+//! The dump duplicates every descriptor of the tree with `pidfd_getfd(2)`, so it can read
+//! most of the state of a description from outside. The restore opens each description once,
+//! in its own process. The new processes inherit it, so descriptions that processes shared
+//! are shared again.
 
 mod descriptor;
 mod error;
@@ -55,32 +56,32 @@ pub use self::{
     validation::{BuildIds, Validation},
 };
 
-/// An open file description of the tree, while dumping.
+/// An open file description of the tree, during a dump.
 #[derive(Debug)]
 pub struct Description {
     /// Its number in the images.
     pub id: u32,
-    /// A descriptor of this program that leads to the same description.
+    /// A duplicate of the descriptor, in the dumper.
     pub fd: OwnedFd,
     /// A process that has it open.
     pub pid: HostPid,
-    /// The descriptor's number in that process; -1 if it is none but was found in
-    /// the queue of a socket.
+    /// The descriptor's number in that process; -1 for a file without one, such as a file
+    /// queued in a socket.
     pub number: TargetFd,
     /// `fstat(2)`.
     pub stat: libc::stat,
     /// Status flags and access mode (`F_GETFL`).
     pub flags: u32,
-    /// What `/proc/PID/fd/N` leads to.
+    /// The target of `/proc/PID/fd/N`.
     pub link: Vec<u8>,
     /// `/proc/PID/fdinfo/N`.
     pub info: FdInfo,
-    /// Who is told of events (`F_GETOWN_EX`, `F_GETSIG`).
+    /// The process that receives signals for the file (`F_GETOWN_EX`, `F_GETSIG`).
     pub fown: proto::FownEntry,
 }
 
 impl Description {
-    /// Returns the status flags as images have them.
+    /// Returns the status flags in the form of the images: without `O_CLOEXEC`.
     pub fn status(&self) -> u32 {
         self.flags & !libc::O_CLOEXEC.cast_unsigned()
     }
@@ -106,120 +107,109 @@ impl Description {
         self.stat.st_mode & libc::S_IFMT == format
     }
 
-    /// Whether the link is that of an anonymous inode of this name
-    /// (`anon_inode:[eventfd]`).
+    /// Whether the file is an anonymous inode with this name (`[eventfd]` for
+    /// `anon_inode:[eventfd]`).
     pub fn is_anonymous(&self, name: &str) -> bool {
         self.link.strip_prefix(b"anon_inode:") == Some(name.as_bytes())
     }
 }
 
-/// Takes in descriptions that are found inside others, such as descriptors that
-/// are queued in a socket.
+/// What a kind may ask of the file table during a dump, and add to it.
 pub trait Intake {
-    /// Enters a description, unless it is known, and returns its number. `from` is
-    /// the file in which it was found.
-    ///
-    /// # Errors
-    /// What keeps it from being looked at.
+    /// Enters a description that was found inside the file `from`, such as a descriptor
+    /// queued in a socket. Returns its number, which may be known already.
     fn enter(&mut self, fd: OwnedFd, from: &Description) -> Result<u32>;
 
-    /// Returns a number for an entry of `files.img` that is no open description of
-    /// the tree, such as the path of a FIFO (`fifo_entry.regf_id`).
+    /// Returns a number for an entry of `files.img` that is not an open description, such as
+    /// the path of a FIFO (`fifo_entry.regf_id`).
     fn new_id(&mut self) -> u32;
 
-    /// Adds an entry of `files.img` with such a number.
+    /// Adds an entry of `files.img` that has such a number.
     fn push(&mut self, entry: proto::FileEntry);
 
-    /// Returns an entry of `files.img` that was collected before.
+    /// Returns an entry of `files.img` that was collected earlier.
     fn entry(&mut self, id: u32) -> Option<&mut proto::FileEntry>;
 
-    /// Whether a process or thread with this number is in the tree.
+    /// Whether the tree has a process or thread with this number.
     fn has_process(&self, pid: NsPid) -> bool;
 
-    /// Returns the numbers that processes have in the images.
+    /// Returns the map between the pids of the images and of the host.
     fn pids(&self) -> &PidMap;
 
-    /// Returns the files without names that were found so far, of all kinds. Who
-    /// owns the table writes it ([`Lost::write`]) after all kinds are finished.
+    /// Returns the deleted files found so far, of all kinds. The file table writes them
+    /// ([`Lost::write`]) after all kinds have finished.
     fn lost(&mut self) -> &mut Lost;
 
-    /// Returns the build-ids that are known so far, and how files are told apart.
+    /// Returns the build IDs found so far, and the `--file-validation` method.
     fn build_ids(&mut self) -> (&mut BuildIds, Validation);
 }
 
 /// Dumps the descriptions of one kind.
 pub trait Collector {
-    /// Whether the description is of this kind. Kinds are asked in the order of
-    /// [`KINDS`].
+    /// Whether the description is of this kind. [`KINDS`] are tried in order.
     fn claims(&self, file: &Description) -> bool;
 
-    /// Returns what `files.img` says of the description. Nothing may change by it.
+    /// Builds the entry of `files.img` for a description. Must not change any state.
     ///
     /// # Errors
-    /// [`FileError::Unsupported`] for states that are not dumped; whatever fails.
+    /// [`FileError::Unsupported`] for state that rcriu does not dump.
     fn collect(&mut self, file: &Description, intake: &mut dyn Intake) -> Result<proto::FileEntry>;
 
-    /// Adds entries for what is needed and belongs to no process of the tree, after all
-    /// descriptions were collected, and checks that nothing else is missing.
-    ///
-    /// # Errors
-    /// As [`Collector::collect`].
+    /// Adds entries for files outside the tree that the collected descriptions need. Runs
+    /// after all descriptions were collected, and checks that nothing else is missing.
     fn settle(&mut self, _intake: &mut dyn Intake) -> Result<()> {
         Ok(())
     }
 
-    /// Writes the other images of the kind, after all descriptions of the tree
-    /// were collected, and checks that nothing they need is missing.
-    ///
-    /// # Errors
-    /// As [`Collector::collect`].
+    /// Writes the other images of the kind. Runs after [`Collector::settle`] of all kinds, and
+    /// checks that nothing that these images need is missing.
     fn finish(&mut self, _images: &SnapshotWriter) -> Result<()> {
         Ok(())
     }
 }
 
-/// A number that no description has: the kernel's images begin with 1.
+/// A number that no description has: numbers start at 1.
 pub const NO_DESCRIPTION: u32 = 0;
 
-/// Descriptions that were opened for a restore, by their numbers in the images.
+/// The descriptions that a restore has opened, by their numbers in the images.
 #[derive(Debug)]
 pub struct Opened {
-    /// The images.
+    /// The snapshot that is restored.
     pub images: Store,
-    /// What is compared to tell a file from another one.
+    /// How the restore checks that a file is the one that was dumped.
     pub validation: Validation,
-    /// What the caller provides.
+    /// What the user provides for external objects.
     pub inherited: Inherited,
-    /// All entries of `files.img`, also of other kinds.
+    /// All entries of `files.img`, of every kind.
     pub entries: HashMap<u32, proto::FileEntry>,
-    /// Files without names that were made again.
+    /// Deleted files that the restore has recreated.
     pub revived: Revived,
-    /// Build-ids of the files that were opened.
+    /// Build IDs of the files opened so far.
     pub build_ids: BuildIds,
-    /// Shared memory by its `shmid`: what all mappings and descriptions of it
-    /// come from. Who fills it may find it here, or put it here first.
+    /// Shared memory objects by `shmid`; all mappings and descriptions of an object use this
+    /// one. The first kind that needs an object creates it here.
     pub objects: HashMap<u64, OwnedFd>,
-    /// Descriptions that stand for what cannot be opened yet.
+    /// Deferred descriptions, which are placeholders for now.
     pub late: HashMap<u32, Late>,
-    /// The processes and threads that will be there.
+    /// All processes and threads of the tree.
     pub processes: HashSet<NsPid>,
-    /// Whether the first process of the tree leads its group.
+    /// Whether the root process of the tree leads its process group.
     pub root_leads_group: bool,
-    /// Which process here each number in the images is.
+    /// Maps pids of the images to pids of the host.
     pub pids: PidMap,
-    /// A process that has each description; the other descriptions, which are queued
-    /// somewhere, are taken to be of that of [`NO_DESCRIPTION`].
+    /// A process that has each description open. The entry for [`NO_DESCRIPTION`] stands for
+    /// descriptions that are only queued in a socket.
     pub holders: HashMap<u32, owner::Holder>,
     fds: HashMap<u32, OwnedFd>,
 }
 
-/// When a file is opened that is no file before the tree is there.
+/// How a deferred description is opened: one that cannot exist before the tree does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Late {
-    /// By this program, when all processes and threads are there.
+    /// The restore opens it once all processes and threads exist.
     ByPath,
-    /// By [`Opener::install`], in the first process that has it. The others get the
-    /// description from there.
+    /// [`Opener::install`] opens it in the first process that has it. The restore then
+    /// duplicates it for the other processes.
     Inside,
 }
 
@@ -254,26 +244,26 @@ impl Opened {
         self.fds.insert(id, fd);
     }
 
-    /// Returns a description that was opened before.
+    /// Returns a description that is open.
     ///
     /// # Errors
-    /// [`FileError::Image`] if there is none of this number.
+    /// [`FileError::Image`] if no description has this number.
     pub fn get(&self, id: u32) -> Result<BorrowedFd<'_>> {
         let missing = || FileError::Image { id, problem: "it is used but was not opened".into() };
         self.fds.get(&id).map(AsFd::as_fd).ok_or_else(missing)
     }
 
-    /// Returns the process that a description is taken to be of.
+    /// Returns a process that has the description, or the fallback for queued ones.
     pub fn holder(&self, id: u32) -> Option<&owner::Holder> {
         self.holders.get(&id).or_else(|| self.holders.get(&NO_DESCRIPTION))
     }
 
-    /// Whether a description was opened.
+    /// Whether a description is open.
     pub fn contains(&self, id: u32) -> bool {
         self.fds.contains_key(&id)
     }
 
-    /// Returns all descriptions.
+    /// Returns all open descriptions.
     pub fn iter(&self) -> impl Iterator<Item = (u32, BorrowedFd<'_>)> {
         self.fds.iter().map(|(id, fd)| (*id, fd.as_fd()))
     }
@@ -281,53 +271,38 @@ impl Opened {
 
 /// Restores the descriptions of one kind.
 pub trait Opener {
-    /// Makes the shared memory of the kind, without its bytes, in [`Opened::objects`], before
-    /// anything is opened. Returns its `shmid`s.
-    ///
-    /// # Errors
-    /// [`FileError::Memory`]; those of reading an image.
+    /// Creates the shared memory objects of the kind in [`Opened::objects`], still empty.
+    /// Runs before any file is opened. Returns their `shmid`s.
     fn make_memory(&mut self, _opened: &mut Opened) -> Result<Vec<u64>> {
         Ok(Vec::new())
     }
 
-    /// Sets what keeps memory from being changed, after all of it was mapped and filled.
-    ///
-    /// # Errors
-    /// [`FileError::Restore`].
+    /// Seals shared memory objects, after all of them were mapped and filled.
     fn seal(&mut self, _opened: &Opened) -> Result<()> {
         Ok(())
     }
 
-    /// Opens the descriptions of these entries, which are all of the kind, and
-    /// adds them to `opened`. Nothing may depend on other kinds here.
+    /// Opens the descriptions of these entries, which are all entries of the kind, and
+    /// adds them to `opened`. Must not depend on other kinds.
     ///
     /// # Errors
-    /// Whatever fails; what was opened by then is closed.
+    /// The first entry that cannot be opened. The descriptions opened before it are closed.
     fn open(&mut self, entries: &[proto::FileEntry], opened: &mut Opened) -> Result<()>;
 
-    /// Puts into the descriptions what they hold of others, after those of all kinds
-    /// were opened, also late.
-    ///
-    /// # Errors
-    /// Whatever fails.
+    /// Puts other descriptions into those of the kind, such as those queued in a socket. Runs
+    /// after all kinds have opened theirs, the deferred ones included.
     fn fill(&mut self, _opened: &Opened) -> Result<()> {
         Ok(())
     }
 
-    /// Returns the descriptions that are held inside of others of the kind, by what its
-    /// images say.
-    ///
-    /// # Errors
-    /// Those of reading an image.
+    /// Returns the descriptions that the images of the kind say are queued inside its own.
     fn inside(&self, _opened: &Opened) -> Result<Vec<u32>> {
         Ok(Vec::new())
     }
 
-    /// Makes what processes need beside the descriptors of the images, after the
-    /// descriptions of all kinds were opened. `keep` returns a duplicate in no process's way.
-    ///
-    /// # Errors
-    /// Whatever fails.
+    /// Opens files that processes need besides their descriptors, after all kinds have
+    /// opened their descriptions. `keep` duplicates a descriptor above all numbers that the
+    /// tree uses.
     fn carry(
         &mut self,
         _opened: &Opened,
@@ -336,11 +311,11 @@ pub trait Opener {
         Ok(())
     }
 
-    /// Opens the file of an entry once more, with these flags, for something that is no
-    /// descriptor: see [`Usage`].
+    /// Opens the file of an entry again with `flags`, for a use other than a descriptor: see
+    /// [`Usage`].
     ///
     /// # Errors
-    /// [`FileError::Image`] if it is another file; whatever fails.
+    /// [`FileError::Image`] if the path now leads to another file.
     fn reopen(
         &mut self,
         entry: &proto::FileEntry,
@@ -350,11 +325,11 @@ pub trait Opener {
         Err(FileError::image(entry.id, NOT_BY_PATH))
     }
 
-    /// Checks that a file of which a process has a private mapping is as it was. `fd` was
-    /// opened by [`Opener::reopen`].
+    /// Checks that a privately mapped file has not changed since the dump. `fd` comes from
+    /// [`Opener::reopen`].
     ///
     /// # Errors
-    /// [`FileError::Image`].
+    /// [`FileError::Image`] if it has.
     fn check_unwritten(
         &self,
         _entry: &proto::FileEntry,
@@ -364,34 +339,24 @@ pub trait Opener {
         Ok(())
     }
 
-    /// Whether the file is there only when all processes are, as those in `/proc/PID` are.
+    /// Whether the file cannot exist before all processes do, like those in `/proc/PID`.
     fn is_late(&self, _entry: &proto::FileEntry, _opened: &Opened) -> bool {
         false
     }
 
-    /// Opens a description that stood for what could not be opened yet ([`Late::ByPath`]).
-    ///
-    /// # Errors
-    /// As [`Opener::reopen`].
+    /// Opens a deferred description ([`Late::ByPath`]).
     fn open_late(&mut self, entry: &proto::FileEntry, _opened: &mut Opened) -> Result<OwnedFd> {
         Err(FileError::image(entry.id, NOT_BY_PATH))
     }
 
-    /// Sets what depends on the state of processes in a description that was opened late, when
-    /// nothing of that changes any more.
-    ///
-    /// # Errors
-    /// [`FileError::Restore`].
+    /// Restores what depends on the state of processes in a deferred description, once that
+    /// state is final.
     fn complete(&self, _entry: &proto::FileEntry, _opened: &Opened) -> Result<()> {
         Ok(())
     }
 
-    /// Adds the calls that have to be made in a process which has the description
-    /// at the number `fd`, once for each description, when all descriptors of the
-    /// process are in place.
-    ///
-    /// # Errors
-    /// [`FileError::Image`].
+    /// Adds the calls that only a process which has the description, as `fd`, can make. Runs
+    /// once for each description, when all descriptors of the process are in place.
     fn install(
         &mut self,
         _entry: &proto::FileEntry,
@@ -401,10 +366,8 @@ pub trait Opener {
         Ok(())
     }
 
-    /// Like [`Opener::install`], after everything is in its place that is opened late.
-    ///
-    /// # Errors
-    /// [`FileError::Image`].
+    /// Adds the calls that register events of other descriptors. Runs like
+    /// [`Opener::install`], but after the deferred descriptions are in place.
     fn watch(
         &mut self,
         _entry: &proto::FileEntry,
@@ -414,11 +377,8 @@ pub trait Opener {
         Ok(())
     }
 
-    /// Adds the calls that only this process can make, which is there and has what
-    /// descriptions lead to: `at` tells at which number.
-    ///
-    /// # Errors
-    /// What `at` returns.
+    /// Adds the calls that only process `pid` can make, before its descriptors are installed.
+    /// `at` returns the number of a description in that process.
     fn prepare_process(
         &mut self,
         _pid: NsPid,
@@ -428,43 +388,40 @@ pub trait Opener {
         Ok(())
     }
 
-    /// Starts what runs by itself, such as timers, right before the tree goes on.
-    ///
-    /// # Errors
-    /// Whatever fails.
+    /// Starts what runs by itself, such as timers, right before the tree resumes.
     fn start(&mut self, _opened: &Opened) -> Result<()> {
         Ok(())
     }
 }
 
 /// Why [`Opener::reopen`] fails.
-const NOT_BY_PATH: &str = "it is used as a file with a path, but is none in files.img";
+const NOT_BY_PATH: &str = "it is used as a file with a path, but files.img has none for it";
 
-/// What the files of a kind are used for beside descriptors.
+/// What files of a kind are used for besides descriptors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Usage {
-    /// For nothing. All of them are opened, and stand for something even if no process has a
-    /// descriptor of them.
+    /// Nothing else. The restore opens every entry, even one that no process has a descriptor
+    /// of: it may stand for a file outside the tree.
     Descriptor,
-    /// They are programs, directories that processes stand in, mapped files, or name a file
-    /// of another kind. For a descriptor they are opened only if there is one.
+    /// Programs, working and root directories, mapped files, paths of files of other kinds.
+    /// The restore opens an entry as a description only if a process has a descriptor of it.
     Path,
-    /// They are shared memory that is mapped. Their bytes are dumped.
+    /// Mapped shared memory, whose bytes are dumped.
     Memory,
 }
 
 /// One row of the table of kinds.
 #[derive(Clone, Copy)]
 pub struct FileKind {
-    /// What it is called in messages.
+    /// Its name in messages.
     pub name: &'static str,
-    /// The types that it has in images.
+    /// Its entry types in `files.img`.
     pub types: &'static [proto::FdTypes],
-    /// What they are used for beside descriptors.
+    /// What it is used for besides descriptors.
     pub usage: Usage,
-    /// Makes what dumps it.
+    /// Creates the dumping half.
     pub collector: fn(&DumpOptions) -> Box<dyn Collector>,
-    /// Makes what restores it.
+    /// Creates the restoring half.
     pub opener: fn(&RestoreOptions) -> Box<dyn Opener>,
 }
 
@@ -475,18 +432,18 @@ impl std::fmt::Debug for FileKind {
 }
 
 impl FileKind {
-    /// Returns the position in [`KINDS`] of the kind that an entry is of.
+    /// Returns the index in [`KINDS`] of the kind of an entry.
     fn of(entry: &proto::FileEntry) -> Option<usize> {
         Self::of_type(entry.r#type)
     }
 
-    /// Returns the position in [`KINDS`] of the kind with this type.
+    /// Returns the index in [`KINDS`] of the kind that has this type.
     fn of_type(number: i32) -> Option<usize> {
         KINDS.iter().position(|kind| kind.types.iter().any(|of| i32::from(*of) == number))
     }
 }
 
-/// All kinds. A description is of the first kind that claims it.
+/// All kinds. The first one that claims a description dumps it.
 pub static KINDS: &[FileKind] = &[
     memfd::KIND,
     tty::KIND,

@@ -1,13 +1,13 @@
-//! Who owns pipes and sockets: each has an inode of its own, with an owner and a mode, but
-//! no name by which either could be changed later.
+//! Owners of pipes and sockets. Each has an inode of its own, with an owner and a mode, but no
+//! path by which to change them later.
 //!
-//! The owner is more than what `fstat(2)` shows: `/proc/self/fd/N` of a pipe can be opened by
-//! its owner, a second socket be bound with `SO_REUSEPORT` by the owner of the first, and
-//! firewalls match it. All of it follows `fchown(2)`, but for the last: firewalls look at who made
-//! the socket. So internet sockets are made in the owner's name (`as_owner`).
+//! The kernel checks the owner: only the owner may open `/proc/self/fd/N` of a pipe, or bind a
+//! second socket with `SO_REUSEPORT`. For both, `fchown(2)` suffices. Firewalls match the user
+//! who created a socket instead, so the restore creates internet sockets with the owner's ids
+//! ([`as_owner`]).
 //!
-//! CRIU's images do not say whose these are. They belong to the user then as whom the
-//! first process works that has them.
+//! CRIU's images do not record the owner. Then it is the user of the first process that has the
+//! pipe or socket.
 
 use std::{os::fd::AsFd, rc::Rc, thread};
 
@@ -26,16 +26,16 @@ use crate::{image::proto, units::NsPid};
 /// Permission bits of a file's mode.
 const PERMISSIONS: u32 = 0o7777;
 
-/// A process of the tree that has a description, as far as it matters for what it made.
+/// A process that has a description: the default owner of its inode.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Holder {
     /// The process.
     pub pid: NsPid,
-    /// The credentials of its leader.
+    /// The credentials of its thread group leader.
     pub creds: Rc<proto::CredsEntry>,
 }
 
-/// Returns who owns the inode of a pipe or socket.
+/// Returns the owner of the inode of a pipe or socket.
 pub fn read(file: &Description) -> Option<proto::InodeOwnerEntry> {
     let nameless = file.is_type(libc::S_IFSOCK) || file.link.starts_with(b"pipe:[");
     nameless.then_some(proto::InodeOwnerEntry {
@@ -45,7 +45,7 @@ pub fn read(file: &Description) -> Option<proto::InodeOwnerEntry> {
     })
 }
 
-/// Returns the owner that a description is to have, if anything tells.
+/// Returns the owner that a description is to have, if it is known.
 fn of(id: u32, opened: &Opened) -> Option<(u32, u32)> {
     let recorded = opened.entries.get(&id).and_then(|entry| entry.owner.as_ref());
     recorded.map(|owner| (owner.uid, owner.gid)).or_else(|| {
@@ -54,10 +54,7 @@ fn of(id: u32, opened: &Opened) -> Option<(u32, u32)> {
     })
 }
 
-/// Gives what this program has made for a description its owner and its mode.
-///
-/// # Errors
-/// [`FileError::Restore`].
+/// Sets the owner and the mode of a pipe or socket that the restore has created.
 pub(super) fn restore(id: u32, fd: impl AsFd, opened: &Opened) -> Result<()> {
     let failed = |step| FileError::restore(id, step, "a pipe or socket");
     let stat = fstat(&fd).map_err(failed("look at"))?;
@@ -74,9 +71,10 @@ pub(super) fn restore(id: u32, fd: impl AsFd, opened: &Opened) -> Result<()> {
     Ok(())
 }
 
-/// Makes something in the name of the owner of a description, as far as this program may.
+/// Calls `make` with the file system user and group ids of the owner of a description, as far
+/// as rcriu may take them.
 ///
-/// A thread of its own takes the owner's ids, so that this one loses nothing by it.
+/// `make` runs in a thread of its own, so the calling thread keeps its privileges.
 pub(super) fn as_owner<T: Send>(id: u32, opened: &Opened, make: impl FnOnce() -> T + Send) -> T {
     let owner = of(id, opened).map(|(uid, gid)| (Uid::from_raw(uid), Gid::from_raw(gid)));
     let Some((uid, gid)) = owner.filter(|owner| *owner != (geteuid(), getegid())) else {
@@ -85,14 +83,14 @@ pub(super) fn as_owner<T: Send>(id: u32, opened: &Opened, make: impl FnOnce() ->
     let dumpable = get_dumpable();
     let made = thread::scope(|scope| {
         let made = scope.spawn(|| {
-            // The user last: it takes the privilege to change the group.
+            // Set the user last: without root's user id, the group id could not be set.
             setfsgid(gid);
             setfsuid(uid);
             make()
         });
         made.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     });
-    // Which the kernel takes from all threads of who changes ids.
+    // Changing ids has made the whole process undumpable.
     if let Err(errno) = dumpable.and_then(set_dumpable) {
         log::debug!("cannot become dumpable again: {errno}");
     }

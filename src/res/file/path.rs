@@ -1,8 +1,8 @@
-//! Files that are known by their path: what a dump writes of them, and how a restore finds
-//! and opens them again.
+//! Files known by their path: what the dump records of them, and how the restore finds and opens
+//! them again.
 //!
-//! Programs, working directories and mapped files are such, and descriptors of several kinds
-//! of files have a path beside what they are.
+//! These are programs, working directories and mapped files. Some other kinds of files, such as
+//! FIFOs and terminals, also have a path.
 
 use std::{
     ffi::OsStr,
@@ -34,32 +34,30 @@ use crate::{
     units::{HostPid, NsPid, TargetFd},
 };
 
-/// Types of file systems (`include/uapi/linux/magic.h`).
+/// Magic numbers of file systems (`include/uapi/linux/magic.h`).
 const PROC_SUPER_MAGIC: libc::__fsword_t = 0x9fa0;
 const DEVPTS_SUPER_MAGIC: libc::__fsword_t = 0x1cd1;
 const SECRETMEM_MAGIC: libc::__fsword_t = 0x5345_434d;
 const MQUEUE_MAGIC: libc::__fsword_t = 0x1980_0202;
-/// What links to files without names end with.
+/// The suffix of links to deleted files.
 const DELETED: &[u8] = b" (deleted)";
-/// Permissions and the like.
+/// The mode without the file type.
 const PERMISSIONS: u32 = 0o7777;
-/// What links to memfds begin with.
+/// The prefix of links to memfds.
 const MEMFD: &[u8] = b"/memfd:";
-/// Where processes are seen.
+/// Where `/proc` is mounted.
 const PROC: &[u8] = b"/proc/";
 
-/// Returns the entry of a file that is known by its path: also of a program, a
-/// working directory, or a mapped file.
+/// Builds the entry of a file that is known by its path.
 ///
 /// # Errors
-/// [`FileError::Unsupported`] if it has no path under which it could be found
-/// again; what the system calls return.
+/// [`FileError::Unsupported`] if no path leads to it.
 pub fn entry_of(file: &Description, intake: &mut dyn Intake) -> Result<proto::FileEntry> {
     entry_with_id(file, file.id, intake)
 }
 
-/// Returns such an entry with the number `id`, for files that have another entry,
-/// of another kind, under their own.
+/// Builds such an entry with the number `id`, for files whose own number belongs to an entry of
+/// another kind.
 ///
 /// # Errors
 /// As [`entry_of`].
@@ -83,7 +81,7 @@ pub fn entry_with_id(
     } else {
         entry.name = name(file, id, intake)?;
     }
-    // What is only appended to, such as a log, may well have grown.
+    // A file opened for appending only, such as a log, may have grown by the time of the restore.
     let flags = file.flags.cast_signed();
     let appended = flags & libc::O_ACCMODE == libc::O_WRONLY && flags & libc::O_APPEND != 0;
     if file.is_type(libc::S_IFREG) && !appended {
@@ -96,11 +94,14 @@ pub fn entry_with_id(
     Ok(proto::FileEntry { r#type: FdTypes::Reg.into(), id, reg: Some(entry), ..Default::default() })
 }
 
-/// Returns the name of a file, after making sure that it can be found by it.
+/// Returns the path of a file, after checking that the restore can find the file by it.
 fn name(file: &Description, id: u32, intake: &mut dyn Intake) -> Result<Vec<u8>> {
     if file.link.first() != Some(&b'/') {
-        let what = format!("{}, which has no path here", String::from_utf8_lossy(&file.link));
-        return Err(file.unsupported(what, "run this program where the file can be seen"));
+        let what = format!(
+            "{}, which has no path in the mount namespace of rcriu",
+            String::from_utf8_lossy(&file.link)
+        );
+        return Err(file.unsupported(what, "run rcriu where the file can be seen"));
     }
     let without_mark = || file.link.strip_suffix(DELETED).unwrap_or(&file.link);
     let file_system = fstatfs(&file.fd).map_err(file.failed("find the file system of"))?;
@@ -109,7 +110,7 @@ fn name(file: &Description, id: u32, intake: &mut dyn Intake) -> Result<Vec<u8>>
             check_process_file(file, intake)?;
             return Ok(file.link.clone());
         }
-        // Not to be read by anyone else, and without a name to open it by.
+        // Only the process itself may read secret memory, and no path leads to it.
         FsType(SECRETMEM_MAGIC) => {
             return Err(file.unsupported("secret memory (memfd_secret(2))", "close it"));
         }
@@ -117,22 +118,22 @@ fn name(file: &Description, id: u32, intake: &mut dyn Intake) -> Result<Vec<u8>>
             let what = format!("the message queue {}", String::from_utf8_lossy(&file.link));
             return Err(file.unsupported(what, "close it"));
         }
-        // Made by the kernel, with the terminal or not at all.
+        // The kernel creates a terminal's file together with the terminal.
         FsType(DEVPTS_SUPER_MAGIC) => return Ok(without_mark().to_vec()),
         _ => {}
     }
     if file.stat.st_nlink == 0 {
         let name = without_mark().to_vec();
-        // Its bytes could not be written where it is made again: only mappings write there.
+        // The ghost could not be written again: files of huge pages take writes only by mappings.
         if file_system.filesystem_type() == HUGETLBFS_MAGIC && file.is_type(libc::S_IFREG) {
             let what = format!("the deleted file {} of huge pages", String::from_utf8_lossy(&name));
             return Err(file.unsupported(what, "give it a name, or use a memfd (MFD_HUGETLB)"));
         }
-        // Only a program is a memfd and comes here: images have no other place for it.
+        // Only the program of a process gets here: images have no other place for its memfd.
         if name.starts_with(MEMFD) {
             log::warn!(
-                "process {} executes the memfd {}: after a restore /proc/{}/exe is a copy of it, \
-                 and the restore has to be able to make a file in /",
+                "process {} executes the memfd {}: after a restore, /proc/{}/exe is a copy of it, \
+                 and the restore must be allowed to create a file in /",
                 file.pid,
                 String::from_utf8_lossy(&name),
                 file.pid
@@ -145,11 +146,11 @@ fn name(file: &Description, id: u32, intake: &mut dyn Intake) -> Result<Vec<u8>>
     let found = if file.is_type(libc::S_IFLNK) { lstat(path) } else { stat(path) };
     match found {
         Ok(found) if is_same(&found, &file.stat) => Ok(file.link.clone()),
-        // Somebody else has the name now, or nobody.
+        // The name is gone, or another file has it.
         Ok(_) | Err(Errno::ENOENT | Errno::ENOTDIR) => {
             if let Some(point) = hidden_below(file, path) {
                 let what = format!(
-                    "{}, which cannot be reached: something is mounted over it at {}",
+                    "{}, which is hidden: another file system is mounted over it at {}",
                     path.display(),
                     point.display()
                 );
@@ -159,10 +160,10 @@ fn name(file: &Description, id: u32, intake: &mut dyn Intake) -> Result<Vec<u8>>
             let name = without_mark().to_vec();
             if file.is_type(libc::S_IFDIR) {
                 let what = format!(
-                    "the directory {}, which is not there under this name",
+                    "the directory {}, which is no longer there under this name",
                     String::from_utf8_lossy(&name)
                 );
-                return Err(file.unsupported(what, "close it, or give it back its name"));
+                return Err(file.unsupported(what, "close it, or give it its name back"));
             }
             ghost::link(file, &name, id, intake)?;
             Ok(name)
@@ -179,7 +180,7 @@ fn hidden_below<'a>(file: &Description, path: &'a Path) -> Option<&'a Path> {
         let fd = descriptor::open(path.as_os_str().as_bytes(), flags).ok()?;
         Some(proc::fdinfo(own, TargetFd(fd.as_raw_fd())).ok()?.mnt_id)
     };
-    // The first that is there is on the mount of the file, unless another hides that.
+    // The nearest existing ancestor is on the file's own mount, unless another mount hides that.
     let (mut point, mount) =
         path.ancestors().find_map(|path| mount_of(path).map(|mount| (path, mount)))?;
     if mount == file.info.mnt_id {
@@ -195,7 +196,7 @@ fn is_same(a: &libc::stat, b: &libc::stat) -> bool {
     (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino)
 }
 
-/// Returns the process or thread whose directory a path in `/proc` goes through.
+/// Returns the process or thread to which a path in `/proc` belongs.
 pub(super) fn process_of(path: &[u8]) -> Option<NsPid> {
     let number = path.strip_prefix(PROC)?.split(|byte| *byte == b'/').next().and_then(number);
     number.map(NsPid::of_image)
@@ -206,11 +207,11 @@ fn number(component: &[u8]) -> Option<i32> {
     digits.then(|| std::str::from_utf8(component).ok()?.parse().ok()).flatten()
 }
 
-/// Checks that a file in `/proc` can be found again, and says which are those of
-/// processes that will not be restored.
+/// Checks that the restore can find a file in `/proc`, and warns about files of processes outside
+/// the tree.
 fn check_process_file(file: &Description, intake: &dyn Intake) -> Result<()> {
     let path = String::from_utf8_lossy(&file.link);
-    // Of a process or thread that has ended the kernel says `(deleted)`.
+    // For a process or thread that has ended, the kernel shows `(deleted)`.
     if lstat(Path::new(OsStr::from_bytes(&file.link))).is_err() {
         let what = format!("{path}, of a process or thread that has ended");
         return Err(file.unsupported(what, "close it"));
@@ -218,8 +219,8 @@ fn check_process_file(file: &Description, intake: &dyn Intake) -> Result<()> {
     match process_of(&file.link) {
         Some(pid) if !intake.has_process(pid) => {
             log::warn!(
-                "{} is {path}, and process {pid} is not in the tree: a restore opens the file of \
-                 the process that has this number then",
+                "{} is {path}, and process {pid} is not in the tree: the restore opens the file of \
+                 whichever process has this pid then",
                 file_of(file.pid, file.number)
             );
             Ok(())
@@ -227,25 +228,25 @@ fn check_process_file(file: &Description, intake: &dyn Intake) -> Result<()> {
         None if !file.link.starts_with(PROC)
             && file.link.split(|byte| *byte == b'/').any(|name| number(name).is_some()) =>
         {
-            let what = format!("{path}, perhaps of a process, on a file system of type proc");
-            Err(file.unsupported(what, "open it below /proc, or close it"))
+            let what =
+                format!("{path}, perhaps of a process, in a proc file system other than /proc");
+            Err(file.unsupported(what, "open it in /proc, or close it"))
         }
         _ => Ok(()),
     }
 }
 
-/// Whether the file of an entry is one of a process or thread of the tree, so that it
-/// can be opened only when that is there.
+/// Whether the file belongs to a process or thread of the tree in `/proc`, so the restore must
+/// defer opening it.
 pub fn is_late(entry: &proto::RegFileEntry, opened: &Opened) -> bool {
     process_of(&entry.name).is_some_and(|pid| opened.processes.contains(&pid))
 }
 
-/// Opens the file of an entry with these flags, which may differ from its own, as
-/// for a mapping; the position is not set.
+/// Opens the file of an entry with `flags`, which may differ from its own, as they do for a
+/// mapping. Does not set the position.
 ///
 /// # Errors
-/// [`FileError::Image`] if the file is not the one that was dumped, as far as can
-/// be told from its size and mode; what the system calls return.
+/// [`FileError::Image`] if its size or mode shows that it is not the file that was dumped.
 pub fn open_entry(entry: &proto::RegFileEntry, flags: i32, opened: &mut Opened) -> Result<OwnedFd> {
     let flags = flags.cast_unsigned();
     let failed = |step| FileError::restore(entry.id, step, &entry.name);
@@ -260,7 +261,7 @@ pub fn open_entry(entry: &proto::RegFileEntry, flags: i32, opened: &mut Opened) 
     }
     if external {
         let name = String::from_utf8_lossy(&entry.name);
-        let problem = format!("it is external; give it with --inherit-fd 'fd[N]:{name}'");
+        let problem = format!("it is external; provide it with --inherit-fd 'fd[N]:{name}'");
         return Err(FileError::image(entry.id, problem));
     }
     if let Some(fd) = ghost::open(entry, flags, opened)? {
@@ -269,13 +270,13 @@ pub fn open_entry(entry: &proto::RegFileEntry, flags: i32, opened: &mut Opened) 
         validation::check(entry, fd.as_fd(), &stat, opened)?;
         return Ok(fd);
     }
-    // What is not what was dumped is not opened: a FIFO would be waited for, a device may
-    // do anything.
+    // Check the file before opening it: another file may be a FIFO, which would block, or a device,
+    // which may do anything.
     let named = descriptor::name(&entry.name, flags).map_err(|errno| {
         match (errno, process_of(&entry.name)) {
             (Errno::ENOENT | Errno::ESRCH, Some(pid)) => {
                 let problem = format!(
-                    "it is {}, but there is no process {pid}, which was not dumped with the tree\nhelp: \
+                    "it is {}, but process {pid}, which was not part of the tree, does not exist\nhelp: \
                      start one with this pid, or close the file before dumping",
                     String::from_utf8_lossy(&entry.name)
                 );
@@ -293,7 +294,7 @@ pub fn open_entry(entry: &proto::RegFileEntry, flags: i32, opened: &mut Opened) 
     if flags & libc::O_NOFOLLOW.cast_unsigned() == 0 {
         return descriptor::reopen(named.as_fd(), flags).map_err(failed("open"));
     }
-    // The flag would be lost on the way through /proc.
+    // Opening through /proc would drop the flag.
     let fd = descriptor::open(&entry.name, flags).map_err(failed("open"))?;
     let now = fstat(&fd).map_err(failed("look at"))?;
     if is_same(&now, &stat) { Ok(fd) } else { Err(failed("open")(Errno::ESTALE)) }
@@ -303,11 +304,10 @@ fn check(entry: &proto::RegFileEntry, stat: &libc::stat, flags: u32) -> Result<(
     let name = || String::from_utf8_lossy(&entry.name);
     let format = |mode: u32| mode & libc::S_IFMT;
     let was = entry.mode.map_or(libc::S_IFREG, format);
-    // Without a recorded mode, a file or directory or device is what an entry like this
-    // is of.
+    // Without a recorded mode, the entry is for a file, a directory or a device.
     let other = match entry.mode {
         Some(_) => was != format(stat.st_mode),
-        // One that is opened for both ends, as a FIFO is for a start, does not wait.
+        // Opening a FIFO for reading and writing does not block.
         None => {
             format(stat.st_mode) == libc::S_IFIFO
                 && flags.cast_signed() & libc::O_ACCMODE != libc::O_RDWR
@@ -316,7 +316,7 @@ fn check(entry: &proto::RegFileEntry, stat: &libc::stat, flags: u32) -> Result<(
     if other {
         let say = |mode| image::regular::type_name(mode).unwrap_or("a regular file");
         let problem = format!(
-            "{} is {}, but was {} when it was dumped\nhelp: put back what was there",
+            "{} is {}, but was {} when it was dumped\nhelp: restore what was there",
             name(),
             say(stat.st_mode),
             say(was)
@@ -328,12 +328,12 @@ fn check(entry: &proto::RegFileEntry, stat: &libc::stat, flags: u32) -> Result<(
     {
         let help = if stat.st_size.cast_unsigned() > size {
             format!(
-                "if it has only grown, keep a copy and cut it back (truncate -s {size} {}), or \
+                "if it has only grown, keep a copy and truncate it (truncate -s {size} {}), or \
                  restore a later snapshot",
                 name()
             )
         } else {
-            "put back the file that was there".to_owned()
+            "put the old file back".to_owned()
         };
         let problem = format!(
             "{} has {} bytes, but had {size} when it was dumped\nhelp: {help}",

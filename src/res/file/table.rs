@@ -1,4 +1,5 @@
-//! The open files of a tree: which descriptions there are, and who shares them.
+//! The open files of a tree, during a dump: which descriptions exist, and which processes share
+//! them.
 
 use std::{
     cmp::Ordering,
@@ -31,7 +32,7 @@ use crate::{
     units::{HostPid, NsPid, PidMap, TargetFd},
 };
 
-/// The number in [`Description::number`] of files that are no descriptors.
+/// The value of [`Description::number`] for files without a descriptor.
 const NO_DESCRIPTOR: TargetFd = TargetFd(-1);
 
 /// All open files of a tree.
@@ -41,20 +42,20 @@ pub struct FileTable {
     state: Known,
 }
 
-/// What is known so far.
+/// The part of the table that kinds may use while they collect a description.
 struct Known {
     own: HostPid,
     pids: PidMap,
     /// The processes and threads of the tree.
     processes: HashSet<NsPid>,
     next_id: u32,
-    /// Descriptions by device and inode, in the order that the kernel has for them.
+    /// Descriptions by device and inode, sorted by `kcmp(2)`.
     known: HashMap<(u64, u64), Vec<(u32, OwnedFd)>>,
-    /// Files that are known by their paths, by device, inode and path.
+    /// Files known by path, by device, inode and path.
     paths: HashMap<(u64, u64, Vec<u8>), u32>,
-    /// Files that are mapped, by what the mapping tells of them.
+    /// Mapped files, by what `/proc/PID/maps` shows of them.
     mapped: HashMap<(u32, u32, u64, Vec<u8>), u32>,
-    /// Found inside others and not yet looked at.
+    /// Descriptions found inside other files and not collected yet.
     pending: Vec<Pending>,
     entries: Vec<proto::FileEntry>,
     types: HashMap<u32, i32>,
@@ -75,7 +76,7 @@ impl Known {
         self.next_id
     }
 
-    /// Returns the number of a description, and a duplicate of `fd` if it is new.
+    /// Returns the number of a description, and gives `fd` back if the description is new.
     fn identify(&mut self, fd: OwnedFd) -> Result<(u32, Option<OwnedFd>)> {
         let failed = |step| FileError::restore(0, step, "a descriptor");
         let stat = fstat(&fd).map_err(failed("look at"))?;
@@ -89,12 +90,12 @@ impl Known {
             })
         });
         if let Some(errno) = untold {
-            return Err(failed("find by kcmp(2) which processes share")(errno));
+            return Err(failed("compare by kcmp(2)")(errno));
         }
         match position {
             Ok(position) => Ok((known[position].0, None)),
             Err(position) => {
-                // A duplicate is kept, to know it again.
+                // Keep a duplicate, to compare later descriptors with.
                 let kept = fd.try_clone();
                 let kept = kept.map_err(|_| failed("duplicate")(nix::errno::Errno::EMFILE))?;
                 self.next_id += 1;
@@ -150,7 +151,7 @@ impl std::fmt::Debug for FileTable {
 }
 
 impl FileTable {
-    /// Returns an empty table for a tree with these processes and threads.
+    /// Returns an empty table for a tree of these processes and threads.
     pub fn new(options: &DumpOptions, pids: PidMap, processes: HashSet<NsPid>) -> Self {
         let own = HostPid(nix::unistd::getpid().as_raw());
         Self {
@@ -174,8 +175,7 @@ impl FileTable {
         }
     }
 
-    /// Collects the descriptors of a process and returns what its `fdinfo` image
-    /// says.
+    /// Collects all descriptors of a process and returns the entries of its `fdinfo` image.
     pub fn collect_fds(
         &mut self,
         pid: HostPid,
@@ -208,7 +208,7 @@ impl FileTable {
             let link = String::from_utf8_lossy(&proc::fd_link(pid, number)?).into_owned();
             let what =
                 format!("{link}, on which it holds the lock \"{}\"", String::from_utf8_lossy(lock));
-            let help = "file locks are not dumped yet; let the program release it";
+            let help = "file locks are not dumped yet; have the program release it";
             return Err(FileError::Unsupported { pid, fd: number, what, help });
         }
         let close_on_exec = info.flags & libc::O_CLOEXEC.cast_unsigned() != 0;
@@ -216,8 +216,8 @@ impl FileTable {
         if let Some(fd) = new {
             let link = proc::fd_link(pid, number)?;
             self.collect(id, fd, pid, number, link, info)?;
-            // A file that was found in a queue may have a descriptor, too, which is
-            // to tell its type.
+            // A file that a socket has queued may also have a descriptor, whose entry needs
+            // the file's type.
             self.collect_pending()?;
         }
         Ok(proto::FdinfoEntry {
@@ -278,7 +278,7 @@ impl FileTable {
             let what = String::from_utf8_lossy(&file.link).into_owned();
             return Err(file.unsupported(what, "files of this kind are not dumped; close it"));
         };
-        // Taken out, so that it can enter files that it finds.
+        // Take the collector out of the list: it may enter the files that it finds.
         let mut collector = self.collectors[position].take().expect("only one is out");
         let entry = collector.collect(&file, &mut self.state);
         self.collectors[position] = Some(collector);
@@ -289,8 +289,8 @@ impl FileTable {
         Ok(())
     }
 
-    /// Enters a file that is known by its path: `path` leads to it, such as
-    /// `/proc/PID/exe`. Returns its number.
+    /// Enters a file that is known by its path, and returns its number. `path` leads to the
+    /// file, such as `/proc/PID/exe`.
     pub fn enter_path(&mut self, pid: HostPid, path: PathBuf) -> Result<u32> {
         let failed = |source| FileError::read(path.clone(), source);
         let file =
@@ -323,8 +323,8 @@ impl FileTable {
         Ok(id)
     }
 
-    /// Enters the file of a mapping, and returns its number. Most files are mapped
-    /// several times, by several processes.
+    /// Enters a mapped file, and returns its number. Most files are mapped several times, by
+    /// several processes, so the answer is cached.
     pub fn enter_mapped(&mut self, pid: HostPid, mapping: &Mapping) -> Result<u32> {
         let Mapping { dev_major, dev_minor, inode, .. } = *mapping;
         let key = (dev_major, dev_minor, inode, mapping.name.clone());
@@ -336,7 +336,7 @@ impl FileTable {
         Ok(id)
     }
 
-    /// Enters shared memory that is mapped; `path` leads to it. Returns its number.
+    /// Enters a mapped shared memory object, to which `path` leads, and returns its number.
     pub fn enter_object(&mut self, pid: HostPid, path: PathBuf) -> Result<u32> {
         let failed = |source| FileError::read(path.clone(), source);
         let file = File::open(&path).map_err(failed)?;
@@ -350,8 +350,8 @@ impl FileTable {
         Ok(id)
     }
 
-    /// Returns all shared memory that was found, mapped or not, by inode number, with
-    /// descriptors that can be read.
+    /// Returns all shared memory objects, mapped or not, by inode number, each with a readable
+    /// descriptor.
     pub fn shared_memory(&self) -> Result<BTreeMap<u64, OwnedFd>> {
         let mut found = BTreeMap::new();
         for ((_, inode), descriptions) in &self.state.known {
@@ -369,8 +369,8 @@ impl FileTable {
         Ok(found)
     }
 
-    /// Writes all images of open files. The tree is still stopped: files without
-    /// names are read now.
+    /// Writes all images of open files. Reads the ghost files, so the tree must still be
+    /// stopped.
     pub fn write(&mut self, images: &SnapshotWriter) -> Result<()> {
         self.collect_pending()?;
         for position in 0..self.collectors.len() {
@@ -388,12 +388,12 @@ impl FileTable {
         Ok(images.write(Kind::Files, 0, &self.state.entries)?)
     }
 
-    /// Leaves the names that were given to files without one.
+    /// Keeps the link remaps.
     pub fn keep_links(&mut self) {
         self.state.lost.keep_links();
     }
 
-    /// Says which of them are taken away although a restore needs them.
+    /// Warns about link remaps that a restore needs and that are about to be removed.
     pub fn warn_of_links(&self) {
         self.state.lost.warn_of_links();
     }

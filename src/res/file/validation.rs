@@ -1,9 +1,9 @@
-//! What tells a file from another one at the same path (`--file-validation`).
+//! Checks that a file is the one that was dumped (`--file-validation`).
 //!
-//! Of a regular file, images have the size, and the build-id if it is a program or a
-//! library that has one, as CRIU's; of any other, the time at which it was last written.
-//! A restore refuses another size or build-id, and another time if the file is mapped
-//! privately: what the process has not changed of such memory comes from the file.
+//! For a regular file, the dump records the size. For a program or library it also records the
+//! build ID, as CRIU does; for any other regular file, the time of the last write. The restore
+//! rejects a file whose size or build ID differs. It rejects another time only if a process maps
+//! the file privately: the pages that the process has not changed come from the file.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -30,7 +30,7 @@ use crate::image::{build_id, proto};
 /// The smallest ELF file: its header.
 const ELF_BYTES: i64 = 64;
 
-/// Types of file systems whose files do something when they are read
+/// Magic numbers of file systems where reading a file may have side effects
 /// (`include/uapi/linux/magic.h`, `fs/configfs/mount.c`).
 const CONFIGFS_MAGIC: libc::__fsword_t = 0x6265_6570;
 const EFIVARFS_MAGIC: libc::__fsword_t = 0xde5e_81e4;
@@ -46,32 +46,29 @@ const NOT_READ: [FsType; 9] = [
     FsType(EFIVARFS_MAGIC),
 ];
 
-/// What is recorded of files, and compared.
+/// What the dump records of a file, and the restore compares.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Validation {
-    /// The size, and the build-id or the time.
+    /// The size, and the build ID or the time of the last write.
     #[default]
     BuildId,
-    /// The size alone.
+    /// Only the size.
     FileSize,
 }
 
-/// Build-ids of files, each of which is read once, and what was compared.
+/// Build IDs, each read once, and which files were compared by them.
 #[derive(Debug, Default)]
 pub struct BuildIds {
     /// By device and inode.
     known: HashMap<(u64, u64), Option<Vec<u8>>>,
-    /// Files that were the same by build-id.
+    /// Files with the same build ID as in the images.
     same: HashSet<(u64, u64)>,
-    /// Files of which nothing but the size is recorded.
+    /// Files of which only the size could be compared.
     unsure: HashSet<(u64, u64)>,
 }
 
 impl BuildIds {
-    /// Returns the build-id of a regular file, whatever the descriptor is good for.
-    ///
-    /// # Errors
-    /// What keeps it from being read.
+    /// Returns the build ID of a regular file. The descriptor need not be readable.
     fn get(&mut self, fd: BorrowedFd, stat: &libc::stat) -> nix::Result<Option<&[u8]>> {
         let known = match self.known.entry((stat.st_dev, stat.st_ino)) {
             std::collections::hash_map::Entry::Occupied(known) => known.into_mut(),
@@ -80,10 +77,10 @@ impl BuildIds {
         Ok(known.as_deref())
     }
 
-    /// Tells the log what was compared.
+    /// Logs how many files were compared, and by what.
     pub fn log(&self) {
         log::info!(
-            "{} files have the same build-ids; of {} only the sizes could be compared",
+            "{} files have the recorded build IDs; {} files could be compared by size only",
             self.same.len(),
             self.unsure.len()
         );
@@ -94,7 +91,7 @@ fn read(fd: BorrowedFd, stat: &libc::stat) -> nix::Result<Option<Vec<u8>>> {
     if stat.st_size < ELF_BYTES || NOT_READ.contains(&fstatfs(fd)?.filesystem_type()) {
         return Ok(None);
     }
-    // To look at a file is not to use it: its time of access stays.
+    // Reading the file here must not change its access time.
     let plain = (libc::O_RDONLY | libc::O_NONBLOCK).cast_unsigned();
     let file = match descriptor::reopen(fd, plain | libc::O_NOATIME.cast_unsigned()) {
         Err(Errno::EPERM) => descriptor::reopen(fd, plain)?,
@@ -108,14 +105,14 @@ fn time_of(stat: &libc::stat) -> i64 {
     build_id::time_ns(stat.st_mtime, stat.st_mtime_nsec)
 }
 
-/// Enters what tells a file, whose size is in `entry`, from another one.
+/// Records the build ID or the time of the last write of a file.
 pub(super) fn record(
     file: &Description,
     entry: &mut proto::RegFileEntry,
     validation: Validation,
     known: &mut BuildIds,
 ) {
-    // A file without a name is in the images itself.
+    // The images hold the bytes of a deleted file.
     if validation == Validation::FileSize || entry.size.is_none() || file.stat.st_nlink == 0 {
         return;
     }
@@ -127,13 +124,13 @@ pub(super) fn record(
         Ok(None) => {}
         Err(errno) => {
             let name = String::from_utf8_lossy(&file.link);
-            log::info!("the build-id of {name} is not recorded, as it cannot be read: {errno}");
+            log::info!("cannot read the build ID of {name}, so it is not recorded: {errno}");
         }
     }
     entry.rcriu_mtime_ns = Some(time_of(&file.stat));
 }
 
-/// Checks that the file to which `fd` leads is the build that was dumped.
+/// Checks that a file has the size and the build ID that were recorded.
 pub(super) fn check(
     entry: &proto::RegFileEntry,
     fd: BorrowedFd,
@@ -149,38 +146,35 @@ pub(super) fn check(
     if entry.build_id.is_empty() {
         match entry.rcriu_mtime_ns {
             None if opened.build_ids.unsure.insert(key) => {
-                log::debug!("{name}: only the size is recorded, and compared");
+                log::debug!("{name}: comparing only the size: the images have no build ID");
             }
             Some(time) if time != time_of(stat) => {
-                log::info!("{name} was written since it was dumped, and has the same size");
+                log::info!("{name} was written since the dump, but its size is the same");
             }
             _ => {}
         }
         return Ok(());
     }
-    let failed = FileError::restore(entry.id, "read the build-id of", &entry.name);
+    let failed = FileError::restore(entry.id, "read the build ID of", &entry.name);
     let found = opened.build_ids.get(fd, stat).map_err(failed)?;
     if build_id::is_same(found, &entry.build_id) {
         opened.build_ids.same.insert(key);
         return Ok(());
     }
     let found = found.map(build_id::to_words).map_or_else(
-        || "no build-id".to_owned(),
-        |words| format!("build-id {}", build_id::show(&words)),
+        || "no build ID".to_owned(),
+        |words| format!("build ID {}", build_id::show(&words)),
     );
     let problem = format!(
-        "{name} has {found}, but had build-id {} when it was dumped\nhelp: put back the file that was \
-         there, or take this one as it is with --file-validation=filesize",
+        "{name} has {found}, but had build ID {} when it was dumped\nhelp: put the old file \
+         back, or accept this one with --file-validation=filesize",
         build_id::show(&entry.build_id)
     );
     Err(FileError::image(entry.id, problem))
 }
 
-/// Checks that a file which a process maps privately was not written since it was dumped,
-/// unless a build-id has told that already.
-///
-/// # Errors
-/// [`FileError::Image`].
+/// Checks that a privately mapped file was not written since the dump. Does nothing if the
+/// images have a build ID, which [`check`] compares.
 pub fn check_unwritten(
     entry: &proto::RegFileEntry,
     fd: BorrowedFd,
@@ -199,7 +193,7 @@ pub fn check_unwritten(
     };
     let problem = format!(
         "{} was written at {}, but when it was dumped it had been written at {}, and a process has \
-         it mapped; put back the file that was there, or take this one as it is with \
+         it mapped; put the old file back, or accept this one with \
          --file-validation=filesize",
         String::from_utf8_lossy(&entry.name),
         show(found),

@@ -276,7 +276,10 @@ fn processes_in_proc_are_opened_when_they_are_there() {
     );
     let mut files = RegularFiles;
     let error = files.open(std::slice::from_ref(&entry), &mut opened).unwrap_err().to_string();
-    assert!(error.contains("there is no process 4194304"), "{error}");
+    assert!(
+        error.contains("process 4194304, which was not part of the tree, does not exist"),
+        "{error}"
+    );
     opened.processes.insert(NsPid::of_image(4_194_304));
     files.open(std::slice::from_ref(&entry), &mut opened).unwrap();
     assert!(opened.contains(1) && opened.late.get(&1) == Some(&Late::ByPath));
