@@ -546,8 +546,8 @@ fn privileged_states_that_no_restore_gives_back_are_refused() {
 
 /// States that are lost, and words of the warnings.
 const LOST: &[(&str, &[&str])] = &[
-    ("keyrings", &["has a keyring of its own", "has a keyring of its process"]),
-    ("undone_semaphore", &["may have operations on semaphores to be undone (SEM_UNDO"]),
+    ("keyrings", &["has a thread keyring", "has a process keyring"]),
+    ("undone_semaphore", &["may have semaphore operations to undo on exit (SEM_UNDO"]),
 ];
 
 #[test]

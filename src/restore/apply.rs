@@ -42,14 +42,14 @@ fn thread_of<'a>(
     of: &'a ThreadPlan,
     own: &'a Own,
 ) -> thread::Restored<'a> {
-    let own_session = !plan.is_outside(planned.session);
+    let session_in_tree = !plan.is_outside(planned.session);
     thread::Restored {
         pid: planned.pid,
         tid: of.tid,
         host_pid: plan.host(planned.pid),
         host_tid: plan.host(of.tid),
         core: &of.core,
-        own_session,
+        session_in_tree,
         own,
     }
 }

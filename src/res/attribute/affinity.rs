@@ -1,14 +1,14 @@
-//! The processors that a thread may run on.
+//! CPU affinity.
 
 use nix::errno::Errno;
 
-use super::{Asked, Kind, Who};
+use super::{Asked, Kind, Owner};
 use crate::{
     inject::{Answers, Script},
     sys::task,
 };
 
-/// A word for each 64 processors.
+/// The set of CPUs, one word for each 64.
 pub(super) struct Affinity;
 
 impl Kind for Affinity {
@@ -17,14 +17,14 @@ impl Kind for Affinity {
     }
 
     fn about(&self) -> &'static str {
-        "the set of processors (sched_setaffinity(2))"
+        "the CPU affinity (sched_setaffinity(2))"
     }
 
-    fn read(&self, who: Who, _: &Asked, _: &Answers) -> Option<Vec<u64>> {
-        task::affinity(who.tid).ok()
+    fn read(&self, owner: Owner, _: &Asked, _: &Answers) -> Option<Vec<u64>> {
+        task::affinity(owner.tid).ok()
     }
 
-    fn set(&self, values: &[u64], who: Who, _: &mut Script) -> Result<(), Errno> {
-        task::set_affinity(who.tid, values)
+    fn set(&self, values: &[u64], owner: Owner, _: &mut Script) -> Result<(), Errno> {
+        task::set_affinity(owner.tid, values)
     }
 }

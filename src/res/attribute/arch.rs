@@ -1,11 +1,11 @@
-//! What `arch_prctl(2)` sets on x86-64 beside segment bases.
+//! Attributes that `arch_prctl(2)` sets on x86-64, other than segment bases.
 
 use nix::{errno::Errno, libc};
 
-use super::{Asked, Kind, Scope, Who};
+use super::{Asked, Kind, Owner, Scope};
 use crate::inject::{Answers, Script};
 
-/// Of `asm/prctl.h`.
+/// `asm/prctl.h`.
 const GET_CPUID: i32 = 0x1011;
 const SET_CPUID: i32 = 0x1012;
 const GET_XCOMP_PERM: i32 = 0x1022;
@@ -13,7 +13,7 @@ const REQ_XCOMP_PERM: i32 = 0x1023;
 const GET_UNTAG_MASK: i32 = 0x4001;
 const ENABLE_TAGGED_ADDR: i32 = 0x4002;
 
-/// Whether a thread may execute `cpuid`: 0 if it is a fault.
+/// Whether a thread may execute `cpuid`; if 0, the instruction faults.
 pub(super) struct CpuId;
 
 impl Kind for CpuId {
@@ -22,26 +22,26 @@ impl Kind for CpuId {
     }
 
     fn about(&self) -> &'static str {
-        "whether it may execute cpuid (ARCH_SET_CPUID)"
+        "the cpuid permission (ARCH_SET_CPUID)"
     }
 
     fn ask(&self, script: &mut Script) -> Asked {
         Asked::call(script.attempt(libc::SYS_arch_prctl, &[GET_CPUID.into(), 0.into()]))
     }
 
-    fn read(&self, _: Who, asked: &Asked, answers: &Answers) -> Option<Vec<u64>> {
+    fn read(&self, _: Owner, asked: &Asked, answers: &Answers) -> Option<Vec<u64>> {
         Some(vec![asked.result(answers)?])
     }
 
-    fn set(&self, values: &[u64], _: Who, script: &mut Script) -> Result<(), Errno> {
+    fn set(&self, values: &[u64], _: Owner, script: &mut Script) -> Result<(), Errno> {
         let &[value] = values else { return Err(Errno::EINVAL) };
         script.attempt(libc::SYS_arch_prctl, &[SET_CPUID.into(), value.into()]);
         Ok(())
     }
 }
 
-/// The large registers that a process may use, such as those of AMX: bits of `XCR0`.
-/// Permission is never withdrawn.
+/// The extended register state that a process may use, such as AMX tiles, as bits of `XCR0`.
+/// The kernel never withdraws a permission.
 pub(super) struct LargeState;
 
 impl Kind for LargeState {
@@ -50,7 +50,7 @@ impl Kind for LargeState {
     }
 
     fn about(&self) -> &'static str {
-        "permission for large registers (ARCH_REQ_XCOMP_PERM)"
+        "the permission for extended registers (ARCH_REQ_XCOMP_PERM)"
     }
 
     fn scope(&self) -> Scope {
@@ -61,13 +61,13 @@ impl Kind for LargeState {
         pointed(GET_XCOMP_PERM, script)
     }
 
-    fn read(&self, _: Who, asked: &Asked, answers: &Answers) -> Option<Vec<u64>> {
-        /// What every process may use: all but the tiles' data (`linux/fpu/types.h`).
+    fn read(&self, _: Owner, asked: &Asked, answers: &Answers) -> Option<Vec<u64>> {
+        /// `XFEATURE_XTILE_DATA` (`linux/fpu/types.h`); every process may use the others.
         const LARGE: u64 = 1 << 18;
         Some(vec![word(asked, answers)? & LARGE])
     }
 
-    fn set(&self, values: &[u64], _: Who, script: &mut Script) -> Result<(), Errno> {
+    fn set(&self, values: &[u64], _: Owner, script: &mut Script) -> Result<(), Errno> {
         let &[value] = values else { return Err(Errno::EINVAL) };
         for bit in (0..u64::BITS).filter(|bit| value >> bit & 1 == 1) {
             script.attempt(libc::SYS_arch_prctl, &[REQ_XCOMP_PERM.into(), bit.into()]);
@@ -76,8 +76,8 @@ impl Kind for LargeState {
     }
 }
 
-/// The bits of pointers that the processor looks at: not those of tags, once a process
-/// has some.
+/// The address bits of pointers: all, or all but the tag bits once a process has enabled tagged
+/// addresses.
 pub(super) struct TaggedAddresses;
 
 impl Kind for TaggedAddresses {
@@ -86,7 +86,7 @@ impl Kind for TaggedAddresses {
     }
 
     fn about(&self) -> &'static str {
-        "the bits of pointers that are not tags (ARCH_ENABLE_TAGGED_ADDR)"
+        "the untag mask of pointers (ARCH_ENABLE_TAGGED_ADDR)"
     }
 
     fn scope(&self) -> Scope {
@@ -97,11 +97,11 @@ impl Kind for TaggedAddresses {
         pointed(GET_UNTAG_MASK, script)
     }
 
-    fn read(&self, _: Who, asked: &Asked, answers: &Answers) -> Option<Vec<u64>> {
+    fn read(&self, _: Owner, asked: &Asked, answers: &Answers) -> Option<Vec<u64>> {
         Some(vec![word(asked, answers)?])
     }
 
-    fn set(&self, values: &[u64], _: Who, script: &mut Script) -> Result<(), Errno> {
+    fn set(&self, values: &[u64], _: Owner, script: &mut Script) -> Result<(), Errno> {
         let &[mask] = values else { return Err(Errno::EINVAL) };
         let bits = mask.count_zeros();
         script.attempt(libc::SYS_arch_prctl, &[ENABLE_TAGGED_ADDR.into(), bits.into()]);
@@ -109,7 +109,7 @@ impl Kind for TaggedAddresses {
     }
 }
 
-/// A question that is answered by a word in memory.
+/// Adds a call that writes its answer, one word, to memory.
 fn pointed(option: i32, script: &mut Script) -> Asked {
     let buffer = script.space(size_of::<u64>());
     let call = script.attempt(libc::SYS_arch_prctl, &[option.into(), buffer.into()]);

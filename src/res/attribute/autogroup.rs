@@ -1,13 +1,13 @@
-//! How nice a session is as a whole, where each is scheduled as a group.
+//! The nice value of a session's autogroup, in which the kernel schedules the session as a whole.
 
 use std::fs;
 
 use nix::errno::Errno;
 
-use super::{Asked, Kind, Scope, Who};
+use super::{Asked, Kind, Owner, Scope};
 use crate::inject::{Answers, Script};
 
-/// The nice value of `/proc/PID/autogroup`.
+/// The nice value in `/proc/PID/autogroup`.
 pub(super) struct Autogroup;
 
 impl Kind for Autogroup {
@@ -16,31 +16,31 @@ impl Kind for Autogroup {
     }
 
     fn about(&self) -> &'static str {
-        "how nice its session is (/proc/PID/autogroup)"
+        "the nice value of its session (/proc/PID/autogroup)"
     }
 
     fn scope(&self) -> Scope {
         Scope::Process
     }
 
-    fn read(&self, who: Who, _: &Asked, _: &Answers) -> Option<Vec<u64>> {
-        // /autogroup-25 nice 0; nothing if it is scheduled otherwise.
-        let text = fs::read_to_string(path(who)).ok()?;
+    fn read(&self, owner: Owner, _: &Asked, _: &Answers) -> Option<Vec<u64>> {
+        // The text is "/autogroup-25 nice 0"; without autogroups, the file is missing or empty.
+        let text = fs::read_to_string(path(owner)).ok()?;
         let nice: i64 = text.trim().rsplit_once(" nice ")?.1.parse().ok()?;
         Some(vec![nice.cast_unsigned()])
     }
 
-    fn set(&self, values: &[u64], who: Who, _: &mut Script) -> Result<(), Errno> {
+    fn set(&self, values: &[u64], owner: Owner, _: &mut Script) -> Result<(), Errno> {
         let &[nice] = values else { return Err(Errno::EINVAL) };
-        // That of who restores is not ours to change.
-        if !who.own_session {
+        // A restore must not change the autogroup of the user's own session.
+        if !owner.session_in_tree {
             return Ok(());
         }
-        fs::write(path(who), nice.cast_signed().to_string())
+        fs::write(path(owner), nice.cast_signed().to_string())
             .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or_default()))
     }
 }
 
-fn path(who: Who) -> String {
-    format!("/proc/{}/autogroup", who.pid)
+fn path(owner: Owner) -> String {
+    format!("/proc/{}/autogroup", owner.pid)
 }

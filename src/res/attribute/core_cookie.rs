@@ -1,14 +1,14 @@
-//! Whom a thread shares the halves of a processor with (core scheduling).
+//! The core scheduling cookie of a thread: it shares a core only with threads of the same cookie.
 
 use nix::errno::Errno;
 
-use super::{Asked, Kind, Who};
+use super::{Asked, Kind, Owner};
 use crate::{
     inject::{Answers, Script},
     sys::task,
 };
 
-/// The cookie: its number says only who has the same one.
+/// The cookie. Its value has no meaning other than being equal to another's.
 pub(super) struct CoreCookie;
 
 impl Kind for CoreCookie {
@@ -20,11 +20,11 @@ impl Kind for CoreCookie {
         "a core scheduling cookie (PR_SCHED_CORE)"
     }
 
-    fn read(&self, who: Who, _: &Asked, _: &Answers) -> Option<Vec<u64>> {
-        Some(vec![task::core_cookie(who.tid).ok()?])
+    fn read(&self, owner: Owner, _: &Asked, _: &Answers) -> Option<Vec<u64>> {
+        Some(vec![task::core_cookie(owner.tid).ok()?])
     }
 
-    fn set(&self, _: &[u64], _: Who, _: &mut Script) -> Result<(), Errno> {
+    fn set(&self, _: &[u64], _: Owner, _: &mut Script) -> Result<(), Errno> {
         Ok(())
     }
 

@@ -1,13 +1,13 @@
-//! What memory a core dump of the kernel's has.
+//! Which mappings the kernel writes to a core dump of the process.
 
 use std::fs;
 
 use nix::errno::Errno;
 
-use super::{Asked, Kind, Scope, Who};
+use super::{Asked, Kind, Owner, Scope};
 use crate::inject::{Answers, Script};
 
-/// The bits of `/proc/PID/coredump_filter`.
+/// The bits in `/proc/PID/coredump_filter`.
 pub(super) struct CoreFilter;
 
 impl Kind for CoreFilter {
@@ -16,25 +16,25 @@ impl Kind for CoreFilter {
     }
 
     fn about(&self) -> &'static str {
-        "what a core dump has (/proc/PID/coredump_filter)"
+        "the core dump filter (/proc/PID/coredump_filter)"
     }
 
     fn scope(&self) -> Scope {
         Scope::Process
     }
 
-    fn read(&self, who: Who, _: &Asked, _: &Answers) -> Option<Vec<u64>> {
-        let text = fs::read_to_string(path(who)).ok()?;
+    fn read(&self, owner: Owner, _: &Asked, _: &Answers) -> Option<Vec<u64>> {
+        let text = fs::read_to_string(path(owner)).ok()?;
         Some(vec![u64::from_str_radix(text.trim(), 16).ok()?])
     }
 
-    fn set(&self, values: &[u64], who: Who, _: &mut Script) -> Result<(), Errno> {
+    fn set(&self, values: &[u64], owner: Owner, _: &mut Script) -> Result<(), Errno> {
         let &[bits] = values else { return Err(Errno::EINVAL) };
-        fs::write(path(who), format!("{bits:#x}"))
+        fs::write(path(owner), format!("{bits:#x}"))
             .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or_default()))
     }
 }
 
-fn path(who: Who) -> String {
-    format!("/proc/{}/coredump_filter", who.pid)
+fn path(owner: Owner) -> String {
+    format!("/proc/{}/coredump_filter", owner.pid)
 }

@@ -1,14 +1,14 @@
-//! The priority of a thread's I/O.
+//! I/O priority.
 
 use nix::errno::Errno;
 
-use super::{Asked, Kind, Who};
+use super::{Asked, Kind, Owner};
 use crate::{
     inject::{Answers, Script},
     sys::task,
 };
 
-/// Class and level, as `ioprio_get(2)` has them.
+/// Class and level, in the form of `ioprio_get(2)`.
 pub(super) struct IoPriority;
 
 impl Kind for IoPriority {
@@ -17,15 +17,15 @@ impl Kind for IoPriority {
     }
 
     fn about(&self) -> &'static str {
-        "the priority of I/O (ioprio_set(2))"
+        "the I/O priority (ioprio_set(2))"
     }
 
-    fn read(&self, who: Who, _: &Asked, _: &Answers) -> Option<Vec<u64>> {
-        Some(vec![task::io_priority(who.tid).ok()?.into()])
+    fn read(&self, owner: Owner, _: &Asked, _: &Answers) -> Option<Vec<u64>> {
+        Some(vec![task::io_priority(owner.tid).ok()?.into()])
     }
 
-    fn set(&self, values: &[u64], who: Who, _: &mut Script) -> Result<(), Errno> {
+    fn set(&self, values: &[u64], owner: Owner, _: &mut Script) -> Result<(), Errno> {
         let &[priority] = values else { return Err(Errno::EINVAL) };
-        task::set_io_priority(who.tid, u32::try_from(priority).map_err(|_| Errno::EINVAL)?)
+        task::set_io_priority(owner.tid, u32::try_from(priority).map_err(|_| Errno::EINVAL)?)
     }
 }

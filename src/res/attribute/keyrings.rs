@@ -1,16 +1,16 @@
-//! Keyrings of a thread and of a process: they end with it.
+//! Keyrings of a thread and of a process, which the kernel destroys when their owner exits.
 //!
-//! The keyring of a session is not asked for: the kernel makes one by the question.
+//! The dump does not ask for the session keyring, because asking creates one.
 
 use nix::{errno::Errno, libc};
 
-use super::{Asked, Kind, Scope, Who};
+use super::{Asked, Kind, Owner, Scope};
 use crate::inject::{Answers, Script};
 
 /// `KEYCTL_GET_KEYRING_ID` (`linux/keyctl.h`).
 const GET_KEYRING_ID: i32 = 0;
 
-/// 1 if there is one, which cannot be made again: nobody else may read its keys.
+/// 1 if there is a keyring. A restore cannot recreate it: only its owner may read the keys.
 pub(super) struct Keyring {
     name: &'static str,
     about: &'static str,
@@ -21,14 +21,14 @@ pub(super) struct Keyring {
 
 pub(super) const OF_THREAD: Keyring = Keyring {
     name: "thread_keyring",
-    about: "a keyring of its own (KEY_SPEC_THREAD_KEYRING)",
+    about: "a thread keyring (KEY_SPEC_THREAD_KEYRING)",
     scope: Scope::Thread,
     which: -1,
 };
 
 pub(super) const OF_PROCESS: Keyring = Keyring {
     name: "process_keyring",
-    about: "a keyring of its process (KEY_SPEC_PROCESS_KEYRING)",
+    about: "a process keyring (KEY_SPEC_PROCESS_KEYRING)",
     scope: Scope::Process,
     which: -2,
 };
@@ -51,7 +51,7 @@ impl Kind for Keyring {
         Asked::call(script.attempt(libc::SYS_keyctl, &arguments))
     }
 
-    fn read(&self, _: Who, asked: &Asked, answers: &Answers) -> Option<Vec<u64>> {
+    fn read(&self, _: Owner, asked: &Asked, answers: &Answers) -> Option<Vec<u64>> {
         match answers.result(*asked.calls.first()?) {
             Ok(_) => Some(vec![1]),
             Err(Errno::ENOKEY) => Some(vec![0]),
@@ -59,7 +59,7 @@ impl Kind for Keyring {
         }
     }
 
-    fn set(&self, _: &[u64], _: Who, _: &mut Script) -> Result<(), Errno> {
+    fn set(&self, _: &[u64], _: Owner, _: &mut Script) -> Result<(), Errno> {
         Ok(())
     }
 

@@ -1,4 +1,4 @@
-//! What is seen from outside and no restore gives back: a dump warns of it.
+//! State that the dump can see but no restore can set. The dump warns about it.
 
 use std::fs;
 
@@ -11,28 +11,28 @@ use crate::{
     units::HostPid,
 };
 
-/// Attributes of security modules that `execve(2)` or a new object takes.
+/// Security attributes for the next `execve(2)` or the next new object.
 const NEXT: [&str; 4] = ["exec", "fscreate", "keycreate", "sockcreate"];
 
-/// What this program has itself, to tell what is not the same.
+/// The same state of rcriu itself, to compare with.
 #[derive(Clone, Debug)]
 pub struct Own {
     pid: HostPid,
-    /// Its security label; `None` where no module has any.
+    /// Its security label; `None` if no security module uses labels.
     label: Option<String>,
     audit_session: Option<u32>,
 }
 
 impl Own {
-    /// Reads it. This program must have no threads yet, so that it has no list of
-    /// operations to be undone.
+    /// Reads the state of this process. It must not have other threads yet: they would share a
+    /// list of semaphore operations to undo.
     pub fn read() -> Self {
         let pid = HostPid(nix::unistd::getpid().as_raw());
         Self { pid, label: label(pid, pid, "current"), audit_session: proc::session_id(pid).ok() }
     }
 
-    /// Returns what a stopped process will lose, as the ends of sentences that begin with
-    /// "process N". `in_tree` tells whose operations on semaphores count.
+    /// Returns what a stopped process will lose, as sentences without their subject,
+    /// "process N". `in_tree` tells whose semaphore operations count.
     pub fn look(
         &self,
         pid: HostPid,
@@ -40,13 +40,13 @@ impl Own {
         in_tree: &dyn Fn(HostPid) -> bool,
     ) -> Vec<String> {
         let mut found = Vec::new();
-        // Both have none, or it has a list, perhaps an empty one that its threads share.
+        // Equal if both have no list. Otherwise the process has one, which may be empty.
         if process::kcmp(pid, self.pid, Shared::Undo).is_ok_and(std::cmp::Ordering::is_ne) {
             let sets = task::semaphores_used_by(in_tree);
             if !sets.is_empty() {
                 found.push(format!(
-                    "may have operations on semaphores to be undone (SEM_UNDO, sets {sets:?}): \
-                     its end undoes them, and the restored one has none"
+                    "may have semaphore operations to undo on exit (SEM_UNDO, sets {sets:?}): \
+                     they are undone when it exits, and the restored process has none"
                 ));
             }
         }
@@ -60,31 +60,32 @@ impl Own {
             && theirs != ours
         {
             found.push(format!(
-                "is in the audit session {theirs}: the restored one is in that of rcriu restore"
+                "is in audit session {theirs}: the restored process is in that of rcriu restore"
             ));
         }
         found
     }
 }
 
-/// Says what of a thread's security labels will be another.
+/// Lists the security labels that a thread loses.
 fn labels(pid: HostPid, tid: HostPid, ours: &str, found: &mut Vec<String>) {
     let theirs = label(pid, tid, "current").unwrap_or_default();
     if theirs != ours {
         found.push(format!(
-            "has the security label {theirs:?} in thread {tid}: the restored one has that of rcriu \
+            "has the security label {theirs:?} in thread {tid}: the restored thread has that of rcriu \
              restore, which is {ours:?} here"
         ));
     }
     for name in NEXT {
         if let Some(label) = label(pid, tid, name).filter(|label| !label.is_empty()) {
-            found
-                .push(format!("has the label {label:?} for {name} in thread {tid}, which is lost"));
+            found.push(format!(
+                "has the security label {label:?} for {name} in thread {tid}: it is lost"
+            ));
         }
     }
 }
 
-/// Reads one of a thread's labels; `None` where no security module has any.
+/// Reads a security label of a thread; `None` if no security module uses labels.
 fn label(pid: HostPid, tid: HostPid, name: &str) -> Option<String> {
     let text = fs::read(format!("/proc/{pid}/task/{tid}/attr/{name}")).ok()?;
     let end = text.iter().rposition(|byte| !matches!(byte, 0 | b'\n'));

@@ -1,4 +1,4 @@
-//! What belongs to mappings, or to all of a process's memory, and is set last.
+//! Attributes of mappings and of address spaces, which the restore sets last.
 
 use nix::libc;
 
@@ -13,13 +13,13 @@ use crate::{
     units::HostPid,
 };
 
-/// Ranges that may not be changed any more (`mseal(2)`): begins and ends in turn.
+/// Sealed ranges (`mseal(2)`): start and end of each.
 const SEALED: &str = "sealed";
 
-/// How memory that is mapped later is locked: `MCL_*` of `mlockall(2)`.
+/// How the kernel locks future mappings: `MCL_*` of `mlockall(2)`.
 const LOCK_LATER: &str = "lock_later";
 
-/// The names of all attributes of memory.
+/// The names of all attributes in this file.
 pub(super) const NAMES: [&str; 2] = [SEALED, LOCK_LATER];
 
 /// `mseal(2)`, since Linux 6.10.
@@ -28,28 +28,28 @@ const SYS_MSEAL: libc::c_long = 462;
 /// `MCL_ONFAULT` (`asm-generic/mman.h`).
 const MCL_ONFAULT: u64 = 4;
 
-/// How memory that is mapped later is locked, as the memory tells that was mapped to ask.
+/// How the process locks future mappings, as seen from the scratch memory mapped into it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LockLater {
-    /// It is (`MCL_FUTURE`).
+    /// Future mappings are locked (`MCL_FUTURE`).
     pub locked: bool,
-    /// Only as pages are touched (`MCL_ONFAULT`).
+    /// Their pages are locked only when touched (`MCL_ONFAULT`).
     pub on_fault: bool,
 }
 
-/// Notes an attribute.
+/// Adds an attribute.
 fn add(found: &mut Vec<proto::RcriuAttribute>, name: &str, values: Vec<u64>) {
     found.push(proto::RcriuAttribute { name: name.into(), values });
 }
 
-/// Returns the values of the attributes of a name.
+/// Returns the values of all attributes with a name.
 fn values<'a>(core: &'a proto::CoreEntry, name: &str) -> impl Iterator<Item = &'a [u64]> {
     let all = core.thread_core.iter().flat_map(|thread| &thread.rcriu_attributes);
     let name = name.as_bytes().to_vec();
     all.filter(move |of| of.name == name).map(|of| of.values.as_slice())
 }
 
-/// How what is mapped later is locked.
+/// How the process locks future mappings.
 pub(in crate::res) struct LockedLater;
 
 impl Kind for LockedLater {
@@ -64,18 +64,18 @@ impl Kind for LockedLater {
         }))
     }
 
-    /// It takes a privilege if the limit is low, so it comes before the credentials; and
-    /// after everything that is mapped.
+    /// Runs after all mappings are made, and before the credentials are set: a low limit makes
+    /// it need a privilege.
     fn before_credentials(&self, of: &Restored<'_>, script: &mut Script) {
         for values in values(of.core, LOCK_LATER) {
             let flags = values.first().copied().unwrap_or_default();
-            let what = "lock what is mapped later (MCL_FUTURE; see RLIMIT_MEMLOCK)";
+            let what = "lock future mappings (MCL_FUTURE; see RLIMIT_MEMLOCK)";
             script.call(what, libc::SYS_mlockall, &[flags.into()]);
         }
     }
 }
 
-/// Memory that is sealed.
+/// Sealed memory.
 pub(in crate::res) struct Sealed;
 
 impl Kind for Sealed {
@@ -89,7 +89,7 @@ impl Kind for Sealed {
         }))
     }
 
-    /// Nothing of the images can be mapped afterwards as it is to be.
+    /// Runs last: a sealed range can be neither mapped nor changed.
     fn wake(&self, of: &Restored<'_>, script: &mut Script) -> Result<()> {
         for range in values(of.core, SEALED).flat_map(|values| values.chunks_exact(2)) {
             let (start, end) = (range[0], range[1]);
@@ -101,10 +101,10 @@ impl Kind for Sealed {
     }
 }
 
-/// Returns the ranges of sealed memory: begins and ends in turn.
+/// Returns the sealed ranges: start and end of each.
 fn sealed(mappings: &[Mapping]) -> Vec<u64> {
     let mut ranges: Vec<u64> = Vec::new();
-    // The kernel seals its own by itself.
+    // The kernel seals its own mappings.
     let sealed = |mapping: &&Mapping| {
         let own = mapping.name.starts_with(b"[v") || mapping.name == b"[uprobes]";
         mapping.flags.contains(VmFlags::SEALED) && !own
@@ -118,8 +118,8 @@ fn sealed(mappings: &[Mapping]) -> Vec<u64> {
     ranges
 }
 
-/// Returns what a process will lose of its memory, as the ends of sentences that begin
-/// with "process N".
+/// Returns what a process will lose of its memory, as sentences without their subject,
+/// "process N".
 pub fn lost(pid: HostPid, mappings: &[Mapping]) -> Vec<String> {
     let mut found = Vec::new();
     let named = mappings.iter().find(|mapping| {
@@ -132,14 +132,14 @@ pub fn lost(pid: HostPid, mappings: &[Mapping]) -> Vec<String> {
             mapping.start
         ));
     }
-    // Where there is one node, all policies are the same.
+    // On a machine with a single node, policies have no effect.
     let nodes = std::fs::read_to_string("/sys/devices/system/node/online").unwrap_or_default();
     if !matches!(nodes.trim(), "" | "0") {
         let text = std::fs::read_to_string(format!("/proc/{pid}/numa_maps")).unwrap_or_default();
         let policies = text.lines().filter_map(|line| line.split(' ').nth(1));
         if let Some(policy) = policies.into_iter().find(|policy| *policy != "default") {
             found.push(format!(
-                "has memory with the NUMA policy {policy}: that of single mappings (mbind(2)) is \
+                "has memory with the NUMA policy {policy}: policies of single mappings (mbind(2)) are \
                  lost"
             ));
         }

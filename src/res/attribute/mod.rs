@@ -1,10 +1,11 @@
-//! Attributes of processes and threads that the images of CRIU have no place for.
+//! Attributes of processes and threads that CRIU's images have no field for.
 //!
-//! Each kind is a file (or a row of `prctls`) with both directions, and a row of
-//! `KINDS`. A dump records what every thread has; a restore looks at what the new
-//! thread has, sets what differs, looks again, and says what is not as it was. In the
-//! images they are an extension, `thread_core_entry.rcriu_attributes`, which CRIU passes
-//! over; in its own images they are not, and threads have then what `rcriu` has.
+//! Each kind is a file, or a row of `prctls`, with both directions, and a row of `KINDS`. The dump
+//! records the attributes of every thread. The restore reads those of the new thread, sets the
+//! ones that differ, reads them again, and warns about those that still differ.
+//!
+//! The images store them as an extension, `thread_core_entry.rcriu_attributes`, which CRIU
+//! ignores. Images from CRIU do not have it; their threads inherit the attributes of `rcriu`.
 
 mod affinity;
 #[cfg(target_arch = "x86_64")]
@@ -38,9 +39,9 @@ use crate::{
     units::HostPid,
 };
 
-/// Every kind, in the order in which they are set.
+/// All kinds, in the order in which they are set.
 const KINDS: &[&dyn Kind] = &[
-    // What follows from the policy comes after it.
+    // Scheduling comes first: setting the policy changes other attributes.
     &scheduling::Scheduling,
     &affinity::Affinity,
     &io_priority::IoPriority,
@@ -68,27 +69,27 @@ const KINDS: &[&dyn Kind] = &[
     &keyrings::OF_PROCESS,
 ];
 
-/// Whom an attribute belongs to.
+/// What has an attribute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Scope {
     /// Each thread.
     Thread,
-    /// The process: its leader has it in the images.
+    /// The process. The images store the attribute with its leader.
     Process,
 }
 
-/// A thread that has attributes.
+/// The thread or process whose attributes are read or set.
 #[derive(Clone, Copy, Debug)]
-struct Who {
+struct Owner {
     /// The process.
     pid: HostPid,
     /// The thread.
     tid: HostPid,
-    /// Whether its session is one of the tree, and not that of who restores.
-    own_session: bool,
+    /// Whether its session belongs to the tree; otherwise it is that of the user who restores.
+    session_in_tree: bool,
 }
 
-/// What was asked of a thread.
+/// The calls that a thread makes to report one attribute.
 #[derive(Clone, Debug, Default)]
 struct Asked {
     calls: Vec<CallId>,
@@ -96,12 +97,12 @@ struct Asked {
 }
 
 impl Asked {
-    /// One call, whose result is the answer.
+    /// One call, which returns the value.
     fn call(call: CallId) -> Self {
         Self { calls: vec![call], buffers: Vec::new() }
     }
 
-    /// One call that writes the answer to a buffer.
+    /// One call, which writes the value to a buffer.
     fn into(call: CallId, buffer: Buffer) -> Self {
         Self { calls: vec![call], buffers: vec![buffer] }
     }
@@ -111,7 +112,7 @@ impl Asked {
         answers.result(*self.calls.first()?).ok()
     }
 
-    /// Returns what the first call has written, if it succeeded.
+    /// Returns the buffer that the first call has filled, if the call succeeded.
     fn written<'a>(&self, answers: &'a Answers) -> Option<&'a [u8]> {
         self.result(answers)?;
         Some(answers.bytes(*self.buffers.first()?))
@@ -123,79 +124,79 @@ trait Kind: Sync {
     /// Its name in the images.
     fn name(&self) -> &'static str;
 
-    /// What people call it, as in "... of thread 5".
+    /// Its name in messages, as in "... of thread 5".
     fn about(&self) -> &'static str;
 
-    /// Whom it belongs to.
+    /// What has the attribute.
     fn scope(&self) -> Scope {
         Scope::Thread
     }
 
-    /// Adds the questions that only the thread can answer.
+    /// Adds the calls that only the thread can make.
     fn ask(&self, _script: &mut Script) -> Asked {
         Asked::default()
     }
 
-    /// Returns what the thread has; `None` where the kernel or the machine has no such
-    /// thing.
-    fn read(&self, who: Who, asked: &Asked, answers: &Answers) -> Option<Vec<u64>>;
+    /// Returns the value; `None` if this kernel or machine does not have the attribute.
+    fn read(&self, owner: Owner, asked: &Asked, answers: &Answers) -> Option<Vec<u64>>;
 
-    /// Gives a thread that is stopped something else, by calls that it makes or from
-    /// outside. What comes of it is looked at afterwards.
+    /// Sets the value in a stopped thread, by calls that it makes or from outside. The caller
+    /// reads the value again afterwards.
     ///
     /// # Errors
-    /// Why it cannot be set from outside.
-    fn set(&self, values: &[u64], who: Who, script: &mut Script) -> Result<(), Errno>;
+    /// A call from outside failed.
+    fn set(&self, values: &[u64], owner: Owner, script: &mut Script) -> Result<(), Errno>;
 
-    /// Whether it cannot be set at all, so that a dump warns of it.
+    /// Whether no restore can set this value, so the dump warns about it.
     fn is_lost(&self, _values: &[u64]) -> bool {
         false
     }
 }
 
-/// What was asked of a thread about all kinds.
+/// The calls that a thread makes to report all its attributes: index in [`KINDS`], calls.
 #[derive(Clone, Debug)]
 struct Questions(Vec<(usize, Asked)>);
 
-/// Returns the kinds that a thread has.
+/// Returns the kinds that a thread reports; the leader also reports those of its process.
 fn kinds(leader: bool) -> impl Iterator<Item = (usize, &'static dyn Kind)> {
     let all = KINDS.iter().copied().enumerate();
     all.filter(move |(_, kind)| leader || kind.scope() == Scope::Thread)
 }
 
-/// All attributes: a kind of state of a thread.
+/// All attributes, as one kind of thread state.
 pub(super) struct Attributes;
 
 impl thread::Kind for Attributes {
     fn ask(&self, of: Thread, script: &mut Script) -> Collect {
         let questions = ask(of.is_first(), script);
         Box::new(move |of, answers, core| {
-            let who = Who { pid: of.of.witness, tid: of.of.tid, own_session: true };
-            thread::own(core).rcriu_attributes = collect(&questions, answers, who);
+            let owner = Owner { pid: of.of.witness, tid: of.of.tid, session_in_tree: true };
+            thread::own(core).rcriu_attributes = collect(&questions, answers, owner);
             Ok(())
         })
     }
 
     fn set(&self, of: &Restored<'_>, calls: &mut Calls<'_>) -> Result<()> {
-        let who = Who { pid: of.host_pid, tid: of.host_tid, own_session: of.own_session };
+        let owner =
+            Owner { pid: of.host_pid, tid: of.host_tid, session_in_tree: of.session_in_tree };
         let mut differences = of.own.differences.borrow_mut();
-        differences.restore(of.core, who, &mut |script| calls.make(script))
+        differences.restore(of.core, owner, &mut |script| calls.make(script))
     }
 }
 
-/// Adds the questions to a thread, or to the leader of its process.
+/// Adds the calls by which a thread reports its attributes.
 fn ask(leader: bool, script: &mut Script) -> Questions {
     Questions(kinds(leader).map(|(at, kind)| (at, kind.ask(script))).collect())
 }
 
-/// Returns what an image says of the attributes of a thread.
-fn collect(questions: &Questions, answers: &Answers, who: Who) -> Vec<proto::RcriuAttribute> {
+/// Builds the image entries for the attributes of a thread.
+fn collect(questions: &Questions, answers: &Answers, owner: Owner) -> Vec<proto::RcriuAttribute> {
     let read = |(at, asked): &(usize, Asked)| {
         let kind = KINDS[*at];
-        let values = kind.read(who, asked, answers)?;
+        let values = kind.read(owner, asked, answers)?;
         if kind.is_lost(&values) {
-            let (tid, about) = (who.tid, kind.about());
-            let message = format!("thread {tid} has {about}: the restored one will not have it");
+            let (tid, about) = (owner.tid, kind.about());
+            let message = format!("thread {tid} has {about}: the restored thread will not have it");
             tell(log::Level::Warn, &message);
         }
         Some(proto::RcriuAttribute { name: kind.name().into(), values })
@@ -203,7 +204,7 @@ fn collect(questions: &Questions, answers: &Answers, who: Who) -> Vec<proto::Rcr
     questions.0.iter().filter_map(read).collect()
 }
 
-/// Leaves of the attributes in a core those that belong to the process.
+/// Removes the attributes that do not belong to the process.
 pub(super) fn retain_of_process(attributes: &mut Vec<proto::RcriuAttribute>) {
     let of_thread = |name: &[u8]| {
         let mut kinds = KINDS.iter().filter(|kind| kind.scope() == Scope::Thread);
@@ -212,22 +213,19 @@ pub(super) fn retain_of_process(attributes: &mut Vec<proto::RcriuAttribute>) {
     attributes.retain(|attribute| !of_thread(&attribute.name));
 }
 
-/// A kind by its place, the values that are wanted, and those that a thread has.
+/// Index in [`KINDS`], the recorded values, and the values that the thread has.
 type Difference<'a> = (usize, &'a [u64], Option<Vec<u64>>);
 
-/// What is not as it was, by what it is and how it differs: the threads.
+/// Attributes that could not be restored, described, with the threads concerned.
 #[derive(Debug, Default)]
 pub struct Differences(BTreeMap<String, Vec<HostPid>>);
 
 impl Differences {
-    /// Gives a new thread the attributes of its core. `run` lets it make calls.
-    ///
-    /// # Errors
-    /// What `run` returns.
+    /// Gives a new thread the attributes in its core. `run` has the thread make calls.
     fn restore(
         &mut self,
         core: &proto::CoreEntry,
-        who: Who,
+        owner: Owner,
         run: &mut dyn FnMut(&Script) -> Result<Answers>,
     ) -> Result<()> {
         let wanted = core.thread_core.iter().flat_map(|thread| &thread.rcriu_attributes);
@@ -237,19 +235,22 @@ impl Differences {
             return Ok(());
         }
         let mut script = Script::new();
-        let questions = ask(who.pid == who.tid, &mut script);
+        let questions = ask(owner.pid == owner.tid, &mut script);
         let known = |name: &[u8]| {
             let mut names = KINDS.iter().map(|kind| kind.name()).chain(memory::NAMES);
             names.any(|known| known.as_bytes() == name)
         };
         for name in wanted.keys().filter(|name| !known(name)) {
             let name = String::from_utf8_lossy(name);
-            self.add(format!("{name} of the images is unknown to this program"), who.tid);
+            self.add(
+                format!("the attribute {name} of the images is unknown to this rcriu"),
+                owner.tid,
+            );
         }
         let differing = |answers: &Answers| -> Vec<Difference<'_>> {
             let one = |(at, asked): &(usize, Asked)| {
                 let values = *wanted.get(KINDS[*at].name().as_bytes())?;
-                let now = KINDS[*at].read(who, asked, answers);
+                let now = KINDS[*at].read(owner, asked, answers);
                 (now.as_deref() != Some(values)).then_some((*at, values, now))
             };
             questions.0.iter().filter_map(one).collect()
@@ -261,8 +262,8 @@ impl Differences {
         }
         let mut changes = Script::new();
         for (at, values, _) in &to_set {
-            if let Err(errno) = KINDS[*at].set(values, who, &mut changes) {
-                log::debug!("{}: {}: {errno}", who.tid, KINDS[*at].about());
+            if let Err(errno) = KINDS[*at].set(values, owner, &mut changes) {
+                log::debug!("{}: {}: {errno}", owner.tid, KINDS[*at].about());
             }
         }
         if !changes.is_empty() {
@@ -273,7 +274,7 @@ impl Differences {
             let kind = KINDS[at];
             let now =
                 now.map_or("does not exist here".to_owned(), |now| format!("is {}", show(&now)));
-            self.add(format!("{} was {} and {now}", kind.about(), show(values)), who.tid);
+            self.add(format!("{} was {} but {now}", kind.about(), show(values)), owner.tid);
         }
         Ok(())
     }
@@ -282,7 +283,7 @@ impl Differences {
         self.0.entry(what).or_default().push(tid);
     }
 
-    /// Says what is not as it was.
+    /// Warns about attributes that could not be restored.
     pub fn tell(&self) {
         for (what, threads) in &self.0 {
             let others = match threads.len() - 1 {

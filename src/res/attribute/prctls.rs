@@ -1,32 +1,32 @@
-//! What one option of `prctl(2)` tells and another one sets.
+//! Attributes that one option of `prctl(2)` gets and another sets.
 
 use nix::{errno::Errno, libc};
 
-use super::{Asked, Kind, Scope, Who};
+use super::{Asked, Kind, Owner, Scope};
 use crate::inject::{Answers, Script};
 
-/// Of `linux/prctl.h`.
+/// `linux/prctl.h`.
 const GET_MEMORY_MERGE: i32 = 68;
 const SET_MEMORY_MERGE: i32 = 67;
 const GET_MDWE: i32 = 66;
 const SET_MDWE: i32 = 65;
 
-/// How an option answers.
+/// How the getting option reports the value.
 enum Answer {
-    /// By what it returns.
+    /// As the return value.
     Returned,
-    /// By a number of 32 bits in memory.
+    /// As a 32-bit number in memory.
     Pointed,
 }
 
-/// A pair of options.
+/// A getting and a setting option.
 pub(super) struct Prctl {
     name: &'static str,
     about: &'static str,
     scope: Scope,
     get: i32,
     answer: Answer,
-    /// Returns the arguments that set a value; none if it comes by itself.
+    /// Returns the arguments that set a value; `None` for a value that needs no call.
     set: fn(u64) -> Option<[u64; 3]>,
 }
 
@@ -34,10 +34,10 @@ const fn option(number: i32) -> u64 {
     number.cast_unsigned() as u64
 }
 
-/// Nanoseconds; 0 under real-time policies, which have none.
+/// Nanoseconds; 0 for real-time policies, where timers have no slack.
 pub(super) const TIMER_SLACK: Prctl = Prctl {
     name: "timer_slack",
-    about: "the slack of timers in nanoseconds (PR_SET_TIMERSLACK)",
+    about: "the timer slack in nanoseconds (PR_SET_TIMERSLACK)",
     scope: Scope::Thread,
     get: libc::PR_GET_TIMERSLACK,
     answer: Answer::Returned,
@@ -46,7 +46,7 @@ pub(super) const TIMER_SLACK: Prctl = Prctl {
 
 pub(super) const TIME_STAMP_COUNTER: Prctl = Prctl {
     name: "tsc",
-    about: "whether it may read the time stamp counter (PR_SET_TSC)",
+    about: "the permission to read the time stamp counter (PR_SET_TSC)",
     scope: Scope::Thread,
     get: libc::PR_GET_TSC,
     answer: Answer::Pointed,
@@ -55,17 +55,17 @@ pub(super) const TIME_STAMP_COUNTER: Prctl = Prctl {
 
 pub(super) const MACHINE_CHECKS: Prctl = Prctl {
     name: "mce_kill",
-    about: "when a broken page ends it (PR_MCE_KILL)",
+    about: "the machine check policy (PR_MCE_KILL)",
     scope: Scope::Thread,
     get: libc::PR_MCE_KILL_GET,
     answer: Answer::Returned,
     set: |value| Some([option(libc::PR_MCE_KILL), option(libc::PR_MCE_KILL_SET), value]),
 };
 
-/// 1: none; 3: none but where they are asked for.
+/// 1 if huge pages are disabled; 3 if they are disabled except where a mapping asks for them.
 pub(super) const HUGE_PAGES: Prctl = Prctl {
     name: "thp_disable",
-    about: "whether it may have huge pages (PR_SET_THP_DISABLE)",
+    about: "the transparent huge page setting (PR_SET_THP_DISABLE)",
     scope: Scope::Process,
     get: libc::PR_GET_THP_DISABLE,
     answer: Answer::Returned,
@@ -74,17 +74,17 @@ pub(super) const HUGE_PAGES: Prctl = Prctl {
 
 pub(super) const MEMORY_MERGING: Prctl = Prctl {
     name: "memory_merge",
-    about: "whether equal pages are merged (PR_SET_MEMORY_MERGE)",
+    about: "the page merging setting (PR_SET_MEMORY_MERGE)",
     scope: Scope::Process,
     get: GET_MEMORY_MERGE,
     answer: Answer::Returned,
     set: |value| Some([option(SET_MEMORY_MERGE), value, 0]),
 };
 
-/// Bits; once set they stay.
+/// Bits, which a process cannot clear once they are set.
 pub(super) const WRITE_OR_EXECUTE: Prctl = Prctl {
     name: "mdwe",
-    about: "whether memory may become executable (PR_SET_MDWE)",
+    about: "the write-or-execute restriction (PR_SET_MDWE)",
     scope: Scope::Process,
     get: GET_MDWE,
     answer: Answer::Returned,
@@ -115,14 +115,14 @@ impl Kind for Prctl {
         }
     }
 
-    fn read(&self, _: Who, asked: &Asked, answers: &Answers) -> Option<Vec<u64>> {
+    fn read(&self, _: Owner, asked: &Asked, answers: &Answers) -> Option<Vec<u64>> {
         Some(vec![match self.answer {
             Answer::Returned => asked.result(answers)?,
             Answer::Pointed => u32::from_le_bytes(*asked.written(answers)?.first_chunk()?).into(),
         }])
     }
 
-    fn set(&self, values: &[u64], _: Who, script: &mut Script) -> Result<(), Errno> {
+    fn set(&self, values: &[u64], _: Owner, script: &mut Script) -> Result<(), Errno> {
         let &[value] = values else { return Err(Errno::EINVAL) };
         if let Some(arguments) = (self.set)(value) {
             script.attempt(libc::SYS_prctl, &arguments.map(Into::into));

@@ -1,16 +1,16 @@
-//! What the images have no place for of how a thread is scheduled.
+//! The part of a thread's scheduling that CRIU's images have no field for.
 
 use nix::errno::Errno;
 
-use super::{Asked, Kind, Who};
+use super::{Asked, Kind, Owner};
 use crate::{
     inject::{Answers, Script},
     sys::process,
 };
 
-/// Policy, flags, nice value and priority; runtime, deadline and period in nanoseconds:
-/// of deadline scheduling, and the slice of other policies; clamps of utilization. What is left of the present
-/// period is not kept.
+/// Policy, flags, nice value and priority; runtime, deadline and period in nanoseconds, which for
+/// policies other than deadline scheduling hold the slice; and utilization clamps. The time left
+/// in the current period is not kept.
 pub(super) struct Scheduling;
 
 impl Kind for Scheduling {
@@ -19,12 +19,12 @@ impl Kind for Scheduling {
     }
 
     fn about(&self) -> &'static str {
-        "how it is scheduled (sched_setattr(2): policy, flags, nice, priority, runtime, deadline, \
+        "the scheduling (sched_setattr(2): policy, flags, nice, priority, runtime, deadline, \
          period, clamps)"
     }
 
-    fn read(&self, who: Who, _: &Asked, _: &Answers) -> Option<Vec<u64>> {
-        let now = process::scheduling(who.tid).ok()?;
+    fn read(&self, owner: Owner, _: &Asked, _: &Answers) -> Option<Vec<u64>> {
+        let now = process::scheduling(owner.tid).ok()?;
         Some(vec![
             now.policy.into(),
             now.flags,
@@ -38,13 +38,13 @@ impl Kind for Scheduling {
         ])
     }
 
-    fn set(&self, values: &[u64], who: Who, _: &mut Script) -> Result<(), Errno> {
+    fn set(&self, values: &[u64], owner: Owner, _: &mut Script) -> Result<(), Errno> {
         let &[policy, flags, nice, priority, runtime, deadline, period, least, most] = values
         else {
             return Err(Errno::EINVAL);
         };
         let wrong = |_| Errno::EINVAL;
-        let now = process::scheduling(who.tid)?;
+        let now = process::scheduling(owner.tid)?;
         let clamps = [u32::try_from(least).map_err(wrong)?, u32::try_from(most).map_err(wrong)?];
         let flags = if clamps == now.clamps { flags } else { flags | process::SCHED_CLAMPS };
         let wanted = process::Scheduling {
@@ -58,6 +58,6 @@ impl Kind for Scheduling {
             clamps,
             ..now
         };
-        process::set_scheduling(who.tid, &wanted)
+        process::set_scheduling(owner.tid, &wanted)
     }
 }

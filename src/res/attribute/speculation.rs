@@ -1,18 +1,18 @@
-//! What the processor may do ahead of time, and what of that is taken back.
+//! Controls of speculative execution.
 
 use nix::{errno::Errno, libc};
 
-use super::{Asked, Kind, Who};
+use super::{Asked, Kind, Owner};
 use crate::inject::{Answers, Script};
 
-/// `PR_SPEC_PRCTL` (`linux/prctl.h`): a thread may choose.
+/// `PR_SPEC_PRCTL` (`linux/prctl.h`): the thread may change the control.
 const MAY_CHOOSE: u64 = 1;
 
-/// Of `linux/prctl.h`.
+/// `linux/prctl.h`.
 const PR_GET_SPECULATION_CTRL: i32 = 52;
 const PR_SET_SPECULATION_CTRL: i32 = 53;
 
-/// A control of `PR_GET_SPECULATION_CTRL`, and what it says (`PR_SPEC_*`).
+/// One control of `PR_GET_SPECULATION_CTRL`, with its value (`PR_SPEC_*`).
 pub(super) struct Speculation {
     name: &'static str,
     about: &'static str,
@@ -31,11 +31,8 @@ pub(super) const INDIRECT_BRANCH: Speculation = Speculation {
     which: 1,
 };
 
-pub(super) const CACHE_FLUSH: Speculation = Speculation {
-    name: "l1d_flush",
-    about: "the flush of the L1D cache (PR_SPEC_L1D_FLUSH)",
-    which: 2,
-};
+pub(super) const CACHE_FLUSH: Speculation =
+    Speculation { name: "l1d_flush", about: "the L1D cache flush (PR_SPEC_L1D_FLUSH)", which: 2 };
 
 impl Kind for Speculation {
     fn name(&self) -> &'static str {
@@ -51,11 +48,11 @@ impl Kind for Speculation {
         Asked::call(script.attempt(libc::SYS_prctl, &arguments))
     }
 
-    fn read(&self, _: Who, asked: &Asked, answers: &Answers) -> Option<Vec<u64>> {
+    fn read(&self, _: Owner, asked: &Asked, answers: &Answers) -> Option<Vec<u64>> {
         Some(vec![asked.result(answers)?])
     }
 
-    fn set(&self, values: &[u64], _: Who, script: &mut Script) -> Result<(), Errno> {
+    fn set(&self, values: &[u64], _: Owner, script: &mut Script) -> Result<(), Errno> {
         let &[value] = values else { return Err(Errno::EINVAL) };
         if value & MAY_CHOOSE != 0 {
             let option = PR_SET_SPECULATION_CTRL;

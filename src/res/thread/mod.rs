@@ -112,7 +112,7 @@ pub struct Restored<'a> {
     /// Its core in the images.
     pub core: &'a CoreEntry,
     /// Whether its session belongs to the tree; otherwise it is the restorer's.
-    pub own_session: bool,
+    pub session_in_tree: bool,
     /// The state that it has inherited from the restorer.
     pub own: &'a Own,
 }
