@@ -1,9 +1,9 @@
 //! Eventfds.
 //!
-//! Since Linux 6.5 `/proc` tells whether one is a semaphore. Before, it shows only in
-//! what a read returns, and how much less the counter is then: so that is tried, with
-//! the counter put back right away. The tree stands still, and where anybody outside of
-//! it has the eventfd, too, it is left alone.
+//! Since Linux 6.5, `fdinfo` tells whether an eventfd is a semaphore. On older kernels only a
+//! read shows it: by the value that it returns, and by how much it lowers the counter. So the
+//! dump reads the eventfd once and restores the counter at once, while the tree is stopped. It
+//! does not touch an eventfd that a process outside the tree also has open.
 
 use std::{
     collections::HashSet,
@@ -25,7 +25,6 @@ use crate::{
     units::HostPid,
 };
 
-/// The kind's row.
 pub(super) const KIND: FileKind = FileKind {
     name: "eventfd",
     types: &[FdTypes::Eventfd],
@@ -34,15 +33,15 @@ pub(super) const KIND: FileKind = FileKind {
     opener: |_| Box::new(Eventfds),
 };
 
-/// What such a file is called where it has no name.
+/// The name of an eventfd's anonymous inode.
 const NAME: &str = "[eventfd]";
 
-/// Marks a semaphore in the flags of an entry. It is the bit of `O_WRONLY`, which
-/// an eventfd never has; the format has no other place for it, and a reader that
-/// does not know it sets only such flags as can be changed, which this cannot.
+/// Marks a semaphore in the flags of an entry, where the format has no field for it. The bit is
+/// that of `O_WRONLY`, which an eventfd never has. A reader that does not know the mark ignores
+/// it, since it sets only flags that can be changed.
 const SEMAPHORE: u32 = libc::EFD_SEMAPHORE.cast_unsigned();
 
-/// The eventfds of which it is not known whether they are semaphores.
+/// Dumps eventfds, and keeps those of which the kernel does not tell whether they are semaphores.
 #[derive(Default)]
 struct EventfdCollector {
     unknown: Vec<Unknown>,
@@ -54,7 +53,7 @@ struct Unknown {
     pid: HostPid,
     fd: OwnedFd,
     count: u64,
-    /// What the kernel calls it; since Linux 5.2.
+    /// The kernel's id of the eventfd, since Linux 5.2.
     event: Option<u64>,
 }
 
@@ -90,8 +89,8 @@ impl Collector for EventfdCollector {
         })
     }
 
-    // All else was found to be such as is dumped: there is nothing in the tree, such as
-    // a virtual machine, to which a signal on an eventfd means more than a wake-up.
+    // All files of the tree have a supported kind by now. So the tree has no file, such as a
+    // virtual machine, that reacts to an eventfd by more than waking up.
     fn settle(&mut self, intake: &mut dyn Intake) -> Result<()> {
         if self.unknown.is_empty() {
             return Ok(());
@@ -100,7 +99,7 @@ impl Collector for EventfdCollector {
         for Unknown { entry, pid, fd, count, event } in self.unknown.drain(..) {
             if event.is_none_or(|event| outside.contains(&event)) || count == u64::MAX {
                 log::warn!(
-                    "{pid}: this kernel does not tell whether an eventfd that others have, too, \
+                    "process {pid}: this kernel does not tell whether an eventfd that other processes share \
                      is a semaphore; it is restored as a counter"
                 );
                 continue;
@@ -118,10 +117,11 @@ impl Collector for EventfdCollector {
     }
 }
 
-/// Finds out whether an eventfd that holds `count` is a semaphore. It holds the same
-/// afterwards; who watches it may be woken.
+/// Finds out whether an eventfd that holds `count` is a semaphore. The counter is the same
+/// afterwards, but processes that poll the eventfd may wake up.
 ///
-/// A semaphore that holds two gives one, and a counter two: so there have to be two.
+/// A read of a semaphore returns 1, a read of a counter returns all; so the counter must be at
+/// least 2 for the answer to differ.
 fn is_semaphore(fd: &File, count: u64) -> io::Result<bool> {
     const ENOUGH: u64 = 2;
     let (mut from, mut to) = (fd, fd);
@@ -137,7 +137,7 @@ fn is_semaphore(fd: &File, count: u64) -> io::Result<bool> {
             if added == 0 {
                 add(1)?;
             } else {
-                // Of two that were added, one is left.
+                // One of the two that were added is left.
                 read()?;
             }
             Ok(true)
@@ -145,12 +145,12 @@ fn is_semaphore(fd: &File, count: u64) -> io::Result<bool> {
         value if value == count + added => add(count).map(|()| false),
         value => {
             add(value - added.min(value))?;
-            Err(io::Error::other("another process has changed it"))
+            Err(io::Error::other("another process has changed the counter"))
         }
     }
 }
 
-/// Returns the eventfds that processes have which this program does not trace.
+/// Returns the ids of eventfds that processes not traced by rcriu have open.
 fn held_by_others() -> Result<HashSet<u64>> {
     let own = HostPid(std::process::id().cast_signed());
     let mut found = HashSet::new();
@@ -158,8 +158,8 @@ fn held_by_others() -> Result<HashSet<u64>> {
         if pid == own || proc::status(pid).is_ok_and(|status| status.tracer_pid == own) {
             continue;
         }
-        // What ends meanwhile has nothing any more; another user's process that may not
-        // be looked at is one that this program could not dump either.
+        // A process that has exited has no descriptors left. One that rcriu may not examine
+        // belongs to another user, and rcriu could not dump it either.
         for number in proc::fds(pid).unwrap_or_default() {
             if proc::fd_link(pid, number).is_ok_and(|link| is_event(&link))
                 && let Ok(info) = proc::fdinfo(pid, number)
@@ -198,7 +198,7 @@ fn open(entry: &proto::EventfdFileEntry) -> nix::Result<OwnedFd> {
     let fd = fds::eventfd((entry.flags & SEMAPHORE).cast_signed() | libc::EFD_CLOEXEC)?;
     let mut file = File::from(fd);
     if entry.counter != 0 {
-        // The kernel alone can count to the largest number.
+        // Only the kernel can raise the counter to its maximum.
         let counter = entry.counter.min(u64::MAX - 1);
         file.write_all(&counter.to_ne_bytes()).map_err(|error| errno(&error))?;
     }

@@ -1,4 +1,4 @@
-//! Epolls.
+//! Epoll instances.
 
 use std::{collections::HashMap, os::fd::AsFd};
 
@@ -18,7 +18,6 @@ use crate::{
     units::TargetFd,
 };
 
-/// The kind's row.
 pub(super) const KIND: FileKind = FileKind {
     name: "epoll",
     types: &[FdTypes::Eventpoll],
@@ -29,7 +28,7 @@ pub(super) const KIND: FileKind = FileKind {
 
 #[derive(Default)]
 struct Epolls {
-    /// Targets that images of an older age have in a file of their own.
+    /// Targets of older images, which store them in a separate image.
     separate: HashMap<u32, Vec<proto::EventpollTfdEntry>>,
 }
 
@@ -57,13 +56,14 @@ impl Collector for Epolls {
     }
 }
 
-/// Returns the entries of what an epoll watches, with numbers that now lead there.
+/// Builds the entries for the targets of an epoll, with descriptor numbers that still refer to
+/// the targets.
 fn watched(file: &Description, targets: &[EpollTarget]) -> Result<Vec<proto::EventpollTfdEntry>> {
     let mut entries = Vec::with_capacity(targets.len());
     if file.number.0 < 0 && !targets.is_empty() {
         return Err(file.unsupported(
-            "an epoll that is queued in a socket and watches descriptors",
-            "receive it, or wait until it has been received",
+            "an epoll instance that is queued in a socket and watches descriptors",
+            "have the program receive it first",
         ));
     }
     let mut seen: HashMap<i32, u32> = HashMap::new();
@@ -81,7 +81,7 @@ fn watched(file: &Description, targets: &[EpollTarget]) -> Result<Vec<proto::Eve
             tfd: number(file, target, slot, &mut all)?.cast_unsigned(),
             events: target.events,
             data: target.data,
-            // In the kernel's form, which has 32 bits, as it is printed.
+            // The kernel prints its own device number, of 32 bits.
             dev: u32::try_from(target.dev).ok(),
             inode: Some(target.ino),
             pos: Some(target.pos.cast_unsigned()),
@@ -90,8 +90,8 @@ fn watched(file: &Description, targets: &[EpollTarget]) -> Result<Vec<proto::Eve
     Ok(entries)
 }
 
-/// Returns a descriptor of the process that leads to what is watched: the one that
-/// was added, or a duplicate if that was closed since.
+/// Returns a descriptor of the process that refers to a target: the one that the process added,
+/// or a duplicate if it has closed that one since.
 fn number(
     file: &Description,
     target: &EpollTarget,
@@ -99,14 +99,14 @@ fn number(
     all: &mut Option<Vec<TargetFd>>,
 ) -> Result<i32> {
     let leads_there = |fd: i32| match fds::is_epoll_target(file.pid, fd, slot) {
-        // Not open, or gone from the epoll because all who had it open closed it.
+        // The descriptor is not open, or the epoll has dropped the target with its last descriptor.
         Err(Errno::EBADF | Errno::ENOENT) => Ok(false),
-        result => result.map_err(file.failed("find what is watched by")),
+        result => result.map_err(file.failed("find the targets of")),
     };
     match fds::is_epoll_target(file.pid, target.tfd, slot) {
         Ok(true) => return Ok(target.tfd),
         Ok(false) | Err(Errno::EBADF | Errno::ENOENT) => {}
-        // A kernel without kcmp(2) tells less: the file's number must do.
+        // Without kcmp(2), compare the inode number instead.
         Err(Errno::ENOSYS | Errno::EOPNOTSUPP | Errno::EINVAL) => {
             let info = proc::fdinfo(file.pid, TargetFd(target.tfd));
             if info.is_ok_and(|info| info.ino.is_none_or(|inode| inode == target.ino)) {
@@ -114,7 +114,7 @@ fn number(
             }
             return Err(escaped(file, target));
         }
-        Err(errno) => return Err(file.failed("find what is watched by")(errno)),
+        Err(errno) => return Err(file.failed("find the targets of")(errno)),
     }
     if all.is_none() {
         *all = Some(proc::fds(file.pid)?);
@@ -129,11 +129,11 @@ fn number(
 
 fn escaped(file: &Description, target: &EpollTarget) -> FileError {
     let what = format!(
-        "an epoll that watches a file (inode {}) which this process added as descriptor {} and \
-         has closed, but someone else has open",
+        "an epoll instance that watches a file (inode {}); this process added it as descriptor {} \
+         and has closed it, but another process still has it open",
         target.ino, target.tfd
     );
-    file.unsupported(what, "remove descriptors from an epoll before they are closed")
+    file.unsupported(what, "remove descriptors from an epoll instance before closing them")
 }
 
 impl Opener for Epolls {
@@ -145,7 +145,7 @@ impl Opener for Epolls {
         }
         for entry in entries {
             let epoll = inner(entry)?;
-            let failed = || FileError::restore(entry.id, "make", "an epoll");
+            let failed = || FileError::restore(entry.id, "make", "an epoll instance");
             let fd = fds::epoll().map_err(failed())?;
             descriptor::set_status(fd.as_fd(), epoll.flags).map_err(failed())?;
             opened.insert(entry.id, fd);
@@ -171,7 +171,8 @@ impl Opener for Epolls {
 }
 
 fn inner(entry: &proto::FileEntry) -> Result<&proto::EventpollFileEntry> {
-    let missing = || FileError::image(entry.id, "it is an epoll without its entry");
+    let missing =
+        || FileError::image(entry.id, "it is an epoll instance, but its entry is missing");
     entry.epfd.as_ref().ok_or_else(missing)
 }
 

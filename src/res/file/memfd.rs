@@ -1,7 +1,7 @@
-//! Memory with a descriptor: memfds, and files of anonymous shared memory.
+//! Shared memory objects with descriptors: memfds, and anonymous shared memory.
 //!
-//! Descriptions and objects are apart: `files.img` has the former, `memfd.img` the
-//! latter. The bytes are pages of shared memory, which is not done here: whoever
+//! `files.img` holds the descriptions, `memfd.img` the objects. The bytes of an object are pages of
+//! shared memory; the restore fills the object, which it finds in [`Opened::objects`], elsewhere.
 //! restores them finds the object in [`Opened::objects`].
 
 use std::{
@@ -31,7 +31,6 @@ use crate::{
     units::HugeSize,
 };
 
-/// The kind's row.
 pub(super) const KIND: FileKind = FileKind {
     name: "memfd",
     types: &[FdTypes::Memfd],
@@ -40,26 +39,26 @@ pub(super) const KIND: FileKind = FileKind {
     opener: |_| Box::new(Memories::default()),
 };
 
-/// What anonymous shared memory is called by the kernel, and that of huge pages.
+/// The kernel's names for anonymous shared memory, with normal and with huge pages.
 const ANONYMOUS: [&[u8]; 2] = [b"/dev/zero", b"/anon_hugepage"];
-/// What links to memfds begin with.
+/// The prefix of links to memfds.
 const PREFIX: &[u8] = b"/memfd:";
-/// What links to files without names end with.
+/// The suffix of links to deleted files.
 const DELETED: &[u8] = b" (deleted)";
-/// Where the kernel tells the sizes of huge pages that it has.
+/// Where the kernel lists the supported sizes of huge pages.
 const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages";
-/// Permissions and the like: what `fchmod(2)` takes.
+/// The mode bits that `fchmod(2)` sets.
 const PERMISSIONS: u32 = 0o7777;
-/// `F_SEAL_SEAL` (`include/uapi/linux/fcntl.h`): what a memfd has that was made
-/// without sealing.
+/// `F_SEAL_SEAL` (`include/uapi/linux/fcntl.h`): the only seal of a memfd created without
+/// `MFD_ALLOW_SEALING`.
 const SEAL_SEAL: u32 = 1;
 /// `F_SEAL_EXEC` (Linux 6.3).
 const SEAL_EXEC: u32 = 0x20;
 /// `MFD_EXEC` (`include/uapi/linux/memfd.h`, Linux 6.3).
 const MFD_EXEC: u32 = 0x10;
 
-/// Devices on which the kernel keeps memory with descriptors, and the flags that
-/// make such memory.
+/// The devices of the kernel's internal file systems for memfds, with the flags that create a
+/// memfd on each.
 #[derive(Debug)]
 struct Devices(HashMap<u64, u32>);
 
@@ -95,7 +94,7 @@ impl Memfds {
         Self { devices: Devices::probe(), inodes: Vec::new(), known: HashMap::new() }
     }
 
-    /// Returns the number of the object that a description is of.
+    /// Returns the number in `memfd.img` of the object behind a description.
     fn inode(&mut self, file: &Description) -> Result<u32> {
         let key = (file.stat.st_dev, file.stat.st_ino);
         if let Some(id) = self.known.get(&key) {
@@ -103,8 +102,8 @@ impl Memfds {
         }
         let shmid = u32::try_from(file.stat.st_ino).map_err(|_| {
             file.unsupported(
-                format!("shared memory with the inode number {}", file.stat.st_ino),
-                "numbers have 32 bits in images: start the program again soon after booting",
+                format!("shared memory with the large inode number {}", file.stat.st_ino),
+                "images store it in 32 bits; restart the program soon after booting",
             )
         })?;
         let id = u32::try_from(self.inodes.len() + 1).expect("fewer than descriptors");
@@ -134,7 +133,7 @@ fn seals(file: &Description) -> Result<u32> {
         get(file.fd.as_fd())
     };
     match seals {
-        // Other shared memory cannot be sealed.
+        // Other shared memory cannot be sealed, which F_SEAL_SEAL expresses.
         Err(Errno::EINVAL) => Ok(SEAL_SEAL),
         result => result.map_err(file.failed("read the seals of")),
     }
@@ -168,11 +167,11 @@ impl Collector for Memfds {
     }
 }
 
-/// Makes the object, of its size but without its bytes. Seals come last
-/// ([`seal`]), as they could be in the way of these.
+/// Creates an object of its size, still empty. [`seal`] sets the seals later: they could forbid
+/// filling it.
 ///
 /// # Errors
-/// What the system calls return; `EINVAL` for a name with a zero in it.
+/// `EINVAL` if the name has a NUL byte.
 fn create(inode: &proto::MemfdInodeEntry) -> nix::Result<OwnedFd> {
     let name = CString::new(inode.name.as_slice()).map_err(|_| Errno::EINVAL)?;
     let mut flags = inode.hugetlb_flag.unwrap_or(0);
@@ -197,12 +196,9 @@ fn create(inode: &proto::MemfdInodeEntry) -> nix::Result<OwnedFd> {
     Ok(fd)
 }
 
-/// Seals an object, after all of its mappings were made.
-///
-/// # Errors
-/// What `fcntl(2)` returns.
+/// Seals an object, after all mappings of it were made.
 fn seal(fd: BorrowedFd, inode: &proto::MemfdInodeEntry) -> nix::Result<()> {
-    // What was made without sealing has this one from the start.
+    // A memfd created without MFD_ALLOW_SEALING already has F_SEAL_SEAL.
     if inode.seals == 0 || inode.seals == SEAL_SEAL {
         return Ok(());
     }
@@ -210,10 +206,7 @@ fn seal(fd: BorrowedFd, inode: &proto::MemfdInodeEntry) -> nix::Result<()> {
     fcntl(fd, FcntlArg::F_ADD_SEALS(seals)).map(drop)
 }
 
-/// Reads the objects of a snapshot.
-///
-/// # Errors
-/// [`FileError::Images`].
+/// Reads the entries of `memfd.img`.
 fn inodes(images: &dyn ImageStore) -> Result<Vec<proto::MemfdInodeEntry>> {
     Ok(images.messages_if_any(Kind::MemfdInode, 0)?.unwrap_or_default())
 }
@@ -221,7 +214,7 @@ fn inodes(images: &dyn ImageStore) -> Result<Vec<proto::MemfdInodeEntry>> {
 /// Restores shared memory with descriptors.
 #[derive(Debug, Default)]
 struct Memories {
-    /// What `memfd.img` says, once it was read.
+    /// The entries of `memfd.img`, once they were read.
     inodes: Option<Vec<proto::MemfdInodeEntry>>,
 }
 
@@ -234,7 +227,7 @@ impl Opener for Memories {
             self.inodes(opened)?.iter().map(|inode| (inode.inode_id, inode)).collect();
         let mut originals = HashMap::new();
         for entry in entries {
-            let missing = || FileError::image(entry.id, "it is a memfd without its entry");
+            let missing = || FileError::image(entry.id, "it is a memfd, but its entry is missing");
             let file = entry.memfd.as_ref().ok_or_else(missing)?;
             let inode = inodes.get(&file.inode_id.into()).ok_or_else(|| {
                 let problem = format!("memfd.img has no object {}", file.inode_id);
@@ -249,11 +242,11 @@ impl Opener for Memories {
             let object = match opened.objects.entry(inode.shmid.into()) {
                 std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
                 std::collections::hash_map::Entry::Vacant(entry) => {
-                    entry.insert(create(inode).map_err(failed("make the memfd"))?)
+                    entry.insert(create(inode).map_err(failed("create the memfd"))?)
                 }
             };
-            // The description that memfd_create(2) made is the only one that can be
-            // executed; the object's own descriptor does not use position and flags.
+            // Only the description that memfd_create(2) returned can be executed. Nothing else
+            // uses the position and the flags of the object's descriptor, so share it.
             let access = file.flags.cast_signed() & (libc::O_ACCMODE | libc::O_PATH);
             let fd = if access == libc::O_RDWR && originals.insert(inode.shmid, ()).is_none() {
                 let copy = object.try_clone().map_err(|_| Errno::EMFILE);
@@ -276,14 +269,15 @@ impl Opener for Memories {
     ) -> Result<OwnedFd> {
         let wrong = |problem: &str| FileError::image(entry.id, problem);
         let file = entry.memfd.as_ref();
-        let inode_id = file.ok_or_else(|| wrong("it is mapped as a memfd, but is none"))?.inode_id;
+        let inode_id =
+            file.ok_or_else(|| wrong("it is mapped as a memfd, but is not one"))?.inode_id;
         let inodes = self.inodes(opened)?;
         let inode = inodes
             .iter()
             .find(|inode| inode.inode_id == u64::from(inode_id))
-            .ok_or_else(|| wrong("memfd.img does not have it"))?;
+            .ok_or_else(|| wrong("memfd.img has no entry for it"))?;
         let object = opened.objects.get(&inode.shmid.into());
-        let object = object.ok_or_else(|| wrong("its memory was not made"))?;
+        let object = object.ok_or_else(|| wrong("its memory was not created"))?;
         descriptor::reopen(object.as_fd(), flags.cast_unsigned()).map_err(FileError::restore(
             entry.id,
             "open",
@@ -296,8 +290,11 @@ impl Opener for Memories {
         for inode in self.inodes(opened)? {
             let shmid = u64::from(inode.shmid);
             let huge = inode.hugetlb_flag.map(HugeSize::in_flags);
-            let step =
-                if huge.is_some() { "find huge pages (see vm.nr_hugepages) for" } else { "make" };
+            let step = if huge.is_some() {
+                "reserve huge pages (see vm.nr_hugepages) for"
+            } else {
+                "create"
+            };
             let fd = if ANONYMOUS.contains(&inode.name.as_slice()) {
                 process::shared_anonymous(inode.size, huge)
             } else {
@@ -321,7 +318,7 @@ impl Opener for Memories {
 }
 
 impl Memories {
-    /// Returns the objects of the snapshot.
+    /// Returns the entries of `memfd.img`.
     fn inodes(&mut self, opened: &Opened) -> Result<&[proto::MemfdInodeEntry]> {
         if self.inodes.is_none() {
             self.inodes = Some(inodes(&*opened.images)?);

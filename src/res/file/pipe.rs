@@ -1,4 +1,4 @@
-//! Pipes and FIFOs, with what is in them.
+//! Pipes and FIFOs, and their contents.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -28,7 +28,6 @@ use crate::{
     units::PAGE_SIZE,
 };
 
-/// The row of pipes.
 pub(super) const KIND: FileKind = FileKind {
     name: "pipe",
     types: &[FdTypes::Pipe],
@@ -37,7 +36,6 @@ pub(super) const KIND: FileKind = FileKind {
     opener: |_| Box::new(PipeOpener),
 };
 
-/// The row of FIFOs.
 pub(super) const FIFO: FileKind = FileKind {
     name: "FIFO",
     types: &[FdTypes::Fifo],
@@ -46,23 +44,23 @@ pub(super) const FIFO: FileKind = FileKind {
     opener: |_| Box::new(FifoOpener),
 };
 
-/// What links to pipes begin with.
+/// The prefix of links to pipes.
 const PREFIX: &[u8] = b"pipe:[";
-/// Bytes read from a pipe at a time: no packet is larger than a page.
+/// The buffer size for reading a pipe; no packet exceeds one page.
 const READ_BYTES: usize = 1 << 20;
 const _: () = assert!(READ_BYTES as u64 >= PAGE_SIZE);
 
-/// A pipe of the tree, while dumping.
+/// A pipe whose contents the dump reads at the end.
 struct PipeToRead {
-    /// A description of it, one that can be read if there is one.
+    /// A description of it, a readable one if possible.
     file: OwnedFd,
     readable: bool,
     packets: bool,
-    /// The description, for messages.
+    /// Builds an error that names the description.
     error: Box<dyn Fn(&'static str, Errno) -> FileError>,
 }
 
-/// Dumps pipes, or FIFOs; which, the image of their contents tells.
+/// Dumps pipes or FIFOs, depending on the image of their contents.
 struct Pipes {
     data: Kind,
     external: External,
@@ -76,8 +74,8 @@ impl Pipes {
         Self { data, external: external.clone(), sources, fifos }
     }
 
-    /// Returns a number for a FIFO: like a pipe, that of its inode, but two file
-    /// systems may have used the same, or one with more bits.
+    /// Returns a number for a FIFO: its inode number, as for a pipe, unless another file system
+    /// has used that number, or it exceeds 32 bits.
     fn fifo_id(&mut self, file: &Description) -> u32 {
         let taken: HashSet<u32> = self.fifos.values().copied().collect();
         let key = (file.stat.st_dev, file.stat.st_ino);
@@ -88,7 +86,7 @@ impl Pipes {
         })
     }
 
-    /// Remembers a pipe, whose contents are wanted.
+    /// Remembers a pipe whose contents the dump needs.
     fn note(&mut self, pipe_id: u32, file: &Description) -> Result<()> {
         let readable = file.flags.cast_signed() & libc::O_ACCMODE != libc::O_WRONLY;
         let packets = file.flags.cast_signed() & libc::O_DIRECT != 0;
@@ -118,8 +116,8 @@ impl Pipes {
 /// Returns the number that a pipe has in images.
 fn pipe_id(file: &Description) -> Result<u32> {
     u32::try_from(file.stat.st_ino).map_err(|_| {
-        let what = format!("a pipe with the inode number {}", file.stat.st_ino);
-        file.unsupported(what, "numbers of pipes have 32 bits in images")
+        let what = format!("a pipe with the large inode number {}", file.stat.st_ino);
+        file.unsupported(what, "images store it in 32 bits")
     })
 }
 
@@ -171,7 +169,7 @@ impl Collector for Pipes {
             let size = fcntl(&source.file, FcntlArg::F_GETPIPE_SZ)
                 .map_err(failed("read the size of"))?
                 .cast_unsigned();
-            let mut packets = contents(source, size).map_err(failed("read what is in"))?;
+            let mut packets = contents(source, size).map_err(failed("read the contents of"))?;
             if packets.is_empty() {
                 packets.push(Vec::new());
             }
@@ -190,8 +188,8 @@ impl Collector for Pipes {
     }
 }
 
-/// Whether a description of a FIFO reads and is not told that its writers have gone: it
-/// was opened when there was none, and none has come since, or there is one.
+/// Whether a reader of a FIFO sees no hangup: either it has a writer, or none has connected since
+/// it was opened.
 fn has_no_hangup(file: &Description) -> Result<bool> {
     let flags = file.flags.cast_signed();
     if flags & libc::O_ACCMODE != libc::O_RDONLY {
@@ -201,13 +199,12 @@ fn has_no_hangup(file: &Description) -> Result<bool> {
     Ok(!events.contains(PollFlags::POLLHUP))
 }
 
-/// Returns what is in a pipe, without taking it out: packet by packet if it is in
-/// packet mode, otherwise in one piece.
+/// Returns the contents of a pipe without consuming them: packet by packet in packet mode,
+/// otherwise in one piece.
 ///
-/// The format has but one piece for a pipe. A list of them is this program's own,
-/// for what the format cannot say.
+/// The format allows one piece for each pipe. A list of several is rcriu's extension.
 fn contents(source: &PipeToRead, size: u32) -> nix::Result<Vec<Vec<u8>>> {
-    // Any end tells. To open a pipe once more may wake others, so that comes later.
+    // Either end reports the size. Opening the pipe again could wake processes, so check first.
     if fds::readable_bytes(source.file.as_fd())? == 0 {
         return Ok(Vec::new());
     }
@@ -218,7 +215,7 @@ fn contents(source: &PipeToRead, size: u32) -> nix::Result<Vec<Vec<u8>>> {
         reopened = descriptor::reopen(source.file.as_fd(), libc::O_NONBLOCK.cast_unsigned())?;
         reopened.as_fd()
     };
-    // Pages are shared between the two pipes, not copied, with their boundaries.
+    // tee(2) shares the pages between both pipes, and keeps the packet boundaries.
     let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
     fcntl(&write, FcntlArg::F_SETPIPE_SZ(size.cast_signed()))?;
     match tee(file, &write, size as usize, SpliceFFlags::SPLICE_F_NONBLOCK) {
@@ -246,7 +243,7 @@ fn errno(error: &io::Error) -> Errno {
     error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
 }
 
-/// What is to be in a pipe.
+/// The contents of a pipe in the images.
 #[derive(Default)]
 struct PipeContents {
     size: Option<u32>,
@@ -272,7 +269,7 @@ fn read_contents(opened: &Opened, kind: Kind) -> Result<HashMap<u32, PipeContent
     Ok(found)
 }
 
-/// Gives a pipe, by a description that can be written, its size and contents.
+/// Sets the size of a pipe and writes its contents. `write` is a writable description.
 fn fill(write: BorrowedFd, contents: &PipeContents, packets: bool) -> nix::Result<()> {
     if let Some(size) = contents.size {
         let size = size.cast_signed();
@@ -289,15 +286,14 @@ fn fill(write: BorrowedFd, contents: &PipeContents, packets: bool) -> nix::Resul
     Ok(())
 }
 
-/// Makes a description of its own of a pipe. Packet mode cannot be had by opening.
+/// Opens a new description of a pipe. Packet mode can only be set afterwards.
 fn open_end(fd: BorrowedFd, flags: u32) -> nix::Result<OwnedFd> {
     let end = descriptor::reopen(fd, flags & !libc::O_DIRECT.cast_unsigned())?;
     descriptor::set_status(end.as_fd(), flags)?;
     Ok(end)
 }
 
-/// Whether the flags are those of a description that `pipe(2)` made, and no open
-/// of a path.
+/// Whether `pipe(2)` created the description, rather than opening a path.
 fn is_original(flags: u32) -> bool {
     flags & descriptor::LARGE_FILE == 0
 }
@@ -312,7 +308,7 @@ impl Opener for PipeOpener {
         let contents = read_contents(opened, Kind::PipesData)?;
         let mut pipes: BTreeMap<u32, Vec<&proto::PipeEntry>> = BTreeMap::new();
         for entry in entries {
-            let missing = || FileError::image(entry.id, "it is a pipe without its entry");
+            let missing = || FileError::image(entry.id, "it is a pipe, but its entry is missing");
             let pipe = entry.pipe.as_ref().ok_or_else(missing)?;
             pipes.entry(pipe.pipe_id).or_default().push(pipe);
         }
@@ -341,7 +337,7 @@ fn open_pipe(
         }
         return Ok(());
     }
-    let (read, write) = pipe2(OFlag::O_CLOEXEC).map_err(failed(id, "make"))?;
+    let (read, write) = pipe2(OFlag::O_CLOEXEC).map_err(failed(id, "create"))?;
     if let Some(contents) = contents {
         let packets = ends.iter().any(|end| end.flags.cast_signed() & libc::O_DIRECT != 0);
         fill(write.as_fd(), contents, packets).map_err(failed(id, "fill"))?;
@@ -377,12 +373,13 @@ impl Opener for FifoOpener {
         let contents = read_contents(opened, Kind::FifoData)?;
         let mut fifos: BTreeMap<u32, Vec<FifoEnd>> = BTreeMap::new();
         for entry in entries {
-            let missing = || FileError::image(entry.id, "it is a FIFO without its entry");
+            let missing = || FileError::image(entry.id, "it is a FIFO, but its entry is missing");
             let fifo = entry.fifo.as_ref().ok_or_else(missing)?;
             let path_id = fifo.regf_id.unwrap_or(entry.id);
             let path = opened.entries.get(&path_id).and_then(|entry| entry.reg.clone());
-            let path =
-                path.ok_or_else(|| FileError::image(entry.id, "it is a FIFO without its path"))?;
+            let path = path.ok_or_else(|| {
+                FileError::image(entry.id, "it is a FIFO, but its path is missing")
+            })?;
             let no_hangup = fifo.rcriu_no_hangup();
             fifos.entry(fifo.pipe_id).or_default().push(FifoEnd { id: entry.id, path, no_hangup });
         }
@@ -406,7 +403,7 @@ impl FifoEnd {
     }
 
     fn open(&self, opened: &mut Opened) -> Result<()> {
-        // Nobody is waited for.
+        // Do not wait for the other end.
         let flags = self.path.flags.cast_signed() & !libc::O_DIRECT | libc::O_NONBLOCK;
         let fd = path::open_entry(&self.path, flags, opened)?;
         let failed = FileError::restore(self.id, "open the FIFO", &self.path.name);
@@ -416,15 +413,15 @@ impl FifoEnd {
     }
 }
 
-/// Opens all descriptions of a FIFO. Those that have seen no writer go are opened when
-/// there is none any more, unless one stays.
+/// Opens all descriptions of a FIFO. Readers that must see no hangup come last, when all writers
+/// have gone, unless the FIFO keeps a writer.
 fn open_fifo(ends: &[FifoEnd], contents: Option<&PipeContents>, opened: &mut Opened) -> Result<()> {
     let first = &ends[0];
     let failed = |step| FileError::restore(first.id, step, &first.path.name);
-    // Without a writer and a reader, there would be nothing to open or to fill.
+    // Opening and filling need both ends, so hold them open.
     let both = path::open_entry(&first.path, libc::O_RDWR, opened)?;
     if let Some(contents) = contents
-        // Someone else has kept it open: nothing is lost.
+        // If it has contents, a process outside the tree has kept the FIFO open.
         && fds::readable_bytes(both.as_fd()) == Ok(0)
     {
         let packets = ends.iter().any(|end| end.path.flags.cast_signed() & libc::O_DIRECT != 0);
@@ -436,7 +433,7 @@ fn open_fifo(ends: &[FifoEnd], contents: Option<&PipeContents>, opened: &mut Ope
     for end in before {
         end.open(opened)?;
     }
-    // What is in it stays while somebody has it open.
+    // The FIFO keeps its contents while it is open.
     let held = path::open_entry(&first.path, libc::O_RDONLY | libc::O_NONBLOCK, opened)?;
     drop(both);
     for end in last {

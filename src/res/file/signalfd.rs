@@ -13,7 +13,6 @@ use crate::{
     sys::fds,
 };
 
-/// The kind's row.
 pub(super) const KIND: FileKind = FileKind {
     name: "signalfd",
     types: &[FdTypes::Signalfd],
@@ -50,9 +49,10 @@ impl Collector for Signalfds {
 impl Opener for Signalfds {
     fn open(&mut self, entries: &[proto::FileEntry], opened: &mut Opened) -> Result<()> {
         for entry in entries {
-            let missing = || FileError::image(entry.id, "it is a signalfd without its entry");
+            let missing =
+                || FileError::image(entry.id, "it is a signalfd, but its entry is missing");
             let signals = entry.sgfd.as_ref().ok_or_else(missing)?;
-            let fd = open(signals).map_err(FileError::restore(entry.id, "make", "a signalfd"))?;
+            let fd = open(signals).map_err(FileError::restore(entry.id, "create", "a signalfd"))?;
             opened.insert(entry.id, fd);
         }
         Ok(())

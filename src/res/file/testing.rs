@@ -1,4 +1,4 @@
-//! Dumps descriptors of the test itself, and restores them beside.
+//! Dumps descriptors of the test process, and restores them next to the originals.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -37,12 +37,12 @@ fn status(fd: BorrowedFd) -> u32 {
     fcntl(fd, FcntlArg::F_GETFL).unwrap().cast_unsigned()
 }
 
-/// Adds a descriptor to an epoll by the script of a restore would.
+/// Adds a descriptor to an epoll instance, as the script of a restore does.
 pub(super) fn watch(epoll: &OwnedFd, target: i32, events: u32, data: u64) {
     crate::sys::fds::watch(epoll.as_fd(), target, events, data).unwrap();
 }
 
-/// Descriptors to be dumped, by numbers that the test gives them.
+/// Descriptors to dump, by the numbers that the test gives them.
 pub(super) struct Tree {
     pub(super) options: DumpOptions,
     /// What the restore is given.
@@ -80,7 +80,7 @@ impl Tree {
         Ok((table, before))
     }
 
-    /// Dumps all, and closes them.
+    /// Dumps all descriptors, and closes them.
     pub(super) fn dump(self) -> Dumped {
         self.try_dump().unwrap()
     }
@@ -92,7 +92,7 @@ impl Tree {
         table.keep_links();
         images.commit(&proto::InventoryEntry::default()).unwrap();
         let entries = read_all(&dir.path().join(Kind::Files.file_name(0)), Kind::Files).unwrap();
-        // The table goes with all that it holds open, or a FIFO would keep what is in it.
+        // Drop the table with all that it holds open: otherwise a FIFO would keep its contents.
         let (dir, before) = (Rc::new(dir), Rc::new(before));
         let DumpOptions { terminals, unix, validation, .. } = self.options;
         let options = RestoreOptions { terminals, unix, validation, inherited: self.inherited };
@@ -103,14 +103,14 @@ impl Tree {
         self.dump().restore()
     }
 
-    /// Returns why the dump fails.
+    /// Returns the error of a dump that must fail.
     pub(super) fn collect_error(self) -> Report {
         let dir = tempfile::tempdir().unwrap();
         let images = SnapshotWriter::begin(dir.path()).unwrap();
         Report(self.collect(&images).map(drop).unwrap_err())
     }
 
-    /// Fails after all was collected.
+    /// Drops the table after collecting, as a failed dump does.
     pub(super) fn collect_and_drop(self) {
         let dir = tempfile::tempdir().unwrap();
         let images = SnapshotWriter::begin(dir.path()).unwrap();
@@ -133,14 +133,14 @@ impl std::fmt::Display for Report {
     }
 }
 
-/// What is known of a description that was dumped.
+/// The state of a description before the dump.
 #[derive(Debug)]
 pub(super) struct Before {
     pub(super) stat: libc::stat,
     pub(super) flags: u32,
     pub(super) link: Vec<u8>,
     pub(super) info: FdInfo,
-    /// What the image of descriptors says.
+    /// Its entry in the `fdinfo` image.
     entry: proto::FdinfoEntry,
 }
 
@@ -157,12 +157,12 @@ impl Before {
     }
 }
 
-/// Images of descriptors.
+/// The images of a dump.
 #[derive(Clone, Debug)]
 pub(super) struct Dumped {
     dir: Rc<TempDir>,
     before: Rc<HashMap<u32, Before>>,
-    /// What `files.img` says.
+    /// The entries of `files.img`.
     pub(super) entries: Vec<proto::FileEntry>,
     pub(super) options: RestoreOptions,
 }
@@ -172,13 +172,13 @@ impl Dumped {
         self.dir.path()
     }
 
-    /// Returns what `files.img` says of a descriptor of the test.
+    /// Returns the entry in `files.img` of a descriptor of the test.
     pub(super) fn entry(&self, id: u32) -> &proto::FileEntry {
         let number = self.before[&id].entry.id;
         self.entries.iter().find(|entry| entry.id == number).unwrap()
     }
 
-    /// Opens everything.
+    /// Opens all descriptions.
     pub(super) fn open(&self) -> Result<Restored> {
         let fds: Vec<_> = self.before.values().map(|before| before.entry.clone()).collect();
         let process = FileUser {
@@ -206,13 +206,13 @@ impl Dumped {
         self.open().unwrap_or_else(|error| panic!("{}", Report(error)))
     }
 
-    /// Returns why the restore fails.
+    /// Returns the error of a restore that must fail.
     pub(super) fn restore_error(self) -> Report {
         Report(self.open().map(drop).unwrap_err())
     }
 }
 
-/// Descriptors that were restored.
+/// The restored descriptors.
 #[derive(Debug)]
 pub(super) struct Restored {
     dumped: Dumped,
@@ -229,7 +229,7 @@ impl Restored {
     }
 
     pub(super) fn into_opened(self) -> Opened {
-        // The images are read already.
+        // The restore has read the images already.
         self.opened
     }
 
@@ -249,7 +249,7 @@ impl Restored {
         self.get(id).try_clone_to_owned().unwrap()
     }
 
-    /// As [`Self::take`], as a type of the standard library.
+    /// Like [`Self::take`], but as a type of the standard library.
     pub(super) fn take_as<T: From<OwnedFd>>(&self, id: u32) -> T {
         self.take(id).into()
     }

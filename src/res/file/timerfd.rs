@@ -1,4 +1,4 @@
-//! Timerfds with descriptors.
+//! Timerfds.
 
 use std::os::fd::{AsFd, AsRawFd};
 
@@ -17,7 +17,6 @@ use crate::{
     units::{HostPid, TargetFd},
 };
 
-/// The kind's row.
 pub(super) const KIND: FileKind = FileKind {
     name: "timerfd",
     types: &[FdTypes::Timerfd],
@@ -30,7 +29,7 @@ const NANOSECONDS: u64 = 1_000_000_000;
 
 #[derive(Default)]
 struct Timerfds {
-    /// Those that [`Opener::start`] sets.
+    /// The timers that [`Opener::start`] sets.
     entries: Vec<proto::TimerfdEntry>,
 }
 
@@ -40,9 +39,9 @@ impl Collector for Timerfds {
     }
 
     fn collect(&mut self, file: &Description, _: &mut dyn Intake) -> Result<proto::FileEntry> {
-        let step = "read the setting of";
-        // The kernel sets a timer that has expired anew when it is next looked at, and
-        // until then shows no time that is left.
+        let step = "read the timer of";
+        // The kernel rearms an expired timer when it is next read, and reports no time left
+        // before. So read it first.
         let left = fds::timer(file.fd.as_fd()).map_err(file.failed(step))?;
         let own = HostPid(nix::unistd::getpid().as_raw());
         let info = proc::fdinfo(own, TargetFd(file.fd.as_raw_fd()));
@@ -74,10 +73,11 @@ impl Collector for Timerfds {
 impl Opener for Timerfds {
     fn open(&mut self, entries: &[proto::FileEntry], opened: &mut Opened) -> Result<()> {
         for entry in entries {
-            let missing = || FileError::image(entry.id, "it is a timer without its entry");
+            let missing =
+                || FileError::image(entry.id, "it is a timerfd, but its entry is missing");
             let timer = entry.tfd.as_ref().ok_or_else(missing)?;
             check(timer)?;
-            let failed = || FileError::restore(entry.id, "make", "a timer");
+            let failed = || FileError::restore(entry.id, "create", "a timerfd");
             let fd = fds::timerfd(timer.clockid.cast_signed()).map_err(failed())?;
             descriptor::set_status(fd.as_fd(), timer.flags).map_err(failed())?;
             opened.insert(entry.id, fd);
@@ -91,7 +91,7 @@ impl Opener for Timerfds {
             let fd = opened.get(entry.id)?;
             let set = setting(entry)
                 .and_then(|setting| fds::set_timer(fd, entry.settime_flags.cast_signed(), setting));
-            set.map_err(FileError::restore(entry.id, "set", "a timer"))?;
+            set.map_err(FileError::restore(entry.id, "set", "a timerfd"))?;
             if entry.ticks == 0 {
                 continue;
             }
@@ -107,9 +107,11 @@ impl Opener for Timerfds {
                         entry.ticks
                     );
                 }
-                result => {
-                    result.map_err(FileError::restore(entry.id, "set the count of", "a timer"))?
-                }
+                result => result.map_err(FileError::restore(
+                    entry.id,
+                    "set the expiration count of",
+                    "a timerfd",
+                ))?,
             }
         }
         Ok(())
@@ -120,10 +122,10 @@ fn check(entry: &proto::TimerfdEntry) -> Result<()> {
     tree::timer_problem(entry).map_or(Ok(()), |problem| Err(FileError::image(entry.id, problem)))
 }
 
-/// Returns what to set a timer to; images always have the time that is left.
+/// Returns what to set a timer to. Images always store the time left, never an absolute time.
 ///
-/// CRIU records none for a timer that has expired and that nobody has looked at since,
-/// but that goes on: only one that was not set has counted nothing.
+/// CRIU records no time left for a periodic timer that has expired and was not read since. Such a
+/// timer has counted expirations, unlike one that is disarmed.
 fn setting(entry: &proto::TimerfdEntry) -> nix::Result<TimerSetting> {
     let mut value = (entry.vsec, entry.vnsec);
     if value == (0, 0) && entry.ticks > 0 {
