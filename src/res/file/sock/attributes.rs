@@ -1,10 +1,9 @@
-//! What sockets have and the format has no place for: `file_entry.sock`, which is this
-//! program's own.
+//! State of sockets that CRIU's images have no field for: `file_entry.sock`, an extension.
 //!
-//! What becomes of all else that a socket has is listed in [`crate::docs::state`].
+//! [`crate::docs::state`] lists what becomes of all other state of sockets.
 //!
-//! Options are compared with those of a new socket of the same kind, so that nobody needs to
-//! know the defaults of a kernel.
+//! The dump compares options with those of a new socket of the same kind, so it needs no list of
+//! a kernel's defaults.
 
 use std::{
     collections::HashMap,
@@ -31,16 +30,16 @@ const SO_PEERGROUPS: c_int = 59;
 /// The most groups that a process may be in (`NGROUPS_MAX`, `linux/limits.h`).
 const GROUPS_MAX: usize = 65_536;
 
-/// An id that means none.
+/// The user id of no user.
 const NO_ID: u32 = u32::MAX;
 
-/// The most bytes of an ended TCP connection that are kept.
+/// The most bytes received by an ended TCP connection that the images hold.
 pub(super) const RECEIVED_MAX_BYTES: u32 = 4 << 20;
 
-/// Bytes of the longest value among [`OPTIONS`] (`TCP_CA_NAME_MAX`, `net/tcp.h`).
+/// The size of the longest value of [`OPTIONS`] (`TCP_CA_NAME_MAX`, `net/tcp.h`).
 const VALUE_BYTES: usize = 16;
 
-/// Of `asm-generic/socket.h`, which `libc` lacks.
+/// `asm-generic/socket.h`; `libc` lacks them.
 const SO_WIFI_STATUS: c_int = 41;
 const SO_MAX_PACING_RATE: c_int = 47;
 const SO_PREFER_BUSY_POLL: c_int = 69;
@@ -51,7 +50,7 @@ const SO_RCVMARK: c_int = 75;
 const SO_RCVPRIORITY: c_int = 82;
 const SO_PASSRIGHTS: c_int = 83;
 
-/// Of `linux/in.h` and `linux/in6.h`.
+/// `linux/in.h` and `linux/in6.h`.
 const IP_RECVERR_RFC4884: c_int = 26;
 const IP_LOCAL_PORT_RANGE: c_int = 51;
 const IPV6_MULTICAST_ALL: c_int = 29;
@@ -62,7 +61,7 @@ const IPV6_RECVORIGDSTADDR: c_int = 74;
 const IPV6_UNICAST_IF: c_int = 76;
 const IPV6_RECVFRAGSIZE: c_int = 77;
 
-/// Of `linux/tcp.h` and `linux/udp.h`.
+/// `linux/tcp.h` and `linux/udp.h`.
 const TCP_NOTSENT_LOWAT: c_int = 25;
 const TCP_SAVE_SYN: c_int = 27;
 const TCP_FASTOPEN_NO_COOKIE: c_int = 34;
@@ -70,7 +69,7 @@ const TCP_TX_DELAY: c_int = 37;
 const UDP_NO_CHECK6_TX: c_int = 101;
 const UDP_NO_CHECK6_RX: c_int = 102;
 
-/// Of `linux/netlink.h`.
+/// `linux/netlink.h`.
 const NETLINK_PKTINFO: c_int = 3;
 const NETLINK_BROADCAST_ERROR: c_int = 4;
 const NETLINK_NO_ENOBUFS: c_int = 5;
@@ -79,8 +78,8 @@ const NETLINK_CAP_ACK: c_int = 10;
 const NETLINK_EXT_ACK: c_int = 11;
 const NETLINK_GET_STRICT_CHK: c_int = 12;
 
-/// Options that are set to the very value that is read. A socket that does not know one
-/// does not have it.
+/// Options that are set to the same value that getting them returns. A kind of socket may lack
+/// some of them.
 const OPTIONS: &[(c_int, &[c_int])] = &[
     (
         libc::SOL_SOCKET,
@@ -190,7 +189,7 @@ const OPTIONS: &[(c_int, &[c_int])] = &[
     ),
 ];
 
-/// Options of [`OPTIONS`] that streams show, but cannot be given.
+/// Options in [`OPTIONS`] that stream sockets return but do not let a program set.
 const OF_DATAGRAMS: &[(c_int, c_int)] = &[
     (libc::SOL_IP, libc::IP_MULTICAST_IF),
     (libc::SOL_IP, libc::IP_MULTICAST_TTL),
@@ -200,7 +199,7 @@ const OF_DATAGRAMS: &[(c_int, c_int)] = &[
     (libc::SOL_IPV6, libc::IPV6_MULTICAST_LOOP),
 ];
 
-/// Options in use that are lost.
+/// Options that the dump cannot record; it warns if they are in use.
 const LOST: &[(c_int, c_int, &str)] = &[
     (libc::SOL_SOCKET, libc::SO_LOCK_FILTER, "SO_LOCK_FILTER"),
     (libc::SOL_SOCKET, SO_RESERVE_MEM, "SO_RESERVE_MEM"),
@@ -209,10 +208,7 @@ const LOST: &[(c_int, c_int, &str)] = &[
     (libc::SOL_TCP, libc::TCP_REPAIR, "TCP_REPAIR"),
 ];
 
-/// What `poll(2)` shows of a socket at once, of what `wanted` asks for and errors.
-///
-/// # Errors
-/// What `poll(2)` returns.
+/// Returns which of the events `wanted` are pending, and pending errors.
 pub(super) fn polled(fd: BorrowedFd, wanted: PollFlags) -> nix::Result<PollFlags> {
     let mut polled = [PollFd::new(fd, wanted)];
     poll(&mut polled, PollTimeout::ZERO)?;
@@ -226,31 +222,28 @@ fn value(fd: BorrowedFd, level: c_int, name: c_int) -> Option<Vec<u8>> {
     Some(value)
 }
 
-/// The values of [`OPTIONS`], in order.
+/// The value of each of [`OPTIONS`], in order; `None` if the socket lacks it.
 type Values = Vec<Option<Vec<u8>>>;
 
-/// Reads what sockets have.
+/// Reads the state of sockets.
 #[derive(Debug, Default)]
 pub(super) struct AttributeReader {
-    /// The values that new sockets have, by family, type and protocol.
+    /// The values of new sockets, by family, type and protocol.
     defaults: HashMap<(c_int, c_int, c_int), Values>,
 }
 
 impl AttributeReader {
-    /// Returns what this socket has, and warns of what is lost. None of it changes.
-    ///
-    /// # Errors
-    /// Those of asking.
+    /// Returns the state of a socket, and warns about what a restore loses. Changes nothing.
     pub(super) fn read(&mut self, file: &Description, what: &str) -> Result<SkStateEntry> {
         let fd = file.fd.as_fd();
         let ask = file.failed("ask for the type of");
         let family = opts::family(fd).map_err(&ask)?;
         let kind = opts::kind(fd).map_err(&ask)?;
         let protocol = opts::protocol(fd).map_err(&ask)?;
-        // The kernel shows classic ones only.
+        // getsockopt(2) returns only classic filters.
         if socket::filter(fd) == Err(Errno::EACCES) {
             let what = format!("{what}, with an eBPF program as its filter (SO_ATTACH_BPF)");
-            let help = "let the program detach it (SO_DETACH_FILTER), then try again";
+            let help = "have the program detach it (SO_DETACH_FILTER), then try again";
             return Err(file.unsupported(what, help));
         }
         let names = || OPTIONS.iter().flat_map(|(level, names)| names.iter().map(|n| (*level, *n)));
@@ -273,24 +266,21 @@ impl AttributeReader {
         for (level, name, called) in LOST {
             let value = value(fd, *level, *name);
             if value.is_some_and(|value| value.iter().any(|byte| *byte != 0)) {
-                log::warn!("{what} has {called}, for which images have no place: it will be lost");
+                log::warn!("{what} uses {called}, which images cannot hold: it will be lost");
             }
         }
         Ok(SkStateEntry { peek_off: peek_offset(fd), options, ..SkStateEntry::default() })
     }
 }
 
-/// Returns whose credentials a socket shows, if it shows any.
-///
-/// # Errors
-/// What `getsockopt(2)` returns.
+/// Returns the peer credentials of a socket, if it has any.
 pub(super) fn peer(fd: BorrowedFd, pids: &PidMap) -> nix::Result<Option<SkPeerEntry>> {
     let [pid, uid, gid]: [u32; 3] = socket::option(fd, libc::SOL_SOCKET, libc::SO_PEERCRED)?;
     if pid == 0 && uid == NO_ID {
         return Ok(None);
     }
     let mut groups = vec![0; GROUPS_MAX * size_of::<u32>()];
-    // Kernels before 4.13 do not tell.
+    // Kernels before 4.13 do not have this option.
     let len = socket::option_bytes(fd, libc::SOL_SOCKET, SO_PEERGROUPS, &mut groups).unwrap_or(0);
     let word = |bytes: &[u8]| u32::from_ne_bytes(bytes.try_into().expect("chunks of 4"));
     let groups = groups[..len].chunks_exact(size_of::<u32>()).map(word).collect();
@@ -298,16 +288,13 @@ pub(super) fn peer(fd: BorrowedFd, pids: &PidMap) -> nix::Result<Option<SkPeerEn
     Ok(Some(SkPeerEntry { pid, uid, gid, groups }))
 }
 
-/// Returns `SO_PEEK_OFF` if it is in use.
+/// Returns the offset of `SO_PEEK_OFF`, if it is set.
 pub(super) fn peek_offset(fd: BorrowedFd) -> Option<c_int> {
     let offset = socket::option::<c_int>(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF);
     offset.ok().filter(|offset| *offset >= 0)
 }
 
-/// Sets options that are not as the images have them.
-///
-/// # Errors
-/// [`crate::res::file::FileError::Restore`].
+/// Sets the options in the images that differ from the socket's.
 pub(super) fn restore_options(
     fd: BorrowedFd,
     state: Option<&SkStateEntry>,
@@ -315,7 +302,7 @@ pub(super) fn restore_options(
 ) -> Result<()> {
     for SkOptionEntry { level, name, value: wanted } in state.iter().flat_map(|s| &s.options) {
         if !OPTIONS.iter().any(|(of, names)| of == level && names.contains(name)) {
-            let problem = format!("option {name} of level {level} is none that is restored");
+            let problem = format!("option {name} of level {level} is not one that rcriu restores");
             return Err(restored.wrong(problem));
         }
         if value(fd, *level, *name).as_ref() == Some(wanted) {
@@ -329,10 +316,7 @@ pub(super) fn restore_options(
     Ok(())
 }
 
-/// Sets `SO_PEEK_OFF`, when the queue is filled.
-///
-/// # Errors
-/// [`crate::res::file::FileError::Restore`].
+/// Sets `SO_PEEK_OFF`, after the queue was filled.
 pub(super) fn restore_peek_offset(
     fd: BorrowedFd,
     state: Option<&SkStateEntry>,

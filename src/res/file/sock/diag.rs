@@ -1,6 +1,6 @@
-//! What the kernel says of the sockets of a network namespace (`sock_diag(7)`).
+//! Lists the sockets of a network namespace (`sock_diag(7)`).
 //!
-//! The few requests and attributes that are needed are taken apart here: the crate
+//! This file encodes the few requests and decodes the few attributes that are needed: the crate
 //! for the protocol knows neither netlink sockets nor the files of UNIX sockets.
 
 use std::{collections::HashMap, os::fd::AsRawFd};
@@ -15,19 +15,19 @@ use nix::{
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-/// Bytes received at a time: more than the kernel puts into one message.
+/// The size of the receive buffer: no message of the kernel is larger.
 const RECEIVE_BYTES: usize = 64 << 10;
 
 /// `SOCK_DIAG_BY_FAMILY`, `linux/sock_diag.h`.
 const BY_FAMILY: u16 = 20;
 
-/// Asks for a list: `NLM_F_REQUEST` and `NLM_F_DUMP`, `linux/netlink.h`.
+/// The flags of a request for a list: `NLM_F_REQUEST` and `NLM_F_DUMP`, `linux/netlink.h`.
 const LIST: u16 = 0x301;
 
-/// `NLA_TYPE_MASK`, `linux/netlink.h`: two bits of an attribute's type are flags.
+/// `NLA_TYPE_MASK`, `linux/netlink.h`: the other two bits of an attribute's type are flags.
 const ATTRIBUTE_KIND: u16 = 0x3fff;
 
-/// All states of sockets.
+/// A mask of all socket states.
 const ALL_STATES: u32 = u32::MAX;
 
 /// Bits of `unix_diag_req.udiag_show`, `linux/unix_diag.h`: names, files, peers,
@@ -51,7 +51,7 @@ const INET_SHUTDOWN: u16 = 8;
 const NETLINK_GROUPS: u16 = 1;
 const NETLINK_SHOW_GROUPS: u32 = 2;
 
-/// All protocols (`NDIAG_PROTO_ALL`).
+/// `NDIAG_PROTO_ALL`: all protocols.
 const NETLINK_ALL: u8 = u8::MAX;
 
 /// `struct nlmsghdr`.
@@ -165,20 +165,20 @@ pub(super) struct UnixSocket {
     /// `TCP_ESTABLISHED`, `TCP_LISTEN` or `TCP_CLOSE`.
     pub(super) state: u8,
     pub(super) inode: u32,
-    /// The inode of the socket it is connected to; 0: none, or one without inode.
+    /// The inode of the socket that it is connected to; 0 if there is none, or it has no inode.
     pub(super) peer: u32,
-    /// Its name with all zeros that belong to it.
+    /// Its name, including all NUL bytes that belong to it.
     pub(super) name: Vec<u8>,
     /// The inode and the kernel's device number of its file.
     pub(super) file: Option<(u32, u32)>,
-    /// The inodes of sockets whose connections were not accepted yet; 0 for one
-    /// that was closed since.
+    /// The inodes of sockets whose connections wait to be accepted; 0 for one that has been
+    /// closed.
     pub(super) pending: Vec<u32>,
-    /// Bytes, or pending connections, that wait in it.
+    /// The bytes, or the pending connections, in its queue.
     pub(super) receive_queue: u32,
-    /// Memory of what it sent and nobody read yet; of a listening socket the backlog.
+    /// The memory of sent data that its peer has not read; the backlog of a listening socket.
     pub(super) send_queue: u32,
-    /// Bit 0: reading, bit 1: writing was shut down.
+    /// Which directions are shut down: bit 0 for reading, bit 1 for writing.
     pub(super) shutdown: u8,
 }
 
@@ -197,19 +197,16 @@ pub(super) struct NetlinkSocket {
     pub(super) port: u32,
     pub(super) peer_port: u32,
     pub(super) peer_group: u32,
-    /// The groups it listens to, 32 in a word.
+    /// The groups that it has joined, 32 in a word.
     pub(super) groups: Vec<u32>,
 }
 
-/// Returns a family as requests have it.
+/// Returns a family in the form of the requests.
 fn family(number: libc::c_int) -> u8 {
     u8::try_from(number).expect("there are fewer than 256 families")
 }
 
-/// Returns all UNIX sockets by their inodes.
-///
-/// # Errors
-/// What the kernel answers.
+/// Returns all UNIX sockets by inode.
 pub(super) fn unix_sockets() -> nix::Result<HashMap<u32, UnixSocket>> {
     let request = UnixRequest {
         family: family(libc::AF_UNIX),
@@ -249,11 +246,11 @@ pub(super) fn unix_sockets() -> nix::Result<HashMap<u32, UnixSocket>> {
     Ok(sockets)
 }
 
-/// Returns the internet sockets of one family and protocol by their inodes. Those
-/// that have no port are not among them.
+/// Returns the internet sockets of one family and protocol by inode, except those without a
+/// port.
 ///
 /// # Errors
-/// What the kernel answers; `ENOENT` if it does not tell of this protocol.
+/// `ENOENT` if the kernel does not list sockets of this protocol.
 pub(super) fn inet_sockets(family: u8, protocol: u8) -> nix::Result<HashMap<u32, InetSocket>> {
     let request = InetRequest {
         family,
@@ -277,10 +274,10 @@ pub(super) fn inet_sockets(family: u8, protocol: u8) -> nix::Result<HashMap<u32,
     Ok(sockets)
 }
 
-/// Returns all netlink sockets by their inodes.
+/// Returns all netlink sockets by inode.
 ///
 /// # Errors
-/// What the kernel answers; `ENOENT` if it does not tell of netlink sockets.
+/// `ENOENT` if the kernel does not list netlink sockets.
 pub(super) fn netlink_sockets() -> nix::Result<HashMap<u32, NetlinkSocket>> {
     let request = NetlinkRequest {
         family: family(libc::AF_NETLINK),
@@ -311,7 +308,7 @@ pub(super) fn netlink_sockets() -> nix::Result<HashMap<u32, NetlinkSocket>> {
     Ok(sockets)
 }
 
-/// Sends a request for a list and hands each answer to `each`, without its header.
+/// Sends a request for a list, and passes each answer to `each`, without its header.
 fn ask(request: &[u8], mut each: impl FnMut(&[u8]) -> nix::Result<()>) -> nix::Result<()> {
     let diag = socket(
         AddressFamily::Netlink,
@@ -356,7 +353,7 @@ fn ask(request: &[u8], mut each: impl FnMut(&[u8]) -> nix::Result<()>) -> nix::R
     }
 }
 
-/// Reads the negated error number at the beginning of a message.
+/// Decodes the negated error number at the start of a message.
 fn status(body: &[u8]) -> nix::Result<()> {
     match word(body, 0).cast_signed() {
         0 => Ok(()),
@@ -373,7 +370,7 @@ fn words(bytes: &[u8]) -> Vec<u32> {
     (0..bytes.len() / size_of::<u32>()).map(|position| word(bytes, position)).collect()
 }
 
-/// Walks netlink attributes: a length, a type, and bytes, padded to four.
+/// Iterates over netlink attributes: length, type and bytes, padded to a multiple of four.
 struct Attributes<'a>(&'a [u8]);
 
 impl<'a> Iterator for Attributes<'a> {

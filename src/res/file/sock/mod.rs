@@ -1,4 +1,4 @@
-//! Sockets: what the kinds of them share, and the kinds.
+//! Sockets: one module for each kind, and what the kinds share.
 
 mod attributes;
 mod diag;
@@ -12,12 +12,12 @@ pub(super) mod rest;
 mod testing;
 pub(super) mod unix;
 
-/// States of sockets (`net/tcp_states.h`).
+/// Socket states (`net/tcp_states.h`).
 mod state {
     pub(super) const ESTABLISHED: u32 = 1;
     pub(super) const CLOSE: u32 = 7;
     pub(super) const LISTEN: u32 = 10;
 }
 
-/// Both directions are shut down.
+/// The shutdown bits of a socket with both directions shut down.
 const SHUT_BOTH: u8 = 3;

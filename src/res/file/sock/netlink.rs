@@ -1,4 +1,4 @@
-//! Netlink sockets, as long as nothing waits in them to be read.
+//! Netlink sockets with empty queues.
 
 use std::{
     collections::HashMap,
@@ -35,9 +35,8 @@ pub(in crate::res::file) const KIND: FileKind = FileKind {
 /// `NETLINK_CONNECTED`, `net/netlink/af_netlink.c`.
 const CONNECTED: u32 = 1;
 
-const HELP: &str = "let the program read it or leave the groups, then try again";
+const HELP: &str = "have the program read it or leave the groups, then try again";
 
-/// Dumps netlink sockets.
 #[derive(Debug, Default)]
 struct NetlinkCollector {
     all: Option<HashMap<u32, diag::NetlinkSocket>>,
@@ -66,7 +65,7 @@ impl Collector for NetlinkCollector {
             let all = diag::netlink_sockets();
             self.all = Some(all.map_err(file.failed("list the sockets of the network for"))?);
         }
-        // One without an address is in no list.
+        // The kernel lists no socket without an address.
         let bound =
             self.all.as_ref().and_then(|all| all.get(&inode)).filter(|bound| bound.port != 0);
         let mut groups = bound.map(|bound| bound.groups.clone()).unwrap_or_default();
@@ -84,7 +83,7 @@ impl Collector for NetlinkCollector {
             state: bound.map_or(0, |bound| bound.state.into()),
             flags: file.flags,
             portid: bound.map_or(0, |bound| bound.port),
-            // A program that is in no group has the first word nevertheless.
+            // A socket without groups may still have the first word.
             groups,
             dst_portid: bound.map_or(0, |bound| bound.peer_port),
             dst_group: bound.map_or(0, |bound| bound.peer_group),
@@ -102,14 +101,13 @@ impl Collector for NetlinkCollector {
     }
 }
 
-/// Restores netlink sockets.
 #[derive(Debug)]
 struct NetlinkOpener;
 
 impl Opener for NetlinkOpener {
     fn open(&mut self, entries: &[proto::FileEntry], opened: &mut Opened) -> Result<()> {
         for file in entries {
-            let problem = "it is a netlink socket without netlink_sk_entry".to_owned();
+            let problem = "it is a netlink socket, but its netlink_sk_entry is missing".to_owned();
             let entry = file.nlsk.as_ref().ok_or(FileError::Image { id: file.id, problem })?;
             if opened.contains(entry.id) {
                 continue;
@@ -127,11 +125,15 @@ impl Opener for NetlinkOpener {
                 _ => return Err(restored.wrong("it is in a group above 32")),
             };
             if entry.portid != 0 {
-                // Ports mostly are pids that the kernel chose: another one does, too.
+                // The kernel usually chooses the pid as the port, so any other port will do.
                 let address = |port| NetlinkAddr::new(port, groups);
                 if bind(fd.as_raw_fd(), &address(entry.portid)).is_err() {
                     bind(fd.as_raw_fd(), &address(0)).map_err(restored.failed("bind"))?;
-                    log::warn!("{} has another port than {}", restored.object, entry.portid);
+                    log::warn!(
+                        "{} gets another port: it cannot be bound to port {}",
+                        restored.object,
+                        entry.portid
+                    );
                 }
             }
             if entry.state == CONNECTED {

@@ -1,12 +1,12 @@
-//! Options that all sockets have.
+//! Options that all kinds of sockets have.
 //!
-//! The kernel doubles the sizes of buffers that it is given and returns the doubled
-//! ones, which is what images hold. A restore sets half of them, with
-//! `SO_SNDBUFFORCE` and `SO_RCVBUFFORCE` where it may (`CAP_NET_ADMIN`), else within
-//! the limits of the system (`net.core.wmem_max`, `rmem_max`).
+//! The kernel doubles the buffer sizes that a program sets, and returns the doubled sizes; the
+//! images store these. The restore sets half of them. With `CAP_NET_ADMIN` it uses
+//! `SO_SNDBUFFORCE` and `SO_RCVBUFFORCE`; otherwise the limits of the system apply
+//! (`net.core.wmem_max`, `rmem_max`).
 //!
-//! Nothing is set that already has the value wanted: most options have, and some
-//! cannot be set without privileges, not even to what they are.
+//! The restore sets only options that differ from those of the new socket: some need privileges
+//! to set, even to the same value.
 
 use std::os::fd::BorrowedFd;
 
@@ -29,30 +29,30 @@ const SO_BUF_LOCK: c_int = 72;
 /// `asm-generic/socket.h`, since Linux 6.5.
 pub(super) const SO_PASSPIDFD: c_int = 76;
 
-/// The network namespace that sockets are in, as CRIU numbers it if it dumps none.
+/// The number that CRIU gives to a network namespace that it does not dump.
 pub(super) const NET_NS_ID: u32 = 2;
 
-/// The largest buffers: the kernel doubles the number, which is an `int`.
+/// The largest buffer size: the kernel doubles the number, which is an `int`.
 const LARGEST_BUFFER: c_int = c_int::MAX / 2;
 
-/// Flags that a descriptor can be given after it was made (`F_SETFL`).
+/// Status flags that `F_SETFL` can change.
 const SETTABLE: OFlag = OFlag::O_APPEND
     .union(OFlag::O_NONBLOCK)
     .union(OFlag::O_ASYNC)
     .union(OFlag::O_DIRECT)
     .union(OFlag::O_NOATIME);
 
-/// A socket that is being restored, for errors.
+/// A socket that is being restored, for error messages.
 #[derive(Clone, Debug)]
 pub(super) struct Subject {
     /// Its number in the images.
     pub(super) id: u32,
-    /// What it is.
+    /// Its name in messages.
     pub(super) object: String,
 }
 
 impl Subject {
-    /// Returns [`FileError::Restore`], ready for `map_err`.
+    /// Returns a constructor of [`FileError::Restore`] for `map_err`.
     pub(super) fn failed(&self, step: &'static str) -> impl Fn(Errno) -> FileError + '_ {
         move |source| FileError::Restore { id: self.id, step, object: self.object.clone(), source }
     }
@@ -79,31 +79,22 @@ fn flag(fd: BorrowedFd, name: c_int) -> nix::Result<Option<bool>> {
 /// Returns the family (`AF_UNIX`, ...) of a socket.
 ///
 /// # Errors
-/// `ENOTSOCK`; what else `getsockopt(2)` returns.
+/// `ENOTSOCK` for a file that is not a socket.
 pub(super) fn family(fd: BorrowedFd) -> nix::Result<c_int> {
     number(fd, libc::SO_DOMAIN)
 }
 
 /// Returns the type (`SOCK_STREAM`, ...) of a socket.
-///
-/// # Errors
-/// What `getsockopt(2)` returns.
 pub(super) fn kind(fd: BorrowedFd) -> nix::Result<c_int> {
     number(fd, libc::SO_TYPE)
 }
 
 /// Returns the protocol of a socket.
-///
-/// # Errors
-/// What `getsockopt(2)` returns.
 pub(super) fn protocol(fd: BorrowedFd) -> nix::Result<c_int> {
     number(fd, libc::SO_PROTOCOL)
 }
 
-/// Returns the name of the interface that a socket is bound to.
-///
-/// # Errors
-/// What `getsockopt(2)` returns.
+/// Returns the name of the interface that a socket is bound to, if any.
 pub(super) fn bound_interface(fd: BorrowedFd) -> nix::Result<Option<Vec<u8>>> {
     let mut name = [0; libc::IFNAMSIZ];
     let len = socket::option_bytes(fd, libc::SOL_SOCKET, libc::SO_BINDTODEVICE, &mut name)?;
@@ -111,10 +102,7 @@ pub(super) fn bound_interface(fd: BorrowedFd) -> nix::Result<Option<Vec<u8>>> {
     Ok((!name.is_empty()).then(|| name.to_owned()))
 }
 
-/// Returns the options of a socket of this family.
-///
-/// # Errors
-/// What `getsockopt(2)` returns.
+/// Builds the image entry for the options of a socket of this family.
 pub(super) fn read(fd: BorrowedFd, family: c_int) -> nix::Result<proto::SkOptsEntry> {
     let time = |name| -> nix::Result<[u64; 2]> { socket::option(fd, libc::SOL_SOCKET, name) };
     let [so_snd_tmo_sec, so_snd_tmo_usec] = time(libc::SO_SNDTIMEO)?;
@@ -146,7 +134,7 @@ pub(super) fn read(fd: BorrowedFd, family: c_int) -> nix::Result<proto::SkOptsEn
         so_keepalive: flag(fd, libc::SO_KEEPALIVE)?,
         so_oobinline: Some(u32::from(number(fd, libc::SO_OOBINLINE)? != 0)),
         so_linger: (lingers != 0).then_some(linger),
-        // Kernels before 5.14 do not know it.
+        // Kernels before 5.14 do not have this option.
         so_buf_lock: unsigned(fd, SO_BUF_LOCK).ok(),
         ..proto::SkOptsEntry::default()
     })
@@ -169,10 +157,7 @@ fn decode_step(step: &u64) -> FilterStep {
     }
 }
 
-/// Sets a number that is not what it should be.
-///
-/// # Errors
-/// What `setsockopt(2)` returns.
+/// Sets an option whose value is not `value` yet.
 pub(super) fn ensure(fd: BorrowedFd, level: c_int, name: c_int, value: u32) -> nix::Result<()> {
     if socket::option::<u32>(fd, level, name) == Ok(value) {
         return Ok(());
@@ -180,19 +165,19 @@ pub(super) fn ensure(fd: BorrowedFd, level: c_int, name: c_int, value: u32) -> n
     socket::set_option(fd, level, name, &value)
 }
 
-/// Gives a socket as much room as it can get for what it is to send at once.
+/// Gives a socket the largest possible send buffer, to refill a queue at once.
 pub(super) fn widen(fd: BorrowedFd) {
     let set = |name| socket::set_option(fd, libc::SOL_SOCKET, name, &LARGEST_BUFFER);
     if set(libc::SO_SNDBUFFORCE).is_err() && set(libc::SO_SNDBUF).is_err() {
-        log::debug!("a socket cannot get a larger buffer");
+        log::debug!("cannot enlarge the send buffer of a socket");
     }
 }
 
-/// Gives a socket room to receive so many bytes, as far as it can get it.
+/// Gives a socket room to receive `bytes`, within the limits of the system.
 pub(super) fn widen_to_receive(fd: BorrowedFd, bytes: c_int) {
     let set = |name| socket::set_option(fd, libc::SOL_SOCKET, name, &bytes);
     if set(libc::SO_RCVBUFFORCE).is_err() && set(libc::SO_RCVBUF).is_err() {
-        log::debug!("a socket cannot get a larger buffer");
+        log::debug!("cannot enlarge the receive buffer of a socket");
     }
 }
 
@@ -212,17 +197,13 @@ fn set_buffer(
     let found = unsigned(fd, read)?;
     if found < bytes {
         log::warn!(
-            "a socket's buffer has {found} bytes instead of {bytes}, which is this system's limit"
+            "the buffer of a socket has {found} bytes instead of {bytes}: this is the system's limit"
         );
     }
     Ok(())
 }
 
-/// Gives a socket the options that `images` have for it, but for those that
-/// matter when it is bound ([`restore_reuse`]).
-///
-/// # Errors
-/// [`FileError::Restore`].
+/// Sets the options of a socket, except those that matter for binding it ([`restore_reuse`]).
 pub(super) fn restore(
     fd: BorrowedFd,
     options: &proto::SkOptsEntry,
@@ -284,10 +265,7 @@ pub(super) fn restore(
     Ok(())
 }
 
-/// Binds a socket to the interface that `options` name, unless it is.
-///
-/// # Errors
-/// [`FileError::Restore`].
+/// Binds a socket to the interface in `options`, unless it is bound to it already.
 pub(super) fn restore_interface(
     fd: BorrowedFd,
     options: &proto::SkOptsEntry,
@@ -302,10 +280,7 @@ pub(super) fn restore_interface(
         .map_err(restored.failed(step))
 }
 
-/// Sets whether the address of a socket may be used by others.
-///
-/// # Errors
-/// [`FileError::Restore`].
+/// Sets whether other sockets may share the address of a socket.
 pub(super) fn restore_reuse(
     fd: BorrowedFd,
     (address, port): (Option<bool>, Option<bool>),
@@ -323,21 +298,18 @@ pub(super) fn restore_reuse(
     Ok(())
 }
 
-/// Gives a description the status flags that the images have for it.
-///
-/// # Errors
-/// [`FileError::Restore`].
+/// Sets the status flags of a description.
 pub(super) fn restore_flags(fd: BorrowedFd, flags: u32, restored: &Subject) -> Result<()> {
     let flags = OFlag::from_bits_truncate(flags.cast_signed()) & SETTABLE;
     fcntl(fd, FcntlArg::F_SETFL(flags)).map_err(restored.failed("set the flags of")).map(drop)
 }
 
-/// Returns the [`proto::SkShutdown`] of the kernel's bits, whose numbers are the same.
+/// Returns the [`proto::SkShutdown`] for the kernel's bits, which have the same values.
 pub(super) fn shutdown(bits: u8) -> Option<i32> {
     (bits != 0).then(|| i32::from(bits))
 }
 
-/// Returns how `shutdown(2)` is to be called for what images say.
+/// Returns the argument of `shutdown(2)` for a value in the images.
 pub(super) fn how(shutdown: Option<i32>) -> Option<nix::sys::socket::Shutdown> {
     use nix::sys::socket::Shutdown;
     match proto::SkShutdown::try_from(shutdown?).ok()? {

@@ -1,18 +1,19 @@
-//! What is queued in UNIX sockets: `sk-queues.img`.
+//! Data queued in UNIX sockets: `sk-queues.img`.
 //!
-//! Queues are looked at with `MSG_PEEK`, which takes nothing out; where there is more
-//! to see than the first message, with `SO_PEEK_OFF`, which is set back afterwards.
+//! The dump reads queues with `MSG_PEEK`, which consumes nothing. To read beyond the first
+//! message it sets `SO_PEEK_OFF`, and resets it afterwards.
 //!
-//! But whoever looks for more than there is takes a pending error: at the end of a stream, and
-//! before the first packet of any other socket. So no more of a stream is asked for than
-//! `SIOCINQ` says that there is, and other sockets with an error (`POLLERR`) are not looked at.
-//! Each packet of a socket that keeps packets apart is an entry. A stream is cut into
-//! as few entries as possible, but before and behind each message with descriptors:
-//! a reader that stops where its writer did must not get them too early, or lose them.
+//! A read with nothing left in the queue does consume a pending error; and for sockets other than
+//! streams, any read reports the error before the first packet. So the dump reads no more of a
+//! stream than `SIOCINQ` reports, and does not read other sockets with an error (`POLLERR`).
 //!
-//! The format has no place for the names and credentials of senders. Names are
-//! those of the socket that sends the data again. Credentials would be wrong, so
-//! that a queue of a socket that asks for them (`SO_PASSCRED`) is refused.
+//! For a socket that keeps packets apart, each packet is one entry. A stream is cut into as few
+//! entries as possible, but before and after each message with descriptors. Otherwise a reader
+//! that stops where its writer did would receive the descriptors too early, or lose them.
+//!
+//! The format has no fields for the names and credentials of senders. Restored data shows the
+//! name of the socket that sends it again. Its credentials would be wrong, so the dump rejects
+//! queued data in a socket that asks for them (`SO_PASSCRED`).
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -40,23 +41,22 @@ use crate::{
     },
 };
 
-/// More than the kernel puts into one message of a stream, about 64 KiB, so that
-/// one peek that begins with a message with descriptors sees all of it.
+/// The size of the peek buffer. The kernel puts at most about 64 KiB into one message of a stream,
+/// so one peek from the start of a message with descriptors sees all of it.
 const PEEK_BYTES: usize = 256 << 10;
 
-const HELP_READ: &str = "let the process read what it was sent, then try again";
+const HELP_READ: &str = "have the process read its queue, then try again";
 
-/// A packet of a queue, or a piece of a stream.
+/// A packet in a queue, or a piece of a stream.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Packet {
     /// Its bytes.
     pub(super) data: Vec<u8>,
-    /// The numbers of the descriptions that are sent with it.
+    /// The numbers in the images of the descriptions sent with it.
     pub(super) rights: Vec<u32>,
 }
 
-/// The peek offset of a socket, which is changed only if that is needed, and set back when
-/// dropped.
+/// The peek offset of a socket: changed only when needed, and reset on drop.
 pub(super) struct PeekOffset<'a> {
     fd: BorrowedFd<'a>,
     before: c_int,
@@ -64,28 +64,22 @@ pub(super) struct PeekOffset<'a> {
 }
 
 impl<'a> PeekOffset<'a> {
-    /// Returns that of a socket, as it is.
-    ///
-    /// # Errors
-    /// What `getsockopt(2)` returns.
+    /// Reads the current offset of a socket.
     pub(super) fn new(fd: BorrowedFd<'a>) -> nix::Result<Self> {
         let before = socket::option(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF)?;
         Ok(Self { fd, before, now: before })
     }
 
-    /// Lets the next look begin at this offset, and remembers that it moves on.
+    /// Makes the next peek start at `offset`; the kernel then advances the offset.
     fn at(&mut self, offset: c_int) -> nix::Result<()> {
-        // Without an offset every look begins at the start, and leaves it so.
+        // Without an offset, every peek starts at 0 and leaves the offset unset.
         if self.now >= 0 || offset != 0 {
             self.set(offset)?;
         }
         Ok(())
     }
 
-    /// Changes it.
-    ///
-    /// # Errors
-    /// What `setsockopt(2)` returns.
+    /// Sets the offset.
     pub(super) fn set(&mut self, offset: c_int) -> nix::Result<()> {
         self.now = offset;
         socket::set_option(self.fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, &offset)
@@ -98,21 +92,20 @@ impl Drop for PeekOffset<'_> {
             return;
         }
         if let Err(errno) = self.set(self.before) {
-            log::error!("cannot set the peek offset of a socket back to {}: {errno}", self.before);
+            log::error!("cannot reset the peek offset of a socket to {}: {errno}", self.before);
         }
     }
 }
 
-/// The error that is pending in a UNIX socket, if there is one: only `ECONNRESET` comes to
-/// pass, when the other end goes with something that it has not read, or a listening socket
-/// with the connection. To ask for it (`SO_ERROR`) would take it.
+/// The error that is pending in a UNIX socket with `POLLERR`. It can only be `ECONNRESET`: the other
+/// end was closed with unread data, or a listening socket was closed with the connection still
+/// pending. Reading it (`SO_ERROR`) would consume it.
 pub(super) const UNIX_ERROR: Errno = Errno::ECONNRESET;
 
-/// Returns what is queued in a socket that is no listening one, and the pending error.
+/// Returns the queue of a socket that does not listen, and its pending error.
 ///
 /// # Errors
-/// [`FileError::Unsupported`] for credentials, out-of-band data, and packets behind an error;
-/// whatever fails.
+/// [`FileError::Unsupported`] for credentials, out-of-band data, and packets behind an error.
 pub(super) fn peek(
     file: &Description,
     kind: c_int,
@@ -120,7 +113,7 @@ pub(super) fn peek(
     intake: &mut dyn Intake,
 ) -> Result<(Vec<Packet>, Option<Errno>)> {
     let fd = file.fd.as_fd();
-    let failed = file.failed("look at the queue of");
+    let failed = file.failed("peek at the queue of");
     let seen = attributes::polled(fd, PollFlags::POLLIN | PollFlags::POLLPRI).map_err(&failed)?;
     let error = seen.contains(PollFlags::POLLERR).then_some(UNIX_ERROR);
     let urgent = || {
@@ -128,13 +121,13 @@ pub(super) fn peek(
         recv(fd.as_raw_fd(), &mut [0], flags).is_ok()
     };
     if kind == libc::SOCK_STREAM && (seen.contains(PollFlags::POLLPRI) || urgent()) {
-        let what = format!("{what}, with an urgent byte that was not read");
+        let what = format!("{what}, with an unread urgent byte");
         return Err(file.unsupported(what, HELP_READ));
     }
-    // Of datagrams those of the first.
+    // For datagram sockets, this counts only the first datagram.
     let bytes = fds::readable_bytes(fd).map_err(&failed)?;
     let is_empty = match kind {
-        // Packets without bytes are what the end of a sequence is to a reader.
+        // A reader takes an empty packet for the end of the sequence.
         libc::SOCK_SEQPACKET => {
             bytes == 0 && (error.is_some() || !seen.contains(PollFlags::POLLIN))
         }
@@ -145,7 +138,7 @@ pub(super) fn peek(
         return Ok((Vec::new(), error));
     }
     if error.is_some() && kind != libc::SOCK_STREAM {
-        let what = format!("{what}, with packets behind an error that its program has not read");
+        let what = format!("{what}, with packets behind an unread error");
         return Err(file.unsupported(what, HELP_READ));
     }
     let asks = |option| {
@@ -169,7 +162,9 @@ pub(super) fn peek(
         return Err(file.unsupported(what, HELP_READ));
     }
     if !found.is_empty() && (asks(libc::SO_TIMESTAMP) || asks(libc::SO_TIMESTAMPNS)) {
-        log::warn!("{what}: after a restore, what is in its queue came when it was restored");
+        log::warn!(
+            "{what}: after a restore, the timestamps of its queued data are those of the restore"
+        );
     }
     let mut packets = Vec::new();
     for (data, received) in found {
@@ -183,13 +178,10 @@ pub(super) fn peek(
     Ok((packets, error))
 }
 
-/// Returns the `bytes` that a TCP socket has received, which has so many.
-///
-/// # Errors
-/// What `recv(2)` returns.
+/// Returns the data that a TCP socket has received, which is `bytes` long.
 pub(super) fn peek_received(fd: BorrowedFd, bytes: u32) -> nix::Result<Vec<u8>> {
     let mut buffer = vec![0; bytes as usize];
-    // Kernels before 6.9 know no offset for TCP.
+    // Before Linux 6.9, TCP sockets have no peek offset.
     let mut offset = PeekOffset::new(fd).ok();
     offset.as_mut().map_or(Ok(()), |offset| offset.at(0))?;
     let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
@@ -200,7 +192,7 @@ pub(super) fn peek_received(fd: BorrowedFd, bytes: u32) -> nix::Result<Vec<u8>> 
     Ok(buffer)
 }
 
-/// Receives at the peek offset; `None` if there is nothing.
+/// Receives at the peek offset; returns `None` if there is nothing.
 fn peek_next(fd: BorrowedFd, buffer: &mut [u8], more: MsgFlags) -> nix::Result<Option<Received>> {
     let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT | more;
     loop {
@@ -223,7 +215,7 @@ fn peek_packets(
     let mut packets = Vec::new();
     offset.at(0)?;
     if kind == libc::SOCK_SEQPACKET && offset.now < 0 {
-        // A single packet can be seen without an offset.
+        // A single packet can be read without an offset.
         let flags = MsgFlags::MSG_TRUNC;
         if let Some(first) = peek_next(fd, &mut buffer, flags)?
             && first.len == bytes as usize
@@ -235,14 +227,14 @@ fn peek_packets(
     }
     offset.set(0)?;
     while let Some(first) = peek_next(fd, &mut buffer, MsgFlags::MSG_TRUNC)? {
-        // A sequence of packets that has ended looks like an empty packet.
+        // The end of a sequence of packets reads as an empty packet.
         if first.len == 0 && kind == libc::SOCK_SEQPACKET && first.fds.is_empty() {
             break;
         }
         let mut data = Vec::with_capacity(first.len);
         data.extend_from_slice(&buffer[..first.len.min(PEEK_BYTES)]);
         while data.len() < first.len {
-            // The offset is within the packet now. Its descriptors come once more.
+            // The offset is now inside the packet. Its descriptors are received again.
             let next = peek_next(fd, &mut buffer, MsgFlags::MSG_TRUNC)?.ok_or(Errno::EPROTO)?;
             data.extend_from_slice(&buffer[..next.len.min(PEEK_BYTES)]);
         }
@@ -251,11 +243,11 @@ fn peek_packets(
     Ok(packets)
 }
 
-/// Looks at the `bytes` that a stream has, piece by piece.
+/// Reads the `bytes` in the queue of a stream, piece by piece.
 ///
-/// A peek ends behind a message with descriptors. If it ends before one, because the
-/// buffer is full, the descriptors come nevertheless, with bytes they do not belong
-/// to; so it is asked how far the messages reach that fit in whole.
+/// A peek ends after a message with descriptors. If the buffer is full before that message
+/// ends, the peek returns its descriptors with bytes that belong to earlier messages. So a second
+/// peek finds where the last whole message before it ends.
 fn peek_stream(
     fd: BorrowedFd,
     bytes: u32,
@@ -276,8 +268,8 @@ fn peek_stream(
         }
         if !received.fds.is_empty() {
             offset.at(at)?;
-            // Either all messages that the buffer holds, or all but the last, which
-            // is the one with descriptors.
+            // Peek at all messages that the buffer can hold, or at all but the last, which has
+            // the descriptors.
             let is_full = received.len == PEEK_BYTES;
             let room = if is_full { PEEK_BYTES } else { received.len - 1 };
             let before = socket::peek_whole(fd, &mut buffer[..room])?;
@@ -300,10 +292,7 @@ fn peek_stream(
     Ok(pieces)
 }
 
-/// Writes the image of these queues, if there is anything in them.
-///
-/// # Errors
-/// What writing returns.
+/// Writes the image of the queues, unless all are empty.
 pub(super) fn write(images: &SnapshotWriter, queues: &[(u32, Vec<Packet>)]) -> Result<()> {
     if queues.iter().all(|(_, packets)| packets.is_empty()) {
         return Ok(());
@@ -327,11 +316,10 @@ pub(super) fn write(images: &SnapshotWriter, queues: &[(u32, Vec<Packet>)]) -> R
     Ok(())
 }
 
-/// Reads the image of queues, if there is one: the packets of each socket by its number.
+/// Reads the image of the queues: the packets of each socket, by its number in the images.
 ///
 /// # Errors
-/// What reading returns; [`FileError::Image`] for control messages that are no
-/// descriptors.
+/// [`FileError::Image`] for control messages other than descriptors.
 pub(super) fn read(images: &dyn ImageStore) -> Result<HashMap<u32, VecDeque<Packet>>> {
     let mut image = match images.image(Kind::SkQueues, 0) {
         Err(error) if error.is_missing() => return Ok(HashMap::new()),
@@ -346,7 +334,7 @@ pub(super) fn read(images: &dyn ImageStore) -> Result<HashMap<u32, VecDeque<Pack
                 return Err(FileError::Image {
                     id: entry.id_for,
                     problem: format!(
-                        "its queue holds control messages of type {}, only descriptors ({}) are known",
+                        "its queue holds control messages of type {}, expected descriptors ({})",
                         control.r#type,
                         libc::SCM_RIGHTS
                     ),
@@ -359,17 +347,14 @@ pub(super) fn read(images: &dyn ImageStore) -> Result<HashMap<u32, VecDeque<Pack
     Ok(queues)
 }
 
-/// Sends a queue once more, with the descriptors that `lookup` finds.
-///
-/// # Errors
-/// What `lookup` returns; [`FileError::Restore`].
+/// Sends the packets of a queue again, with the descriptors that `lookup` returns.
 pub(super) fn send(
     sender: BorrowedFd,
     packets: impl IntoIterator<Item = Packet>,
     receiver: &Subject,
     lookup: &dyn Fn(u32) -> Result<RawFd>,
 ) -> Result<()> {
-    let failed = receiver.failed("send what was queued in");
+    let failed = receiver.failed("refill the queue of");
     opts::widen(sender);
     for packet in packets {
         let fds = packet.rights.iter().map(|id| lookup(*id)).collect::<Result<Vec<_>>>()?;

@@ -1,4 +1,4 @@
-//! Sockets of families that are not dumped: they are refused by name.
+//! Sockets of families that rcriu does not dump: it reports them by name.
 
 use std::os::fd::AsFd;
 
@@ -12,7 +12,8 @@ use crate::{
     },
 };
 
-/// The row of [`KINDS`](crate::res::file::KINDS). It takes every socket: it comes after all other sockets.
+/// The row of [`KINDS`](crate::res::file::KINDS). Comes after all other sockets, since it claims
+/// every socket.
 pub(in crate::res::file) const KIND: FileKind = FileKind {
     name: "socket",
     types: &[proto::FdTypes::Packetsk],
@@ -21,21 +22,20 @@ pub(in crate::res::file) const KIND: FileKind = FileKind {
     opener: |_| Box::new(Rest),
 };
 
-/// Dumps and restores nothing.
 #[derive(Debug)]
 struct Rest;
 
-/// Returns what sockets of a family are called.
+/// Returns the name of a family in messages.
 fn family_name(family: i32) -> &'static str {
     match family {
         libc::AF_PACKET => "packet socket",
-        libc::AF_VSOCK => "socket of a virtual machine (AF_VSOCK)",
-        libc::AF_ALG => "socket of the kernel's cryptography (AF_ALG)",
+        libc::AF_VSOCK => "virtual machine socket (AF_VSOCK)",
+        libc::AF_ALG => "kernel crypto socket (AF_ALG)",
         libc::AF_XDP => "AF_XDP socket",
         libc::AF_BLUETOOTH => "Bluetooth socket",
         libc::AF_CAN => "CAN bus socket",
         libc::AF_TIPC => "TIPC socket",
-        _ => "socket of a family that is not known",
+        _ => "socket of an unknown family",
     }
 }
 
@@ -63,7 +63,7 @@ impl Opener for Rest {
             None => Ok(()),
             Some(entry) => Err(FileError::Image {
                 id: entry.id,
-                problem: "it is a packet socket, which is not restored".into(),
+                problem: "it is a packet socket, which rcriu does not restore".into(),
             }),
         }
     }

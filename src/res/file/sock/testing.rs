@@ -1,4 +1,4 @@
-//! Sockets of the test are dumped and restored beside, and compared.
+//! Dumps sockets of the test process, restores them next to the originals, and compares both.
 
 use std::{
     collections::HashMap,
@@ -25,7 +25,7 @@ pub(super) fn dump<T: Into<OwnedFd>>(fds: Vec<T>, options: &DumpOptions) -> Resu
     tree.try_dump()
 }
 
-/// Returns the message of what keeps these from being dumped.
+/// Returns the error message of a dump that must fail.
 pub(super) fn refused<T: Into<OwnedFd>>(fds: Vec<T>, options: &DumpOptions) -> String {
     match dump(fds, options) {
         Ok(_) => panic!("it was dumped"),
@@ -34,22 +34,21 @@ pub(super) fn refused<T: Into<OwnedFd>>(fds: Vec<T>, options: &DumpOptions) -> S
     }
 }
 
-/// Returns what the images say of a UNIX socket.
+/// Returns the image entry of a UNIX socket.
 pub(super) fn unix(dumped: &Dumped, id: u32) -> &proto::UnixSkEntry {
     dumped.entry(id).usk.as_ref().unwrap()
 }
 
-/// Returns what the images say of an internet socket.
+/// Returns the image entry of an internet socket.
 pub(super) fn inet(dumped: &Dumped, id: u32) -> &proto::InetSkEntry {
     dumped.entry(id).isk.as_ref().unwrap()
 }
 
-/// Returns the value of an option of a socket of nix.
 pub(super) fn option<T: nix::sys::socket::GetSockOpt>(fd: &impl AsFd, option: T) -> T::Val {
     nix::sys::socket::getsockopt(fd, option).unwrap()
 }
 
-/// Returns what is in a socket: messages, at most `len` bytes long.
+/// Returns the messages in the queue of a socket, each at most `len` bytes long.
 pub(super) fn receive_all(fd: BorrowedFd, len: usize) -> Vec<Vec<u8>> {
     use nix::sys::socket::{MsgFlags, recv};
     let mut messages = Vec::new();
@@ -63,7 +62,7 @@ pub(super) fn receive_all(fd: BorrowedFd, len: usize) -> Vec<Vec<u8>> {
     messages
 }
 
-/// The options that all sockets of a test are given, which are no defaults.
+/// Sets options to values other than the defaults.
 pub(super) fn set_odd_options(fd: &impl AsFd) {
     use nix::sys::{socket::setsockopt, time::TimeVal};
     setsockopt(fd, sockopt::SndBuf, &40_000).unwrap();
@@ -76,7 +75,7 @@ pub(super) fn set_odd_options(fd: &impl AsFd) {
     setsockopt(fd, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 5 }).unwrap();
 }
 
-/// Returns these options for a comparison.
+/// Returns the values of these options.
 pub(super) fn odd_options(fd: &impl AsFd) -> HashMap<&'static str, String> {
     HashMap::from([
         ("SO_SNDBUF", format!("{:?}", option(fd, sockopt::SndBuf))),

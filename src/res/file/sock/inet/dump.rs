@@ -1,4 +1,4 @@
-//! Dumping internet sockets.
+//! Dumps internet sockets.
 
 use std::{
     collections::{HashMap, hash_map::Entry},
@@ -33,48 +33,47 @@ use crate::{
 const UDP_CORK: c_int = 1;
 const UDP_ENCAP: c_int = 100;
 
-/// The parts of `struct tcp_info` (`linux/tcp.h`) that listening sockets fill
-/// otherwise than connections.
+/// Offsets in `struct tcp_info` (`linux/tcp.h`). Listening sockets use the fields PENDING and BACKLOG
+/// for these values, connections for others.
 const TCP_INFO_STATE: usize = 0;
 const TCP_INFO_PENDING: usize = 24;
 const TCP_INFO_BACKLOG: usize = 28;
-/// Packets that were sent and received (`tcpi_segs_out`, `tcpi_segs_in`, since Linux 4.2),
-/// also of the connection that a socket had.
+/// Packets sent and received (`tcpi_segs_out`, `tcpi_segs_in`, since Linux 4.2), including those of
+/// a connection that has ended.
 const TCP_INFO_PACKETS: [usize; 2] = [136, 140];
 const TCP_INFO_BYTES: usize = 144;
 
 const HELP_KIND: &str = "only TCP, UDP and UDP-Lite sockets are supported";
-const HELP_ESTABLISHED: &str = "connections are not dumped yet (--tcp-established is refused): let the program close them first";
-const HELP_ERROR: &str = "let the program read it (SO_ERROR, recv) or close the socket; the kernel shows \
-    which error it is only by taking it";
-const HELP_UNREAD: &str = "let the program read it or close the socket, then try again";
-const HELP_ACCEPT: &str = "let the program accept its connections, then try again";
+const HELP_ESTABLISHED: &str = "connections are not dumped yet (--tcp-established is rejected): have the program close them first";
+const HELP_ERROR: &str = "have the program read it (SO_ERROR, recv) or close the socket; reading it is the \
+    only way to learn the error, and clears it";
+const HELP_UNREAD: &str = "have the program read it or close the socket, then try again";
+const HELP_ACCEPT: &str = "have the program accept its connections, then try again";
 
-/// Dumps internet sockets.
 #[derive(Debug, Default)]
 pub(super) struct InetCollector {
-    /// Sockets of the network namespace by family and protocol.
+    /// The sockets of the network namespace, by family and protocol.
     listed: HashMap<(c_int, c_int), HashMap<u32, diag::InetSocket>>,
     states: attributes::AttributeReader,
 }
 
-/// What is asked of a socket in a way that depends on its protocol.
+/// The protocol-specific state of a socket.
 #[derive(Clone, Debug, Default)]
 struct Facts {
     state: u32,
     backlog: u32,
     shutdown: u8,
     ended: Option<EndedConnection>,
-    /// What is queued in a UDP socket and can be sent again.
+    /// Datagrams queued in a UDP socket that the restore can send again.
     datagrams: Vec<proto::SkDatagramEntry>,
 }
 
-/// A TCP socket whose connection both ends have ended.
+/// A TCP socket whose connection has been closed from both ends.
 #[derive(Clone, Debug, Default)]
 struct EndedConnection {
-    /// Whether it holds its port.
+    /// Whether it still holds its port.
     bound: bool,
-    /// What it has received and nobody has read.
+    /// Received data that the program has not read.
     received: Vec<u8>,
 }
 
@@ -89,7 +88,7 @@ impl InetCollector {
         match state {
             state::LISTEN if word(TCP_INFO_PENDING) > 0 => {
                 let what = format!(
-                    "{what}, listening, with {} connections that were not accepted",
+                    "{what}, listening, with {} connections not accepted yet",
                     word(TCP_INFO_PENDING)
                 );
                 Err(file.unsupported(what, HELP_ACCEPT))
@@ -101,7 +100,7 @@ impl InetCollector {
                 let seen =
                     attributes::polled(fd, PollFlags::POLLIN).map_err(file.failed("poll"))?;
                 if seen.contains(PollFlags::POLLERR) {
-                    let what = format!("{what}, with an error that its program has not read");
+                    let what = format!("{what}, with an unread error");
                     return Err(file.unsupported(what, HELP_ERROR));
                 }
                 if TCP_INFO_PACKETS.iter().any(|at| word(*at) > 0) {
@@ -109,8 +108,8 @@ impl InetCollector {
                     let shutdown = SHUT_BOTH;
                     return Ok(Facts { state, shutdown, ended: Some(ended), ..Facts::default() });
                 }
-                // Which directions of a socket that never had data are shut down can be seen
-                // of one only.
+                // For a socket that was never connected, the kernel shows only one of the two
+                // directions.
                 let shutdown = u8::from(seen.contains(PollFlags::POLLIN));
                 Ok(Facts { state, shutdown, ..Facts::default() })
             }
@@ -131,15 +130,15 @@ impl InetCollector {
         }
     }
 
-    /// Looks at a TCP socket whose connection both ends have ended.
+    /// Reads the state of a TCP socket whose connection has ended.
     fn ended(&mut self, file: &Description, family: c_int, what: &str) -> Result<EndedConnection> {
         let fd = file.fd.as_fd();
-        let failed = file.failed("look at the queue of");
+        let failed = file.failed("peek at the queue of");
         let bytes = fds::readable_bytes(fd).map_err(&failed)?;
         if bytes > RECEIVED_MAX_BYTES {
             let what = format!(
-                "{what}, whose connection has ended with {bytes} bytes that its program has not \
-                 read, more than {RECEIVED_MAX_BYTES}"
+                "{what}, whose connection has ended with {bytes} unread bytes, more than the limit \
+                 of {RECEIVED_MAX_BYTES}"
             );
             return Err(file.unsupported(what, HELP_UNREAD));
         }
@@ -148,7 +147,7 @@ impl InetCollector {
         } else {
             queue::peek_received(fd, bytes).map_err(&failed)?
         };
-        // One that holds no port is in no list; kernels before 6.8 list none that is closed.
+        // The kernel lists no socket without a port; before Linux 6.8, none that is closed.
         let bound = self.listed(file, family, libc::IPPROTO_TCP)?.is_some();
         if !bound {
             log::warn!(
@@ -159,7 +158,7 @@ impl InetCollector {
         Ok(EndedConnection { bound, received })
     }
 
-    /// Returns what the list of all sockets of a protocol tells of one.
+    /// Returns what `sock_diag(7)` reports of a socket, if it lists the socket.
     fn listed(
         &mut self,
         file: &Description,
@@ -172,7 +171,7 @@ impl InetCollector {
             Entry::Vacant(place) => {
                 let byte = |number: c_int| u8::try_from(number).expect("families are small");
                 place.insert(match diag::inet_sockets(byte(family), byte(protocol)) {
-                    // The kernel has no part that tells of them.
+                    // This kernel is built without sock_diag for the protocol.
                     Err(Errno::ENOENT) => HashMap::new(),
                     found => found.map_err(file.failed("list the sockets of the network for"))?,
                 })
@@ -191,28 +190,31 @@ impl InetCollector {
         let fd = file.fd.as_fd();
         let uses = |option| socket::option::<c_int>(fd, libc::SOL_UDP, option) != Ok(0);
         if uses(UDP_CORK) {
-            let what = format!("{what}, corked");
-            return Err(file.unsupported(what, "let the program send what it has put together"));
+            let what = format!("{what}, corked (UDP_CORK)");
+            return Err(file.unsupported(
+                what,
+                "have the program uncork it, which sends the pending datagram",
+            ));
         }
         if uses(UDP_ENCAP) {
-            let what = format!("{what}, which carries other protocols (UDP_ENCAP)");
+            let what = format!("{what}, which encapsulates another protocol (UDP_ENCAP)");
             return Err(file.unsupported(what, HELP_KIND));
         }
         let found = self.listed(file, family, protocol)?;
         let seen = attributes::polled(fd, PollFlags::empty()).map_err(file.failed("poll"))?;
         if seen.contains(PollFlags::POLLERR) {
-            log::warn!("{what} has an error that its program has not read (ICMP): it will be lost");
+            log::warn!("{what} has an unread error (ICMP): it will be lost");
         }
         let mut datagrams = Vec::new();
         if found.is_some_and(|found| found.receive_queue > 0) {
-            // Who looks at datagrams takes an error.
+            // Peeking at datagrams would consume the error.
             let kept = if seen.contains(PollFlags::POLLERR) || !can_be_sent_again(fd, protocol) {
                 None
             } else {
-                udp_queue::peek(fd).map_err(file.failed("look at the queue of"))?
+                udp_queue::peek(fd).map_err(file.failed("peek at the queue of"))?
             };
             datagrams = kept.unwrap_or_else(|| {
-                log::warn!("{what} has datagrams in its queue: they will be lost");
+                log::warn!("{what} has queued datagrams: they will be lost");
                 Vec::new()
             });
         }
@@ -252,12 +254,12 @@ impl Collector for InetCollector {
         if let Some(ended) = facts.ended {
             state.ended = Some(true);
             state.received = (!ended.received.is_empty()).then_some(ended.received);
-            // Others are of no use any more, and the connection may have changed them.
+            // The other options no longer matter, and the connection may have changed them.
             state.options.retain(|option| option.level == libc::SOL_SOCKET);
             own = own.filter(|_| ended.bound);
         }
         let source_port = own.map_or(0, |own| own.port());
-        // CRIU numbers the namespace of those sockets that it finds in a list.
+        // Like CRIU, number the namespace only of sockets that the kernel lists.
         let listed = if protocol == libc::IPPROTO_TCP {
             facts.state != state::CLOSE
         } else {
@@ -296,8 +298,7 @@ impl Collector for InetCollector {
     }
 }
 
-/// Whether what is queued in a UDP socket would come to it, and to no other, if it were sent
-/// again by [`udp_queue`].
+/// Whether datagrams that [`udp_queue`] sends again would reach this UDP socket and no other.
 fn can_be_sent_again(fd: BorrowedFd, protocol: c_int) -> bool {
     let uses = |level, option| socket::option::<c_int>(fd, level, option).is_ok_and(|v| v != 0);
     protocol == libc::IPPROTO_UDP
@@ -308,7 +309,7 @@ fn can_be_sent_again(fd: BorrowedFd, protocol: c_int) -> bool {
 }
 
 fn state_name(state: u32) -> String {
-    // `net/tcp_states.h`, from 1.
+    // `net/tcp_states.h`, starting at 1.
     const NAMES: [&str; 12] = [
         "ESTABLISHED",
         "SYN_SENT",
@@ -324,11 +325,10 @@ fn state_name(state: u32) -> String {
         "NEW_SYN_RECV",
     ];
     let name = state.checked_sub(1).and_then(|at| NAMES.get(at as usize));
-    name.map_or_else(|| format!("{state}, which is not known"), |name| (*name).to_owned())
+    name.map_or_else(|| format!("{state} (unknown)"), |name| (*name).to_owned())
 }
 
-/// Returns the bytes of an address, as they are on the wire, in words as this machine
-/// reads them, which is what images have.
+/// Returns an address in the form of the images: its bytes in network order, read as native words.
 pub(super) fn words(address: Option<SocketAddr>, family: c_int) -> Vec<u32> {
     let bytes = match address.map(|address| address.ip()) {
         Some(IpAddr::V4(v4)) => v4.octets().to_vec(),
@@ -342,7 +342,7 @@ pub(super) fn words(address: Option<SocketAddr>, family: c_int) -> Vec<u32> {
         .collect()
 }
 
-/// Returns the interface that a link-local address belongs to.
+/// Returns the interface of a link-local address.
 fn scope(fd: BorrowedFd, own: Option<SocketAddr>) -> nix::Result<Option<Vec<u8>>> {
     match own {
         Some(SocketAddr::V6(v6)) if v6.port() != 0 && v6.scope_id() != 0 => {

@@ -1,14 +1,14 @@
-//! TCP and UDP sockets that are not connections.
+//! TCP and UDP sockets without an established connection.
 //!
-//! TCP sockets that listen, that neither listen nor are connected, or whose connection both
-//! ends have ended; UDP and UDP-Lite sockets in any state. What is queued in UDP sockets is
-//! kept as far as [`udp_queue`] can. CRIU drops it, and who uses UDP has to live with
-//! losses, of ICMP errors too. So do clients whose connections a listening socket has begun
-//! to make.
+//! These are TCP sockets that listen, that are neither connected nor listen, or whose connection
+//! was closed from both ends; and UDP and UDP-Lite sockets in any state. The dump keeps datagrams
+//! queued in UDP sockets as far as [`udp_queue`] can; CRIU drops them. Programs that use UDP
+//! must cope with lost datagrams and lost ICMP errors anyway, and clients must cope with a listening
+//! socket that loses half-open connections.
 //!
-//! A TCP socket whose connection has ended still tells the name that it had, but holds the
-//! port only if its program has bound it. What it has received is kept; a pending
-//! error is not, since only reading it, which clears it, tells which one it is.
+//! A TCP socket whose connection has ended still shows its old local address, but holds the port
+//! only if the program has bound it. The dump keeps the data that the socket has received. It
+//! rejects a pending error: only reading it, which clears it, tells which one it is.
 
 mod dump;
 mod restore;
@@ -57,7 +57,7 @@ fn protocol_name(kind: c_int, protocol: c_int) -> String {
     name.to_owned()
 }
 
-/// Takes an address of either family.
+/// Converts an address of either family.
 fn address(found: nix::Result<SockaddrStorage>) -> Option<SocketAddr> {
     let found = found.ok()?;
     let v4 = found.as_sockaddr_in().map(|v4| SocketAddr::V4((*v4).into()));

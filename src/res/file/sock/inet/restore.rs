@@ -1,13 +1,13 @@
 //! Restores TCP and UDP sockets.
 //!
-//! All are bound first, then the listening ones listen, then UDP sockets are connected.
-//! Each is bound with the options `SO_REUSEADDR` and `SO_REUSEPORT` that it had. If
-//! the address is taken then, a program may have changed them after it bound several
-//! sockets to one address: all sockets of that port get both, until all are bound. Each belongs
-//! to its owner before it is bound, since sockets share a port with those of one user only.
+//! The restore binds all sockets, then starts listening, then connects UDP sockets. It binds each
+//! socket with its own values of `SO_REUSEADDR` and `SO_REUSEPORT`. If the address is in use
+//! then, the program may have cleared these options after it bound several sockets to one
+//! address. So the restore sets both for all sockets of that port until all are bound. It sets
+//! the owner before binding, since only sockets of the same user share a port.
 //!
-//! A TCP socket whose connection has ended goes through one with this program, of which it
-//! receives what it had, and which ends like the one that it had.
+//! A TCP socket whose connection has ended is connected to the restore itself, which sends it the
+//! recorded data and closes the connection as before.
 
 use std::{
     io::Write,
@@ -39,13 +39,12 @@ use crate::{
     sys::socket,
 };
 
-/// What a socket has room for at least that receives what was in its queue.
+/// The receive buffer, at least, of a UDP socket whose queue is refilled.
 const ROOM_BYTES: i32 = 1 << 20;
 
-/// How long this program waits for itself.
+/// How long the restore waits for its own loopback connections.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Restores internet sockets.
 #[derive(Debug)]
 pub(super) struct InetOpener;
 
@@ -62,7 +61,7 @@ impl Opener for InetOpener {
     fn open(&mut self, entries: &[proto::FileEntry], opened: &mut Opened) -> Result<()> {
         let mut sockets = Vec::new();
         for file in entries {
-            let problem = "it is an internet socket without inet_sk_entry".to_owned();
+            let problem = "it is an internet socket, but its inet_sk_entry is missing".to_owned();
             let entry = file.isk.as_ref().ok_or(FileError::Image { id: file.id, problem })?;
             if !opened.contains(entry.id) {
                 sockets.push(Socket::new(entry, file.sock.as_ref(), opened)?);
@@ -110,10 +109,10 @@ impl<'a> Socket<'a> {
         let is_udp = kind.0 == libc::SOCK_DGRAM
             && matches!(kind.1, libc::IPPROTO_UDP | libc::IPPROTO_UDPLITE);
         if !is_tcp && !is_udp {
-            return Err(restored.wrong("sockets of this type are not restored yet"));
+            return Err(restored.wrong("rcriu does not restore sockets of this type yet"));
         }
         let address = |words: &[u32], port: u32| {
-            let bad = || restored.wrong(format!("it has an address {words:x?}, port {port}"));
+            let bad = || restored.wrong(format!("its address {words:x?}, port {port}, is invalid"));
             let port = u16::try_from(port).map_err(|_| bad())?;
             address(entry.family.cast_signed(), words, port).ok_or_else(bad)
         };
@@ -122,7 +121,8 @@ impl<'a> Socket<'a> {
         restored.object = format!("the {name} socket [{}] ({own})", entry.ino);
         let lone = matches!(entry.state, state::LISTEN | state::CLOSE);
         if is_tcp && !(lone && entry.dst_port == 0) {
-            let problem = format!("it is a connection to {peer}, which is not restored yet");
+            let problem =
+                format!("it is connected to {peer}, and rcriu does not restore connections yet");
             return Err(restored.wrong(problem));
         }
         let make = || socket::create(entry.family.cast_signed(), kind.0, kind.1);
@@ -133,7 +133,7 @@ impl<'a> Socket<'a> {
         Ok(socket)
     }
 
-    /// Sets what has to be set before the socket is bound.
+    /// Sets the options that must be set before binding.
     fn prepare(&self) -> Result<()> {
         let (fd, options) = (self.fd.as_fd(), &self.entry.opts);
         if let Some(v6only) = self.entry.v6only {
@@ -141,7 +141,7 @@ impl<'a> Socket<'a> {
         }
         let reuse = (options.reuseaddr, options.so_reuseport);
         opts::restore_reuse(fd, reuse, &self.restored)?;
-        // Some say to what it may be bound.
+        // Some of them decide which address the socket may be bound to.
         attributes::restore_options(fd, self.state, &self.restored)?;
         opts::restore_interface(fd, options, &self.restored)
     }
@@ -159,8 +159,8 @@ impl<'a> Socket<'a> {
             let name = std::ffi::CString::new(name).map_err(|_| Errno::ENODEV)?;
             v6.set_scope_id(nix::net::if_::if_nametoindex(name.as_c_str())?);
         }
-        // An address that was just added cannot be bound to until the network has
-        // been asked whether someone else has it.
+        // A new IPv6 address cannot be bound until duplicate address detection has finished; with
+        // freebind it can.
         let early = self.own.is_ipv6();
         let freebind = |on: u32| opts::ensure(self.fd.as_fd(), libc::SOL_IPV6, IPV6_FREEBIND, on);
         if early {
@@ -182,18 +182,18 @@ impl<'a> Socket<'a> {
             .map_err(self.restored.failed("listen on"))
     }
 
-    /// Sends what was queued, as long as the socket takes it from everyone.
+    /// Refills the queue of a UDP socket, which is not connected yet and accepts any sender.
     fn fill(&self) {
         let Some(state) = self.state.filter(|state| !state.datagrams.is_empty()) else { return };
         let bytes: usize = state.datagrams.iter().map(|datagram| datagram.data.len()).sum();
-        // What the kernel keeps beside counts as well.
+        // The kernel also counts its own overhead.
         let room = i32::try_from(bytes).unwrap_or(i32::MAX).saturating_mul(2);
         opts::widen_to_receive(self.fd.as_fd(), room.max(ROOM_BYTES));
         udp_queue::restore(self.fd.as_fd(), self.own, &state.datagrams, &self.restored);
     }
 
-    /// Lets a socket be one whose connection has ended: the other end of one to this
-    /// program sends what was received, and ends it before the socket does.
+    /// Makes a socket one whose connection has ended: connects it to the restore, which sends the
+    /// received data and closes its end first.
     fn end_connection(&self, received: &[u8]) -> nix::Result<()> {
         let family = self.entry.family.cast_signed();
         let localhost = if family == libc::AF_INET6 {
@@ -206,7 +206,7 @@ impl<'a> Socket<'a> {
         listen(&listener, Backlog::new(1)?)?;
         let address: SockaddrStorage = getsockname(listener.as_raw_fd())?;
         let fd = self.fd.as_fd();
-        // All of it has to find room.
+        // The receive buffer must hold all of the data.
         let room = i32::try_from(received.len()).map_err(|_| Errno::EFBIG)?.saturating_mul(2);
         if room > 0 {
             opts::widen_to_receive(fd, room);
@@ -228,17 +228,17 @@ impl<'a> Socket<'a> {
         };
         seen(PollFlags::from_bits_retain(libc::POLLRDHUP))?;
         shutdown(fd.as_raw_fd(), Shutdown::Write)?;
-        // Hung up is shown anyway, asked for or not.
+        // poll(2) always reports POLLHUP.
         seen(PollFlags::empty())
     }
 
-    /// Connects the socket and sets the rest.
+    /// Connects the socket and restores the rest.
     fn set_up(&self) -> Result<()> {
         let (fd, entry, restored) = (self.fd.as_fd(), self.entry, &self.restored);
         if let Some(state) = self.state.filter(|state| state.ended == Some(true)) {
             let received = state.received.as_deref().unwrap_or_default();
             self.end_connection(received)
-                .map_err(restored.failed("send once more what was received by"))?;
+                .map_err(restored.failed("send the received data again to"))?;
         }
         if entry.dst_port != 0 {
             connect(fd.as_raw_fd(), &SockaddrStorage::from(self.peer))
@@ -258,7 +258,7 @@ impl<'a> Socket<'a> {
     fn shut_down(&self, fd: BorrowedFd) -> Result<()> {
         let Some(how) = opts::how(self.entry.shutdown) else { return Ok(()) };
         match shutdown(fd.as_raw_fd(), how) {
-            // It is done nevertheless.
+            // The kernel reports an error, but shuts the socket down.
             Err(Errno::ENOTCONN) => Ok(()),
             result => result.map_err(self.restored.failed("shut down")),
         }
@@ -290,7 +290,7 @@ impl<'a> Socket<'a> {
         Ok(())
     }
 
-    /// Older images have these among the options of all sockets.
+    /// Sets the TCP options. Older images store some of them with the general socket options.
     fn set_tcp_options(&self) -> Result<()> {
         if self.entry.proto.cast_signed() != libc::IPPROTO_TCP {
             return Ok(());
@@ -314,11 +314,11 @@ impl<'a> Socket<'a> {
     }
 }
 
-/// Reads an address from the words that images have.
+/// Converts an address from the words of the images.
 fn address(family: i32, words: &[u32], port: u16) -> Option<SocketAddr> {
     let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
     match family {
-        // The oldest images have four words for either family.
+        // The oldest images have four words for both families.
         libc::AF_INET => {
             let octets: [u8; 4] = bytes.get(..4)?.try_into().ok()?;
             Some(SocketAddrV4::new(Ipv4Addr::from(octets), port).into())

@@ -1,4 +1,4 @@
-//! Sockets of the test are dumped, closed, restored, and compared.
+//! Dumps sockets of the test process, closes them, restores them, and compares.
 
 use std::{
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
@@ -52,7 +52,7 @@ fn listening_sockets_listen_again() {
         assert_eq!(listener.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
         let client = TcpStream::connect(before).unwrap();
         assert_eq!(listener.accept().unwrap().1, client.local_addr().unwrap());
-        // Someone else has the address now.
+        // Another socket has the address now.
         let error = dumped.open().unwrap_err();
         assert!(matches!(error, FileError::Restore { step: "bind", .. }), "{error:?}");
         assert!(error.to_string().contains(&before.to_string()), "{error}");
@@ -114,7 +114,7 @@ fn udp_sockets_are_bound_and_connected_as_they_were() {
         for protocol in [libc::IPPROTO_UDP, libc::IPPROTO_UDPLITE] {
             let family = if address.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
             let make = || socket::create(family, libc::SOCK_DGRAM, protocol);
-            // UDP-Lite is gone from newer kernels.
+            // Newer kernels do not have UDP-Lite.
             let Ok(server) = make() else { continue };
             bind(server.as_raw_fd(), &SockaddrStorage::from(address)).unwrap();
             let [client, plain] = [make().unwrap(), make().unwrap()];
@@ -180,7 +180,7 @@ fn ipv6_sockets_take_ipv4_or_not_as_before() {
 #[test]
 fn filters_and_interfaces_are_restored() {
     let server = UdpSocket::bind(localhosts()[0]).unwrap();
-    // Returns 3 of each packet's bytes (BPF_RET | BPF_K).
+    // The filter returns 3 bytes of each packet (BPF_RET | BPF_K).
     let filter = [socket::FilterStep { code: 6, operand: 8 + 3, ..Default::default() }];
     socket::attach_filter(server.as_fd(), &filter).unwrap();
     socket::set_option(server.as_fd(), libc::SOL_SOCKET, libc::SO_BINDTODEVICE, &b"lo"[..])
@@ -199,7 +199,7 @@ fn connections_are_refused_by_both_addresses() {
     let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let (own, peer) = (client.local_addr().unwrap(), client.peer_addr().unwrap());
     let message = refused(vec![listener.try_clone().unwrap()], &defaults());
-    assert!(message.contains("with 1 connections that were not accepted"), "{message}");
+    assert!(message.contains("with 1 connections not accepted yet"), "{message}");
     let _server = listener.accept().unwrap();
     let message = refused(vec![client], &defaults());
     let expected = format!("the TCP connection {own} -> {peer} in state ESTABLISHED");
@@ -208,7 +208,7 @@ fn connections_are_refused_by_both_addresses() {
 
 #[test]
 fn other_protocols_are_refused_by_name() {
-    // Not all may be made everywhere; those that are get refused.
+    // Not every kernel can create all of these; those that exist must be rejected.
     for (kind, protocol, name) in [
         (libc::SOCK_RAW, libc::IPPROTO_ICMP, "raw IP (protocol 1)"),
         (libc::SOCK_DGRAM, libc::IPPROTO_ICMP, "ICMP"),

@@ -1,12 +1,12 @@
-//! What is queued in UDP sockets: `sk_state_entry.datagrams`, which is this program's own.
+//! Datagrams queued in UDP sockets: `sk_state_entry.datagrams`, an extension.
 //!
-//! A datagram is worth nothing without the address that it came from. So it is sent again from
-//! that address, by a raw socket, which may use any, and through the loopback device, so that
-//! nothing leaves the machine. What arrived is compared with what was sent. When, through
-//! which device and to which of several addresses a datagram came is lost.
+//! A datagram needs the address of its sender. So the restore sends it again from that address,
+//! through a raw socket, which may use any address, and through the loopback device, so that
+//! nothing leaves the machine. Then it compares the queue with what it has sent. The time of
+//! arrival, the device, and which of several local addresses a datagram came to are lost.
 //!
-//! That takes a socket that nobody shares the port with, or it could be the other that
-//! receives; and privileges (`CAP_NET_RAW`). Otherwise the queue is lost, and the log says so.
+//! The restore needs `CAP_NET_RAW`. The port must not be shared: the other socket could receive the
+//! datagram. In all other cases the queue is lost, and the log says so.
 
 use std::{
     io::IoSliceMut,
@@ -27,10 +27,10 @@ use crate::{
     sys::socket,
 };
 
-/// More than a datagram can have.
+/// The size of the receive buffer: more than any datagram.
 const DATAGRAM_BYTES: usize = 64 << 10;
 
-/// Bytes of headers (`struct udphdr`, `iphdr`, `ipv6hdr`), and what is in them.
+/// Header sizes (`struct udphdr`, `iphdr`, `ipv6hdr`) and field values.
 const UDP_HEADER_BYTES: usize = 8;
 const IPV4_HEADER_BYTES: usize = 20;
 const IPV4_VERSION_AND_LENGTH: u8 = 0x45;
@@ -38,14 +38,11 @@ const IPV6_VERSION: u8 = 0x60;
 const HOPS: u8 = 64;
 const UDP: u8 = 17;
 
-/// The device that packets leave and come back by.
+/// The device through which packets are sent and come back.
 const LOOPBACK: &[u8] = b"lo";
 
-/// Returns what is queued in a UDP socket without an error; `None` if its senders cannot be
-/// told well enough to send it again.
-///
-/// # Errors
-/// What `recvmsg(2)` returns.
+/// Returns the queue of a UDP socket without a pending error; `None` if the address of a sender is
+/// not enough to send its datagram again.
 pub(super) fn peek(fd: BorrowedFd) -> nix::Result<Option<Vec<SkDatagramEntry>>> {
     let mut offset = PeekOffset::new(fd)?;
     offset.set(0)?;
@@ -71,7 +68,7 @@ pub(super) fn peek(fd: BorrowedFd) -> nix::Result<Option<Vec<SkDatagramEntry>>> 
     }
 }
 
-/// Sends datagrams once more to a socket with the name `own`, which is not connected yet.
+/// Sends datagrams again to a socket with the address `own`, which must not be connected yet.
 pub(super) fn restore(
     fd: BorrowedFd,
     own: SocketAddr,
@@ -83,15 +80,15 @@ pub(super) fn restore(
     match arrived {
         Ok(Some(arrived)) if arrived == datagrams => {}
         Ok(arrived) => log::warn!(
-            "{}: {} of the {} datagrams that were in its queue are there again\nhelp: see \
+            "{}: only {} of its {} queued datagrams were restored\nhelp: see \
              whether a firewall drops the others",
             restored.object,
             arrived.map_or(0, |arrived| arrived.len()),
             datagrams.len()
         ),
         Err(errno) => log::warn!(
-            "{}: the {} datagrams that were in its queue are lost: {errno}\nhelp: run rcriu \
-             with CAP_NET_RAW, which sending them again takes",
+            "{}: its {} queued datagrams are lost: {errno}\nhelp: run rcriu \
+             with CAP_NET_RAW, to send them again",
             restored.object,
             datagrams.len()
         ),
@@ -104,7 +101,7 @@ fn send(own: SocketAddr, datagram: &SkDatagramEntry) -> nix::Result<()> {
         4 => <[u8; 4]>::try_from(datagram.from_address.as_slice()).map(IpAddr::from),
         _ => <[u8; 16]>::try_from(datagram.from_address.as_slice()).map(IpAddr::from),
     };
-    // IPv4 is IPv4, also to a socket of the other family.
+    // An IPv6 socket sees IPv4 senders as mapped addresses; send such datagrams as IPv4.
     let from = from.map_err(wrong)?.to_canonical();
     let to = match (own.ip().to_canonical(), from) {
         (own, IpAddr::V4(_)) if own.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
@@ -118,15 +115,15 @@ fn send(own: SocketAddr, datagram: &SkDatagramEntry) -> nix::Result<()> {
     sendto(raw.as_raw_fd(), &packet, &address, MsgFlags::empty()).map(drop)
 }
 
-/// Makes a socket that is given packets with their headers.
+/// Creates a socket that sends packets with the headers that they have.
 fn raw_socket(family: libc::c_int) -> nix::Result<OwnedFd> {
     let raw = socket::create(family, libc::SOCK_RAW, libc::IPPROTO_RAW)?;
     socket::set_option(raw.as_fd(), libc::SOL_SOCKET, libc::SO_BINDTODEVICE, LOOPBACK)?;
     Ok(raw)
 }
 
-/// Returns a packet with all headers; `None` if there can be none of this length, or from
-/// one family to the other.
+/// Returns a packet with all headers; `None` if it would be too long, or if the families of the
+/// addresses differ.
 fn packet(
     from: IpAddr,
     to: IpAddr,
@@ -139,7 +136,7 @@ fn packet(
     udp.extend_from_slice(data);
     match (from, to) {
         (IpAddr::V4(from), IpAddr::V4(to)) => {
-            // The kernel fills in the length, the number and the sum; UDP needs none.
+            // The kernel fills in length, id and header checksum; UDP over IPv4 needs no checksum.
             let mut packet = vec![0; IPV4_HEADER_BYTES];
             packet[0] = IPV4_VERSION_AND_LENGTH;
             (packet[8], packet[9]) = (HOPS, UDP);
@@ -164,7 +161,7 @@ fn packet(
     }
 }
 
-/// Returns the sum of RFC 1071, as UDP has it: never 0, which means none.
+/// Returns the checksum of RFC 1071 in the form of UDP: never 0, which would mean no checksum.
 fn checksum(bytes: &[u8]) -> u16 {
     let word = |pair: &[u8]| u64::from(pair[0]) << 8 | u64::from(pair.get(1).copied().unwrap_or(0));
     let mut sum: u64 = bytes.chunks(2).map(word).sum();

@@ -1,4 +1,4 @@
-//! Dumping UNIX sockets.
+//! Dumps UNIX sockets.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -25,10 +25,10 @@ use crate::{
     units::{HostPid, TargetFd},
 };
 
-const HELP_PEER: &str = "dump the program that has the other end as well, or end the connection";
-const HELP_EXTERNAL: &str = "dump the program that has it as well, or use --ext-unix-sk to connect \
-    to its name again when restoring";
-const HELP_ACCEPT: &str = "let the program accept its connections, then try again";
+const HELP_PEER: &str = "dump the program that has the other end as well, or close the connection";
+const HELP_EXTERNAL: &str = "dump the program that has it as well, or use --ext-unix-sk to connect to it \
+    by name during the restore";
+const HELP_ACCEPT: &str = "have the program accept its connections, then try again";
 
 /// A socket that was collected.
 #[derive(Debug)]
@@ -37,19 +37,18 @@ struct CollectedSocket {
     number: TargetFd,
     what: String,
     inode: u32,
-    /// The inodes of the sockets that have to be dumped with it.
+    /// The inodes of the sockets that must be dumped with it.
     needs: Vec<u32>,
     is_datagram: bool,
 }
 
-/// Dumps UNIX sockets.
 #[derive(Debug)]
 pub(super) struct UnixCollector {
     options: Options,
     external: External,
     /// All sockets of the network namespace.
     all: Option<HashMap<u32, diag::UnixSocket>>,
-    /// Which listening socket a connection waits at that was not accepted.
+    /// The listening socket at which each connection waits to be accepted, by inode.
     waiting_at: HashMap<u32, u32>,
     collected: Vec<CollectedSocket>,
     queues: Vec<(u32, Vec<Packet>)>,
@@ -69,7 +68,7 @@ impl UnixCollector {
         }
     }
 
-    /// Returns what the kernel says of a socket.
+    /// Returns what `sock_diag(7)` reports of a socket.
     fn look_up(&mut self, file: &Description, inode: u32) -> Result<diag::UnixSocket> {
         if self.all.as_ref().is_none_or(|all| !all.contains_key(&inode)) {
             let all =
@@ -82,12 +81,13 @@ impl UnixCollector {
         }
         let found = self.all.as_ref().and_then(|all| all.get(&inode));
         found.cloned().ok_or_else(|| {
-            let what = format!("the UNIX socket [{inode}], which is in another network namespace");
+            let what =
+                format!("the UNIX socket [{inode}], which belongs to another network namespace");
             file.unsupported(what, "run rcriu in the namespace of the tree")
         })
     }
 
-    /// Returns a socket for messages.
+    /// Returns the name of a socket in messages.
     fn describe(&self, socket: &diag::UnixSocket) -> String {
         let kind = kind_name(socket.kind.into());
         let name = name::display(&socket.name);
@@ -101,8 +101,7 @@ impl UnixCollector {
         )
     }
 
-    /// Returns the sockets that have to be dumped with this one, and the one that
-    /// the images are to have as its peer.
+    /// Returns the sockets that must be dumped with this one, and its peer in the images.
     fn peers(
         &self,
         file: &Description,
@@ -113,7 +112,7 @@ impl UnixCollector {
         if socket.peer != 0 {
             let peer = self.all.as_ref().and_then(|all| all.get(&socket.peer));
             if peer.is_some_and(|peer| peer.peer != socket.inode && peer.name.is_empty()) {
-                let what = format!("{what}, which has no name and is not connected back");
+                let what = format!("{what}, which has no name and is not connected to it");
                 return Err(file.unsupported(what, HELP_PEER));
             }
             return Ok((vec![socket.peer], socket.peer));
@@ -121,9 +120,8 @@ impl UnixCollector {
         match u32::from(socket.state) {
             state::LISTEN => {
                 if socket.pending.contains(&0) {
-                    let what = format!(
-                        "{what}, at which a connection waits that its other end has closed"
-                    );
+                    let what =
+                        format!("{what}, with a pending connection whose other end is closed");
                     return Err(file.unsupported(what, HELP_ACCEPT));
                 }
                 Ok((socket.pending.clone(), 0))
@@ -132,8 +130,8 @@ impl UnixCollector {
                 if let Some(listener) = self.waiting_at.get(&socket.inode) {
                     if socket.send_queue != 0 {
                         let what = format!(
-                            "{what}, waiting to be accepted by the socket [{listener}] with data \
-                             in it that cannot be seen"
+                            "{what}, waiting to be accepted by the socket [{listener}], with data \
+                             in it that cannot be read"
                         );
                         return Err(file.unsupported(what, HELP_ACCEPT));
                     }
@@ -150,8 +148,8 @@ impl UnixCollector {
         }
     }
 
-    /// Returns the entry that stands for a socket of a program that is not dumped,
-    /// if it may be left out.
+    /// Returns the entry that stands for a socket outside the tree, or `Some(None)` for one that
+    /// needs no entry. Returns `None` if the user did not allow the socket.
     fn external(&self, of: &CollectedSocket, inode: u32) -> Option<Option<proto::UnixSkEntry>> {
         if self.external.contains(&format!("unix[{}]", of.inode)) {
             return Some(None);
@@ -170,7 +168,8 @@ impl UnixCollector {
         })
     }
 
-    /// Returns what is needed and was not collected: of whom, and which inode.
+    /// Returns the inodes of sockets that are needed but were not collected, each with the socket
+    /// that needs it.
     fn missing(&self) -> Vec<(&CollectedSocket, u32)> {
         let there: HashSet<u32> = self.collected.iter().map(|socket| socket.inode).collect();
         let needed = |socket: &CollectedSocket| socket.needs.clone();
@@ -182,11 +181,11 @@ impl UnixCollector {
     }
 }
 
-/// Warns of the name that a socket shows of a peer that is gone.
+/// Warns if a socket shows the name of a peer that is closed.
 fn warn_of_peer_name(file: &Description, what: &str) {
     let peer: nix::Result<UnixAddr> = getpeername(file.fd.as_raw_fd());
     if peer.is_ok_and(|peer| peer.path().is_some() || peer.as_abstract().is_some()) {
-        log::warn!("{what}: its peer is gone; after a restore, getpeername(2) shows no name of it");
+        log::warn!("{what}: its peer is closed; after a restore, getpeername(2) shows no name");
     }
 }
 
@@ -207,7 +206,7 @@ impl Collector for UnixCollector {
         } else {
             name::NamedFile::default()
         };
-        // It is known before its queue is looked at, where it may be itself.
+        // Enter it before reading its queue, which may contain the socket itself.
         self.collected.push(CollectedSocket {
             pid: file.pid,
             number: file.number,
@@ -218,7 +217,7 @@ impl Collector for UnixCollector {
         });
         let mut state = self.states.read(file, &what)?;
         state.peer = attributes::peer(fd, intake.pids())
-            .map_err(file.failed("ask for the peer's credentials of"))?;
+            .map_err(file.failed("read the peer credentials of"))?;
         if is_datagram || u32::from(socket.state) == state::ESTABLISHED {
             let (packets, error) = queue::peek(file, socket.kind.into(), &what, intake)?;
             self.queues.push((file.id, packets));

@@ -1,12 +1,12 @@
 //! UNIX sockets.
 //!
-//! A socket belongs to a dump if the socket it is connected to does, for neither can
-//! be made alone. Which one that is `sock_diag(7)` tells, and which connections
-//! wait to be accepted. What was sent into such a connection cannot be seen, so that
-//! it is refused, as are sockets at whose other end is another program; datagram
-//! sockets can be connected to a name again, which `--ext-unix-sk` allows.
+//! The dump needs both ends of a connection, since neither can be restored alone. It learns from
+//! `sock_diag(7)` which sockets are connected and which connections wait to be accepted. It cannot
+//! read data sent into a connection that waits, so it rejects those that have some. It also
+//! rejects connections to sockets outside the tree, except that with `--ext-unix-sk` the restore
+//! connects datagram sockets to the peer's name again.
 //!
-//! [`peer`] restores whose credentials they show.
+//! [`peer`] restores the peer credentials of sockets.
 
 mod dump;
 mod name;
@@ -21,7 +21,6 @@ use crate::{
     res::file::{FileKind, Usage},
 };
 
-/// The row of [`KINDS`](crate::res::file::KINDS).
 pub(in crate::res::file) const KIND: FileKind = FileKind {
     name: "UNIX socket",
     types: &[proto::FdTypes::Unixsk],
@@ -44,10 +43,10 @@ impl Options {
     }
 }
 
-/// `unix_sk_entry.uflags`: the socket is of a program that was not dumped.
+/// `unix_sk_entry.uflags`: the socket is outside the tree.
 const EXTERNAL: u32 = 1;
 
-/// Returns what a type of sockets is called.
+/// Returns the name of a socket type.
 fn kind_name(kind: u32) -> &'static str {
     match kind.cast_signed() {
         libc::SOCK_STREAM => "stream",

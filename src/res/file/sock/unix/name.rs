@@ -1,9 +1,9 @@
 //! Names of UNIX sockets.
 //!
-//! A name is what the program gave to `bind(2)`, with the zero that the kernel adds
-//! to paths: a path, often relative, or, if it begins with a zero, an abstract name.
-//! To bind a socket to a relative path again, a thread of its own works in the
-//! directory it is relative to.
+//! A name is the address that the program has passed to `bind(2)`: either a path, often a relative
+//! one, with the NUL byte that the kernel appends; or an abstract name, which begins with a NUL
+//! byte. To bind a socket to a relative path again, the restore uses a thread that changes to the
+//! directory that the path is relative to.
 
 use std::{
     ffi::OsStr,
@@ -37,19 +37,19 @@ use crate::{
     sys::socket,
 };
 
-/// What `/proc/PID/fd/N` has after the path of a file that has none any more.
+/// The suffix of `/proc/PID/fd/N` for a deleted file.
 const DELETED: &str = " (deleted)";
 
 /// Permission bits of a file's mode.
 const PERMISSIONS: u32 = 0o7777;
 
-/// A file without permissions for others, until it has its own.
+/// The umask while a socket is bound, until the file gets its own mode.
 const PRIVATE: Mode = Mode::from_bits_retain(0o177);
 
-/// Returns a name for messages.
+/// Returns a name in messages.
 pub(super) fn display(name: &[u8]) -> String {
     match name.split_first() {
-        None => "without name".to_owned(),
+        None => "unnamed".to_owned(),
         Some((0, rest)) => format!("@{}", String::from_utf8_lossy(rest).replace('\0', "@")),
         Some(_) => String::from_utf8_lossy(path_bytes(name)).into_owned(),
     }
@@ -64,30 +64,30 @@ fn path_bytes(name: &[u8]) -> &[u8] {
     name.split(|byte| *byte == 0).next().unwrap_or_default()
 }
 
-/// What images say of the file that a socket is bound to.
+/// The fields of a socket's entry that describe its file.
 #[derive(Debug, Default)]
 pub(super) struct NamedFile {
     pub(super) perms: Option<proto::FilePermsEntry>,
-    /// What a relative path is relative to.
+    /// The directory that a relative path is relative to.
     pub(super) dir: Option<Vec<u8>>,
     pub(super) deleted: bool,
 }
 
-/// Looks at the file that a socket is bound to by `name`, a path.
+/// Examines the file that a socket is bound to by the path `name`.
 ///
 /// # Errors
-/// [`FileError::Unsupported`] if it has another name by now; whatever fails.
+/// [`FileError::Unsupported`] if the file was renamed.
 pub(super) fn look_at_file(
     file: &Description,
     name: &[u8],
     inode: Option<(u32, u32)>,
     what: &str,
 ) -> Result<NamedFile> {
-    let step = "look at the file of";
+    let step = "examine the file of";
     let name = Path::new(OsStr::from_bytes(path_bytes(name)));
     let process = PathBuf::from(format!("/proc/{}", file.pid));
     let in_cwd = process.join("cwd").join(name);
-    // What it leads to from where the process is, unless that has changed since.
+    // The current target of the path, as the process sees it.
     let from_process = match name.strip_prefix("/") {
         Ok(rest) => process.join("root").join(rest),
         Err(_) => in_cwd,
@@ -124,7 +124,7 @@ pub(super) fn look_at_file(
     Ok(NamedFile { perms: Some(permissions(&stat)), dir: dir.map(text_of), deleted })
 }
 
-/// As [`look_at_file`], where the kernel does not open the file for us.
+/// Like [`look_at_file`], for a kernel that does not open the file of a socket for rcriu.
 fn look_from_process(
     file: &Description,
     name: &Path,
@@ -135,14 +135,14 @@ fn look_from_process(
     let found = nix::sys::stat::stat(path).ok();
     let stat = found.filter(|stat| inode.is_some_and(|(inode, _)| u64::from(inode) == stat.st_ino));
     if stat.is_none() && !name.is_absolute() {
-        let what = format!("{what}, whose file is not where the process is now");
+        let what = format!("{what}, whose file is not in the current directory of the process");
         return Err(file.unsupported(what, "run rcriu with CAP_NET_ADMIN"));
     }
     let dir = if name.is_absolute() {
         None
     } else {
         let cwd = format!("/proc/{}/cwd", file.pid);
-        Some(fs::read_link(cwd).map_err(|e| file.failed("look at the directory of")(errno(&e)))?)
+        Some(fs::read_link(cwd).map_err(|e| file.failed("read the directory of")(errno(&e)))?)
     };
     Ok(NamedFile {
         deleted: stat.is_none(),
@@ -155,8 +155,11 @@ fn look_from_process(
 }
 
 fn renamed(file: &Description, what: &str, path: &Path) -> FileError {
-    let what = format!("{what}, whose file is {} by now", path.display());
-    file.unsupported(what, "images have no place for the new name: bind it where it is to be")
+    let what = format!("{what}, whose file is now {}", path.display());
+    file.unsupported(
+        what,
+        "images cannot hold the new name: have the program bind it under that name",
+    )
 }
 
 fn permissions(stat: &FileStat) -> proto::FilePermsEntry {
@@ -167,7 +170,7 @@ fn text_of(path: PathBuf) -> Vec<u8> {
     path.into_os_string().into_encoded_bytes()
 }
 
-/// Returns the directory in which `path` is called `name`.
+/// Returns the directory in which `name` leads to `path`.
 fn without_end(path: &Path, name: &Path) -> Option<PathBuf> {
     let mut rest = path.components();
     for part in name.components().rev() {
@@ -182,22 +185,18 @@ fn errno(error: &io::Error) -> Errno {
     error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
 }
 
-/// What is to become of the file that binding makes.
+/// What happens to the file that binding a socket creates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Keep {
     /// It stays, and replaces the file of a socket that no process has open.
     Replacing,
-    /// It stays, unless there is one, which stays instead.
+    /// It stays, unless a file exists already, which then stays instead.
     Yielding,
-    /// It is removed, as it was before the dump.
+    /// It is deleted, as it was before the dump.
     Not,
 }
 
-/// Binds a socket to the name that its entry has, if it has one. Returns the file, if
-/// the name is a path.
-///
-/// # Errors
-/// [`FileError::Restore`].
+/// Binds a socket to the name in its entry, if it has one. Returns the file if the name is a path.
 pub(super) fn bind(
     fd: BorrowedFd,
     entry: &proto::UnixSkEntry,
@@ -216,7 +215,7 @@ pub(super) fn bind(
         .map(Some)
 }
 
-/// Runs in a thread of its own, because it changes its directory.
+/// Binds a socket to a path. Runs in a thread of its own, since it changes the working directory.
 fn bind_path(
     fd: BorrowedFd,
     entry: &proto::UnixSkEntry,
@@ -231,10 +230,10 @@ fn bind_path(
     if keep == Keep::Not {
         let above = dir.unwrap_or(Path::new(".")).join(path);
         make_missing(above.parent(), &mut made)
-            .map_err(|error| restored.failed("make the directory of")(errno(&error)))?;
+            .map_err(|error| restored.failed("create the directory of")(errno(&error)))?;
     }
     if let Some(dir) = dir {
-        chdir(dir).map_err(restored.failed("go to the directory of"))?;
+        chdir(dir).map_err(restored.failed("enter the directory of"))?;
     }
     let aside = make_room(path, keep, restored)?;
     let file = bind_here(fd, entry, path, restored);
@@ -266,7 +265,7 @@ fn bind_here(
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let file = open(path, flags, Mode::empty()).map_err(restored.failed("open the file of"))?;
     if let Some(perms) = &entry.file_perms {
-        let stat = fstat(&file).map_err(restored.failed("look at the file of"))?;
+        let stat = fstat(&file).map_err(restored.failed("examine the file of"))?;
         if (stat.st_uid, stat.st_gid) != (perms.uid, perms.gid) {
             let owner = (Some(Uid::from_raw(perms.uid)), Some(Gid::from_raw(perms.gid)));
             fchownat(&file, "", owner.0, owner.1, AtFlags::AT_EMPTY_PATH)
@@ -279,7 +278,7 @@ fn bind_here(
     Ok(file)
 }
 
-/// Makes the directories up to `dir` that are not there, and lists them.
+/// Creates the missing directories up to `dir`, and lists them.
 fn make_missing(dir: Option<&Path>, made: &mut Vec<PathBuf>) -> io::Result<()> {
     let Some(dir) = dir.filter(|dir| !dir.as_os_str().is_empty() && !dir.exists()) else {
         return Ok(());
@@ -290,15 +289,14 @@ fn make_missing(dir: Option<&Path>, made: &mut Vec<PathBuf>) -> io::Result<()> {
     Ok(())
 }
 
-/// Sees to it that there is no file at `path`; returns where one was moved to that
-/// has to come back.
+/// Moves or removes the file at `path`. Returns the new path of a file that must be moved back.
 fn make_room(path: &Path, keep: Keep, restored: &Subject) -> Result<Option<PathBuf>> {
     let Ok(found) = fs::symlink_metadata(path) else { return Ok(None) };
     let failed = |step| move |error: io::Error| restored.failed(step)(errno(&error));
     if keep != Keep::Replacing {
         let mut name = path.as_os_str().to_owned();
         name.push(format!(".rcriu-{}", std::process::id()));
-        fs::rename(path, &name).map_err(failed("move a file away from the name of"))?;
+        fs::rename(path, &name).map_err(failed("move aside the file at the name of"))?;
         return Ok(Some(name.into()));
     }
     let is_free = || if is_in_use(&found) { Err(Errno::EADDRINUSE) } else { Ok(()) };
@@ -311,7 +309,7 @@ fn make_room(path: &Path, keep: Keep, restored: &Subject) -> Result<Option<PathB
     Ok(None)
 }
 
-/// Whether a socket that someone has open is bound to this file.
+/// Whether an open socket is bound to this file.
 fn is_in_use(file: &fs::Metadata) -> bool {
     // The kernel's device numbers have 20 bits for the minor one (`linux/kdev_t.h`).
     let device = (libc::major(file.dev()) << 20) | libc::minor(file.dev());
@@ -324,16 +322,12 @@ fn is_in_use(file: &fs::Metadata) -> bool {
     })
 }
 
-/// Returns a name by which a socket of this file can be connected to, whatever has become
-/// of its path.
+/// Returns a name to connect to the socket of this file, even if its path is gone.
 pub(super) fn path_of(file: BorrowedFd) -> Vec<u8> {
     format!("/proc/self/fd/{}\0", file.as_raw_fd()).into_bytes()
 }
 
-/// Connects a socket to one that was bound: by its file if it has one, else by its name.
-///
-/// # Errors
-/// What `connect(2)` returns.
+/// Connects a socket to a bound one: by its file if it has one, otherwise by its name.
 pub(super) fn connect(fd: BorrowedFd, name: &[u8], file: Option<BorrowedFd>) -> nix::Result<()> {
     let path = file.map(path_of);
     socket::connect_unix(fd, path.as_deref().unwrap_or(name))
@@ -356,7 +350,7 @@ mod tests {
 
     #[test]
     fn names_are_told_apart_for_messages() {
-        assert_eq!(display(b""), "without name");
+        assert_eq!(display(b""), "unnamed");
         assert_eq!(display(b"\0a\0b"), "@a@b");
         assert_eq!(display(b"/tmp/x\0"), "/tmp/x");
         assert!(is_path(b"x\0") && !is_path(b"\0x") && !is_path(b""));

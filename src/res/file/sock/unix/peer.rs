@@ -1,16 +1,16 @@
-//! Whose credentials the ends of UNIX sockets show (`SO_PEERCRED`, `SO_PEERGROUPS`).
+//! The peer credentials of UNIX sockets (`SO_PEERCRED`, `SO_PEERGROUPS`).
 //!
-//! The kernel notes the pid, the effective ids and the groups of who calls `socketpair(2)`,
-//! `listen(2)` and `connect(2)`. A socket that listens shows its clients who called
-//! `listen(2)` last. So a helper process makes these calls that has the pid and the ids
-//! which the images have; it ends before the processes of the tree are made. The kernel keeps
-//! the pid that it had, so that the tree's process of this pid is the one that is named.
-//! `SO_PEERPIDFD` tells the helper, which is dead, from that one. Sockets that listen are
-//! given the living process ([`crate::res::file::Opener::prepare_process`]).
+//! The kernel records the pid, the effective ids and the groups of the process that calls
+//! `socketpair(2)`, `listen(2)` or `connect(2)`. To its clients, a listening socket shows the
+//! process that called `listen(2)` last. So the restore makes these calls in a helper process with
+//! the recorded pid and ids, which exits before the processes of the tree are created. The kernel
+//! keeps the pid, so that the socket names the process of the tree with that pid.
+//! `SO_PEERPIDFD`, however, returns the helper, which is dead. For listening sockets, the living
+//! process calls `listen(2)` itself ([`crate::res::file::Opener::prepare_process`]).
 //!
-//! CRIU's images do not tell whose these were: the process that has the other end is taken for
-//! who made the call. A pid that another process has by now cannot be had: the socket
-//! names the process that has it, and the log tells of it.
+//! CRIU's images do not record the credentials: the restore then uses those of the process that has
+//! the other end. If another process uses the recorded pid by now, the socket names the process
+//! that has the other end, and the log says so.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -33,28 +33,25 @@ use crate::{
     units::{HostPid, NsPid, PidMap},
 };
 
-/// An id that means none, and for calls that nothing changes.
+/// The id that stands for no user, and for "unchanged" in arguments of calls.
 const NO_ID: u32 = u32::MAX;
 
-/// Returns what a call of a process of the tree would leave.
+/// Returns the credentials that the kernel would record for a process of the tree.
 pub(super) fn of_holder(holder: &Holder) -> SkPeerEntry {
     let creds = &holder.creds;
     let pid = holder.pid.raw();
     SkPeerEntry { pid, uid: creds.euid, gid: creds.egid, groups: creds.groups.clone() }
 }
 
-/// Who makes a call.
+/// The credentials with which a call is made.
 #[derive(Clone, Debug)]
 pub(super) struct Caller {
     pub(super) peer: SkPeerEntry,
-    /// The pid to take if that one is not to be had.
+    /// The pid to use if another process has the first one.
     pub(super) instead: Option<NsPid>,
 }
 
-/// Returns the credentials of this program.
-///
-/// # Errors
-/// Those of reading `/proc`.
+/// Returns the credentials of the restorer.
 pub(super) fn own(pids: &PidMap) -> Result<SkPeerEntry> {
     let pid = HostPid(nix::unistd::getpid().as_raw());
     let status = proc::status(pid)?;
@@ -63,12 +60,12 @@ pub(super) fn own(pids: &PidMap) -> Result<SkPeerEntry> {
     Ok(SkPeerEntry { pid, uid, gid, groups: status.groups })
 }
 
-/// Adds the calls by which a process with the effective ids of `own` takes others.
+/// Adds the calls by which a process changes its effective ids from `own` to `peer`.
 pub(super) fn become_peer(own: &SkPeerEntry, peer: &SkPeerEntry, script: &mut Script) {
     change(script, peer.groups != own.groups, peer);
 }
 
-/// Adds the calls by which it goes back.
+/// Adds the calls by which it changes them back.
 pub(super) fn become_own(own: &SkPeerEntry, peer: &SkPeerEntry, script: &mut Script) {
     let arguments = [NO_ID.into(), own.uid.into(), NO_ID.into()];
     script.call("set the effective user id", libc::SYS_setresuid, &arguments);
@@ -87,11 +84,11 @@ fn change(script: &mut Script, with_groups: bool, to: &SkPeerEntry) {
     script.call("set the effective user id", libc::SYS_setresuid, &arguments);
 }
 
-/// Makes the calls that leave credentials.
+/// Makes the calls for which the kernel records credentials.
 #[derive(Debug)]
 pub(super) struct Callers {
     own: SkPeerEntry,
-    /// By pid; why there is none to be had.
+    /// Helper processes by pid, or why there cannot be one.
     helpers: HashMap<NsPid, Result<Helper, String>>,
     /// The pids of the tree.
     tree: HashSet<NsPid>,
@@ -105,29 +102,29 @@ impl Callers {
         Ok(Self { own: own(&pids)?, helpers: HashMap::new(), tree, pids })
     }
 
-    /// Whether a pid will be one of the tree.
+    /// Whether a process of the tree will have this pid.
     pub(super) fn is_of_tree(&self, pid: NsPid) -> bool {
         self.tree.contains(&pid)
     }
 
-    /// Returns the credentials of this program; helpers end.
+    /// Ends the helpers, and returns the credentials of the restorer.
     pub(super) fn into_own(self) -> SkPeerEntry {
         self.own
     }
 
-    /// Whether calls can be made with this pid.
+    /// Whether a helper can have this pid.
     pub(super) fn can_be(&mut self, pid: NsPid) -> bool {
         let place = self.helpers.entry(pid).or_insert_with(|| {
             if pid.raw() <= 0 {
-                return Err("it is of another namespace".into());
+                return Err("it belongs to another pid namespace".into());
             }
             Helper::spawn(self.pids.host(pid)).map_err(|error| with_sources(&error))
         });
         place.is_ok()
     }
 
-    /// Lets the caller make the calls that `add` adds, and then be what it was. Returns
-    /// what `result` makes of the answers; `None` if this program has to make the calls.
+    /// Has a helper with the caller's credentials make the calls that `add` adds. Returns their
+    /// result; `None` if the restorer has to make the calls itself.
     fn call<T>(
         &mut self,
         caller: Option<&Caller>,
@@ -140,10 +137,10 @@ impl Callers {
         let candidates = [Some(shown), *instead].into_iter().flatten();
         let found = candidates.clone().find(|pid| self.can_be(*pid));
         let Some(pid) = found else {
-            // Those of the tree are free now, and have to be.
+            // The restore needs the pids of the tree, so a failure to get one is an error.
             for pid in candidates.filter(|pid| self.is_of_tree(*pid)) {
                 if let Some(Err(why)) = self.helpers.get(&pid) {
-                    let problem = format!("no process {pid} can be made to {step} it: {why}");
+                    let problem = format!("no process {pid} can be created to {step} it: {why}");
                     return Err(restored.wrong(problem));
                 }
             }
@@ -165,7 +162,7 @@ impl Callers {
                 peer.uid,
                 with_sources(&error)
             );
-            // What it has become by then is not known.
+            // Its ids are undefined now: do not use it again.
             self.helpers.insert(pid, Err(with_sources(&error)));
             return Ok(None);
         }
@@ -177,17 +174,14 @@ impl Callers {
         let back = helper.run(&script);
         let failed = |error: InjectError| match error {
             InjectError::Call { source, .. } => restored.failed(step)(source),
-            other => restored.wrong(format!("cannot {step} it in a process of its own: {other}")),
+            other => restored.wrong(format!("cannot {step} it in a helper process: {other}")),
         };
         let answers = answers.map_err(failed)?;
         back.map_err(failed)?;
         Ok(Some(result(&answers)))
     }
 
-    /// Makes a pair of sockets.
-    ///
-    /// # Errors
-    /// [`FileError::Restore`].
+    /// Creates a pair of sockets.
     pub(super) fn pair(
         &mut self,
         caller: Option<&Caller>,
@@ -203,14 +197,14 @@ impl Callers {
                 0.into(),
                 place.into(),
             ];
-            script.call("make a pair of sockets", libc::SYS_socketpair, &arguments);
+            script.call("create a pair of sockets", libc::SYS_socketpair, &arguments);
             Box::new(move |answers| answers.value::<[i32; 2]>(place))
         })?;
         let Some(numbers) = made else {
             return socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC)
                 .map_err(restored.failed(step));
         };
-        // The helper has made them among the descriptors of this program.
+        // The helper shares the descriptor table of the restorer.
         let own = |number| {
             let copy = fds::duplicate(number).map_err(restored.failed("duplicate"))?;
             nix::unistd::close(number).map_err(restored.failed("close a duplicate of"))?;
@@ -219,10 +213,7 @@ impl Callers {
         Ok((own(numbers[0])?, own(numbers[1])?))
     }
 
-    /// Lets a socket listen.
-    ///
-    /// # Errors
-    /// [`FileError::Restore`].
+    /// Makes a socket listen.
     pub(super) fn listen(
         &mut self,
         caller: Option<&Caller>,
@@ -243,10 +234,7 @@ impl Callers {
             .map_err(restored.failed("listen on"))
     }
 
-    /// Connects a socket to one that listens, as [`name::connect`] does.
-    ///
-    /// # Errors
-    /// [`FileError::Restore`].
+    /// Connects a socket to a listening one, like [`name::connect`].
     pub(super) fn connect(
         &mut self,
         caller: Option<&Caller>,
@@ -261,7 +249,7 @@ impl Callers {
         let number = fd.as_raw_fd();
         let done = self.call(caller, restored, step, |script| {
             let bytes = script.bytes(&address);
-            // As this program it may use any file, and has its descriptors.
+            // With root's file system user id it may use any file. It has the restorer's descriptors.
             script.attempt(libc::SYS_setfsuid, &[0.into()]);
             let arguments = [number.into(), bytes.into(), address.len().into()];
             script.call("connect a socket", libc::SYS_connect, &arguments);
@@ -276,8 +264,8 @@ impl Callers {
 
 fn warn_of_peer(restored: &Subject, peer: &SkPeerEntry, pid: NsPid) {
     log::warn!(
-        "{}: SO_PEERCRED named process {}, which is not in the tree and whose number another \
-         process has: it will name {pid}; programs that believe this pid must be started again",
+        "{}: SO_PEERCRED named process {}, which is not in the tree, and another process has \
+         this pid now: it will name {pid}; restart programs that rely on the old pid",
         restored.object,
         peer.pid
     );

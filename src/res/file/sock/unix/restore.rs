@@ -1,21 +1,21 @@
 //! Restores UNIX sockets.
 //!
-//! All of them at once, in this order. Anything may be in their queues, so that all
-//! other files are opened between 2 and 3.
+//! The restore handles all UNIX sockets together, in this order. Their queues may contain any
+//! file, so it opens all other files between steps 2 and 3.
 //!
-//! 1. sockets that nothing else is needed for are made and bound, and listen;
-//! 2. connected pairs are made: by `socketpair(2)`, or, if an end has a name, by
-//!    connecting to a listening socket of that name, so that both ends show it;
-//! 3. datagram sockets are connected, each only after those that are connected to it:
-//!    a datagram socket that is connected accepts none but its peer;
-//! 4. queues are filled, by the socket that could have sent what is in them;
-//! 5. connections are made that wait to be accepted;
-//! 6. options are set, directions are shut down, and flags set.
+//! 1. Create and bind the sockets that need no other; start listening.
+//! 2. Create connected pairs: by `socketpair(2)` or, if an end has a name, by connecting to a
+//!    listening socket with that name, so that both ends show it.
+//! 3. Connect datagram sockets, each only after those that are connected to it: a connected
+//!    datagram socket accepts data only from its peer.
+//! 4. Fill the queues, each from a socket that could have sent the data.
+//! 5. Make the connections that wait to be accepted.
+//! 6. Set options, shut down directions, and set flags.
 //!
-//! [`super::peer`] makes the calls that give sockets the credentials of their peers.
-//! Sockets whose peers have gone get a peer that goes, with something unread if they have an
-//! error to show; but a datagram socket with a name
-//! has none afterwards, because images do not tell that from never having had one.
+//! [`super::peer`] makes the calls that give sockets the credentials of their peers. A socket whose
+//! peer is closed gets a new peer, which is closed again, with unread data if the socket has a
+//! pending error. Only a datagram socket with a name gets none, because images do not tell whether
+//! it has ever had a peer.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -50,13 +50,12 @@ use crate::{
     units::{NsPid, TargetFd},
 };
 
-/// Restores UNIX sockets.
 #[derive(Debug, Default)]
 pub(super) struct UnixOpener {
     options: Options,
     sockets: Sockets,
     own: proto::SkPeerEntry,
-    /// Sockets that processes of the tree let listen.
+    /// Sockets for which a process of the tree calls `listen(2)`.
     listening: Vec<Listening>,
 }
 
@@ -66,7 +65,7 @@ impl UnixOpener {
     }
 }
 
-/// A socket that is to show its clients a process of the tree.
+/// A listening socket that shows its clients a process of the tree.
 #[derive(Debug)]
 struct Listening {
     id: u32,
@@ -126,7 +125,7 @@ impl Opener for UnixOpener {
     }
 }
 
-/// All sockets of the images.
+/// All UNIX sockets of the images.
 #[derive(Debug, Default)]
 struct Sockets {
     all: Vec<Socket>,
@@ -139,10 +138,10 @@ impl Sockets {
         for file in entries {
             let missing = || FileError::Image {
                 id: file.id,
-                problem: "it is a UNIX socket without unix_sk_entry".into(),
+                problem: "it is a UNIX socket, but its unix_sk_entry is missing".into(),
             };
             let entry = file.usk.as_ref().ok_or_else(missing)?;
-            // Whoever restores may have put another socket in its place.
+            // Another socket may already stand in for it.
             if opened.contains(entry.id) {
                 continue;
             }
@@ -172,16 +171,16 @@ impl Sockets {
         Ok(Self { all })
     }
 
-    /// Makes the sockets that are not one end of a connected pair.
+    /// Creates the sockets that are not an end of a connected pair.
     fn make_lone(&mut self, options: Options, callers: &mut Callers) -> Result<()> {
-        // What has lost its name first, so that it is out of the way of what has it now.
+        // Sockets with a deleted file come first, so their names are free for the current owners.
         let mut order: Vec<usize> = (0..self.all.len()).collect();
         order.sort_by_key(|at| !self.all[*at].entry.deleted());
         for at in order {
             let socket = &self.all[at];
             if socket.is_external() {
                 if !options.allow_external {
-                    let problem = "it is of a program that was not dumped; use --ext-unix-sk";
+                    let problem = "it belongs to a program that was not dumped; use --ext-unix-sk";
                     return Err(socket.restored.wrong(problem));
                 }
                 continue;
@@ -200,7 +199,7 @@ impl Sockets {
                         socket.make_pair(socket.caller_shown_by(socket).as_ref(), callers)?;
                     (fd, Some(partner))
                 }
-                // Each is connected by its peer's name, unless it was a pair before it got one.
+                // Both ends connect by name, unless they were created as a pair before they were bound.
                 Link::Mutual(peer)
                     if socket.is_datagram()
                         && (peer == at
@@ -222,7 +221,7 @@ impl Sockets {
         Ok(())
     }
 
-    /// Makes pairs that are connected to each other, and ends whose other one is gone.
+    /// Creates connected pairs, and ends whose peer is closed.
     fn make_pairs(&mut self, callers: &mut Callers) -> Result<()> {
         for at in 0..self.all.len() {
             if self.all[at].fd.is_some() || self.all[at].is_external() {
@@ -243,7 +242,7 @@ impl Sockets {
                 }
                 continue;
             }
-            // The end that was accepted has the name of the socket that did it.
+            // The accepted end has the name of the listening socket.
             let accepted = self.accepted(at, peer);
             let (mine, other) = match accepted {
                 None => self.all[at].make_pair(by.as_ref(), callers)?,
@@ -262,15 +261,14 @@ impl Sockets {
         Ok(())
     }
 
-    /// Returns which of both ends is taken for the one that was accepted; `None` if
-    /// none has a name.
+    /// Returns the end that counts as the accepted one; `None` if neither has a name.
     fn accepted(&self, at: usize, peer: Option<usize>) -> Option<usize> {
         let named =
             || [Some(at), peer].into_iter().flatten().filter(|end| self.all[*end].is_named());
         named().find(|end| self.listener_of(*end).is_some()).or_else(|| named().next())
     }
 
-    /// Returns the listening socket that has the name of this end of a connection.
+    /// Returns the listening socket with the name of this end of a connection.
     fn listener_of(&self, end: usize) -> Option<usize> {
         let wanted = &self.all[end].entry;
         self.all.iter().position(|socket| {
@@ -282,7 +280,7 @@ impl Sockets {
         })
     }
 
-    /// Makes a pair one end of which was accepted; returns that one first.
+    /// Creates a pair by connecting and accepting. Returns the accepted end first.
     fn connect_and_accept(
         &mut self,
         accepted: usize,
@@ -294,7 +292,7 @@ impl Sockets {
             self.all[peer].bind(&caller, Keep::Replacing)?;
         }
         let by = self.all[accepted].restored.clone();
-        // The end that calls is shown who listens, and the other who calls.
+        // The connecting end shows the process that listens, the accepted end the one that connects.
         let calling = &self.all[peer.unwrap_or(accepted)];
         let listens = peer.and_then(|peer| self.all[accepted].caller_shown_by(&self.all[peer]));
         let calls = calling.caller_shown_by(&self.all[accepted]);
@@ -329,7 +327,7 @@ impl Sockets {
         let is_made_by_pair = |sockets: &Self, at: usize, peer: usize| {
             peer != at && !(sockets.all[at].is_named() && sockets.all[peer].is_named())
         };
-        // Which socket connects to which.
+        // The connections to make: from, to.
         let mut edges: Vec<(usize, usize)> = Vec::new();
         for (at, socket) in self.all.iter().enumerate().filter(|(_, socket)| datagrams(socket)) {
             match socket.link {
@@ -343,7 +341,7 @@ impl Sockets {
                 edges.iter().all(|(from, to)| to != at || from == at || peer == from)
             };
             let position = edges.iter().position(is_free).ok_or_else(|| {
-                self.all[edges[0].0].restored.wrong("it is in a circle of connections")
+                self.all[edges[0].0].restored.wrong("it is part of a cycle of connections")
             })?;
             let (at, peer) = edges.remove(position);
             if !matches!(self.all[at].link, Link::Mutual(_)) {
@@ -361,14 +359,14 @@ impl Sockets {
         Ok(())
     }
 
-    /// Sends a datagram socket what was queued in it, if that has not been done.
+    /// Fills the queue of a datagram socket, if that has not been done yet.
     fn fill_datagram(&mut self, at: usize, opened: &Opened) -> Result<()> {
         let queue = std::mem::take(&mut self.all[at].queue);
         if queue.is_empty() {
             return Ok(());
         }
         let socket = &self.all[at];
-        // To send something takes an error.
+        // Sending would consume a pending error of the sender.
         let caller =
             || self.all.iter().find(|other| other.link == Link::Single(at) && !other.has_error());
         let sender = match (socket.link, &socket.partner) {
@@ -400,7 +398,7 @@ impl Sockets {
         queue::send(sender, queue, &self.all[to].restored, &lookup)
     }
 
-    /// Fills the queues of connected sockets that are no datagram sockets.
+    /// Fills the queues of connected stream and seqpacket sockets.
     fn fill_streams(&mut self, opened: &Opened) -> Result<()> {
         for at in 0..self.all.len() {
             let partner = self.all[at].partner.take();
@@ -438,8 +436,8 @@ impl Sockets {
         Ok(())
     }
 
-    /// Lets sockets listen in the names of those who did, and returns those whom
-    /// processes of the tree are to let listen.
+    /// Makes sockets listen with the recorded credentials. Returns those for which a process of the
+    /// tree has to call `listen(2)` itself.
     fn listen(&self, callers: &mut Callers) -> Result<Vec<Listening>> {
         let mut left = Vec::new();
         for socket in &self.all {
@@ -468,7 +466,7 @@ impl Sockets {
             let (entry, restored) = (&socket.entry, &socket.restored);
             opts::restore(fd, &entry.opts, restored)?;
             let reuse = (entry.opts.reuseaddr, entry.opts.so_reuseport);
-            // Newer kernels do not let UNIX sockets have the second.
+            // Newer kernels do not support SO_REUSEPORT for UNIX sockets.
             opts::restore_reuse(fd, (reuse.0, reuse.1.filter(|on| *on)), restored)?;
             if let Some(how) = opts::how(entry.shutdown) {
                 shutdown(fd.as_raw_fd(), how).map_err(restored.failed("shut down"))?;
@@ -481,8 +479,7 @@ impl Sockets {
     }
 }
 
-/// Returns a datagram socket with the error that its peer leaves who goes elsewhere and has
-/// something unread.
+/// Leaves an error in a datagram socket: its peer disconnects with unread data.
 fn disconnected(fd: OwnedFd, peer: OwnedFd, restored: &Subject) -> Result<OwnedFd> {
     let failed = restored.failed("leave an error in");
     write(&fd, b"x").map_err(&failed)?;

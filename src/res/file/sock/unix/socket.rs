@@ -1,4 +1,4 @@
-//! A UNIX socket while it is restored, and how it is connected.
+//! A UNIX socket during a restore, and how it is connected.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -26,36 +26,36 @@ use crate::{
     },
 };
 
-/// How a socket is connected.
+/// How a socket is connected. Numbers are indices in the list of sockets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Link {
-    /// Not at all.
+    /// It is not connected.
     None,
     /// To a socket that is connected to it.
     Mutual(usize),
-    /// To a socket that is not.
+    /// To a socket that is not connected to it.
     Single(usize),
-    /// To the listening socket, which has not accepted it.
+    /// To a listening socket that has not accepted the connection.
     Waiting(usize),
-    /// To one that is gone.
+    /// To a socket that is closed.
     Dead,
 }
 
-/// A socket while it is restored.
+/// A UNIX socket during a restore.
 #[derive(Debug)]
 pub(super) struct Socket {
     pub(super) entry: Rc<proto::UnixSkEntry>,
     pub(super) restored: Subject,
     pub(super) link: Link,
-    /// `None` until it is made, and for external ones.
+    /// `None` until the socket is created, and for sockets outside the tree.
     pub(super) fd: Option<OwnedFd>,
     /// The file it is bound to.
     pub(super) file: Option<OwnedFd>,
-    /// The other end, where that is to go.
+    /// The other end, if it will be closed.
     pub(super) partner: Option<OwnedFd>,
     pub(super) queue: VecDeque<Packet>,
     pub(super) state: proto::SkStateEntry,
-    /// The process that has it.
+    /// A process that has it open.
     pub(super) holder: Option<Holder>,
 }
 
@@ -82,7 +82,7 @@ impl Socket {
     }
 
     pub(super) fn fd(&self) -> Result<BorrowedFd<'_>> {
-        self.fd.as_ref().map(AsFd::as_fd).ok_or_else(|| self.restored.wrong("it was not made"))
+        self.fd.as_ref().map(AsFd::as_fd).ok_or_else(|| self.restored.wrong("it was not created"))
     }
 
     pub(super) fn make(&self) -> Result<OwnedFd> {
@@ -98,13 +98,13 @@ impl Socket {
         callers.pair(by, self.kind()?, &self.restored)
     }
 
-    /// Returns who makes the calls that a process that has this socket would make.
+    /// Returns the credentials of a process that has this socket open.
     pub(super) fn caller(&self) -> Option<Caller> {
         let holder = self.holder.as_ref()?;
         Some(Caller { peer: peer::of_holder(holder), instead: None })
     }
 
-    /// As [`Self::caller`], but with the credentials that a socket shows if they are known.
+    /// Returns the credentials that `socket` shows; if they are unknown, like [`Self::caller`].
     pub(super) fn caller_shown_by(&self, socket: &Socket) -> Option<Caller> {
         let recorded = socket.state.peer.clone().map(|peer| {
             let instead = self.holder.as_ref().map(|holder| holder.pid);
@@ -113,12 +113,12 @@ impl Socket {
         recorded.or_else(|| self.caller())
     }
 
-    /// Whether its program has an error to read.
+    /// Whether the socket has a pending error.
     pub(super) fn has_error(&self) -> bool {
         self.state.error.is_some()
     }
 
-    /// Gives `fd` the name of this socket.
+    /// Binds `fd` to the name of this socket.
     pub(super) fn bind(&mut self, fd: &OwnedFd, keep: Keep) -> Result<()> {
         let keep = if self.entry.deleted() { Keep::Not } else { keep };
         self.file = name::bind(fd.as_fd(), &self.entry, keep, &self.restored)?;
@@ -131,43 +131,44 @@ impl Socket {
         name::connect(fd, name, file).map_err(by.failed("connect"))
     }
 
-    /// Lets the other end go, with something that it has not read if there is an error to
-    /// be left by that.
+    /// Closes the other end, with unread data if this socket has a pending error.
     pub(super) fn leave(&self, partner: Option<OwnedFd>) -> Result<()> {
         if self.has_error() && !self.is_datagram() {
             if partner.is_none() {
-                return Err(self.restored.wrong("it has an error, but its peer is not gone"));
+                return Err(self
+                    .restored
+                    .wrong("it has a pending error, but its peer is not closed"));
             }
             write(self.fd()?, b"x").map_err(self.restored.failed("leave an error in"))?;
         }
         Ok(())
     }
 
-    /// Returns its name and the file that it is bound to.
+    /// Returns its name and its file.
     pub(super) fn address(&self) -> (&[u8], Option<BorrowedFd<'_>>) {
         (&self.entry.name, self.file.as_ref().map(AsFd::as_fd))
     }
 }
 
-/// Returns how a socket is connected, by what its entry and that of its peer say.
+/// Returns how a socket is connected, according to its entry and that of its peer.
 pub(super) fn link(all: &[Socket], at: usize, by_inode: &HashMap<u32, usize>) -> Result<Link> {
     let socket = &all[at];
     let entry = &socket.entry;
     if entry.peer == 0 || socket.is_external() {
-        // A datagram socket counts as connected, too, if others are connected to it. Those
-        // need its name, so that one without had a peer of its own.
+        // A datagram socket also counts as connected if others are connected to it by name. So
+        // one without a name has had a peer of its own.
         let dead = entry.state == state::ESTABLISHED
             && !socket.is_external()
             && !(socket.is_datagram() && socket.is_named());
         return Ok(if dead { Link::Dead } else { Link::None });
     }
     let peer = *by_inode.get(&entry.peer).ok_or_else(|| {
-        let problem = format!("the images have no socket [{}], its peer", entry.peer);
+        let problem = format!("the images do not have its peer, socket [{}]", entry.peer);
         socket.restored.wrong(problem)
     })?;
     let other = &all[peer].entry;
     if other.r#type != entry.r#type {
-        return Err(socket.restored.wrong(format!("its peer [{}] is of another type", entry.peer)));
+        return Err(socket.restored.wrong(format!("its peer [{}] has another type", entry.peer)));
     }
     if other.peer == entry.ino {
         return Ok(Link::Mutual(peer));

@@ -1,4 +1,4 @@
-//! Sockets of the test are dumped, closed, restored, and compared.
+//! Dumps sockets of the test process, closes them, restores them, and compares.
 
 use std::{
     fs,
@@ -59,7 +59,7 @@ fn peer_name(fd: BorrowedFd) -> String {
     getpeername::<UnixAddr>(fd.as_raw_fd()).unwrap().to_string()
 }
 
-/// Returns an abstract name that nobody else has.
+/// Returns an abstract name that no other socket has.
 fn abstract_address() -> SocketAddr {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let name = format!("rcriu-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
@@ -257,7 +257,7 @@ fn connections_through_a_listening_socket_keep_their_names() {
         send(&restored.get(2), b"late");
         let (accepted, _) = listener.accept().unwrap();
         assert_eq!(receive_all(accepted.as_fd(), 10), [b"late"]);
-        // It still is where clients look for it.
+        // Clients still find the listening socket at its name.
         let client = UnixStream::connect_addr(&address).unwrap();
         let (accepted, _) = listener.accept().unwrap();
         (&client).write_all(b"new").unwrap();
@@ -301,7 +301,7 @@ fn the_file_of_a_socket_has_its_owner_and_permissions() {
     }
     let before = fs::metadata(&path).unwrap();
     let dumped = dump(vec![listener], &defaults()).unwrap();
-    // A process that another test has just forked may have the socket a moment longer.
+    // A process that another test has just forked may keep the socket open a moment longer.
     let open_in_time = || {
         for _ in 0..500 {
             if let Ok(opened) = dumped.open() {
@@ -315,7 +315,7 @@ fn the_file_of_a_socket_has_its_owner_and_permissions() {
     let after = fs::metadata(&path).unwrap();
     let facts = |found: &fs::Metadata| (found.mode(), found.uid(), found.gid());
     assert_eq!(facts(&after), facts(&before));
-    // The second time the file is that of a living socket.
+    // This time, the file belongs to an open socket.
     let error = dumped.open().unwrap_err();
     assert!(matches!(error, FileError::Restore { step: "bind", .. }), "{error:?}");
     drop(restored);
@@ -381,7 +381,7 @@ fn datagram_sockets_are_connected_as_they_were() {
     let unnamed = UnixDatagram::unbound().unwrap();
     unnamed.connect_addr(&second).unwrap_err();
     unnamed.connect_addr(&first).unwrap();
-    // From here on it takes nothing from others, to whom that makes no difference.
+    // From here on the socket accepts data only from its peer; other senders do not notice.
     server.connect_addr(&first).unwrap();
     server.send(b"self").unwrap();
     let restored = dump(vec![unnamed, named, server], &defaults()).unwrap().open().unwrap();
@@ -451,7 +451,7 @@ fn sockets_whose_peers_are_elsewhere_are_refused_by_name() {
     assert!(message.contains("is not open in the tree"), "{message}");
     (&client).write_all(b"unseen").unwrap();
     let message = refused(vec![OwnedFd::from(client), listener.into()], &defaults());
-    assert!(message.contains("with data in it that cannot be seen"), "{message}");
+    assert!(message.contains("with data in it that cannot be read"), "{message}");
 }
 
 #[test]
@@ -460,7 +460,7 @@ fn a_closed_connection_that_waits_is_refused() {
     let listener = UnixListener::bind_addr(&address).unwrap();
     drop(UnixStream::connect_addr(&address).unwrap());
     let message = refused(vec![listener], &defaults());
-    assert!(message.contains("its other end has closed"), "{message}");
+    assert!(message.contains("whose other end is closed"), "{message}");
 }
 
 #[test]
@@ -548,5 +548,5 @@ fn a_renamed_file_is_refused() {
     let listener = UnixListener::bind(dir.path().join("a")).unwrap();
     fs::rename(dir.path().join("a"), dir.path().join("b")).unwrap();
     let message = refused(vec![listener], &defaults());
-    assert!(message.contains("/b by now"), "{message}");
+    assert!(message.contains("/b now"), "{message}");
 }
