@@ -531,9 +531,9 @@ const REFUSED: &[(&str, &str)] = &[
     ("child_in_another_uts_namespace", "that is not that of process"),
     ("time_namespace_for_children", "help: run rcriu inside: nsenter -t"),
     // Looking at packets takes the error that comes first.
-    ("unix_packets_behind_an_error", "behind an error"),
+    ("unix_packets_behind_an_error", "behind an unread error"),
     // Only taking the error shows which one it is.
-    ("tcp_pending_error", "with an error that its program has not read"),
+    ("tcp_pending_error", "with an unread error"),
     ("caught_system_calls", "has its system calls caught (PR_SET_SYSCALL_USER_DISPATCH)"),
 ];
 
@@ -619,7 +619,7 @@ fn privileged_an_error_of_a_udp_socket_stays_and_is_warned_of() {
     let mut live = Live::workload("udp_pending_error");
     live.dump_running(&[]);
     let log = fs::read_to_string(live.images().join("dump.log")).unwrap();
-    assert!(log.contains("has an error that its program has not read"), "{log}");
+    assert!(log.contains("has an unread error"), "{log}");
     live.verdict();
 }
 
@@ -695,7 +695,7 @@ fn privileged_link_remaps_leave_names_alone_that_are_taken() {
     let mut live = shell("echo text >file; ln file other; exec 3<>file; rm file");
     live.dump_running(&["--link-remap"]);
     let log = fs::read_to_string(live.images().join("dump.log")).unwrap();
-    assert!(log.contains("is taken away again"), "{log}");
+    assert!(log.contains("removing the link remap"), "{log}");
     for number in 0..40 {
         fs::write(live.path(&format!("link_remap.{number}")), "of another").unwrap();
     }
@@ -713,7 +713,7 @@ fn privileged_link_remaps_leave_names_alone_that_are_taken() {
     let output = live.try_restore(&["--link-remap"]);
     let words = String::from_utf8_lossy(&output.stderr).into_owned();
     let place = format!("descriptor 3 of process {}", live.root);
-    assert!(words.contains(&place) && words.contains("is gone"), "{words}");
+    assert!(words.contains(&place) && words.contains("does not exist"), "{words}");
 }
 
 /// A restore could not write the bytes of such a file.

@@ -1,8 +1,8 @@
-//! Files that have lost their names, while dumping.
+//! Dumps deleted files.
 //!
-//! A file without any name left is a *ghost*: its bytes go into the images. One
-//! that has another name somewhere, or came to have one through `/proc`, is given a
-//! new one beside the old, which stays until the tree has been restored.
+//! A file without any name is a *ghost*: the images hold its contents. A file that has another
+//! name somewhere, or that was linked again through `/proc`, gets a *link remap*: a new name in
+//! the directory of the old one. The restore removes it.
 
 use std::{
     collections::HashMap,
@@ -35,16 +35,16 @@ use crate::{
     units::BLOCK_BYTES,
 };
 
-/// From this size on, ghosts are written in chunks, without their holes.
+/// Ghosts of at least this size are stored as chunks, without their holes.
 const CHUNKED_FROM_BYTES: u64 = 3 * 4096;
 
-/// Bits of a minor number in the kernel's own form.
+/// The bits of a minor number in the kernel's device numbers.
 const MINOR_BITS: u32 = 20;
 
-/// Bytes copied at a time.
+/// The size of the copy buffer.
 const COPY_BYTES: usize = 1 << 20;
 
-/// A file whose bytes go into the images.
+/// A file whose contents go into the images.
 #[derive(Debug)]
 struct Ghost {
     id: u32,
@@ -53,7 +53,7 @@ struct Ghost {
     name: Vec<u8>,
 }
 
-/// Files without names of a tree.
+/// The deleted files of a tree.
 #[derive(Debug, Default)]
 pub struct Lost {
     options: Options,
@@ -64,7 +64,7 @@ pub struct Lost {
     links: Links,
 }
 
-/// Names that were given to files, and that are taken away when this is dropped.
+/// Link remaps, which are removed when this is dropped.
 #[derive(Debug, Default)]
 struct Links(Vec<PathBuf>);
 
@@ -74,16 +74,15 @@ impl Lost {
         Self { options: *options, external: external.clone(), ..Self::default() }
     }
 
-    /// Whether who restores will provide this object.
+    /// Whether the user will provide this object for the restore.
     pub(in crate::res::file) fn is_external(&self, name: &str) -> bool {
         self.external.contains(name)
     }
 
-    /// Enters a file without any name, of which `files.img` will have an entry
-    /// with the number `id`.
+    /// Enters a ghost file, whose entry in `files.img` will have the number `id`.
     ///
     /// # Errors
-    /// [`FileError::Unsupported`] if it is too large.
+    /// [`FileError::Unsupported`] if it exceeds `--ghost-limit`, or is a socket or block device.
     pub(in crate::res::file) fn ghost(
         &mut self,
         file: &Description,
@@ -105,7 +104,7 @@ impl Lost {
         if file.is_type(libc::S_IFREG) && bytes > self.options.limit_bytes {
             let limit = self.options.limit_bytes;
             let what = format!(
-                "the deleted file {shown}, which has {bytes} bytes, the limit being {limit}"
+                "the deleted file {shown}, whose {bytes} bytes exceed the limit of {limit}"
             );
             return Err(file.unsupported(what, "raise the limit with --ghost-limit"));
         }
@@ -130,11 +129,8 @@ impl Lost {
         self.remaps.push(proto::RemapFilePathEntry { orig_id, remap_id, remap_type });
     }
 
-    /// Writes the images of them all. Files are read here, so that the tree must
-    /// still be stopped.
-    ///
-    /// # Errors
-    /// [`FileError::Images`].
+    /// Writes the images of all deleted files. Reads the ghost files, so the tree must still be
+    /// stopped.
     pub fn write(&self, images: &SnapshotWriter) -> Result<()> {
         for ghost in &self.ghosts {
             ghost.write(images)?;
@@ -145,20 +141,19 @@ impl Lost {
         Ok(())
     }
 
-    /// Leaves the names that were given to files, which are otherwise taken away
-    /// again when the table is dropped. To be called when the snapshot is complete
-    /// and the tree does not go on.
+    /// Keeps the link remaps, which are otherwise removed when the table is dropped. Call it when
+    /// the snapshot is complete and the tree does not resume.
     pub fn keep_links(&mut self) {
         self.links.0.clear();
     }
 
-    /// Says which names are taken away again although a restore needs them.
+    /// Warns about link remaps that a restore needs and that are about to be removed.
     pub fn warn_of_links(&self) {
         for link in &self.links.0 {
             log::warn!(
-                "{}: this name of a file that has lost its own is taken away again, as the tree \
-                 runs on, and a restore of this snapshot needs it; copy the file system in a \
-                 post-dump action, or dump without -R",
+                "removing the link remap {} of a deleted file, because the tree resumes, although a \
+                 restore of this snapshot needs it; copy the file system in a post-dump action, or \
+                 dump without -R",
                 link.display()
             );
         }
@@ -175,11 +170,11 @@ impl Drop for Links {
     }
 }
 
-/// Gives a file that has lost its name `name` another one, in the same directory
-/// or one above it.
+/// Gives a deleted file that still has other names a link remap in the directory of `name`, or in
+/// the nearest one above that exists.
 ///
 /// # Errors
-/// [`FileError::Unsupported`] if that was not allowed; what `linkat(2)` returns.
+/// [`FileError::Unsupported`] without `--link-remap`.
 pub(in crate::res::file) fn link(
     file: &Description,
     name: &[u8],
@@ -187,22 +182,25 @@ pub(in crate::res::file) fn link(
     intake: &mut dyn Intake,
 ) -> Result<()> {
     if !intake.lost().options.link_remap {
-        let what = format!("the file {}, which has lost this name", String::from_utf8_lossy(name));
-        return Err(file.unsupported(what, "allow it to be given another name with --link-remap"));
+        let what =
+            format!("the file {}, which no longer has this name", String::from_utf8_lossy(name));
+        return Err(
+            file.unsupported(what, "allow rcriu to link it under another name with --link-remap")
+        );
     }
     let mut dir = Path::new(OsStr::from_bytes(name)).parent();
     let (link_id, path) = loop {
         let Some(at) = dir else {
-            return Err(file.failed("give another name to")(Errno::ENOENT));
+            return Err(file.failed("link a new name to")(Errno::ENOENT));
         };
-        // Other dumps may have left such names there.
+        // Other dumps may have left link remaps there.
         let ids = std::iter::repeat_with(|| intake.new_id());
         let (link_id, path) = ids
             .map(|id| (id, at.join(link_name(id))))
             .find(|(_, path)| path.symlink_metadata().is_err())
             .expect("there are fewer files than numbers");
-        // As with CRIU: by the descriptor, which needs CAP_DAC_READ_SEARCH, or else
-        // through /proc.
+        // Like CRIU: link by the descriptor, which needs CAP_DAC_READ_SEARCH, or else through
+        // /proc.
         let by_descriptor = linkat(&file.fd, "", AT_FDCWD, &path, AtFlags::AT_EMPTY_PATH);
         let linked = by_descriptor.or_else(|_| {
             let source = descriptor::path_of(file.fd.as_fd());
@@ -210,10 +208,10 @@ pub(in crate::res::file) fn link(
         });
         match linked {
             Ok(()) => break (link_id, path),
-            // The directory is gone too, or on an overlay the file itself is.
+            // The directory is deleted as well; or on an overlay, the file itself is.
             Err(Errno::ENOENT) if !at.exists() => dir = at.parent(),
             Err(Errno::ENOENT) => return intake.lost().ghost(file, name, id),
-            Err(errno) => return Err(file.failed("give another name to")(errno)),
+            Err(errno) => return Err(file.failed("link a new name to")(errno)),
         }
     };
     let entry = proto::RegFileEntry {
@@ -233,14 +231,14 @@ pub(in crate::res::file) fn link(
     Ok(())
 }
 
-/// Returns a device in the kernel's own form (`linux/kdev_t.h`), as images have
-/// that of a ghost's file system, though not that of a device file.
+/// Returns a device number in the kernel's own form (`linux/kdev_t.h`). The images use it for the
+/// file system of a ghost, but not for a device file.
 fn kernel_device(device: u64) -> u32 {
     let number = major(device) << MINOR_BITS | minor(device);
     u32::try_from(number).unwrap_or(u32::MAX)
 }
 
-/// Returns what microseconds leave of a time, in nanoseconds.
+/// Returns the nanoseconds of a time that its microseconds do not hold.
 fn below_microsecond(nanoseconds: i64) -> Option<u32> {
     u32::try_from(nanoseconds % 1000).ok().filter(|rest| *rest != 0)
 }
@@ -336,7 +334,7 @@ impl Ghost {
         while offset < end {
             let wanted = usize::try_from(end - offset).unwrap_or(COPY_BYTES).min(COPY_BYTES);
             match file.read_at(&mut buffer[..wanted], offset) {
-                // It was cut short by someone who is not stopped.
+                // A process that is not stopped has truncated the file.
                 Ok(0) => return Err(self.unreadable(Errno::ENODATA)),
                 Ok(bytes) => {
                     image.raw(&buffer[..bytes])?;

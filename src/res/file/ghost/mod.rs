@@ -1,4 +1,4 @@
-//! Files that have lost their names: `ghost-file-N.img` and `remap-fpath.img`.
+//! Deleted files that the tree has open: `ghost-file-N.img` and `remap-fpath.img`.
 
 mod dump;
 mod restore;
@@ -34,8 +34,7 @@ impl Default for Options {
     }
 }
 
-/// Returns the name that a dump gives to a file which has lost its own, whose entry in the
-/// images is to have the number `id`; the same as CRIU.
+/// Returns the name of the link remap whose entry has the number `id`, as CRIU names it.
 fn link_name(id: u32) -> String {
     format!("link_remap.{id}")
 }

@@ -1,8 +1,8 @@
-//! Files that have lost their names, while restoring.
+//! Restores deleted files.
 //!
-//! A ghost is made under the name that it had, opened once for each description of
-//! it, and loses the name again at once, so that nothing is left of it if this
-//! program is killed. One that never had a name gets none.
+//! The restore creates a ghost file under its old name, opens it once for each description, and
+//! deletes the name at once, so that no file is left behind if rcriu is killed. A ghost that
+//! never had a name (`O_TMPFILE`) gets none.
 
 use std::{
     collections::HashMap,
@@ -39,33 +39,33 @@ use crate::{
     sys::xattr,
 };
 
-/// Permissions and the like.
+/// The mode without the file type.
 const PERMISSIONS: u32 = 0o7777;
 
-/// Permissions of directories that are made for a moment.
+/// The mode of directories that exist only while a name in them does.
 const DIRECTORY_MODE: u32 = 0o700;
 
-/// A ghost that was made.
+/// A ghost file that the restore has recreated.
 #[derive(Debug)]
 struct RevivedGhost {
-    /// A descriptor that only names it.
+    /// An `O_PATH` descriptor.
     object: OwnedFd,
     is_link: bool,
-    /// Descriptions that nobody has taken yet, by the numbers of their entries.
+    /// Descriptions not handed out yet, by the numbers of their entries.
     unused: HashMap<u32, OwnedFd>,
 }
 
-/// Files without names of a snapshot.
+/// The deleted files that the restore has recreated.
 #[derive(Debug, Default)]
 pub struct Revived {
     remaps: Option<HashMap<u32, Remap>>,
     ghosts: HashMap<u32, RevivedGhost>,
-    /// Files that were found under the names that a dump gave them, by the numbers of the
-    /// entries that name them: device and inode.
+    /// Device and inode of the files found under their link remaps, by the number of the entry
+    /// with the link remap.
     linked: HashMap<u32, (u64, u64)>,
 }
 
-/// Reads which entries have lost their names.
+/// Reads the remap of each deleted file.
 fn read(images: &dyn ImageStore) -> Result<HashMap<u32, Remap>> {
     let entries = images.messages_if_any::<proto::RemapFilePathEntry>(Kind::RemapFpath, 0)?;
     let mut remaps = HashMap::new();
@@ -83,7 +83,7 @@ fn remaps(opened: &mut Opened) -> Result<&HashMap<u32, Remap>> {
     Ok(opened.revived.remaps.as_ref().expect("it was read"))
 }
 
-/// Opens the file of an entry that has lost its name; `None` if it has not.
+/// Opens the file of an entry if it was deleted; returns `None` if it was not.
 pub(in crate::res::file) fn open(
     entry: &proto::RegFileEntry,
     flags: u32,
@@ -94,7 +94,7 @@ pub(in crate::res::file) fn open(
         None => Ok(None),
         Some(Remap::Process(pid)) => {
             let problem = format!(
-                "it is {} of process {pid}, which had ended, and is not restored",
+                "it is {}, but process {pid} had exited before the dump and is not restored",
                 String::from_utf8_lossy(&entry.name)
             );
             Err(FileError::image(entry.id, problem))
@@ -103,10 +103,9 @@ pub(in crate::res::file) fn open(
             let source = linked(opened, entry.id, other)?;
             if lstat(&source) == Err(Errno::ENOENT) {
                 let problem = format!(
-                    "the link remap {} is gone, which --link-remap gave the file when it was \
-                     dumped; a dump removes its link remaps if the tree runs on\nhelp: restore \
-                     from a copy of the file system that a post-dump action made while it was \
-                     there",
+                    "{}, the link remap of the file, does not exist; a dump removes its link remaps if \
+                     the tree resumes\nhelp: restore from a copy of the file system that a post-dump \
+                     action made while it existed",
                     source.display()
                 );
                 return Err(FileError::image(entry.id, problem));
@@ -141,19 +140,21 @@ pub(in crate::res::file) fn open(
 
 fn linked(opened: &Opened, id: u32, other: u32) -> Result<PathBuf> {
     let entry = opened.entries.get(&other).and_then(|entry| entry.reg.as_ref());
-    let missing =
-        || FileError::image(id, format!("it has lost its name to file {other:#x}, which is none"));
+    let missing = || {
+        FileError::image(
+            id,
+            format!("its link remap is file {other:#x}, which files.img does not have"),
+        )
+    };
     Ok(PathBuf::from(OsStr::from_bytes(&entry.ok_or_else(missing)?.name)))
 }
 
-/// Removes the names that files were given when they were dumped. To be called
-/// when the restore has succeeded: without the names there can be no other.
+/// Removes the link remaps. Call it when the restore has succeeded: a second restore would find
+/// no link remaps.
 ///
-/// What an image names is not trusted: a name is removed only if it is one that a dump
-/// gives to the entry which has it, and still leads to the file that was restored.
-///
-/// # Errors
-/// [`FileError::Image`]; names that are gone already are none.
+/// Images are untrusted, so a file is removed only if its name is that of the link remap of its
+/// entry, and if it still is the file that was restored. Link remaps that no longer exist are
+/// not an error.
 pub fn remove_links(opened: &mut Opened) -> Result<()> {
     let linked_to: Vec<(u32, u32)> = remaps(opened)?
         .iter()
@@ -174,7 +175,7 @@ pub fn remove_links(opened: &mut Opened) -> Result<()> {
         let is_given = path.file_name() == Some(OsStr::new(&link_name(other)));
         if !is_given || restored != Some(&(found.st_dev, found.st_ino)) {
             log::warn!(
-                "{} stays, although the images call it a name that a dump has given\nhelp: remove it if \
+                "not removing {}, which the images call a link remap: it is another file\nhelp: remove it if \
                  no program needs it",
                 path.display()
             );
@@ -190,8 +191,7 @@ pub fn remove_links(opened: &mut Opened) -> Result<()> {
     Ok(())
 }
 
-/// A name that a file has until this is dropped, with the directories that it
-/// takes.
+/// A name that a file has until this is dropped, with the directories created for it.
 struct TemporaryName {
     path: PathBuf,
     directories: Vec<PathBuf>,
@@ -199,7 +199,7 @@ struct TemporaryName {
 }
 
 impl TemporaryName {
-    /// Makes something at `path`, or if that is taken, at `path` with `suffix`.
+    /// Has `make` create a file at `path` or, if that exists, at `path` with `suffix`.
     fn give(
         path: &[u8],
         suffix: &str,
@@ -253,7 +253,7 @@ impl Drop for TemporaryName {
     }
 }
 
-/// Makes a ghost, which `first` is an entry of, and opens it for all its entries.
+/// Creates a ghost file and opens it for all its entries; `first` is one of them.
 fn make(ghost: u32, first: &proto::RegFileEntry, opened: &mut Opened) -> Result<RevivedGhost> {
     let mut image = opened.images.image(Kind::GhostFile, ghost.into())?;
     let Some(entry) = image.next_message::<proto::GhostFileEntry>()? else {
@@ -271,7 +271,7 @@ fn make(ghost: u32, first: &proto::RegFileEntry, opened: &mut Opened) -> Result<
     name.is_directory = format == libc::S_IFDIR;
     let only_name = (libc::O_PATH | libc::O_NOFOLLOW).cast_unsigned();
     let object = descriptor::open(name.bytes(), only_name).map_err(failed("open"))?;
-    // Somebody else may be able to write to that directory.
+    // Another process may be able to write to the directory: check the file.
     let found = fstat(&object).map_err(failed("look at"))?;
     let is_new = format != libc::S_IFREG || (found.st_size, found.st_nlink) == (0, 1);
     if found.st_mode & libc::S_IFMT != format || !is_new {
@@ -293,7 +293,7 @@ fn make(ghost: u32, first: &proto::RegFileEntry, opened: &mut Opened) -> Result<
     Ok(RevivedGhost { object, is_link: format == libc::S_IFLNK, unused })
 }
 
-/// Returns the entries that lead to a ghost.
+/// Returns the entries of the descriptions of a ghost file.
 fn users(ghost: u32, opened: &Opened) -> impl Iterator<Item = &proto::RegFileEntry> {
     let remaps = opened.revived.remaps.as_ref();
     let is_of_it = move |id| remaps.and_then(|remaps| remaps.get(id)) == Some(&Remap::Ghost(ghost));
@@ -301,8 +301,8 @@ fn users(ghost: u32, opened: &Opened) -> impl Iterator<Item = &proto::RegFileEnt
     entries.filter_map(|entry| entry.reg.as_ref())
 }
 
-/// Makes a ghost that never had a name (`O_TMPFILE`) and can be given one; `None` if it
-/// is none of these, or the file system cannot make any.
+/// Creates a ghost that never had a name (`O_TMPFILE`) and may be given one. Returns `None` for any
+/// other ghost, and on a file system without `O_TMPFILE`.
 fn make_linkable(
     ghost: u32,
     entry: &proto::GhostFileEntry,
@@ -320,7 +320,7 @@ fn make_linkable(
         Err(errno) => {
             let name = String::from_utf8_lossy(&first.name);
             log::warn!(
-                "the file {name}, which has no name, cannot be given one any more (linkat(2)): \
+                "the unnamed file {name} can no longer be given a name (linkat(2)): O_TMPFILE: \
                  {errno}"
             );
             return Ok(None);
@@ -333,7 +333,7 @@ fn make_linkable(
     Ok(Some(RevivedGhost { object, is_link: false, unused: HashMap::from([(user.id, own)]) }))
 }
 
-/// Opens a ghost that has the name `name` for an entry which may have another.
+/// Opens a ghost file, now at `name`, under the name of the entry `user`.
 fn open_as(
     name: &TemporaryName,
     user: &proto::RegFileEntry,
@@ -345,7 +345,7 @@ fn open_as(
     let link = |path: &Path| linkat(AT_FDCWD, &name.path, AT_FDCWD, path, AtFlags::empty());
     match TemporaryName::give(&user.name, ".cr_link", link) {
         Ok(other) => descriptor::open(other.bytes(), user.flags).map(Some),
-        // Its place may be on another file system: then it has the first one's name.
+        // That name may be on another file system: then the description shows the first one.
         Err(_) => Ok(None),
     }
 }
@@ -390,13 +390,14 @@ fn fill(
             file.write_all(bytes).map_err(failed)
         });
     }
-    let size =
-        entry.size.ok_or_else(|| FileError::image(first.id, "a deleted file without size"))?;
+    let size = entry.size.ok_or_else(|| {
+        FileError::image(first.id, "it is a deleted file in chunks, but its size is missing")
+    })?;
     file.set_len(size).map_err(failed)?;
     while let Some(chunk) = image.next_message::<proto::GhostChunkEntry>()? {
         if chunk.off.checked_add(chunk.len).is_none_or(|end| end > size) {
             let problem = format!(
-                "its bytes from {:#x} to {:#x} lie behind its end, {size:#x}",
+                "its bytes from {:#x} to {:#x} are beyond its end, {size:#x}",
                 chunk.off,
                 chunk.off.saturating_add(chunk.len)
             );
@@ -412,11 +413,11 @@ fn fill(
     Ok(())
 }
 
-/// Gives a ghost, which was called `name`, its owner, mode, attributes and times.
+/// Sets owner, mode, extended attributes and times of a ghost file; `name` is its old name.
 fn adjust(object: BorrowedFd, entry: &proto::GhostFileEntry, name: &[u8]) -> nix::Result<()> {
     let (uid, gid) = (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid));
     fchownat(object, "", Some(uid), Some(gid), AtFlags::AT_EMPTY_PATH)?;
-    // Through /proc, which leads to the object itself, a link too.
+    // The path in /proc leads to the object itself, even if it is a symbolic link.
     let path = descriptor::path_of(object);
     if entry.mode & libc::S_IFMT != libc::S_IFLNK {
         let mode = Mode::from_bits_truncate(entry.mode & PERMISSIONS);

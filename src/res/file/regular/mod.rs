@@ -1,5 +1,5 @@
-//! RegularFiles that are opened by path: regular files, directories, harmless devices, and
-//! descriptors that only name a file.
+//! Files that are opened by path: regular files, directories, devices without state, and `O_PATH`
+//! descriptors of any file.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -14,7 +14,6 @@ use super::{
 };
 use crate::image::proto::{self, FdTypes};
 
-/// The kind's row.
 pub(super) const KIND: FileKind = FileKind {
     name: "file",
     types: &[FdTypes::Reg],
@@ -25,7 +24,7 @@ pub(super) const KIND: FileKind = FileKind {
 
 /// The major number of memory devices (`include/uapi/linux/major.h`).
 const MEM_MAJOR: u64 = 1;
-/// Memory devices without any state: null, zero, full, random and urandom
+/// Minor numbers of the memory devices without state: null, zero, full, random and urandom
 /// (`drivers/char/mem.c`).
 const HARMLESS_DEVICES: [u64; 5] = [3, 5, 7, 8, 9];
 
@@ -33,13 +32,13 @@ struct RegularFiles;
 
 impl Collector for RegularFiles {
     fn claims(&self, file: &Description) -> bool {
-        // What is elsewhere than on a file system belongs to other kinds.
+        // Files without a path belong to other kinds.
         if file.link.first() != Some(&b'/') && !file.link.starts_with(b"(unreachable)") {
             return false;
         }
         match file.stat.st_mode & libc::S_IFMT {
             _ if descriptor::is_path(file.flags) => true,
-            // Terminals were claimed before.
+            // Terminals have a kind of their own, which comes earlier.
             libc::S_IFREG | libc::S_IFDIR | libc::S_IFLNK | libc::S_IFBLK | libc::S_IFCHR => true,
             _ => false,
         }
@@ -101,7 +100,7 @@ impl Opener for RegularFiles {
     }
 
     fn complete(&self, entry: &proto::FileEntry, opened: &Opened) -> Result<()> {
-        // The kernel writes down what the file shows up to there.
+        // To find the position, the kernel generates the contents up to it, so they must be final.
         position(opened.get(entry.id)?, inner(entry)?)
     }
 }
@@ -118,7 +117,7 @@ fn open_positioned(file: &proto::RegFileEntry, opened: &mut Opened) -> Result<Ow
 }
 
 fn inner(entry: &proto::FileEntry) -> Result<&proto::RegFileEntry> {
-    let missing = || FileError::image(entry.id, "it is a file without its entry");
+    let missing = || FileError::image(entry.id, "it is a regular file, but its entry is missing");
     entry.reg.as_ref().ok_or_else(missing)
 }
 

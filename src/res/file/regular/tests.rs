@@ -105,7 +105,7 @@ fn a_deleted_file_comes_back_with_its_bytes_and_holes() {
     assert_eq!(&read, b"\0data\0");
     assert_eq!(count(dir.path()), 0);
 
-    // The same inode for who maps the file.
+    // A mapping of the file shows the same inode.
     let entry = restored.entry(3).reg.clone().unwrap();
     let inode = stat(&restored.get(3)).st_ino;
     let mut opened = restored.into_opened();
@@ -187,8 +187,7 @@ fn a_file_with_another_name_is_linked_and_the_link_removed() {
         let _ = fs::remove_file(&path);
     }
 
-    // What an image calls such a name is removed only if a dump can have given it to this
-    // very file.
+    // The restore removes a link remap only if a dump can have created it for this very file.
     let keepsake = dir.path().join("keepsake");
     for renamed in [true, false] {
         let restored = make(true).restore();
@@ -209,7 +208,7 @@ fn a_file_with_another_name_is_linked_and_the_link_removed() {
     }
     fs::remove_file(&keepsake).unwrap();
 
-    // A dump that fails leaves no link.
+    // A dump that fails leaves no link remap.
     let tree = make(true);
     tree.collect_and_drop();
     assert_eq!(count(dir.path()), 1);

@@ -1,4 +1,4 @@
-//! Dumping terminals.
+//! Dumps terminals.
 
 use std::{collections::BTreeMap, os::unix::fs::MetadataExt};
 
@@ -19,7 +19,7 @@ use crate::{
     units::{HostPid, TargetFd},
 };
 
-// Numbers of CRIU for terminals that have none of their own; pairs have less.
+// CRIU's indices of terminals that are not part of a pair; those of pairs are lower.
 const MAX_PTY_INDEX: u32 = 1000;
 const CONSOLE_INDEX: u32 = 1002;
 const VT_INDEX: u32 = 1004;
@@ -28,15 +28,15 @@ const SERIAL_INDEX: u32 = 1010;
 const EXTERNAL_INDEX: u32 = 1013;
 const EXTERNAL_INDEX_MAX: u32 = 1076;
 
-/// What helps if a terminal is outside of the tree.
+/// The help for a terminal outside the tree.
 const SHELL_JOB: &str = "dump with --shell-job, and restore it on the terminal that rcriu runs on";
 
-/// Who has a terminal open, for messages.
+/// A process that has a terminal open, for messages.
 struct OpenTerminal {
     pid: HostPid,
     fd: TargetFd,
     name: String,
-    /// How many bytes are queued that can be read from it.
+    /// The number of bytes queued for reading.
     queued: u32,
 }
 
@@ -121,7 +121,10 @@ impl Terminals {
         if is_external(file, &self.external) {
             let index = EXTERNAL_INDEX + self.externals;
             if index > EXTERNAL_INDEX_MAX {
-                return Err(file.unsupported("one external terminal too many", "close some"));
+                return Err(file.unsupported(
+                    "an external terminal beyond the number that images can hold",
+                    "close some",
+                ));
             }
             self.externals += 1;
             return Ok((index << 1, TtyType::ExtTty, index));
@@ -129,7 +132,7 @@ impl Terminals {
         let role = Role::of(file.stat.st_rdev).expect("it was claimed");
         let index = match role {
             Role::Master => tty::ask(fd(file), Question::Index)
-                .map_err(file.failed("read the number of"))?
+                .map_err(file.failed("read the index of"))?
                 .cast_unsigned(),
             Role::Slave(index) => index,
             Role::Console => CONSOLE_INDEX,
@@ -144,8 +147,7 @@ impl Terminals {
         Ok((index << 1 | u32::from(role == Role::Master), role.tty_type(), index))
     }
 
-    /// Refuses terminals whose other end is outside of the tree, if that was not
-    /// allowed.
+    /// Rejects pairs whose other end is outside the tree, unless `--shell-job` allows one.
     fn check(&self) -> Result<()> {
         let is_pair = |info: &proto::TtyInfoEntry| info.pty.is_some();
         let is_alone = |info: &proto::TtyInfoEntry| {
@@ -157,20 +159,20 @@ impl Terminals {
         let mut alone = self.infos.values().filter(|(info, _)| is_alone(info));
         if let Some((_, holder)) = alone.next() {
             if !self.options.shell_job {
-                let what = "whose other end is outside of the tree";
+                let what = "whose other end is outside the tree";
                 return Err(holder.unsupported(what, SHELL_JOB));
             }
             if let Some((_, holder)) = alone.next() {
-                let what = "the second whose other end is outside of the tree";
-                return Err(holder.unsupported(what, "one is possible: close the other"));
+                let what = "the second one whose other end is outside the tree";
+                return Err(holder.unsupported(what, "at most one is supported: close the other"));
             }
         }
-        // The others are made anew.
+        // The restore creates the other pairs anew, so bytes queued in them would be lost.
         for (info, holder) in self.infos.values() {
             let is_ours = is_pair(info) && !is_alone(info);
             if is_ours && holder.queued > 0 {
-                let what = format!("in which {} bytes wait to be read", holder.queued);
-                let help = "let the program read them, or read the master, and try again";
+                let what = format!("in which {} bytes are queued", holder.queued);
+                let help = "have the program read them, or read the master, then try again";
                 return Err(holder.unsupported(&what, help));
             }
         }
@@ -179,14 +181,14 @@ impl Terminals {
             other.id != info.id && other.sid == info.sid && info.sid != 0 && !is_alone(other)
         });
         if !is_ours && !self.options.shell_job {
-            let what = "which stands for one that no process of the tree has open";
+            let what = "which stands for a terminal that no process of the tree has open";
             return Err(holder.unsupported(what, SHELL_JOB));
         }
         Ok(())
     }
 }
 
-/// Returns who owns the slave of a master, which perhaps nobody has open.
+/// Returns the owner of the slave of a master, which no process may have open.
 fn slave_owner(file: &Description, index: u32) -> Option<proto::InodeOwnerEntry> {
     let stat = std::fs::metadata(slave_path(&file.link, index)).ok()?;
     let is_it = Role::of(stat.rdev()) == Some(Role::Slave(index));
@@ -197,7 +199,7 @@ fn slave_owner(file: &Description, index: u32) -> Option<proto::InodeOwnerEntry>
     })
 }
 
-/// Whether a device is one that is dumped as a terminal.
+/// Whether a device is dumped as a terminal.
 fn is_terminal(file: &Description, external: &External) -> bool {
     let is_known = || Role::of(file.stat.st_rdev).is_some();
     file.is_type(libc::S_IFCHR) && (is_known() || is_external(file, external))
@@ -211,8 +213,7 @@ fn fd(file: &Description) -> std::os::fd::BorrowedFd<'_> {
     std::os::fd::AsFd::as_fd(&file.fd)
 }
 
-/// Returns the session that a terminal controls, and the group in the foreground;
-/// 0 for none.
+/// Returns the session that a terminal controls, and its foreground process group; 0 for none.
 fn session(file: &Description) -> Result<[HostPid; 2]> {
     const NONE: HostPid = HostPid(0);
     let ask = |question| match tty::ask(fd(file), question) {
@@ -224,7 +225,8 @@ fn session(file: &Description) -> Result<[HostPid; 2]> {
     if asked.0 > 0 && Role::of(file.stat.st_rdev) == Some(Role::Master) {
         return Ok([asked, ask(Question::Foreground)?]);
     }
-    // The others tell only who has them as controlling terminal.
+    // Other terminals tell it only to a process of the session: use the controlling terminal in
+    // /proc/PID/stat.
     let stat = proc::stat(file.pid)?;
     let is_it = u64::from(stat.tty_nr) == file.stat.st_rdev
         || stat.tty_nr != 0 && Role::of(file.stat.st_rdev) == Some(Role::Controlling);
@@ -234,12 +236,12 @@ fn session(file: &Description) -> Result<[HostPid; 2]> {
     Ok([stat.session, stat.tpgid])
 }
 
-/// Returns how many bytes can be read from a terminal.
+/// Returns the number of bytes that can be read from a terminal.
 fn queued(file: &Description, info: &proto::TtyInfoEntry) -> Result<u32> {
     if info.termios.is_none() || info.pty.is_none() {
         return Ok(0);
     }
-    // Asking for events brings in what is on its way.
+    // poll(2) makes the kernel deliver bytes that are on their way.
     descriptor::events(fd(file)).map_err(file.failed("poll"))?;
     fds::readable_bytes(fd(file)).map_err(file.failed("count what is queued in"))
 }
@@ -257,7 +259,7 @@ fn info(file: &Description, id: u32, tty_type: TtyType, index: u32) -> Result<pr
         ..Default::default()
     };
     match modes(file, &mut info) {
-        // Hung up: there is nothing more to be known.
+        // The terminal is hung up: the kernel reports nothing more.
         Err(Errno::EIO) => (info.termios, info.termios_locked, info.winsize) = (None, None, None),
         result => result.map_err(file.failed("read the modes of"))?,
     }
@@ -296,7 +298,7 @@ fn termios_entry(modes: &Termios) -> proto::TermiosEntry {
         c_cflag: modes.control,
         c_lflag: modes.local,
         c_line: modes.line.into(),
-        // The speeds are in the control modes, too.
+        // The control modes also hold the speeds.
         c_ispeed: 0,
         c_ospeed: 0,
         c_cc: pack(&modes.characters),

@@ -1,14 +1,13 @@
 //! Terminals.
 //!
-//! What a description leads to has a number of its own, so that several
-//! descriptions of one terminal find it: twice its index, and one more for the
-//! master of a pair.
+//! Several descriptions may refer to one terminal, which has a number of its own: twice its index,
+//! plus one for the master of a pair.
 //!
-//! Bytes that are queued between the two ends of a pair cannot be looked at without taking
-//! them out, and what kills this program then would lose them: a dump that finds some is
-//! refused, unless the terminal stays outside of the tree. What CRIU has put into images is
-//! queued again. A line that was typed in part, at a terminal that gives out lines, is
-//! counted nowhere: the dump cannot see it, and it is lost.
+//! The dump cannot read the bytes queued between the ends of a pair without consuming them, and
+//! would lose them if rcriu were killed then. So it rejects a pair that has some, unless the
+//! other end is outside the tree. CRIU does dump queued bytes, and the restore queues them
+//! again. In canonical mode, the kernel does not report the line that is being typed: the dump
+//! cannot see it, and it is lost.
 
 mod dump;
 mod queue;
@@ -28,7 +27,6 @@ use crate::{
     sys::tty::CONTROL_CHARACTERS,
 };
 
-/// The kind's row.
 pub(super) const KIND: FileKind = FileKind {
     name: "terminal",
     types: &[FdTypes::Tty],
@@ -59,13 +57,13 @@ const UNIX98_PTY_SLAVE_MAJOR: u64 = 136;
 const UNIX98_PTY_MAJOR_COUNT: u64 = 8;
 const USB_SERIAL_MAJOR: u64 = 188;
 const LOW_DENSE_SERIAL_MAJOR: u64 = 204;
-/// Virtual terminals have the numbers from 1 to this (`include/uapi/linux/vt.h`).
+/// Virtual terminals have minor numbers from 1 to this (`include/uapi/linux/vt.h`).
 const MAX_NR_CONSOLES: u64 = 63;
 
-/// Permissions and the like.
+/// The mode without the file type.
 const PERMISSIONS: u32 = 0o7777;
 
-/// What a terminal is.
+/// What a terminal device is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
     Master,
@@ -111,7 +109,7 @@ impl Role {
     }
 }
 
-/// Whether the number of a terminal is that of a master.
+/// Whether a terminal's number is that of a master.
 fn is_master(info_id: u32) -> bool {
     info_id & 1 != 0
 }
@@ -121,23 +119,23 @@ fn peer(info_id: u32) -> u32 {
     info_id ^ 1
 }
 
-/// Returns the path of the slave of a master that was opened by `path`.
+/// Returns the path of the slave of a master that was opened as `path`.
 fn slave_path(path: &[u8], index: u32) -> PathBuf {
     let path = Path::new(OsStr::from_bytes(path));
     let dir = path.parent().unwrap_or(Path::new("/"));
-    // A file system of terminals has a `ptmx` of its own; the other is beside it.
+    // A devpts file system has a `ptmx` of its own inside; /dev/ptmx is beside it.
     let inside = dir.file_name() == Some(OsStr::new("pts"));
     let dir = if inside { dir.to_owned() } else { dir.join("pts") };
     dir.join(index.to_string())
 }
 
-/// Returns what `--external` and `--inherit-fd` call a terminal.
+/// Returns the name of a terminal in `--external` and `--inherit-fd`.
 fn external_name(device: u64, file_system: u64) -> String {
     format!("tty[{device:x}:{file_system:x}]")
 }
 
-/// Bytes of control characters in one number of images: the bytes stand there as
-/// they are in memory, not one a number, of which there are as many nevertheless.
+/// How many control characters one number of the image holds. CRIU copies the bytes as they are in
+/// memory, but still stores as many numbers as there are characters.
 const CHARACTERS_PER_NUMBER: usize = size_of::<u32>();
 
 fn pack(characters: &[u8; CONTROL_CHARACTERS]) -> Vec<u32> {
@@ -150,7 +148,7 @@ fn pack(characters: &[u8; CONTROL_CHARACTERS]) -> Vec<u32> {
     numbers
 }
 
-/// Takes characters out of numbers again; `None` if there are too few.
+/// Extracts the control characters again; `None` if there are too few numbers.
 fn unpack(numbers: &[u32]) -> Option<[u8; CONTROL_CHARACTERS]> {
     if numbers.len() < CONTROL_CHARACTERS {
         return None;

@@ -1,4 +1,4 @@
-//! Bytes that are queued in pseudoterminals: `tty-data.img`.
+//! Bytes queued in pseudoterminals: `tty-data.img`.
 
 use std::{
     collections::BTreeMap,
@@ -20,14 +20,11 @@ use crate::{
     sys::tty::{self, Switch, Termios},
 };
 
-/// `ICANON` (`include/uapi/asm-generic/termbits.h`): a terminal gives out lines.
+/// `ICANON` (`include/uapi/asm-generic/termbits.h`): canonical mode, which delivers lines.
 const CANONICAL: u32 = 2;
 
-/// Queues again what was queued at both ends of the pairs, and closes the slaves that no
-/// process has open. `masters` has a description of each master.
-///
-/// # Errors
-/// [`FileError::Restore`]; those of reading an image.
+/// Queues the recorded bytes at both ends of the pairs, and closes the slaves that no process has
+/// open. `masters` has a description of each master.
 pub(super) fn restore(
     masters: &BTreeMap<u32, u32>,
     infos: &BTreeMap<u32, proto::TtyInfoEntry>,
@@ -49,12 +46,12 @@ pub(super) fn restore(
             let switched = if packets { tty::switch(master, Switch::Packet, on) } else { Ok(()) };
             switched.map_err(failed("switch the packet mode of"))
         };
-        // The master is not to be told of what happens here.
+        // Without packet mode, the master is not notified of the changes here.
         packet_mode(false)?;
         let read_write = (libc::O_RDWR | libc::O_NONBLOCK).cast_unsigned();
         let slave = tty::open_slave(master, read_write).map_err(failed("open the other end of"))?;
         let modes = tty::termios(slave.as_fd(), false).map_err(failed("read the modes of"))?;
-        // Nothing is to be made of the bytes on their way but lines.
+        // Pass the bytes through unchanged, except that canonical mode still delimits lines.
         let plain = Termios {
             input: 0,
             output: 0,
@@ -72,7 +69,7 @@ pub(super) fn restore(
             write_all(master, &data.data).map_err(failed("queue bytes in"))?;
         }
         if to_master.is_some() || to_slave.is_some() {
-            // What is on its way meets the old modes first.
+            // poll(2) delivers the bytes while the plain modes are set.
             descriptor::events(slave.as_fd()).map_err(failed("poll"))?;
             tty::set_termios(slave.as_fd(), false, &modes).map_err(failed("set the modes of"))?;
         }
@@ -81,7 +78,7 @@ pub(super) fn restore(
     Ok(())
 }
 
-/// Writes to a terminal without waiting for room.
+/// Writes to a terminal without blocking.
 fn write_all(fd: BorrowedFd, bytes: &[u8]) -> nix::Result<()> {
     let flags = fcntl(fd, FcntlArg::F_GETFL)?.cast_unsigned();
     descriptor::set_status(fd, flags | libc::O_NONBLOCK.cast_unsigned())?;

@@ -1,4 +1,4 @@
-//! Restoring terminals.
+//! Restores terminals.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -32,11 +32,11 @@ use crate::{
     units::{NsPid, TargetFd},
 };
 
-/// How many pseudoterminals are made, and dropped again, to get at one with a
-/// given number: the kernel gives the lowest that is free.
+/// How many pseudoterminals the restore opens, at most, to get one with a given index: the kernel
+/// returns the lowest free index.
 const ATTEMPTS: usize = 256;
 
-/// The terminal of who runs this program.
+/// The controlling terminal of rcriu.
 const OWN_TERMINAL: &[u8] = b"/dev/tty";
 
 /// Restores terminals.
@@ -48,8 +48,8 @@ pub(super) struct Opening {
     /// The first description of each master that was opened.
     masters: BTreeMap<u32, u32>,
     controlling: Vec<Controlling>,
-    /// The terminal of this program, if the tree's first process leads the group that is to
-    /// be in its foreground.
+    /// The terminal of rcriu, if the root process of the tree leads its group, which becomes the
+    /// foreground group.
     inherited: Option<OwnedFd>,
 }
 
@@ -61,7 +61,8 @@ struct Wanted<'a> {
 
 impl Wanted<'_> {
     fn path(&self) -> Result<&proto::RegFileEntry> {
-        let missing = || FileError::image(self.file.id, "it is a terminal without its path");
+        let missing =
+            || FileError::image(self.file.id, "it is a terminal, but its path is missing");
         self.path.as_ref().ok_or_else(missing)
     }
 }
@@ -83,7 +84,8 @@ impl Opener for Opening {
         let infos = read_infos(opened)?;
         let mut wanted: BTreeMap<u32, Vec<Wanted>> = BTreeMap::new();
         for entry in entries {
-            let missing = || FileError::image(entry.id, "it is a terminal without its entry");
+            let missing =
+                || FileError::image(entry.id, "it is a terminal, but its entry is missing");
             let file = entry.tty.as_ref().ok_or_else(missing)?;
             let path = path_of(file, opened);
             wanted.entry(file.tty_info_id).or_default().push(Wanted { file, path });
@@ -144,7 +146,7 @@ impl Opener for Opening {
             }
         }
         if let Some(fd) = self.inherited.take() {
-            // As the shell would have done for its job.
+            // Like a shell that puts its job in the foreground.
             set_foreground(TargetFd(fd.as_raw_fd()), pid, script);
         }
         Ok(())
@@ -212,7 +214,7 @@ impl Opening {
             }
             TtyType::Ctty => {
                 let path = wanted.path()?;
-                // In the session of this program it is the same terminal for all.
+                // Processes in the session of rcriu have this same terminal.
                 if self.options.shell_job
                     && let Ok(fd) = descriptor::open(&path.name, flags)
                 {
@@ -241,13 +243,13 @@ impl Opening {
                     opened.inherited.duplicate(name.as_bytes()).map_err(failed("inherit"))?;
                 let fd = given.ok_or_else(|| {
                     let problem =
-                        format!("it is external; give it with --inherit-fd 'fd[N]:{name}'");
+                        format!("it is external; provide it with --inherit-fd 'fd[N]:{name}'");
                     FileError::image(id, problem)
                 })?;
                 set_modes(fd.as_fd(), info, true).map_err(failed("adjust"))?;
                 Ok(fd)
             }
-            TtyType::Unknown => Err(FileError::image(id, "it is a terminal of an unknown type")),
+            TtyType::Unknown => Err(FileError::image(id, "the type of the terminal is unknown")),
         }
     }
 }
@@ -283,7 +285,7 @@ impl Opening {
         Ok(fd)
     }
 
-    /// Opens a slave and gives it its permissions.
+    /// Opens a slave and sets its mode.
     fn open_slave(
         &self,
         info: &proto::TtyInfoEntry,
@@ -296,7 +298,7 @@ impl Opening {
         let number = master.map(|master| tty::ask(master, Question::Index)).transpose();
         let number = number.map_err(failed("find the other end of"))?;
         let fd = match (master, number) {
-            // It has another number than it had.
+            // The pair has another index than in the images.
             (Some(master), Some(number)) if number.cast_unsigned() != index(info, path.id)? => {
                 tty::open_slave(master, flags)
             }
@@ -311,8 +313,8 @@ impl Opening {
     }
 }
 
-/// Whether somebody relies on the number of a pair: a session, to which its controlling
-/// terminal is known by it, or a file of the tree that only names the slave.
+/// Whether a process relies on the index of a pair: a session knows its controlling terminal by it,
+/// and a file of the tree may refer to the slave by path.
 fn needs_its_number(
     info: &proto::TtyInfoEntry,
     infos: &BTreeMap<u32, proto::TtyInfoEntry>,
@@ -331,12 +333,12 @@ fn needs_its_number(
 }
 
 fn index(info: &proto::TtyInfoEntry, id: u32) -> Result<u32> {
-    let missing = || FileError::image(id, "it is a pseudoterminal without a number");
+    let missing = || FileError::image(id, "the index of the pseudoterminal is missing");
     info.pty.as_ref().map(|pty| pty.index).ok_or_else(missing)
 }
 
-/// Opens the master of the pseudoterminal with this number, or unless it is `fixed`, of
-/// another if it is taken.
+/// Opens the master of the pseudoterminal with this index. If another program has taken the index,
+/// opens one with another index, unless it is `fixed`.
 fn open_master(id: u32, path: &[u8], index: u32, flags: u32, fixed: bool) -> Result<OwnedFd> {
     let failed = || FileError::restore(id, "open the terminal", path);
     let mut others = Vec::new();
@@ -351,22 +353,22 @@ fn open_master(id: u32, path: &[u8], index: u32, flags: u32, fixed: bool) -> Res
                 break;
             }
             log::warn!(
-                "the pseudoterminal {index} has the number {found} now: another program has taken \
-                 the old one, and no process of the tree is known to rely on it"
+                "pseudoterminal {index} has the index {found} now: another program has taken \
+                 the old index, and no process of the tree is known to rely on it"
             );
             return Ok(fd);
         }
         others.push(fd);
     }
     let problem = format!(
-        "another program has taken the number of the pseudoterminal {index}, which is the \
+        "another program has taken the index of pseudoterminal {index}, which is the \
          controlling terminal of a session or open by name; end that program, or restore where \
          another devpts is mounted"
     );
     Err(FileError::image(id, problem))
 }
 
-/// Opens a slave whose master is no more.
+/// Opens a slave whose master is closed.
 fn open_hung(
     id: u32,
     info: &proto::TtyInfoEntry,
@@ -382,8 +384,8 @@ fn open_hung(
         .map_err(FileError::restore(id, "open the terminal", &path.name))
 }
 
-/// Gives the slave of a master to whom it belonged: the kernel gives it to who opens the
-/// master, which is this program.
+/// Sets the owner of the slave of a master: the kernel has given it to rcriu, which has opened the
+/// master.
 fn own_slave(id: u32, path: &[u8], master: BorrowedFd, opened: &Opened) -> nix::Result<()> {
     let recorded = opened.entries.get(&id).and_then(|entry| entry.owner.as_ref());
     let (uid, gid, mode) = match (recorded, opened.holder(id)) {
@@ -394,11 +396,11 @@ fn own_slave(id: u32, path: &[u8], master: BorrowedFd, opened: &Opened) -> nix::
     let index = tty::ask(master, Question::Index)?.cast_unsigned();
     let slave = slave_path(path, index);
     let fd = match descriptor::open(slave.as_os_str().as_bytes(), libc::O_PATH.cast_unsigned()) {
-        // Where it is mounted elsewhere, its other end has its own owner.
+        // Another devpts is mounted there: the entry of the slave, if any, sets its owner.
         Err(Errno::ENOENT) => return Ok(()),
         fd => fd?,
     };
-    // Whatever else is there belongs to somebody else.
+    // Any other file there belongs to another program.
     if Role::of(fstat(&fd)?.st_rdev) != Some(Role::Slave(index)) {
         return Ok(());
     }
@@ -419,14 +421,14 @@ fn set_owner(fd: BorrowedFd, info: &proto::TtyInfoEntry) -> nix::Result<()> {
 fn set_modes(fd: BorrowedFd, info: &proto::TtyInfoEntry, with_size: bool) -> nix::Result<()> {
     if let Some(locked) = &info.termios_locked {
         let locked = termios(locked)?;
-        // To set it takes CAP_SYS_ADMIN.
+        // Setting it needs CAP_SYS_ADMIN.
         if tty::termios(fd, true)? != locked {
             tty::set_termios(fd, true, &locked)?;
         }
     }
     if let Some(modes) = &info.termios {
         let modes = termios(modes)?;
-        // Setting anything from the background would stop this program.
+        // Setting anything from a background process would stop rcriu.
         if tty::termios(fd, false)? != modes {
             tty::set_termios(fd, false, &modes)?;
         }
@@ -455,7 +457,7 @@ fn termios(entry: &proto::TermiosEntry) -> nix::Result<Termios> {
     })
 }
 
-/// Sets what would have been in the way of the other end.
+/// Sets locks and exclusive mode, which would have kept the other end from being opened.
 fn finish(info: &proto::TtyInfoEntry, id: u32, opened: &Opened) -> Result<()> {
     if info.pty.is_none() || !is_master(info.id) && !info.exclusive {
         return Ok(());
@@ -466,27 +468,27 @@ fn finish(info: &proto::TtyInfoEntry, id: u32, opened: &Opened) -> Result<()> {
     locked.and(exclusive).map_err(FileError::restore(id, "lock", "a terminal"))
 }
 
-/// A terminal that has to become the controlling one of a session.
+/// A terminal that becomes the controlling terminal of a session.
 #[derive(Debug)]
 pub(super) struct Controlling {
     session: NsPid,
-    /// The group in the foreground, if there is one.
+    /// The foreground process group, if there is one.
     foreground: Option<NsPid>,
-    /// A descriptor of it: the session's leader needs one at some number.
+    /// A descriptor of it: the session leader needs one.
     fd: OwnedFd,
 }
 
-/// Returns the controlling terminals of sessions, after all descriptions were
-/// opened. Those that are this program's own (`--shell-job`) are not among them.
+/// Returns the controlling terminals of sessions, after all descriptions were opened. Omits the
+/// terminal of rcriu (`--shell-job`).
 ///
 /// # Errors
-/// [`FileError::Image`]; what fails when a slave is opened that nobody has open.
+/// [`FileError::Image`]; a slave that no process has open cannot be opened.
 pub(super) fn controlling(opened: &Opened) -> Result<Vec<Controlling>> {
     let infos = read_infos(opened)?;
     let mut found: BTreeMap<u32, Controlling> = BTreeMap::new();
     let files: Vec<&proto::TtyFileEntry> =
         opened.entries.values().filter_map(|entry| entry.tty.as_ref()).collect();
-    // Slaves come before masters.
+    // By number, slaves come before their masters.
     for info in infos.values().filter(|info| info.sid != 0 && info.r#type() != TtyType::Ctty) {
         let is_pair = info.pty.is_some();
         if is_pair && !is_master(info.id) && !infos.contains_key(&peer(info.id)) {
@@ -513,13 +515,13 @@ pub(super) fn controlling(opened: &Opened) -> Result<Vec<Controlling>> {
     Ok(found.into_values().collect())
 }
 
-/// Opens the slave of a master that is open.
+/// Opens the slave of an open master.
 fn open_slave(
     master: &proto::TtyFileEntry,
     info: &proto::TtyInfoEntry,
     opened: &Opened,
 ) -> Result<OwnedFd> {
-    let missing = || FileError::image(master.id, "it is a terminal without its path");
+    let missing = || FileError::image(master.id, "it is a terminal, but its path is missing");
     let path = path_of(master, opened).ok_or_else(missing)?;
     let dir = path.name.iter().rposition(|byte| *byte == b'/').map_or(0, |at| at + 1);
     let between: &[u8] = if path.name[..dir].ends_with(b"/pts/") { b"" } else { b"pts/" };
@@ -532,9 +534,8 @@ fn open_slave(
     ))
 }
 
-/// Returns the terminal of this program that was given to the tree, if one was. Its
-/// group in the foreground is to be that of the tree's first process, if this is
-/// its leader.
+/// Returns the terminal of rcriu, if the tree uses it. The group of the root process becomes its
+/// foreground group if the root process leads it.
 pub(super) fn inherited(opened: &Opened) -> Result<Option<BorrowedFd<'_>>> {
     let infos = read_infos(opened)?;
     let alone = |info_id: u32| {
@@ -547,17 +548,17 @@ pub(super) fn inherited(opened: &Opened) -> Result<Option<BorrowedFd<'_>>> {
     file.map(|file| opened.get(file.id)).transpose()
 }
 
-/// Adds the call that makes the terminal at `fd` the controlling one of the
-/// process, which leads a session without any.
+/// Adds the call that makes the terminal at `fd` the controlling terminal. The process leads a
+/// session that has none.
 fn take_control(fd: TargetFd, script: &mut Script) {
     let arguments = [fd.0.into(), tty::TIOCSCTTY.into(), 1.into()];
     script.call("take the controlling terminal", libc::SYS_ioctl, &arguments);
 }
 
-/// Adds the call that puts a group, which exists by then, into the foreground of
-/// the controlling terminal at `fd`. `SIGTTOU` must be blocked.
+/// Adds the call that makes `group` the foreground group of the controlling terminal at `fd`. The
+/// group must exist, and `SIGTTOU` must be blocked.
 fn set_foreground(fd: TargetFd, group: NsPid, script: &mut Script) {
     let group = script.bytes(&group.raw().to_ne_bytes());
     let arguments = [fd.0.into(), tty::TIOCSPGRP.into(), group.into()];
-    script.call("set the group in the foreground", libc::SYS_ioctl, &arguments);
+    script.call("set the foreground process group", libc::SYS_ioctl, &arguments);
 }

@@ -14,7 +14,7 @@ use crate::{
     sys::tty::{self, Question},
 };
 
-/// Whoever relies on a number that is free has all of them for himself.
+/// Serializes the tests that rely on a free index.
 fn numbers() -> MutexGuard<'static, ()> {
     static NUMBERS: Mutex<()> = Mutex::new(());
     NUMBERS.lock().unwrap_or_else(PoisonError::into_inner)
@@ -41,7 +41,7 @@ fn devices_are_told_apart() {
 
 #[test]
 fn control_characters_are_packed_as_in_memory() {
-    // As CRIU 4.2 writes them, the rest being whatever was there.
+    // CRIU 4.2 writes them like this; the numbers behind them are arbitrary.
     let numbers =
         [360_651_779, 65540, 1_708_817, 370_609_938, 0, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 1, 2, 3, 4];
     let characters = unpack(&numbers).unwrap();
@@ -130,7 +130,7 @@ fn a_slave_without_master_is_hung_up_again() {
     assert_eq!(tty::termios(restored.get(1), false), Err(Errno::EIO));
 }
 
-/// Opens masters until one has a higher number than `index`.
+/// Opens masters until one has an index above `index`.
 fn take_numbers(index: i32) -> Vec<OwnedFd> {
     let mut taken = Vec::new();
     loop {
@@ -161,7 +161,7 @@ fn a_pair_takes_another_number_unless_somebody_relies_on_it() {
         let taken = take_numbers(index);
         if relied_on {
             let error = dumped.restore_error().to_string();
-            assert!(error.contains("has taken the number"), "{error}");
+            assert!(error.contains("has taken the index"), "{error}");
             continue;
         }
         let restored = dumped.restore();
@@ -205,14 +205,14 @@ fn bytes_that_wait_are_not_dumped_and_stay_where_they_are() {
         tree.add(1, master.try_clone().unwrap());
         tree.add(2, slave.try_clone().unwrap());
         let error = tree.collect_error().to_string();
-        assert!(error.contains("wait to be read"), "{error}");
+        assert!(error.contains("bytes are queued"), "{error}");
         let mut found = [0; 5];
         File::from(to.try_clone().unwrap()).read_exact(&mut found).unwrap();
         assert!(found.starts_with(b"some"), "{found:?}");
     }
 }
 
-/// CRIU dumps what is queued.
+/// CRIU dumps queued bytes.
 #[test]
 fn what_is_queued_in_images_is_queued_again() {
     let _numbers = numbers();
@@ -241,7 +241,7 @@ fn what_is_queued_in_images_is_queued_again() {
         found.truncate(count);
         found
     };
-    // Nothing was echoed or translated, and lines are lines.
+    // The terminal has echoed and translated nothing, and still delimits lines.
     assert_eq!(read(1), output);
     assert_eq!(read(2), b"typed\n");
     assert_eq!(read(2), b"and typed\n");
