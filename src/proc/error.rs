@@ -1,4 +1,4 @@
-//! Why something could not be read from `/proc`.
+//! Errors of reading `/proc`.
 
 use std::{
     io,
@@ -10,54 +10,54 @@ use thiserror::Error;
 
 use super::text::Defect;
 
-/// The result of reading from `/proc`.
+/// The result of reading `/proc`.
 pub type Result<T> = std::result::Result<T, ProcError>;
 
-/// Why something could not be read from `/proc`.
+/// Why a file in `/proc` could not be read.
 #[derive(Debug, Error)]
 pub enum ProcError {
-    /// The process, the thread or the descriptor is gone, or the kernel has no
-    /// such file: `ENOENT` or `ESRCH`.
-    #[error("find {}: gone", path.display())]
+    /// The process, thread or descriptor does not exist (any more), or the kernel has no such
+    /// file: `ENOENT` or `ESRCH`.
+    #[error("read {}: it does not exist", path.display())]
     Vanished {
-        /// What was to be read.
+        /// The file.
         path: PathBuf,
     },
-    /// The caller may not look at the process: `EACCES` or `EPERM`.
-    #[error("read {}: not allowed", path.display())]
+    /// The caller may not examine the process: `EACCES` or `EPERM`.
+    #[error("read {}: not permitted", path.display())]
     Denied {
-        /// What was to be read.
+        /// The file.
         path: PathBuf,
-        /// What the kernel answered.
+        /// The error of the kernel.
         source: io::Error,
     },
-    /// The kernel refused for another reason.
+    /// Reading failed for another reason.
     #[error("read {}", path.display())]
     Read {
-        /// What was to be read.
+        /// The file.
         path: PathBuf,
-        /// What the kernel answered.
+        /// The error of the kernel.
         source: io::Error,
     },
-    /// The text is not as the kernel writes it.
+    /// The text is not in the kernel's format.
     #[error("parse {}: expected {what}, found {found:?}", path.display())]
     Malformed {
-        /// What was read.
+        /// The file.
         path: PathBuf,
-        /// What should have been there.
+        /// What was expected.
         what: &'static str,
-        /// The beginning of what was there instead; empty if nothing was.
+        /// The start of what was found; empty if the text ended.
         found: String,
     },
 }
 
 impl ProcError {
-    /// Returns whether what was to be read was not there (any more).
+    /// Whether the file did not exist (any more).
     pub const fn is_vanished(&self) -> bool {
         matches!(self, Self::Vanished { .. })
     }
 
-    /// Sorts the kernel's answer to an attempt to read `path`.
+    /// Returns the variant for an error of reading `path`.
     pub(super) fn from_io(path: &Path, source: io::Error) -> Self {
         let path = path.to_owned();
         let is_no_process = source.raw_os_error() == Some(Errno::ESRCH as i32);
@@ -69,7 +69,7 @@ impl ProcError {
         }
     }
 
-    /// Adds the path to what a parser found wrong.
+    /// Adds the path to the defect that a parser has found.
     pub(super) fn malformed(path: &Path, defect: Defect) -> Self {
         Self::Malformed { path: path.to_owned(), what: defect.what, found: defect.found }
     }

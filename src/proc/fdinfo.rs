@@ -1,107 +1,101 @@
-//! `/proc/PID/fdinfo/FD`: an open file, and what its kind adds.
+//! `/proc/PID/fdinfo/FD`: an open file, and the lines that its kind adds.
 
 use super::text::{self, Defect, Parsed};
 
 /// An open file as `/proc/PID/fdinfo/FD` shows it (`seq_show`, `fs/proc/fd.c`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FdInfo {
-    /// The position in the file, in bytes. A negative position, which memory
-    /// devices have of high addresses, wraps.
+    /// The position in the file, in bytes. A negative position, which a memory device has for
+    /// high addresses, wraps.
     pub pos: u64,
     /// The `O_*` flags of the file (octal in the text), with `O_CLOEXEC`
     /// (0o2000000) if the descriptor has it.
     pub flags: u32,
     /// The id of the mount, as in `mountinfo`.
     pub mnt_id: i32,
-    /// The inode; since Linux 5.14.
+    /// The inode number; since Linux 5.14.
     pub ino: Option<u64>,
-    /// What the kind of file adds.
+    /// What the lines of its kind say.
     pub detail: FdDetail,
-    /// The locks that the process has of the file, each as `/proc/locks` words
-    /// it: `1: FLOCK  ADVISORY  WRITE 23179 fe:00:10010652 0 EOF`.
+    /// The locks that the process holds on the file, in the format of `/proc/locks`:
+    /// `1: FLOCK  ADVISORY  WRITE 23179 fe:00:10010652 0 EOF`.
     pub locks: Vec<Vec<u8>>,
 }
 
-/// What the kind of an open file adds.
+/// What the lines of a kind of open file say.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FdDetail {
-    /// Nothing, or nothing known here. So it is also of an epoll or inotify
-    /// descriptor that watches nothing.
+    /// There are none, or none that this parser knows. Epoll and inotify instances that watch
+    /// nothing also have none.
     None,
     /// An eventfd (`fs/eventfd.c`).
     EventFd {
         /// The counter.
         count: u64,
-        /// The number of the object in this boot; since Linux 5.2.
+        /// The id of the eventfd, unique until reboot; since Linux 5.2.
         id: Option<u64>,
         /// Whether it is a semaphore; since Linux 6.5.
         semaphore: Option<bool>,
     },
-    /// An epoll (`fs/eventpoll.c`).
+    /// An epoll instance (`fs/eventpoll.c`).
     EventPoll {
-        /// What it watches.
+        /// The files that it watches.
         targets: Vec<EpollTarget>,
     },
     /// A signalfd (`fs/signalfd.c`).
     SignalFd {
-        /// The signals that it takes: bit `N - 1` for signal `N`.
+        /// The signals that it accepts: bit `N - 1` for signal `N`.
         mask: u64,
     },
     /// A timerfd (`fs/timerfd.c`).
     TimerFd {
         /// The clock: a `CLOCK_*` number.
         clockid: i32,
-        /// How often it expired since it was last read.
+        /// The number of expirations since it was last read.
         ticks: u64,
         /// The `TFD_TIMER_*` flags it was last set with (octal in the text).
         settime_flags: u32,
-        /// The time until it expires next, whole seconds; 0 with 0 ns if it is
-        /// not set.
+        /// The whole seconds until it next expires; 0, with 0 nanoseconds, if it is disarmed.
         value_sec: u64,
         /// The nanoseconds of that time, below 10^9.
         value_nsec: u64,
-        /// The period, whole seconds; 0 with 0 ns if it expires once.
+        /// The whole seconds of the period; 0, with 0 nanoseconds, if it expires once.
         interval_sec: u64,
         /// The nanoseconds of the period, below 10^9.
         interval_nsec: u64,
     },
-    /// An inotify: its lines as they are, one a watch.
+    /// An inotify instance: its lines, unparsed, one for each watch.
     Inotify(Vec<Vec<u8>>),
-    /// A fanotify: its lines as they are, the first one of the group.
+    /// A fanotify group: its lines, unparsed, the first one for the group.
     Fanotify(Vec<Vec<u8>>),
     /// A pidfd (`kernel/fork.c`, `fs/pidfs.c`).
     PidFd {
-        /// The process: 0 if it is not in the pid namespace of this `/proc`, -1
-        /// if it was reaped.
+        /// The pid; 0 if the process is not in the pid namespace of this `/proc`, -1 if it was
+        /// reaped.
         pid: i32,
-        /// Its pids from that namespace inwards.
+        /// Its pids in that namespace and in those nested inside.
         nspid: Vec<i32>,
     },
 }
 
-/// What an epoll watches (`ep_show_fdinfo`, `fs/eventpoll.c`).
+/// A file that an epoll instance watches (`ep_show_fdinfo`, `fs/eventpoll.c`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EpollTarget {
-    /// The descriptor that was added, which may since mean another file.
+    /// The descriptor that was added; it may refer to another file by now.
     pub tfd: i32,
     /// The `EPOLL*` events and flags.
     pub events: u32,
-    /// What is given back with an event.
+    /// The data that `epoll_wait(2)` returns with an event.
     pub data: u64,
     /// The position in the file.
     pub pos: i64,
     /// The inode of the file.
     pub ino: u64,
-    /// The device of the inode in the kernel's own form: major << 20 | minor.
+    /// The device of the inode, as the kernel encodes it: major << 20 | minor.
     pub dev: u64,
 }
 
-/// Parses the text of the file.
-///
-/// # Errors
-///
-/// Returns what is missing or cannot be read. Lines that are not known here are
-/// passed over.
+/// Parses the text of the file, ignoring unknown lines.
 pub(crate) fn parse_fdinfo(text: &[u8]) -> Result<FdInfo, Defect> {
     let mut info = FdInfo {
         pos: 0,
@@ -139,7 +133,7 @@ pub(crate) fn parse_fdinfo(text: &[u8]) -> Result<FdInfo, Defect> {
     Ok(info)
 }
 
-/// The lines of all kinds, before it is known which kind it is.
+/// The lines of all kinds, collected before the kind is known.
 #[derive(Debug, Default)]
 struct Parts {
     count: Option<u64>,
@@ -159,7 +153,7 @@ struct Parts {
 }
 
 impl Parts {
-    /// Takes in a line.
+    /// Parses one line.
     fn add(&mut self, key: &[u8], value: &[u8]) -> Parsed<()> {
         match key {
             b"eventfd-count" => self.count = Some(text::unsigned(value, 16, "eventfd-count")?),
@@ -183,7 +177,7 @@ impl Parts {
         Ok(())
     }
 
-    /// Tells the kind by the lines that are there.
+    /// Returns the kind, according to the lines that were present.
     fn detail(self) -> Parsed<FdDetail> {
         if let Some(count) = self.count {
             return Ok(FdDetail::EventFd { count, id: self.id, semaphore: self.semaphore });
@@ -221,7 +215,7 @@ impl Parts {
     }
 }
 
-/// Reads what follows `tfd:`:
+/// Parses what follows `tfd:`:
 /// `       3 events:       19 data:                3  pos:0 ino:40e sdev:10`.
 fn epoll_target(value: &[u8]) -> Parsed<EpollTarget> {
     let mut words = text::words(value);
@@ -230,7 +224,7 @@ fn epoll_target(value: &[u8]) -> Parsed<EpollTarget> {
     while let Some(word) = words.next() {
         let (key, attached) =
             text::split_once(word, b':').ok_or_else(|| Defect::new("epoll target", value))?;
-        // The number may be padded, and so be a word of its own.
+        // The kernel may pad the number, which then is the next word.
         let number = if attached.is_empty() { words.next().unwrap_or_default() } else { attached };
         match key {
             b"events" => events = Some(text::unsigned(number, 16, "events")?),
@@ -251,7 +245,7 @@ fn epoll_target(value: &[u8]) -> Parsed<EpollTarget> {
     })
 }
 
-/// Reads `(SECONDS, NANOSECONDS)`.
+/// Parses `(SECONDS, NANOSECONDS)`.
 fn seconds(value: &[u8], what: &'static str) -> Parsed<(u64, u64)> {
     let pair = value
         .trim_ascii()

@@ -1,16 +1,16 @@
-//! The two-letter codes of the line `VmFlags:` of `smaps`.
+//! The two-letter codes in the line `VmFlags:` of `smaps`.
 
 use std::{fmt, ops};
 
 use super::text;
 
-/// The flags of a mapping: a set of the codes of `show_smap_vma_flags`
-/// (`fs/proc/task_mmu.c`). The numbers of the bits are our own.
+/// The flags of a mapping: a set of codes of `show_smap_vma_flags` (`fs/proc/task_mmu.c`). The
+/// numbers of the bits are rcriu's own.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct VmFlags(u64);
 
-/// Defines a constant per code, in the order of [`CODES`]: the bit of a flag is
-/// its place there.
+/// Defines a constant for each code, in the order of [`CODES`]. The position there is the number of
+/// the bit.
 macro_rules! vm_flags {
     ($($bit:literal $name:ident $code:literal $doc:literal;)*) => {
         impl VmFlags {
@@ -20,7 +20,7 @@ macro_rules! vm_flags {
             )*
         }
 
-        /// The bit of each code with the code.
+        /// Each bit with its code.
         const CODES: &[(u32, &[u8; 2])] = &[$(($bit, as_code($code)),)*];
     };
 }
@@ -42,71 +42,71 @@ vm_flags! {
     5 MAY_WRITE "mw" "may be made writable";
     6 MAY_EXEC "me" "may be made executable";
     7 MAY_SHARE "ms" "may be shared";
-    8 GROWS_DOWN "gd" "grows downwards, as a stack";
-    9 PFN_MAP "pf" "is of page frames without page structures";
+    8 GROWS_DOWN "gd" "grows downwards, like a stack";
+    9 PFN_MAP "pf" "maps page frames without `struct page`";
     10 LOCKED "lo" "is locked in memory";
-    11 IO "io" "is of memory of a device";
-    12 SEQ_READ "sr" "is read in order (`MADV_SEQUENTIAL`)";
-    13 RAND_READ "rr" "is read out of order (`MADV_RANDOM`)";
-    14 DONT_COPY "dc" "is not there after a fork (`MADV_DONTFORK`)";
-    15 DONT_EXPAND "de" "is not to grow by `mremap`";
+    11 IO "io" "maps device memory";
+    12 SEQ_READ "sr" "is read sequentially (`MADV_SEQUENTIAL`)";
+    13 RAND_READ "rr" "is read in random order (`MADV_RANDOM`)";
+    14 DONT_COPY "dc" "is not inherited by children (`MADV_DONTFORK`)";
+    15 DONT_EXPAND "de" "cannot grow by `mremap`";
     16 ACCOUNT "ac" "counts as committed memory";
-    17 NO_RESERVE "nr" "has no swap reserved (`MAP_NORESERVE`)";
-    18 HUGE_TLB "ht" "has pages of hugetlbfs";
+    17 NO_RESERVE "nr" "has no swap space reserved (`MAP_NORESERVE`)";
+    18 HUGE_TLB "ht" "uses pages of hugetlbfs";
     19 SYNC "sf" "has synchronous page faults (`MAP_SYNC`)";
     20 NON_LINEAR "nl" "is nonlinear; until Linux 3.19";
-    21 ARCH_1 "ar" "has the flag that each processor uses in its way";
-    22 WIPE_ON_FORK "wf" "is zero after a fork (`MADV_WIPEONFORK`)";
+    21 ARCH_1 "ar" "has an architecture-specific flag";
+    22 WIPE_ON_FORK "wf" "is zeroed in children (`MADV_WIPEONFORK`)";
     23 DONT_DUMP "dd" "is not in core dumps (`MADV_DONTDUMP`)";
     24 SOFT_DIRTY "sd" "is new since soft-dirty tracking was reset";
-    25 MIXED_MAP "mm" "is of page frames with and without page structures";
+    25 MIXED_MAP "mm" "maps page frames with and without `struct page`";
     26 HUGE_PAGE "hg" "should have huge pages (`MADV_HUGEPAGE`)";
     27 NO_HUGE_PAGE "nh" "should have no huge pages (`MADV_NOHUGEPAGE`)";
-    28 MERGEABLE "mg" "may be merged with its like (`MADV_MERGEABLE`)";
-    29 UFFD_MISSING "um" "has its missing pages handled by userfaultfd";
-    30 UFFD_WP "uw" "has its write protection handled by userfaultfd";
-    31 UFFD_MINOR "ui" "has its minor faults handled by userfaultfd; since Linux 5.13";
-    32 BTI "bt" "has guarded branches; arm64";
-    33 MTE "mt" "has tags; arm64";
+    28 MERGEABLE "mg" "may have equal pages merged (`MADV_MERGEABLE`)";
+    29 UFFD_MISSING "um" "reports missing pages to userfaultfd";
+    30 UFFD_WP "uw" "reports writes to protected pages to userfaultfd";
+    31 UFFD_MINOR "ui" "reports minor faults to userfaultfd; since Linux 5.13";
+    32 BTI "bt" "has branch target identification; arm64";
+    33 MTE "mt" "has memory tags; arm64";
     34 SHADOW_STACK "ss" "is a shadow stack; since Linux 6.6";
     35 SEALED "sl" "is sealed (`mseal`); since Linux 6.10";
-    36 LOCK_ON_FAULT "lf" "is locked page by page as they are touched (`MLOCK_ONFAULT`)";
+    36 LOCK_ON_FAULT "lf" "has pages locked when touched (`MLOCK_ONFAULT`)";
     37 DROPPABLE "dp" "may lose its pages (`MAP_DROPPABLE`); since Linux 6.11";
-    38 MPX "mp" "has bounds of MPX; until Linux 5.5";
-    39 DENY_WRITE "dw" "keeps its file from being written; until Linux 5.15";
+    38 MPX "mp" "holds MPX bounds; until Linux 5.5";
+    39 DENY_WRITE "dw" "denies writing to its file; until Linux 5.15";
     40 GUARD "gu" "may have guard regions (`MADV_GUARD_INSTALL`); since Linux 6.19";
-    41 UFFD_RWP "ur" "has its access protection handled by userfaultfd; after Linux 6.19";
+    41 UFFD_RWP "ur" "reports accesses to protected pages to userfaultfd; after Linux 6.19";
 }
 
 impl VmFlags {
     /// A code that is not in this list.
     pub const UNKNOWN: Self = Self(1 << 63);
 
-    /// Returns whether all of `flags` are in the set.
+    /// Whether the set has all of `flags`.
     #[must_use]
     pub const fn contains(self, flags: Self) -> bool {
         self.0 & flags.0 == flags.0
     }
 
-    /// Returns whether any of `flags` is in the set.
+    /// Whether the set has any of `flags`.
     #[must_use]
     pub const fn intersects(self, flags: Self) -> bool {
         self.0 & flags.0 != 0
     }
 
-    /// Returns the flags that are in either set.
+    /// Returns the union of two sets.
     #[must_use]
     pub const fn union(self, flags: Self) -> Self {
         Self(self.0 | flags.0)
     }
 
-    /// Returns whether the set is empty, as it is of mappings read from `maps`.
+    /// Whether the set is empty, as it is for mappings read from `maps`.
     #[must_use]
     pub const fn is_empty(self) -> bool {
         self.0 == 0
     }
 
-    /// Reads the codes that blanks separate.
+    /// Parses codes separated by blanks.
     pub(super) fn parse(codes: &[u8]) -> Self {
         text::words(codes).fold(Self::default(), |flags, code| flags.union(Self::of_code(code)))
     }
@@ -128,7 +128,7 @@ impl ops::BitOr for VmFlags {
 }
 
 impl fmt::Display for VmFlags {
-    /// Writes the codes as the kernel does, `??` for those not known.
+    /// Writes the codes as the kernel does, and `??` for unknown ones.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let known = CODES.iter().filter(|(bit, _)| self.intersects(Self(1 << bit)));
         let codes = known.map(|(_, code)| String::from_utf8_lossy(code.as_slice()));

@@ -6,26 +6,25 @@ use super::{
 };
 use crate::units::RemoteAddr;
 
-/// Bytes in the unit in which `smaps` counts.
+/// The unit of sizes in `smaps`.
 const KIB: u64 = 1024;
 
-/// What the kernel appends to the path of a file that has no name any more.
+/// The suffix that the kernel appends to the path of a deleted file.
 const DELETED: &[u8] = b" (deleted)";
 
-/// Bytes that `smaps` has of one mapping, at least: for the first guess of how
-/// many there are.
+/// A lower bound for the size of a mapping's text in `smaps`, to estimate the number of mappings.
 const SMAPS_BYTES: usize = 512;
 
-/// Bytes that `maps` has of one mapping, at least.
+/// The same for `maps`.
 const MAPS_BYTES: usize = 48;
 
 /// One mapping of a process (`show_map_vma` and `show_smap`,
 /// `fs/proc/task_mmu.c`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mapping {
-    /// The address of its first byte.
+    /// The first address.
     pub start: RemoteAddr,
-    /// The address after its last byte.
+    /// The address after the last byte.
     pub end: RemoteAddr,
     /// Whether it may be read.
     pub read: bool,
@@ -33,54 +32,52 @@ pub struct Mapping {
     pub write: bool,
     /// Whether it may be executed.
     pub execute: bool,
-    /// Whether writes are shared with all mappings of the object: `MAP_SHARED`.
+    /// Whether all mappings of the object see writes: `MAP_SHARED`.
     pub shared: bool,
-    /// Where in the file it begins, in bytes; 0 for private anonymous memory.
+    /// The offset in the file, in bytes; 0 for private anonymous memory.
     pub offset: u64,
-    /// The major number of the device that has the file; 0 without a file.
+    /// The major number of the file's device; 0 without a file.
     pub dev_major: u32,
     /// The minor number of that device.
     pub dev_minor: u32,
-    /// The inode of the file; 0 without a file.
+    /// The inode number of the file; 0 without a file.
     pub inode: u64,
-    /// The path or the name in brackets as the kernel gives it, the octal escapes
-    /// of line feeds undone; empty if there is none.
+    /// The path, or the name in brackets; empty if there is none. Octal escapes of line feeds
+    /// are decoded.
     pub name: Vec<u8>,
     /// The flags; empty when read from `maps`.
     pub flags: VmFlags,
-    /// The bytes that are in memory; 0 when read from `maps`.
+    /// The bytes in memory; 0 when read from `maps`.
     pub rss_bytes: u64,
-    /// Of those, the bytes that other page tables may have, too, and those merged with
-    /// their like (KSM); 0 when read from `maps`.
+    /// The part of `rss_bytes` that other page tables may share or that KSM has merged; 0 when
+    /// read from `maps`.
     pub shared_rss_bytes: u64,
-    /// The bytes that are in swap; 0 when read from `maps`.
+    /// The bytes in swap; 0 when read from `maps`.
     pub swap_bytes: u64,
-    /// The bytes in a page: above 4096 for hugetlbfs; 0 when read from `maps`.
+    /// The page size, above 4096 for hugetlbfs; 0 when read from `maps`.
     pub kernel_page_bytes: u64,
-    /// The protection key (`pkeys(7)`); 0 where there is none.
+    /// The protection key (`pkeys(7)`); 0 without one.
     pub protection_key: u32,
 }
 
 impl Mapping {
-    /// Returns the bytes in `[start, end)`.
+    /// Returns the length in bytes.
     pub const fn len(&self) -> u64 {
         self.end.0.saturating_sub(self.start.0)
     }
 
-    /// Returns whether there are no bytes in it; the kernel has no such mappings.
+    /// Whether the length is 0, which no mapping of the kernel has.
     pub const fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Returns whether the kernel says that the file was deleted, or the file's
-    /// name ends as if it did.
+    /// Whether the file was deleted, or its name ends as if it had been.
     pub fn is_deleted(&self) -> bool {
         self.name.ends_with(DELETED)
     }
 
-    /// Takes a line such as
-    /// `561220355000-561220358000 r--p 00008000 fe:00 247282    /usr/bin/head`
-    /// apart.
+    /// Parses a line such as
+    /// `561220355000-561220358000 r--p 00008000 fe:00 247282    /usr/bin/head`.
     fn parse(line: &[u8]) -> Parsed<Self> {
         let mut rest = line;
         let (start, end) = text::split_once(column(&mut rest), b'-')
@@ -107,7 +104,7 @@ impl Mapping {
             dev_major: text::unsigned(major, 16, "device of mapping")?,
             dev_minor: text::unsigned(minor, 16, "device of mapping")?,
             inode: text::unsigned(column(&mut rest), 10, "inode of mapping")?,
-            // Only the blanks before it are padding.
+            // Blanks before the name are padding; others belong to it.
             name: text::undo_octal(rest.trim_ascii_start()),
             flags: VmFlags::default(),
             rss_bytes: 0,
@@ -118,7 +115,7 @@ impl Mapping {
         })
     }
 
-    /// Takes in a line such as `Rss:       8 kB`.
+    /// Parses a line such as `Rss:       8 kB`.
     fn add_field(&mut self, line: &[u8]) -> Parsed<()> {
         match text::split_once(line, b':') {
             Some((b"Rss", value)) => self.rss_bytes = bytes(value, "Rss")?,
@@ -139,7 +136,7 @@ impl Mapping {
     }
 }
 
-/// Takes the next column off the front of a line; empty at its end.
+/// Removes the next column from the front of a line; returns an empty one at the end.
 fn column<'a>(rest: &mut &'a [u8]) -> &'a [u8] {
     let line = rest.trim_ascii_start();
     let end = line.iter().position(u8::is_ascii_whitespace).unwrap_or(line.len());
@@ -148,7 +145,7 @@ fn column<'a>(rest: &mut &'a [u8]) -> &'a [u8] {
     column
 }
 
-/// Reads a number of KiB with its unit and returns the bytes.
+/// Parses a size in KiB with its unit, and returns the bytes.
 fn bytes(value: &[u8], what: &'static str) -> Parsed<u64> {
     let number = value.trim_ascii().strip_suffix(b"kB").ok_or_else(|| Defect::new(what, value))?;
     let kib: u64 = text::unsigned(number, 10, what)?;
@@ -168,7 +165,7 @@ pub(super) fn parse_maps(text: &[u8]) -> Parsed<Vec<Mapping>> {
 pub(super) fn parse_smaps(text: &[u8]) -> Parsed<Vec<Mapping>> {
     let mut mappings: Vec<Mapping> = Vec::with_capacity(text.len() / SMAPS_BYTES);
     for line in text::lines(text) {
-        // Addresses have lowercase digits, the names of fields begin uppercase.
+        // Addresses begin with a digit or a lowercase letter, fields with an uppercase letter.
         if matches!(line.first(), Some(b'A'..=b'Z')) {
             let mapping = mappings
                 .last_mut()

@@ -1,11 +1,10 @@
-//! Processes as `/proc` shows them: pure parsers, and thin readers over them.
+//! Reads `/proc`: pure parsers, and thin readers that use them.
 //!
-//! Every reader opens its file anew: two answers about a process fit together
-//! only if it is stopped, and are about the same process only if it is known not
-//! to have ended between them. All readers fail with [`ProcError::Vanished`] if
-//! the process is gone, with [`ProcError::Denied`] if the caller may not look,
-//! and with [`ProcError::Malformed`] if the text is not as the kernel writes it.
-//! The sources named here are of Linux 6.18.
+//! Every reader opens its file anew. Two results about a process are consistent only if the process
+//! is stopped, and describe the same process only if it is known to have existed all the time.
+//! All readers fail with [`ProcError::Vanished`] if the process does not exist, with
+//! [`ProcError::Denied`] if the caller may not examine it, and with [`ProcError::Malformed`] if the
+//! text is not in the kernel's format. Source files named here are those of Linux 6.18.
 
 mod error;
 mod fdinfo;
@@ -42,10 +41,10 @@ pub use self::{
 };
 use crate::units::{HostPid, TargetFd};
 
-/// The audit login id that stands for none.
+/// The audit login id that means "not set".
 const NO_LOGINUID: u32 = u32::MAX;
 
-/// Returns how many clock ticks a second has in [`Stat::start_time`]: `USER_HZ`
+/// Returns the clock ticks per second of [`Stat::start_time`]: `USER_HZ`
 /// (`include/asm-generic/param.h`), which is part of the ABI of x86-64.
 pub const fn clock_ticks_per_second() -> u64 {
     100
@@ -128,7 +127,7 @@ pub fn fd_link(pid: HostPid, fd: TargetFd) -> Result<Vec<u8>> {
     read_link(&of_process(pid, "fd").join(fd.to_string()))
 }
 
-/// Returns what the file behind a descriptor is.
+/// Returns the metadata of the file behind a descriptor.
 ///
 /// # Errors
 ///
@@ -138,8 +137,8 @@ pub fn fd_metadata(pid: HostPid, fd: TargetFd) -> Result<fs::Metadata> {
     fs::metadata(&path).map_err(|source| ProcError::from_io(&path, source))
 }
 
-/// Reads `/proc/PID/limits`: the soft and the hard limit of each `RLIMIT_*`, by
-/// its number; [`UNLIMITED`] if there is none. Units as of `setrlimit`.
+/// Reads `/proc/PID/limits`: the soft and the hard limit of each `RLIMIT_*`, by number, or
+/// [`UNLIMITED`]. Units are those of `setrlimit(2)`.
 ///
 /// # Errors
 ///
@@ -148,18 +147,18 @@ pub fn limits(pid: HostPid) -> Result<[(u64, u64); LIMITS]> {
     read(of_process(pid, "limits"), tables::parse_limits)
 }
 
-/// Reads `/proc/PID/timers`: the timers that the process made by `timer_create`.
+/// Reads `/proc/PID/timers`: the timers that the process has created with `timer_create(2)`.
 ///
 /// # Errors
 ///
-/// See the [module](self). Kernels without `CONFIG_CHECKPOINT_RESTORE` have no
-/// such file, and so everything seems to have vanished.
+/// See the [module](self). Kernels without `CONFIG_CHECKPOINT_RESTORE` lack this file, so the error
+/// is [`ProcError::Vanished`].
 pub fn timers(pid: HostPid) -> Result<Vec<PosixTimer>> {
     read(of_process(pid, "timers"), tables::parse_timers)
 }
 
-/// Reads `/proc/PID/auxv`: the words of the auxiliary vector, keys and values in
-/// turn, with the pair of zeros that ends it. Empty for zombies.
+/// Reads `/proc/PID/auxv`: the words of the auxiliary vector, alternating keys and values, including
+/// the pair of zeros at the end. Empty for zombies.
 ///
 /// # Errors
 ///
@@ -168,8 +167,8 @@ pub fn auxv(pid: HostPid) -> Result<Vec<u64>> {
     read(of_process(pid, "auxv"), tables::parse_auxv)
 }
 
-/// Reads `/proc/PID/cmdline`: the arguments, each ended by a zero byte unless the
-/// process overwrote them. Empty for zombies and kernel threads.
+/// Reads `/proc/PID/cmdline`: the arguments, each with its NUL byte unless the process has overwritten
+/// them. Empty for zombies and kernel threads.
 ///
 /// # Errors
 ///
@@ -178,7 +177,7 @@ pub fn cmdline(pid: HostPid) -> Result<Vec<u8>> {
     read_bytes(&of_process(pid, "cmdline"))
 }
 
-/// Reads `/proc/PID/task/TID/comm`: the name of the thread, not escaped.
+/// Reads `/proc/PID/task/TID/comm`: the name of the thread, unescaped.
 ///
 /// # Errors
 ///
@@ -205,8 +204,8 @@ pub fn personality(pid: HostPid) -> Result<u32> {
     read(of_process(pid, "personality"), |text| text::unsigned(text, 16, "personality"))
 }
 
-/// Reads `/proc/PID/loginuid`: the user id for auditing, `None` if it was never
-/// set or the kernel has no audit.
+/// Reads `/proc/PID/loginuid`: the audit user id; `None` if it was never set or the kernel has no
+/// audit.
 ///
 /// # Errors
 ///
@@ -216,7 +215,7 @@ pub fn loginuid(pid: HostPid) -> Result<Option<u32>> {
     match read(path, |text| text::unsigned(text, 10, "loginuid")) {
         Ok(uid) => Ok(Some(uid).filter(|&uid| uid != NO_LOGINUID)),
         Err(error) if error.is_vanished() => {
-            // The file may be missing although the process is there.
+            // A kernel without audit lacks the file. Check that the process exists.
             stat(pid)?;
             Ok(None)
         }
@@ -224,8 +223,7 @@ pub fn loginuid(pid: HostPid) -> Result<Option<u32>> {
     }
 }
 
-/// Reads `/proc/PID/sessionid`: the number of the audit session; of none,
-/// 4294967295.
+/// Reads `/proc/PID/sessionid`: the number of the audit session; 4294967295 if there is none.
 ///
 /// # Errors
 ///
@@ -236,8 +234,8 @@ pub fn session_id(pid: HostPid) -> Result<u32> {
 
 /// Reads the link `/proc/PID/ns/KIND` and returns the inode of the namespace.
 ///
-/// `kind` is `mnt`, `pid`, `net`, `user` and so on. A kind that the kernel does
-/// not know seems to have vanished.
+/// `kind` is `mnt`, `pid`, `net`, `user` and so on. For a kind that the kernel does not have, the
+/// error is [`ProcError::Vanished`].
 ///
 /// # Errors
 ///
@@ -247,7 +245,7 @@ pub fn namespace(pid: HostPid, kind: &str) -> Result<u64> {
     parse(&path, &read_link(&path)?, tables::parse_namespace)
 }
 
-/// As [`namespace`], of one thread.
+/// Like [`namespace`], for one thread.
 ///
 /// # Errors
 ///
@@ -257,11 +255,9 @@ pub fn thread_namespace(pid: HostPid, tid: HostPid, kind: &str) -> Result<u64> {
     parse(&path, &read_link(&path)?, tables::parse_namespace)
 }
 
-/// Reads a link of `/proc/PID`: `exe`, `cwd` or `root`. Zombies and kernel
-/// threads have none.
+/// Reads a link of `/proc/PID`: `exe`, `cwd` or `root`. Zombies and kernel threads have none.
 ///
-/// The path is seen from the root of this program; ` (deleted)` follows it if
-/// the file has no name any more.
+/// The path is relative to the caller's root. ` (deleted)` follows the path of a deleted file.
 ///
 /// # Errors
 ///
@@ -297,9 +293,8 @@ pub fn mounts() -> Result<Vec<Mount>> {
     read("/proc/self/mountinfo".into(), mounts::parse_mounts)
 }
 
-/// Reads `/proc/PID/task/TID/syscall` as it is: `running`, or the number of the
-/// system call (-1 if it is in none), its six arguments, and the pointers to the
-/// stack and to the next instruction.
+/// Reads `/proc/PID/task/TID/syscall`, unparsed: `running`, or the number of the system call (-1
+/// outside of one), its six arguments, the stack pointer and the instruction pointer.
 ///
 /// # Errors
 ///
@@ -308,7 +303,7 @@ pub fn syscall(pid: HostPid, tid: HostPid) -> Result<Vec<u8>> {
     read_bytes(&of_thread(pid, tid, "syscall"))
 }
 
-/// Returns the path by which the file of a mapping can be opened.
+/// Returns a path to open the file of a mapping by.
 pub fn map_file(pid: HostPid, mapping: &Mapping) -> PathBuf {
     let (start, end) = (mapping.start.0, mapping.end.0);
     of_process(pid, &format!("map_files/{start:x}-{end:x}"))
@@ -335,7 +330,7 @@ fn parse<T>(path: &Path, bytes: &[u8], parser: impl FnOnce(&[u8]) -> Parsed<T>) 
 }
 
 fn read_bytes(path: &Path) -> Result<Vec<u8>> {
-    // Their sizes are not known before, and most are less than a page.
+    // The sizes are unknown beforehand; most files have less than a page.
     let mut bytes = Vec::with_capacity(4096);
     File::open(path)
         .and_then(|file| file.take(u64::MAX).read_to_end(&mut bytes))

@@ -4,24 +4,24 @@ use std::{ffi::OsString, os::unix::ffi::OsStringExt, path::PathBuf};
 
 use super::text::{self, Defect, Parsed};
 
-/// A mount that this program sees (proc_pid_mountinfo(5)).
+/// A mount in the caller's mount namespace (`proc_pid_mountinfo(5)`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {
     /// The major and minor number of its device, as `stat(2)` returns them.
     pub device: (u32, u32),
-    /// The directory of the file system that is its root.
+    /// The directory of the file system that is mounted.
     pub root: PathBuf,
-    /// Where it is.
+    /// The mount point.
     pub point: PathBuf,
     /// The type of the file system.
     pub fs_type: Vec<u8>,
-    /// What is mounted, as the mounter called it.
+    /// The mounted device, as passed to `mount(2)`.
     pub source: PathBuf,
-    /// The options of the file system, with commas between.
+    /// The options of the file system, separated by commas.
     pub options: Vec<u8>,
 }
 
-/// Parses the text of the file. The order stays: later mounts lie over earlier ones.
+/// Parses the text of the file. Keeps the order: later mounts cover earlier ones.
 pub(super) fn parse_mounts(text: &[u8]) -> Parsed<Vec<Mount>> {
     text::lines(text).map(parse_mount).collect()
 }
@@ -32,7 +32,7 @@ fn parse_mount(line: &[u8]) -> Parsed<Mount> {
     let device = fields.nth(2).and_then(device).ok_or_else(whole)?;
     let root = fields.next().ok_or_else(whole)?;
     let point = fields.next().ok_or_else(whole)?;
-    // Some optional fields, then a hyphen.
+    // Optional fields, which end with a hyphen.
     fields.by_ref().find(|field| *field == b"-").ok_or_else(whole)?;
     let fs_type = fields.next().ok_or_else(whole)?.to_vec();
     let source = path(fields.next().unwrap_or_default());
@@ -46,9 +46,9 @@ fn device(field: &[u8]) -> Option<(u32, u32)> {
     Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
-/// Undoes the kernel's `\ooo` for blanks, tabs, line ends and backslashes.
+/// Decodes the kernel's `\ooo` escapes of blanks, tabs, line feeds and backslashes.
 fn path(field: &[u8]) -> PathBuf {
-    /// Octal digits of an escape.
+    /// The digits of an escape.
     const DIGITS: usize = 3;
     let mut bytes = Vec::with_capacity(field.len());
     let mut rest = field;

@@ -1,16 +1,15 @@
-//! `/proc/PID/stat`: the numbers of a task that `status` does not have.
+//! `/proc/PID/stat`: values of a task that `status` lacks.
 
 use super::text::{self, Defect, Parsed};
 use crate::units::HostPid;
 
 /// A task as `/proc/PID/stat` shows it (`do_task_stat`, `fs/proc/array.c`).
 ///
-/// Ids are those of the pid namespace of this `/proc`. The addresses are real
-/// only for a caller that may trace the process: others see 0, or 1 for the
-/// code.
+/// Ids are those of the pid namespace of this `/proc`. Callers that may not trace the process get
+/// 0 for addresses, or 1 for those of the code.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stat {
-    /// The name of the task, not escaped.
+    /// The name of the task, unescaped.
     pub comm: Vec<u8>,
     /// The state: one of `RSDTtXZPI`.
     pub state: char,
@@ -20,53 +19,52 @@ pub struct Stat {
     pub pgrp: HostPid,
     /// The session.
     pub session: HostPid,
-    /// The controlling terminal as a device number (`new_encode_dev`); 0 if
-    /// there is none.
+    /// The device number of the controlling terminal (`new_encode_dev`); 0 without one.
     pub tty_nr: u32,
-    /// The foreground process group of the terminal; -1 if there is none.
+    /// The foreground process group of the terminal; -1 without one.
     pub tpgid: HostPid,
     /// The `PF_*` flags of the task (`include/linux/sched.h`).
     pub flags: u32,
     /// The nice value, -20 to 19.
     pub nice: i32,
-    /// The threads of the process.
+    /// The number of threads of the process.
     pub threads: u32,
-    /// When the task began, in clock ticks since boot.
+    /// The start time of the task, in clock ticks since boot.
     pub start_time: u64,
-    /// The address of the program's code.
+    /// The start address of the program's code.
     pub start_code: u64,
-    /// The address at which the program's code ends.
+    /// The end address of the program's code.
     pub end_code: u64,
     /// The address of the bottom of the stack.
     pub start_stack: u64,
-    /// The signal that its parent gets when it ends; -1 for a thread other than the leader.
+    /// The signal sent to the parent on exit; -1 for a thread other than the leader.
     pub exit_signal: i32,
-    /// The realtime priority, 1 to 99; 0 under other policies.
+    /// The real-time priority, 1 to 99; 0 under other policies.
     pub rt_priority: u32,
     /// The scheduling policy: a `SCHED_*` number.
     pub policy: u32,
-    /// The address of the program's data.
+    /// The start address of the program's data.
     pub start_data: u64,
-    /// The address at which the program's data end.
+    /// The end address of the program's data.
     pub end_data: u64,
-    /// The address from which `brk` grows the heap.
+    /// The start address of the heap, which `brk(2)` grows.
     pub start_brk: u64,
-    /// The address of the command line.
+    /// The start address of the command line.
     pub arg_start: u64,
-    /// The address at which the command line ends.
+    /// The end address of the command line.
     pub arg_end: u64,
-    /// The address of the environment.
+    /// The start address of the environment.
     pub env_start: u64,
-    /// The address at which the environment ends.
+    /// The end address of the environment.
     pub env_end: u64,
-    /// The status that `waitpid` gives of a zombie.
+    /// The wait status of a zombie, as `waitpid(2)` returns it.
     pub exit_code: i32,
 }
 
 /// `PF_EXITING` in [`Stat::flags`] (`include/linux/sched.h`).
 const EXITING: u32 = 0x4;
 
-/// The number that proc_pid_stat(5) gives the field after the name.
+/// The number of the field after the name in `proc_pid_stat(5)`.
 const FIRST_FIELD: usize = 3;
 
 /// The fields after the name.
@@ -74,7 +72,7 @@ const FIRST_FIELD: usize = 3;
 struct Columns<'a>(Vec<&'a [u8]>);
 
 impl<'a> Columns<'a> {
-    /// Returns the field with this number in proc_pid_stat(5).
+    /// Returns the field with this number in `proc_pid_stat(5)`.
     fn text(&self, number: usize, what: &'static str) -> Parsed<&'a [u8]> {
         self.0.get(number - FIRST_FIELD).copied().ok_or(Defect::missing(what))
     }
@@ -98,7 +96,7 @@ impl Stat {
     pub(super) fn parse(text: &[u8]) -> Parsed<Self> {
         let name = "name in parentheses";
         let open = text.iter().position(|&byte| byte == b'(');
-        // The name may have parentheses and blanks, what follows has none.
+        // The name may contain parentheses and blanks; the fields after it do not.
         let close = text.iter().rposition(|&byte| byte == b')');
         let (Some(open), Some(close)) = (open, close) else {
             return Err(Defect::new(name, text));
@@ -114,7 +112,7 @@ impl Stat {
             ppid: HostPid(columns.signed(4, "ppid")?),
             pgrp: HostPid(columns.signed(5, "pgrp")?),
             session: HostPid(columns.signed(6, "session")?),
-            // Printed as a signed number.
+            // The kernel prints it as a signed number.
             tty_nr: columns.signed::<i32>(7, "tty_nr")?.cast_unsigned(),
             tpgid: HostPid(columns.signed(8, "tpgid")?),
             flags: columns.unsigned(9, "flags")?,

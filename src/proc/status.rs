@@ -3,7 +3,7 @@
 use super::text::{self, Defect, Fields, Parsed};
 use crate::units::HostPid;
 
-/// The four ids that a task has of each sort.
+/// The four user ids, or the four group ids, of a task.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Ids {
     /// The real id.
@@ -12,63 +12,60 @@ pub struct Ids {
     pub effective: u32,
     /// The saved set-id.
     pub saved: u32,
-    /// The id for access to file systems.
+    /// The file system id.
     pub fs: u32,
 }
 
 /// A task as `/proc/PID/status` shows it (`proc_pid_status`, `fs/proc/array.c`).
 ///
-/// User and group ids are those of this program's user namespace. Sets of
-/// signals have bit `N - 1` for signal `N`; sets of capabilities bit `N` for
-/// capability `N`.
+/// User and group ids are those of the caller's user namespace. In sets of signals, bit `N - 1`
+/// stands for signal `N`; in sets of capabilities, bit `N` for capability `N`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Status {
-    /// The name of the task, at most 15 bytes, or more of a kernel thread;
-    /// escapes undone.
+    /// The name of the task, without escapes: at most 15 bytes, but more for a kernel thread.
     pub name: Vec<u8>,
-    /// The mask for the modes of new files, 0 to 0o777; since Linux 4.7, not of
-    /// zombies.
+    /// The umask, 0 to 0o777; since Linux 4.7, and not for zombies.
     pub umask: Option<u32>,
     /// The state: one of `RSDTtXZPI`.
     pub state: char,
     /// The pid of the process.
     pub tgid: HostPid,
-    /// The pid of the task: the process's for its leader.
+    /// The tid of the task; for the leader, the pid of the process.
     pub pid: HostPid,
     /// The pid of the parent process; 0 if it is outside the pid namespace.
     pub ppid: HostPid,
-    /// The pid of the task that traces this one; 0 if none does.
+    /// The pid of the tracer; 0 without one.
     pub tracer_pid: HostPid,
     /// The user ids.
     pub uids: Ids,
     /// The group ids.
     pub gids: Ids,
-    /// Descriptors that the table has room for; 0 for zombies.
+    /// The size of the descriptor table; 0 for zombies.
     pub fd_size: u32,
-    /// The supplementary groups, ascending.
+    /// The supplementary groups, in ascending order.
     pub groups: Vec<u32>,
-    /// The pid of the process in each pid namespace from that of this `/proc`
-    /// inwards; empty before Linux 4.1.
+    /// The pid of the process in the pid namespace of this `/proc` and in those nested inside;
+    /// empty before Linux 4.1.
     pub ns_tgid: Vec<i32>,
-    /// The pid of the task in each of these namespaces.
+    /// The tid of the task in each of these namespaces.
     pub ns_pid: Vec<i32>,
     /// The process group in each of these namespaces.
     pub ns_pgid: Vec<i32>,
     /// The session in each of these namespaces.
     pub ns_sid: Vec<i32>,
-    /// The threads of the process; 0 if they are gone.
+    /// The number of threads of the process; 0 if it has exited.
     pub threads: u32,
-    /// The signals that are queued for the user, and the limit of them.
+    /// The number of signals queued for the user, and its limit.
     pub sig_queued: (u64, u64),
-    /// The signals that are pending for the task.
+    /// The signals pending for the task.
     pub sig_pending: u64,
-    /// The signals that are pending for the process.
+    /// The signals pending for the process.
     pub shared_pending: u64,
     /// The signals that the task blocks.
     pub sig_blocked: u64,
     /// The signals that the process ignores.
     pub sig_ignored: u64,
-    /// The signals that the process has handlers for.
+    /// The signals that the process handles.
     pub sig_caught: u64,
     /// The inheritable capabilities.
     pub cap_inheritable: u64,
@@ -76,28 +73,27 @@ pub struct Status {
     pub cap_permitted: u64,
     /// The effective capabilities.
     pub cap_effective: u64,
-    /// The bounding set of capabilities.
+    /// The capability bounding set.
     pub cap_bounding: u64,
-    /// The ambient capabilities; 0 before Linux 4.3, which has none.
+    /// The ambient capabilities; 0 before Linux 4.3.
     pub cap_ambient: u64,
-    /// Whether `execve` may give no privileges; false before Linux 4.10, which
-    /// does not tell.
+    /// Whether `execve(2)` cannot grant privileges; false before Linux 4.10, which does not
+    /// report it.
     pub no_new_privs: bool,
-    /// The seccomp mode: 0 off, 1 strict, 2 filter; 0 on kernels without it.
+    /// The seccomp mode: 0 disabled, 1 strict, 2 filter; 0 on kernels without seccomp.
     pub seccomp: u32,
-    /// The seccomp filters of the task; since Linux 5.9.
+    /// The number of seccomp filters of the task; since Linux 5.9.
     pub seccomp_filters: Option<u32>,
-    /// Whether the memory may have huge pages (`PR_SET_THP_DISABLE`); since
-    /// Linux 5.0, not of zombies.
+    /// Whether the process may use transparent huge pages (`PR_SET_THP_DISABLE`); since Linux
+    /// 5.0, and not for zombies.
     pub thp_enabled: Option<bool>,
     /// Whether the thread has a shadow stack (`x86_Thread_features`, since Linux 6.6).
     pub shadow_stack: bool,
-    /// The memory in use, in KiB; not of zombies and kernel threads.
+    /// The resident memory in KiB; not for zombies and kernel threads.
     pub vm_rss_kib: Option<u64>,
-    /// The memory that is locked, in KiB; not of zombies and kernel threads.
+    /// The locked memory in KiB; not for zombies and kernel threads.
     pub vm_lck_kib: Option<u64>,
-    /// The memory that devices and io_uring have pinned, in KiB; not of zombies and
-    /// kernel threads.
+    /// The memory pinned by devices and io_uring in KiB; not for zombies and kernel threads.
     pub vm_pin_kib: Option<u64>,
 }
 
@@ -164,7 +160,7 @@ impl Status {
     }
 }
 
-/// Reads the four ids of a line.
+/// Parses the four ids in a line.
 fn ids(value: &[u8], what: &'static str) -> Parsed<Ids> {
     match text::numbers(value, what)?[..] {
         [real, effective, saved, fs] => Ok(Ids { real, effective, saved, fs }),
@@ -172,14 +168,14 @@ fn ids(value: &[u8], what: &'static str) -> Parsed<Ids> {
     }
 }
 
-/// Reads `QUEUED/LIMIT`.
+/// Parses `QUEUED/LIMIT`.
 fn queued(value: &[u8]) -> Parsed<(u64, u64)> {
     const WHAT: &str = "SigQ";
     let (queued, limit) = text::split_once(value, b'/').ok_or_else(|| Defect::new(WHAT, value))?;
     Ok((text::unsigned(queued, 10, WHAT)?, text::unsigned(limit, 10, WHAT)?))
 }
 
-/// Reads `  1728 kB`.
+/// Parses `  1728 kB`.
 fn kib(value: &[u8], what: &'static str) -> Parsed<u64> {
     let number = value.trim_ascii().strip_suffix(b"kB").ok_or_else(|| Defect::new(what, value))?;
     text::unsigned(number, 10, what)

@@ -1,17 +1,15 @@
-//! The small tables of a process: limits, timers, control groups.
+//! Small tables of a process: limits, timers, control groups.
 
 use super::text::{self, Defect, Parsed};
 use crate::units::HostPid;
 
-/// How many limits a process has (`RLIM_NLIMITS`,
-/// `include/uapi/asm-generic/resource.h`).
+/// The number of resource limits (`RLIM_NLIMITS`, `include/uapi/asm-generic/resource.h`).
 pub const LIMITS: usize = 16;
 
-/// No limit, as `RLIM_INFINITY`.
+/// No limit: `RLIM_INFINITY`.
 pub const UNLIMITED: u64 = u64::MAX;
 
-/// What `limits` calls each `RLIMIT_*`, by its number (`lnames`,
-/// `fs/proc/base.c`).
+/// The name of each `RLIMIT_*` in `limits`, by number (`lnames`, `fs/proc/base.c`).
 const LIMIT_NAMES: [&str; LIMITS] = [
     "Max cpu time",
     "Max file size",
@@ -31,29 +29,28 @@ const LIMIT_NAMES: [&str; LIMITS] = [
     "Max realtime timeout",
 ];
 
-/// How a timer reports that it expired: the `SIGEV_*` bits
+/// How a timer notifies of its expiration: `SIGEV_*` bits
 /// (`include/uapi/asm-generic/siginfo.h`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Notify(pub u32);
 
 impl Notify {
-    /// `SIGEV_SIGNAL`: by a signal.
+    /// `SIGEV_SIGNAL`: by a signal to the process.
     pub const SIGNAL: Self = Self(0);
     /// `SIGEV_NONE`: not at all.
     pub const NONE: Self = Self(1);
-    /// `SIGEV_THREAD`: by a thread, which the C library starts; the kernel
-    /// treats it as a signal.
+    /// `SIGEV_THREAD`: by a thread that the C library starts; for the kernel it is a signal.
     pub const THREAD: Self = Self(2);
     /// `SIGEV_THREAD_ID`: the bit for a signal to one thread.
     pub const THREAD_ID: Self = Self(4);
 
-    /// Returns whether the signal is for one thread and not for the process.
+    /// Whether the signal is sent to one thread, not to the process.
     pub const fn is_for_thread(self) -> bool {
         self.0 & Self::THREAD_ID.0 != 0
     }
 }
 
-/// A timer made by `timer_create`, as `/proc/PID/timers` shows it (`show_timer`,
+/// A timer created by `timer_create(2)`, as `/proc/PID/timers` shows it (`show_timer`,
 /// `fs/proc/base.c`; with `CONFIG_CHECKPOINT_RESTORE`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PosixTimer {
@@ -61,27 +58,27 @@ pub struct PosixTimer {
     pub id: i32,
     /// The signal.
     pub signal: i32,
-    /// What is given with the signal: a number or an address of the process.
+    /// The data sent with the signal: a number or an address of the process.
     pub value: u64,
-    /// How the timer reports that it expired.
+    /// How the timer notifies of its expiration.
     pub notify: Notify,
-    /// The receiver, in the pid namespace of this `/proc`: the thread if
-    /// [`Notify::is_for_thread`], else the process. `None` if that is gone or not in the
-    /// namespace.
+    /// The receiver of the signal, in the pid namespace of this `/proc`: a thread if
+    /// [`Notify::is_for_thread`], otherwise the process. `None` if it has exited or is outside
+    /// the namespace.
     pub notify_pid: Option<HostPid>,
     /// The clock: a `CLOCK_*` number.
     pub clock: i32,
 }
 
-/// The place of a process in one hierarchy of control groups: a line of
-/// `/proc/PID/cgroup`, see [`cgroups`](super::cgroups).
+/// The control group of a process in one hierarchy: a line of `/proc/PID/cgroup`, see
+/// [`cgroups`](super::cgroups).
 ///
-/// The id of the hierarchy, 0 for version 2; its controllers or its name
-/// (`name=systemd`) with commas between, empty for version 2; the path, seen from
-/// the cgroup namespace of this program.
+/// The fields are the id of the hierarchy, 0 for version 2; its controllers or its name
+/// (`name=systemd`), separated by commas, empty for version 2; and the path in the caller's cgroup
+/// namespace.
 pub type Cgroup = (u32, Vec<u8>, Vec<u8>);
 
-/// Parses the text of `limits`, with columns of any width.
+/// Parses the text of `limits`; columns may have any width.
 pub(super) fn parse_limits(text: &[u8]) -> Parsed<[(u64, u64); LIMITS]> {
     let mut limits = [None; LIMITS];
     for line in text::lines(text) {
@@ -135,7 +132,7 @@ pub(super) fn parse_timers(text: &[u8]) -> Parsed<Vec<PosixTimer>> {
     Ok(timers)
 }
 
-/// Returns the value of a line that must have this key.
+/// Returns the value of a line, which must have this key.
 fn keyed<'a>(line: Option<&'a [u8]>, key: &'static str) -> Parsed<&'a [u8]> {
     let line = line.ok_or(Defect::missing(key))?;
     match text::field(line) {
@@ -161,7 +158,7 @@ pub(super) fn parse_cgroups(text: &[u8]) -> Parsed<Vec<Cgroup>> {
         .collect()
 }
 
-/// Parses the text of a link such as `mnt:[4026531841]` and returns the number.
+/// Parses the target of a link such as `mnt:[4026531841]`, and returns the number.
 pub(super) fn parse_namespace(link: &[u8]) -> Parsed<u64> {
     let what = "kind:[inode]";
     link.strip_suffix(b"]")

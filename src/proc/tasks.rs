@@ -1,12 +1,12 @@
-//! Which processes, threads, children and descriptors there are.
+//! Lists processes, threads, children and descriptors.
 
 use std::{fs, path::Path};
 
 use super::{ProcError, Result, of_process, of_thread, read, stat, text};
 use crate::units::{HostPid, TargetFd};
 
-/// Returns all processes that this `/proc` shows, ascending. One that begins or
-/// ends meanwhile may or may not be among them.
+/// Returns all processes that this `/proc` shows, in ascending order. May include or miss one
+/// that starts or exits meanwhile.
 ///
 /// # Errors
 ///
@@ -15,8 +15,8 @@ pub fn pids() -> Result<Vec<HostPid>> {
     Ok(numbered(Path::new("/proc"))?.into_iter().map(HostPid).collect())
 }
 
-/// Returns the threads of a process: its leader first, even if it ended, then
-/// the others, ascending.
+/// Returns the threads of a process: the leader first, even if it has exited, then the others in
+/// ascending order.
 ///
 /// # Errors
 ///
@@ -28,7 +28,7 @@ pub fn threads(pid: HostPid) -> Result<Vec<HostPid>> {
     Ok(threads)
 }
 
-/// Returns the descriptors of a process, ascending. None of a zombie.
+/// Returns the descriptors of a process in ascending order. A zombie has none.
 ///
 /// # Errors
 ///
@@ -37,12 +37,10 @@ pub fn fds(pid: HostPid) -> Result<Vec<TargetFd>> {
     Ok(numbered(&of_process(pid, "fd"))?.into_iter().map(TargetFd).collect())
 }
 
-/// Returns the children of all threads of a process, zombies among them,
-/// ascending.
+/// Returns the children of all threads of a process, including zombies, in ascending order.
 ///
-/// The list is whole only if neither the process nor its children can fork or
-/// end meanwhile. Kernels without `CONFIG_PROC_CHILDREN` do not list children:
-/// then every process is asked for its parent.
+/// The list is complete only if neither the process nor its children can fork or exit meanwhile.
+/// On kernels without `CONFIG_PROC_CHILDREN`, it is built from the parents of all processes.
 ///
 /// # Errors
 ///
@@ -53,12 +51,12 @@ pub fn children(pid: HostPid) -> Result<Vec<HostPid>> {
         let path = of_thread(pid, tid, "children");
         match read(path, |text| text::numbers(text, "pid of child")) {
             Ok(numbers) => found.extend(numbers.into_iter().map(HostPid)),
-            // The leader has its directory as long as the process is there.
+            // The leader's directory exists as long as the process does.
             Err(error) if error.is_vanished() && tid == pid => {
                 stat(pid)?;
                 return children_by_parent(pid);
             }
-            // Another thread ended: its children are now those of the rest.
+            // Another thread has exited: other threads have adopted its children.
             Err(error) if error.is_vanished() => {}
             Err(error) => return Err(error),
         }
@@ -68,7 +66,7 @@ pub fn children(pid: HostPid) -> Result<Vec<HostPid>> {
     Ok(found)
 }
 
-/// Returns the processes whose parent is `pid`, ascending.
+/// Returns the processes whose parent is `pid`, in ascending order.
 pub(super) fn children_by_parent(pid: HostPid) -> Result<Vec<HostPid>> {
     let mut found = Vec::new();
     for candidate in pids()? {
@@ -82,7 +80,7 @@ pub(super) fn children_by_parent(pid: HostPid) -> Result<Vec<HostPid>> {
     Ok(found)
 }
 
-/// Returns the names in a directory that are numbers, ascending.
+/// Returns the names in a directory that are numbers, in ascending order.
 fn numbered(dir: &Path) -> Result<Vec<i32>> {
     let failed = |source| ProcError::from_io(dir, source);
     let mut numbers = Vec::new();

@@ -1,4 +1,4 @@
-//! Parsers against texts of Linux 6.18, readers against this program.
+//! Tests parsers with texts of Linux 6.18, and readers with this process.
 
 use std::{
     io::Read,
@@ -65,7 +65,7 @@ fn myself() -> HostPid {
     HostPid(i32::try_from(std::process::id()).unwrap())
 }
 
-/// A child that ends when its input does, or when this is dropped.
+/// A child that exits when its input ends, or when this is dropped.
 struct Kid(Child);
 
 impl Kid {
@@ -496,7 +496,7 @@ fn threads_of_this_process_are_listed_and_read() {
     let status = thread_status(pid, tid).unwrap();
     assert_eq!((status.tgid, status.pid), (pid, tid));
     assert_eq!(status.name, thread_stat(pid, tid).unwrap().comm);
-    // What it is in is the very `read`, whose number is 0.
+    // The thread is in `read`, whose number is 0.
     assert!(syscall(pid, tid).unwrap().starts_with(b"0 0x"));
 }
 
@@ -555,7 +555,7 @@ fn a_file_that_is_locked_is_read() {
     assert!(fds.is_sorted() && fds.contains(&fd));
 }
 
-/// A program that opens one of each kind and then waits for the end of its input.
+/// A program that opens one file of each kind and then waits for the end of its input.
 const OPENER: &str = "
 import ctypes, os, select, sys
 c = ctypes.CDLL(None, use_errno=True)

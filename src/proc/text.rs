@@ -1,25 +1,25 @@
-//! What the files of `/proc` have in common: lines, keys, numbers, escapes.
+//! The syntax that files in `/proc` share: lines, keys, numbers, escapes.
 
-/// The most bytes of a text that an error quotes.
+/// How many bytes of a text an error quotes, at most.
 const QUOTED_BYTES: usize = 80;
 
-/// What is wrong with a text, before it is known which file it is from.
+/// A defect in a text, before the file name is known.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Defect {
-    /// What should have been there.
+    /// What was expected.
     pub(crate) what: &'static str,
-    /// The beginning of what was there instead.
+    /// The start of what was found.
     pub(crate) found: String,
 }
 
 impl Defect {
-    /// Says that `what` was expected where `found` is.
+    /// Expected `what`, but found `found`.
     pub(super) fn new(what: &'static str, found: &[u8]) -> Self {
         let quoted = &found[..found.len().min(QUOTED_BYTES)];
         Self { what, found: String::from_utf8_lossy(quoted).into_owned() }
     }
 
-    /// Says that `what` is missing altogether.
+    /// Expected `what`, but the text has nothing there.
     pub(super) const fn missing(what: &'static str) -> Self {
         Self { what, found: String::new() }
     }
@@ -28,12 +28,12 @@ impl Defect {
 /// The result of a parser.
 pub(super) type Parsed<T> = Result<T, Defect>;
 
-/// Returns the lines of `text`, without those that are empty.
+/// Returns the lines of `text`, except empty ones.
 pub(super) fn lines(text: &[u8]) -> impl Iterator<Item = &[u8]> {
     text.split(|&byte| byte == b'\n').filter(|line| !line.is_empty())
 }
 
-/// Returns the words of `text`: what blanks separate.
+/// Returns the words of `text`, separated by blanks.
 pub(super) fn words(text: &[u8]) -> impl Iterator<Item = &[u8]> {
     text.split(u8::is_ascii_whitespace).filter(|word| !word.is_empty())
 }
@@ -44,12 +44,12 @@ pub(super) fn split_once(text: &[u8], separator: u8) -> Option<(&[u8], &[u8])> {
     Some((&text[..position], &text[position + 1..]))
 }
 
-/// Returns `text` without the one line feed that may end it.
+/// Returns `text` without a trailing line feed.
 pub(super) fn without_line_feed(text: &[u8]) -> &[u8] {
     text.strip_suffix(b"\n").unwrap_or(text)
 }
 
-/// Reads a number of `radix` up to 16 that fills `text` but for blanks around it.
+/// Parses `text`, without surrounding blanks, as a number in base `radix`, at most 16.
 pub(super) fn unsigned<T>(text: &[u8], radix: u32, what: &'static str) -> Parsed<T>
 where
     T: TryFrom<u64>,
@@ -59,8 +59,7 @@ where
         .ok_or_else(|| Defect::new(what, text))
 }
 
-/// Reads a decimal number that may have a sign and fills `text` but for blanks
-/// around it.
+/// Parses `text`, without surrounding blanks, as a decimal number with an optional sign.
 pub(super) fn signed<T>(text: &[u8], what: &'static str) -> Parsed<T>
 where
     T: TryFrom<i64>,
@@ -75,7 +74,7 @@ where
     number.and_then(|number| T::try_from(number).ok()).ok_or_else(|| Defect::new(what, text))
 }
 
-/// Reads decimal numbers that blanks separate.
+/// Parses decimal numbers separated by blanks.
 pub(super) fn numbers<T>(text: &[u8], what: &'static str) -> Parsed<Vec<T>>
 where
     T: TryFrom<i64>,
@@ -83,7 +82,7 @@ where
     words(text).map(|word| signed(word, what)).collect()
 }
 
-/// Reads `text` as the digits of one number; none is no number.
+/// Parses `text` as digits; `None` without any.
 fn digits(text: &[u8], radix: u32) -> Option<u64> {
     if text.is_empty() {
         return None;
@@ -94,11 +93,11 @@ fn digits(text: &[u8], radix: u32) -> Option<u64> {
     })
 }
 
-/// Undoes the octal escapes, such as `\012`, that `seq_path` (`fs/seq_file.c`)
-/// writes for bytes which would break the line.
+/// Decodes the octal escapes, such as `\012`, that `seq_path` (`fs/seq_file.c`) writes for bytes
+/// that would break the line.
 ///
-/// In `maps` that is the line feed only: a name that has a backslash and three
-/// octal digits of its own cannot be told from an escape.
+/// In `maps`, only line feeds are escaped. So a name that contains a backslash and three octal
+/// digits is ambiguous, and is decoded wrongly.
 pub(super) fn undo_octal(text: &[u8]) -> Vec<u8> {
     let mut plain = Vec::with_capacity(text.len());
     let mut rest = text;
@@ -115,8 +114,7 @@ pub(super) fn undo_octal(text: &[u8]) -> Vec<u8> {
     plain
 }
 
-/// Undoes the escapes `\n` and `\\` of the name in `status`
-/// (`proc_task_name`, `fs/proc/array.c`).
+/// Decodes the escapes `\n` and `\\` in the name in `status` (`proc_task_name`, `fs/proc/array.c`).
 pub(super) fn undo_name_escapes(text: &[u8]) -> Vec<u8> {
     let mut plain = Vec::with_capacity(text.len());
     let mut rest = text;
@@ -132,12 +130,12 @@ pub(super) fn undo_name_escapes(text: &[u8]) -> Vec<u8> {
     plain
 }
 
-/// The lines `key:<blank>value` of one file.
+/// The lines `key:<blank>value` of a file.
 #[derive(Debug)]
 pub(super) struct Fields<'a>(Vec<(&'a [u8], &'a [u8])>);
 
 impl<'a> Fields<'a> {
-    /// Splits `text` into lines of keys and values; lines without a colon are left out.
+    /// Splits `text` into keys and values, ignoring lines without a colon.
     pub(super) fn parse(text: &'a [u8]) -> Self {
         Self(lines(text).filter_map(field).collect())
     }
@@ -147,13 +145,13 @@ impl<'a> Fields<'a> {
         self.0.iter().find(|(found, _)| *found == key.as_bytes()).map(|(_, value)| *value)
     }
 
-    /// Returns the value of the first line with this key, which must be there.
+    /// Returns the value of the first line with this key, or an error if there is none.
     pub(super) fn required(&self, key: &'static str) -> Parsed<&'a [u8]> {
         self.get(key).ok_or(Defect::missing(key))
     }
 }
 
-/// Splits a line into its key and its value: what follows the colon and one blank.
+/// Splits a line into its key and its value, which follows the colon and one blank.
 pub(super) fn field(line: &[u8]) -> Option<(&[u8], &[u8])> {
     let (key, value) = split_once(line, b':')?;
     let value = match value.split_first() {
