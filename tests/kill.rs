@@ -301,7 +301,7 @@ fn privileged_a_thread_that_is_not_home_yet_is_left_alone() {
     assert!(words.contains("unmaps its scratch memory when it runs again"), "{words}");
     live.fault = None;
     let words = said(&mut live);
-    assert!(words.contains("is still on its way back"), "{words}");
+    assert!(words.contains("is still returning from the work of a dump"), "{words}");
     signal(&live, Signal::SIGCONT);
     let wrong = harm(&mut live, &before);
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));

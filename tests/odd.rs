@@ -112,7 +112,7 @@ fn privileged_a_vfork_is_waited_for() {
     let output = live.try_dump(&["-R", "--timeout", "1"]);
     let text = said(&output);
     assert!(!output.status.success(), "it was dumped: {text}");
-    assert!(text.contains("waits for a vfork(2) child") && text.contains("--timeout"), "{text}");
+    assert!(text.contains("waits for its vfork(2) child") && text.contains("--timeout"), "{text}");
     assert_eq!(tracer_of(live.root), 0);
 
     let mut dump = begun(&live, &["--timeout", &PATIENCE.as_secs().to_string()]);

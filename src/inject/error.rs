@@ -1,4 +1,4 @@
-//! What can go wrong with work in other processes.
+//! Errors of injecting system calls into other processes.
 
 use std::path::PathBuf;
 
@@ -11,10 +11,10 @@ use crate::{
     units::{HostPid, RemoteAddr},
 };
 
-/// The result of work in another process.
+/// The result of injecting system calls.
 pub type Result<T, E = InjectError> = std::result::Result<T, E>;
 
-/// Why work in another process failed.
+/// Why system calls could not be injected.
 #[derive(Debug, thiserror::Error)]
 pub enum InjectError {
     /// A request of `ptrace(2)` failed.
@@ -22,47 +22,47 @@ pub enum InjectError {
     Trace {
         /// The thread.
         tid: HostPid,
-        /// What was attempted, as a verb.
+        /// The attempted step, as a verb.
         step: &'static str,
         /// Why it failed.
         source: Errno,
     },
-    /// It may not be traced.
+    /// The process may not be traced.
     #[error("stop process {tid}: {why}")]
     Denied {
         /// The process.
         tid: HostPid,
-        /// The process that traces it already, or the privilege that is missing.
+        /// The process that traces it already, or the missing privilege.
         why: String,
     },
-    /// A thread that executes 32-bit code.
-    #[error("thread {tid} executes 32-bit code, which is not dumped\nhelp: build the program for {machine}", machine = Machine::NATIVE.name())]
+    /// The thread executes 32-bit code.
+    #[error("thread {tid} executes 32-bit code, which rcriu does not dump\nhelp: build the program for {machine}", machine = Machine::NATIVE.name())]
     Narrow {
         /// The thread.
         tid: HostPid,
     },
-    /// It has not come home yet from a dump that was killed.
+    /// The thread is still returning from the calls of a dump that was killed.
     #[error(
-        "thread {tid} is still on its way back from the work of a dump that was killed\nhelp: let \
-         its process go on if it is stopped, and try again in a moment"
+        "thread {tid} is still returning from the work of a dump that was killed\nhelp: resume its \
+         process if it is stopped, and try again in a moment"
     )]
     Abroad {
         /// The thread.
         tid: HostPid,
     },
-    /// It is in a cgroup that is frozen.
+    /// The process is in a frozen cgroup.
     #[error("process {pid} is in the cgroup {}, which is frozen\nhelp: thaw it first: {thaw}", .cgroup.display())]
     FrozenCgroup {
         /// The process.
         pid: HostPid,
-        /// The cgroup that was frozen: its own, or one above.
+        /// The cgroup that was frozen: its own, or an ancestor.
         cgroup: PathBuf,
-        /// A command.
+        /// A shell command that thaws it.
         thaw: String,
     },
-    /// It waits for a child that has its memory.
+    /// The thread waits for a child that shares its memory.
     #[error(
-        "thread {tid} waits for a vfork(2) child that has neither executed a program nor ended\n\
+        "thread {tid} waits for its vfork(2) child, which has neither executed a program nor exited\n\
          help: let the child do so, or give it more time with --timeout"
     )]
     Vfork {
@@ -74,17 +74,17 @@ pub enum InjectError {
     Call {
         /// The thread that made it.
         tid: HostPid,
-        /// What it was for, as a verb.
+        /// The purpose of the call, as a verb.
         what: String,
         /// Why it failed.
         source: Errno,
     },
-    /// The thread did not come back as it should.
-    #[error("thread {tid} {what} while it worked for this program")]
+    /// The thread did not stop as expected.
+    #[error("thread {tid} {what} while it worked for rcriu")]
     Lost {
         /// The thread.
         tid: HostPid,
-        /// What became of it.
+        /// What happened to it.
         what: String,
     },
     /// Its memory could not be read or written.
@@ -92,57 +92,57 @@ pub enum InjectError {
     Memory {
         /// The thread.
         tid: HostPid,
-        /// What was attempted, as a verb.
+        /// The attempted step, as a verb.
         step: &'static str,
-        /// Where.
+        /// The start address.
         address: RemoteAddr,
-        /// How many.
+        /// The length in bytes.
         len: u64,
         /// Why it failed.
         source: Errno,
     },
-    /// A process that nothing can be injected into.
+    /// The process has no system call instruction to use.
     #[error("process {tid} has no executable memory with a system call instruction")]
     NoSyscall {
         /// The process.
         tid: HostPid,
     },
-    /// There is neither room for scratch memory nor for data on the stack.
+    /// The process has room neither for scratch memory nor for data on its stack.
     #[error(
-        "process {tid} has no room for this program to work in: its limits (RLIMIT_AS, \
-         RLIMIT_DATA, or RLIMIT_MEMLOCK with MCL_FUTURE) or PR_SET_MDWE allow for no scratch \
+        "process {tid} has no room for injected system calls: its limits (RLIMIT_AS, \
+         RLIMIT_DATA, or RLIMIT_MEMLOCK with MCL_FUTURE) or PR_SET_MDWE forbid scratch \
          memory, and the end of its stack is in use\nhelp: raise the limits with prlimit(1)"
     )]
     NoRoom {
         /// The thread.
         tid: HostPid,
     },
-    /// A script that does not fit into scratch memory.
+    /// The script does not fit into the scratch memory.
     #[error("{bytes} bytes of system calls for process {tid}, at most {limit} fit")]
     TooLong {
         /// The thread.
         tid: HostPid,
-        /// Bytes of the script.
+        /// The size of the script.
         bytes: usize,
-        /// Bytes of scratch memory.
+        /// The size of the scratch memory.
         limit: usize,
     },
-    /// The tree does not come to rest.
-    #[error("the tree of process {root} makes new processes faster than they can be stopped")]
+    /// The tree creates processes faster than they can be stopped.
+    #[error("the tree of process {root} creates processes faster than they can be stopped")]
     Restless {
-        /// The tree's root.
+        /// The root process of the tree.
         root: HostPid,
     },
-    /// Something in `/proc` could not be read.
+    /// A file in `/proc` could not be read.
     #[error(transparent)]
     Proc(#[from] ProcError),
-    /// A test asked for it.
+    /// A test has requested a failure.
     #[error(transparent)]
     Fault(#[from] Injected),
 }
 
 impl InjectError {
-    /// Returns [`InjectError::Trace`], ready for `map_err`.
+    /// Returns a constructor of [`InjectError::Trace`] for `map_err`.
     pub(super) fn trace(tid: HostPid, step: &'static str) -> impl Fn(Errno) -> Self {
         move |source| Self::Trace { tid, step, source }
     }

@@ -1,4 +1,4 @@
-//! Stopping a tree of processes, and letting it go on as if nothing had happened.
+//! Freezes a tree of processes, and thaws it as if nothing had happened.
 
 use std::{
     collections::BTreeSet,
@@ -23,65 +23,63 @@ use crate::{
     units::{HostPid, RemoteAddr},
 };
 
-/// Rounds over the tree in which new processes may turn up.
+/// How many times to look for new threads or processes, at most.
 const ROUNDS: usize = 1000;
 
-/// How often a thread is looked at before sleeping in between.
+/// How many times to check for a stop before sleeping in between.
 const EAGER_LOOKS: usize = 200;
 
-/// How long to sleep between two looks.
+/// How long to sleep between two checks.
 const NAP: Duration = Duration::from_micros(100);
 
-/// `PF_IO_WORKER` (`linux/sched.h`, since Linux 5.12): the kernel's own thread, which
-/// works for an io_uring.
+/// `PF_IO_WORKER` (`linux/sched.h`, since Linux 5.12): a kernel thread that works for an io_uring.
 const IO_WORKER: u32 = 0x10;
 
-/// A process of a stopped tree.
+/// A process of a frozen tree.
 #[derive(Debug)]
 pub struct Task {
     /// The process.
     pub pid: HostPid,
     /// Its parent.
     pub parent: HostPid,
-    /// Its threads that live, the leader first unless that has ended; none if it is dead
-    /// and not yet waited for.
+    /// Its live threads, the leader first unless it has exited; empty for a zombie.
     pub threads: Vec<Tracee>,
 }
 
 impl Task {
-    /// Whether the process has ended and waits to be reaped.
+    /// Whether the process is a zombie.
     pub fn is_zombie(&self) -> bool {
         self.threads.is_empty()
     }
 
-    /// Returns the thread by which the kernel shows what all of them share: memory, files,
-    /// signals. It is the leader, unless that has ended: then it has nothing any more.
+    /// Returns a live thread, through which `/proc` shows what all threads share: memory, files,
+    /// signals. It is the leader, unless that has exited and no longer shows them.
     pub fn witness(&self) -> HostPid {
         self.threads.first().map_or(self.pid, |thread| thread.tid)
     }
 
-    /// Whether the leader has ended while other threads live.
+    /// Whether the leader has exited while other threads live.
     pub fn is_leaderless(&self) -> bool {
         self.witness() != self.pid
     }
 
-    /// Returns where the stacks of its threads end.
+    /// Returns the stack pointers of its threads.
     pub fn stack_pointers(&self) -> impl Iterator<Item = RemoteAddr> + '_ {
         self.threads.iter().map(|thread| RemoteAddr(native::stack_pointer(&thread.registers)))
     }
 
-    /// Returns the signal that had stopped the process before, or 0.
+    /// Returns the signal that stopped the process before the freeze, or 0.
     pub fn stopped_by(&self) -> i32 {
         self.threads.first().map_or(0, |thread| thread.stopped_by)
     }
 }
 
-/// What becomes of a tree that was stopped.
+/// What happens to a frozen tree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// It goes on.
+    /// It resumes.
     Run,
-    /// It stays, stopped by `SIGSTOP`.
+    /// It stays stopped, by `SIGSTOP`.
     Stop,
     /// It is killed.
     Kill,
@@ -104,14 +102,13 @@ impl Options {
     }
 }
 
-/// A tree of processes that is stopped, parents before children. When it is
-/// dropped, it goes on.
+/// A frozen tree of processes, parents before children. Dropping it thaws the tree.
 #[derive(Debug)]
 pub struct Frozen {
     /// The processes.
     pub tasks: Vec<Task>,
     deadline: Instant,
-    /// Sets of cgroups that are not frozen.
+    /// Sets of cgroups known not to be frozen.
     cgroups: BTreeSet<Vec<Cgroup>>,
 }
 
@@ -121,12 +118,11 @@ impl Frozen {
         Self { tasks: Vec::new(), deadline, cgroups: BTreeSet::new() }
     }
 
-    /// Stops a process with all its descendants within the timeout.
+    /// Stops a process and all its descendants within `timeout`.
     ///
     /// # Errors
-    /// [`InjectError::Denied`]; [`InjectError::Restless`]; [`InjectError::Lost`]
-    /// for a thread that does not stop in time; those of reading `/proc`. What was
-    /// stopped by then goes on.
+    /// [`InjectError::Denied`]; [`InjectError::Restless`]; [`InjectError::Lost`] for a thread that
+    /// does not stop in time; errors of reading `/proc`. All processes stopped so far resume.
     pub fn freeze(root: HostPid, options: Options) -> Result<Self> {
         let mut frozen = Self::new(options.timeout);
         frozen.stop_task(root, proc::stat(root)?.ppid)?;
@@ -143,7 +139,7 @@ impl Frozen {
                     }
                 }
             }
-            // Whose parent has died while we looked has another one now.
+            // A process whose parent has exited meanwhile has a new parent: look again.
             looked_at = 0;
             let mut complete = true;
             for task in &frozen.tasks {
@@ -157,10 +153,7 @@ impl Frozen {
         Err(InjectError::Restless { root })
     }
 
-    /// Stops a process without its descendants.
-    ///
-    /// # Errors
-    /// As [`Self::freeze`].
+    /// Stops a process without its descendants; otherwise like [`Self::freeze`].
     pub(super) fn freeze_alone(pid: HostPid, timeout: Duration) -> Result<Self> {
         let mut frozen = Self::new(timeout);
         frozen.stop_task(pid, HostPid(0))?;
@@ -177,7 +170,7 @@ impl Frozen {
         let threads = self.stop_threads(pid)?;
         let gone = threads.is_empty()
             && proc::stat(pid).map_or_else(|error| error.is_vanished(), |stat| stat.state != 'Z');
-        // The parent may be another one, if the one it was found under has died.
+        // The process has a new parent if the one that listed it has exited.
         let parent = proc::stat(pid).map_or(parent, |stat| stat.ppid);
         if !gone {
             self.tasks.push(Task { pid, parent, threads });
@@ -185,7 +178,7 @@ impl Frozen {
         Ok(())
     }
 
-    /// Stops all threads of a process; none if it is dead.
+    /// Stops all threads of a process; returns none for a zombie.
     fn stop_threads(&self, pid: HostPid) -> Result<Vec<Tracee>> {
         let mut stopped: Vec<Tracee> = Vec::new();
         for _ in 0..ROUNDS {
@@ -203,7 +196,7 @@ impl Frozen {
         Err(InjectError::Restless { root: pid })
     }
 
-    /// Stops those threads that are not yet; tells whether there were any.
+    /// Stops the threads that are not stopped yet; returns whether there were any.
     fn stop_new_threads(&self, pid: HostPid, stopped: &mut Vec<Tracee>) -> Result<bool> {
         let tids = match proc::threads(pid) {
             Ok(tids) => tids,
@@ -213,15 +206,15 @@ impl Frozen {
         let mut pending = Vec::new();
         let mut failure = None;
         for tid in tids {
-            // A worker of the kernel's has no registers to be put back, and may stay when
-            // its ring is gone. A ring itself is seen by its descriptor.
+            // An io_uring worker has no user registers to restore, and may outlive its ring. The dump
+            // finds rings by their descriptors.
             let known = stopped.iter().any(|thread| thread.tid == tid);
             if known || (tid != pid && is_io_worker(pid, tid)) {
                 continue;
             }
             match seize(tid) {
                 Ok(()) => pending.push(tid),
-                // It has ended, or is ending.
+                // The thread has exited or is exiting.
                 Err(_) if is_dead(pid, tid) => {}
                 Err(error) => {
                     failure = Some(error);
@@ -235,7 +228,7 @@ impl Frozen {
                 Ok(thread) => stopped.push(thread),
                 Err(_) if is_dead(pid, tid) => {}
                 Err(error) => {
-                    // Best effort: it may not have stopped.
+                    // It may not have stopped, so ignore errors.
                     let _ = ptrace::detach(tid, 0);
                     failure.get_or_insert(error);
                 }
@@ -247,8 +240,8 @@ impl Frozen {
         }
     }
 
-    /// Waits for a thread that was interrupted and returns the signal that had
-    /// stopped its process, or 0. Signals that come first are passed on.
+    /// Waits until an interrupted thread stops. Returns the signal that had stopped its process
+    /// before, or 0. Delivers signals that arrive first.
     fn await_stop(&self, pid: HostPid, tid: HostPid) -> Result<i32> {
         let failed = |step| InjectError::trace(tid, step);
         for look in 0_usize.. {
@@ -270,10 +263,10 @@ impl Frozen {
         Err(hold::why_running(pid, tid))
     }
 
-    /// Ends the stop.
+    /// Releases the tree.
     ///
     /// # Errors
-    /// The first failure; all processes are seen to all the same.
+    /// The first failure; all other processes are released nevertheless.
     pub fn release(mut self, outcome: Outcome) -> Result<()> {
         self.let_go(outcome)
     }
@@ -294,7 +287,7 @@ impl Frozen {
                 result = Err(InjectError::Trace { tid: task.pid, step, source });
             }
         }
-        // Children first: a parent that goes on finds them as they were.
+        // Children first, so that a resumed parent finds them as they were.
         for task in tasks.into_iter().rev() {
             for thread in task.threads.into_iter().rev() {
                 let ended = match outcome {
@@ -311,7 +304,7 @@ impl Frozen {
 }
 
 impl Drop for Frozen {
-    /// Lets the tree go on.
+    /// Thaws the tree.
     fn drop(&mut self) {
         if let Err(error) = self.let_go(Outcome::Run) {
             log::warn!("{}", with_sources(&error));
@@ -333,14 +326,14 @@ fn seize(tid: HostPid) -> Result<()> {
     ptrace::interrupt(tid).map_err(InjectError::trace(tid, "interrupt"))
 }
 
-/// Takes over a thread that has stopped. If that was for this program, a call that it
-/// would interrupt for nothing is made to go on.
+/// Takes over a stopped thread. If rcriu has stopped it, and has thereby interrupted a system call
+/// that would fail for no reason, makes the thread restart the call.
 fn take_over(tid: HostPid, stopped_by: i32) -> Result<Tracee> {
     let mut tracee = Tracee::new(tid, stopped_by)?;
     if stopped_by == 0
         && let Some(mended) = native::mended(&tracee.registers)
     {
-        // At once: whatever ends this program, it goes on like that.
+        // Do so now: the thread then resumes like that even if rcriu is killed.
         ptrace::set_registers(tid, &mended)
             .map_err(InjectError::trace(tid, "set the registers of"))?;
         tracee.registers = mended;
@@ -357,12 +350,11 @@ fn is_dead(pid: HostPid, tid: HostPid) -> bool {
         .map_or_else(|error| error.is_vanished(), |stat| matches!(stat.state, 'Z' | 'X'))
 }
 
-/// Waits until a tracee that was killed is gone.
+/// Waits until a killed tracee is gone.
 fn await_death(tid: HostPid) -> Result<()> {
     loop {
         match ptrace::wait(tid) {
-            // It is not the leader, so no process waits for it; or its parent has reaped
-            // it.
+            // It is not the leader, which nothing waits for; or its parent has reaped it.
             Err(Errno::ECHILD) | Ok(Wait::Exited(_) | Wait::Killed(_)) => return Ok(()),
             Err(errno) => return Err(InjectError::trace(tid, "wait for")(errno)),
             Ok(Wait::Event(libc::PTRACE_EVENT_EXIT)) => {

@@ -1,4 +1,4 @@
-//! Processes that make calls with the ids of another process, and end.
+//! Helper processes, which make system calls with the ids of another process and then exit.
 
 use nix::libc;
 
@@ -17,15 +17,15 @@ use crate::{
 /// `CLONE_CLEAR_SIGHAND` (`linux/sched.h`, since Linux 5.5).
 const CLONE_CLEAR_SIGHAND: u64 = 1 << 32;
 
-/// A child with a given pid that shares the descriptors of this program. It ends when
-/// dropped; until then, its pid is taken.
+/// A child with a chosen pid that shares rcriu's descriptors. Dropping it kills the child and frees
+/// the pid.
 #[derive(Debug)]
 pub struct Helper {
     tracee: Tracee,
     scratch: Scratch,
 }
 
-/// Ends a child.
+/// Kills a child when dropped.
 struct Kill(HostPid);
 
 impl Drop for Kill {
@@ -36,7 +36,7 @@ impl Drop for Kill {
 }
 
 impl Helper {
-    /// Makes one with this pid.
+    /// Creates a helper with this pid.
     ///
     /// # Errors
     /// [`InjectError::Trace`], with `EEXIST` if the pid is in use.
@@ -62,10 +62,7 @@ impl Helper {
         Ok(Self { tracee, scratch })
     }
 
-    /// Lets it make the calls of a script.
-    ///
-    /// # Errors
-    /// As [`Scratch::run`].
+    /// Has the helper make the calls of a script, like [`Scratch::run`].
     pub fn run(&mut self, script: &Script) -> Result<Answers> {
         self.scratch.run(&mut self.tracee, script)
     }

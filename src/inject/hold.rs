@@ -1,4 +1,4 @@
-//! What keeps a process from being stopped.
+//! Why a process cannot be stopped.
 
 use std::{
     fs,
@@ -12,19 +12,19 @@ use crate::{
     units::HostPid,
 };
 
-/// How a version of cgroups tells that one is frozen, and is told to let it go on.
+/// How one version of cgroups shows that a cgroup is frozen, and how to thaw it.
 struct Freezer {
     /// The type of its file system.
     fs_type: &'static str,
-    /// What that is mounted with.
+    /// The mount option of the hierarchy that has the freezer.
     option: &'static str,
     /// The controller in `/proc/PID/cgroup`.
     controller: &'static [u8],
-    /// The file that shows the state, with what is in it of a cgroup that is frozen.
+    /// The file with the state, and its lines for a frozen cgroup.
     state: (&'static str, &'static [&'static str]),
-    /// The file that says that this very cgroup is to be frozen: it is 1 then.
+    /// The file that contains 1 if this cgroup itself, rather than an ancestor, was frozen.
     own: &'static str,
-    /// What thaws it: a word and a file.
+    /// The word to write to thaw it, and the file.
     thaw: (&'static str, &'static str),
 }
 
@@ -47,10 +47,11 @@ const FREEZERS: [Freezer; 2] = [
     },
 ];
 
-/// Checks that a process in these cgroups is not frozen: it could be stopped in some of
-/// them, but not work.
+/// Checks that none of these cgroups is frozen: in some versions a process of a frozen cgroup can
+/// be stopped, but it cannot make calls.
 ///
 /// # Errors
+/// [`InjectError::FrozenCgroup`].
 /// [`InjectError::FrozenCgroup`].
 pub(super) fn check_frozen(pid: HostPid, cgroups: &[Cgroup]) -> Result<()> {
     for freezer in &FREEZERS {
@@ -59,7 +60,7 @@ pub(super) fn check_frozen(pid: HostPid, cgroups: &[Cgroup]) -> Result<()> {
         };
         let Some((_, _, path)) = cgroups.iter().find(is_there) else { continue };
         let path = String::from_utf8_lossy(path);
-        // Every process is in some cgroup, and the root cannot be frozen.
+        // The root cgroup cannot be frozen.
         if path == "/" {
             continue;
         }
@@ -84,7 +85,7 @@ pub(super) fn check_frozen(pid: HostPid, cgroups: &[Cgroup]) -> Result<()> {
     Ok(())
 }
 
-/// Returns where the file system of a freezer is mounted.
+/// Returns the mount point of a freezer's file system.
 fn mount_of(freezer: &Freezer) -> Option<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
     mounts.lines().find_map(|line| {
@@ -106,11 +107,11 @@ pub(super) fn why_running(pid: HostPid, tid: HostPid) -> InjectError {
     if waits && is_vfork(pid, tid) {
         return InjectError::Vfork { tid };
     }
-    let what = if waits { "it waits for a device" } else { "the machine may be slow" };
+    let what = if waits { "it is in uninterruptible sleep" } else { "the machine may be slow" };
     InjectError::Lost { tid, what: format!("does not stop in time ({what}; see --timeout)") }
 }
 
-/// Whether a thread that sleeps does so in a call that makes a process and waits for it.
+/// Whether a sleeping thread is in a call that creates a child and waits for it.
 fn is_vfork(pid: HostPid, tid: HostPid) -> bool {
     let Ok(text) = proc::syscall(pid, tid) else { return false };
     let text = String::from_utf8_lossy(&text).into_owned();

@@ -1,14 +1,13 @@
-//! The way home of a thread that works for this program.
+//! The way home of a thread that makes calls for rcriu.
 //!
-//! If this program is killed, the kernel lets go of the thread, which then goes on with
-//! whatever registers and signal mask it happens to have. So it never has any but those
-//! from which it finds home alone: its stack pointer leads to a frame like the one that
-//! the kernel makes for a signal handler, and all that it executes is one system call,
-//! `ret`, and then, in the program's own code, `rt_sigreturn(2)`, which gives it back all
-//! registers and the mask at once.
+//! If rcriu is killed, the kernel detaches from the thread, which resumes with whatever registers
+//! and signal mask it has. So rcriu only gives it registers from which it finds home without help.
+//! Its stack pointer points to a frame like the one that the kernel builds for a signal handler.
+//! All that the thread executes is one system call, `ret`, and then, in the program's own code,
+//! `rt_sigreturn(2)`, which restores all registers and the mask at once.
 //!
-//! The frames are at the low end of the main thread's stack, far below whatever is in use
-//! of it, where nothing else is kept. They do not need to be mapped.
+//! The frames are at the low end of the main thread's stack, far below the part in use, where
+//! the process keeps nothing else. They need not be mapped yet.
 
 use std::{
     collections::HashMap,
@@ -35,46 +34,46 @@ use crate::{
     units::{HostPid, PAGE_SIZE, RemoteAddr},
 };
 
-/// Bytes for one frame, and for the handler of a signal below it: the largest areas of
-/// today's processors have 11 KiB.
+/// The size of a slot: one frame, and below it room for a signal handler. The largest register areas
+/// of today's processors have 11 KiB.
 const SLOT_BYTES: u64 = 20 << 10;
 
-/// Where in these the frame begins that leads to one more call (see [`Home::detour`]).
+/// The offset in a slot of the frame that leads to one more call (see [`Home::detour`]).
 const DETOUR_AT: u64 = PAGE_SIZE;
 
-/// Where in these the frame begins that leads home. It is above the other one, so that a
-/// handler that runs before that is reached leaves this one alone.
+/// The offset in a slot of the frame that leads home. It is above the other one, so that a signal
+/// handler that runs before that one is reached does not overwrite this one.
 const FRAME_AT: u64 = DETOUR_AT + 512;
 
 const _: () =
     assert!(FRAME_AT - DETOUR_AT >= arch::FRAME_AREA_OFFSET && FRAME_AT.is_multiple_of(64));
 
-/// One for the thread that has the scratch memory mapped, one for another.
+/// The number of slots: one for the thread that keeps the scratch memory, one for another thread.
 const SLOTS: u64 = 2;
 
-/// Bytes behind the slots for the data of calls, where there is no scratch memory.
+/// The size of the area after the slots that holds the data of calls without scratch memory.
 const DATA_BYTES: u64 = 32 << 10;
 
-/// What stays free between the frames and the stack pointers of all threads, at least.
+/// The minimum distance between the frames and the stack pointers of all threads.
 const DISTANCE_BYTES: u64 = 16 << 10;
 
-/// Which frame a thread has.
+/// Which slot a thread uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Slot {
-    /// That of the thread that has mapped the scratch memory.
+    /// The thread that has mapped the scratch memory.
     Keeper,
-    /// That of another thread, which works.
+    /// Another thread, which makes calls.
     Worker,
 }
 
-/// Where threads of a process work, and how they come home.
+/// Where threads of a process make calls, and how they come home.
 #[derive(Debug)]
 pub(super) struct Home {
     pid: HostPid,
-    /// An instruction that calls the kernel, and returns if there is a way home.
+    /// A system call instruction, followed by `ret` if there is a way home.
     pub(super) call: RemoteAddr,
     way: Option<Way>,
-    /// What was written over, in the order in which it was.
+    /// Overwritten bytes, in the order of writing.
     before: Vec<(RemoteAddr, Vec<u8>)>,
 }
 
@@ -86,9 +85,9 @@ struct Way {
 }
 
 impl Home {
-    /// Looks for a way home for the threads of a stopped process. Where there is none, they
-    /// are lost if this program is killed while they work. `in_use` are stack pointers of
-    /// threads of other processes in the same memory.
+    /// Looks for a way home for the threads of a stopped process. Without one, they are lost if
+    /// rcriu is killed while they make calls. `in_use` are the stack pointers of threads of other
+    /// processes that share the memory.
     ///
     /// # Errors
     /// [`InjectError::NoSyscall`].
@@ -103,18 +102,15 @@ impl Home {
         let (call, way) = match way {
             Some(((call, restorer), start)) => (call, Some(Way { restorer, start })),
             None => {
-                log::debug!("{pid}: its threads find no way home if this program is killed");
+                log::debug!("{pid}: its threads have no way home if rcriu is killed");
                 (find_syscall(pid, mappings)?, None)
             }
         };
         Ok(Self { pid, call, way, before: Vec::new() })
     }
 
-    /// Makes the way home of a thread, and returns where its stack pointer has to be for
-    /// it; `None` if there is no way.
-    ///
-    /// # Errors
-    /// [`InjectError::Trace`], [`InjectError::Memory`].
+    /// Writes the frame that leads a thread home. Returns the stack pointer that the thread needs
+    /// for it; `None` if there is no way home.
     pub(super) fn prepare(&mut self, slot: Slot, tracee: &Tracee) -> Result<Option<RemoteAddr>> {
         let Some(way) = self.way else { return Ok(None) };
         let address = way.start.plus(slot as u64 * SLOT_BYTES + FRAME_AT);
@@ -123,7 +119,7 @@ impl Home {
         let area = Area::new(area)
             .filter(|area| arch::FRAME_AREA_OFFSET + area.len() as u64 <= SLOT_BYTES - FRAME_AT);
         let Some(area) = area else {
-            log::debug!("{}: it has registers that no frame has room for", tracee.tid);
+            log::debug!("{}: its registers do not fit into a frame", tracee.tid);
             return Ok(None);
         };
         let (registers, mask) = (tracee.registers_to_come_home(), tracee.signal_mask);
@@ -132,12 +128,9 @@ impl Home {
         Ok(Some(address))
     }
 
-    /// Makes the way of a thread from one call to the next: it returns from the first to
-    /// `registers`, which make the second, and from there home by the frame of `slot`, which
-    /// is prepared. Returns where its stack pointer has to be for the first.
-    ///
-    /// # Errors
-    /// [`InjectError::Memory`].
+    /// Writes a frame that leads a thread from one call to the next: when the first call returns,
+    /// `rt_sigreturn(2)` sets `registers`, which make the second call. That one leads home by the
+    /// frame of `slot`, which must be prepared. Returns the stack pointer for the first call.
     pub(super) fn detour(
         &mut self,
         slot: Slot,
@@ -151,16 +144,13 @@ impl Home {
         Ok(Some(address))
     }
 
-    /// Returns where data of calls can be, and how much; `None` if nowhere.
+    /// Returns the address and the size of the area for data of calls, if there is one.
     pub(super) fn room(&self) -> Option<(RemoteAddr, usize)> {
         let data = self.way?.start.plus(SLOTS * SLOT_BYTES);
         Some((data, usize::try_from(DATA_BYTES).expect("small")))
     }
 
-    /// Writes to the process's memory until [`Self::clear`].
-    ///
-    /// # Errors
-    /// [`InjectError::Memory`].
+    /// Overwrites memory of the process until [`Self::clear`] is called.
     pub(super) fn lend(&mut self, address: RemoteAddr, bytes: &[u8]) -> Result<()> {
         let is_kept = |(at, old): &(_, Vec<u8>)| *at == address && old.len() >= bytes.len();
         if !self.before.iter().any(is_kept) {
@@ -183,10 +173,7 @@ impl Home {
         InjectError::Memory { tid: self.pid, step, address, len: len as u64, source }
     }
 
-    /// Puts back what was written over. No thread needs its way home any more.
-    ///
-    /// # Errors
-    /// [`InjectError::Memory`].
+    /// Restores all overwritten memory. No thread may need its way home any more.
     pub(super) fn clear(&mut self) -> Result<()> {
         while let Some((address, old)) = self.before.pop() {
             process::write_memory(self.pid, address, &old)
@@ -200,8 +187,8 @@ fn stack_of(mappings: &[Mapping]) -> Option<&Mapping> {
     mappings.iter().find(|mapping| mapping.name == b"[stack]")
 }
 
-/// Whether a thread is still on its way home by a frame: its stack pointer leads to it, or
-/// is just behind its first word, which is popped on the way.
+/// Whether a thread is still on its way home by a frame: its stack pointer points to the frame, or
+/// just after its first word, which the thread pops on the way.
 pub(super) fn is_abroad(thread: &Tracee) -> bool {
     const POPPED: u64 = size_of::<u64>() as u64;
     let mut bytes = [0; arch::FRAME_MARK_BYTES + size_of::<u64>()];
@@ -210,8 +197,7 @@ pub(super) fn is_abroad(thread: &Tracee) -> bool {
     readable && (arch::is_frame(&bytes) || arch::is_frame(&bytes[size_of::<u64>()..]))
 }
 
-/// Returns the low end of the stack, if there is room for frames and data below all that
-/// is in use of it.
+/// Returns the low end of the stack, if there is room for frames and data below the part in use.
 fn find_room(
     threads: &[Tracee],
     mappings: &[Mapping],
@@ -228,8 +214,8 @@ fn find_room(
     (usable && used.all(is_clear)).then_some(stack.start)
 }
 
-/// Returns the registers with which a stopped thread would call `exit(2)`, by the
-/// program's own code, which is the same wherever the process is restored.
+/// Returns the registers with which a stopped thread would call `exit(2)`. They use the program's own
+/// code, which is the same after a restore.
 ///
 /// # Errors
 /// [`InjectError::NoSyscall`].
@@ -242,7 +228,7 @@ pub fn registers_to_exit(tracee: &Tracee, mappings: &[Mapping], code: u8) -> Res
     Ok(tracee.registers_to_call(call, None, libc::SYS_exit, arguments))
 }
 
-/// Bytes of the longest restorer.
+/// The length of the longest restorer.
 const RESTORER_BYTES: usize = {
     let (mut longest, mut next) = (0, 0);
     while next < arch::RESTORERS.len() {
@@ -253,20 +239,20 @@ const RESTORER_BYTES: usize = {
     longest
 };
 
-/// Where instructions are in a file's mapping, by what identifies that.
+/// The instructions found in file mappings, by device, inode, offset and length.
 type Known = HashMap<(u32, u32, u64, u64, u64), Offsets>;
 
-/// Offsets in a mapping of `syscall; ret` and of a restorer.
+/// The offsets in a mapping of `syscall; ret` and of a restorer.
 type Offsets = (Option<u64>, Option<u64>);
 
-/// Finds `syscall; ret` and a restorer in a process.
+/// Returns the addresses of `syscall; ret` and of a restorer in a process.
 fn find_instructions(pid: HostPid, mappings: &[Mapping]) -> Option<(RemoteAddr, RemoteAddr)> {
     static KNOWN: Mutex<Option<Known>> = Mutex::new(None);
     let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
     let known = known.get_or_insert_with(Known::new);
     let mut files: Vec<_> =
         mappings.iter().filter(|mapping| mapping.execute && mapping.inode != 0).collect();
-    // Where both are, if there is a C library at all.
+    // The C library has both, if there is one.
     files.sort_by_key(|mapping| {
         let name = mapping.name.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
         let likely: [&[u8]; 3] = [b"ld-", b"ld.", b"libc"];
@@ -278,7 +264,7 @@ fn find_instructions(pid: HostPid, mappings: &[Mapping]) -> Option<(RemoteAddr, 
         let key = (dev_major, dev_minor, inode, offset, mapping.len());
         let (call, restorer) =
             *known.entry(key).or_insert_with(|| search(pid, mapping).unwrap_or_default());
-        // The file may be another one, or the process may have changed its copy.
+        // The file may have changed, or the process may have modified its copy.
         let check = |offset: Option<u64>, wanted: &[&[u8]]| {
             let address = mapping.start.plus(offset?);
             let mut there = vec![0; wanted.iter().map(|bytes| bytes.len()).max()?];
@@ -294,7 +280,7 @@ fn find_instructions(pid: HostPid, mappings: &[Mapping]) -> Option<(RemoteAddr, 
     None
 }
 
-/// Searches a mapping of a file, by the file: the process does not get pages for it.
+/// Searches the file of a mapping, so that the process gets no new pages.
 fn search(pid: HostPid, mapping: &Mapping) -> Option<Offsets> {
     let (start, end) = (mapping.start.0, mapping.end.0);
     let file = File::open(format!("/proc/{pid}/map_files/{start:x}-{end:x}")).ok()?;
@@ -302,8 +288,8 @@ fn search(pid: HostPid, mapping: &Mapping) -> Option<Offsets> {
     search_in(len, |bytes, at| file.read_at(bytes, mapping.offset + at as u64)).ok()
 }
 
-/// Searches `len` bytes that `read` gives, from the beginning until all is found: C
-/// libraries have both early.
+/// Searches `len` bytes that `read` returns, from the start until both are found. In C libraries
+/// they are near the start.
 fn search_in(
     len: usize,
     mut read: impl FnMut(&mut [u8], usize) -> io::Result<usize>,
@@ -311,7 +297,7 @@ fn search_in(
     let mut found: Offsets = (None, None);
     let mut buffer = vec![0; len.min(SEARCH_BYTES)];
     let mut at = 0;
-    // Instructions may begin in one piece and end in the next.
+    // An instruction may span two pieces.
     let overlap = RESTORER_BYTES - 1;
     while at < len && (found.0.is_none() || found.1.is_none()) {
         let wanted = buffer.len().min(len - at);
@@ -340,7 +326,7 @@ fn search_in(
 mod tests {
     use super::*;
 
-    /// Searches bytes, which are given in pieces of `piece`; returns how many were read too.
+    /// Searches `bytes` in pieces of `piece` bytes; also returns how many bytes were read.
     fn searched(bytes: &[u8], piece: usize) -> (Offsets, usize) {
         let mut end = 0;
         let found = search_in(bytes.len(), |buffer, at| {

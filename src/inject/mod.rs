@@ -1,4 +1,4 @@
-//! Work inside other processes: lists of system calls that they execute.
+//! Injects lists of system calls, called scripts, into other processes.
 
 mod error;
 mod freeze;

@@ -1,4 +1,4 @@
-//! Removing what a killed process has left in another one.
+//! Cleans up what a killed rcriu process has left in other processes.
 
 use std::{
     thread,
@@ -13,33 +13,31 @@ use super::{
 };
 use crate::{arch::native::instruction_pointer, proc, sys::supervise::Leftover, units::HostPid};
 
-/// How long a thread may take to come home: on a busy machine it waits for a processor.
+/// How long a thread may take to come home: on a busy machine it has to wait for a processor.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// How long to let it run in between at first; each time twice as long, up to [`LONG_NAP`].
+/// How long to let the process run before the first new attempt. The time doubles with each
+/// attempt, up to [`LONG_NAP`].
 const NAP: Duration = Duration::from_millis(5);
 
-/// The longest time to let it run in between.
+/// The longest time to let the process run between attempts.
 const LONG_NAP: Duration = Duration::from_millis(320);
 
 /// How long to wait for the process to stop.
 const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What became of scratch memory that was left.
+/// What happened to scratch memory that was left behind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Repair {
-    /// The process has removed it itself, or is gone.
+    /// The process has unmapped it itself, or has exited.
     Nothing(HostPid),
-    /// It was there, and is gone now.
+    /// The repair has unmapped it.
     Unmapped(HostPid),
-    /// The process is stopped, and removes it as soon as it goes on.
+    /// The process is stopped, and unmaps it itself when it resumes.
     Later(HostPid),
 }
 
-/// Removes the scratch memory of a process whose dumper is dead.
-///
-/// # Errors
-/// Those of stopping the process and working in it.
+/// Unmaps the scratch memory of a process whose dumper was killed.
 pub fn repair(left: Leftover) -> Result<Repair> {
     let begin = Instant::now();
     let mut nap = NAP;
@@ -60,7 +58,7 @@ pub fn repair(left: Leftover) -> Result<Repair> {
             return Ok(Repair::Later(left.pid));
         }
         if begin.elapsed() > PATIENCE {
-            let what = "does not come home".to_owned();
+            let what = "does not return from the work of a killed dump".to_owned();
             return Err(InjectError::Lost { tid: left.pid, what });
         }
         frozen.release(Outcome::Run)?;
@@ -69,8 +67,8 @@ pub fn repair(left: Leftover) -> Result<Repair> {
     }
 }
 
-/// Removes it unless a thread is still on its way home: it may unmap the memory, be in it,
-/// or even have yet to map it.
+/// Unmaps the scratch memory, unless a thread is still on its way home: the thread may be about to
+/// unmap the memory, execute code in it, or even be about to map it.
 fn attempt(left: Leftover, threads: &mut [Tracee]) -> Result<Option<Repair>> {
     let pid = left.pid;
     let (start, end) = (left.start, left.start.plus(left.bytes));

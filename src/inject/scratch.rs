@@ -1,4 +1,4 @@
-//! Scratch memory in another process, from which its threads work for us.
+//! Scratch memory, from which threads of another process make calls for rcriu.
 
 use nix::{errno::Errno, libc};
 
@@ -13,47 +13,45 @@ use crate::{
     units::{HostPid, PAGE_SIZE, RemoteAddr},
 };
 
-/// Bytes of scratch memory for tables and data, unless more is asked for.
+/// The default size of the table, which holds calls and data.
 pub const TABLE_BYTES: usize = 64 << 10;
 
-/// Bytes mapped for the code.
+/// The size of the code.
 const CODE_BYTES: u64 = PAGE_SIZE;
 
-/// Room for scratch memory is `MAP_PRIVATE | MAP_ANONYMOUS`; and not reserved, it is joined
-/// with no neighbour: that would make all of the neighbour's pages soft-dirty, and is more
-/// to put back.
+/// Flags for mapping scratch memory. `MAP_NORESERVE` keeps the kernel from merging it with a
+/// neighbour: that would mark all pages of the neighbour as soft-dirty, and be more to undo.
 pub(super) const MAP_FLAGS: i32 =
     libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE;
 
-/// Scratch memory: a page of code and a table behind it.
+/// Scratch memory: one page of code, followed by a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Scratch {
-    /// Where the code is.
+    /// The address of the code.
     pub start: RemoteAddr,
-    /// Bytes of the table.
+    /// The size of the table in bytes.
     pub table_bytes: usize,
-    /// An instruction that calls the kernel, outside of the scratch memory.
+    /// The address of a system call instruction outside the scratch memory.
     pub instruction: RemoteAddr,
 }
 
 impl Scratch {
-    /// Returns where the table is.
+    /// Returns the address of the table.
     pub fn table(&self) -> RemoteAddr {
         self.start.plus(CODE_BYTES)
     }
 
-    /// Returns the bytes of code and table together.
+    /// Returns the size of code and table together, in bytes.
     pub fn len(&self) -> u64 {
         CODE_BYTES + self.table_bytes as u64
     }
 
-    /// Whether there is none: never.
+    /// Always false.
     pub fn is_empty(&self) -> bool {
         false
     }
 
-    /// Maps scratch memory at `place`, by a stopped thread of a process that ends if this
-    /// program does.
+    /// Maps scratch memory at `place` through a stopped thread of a process that dies with rcriu.
     ///
     /// # Errors
     /// [`InjectError::NoSyscall`], [`InjectError::Call`], [`InjectError::Trace`].
@@ -91,7 +89,7 @@ impl Scratch {
         self.made(tracee, u64::MAX, "unmap scratch memory", libc::SYS_munmap, unmap)
     }
 
-    /// Makes a call that has to succeed.
+    /// Makes a call that must succeed.
     fn made(
         &self,
         tracee: &mut Tracee,
@@ -105,8 +103,8 @@ impl Scratch {
         result.map(drop).map_err(failed)
     }
 
-    /// Returns the same scratch memory with the instruction that calls the kernel in
-    /// its own code, for when nothing else is left of the address space.
+    /// Returns the same scratch memory, but with the system call instruction in its own code, for
+    /// use when the rest of the address space is unmapped.
     #[must_use]
     pub fn on_its_own(self) -> Self {
         let offset = arch::code()
@@ -116,7 +114,7 @@ impl Scratch {
         Self { instruction: self.start.plus(offset as u64), ..self }
     }
 
-    /// Writes the code, as long as its page is writable.
+    /// Writes the code while its page is writable.
     pub(super) fn load_code(&self, tid: HostPid) -> Result<()> {
         let code = arch::code();
         process::write_memory(tid, self.start, code).map_err(|source| InjectError::Memory {
@@ -128,21 +126,21 @@ impl Scratch {
         })
     }
 
-    /// Lets a thread make the calls of a script, and returns what came of them.
-    /// Its other threads may work at the same time in other scratch memory only.
+    /// Has a thread make the calls of a script, and returns the answers. Other threads of the
+    /// process may run scripts at the same time only from other scratch memory.
     ///
     /// # Errors
-    /// [`InjectError::Call`] for the first call that had to succeed and did not;
+    /// [`InjectError::Call`] for the first failed call that must succeed;
     /// [`InjectError::TooLong`], [`InjectError::Lost`].
     pub fn run(&self, tracee: &mut Tracee, script: &Script) -> Result<Answers> {
         self.run_births(tracee, script, &mut no_births)
     }
 
-    /// As [`Self::run`], for scripts that make threads or processes: `born` is told
-    /// of each while the thread waits.
+    /// Like [`Self::run`], for scripts that create threads or processes. `born` is called with
+    /// each of them while the creating thread waits.
     ///
     /// # Errors
-    /// As [`Self::run`], and what `born` returns.
+    /// Those of [`Self::run`] and of `born`.
     pub fn run_births(
         &self,
         tracee: &mut Tracee,
@@ -154,11 +152,8 @@ impl Scratch {
         self.answers(tracee.tid, script)
     }
 
-    /// As [`Self::run`], but the thread is stopped at each call instead of by a trap, so
-    /// that no `SIGTRAP` is taken that waits for it.
-    ///
-    /// # Errors
-    /// As [`Self::run`].
+    /// Like [`Self::run`], but stops the thread at each call instead of by a trap, so that a
+    /// pending `SIGTRAP` of the thread is not consumed.
     pub fn run_without_traps(&self, tracee: &mut Tracee, script: &Script) -> Result<Answers> {
         let (tid, at) = (tracee.tid, self.table());
         let mut data = script.data(at);
@@ -176,10 +171,7 @@ impl Scratch {
         script.conclude(&results, data).map_err(|failed| failed_call(tid, script, failed))
     }
 
-    /// As [`Self::run`]; `act` is called when the script pauses, with the answers so far.
-    ///
-    /// # Errors
-    /// As [`Self::run`].
+    /// Like [`Self::run`]; calls `act` with the answers so far when the script pauses.
     pub fn run_paused(
         &self,
         tracee: &mut Tracee,
@@ -190,7 +182,7 @@ impl Scratch {
         self.go_on_paused(tracee, Sign::Trap, script, act)
     }
 
-    /// Waits for the pause of a script that was begun with, acts, and waits for its end.
+    /// Waits until a started script pauses, calls `act`, and waits until the script ends.
     pub(super) fn go_on_paused(
         &self,
         tracee: &mut Tracee,
@@ -205,10 +197,7 @@ impl Scratch {
         self.answers(tracee.tid, script)
     }
 
-    /// Starts a script in a thread; another caller waits for it.
-    ///
-    /// # Errors
-    /// As [`Self::run`].
+    /// Starts a script without waiting for its end.
     pub fn start(&self, tracee: &mut Tracee, script: &Script) -> Result<()> {
         self.load(tracee.tid, script)?;
         tracee.set_registers(&arch::enter(&tracee.registers, self.start, self.table()))?;
@@ -216,10 +205,7 @@ impl Scratch {
         tracee.start()
     }
 
-    /// Lets a thread begin with a script that does not come to an end, and lets go of it.
-    ///
-    /// # Errors
-    /// As [`Self::run`].
+    /// Starts a script that never returns, and detaches from the thread.
     pub fn let_go(&self, mut tracee: Tracee, script: &Script) -> Result<()> {
         let tid = tracee.tid;
         self.load(tid, script)?;
@@ -240,7 +226,7 @@ impl Scratch {
             .map_err(|source| self.memory(tid, "write", bytes, source))
     }
 
-    /// Reads what came of a script.
+    /// Reads the answers of a script.
     pub(super) fn answers(&self, tid: HostPid, script: &Script) -> Result<Answers> {
         let mut table = vec![0; script.bytes_needed()];
         process::read_memory(tid, self.table(), &mut table)
@@ -253,7 +239,7 @@ impl Scratch {
     }
 }
 
-/// Returns the error of a call that had to succeed.
+/// Returns the error of a failed call that must succeed.
 pub(super) fn failed_call(
     tid: HostPid,
     script: &Script,
@@ -262,9 +248,9 @@ pub(super) fn failed_call(
     InjectError::Call { tid, what: script.what(position).to_owned(), source }
 }
 
-/// For scripts that make no thread and no process.
+/// The `born` callback for scripts that create no threads or processes.
 pub(super) fn no_births(child: HostPid) -> Result<()> {
-    Err(InjectError::Lost { tid: child, what: "was born".into() })
+    Err(InjectError::Lost { tid: child, what: "was created unexpectedly".into() })
 }
 
 pub(super) fn bits(flags: i32) -> u64 {

@@ -1,8 +1,7 @@
-//! Lists of system calls to be made by another process.
+//! Scripts: lists of system calls for another process to make.
 //!
-//! The table that the injected code walks (`arch::native`) is an array of [`Entry`],
-//! followed by bytes that arguments point to. Its layout is private to this
-//! program: both ends of it are compiled together.
+//! The injected code (`arch::native`) walks a table: an array of [`Entry`], followed by the bytes
+//! that arguments point to. The layout is private to rcriu, which contains both sides of it.
 
 use std::{borrow::Cow, ffi::CStr};
 
@@ -14,29 +13,29 @@ use crate::{
     units::{NsPid, RemoteAddr},
 };
 
-/// Results from here up are negated error numbers (`include/linux/err.h`).
+/// Results from this value on are negated error numbers (`include/linux/err.h`).
 const FIRST_ERROR: u64 = (-4095_i64).cast_unsigned();
 
-/// What [`Entry::result`] is before the call was made.
+/// The value of [`Entry::result`] before the call is made.
 const NOT_MADE: u64 = u64::MAX - 0xdead;
 
-/// The call's failure ends the list.
+/// The flag for a call whose failure ends the script.
 const MUST_SUCCEED: u64 = 1;
 
-/// What data is aligned to: enough for every kernel structure.
+/// The alignment of data: enough for every kernel structure.
 const ALIGN: usize = 16;
 
-/// The number that ends a list.
+/// The call number that ends the table.
 pub(super) const END: u64 = u64::MAX;
 
-/// The number of what is no call: the thread stops and lets this program act.
+/// The call number of a pause: the thread stops and rcriu acts.
 const PAUSE: i64 = -2;
 
-/// One call of a script.
+/// A call of a script.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CallId(usize);
 
-/// Bytes of a script that calls read or write.
+/// A piece of a script's data, which calls read or write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Buffer {
     offset: usize,
@@ -46,11 +45,11 @@ pub struct Buffer {
 /// An argument of a call.
 #[derive(Clone, Copy, Debug)]
 pub enum Arg {
-    /// This value.
+    /// A number.
     Value(u64),
     /// The address of these bytes.
     Pointer(Buffer),
-    /// What this earlier call returned.
+    /// The result of an earlier call.
     Result(CallId),
 }
 
@@ -109,38 +108,38 @@ struct Call {
     must_succeed: bool,
 }
 
-/// A list of system calls, with the bytes that they need.
+/// A list of system calls, with their data.
 #[derive(Clone, Debug, Default)]
 pub struct Script {
     calls: Vec<Call>,
     data: Vec<u8>,
-    /// Places in the data that hold the address of other data.
+    /// Offsets in the data that will hold the address of other data.
     pointers: Vec<(usize, Buffer)>,
 }
 
 impl Script {
-    /// Returns a list without calls.
+    /// Returns an empty script.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Whether there is nothing to do.
+    /// Whether the script has no calls.
     pub fn is_empty(&self) -> bool {
         self.calls.is_empty()
     }
 
-    /// Returns how many calls there are.
+    /// Returns the number of calls.
     pub fn len(&self) -> usize {
         self.calls.len()
     }
 
-    /// Returns the bytes that the script takes in scratch memory.
+    /// Returns the size of the script's table in bytes.
     pub fn bytes_needed(&self) -> usize {
         (self.calls.len() + 1) * size_of::<Entry>() + self.data.len()
     }
 
-    /// Adds a call whose failure ends the script and is an error that says
-    /// `what` could not be done. Missing arguments are 0.
+    /// Adds a call that must succeed: its failure ends the script and returns an error with the
+    /// purpose `what`. Missing arguments are 0.
     ///
     /// # Panics
     /// With more than six arguments.
@@ -153,7 +152,7 @@ impl Script {
         self.push(what.into(), number, arguments, true)
     }
 
-    /// Adds a call that may fail; [`Answers::result`] tells.
+    /// Adds a call that may fail; see [`Answers::result`].
     ///
     /// # Panics
     /// With more than six arguments.
@@ -161,8 +160,8 @@ impl Script {
         self.push("".into(), number, arguments, false)
     }
 
-    /// Lets the thread stop, so that this program can act on what was done so far, and
-    /// then go on. If this program is killed, it goes on by itself.
+    /// Adds a pause: the thread stops, so that rcriu can act on the answers so far, and then
+    /// continues. If rcriu is killed, the thread continues by itself.
     pub fn pause(&mut self) {
         self.push("".into(), PAUSE, &[], false);
     }
@@ -188,29 +187,29 @@ impl Script {
         Buffer { offset, len: bytes.len() }
     }
 
-    /// Adds a string with its closing zero.
+    /// Adds a string with its NUL byte.
     pub fn string(&mut self, text: &CStr) -> Buffer {
         self.bytes(text.to_bytes_with_nul())
     }
 
-    /// Adds room for a call to write to, zeroed.
+    /// Adds zeroed space for a call to write to.
     pub fn space(&mut self, len: usize) -> Buffer {
         let offset = self.data.len().next_multiple_of(ALIGN);
         self.data.resize(offset + len, 0);
         Buffer { offset, len }
     }
 
-    /// Makes the eight bytes at `offset` in `buffer` the address of `target`.
+    /// Stores the address of `target` in the eight bytes at `offset` in `buffer`.
     ///
     /// # Panics
-    /// If they are not within the buffer.
+    /// If they are not inside the buffer.
     pub fn point(&mut self, buffer: Buffer, offset: usize, target: Buffer) {
         assert!(offset + size_of::<u64>() <= buffer.len, "the pointer is within the buffer");
         self.pointers.push((buffer.offset + offset, target));
     }
 
-    /// Writes the table for scratch memory that the other process has at
-    /// `address`. The memory is at least [`Self::bytes_needed`] long.
+    /// Writes the table to `scratch`, which will be at `address` in the other process and has at
+    /// least [`Self::bytes_needed`] bytes.
     pub(super) fn write(&self, scratch: &mut [u8], address: RemoteAddr) {
         let data_at = (self.calls.len() + 1) * size_of::<Entry>();
         for (position, call) in self.calls.iter().enumerate() {
@@ -248,10 +247,10 @@ impl Script {
         scratch[data_at..data_at + data.len()].copy_from_slice(&data);
     }
 
-    /// Reads the table back after it was walked.
+    /// Reads the answers from a table that was walked.
     ///
     /// # Errors
-    /// The position of the first call that had to succeed and did not, and why.
+    /// The position and the error of the first failed call that must succeed.
     pub(super) fn read(&self, scratch: &[u8]) -> Result<Answers, (usize, Errno)> {
         let result = |position: usize| {
             let at = position * size_of::<Entry>();
@@ -262,11 +261,11 @@ impl Script {
         self.conclude(&results, scratch[data_at..data_at + self.data.len()].to_vec())
     }
 
-    /// Makes the calls one after the other by `call`, which is given the numbers and the
-    /// arguments; data is at `address`. Returns the results as a table would have them.
+    /// Makes the calls one by one through `call`, which receives number and arguments. The data
+    /// is at `address`. Returns the results in the form of the table.
     ///
     /// # Errors
-    /// What `call` and `at_pause` return.
+    /// Those of `call` and `at_pause`.
     pub(super) fn walk<E>(
         &self,
         address: RemoteAddr,
@@ -294,7 +293,7 @@ impl Script {
         Ok(results)
     }
 
-    /// Returns the data for memory that the other process has at `address`.
+    /// Returns the data, with its pointers set for the `address` that it will have.
     pub(super) fn data(&self, address: RemoteAddr) -> Vec<u8> {
         let mut data = self.data.clone();
         for (place, target) in &self.pointers {
@@ -304,10 +303,10 @@ impl Script {
         data
     }
 
-    /// Returns what came of calls with these results, and with this data afterwards.
+    /// Combines the results of all calls and the data into answers.
     ///
     /// # Errors
-    /// As [`Self::read`].
+    /// Like [`Self::read`].
     pub(super) fn conclude(
         &self,
         results: &[u64],
@@ -326,7 +325,7 @@ impl Script {
         Ok(Answers { results: outcomes, data })
     }
 
-    /// Returns what the call at `position` is for.
+    /// Returns the purpose of a call.
     pub(super) fn what(&self, position: usize) -> &str {
         &self.calls[position].what
     }
@@ -348,7 +347,7 @@ pub(super) fn outcome(result: u64) -> Result<u64, Errno> {
     Ok(result)
 }
 
-/// What came of a script.
+/// The results of a script's calls, and its data afterwards.
 #[derive(Clone, Debug)]
 pub struct Answers {
     results: Vec<Result<u64, Errno>>,
@@ -356,7 +355,7 @@ pub struct Answers {
 }
 
 impl Answers {
-    /// Returns what a call returned.
+    /// Returns the result of a call.
     ///
     /// # Errors
     /// The call's error.
@@ -364,12 +363,12 @@ impl Answers {
         self.results[call.0]
     }
 
-    /// Returns the bytes of a buffer as the calls left them.
+    /// Returns the bytes of a buffer after the calls.
     pub fn bytes(&self, buffer: Buffer) -> &[u8] {
         &self.data[buffer.offset..buffer.offset + buffer.len]
     }
 
-    /// Reads a value from a buffer of its size.
+    /// Reads a value from a buffer.
     ///
     /// # Panics
     /// If the buffer is smaller than the value.

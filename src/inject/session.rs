@@ -1,20 +1,20 @@
-//! Work in a process that goes on afterwards, as if nothing had happened.
+//! Makes calls in a process that resumes afterwards as if nothing had happened.
 //!
-//! Threads of it that have other registers than their own find home by these alone (see
-//! `home`), so that the process takes no harm if this program is killed.
+//! Threads whose registers are changed can find home by these alone (see `home`), so the
+//! process is not harmed if rcriu is killed.
 //!
-//! Scripts are made from scratch memory, which one thread, the keeper, has mapped. While no
-//! thread works, the keeper's registers are those with which it unmaps that memory and
-//! comes home. A thread that works ends in the same way. It tells that it is through by a
-//! signal to itself that the process ignores: only the tracer of the thread sees it.
+//! Scripts run from scratch memory, which one thread, the keeper, has mapped. While no thread runs
+//! a script, the registers of the keeper are such that it unmaps the memory and comes home when it
+//! resumes. A thread that runs a script ends in the same way. It reports the end of the script by
+//! sending itself a signal that the process ignores: only its tracer sees it.
 //!
-//! So at each moment some thread is to unmap the memory. While it changes hands, two are:
-//! if this program is killed just then, each unmaps it. The second call finds nothing, as
-//! the place is in the middle of the largest gap, where the kernel puts no mapping of its
-//! own choice.
+//! So at any moment one thread is set to unmap the memory. While the memory changes hands, two
+//! threads are; if rcriu is killed just then, both unmap it. The second call finds nothing there,
+//! since the memory is in the middle of the largest gap, where the kernel places no mapping by
+//! itself.
 //!
-//! Where there is no such signal, or no room for scratch memory (`RLIMIT_AS`, `RLIMIT_DATA`,
-//! `RLIMIT_MEMLOCK` with `MCL_FUTURE`), a thread is stopped at each call instead, with its
+//! If the process ignores no signal, or has no room for scratch memory (`RLIMIT_AS`, `RLIMIT_DATA`,
+//! `RLIMIT_MEMLOCK` with `MCL_FUTURE`), rcriu stops the thread at each call instead, and puts the
 //! data on the stack.
 
 use nix::{errno::Errno, libc};
@@ -36,45 +36,44 @@ use crate::{
     units::{PAGE_SIZE, RemoteAddr},
 };
 
-/// Signals that a process ignores by default, but for `SIGCONT`, which has effects of its
-/// own.
+/// Signals that are ignored by default, except `SIGCONT`, which has side effects.
 const IGNORED: u64 = 1 << (libc::SIGURG - 1) | 1 << (libc::SIGWINCH - 1) | 1 << (libc::SIGCHLD - 1);
 
-/// Signals that cannot be used: what comes instead of one that is ignored, or has effects
-/// of its own when it is sent.
+/// Signals that cannot be used even if they are ignored, because sending them has side effects.
 const SPECIAL: u64 = 1 << (libc::SIGCONT - 1)
     | 1 << (libc::SIGTSTP - 1)
     | 1 << (libc::SIGTTIN - 1)
     | 1 << (libc::SIGTTOU - 1);
 
-/// What a gap has to have for scratch memory on both sides.
+/// How much of a gap must stay free on both sides of scratch memory.
 const GAP_MARGIN: u64 = 64 << 10;
 
 /// Work in one process.
 #[derive(Debug)]
 pub struct Session {
     home: Home,
-    /// Where the keeper's stack pointer has to be.
+    /// The stack pointer that leads the keeper home.
     stack: Option<RemoteAddr>,
     place: Place,
-    /// Whether there is no scratch memory because it would be locked.
+    /// Whether scratch memory failed because it would have been locked (`MCL_FUTURE`).
     locked: bool,
 }
 
-/// Where scripts are made from.
+/// Where the data of scripts is.
 #[derive(Clone, Copy, Debug)]
 enum Place {
-    /// Scratch memory, with a signal that tells of the end.
+    /// In scratch memory; the signal reports the end of a script.
     Scratch(Scratch, i32),
-    /// Nowhere.
+    /// On the stack.
     Stack,
 }
 
-/// Lets threads of a stopped process make system calls, and puts everything back. `in_use`
-/// are stack pointers of threads of other processes in the same memory.
+/// Calls `work`, in which threads of a stopped process can run scripts, and restores the process
+/// afterwards. `in_use` are the stack pointers of threads of other processes that share the
+/// memory.
 ///
 /// # Errors
-/// What `work` returns, and whatever keeps the process from being put back.
+/// Those of `work`, and of restoring the process.
 pub fn with_session<T>(
     threads: &mut [Tracee],
     mappings: &[Mapping],
@@ -110,7 +109,7 @@ impl Session {
         let stack = home.prepare(Slot::Keeper, keeper)?;
         let mut session = Self { home, stack, place: Place::Stack, locked: false };
         let Some(signal) = choose_signal(threads)? else {
-            log::debug!("{}: it ignores no signal, which makes work slower", threads[0].tid);
+            log::debug!("{}: it ignores no signal, so scripts run call by call", threads[0].tid);
             return Ok(session);
         };
         let page = usize::try_from(PAGE_SIZE).expect("small");
@@ -122,14 +121,14 @@ impl Session {
         let keeper = &mut threads[0];
         match session.map(keeper, &scratch, signal) {
             Ok(()) => {}
-            // What limits allow for is used up, or code that was written is not executed.
+            // A limit is exhausted, or the process may not execute memory that was writable.
             Err(InjectError::Call {
                 source: source @ (Errno::ENOMEM | Errno::EAGAIN | Errno::EACCES | Errno::EPERM),
                 ..
             }) => {
-                // Which is what a mapping that is to be locked fails with.
+                // mmap(2) fails with EAGAIN if it would have to lock the mapping and may not.
                 session.locked = source == Errno::EAGAIN;
-                log::debug!("{}: there is no scratch memory to be had", keeper.tid);
+                log::debug!("{}: no scratch memory can be mapped", keeper.tid);
                 supervise::clear_scratch();
                 session.place = Place::Stack;
                 keeper.put_back()?;
@@ -144,8 +143,7 @@ impl Session {
         Ok(session)
     }
 
-    /// Maps scratch memory by the keeper, and has it wait in a state from which it unmaps
-    /// it.
+    /// Has the keeper map scratch memory, and parks it with the registers that unmap it.
     fn map(&mut self, keeper: &mut Tracee, scratch: &Scratch, signal: i32) -> Result<()> {
         let all = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
         let map = [scratch.start.0, scratch.len(), bits(all), bits(MAP_FLAGS), u64::MAX, 0];
@@ -153,7 +151,7 @@ impl Session {
         self.place = Place::Scratch(*scratch, signal);
         let mask = mask_for(signal);
         let tid = keeper.tid;
-        // If this program is killed now, the keeper returns from the call to the next one.
+        // If rcriu is killed now, the frame leads the keeper from this call to the unmapping one.
         let parked = parked(keeper, scratch, self.stack);
         let stack = match self.stack {
             Some(_) => self.home.detour(Slot::Keeper, &parked, mask)?,
@@ -167,8 +165,8 @@ impl Session {
         scratch.load_code(tid)
     }
 
-    /// Gives a thread, whose way home begins at `stack`, the registers with which it unmaps
-    /// the scratch memory and goes there.
+    /// Sets the registers of a thread so that it unmaps the scratch memory and comes home by the
+    /// frame at `stack` when it resumes.
     fn park(&self, thread: &mut Tracee, stack: Option<RemoteAddr>) -> Result<()> {
         let Place::Scratch(scratch, signal) = self.place else { return thread.put_back() };
         thread.set_registers(&parked(thread, &scratch, stack))?;
@@ -188,13 +186,13 @@ impl Session {
         result.map(drop).map_err(|source| InjectError::Call { tid, what, source })
     }
 
-    /// Whether new mappings are to be locked (`MCL_FUTURE`), but may not be.
+    /// Whether new mappings must be locked (`MCL_FUTURE`), but may not be.
     pub fn is_locked(&self) -> bool {
         self.locked
     }
 
-    /// Returns the address of a page that was never written, before the first script;
-    /// `None` without scratch memory.
+    /// Before the first script, returns the address of a page that was never written; `None`
+    /// without scratch memory.
     pub fn untouched(&self) -> Option<RemoteAddr> {
         match self.place {
             Place::Scratch(scratch, _) => Some(scratch.table()),
@@ -202,11 +200,11 @@ impl Session {
         }
     }
 
-    /// Lets a thread make the calls of a script, and returns what came of them. The first
-    /// of `threads` is the keeper.
+    /// Has a thread make the calls of a script, and returns the answers. The first of `threads` is
+    /// the keeper.
     ///
     /// # Errors
-    /// [`InjectError::Call`] for the first call that had to succeed and did not;
+    /// [`InjectError::Call`] for the first failed call that must succeed;
     /// [`InjectError::TooLong`], [`InjectError::Lost`].
     pub fn run(
         &mut self,
@@ -217,10 +215,7 @@ impl Session {
         self.work(threads, position, script, None)
     }
 
-    /// As [`Self::run`]; `act` is called when the script pauses, with the answers so far.
-    ///
-    /// # Errors
-    /// As [`Self::run`].
+    /// Like [`Self::run`]; calls `act` with the answers so far when the script pauses.
     pub fn run_paused(
         &mut self,
         threads: &mut [Tracee],
@@ -265,8 +260,8 @@ impl Session {
             self.park(&mut threads[0], self.stack)?;
             return result;
         }
-        // The keeper may not unmap what the other thread executes: both wait to unmap it
-        // until one of them is put back.
+        // The keeper must not unmap code that the other thread executes. So both are set to unmap the
+        // memory until one of them is restored.
         self.park(&mut threads[position], stack)?;
         fault::hit(Point::DumpHanded)?;
         threads[0].put_back()?;
@@ -281,7 +276,7 @@ impl Session {
         result
     }
 
-    /// Lets a thread walk the table that is loaded.
+    /// Has a thread walk the loaded table.
     fn walk(
         thread: &mut Tracee,
         scratch: &Scratch,
@@ -292,7 +287,7 @@ impl Session {
         let sign = Sign::Signal { number: signal, told: arch::told(scratch.start) };
         fault::hit(Point::DumpListed)?;
         thread.start()?;
-        // Whatever fails now, it has to come to its end: one that runs cannot be put back.
+        // After any failure below, still wait for the end: a running thread cannot be restored.
         let fault = fault::hit(Point::DumpWalking);
         if let Some(act) = act {
             let answers = scratch.go_on_paused(thread, sign, script, act);
@@ -305,7 +300,7 @@ impl Session {
         scratch.answers(thread.tid, script)
     }
 
-    /// Lets a thread make the calls of a script one by one.
+    /// Has a thread make the calls of a script one by one.
     fn step(
         &mut self,
         thread: &mut Tracee,
@@ -347,7 +342,8 @@ impl Session {
     }
 }
 
-/// The signals that a thread blocks while it works: all but the one by which it stops.
+/// Returns the signal mask of a thread that runs a script: all signals but the one that reports
+/// the end.
 const fn mask_for(signal: i32) -> u64 {
     !(1 << (signal - 1))
 }
@@ -361,21 +357,21 @@ fn unmap(scratch: &Scratch) -> [u64; 6] {
     [scratch.start.0, scratch.len(), 0, 0, 0, 0]
 }
 
-/// Chooses a signal that has no effect: one that the process ignores, and that no thread
-/// blocks, since one that waits for it (`sigwait(3)`, `signalfd(2)`) would notice.
+/// Chooses a signal without effect: the process ignores it, and no thread blocks it, since a thread
+/// that waits for it (`sigwait(3)`, `signalfd(2)`) would notice it.
 fn choose_signal(threads: &[Tracee]) -> Result<Option<i32>> {
     let status = proc::status(threads[0].tid)?;
     let blocked = threads.iter().fold(0, |blocked, thread| blocked | thread.signal_mask);
     let pending = status.shared_pending | status.sig_pending;
     let ignored = (IGNORED & !status.sig_caught | status.sig_ignored) & !SPECIAL;
     let usable = ignored & !blocked & !pending;
-    // Signals that are ignored by default come first: programs expect nothing of them.
+    // Prefer signals that are ignored by default: programs do not react to them.
     let usable = if usable & IGNORED == 0 { usable } else { usable & IGNORED };
     Ok((usable != 0).then(|| u64::BITS - usable.leading_zeros()).map(u32::cast_signed))
 }
 
-/// Returns the middle of the largest gap between mappings, where nothing grows to, and
-/// nothing is put soon.
+/// Returns the middle of the largest gap between mappings, where no mapping grows to, and where the
+/// kernel places new mappings last.
 pub(super) fn free_place(mappings: &[Mapping]) -> RemoteAddr {
     let mut end = GAP_MARGIN;
     let mut best = (0, 0);

@@ -8,7 +8,7 @@ use nix::{errno::Errno, libc};
 use super::{FreezeOptions, Frozen, Outcome, Script, TABLE_BYTES, with_session};
 use crate::{proc, units::HostPid};
 
-/// A process of our own, which dies with the test.
+/// A child process, which dies with the test.
 struct Target(Child);
 
 impl Target {
@@ -66,7 +66,7 @@ fn privileged_a_process_works_for_us_and_notices_nothing() {
     for ignore in ["", "trap '' TRAP; "] {
         let target = Target::start(&format!("{ignore}exec sleep 1000"));
         let pid = target.pid();
-        // Not before: its libraries are mapped first.
+        // Wait until its libraries are mapped.
         wait_until(|| target.is_asleep());
         let before = target.state();
         let mut frozen = Frozen::freeze(pid, FreezeOptions::new(10)).unwrap();

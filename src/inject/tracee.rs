@@ -1,4 +1,4 @@
-//! One thread of another process, stopped.
+//! A stopped thread of another process.
 
 use memchr::memmem;
 use nix::{errno::Errno, libc};
@@ -16,8 +16,9 @@ use crate::{
     units::{HostPid, RemoteAddr},
 };
 
-/// Returns the registers with which a thread that has stopped with `registers` goes on
-/// elsewhere; its memory is there.
+/// Returns the registers with which a thread, stopped with `registers`, resumes where the kernel does
+/// not restart an interrupted system call: after a restore, or by a frame (see `home`). Reads the
+/// code of the thread, so its memory must be in place.
 fn restarted(tid: HostPid, registers: &Registers) -> Registers {
     let mut code = [0; arch::CALL_BYTES];
     let before = arch::instruction_pointer(registers).wrapping_sub(code.len() as u64);
@@ -25,20 +26,20 @@ fn restarted(tid: HostPid, registers: &Registers) -> Registers {
     arch::restart(registers, readable.then_some(code))
 }
 
-/// Returns the registers with which a restored thread goes on, whose memory is
-/// restored, of those that an image has.
+/// Returns the registers with which a restored thread resumes, from those in an image. Its memory must
+/// be restored already.
 ///
-/// Those that this program records are ready. CRIU leaves calls interrupted that would
-/// have gone on.
+/// Registers that rcriu has recorded can be used as they are. CRIU may record an interrupted
+/// system call that should be restarted.
 pub fn registers_to_resume(tid: HostPid, stored: &Registers) -> Registers {
     restarted(tid, &arch::uninterrupted(stored))
 }
 
-/// A thread that works for this program by scripts that end with a trap gets no signal
-/// but those that cannot be blocked, and that trap.
+/// The signal mask of a thread that runs a script which ends with a trap: it blocks all signals
+/// except the trap.
 pub(super) const MASK_FOR_TRAPS: u64 = !(1 << (libc::SIGTRAP - 1));
 
-/// A thread stops when it enters a system call and when it leaves it.
+/// The number of stops at a system call: on entry and on exit.
 const SYSCALL_STOPS: usize = 2;
 
 /// `struct rseq_cs` (`linux/rseq.h`).
@@ -52,7 +53,7 @@ struct CriticalSection {
     abort: u64,
 }
 
-/// A thread that was stopped, and its state at that moment.
+/// A stopped thread, and its state when it was stopped.
 #[derive(Debug)]
 pub struct Tracee {
     /// The thread.
@@ -63,31 +64,31 @@ pub struct Tracee {
     pub signal_mask: u64,
     /// Its restartable sequences.
     pub rseq: RseqConfiguration,
-    /// The critical section that it had entered, or 0.
+    /// The critical section that it is in, or 0.
     pub rseq_cs: u64,
-    /// The signal that had stopped its process, or 0.
+    /// The signal that stopped its process before, or 0.
     pub stopped_by: i32,
-    /// Whether a SIGSTOP was taken that was pending while its process was stopped.
+    /// Whether a pending SIGSTOP was consumed while its process was stopped.
     stopped_again: bool,
-    /// Where it goes on if a critical section has to be aborted.
+    /// The address where it resumes if its critical section must be aborted.
     abort: Option<u64>,
-    /// Whether the thread is in a state other than the one it was found in.
+    /// Whether the thread's registers or signal mask differ from those it was found with.
     dirty: bool,
     /// The signals that it blocks now.
     mask_now: u64,
 }
 
-/// How a thread that works tells that it has stopped for this program.
+/// How a thread reports that its script has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Sign {
     /// By a trap.
     Trap,
-    /// By this signal, which it has sent itself before the instruction at `told`.
+    /// By this signal, which it sends itself right before the instruction at `told`.
     Signal { number: i32, told: RemoteAddr },
 }
 
 impl Tracee {
-    /// Takes over a thread that is traced and stopped.
+    /// Takes over a stopped tracee.
     ///
     /// # Errors
     /// [`InjectError::Trace`]; [`InjectError::Narrow`].
@@ -98,7 +99,7 @@ impl Tracee {
         })?;
         let signal_mask =
             ptrace::signal_mask(tid).map_err(InjectError::trace(tid, "read the signal mask of"))?;
-        // Kernels that cannot tell have no way to get it wrong either.
+        // A kernel that cannot report restartable sequences does not abort them wrongly either.
         let rseq = ptrace::rseq_configuration(tid).unwrap_or_default();
         let mut tracee = Self {
             tid,
@@ -123,7 +124,7 @@ impl Tracee {
             let mut section = CriticalSection::default();
             let address = RemoteAddr(tracee.rseq_cs);
             let known = process::read_memory(tid, address, section.as_mut_bytes()).is_ok();
-            // Such as the kernel does not abort are long gone (Linux 6.1).
+            // Since Linux 6.1, the kernel aborts all critical sections, whatever their flags.
             let at = arch::instruction_pointer(&tracee.registers);
             if known && at.wrapping_sub(section.start) < section.bytes {
                 tracee.abort = Some(section.abort);
@@ -132,15 +133,14 @@ impl Tracee {
         Ok(tracee)
     }
 
-    /// Returns the general registers with which the thread is to go on after a
-    /// restore.
+    /// Returns the general registers with which the thread resumes after a restore.
     pub fn registers_to_restore(&self) -> Registers {
         restarted(self.tid, &self.registers)
     }
 
-    /// Returns those with which it goes on here. A critical section that it was in is
-    /// aborted, as the kernel does with any thread that was not running for a while.
-    /// Otherwise the kernel would forget the section as soon as the thread works elsewhere.
+    /// Returns the registers with which the thread resumes here. Aborts a critical section that it
+    /// is in, as the kernel does for a thread that was preempted: otherwise the kernel would
+    /// forget the section when the thread executes other code.
     pub(super) fn registers_to_go_on(&self) -> Registers {
         match self.abort {
             Some(abort) => arch::with_instruction_pointer(&self.registers, abort),
@@ -148,20 +148,20 @@ impl Tracee {
         }
     }
 
-    /// Returns those with which it goes on where the kernel does not see to interrupted
-    /// system calls.
+    /// Returns the registers with which the thread resumes by a frame, where the kernel does not
+    /// restart interrupted system calls.
     pub(super) fn registers_to_come_home(&self) -> Registers {
         restarted(self.tid, &self.registers_to_go_on())
     }
 
-    /// Gives the thread registers other than its own.
+    /// Sets other registers than the thread's own.
     pub(super) fn set_registers(&mut self, registers: &Registers) -> Result<()> {
         self.dirty = true;
         ptrace::set_registers(self.tid, registers)
             .map_err(InjectError::trace(self.tid, "set the registers of"))
     }
 
-    /// Blocks signals, so that the thread can work for this program.
+    /// Sets the signal mask while the thread works for rcriu.
     pub(super) fn block(&mut self, mask: u64) -> Result<()> {
         self.dirty = true;
         if self.mask_now != mask {
@@ -172,8 +172,8 @@ impl Tracee {
         Ok(())
     }
 
-    /// Returns the registers with which the thread, with its stack pointer at `stack` if
-    /// that is given, calls the kernel once.
+    /// Returns the registers with which the thread makes one system call. `stack`, if any,
+    /// becomes its stack pointer.
     pub(super) fn registers_to_call(
         &self,
         instruction: RemoteAddr,
@@ -188,10 +188,9 @@ impl Tracee {
         }
     }
 
-    /// Makes the thread, which blocks the signals of `mask` then, call the kernel once,
-    /// with the instruction at `instruction`, and returns the result as the kernel gives
-    /// it. The registers come first: with them it finds the way home (see `home`), and the
-    /// mask comes with it.
+    /// Has the thread make one system call with the instruction at `instruction`, while it blocks the
+    /// signals in `mask`. Returns the kernel's result. Sets the registers before the mask: by the
+    /// registers the thread finds home (see `home`), and the frame there holds the old mask.
     pub(super) fn call(
         &mut self,
         instruction: RemoteAddr,
@@ -206,7 +205,7 @@ impl Tracee {
         self.set_registers(&registers)?;
         let mut fault = fault::hit(Point::DumpCallSet);
         self.block(mask)?;
-        // A stop that was pending comes first, before the call is entered.
+        // A pending stop comes before the entry of the call.
         let mut stops = 0;
         let mut signal = 0;
         while stops < SYSCALL_STOPS {
@@ -217,14 +216,14 @@ impl Tracee {
                     stops += 1;
                     fault = fault.and(fault::hit(Point::DumpCall));
                 }
-                // Its process is stopped on the way: it will be when it is let go, too.
+                // Another process stops this one meanwhile. It must also be stopped when it is released.
                 Wait::Signal(libc::SIGSTOP) if stops == 0 => {
                     self.stopped_again |= self.stopped_by != 0;
                     signal = libc::SIGSTOP;
                 }
                 Wait::Stopped(signal) if stops == 0 => self.stopped_by = signal,
                 Wait::Interrupted if stops == 0 => {}
-                // Not blocked, since the process ignores it.
+                // The signal is not blocked because the process ignores it.
                 Wait::Signal(number) if stops == 0 && is_clear(mask, number) => {}
                 other => return Err(lost(self.tid, other)),
             }
@@ -234,13 +233,12 @@ impl Tracee {
         Ok(script::outcome(arch::call_result(&now)))
     }
 
-    /// Lets the thread, whose registers are set, work, without waiting for it.
+    /// Resumes the thread, whose registers are set, without waiting for it.
     pub(super) fn start(&self) -> Result<()> {
         ptrace::resume(self.tid, 0).map_err(InjectError::trace(self.tid, "resume"))
     }
 
-    /// Waits until the thread has stopped for this program; `born` is told of threads and
-    /// processes that it makes.
+    /// Waits for the end of the script; calls `born` with each thread and process that it creates.
     pub(super) fn join(
         &mut self,
         sign: Sign,
@@ -255,7 +253,7 @@ impl Tracee {
                     if arch::instruction_pointer(&now) == told.0 {
                         return Ok(());
                     }
-                    // A signal from another process, which this one ignores.
+                    // The signal comes from another process; this one ignores it.
                     ptrace::resume(self.tid, 0).map_err(InjectError::trace(self.tid, "resume"))?;
                 }
                 (
@@ -271,7 +269,7 @@ impl Tracee {
                     born(HostPid(i32::try_from(child).expect("pids are small")))?;
                     ptrace::resume(self.tid, 0).map_err(InjectError::trace(self.tid, "resume"))?;
                 }
-                // Its process is stopped on the way: it will be when it is let go, too.
+                // Another process stops this one meanwhile. It must also be stopped when it is released.
                 (Wait::Signal(libc::SIGSTOP), _) => {
                     self.stopped_again |= self.stopped_by != 0;
                     ptrace::resume(self.tid, libc::SIGSTOP)
@@ -293,7 +291,7 @@ impl Tracee {
         ptrace::wait(self.tid).map_err(InjectError::trace(self.tid, "wait for"))
     }
 
-    /// Puts the thread back into the state that it was found in, still stopped.
+    /// Restores the registers and the signal mask of the thread, which stays stopped.
     ///
     /// # Errors
     /// [`InjectError::Trace`] if it has died.
@@ -301,14 +299,14 @@ impl Tracee {
         if !self.dirty {
             return Ok(());
         }
-        // In this order: until it has its registers, it comes home by a frame.
+        // Set the mask first: until it has its registers, the thread comes home by a frame.
         self.block(self.signal_mask)?;
         self.set_registers(&self.registers_to_go_on())?;
         self.dirty = false;
         Ok(())
     }
 
-    /// Puts the thread back and lets it go on, or stay as stopped as it was.
+    /// Restores the thread and resumes it, or leaves it as stopped as it was.
     ///
     /// # Errors
     /// [`InjectError::Trace`] if it has died.
@@ -317,7 +315,7 @@ impl Tracee {
         let tid = self.tid;
         ptrace::detach(tid, 0).map_err(InjectError::trace(tid, "detach from"))?;
         if self.stopped_again {
-            // It stays stopped, and this one waits again.
+            // The thread stays stopped, and the signal is pending again.
             process::signal(tid, libc::SIGSTOP)
                 .map_err(InjectError::trace(tid, "send a signal to"))?;
         }
@@ -325,7 +323,7 @@ impl Tracee {
     }
 }
 
-/// Whether a signal is not blocked.
+/// Whether the mask does not block a signal.
 fn is_clear(mask: u64, signal: i32) -> bool {
     mask & 1 << (signal - 1) == 0
 }
@@ -348,16 +346,16 @@ pub(super) fn denied(tid: HostPid, errno: Errno) -> InjectError {
     let why = if tracer == 0 {
         "not permitted\nhelp: run rcriu as root or with CAP_SYS_PTRACE".to_owned()
     } else {
-        format!("process {tracer} traces it already; end that one first")
+        format!("process {tracer} already traces it; end that process first")
     };
     InjectError::Denied { tid, why }
 }
 
-/// Bytes of a mapping that are searched at a time.
+/// How many bytes of a mapping are searched at a time.
 pub(super) const SEARCH_BYTES: usize = 64 << 10;
 
-/// Finds an instruction in a process that calls the kernel: in the vDSO, else
-/// anywhere.
+/// Returns the address of a system call instruction in a process: in the vDSO if possible, otherwise
+/// in any mapping.
 pub(super) fn find_syscall(pid: HostPid, mappings: &[Mapping]) -> Result<RemoteAddr> {
     let executable = |mapping: &&Mapping| mapping.execute && mapping.read;
     let vdso = mappings.iter().filter(|mapping| mapping.name == b"[vdso]");
