@@ -1,4 +1,4 @@
-//! What becomes of each page: stored, left to the parent, or left out.
+//! Decides where each page goes: into this snapshot, to the parent, or nowhere.
 
 use super::{Result, Stretch, stretch::len};
 use crate::{
@@ -7,11 +7,11 @@ use crate::{
     units::{PAGE_LEN, PageIndex},
 };
 
-/// Decides of each page of `runs`, whose bytes are `bytes`, where it is to be. `room` is
-/// for the bytes of the parent.
+/// Decides for each page of `runs`, whose contents are `bytes`, where it goes. `room` is a buffer for
+/// the parent's contents.
 ///
 /// # Errors
-/// What keeps the parent chain from being read.
+/// The parent chain cannot be read.
 pub(super) fn compare(
     runs: &[Stretch],
     bytes: &[u8],
@@ -51,14 +51,14 @@ pub(super) fn compare(
     Ok(())
 }
 
-/// Reads what the parent chain has of a run. Pages that no image has are zero, and
-/// pages of zeros are not compared with that.
+/// Reads the parent chain's contents of a run. Pages that the chain does not have read as zeros; the
+/// caller does not compare pages of zeros with them.
 fn read_parent(memory: &MemoryBytes, run: &Stretch, target: &mut [u8]) -> Result<()> {
     if let Ok(count) = read_at(memory, run.first.address(), target) {
         target[count..].fill(0);
         return Ok(());
     }
-    // Some page cannot be read, such as one that was punched: it is not equal.
+    // Some page cannot be read, because it was punched, say: it counts as different.
     for (number, page) in (run.first.0..).zip(target.chunks_exact_mut(PAGE_LEN)) {
         if !read_stored(memory, PageIndex(number), page) {
             page.fill(0);
@@ -67,14 +67,14 @@ fn read_parent(memory: &MemoryBytes, run: &Stretch, target: &mut [u8]) -> Result
     Ok(())
 }
 
-/// Reads a page, if the parent chain has it and it can be read.
+/// Reads a page. Returns false if the parent chain does not have it, or cannot read it.
 fn read_stored(memory: &MemoryBytes, page: PageIndex, target: &mut [u8]) -> bool {
     let extent = memory.index().find(page);
     extent.is_some_and(|extent| matches!(extent.place, Place::Stored { .. }))
         && read_at(memory, page.address(), target).is_ok_and(|count| count == target.len())
 }
 
-/// Whether the parent chain has a page, all zero, and it can be read.
+/// Whether the parent chain stores this page, all zeros, and can read it.
 fn has_zeros(memory: &MemoryBytes, page: PageIndex) -> bool {
     let mut bytes = [0; PAGE_LEN];
     read_stored(memory, page, &mut bytes) && is_zero(&bytes)
@@ -82,7 +82,7 @@ fn has_zeros(memory: &MemoryBytes, page: PageIndex) -> bool {
 
 /// Whether all bytes of a page are zero.
 fn is_zero(page: &[u8]) -> bool {
-    // A page with something in it most often shows it early.
+    // Most pages with contents have some at the start.
     let (first, rest) = page.split_at(64);
     first.iter().all(|byte| *byte == 0)
         && rest.chunks_exact(64).all(|line| line.iter().fold(0, |sum, byte| sum | byte) == 0)

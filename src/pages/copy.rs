@@ -1,11 +1,10 @@
-//! Copying memories, each into its sink.
+//! Copies memories, each into its sink.
 //!
-//! Each memory (the private memory of a process, or a shared object) is read in
-//! chunks that stay in the processor's cache: the test for zeros, the comparison
-//! with the parent chain and the writing cost one trip to memory. Several threads
-//! share the work. They read and compare chunks side by side, and take turns to
-//! enter the chunk's pages, so that entries come in order; then they store the bytes
-//! side by side.
+//! Each memory (the private memory of a process, or a shared object) is read in chunks that fit into
+//! the processor's cache: the test for zeros, the comparison with the parent chain and the writing
+//! then cost one trip to memory. Several threads share the work. They read and compare chunks in
+//! parallel. Then they take turns to enter the pages of their chunks, so that pagemap entries are in
+//! order. Finally they store the bytes in parallel.
 
 use std::{
     io::IoSlice,
@@ -24,22 +23,22 @@ use crate::{
     units::{PAGE_LEN, PageIndex},
 };
 
-/// Pages in a chunk: 256 KiB, half of a usual second-level cache, since the parent's
-/// bytes are beside it.
+/// Pages in a chunk: 256 KiB, half of a usual second-level cache, as the parent's contents need the
+/// other half.
 const CHUNK_PAGES: u64 = 64;
 
-/// How many pages were found to be what.
+/// How many pages went where.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
-    /// Looked at.
+    /// Pages read.
     pub scanned: u64,
-    /// Compared with the parent.
+    /// Pages compared with the parent.
     pub compared: u64,
-    /// Left to the parent.
+    /// Pages left to the parent.
     pub in_parent: u64,
-    /// All zero, and left out.
+    /// Pages of zeros, left out.
     pub zero: u64,
-    /// Written.
+    /// Pages stored in this snapshot.
     pub stored: u64,
 }
 
@@ -53,7 +52,7 @@ impl Counts {
     }
 }
 
-/// What was copied: private memory and shared objects.
+/// The counts of a copy, for private memory and shared objects.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Copied {
     /// Private memory.
@@ -65,7 +64,7 @@ pub struct Copied {
 /// Copies memories, each into its sink.
 ///
 /// # Errors
-/// What keeps a memory from being read, or a sink from taking it.
+/// A memory cannot be read, or a sink fails.
 pub fn copy<S: PageSink>(memories: Vec<(&Memory, S)>) -> Result<Copied> {
     let to_read = memories.iter().flat_map(|(memory, _)| &memory.stretches);
     let total: u64 = to_read.filter(|stretch| !stretch.unwritten).map(|s| s.pages).sum();
@@ -101,10 +100,10 @@ pub fn copy<S: PageSink>(memories: Vec<(&Memory, S)>) -> Result<Copied> {
     Ok(copied)
 }
 
-/// Pages that take longer to copy than a thread takes to start.
+/// The number of pages from which copying takes longer than starting a thread.
 const WORTH_A_THREAD_PAGES: u64 = 1024;
 
-/// Returns the memory with most left to do for each thread that is at it.
+/// Returns the memory with the most pages left per thread that copies it.
 fn next_job<'a, 'b, S>(jobs: &'b [Job<'a, S>]) -> Option<&'b Job<'a, S>> {
     let weight = |job: &&Job<S>| {
         let plan = lock(&job.plan);
@@ -113,7 +112,7 @@ fn next_job<'a, 'b, S>(jobs: &'b [Job<'a, S>]) -> Option<&'b Job<'a, S>> {
     jobs.iter().filter(|job| lock(&job.plan).left > 0).max_by_key(weight)
 }
 
-/// One memory while it is copied.
+/// A memory that is being copied.
 struct Job<'a, S> {
     memory: &'a Memory,
     sink: S,
@@ -122,18 +121,18 @@ struct Job<'a, S> {
     turned: Condvar,
 }
 
-/// What is left to read.
+/// Which chunks have been handed out.
 struct Plan {
     stretch: usize,
-    /// Pages of that stretch that were given out.
+    /// Pages of that stretch that have been handed out.
     taken: u64,
-    /// Pages that were not given out.
+    /// Pages that have not been handed out.
     left: u64,
     next_chunk: u64,
     workers: u64,
 }
 
-/// What was decided so far, in the order of pages.
+/// The state that chunks update in order.
 #[derive(Default)]
 struct Turn {
     chunk: u64,
@@ -142,12 +141,12 @@ struct Turn {
     counts: Counts,
 }
 
-/// What each thread reads into.
+/// The buffers of a thread.
 #[derive(Default)]
 struct Buffers {
-    /// All of the chunk.
+    /// All pages of the chunk.
     runs: Vec<Stretch>,
-    /// What of it is read.
+    /// The pages of the chunk that are read.
     reads: Vec<Stretch>,
     bytes: Vec<u8>,
     parent: Vec<u8>,
@@ -166,7 +165,7 @@ impl<'a, S: PageSink> Job<'a, S> {
         }
     }
 
-    /// Copies chunks until all are given out.
+    /// Copies chunks until all are handed out.
     fn work(&self, buffers: &mut Buffers, stop: &AtomicBool) -> Result<()> {
         lock(&self.plan).workers += 1;
         let result = self.copy_chunks(buffers, stop);
@@ -196,8 +195,8 @@ impl<'a, S: PageSink> Job<'a, S> {
         Ok(())
     }
 
-    /// Takes the next chunk and returns its number. What is not read takes no room in
-    /// it.
+    /// Takes the next chunk and returns its number. Pages that are not read do not count towards
+    /// the size of a chunk.
     fn take(&self, buffers: &mut Buffers) -> Option<u64> {
         let mut plan = lock(&self.plan);
         buffers.runs.clear();
@@ -227,7 +226,7 @@ impl<'a, S: PageSink> Job<'a, S> {
         (!buffers.runs.is_empty()).then_some(chunk)
     }
 
-    /// Reads the chunk and decides of each page where it is to be.
+    /// Reads a chunk and decides where each of its pages goes.
     fn read(&self, buffers: &mut Buffers) -> Result<()> {
         let Buffers { reads, bytes, parent, places, .. } = buffers;
         let pages: u64 = reads.iter().map(|run| run.pages).sum();
@@ -247,13 +246,13 @@ impl<'a, S: PageSink> Job<'a, S> {
         Some(turn)
     }
 
-    /// Wakes who waits for a turn that will not come.
+    /// Wakes the threads that wait for a turn that will not come.
     fn wake(&self) {
         let _turn = lock(&self.turn);
         self.turned.notify_all();
     }
 
-    /// Enters the pages of a chunk, and returns how many were stored before them.
+    /// Enters the pages of a chunk, and returns the number of pages stored before them.
     fn place(&self, turn: &mut Turn, buffers: &Buffers) -> Result<u64> {
         let begin = turn.file_pages;
         let mut places = buffers.places.iter();
@@ -283,7 +282,7 @@ impl<'a, S: PageSink> Job<'a, S> {
         Ok(begin)
     }
 
-    /// Enters pages, which come behind all that were entered before.
+    /// Enters pages. They must come after all pages entered before.
     fn enter(
         &self,
         turn: &mut Turn,
@@ -302,8 +301,8 @@ impl<'a, S: PageSink> Job<'a, S> {
         turn.last.replace(entry).map_or(Ok(()), |last| self.sink.enter(&last))
     }
 
-    /// Stores the pages of a chunk that are to be stored, the first of which is stored page
-    /// `begin`.
+    /// Stores the bytes of the chunk's pages that go into this snapshot. The first one is stored page
+    /// number `begin`.
     fn store(&self, buffers: &Buffers, begin: u64) -> Result<()> {
         let mut slices: Vec<IoSlice> = Vec::new();
         let mut start = None;
@@ -332,5 +331,5 @@ impl<'a, S: PageSink> Job<'a, S> {
     }
 }
 
-/// The chunk in which a failure can be made to happen.
+/// The chunk at which a test can inject a failure.
 const FAULT_CHUNK: u64 = 1;

@@ -1,4 +1,4 @@
-//! Why memory was not copied.
+//! Errors of copying memory.
 
 use std::{io, path::PathBuf};
 
@@ -12,10 +12,10 @@ use crate::{
 /// The result of copying memory.
 pub type Result<T, E = PagesError> = std::result::Result<T, E>;
 
-/// Why memory was not copied.
+/// Why memory could not be copied.
 #[derive(Debug, thiserror::Error)]
 pub enum PagesError {
-    /// The program was asked to stop.
+    /// The user or the system has asked rcriu to stop.
     #[error("asked to stop")]
     Cancelled,
     /// A file of a process could not be opened.
@@ -31,9 +31,9 @@ pub enum PagesError {
     ReadMemory {
         /// The process.
         pid: HostPid,
-        /// Where.
+        /// The start address.
         address: RemoteAddr,
-        /// How many.
+        /// The length in bytes.
         len: u64,
         /// Why it failed.
         source: io::Error,
@@ -41,9 +41,9 @@ pub enum PagesError {
     /// Shared memory could not be read.
     #[error("read shared memory {name} at offset {offset:#x}")]
     ReadObject {
-        /// The object.
+        /// The object, as messages call it.
         name: String,
-        /// Where.
+        /// The offset in bytes.
         offset: u64,
         /// Why it failed.
         source: io::Error,
@@ -62,7 +62,7 @@ pub enum PagesError {
     /// A pagemap could not be written.
     #[error(transparent)]
     Image(#[from] ImageError),
-    /// A test asked for it.
+    /// A test has requested a failure.
     #[error(transparent)]
     Fault(#[from] Injected),
 }

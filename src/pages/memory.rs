@@ -1,4 +1,4 @@
-//! What is copied: a memory, where its bytes are, and where they are in the parent.
+//! Memories to copy: their contents, and those of the same memory in the parent.
 
 use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
 
@@ -10,40 +10,40 @@ use crate::{
     units::PageIndex,
 };
 
-/// Where the bytes of a memory are read.
+/// Where the contents of a memory are.
 #[derive(Debug)]
 pub enum Origin {
     /// In a process.
     Process(ProcessMemory),
-    /// In the object itself.
+    /// In a shared object.
     Object {
-        /// An open description of this program alone.
+        /// A description that only rcriu uses.
         file: File,
-        /// What it is called in messages.
+        /// The object, as messages call it.
         name: String,
     },
 }
 
-/// A memory to be dumped.
+/// A memory to dump.
 #[derive(Debug)]
 pub struct Memory {
     /// Its name in the images.
     pub id: MemoryId,
-    /// Where its bytes are.
+    /// Its contents.
     pub origin: Origin,
-    /// Ascending.
+    /// The pages to copy, in ascending order.
     pub stretches: Vec<Stretch>,
     /// The same memory in the parent chain.
     pub parent: Option<MemoryBytes>,
-    /// Whether the tree runs while it is read: pages may be gone, and are left out.
+    /// Whether the tree runs meanwhile: pages may disappear, and are left out.
     pub running: bool,
 }
 
 impl Memory {
-    /// A shared object, with all that is no hole of it.
+    /// Returns a shared object with all of its pages that are not in holes.
     ///
     /// # Errors
-    /// [`PagesError::ReadObject`]: what looking for holes returns.
+    /// [`PagesError::ReadObject`]: `lseek(2)` failed.
     pub fn of_object(shmid: u64, file: File, name: String, running: bool) -> Result<Self> {
         let stretches = scan::object(&file, &name).map_err(|source| {
             let name = name.clone();
@@ -60,7 +60,7 @@ impl Memory {
 }
 
 impl Origin {
-    /// Reads stretches, and sends back to swap what was there.
+    /// Reads runs of pages, and moves pages that were in swap back there.
     ///
     /// # Errors
     /// [`PagesError::ReadMemory`], [`PagesError::ReadObject`].
@@ -77,7 +77,7 @@ impl Origin {
                 if run.swapped
                     && let Err(errno) = swap::page_out(file, offset, target.len())
                 {
-                    log::debug!("{name}: memory that was in swap stays in memory: {errno}");
+                    log::debug!("{name}: cannot move pages back to swap: {errno}");
                 }
                 Ok(())
             }),
@@ -85,7 +85,7 @@ impl Origin {
     }
 }
 
-/// Reads a stretch of an object; what is behind its end is zero.
+/// Reads part of an object. Bytes after its end read as zeros.
 fn read_object(file: &File, offset: u64, target: &mut [u8]) -> io::Result<()> {
     let mut done = 0;
     while done < target.len() {
@@ -102,7 +102,7 @@ fn read_object(file: &File, offset: u64, target: &mut [u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// Returns the bytes of a memory of the parent chain, by address or offset.
+/// Returns the memory in the parent chain, by address or offset, if it has any pages there.
 ///
 /// # Errors
 /// [`PagesError::Chain`].

@@ -1,9 +1,9 @@
-//! Pages of memory, on their way into images and out of them.
+//! Copies pages of memory into images and out of them.
 //!
-//! A dump goes through these steps: [`scan`] finds pages that may hold something,
-//! [`marked`] and [`settle`] take out those that are known to be in the parent, [`copy`]
-//! reads the rest, compares it with the parent, and hands it to a [`PageSink`]. A restore
-//! takes pages out of the chain in [`Chunks`].
+//! A dump takes these steps. [`scan`] finds the pages that may have contents. [`marked`] and
+//! [`settle`] mark those that are known to be in the parent. [`copy`] reads the others, compares
+//! them with the parent, and passes them to a [`PageSink`]. A restore reads pages from the chain in
+//! [`Chunks`].
 
 mod compare;
 mod copy;
@@ -25,12 +25,13 @@ pub use stretch::{Stretch, marked, settle};
 
 use crate::image::SnapshotWriter;
 
-/// Copies all memories into files of `images`; their pages files are numbered from 1. The
-/// disk begins with them at once if `early`, which is for trees that are not to run on, and
-/// for those that run already: it ends sooner, but copying takes longer.
+/// Copies all memories into files of `images`, with pages files numbered from 1.
+///
+/// If `early`, starts write-back while copying. The dump then ends sooner, but copying takes longer,
+/// so use it for trees that do not resume, or that run during the copy.
 ///
 /// # Errors
-/// What keeps a memory from being read or an image from being written.
+/// A memory cannot be read, or an image cannot be written.
 pub fn write(memories: &[Memory], images: &SnapshotWriter, early: bool) -> Result<Copied> {
     let mut work = Vec::with_capacity(memories.len());
     for (number, memory) in (1..).zip(memories) {

@@ -1,13 +1,13 @@
-//! Reading the memory of a process without leaving a trace in it.
+//! Reads the memory of a process without leaving a trace in it.
 //!
-//! Only pages that are in memory or in swap are asked for, since reading another one
-//! makes it. `process_vm_readv(2)` pins what it reads. To pin a page that is shared
-//! copy-on-write or merged with its like, the kernel first copies it in the process that
-//! is read, and splits huge pages for that. Reading `/proc/PID/mem` takes references only,
-//! and half as fast. So pages are pinned only where no other process has them.
+//! Only pages in memory or in swap are read: reading any other page would create it.
+//! `process_vm_readv(2)` pins the pages that it reads. To pin a page that is shared copy-on-write or
+//! merged by KSM, the kernel first copies it in the process, and splits huge pages to do so.
+//! Reading `/proc/PID/mem` only takes references, but is half as fast. So rcriu pins pages only if
+//! no other process has them.
 //!
-//! Pages of the vDSO are in the page table of a process only when it has looked at them.
-//! The kernel has one vDSO for all, so that the rest of it is read in this program.
+//! The page table of a process has pages of the vDSO only once the process has touched them. All
+//! processes share the kernel's vDSO, so rcriu reads the other pages in its own.
 
 use std::{fs::File, io::IoSliceMut, ops::Range, os::unix::fs::FileExt, sync::OnceLock};
 
@@ -32,11 +32,11 @@ pub struct ProcessMemory {
     pid: HostPid,
     /// Its `/proc/PID/mem`.
     file: File,
-    /// Where its vDSO begins, and this program's own, if that is as long.
+    /// The start of its vDSO, and rcriu's own vDSO, if both have the same length.
     vdsos: Option<(RemoteAddr, &'static OwnVdso)>,
 }
 
-/// The vDSO of this program.
+/// The vDSO of rcriu itself.
 #[derive(Debug)]
 struct OwnVdso {
     start: RemoteAddr,
@@ -45,7 +45,7 @@ struct OwnVdso {
     memory: File,
 }
 
-/// Returns the vDSO of this program; `None` if it has none, or cannot read it.
+/// Returns the vDSO of rcriu itself; `None` if it has none, or cannot read it.
 fn own_vdso() -> Option<&'static OwnVdso> {
     static OWN: OnceLock<Option<OwnVdso>> = OnceLock::new();
     let find = || {
@@ -58,10 +58,7 @@ fn own_vdso() -> Option<&'static OwnVdso> {
 }
 
 impl ProcessMemory {
-    /// Opens the memory of a process that has these mappings.
-    ///
-    /// # Errors
-    /// [`PagesError::Open`].
+    /// Opens the memory of a process with these mappings.
     pub fn open(pid: HostPid, mappings: &[Mapping]) -> Result<Self> {
         let file = process::open_memory(pid).map_err(|source| {
             let path = format!("/proc/{pid}/mem").into();
@@ -73,13 +70,12 @@ impl ProcessMemory {
         Ok(Self { pid, file, vdsos })
     }
 
-    /// Reads stretches of a process. If it is `running`, pages may be gone; they are
-    /// zero.
+    /// Reads runs of pages. If the process is `running`, pages may disappear; they read as zeros.
     ///
     /// # Errors
     /// [`PagesError::ReadMemory`].
     pub(super) fn read(&self, runs: &[Stretch], bytes: &mut [u8], running: bool) -> Result<()> {
-        // A process that runs may fork at any time.
+        // A running process may fork at any time, and then shares its pages.
         let pinned = !running && runs.iter().all(|run| run.pinnable) && self.pin(runs, bytes);
         if !pinned {
             for_each_run(runs, bytes, |run, target| {
@@ -101,14 +97,14 @@ impl ProcessMemory {
         Ok(())
     }
 
-    /// Reads pages of the vDSO in this program; false if it has another one.
+    /// Reads pages of the vDSO from rcriu's own; returns false if it differs.
     fn read_own_vdso(&self, address: RemoteAddr, target: &mut [u8]) -> bool {
         let Some((theirs, own)) = self.vdsos else { return false };
         let at = own.start.0 + (address.0 - theirs.0);
         own.memory.read_exact_at(target, at).is_ok()
     }
 
-    /// Reads all stretches by one call; false if not all could be read.
+    /// Reads all runs by one call; returns false if it could not read all of them.
     fn pin(&self, runs: &[Stretch], bytes: &mut [u8]) -> bool {
         let remote: Vec<RemoteIoVec> = runs
             .iter()
@@ -122,8 +118,8 @@ impl ProcessMemory {
         process_vm_readv(pid, &mut [IoSliceMut::new(bytes)], &remote) == Ok(wanted)
     }
 
-    /// Reads memory of a process that runs. Pages that are gone count as zero: whatever
-    /// is mapped there next is new, and the next dump looks at it.
+    /// Reads memory of a running process. Pages that have disappeared read as zeros: a new mapping
+    /// in their place has new pages, which the next dump reads.
     fn read_what_is_there(&self, address: RemoteAddr, target: &mut [u8]) {
         if self.file.read_exact_at(target, address.0).is_ok() {
             return;
@@ -135,8 +131,8 @@ impl ProcessMemory {
         }
     }
 
-    /// Brings what was in swap back there: it counts against the limits of the process.
-    /// The bytes in swap are still good, so that nothing is written.
+    /// Moves pages that were in swap back there, since resident memory counts against the limits of
+    /// the process. The copies in swap are still valid, so nothing is written.
     fn swap_out(&self, runs: &[Stretch]) {
         let ranges: Vec<Range<RemoteAddr>> = runs
             .iter()
@@ -151,7 +147,7 @@ impl ProcessMemory {
         }
         let done = process::pidfd_open(self.pid).and_then(|fd| process::page_out(&fd, &ranges));
         if let Err(errno) = done {
-            log::debug!("{}: memory that was in swap stays in memory: {errno}", self.pid);
+            log::debug!("{}: cannot move pages back to swap: {errno}", self.pid);
         }
     }
 }
@@ -160,8 +156,8 @@ fn is_vdso(mapping: &Mapping) -> bool {
     mapping.name == b"[vdso]"
 }
 
-/// Whether the pages of a mapping of a stopped process can be pinned without a trace: it
-/// can read them, and they are its own.
+/// Whether pinning pages of a stopped process's mapping leaves no trace: it can read them, and does
+/// not share them.
 pub(super) fn is_pinnable(mapping: &Mapping) -> bool {
     let merged_at_any_time = mapping.flags.contains(VmFlags::MERGEABLE);
     let huge = mapping.flags.contains(VmFlags::HUGE_TLB);

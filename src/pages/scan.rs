@@ -1,4 +1,4 @@
-//! Which pages may hold something that is not in the images yet.
+//! Finds pages whose contents may not be in the images yet.
 
 use std::{fs::File, io, os::unix::fs::MetadataExt};
 
@@ -18,7 +18,7 @@ use crate::{
     units::{BLOCK_BYTES, PAGE_SHIFT, PAGE_SIZE, PageIndex},
 };
 
-/// What a private mapping shows where its process has no page of its own.
+/// What a private mapping shows where the process has no page of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Shown {
     /// Zeros.
@@ -29,11 +29,8 @@ pub enum Shown {
     Vdso,
 }
 
-/// Appends the pages of a private mapping that are to be dumped, and returns of how many
-/// nothing is known but what the parent has.
-///
-/// # Errors
-/// What looking at them returns.
+/// Appends the pages of a private mapping that must be dumped. Returns how many of them the tracker
+/// knows nothing about, so that only a comparison with the parent can tell.
 pub fn mapping(
     pagemap: &PagemapFile,
     watch: Option<&Watch>,
@@ -54,7 +51,7 @@ pub fn mapping(
         Query::PRIVATE
     };
     let query = query.without_guards();
-    // Telling it costs nothing where nothing is in swap.
+    // Without pages in swap, there is no point in asking for them.
     let tell = if mapping.swap_bytes > 0 { category::SWAPPED } else { 0 };
     let query = Query { tell, ..query };
     let mut found = Vec::new();
@@ -67,8 +64,8 @@ pub fn mapping(
         found.extend(regions.into_iter().map(|region| (region, false)));
     }
     let pinnable = is_pinnable(mapping);
-    // The unused end of the stack has pages of zeros where threads had their way home
-    // (`crate::inject`): CRIU goes on with a chain only if each page that is there was stored.
+    // Where threads had their way home (`crate::inject`), the unused end of the stack has pages of
+    // zeros. CRIU continues a chain only if every existing page was stored.
     let is_stack = mapping.name == b"[stack]";
     let zeros_stored = is_stack || shown == Shown::File;
     let mut untracked = 0;
@@ -86,8 +83,8 @@ pub fn mapping(
     Ok(untracked)
 }
 
-/// Adds those pages of the vDSO that the process has not looked at yet, after those that
-/// it has: another restorer wants to read all of it.
+/// Adds the pages of the vDSO that the process has not touched, in order: other restorers read all of
+/// it.
 fn add_rest(mapping: &Mapping, stretches: &mut Vec<Stretch>) {
     let (start, end) = (mapping.start.0 >> PAGE_SHIFT, mapping.end.0 >> PAGE_SHIFT);
     let begin = stretches.partition_point(|stretch| stretch.first.0 < start);
@@ -114,7 +111,7 @@ fn add_rest(mapping: &Mapping, stretches: &mut Vec<Stretch>) {
     }
 }
 
-/// A stretch of an object, whose holes are zero.
+/// Returns a stretch of an object, whose pages of zeros need not be stored.
 fn of_object(first: PageIndex, pages: u64) -> Stretch {
     Stretch {
         first,
@@ -127,10 +124,7 @@ fn of_object(first: PageIndex, pages: u64) -> Stretch {
     }
 }
 
-/// Returns the stretches of an object that are not holes, and what of them is in swap.
-///
-/// # Errors
-/// What looking for holes returns.
+/// Returns the stretches of an object outside its holes, and marks those in swap.
 pub(super) fn object(file: &File, name: &str) -> io::Result<Vec<Stretch>> {
     let stretches = data_of(file)?;
     let (swap, free) = swap::bytes();
@@ -140,17 +134,18 @@ pub(super) fn object(file: &File, name: &str) -> io::Result<Vec<Stretch>> {
     match swap::swapped_pages(file) {
         Ok(swapped) => Ok(marked(&stretches, &swapped, |pages| pages.swapped = true)),
         Err(error) => {
-            log::debug!("{name}: it is not known what is in swap: {error}");
+            log::debug!("{name}: cannot tell which pages are in swap: {error}");
             Ok(stretches)
         }
     }
 }
 
-/// Returns the stretches of an object that are not holes.
+/// Returns the stretches of an object outside its holes.
 fn data_of(file: &File) -> io::Result<Vec<Stretch>> {
     let meta = file.metadata()?;
-    // Looking for holes goes over all pages, so not where there is no room for any. Pages
-    // behind the end make room for some that are not seen: those are read as zeros.
+    // Searching for holes visits every page, so skip it if enough blocks are allocated to leave no
+    // room for holes. There may be some nevertheless, if blocks after the end are allocated: pages
+    // in them read as zeros.
     if meta.len() > 0 && meta.blocks().saturating_mul(BLOCK_BYTES) >= meta.len() {
         let pages = meta.len().div_ceil(PAGE_SIZE);
         return Ok(vec![of_object(PageIndex(0), pages)]);
@@ -187,7 +182,7 @@ mod tests {
     use super::*;
     use crate::units::PAGE_LEN;
 
-    /// Returns the first page and the number of pages of each stretch of data.
+    /// Returns the first page and the number of pages of each stretch.
     fn data(object: &File) -> Vec<(u64, u64)> {
         let stretches = data_of(object).unwrap();
         stretches.iter().map(|stretch| (stretch.first.0, stretch.pages)).collect()
@@ -206,7 +201,7 @@ mod tests {
         assert_eq!(data(&object), [(0, 10)]);
         object.set_len(9 * PAGE_SIZE + 1).unwrap();
         assert_eq!(data(&object), [(0, 10)]);
-        // As many pages as it has room for, but not all within it.
+        // As many pages as the size has room for, but some of them after the end.
         let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         fallocate(&object, hole, 3 * 4096, 4096).unwrap();
         assert_eq!(data(&object), [(0, 3), (4, 6)]);

@@ -1,4 +1,4 @@
-//! Where copied pages go.
+//! Destinations of copied pages.
 
 use std::{
     io::{self, IoSlice},
@@ -17,53 +17,41 @@ use crate::{
     units::page_bytes,
 };
 
-/// Bytes of a pages file that the disk is given at a time: large enough to lie in one
-/// piece there.
+/// How many bytes of a pages file are written back at a time: enough for the file system to allocate
+/// them contiguously.
 const EARLY_BYTES: u64 = 32 << 20;
 
-/// Where the pages of one memory go: files, or whatever else keeps them.
+/// Receives the pages of one memory.
 ///
-/// Stored pages are counted from 0 in the order in which they are entered. Several threads
-/// use a sink side by side.
+/// Stored pages are numbered from 0, in the order in which they are entered. Several threads use a
+/// sink at the same time.
 pub trait PageSink: Sync + Sized {
-    /// Says where pages are: in this snapshot, if they are present, or in the parent. Entries
-    /// come one at a time, in ascending order.
-    ///
-    /// # Errors
-    /// What keeps it from being noted.
+    /// Records where pages are: stored in this snapshot, or in the parent. Entries come one at
+    /// a time, in ascending order.
     fn enter(&self, entry: &PagemapEntry) -> Result<()>;
 
-    /// Takes the bytes of stored pages, the first of which is stored page `first`. Calls come
-    /// in any order, before or after their pages are entered.
-    ///
-    /// # Errors
-    /// What keeps them from being kept.
+    /// Stores the bytes of consecutive stored pages, the first of which has the number `first`.
+    /// Calls come in any order, before or after the pages are entered.
     fn store(&self, first: u64, pages: Vec<IoSlice<'_>>) -> Result<()>;
 
-    /// Ends it: everything was entered and stored.
-    ///
-    /// # Errors
-    /// What keeps it from being complete.
+    /// Completes the memory, after all pages were entered and stored.
     fn finish(self) -> Result<()>;
 }
 
-/// The pagemap and the pages file of a memory among the images of a snapshot.
+/// Writes a memory to a pagemap and a pages file of a snapshot.
 #[derive(Debug)]
 pub struct FileSink {
     pagemap: Mutex<PagemapWriter<StoredOutput>>,
     pages: Box<dyn Output>,
     path: PathBuf,
-    /// Held while writing: the kernel lets one thread write to a file at a time, and
-    /// those that wait for it in the kernel burn time.
+    /// Held while writing: the kernel lets only one thread at a time write to a file, and threads
+    /// that wait for it in the kernel use processor time.
     writing: Mutex<()>,
     early: bool,
 }
 
 impl FileSink {
-    /// Creates the files of a memory. The disk begins with them at once if `early`.
-    ///
-    /// # Errors
-    /// [`PagesError::Image`].
+    /// Creates the files of a memory. If `early`, starts write-back while pages are stored.
     pub fn create(
         images: &SnapshotWriter,
         memory: MemoryId,

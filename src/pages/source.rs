@@ -1,32 +1,31 @@
-//! Pages on their way out of a chain, in chunks that several threads take.
+//! Reads pages from a chain, in chunks, on several threads.
 
 use std::ops::Range;
 
 use crate::{chain::MemoryBytes, parallel, units::PageIndex};
 
-/// Pages that are read and written at a time: 256 KiB.
+/// Pages read and written at a time: 256 KiB.
 const CHUNK_PAGES: u64 = 64;
 
-/// Chunks that take longer than a thread takes to start.
+/// The number of chunks from which copying takes longer than starting a thread.
 const WORTH_A_THREAD: usize = 16;
 
-/// Stretches of memory that are stored in the chain, in chunks.
+/// The pages of a memory that the chain stores, in chunks.
 #[derive(Debug)]
 pub struct Chunks(Vec<Chunk>);
 
-/// Pages that are read and written in one go.
+/// Consecutive pages that are read and written at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Chunk {
-    /// The first.
+    /// The first page.
     pub first: PageIndex,
-    /// How many.
+    /// The number of pages.
     pub pages: u64,
 }
 
 impl Chunks {
-    /// Cuts what is stored of `memory` within `ranges`, which ascend, into chunks.
-    /// Pages that are in no image, though the images say that they exist, are among
-    /// them: reading them is an error.
+    /// Cuts the stored pages of `memory` within `ranges`, which must ascend, into chunks. Includes
+    /// pages that the images call present but do not have: reading those fails.
     pub fn new(memory: &MemoryBytes, ranges: &[Range<PageIndex>]) -> Self {
         let index = memory.index();
         let mut chunks = Vec::new();
@@ -49,15 +48,15 @@ impl Chunks {
         Self(chunks)
     }
 
-    /// Returns the chunks, ascending.
+    /// Returns the chunks in ascending order.
     pub fn as_slice(&self) -> &[Chunk] {
         &self.0
     }
 
-    /// Calls `work` with each chunk, on all processors. Each call may use a buffer.
+    /// Calls `work` with each chunk and a buffer, on all processors.
     ///
     /// # Errors
-    /// The first error of `work`; what was not begun by then is not done.
+    /// The first error of `work`. Chunks that were not started by then are skipped.
     pub fn try_each<E: Send>(
         &self,
         work: impl Fn(Chunk, &mut Vec<u8>) -> Result<(), E> + Sync,
@@ -66,7 +65,7 @@ impl Chunks {
     }
 }
 
-/// Appends a chunk, or lengthens the last one by it.
+/// Appends a chunk, or extends the last one by it.
 fn push(chunks: &mut Vec<Chunk>, chunk: Chunk) {
     match chunks.last_mut() {
         Some(last)

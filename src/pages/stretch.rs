@@ -1,4 +1,4 @@
-//! Stretches of pages, before they are read.
+//! Stretches of pages that a dump may have to read.
 
 use std::ops::Range;
 
@@ -8,28 +8,28 @@ use crate::{
     units::{PageIndex, page_bytes},
 };
 
-/// A stretch of pages that may hold something.
+/// Consecutive pages that may have contents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stretch {
-    /// The first page: an address, or an offset in an object, in pages.
+    /// The number of the first page, by address or by offset in an object.
     pub first: PageIndex,
-    /// How many there are.
+    /// The number of pages.
     pub pages: u64,
     /// Whether reading may pin them; see `pages/process.rs`.
     pub pinnable: bool,
-    /// Whether they are of the vDSO, and the process has not looked at them yet; see
+    /// Whether they are pages of the vDSO that the process has not touched; see
     /// `pages/process.rs`.
     pub of_kernel: bool,
     /// Whether they are in swap.
     pub swapped: bool,
-    /// Whether zeros must be stored: without them a file would be seen, or another program
-    /// would not go on with the chain.
+    /// Whether zero pages must be stored explicitly: otherwise the file would show through, or
+    /// another program would not continue the chain.
     pub zeros_stored: bool,
-    /// Whether they are known to be in the parent as they are, without a look.
+    /// Whether they are known to be unchanged since the parent, so they are not read.
     pub unwritten: bool,
 }
 
-/// Returns the bytes in pages of a chunk.
+/// Returns the size of at most a chunk of pages, in bytes.
 pub(super) fn len(pages: u64) -> usize {
     usize::try_from(page_bytes(pages)).expect("at most a chunk")
 }
@@ -49,7 +49,7 @@ pub(super) fn for_each_run(
     Ok(())
 }
 
-/// Returns the same pages, those of `ranges` as `mark` makes them.
+/// Returns the same pages, after applying `mark` to those in `ranges`.
 pub fn marked(
     stretches: &[Stretch],
     ranges: &[Range<u64>],
@@ -81,8 +81,8 @@ pub fn marked(
     marked
 }
 
-/// Of stretches that are unwritten since the parent, leaves those so that it has
-/// stored. The others are looked at: they are new to it, or cannot be read there.
+/// Clears `unwritten` for pages that the parent does not store: these must be read, since they are
+/// new, or the parent cannot read them.
 pub fn settle(stretches: &mut Vec<Stretch>, parent: Option<&Index>) {
     if !stretches.iter().any(|stretch| stretch.unwritten) {
         return;
@@ -116,7 +116,7 @@ fn split(stretch: Stretch, parent: &Index, settled: &mut Vec<Stretch>) {
         && extent.first.0 < end
     {
         position += 1;
-        // Only a file that was never punched has them for certain.
+        // Only a pages file that was never punched is certain to have them.
         let stored = matches!(extent.place, Place::Stored { layer, .. }
             if parent.layers()[layer as usize].dense);
         let (from, to) = (extent.first.0.max(next), extent.end().0.min(end));
