@@ -1,4 +1,4 @@
-//! Being asked to stop: a flag, so that what was begun can be undone first.
+//! Cancellation: signals set a flag, so that rcriu can undo its work before it exits.
 #![expect(unsafe_code, reason = "handlers of signals")]
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,7 +8,7 @@ use nix::{
     sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction},
 };
 
-/// The signals that ask a program to stop.
+/// The signals that ask rcriu to stop.
 pub const REQUESTS: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
 
 static CANCELLED: AtomicBool = AtomicBool::new(false);
@@ -17,14 +17,10 @@ extern "C" fn cancel(_signal: libc::c_int) {
     CANCELLED.store(true, Ordering::Relaxed);
 }
 
-/// Makes `SIGINT`, `SIGTERM` and `SIGHUP` set a flag instead of ending this process. The
-/// first two of the terminal's, `SIGINT` and `SIGHUP`, stay ignored if the parent process
-/// ignores them, as nohup(1) does.
+/// Makes `SIGINT`, `SIGTERM` and `SIGHUP` set a flag instead of killing this process. `SIGINT` and
+/// `SIGHUP` stay ignored if they were ignored when it started, as with nohup(1).
 ///
-/// A system call that waits is interrupted once: it returns `EINTR`.
-///
-/// # Errors
-/// What `sigaction(2)` returns.
+/// A signal interrupts a waiting system call once, which returns `EINTR`.
 pub fn install() -> nix::Result<()> {
     for signal in REQUESTS {
         if signal == Signal::SIGTERM || !is_ignored(signal)? {
@@ -38,12 +34,11 @@ pub fn install() -> nix::Result<()> {
     Ok(())
 }
 
-/// Whether this process has been asked to stop since [`install`].
+/// Whether this process was asked to stop since [`install`].
 pub fn is_cancelled() -> bool {
     CANCELLED.load(Ordering::Relaxed)
 }
 
-/// Whether a signal is ignored.
 pub(super) fn is_ignored(signal: Signal) -> nix::Result<bool> {
     // SAFETY: all bytes zero are a sigaction; the kernel overwrites it.
     let mut now: libc::sigaction = unsafe { std::mem::zeroed() };

@@ -1,4 +1,4 @@
-//! Telling a mount of `imgfs` that what was noted may be freed.
+//! Asks a mount of `imgfs` to free the pages that were marked.
 #![expect(unsafe_code, reason = "an ioctl of our own")]
 
 use std::{
@@ -8,17 +8,16 @@ use std::{
 
 use nix::libc;
 
-/// The number of the ioctl, on the root directory of a mount: `_IOR('i', 0x50, u64)`.
-/// It writes how many pages were freed.
+/// The number of the ioctl on the root directory of a mount: `_IOR('i', 0x50, u64)`. It returns the
+/// number of freed pages.
 pub const REQUEST: u32 = 2 << 30 | 8 << 16 | (b'i' as u32) << 8 | 0x50;
 const _: () = assert!(REQUEST as libc::Ioctl == nix::request_code_read!(b'i', 0x50, 8));
 
-/// Makes the mount whose root is `dir` free the noted pages, and returns how many pages
-/// that are.
+/// Has the mount with the root directory `dir` free the marked pages. Returns their number.
 ///
 /// # Errors
-/// `ENOTTY` if it is no mount that frees pages, `EPERM` for a user who is neither root nor
-/// the one who mounted it; the error that keeps the pages from being freed.
+/// `ENOTTY` if `dir` is not a mount that frees pages; `EPERM` unless the user is root or has mounted
+/// it; the error that prevents freeing the pages.
 pub fn commit(dir: &File) -> nix::Result<u64> {
     let mut pages = 0_u64;
     let number = libc::Ioctl::from(REQUEST);

@@ -1,4 +1,4 @@
-//! Going to the background.
+//! Moves the program to the background.
 #![expect(unsafe_code, reason = "fork and close_range")]
 
 use std::{
@@ -15,15 +15,15 @@ use nix::{
     unistd::{ForkResult, Pid, chdir, dup2_stderr, dup2_stdin, dup2_stdout, fork, pipe2, setsid},
 };
 
-/// What the child writes when it is ready.
+/// The byte that the child writes when it is ready.
 const READY: u8 = b'r';
 
 /// The two processes after [`detach`].
 #[derive(Debug)]
 pub enum Detached {
-    /// The one that was called, which waits for the other.
+    /// The caller's process, which waits for the child.
     Foreground(Foreground),
-    /// The one that goes on alone.
+    /// The child, which continues alone.
     Background(Background),
 }
 
@@ -34,32 +34,31 @@ pub struct Foreground {
     pipe: File,
 }
 
-/// How the process in the background has begun.
+/// How the child has started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Start {
     /// It is ready.
     Ready,
-    /// It has exited before it was ready.
+    /// It exited before it was ready.
     Exited(i32),
-    /// It was killed before it was ready.
+    /// A signal killed it before it was ready.
     Killed(nix::sys::signal::Signal),
 }
 
-/// The process in the background. Until [`Background::ready`] it has the standard streams
-/// of the caller, so that it can print errors.
+/// The process in the background. It keeps the caller's standard streams, to print errors, until
+/// [`Background::ready`].
 #[derive(Debug)]
 pub struct Background {
     pipe: File,
 }
 
-/// Splits the process in two: one that the caller waits for, and a child in a
-/// session of its own, in the root directory, with nothing open but its standard
-/// streams.
+/// Forks into the caller's process, which waits, and a child in a session of its own, in the root
+/// directory, with only the standard streams open.
 ///
-/// To be called before the program opens anything or starts a thread.
+/// Call it before the program opens any file or starts a thread.
 ///
 /// # Errors
-/// `EBUSY` if there is another thread; what `pipe2(2)` and `fork(2)` return.
+/// `EBUSY` if there is another thread.
 pub fn detach() -> io::Result<Detached> {
     if fs::read_dir("/proc/self/task")?.count() != 1 {
         return Err(Errno::EBUSY.into());
@@ -82,23 +81,20 @@ pub fn detach() -> io::Result<Detached> {
     }
 }
 
-/// Closes all descriptors above the standard streams but `kept`: a pipe among
-/// those that were inherited would keep its reader waiting for its end.
+/// Closes all descriptors above the standard streams except `kept`. An inherited pipe, for example,
+/// would keep its reader from seeing the end.
 fn close_others(kept: &OwnedFd) -> io::Result<()> {
     let kept = libc::c_uint::try_from(kept.as_raw_fd()).expect("descriptors are not negative");
     close_ranges([(FIRST_OTHER, kept.saturating_sub(1)), (kept + 1, libc::c_uint::MAX)])
 }
 
-/// Closes all descriptors above the standard streams, for a program that was just
-/// started and has opened nothing yet.
-///
-/// # Errors
-/// What `close_range(2)` returns.
+/// Closes all descriptors above the standard streams. For a program that has just started and has
+/// opened nothing yet.
 pub fn close_inherited() -> io::Result<()> {
     close_ranges([(FIRST_OTHER, libc::c_uint::MAX)])
 }
 
-/// The first descriptor that is no standard stream.
+/// The first descriptor after the standard streams.
 const FIRST_OTHER: libc::c_uint = libc::STDERR_FILENO.cast_unsigned() + 1;
 
 fn close_ranges(ranges: impl IntoIterator<Item = (libc::c_uint, libc::c_uint)>) -> io::Result<()> {
@@ -115,10 +111,7 @@ fn close_ranges(ranges: impl IntoIterator<Item = (libc::c_uint, libc::c_uint)>) 
 }
 
 impl Foreground {
-    /// Waits until the child is ready or has ended.
-    ///
-    /// # Errors
-    /// What `waitpid(2)` returns.
+    /// Waits until the child is ready or has exited.
     pub fn wait(mut self) -> io::Result<Start> {
         let mut byte = [0];
         if matches!(self.pipe.read(&mut byte), Ok(1)) && byte == [READY] {
@@ -136,16 +129,13 @@ impl Foreground {
 }
 
 impl Background {
-    /// Releases the caller's streams, and lets the caller return.
-    ///
-    /// # Errors
-    /// What opening `/dev/null` returns.
+    /// Replaces the caller's standard streams by `/dev/null`, and lets the caller return.
     pub fn ready(mut self) -> io::Result<()> {
         let null = File::options().read(true).write(true).open("/dev/null")?;
         dup2_stdin(&null)?;
         dup2_stdout(&null)?;
         dup2_stderr(&null)?;
-        // The process that started us may have been killed; then nothing waits for this.
+        // If the parent was killed, no process waits for this byte.
         let _ = self.pipe.write_all(&[READY]);
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! Descriptors that come from elsewhere.
+//! Receives descriptors from other processes.
 #![expect(unsafe_code, reason = "descriptors arrive as numbers")]
 
 use std::{
@@ -15,11 +15,8 @@ use nix::{
     sys::socket::{ControlMessageOwned, MsgFlags, UnixAddr, recvmsg},
 };
 
-/// Receives one descriptor over a socket (`SCM_RIGHTS`, unix(7)); `None` if the
-/// other side closes it or sends something else.
-///
-/// # Errors
-/// What `recvmsg(2)` returns.
+/// Receives one descriptor over a socket (`SCM_RIGHTS`, `unix(7)`); `None` if the peer closes the
+/// socket or sends something else.
 pub fn receive_fd(socket: &UnixStream) -> io::Result<Option<OwnedFd>> {
     let mut byte = [0];
     let mut data = [IoSliceMut::new(&mut byte)];
@@ -36,8 +33,8 @@ pub fn receive_fd(socket: &UnixStream) -> io::Result<Option<OwnedFd>> {
     for control in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(numbers) = control {
             for number in numbers {
-                // SAFETY: the kernel has just made this descriptor for us and
-                // told its number to nobody else; we take each of them once.
+                // SAFETY: the kernel has just created this descriptor for this process, and no
+                // other code has its number; each one is taken once.
                 received = Some(unsafe { OwnedFd::from_raw_fd(number) });
             }
         }

@@ -1,4 +1,4 @@
-//! Watching which files are opened: `fanotify(7)`.
+//! Watches which processes open files (`fanotify(7)`).
 #![expect(unsafe_code, reason = "fanotify_init(2) and fanotify_mark(2)")]
 
 use std::{
@@ -28,61 +28,56 @@ struct Event {
 const EVENT_BYTES: usize = size_of::<Event>();
 const _: () = assert!(EVENT_BYTES == 24);
 
-/// Bytes that are read at a time.
+/// The size of the read buffer.
 const BATCH_BYTES: usize = 4096;
 
-/// Whether openings of shared memory can be watched.
+/// Whether the kernel can watch openings of shared memory.
 pub fn probe() -> bool {
     let flags = nix::sys::memfd::MFdFlags::MFD_CLOEXEC;
     let memory = nix::sys::memfd::memfd_create(c"rcriu", flags);
     Openings::new().is_ok_and(|openings| memory.is_ok_and(|fd| openings.watch(fd.as_fd()).is_ok()))
 }
 
-/// Reports each opening of the watched files, by any process. A file stays watched only
-/// while another process uses it.
+/// Watches files and reports whether other processes open them. A file is watched only while a
+/// process uses it.
 #[derive(Debug)]
 pub struct Openings {
     file: File,
 }
 
 impl Openings {
-    /// Makes one that watches nothing.
+    /// Creates a watch without files.
     ///
     /// # Errors
-    /// What `fanotify_init(2)` returns: `EPERM` without `CAP_SYS_ADMIN`; `EMFILE` if
-    /// the user has too many.
+    /// `EPERM` without `CAP_SYS_ADMIN`; `EMFILE` if the user has too many.
     pub fn new() -> nix::Result<Self> {
-        // Events carry file handles, which are ignored, instead of descriptors.
+        // Events carry file handles instead of descriptors, and are ignored.
         let flags =
             libc::FAN_CLOEXEC | libc::FAN_NONBLOCK | libc::FAN_CLASS_NOTIF | libc::FAN_REPORT_FID;
         let event_flags = libc::O_RDONLY | libc::O_CLOEXEC;
         // SAFETY: the call takes numbers.
         let fd = unsafe { libc::fanotify_init(flags, event_flags.cast_unsigned()) };
         let fd = Errno::result(fd)?;
-        // SAFETY: the kernel has just made this descriptor, and nobody else knows it.
+        // SAFETY: the kernel has just created this descriptor, and no other code has it.
         Ok(unsafe { OwnedFd::from_raw_fd(fd) }.into())
     }
 
     /// Watches an open file.
     ///
     /// # Errors
-    /// What `fanotify_mark(2)` returns: `EINVAL` before Linux 5.19.
+    /// `EINVAL` before Linux 5.19.
     pub fn watch(&self, file: BorrowedFd) -> nix::Result<()> {
         let flags = libc::FAN_MARK_ADD | libc::FAN_MARK_EVICTABLE;
         let path = format!("/proc/self/fd/{}\0", file.as_raw_fd());
         let (fanotify, path) = (self.file.as_raw_fd(), path.as_ptr().cast());
-        // SAFETY: the path is a string that ends with zero and lives until after the
-        // call.
+        // SAFETY: the path is a NUL-terminated string that lives until after the call.
         let result =
             unsafe { libc::fanotify_mark(fanotify, flags, libc::FAN_OPEN, libc::AT_FDCWD, path) };
         Errno::result(result).map(drop)
     }
 
-    /// Forgets the openings until now, and returns whether all of them were by the process
-    /// `own`. If there were too many events for the queue, the answer is no.
-    ///
-    /// # Errors
-    /// What `read(2)` returns.
+    /// Consumes all events, and returns whether the process `own` has caused all of them. If the queue
+    /// has overflowed, returns false.
     pub fn only_by(&self, own: HostPid) -> std::io::Result<bool> {
         let mut only = true;
         loop {

@@ -1,4 +1,4 @@
-//! Making descriptors, and asking the kernel about them.
+//! Creates and examines descriptors.
 #![expect(unsafe_code, reason = "system calls that no crate of ours wraps")]
 
 use std::{
@@ -29,7 +29,7 @@ const _: () = assert!(
     TFD_IOC_SET_TICKS
         == (1 << 30) | (size_of::<u64>() as libc::Ioctl) << 16 | (b'T' as libc::Ioctl) << 8
 );
-/// Bytes in the kernel's set of signals, not the C library's.
+/// The size of the kernel's signal set, which differs from the C library's.
 const SIGSET_BYTES: usize = 8;
 
 /// The receiver of the signals of a descriptor (`struct f_owner_ex`,
@@ -39,15 +39,14 @@ const SIGSET_BYTES: usize = 8;
 pub struct Owner {
     /// `F_OWNER_*`.
     pub kind: i32,
-    /// A thread, process or group; 0 for none.
+    /// A thread, process or process group; 0 for none.
     pub pid: HostPid,
 }
 const _: () = assert!(size_of::<Owner>() == 8);
 
-/// Lets the disk begin with `len` bytes of a file from `offset` on, or with all behind
-/// it if `len` is 0, without waiting for them (`sync_file_range(2)`). It is a hint:
-/// file systems that have no disk do nothing, and whether the bytes arrive is for
-/// `fsync(2)` to tell.
+/// Starts write-back of `len` bytes of a file from `offset` on, or of everything after it if `len` is
+/// 0, without waiting (`sync_file_range(2)`). This is a hint: file systems without a disk ignore
+/// it, and only `fsync(2)` reports errors.
 pub fn begin_writing(file: &File, offset: u64, len: u64) {
     if let (Ok(offset), Ok(len)) = (i64::try_from(offset), i64::try_from(len)) {
         // SAFETY: the call takes numbers, and the descriptor is open until it returns.
@@ -57,43 +56,39 @@ pub fn begin_writing(file: &File, offset: u64, len: u64) {
     }
 }
 
-/// Which file an epoll watches (`struct kcmp_epoll_slot`,
-/// `include/uapi/linux/kcmp.h`).
+/// Identifies a file that an epoll instance watches (`struct kcmp_epoll_slot`,
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct EpollSlot {
-    /// The epoll's descriptor.
+    /// The descriptor of the epoll instance.
     pub epoll: u32,
     /// The descriptor that was added.
     pub target: u32,
-    /// The position among those that were added under this number.
+    /// The position among the files added under this number.
     pub offset: u32,
 }
 const _: () = assert!(size_of::<EpollSlot>() == 12);
 
-/// When a timer expires.
+/// The setting of a timer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TimerSetting {
-    /// Seconds and nanoseconds until, or of, the next time.
+    /// Seconds and nanoseconds until the next expiration, or of its time.
     pub value: (u64, u64),
-    /// Seconds and nanoseconds between one time and the next.
+    /// Seconds and nanoseconds between expirations.
     pub interval: (u64, u64),
 }
 
-/// Takes a descriptor that the kernel has just made.
+/// Takes ownership of a descriptor that the kernel has just created.
 fn made(number: libc::c_long) -> nix::Result<OwnedFd> {
     let number = Errno::result(number)?;
     let number = libc::c_int::try_from(number).map_err(|_| Errno::EBADF)?;
-    // SAFETY: the callers pass what a call has returned that makes a descriptor;
-    // nobody else knows the number.
+    // SAFETY: the callers pass the result of a call that creates a descriptor; no other code
+    // has its number.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
-/// Opens a file for reading, so that reading it does not show in its times, if it is
-/// one's own or with `CAP_FOWNER`.
-///
-/// # Errors
-/// What `open(2)` returns.
+/// Opens a file for reading without changing its access time, if the caller owns it or has
+/// `CAP_FOWNER`.
 pub fn open_unseen(path: impl AsRef<Path>) -> io::Result<File> {
     let open = |flags| File::options().read(true).custom_flags(flags).open(&path);
     match open(libc::O_NOATIME) {
@@ -102,29 +97,19 @@ pub fn open_unseen(path: impl AsRef<Path>) -> io::Result<File> {
     }
 }
 
-/// Duplicates a descriptor of this program that is known by its number, as those
-/// that were inherited are.
-///
-/// # Errors
-/// What `fcntl(2)` returns.
+/// Duplicates a descriptor of this process by its number, such as an inherited one.
 pub fn duplicate(number: i32) -> nix::Result<OwnedFd> {
     // SAFETY: the call takes and returns numbers; it changes no descriptor.
     made(unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 0) }.into())
 }
 
-/// Duplicates a descriptor to the first free number from `lowest` up.
-///
-/// # Errors
-/// What `fcntl(2)` returns.
+/// Duplicates a descriptor to the lowest free number that is at least `lowest`.
 pub fn duplicate_from(fd: BorrowedFd, lowest: i32) -> nix::Result<OwnedFd> {
     // SAFETY: the call takes and returns numbers; it changes no descriptor.
     made(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, lowest) }.into())
 }
 
-/// Returns the receiver of the signals of a descriptor, and the signal (0: `SIGIO`).
-///
-/// # Errors
-/// What `fcntl(2)` returns.
+/// Returns the receiver of the signals of a descriptor, and the signal; 0 stands for `SIGIO`.
 pub fn owner(fd: BorrowedFd) -> nix::Result<(Owner, u32)> {
     let mut owner = Owner { kind: 0, pid: HostPid(0) };
     // SAFETY: the kernel writes a `struct f_owner_ex`, whose layout is asserted.
@@ -134,10 +119,10 @@ pub fn owner(fd: BorrowedFd) -> nix::Result<(Owner, u32)> {
     Ok((owner, signal.unsigned_abs()))
 }
 
-/// Returns the user and the effective user in whose name the signals are sent.
+/// Returns the real and the effective user id that signals of a descriptor are sent with.
 ///
 /// # Errors
-/// What `fcntl(2)` returns; `EINVAL` without `CONFIG_CHECKPOINT_RESTORE`.
+/// `EINVAL` without `CONFIG_CHECKPOINT_RESTORE`.
 pub fn owner_uids(fd: BorrowedFd) -> nix::Result<[u32; 2]> {
     let mut uids = [0_u32; 2];
     // SAFETY: the kernel writes two `uid_t`, for which there is room.
@@ -146,28 +131,19 @@ pub fn owner_uids(fd: BorrowedFd) -> nix::Result<[u32; 2]> {
     Ok(uids)
 }
 
-/// Makes an eventfd with the counter 0.
-///
-/// # Errors
-/// What `eventfd(2)` returns.
+/// Creates an eventfd with the counter 0.
 pub fn eventfd(flags: libc::c_int) -> nix::Result<OwnedFd> {
     // SAFETY: the call takes no pointer.
     made(unsafe { libc::eventfd(0, flags) }.into())
 }
 
-/// Makes an epoll that watches nothing.
-///
-/// # Errors
-/// What `epoll_create1(2)` returns.
+/// Creates an epoll instance that watches nothing.
 pub fn epoll() -> nix::Result<OwnedFd> {
     // SAFETY: the call takes no pointer.
     made(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) }.into())
 }
 
-/// Adds a descriptor to what an epoll watches.
-///
-/// # Errors
-/// What `epoll_ctl(2)` returns.
+/// Adds a descriptor to an epoll instance.
 pub fn watch(epoll: BorrowedFd, target: i32, events: u32, data: u64) -> nix::Result<()> {
     let mut event = libc::epoll_event { events, u64: data };
     let (epoll, add) = (epoll.as_raw_fd(), libc::EPOLL_CTL_ADD);
@@ -175,29 +151,20 @@ pub fn watch(epoll: BorrowedFd, target: i32, events: u32, data: u64) -> nix::Res
     Errno::result(unsafe { libc::epoll_ctl(epoll, add, target, &raw mut event) }).map(drop)
 }
 
-/// Makes a signalfd for the signals whose bits (N - 1) are set.
-///
-/// # Errors
-/// What `signalfd(2)` returns.
+/// Creates a signalfd for the signals in `mask`: bit `N - 1` stands for signal `N`.
 pub fn signalfd(mask: u64) -> nix::Result<OwnedFd> {
     let flags = libc::SFD_CLOEXEC;
     // SAFETY: the kernel reads `SIGSET_BYTES` bytes from `mask`, which has them.
     made(unsafe { libc::syscall(libc::SYS_signalfd4, -1, &raw const mask, SIGSET_BYTES, flags) })
 }
 
-/// Makes a timer that is not set.
-///
-/// # Errors
-/// What `timerfd_create(2)` returns.
+/// Creates a disarmed timerfd.
 pub fn timerfd(clock: libc::clockid_t) -> nix::Result<OwnedFd> {
     // SAFETY: the call takes no pointer.
     made(unsafe { libc::timerfd_create(clock, libc::TFD_CLOEXEC) }.into())
 }
 
-/// Sets a timer.
-///
-/// # Errors
-/// What `timerfd_settime(2)` returns.
+/// Arms or disarms a timerfd.
 pub fn set_timer(fd: BorrowedFd, flags: libc::c_int, setting: TimerSetting) -> nix::Result<()> {
     let time = |(seconds, nanoseconds): (u64, u64)| libc::timespec {
         tv_sec: seconds.cast_signed(),
@@ -211,13 +178,9 @@ pub fn set_timer(fd: BorrowedFd, flags: libc::c_int, setting: TimerSetting) -> n
     Errno::result(result).map(drop)
 }
 
-/// Returns what is left of a timer's time, and its interval.
+/// Returns the time left of a timerfd, and its interval.
 ///
-/// A timer with an interval that has expired runs again only after a process has looked at
-/// it, which this call does.
-///
-/// # Errors
-/// What `timerfd_gettime(2)` returns.
+/// The kernel rearms an expired periodic timer only when a process reads it, as this call does.
 pub fn timer(fd: BorrowedFd) -> nix::Result<TimerSetting> {
     let zero = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     let mut setting = libc::itimerspec { it_interval: zero, it_value: zero };
@@ -227,7 +190,7 @@ pub fn timer(fd: BorrowedFd) -> nix::Result<TimerSetting> {
     Ok(TimerSetting { value: time(setting.it_value), interval: time(setting.it_interval) })
 }
 
-/// Makes a timer look as if it had expired so often.
+/// Sets the number of expirations of a timerfd.
 ///
 /// # Errors
 /// `ENOTTY` without `CONFIG_CHECKPOINT_RESTORE`, `EINVAL` for 0.
@@ -238,9 +201,6 @@ pub fn set_timer_ticks(fd: BorrowedFd, ticks: u64) -> nix::Result<()> {
 }
 
 /// Returns the time of a clock in seconds and nanoseconds.
-///
-/// # Errors
-/// What `clock_gettime(2)` returns.
 pub fn clock(clock: libc::clockid_t) -> nix::Result<(u64, u64)> {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the kernel writes a `timespec`.
@@ -248,19 +208,13 @@ pub fn clock(clock: libc::clockid_t) -> nix::Result<(u64, u64)> {
     Ok((time.tv_sec.cast_unsigned(), time.tv_nsec.cast_unsigned()))
 }
 
-/// Makes a memfd; the flags are `MFD_*` with the size of huge pages in them.
-///
-/// # Errors
-/// What `memfd_create(2)` returns.
+/// Creates a memfd. `flags` are `MFD_*`, including the size of huge pages.
 pub fn memfd(name: &CStr, flags: libc::c_uint) -> nix::Result<OwnedFd> {
-    // SAFETY: the name is a string that ends with zero and lives until after the call.
+    // SAFETY: the name is a NUL-terminated string that lives until after the call.
     made(unsafe { libc::memfd_create(name.as_ptr(), flags | libc::MFD_CLOEXEC) }.into())
 }
 
-/// Returns how many bytes can be read from a pipe or FIFO.
-///
-/// # Errors
-/// What `ioctl(2)` returns.
+/// Returns the number of bytes that can be read (`FIONREAD`).
 pub fn readable_bytes(fd: BorrowedFd) -> nix::Result<u32> {
     let mut bytes: libc::c_int = 0;
     // SAFETY: the kernel writes an `int`.
@@ -268,11 +222,8 @@ pub fn readable_bytes(fd: BorrowedFd) -> nix::Result<u32> {
     Ok(bytes.unsigned_abs())
 }
 
-/// Whether the descriptor `fd` of process `pid` leads to the file that an epoll
-/// of the same process watches.
-///
-/// # Errors
-/// What `kcmp(2)` returns.
+/// Whether the descriptor `fd` of process `pid` refers to the file that an epoll instance of the same
+/// process watches.
 pub fn is_epoll_target(pid: HostPid, fd: i32, slot: EpollSlot) -> nix::Result<bool> {
     // SAFETY: the kernel reads a `struct kcmp_epoll_slot`, whose size is asserted.
     let result =

@@ -1,4 +1,4 @@
-//! What this kernel can do, found out by doing it.
+//! Probes features of the kernel by using them.
 #![expect(unsafe_code, reason = "system calls that may not be there")]
 
 mod child;
@@ -21,7 +21,7 @@ use crate::fault::{self, Novelty};
 use self::{child::Child, memory::Page};
 use super::{fanotify, process, tracepoint};
 
-/// What this kernel, with the rights of this process, can do.
+/// The features of this kernel that this process may use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Features {
     /// `PTRACE_SEIZE` and `PTRACE_INTERRUPT` of a child.
@@ -32,17 +32,17 @@ pub struct Features {
     pub rseq_configuration: bool,
     /// `pidfd_open` and `pidfd_getfd` (Linux 5.6).
     pub pidfd_getfd: bool,
-    /// `clone3` with a pid that is asked for (Linux 5.5).
+    /// `clone3` with a chosen pid (Linux 5.5).
     pub clone3_set_tid: bool,
     /// `kcmp` of two descriptors of two processes.
     pub kcmp: bool,
-    /// `kcmp` of a descriptor with the target of an epoll (Linux 4.13).
+    /// `kcmp` of a descriptor with the target of an epoll instance (Linux 4.13).
     pub kcmp_epoll: bool,
     /// Reading the memory of another process through `/proc/PID/mem`.
     pub proc_mem: bool,
     /// `process_vm_readv` and `process_vm_writev`.
     pub process_vm_readv: bool,
-    /// Opening what is mapped through `/proc/PID/map_files`.
+    /// Opening mapped files through `/proc/PID/map_files`.
     pub map_files: bool,
     /// `/proc/PID/task/TID/children`.
     pub proc_children: bool,
@@ -60,20 +60,19 @@ pub struct Features {
     pub timer_restore_ids: bool,
     /// The `PAGEMAP_SCAN` ioctl (Linux 6.7).
     pub pagemap_scan: bool,
-    /// A userfaultfd, made in any way.
+    /// Creating a userfaultfd in any way.
     pub userfaultfd: bool,
-    /// Writes to private memory are seen by userfaultfd's asynchronous
-    /// write-protection (Linux 6.7).
+    /// userfaultfd's asynchronous write protection reports writes to private memory (Linux 6.7).
     pub write_protect_private: bool,
-    /// Likewise for shared anonymous memory.
+    /// The same for shared anonymous memory.
     pub write_protect_shared: bool,
     /// Soft-dirty bits.
     pub soft_dirty: bool,
-    /// Counting what threads and the whole machine do, by tracepoints.
+    /// Counting events of threads and of the whole machine by tracepoints.
     pub tracepoints: bool,
     /// Watching which processes open shared memory, by `fanotify(7)` (Linux 5.19).
     pub openings: bool,
-    /// Every process of the machine can be seen and looked at.
+    /// This process sees every process of the machine, and may examine it.
     pub all_processes: bool,
     /// `openat2` (Linux 5.6).
     pub openat2: bool,
@@ -83,9 +82,9 @@ pub struct Features {
     pub user_namespaces: bool,
     /// Cgroup namespaces.
     pub cgroup_namespaces: bool,
-    /// `/dev/fuse` can be opened.
+    /// Opening `/dev/fuse`.
     pub fuse: bool,
-    /// Pass-through of files of a FUSE file system (Linux 6.9).
+    /// Passing through files of a FUSE file system (Linux 6.9).
     pub fuse_passthrough: bool,
     /// `CAP_SYS_PTRACE`.
     pub cap_sys_ptrace: bool,
@@ -98,7 +97,7 @@ pub struct Features {
 }
 
 impl Features {
-    /// Finds out. Makes one child, which does nothing and is gone afterwards.
+    /// Probes all features. Creates a child, which does nothing, and kills it.
     pub fn probe() -> Self {
         let capabilities = effective_capabilities();
         let has = |bit: u32| capabilities & (1 << bit) != 0;
@@ -142,7 +141,7 @@ impl Features {
         features
     }
 
-    /// Finds out what concerns the tracking of changes, once.
+    /// Probes the features for tracking changes of memory, once.
     pub fn probe_tracking() -> Self {
         static PROBED: OnceLock<Features> = OnceLock::new();
         *PROBED.get_or_init(|| Self {
@@ -159,8 +158,8 @@ impl Features {
         *PROBED.get_or_init(timer_restore_ids)
     }
 
-    /// Whether `/proc/PID/smaps` has no code of its own for memory that is locked on
-    /// fault, but the one for flags without a name (found so on Linux 6.1, and not on 6.12).
+    /// Whether `/proc/PID/smaps` shows memory that is locked on fault by the code for unknown flags
+    /// (observed on Linux 6.1, not on 6.12).
     pub fn hides_lock_on_fault() -> bool {
         static PROBED: OnceLock<bool> = OnceLock::new();
         *PROBED.get_or_init(memory::hides_lock_on_fault)
@@ -173,7 +172,7 @@ impl Features {
         // SAFETY: `map` is what the ioctl reads, and outlives the call.
         let result =
             unsafe { libc::ioctl(fuse.as_raw_fd(), FUSE_DEV_IOC_BACKING_OPEN, &raw mut map) };
-        // A kernel that knows it says that this is not mounted.
+        // The file is not mounted: a kernel with the feature reports EPERM.
         self.fuse_passthrough = Errno::result(result) == Err(Errno::EPERM);
     }
 
@@ -196,14 +195,14 @@ const CAP_SYS_ADMIN: u32 = 21;
 const CAP_SYS_RESOURCE: u32 = 24;
 const CAP_CHECKPOINT_RESTORE: u32 = 40;
 
-/// Returns the effective capabilities of this process, as bits.
+/// Returns the effective capabilities of this process as bits.
 fn effective_capabilities() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
     line.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()).unwrap_or(0)
 }
 
-/// Opens what is mapped first in this process, its program, by its address.
+/// Tries to open the first mapped file of this process, its program, by address.
 fn map_files() -> bool {
     let Ok(maps) = fs::read_to_string("/proc/self/maps") else { return false };
     let range =
@@ -211,11 +210,11 @@ fn map_files() -> bool {
     range.is_some_and(|range| File::open(format!("/proc/self/map_files/{range}")).is_ok())
 }
 
-/// Takes a descriptor that a system call has just returned.
+/// Takes ownership of a descriptor that a system call has just returned.
 fn descriptor(result: libc::c_long) -> Option<OwnedFd> {
     let number = RawFd::try_from(result).ok().filter(|number| *number >= 0)?;
-    // SAFETY: the callers pass what a system call returned that makes a
-    // descriptor for its caller, and nothing else has seen the number.
+    // SAFETY: the callers pass the result of a system call that creates a descriptor, and no other
+    // code has its number.
     Some(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
@@ -307,10 +306,10 @@ fn kcmp_epoll() -> bool {
 
 // linux/netlink.h, linux/sock_diag.h, linux/unix_diag.h, linux/inet_diag.h
 
-/// `sdiag_family` is a byte, here and in the C library an int.
+/// `sdiag_family` has one byte; the C library's constant is an int.
 const AF_UNIX: u8 = 1;
 const AF_INET: u8 = 2;
-/// `sdiag_protocol`, likewise (`linux/in.h`).
+/// `sdiag_protocol` as well (`linux/in.h`).
 const IPPROTO_TCP: u8 = 6;
 const IPPROTO_UDP: u8 = 17;
 /// `SOCK_DIAG_BY_FAMILY`
@@ -343,7 +342,7 @@ fn sock_diag_inet(protocol: u8) -> bool {
     sock_diag(&request)
 }
 
-/// Whether the kernel answers a request for all sockets of a kind.
+/// Whether the kernel lists the sockets of a kind.
 fn sock_diag(request: &[u8]) -> bool {
     let kind = libc::SOCK_DGRAM | libc::SOCK_CLOEXEC;
     // SAFETY: plain integers.
@@ -355,7 +354,7 @@ fn sock_diag(request: &[u8]) -> bool {
     message.extend(NLM_F_DUMP_REQUEST.to_ne_bytes());
     message.extend([0; 8]); // sequence number, port
     message.extend(request);
-    // The answer begins with the length, which is followed by the type.
+    // The answer begins with its length and its type.
     let mut answer = [0_u8; NLMSG_HEADER_BYTES];
     let fd = socket.as_raw_fd();
     // SAFETY: both buffers have the lengths that are told, and outlive the calls.
@@ -397,7 +396,7 @@ mod tests {
         assert!(features.memfd && features.openat2, "{features:?}");
         assert!(features.proc_mem && features.process_vm_readv, "{features:?}");
         assert!(features.fdinfo_mnt_id && features.sock_diag_unix, "{features:?}");
-        // By themselves they are no use.
+        // Useless without pagemap_scan.
         assert!(features.userfaultfd || !features.write_protect_private);
         assert!(features.pagemap_scan || !features.write_protect_private);
     }

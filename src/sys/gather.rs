@@ -1,4 +1,4 @@
-//! Writing from mappings of files without touching them.
+//! Writes from mapped files without touching the mapping.
 #![expect(unsafe_code, reason = "writev from addresses")]
 
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -6,34 +6,33 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use memmap2::MmapRaw;
 use nix::{errno::Errno, libc};
 
-/// The most pieces that one `writev(2)` takes (`UIO_MAXIOV`, `linux/uio.h`).
+/// The most pieces that one `writev(2)` accepts (`UIO_MAXIOV`, `linux/uio.h`).
 pub const MAX_PIECES: usize = 1024;
 
-/// Bytes to be written.
+/// Bytes to write.
 #[derive(Debug)]
 pub enum Piece<'a> {
-    /// These.
+    /// The given bytes.
     Bytes(&'a [u8]),
-    /// Those that a mapped file has there when they are copied.
+    /// The bytes that a mapped file has at the time of the write.
     Mapped {
         /// The file's mapping.
         mapping: &'a MmapRaw,
-        /// Where in the mapping they begin.
+        /// The offset of the first byte in the mapping.
         offset: usize,
-        /// How many they are.
+        /// The number of bytes.
         len: usize,
     },
 }
 
-/// Writes `pieces` one after the other by one `writev(2)` and returns how many
-/// bytes were written.
+/// Writes `pieces` by one `writev(2)`. Returns the number of bytes written.
 ///
 /// # Errors
-/// `EFAULT` if pages of a mapping are not there, because the file has become
-/// shorter; `EINVAL` for more than [`MAX_PIECES`]; what else `writev(2)` returns.
+/// `EFAULT` if a mapping lacks pages, because the file was truncated; `EINVAL` for more than
+/// [`MAX_PIECES`].
 ///
 /// # Panics
-/// If a piece is not within its mapping.
+/// If a piece is not inside its mapping.
 pub fn write_gathered(fd: BorrowedFd, pieces: &[Piece]) -> nix::Result<usize> {
     let vector: Vec<libc::iovec> = pieces.iter().map(address).collect();
     let count = libc::c_int::try_from(vector.len()).map_err(|_| Errno::EINVAL)?;

@@ -1,5 +1,5 @@
-//! Locks on image directories: `flock(2)`, which ends with its holder, however
-//! that ends, and leaves no file behind.
+//! Locks image directories (`flock(2)`). A lock ends when its holder exits, in whatever way, and
+//! leaves no file behind.
 
 use std::{
     collections::HashMap,
@@ -22,18 +22,18 @@ use thiserror::Error;
 /// How a directory is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Access {
-    /// The program reads the directory; others may read it, too.
+    /// This process reads the directory; others may read it as well.
     Shared,
-    /// The program changes the directory; no other program may use it.
+    /// This process changes the directory; no other process may use it.
     Exclusive,
 }
 
-/// The process that has locked a directory.
+/// A process that has locked a directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Holder {
     /// Its pid.
     pub pid: i32,
-    /// The name of its program; empty if it has just ended.
+    /// The name of its program; empty if it has just exited.
     pub program: String,
 }
 
@@ -56,10 +56,10 @@ pub enum LockError {
     InUse {
         /// The directory.
         path: PathBuf,
-        /// The process, if it can be seen from here.
+        /// The process, if it is in a visible pid namespace.
         holder: Option<Holder>,
     },
-    /// It cannot be locked at all.
+    /// The directory could not be locked.
     #[error("lock directory {path}", path = .path.display())]
     Failed {
         /// The directory.
@@ -69,26 +69,26 @@ pub enum LockError {
     },
 }
 
-/// A file by its device and inode number.
+/// A file, identified by device and inode number.
 type Identity = (u64, u64);
 
-/// Directories that are locked until this is dropped.
+/// Locked directories. Dropping this unlocks them.
 #[derive(Debug, Default)]
 pub struct DirectoryLocks {
     held: HashMap<Identity, (Access, Flock<File>)>,
 }
 
 impl DirectoryLocks {
-    /// Locks a directory as well, without waiting. One that is locked already is so
-    /// the stronger way afterwards.
+    /// Locks one more directory, without waiting. A directory that is already locked keeps the
+    /// stronger of both locks.
     ///
-    /// To be called by the process that is to hold the lock, and not before a fork: others
-    /// are told its pid. Where the file system has no locks, reading goes on without one,
-    /// with a warning.
+    /// The process that is to hold the lock must take it itself, after any fork: other processes
+    /// learn its pid. If the file system has no locks, the directory can still be read, with a
+    /// warning.
     ///
     /// # Errors
-    /// [`LockError::InUse`]; [`LockError::Failed`] if it cannot be opened, or not be locked
-    /// for changes.
+    /// [`LockError::InUse`]; [`LockError::Failed`] if the directory cannot be opened, or cannot be
+    /// locked for changes.
     pub fn take(&mut self, path: &Path, access: Access) -> Result<(), LockError> {
         let failed = |source| LockError::Failed { path: path.to_owned(), source };
         let flags = (OFlag::O_DIRECTORY | OFlag::O_CLOEXEC).bits();
@@ -102,7 +102,7 @@ impl DirectoryLocks {
         if self.held.get(&identity).is_some_and(|(held, _)| *held >= access) {
             return Ok(());
         }
-        // A shared lock of ours would be in the way of an exclusive one.
+        // Our own shared lock would conflict with an exclusive one.
         drop(self.held.remove(&identity));
         match Flock::lock(dir, mode) {
             Ok(lock) => {
@@ -112,12 +112,12 @@ impl DirectoryLocks {
             Err((dir, Errno::EWOULDBLOCK)) => {
                 Err(LockError::InUse { path: path.to_owned(), holder: holder(&dir) })
             }
-            // NFS without a lock daemon, and file systems of others.
+            // NFS without a lock daemon, and some other file systems.
             Err((_, errno @ (Errno::ENOLCK | Errno::EBADF | Errno::ENOTSUP | Errno::ENOSYS)))
                 if access == Access::Shared =>
             {
                 log::warn!(
-                    "{}: it cannot be locked, so other programs may change it: {errno}",
+                    "{}: cannot lock it, so other programs may change it: {errno}",
                     path.display()
                 );
                 Ok(())
@@ -127,8 +127,8 @@ impl DirectoryLocks {
     }
 }
 
-/// Returns the process that has locked a directory; `None` for a process of another pid
-/// namespace, or for one that has just released the lock.
+/// Returns the process that has locked a directory; `None` if it is in another pid namespace or has
+/// just released the lock.
 fn holder(dir: &File) -> Option<Holder> {
     let inode = dir.metadata().ok()?.ino();
     let device = device(dir)?;
@@ -138,9 +138,8 @@ fn holder(dir: &File) -> Option<Holder> {
     Some(Holder { pid, program: program.trim_end().to_owned() })
 }
 
-/// Returns the major and minor number of the device that `/proc/locks` names for a
-/// file: that of its file system. `stat(2)` tells another one on btrfs, where each
-/// subvolume has its own.
+/// Returns the major and minor device number that `/proc/locks` shows for a file: that of its file
+/// system. On btrfs, `stat(2)` returns another one for each subvolume.
 fn device(dir: &File) -> Option<(u32, u32)> {
     let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", dir.as_raw_fd())).ok()?;
     let mount = info.lines().find_map(|line| line.strip_prefix("mnt_id:"))?.trim();
@@ -150,7 +149,7 @@ fn device(dir: &File) -> Option<(u32, u32)> {
     Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
-/// Returns the pid in a line of `/proc/locks` (proc_locks(5)), if it is a held `flock(2)`
+/// Returns the pid in a line of `/proc/locks` (`proc_locks(5)`), if the line is about a held `flock(2)`
 /// on this file.
 fn locker(line: &str, device: (u32, u32), inode: u64) -> Option<i32> {
     // NUMBER: [->] FLOCK ADVISORY MODE PID MAJOR:MINOR:INODE START END
@@ -201,7 +200,7 @@ mod tests {
         let pid = format!("(pid {})", std::process::id());
         assert!(said.contains(&dir.path().display().to_string()) && said.contains(&pid), "{said}");
         drop(two);
-        // Again, and stronger: one's own lock is not in the way.
+        // Our own weaker lock does not conflict.
         take(&mut one, Access::Exclusive).unwrap();
         take(&mut one, Access::Shared).unwrap();
         let mut three = DirectoryLocks::default();

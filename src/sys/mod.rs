@@ -1,5 +1,4 @@
-//! System calls: those that no crate makes safe for us, and others that several
-//! parts need.
+//! System calls: those without a safe wrapper in a crate, and those that several modules need.
 
 pub mod cancel;
 pub mod commit;

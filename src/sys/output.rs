@@ -1,11 +1,10 @@
-//! Files that this program writes at given paths: logs, pid files, statistics.
+//! Files that rcriu writes at given paths: logs, pid files, statistics.
 //!
-//! In a directory such as `/tmp`, any user can create a link under the name of our next
-//! file, or the file itself, to read our output or to have us overwrite another file. A
-//! link in a directory that others can write to is followed only if it belongs to this
-//! program's user or to the owner of the directory, as Linux does with
-//! `fs.protected_symlinks` in directories with the sticky bit. That is found out here,
-//! component after component, whatever the setting is.
+//! In a directory such as `/tmp`, any user can create a link, or a file, under the name of rcriu's
+//! next file, to read its output or to have it overwrite another file. So rcriu follows a link in a
+//! directory that others can write to only if the link belongs to rcriu's user or to the owner of
+//! the directory. Linux does the same with `fs.protected_symlinks` in sticky directories. This
+//! module checks it for each component of a path, whatever that setting is.
 
 use std::{
     collections::VecDeque,
@@ -27,34 +26,34 @@ use nix::{
     unistd::{ftruncate, geteuid},
 };
 
-/// Permissions of a new file: a log may quote memory.
+/// The mode of a new file: a log may quote memory.
 const FILE_MODE: Mode = Mode::S_IRUSR.union(Mode::S_IWUSR);
 
-/// The most links on a way (`MAXSYMLINKS`, `include/linux/namei.h`).
+/// The most links on a path (`MAXSYMLINKS`, `include/linux/namei.h`).
 const LINKS: usize = 40;
 
-/// What is done to a file that is there already.
+/// What happens to an existing file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Existing {
-    /// It is emptied.
+    /// It is truncated.
     Replaced,
-    /// What is written comes after what it holds.
+    /// New text is appended.
     Continued,
 }
 
-/// A step of a way.
+/// The current directory of a path walk.
 struct Place {
     /// The directory.
     dir: OwnedFd,
-    /// What it is called for messages.
+    /// Its path, for messages.
     shown: PathBuf,
 }
 
-/// Opens a file for writing, and creates it for its owner alone if it is not there.
+/// Opens a file for writing, and creates it with access for its owner only if it does not exist.
 ///
 /// # Errors
-/// What `open(2)` returns; [`io::ErrorKind::PermissionDenied`] with a sentence for a link
-/// or a file that others have laid.
+/// [`io::ErrorKind::PermissionDenied`], with an explanation, for a link or a file that another user
+/// may have planted.
 pub fn create(path: &Path, existing: Existing) -> io::Result<File> {
     let mut walk = Walk::new(path)?;
     let mut flags = OFlag::O_WRONLY
@@ -70,7 +69,7 @@ pub fn create(path: &Path, existing: Existing) -> io::Result<File> {
         let name = walk.reach_last()?;
         let Place { dir, shown } = &walk.at;
         let file = match openat(dir, name.as_os_str(), flags, FILE_MODE) {
-            // Links give another error in a directory with the sticky bit.
+            // In a sticky directory, opening a link fails with EACCES.
             Err(Errno::ELOOP | Errno::EACCES) if is_link(dir, &name) => {
                 if !is_proc(dir) {
                     walk.follow(&name)?;
@@ -104,10 +103,10 @@ pub fn check_directory(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// A way that is gone component after component.
+/// Walks a path component by component.
 struct Walk {
     at: Place,
-    /// The components that are left.
+    /// The remaining components.
     left: VecDeque<OsString>,
     links: usize,
 }
@@ -120,7 +119,7 @@ impl Walk {
         Ok(walk)
     }
 
-    /// Puts a path in front of what is left.
+    /// Inserts a path before the remaining components.
     fn prepend(&mut self, path: &OsStr) -> io::Result<()> {
         if path.as_bytes().first() == Some(&b'/') {
             self.at = Place { dir: directory("/")?, shown: PathBuf::from("/") };
@@ -132,7 +131,7 @@ impl Walk {
         Ok(())
     }
 
-    /// Goes to the directory of the last component, and takes that off.
+    /// Walks to the directory of the last component, and returns that component.
     fn reach_last(&mut self) -> io::Result<OsString> {
         while self.left.len() > 1 {
             self.step()?;
@@ -140,7 +139,7 @@ impl Walk {
         self.left.pop_front().ok_or_else(|| Errno::EISDIR.into())
     }
 
-    /// Goes one component further.
+    /// Walks one component.
     fn step(&mut self) -> io::Result<()> {
         let Some(name) = self.left.pop_front() else { return Ok(()) };
         let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
@@ -158,7 +157,7 @@ impl Walk {
         Ok(())
     }
 
-    /// Follows the link `name`, if that may be done.
+    /// Follows the link `name`, if that is safe.
     fn follow(&mut self, name: &OsStr) -> io::Result<()> {
         self.links += 1;
         if self.links > LINKS {
@@ -170,8 +169,8 @@ impl Walk {
         if others_write(&dir) && owner != geteuid().as_raw() && owner != dir.st_uid {
             let link = self.at.shown.join(name);
             return Err(refused(format!(
-                "{} is a symbolic link of user {owner}, in a directory that others can write to\n\
-                 help: remove it, or name another place",
+                "{} is a symbolic link of user {owner} in a directory that others can write to\n\
+                 help: remove it, or use another path",
                 link.display()
             )));
         }
@@ -189,18 +188,18 @@ fn is_link(dir: &OwnedFd, name: &OsStr) -> bool {
     stat.is_ok_and(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFLNK)
 }
 
-/// Whether links in a directory are those of `/proc`, which lead to open files.
+/// Whether the directory is in `/proc`, where links may lead to open files.
 fn is_proc(dir: &OwnedFd) -> bool {
     fstatfs(dir).is_ok_and(|stat| stat.filesystem_type() == PROC_SUPER_MAGIC)
 }
 
-/// Whether others than its owner can create files in a directory.
+/// Whether users other than its owner can create files in a directory.
 fn others_write(dir: &FileStat) -> bool {
     dir.st_mode & (libc::S_IWGRP | libc::S_IWOTH) != 0
 }
 
-/// Checks that a file in a directory that others can write to was not laid there by them:
-/// they could read what is written, or it could be another file by a hard link.
+/// Checks that other users have not planted this file in a directory that they can write to: they
+/// could read what rcriu writes, or it could be a hard link to another file.
 fn check_file(file: &FileStat, dir: &FileStat, path: &Path) -> io::Result<()> {
     let may_be_laid = matches!(file.st_mode & libc::S_IFMT, libc::S_IFREG | libc::S_IFIFO);
     if !may_be_laid || dir.st_mode & libc::S_IWOTH == 0 {
@@ -209,13 +208,13 @@ fn check_file(file: &FileStat, dir: &FileStat, path: &Path) -> io::Result<()> {
     let problem = if file.st_uid != geteuid().as_raw() && file.st_uid != dir.st_uid {
         format!("belongs to user {}", file.st_uid)
     } else if file.st_nlink > 1 {
-        "has another name, too".to_owned()
+        "has a second name (hard link)".to_owned()
     } else {
         return Ok(());
     };
     Err(refused(format!(
-        "{} {problem}, and lies in a directory that others can write to\nhelp: remove it, or \
-         name another place",
+        "{} {problem} and is in a directory that others can write to\nhelp: remove it, or use \
+         another path",
         path.display()
     )))
 }
@@ -244,7 +243,7 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), b"1234");
         create(&path, Existing::Replaced).unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"");
-        // Relative and absolute links, to directories and to files that are not there yet.
+        // Relative and absolute links, to directories, and to files that do not exist yet.
         fs::create_dir(dir.path().join("below")).unwrap();
         symlink("below", dir.path().join("there")).unwrap();
         symlink(dir.path().join("there/../there/new"), dir.path().join("below/link")).unwrap();
@@ -268,7 +267,7 @@ mod tests {
         create(&path, Existing::Continued).unwrap();
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o1777)).unwrap();
         let problem = create(&path, Existing::Replaced).unwrap_err().to_string();
-        assert!(problem.contains("has another name, too"), "{problem}");
+        assert!(problem.contains("has a second name"), "{problem}");
         assert_eq!(fs::read(&path).unwrap(), b"kept");
     }
 }

@@ -1,4 +1,4 @@
-//! `/proc/PID/pagemap`: which pages of a process there are, and of what kind.
+//! `/proc/PID/pagemap`: which pages a process has, and their properties.
 #![expect(unsafe_code, reason = "the ioctl PAGEMAP_SCAN")]
 
 use std::{
@@ -17,9 +17,9 @@ use crate::{
     units::{PAGE_SIZE, PageIndex, RemoteAddr},
 };
 
-/// Kinds of pages (`PAGE_IS_*`, `linux/fs.h`, since Linux 6.7).
+/// Properties of pages (`PAGE_IS_*`, `linux/fs.h`, since Linux 6.7).
 pub mod category {
-    /// The mapping is write-protected asynchronously by userfaultfd.
+    /// The mapping has asynchronous write protection by userfaultfd.
     pub const WPALLOWED: u64 = 1 << 0;
     /// Written since it was write-protected.
     pub const WRITTEN: u64 = 1 << 1;
@@ -27,17 +27,16 @@ pub mod category {
     pub const FILE: u64 = 1 << 2;
     /// In memory.
     pub const PRESENT: u64 = 1 << 3;
-    /// In swap; also set for markers of other kinds.
+    /// In swap; also set for other kinds of non-present entries, such as guard pages.
     pub const SWAPPED: u64 = 1 << 4;
-    /// The page of zeros that all processes share.
+    /// The zero page that all processes share.
     pub const PFNZERO: u64 = 1 << 5;
     /// Part of a huge page.
     pub const HUGE: u64 = 1 << 6;
     /// Written since the soft-dirty bits were cleared.
     pub const SOFT_DIRTY: u64 = 1 << 7;
-    /// A guard page (`MADV_GUARD_INSTALL`, Linux 6.13). The plain file tells it since
-    /// Linux 6.15, and `PAGEMAP_SCAN` since Linux 6.18; before, it is refused there as
-    /// an unknown category.
+    /// A guard page (`MADV_GUARD_INSTALL`, Linux 6.13). The plain file reports it since Linux 6.15,
+    /// `PAGEMAP_SCAN` since Linux 6.18; before that, the ioctl rejects this category.
     pub const GUARD: u64 = 1 << 8;
 }
 
@@ -47,7 +46,7 @@ pub mod category {
 pub struct Region {
     start: u64,
     end: u64,
-    /// The categories that were asked for and apply, see [`category`].
+    /// Of the categories in [`Query::tell`], those that apply; see [`category`].
     pub categories: u64,
 }
 
@@ -63,7 +62,7 @@ impl Region {
         Self { start: page.address(), end: page.address() + PAGE_SIZE, categories }
     }
 
-    /// Returns the address behind the last page.
+    /// Returns the address after the last page.
     pub fn end(&self) -> RemoteAddr {
         RemoteAddr(self.end)
     }
@@ -74,22 +73,22 @@ impl Region {
     }
 }
 
-/// Which pages to look for: those that are in all categories of `all` after
-/// those of `inverted` were inverted, and in one of `any` unless that is 0.
+/// Which pages to find: after inverting the categories in `inverted`, a page must have all categories
+/// in `all`, and one of those in `any` unless that is 0.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Query {
-    /// All of these.
+    /// Categories that a page must all have.
     pub all: u64,
-    /// At least one of these.
+    /// Categories of which a page must have at least one.
     pub any: u64,
-    /// These mean their contrary.
+    /// Categories that are inverted first.
     pub inverted: u64,
-    /// The properties to return of the pages that were found.
+    /// Categories to report for each page found.
     pub tell: u64,
 }
 
 impl Query {
-    /// Pages of a private mapping that hold something which is not in its file.
+    /// Pages of a private mapping whose contents are not those of its file.
     pub const PRIVATE: Self = Self {
         all: category::FILE | category::PFNZERO,
         any: category::PRESENT | category::SWAPPED,
@@ -97,9 +96,9 @@ impl Query {
         tell: 0,
     };
 
-    /// Pages of a private mapping without a file that hold something. The same as
-    /// [`Self::PRIVATE`] finds there, but to tell pages of files from others the kernel
-    /// would look at each page, which takes ten times as long.
+    /// Pages of a private mapping without a file. [`Self::PRIVATE`] finds the same pages there, but
+    /// takes ten times as long, since the kernel has to examine each page to tell whether it
+    /// belongs to a file.
     pub const ANONYMOUS: Self = Self {
         all: category::PFNZERO,
         any: category::PRESENT | category::SWAPPED,
@@ -107,14 +106,14 @@ impl Query {
         tell: 0,
     };
 
-    /// Returns the same for pages that are no guard pages, which count as swapped.
+    /// Returns the same query without guard pages, which count as swapped.
     #[must_use]
     pub fn without_guards(self) -> Self {
         Self { all: self.all | category::GUARD, inverted: self.inverted | category::GUARD, ..self }
     }
 
-    /// Returns what to ask instead where guard pages are not told apart: it finds the
-    /// same pages and guard pages, and tells which ones count as swapped.
+    /// Returns a query for kernels whose ioctl does not know guard pages. It finds the same pages
+    /// plus guard pages, and reports which of them count as swapped.
     fn with_any_guards(self) -> Self {
         let guards_only = self.all & !self.inverted & category::GUARD != 0;
         let all = self.all & !category::GUARD;
@@ -126,7 +125,7 @@ impl Query {
         }
     }
 
-    /// Whether guard pages are distinguished from others.
+    /// Whether the query distinguishes guard pages.
     fn is_about_guards(self) -> bool {
         (self.all | self.any | self.tell) & category::GUARD != 0
     }
@@ -167,13 +166,13 @@ const PAGEMAP_SCAN: libc::c_ulong =
 /// Regions returned by one call: 24 bytes each, 48 KiB.
 const SCAN_REGIONS: usize = 2048;
 
-/// Pages whose entries of the plain file are read at a time.
+/// Entries of the plain file that are read at a time.
 const ENTRY_BATCH: usize = 4096;
 
-/// In an entry: mapped by one process only (Linux 4.2).
+/// A bit of an entry: mapped by one process only (Linux 4.2).
 const EXCLUSIVE: u64 = 1 << 56;
 
-/// In an entry: in swap.
+/// A bit of an entry: in swap.
 const SWAPPED: u64 = 1 << 62;
 
 /// `/proc/PID/pagemap` of one process.
@@ -198,12 +197,9 @@ impl PagemapFile {
         })
     }
 
-    /// Appends the regions of `[start, end)` that `query` asks for to `regions`,
-    /// in ascending order. Kernels before 6.7 know fewer categories: what they do
-    /// not tell apart is not asked for. Returns whether the kernel knows them all.
-    ///
-    /// # Errors
-    /// What reading or `ioctl(2)` returns.
+    /// Appends the regions in `[start, end)` that match `query` to `regions`, in ascending order. For
+    /// kernels before 6.7 it omits the categories that they do not know. Returns whether the kernel
+    /// knows all of them.
     pub fn scan(
         &self,
         start: RemoteAddr,
@@ -222,13 +218,11 @@ impl PagemapFile {
         Ok(false)
     }
 
-    /// As [`Self::scan`], and write-protects each page as it is looked at, so that no
-    /// write in between is lost. The mapping was registered with a
-    /// [`super::userfaultfd::WriteProtect`].
+    /// Like [`Self::scan`], but write-protects each page when it is examined, so that no later write
+    /// is missed. The mapping must be registered with a [`super::userfaultfd::WriteProtect`].
     ///
     /// # Errors
-    /// What `ioctl(2)` returns: `EPERM` if it was not registered, `EINVAL` or
-    /// `ENOTTY` before Linux 6.7.
+    /// `EPERM` if the mapping is not registered; `EINVAL` or `ENOTTY` before Linux 6.7.
     pub fn scan_and_protect(
         &self,
         start: RemoteAddr,
@@ -243,7 +237,7 @@ impl PagemapFile {
         })
     }
 
-    /// Scans by the ioctl, also where that does not know guard pages.
+    /// Scans by the ioctl, even if that does not know guard pages.
     fn scan_by_ioctl(
         &self,
         start: RemoteAddr,
@@ -262,7 +256,7 @@ impl PagemapFile {
         }
         let mut found = Vec::new();
         self.ioctl(start, end, query.with_any_guards(), flags, &mut found)?;
-        // Guard pages are among those that count as swapped, which are few.
+        // Guard pages are among those that count as swapped: check these few one by one.
         for region in found {
             if region.categories & category::SWAPPED == 0 {
                 push(regions, Region { categories: region.categories & query.tell, ..region });
@@ -316,9 +310,8 @@ impl PagemapFile {
             for region in &batch[..count] {
                 push(regions, *region);
             }
-            // Where it has stopped (`walk_end`) is told only if there was no room for
-            // more. If it went on to the end instead, that is where it had once paused,
-            // and what lies behind would be told again.
+            // The kernel sets `walk_end` usefully only if the batch is full. Otherwise it may be where
+            // the kernel has paused in between, and the rest would be reported again.
             if count < batch.len() {
                 break;
             }
@@ -336,9 +329,8 @@ impl PagemapFile {
     ) -> io::Result<()> {
         self.read(PageIndex::holding(start.0), PageIndex::holding(end.0), |page, entry| {
             let mut categories = categories(entry);
-            // A page of zeros that has come by reading in the place of another one
-            // is not dirty, and cannot be told from others here. But only pages of
-            // one process alone are mapped exclusively.
+            // A zero page that replaced another page on a read is not dirty, and the plain file
+            // does not show it. But it is never mapped exclusively, unlike pages of one process.
             if entry & (EXCLUSIVE | SWAPPED) == 0 {
                 categories |= category::SOFT_DIRTY;
             }
@@ -369,11 +361,10 @@ impl PagemapFile {
     }
 }
 
-/// Why the ioctl failed.
 enum ScanError {
-    /// The kernel has no such ioctl, or does not know what it is asked for.
+    /// The kernel does not have the ioctl, or not a category.
     Unknown,
-    /// It has, but this went wrong.
+    /// Another error.
     Failed(io::Error),
 }
 
@@ -386,7 +377,7 @@ impl From<Errno> for ScanError {
     }
 }
 
-/// Appends a region, or lengthens the last one by it.
+/// Appends a region, or extends the last one by it.
 fn push(regions: &mut Vec<Region>, region: Region) {
     match regions.last_mut() {
         Some(last) if last.end == region.start && last.categories == region.categories => {
@@ -396,7 +387,7 @@ fn push(regions: &mut Vec<Region>, region: Region) {
     }
 }
 
-/// What an entry of `/proc/PID/pagemap` tells
+/// Returns the categories in an entry of `/proc/PID/pagemap`
 /// (`Documentation/admin-guide/mm/pagemap.rst`).
 fn categories(entry: u64) -> u64 {
     const BITS: [(u32, u64); 5] = [
@@ -420,7 +411,7 @@ mod tests {
 
     use super::*;
 
-    /// The kernel gathers 512 regions at a time.
+    /// The kernel collects 512 regions at a time.
     #[test]
     fn many_regions_are_told_once_each() {
         for pages in [1024, 1500, 4096, 4098, 10_000, 12_288] {

@@ -29,8 +29,8 @@ use crate::{
     units::{HostPid, HugeSize, PAGE_SIZE, RemoteAddr, TargetFd},
 };
 
-/// The inode of the first pid namespace (`PROC_PID_INIT_INO`, `linux/proc_ns.h`), in
-/// which all processes are seen.
+/// The inode of the initial pid namespace (`PROC_PID_INIT_INO`, `linux/proc_ns.h`), in which all
+/// processes are visible.
 pub const FIRST_PID_NAMESPACE: u64 = 0xefff_fffc;
 
 /// Returns a descriptor for a process.
@@ -43,10 +43,10 @@ pub fn pidfd_open(pid: HostPid) -> Result<OwnedFd, Errno> {
     owned(result)
 }
 
-/// Opens a thread: what it is asked for is that thread's own (since Linux 6.9).
+/// Returns a pidfd for a thread, which reports on that thread alone (since Linux 6.9).
 ///
 /// # Errors
-/// `ESRCH` if there is no such thread; `EINVAL` on older kernels.
+/// `ESRCH` if the thread does not exist; `EINVAL` on older kernels.
 pub fn pidfd_open_thread(tid: HostPid) -> Result<OwnedFd, Errno> {
     /// `PIDFD_THREAD` (`linux/pidfd.h`).
     const PIDFD_THREAD: i32 = libc::O_EXCL;
@@ -61,7 +61,7 @@ pub fn pidfd_open_thread(tid: HostPid) -> Result<OwnedFd, Errno> {
 /// Returns a duplicate of a descriptor of another process (since Linux 5.6).
 ///
 /// # Errors
-/// `EBADF` if it has no such descriptor, `EPERM`.
+/// `EBADF` if the process has no such descriptor; `EPERM`.
 pub fn pidfd_getfd(pidfd: impl AsFd, fd: TargetFd) -> Result<OwnedFd, Errno> {
     let pidfd = pidfd.as_fd().as_raw_fd();
     // SAFETY: the call takes numbers.
@@ -71,23 +71,23 @@ pub fn pidfd_getfd(pidfd: impl AsFd, fd: TargetFd) -> Result<OwnedFd, Errno> {
 
 fn owned(result: libc::c_long) -> Result<OwnedFd, Errno> {
     let fd = RawFd::try_from(Errno::result(result)?).expect("descriptors are small");
-    // SAFETY: the kernel has just made this descriptor for us alone.
+    // SAFETY: the kernel has just created this descriptor for this process.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// How a process has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// By itself, with this code.
+    /// It exited with this code.
     Exited(i32),
-    /// By this signal.
+    /// This signal killed it.
     Killed(i32),
-    /// Unknown: the kernel does not show it.
+    /// The kernel does not report it.
     Unknown,
 }
 
 impl End {
-    /// Returns what a status says, as `waitpid(2)` has it.
+    /// Decodes a wait status, as `waitpid(2)` returns it.
     pub fn of_status(status: i32) -> Self {
         match status & 0x7f {
             0 => Self::Exited(status >> 8 & 0xff),
@@ -102,27 +102,27 @@ impl End {
 struct PidfdInfo {
     mask: u64,
     cgroup_id: u64,
-    /// Of process, group and parent; then the eight ids of its credentials.
+    /// The pids of process, group and parent, then the eight ids of the credentials.
     numbers: [u32; 11],
     exit_code: i32,
 }
 
 const _: () = assert!(size_of::<PidfdInfo>() == 64);
 
-/// `PIDFD_INFO_EXIT` (Linux 6.15): the exit code of a process that was reaped.
+/// `PIDFD_INFO_EXIT` (Linux 6.15): request the exit code of a reaped process.
 const PIDFD_INFO_EXIT: u64 = 1 << 3;
 
 /// `PIDFD_GET_INFO`: `_IOWR(0xff, 11, struct pidfd_info)`.
 const PIDFD_GET_INFO: libc::Ioctl =
     (3 << 30) | ((size_of::<PidfdInfo>() as libc::Ioctl) << 16) | (0xff << 8) | 11;
 
-/// Whether the process of a pidfd has ended, with all of its threads.
+/// Whether the process of a pidfd has exited with all of its threads.
 pub fn has_ended(pidfd: impl AsFd) -> bool {
     let mut asked = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
     poll(&mut asked, PollTimeout::ZERO).is_ok_and(|count| count > 0)
 }
 
-/// Tells how a process has ended that was reaped (since Linux 6.15).
+/// Returns how a reaped process has ended (since Linux 6.15).
 pub fn end(pidfd: impl AsFd) -> End {
     let mut info = PidfdInfo { mask: PIDFD_INFO_EXIT, ..PidfdInfo::new_zeroed() };
     let fd = pidfd.as_fd().as_raw_fd();
@@ -138,21 +138,21 @@ pub fn end(pidfd: impl AsFd) -> End {
 /// What [`kcmp`] compares (`linux/kcmp.h`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Shared {
-    /// The descriptions behind two descriptors.
+    /// The open file descriptions behind two descriptors.
     File(i32, i32),
     /// Address spaces.
     Memory,
     /// Descriptor tables.
     Files,
-    /// Root, working directory, umask.
+    /// Root directory, working directory and umask.
     Fs,
     /// Signal handlers.
     Handlers,
-    /// What is undone of operations on semaphores; equal where neither has such a list.
+    /// Lists of semaphore operations to undo; equal if neither process has one.
     Undo,
 }
 
-/// Orders two kernel objects; equal means the same.
+/// Compares two kernel objects. `Equal` means that they are the same object.
 ///
 /// # Errors
 /// `EPERM`, `ESRCH`, `EBADF`; `ENOSYS` without `CONFIG_KCMP`.
@@ -190,33 +190,32 @@ fn remote(address: RemoteAddr, len: usize) -> Result<RemoteIoVec, Errno> {
 
 /// Reads memory of another process, with the rights of the kernel.
 ///
-/// `process_vm_readv(2)` would pin the pages, and the kernel copies a page that is shared
-/// copy-on-write before it pins it: the other process would have more memory of its own
-/// afterwards than before.
+/// `process_vm_readv(2)` would pin the pages. The kernel copies a page that is shared copy-on-write
+/// before it pins it, so the process would have more private memory than before.
 ///
 /// # Errors
-/// `EIO` if not all of it can be read, `ENOENT`, `EACCES`.
+/// `EIO` if not all of it can be read; `ENOENT`, `EACCES`.
 pub fn read_memory(pid: HostPid, address: RemoteAddr, buffer: &mut [u8]) -> Result<(), Errno> {
     let read = open_memory(pid).and_then(|file| file.read_exact_at(buffer, address.0));
-    // Nothing is there at the end of the address space, either.
+    // A read at the end of the address space returns no error number.
     read.map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))
 }
 
 /// Opens the memory of another process for reading: `/proc/PID/mem`.
 ///
 /// # Errors
-/// `ENOENT` if there is no such process, `EACCES`.
+/// `ENOENT` if the process does not exist; `EACCES`.
 pub fn open_memory(pid: HostPid) -> io::Result<File> {
     File::open(format!("/proc/{pid}/mem"))
 }
 
-/// Brings pages of another process back to swap, as far as that can be done: those of
-/// `ranges` that are in its page tables alone (since Linux 5.10).
+/// Moves pages of another process back to swap, if the kernel can: those of `ranges` that only this
+/// process maps (since Linux 5.10).
 ///
 /// # Errors
 /// `EPERM` without `CAP_SYS_NICE`; `ESRCH`, `ENOSYS`.
 pub fn page_out(pidfd: impl AsFd, ranges: &[Range<RemoteAddr>]) -> Result<(), Errno> {
-    // `struct iovec` of a program with 64 bits: address and length.
+    // `struct iovec` of a 64-bit program: address and length.
     let vector: Vec<[u64; 2]> =
         ranges.iter().map(|range| [range.start.0, range.end.0 - range.start.0]).collect();
     let pidfd = pidfd.as_fd().as_raw_fd();
@@ -229,10 +228,10 @@ pub fn page_out(pidfd: impl AsFd, ranges: &[Range<RemoteAddr>]) -> Result<(), Er
     Errno::result(result).map(drop)
 }
 
-/// Writes memory of another process that it could write itself.
+/// Writes memory of another process that this process can write itself.
 ///
 /// # Errors
-/// `EFAULT` if not all of it can be written, `ESRCH`, `EPERM`.
+/// `EFAULT` if not all of it can be written; `ESRCH`, `EPERM`.
 pub fn write_memory(pid: HostPid, address: RemoteAddr, bytes: &[u8]) -> Result<(), Errno> {
     let mut done = 0;
     while done < bytes.len() {
@@ -251,7 +250,7 @@ fn pid_of(pid: HostPid) -> Pid {
     Pid::from_raw(pid.0)
 }
 
-/// Sends a signal, also a real-time one, to a process.
+/// Sends any signal, including real-time ones, to a process.
 ///
 /// # Errors
 /// `ESRCH`, `EPERM`, `EINVAL`.
@@ -260,7 +259,7 @@ pub fn signal(pid: HostPid, number: i32) -> Result<(), Errno> {
     Errno::result(unsafe { libc::kill(pid.0, number) }).map(drop)
 }
 
-/// Whether there is a process or thread of this number, dead ones included.
+/// Whether a process or thread with this pid exists, zombies included.
 pub fn exists(pid: HostPid) -> bool {
     !matches!(kill(pid_of(pid), None), Err(Errno::ESRCH))
 }
@@ -278,7 +277,7 @@ pub fn robust_list(tid: HostPid) -> Result<(RemoteAddr, u64), Errno> {
     Ok((RemoteAddr(head), len))
 }
 
-/// How a thread is scheduled (`struct sched_attr`, `linux/sched/types.h`).
+/// The scheduling of a thread (`struct sched_attr`, `linux/sched/types.h`).
 #[derive(
     Clone,
     Copy,
@@ -293,7 +292,7 @@ pub fn robust_list(tid: HostPid) -> Result<(RemoteAddr, u64), Errno> {
 )]
 #[repr(C)]
 pub struct Scheduling {
-    /// Bytes of this structure.
+    /// The size of this structure.
     pub size: u32,
     /// `SCHED_*`.
     pub policy: u32,
@@ -309,17 +308,17 @@ pub struct Scheduling {
     pub deadline: u64,
     /// Nanoseconds, for `SCHED_DEADLINE`.
     pub period: u64,
-    /// The least and the most that the processor takes the thread for, of 1024 (since Linux
-    /// 5.3); 0 if unknown.
+    /// The lower and upper clamp of the thread's utilization, out of 1024 (since Linux 5.3); 0 if
+    /// unknown.
     pub clamps: [u32; 2],
 }
 
 const _: () = assert!(size_of::<Scheduling>() == 56);
 
-/// `SCHED_FLAG_UTIL_CLAMP_MIN` and `_MAX` (`linux/sched.h`): the clamps are set, too.
+/// `SCHED_FLAG_UTIL_CLAMP_MIN` and `_MAX` (`linux/sched.h`): also set the clamps.
 pub const SCHED_CLAMPS: u64 = 0x60;
 
-/// Returns how a thread is scheduled.
+/// Returns the scheduling of a thread.
 ///
 /// # Errors
 /// `ESRCH`, `EPERM`.
@@ -337,7 +336,7 @@ pub fn scheduling(tid: HostPid) -> Result<Scheduling, Errno> {
         )
     };
     Errno::result(result)?;
-    // Which that call tells of some policies only.
+    // sched_getattr(2) returns the nice value for some policies only.
     // SAFETY: it takes numbers.
     let niceness = unsafe { libc::syscall(libc::SYS_getpriority, libc::PRIO_PROCESS, tid.0) };
     let niceness = i32::try_from(Errno::result(niceness)?).map_err(|_| Errno::ERANGE)?;
@@ -345,16 +344,15 @@ pub fn scheduling(tid: HostPid) -> Result<Scheduling, Errno> {
     Ok(attributes)
 }
 
-/// What the system call `getpriority` takes niceness from, so that it returns no
-/// negative number.
+/// The system call `getpriority` returns this minus the nice value, to avoid negative results.
 const NICE_OFFSET: i32 = 20;
 
-/// Changes how a thread is scheduled.
+/// Sets the scheduling of a thread.
 ///
 /// # Errors
 /// `ESRCH`, `EPERM`, `EINVAL`.
 pub fn set_scheduling(tid: HostPid, attributes: &Scheduling) -> Result<(), Errno> {
-    // Which the next call sets with some policies only.
+    // sched_setattr(2) sets the nice value for some policies only.
     // SAFETY: it takes numbers.
     let result =
         unsafe { libc::syscall(libc::SYS_setpriority, libc::PRIO_PROCESS, tid.0, attributes.nice) };
@@ -365,8 +363,7 @@ pub fn set_scheduling(tid: HostPid, attributes: &Scheduling) -> Result<(), Errno
     Errno::result(result).map(drop)
 }
 
-/// Arguments of `clone3(2)` (`struct clone_args`, `linux/sched.h`, the form of
-/// Linux 5.7).
+/// The arguments of `clone3(2)` (`struct clone_args`, `linux/sched.h`, as of Linux 5.7).
 #[derive(
     Clone, Copy, Debug, Default, zerocopy::IntoBytes, zerocopy::Immutable, zerocopy::KnownLayout,
 )]
@@ -388,16 +385,15 @@ pub struct CloneArguments {
 
 const _: () = assert!(size_of::<CloneArguments>() == 88);
 
-/// Makes a child with this pid that sleeps for ever, with all signal handlers at their
-/// defaults, until a process traces it.
+/// Creates a child with this pid, which sleeps forever, with default signal actions, until it is
+/// traced.
 ///
-/// The child has copies of this program's memory and descriptors, and executes
-/// nothing but `pause(2)`: no destructor, no lock, no allocation. As a sibling
-/// (`CLONE_PARENT`) it tells its parent of its end by the signal that this program does.
+/// The child has copies of this process's memory and descriptors, but executes only `pause(2)`: no
+/// destructor, no lock, no allocation. A sibling (`CLONE_PARENT`) sends its parent the same exit
+/// signal as this process.
 ///
 /// # Errors
-/// `EEXIST` if the pid is in use; `EPERM` without `CAP_CHECKPOINT_RESTORE` or
-/// `CAP_SYS_ADMIN`.
+/// `EEXIST` if the pid is in use; `EPERM` without `CAP_CHECKPOINT_RESTORE` or `CAP_SYS_ADMIN`.
 pub fn spawn_sleeper(pid: HostPid, flags: u64) -> Result<HostPid, Errno> {
     let set_tid = [pid.0];
     let sibling = flags & u64::from(libc::CLONE_PARENT.cast_unsigned()) != 0;
@@ -424,8 +420,8 @@ pub fn spawn_sleeper(pid: HostPid, flags: u64) -> Result<HostPid, Errno> {
     Ok(HostPid(i32::try_from(Errno::result(result)?).expect("pids are small")))
 }
 
-/// Raises the limit of open files: with `CAP_SYS_RESOURCE` to the kernel's maximum, else to
-/// the hard limit.
+/// Raises the limit of open files: with `CAP_SYS_RESOURCE` to the kernel's maximum, otherwise to the
+/// hard limit.
 pub fn raise_descriptor_limit() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
     let most = std::fs::read_to_string("/proc/sys/fs/nr_open").ok();
@@ -441,20 +437,17 @@ pub fn raise_descriptor_limit() {
     }
 }
 
-/// Makes anonymous shared memory, as `mmap(2)` with `MAP_SHARED | MAP_ANONYMOUS`
-/// does, in huge pages if they have a size, and returns a descriptor for it. Where the
-/// kernel does not hand one out, it is a memfd, which differs in its name only.
-///
-/// # Errors
-/// What `mmap(2)` or `memfd_create(2)` return.
+/// Creates anonymous shared memory, like `mmap(2)` with `MAP_SHARED | MAP_ANONYMOUS`, optionally with
+/// huge pages, and returns a descriptor for it. If the kernel does not let this process open it,
+/// creates a memfd instead, which differs only in its name.
 pub fn shared_anonymous(bytes: u64, huge: Option<HugeSize>) -> std::io::Result<OwnedFd> {
     let page_bytes = huge.map_or(PAGE_SIZE, HugeSize::bytes);
     let len = bytes.max(1).checked_next_multiple_of(page_bytes).ok_or(Errno::ENOMEM)?;
     let len = usize::try_from(len).map_err(|_| Errno::ENOMEM)?;
     let read_write = libc::PROT_READ | libc::PROT_WRITE;
     let of_size = |flag: u32| huge.map_or(0, |size| size.flags() | flag);
-    // Huge pages are reserved at once, so that it is known whether there are enough. Others
-    // count as they come: the object may be larger than all memory, and have few of them.
+    // Reserve huge pages at once, to find out whether there are enough. Do not reserve normal
+    // pages: the object may be larger than the whole memory, but have few pages.
     let kind = match huge {
         Some(_) => of_size(libc::MAP_HUGETLB.cast_unsigned()).cast_signed(),
         None => libc::MAP_NORESERVE,

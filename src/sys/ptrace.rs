@@ -1,6 +1,6 @@
-//! `ptrace(2)`: stopping other threads, and reading and writing their registers.
+//! `ptrace(2)`: stops other threads, and reads and writes their registers.
 //!
-//! All of it must be called by the thread that seized the tracee.
+//! The thread that has seized a tracee must make all calls about it.
 #![expect(unsafe_code, reason = "ptrace and waitpid")]
 
 use std::{mem::MaybeUninit, ptr};
@@ -25,30 +25,30 @@ const PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG: libc::c_uint = 0x4211;
 /// Bytes of a kernel signal set.
 const SIGSET_BYTES: usize = 8;
 
-/// More than the extended registers take: 11 KiB on x86-64 with AMX.
+/// More than the largest extended registers: 11 KiB on x86-64 with AMX.
 const EXTENDED_LIMIT: usize = 64 << 10;
 
-/// What a tracee does when it is seized.
+/// Options of a tracee.
 pub mod options {
     use nix::libc;
 
-    /// System call stops are distinguished from signals (`PTRACE_O_TRACESYSGOOD`).
+    /// Distinguish system call stops from signals (`PTRACE_O_TRACESYSGOOD`).
     pub const SYSGOOD: i32 = libc::PTRACE_O_TRACESYSGOOD;
-    /// Children and threads that it makes are traced from their first instruction.
+    /// Also trace the children and threads that it creates, from their first instruction.
     pub const FOLLOW: i32 =
         libc::PTRACE_O_TRACECLONE | libc::PTRACE_O_TRACEFORK | libc::PTRACE_O_TRACEVFORK;
-    /// It is killed when its tracer ends (`PTRACE_O_EXITKILL`, since Linux 3.8).
+    /// Kill it when the tracer exits (`PTRACE_O_EXITKILL`, since Linux 3.8).
     pub const EXITKILL: i32 = libc::PTRACE_O_EXITKILL;
 }
 
-/// What became of a thread that was waited for.
+/// What `waitpid(2)` reports about a thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wait {
     /// It has exited with this code.
     Exited(i32),
-    /// A signal ended it.
+    /// A signal killed it.
     Killed(i32),
-    /// It is about to get this signal.
+    /// It is about to receive this signal.
     Signal(i32),
     /// It was interrupted, or is a new tracee.
     Interrupted,
@@ -58,7 +58,7 @@ pub enum Wait {
     Syscall,
     /// `PTRACE_EVENT_*`: fork, vfork, clone, exec, ...
     Event(i32),
-    /// It goes on (`WCONTINUED`; not asked for).
+    /// It has continued (`WCONTINUED`, which is not requested).
     Other(i32),
 }
 
@@ -82,7 +82,7 @@ fn decode(status: i32) -> Wait {
     }
 }
 
-/// Waits until something becomes of a tracee or child.
+/// Waits until a tracee or child changes state.
 ///
 /// # Errors
 /// `ECHILD` if there is no such tracee or child.
@@ -90,10 +90,8 @@ pub fn wait(tid: HostPid) -> Result<Wait, Errno> {
     wait_with(tid, 0).map(|(_, wait)| wait.expect("waits until there is something"))
 }
 
-/// Looks whether something has become of a tracee or child.
+/// Returns whether a tracee or child has changed state.
 ///
-/// # Errors
-/// As [`wait`].
 pub fn wait_nohang(tid: HostPid) -> Result<Option<Wait>, Errno> {
     wait_with(tid, libc::WNOHANG).map(|(_, wait)| wait)
 }
@@ -112,7 +110,7 @@ fn wait_with(tid: HostPid, flags: i32) -> Result<(HostPid, Option<Wait>), Errno>
     }
 }
 
-/// Makes a request whose address and data are numbers to the kernel.
+/// Makes a request with numbers as address and data.
 fn request(
     request: libc::c_uint,
     tid: HostPid,
@@ -125,7 +123,7 @@ fn request(
     Errno::result(result)
 }
 
-/// Begins to trace a thread, without stopping it.
+/// Starts to trace a thread, without stopping it.
 ///
 /// # Errors
 /// `EPERM` if it may not be traced or is traced already; `ESRCH`.
@@ -133,7 +131,7 @@ pub fn seize(tid: HostPid, options: i32) -> Result<(), Errno> {
     request(libc::PTRACE_SEIZE, tid, 0, options.cast_unsigned() as usize).map(drop)
 }
 
-/// Changes what was given to [`seize`].
+/// Changes the options of [`seize`].
 ///
 /// # Errors
 /// `ESRCH` if the tracee is not stopped.
@@ -141,7 +139,7 @@ pub fn set_options(tid: HostPid, options: i32) -> Result<(), Errno> {
     request(libc::PTRACE_SETOPTIONS, tid, 0, options.cast_unsigned() as usize).map(drop)
 }
 
-/// Starts to stop a tracee; [`wait`] returns when it has stopped.
+/// Asks a tracee to stop; [`wait`] returns when it has.
 ///
 /// # Errors
 /// `ESRCH`.
@@ -157,8 +155,7 @@ pub fn resume(tid: HostPid, signal: i32) -> Result<(), Errno> {
     request(libc::PTRACE_CONT, tid, 0, signal.cast_unsigned() as usize).map(drop)
 }
 
-/// Resumes a stopped tracee, with a signal or with 0, until it enters or leaves a system
-/// call.
+/// Resumes a stopped tracee, with a signal or with 0, until it enters or leaves a system call.
 ///
 /// # Errors
 /// `ESRCH` if it is not stopped.
@@ -166,7 +163,7 @@ pub fn resume_to_syscall(tid: HostPid, signal: i32) -> Result<(), Errno> {
     request(libc::PTRACE_SYSCALL, tid, 0, signal.cast_unsigned() as usize).map(drop)
 }
 
-/// Ends tracing a stopped tracee, which goes on.
+/// Detaches from a stopped tracee, which resumes.
 ///
 /// # Errors
 /// `ESRCH` if it is not stopped.
@@ -174,7 +171,7 @@ pub fn detach(tid: HostPid, signal: i32) -> Result<(), Errno> {
     request(libc::PTRACE_DETACH, tid, 0, signal.cast_unsigned() as usize).map(drop)
 }
 
-/// Returns the thread that a fork, vfork or clone event is about.
+/// Returns the thread that a fork, vfork or clone event has created.
 ///
 /// # Errors
 /// `ESRCH` if the tracee is not stopped.
@@ -191,8 +188,7 @@ fn io_vector(buffer: &mut [u8]) -> libc::iovec {
 /// Returns the general registers of a stopped tracee.
 ///
 /// # Errors
-/// `ESRCH` if it is not stopped; `ENOEXEC` if it executes 32-bit code, whose registers are
-/// others.
+/// `ESRCH` if it is not stopped; `ENOEXEC` if it executes 32-bit code, which has other registers.
 pub fn registers(tid: HostPid) -> Result<Registers, Errno> {
     let mut registers = MaybeUninit::<Registers>::zeroed();
     let mut vector =
@@ -205,7 +201,7 @@ pub fn registers(tid: HostPid) -> Result<Registers, Errno> {
     Ok(unsafe { registers.assume_init() })
 }
 
-/// Sets the general registers of a stopped tracee, segment bases among them.
+/// Sets the general registers of a stopped tracee, including segment bases.
 ///
 /// # Errors
 /// `ESRCH` if it is not stopped, `EIO` for values that the processor forbids.
@@ -217,8 +213,8 @@ pub fn set_registers(tid: HostPid, registers: &Registers) -> Result<(), Errno> {
     request(libc::PTRACE_SETREGSET, tid, NT_PRSTATUS, (&raw mut vector).addr()).map(drop)
 }
 
-/// Returns the registers of a stopped tracee beside the general ones: on x86-64 what
-/// `XSAVE` saves, in the standard form.
+/// Returns the extended registers of a stopped tracee: on x86-64 what `XSAVE` saves, in the standard
+/// format.
 ///
 /// # Errors
 /// `ESRCH` if it is not stopped, `ENODEV` on processors without any.
@@ -231,17 +227,17 @@ pub fn extended_registers(tid: HostPid) -> Result<Vec<u8>, Errno> {
     Ok(bytes)
 }
 
-/// Sets what [`extended_registers`] returns.
+/// Sets the extended registers, in the format of [`extended_registers`].
 ///
 /// # Errors
-/// `ESRCH` if it is not stopped, `EINVAL` for what this processor does not have.
+/// `ESRCH` if it is not stopped, `EINVAL` for registers that this processor lacks.
 pub fn set_extended_registers(tid: HostPid, bytes: &[u8]) -> Result<(), Errno> {
     let mut vector =
         libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
     request(libc::PTRACE_SETREGSET, tid, EXTENDED_NOTE, (&raw mut vector).addr()).map(drop)
 }
 
-/// Returns the signals that a stopped tracee blocks, bit 0 being signal 1.
+/// Returns the signals that a stopped tracee blocks; bit 0 stands for signal 1.
 ///
 /// # Errors
 /// `ESRCH` if it is not stopped.
@@ -273,16 +269,16 @@ pub fn poke(tid: HostPid, address: RemoteAddr, word: u64) -> Result<(), Errno> {
 /// Offset of `rseq_cs` in `struct rseq` (`linux/rseq.h`).
 pub const RSEQ_CS_OFFSET: u64 = 8;
 
-/// Restartable sequences of a thread (`struct ptrace_rseq_configuration`,
-/// `linux/ptrace.h`, since Linux 5.13).
+/// The restartable sequences of a thread (`struct ptrace_rseq_configuration`, `linux/ptrace.h`, since
+/// Linux 5.13).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct RseqConfiguration {
-    /// Where the thread's `struct rseq` is; 0 if it has none.
+    /// The address of the thread's `struct rseq`; 0 if it has none.
     pub pointer: u64,
     /// Its size in bytes.
     pub size: u32,
-    /// What stands before abort handlers.
+    /// The word before each abort handler.
     pub signature: u32,
     flags: u32,
     pad: u32,
@@ -290,7 +286,7 @@ pub struct RseqConfiguration {
 
 const _: () = assert!(size_of::<RseqConfiguration>() == 24);
 
-/// Returns how a stopped tracee uses restartable sequences.
+/// Returns the restartable sequences of a stopped tracee.
 ///
 /// # Errors
 /// `EIO` on kernels before 5.13.
@@ -301,24 +297,24 @@ pub fn rseq_configuration(tid: HostPid) -> Result<RseqConfiguration, Errno> {
     Ok(configuration)
 }
 
-/// How a thread catches system calls (`struct ptrace_sud_config`, `linux/ptrace.h`,
-/// since Linux 6.4).
+/// System call user dispatch of a thread (`struct ptrace_sud_config`, `linux/ptrace.h`, since Linux
+/// 6.4).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct SyscallDispatch {
-    /// 0 if it does not catch any.
+    /// 0 if it is off.
     pub mode: u64,
-    /// Where the byte is that says whether it does so now.
+    /// The address of the byte that switches it on and off.
     pub selector: u64,
-    /// The first address from which calls are let through.
+    /// The start of the code whose system calls always pass.
     pub offset: u64,
-    /// Bytes from there.
+    /// The length of that code.
     pub len: u64,
 }
 
 const _: () = assert!(size_of::<SyscallDispatch>() == 32);
 
-/// Returns how a stopped tracee catches its own system calls
+/// Returns whether and how a stopped tracee intercepts its own system calls
 /// (`PR_SET_SYSCALL_USER_DISPATCH`).
 ///
 /// # Errors
@@ -330,16 +326,16 @@ pub fn syscall_dispatch(tid: HostPid) -> Result<SyscallDispatch, Errno> {
     Ok(config)
 }
 
-/// Registers that few threads have.
+/// Registers that few threads use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rare {
     /// Descriptors of thread-local storage for 32-bit code (`set_thread_area(2)`).
     LocalStorage,
-    /// Ports of the machine (`ioperm(2)`).
+    /// I/O port permissions (`ioperm(2)`).
     Ports,
 }
 
-/// Whether a stopped tracee has such registers.
+/// Whether a stopped tracee uses these registers.
 ///
 /// # Errors
 /// `ESRCH` if it is not stopped.
@@ -358,7 +354,7 @@ pub fn has_rare(tid: HostPid, which: Rare) -> Result<bool, Errno> {
         Err(errno) => Err(errno),
         Ok(_) => {
             let len = vector.iov_len;
-            // An unused descriptor is shown as not present and otherwise empty.
+            // The kernel shows an unused descriptor as not present and otherwise empty.
             Ok(match which {
                 Rare::LocalStorage => buffer[..len].chunks(TLS_BYTES).any(|entry| {
                     let (address_and_limit, bits) = entry[4..].split_at(8);
@@ -371,10 +367,10 @@ pub fn has_rare(tid: HostPid, which: Rare) -> Result<bool, Errno> {
     }
 }
 
-/// Bytes of a `struct user_desc` (`asm/ldt.h`).
+/// The size of a `struct user_desc` (`asm/ldt.h`).
 const TLS_BYTES: usize = 16;
 
-/// The bits of one that is empty: read-execute-only and not present.
+/// The bits of an empty descriptor: read-execute-only and not present.
 const TLS_UNUSED: u8 = 0b10_1000;
 
 /// Bytes of a `siginfo_t`.
@@ -396,8 +392,8 @@ struct PeekArguments {
 
 const _: () = assert!(size_of::<PeekArguments>() == 16);
 
-/// Returns the signals that wait for a stopped tracee, or for its process, oldest
-/// first, each a `siginfo_t`.
+/// Returns the signals pending for a stopped tracee, or for its process if `shared`, oldest first, each
+/// as a `siginfo_t`.
 ///
 /// # Errors
 /// `ESRCH` if it is not stopped.
@@ -424,10 +420,7 @@ pub fn queued_signals(tid: HostPid, shared: bool) -> Result<Vec<Vec<u8>>, Errno>
     }
 }
 
-/// Makes this process the parent of its descendants whose parents end, or no longer.
-///
-/// # Errors
-/// What `prctl(2)` returns.
+/// Makes this process a subreaper, which adopts orphaned descendants, or no longer.
 pub fn set_subreaper(on: bool) -> Result<(), Errno> {
     // SAFETY: the call takes numbers.
     let result = unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, i32::from(on), 0, 0, 0) };

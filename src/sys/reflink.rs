@@ -1,4 +1,4 @@
-//! Letting files share blocks (`FIDEDUPERANGE`, `ioctl_fideduperange(2)`, and
+//! Shares blocks between files (`FIDEDUPERANGE`, `ioctl_fideduperange(2)`, and
 //! `FICLONERANGE`, `ioctl_ficlonerange(2)`, Linux 4.5).
 #![expect(unsafe_code, reason = "ioctls that no crate of ours wraps")]
 
@@ -17,7 +17,7 @@ const _: () =
 /// `FILE_DEDUPE_RANGE_DIFFERS` (the same file).
 const DIFFERS: i32 = 1;
 
-/// The most that is asked for at a time: what btrfs does in one call.
+/// The most bytes requested at a time: as many as btrfs handles in one call.
 pub const MOST_BYTES: u64 = 16 << 20;
 
 /// `struct file_dedupe_range` without its array.
@@ -52,14 +52,13 @@ struct Request {
 }
 const _: () = assert!(size_of::<Request>() == 56);
 
-/// Makes `len` bytes of `to`, from `to_offset` on, share the blocks of as many bytes of
-/// `from`, if they are equal. The kernel compares them, and keeps them from being changed
-/// meanwhile. Returns how many bytes it has shared, from the first on; `None` if they
-/// differ.
+/// Makes `len` bytes of `to`, from `to_offset` on, share the blocks of as many bytes of `from`, if
+/// they are equal. The kernel compares them, and prevents changes meanwhile. Returns how many bytes
+/// it has shared, starting with the first; `None` if they differ.
 ///
 /// # Errors
-/// What `ioctl(2)` returns: `EOPNOTSUPP`, `ENOTTY` or `EXDEV` where files cannot share
-/// blocks, `EINVAL` for offsets that are not those of blocks.
+/// `EOPNOTSUPP`, `ENOTTY` or `EXDEV` if the files cannot share blocks; `EINVAL` for offsets that are
+/// not aligned to blocks.
 pub fn share(
     from: &File,
     from_offset: u64,

@@ -8,11 +8,11 @@ use nix::{errno::Errno, libc};
 /// A segment (`struct shmid_ds`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {
-    /// What it was asked for by; 0 for `IPC_PRIVATE`.
+    /// Its key; 0 for `IPC_PRIVATE`.
     pub key: u32,
     /// Its owner.
     pub uid: u32,
-    /// Its owner's group.
+    /// Its group.
     pub gid: u32,
     /// The user that created it.
     pub creator_uid: u32,
@@ -22,9 +22,9 @@ pub struct Segment {
     pub mode: u32,
     /// Its size.
     pub bytes: u64,
-    /// How often it is attached.
+    /// The number of attachments.
     pub attached: u64,
-    /// The process that attached or detached it last.
+    /// The process that last attached or detached it.
     pub last_pid: i32,
 }
 
@@ -41,10 +41,10 @@ fn status(id: u32) -> Result<libc::shmid_ds, Errno> {
     Ok(unsafe { status.assume_init() })
 }
 
-/// Returns what there is to know of a segment.
+/// Returns the attributes of a segment.
 ///
 /// # Errors
-/// `EINVAL`, `EIDRM` if there is none, `EACCES`.
+/// `EINVAL` or `EIDRM` if the segment does not exist; `EACCES`.
 pub fn stat(id: u32) -> Result<Segment, Errno> {
     let status = status(id)?;
     Ok(Segment {
@@ -60,11 +60,10 @@ pub fn stat(id: u32) -> Result<Segment, Errno> {
     })
 }
 
-/// Makes a segment and returns its id; `mode` are permissions, with what asks for huge
-/// pages.
+/// Creates a segment and returns its id. `mode` holds the permissions and the flags for huge pages.
 ///
 /// # Errors
-/// `EEXIST` if there is one of this key, and what else `shmget(2)` returns.
+/// `EEXIST` if a segment has this key.
 pub fn create(key: u32, bytes: u64, mode: u32) -> Result<u32, Errno> {
     let bytes = usize::try_from(bytes).map_err(|_| Errno::ENOMEM)?;
     let flags = libc::IPC_CREAT | libc::IPC_EXCL | mode.cast_signed();
@@ -73,10 +72,7 @@ pub fn create(key: u32, bytes: u64, mode: u32) -> Result<u32, Errno> {
     Errno::result(result).map(i32::cast_unsigned)
 }
 
-/// Sets the owner of a segment.
-///
-/// # Errors
-/// What `shmctl(2)` returns.
+/// Sets the owner and the permissions of a segment.
 pub fn set_owner(id: u32, uid: u32, gid: u32, mode: u32) -> Result<(), Errno> {
     let mut status = status(id)?;
     status.shm_perm.uid = uid;
@@ -87,20 +83,14 @@ pub fn set_owner(id: u32, uid: u32, gid: u32, mode: u32) -> Result<(), Errno> {
     Errno::result(result).map(drop)
 }
 
-/// Removes a segment, now or when the last process detaches it.
-///
-/// # Errors
-/// What `shmctl(2)` returns.
+/// Removes a segment, either now or when the last process detaches it.
 pub fn remove(id: u32) -> Result<(), Errno> {
     // SAFETY: the command takes no structure.
     let result = unsafe { libc::shmctl(number(id), libc::IPC_RMID, ptr::null_mut()) };
     Errno::result(result).map(drop)
 }
 
-/// Opens the memory of a segment, of pages of so many bytes, as a file.
-///
-/// # Errors
-/// What `shmat(2)` returns; what opening its mapping returns.
+/// Opens the memory of a segment with pages of `page_bytes` as a file.
 pub fn open(id: u32, bytes: u64, page_bytes: u64) -> io::Result<File> {
     // SAFETY: a mapping at a place of the kernel's choice touches no other.
     let start = unsafe { libc::shmat(number(id), ptr::null(), 0) };
@@ -110,7 +100,7 @@ pub fn open(id: u32, bytes: u64, page_bytes: u64) -> io::Result<File> {
     let end = start.addr() as u64 + bytes.next_multiple_of(page_bytes);
     let path = format!("/proc/self/map_files/{:x}-{end:x}", start.addr());
     let file = File::options().read(true).write(true).open(path);
-    // SAFETY: the mapping is ours and nobody has its address.
+    // SAFETY: this function has made the mapping, and no other code has its address.
     unsafe { libc::shmdt(start) };
     file
 }

@@ -1,5 +1,5 @@
-//! Socket calls whose arguments no crate covers: any option, names as the kernel
-//! has them, and descriptors in messages.
+//! Socket calls that no crate covers: arbitrary options, addresses in the kernel's form, and
+//! descriptors in messages.
 #![expect(unsafe_code, reason = "options and addresses are passed as bytes")]
 
 use std::{
@@ -23,19 +23,19 @@ pub const UNIX_NAME_MAX: usize = 108;
 /// Opens the file of a socket with `O_PATH` (`SIOCUNIXFILE`, `linux/un.h`, since Linux 4.11).
 const SIOCUNIXFILE: libc::Ioctl = 0x89e0;
 
-/// Room for the control data of one message: 253 descriptors (`SCM_MAX_FD`,
-/// `net/scm.h`), credentials, and a security label.
+/// The size of the control buffer of one message: 253 descriptors (`SCM_MAX_FD`, `net/scm.h`),
+/// credentials, and a security label.
 const CONTROL_BYTES: usize = 8192;
 
 /// One instruction of a socket filter (`struct sock_filter`, `linux/filter.h`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
 #[repr(C)]
 pub struct FilterStep {
-    /// What it does.
+    /// The operation.
     pub code: u16,
-    /// Steps to pass over if true.
+    /// How many instructions to skip if true.
     pub jump_true: u8,
-    /// Steps to pass over if false.
+    /// How many instructions to skip if false.
     pub jump_false: u8,
     /// Its operand.
     pub operand: u32,
@@ -43,10 +43,10 @@ pub struct FilterStep {
 
 const _: () = assert!(size_of::<FilterStep>() == size_of::<libc::sock_filter>());
 
-/// Reads an option that has the size of `T` (`getsockopt(2)`).
+/// Gets an option that has the size of `T` (`getsockopt(2)`).
 ///
 /// # Errors
-/// What `getsockopt(2)` returns; `EINVAL` for an option of another size.
+/// `EINVAL` for an option of another size.
 pub fn option<T: FromBytes + IntoBytes>(
     fd: BorrowedFd,
     level: c_int,
@@ -61,10 +61,7 @@ pub fn option<T: FromBytes + IntoBytes>(
     Ok(value)
 }
 
-/// Reads an option into `value` and returns how long it is.
-///
-/// # Errors
-/// What `getsockopt(2)` returns.
+/// Gets an option into `value`, and returns its length.
 pub fn option_bytes(
     fd: BorrowedFd,
     level: c_int,
@@ -84,11 +81,8 @@ pub fn option_bytes(
 
 /// Sets an option (`setsockopt(2)`).
 ///
-/// # Errors
-/// What `setsockopt(2)` returns.
-///
 /// # Panics
-/// For options whose values hold addresses.
+/// For options whose values contain addresses.
 pub fn set_option<T: IntoBytes + Immutable + ?Sized>(
     fd: BorrowedFd,
     level: c_int,
@@ -109,10 +103,7 @@ pub fn set_option<T: IntoBytes + Immutable + ?Sized>(
     Errno::result(result).map(drop)
 }
 
-/// Returns the filter of a socket (`SO_GET_FILTER`), empty without one.
-///
-/// # Errors
-/// What `getsockopt(2)` returns.
+/// Returns the classic filter of a socket (`SO_GET_FILTER`); empty without one.
 pub fn filter(fd: BorrowedFd) -> nix::Result<Vec<FilterStep>> {
     let get = |steps: *mut FilterStep, mut len: socklen_t| {
         let (level, name) = (libc::SOL_SOCKET, libc::SO_GET_FILTER);
@@ -130,10 +121,7 @@ pub fn filter(fd: BorrowedFd) -> nix::Result<Vec<FilterStep>> {
     Ok(steps)
 }
 
-/// Gives a socket a filter (`SO_ATTACH_FILTER`).
-///
-/// # Errors
-/// What `setsockopt(2)` returns.
+/// Attaches a classic filter to a socket (`SO_ATTACH_FILTER`).
 pub fn attach_filter(fd: BorrowedFd, steps: &[FilterStep]) -> nix::Result<()> {
     let len = u16::try_from(steps.len()).map_err(|_| Errno::EINVAL)?;
     let program = libc::sock_fprog { len, filter: steps.as_ptr().cast_mut().cast() };
@@ -152,22 +140,19 @@ pub fn attach_filter(fd: BorrowedFd, steps: &[FilterStep]) -> nix::Result<()> {
     Errno::result(result).map(drop)
 }
 
-/// A message as it was received.
+/// A received message.
 #[derive(Debug)]
 pub struct Received {
-    /// Its bytes, or with `MSG_TRUNC` the bytes it has.
+    /// The number of bytes received; with `MSG_TRUNC`, the length of the message.
     pub len: usize,
-    /// The descriptors in it.
+    /// The descriptors in its control data.
     pub fds: Vec<OwnedFd>,
-    /// Whether there was control data of other kinds, but for when it came.
+    /// Whether it had other control data, except timestamps.
     pub other_control: bool,
 }
 
-/// Receives a message with the descriptors in it (`recvmsg(2)`); with `MSG_PEEK`
-/// these are duplicates.
-///
-/// # Errors
-/// What `recvmsg(2)` returns.
+/// Receives a message and its descriptors (`recvmsg(2)`). With `MSG_PEEK`, the descriptors are
+/// duplicates.
 pub fn receive(fd: BorrowedFd, buffer: &mut [u8], flags: MsgFlags) -> nix::Result<Received> {
     let mut data = [IoSliceMut::new(buffer)];
     let mut control = vec![0; CONTROL_BYTES];
@@ -178,8 +163,8 @@ pub fn receive(fd: BorrowedFd, buffer: &mut [u8], flags: MsgFlags) -> nix::Resul
         match control {
             ControlMessageOwned::ScmRights(numbers) => {
                 for number in numbers {
-                    // SAFETY: the kernel has just made this descriptor for us and told
-                    // its number to nobody else; we take each of them once.
+                    // SAFETY: the kernel has just created this descriptor for this process,
+                    // and no other code has its number; each one is taken once.
                     received.fds.push(unsafe { OwnedFd::from_raw_fd(number) });
                 }
             }
@@ -190,14 +175,10 @@ pub fn receive(fd: BorrowedFd, buffer: &mut [u8], flags: MsgFlags) -> nix::Resul
     Ok(received)
 }
 
-/// Peeks at a stream and returns how many bytes the messages have that fit into
-/// `buffer` as a whole.
+/// Peeks at a stream. Returns the total length of the messages that fit into `buffer` as a whole.
 ///
-/// The kernel does not tell where messages end. But one that it cannot copy it leaves
-/// out altogether, and behind `buffer` there is nothing to copy to.
-///
-/// # Errors
-/// What `recvmsg(2)` returns.
+/// The kernel does not report where messages end. But it omits a message that it cannot copy
+/// completely, and after `buffer` comes memory that it cannot write to.
 pub fn peek_whole(fd: BorrowedFd, buffer: &mut [u8]) -> nix::Result<usize> {
     let wall = MmapMut::map_anon(1)
         .and_then(MmapMut::make_read_only)
@@ -223,13 +204,13 @@ pub fn peek_whole(fd: BorrowedFd, buffer: &mut [u8]) -> nix::Result<usize> {
     }
 }
 
-/// Returns the address of a UNIX socket of this name (`struct sockaddr_un`): the name is as
-/// it is in the kernel, a path, which may end with a zero, or a zero and any bytes.
+/// Returns the address (`struct sockaddr_un`) of a UNIX socket with this name. The name is in the
+/// kernel's form: a path, optionally with its NUL byte, or a NUL byte followed by any bytes.
 ///
 /// # Errors
 /// `ENAMETOOLONG`.
 pub fn unix_address(name: &[u8]) -> nix::Result<Vec<u8>> {
-    // The kernel adds a zero to a path that takes all the room there is.
+    // The kernel appends a NUL byte even to a path that fills the whole address.
     let name = match name.strip_suffix(b"\0") {
         Some(path) if path.len() == UNIX_NAME_MAX => path,
         _ => name,
@@ -241,7 +222,7 @@ pub fn unix_address(name: &[u8]) -> nix::Result<Vec<u8>> {
     Ok([&family.to_ne_bytes(), name].concat())
 }
 
-/// Runs `call` with the address of a UNIX socket of this name.
+/// Calls `call` with the address of a UNIX socket with this name.
 fn with_unix_address(
     name: &[u8],
     call: impl FnOnce(*const libc::sockaddr, socklen_t) -> c_int,
@@ -251,11 +232,8 @@ fn with_unix_address(
     Errno::result(call(address.as_ptr().cast(), len)).map(drop)
 }
 
-/// Binds a UNIX socket (`bind(2)`) to a name as `sock_diag(7)` gives it; an empty
-/// name lets the kernel choose one.
-///
-/// # Errors
-/// What `bind(2)` returns; `ENAMETOOLONG`.
+/// Binds a UNIX socket to a name in the form of `sock_diag(7)` (`bind(2)`). For an empty name the
+/// kernel chooses one.
 pub fn bind_unix(fd: BorrowedFd, name: &[u8]) -> nix::Result<()> {
     with_unix_address(name, |address, len| {
         // SAFETY: `address` is valid for `len` bytes during the call, which only
@@ -264,10 +242,7 @@ pub fn bind_unix(fd: BorrowedFd, name: &[u8]) -> nix::Result<()> {
     })
 }
 
-/// Connects a UNIX socket (`connect(2)`) to one of this name.
-///
-/// # Errors
-/// What `connect(2)` returns; `ENAMETOOLONG`.
+/// Connects a UNIX socket to the one with this name (`connect(2)`).
 pub fn connect_unix(fd: BorrowedFd, name: &[u8]) -> nix::Result<()> {
     with_unix_address(name, |address, len| {
         // SAFETY: `address` is valid for `len` bytes during the call, which only
@@ -276,10 +251,7 @@ pub fn connect_unix(fd: BorrowedFd, name: &[u8]) -> nix::Result<()> {
     })
 }
 
-/// Takes a datagram socket's peer from it (`connect(2)` with `AF_UNSPEC`).
-///
-/// # Errors
-/// What `connect(2)` returns.
+/// Disconnects a datagram socket from its peer (`connect(2)` with `AF_UNSPEC`).
 pub fn disconnect(fd: BorrowedFd) -> nix::Result<()> {
     let family = libc::sa_family_t::try_from(libc::AF_UNSPEC).expect("families are small");
     let address = libc::sockaddr { sa_family: family, sa_data: [0; 14] };
@@ -292,21 +264,18 @@ pub fn disconnect(fd: BorrowedFd) -> nix::Result<()> {
 /// Opens the file that a UNIX socket is bound to, with `O_PATH`.
 ///
 /// # Errors
-/// `ENOENT` if it is bound to none, `EPERM` without `CAP_NET_ADMIN`.
+/// `ENOENT` if it is not bound to a file; `EPERM` without `CAP_NET_ADMIN`.
 pub fn unix_file(fd: BorrowedFd) -> nix::Result<OwnedFd> {
     // SAFETY: the request takes no argument.
     let opened = Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), SIOCUNIXFILE) })?;
-    // SAFETY: the kernel has just made this descriptor for us.
+    // SAFETY: the kernel has just created this descriptor for this process.
     Ok(unsafe { OwnedFd::from_raw_fd(opened) })
 }
 
-/// Makes a socket of any family, type and protocol (`socket(2)`), with `SOCK_CLOEXEC`.
-///
-/// # Errors
-/// What `socket(2)` returns.
+/// Creates a socket of any family, type and protocol (`socket(2)`), with `SOCK_CLOEXEC`.
 pub fn create(family: c_int, kind: c_int, protocol: c_int) -> nix::Result<OwnedFd> {
     // SAFETY: the call takes no memory.
     let fd = Errno::result(unsafe { libc::socket(family, kind | libc::SOCK_CLOEXEC, protocol) })?;
-    // SAFETY: the kernel has just made this descriptor for us.
+    // SAFETY: the kernel has just created this descriptor for this process.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

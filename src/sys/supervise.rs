@@ -1,4 +1,4 @@
-//! A worker that outlives the process that waits for it.
+//! A worker process that outlives its supervisor.
 #![expect(unsafe_code, reason = "fork")]
 
 use std::{
@@ -20,16 +20,16 @@ use nix::{
 use super::cancel;
 use crate::units::{HostPid, RemoteAddr};
 
-/// State that the worker shares with the supervisor, in common memory.
+/// State that worker and supervisor share in memory.
 #[derive(Debug, Default)]
 struct Ledger {
-    /// The process that has scratch memory, or 0.
+    /// The process that has scratch memory; 0 if none has.
     pid: AtomicU64,
     start: AtomicU64,
     bytes: AtomicU64,
 }
 
-/// The ledger; none before [`split`].
+/// The ledger; null before [`split`].
 static LEDGER: AtomicPtr<Ledger> = AtomicPtr::new(std::ptr::null_mut());
 
 fn ledger() -> Option<&'static Ledger> {
@@ -56,14 +56,14 @@ fn begin_ledger() -> nix::Result<()> {
 pub struct Leftover {
     /// The process.
     pub pid: HostPid,
-    /// Where it begins.
+    /// Its start address.
     pub start: RemoteAddr,
     /// Its length.
     pub bytes: u64,
 }
 
-/// Tells the supervisor that a process is about to get scratch memory, which is to be
-/// removed if this process cannot.
+/// Tells the supervisor that a process is about to get scratch memory. The supervisor unmaps it if
+/// the worker is killed.
 pub fn note_scratch(pid: HostPid, start: RemoteAddr, bytes: u64) {
     if let Some(ledger) = ledger() {
         ledger.start.store(start.0, Ordering::Relaxed);
@@ -72,7 +72,7 @@ pub fn note_scratch(pid: HostPid, start: RemoteAddr, bytes: u64) {
     }
 }
 
-/// Tells the supervisor that there is no scratch memory any more.
+/// Tells the supervisor that the scratch memory is unmapped.
 pub fn clear_scratch() {
     if let Some(ledger) = ledger() {
         ledger.pid.store(0, Ordering::Release);
@@ -82,9 +82,9 @@ pub fn clear_scratch() {
 /// The two processes after [`split`].
 #[derive(Debug)]
 pub enum Side {
-    /// The one that was called, which waits for the other.
+    /// The caller's process, which waits for the worker.
     Supervisor(Supervisor),
-    /// The one that does the work.
+    /// The process that does the work.
     Worker,
 }
 
@@ -92,34 +92,33 @@ pub enum Side {
 #[derive(Debug)]
 pub struct Supervisor {
     worker: Pid,
-    /// What is waited for; all of it is blocked.
+    /// The signals that it waits for, all of them blocked.
     signals: SigSet,
 }
 
 /// How the worker has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
-    /// By itself, with this exit code.
+    /// It exited with this code.
     Exited(i32),
-    /// By a signal.
+    /// A signal killed it.
     Killed(Signal),
 }
 
-/// Splits the process in two: a worker, and one that waits for it and passes on
-/// to it what asks for an end.
+/// Forks into a worker, and a supervisor that waits for it and forwards requests to stop.
 ///
-/// The worker is in a session of its own, so that what kills the caller's process group or
-/// session does not kill both.
+/// The worker has a session of its own, so that a signal to the caller's process group or session
+/// does not kill both.
 ///
-/// If the caller is killed, even by `SIGKILL`, the worker is asked to stop, by a flag
-/// ([`cancel`]). So it always gets to undo what it has done to other processes. In the
-/// worker Ctrl-Z has no effect either: it would stop while others are stopped by it.
+/// If the supervisor is killed, even by `SIGKILL`, the worker is asked to stop, by a flag ([`cancel`]).
+/// So it can always undo what it has done to other processes. Ctrl-Z has no effect on the worker
+/// either: it would stop while it has stopped other processes.
 ///
-/// To be called before the program starts a thread. The worker must not change
-/// its user id: the kernel forgets then whose end it wants to know of.
+/// Call it before the program starts a thread. The worker must not change its user id: the kernel
+/// would then cancel its parent-death signal.
 ///
 /// # Errors
-/// `EBUSY` if there is another thread; what `fork(2)` and `sigaction(2)` return.
+/// `EBUSY` if there is another thread.
 pub fn split() -> io::Result<Side> {
     if fs::read_dir("/proc/self/task")?.count() != 1 {
         return Err(Errno::EBUSY.into());
@@ -131,8 +130,7 @@ pub fn split() -> io::Result<Side> {
             signals.add(signal);
         }
     }
-    // An ignored SIGCHLD is inherited, and would let the kernel reap the worker
-    // behind our back.
+    // If SIGCHLD is ignored, which is inherited, the kernel would reap the worker itself.
     set_action(Signal::SIGCHLD, SigHandler::SigDfl)?;
     begin_ledger()?;
     let before = signals.thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
@@ -148,8 +146,7 @@ pub fn split() -> io::Result<Side> {
             set_action(Signal::SIGTSTP, SigHandler::Handler(stay))?;
             set_pdeathsig(Signal::SIGTERM)?;
             if getppid() != supervisor {
-                // The supervisor was killed before we asked for the signal. No work has
-                // begun yet.
+                // The supervisor was killed before the signal was set. No work has begun yet.
                 process::exit(1);
             }
             setsid()?;
@@ -163,8 +160,8 @@ pub fn split() -> io::Result<Side> {
     }
 }
 
-/// The handler of a signal that is to have no effect, but not for the programs
-/// that the worker executes, as ignoring it would.
+/// A signal handler that does nothing. Unlike ignoring the signal, programs that the worker executes
+/// do not inherit it.
 extern "C" fn stay(_signal: libc::c_int) {}
 
 fn set_action(signal: Signal, handler: SigHandler) -> nix::Result<()> {
@@ -174,7 +171,7 @@ fn set_action(signal: Signal, handler: SigHandler) -> nix::Result<()> {
 }
 
 impl Supervisor {
-    /// Returns the scratch memory that a worker has left, which was killed.
+    /// Returns the scratch memory that a killed worker has left behind.
     pub fn leftover(&self) -> Option<Leftover> {
         let ledger = ledger()?;
         let pid = ledger.pid.load(Ordering::Acquire);
@@ -186,11 +183,7 @@ impl Supervisor {
         })
     }
 
-    /// Waits for the end of the worker, and passes on `SIGINT`, `SIGTERM` and
-    /// `SIGHUP` until then.
-    ///
-    /// # Errors
-    /// What `sigwait(3)` and `waitpid(2)` return.
+    /// Waits until the worker exits, and forwards `SIGINT`, `SIGTERM` and `SIGHUP` to it until then.
     pub fn wait(&self) -> io::Result<Ended> {
         loop {
             match waitpid(self.worker, Some(WaitPidFlag::WNOHANG)) {
@@ -201,7 +194,7 @@ impl Supervisor {
             }
             match self.signals.wait()? {
                 Signal::SIGCHLD => {}
-                // The worker may have ended just now; then the signal goes nowhere.
+                // If the worker has exited just now, the signal is lost.
                 signal => drop(kill(self.worker, signal)),
             }
         }

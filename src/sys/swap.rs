@@ -1,4 +1,4 @@
-//! Swap: which pages of shared memory are there, and bringing pages back.
+//! Swap: finds pages of shared memory that are in swap, and moves pages back there.
 #![expect(unsafe_code, reason = "mmap, madvise and cachestat")]
 
 use std::{
@@ -13,7 +13,7 @@ use nix::{errno::Errno, libc};
 
 use crate::units::PAGE_SIZE;
 
-/// Returns the bytes of swap of the machine, and how many of these are free.
+/// Returns the size of the machine's swap, and how much of it is free, in bytes.
 pub fn bytes() -> (u64, u64) {
     let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let bytes = |name: &str| {
@@ -23,7 +23,7 @@ pub fn bytes() -> (u64, u64) {
     (bytes("SwapTotal:").unwrap_or(0), bytes("SwapFree:").unwrap_or(0))
 }
 
-/// A part of shared memory in the address space of this program. Nothing there is touched.
+/// A mapping of shared memory in this process. Its pages are never touched.
 struct View {
     start: *mut libc::c_void,
     bytes: usize,
@@ -46,7 +46,7 @@ impl View {
 
 impl Drop for View {
     fn drop(&mut self) {
-        // SAFETY: the mapping is ours, and nobody has its address.
+        // SAFETY: this function's owner has made the mapping, and no other code has its address.
         unsafe { libc::munmap(self.start, self.bytes) };
     }
 }
@@ -54,14 +54,14 @@ impl Drop for View {
 /// `cachestat(2)` (Linux 6.5).
 const SYS_CACHESTAT: libc::c_long = 451;
 
-/// `struct cachestat` (`linux/mman.h`), as far as it is of use here.
+/// The fields of `struct cachestat` (`linux/mman.h`).
 #[derive(Default)]
 #[repr(C)]
 struct CacheStat {
     cached: u64,
     dirty: u64,
     written_back: u64,
-    /// Of shared memory: in swap.
+    /// For shared memory: pages in swap.
     evicted: u64,
     recently_evicted: u64,
 }
@@ -80,14 +80,14 @@ fn swapped(object: &File, pages: &Range<u64>) -> Result<u64, Errno> {
     Errno::result(result).map(|_| found.evicted)
 }
 
-/// Returns the pages of shared memory that are in swap, ascending.
+/// Returns the pages of shared memory that are in swap, in ascending order.
 ///
 /// # Errors
-/// `ENOSYS` before Linux 6.5; `EOPNOTSUPP` for huge pages, which are never there.
+/// `ENOSYS` before Linux 6.5; `EOPNOTSUPP` for huge pages, which are never swapped.
 pub fn swapped_pages(object: &File) -> io::Result<Vec<Range<u64>>> {
     let pages = object.metadata()?.len().div_ceil(PAGE_SIZE);
     let mut found: Vec<Range<u64>> = Vec::new();
-    // Halves of what is not all the same, in order.
+    // Ranges to examine, in order; mixed ones are split in half.
     let mut left = Vec::from_iter((pages > 0).then_some(0..pages));
     while let Some(range) = left.pop() {
         match swapped(object, &range)? {
@@ -107,12 +107,9 @@ pub fn swapped_pages(object: &File) -> io::Result<Vec<Range<u64>>> {
 }
 
 /// Moves pages of unmapped shared memory to swap (since Linux 5.14).
-///
-/// # Errors
-/// What `mmap(2)` and `madvise(2)` return.
 pub fn page_out(object: &File, offset: u64, bytes: usize) -> Result<(), Errno> {
     let view = View::new(object, offset, bytes)?;
-    // Only what a page table has is brought there. Behind the end there is nothing.
+    // The kernel swaps out only pages in a page table, so populate them first.
     view.advise(libc::MADV_POPULATE_READ)?;
     view.advise(libc::MADV_PAGEOUT)
 }

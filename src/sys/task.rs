@@ -1,14 +1,14 @@
-//! What else the kernel keeps of threads: where they run, how their I/O is served.
+//! Attributes of threads: CPU affinity, I/O priority, core scheduling.
 #![expect(unsafe_code, reason = "system calls that nix does not have")]
 
 use nix::{errno::Errno, libc};
 
 use crate::units::HostPid;
 
-/// Words of a set of processors: `CONFIG_NR_CPUS` is at most 8192.
+/// The words of a CPU set: `CONFIG_NR_CPUS` is at most 8192.
 const PROCESSOR_WORDS: usize = 8192 / 64;
 
-/// Returns the processors that a thread may run on, a bit each.
+/// Returns the CPUs that a thread may run on, one bit for each.
 ///
 /// # Errors
 /// `ESRCH`.
@@ -25,7 +25,8 @@ pub fn affinity(tid: HostPid) -> Result<Vec<u64>, Errno> {
     Ok(words)
 }
 
-/// Sets them; those that the machine or the cgroup does not have are left out.
+/// Sets the CPUs that a thread may run on. The kernel ignores those that the machine or the cgroup
+/// lacks.
 ///
 /// # Errors
 /// `EINVAL` if none is left, `EPERM`, `ESRCH`.
@@ -40,7 +41,7 @@ pub fn set_affinity(tid: HostPid, words: &[u64]) -> Result<(), Errno> {
 /// `IOPRIO_WHO_PROCESS` (`linux/ioprio.h`): one thread.
 const IOPRIO_THREAD: i32 = 1;
 
-/// Returns class and level of a thread's I/O.
+/// Returns class and level of a thread's I/O priority.
 ///
 /// # Errors
 /// `ESRCH`, `EPERM`.
@@ -50,7 +51,7 @@ pub fn io_priority(tid: HostPid) -> Result<u32, Errno> {
     u32::try_from(Errno::result(result)?).map_err(|_| Errno::ERANGE)
 }
 
-/// Sets them.
+/// Sets class and level of a thread's I/O priority.
 ///
 /// # Errors
 /// `EPERM` for the real-time class, `EINVAL`, `ESRCH`.
@@ -60,11 +61,11 @@ pub fn set_io_priority(tid: HostPid, priority: u32) -> Result<(), Errno> {
     Errno::result(result).map(drop)
 }
 
-/// Returns the cookie by which the kernel keeps threads apart that may not run on two
-/// halves of a processor; 0 if it has none.
+/// Returns the core scheduling cookie of a thread; 0 if it has none. Threads with different cookies
+/// never share a core.
 ///
 /// # Errors
-/// `EINVAL` or `ENODEV` where the kernel or the machine has no such thing.
+/// `EINVAL` or `ENODEV` if the kernel or the machine does not support core scheduling.
 pub fn core_cookie(tid: HostPid) -> Result<u64, Errno> {
     /// `PR_SCHED_CORE`, `PR_SCHED_CORE_GET`, `PR_SCHED_CORE_SCOPE_THREAD` (`linux/prctl.h`).
     const SCHED_CORE: i32 = 62;
@@ -77,8 +78,8 @@ pub fn core_cookie(tid: HostPid) -> Result<u64, Errno> {
     Ok(cookie)
 }
 
-/// Returns the sets of semaphores on which one of these processes has made the last
-/// operation of any.
+/// Returns the semaphore sets in which one of these processes has made the last operation on a
+/// semaphore.
 pub fn semaphores_used_by(pids: &dyn Fn(HostPid) -> bool) -> Vec<i32> {
     let text = std::fs::read_to_string("/proc/sysvipc/sem").unwrap_or_default();
     let mut found = Vec::new();

@@ -1,12 +1,10 @@
-//! Counters of what threads do, by the kernel's tracepoints (`perf_event_open(2)`).
+//! Counts events by the kernel's tracepoints (`perf_event_open(2)`).
 //!
-//! A counter belongs to one thread and whatever that creates, or to one processor, for as
-//! long as its descriptor is open. The kernel counts where it meets the tracepoint, so no
-//! event is lost, and no reader is needed.
+//! A counter belongs to a thread and all that it creates, or to one processor, while its descriptor
+//! is open. The kernel counts in the tracepoint itself, so no event is lost and no reader is needed.
 //!
-//! A tracepoint is asked for by its number, which tracefs shows. Where it is not mounted,
-//! as in containers and on machines without systemd, this program opens it without a mount
-//! point.
+//! Tracefs shows the number by which a tracepoint is requested. Where tracefs is not mounted, as in
+//! containers and on machines without systemd, rcriu opens it without a mount point.
 #![expect(unsafe_code, reason = "perf_event_open(2) and its ioctls; fsopen(2) and fsmount(2)")]
 
 use std::{
@@ -35,17 +33,16 @@ use crate::{
     units::HostPid,
 };
 
-/// Where the kernel's tracepoints are mounted (`Documentation/trace/ftrace.rst`).
+/// Where tracefs is usually mounted (`Documentation/trace/ftrace.rst`).
 const MOUNTED: &str = "/sys/kernel/tracing";
 
-/// Where they are below debugfs, which mounts them when it is asked.
+/// Where debugfs mounts tracefs when the path is accessed.
 const BELOW_DEBUGFS: &str = "/sys/kernel/debug/tracing";
 
 /// `TRACEFS_MAGIC` (`linux/magic.h`).
 const TRACEFS: FsType = FsType(0x7472_6163);
 
-/// The beginning of `struct perf_event_attr` (`linux/perf_event.h`), which all kernels
-/// take.
+/// The start of `struct perf_event_attr` (`linux/perf_event.h`), which all kernels accept.
 #[repr(C)]
 #[derive(Default)]
 struct Attributes {
@@ -69,7 +66,7 @@ const _: () = assert!(size_of::<Attributes>() == ATTRIBUTES_BYTES as usize);
 const TYPE_TRACEPOINT: u32 = 2;
 /// `PERF_FORMAT_TOTAL_TIME_ENABLED` and `PERF_FORMAT_TOTAL_TIME_RUNNING`.
 const FORMAT_TIMES: u64 = 1 << 0 | 1 << 1;
-/// `perf_event_attr.inherit`: threads and processes that are created count as well.
+/// `perf_event_attr.inherit`: also count in threads and processes that are created.
 const FLAG_INHERIT: u64 = 1 << 1;
 /// `PERF_FLAG_FD_CLOEXEC`.
 const FLAG_CLOEXEC: libc::c_ulong = 1 << 3;
@@ -78,31 +75,30 @@ const SET_FILTER: libc::Ioctl =
     1 << 30 | (size_of::<usize>() as libc::Ioctl) << 16 | (b'$' as libc::Ioctl) << 8 | 6;
 const _: () = assert!(SET_FILTER == 0x4008_2406);
 
-/// Something that is counted. Calls by the 32-bit interface and by x32 are not.
+/// An event to count. Calls by the 32-bit or the x32 interface are not counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// A process is created with a copy of the memory: `fork(2)` and what is like it,
-    /// but neither threads nor `vfork(2)`.
+    /// A process is created with a copy of the memory: by `fork(2)` and the like, but not by
+    /// `vfork(2)`, and not for threads.
     MemoryCopied,
-    /// A mapping is made twice, by `mremap(2)` with an old size of 0 or with
-    /// `MREMAP_DONTUNMAP`.
+    /// A mapping is duplicated: by `mremap(2)` with an old size of 0 or with `MREMAP_DONTUNMAP`.
     MappingDoubled,
     /// Pages of a file are removed by `MADV_REMOVE`.
     PagesRemoved,
-    /// The same by `process_madvise(2)`.
+    /// The same, by `process_madvise(2)`.
     PagesRemovedFrom,
-    /// An io_uring is made, which can do all sorts of things.
+    /// An io_uring is created, which can do the same and more.
     RingMade,
-    /// A processor comes or goes, and with it its counters.
+    /// A processor goes online or offline, and its counters with it.
     ProcessorChanged,
 }
 
 impl Event {
-    /// Those that happen often, and are counted in the threads that matter. That makes
-    /// it dearer to create a thread: by 6 to 10 microseconds each.
+    /// Frequent events, counted in the relevant threads only. Each event makes creating a thread
+    /// slower, by 6 to 10 microseconds.
     pub const COMMON: [Self; 2] = [Self::MemoryCopied, Self::RingMade];
 
-    /// Those that happen so seldom that they are counted for the whole machine.
+    /// Events so rare that they are counted for the whole machine.
     pub const SELDOM: [Self; 4] =
         [Self::ProcessorChanged, Self::MappingDoubled, Self::PagesRemoved, Self::PagesRemovedFrom];
 
@@ -117,18 +113,18 @@ impl Event {
         }
     }
 
-    /// Which of the events are meant (`Documentation/trace/events.rst`).
+    /// Returns the filter that selects the events (`Documentation/trace/events.rst`).
     fn filter(self) -> Option<&'static CStr> {
         match self {
             // `CLONE_VM`.
             Self::MemoryCopied => Some(c"!(clone_flags & 0x100)"),
-            // The kernel rounds the size up to whole pages, by which the largest become
-            // 0; 4 is `MREMAP_DONTUNMAP`.
+            // The kernel rounds the size up to whole pages, so the largest sizes become 0.
+            // 4 is `MREMAP_DONTUNMAP`.
             Self::MappingDoubled => {
                 Some(c"old_len == 0 || old_len >= 0xfffffffffffff001 || flags & 4")
             }
-            // `MADV_REMOVE` is 9. The event has the whole register, of which the kernel
-            // looks at the lower half.
+            // `MADV_REMOVE` is 9. The event has the whole register, of which the kernel uses the
+            // lower half.
             Self::PagesRemoved | Self::PagesRemovedFrom => {
                 Some(c"behavior & 8 && behavior & 1 && !(behavior & 0xfffffff6)")
             }
@@ -137,9 +133,6 @@ impl Event {
     }
 
     /// Returns the number of the tracepoint.
-    ///
-    /// # Errors
-    /// Those of finding tracefs, and of reading there.
     fn number(self) -> io::Result<u64> {
         let path = Path::new("events").join(self.name()).join("id");
         let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
@@ -149,11 +142,11 @@ impl Event {
     }
 }
 
-/// Returns the root of tracefs. It stays open: a file system without a mount point takes
-/// the kernel milliseconds to let go, and it may be while others wait.
+/// Returns the root of tracefs, and keeps it open: the kernel takes milliseconds to release a file
+/// system without a mount point, possibly while other processes wait.
 ///
-/// A mount that is there comes first, since older kernels take a new one for a change of
-/// its options. Debugfs comes last: to look there makes a mount that stays.
+/// Prefers an existing mount, since older kernels treat a new one as a change of its options. Tries
+/// debugfs last: accessing it creates a mount that stays.
 fn tracefs() -> io::Result<&'static OwnedFd> {
     static ROOT: OnceLock<Result<OwnedFd, Errno>> = OnceLock::new();
     let find = || {
@@ -173,11 +166,11 @@ fn tracefs() -> io::Result<&'static OwnedFd> {
     ROOT.get_or_init(find).as_ref().map_err(|errno| (*errno).into())
 }
 
-/// Opens the root of a file system that is mounted nowhere (Linux 5.2).
+/// Opens the root of a file system without a mount point (Linux 5.2).
 ///
 /// # Errors
-/// `EPERM` without `CAP_SYS_ADMIN` where the file system belongs; `ENODEV` if the kernel
-/// has none of this name.
+/// `EPERM` without `CAP_SYS_ADMIN` in the owning user namespace; `ENODEV` if the kernel does not have
+/// this file system.
 fn detached(name: &CStr) -> nix::Result<OwnedFd> {
     /// `FSOPEN_CLOEXEC`, `FSCONFIG_CMD_CREATE` and `FSMOUNT_CLOEXEC` (`linux/mount.h`).
     const OPEN_CLOEXEC: libc::c_uint = 1;
@@ -185,10 +178,10 @@ fn detached(name: &CStr) -> nix::Result<OwnedFd> {
     const MOUNT_CLOEXEC: libc::c_uint = 1;
     let owned = |fd: libc::c_long| {
         let fd = i32::try_from(Errno::result(fd)?).map_err(|_| Errno::EBADF)?;
-        // SAFETY: the kernel has just made this descriptor, and nobody else knows it.
+        // SAFETY: the kernel has just created this descriptor, and no other code has it.
         Ok::<_, Errno>(unsafe { OwnedFd::from_raw_fd(fd) })
     };
-    // SAFETY: the name is a string that ends with zero and outlives the call.
+    // SAFETY: the name is a NUL-terminated string that outlives the call.
     let context = owned(unsafe { libc::syscall(libc::SYS_fsopen, name.as_ptr(), OPEN_CLOEXEC) })?;
     let nothing = std::ptr::null::<libc::c_char>();
     // SAFETY: this command takes neither key nor value.
@@ -203,7 +196,7 @@ fn detached(name: &CStr) -> nix::Result<OwnedFd> {
     })
 }
 
-/// Tries to count what a thread does, and what is done on processors.
+/// Tries to count events of a thread and of a processor.
 ///
 /// # Errors
 /// As [`count`].
@@ -213,23 +206,23 @@ pub fn probe() -> Result<(), CountError> {
     count(&Event::SELDOM, &[Scope::Processor(first)]).map(drop)
 }
 
-/// Whether a program can make system calls by another interface, such as x32
-/// (`CONFIG_X86_X32_ABI`), which tracepoints of system calls do not see.
+/// Whether programs can make system calls by another interface, such as x32
+/// (`CONFIG_X86_X32_ABI`), which the tracepoints do not see.
 pub fn has_unseen_calls() -> bool {
-    // SAFETY: getppid takes nothing and changes nothing, by whatever interface.
+    // SAFETY: getppid takes nothing and changes nothing, by whichever interface.
     OTHER_INTERFACE.is_some_and(|bit| unsafe { libc::syscall(bit | libc::SYS_getppid) >= 0 })
 }
 
 /// Where events are counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
-    /// In a thread, and in all that it creates.
+    /// In a thread and all that it creates.
     Thread(HostPid),
-    /// On a processor, whichever thread runs there.
+    /// On a processor, in whichever thread runs there.
     Processor(u32),
 }
 
-/// Returns the numbers of the processors that run.
+/// Returns the numbers of the online processors.
 ///
 /// # Errors
 /// [`CountError::Processors`].
@@ -249,21 +242,21 @@ fn numbers(list: &str) -> Option<Vec<u32>> {
     Some(numbers)
 }
 
-/// Why nothing is counted.
+/// Why events cannot be counted.
 #[derive(Debug, thiserror::Error)]
 pub enum CountError {
-    /// Tracefs cannot be opened, or does not have the tracepoint.
+    /// Tracefs cannot be opened, or lacks the tracepoint.
     #[error("find the tracepoint {event} in tracefs")]
     Find {
-        /// Its name.
+        /// The name of the tracepoint.
         event: &'static str,
         /// Why.
         source: io::Error,
     },
-    /// The kernel makes no counter: `EACCES` or `EPERM` without `CAP_PERFMON`.
+    /// The kernel refuses the counter: `EACCES` or `EPERM` without `CAP_PERFMON`.
     #[error("count {event} by perf_event_open")]
     Open {
-        /// The tracepoint's name.
+        /// The name of the tracepoint.
         event: &'static str,
         /// Why.
         source: Errno,
@@ -277,7 +270,7 @@ pub enum CountError {
 }
 
 impl CountError {
-    /// Says what helps.
+    /// Returns how to fix it.
     pub fn help(&self) -> &'static str {
         let errno = match self {
             Self::Find { source, .. } => source.raw_os_error().map(Errno::from_raw),
@@ -290,19 +283,19 @@ impl CountError {
                  /sys/kernel/tracing"
             }
             (Self::Find { .. }, _) => {
-                "it takes a kernel with tracefs and tracepoints (CONFIG_FTRACE_SYSCALLS)"
+                "use a kernel with tracefs and tracepoints (CONFIG_FTRACE_SYSCALLS)"
             }
             (_, Some(Errno::EPERM | Errno::EACCES)) => {
-                "run rcriu with CAP_PERFMON outside of user namespaces, where no filter of system \
-                 calls keeps perf_event_open from it"
+                "run rcriu with CAP_PERFMON outside of user namespaces, and without a seccomp \
+                 filter that blocks perf_event_open"
             }
             (_, Some(Errno::EMFILE | Errno::ENFILE)) => "allow more open files (ulimit -n)",
-            _ => "it takes a kernel with CONFIG_PERF_EVENTS",
+            _ => "use a kernel with CONFIG_PERF_EVENTS",
         }
     }
 }
 
-/// Begins to count some events in all of the scopes.
+/// Starts to count the events in all scopes.
 ///
 /// # Errors
 /// [`CountError`].
@@ -319,11 +312,10 @@ pub fn count(events: &[Event], scopes: &[Scope]) -> Result<Vec<OwnedFd>, CountEr
     Ok(counters)
 }
 
-/// Opens the counter of an event that has a `number`.
+/// Opens the counter of an event, whose tracepoint has this `number`.
 ///
 /// # Errors
-/// What `perf_event_open(2)` returns: `EACCES` or `EPERM` without `CAP_PERFMON`;
-/// `EINVAL` if the kernel's event has other fields.
+/// `EACCES` or `EPERM` without `CAP_PERFMON`; `EINVAL` if this kernel's event has other fields.
 fn open(event: Event, number: u64, scope: Scope) -> nix::Result<OwnedFd> {
     let (thread, processor, flags) = match scope {
         Scope::Thread(thread) => (thread.0, -1, FLAG_INHERIT),
@@ -351,10 +343,10 @@ fn open(event: Event, number: u64, scope: Scope) -> nix::Result<OwnedFd> {
         )
     };
     let fd = i32::try_from(Errno::result(fd)?).map_err(|_| Errno::EBADF)?;
-    // SAFETY: the kernel has just made this descriptor, and nobody else knows it.
+    // SAFETY: the kernel has just created this descriptor, and no other code has it.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     if let Some(filter) = event.filter() {
-        // SAFETY: the kernel reads a string that ends with zero and is there forever.
+        // SAFETY: the kernel reads a NUL-terminated string of static lifetime.
         let result = unsafe { libc::ioctl(fd.as_raw_fd(), SET_FILTER, filter.as_ptr()) };
         Errno::result(result)?;
     }
@@ -364,7 +356,7 @@ fn open(event: Event, number: u64, scope: Scope) -> nix::Result<OwnedFd> {
 /// Reads a counter.
 ///
 /// # Errors
-/// What `read(2)` returns; `InvalidData` if it has not counted all the time.
+/// `InvalidData` if it has not counted all the time.
 pub fn read(counter: &File) -> io::Result<u64> {
     let mut values = <[u64; 3]>::new_zeroed();
     (&*counter).read_exact(values.as_mut_bytes())?;

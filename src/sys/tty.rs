@@ -9,14 +9,14 @@ use nix::{
     libc,
 };
 
-/// As the kernel has it (`include/uapi/asm-generic/fcntl.h`); to the C library it is 0.
+/// The kernel's value (`include/uapi/asm-generic/fcntl.h`); in the C library it is 0.
 const O_LARGEFILE: libc::c_int = 0o100_000;
 
 /// `NCCS` (`include/uapi/asm-generic/termbits.h`).
 pub const CONTROL_CHARACTERS: usize = 19;
 
-/// The kernel's `struct termios` (`include/uapi/asm-generic/termbits.h`), which
-/// is not the C library's.
+/// The kernel's `struct termios` (`include/uapi/asm-generic/termbits.h`), which differs from the C
+/// library's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Termios {
@@ -55,12 +55,12 @@ const fn with_int(direction: libc::Ioctl, number: libc::Ioctl) -> libc::Ioctl {
     direction << 30 | 4 << 16 | (b'T' as libc::Ioctl) << 8 | number
 }
 
-// `include/uapi/asm-generic/ioctls.h`; those that get a state are of Linux 3.16.
+// `include/uapi/asm-generic/ioctls.h`; those that get a state exist since Linux 3.16.
 const TCGETS: libc::Ioctl = 0x5401;
 const TCSETS: libc::Ioctl = 0x5402;
-/// Takes the terminal as the controlling one.
+/// Makes a terminal the controlling terminal.
 pub const TIOCSCTTY: libc::Ioctl = 0x540e;
-/// Sets the group in the foreground.
+/// Sets the foreground process group.
 pub const TIOCSPGRP: libc::Ioctl = 0x5410;
 const TIOCEXCL: libc::Ioctl = 0x540c;
 const TIOCGPGRP: libc::Ioctl = 0x540f;
@@ -79,27 +79,27 @@ const TIOCGEXCL: libc::Ioctl = with_int(2, 0x40);
 const TIOCGPTPEER: libc::Ioctl = 0x5441;
 const _: () = assert!(TIOCGPTN == 0x8004_5430 && TIOCSPTLCK == 0x4004_5431);
 
-/// A property of a terminal that is an `int`.
+/// A property of a terminal, an `int`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Question {
-    /// The number of a pseudoterminal; asked of its master.
+    /// The index of a pseudoterminal; only its master knows it.
     Index,
-    /// The session that it controls.
+    /// The session that the terminal controls.
     Session,
-    /// The group in the foreground.
+    /// The foreground process group.
     Foreground,
-    /// Whether it cannot be opened again.
+    /// Whether exclusive mode keeps the terminal from being opened.
     Exclusive,
     /// Whether the master is in packet mode.
     Packet,
-    /// Whether the slave cannot be opened.
+    /// Whether the slave is locked, so it cannot be opened.
     Locked,
 }
 
-/// Asks a terminal.
+/// Reads a property of a terminal.
 ///
 /// # Errors
-/// `ENOTTY` if this terminal does not know; `EIO` if it is hung up.
+/// `ENOTTY` if this terminal does not have it; `EIO` if it is hung up.
 pub fn ask(fd: BorrowedFd, question: Question) -> nix::Result<i32> {
     let request = match question {
         Question::Index => TIOCGPTN,
@@ -115,19 +115,16 @@ pub fn ask(fd: BorrowedFd, question: Question) -> nix::Result<i32> {
     Ok(answer)
 }
 
-/// What can be switched on and off.
+/// A mode of a master that can be switched on and off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Switch {
-    /// Whether the slave cannot be opened; of a master.
+    /// Lock the slave, so it cannot be opened.
     Locked,
-    /// Packet mode; of a master.
+    /// Packet mode.
     Packet,
 }
 
-/// Switches a mode of a terminal on or off.
-///
-/// # Errors
-/// What `ioctl(2)` returns.
+/// Switches a mode of a master on or off.
 pub fn switch(fd: BorrowedFd, switch: Switch, on: bool) -> nix::Result<()> {
     let request = match switch {
         Switch::Locked => TIOCSPTLCK,
@@ -139,37 +136,31 @@ pub fn switch(fd: BorrowedFd, switch: Switch, on: bool) -> nix::Result<()> {
     Errno::result(result).map(drop)
 }
 
-/// Keeps others from opening a terminal.
-///
-/// # Errors
-/// What `ioctl(2)` returns.
+/// Sets exclusive mode: the terminal cannot be opened any more.
 pub fn make_exclusive(fd: BorrowedFd) -> nix::Result<()> {
     // SAFETY: the request takes no argument.
     Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), TIOCEXCL) }).map(drop)
 }
 
-/// Opens the slave of a master, wherever its file system is mounted. It does not become
-/// the controlling terminal.
+/// Opens the slave of a master, wherever devpts is mounted. It does not become the controlling
+/// terminal.
 ///
 /// # Errors
-/// What `ioctl(2)` returns: `EIO` if the master is locked.
+/// `EIO` if the slave is locked.
 pub fn open_slave(master: BorrowedFd, flags: u32) -> nix::Result<OwnedFd> {
-    // The description would keep `O_CLOEXEC`, which a descriptor is given otherwise.
+    // Passed here, O_CLOEXEC would stay in the status flags; set it on the descriptor instead.
     let flags = flags.cast_signed() & (libc::O_ACCMODE | libc::O_NONBLOCK | O_LARGEFILE);
     let flags = flags | libc::O_NOCTTY;
     // SAFETY: the request takes a number and returns a new descriptor.
     let fd = unsafe { libc::ioctl(master.as_raw_fd(), TIOCGPTPEER, flags) };
     let fd = Errno::result(fd)?;
-    // SAFETY: the kernel has just made this descriptor for us alone.
+    // SAFETY: the kernel has just created this descriptor for this process.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     fcntl(&fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
     Ok(fd)
 }
 
-/// Returns the modes of a terminal, or with `locked` which of them cannot be changed.
-///
-/// # Errors
-/// What `ioctl(2)` returns.
+/// Returns the modes of a terminal; with `locked`, which modes are locked against changes.
 pub fn termios(fd: BorrowedFd, locked: bool) -> nix::Result<Termios> {
     let mut modes = Termios::default();
     let request = if locked { TIOCGLCKTRMIOS } else { TCGETS };
@@ -178,10 +169,7 @@ pub fn termios(fd: BorrowedFd, locked: bool) -> nix::Result<Termios> {
     Ok(modes)
 }
 
-/// Sets the modes of a terminal, or with `locked` which of them cannot be changed.
-///
-/// # Errors
-/// What `ioctl(2)` returns.
+/// Sets the modes of a terminal; with `locked`, which modes are locked against changes.
 pub fn set_termios(fd: BorrowedFd, locked: bool, modes: &Termios) -> nix::Result<()> {
     let request = if locked { TIOCSLCKTRMIOS } else { TCSETS };
     let modes: *const Termios = modes;
@@ -189,10 +177,7 @@ pub fn set_termios(fd: BorrowedFd, locked: bool, modes: &Termios) -> nix::Result
     Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), request, modes) }).map(drop)
 }
 
-/// Returns the size of a terminal's window.
-///
-/// # Errors
-/// What `ioctl(2)` returns.
+/// Returns the window size of a terminal.
 pub fn window_size(fd: BorrowedFd) -> nix::Result<WindowSize> {
     let mut size = WindowSize::default();
     // SAFETY: the request writes a `struct winsize`, whose size is asserted.
@@ -200,10 +185,7 @@ pub fn window_size(fd: BorrowedFd) -> nix::Result<WindowSize> {
     Ok(size)
 }
 
-/// Sets the size of a terminal's window.
-///
-/// # Errors
-/// What `ioctl(2)` returns.
+/// Sets the window size of a terminal.
 pub fn set_window_size(fd: BorrowedFd, size: WindowSize) -> nix::Result<()> {
     // SAFETY: the request reads a `struct winsize`, whose size is asserted.
     let result = unsafe { libc::ioctl(fd.as_raw_fd(), TIOCSWINSZ, &raw const size) };

@@ -1,7 +1,6 @@
-//! Asynchronous write protection by userfaultfd(2): the kernel itself lets writes through
-//! and remembers them.
+//! Asynchronous write protection by `userfaultfd(2)`: the kernel lets writes pass and records them.
 //!
-//! A descriptor belongs to the memory of the process that made it, but any process that has
+//! A descriptor belongs to the memory of the process that has created it, but any process that has
 //! it may register ranges of that memory.
 #![expect(unsafe_code, reason = "ioctls of userfaultfd")]
 
@@ -11,11 +10,11 @@ use nix::{errno::Errno, libc};
 
 use crate::units::RemoteAddr;
 
-/// The flags with which a descriptor is made (`userfaultfd(2)`).
+/// The flags to create a descriptor with (`userfaultfd(2)`).
 ///
-/// `UFFD_USER_MODE_ONLY` (`linux/userfaultfd.h`, Linux 5.11) needs no privilege. It
-/// excludes faults of the kernel, which a handler would have to resolve. Asynchronous
-/// protection needs no handler, and the kernel's own writes pass and are seen as well.
+/// `UFFD_USER_MODE_ONLY` (`linux/userfaultfd.h`, Linux 5.11) needs no privilege. It excludes faults in
+/// the kernel, which a handler would have to resolve. Asynchronous protection has no handler: writes
+/// by the kernel pass and are recorded as well.
 pub const MAKE_FLAGS: libc::c_int = libc::O_CLOEXEC | libc::O_NONBLOCK | 1;
 
 /// `UFFD_API` (`linux/userfaultfd.h`).
@@ -54,7 +53,7 @@ const UFFDIO_API: libc::Ioctl = 0xc018_aa3f;
 /// `_IOWR(0xaa, 0x00, struct uffdio_register)`.
 const UFFDIO_REGISTER: libc::Ioctl = 0xc020_aa00;
 
-/// Returns the number of an ioctl that reads and writes so many bytes
+/// Returns the number of an ioctl that reads and writes a structure of `bytes`
 /// (`asm-generic/ioctl.h`).
 const fn iowr(number: u8, bytes: usize) -> libc::Ioctl {
     3 << 30 | (bytes as libc::Ioctl) << 16 | 0xaa << 8 | number as libc::Ioctl
@@ -70,11 +69,10 @@ pub struct WriteProtect {
 }
 
 impl WriteProtect {
-    /// Sets up a descriptor that was just made, by this or another process.
+    /// Sets up a descriptor that this or another process has just created.
     ///
     /// # Errors
-    /// `EINVAL` if the kernel does not know asynchronous write protection (before
-    /// Linux 6.7).
+    /// `EINVAL` if the kernel does not support asynchronous write protection (before Linux 6.7).
     pub fn set_up(fd: OwnedFd) -> nix::Result<Self> {
         let mut api = Api { api: UFFD_API, features: FEATURES, ioctls: 0 };
         // SAFETY: the structure has the size that the number says and outlives the
@@ -84,22 +82,21 @@ impl WriteProtect {
         Ok(Self { fd })
     }
 
-    /// Takes over a descriptor that was set up before.
+    /// Takes over a descriptor that is set up already.
     pub fn resume(fd: OwnedFd) -> Self {
         Self { fd }
     }
 
-    /// Registers `[start, end)`, which is one mapping or several. What has been
-    /// registered by this descriptor before stays as it is.
+    /// Registers `[start, end)`, which may span several mappings. Ranges registered with this
+    /// descriptor before stay unchanged.
     ///
     /// # Errors
-    /// `EBUSY` if some of it is registered by another descriptor; `ENOMEM` if the
-    /// memory is gone, as after `execve(2)`; `EINVAL` for ranges without mappings.
+    /// `EBUSY` if part of it is registered with another descriptor; `ENOMEM` if the memory no longer
+    /// exists, as after `execve(2)`; `EINVAL` for ranges without mappings.
     pub fn register(&self, start: RemoteAddr, end: RemoteAddr) -> nix::Result<()> {
         let len = end.0 - start.0;
         let mut range = Register { start: start.0, len, mode: REGISTER_MODE_WP, ioctls: 0 };
-        // SAFETY: as above. With asynchronous protection alone no thread ever waits
-        // for this program.
+        // SAFETY: as above. With asynchronous protection, no thread ever waits for this process.
         let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_REGISTER, &raw mut range) };
         Errno::result(result).map(drop)
     }

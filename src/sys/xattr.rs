@@ -5,11 +5,11 @@ use std::{ffi::CString, os::unix::ffi::OsStrExt, path::Path};
 
 use nix::{errno::Errno, libc};
 
-/// The longest value that an attribute can have (`XATTR_SIZE_MAX`, `linux/limits.h`).
+/// The longest value of an attribute (`XATTR_SIZE_MAX`, `linux/limits.h`).
 const VALUE_BYTES: usize = 64 << 10;
 
-/// The most bytes of a value, and of all names together (`XATTR_SIZE_MAX`,
-/// `XATTR_LIST_MAX`, `linux/limits.h`).
+/// The largest size of a value, and of all names together (`XATTR_SIZE_MAX`, `XATTR_LIST_MAX`,
+/// `linux/limits.h`).
 const MOST_BYTES: usize = 65536;
 
 /// The name and the value of an extended attribute.
@@ -18,17 +18,13 @@ pub type Attribute = (Vec<u8>, Vec<u8>);
 /// Returns an extended attribute of a file.
 ///
 /// # Errors
-/// What `getxattr(2)` returns: `ENODATA` if the file does not have it, `EOPNOTSUPP`
-/// if no file there has any, `ERANGE` if it is longer than a path. `EINVAL` for names
-/// with a zero in them.
+/// `ENODATA` if the file does not have it; `EOPNOTSUPP` if the file system has no extended
+/// attributes; `EINVAL` for a name with a NUL byte.
 pub fn get(path: &Path, name: &str) -> Result<Vec<u8>, Errno> {
     value(path, name.as_bytes(), VALUE_BYTES)
 }
 
-/// Returns all extended attributes of a file, or none if no file there has any.
-///
-/// # Errors
-/// What `listxattr(2)` and `getxattr(2)` return.
+/// Returns all extended attributes of a file; none if the file system does not support them.
 pub fn all(path: &Path) -> Result<Vec<Attribute>, Errno> {
     let c_path = CString::new(path.as_os_str().as_bytes()).map_err(|_| Errno::EINVAL)?;
     let mut names = vec![0_u8; MOST_BYTES];
@@ -46,7 +42,7 @@ pub fn all(path: &Path) -> Result<Vec<Attribute>, Errno> {
 /// Sets an extended attribute of a file.
 ///
 /// # Errors
-/// What `setxattr(2)` returns. `EINVAL` for names with a zero in them.
+/// `EINVAL` for a name with a NUL byte.
 pub fn set(path: &Path, name: &[u8], value: &[u8]) -> Result<(), Errno> {
     let path = CString::new(path.as_os_str().as_bytes()).map_err(|_| Errno::EINVAL)?;
     let name = CString::new(name).map_err(|_| Errno::EINVAL)?;

@@ -1,4 +1,4 @@
-//! A process to try on what is done to processes.
+//! A child process to try system calls on.
 #![expect(unsafe_code, reason = "clone3, ptrace and other system calls on a process")]
 
 use std::{
@@ -15,18 +15,18 @@ use crate::{
     units::{HostPid, RemoteAddr},
 };
 
-/// What this program has in its memory, and so has the child.
+/// A byte in this process's memory, and therefore in the child's.
 static THERE: u8 = 42;
 
-/// A child that waits until it is killed. Killed and reaped when dropped.
+/// A child that waits to be killed. Dropping it kills and reaps it.
 pub(super) struct Child {
     pub(super) pid: libc::pid_t,
 }
 
 impl Child {
-    /// Makes one with a free pid.
+    /// Creates a child with a chosen free pid.
     pub(super) fn with_free_pid() -> Option<Self> {
-        /// How many pids are tried: others may take one in between.
+        /// How many pids to try: other processes may take one meanwhile.
         const TRIES: libc::pid_t = 64;
         let max = fs::read_to_string("/proc/sys/kernel/pid_max").ok()?;
         let last = max.trim().parse::<libc::pid_t>().ok()? - 1;
@@ -64,7 +64,7 @@ impl Child {
         Ok(Self { pid: libc::pid_t::try_from(pid).expect("pids have 32 bits") })
     }
 
-    /// Takes a copy of the child's standard input, or of what it has open.
+    /// Duplicates a descriptor of the child.
     pub(super) fn pidfd_getfd(&self) -> bool {
         let Ok(mut entries) = fs::read_dir(format!("/proc/{}/fd", self.pid)) else { return false };
         let number = entries
@@ -79,7 +79,7 @@ impl Child {
         let result = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), number, 0) };
         match Errno::result(result) {
             Ok(copy) => descriptor(copy).is_some(),
-            // It has nothing open, but we could have taken it.
+            // The child has nothing open, but the call itself is permitted.
             Err(errno) => errno == Errno::EBADF,
         }
     }
@@ -90,18 +90,18 @@ impl Child {
         // SAFETY: plain integers.
         let result =
             unsafe { libc::syscall(libc::SYS_kcmp, self.pid, self.pid, KCMP_FILE, fd, fd) };
-        // The child has been made before the file was opened.
+        // The child was created before the file was opened, so it may not have the descriptor.
         matches!(Errno::result(result), Ok(0) | Err(Errno::EBADF))
     }
 
-    /// Reads a byte of its memory file.
+    /// Reads a byte through `/proc/PID/mem`.
     pub(super) fn proc_mem(&self) -> bool {
         let mut here = [0];
         let address = RemoteAddr((&raw const THERE).addr() as u64);
         read_memory(HostPid(self.pid), address, &mut here).is_ok() && here == [THERE]
     }
 
-    /// Reads a byte that the child has as well.
+    /// Reads a byte of the child by `process_vm_readv(2)`.
     pub(super) fn process_vm_readv(&self) -> bool {
         let mut here = 0_u8;
         let local = libc::iovec { iov_base: (&raw mut here).cast(), iov_len: 1 };
@@ -137,7 +137,7 @@ impl Child {
         }
     }
 
-    /// The child is stopped.
+    /// The child must be stopped.
     pub(super) fn signals(&self) -> bool {
         let mut mask = 0_u64;
         let mut info = std::mem::MaybeUninit::<libc::siginfo_t>::uninit();
@@ -155,7 +155,7 @@ impl Child {
         }
     }
 
-    /// The child is stopped.
+    /// The child must be stopped.
     pub(super) fn rseq_configuration(&self) -> bool {
         ptrace::rseq_configuration(HostPid(self.pid)).is_ok()
     }
@@ -174,7 +174,6 @@ impl Drop for Child {
     }
 }
 
-/// What the child does.
 fn wait_to_be_killed() -> ! {
     // SAFETY: only system calls, with integers; the child must not outlive us.
     unsafe {

@@ -47,8 +47,7 @@ impl Page {
         self.start.as_ptr().expose_provenance() as u64
     }
 
-    /// Returns whether the page is in all `categories`; `None` if the kernel does not know
-    /// them.
+    /// Whether the page has all `categories`; `None` if the kernel does not know them.
     pub(super) fn scan(&self, categories: u64) -> Option<bool> {
         let pagemap = File::open("/proc/self/pagemap").ok()?;
         let mut region = PageRegion::default();
@@ -68,7 +67,7 @@ impl Page {
         Errno::result(found).ok().map(|found| found > 0)
     }
 
-    /// Whether the kernel's pagemap has the soft-dirty bit of the page.
+    /// Whether the pagemap shows the page as soft-dirty.
     fn is_soft_dirty(&self) -> Option<bool> {
         /// `Documentation/admin-guide/mm/pagemap.rst`
         const SOFT_DIRTY: u64 = 1 << 55;
@@ -87,7 +86,7 @@ impl Drop for Page {
     }
 }
 
-/// Whether a write after the bits were cleared can be seen.
+/// Whether the kernel reports a write after the bits were cleared.
 pub(super) fn soft_dirty() -> bool {
     /// `Documentation/filesystems/proc.rst`
     const CLEAR_SOFT_DIRTY: &[u8] = b"4";
@@ -101,8 +100,8 @@ pub(super) fn soft_dirty() -> bool {
     seen().unwrap_or(false)
 }
 
-/// Whether memory that is locked on fault (`MLOCK_ONFAULT`) is shown by the code that
-/// stands for all flags without a name.
+/// Whether `smaps` shows memory that is locked on fault (`MLOCK_ONFAULT`) by the code for unknown
+/// flags.
 pub(super) fn hides_lock_on_fault() -> bool {
     let codes = || {
         let page = Page::map(libc::MAP_PRIVATE)?;
@@ -157,7 +156,7 @@ const PAGE_IS_WRITTEN: u64 = 1 << 1;
 const PAGEMAP_SCAN: libc::c_ulong = iowr(b'f', 16, size_of::<PmScanArg>());
 const _: () = assert!(PAGEMAP_SCAN == 0xc060_6610);
 
-/// Returns the number of an ioctl that reads and writes so many bytes
+/// Returns the number of an ioctl that reads and writes a structure of `bytes`
 /// (`asm-generic/ioctl.h`).
 const fn iowr(kind: u8, number: u8, bytes: usize) -> libc::c_ulong {
     3 << 30
@@ -212,8 +211,7 @@ const WRITEPROTECT_MODE_WP: u64 = 1;
 /// `UFFD_USER_MODE_ONLY` (Linux 5.11)
 const UFFD_USER_MODE_ONLY: libc::c_int = 1;
 
-/// Makes a userfaultfd, by the device, or by the system call with or without
-/// faults of the kernel.
+/// Creates a userfaultfd: by the device, or by the system call, with or without faults in the kernel.
 pub(super) fn userfaultfd() -> Option<OwnedFd> {
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
     if let Ok(device) = File::options().read(true).write(true).open("/dev/userfaultfd") {
@@ -229,8 +227,7 @@ pub(super) fn userfaultfd() -> Option<OwnedFd> {
     })
 }
 
-/// Whether a write to memory of this kind, after it was protected, goes through
-/// and is seen.
+/// Whether a write to memory of this kind, after it was protected, passes and is recorded.
 pub(super) fn write_protect(sharing: libc::c_int) -> bool {
     let seen = || {
         let page = Page::map(sharing)?;
