@@ -57,7 +57,7 @@ fn of(id: u32, opened: &Opened) -> Option<(u32, u32)> {
 /// Sets the owner and the mode of a pipe or socket that the restore has created.
 pub(super) fn restore(id: u32, fd: impl AsFd, opened: &Opened) -> Result<()> {
     let failed = |step| FileError::restore(id, step, "a pipe or socket");
-    let stat = fstat(&fd).map_err(failed("look at"))?;
+    let stat = fstat(&fd).map_err(failed("examine"))?;
     if let Some((uid, gid)) = of(id, opened)
         && (stat.st_uid, stat.st_gid) != (uid, gid)
     {

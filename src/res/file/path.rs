@@ -265,7 +265,7 @@ pub fn open_entry(entry: &proto::RegFileEntry, flags: i32, opened: &mut Opened) 
         return Err(FileError::image(entry.id, problem));
     }
     if let Some(fd) = ghost::open(entry, flags, opened)? {
-        let stat = fstat(&fd).map_err(failed("look at"))?;
+        let stat = fstat(&fd).map_err(failed("examine"))?;
         check(entry, &stat, flags)?;
         validation::check(entry, fd.as_fd(), &stat, opened)?;
         return Ok(fd);
@@ -285,7 +285,7 @@ pub fn open_entry(entry: &proto::RegFileEntry, flags: i32, opened: &mut Opened) 
             _ => failed("open")(errno),
         }
     })?;
-    let stat = fstat(&named).map_err(failed("look at"))?;
+    let stat = fstat(&named).map_err(failed("examine"))?;
     check(entry, &stat, flags)?;
     validation::check(entry, named.as_fd(), &stat, opened)?;
     if descriptor::is_path(flags) {
@@ -296,7 +296,7 @@ pub fn open_entry(entry: &proto::RegFileEntry, flags: i32, opened: &mut Opened) 
     }
     // Opening through /proc would drop the flag.
     let fd = descriptor::open(&entry.name, flags).map_err(failed("open"))?;
-    let now = fstat(&fd).map_err(failed("look at"))?;
+    let now = fstat(&fd).map_err(failed("examine"))?;
     if is_same(&now, &stat) { Ok(fd) } else { Err(failed("open")(Errno::ESTALE)) }
 }
 

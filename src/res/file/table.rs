@@ -79,7 +79,7 @@ impl Known {
     /// Returns the number of a description, and gives `fd` back if the description is new.
     fn identify(&mut self, fd: OwnedFd) -> Result<(u32, Option<OwnedFd>)> {
         let failed = |step| FileError::restore(0, step, "a descriptor");
-        let stat = fstat(&fd).map_err(failed("look at"))?;
+        let stat = fstat(&fd).map_err(failed("examine"))?;
         let known = self.known.entry((stat.st_dev, stat.st_ino)).or_default();
         let mut untold = None;
         let position = known.binary_search_by(|(_, known)| {
@@ -252,7 +252,7 @@ impl FileTable {
             let link = String::from_utf8_lossy(link).into_owned();
             move |source| FileError::Dump { pid, fd: number, link, step, source }
         };
-        let stat = fstat(&fd).map_err(failed("look at", &link))?;
+        let stat = fstat(&fd).map_err(failed("examine", &link))?;
         let flags = fcntl(&fd, FcntlArg::F_GETFL).map_err(failed("read the flags of", &link))?;
         let flags = flags.cast_unsigned();
         let fown = fown::read(fd.as_fd(), flags, &self.state.pids)

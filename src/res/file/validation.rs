@@ -183,7 +183,7 @@ pub fn check_unwritten(
     let Some(time) = entry.rcriu_mtime_ns.filter(|_| entry.build_id.is_empty()) else {
         return Ok(());
     };
-    let failed = FileError::restore(entry.id, "look at", &entry.name);
+    let failed = FileError::restore(entry.id, "examine", &entry.name);
     let found = time_of(&fstat(fd).map_err(failed)?);
     if found == time || validation == Validation::FileSize {
         return Ok(());

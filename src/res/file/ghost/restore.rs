@@ -114,7 +114,7 @@ pub(in crate::res::file) fn open(
             let name =
                 TemporaryName::give(&entry.name, ".cr_link", link).map_err(failed("link"))?;
             let fd = descriptor::open(name.bytes(), flags).map_err(failed("open"))?;
-            let stat = fstat(&fd).map_err(failed("look at"))?;
+            let stat = fstat(&fd).map_err(failed("examine"))?;
             opened.revived.linked.insert(other, (stat.st_dev, stat.st_ino));
             Ok(Some(fd))
         }
@@ -168,7 +168,7 @@ pub fn remove_links(opened: &mut Opened) -> Result<()> {
         let found = match lstat(&path) {
             Err(Errno::ENOENT) => continue,
             found => {
-                found.map_err(FileError::restore(id, "look at", path.as_os_str().as_bytes()))?
+                found.map_err(FileError::restore(id, "examine", path.as_os_str().as_bytes()))?
             }
         };
         let restored = opened.revived.linked.get(&other);
@@ -272,7 +272,7 @@ fn make(ghost: u32, first: &proto::RegFileEntry, opened: &mut Opened) -> Result<
     let only_name = (libc::O_PATH | libc::O_NOFOLLOW).cast_unsigned();
     let object = descriptor::open(name.bytes(), only_name).map_err(failed("open"))?;
     // Another process may be able to write to the directory: check the file.
-    let found = fstat(&object).map_err(failed("look at"))?;
+    let found = fstat(&object).map_err(failed("examine"))?;
     let is_new = format != libc::S_IFREG || (found.st_size, found.st_nlink) == (0, 1);
     if found.st_mode & libc::S_IFMT != format || !is_new {
         return Err(failed("make")(Errno::ESTALE));

@@ -255,8 +255,7 @@ impl Opening {
 }
 
 impl Opening {
-    /// Returns a description of the terminal of who runs this program, in the place of
-    /// one that was outside of the tree.
+    /// Opens the terminal of rcriu in place of one that was outside the tree (`--shell-job`).
     fn inherit(
         &self,
         id: u32,
@@ -265,11 +264,11 @@ impl Opening {
         is_first: bool,
     ) -> Result<OwnedFd> {
         if !self.options.shell_job {
-            let problem =
-                "its terminal is not restored; with --shell-job, it is that of this program";
+            let problem = "its terminal was outside the tree\nhelp: use --shell-job to give it the \
+                           terminal of rcriu";
             return Err(FileError::image(id, problem));
         }
-        let failed = || FileError::restore(id, "take over", "the terminal of this program");
+        let failed = || FileError::restore(id, "take over", "the terminal of rcriu");
         let stdin = std::io::stdin();
         let fd = if stdin.is_terminal() {
             descriptor::reopen(stdin.as_fd(), flags)
@@ -279,7 +278,7 @@ impl Opening {
         };
         let fd = fd.map_err(failed())?;
         if is_first {
-            // The window has the size that it has now.
+            // Keep the current size of the window.
             set_modes(fd.as_fd(), info, false).map_err(failed())?;
         }
         Ok(fd)
