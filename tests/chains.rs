@@ -206,7 +206,7 @@ fn versions_that_are_not_known_are_refused_and_named() {
         let out = root.path().join(format!("flat{version}"));
         let flatten = imgfs(&["flatten", "--snapshot", "3", chain, out.to_str().unwrap()]);
         let restore = Command::new(engine()).args(["restore", "-D"]).arg(&dirs[0]).output();
-        let why = format!("have version {version} of the format");
+        let why = format!("have format version {version}");
         for (output, can_be_whole) in
             [(check(root.path()), true), (flatten, true), (restore.unwrap(), false)]
         {
@@ -246,19 +246,19 @@ fn what_a_restore_refuses_is_what_check_tells() {
         (|dir| pstree(dir, |tree| tree[0].ppid = tree[1].pid), "0 processes without a parent"),
         (
             |dir| pstree(dir, |tree| tree[1].threads = vec![tree[1].pid, tree[0].pid]),
-            "is also one of process",
+            "is also a thread of process",
         ),
-        (|dir| area(dir, |mm| mm.vmas[1].start = mm.vmas[0].start), "overlaps the one before"),
-        (|dir| area(dir, |mm| mm.vmas[1].end += 1), "is no whole number of pages"),
-        (|dir| area(dir, |mm| mm.vmas[1].end = 1 << 60), "behind the last address"),
-        (|dir| area(dir, |mm| mm.exe_file_id = 77), "its program is file 0x4d, which is no file"),
+        (|dir| area(dir, |mm| mm.vmas[1].start = mm.vmas[0].start), "overlaps the mapping before"),
+        (|dir| area(dir, |mm| mm.vmas[1].end += 1), "is not page-aligned"),
+        (|dir| area(dir, |mm| mm.vmas[1].end = 1 << 60), "above the highest address"),
+        (|dir| area(dir, |mm| mm.exe_file_id = 77), "its program is file 0x4d, which has no path"),
         (
             |dir| {
                 field(&dir.join("fdinfo-2.img"), 0, |fd| {
                     fd.set_field_by_name("id", prost_reflect::Value::U32(77));
                 });
             },
-            "is file 0x4d, which is not there",
+            "is file 0x4d, which files.img does not have",
         ),
         (
             |dir| {

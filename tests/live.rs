@@ -844,7 +844,7 @@ fn privileged_a_sibling_in_another_session_is_refused() {
     live.dump(&[]);
     let output = live.try_restore(&["-S"]);
     let words = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(!output.status.success() && words.contains("--restore-sibling would leave"), "{words}");
+    assert!(!output.status.success() && words.contains("--restore-sibling would make"), "{words}");
     live.restore(&[]);
 }
 

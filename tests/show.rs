@@ -137,7 +137,7 @@ fn what_cannot_be_shown_is_reported_and_the_rest_is_shown() {
         shown,
         "rcriu: image ../README.md begins with magic 0x20412023, expected the magic of an image\n",
     );
-    let problem = "rcriu: open image 1: it is a directory, and not a regular file\n";
+    let problem = "rcriu: open image 1: it is a directory, not a regular file\n";
     ends(&run(&["1"]), 1, "", problem);
 }
 
@@ -148,7 +148,7 @@ fn what_would_never_end_is_not_opened() {
     nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
     for (path, name) in [(fifo.to_str().unwrap(), "a FIFO"), ("/dev/zero", "a device")] {
         let problem = format!(
-            "rcriu: open image {path}: it is {name}, and not a regular file\n  \
+            "rcriu: open image {path}: it is {name}, not a regular file\n  \
              To show what it holds, give it as standard input: rcriu show - < FILE.\n"
         );
         ends(&run(&[path]), 1, "", &problem);

@@ -1,9 +1,8 @@
-//! Build-ids: what tells a program or library from another build of it
-//! (`reg_file_entry.build_id`).
+//! Build-ids, which distinguish builds of a program or library (`reg_file_entry.build_id`).
 //!
-//! They are looked for as CRIU 4.2 does (`get_build_id`, `criu/files-reg.c`), so that each
-//! finds what the other has recorded: the first note of the type, whoever owns it, within
-//! the first MiB of the file.
+//! The search is that of CRIU 4.2 (`get_build_id`, `criu/files-reg.c`), so that each
+//! program finds the build-id that the other has recorded: the first note of the right
+//! type, whatever its owner field says, within the first MiB of the file.
 
 use std::{fs::File, io, os::unix::fs::FileExt};
 
@@ -16,17 +15,16 @@ use object::{
 /// How much of a file is searched (`BUILD_ID_MAP_SIZE`).
 const SEARCH_BYTES: usize = 1 << 20;
 
-/// How much is read at first: enough for most files.
+/// How much is read first; that is enough for most files.
 const FIRST_BYTES: usize = 4096;
 
 /// The longest build-id that is recorded (`get_build_id_64`).
 const LIMIT_BYTES: usize = 512;
 
-/// The most segments of notes that are looked at; real files have two or three.
+/// The most note segments that are searched; real files have two or three.
 const SEGMENT_LIMIT: usize = 64;
 
-/// Returns the build-id of a file that can be read, `None` if it is no ELF file or has
-/// none.
+/// Returns the build-id of an open file; `None` if the file is not ELF or has no build-id.
 ///
 /// # Errors
 /// What `pread(2)` returns.
@@ -45,7 +43,7 @@ pub fn read(file: &File) -> io::Result<Option<Vec<u8>>> {
     }
 }
 
-/// Reads as many bytes as there are.
+/// Reads until the buffer is full or the file ends.
 fn fill(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<usize> {
     let mut done = 0;
     while done < bytes.len() {
@@ -59,11 +57,11 @@ fn fill(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<usize> {
     Ok(done)
 }
 
-/// What the beginning of a file tells.
+/// The result of a search in the beginning of a file.
 enum Search {
     Found(Vec<u8>),
     Nothing,
-    /// So many bytes are needed.
+    /// The search needs this many bytes.
     Beyond(usize),
 }
 
@@ -76,7 +74,8 @@ fn search(bytes: &[u8]) -> Search {
         .unwrap_or(Search::Nothing)
 }
 
-/// Searches a file of one class; `None` if it is of another, or no valid one.
+/// Searches an ELF file of one class; `None` if the file is of the other class, or not
+/// valid.
 fn search_class<E: FileHeader<Endian = Endianness>>(bytes: &[u8]) -> Option<Search> {
     let header = E::parse(bytes).ok()?;
     let endian = header.endian().ok()?;
@@ -91,7 +90,7 @@ fn search_class<E: FileHeader<Endian = Endianness>>(bytes: &[u8]) -> Option<Sear
     let notes = segments.iter().filter(|segment| segment.p_type(endian) == PT_NOTE);
     for segment in notes.take(SEGMENT_LIMIT) {
         let range = end(segment.p_offset(endian).into(), segment.p_filesz(endian).into());
-        // What lies beyond is nobody's error.
+        // A segment behind the searched part is not an error.
         let Some(range) = range.filter(|end| *end <= SEARCH_BYTES) else { continue };
         if range > bytes.len() {
             return Some(Search::Beyond(range));
@@ -108,7 +107,7 @@ fn search_class<E: FileHeader<Endian = Endianness>>(bytes: &[u8]) -> Option<Sear
     Some(Search::Nothing)
 }
 
-/// Returns a build-id as images have it: numbers of 32 bits, the last filled with zeros.
+/// Converts a build-id to the form in images: 32-bit words, the last padded with zeros.
 pub fn to_words(id: &[u8]) -> Vec<u32> {
     let word = |bytes: &[u8]| {
         let mut word = [0; size_of::<u32>()];
@@ -118,19 +117,18 @@ pub fn to_words(id: &[u8]) -> Vec<u32> {
     id.chunks(size_of::<u32>()).map(word).collect()
 }
 
-/// Whether a build-id is the one that images have as `words`.
+/// Whether a build-id equals the one that images have as `words`.
 pub fn is_same(id: Option<&[u8]>, words: &[u32]) -> bool {
     id.is_some_and(|id| to_words(id) == words)
 }
 
-/// Returns a time as images have it beside a build-id, or instead of one
-/// (`rcriu_mtime_ns`).
+/// Converts a time to the form in images (`rcriu_mtime_ns`).
 pub fn time_ns(seconds: i64, nanoseconds: i64) -> i64 {
     seconds.saturating_mul(1_000_000_000).saturating_add(nanoseconds)
 }
 
-/// Returns a recorded build-id as people write it; of one that is not a multiple of 4
-/// bytes long, with zeros at its end.
+/// Returns a recorded build-id in hexadecimal. If its length was not a multiple of 4, it
+/// ends with zeros.
 pub fn show(words: &[u32]) -> String {
     words.iter().flat_map(|word| word.to_le_bytes()).map(|byte| format!("{byte:02x}")).collect()
 }
@@ -149,8 +147,8 @@ mod tests {
         file
     }
 
-    /// An ELF file of 64 bits with one segment of notes at `at`: one of another type, and
-    /// a build-id.
+    /// A 64-bit ELF file with one note segment at `at`, which holds a note of another type
+    /// and a build-id.
     fn elf(at: u64, id: &[u8]) -> Vec<u8> {
         let mut notes = Vec::new();
         for (kind, desc) in [(1_u32, &b"abc"[..]), (NT_GNU_BUILD_ID.0, id)] {

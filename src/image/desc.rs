@@ -5,32 +5,33 @@ use std::fmt::Write as _;
 /// First magic of every image but the inventory, which has only its own.
 pub const IMAGE_MAGIC: u32 = 0x5456_4319;
 
-/// First magic of the files that serve the programs rather than a restore.
+/// First magic of files that CRIU writes for itself rather than for a restore: statistics
+/// and caches.
 pub const SERVICE_MAGIC: u32 = 0x5510_5940;
 
-/// What the files of a kind hold after their magic.
+/// What a file of a kind holds after its magics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Body {
-    /// Bytes without any magic.
+    /// Bytes, without a magic.
     Raw,
-    /// A magic, then bytes whose structure is not described.
+    /// A magic, then bytes that the format does not describe.
     Opaque,
     /// Exactly one message of this name.
     One(&'static str),
     /// Messages of this name until the end of the file.
     Many(&'static str),
-    /// A `pagemap_head`, then `pagemap_entry` until the end of the file.
+    /// One `pagemap_head`, then `pagemap_entry` until the end of the file.
     Pagemap,
 }
 
-/// Which bytes follow a message.
+/// The bytes that follow a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Payload {
     /// None.
     None,
-    /// As many as the message's field `bytes` says.
+    /// As many bytes as the field `bytes` of the message says.
     Bytes,
-    /// As many as the message's field `length` says.
+    /// As many bytes as the field `length` of the message says.
     Length,
     /// The segment, unless its pages are in a pagemap.
     IpcShm,
@@ -49,7 +50,7 @@ pub enum Payload {
 /// The variable part of a file name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Number {
-    /// None: there is one file of the kind.
+    /// None: the kind has one file.
     None,
     /// A decimal number.
     Decimal,
@@ -195,13 +196,13 @@ kinds! {
 }
 
 impl Kind {
-    /// Returns the kind's row.
+    /// Returns the row of this kind.
     pub fn desc(self) -> &'static Desc {
         &KINDS[self as usize]
     }
 
-    /// Returns the name of the file of this kind with number `id`, which is
-    /// ignored where the kind has but one file.
+    /// Returns the name of the file of this kind with number `id`. Kinds with a single file
+    /// ignore the number.
     pub fn file_name(self, id: u64) -> String {
         let desc = self.desc();
         let mut name = String::from(desc.prefix);
@@ -217,7 +218,7 @@ impl Kind {
 }
 
 impl Desc {
-    /// Returns the magic that stands before the kind's own, if any does.
+    /// Returns the magic before the kind's own, if there is one.
     pub fn common_magic(&self) -> Option<u32> {
         match self.kind {
             Kind::Inventory => None,
@@ -227,8 +228,8 @@ impl Desc {
         }
     }
 
-    /// Returns the number in `file_name` if the name is one of this kind; 0
-    /// for kinds without numbers.
+    /// Returns the number in `file_name` if a file of this kind can have that name; 0 for
+    /// kinds without numbers.
     pub fn matches(&self, file_name: &str) -> Option<u64> {
         let middle = file_name.strip_prefix(self.prefix)?.strip_suffix(self.suffix)?;
         match self.number {
@@ -240,20 +241,21 @@ impl Desc {
     }
 }
 
-/// Parses a number in the one spelling that the format gives it.
+/// Parses a number, but only in the spelling that the format uses: no leading zeros, lower
+/// case.
 fn canonical(digits: &str, radix: u32) -> Option<u64> {
     let plain = digits.bytes().all(|b| b.is_ascii_digit() || matches!(b, b'a'..=b'f'))
         && (digits == "0" || !digits.starts_with('0'));
     plain.then(|| u64::from_str_radix(digits, radix).ok()).flatten()
 }
 
-/// Finds the kind that a file name belongs to, and the number in it.
+/// Finds the kind that a file name belongs to, and the number in the name.
 pub fn by_file_name(file_name: &str) -> Option<(&'static Desc, u64)> {
     KINDS.iter().find_map(|desc| Some((desc, desc.matches(file_name)?)))
 }
 
-/// Finds the kind with this magic; among kinds that share it the one that
-/// `file_name` belongs to, else the first whose structure is described.
+/// Finds the kind with this magic. Among kinds that share a magic, `file_name` decides; if
+/// it fits none of them, the first kind that the format describes is returned.
 pub fn by_magic(magic: u32, file_name: &str) -> Option<&'static Desc> {
     let sharing = || KINDS.iter().filter(|desc| desc.magic == magic && magic != 0);
     sharing()
@@ -267,7 +269,7 @@ mod tests {
 
     #[test]
     fn every_kind_is_found_by_a_name_of_its_own() {
-        // Kinds of the oldest format have taken over the names of newer ones.
+        // Kinds of the oldest format use the names of newer ones.
         let shadowed = [Kind::PagesOld];
         for (position, desc) in KINDS.iter().enumerate() {
             assert_eq!(desc.kind as usize, position);

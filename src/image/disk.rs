@@ -1,5 +1,5 @@
-//! Changes to image directories that others may rely on: one small set of
-//! operations, so that what is done, and in which order, can be recorded.
+//! The operations that change image directories. There are few, so that tests can record
+//! which of them a program does, and in which order.
 
 use std::{
     fmt,
@@ -14,7 +14,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::regular;
 
-/// A file that is changed.
+/// A file that is open to be changed.
 #[derive(Debug)]
 pub struct DiskFile {
     file: File,
@@ -27,14 +27,14 @@ impl DiskFile {
         &self.file
     }
 
-    /// Returns its path when it was opened.
+    /// Returns the path by which the file was opened.
     pub fn path(&self) -> &Path {
         &self.path
     }
 }
 
-/// The operations. What they do by themselves is what [`Kernel`] does; who
-/// records them goes on to these.
+/// The operations. The provided methods go to the file system, see [`Kernel`]; an
+/// implementation that records them calls these.
 pub trait Disk: fmt::Debug + Send + Sync {
     /// Opens a regular file for reading and writing.
     ///
@@ -45,7 +45,7 @@ pub trait Disk: fmt::Debug + Send + Sync {
         Ok(DiskFile { file, path: path.to_owned() })
     }
 
-    /// Creates an empty file, in place of one that may be there.
+    /// Creates an empty file, and replaces a file of that name.
     ///
     /// # Errors
     /// What `open(2)` returns.
@@ -90,7 +90,7 @@ pub trait Disk: fmt::Debug + Send + Sync {
         File::open(dir)?.sync_all()
     }
 
-    /// Gives a file another name, in place of a file that may have it.
+    /// Renames a file, and replaces a file that has the new name.
     ///
     /// # Errors
     /// What `rename(2)` returns.
@@ -98,11 +98,11 @@ pub trait Disk: fmt::Debug + Send + Sync {
         fs::rename(from, to)
     }
 
-    /// Frees the bytes `range` of a file, which keeps its length
-    /// (`FALLOC_FL_PUNCH_HOLE`, `fallocate(2)`).
+    /// Frees the bytes `range` of a file and keeps its length (`FALLOC_FL_PUNCH_HOLE`,
+    /// `fallocate(2)`).
     ///
     /// # Errors
-    /// What `fallocate(2)` returns; `EOPNOTSUPP` where the file system cannot.
+    /// What `fallocate(2)` returns; `EOPNOTSUPP` where the file system cannot punch holes.
     fn punch(&self, file: &DiskFile, range: Range<u64>) -> io::Result<()> {
         let too_far = |_| io::Error::from(io::ErrorKind::InvalidInput);
         let offset = i64::try_from(range.start).map_err(too_far)?;
@@ -117,7 +117,7 @@ pub trait Disk: fmt::Debug + Send + Sync {
     }
 }
 
-/// The kernel's files, as they are.
+/// The file system, without a recorder.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Kernel;
 

@@ -11,8 +11,8 @@ use super::{
     payload::{self, Framed, Layout, Stretch},
 };
 
-/// An image of any kind, which can be changed and written back. Without
-/// changes, it is written as it was read, byte by byte.
+/// An image of any kind, which can be changed and written back. An unchanged image is
+/// written back byte by byte.
 #[derive(Clone, Debug)]
 pub struct Document {
     desc: &'static Desc,
@@ -21,7 +21,7 @@ pub struct Document {
     pub content: Content,
 }
 
-/// What an image holds after its magics.
+/// What follows the magics of an image.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Content {
     /// Bytes that the format does not describe.
@@ -42,16 +42,16 @@ pub struct Entry {
 /// A part of a payload.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Part {
-    /// The message that announces the bytes, in payloads made of such.
+    /// The message before the bytes, in payloads that consist of messages.
     pub message: Option<AnyMessage>,
     /// The bytes.
     pub bytes: Vec<u8>,
-    /// Bytes without meaning up to the next multiple of some number.
+    /// Padding after the bytes, up to an alignment.
     pub padding: Vec<u8>,
 }
 
 impl Document {
-    /// Reads the image at `path` as a whole.
+    /// Reads the image at `path`.
     ///
     /// # Errors
     /// As [`ImageReader::open`] and [`EntryReader::next_entry`].
@@ -60,8 +60,8 @@ impl Document {
         Self::read_from(image)
     }
 
-    /// Reads `bytes`, an image that errors call `path`, and whose kind this
-    /// name may decide.
+    /// Reads an image from `bytes`. Errors name `path`; its name decides among kinds that
+    /// share a magic.
     ///
     /// # Errors
     /// As [`Document::read`].
@@ -69,7 +69,7 @@ impl Document {
         Self::read_from(ImageReader::of_any_kind(path, bytes, Some(bytes.len() as u64))?)
     }
 
-    /// Reads what is left of an image that was just opened.
+    /// Reads the rest of an image that has just been opened.
     ///
     /// # Errors
     /// As [`EntryReader::next_entry`].
@@ -89,16 +89,16 @@ impl Document {
         Ok(Self { desc, prologue, content })
     }
 
-    /// Returns the row of the image's kind.
+    /// Returns the row of the kind.
     pub fn desc(&self) -> &'static Desc {
         self.desc
     }
 
-    /// Writes the image to `output`, which errors call `path`.
+    /// Writes the image to `output`; errors name `path`.
     ///
     /// # Errors
-    /// [`ImageError::Write`], and [`ImageError::Payload`] for an entry with other
-    /// bytes than its message announces.
+    /// [`ImageError::Write`]; [`ImageError::Payload`] for an entry whose payload has
+    /// another length than its message announces.
     pub fn write<W: Write>(&self, path: &Path, output: W) -> Result<W> {
         let mut writer = ImageWriter::with_prologue(path, output, self.desc.kind, self.prologue)?;
         match &self.content {
@@ -126,7 +126,7 @@ impl Document {
 }
 
 impl Entry {
-    /// Checks that the payload is the one that the message announces.
+    /// Checks that the payload has the parts that the message announces.
     fn check(&self, desc: &Desc) -> Result<(), String> {
         let parts = self.parts.len();
         let expect = |wanted: usize| {

@@ -1,4 +1,4 @@
-//! Messages of any type, read by their descriptors.
+//! Messages of any type, decoded by their descriptors.
 
 use std::io::BufRead;
 
@@ -13,7 +13,7 @@ use super::{
     wire::{self, Shape},
 };
 
-/// Reads the entries of an image whose messages its kind describes.
+/// Reads the entries of an image whose kind describes its messages.
 #[derive(Debug)]
 pub struct EntryReader<R> {
     image: ImageReader<R>,
@@ -22,11 +22,11 @@ pub struct EntryReader<R> {
 }
 
 impl<R: BufRead> EntryReader<R> {
-    /// Reads the entries of `image`, which was just opened; gives it back if
-    /// it is a raw or an opaque one.
+    /// Reads the entries of `image`, which has just been opened. A raw or opaque image has
+    /// no entries.
     ///
     /// # Errors
-    /// The image itself.
+    /// The image, if it is raw or opaque.
     pub fn new(image: ImageReader<R>) -> Result<Self, ImageReader<R>> {
         match image.desc().body {
             Body::Raw | Body::Opaque => Err(image),
@@ -36,17 +36,17 @@ impl<R: BufRead> EntryReader<R> {
         }
     }
 
-    /// Returns the row of the image's kind.
+    /// Returns the row of the kind.
     pub fn desc(&self) -> &'static Desc {
         self.image.desc()
     }
 
-    /// Reads the next entry's message and says which bytes follow it, which
-    /// must be read before the next entry; `None` at the end of the file.
+    /// Reads the message of the next entry, and returns the layout of its payload, which
+    /// the caller must read before the next entry; `None` at the end of the file.
     ///
     /// # Errors
     /// As [`ImageReader::next_bytes`], [`ImageError::Malformed`], and
-    /// [`ImageError::Count`] for files that lack their message or have too many.
+    /// [`ImageError::Count`] for files with too few or too many messages.
     pub fn next_entry(&mut self) -> Result<Option<(DynamicMessage, Layout)>> {
         let start = self.image.offset();
         let body = self.image.desc().body;
@@ -75,7 +75,7 @@ impl<R: BufRead> EntryReader<R> {
         Ok(Some((message, layout)))
     }
 
-    /// Whether a payload has more messages than the `read` ones.
+    /// Whether a payload has more than the `read` messages read so far.
     ///
     /// # Errors
     /// [`ImageError::Read`].
@@ -86,7 +86,7 @@ impl<R: BufRead> EntryReader<R> {
         }
     }
 
-    /// Reads the next of the messages in a payload.
+    /// Reads the next message of a payload.
     ///
     /// # Errors
     /// As [`EntryReader::next_entry`], and [`ImageError::Truncated`].
@@ -98,12 +98,12 @@ impl<R: BufRead> EntryReader<R> {
         self.decode(framed.message, start)
     }
 
-    /// Returns the bytes of the message that was read last.
+    /// Returns the bytes of the last message.
     pub fn bytes(&self) -> &[u8] {
         &self.scratch
     }
 
-    /// Returns the image, to read payloads from it.
+    /// Returns the image, for reading payloads.
     pub fn image(&mut self) -> &mut ImageReader<R> {
         &mut self.image
     }
@@ -120,7 +120,7 @@ impl<R: BufRead> EntryReader<R> {
 
 /// Decodes a message of type `name`.
 ///
-/// If a string in it is not UTF-8, all its strings are bytes, see
+/// If a string in the message is not UTF-8, all its strings are decoded as bytes, see
 /// [`proto::pool_without_strings`].
 fn decode(name: &str, bytes: &[u8]) -> Result<DynamicMessage, String> {
     let full_name = format!("criu.{name}");
@@ -135,8 +135,8 @@ fn decode(name: &str, bytes: &[u8]) -> Result<DynamicMessage, String> {
     })
 }
 
-/// A message of any type, and the bytes it was read from where encoding it
-/// again would give others.
+/// A message of any type. It keeps the bytes that it was read from if encoding it again
+/// would produce others.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AnyMessage {
     value: DynamicMessage,
@@ -144,25 +144,25 @@ pub struct AnyMessage {
 }
 
 impl AnyMessage {
-    /// Returns the message as it was read from `bytes`.
+    /// Returns the message that was decoded from `bytes`.
     pub(super) fn read(value: DynamicMessage, bytes: &[u8]) -> Self {
         let differs = value.encode_to_vec() != bytes;
         Self { value, original: differs.then(|| bytes.to_owned()) }
     }
 
-    /// Returns the message.
+    /// Returns the decoded message.
     pub fn get(&self) -> &DynamicMessage {
         &self.value
     }
 
-    /// Returns the message to be changed; from then on it is encoded in the
-    /// usual order of fields.
+    /// Returns the message for changing it. It is then encoded with its fields in the usual
+    /// order.
     pub fn get_mut(&mut self) -> &mut DynamicMessage {
         self.original = None;
         &mut self.value
     }
 
-    /// Returns the message's bytes.
+    /// Encodes the message.
     pub fn encode(&self) -> Vec<u8> {
         self.original.clone().unwrap_or_else(|| self.value.encode_to_vec())
     }

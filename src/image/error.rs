@@ -1,4 +1,4 @@
-//! What can be wrong with an image file.
+//! Errors of image files.
 
 use std::{io, path::PathBuf};
 
@@ -7,7 +7,7 @@ use crate::units::PageIndex;
 /// The result of reading or writing an image.
 pub type Result<T, E = ImageError> = std::result::Result<T, E>;
 
-/// What went wrong with one image file, and where in it.
+/// Why an image file cannot be read or written, and where in it.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
     /// The file could not be opened.
@@ -36,14 +36,14 @@ pub enum ImageError {
         /// Why.
         source: io::Error,
     },
-    /// The file begins with a magic that no kind has, or not with its kind's.
+    /// The magic is of no kind, or of another kind than expected.
     #[error("image {path} begins with magic {found:#010x}, expected {expected}", path = .path.display())]
     Magic {
         /// The file.
         path: PathBuf,
         /// The magic in the file.
         found: u32,
-        /// What should have been there.
+        /// The expected one.
         expected: String,
     },
     /// The file ends too early.
@@ -54,48 +54,48 @@ pub enum ImageError {
     Truncated {
         /// The file.
         path: PathBuf,
-        /// Bytes before the place.
+        /// The offset of the missing bytes.
         offset: u64,
-        /// What should have been there.
+        /// What they should be.
         what: &'static str,
-        /// How many bytes of it.
+        /// How many bytes were expected there.
         wanted: u64,
-        /// How many there were.
+        /// How many bytes are there.
         found: u64,
     },
-    /// A message that is larger than any of its kind can be.
+    /// A message is longer than any message of its kind can be.
     #[error("image {path} has a message of {length} bytes at offset {offset:#x}, at most {limit} expected", path = .path.display())]
     Oversized {
         /// The file.
         path: PathBuf,
-        /// Bytes before the message.
+        /// The offset of the message.
         offset: u64,
-        /// The length that the file gives.
+        /// The length that the file claims.
         length: u64,
-        /// The most that is accepted.
+        /// The longest accepted length.
         limit: u64,
     },
-    /// A message that is not valid protobuf of its type.
+    /// A message is not valid protobuf of its type.
     #[error("image {path} has a malformed {message} at offset {offset:#x}: {problem}", path = .path.display())]
     Malformed {
         /// The file.
         path: PathBuf,
-        /// Bytes before the message.
+        /// The offset of the message.
         offset: u64,
         /// The message's type.
         message: &'static str,
-        /// What is wrong with it.
+        /// The defect.
         problem: String,
     },
-    /// A file that must hold one message holds another number of them.
+    /// A file that must hold exactly one message holds none, or more.
     #[error("image {path} holds {found} messages, exactly one expected", path = .path.display())]
     Count {
         /// The file.
         path: PathBuf,
-        /// How many there were, counting at most to 2.
+        /// How many messages there are, counted up to 2.
         found: usize,
     },
-    /// A pagemap entry that contradicts itself or its predecessor.
+    /// A pagemap entry contradicts itself or the entry before it.
     #[error("pagemap {path}, entry {entry} at address {first}: {problem}", path = .path.display())]
     Pagemap {
         /// The file.
@@ -104,12 +104,12 @@ pub enum ImageError {
         entry: u64,
         /// Its first page.
         first: PageIndex,
-        /// What is wrong with it.
+        /// The defect.
         problem: &'static str,
     },
-    /// A journal of freed pages that belongs to another dump.
+    /// A journal of freed pages belongs to another dump.
     #[error(
-        "{path} names pages that were freed of another dump than the one beside it\nhelp: if that one \
+        "{path} names freed pages of another dump than the one beside it\nhelp: if that one \
          was dumped or copied into this directory since then, remove {path}",
         path = .path.display()
     )]
@@ -117,31 +117,31 @@ pub enum ImageError {
         /// The journal.
         path: PathBuf,
     },
-    /// A journal of freed pages that contradicts itself.
+    /// A journal of freed pages contradicts itself.
     #[error("journal of freed pages {path} at offset {offset:#x}: {problem}", path = .path.display())]
     Journal {
         /// The file.
         path: PathBuf,
-        /// Bytes before the place.
+        /// The offset of the defect.
         offset: u64,
-        /// What is wrong with it.
+        /// The defect.
         problem: &'static str,
     },
-    /// An entry whose payload is not the one that its message announces.
+    /// The payload of an entry is not the one that its message announces.
     #[error("image {path}, entry {entry}: {problem}", path = .path.display())]
     Payload {
         /// The file.
         path: PathBuf,
         /// The entry's position in the file, from 0.
         entry: usize,
-        /// What is wrong with it.
+        /// The defect.
         problem: String,
     },
 }
 
 impl ImageError {
-    /// Whether the file is not there, which for most images means that there is
-    /// nothing of their kind.
+    /// Whether the file does not exist. For most kinds, that means that there is no state
+    /// of that kind.
     pub fn is_missing(&self) -> bool {
         matches!(self, Self::Open { source, .. } if source.kind() == io::ErrorKind::NotFound)
     }

@@ -1,4 +1,4 @@
-//! Magics and length prefixes around messages and payloads.
+//! The framing of images: magics before, and length prefixes around, messages and payloads.
 
 use std::{
     ffi::OsStr,
@@ -19,24 +19,24 @@ use super::{
 };
 use crate::units::PAGE_SIZE;
 
-/// Bytes read from an image at a time.
+/// How many bytes of an image are read at a time.
 const BUFFER_BYTES: usize = 64 << 10;
 
-/// Returns how much to read at a time of a file of `len` bytes: all of a small
-/// one, of which a deep chain has thousands.
+/// Returns how many bytes to read at a time from a file of `len` bytes. Small files are
+/// read at once: a deep chain has thousands of them.
 fn buffer_bytes(len: u64) -> usize {
     usize::try_from(len).unwrap_or(BUFFER_BYTES).clamp(1, BUFFER_BYTES)
 }
 
-/// The largest message accepted. The largest real ones are memory maps, about
-/// 60 bytes a mapping, of which the kernel allows 65,530 by default.
+/// The longest accepted message. The longest real ones are address spaces: about 60 bytes
+/// for each mapping, and the kernel allows 65,530 mappings by default.
 pub(super) const MESSAGE_LIMIT_BYTES: u32 = 64 << 20;
 
-/// The most empty messages that are read of an image. No kind has many, but a file that
-/// is one hole consists of nothing else.
+/// How many empty messages of an image are accepted. No kind has many, but a file that is
+/// one large hole would consist of them.
 const EMPTY_LIMIT: u32 = 1 << 16;
 
-/// What stands before a file's own magic.
+/// What stands before the kind's own magic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Prologue {
     /// Nothing: the inventory, and images of the oldest format.
@@ -59,17 +59,17 @@ pub struct ImageReader<R = Buffered> {
     desc: &'static Desc,
     prologue: Prologue,
     size: Option<u64>,
-    /// Bytes that the file takes on the disk, as far as is known.
+    /// How many bytes the file occupies on disk, as far as known.
     stored: u64,
-    /// How many messages were empty.
+    /// How many empty messages have been read.
     empty: u32,
 }
 
 impl ImageReader {
     /// Opens an image and reads its magics.
     ///
-    /// The magic says which kind it is; among kinds that share one, the file's
-    /// name.
+    /// The magic says which kind the image is; among kinds that share a magic, the file
+    /// name does.
     ///
     /// # Errors
     /// [`ImageError::Open`], [`ImageError::Read`], [`ImageError::Truncated`], [`ImageError::Magic`].
@@ -77,8 +77,7 @@ impl ImageReader {
         Self::from_input(path, open_input(path)?)
     }
 
-    /// Reads the magics of an image that was just opened in its store, and that errors call
-    /// `path`.
+    /// Reads the magics of an image that its store has just opened; errors name `path`.
     ///
     /// # Errors
     /// As [`ImageReader::open`].
@@ -88,7 +87,7 @@ impl ImageReader {
         Ok(Self { size: Some(len), stored: allocated, ..reader })
     }
 
-    /// Opens a file of any kind, among them those without magics. Returns its size too.
+    /// Opens a file of any kind, also one without magics, and returns its size as well.
     ///
     /// # Errors
     /// As [`ImageReader::open`].
@@ -110,8 +109,8 @@ impl ImageReader {
 }
 
 impl<'a> ImageReader<Lent<'a>> {
-    /// Like [`ImageReader::from_input`], but reads through `buffer`, which grows if need be
-    /// and may have served another image before.
+    /// Like [`ImageReader::from_input`], but reads through `buffer`, which may have served
+    /// another image and grows if necessary.
     ///
     /// # Errors
     /// As [`ImageReader::open`].
@@ -126,17 +125,17 @@ impl<'a> ImageReader<Lent<'a>> {
     }
 }
 
-/// Opens a file of this machine.
+/// Opens a file of the file system.
 fn open_input(path: &Path) -> Result<Input> {
     store::open_file(path).map_err(|source| ImageError::Open { path: path.to_owned(), source })
 }
 
-/// A file that is read through a buffer which outlives it: who opens thousands
-/// should not need new memory for each.
+/// A reader whose buffer outlives it: a caller that opens thousands of files need not
+/// allocate a buffer for each.
 #[derive(Debug)]
 pub struct Lent<'a> {
     bytes: Box<dyn Stream>,
-    /// How many of the bytes that it had when it was opened are not yet read.
+    /// How many bytes are left, by the size of the file when it was opened.
     left: u64,
     buffer: &'a mut [u8],
     unread: Range<usize>,
@@ -166,12 +165,12 @@ impl BufRead for Lent<'_> {
 }
 
 impl<R: BufRead> ImageReader<R> {
-    /// Reads the magics of `input`, which errors call `path`.
+    /// Reads the magics of `input`; errors name `path`.
     ///
     /// # Errors
     /// As [`ImageReader::open`].
     pub fn new(path: &Path, input: R) -> Result<Self> {
-        // Which kind it is, the magic says.
+        // The magic will say which kind it is.
         let mut reader = Self::at_start(path, input, Kind::Inventory.desc());
         let mut magic = reader.magic()?;
         reader.prologue = match magic {
@@ -191,11 +190,11 @@ impl<R: BufRead> ImageReader<R> {
         Ok(reader)
     }
 
-    /// Opens `input`, whose kind may also be one without magics; `size` is the
-    /// number of bytes in it, where that is known.
+    /// Reads `input`, which may also be of a kind without magics. `size` is its length, if
+    /// known.
     ///
-    /// Whether a file has magics, only its name can say: what looks like a magic
-    /// may be the beginning of a page.
+    /// Only the file name says whether a file has magics: the first bytes of a page may
+    /// look like a magic.
     ///
     /// # Errors
     /// As [`ImageReader::open`].
@@ -206,8 +205,9 @@ impl<R: BufRead> ImageReader<R> {
             .map(|(desc, _)| desc)
             .filter(|desc| desc.body == Body::Raw);
         let Some(desc) = raw else { return Self::new(path, input) };
-        // Pages of the oldest format have the name of today's raw pages, but
-        // a magic and an address before each page, so that no size fits both.
+        // In the oldest format, files of pages have the same name as now, but begin with a
+        // magic and have an address before each page, so their size is never a multiple of
+        // the page size.
         if desc.kind == Kind::Pages && size.is_some_and(|size| !size.is_multiple_of(PAGE_SIZE)) {
             let start = input.fill_buf().map_err(|source| ImageError::Read {
                 path: path.to_owned(),
@@ -222,7 +222,7 @@ impl<R: BufRead> ImageReader<R> {
         Ok(Self::at_start(path, input, desc))
     }
 
-    /// Makes a reader that has read nothing yet.
+    /// Returns a reader at the start of `input`.
     fn at_start(path: &Path, input: R, desc: &'static Desc) -> Self {
         let path = path.to_owned();
         Self {
@@ -237,7 +237,7 @@ impl<R: BufRead> ImageReader<R> {
         }
     }
 
-    /// Checks that the image is of kind `kind`, or of one with its magic.
+    /// Checks that the image is of kind `kind`, or of a kind with the same magic.
     ///
     /// # Errors
     /// [`ImageError::Magic`].
@@ -253,33 +253,33 @@ impl<R: BufRead> ImageReader<R> {
         })
     }
 
-    /// Returns the row of the image's kind.
+    /// Returns the row of the kind.
     pub fn desc(&self) -> &'static Desc {
         self.desc
     }
 
-    /// Returns what stood before the image's own magic.
+    /// Returns what stood before the kind's own magic.
     pub fn prologue(&self) -> Prologue {
         self.prologue
     }
 
-    /// Returns the number of bytes read so far.
+    /// Returns how many bytes have been read.
     pub fn offset(&self) -> u64 {
         self.offset
     }
 
-    /// Returns how many bytes are left to be read, if that is known.
+    /// Returns how many bytes are left, if known.
     pub fn bytes_left(&self) -> Option<u64> {
         self.size.map(|size| size.saturating_sub(self.offset))
     }
 
-    /// Returns how many of these bytes there can be besides holes, roughly: to make room
-    /// by, not to rely on.
+    /// Returns an estimate of how many of the bytes left are stored, rather than holes;
+    /// only good for reserving memory.
     pub(super) fn stored_bytes_left(&self) -> u64 {
         self.bytes_left().unwrap_or(0).min(self.stored.max(BUFFER_BYTES as u64))
     }
 
-    /// Returns [`ImageError::Read`] for an image that memory does not suffice for.
+    /// Returns the [`ImageError::Read`] for an image that does not fit into memory.
     pub fn out_of_memory(&self) -> ImageError {
         ImageError::Read {
             path: self.path.clone(),
@@ -299,8 +299,8 @@ impl<R: BufRead> ImageReader<R> {
         Ok(u32::from_le_bytes(bytes))
     }
 
-    /// Reads the next message's bytes into `message`, replacing what it held;
-    /// false at the end of the file.
+    /// Reads the next message into `message`, replacing its contents; false at the end of
+    /// the file.
     ///
     /// # Errors
     /// [`ImageError::Read`], [`ImageError::Truncated`], [`ImageError::Oversized`].
@@ -327,7 +327,7 @@ impl<R: BufRead> ImageReader<R> {
         self.decode(start, &bytes).map(Some)
     }
 
-    /// Decodes `bytes`, a message that began at offset `start`.
+    /// Decodes `bytes`, a message at offset `start`.
     ///
     /// # Errors
     /// [`ImageError::Malformed`].
@@ -344,7 +344,7 @@ impl<R: BufRead> ImageReader<R> {
         M::decode(bytes).map_err(|error| malformed(error.to_string()))
     }
 
-    /// Reads a length prefix, which announces that many bytes.
+    /// Reads a length prefix.
     ///
     /// # Errors
     /// [`ImageError::Read`], [`ImageError::Truncated`], [`ImageError::Oversized`].
@@ -367,13 +367,15 @@ impl<R: BufRead> ImageReader<R> {
                 path: self.path.clone(),
                 offset,
                 message: "message",
-                problem: format!("more than {EMPTY_LIMIT} messages are empty, as in a hole"),
+                problem: format!(
+                    "more than {EMPTY_LIMIT} messages are empty, as if read from a hole"
+                ),
             });
         }
         Ok(length)
     }
 
-    /// Whether the end of the file is reached.
+    /// Whether the whole file has been read.
     ///
     /// # Errors
     /// [`ImageError::Read`].
@@ -386,8 +388,8 @@ impl<R: BufRead> ImageReader<R> {
         })
     }
 
-    /// Appends exactly `wanted` bytes of the file to `bytes`. Memory grows
-    /// with what is there, not with what is wanted.
+    /// Appends exactly `wanted` bytes of the file to `bytes`. Memory grows with the bytes
+    /// that the file has, not with `wanted`.
     ///
     /// # Errors
     /// [`ImageError::Read`], [`ImageError::Truncated`].
@@ -395,7 +397,7 @@ impl<R: BufRead> ImageReader<R> {
         self.copy(wanted, what, |input| input.read_to_end(bytes).map(|read| read as u64))
     }
 
-    /// Passes over exactly `wanted` bytes.
+    /// Skips exactly `wanted` bytes.
     ///
     /// # Errors
     /// [`ImageError::Read`], [`ImageError::Truncated`].
@@ -403,7 +405,7 @@ impl<R: BufRead> ImageReader<R> {
         self.copy(wanted, what, |input| io::copy(input, &mut io::sink()))
     }
 
-    /// Returns what has been read ahead, reading more if that is nothing; empty
+    /// Returns the bytes that have been read ahead, and reads more if there are none; empty
     /// at the end of the file.
     pub(super) fn peek(&mut self) -> Result<&[u8]> {
         let Self { input, path, offset, .. } = self;
@@ -414,7 +416,7 @@ impl<R: BufRead> ImageReader<R> {
         })
     }
 
-    /// Takes `bytes` of what [`ImageReader::peek`] returned.
+    /// Consumes `bytes` of what [`ImageReader::peek`] returned.
     pub(super) fn consume(&mut self, bytes: usize) {
         self.input.consume(bytes);
         self.offset += bytes as u64;
@@ -454,7 +456,7 @@ impl<R: BufRead> ImageReader<R> {
 }
 
 impl<R: BufRead> ImageReader<R> {
-    /// Reads all messages that are left.
+    /// Reads all remaining messages.
     ///
     /// # Errors
     /// As [`ImageReader::next_message`].
@@ -520,7 +522,7 @@ impl ImageWriter {
 }
 
 impl<W: Write> ImageWriter<BufWriter<W>> {
-    /// Flushes what was written and returns the file, for example to sync it.
+    /// Flushes the output and returns it, for example to sync it.
     ///
     /// # Errors
     /// [`ImageError::Write`].
@@ -533,7 +535,7 @@ impl<W: Write> ImageWriter<BufWriter<W>> {
 }
 
 impl<W: Write> ImageWriter<W> {
-    /// Writes the magics of `kind` to `output`, which errors call `path`.
+    /// Writes the magics of `kind` to `output`; errors name `path`.
     ///
     /// # Errors
     /// [`ImageError::Write`].
@@ -547,8 +549,8 @@ impl<W: Write> ImageWriter<W> {
         Self::with_prologue(path, output, kind, prologue)
     }
 
-    /// As [`ImageWriter::new`], with a prologue other than the kind's usual
-    /// one, to write back an image of another age.
+    /// Like [`ImageWriter::new`], but with another prologue than usual, to write back an
+    /// image of another format version.
     ///
     /// # Errors
     /// [`ImageError::Write`].
@@ -569,7 +571,8 @@ impl<W: Write> ImageWriter<W> {
     /// Writes a message.
     ///
     /// # Errors
-    /// [`ImageError::Write`]; a message of 4 GiB and more cannot be framed.
+    /// [`ImageError::Write`]; also for a message of 4 GiB or more, which no length prefix
+    /// can express.
     pub fn message<M: Message>(&mut self, message: &M) -> Result<()> {
         self.message_bytes(&message.encode_to_vec())
     }
@@ -587,7 +590,7 @@ impl<W: Write> ImageWriter<W> {
         self.raw(bytes)
     }
 
-    /// Writes bytes as they are, such as a payload.
+    /// Writes bytes without framing, such as a payload.
     ///
     /// # Errors
     /// [`ImageError::Write`].
@@ -597,7 +600,7 @@ impl<W: Write> ImageWriter<W> {
             .map_err(|source| ImageError::Write { path: self.path.clone(), source })
     }
 
-    /// Returns what was written to.
+    /// Returns the output.
     pub fn into_output(self) -> W {
         self.output
     }

@@ -1,8 +1,7 @@
 //! The image format: files of length-prefixed protobuf messages.
 //!
-//! Every byte read here is untrusted: lengths are bounded by what the file
-//! holds before anything is allocated, and whatever is wrong is an
-//! [`ImageError`] that names the file and the place in it.
+//! Every byte read here is untrusted. No length is believed before the file has shown that
+//! many bytes, and any defect is an [`ImageError`] that names the file and the offset.
 
 pub mod build_id;
 pub mod desc;

@@ -1,5 +1,4 @@
-//! Pagemaps: which pages of one memory a directory holds, and where the
-//! others are.
+//! Pagemaps: which pages of one memory are in a directory, and where the others are.
 
 use std::{
     fmt,
@@ -17,16 +16,16 @@ use crate::units::PageIndex;
 
 /// `flags`: the parent directory has the pages.
 const PARENT: u64 = 1;
-/// `flags`: the pages may be brought in after the restore.
+/// `flags`: a restore may load the pages later.
 const LAZY: u64 = 2;
 /// `flags`: the pages are in this directory's pages file.
 const PRESENT: u64 = 4;
 
-/// The least that an entry takes in a file, its length included, unless it is at
-/// address 0.
+/// The fewest bytes of an entry in a file, including its length prefix; an entry at address
+/// 0 may be shorter.
 const ENTRY_BYTES: u64 = 10;
 
-/// One memory: what one pagemap describes.
+/// A memory: what one pagemap describes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum MemoryId {
     /// The private memory of the process with this pid.
@@ -36,7 +35,7 @@ pub enum MemoryId {
 }
 
 impl MemoryId {
-    /// Returns the name of the memory's pagemap file.
+    /// Returns the name of the pagemap of this memory.
     pub fn pagemap_name(self) -> String {
         match self {
             Self::Private(pid) => Kind::Pagemap.file_name(pid),
@@ -44,7 +43,7 @@ impl MemoryId {
         }
     }
 
-    /// Returns the memory whose pagemap file has this name.
+    /// Returns the memory that the pagemap of this name describes.
     pub fn of_pagemap(file_name: &str) -> Option<Self> {
         let (desc, number) = super::desc::by_file_name(file_name)?;
         match desc.kind {
@@ -64,48 +63,48 @@ impl fmt::Display for MemoryId {
     }
 }
 
-/// Where a pagemap entry says that its pages are.
+/// Where the pages of a pagemap entry are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Presence {
     /// In the pages file of the same directory.
     Present,
-    /// Where the parent directory's pagemap of the same memory says.
+    /// Where the pagemap of the same memory in the parent directory says.
     Parent,
-    /// Nowhere in these images: a page server or the source had them.
+    /// Not in these images: a page server or the source had them.
     Absent,
 }
 
-/// A stretch of pages that are in the same place.
+/// A run of pages in the same place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PagemapEntry {
     /// The first page.
     pub first: PageIndex,
-    /// How many pages follow from there, itself included; at least 1.
+    /// The number of pages, at least 1.
     pub pages: u64,
     /// Where they are.
     pub presence: Presence,
-    /// Whether a restore may leave them for later.
+    /// Whether a restore may load them later.
     pub lazy: bool,
 }
 
 impl PagemapEntry {
-    /// Returns the first page after the entry.
+    /// Returns the page after the last one.
     pub fn end(&self) -> PageIndex {
         PageIndex(self.first.0 + self.pages)
     }
 
-    /// Returns how many pages the entry takes in the pages file beside it.
+    /// Returns how many pages of the pages file beside it belong to the entry.
     pub fn pages_in_file(&self) -> u64 {
         if self.presence == Presence::Present { self.pages } else { 0 }
     }
 }
 
-/// A pagemap read as a whole.
+/// A whole pagemap.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pagemap {
     /// The number of the pages file.
     pub pages_id: u32,
-    /// The entries, ascending and without overlap.
+    /// The entries, ascending and disjoint.
     pub entries: Vec<PagemapEntry>,
 }
 
@@ -113,22 +112,22 @@ impl Pagemap {
     /// Reads a pagemap file.
     ///
     /// # Errors
-    /// As [`PagemapReader::open`], and what the reader's items can be.
+    /// As [`PagemapReader::open`]; errors of the entries.
     pub fn read(path: &Path) -> Result<Self> {
         Self::of(PagemapReader::open(path)?)
     }
 
-    /// Reads what is left of a pagemap.
+    /// Reads the rest of a pagemap.
     ///
     /// # Errors
-    /// What the reader's items can be.
+    /// Errors of the entries.
     pub fn of<R: BufRead>(mut reader: PagemapReader<R>) -> Result<Self> {
         let entries = reader.by_ref().collect::<Result<_>>()?;
         Ok(Self { pages_id: reader.pages_id(), entries })
     }
 }
 
-/// Reads a pagemap entry by entry, checking that they ascend.
+/// Reads a pagemap entry by entry, and checks that the entries ascend.
 #[derive(Debug)]
 pub struct PagemapReader<R = Buffered> {
     image: ImageReader<R>,
@@ -143,15 +142,14 @@ impl PagemapReader {
     /// Opens a pagemap file and reads its head.
     ///
     /// # Errors
-    /// What [`ImageReader::open_kind`] returns, and [`ImageError::Count`] for a file
-    /// without a head.
+    /// As [`ImageReader::open_kind`]; [`ImageError::Count`] for a file without a head.
     pub fn open(path: &Path) -> Result<Self> {
         Self::new(ImageReader::open_kind(path, Kind::Pagemap)?)
     }
 }
 
 impl<R: BufRead> PagemapReader<R> {
-    /// Reads the head of an image that was just opened.
+    /// Reads the head of an image that has just been opened.
     ///
     /// # Errors
     /// As [`PagemapReader::open`].
@@ -183,21 +181,21 @@ impl<R: BufRead> PagemapReader<R> {
         self.pages_id
     }
 
-    /// Returns how many entries are left at most, as far as the file's size on the disk
-    /// tells.
+    /// Returns the largest number of entries that can be left, by the size of the file on
+    /// disk.
     pub fn entries_left(&self) -> usize {
         let bytes = self.image.stored_bytes_left();
         usize::try_from(bytes / ENTRY_BYTES).unwrap_or(0)
     }
 
-    /// Returns [`ImageError::Read`] for a pagemap that memory does not suffice for.
+    /// Returns the [`ImageError::Read`] for a pagemap that does not fit into memory.
     pub fn out_of_memory(&self) -> ImageError {
         self.image.out_of_memory()
     }
 
     fn read_entry(&mut self) -> Result<Option<PagemapEntry>> {
         let start = self.image.offset();
-        // In most cases the whole entry has been read ahead: parse it in place.
+        // Usually the whole entry has been read ahead, and is parsed in place.
         let ahead = framed(self.image.peek()?).map(|message| (parse(message), message.len()));
         let fields = if let Some((fields, length)) = ahead {
             self.image.consume(size_of::<u32>() + length);
@@ -230,7 +228,7 @@ impl<R: BufRead> PagemapReader<R> {
         let presence = fields.presence().map_err(wrong)?;
         let pages = fields.pages;
         if PageIndex::at(fields.vaddr).is_none() {
-            return Err(wrong("the address is not that of a page"));
+            return Err(wrong("the address is not page-aligned"));
         }
         if pages == 0 {
             return Err(wrong("it has no pages"));
@@ -246,10 +244,9 @@ impl<R: BufRead> PagemapReader<R> {
 }
 
 impl<R: BufRead> Iterator for PagemapReader<R> {
-    /// An entry, or why there is none: what [`ImageReader::next_message`]
-    /// returns, and [`ImageError::Pagemap`] for an entry that is empty, ends
-    /// beyond the address space, lies before the end of the one before it, or
-    /// is in two places. Nothing comes after an error.
+    /// An entry, or the defect: as [`ImageReader::next_message`]; [`ImageError::Pagemap`]
+    /// for an entry that is empty, ends beyond the address space, begins before the end of
+    /// the one before it, or claims two places. An error ends the iteration.
     type Item = Result<PagemapEntry>;
 
     fn next(&mut self) -> Option<Self::Item> {
@@ -262,7 +259,7 @@ impl<R: BufRead> Iterator for PagemapReader<R> {
     }
 }
 
-/// Returns the first message in `ahead` if it is there to its end.
+/// Returns the first message in `ahead` if all of it is there.
 fn framed(ahead: &[u8]) -> Option<&[u8]> {
     let (length, rest) = ahead.split_first_chunk()?;
     let length = u32::from_le_bytes(*length);
@@ -272,7 +269,7 @@ fn framed(ahead: &[u8]) -> Option<&[u8]> {
     rest.get(..usize::try_from(length).ok()?)
 }
 
-/// The fields of a `pagemap_entry`, whatever its age.
+/// The fields of a `pagemap_entry` of any format version.
 #[derive(Default)]
 struct Fields {
     vaddr: u64,
@@ -291,7 +288,7 @@ impl Fields {
     }
 }
 
-/// Parses a `pagemap_head`, of which a chain of a thousand layers has as many.
+/// Parses a `pagemap_head`. A chain of a thousand layers has a thousand for each memory.
 fn parse_head(mut bytes: &[u8]) -> Result<u32, &'static str> {
     let mut pages_id = None;
     while !bytes.is_empty() {
@@ -301,18 +298,18 @@ fn parse_head(mut bytes: &[u8]) -> Result<u32, &'static str> {
             _ => {}
         }
     }
-    // As protobuf has it, the lower half of a number that is too long.
+    // Like protobuf: of a number that is too long, the lower half counts.
     let pages_id = pages_id.ok_or("it lacks field pages_id")? & u64::from(u32::MAX);
     Ok(u32::try_from(pages_id).expect("the lower half"))
 }
 
-/// Parses a `pagemap_entry`, of which there may be millions.
+/// Parses a `pagemap_entry`. There may be millions.
 fn parse(mut bytes: &[u8]) -> Result<Fields, &'static str> {
     const CUT: &str = "it is not a sequence of fields";
     let (mut vaddr, mut compat_pages, mut in_parent) = (None, None, false);
     let (mut flags, mut pages) = (None, None);
     while let [key, rest @ ..] = bytes {
-        // Fields 1 to 5 are numbers, and their keys are one byte.
+        // Fields 1 to 5 are varints with one-byte keys.
         let value = if matches!(*key, 0x08 | 0x10 | 0x18 | 0x20 | 0x28) {
             bytes = rest;
             wire::varint(&mut bytes).ok_or(CUT)?
@@ -330,7 +327,7 @@ fn parse(mut bytes: &[u8]) -> Result<Fields, &'static str> {
             _ => pages = Some(value),
         }
     }
-    // Images without flags have only `in_parent`; without the 64-bit count,
+    // Images without `flags` have only `in_parent`; images without the 64-bit count have
     // only the 32-bit one.
     Ok(Fields {
         vaddr: vaddr.ok_or("it lacks field vaddr")?,
@@ -346,7 +343,7 @@ pub struct PagemapWriter<W: Write> {
 }
 
 impl<W: Write> PagemapWriter<W> {
-    /// Writes the head of a pagemap whose bytes are in `pages-<pages_id>.img`.
+    /// Writes the head of a pagemap whose pages are in `pages-<pages_id>.img`.
     ///
     /// # Errors
     /// [`ImageError::Write`].
@@ -355,10 +352,10 @@ impl<W: Write> PagemapWriter<W> {
         Ok(Self { image })
     }
 
-    /// Writes an entry, which must begin at or after the end of the one before.
+    /// Writes an entry, which must begin at or after the end of the previous one.
     ///
-    /// The number of pages goes into both fields that hold it, so that older
-    /// readers find it; into the newer alone where the older is too narrow.
+    /// The number of pages goes into both fields that can hold it, for older readers; only
+    /// into the newer field if the older one is too narrow.
     ///
     /// # Errors
     /// [`ImageError::Write`].
@@ -378,7 +375,7 @@ impl<W: Write> PagemapWriter<W> {
         })
     }
 
-    /// Returns the image, which is complete.
+    /// Returns the complete image.
     pub fn into_image(self) -> ImageWriter<W> {
         self.image
     }
@@ -440,7 +437,7 @@ mod tests {
             problem(&[8, 0x80, 0x20, 16, 1, 32, 5]),
             "pagemap pagemap-1.img, entry 0 at address 0x1000: it is both present and in the parent"
         );
-        assert!(problem(&[8, 1, 16, 1]).ends_with("the address is not that of a page"));
+        assert!(problem(&[8, 1, 16, 1]).ends_with("the address is not page-aligned"));
         assert!(problem(&[8, 0x80, 0x20, 16, 0]).ends_with("it has no pages"));
         let mut far = vec![8, 0x80, 0x20, 16, 0, 40];
         far.extend([0xff; 9]);
@@ -459,7 +456,7 @@ mod tests {
     fn cut_and_oversized_files_are_errors() {
         let whole = image(&[&[8, 0x80, 0x20, 16, 2]]);
         for length in 0..whole.len() {
-            // A cut between two messages cannot be seen.
+            // A cut between two messages cannot be detected.
             let between = length == whole.len() - 9;
             assert_eq!(read(&whole[..length]).is_ok(), between, "{length}");
         }

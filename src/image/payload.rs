@@ -1,8 +1,8 @@
 //! The bytes that follow messages.
 //!
-//! A [`Layout`] says which bytes follow one message. It comes from the fields
-//! of the message, so it is no more trustworthy than these: nothing is
-//! allocated for a length before the file has shown the bytes.
+//! A [`Layout`] says which bytes follow a message. It is computed from fields of that
+//! message, which are as untrusted as any: no memory is allocated for a length before the
+//! file has shown the bytes.
 
 use std::io::BufRead;
 
@@ -10,7 +10,7 @@ use prost_reflect::{DynamicMessage, Value};
 
 use super::{ImageError, ImageReader, desc::Payload};
 
-/// Which bytes follow a message.
+/// The bytes that follow a message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Layout {
     /// Stretches of bytes, one after the other.
@@ -21,33 +21,33 @@ pub enum Layout {
     Framed(Framed),
 }
 
-/// A stretch of bytes of known length.
+/// A stretch of bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stretch {
-    /// What the bytes are.
+    /// What messages call the bytes.
     pub name: &'static str,
     /// How many there are.
     pub length: u64,
-    /// How many follow that mean nothing.
+    /// How many bytes of padding follow.
     pub padding: u64,
 }
 
-/// A sequence of messages inside a payload.
+/// A sequence of messages in a payload, each with its own bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Framed {
-    /// What the messages are.
+    /// What errors call the messages.
     pub name: &'static str,
     /// Their type.
     pub message: &'static str,
-    /// How many there are; `None`: as many as the file has.
+    /// How many there are; `None` means that they continue to the end of the file.
     pub count: Option<u32>,
     /// The field that says how many bytes follow one of them.
     length_field: &'static str,
-    /// What these bytes are padded to.
+    /// The alignment of these bytes.
     align: u64,
 }
 
-/// What the bytes of a payload are called if there is only one kind of them.
+/// The name of a payload that has a single part.
 pub(super) const PAYLOAD: &str = "payload";
 /// Bytes of one semaphore's value.
 pub(super) const SEMAPHORE_BYTES: u64 = 2;
@@ -118,11 +118,10 @@ impl Layout {
         ])
     }
 
-    /// What follows `message`, in an image whose kind has payloads of this
-    /// sort.
+    /// Returns the layout of the bytes after `message`.
     pub fn of(payload: Payload, message: &DynamicMessage) -> Self {
         let number = |field| number(message, field);
-        // The fields are 32 bits wide: nothing is lost.
+        // These fields are 32 bits wide, so nothing is cut off.
         let small = |field| u32::try_from(number(field)).unwrap_or(u32::MAX);
         match payload {
             Payload::None => Self::NONE,
@@ -139,20 +138,20 @@ impl Layout {
 }
 
 impl Stretch {
-    /// Returns a stretch of `length` bytes, padded to a multiple of `align`.
+    /// A stretch of `length` bytes, padded to a multiple of `align`.
     const fn padded(name: &'static str, length: u64, align: u64) -> Self {
         Self { name, length, padding: (align - length % align) % align }
     }
 }
 
 impl Framed {
-    /// Returns the bytes that follow `message`, one of the sequence.
+    /// Returns the stretch of bytes that follows `message`, one of the sequence.
     pub fn stretch(&self, message: &DynamicMessage) -> Stretch {
         Stretch::padded(PAYLOAD, number(message, self.length_field), self.align)
     }
 }
 
-/// Returns the value of a field that is a number or a truth value; 0 without it.
+/// Returns the value of a number or a boolean; 0 if the field is absent.
 fn number(message: &DynamicMessage, field: &str) -> u64 {
     match message.get_field_by_name(field).as_deref() {
         Some(Value::U32(value)) => u64::from(*value),
@@ -162,8 +161,8 @@ fn number(message: &DynamicMessage, field: &str) -> u64 {
     }
 }
 
-/// Hands the next `length` bytes of `image` to `sink`, in the pieces in which
-/// they are read; without a length, all that are left.
+/// Passes the next `length` bytes of `image` to `sink` in pieces; without a length, all
+/// bytes that are left.
 ///
 /// # Errors
 /// [`ImageError::Read`], [`ImageError::Truncated`], and those of `sink`.

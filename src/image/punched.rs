@@ -1,9 +1,8 @@
-//! The journal of the pages of a pages file that were freed.
+//! The journal of the freed pages of a pages file.
 //!
-//! A hole in a pages file reads as zeros and looks like a page of zeros. So before
-//! pages are freed, `punched-<pages_id>.img` beside the pages file says which, and
-//! from then on they are gone for every reader, whether or not they were freed yet.
-//! Other readers of the format ignore the file.
+//! A hole in a pages file reads as zeros and looks like a page of zeros. So before pages
+//! are freed, `punched-<pages_id>.img` beside the pages file names them. From then on they
+//! are gone for every reader, freed or not. Other readers of the format ignore the file.
 //!
 //! # Layout
 //!
@@ -14,28 +13,29 @@
 //! | 8 | `rcriuPUN` |
 //! | 4 | the version, 1 |
 //! | 4 | `pages_id` |
-//! | 8 | which dump it belongs to: XXH3 of the pagemap and of the inventory |
+//! | 8 | the dump it belongs to: XXH3 of the pagemap and of the inventory |
 //! | 8 | XXH3 of the 24 bytes before |
 //!
-//! and then records of 24 bytes: the first page of the *file*, the number of pages,
-//! and a checksum: XXH3 of these 16 bytes, with the dump and the record's number as
-//! the seed. A record of no pages is a *seal*: all records before it are on disk.
+//! The head is followed by records of 24 bytes: the first page in the *file*, the number of
+//! pages, and a checksum. The checksum is XXH3 of these 16 bytes, seeded with the dump and
+//! the number of the record. A record of no pages is a *seal*: all records before it are on
+//! disk.
 //!
-//! The dump is there because directories are dumped into anew, by programs that do
-//! not know the journal: one that belongs to what was there before must not decide
-//! over what is there now. A pagemap that is written anew makes its journal foreign
-//! too, and file pages do mean something else then.
+//! The head names the dump because programs that do not know the journal write new dumps
+//! into the same directory: the journal of the old dump must not apply to the new one. A
+//! rewritten pagemap, too, makes the journal foreign, since pages of the file then mean
+//! something else.
 //!
-//! Records are appended in batches. A batch is synced, and only then sealed and its
-//! pages freed. What a crash leaves of a batch that was not synced, in whatever
-//! order its blocks came to the disk, is behind the last seal: from the first record
-//! that is damaged on it counts for nothing, and is cut off by who appends next. A
-//! damaged record before a seal means that nobody can tell any more what is gone,
-//! and is an error. The seal itself needs no `fsync(2)` of its own: without it, no
-//! more is lost than that damage behind it may go unseen.
+//! Records are appended in batches. A batch is synced; only then is it sealed, and only
+//! then are its pages freed. After a crash, records of a batch that was not synced may be
+//! on disk in any order, but all of them are behind the last seal: from the first damaged
+//! record on they are ignored, and the next append cuts them off. A damaged record before a
+//! seal is an error, because it is unknown which pages are gone. The seal needs no
+//! `fsync(2)` of its own: if it is lost, the only effect is that such damage may go
+//! unnoticed.
 //!
-//! The file is created, and rewritten when it has many more records than ranges,
-//! under another name that is then changed, so that its head is always whole.
+//! The file is created under a temporary name and renamed, so that its head is always
+//! whole. The same way it is rewritten once it has many more records than ranges.
 
 use std::{
     io::{self, BufReader, Read},
@@ -78,15 +78,15 @@ const HEAD_BYTES: u64 = size_of::<Head>() as u64;
 const RECORD_BYTES: u64 = size_of::<Record>() as u64;
 const _: () = assert!(HEAD_BYTES == 32 && RECORD_BYTES == 24);
 
-/// Bytes of the head and of a record that their checksums are of.
+/// The bytes of the head that its checksum covers.
 const SUMMED_HEAD_BYTES: usize = 24;
 const SUMMED_RECORD_BYTES: usize = 16;
 
-/// Records that a journal may have beyond twice the ranges that it names before it
-/// is rewritten: 24 KiB.
+/// How many records a journal may have beyond twice its number of ranges before it is
+/// rewritten: 24 KiB.
 const SPARE_RECORDS: u64 = 1024;
 
-/// Records that are written at a time: 96 KiB.
+/// How many records are written at a time: 96 KiB.
 const BATCH_RECORDS: usize = 4096;
 
 impl Head {
@@ -108,7 +108,7 @@ impl Head {
 }
 
 impl Record {
-    /// Makes the record with the number `position`.
+    /// Returns record number `position`.
     fn new(pages: &Range<u64>, dump: u64, position: u64) -> Self {
         let mut record = Self {
             first: pages.start.into(),
@@ -128,31 +128,29 @@ impl Record {
     }
 }
 
-/// Where a journal is, and what it must belong to.
+/// Where a journal is, and which pages file it must belong to.
 #[derive(Clone, Debug)]
 struct Owner {
-    /// What messages call it.
+    /// The path that errors name.
     path: PathBuf,
     /// The name of the pagemap beside it.
     pagemap: String,
     pages_id: u32,
 }
 
-/// What a journal says.
+/// The contents of a journal.
 #[derive(Debug, Default)]
 struct Contents {
     pages: PageRanges,
-    /// Records that count, seals among them.
+    /// The number of valid records, seals included.
     records: u64,
 }
 
-/// Reads which pages of the file `pages-<pages_id>.img` of `images` are gone; `pagemap`
-/// is the name of the pagemap that says what is in that file. `None` if there is no
-/// journal.
+/// Reads which pages of the file `pages-<pages_id>.img` of `images` are gone; `None` if
+/// there is no journal. `pagemap` is the name of the pagemap that describes the file.
 ///
 /// # Errors
-/// [`ImageError::Foreign`], [`ImageError::Journal`], and what keeps the files from
-/// being read.
+/// [`ImageError::Foreign`]; [`ImageError::Journal`]; a file that cannot be read.
 pub fn read(images: &dyn ImageStore, pagemap: &str, pages_id: u32) -> Result<Option<PageRanges>> {
     let Some(journal) = open(images, pages_id)? else { return Ok(None) };
     let owner = Owner::new(images, pagemap, pages_id);
@@ -179,7 +177,7 @@ impl Owner {
         self.path.parent().expect("it was joined to a directory")
     }
 
-    /// Returns which dump it must be of.
+    /// Returns the dump that the journal must belong to.
     fn dump(&self, images: &dyn ImageStore) -> Result<u64> {
         let mut hash = Xxh3::new();
         for name in [&self.pagemap, &Kind::Inventory.file_name(0)] {
@@ -203,7 +201,7 @@ impl Owner {
                     }
                 }
             }
-            // Where one ends and the next begins.
+            // The boundary between the two files.
             hash.update(&len.to_le_bytes());
         }
         Ok(hash.digest())
@@ -213,7 +211,7 @@ impl Owner {
         ImageError::Journal { path: self.path.clone(), offset, problem }
     }
 
-    /// Reads a journal that must belong to `dump`.
+    /// Reads a journal, which must belong to `dump`.
     fn contents(&self, mut input: impl Read, dump: u64) -> Result<Contents> {
         let mut bytes = [0; size_of::<Head>()];
         if self.fill(&mut input, &mut bytes, 0)? < bytes.len() {
@@ -224,13 +222,13 @@ impl Owner {
             return Err(self.wrong(0, "it does not begin with rcriuPUN"));
         }
         if head.version.get() != VERSION {
-            return Err(self.wrong(8, "it is of a version that this program does not know"));
+            return Err(self.wrong(8, "its version is unknown to this program"));
         }
         if head.sum() != head.checksum.get() {
             return Err(self.wrong(24, "its head is damaged"));
         }
         if head.pages_id.get() != self.pages_id {
-            return Err(self.wrong(12, "it is of another pages file than its name says"));
+            return Err(self.wrong(12, "it belongs to another pages file than its name says"));
         }
         if head.dump.get() != dump {
             return Err(ImageError::Foreign { path: self.path.clone() });
@@ -253,15 +251,15 @@ impl Owner {
             match damaged {
                 None if !whole => damaged = Some(offset),
                 None if pages.start > pages.end || pages.end > PageIndex::END.0 => {
-                    return Err(self.wrong(offset, "a record is of pages that no file has"));
+                    return Err(self.wrong(offset, "a record names pages that no file can have"));
                 }
                 None => {
                     contents.pages.insert(pages);
                     contents.records = position + 1;
                 }
                 Some(offset) if whole && record.pages.get() == 0 => {
-                    let problem = "a record is damaged, so it is not known which pages are \
-                                   gone; take the directory from a copy";
+                    let problem = "a record is damaged, so it is unknown which pages are \
+                                   gone: take the directory from a copy";
                     return Err(self.wrong(offset, problem));
                 }
                 Some(_) => {}
@@ -270,7 +268,7 @@ impl Owner {
         Ok(contents)
     }
 
-    /// Reads as many bytes as there are, up to the buffer's length.
+    /// Reads until the buffer is full or the file ends.
     fn fill(&self, input: &mut impl Read, buffer: &mut [u8], offset: u64) -> Result<usize> {
         let mut done = 0;
         while done < buffer.len() {
@@ -287,22 +285,22 @@ impl Owner {
     }
 }
 
-/// A journal that is written.
+/// A journal that is being written.
 #[derive(Debug)]
 pub struct JournalWriter {
     owner: Owner,
     dump: u64,
-    /// Open while something is written.
+    /// Open during writes.
     file: Option<DiskFile>,
     exists: bool,
     contents: Contents,
-    /// Whether there are records that are not known to be on disk.
+    /// Whether some records may not be on disk yet.
     unsynced: bool,
 }
 
 impl JournalWriter {
-    /// Opens the journal of the file `pages-<pages_id>.img` in `dir`, to which the
-    /// pagemap called `pagemap` belongs. Nothing is written yet.
+    /// Opens the journal of the file `pages-<pages_id>.img` in `dir`, which the pagemap
+    /// `pagemap` describes. Writes nothing yet.
     ///
     /// # Errors
     /// As [`read`].
@@ -316,7 +314,7 @@ impl JournalWriter {
             Some(file) => owner.contents(BufReader::new(file), dump)?,
             None => Contents::default(),
         };
-        // Whether what is there came to the disk is not known.
+        // Whether the existing records are on disk is unknown.
         Ok(Self { owner, dump, file: None, exists, contents, unsynced: exists })
     }
 
@@ -325,8 +323,8 @@ impl JournalWriter {
         &self.contents.pages
     }
 
-    /// Adds pages; those that are named already are not named again. They are not
-    /// on disk before [`Self::sync`].
+    /// Appends pages, except those that the journal names already. They are not on disk
+    /// before [`Self::sync`].
     ///
     /// # Errors
     /// [`ImageError::Write`].
@@ -343,7 +341,7 @@ impl JournalWriter {
         }
         let file = self.opened(disk)?;
         let end = HEAD_BYTES + self.contents.records * RECORD_BYTES;
-        // What a crash has left behind must not come to count.
+        // What a crash has left must not become valid.
         disk.set_len(&file, end).map_err(write_error(&self.owner.path))?;
         self.unsynced = true;
         write_records(disk, &file, &new, self.dump, self.contents.records)?;
@@ -353,11 +351,10 @@ impl JournalWriter {
         Ok(())
     }
 
-    /// Waits until all pages that were added are named on disk, seals them, and
-    /// closes the file.
+    /// Waits until all appended records are on disk, seals them, and closes the file.
     ///
     /// # Errors
-    /// [`ImageError::Write`]; none of the pages may be freed then.
+    /// [`ImageError::Write`]; then none of the pages may be freed.
     pub fn sync(&mut self, disk: &dyn Disk) -> Result<()> {
         if !self.unsynced {
             return Ok(());
@@ -373,7 +370,7 @@ impl JournalWriter {
         Ok(())
     }
 
-    /// Returns the file, which is there; the caller puts it back.
+    /// Takes the open file, or opens it; the caller puts it back.
     fn opened(&mut self, disk: &dyn Disk) -> Result<DiskFile> {
         match self.file.take() {
             Some(file) => Ok(file),
@@ -384,7 +381,7 @@ impl JournalWriter {
         }
     }
 
-    /// Puts a file in the journal's place that names its pages once.
+    /// Replaces the journal by one that names each page once.
     fn rewrite(&mut self, disk: &dyn Disk) -> Result<()> {
         let path = &self.owner.path;
         let dir = self.owner.dir();
@@ -405,13 +402,13 @@ impl JournalWriter {
         disk.sync_dir(dir).map_err(write_error(dir))?;
         self.contents.records = records + 1;
         self.exists = true;
-        // To be opened under its name.
+        // The next write opens the new file.
         self.file = None;
         Ok(())
     }
 }
 
-/// Writes a record for each range, the first as number `position`.
+/// Writes a record for each range; the first has number `position`.
 fn write_records(
     disk: &dyn Disk,
     file: &DiskFile,
@@ -491,7 +488,7 @@ mod tests {
         assert_eq!(named(dir), [4..8, 9..10]);
         let len = fs::metadata(&path).unwrap().len();
         add(dir, &[4..8]);
-        // A seal at most.
+        // At most one more seal.
         assert!(fs::metadata(&path).unwrap().len() <= len + RECORD_BYTES);
         assert!(!dir.join(".punched-3.img.unfinished").exists());
     }
@@ -532,7 +529,8 @@ mod tests {
             let count = (end - batch) / 24;
             assert_eq!(named(dir), [0..1, 10..11, 20..21][..=count], "{end}");
         }
-        // Blocks that came in another order; what is behind must not come to count.
+        // Blocks that reached the disk in another order; records behind the damage must not
+        // become valid.
         let mut torn = whole.clone();
         torn[batch + 24..batch + 48].fill(0);
         fs::write(&path, torn).unwrap();
@@ -548,7 +546,7 @@ mod tests {
         let path = dir.join("punched-3.img");
         add(dir, &[0..1, 5..6]);
         let whole = fs::read(&path).unwrap();
-        // The journal begins with a seal, and ends with one.
+        // The journal begins and ends with a seal.
         assert_eq!(whole.len(), 32 + 4 * 24);
         for at in 0..whole.len() - 24 {
             let mut damaged = whole.clone();

@@ -1,9 +1,9 @@
-//! Opening and creating files of an image directory, which may be anybody's: the one
-//! place that says what is opened there.
+//! Opens and creates files of an image directory, which another user may control. No other
+//! code decides which files may be opened there.
 //!
-//! Only regular files are images. A FIFO would be waited for, a device would do things
-//! or never end. What is created is for its owner alone, whatever the umask, since it
-//! holds memory; and it is never created through a link.
+//! Only regular files are images: opening a FIFO would block, and reading a device may
+//! never end or have side effects. New files hold memory, so only their owner can read
+//! them, whatever the umask says. They are never created through a link.
 
 use std::{
     fs::{File, OpenOptions},
@@ -18,10 +18,10 @@ use nix::{
     sys::stat::{FileStat, Mode, fstat},
 };
 
-/// Permissions of new files: memory is secret.
+/// Permissions of new files, which hold the memory of processes.
 const FILE_MODE: u32 = 0o600;
 
-/// Opens a regular file for reading, and looks at it.
+/// Opens a regular file for reading, and returns its attributes as well.
 ///
 /// # Errors
 /// What `open(2)` returns; [`io::ErrorKind::InvalidInput`] for a file of another type.
@@ -29,8 +29,8 @@ pub fn open(path: &Path) -> io::Result<(File, FileStat)> {
     open_with(path, File::options().read(true), OFlag::empty())
 }
 
-/// Opens a regular file for reading and writing. A link is none: what it leads to may be
-/// anything of anybody's.
+/// Opens a regular file for reading and writing. A symbolic link is refused: its target may
+/// be any file of any user.
 ///
 /// # Errors
 /// As [`open`].
@@ -39,7 +39,7 @@ pub fn open_to_change(path: &Path) -> io::Result<(File, FileStat)> {
 }
 
 fn open_with(path: &Path, options: &mut OpenOptions, flags: OFlag) -> io::Result<(File, FileStat)> {
-    // Without O_NONBLOCK, a FIFO under the file's name would hang us.
+    // Without O_NONBLOCK, opening a FIFO of this name would block.
     let flags = flags | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
     let file = options.custom_flags(flags.bits()).open(path).map_err(|error| {
         if error.raw_os_error() == Some(libc::ELOOP) && path.is_symlink() {
@@ -48,7 +48,7 @@ fn open_with(path: &Path, options: &mut OpenOptions, flags: OFlag) -> io::Result
             error
         }
     })?;
-    // The standard library's way to ask takes twice as long.
+    // `File::metadata` takes twice as long.
     let stat = fstat(&file)?;
     if stat.st_mode & libc::S_IFMT == libc::S_IFREG {
         Ok((file, stat))
@@ -57,13 +57,13 @@ fn open_with(path: &Path, options: &mut OpenOptions, flags: OFlag) -> io::Result
     }
 }
 
-/// Returns the error of opening what is `name`, such as a directory.
+/// Returns the error of opening a file that is `name`, such as a directory.
 pub(super) fn not_regular(name: &str) -> io::Error {
-    let problem = format!("it is {name}, and not a regular file");
+    let problem = format!("it is {name}, not a regular file");
     io::Error::new(io::ErrorKind::InvalidInput, problem)
 }
 
-/// Returns what to call a file of this mode, `None` if it is a regular one.
+/// Returns what messages call a file of this mode; `None` for a regular file.
 pub fn type_name(mode: u32) -> Option<&'static str> {
     match mode & libc::S_IFMT {
         libc::S_IFREG => None,
@@ -76,15 +76,15 @@ pub fn type_name(mode: u32) -> Option<&'static str> {
     }
 }
 
-/// Creates an empty file that is not there yet, for its owner alone.
+/// Creates an empty file that only its owner can access. It must not exist.
 ///
 /// # Errors
-/// What `open(2)` returns; a link of this name is in the way like a file.
+/// What `open(2)` returns; `EEXIST` also for a symbolic link of this name.
 pub fn create(path: &Path) -> io::Result<File> {
     File::options().read(true).write(true).create_new(true).mode(FILE_MODE).open(path)
 }
 
-/// Creates such a file in an open directory.
+/// Like [`create`], in an open directory.
 ///
 /// # Errors
 /// As [`create`].
@@ -96,7 +96,7 @@ pub fn create_at(dir: &File, name: &str) -> io::Result<File> {
 /// Reads a small regular file.
 ///
 /// # Errors
-/// As [`open`]; [`io::ErrorKind::FileTooLarge`] for one of more than `limit` bytes.
+/// As [`open`]; [`io::ErrorKind::FileTooLarge`] for a file of more than `limit` bytes.
 pub fn read(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     let (file, _) = open(path)?;
     let mut bytes = Vec::new();
@@ -125,7 +125,7 @@ mod tests {
             (Path::new("/dev/zero"), "a device"),
         ] {
             let problem = open(path).unwrap_err().to_string();
-            assert_eq!(problem, format!("it is {name}, and not a regular file"));
+            assert_eq!(problem, format!("it is {name}, not a regular file"));
             read(path, 10).unwrap_err();
         }
         open_to_change(&path).unwrap_err();
@@ -134,7 +134,7 @@ mod tests {
         std::os::unix::fs::symlink("target", &link).unwrap();
         open(&link).unwrap();
         let problem = open_to_change(&link).unwrap_err().to_string();
-        assert_eq!(problem, "it is a symbolic link, and not a regular file");
+        assert_eq!(problem, "it is a symbolic link, not a regular file");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Files that had lost their names (`remap-fpath.img`).
+//! Files that lost their names before the dump (`remap-fpath.img`).
 
 use super::proto::{RemapFilePathEntry, RemapType};
 
@@ -6,22 +6,22 @@ use super::proto::{RemapFilePathEntry, RemapType};
 /// `criu/include/image.h`).
 const OLD_GHOST: u32 = 1 << 31;
 
-/// Where an entry of `files.img` that has lost its name leads to.
+/// What stands for a file that has lost its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Remap {
-    /// The file that another entry names, by its id.
+    /// The file of another entry, by the id of that entry.
     Linked(u32),
-    /// A file without a name, by the number of the image that holds its bytes.
+    /// A ghost file, by the number of the image that holds its contents.
     Ghost(u32),
-    /// A file in `/proc` of a process that had ended, by its pid.
+    /// A file in `/proc` of a process that had ended, by the pid.
     Process(u32),
 }
 
 impl Remap {
-    /// Returns what an entry says.
+    /// Decodes an entry.
     ///
     /// # Errors
-    /// What is wrong with it: the type is unknown.
+    /// The defect: an unknown type.
     pub fn of(entry: &RemapFilePathEntry) -> Result<Self, String> {
         let id = entry.remap_id;
         match entry.remap_type.map(RemapType::try_from) {

@@ -1,4 +1,4 @@
-//! Whether a file is a whole image of its kind.
+//! Checks that a file is a whole image of its kind.
 
 use super::{
     ImageReader, Result,
@@ -6,10 +6,10 @@ use super::{
     payload::{Layout, Stretch},
 };
 
-/// Decodes an image to its end without keeping it.
+/// Decodes an image to its end and discards it.
 ///
 /// # Errors
-/// Whatever is wrong with it first.
+/// The first defect.
 pub fn verify(image: ImageReader) -> Result<()> {
     let Ok(mut reader) = EntryReader::new(image) else {
         return Ok(()); // no entries, only bytes

@@ -1,9 +1,8 @@
 //! The bits of `vma_entry.status`: what kind of mapping it is.
 //!
-//! Part of the image format since its beginning; the values are those of
-//! `VMA_AREA_*`, `VMA_FILE_*` and `VMA_ANON_*` in CRIU 4.2,
-//! `criu/include/image.h`. Bits from 28 up are CRIU's own while it runs and
-//! mean nothing in an image.
+//! The values are part of the image format: `VMA_AREA_*`, `VMA_FILE_*` and `VMA_ANON_*` in
+//! CRIU 4.2, `criu/include/image.h`. CRIU uses bits from 28 up while it runs; they mean
+//! nothing in an image.
 
 /// A mapping that is dumped and restored, unlike [`VSYSCALL`].
 pub const REGULAR: u32 = 1 << 0;
@@ -13,7 +12,7 @@ pub const STACK: u32 = 1 << 1;
 pub const VSYSCALL: u32 = 1 << 2;
 /// The vDSO; its pages are always dumped, to private memory.
 pub const VDSO: u32 = 1 << 3;
-/// The area that `brk(2)` moves the end of.
+/// The heap, whose end `brk(2)` moves.
 pub const HEAP: u32 = 1 << 5;
 
 /// A private mapping of a file: changed pages are in private memory.
@@ -27,8 +26,7 @@ pub const ANON_SHARED: u32 = 1 << 8;
 /// Private memory without a file.
 pub const ANON_PRIVATE: u32 = 1 << 9;
 
-/// Together with [`ANON_SHARED`]: a System V segment, `vma_entry.shmid` is its
-/// IPC id.
+/// Together with [`ANON_SHARED`]: a System V segment. `vma_entry.shmid` is its IPC id.
 pub const SYSVIPC: u32 = 1 << 10;
 /// The ring of a packet socket; its pages are not dumped.
 pub const SOCKET: u32 = 1 << 11;
@@ -41,9 +39,9 @@ pub const AIORING: u32 = 1 << 13;
 pub const MEMFD: u32 = 1 << 14;
 /// A shadow stack; its pages are in private memory.
 pub const SHSTK: u32 = 1 << 15;
-/// No mapping, but a range of guard pages within others (`MADV_GUARD_INSTALL`);
-/// these come after all mappings.
+/// Not a mapping, but a range of guard pages within mappings (`MADV_GUARD_INSTALL`). These
+/// entries follow all mappings.
 pub const GUARD: u32 = 1 << 16;
 
-/// A mapping of a device, which a plugin of the dumper took care of.
+/// A mapping of a device, which a plugin of CRIU has dumped.
 pub const PLUGIN: u32 = 1 << 27;

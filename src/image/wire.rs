@@ -1,12 +1,12 @@
-//! The protobuf wire format, as far as typed decoding does not cover it.
+//! The protobuf wire format, as far as `prost` does not cover it.
 //!
-//! `prost` reads a missing required field as zero. Zero is a valid address,
-//! pid and file id, so a message is first checked against its [`Shape`].
+//! `prost` decodes a missing required field as zero. But zero is a valid address, pid and
+//! file id. So [`check_required`] compares a message with its [`Shape`] first.
 
-/// How deeply messages may be nested; the format's own depth is below 8.
+/// How deep messages may be nested; the format itself nests fewer than 8 levels.
 const DEPTH_LIMIT: u32 = 32;
 
-/// A field's value as it stands on the wire.
+/// The value of a field on the wire.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Value<'a> {
     Varint(u64),
@@ -41,10 +41,10 @@ pub(super) fn field<'a>(bytes: &mut &'a [u8]) -> Option<(u32, Value<'a>)> {
     Some((number, value))
 }
 
-/// Takes a base-128 number off `bytes`.
+/// Takes a base-128 varint off `bytes`.
 #[inline]
 pub(super) fn varint(bytes: &mut &[u8]) -> Option<u64> {
-    // Most numbers are keys, flags and small counts, of one byte.
+    // Fast path: most varints are keys, flags and small counts of one byte.
     if let [byte @ 0..0x80, rest @ ..] = *bytes {
         *bytes = rest;
         return Some(u64::from(*byte));
@@ -73,18 +73,18 @@ fn take<'a>(bytes: &mut &'a [u8], length: u64) -> Option<&'a [u8]> {
     Some(head)
 }
 
-/// What is known of a type of messages without taking its descriptor apart.
+/// What the checks need to know of a message type, without its descriptor.
 #[derive(Debug)]
 pub(super) struct Shape {
     full_name: &'static str,
     name: &'static str,
     /// The required fields: number and name.
     required: &'static [(u32, &'static str)],
-    /// The fields that are messages: number, and position of the type in [`SHAPES`].
+    /// The submessages: number of the field, and position of its type in [`SHAPES`].
     messages: &'static [(u32, usize)],
 }
 
-/// All types of messages by full name, from the build script.
+/// The shapes of all message types by full name, from the build script.
 static SHAPES: &[Shape] = include!(concat!(env!("OUT_DIR"), "/shapes.rs"));
 
 impl Shape {
@@ -100,8 +100,8 @@ impl Shape {
     }
 }
 
-/// Checks that `bytes` are fields, and that every required field of `message`
-/// and of the messages in it is there.
+/// Checks that `bytes` are a sequence of fields, and that `message` and all messages in it
+/// have their required fields.
 pub(super) fn check_required(bytes: &[u8], message: &Shape) -> Result<(), String> {
     check(bytes, message, DEPTH_LIMIT)
 }

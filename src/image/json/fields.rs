@@ -1,5 +1,5 @@
-//! How [`Style::Pretty`](super::Style::Pretty) shows fields whose numbers
-//! people do not read as such: one table.
+//! How [`Style::Pretty`](super::Style::Pretty) shows fields whose plain numbers would be
+//! hard to read.
 
 use std::{
     collections::HashMap,
@@ -19,31 +19,31 @@ pub(super) enum Show {
     Hex,
     /// Octal, such as file modes.
     Octal,
-    /// Names of bits.
+    /// Names of the bits.
     Bits(&'static [Bits]),
-    /// The name of the value, or else the number.
+    /// The name of the value, or the number.
     Name(&'static [Name]),
-    /// The name of the value, or else an address.
+    /// The name of the value, or an address.
     NameOrAddress(&'static [Name]),
-    /// The name in an enum of the format that the field is not declared to be.
+    /// The name in an enum that the field should have been declared as.
     Enum(&'static str),
     /// The name of a signal.
     Signal,
-    /// A set of signals, whose bit 0 is signal 1.
+    /// A set of signals; bit 0 is signal 1.
     Signals,
-    /// A device as the kernel has it inside: 20 bits of minor number.
+    /// A device number in the kernel's internal form: 20 bits of minor number.
     KernelDevice,
-    /// A device as `stat` gives it.
+    /// A device number in the form of `stat(2)`.
     StatDevice,
-    /// An internet address of one or four numbers in network order.
+    /// An internet address: one or four words in network order.
     Internet,
     /// Bytes that are mostly text, such as the name of a socket.
     Text,
-    /// Bytes of a hardware address.
+    /// A hardware address.
     Hardware,
 }
 
-/// Stands for all fields of a message.
+/// Matches all fields of a message.
 const ANY: &str = "*";
 
 static FIELDS: &[(&str, &[(&str, Show)])] = {
@@ -270,7 +270,7 @@ static FIELDS: &[(&str, &[(&str, Show)])] = {
     ]
 };
 
-/// Finds how a field is shown; `None`: as it is.
+/// Returns how a field is shown; `None` for the default.
 pub(super) fn show(message: &str, field: &str) -> Option<Show> {
     type Table = HashMap<&'static str, HashMap<&'static str, Show>>;
     static TABLE: LazyLock<Table> = LazyLock::new(|| {
@@ -297,7 +297,7 @@ impl Show {
             Self::Signal => names::signal(value),
             Self::Signals => Some(signals(value)),
             Self::KernelDevice => Some(format!("{}:{}", value >> 20, value & 0xf_ffff)),
-            // As in new_decode_dev() of linux/kdev_t.h.
+            // As `new_decode_dev()` in linux/kdev_t.h.
             Self::StatDevice => {
                 let minor = value & 0xff | value >> 12 & 0xf_ff00;
                 Some(format!("{}:{minor}", value >> 8 & 0xfff))
@@ -307,7 +307,7 @@ impl Show {
         text.map_or_else(|| value.into(), Json::from)
     }
 
-    /// Shows a list of numbers as one value, if it is one.
+    /// Shows a list of numbers as one value, if possible.
     pub(super) fn numbers(self, values: &[u32]) -> Option<Json> {
         let Self::Internet = self else { return None };
         let octets = |number: u32| number.to_le_bytes();
@@ -324,7 +324,7 @@ impl Show {
         }
     }
 
-    /// Shows bytes, if not in base64.
+    /// Shows bytes in a form other than base64, if there is one.
     pub(super) fn bytes(self, bytes: &[u8]) -> Option<Json> {
         match self {
             Self::Text => std::str::from_utf8(bytes).ok().map(Json::from),
@@ -347,7 +347,7 @@ fn enum_name(name: &str, value: u64) -> Option<String> {
     Some(value.name().to_owned())
 }
 
-/// Lists the signals of a set, from bit 0 for signal 1.
+/// Lists the signals of a set; bit 0 is signal 1.
 fn signals(set: u64) -> String {
     let members: Vec<_> = (1..=names::SIGNAL_MAX)
         .filter(|number| set >> (number - 1) & 1 == 1)

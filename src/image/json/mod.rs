@@ -1,14 +1,13 @@
 //! Images as JSON, for people and scripts.
 //!
-//! One image is one document, written while the image is read: neither a
-//! pagemap of many entries nor the content of a large file is held in memory.
-//! Field names are those of the format; enum values have their names, or
-//! numbers where they are unknown; bytes are in base64, and so are strings that
-//! are not UTF-8, in an object with the key `base64`; fields that this program
-//! does not know are in `unknown_fields`. What follows a message stands
-//! in its object: `payload`; `inq` and `outq` of a TCP connection; `keys` and
-//! `values` of a BPF map; `semaphores`; `messages` of a queue and
-//! `ghost_chunks` of a file, each with its `payload`.
+//! An image becomes one document, which is written while the image is read, so that neither
+//! a long pagemap nor a large file is held in memory. Fields have the names of the format.
+//! Enum values are names, or numbers if they are unknown. Bytes are in base64; strings that
+//! are not UTF-8 are in base64, too, in an object with the key `base64`. Fields that this
+//! program does not know are in `unknown_fields`. What follows a message is in its object:
+//! `payload`; `inq` and `outq` of a TCP connection; `keys` and `values` of a BPF map;
+//! `semaphores`; `messages` of a queue and `ghost_chunks` of a file, each with its
+//! `payload`.
 
 mod fields;
 mod names;
@@ -33,20 +32,20 @@ use super::{
     wire::{self, Value as Wire},
 };
 
-/// How a document looks.
+/// The style of a document.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Style {
-    /// An entry is a line, and a number a number.
+    /// One line for each entry, and plain numbers.
     #[default]
     Compact,
-    /// Indented; addresses, modes, flags and the like as people write them.
+    /// Indented; addresses, modes and flags in the usual notation.
     Pretty,
 }
 
-/// What can go wrong while an image is shown.
+/// Why an image could not be shown.
 #[derive(Debug, thiserror::Error)]
 pub enum JsonError {
-    /// The image is not a valid one.
+    /// The image is not valid.
     #[error(transparent)]
     Image(#[from] ImageError),
     /// The document could not be written.
@@ -60,15 +59,15 @@ pub type Result<T> = std::result::Result<T, JsonError>;
 /// Writes the image at `path` as one JSON document and a line break.
 ///
 /// # Errors
-/// [`JsonError::Output`], and [`JsonError::Image`], possibly when the beginning of the
+/// [`JsonError::Output`]; [`JsonError::Image`], possibly after the beginning of the
 /// document has been written.
 pub fn write(path: &Path, style: Style, out: &mut impl Write) -> Result<()> {
     let (image, size) = ImageReader::open_any(path)?;
     write_image(image, Some(size), style, out)
 }
 
-/// Writes the image in `input` as [`write()`] does; `name` stands in errors, and
-/// decides between kinds that share a magic.
+/// Writes the image in `input` as [`write()`] does. Errors name `name`; it decides among
+/// kinds that share a magic.
 ///
 /// # Errors
 /// As [`write()`].
@@ -89,7 +88,7 @@ fn write_image<R: BufRead>(
 ) -> Result<()> {
     let mut json = Output::new(out, style);
     let written = write_document(image, size, &mut json);
-    // A document that ends early ends its line too.
+    // A document that ends early ends with a line break, too.
     json.finish().map_err(JsonError::Output).and(written)
 }
 
@@ -120,14 +119,14 @@ fn write_document<R: BufRead, W: Write>(
     Ok(())
 }
 
-/// Returns the name of the image's magic, which is that of the first of the
-/// kinds that share it; `crit` expects this one.
+/// Returns the name of the image's magic, as `crit` expects it: that of the first kind with
+/// this magic.
 fn magic_name(desc: &Desc) -> &'static str {
     let first = desc::by_magic(desc.magic, "").filter(|_| desc.body != Body::Opaque);
     first.map_or(desc.name, |first| first.name)
 }
 
-/// Says how many bytes an image has whose content is not described.
+/// Writes the length of an image that the format does not describe.
 fn write_raw<R: BufRead, W: Write>(
     mut image: ImageReader<R>,
     size: Option<u64>,
@@ -148,7 +147,7 @@ fn write_raw<R: BufRead, W: Write>(
     Ok(())
 }
 
-/// Writes the fields of a message into the object that was begun.
+/// Writes the fields of a message into the open object.
 fn write_fields<W: Write>(message: &DynamicMessage, json: &mut Output<W>) -> Result<()> {
     let descriptor = message.descriptor();
     let pretty = json.style() == Style::Pretty;
@@ -229,7 +228,7 @@ fn write_value<W: Write>(
         Value::I64(value) => json.scalar(&(*value).into())?,
         Value::F32(value) => json.scalar(&(*value).into())?,
         Value::F64(value) => json.scalar(&(*value).into())?,
-        // The format has no maps.
+        // The format uses no maps.
         Value::Map(_) => json.scalar(&Json::Null)?,
     }
     Ok(())
@@ -244,15 +243,15 @@ fn enum_value(field: &FieldDescriptor, number: i32) -> Json {
     values.get_value(number).map_or_else(|| number.into(), |value| value.name().into())
 }
 
-/// Returns the bytes of what the format declares to be a string, if they are
-/// one after all: it is another string of the message that is not.
+/// Returns the text of a field that the format declares as a string, if its bytes are
+/// UTF-8: it may be another string of the message that is not.
 fn text(field: &FieldDescriptor, bytes: &[u8]) -> Option<Json> {
     let text = declared_as_string(field).then(|| std::str::from_utf8(bytes).ok()).flatten();
     text.map(Json::from)
 }
 
-/// Whether the format declares the field to be a string, whatever the
-/// descriptor at hand says.
+/// Whether the format declares the field as a string, even if the descriptor in use says
+/// bytes.
 fn declared_as_string(field: &FieldDescriptor) -> bool {
     proto::pool()
         .get_message_by_name(field.parent_message().full_name())
@@ -269,7 +268,7 @@ fn write_bytes<W: Write>(bytes: &[u8], json: &mut Output<W>) -> Result<()> {
     })
 }
 
-/// Writes what follows a message into the object that was begun.
+/// Writes the payload of a message into the open object.
 fn write_payload<R: BufRead, W: Write>(
     reader: &mut EntryReader<R>,
     layout: &Layout,
@@ -338,7 +337,7 @@ fn write_base64<R: BufRead, W: Write>(
     })
 }
 
-/// Writes numbers of 16 bits as a list.
+/// Writes 16-bit numbers as a list.
 fn write_semaphores<R: BufRead, W: Write>(
     image: &mut ImageReader<R>,
     length: u64,

@@ -1,8 +1,8 @@
-//! Names of numbers that the kernel and the format give a meaning.
+//! Names for numbers of the kernel and of the format.
 //!
-//! The values are those of x86-64, from the uapi headers named below.
+//! The values are those of x86-64, from the uapi headers named at each table.
 
-/// Some bits of a number, and what it means if they have a certain value.
+/// Some bits of a number, and the name of one value of them.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Bits {
     mask: u64,
@@ -18,8 +18,7 @@ const fn field(mask: u64, value: u64, name: &'static str) -> Bits {
     Bits { mask, value, name }
 }
 
-/// Spells out the bits of `value`; those without a name are one hexadecimal
-/// number at the end.
+/// Spells out the bits of `value`; bits without a name follow as one hexadecimal number.
 pub(super) fn spell(value: u64, names: &[Bits]) -> String {
     let mut words = Vec::new();
     let mut left = value;
@@ -38,10 +37,10 @@ pub(super) fn spell(value: u64, names: &[Bits]) -> String {
 /// A value and its name.
 pub(super) type Name = (u64, &'static str);
 
-/// `PAGEMAP_ENTRY.flags`: this format's own.
+/// `PAGEMAP_ENTRY.flags`; defined by the image format.
 pub(super) const PAGEMAP: &[Bits] = &[bit(1, "PE_PARENT"), bit(2, "PE_LAZY"), bit(4, "PE_PRESENT")];
 
-/// What a mapping is: this format's own.
+/// `vma_entry.status`; defined by the image format.
 pub(super) const VMA_STATUS: &[Bits] = &[
     bit(1, "VMA_AREA_REGULAR"),
     bit(1 << 1, "VMA_AREA_STACK"),
@@ -204,12 +203,12 @@ pub(super) const SIGNALS: [&str; 31] = [
 /// The last signal of x86-64.
 pub(super) const SIGNAL_MAX: u64 = 64;
 
-/// Names a signal; `None` for 0 and what is no signal.
+/// Returns the name of a signal; `None` for 0 and other invalid numbers.
 pub(super) fn signal(number: u64) -> Option<String> {
     let name = usize::try_from(number).ok()?.checked_sub(1).and_then(|at| SIGNALS.get(at));
     match (name, number) {
         (Some(name), _) => Some((*name).to_owned()),
-        // The C library keeps two for itself.
+        // The C library reserves two.
         (None, 32..34) => Some(format!("SIG{number}")),
         (None, 34) => Some("SIGRTMIN".to_owned()),
         (None, 35..=SIGNAL_MAX) => Some(format!("SIGRTMIN+{}", number - 34)),
@@ -229,7 +228,7 @@ pub(super) const SECUREBITS: &[Bits] = &[
     bit(0x80, "SECBIT_NO_CAP_AMBIENT_RAISE_LOCKED"),
 ];
 
-/// State of a task: this format's own.
+/// State of a task; defined by the image format.
 pub(super) const TASK_STATE: &[Name] =
     &[(1, "TASK_ALIVE"), (2, "TASK_DEAD"), (3, "TASK_STOPPED"), (6, "TASK_ZOMBIE")];
 
@@ -348,7 +347,7 @@ pub(super) const FANOTIFY: &[Bits] = &[
     bit(0x4000_0000, "FAN_ONDIR"),
 ];
 
-/// Which call made a file lock: this format's own.
+/// Which call made a file lock; defined by the image format.
 pub(super) const LOCK: &[Bits] =
     &[bit(1, "FL_POSIX"), bit(2, "FL_FLOCK"), bit(4, "FL_OFD"), bit(8, "FL_LEASE")];
 

@@ -1,4 +1,4 @@
-//! JSON as it is written: brackets, commas, line breaks.
+//! JSON output: brackets, commas, line breaks.
 
 use std::io::{self, Write};
 
@@ -6,10 +6,10 @@ use serde_json::Value;
 
 use super::Style;
 
-/// Spaces of one level of indentation.
+/// The indentation of one level.
 const INDENT: &[u8] = b"    ";
 
-/// The nesting at which [`Style::Compact`] begins a line: an image's entries.
+/// The nesting at which [`Style::Compact`] starts a new line: the entries of an image.
 const ENTRY_DEPTH: usize = 2;
 
 /// Writes a document value by value.
@@ -20,7 +20,7 @@ pub(super) struct Output<W> {
     open: Vec<Scope>,
 }
 
-/// An object or a list that is being written.
+/// An object or a list that is open.
 #[derive(Clone, Copy, Debug)]
 struct Scope {
     empty: bool,
@@ -44,7 +44,7 @@ impl<W: Write> Output<W> {
         self.close(b"}")
     }
 
-    /// Begins a list; an `inline` one stays on one line.
+    /// Opens a list; an `inline` list stays on one line.
     pub(super) fn open_list(&mut self, inline: bool) -> io::Result<()> {
         self.open(b"[", inline)
     }
@@ -53,7 +53,7 @@ impl<W: Write> Output<W> {
         self.close(b"]")
     }
 
-    /// Begins the next value of a list.
+    /// Starts the next value of a list.
     pub(super) fn item(&mut self) -> io::Result<()> {
         let first = self.open.last_mut().is_none_or(|scope| std::mem::take(&mut scope.empty));
         if !first {
@@ -69,7 +69,7 @@ impl<W: Write> Output<W> {
         }
     }
 
-    /// Begins the value of `key` in an object.
+    /// Starts the value of `key` in an object.
     pub(super) fn key(&mut self, key: &str) -> io::Result<()> {
         self.item()?;
         serde_json::to_writer(&mut self.out, key)?;
@@ -80,8 +80,7 @@ impl<W: Write> Output<W> {
         Ok(serde_json::to_writer(&mut self.out, value)?)
     }
 
-    /// Writes a string that needs no escapes, in as many pieces as
-    /// `write` likes.
+    /// Writes a string that needs no escapes; `write` may produce it in pieces.
     pub(super) fn plain_string<E: From<io::Error>>(
         &mut self,
         write: impl FnOnce(&mut W) -> Result<(), E>,
@@ -112,7 +111,7 @@ impl<W: Write> Output<W> {
         self.out.write_all(bracket)
     }
 
-    /// Whether the values of what was opened last stand on lines of their own.
+    /// Whether the values in the innermost scope are on lines of their own.
     fn breaks_lines(&self) -> bool {
         let inline = self.open.last().is_some_and(|scope| scope.inline);
         match self.style {

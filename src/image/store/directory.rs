@@ -1,4 +1,4 @@
-//! Images in a directory, beside which others may be.
+//! Images in a directory, beside which other image directories may be.
 
 use std::{
     fs::{self, File},
@@ -23,13 +23,13 @@ use crate::{
     units::BLOCK_BYTES,
 };
 
-/// Others may create files in a directory: `S_IWOTH`, `S_IWGRP` (`inode(7)`).
+/// Group or others can create files in a directory: `S_IWOTH`, `S_IWGRP` (`inode(7)`).
 const OTHERS_WRITE: u32 = 0o002;
 const GROUP_WRITES: u32 = 0o020;
 
 /// What is wrong with a directory that a link called `parent` leads to.
 pub(super) const NO_INVENTORY: &str =
-    "that directory has no inventory.img, so it is no image directory";
+    "that directory has no inventory.img, so it is not an image directory";
 
 /// An image directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,17 +38,17 @@ pub struct Directory {
 }
 
 impl Directory {
-    /// Stands for the directory at `path`; nothing is looked at.
+    /// Returns the store of the directory at `path`, which need not exist yet.
     pub fn at(path: impl Into<PathBuf>) -> Self {
         Self { path: path.into() }
     }
 
-    /// Returns it as a store that several can hold.
+    /// Returns the store in a form that several owners can share.
     pub fn shared(self) -> Store {
         Arc::new(self)
     }
 
-    /// Finds out what is in the directory.
+    /// Determines what the directory holds.
     pub fn probe(&self) -> Probe {
         if has_inventory(&self.path) {
             let link = fs::read_link(self.path.join(PARENT_LINK)).ok();
@@ -61,16 +61,16 @@ impl Directory {
     }
 }
 
-/// What is in a directory.
+/// What a directory holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Probe {
     /// A snapshot.
     Snapshot {
-        /// The name of its parent's store if its link is of the usual form, `../NAME`; which
-        /// need not be there, or may be a link itself.
+        /// The name of the parent's store, if the link has the usual form `../NAME`. That
+        /// directory need not exist, and may itself be a link.
         parent: Option<PathBuf>,
     },
-    /// What is left of a dump that failed.
+    /// The remains of a dump that failed.
     Unfinished,
     /// No images.
     Nothing,
@@ -120,8 +120,8 @@ impl ImageStore for Directory {
         Ok(parent.map(|path| Self { path }.shared()))
     }
 
-    /// Goes by the owners of the directory and of its inventory, and by who else can write
-    /// there.
+    /// Considers the owners of the directory and of its inventory, and the users who can
+    /// write to the directory.
     fn owner(&self) -> Option<u32> {
         let meta = fs::symlink_metadata(&self.path).ok()?;
         let inventory = self.path.join(Kind::Inventory.file_name(0));
@@ -144,7 +144,7 @@ impl StoredFile for File {
         Ok(preadv(self, buffers, position(offset)?)?)
     }
 
-    /// A file system that does not know about holes has none.
+    /// A file system without hole detection reports none.
     fn seek(&self, offset: u64, whence: Whence) -> io::Result<Option<u64>> {
         let file_whence = match whence {
             Whence::Data => FileWhence::SeekData,
@@ -152,7 +152,8 @@ impl StoredFile for File {
         };
         match lseek(self, position(offset)?, file_whence) {
             Ok(found) => Ok(u64::try_from(found).ok()),
-            // No data up to the end; or the file has shrunk, which reading tells.
+            // There is no data up to the end; or the file has shrunk, which the next read
+            // reports.
             Err(Errno::ENXIO) => Ok((whence == Whence::Hole).then_some(offset)),
             Err(Errno::EINVAL) => Ok((whence == Whence::Data).then_some(offset)),
             Err(errno) => Err(errno.into()),
@@ -176,19 +177,19 @@ fn position(offset: u64) -> io::Result<i64> {
     i64::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput.into())
 }
 
-/// Opens a file of this machine to be read from its first byte on.
+/// Opens a file of the file system for reading from the start.
 pub(in crate::image) fn open_file(path: &Path) -> io::Result<Input> {
     let (file, found) = regular::open(path)?;
     let Stat { len, allocated, .. } = found.into();
     Ok(Input { bytes: Box::new(file), len, allocated })
 }
 
-/// Whether there is a snapshot in a directory.
+/// Whether a directory holds a snapshot.
 pub(crate) fn has_inventory(dir: &Path) -> bool {
     dir.join(Kind::Inventory.file_name(0)).is_file()
 }
 
-/// Whether a directory has pagemaps or cores, which a dump writes first.
+/// Whether a directory holds pagemaps or cores, which a dump writes early.
 fn has_images(dir: &Path) -> bool {
     let image = |entry: io::Result<fs::DirEntry>| {
         let name = entry.ok()?.file_name();
@@ -197,14 +198,14 @@ fn has_images(dir: &Path) -> bool {
     fs::read_dir(dir).is_ok_and(|mut entries| entries.any(|entry| image(entry) == Some(true)))
 }
 
-/// Whether a file of this name is an image of those that a dump writes first.
+/// Whether a file of this name is an image that a dump writes early.
 pub(super) fn is_early_image(name: &str) -> bool {
     desc::by_file_name(name).is_some_and(|(desc, _)| {
         matches!(desc.kind, Kind::Pagemap | Kind::ShmemPagemap | Kind::Core)
     })
 }
 
-/// Returns the directories in a directory, and those that links in it lead to.
+/// Returns the subdirectories of a directory, and the directories that its links lead to.
 pub(crate) fn directories(root: &Path) -> io::Result<Vec<PathBuf>> {
     let mut dirs = Vec::new();
     for entry in fs::read_dir(root)? {
@@ -216,14 +217,14 @@ pub(crate) fn directories(root: &Path) -> io::Result<Vec<PathBuf>> {
             && let Ok(dir) = entry.path().canonicalize()
             && dir.is_dir()
         {
-            // Such as `latest`, which may lead to a directory found already.
+            // Such as `latest`, whose target may be in the list already.
             dirs.push(dir);
         }
     }
     Ok(dirs)
 }
 
-/// Returns the directory that `dir`'s parent link leads to, if it has one.
+/// Returns the directory that the parent link of `dir` leads to, if there is a link.
 fn parent_dir(dir: &Path) -> Result<Option<PathBuf>, BrokenLink> {
     let link = dir.join(PARENT_LINK);
     let broken = |target: &Path, problem: &str| BrokenLink {
@@ -233,12 +234,12 @@ fn parent_dir(dir: &Path) -> Result<Option<PathBuf>, BrokenLink> {
     let target = match fs::read_link(&link) {
         Ok(target) => target,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        // Not a link: a directory of that name serves as well.
+        // Not a link: a directory of that name is accepted, too.
         Err(error) if error.kind() == io::ErrorKind::InvalidInput => PathBuf::from(PARENT_LINK),
         Err(error) => return Err(broken(&link, &error.to_string())),
     };
-    // Resolving a link takes a call for each component of the path, and most lead to a
-    // directory beside this one.
+    // Canonicalizing takes a system call for each component of the path, and most links
+    // lead to a directory beside this one.
     let is_directory = |path: &PathBuf| fs::symlink_metadata(path).is_ok_and(|meta| meta.is_dir());
     let beside = sibling(dir, &target).filter(is_directory);
     match beside.map_or_else(|| link.canonicalize(), Ok) {
@@ -249,7 +250,8 @@ fn parent_dir(dir: &Path) -> Result<Option<PathBuf>, BrokenLink> {
     }
 }
 
-/// Returns the path that a link of the usual form, `../NAME`, in the directory `dir` names.
+/// Returns the path that a link of the usual form, `../NAME`, in the directory `dir` leads
+/// to.
 fn sibling(dir: &Path, link: &Path) -> Option<PathBuf> {
     let mut parts = link.strip_prefix("..").ok()?.components();
     match (parts.next(), parts.next()) {

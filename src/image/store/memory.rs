@@ -14,7 +14,7 @@ use prost::Message;
 use super::{BrokenLink, ImageStore, Input, Output, Stat, Store, StoreWriter, StoredFile};
 use crate::image::{ImageWriter, Kind, Result as ImageResult};
 
-/// A snapshot in memory: neither paths nor descriptors lead to it.
+/// A snapshot in memory, which has no path and no descriptor.
 #[derive(Clone, Debug)]
 pub(crate) struct InMemory {
     name: PathBuf,
@@ -126,10 +126,10 @@ impl StoredFile for InMemoryFile {
     }
 }
 
-/// Bytes that are written.
+/// The bytes of a file that is being written.
 type Shared = Arc<Mutex<Vec<u8>>>;
 
-/// A snapshot in memory while it is written; `done` is given what becomes of it.
+/// A snapshot in memory that is being written; `commit` puts the result into `done`.
 #[derive(Debug, Default)]
 pub(crate) struct InMemoryWriter {
     name: PathBuf,

@@ -1,11 +1,11 @@
-//! Where the images of a snapshot are.
+//! Where the images of a snapshot are stored.
 //!
-//! Readers ask an [`ImageStore`] for images by kind and number, and never for a path or a
-//! descriptor. Such a store is a [`Directory`], or an archive that is read in place. Others to
-//! come are an object store, from which bytes are requested by offset and length, and a
-//! stream that is written once and in order. What only a directory can do is asked for
-//! by name ([`ImageStore::directory`], [`StoredFile::file`]); callers then fall back, or
-//! refuse.
+//! Readers ask an [`ImageStore`] for images by kind and number, never for a path or a
+//! descriptor. A store is a [`Directory`], or an archive that is read in place. Others will
+//! follow: an object store that serves ranges of bytes, a stream that is written once and in
+//! order. Code that needs what only a directory can do asks for it
+//! ([`ImageStore::directory`], [`StoredFile::file`]), and falls back or reports an error
+//! without it.
 
 mod archive;
 mod directory;
@@ -35,35 +35,35 @@ pub use writer::{Output, SnapshotWriter, StoreWriter, StoredOutput};
 
 pub(super) use directory::open_file;
 
-/// A store that several hold.
+/// A store with several owners.
 pub type Store = Arc<dyn ImageStore>;
 
-/// What is found at a path.
+/// What a path leads to.
 #[derive(Debug)]
 pub enum Found {
     /// A snapshot.
     Snapshot(Store),
-    /// Directories, of which each may be one.
+    /// Directories, each of which may be a snapshot.
     Several(Vec<Directory>),
     /// Snapshots in an archive.
     Archived(Archived),
 }
 
-/// How images are looked for that need not be in directories.
+/// Options for finding images, also in archives.
 #[derive(Debug, Default)]
 pub struct Opening {
-    /// Archives with snapshots that those of an archive have as their parents.
+    /// Archives that hold the parents of snapshots in an archive.
     pub previous: Vec<PathBuf>,
 }
 
-/// What is wrong with an archive where only a directory will do.
+/// The problem of an archive where only a directory is accepted.
 pub const NO_DIRECTORY: &str =
     "it is not a directory\nhelp: an archive has to be mounted: imgfs mount ARCHIVE DIR";
 
-/// Finds the images at `path`, a directory: those of one snapshot, or of several side by side.
+/// Finds the images in the directory `path`: one snapshot, or several side by side.
 ///
 /// # Errors
-/// What keeps the directory from being read; [`io::ErrorKind::NotADirectory`].
+/// An unreadable directory; [`io::ErrorKind::NotADirectory`].
 pub fn find(path: &Path) -> io::Result<Found> {
     let root = path.canonicalize()?;
     if !root.is_dir() {
@@ -97,100 +97,101 @@ fn find_in_directory(root: PathBuf) -> io::Result<Found> {
 
 /// The files of one snapshot, by their names.
 ///
-/// A file that is not there is [`io::ErrorKind::NotFound`] in every method. Names come from
-/// the table of kinds or from [`Self::list`]; they have no slashes.
+/// Every method returns [`io::ErrorKind::NotFound`] for a file that does not exist. Names
+/// come from the table of kinds or from [`Self::list`], and contain no slash.
 pub trait ImageStore: fmt::Debug + Send + Sync {
-    /// Returns what messages call the store, which is unique among all stores; the path of
-    /// a directory.
+    /// Returns the name of the store in messages, which no other store has; for a
+    /// directory, its path.
     fn name(&self) -> &Path;
 
-    /// Opens a file to be read from its first byte on.
+    /// Opens a file for reading from the start.
     ///
     /// # Errors
-    /// Why it cannot be opened; [`io::ErrorKind::InvalidInput`] for what is no regular file.
+    /// The cause; [`io::ErrorKind::InvalidInput`] for a file that is not regular.
     fn open(&self, file: &str) -> io::Result<Input>;
 
-    /// Opens a file to be read at any place.
+    /// Opens a file for reading at any offset.
     ///
     /// # Errors
     /// As [`Self::open`].
     fn open_at_random(&self, file: &str) -> io::Result<Box<dyn StoredFile>>;
 
-    /// Looks at a file, which need not be one that can be opened.
+    /// Returns the attributes of a file, also of one that cannot be opened.
     ///
     /// # Errors
-    /// Why it cannot be looked at.
+    /// The cause.
     fn stat(&self, file: &str) -> io::Result<Stat>;
 
-    /// Looks at the store itself.
+    /// Returns the attributes of the store itself.
     ///
     /// # Errors
-    /// Why it cannot be looked at.
+    /// The cause.
     fn stat_store(&self) -> io::Result<Stat>;
 
-    /// Returns the names of all files, in no order. Names that are not UTF-8, which no image
-    /// has, are left out.
+    /// Returns the names of all files, in no particular order, without those that are not
+    /// UTF-8: no image has such a name.
     ///
     /// # Errors
-    /// Why they cannot be listed.
+    /// The cause.
     fn list(&self) -> io::Result<Vec<String>>;
 
-    /// Returns how many bytes all files together take where they are stored.
+    /// Returns how many bytes all files together occupy in the store.
     ///
     /// # Errors
-    /// Why they cannot be looked at.
+    /// The cause.
     fn allocated(&self) -> io::Result<u64>;
 
     /// Opens the store of the parent, if there is one.
     ///
     /// # Errors
-    /// [`BrokenLink`] if it cannot be found, or holds no snapshot.
+    /// [`BrokenLink`] if the parent does not exist, or is not a snapshot.
     fn parent(&self) -> Result<Option<Store>, BrokenLink>;
 
-    /// Returns the one user who can have put the images there; `None` if several can.
+    /// Returns the only user who can have written the images; `None` if several users can.
     fn owner(&self) -> Option<u32>;
 
-    /// Returns the directory that the store is: its files can be changed, locked and punched
-    /// there. `None` for a store that is none.
+    /// Returns the directory of the store, in which files can be changed, locked and
+    /// punched; `None` for other stores.
     fn directory(&self) -> Option<&Path>;
 }
 
-/// A file that is read from its first byte on.
+/// A file that is read from the start.
 #[derive(Debug)]
 pub struct Input {
     /// Its bytes.
     pub bytes: Box<dyn Stream>,
-    /// How many there are.
+    /// Its length.
     pub len: u64,
-    /// How many of them take room, roughly: the others are holes.
+    /// About how many of its bytes are stored; the others are holes.
     pub allocated: u64,
 }
 
-/// Bytes in a row.
+/// A sequence of bytes.
 pub trait Stream: Read + fmt::Debug + Send {}
 
 impl<T: Read + fmt::Debug + Send> Stream for T {}
 
-/// A file that is read at any place, by several threads at a time.
+/// A file that several threads can read at any offset.
 pub trait StoredFile: fmt::Debug + Send + Sync {
-    /// Looks at the file as it is now.
+    /// Returns the current attributes of the file.
     ///
     /// # Errors
-    /// Why it cannot be looked at.
+    /// The cause.
     fn stat(&self) -> io::Result<Stat>;
 
-    /// Reads bytes from `offset` on into `buffers`, one after the other, and returns how many:
-    /// none only at the end of the file. One call is one request to where the file is.
+    /// Reads bytes from `offset` on into `buffers`, in order, and returns their number: 0
+    /// only at the end of the file. One call is one request to the store.
     ///
     /// # Errors
-    /// Why they cannot be read.
+    /// The cause.
     fn read_vectored_at(&self, buffers: &mut [IoSliceMut<'_>], offset: u64) -> io::Result<usize>;
 
-    /// Returns the first offset at or after `offset` at which the file has what is sought;
-    /// `None` if there is none up to its end. A store without holes need not know better.
+    /// Returns the first offset at or after `offset` where `whence` applies; `None` if
+    /// there is none up to the end of the file. A store without holes may report data
+    /// everywhere.
     ///
     /// # Errors
-    /// Why it cannot be found out.
+    /// The cause.
     fn seek(&self, offset: u64, whence: Whence) -> io::Result<Option<u64>> {
         let len = self.stat()?.len;
         Ok(match whence {
@@ -211,20 +212,20 @@ pub trait StoredFile: fmt::Debug + Send + Sync {
     }
 }
 
-/// What is sought in a file.
+/// What [`StoredFile::seek`] looks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Whence {
-    /// The next byte that is stored.
+    /// The next stored byte.
     Data,
-    /// The next byte that is not; the end of a file counts as one.
+    /// The next byte in a hole; the end of a file counts as a hole.
     Hole,
 }
 
-/// A link to a parent that leads nowhere good.
+/// A parent link that leads to no snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BrokenLink {
-    /// Where it leads.
+    /// The target of the link.
     pub target: PathBuf,
-    /// What is there.
+    /// What is wrong with the target.
     pub problem: String,
 }

@@ -1,4 +1,4 @@
-//! Images of a store, by kind and number.
+//! Access to the images of a store, by kind and number.
 
 use std::path::PathBuf;
 
@@ -10,17 +10,17 @@ use crate::image::{
 };
 
 impl dyn ImageStore + '_ {
-    /// Returns what messages call a file.
+    /// Returns the path of a file in messages.
     pub fn path_of(&self, file: &str) -> PathBuf {
         self.name().join(file)
     }
 
-    /// Returns what messages call an image.
+    /// Returns the path of an image in messages.
     pub fn path(&self, kind: Kind, number: u64) -> PathBuf {
         self.path_of(&kind.file_name(number))
     }
 
-    /// Whether there is an image.
+    /// Whether the store has the image.
     pub fn has(&self, kind: Kind, number: u64) -> bool {
         self.stat(&kind.file_name(number)).is_ok()
     }
@@ -33,7 +33,7 @@ impl dyn ImageStore + '_ {
         self.image_called(&kind.file_name(number), kind)
     }
 
-    /// Opens the image in a file, which must be of kind `kind`.
+    /// Opens an image by file name; it must be of kind `kind`.
     ///
     /// # Errors
     /// As [`ImageReader::open_kind`].
@@ -60,7 +60,7 @@ impl dyn ImageStore + '_ {
         self.image(kind, number)?.only()
     }
 
-    /// Like `messages`, for an image that need not be there.
+    /// Like `messages`, but `None` if the image does not exist.
     ///
     /// # Errors
     /// As `messages`.
@@ -72,7 +72,7 @@ impl dyn ImageStore + '_ {
         if_any(self.messages(kind, number))
     }
 
-    /// Like `message`, for an image that need not be there.
+    /// Like `message`, but `None` if the image does not exist.
     ///
     /// # Errors
     /// As `message`.
@@ -92,7 +92,7 @@ impl dyn ImageStore + '_ {
         PagemapReader::new(self.image_called(&memory.pagemap_name(), Kind::Pagemap)?)
     }
 
-    /// Reads a pagemap as a whole.
+    /// Reads a whole pagemap.
     ///
     /// # Errors
     /// As [`Pagemap::read`].
@@ -100,7 +100,7 @@ impl dyn ImageStore + '_ {
         Pagemap::of(self.pagemap(memory)?)
     }
 
-    /// Opens the pagemap in a file, to be read through a buffer that is lent for it.
+    /// Opens a pagemap by file name, with a buffer that the caller lends.
     ///
     /// # Errors
     /// As [`PagemapReader::open`].
@@ -122,7 +122,7 @@ impl dyn ImageStore + '_ {
     }
 }
 
-/// Turns the absence of an image into `None`.
+/// Turns the error of a missing image into `None`.
 pub(crate) fn if_any<T>(image: Result<T>) -> Result<Option<T>> {
     match image {
         Ok(value) => Ok(Some(value)),

@@ -1,9 +1,8 @@
-//! An image directory while it is written.
+//! An image directory that is being written.
 //!
-//! Images are made in a hidden directory inside the one that was asked for and
-//! moved into it when all of them are on disk, the inventory last. So a
-//! directory that holds an inventory is complete, and a dump that fails, or is
-//! killed, leaves what was there before.
+//! Images are written in a hidden subdirectory and moved up when all of them are on disk,
+//! the inventory last. So a directory with an inventory is complete, and a dump that fails
+//! or is killed leaves the earlier contents of the directory intact.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -25,23 +24,23 @@ use nix::{
 use super::writer::{Output, StoreWriter};
 use crate::image::{ImageError, Kind, Result, desc, regular};
 
-/// Where images are until they are complete.
+/// The hidden subdirectory, where images are until they are complete.
 const UNFINISHED: &str = ".unfinished";
 
-/// The name of the link to the parent directory.
+/// The name of the link to the parent snapshot.
 pub const PARENT_LINK: &str = "parent";
 
-/// Where a deduplication has new images until they replace others: in the directory
-/// itself.
+/// The subdirectory in which a deduplication keeps new images until they replace the old
+/// ones.
 pub(crate) const DEDUP_STAGE: &str = ".dedup";
 
-/// Permissions of directories with images: memory is secret.
+/// Permissions of image directories, which hold the memory of processes.
 pub(crate) const DIRECTORY_MODE: u32 = 0o700;
 
-/// A directory while a snapshot is written to it.
+/// A directory to which a snapshot is being written.
 ///
-/// Everything is done by descriptors of the two directories: whoever else can write to
-/// the one may put links in the place of the hidden one, or of an image.
+/// All operations use descriptors of the two directories: another user who can write to the
+/// upper one may replace the hidden one, or an image, by a link.
 #[derive(Debug)]
 pub struct DirectoryWriter {
     dir: PathBuf,
@@ -52,15 +51,15 @@ pub struct DirectoryWriter {
 }
 
 impl DirectoryWriter {
-    /// Begins a snapshot in `dir`, which must exist. What is left of one that was
-    /// not finished is removed; a complete one stays until [`StoreWriter::commit`].
+    /// Begins a snapshot in `dir`, which must exist. Removes the remains of an unfinished
+    /// snapshot; a complete one stays until [`StoreWriter::commit`].
     ///
     /// # Errors
     /// [`ImageError::Write`].
     pub fn begin(dir: &Path) -> Result<Self> {
         let unfinished = dir.join(UNFINISHED);
         match fs::remove_dir_all(&unfinished) {
-            Ok(()) => log::warn!("{}: removed what a failed dump had left", dir.display()),
+            Ok(()) => log::warn!("{}: removed the remains of a failed dump", dir.display()),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(source) => return Err(write_error(&unfinished, source)),
         }
@@ -76,7 +75,7 @@ impl DirectoryWriter {
         let opened_unfinished = openat(&opened_dir, UNFINISHED, flags, Mode::empty())
             .and_then(|opened| match fstat(&opened)? {
                 stat if stat.st_uid == geteuid().as_raw() => Ok(opened),
-                // Somebody else was faster.
+                // Another program has just made the directory.
                 _ => Err(Errno::EPERM),
             })
             .map_err(failed(&unfinished))?;
@@ -94,8 +93,8 @@ impl DirectoryWriter {
         self.unfinished.join(name)
     }
 
-    /// Makes the directory a snapshot with a copy of another one's inventory, of the
-    /// same date.
+    /// Completes the snapshot with a copy of the inventory of another one, with the same
+    /// modification time.
     ///
     /// # Errors
     /// As [`StoreWriter::commit`].
@@ -135,12 +134,12 @@ impl DirectoryWriter {
         Ok(())
     }
 
-    /// Brings the names in the directory to the disk.
+    /// Syncs the names in the hidden directory.
     fn sync_dir(&self) -> Result<()> {
         self.opened_dir.sync_all().map_err(|source| write_error(&self.dir, source))
     }
 
-    /// Brings a file that is not published yet to the disk.
+    /// Syncs a file that is not published yet.
     fn sync_file(&self, name: &OsStr) -> Result<()> {
         let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
         openat(&self.opened_unfinished, name, flags, Mode::empty())
@@ -154,7 +153,7 @@ impl DirectoryWriter {
             .map_err(|errno| write_error(&self.dir.join(name), errno.into()))
     }
 
-    /// Removes the images of an older dump, first what makes them a snapshot.
+    /// Removes the images of an older dump; first those that make it a snapshot.
     fn remove_old(&self) -> Result<()> {
         let remove =
             |name: &OsStr| match unlinkat(&self.opened_dir, name, UnlinkatFlags::NoRemoveDir) {
@@ -172,7 +171,7 @@ impl DirectoryWriter {
         }
         for name in names_in(&self.opened_dir, &self.dir)? {
             let kind = name.to_str().and_then(desc::by_file_name).map(|(desc, _)| desc.kind);
-            // What names pages of other files must not be taken for ours.
+            // These name pages of other files, and would now seem to name ours.
             let misleading = kind == Some(Kind::Punched) || name == PARENT_LINK;
             if misleading || complete && kind.is_some() {
                 remove(&name)?;
@@ -205,7 +204,7 @@ impl StoreWriter for DirectoryWriter {
 }
 
 impl Drop for DirectoryWriter {
-    /// Removes what was written of a snapshot that did not become one.
+    /// Removes what was written if the snapshot was not committed.
     fn drop(&mut self) {
         if !self.committed
             && let Err(error) = fs::remove_dir_all(&self.unfinished)
@@ -221,7 +220,7 @@ pub(crate) fn names(dir: &Path) -> Result<Vec<OsString>> {
     names_in(&File::open(dir).map_err(failed)?, dir)
 }
 
-/// Returns the names in an open directory, which errors call `path`, sorted.
+/// Returns the names in an open directory, sorted; errors name `path`.
 fn names_in(dir: &File, path: &Path) -> Result<Vec<OsString>> {
     let failed = |errno: Errno| ImageError::Open { path: path.to_owned(), source: errno.into() };
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
@@ -238,19 +237,18 @@ fn names_in(dir: &File, path: &Path) -> Result<Vec<OsString>> {
     Ok(names)
 }
 
-/// Brings a file, or the names in a directory, to the disk.
+/// Syncs a file, or the names in a directory.
 pub(crate) fn sync(path: &Path) -> Result<()> {
     File::open(path).and_then(|file| file.sync_all()).map_err(|source| write_error(path, source))
 }
 
-/// Brings all files of a directory, and their names, to the disk; `begin` as for
-/// [`StoreWriter::sync`].
+/// Syncs all files of a directory and their names; `begin` as for [`StoreWriter::sync`].
 pub(crate) fn sync_all(dir: &Path, begin: impl Fn(&File)) -> Result<()> {
     let opened = File::open(dir).map_err(|source| write_error(dir, source))?;
     sync_opened(&opened, dir, begin)
 }
 
-/// Does so for an open directory, which errors call `path`.
+/// Like [`sync_all`], for an open directory; errors name `path`.
 fn sync_opened(dir: &File, path: &Path, begin: impl Fn(&File)) -> Result<()> {
     let mut files = Vec::new();
     for name in names_in(dir, path)? {
@@ -310,7 +308,7 @@ mod tests {
         assert_eq!(read().unwrap(), 2);
         assert_eq!(names(dir.path()).unwrap(), ["inventory.img"]);
 
-        // Somebody has removed the inventory, and not all else.
+        // A user has removed the inventory, but not the other files.
         fs::remove_file(dir.path().join("inventory.img")).unwrap();
         fs::write(dir.path().join("punched-1.img"), "").unwrap();
         let third = SnapshotWriter::begin(dir.path()).unwrap();

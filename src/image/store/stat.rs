@@ -6,14 +6,14 @@ use nix::{libc, sys::stat::FileStat};
 
 use crate::units::BLOCK_BYTES;
 
-/// The attributes of a file in a store, or of the store.
+/// The attributes of a file in a store, or of the store itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stat {
     /// Whether it is a regular file.
     pub is_file: bool,
     /// Its length in bytes.
     pub len: u64,
-    /// How many bytes it takes where it is stored.
+    /// How many bytes it occupies where it is stored.
     pub allocated: u64,
     /// Permission bits, without the type.
     pub mode: u16,
@@ -23,16 +23,16 @@ pub struct Stat {
     pub gid: u32,
     /// When it was last read.
     pub accessed: SystemTime,
-    /// When its content last changed.
+    /// When its contents last changed.
     pub modified: SystemTime,
     /// When its attributes last changed.
     pub changed: SystemTime,
-    /// What tells it from all other files: the device and the inode number.
+    /// Its identity: the device and the inode number.
     pub identity: (u64, u64),
 }
 
 impl Stat {
-    /// Whether it takes as much room as it is long, so that it has no holes.
+    /// Whether it occupies as many bytes as it is long, so that it has no holes.
     pub fn is_dense(&self) -> bool {
         self.allocated >= self.len
     }
@@ -45,7 +45,7 @@ impl From<FileStat> for Stat {
             is_file: stat.st_mode & libc::S_IFMT == libc::S_IFREG,
             len: count(stat.st_size),
             allocated: count(stat.st_blocks).saturating_mul(BLOCK_BYTES),
-            // Bits 0 to 11; the file type is above them.
+            // Bits 0 to 11; the file type is in the bits above.
             mode: u16::try_from(stat.st_mode & 0o7777).expect("twelve bits"),
             uid: stat.st_uid,
             gid: stat.st_gid,
@@ -57,7 +57,6 @@ impl From<FileStat> for Stat {
     }
 }
 
-/// Converts a time of `stat(2)`.
 fn time(seconds: i64, nanoseconds: i64) -> SystemTime {
     let nanoseconds = Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(0));
     let whole = Duration::from_secs(seconds.unsigned_abs());

@@ -1,4 +1,4 @@
-//! What every store does alike.
+//! Tests that every store must pass.
 
 use std::{
     fs,
@@ -14,7 +14,7 @@ use super::{
 };
 use crate::image::{ImageError, Kind, proto};
 
-/// Asks a store that holds an inventory, seven bytes as `pages-1.img`, and a parent.
+/// Tests a store that holds an inventory, seven bytes as `pages-1.img`, and a parent.
 fn ask(store: &dyn ImageStore) {
     let inventory: proto::InventoryEntry = store.message(Kind::Inventory, 0).unwrap();
     assert_eq!(inventory.img_version, 2);
@@ -120,7 +120,7 @@ fn a_snapshot_is_written_to_any_store() {
     let writers =
         [SnapshotWriter::to(Box::new(in_memory)), SnapshotWriter::begin(dir.path()).unwrap()];
     for images in writers {
-        // Threads are not in order.
+        // Threads write in any order.
         let pages = images.create_raw(Kind::Pages, 1).unwrap();
         pages.write_vectored_at(&[IoSlice::new(b"6"), IoSlice::new(b"7")], 5).unwrap();
         pages.write_vectored_at(&[IoSlice::new(b"12345")], 0).unwrap();

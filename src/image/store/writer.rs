@@ -1,4 +1,4 @@
-//! What the images of a snapshot are written to.
+//! Where the images of a new snapshot go.
 
 use std::{
     fmt,
@@ -12,55 +12,56 @@ use prost::Message;
 use super::snapshot::{DirectoryWriter, write_error};
 use crate::image::{ImageWriter, Kind, Result, proto};
 
-/// A store while a snapshot is written to it.
+/// A store to which a snapshot is being written.
 ///
-/// Files can be written side by side. None of them is part of a snapshot before
-/// [`Self::commit`], and one that is dropped before leaves none.
+/// Files can be written in parallel. [`Self::commit`] makes them a snapshot; a writer that
+/// is dropped without it leaves no files.
 pub trait StoreWriter: fmt::Debug + Send + Sync {
-    /// Returns what messages call the store while it is written.
+    /// Returns the name of the store in messages while it is written.
     fn name(&self) -> &Path;
 
-    /// Creates a file that is not there yet.
+    /// Creates a file, which must not exist.
     ///
     /// # Errors
-    /// Why it cannot be created.
+    /// The cause.
     fn create(&self, file: &str) -> io::Result<Box<dyn Output>>;
 
-    /// Makes `parent`, as it was given, the snapshot's parent.
+    /// Links `parent`, as the user gave it, as the parent of the snapshot.
     ///
     /// # Errors
-    /// Why it cannot be linked.
+    /// The cause.
     fn link_parent(&self, parent: &Path) -> io::Result<()>;
 
-    /// Makes everything that was written last. `begin` may let the disk begin with a file: it
-    /// is called for all files of this machine before the first is waited for, so that the
-    /// file system can commit them together.
+    /// Makes everything that was written durable. Calls `begin` for all files of the file
+    /// system before it waits for the first, so that `begin` can start write-back and the
+    /// file system can commit the files together.
     ///
     /// # Errors
     /// [`ImageError::Write`](crate::image::ImageError::Write).
     fn sync(&self, begin: &dyn Fn(&File)) -> Result<()>;
 
-    /// Makes the store a snapshot, all at once. Its inventory was created last, and is not
-    /// synced.
+    /// Turns the files into a snapshot, atomically. The inventory was created last, and is
+    /// not synced yet.
     ///
     /// # Errors
     /// [`ImageError::Write`](crate::image::ImageError::Write).
     fn commit(self: Box<Self>) -> Result<()>;
 }
 
-/// A file of a store that is written.
+/// A file that is being written to a store.
 ///
-/// Images are written in a row, and pages from several threads, by offset: there are no
-/// gaps in the end, but a store that needs bytes in order holds back what comes early.
+/// Most images are written in order; pages are written by several threads, by offset. In
+/// the end there are no gaps. A store that needs the bytes in order holds back those that
+/// come early.
 pub trait Output: Write + fmt::Debug + Send + Sync {
     /// Writes bytes from `offset` on and returns how many, at least one. One call is one
-    /// request to where the file is.
+    /// request to the store.
     ///
     /// # Errors
-    /// Why they cannot be written.
+    /// The cause.
     fn write_vectored_at(&self, buffers: &[IoSlice<'_>], offset: u64) -> io::Result<usize>;
 
-    /// Returns the file of this machine that this is, if it is one.
+    /// Returns the underlying file, if there is one.
     fn file(&self) -> Option<&File>;
 }
 
@@ -75,7 +76,7 @@ impl Output for File {
     }
 }
 
-/// Where the messages of an image go.
+/// The output of an image writer.
 pub type StoredOutput = BufWriter<Box<dyn Output>>;
 
 /// Writes the images of one snapshot.
@@ -93,27 +94,27 @@ impl SnapshotWriter {
         Ok(Self::to(Box::new(DirectoryWriter::begin(dir)?)))
     }
 
-    /// Begins a snapshot in a store that is ready to be written.
+    /// Begins a snapshot in a store.
     pub fn to(store: Box<dyn StoreWriter>) -> Self {
         Self { store }
     }
 
-    /// Returns what messages call an image while it is written.
+    /// Returns the path of an image in messages while it is written.
     pub fn path(&self, kind: Kind, number: u64) -> PathBuf {
         self.store.name().join(kind.file_name(number))
     }
 
-    /// Creates an image of many messages.
+    /// Creates an image that will hold many messages.
     ///
     /// # Errors
-    /// [`ImageError::Write`](crate::image::ImageError::Write); an image that was created
-    /// before is one.
+    /// [`ImageError::Write`](crate::image::ImageError::Write); also if the image was
+    /// created before.
     pub fn create(&self, kind: Kind, number: u64) -> Result<ImageWriter<StoredOutput>> {
         let output = self.create_raw(kind, number)?;
         ImageWriter::new(&self.path(kind, number), BufWriter::new(output), kind)
     }
 
-    /// Writes an image of these messages.
+    /// Writes an image with these messages.
     ///
     /// # Errors
     /// As [`Self::create`].
@@ -134,7 +135,7 @@ impl SnapshotWriter {
         created.map_err(|source| write_error(&self.path(kind, number), source))
     }
 
-    /// Makes `parent`, as it was given, the snapshot's parent.
+    /// Links `parent`, as the user gave it, as the parent of the snapshot.
     ///
     /// # Errors
     /// [`ImageError::Write`](crate::image::ImageError::Write).
@@ -143,7 +144,7 @@ impl SnapshotWriter {
         self.store.link_parent(parent).map_err(|source| write_error(&link(), source))
     }
 
-    /// Makes everything that was written last; see [`StoreWriter::sync`].
+    /// Makes everything that was written durable, see [`StoreWriter::sync`].
     ///
     /// # Errors
     /// [`ImageError::Write`](crate::image::ImageError::Write).
@@ -151,10 +152,10 @@ impl SnapshotWriter {
         self.store.sync(&begin)
     }
 
-    /// Makes the store a snapshot: what was one there before is gone from here on, and the
-    /// inventory appears last.
+    /// Writes the inventory and completes the snapshot; the snapshot that was there before
+    /// is gone.
     ///
-    /// [`Self::sync`] comes first.
+    /// The caller calls [`Self::sync`] first.
     ///
     /// # Errors
     /// [`ImageError::Write`](crate::image::ImageError::Write).

@@ -1,4 +1,4 @@
-//! What processes of a tree have in common (`clone(2)`), as the ids in the images tell.
+//! What processes of a tree share (`clone(2)`), according to the ids in the images.
 
 use std::collections::HashMap;
 
@@ -6,7 +6,7 @@ use nix::libc;
 
 use crate::image::proto;
 
-/// What several processes can have in common.
+/// What several processes can share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Arena {
     /// The address space (`CLONE_VM`).
@@ -23,7 +23,7 @@ impl Arena {
     /// All of them.
     pub const ALL: [Self; 4] = [Self::Memory, Self::Files, Self::Fs, Self::Handlers];
 
-    /// Returns what it is called.
+    /// Returns the name in messages.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Memory => "memory",
@@ -33,7 +33,7 @@ impl Arena {
         }
     }
 
-    /// Returns the flag of `clone(2)` by which a child has that of its maker.
+    /// Returns the flag of `clone(2)` by which a child shares it with its maker.
     pub const fn clone_flag(self) -> u64 {
         let flag = match self {
             Self::Memory => libc::CLONE_VM,
@@ -45,42 +45,43 @@ impl Arena {
     }
 }
 
-/// The numbers that the images give to what a process has; all 0 of one that has ended.
+/// The numbers that the images give to what a process has; all 0 for a process that has
+/// ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ArenaIds([u32; 4]);
 
 impl ArenaIds {
-    /// Returns those that an image tells of.
+    /// Returns the ids of an image.
     pub const fn of(ids: &proto::TaskKobjIdsEntry) -> Self {
         Self([ids.vm_id, ids.files_id, ids.fs_id, ids.sighand_id])
     }
 
-    /// Sets one of them.
+    /// Sets one id.
     pub const fn set(&mut self, arena: Arena, id: u32) {
         self.0[arena as usize] = id;
     }
 
-    /// Returns one of them.
+    /// Returns one id.
     pub const fn get(&self, arena: Arena) -> u32 {
         self.0[arena as usize]
     }
 
-    /// Whether two processes have the same.
+    /// Whether two processes share it.
     pub const fn share(&self, other: &Self, arena: Arena) -> bool {
         self.get(arena) != 0 && self.get(arena) == other.get(arena)
     }
 }
 
-/// Who has what in common with whom, by the positions of the processes in their tree.
+/// Which processes share what, by the positions of the processes in their tree.
 #[derive(Clone, Debug, Default)]
 pub struct Arenas {
     ids: Vec<ArenaIds>,
-    /// The first process that has what this one has, by [`Arena`].
+    /// The first process that has it, by [`Arena`].
     owners: Vec<[usize; 4]>,
 }
 
 impl Arenas {
-    /// Finds it out.
+    /// Computes the owners from the ids.
     pub fn new(ids: Vec<ArenaIds>) -> Self {
         let mut first: HashMap<(Arena, u32), usize> = HashMap::new();
         let owners = ids.iter().enumerate().map(|(position, ids)| {
@@ -93,36 +94,36 @@ impl Arenas {
         Self { ids, owners }
     }
 
-    /// Returns the first process that has what the one at `position` has. It gets it in a
-    /// restore; the others have it by then.
+    /// Returns the first process that shares it with the process at `position`. A restore
+    /// gives it to that process; the others then share it.
     pub fn owner(&self, arena: Arena, position: usize) -> usize {
         self.owners[position][arena as usize]
     }
 
-    /// Whether no process before the one at `position` has the same.
+    /// Whether the process at `position` is the first that has it.
     pub fn owns(&self, arena: Arena, position: usize) -> bool {
         self.owner(arena, position) == position
     }
 
-    /// Returns all processes that have what the one at `position` has, itself among them.
+    /// Returns all processes that share it, the one at `position` among them.
     pub fn sharers(&self, arena: Arena, position: usize) -> impl Iterator<Item = usize> + '_ {
         let owner = self.owner(arena, position);
         let all = owner..self.owners.len();
         all.filter(move |other| self.owner(arena, *other) == owner)
     }
 
-    /// Whether another process has what the one at `position` has.
+    /// Whether another process shares it with the process at `position`.
     pub fn is_shared(&self, arena: Arena, position: usize) -> bool {
         self.sharers(arena, position).nth(1).is_some()
     }
 
-    /// Whether any two processes have anything in common.
+    /// Whether any two processes share anything.
     pub fn any_shared(&self) -> bool {
         let mut all = (0..self.owners.len()).flat_map(|position| Arena::ALL.map(|a| (a, position)));
         all.any(|(arena, position)| !self.owns(arena, position))
     }
 
-    /// Returns what two processes have in common, as flags of `clone(2)`.
+    /// Returns what two processes share, as flags of `clone(2)`.
     pub fn clone_flags(&self, maker: usize, child: usize) -> u64 {
         let common = Arena::ALL.into_iter().filter(|a| self.ids[maker].share(&self.ids[child], *a));
         common.fold(0, |flags, arena| flags | arena.clone_flag())

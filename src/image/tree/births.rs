@@ -1,19 +1,20 @@
-//! Who makes which process of a tree: its true parent, in its session.
+//! Which process of a tree makes which others, so that each has its true parent and
+//! session.
 //!
-//! What a process shares with another (`clone(2)`) it can have from its maker only, which is
-//! its parent, or another child of that, if the parent does not share it.
+//! A process can share something (`clone(2)`) only with the process that makes it. That is
+//! its parent, or a sibling if the parent does not share it.
 //!
-//! A session is inherited: a process of the session S must be made by one that is in
-//! S at that time. Most often that is its parent, before or after the parent made a
-//! session of its own. Where the parent is in another session, because it has adopted
-//! the process, another one of S makes it as its own sibling (`CLONE_PARENT`). For
-//! leaders of sessions and groups that have ended, helpers stand in, which end before
-//! the tree goes on.
+//! A session is inherited: a process of session S must be made by a process that is in S at
+//! that time. Usually that is its parent, before or after the parent starts a session of
+//! its own. If the parent is in another session, because it has adopted the process,
+//! another member of S makes the process as its own sibling (`CLONE_PARENT`). If the leader
+//! of a session or group has ended, a helper process takes its place as a placeholder, and
+//! ends before the tree runs.
 
 use super::{Arena, ArenaIds};
 use crate::units::NsPid;
 
-/// What decides who makes a process.
+/// What decides which process makes a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Kin {
     /// Its pid.
@@ -22,23 +23,23 @@ pub struct Kin {
     pub parent: Option<usize>,
     /// Its session.
     pub session: NsPid,
-    /// What it may have in common with others.
+    /// What it may share with others.
     pub ids: ArenaIds,
 }
 
-/// Whether the leader of a session or group is no process of the tree.
+/// Whether the leader of a session or group is not a process of the tree.
 fn is_outside(tasks: &[Kin], leader: NsPid) -> bool {
     !tasks.iter().any(|task| task.pid == leader)
 }
 
-/// Returns what a process has in common with those before it, with one of these.
+/// Returns what a process shares with processes before it, and the first of those.
 fn shared(tasks: &[Kin], position: usize) -> Vec<(Arena, usize)> {
     let task = &tasks[position];
     let with = |arena| tasks[..position].iter().position(|other| other.ids.share(&task.ids, arena));
     Arena::ALL.into_iter().filter_map(|arena| Some((arena, with(arena)?))).collect()
 }
 
-/// Who makes a process.
+/// The maker of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Maker {
     /// This program.
@@ -49,42 +50,42 @@ pub enum Maker {
     Helper(usize),
 }
 
-/// How a process comes into being.
+/// How a process is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Birth {
     /// Who makes it.
     pub maker: Maker,
-    /// The maker makes it as its own sibling.
+    /// The maker makes it as its own sibling (`CLONE_PARENT`).
     pub sibling: bool,
-    /// The maker makes it before it makes a session of its own.
+    /// The maker makes it before it starts a session of its own.
     pub early: bool,
 }
 
-/// A process that exists during the restore only.
+/// A process that exists only during the restore.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HelperPlan {
     /// Its pid.
     pub pid: NsPid,
-    /// Its parent, which makes it.
+    /// The process that makes it, which becomes its parent.
     pub maker: Maker,
-    /// Whether it leads a session, or a group only.
+    /// Whether it leads a session, or only a group.
     pub session: bool,
 }
 
-/// Who makes whom.
+/// Which process makes which.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Births {
-    /// By the positions of the processes; all are there.
+    /// By position of the process; complete once planned.
     pub tasks: Vec<Option<Birth>>,
-    /// Those that exist during the restore only.
+    /// Processes that exist only during the restore.
     pub helpers: Vec<HelperPlan>,
 }
 
 impl Births {
-    /// Decides who makes whom.
+    /// Decides which process makes which.
     ///
     /// # Errors
-    /// A process that is related in a way that is not restored, and to whom.
+    /// A process that cannot be restored, and why.
     pub fn plan(tasks: &[Kin], shell_job: bool, sibling: bool) -> Result<Self, (NsPid, String)> {
         let mut births = Self { tasks: vec![None; tasks.len()], helpers: Vec::new() };
         let Some(root) = tasks.first() else { return Ok(births) };
@@ -92,8 +93,8 @@ impl Births {
             root.session != root.pid && !(shell_job && is_outside(tasks, root.session));
         if sibling && led_by_another {
             let problem = format!(
-                "the leader of its session, {}, has ended, and --restore-sibling would leave the \
-                 one that stands in for it to the parent of rcriu; leave that option out",
+                "the leader of its session, {}, has ended, and --restore-sibling would make the \
+                 placeholder a child of rcriu's parent\nhelp: leave that option out",
                 root.session
             );
             return Err((root.pid, problem));
@@ -135,7 +136,8 @@ impl Births {
                 return Ok(Birth { maker: Maker::Task(parent), sibling: false, early: true });
             }
         }
-        // A sibling of the same session that was made already, the leader best of all.
+        // A sibling of the same session that has been made already, preferably the session
+        // leader.
         let sibling = (0..position)
             .filter(|other| {
                 let other = &tasks[*other];
@@ -148,8 +150,8 @@ impl Births {
         }
         if let Some((arena, other)) = shared.first() {
             let problem = format!(
-                "it shares its {} with process {}, but has neither a parent nor a sibling of its \
-                 session that could make it so",
+                "it shares its {} with process {}, but no parent or sibling of its session could \
+                 make it so",
                 arena.name(),
                 tasks[*other].pid
             );
@@ -166,8 +168,8 @@ impl Births {
         Ok(Birth { maker: helper, sibling: true, early: false })
     }
 
-    /// Returns the helper that leads a session, making one under `maker` if there is
-    /// none yet.
+    /// Returns the helper that leads a session; adds one under `maker` if there is none
+    /// yet.
     fn helper(&mut self, pid: NsPid, maker: Maker) -> Maker {
         let found = self.helpers.iter().position(|helper| helper.pid == pid);
         Maker::Helper(found.unwrap_or_else(|| {
@@ -176,8 +178,7 @@ impl Births {
         }))
     }
 
-    /// Returns the session that a task is in when it is made; `None` for that of
-    /// this program.
+    /// Returns the session in which a task is made; `None` for that of rcriu.
     fn session_at_birth(&self, tasks: &[Kin], position: usize) -> Option<NsPid> {
         let birth = self.tasks[position]?;
         match birth.maker {
@@ -193,7 +194,7 @@ impl Births {
 mod tests {
     use super::*;
 
-    /// Processes of these numbers, parents, sessions and descriptor tables.
+    /// Processes with these pids, parents, sessions and descriptor tables.
     fn kin<const N: usize>(tasks: [(i32, Option<usize>, i32, u32); N]) -> [Kin; N] {
         tasks.map(|(pid, parent, session, files)| {
             let mut ids = ArenaIds::default();

@@ -1,4 +1,4 @@
-//! What images say of open files, and who uses them.
+//! Checks of open files, and of everything that refers to them.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,10 +8,10 @@ use super::{Body, Problems, Tree, place};
 use crate::image::{ImageStore, Kind, Remap, proto, vma};
 use proto::{FdTypes, FileEntry};
 
-/// The highest number that a descriptor can have (`sysctl_nr_open_max`, `fs/file.c`).
+/// The highest possible number of a descriptor (`sysctl_nr_open_max`, `fs/file.c`).
 const HIGHEST_FD: u32 = i32::MAX.cast_unsigned() & !63;
 
-/// The types of files that are restored.
+/// The types of files that a restore supports.
 pub const RESTORED: [FdTypes; 12] = [
     FdTypes::Reg,
     FdTypes::Pipe,
@@ -27,7 +27,7 @@ pub const RESTORED: [FdTypes; 12] = [
     FdTypes::Memfd,
 ];
 
-/// The number of the only IPC namespace whose segments are restored.
+/// The only IPC namespace whose segments a restore supports.
 const IPC_NAMESPACE: u64 = 3;
 
 const NANOSECONDS: u64 = 1_000_000_000;
@@ -35,7 +35,7 @@ const NANOSECONDS: u64 = 1_000_000_000;
 /// Flags of `timerfd_settime(2)` (`linux/timerfd.h`).
 const SETTIME_FLAGS: u32 = 3;
 
-/// Says what is wrong with a timer that has a descriptor, if anything is.
+/// Returns what is wrong with the entry of a timerfd, if anything.
 pub fn timer_problem(entry: &proto::TimerfdEntry) -> Option<String> {
     if entry.settime_flags & !SETTIME_FLAGS != 0 {
         return Some(format!("unknown flags {:#x} of a timer", entry.settime_flags));
@@ -45,7 +45,7 @@ pub fn timer_problem(entry: &proto::TimerfdEntry) -> Option<String> {
     (!fits).then(|| "a timer with an impossible time".to_owned())
 }
 
-/// Returns the number that the entry of its type gives a file; `None` without one.
+/// Returns the id in the type-specific entry of a file; `None` without one.
 fn inner_id(file: &FileEntry) -> Option<u32> {
     match file.r#type() {
         FdTypes::Reg => file.reg.as_ref().map(|entry| entry.id),
@@ -64,7 +64,7 @@ fn inner_id(file: &FileEntry) -> Option<u32> {
     }
 }
 
-/// Checks the table of open files, and all that refers to it.
+/// Checks the table of open files, and everything that refers to it.
 pub(super) fn check(images: &dyn ImageStore, tree: &Tree, problems: &mut Problems) {
     let mut table =
         Table { images, tree, files: BTreeMap::new(), memfds: BTreeMap::new(), problems };
@@ -106,7 +106,7 @@ impl<'a> Table<'a, '_> {
         place::of_file(id, &self.tree.files, uses)
     }
 
-    /// Reads an image that need not be there.
+    /// Reads an optional image.
     fn read<M: prost::Message + prost::Name + Default>(&mut self, kind: Kind, id: u64) -> Vec<M> {
         let messages = self.images.messages_if_any(kind, id);
         self.problems.image(messages).flatten().unwrap_or_default()
@@ -115,7 +115,7 @@ impl<'a> Table<'a, '_> {
     fn enter(&mut self, files: &'a [FileEntry]) {
         for file in files {
             if self.files.insert(file.id, file).is_some() {
-                self.wrong(file.id, "there are two of this number");
+                self.wrong(file.id, "two files have this id");
             }
         }
         let mut shmids = BTreeSet::new();
@@ -159,7 +159,7 @@ impl<'a> Table<'a, '_> {
                     .wrong(id, &format!("it is of type {name}, without the entry for that"));
             }
             Some(inner) if inner != id => {
-                return self.wrong(id, &format!("its entry has the number {inner:#x}"));
+                return self.wrong(id, &format!("its entry has another id, {inner:#x}"));
             }
             Some(_) => {}
         }
@@ -187,13 +187,14 @@ impl<'a> Table<'a, '_> {
         }
     }
 
-    /// Checks a path as the kernel shows it: absolute, and without ways up.
+    /// Checks that a path has the form that the kernel gives it: absolute, and without
+    /// `..`.
     fn path(&mut self, id: u32, file: &FileEntry) {
         let Some(reg) = &file.reg else { return };
         let up = || reg.name.split(|byte| *byte == b'/').any(|part| part == b"..");
         if reg.ext != Some(true) && (!reg.name.starts_with(b"/") || up()) || reg.name.contains(&0) {
             let name = String::from_utf8_lossy(&reg.name);
-            self.wrong(id, &format!("its path is {name:?}, which the kernel does not give a file"));
+            self.wrong(id, &format!("its path is {name:?}, which the kernel would not report"));
         }
     }
 
@@ -217,7 +218,7 @@ impl<'a> Table<'a, '_> {
         }
     }
 
-    /// Checks what a process has. `epolls` are those that processes before it have.
+    /// Checks the files of a process. `epolls` are those of the processes before it.
     fn body(
         &mut self,
         pid: u32,
@@ -239,8 +240,9 @@ impl<'a> Table<'a, '_> {
             }
             match self.files.get(&id) {
                 None => {
-                    let problem =
-                        format!("its descriptor {fd} is file {id:#x}, which is not there");
+                    let problem = format!(
+                        "its descriptor {fd} is file {id:#x}, which files.img does not have"
+                    );
                     wrong(self.problems, problem);
                 }
                 Some(file) if file.r#type != entry.r#type => {
@@ -256,7 +258,7 @@ impl<'a> Table<'a, '_> {
         for entry in &body.fds {
             let epoll = self.files.get(&entry.id).and_then(|file| file.epfd.as_ref());
             let Some(epoll) = epoll.filter(|_| epolls.insert(entry.id)) else { continue };
-            // One that was closed may be watched on, but not be watched anew.
+            // An epoll keeps watching a closed descriptor, but a restore cannot add one.
             if let Some(target) = epoll.tfd.iter().find(|target| !numbers.contains(&target.tfd)) {
                 let problem = format!(
                     "its epoll at descriptor {} watches descriptor {}, which it does not have",
@@ -271,24 +273,24 @@ impl<'a> Table<'a, '_> {
             ("working directory", body.fs.cwd_id),
         ] {
             if !self.is_path(id) {
-                let problem = format!("its {what} is file {id:#x}, which is no file with a path");
+                let problem = format!("its {what} is file {id:#x}, which has no path");
                 wrong(self.problems, problem);
             }
         }
         for entry in &body.vmas {
             let missing = if entry.status & vma::SYSVIPC != 0 {
-                (!segments.contains(&entry.shmid)).then_some("no segment of the images")
+                (!segments.contains(&entry.shmid)).then_some("not a segment in the images")
             } else if entry.status & vma::MEMFD != 0 {
-                (!self.is_memfd(entry.shmid)).then_some("no memfd of the images")
+                (!self.is_memfd(entry.shmid)).then_some("not a memfd in the images")
             } else if entry.status & (vma::FILE_PRIVATE | vma::FILE_SHARED) != 0 {
                 let is_path = u32::try_from(entry.shmid).is_ok_and(|id| self.is_path(id));
-                (!is_path).then_some("no file with a path")
+                (!is_path).then_some("not a file with a path")
             } else {
                 None
             };
             if let Some(missing) = missing {
                 let problem = format!(
-                    "the mapping {:#x}-{:#x} is of {:#x}, which is {missing}",
+                    "the mapping {:#x}-{:#x} maps {:#x}, which is {missing}",
                     entry.start, entry.end, entry.shmid
                 );
                 wrong(self.problems, problem);
@@ -302,7 +304,7 @@ impl<'a> Table<'a, '_> {
             .is_some_and(|memfd| self.memfds.contains_key(&memfd.inode_id.into()))
     }
 
-    /// Checks what is on its way in the queues of sockets.
+    /// Checks the messages that wait in the queues of sockets.
     fn queues(&mut self) {
         for (to, control) in self.read_queues() {
             if control.r#type != libc::SCM_RIGHTS.cast_unsigned() {
@@ -313,13 +315,14 @@ impl<'a> Table<'a, '_> {
                 ));
             } else if let Some(id) = control.rights.iter().find(|id| !self.files.contains_key(id)) {
                 let place = self.place(to);
-                self.problems
-                    .broken(format!("{place}: its queue holds file {id:#x}, which is not there"));
+                self.problems.broken(format!(
+                    "{place}: its queue holds file {id:#x}, which files.img does not have"
+                ));
             }
         }
     }
 
-    /// Returns the sockets that data waits in, with what comes along with it.
+    /// Returns the sockets in whose queues data waits, with the control messages.
     fn read_queues(&mut self) -> Vec<(u32, proto::ScmEntry)> {
         let mut image = match self.images.image(Kind::SkQueues, 0) {
             Err(error) if error.is_missing() => return Vec::new(),
@@ -343,28 +346,31 @@ impl<'a> Table<'a, '_> {
         found
     }
 
-    /// Checks the files that have lost their names.
+    /// Checks the files that lost their names.
     fn remaps(&mut self) {
         for remap in self.read::<proto::RemapFilePathEntry>(Kind::RemapFpath, 0) {
-            // Entries of older images say it by the number alone, which is not looked at.
+            // In older images the number alone gives the type; these are not checked.
             if remap.remap_type.is_none() {
                 continue;
             }
             match Remap::of(&remap) {
                 Ok(Remap::Linked(id)) if !self.is_path(id) => {
-                    let problem = format!("it has lost its name to file {id:#x}, which is none");
+                    let problem = format!("its link remap is file {id:#x}, which has no path");
                     self.wrong(remap.orig_id, &problem);
                 }
                 Ok(Remap::Ghost(id)) => {
                     if !self.images.has(Kind::GhostFile, id.into()) {
                         let name = Kind::GhostFile.file_name(id.into());
-                        self.wrong(remap.orig_id, &format!("its bytes should be in {name}"));
+                        self.wrong(
+                            remap.orig_id,
+                            &format!("it is a ghost file, but {name} does not exist"),
+                        );
                     }
                 }
                 Ok(Remap::Process(_)) => {
                     let place = self.place(remap.orig_id);
                     self.problems.not_restored(format!(
-                        "{place}: it is of a process that had ended, and is not restored"
+                        "{place}: it belongs to a process that had ended, and is not restored"
                     ));
                 }
                 Err(problem) => self.wrong(remap.orig_id, &problem),

@@ -1,4 +1,4 @@
-//! What images say of an address space.
+//! Checks of an address space.
 
 use nix::libc;
 
@@ -9,16 +9,16 @@ use crate::{
     units::{HugeSize, PAGE_SIZE},
 };
 
-/// The most words of an auxiliary vector (`AT_VECTOR_SIZE`, `linux/mm_types.h`).
+/// The longest auxiliary vector, in words (`AT_VECTOR_SIZE`, `linux/mm_types.h`).
 const AUXV_WORDS: usize = 52;
 
-/// Which of the bits of a mapping's status say what it maps.
+/// The bits of a mapping's status that say what it maps.
 const KINDS: [u32; 4] = [vma::FILE_PRIVATE, vma::FILE_SHARED, vma::ANON_SHARED, vma::ANON_PRIVATE];
 
-/// The bits of protection that an image may have: to read, to write, to execute.
+/// The valid protection bits in an image: read, write, execute.
 const PROTECTION: u32 = 0x7;
 
-/// Checks the mappings of a process of `machine`, and what it says of them.
+/// Checks the mappings of a process on `machine`, and everything that they refer to.
 pub(super) fn check(
     mm: &proto::MmEntry,
     vmas: &[proto::VmaEntry],
@@ -40,7 +40,7 @@ pub(super) fn check(
     };
     if let Some(guard) = guards.iter().find(|guard| !inside(guard)) {
         let range = range(guard);
-        problems.broken(format!("there are guard pages outside of its mappings, at {range}"));
+        problems.broken(format!("guard pages at {range} are outside of its mappings"));
     }
     if !mm.aios.is_empty() {
         problems.not_restored(
@@ -56,10 +56,10 @@ pub(super) fn check(
         ("stack", mm.mm_start_stack, mm.mm_start_stack, false),
     ];
     for (what, start, end, some) in addresses {
-        // Below are addresses that nothing may be mapped at (`vm.mmap_min_addr`).
+        // Nothing can be mapped below (`vm.mmap_min_addr`).
         let fine = start >= PAGE_SIZE && end < addresses_end && start <= end;
         if !fine || some && start == end {
-            problems.broken(format!("its {what} is said to be at {start:#x}-{end:#x}"));
+            problems.broken(format!("its {what} is at {start:#x}-{end:#x}, which is impossible"));
         }
     }
     if mm.mm_saved_auxv.len() > AUXV_WORDS {
@@ -83,13 +83,13 @@ fn check_order(vmas: &[proto::VmaEntry], addresses_end: u64, problems: &mut Prob
     for entry in vmas {
         let aligned = entry.start.is_multiple_of(PAGE_SIZE) && entry.end.is_multiple_of(PAGE_SIZE);
         let what = if !aligned {
-            "is no whole number of pages"
+            "is not page-aligned"
         } else if entry.start >= entry.end {
             "is empty"
         } else if entry.end > addresses_end {
-            "is behind the last address that a process may have"
+            "is above the highest address of a process"
         } else if entry.start < end {
-            "overlaps the one before"
+            "overlaps the mapping before it"
         } else {
             end = entry.end;
             continue;
@@ -116,7 +116,7 @@ fn check_mapping(entry: &proto::VmaEntry, problems: &mut Problems) {
     }
     let mut wrong = |problem: String| problems.broken(format!("the mapping {place} {problem}"));
     if KINDS.iter().filter(|kind| entry.status & **kind != 0).count() != 1 {
-        wrong(format!("is of no kind, or of several: its status is {:#x}", entry.status));
+        wrong(format!("has no kind or several kinds: its status is {:#x}", entry.status));
         return;
     }
     let is_shared = entry.status & (vma::FILE_SHARED | vma::ANON_SHARED) != 0;
@@ -134,7 +134,7 @@ fn check_mapping(entry: &proto::VmaEntry, problems: &mut Problems) {
         ));
     }
     if entry.prot & !PROTECTION != 0 {
-        wrong(format!("has an unknown protection {:#x}", entry.prot));
+        wrong(format!("has the unknown protection {:#x}", entry.prot));
     }
     let has_object = entry.status & vma::ANON_PRIVATE == 0;
     if has_object {
@@ -142,16 +142,19 @@ fn check_mapping(entry: &proto::VmaEntry, problems: &mut Problems) {
         let fits = entry.pgoff.is_multiple_of(PAGE_SIZE)
             && entry.pgoff.checked_add(len).is_some_and(|end| i64::try_from(end).is_ok());
         if !fits {
-            wrong(format!("begins at {:#x} of its file", entry.pgoff));
+            wrong(format!("begins at offset {:#x} of its file", entry.pgoff));
         }
     }
     if entry.status & vma::SYSVIPC != 0 && entry.pgoff > entry.start {
-        wrong(format!("begins at {:#x} of a segment that would begin below 0", entry.pgoff));
+        wrong(format!(
+            "begins at offset {:#x} of a segment that would begin below address 0",
+            entry.pgoff
+        ));
     }
     if entry.flags & libc::MAP_HUGETLB.cast_unsigned() != 0 {
         let bytes = HugeSize::in_flags(entry.flags).bytes();
         if !entry.start.is_multiple_of(bytes) || !entry.end.is_multiple_of(bytes) {
-            wrong(format!("is no whole number of huge pages of {bytes} bytes"));
+            wrong(format!("is not aligned to huge pages of {bytes} bytes"));
         }
     }
 }
@@ -200,11 +203,11 @@ mod tests {
             entry
         };
         for (bad, expected) in [
-            (private(0x1800, 0x3000), "no whole number of pages"),
+            (private(0x1800, 0x3000), "not page-aligned"),
             (private(0x3000, 0x3000), "is empty"),
             (private(0x1000, 0x3000), "overlaps"),
-            (private(0x4000, 1 << 60), "behind the last address"),
-            (with(|entry| entry.status = vma::REGULAR), "of no kind"),
+            (private(0x4000, 1 << 60), "above the highest address"),
+            (with(|entry| entry.status = vma::REGULAR), "has no kind"),
             (with(|entry| entry.flags = 0), "contradicts"),
             (with(|entry| entry.prot = 0x1000), "unknown protection"),
             (with(|entry| entry.flags |= libc::MAP_HUGETLB.cast_unsigned()), "huge pages"),
@@ -221,6 +224,6 @@ mod tests {
             assert!(told.contains(expected), "{expected}: {told}");
         }
         let broken = proto::MmEntry { mm_end_code: 0, ..mm() };
-        assert!(told(&broken, &[first]).contains("its code is said to be"));
+        assert!(told(&broken, &[first]).contains("its code is at"));
     }
 }

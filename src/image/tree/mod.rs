@@ -1,8 +1,8 @@
-//! The processes that a snapshot restores, read and held against each other.
+//! The processes of a snapshot, read and checked against each other.
 //!
-//! Everything that images can say wrongly of a tree is looked for here, without looking
-//! at the machine: a restore asks before it makes anything, and `imgfs check` tells all
-//! of it. What is right but beyond what this program restores is told apart.
+//! All defects that images alone can have are found here, without looking at the machine. A
+//! restore runs these checks before it makes a process; `imgfs check` reports all of their
+//! findings. State that is valid but not supported by a restore is reported as such.
 
 mod arenas;
 mod births;
@@ -24,18 +24,18 @@ pub use self::{
     files::timer_problem,
 };
 
-/// The versions of the format that are known (`inventory_entry.img_version`): CRIU's
-/// `CRTOOLS_IMAGES_V1`, and `CRTOOLS_IMAGES_V1_1`, with a common magic before each
-/// image's own.
+/// The supported versions of the format (`inventory_entry.img_version`): CRIU's
+/// `CRTOOLS_IMAGES_V1`, and `CRTOOLS_IMAGES_V1_1`, in which a common magic comes before the
+/// magic of each image.
 pub const VERSIONS: [u32; 2] = [1, 2];
 
-/// What keeps a tree from being restored.
+/// A reason why a tree cannot be restored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
-    /// Whether the images contradict themselves or the kernel, rather than hold what this
-    /// program does not restore.
+    /// Whether the images contradict themselves or the kernel. Otherwise they are valid,
+    /// but hold state that this program does not restore.
     pub is_broken: bool,
-    /// What it is, and of what.
+    /// The message, which names the object.
     pub text: String,
 }
 
@@ -58,13 +58,13 @@ impl Problems {
         self.0.push(Problem { is_broken: false, text: text.into() });
     }
 
-    /// Notes an image that cannot be read, and returns it otherwise.
+    /// Returns an image; records a problem if it could not be read.
     fn image<T>(&mut self, image: Result<T, ImageError>) -> Option<T> {
         let failed = |error| self.broken(crate::causes::with_sources(&error));
         image.map_err(failed).ok()
     }
 
-    /// Like [`Self::image`], for one image of a process, by its name.
+    /// Like [`Self::image`], for the image `name` of a process, which must exist.
     fn own_image<T>(&mut self, name: &str, image: Result<T, ImageError>) -> Option<T> {
         match image {
             Err(error) if error.is_missing() => {
@@ -83,15 +83,15 @@ pub struct Task {
     pub entry: proto::PstreeEntry,
     /// The position of its parent; `None` for the root.
     pub parent: Option<usize>,
-    /// The cores of its threads, the leader's first.
+    /// The cores of its threads, that of the leader first.
     pub threads: Vec<(u32, proto::CoreEntry)>,
-    /// The numbers of what it may have in common with others.
+    /// The ids of what it may share with others.
     pub ids: ArenaIds,
-    /// What it has if it has not ended.
+    /// The rest, if it has not ended.
     pub body: Option<Body>,
 }
 
-/// What a process has that has not ended.
+/// The state of a process that has not ended.
 #[derive(Clone, Debug)]
 pub struct Body {
     /// Its address space, without its mappings.
@@ -100,7 +100,7 @@ pub struct Body {
     pub vmas: Vec<proto::VmaEntry>,
     /// Its ranges of guard pages, ascending.
     pub guards: Vec<proto::VmaEntry>,
-    /// Where it stands.
+    /// Its root and working directory.
     pub fs: proto::FsEntry,
     /// Its descriptors.
     pub fds: Vec<proto::FdinfoEntry>,
@@ -113,40 +113,40 @@ pub struct Tree {
     pub tasks: Vec<Task>,
     /// The table of open files.
     pub files: Vec<proto::FileEntry>,
-    /// What the dumper says of itself.
+    /// The inventory, in which the dump describes itself.
     pub inventory: proto::InventoryEntry,
 }
 
-/// `task_core_entry.task_state` (CRIU 4.2, `compel/include/uapi/task-state.h`).
+/// Values of `task_core_entry.task_state` (CRIU 4.2, `compel/include/uapi/task-state.h`).
 pub mod state {
-    /// It runs, or sleeps.
+    /// It runs or sleeps.
     pub const ALIVE: u32 = 1;
-    /// It has ended and was not waited for.
+    /// It has ended, and its parent has not waited for it.
     pub const DEAD: u32 = 2;
-    /// It was stopped by a signal.
+    /// A signal has stopped it.
     pub const STOPPED: u32 = 3;
 }
 
-/// Whether a snapshot is a pre-dump, which has memory and no processes.
+/// Whether a snapshot is a pre-dump, which has memory but no processes.
 pub fn is_pre_dump(images: &dyn ImageStore) -> bool {
     !images.has(Kind::Pstree, 0)
 }
 
-/// Says what is wrong with the version of the format that the inventory of `images` has, if
-/// anything is. CRIU 3.17 gives none to pre-dumps.
+/// Returns what is wrong with the format version in the inventory of `images`, if anything.
+/// CRIU 3.17 gives pre-dumps no version.
 pub fn version_problem(images: &dyn ImageStore, found: u32) -> Option<String> {
     let [first, last] = VERSIONS;
     let known = VERSIONS.contains(&found) || (found == 0 && is_pre_dump(images));
     (!known).then(|| {
         format!(
-            "its images have version {found} of the format (img_version), {first} or {last} \
-             expected: a program that knows that version can read them"
+            "its images have format version {found} (img_version), expected {first} or {last}\
+             \nhelp: use a program that knows that version"
         )
     })
 }
 
-/// Reads the processes of a snapshot, and returns what keeps them from being restored.
-/// What cannot be read is left out.
+/// Reads the processes of a snapshot, and returns the reasons why they cannot be restored.
+/// Leaves out what cannot be read.
 pub fn read(images: &dyn ImageStore) -> (Tree, Vec<Problem>) {
     let mut problems = Problems::default();
     let mut tree = Tree::default();
@@ -154,13 +154,14 @@ pub fn read(images: &dyn ImageStore) -> (Tree, Vec<Problem>) {
         problems.image(images.message(Kind::Inventory, 0));
     if let Some(inventory) = inventory {
         if let Some(problem) = version_problem(images, inventory.img_version) {
-            // Nothing else can be believed.
+            // After that, no other image can be trusted.
             problems.broken(problem);
             return (tree, problems.0);
         }
         if inventory.fdinfo_per_id != Some(true) && !is_pre_dump(images) {
             problems.not_restored(
-                "it is of a dumper before CRIU 1.0, whose descriptors are not read".to_owned(),
+                "it was written by CRIU before 1.0, whose descriptor images are not supported"
+                    .to_owned(),
             );
         }
         tree.inventory = inventory;
@@ -208,15 +209,15 @@ fn read_task(
     let of_task = leader.tc.clone();
     task.threads.push((pid, leader));
     let Some(of_task) = of_task else {
-        problems.broken("its core does not say what it was doing");
+        problems.broken("its core has no task state");
         return task;
     };
     match of_task.task_state {
-        // The threads that CRIU lists of it are arbitrary numbers.
+        // The threads that CRIU lists for it have arbitrary numbers.
         state::DEAD => return task,
         state::ALIVE | state::STOPPED => {}
         other => {
-            problems.broken(format!("its state is {other}, which is unknown"));
+            problems.broken(format!("its state {other} is unknown"));
             return task;
         }
     }
@@ -232,7 +233,7 @@ fn read_task(
         }
     }
     if of_task.rcriu_leader_exited.is_some() && task.entry.threads.len() < 2 {
-        problems.broken("its first thread has exited, and it has no other");
+        problems.broken("its first thread has exited, and it has no other thread");
     }
     for (tid, core) in &task.threads {
         task::check_thread(*tid, core, problems);
@@ -270,7 +271,7 @@ fn read_body(
     all.retain(|entry| entry.status & vma::VSYSCALL == 0);
     let (guards, vmas): (Vec<_>, Vec<_>) =
         all.into_iter().partition(|entry| entry.status & vma::GUARD != 0);
-    // Unknown ones are told of already.
+    // Unknown machines have been reported already.
     let machine = task.threads.first().and_then(|(_, core)| Machine::of(core).ok());
     memory::check(&mm, &vmas, &guards, machine.unwrap_or(Machine::NATIVE), problems);
     Some((ArenaIds::of(&ids?), Body { mm, vmas, guards, fs: fs?, fds: fds? }))

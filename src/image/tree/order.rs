@@ -1,20 +1,19 @@
-//! Who is related to whom.
+//! Checks of how processes are related.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::{Arena, Arenas, Births, Kin, Problems, Task, state};
 use crate::{image::proto, units::NsPid};
 
-/// The highest number that a process can have anywhere (`PID_MAX_LIMIT`,
-/// `linux/threads.h`).
+/// The highest possible pid on any machine (`PID_MAX_LIMIT`, `linux/threads.h`).
 const HIGHEST_PID: u32 = 1 << 22;
 
 fn is_pid(number: u32) -> bool {
     (1..=HIGHEST_PID).contains(&number)
 }
 
-/// Orders processes so that parents come before their children, with the position
-/// of each one's parent.
+/// Sorts processes so that parents come before their children, and returns each with the
+/// position of its parent.
 pub(super) fn order(
     entries: Vec<proto::PstreeEntry>,
 ) -> Result<Vec<(proto::PstreeEntry, Option<usize>)>, String> {
@@ -45,7 +44,11 @@ pub(super) fn order(
         }
         next += 1;
     }
-    if children.is_empty() { Ok(ordered) } else { Err("pstree.img has a circle".into()) }
+    if children.is_empty() {
+        Ok(ordered)
+    } else {
+        Err("the parents in pstree.img form a circle".into())
+    }
 }
 
 /// Checks threads, groups and sessions against each other.
@@ -59,39 +62,39 @@ pub(super) fn check(tasks: &[Task], problems: &mut Problems) {
             }
             if let Some(other) = owners.insert(*tid, pid) {
                 problems.broken(format!(
-                    "images of process {pid}: thread {tid} is also one of process {other}"
+                    "images of process {pid}: thread {tid} is also a thread of process {other}"
                 ));
             }
         }
     }
     let of: BTreeMap<u32, &Task> = tasks.iter().map(|task| (task.entry.pid, task)).collect();
     if tasks.first().is_some_and(is_dead) {
-        problems.broken("the first process of the tree is dead, so that nothing would be restored");
+        problems.broken("the first process of the tree is dead, so nothing can be restored");
     }
-    // Sessions of groups: the kernel knows one for each.
+    // The session of each group: the kernel allows only one.
     let mut sessions: BTreeMap<u32, u32> = BTreeMap::new();
     for task in tasks {
         let (pid, group, session) = (task.entry.pid, task.entry.pgid, task.entry.sid);
         let mut wrong =
             |problem: String| problems.broken(format!("images of process {pid}: {problem}"));
         if session == pid && group != pid {
-            wrong(format!("it leads its session, but is in process group {group}"));
+            wrong(format!("it leads its session, but is in the process group {group}"));
         }
         for (what, number) in [("process group", group), ("session", session)] {
-            // 0 is one that is outside of the tree's pid namespace.
+            // 0 stands for a leader outside of the tree's pid namespace.
             if number > HIGHEST_PID {
                 wrong(format!("its {what} is {number}"));
             } else if owners.contains_key(&number) && !of.contains_key(&number) {
-                wrong(format!("its {what}, {number}, is the number of a thread"));
+                wrong(format!("its {what}, {number}, is the tid of a thread"));
             }
         }
         if *sessions.entry(group).or_insert(session) != session {
-            wrong(format!("others of its process group {group} are in another session"));
+            wrong(format!("its process group {group} spans two sessions"));
         }
         if let Some(leader) = of.get(&session)
             && leader.entry.sid != session
         {
-            wrong(format!("process {session}, whose session it is in, leads none"));
+            wrong(format!("it is in the session of process {session}, which leads no session"));
         }
         if let Some(leader) = of.get(&group)
             && leader.entry.pgid != group
@@ -180,11 +183,14 @@ mod tests {
         };
         assert_eq!(told(&[(5, 0, 5, 5, &[5, 6]), (7, 5, 7, 5, &[7]), (8, 5, 7, 5, &[8])]), "");
         for (entries, expected) in [
-            (&[(5, 0, 5, 5, &[5, 6][..]), (7, 5, 7, 5, &[7, 6])][..], "is also one of process 5"),
+            (
+                &[(5, 0, 5, 5, &[5, 6][..]), (7, 5, 7, 5, &[7, 6])][..],
+                "is also a thread of process 5",
+            ),
             (&[(5, 0, 4, 5, &[5])], "leads its session, but"),
-            (&[(5, 0, 6, 5, &[5, 6])], "is the number of a thread"),
-            (&[(5, 0, 5, 5, &[5]), (7, 5, 7, 7, &[7]), (8, 5, 7, 5, &[8])], "in another session"),
-            (&[(5, 0, 5, 5, &[5]), (7, 5, 7, 5, &[7]), (8, 5, 8, 7, &[8])], "leads none"),
+            (&[(5, 0, 6, 5, &[5, 6])], "is the tid of a thread"),
+            (&[(5, 0, 5, 5, &[5]), (7, 5, 7, 7, &[7]), (8, 5, 7, 5, &[8])], "spans two sessions"),
+            (&[(5, 0, 5, 5, &[5]), (7, 5, 7, 5, &[7]), (8, 5, 8, 7, &[8])], "leads no session"),
             (&[(5, 0, 5, 5, &[5]), (7, 5, 5, 5, &[7]), (8, 5, 7, 5, &[8])], "has left that group"),
             (&[(5, 0, 5, 5, &[5, 0])], "has a thread 0"),
         ] {

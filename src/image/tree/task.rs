@@ -1,12 +1,12 @@
-//! What a core says of a process and its threads.
+//! Checks of a core: a process and its threads.
 
 use super::Problems;
 use crate::{arch::Machine, image::proto};
 
-/// Limits of resources (`RLIM_NLIMITS`, `asm-generic/resource.h`).
+/// How many resource limits there are (`RLIM_NLIMITS`, `asm-generic/resource.h`).
 const LIMITS: usize = 16;
 
-/// Signals (`_NSIG`).
+/// How many signals there are (`_NSIG`).
 const SIGNALS: u32 = 64;
 
 /// Bytes of a `siginfo_t`.
@@ -15,31 +15,31 @@ const SIGINFO_BYTES: usize = 128;
 const NANOSECONDS: u64 = 1_000_000_000;
 const MICROSECONDS: u64 = 1_000_000;
 
-/// The clocks with numbers that timers can be made of (`linux/time.h`); those of processes
-/// and threads have negative ones.
+/// The clocks that timers can use and that have a positive number (`linux/time.h`); clocks
+/// of processes and threads have negative ones.
 const CLOCKS: [i32; 8] = [0, 1, 2, 3, 7, 8, 9, 11];
 
-/// Scheduling policies (`linux/sched.h`), and those among them that have a priority.
+/// Scheduling policies (`linux/sched.h`), and those of them that use a priority.
 const POLICIES: [u32; 7] = [0, 1, 2, 3, 5, 6, 7];
 const REAL_TIME: [u32; 2] = [1, 2];
 
-/// Beside a policy: children get the usual one (`SCHED_RESET_ON_FORK`).
+/// A flag beside the policy: children get the default policy (`SCHED_RESET_ON_FORK`).
 const RESET_ON_FORK: u32 = 0x4000_0000;
 
 /// Bytes of `struct robust_list_head` (`linux/futex.h`).
 const ROBUST_LIST_BYTES: u32 = 24;
 
-/// Checks what a process has besides its memory and files.
+/// Checks a process, without its memory and files.
 pub(super) fn check_task(task: &proto::TaskCoreEntry, problems: &mut Problems) {
     let limits = task.rlimits.iter().flat_map(|limits| &limits.rlimits);
     for (number, limit) in limits.enumerate() {
         if number >= LIMITS {
-            problems.broken(format!("it has a limit {number}, of which there is none"));
+            problems.broken(format!("it has a resource limit {number}, which does not exist"));
             break;
         }
         if limit.cur > limit.max {
             problems.broken(format!(
-                "its limit {number} is {}, more than the {} that it may be",
+                "its soft limit {number} is {}, above the hard limit {}",
                 limit.cur, limit.max
             ));
         }
@@ -101,14 +101,14 @@ fn check_timers(timers: &proto::TaskTimersEntry, problems: &mut Problems) {
         let signals = matches!(timer.it_sigev_notify, 0 | 2 | 4);
         if !notifies || signals && !(1..=SIGNALS).contains(&timer.si_signo) {
             problems.broken(format!(
-                "timer {id} tells of its end in a way {}, by signal {}, that there is not",
+                "timer {id} notifies in the unknown way {} or by the unknown signal {}",
                 timer.it_sigev_notify, timer.si_signo
             ));
         }
     }
 }
 
-/// Checks what a core says of one thread.
+/// Checks one thread.
 pub(super) fn check_thread(tid: u32, core: &proto::CoreEntry, problems: &mut Problems) {
     let machine = match Machine::of(core) {
         Ok(machine) => machine,
@@ -125,7 +125,7 @@ pub(super) fn check_thread(tid: u32, core: &proto::CoreEntry, problems: &mut Pro
         problems.broken(format!("thread {tid}: {problem}"));
     });
     if machine.is_narrow(core) {
-        problems.not_restored(format!("thread {tid} is a 32-bit one, which is not restored"));
+        problems.not_restored(format!("thread {tid} executes 32-bit code, which is not restored"));
     }
     let mut wrong = |problem: String| problems.broken(format!("thread {tid}: {problem}"));
     let Some(thread) = &core.thread_core else { return };
@@ -150,7 +150,7 @@ pub(super) fn check_thread(tid: u32, core: &proto::CoreEntry, problems: &mut Pro
         && rseq.rseq_abi_pointer != 0
         && (rseq.rseq_abi_pointer >= machine.addresses_end() || rseq.rseq_abi_size < 20)
     {
-        wrong("its restartable sequences are nowhere".into());
+        wrong("its restartable sequences have no address".into());
     }
     if let Some(creds) = &thread.creds {
         check_creds(creds, &mut wrong);
@@ -175,22 +175,22 @@ fn check_creds(creds: &proto::CredsEntry, wrong: &mut dyn FnMut(String)) {
         creds.sgid,
         creds.fsgid,
     ];
-    // -1 is no user and no group.
+    // -1 is not a valid id.
     if ids.iter().chain(&creds.groups).any(|id| *id == u32::MAX) {
-        wrong("its user or group is -1".into());
+        wrong("a user or group id is -1".into());
     }
     let sets = [&creds.cap_inh, &creds.cap_prm, &creds.cap_eff, &creds.cap_bnd];
     if let Some(set) = sets.iter().find(|set| set.len() != 2) {
-        wrong(format!("a set of its capabilities has {} halves, two expected", set.len()));
+        wrong(format!("a capability set has {} words, expected two", set.len()));
         return;
     }
     let within = |set: &[u32], of: &[u32]| set.iter().zip(of).all(|(set, of)| set & !of == 0);
     if !within(&creds.cap_eff, &creds.cap_prm) {
-        wrong("its effective capabilities are more than the permitted ones".into());
+        wrong("its effective capabilities exceed the permitted ones".into());
     }
     let amb = &creds.cap_amb;
     if !within(amb, &creds.cap_prm) || !within(amb, &creds.cap_inh) {
-        wrong("its ambient capabilities are more than it may have".into());
+        wrong("its ambient capabilities exceed the permitted and inheritable ones".into());
     }
 }
 
@@ -248,7 +248,7 @@ mod tests {
                     let rlimits = Some(proto::TaskRlimitsEntry { rlimits: vec![limit] });
                     core.tc.as_mut().unwrap().rlimits = rlimits;
                 },
-                "limit 0 is 2, more than the 1",
+                "soft limit 0 is 2, above the hard limit 1",
             ),
             (
                 |core| {
