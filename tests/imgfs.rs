@@ -139,6 +139,45 @@ fn diff_tells_which_pages_differ_and_exits_like_diff() {
     assert_eq!(stderr(&unknown), "imgfs: no snapshot is called \"9\", there are: 1, 2, 3\n");
 }
 
+/// The sums of a map are those that ls counts, and its cells add up to them.
+#[test]
+fn map_counts_what_ls_counts() {
+    let (map, ls) = (json(&["map", "--json", &chain()]), json(&["ls", "--json", &chain()]));
+    let number = |value: &Value| value.as_u64().unwrap_or(0);
+    let listed = ls["snapshots"].as_array().unwrap();
+    for (drawn, listed) in map["snapshots"].as_array().unwrap().iter().zip(listed) {
+        assert_eq!(drawn["name"], listed["name"]);
+        let pages = |name: &str| {
+            let kinds = ["private", "shared"].map(|kind| number(&listed["pages"][kind][name]));
+            kinds.iter().sum::<u64>() * 4096
+        };
+        assert_eq!(number(&drawn["bytes"]["here"]), pages("present") - pages("punched"));
+        assert_eq!(number(&drawn["bytes"]["parent"]), pages("in_parent"));
+    }
+    let memories = map["memories"].as_array().unwrap();
+    assert_eq!(memories.len(), 3);
+    for memory in memories {
+        for snapshot in memory["snapshots"].as_array().unwrap() {
+            for state in ["here", "parent"] {
+                let cells = snapshot["cells"].as_array().unwrap().iter();
+                let sum: u64 = cells.map(|cell| number(&cell[state])).sum();
+                assert_eq!(sum, number(&snapshot["bytes"][state]), "{memory}");
+            }
+        }
+    }
+}
+
+#[test]
+fn map_draws_what_can_be_read_and_fails() {
+    let dir = tempfile::tempdir().unwrap();
+    copy(dir.path());
+    fs::write(dir.path().join("chain/2/pagemap-293.img"), b"nothing").unwrap();
+    let output = imgfs(&["map", dir.path().join("chain").to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("2/pagemap-293.img"), "{}", stderr(&output));
+    assert!(stdout(&output).contains("\npid 293"), "{}", stdout(&output));
+}
+
 #[test]
 fn flatten_writes_what_the_chain_resolves_to() {
     let place = tempfile::tempdir().expect("make a directory");

@@ -21,6 +21,7 @@ use std::{
 use clap::{Arg, CommandFactory};
 use common::{
     Cap,
+    chain::TestChain,
     dumps::three,
     is_mounted,
     live::{Live, Shell, directory, state_of, wait_for},
@@ -31,7 +32,10 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use rcriu::cli::{imgfs::Imgfs, rcriu::Rcriu};
+use rcriu::{
+    cli::{imgfs::Imgfs, rcriu::Rcriu},
+    image::{MemoryId, Presence},
+};
 
 /// The program under test.
 const RCRIU: &str = env!("CARGO_BIN_EXE_rcriu");
@@ -139,11 +143,26 @@ const ROWS: &[Row] = &[
             "info",
             "cat",
             "get",
+            "map",
             "mount",
         ],
         &[("previous", previous)],
     ),
     (&["mounts"], &[("json", json)]),
+    (
+        &["map"],
+        &[
+            ("json", json),
+            ("snapshot", map_parts),
+            ("pid", map_parts),
+            ("shmem", map_parts),
+            ("all", map_all),
+            ("twice", map_twice),
+            ("output", map_output),
+            ("color", map_color),
+            ("width", map_width),
+        ],
+    ),
     (&["cat", "get"], &[("snapshot", look_snapshot)]),
     (
         &["mount"],
@@ -355,7 +374,7 @@ groups! {
     options_of_dedup ["dedup"];
     options_of_imgfs [
         "imgfs", "ls", "imgfs check", "diff", "flatten", "ps", "fds", "maps", "info", "cat", "get",
-        "mounts",
+        "map", "mounts",
     ];
     privileged_options_of_mounts ["mount", "umount"];
 }
@@ -1108,7 +1127,7 @@ fn read_only(command: &str, dirs: &[PathBuf], root: &Path) -> Vec<String> {
         "ls" => vec!["ls".to_owned(), root],
         "imgfs check" => vec!["check".to_owned(), root],
         "mounts" => vec![command.to_owned()],
-        "ps" | "fds" | "info" => vec![command.to_owned(), peers_chain()],
+        "ps" | "fds" | "info" | "map" => vec![command.to_owned(), peers_chain()],
         "maps" => vec![command.to_owned(), peers_chain(), "293".to_owned()],
         _ => vec!["diff".to_owned(), root, name(0), name(1)],
     }
@@ -1232,6 +1251,90 @@ fn previous(command: &str) {
     let (alone, without) = with(&[]);
     // What processes are is in the snapshot itself.
     assert!(!alone || without != said || ["ps", "fds"].contains(&name), "{command}: {without}");
+}
+
+/// Draws the chain of CRIU's.
+fn mapped(words: &[&str]) -> String {
+    fine(imgfs(&[&["map", &peers_chain()], words].concat()))
+}
+
+/// Each choice of what is drawn leaves something out.
+fn map_parts(_: &str) {
+    let all = mapped(&[]);
+    for (words, gone) in [
+        (["--snapshot", "2"], "\n3  "),
+        (["--pid", "293"], "pid 295"),
+        (["--shmem", "1024"], "pid 293"),
+    ] {
+        let part = mapped(&words);
+        assert!(all.contains(gone) && !part.contains(gone), "{words:?}: {part}");
+    }
+    refused(&imgfs(&["map", &peers_chain(), "--pid", "7"]), "no such memory");
+    refused(&imgfs(&["map", &peers_chain(), "--snapshot", "7"]), "no snapshot is called");
+}
+
+/// More processes than are drawn usually.
+fn map_all(command: &str) {
+    const PROCESSES: u64 = 40;
+    let dir = directory();
+    let mut chain = TestChain::new(dir.path());
+    let layer = chain.layer("1");
+    for pid in 1..=PROCESSES {
+        let pages_id = u32::try_from(pid).unwrap();
+        chain.memory(layer, MemoryId::Private(pid), pages_id, &[(16, 2, Presence::Present)]);
+    }
+    let some = fine(imgfs(&[command, text(dir.path())]));
+    let all = fine(imgfs(&[command, text(dir.path()), "--all"]));
+    assert!(some.contains("more are not drawn") && !all.contains("more are not drawn"));
+    assert_eq!(all.matches(" in the last snapshot").count() as u64, PROCESSES);
+}
+
+fn map_twice(command: &str) {
+    let dir = directory();
+    three(dir.path());
+    let [plain, twice] = [&[][..], &["--twice"]]
+        .map(|words| fine(imgfs(&[&[command, text(dir.path())], words].concat())));
+    assert!(twice.contains('%') && twice.contains("an older copy is too"), "{twice}");
+    assert!(!plain.contains("an older copy is too"), "{plain}");
+}
+
+fn map_output(command: &str) {
+    let dir = directory();
+    for (name, begin) in [("map.svg", "<?xml"), ("map.html", "<!doctype html>")] {
+        let path = dir.path().join(name);
+        assert_eq!(mapped(&["-o", text(&path)]), "");
+        let written = fs::read_to_string(&path).unwrap();
+        assert!(written.starts_with(begin) && written.contains("<title>Memory of "), "{written}");
+        // Nothing is fetched from elsewhere.
+        assert!(!written.replace("http://www.w3.org/2000/svg", "").contains("http"), "{name}");
+    }
+    let path = dir.path().join("map.png");
+    refused(&imgfs(&[command, &peers_chain(), "-o", text(&path)]), "end in .svg or .html");
+    assert!(!path.exists());
+}
+
+/// In a pipe there are no colours, unless they are asked for.
+fn map_color(_: &str) {
+    assert!(!mapped(&[]).contains('\x1b'));
+    assert!(mapped(&["--color", "always"]).contains("\x1b[38;5;"));
+    let terminal = |environment: &str| {
+        let line = format!("{environment} {IMGFS} map {}", peers_chain());
+        let output = Command::new("script").args(["-qec", &line, "/dev/null"]).output().unwrap();
+        fine(output)
+    };
+    assert!(terminal("NO_COLOR= TERM=xterm").contains("\x1b[38;5;"));
+    assert!(!terminal("NO_COLOR=1 TERM=xterm").contains('\x1b'));
+}
+
+fn map_width(_: &str) {
+    let longest = |words: &[&str]| {
+        let text = mapped(words);
+        let rows =
+            text.lines().filter(|line| line.starts_with(['1', '2', '3']) && !line.contains(','));
+        rows.map(str::len).max().unwrap()
+    };
+    assert!(longest(&["--width", "50"]) <= 50);
+    assert!(longest(&["--width", "120"]) > 50);
 }
 
 /// A mount that is gone at the end.

@@ -13,7 +13,7 @@ use xxhash_rust::xxh3::xxh3_128;
 
 use super::{Chain, FileId, Result, SnapshotId, holes};
 use crate::{
-    image::{Presence, punched},
+    image::{MemoryId, Presence, punched},
     parallel,
     units::{PAGE_LEN, PAGE_SIZE, PageIndex, page_bytes},
 };
@@ -25,7 +25,7 @@ const CHUNK_PAGES: u64 = 64;
 const BATCH_CHUNKS: usize = 1024;
 
 /// Bits of a page's key that are those of its hash; the others number its memory.
-const HASH_SHIFT: u32 = 32;
+pub(super) const HASH_SHIFT: u32 = 32;
 
 /// Pages of a snapshot's own pages files, and how many of them are not needed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -84,6 +84,8 @@ pub(crate) struct StoredPages {
     chunks: Vec<Chunk>,
     /// Which snapshot has each memory, by its number.
     pub(crate) owners: Vec<SnapshotId>,
+    /// Which memory of it that is.
+    memories: Vec<MemoryId>,
     /// How many pages there are.
     pub(crate) pages: u64,
 }
@@ -95,13 +97,23 @@ impl StoredPages {
     /// # Errors
     /// Images that cannot be read.
     pub(crate) fn of(chain: &Chain) -> Result<Self> {
-        let mut found = Self { chunks: Vec::new(), owners: Vec::new(), pages: 0 };
+        Self::of_those(chain, &|_, _| true)
+    }
+
+    /// As [`Self::of`], of the memories that `wanted` names.
+    pub(super) fn of_those(
+        chain: &Chain,
+        wanted: &dyn Fn(SnapshotId, MemoryId) -> bool,
+    ) -> Result<Self> {
+        let mut found =
+            Self { chunks: Vec::new(), owners: Vec::new(), memories: Vec::new(), pages: 0 };
         // A damaged directory may have a file claimed twice.
         let mut seen = BTreeSet::new();
         for id in chain.ids() {
-            for memory in chain.memories(id)? {
+            for memory in chain.memories(id)?.into_iter().filter(|memory| wanted(id, *memory)) {
                 let number = u32::try_from(found.owners.len()).expect("fewer files than 2^32");
                 found.owners.push(id);
+                found.memories.push(memory);
                 let images = chain.images(id);
                 let mut reader = images.pagemap(memory)?;
                 let pages_id = reader.pages_id();
@@ -156,6 +168,15 @@ impl StoredPages {
             }
         }
         Ok(())
+    }
+
+    /// Returns the pages in the order of [`Self::hash`]: of which memory, and where in its
+    /// file.
+    pub(super) fn parts(&self) -> impl Iterator<Item = ((SnapshotId, MemoryId), Range<u64>)> + '_ {
+        self.chunks.iter().map(|chunk| {
+            let number = chunk.memory as usize;
+            ((self.owners[number], self.memories[number]), chunk.pages.clone())
+        })
     }
 
     /// Reads and hashes all pages, on all processors, and hands each to `sink`, in
@@ -261,7 +282,7 @@ mod tests {
     use super::*;
     use crate::{
         chain::testing::{MEMORY, TestChain, entry},
-        image::{Kind, MemoryId, Presence},
+        image::{Kind, Presence},
     };
 
     #[test]

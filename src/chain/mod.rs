@@ -20,6 +20,7 @@ mod gone;
 mod holes;
 mod index;
 mod links;
+pub mod map;
 mod memory;
 mod overlay;
 mod owner;

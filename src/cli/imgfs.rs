@@ -4,7 +4,7 @@ use std::{io::Write, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 
-use super::{Common, answer, check, diff, exit, flatten, list, look, mount};
+use super::{Common, answer, check, diff, exit, flatten, list, look, map, mount};
 
 /// Look into chains of image directories
 ///
@@ -36,6 +36,7 @@ enum Command {
     Mappings(look::MappingsArgs),
     Cat(look::CatArgs),
     Get(look::GetArgs),
+    Map(map::MapArgs),
     Mount(mount::MountArgs),
     Mounts(mount::MountsArgs),
     Commit(mount::CommitArgs),
@@ -75,6 +76,7 @@ impl Imgfs {
             Command::Mappings(args) => plain(|out| look::mappings(&args, out)),
             Command::Cat(args) => plain(|out| look::cat(&args, out)),
             Command::Get(args) => plain(|_| look::get(&args)),
+            Command::Map(args) => answer(|out| map::run(&args, out), exit::FAILED, exit::FAILED),
             Command::Mounts(args) => plain(|out| mount::mounts(&args, out)),
             Command::Commit(args) => plain(|out| mount::commit(&args, out)),
             Command::Log(args) => plain(|out| mount::log(&args, out)),

@@ -4,6 +4,7 @@
 
 pub mod check;
 mod check_features;
+mod color;
 mod dedup;
 pub mod diff;
 pub mod exit;
@@ -12,12 +13,14 @@ pub mod imgfs;
 pub mod list;
 mod log_sink;
 mod look;
+mod map;
 pub mod mount;
 pub mod rcriu;
 pub mod show;
 mod source;
 mod table;
 mod task;
+mod times;
 
 use std::{
     env,

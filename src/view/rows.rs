@@ -1,6 +1,6 @@
 //! Tables of what a snapshot holds, for programs that ask without a mount.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use super::{DescriptorRow, MappingRow, ProcessRow, Result, View, ViewError, proc::Proc};
 use crate::image::{Kind, proto};
@@ -41,6 +41,17 @@ impl View {
     pub fn mappings(&self, pid: u32) -> Result<Vec<MappingRow>> {
         self.require_tree()?;
         Proc::new(&self.tables(self.tip), &self.spaces).mapping_rows(pid)
+    }
+
+    /// Returns the names of the shared objects of the snapshot that is shown, by their
+    /// shmids: of those that have one.
+    ///
+    /// # Errors
+    /// [`ViewError::Image`], [`ViewError::Chain`].
+    pub fn shared_names(&self) -> Result<BTreeMap<u64, String>> {
+        let objects = self.tables(self.tip).shared()?;
+        let named = objects.iter().filter_map(|(id, object)| Some((*id, object.name.clone()?)));
+        Ok(named.collect())
     }
 
     /// Returns how long the machine had been up at the dump, where images tell.
