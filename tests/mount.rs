@@ -19,7 +19,7 @@ use std::{
 
 use common::{
     Cap,
-    chain::{PAGE, TestChain, page_bytes},
+    chain::{Entry, PAGE, TestChain, page_bytes},
     is_mounted,
     mounted::{Detach, IMGFS, Mounted, PATIENCE, imgfs, wait_for},
     require,
@@ -666,4 +666,80 @@ fn privileged_a_restorer_is_run_on_a_mount() {
         .filter(|name| name.to_string_lossy().starts_with("restore-from"))
         .collect();
     assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn privileged_a_chain_of_ten_thousand_snapshots_is_mounted() {
+    require(Cap::Fuse);
+    const LAYERS: u64 = 10_000;
+    const PAGES: u64 = 100;
+    let dir = tempfile::tempdir().unwrap();
+    let mut chain = TestChain::new(&dir.path().join("chain"));
+    // Page N is in layer N * 100, and asked for through all above.
+    let holder = |page: u64| usize::try_from(page * (LAYERS / PAGES)).unwrap();
+    for layer in 0..LAYERS {
+        let number = chain.layer(&layer.to_string());
+        let page = layer / (LAYERS / PAGES);
+        let entries = match number {
+            0 => vec![(0, PAGES, Present)],
+            _ if holder(page) == number => {
+                vec![(0, page, Parent), (page, 1, Present), (page + 1, PAGES - page - 1, Parent)]
+            }
+            _ => vec![(0, PAGES, Parent)],
+        };
+        let entries: Vec<Entry> = entries.into_iter().filter(|(_, pages, _)| *pages > 0).collect();
+        chain.memory(number, APP, 1, &entries);
+    }
+    let mounted = Mounted::new(chain.root(), &dir.path().join("mnt"), &[]);
+    let expected: Vec<u8> =
+        (0..PAGES).flat_map(|page| page_bytes(holder(page), APP, page)).collect();
+    assert!(mounted.read("pages-1.img") == expected);
+    let middle = fs::read(mounted.path("snapshots/4999/pages-1.img")).unwrap();
+    let holder = |page| if page < 50 { holder(page) } else { 0 };
+    let expected: Vec<u8> =
+        (0..PAGES).flat_map(|page| page_bytes(holder(page), APP, page)).collect();
+    assert!(middle == expected);
+    let open = fs::read_dir(format!("/proc/{}/fd", mounted.pid())).unwrap().count();
+    assert!(open < 2048 + 64, "{open} descriptors are open");
+}
+
+/// The processors that the threads of a daemon which answer may run on.
+fn processors_of(mounted: &Mounted) -> Vec<String> {
+    let tasks = fs::read_dir(format!("/proc/{}/task", mounted.pid())).unwrap();
+    let of = |task: fs::DirEntry| {
+        let status = fs::read_to_string(task.path().join("status")).unwrap();
+        let field = |name| status.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim();
+        field("Name:").starts_with("fuser").then(|| field("Cpus_allowed_list:").to_owned())
+    };
+    tasks.filter_map(|task| of(task.unwrap())).collect()
+}
+
+#[test]
+fn privileged_one_reader_is_answered_on_its_processor() {
+    require(Cap::Fuse);
+    let scene = Scene::new();
+    let mounted = scene.mount_with(&["--threads", "2"]);
+    let free = processors_of(&mounted);
+    assert_eq!(free.len(), 2);
+    let path = mounted.path("pages-1.img");
+    let read = |file: &File| file.read_exact_at(&mut [0; PAGE], 0).unwrap();
+    let own = nix::sched::sched_getaffinity(nix::unistd::Pid::from_raw(0)).unwrap();
+    for processor in (0..64).filter(|processor| own.is_set(*processor).unwrap()).take(2) {
+        let mut one = nix::sched::CpuSet::new();
+        one.set(processor).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &one).unwrap();
+                let file = File::open(&path).unwrap();
+                (0..300).for_each(|_| read(&file));
+                assert!(processors_of(&mounted).contains(&processor.to_string()));
+            });
+        });
+    }
+    // Of several, each may be on another processor.
+    let file = File::open(&path).unwrap();
+    for _ in 0..20 {
+        std::thread::scope(|scope| drop(scope.spawn(|| read(&file))));
+    }
+    assert_eq!(processors_of(&mounted), free);
 }

@@ -151,6 +151,7 @@ impl Filesystem for ImageFs {
         let size = size as usize;
         // Requests of the page cache have no lock owner.
         let mapped = lock_owner.is_none();
+        self.follower.reads(req.pid(), size, mapped);
         let answered = {
             // Pages that were found are not freed before they are read.
             let _reading = self.reading();

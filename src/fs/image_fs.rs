@@ -17,6 +17,7 @@ use super::{
     buffer,
     compose::Composer,
     errno::failed,
+    follow::Follower,
     handles::Handles,
     mount::DAEMON_XATTR,
     punching::{Punch, Punching},
@@ -51,6 +52,7 @@ pub struct ImageFs {
     pub(super) pass_through: bool,
     mapped: MappedReply,
     composer: Option<Composer>,
+    pub(super) follower: Follower,
     pub(super) punching: Option<Punching>,
 }
 
@@ -65,7 +67,15 @@ impl ImageFs {
         punching: Option<Punching>,
     ) -> Self {
         let mapped = MappedReply::new(device);
-        Self { view, handles: Handles::default(), pass_through, mapped, composer, punching }
+        Self {
+            view,
+            handles: Handles::default(),
+            pass_through,
+            mapped,
+            composer,
+            follower: Follower::new(),
+            punching,
+        }
     }
 
     pub(super) fn punches_on_read(&self) -> bool {

@@ -9,6 +9,7 @@ mod buffer;
 mod compose;
 mod errno;
 mod error;
+mod follow;
 mod handles;
 mod image_fs;
 mod mount;

@@ -39,6 +39,8 @@ pub struct Stat {
     pub start_stack: u64,
     /// The signal sent to the parent on exit; -1 for a thread other than the leader.
     pub exit_signal: i32,
+    /// The processor that it runs on, or has run on last.
+    pub processor: u32,
     /// The real-time priority, 1 to 99; 0 under other policies.
     pub rt_priority: u32,
     /// The scheduling policy: a `SCHED_*` number.
@@ -123,6 +125,7 @@ impl Stat {
             end_code: columns.unsigned(27, "endcode")?,
             start_stack: columns.unsigned(28, "startstack")?,
             exit_signal: columns.signed(38, "exit_signal")?,
+            processor: columns.unsigned(39, "processor")?,
             rt_priority: columns.unsigned(40, "rt_priority")?,
             policy: columns.unsigned(41, "policy")?,
             start_data: columns.unsigned(45, "start_data")?,

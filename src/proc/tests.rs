@@ -174,6 +174,7 @@ fn stat_is_read_after_the_last_parenthesis() {
         end_code: 94_106_389_888_425,
         start_stack: 140_723_478_989_840,
         exit_signal: 17,
+        processor: 1,
         rt_priority: 9,
         policy: 2,
         start_data: 94_106_389_904_432,
