@@ -8,12 +8,17 @@ use memmap2::{Advice, Mmap, MmapMut};
 /// root raises it. A longer read gets a buffer of its own.
 const BUFFER_BYTES: usize = 1 << 20;
 
+/// Reads up to this length have a buffer apart: a huge page is zeroed in whole before it is
+/// used, which takes longer than many of them.
+const SMALL_BYTES: usize = 64 << 10;
+
 /// Length of the mapping: anonymous mappings of a huge page or more begin at a
 /// multiple of one, so that the kernel can back them by one.
 const MAPPING_BYTES: usize = 2 << 20;
 
 thread_local! {
     static BUFFER: RefCell<Option<MmapMut>> = const { RefCell::new(None) };
+    static SMALL: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Calls `use_buffer` with `len` bytes whose content is arbitrary.
@@ -21,6 +26,12 @@ thread_local! {
 /// Every thread has a buffer that it uses again and again, which stays in its
 /// processor's cache and needs no page faults.
 pub(super) fn with<T>(len: usize, use_buffer: impl FnOnce(&mut [u8]) -> T) -> T {
+    if len <= SMALL_BYTES {
+        return SMALL.with_borrow_mut(|buffer| {
+            buffer.resize(buffer.len().max(len), 0);
+            use_buffer(&mut buffer[..len])
+        });
+    }
     BUFFER.with_borrow_mut(|buffer| {
         if buffer.is_none() && len <= BUFFER_BYTES {
             *buffer = allocate();
