@@ -16,7 +16,7 @@ use xxhash_rust::xxh3::xxh3_128;
 
 use super::{Chain, ChainError, LinkError, Snapshot, SnapshotId};
 use crate::{
-    image::{ImageError, ImageStore, Kind, proto, tree},
+    image::{ImageError, ImageReader, ImageStore, Kind, proto, tree},
     parallel,
 };
 
@@ -39,7 +39,6 @@ struct Identity {
     parent: Option<Vec<u8>>,
     version: u32,
     uptime: Option<Duration>,
-    date: Option<SystemTime>,
 }
 
 /// The dumps of a chain, by the positions of the snapshots.
@@ -68,28 +67,29 @@ pub(super) fn run_id(images: &dyn ImageStore) -> Option<Vec<u8>> {
     inventory.dump_criu_run_id.filter(|id| !id.is_empty())
 }
 
+/// Reads an inventory by as few calls as possible: a chain may have thousands.
 fn read(images: &dyn ImageStore) -> Result<Identity, ImageError> {
-    let inventory: proto::InventoryEntry = images.message(Kind::Inventory, 0)?;
-    let file = Kind::Inventory.file_name(0);
-    let name = match inventory.dump_criu_run_id.filter(|id| !id.is_empty()) {
-        Some(id) => id,
-        None => {
-            let failed = |source| ImageError::Open { path: images.path_of(&file), source };
-            let bytes = bytes(images, &file).map_err(failed)?;
-            format!("{HASHED}{:032x}", xxh3_128(&bytes)).into_bytes()
-        }
-    };
-    let date = images.stat(&file).map(|stat| stat.modified).ok();
+    let path = images.path(Kind::Inventory, 0);
+    let failed = |source| ImageError::Open { path: path.clone(), source };
+    let bytes = bytes(images).map_err(failed)?;
+    let reader = ImageReader::new(&path, &*bytes)?;
+    reader.require(Kind::Inventory)?;
+    let inventory: proto::InventoryEntry = reader.only()?;
+    let own_id = inventory.dump_criu_run_id.filter(|id| !id.is_empty());
+    let name = own_id.unwrap_or_else(|| format!("{HASHED}{:032x}", xxh3_128(&bytes)).into_bytes());
     let uptime = inventory.dump_uptime.map(Duration::from_micros);
     let (parent, version) = (inventory.rcriu_parent_run_id, inventory.img_version);
-    Ok(Identity { name, parent, version, uptime, date })
+    Ok(Identity { name, parent, version, uptime })
 }
 
 /// Reads an inventory as it is.
-fn bytes(images: &dyn ImageStore, file: &str) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    let input = images.open(file)?.bytes;
-    if input.take(INVENTORY_BYTES + 1).read_to_end(&mut bytes)? as u64 > INVENTORY_BYTES {
+fn bytes(images: &dyn ImageStore) -> io::Result<Vec<u8>> {
+    let input = images.open(&Kind::Inventory.file_name(0))?;
+    // One byte more: the call that finds the end needs room.
+    let len = usize::try_from(input.len.min(INVENTORY_BYTES)).unwrap_or(0);
+    let mut bytes = Vec::with_capacity(len + 1);
+    let mut input = input.bytes.take(INVENTORY_BYTES + 1);
+    if input.read_to_end(&mut bytes)? as u64 > INVENTORY_BYTES {
         return Err(io::ErrorKind::FileTooLarge.into());
     }
     Ok(bytes)
@@ -154,14 +154,19 @@ impl Chain {
     /// its parent, by its date and by the time since boot. Dates are lost by copying and
     /// times since boot by booting, so this is a suspicion.
     pub fn is_older_than_parent(&self, id: SnapshotId) -> bool {
-        let Ok(Some(parent)) = self.snapshot(id).parent else { return false };
-        let (Some(child), Some(parent)) = (self.identity(id), self.identity(parent)) else {
+        let Ok(Some(above)) = self.snapshot(id).parent else { return false };
+        let (Some(child), Some(parent)) = (self.identity(id), self.identity(above)) else {
             return false;
         };
         let earlier = |pair: Option<(Duration, Duration)>| pair.is_some_and(|(a, b)| a < b);
         child.parent.is_none()
             && earlier(child.uptime.zip(parent.uptime))
-            && child.date.zip(parent.date).is_some_and(|(child, parent)| child < parent)
+            && self.date(id).zip(self.date(above)).is_some_and(|(child, parent)| child < parent)
+    }
+
+    /// Returns when a snapshot was complete.
+    fn date(&self, id: SnapshotId) -> Option<SystemTime> {
+        self.images(id).stat(&Kind::Inventory.file_name(0)).map(|stat| stat.modified).ok()
     }
 
     fn identity(&self, id: SnapshotId) -> Option<&Identity> {

@@ -3,7 +3,10 @@
 use std::{collections::HashMap, fs, os::unix::fs::MetadataExt, path::PathBuf};
 
 use super::{Chain, ChainError, Result, SnapshotId};
-use crate::image::Kind;
+use crate::{image::Kind, parallel};
+
+/// Directories that take longer to look at than a thread takes to start.
+const WORTH_A_THREAD: usize = 64;
 
 /// Whose images a chain is made of.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,9 +24,11 @@ impl Owner {
     /// Finds the users who could have written the images of a chain
     /// ([`ImageStore::owner`](crate::image::ImageStore::owner)).
     pub fn of(chain: &Chain) -> Self {
+        let snapshots = chain.snapshots();
+        let owners = parallel::map(snapshots, WORTH_A_THREAD, |_, found| found.images.owner());
         let mut one = None;
-        for snapshot in chain.snapshots() {
-            match snapshot.images.owner() {
+        for (snapshot, owner) in snapshots.iter().zip(owners) {
+            match owner {
                 Some(owner) if *one.get_or_insert(owner) == owner => {}
                 _ => return Self::Several { dir: snapshot.path().to_owned() },
             }
