@@ -1,9 +1,12 @@
-//! How fast a mount is read, as ratios to the same reads of the files behind it.
+//! How fast a mount is read, as ratios to the same reads of a plain file of the same size
+//! on the same file system.
 //!
 //! All runs of a row are interleaved and their medians compared: the machine's
-//! speed changes from one minute to the next, a ratio hardly does.
+//! speed changes from one minute to the next, a ratio hardly does. Processor times are
+//! those of the reader and the daemon together.
 //!
-//! `cargo bench --bench mount -- throughput` or `-- depth` runs one half.
+//! `cargo bench --bench mount -- throughput`, `-- shared` (file systems that share blocks) or
+//! `-- depth` runs one part.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -20,10 +23,18 @@ use std::{
 use common::{
     Cap,
     chain::{Entry, TestChain},
+    loops::LoopMount,
     mounted::{Detach, Mounted, imgfs},
     require,
 };
 use memmap2::{Mmap, MmapMut};
+use nix::{
+    sys::{
+        resource::{UsageWho, getrusage},
+        time::TimeValLike,
+    },
+    unistd::{Pid, SysconfVar, sysconf},
+};
 use rcriu::image::{MemoryId, Presence};
 
 const MIB: usize = 1 << 20;
@@ -33,6 +44,9 @@ const PAGES: u64 = (TOTAL >> 12) as u64;
 /// Reads of one page at random places.
 const RANDOM_READS: u32 = 20_000;
 
+/// Size of a file system made for a run.
+const DISK_MIB: u64 = 4096;
+
 /// Runs of every way of reading; odd, so that there is a median.
 const RUNS: usize = 5;
 
@@ -41,7 +55,7 @@ fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     // Cargo adds `--bench`.
     let only = arguments.iter().find(|argument| !argument.starts_with('-'));
-    let wanted = |half: &str| only.is_none_or(|only| only == half);
+    let wanted = |part: &str| only.is_none_or(|only| only == part);
     // A file system on a disk, whose page cache is in large folios, and memory,
     // from which a restore without a disk reads.
     let mut places = vec![std::env::temp_dir(), PathBuf::from("/dev/shm")];
@@ -52,10 +66,18 @@ fn main() {
         let scratch = tempfile::tempdir_in(place).unwrap();
         println!("\ndata in {}", scratch.path().display());
         if wanted("throughput") {
-            throughput(scratch.path());
+            throughput(scratch.path(), &[]);
         }
         if wanted("depth") {
             depth(scratch.path());
+        }
+    }
+    if wanted("shared") {
+        for mkfs in ["mkfs.btrfs", "mkfs.xfs"] {
+            let disk = LoopMount::new(mkfs, DISK_MIB);
+            println!("\ndata on {mkfs}");
+            throughput(&disk.path(), &["--compose=always"]);
+            once(&disk.path());
         }
     }
 }
@@ -178,16 +200,44 @@ fn compare(base: impl Fn(), mounted: impl Fn()) -> (f64, f64) {
     (median(&mut base_times), median(&mut mounted_times))
 }
 
-fn row(name: &str, way: &str, target: f64, (base, mounted): (f64, f64)) {
+/// Seconds that this process and a daemon have had of processors.
+fn processor_time(daemon: Pid) -> f64 {
+    let own = getrusage(UsageWho::RUSAGE_SELF).unwrap();
+    let seconds = |time: nix::sys::time::TimeVal| time.num_microseconds() as f64 / 1e6;
+    let ticks = sysconf(SysconfVar::CLK_TCK).unwrap().unwrap() as f64;
+    let stat = fs::read_to_string(format!("/proc/{daemon}/stat")).unwrap();
+    // The program's name may have spaces in it; the times are fields 14 and 15.
+    let fields = stat.rsplit_once(')').unwrap().1.split_whitespace().skip(11).take(2);
+    let daemon: f64 = fields.map(|field| field.parse::<f64>().unwrap()).sum();
+    seconds(own.user_time()) + seconds(own.system_time()) + daemon / ticks
+}
+
+/// Ways to read a file, and what part of a plain file's speed is to be reached.
+type Way<'a> = (&'a str, fn(&Files), f64);
+
+/// Prints what a file costs that is read through a mount, and a plain file.
+fn row(name: &str, (way, read, target): Way, unit: (f64, &str), files: [&Files; 2], daemon: Pid) {
+    let (mut times, mut processor) = ([Vec::new(), Vec::new()], [0.0, 0.0]);
+    files.iter().for_each(|files| read(files));
+    for _ in 0..RUNS {
+        for (which, file) in files.iter().enumerate() {
+            let before = processor_time(daemon);
+            times[which].push(time(|| read(file)));
+            processor[which] += processor_time(daemon) - before;
+        }
+    }
+    let [base, mounted] = times.map(|mut times| median(&mut times));
+    let (scale, unit) = unit;
     println!(
-        "{name:<16} {way:<22} {:>6.2} {:>6.2} GiB/s  ratio {:>5.2}  target {target}",
-        1.0 / base,
-        1.0 / mounted,
-        base / mounted
+        "{name:<16} {way:<22} {:>7.2} {:>7.2} {unit:<5}  ratio {:>5.2}  target {target:<4}  processor {:>5.2}",
+        scale * base,
+        scale * mounted,
+        base / mounted,
+        processor[0] / processor[1],
     );
 }
 
-fn throughput(scratch: &Path) {
+fn throughput(scratch: &Path, arguments: &[&str]) {
     let mut chain = TestChain::new(&scratch.join("chain"));
     let base = chain.layer("1");
     let tip = chain.layer("2");
@@ -198,48 +248,56 @@ fn throughput(scratch: &Path) {
     File::create(chain.pages_path(tip, 1)).unwrap();
     for (layer, own) in [(base, false), (tip, true)] {
         write_random(&chain.pages_path(layer, 2), TOTAL / 2);
-        fs::hard_link(chain.pages_path(layer, 2), chain.pages_path(layer, 3)).unwrap();
-        chain.pagemap(layer, MemoryId::Private(2), 2, &alternating(256, own));
-        chain.pagemap(layer, MemoryId::Private(3), 3, &alternating(1, own));
+        for (id, step) in [(2, 256), (3, 1), (4, 16)] {
+            if id != 2 {
+                fs::hard_link(chain.pages_path(layer, 2), chain.pages_path(layer, id)).unwrap();
+            }
+            chain.pagemap(layer, MemoryId::Private(id.into()), id, &alternating(step, own));
+        }
     }
-    let mounted = Mounted::new(chain.root(), &scratch.join("mnt"), &[]);
-    let rows = [
-        ("whole file", 1, vec![chain.pages_path(base, 1)], [0.95, 0.95]),
-        (
-            "1 MiB extents",
-            2,
-            vec![chain.pages_path(base, 2), chain.pages_path(tip, 2)],
-            [0.45, 0.8],
-        ),
-        (
-            "4 KiB extents",
-            3,
-            vec![chain.pages_path(base, 3), chain.pages_path(tip, 3)],
-            [0.35, 0.5],
-        ),
-    ];
-    for (name, id, backing, [hot, fresh]) in rows {
-        let backing = Files::open(&backing);
-        let file = Files::open(&[mounted.path(&format!("pages-{id}.img"))]);
-        row(name, "pread, hot buffer", hot, compare(|| backing.read_hot(), || file.read_hot()));
-        row(
-            name,
-            "pread, fresh memory",
-            fresh,
-            compare(|| backing.read_fresh(), || file.read_fresh()),
-        );
-        row(name, "two readers", 0.0, compare(|| backing.read_twice(), || file.read_twice()));
-        row(name, "mapped, forward", 0.0, compare(|| backing.read_mapped(), || file.read_mapped()));
-        let (direct, through) = compare(|| backing.read_random(), || file.read_random());
-        let micros = 1e6 / f64::from(RANDOM_READS);
-        println!(
-            "{name:<16} {:<22} {:>6.2} {:>6.2} us",
-            "random 4 KiB pread",
-            direct * micros,
-            through * micros
-        );
+    let mounted = Mounted::new(chain.root(), &scratch.join("mnt"), arguments);
+    let plain = Files::open(&[chain.pages_path(base, 1)]);
+    for (name, id, targets) in [
+        ("whole file", 1, [0.95, 0.95, 0.95, 0.95]),
+        ("1 MiB extents", 2, [0.7, 0.9, 0.7, 0.12]),
+        ("64 KiB extents", 4, [0.7, 0.9, 0.7, 0.12]),
+        ("4 KiB extents", 3, [0.6, 0.8, 0.7, 0.12]),
+    ] {
+        let path = mounted.path(&format!("pages-{id}.img"));
+        let begin = Instant::now();
+        let file = Files::open(&[path]);
+        let opened = begin.elapsed();
+        let [hot, fresh, forward, random] = targets;
+        let per_gib = (1e3, "ms");
+        let per_read = (1e6 / f64::from(RANDOM_READS), "us");
+        let ways: [(Way, _); 5] = [
+            (("pread, hot buffer", Files::read_hot, hot), per_gib),
+            (("pread, fresh memory", Files::read_fresh, fresh), per_gib),
+            (("two readers", Files::read_twice, hot), per_gib),
+            (("mapped, forward", Files::read_mapped, forward), per_gib),
+            (("random 4 KiB pread", Files::read_random, random), per_read),
+        ];
+        for (way, unit) in ways {
+            row(name, way, unit, [&plain, &file], mounted.pid());
+        }
+        println!("{name:<16} first open             {:>7.2} ms", opened.as_secs_f64() * 1e3);
     }
     print_daemon("daemon", &mounted);
+}
+
+/// Prints how long it takes to read a file once, whose bytes are in memory, as the daemon
+/// answers and composed of blocks: these are read from disk.
+fn once(scratch: &Path) {
+    let read = |how: &str| {
+        let mounted = Mounted::new(&scratch.join("chain"), &scratch.join("mnt"), &[how]);
+        time(|| Files::open(&[mounted.path("pages-2.img")]).read_hot()).as_secs_f64() * 1e3
+    };
+    read("--compose=never");
+    println!(
+        "read once, in memory: {:.0} ms by the daemon, {:.0} ms composed",
+        read("--compose=never"),
+        read("--compose=always")
+    );
 }
 
 /// Prints what a daemon takes.
