@@ -906,7 +906,7 @@ fn privileged_restore_waits_for_what_is_on_its_way_out() {
     // Until they are reaped, dead processes keep their pids.
     let output = live.try_restore(&[]);
     let words = String::from_utf8_lossy(&output.stderr).into_owned();
-    let by = format!("not yet waited for by its parent, process {}", std::process::id());
+    let by = format!("a zombie that its parent, process {}", std::process::id());
     assert!(!output.status.success() && words.contains(&by), "{words}");
     let root = live.root;
     let reaper = std::thread::spawn(move || {
@@ -1010,7 +1010,7 @@ fn privileged_an_exited_leader_is_refused_by_older_kernels() {
     require(Cap::Ptrace);
     let mut live = Live::workload("exited_leader");
     live.without = "pidfd_thread";
-    refused_with(&mut live, &[], "it takes Linux 6.9");
+    refused_with(&mut live, &[], "or use Linux 6.9");
     live.verdict();
 }
 

@@ -274,7 +274,11 @@ fn privileged_the_first_process_of_a_namespace_is_dumped_if_it_goes_on() {
     first_process("setsid", |dump, _| {
         let output = dump(&[]);
         assert!(!output.status.success());
-        assert!(said(&output).contains("the first one of this pid namespace"), "{}", said(&output));
+        assert!(
+            said(&output).contains("the first process of this pid namespace"),
+            "{}",
+            said(&output)
+        );
         let output = dump(&["-R"]);
         assert!(output.status.success(), "{}", said(&output));
     });

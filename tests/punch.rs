@@ -774,7 +774,7 @@ fn privileged_what_cannot_be_freed_after_a_restore_is_told_and_the_tree_runs() {
     let output = dumped.live.try_restore(&["--auto-dedup"]);
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.success(), "{said}");
-    assert!(said.contains("is restored, but its images were not all freed"), "{said}");
+    assert!(said.contains("is restored, but not all of its pages were freed"), "{said}");
     dumped.live.verdict();
 }
 

@@ -1,8 +1,8 @@
-//! Whether the processes of a tree live through their dump.
+//! Checks that the processes of a tree survive their dump.
 //!
-//! Somebody may kill one, or the kernel for want of memory. What was read of it is no
-//! snapshot then. A process is known by a descriptor, so that one which takes over its
-//! number is not taken for it.
+//! A user may kill a process during the dump, or the kernel may when memory runs out. Then
+//! the state read so far is not a snapshot. Each process is identified by a pidfd, so
+//! another process that gets its pid is not mistaken for it.
 
 use std::{
     os::fd::OwnedFd,
@@ -21,13 +21,13 @@ use crate::{
     units::HostPid,
 };
 
-/// How long a process that was killed may take to get a processor and begin to end.
+/// How long a killed process may need until it gets a processor and starts to exit.
 const DYING: Duration = Duration::from_secs(1);
 
-/// How long to sleep between two looks.
+/// The pause between two checks.
 const NAP: Duration = Duration::from_millis(1);
 
-/// The living processes of a tree.
+/// The processes of a tree that have not ended.
 #[derive(Debug)]
 pub(super) struct Census(Vec<Citizen>);
 
@@ -35,12 +35,12 @@ pub(super) struct Census(Vec<Citizen>);
 struct Citizen {
     pid: HostPid,
     fd: OwnedFd,
-    /// The thread that tells whether it lives.
+    /// The thread that shows whether the process lives.
     witness: HostPid,
 }
 
 impl Census {
-    /// Takes a tree that was stopped.
+    /// Records the processes of a stopped tree.
     ///
     /// # Errors
     /// [`StepError::Process`]; [`DumpError::Died`].
@@ -61,19 +61,19 @@ impl Census {
         Ok(census)
     }
 
-    /// Checks that all processes of a stopped tree are still there.
+    /// Checks that all processes of a stopped tree are still alive.
     ///
     /// # Errors
     /// [`DumpError::Died`] for the first that is not.
     pub(super) fn check_stopped(&self) -> Result<()> {
-        // A large one takes its time to die: it no longer stands still, at least.
+        // A large process takes time to die, but it no longer stands still.
         let dead = self.0.iter().find(|citizen| citizen.is_dead() || !citizen.stands_still());
         Self::died(dead)
     }
 
     fn died(dead: Option<&Citizen>) -> Result<()> {
         dead.map_or(Ok(()), |citizen| {
-            // A process that stands still does not end by itself.
+            // A stopped process does not exit by itself.
             let how = match citizen.end() {
                 End::Killed(signal) => format!("was killed by {}", name(signal)),
                 End::Exited(_) | End::Unknown => "was killed".to_owned(),
@@ -82,11 +82,11 @@ impl Census {
         })
     }
 
-    /// Checks that no process of a tree that runs was killed; they may exit.
+    /// Checks that no process of a running tree was killed; processes may exit.
     ///
     /// # Errors
-    /// [`DumpError::Died`] for the first that was, and for one of which it is not known how
-    /// it has ended (before Linux 6.15).
+    /// [`DumpError::Died`] for the first that was killed, or whose exit status is unknown
+    /// (before Linux 6.15).
     pub(super) fn check_running(&self) -> Result<()> {
         for citizen in self.0.iter().filter(|citizen| process::has_ended(&citizen.fd)) {
             let how = match citizen.end() {
@@ -95,14 +95,14 @@ impl Census {
                     continue;
                 }
                 End::Killed(signal) => format!("was killed by {}", name(signal)),
-                End::Unknown => "has ended, and the kernel does not tell how,".to_owned(),
+                End::Unknown => "has ended in a way that this kernel does not report".to_owned(),
             };
             return Err(DumpError::Died { pid: citizen.pid, how });
         }
         Ok(())
     }
 
-    /// Says that a process has died rather than what came of it.
+    /// Replaces an error that the death of a process caused by [`DumpError::Died`].
     pub(super) fn explain<T>(&self, result: Result<T>) -> Result<T> {
         result.map_err(|error| {
             let begin = Instant::now();
@@ -120,7 +120,7 @@ impl Census {
     }
 }
 
-/// Whether an error is that a thread is no longer there, or no longer stands still.
+/// Whether the error is that a thread is gone, or no longer stopped.
 fn lost_a_thread(error: &DumpError) -> bool {
     let mut cause: Option<&dyn std::error::Error> = Some(error);
     while let Some(error) = cause {
@@ -133,14 +133,14 @@ fn lost_a_thread(error: &DumpError) -> bool {
 }
 
 impl Citizen {
-    /// Whether the process has ended. Its dead threads keep a traced process from being
-    /// told as ended, until the tracer has waited for them.
+    /// Whether the process has ended. The kernel does not report a traced process as ended
+    /// until its tracer has waited for its dead threads.
     fn is_dead(&self) -> bool {
         process::has_ended(&self.fd)
             || self.stat().map_or_else(|error| error.is_vanished(), |stat| stat.has_ended())
     }
 
-    /// Whether the process is stopped by this program.
+    /// Whether this program has the process stopped.
     fn stands_still(&self) -> bool {
         self.stat().is_ok_and(|stat| stat.state == 't')
     }
@@ -150,7 +150,7 @@ impl Citizen {
     }
 
     fn end(&self) -> End {
-        // What is left of it tells, until it is reaped.
+        // A zombie shows it, until it is reaped.
         match proc::stat(self.pid) {
             Ok(stat) if stat.state == 'Z' => End::of_status(stat.exit_code),
             _ => process::end(&self.fd),

@@ -1,5 +1,5 @@
-//! Whether a stopped tree is one that can be dumped: what is told from outside, before
-//! anything in it is changed.
+//! Checks whether a stopped tree can be dumped: everything that is visible from outside,
+//! before the dump changes anything in it.
 
 use std::{cmp::Ordering, collections::BTreeSet, os::fd::OwnedFd};
 
@@ -23,7 +23,7 @@ use crate::{
     units::{HostPid, PidMap},
 };
 
-/// What the user says of the tree's relations to processes outside of it.
+/// Options about processes outside of the tree.
 #[derive(Clone, Copy, Debug, Default)]
 #[cfg_attr(test, derive(PartialEq, Eq))]
 pub struct Options {
@@ -31,39 +31,39 @@ pub struct Options {
 }
 
 impl Options {
-    /// `shell_job`: its session and process group may be those of processes outside the tree
-    /// (`--shell-job`).
+    /// With `shell_job`, the session and process group of the tree may belong to processes
+    /// outside of it (`--shell-job`).
     pub fn new(shell_job: bool) -> Self {
         Self { shell_job }
     }
 }
 
-/// The number that images give to what this program has.
+/// The number that images give to what belongs to this program.
 const NUMBER_OF_OWN: u32 = 1;
 
 /// The pid of the first process of a pid namespace.
 const FIRST_PID: i32 = 1;
 
-/// Checks that what is to become of the tree can be done to the first process of a pid
-/// namespace: the kernel keeps signals from it that come from inside.
+/// Checks that the dump can kill or stop the first process of this pid namespace, if it
+/// must: the kernel blocks such signals from inside the namespace.
 fn check_first(tasks: &[Task], goal: Goal) -> Result<()> {
     match tasks.iter().find(|task| task.pid.0 == FIRST_PID) {
         Some(first) if !goal.runs_on() => Err(DumpError::Unsupported {
             pid: first.pid,
             what:
-                "is the first one of this pid namespace, which no process inside can kill or stop"
+                "is the first process of this pid namespace, which no process inside can kill or stop"
                     .to_owned(),
-            help: "dump it with --leave-running, and end it from outside",
+            help: "dump it with --leave-running, and kill it from outside",
         }),
         _ => Ok(()),
     }
 }
 
-/// Checks that a tree is one that can be dumped, and returns the numbers that its images
-/// have for what its processes may have in common.
+/// Checks that a tree can be dumped, and returns the ids that the images give to what its
+/// processes may share.
 ///
 /// # Errors
-/// [`DumpError::Unsupported`] for the first thing that is not.
+/// [`DumpError::Unsupported`] for the first problem.
 pub(super) fn tree(
     tasks: &[Task],
     pids: &PidMap,
@@ -76,7 +76,8 @@ pub(super) fn tree(
     let members: BTreeSet<HostPid> = tasks.iter().map(|task| task.pid).collect();
     check_first(tasks, goal)?;
     for task in tasks.iter().filter(|task| !task.is_zombie()) {
-        // Before anything is taken for not shared because that cannot be told.
+        // Fails early if the kernel cannot compare: otherwise shared state would look
+        // separate.
         compare(task.witness(), task.witness(), Shared::Memory)?;
         if task.is_leaderless() && !goal.is_pre_dump() {
             open_process(task)?;
@@ -91,24 +92,24 @@ pub(super) fn tree(
     warn_of_losses(tasks, &members);
     for task in tasks {
         let stat = proc::stat(task.pid)?;
-        // The leader of a session or group may have ended, but then nobody outside
-        // may be in it.
+        // The leader of a session or group may have ended, but must not be outside of the
+        // tree.
         for (kind, leader) in [("session", stat.session), ("process group", stat.pgrp)] {
             let outside = !members.contains(&leader) && process::exists(leader);
-            // The kernel shows what is outside of this pid namespace as 0.
+            // The kernel reports leaders outside of this pid namespace as 0.
             if leader.0 == 0 && !options.shell_job {
                 return Err(DumpError::Unsupported {
                     pid: task.pid,
                     what: format!("is in a {kind} whose leader is outside of this pid namespace"),
-                    help: "start the tree by setsid(1), dump it from where its leader is seen, or \
-                           use --shell-job",
+                    help: "start the tree with setsid(1), dump it from a namespace that sees the leader, \
+                           or use --shell-job",
                 });
             }
             if outside && !options.shell_job {
                 return Err(DumpError::Unsupported {
                     pid: task.pid,
                     what: format!("is in the {kind} of process {leader}, which is not in the tree"),
-                    help: "dump that process, start the tree by setsid(1), or use --shell-job",
+                    help: "dump that process, start the tree with setsid(1), or use --shell-job",
                 });
             }
         }
@@ -118,11 +119,11 @@ pub(super) fn tree(
     Ok(ids)
 }
 
-/// Numbers what the processes of a tree may have in common, from 2 on: 1 is what this program
-/// has. Those that have ended have nothing.
+/// Numbers what the processes of a tree may share, from 2 on: 1 stands for what belongs to
+/// this program. Zombies have nothing.
 fn arenas(tasks: &[Task]) -> Result<Vec<ArenaIds>> {
     let mut next = NUMBER_OF_OWN;
-    // Who has each first, in the order of the kernel.
+    // The first owner of each, in the order of kcmp(2).
     let mut known: [Vec<(HostPid, u32)>; 4] = Default::default();
     let mut found = Vec::with_capacity(tasks.len());
     for task in tasks {
@@ -164,7 +165,7 @@ fn arenas(tasks: &[Task]) -> Result<Vec<ArenaIds>> {
     Ok(found)
 }
 
-/// Checks that a restore can make the processes so that they share what they do.
+/// Checks that a restore can make the processes with everything that they share.
 fn check_births(tasks: &[Task], pids: &PidMap, ids: &[ArenaIds]) -> Result<()> {
     if !Arenas::new(ids.to_vec()).any_shared() {
         return Ok(());
@@ -182,11 +183,11 @@ fn check_births(tasks: &[Task], pids: &PidMap, ids: &[ArenaIds]) -> Result<()> {
     Births::plan(&kin, true, false).map(drop).map_err(|(pid, problem)| DumpError::Unsupported {
         pid: pids.host(pid),
         what: format!("could not be restored: {problem}"),
-        help: "dump the tree when one of them has ended",
+        help: "dump the tree when one of these processes has ended",
     })
 }
 
-/// Says what is seen here and will be lost.
+/// Warns about visible state that the images cannot hold.
 fn warn_of_losses(tasks: &[Task], pids: &BTreeSet<HostPid>) {
     let own = Own::read();
     let in_tree = |pid: HostPid| pids.contains(&pid);
@@ -202,14 +203,14 @@ fn all_namespaces() -> impl Iterator<Item = &'static ns::Kind> {
     KINDS.iter().chain(&FOR_CHILDREN)
 }
 
-/// Checks that a process lives in the namespaces of this program, but for those that a
-/// tree can have for itself.
+/// Checks that a process is in the namespaces of this program, except for those kinds of
+/// which a tree can have its own.
 fn check_namespaces(task: &Task, own: &[Option<u64>]) -> Result<()> {
     let mut what = Vec::new();
     let mut flags = Vec::new();
     for (kind, ours) in all_namespaces().zip(own).filter(|(kind, _)| !kind.is_dumped()) {
         let ns::Kind { file, name, flag, .. } = kind;
-        // Kernels without a kind of namespace have nothing to differ in.
+        // A kernel without this kind of namespace has nothing to compare.
         if let (Ok(theirs), Some(ours)) = (proc::namespace(task.witness(), file), ours)
             && theirs != *ours
             && !flags.contains(flag)
@@ -224,8 +225,8 @@ fn check_namespaces(task: &Task, own: &[Option<u64>]) -> Result<()> {
     Err(DumpError::Namespaces { pid: task.pid, what: what.join(" and "), flags: flags.join(" ") })
 }
 
-/// Checks that a process lives in the same namespaces as the first of its tree, where the
-/// tree can have one for itself.
+/// Checks that a process is in the same namespaces as the first process of its tree, for
+/// those kinds of which a tree can have its own.
 fn check_common_namespaces(task: &Task, first: HostPid) -> Result<()> {
     for kind in KINDS.iter().filter(|kind| kind.is_dumped()) {
         let pair = [first, task.witness()].map(|pid| proc::namespace(pid, kind.file).ok());
@@ -236,14 +237,14 @@ fn check_common_namespaces(task: &Task, first: HostPid) -> Result<()> {
             return Err(DumpError::Unsupported {
                 pid: task.pid,
                 what: format!("has {name} ({file}:[{found}]) that is not that of process {first}"),
-                help: "a tree can have only one; dump the part of it that is in there",
+                help: "dump the part of the tree in that namespace: a tree can have only one",
             });
         }
     }
     Ok(())
 }
 
-/// Checks that the threads of a process have in common what those of a restored one have.
+/// Checks that the threads of a process share what threads of a restored process share.
 fn check_sharing(task: &Task) -> Result<()> {
     let pid = task.pid;
     let first = task.witness();
@@ -270,8 +271,8 @@ fn check_sharing(task: &Task) -> Result<()> {
     Ok(())
 }
 
-/// Compares what two processes or threads have. What could not be told would be taken for
-/// something else, and the tree restored without what it shares.
+/// Compares what two processes or threads have. A failure is an error: if the answer were
+/// guessed, the tree would be restored without what it shares.
 fn compare(a: HostPid, b: HostPid, kind: Shared) -> Result<Ordering> {
     process::kcmp(a, b, kind).map_err(|source| DumpError::Compare { pid: a, source })
 }
@@ -280,11 +281,11 @@ fn own_of_thread(pid: HostPid, tid: HostPid, what: &str) -> DumpError {
     DumpError::Unsupported {
         pid,
         what: format!("has a thread, {tid}, with {what} of its own (unshare(2), setns(2))"),
-        help: "restored threads share theirs; dump it when that thread has ended",
+        help: "dump it when that thread has ended: threads of a restored process share theirs",
     }
 }
 
-/// Checks that a thread has nothing that no restored one has.
+/// Checks that a thread has no state that a restore cannot give it.
 fn check_thread(pid: HostPid, thread: &Tracee) -> Result<()> {
     let tid = thread.tid;
     let refused = |what: &str, help| DumpError::Unsupported {
@@ -299,13 +300,13 @@ fn check_thread(pid: HostPid, thread: &Tracee) -> Result<()> {
     if status.shadow_stack {
         return Err(refused(
             "a shadow stack",
-            "start it without (GLIBC_TUNABLES=glibc.cpu.x86_shstk=off)",
+            "start the program without it (GLIBC_TUNABLES=glibc.cpu.x86_shstk=off)",
         ));
     }
     if ptrace::syscall_dispatch(tid).is_ok_and(|dispatch| dispatch.mode != 0) {
         return Err(refused(
             "its system calls caught (PR_SET_SYSCALL_USER_DISPATCH)",
-            "it could not work for this program; dump it when that is switched off",
+            "dump it when the dispatch is off: until then it can make no system calls for rcriu",
         ));
     }
     for (what, which) in [
@@ -319,11 +320,11 @@ fn check_thread(pid: HostPid, thread: &Tracee) -> Result<()> {
     Ok(())
 }
 
-/// Returns a descriptor of a process, by which its descriptors are duplicated.
+/// Returns a pidfd of a process, for duplicating its descriptors.
 ///
 /// # Errors
-/// [`DumpError::Unsupported`] where the kernel has none for a process whose first thread has
-/// exited; [`StepError::Process`].
+/// [`DumpError::Unsupported`] if the first thread has exited and the kernel provides no
+/// such pidfd; [`StepError::Process`].
 pub(super) fn open_process(task: &Task) -> Result<OwnedFd> {
     let opened = if task.is_leaderless() {
         process::pidfd_open_thread(task.witness())
@@ -333,10 +334,9 @@ pub(super) fn open_process(task: &Task) -> Result<OwnedFd> {
     opened.map_err(|source| match source {
         Errno::EINVAL => DumpError::Unsupported {
             pid: task.pid,
-            what:
-                "has threads that live, but the first of them has exited (pthread_exit(3) in main)"
-                    .to_owned(),
-            help: "it takes Linux 6.9 or newer to see what these have open; let main wait for them",
+            what: "has live threads, but its first thread has exited (pthread_exit(3) in main)"
+                .to_owned(),
+            help: "let main wait for its threads, or use Linux 6.9 or newer",
         },
         source => StepError::Process { pid: task.pid, step: "open", source }.into(),
     })

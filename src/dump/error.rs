@@ -9,16 +9,16 @@ use crate::{dedup::DedupError, pages::PagesError, step::StepError, units::HostPi
 /// The result of a step of a dump.
 pub type Result<T, E = DumpError> = std::result::Result<T, E>;
 
-/// Why a tree was not dumped. It runs on.
+/// Why a tree was not dumped. The tree runs on.
 #[derive(Debug, thiserror::Error)]
 pub enum DumpError {
     /// There is no such process.
     #[error("there is no process {pid}")]
     NoProcess {
-        /// What was asked for.
+        /// The pid that the user gave.
         pid: HostPid,
     },
-    /// A process of the tree has died while it was dumped.
+    /// A process of the tree died during the dump.
     #[error(
         "process {pid} {how} while it was dumped, so the incomplete images were removed\nhelp: dump \
          the rest of the tree again"
@@ -26,10 +26,10 @@ pub enum DumpError {
     Died {
         /// The process.
         pid: HostPid,
-        /// What became of it, beginning with a verb.
+        /// How it died; begins with a verb.
         how: String,
     },
-    /// The kernel would kill a process if it were given memory.
+    /// The process has no room for scratch memory in its cgroup: the kernel would kill it.
     #[error(
         "reading the state of process {pid} takes {needed} bytes of memory for a moment, but its \
          cgroup {group} has only {left} left, and the kernel would kill the process\nhelp: raise \
@@ -38,14 +38,14 @@ pub enum DumpError {
     NoRoom {
         /// The process.
         pid: HostPid,
-        /// The directory of the control group.
+        /// The directory of the cgroup.
         group: PathBuf,
         /// Bytes that are left in it.
         left: u64,
         /// Bytes that are needed.
         needed: u64,
     },
-    /// This program is a descendant of what it is to dump.
+    /// This program is a descendant of the root of the tree.
     #[error(
         "rcriu itself is in the tree of process {pid}, and cannot dump itself\nhelp: run it from \
          another shell, or start it apart from the tree: setsid -f rcriu dump ..."
@@ -54,18 +54,17 @@ pub enum DumpError {
         /// The root of the tree.
         pid: HostPid,
     },
-    /// The tree depends on what is outside of it, or is in a state that is not
-    /// dumped.
+    /// The tree depends on a process outside of it, or is in a state that cannot be dumped.
     #[error("process {pid} {what}\nhelp: {help}")]
     Unsupported {
         /// The process.
         pid: HostPid,
-        /// What it does or has, beginning with a verb.
+        /// What it does or has; begins with a verb.
         what: String,
-        /// What would help.
+        /// The remedy.
         help: &'static str,
     },
-    /// A process lives in namespaces that are not those of this program.
+    /// A process is in other namespaces than this program.
     #[error(
         "process {pid} has {what} of its own, which is not dumped yet\nhelp: run rcriu inside: \
          nsenter -t {pid} {flags} rcriu dump ..."
@@ -73,12 +72,12 @@ pub enum DumpError {
     Namespaces {
         /// The process.
         pid: HostPid,
-        /// Which, with their numbers.
+        /// Which namespaces, with their inode numbers.
         what: String,
         /// The options of nsenter(1) that enter them.
         flags: String,
     },
-    /// It cannot be told what processes, threads and descriptors share.
+    /// It is unknown what processes, threads and descriptors share.
     #[error(
         "compare what processes share with process {pid} (kcmp(2))\nhelp: run rcriu where no \
          seccomp filter forbids kcmp, on a kernel with CONFIG_KCMP"
@@ -89,7 +88,7 @@ pub enum DumpError {
         /// Why.
         source: Errno,
     },
-    /// The program was asked to stop.
+    /// A signal interrupted the dump.
     #[error("interrupted: the tree runs on")]
     Cancelled,
     /// A file could not be read.
@@ -109,13 +108,13 @@ pub enum DumpError {
     HasChildren {
         /// The directory.
         dir: PathBuf,
-        /// Their names.
+        /// The names of those snapshots.
         children: String,
     },
     /// Memory could not be copied.
     #[error(transparent)]
     Pages(PagesError),
-    /// Nothing can be freed in the ancestors.
+    /// Pages in the ancestors cannot be freed.
     #[error(transparent)]
     Dedup(#[from] DedupError),
     /// A step failed that a restore has, too.

@@ -1,9 +1,8 @@
-//! Dumping a tree of processes: the order of the steps.
+//! Dumps a tree of processes: the order of the phases.
 //!
-//! The tree is stopped, checked, and looked at; its memory is copied; then
-//! everything is brought to the disk, and only then the directory becomes a
-//! snapshot and the tree goes on or dies. Whatever fails before that, the tree
-//! goes on.
+//! The dump stops the tree, checks it, collects its state and copies its memory. Then it
+//! syncs the images. Only then the directory becomes a snapshot, and the tree runs on or is
+//! killed. If anything fails before that, the tree runs on.
 
 mod census;
 mod check;
@@ -63,14 +62,14 @@ use stats::Stats;
 use tracking::Tracking;
 use tree::Collection;
 
-/// The version of the format (`inventory_entry.img_version`): with the common magic
-/// at the beginning of each image.
+/// The version of the format (`inventory_entry.img_version`): each image begins with the
+/// common magic.
 const FORMAT_VERSION: u32 = 2;
 
 /// Dumps a tree of processes.
 ///
 /// # Errors
-/// What keeps the tree from being dumped; it runs on then.
+/// Why the tree was not dumped; it runs on.
 pub fn run(options: &Options) -> Result<()> {
     let Options { root, goal, store, freeze, check, common, files, track, actions, stats } =
         options;
@@ -102,7 +101,7 @@ pub fn run(options: &Options) -> Result<()> {
         images.link_parent(link)?;
     }
     let arenas = check::tree(&frozen.tasks, &pids, goal, *check)?;
-    // A pre-dump asks no process, unless it is to be tracked.
+    // A pre-dump injects nothing, unless changes are to be tracked.
     if !goal.is_pre_dump() || track.for_next() {
         room::check(&frozen.tasks)?;
     }
@@ -138,7 +137,7 @@ pub fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Checks that this program is not in the tree of a process.
+/// Checks that this program is not in the tree of `root`.
 fn check_outside(root: HostPid) -> Result<()> {
     let mut pid = HostPid(nix::unistd::getpid().as_raw());
     while pid.0 > 0 {
@@ -150,8 +149,8 @@ fn check_outside(root: HostPid) -> Result<()> {
     Ok(())
 }
 
-/// Frees in the ancestors what the snapshot holds that was just completed. If that
-/// fails, the dump has not: what it was for is done, and the rest can be done later.
+/// Frees the pages in the ancestors that the new snapshot supersedes. A failure is only a
+/// warning: the snapshot is complete, and the pages can be freed later.
 fn free_superseded(images_dir: &Path) {
     let mut tell = |freed: &dedup::Freed| {
         for dir in &freed.lost {
@@ -173,9 +172,9 @@ fn free_superseded(images_dir: &Path) {
     }
 }
 
-/// Brings the images to the disk and ends the stop. A tree that runs on does so
-/// before that: its images are complete in memory, and waiting for the disk is
-/// nothing to it. Unless somebody wants to act on the images while it is stopped.
+/// Syncs the images and ends the stop. A tree that runs on does so before the sync, since
+/// its images are complete in memory and it need not wait for the disk; unless an action
+/// script is to see the complete images while the tree is stopped.
 fn finish(
     (root, actions): (HostPid, &Actions<'_>),
     (frozen, census): (Frozen, &Census),
@@ -194,10 +193,10 @@ fn finish(
         census.explain(released.map_err(DumpError::from))?;
         stats.thawed();
     }
-    // One that runs on may end when it likes: it is complete.
+    // A process of a tree that runs on may exit by now: the images are complete.
     let check = || frozen.as_ref().map_or(Ok(()), |_| census.check_stopped());
     stats.syncing(|| commit(images, tracking, inventory, check))?;
-    // If one fails, the tree runs on.
+    // If a script fails, the tree runs on.
     actions.run(Stage::PostDump, Some(root))?;
     if let Some(frozen) = frozen {
         if outcome != Outcome::Run {
@@ -209,8 +208,8 @@ fn finish(
     Ok(())
 }
 
-/// Brings the images to the disk, makes them a snapshot, and lets the tracking begin
-/// with it. The last thing before that is `check`.
+/// Syncs the images, makes them a snapshot, and lets tracking start from it. Calls `check`
+/// just before the commit.
 fn commit(
     images: SnapshotWriter,
     tracking: Tracking,
@@ -237,13 +236,13 @@ fn commit(
 /// The parent chain and the snapshot in it.
 type Parent = (Arc<Chain>, SnapshotId);
 
-/// Returns what the inventory says of the parent.
+/// Returns the name of the parent dump, for the inventory.
 fn parent_name(parent: Option<&Parent>) -> Result<Option<Vec<u8>>> {
     let Some((chain, id)) = parent else { return Ok(None) };
     Ok(Some(chain::dump_name(&**chain.images(*id))?))
 }
 
-/// Finds each memory in the parent chain.
+/// Looks up each memory in the parent chain.
 fn find_parents(memories: &mut [Memory], parent: Option<&Parent>) -> Result<()> {
     for memory in memories {
         if let Some((chain, snapshot)) = parent {
@@ -255,7 +254,7 @@ fn find_parents(memories: &mut [Memory], parent: Option<&Parent>) -> Result<()> 
     Ok(())
 }
 
-/// Writes all images but the inventory.
+/// Writes all images except the inventory.
 fn dump_stopped(
     (common, files, outcome): (&common::Options, &DumpOptions, Outcome),
     frozen: &mut Frozen,
@@ -293,9 +292,9 @@ fn dump_stopped(
     Ok((collection.files, collection.tracking))
 }
 
-/// Checks that a dump into a directory changes no snapshot beside it, which would find
-/// other pages in it than those that it left there. A snapshot that nobody has as its
-/// parent may be replaced, as CRIU does.
+/// Checks that a dump into this directory breaks no snapshot beside it. If another snapshot
+/// has it as its parent, that one would find other pages there. A snapshot without children
+/// may be replaced, as CRIU does.
 fn check_children(images_dir: &Path) -> Result<()> {
     if !images_dir.join(Kind::Inventory.file_name(0)).exists() {
         return Ok(());
@@ -322,9 +321,8 @@ fn check_directory(path: &Path) -> Result<PathBuf> {
     Err(StepError::Directory { path: path.to_owned(), problem }.into())
 }
 
-/// Opens the chain that ends with the directory that `--prev-images-dir` names,
-/// relative to the images directory, and keeps others from changing it, or from using it
-/// if pages are to be freed in it.
+/// Opens the chain of the directory that `--prev-images-dir` names, relative to the images
+/// directory. Locks it against changes, or against any use if pages are to be freed in it.
 fn open_parent(
     store: &Store,
     images_dir: &Path,
@@ -342,12 +340,12 @@ fn open_parent(
     locks.take(&dir, if store.free_parent { Access::Exclusive } else { Access::Shared })?;
     let chain = Arc::new(Chain::open(&dir)?);
     if chain.at(images_dir).is_some() {
-        // It may be out of the sight of the directories beside it.
+        // A child of the directory may be elsewhere, not beside it.
         let children = dir.display().to_string();
         return Err(DumpError::HasChildren { dir: images_dir.to_owned(), children });
     }
     let id = chain.at(&dir).ok_or_else(|| {
-        problem(dir, "it holds no inventory.img, so it is no complete dump".to_owned())
+        problem(dir, "it has no inventory.img, so it is not a complete dump".to_owned())
     })?;
     if store.free_parent {
         dedup::lock_ancestors(&chain, id, locks)?;

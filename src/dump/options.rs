@@ -1,6 +1,6 @@
-//! What a dump is asked to do: a group of options for each phase or kind that reads some.
+//! The options of a dump: one group for each phase or kind that reads some of them.
 //!
-//! [`run`](super::run) takes them apart and hands each group to its reader, and nothing else.
+//! [`run`](super::run) takes the groups apart and hands each to its reader only.
 
 use std::path::PathBuf;
 
@@ -14,7 +14,7 @@ use crate::{
     units::HostPid,
 };
 
-/// What a dump is asked to do.
+/// The options of a dump.
 ///
 /// Paths are as the user gave them, relative to the current directory unless the field says
 /// otherwise.
@@ -34,12 +34,12 @@ pub struct Options {
     pub(crate) stats: stats::Options,
 }
 
-/// What is dumped, and what becomes of the tree.
+/// What to dump, and what happens to the tree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Goal {
-    /// Its memory alone, while it runs on (`pre-dump`).
+    /// Only the memory, while the tree runs on (`pre-dump`).
     Memory,
-    /// All of it.
+    /// The whole state.
     Tree(Outcome),
 }
 
@@ -49,12 +49,12 @@ impl Goal {
         self == Self::Memory
     }
 
-    /// Whether the tree lives on afterwards, running or stopped.
+    /// Whether the tree survives the dump, running or stopped.
     pub(super) fn spares(self) -> bool {
         self != Self::Tree(Outcome::Kill)
     }
 
-    /// Whether the tree runs on afterwards.
+    /// Whether the tree runs on after the dump.
     pub(super) fn runs_on(self) -> bool {
         matches!(self, Self::Memory | Self::Tree(Outcome::Run))
     }
@@ -66,8 +66,8 @@ impl Goal {
 pub struct Store {
     /// The directory of the images.
     pub(crate) images_dir: PathBuf,
-    /// That of the previous dump, relative to `images_dir` (`--prev-images-dir`).
+    /// The directory of the previous dump, relative to `images_dir` (`--prev-images-dir`).
     pub(crate) parent: Option<PathBuf>,
-    /// Free in the parent what this dump supersedes (`--auto-dedup`).
+    /// Free the pages in the parent that this dump supersedes (`--auto-dedup`).
     pub(crate) free_parent: bool,
 }

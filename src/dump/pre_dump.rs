@@ -1,10 +1,9 @@
-//! Dumping memory alone, while the tree runs.
+//! Pre-dump: dumps only memory, while the tree runs.
 //!
-//! The tree is stopped only to see what memory there is and to begin the tracking of
-//! changes. Whatever it writes afterwards is looked at again by the dump that
-//! follows: with a tracker, because the pages are marked; without one, because all
-//! is compared. So it does no harm that pages are read while they are written, or are
-//! gone.
+//! The tree is stopped only to list its memory and to start the tracking of changes. The
+//! following dump looks again at every page that the tree writes afterwards: with a tracker
+//! because the page is dirty, without one because all pages are compared. So it does no
+//! harm if a page is read while it is written, or is gone.
 
 use std::{
     collections::{BTreeMap, btree_map::Entry},
@@ -35,22 +34,22 @@ use crate::{
 /// (`PRE_DUMP_READ` in CRIU).
 const READ: u32 = 2;
 
-/// What links to memfds begin with.
+/// The beginning of the link of a memfd's descriptor.
 const MEMFD: &[u8] = b"/memfd:";
 
-/// What a stopped tree has of memory.
+/// The memory of a stopped tree.
 struct Found {
     memories: Vec<Memory>,
-    /// Shared objects by the numbers in the names of their images.
+    /// Shared objects by the number in the names of their images.
     objects: BTreeMap<u64, File>,
     /// System V segments by their ids.
     segments: BTreeMap<u64, File>,
 }
 
-/// Pre-dumps a tree that was stopped.
+/// Pre-dumps a stopped tree.
 ///
 /// # Errors
-/// What keeps its memory from being dumped; it runs on.
+/// Why its memory cannot be dumped; the tree runs on.
 pub(super) fn run(
     stats_options: &stats::Options,
     (mut frozen, census): (Frozen, &Census),
@@ -105,7 +104,7 @@ pub(super) fn run(
 }
 
 impl Found {
-    /// Finds the memory of a process; `is_alone` if no other one has it, too.
+    /// Finds the memory of a process; `is_alone` if no other process shares it.
     fn look_at(
         &mut self,
         task: &mut Task,
@@ -158,7 +157,7 @@ impl Found {
         Ok(())
     }
 
-    /// Finds memory that has a descriptor and is not mapped.
+    /// Finds memory that has a descriptor but no mapping.
     fn look_at_descriptors(&mut self, pid: HostPid) -> Result<()> {
         for number in proc::fds(pid)? {
             if proc::fd_link(pid, number)?.starts_with(MEMFD) {

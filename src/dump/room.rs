@@ -1,7 +1,7 @@
-//! Whether a process can be given a little memory for the time in which it is asked.
+//! Checks that a process has room for scratch memory while the dump works in it.
 //!
-//! What a process is given counts against the limits of its control groups. Where nothing
-//! is left, the kernel would not let the call fail: it would kill a process of the group.
+//! Scratch memory counts against the limits of the process's cgroups. If a cgroup has no
+//! room left, the kernel does not fail the system call, but kills a process of the cgroup.
 
 use std::{
     fs,
@@ -11,12 +11,12 @@ use std::{
 use super::{DumpError, Result};
 use crate::{inject::Task, proc, res::tree::cgroup, sys::swap};
 
-/// What a process is given at most: code, a table of calls and what these return, and
-/// page tables for them.
+/// The most memory that a process gets: code, a table of calls and their results, and page
+/// tables.
 const NEEDED_BYTES: u64 = 128 << 10;
 
-/// Names of files of a group's limit and usage, and of what in its statistics the kernel
-/// takes back before it kills anybody.
+/// The files of a cgroup's limit and usage, and the entries of its statistics for memory
+/// that the kernel reclaims before it kills a process.
 struct Names {
     limit: &'static str,
     usage: &'static str,
@@ -35,17 +35,17 @@ const VERSION_2: Names = Names {
     reclaimed: &["inactive_file", "active_file", "slab_reclaimable"],
 };
 
-/// Checks that the processes of a tree can be given memory.
+/// Checks that each process of a tree can get scratch memory.
 ///
 /// # Errors
-/// [`DumpError::NoRoom`] for the first that cannot.
+/// [`DumpError::NoRoom`] for the first process that cannot.
 pub(super) fn check(tasks: &[Task]) -> Result<()> {
     let mounts = proc::mounts()?;
     let mut checked: Vec<PathBuf> = Vec::new();
     for task in tasks.iter().filter(|task| !task.is_zombie()) {
         for (hierarchy, name, path) in proc::cgroups(task.witness())? {
             let Some(names) = names(hierarchy, &name) else { continue };
-            // Of a group that is not to be seen, nothing is known.
+            // Nothing is known about a cgroup that is not visible here.
             let Ok(group) = cgroup::directory(&name, &path, &mounts) else { continue };
             for group in group.ancestors() {
                 if checked.iter().any(|checked| checked == group) {
@@ -63,7 +63,7 @@ pub(super) fn check(tasks: &[Task]) -> Result<()> {
     Ok(())
 }
 
-/// Returns the files of a group that limits memory.
+/// Returns the files of a cgroup that limits memory.
 fn names(hierarchy: u32, controllers: &[u8]) -> Option<&'static Names> {
     match hierarchy {
         0 => Some(&VERSION_2),
@@ -74,12 +74,12 @@ fn names(hierarchy: u32, controllers: &[u8]) -> Option<&'static Names> {
     }
 }
 
-/// Returns how many bytes a group has left; `None` if it limits nothing, as the root of a
-/// hierarchy.
+/// Returns how many bytes a cgroup has left; `None` if it has no limit, like the root
+/// cgroup.
 fn left(group: &Path, names: &Names) -> Option<u64> {
     let read = |name: &str| fs::read_to_string(group.join(name)).ok();
     let limit = read(names.limit)?;
-    // "max" is no number.
+    // "max" is not a number.
     let Ok(limit) = limit.trim().parse::<u64>() else { return Some(u64::MAX) };
     let usage: u64 = read(names.usage)?.trim().parse().ok()?;
     if limit.saturating_sub(usage) >= NEEDED_BYTES {

@@ -1,4 +1,4 @@
-//! The processes of a stopped tree: what is checked, and what their images say.
+//! Collects the processes of a stopped tree and writes their images.
 
 use std::{collections::HashMap, path::PathBuf};
 
@@ -29,23 +29,23 @@ use crate::{
     units::{HostPid, NsPid, PidMap, RemoteAddr},
 };
 
-/// What a dump knows of a tree as it goes over its processes.
+/// The state of a dump while it goes through the processes of a tree.
 pub(super) struct Collection<'a> {
     pub(super) images: &'a SnapshotWriter,
     pids: PidMap,
-    /// The numbers of what processes may have in common.
+    /// The ids of what processes may share.
     ids: Vec<ArenaIds>,
     arenas: Arenas,
-    /// Stack pointers of all threads, by the numbers of their memory.
+    /// Stack pointers of all threads, by the id of their memory.
     stacks: HashMap<u32, Vec<RemoteAddr>>,
-    /// The address spaces that several processes have, by their numbers.
+    /// The address spaces that several processes share, by their ids.
     shared_memory: HashMap<u32, proto::MmEntry>,
     pub(super) files: FileTable,
     pub(super) tracking: Tracking,
-    /// What the tree has in common.
+    /// State of the whole tree.
     common: Vec<Box<dyn common::Collector>>,
     pub(super) memories: Vec<Memory>,
-    /// Numbers of files of shared memory, by device and inode.
+    /// The ids of mapped files of shared memory, by device and inode.
     shared: HashMap<(u32, u32, u64), u32>,
     pstree: Vec<proto::PstreeEntry>,
     namespaces: ns::OfTree,
@@ -83,11 +83,11 @@ impl<'a> Collection<'a> {
         }
     }
 
-    /// Collects a process, writing the images that are its own. What it has in common with a
-    /// process before it is in the images already, under the same number.
+    /// Collects a process and writes its images. What it shares with an earlier process is
+    /// in the images already, under the same id.
     ///
     /// # Errors
-    /// Whatever keeps it from being dumped.
+    /// Why it cannot be dumped.
     pub(super) fn task(&mut self, task: &mut Task, position: usize) -> Result<()> {
         let pid = task.pid;
         let stat = proc::stat(pid)?;
@@ -131,7 +131,7 @@ impl<'a> Collection<'a> {
         let memory_id = ids.get(Arena::Memory);
         let is_alone = !self.arenas.is_shared(Arena::Memory, position);
         if let Some(mm) = self.shared_memory.get(&memory_id) {
-            // The pages are those of the first.
+            // The pages are in the pagemap of the first process that has this memory.
             self.write_one(Kind::Mm, pid, mm)?;
             self.tracking.begin(task, &mappings, is_alone)?;
             return Ok(());
@@ -154,8 +154,8 @@ impl<'a> Collection<'a> {
         self.images.write(kind, number.into(), std::slice::from_ref(message))
     }
 
-    /// Asks the threads of a process what only they know, writes their cores, and returns
-    /// what else there is to write: of its address space.
+    /// Asks the threads of a process for what only they know, writes their cores, and
+    /// returns the part of the address space's entry that is left to write.
     fn ask(
         &mut self,
         task: &mut Task,
@@ -188,7 +188,7 @@ impl<'a> Collection<'a> {
             &self.stacks[&memory_id],
             TABLE_BYTES.max(room * 2),
             |session, threads| {
-                // What was just mapped is locked if all is that is mapped later.
+                // With mlockall(MCL_FUTURE), the scratch memory just mapped is locked, too.
                 later.locked = session.is_locked() || proc::status(witness)?.vm_lck_kib != locked;
                 later.on_fault = later.locked
                     && session.untouched().is_some_and(|page| !is_present(witness, page));
@@ -240,8 +240,8 @@ impl<'a> Collection<'a> {
         Ok(mm)
     }
 
-    /// Collects the mappings of a process and plans the copying of its memory; `is_alone` if
-    /// no other one has it, too.
+    /// Collects the mappings of a process and plans the copying of its memory; `is_alone`
+    /// if no other process shares it.
     fn memory(
         &mut self,
         task: &mut Task,
@@ -307,7 +307,7 @@ impl<'a> Collection<'a> {
         Ok(mm)
     }
 
-    /// Returns the number of the file of shared memory that is mapped.
+    /// Returns the id of the file of a mapping of shared memory.
     fn shared_object(&mut self, pid: HostPid, mapping: &Mapping) -> Result<u32> {
         let key = (mapping.dev_major, mapping.dev_minor, mapping.inode);
         if let Some(file_id) = self.shared.get(&key) {
@@ -318,11 +318,10 @@ impl<'a> Collection<'a> {
         Ok(file_id)
     }
 
-    /// Adds the shared objects to what is copied, and writes the images of the
-    /// whole tree.
+    /// Plans the copying of shared objects, and writes the images of the whole tree.
     ///
     /// # Errors
-    /// What keeps files from being dumped.
+    /// Why files cannot be dumped.
     pub(super) fn finish(&mut self) -> Result<()> {
         let mut objects = Vec::new();
         for (shmid, fd) in self.files.shared_memory()? {
@@ -340,14 +339,14 @@ impl<'a> Collection<'a> {
                 self.memories.push(memory);
             }
         }
-        // The same order whenever the same tree is dumped.
+        // A fixed order, so that the same tree always gives the same images.
         self.memories.sort_by_key(|memory| memory.id);
         self.files.write(self.images)?;
         Ok(self.images.write(Kind::Pstree, 0, &self.pstree)?)
     }
 }
 
-/// Returns what a private mapping shows where its process has no page of its own.
+/// Returns what a private mapping shows where the process has no page of its own.
 pub(super) fn shown(object: Object) -> Shown {
     match object {
         Object::Vdso => Shown::Vdso,
@@ -356,7 +355,7 @@ pub(super) fn shown(object: Object) -> Shown {
     }
 }
 
-/// Whether a page of a process is in memory.
+/// Whether a page of a process is present in memory.
 fn is_present(pid: HostPid, address: RemoteAddr) -> bool {
     let mut regions = Vec::new();
     let query = Query { all: category::PRESENT, ..Query::default() };

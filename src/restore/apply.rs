@@ -1,5 +1,5 @@
-//! What new processes do to become the ones of the images, once they exist: the phases,
-//! and within each one all kinds of state.
+//! Turns the new processes into those of the images: the phases, and in each phase all
+//! kinds of state.
 
 use super::{
     Result, memory,
@@ -18,13 +18,13 @@ use crate::{
     },
 };
 
-/// Returns the processes that live, with their positions among all.
+/// Returns the live processes, with their positions in the plan.
 fn living(plan: &Plan) -> impl Iterator<Item = (usize, &TaskPlan, &Body)> {
     let all = plan.tasks.iter().enumerate();
     all.filter_map(|(position, planned)| Some((position, planned, planned.body.as_ref()?)))
 }
 
-/// Returns what kinds of a process's state are told of it.
+/// Returns what the kinds of state learn about a process.
 fn process<'a>(
     plan: &Plan,
     planned: &'a TaskPlan,
@@ -35,7 +35,7 @@ fn process<'a>(
     task::Restored { pid, host, core: planned.core(), mm: &body.mm, own }
 }
 
-/// Returns what kinds of a thread's state are told of it.
+/// Returns what the kinds of state learn about a thread.
 fn thread_of<'a>(
     plan: &Plan,
     planned: &TaskPlan,
@@ -57,7 +57,7 @@ fn thread_of<'a>(
 /// Gives all processes their files, threads and attributes.
 ///
 /// # Errors
-/// Whatever fails.
+/// The first failure.
 pub(super) fn all(
     plan: &Plan,
     puppets: &mut Puppets,
@@ -68,7 +68,7 @@ pub(super) fn all(
         if !plan.arenas.owns(Arena::Files, owner) {
             continue;
         }
-        // What has no place in a descriptor table is closed for all who share it.
+        // Descriptors that do not belong in a shared table are closed for all its sharers.
         let sharers = plan.arenas.sharers(Arena::Files, owner);
         for position in sharers.filter(|position| *position != owner) {
             let script = prepare(plan, position, files, own)?;
@@ -104,7 +104,7 @@ pub(super) fn all(
             if number == 0 {
                 let of = process(plan, planned, body, own);
                 task::KINDS.iter().try_for_each(|kind| kind.set(&of, &mut calls))?;
-                // Before an attribute keeps it from being done.
+                // Before an attribute can forbid it.
                 if plan.arenas.owns(Arena::Memory, position) {
                     memory::finish(body, &layout, &mut calls.script);
                 }
@@ -118,7 +118,8 @@ pub(super) fn all(
     puppets.end_the_dead()?;
     for (position, planned, body) in living(plan) {
         let process = process(plan, planned, body, own);
-        // The leader last: what it sets is reset by others' changes of credentials.
+        // The leader comes last: a change of credentials in another thread would reset what
+        // it sets.
         for (number, of) in planned.threads.iter().enumerate().rev() {
             let mut script = Script::new();
             if number == 0 {
@@ -138,13 +139,13 @@ pub(super) fn all(
 }
 
 /// Returns the calls of a process that need the descriptors of this program, which it still
-/// has. Where several share a directory, each of them enters the same.
+/// has. Processes that share a directory all enter the same one.
 fn prepare(plan: &Plan, position: usize, files: &mut Installer<'_>, own: &Own) -> Result<Script> {
     let mut script = Script::new();
     let planned = &plan.tasks[position];
     let body = planned.body.as_ref().expect("what has ended shares nothing");
     files.stand(&body.fs, &mut script)?;
-    // The program is set once for each memory: the kernel refuses to replace one that is mapped.
+    // Once for each memory: the kernel refuses to replace a program that is mapped.
     if plan.arenas.owns(Arena::Memory, position) {
         let program = files.program(body.mm.exe_file_id)?;
         let of = process(plan, planned, body, own);
@@ -154,11 +155,11 @@ fn prepare(plan: &Plan, position: usize, files: &mut Installer<'_>, own: &Own) -
     Ok(script)
 }
 
-/// Gives all threads their registers and what waits for them. After this they can
-/// only be let go.
+/// Gives all threads their registers and pending signals. After this they can only be
+/// released.
 ///
 /// # Errors
-/// Whatever fails.
+/// The first failure.
 pub(super) fn finish(
     plan: &Plan,
     puppets: &mut Puppets,
@@ -177,11 +178,11 @@ pub(super) fn finish(
             if !script.is_empty() {
                 let scratch = puppets.scratch;
                 let puppet = puppets.tasks[position].as_mut().expect("it lives");
-                // Signals wait from now on, maybe those of traps.
+                // From here on signals are pending, maybe those of traps.
                 scratch.run_without_traps(&mut puppet.threads[number], &script)?;
             }
         }
-        // Parents come before their children, which then do not hear of this end.
+        // Parents come before their children, which therefore do not notice this end.
         if let Some(code) = leader::has_exited(planned.core()) {
             puppets.end_leader(position, code)?;
         }
@@ -189,7 +190,7 @@ pub(super) fn finish(
     files.start()?;
     fault::hit(Point::RestoreLast)?;
     for (position, ..) in living(plan) {
-        // One with children that stop waits for them first.
+        // A process whose children stop waits for them first.
         if !puppets.awaits_stops(position) {
             puppets.dress(position)?;
         }

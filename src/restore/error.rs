@@ -24,27 +24,28 @@ pub enum RestoreError {
     PidInUse {
         /// The process or thread of the images.
         pid: HostPid,
-        /// Who has the number.
+        /// The process that holds the pid.
         holder: HostPid,
-        /// That process's name.
+        /// The name of that process.
         name: String,
-        /// More about it: that it is dead, or only keeps the number as a session.
+        /// More about it: that it is a zombie, or only holds the pid as that of its session
+        /// or group.
         state: String,
     },
-    /// The images contradict themselves, or hold what is not restored.
+    /// The images contradict themselves, or hold state that a restore does not support.
     #[error("images of process {pid}: {problem}")]
     Images {
         /// The process.
         pid: NsPid,
-        /// What is wrong.
+        /// The problem.
         problem: String,
     },
-    /// Processes are related in a way that is not restored.
+    /// A restore cannot make processes that are related like these.
     #[error("process {pid} cannot be restored: {problem}")]
     Relation {
         /// The process.
         pid: NsPid,
-        /// What relates it to whom.
+        /// How it is related to which process.
         problem: String,
     },
     /// A process could not be made.
@@ -77,7 +78,7 @@ pub enum RestoreError {
         /// Why it failed.
         source: Errno,
     },
-    /// What is to be freed is mounted read-only.
+    /// The images are behind a mount that frees no pages.
     #[error(
         "the images are read through the mount at {path}, which frees no pages and keeps other \
          programs from freeing them\nhelp: mount them with --punch, or unmount them and restore from {behind}",
@@ -86,16 +87,16 @@ pub enum RestoreError {
     MountedReadOnly {
         /// The mount.
         path: PathBuf,
-        /// What it shows.
+        /// The images behind it.
         behind: PathBuf,
     },
-    /// A mount did not free what was restored.
+    /// A mount did not free the restored pages.
     #[error("let the mount free what was restored")]
     Commit {
         /// Why it failed.
         source: Errno,
     },
-    /// The restore failed after pages were freed.
+    /// The restore failed after it had freed pages.
     #[error(
         "{pages} pages were freed in the images before the restore failed, as --auto-dedup=now \
          asks: the images can no longer be restored"
@@ -106,7 +107,7 @@ pub enum RestoreError {
         /// Why it failed.
         source: Box<RestoreError>,
     },
-    /// Memory of a process that was filled already could not be read.
+    /// The memory of a process that was already filled could not be read.
     #[error("read {len:#x} bytes at {address} of process {pid}")]
     ReadMemory {
         /// The process.

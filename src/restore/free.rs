@@ -1,4 +1,4 @@
-//! Freeing in the images what has been restored (`--auto-dedup`).
+//! Frees restored pages in the images (`--auto-dedup`).
 
 use std::{
     collections::BTreeMap,
@@ -29,8 +29,8 @@ use crate::{
     units::{PAGE_SIZE, PageIndex, PageRanges, page_bytes},
 };
 
-/// Bytes that are freed together as the restore goes: journals are synced for each
-/// batch.
+/// How many bytes are freed together during the restore: the journals are synced once for
+/// each batch.
 const BATCH_BYTES: u64 = 16 << 20;
 
 /// Frees what has been restored.
@@ -41,23 +41,22 @@ pub(super) struct Free {
     freed_pages: AtomicU64,
 }
 
-/// Who frees.
+/// Where the pages are freed.
 #[derive(Debug)]
 enum Where {
-    /// This program, in the chain.
+    /// In the chain, by this program.
     Chain(Freeing),
-    /// The mount of ours that the images are seen through: whoever serves it knows
-    /// where they are, and keeps the journals.
+    /// In the images behind a mount of `imgfs`: its daemon knows where they are, and keeps
+    /// the journals.
     Mount(MountedPages),
 }
 
 impl Free {
-    /// Makes everything ready to free the pages of `plan`, whose images were found at
-    /// `dir`, and says on standard error whose pages they are, too. Nothing is changed
-    /// yet.
+    /// Prepares freeing the pages of `plan`, whose images are at `dir`, and warns on
+    /// standard error if other snapshots share them. Changes nothing yet.
     ///
     /// # Errors
-    /// What would keep pages from being freed.
+    /// Why pages could not be freed.
     pub(super) fn prepare(when: AutoDedup, dir: &Path, plan: &Plan) -> Result<Self> {
         let chain = &plan.chain;
         let place = if let Some(punches) = source::punches(dir) {
@@ -82,10 +81,10 @@ impl Free {
         Ok(Self { when, place: Mutex::new(place), freed_pages: AtomicU64::new(0) })
     }
 
-    /// Pages of a memory are where they belong in the restored processes.
+    /// Records that pages of a memory are in place in the restored processes.
     ///
     /// # Errors
-    /// What keeps them from being freed, if that is to be done as the restore goes.
+    /// Why they cannot be freed, if they are freed during the restore.
     pub(super) fn restored(&self, index: &Index, first: PageIndex, pages: u64) -> Result<()> {
         if self.when != AutoDedup::Now {
             return Ok(());
@@ -98,23 +97,23 @@ impl Free {
         Ok(())
     }
 
-    /// Frees all pages of the snapshot: the tree runs. Returns how many were freed
-    /// altogether.
+    /// Frees all pages of the snapshot once the tree runs. Returns how many were freed in
+    /// total.
     ///
     /// # Errors
-    /// What keeps them from being freed.
+    /// Why they cannot be freed.
     pub(super) fn all(&self, plan: &Plan) -> Result<u64> {
         let mut place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
         for index in indexes(plan)? {
             place.note(&index, PageIndex(0), PageIndex::END.0)?;
-            // One memory after another: what is noted takes room.
+            // One memory at a time: the records of one take room.
             self.count(place.free()?);
         }
         place.finish()?;
         Ok(self.freed_pages())
     }
 
-    /// Returns how many pages were freed so far.
+    /// Returns how many pages have been freed so far.
     pub(super) fn freed_pages(&self) -> u64 {
         self.freed_pages.load(Ordering::Relaxed)
     }
@@ -131,7 +130,7 @@ fn indexes(plan: &Plan) -> Result<Vec<Arc<Index>>> {
     Ok(indexes.collect::<Result<_, ChainError>>()?)
 }
 
-/// Says which snapshots, in the chain and beside it, lose pages.
+/// Warns which snapshots, in the chain and beside it, lose pages.
 fn warn_of_sharing(dir: &Path) -> Result<()> {
     let (chain, id): (Chain, SnapshotId) = freed::with_relatives(dir)?;
     if let Some(warning) = freed::warning(&chain, id)? {
@@ -176,7 +175,7 @@ impl Where {
         }
     }
 
-    /// Tells whoever frees that the restore has succeeded.
+    /// Tells the mount that the restore has succeeded.
     fn finish(&mut self) -> Result<()> {
         match self {
             Self::Chain(_) => Ok(()),
@@ -185,7 +184,7 @@ impl Where {
     }
 }
 
-/// Pages files that are seen through a mount which frees what is punched.
+/// Pages files behind a mount that frees punched pages.
 #[derive(Debug)]
 struct MountedPages {
     path: PathBuf,
@@ -198,9 +197,9 @@ struct MountedPages {
 #[derive(Debug)]
 struct MountedFile {
     file: DiskFile,
-    /// To be punched.
+    /// Still to be punched.
     noted: PageRanges,
-    /// Punched.
+    /// Already punched.
     done: PageRanges,
 }
 
@@ -227,7 +226,7 @@ impl MountedPages {
         self.files.values().map(|file| file.noted.pages()).sum()
     }
 
-    /// Punches what was noted here, and returns how many pages were freed by that.
+    /// Punches the recorded pages, and returns how many that freed.
     fn free(&mut self) -> Result<u64> {
         let mut freed = 0;
         for MountedFile { file, noted, done } in self.files.values_mut() {
@@ -246,8 +245,8 @@ impl MountedPages {
         Ok(if self.punches == Punches::OnCommit { 0 } else { freed })
     }
 
-    /// Lets the mount free what it may have kept back, unless that is for the user to
-    /// say.
+    /// Lets the mount free the pages that it may have held back, unless the user decides
+    /// that.
     fn finish(&self) -> Result<()> {
         if self.punches == Punches::OnCommit {
             let path = self.path.display();
@@ -259,7 +258,7 @@ impl MountedPages {
             return Ok(());
         }
         match commit::commit(&self.root) {
-            // Its owner frees what was noted, by `imgfs commit`.
+            // The owner of the mount frees the recorded pages with `imgfs commit`.
             Err(Errno::EPERM) => {
                 log::warn!(
                     "the mount belongs to another user: only that user can free the recorded pages"

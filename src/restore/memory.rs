@@ -1,8 +1,8 @@
-//! Address spaces: from the one that a new process inherits to the one that it is
-//! to have, with as much of it shared with its parent as was shared before.
+//! Address spaces: turns the one that a new process inherits into the one that it had, and
+//! keeps as much as possible shared with the parent.
 //!
-//! A child is made when its parent's memory is in place. What both map the same way
-//! is kept, and only pages that differ are written, so that the others stay shared
+//! A child is made when the memory of its parent is in place. Mappings that both have are
+//! kept, and only pages that differ are written, so that the others stay shared
 //! copy-on-write.
 
 use std::{fs::File, ops::Range, os::unix::fs::FileExt, sync::Mutex};
@@ -26,7 +26,7 @@ use crate::{
 /// `MADV_GUARD_INSTALL` (`asm-generic/mman-common.h`, since Linux 6.13).
 const MADV_GUARD_INSTALL: i32 = 102;
 
-/// The flags of `mmap(2)` that a mapping is made with.
+/// The flags of `mmap(2)` that are restored.
 const MAP_FLAGS: u32 = (libc::MAP_SHARED
     | libc::MAP_PRIVATE
     | libc::MAP_DROPPABLE
@@ -37,7 +37,7 @@ const MAP_FLAGS: u32 = (libc::MAP_SHARED
     | 0x3f << 26)
     .cast_unsigned();
 
-/// The status bits that tell what a mapping maps.
+/// The status bits that say what a mapping maps.
 const KINDS: u32 = vma::FILE_PRIVATE
     | vma::FILE_SHARED
     | vma::ANON_SHARED
@@ -52,15 +52,15 @@ const KINDS: u32 = vma::FILE_PRIVATE
 pub(super) struct Layout {
     /// Ascending.
     kept: Vec<Range<u64>>,
-    /// Pages of huge pages in what is kept of which the process has lost a part: they can
-    /// be dropped as a whole only, and are written anew.
+    /// Huge pages in kept mappings that the process has lost in part: they can only be
+    /// dropped whole, and are written again.
     renewed: PageRanges,
     vdso_kept: bool,
 }
 
 impl Layout {
-    /// Compares what a process inherited with what it is to have; `memory` is what is
-    /// stored of its parent.
+    /// Compares the inherited mappings with the wanted ones; `memory` is the stored memory
+    /// of the parent.
     pub(super) fn new(inherited: &[VmaEntry], memory: Option<&MemoryBytes>, wanted: &Body) -> Self {
         let mut layout = Self::of_mappings(inherited, &wanted.vmas);
         let Some(memory) = memory else { return layout };
@@ -99,7 +99,7 @@ impl Layout {
         Self { kept, renewed: PageRanges::new(), vdso_kept }
     }
 
-    /// Returns the parts of `[start, end)` that are kept, or that are not.
+    /// Returns the parts of `[start, end)` that are kept, or those that are not.
     fn parts(&self, start: u64, end: u64, kept: bool) -> Vec<Range<u64>> {
         let first = self.kept.partition_point(|range| range.end <= start);
         let mut parts = Vec::new();
@@ -120,12 +120,13 @@ impl Layout {
     }
 }
 
-/// Whether a mapping has private huge pages that were asked for by name.
+/// Whether a mapping has private huge pages (`MAP_HUGETLB`).
 fn is_huge(entry: &VmaEntry) -> bool {
     mapping::is_private(entry) && mapping::page_bytes(entry) > PAGE_SIZE
 }
 
-/// Returns the pages within addresses that are stored of `parent`, but not of a process.
+/// Returns the pages in a range of addresses that are stored for `parent`, but not for the
+/// process.
 fn lost(parent: &MemoryBytes, body: &Body, addresses: Range<u64>) -> Vec<Range<u64>> {
     let has = |page: u64| {
         body.memory.as_ref().is_some_and(|memory| memory.index().find(PageIndex(page)).is_some())
@@ -144,12 +145,11 @@ fn lost(parent: &MemoryBytes, body: &Body, addresses: Range<u64>) -> Vec<Range<u
     lost
 }
 
-/// Returns the pages of a range of addresses.
 fn pages(addresses: &Range<u64>) -> Range<PageIndex> {
     PageIndex::holding(addresses.start)..PageIndex::holding(addresses.end)
 }
 
-/// Whether where two mappings overlap they map the same.
+/// Whether two mappings map the same where they overlap.
 fn is_same(a: &VmaEntry, b: &VmaEntry) -> bool {
     let has_file = a.status & (vma::ANON_PRIVATE) == 0;
     a.status & KINDS == b.status & KINDS
@@ -160,7 +160,7 @@ fn is_same(a: &VmaEntry, b: &VmaEntry) -> bool {
                 && a.pgoff.wrapping_sub(a.start) == b.pgoff.wrapping_sub(b.start))
 }
 
-/// Whether something is stored of the mapping's private memory.
+/// Whether the images hold private pages of the mapping.
 fn is_filled(entry: &VmaEntry, memory: Option<&MemoryBytes>) -> bool {
     mapping::is_private(entry)
         && !mapping::is_vdso(entry)
@@ -171,19 +171,18 @@ fn is_filled(entry: &VmaEntry, memory: Option<&MemoryBytes>) -> bool {
         })
 }
 
-/// The protection that a mapping has while it is filled.
+/// The protection of a mapping while it is filled.
 fn filling_protection(entry: &VmaEntry, memory: Option<&MemoryBytes>) -> u32 {
     let write = if is_filled(entry, memory) { libc::PROT_WRITE.cast_unsigned() } else { 0 };
     entry.prot | write
 }
 
-/// Adds the calls that turn the address space that a process inherited into the
-/// one that it is to have, but for the bytes. `inherited` is `None` for the root,
-/// which inherits this program's. `scratch` stays. `file` returns the descriptor
-/// for a mapping of a file.
+/// Adds the calls that turn the inherited address space of a process into the wanted one,
+/// still without the contents. `inherited` is `None` for the root, which inherits that of
+/// this program. `scratch` stays. `file` returns the descriptor for a mapping of a file.
 ///
 /// # Errors
-/// What `file` returns.
+/// Errors of `file`.
 pub(super) fn arrange(
     body: &Body,
     layout: &Layout,
@@ -224,7 +223,7 @@ pub(super) fn arrange(
     {
         script.call("map the vDSO", call, &[option.into(), first.start.into()]);
     }
-    // A segment is attached as a whole, over what comes later.
+    // A segment is attached as a whole; later mappings cover parts of it.
     let is_segment = |entry: &&VmaEntry| entry.status & vma::SYSVIPC != 0;
     let (segments, others): (Vec<&VmaEntry>, Vec<&VmaEntry>) =
         body.vmas.iter().filter(|entry| !mapping::is_vdso(entry)).partition(is_segment);
@@ -266,7 +265,7 @@ pub(super) fn arrange(
             );
         }
     }
-    // What is kept may be protected otherwise.
+    // Kept mappings may have another protection.
     for entry in &body.vmas {
         if !is_filled(entry, body.memory.as_ref()) {
             continue;
@@ -286,13 +285,13 @@ fn protect(script: &mut Script, range: Range<u64>, protection: u32) {
     script.call(what, libc::SYS_mprotect, &arguments);
 }
 
-/// Fills the private memory of a process whose mappings are in place; `parent` is the
-/// process that it was forked from, with what its memory was filled with. Tells `free`
-/// what is in place. Returns how many pages were compared, found equal, and written.
+/// Fills the private memory of a process whose mappings are in place. `parent` is the
+/// process that it was forked from, with the contents of its memory. Reports the pages to
+/// `free`. Returns how many pages were compared, found equal, and written.
 ///
 /// # Errors
-/// [`RestoreError::WriteMemory`], [`RestoreError::ReadMemory`]; what keeps the chain
-/// from being read, or from being freed.
+/// [`RestoreError::WriteMemory`], [`RestoreError::ReadMemory`]; errors of the chain, and of
+/// freeing pages in it.
 pub(super) fn fill(
     pid: HostPid,
     body: &Body,
@@ -345,7 +344,7 @@ pub(super) fn fill(
         let differs = |number: usize| {
             let at = number * PAGE_LEN;
             own[at..at + PAGE_LEN] != theirs[at..at + PAGE_LEN]
-                // A page of zeros of a file is not one that the parent has.
+                // A page of zeros in a file mapping is not a page that the parent has.
                 || parent.as_ref().is_some_and(|parent| {
                     parent.memory.index().find(PageIndex(chunk.first.0 + number as u64)).is_none()
                 })
@@ -368,7 +367,7 @@ pub(super) fn fill(
     Ok(filled.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner))
 }
 
-/// The process that another was forked from. What it has is read from itself: in the
+/// The process from which another was forked. Its memory is read from the process: in the
 /// images it may have been freed.
 struct Forked<'a> {
     pid: HostPid,
@@ -378,14 +377,14 @@ struct Forked<'a> {
 
 impl<'a> Forked<'a> {
     fn open(pid: HostPid, memory: &'a MemoryBytes) -> Result<Self> {
-        // With the rights of the kernel, whatever the protection of its memory is.
+        // The kernel ignores the protection of the memory for this file.
         let file = File::open(format!("/proc/{pid}/mem")).map_err(|source| {
             RestoreError::ReadMemory { pid, address: RemoteAddr(0), len: 0, source }
         })?;
         Ok(Self { pid, file, memory })
     }
 
-    /// Reads what was stored of the pages of a chunk; others are zero.
+    /// Reads the stored pages of a chunk; others are zero.
     fn read(&self, chunk: Chunk, target: &mut [u8]) -> Result<()> {
         target.fill(0);
         let range = chunk.first..PageIndex(chunk.first.0 + chunk.pages);
@@ -402,19 +401,19 @@ impl<'a> Forked<'a> {
     }
 }
 
-/// How many pages were what when memory was filled.
+/// Counts of pages when memory was filled.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Filled {
-    /// Compared with what the parent has.
+    /// Compared with those of the parent.
     pub(super) compared: u64,
-    /// Found to be the same, and still shared.
+    /// Equal, and still shared.
     pub(super) equal: u64,
     /// Written.
     pub(super) written: u64,
 }
 
-/// Adds the calls that drop pages which the process inherited but does not have; huge
-/// ones were dropped before it was filled.
+/// Adds the calls that drop inherited pages which the process does not have; huge pages
+/// were dropped before the memory was filled.
 pub(super) fn drop_pages(
     body: &Body,
     layout: &Layout,
@@ -438,8 +437,8 @@ fn drop_range(pages: Range<u64>, script: &mut Script) {
     script.call("drop inherited pages", libc::SYS_madvise, &arguments);
 }
 
-/// Adds the calls that give memory its last shape, after all children were made:
-/// guard pages, protection, advice, locks.
+/// Adds the calls that give memory its final state, after all children were made: guard
+/// pages, protection, advice, locks.
 pub(super) fn finish(body: &Body, layout: &Layout, script: &mut Script) {
     for entry in &body.guards {
         script.call(
@@ -484,15 +483,15 @@ fn write(pid: HostPid, first: PageIndex, bytes: &[u8]) -> Result<()> {
     })
 }
 
-/// Returns where `len` bytes are free in all address spaces of the tree.
+/// Returns an address at which `len` bytes are free in all address spaces of the tree.
 pub(super) fn free_place<'a>(
     vmas: impl Iterator<Item = &'a VmaEntry>,
     own: impl Iterator<Item = Range<u64>>,
     len: u64,
 ) -> Option<u64> {
-    /// Below are small programs and what must not be mapped, such as address 0.
+    /// Below are small programs, and addresses that must not be mapped, such as 0.
     const LOWEST: u64 = 1 << 20;
-    /// Stacks may still grow.
+    /// Room for stacks to grow.
     const GAP: u64 = 16 << 20;
     let mut taken: Vec<Range<u64>> = vmas.map(|entry| entry.start..entry.end).chain(own).collect();
     taken.sort_unstable_by_key(|range| range.start);

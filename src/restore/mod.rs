@@ -1,9 +1,8 @@
-//! Restoring a tree of processes: the order of the steps.
+//! Restores a tree of processes: the order of the phases.
 //!
-//! One thread of this program directs everything. The new processes execute lists of
-//! system calls and nothing else: no code of this program runs in them, and none of
-//! them waits for another. As long as they are not let go, the end of this program is
-//! theirs, too.
+//! One thread of this program, the director, directs everything. The new processes only
+//! execute lists of system calls: no code of this program runs in them, and none waits for
+//! another. Until they are released, they die when this program ends.
 
 mod apply;
 mod error;
@@ -46,17 +45,17 @@ use plan::Plan;
 use stats::Stats;
 use tree::{Puppets, Workshop};
 
-/// Bytes of scratch memory for each mapping, descriptor and thread of a process.
+/// Scratch memory for each mapping, descriptor and thread of a process.
 const TABLE_BYTES_EACH: usize = 512;
 
-/// Bytes of scratch memory for all else that a process is told.
+/// Scratch memory for everything else that a process executes.
 const TABLE_BYTES: usize = 256 << 10;
 
-/// Restores a tree of processes, and waits for the end of its root if it is not to be
+/// Restores a tree of processes. Waits until its root has ended, unless the restore is
 /// detached.
 ///
 /// # Errors
-/// What keeps the tree from being restored; no process of it is left then.
+/// Why the tree was not restored; no process of it is left.
 pub fn run(options: &Options) -> Result<()> {
     let Options { store, relations, release, common, files, track, actions, stats } = options;
     let Store { images_dir, free } = store;
@@ -76,7 +75,7 @@ pub fn run(options: &Options) -> Result<()> {
         Some(behind) if free.is_some() => {
             return Err(RestoreError::MountedReadOnly { path: images.clone(), behind });
         }
-        // Who serves the mount has locked them.
+        // The daemon of the mount has locked them.
         Some(behind) => Plan::read(&behind, *relations, None)?,
         None => {
             let changes = free.is_some();
@@ -100,11 +99,11 @@ pub fn run(options: &Options) -> Result<()> {
     let subreaper = |on: bool| {
         ptrace::set_subreaper(on).map_err(|source| StepError::Process {
             pid: HostPid(nix::unistd::getpid().as_raw()),
-            step: "adopt orphans in",
+            step: "make a subreaper of",
             source,
         })
     };
-    // What is left of a restore that fails is ours to reap.
+    // If the restore fails, this program reaps what is left.
     subreaper(true)?;
     let groups = Groups { relations: *relations, release, files, track: *track };
     let restored = restore(groups, &actions, &plan, free.as_ref(), &mut stats);
@@ -120,30 +119,32 @@ pub fn run(options: &Options) -> Result<()> {
     drop(locks);
     let root = plan.host(plan.tasks[0].pid);
     log::info!("restored {} processes", plan.tasks.len());
-    // The tree is running.
+    // From here on, the tree runs.
     actions.run_anyway(Stage::PostResume, root);
     stats.finish(stats_options);
     if release.wait {
-        // Its exit code is its own affair.
+        // The exit code of the root does not concern the restore.
         let _ = ptrace::wait(root);
     }
     Ok(())
 }
 
-/// Frees what is left to be freed. The tree runs, whatever becomes of its images.
+/// Frees the pages that are still to be freed. The tree runs, even if that fails.
 fn free_all(free: &Free, plan: &Plan) {
     match free.all(plan) {
         Ok(0) => {}
-        Ok(pages) => log::info!("freed {pages} pages of the images"),
+        Ok(pages) => log::info!("freed {pages} pages in the images"),
         Err(error) => {
             let why = with_sources(&error);
-            let message = format!("the tree is restored, but its images were not all freed: {why}");
+            let message = format!(
+                "the tree is restored, but not all of its pages were freed in the images: {why}"
+            );
             tell(log::Level::Error, &message);
         }
     }
 }
 
-/// The options of making the tree, once it is known what is to be made.
+/// The options for making the tree, once the plan is known.
 #[derive(Clone, Copy)]
 struct Groups<'a> {
     relations: Relations,
@@ -223,7 +224,7 @@ fn write_pidfile(release: &Release, plan: &Plan) -> Result<()> {
         .map_err(|source| RestoreError::Write { path: path.clone(), source })
 }
 
-/// Returns how much room the longest list of calls takes.
+/// Returns how much memory the longest list of calls needs.
 fn table_bytes(plan: &Plan) -> usize {
     let each = |task: &plan::TaskPlan| {
         task.body.as_ref().map_or(0, |body| {
@@ -233,8 +234,8 @@ fn table_bytes(plan: &Plan) -> usize {
     TABLE_BYTES + plan.tasks.iter().map(each).max().unwrap_or(0) * TABLE_BYTES_EACH
 }
 
-/// Returns where scratch memory is free in all processes of the tree and in this
-/// program, a copy of which the first process is.
+/// Returns an address where scratch memory is free in all processes of the tree and in this
+/// program, of which the first process is a copy.
 fn scratch_place(plan: &Plan, table_bytes: usize) -> Result<u64> {
     let own = HostPid(nix::unistd::getpid().as_raw());
     let own: Vec<Range<u64>> =

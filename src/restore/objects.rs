@@ -1,5 +1,5 @@
-//! Shared memory: made once by this program, filled while the processes are made,
-//! and mapped by all who share it.
+//! Shared memory: this program makes it once and fills it while the processes are made; the
+//! processes map it.
 
 use std::{
     collections::BTreeMap,
@@ -25,7 +25,7 @@ use crate::{
     units::{HostPid, PageIndex, RemoteAddr, page_bytes},
 };
 
-/// Shared memory to be filled.
+/// Shared memory that is to be filled.
 #[derive(Debug)]
 pub(super) struct Object {
     shmid: u64,
@@ -33,7 +33,7 @@ pub(super) struct Object {
     memory: Option<MemoryBytes>,
 }
 
-/// Makes all shared memory of the tree; its bytes come later ([`fill`]).
+/// Makes all shared memory of the tree, still empty; [`fill`] fills it.
 ///
 /// # Errors
 /// [`RestoreError::Object`].
@@ -58,8 +58,8 @@ pub(super) fn create(plan: &Plan, files: &mut Installer<'_>) -> Result<Vec<Objec
     Ok(objects)
 }
 
-/// Returns the shared objects that only mappings tell of, with their sizes as far
-/// as mappings tell them.
+/// Returns the shared objects that are known only from mappings, and the sizes that the
+/// mappings imply.
 fn anonymous(plan: &Plan) -> BTreeMap<u64, u64> {
     let mut found = BTreeMap::new();
     let bodies = plan.tasks.iter().filter_map(|task| task.body.as_ref());
@@ -75,8 +75,8 @@ fn anonymous(plan: &Plan) -> BTreeMap<u64, u64> {
 
 fn object(plan: &Plan, shmid: u64, fd: &OwnedFd) -> Result<Object> {
     let failed = |source| RestoreError::Object { shmid, step: "open", source };
-    // A description of its own: that of the tree may be one that appends whatever the
-    // offset is.
+    // A separate file description: that of the tree may be in append mode, which ignores
+    // the offset.
     let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
     let file = File::options().read(true).write(true).open(path).map_err(failed)?;
     Ok(Object { shmid, file, memory: memory_of(&plan.chain, plan.snapshot, shmid)? })
@@ -90,26 +90,26 @@ fn memory_of(chain: &Arc<Chain>, snapshot: SnapshotId, shmid: u64) -> Result<Opt
     }
 }
 
-/// Whether anything is stored of any object.
+/// Whether the images hold pages of any object.
 pub(super) fn any_filled(objects: &[Object]) -> bool {
     objects.iter().any(|object| object.memory.is_some())
 }
 
-/// Fills all objects, and tells `free` what was.
+/// Fills all objects, and reports the pages to `free`.
 ///
 /// # Errors
-/// [`RestoreError::Object`], and what keeps the chain from being read.
+/// [`RestoreError::Object`]; errors of the chain.
 pub(super) fn fill(objects: &[Object], free: Option<&Free>) -> Result<()> {
     for object in objects {
         let Some(memory) = &object.memory else { continue };
         let failed = |source| RestoreError::Object { shmid: object.shmid, step: "fill", source };
         let target = Target::new(&object.file).map_err(failed)?;
-        // The last page may be in the object in part only.
+        // The object may end within its last page.
         let size = object.file.metadata().map_err(failed)?.len();
         let all = PageIndex(0)..PageIndex::END;
         let chunks = Chunks::new(memory, std::slice::from_ref(&all));
-        // The kernel lets one thread write to a file at a time; the others would burn
-        // time that whoever fills private memory needs.
+        // The kernel lets one thread at a time write to a file; other threads would only
+        // take processor time from those that fill private memory.
         let writing = Mutex::new(());
         chunks.try_each(|chunk, buffer| {
             buffer.resize(usize::try_from(page_bytes(chunk.pages)).expect("a chunk"), 0);
@@ -126,7 +126,7 @@ pub(super) fn fill(objects: &[Object], free: Option<&Free>) -> Result<()> {
     Ok(())
 }
 
-/// Where the bytes of an object are written.
+/// Where the bytes of an object go.
 enum Target<'a> {
     File(&'a File),
     Mapping(MmapRaw),
@@ -137,8 +137,8 @@ impl<'a> Target<'a> {
         if fstatfs(file)?.filesystem_type() != HUGETLBFS_MAGIC {
             return Ok(Self::File(file));
         }
-        // Files of huge pages cannot be written to, but their memory can. Whoever maps it
-        // for good reserves its pages.
+        // Files of huge pages cannot be written, but mapped. The mappings of the tree
+        // reserve the pages.
         MmapOptions::new().no_reserve_swap().map_raw(file).map(Self::Mapping)
     }
 
@@ -146,7 +146,7 @@ impl<'a> Target<'a> {
         match self {
             Self::File(file) => file.write_all_at(bytes, offset),
             Self::Mapping(mapping) => {
-                // By the kernel, which says so where there is no page to be had.
+                // The kernel writes, and reports if there is no huge page left.
                 let own = HostPid(nix::unistd::getpid().as_raw());
                 let start = mapping.as_mut_ptr().addr() as u64;
                 Ok(process::write_memory(own, RemoteAddr(start + offset), bytes)?)

@@ -1,6 +1,6 @@
-//! What a restore is asked to do: a group of options for each phase or kind that reads some.
+//! The options of a restore: one group for each phase or kind that reads some of them.
 //!
-//! [`run`](super::run) takes them apart and hands each group to its reader, and nothing else.
+//! [`run`](super::run) takes the groups apart and hands each to its reader only.
 
 use std::path::PathBuf;
 
@@ -11,7 +11,7 @@ use crate::{
     track,
 };
 
-/// What a restore is asked to do.
+/// The options of a restore.
 ///
 /// Paths are as the user gave them, relative to the current directory.
 #[derive(Clone, Debug)]
@@ -33,37 +33,37 @@ pub struct Options {
 pub struct Store {
     /// The directory of the images.
     pub(crate) images_dir: PathBuf,
-    /// Free in the images what has been restored (`--auto-dedup`).
+    /// Free the restored pages in the images (`--auto-dedup`).
     pub(crate) free: Option<AutoDedup>,
 }
 
-/// How the tree is related to this program.
+/// How the tree relates to this program.
 #[derive(Clone, Copy, Debug)]
 #[cfg_attr(test, derive(PartialEq, Eq))]
 pub struct Relations {
-    /// It takes part in the session and the process group of this program (`--shell-job`).
+    /// It joins the session and the process group of this program (`--shell-job`).
     pub(crate) shell_job: bool,
     /// Its root becomes a child of this program's parent (`--restore-sibling`).
     pub(crate) sibling: bool,
 }
 
-/// How the tree is let go.
+/// How the tree is released.
 #[derive(Clone, Debug)]
 #[cfg_attr(test, derive(PartialEq, Eq))]
 pub struct Release {
     /// It stays stopped (`--leave-stopped`).
     pub(crate) stopped: bool,
-    /// Return when it has ended, and not as soon as it runs.
+    /// Return when the root has ended, rather than as soon as it runs.
     pub(crate) wait: bool,
     /// The file for the pid of its root.
     pub(crate) pidfile: Option<PathBuf>,
 }
 
-/// When bytes that have been restored are freed in the images.
+/// When restored pages are freed in the images.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AutoDedup {
-    /// When the whole restore has succeeded.
+    /// After the whole restore has succeeded.
     Commit,
-    /// As the restore goes; if it fails, the images are of no use any more.
+    /// During the restore; if that fails, the images are useless.
     Now,
 }

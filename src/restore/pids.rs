@@ -1,4 +1,4 @@
-//! Whether the numbers of a tree are free, and waiting for those that are about to be.
+//! Checks that the pids of a tree are free, and waits for those that are about to be.
 
 use std::{
     thread,
@@ -8,63 +8,63 @@ use std::{
 use super::{RestoreError, Result};
 use crate::{proc, sys::process, units::HostPid};
 
-/// How long to wait for what is on its way out: the first process of some machines looks
-/// for dead orphans every second or two.
+/// How long to wait for a process that is exiting: on some machines init reaps orphans only
+/// every second or two.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// How long to wait for who holds a dead child, which may be about to look at it.
+/// How long to wait for the parent of a zombie, which may be about to reap it.
 const SHORT_PATIENCE: Duration = Duration::from_millis(500);
 
-/// How long to wait for a process that lives: one that was killed a moment ago is neither
-/// pending to be killed nor exiting, until it gets a processor.
+/// How long to wait for a live process: one that was killed a moment ago shows neither a
+/// pending SIGKILL nor that it exits, until it gets a processor.
 const GRACE: Duration = Duration::from_millis(100);
 
-/// How long to sleep between two looks.
+/// The pause between two checks.
 const NAP: Duration = Duration::from_millis(2);
 
-/// `SIGKILL` in a set of signals.
+/// `SIGKILL` in a signal set.
 const KILL_BIT: u64 = 1 << (nix::libc::SIGKILL - 1);
 
-/// The process that orphans come to.
+/// The process that inherits orphans.
 const INIT: i32 = 1;
 
-/// What is to become of who has a number.
+/// What will happen to the holder of a pid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Prospect {
-    /// It goes by itself.
+    /// It is about to go.
     Leaves,
-    /// It is dead, and goes when its parent looks.
+    /// It is a zombie, and goes when its parent reaps it.
     Held,
     /// It stays.
     Stays,
 }
 
-/// Who has a number.
+/// The process that holds a pid.
 #[derive(Debug)]
 struct Holder {
     /// The process.
     pid: HostPid,
     prospect: Prospect,
-    /// More about it, to follow its name.
+    /// More about it, to follow its name in messages.
     state: String,
 }
 
-/// Waiting with an end.
+/// A wait with a deadline.
 #[derive(Debug)]
 pub(super) struct Waiting {
     begin: Instant,
 }
 
 impl Waiting {
-    /// Begins.
+    /// Starts the deadline.
     pub(super) fn begin() -> Self {
         Self { begin: Instant::now() }
     }
 
-    /// Waits until there is no process or thread of a number.
+    /// Waits until no process or thread has this pid.
     ///
     /// # Errors
-    /// [`RestoreError::PidInUse`] if one stays.
+    /// [`RestoreError::PidInUse`] if one keeps it.
     pub(super) fn until_free(&self, pid: HostPid) -> Result<()> {
         while process::exists(pid) {
             self.nap(pid)?;
@@ -72,10 +72,10 @@ impl Waiting {
         Ok(())
     }
 
-    /// Sleeps for a moment, if who has a number may be gone afterwards.
+    /// Sleeps for a moment, if the holder of a pid may be gone afterwards.
     ///
     /// # Errors
-    /// [`RestoreError::PidInUse`] if it stays.
+    /// [`RestoreError::PidInUse`] if it keeps the pid.
     pub(super) fn nap(&self, pid: HostPid) -> Result<()> {
         let holder = holder(pid);
         let patience = match holder.as_ref().map(|holder| holder.prospect) {
@@ -100,10 +100,10 @@ fn name(pid: HostPid) -> String {
         .map_or_else(|_| "unknown".into(), |name| String::from_utf8_lossy(&name).into_owned())
 }
 
-/// Returns who has a number: as its own, or as that of its session or group.
+/// Returns the holder of a pid: as its own pid, or as that of its session or group.
 fn holder(pid: HostPid) -> Option<Holder> {
     if process::exists(pid) {
-        // A thread has a directory, too, though it is not listed.
+        // A thread has a directory in `/proc`, too, but is not listed there.
         let status = proc::status(pid).ok()?;
         return Some(of_process(status.tgid, ""));
     }
@@ -111,7 +111,7 @@ fn holder(pid: HostPid) -> Option<Holder> {
         proc::stat(*member).is_ok_and(|stat| stat.session == pid || stat.pgrp == pid)
     });
     let holders = members.map(|member| of_process(member, ", whose session or group it is"));
-    // Whoever stays longest.
+    // The holder that stays longest.
     holders.max_by_key(|holder| holder.prospect)
 }
 
@@ -131,13 +131,13 @@ fn of_process(pid: HostPid, relation: &str) -> Holder {
     if lives {
         return Holder { pid, prospect: Prospect::Stays, state: relation.into() };
     }
-    // A leader is a zombie for as long as other threads end.
+    // A leader remains a zombie while other threads exit.
     if stat.state != 'Z' || threads.len() > 1 {
         return leaves(format!("{relation}, which is ending"));
     }
     let parent = stat.ppid;
     let state = format!(
-        "{relation}, which is dead but was not yet waited for by its parent, process {parent} ({})",
+        "{relation}, a zombie that its parent, process {parent} ({}), has not reaped yet",
         name(parent)
     );
     let prospect = if parent.0 == INIT { Prospect::Leaves } else { Prospect::Held };

@@ -1,4 +1,4 @@
-//! What is to be restored: the images of a tree, read and checked.
+//! The plan of a restore: the images of a tree, read and checked.
 
 use std::{path::Path, sync::Arc, time::Duration};
 
@@ -33,7 +33,7 @@ pub(super) struct TaskPlan {
     pub(super) session: NsPid,
     /// Its threads, the leader first.
     pub(super) threads: Vec<ThreadPlan>,
-    /// What it has if it lives.
+    /// The rest, if it is alive.
     pub(super) body: Option<Body>,
 }
 
@@ -44,16 +44,16 @@ pub(super) struct ThreadPlan {
     pub(super) core: proto::CoreEntry,
 }
 
-/// What a process has that has not ended.
+/// The state of a process that has not ended.
 #[derive(Debug)]
 pub(super) struct Body {
     pub(super) mm: proto::MmEntry,
-    /// Its mappings, ascending, and its ranges of guard pages.
+    /// Its mappings and its ranges of guard pages, ascending.
     pub(super) vmas: Vec<proto::VmaEntry>,
     pub(super) guards: Vec<proto::VmaEntry>,
     pub(super) fs: proto::FsEntry,
     pub(super) fds: Vec<proto::FdinfoEntry>,
-    /// Its private memory, by address, unless it has that of another one before it.
+    /// Its private memory by address, unless it shares that of an earlier process.
     pub(super) memory: Option<MemoryBytes>,
 }
 
@@ -63,13 +63,13 @@ impl TaskPlan {
         &self.threads[0].core
     }
 
-    /// Returns the signal by which its end is told to its parent; 0 for none.
+    /// Returns the signal that tells its parent of its end; 0 for none.
     pub(super) fn exit_signal(&self) -> u32 {
         let stored = self.core().tc.as_ref().and_then(|task| task.rcriu_exit_signal);
         stored.unwrap_or(nix::libc::SIGCHLD.cast_unsigned())
     }
 
-    /// Returns what concerns its files, if it lives.
+    /// Returns its part in the files of the tree, if it is alive.
     fn file_user(&self) -> Option<file::FileUser<'_>> {
         let body = self.body.as_ref()?;
         let creds = self.core().thread_core.as_ref().and_then(|core| core.creds.as_ref());
@@ -89,19 +89,19 @@ pub(super) struct Plan {
     pub(super) tasks: Vec<TaskPlan>,
     pub(super) files: Vec<proto::FileEntry>,
     pub(super) births: Births,
-    /// What processes have in common.
+    /// What processes share.
     pub(super) arenas: Arenas,
-    /// Which process here each number in the images is.
+    /// Translates pids of the images to pids here.
     pub(super) pids: PidMap,
     pub(super) chain: Arc<Chain>,
     pub(super) snapshot: SnapshotId,
-    /// The namespaces that it is to have for itself.
+    /// The namespaces that the tree gets for itself.
     pub(super) namespaces: ns::Wanted,
-    /// What it is to have in common.
+    /// State of the whole tree.
     pub(super) common: Vec<Box<dyn common::Restorer>>,
-    /// What the dumper says of itself.
+    /// The inventory, in which the dump describes itself.
     inventory: proto::InventoryEntry,
-    /// The clock since the start of the machine when the tree was dumped, if it is known.
+    /// The time since boot at the dump, if known.
     uptime: Option<Duration>,
 }
 
@@ -111,7 +111,8 @@ impl Plan {
         self.chain.images(self.snapshot)
     }
 
-    /// Returns what opens the files of the tree, and gives them to its processes.
+    /// Returns the installer, which opens the files of the tree and gives them to its
+    /// processes.
     pub(super) fn installer(&self, options: &RestoreOptions) -> Installer<'_> {
         let threads = self.tasks.iter().flat_map(|task| &task.threads);
         let numbers = threads.map(|thread| thread.tid).collect();
@@ -128,11 +129,11 @@ impl Plan {
         place::of_file(id, &self.files, uses)
     }
 
-    /// Reads the images in `dir`, after keeping others from changing them, or from
-    /// using them if this program changes them.
+    /// Reads the images in `dir`. Locks them against changes, or against any use if the
+    /// restore changes them.
     ///
     /// # Errors
-    /// What is missing, malformed or contradictory; who changes them now.
+    /// A missing, malformed or contradictory image; a program that holds the lock.
     pub(super) fn read(
         dir: &Path,
         relations: Relations,
@@ -159,7 +160,7 @@ impl Plan {
         let canonical = dir.canonicalize().map_err(|error| problem(error.to_string()))?;
         let chain = Arc::new(Chain::open(&canonical)?);
         let snapshot =
-            chain.at(&canonical).ok_or_else(|| problem("it is no image directory".into()))?;
+            chain.at(&canonical).ok_or_else(|| problem("it is not an image directory".into()))?;
         if let Some(base) = chain.snapshot(chain.base(snapshot)).directory() {
             lock(base)?;
         }
@@ -197,14 +198,15 @@ impl Plan {
         Ok(plan)
     }
 
-    /// Finds the memory of a process.
+    /// Plans a process, and finds its memory.
     fn task(&self, task: tree::Task, position: usize, all: &[Kin]) -> Result<TaskPlan> {
         let kin = all[position];
         let threads = task.threads.into_iter();
         let threads =
             threads.map(|(tid, core)| ThreadPlan { tid: NsPid::of_image(tid), core }).collect();
         let body = task.body.map(|body| -> Result<Body> {
-            // Of those who share memory, one has it in the images, and the first gets it.
+            // Among processes that share memory, one has it in the images, and the first
+            // gets it.
             let mut memory = None;
             if self.arenas.owns(Arena::Memory, position) {
                 for sharer in self.arenas.sharers(Arena::Memory, position) {
@@ -228,7 +230,7 @@ impl Plan {
         })
     }
 
-    /// Returns the private memory that is stored of a process.
+    /// Returns the stored private memory of a process.
     fn memory_of(&self, pid: NsPid) -> Result<Option<MemoryBytes>> {
         match self.chain.index(self.snapshot, MemoryId::Private(pid.image().into())) {
             Ok(index) => {
@@ -240,26 +242,26 @@ impl Plan {
         }
     }
 
-    /// Checks that every number is free, or waits until it is.
+    /// Checks that every pid is free, or waits until it is.
     fn check_pids(&self) -> Result<()> {
         let waiting = Waiting::begin();
         let mut threads = self.tasks.iter().flat_map(|task| &task.threads);
         threads.try_for_each(|thread| waiting.until_free(self.host(thread.tid)))
     }
 
-    /// Returns which process or thread here a number in the images is.
+    /// Returns the pid here for a pid of the images.
     pub(super) fn host(&self, pid: NsPid) -> HostPid {
         self.pids.host(pid)
     }
 
-    /// Returns how far the clocks that begin with the machine have gone back since the
-    /// dump: in another time namespace, on another machine, after another start.
+    /// Returns how far the clocks that start at boot are behind those of the dump: after a
+    /// reboot, on another machine, or in another time namespace.
     pub(super) fn clocks_lost(&self) -> Option<Duration> {
         let now = clock_gettime(ClockId::CLOCK_BOOTTIME).ok()?;
         self.uptime?.checked_sub(Duration::from(now)).filter(|lost| !lost.is_zero())
     }
 
-    /// Finds what the tree has in common.
+    /// Prepares the state of the whole tree.
     ///
     /// # Errors
     /// What is missing.
@@ -272,27 +274,30 @@ impl Plan {
         Ok(())
     }
 
-    /// Whether the leader of a session or group is no process of the tree.
+    /// Whether the leader of a session or group is not a process of the tree.
     pub(super) fn is_outside(&self, leader: NsPid) -> bool {
         !self.tasks.iter().any(|task| task.pid == leader)
     }
 }
 
-/// Returns what decides who makes a process.
+/// Returns what decides which process makes this one.
 fn kin(task: &tree::Task) -> Kin {
     let (pid, session) = (NsPid::of_image(task.entry.pid), NsPid::of_image(task.entry.sid));
     Kin { pid, parent: task.parent, session, ids: task.ids }
 }
 
-/// Checks that the images hold what can be restored.
+/// Checks that a restore supports everything that the images hold.
 fn require_sound(dir: &Path, problems: &[tree::Problem]) -> Result<()> {
-    // What is wrong comes before what is merely not restored.
+    // Defects come before unsupported state.
     let worst = problems.iter().find(|problem| problem.is_broken).or(problems.first());
     let Some(worst) = worst else { return Ok(()) };
     let mut problem = worst.to_string();
     if problems.len() > 1 {
         let more = problems.len() - 1;
-        problem.push_str(&format!("; and {more} more: `imgfs check {}` tells all", dir.display()));
+        problem.push_str(&format!(
+            " (and {more} more problems)\nhelp: `imgfs check {}` lists all of them",
+            dir.display()
+        ));
     }
     Err(StepError::Directory { path: dir.to_owned(), problem }.into())
 }

@@ -1,4 +1,5 @@
-//! The end of a restore: the dead end, stops are told, and the processes are let go.
+//! The last phase of a restore: dead processes end, parents learn of stopped children, and
+//! the processes are released.
 
 use nix::libc;
 
@@ -23,15 +24,15 @@ use crate::{
 };
 
 impl Puppets<'_> {
-    /// Lets the helpers end, and those processes that are dead in the images, and takes
-    /// away the signs of it. All signals have their default actions still: a parent that
-    /// ignores the deaths of its children would have no zombies.
+    /// Ends the helpers and the processes that are dead in the images, and removes the
+    /// traces of their ends. All signals still have their default actions: a parent that
+    /// ignored the deaths of its children would get no zombies.
     ///
     /// # Errors
     /// [`StepError::Inject`].
     pub(super) fn end_the_dead(&mut self) -> Result<()> {
         let scratch = self.scratch;
-        // One that is to be dead may have made a helper, and has to wait for it.
+        // A process that is to be dead may have made a helper, and has to wait for it.
         let helpers = std::mem::take(&mut self.helpers);
         for helper in &helpers {
             let pid = self.plan.host(helper.pid);
@@ -48,7 +49,7 @@ impl Puppets<'_> {
                     let puppet = self.tasks[position].as_mut().expect("all were made");
                     scratch.run(&mut puppet.threads[0], &script)?;
                 }
-                // A child of ours was reaped when it was waited for.
+                // A child of this program is reaped when it is waited for.
                 Maker::Director | Maker::Helper(_) => {}
             }
         }
@@ -67,7 +68,7 @@ impl Puppets<'_> {
                 let name = script.bytes(&name);
                 let arguments = [libc::PR_SET_NAME.into(), name.into()];
                 script.call("set the name", libc::SYS_prctl, &arguments);
-                // No core file is to be left of a death that has been.
+                // This death must not leave a core file.
                 let arguments = [libc::PR_SET_DUMPABLE.into(), 0.into()];
                 script.call("forbid core files", libc::SYS_prctl, &arguments);
             }
@@ -77,7 +78,7 @@ impl Puppets<'_> {
         self.forget_deaths()
     }
 
-    /// Takes away the signals by which processes were told of deaths.
+    /// Removes the signals that told processes of deaths.
     fn forget_deaths(&mut self) -> Result<()> {
         let scratch = self.scratch;
         for (task, puppet) in self.plan.tasks.iter().zip(&mut self.tasks) {
@@ -102,19 +103,19 @@ impl Puppets<'_> {
         task.body.is_some() && (self.leave_stopped || task.state() == STOPPED)
     }
 
-    /// Whether children of a task are to be stopped when it goes on.
+    /// Whether children of a task must be stopped before it runs.
     pub(super) fn awaits_stops(&self, position: usize) -> bool {
         let mut tasks = self.plan.tasks.iter();
         tasks.any(|task| task.parent == Some(position) && self.stays_stopped(task))
     }
 
-    /// Takes the scratch memory out of a task, unless another one has the same memory and still
-    /// needs it, and gives its threads their registers.
+    /// Unmaps the scratch memory of a task, unless another task shares the memory and still
+    /// needs it, and gives the task's threads their registers.
     ///
     /// # Errors
     /// [`StepError::Inject`], [`StepError::State`].
     pub(super) fn dress(&mut self, position: usize) -> Result<()> {
-        // It is unmapped when the last of those who share the memory needs it no more.
+        // The last sharer that needs the scratch memory unmaps it.
         let mut sharers = self.plan.arenas.sharers(Arena::Memory, position);
         let is_needed = sharers.any(|other| {
             other != position && self.tasks[other].as_ref().is_some_and(|other| !other.is_dressed)
@@ -133,8 +134,8 @@ impl Puppets<'_> {
         Ok(())
     }
 
-    /// Ends the first thread of a task, whose other threads live. This program lets go of it
-    /// before: one that is traced is told of as ended to its tracer alone.
+    /// Ends the first thread of a task whose other threads live. The tracer detaches from
+    /// it first: the kernel reports the end of a traced thread only to its tracer.
     ///
     /// # Errors
     /// [`StepError::Inject`], [`StepError::Process`].
@@ -149,8 +150,8 @@ impl Puppets<'_> {
         Ok(())
     }
 
-    /// Lets a task see that its children have stopped, as far as it was told before, and
-    /// takes away the signals by which it is told again.
+    /// Lets a task see which of its children have stopped, if it saw that before the dump,
+    /// and removes the signals that report it again.
     fn tell_of_stops(&mut self, position: usize) -> Result<()> {
         let plan = self.plan;
         let task = &plan.tasks[position];
@@ -162,7 +163,7 @@ impl Puppets<'_> {
             }
             signals.push(child.exit_signal());
             let told = child.core().tc.as_ref().and_then(|core| core.rcriu_stop_told);
-            // CRIU's images do not say; most parents look at once.
+            // Images of CRIU do not record it; most parents wait at once.
             if child.state() != STOPPED || told != Some(false) {
                 stops::tell(child.pid, &mut script);
             }
@@ -182,11 +183,11 @@ impl Puppets<'_> {
         Ok(())
     }
 
-    /// Lets all processes go: children before their parents, and first those that stay
-    /// stopped, so that their parents find them as they were.
+    /// Releases all processes: children before their parents, and first those that stay
+    /// stopped, so that their parents find them stopped.
     ///
     /// # Errors
-    /// [`StepError::Process`]; processes that were let go by then run on.
+    /// [`StepError::Process`]; processes that were released by then run on.
     pub(super) fn release(mut self) -> Result<()> {
         self.released = true;
         let plan = self.plan;
@@ -224,7 +225,7 @@ impl Puppets<'_> {
 }
 
 impl Drop for Puppets<'_> {
-    /// Ends all processes, unless they were let go.
+    /// Kills all processes, unless they were released.
     fn drop(&mut self) {
         if self.released {
             return;
@@ -240,8 +241,8 @@ impl Drop for Puppets<'_> {
             let _ = signal(*pid, libc::SIGKILL);
         }
         for pid in &pids {
-            // The kernel tells of the end of a leader only after all its threads,
-            // which are ours to wait for, are gone.
+            // The kernel reports the end of a leader only after all of its threads are
+            // gone, for which this program has to wait.
             for tid in proc::threads(*pid).unwrap_or_default() {
                 if tid != *pid {
                     let _ = await_end(tid);
@@ -249,8 +250,8 @@ impl Drop for Puppets<'_> {
             }
             let _ = await_end(*pid);
         }
-        // Those whose parents have died with them are children of this program now,
-        // which is a subreaper.
+        // Processes whose parents have died with them are now children of this program, a
+        // subreaper.
         for pid in &pids {
             let _ = await_end(*pid);
         }

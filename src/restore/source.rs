@@ -1,4 +1,4 @@
-//! Where the images are when they are seen through a mount.
+//! Finds the image directory behind a mount.
 
 use std::{
     ffi::OsString,
@@ -16,15 +16,15 @@ use crate::{
     sys::xattr,
 };
 
-/// The largest inventory that is read: real ones have less than a page.
+/// The largest inventory that is read: real ones are smaller than a page.
 const INVENTORY_LIMIT_BYTES: u64 = 64 << 20;
 
-/// Returns the image directory that `dir` shows, if it is one of a mount of `imgfs`
-/// and the same snapshot is found where the mount says: its bytes need not go through
-/// another process then.
+/// Returns the image directory that `dir` shows, if `dir` belongs to a mount of `imgfs` and
+/// the directory that the mount names has the same snapshot. Then the restore reads the
+/// images directly, rather than through another process.
 ///
-/// The mount may be of another mount namespace, or served by somebody who says what
-/// is not so: the inventories, in which the time of the dump is, must be the same.
+/// The mount may be from another mount namespace, or its daemon may lie. So the
+/// inventories, which contain the time of the dump, must be equal.
 pub(super) fn behind_mount(dir: &Path) -> Option<PathBuf> {
     let value = attribute(dir, DIRECTORY_XATTR)?;
     let behind = PathBuf::from(OsString::from_vec(value));
@@ -40,24 +40,23 @@ pub(super) fn behind_mount(dir: &Path) -> Option<PathBuf> {
     Some(behind)
 }
 
-/// What a mount of `imgfs` does with pages that are punched.
+/// What a mount of `imgfs` does with punched pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Punches {
     /// It frees them.
     Now,
-    /// It notes them, and frees them when `imgfs commit` says so.
+    /// It records them, and frees them on `imgfs commit`.
     OnCommit,
 }
 
-/// Returns what becomes of pages that are punched, if `dir` is the root of a mount of
-/// `imgfs` that takes such requests.
+/// Returns what happens to punched pages, if `dir` is the root of a mount of `imgfs` that
+/// supports punching.
 pub(super) fn punches(dir: &Path) -> Option<Punches> {
     let mode = attribute(dir, PUNCH_XATTR)?;
     Some(if mode == PUNCH_ON_COMMIT.as_bytes() { Punches::OnCommit } else { Punches::Now })
 }
 
-/// Checks that no page of what a mount of `imgfs` shows was freed, which cannot be seen
-/// in its pagemaps.
+/// Checks that no page in a mount of `imgfs` was freed: its pagemaps do not show that.
 ///
 /// # Errors
 /// [`StepError::Directory`].
@@ -67,7 +66,7 @@ pub(super) fn require_whole(dir: &Path) -> Result<()> {
     Err(StepError::Directory { path: dir.to_owned(), problem }.into())
 }
 
-/// Returns an attribute of the root of a mount.
+/// Returns an extended attribute of the root of a mount.
 fn attribute(dir: &Path, name: &str) -> Option<Vec<u8>> {
     (statfs(dir).ok()?.filesystem_type() == FUSE_SUPER_MAGIC).then_some(())?;
     xattr::get(dir, name).ok()

@@ -1,4 +1,4 @@
-//! How long a restore took and what it wrote.
+//! Statistics of a restore.
 
 use std::time::{Duration, Instant};
 
@@ -24,18 +24,18 @@ impl Stats {
         }
     }
 
-    /// Notes that all processes exist, with their memory.
+    /// Records that all processes exist, with their memory.
     pub(super) fn forked(&mut self, filled: Filled) {
         self.forking = self.begin.elapsed();
         self.filled = filled;
     }
 
-    /// Notes that the tree runs.
+    /// Records that the tree runs.
     pub(super) fn restored(&mut self) {
         self.restore = self.begin.elapsed();
     }
 
-    /// Writes the statistics, and prints them if the user wants that.
+    /// Writes the statistics, and prints them if requested.
     pub(super) fn finish(&self, options: &Options) {
         let micros = |time: Duration| u32::try_from(time.as_micros()).unwrap_or(u32::MAX);
         let restore = proto::RestoreStatsEntry {

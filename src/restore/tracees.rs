@@ -1,4 +1,5 @@
-//! Single processes and threads of a restore: taken over, waited for and ended.
+//! Single processes and threads of a restore: how they are taken over, waited for and
+//! ended.
 
 use std::{
     thread,
@@ -20,13 +21,13 @@ use crate::{
     units::{HostPid, NsPid},
 };
 
-/// How long a process that is to be stopped may take for it.
+/// How long a process may take to stop.
 const REST_PATIENCE: Duration = Duration::from_secs(1);
 
-/// How long to sleep between two looks at it.
+/// The pause between two checks.
 const REST_NAP: Duration = Duration::from_micros(100);
 
-/// Takes over a process that was made by [`process::spawn_sleeper`].
+/// Attaches to a process that [`process::spawn_sleeper`] made.
 pub(super) fn adopt_sleeper(pid: HostPid) -> Result<Tracee> {
     let trace = |step| move |source| StepError::Process { pid, step, source };
     let adopted = (|| {
@@ -65,7 +66,7 @@ fn await_stop(tid: HostPid) -> Result<Tracee> {
     }
 }
 
-/// Lets a puppet make a process or thread of this number, in the images and here.
+/// Makes a puppet create a process or thread with this pid, in the images and here.
 pub(super) fn make(
     scratch: &Scratch,
     maker: &mut Tracee,
@@ -97,7 +98,7 @@ pub(super) fn make(
     }
 }
 
-/// Ends a puppet so that its parent finds this status (`wait(2)`).
+/// Ends a puppet with this wait status (`wait(2)`).
 pub(super) fn end(scratch: &Scratch, leader: &mut Tracee, status: u32) -> Result<()> {
     let pid = leader.tid;
     let trace = |step| move |source| StepError::Process { pid, step, source };
@@ -107,7 +108,7 @@ pub(super) fn end(scratch: &Scratch, leader: &mut Tracee, status: u32) -> Result
         script.call("exit", libc::SYS_exit_group, &[(status >> 8 & 0xff).into()]);
         scratch.start(leader, &script)?;
     } else {
-        // It is stopped, and goes on with the signal that ended it.
+        // The thread is stopped, and continues with the signal that ends it.
         ptrace::set_signal_mask(pid, 0).map_err(trace("unblock the signals of"))?;
         ptrace::resume(pid, number).map_err(trace("resume"))?;
     }
@@ -124,7 +125,7 @@ pub(super) fn signal(pid: HostPid, number: i32) -> Result<()> {
     Ok(process::signal(pid, number).map_err(failed)?)
 }
 
-/// Waits until a tracee that was killed is gone.
+/// Waits until a killed tracee is gone.
 pub(super) fn await_end(pid: HostPid) -> Result<()> {
     loop {
         match ptrace::wait(pid) {
@@ -135,8 +136,8 @@ pub(super) fn await_end(pid: HostPid) -> Result<()> {
     }
 }
 
-/// Waits until a process or thread that was let go has come to rest, unless somebody makes
-/// it go on.
+/// Waits until a released process or thread is in a state that `rests` accepts; gives up
+/// after [`REST_PATIENCE`], since another process may have continued it.
 pub(super) fn await_state(tid: HostPid, rests: impl Fn(char) -> bool) {
     let deadline = Instant::now() + REST_PATIENCE;
     let runs = |stat: proc::Stat| !rests(stat.state);

@@ -1,4 +1,4 @@
-//! Tracking of changes from the restore on, for a dump into the same chain.
+//! Tracking from the restore on, for a dump into the same chain.
 
 use std::collections::BTreeMap;
 
@@ -13,19 +13,18 @@ use crate::{
     track::{Hindrance, Options, TrackError, Watch},
 };
 
-/// The tracking of all processes, which begins with the snapshot `since`.
+/// The tracking of all processes, from the snapshot `since` on.
 #[derive(Debug)]
 pub(super) struct Tracking {
     since: String,
     watches: Vec<Watch>,
 }
 
-/// Begins to track all processes; none has run yet. `None` if that is not wanted, or
-/// the snapshot has nothing to tell it by.
+/// Starts to track all processes; none has run yet. `None` if tracking is not requested, or
+/// the snapshot has no id.
 ///
 /// # Errors
-/// An inventory that cannot be read. What cannot be tracked costs the next dump time
-/// and nothing else.
+/// An unreadable inventory. If memory cannot be tracked, the next dump only takes longer.
 pub(super) fn begin(
     options: Options,
     plan: &Plan,
@@ -79,7 +78,7 @@ pub(super) fn begin(
 }
 
 impl Tracking {
-    /// Lets changes be told since the snapshot; the processes run.
+    /// Lets changes count from the snapshot on; the processes run.
     pub(super) fn commit(self) {
         for watch in self.watches {
             if let Err(error) = watch.commit(&self.since, None) {

@@ -1,4 +1,4 @@
-//! Making the processes of a tree, each by the one that is to make it ([`crate::image::tree::Births`]).
+//! Makes the processes of a tree, each by its maker ([`crate::image::tree::Births`]).
 
 use std::collections::HashMap;
 
@@ -26,42 +26,42 @@ use crate::{
     units::NsPid,
 };
 
-/// `CLONE_CLEAR_SIGHAND` (`linux/sched.h`, since Linux 5.5): all handlers at their
+/// `CLONE_CLEAR_SIGHAND` (`linux/sched.h`, since Linux 5.5): resets all handlers to the
 /// defaults.
 const CLONE_CLEAR_SIGHAND: u64 = 1 << 32;
 
 /// The new process is a child of its maker's parent.
 const CLONE_PARENT: u64 = libc::CLONE_PARENT.cast_unsigned() as u64;
 
-/// By which processes that are made for the restore tell their ends.
+/// The exit signal of processes that are made for the restore.
 pub(super) const SIGCHLD: u32 = libc::SIGCHLD.cast_unsigned();
 
-/// A process while it is restored.
+/// A process during the restore.
 #[derive(Debug)]
 pub(super) struct Puppet {
-    /// Its threads that exist, the leader first.
+    /// The threads that exist, the leader first.
     pub(super) threads: Vec<Tracee>,
-    /// Whether its threads have the registers with which they go on.
+    /// Whether its threads have the registers to run with.
     pub(super) is_dressed: bool,
-    /// What it kept of the address space that it inherited.
+    /// What it keeps of the inherited address space.
     pub(super) layout: Layout,
-    /// The task whose memory it inherited.
+    /// The task from which it inherited its memory.
     inherited: Option<usize>,
 }
 
-/// A helper while it exists.
+/// A helper process that exists.
 #[derive(Debug)]
 pub(super) struct Helper {
     pub(super) pid: NsPid,
     pub(super) maker: Maker,
 }
 
-/// The processes of a tree while it is restored. If it is dropped, they end.
+/// The processes of a tree during the restore. Dropping this kills them.
 #[derive(Debug)]
 pub(super) struct Puppets<'a> {
     pub(super) plan: &'a Plan,
     births: Births,
-    /// In the order of the plan's tasks, as far as they were made.
+    /// In the order of the plan's tasks; `None` until made.
     pub(super) tasks: Vec<Option<Puppet>>,
     pub(super) helpers: Vec<Helper>,
     pub(super) scratch: Scratch,
@@ -78,7 +78,7 @@ pub(super) struct Workshop<'a> {
     /// Returns the descriptor for a mapping of a file.
     pub(super) file: &'a dyn Fn(&VmaEntry) -> Result<i32>,
     pub(super) relations: Relations,
-    /// Who frees in the images what is in place.
+    /// Frees the restored pages in the images.
     pub(super) free: Option<&'a Free>,
     /// All processes stay stopped.
     pub(super) leave_stopped: bool,
@@ -88,7 +88,7 @@ impl<'a> Puppets<'a> {
     /// Makes all processes of the plan, with their memory in place.
     ///
     /// # Errors
-    /// Whatever fails; no process is left then.
+    /// The first failure; then no process is left.
     pub(super) fn make(plan: &'a Plan, workshop: &Workshop) -> Result<Self> {
         let births = plan.births.clone();
         for helper in &births.helpers {
@@ -111,7 +111,7 @@ impl<'a> Puppets<'a> {
         };
         puppets.make_root(workshop)?;
         fault::hit(Point::RestoreRoot)?;
-        // Tasks are in an order in which makers come before those they make.
+        // The plan has makers before the processes that they make.
         for position in 0..plan.tasks.len() {
             puppets.populate(position, workshop)?;
             puppets.make_children(position)?;
@@ -122,7 +122,7 @@ impl<'a> Puppets<'a> {
         Ok(puppets)
     }
 
-    /// Makes the first process out of a copy of this program.
+    /// Makes the first process from a copy of this program.
     fn make_root(&mut self, workshop: &Workshop) -> Result<()> {
         let birth = self.births.tasks[0].expect("all were planned");
         let (pid, flags) = match birth.maker {
@@ -139,7 +139,7 @@ impl<'a> Puppets<'a> {
         loop {
             match process::spawn_sleeper(pid, flags) {
                 Ok(_) => break,
-                // A session or group may still have it.
+                // A session or group may still have this id.
                 Err(Errno::EEXIST) => waiting.nap(pid)?,
                 Err(source) => {
                     return Err(match namespaces.names() {
@@ -150,7 +150,7 @@ impl<'a> Puppets<'a> {
             }
         }
         let mut first = adopt_sleeper(pid)?;
-        // What this program's memory has to do with the thread would be in the way.
+        // Memory that belongs to this program's thread would be in the way.
         let mappings = proc::maps(pid)?;
         let place = crate::units::RemoteAddr(workshop.place);
         let rseq = first.rseq;
@@ -253,7 +253,7 @@ impl<'a> Puppets<'a> {
         maker: &mut Tracee,
     ) -> Result<()> {
         let own = Maker::Task(position);
-        // One that is to be dead keeps the memory that it has inherited until then.
+        // A process that is to be dead keeps the inherited memory until then.
         let memory = match self.plan.tasks[position].body {
             Some(_) => Some(self.plan.arenas.owner(Arena::Memory, position)),
             None => inherited,
@@ -308,8 +308,8 @@ impl<'a> Puppets<'a> {
         Ok(())
     }
 
-    /// Makes a process with this pid; `shared` are the flags of `clone(2)` for what it has in
-    /// common with its maker.
+    /// Makes a process with this pid; `shared` are the flags of `clone(2)` for what it
+    /// shares with its maker.
     fn fork(
         &self,
         maker: &mut Tracee,
@@ -320,15 +320,15 @@ impl<'a> Puppets<'a> {
     ) -> Result<Tracee> {
         let arguments = CloneArguments {
             flags: shared | if sibling { CLONE_PARENT } else { 0 },
-            // A sibling's is that of who makes it.
+            // The kernel gives a sibling the exit signal of its maker.
             exit_signal: if sibling { 0 } else { exit_signal.into() },
             ..CloneArguments::default()
         };
         make(&self.scratch, maker, (pid, self.plan.host(pid)), arguments)
     }
 
-    /// Says whose end will be told by another signal than before: a sibling's is that of
-    /// who makes it, and that of the root is what its new parent waits for.
+    /// Warns of processes whose exit signal changes: a sibling gets that of its maker, and
+    /// the root gets the one that its new parent waits for.
     fn tell_of_exit_signals(&self) {
         for (task, birth) in self.plan.tasks.iter().zip(&self.births.tasks) {
             let now = match birth {
@@ -341,8 +341,8 @@ impl<'a> Puppets<'a> {
             let before = task.exit_signal();
             if before != now {
                 let message = format!(
-                    "the end of process {} will be told to its parent by signal {now}, not {before} \
-                     (clone(2)), as that of the process that made it",
+                    "the exit signal of process {} will be {now} instead of {before}, like that of the \
+                     process that makes it (clone(2))",
                     task.pid
                 );
                 tell(log::Level::Warn, &message);
@@ -350,7 +350,7 @@ impl<'a> Puppets<'a> {
         }
     }
 
-    /// Puts all processes into their groups.
+    /// Puts all processes into their process groups.
     fn set_groups(&mut self, shell_job: bool) -> Result<()> {
         let plan = self.plan;
         let join = |scratch: &Scratch, tracee: &mut Tracee, group: NsPid| {

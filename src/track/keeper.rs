@@ -1,18 +1,18 @@
-//! Who keeps the tracking of a process between two dumps: a process of its own.
+//! The keeper: a process that keeps the tracking of another process between two dumps.
 //!
-//! `rcriu-keep PID TRACKER` has three descriptors: a socket on which it is asked, the
-//! userfaultfd of the process PID, and a pidfd of it. It ends when that process ends.
-//! It knows one thing more: since which snapshot changes are tracked. Whoever
-//! restarts the tracking makes it forget that first and tells it the new snapshot
-//! when this is complete, so that a dump that fails, or is overtaken by another one,
-//! leaves no tracking that would be believed.
+//! `rcriu-keep PID TRACKER` has three descriptors: a socket on which it takes requests, the
+//! userfaultfd of process PID, and a pidfd of it. It ends when that process ends. It also
+//! knows since which snapshot changes are tracked. A dump that restarts the tracking makes
+//! the keeper forget the snapshot first, and tells it the new one once that is complete. So
+//! a dump that fails, or is overtaken by another, leaves no tracking that a later dump
+//! would trust.
 //!
-//! If the process has shared memory that is tracked, the keeper also has counters of
-//! what its threads do ([`crate::sys::tracepoint`]), and a `Guard`.
+//! If shared memory of the process is tracked, the keeper also holds counters of what the
+//! threads of the process do ([`crate::sys::tracepoint`]), and a `Guard`.
 //!
-//! The socket has an abstract name made of pid namespace, pid and time of birth, so
-//! that nobody takes a process for another one that had its pid; the name ends with
-//! the keeper, and with the machine. Both sides look at each other's user.
+//! The socket has an abstract name made of pid namespace, pid and start time, so that no
+//! dump confuses the process with an earlier one of the same pid. The name disappears with
+//! the keeper. Both sides check the user of the other.
 
 use std::{
     fs::File,
@@ -46,55 +46,55 @@ use crate::{
     units::HostPid,
 };
 
-/// What the program is called when it keeps tracking.
+/// The name of the program when it runs as a keeper.
 pub const NAME: &str = "rcriu-keep";
 
-/// How long one side waits for the other.
+/// How long each side waits for the other.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Bytes that a question or an answer has at most.
+/// The longest request or answer, in bytes.
 const MESSAGE_BYTES: usize = 256;
 
-/// Descriptors that are handed over at a time (`SCM_MAX_FD`, `net/scm.h`, is 253).
+/// How many descriptors are passed at a time (`SCM_MAX_FD`, `net/scm.h`, is 253).
 const FDS_AT_A_TIME: usize = 128;
 
-/// How the program calls itself while it starts the keeper.
+/// The program that becomes the keeper: rcriu itself.
 const OWN_PROGRAM: &str = "/proc/self/exe";
 
-/// What a keeper answers.
+/// The answer of a keeper.
 #[derive(Debug)]
 pub(super) struct Kept {
     /// How changes are tracked.
     pub(super) tracker: Tracker,
-    /// The snapshot since which they are; `None` if there is none.
+    /// The snapshot since which changes are tracked; `None` if there is none.
     pub(super) since: Option<String>,
     /// The userfaultfd.
     pub(super) fd: OwnedFd,
-    /// What the counters have counted, all together; `None` without any.
+    /// The sum of all counters; `None` without counters.
     pub(super) count: Option<u64>,
-    /// What shared memory needs; `None` if none is tracked.
+    /// What tracking of shared memory needs; `None` if none is tracked.
     pub(super) guard: Option<Guard>,
 }
 
-/// What tells whether all writers of shared memory are known. All keepers of a tree
-/// have the same.
+/// What shows whether all writers of shared memory are known. All keepers of a tree hold
+/// the same.
 #[derive(Debug)]
 pub(super) struct Guard {
-    /// Which memory it is and who has it ([`super::record`]).
+    /// Which memory it is, and which processes map it ([`super::record`]).
     pub(super) record: OwnedFd,
-    /// Who opens it ([`crate::sys::fanotify`]).
+    /// Reports which processes open the memory ([`crate::sys::fanotify`]).
     pub(super) openings: OwnedFd,
 }
 
 impl Guard {
-    /// Takes one from the descriptors of a message.
+    /// Takes a guard from the descriptors of a message.
     fn of(fds: impl IntoIterator<Item = OwnedFd>) -> Option<Self> {
         let mut fds = fds.into_iter();
         fds.next().zip(fds.next()).map(|(record, openings)| Self { record, openings })
     }
 }
 
-/// The keeper of a process, seen from outside.
+/// A client's view of the keeper of a process.
 #[derive(Debug)]
 pub(super) struct Keeper {
     pid: HostPid,
@@ -109,7 +109,7 @@ fn address(pid: HostPid) -> Result<SocketAddr, TrackError> {
     SocketAddr::from_abstract_name(name).map_err(|source| TrackError::Keeper { pid, source })
 }
 
-/// Whether the process at the other end runs as root or as who we are.
+/// Whether the process at the other end runs as root or as the same user.
 fn is_trusted(stream: &UnixStream) -> bool {
     let own = geteuid().as_raw();
     getsockopt(stream, PeerCredentials).is_ok_and(|peer| peer.uid() == 0 || peer.uid() == own)
@@ -129,11 +129,11 @@ impl Keeper {
         }
     }
 
-    /// Starts one.
+    /// Starts a keeper.
     pub(super) fn start(pid: HostPid, tracker: Tracker, fd: OwnedFd) -> Result<Self, TrackError> {
         let failed = |source| TrackError::Keeper { pid, source };
         let pidfd = process::pidfd_open(pid).map_err(|errno| failed(errno.into()))?;
-        // After the pidfd: if the process has ended in between, the name is of no use.
+        // The pidfd is open: if the process has ended meanwhile, the name is useless.
         let keeper = Self { pid, address: address(pid)? };
         let listener = UnixListener::bind_addr(&keeper.address).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
@@ -177,7 +177,7 @@ impl Keeper {
         TrackError::Keeper { pid: self.pid, source: io::ErrorKind::InvalidData.into() }
     }
 
-    /// Asks for what is kept.
+    /// Asks what the keeper holds.
     pub(super) fn kept(&self) -> Result<Kept, TrackError> {
         let (answer, fds, _) = self.ask("kept", &[])?;
         let mut words = answer.split(' ');
@@ -187,27 +187,27 @@ impl Keeper {
         Ok(Kept {
             tracker: Tracker::from_name(tracker).ok_or_else(|| self.nonsense())?,
             since: Some(since.to_owned()).filter(|since| since != NOTHING),
-            // One of an older program does not tell.
+            // A keeper of an older version sends no count.
             count: words.next().and_then(|count| count.parse().ok()),
             fd: fds.next().ok_or_else(|| self.nonsense())?,
             guard: Guard::of(fds),
         })
     }
 
-    /// Makes it forget the snapshot, since tracking begins anew. Returns the new
+    /// Makes the keeper forget the snapshot, because tracking restarts. Returns the new
     /// epoch.
     pub(super) fn forget(&self) -> Result<u64, TrackError> {
         self.ask("forget", &[])?.0.parse().map_err(|_| self.nonsense())
     }
 
-    /// Gives it counters to keep, in the place of those that it has.
+    /// Gives the keeper counters, which replace those that it has.
     pub(super) fn count(&self, counters: &[OwnedFd]) -> Result<(), TrackError> {
         let mut given = 0;
         for some in counters.chunks(FDS_AT_A_TIME) {
             let how = if given == 0 { ANEW } else { MORE };
             let fds: Vec<_> = some.iter().map(AsFd::as_fd).collect();
             given += fds.len();
-            // Descriptors that it has no room for are lost without a word.
+            // The kernel silently drops descriptors that the keeper has no room for.
             if self.ask(&format!("count {how}"), &fds)?.0 != given.to_string() {
                 return Err(self.nonsense());
             }
@@ -215,8 +215,8 @@ impl Keeper {
         Ok(())
     }
 
-    /// Tells it the snapshot since which changes are tracked, if nobody has begun anew
-    /// after `epoch`, and what shared memory needs.
+    /// Tells the keeper the snapshot since which changes are tracked, unless another dump
+    /// has restarted the tracking after `epoch`, and what tracking of shared memory needs.
     pub(super) fn remember(
         &self,
         epoch: u64,
@@ -231,12 +231,12 @@ impl Keeper {
         }
     }
 
-    /// Makes it forget what shared memory needs, and only that.
+    /// Makes the keeper forget only what tracking of shared memory needs.
     pub(super) fn unguard(&self) -> Result<(), TrackError> {
         self.done("unguard", &[])
     }
 
-    /// Gives back what it was made to forget.
+    /// Gives the guard back to the keeper.
     pub(super) fn guard(&self, guard: &Guard) -> Result<(), TrackError> {
         self.done("guard", &[guard.record.as_fd(), guard.openings.as_fd()])
     }
@@ -245,7 +245,7 @@ impl Keeper {
         if self.ask(question, fds)?.0 == DONE { Ok(()) } else { Err(self.nonsense()) }
     }
 
-    /// Ends it and waits for that.
+    /// Ends the keeper and waits until it has ended.
     pub(super) fn end(self) -> Result<(), TrackError> {
         let (_, _, mut stream) = self.ask("end", &[])?;
         let mut rest = Vec::new();
@@ -256,19 +256,19 @@ impl Keeper {
     }
 }
 
-/// The word for no snapshot, and for no count.
+/// Stands for no snapshot, or no count.
 const NOTHING: &str = "-";
 
-/// Counters come in the place of those that there are.
+/// The counters replace those that the keeper has.
 const ANEW: &str = "anew";
 
-/// Counters come in addition to those that there are.
+/// The counters are added to those that the keeper has.
 const MORE: &str = "more";
 
-/// The answer when all went well.
+/// The answer to a successful request.
 const DONE: &str = "done";
 
-/// Sends a question or an answer, with descriptors.
+/// Sends a request or an answer, with descriptors.
 fn send(stream: &UnixStream, text: &str, fds: &[BorrowedFd]) -> io::Result<()> {
     let numbers: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
     let rights = [ControlMessage::ScmRights(&numbers)];
@@ -279,7 +279,7 @@ fn send(stream: &UnixStream, text: &str, fds: &[BorrowedFd]) -> io::Result<()> {
     if sent == line.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
 }
 
-/// Receives what [`send`] has sent; empty if there is nothing more.
+/// Receives what [`send`] sent; empty at the end of the stream.
 fn receive(stream: &UnixStream) -> io::Result<(String, Vec<OwnedFd>)> {
     let mut bytes = [0; MESSAGE_BYTES];
     let received = socket::receive(stream.as_fd(), &mut bytes, MsgFlags::empty())?;
@@ -287,7 +287,7 @@ fn receive(stream: &UnixStream) -> io::Result<(String, Vec<OwnedFd>)> {
     Ok((text.trim_end().to_owned(), received.fds))
 }
 
-/// The keeper itself.
+/// The state of the keeper process.
 struct State {
     tracker: Tracker,
     epoch: u64,
@@ -296,25 +296,25 @@ struct State {
     guard: Option<Guard>,
 }
 
-/// Runs the keeper: what this program is when it is called [`NAME`].
+/// Runs the keeper. The program calls this when its name is [`NAME`].
 pub fn main(arguments: &[String]) -> ExitCode {
     let [_, tracker] = arguments else { return ExitCode::FAILURE };
     let Some(tracker) = Tracker::from_name(tracker) else { return ExitCode::FAILURE };
     let state = State { tracker, epoch: 0, since: None, counters: Vec::new(), guard: None };
     match keep(state) {
         Ok(()) => ExitCode::SUCCESS,
-        // There is nobody to be told.
+        // There is no one to report to.
         Err(_) => ExitCode::FAILURE,
     }
 }
 
 fn keep(mut state: State) -> io::Result<()> {
     daemon::close_inherited()?;
-    // A group leader has no session of its own; then nobody can have sent it there.
+    // Fails only for a leader of a process group, which is harmless.
     let _ = setsid();
     chdir("/")?;
     prctl::set_name(c"rcriu-keep")?;
-    // What it has gives power over another process's memory.
+    // The descriptors give access to the memory of another process.
     prctl::set_dumpable(false)?;
     let (listener, fd, process) = (io::stdin(), io::stdout(), io::stderr());
     let listener = UnixListener::from(listener.as_fd().try_clone_to_owned()?);
@@ -332,12 +332,12 @@ fn keep(mut state: State) -> io::Result<()> {
         }
         match listener.accept() {
             Ok((stream, _)) => {
-                // Whatever is wrong with one client is not with the next.
+                // A faulty client must not affect the next.
                 if is_trusted(&stream)
                     && matches!(state.serve(&stream, fd.as_fd()), Ok(Served::End))
                 {
-                    // At once: the client sees the end of the stream when all that
-                    // was opened before it, the name too, is gone.
+                    // At once, so that the client sees the end of the stream only when
+                    // everything that was opened before, the name included, is gone.
                     std::process::exit(0);
                 }
             }
@@ -348,7 +348,7 @@ fn keep(mut state: State) -> io::Result<()> {
     }
 }
 
-/// What comes after a client.
+/// What the keeper does after a client.
 enum Served {
     Next,
     End,
@@ -404,8 +404,8 @@ impl State {
         }
     }
 
-    /// Returns the sum of all counters; `None` if there are none, or one of them has
-    /// not counted all the time.
+    /// Returns the sum of all counters; `None` without counters, or if one of them was not
+    /// counting all the time.
     fn count(&self) -> Option<u64> {
         if self.counters.is_empty() {
             return None;

@@ -1,11 +1,11 @@
-//! Which pages a process has written since a snapshot.
+//! Tracking: which pages a process has written since a snapshot.
 //!
-//! The kernel's bits are a way to look at less of the memory, and nothing is believed
-//! of them but this: a page that is told to be unwritten holds what it held when
-//! tracking was last restarted. That is the moment in which the process was stopped
-//! for the snapshot that its [keeper] names. All else (other snapshots, new mappings,
-//! mappings that were moved, memory of files) is compared with the parent. Of shared
-//! memory they tell something only if all writers are [known](shared).
+//! The kernel's dirty bits let a dump read less memory. A dump trusts them only for one
+//! fact: a page that is reported clean still holds what it held when tracking last
+//! restarted. At that moment the process was stopped for the snapshot that its [keeper]
+//! names. Everything else (other snapshots, new mappings, moved mappings, memory of files)
+//! is compared with the parent. For shared memory the bits mean something only if all
+//! writers are [known](shared).
 
 pub mod keeper;
 mod options;
@@ -41,12 +41,12 @@ pub enum Tracker {
     Wp,
     /// The kernel's soft-dirty bits.
     SoftDirty,
-    /// Not at all: every page is compared.
+    /// No tracking: every page is compared.
     None,
 }
 
 impl Tracker {
-    /// Returns the tracker's name on the command line.
+    /// Returns the name of the tracker on the command line.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Wp => "wp",
@@ -61,10 +61,10 @@ impl Tracker {
     }
 }
 
-/// Why changes are not tracked; everything is compared then.
+/// Why changes are not tracked. The dump then compares all pages.
 #[derive(Debug, thiserror::Error)]
 pub enum TrackError {
-    /// The keeper cannot be reached, or is not one.
+    /// The keeper does not answer, or answers nonsense.
     #[error("keep the tracking of process {pid}")]
     Keeper {
         /// The process.
@@ -72,7 +72,7 @@ pub enum TrackError {
         /// Why.
         source: io::Error,
     },
-    /// Somebody else has restarted the tracking in the meantime.
+    /// Another dump has restarted the tracking meanwhile.
     #[error("the tracking of process {pid} was restarted by another dump")]
     Overtaken {
         /// The process.
@@ -88,35 +88,35 @@ pub enum TrackError {
         /// Why.
         source: io::Error,
     },
-    /// The kernel does not do it, or not for this program.
+    /// The kernel does not support it, or this program lacks the privilege.
     #[error("this program has no {what} here")]
     Missing {
         /// What is missing.
         what: &'static str,
-        /// What helps.
+        /// The remedy.
         help: &'static str,
     },
-    /// Something writes to the memory without the kernel's page tables.
+    /// A device or ring writes to the memory without the kernel's page tables.
     #[error("process {pid} {what}, which writes to memory without being seen")]
     Unseen {
         /// The process.
         pid: HostPid,
-        /// What it has, beginning with a verb.
+        /// What the process has; begins with a verb.
         what: &'static str,
     },
-    /// The kernel shows nothing of a process by a thread that has ended.
+    /// The kernel shows the state of a process through its first thread, which has ended.
     #[error("the first thread of process {pid} has exited while others live")]
     Leaderless {
         /// The process.
         pid: HostPid,
     },
-    /// Another process has the same memory: what it does is not watched.
+    /// Another process shares the memory, and its writes are not tracked.
     #[error("process {pid} shares its memory with another one")]
     SharedMemory {
         /// The process.
         pid: HostPid,
     },
-    /// It cannot be known who opens shared memory.
+    /// It is unknown which processes open shared memory.
     #[error("{step}")]
     Openings {
         /// What was attempted, as a verb.
@@ -124,10 +124,10 @@ pub enum TrackError {
         /// Why.
         source: io::Error,
     },
-    /// Nobody counts what is done to shared memory.
+    /// Operations on shared memory cannot be counted.
     #[error(transparent)]
     Count(#[from] CountError),
-    /// The process could not be made to work for this program.
+    /// Work in the process failed.
     #[error(transparent)]
     Inject(#[from] InjectError),
     /// Something in `/proc` could not be read.
@@ -135,41 +135,39 @@ pub enum TrackError {
     Proc(#[from] ProcError),
 }
 
-/// What keeps changes from being tracked, and what helps.
+/// Why changes are not tracked, and the remedy.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Hindrance {
-    /// What is not tracked, and why not.
+    /// What is not tracked, and why.
     pub what: String,
-    /// What helps.
+    /// The remedy.
     pub help: String,
 }
 
 impl Hindrance {
-    /// Says of something why it is not tracked.
+    /// Returns why `what` is not tracked.
     pub fn of(what: &str, error: &TrackError) -> Self {
         Self { what: format!("{what}: {}", with_sources(error)), help: error.help().to_owned() }
     }
 }
 
 impl TrackError {
-    /// Says what helps.
+    /// Returns the remedy.
     pub fn help(&self) -> &'static str {
         match self {
             Self::Keeper { .. } => {
-                "end the rcriu-keep of this process; the next dump starts another one"
+                "kill the rcriu-keep of this process: the next dump starts another one"
             }
-            Self::Overtaken { .. } => "let one program at a time dump a process",
+            Self::Overtaken { .. } => "run one dump of a process at a time",
             Self::Missing { help, .. } => help,
-            Self::Unseen { .. } => "nothing; such memory is always compared",
-            Self::SharedMemory { .. } => "nothing; such memory is always compared",
+            Self::Unseen { .. } => "none: such memory is always compared",
+            Self::SharedMemory { .. } => "none: such memory is always compared",
             Self::Leaderless { .. } => "let main wait for its threads (pthread_join(3))",
             Self::Openings { .. } => {
                 "run rcriu with CAP_SYS_ADMIN outside of user namespaces, on Linux 5.19 or newer"
             }
             Self::Count(error) => error.help(),
-            Self::Kernel { .. } | Self::Inject(_) | Self::Proc(_) => {
-                "nothing is known to; the log at -v4 tells more"
-            }
+            Self::Kernel { .. } | Self::Inject(_) | Self::Proc(_) => "see the log at -v4",
         }
     }
 
@@ -178,24 +176,24 @@ impl TrackError {
     }
 }
 
-/// What is to be tracked.
+/// What the caller wants tracked.
 #[derive(Clone, Copy, Debug)]
 pub struct Request<'a> {
-    /// How; `None` chooses what works.
+    /// The tracker; `None` chooses the best one available.
     pub tracker: Option<Tracker>,
-    /// The snapshot that changes are asked since, by the id in its inventory.
+    /// The snapshot since which changes are needed, by the id in its inventory.
     pub since: Option<&'a str>,
-    /// Whether tracking is to begin anew.
+    /// Whether tracking restarts.
     pub restart: bool,
 }
 
-/// Mappings that are smaller are protected in any case: that costs little.
+/// Smaller mappings are always protected, because that costs little.
 const WORTH_LEAVING_BYTES: u64 = 4 << 20;
 
-/// What is looked at first, to find out whether a mapping is written all over.
+/// How much of a mapping is examined first, to see whether the process writes all of it.
 const SAMPLE_BYTES: u64 = 1 << 20;
 
-/// Of so many dumps in a row, one protects what is written all over as well.
+/// One dump in this many protects a mapping even if the process writes all of it.
 const PROTECTED_ONCE_IN: u64 = 4;
 
 /// Whether nine tenths of the pages or more were written.
@@ -211,49 +209,49 @@ fn is_written_all_over(regions: &[Region]) -> bool {
     all > 0 && written >= all / 10 * 9
 }
 
-/// What is known of the pages of a mapping.
+/// What the tracker reports about a mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Told {
-    /// Which of them were written.
+    /// Which of its pages were written.
     Writes,
-    /// Nothing: all are looked at.
+    /// Nothing: all pages are candidates.
     Nothing,
 }
 
 /// Makes the userfaultfd of the process.
 type Make<'a> = dyn FnMut() -> Result<WriteProtect, TrackError> + 'a;
 
-/// The tracking of one process while it is dumped.
+/// The tracking of one process during a dump.
 #[derive(Debug)]
 pub struct Watch {
     pid: HostPid,
     tracker: Tracker,
-    /// What holds the write protection; for soft-dirty bits, nothing does.
+    /// The write protection; `None` for soft-dirty bits.
     protect: Option<WriteProtect>,
     keeper: Option<Keeper>,
     epoch: u64,
-    /// Whether the bits tell of changes since the snapshot that was asked for.
+    /// Whether the bits report changes since the requested snapshot.
     trusted: bool,
     restart: bool,
-    /// Mappings that are tracked, by their beginnings: whether they have been since
-    /// before.
+    /// Tracked mappings by their start address, and whether they were tracked before this
+    /// dump.
     mappings: BTreeMap<RemoteAddr, bool>,
-    /// When the process began, which no other process of its pid has.
+    /// When the process started, which identifies it among processes of this pid.
     born: u64,
     /// Its threads; empty if they have not run yet.
     threads: Vec<HostPid>,
-    /// What the keeper's counters have counted.
+    /// The sum of the keeper's counters.
     count: Option<u64>,
-    /// What the snapshot has left about shared memory.
+    /// What the snapshot left for the tracking of shared memory.
     guard: Option<Guard>,
 }
 
 impl Watch {
-    /// Looks for the tracking of a stopped process, and starts it if it is to be.
-    /// `None` if there is nothing that helps this dump or the next.
+    /// Finds the tracking of a stopped process, or starts it if requested. `None` if
+    /// tracking helps neither this dump nor the next.
     ///
     /// # Errors
-    /// [`TrackError`]; there is no tracking to be believed then.
+    /// [`TrackError`]; then no tracking can be trusted.
     pub fn begin(
         request: Request,
         task: &mut Task,
@@ -277,8 +275,8 @@ impl Watch {
         })
     }
 
-    /// Starts the tracking of a process that was just restored and has not run yet; a
-    /// thread of it works in scratch memory.
+    /// Starts the tracking of a process that has just been restored and has not run yet;
+    /// one of its threads works in scratch memory.
     ///
     /// # Errors
     /// As [`Self::begin`].
@@ -314,7 +312,7 @@ impl Watch {
     ) -> Result<Option<Self>, TrackError> {
         if request.tracker == Some(Tracker::None) {
             if request.restart {
-                // Nobody is to believe what is there.
+                // No dump may trust the old tracking.
                 forget(pid)?;
             }
             return Ok(None);
@@ -322,7 +320,10 @@ impl Watch {
         let unseen = if request.restart { unseen_writers(pid, mappings)? } else { None };
         let restart = request.restart && unseen.is_none();
         if let Some(what) = unseen {
-            log::warn!("{}; it is compared in full next time", TrackError::Unseen { pid, what });
+            log::warn!(
+                "{}; the next dump compares its memory in full",
+                TrackError::Unseen { pid, what }
+            );
         }
         let mut keeper = Keeper::find(pid)?;
         let mut kept = keeper.as_ref().map(Keeper::kept).transpose()?;
@@ -340,7 +341,8 @@ impl Watch {
         }
         let mut epoch = 0;
         if restart && let Some(keeper) = &keeper {
-            // From here on a failure must not leave what others would believe.
+            // From here on, a failure must not leave tracking that a later dump would
+            // trust.
             epoch = keeper.forget()?;
         }
         let tracker = match (&kept, request.tracker) {
@@ -382,7 +384,7 @@ impl Watch {
 
     fn begin_soft_dirty(&mut self, mappings: &[Mapping]) -> Result<(), TrackError> {
         if !soft_dirty::is_there() {
-            let help = "it takes a kernel with CONFIG_MEM_SOFT_DIRTY";
+            let help = "use a kernel with CONFIG_MEM_SOFT_DIRTY";
             return Err(TrackError::Missing { what: "soft-dirty bits", help });
         }
         for mapping in mappings.iter().filter(|mapping| can_be_tracked(mapping)) {
@@ -401,7 +403,8 @@ impl Watch {
         if let Some(fd) = kept {
             let protect = WriteProtect::resume(fd);
             match self.register(&protect, &tracked) {
-                // The memory that it was made for is gone: another program runs.
+                // The memory that the userfaultfd belongs to is gone: the process executed
+                // another program.
                 Err(Errno::ENOMEM) => {
                     self.mappings.clear();
                     self.trusted = false;
@@ -429,9 +432,8 @@ impl Watch {
         Ok(())
     }
 
-    /// Registers mappings. What was registered before by this descriptor has been
-    /// tracked since before; that somebody else's is not among it, registering
-    /// shows.
+    /// Registers mappings. A mapping that is already registered with this userfaultfd has
+    /// been tracked since before; registering a mapping of another userfaultfd fails.
     fn register(&mut self, protect: &WriteProtect, mappings: &[&Mapping]) -> Result<(), Errno> {
         for mapping in mappings {
             let before = mapping.flags.contains(VmFlags::UFFD_WP);
@@ -449,14 +451,14 @@ impl Watch {
         Ok(())
     }
 
-    /// Returns what tracks.
+    /// Returns the tracker in use.
     pub fn tracker(&self) -> Tracker {
         self.tracker
     }
 
-    /// Appends the regions of a mapping that `query` asks for, and with each whether
-    /// it is known to be unwritten; returns what was told of them. If tracking begins
-    /// anew, it does so for each page as it is looked at.
+    /// Appends the regions of a mapping that match `query`, each with whether it is known
+    /// to be clean, and returns what the tracker reported. If tracking restarts, each page
+    /// restarts as it is scanned.
     ///
     /// # Errors
     /// As [`PagemapFile::scan`].
@@ -479,12 +481,12 @@ impl Watch {
         let mut believed = self.trusted && before == Some(true);
         let (start, end) = (mapping.start, mapping.end);
         if believed && self.leaves_alone(pagemap, mapping, query, &mut regions) {
-            log::debug!("{}: {start} is written all over, and stays unprotected", self.pid);
+            log::debug!("{}: the process writes all of {start}, which stays unprotected", self.pid);
         } else if self.tracker == Tracker::Wp && self.restart && before.is_some() {
             regions.clear();
             if let Err(error) = pagemap.scan_and_protect(start, end, query, &mut regions) {
                 log::debug!("{}: cannot protect {start}: {error}", self.pid);
-                // What was protected was not told in full: all of it is looked at.
+                // Some pages were reported incompletely, so all of them are candidates.
                 believed = false;
                 regions.clear();
                 pagemap.scan(start, end, Query { tell: asked, ..query }, &mut regions)?;
@@ -499,13 +501,13 @@ impl Watch {
         Ok(if believed { Told::Writes } else { Told::Nothing })
     }
 
-    /// Whether a mapping is left as it is although tracking begins anew, since its process
-    /// writes all of it in any case: to protect it would cost a fault for each page and
-    /// spare nothing. If so, its regions are appended.
+    /// Whether a mapping keeps its state although tracking restarts. The process writes all
+    /// of it anyway, so protecting it would cost a fault for each page and save nothing. If
+    /// so, appends its regions.
     ///
-    /// Pages that have lost their protection count as written in the next dump, and those
-    /// that still have it were not written since an older one, so what is told stays true.
-    /// Once in a while all is protected, to find out whether it is still written.
+    /// Pages that lost their protection count as written in the next dump; pages that still
+    /// have it were not written since an older snapshot. So the reports stay true. Every
+    /// few dumps protect all pages, to find out whether the process still writes them.
     fn leaves_alone(
         &self,
         pagemap: &PagemapFile,
@@ -520,7 +522,7 @@ impl Watch {
         {
             return false;
         }
-        // The first pages tell already of most that it is not so.
+        // For most mappings, the first pages already rule it out.
         for end in [mapping.start.plus(SAMPLE_BYTES), mapping.end] {
             regions.clear();
             let told = pagemap.scan(mapping.start, end, query, regions);
@@ -531,7 +533,7 @@ impl Watch {
         true
     }
 
-    /// Notes that all mappings were looked at; the process is still stopped.
+    /// Records that all mappings were scanned; the process is still stopped.
     ///
     /// # Errors
     /// [`TrackError::Kernel`].
@@ -542,11 +544,12 @@ impl Watch {
         Ok(())
     }
 
-    /// Makes changes count from the snapshot `id`, which is complete; for shared memory
-    /// `shared` says what is to be kept.
+    /// Lets changes count from the snapshot `id`, which is complete; `shared` is what the
+    /// keepers hold for shared memory.
     ///
     /// # Errors
-    /// [`TrackError::Keeper`]; [`TrackError::Overtaken`]. The next dump compares all.
+    /// [`TrackError::Keeper`]; [`TrackError::Overtaken`]. The next dump then compares all
+    /// pages.
     pub fn commit(self, id: &str, shared: Option<&Sealed>) -> Result<(), TrackError> {
         if !self.restart {
             return Ok(());
@@ -566,8 +569,8 @@ impl Watch {
     }
 }
 
-/// Says why the memory of a process is not tracked that another one has, too. Its keeper, if
-/// there is one, forgets the snapshot.
+/// Returns why the memory of a process is not tracked if another process shares it. Makes
+/// the keeper, if there is one, forget the snapshot.
 pub fn refuse_shared(pid: HostPid) -> TrackError {
     forget(pid).err().unwrap_or(TrackError::SharedMemory { pid })
 }
@@ -587,15 +590,15 @@ fn choose() -> Result<Tracker, TrackError> {
     } else if soft_dirty::is_there() {
         Ok(Tracker::SoftDirty)
     } else {
-        let what = "tracking of changes, neither by write protection nor by soft-dirty bits";
-        let help = "it takes Linux 6.7, or a kernel with CONFIG_MEM_SOFT_DIRTY";
+        let what = "tracking of changes, by write protection or soft-dirty bits,";
+        let help = "use Linux 6.7 or newer, or a kernel with CONFIG_MEM_SOFT_DIRTY";
         Err(TrackError::Missing { what, help })
     }
 }
 
-/// Whether a mapping is private memory without a file, which can be tracked. Pages of
-/// private mappings of files are few, and a page of the file may come in their place
-/// unseen.
+/// Whether a mapping is private memory without a file, which can be tracked. In private
+/// mappings of files, few pages are dirty, and a page of the file may replace one
+/// unnoticed.
 pub fn can_be_tracked(mapping: &Mapping) -> bool {
     let strange = VmFlags::HUGE_TLB
         | VmFlags::PFN_MAP
@@ -608,8 +611,8 @@ pub fn can_be_tracked(mapping: &Mapping) -> bool {
         && !mapping.name.starts_with(b"[v")
 }
 
-/// Returns what the process has that writes to memory by its physical address, at
-/// any time after it has looked it up.
+/// Returns what the process has that writes to memory by physical address, at any time
+/// after looking the address up.
 fn unseen_writers(pid: HostPid, mappings: &[Mapping]) -> Result<Option<&'static str>, TrackError> {
     if mappings.iter().any(|mapping| mapping.name.starts_with(b"/[aio]")) {
         return Ok(Some("has a ring of asynchronous I/O"));

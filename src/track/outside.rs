@@ -1,9 +1,9 @@
-//! Who else could write to shared memory: processes outside the tree that map it, and
-//! whoever has a descriptor of it.
+//! Other possible writers of shared memory: processes outside of the tree that map it, and
+//! processes that have a descriptor of it.
 //!
-//! What cannot be seen is a descriptor on its way, in a message that nobody has received
-//! yet or among the files of an io_uring. Memory without a name has descriptors only if
-//! somebody has opened it in `/proc/PID/map_files`.
+//! Descriptors in flight cannot be seen: in a message that no process has received yet, or
+//! among the files of an io_uring. Memory without a name has descriptors only if a process
+//! opened it in `/proc/PID/map_files`.
 
 use std::collections::BTreeSet;
 
@@ -14,34 +14,36 @@ use crate::{
     units::HostPid,
 };
 
-/// `CAP_SYS_PTRACE` (`linux/capability.h`): no process is hidden.
+/// `CAP_SYS_PTRACE` (`linux/capability.h`): the program sees all processes.
 const CAP_SYS_PTRACE: u64 = 1 << 19;
 
-/// How often processes are listed at most, until none has come.
+/// How often the processes are listed until a list shows no new one.
 const ROUNDS: usize = 16;
 
-/// What the kernel appends to the name of a file without one, such as shared memory.
+/// The suffix that the kernel gives to names of files without a name, such as shared
+/// memory.
 const DELETED: &[u8] = b" (deleted)";
 
-/// `PF_FORKNOEXEC` (`linux/sched.h`): has not executed a program since it was forked.
+/// `PF_FORKNOEXEC` (`linux/sched.h`): the process has not executed a program since it was
+/// forked.
 const FORKED_ONLY: u32 = 0x40;
 
-/// Who was found.
+/// What a search for other writers has found.
 #[derive(Debug, Default)]
 pub(super) struct Outside {
-    /// Objects to which somebody could write by no mapping of the tree's.
+    /// Objects that a process could write to other than by a mapping of the tree.
     pub(super) written: BTreeSet<Key>,
-    /// Whether there are processes that may not be looked at, as none of the tree's
-    /// past can be: they began before it, and it has executed a program since. They
-    /// can have got memory by a descriptor, but not by a fork.
+    /// Whether some processes may not be inspected, but cannot have inherited memory of the
+    /// tree: they started before its root, which has executed a program since. They can have
+    /// got the memory by a descriptor, but not by a fork.
     pub(super) hidden: bool,
 }
 
-/// Looks for writers of `objects` besides the mappings of the tree, which is stopped;
-/// its root comes first in `tree`.
+/// Looks for writers of `objects` other than the mappings of the stopped `tree`, whose root
+/// comes first.
 ///
 /// # Errors
-/// Why they cannot be known.
+/// Why the writers cannot be determined.
 pub(super) fn look(objects: &BTreeSet<Key>, tree: &[HostPid]) -> Result<Outside, TrackError> {
     let own = HostPid(nix::unistd::getpid().as_raw());
     let namespace = proc::namespace(own, "pid")?;
@@ -75,7 +77,7 @@ pub(super) fn look(objects: &BTreeSet<Key>, tree: &[HostPid]) -> Result<Outside,
     }
     Err(TrackError::Missing {
         what: "moment without new processes",
-        help: "dump when fewer processes begin",
+        help: "dump when fewer processes start",
     })
 }
 
@@ -85,11 +87,12 @@ fn look_at(
     objects: &BTreeSet<Key>,
     found: &mut BTreeSet<Key>,
 ) -> Result<(), TrackError> {
-    let unknown = || TrackError::Unseen { pid, what: "cannot be looked at as a whole" };
+    let unknown = || TrackError::Unseen { pid, what: "cannot be inspected completely" };
     if !in_tree {
         let mappings = proc::maps(pid)?;
         if mappings.is_empty() && proc::stat(pid)?.threads > 1 {
-            // Its first thread has ended, and shows nothing of what the others have.
+            // Its first thread has ended, so the kernel shows nothing of what the others
+            // have.
             return Err(unknown());
         }
         let shared = mappings.iter().filter(|mapping| mapping.shared).map(Key::of_mapping);
@@ -113,7 +116,7 @@ fn look_at(
     for tid in proc::threads(pid)?.into_iter().filter(|tid| *tid != pid) {
         match process::kcmp(pid, tid, Shared::Files) {
             Ok(std::cmp::Ordering::Equal) | Err(nix::errno::Errno::ESRCH) => {}
-            // Descriptors of its own.
+            // The thread has descriptors of its own.
             _ => return Err(unknown()),
         }
     }

@@ -1,5 +1,5 @@
-//! What a dump leaves to the next one about the shared memory that is tracked: text in
-//! a sealed memfd, which the keepers hold.
+//! What a dump leaves for the next one about tracked shared memory: text in a sealed memfd,
+//! which the keepers hold.
 //!
 //! ```text
 //! rcriu shared memory 1
@@ -8,8 +8,8 @@
 //! map PID START END OFFSET
 //! ```
 //!
-//! Processes come first. Behind each object come the mappings through which the tree
-//! can write to it. All numbers are decimal; `BORN` is in the kernel's ticks.
+//! Processes come first. Each object is followed by the mappings through which the tree can
+//! write to it. All numbers are decimal; `BORN` is in kernel clock ticks.
 
 use std::{
     collections::BTreeMap,
@@ -30,14 +30,14 @@ use nix::{
 
 use crate::{proc::Mapping, sys::fds, units::HostPid};
 
-/// The first line; the number is that of the format.
+/// The first line; the number is the version of the format.
 const HEAD: &str = "rcriu shared memory 1";
 
-/// Bytes that a record has at most: far more than the mappings of a tree take.
+/// The longest accepted record, in bytes: far more than the mappings of a tree need.
 const RECORD_BYTES: u64 = 64 << 20;
 
-/// Which object of shared memory it is. System V segments have numbers of their own,
-/// which may be those of others.
+/// The identity of an object of shared memory. System V segments have ids of their own,
+/// which may equal inode numbers of others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Key {
     major: u64,
@@ -52,13 +52,13 @@ impl fmt::Display for Key {
 }
 
 impl Key {
-    /// The object that is mapped.
+    /// Returns the object of a mapping.
     pub fn of_mapping(mapping: &Mapping) -> Self {
         let (major, minor) = (mapping.dev_major.into(), mapping.dev_minor.into());
         Self { major, minor, inode: mapping.inode }
     }
 
-    /// The object that is open.
+    /// Returns the object of an open file.
     pub fn of_file(metadata: &std::fs::Metadata) -> Self {
         let device = metadata.dev();
         Self { major: major(device), minor: minor(device), inode: metadata.ino() }
@@ -68,9 +68,9 @@ impl Key {
 /// A process that can write to some of the objects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Writer {
-    /// When it began, which no other process of this pid has.
+    /// When it started, which identifies it among processes of this pid.
     pub(super) born: u64,
-    /// What the keeper's counters had counted.
+    /// The sum of the keeper's counters at the snapshot.
     pub(super) count: u64,
 }
 
@@ -89,7 +89,7 @@ impl Place {
     }
 }
 
-/// An object that is tracked.
+/// A tracked object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Tracked {
     /// Its length.
@@ -97,7 +97,7 @@ pub(super) struct Tracked {
     pub(super) places: Vec<Place>,
 }
 
-/// Everything that was tracked.
+/// All tracked objects and their writers.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Record {
     pub(super) writers: BTreeMap<HostPid, Writer>,
@@ -123,7 +123,7 @@ impl Record {
         text
     }
 
-    /// Takes a text apart; `None` if it is not one of this format.
+    /// Parses a record; `None` if the text is not of this format.
     fn parse(text: &str) -> Option<Self> {
         let mut lines = text.lines();
         if lines.next() != Some(HEAD) {
@@ -155,10 +155,10 @@ impl Record {
         Some(record)
     }
 
-    /// Writes it into a file of its own that nobody can change.
+    /// Writes the record to a new memfd that no process can change.
     ///
     /// # Errors
-    /// What making, writing and sealing a memfd returns.
+    /// What making, writing and sealing the memfd returns.
     pub(super) fn seal(&self) -> io::Result<OwnedFd> {
         let mut file = File::from(fds::memfd(c"rcriu-keep", libc::MFD_ALLOW_SEALING)?);
         file.write_all(self.text().as_bytes())?;
@@ -167,11 +167,11 @@ impl Record {
         Ok(file.into())
     }
 
-    /// Reads one.
+    /// Reads a record.
     ///
     /// # Errors
-    /// What reading returns; `InvalidData` for another format, as of another version of
-    /// this program.
+    /// What reading returns; `InvalidData` for another format, such as that of another
+    /// version of this program.
     pub(super) fn read(fd: OwnedFd) -> io::Result<Self> {
         let file = File::from(fd);
         let invalid = || io::Error::from(io::ErrorKind::InvalidData);

@@ -1,28 +1,28 @@
-//! Which pages of shared memory nobody has written since a snapshot.
+//! Tracking of shared memory: which pages no process has written since a snapshot.
 //!
-//! The bits of a mapping tell of writes through that mapping, and nothing of those who
-//! have come and gone. So they are believed for an object only if it can have had no
-//! other writers. At the snapshot, the tree was stopped and
+//! The bits of a mapping report writes through that mapping, but not writes through
+//! mappings that have come and gone. So a dump trusts them for an object only if there can
+//! have been no other writers. At the snapshot, the tree was stopped and
 //!
-//! - nobody outside of it mapped the object, and nobody had a descriptor of it
-//!   (`outside`); all mappings by which the tree could write to it were protected;
+//! - no process outside of the tree mapped the object or had a descriptor of it
+//!   (`outside`), and all mappings through which the tree could write to it were protected;
 //!
 //! and since then
 //!
-//! - each of these mappings has stayed where it was, in the same process;
-//! - none has come: there is none now that was not protected then, no process was
-//!   created by the tree with a copy of the memory, and no mapping was made twice;
-//! - no pages were removed by a mapping (`MADV_REMOVE`): they would come back as zeros
-//!   without a write. As an io_uring could do that, none was made;
-//! - nobody has opened the object, through `/proc/PID/map_files` ([`Openings`]), and its
+//! - each of these mappings has stayed in place, in the same process;
+//! - there is no new one: every mapping now was protected then, the tree has not forked a
+//!   process with a copy of the memory, and no mapping was duplicated;
+//! - no pages were removed through a mapping (`MADV_REMOVE`): they would come back as zeros
+//!   without a write. An io_uring could do that, so none was made;
+//! - no process has opened the object through `/proc/PID/map_files` ([`Openings`]), and its
 //!   length is the same.
 //!
-//! What was done is counted by the kernel ([`tracepoint`]): what is common in each
-//! thread that matters, and what is not for the whole machine.
+//! The kernel counts these operations ([`tracepoint`]): the frequent ones in each thread
+//! that matters, the rare ones on the whole machine.
 //!
-//! Otherwise all of it is compared, and tracking begins anew. A memfd is tracked once
-//! all of its descriptors are closed. Soft-dirty bits are never believed here: a
-//! shared page that was written and then taken from the page table comes back clean.
+//! Otherwise the dump compares the whole object, and tracking restarts. A memfd is tracked
+//! once all of its descriptors are closed. Soft-dirty bits are never trusted here: a shared
+//! page that was written and then dropped from the page table comes back clean.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -53,63 +53,64 @@ use crate::{
 
 pub use super::record::Key;
 
-/// Objects with less than this are compared at once: tracking costs the tree more than
-/// it spares the dump.
+/// Smaller objects are always compared: tracking would cost the tree more than it saves the
+/// dump.
 const WORTH_TRACKING_PAGES: u64 = 64;
 
-/// Mappings of an object that are tracked at most. To protect a page that a process
-/// has not touched takes an entry in its page tables: 8 bytes for each page of 4096.
+/// An object with more mappings is not tracked. To protect a page that a process has not
+/// touched takes an entry in its page tables: 8 bytes for each page of 4096.
 const MAPPINGS: usize = 8;
 
-/// Threads of a process of which is counted what they do.
+/// A process with more threads is not tracked: its threads are counted one by one.
 const THREADS: usize = 512;
 
-/// Addresses that can be named in calls by the 32-bit interface, which are not counted.
+/// Addresses that 32-bit system calls can name. Those calls are not counted.
 const NARROW_ADDRESSES: u64 = 1 << 32;
 
-/// Pages in a table of the lowest level. Holes of an object that are smaller are
-/// protected together with what is around them.
+/// Pages in a lowest-level page table. Smaller holes of an object are protected together
+/// with the pages around them.
 const TABLE_PAGES: u64 = 512;
 
 /// A shared object.
 #[derive(Debug)]
 pub struct Object<'a> {
-    /// Itself.
+    /// The object.
     pub file: &'a File,
-    /// The shared mappings of it in the tree.
+    /// Its shared mappings in the tree.
     pub mappings: &'a [(HostPid, Mapping)],
     /// Its pages that are not holes, ascending.
     pub data: Vec<Range<u64>>,
 }
 
 impl Object<'_> {
-    /// Pages of it that are not holes.
+    /// Returns how many pages are not holes.
     fn data_pages(&self) -> u64 {
         self.data.iter().map(|data| data.end - data.start).sum()
     }
 
-    /// Whether nobody can have got a descriptor but from `/proc`: it is no memfd.
+    /// Whether a process can have got a descriptor only from `/proc`: the object is not a
+    /// memfd.
     fn is_nameless(&self) -> bool {
         self.mappings.iter().all(|(_, mapping)| !mapping.name.starts_with(b"/memfd:"))
     }
 }
 
-/// What was found of the shared memory of a tree.
+/// What a survey of the tree's shared memory has found.
 #[derive(Debug)]
 pub struct Survey {
-    /// Of each object, the pages that are known to be unwritten, ascending; `None` if
-    /// nothing is known of it.
+    /// The pages of each object that are known to be clean, ascending; `None` if nothing is
+    /// known about the object.
     pub unwritten: Vec<Option<Vec<Range<u64>>>>,
-    /// What is to be kept until the next dump.
+    /// What the keepers will hold until the next dump.
     pub next: Option<Next>,
-    /// Why not all that could gain by it is tracked from now on.
+    /// Why some memory that would benefit is not tracked from now on.
     pub hindrances: Vec<Hindrance>,
 }
 
 /// Why an object is not tracked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Unfit {
-    /// It would gain little, or its processes are not tracked, which was said.
+    /// Tracking would gain little; or its processes are not tracked, which was reported.
     Silent,
     Unmapped,
     ManyMappings,
@@ -120,13 +121,13 @@ enum Unfit {
 }
 
 impl Unfit {
-    /// Says why, and what helps.
+    /// Returns the reason and the remedy.
     const fn words(self) -> Option<(&'static str, &'static str)> {
         Some(match self {
             Self::Silent => return None,
             Self::Unmapped => (
-                "no process of the tree maps it to write to it, but has a descriptor of it",
-                "close the descriptors of memory that is mapped",
+                "the tree has a descriptor of it, but no writable mapping",
+                "map the memory, and close its descriptors",
             ),
             Self::ManyMappings => ("it has more than 8 mappings", "map it less often"),
             Self::LowAddress => ("it is mapped below 4 GiB", "map it elsewhere"),
@@ -136,27 +137,27 @@ impl Unfit {
                 "map it in a process with fewer threads",
             ),
             Self::OtherWriters => (
-                "a process outside of the tree maps it, or has a descriptor of it, or may not be \
-                 looked at",
-                "dump a tree that has all processes with this memory, and close descriptors of it",
+                "a process outside of the tree maps it, has a descriptor of it, or may not be \
+                 inspected",
+                "dump a tree with all processes that have this memory, and close its descriptors",
             ),
         })
     }
 }
 
-/// What is to be kept until the next dump.
+/// What the keepers will hold until the next dump.
 #[derive(Debug)]
 pub struct Next {
     record: Record,
     openings: Openings,
-    /// Counters that keepers do not have yet.
+    /// Counters that the keepers do not have yet.
     counters: BTreeMap<HostPid, Vec<OwnedFd>>,
 }
 
-/// Looks at the shared memory of a stopped tree, whose root is the first of `tree`. This
-/// process has opened each object already, and will not do so again. If tracking begins
-/// anew, it does so for all pages that are looked at. What cannot be known is compared,
-/// so nothing fails here.
+/// Surveys the shared memory of a stopped `tree`, whose root comes first. This process has
+/// opened each object before, and will not open it again. If tracking restarts, it does so
+/// for all scanned pages. Memory about which nothing can be known is compared, so this
+/// cannot fail.
 pub fn survey(
     watches: &[Rc<Watch>],
     tree: &[HostPid],
@@ -177,11 +178,11 @@ pub fn survey(
     }
 }
 
-/// Keeps the tracking of shared memory as it is while processes are dumped without it:
-/// it was this process that has opened the memory.
+/// Keeps the tracking of shared memory valid while processes are dumped without it: the
+/// process that opened the memory was this one.
 ///
 /// # Errors
-/// [`TrackError`]; the tracking is lost then.
+/// [`TrackError`]; then the tracking is lost.
 pub fn excuse(pids: impl IntoIterator<Item = HostPid>) -> Result<(), TrackError> {
     let (mut keepers, mut guard) = (Vec::new(), None);
     for pid in pids {
@@ -196,8 +197,8 @@ pub fn excuse(pids: impl IntoIterator<Item = HostPid>) -> Result<(), TrackError>
     guard.map_or(Ok(()), |guard| is_quiet(&guard, &keepers).map(drop))
 }
 
-/// Whether nobody but this process has opened what is tracked. That is forgotten by
-/// asking; so it is only if nobody has that keepers still have the guard afterwards.
+/// Whether only this process has opened tracked memory. Asking consumes the answer; so if
+/// the answer is yes, the keepers get the guard back.
 fn is_quiet(guard: &Guard, keepers: &[&Keeper]) -> Result<bool, TrackError> {
     for keeper in keepers {
         keeper.unguard()?;
@@ -217,7 +218,7 @@ fn is_quiet(guard: &Guard, keepers: &[&Keeper]) -> Result<bool, TrackError> {
 
 struct Surveyor<'a> {
     watches: BTreeMap<HostPid, &'a Watch>,
-    /// What the dump before has left, if it is to be believed.
+    /// What the previous dump left, if it can be trusted.
     past: Option<Record>,
     next: Option<Next>,
     openings: Option<Openings>,
@@ -234,13 +235,16 @@ impl<'a> Surveyor<'a> {
         if let Some(guard) = guards.filter_map(|watch| watch.guard.as_ref()).next()
             && let Err(error) = surveyor.believe(guard, restart)
         {
-            log::debug!("no past of shared memory is known: {}", with_sources(&error));
+            log::debug!(
+                "nothing is known about shared memory since the parent: {}",
+                with_sources(&error)
+            );
         }
         surveyor
     }
 
     fn believe(&mut self, guard: &Guard, restart: bool) -> Result<(), TrackError> {
-        // If tracking begins anew, the keepers have forgotten it already.
+        // If tracking restarts, the keepers have forgotten it already.
         let keepers = self.watches.values().filter_map(|watch| watch.keeper.as_ref());
         let keepers: Vec<_> = if restart { Vec::new() } else { keepers.collect() };
         let quiet = is_quiet(guard, &keepers)?;
@@ -253,8 +257,8 @@ impl<'a> Surveyor<'a> {
         Ok(())
     }
 
-    /// Whether nobody can have written to an object since the snapshot but by the
-    /// mappings that it has now, which were protected then.
+    /// Whether all writes to an object since the snapshot were made through its current
+    /// mappings, which were protected then.
     fn is_watched(&self, object: &Object) -> bool {
         let Some(past) = &self.past else { return false };
         let Ok(metadata) = object.file.metadata() else { return false };
@@ -273,21 +277,21 @@ impl<'a> Surveyor<'a> {
     }
 
     /// Whether a process has been tracked since the snapshot and has done nothing that
-    /// makes other writers.
+    /// creates other writers.
     fn is_writer_known(&self, past: &Record, pid: HostPid) -> bool {
         self.watches.get(&pid).zip(past.writers.get(&pid)).is_some_and(|(watch, writer)| {
             watch.trusted && watch.born == writer.born && watch.count == Some(writer.count)
         })
     }
 
-    /// Registers a mapping with the userfaultfd of its process, unless it is already;
-    /// false if it is with another one.
+    /// Registers a mapping with the userfaultfd of its process, unless it is registered
+    /// already; false if it is registered with another one.
     fn register(&self, pid: HostPid, mapping: &Mapping) -> bool {
         let protect = self.watches.get(&pid).and_then(|watch| watch.protect.as_ref());
         protect.is_some_and(|protect| protect.register(mapping.start, mapping.end).is_ok())
     }
 
-    /// Chooses what is tracked from now on, and begins to watch it and its writers.
+    /// Chooses what to track from now on, and starts to watch it and its writers.
     fn begin(
         &mut self,
         tree: &[HostPid],
@@ -319,7 +323,7 @@ impl<'a> Surveyor<'a> {
                 unwatched("watch which processes open shared memory")(errno.into())
             })?;
         }
-        // From here on whoever opens it is told.
+        // From here on, every opening is reported.
         if !new.is_empty() {
             let mut all_hidden = false;
             let found = outside::look(&new, tree).unwrap_or_else(|error| {
@@ -349,8 +353,8 @@ impl<'a> Surveyor<'a> {
         Ok(())
     }
 
-    /// Begins to count what those do who can write to what is in `record`, unless their
-    /// keepers do already.
+    /// Starts to count the operations of the processes that can write to the objects in
+    /// `record`, unless their keepers count already.
     fn count(
         &self,
         record: &mut Record,
@@ -374,7 +378,7 @@ impl<'a> Surveyor<'a> {
         Ok(())
     }
 
-    /// Notes objects that are not tracked, with their pages.
+    /// Records which objects are not tracked, and their pages.
     fn tell(&mut self, unfit: &BTreeMap<Unfit, Vec<u64>>) {
         for (why, pages) in unfit {
             let Some((words, help)) = why.words() else { continue };
@@ -389,7 +393,7 @@ impl<'a> Surveyor<'a> {
         }
     }
 
-    /// Says why an object is not tracked, unless its mappings can all be.
+    /// Returns why an object cannot be tracked; `None` if all of its mappings can be.
     fn unfit(&self, object: &Object) -> Option<Unfit> {
         if object.data_pages() < WORTH_TRACKING_PAGES {
             return Some(Unfit::Silent);
@@ -415,8 +419,8 @@ impl<'a> Surveyor<'a> {
         })
     }
 
-    /// Returns which pages of an object are unwritten. Protects all that is looked at
-    /// if it is to be tracked from now on.
+    /// Returns which pages of an object are clean. If the object is to be tracked, protects
+    /// all scanned pages.
     fn look_at(&mut self, object: &Object, known: bool) -> Option<Vec<Range<u64>>> {
         let key = object.file.metadata().ok().map(|metadata| Key::of_file(&metadata));
         let objects = self.next.as_mut().map(|next| &mut next.record.objects);
@@ -433,8 +437,8 @@ impl<'a> Surveyor<'a> {
             }
             Err(error) => {
                 self.hindrances.push(Hindrance {
-                    what: format!("shared memory is compared in full: look at its pages: {error}"),
-                    help: "nothing is known to; the log at -v4 tells more".to_owned(),
+                    what: format!("shared memory is compared in full: scan its pages: {error}"),
+                    help: "see the log at -v4".to_owned(),
                 });
                 None
             }
@@ -462,7 +466,8 @@ impl<'a> Surveyor<'a> {
                     PageIndex::holding(address.0 - mapping.start.0 + mapping.offset).0
                 };
                 for region in &regions {
-                    // An entry that is empty may have been taken away after a write.
+                    // An empty entry may have been dropped from the page table after a
+                    // write.
                     let is_protected = region.categories & category::WRITTEN == 0
                         && region.categories & (category::PRESENT | category::SWAPPED) != 0;
                     let pages = offset(region.start())..offset(region.end());
@@ -475,8 +480,8 @@ impl<'a> Surveyor<'a> {
 }
 
 impl Next {
-    /// Prepares it for the keepers, after this process has opened the objects for the
-    /// last time; `None` if somebody else has opened one since.
+    /// Prepares it for the keepers, after this process has opened the objects for the last
+    /// time; `None` if another process has opened one since.
     pub fn seal(self) -> Option<Sealed> {
         let guard = || {
             let openings = self.openings.as_fd().try_clone_to_owned()?;
@@ -492,7 +497,7 @@ impl Next {
     }
 }
 
-/// What keepers are given for the next dump.
+/// What keepers get for the next dump.
 #[derive(Debug)]
 pub struct Sealed {
     writers: BTreeSet<HostPid>,
@@ -501,8 +506,8 @@ pub struct Sealed {
 }
 
 impl Sealed {
-    /// Gives the keeper of a process its counters. Returns what else it is to have, if
-    /// the process can write to what is tracked.
+    /// Gives the keeper of a process its counters. Returns the guard for it, if the process
+    /// can write to tracked memory.
     pub(super) fn give(&self, pid: HostPid, keeper: &Keeper) -> Option<&Guard> {
         if !self.writers.contains(&pid) {
             return None;
@@ -522,18 +527,19 @@ fn own() -> HostPid {
     HostPid(nix::unistd::getpid().as_raw())
 }
 
-/// Why it cannot be known who opens shared memory.
+/// Returns the error that it is unknown which processes open shared memory.
 fn unwatched(step: &'static str) -> impl Fn(io::Error) -> TrackError {
     move |source| TrackError::Openings { step, source }
 }
 
-/// Begins to count what the threads of a process do that makes other writers.
+/// Starts to count the operations of a process's threads that create other writers.
 fn count_common(threads: &[HostPid]) -> Result<Vec<OwnedFd>, TrackError> {
     let scopes: Vec<_> = threads.iter().map(|thread| Scope::Thread(*thread)).collect();
     Ok(tracepoint::count(&Event::COMMON, &scopes)?)
 }
 
-/// Begins to count what anybody does that changes shared memory unseen.
+/// Starts to count, on the whole machine, the rare operations that change shared memory
+/// unseen.
 fn count_seldom() -> Result<Vec<OwnedFd>, TrackError> {
     if tracepoint::has_unseen_calls() {
         return Err(TrackError::Missing {
@@ -544,7 +550,7 @@ fn count_seldom() -> Result<Vec<OwnedFd>, TrackError> {
     let now = tracepoint::processors()?;
     let scopes: Vec<_> = now.iter().map(|number| Scope::Processor(*number)).collect();
     let counters = tracepoint::count(&Event::SELDOM, &scopes)?;
-    // Any that comes later is counted.
+    // A processor that comes online later is counted.
     if tracepoint::processors()? == now {
         Ok(counters)
     } else {
@@ -555,10 +561,10 @@ fn count_seldom() -> Result<Vec<OwnedFd>, TrackError> {
     }
 }
 
-/// Whether the mappings of a process show what was at a place, and where it was.
+/// Whether the mappings of a process still show the same pages at the same address.
 fn covers(mappings: &[(HostPid, Mapping)], place: Place) -> bool {
     let mut next = place.start;
-    // Ascending for each process.
+    // Ascending within each process.
     for (_, mapping) in mappings.iter().filter(|(pid, _)| *pid == place.pid) {
         let shows =
             mapping.offset.wrapping_sub(mapping.start.0) == place.offset.wrapping_sub(place.start);
@@ -569,8 +575,8 @@ fn covers(mappings: &[(HostPid, Mapping)], place: Place) -> bool {
     next >= place.end
 }
 
-/// Returns the addresses at which a mapping shows pages of `data`, ascending; those
-/// that have a small hole between them together.
+/// Returns the addresses at which a mapping shows pages of `data`, ascending; ranges with a
+/// small hole between them are joined.
 fn stretches(data: &[Range<u64>], mapping: &Mapping) -> Vec<(RemoteAddr, RemoteAddr)> {
     let first = PageIndex::holding(mapping.offset).0;
     let last = first + mapping.len() / PAGE_SIZE;
@@ -610,7 +616,7 @@ fn without(some: Vec<Range<u64>>, others: Vec<Range<u64>>) -> Vec<Range<u64>> {
     left
 }
 
-/// Sorts ranges and joins those that touch.
+/// Sorts ranges and joins adjacent ones.
 fn joined(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
     ranges.sort_unstable_by_key(|range| range.start);
     let mut joined: Vec<Range<u64>> = Vec::new();
