@@ -1,4 +1,4 @@
-//! The memory of a process in place.
+//! The memory of a process, by address.
 
 use std::{
     collections::HashMap,
@@ -24,30 +24,28 @@ use crate::{
     units::PageIndex,
 };
 
-/// The address space of a process: the byte at offset X is the byte at address
-/// X. It ends where the highest mapping below 2^63 does.
+/// The address space of a process: the byte at offset X is the byte at address X. It ends where the
+/// highest mapping below 2^63 ends.
 ///
-/// Private and shared memory are resolved across the chain. Of a mapped file,
-/// the pages that the process changed are its own; the others are the file's
-/// where it is still the one that was dumped: of the recorded size, and of the
-/// recorded build-id if there is one.
+/// Private and shared memory are resolved over the chain. For a mapped file, pages that the process
+/// has changed come from the images. The others come from the file, if it is still the one that was
+/// dumped: it must have the recorded size, and the recorded build ID if there is one.
 ///
-/// Holes are: what is in no mapping; zero pages; what is behind the end of a
-/// mapped file; a mapped file that is gone or another; what the kernel or a
-/// device shows, which is in no image. Bytes that should be in an image and are
-/// not are errors ([`Source::Lost`]).
+/// Holes are: addresses without a mapping; zero pages; pages after the end of a mapped file; a mapped
+/// file that is missing or has changed; and memory of the kernel or a device, which no image has.
+/// Bytes that an image should have but does not are errors ([`Source::Lost`]).
 ///
 /// Nothing is resolved before it is read.
 #[derive(Debug)]
 pub struct AddressSpace {
     process: Arc<Process>,
     allocated: OnceLock<u64>,
-    /// What has been resolved: once is enough for as long as this is open.
+    /// Indexes resolved so far, kept until the address space is closed.
     indexes: Mutex<HashMap<MemoryId, Arc<Index>>>,
 }
 
 impl AddressSpace {
-    /// Presents the memory of `process`; reads nothing.
+    /// Returns the address space of `process` without reading anything.
     pub fn new(process: Arc<Process>) -> Self {
         Self { process, allocated: OnceLock::new(), indexes: Mutex::default() }
     }
@@ -76,18 +74,14 @@ impl AddressSpace {
         self.index(MemoryId::Shared(shmid))
     }
 
-    /// Returns the index of private memory if `area` may have pages in it.
+    /// Returns the index of private memory, if `area` may have pages in it.
     fn private_index(&self, area: &Area) -> chain::Result<Option<Arc<Index>>> {
         area.private.then(|| self.index(self.process.private())).transpose()
     }
 
-    /// Returns the ranges of `area` that a core file has the bytes of,
-    /// ascending and not touching. Where the process could read, these are all
-    /// but the ones that no image and no file tells; elsewhere, the pages that
-    /// are in images.
-    ///
-    /// # Errors
-    /// What [`Index::build`] returns.
+    /// Returns the ranges of `area` that a core file contains, ascending and not touching. If the
+    /// process could read the area, these are all ranges that images or files have; otherwise, the
+    /// pages in images.
     pub(super) fn known(&self, area: &Area) -> chain::Result<Vec<Range<u64>>> {
         let all = area.start..area.end;
         let readable = area.prot & PROT_READ != 0
@@ -129,11 +123,8 @@ impl AddressSpace {
         Ok(known)
     }
 
-    /// Counts the bytes of `area` that are in images, wherever: pages of the process's own,
-    /// and pages of a shared object.
-    ///
-    /// # Errors
-    /// What [`Index::build`] returns.
+    /// Counts the bytes of `area` that images hold, in any snapshot: private pages, and pages of a
+    /// shared object.
     pub(super) fn resident(&self, area: &Area) -> chain::Result<(u64, u64)> {
         let all = area.start..area.end;
         let len = |range: &Range<u64>| range.end - range.start;
@@ -158,15 +149,14 @@ impl AddressSpace {
         Ok((own, below))
     }
 
-    /// Counts the bytes of `range`, which lies within one mapping, that are no
-    /// holes.
+    /// Counts the bytes of `range`, which lies in one mapping, that are not holes.
     pub(super) fn allocated_in(&self, range: Range<u64>) -> u64 {
         let areas = self.process.areas();
         let position = areas.partition_point(|area| area.end <= range.start);
         areas.get(position).map_or(0, |area| self.area_allocated(area, range))
     }
 
-    /// Appends the runs of `range`, which lies within `area`.
+    /// Appends the runs of `range`, which lies inside `area`.
     fn area_runs(&self, area: &Area, range: Range<u64>, runs: &mut Vec<Run>) -> chain::Result<()> {
         let index = match self.private_index(area) {
             Ok(Some(index)) => index,
@@ -188,7 +178,7 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// Appends the runs of what lies below the private pages of `range`.
+    /// Appends the runs of `range` where the process has no private pages.
     fn below_runs(&self, area: &Area, range: Range<u64>, runs: &mut Vec<Run>) -> chain::Result<()> {
         let len = range.end - range.start;
         match &area.below {
@@ -201,7 +191,7 @@ impl AddressSpace {
                     let object = MemoryBytes::new(chain, index, u64::MAX);
                     object.runs(area.offset_of(range.start), len, runs)?;
                 }
-                // Only this object is lost; the rest of the address space is not.
+                // Only this object is lost, not the rest of the address space.
                 Err(error) => runs.push(lost(error, len)),
             },
             Below::Mapped(Mapped::File(file)) => {
@@ -245,12 +235,11 @@ impl AddressSpace {
     }
 }
 
-/// Address spaces that were asked for of late: tools read many files of a process in a row.
+/// Recently used address spaces: tools read many files of a process in a row.
 #[derive(Debug)]
 pub(super) struct Spaces(Mutex<LruCache<(SnapshotId, u32), Arc<AddressSpace>>>);
 
-/// How many address spaces are kept. Each holds its mappings, and the indexes of the
-/// memories that were read.
+/// How many address spaces are kept. Each holds its mappings and the indexes resolved so far.
 const SPACES_KEPT: NonZeroUsize = NonZeroUsize::new(8).expect("not zero");
 
 impl Default for Spaces {
@@ -260,13 +249,13 @@ impl Default for Spaces {
 }
 
 impl Spaces {
-    /// Returns the address space of a process; reads nothing but what it maps.
+    /// Returns the address space of a process. Reads only the process's mappings.
     ///
     /// # Errors
-    /// As [`Process::load`].
+    /// Like [`Process::load`].
     pub(super) fn get(&self, tables: &Arc<Tables>, pid: u32) -> Result<Arc<AddressSpace>> {
         let spaces = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        // Where pages are changes when they are freed.
+        // Freeing pages changes where they are.
         let lasting = !tables.chain().has_freed();
         let key = (tables.snapshot(), pid);
         if lasting && let Some(space) = spaces().get(&key) {
@@ -280,7 +269,7 @@ impl Spaces {
     }
 }
 
-/// An address space as `/proc/PID/mem` has it: where nothing is mapped, nothing is read.
+/// An address space as in `/proc/PID/mem`: addresses without a mapping cannot be read.
 #[derive(Debug)]
 pub(super) struct ProcessMemory {
     space: Arc<AddressSpace>,
@@ -319,7 +308,7 @@ impl Content for ProcessMemory {
     }
 }
 
-/// The bytes of one mapping.
+/// The contents of one mapping.
 #[derive(Debug)]
 pub(super) struct MappingFile {
     space: Arc<AddressSpace>,
@@ -327,7 +316,7 @@ pub(super) struct MappingFile {
 }
 
 impl MappingFile {
-    /// Presents the mapping at `range`, which is one of the address space's.
+    /// Returns the mapping at `range`, which must be a mapping of the address space.
     pub(super) fn new(space: Arc<AddressSpace>, range: Range<u64>) -> Self {
         Self { space, range }
     }
@@ -351,8 +340,8 @@ fn lost(error: ChainError, len: u64) -> Run {
     Run { len, source: Source::Lost(Arc::new(error)) }
 }
 
-/// Appends the runs of the bytes `range` of a file whose bytes are in `extents`, ascending,
-/// with holes between.
+/// Appends the runs of the bytes `range` of a file. `extents` holds its contents in ascending order,
+/// with holes in between.
 pub(super) fn extent_runs(
     extents: &[FileExtent],
     files: &Files,
@@ -378,8 +367,7 @@ pub(super) fn extent_runs(
     Ok(())
 }
 
-/// Splits `range` where it enters and leaves the extents of `index`, and at the
-/// borders of these.
+/// Splits `range` at the borders of the extents of `index`.
 fn parts(
     index: &Index,
     range: Range<u64>,
@@ -398,14 +386,14 @@ fn parts(
             (None, ahead) => ahead.map_or(PageIndex::END, |extent| extent.first),
         };
         position += usize::from(extent.is_some());
-        // The border may be at 2^64, which has no address.
+        // The border may be 2^64, which is not an address.
         let beyond = border > PageIndex::holding(range.end);
         next = if beyond { range.end } else { border.address() };
         Some((start..next, extent))
     })
 }
 
-/// Counts the bytes of `part`, which lies within `extent`, that are stored.
+/// Counts the stored bytes of `part`, which lies inside `extent`.
 fn stored(part: &Range<u64>, extent: Extent) -> u64 {
     match extent.place {
         Place::Stored { .. } => part.end - part.start,
@@ -418,12 +406,11 @@ impl Content for AddressSpace {
         self.process.end()
     }
 
-    /// Returns how many bytes are stored in images, in whichever snapshots,
-    /// plus how many bytes of mapped files are shown. What is mapped twice
-    /// counts twice; what cannot be resolved does not count.
+    /// Returns how many bytes are stored in images, in any snapshot, plus how many bytes of mapped
+    /// files are shown. Memory that is mapped twice counts twice; memory that cannot be resolved
+    /// does not count.
     ///
-    /// The first call resolves all memories of the process and looks at all
-    /// files that it maps.
+    /// The first call resolves all memories of the process and examines all files that it maps.
     fn allocated(&self) -> u64 {
         *self.allocated.get_or_init(|| {
             let areas = self.process.areas().iter();

@@ -1,4 +1,4 @@
-//! A process as a core file, for debuggers.
+//! A process as a core file for debuggers.
 
 use std::sync::{Arc, OnceLock};
 
@@ -29,20 +29,19 @@ use crate::{
 /// program headers      one for the notes, then those of the memory
 /// section header       only if there are too many program headers to count
 /// notes                threads, registers, auxiliary vector, mapped files
-/// padding              to the next page
-/// memory               the mappings whose bytes are known, in ascending order
+/// padding              up to the next page
+/// memory               the mappings whose contents are known, in ascending order
 /// ```
 ///
-/// The kernel writes the parts in this order, but for the section header. All
-/// up to the padding is put together when the core is opened; memory is
-/// resolved when it is read, and stays where it is.
+/// The kernel writes the parts in this order, except the section header. Everything up to the
+/// padding is built when the core file is opened; memory is resolved when it is read, and is not
+/// copied.
 ///
-/// A mapping has a program header for every stretch of it whose bytes are known;
-/// in most cases that is one. What is not known has none: the pages of a file
-/// that is gone, or is another by now; the kernel's; guard areas. An empty
-/// segment, such as the kernel writes for those, would have the debugger read
-/// zeros there (seen with gdb 13), and then take the program for another one
-/// than the process ran; without a segment it looks at its own copy of the file.
+/// A mapping has a program header for each range whose contents are known, in most cases one. Ranges
+/// with unknown contents have none: pages of a file that is missing or has changed, memory of the
+/// kernel, guard areas. The kernel writes empty segments for those. A debugger would read zeros
+/// there (seen with gdb 13) and conclude that the process ran another program; without a segment, it
+/// reads its own copy of the file.
 #[derive(Debug)]
 pub struct CoreFile {
     space: Arc<AddressSpace>,
@@ -52,7 +51,7 @@ pub struct CoreFile {
     allocated: OnceLock<u64>,
 }
 
-/// A stretch of a mapping that is in the core file.
+/// A range of a mapping that the core file contains.
 #[derive(Clone, Copy, Debug)]
 struct Segment {
     offset: u64,
@@ -62,13 +61,13 @@ struct Segment {
 }
 
 impl CoreFile {
-    /// Lays out the core file of a process: resolves its private memory, looks
-    /// at the files that it maps, and reads the images of its threads.
+    /// Lays out the core file of a process: resolves its private memory, examines the files that it
+    /// maps, and reads the images of its threads.
     ///
     /// # Errors
-    /// [`ViewError::BadThread`] for threads of unknown machines, and for 32-bit
-    /// ones; [`ViewError::Chain`] and [`ViewError::Image`] for images that
-    /// cannot be read; [`ViewError::CoreTooLarge`].
+    /// [`ViewError::BadThread`] for threads of an unknown machine and for 32-bit threads;
+    /// [`ViewError::Chain`] and [`ViewError::Image`] for images that cannot be read;
+    /// [`ViewError::CoreTooLarge`].
     pub fn open(space: Arc<AddressSpace>) -> Result<Self> {
         let mut segments = segments(&space)?;
         let Description { machine, page_size, notes } = describe(&space)?;
@@ -104,13 +103,13 @@ impl CoreFile {
         Ok(Self { space, head: head.into(), segments, len, allocated: OnceLock::new() })
     }
 
-    /// Returns the address space that the memory is read from.
+    /// Returns the address space that the memory comes from.
     pub fn space(&self) -> &Arc<AddressSpace> {
         &self.space
     }
 }
 
-/// Returns what is known of the mappings of a process, without offsets.
+/// Returns the segments of a process, still without offsets.
 fn segments(space: &AddressSpace) -> chain::Result<Vec<Segment>> {
     let mut segments = Vec::new();
     for area in space.process().areas() {
@@ -185,8 +184,7 @@ fn load_header(segment: &Segment, page_size: u64) -> ProgramHeader64<LE> {
     }
 }
 
-/// Returns the section header that holds the number of program headers where the
-/// file header has no room for it.
+/// Returns the section header that holds the number of program headers if the file header cannot.
 fn section_header(headers: u32) -> SectionHeader64<LE> {
     SectionHeader64 {
         sh_name: U32::new(LE, 0),
@@ -207,8 +205,7 @@ impl Content for CoreFile {
         self.len
     }
 
-    /// Returns what the address space has of the segments, plus the bytes up to
-    /// them.
+    /// Returns the allocated bytes of the segments, plus the size of everything before them.
     ///
     /// The first call resolves all memories of the process.
     fn allocated(&self) -> u64 {

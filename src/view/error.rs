@@ -10,19 +10,19 @@ pub type Result<T, E = ViewError> = std::result::Result<T, E>;
 /// Errors of the view.
 #[derive(Debug, thiserror::Error)]
 pub enum ViewError {
-    /// The chain has none.
+    /// The chain cannot provide the contents.
     #[error(transparent)]
     Chain(#[from] ChainError),
     /// An image could not be read.
     #[error(transparent)]
     Image(#[from] ImageError),
-    /// There is no node with this inode number.
+    /// No node has this inode number.
     #[error("no node has inode number {ino}")]
     NoSuchNode {
         /// The inode number.
         ino: u64,
     },
-    /// A directory has no entry of this name.
+    /// A directory has no entry with this name.
     #[error("{dir} has no entry {name:?}")]
     NoSuchEntry {
         /// The directory's path in the view.
@@ -42,13 +42,13 @@ pub enum ViewError {
         /// The directory's path in the view.
         path: String,
     },
-    /// Something else was used as a symbolic link.
+    /// Another node was used as a symbolic link.
     #[error("{path} is not a symbolic link")]
     NotALink {
         /// The node's path in the view.
         path: String,
     },
-    /// The attributes of a file that the view shows could not be read.
+    /// The attributes of a shown file could not be read.
     #[error("read the attributes of {path}", path = .path.display())]
     Attributes {
         /// The file.
@@ -64,12 +64,12 @@ pub enum ViewError {
         /// Why.
         source: std::io::Error,
     },
-    /// An image whose text would be too long to hold in memory.
+    /// The text of an image would be too long to hold in memory.
     #[error("the text of {path} would be longer than {limit} bytes\nhelp: use rcriu show", path = .path.display())]
     TooLong {
         /// The image.
         path: PathBuf,
-        /// The longest text that is produced.
+        /// The longest possible text.
         limit: usize,
     },
     /// The snapshot is a pre-dump, which has memory but no processes.
@@ -78,17 +78,17 @@ pub enum ViewError {
         /// The image directory.
         dir: PathBuf,
     },
-    /// The snapshot has no such process.
+    /// The snapshot does not have this process.
     #[error("{dir} has no process {pid}: expected it in pstree.img", dir = .dir.display())]
     NoSuchProcess {
         /// The image directory.
         dir: PathBuf,
-        /// The pid asked for.
+        /// The requested pid.
         pid: u32,
     },
     /// The process had no memory when it was dumped.
     #[error(
-        "{dir} has no memory of process {pid}, which was a zombie or a kernel's helper",
+        "{dir} has no memory of process {pid}: it was a zombie or had no address space",
         dir = .dir.display()
     )]
     NoAddressSpace {
@@ -97,7 +97,7 @@ pub enum ViewError {
         /// The process.
         pid: u32,
     },
-    /// Pagemaps count in pages of another size than is read here.
+    /// The pages of the images have an unsupported size.
     #[error(
         "{dir}: process {pid} has pages of {size} bytes: only images with pages of 4096 are read",
         dir = .dir.display()
@@ -107,10 +107,10 @@ pub enum ViewError {
         dir: PathBuf,
         /// The process.
         pid: u32,
-        /// Bytes in its pages.
+        /// The page size in bytes.
         size: u64,
     },
-    /// A mapping that contradicts itself or another.
+    /// A mapping contradicts itself or another one.
     #[error(
         "{dir}: process {pid} has a mapping {start:#x}-{end:#x} that cannot be: {problem}",
         dir = .dir.display()
@@ -127,7 +127,7 @@ pub enum ViewError {
         /// What is wrong with it.
         problem: &'static str,
     },
-    /// A mapping of a file that no image describes.
+    /// A mapping refers to a file that no image describes.
     #[error(
         "{dir}: process {pid} maps file {id} at {start:#x}, which no image describes",
         dir = .dir.display()
@@ -139,10 +139,10 @@ pub enum ViewError {
         pid: u32,
         /// The mapping's first address.
         start: u64,
-        /// The file's id in the images.
+        /// The number of the file in the images.
         id: u64,
     },
-    /// A thread that no core file can describe.
+    /// A core file cannot describe this thread.
     #[error("{dir}: thread {tid} has no core file: {problem}", dir = .dir.display())]
     BadThread {
         /// The image directory.
@@ -152,7 +152,7 @@ pub enum ViewError {
         /// What is missing or wrong.
         problem: String,
     },
-    /// A core file that would be larger than files can be.
+    /// The core file would exceed the largest possible file size.
     #[error("{dir}: the core file of process {pid} would not fit into 2^63 bytes", dir = .dir.display())]
     CoreTooLarge {
         /// The image directory.

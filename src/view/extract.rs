@@ -1,4 +1,4 @@
-//! Copies of what a view shows, without a mount.
+//! Copies files of a view without a mount.
 
 use std::{
     ffi::OsStr,
@@ -17,29 +17,28 @@ use super::{
 use crate::image::regular;
 
 impl View {
-    /// Finds what is at a path: names separated by slashes, from the root of the view on.
-    /// Symbolic links are not followed.
+    /// Returns the node at a path from the root of the view: names separated by slashes. Does not
+    /// follow symbolic links.
     ///
     /// # Errors
-    /// As [`View::lookup`].
+    /// Like [`View::lookup`].
     pub fn find(&self, path: &str) -> Result<Attr> {
         let names = path.split('/').filter(|name| !["", "."].contains(name));
         names.fold(self.attr(ROOT), |dir, name| self.lookup(dir?.ino, name))
     }
 }
 
-/// Copies a file, a link or a whole directory to `to`, where nothing may be. Files keep
-/// their holes, and are for their owner alone. Pipes and sockets have no bytes, and are
-/// left out.
+/// Copies a file, a link or a whole directory to `to`, which must not exist. Copies of files keep
+/// their holes, and only their owner may access them. Skips pipes and sockets, which have no contents.
 ///
 /// # Errors
-/// What keeps it from being read, [`ViewError::Write`].
+/// Errors of reading the node; [`ViewError::Write`].
 pub fn extract(view: &View, from: &Attr, to: &Path) -> Result<()> {
     let failed = |source| ViewError::Write { path: to.to_owned(), source };
     match from.kind {
         NodeType::File => {
             let file = regular::create(to).map_err(failed)?;
-            // A linear address space says that it is empty, as procfs does.
+            // An address space (`mem`) has size 0, as in procfs.
             if from.size == 0 {
                 return Ok(());
             }

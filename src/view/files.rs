@@ -5,26 +5,25 @@ use std::collections::{BTreeMap, HashMap};
 use super::{Result, Tables};
 use crate::image::{Kind, Remap, proto, read_files};
 
-/// The first major number of slaves of pseudoterminals, and of their masters
-/// (`linux/major.h`).
+/// The first major number of slaves of pseudoterminals (`linux/major.h`).
 const PTS_MAJOR: u32 = 136;
 
-/// What anonymous shared memory is called that is open, which images have as a memfd.
+/// The name of open anonymous shared memory, which images describe as a memfd.
 pub(super) const ANONYMOUS: &[u8] = b"/dev/zero";
 
-/// The open files of a snapshot by their ids, and what belongs to them.
+/// The open files of a snapshot, and what belongs to them, by their numbers in the images.
 #[derive(Debug, Default)]
 pub(super) struct OpenFiles {
     entries: BTreeMap<u32, proto::FileEntry>,
-    /// What is known of files whose name is gone, by their ids.
+    /// How files without a name are restored, by number.
     remaps: BTreeMap<u32, proto::RemapFilePathEntry>,
     memfds: HashMap<u64, proto::MemfdInodeEntry>,
-    /// Terminals by their ids.
+    /// Terminals by number.
     pub(super) terminals: HashMap<u32, proto::TtyInfoEntry>,
 }
 
 impl OpenFiles {
-    /// Reads the tables of files of a snapshot.
+    /// Reads the files of a snapshot.
     pub(super) fn load(tables: &Tables) -> Result<Self> {
         let entries = read_files(&**tables.images())?.unwrap_or_default();
         let remaps: Option<Vec<proto::RemapFilePathEntry>> =
@@ -44,7 +43,7 @@ impl OpenFiles {
         })
     }
 
-    /// Returns the open files, by their ids.
+    /// Returns the open files in the order of their numbers.
     pub(super) fn entries(&self) -> impl Iterator<Item = &proto::FileEntry> {
         self.entries.values()
     }
@@ -53,8 +52,7 @@ impl OpenFiles {
         self.entries.get(&id)
     }
 
-    /// Returns the files whose bytes are in images of their own: their ids, and the numbers of
-    /// these images.
+    /// Returns the ghost files: the number of the file, and that of its ghost image.
     pub(super) fn ghosts(&self) -> impl Iterator<Item = (u32, u32)> {
         self.remaps.values().filter_map(|remap| match Remap::of(remap) {
             Ok(Remap::Ghost(number)) => Some((remap.orig_id, number)),
@@ -62,7 +60,7 @@ impl OpenFiles {
         })
     }
 
-    /// Returns the path of a file that has one: regular files, directories, memfds.
+    /// Returns the path of a file, if it has one: of a regular file, directory or memfd.
     pub(super) fn path(&self, id: u32) -> Option<Vec<u8>> {
         let entry = self.entry(id)?;
         if let Some(reg) = &entry.reg {
@@ -77,7 +75,7 @@ impl OpenFiles {
         Some([b"/memfd:", name, b" (deleted)"].concat())
     }
 
-    /// Returns what the kernel calls an open file, as links in `/proc/PID/fd` do.
+    /// Returns the name of an open file as links in `/proc/PID/fd` show it.
     pub(super) fn target(&self, id: u32) -> Vec<u8> {
         let Some(entry) = self.entry(id) else { return format!("unknown:[{id}]").into_bytes() };
         if let Some(path) = self.path(id) {

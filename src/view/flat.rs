@@ -1,4 +1,4 @@
-//! Memories without parents: pagemaps put together, and objects in place.
+//! Memories without parents: flattened pagemaps, and shared objects.
 
 use std::{path::Path, sync::Arc};
 
@@ -15,7 +15,7 @@ use crate::{
     },
 };
 
-/// Bytes that are held in memory.
+/// A file whose contents are held in memory.
 #[derive(Debug)]
 pub(super) struct MemoryFile {
     bytes: Arc<[u8]>,
@@ -42,8 +42,7 @@ impl Content for MemoryFile {
     }
 }
 
-/// Writes the pagemap of a resolved memory, in which nothing is in a parent;
-/// errors call it `path`.
+/// Builds the pagemap of a resolved memory, without references to a parent. Errors call it `path`.
 pub(super) fn pagemap(path: &Path, index: &Index) -> ImageResult<MemoryFile> {
     let kind = match index.memory() {
         MemoryId::Private(_) => Kind::Pagemap,
@@ -54,7 +53,7 @@ pub(super) fn pagemap(path: &Path, index: &Index) -> ImageResult<MemoryFile> {
     let mut extents = index.extents().peekable();
     while let Some(extent) = extents.next() {
         let mut entry = entry(&extent);
-        // Which file the pages came from no longer matters.
+        // Extents from different files need no separate entries.
         while let Some(next) = extents.peek()
             && next.first == entry.end()
             && presence(next) == entry.presence
@@ -70,7 +69,7 @@ pub(super) fn pagemap(path: &Path, index: &Index) -> ImageResult<MemoryFile> {
 
 fn presence(extent: &Extent) -> Presence {
     match extent.place {
-        // What was freed keeps its place in the pages file.
+        // A freed page keeps its place in the pages file.
         Place::Stored { .. } | Place::Punched { .. } => Presence::Present,
         Place::Absent => Presence::Absent,
     }
@@ -85,7 +84,7 @@ fn entry(extent: &Extent) -> PagemapEntry {
     }
 }
 
-/// Returns the bytes of a shared object, as long as the object was.
+/// Returns the contents of a shared object, in the object's length.
 pub(super) fn shmem(tables: &Tables, shmid: u64) -> Result<Arc<dyn Content>> {
     let chain = tables.chain();
     let objects = tables.shared()?;
@@ -97,7 +96,7 @@ pub(super) fn shmem(tables: &Tables, shmid: u64) -> Result<Arc<dyn Content>> {
     let size = object.map_or(Size::AtLeast(0), |object| object.size);
     let index = match chain.index(tables.snapshot(), MemoryId::Shared(shmid)) {
         Ok(index) => index,
-        // It is open or mapped, but was never written.
+        // The object is open or mapped, but was never written.
         Err(ChainError::NoMemory { .. }) => return Ok(Arc::new(Zeros(size.bytes(0)))),
         Err(error) => return Err(error.into()),
     };
@@ -106,7 +105,7 @@ pub(super) fn shmem(tables: &Tables, shmid: u64) -> Result<Arc<dyn Content>> {
     Ok(Arc::new(content))
 }
 
-/// A stretch of a file.
+/// A range of a file.
 #[derive(Debug)]
 struct Stretch {
     file: Arc<BackingFile>,
@@ -129,7 +128,7 @@ impl Content for Stretch {
     }
 }
 
-/// So many zeros.
+/// A file of zeros with this length.
 #[derive(Debug)]
 struct Zeros(u64);
 

@@ -1,4 +1,4 @@
-//! A snapshot as an image directory of its own.
+//! Writes a snapshot as an image directory without parents.
 
 use std::{
     fs::{self, File},
@@ -14,29 +14,28 @@ use crate::{
     units::BLOCK_BYTES,
 };
 
-/// Bytes copied at a time, after which progress is told.
+/// How many bytes are copied between two progress reports.
 const STEP_BYTES: u64 = 64 << 20;
 
-/// Bytes read at a time where the kernel cannot copy.
+/// The buffer size where the kernel cannot copy.
 const BUFFER_BYTES: usize = 1 << 20;
 
-/// Permissions of a new image directory: memory is secret.
+/// The mode of a new image directory: memory is confidential.
 const DIRECTORY_MODE: u32 = 0o700;
 
-/// What an inventory is called until all else is on disk.
+/// The name of the inventory until everything else is on disk.
 const UNFINISHED_INVENTORY: &str = ".inventory.img.unfinished";
 
-/// Writes the flat image directory that is the root of `view` to `out`, which must not
-/// exist or be empty. `progress` gets the bytes that are done, and their total.
+/// Writes the flat image directory at the root of `view` to `out`, which must not exist or be empty.
+/// `progress` receives the bytes copied so far, and their total.
 ///
-/// Everything else is on disk before the inventory appears, so that `out` is complete or no
-/// image directory, even after a crash. File systems that can share blocks between files
-/// (btrfs, xfs) are asked to.
+/// The inventory appears only when everything else is on disk. So even after a crash, `out` is either
+/// complete or not an image directory. On file systems that can share blocks between files (btrfs,
+/// xfs), the copies share blocks.
 ///
 /// # Errors
-/// A snapshot of which pages were freed, before anything is written; whatever keeps
-/// the view from being read or `out` from being written. What was written by then is
-/// removed.
+/// If pages of the snapshot were freed, fails before writing anything. After any other error,
+/// removes what was written.
 pub fn flatten(view: &View, out: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
     view.chain().require_whole(view.tip())?;
     let made = match fs::DirBuilder::new().mode(DIRECTORY_MODE).create(out) {
@@ -47,7 +46,7 @@ pub fn flatten(view: &View, out: &Path, progress: &mut dyn FnMut(u64, u64)) -> R
     let mut written = Vec::new();
     let result = write_all(view, out, &mut written, progress);
     if result.is_err() {
-        // The first error is the one to report.
+        // Report the first error, not those of cleaning up.
         for path in written {
             let _ = fs::remove_file(path);
         }
@@ -66,7 +65,7 @@ fn is_empty(dir: &Path) -> Result<bool> {
     Err(failed(io::ErrorKind::DirectoryNotEmpty.into()))
 }
 
-/// Writes all files, recording in `written` which ones were created.
+/// Writes all files, and lists those created in `written`.
 fn write_all(
     view: &View,
     out: &Path,
@@ -92,10 +91,10 @@ fn write_all(
         let target = regular::create(&path);
         let target = Target::new(target.map_err(failed)?, &path);
         written.push(path.clone());
-        // For the owner alone, whatever the images are: of the memory of several of them.
+        // Only the owner may read it, whatever the mode of the images: it holds memory.
         copy(&*view.open(file.ino)?.content, &target, &mut step)?;
     }
-    // All at the end: a journalling file system then commits most at once.
+    // Sync all at the end: a journalling file system then commits at most once.
     let sync = |path: &Path| {
         let synced = File::open(path).and_then(|file| file.sync_all());
         synced.map_err(|source| ViewError::Write { path: path.to_owned(), source })
@@ -115,7 +114,7 @@ fn write_all(
     Ok(())
 }
 
-/// A file that is being written.
+/// The file that is being written.
 pub(super) struct Target<'a> {
     file: File,
     path: &'a Path,
@@ -131,7 +130,7 @@ impl<'a> Target<'a> {
     }
 }
 
-/// Copies `content`, leaving its holes holes.
+/// Copies `content`, and keeps its holes.
 pub(super) fn copy(
     content: &dyn Content,
     target: &Target,

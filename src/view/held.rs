@@ -1,9 +1,9 @@
-//! What images hold of files: those that had no name any more, and data that waited in
-//! pipes, sockets and terminals.
+//! Contents of files that images hold: deleted files, and data queued in pipes, sockets and
+//! terminals.
 //!
 //! ```text
-//! files/deleted/PATH        a file that was deleted, or a name of it
-//! files/pipes/ID            bytes in a pipe, by the number that links of descriptors have
+//! files/deleted/PATH        a ghost file
+//! files/pipes/ID            bytes in a pipe; links of descriptors show the same number
 //! files/sockets/INODE-N     the Nth packet or piece in the queue of a socket
 //! files/terminals/ID        bytes in a terminal
 //! ```
@@ -26,21 +26,21 @@ use crate::{
     image::{ImageError, Kind, proto},
 };
 
-/// The longest that a file can be (`MAX_LFS_FILESIZE`).
+/// The largest possible file size (`MAX_LFS_FILESIZE`).
 const LONGEST: u64 = i64::MAX.cast_unsigned();
 
-/// Files by their paths below `files`.
+/// The files, by their paths below `files`.
 #[derive(Debug, Default)]
 pub(super) struct Held {
     files: BTreeMap<String, Place>,
 }
 
-/// Where a file's bytes are.
+/// Where the contents of a file are.
 #[derive(Clone, Debug)]
 enum Place {
-    /// In an image of a deleted file, with this number.
+    /// In the ghost image with this number.
     Ghost(u32),
-    /// In a row in an image of this kind.
+    /// In one piece in an image of this kind.
     Bytes { kind: Kind, offset: u64, len: u64 },
 }
 
@@ -54,10 +54,7 @@ pub(super) enum Entry {
 }
 
 impl Held {
-    /// Looks through the images that hold data; reads none of it.
-    ///
-    /// # Errors
-    /// [`ViewError::Image`](super::ViewError::Image).
+    /// Finds the files in the images, without reading their contents.
     pub(super) fn load(tables: &Tables) -> Result<Self> {
         let mut held = Self::default();
         held.add_deleted(tables)?;
@@ -69,7 +66,7 @@ impl Held {
         Ok(held)
     }
 
-    /// Returns what is in the directory `path`, which ends with a slash or is empty.
+    /// Returns the entries of the directory `path`, which is empty or ends with a slash.
     pub(super) fn children(&self, path: &str) -> BTreeMap<String, Entry> {
         let inside = self.files.range(path.to_owned()..).map(|(name, _)| name);
         let inside = inside.map_while(|name| name.strip_prefix(path));
@@ -80,10 +77,7 @@ impl Held {
         inside.map(entry).collect()
     }
 
-    /// Returns a file's bytes.
-    ///
-    /// # Errors
-    /// [`ViewError::Image`](super::ViewError::Image); [`ViewError::Chain`](super::ViewError::Chain).
+    /// Returns the contents of a file.
     pub(super) fn open(&self, tables: &Tables, path: &str) -> Result<Arc<dyn Content>> {
         let files = tables.chain().files();
         let (len, extents) = match self.files.get(path) {
@@ -100,7 +94,7 @@ impl Held {
             }
             None => (0, Vec::new()),
         };
-        // Opened now, so that a failure is one of opening.
+        // Open the images now, so that a failure is reported by open, not by a later read.
         let ids: BTreeSet<FileId> = extents.iter().map(|extent| extent.file).collect();
         for id in ids {
             files.get(id)?;
@@ -108,7 +102,7 @@ impl Held {
         Ok(Arc::new(Pieces { chain: Arc::clone(tables.chain()), extents, len }))
     }
 
-    /// Adds a file, under another name if there is one of this name.
+    /// Adds a file, under a different name if this one is taken.
     fn add(&mut self, path: String, place: Place) {
         let mut name = path.clone();
         let mut number = 2;
@@ -124,7 +118,7 @@ impl Held {
         let mut seen = BTreeSet::new();
         for (file, number) in files.ghosts() {
             let Some(entry) = ghost_entry(tables, number)? else { continue };
-            // FIFOs, directories and others hold nothing; several names lead to one image.
+            // FIFOs, directories and others have no contents. Several names may share an image.
             let regular = entry.mode & libc::S_IFMT == libc::S_IFREG;
             let name = files.entry(file).and_then(|entry| entry.reg.as_ref());
             if let Some(reg) = name.filter(|_| regular)
@@ -167,7 +161,7 @@ impl Held {
         let kind = Kind::TtyData;
         each(tables, kind, |entry: proto::TtyDataEntry, end| {
             let len = entry.data.len() as u64;
-            // The bytes are the last field of the message.
+            // The contents are the last field of the message.
             let place = Place::Bytes { kind, offset: end.saturating_sub(len), len };
             self.add(format!("terminals/{}", entry.tty_id), place);
             0
@@ -175,8 +169,8 @@ impl Held {
     }
 }
 
-/// Calls `found` with each message of an image and the offset behind it; it returns how many
-/// bytes follow there that belong to it.
+/// Calls `found` with each message of an image, and with the offset after it. `found` returns how many
+/// bytes of payload follow there.
 fn each<M: prost::Message + prost::Name + Default>(
     tables: &Tables,
     kind: Kind,
@@ -190,7 +184,7 @@ fn each<M: prost::Message + prost::Name + Default>(
     let mut all = || -> std::result::Result<(), ImageError> {
         while let Some(message) = reader.next_message::<M>()? {
             let len = found(message, reader.offset());
-            reader.skip(len, "data that waited")?;
+            reader.skip(len, "queued data")?;
         }
         Ok(())
     };
@@ -206,10 +200,10 @@ fn ghost_entry(tables: &Tables, number: u32) -> Result<Option<proto::GhostFileEn
     Ok(reader.next_message()?)
 }
 
-/// Returns a path as one that can be shown: absolute, without `.` and `..`, in UTF-8, and
-/// no component longer than a name may be.
+/// Returns a path that a view can show: absolute, without `.` and `..`, in UTF-8, and without overlong
+/// components.
 fn printable(path: &[u8]) -> String {
-    /// `NAME_MAX`, less what a number at the end takes.
+    /// `NAME_MAX`, minus room for a suffix.
     const LIMIT: usize = 240;
     let path = String::from_utf8_lossy(path);
     let parts = path.split('/').filter(|part| !["", ".", ".."].contains(part));
@@ -221,7 +215,7 @@ fn printable(path: &[u8]) -> String {
     if path.is_empty() { "/unnamed".to_owned() } else { path }
 }
 
-/// Pieces of files, with holes between.
+/// Ranges of files, with holes in between.
 #[derive(Debug)]
 struct Pieces {
     chain: Arc<chain::Chain>,

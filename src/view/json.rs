@@ -1,4 +1,4 @@
-//! Images as text.
+//! Images as JSON text.
 
 use std::{
     io::{self, Write},
@@ -14,20 +14,20 @@ use crate::{
     },
 };
 
-/// What is appended to an image's name.
+/// The suffix of an image's text.
 pub(super) const SUFFIX: &str = ".json";
 
-/// The longest text that is produced. It is held in memory while a reader has it open;
-/// `rcriu show` prints images of any size.
+/// The longest text. It is held in memory while it is open; `rcriu show` prints images of any
+/// size.
 const LIMIT_BYTES: usize = 256 << 20;
 
-/// Returns the name of an image's text, if it has one: raw images have not.
+/// Returns the name of an image's text; raw images have none.
 pub(super) fn name(image: &str) -> Option<String> {
     let (desc, _) = desc::by_file_name(image)?;
     (desc.body != Body::Raw).then(|| format!("{image}{SUFFIX}"))
 }
 
-/// Decodes an image called `path`.
+/// Decodes the image `path`.
 pub(super) fn render(path: &Path, image: &dyn Content) -> Result<MemoryFile> {
     let mut text = Text(Vec::new());
     let input = io::BufReader::new(Reader { content: image, offset: 0 });
@@ -40,7 +40,7 @@ pub(super) fn render(path: &Path, image: &dyn Content) -> Result<MemoryFile> {
     }
 }
 
-/// Text that must not become too long.
+/// Text of limited length.
 struct Text(Vec<u8>);
 
 impl Write for Text {
@@ -56,7 +56,7 @@ impl Write for Text {
     }
 }
 
-/// Reads a content from its beginning to its end.
+/// Reads a content sequentially.
 struct Reader<'a> {
     content: &'a dyn Content,
     offset: u64,

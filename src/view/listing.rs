@@ -1,4 +1,4 @@
-//! What is in the directories of a view.
+//! The entries of the directories of a view.
 
 use super::{
     NodeType, Result, View, held, json,
@@ -13,25 +13,25 @@ use crate::{
     image::{Kind, desc},
 };
 
-/// The name of the directory that holds the trees of all snapshots.
+/// The name of the directory with the trees of all snapshots.
 const SNAPSHOTS: &str = "snapshots";
 
-/// The name of the directory that shows what images hold of files.
+/// The name of the directory with contents of files that the images hold.
 const FILES: &str = "files";
 
-/// The directories that lead to shared objects by other names than their shmids. They are
-/// beside `shmem`, so that all in that is a file.
+/// The directories with links to shared objects by names other than their shmids. They are not in
+/// `shmem`, which contains files only.
 const BY_NAME: &str = "shmem-by-name";
 const BY_PROCESS: &str = "shmem-by-process";
 
-/// The name of the directory that shows processes as `proc(5)` did.
+/// The name of the directory that shows processes like `proc(5)`.
 const PROC: &str = "proc";
 
 const GROUPS: [(&str, Group); 4] =
     [("core", Group::Core), ("json", Group::Json), ("mem", Group::Mem), ("shmem", Group::Shmem)];
 
 impl View {
-    /// Returns what a snapshot's directory holds.
+    /// Returns the entries of a snapshot's directory.
     pub(super) fn snapshot_children(
         &self,
         id: SnapshotId,
@@ -49,21 +49,21 @@ impl View {
         if root {
             children.push((SNAPSHOTS.to_owned(), What::Snapshots));
         }
-        // What belongs to a memory takes precedence over a file of that name.
+        // Files that belong to a memory take precedence over stored files of the same name.
         for memory in self.chain.memories(id)? {
             children.push((memory.pagemap_name(), What::Pagemap(id, memory)));
-            // A pagemap without a readable head says so when it is read.
+            // If the head of the pagemap cannot be read, reading the pagemap reports it.
             if let Ok(reader) = images.pagemap(memory) {
                 let pages = Kind::Pages.file_name(reader.pages_id().into());
                 children.push((pages, What::Pages(id, memory)));
             }
         }
         for name in self.chain.list(id)? {
-            // It is about the pages file on disk, which has others than the one here.
+            // The journal describes the stored pages file, which differs from the one shown here.
             let kind = desc::by_file_name(&name).map(|(desc, _)| desc.kind);
             let journal = kind == Some(Kind::Punched);
-            // A file that has an image's name and is no image is an error to its reader. If
-            // it were left out, a copy would look complete.
+            // Show a file with the name of an image even if it is not a regular file, so that
+            // reading it fails. Otherwise a copy of the directory would look complete.
             let is_file = || images.stat(&name).is_ok_and(|stat| stat.is_file);
             if (kind.is_some() || is_file()) && !journal {
                 children.push((name, What::Image(id)));
@@ -78,8 +78,8 @@ impl View {
         Ok(objects.collect())
     }
 
-    /// Returns links by the names of memfds and the keys of System V segments. What several
-    /// are called, only the first is called alone.
+    /// Returns links by the names of memfds and by the keys of System V segments. If several objects
+    /// have the same name, all but the first get a suffix.
     pub(super) fn shmem_names(&self, id: SnapshotId) -> Result<Vec<(String, What)>> {
         let tables = self.tables(id);
         let mut children: Vec<(String, What)> = Vec::new();
@@ -118,14 +118,14 @@ impl View {
         Ok(children.map(child).collect())
     }
 
-    /// Returns an entry for each process of a snapshot that had memory.
+    /// Returns an entry for each process of a snapshot that has memory.
     pub(super) fn processes_with_memory(
         &self,
         id: SnapshotId,
         what: impl Fn(SnapshotId, u32) -> What,
     ) -> Result<Vec<(String, What)>> {
         let images = self.chain.images(id);
-        // A pre-dump has no tree of processes, and nothing but pages.
+        // A pre-dump has memory but no process tree.
         if !images.has(Kind::Pstree, 0) {
             return Ok(Vec::new());
         }
@@ -149,7 +149,7 @@ impl View {
         id: SnapshotId,
         node: &proc::Node,
     ) -> Result<Vec<(String, What)>> {
-        // A pre-dump has no tree of processes.
+        // A pre-dump has no process tree.
         if !self.chain.images(id).has(Kind::Pstree, 0) {
             return Ok(Vec::new());
         }
@@ -158,14 +158,14 @@ impl View {
         Ok(children.map(|(name, node)| (name, What::Proc(id, node))).collect())
     }
 
-    /// Returns a file for each mapping of a process whose bytes images or files tell.
+    /// Returns a file for each mapping of a process whose contents are in images or files.
     pub(super) fn mapping_children(&self, id: SnapshotId, pid: u32) -> Result<Vec<(String, What)>> {
         let tables = self.tables(id);
         let space = self.address_space(id, pid)?;
         let names = Proc::new(&tables, &self.spaces).names(space.process())?;
         let mut children = Vec::new();
         for area in space.process().areas() {
-            // What the process could not read is not worth a file, unless it wrote it before.
+            // Omit areas that the process could not read, unless it has written to them before.
             let visible = area.prot != 0 && !matches!(area.below, Below::Unknown);
             if !visible && space.resident(area)? == (0, 0) {
                 continue;
@@ -180,9 +180,9 @@ impl View {
     }
 }
 
-/// Returns what a mapping's file is called, of what `maps` calls the mapping.
+/// Returns the file name of a mapping, from its name in `maps`.
 fn mapping_name(name: &[u8]) -> String {
-    /// With two addresses before, no longer than names may be.
+    /// With the two addresses before it, the name fits into `NAME_MAX`.
     const LIMIT: usize = 200;
     let name = name.strip_suffix(b" (deleted)").unwrap_or(name);
     let name = name.rsplit(|byte| *byte == b'/').next().unwrap_or_default();

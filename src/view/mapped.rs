@@ -1,5 +1,5 @@
-//! The files that a snapshot's processes map, as far as their bytes exist: on this machine
-//! where they are unchanged, and in ghost images.
+//! The files that processes of a snapshot map, if their contents are available: in unchanged files on
+//! this machine, or in ghost images.
 
 use std::{
     collections::HashMap,
@@ -17,10 +17,10 @@ use crate::{
     image::{ImageError, Kind, Remap, Store, build_id, proto, read_files},
 };
 
-/// The device that private mappings of anonymous memory may be made of.
+/// The device that private anonymous memory may be mapped from.
 const DEV_ZERO: &[u8] = b"/dev/zero";
 
-/// What is behind a mapping of a file.
+/// The object behind a mapping.
 #[derive(Clone, Debug)]
 pub(super) enum Mapped {
     /// Zeros.
@@ -31,7 +31,7 @@ pub(super) enum Mapped {
     File(Arc<MappedFile>),
 }
 
-/// The files of a snapshot by their ids in the images.
+/// The mapped files of a snapshot, by number.
 #[derive(Debug)]
 pub(super) struct MappedFiles {
     files: HashMap<u32, Mapped>,
@@ -39,8 +39,8 @@ pub(super) struct MappedFiles {
 }
 
 impl MappedFiles {
-    /// Reads the tables of files of a snapshot, but looks at none of the files. Files that
-    /// are not in the images themselves are left out unless `named` is set.
+    /// Reads the files of a snapshot from the images, without examining the files themselves. Unless
+    /// `named` is set, leaves out files whose contents the images do not hold.
     pub(super) fn load(images: &Store, named: bool) -> Result<Self> {
         let entries = read_files(&**images)?.unwrap_or_default();
         let inodes: Vec<proto::MemfdInodeEntry> =
@@ -80,18 +80,18 @@ impl MappedFiles {
         Ok(tables)
     }
 
-    /// Returns what a mapping of the file `id` shows.
+    /// Returns the object behind a mapping of the file `id`.
     pub(super) fn file(&self, id: u64) -> Option<Mapped> {
         self.files.get(&u32::try_from(id).ok()?).cloned()
     }
 
-    /// Returns what a mapping of the memfd `id` shows.
+    /// Returns the object behind a mapping of the memfd `id`.
     pub(super) fn memfd(&self, id: u64) -> Option<Mapped> {
         self.memfds.get(&u32::try_from(id).ok()?).copied().map(Mapped::Shared)
     }
 }
 
-/// Finds out where the bytes of a file should be.
+/// Returns where the contents of a file should be.
 fn origin(
     images: &Store,
     reg: &proto::RegFileEntry,
@@ -120,25 +120,25 @@ fn origin(
     }
 }
 
-/// Where a file's bytes should be.
+/// Where the contents of a file should be.
 #[derive(Debug)]
 enum Origin {
     /// In the file at this path, if it is still the one that was dumped.
     Path { path: PathBuf, size: u64, build_id: Vec<u32>, mtime_ns: Option<i64> },
-    /// In the ghost image of this number: the file had no name any more.
+    /// In the ghost image with this number.
     Ghost(Store, u32),
-    /// In no known place.
+    /// At no known place.
     Nowhere,
 }
 
-/// Bytes of a mapped file that lie in a row in another file.
+/// A range of a mapped file that is contiguous in another file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct FileExtent {
     /// The offset of the first byte in the mapped file.
     pub(super) start: u64,
-    /// The offset after the last.
+    /// The offset after the last byte.
     pub(super) end: u64,
-    /// The file that they are in.
+    /// The file that holds the range.
     pub(super) file: FileId,
     /// The offset of the first byte there.
     pub(super) at: u64,
@@ -153,19 +153,18 @@ pub(super) struct MappedFile {
 }
 
 impl MappedFile {
-    /// Returns the path at which the process had the file.
+    /// Returns the path of the file, as the process has mapped it.
     pub(super) fn name(&self) -> &str {
         &self.name
     }
 
-    /// Returns where the file's bytes are, sorted, with holes between; `None`
-    /// if they are not to be had.
+    /// Returns where the contents of the file are, in ascending order with holes in between; `None`
+    /// if they are not available.
     ///
-    /// A file on this machine is examined once, on first use. It counts as the one that was
-    /// dumped if its size is as recorded, and so is its build-id, or without one, the time
-    /// at which it was last written, where the images have these. A restore uses the same
-    /// rules. A recorded checksum is not verified, since that would mean reading the whole
-    /// file.
+    /// A file on this machine is examined once, on first use. It counts as the one that was dumped if
+    /// it has the recorded size, and the recorded build ID or, without one, the recorded time of the
+    /// last write. A restore uses the same rules. A recorded checksum is not verified, since that
+    /// would mean reading the whole file.
     pub(super) fn extents(&self, files: &Files) -> Option<&[FileExtent]> {
         self.extents.get_or_init(|| self.find(files)).as_deref()
     }
@@ -182,13 +181,13 @@ impl MappedFile {
             Origin::Nowhere => Ok(None),
         };
         found.unwrap_or_else(|error| {
-            log::debug!("the bytes of {} are not to be had: {error}", self.name);
+            log::debug!("the contents of {} are not available: {error}", self.name);
             None
         })
     }
 }
 
-/// Returns the bytes of the file at `path` if it is the one that was recorded.
+/// Returns the contents of the file at `path`, if it is the one that was recorded.
 fn same_file(
     files: &Files,
     path: &Path,
@@ -196,7 +195,7 @@ fn same_file(
     build_id: &[u32],
     mtime_ns: Option<i64>,
 ) -> chain::Result<Option<Vec<FileExtent>>> {
-    // Opening a device can do things. Only then is it worth opening, too.
+    // Check the type first: opening a device may have side effects.
     if !fs::metadata(path).is_ok_and(|meta| meta.is_file() && meta.len() == size) {
         return Ok(None);
     }
@@ -213,7 +212,7 @@ fn same_file(
     Ok(same.then(|| vec![FileExtent { start: 0, end: size, file: id, at: 0 }]))
 }
 
-/// Returns a time as images record it, in nanoseconds since 1970.
+/// Returns a time in nanoseconds since 1970, as images record it.
 fn since_epoch_ns(time: SystemTime) -> i64 {
     match time.duration_since(UNIX_EPOCH) {
         Ok(after) => i64::try_from(after.as_nanos()).unwrap_or(i64::MAX),
@@ -221,7 +220,7 @@ fn since_epoch_ns(time: SystemTime) -> i64 {
     }
 }
 
-/// Returns the bytes of a file that has no name, from the image of it.
+/// Returns the contents of a ghost file from its image.
 pub(super) fn ghost(
     files: &Files,
     images: &Store,
@@ -242,7 +241,7 @@ pub(super) fn ghost(
                 Some(end) if chunk.off >= before => {
                     extents.push(FileExtent { start: chunk.off, end, file: id, at });
                 }
-                _ => return Ok(None), // overlapping: which bytes are the file's?
+                _ => return Ok(None), // Overlapping chunks are ambiguous.
             }
         }
     } else {

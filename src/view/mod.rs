@@ -1,8 +1,8 @@
 //! The tree that a mount shows, without FUSE.
 //!
-//! The root is a complete image directory of one snapshot that has no parent. Everything is
-//! read on demand: listing a directory reads names and pagemap heads, and an index is built
-//! when a file that needs it is looked up.
+//! The root is a complete image directory of one snapshot, without a parent. Everything is read on
+//! demand: listing a directory reads names and the heads of pagemaps; looking up a file builds the
+//! index that it needs.
 
 mod address_space;
 mod core;
@@ -51,7 +51,7 @@ use crate::{
     units::BLOCK_BYTES,
 };
 
-/// What a node is.
+/// The type of a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NodeType {
     /// A directory.
@@ -60,9 +60,9 @@ pub enum NodeType {
     File,
     /// A symbolic link.
     Link,
-    /// A pipe that a descriptor leads to.
+    /// A pipe, the target of a descriptor.
     Pipe,
-    /// A socket that a descriptor leads to.
+    /// A socket, the target of a descriptor.
     Socket,
 }
 
@@ -75,11 +75,11 @@ pub struct Attr {
     pub kind: NodeType,
     /// Length in bytes.
     pub size: u64,
-    /// Space taken, in units of [`BLOCK_BYTES`].
+    /// The allocated size, in units of [`BLOCK_BYTES`].
     pub blocks: u64,
     /// Permission bits, without the file type.
     pub mode: u16,
-    /// Number of names.
+    /// The number of names.
     pub nlink: u32,
     /// The owner.
     pub uid: u32,
@@ -93,25 +93,24 @@ pub struct Attr {
     pub ctime: SystemTime,
 }
 
-/// A file that is ready to be read.
+/// An open file.
 #[derive(Clone, Debug)]
 pub struct OpenFile {
-    /// The file's bytes.
+    /// The contents.
     pub content: Arc<dyn Content>,
-    /// The one file on disk that the content is, from its first byte to its
-    /// last, if it is.
+    /// The stored file that has exactly these contents, if there is one.
     pub whole: Option<Arc<BackingFile>>,
-    /// The content, if it is a pages file without parents.
+    /// The contents as a pages file without parents, if they are one.
     pub pages: Option<Arc<FlatPages>>,
 }
 
-/// Returns the beginning of a name, of at most `limit` bytes.
+/// Returns the start of a name, at most `limit` bytes.
 fn shortened(name: &str, limit: usize) -> &str {
     let end = (0..=limit.min(name.len())).rev().find(|end| name.is_char_boundary(*end));
     &name[..end.unwrap_or(0)]
 }
 
-/// Returns the attributes of a stored file, under another inode number.
+/// Returns the attributes of a stored file, with another inode number.
 fn attr_of(ino: Ino, kind: NodeType, stat: &Stat) -> Attr {
     Attr {
         ino,

@@ -1,8 +1,7 @@
-//! The notes of a core file: the identity of the process and the state of its threads.
+//! The notes of a core file: the identity of the process, and the state of its threads.
 //!
-//! Layouts are those of the kernel for 64-bit machines (`linux/elfcore.h`,
-//! `uapi/linux/elf.h`, `fs/binfmt_elf.c`), which debuggers expect. What differs between
-//! machines is in [`crate::arch`].
+//! Layouts are those of the kernel for 64-bit machines (`linux/elfcore.h`, `uapi/linux/elf.h`,
+//! `fs/binfmt_elf.c`), which debuggers expect. [`crate::arch`] has what differs between machines.
 
 use std::sync::Arc;
 
@@ -24,45 +23,44 @@ use crate::{
     image::{proto, tree::state},
 };
 
-/// Bytes in the kernel's `elf_prstatus` before the registers.
+/// The size of the kernel's `elf_prstatus` up to the registers.
 const PRSTATUS_HEAD_BYTES: usize = 112;
 
-/// What `elf_prstatus` is aligned to.
+/// The alignment of `elf_prstatus`.
 const PRSTATUS_ALIGN: usize = 8;
 
-/// Bytes in the kernel's `elf_prpsinfo`.
+/// The size of the kernel's `elf_prpsinfo`.
 const PRPSINFO_BYTES: usize = 136;
 
-/// Bytes for a command's name, the closing zero among them (`TASK_COMM_LEN`).
+/// The size of a command's name with its NUL byte (`TASK_COMM_LEN`).
 const COMM_BYTES: usize = 16;
 
-/// Bytes for a command line, the closing zero among them (`ELF_PRARGSZ`).
+/// The size of a command line with its NUL byte (`ELF_PRARGSZ`).
 const ARGS_BYTES: usize = 80;
 
-/// The longest note about mapped files; the kernel leaves a longer one out, too
-/// (`MAX_FILE_NOTE_SIZE`, `fs/binfmt_elf.c`).
+/// The largest note about mapped files. Like the kernel, omit a larger one (`MAX_FILE_NOTE_SIZE`,
+/// `fs/binfmt_elf.c`).
 const FILES_LIMIT_BYTES: usize = 4 << 20;
 
-/// What notes and their parts are aligned to.
+/// The alignment of notes and of their parts.
 const ALIGN: usize = 4;
 
-/// What a core file says of its process.
+/// The description of a process in its core file.
 #[derive(Debug)]
 pub(super) struct Description {
     /// The machine that it ran on.
     pub(super) machine: Machine,
-    /// The bytes in a page there.
+    /// The page size of that machine.
     pub(super) page_size: u64,
     /// The notes.
     pub(super) notes: Vec<u8>,
 }
 
-/// Describes a process. Notes are in the order in which the kernel writes them: the
-/// leader's status, the process's description, its auxiliary vector, its mapped
-/// files, the leader's other registers; then the other threads' registers.
+/// Describes a process. The notes are in the kernel's order: the leader's status, the process, its
+/// auxiliary vector, its mapped files, the leader's other registers; then the other threads'
+/// registers.
 ///
-/// There is no `NT_SIGINFO`, and no signal in the status, because none ended
-/// the process.
+/// There is no `NT_SIGINFO`, and no signal in the status, because no signal has killed the process.
 ///
 /// # Errors
 /// [`ViewError::BadThread`], [`ViewError::Image`].
@@ -130,7 +128,7 @@ impl Notes {
     }
 }
 
-/// Returns the registers of a thread of a process of `machine`.
+/// Returns the registers of a thread, whose process ran on `machine`.
 fn registers(thread: &Thread, machine: Machine) -> Result<arch::Notes, String> {
     let own = Machine::of(&thread.core).map_err(|unknown| unknown.to_string())?;
     if own != machine {
@@ -203,7 +201,7 @@ fn prpsinfo(space: &AddressSpace, leader: &Thread) -> [u8; PRPSINFO_BYTES] {
     description
 }
 
-/// Reads the beginning of the process's command line from its memory.
+/// Reads the start of the process's command line from its memory.
 fn arguments(space: &AddressSpace) -> Option<Vec<u8>> {
     let mm = space.process().mm();
     let length = mm.mm_arg_end.checked_sub(mm.mm_arg_start).filter(|length| *length > 0)?;
@@ -217,13 +215,11 @@ fn arguments(space: &AddressSpace) -> Option<Vec<u8>> {
     Some(arguments)
 }
 
-/// Returns which files are mapped where: a count, the unit of offsets, so many
-/// triples of start, end and offset, and then the names. `None` if that is too
-/// much.
+/// Returns the note about mapped files: a count, the unit of offsets, one triple of start, end and
+/// offset for each mapping, then the names. `None` if it would be too large.
 ///
-/// Shared objects have names in the kernel's notes, too, such as `/dev/zero
-/// (deleted)`, but no files that a debugger could open: they are left out, or
-/// it would warn of each of them.
+/// The kernel also lists shared objects, under names such as `/dev/zero (deleted)`. They are omitted
+/// here: a debugger cannot open such a file, and would warn about each.
 fn files(process: &Process, page_size: u64) -> Option<Vec<u8>> {
     let mapped = process.areas().iter().filter_map(|area| match &area.below {
         Below::Mapped(Mapped::File(file)) => Some((area, Arc::as_ref(file))),

@@ -1,4 +1,4 @@
-//! One dumped process and what it maps.
+//! A dumped process and its mappings.
 
 use std::sync::Arc;
 
@@ -16,14 +16,14 @@ use crate::{
     units::{PAGE_SIZE, PageIndex},
 };
 
-/// The first address that no process can have: the upper half is the kernel's.
+/// The first address that no process can have: the upper half belongs to the kernel.
 const USER_END: u64 = 1 << 63;
 
-/// `vma_entry.prot`: may be read (`asm-generic/mman-common.h`, as the others).
+/// A bit of `vma_entry.prot`: readable (`asm-generic/mman-common.h`, like the others).
 pub(super) const PROT_READ: u32 = 1;
-/// May be written.
+/// Writable.
 pub(super) const PROT_WRITE: u32 = 2;
-/// May be executed.
+/// Executable.
 pub(super) const PROT_EXEC: u32 = 4;
 
 /// A mapping of a process.
@@ -31,20 +31,20 @@ pub(super) const PROT_EXEC: u32 = 4;
 pub(super) struct Area {
     /// The first address.
     pub(super) start: u64,
-    /// The first address after it.
+    /// The address after the last byte.
     pub(super) end: u64,
-    /// What the process may do with it: `PROT_*`.
+    /// The permissions: `PROT_*`.
     pub(super) prot: u32,
-    /// The offset of `start` in the file or object that is mapped, in bytes.
+    /// The offset of `start` in the mapped file or object, in bytes.
     pub(super) offset: u64,
-    /// Whether pages may be in the process's private memory.
+    /// Whether the process may have private pages there.
     pub(super) private: bool,
-    /// What pages show that are not.
+    /// What shows where there is no private page.
     pub(super) below: Below,
 }
 
 impl Area {
-    /// Returns the offset in what is mapped of the byte at `address`.
+    /// Returns the offset in the mapped object of the byte at `address`.
     pub(super) fn offset_of(&self, address: u64) -> u64 {
         self.offset + (address - self.start)
     }
@@ -55,7 +55,7 @@ impl Area {
 pub(super) enum Below {
     /// A file, a shared object, or zeros.
     Mapped(Mapped),
-    /// What the kernel or a device has there; no image tells.
+    /// Memory of the kernel or a device, which no image has.
     Unknown,
 }
 
@@ -70,13 +70,12 @@ pub struct Process {
 }
 
 impl Process {
-    /// Reads what the process `pid` of a snapshot maps. Neither pagemaps nor the
-    /// mapped files are looked at.
+    /// Reads the mappings of the process `pid` of a snapshot, but neither pagemaps nor mapped files.
     ///
     /// # Errors
     /// [`ViewError::NoSuchProcess`]; [`ViewError::NoAddressSpace`] for a zombie;
-    /// [`ViewError::PageSize`]; [`ViewError::BadVma`] for mappings that overlap or are not of whole
-    /// pages; [`ViewError::NoSuchFile`]; [`ViewError::Image`].
+    /// [`ViewError::PageSize`]; [`ViewError::BadVma`] for mappings that overlap or do not consist of
+    /// whole pages; [`ViewError::NoSuchFile`]; [`ViewError::Image`].
     pub fn load(tables: &Arc<Tables>, pid: u32) -> Result<Self> {
         let dir = tables.path();
         let tree = tables.tree()?;
@@ -88,7 +87,7 @@ impl Process {
         let mm = tables
             .mm(pid)?
             .ok_or_else(|| ViewError::NoAddressSpace { dir: dir.to_owned(), pid })?;
-        // Pagemaps do not say in which unit they count.
+        // Pagemaps do not record the page size.
         if let Some(size) = told_page_size(&mm.mm_saved_auxv).filter(|size| *size != PAGE_SIZE) {
             return Err(ViewError::PageSize { dir: dir.to_owned(), pid, size });
         }
@@ -97,52 +96,52 @@ impl Process {
         Ok(Self { tables: Arc::clone(tables), entry, mm, areas, private })
     }
 
-    /// Returns the process's pid, as the process itself knew it.
+    /// Returns the pid of the process in its own pid namespace.
     pub fn pid(&self) -> u32 {
         self.entry.pid
     }
 
-    /// Returns the first address after the process's highest mapping.
+    /// Returns the address after the highest mapping.
     pub fn end(&self) -> u64 {
         self.areas.last().map_or(0, |area| area.end)
     }
 
-    /// Returns the tables of the snapshot that the process is in.
+    /// Returns the tables of the snapshot.
     pub fn tables(&self) -> &Arc<Tables> {
         &self.tables
     }
 
-    /// Returns the name of the process's private memory. Of processes that share it
-    /// (`CLONE_VM`), one has it.
+    /// Returns the memory that holds the private pages of the process. Of processes that share memory
+    /// (`CLONE_VM`), only one has a pagemap.
     pub fn private(&self) -> MemoryId {
         self.private
     }
 
-    /// Returns the process's place in the tree, in sessions and in groups.
+    /// Returns the entry of the process in the process tree.
     pub(super) fn entry(&self) -> &proto::PstreeEntry {
         &self.entry
     }
 
-    /// Returns what is known of the process's memory besides its mappings.
+    /// Returns the process's `mm` entry.
     pub(super) fn mm(&self) -> &proto::MmEntry {
         &self.mm
     }
 
-    /// Returns the auxiliary vector, which ends with a pair of zeros.
+    /// Returns the auxiliary vector, including the pair of zeros at its end.
     pub(super) fn auxiliary_vector(&self) -> Vec<u8> {
         let (pairs, _) = self.mm.mm_saved_auxv.as_chunks::<2>();
         let pairs = pairs.iter().take_while(|[kind, _]| *kind != 0);
         pairs.chain([&[0, 0]]).flatten().flat_map(|value| value.to_le_bytes()).collect()
     }
 
-    /// Returns the process's mappings, ascending and without overlap.
+    /// Returns the mappings, ascending and without overlaps.
     pub(super) fn areas(&self) -> &[Area] {
         &self.areas
     }
 }
 
-/// Returns the memory that holds the private pages of a process: that of another one if the
-/// images say that both have the same, and have pages of the other one only.
+/// Returns the memory that holds the private pages of a process: that of another process if both share
+/// their memory and only the other one has a pagemap.
 fn private_of(tables: &Tables, pid: u32) -> Result<MemoryId> {
     let images = tables.images();
     let own = MemoryId::Private(pid.into());
@@ -165,19 +164,19 @@ fn private_of(tables: &Tables, pid: u32) -> Result<MemoryId> {
     Ok(own)
 }
 
-/// Reads what the process `pid` maps; `None` if it has no address space.
+/// Reads the `mm` entry of the process `pid`; `None` if it has no address space.
 pub(super) fn read_mm(tables: &Tables, pid: u32) -> Result<Option<proto::MmEntry>> {
     let images = tables.images();
     let mm: Option<proto::MmEntry> = images.message_if_any(Kind::Mm, pid.into())?;
     let Some(mut mm) = mm else { return Ok(None) };
     if mm.vmas.is_empty() {
-        // Older images have them apart.
+        // Older images have the mappings in a separate image.
         mm.vmas = images.messages_if_any(Kind::Vmas, pid.into())?.unwrap_or_default();
     }
     Ok(Some(mm))
 }
 
-/// Makes areas of a process's mappings.
+/// Converts the mappings of a process to areas.
 struct Mappings<'a> {
     tables: &'a Tables,
     pid: u32,
@@ -194,7 +193,7 @@ impl Mappings<'_> {
             if areas.last().is_some_and(|before| before.end > area.start) {
                 return Err(self.bad(entry, "it overlaps another"));
             }
-            // The kernel's half of the address space has no images either.
+            // Leave out mappings in the kernel's half of the address space.
             if area.end < USER_END {
                 areas.push(area);
             }
@@ -205,7 +204,7 @@ impl Mappings<'_> {
     fn area(&self, entry: &proto::VmaEntry, mapped: &MappedFiles) -> Result<Area> {
         let aligned = |address| PageIndex::at(address).is_some();
         if entry.start >= entry.end {
-            return Err(self.bad(entry, "it ends before it begins"));
+            return Err(self.bad(entry, "its end is not after its start"));
         }
         if !aligned(entry.start) || !aligned(entry.end) {
             return Err(self.bad(entry, "it is not made of whole pages"));
@@ -264,8 +263,8 @@ impl Mappings<'_> {
     }
 }
 
-/// Whether the pages of a mapping with this status are looked for in private
-/// memory, as CRIU 4.2 does (`vma_entry_is_private`, `criu/include/vma.h`).
+/// Whether pages of a mapping with this status may be in private memory, by CRIU 4.2's rule
+/// (`vma_entry_is_private`, `criu/include/vma.h`).
 fn is_private(status: u32) -> bool {
     status & (vma::SHSTK | vma::AIORING) != 0
         || status & vma::REGULAR != 0 && status & (vma::ANON_PRIVATE | vma::FILE_PRIVATE) != 0

@@ -1,4 +1,4 @@
-//! Tables of what a snapshot holds, for programs that ask without a mount.
+//! Tables of a snapshot's contents, for programs that read them without a mount.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -6,16 +6,13 @@ use super::{DescriptorRow, MappingRow, ProcessRow, Result, View, ViewError, proc
 use crate::image::{Kind, proto};
 
 impl View {
-    /// Returns the processes of the snapshot that is shown.
-    ///
-    /// # Errors
-    /// [`ViewError::Image`], [`ViewError::Chain`].
+    /// Returns the processes of the shown snapshot.
     pub fn processes(&self) -> Result<Vec<ProcessRow>> {
         self.require_tree()?;
         Proc::new(&self.tables(self.tip), &self.spaces).process_rows()
     }
 
-    /// Returns the descriptors of a process of the snapshot that is shown, or of all.
+    /// Returns the descriptors of one process of the shown snapshot, or of all processes.
     ///
     /// # Errors
     /// [`ViewError::NoSuchProcess`], [`ViewError::Image`].
@@ -34,7 +31,7 @@ impl View {
         Ok(rows)
     }
 
-    /// Returns the mappings of a process of the snapshot that is shown.
+    /// Returns the mappings of a process of the shown snapshot.
     ///
     /// # Errors
     /// [`ViewError::NoSuchProcess`], [`ViewError::Image`], [`ViewError::Chain`].
@@ -54,20 +51,14 @@ impl View {
         Ok(named.collect())
     }
 
-    /// Returns how long the machine had been up at the dump, where images tell.
-    ///
-    /// # Errors
-    /// [`ViewError::Image`].
+    /// Returns the uptime of the machine at the time of the dump, if the images have it.
     pub fn uptime(&self) -> Result<Option<Duration>> {
         let us = Proc::new(&self.tables(self.tip), &self.spaces).uptime_us()?;
         Ok((us != 0).then(|| Duration::from_micros(us)))
     }
 
-    /// Returns the name of the machine, where images tell: of trees with a UTS namespace of
-    /// their own.
-    ///
-    /// # Errors
-    /// [`ViewError::Image`].
+    /// Returns the name of the host, if the images have it: only those of trees with their own UTS
+    /// namespace do.
     pub fn host(&self) -> Result<Option<String>> {
         let tables = self.tables(self.tip);
         let inventory: Option<proto::InventoryEntry> =
@@ -79,7 +70,7 @@ impl View {
         Ok(names.map(|names| String::from_utf8_lossy(&names.nodename).into_owned()))
     }
 
-    /// Checks that the snapshot that is shown has processes: a pre-dump has only memory.
+    /// Checks that the shown snapshot has processes: a pre-dump has only memory.
     fn require_tree(&self) -> Result<()> {
         if self.chain.images(self.tip).has(Kind::Pstree, 0) {
             return Ok(());

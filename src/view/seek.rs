@@ -1,17 +1,14 @@
-//! Where a file's data and holes are.
+//! Finds data and holes in a file.
 
 use crate::chain::{Content, Result, Run, Source, Whence, seek_file};
 
-/// Bytes looked at first; what lies further is looked at in growing steps.
+/// How many bytes are searched first; later steps grow.
 const FIRST_WINDOW_BYTES: u64 = 1 << 20;
 
-/// Returns the first offset at or after `offset` at which `content` has what is
-/// sought; `None` beyond the end, and for data when none is left.
+/// Returns the first offset at or after `offset` where `content` has data, or a hole. Returns `None`
+/// at or after the end, and if no data is left.
 ///
-/// Holes of the backing files are holes of the content.
-///
-/// # Errors
-/// What [`Content::runs`] returns.
+/// Holes of stored files are holes of the content.
 pub fn seek(content: &dyn Content, offset: u64, whence: Whence) -> Result<Option<u64>> {
     let end = content.len();
     if offset >= end {
@@ -34,18 +31,17 @@ pub fn seek(content: &dyn Content, offset: u64, whence: Whence) -> Result<Option
     Ok((whence == Whence::Hole).then_some(end))
 }
 
-/// Returns the first offset in `run` that has what is sought.
+/// Returns the first offset in `run` with data, or a hole.
 fn seek_run(run: &Run, whence: Whence) -> Result<Option<u64>> {
     match (&run.source, whence) {
         (Source::Zero, Whence::Hole) => Ok(Some(0)),
-        // Lost bytes count as data: a reader must meet their error.
+        // Lost bytes count as data, so that a reader gets their error.
         (Source::Bytes(..) | Source::Lost(_), Whence::Data) => Ok(Some(0)),
         (Source::Zero, Whence::Data) | (Source::Bytes(..) | Source::Lost(_), Whence::Hole) => {
             Ok(None)
         }
         (Source::File(file, start), _) => {
-            // What is missing at the end of a file that was cut short is lost,
-            // no hole.
+            // Bytes after the end of a truncated file are lost; they are not a hole.
             let end = file.stat()?.len;
             let lost = (start + run.len > end).then(|| end.max(*start));
             let found = seek_file(file, *start, whence)?.filter(|found| *found < end);

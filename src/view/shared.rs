@@ -13,25 +13,25 @@ use crate::{
 pub(super) struct SharedObject {
     /// Its size in bytes.
     pub(super) size: Size,
-    /// Where its bytes are if not in pages: the name of an image, and the offset in it.
+    /// For contents stored outside of pages: the name of an image, and an offset in it.
     pub(super) inline: Option<(String, u64)>,
     /// The key of a System V segment.
     pub(super) key: Option<u32>,
-    /// What people know it by: the name of a memfd, the key of a segment.
+    /// The name that users know: of a memfd, or from the key of a segment.
     pub(super) name: Option<String>,
 }
 
-/// How long a shared object is.
+/// The size of a shared object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Size {
-    /// As the kernel reported it.
+    /// The size that the kernel reported.
     Exactly(u64),
-    /// As far as it is mapped; pages beyond may be stored nevertheless.
+    /// The end of its highest mapping; pages after it may be stored nevertheless.
     AtLeast(u64),
 }
 
-/// Finds the shared objects of a snapshot by their shmids: those with pages, and
-/// those that are only mapped or open and have none.
+/// Returns the shared objects of a snapshot by shmid: those with pages, and those that are only mapped
+/// or open.
 pub(super) fn load(tables: &Tables) -> Result<BTreeMap<u64, SharedObject>> {
     let mut objects = BTreeMap::new();
     for memory in tables.chain().memories(tables.snapshot())? {
@@ -73,7 +73,7 @@ fn optional_tree(tables: &Tables) -> Result<Vec<u32>> {
     Ok(tables.tree()?.iter().map(|process| process.pid).collect())
 }
 
-/// Notes that an object is mapped up to the offset `end`.
+/// Records that an object is mapped up to the offset `end`.
 fn mapped(objects: &mut BTreeMap<u64, SharedObject>, shmid: u64, end: u64) {
     match objects.entry(shmid) {
         Entry::Vacant(vacant) => {
@@ -92,7 +92,7 @@ fn mapped(objects: &mut BTreeMap<u64, SharedObject>, shmid: u64, end: u64) {
     }
 }
 
-/// Returns the images of System V segments, one for each namespace.
+/// Returns the names of the images of System V segments, one for each IPC namespace.
 fn segment_images(tables: &Tables) -> Result<Vec<String>> {
     let is_one = |name: &String| {
         desc::by_file_name(name).is_some_and(|(desc, _)| desc.kind == Kind::IpcnsShm)
@@ -101,8 +101,7 @@ fn segment_images(tables: &Tables) -> Result<Vec<String>> {
     Ok(names.into_iter().filter(is_one).collect())
 }
 
-/// Reads the sizes of System V segments, and where those are whose bytes are in
-/// the image itself, as they are in older ones.
+/// Reads the sizes of System V segments. Older images contain the bytes themselves: records where.
 fn segments(tables: &Tables, name: &str, objects: &mut BTreeMap<u64, SharedObject>) -> Result<()> {
     let mut reader = tables.images().image_called(name, Kind::IpcnsShm)?;
     while let Some(segment) = reader.next_message::<proto::IpcShmEntry>()? {
@@ -124,7 +123,7 @@ fn segments(tables: &Tables, name: &str, objects: &mut BTreeMap<u64, SharedObjec
 }
 
 impl Size {
-    /// Returns the size of an object whose last page ends after `pages` pages.
+    /// Returns the size of an object whose last stored page is followed by page number `pages`.
     pub(super) fn bytes(self, pages: u64) -> u64 {
         match self {
             Self::Exactly(bytes) => bytes,

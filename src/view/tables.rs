@@ -1,4 +1,4 @@
-//! The tables that the processes of a snapshot share.
+//! The tables of a snapshot that its processes share.
 
 use std::{
     collections::BTreeMap,
@@ -23,12 +23,12 @@ use crate::{
     image::{Kind, Store, proto},
 };
 
-/// How many processes' mappings are kept.
+/// How many `mm` entries are kept.
 const MMS_KEPT: NonZeroUsize = NonZeroUsize::new(8).expect("not zero");
 
-/// A value that is computed on first use, and then shared.
+/// A value that is computed on first use and then shared.
 ///
-/// Callers wait while another computes it. A failure is not cached.
+/// Other callers wait meanwhile. A failure is not cached.
 #[derive(Debug)]
 struct Lazy<T>(Mutex<Option<Arc<T>>>);
 
@@ -49,10 +49,10 @@ impl<T> Lazy<T> {
     }
 }
 
-/// The tables of one snapshot that its processes share: the process tree, and
-/// the files that may be mapped.
+/// The tables of one snapshot that its processes share, such as the process tree and the open
+/// files.
 ///
-/// They are read when first needed and kept as long as this is.
+/// Each is read on first use, and kept.
 #[derive(Debug)]
 pub struct Tables {
     chain: Arc<Chain>,
@@ -68,7 +68,7 @@ pub struct Tables {
 }
 
 impl Tables {
-    /// Stands for the tables of `snapshot`; reads nothing.
+    /// Returns the tables of `snapshot` without reading anything.
     pub fn new(chain: Arc<Chain>, snapshot: SnapshotId) -> Self {
         Self {
             chain,
@@ -84,7 +84,7 @@ impl Tables {
         }
     }
 
-    /// Leaves out the contents of files that the images only name.
+    /// Leaves out the contents of files that are not in the images.
     pub fn without_mapped_files(mut self) -> Self {
         self.mapped_files = false;
         self
@@ -95,7 +95,7 @@ impl Tables {
         &self.chain
     }
 
-    /// Returns the snapshot's number in the chain.
+    /// Returns the number of the snapshot in the chain.
     pub fn snapshot(&self) -> SnapshotId {
         self.snapshot
     }
@@ -105,45 +105,33 @@ impl Tables {
         self.chain.images(self.snapshot)
     }
 
-    /// Returns what messages call the snapshot.
+    /// Returns the name of the snapshot in messages.
     pub(super) fn path(&self) -> &Path {
         self.images().name()
     }
 
-    /// Returns the snapshot's processes, those without memory among them.
-    ///
-    /// # Errors
-    /// [`ViewError::Image`](super::ViewError::Image).
+    /// Returns the processes of the snapshot, including those without memory.
     pub fn tree(&self) -> Result<Arc<Vec<proto::PstreeEntry>>> {
         Ok(self.tree.get(|| self.images().messages(Kind::Pstree, 0))?)
     }
 
-    /// Returns the files that processes may map.
-    ///
-    /// # Errors
-    /// [`ViewError::Image`](super::ViewError::Image).
+    /// Returns the mapped files.
     pub(super) fn mapped(&self) -> Result<Arc<MappedFiles>> {
         self.mapped.get(|| MappedFiles::load(self.images(), self.mapped_files))
     }
 
     /// Returns the open files.
-    ///
-    /// # Errors
-    /// [`ViewError::Image`](super::ViewError::Image).
     pub(super) fn files(&self) -> Result<Arc<OpenFiles>> {
         self.files.get(|| OpenFiles::load(self))
     }
 
-    /// Returns what the images hold of files.
-    ///
-    /// # Errors
-    /// [`ViewError::Image`](super::ViewError::Image).
+    /// Returns the contents of files that the images hold.
     pub(super) fn held(&self) -> Result<Arc<Held>> {
         self.held.get(|| Held::load(self))
     }
 
-    /// Returns what the process `pid` maps; `None` if it has no address space. That of the
-    /// last processes that were asked for is kept: the files of one are read in a row.
+    /// Returns the `mm` entry of the process `pid`; `None` if it has no address space. Keeps those of
+    /// recently used processes, since the files of a process are read in a row.
     pub(super) fn mm(&self, pid: u32) -> Result<Option<Arc<proto::MmEntry>>> {
         let kept = || self.mms.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(mm) = kept().get(&pid) {
@@ -154,10 +142,7 @@ impl Tables {
         Ok(mm)
     }
 
-    /// Returns the sets of cgroups that tasks may be in; none if they were not dumped.
-    ///
-    /// # Errors
-    /// [`ViewError::Image`](super::ViewError::Image).
+    /// Returns the sets of cgroups; empty if the dump has not recorded them.
     pub(super) fn cgroups(&self) -> Result<Arc<Vec<proto::CgSetEntry>>> {
         self.cgroups.get(|| {
             let image: Option<proto::CgroupEntry> =
@@ -171,7 +156,7 @@ impl Tables {
         Ok(self.shared()?.get(&shmid).and_then(|object| object.key))
     }
 
-    /// Returns when the snapshot was made, in seconds since 1970; 0 if nothing tells.
+    /// Returns the time of the dump in seconds since 1970; 0 if it is unknown.
     pub(super) fn dumped_at(&self) -> u64 {
         let stat = self.images().stat(&Kind::Inventory.file_name(0));
         let time = stat.ok().map(|stat| stat.modified);
@@ -179,10 +164,7 @@ impl Tables {
         since.map_or(0, |since| since.as_secs())
     }
 
-    /// Returns the shared objects by their shmids.
-    ///
-    /// # Errors
-    /// [`ViewError::Image`](super::ViewError::Image).
+    /// Returns the shared objects by shmid.
     pub(super) fn shared(&self) -> Result<Arc<BTreeMap<u64, SharedObject>>> {
         self.shared.get(|| shared::load(self))
     }

@@ -1,4 +1,4 @@
-//! Processes for tests, written as images.
+//! Writes processes as images for tests.
 
 use std::{os::unix::ffi::OsStrExt, path::Path, sync::Arc};
 
@@ -11,7 +11,7 @@ use crate::{
     units::PAGE_SIZE,
 };
 
-/// The pid of the process that tests are about.
+/// The pid of the process in tests.
 pub(super) const PID: u32 = 7;
 
 /// Writes an image with these messages.
@@ -35,7 +35,7 @@ pub(super) fn mapping(first: u64, pages: u64, status: u32) -> proto::VmaEntry {
     }
 }
 
-/// Returns a file of the table of files; `size` as it was dumped.
+/// Returns an entry for a regular file, with the recorded `size`.
 pub(super) fn regular(id: u32, name: &Path, size: Option<u64>) -> proto::FileEntry {
     let name = name.as_os_str().as_bytes().to_owned();
     let reg = proto::RegFileEntry { id, name, size, ..Default::default() };

@@ -1,4 +1,4 @@
-//! The tree against the model that the chain's tests have.
+//! Compares the tree with the model of the chain's tests.
 
 use std::{collections::BTreeMap, fs, sync::Arc};
 
@@ -67,7 +67,7 @@ proptest! {
         let view = view(&disk);
         for (number, model) in (1..).zip(&models) {
             let root = format!("snapshots/{number}");
-            // The pagemap says of each page what the model does.
+            // The pagemap has the same pages as the model.
             let pagemap = bytes(&*open(&view, &format!("{root}/pagemap-shmem-1024.img")));
             let name = MEMORY.pagemap_name();
             let image = ImageReader::new(name.as_ref(), pagemap.as_slice()).unwrap();
@@ -82,13 +82,13 @@ proptest! {
                 (*page, if layer.is_some() { Presence::Present } else { Presence::Absent })
             });
             prop_assert_eq!(shown, expected.collect());
-            // The pages file has them one after another.
+            // The pages file has them in order.
             let stored = model.iter().filter_map(|(number, layer)| Some(page((*layer)?, *number)));
             let flat: Vec<u8> = stored.flatten().collect();
             let attr = find(&view, &format!("{root}/pages-7.img")).unwrap();
             prop_assert_eq!((attr.size, attr.blocks * 512), (flat.len() as u64, flat.len() as u64));
             prop_assert_eq!(bytes(&*open(&view, &format!("{root}/pages-7.img"))), flat);
-            // Holes are where no page is.
+            // There are holes where the memory has no pages.
             let shmem = open(&view, &format!("{root}/shmem/1024"));
             for number in 0..PAGES + 1 {
                 let offset = number * PAGE_SIZE + 1;
@@ -150,7 +150,7 @@ fn files_that_are_one_file_on_disk_say_so() {
     assert!(whole("inventory.img"));
     assert!(whole("snapshots/1/pages-7.img"));
     assert!(!whole("pages-7.img"));
-    // A file with more than its pagemap accounts for is not the whole.
+    // A pages file with more pages than its pagemap is not shown as a whole.
     let pages = disk.dir(1).join("pages-7.img");
     fs::OpenOptions::new().write(true).open(pages).unwrap().set_len(3 * PAGE_SIZE).unwrap();
     assert!(!whole("snapshots/1/pages-7.img"));
@@ -178,7 +178,7 @@ fn holes_of_backing_files_take_no_room() {
 fn numbers_and_attributes_stay_the_same() {
     let disk = two_layers();
     let (first, second) = (view(&disk), view(&disk));
-    // The order of look-ups does not matter.
+    // The order of look-ups makes no difference.
     find(&second, "snapshots/1/shmem/1024").unwrap();
     let paths =
         ["pages-7.img", "shmem", "shmem/1024", "snapshots/1/shmem/1024", "json/inventory.img.json"];
@@ -249,7 +249,7 @@ fn a_flat_copy_is_a_chain_of_its_own_with_the_same_pages() {
     assert_eq!(copy.snapshots().len(), 1);
     let copy = View::new(Arc::new(copy), tip);
     assert_eq!(bytes(&*open(&copy, "shmem/1024")), bytes(&*open(&view, "shmem/1024")));
-    // A second one does not write into the first.
+    // A second copy is not written into the first.
     let again = flatten(&view, &out, &mut |_, _| {}).unwrap_err();
     assert!(matches!(again, ViewError::Write { .. }), "{again}");
     assert!(out.join("inventory.img").exists());

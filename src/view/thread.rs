@@ -3,22 +3,19 @@
 use super::{Process, Result, Tables};
 use crate::image::{Kind, proto};
 
-/// A thread, as it was stopped.
+/// A thread at the time of the dump.
 #[derive(Clone, Debug)]
 pub(super) struct Thread {
-    /// Its tid, as the thread itself knew it.
+    /// Its tid in its own pid namespace.
     pub(super) tid: u32,
-    /// What its own image holds.
+    /// Its core.
     pub(super) core: proto::CoreEntry,
-    /// Its credentials, if they were dumped.
+    /// Its credentials, if the images have them.
     pub(super) creds: Option<proto::CredsEntry>,
 }
 
 impl Thread {
-    /// Takes what the image of the thread `tid` of the process `pid` holds.
-    ///
-    /// # Errors
-    /// [`ViewError::Image`](super::ViewError::Image).
+    /// Returns the thread `tid` of the process `pid`, with its core.
     pub(super) fn new(
         tables: &Tables,
         pid: u32,
@@ -27,7 +24,7 @@ impl Thread {
     ) -> Result<Self> {
         let mut creds = core.thread_core.as_mut().and_then(|thread| thread.creds.take());
         if creds.is_none() {
-            // Older images have one file of them for the whole process.
+            // Older images have one credentials image for each process.
             creds = tables.images().message_if_any(Kind::Creds, pid.into())?;
         }
         Ok(Self { tid, core, creds })
@@ -39,7 +36,7 @@ impl Thread {
         own.or(self.core.tc.as_ref().map(|tc| tc.blk_sigset)).unwrap_or(0)
     }
 
-    /// Returns the signals that wait for the thread, and for the process.
+    /// Returns the signals pending for the thread, and for the process.
     pub(super) fn pending(&self) -> (u64, u64) {
         let own = self.core.thread_core.as_ref().and_then(|thread| thread.signals_p.as_ref());
         let shared = self.core.tc.as_ref().and_then(|tc| tc.signals_s.as_ref());
@@ -47,7 +44,7 @@ impl Thread {
     }
 }
 
-/// Returns the set of the signals in a queue; `siginfo_t` begins with the number.
+/// Returns the set of signals in a queue; `siginfo_t` begins with the number.
 fn queued(queue: &proto::SignalQueueEntry) -> u64 {
     let numbers = queue.signals.iter().filter_map(|signal| {
         let number = u32::from_le_bytes(*signal.siginfo.first_chunk()?);
@@ -57,10 +54,7 @@ fn queued(queue: &proto::SignalQueueEntry) -> u64 {
 }
 
 impl Process {
-    /// Reads the process's threads, the leader first.
-    ///
-    /// # Errors
-    /// [`ViewError::Image`](super::ViewError::Image).
+    /// Reads the threads of the process, the leader first.
     pub(super) fn threads(&self) -> Result<Vec<Thread>> {
         let leader = self.entry().pid;
         let others = self.entry().threads.iter().copied().filter(|tid| *tid != leader);

@@ -36,13 +36,13 @@ pub const ROOT: Ino = 1;
 pub struct DirEntry {
     /// The entry's inode number.
     pub ino: Ino,
-    /// What it is.
+    /// The type of the entry.
     pub kind: NodeType,
-    /// What it is called.
+    /// The name of the entry.
     pub name: String,
 }
 
-/// The directories that show a snapshot to people and ordinary tools.
+/// The directories that present a snapshot to users and ordinary tools.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Group {
     Core,
@@ -57,41 +57,41 @@ const TABLES_KEPT: NonZeroUsize = NonZeroUsize::new(16).expect("not zero");
 /// What a node shows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum What {
-    /// All of a snapshot; in the root, besides the snapshots of the chain.
+    /// A whole snapshot; at the root, also the other snapshots of the chain.
     Snapshot(SnapshotId),
-    /// One of a snapshot's groups.
+    /// One of the groups of a snapshot.
     Group(SnapshotId, Group),
     /// The snapshots of the chain.
     Snapshots,
-    /// A file of the image directory as it is.
+    /// A stored image, unchanged.
     Image(SnapshotId),
     /// A pagemap without parents.
     Pagemap(SnapshotId, MemoryId),
-    /// The pages file that belongs to it.
+    /// The pages file for this pagemap.
     Pages(SnapshotId, MemoryId),
     /// The bytes of a shared object.
     Shmem(SnapshotId, u64),
     /// The mappings of a process.
     Mem(SnapshotId, u32),
-    /// One of them, by its addresses.
+    /// One mapping, by its addresses.
     Mapping(SnapshotId, u32, u64, u64),
     /// A process as a core file.
     Core(SnapshotId, u32),
-    /// A directory below `files`: its path there, empty or with a slash at its end.
+    /// A directory below `files`; the path is empty or ends with a slash.
     HeldDirectory(SnapshotId, String),
     /// A file below `files`.
     HeldFile(SnapshotId, String),
-    /// The objects by the names that people know them by.
+    /// The directory of links to shared objects by name.
     ShmemNames(SnapshotId),
-    /// The processes that map objects.
+    /// The directory of processes that map shared objects.
     ShmemUsers(SnapshotId),
-    /// The objects that a process maps.
+    /// The directory of links to the shared objects that a process maps.
     ShmemUser(SnapshotId, u32),
-    /// A link to an object, from so many directories below the snapshot's.
+    /// A link to a shared object, from this many directories below the snapshot's.
     ShmemLink(SnapshotId, u32, u64),
-    /// Something below `proc`.
+    /// A node below `proc`.
     Proc(SnapshotId, proc::Node),
-    /// An image of the snapshot's directory as text.
+    /// The text of an image.
     Json(SnapshotId, Box<What>, String),
 }
 
@@ -118,7 +118,7 @@ struct Node {
     ino: Ino,
     parent: Ino,
     name: String,
-    /// Slash-separated names from the root, which has none.
+    /// The names from the root, separated by slashes; empty for the root.
     path: String,
     what: What,
 }
@@ -126,11 +126,11 @@ struct Node {
 #[derive(Debug, Default)]
 struct Table {
     nodes: HashMap<Ino, Arc<Node>>,
-    /// The entries of the directories that have been looked into.
+    /// The entries of directories that were listed.
     listings: HashMap<Ino, Arc<[Arc<Node>]>>,
-    /// Nodes that are in no listing, by their directories and names.
+    /// Nodes that no listing has, by directory and name.
     unlisted: HashMap<(Ino, String), Arc<Node>>,
-    /// The attributes of files that are put together.
+    /// The attributes of files with computed contents.
     attrs: HashMap<Ino, Attr>,
 }
 
@@ -143,12 +143,12 @@ pub struct View {
     tables: Mutex<LruCache<SnapshotId, Arc<Tables>>>,
     pub(super) spaces: Spaces,
     mapped_files: bool,
-    /// The user and the group that everything is shown to alone.
+    /// The only user and group that may access the files.
     shown_to: Option<(u32, u32)>,
 }
 
 impl View {
-    /// Presents the snapshot `tip` of a chain, and beneath it all others.
+    /// Shows the snapshot `tip` of a chain at the root, and all others below `snapshots`.
     pub fn new(chain: Arc<Chain>, tip: SnapshotId) -> Self {
         let root = Node {
             ino: ROOT,
@@ -171,27 +171,27 @@ impl View {
         }
     }
 
-    /// Leaves out of address spaces and core files what is in files that the images only
-    /// name: only a user who may read them can open them.
+    /// Leaves out of address spaces and core files the contents of files that are not in the images:
+    /// only a user who may read these files may see them.
     #[must_use]
     pub fn without_mapped_files(mut self) -> Self {
         self.mapped_files = false;
         self
     }
 
-    /// Shows everything to one user alone, whatever the owner of the images.
+    /// Lets only one user access the files, whoever owns the images.
     #[must_use]
     pub fn shown_to(mut self, uid: u32, gid: u32) -> Self {
         self.shown_to = Some((uid, gid));
         self
     }
 
-    /// Returns the chain that is shown.
+    /// Returns the chain.
     pub fn chain(&self) -> &Arc<Chain> {
         &self.chain
     }
 
-    /// Returns the snapshot that the root shows.
+    /// Returns the snapshot at the root.
     pub fn tip(&self) -> SnapshotId {
         self.tip
     }
@@ -199,7 +199,7 @@ impl View {
     /// Returns the attributes of the entry `name` of the directory `parent`.
     ///
     /// # Errors
-    /// [`ViewError::NoSuchEntry`], and what keeps the entry from being shown.
+    /// [`ViewError::NoSuchEntry`]; errors of reading the entry.
     pub fn lookup(&self, parent: Ino, name: &str) -> Result<Attr> {
         let dir = self.node(parent)?;
         let entries = self.listing(&dir)?;
@@ -213,12 +213,12 @@ impl View {
         self.node_attr(&node)
     }
 
-    /// As [`Self::lookup`], for the thread `reader`: if the name is its number, and the
-    /// directory one of processes of which none is called so, it is shown the first one.
-    /// Programs such as `ps` want to find themselves.
+    /// Like [`Self::lookup`], but in a directory of processes, a thread `reader` that looks up its own
+    /// number finds the root process of the tree, if no process has that number. Programs such as
+    /// `ps` expect to find themselves.
     ///
     /// # Errors
-    /// As [`Self::lookup`].
+    /// Like [`Self::lookup`].
     pub fn lookup_for(&self, parent: Ino, name: &str, reader: u32) -> Result<Attr> {
         let missing = match self.lookup(parent, name) {
             Err(error @ ViewError::NoSuchEntry { .. }) => error,
@@ -232,7 +232,7 @@ impl View {
         let Some(pid) = Proc::new(&self.tables(id), &self.spaces).itself()? else {
             return Err(missing);
         };
-        // One node for all readers.
+        // All readers share one node.
         let what = What::Proc(id, proc::Node::Process(pid));
         self.node_attr(&self.unlisted(&dir, "reader", what))
     }
@@ -249,7 +249,7 @@ impl View {
         let key = (dir.ino, name.to_owned());
         let table = &mut *table;
         let node = table.unlisted.entry(key).or_insert_with(|| {
-            // Programs know pipes and sockets by their inodes.
+            // Programs know pipes and sockets by their inode numbers.
             let number = match what {
                 What::Proc(_, proc::Node::Pipe(ino) | proc::Node::Socket(ino)) => Some(ino.into()),
                 _ => None,
@@ -262,21 +262,21 @@ impl View {
     /// Returns the attributes of a node.
     ///
     /// # Errors
-    /// [`ViewError::NoSuchNode`], and what keeps the node from being shown.
+    /// [`ViewError::NoSuchNode`]; errors of reading the node.
     pub fn attr(&self, ino: Ino) -> Result<Attr> {
         self.node_attr(&*self.node(ino)?)
     }
 
-    /// Returns a node's path in the view, for messages.
+    /// Returns the path of a node in the view, for messages.
     pub fn path(&self, ino: Ino) -> String {
         self.node(ino).map_or_else(|_| format!("inode {ino}"), |node| format!("/{}", node.path))
     }
 
-    /// Returns the entries of a directory, without `.` and `..`, in the order
-    /// of their names, and the inode number of the directory above.
+    /// Returns the entries of a directory in the order of their names, without `.` and `..`, and the
+    /// inode number of its parent.
     ///
     /// # Errors
-    /// [`ViewError::NotADirectory`], and what keeps it from being read.
+    /// [`ViewError::NotADirectory`]; errors of reading the directory.
     pub fn entries(&self, ino: Ino) -> Result<(Ino, Vec<DirEntry>)> {
         let dir = self.node(ino)?;
         let entries = self.listing(&dir)?;
@@ -288,7 +288,7 @@ impl View {
         Ok((dir.parent, entries.iter().map(entry).collect()))
     }
 
-    /// Returns the image directory that a directory shows, if it shows one whole.
+    /// Returns the image directory that a directory shows completely, if there is one.
     pub fn image_dir(&self, ino: Ino) -> Option<&Path> {
         match self.node(ino).ok()?.what {
             What::Snapshot(id) => self.chain.snapshot(id).directory(),
@@ -296,16 +296,16 @@ impl View {
         }
     }
 
-    /// Whether a node is a pages file of the snapshot that is shown, in the root.
+    /// Whether a node is a pages file of the snapshot at the root.
     pub fn is_shown_pages(&self, ino: Ino) -> bool {
         let node = self.node(ino);
         node.is_ok_and(|node| node.parent == ROOT && matches!(node.what, What::Pages(..)))
     }
 
-    /// Makes a file ready to be read.
+    /// Opens a file.
     ///
     /// # Errors
-    /// [`ViewError::IsADirectory`], and what keeps it from being read.
+    /// [`ViewError::IsADirectory`]; errors of reading the file.
     pub fn open(&self, ino: Ino) -> Result<OpenFile> {
         let node = self.node(ino)?;
         self.open_what(&node.what, &node.name)
@@ -358,7 +358,7 @@ impl View {
         Ok(Arc::clone(listing))
     }
 
-    /// Returns what the processes of a snapshot have in common.
+    /// Returns the tables that the processes of a snapshot share.
     pub(super) fn tables(&self, id: SnapshotId) -> Arc<Tables> {
         let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
         let chain = || {
@@ -377,9 +377,9 @@ impl View {
         Ok(attr)
     }
 
-    /// Returns the attributes that the images give a node.
+    /// Returns the attributes of a node according to the images.
     fn owners_attr(&self, node: &Node) -> Result<Attr> {
-        // The space that a file takes changes when pages are freed.
+        // The allocated size of a file changes when pages are freed.
         let lasting = !self.chain.has_freed();
         if lasting && node.what.kind() == NodeType::File && !matches!(node.what, What::Image(_)) {
             let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
@@ -397,7 +397,7 @@ impl View {
             _ if node.what.kind() == NodeType::Directory => {
                 attr.size = 0;
                 attr.blocks = 0;
-                // `.`, the name in the directory above, and one for each below.
+                // One for `.`, one for the entry in the parent, one for `..` of each subdirectory.
                 let entries = self.listing(node)?;
                 let below = entries.iter().filter(|n| n.what.kind() == NodeType::Directory).count();
                 attr.nlink = 2 + u32::try_from(below).unwrap_or(u32::MAX - 2);
@@ -416,7 +416,7 @@ impl View {
             return Ok(attr);
         }
         if matches!(node.what, What::Proc(_, proc::Node::Memory(_))) {
-            // As procfs has it: only who knows where to look finds something.
+            // As in procfs: a reader must know which addresses are mapped.
             (attr.size, attr.blocks, attr.mode) = (0, 0, attr.mode & 0o400);
             return Ok(attr);
         }
@@ -424,8 +424,8 @@ impl View {
         attr.atime = attr.mtime;
         attr.size = content.len();
         attr.blocks = content.allocated().div_ceil(BLOCK_BYTES);
-        // Mapped files are read with the rights of the images' owner, not of the reader; and
-        // images say what is in a command line, and whose name a deleted file had.
+        // Mapped files are read with the rights of the images' owner, not of the reader. Images
+        // also tell command lines and names of deleted files.
         let from_images = matches!(
             node.what,
             What::Image(_) | What::Pagemap(..) | What::Pages(..) | What::Shmem(..) | What::Json(..)
@@ -438,7 +438,7 @@ impl View {
         Ok(attr)
     }
 
-    /// Returns what gives a node its owner, mode and times.
+    /// Returns where a node gets its owner, mode and times from.
     fn origin(&self, what: &What, name: &str) -> Origin<'_> {
         let whole = |id: SnapshotId| Origin { images: &**self.chain.images(id), file: None };
         let file = |id: SnapshotId, name: String| Origin { file: Some(name), ..whole(id) };
@@ -476,7 +476,7 @@ impl View {
         }
     }
 
-    /// Opens what a file called `name` shows.
+    /// Opens the file `name`.
     fn open_what(&self, what: &What, name: &str) -> Result<OpenFile> {
         let chain = &self.chain;
         match what {
@@ -552,10 +552,10 @@ impl View {
         }
     }
 
-    /// Returns where a symbolic link leads.
+    /// Returns the target of a symbolic link.
     ///
     /// # Errors
-    /// [`ViewError::NotALink`], and what keeps it from being read.
+    /// [`ViewError::NotALink`]; errors of reading the link.
     pub fn link(&self, ino: Ino) -> Result<Vec<u8>> {
         let node = self.node(ino)?;
         match node.what.kind() {
@@ -578,7 +578,7 @@ impl View {
         self.spaces.get(&self.tables(id), pid)
     }
 
-    /// Checks that no other memory of the snapshot has the same pages file.
+    /// Checks that no other memory of the snapshot uses the same pages file.
     fn check_claims(&self, id: SnapshotId, memory: MemoryId) -> Result<()> {
         let images = self.chain.images(id);
         let pages_id = |memory: MemoryId| images.pagemap(memory).map(|pagemap| pagemap.pages_id());
@@ -619,8 +619,8 @@ impl Origin<'_> {
     }
 }
 
-/// Makes a node and gives it the number `wanted`, or without one, the hash of its path, so
-/// that it is the same in every mount; or the next free one should two have the same.
+/// Adds a node. Its inode number is `wanted` or, without one, the hash of its path, which is the same
+/// in every mount. If the number is taken, uses the next free one.
 fn enter(
     nodes: &mut HashMap<Ino, Arc<Node>>,
     dir: &Node,

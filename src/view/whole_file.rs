@@ -1,4 +1,4 @@
-//! A whole stored file.
+//! A complete stored file.
 
 use std::sync::Arc;
 
@@ -7,7 +7,7 @@ use crate::{
     image::store::Stat,
 };
 
-/// A stored file, from its first byte to its last.
+/// A complete stored file.
 #[derive(Debug)]
 pub struct WholeFile {
     file: Arc<BackingFile>,
@@ -16,7 +16,7 @@ pub struct WholeFile {
 }
 
 impl WholeFile {
-    /// Presents `file` with the length that it has now.
+    /// Returns `file` with its current length.
     ///
     /// # Errors
     /// [`crate::chain::ChainError::Open`] if its attributes cannot be read.

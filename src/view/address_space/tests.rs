@@ -64,7 +64,7 @@ fn file_bytes() -> Vec<u8> {
     (0..FILE_BYTES).map(|byte| u8::try_from(byte % 251).unwrap()).collect()
 }
 
-/// Writes the tables of files, and the file.
+/// Writes the images of open files, and the file.
 fn tables(chain: &TestChain, layer: usize) {
     let path = chain.root.path().join("mapped");
     if !path.exists() {
@@ -93,15 +93,14 @@ fn open(chain: &TestChain, layer: usize, vmas: Vec<proto::VmaEntry>) -> Result<A
     load(chain, snapshot).map(AddressSpace::new)
 }
 
-/// Returns what a space with one snapshot, no memory and these mappings is.
+/// Returns the address space of a snapshot with these mappings and no memory.
 fn with(vmas: Vec<proto::VmaEntry>) -> Result<AddressSpace> {
     let mut chain = TestChain::new();
     let layer = chain.push(&[]);
     open(&chain, layer, vmas)
 }
 
-/// One page of the model, and how many bytes of it are no hole; `None` if its
-/// bytes are lost.
+/// One page of the model, and how many bytes of it are not in a hole; `None` if its contents are lost.
 type Page = Option<(Vec<u8>, u64)>;
 
 fn memory_page(model: &Model, number: u64) -> Option<Page> {
@@ -117,7 +116,7 @@ fn file_page(number: u64) -> Page {
     Some((page, present))
 }
 
-/// Looks up one page of a mapping that shows `offset` there.
+/// Looks up the page of a mapping that shows `offset`.
 fn naive(what: What, private: &Model, shared: &Model, address: u64, offset: u64) -> Page {
     let own = if what.is_private() { memory_page(private, address) } else { None };
     own.unwrap_or_else(|| match what {
@@ -221,7 +220,7 @@ fn mappings_that_cannot_be_are_errors_that_say_why() {
     };
     let anonymous = |first, pages| What::Anonymous.mapping(first, pages, 0);
     assert_eq!(problem(vec![anonymous(3, 2), anonymous(1, 3)]), (0x3000, "it overlaps another"));
-    assert_eq!(problem(vec![anonymous(1, 0)]), (0x1000, "it ends before it begins"));
+    assert_eq!(problem(vec![anonymous(1, 0)]), (0x1000, "its end is not after its start"));
     let uneven = proto::VmaEntry { end: 0x2001, ..anonymous(1, 1) };
     assert_eq!(problem(vec![uneven]), (0x1000, "it is not made of whole pages"));
     let between = proto::VmaEntry { pgoff: 1, ..What::AnonShared.mapping(1, 1, 0) };

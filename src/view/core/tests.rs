@@ -17,10 +17,10 @@ use crate::{
     view::testing::{PID, image, load, mapping, regular},
 };
 
-/// The path at which a process maps a file that is not there.
+/// The path of a mapped file that does not exist.
 const GONE: &str = "/nonexistent/program";
 
-/// What the kernel calls notes, by their type.
+/// The kernel's names of notes, by type.
 const NAMES: [(u32, &str); 6] = [
     (1, "PRSTATUS"),
     (2, "FPREGSET"),
@@ -61,8 +61,7 @@ fn leader() -> proto::CoreEntry {
     proto::CoreEntry { tc: Some(tc), ..thread(1) }
 }
 
-/// Writes a process of these threads, the first being its leader, with these
-/// mappings, and opens its core.
+/// Writes a process with these threads, the leader first, and these mappings, and opens its core file.
 fn open(
     chain: &TestChain,
     vmas: Vec<proto::VmaEntry>,
@@ -89,7 +88,7 @@ fn open(
     CoreFile::open(Arc::new(AddressSpace::new(load(chain, snapshot)?)))
 }
 
-/// A chain whose process has pages 2 and 12.
+/// Returns a chain whose process has pages 2 and 12.
 fn chain() -> TestChain {
     let mut chain = TestChain::new();
     chain.push(&[entry(3, 2, Presence::Present)]);
@@ -101,10 +100,10 @@ fn chain() -> TestChain {
 fn vmas() -> Vec<proto::VmaEntry> {
     vec![
         mapping(2, 3, vma::ANON_PRIVATE),
-        // the file is gone, but one page of its mapping was changed
+        // the file does not exist, but one page of its mapping was changed
         proto::VmaEntry { shmid: 1, pgoff: 0x1000, prot: 5, ..mapping(10, 4, vma::FILE_PRIVATE) },
         proto::VmaEntry { prot: 0, ..mapping(20, 100, vma::ANON_PRIVATE) },
-        // it cannot be read, and pages 3 and 4 of the object are stored
+        // it cannot be read, but pages 3 and 4 of the object are stored
         proto::VmaEntry {
             prot: 0,
             shmid: 1024,
@@ -121,11 +120,11 @@ fn bytes(core: &CoreFile) -> Vec<u8> {
     bytes
 }
 
-/// A note's type and what it says.
+/// The type and the contents of a note.
 type Note = (u32, Vec<u8>);
 
-/// Returns the address, the length and the flags of the segments, whose bytes
-/// must be those of the address space; and the notes with their types.
+/// Returns address, length and flags of the segments, after comparing their contents with the address
+/// space; and the notes with their types.
 fn parse(core: &CoreFile) -> (Vec<(u64, u64, u32)>, Vec<Note>) {
     let bytes = bytes(core);
     let data = bytes.as_slice();
@@ -322,7 +321,7 @@ fn the_last_page_is_the_last_that_is_known() {
     assert!(bytes[bytes.len() - 4096..] == page(1, 4));
 }
 
-/// Arbitrary mappings, as forged images might contain.
+/// Any mapping that forged images might contain.
 fn any_vma() -> impl Strategy<Value = proto::VmaEntry> {
     let status = prop_oneof![
         Just(vma::ANON_PRIVATE),

@@ -1,4 +1,4 @@
-//! What descriptors lead to.
+//! Targets of descriptors.
 
 use std::fmt::Write;
 
@@ -8,7 +8,7 @@ use crate::{
     view::Result,
 };
 
-/// `FD_CLOEXEC` as images have it, and `O_CLOEXEC`, as `fdinfo` shows it.
+/// `FD_CLOEXEC` as images have it; `O_CLOEXEC`, as `fdinfo` shows it.
 const FD_CLOEXEC: u32 = 1;
 const O_CLOEXEC: u32 = 0o2_000_000;
 
@@ -22,7 +22,7 @@ impl Proc<'_> {
         if let Some(entries) = self.tables.images().messages_if_any(Kind::Fdinfo, id.into())? {
             return Ok(entries);
         }
-        // Older images have one for each process.
+        // Older images have one `fdinfo` image for each process.
         Ok(self.tables.images().messages_if_any(Kind::Fdinfo, pid.into())?.unwrap_or_default())
     }
 
@@ -30,13 +30,13 @@ impl Proc<'_> {
         Ok(self.descriptors(pid)?.into_iter().find(|entry| entry.fd == fd))
     }
 
-    /// Returns where a descriptor leads.
+    /// Returns the target of a descriptor.
     pub(super) fn descriptor_target(&self, pid: u32, fd: u32) -> Result<Option<Vec<u8>>> {
         let Some(entry) = self.descriptor(pid, fd)? else { return Ok(None) };
         Ok(Some(self.tables.files()?.target(entry.id)))
     }
 
-    /// Returns where a link of a process leads.
+    /// Returns the target of a link of a process.
     pub(super) fn process_link(&self, pid: u32, link: ProcessLink) -> Result<Option<Vec<u8>>> {
         let fs: Option<proto::FsEntry> =
             self.tables.images().message_if_any(Kind::Fs, pid.into())?;
@@ -49,7 +49,7 @@ impl Proc<'_> {
         Ok(id.and_then(|id| files.path(id)))
     }
 
-    /// Returns what is known of a descriptor.
+    /// Returns the `fdinfo` text of a descriptor.
     pub(super) fn descriptor_info(&self, pid: u32, fd: u32) -> Result<Vec<u8>> {
         let Some(entry) = self.descriptor(pid, fd)? else { return Ok(Vec::new()) };
         let files = self.tables.files()?;
@@ -91,13 +91,13 @@ impl Proc<'_> {
     }
 }
 
-/// Returns the position in an open file; 0 for those that have none.
+/// Returns the position of an open file; 0 if it has none.
 pub(super) fn position(file: &proto::FileEntry) -> u64 {
     let reg = file.reg.as_ref().map(|reg| reg.pos);
     reg.or(file.memfd.as_ref().map(|memfd| memfd.pos)).unwrap_or(0)
 }
 
-/// Returns the flags that an open file has (`O_*`).
+/// Returns the flags of an open file (`O_*`).
 pub(super) fn flags(file: &proto::FileEntry) -> u32 {
     let all = [
         file.reg.as_ref().map(|entry| entry.flags),

@@ -1,4 +1,4 @@
-//! Processes, descriptors and mappings as rows of a table.
+//! Processes, descriptors and mappings as rows of tables.
 
 use super::{
     Proc, Who,
@@ -9,23 +9,23 @@ use crate::{image::vma, view::Result};
 /// A process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProcessRow {
-    /// Its pid, as it knew it.
+    /// Its pid in its own pid namespace.
     pub pid: u32,
-    /// Its parent's; 0 if that is not in the tree.
+    /// The pid of its parent; 0 if the parent is not in the tree.
     pub ppid: u32,
-    /// Its effective user, where images tell.
+    /// Its effective user id, if the images have it.
     pub uid: Option<u32>,
     /// `S`, `T` or `Z`, as in `ps`.
     pub state: char,
-    /// How many threads it has.
+    /// The number of threads.
     pub threads: usize,
-    /// Bytes of its mappings.
+    /// The size of its mappings in bytes.
     pub mapped: u64,
-    /// Bytes of its private memory that are in images, in whichever snapshot.
+    /// The bytes of its private memory in images, in any snapshot.
     pub private: u64,
-    /// Bytes of the shared objects that it maps that are in images.
+    /// The bytes in images of the shared objects that it maps.
     pub shared: u64,
-    /// Its command line with spaces between the words; its name in brackets if it has none.
+    /// Its command line, with spaces between the arguments; without one, its name in brackets.
     pub command: String,
 }
 
@@ -36,13 +36,13 @@ pub struct DescriptorRow {
     pub pid: u32,
     /// Its number.
     pub fd: u32,
-    /// `r`, `w`, `u` for both, or `-` for neither, as `lsof` has it.
+    /// `r`, `w`, `u` for both, or `-` for neither, as in `lsof`.
     pub access: char,
-    /// Whether it is closed when a program is executed.
+    /// Whether `execve(2)` closes it.
     pub close_on_exec: bool,
-    /// The position in the file; 0 where there is none.
+    /// The position in the file; 0 if it has none.
     pub position: u64,
-    /// What it leads to, as its link in `/proc/PID/fd` says.
+    /// Its target, as its link in `/proc/PID/fd` shows it.
     pub target: String,
 }
 
@@ -51,15 +51,15 @@ pub struct DescriptorRow {
 pub struct MappingRow {
     /// The first address.
     pub start: u64,
-    /// The first address after it.
+    /// The address after the last byte.
     pub end: u64,
     /// `rwxp`, as in `/proc/PID/maps`.
     pub protection: String,
-    /// Bytes of the process's own pages there that are in images.
+    /// The bytes of private pages there that are in images.
     pub private: u64,
-    /// Bytes of a shared object there that are in images.
+    /// The bytes of a shared object there that are in images.
     pub shared: u64,
-    /// What is mapped; empty for memory without a name.
+    /// The mapped object; empty for memory without a name.
     pub name: String,
 }
 
@@ -69,7 +69,7 @@ const PATH_ONLY: u32 = 0o10_000_000;
 const FD_CLOEXEC: u32 = 1;
 
 impl Proc<'_> {
-    /// Returns the processes, in the order of the images, parents first.
+    /// Returns the processes, parents first, in the order of the images.
     pub(in crate::view) fn process_rows(&self) -> Result<Vec<ProcessRow>> {
         self.tables.tree()?.iter().map(|entry| self.process_row(entry.pid)).collect()
     }
@@ -97,7 +97,7 @@ impl Proc<'_> {
         })
     }
 
-    /// Returns the descriptors of a process, ascending.
+    /// Returns the descriptors of a process in ascending order.
     pub(in crate::view) fn descriptor_rows(&self, pid: u32) -> Result<Vec<DescriptorRow>> {
         self.entry(pid)?;
         let files = self.tables.files()?;
@@ -124,7 +124,7 @@ impl Proc<'_> {
         Ok(rows)
     }
 
-    /// Returns the mappings of a process, ascending.
+    /// Returns the mappings of a process in ascending order.
     pub(in crate::view) fn mapping_rows(&self, pid: u32) -> Result<Vec<MappingRow>> {
         self.entry(pid)?;
         let mm = self.tables.mm(pid)?.unwrap_or_default();

@@ -1,4 +1,4 @@
-//! `maps`, `smaps`, and what a process has in its memory for others to see.
+//! `maps`, `smaps`, and texts in the memory of a process, such as its command line.
 
 use std::fmt::Write;
 
@@ -16,14 +16,14 @@ use crate::{
 /// The column of names in `maps`, counted from 0.
 const NAME_COLUMN: usize = 73;
 
-/// `MAP_*` and others that images keep of mappings (`asm-generic/mman.h`).
+/// `MAP_*` and other flags of mappings in images (`asm-generic/mman.h`).
 const MAP_SHARED: u32 = 0x01;
 const MAP_GROWSDOWN: u32 = 0x0100;
 const MAP_LOCKED: u32 = 0x2000;
 const MAP_NORESERVE: u32 = 0x4000;
 const MAP_HUGETLB: u32 = 0x4_0000;
 
-/// `madvise(2)`: the bits of `vma_entry.madv`, and the codes of `VmFlags`.
+/// Advice of `madvise(2)`: the bits of `vma_entry.madv`, and the codes of `VmFlags`.
 const ADVICE: [(u32, &str); 8] = [
     (1, "rr"),  // MADV_RANDOM
     (2, "sr"),  // MADV_SEQUENTIAL
@@ -35,46 +35,46 @@ const ADVICE: [(u32, &str); 8] = [
     (18, "wf"), // MADV_WIPEONFORK
 ];
 
-/// What of a process's memory is shown as text.
+/// A text in the memory of a process.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Text {
     Arguments,
     Environment,
 }
 
-/// The most that is read of it: a limit of the kernel is a quarter of the stack's, and
-/// images may claim anything.
+/// The most bytes read of a text. The kernel limits it to a quarter of the stack's limit; images may
+/// claim any size.
 const TEXT_LIMIT: u64 = 8 << 20;
 
-/// How much memory a process has, in bytes.
+/// Sizes of a process's memory in bytes.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Sizes {
-    /// Of all mappings.
+    /// All mappings.
     pub(super) mapped: u64,
-    /// Pages of its own that are in images.
+    /// Private pages in images.
     pub(super) own: u64,
-    /// Pages of shared objects that are in images.
+    /// Pages of shared objects in images.
     pub(super) shared: u64,
-    /// Its program's code.
+    /// The code of its program.
     pub(super) code: u64,
     /// Writable private mappings.
     pub(super) data: u64,
     /// The stack.
     pub(super) stack: u64,
-    /// Code of libraries.
+    /// The code of libraries.
     pub(super) libraries: u64,
     /// Locked mappings.
     pub(super) locked: u64,
 }
 
 impl Sizes {
-    /// Returns the bytes that images hold. Pages of files do not count: images do not tell
-    /// which of them were in memory.
+    /// Returns the bytes in images. Pages of files do not count: images do not tell which of them
+    /// were in memory.
     pub(super) fn resident(&self) -> u64 {
         self.own.saturating_add(self.shared)
     }
 
-    /// Writes what `status` has of it.
+    /// Writes the lines of `status`.
     pub(super) fn write(&self, text: &mut String) {
         for (name, bytes) in [
             ("VmPeak", self.mapped),
@@ -98,7 +98,7 @@ impl Sizes {
     }
 }
 
-/// A mapping, and how much of it is in images.
+/// A mapping, and how much of it images hold.
 pub(super) struct Shown {
     pub(super) entry: proto::VmaEntry,
     pub(super) own: u64,
@@ -106,7 +106,7 @@ pub(super) struct Shown {
 }
 
 impl Proc<'_> {
-    /// Returns the mappings of a process, ascending.
+    /// Returns the mappings of a process in ascending order.
     fn vmas(&self, pid: u32) -> Result<Vec<proto::VmaEntry>> {
         let mm = self.tables.mm(pid)?.unwrap_or_default();
         let mut vmas = mm.vmas.clone();
@@ -115,7 +115,7 @@ impl Proc<'_> {
         Ok(vmas)
     }
 
-    /// Returns what `maps` calls a mapping.
+    /// Returns the name of a mapping in `maps`.
     pub(super) fn mapping_name(
         &self,
         mm: &proto::MmEntry,
@@ -165,7 +165,7 @@ impl Proc<'_> {
         line
     }
 
-    /// Returns `maps`. Images do not tell the device and the number of a file.
+    /// Returns `maps`. Images do not have the device and the inode of a file.
     pub(super) fn maps(&self, pid: u32) -> Result<Vec<u8>> {
         let mm = self.tables.mm(pid)?.unwrap_or_default();
         let mut text = Vec::new();
@@ -176,7 +176,7 @@ impl Proc<'_> {
         Ok(text)
     }
 
-    /// Returns the mappings with how much of each is in images.
+    /// Returns the mappings, with how much of each images hold.
     pub(super) fn shown(&self, pid: u32) -> Result<Vec<Shown>> {
         let Some(space) = self.space(pid)? else { return Ok(Vec::new()) };
         let mut shown = Vec::new();
@@ -234,7 +234,7 @@ impl Proc<'_> {
         Ok(text)
     }
 
-    /// Returns how much memory a process has; `None` for a zombie.
+    /// Returns the sizes of a process's memory; `None` for a zombie.
     pub(super) fn sizes(&self, pid: u32) -> Result<Option<Sizes>> {
         let Some(mm) = self.tables.mm(pid)? else { return Ok(None) };
         let mut sizes = Sizes::default();
@@ -269,8 +269,7 @@ impl Proc<'_> {
         Ok(space.map_or_else(Vec::new, |space| space.process().auxiliary_vector()))
     }
 
-    /// Returns the command line or the environment, from the process's own memory; empty
-    /// where that is lost.
+    /// Returns the command line or the environment from the process's memory; empty if that is lost.
     pub(super) fn memory_text(&self, pid: u32, what: Text) -> Result<Vec<u8>> {
         let Some(space) = self.space(pid)? else { return Ok(Vec::new()) };
         let mm = space.process().mm();
@@ -281,14 +280,14 @@ impl Proc<'_> {
         let len = end.saturating_sub(start).min(TEXT_LIMIT);
         let mut text = vec![0; usize::try_from(len).expect("bounded")];
         let read = chain::read_at(&*space, start, &mut text).unwrap_or_else(|error| {
-            log::debug!("process {pid}: what is at {start:#x} is not to be had: {error}");
+            log::debug!("process {pid}: cannot read the text at {start:#x}: {error}");
             0
         });
         text.truncate(read);
         Ok(text)
     }
 
-    /// Returns the mappings of files.
+    /// Returns an entry for each mapping of a file.
     pub(super) fn mapped_children(&self, pid: u32) -> Result<Vec<(String, Node)>> {
         let vmas = self.vmas(pid)?.into_iter();
         let placed = vmas.filter(|entry| {
@@ -301,14 +300,14 @@ impl Proc<'_> {
         Ok(placed.map(child).collect())
     }
 
-    /// Returns what is mapped at these addresses.
+    /// Returns the target of the mapping at these addresses.
     pub(super) fn mapped_target(&self, pid: u32, start: u64, end: u64) -> Result<Option<Vec<u8>>> {
         let mm = self.tables.mm(pid)?.unwrap_or_default();
         let found = mm.vmas.iter().find(|entry| entry.start == start && entry.end == end);
         found.map(|entry| self.mapping_name(&mm, entry)).transpose()
     }
 
-    /// Returns the name of each mapping, for files that are called by it.
+    /// Returns the name of each mapping, with its addresses.
     pub(in crate::view) fn names(&self, process: &Process) -> Result<Vec<(u64, u64, Vec<u8>)>> {
         let mm = process.mm();
         let vmas = self.vmas(process.pid())?.into_iter();
@@ -316,14 +315,14 @@ impl Proc<'_> {
     }
 }
 
-/// Returns what may be done with a mapping, as `maps` has it: `rwxp`.
+/// Returns the permissions of a mapping as in `maps`: `rwxp`.
 pub(super) fn protection(entry: &proto::VmaEntry) -> String {
     let bit = |bits, letter| if entry.prot & bits != 0 { letter } else { '-' };
     let sharing = if entry.flags & MAP_SHARED != 0 { 's' } else { 'p' };
     [bit(PROT_READ, 'r'), bit(PROT_WRITE, 'w'), bit(PROT_EXEC, 'x'), sharing].iter().collect()
 }
 
-/// Adds to a count of bytes. Images can claim mappings of any size, and over each other.
+/// Adds to a count of bytes. Images may claim overlapping mappings of any size.
 fn add(count: &mut u64, bytes: u64) {
     *count = count.saturating_add(bytes);
 }
@@ -334,8 +333,8 @@ fn size_lines(text: &mut String, lines: &[(&str, u64)]) {
     }
 }
 
-/// Writes how many bytes are in images: of the process's own pages, and of those of
-/// shared objects. How many processes share a page, images do not tell.
+/// Writes how many bytes of private pages and of shared objects images hold. Images do not tell how
+/// many processes share a page.
 fn page_lines(text: &mut String, own: u64, shared: u64, locked: u64) {
     size_lines(
         text,
@@ -354,7 +353,7 @@ fn page_lines(text: &mut String, own: u64, shared: u64, locked: u64) {
     );
 }
 
-/// Returns the codes of `VmFlags` (`proc_pid_smaps(5)`) that images tell.
+/// Returns the codes of `VmFlags` (`proc_pid_smaps(5)`) that the images tell.
 fn flags(entry: &proto::VmaEntry) -> String {
     let bits = [
         (entry.prot & PROT_READ, "rd"),

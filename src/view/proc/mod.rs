@@ -1,8 +1,8 @@
-//! The processes of a snapshot as `proc(5)` showed them.
+//! The processes of a snapshot, as `proc(5)` showed them.
 //!
-//! [`Node`] says what is where, [`Proc`] what it holds. Everything is in the kernel's own
-//! format, so that the tools that read `/proc` read this too. What images do not tell is
-//! left out, or zero where a line needs a number: processor times, time of start, faults.
+//! [`Node`] lists the files, [`Proc`] produces their contents. All contents are in the kernel's
+//! format, so tools that read `/proc` can read them. Values that images do not have, such as
+//! processor times, start times and page faults, are left out, or 0 where a line needs a number.
 
 mod files;
 mod list;
@@ -40,19 +40,19 @@ pub(super) enum Node {
     Directory(u32, ProcessDirectory),
     /// The directory of a thread.
     Thread(Who),
-    /// What a descriptor leads to.
+    /// The target of a descriptor.
     Descriptor(u32, u32),
-    /// What is known of a descriptor.
+    /// The `fdinfo` file of a descriptor.
     DescriptorInfo(u32, u32),
     /// The file that is mapped at these addresses.
     MappedFile(u32, u64, u64),
     /// A namespace, by its name in `ns`.
     Namespace(u32, &'static str),
-    /// The linear address space.
+    /// The address space (`mem`).
     Memory(u32),
-    /// The process that asks: the first of the tree stands for it.
+    /// `self`: leads to the root process of the tree.
     Itself,
-    /// A pipe, by the number that links of descriptors have; in no listing.
+    /// A pipe, by the number in links of descriptors; no listing has it.
     Pipe(u32),
     /// A socket, likewise.
     Socket(u32),
@@ -65,7 +65,7 @@ pub(super) struct Who {
     pub(super) tid: u32,
 }
 
-/// Makes an enumeration of names.
+/// Defines an enumeration with a file name for each member.
 macro_rules! names {
     ($(#[$meta:meta])* $of:ident { $($member:ident = $name:literal,)* }) => {
         $(#[$meta])*
@@ -79,7 +79,7 @@ macro_rules! names {
 }
 
 names! {
-    /// Files that a process has, and some of them each thread.
+    /// Files of a process. Some of them each thread has as well.
     TaskFile {
         Auxv = "auxv",
         Cgroup = "cgroup",
@@ -125,14 +125,14 @@ names! {
 }
 
 impl TaskFile {
-    /// Whether each thread has one that is about itself alone.
+    /// Whether each thread has its own.
     fn is_of_threads(self) -> bool {
         matches!(self, Self::Children | Self::Comm | Self::Stat | Self::Status)
     }
 }
 
 impl Node {
-    /// Returns what the node is.
+    /// Returns the type of the node.
     pub(super) fn kind(&self) -> NodeType {
         match self {
             Self::Root
@@ -153,7 +153,7 @@ impl Node {
         }
     }
 
-    /// Returns the process that the node is about, if it is about one.
+    /// Returns the process that the node belongs to, if any.
     pub(super) fn pid(&self) -> Option<u32> {
         match self {
             Self::Root
@@ -182,7 +182,7 @@ pub(super) struct Proc<'a> {
     spaces: &'a Spaces,
 }
 
-/// What the images hold of a thread.
+/// The images of a thread.
 #[derive(Debug)]
 struct Task {
     who: Who,
@@ -195,7 +195,7 @@ impl<'a> Proc<'a> {
         Self { tables, spaces }
     }
 
-    /// Returns what is in a directory, in no order.
+    /// Returns the entries of a directory, in no particular order.
     ///
     /// # Errors
     /// [`ViewError::Image`].
@@ -283,8 +283,8 @@ impl<'a> Proc<'a> {
         Ok(children)
     }
 
-    /// Returns what a name leads to that no listing has: what links of descriptors name, as
-    /// the kernel follows these by itself.
+    /// Returns a node that no listing has. The kernel looks up the targets of descriptor links, such
+    /// as `pipe:[1]`, in the directory of the link.
     ///
     /// # Errors
     /// [`ViewError::Image`]; [`ViewError::NoSuchProcess`].
@@ -305,7 +305,7 @@ impl<'a> Proc<'a> {
         Ok(is_open.then_some(node))
     }
 
-    /// Returns the process that stands for the one that asks.
+    /// Returns the process that `self` leads to.
     ///
     /// # Errors
     /// [`ViewError::Image`].
@@ -313,7 +313,7 @@ impl<'a> Proc<'a> {
         Ok(self.tables.tree()?.first().map(|entry| entry.pid))
     }
 
-    /// Returns the text of a file.
+    /// Returns the contents of a file.
     ///
     /// # Errors
     /// [`ViewError::Image`]; [`ViewError::NoSuchProcess`].
@@ -326,7 +326,7 @@ impl<'a> Proc<'a> {
         }
     }
 
-    /// Returns where a link leads.
+    /// Returns the target of a link.
     ///
     /// # Errors
     /// [`ViewError::Image`]; [`ViewError::NoSuchProcess`].
@@ -345,7 +345,7 @@ impl<'a> Proc<'a> {
             }
             _ => None,
         };
-        // The names of links are listed only where there is one.
+        // A link without a target is not listed.
         Ok(target.unwrap_or_default())
     }
 
@@ -394,8 +394,8 @@ impl<'a> Proc<'a> {
         entry.ok_or_else(|| ViewError::NoSuchProcess { dir: self.tables.path().to_owned(), pid })
     }
 
-    /// Returns what the images hold of a thread. Those that have exited, and zombies of
-    /// older images, have little more than a name.
+    /// Returns the images of a thread. Those of exited threads, and of zombies in older images, have
+    /// little more than a name.
     fn task(&self, who: Who) -> Result<Task> {
         let entry = self.entry(who.pid)?;
         let core: Option<proto::CoreEntry> =
@@ -413,7 +413,7 @@ impl<'a> Proc<'a> {
         Ok(core.and_then(|core| core.ids).unwrap_or_default())
     }
 
-    /// Returns the memory of a process; `None` for a zombie.
+    /// Returns the address space of a process; `None` for a zombie.
     fn space(&self, pid: u32) -> Result<Option<Arc<AddressSpace>>> {
         match self.spaces.get(self.tables, pid) {
             Ok(space) => Ok(Some(space)),
@@ -423,10 +423,10 @@ impl<'a> Proc<'a> {
     }
 }
 
-/// Returns the id of one of a task's namespaces.
+/// Returns the id of one namespace of a task.
 type NamespaceId = fn(&proto::TaskKobjIdsEntry) -> Option<u32>;
 
-/// The names in `ns`, and where the images have the id of each.
+/// The names in `ns`, and the fields with their ids.
 const NAMESPACES: [(&str, NamespaceId); 8] = [
     ("cgroup", |ids| ids.cgroup_ns_id),
     ("ipc", |ids| ids.ipc_ns_id),
@@ -438,8 +438,7 @@ const NAMESPACES: [(&str, NamespaceId); 8] = [
     ("uts", |ids| ids.uts_ns_id),
 ];
 
-/// Writes a path as the kernel does where it separates fields: characters of `set` are
-/// octal numbers.
+/// Escapes a path like the kernel, which writes the bytes in `set` as octal numbers.
 fn escaped(path: &[u8], set: &[u8]) -> Vec<u8> {
     let mut text = Vec::with_capacity(path.len());
     for byte in path {

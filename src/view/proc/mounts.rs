@@ -1,4 +1,4 @@
-//! The mounts of a mount namespace, where images have them.
+//! The mounts of a mount namespace, if the images have them.
 
 use std::fmt::Write;
 
@@ -8,7 +8,7 @@ use crate::{
     view::Result,
 };
 
-/// Names of file systems by `mnt_entry.fstype`, where the images give no name.
+/// Names of file systems by `mnt_entry.fstype`, for entries without a name.
 const FILE_SYSTEMS: [(u32, &str); 20] = [
     (1, "proc"),
     (2, "sysfs"),
@@ -32,7 +32,7 @@ const FILE_SYSTEMS: [(u32, &str); 20] = [
     (24, "hugetlbfs"),
 ];
 
-/// `MS_*` (`linux/mount.h`) that `mountinfo` shows.
+/// The `MS_*` flags (`linux/mount.h`) that `mountinfo` shows.
 const MOUNT_FLAGS: [(u32, &str); 6] = [
     (2, "nosuid"),
     (4, "nodev"),
@@ -43,17 +43,17 @@ const MOUNT_FLAGS: [(u32, &str); 6] = [
 ];
 const MS_RDONLY: u32 = 1;
 
-/// What fields of `mountinfo` have octal numbers for.
+/// The bytes that fields of `mountinfo` escape.
 const MOUNT_ESCAPES: &[u8] = b" \t\n\\#";
 
 impl Proc<'_> {
-    /// Returns the mounts that a process sees; `None` if they were not dumped.
+    /// Returns the mounts in the namespace of a process; `None` if the images do not have them.
     pub(super) fn mount_entries(&self, pid: u32) -> Result<Option<Vec<proto::MntEntry>>> {
         let Some(id) = self.ids(pid)?.mnt_ns_id else { return Ok(None) };
         Ok(self.tables.images().messages_if_any(Kind::Mnts, id.into())?)
     }
 
-    /// Returns `mountinfo`; `None` if the mounts were not dumped.
+    /// Returns `mountinfo`; `None` if the images do not have the mounts.
     pub(super) fn mountinfo(&self, pid: u32) -> Result<Option<Vec<u8>>> {
         let Some(mounts) = self.mount_entries(pid)? else { return Ok(None) };
         let mut text = Vec::new();
@@ -88,7 +88,7 @@ impl Proc<'_> {
         Ok(Some(text))
     }
 
-    /// Returns `mounts` of the first process; empty if they were not dumped.
+    /// Returns `mounts` of the root process; empty if the images do not have them.
     pub(super) fn mounts(&self) -> Result<Vec<u8>> {
         let first = self.tables.tree()?.first().map(|entry| entry.pid);
         let mounts = first.map(|pid| self.mount_entries(pid)).transpose()?.flatten();
@@ -116,7 +116,7 @@ fn source(mount: &proto::MntEntry) -> Vec<u8> {
     super::escaped(source, MOUNT_ESCAPES)
 }
 
-/// Returns a path that begins with a slash; images may have it relative to the root.
+/// Returns a path that begins with a slash; images may store it relative to the root.
 fn rooted(path: &[u8]) -> Vec<u8> {
     let path = path.strip_prefix(b".").unwrap_or(path);
     if path.starts_with(b"/") { path.to_vec() } else { [b"/", path].concat() }

@@ -9,14 +9,14 @@ use crate::{
     view::Result,
 };
 
-/// `PR_DEF_*`: the priority of a task with nice value 0, as `stat` shows it.
+/// The priority of a task with nice value 0 in `stat`.
 const PRIORITY: i64 = 20;
 
-/// Real-time policies, and what is subtracted from their priorities in `stat`.
+/// The real-time policies (`SCHED_FIFO`, `SCHED_RR`), for which `stat` shows negative priorities.
 const REAL_TIME: [u32; 2] = [1, 2];
 
 impl Proc<'_> {
-    /// Returns `stat`: 52 fields (`proc_pid_stat(5)`). What images do not tell is 0.
+    /// Returns `stat`: 52 fields (`proc_pid_stat(5)`). Those that images do not have are 0.
     pub(super) fn stat(&self, task: &Task) -> Result<Vec<u8>> {
         let entry = &task.entry;
         let mm = self.tables.mm(task.who.pid)?.unwrap_or_default();
@@ -46,7 +46,7 @@ impl Proc<'_> {
         let mut rest =
             format!(") {} {} {} {}", task.state().0, task.parent(), entry.pgid, entry.sid);
         let _ = write!(rest, " {tty} {foreground} {}", tc.map_or(0, |tc| tc.flags));
-        // Faults and times, of the process and of its children.
+        // Page faults and times, of the process and of its children.
         let _ = write!(rest, " 0 0 0 0 0 0 0 0");
         let _ = write!(rest, " {priority} {nice} {} 0 0", entry.threads.len().max(1));
         let _ = write!(rest, " {} {} {resident_limit}", sizes.mapped, sizes.resident() / PAGE_SIZE);
@@ -147,13 +147,13 @@ impl Proc<'_> {
         Ok(text)
     }
 
-    /// Returns the terminal of a session as `stat` numbers it, and the process group in
-    /// the foreground; `None` if images show none.
+    /// Returns the device number of a session's terminal as in `stat`, and its foreground process group;
+    /// `None` if the images have none.
     fn terminal(&self, sid: u32) -> Result<Option<(u32, i64)>> {
         let files = self.tables.files()?;
         let infos = files.terminals.values();
         let controls = |info: &&proto::TtyInfoEntry| info.sid == sid && info.sid != 0;
-        // The slave, if both sides are in the tree.
+        // Prefer the slave if both ends are in the tree.
         let slave = |info: &&proto::TtyInfoEntry| info.rdev >> 8 & 0xfff == PTS_MAJOR;
         let mut found: Vec<_> = infos.filter(controls).collect();
         found.sort_by_key(|info| (!slave(info), info.id));

@@ -1,4 +1,4 @@
-//! The files beside the processes that tools ask for, with what the images tell.
+//! Files in `/proc` outside of processes that tools read, filled from the images.
 
 use std::fmt::Write;
 
@@ -8,7 +8,7 @@ use crate::{
     view::Result,
 };
 
-/// Files of the system, by their paths.
+/// Files outside of processes, by path.
 const FILES: [&str; 17] = [
     "cpuinfo",
     "filesystems",
@@ -29,13 +29,13 @@ const FILES: [&str; 17] = [
     "uptime",
 ];
 
-/// Directories of the system, by their paths.
+/// Directories outside of processes, by path.
 const DIRECTORIES: [&str; 4] = ["net", "sys", "sys/kernel", "tty"];
 
-/// The limit of pids on 64-bit machines (`PID_MAX_LIMIT`, `linux/threads.h`).
+/// The largest pid on 64-bit machines (`PID_MAX_LIMIT`, `linux/threads.h`).
 const PID_MAX: &str = "4194304\n";
 
-/// Drivers of terminals that a tree may have, as the kernel lists them.
+/// The kernel's list of the terminal drivers that a tree may use.
 const TTY_DRIVERS: &str = "\
 /dev/tty             /dev/tty        5       0 system:/dev/tty
 /dev/console         /dev/console    5       1 system:console
@@ -46,10 +46,10 @@ pty_master           /dev/ptm      128 0-1048575 pty:master
 unknown              /dev/tty        4 1-63 console
 ";
 
-/// Clock ticks in a second, and microseconds in each.
+/// The length of a clock tick in microseconds.
 const TICK_US: u64 = 10_000;
 
-/// The headings of addresses in `net/tcp` and `net/tcp6`, which programs look for.
+/// The headings of addresses in `net/tcp` and `net/tcp6`, which programs parse.
 const V4_HEADS: &str = "local_address rem_address  ";
 const V6_HEADS: &str =
     "local_address                         remote_address                       ";
@@ -60,17 +60,17 @@ const INET6: u32 = 10;
 const TCP: u32 = 6;
 const UDP: u32 = 17;
 
-/// `TCP_LISTEN` (`net/tcp_states.h`), which images have for UNIX sockets, too.
+/// Socket states (`net/tcp_states.h`), which images also use for UNIX sockets.
 const LISTENING: u32 = 10;
 const ESTABLISHED: u32 = 1;
 
-/// `SS_*`: states of sockets as `net/unix` has them (`linux/net.h`), and its flag of those
-/// that listen (`__SO_ACCEPTCON`).
+/// `SS_*`: socket states in `net/unix` (`linux/net.h`), and the flag of a listening socket
+/// (`__SO_ACCEPTCON`).
 const SS_UNCONNECTED: u32 = 1;
 const SS_CONNECTED: u32 = 3;
 const ACCEPTS: u32 = 1 << 16;
 
-/// Returns what is in a directory of the system.
+/// Returns the entries of a directory outside of processes.
 pub(super) fn children(path: &str) -> Vec<(String, Node)> {
     let inside = |candidate: &&'static str| {
         let name = match path {
@@ -87,10 +87,10 @@ pub(super) fn children(path: &str) -> Vec<(String, Node)> {
 }
 
 impl Proc<'_> {
-    /// Returns a file of the system.
+    /// Returns the contents of a file outside of processes.
     pub(super) fn system(&self, path: &str) -> Result<Vec<u8>> {
         let text = match path {
-            // How many processors there were, no image tells.
+            // Images do not have the number of processors.
             "cpuinfo" => "processor\t: 0\n\n".to_owned(),
             "filesystems" => "nodev\tproc\nnodev\ttmpfs\n".to_owned(),
             "loadavg" => {
@@ -109,7 +109,7 @@ impl Proc<'_> {
             "mounts" => return self.mounts(),
             "net/unix" => return self.unix(),
             "stat" => self.system_stat()?,
-            // Images do not tell; programs want a number of a kernel that is new enough.
+            // Images do not have it; programs expect a kernel that is recent enough.
             "sys/kernel/osrelease" => "6.0.0\n".to_owned(),
             "sys/kernel/pid_max" => PID_MAX.to_owned(),
             "tty/drivers" => TTY_DRIVERS.to_owned(),
@@ -122,14 +122,14 @@ impl Proc<'_> {
         Ok(text.into_bytes())
     }
 
-    /// Returns how long the machine had been up, in microseconds; 0 in older images.
+    /// Returns the uptime of the machine in microseconds; 0 in older images.
     pub(in crate::view) fn uptime_us(&self) -> Result<u64> {
         let inventory: Option<proto::InventoryEntry> =
             self.tables.images().message_if_any(Kind::Inventory, 0)?;
         Ok(inventory.and_then(|inventory| inventory.dump_uptime).unwrap_or(0))
     }
 
-    /// Returns memory as if the machine had what the tree had.
+    /// Returns `meminfo` for a machine that has exactly the memory of the tree.
     fn meminfo(&self) -> Result<String> {
         let mut bytes = 0;
         for entry in self.tables.tree()?.iter() {
@@ -165,7 +165,7 @@ impl Proc<'_> {
         ))
     }
 
-    /// Returns `net/tcp` and its like (`proc_net(5)`).
+    /// Returns `net/tcp` and the like (`proc_net(5)`).
     fn internet(&self, family: u32, protocol: u32) -> Result<String> {
         let pad = if family == INET { 8 } else { 32 };
         let heads = if family == INET { V4_HEADS } else { V6_HEADS };
@@ -204,7 +204,7 @@ impl Proc<'_> {
             text.extend(line.into_bytes());
             if !sk.name.is_empty() {
                 text.push(b' ');
-                // Abstract names begin with a zero, which the kernel shows as `@`.
+                // Abstract names begin with a NUL byte, which the kernel shows as `@`.
                 let name = match sk.name.strip_prefix(b"\0") {
                     Some(rest) => [b"@", rest].concat(),
                     None => sk.name.clone(),
@@ -218,8 +218,7 @@ impl Proc<'_> {
     }
 }
 
-/// Returns an address and a port as `net/tcp` has them: the words of the address as the
-/// machine reads them, which images keep.
+/// Returns address and port as in `net/tcp`: native words, which images store.
 fn address(words: &[u32], port: u32, digits: usize) -> String {
     let text: String = words.iter().map(|word| format!("{word:08X}")).collect();
     format!("{text:0>digits$}:{port:04X}")

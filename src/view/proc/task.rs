@@ -1,20 +1,20 @@
-//! What the images hold of a task, as text.
+//! Texts about a task from its images.
 
 use std::fmt::Write;
 
 use super::{Proc, Task, Who};
 use crate::{image::tree::state, view::Result};
 
-/// `sigaction` of signals that are handled by default, and of those that are ignored.
+/// The values of `sigaction` for default and ignored signals.
 const SIG_DFL: u64 = 0;
 const SIG_IGN: u64 = 1;
 
-/// The signals that have no entry in `sigactions`: they cannot be handled (`signal(7)`).
+/// The signals without an entry in `sigactions`: they cannot be handled (`signal(7)`).
 const SIGKILL: u32 = 9;
 const SIGSTOP: u32 = 19;
 
-/// What there is a limit of, in the order of `RLIMIT_*` (`asm-generic/resource.h`), with
-/// the unit; and the order in which the kernel lists them is the same.
+/// The resources with a limit, in the order of `RLIMIT_*` (`asm-generic/resource.h`), and their units.
+/// The kernel lists them in the same order.
 const LIMITS: [(&str, &str); 16] = [
     ("Max cpu time", "seconds"),
     ("Max file size", "bytes"),
@@ -34,23 +34,23 @@ const LIMITS: [(&str, &str); 16] = [
     ("Max realtime timeout", "us"),
 ];
 
-/// How wide units are, where there is one.
+/// The width of a unit, if there is one.
 const UNIT_WIDTH: usize = 10;
 
-/// `SIGEV_*` (`asm-generic/siginfo.h`): how a timer tells, and the bit that says to whom.
+/// `SIGEV_*` (`asm-generic/siginfo.h`): how a timer notifies, and the bit for a single thread.
 const NOTIFICATIONS: [&str; 3] = ["signal", "none", "thread"];
 const NOTIFIES_THREAD: u32 = 4;
 
 impl Task {
-    /// Returns the name of the thread; that of the process where there is none of its own.
+    /// Returns the name of the thread; without one, that of the process.
     pub(super) fn comm(&self) -> &[u8] {
         let own = self.thread.core.thread_core.as_ref().and_then(|thread| thread.comm.as_deref());
         let process = self.thread.core.tc.as_ref().map(|tc| tc.comm.as_slice());
         own.or(process).unwrap_or_default()
     }
 
-    /// Returns the parent's pid. The parent of the first process is outside the tree, and no
-    /// image tells it: the init of its pid namespace stands for it.
+    /// Returns the pid of the parent. The parent of the root process is outside the tree, and images do
+    /// not have it: the init process of the pid namespace stands for it.
     pub(super) fn parent(&self) -> u32 {
         const INIT: u32 = 1;
         match self.entry.ppid {
@@ -59,8 +59,7 @@ impl Task {
         }
     }
 
-    /// Returns the letter of its state, and what it stands for. Images do not tell whether
-    /// it was running.
+    /// Returns the letter and the name of its state. Images do not tell whether it was running.
     pub(super) fn state(&self) -> (char, &'static str) {
         match self.thread.core.tc.as_ref().map(|tc| tc.task_state) {
             Some(state::DEAD) => ('Z', "zombie"),
@@ -69,7 +68,7 @@ impl Task {
         }
     }
 
-    /// Returns the first value of one of the attributes that this program records.
+    /// Returns the first value of a recorded attribute.
     pub(super) fn attribute(&self, name: &str) -> Option<u64> {
         let attributes = &self.thread.core.thread_core.as_ref()?.rcriu_attributes;
         let found = attributes.iter().find(|attribute| attribute.name == name.as_bytes())?;
@@ -132,8 +131,8 @@ impl Task {
 }
 
 impl Proc<'_> {
-    /// Returns the children of a process: all were forked by its first thread, as far as
-    /// images tell.
+    /// Returns the children of a process. Images do not tell which thread has created a child, so all
+    /// belong to the leader.
     pub(super) fn child_list(&self, who: Who) -> Result<Vec<u8>> {
         let tree = self.tables.tree()?;
         let children = tree.iter().filter(|entry| entry.ppid == who.pid && who.tid == who.pid);
@@ -141,7 +140,7 @@ impl Proc<'_> {
         Ok(children.concat().into_bytes())
     }
 
-    /// Returns the cgroups of a task; empty if they were not dumped.
+    /// Returns the cgroups of a task; empty if the images do not have them.
     pub(super) fn cgroups(&self, task: &Task) -> Result<Vec<u8>> {
         let own = task.thread.core.thread_core.as_ref().and_then(|thread| thread.cg_set);
         let Some(set) = own.or(task.thread.core.tc.as_ref().and_then(|tc| tc.cg_set)) else {
@@ -151,7 +150,7 @@ impl Proc<'_> {
         let members = sets.iter().filter(|known| known.id == set).flat_map(|known| &known.ctls);
         let mut text = Vec::new();
         for (position, member) in members.enumerate() {
-            // Controllers of version 1 have numbers that images do not tell.
+            // Images do not have the hierarchy ids of version 1.
             let number = if member.name.is_empty() { 0 } else { position + 1 };
             let slash: &[u8] = if member.path.starts_with(b"/") { b"" } else { b"/" };
             text.extend(format!("{number}:").into_bytes());

@@ -11,8 +11,8 @@ use crate::{
     },
 };
 
-/// Writes a process that maps a program, has a heap and a stack, an open file, a pipe and
-/// two threads; and a child that is a zombie.
+/// Writes a process with a mapped program, a heap, a stack, an open file, a pipe and two threads; and
+/// a child that is a zombie.
 fn write(dir: &Path) {
     let mut program = mapping(0x400, 2, vma::FILE_PRIVATE);
     (program.shmid, program.pgoff, program.prot) = (1, PAGE_SIZE, 5);
@@ -94,7 +94,7 @@ fn action(sigaction: u64) -> proto::SaEntry {
 
 fn view() -> (TestChain, View) {
     let mut disk = TestChain::new();
-    // Two pages of the shared object, and one of the heap.
+    // Two pages of the shared object, one of the heap.
     disk.push(&[entry(1, 2, Presence::Present)]);
     disk.memory(1, MemoryId::Private(PID.into()), 8, &[entry(0x501, 1, Presence::Present)]);
     write(&disk.dir(1));
@@ -229,7 +229,7 @@ fn descriptors_lead_to_what_is_open() {
     assert_eq!(link(&view, "proc/7/fd/5"), "pipe:[77]");
     assert_eq!(link(&view, "proc/7/fd/6"), "/gone (deleted)");
     assert_eq!(text(&view, "proc/7/fdinfo/5"), "pos:\t0\nflags:\t02000001\n");
-    // The kernel follows the link to a pipe by its name.
+    // The kernel looks up the target of a link to a pipe by name.
     let pipe = view.find("proc/7/fd/pipe:[77]").unwrap();
     assert_eq!((pipe.kind, pipe.ino), (NodeType::Pipe, 77));
     view.find("proc/7/fd/pipe:[78]").unwrap_err();
