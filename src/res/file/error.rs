@@ -149,3 +149,8 @@ impl FileError {
         Self::Image { id, problem: problem.into() }
     }
 }
+
+/// Returns the error number of an error, `EIO` if it has none.
+pub(super) fn errno(error: &std::io::Error) -> Errno {
+    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
+}

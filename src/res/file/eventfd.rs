@@ -16,6 +16,7 @@ use nix::{errno::Errno, libc};
 
 use super::{
     Collector, Description, FileError, FileKind, Intake, Opened, Opener, Result, Usage, descriptor,
+    error::errno,
 };
 use crate::{
     fault::{self, Novelty},
@@ -174,10 +175,6 @@ fn held_by_others() -> Result<HashSet<u64>> {
 
 fn is_event(link: &[u8]) -> bool {
     link.strip_prefix(b"anon_inode:") == Some(NAME.as_bytes())
-}
-
-fn errno(error: &io::Error) -> Errno {
-    Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))
 }
 
 struct Eventfds;

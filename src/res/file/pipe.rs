@@ -17,7 +17,7 @@ use nix::{
 
 use super::{
     Collector, Description, External, FileError, FileKind, Intake, Opened, Opener, Result, Usage,
-    descriptor, owner, path,
+    descriptor, error::errno, owner, path,
 };
 use crate::{
     image::{
@@ -237,10 +237,6 @@ fn contents(source: &PipeToRead, size: u32) -> nix::Result<Vec<Vec<u8>>> {
             Err(error) => return Err(errno(&error)),
         }
     }
-}
-
-fn errno(error: &io::Error) -> Errno {
-    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
 }
 
 /// The contents of a pipe in the images.

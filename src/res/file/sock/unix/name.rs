@@ -32,6 +32,7 @@ use crate::{
     image::proto,
     res::file::{
         Description, FileError, Result,
+        error::errno,
         sock::{diag, held, opts::Subject},
     },
     sys::socket,
@@ -179,10 +180,6 @@ fn without_end(path: &Path, name: &Path) -> Option<PathBuf> {
         }
     }
     Some(rest.as_path().to_owned())
-}
-
-fn errno(error: &io::Error) -> Errno {
-    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
 }
 
 /// What happens to the file that binding a socket creates.
