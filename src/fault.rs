@@ -55,11 +55,13 @@ named! {
         DumpWalking = "dump-walking": "While a thread makes a list of calls.";
         DumpWalked = "dump-walked": "When it is through with them.";
         DumpAsked = "dump-asked": "After a task was asked what only it knows.";
+        TcpRepairing = "tcp-repairing": "While a TCP connection is looked into.";
         DumpFiles = "dump-files": "After the descriptors were collected.";
         DumpMemory = "dump-memory": "In the middle of copying memory.";
         DumpWritten = "dump-written": "After all images were written, before they are synced.";
         DumpSynced = "dump-synced": "After all is on disk, before the directory counts as a snapshot.";
         DumpCommit = "dump-commit": "After the snapshot is complete, before the tree goes on or dies.";
+        TcpParted = "tcp-parted": "When connections are to end with the tree, without a packet.";
         RestorePlan = "restore-plan": "After the plan was made, before any process.";
         RestoreRoot = "restore-root": "After the first process was made.";
         RestoreMemory = "restore-memory": "In the middle of filling memory.";

@@ -299,6 +299,7 @@ states! {
     unix_reset_before_accept;
     unix_peek_offset;
     socket_options;
+    tcp_connections ["--tcp-established"], elsewhere: restored;
     tcp_ended;
     udp_queued;
     owners;

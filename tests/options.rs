@@ -34,7 +34,7 @@ use nix::{
 };
 use rcriu::{
     cli::{imgfs::Imgfs, rcriu::Rcriu},
-    image::{MemoryId, Presence},
+    image::{self, MemoryId, Presence, proto, read_all},
 };
 
 /// The program under test.
@@ -71,6 +71,8 @@ const ROWS: &[Row] = &[
             ("link-remap", link_remap),
             ("ghost-limit", ghost_limit),
             ("ext-unix-sk", ext_unix_sk),
+            ("tcp-established", tcp_established),
+            ("network-lock", network_lock),
             ("external", external),
             ("file-validation", file_validation),
         ],
@@ -89,6 +91,7 @@ const ROWS: &[Row] = &[
             ("tracker", restored_tracker),
             ("auto-dedup", restored_auto_dedup),
             ("ext-unix-sk", ext_unix_sk),
+            ("tcp-established", tcp_established),
             ("inherit-fd", inherit_fd),
             ("file-validation", restored_file_validation),
         ],
@@ -545,7 +548,7 @@ fn leave_running(_: &str) {
 fn leave_stopped(_: &str) {
     let mut run = Run::new();
     fine(run.dump("dump", &["--leave-stopped"]));
-    assert_eq!(run.state(), Some('T'));
+    wait_for("the stop", || run.state() == Some('T'));
     kill(run.live.root, Signal::SIGCONT).unwrap();
 }
 
@@ -696,6 +699,37 @@ fn sender() -> (Run, UnixDatagram, u64) {
     wait_for("the sender", || ready.exists());
     let inode = fs::read_to_string(ready).unwrap().parse().unwrap();
     (Run { live, dumps: 0 }, socket, inode)
+}
+
+fn tcp_established(command: &str) {
+    let mut run = Run::of("tcp_connections");
+    refused(&run.dump("dump", &[]), "--tcp-established");
+    if command == "dump" {
+        fine(run.dump("dump", &["--tcp-established"]));
+        return;
+    }
+    fine(run.dump_as(&["dump", "--tcp-established"]));
+    run.live.wait_gone();
+    refused(&run.restore(&[]), "--tcp-established");
+    fine(run.restore(&["--tcp-established"]));
+    run.live.verdict();
+}
+
+/// What holds back packets is in the images, for the restore.
+fn network_lock(_: &str) {
+    let method = |words: &[&str]| {
+        let mut run = Run::of("tcp_connections");
+        fine(run.dump_as(&[&["dump", "--tcp-established"], words].concat()));
+        run.live.wait_gone();
+        let inventory: Vec<proto::InventoryEntry> =
+            read_all(&run.images().join("inventory.img"), image::Kind::Inventory).unwrap();
+        fine(run.restore(&["--tcp-established"]));
+        run.live.verdict();
+        inventory[0].network_lock_method
+    };
+    assert_eq!(method(&[]), Some(2));
+    assert_eq!(method(&["--network-lock", "nftables"]), Some(2));
+    assert_eq!(method(&["--network-lock", "skip"]), Some(3));
 }
 
 fn ext_unix_sk(command: &str) {

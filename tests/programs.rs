@@ -18,6 +18,7 @@ use std::{
 use common::{
     Cap,
     live::{Live, directory, wait_for},
+    mounted::Mounted,
     require,
 };
 use nix::sys::signal::{Signal, kill};
@@ -196,6 +197,62 @@ fn privileged_redis() {
     });
     assert!(redis(&mut client, &["INFO", "persistence"]).contains("rdb_last_bgsave_status:ok"));
     assert_eq!(redis(&mut client, &["FLUSHALL", "ASYNC"]), "OK");
+}
+
+/// Clients that hold on: one has subscribed, one has begun a transaction, one waits for a list.
+#[test]
+fn privileged_redis_with_clients() {
+    const ESTABLISHED: &str = "--tcp-established";
+    require(Cap::Ptrace);
+    require(Cap::Program("redis-server"));
+    require(Cap::Fuse);
+    let (dir, port) = (directory(), port());
+    let (place, number) = (dir.path().to_str().unwrap().to_owned(), port.to_string());
+    let arguments = ["--port", &number, "--bind", "127.0.0.1", "--dir", &place, "--save", ""];
+    let mut live = Live::program("redis-server", &arguments, dir);
+    let client = || {
+        let stream = connect(port);
+        stream.set_read_timeout(Some(std::time::Duration::from_secs(60))).unwrap();
+        BufReader::new(stream)
+    };
+    let [mut subscriber, mut buyer, mut waiter, mut other] =
+        [client(), client(), client(), client()];
+    let lines = |stream: &mut BufReader<TcpStream>, count: usize| {
+        let mut text = String::new();
+        (0..count).for_each(|_| assert!(stream.read_line(&mut text).unwrap() > 0));
+        text
+    };
+    // An array: what it is, the channel, and how many there are.
+    redis(&mut subscriber, &["SUBSCRIBE", "news"]);
+    assert!(lines(&mut subscriber, 5).contains("news"));
+    assert_eq!(redis(&mut buyer, &["MULTI"]), "OK");
+    assert_eq!(redis(&mut buyer, &["INCRBY", "stock", "5"]), "QUEUED");
+    waiter.get_mut().write_all(b"*3\r\n$5\r\nBLPOP\r\n$5\r\nqueue\r\n$1\r\n0\r\n").unwrap();
+    wait_for("a blocked client", || {
+        redis(&mut other, &["INFO", "clients"]).contains("blocked_clients:1")
+    });
+    live.images_name = "first";
+    live.dump_running(&[ESTABLISHED]);
+    assert_eq!(redis(&mut other, &["SET", "key", "value"]), "OK");
+    live.images_name = "second";
+    live.dump(&[ESTABLISHED, "--prev-images-dir", "../first"]);
+    let point = live.path("mnt");
+    fs::create_dir(&point).unwrap();
+    let mounted = Mounted::new(&live.images(), &point, &[]);
+    let work = live.images();
+    let output = live.try_restore_from(&point, &[ESTABLISHED, "-W", work.to_str().unwrap()]);
+    assert!(output.status.success(), "{}", live.complaint(&output, "restore.log"));
+    drop(mounted);
+
+    assert_eq!(redis(&mut other, &["GET", "key"]), "value");
+    assert_eq!(redis(&mut other, &["PUBLISH", "news", "all is well"]), ":1");
+    assert!(lines(&mut subscriber, 7).ends_with("all is well\r\n"));
+    assert_eq!(redis(&mut buyer, &["INCRBY", "stock", "2"]), "QUEUED");
+    redis(&mut buyer, &["EXEC"]);
+    assert_eq!(lines(&mut buyer, 2), ":5\r\n:7\r\n");
+    assert_eq!(redis(&mut other, &["RPUSH", "queue", "work"]), ":1");
+    assert!(lines(&mut waiter, 5).ends_with("work\r\n"));
+    assert_eq!(redis(&mut other, &["DBSIZE"]), ":2");
 }
 
 /// Sockets a process has open.

@@ -178,7 +178,7 @@ fn free_superseded(images_dir: &Path) {
 fn finish(
     (root, actions): (HostPid, &Actions<'_>),
     (frozen, census): (Frozen, &Census),
-    (images, inventory): (SnapshotWriter, proto::InventoryEntry),
+    (images, mut inventory): (SnapshotWriter, proto::InventoryEntry),
     (mut files, tracking): (FileTable, Tracking),
     outcome: Outcome,
     stats: &mut Stats,
@@ -195,12 +195,22 @@ fn finish(
     }
     // A process of a tree that runs on may exit by now: the images are complete.
     let check = || frozen.as_ref().map_or(Ok(()), |_| census.check_stopped());
-    stats.syncing(|| commit(images, tracking, inventory, check))?;
+    let name = new_name()?;
+    files.note(&mut inventory);
+    stats.syncing(|| commit(images, tracking, (&name, inventory), check))?;
     // If a script fails, the tree runs on.
     actions.run(Stage::PostDump, Some(root))?;
     if let Some(frozen) = frozen {
         if outcome != Outcome::Run {
             files.keep_links();
+        }
+        let mut frozen = frozen;
+        if outcome == Outcome::Kill {
+            frozen.set_doomed(true)?;
+            if let Err(error) = files.part(&name) {
+                frozen.set_doomed(false)?;
+                return Err(error.into());
+            }
         }
         frozen.release(outcome)?;
         stats.thawed();
@@ -208,18 +218,22 @@ fn finish(
     Ok(())
 }
 
+/// Returns a name that no other dump has.
+fn new_name() -> Result<String> {
+    let path = PathBuf::from("/proc/sys/kernel/random/uuid");
+    let name = fs::read_to_string(&path).map_err(|source| DumpError::File { path, source })?;
+    Ok(name.trim().to_owned())
+}
+
 /// Syncs the images, makes them a snapshot, and lets tracking start from it. Calls `check`
 /// just before the commit.
 fn commit(
     images: SnapshotWriter,
     tracking: Tracking,
-    mut inventory: proto::InventoryEntry,
+    (name, mut inventory): (&str, proto::InventoryEntry),
     check: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
-    let path = PathBuf::from("/proc/sys/kernel/random/uuid");
-    let id = fs::read_to_string(&path).map_err(|source| DumpError::File { path, source })?;
-    let id = id.trim();
-    inventory.dump_criu_run_id = Some(id.as_bytes().to_vec());
+    inventory.dump_criu_run_id = Some(name.as_bytes().to_vec());
     fault::hit(Point::DumpWritten)?;
     images.sync(|file| fds::begin_writing(file, 0, 0))?;
     fault::hit(Point::DumpSynced)?;
@@ -229,7 +243,7 @@ fn commit(
     check()?;
     images.commit(&inventory)?;
     fault::hit(Point::DumpCommit)?;
-    tracking.commit(id);
+    tracking.commit(name);
     Ok(())
 }
 

@@ -98,7 +98,8 @@ pub(super) fn run(
     stats.copied = stats.copying(|| pages::write(&memories, &images, true))?;
     let inventory =
         proto::InventoryEntry { pre_dump_mode: Some(READ), ..super::inventory(parent)? };
-    stats.syncing(|| commit(images, tracking, inventory, || census.check_running()))?;
+    let name = super::new_name()?;
+    stats.syncing(|| commit(images, tracking, (&name, inventory), || census.check_running()))?;
     stats.finish(stats_options);
     Ok(())
 }

@@ -19,7 +19,10 @@ use crate::{
     causes::with_sources,
     fault::{self, Point},
     proc::{self, Cgroup},
-    sys::ptrace::{self, Wait},
+    sys::{
+        ptrace::{self, Wait},
+        supervise,
+    },
     units::{HostPid, RemoteAddr},
 };
 
@@ -261,6 +264,22 @@ impl Frozen {
             }
         }
         Err(hold::why_running(pid, tid))
+    }
+
+    /// Decides whether the end of this program is the end of the tree, too
+    /// (`PTRACE_O_EXITKILL`), for a tree that is about to be killed.
+    ///
+    /// # Errors
+    /// [`InjectError::Trace`].
+    pub fn set_doomed(&mut self, doomed: bool) -> Result<()> {
+        let exit = if doomed { ptrace::options::EXITKILL } else { 0 };
+        let threads = self.tasks.iter().flat_map(|task| &task.threads);
+        for Tracee { tid, .. } in threads {
+            ptrace::set_options(*tid, ptrace::options::SYSGOOD | exit)
+                .map_err(InjectError::trace(*tid, "set the options of"))?;
+        }
+        supervise::note_doom(doomed);
+        Ok(())
     }
 
     /// Releases the tree.

@@ -23,6 +23,8 @@ const F_GETOWN_EX: libc::c_int = 16;
 const F_GETSIG: libc::c_int = 11;
 /// `KCMP_EPOLL_TFD` (`include/uapi/linux/kcmp.h`, Linux 4.13).
 const KCMP_EPOLL_TFD: libc::c_int = 7;
+/// `linux/sockios.h`.
+const SIOCOUTQNSD: libc::Ioctl = 0x894b;
 /// `TFD_IOC_SET_TICKS` (`include/uapi/linux/timerfd.h`, Linux 3.17).
 const TFD_IOC_SET_TICKS: libc::Ioctl = 0x4008_5400;
 const _: () = assert!(
@@ -216,9 +218,30 @@ pub fn memfd(name: &CStr, flags: libc::c_uint) -> nix::Result<OwnedFd> {
 
 /// Returns the number of bytes that can be read (`FIONREAD`).
 pub fn readable_bytes(fd: BorrowedFd) -> nix::Result<u32> {
+    count(fd, libc::FIONREAD)
+}
+
+/// Returns how many bytes, and ends of data, a TCP socket has to send or get acknowledged
+/// (`SIOCOUTQ`).
+///
+/// # Errors
+/// What `ioctl(2)` returns.
+pub fn unacknowledged_bytes(fd: BorrowedFd) -> nix::Result<u32> {
+    count(fd, libc::TIOCOUTQ)
+}
+
+/// Returns how many of them it has never sent (`SIOCOUTQNSD`, `linux/sockios.h`).
+///
+/// # Errors
+/// What `ioctl(2)` returns.
+pub fn unsent_bytes(fd: BorrowedFd) -> nix::Result<u32> {
+    count(fd, SIOCOUTQNSD)
+}
+
+fn count(fd: BorrowedFd, request: libc::Ioctl) -> nix::Result<u32> {
     let mut bytes: libc::c_int = 0;
-    // SAFETY: the kernel writes an `int`.
-    Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &raw mut bytes) })?;
+    // SAFETY: each request that this is called with writes an `int`.
+    Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), request, &raw mut bytes) })?;
     Ok(bytes.unsigned_abs())
 }
 

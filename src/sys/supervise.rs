@@ -3,7 +3,7 @@
 
 use std::{
     fs, io, process,
-    sync::atomic::{AtomicPtr, AtomicU64, Ordering},
+    sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering},
 };
 
 use nix::{
@@ -27,6 +27,12 @@ struct Ledger {
     pid: AtomicU64,
     start: AtomicU64,
     bytes: AtomicU64,
+    /// Whether sockets of the tree may be being repaired (`TCP_REPAIR`).
+    repairs: AtomicBool,
+    /// Whether the tree ends with the worker.
+    doomed: AtomicBool,
+    /// The halves of the number of the dump for which packets are held back, or 0.
+    packets: [AtomicU64; 2],
 }
 
 /// The ledger; null before [`split`].
@@ -76,6 +82,42 @@ pub fn note_scratch(pid: HostPid, start: RemoteAddr, bytes: u64) {
 pub fn clear_scratch() {
     if let Some(ledger) = ledger() {
         ledger.pid.store(0, Ordering::Release);
+    }
+}
+
+/// Tells the supervisor that sockets of the tree are about to be repaired (`TCP_REPAIR`),
+/// which has to be ended if this process cannot.
+pub fn note_repair() {
+    if let Some(ledger) = ledger() {
+        ledger.repairs.store(true, Ordering::Release);
+    }
+}
+
+/// Tells the supervisor that no socket is being repaired any more.
+pub fn clear_repair() {
+    if let Some(ledger) = ledger() {
+        ledger.repairs.store(false, Ordering::Release);
+    }
+}
+
+/// Tells the supervisor whether the tree ends with this process, for a snapshot that is
+/// complete.
+pub fn note_doom(doomed: bool) {
+    if let Some(ledger) = ledger() {
+        ledger.doomed.store(doomed, Ordering::Release);
+    }
+}
+
+/// Tells the supervisor that packets are held back for a dump, whose name is a UUID, as long as
+/// sockets are noted to be repaired ([`note_repair`]).
+pub fn note_packets(dump: &str) {
+    let digits: String = dump.chars().filter(char::is_ascii_hexdigit).collect();
+    let number = u128::from_str_radix(&digits, 16).unwrap_or_default();
+    if let Some(ledger) = ledger() {
+        for (half, shift) in ledger.packets.iter().zip([64, 0]) {
+            let bits = number >> shift & u128::from(u64::MAX);
+            half.store(u64::try_from(bits).expect("64 bits"), Ordering::Release);
+        }
     }
 }
 
@@ -181,6 +223,21 @@ impl Supervisor {
             start: RemoteAddr(ledger.start.load(Ordering::Relaxed)),
             bytes: ledger.bytes.load(Ordering::Relaxed),
         })
+    }
+
+    /// Whether the tree of a worker that was killed has ended with it.
+    pub fn has_doomed(&self) -> bool {
+        ledger().is_some_and(|ledger| ledger.doomed.load(Ordering::Acquire))
+    }
+
+    /// Whether a worker that was killed may have left sockets that are being repaired, and for
+    /// which dump it holds back packets.
+    pub fn leftover_repairs(&self) -> Option<Option<String>> {
+        let ledger = ledger().filter(|ledger| ledger.repairs.load(Ordering::Acquire))?;
+        let [high, low] = [0, 1].map(|at| u128::from(ledger.packets[at].load(Ordering::Acquire)));
+        let digits = format!("{:032x}", high << 64 | low);
+        let parts = [0..8, 8..12, 12..16, 16..20, 20..32].map(|range| &digits[range]);
+        Some((high | low != 0).then(|| parts.join("-")))
     }
 
     /// Waits until the worker exits, and forwards `SIGINT`, `SIGTERM` and `SIGHUP` to it until then.

@@ -14,6 +14,7 @@ pub const ROWS: &[Row] = &[
     ("unix_packets_behind_an_error", unix_packets_behind_an_error),
     ("unix_peek_offset", unix_peek_offset),
     ("socket_options", socket_options),
+    ("tcp_connections", tcp_connections),
     ("tcp_ended", tcp_ended),
     ("tcp_pending_error", tcp_pending_error),
     ("udp_pending_error", udp_pending_error),
@@ -213,6 +214,81 @@ fn tcp_ended(checkpoint: &Checkpoint) -> Verdict {
     }
     Ok(())
 }
+
+/// Connections within the tree: with data on its way in both directions, half closed, and of
+/// another process, whose server listens still.
+fn tcp_connections(checkpoint: &Checkpoint) -> Verdict {
+    let server = socket(libc::AF_INET, libc::SOCK_STREAM)?;
+    set_option(server, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
+    Address::ip4(own_port(0)).bind(server)?;
+    sys!(listen(server, 5))?;
+    let connect = || -> Result<[i32; 2], String> {
+        let client = socket(libc::AF_INET, libc::SOCK_STREAM)?;
+        Address::ip4(own_port(0)).connect(client)?;
+        Ok([client, sys!(accept(server, ptr::null_mut(), ptr::null_mut()))?])
+    };
+    let [both, half, other] = [connect()?, connect()?, connect()?];
+    let options = [
+        (libc::SOL_TCP, libc::TCP_NODELAY, 1),
+        (libc::SOL_TCP, libc::TCP_KEEPIDLE, 77),
+        (libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1),
+    ];
+    for (level, name, value) in &options {
+        set_option(both[0], *level, *name, *value)?;
+    }
+    write_all(both[0], b"one way")?;
+    write_all(both[1], b"the other way")?;
+    write_all(half[0], b"the last words")?;
+    sys!(shutdown(half[0], libc::SHUT_WR))?;
+    wait_until("the end of one direction", || {
+        tcp_state(half[0]) == Ok(FIN_WAIT2) && tcp_state(half[1]) == Ok(CLOSE_WAIT)
+    })?;
+    let child = checkpoint.fork(|child| {
+        sys!(close(other[0]))?;
+        child.wait();
+        arrives(other[1], b"for the child")?;
+        write_all(other[1], b"for the parent")?;
+        child.mark("answered");
+        Ok(())
+    })?;
+    sys!(close(other[1]))?;
+    let names = || both.iter().map(|fd| Address::own(*fd)).collect::<Result<Vec<_>, _>>();
+    let before = names()?;
+    checkpoint.wait();
+    ensure!(before == names()?, "the names are others");
+    for (level, name, value) in &options {
+        same("option", *value, option(both[0], *level, *name)?)?;
+    }
+    same("reuse of the address", 1, option(both[1], libc::SOL_SOCKET, libc::SO_REUSEADDR)?)?;
+    same("bytes", Some(b"one way".to_vec()), receive(both[1])?)?;
+    same("bytes of the other way", Some(b"the other way".to_vec()), receive(both[0])?)?;
+    let states = [half[0], half[1]].map(tcp_state);
+    same("states", [Ok(FIN_WAIT2), Ok(CLOSE_WAIT)], states)?;
+    same("last bytes", Some(b"the last words".to_vec()), receive(half[1])?)?;
+    same("the end", Some(Vec::new()), receive(half[1])?)?;
+    write_all(half[1], b"still open")?;
+    arrives(half[0], b"still open")?;
+    sys!(shutdown(half[1], libc::SHUT_WR))?;
+    wait_until("the end of both ways", || receive(half[0]).is_ok_and(|got| got == Some(vec![])))?;
+    write_all(other[0], b"for the child")?;
+    checkpoint.wait_mark("answered")?;
+    arrives(other[0], b"for the parent")?;
+    let [client, accepted] = connect()?;
+    write_all(client, b"a new one")?;
+    arrives(accepted, b"a new one")?;
+    child.join()
+}
+
+/// Waits for bytes that are on their way.
+fn arrives(fd: i32, expected: &[u8]) -> Verdict {
+    wait_until(&String::from_utf8_lossy(expected), || {
+        receive(fd).is_ok_and(|found| found.as_deref() == Some(expected))
+    })
+}
+
+/// States of connections (`net/tcp_states.h`).
+const FIN_WAIT2: u8 = 5;
+const CLOSE_WAIT: u8 = 8;
 
 fn tcp_state(fd: i32) -> Result<u8, String> {
     let (mut info, mut length) = ([0_u8; 104], 104);

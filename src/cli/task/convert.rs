@@ -9,8 +9,8 @@ use nix::{
 };
 
 use super::options::{
-    AutoDedupName, DedupArgs, FileValidation, ImageArgs, Inodes, ManageCgroups, TaskArgs,
-    TrackerName, TreeArgs, Verbosity,
+    AutoDedupName, DedupArgs, FileValidation, ImageArgs, Inodes, ManageCgroups, NetworkLock,
+    TaskArgs, TrackerName, TreeArgs, Verbosity,
 };
 use crate::{
     action,
@@ -19,8 +19,8 @@ use crate::{
     inject::{FreezeOptions, Outcome},
     res::{
         file::{
-            DumpOptions, External, GhostOptions, Inherited, RestoreOptions, TerminalOptions,
-            UnixOptions, Validation,
+            ConnectionsToDump, ConnectionsToRestore, DumpOptions, External, GhostOptions,
+            Inherited, RestoreOptions, TerminalOptions, UnixOptions, Validation,
         },
         tree::{self, cgroup},
     },
@@ -109,6 +109,7 @@ pub(super) fn dump_options(args: &TaskArgs, pre_dump: bool) -> Result<dump::Opti
         files: DumpOptions {
             terminals: TerminalOptions::new(args.tree.shell_job),
             unix: unix(args),
+            connections: connections(args, goal),
             ghosts: GhostOptions::new(args.files.link_remap, args.files.ghost_limit),
             validation: validation(args),
             external: External::new(external(args)),
@@ -126,6 +127,13 @@ fn common(args: &TaskArgs) -> tree::Options {
 
 fn unix(args: &TaskArgs) -> UnixOptions {
     UnixOptions::new(!args.network.ext_unix_sk.is_empty())
+}
+
+fn connections(args: &TaskArgs, goal: dump::Goal) -> ConnectionsToDump {
+    let ends = goal == dump::Goal::Tree(Outcome::Kill);
+    let skips = args.network.network_lock == Some(NetworkLock::Skip);
+    let keep = args.network.tcp_established;
+    ConnectionsToDump::new(keep, keep && ends && !skips)
 }
 
 fn actions(args: &TaskArgs) -> action::Options {
@@ -180,6 +188,7 @@ pub(super) fn restore_options(args: &TaskArgs) -> Result<restore::Options, Usage
         files: RestoreOptions {
             terminals: TerminalOptions::new(args.tree.shell_job),
             unix: unix(args),
+            connections: ConnectionsToRestore::new(args.network.tcp_established),
             validation: validation(args),
             inherited: Inherited::new(args.around.inherit_fd.clone()),
         },

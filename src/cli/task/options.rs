@@ -183,7 +183,8 @@ pub(super) struct NetworkArgs {
     #[arg(short = 'x', long, value_name = "INODE,...", num_args = 0..=1, require_equals = true,
           default_missing_value = NO_VALUE)]
     pub ext_unix_sk: Vec<Inodes>,
-    /// How packets are held back while the tree is dumped or restored
+    /// How packets of TCP connections are held back until the restore; iptables and nftables are
+    /// the same here: a table of nftables
     #[arg(long, value_enum, value_name = "METHOD")]
     pub network_lock: Option<NetworkLock>,
 }

@@ -17,8 +17,10 @@ use crate::{
     cli::{answer, check_features, dedup, exit, report},
     dump, fault,
     inject::{self, Repair},
+    res::file,
     restore,
     sys::supervise::{self, Ended, Side},
+    units::HostPid,
 };
 
 /// The parsed command.
@@ -46,7 +48,7 @@ pub(in crate::cli) fn run(task: Task, args: &TaskArgs, given: &[Given]) -> ExitC
     };
     close(args);
     let result = match &work {
-        Work::Dump(_) => supervised(|| perform(task, &work, args, given)),
+        Work::Dump(options) => supervised(options.root, || perform(task, &work, args, given)),
         Work::Restore(_) => Ok(perform(task, &work, args, given)),
     };
     match result {
@@ -77,7 +79,7 @@ fn close(args: &TaskArgs) {
 }
 
 /// Does the work in a process of its own, and returns the exit code.
-fn supervised(work: impl FnOnce() -> u8) -> anyhow::Result<u8> {
+fn supervised(root: HostPid, work: impl FnOnce() -> u8) -> anyhow::Result<u8> {
     let supervisor = match supervise::split().context("start a process that does the work")? {
         Side::Worker => return Ok(work()),
         Side::Supervisor(supervisor) => supervisor,
@@ -88,6 +90,12 @@ fn supervised(work: impl FnOnce() -> u8) -> anyhow::Result<u8> {
         Ended::Killed(signal) => {
             let what = format!("the process that does the work was killed by {signal}");
             fault::disarm();
+            if supervisor.has_doomed() {
+                bail!("{what}; the snapshot is complete, and the tree has ended");
+            }
+            if let Some(dump) = supervisor.leftover_repairs() {
+                file::end_repairs(root, dump.as_deref());
+            }
             match supervisor.leftover().map(inject::repair) {
                 None => bail!("{what}; the tree runs on unchanged"),
                 Some(Ok(Repair::Nothing(_))) => {

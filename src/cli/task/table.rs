@@ -112,12 +112,13 @@ pub(super) const ROWS: &[Row] = &[
     refused("force-irmap", DUMPS, NO_WATCHES),
     refused("irmap-scan-path", DUMPS, NO_WATCHES),
     // Sockets
-    refused("tcp-established", BOTH, "let the program close its connections first"),
+    built("tcp-established", DUMP.or(RESTORE)),
+    harmless("tcp-established", PRE_DUMP, NO_FILES),
     refused("tcp-close", BOTH, NO_CONNECTIONS),
     refused("skip-in-flight", DUMP, NO_CONNECTIONS),
     built("ext-unix-sk", DUMP.or(RESTORE)),
     harmless("ext-unix-sk", PRE_DUMP, NO_FILES),
-    Row { name: "network-lock", on: DUMP, state: RefusedUnless(&["skip", "none"], NO_CONNECTIONS) },
+    built("network-lock", DUMP),
     // External resources
     built("external", DUMP),
     harmless("external", RESTORE, "pass external resources by --inherit-fd"),

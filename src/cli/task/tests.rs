@@ -11,8 +11,8 @@ use crate::{
     inject::{FreezeOptions, Outcome},
     res::{
         file::{
-            DumpOptions, External, GhostOptions, Inherited, RestoreOptions, TerminalOptions,
-            UnixOptions, Validation,
+            ConnectionsToDump, ConnectionsToRestore, DumpOptions, External, GhostOptions,
+            Inherited, RestoreOptions, TerminalOptions, UnixOptions, Validation,
         },
         tree::{self, cgroup},
     },
@@ -161,6 +161,7 @@ fn default_dump() -> dump::Options {
         files: DumpOptions {
             terminals: TerminalOptions::new(false),
             unix: UnixOptions::new(false),
+            connections: ConnectionsToDump::new(false, false),
             ghosts: GhostOptions::new(false, 1 << 20),
             validation: Validation::BuildId,
             external: External::new(Vec::new()),
@@ -180,6 +181,7 @@ fn default_restore() -> restore::Options {
         files: RestoreOptions {
             terminals: TerminalOptions::new(false),
             unix: UnixOptions::new(false),
+            connections: ConnectionsToRestore::new(false),
             validation: Validation::BuildId,
             inherited: Inherited::new(Vec::new()),
         },
@@ -196,6 +198,12 @@ type Row<T> = (&'static str, fn(&mut T));
 fn lines_of_dump_become_options() {
     let rows: &[Row<dump::Options>] = &[
         ("dump -t 7", |_| {}),
+        ("dump -t 7 --tcp-established --network-lock skip", |dump| {
+            dump.files.connections = ConnectionsToDump::new(true, false);
+        }),
+        ("dump -t 7 --tcp-established", |dump| {
+            dump.files.connections = ConnectionsToDump::new(true, true);
+        }),
         ("dump --tree=3 -t7 -Dd -W w", |dump| {
             dump.store.images_dir = "d".into();
             dump.stats = stats::Options::new("w".into(), false);
@@ -365,7 +373,8 @@ fn what_is_not_built_is_refused_by_name() {
         (Task::Restore, "--cpu-cap", Some("--cpu-cap")),
         (Task::Restore, "-J net:1", Some("--join-ns")),
         (Task::Dump, "-t 7 --tcp-close", Some("--tcp-close")),
-        (Task::Dump, "-t 7 --network-lock=nftables", Some("--network-lock=nftables")),
+        (Task::Dump, "-t 7 --tcp-established --network-lock=iptables", None),
+        (Task::Restore, "--tcp-established", None),
         (Task::Dump, "--network-lock=skip --ghost-fiemap --log-pid", None),
         // Taken back.
         (Task::Dump, "--stream --no-stream", None),

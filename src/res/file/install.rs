@@ -481,6 +481,14 @@ impl<'a> Installer<'a> {
         Ok(())
     }
 
+    /// Lets files take part again in what goes on outside of the tree.
+    ///
+    /// # Errors
+    /// [`FileError`].
+    pub fn rejoin(&mut self) -> Result<()> {
+        self.openers.iter_mut().try_for_each(|opener| opener.rejoin(&self.opened))
+    }
+
     /// Sets the positions of deferred files, which show the state of processes, once that state
     /// is final.
     pub fn position_late(&self) -> Result<()> {

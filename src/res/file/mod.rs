@@ -50,7 +50,12 @@ pub use self::{
     ghost::{Lost, Options as GhostOptions, Revived},
     install::{FileUser, Installer},
     options::{DumpOptions, External, Inherited, RestoreOptions},
-    sock::unix::Options as UnixOptions,
+    sock::{
+        inet::{
+            DumpOptions as ConnectionsToDump, RestoreOptions as ConnectionsToRestore, end_repairs,
+        },
+        unix::Options as UnixOptions,
+    },
     table::FileTable,
     tty::Options as TerminalOptions,
     validation::{BuildIds, Validation},
@@ -164,6 +169,18 @@ pub trait Collector {
     /// Writes the other images of the kind. Runs after [`Collector::settle`] of all kinds, and
     /// checks that nothing that these images need is missing.
     fn finish(&mut self, _images: &SnapshotWriter) -> Result<()> {
+        Ok(())
+    }
+
+    /// Adds what the inventory says of the kind, after [`Collector::finish`].
+    fn note(&self, _inventory: &mut proto::InventoryEntry) {}
+
+    /// Sees to it that the end of the tree, which comes next, changes nothing elsewhere that
+    /// the restore of this dump needs. `dump` is the dump's unique name.
+    ///
+    /// # Errors
+    /// [`FileError::Dump`].
+    fn part(&mut self, _dump: &str) -> Result<()> {
         Ok(())
     }
 }
@@ -390,6 +407,15 @@ pub trait Opener {
 
     /// Starts what runs by itself, such as timers, right before the tree resumes.
     fn start(&mut self, _opened: &Opened) -> Result<()> {
+        Ok(())
+    }
+
+    /// Lets files take part again in what goes on outside of the tree, after all that may
+    /// fail: others see it. It is the counterpart of [`Collector::part`].
+    ///
+    /// # Errors
+    /// Whatever fails.
+    fn rejoin(&mut self, _opened: &Opened) -> Result<()> {
         Ok(())
     }
 }

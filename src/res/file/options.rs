@@ -5,7 +5,12 @@
 
 use std::os::fd::OwnedFd;
 
-use super::{ghost, sock::unix, tty, validation::Validation};
+use super::{
+    ghost,
+    sock::{inet, unix},
+    tty,
+    validation::Validation,
+};
 use crate::sys::fds;
 
 /// The options of a dump.
@@ -16,6 +21,8 @@ pub struct DumpOptions {
     pub(crate) terminals: tty::Options,
     /// Those of UNIX sockets.
     pub(crate) unix: unix::Options,
+    /// Those of TCP connections.
+    pub(crate) connections: inet::DumpOptions,
     /// Those of files that have lost their names.
     pub(crate) ghosts: ghost::Options,
     /// What is recorded to tell a file from another one.
@@ -32,6 +39,8 @@ pub struct RestoreOptions {
     pub(crate) terminals: tty::Options,
     /// Those of UNIX sockets.
     pub(crate) unix: unix::Options,
+    /// Those of TCP connections.
+    pub(crate) connections: inet::RestoreOptions,
     /// What is compared to tell a file from another one.
     pub(crate) validation: Validation,
     /// What the caller provides.

@@ -388,6 +388,19 @@ impl FileTable {
         Ok(images.write(Kind::Files, 0, &self.state.entries)?)
     }
 
+    /// Adds what the inventory says of open files ([`Collector::note`]).
+    pub fn note(&self, inventory: &mut proto::InventoryEntry) {
+        self.collectors.iter().flatten().for_each(|collector| collector.note(inventory));
+    }
+
+    /// Sees to it that the end of the tree changes nothing elsewhere ([`Collector::part`]).
+    ///
+    /// # Errors
+    /// Those of [`Collector::part`].
+    pub fn part(&mut self, dump: &str) -> Result<()> {
+        self.collectors.iter_mut().flatten().try_for_each(|collector| collector.part(dump))
+    }
+
     /// Keeps the link remaps.
     pub fn keep_links(&mut self) {
         self.state.lost.keep_links();

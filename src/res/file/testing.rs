@@ -14,8 +14,8 @@ use nix::{
 use tempfile::TempDir;
 
 use super::{
-    DumpOptions, FileError, FileTable, FileUser, Inherited, Installer, Opened, RestoreOptions,
-    Result,
+    ConnectionsToRestore, DumpOptions, FileError, FileTable, FileUser, Inherited, Installer,
+    Opened, RestoreOptions, Result,
 };
 use crate::{
     image::{Directory, Kind, SnapshotWriter, proto, read_all},
@@ -95,7 +95,9 @@ impl Tree {
         // Drop the table with all that it holds open: otherwise a FIFO would keep its contents.
         let (dir, before) = (Rc::new(dir), Rc::new(before));
         let DumpOptions { terminals, unix, validation, .. } = self.options;
-        let options = RestoreOptions { terminals, unix, validation, inherited: self.inherited };
+        let connections = ConnectionsToRestore::default();
+        let inherited = self.inherited;
+        let options = RestoreOptions { terminals, unix, connections, validation, inherited };
         Ok(Dumped { dir, before, entries, options })
     }
 

@@ -15,8 +15,13 @@ pub(super) mod unix;
 /// Socket states (`net/tcp_states.h`).
 mod state {
     pub(super) const ESTABLISHED: u32 = 1;
+    pub(super) const FIN_WAIT1: u32 = 4;
+    pub(super) const FIN_WAIT2: u32 = 5;
     pub(super) const CLOSE: u32 = 7;
+    pub(super) const CLOSE_WAIT: u32 = 8;
+    pub(super) const LAST_ACK: u32 = 9;
     pub(super) const LISTEN: u32 = 10;
+    pub(super) const CLOSING: u32 = 11;
 }
 
 /// The shutdown bits of a socket with both directions shut down.

@@ -3,7 +3,7 @@
 use std::{
     collections::{HashMap, hash_map::Entry},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    os::fd::{AsFd, AsRawFd, BorrowedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
 };
 
 use nix::{
@@ -13,11 +13,19 @@ use nix::{
     sys::socket::{getpeername, getsockname},
 };
 
-use super::{IPV6_FREEBIND, IPV6_RECVPKTINFO, address, protocol_name, udp_queue};
+use super::{
+    DumpOptions, IPV6_FREEBIND, IPV6_RECVPKTINFO, address,
+    connection::{self, Connection},
+    lock::{self, Ends, Lock, Method},
+    protocol_name, repair, udp_queue,
+};
 use crate::{
-    image::proto,
+    causes::{tell, with_sources},
+    fault::{self, Point},
+    image::{SnapshotWriter, proto},
     res::file::{
-        Collector, Description, Intake, Result,
+        Collector, Description, FileError, Intake, Result,
+        error::errno,
         sock::{
             SHUT_BOTH,
             attributes::{self, RECEIVED_MAX_BYTES},
@@ -26,7 +34,8 @@ use crate::{
             queue, state,
         },
     },
-    sys::{fds, socket},
+    sys::{fds, socket, supervise},
+    units::{HostPid, TargetFd},
 };
 
 /// `UDP_CORK` and `UDP_ENCAP`, `linux/udp.h`.
@@ -44,17 +53,38 @@ const TCP_INFO_PACKETS: [usize; 2] = [136, 140];
 const TCP_INFO_BYTES: usize = 144;
 
 const HELP_KIND: &str = "only TCP, UDP and UDP-Lite sockets are supported";
-const HELP_ESTABLISHED: &str = "connections are not dumped yet (--tcp-established is rejected): have the program close them first";
+const HELP_ESTABLISHED: &str = "use --tcp-established to dump it, or have the program close it";
+const HELP_CONNECTING: &str = "wait until it is established or has failed, then try again";
+const HELP_URGENT: &str = "have the program read it (MSG_OOB), then try again";
+/// What the dump attempts by a [`Lock`].
+const HOLD_BACK: &str = "hold back the packets (nftables; --network-lock skip does without) of";
 const HELP_ERROR: &str = "have the program read it (SO_ERROR, recv) or close the socket; reading it is the \
     only way to learn the error, and clears it";
 const HELP_UNREAD: &str = "have the program read it or close the socket, then try again";
 const HELP_ACCEPT: &str = "have the program accept its connections, then try again";
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct InetCollector {
+    options: DumpOptions,
+    /// Packets of connections that are held back.
+    lock: Option<Lock>,
+    connections: Vec<Found>,
     /// The sockets of the network namespace, by family and protocol.
     listed: HashMap<(c_int, c_int), HashMap<u32, diag::InetSocket>>,
     states: attributes::AttributeReader,
+}
+
+/// A connection of the tree.
+#[derive(Debug)]
+struct Found {
+    fd: OwnedFd,
+    pid: HostPid,
+    number: TargetFd,
+    inode: u32,
+    ends: Ends,
+    /// `SO_REUSEADDR`.
+    reuse: c_int,
+    connection: Connection,
 }
 
 /// The protocol-specific state of a socket.
@@ -78,6 +108,17 @@ struct EndedConnection {
 }
 
 impl InetCollector {
+    /// Returns one that has found nothing.
+    pub(super) fn new(options: DumpOptions) -> Self {
+        Self {
+            options,
+            lock: None,
+            connections: Vec::new(),
+            listed: HashMap::new(),
+            states: attributes::AttributeReader::default(),
+        }
+    }
+
     fn tcp(&mut self, file: &Description, family: c_int, what: &str) -> Result<Facts> {
         let fd = file.fd.as_fd();
         let mut info = [0; TCP_INFO_BYTES];
@@ -116,6 +157,10 @@ impl InetCollector {
             _ => {
                 let local = address(getsockname(fd.as_raw_fd()));
                 let peer = address(getpeername(fd.as_raw_fd()));
+                let ends = local.zip(peer).filter(|_| connection::is_connection(state));
+                if let Some(ends) = ends.filter(|_| self.options.keep) {
+                    return self.connection(file, family, ends, what);
+                }
                 let show = |address: Option<SocketAddr>| {
                     address.map_or_else(|| "?".to_owned(), |address| address.to_string())
                 };
@@ -125,9 +170,49 @@ impl InetCollector {
                     show(peer),
                     state_name(state)
                 );
-                Err(file.unsupported(what, HELP_ESTABLISHED))
+                let help = if ends.is_some() { HELP_ESTABLISHED } else { HELP_CONNECTING };
+                Err(file.unsupported(what, help))
             }
         }
+    }
+
+    /// Looks at a connection, whose packets are held back from now on if the tree ends.
+    fn connection(
+        &mut self,
+        file: &Description,
+        family: c_int,
+        ends: Ends,
+        what: &str,
+    ) -> Result<Facts> {
+        let fd = file.fd.as_fd();
+        let urgent = attributes::polled(fd, PollFlags::POLLPRI).map_err(file.failed("poll"))?;
+        if urgent.contains(PollFlags::POLLPRI) {
+            let what = format!("{what}, with urgent data that its program has not read");
+            return Err(file.unsupported(what, HELP_URGENT));
+        }
+        if self.options.hold_packets {
+            let held = match &mut self.lock {
+                Some(lock) => lock.hold(ends),
+                none => Lock::begin().and_then(|lock| none.insert(lock).hold(ends)),
+            };
+            held.map_err(|error| file.failed(HOLD_BACK)(errno(&error)))?;
+        }
+        let shutdown =
+            self.listed(file, family, libc::IPPROTO_TCP)?.map_or(0, |found| found.shutdown);
+        let look = file.failed("look into the connection of (TCP_REPAIR)");
+        let reuse = repair::reuse(fd).map_err(&look)?;
+        let connection = Connection::read(fd).map_err(&look)?;
+        let state = connection.state;
+        self.connections.push(Found {
+            fd: file.fd.try_clone().map_err(|error| file.failed("duplicate")(errno(&error)))?,
+            pid: file.pid,
+            number: file.number,
+            inode: u32::try_from(file.stat.st_ino).expect("inodes of sockets have 32 bits"),
+            ends,
+            reuse,
+            connection,
+        });
+        Ok(Facts { state, shutdown, ..Facts::default() })
     }
 
     /// Reads the state of a TCP socket whose connection has ended.
@@ -225,6 +310,41 @@ impl InetCollector {
     }
 }
 
+impl InetCollector {
+    fn try_to_part(&self, dump: &str) -> Result<()> {
+        let Some(first) = self.connections.first() else { return Ok(()) };
+        supervise::note_repair();
+        if self.lock.is_some() {
+            let ends: Vec<_> = self.connections.iter().map(|found| found.ends).collect();
+            supervise::note_packets(dump);
+            lock::keep(dump, &ends).map_err(|error| first.failed(HOLD_BACK)(errno(&error)))?;
+        }
+        for found in &self.connections {
+            // Its end is not to tell the peer.
+            repair::begin(found.fd.as_fd())
+                .map_err(found.failed("end without a packet (TCP_REPAIR)"))?;
+        }
+        fault::hit(Point::TcpParted).map_err(|_| first.failed("go on with")(Errno::EIO))
+    }
+
+    /// The tree goes on after all.
+    fn rejoin(&mut self, dump: &str) {
+        for found in &self.connections {
+            if let Err(errno) = repair::end_with(found.fd.as_fd(), found.reuse) {
+                let failed = found.failed("let packets come to")(errno);
+                tell(log::Level::Error, &with_sources(&failed));
+            }
+        }
+        if self.lock.take().is_some()
+            && let Err(error) = lock::lift(dump)
+        {
+            let what = format!("packets of the tree's connections are held back: {error}");
+            tell(log::Level::Error, &what);
+        }
+        supervise::clear_repair();
+    }
+}
+
 impl Collector for InetCollector {
     fn claims(&self, file: &Description) -> bool {
         let inet = |family| matches!(family, libc::AF_INET | libc::AF_INET6);
@@ -257,6 +377,10 @@ impl Collector for InetCollector {
             // The other options no longer matter, and the connection may have changed them.
             state.options.retain(|option| option.level == libc::SOL_SOCKET);
             own = own.filter(|_| ended.bound);
+        }
+        if connection::is_connection(facts.state) && protocol == libc::IPPROTO_TCP {
+            // Here the kernel tells what the ends have agreed on.
+            state.options.retain(|option| !is_segment_size(option));
         }
         let source_port = own.map_or(0, |own| own.port());
         // Like CRIU, number the namespace only of sockets that the kernel lists.
@@ -296,6 +420,46 @@ impl Collector for InetCollector {
             ..proto::FileEntry::default()
         })
     }
+
+    fn finish(&mut self, images: &SnapshotWriter) -> Result<()> {
+        self.connections.iter().try_for_each(|found| found.connection.write(images, found.inode))
+    }
+
+    fn note(&self, inventory: &mut proto::InventoryEntry) {
+        if !self.connections.is_empty() {
+            let holds = self.lock.is_some();
+            let method = if holds { Method::Nftables } else { Method::Skip };
+            inventory.network_lock_method = Some(method as u32);
+        }
+    }
+
+    fn part(&mut self, dump: &str) -> Result<()> {
+        let parted = self.try_to_part(dump);
+        if parted.is_err() {
+            self.rejoin(dump);
+        }
+        parted
+    }
+}
+
+impl Found {
+    fn failed(&self, step: &'static str) -> impl Fn(Errno) -> FileError + '_ {
+        let (own, peer) = self.ends;
+        let link = format!("the TCP connection {own} -> {peer}");
+        move |source| FileError::Dump {
+            pid: self.pid,
+            fd: self.number,
+            link: link.clone(),
+            step,
+            source,
+        }
+    }
+}
+
+/// Whether an option is the size of segments (`TCP_MAXSEG`).
+fn is_segment_size(option: &proto::SkOptionEntry) -> bool {
+    let name = (option.level, option.name);
+    name == (libc::SOL_TCP, libc::TCP_MAXSEG)
 }
 
 /// Whether datagrams that [`udp_queue`] sends again would reach this UDP socket and no other.

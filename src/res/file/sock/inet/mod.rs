@@ -1,7 +1,8 @@
-//! TCP and UDP sockets without an established connection.
+//! TCP and UDP sockets.
 //!
-//! These are TCP sockets that listen, that are neither connected nor listen, or whose connection
-//! was closed from both ends; and UDP and UDP-Lite sockets in any state. The dump keeps datagrams
+//! These are TCP connections, if the user asks for them ([`connection`]); TCP sockets that listen,
+//! that are neither connected nor listen, or whose connection was closed from both ends; and UDP
+//! and UDP-Lite sockets in any state. The dump keeps datagrams
 //! queued in UDP sockets as far as [`udp_queue`] can; CRIU drops them. Programs that use UDP
 //! must cope with lost datagrams and lost ICMP errors anyway, and clients must cope with a listening
 //! socket that loses half-open connections.
@@ -10,7 +11,12 @@
 //! only if the program has bound it. The dump keeps the data that the socket has received. It
 //! rejects a pending error: only reading it, which clears it, tells which one it is.
 
+mod connection;
 mod dump;
+mod forge;
+mod lock;
+mod mend;
+mod repair;
 mod restore;
 mod udp_queue;
 
@@ -26,14 +32,46 @@ use crate::{
     res::file::{FileKind, Usage},
 };
 
+pub use mend::end_repairs;
+
 /// The row of [`KINDS`](crate::res::file::KINDS).
 pub(in crate::res::file) const KIND: FileKind = FileKind {
     name: "internet socket",
     types: &[proto::FdTypes::Inetsk],
     usage: Usage::Descriptor,
-    collector: |_| Box::new(dump::InetCollector::default()),
-    opener: |_| Box::new(restore::InetOpener),
+    collector: |options| Box::new(dump::InetCollector::new(options.connections)),
+    opener: |options| Box::new(restore::InetOpener::new(options.connections)),
 };
+
+/// What a dump is to do about TCP connections.
+#[derive(Clone, Copy, Debug, Default)]
+#[cfg_attr(test, derive(PartialEq, Eq))]
+pub struct DumpOptions {
+    keep: bool,
+    hold_packets: bool,
+}
+
+impl DumpOptions {
+    /// `keep`: dump them (`--tcp-established`); `hold_packets`: the tree ends, and their
+    /// packets are held back until it is restored (not with `--network-lock skip`).
+    pub fn new(keep: bool, hold_packets: bool) -> Self {
+        Self { keep, hold_packets }
+    }
+}
+
+/// What a restore is to do about TCP connections.
+#[derive(Clone, Copy, Debug, Default)]
+#[cfg_attr(test, derive(PartialEq, Eq))]
+pub struct RestoreOptions {
+    keep: bool,
+}
+
+impl RestoreOptions {
+    /// `keep`: restore them (`--tcp-established`).
+    pub fn new(keep: bool) -> Self {
+        Self { keep }
+    }
+}
 
 /// `IPV6_FREEBIND` and `IPV6_RECVPKTINFO`, `linux/in6.h`.
 const IPV6_FREEBIND: c_int = 78;

@@ -25,11 +25,18 @@ use nix::{
     },
 };
 
-use super::{IPV6_FREEBIND, IPV6_RECVPKTINFO, protocol_name, udp_queue};
+use super::{
+    IPV6_FREEBIND, IPV6_RECVPKTINFO, RestoreOptions,
+    connection::{self, Connection},
+    lock::{self, Ends, Method},
+    protocol_name, repair, udp_queue,
+};
 use crate::{
-    image::proto,
+    image::{Kind, proto},
     res::file::{
-        FileError, Opened, Opener, Result, owner,
+        FileError, Opened, Opener, Result,
+        error::errno,
+        owner,
         sock::{
             attributes, held,
             opts::{self, Subject},
@@ -42,11 +49,79 @@ use crate::{
 /// The receive buffer, at least, of a UDP socket whose queue is refilled.
 const ROOM_BYTES: i32 = 1 << 20;
 
+/// More than any queue has (`net.ipv4.tcp_rmem`).
+const LARGEST_QUEUE_BYTES: i32 = 1 << 29;
+
 /// How long the restore waits for its own loopback connections.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 #[derive(Debug)]
-pub(super) struct InetOpener;
+pub(super) struct InetOpener {
+    options: RestoreOptions,
+    /// Connections that tell their peers nothing yet.
+    connections: Vec<Silent>,
+}
+
+/// A connection that is being repaired.
+#[derive(Debug)]
+struct Silent {
+    restored: Subject,
+    ends: Ends,
+    reuse: Option<bool>,
+    /// Whether it receives nothing any more, since its program wants nothing.
+    is_deaf: bool,
+}
+
+impl InetOpener {
+    /// Returns one that has opened nothing.
+    pub(super) fn new(options: RestoreOptions) -> Self {
+        Self { options, connections: Vec::new() }
+    }
+
+    /// Makes the connections, after what listens on the same ports.
+    fn connect(&mut self, sockets: &[Socket], opened: &Opened) -> Result<()> {
+        let ends: Vec<Ends> = sockets
+            .iter()
+            .filter_map(|socket| socket.connection().map(|_| socket.ends()))
+            .collect();
+        let Some(first) = sockets.iter().find(|socket| socket.connection().is_some()) else {
+            return Ok(());
+        };
+        let (own, _) = hold_of(opened)?;
+        if let Ok(Some(table)) = lock::other_holder(&own, &ends) {
+            return Err(first.restored.wrong(format!(
+                "packets of its connection are held back by the nftables table {table}, which \
+                 another dump has left; nft delete table inet {table} lets them pass"
+            )));
+        }
+        for socket in sockets {
+            let (entry, restored) = (socket.entry, &socket.restored);
+            let Some(state) = socket.connection() else { continue };
+            let connection = Connection::load(&opened.images, entry.ino, state)?
+                .map_err(|problem| restored.wrong(problem))?;
+            // The sizes of the images come later.
+            opts::widen(socket.fd.as_fd());
+            opts::widen_to_receive(socket.fd.as_fd(), LARGEST_QUEUE_BYTES);
+            connection
+                .make(socket.fd.as_fd(), socket.ends())
+                .map_err(|(step, errno)| restored.failed(step)(errno))?;
+            let is_deaf = opts::how(entry.shutdown)
+                .is_some_and(|how| how != Shutdown::Write && state == state::ESTABLISHED);
+            let reuse = entry.opts.reuseaddr;
+            let (restored, ends) = (restored.clone(), socket.ends());
+            self.connections.push(Silent { restored, ends, reuse, is_deaf });
+        }
+        Ok(())
+    }
+}
+
+/// Returns the unique name of the dump that is restored, and how packets are held back since.
+fn hold_of(opened: &Opened) -> Result<(String, Method)> {
+    let inventory: proto::InventoryEntry = opened.images.message(Kind::Inventory, 0)?;
+    let name = inventory.dump_criu_run_id.unwrap_or_default();
+    let method = Method::of(inventory.network_lock_method);
+    Ok((String::from_utf8_lossy(&name).into_owned(), method))
+}
 
 struct Socket<'a> {
     entry: &'a proto::InetSkEntry,
@@ -64,10 +139,13 @@ impl Opener for InetOpener {
             let problem = "it is an internet socket, but its inet_sk_entry is missing".to_owned();
             let entry = file.isk.as_ref().ok_or(FileError::Image { id: file.id, problem })?;
             if !opened.contains(entry.id) {
-                sockets.push(Socket::new(entry, file.sock.as_ref(), opened)?);
+                sockets.push(Socket::new(entry, file.sock.as_ref(), opened, self.options)?);
             }
         }
         for at in 0..sockets.len() {
+            if sockets[at].connection().is_some() {
+                continue;
+            }
             match sockets[at].bind() {
                 Err(Errno::EADDRINUSE) => {
                     let port = sockets[at].entry.src_port;
@@ -85,11 +163,33 @@ impl Opener for InetOpener {
             socket.listen()?;
             socket.fill();
         }
+        self.connect(&sockets, opened)?;
         for socket in &sockets {
             socket.set_up()?;
         }
         for socket in sockets {
             opened.insert(socket.entry.id, socket.fd);
+        }
+        Ok(())
+    }
+
+    fn rejoin(&mut self, opened: &Opened) -> Result<()> {
+        let Some(first) = self.connections.first() else { return Ok(()) };
+        let ends: Vec<_> = self.connections.iter().map(|silent| silent.ends).collect();
+        let (dump, method) = hold_of(opened)?;
+        let lifted = match method {
+            Method::Iptables => lock::lift_rules(&ends),
+            Method::Nftables => lock::lift(&dump),
+            Method::Skip => Ok(()),
+        };
+        lifted.map_err(|error| first.restored.failed("let packets pass to")(errno(&error)))?;
+        for Silent { restored, reuse, is_deaf, .. } in &self.connections {
+            let fd = opened.get(restored.id)?;
+            repair::end_with_probe(fd).map_err(restored.failed("go on with (TCP_REPAIR)"))?;
+            opts::restore_reuse(fd, (*reuse, None), restored)?;
+            if *is_deaf {
+                shutdown(fd.as_raw_fd(), Shutdown::Read).map_err(restored.failed("shut down"))?;
+            }
         }
         Ok(())
     }
@@ -100,6 +200,7 @@ impl<'a> Socket<'a> {
         entry: &'a proto::InetSkEntry,
         state: Option<&'a proto::SkStateEntry>,
         opened: &Opened,
+        options: RestoreOptions,
     ) -> Result<Self> {
         let name = protocol_name(entry.r#type.cast_signed(), entry.proto.cast_signed());
         let mut restored =
@@ -119,11 +220,16 @@ impl<'a> Socket<'a> {
         let own = address(&entry.src_addr, entry.src_port)?;
         let peer = address(&entry.dst_addr, entry.dst_port)?;
         restored.object = format!("the {name} socket [{}] ({own})", entry.ino);
-        let lone = matches!(entry.state, state::LISTEN | state::CLOSE);
-        if is_tcp && !(lone && entry.dst_port == 0) {
-            let problem =
-                format!("it is connected to {peer}, and rcriu does not restore connections yet");
-            return Err(restored.wrong(problem));
+        let lone = matches!(entry.state, state::LISTEN | state::CLOSE) && entry.dst_port == 0;
+        if is_tcp && !lone {
+            restored.object = format!("the TCP connection [{}] {own} -> {peer}", entry.ino);
+            if !connection::can_be_made(entry.state) {
+                let problem = format!("rcriu restores no connection in state {}", entry.state);
+                return Err(restored.wrong(problem));
+            }
+            if !options.keep {
+                return Err(restored.wrong("restoring connections takes --tcp-established"));
+            }
         }
         let make = || socket::create(entry.family.cast_signed(), kind.0, kind.1);
         let fd = owner::as_owner(entry.id, opened, make).map_err(restored.failed("create"))?;
@@ -131,6 +237,16 @@ impl<'a> Socket<'a> {
         let socket = Self { entry, state, restored, own, peer, fd };
         socket.prepare()?;
         Ok(socket)
+    }
+
+    /// The state of a TCP connection; none of other sockets.
+    fn connection(&self) -> Option<u32> {
+        let is_tcp = self.entry.proto.cast_signed() == libc::IPPROTO_TCP;
+        (is_tcp && self.entry.dst_port != 0).then_some(self.entry.state)
+    }
+
+    fn ends(&self) -> Ends {
+        (self.own, self.peer)
     }
 
     /// Sets the options that must be set before binding.
@@ -240,7 +356,7 @@ impl<'a> Socket<'a> {
             self.end_connection(received)
                 .map_err(restored.failed("send the received data again to"))?;
         }
-        if entry.dst_port != 0 {
+        if entry.dst_port != 0 && self.connection().is_none() {
             connect(fd.as_raw_fd(), &SockaddrStorage::from(self.peer))
                 .map_err(restored.failed("connect"))?;
         }
@@ -251,7 +367,9 @@ impl<'a> Socket<'a> {
         self.set_tcp_options()?;
         let reuse = (entry.opts.reuseaddr, entry.opts.so_reuseport);
         opts::restore_reuse(fd, reuse, restored)?;
-        self.shut_down(fd)?;
+        if self.connection().is_none() {
+            self.shut_down(fd)?;
+        }
         opts::restore_flags(fd, entry.flags, restored)
     }
 

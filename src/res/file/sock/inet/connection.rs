@@ -1,0 +1,555 @@
+//! TCP connections in the images: `tcp-stream-INO.img`, and what is asked of the kernel for
+//! it.
+//!
+//! Bytes are numbered. `outq_seq` is the number after the last one that the program has
+//! written, `inq_seq` the number after the last one that has come; the end of the data (FIN)
+//! counts as one, in the numbers but not in the lengths of the queues. Of `outq_len` bytes the last
+//! `unsq_len` have never been sent.
+
+use std::{
+    net::SocketAddr,
+    os::fd::{AsRawFd, BorrowedFd},
+};
+
+use nix::{
+    errno::Errno,
+    libc,
+    sys::socket::{Shutdown, SockaddrStorage, bind, connect, shutdown},
+};
+
+use super::{
+    forge::{self, Packet},
+    lock::Ends,
+    repair::{self, Negotiated, Queue, Window},
+};
+use crate::{
+    image::{Kind, SnapshotWriter, Store, proto},
+    res::file::{Result, sock::state},
+    sys::{fds, socket},
+};
+
+/// How often a connection is looked at that goes on changing.
+const LOOKS: usize = 1000;
+
+/// The most bytes of a queue that are taken from an image: what the kernel allows at most is
+/// less (`net.ipv4.tcp_wmem` counts in an `int`).
+const QUEUE_MAX_BYTES: u32 = 1 << 30;
+
+/// Options of a connection in `tcpi_options` (`TCPI_OPT_*`, `linux/tcp.h`).
+const TIMESTAMPS: u32 = 1;
+const SACK: u32 = 2;
+const SCALING: u32 = 4;
+
+/// Kinds of options in packets (`net/tcp.h`).
+const KIND_MSS: u32 = 2;
+const KIND_WINDOW: u32 = 3;
+const KIND_SACK_PERMITTED: u32 = 4;
+const KIND_TIMESTAMP: u32 = 8;
+
+/// Where `struct tcp_info` (`linux/tcp.h`) has the state, the options and the scaling.
+const INFO_STATE: usize = 0;
+const INFO_OPTIONS: usize = 5;
+const INFO_SCALING: usize = 6;
+const INFO_BYTES: usize = 8;
+
+/// A connection, apart from the options of its socket.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Connection {
+    /// Its state (`net/tcp_states.h`).
+    pub(super) state: u32,
+    pub(super) entry: proto::TcpStreamEntry,
+    /// What has come and was not read.
+    pub(super) received: Vec<u8>,
+    /// What was written and not acknowledged.
+    pub(super) sent: Vec<u8>,
+}
+
+/// Whether a socket in a state is one end of a connection that can be made again.
+pub(super) fn is_connection(of: u32) -> bool {
+    can_be_made(of) && of != state::CLOSE
+}
+
+/// Whether a connection in a state of the images can be made again: CRIU has them also when
+/// both ends are closed.
+pub(super) fn can_be_made(of: u32) -> bool {
+    own_end(of).is_some()
+}
+
+/// How far the end of the own data has come in a state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum OwnEnd {
+    Open,
+    Sent,
+    Acknowledged,
+}
+
+fn own_end(of: u32) -> Option<OwnEnd> {
+    Some(match of {
+        state::ESTABLISHED | state::CLOSE_WAIT => OwnEnd::Open,
+        state::FIN_WAIT1 | state::CLOSING | state::LAST_ACK => OwnEnd::Sent,
+        state::FIN_WAIT2 | state::CLOSE => OwnEnd::Acknowledged,
+        _ => return None,
+    })
+}
+
+/// Whether the end of the peer's data has come.
+fn peer_has_ended(of: u32) -> bool {
+    matches!(of, state::CLOSE_WAIT | state::CLOSING | state::LAST_ACK | state::CLOSE)
+}
+
+/// Whether the own end was first.
+fn own_end_is_first(of: u32) -> bool {
+    matches!(of, state::FIN_WAIT1 | state::FIN_WAIT2 | state::CLOSING)
+}
+
+impl Connection {
+    /// Looks at a connection, until it has not changed over it. It is being repaired
+    /// ([`repair`]) for a few microseconds each time.
+    ///
+    /// # Errors
+    /// `EAGAIN` if it goes on changing; what the kernel says.
+    pub(super) fn read(fd: BorrowedFd) -> nix::Result<Self> {
+        for _ in 0..LOOKS {
+            let before = Counts::read(fd)?;
+            let looked = before.look(fd);
+            if Counts::read(fd)? == before {
+                return looked;
+            }
+        }
+        Err(Errno::EAGAIN)
+    }
+
+    /// Writes the image.
+    ///
+    /// # Errors
+    /// [`FileError::Image`](crate::res::file::FileError) of the writer.
+    pub(super) fn write(&self, images: &SnapshotWriter, inode: u32) -> Result<()> {
+        let mut image = images.create(Kind::TcpStream, inode.into())?;
+        image.message(&self.entry)?;
+        image.raw(&self.received)?;
+        image.raw(&self.sent)?;
+        image.finish()?;
+        Ok(())
+    }
+
+    /// Reads the image of a socket in a state.
+    ///
+    /// # Errors
+    /// Those of the reader; a problem in words that the entry of the socket is to name.
+    pub(super) fn load(images: &Store, inode: u32, state: u32) -> Result<Result<Self, String>> {
+        let mut image = images.image(Kind::TcpStream, inode.into())?;
+        let Some(entry) = image.next_message::<proto::TcpStreamEntry>()? else {
+            return Ok(Err("its tcp-stream image is empty".to_owned()));
+        };
+        let (received_bytes, sent_bytes) = (entry.inq_len, entry.outq_len);
+        if received_bytes.max(sent_bytes) > QUEUE_MAX_BYTES {
+            return Ok(Err(format!("its queues have {received_bytes} and {sent_bytes} bytes")));
+        }
+        if entry.unsq_len.is_some_and(|unsent| unsent > sent_bytes) {
+            return Ok(Err("more bytes are unsent than there are".to_owned()));
+        }
+        let (mut received, mut sent) = (Vec::new(), Vec::new());
+        image.append(received_bytes.into(), "bytes that were received", &mut received)?;
+        image.append(sent_bytes.into(), "bytes that were sent", &mut sent)?;
+        Ok(Ok(Self { state, entry, received, sent }))
+    }
+
+    /// Makes the connection again, of a new socket. It is being repaired afterwards, so that
+    /// its end tells the peer nothing until [`repair::end_with_probe`].
+    ///
+    /// # Errors
+    /// What was attempted, as a verb, and what the kernel says.
+    pub(super) fn make(
+        &self,
+        fd: BorrowedFd,
+        (own, peer): Ends,
+    ) -> std::result::Result<(), (&'static str, Errno)> {
+        let failed = |step| move |errno| (step, errno);
+        repair::begin(fd).map_err(failed("begin to repair"))?;
+        let address = |of: SocketAddr| SockaddrStorage::from(of);
+        bind(fd.as_raw_fd(), &address(own)).map_err(failed("bind"))?;
+        let numbers = failed("number the bytes of");
+        repair::set_sequence(fd, Queue::Received, self.first_received()).map_err(numbers)?;
+        repair::set_sequence(fd, Queue::Sent, self.first_sent()).map_err(numbers)?;
+        connect(fd.as_raw_fd(), &address(peer)).map_err(failed("connect"))?;
+        let negotiated = failed("set the options of");
+        repair::set_negotiated(fd, &self.negotiated()).map_err(negotiated)?;
+        if let Some(clock) = self.entry.timestamp {
+            repair::set_clock(fd, clock).map_err(failed("set the clock of"))?;
+        }
+        self.fill(fd).map_err(failed("fill the queues of"))?;
+        if let Some(window) = self.window() {
+            repair::set_window(fd, &window).map_err(failed("set the windows of"))?;
+        }
+        self.close(fd, (own, peer)).map_err(failed("end the data of"))
+    }
+
+    /// The number of the first byte that was received and not read.
+    fn first_received(&self) -> u32 {
+        let end = u32::from(peer_has_ended(self.state));
+        self.entry.inq_seq.wrapping_sub(self.entry.inq_len).wrapping_sub(end)
+    }
+
+    /// The number of the first byte that was sent and not acknowledged.
+    fn first_sent(&self) -> u32 {
+        let end = u32::from(own_end(self.state).is_some_and(|end| end != OwnEnd::Open));
+        self.entry.outq_seq.wrapping_sub(self.entry.outq_len).wrapping_sub(end)
+    }
+
+    fn negotiated(&self) -> Vec<Negotiated> {
+        let entry = &self.entry;
+        let has = |option| entry.opt_mask & option != 0;
+        let mut options = vec![Negotiated { kind: KIND_MSS, value: entry.mss_clamp }];
+        if has(SACK) {
+            options.push(Negotiated { kind: KIND_SACK_PERMITTED, value: 0 });
+        }
+        if has(SCALING) {
+            let received = entry.rcv_wscale.unwrap_or_default();
+            let value = (entry.snd_wscale & 0xffff) | received << 16;
+            options.push(Negotiated { kind: KIND_WINDOW, value });
+        }
+        if has(TIMESTAMPS) {
+            options.push(Negotiated { kind: KIND_TIMESTAMP, value: 0 });
+        }
+        options
+    }
+
+    fn fill(&self, fd: BorrowedFd) -> nix::Result<()> {
+        repair::append(fd, Queue::Received, &self.received)?;
+        let unsent = self.entry.unsq_len.unwrap_or_default() as usize;
+        let (sent, unsent) = self.sent.split_at(self.sent.len() - unsent);
+        repair::append(fd, Queue::Sent, sent)?;
+        if !unsent.is_empty() {
+            // As the program would: it is sent when the windows allow it.
+            repair::end(fd)?;
+            let written = repair::write(fd, unsent);
+            repair::begin(fd)?;
+            written?;
+        }
+        repair::choose(fd, Queue::Neither)
+    }
+
+    /// The windows, as they were before the end of the peer's data came.
+    fn window(&self) -> Option<Window> {
+        let entry = &self.entry;
+        // The peer's end is in there once it was acknowledged.
+        let told = entry.rcv_wup == Some(entry.inq_seq);
+        let end = u32::from(peer_has_ended(self.state) && told);
+        Some(Window {
+            snd_wl1: entry.snd_wl1?,
+            snd_wnd: entry.snd_wnd?,
+            max_window: entry.max_window?,
+            rcv_wnd: entry.rcv_wnd?.wrapping_add(end),
+            rcv_wup: entry.rcv_wup?.wrapping_sub(end),
+        })
+    }
+
+    /// Ends the data of both ends as far as they were ended, in the order that leads to the
+    /// state.
+    fn close(&self, fd: BorrowedFd, (own, peer): Ends) -> nix::Result<()> {
+        let own_end = own_end(self.state).unwrap_or(OwnEnd::Open);
+        let end_own = || -> nix::Result<()> {
+            if own_end == OwnEnd::Acknowledged {
+                // It counts as sent, without a packet.
+                repair::choose(fd, Queue::Sent)?;
+            }
+            shutdown(fd.as_raw_fd(), Shutdown::Write)?;
+            repair::choose(fd, Queue::Neither)
+        };
+        if own_end != OwnEnd::Open && own_end_is_first(self.state) {
+            end_own()?;
+        }
+        let mut packet = Packet {
+            sequence: self.first_received().wrapping_add(self.entry.inq_len),
+            acknowledged: self.first_sent(),
+            window: u16::try_from(
+                self.entry.snd_wnd.unwrap_or_default() >> self.entry.snd_wscale.min(14),
+            )
+            .unwrap_or(u16::MAX),
+            ends: true,
+        };
+        if peer_has_ended(self.state) {
+            forge::send(own, peer, packet)?;
+            packet.sequence = packet.sequence.wrapping_add(1);
+        }
+        if own_end != OwnEnd::Open && !own_end_is_first(self.state) {
+            end_own()?;
+        }
+        if own_end == OwnEnd::Acknowledged {
+            packet.acknowledged = self.entry.outq_seq;
+            forge::send(own, peer, Packet { ends: false, ..packet })?;
+        }
+        Ok(())
+    }
+}
+
+/// What tells whether a connection has changed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Counts {
+    state: u32,
+    options: u32,
+    /// How far windows are scaled, of this end and of the peer.
+    scaling: (u32, u32),
+    received_bytes: u32,
+    /// Both count the end of the data, too.
+    sent_bytes: u32,
+    unsent_bytes: u32,
+}
+
+impl Counts {
+    fn read(fd: BorrowedFd) -> nix::Result<Self> {
+        let mut info = [0; INFO_BYTES];
+        socket::option_bytes(fd, libc::SOL_TCP, libc::TCP_INFO, &mut info)?;
+        let scaling = u32::from(info[INFO_SCALING]);
+        Ok(Self {
+            state: info[INFO_STATE].into(),
+            options: info[INFO_OPTIONS].into(),
+            scaling: (scaling & 0xf, scaling >> 4),
+            received_bytes: fds::readable_bytes(fd)?,
+            sent_bytes: fds::unacknowledged_bytes(fd)?,
+            unsent_bytes: fds::unsent_bytes(fd)?,
+        })
+    }
+
+    fn look(&self, fd: BorrowedFd) -> nix::Result<Connection> {
+        let end = u32::from(own_end(self.state) == Some(OwnEnd::Sent));
+        let outq_len = self.sent_bytes.saturating_sub(end);
+        let has = |option| self.options & option != 0;
+        let timestamp = has(TIMESTAMPS).then(|| repair::clock(fd)).transpose()?;
+        let received = repair::peek(fd, self.received_bytes)?;
+        let (mss_clamp, inq_seq, outq_seq, window, sent) = repair::during(fd, || {
+            // Otherwise the kernel tells what it sends at present.
+            let mss_clamp = socket::option(fd, libc::SOL_TCP, libc::TCP_MAXSEG)?;
+            let window = repair::window(fd)?;
+            let received_end = repair::sequence(fd, Queue::Received)?;
+            let sent_end = repair::sequence(fd, Queue::Sent)?;
+            Ok((mss_clamp, received_end, sent_end, window, repair::peek(fd, outq_len)?))
+        })?;
+        let entry = proto::TcpStreamEntry {
+            inq_len: self.received_bytes,
+            inq_seq,
+            outq_len,
+            outq_seq,
+            opt_mask: self.options,
+            snd_wscale: if has(SCALING) { self.scaling.0 } else { 0 },
+            rcv_wscale: has(SCALING).then_some(self.scaling.1),
+            mss_clamp,
+            timestamp,
+            unsq_len: Some(self.unsent_bytes.saturating_sub(end)),
+            snd_wl1: Some(window.snd_wl1),
+            snd_wnd: Some(window.snd_wnd),
+            max_window: Some(window.max_window),
+            rcv_wnd: Some(window.rcv_wnd),
+            rcv_wup: Some(window.rcv_wup),
+            cork: None,
+            nodelay: None,
+        };
+        Ok(Connection { state: self.state, entry, received, sent })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{Read, Write},
+        net::{TcpListener, TcpStream},
+        os::fd::AsFd,
+        time::Duration,
+    };
+
+    use super::*;
+    use crate::res::file::sock::inet::lock::Lock;
+
+    /// Bytes that no window has room for.
+    const LARGE: usize = 8 << 20;
+
+    /// How a connection gets into a state, of which one end is looked at.
+    struct Way {
+        state: u32,
+        /// Before packets are held back, and after that.
+        before: fn(&TcpStream, &TcpStream),
+        after: fn(&TcpStream, Ends),
+    }
+
+    fn nothing(_: &TcpStream, _: &TcpStream) {}
+
+    fn end(stream: &TcpStream, _: Ends) {
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+    }
+
+    const WAYS: [Way; 7] = [
+        Way { state: state::ESTABLISHED, before: nothing, after: |_, _| {} },
+        Way { state: state::FIN_WAIT1, before: nothing, after: end },
+        Way {
+            state: state::FIN_WAIT2,
+            before: |own, _| own.shutdown(std::net::Shutdown::Write).unwrap(),
+            after: |_, _| {},
+        },
+        Way {
+            state: state::CLOSE_WAIT,
+            before: |_, peer| peer.shutdown(std::net::Shutdown::Write).unwrap(),
+            after: |_, _| {},
+        },
+        Way {
+            state: state::LAST_ACK,
+            before: |_, peer| peer.shutdown(std::net::Shutdown::Write).unwrap(),
+            after: end,
+        },
+        // The peer's end crosses the own one.
+        Way { state: state::CLOSING, before: nothing, after: cross },
+        // It is closed for good: a restore of CRIU's images makes it.
+        Way {
+            state: state::CLOSE,
+            before: |own, peer| {
+                peer.shutdown(std::net::Shutdown::Write).unwrap();
+                wait_for(own, state::CLOSE_WAIT);
+                own.shutdown(std::net::Shutdown::Write).unwrap();
+            },
+            after: |_, _| {},
+        },
+    ];
+
+    fn cross(own: &TcpStream, (here, there): Ends) {
+        end(own, (here, there));
+        repair::begin(own.as_fd()).unwrap();
+        let sequence = repair::sequence(own.as_fd(), Queue::Received).unwrap();
+        let written = repair::sequence(own.as_fd(), Queue::Sent).unwrap();
+        repair::end(own.as_fd()).unwrap();
+        let unacknowledged = fds::unacknowledged_bytes(own.as_fd()).unwrap();
+        let acknowledged = written.wrapping_sub(unacknowledged);
+        forge::send(here, there, Packet { sequence, acknowledged, window: 1000, ends: true })
+            .unwrap();
+    }
+
+    fn state_of(stream: &TcpStream) -> u32 {
+        let mut info = [0; INFO_BYTES];
+        socket::option_bytes(stream.as_fd(), libc::SOL_TCP, libc::TCP_INFO, &mut info).unwrap();
+        info[INFO_STATE].into()
+    }
+
+    fn wait_for(stream: &TcpStream, state: u32) {
+        for _ in 0..2000 {
+            if state_of(stream) == state {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        panic!("state {}, not {state}", state_of(stream));
+    }
+
+    fn ends(stream: &TcpStream) -> Ends {
+        (stream.local_addr().unwrap(), stream.peer_addr().unwrap())
+    }
+
+    /// Returns two connected ends, of which the first is the one that was accepted.
+    fn pair(address: &str, client: &str) -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind((address, 0)).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let client = TcpStream::connect((client, port)).unwrap();
+        (listener.accept().unwrap().0, client)
+    }
+
+    fn read(stream: &TcpStream) -> Connection {
+        Connection::read(stream.as_fd()).unwrap()
+    }
+
+    /// What is the same however long it takes: no clock.
+    fn lasting(mut connection: Connection) -> Connection {
+        connection.entry.timestamp = None;
+        connection
+    }
+
+    #[test]
+    fn privileged_connections_are_made_again_in_every_state() {
+        // A socket of IPv6 whose packets are those of IPv4 is one of these.
+        for (listens, connects) in [("127.0.0.1", "127.0.0.1"), ("::1", "::1"), ("::", "127.0.0.1")]
+        {
+            for way in &WAYS {
+                for large in [false, true] {
+                    made_again(way, pair(listens, connects), large);
+                }
+            }
+        }
+    }
+
+    fn made_again(way: &Way, (own, mut peer): (TcpStream, TcpStream), large: bool) {
+        let patience = Some(Duration::from_secs(20));
+        peer.set_read_timeout(patience).unwrap();
+        let ends = ends(&own);
+        peer.write_all(b"to be read").unwrap();
+        let closed = way.state == state::CLOSE;
+        (way.before)(&own, &peer);
+        let mut lock = Lock::begin().unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+        lock.hold(ends).unwrap();
+        let writes = matches!(way.state, state::ESTABLISHED | state::CLOSE_WAIT);
+        let mut written = 0;
+        if large && (writes || !matches!(way.state, state::FIN_WAIT2 | state::CLOSE)) {
+            own.set_nonblocking(true).unwrap();
+            while let Ok(count) = (&own).write(&[7; 4096]) {
+                written += count;
+                assert!(written < LARGE);
+            }
+        }
+        (way.after)(&own, ends);
+        wait_for(&own, way.state);
+        let before = read(&own);
+        assert_eq!(before.received, b"to be read");
+        assert_eq!(before.sent, vec![7; written], "state {}", way.state);
+        // It goes without a word.
+        repair::begin(own.as_fd()).unwrap();
+        drop(own);
+        let family = if ends.0.is_ipv6() { libc::AF_INET6 } else { libc::AF_INET };
+        let fd = socket::create(family, libc::SOCK_STREAM, libc::IPPROTO_TCP).unwrap();
+        crate::res::file::sock::opts::widen(fd.as_fd());
+        before.make(fd.as_fd(), ends).unwrap();
+        let mut own = TcpStream::from(fd);
+        wait_for(&own, way.state);
+        if !closed {
+            repair::end(own.as_fd()).unwrap();
+            let mut again = lasting(read(&own));
+            // As much may be sent as the congestion window of a new connection allows.
+            again.entry.unsq_len = before.entry.unsq_len;
+            // The end of the data is one byte more, which is rounded up.
+            let windows = [again.entry.rcv_wnd.unwrap(), before.entry.rcv_wnd.unwrap()];
+            let unit = 1 << before.entry.rcv_wscale.unwrap();
+            assert!(windows[0].wrapping_sub(windows[1]) <= unit, "windows {windows:?}");
+            again.entry.rcv_wnd = before.entry.rcv_wnd;
+            assert_eq!(again, lasting(before.clone()), "state {}", way.state);
+            repair::begin(own.as_fd()).unwrap();
+        }
+        drop(lock);
+        repair::end_with_probe(own.as_fd()).unwrap();
+        if way.state == state::CLOSING {
+            // This peer has never sent what it is said to.
+            return;
+        }
+        // Both ends have all that was on its way, in order, and can go on.
+        let mut taken = [0; 10];
+        own.set_read_timeout(patience).unwrap();
+        own.read_exact(&mut taken).unwrap();
+        assert_eq!(&taken, b"to be read");
+        if writes {
+            own.write_all(b"more").unwrap();
+            own.shutdown(std::net::Shutdown::Write).unwrap();
+        }
+        if way.state == state::ESTABLISHED {
+            peer.write_all(b"and more").unwrap();
+        }
+        if !closed && way.state != state::LAST_ACK {
+            let _ = peer.shutdown(std::net::Shutdown::Write);
+        }
+        let mut rest = Vec::new();
+        if !closed {
+            peer.read_to_end(&mut rest)
+                .unwrap_or_else(|error| panic!("state {}, {large}: {error}", way.state));
+            let more: &[u8] = if writes { b"more" } else { b"" };
+            assert_eq!(rest, [&vec![7; written][..], more].concat(), "state {}", way.state);
+        }
+        let mut rest = Vec::new();
+        own.read_to_end(&mut rest)
+            .unwrap_or_else(|error| panic!("state {}, {large}: {error}", way.state));
+        let more: &[u8] = if way.state == state::ESTABLISHED { b"and more" } else { b"" };
+        assert_eq!(rest, more);
+    }
+}

@@ -1,0 +1,72 @@
+//! Packets that a connection is to take for its peer's: the end of the peer's data, and the
+//! acknowledgement of the own one. Only they lead to the states of closing.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    os::fd::{AsFd, AsRawFd},
+};
+
+use etherparse::PacketBuilder;
+use nix::{
+    errno::Errno,
+    libc,
+    sys::socket::{MsgFlags, SockaddrStorage, sendto},
+};
+
+use super::lock::MARK;
+use crate::sys::socket;
+
+/// Routers that a packet may pass: it passes none.
+const HOPS: u8 = 64;
+
+/// What a packet says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Packet {
+    /// The number of its first byte, or of its end.
+    pub(super) sequence: u32,
+    /// The number that is expected next of the other end.
+    pub(super) acknowledged: u32,
+    pub(super) window: u16,
+    /// Whether this is the end of what is sent.
+    pub(super) ends: bool,
+}
+
+/// Sends a packet to `own` that seems to come from `peer`, and that locks let pass.
+///
+/// # Errors
+/// `EPERM` without `CAP_NET_RAW`; what `sendto(2)` returns.
+pub(super) fn send(own: SocketAddr, peer: SocketAddr, packet: Packet) -> nix::Result<()> {
+    let (bytes, family, target) = match (peer.ip().to_canonical(), own.ip().to_canonical()) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => {
+            let start = PacketBuilder::ipv4(from.octets(), to.octets(), HOPS);
+            let start = start.tcp(peer.port(), own.port(), packet.sequence, packet.window);
+            (written(start, packet), libc::AF_INET, SocketAddr::from((to, 0)))
+        }
+        (IpAddr::V6(from), IpAddr::V6(to)) => {
+            let start = PacketBuilder::ipv6(from.octets(), to.octets(), HOPS);
+            let start = start.tcp(peer.port(), own.port(), packet.sequence, packet.window);
+            let mut target = own;
+            target.set_port(0);
+            (written(start, packet), libc::AF_INET6, target)
+        }
+        _ => return Err(Errno::EINVAL),
+    };
+    let bytes = bytes.map_err(|_| Errno::EINVAL)?;
+    let fd = socket::create(family, libc::SOCK_RAW, libc::IPPROTO_RAW)?;
+    socket::set_option(fd.as_fd(), libc::SOL_SOCKET, libc::SO_MARK, &MARK)?;
+    sendto(fd.as_raw_fd(), &bytes, &SockaddrStorage::from(target), MsgFlags::empty()).map(drop)
+}
+
+fn written(
+    start: etherparse::PacketBuilderStep<etherparse::TcpHeader>,
+    packet: Packet,
+) -> io::Result<Vec<u8>> {
+    let mut step = start.ack(packet.acknowledged);
+    if packet.ends {
+        step = step.fin();
+    }
+    let mut bytes = Vec::new();
+    step.write(&mut bytes, &[]).map_err(|_| io::ErrorKind::InvalidInput)?;
+    Ok(bytes)
+}

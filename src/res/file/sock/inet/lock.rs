@@ -1,0 +1,465 @@
+//! Holding back the packets of connections that no socket has at the moment.
+//!
+//! A peer whose packets reach a machine without a socket for them is told that the
+//! connection is gone. So nftables drops the packets of the connections, of both
+//! directions, from the moment at which a dump reads the sockets until a restore has made
+//! them again. A table has two sets with the ends of connections, of IPv4 and of IPv6, and
+//! two chains that drop what is in them. Packets with CRIU's mark pass: with those, a
+//! restore completes a connection.
+//!
+//! The table of a dump belongs to its netlink socket, so that it goes with the dump
+//! (`NFT_TABLE_F_OWNER`, since Linux 5.12). A dump that ends its tree leaves a table that
+//! stays, with the name that CRIU gives it, which has the number of the dump in it: either
+//! program finds it when it restores.
+
+use std::{
+    ffi::{CStr, CString},
+    io,
+    net::{IpAddr, SocketAddr},
+    process::{Command, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
+};
+
+use netlink_bindings::nftables::{
+    self, Chained, CmpOps, MetaKeys, Nfgenmsg, PayloadBase, PushExprListAttrs, PushRuleAttrs,
+    Registers, TableFlags, VerdictCode,
+};
+use netlink_bindings::traits::Pusher;
+use netlink_socket2::NetlinkSocket;
+use nix::libc;
+
+/// The mark of packets that pass (`SOCCR_MARK` of CRIU).
+pub(super) const MARK: u32 = 0xc114;
+
+/// What the names of tables that stay begin with.
+const PREFIX: &str = "CRIU-";
+
+/// `NFNL_SUBSYS_NFTABLES`, `linux/netfilter/nfnetlink.h`.
+const SUBSYSTEM: u16 = 10;
+
+/// `NFPROTO_INET`, `linux/netfilter.h`.
+const INET: u8 = 1;
+
+/// Requests in a batch, at most: their numbers are told apart.
+const BATCH: u32 = 1 << 16;
+
+/// A set of the table.
+struct Set {
+    name: &'static CStr,
+    /// `NFPROTO_IPV4`, `NFPROTO_IPV6`.
+    protocol: u8,
+    /// Where the addresses are in the header, source first.
+    offset: u32,
+    /// Bytes of both addresses.
+    addresses_bytes: u32,
+}
+
+const SETS: [Set; 2] = [
+    Set { name: c"conns4", protocol: 2, offset: 12, addresses_bytes: 8 },
+    Set { name: c"conns6", protocol: 10, offset: 8, addresses_bytes: 32 },
+];
+
+/// The protocol of packets (`IPPROTO_TCP`).
+const TCP: u8 = 6;
+
+/// Elements in one request: an attribute has at most 64 KiB.
+const ELEMENTS: usize = 512;
+
+/// The first of the registers that follow one another.
+const FIRST_REGISTER: u32 = Registers::Reg3200 as u32;
+
+/// `NFTA_LOOKUP_SREG`, `linux/netfilter/nf_tables.h`, and the length of an attribute that
+/// holds a number.
+const LOOKUP_SREG: u16 = 2;
+const ATTRIBUTE_BYTES: u16 = 8;
+
+/// Bytes of both ports.
+const PORTS_BYTES: u32 = 4;
+
+/// Bytes of a register of those that follow one another (`NFT_REG32_SIZE`).
+const REGISTER_BYTES: u32 = 4;
+
+/// The chains, with the places of `linux/netfilter.h` where they are walked.
+const CHAINS: [(&CStr, u32); 2] = [(c"input", 1), (c"output", 3)];
+
+/// How packets are held back, as the inventory has it (`network_lock_method`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Method {
+    /// By rules of iptables, as CRIU does it if it is not told otherwise.
+    Iptables = 1,
+    /// By a table of nftables.
+    Nftables = 2,
+    /// Not at all.
+    Skip = 3,
+}
+
+impl Method {
+    /// Takes what the inventory says.
+    pub(super) fn of(number: Option<u32>) -> Self {
+        match number {
+            Some(2) => Self::Nftables,
+            Some(3) => Self::Skip,
+            _ => Self::Iptables,
+        }
+    }
+}
+
+/// The ends of a connection, of this machine first.
+pub(super) type Ends = (SocketAddr, SocketAddr);
+
+/// Packets that are held back as long as this exists.
+pub(super) struct Lock {
+    socket: NetlinkSocket,
+    table: CString,
+}
+
+impl std::fmt::Debug for Lock {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Lock").field("table", &self.table).finish_non_exhaustive()
+    }
+}
+
+impl Lock {
+    /// Begins to hold back nothing.
+    ///
+    /// # Errors
+    /// `EPERM` without `CAP_NET_ADMIN`; `EPROTONOSUPPORT`, `EOPNOTSUPP` where the kernel
+    /// has no nftables.
+    pub(super) fn begin() -> io::Result<Self> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("rcriu-{}-{number}", std::process::id());
+        let table = CString::new(name).expect("no zeros");
+        let mut socket = NetlinkSocket::new();
+        make(&mut socket, &table, TableFlags::Owner as u32, &[])?;
+        Ok(Self { socket, table })
+    }
+
+    /// Holds back the packets of a connection.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub(super) fn hold(&mut self, ends: Ends) -> io::Result<()> {
+        let table = self.table.clone();
+        transact(&mut self.socket, |batch| add_elements(batch, &table, &[ends]))
+    }
+}
+
+/// Holds back the packets of connections until [`lift`] is called for the same dump.
+///
+/// # Errors
+/// What the kernel says.
+pub(super) fn keep(dump: &str, ends: &[Ends]) -> io::Result<()> {
+    make(&mut NetlinkSocket::new(), &name(dump), 0, ends)
+}
+
+/// Lets the packets pass that [`keep`], or CRIU, holds back for a dump.
+///
+/// # Errors
+/// What the kernel says, but not that there is no such table, or no nftables.
+pub(super) fn lift(dump: &str) -> io::Result<()> {
+    let table = name(dump);
+    let deleted = transact(&mut NetlinkSocket::new(), |batch| {
+        batch.request().op_deltable_do(&header()).encode().push_name(&table);
+    });
+    match deleted.as_ref().map_err(io::Error::raw_os_error) {
+        Err(Some(libc::ENOENT | libc::EPROTONOSUPPORT | libc::EOPNOTSUPP)) => Ok(()),
+        _ => deleted,
+    }
+}
+
+/// Lets the packets of connections pass that CRIU holds back by rules of iptables.
+///
+/// # Errors
+/// What keeps `iptables` from being run.
+pub(super) fn lift_rules(ends: &[Ends]) -> io::Result<()> {
+    for (own, peer) in ends {
+        for (chain, from, to) in [("INPUT", peer, own), ("OUTPUT", own, peer)] {
+            let (source, target) = (from.ip().to_canonical(), to.ip().to_canonical());
+            let program = if source.is_ipv4() { "iptables" } else { "ip6tables" };
+            let mut command = Command::new(program);
+            command.args(["-w", "-t", "filter", "-D", chain, "-p", "tcp", "-m", "mark"]);
+            command.args(["!", "--mark", &format!("{MARK:#x}")]);
+            command.args(["-s", &source.to_string(), "--sport", &from.port().to_string()]);
+            command.args(["-d", &target.to_string(), "--dport", &to.port().to_string()]);
+            let output = command.args(["-j", "DROP"]).stdin(Stdio::null()).output()?;
+            if !output.status.success() {
+                let said = String::from_utf8_lossy(&output.stderr);
+                log::warn!("{program} has no rule that drops {from} -> {to}: {}", said.trim());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Returns the name of the table that another dump has left and that holds back packets of a
+/// connection.
+///
+/// # Errors
+/// What the kernel says.
+pub(super) fn other_holder(dump: &str, ends: &[Ends]) -> io::Result<Option<String>> {
+    let own = name(dump);
+    let mut socket = NetlinkSocket::new();
+    for table in tables(&mut socket)? {
+        if table == own || !table.to_bytes().starts_with(PREFIX.as_bytes()) {
+            continue;
+        }
+        for (set, protocol) in SETS.iter().zip([false, true]) {
+            let held = elements(&mut socket, &table, set.name)?;
+            let wanted = ends.iter().filter_map(|ends| key(*ends));
+            if wanted.filter(|(v6, _)| *v6 == protocol).any(|(_, key)| held.contains(&key)) {
+                return Ok(Some(table.to_string_lossy().into_owned()));
+            }
+        }
+    }
+    Ok(None)
+}
+
+fn name(dump: &str) -> CString {
+    CString::new(format!("{PREFIX}{dump}")).unwrap_or_default()
+}
+
+fn tables(socket: &mut NetlinkSocket) -> io::Result<Vec<CString>> {
+    let request = nftables::Request::new().op_gettable_dump(&header());
+    let mut found = Vec::new();
+    let mut replies = socket.request(&request)?;
+    while let Some(reply) = replies.recv() {
+        let (_, attributes) = reply?;
+        if let Ok(name) = attributes.get_name() {
+            found.push(name.to_owned());
+        }
+    }
+    Ok(found)
+}
+
+/// Returns the keys in a set; none if there is no such set.
+fn elements(socket: &mut NetlinkSocket, table: &CStr, set: &CStr) -> io::Result<Vec<Vec<u8>>> {
+    let mut request = nftables::Request::new().op_getsetelem_dump(&header());
+    request.encode().push_table(table).push_set(set);
+    let mut found = Vec::new();
+    let mut replies = socket.request(&request)?;
+    while let Some(reply) = replies.recv() {
+        let (_, attributes) = match reply {
+            Err(error) if error.as_io_error().raw_os_error() == Some(libc::ENOENT) => break,
+            reply => reply?,
+        };
+        let Ok(elements) = attributes.get_elements() else { continue };
+        for element in elements.flatten() {
+            let nftables::SetelemListElemAttrs::Elem(element) = element;
+            if let Ok(value) = element.get_key().and_then(|key| key.get_value()) {
+                found.push(value.to_vec());
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Makes a table with all that is in it, in one step.
+fn make(socket: &mut NetlinkSocket, table: &CStr, flags: u32, ends: &[Ends]) -> io::Result<()> {
+    transact(socket, |batch| {
+        let request = batch.request().set_create().set_excl();
+        let mut new = request.op_newtable_do(&header());
+        new.encode().push_name(table).push_flags(flags);
+        for (id, set) in (1..).zip(&SETS) {
+            let bytes = set.addresses_bytes + PORTS_BYTES;
+            let mut new = batch.request().set_create().op_newset_do(&header());
+            let new = new.encode().push_table(table);
+            new.push_name(set.name).push_flags(0).push_key_type(0).push_key_len(bytes).push_id(id);
+        }
+        add_elements(batch, table, ends);
+        for (chain, place) in CHAINS {
+            let mut new = batch.request().set_create().op_newchain_do(&header());
+            let new = new.encode().push_table(table).push_name(chain);
+            new.nested_hook()
+                .push_num(place)
+                .push_priority(0)
+                .end_nested()
+                .push_policy(VerdictCode::Accept as u32)
+                .push_type(c"filter");
+            rule(batch, table, chain, |steps| {
+                let steps = compare(load_meta(steps, MetaKeys::Mark), &MARK.to_ne_bytes());
+                decide(steps, VerdictCode::Accept)
+            });
+            for set in &SETS {
+                rule(batch, table, chain, |steps| {
+                    let steps = compare(load_meta(steps, MetaKeys::Nfproto), &[set.protocol]);
+                    let steps = compare(load_meta(steps, MetaKeys::L4Proto), &[TCP]);
+                    let addresses = (PayloadBase::NetworkHeader, set.offset, set.addresses_bytes);
+                    let ports = (PayloadBase::TransportHeader, 0, PORTS_BYTES);
+                    let steps = load_packet(steps, FIRST_REGISTER, addresses);
+                    let after = FIRST_REGISTER + set.addresses_bytes / REGISTER_BYTES;
+                    let steps = look_up(load_packet(steps, after, ports), set);
+                    decide(steps, VerdictCode::Drop)
+                });
+            }
+        }
+    })
+}
+
+/// Adds the keys of connections to the sets of a table, both ways.
+fn add_elements(batch: &mut Chained, table: &CStr, ends: &[Ends]) {
+    let keys: Vec<_> =
+        ends.iter().flat_map(|(own, peer)| [key((*own, *peer)), key((*peer, *own))]).collect();
+    for (set, is_v6) in SETS.iter().zip([false, true]) {
+        let of_set: Vec<_> = keys.iter().flatten().filter(|(v6, _)| *v6 == is_v6).collect();
+        for some in of_set.chunks(ELEMENTS) {
+            let request = batch.request().set_create();
+            let mut new = request.op_newsetelem_do(&header());
+            let new = new.encode().push_table(table).push_set(set.name);
+            let mut elements = new.nested_elements();
+            for (_, key) in some {
+                elements =
+                    elements.nested_elem().nested_key().push_value(key).end_nested().end_nested();
+            }
+            elements.end_nested();
+        }
+    }
+}
+
+/// Returns what a set has for packets from the first of two ends to the second, and whether
+/// it is the one of IPv6; none of two that cannot be those of a connection.
+fn key(ends: Ends) -> Option<(bool, Vec<u8>)> {
+    let ports = [ends.0.port().to_be_bytes(), ends.1.port().to_be_bytes()].concat();
+    // Of addresses that are mapped into IPv6, the packets are those of IPv4.
+    match (ends.0.ip().to_canonical(), ends.1.ip().to_canonical()) {
+        (IpAddr::V4(source), IpAddr::V4(target)) => {
+            Some((false, [&source.octets()[..], &target.octets(), &ports].concat()))
+        }
+        (IpAddr::V6(source), IpAddr::V6(target)) => {
+            Some((true, [&source.octets()[..], &target.octets(), &ports].concat()))
+        }
+        _ => None,
+    }
+}
+
+fn rule(
+    batch: &mut Chained,
+    table: &CStr,
+    chain: &CStr,
+    steps: impl FnOnce(Steps<&mut Vec<u8>>) -> Steps<&mut Vec<u8>>,
+) {
+    let request = batch.request().set_create().set_append();
+    let mut new = request.op_newrule_do(&header());
+    let new = new.encode().push_table(table).push_chain(chain);
+    steps(new.nested_expressions()).end_nested();
+}
+
+/// The steps of a rule.
+type Steps<Prev> = PushExprListAttrs<PushRuleAttrs<Prev>>;
+
+fn load_meta<P: Pusher>(steps: Steps<P>, key: MetaKeys) -> Steps<P> {
+    let step = steps.nested_elem().nested_data_meta();
+    step.push_dreg(FIRST_REGISTER).push_key(key as u32).end_nested().end_nested()
+}
+
+fn load_packet<P: Pusher>(
+    steps: Steps<P>,
+    register: u32,
+    (base, offset, bytes): (PayloadBase, u32, u32),
+) -> Steps<P> {
+    let step = steps.nested_elem().nested_data_payload().push_dreg(register);
+    step.push_base(base as u32).push_offset(offset).push_len(bytes).end_nested().end_nested()
+}
+
+/// Goes on with the next rule if the first register has another value.
+fn compare<P: Pusher>(steps: Steps<P>, value: &[u8]) -> Steps<P> {
+    let step = steps.nested_elem().nested_data_cmp().push_sreg(FIRST_REGISTER);
+    let step = step.push_op(CmpOps::Eq as u32).nested_data().push_value(value).end_nested();
+    step.end_nested().end_nested()
+}
+
+/// Goes on with the next rule if what the registers have is not in the set.
+fn look_up<P: Pusher>(steps: Steps<P>, set: &Set) -> Steps<P> {
+    let mut step = steps.nested_elem().nested_data_lookup();
+    // The crate (0.3.5) has another number for this attribute than the kernel.
+    let bytes = step.as_vec_mut();
+    bytes.extend(ATTRIBUTE_BYTES.to_ne_bytes());
+    bytes.extend(LOOKUP_SREG.to_ne_bytes());
+    bytes.extend(FIRST_REGISTER.to_be_bytes());
+    step.push_set(set.name).end_nested().end_nested()
+}
+
+fn decide<P: Pusher>(steps: Steps<P>, verdict: VerdictCode) -> Steps<P> {
+    let step = steps.nested_elem().nested_data_immediate();
+    let data = step.push_dreg(Registers::RegVerdict as u32).nested_data().nested_verdict();
+    data.push_code(verdict as u32).end_nested().end_nested().end_nested().end_nested()
+}
+
+/// Makes all changes, or none.
+fn transact(socket: &mut NetlinkSocket, requests: impl FnOnce(&mut Chained)) -> io::Result<()> {
+    let mut batch = Chained::new(socket.reserve_seq(BATCH));
+    let mut ends = Nfgenmsg::default();
+    ends.set_res_id(SUBSYSTEM);
+    batch.request().op_batch_begin_do(&ends);
+    requests(&mut batch);
+    batch.request().op_batch_end_do(&ends);
+    socket.request_chained(&batch.finalize())?.recv_all()?;
+    Ok(())
+}
+
+fn header() -> Nfgenmsg {
+    Nfgenmsg { nfgen_family: INET, ..Nfgenmsg::default() }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{ErrorKind, Read, Write},
+        net::{TcpListener, TcpStream},
+        time::Duration,
+    };
+
+    use super::*;
+
+    fn pair(address: &str) -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind((address, 0)).unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (listener.accept().unwrap().0, client)
+    }
+
+    fn arrives(from: &mut TcpStream, to: &mut TcpStream) -> bool {
+        from.write_all(b"x").unwrap();
+        to.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+        match to.read(&mut [0; 1]) {
+            Ok(count) => count == 1,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => false,
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    /// The word that the dump's number would be.
+    fn number(of: &str) -> String {
+        format!("test-{}-{of}", std::process::id())
+    }
+
+    #[test]
+    fn privileged_packets_of_a_connection_are_held_back_as_long_as_the_lock_is_there() {
+        for address in ["127.0.0.1", "::1"] {
+            let (mut server, mut client) = pair(address);
+            let (mut other, mut friend) = pair(address);
+            let ends =
+                |stream: &TcpStream| (stream.local_addr().unwrap(), stream.peer_addr().unwrap());
+            let mut lock = Lock::begin().unwrap();
+            assert!(arrives(&mut server, &mut client));
+            lock.hold(ends(&server)).unwrap();
+            assert!(!arrives(&mut server, &mut client));
+            assert!(arrives(&mut other, &mut friend));
+            drop(lock);
+            let mut buffer = [0; 1];
+            client.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+            assert_eq!(client.read(&mut buffer).unwrap(), 1);
+
+            let (mine, others) = (number(address), number("other"));
+            keep(&mine, &[ends(&client), ends(&friend)]).unwrap();
+            assert!(!arrives(&mut client, &mut server));
+            assert!(!arrives(&mut other, &mut friend));
+            let found = other_holder(&others, &[ends(&server)]).unwrap();
+            assert_eq!(found, Some(format!("CRIU-{mine}")));
+            assert_eq!(other_holder(&mine, &[ends(&server)]).unwrap(), None);
+            lift(&mine).unwrap();
+            lift(&mine).unwrap();
+            server.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+            assert_eq!(server.read(&mut buffer).unwrap(), 1);
+        }
+    }
+}

@@ -1,0 +1,44 @@
+//! What becomes of connections whose dump was killed while it looked into them.
+
+use std::os::fd::AsFd;
+
+use super::{lock, repair};
+use crate::{
+    causes::tell,
+    proc,
+    sys::process::{pidfd_getfd, pidfd_open},
+    units::HostPid,
+};
+
+/// Ends the repair of all TCP sockets that processes of a tree have descriptors of, and lets
+/// the packets pass that are held back for `dump`. Says what cannot be done.
+pub fn end_repairs(root: HostPid, dump: Option<&str>) {
+    let mut left = vec![root];
+    while let Some(pid) = left.pop() {
+        end_repairs_of(pid);
+        left.extend(proc::children(pid).unwrap_or_default());
+    }
+    let is_alive = proc::stat(root).is_ok_and(|stat| !stat.has_ended());
+    // If the tree has ended, a restore does it.
+    if let Some(Err(error)) = dump.filter(|_| is_alive).map(lock::lift) {
+        let what = format!("packets of the tree's connections are held back: {error}");
+        tell(log::Level::Error, &what);
+    }
+}
+
+fn end_repairs_of(pid: HostPid) {
+    let Ok(process) = pidfd_open(pid) else { return };
+    for number in proc::fds(pid).unwrap_or_default() {
+        let Ok(fd) = pidfd_getfd(&process, number) else { continue };
+        if repair::is_on(fd.as_fd()) != Ok(true) {
+            continue;
+        }
+        match repair::end(fd.as_fd()) {
+            Ok(()) => log::debug!("process {pid}, descriptor {number}: repair was ended"),
+            Err(errno) => {
+                let what = format!("descriptor {number} of process {pid} sends nothing: {errno}");
+                tell(log::Level::Error, &what);
+            }
+        }
+    }
+}
