@@ -2,8 +2,6 @@
 
 use std::{io, path::PathBuf};
 
-use nix::errno::Errno;
-
 use crate::{dedup::DedupError, pages::PagesError, step::StepError, units::HostPid};
 
 /// The result of a step of a dump.
@@ -53,40 +51,6 @@ pub enum DumpError {
     Inside {
         /// The root of the tree.
         pid: HostPid,
-    },
-    /// The tree depends on a process outside of it, or is in a state that cannot be dumped.
-    #[error("process {pid} {what}\nhelp: {help}")]
-    Unsupported {
-        /// The process.
-        pid: HostPid,
-        /// What it does or has; begins with a verb.
-        what: String,
-        /// The remedy.
-        help: &'static str,
-    },
-    /// A process is in other namespaces than this program.
-    #[error(
-        "process {pid} has {what} of its own, which is not dumped yet\nhelp: run rcriu inside: \
-         nsenter -t {pid} {flags} rcriu dump ..."
-    )]
-    Namespaces {
-        /// The process.
-        pid: HostPid,
-        /// Which namespaces, with their inode numbers.
-        what: String,
-        /// The options of nsenter(1) that enter them.
-        flags: String,
-    },
-    /// It is unknown what processes, threads and descriptors share.
-    #[error(
-        "compare what processes share with process {pid} (kcmp(2))\nhelp: run rcriu where no \
-         seccomp filter forbids kcmp, on a kernel with CONFIG_KCMP"
-    )]
-    Compare {
-        /// The process.
-        pid: HostPid,
-        /// Why.
-        source: Errno,
     },
     /// A signal interrupted the dump.
     #[error("interrupted: the tree runs on")]

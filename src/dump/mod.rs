@@ -23,7 +23,6 @@ use std::{
 
 use nix::time::{ClockId, clock_gettime};
 
-pub use check::Options as CheckOptions;
 pub use error::{DumpError, Result};
 pub use options::{Goal, Options, Store};
 
@@ -46,8 +45,7 @@ use crate::{
     proc,
     res::{
         file::{DumpOptions, FileTable},
-        ns,
-        tree::{self as common, cgroup},
+        ns, tree as common,
     },
     step::StepError,
     sys::{
@@ -71,8 +69,7 @@ const FORMAT_VERSION: u32 = 2;
 /// # Errors
 /// Why the tree was not dumped; it runs on.
 pub fn run(options: &Options) -> Result<()> {
-    let Options { root, goal, store, freeze, check, common, files, track, actions, stats } =
-        options;
+    let Options { root, goal, store, freeze, common, files, track, actions, stats } = options;
     let (root, goal) = (*root, *goal);
     let stats_options = stats;
     arch::check_built()?;
@@ -100,7 +97,7 @@ pub fn run(options: &Options) -> Result<()> {
     if let Some(link) = &store.parent {
         images.link_parent(link)?;
     }
-    let arenas = check::tree(&frozen.tasks, &pids, goal, *check)?;
+    let arenas = check::tree(&frozen.tasks, &pids, goal, common)?;
     // A pre-dump injects nothing, unless changes are to be tracked.
     if !goal.is_pre_dump() || track.for_next() {
         room::check(&frozen.tasks)?;
@@ -112,7 +109,8 @@ pub fn run(options: &Options) -> Result<()> {
             let stopped = (frozen, &census);
             let of_tree = (&pids, Arenas::new(arenas));
             let parent = parent.as_ref();
-            pre_dump::run(stats_options, stopped, of_tree, images, parent, tracking, stats)?;
+            let options = (common, stats_options);
+            pre_dump::run(options, stopped, of_tree, images, parent, tracking, stats)?;
         }
         Goal::Tree(outcome) => {
             let dumped = dump_stopped(
@@ -270,7 +268,7 @@ fn find_parents(memories: &mut [Memory], parent: Option<&Parent>) -> Result<()> 
 
 /// Writes all images except the inventory.
 fn dump_stopped(
-    (common, files, outcome): (&common::Options, &DumpOptions, Outcome),
+    (common, files, outcome): (&common::DumpOptions, &DumpOptions, Outcome),
     frozen: &mut Frozen,
     (pids, arenas): (PidMap, Vec<ArenaIds>),
     images: &SnapshotWriter,
@@ -377,15 +375,16 @@ fn inventory(parent: Option<&Parent>) -> Result<proto::InventoryEntry> {
         source,
     })?;
     let uptime = Duration::from(uptime);
-    Ok(proto::InventoryEntry {
+    let mut inventory = proto::InventoryEntry {
         img_version: FORMAT_VERSION,
         fdinfo_per_id: Some(true),
         root_ids: Some(ns::own_ids()),
         ns_per_id: Some(true),
-        root_cg_set: Some(cgroup::OWN_SET),
         lsmtype: Some(proto::Lsmtype::NoLsm.into()),
         dump_uptime: u64::try_from(uptime.as_micros()).ok(),
         rcriu_parent_run_id: parent_name(parent)?,
         ..Default::default()
-    })
+    };
+    common::describe(&mut inventory);
+    Ok(inventory)
 }

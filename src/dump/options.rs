@@ -4,7 +4,6 @@
 
 use std::path::PathBuf;
 
-use super::check;
 use crate::{
     action, inject,
     inject::Outcome,
@@ -26,8 +25,7 @@ pub struct Options {
     pub(crate) goal: Goal,
     pub(crate) store: Store,
     pub(crate) freeze: inject::FreezeOptions,
-    pub(crate) check: check::Options,
-    pub(crate) common: tree::Options,
+    pub(crate) common: tree::DumpOptions,
     pub(crate) files: file::DumpOptions,
     pub(crate) track: track::Options,
     pub(crate) actions: action::Options,

@@ -24,7 +24,10 @@ use crate::{
     inject::{Frozen, Outcome, Task},
     pages::{self, Memory, Origin, ProcessMemory, scan},
     proc,
-    res::mm::mapping::{self, Object},
+    res::{
+        mm::mapping::{self, Object},
+        tree as common,
+    },
     step::stats,
     sys::{fds, pagemap::PagemapFile},
     units::{HostPid, PidMap},
@@ -42,8 +45,8 @@ struct Found {
     memories: Vec<Memory>,
     /// Shared objects by the number in the names of their images.
     objects: BTreeMap<u64, File>,
-    /// System V segments by their ids.
-    segments: BTreeMap<u64, File>,
+    /// What the tree has in common.
+    common: Vec<Box<dyn common::Collector>>,
 }
 
 /// Pre-dumps a stopped tree.
@@ -51,7 +54,7 @@ struct Found {
 /// # Errors
 /// Why its memory cannot be dumped; the tree runs on.
 pub(super) fn run(
-    stats_options: &stats::Options,
+    (common_options, stats_options): (&common::DumpOptions, &stats::Options),
     (mut frozen, census): (Frozen, &Census),
     (pids, arenas): (&PidMap, Arenas),
     images: SnapshotWriter,
@@ -59,8 +62,8 @@ pub(super) fn run(
     mut tracking: Tracking,
     mut stats: Stats,
 ) -> Result<()> {
-    let mut found =
-        Found { memories: Vec::new(), objects: BTreeMap::new(), segments: BTreeMap::new() };
+    let common = common::collectors(&frozen.tasks, pids, common_options)?;
+    let mut found = Found { memories: Vec::new(), objects: BTreeMap::new(), common };
     let tasks = frozen.tasks.iter_mut().enumerate();
     for (position, task) in tasks.filter(|(_, task)| !task.is_zombie()) {
         let is_alone = !arenas.is_shared(Arena::Memory, position);
@@ -80,9 +83,9 @@ pub(super) fn run(
     let tree: Vec<_> = frozen.tasks.iter().map(|task| task.pid).collect();
     tracking.look_at_shared(&tree, &mut objects);
     memories.append(&mut objects);
-    for (id, file) in found.segments {
-        let name = format!("System V segment {id}");
-        let memory = Memory::of_object(id, file, name, true)?;
+    for common::Memory { number, name, file } in found.common.iter_mut().flat_map(|of| of.memory())
+    {
+        let memory = Memory::of_object(number, file, name, true)?;
         tracking.note_untracked(&memory);
         memories.push(memory);
     }
@@ -125,15 +128,11 @@ impl Found {
             if object == Object::Vsyscall {
                 continue;
             }
-            let path = || proc::map_file(pid, mapping);
-            match object {
-                Object::SharedMemory => {
-                    tracking.note(pid, mapping);
-                    enter(&mut self.objects, mapping.inode, path())?;
-                }
-                Object::SystemV => enter(&mut self.segments, mapping.inode, path())?,
-                _ => {}
+            if object == Object::SharedMemory {
+                tracking.note(pid, mapping);
+                enter(&mut self.objects, mapping.inode, proc::map_file(pid, mapping))?;
             }
+            self.common.iter_mut().try_for_each(|kind| kind.mapping(pid, mapping, object))?;
             if mapping::is_private(&mapping::entry(mapping, object, 0)) {
                 tracking.untracked.private += scan::mapping(
                     &pagemap,

@@ -2,26 +2,24 @@
 
 use std::{collections::HashMap, path::PathBuf};
 
-use super::{DumpError, Result, check::open_process, tracking::Tracking};
+use super::{DumpError, Result, tracking::Tracking};
 use crate::{
-    causes::tell,
     image::{
         Kind, MemoryId, SnapshotWriter, proto,
         tree::{Arena, ArenaIds, Arenas},
         vma,
     },
-    inject::{Script, TABLE_BYTES, Task, registers_to_exit, with_session},
+    inject::{Script, TABLE_BYTES, Task, with_session},
     pages::{
         Memory, Origin, ProcessMemory,
         scan::{self, Shown},
     },
     proc::{self, Mapping},
     res::{
-        attribute::{self, memory::LockLater},
         file::FileTable,
         mm::mapping::{self, Object},
         ns,
-        task::{self, Process, leader},
+        task::{self, Process},
         thread::{self, Thread},
         tree as common,
     },
@@ -109,7 +107,7 @@ impl<'a> Collection<'a> {
         let witness = task.witness();
         let mappings = proc::smaps(witness)?;
         let ids = self.ids[position];
-        let mm = self.ask(task, &mappings, ids.get(Arena::Memory))?;
+        let mut images = self.ask(task, &mappings, ids.get(Arena::Memory))?;
         let kobj_ids = proto::TaskKobjIdsEntry {
             vm_id: ids.get(Arena::Memory),
             files_id: ids.get(Arena::Files),
@@ -119,15 +117,11 @@ impl<'a> Collection<'a> {
         };
         self.write_one(Kind::Ids, pid, &kobj_ids)?;
         if self.arenas.owns(Arena::Files, position) {
-            let fds = self.files.collect_fds(witness, &open_process(task)?)?;
+            let fds = self.files.collect_fds(witness, &task::open_process((&*task).into())?)?;
             self.images.write(Kind::Fdinfo, ids.get(Arena::Files).into(), &fds)?;
         }
-        let fs = proto::FsEntry {
-            cwd_id: self.files.enter_path(witness, proc_path(witness, "cwd"))?,
-            root_id: self.files.enter_path(witness, proc_path(witness, "root"))?,
-            umask: proc::status(witness)?.umask,
-        };
-        self.write_one(Kind::Fs, pid, &fs)?;
+        images.enter_files((&*task).into(), &mut self.files)?;
+        images.write(self.pids.ns(pid).image().into(), self.images)?;
         let memory_id = ids.get(Arena::Memory);
         let is_alone = !self.arenas.is_shared(Arena::Memory, position);
         if let Some(mm) = self.shared_memory.get(&memory_id) {
@@ -136,7 +130,7 @@ impl<'a> Collection<'a> {
             self.tracking.begin(task, &mappings, is_alone)?;
             return Ok(());
         }
-        let mm = self.memory(task, &mappings, mm, is_alone)?;
+        let mm = self.memory(task, &mappings, images.mm, is_alone)?;
         self.write_one(Kind::Mm, pid, &mm)?;
         if !is_alone {
             self.shared_memory.insert(memory_id, mm);
@@ -155,13 +149,13 @@ impl<'a> Collection<'a> {
     }
 
     /// Asks the threads of a process for what only they know, writes their cores, and
-    /// returns the part of the address space's entry that is left to write.
+    /// returns what is left to write.
     fn ask(
         &mut self,
         task: &mut Task,
         mappings: &[Mapping],
         memory_id: u32,
-    ) -> Result<proto::MmEntry> {
+    ) -> Result<task::Images> {
         let (pid, witness) = (task.pid, task.witness());
         let stopped_by = task.stopped_by();
         let process = Process { pid, witness };
@@ -181,7 +175,7 @@ impl<'a> Collection<'a> {
         }
         let room = questions.iter().map(|(script, ..)| script.bytes_needed()).max().unwrap_or(0);
         let locked = proc::status(witness)?.vm_lck_kib;
-        let mut later = LockLater::default();
+        let mut later = task::LockLater::default();
         let answers = with_session(
             &mut task.threads,
             mappings,
@@ -200,11 +194,8 @@ impl<'a> Collection<'a> {
         for (number, collect) in about_namespaces {
             collect(&answers[0], number, self.images)?;
         }
-        for what in attribute::memory::lost(witness, mappings) {
-            tell(log::Level::Warn, &format!("process {pid} {what}"));
-        }
         let mut about_task = Some(about_task);
-        let mut mm = proto::MmEntry::default();
+        let mut of_task = task::Images::default();
         let of_threads = questions.into_iter().zip(&answers).zip(&task.threads);
         for (((_, of, kinds), answers), thread) in of_threads {
             let status = proc::thread_status(pid, of.tid)?;
@@ -225,19 +216,16 @@ impl<'a> Collection<'a> {
                 for kind in &mut self.common {
                     kind.collect(&stopped, answers, &mut images);
                 }
-                thread::own(&mut core).rcriu_attributes.extend(images.attributes);
-                core.tc = Some(images.core);
-                mm = images.mm;
-                if task.is_leaderless() {
-                    let code = leader::exit_code(pid)?;
-                    let exit = registers_to_exit(thread, mappings, code)?;
-                    let leader = leader::split(pid, code, &exit, &mut core)?;
+                thread::own(&mut core).rcriu_attributes.append(&mut images.attributes);
+                core.tc = Some(std::mem::take(&mut images.core));
+                of_task = images;
+                if let Some(leader) = task::divide(&stopped, thread, &mut core)? {
                     self.write_one(Kind::Core, pid, &leader)?;
                 }
             }
             self.write_one(Kind::Core, of.tid, &core)?;
         }
-        Ok(mm)
+        Ok(of_task)
     }
 
     /// Collects the mappings of a process and plans the copying of its memory; `is_alone`
@@ -295,8 +283,7 @@ impl<'a> Collection<'a> {
             watch.scanned()?;
         }
         vmas.extend(guards);
-        let exe_file_id = self.files.enter_path(pid, proc_path(pid, "exe"))?;
-        let mm = proto::MmEntry { exe_file_id, vmas, ..mm };
+        let mm = proto::MmEntry { vmas, ..mm };
         self.memories.push(Memory {
             id: MemoryId::Private(self.pids.ns(task.pid).image().into()),
             origin: Origin::Process(ProcessMemory::open(pid, mappings)?),
@@ -333,7 +320,8 @@ impl<'a> Collection<'a> {
         self.tracking.look_at_shared(&tree, &mut objects);
         self.memories.append(&mut objects);
         for kind in &mut self.common {
-            for common::Memory { number, name, file } in kind.finish(self.images)? {
+            kind.write(self.images)?;
+            for common::Memory { number, name, file } in kind.memory() {
                 let memory = Memory::of_object(number, file, name, false)?;
                 self.tracking.note_untracked(&memory);
                 self.memories.push(memory);

@@ -26,6 +26,51 @@ pub enum ResError {
         /// The state, and how to avoid it.
         what: String,
     },
+    /// It depends on a process outside of the tree, or is in a state that cannot be dumped;
+    /// found before anything was changed.
+    #[error("process {pid} {what}\nhelp: {help}")]
+    Refused {
+        /// The process.
+        pid: HostPid,
+        /// What it does or has, beginning with a verb.
+        what: String,
+        /// What would help.
+        help: &'static str,
+    },
+    /// A process is in other namespaces than this program.
+    #[error(
+        "process {pid} has {what} of its own, which is not dumped yet\nhelp: run rcriu inside: \
+         nsenter -t {pid} {flags} rcriu dump ..."
+    )]
+    Namespaces {
+        /// The process.
+        pid: HostPid,
+        /// Which, with their numbers.
+        what: String,
+        /// The options of nsenter(1) that enter them.
+        flags: String,
+    },
+    /// It is unknown what processes, threads and descriptors share.
+    #[error(
+        "compare what processes share with process {pid} (kcmp(2))\nhelp: run rcriu where no \
+         seccomp filter forbids kcmp, on a kernel with CONFIG_KCMP"
+    )]
+    Compare {
+        /// The process.
+        pid: HostPid,
+        /// Why.
+        source: Errno,
+    },
+    /// A system call about a process failed.
+    #[error("{step} process {pid}")]
+    Process {
+        /// The process.
+        pid: HostPid,
+        /// What was attempted, as a verb.
+        step: &'static str,
+        /// Why it failed.
+        source: Errno,
+    },
     /// A system call about a thread failed.
     #[error("{step} thread {tid}")]
     Thread {
@@ -109,4 +154,15 @@ pub enum ResError {
     /// A system call could not be injected into the process.
     #[error(transparent)]
     Inject(#[from] InjectError),
+}
+
+impl ResError {
+    /// A thread has for itself what those of a restored process share.
+    pub(super) fn own_of_thread(pid: HostPid, tid: HostPid, what: &str) -> Self {
+        Self::Refused {
+            pid,
+            what: format!("has a thread, {tid}, with {what} of its own (unshare(2), setns(2))"),
+            help: "dump it when that thread has ended: threads of a restored process share theirs",
+        }
+    }
 }

@@ -13,8 +13,7 @@ use crate::{
     res::{
         calls::{Calls, Own},
         file::Installer,
-        task::{self, leader},
-        thread,
+        task, thread,
     },
 };
 
@@ -25,14 +24,18 @@ fn living(plan: &Plan) -> impl Iterator<Item = (usize, &TaskPlan, &Body)> {
 }
 
 /// Returns what the kinds of state learn about a process.
-fn process<'a>(
-    plan: &Plan,
-    planned: &'a TaskPlan,
-    body: &'a Body,
-    own: &'a Own,
-) -> task::Restored<'a> {
-    let (pid, host) = (planned.pid, plan.host(planned.pid));
-    task::Restored { pid, host, core: planned.core(), mm: &body.mm, own }
+fn process<'a>(plan: &'a Plan, position: usize, own: &'a Own) -> task::Restored<'a> {
+    let planned = &plan.tasks[position];
+    let body = planned.body.as_ref().expect("what has ended has no state");
+    task::Restored {
+        pid: planned.pid,
+        host: plan.host(planned.pid),
+        core: planned.core(),
+        mm: &body.mm,
+        fs: &body.fs,
+        arenas: (&plan.arenas, position),
+        own,
+    }
 }
 
 /// Returns what the kinds of state learn about a thread.
@@ -85,9 +88,8 @@ pub(super) fn all(
     files.open_late()?;
     for (position, planned, body) in living(plan) {
         let mut script = Script::new();
-        if plan.arenas.owns(Arena::Fs, position) {
-            files.stand_late(&body.fs, &mut script)?;
-        }
+        let of = process(plan, position, own);
+        task::KINDS.iter().try_for_each(|kind| kind.place_late(&of, files, &mut script))?;
         if plan.arenas.owns(Arena::Files, position) {
             files.install_late(planned.pid, &body.fds, &mut script)?;
         }
@@ -102,7 +104,7 @@ pub(super) fn all(
             let mut make = |script: &Script| run(puppets, position, number, script);
             let mut calls = Calls::new(&mut make);
             if number == 0 {
-                let of = process(plan, planned, body, own);
+                let of = process(plan, position, own);
                 task::KINDS.iter().try_for_each(|kind| kind.set(&of, &mut calls))?;
                 // Before an attribute can forbid it.
                 if plan.arenas.owns(Arena::Memory, position) {
@@ -117,7 +119,7 @@ pub(super) fn all(
     fault::hit(Point::RestoreThreads)?;
     puppets.end_the_dead()?;
     for (position, planned, body) in living(plan) {
-        let process = process(plan, planned, body, own);
+        let process = process(plan, position, own);
         // The leader comes last: a change of credentials in another thread would reset what
         // it sets.
         for (number, of) in planned.threads.iter().enumerate().rev() {
@@ -142,16 +144,9 @@ pub(super) fn all(
 /// has. Processes that share a directory all enter the same one.
 fn prepare(plan: &Plan, position: usize, files: &mut Installer<'_>, own: &Own) -> Result<Script> {
     let mut script = Script::new();
-    let planned = &plan.tasks[position];
-    let body = planned.body.as_ref().expect("what has ended shares nothing");
-    files.stand(&body.fs, &mut script)?;
-    // Once for each memory: the kernel refuses to replace a program that is mapped.
-    if plan.arenas.owns(Arena::Memory, position) {
-        let program = files.program(body.mm.exe_file_id)?;
-        let of = process(plan, planned, body, own);
-        task::KINDS.iter().for_each(|kind| kind.place(&of, program, &mut script));
-    }
-    files.prepare(planned.pid, &mut script)?;
+    let of = process(plan, position, own);
+    task::KINDS.iter().try_for_each(|kind| kind.place(&of, files, &mut script))?;
+    files.prepare(of.pid, &mut script)?;
     Ok(script)
 }
 
@@ -166,13 +161,13 @@ pub(super) fn finish(
     files: &mut Installer<'_>,
     own: &Own,
 ) -> Result<()> {
-    for (position, planned, body) in living(plan) {
+    for (position, planned, _) in living(plan) {
         for (number, of) in planned.threads.iter().enumerate() {
             let mut script = Script::new();
             let of = thread_of(plan, planned, of, own);
             thread::KINDS.iter().try_for_each(|kind| kind.wake(&of, &mut script))?;
             if number == 0 {
-                let of = process(plan, planned, body, own);
+                let of = process(plan, position, own);
                 task::KINDS.iter().try_for_each(|kind| kind.wake(&of, &mut script))?;
             }
             if !script.is_empty() {
@@ -183,8 +178,11 @@ pub(super) fn finish(
             }
         }
         // Parents come before their children, which therefore do not notice this end.
-        if let Some(code) = leader::has_exited(planned.core()) {
-            puppets.end_leader(position, code)?;
+        let mut script = Script::new();
+        let of = process(plan, position, own);
+        task::KINDS.iter().for_each(|kind| kind.end(&of, &mut script));
+        if !script.is_empty() {
+            puppets.end_leader(position, &script)?;
         }
     }
     files.start()?;

@@ -16,7 +16,7 @@ use crate::{
     image::{proto::VmaEntry, vma},
     inject::Script,
     pages::{Chunk, Chunks},
-    res::{mm::mapping, tree::sysv},
+    res::{mm::mapping, tree as common},
     sys::process,
     units::{
         HostPid, PAGE_LEN, PAGE_SHIFT, PAGE_SIZE, PageIndex, PageRanges, RemoteAddr, page_bytes,
@@ -177,19 +177,28 @@ fn filling_protection(entry: &VmaEntry, memory: Option<&MemoryBytes>) -> u32 {
     entry.prot | write
 }
 
+/// Where mappings come from.
+#[derive(Clone, Copy)]
+pub(super) struct Sources<'a> {
+    /// Returns the descriptor for a mapping of a file.
+    pub(super) file: &'a dyn Fn(&VmaEntry) -> Result<i32>,
+    /// What the tree has in common.
+    pub(super) common: &'a [Box<dyn common::Restorer>],
+}
+
 /// Adds the calls that turn the inherited address space of a process into the wanted one,
 /// still without the contents. `inherited` is `None` for the root, which inherits that of
-/// this program. `scratch` stays. `file` returns the descriptor for a mapping of a file.
+/// this program. `scratch` stays.
 ///
 /// # Errors
-/// Errors of `file`.
+/// Errors of [`Sources::file`].
 pub(super) fn arrange(
     body: &Body,
     layout: &Layout,
     inherited: Option<&[VmaEntry]>,
     scratch: Range<u64>,
     script: &mut Script,
-    file: &dyn Fn(&VmaEntry) -> Result<i32>,
+    sources: Sources<'_>,
 ) -> Result<()> {
     let mut unmap = |range: Range<u64>| {
         if range.start < range.end {
@@ -224,21 +233,17 @@ pub(super) fn arrange(
         script.call("map the vDSO", call, &[option.into(), first.start.into()]);
     }
     // A segment is attached as a whole; later mappings cover parts of it.
-    let is_segment = |entry: &&VmaEntry| entry.status & vma::SYSVIPC != 0;
-    let (segments, others): (Vec<&VmaEntry>, Vec<&VmaEntry>) =
-        body.vmas.iter().filter(|entry| !mapping::is_vdso(entry)).partition(is_segment);
-    for entry in segments.into_iter().chain(others) {
+    let mut others = Vec::new();
+    for entry in body.vmas.iter().filter(|entry| !mapping::is_vdso(entry)) {
+        let parts = layout.parts(entry.start, entry.end, false);
+        if !parts.is_empty() && !sources.common.iter().any(|kind| kind.map(entry, script)) {
+            others.push((entry, parts));
+        }
+    }
+    for (entry, parts) in others {
         let has_file =
             entry.status & (vma::FILE_PRIVATE | vma::FILE_SHARED | vma::ANON_SHARED) != 0;
-        let parts = layout.parts(entry.start, entry.end, false);
-        if parts.is_empty() {
-            continue;
-        }
-        if entry.status & vma::SYSVIPC != 0 {
-            sysv::attach(entry, script);
-            continue;
-        }
-        let fd = if has_file { file(entry)? } else { -1 };
+        let fd = if has_file { (sources.file)(entry)? } else { -1 };
         let mut flags = entry.flags & MAP_FLAGS | libc::MAP_FIXED.cast_unsigned();
         if has_file {
             flags &= !libc::MAP_ANONYMOUS.cast_unsigned();

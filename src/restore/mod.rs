@@ -163,9 +163,7 @@ fn restore(
     let mut files = plan.installer(file_options);
     let objects = objects::create(plan, &mut files)?;
     for body in plan.tasks.iter().filter_map(|task| task.body.as_ref()) {
-        files.need_program(body.mm.exe_file_id)?;
-        files.need_directory(body.fs.root_id)?;
-        files.need_directory(body.fs.cwd_id)?;
+        body.planned().open_files(&mut files)?;
         body.vmas.iter().try_for_each(|entry| files.need_mapped(entry))?;
     }
     files.move_objects()?;

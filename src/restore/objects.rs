@@ -18,9 +18,9 @@ use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use super::{RestoreError, Result, free::Free, plan::Plan};
 use crate::{
     chain::{Chain, ChainError, MemoryBytes, SnapshotId, read_at},
-    image::{MemoryId, vma},
+    image::MemoryId,
     pages::Chunks,
-    res::{file::Installer, tree},
+    res::{file::Installer, mm::mapping, tree},
     sys::process,
     units::{HostPid, PageIndex, RemoteAddr, page_bytes},
 };
@@ -64,7 +64,7 @@ fn anonymous(plan: &Plan) -> BTreeMap<u64, u64> {
     let mut found = BTreeMap::new();
     let bodies = plan.tasks.iter().filter_map(|task| task.body.as_ref());
     for entry in bodies.flat_map(|body| &body.vmas) {
-        if entry.status & vma::ANON_SHARED != 0 && entry.status & vma::SYSVIPC == 0 {
+        if mapping::is_anonymous_object(entry) {
             let end = entry.pgoff.saturating_add(entry.end - entry.start);
             let size = found.entry(entry.shmid).or_insert(0);
             *size = end.max(*size);

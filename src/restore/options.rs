@@ -20,7 +20,7 @@ pub struct Options {
     pub(crate) store: Store,
     pub(crate) relations: Relations,
     pub(crate) release: Release,
-    pub(crate) common: tree::Options,
+    pub(crate) common: tree::RestoreOptions,
     pub(crate) files: file::RestoreOptions,
     pub(crate) track: track::Options,
     pub(crate) actions: action::Options,

@@ -15,7 +15,7 @@ use crate::{
     res::{
         file::{self, Installer, RestoreOptions},
         ns,
-        task::DEAD,
+        task::{self, DEAD},
         tree as common,
     },
     step::StepError,
@@ -57,6 +57,13 @@ pub(super) struct Body {
     pub(super) memory: Option<MemoryBytes>,
 }
 
+impl Body {
+    /// Returns what kinds of a process's state are told of it before it is made.
+    pub(super) fn planned(&self) -> task::Planned<'_> {
+        task::Planned { mm: &self.mm, fs: &self.fs }
+    }
+}
+
 impl TaskPlan {
     /// Returns the leader's core.
     pub(super) fn core(&self) -> &proto::CoreEntry {
@@ -67,6 +74,11 @@ impl TaskPlan {
     pub(super) fn exit_signal(&self) -> u32 {
         let stored = self.core().tc.as_ref().and_then(|task| task.rcriu_exit_signal);
         stored.unwrap_or(nix::libc::SIGCHLD.cast_unsigned())
+    }
+
+    /// Whether its first thread has ended while others live.
+    pub(super) fn is_leaderless(&self) -> bool {
+        self.core().tc.as_ref().is_some_and(|task| task.rcriu_leader_exited.is_some())
     }
 
     /// Returns its part in the files of the tree, if it is alive.
@@ -265,7 +277,7 @@ impl Plan {
     ///
     /// # Errors
     /// What is missing.
-    pub(super) fn find_common(&mut self, options: &common::Options) -> Result<()> {
+    pub(super) fn find_common(&mut self, options: &common::RestoreOptions) -> Result<()> {
         let threads = self.tasks.iter().flat_map(|task| &task.threads);
         let cores = threads.map(|thread| &thread.core).collect();
         let images = &**self.images();

@@ -13,11 +13,7 @@ use crate::{
     image::tree::{Arena, Maker},
     inject::Script,
     proc,
-    res::{
-        task::{STOPPED, leader},
-        thread,
-        tree::stops,
-    },
+    res::{task::STOPPED, thread, tree::stops},
     step::StepError,
     sys::ptrace,
     units::HostPid,
@@ -139,13 +135,11 @@ impl Puppets<'_> {
     ///
     /// # Errors
     /// [`StepError::Inject`], [`StepError::Process`].
-    pub(super) fn end_leader(&mut self, position: usize, code: u32) -> Result<()> {
+    pub(super) fn end_leader(&mut self, position: usize, script: &Script) -> Result<()> {
         let puppet = self.tasks[position].as_mut().expect("it lives");
-        let mut script = Script::new();
-        leader::end(code, &mut script);
         let leader = puppet.threads.remove(0);
         let pid = leader.tid;
-        self.scratch.let_go(leader, &script)?;
+        self.scratch.let_go(leader, script)?;
         await_state(pid, |state| matches!(state, 'Z' | 'X'));
         Ok(())
     }

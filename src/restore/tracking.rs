@@ -9,7 +9,6 @@ use crate::{
     causes::{tell, with_sources},
     image::{Kind, proto, tree::Arena},
     proc,
-    res::task::leader,
     track::{Hindrance, Options, TrackError, Watch},
 };
 
@@ -53,12 +52,12 @@ pub(super) fn begin(
             .retain(|mapping| mapping.end <= work_place.start || mapping.start >= work_place.end);
         let puppet = puppets.tasks[position].as_mut().expect("it lives");
         let thread = &mut puppet.threads[0];
-        let begun = match leader::has_exited(task.core()) {
+        let begun = match task.is_leaderless() {
             _ if plan.arenas.is_shared(Arena::Memory, position) => {
                 Err(TrackError::SharedMemory { pid })
             }
-            Some(_) => Err(TrackError::Leaderless { pid }),
-            None => Watch::begin_restored(options.tracker(), pid, &mappings, &scratch, thread),
+            true => Err(TrackError::Leaderless { pid }),
+            false => Watch::begin_restored(options.tracker(), pid, &mappings, &scratch, thread),
         };
         match begun {
             Ok(watch) => tracking.watches.extend(watch),

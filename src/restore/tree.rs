@@ -7,7 +7,7 @@ use nix::{errno::Errno, libc};
 use super::{
     Relations, RestoreError, Result,
     free::Free,
-    memory::{self, Layout},
+    memory::{self, Layout, Sources},
     pids::Waiting,
     plan::{Body, Plan},
     tracees::{adopt_sleeper, make},
@@ -21,7 +21,7 @@ use crate::{
     },
     inject::{Scratch, Script, Tracee},
     proc,
-    res::mm::vdso,
+    res::task,
     sys::process::{self, CloneArguments},
     units::NsPid,
 };
@@ -217,9 +217,10 @@ impl<'a> Puppets<'a> {
         let start = self.scratch.start.0;
         let scratch = start..start + self.scratch.len();
         let mut script = Script::new();
-        memory::arrange(body, &puppet.layout, inherited, scratch, &mut script, workshop.file)?;
+        let sources = Sources { file: workshop.file, common: &self.plan.common };
+        memory::arrange(body, &puppet.layout, inherited, scratch, &mut script, sources)?;
         self.scratch.run(&mut puppet.threads[0], &script)?;
-        vdso::check(pid, &body.vmas)?;
+        task::KINDS.iter().try_for_each(|kind| kind.mapped(pid, &body.vmas))?;
         let forked_from = puppet.inherited.zip(parent_memory);
         let forked_from = forked_from
             .map(|(parent, memory)| (self.plan.host(self.plan.tasks[parent].pid), memory));

@@ -22,7 +22,7 @@ use crate::{
             ConnectionsToDump, ConnectionsToRestore, DumpOptions, External, GhostOptions,
             Inherited, RestoreOptions, TerminalOptions, UnixOptions, Validation,
         },
-        tree::{self, cgroup},
+        tree::{self, cgroup, session},
     },
     restore,
     step::stats,
@@ -104,8 +104,10 @@ pub(super) fn dump_options(args: &TaskArgs, pre_dump: bool) -> Result<dump::Opti
             free_parent: args.memory.auto_dedup.is_some(),
         },
         freeze: FreezeOptions::new(args.tree.timeout),
-        check: dump::CheckOptions::new(args.tree.shell_job),
-        common: common(args),
+        common: tree::DumpOptions {
+            sessions: session::Options::new(args.tree.shell_job),
+            cgroups: cgroups(args),
+        },
         files: DumpOptions {
             terminals: TerminalOptions::new(args.tree.shell_job),
             unix: unix(args),
@@ -120,9 +122,9 @@ pub(super) fn dump_options(args: &TaskArgs, pre_dump: bool) -> Result<dump::Opti
     })
 }
 
-fn common(args: &TaskArgs) -> tree::Options {
+fn cgroups(args: &TaskArgs) -> cgroup::Options {
     let is_ignored = args.cgroups.manage_cgroups == Some(ManageCgroups::Ignore);
-    tree::Options { cgroups: cgroup::Options::new(!is_ignored) }
+    cgroup::Options::new(!is_ignored)
 }
 
 fn unix(args: &TaskArgs) -> UnixOptions {
@@ -184,7 +186,7 @@ pub(super) fn restore_options(args: &TaskArgs) -> Result<restore::Options, Usage
             wait: !args.tree.restore_detached && !args.tree.exec_cmd,
             pidfile: pidfile.map(|file| work_dir(&args.images).join(file)),
         },
-        common: common(args),
+        common: tree::RestoreOptions { cgroups: cgroups(args) },
         files: RestoreOptions {
             terminals: TerminalOptions::new(args.tree.shell_job),
             unix: unix(args),

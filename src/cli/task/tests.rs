@@ -14,7 +14,7 @@ use crate::{
             ConnectionsToDump, ConnectionsToRestore, DumpOptions, External, GhostOptions,
             Inherited, RestoreOptions, TerminalOptions, UnixOptions, Validation,
         },
-        tree::{self, cgroup},
+        tree::{self, cgroup, session},
     },
     restore,
     step::stats,
@@ -156,8 +156,10 @@ fn default_dump() -> dump::Options {
         goal: Goal::Tree(Outcome::Kill),
         store: dump::Store { images_dir: ".".into(), parent: None, free_parent: false },
         freeze: FreezeOptions::new(10),
-        check: dump::CheckOptions::new(false),
-        common: tree::Options { cgroups: cgroup::Options::new(true) },
+        common: tree::DumpOptions {
+            sessions: session::Options::new(false),
+            cgroups: cgroup::Options::new(true),
+        },
         files: DumpOptions {
             terminals: TerminalOptions::new(false),
             unix: UnixOptions::new(false),
@@ -177,7 +179,7 @@ fn default_restore() -> restore::Options {
         store: restore::Store { images_dir: ".".into(), free: None },
         relations: restore::Relations { shell_job: false, sibling: false },
         release: restore::Release { stopped: false, wait: true, pidfile: None },
-        common: tree::Options { cgroups: cgroup::Options::new(true) },
+        common: tree::RestoreOptions { cgroups: cgroup::Options::new(true) },
         files: RestoreOptions {
             terminals: TerminalOptions::new(false),
             unix: UnixOptions::new(false),
@@ -217,7 +219,7 @@ fn lines_of_dump_become_options() {
         ("dump -t 7 -R -s", |dump| dump.goal = Goal::Tree(Outcome::Stop)),
         ("dump -t 7 -sR", |dump| dump.goal = Goal::Tree(Outcome::Run)),
         ("dump -t 7 -j --link-remap --display-stats --file-validation=filesize", |dump| {
-            dump.check = dump::CheckOptions::new(true);
+            dump.common.sessions = session::Options::new(true);
             dump.files.terminals = TerminalOptions::new(true);
             dump.files.ghosts = GhostOptions::new(true, 1 << 20);
             dump.files.validation = Validation::FileSize;

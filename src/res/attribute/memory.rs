@@ -3,6 +3,7 @@
 use nix::libc;
 
 use crate::{
+    causes::tell,
     image::proto,
     inject::Script,
     proc::{Mapping, VmFlags},
@@ -81,6 +82,9 @@ pub(in crate::res) struct Sealed;
 impl Kind for Sealed {
     fn ask(&self, _: Process, _: &mut Script) -> Result<Collect> {
         Ok(Box::new(|of, _, images| {
+            for what in lost(of.of.witness, of.mappings) {
+                tell(log::Level::Warn, &format!("process {} {what}", of.of.pid));
+            }
             let ranges = sealed(of.mappings);
             if !ranges.is_empty() {
                 add(&mut images.attributes, SEALED, ranges);
@@ -120,7 +124,7 @@ fn sealed(mappings: &[Mapping]) -> Vec<u64> {
 
 /// Returns what a process will lose of its memory, as sentences without their subject,
 /// "process N".
-pub fn lost(pid: HostPid, mappings: &[Mapping]) -> Vec<String> {
+fn lost(pid: HostPid, mappings: &[Mapping]) -> Vec<String> {
     let mut found = Vec::new();
     let named = mappings.iter().find(|mapping| {
         mapping.name.starts_with(b"[anon:") || mapping.name.starts_with(b"[anon_shmem:")

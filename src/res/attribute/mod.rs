@@ -16,7 +16,6 @@ mod core_filter;
 mod io_flusher;
 mod io_priority;
 mod keyrings;
-pub mod lost;
 pub mod memory;
 mod memory_policy;
 mod prctls;

@@ -20,7 +20,7 @@ use crate::{
     causes::with_sources,
     image::{
         Store,
-        proto::{self, FdinfoEntry, FileEntry, FsEntry, VmaEntry},
+        proto::{self, FdinfoEntry, FileEntry, VmaEntry},
         vma,
     },
     inject::{Arg, CallId, Script},
@@ -280,27 +280,41 @@ impl<'a> Installer<'a> {
         Ok(fd.as_raw_fd())
     }
 
-    /// Adds the calls that set the root directory, working directory and umask of a process.
+    /// Whether a file of the images has this path.
+    pub fn is_path(&self, id: u32, path: &[u8]) -> bool {
+        let entry = self.opened.entries.get(&id).and_then(|entry| entry.reg.as_ref());
+        entry.is_some_and(|entry| entry.name == path)
+    }
+
+    /// Whether a directory is opened only when all processes are there.
+    pub fn is_late_directory(&self, id: u32) -> bool {
+        self.late.contains(&id)
+    }
+
+    /// Returns the descriptor, in all new processes, of a directory that is not late.
     ///
     /// # Errors
     /// As [`Self::for_mapping`].
-    pub fn stand(&self, fs: &FsEntry, script: &mut Script) -> Result<()> {
-        let is_slash = self
-            .opened
-            .entries
-            .get(&fs.root_id)
-            .and_then(|entry| entry.reg.as_ref())
-            .is_some_and(|reg| reg.name == b"/");
-        if !is_slash && !self.late.contains(&fs.root_id) {
-            change_root(self.opened_path(fs.root_id, STAND)?.into(), script);
-        }
-        if !self.late.contains(&fs.cwd_id) {
-            let cwd = self.opened_path(fs.cwd_id, STAND)?;
-            script.call("enter the working directory", libc::SYS_fchdir, &[cwd.into()]);
-        }
-        if let Some(umask) = fs.umask {
-            script.call("set the umask", libc::SYS_umask, &[umask.into()]);
-        }
+    pub fn directory(&self, id: u32) -> Result<i32> {
+        self.opened_path(id, STAND)
+    }
+
+    /// Adds the calls by which a process takes a directory from this program and does with it
+    /// what `then` adds.
+    ///
+    /// # Errors
+    /// As [`Self::for_mapping`].
+    pub fn take_directory(
+        &self,
+        id: u32,
+        script: &mut Script,
+        then: impl FnOnce(Arg, &mut Script),
+    ) -> Result<()> {
+        let pidfd = open_director(script);
+        let fd = take(pidfd, self.opened_path(id, STAND)?, script);
+        then(fd.into(), script);
+        close(fd.into(), script);
+        close(pidfd.into(), script);
         Ok(())
     }
 
@@ -386,30 +400,6 @@ impl<'a> Installer<'a> {
         for opener in &mut self.openers {
             opener.fill(&self.opened)?;
         }
-        Ok(())
-    }
-
-    /// Adds the calls by which a process enters its deferred directories, which it takes from
-    /// the restorer.
-    ///
-    /// # Errors
-    /// As [`Self::for_mapping`].
-    pub fn stand_late(&self, fs: &FsEntry, script: &mut Script) -> Result<()> {
-        let (root, cwd) = (fs.root_id, fs.cwd_id);
-        let late = [root, cwd].map(|id| self.late.contains(&id));
-        if late == [false; 2] {
-            return Ok(());
-        }
-        let pidfd = open_director(script);
-        if late[0] {
-            let fd = take(pidfd, self.opened_path(root, STAND)?, script);
-            change_root(fd.into(), script);
-            close(fd.into(), script);
-        }
-        let fd = take(pidfd, self.opened_path(cwd, STAND)?, script);
-        script.call("enter the working directory", libc::SYS_fchdir, &[fd.into()]);
-        close(fd.into(), script);
-        close(pidfd.into(), script);
         Ok(())
     }
 
@@ -512,12 +502,6 @@ impl<'a> Installer<'a> {
             log::warn!("{}", with_sources(&error));
         }
     }
-}
-
-fn change_root(fd: Arg, script: &mut Script) {
-    script.call("enter the root directory", libc::SYS_fchdir, &[fd]);
-    let here = script.string(c".");
-    script.call("change the root directory", libc::SYS_chroot, &[here.into()]);
 }
 
 /// Adds the call that opens a pidfd of the restorer.

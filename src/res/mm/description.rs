@@ -4,12 +4,13 @@
 use nix::libc;
 
 use crate::{
-    image::proto::MmEntry,
+    image::{proto::MmEntry, tree::Arena},
     inject::Script,
     proc,
     res::{
         Result,
-        task::{Collect, Kind, Process, Restored},
+        file::{self, FileTable, Installer},
+        task::{Collect, Images, Kind, Planned, Process, Restored},
     },
 };
 
@@ -20,7 +21,7 @@ const MM_MAP_BYTES: usize = 104;
 /// The offset of the address of the auxiliary vector in it.
 const AUXV_AT: usize = 88;
 
-/// Other code fills in the mappings and the file of the program.
+/// Other code fills in the mappings.
 pub(in crate::res) struct Description;
 
 impl Kind for Description {
@@ -53,9 +54,28 @@ impl Kind for Description {
         }))
     }
 
+    fn enter(&self, of: Process, files: &mut FileTable, images: &mut Images) -> file::Result<()> {
+        images.mm.exe_file_id = files.enter_path(of.witness, of.path("exe"))?;
+        Ok(())
+    }
+
+    fn open(&self, of: &Planned<'_>, files: &mut Installer<'_>) -> file::Result<()> {
+        files.need_program(of.mm.exe_file_id)
+    }
+
     /// Since Linux 5.9, `PR_SET_MM_MAP` needs only `CAP_CHECKPOINT_RESTORE`.
-    fn place(&self, of: &Restored<'_>, program: i32, script: &mut Script) {
+    fn place(
+        &self,
+        of: &Restored<'_>,
+        files: &Installer<'_>,
+        script: &mut Script,
+    ) -> file::Result<()> {
+        // The kernel refuses to replace a program that is mapped, so it is set once.
+        if !of.owns(Arena::Memory) {
+            return Ok(());
+        }
         let mm = of.mm;
+        let program = files.program(mm.exe_file_id)?;
         let mut map = Vec::with_capacity(MM_MAP_BYTES);
         for address in [
             mm.mm_start_code,
@@ -94,5 +114,6 @@ impl Kind for Description {
             let arguments = [libc::PR_SET_THP_DISABLE.into(), 1.into()];
             script.call("disable transparent huge pages", libc::SYS_prctl, &arguments);
         }
+        Ok(())
     }
 }

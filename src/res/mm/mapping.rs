@@ -211,6 +211,11 @@ pub fn advice(entry: &VmaEntry) -> impl Iterator<Item = i32> + use<> {
     ADVICE.into_iter().map(|(_, number)| number).filter(move |number| bits >> number & 1 == 1)
 }
 
+/// Whether a mapping shows shared memory that has no file and no id.
+pub fn is_anonymous_object(entry: &VmaEntry) -> bool {
+    entry.status & vma::ANON_SHARED != 0 && entry.status & vma::SYSVIPC == 0
+}
+
 /// Whether the pages of the mapping belong to the private memory of the process.
 pub fn is_private(entry: &VmaEntry) -> bool {
     entry.status & (vma::ANON_PRIVATE | vma::FILE_PRIVATE) != 0

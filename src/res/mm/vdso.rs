@@ -3,15 +3,21 @@
 use crate::{
     image::{proto::VmaEntry, vma},
     proc,
-    res::{ResError, Result},
+    res::{ResError, Result, task::Kind},
     units::HostPid,
 };
 
-/// Checks that the kernel has mapped the vDSO where the images have it.
-///
-/// # Errors
-/// [`ResError::OtherKernel`].
-pub fn check(pid: HostPid, vmas: &[VmaEntry]) -> Result<()> {
+/// The kind.
+pub(in crate::res) struct Vdso;
+
+impl Kind for Vdso {
+    /// Checks that the kernel has mapped it where the images have it.
+    fn mapped(&self, pid: HostPid, vmas: &[VmaEntry]) -> Result<()> {
+        check(pid, vmas)
+    }
+}
+
+fn check(pid: HostPid, vmas: &[VmaEntry]) -> Result<()> {
     let wanted: Vec<(u64, u64)> = vmas
         .iter()
         .filter(|entry| entry.status & vma::VDSO != 0)

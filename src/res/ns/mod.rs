@@ -13,20 +13,20 @@ use super::{ResError, Result};
 use crate::{
     causes::tell,
     image::{ImageError, ImageStore, Kind as Image, SnapshotWriter, proto::TaskKobjIdsEntry},
-    inject::{Answers, Script},
+    inject::{Answers, Script, Task},
     proc,
     units::{HostPid, NsPid},
 };
 
 /// A kind of namespace.
 #[derive(Debug)]
-pub struct Kind {
+struct Kind {
     /// Its name in `/proc/PID/ns`.
-    pub file: &'static str,
+    file: &'static str,
     /// Its name in messages, with the article.
-    pub name: &'static str,
+    name: &'static str,
     /// The option of `nsenter(1)` that enters it.
-    pub flag: &'static str,
+    flag: &'static str,
     /// Its field in the `ids` image of a process.
     id: fn(&mut TaskKobjIdsEntry) -> &mut Option<u32>,
     /// Dumps and restores a namespace of this kind; `None` if that is not supported.
@@ -44,7 +44,7 @@ const fn row(
 }
 
 /// The namespaces that a thread is in.
-pub static KINDS: [Kind; 8] = [
+static KINDS: [Kind; 8] = [
     row("pid", "a pid namespace", "-p", |ids| &mut ids.pid_ns_id, None),
     row("net", "a network namespace", "-n", |ids| &mut ids.net_ns_id, None),
     row("ipc", "an IPC namespace", "-i", |ids| &mut ids.ipc_ns_id, None),
@@ -56,7 +56,7 @@ pub static KINDS: [Kind; 8] = [
 ];
 
 /// The namespaces that new children of a thread will be in.
-pub static FOR_CHILDREN: [Kind; 2] = [
+static FOR_CHILDREN: [Kind; 2] = [
     row(
         "pid_for_children",
         "a pid namespace for its children",
@@ -75,9 +75,93 @@ pub static FOR_CHILDREN: [Kind; 2] = [
 
 impl Kind {
     /// Whether a tree may have its own namespace of this kind.
-    pub fn is_dumped(&self) -> bool {
+    fn is_dumped(&self) -> bool {
         self.own.is_some()
     }
+}
+
+fn all() -> impl Iterator<Item = &'static Kind> {
+    KINDS.iter().chain(&FOR_CHILDREN)
+}
+
+/// The namespaces of this program.
+#[derive(Debug)]
+pub struct OfDumper(Vec<Option<u64>>);
+
+impl OfDumper {
+    /// Looks at them.
+    pub fn look() -> Self {
+        let own = HostPid(nix::unistd::getpid().as_raw());
+        Self(all().map(|kind| proc::namespace(own, kind.file).ok()).collect())
+    }
+
+    /// Refuses a process in namespaces that no restored one is in; `first` shows those of its
+    /// tree.
+    ///
+    /// # Errors
+    /// [`ResError::Namespaces`], [`ResError::Refused`].
+    pub fn check(&self, task: &Task, first: HostPid) -> Result<()> {
+        self.check_dumpers(task)?;
+        check_common(task, first)?;
+        check_threads(task)
+    }
+
+    /// Checks that a process is in the namespaces of this program, except for those kinds of
+    /// which a tree can have its own.
+    fn check_dumpers(&self, task: &Task) -> Result<()> {
+        let mut what = Vec::new();
+        let mut flags = Vec::new();
+        for (kind, ours) in all().zip(&self.0).filter(|(kind, _)| !kind.is_dumped()) {
+            let Kind { file, name, flag, .. } = kind;
+            // A kernel without this kind of namespace has nothing to compare.
+            if let (Ok(theirs), Some(ours)) = (proc::namespace(task.witness(), file), ours)
+                && theirs != *ours
+                && !flags.contains(flag)
+            {
+                what.push(format!("{name} ({file}:[{theirs}])"));
+                flags.push(*flag);
+            }
+        }
+        if what.is_empty() {
+            return Ok(());
+        }
+        let (what, flags) = (what.join(" and "), flags.join(" "));
+        Err(ResError::Namespaces { pid: task.pid, what, flags })
+    }
+}
+
+/// Checks that a process is in the same namespaces as the first process of its tree, for
+/// those kinds of which a tree can have its own.
+fn check_common(task: &Task, first: HostPid) -> Result<()> {
+    for kind in KINDS.iter().filter(|kind| kind.is_dumped()) {
+        let pair = [first, task.witness()].map(|pid| proc::namespace(pid, kind.file).ok());
+        if let [Some(wanted), Some(found)] = pair
+            && wanted != found
+        {
+            let (file, name) = (kind.file, kind.name);
+            return Err(ResError::Refused {
+                pid: task.pid,
+                what: format!("has {name} ({file}:[{found}]) that is not that of process {first}"),
+                help: "dump the part of the tree in that namespace: a tree can have only one",
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Checks that all threads of a process are in the same namespaces.
+fn check_threads(task: &Task) -> Result<()> {
+    let (pid, first) = (task.pid, task.witness());
+    for kind in all() {
+        let of = |tid| proc::thread_namespace(pid, tid, kind.file).ok();
+        let Some(wanted) = of(first) else { continue };
+        for thread in task.threads.iter().skip(1) {
+            if of(thread.tid) != Some(wanted) {
+                return Err(ResError::own_of_thread(pid, thread.tid, kind.name));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Dumps and restores one kind of namespace.

@@ -6,12 +6,15 @@
 //! thread whose next instruction calls `exit(2)`. Any restorer, CRIU included, then restores a
 //! leader that exits at once.
 
-use nix::libc;
+use std::os::fd::OwnedFd;
 
+use nix::{errno::Errno, libc};
+
+use super::{Checked, Kind, Process, Restored, Stopped};
 use crate::{
     arch::native::{self, Registers},
-    image::proto,
-    inject::Script,
+    image::proto::{self, CoreEntry},
+    inject::{Script, Tracee, registers_to_exit},
     proc,
     res::{
         ResError, Result, attribute,
@@ -21,24 +24,75 @@ use crate::{
     units::HostPid,
 };
 
+/// The kind.
+pub(super) struct Leader;
+
+impl Kind for Leader {
+    fn check(&self, of: &Checked<'_>) -> Result<()> {
+        if of.task.is_leaderless() && !of.memory_only {
+            open(of.task.into())?;
+        }
+        Ok(())
+    }
+
+    fn divide(
+        &self,
+        of: &Stopped<'_>,
+        first: &Tracee,
+        core: &mut CoreEntry,
+    ) -> Result<Option<CoreEntry>> {
+        let Process { pid, witness } = of.of;
+        if pid == witness {
+            return Ok(None);
+        }
+        let code = exit_code(pid)?;
+        let exit = registers_to_exit(first, of.mappings, code)?;
+        split(pid, code, &exit, core).map(Some)
+    }
+
+    fn end(&self, of: &Restored<'_>, script: &mut Script) {
+        let code = of.core.tc.as_ref().and_then(|task| task.rcriu_leader_exited);
+        if let Some(code) = code {
+            script.call("exit the thread group leader", libc::SYS_exit, &[code.into()]);
+        }
+    }
+}
+
+/// Returns a descriptor of a process, by which its descriptors are duplicated.
+///
+/// # Errors
+/// [`ResError::Refused`] where the kernel has none for a process whose first thread has exited;
+/// [`ResError::Process`].
+pub fn open(of: Process) -> Result<OwnedFd> {
+    let opened = if of.witness == of.pid {
+        process::pidfd_open(of.pid)
+    } else {
+        process::pidfd_open_thread(of.witness)
+    };
+    opened.map_err(|source| match source {
+        Errno::EINVAL => ResError::Refused {
+            pid: of.pid,
+            what: "has live threads, but its first thread has exited (pthread_exit(3) in main)"
+                .to_owned(),
+            help: "let main wait for its threads, or use Linux 6.9 or newer",
+        },
+        source => ResError::Process { pid: of.pid, step: "open", source },
+    })
+}
+
 /// A signal mask that blocks all signals.
 const ALL_SIGNALS: u64 = u64::MAX;
 
 /// Returns the exit code of a leader that has exited. Before Linux 5.17 the kernel reports it as
 /// the exit code of the process if the last thread exits in the same way.
-pub fn exit_code(pid: HostPid) -> Result<u8> {
+fn exit_code(pid: HostPid) -> Result<u8> {
     let stat = proc::thread_stat(pid, pid)?;
     Ok(u8::try_from(stat.exit_code >> 8 & 0xff).expect("it is a byte"))
 }
 
 /// Moves what belongs to the process from the core of another thread to a new core for the
 /// leader, which exits with `code` by the registers `to_exit`.
-pub fn split(
-    pid: HostPid,
-    code: u8,
-    to_exit: &Registers,
-    core: &mut proto::CoreEntry,
-) -> Result<proto::CoreEntry> {
+fn split(pid: HostPid, code: u8, to_exit: &Registers, core: &mut CoreEntry) -> Result<CoreEntry> {
     let mut leader = core.clone();
     core.tc = None;
     let failed = |step| move |source| ResError::Thread { tid: pid, step, source };
@@ -67,14 +121,4 @@ pub fn split(
         task.rcriu_leader_exited = Some(code.into());
     }
     Ok(leader)
-}
-
-/// Returns the exit code of the leader, if it has exited.
-pub fn has_exited(core: &proto::CoreEntry) -> Option<u32> {
-    core.tc.as_ref()?.rcriu_leader_exited
-}
-
-/// Adds the call by which the leader exits.
-pub fn end(code: u32, script: &mut Script) {
-    script.call("exit the thread group leader", libc::SYS_exit, &[code.into()]);
 }

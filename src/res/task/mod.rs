@@ -2,8 +2,9 @@
 //! each kind.
 
 mod dumpable;
+mod fs;
 mod handlers;
-pub mod leader;
+mod leader;
 mod limits;
 mod membarrier;
 mod outside;
@@ -11,29 +12,44 @@ mod personality;
 mod queue;
 #[cfg(target_arch = "x86_64")]
 mod segments;
+mod sharing;
 mod state;
 mod subreaper;
 mod timers;
+
+use std::path::PathBuf;
 
 use super::{
     Result,
     attribute::memory,
     calls::{Calls, Own},
-    mm::description,
+    file::{self, FileTable, Installer},
+    mm::{description, vdso},
 };
 use crate::{
-    image::proto::{CoreEntry, MmEntry, RcriuAttribute, TaskCoreEntry},
-    inject::{Answers, Script},
+    image::{
+        self, SnapshotWriter,
+        proto::{CoreEntry, FsEntry, MmEntry, RcriuAttribute, TaskCoreEntry, VmaEntry},
+        tree::{Arena, Arenas},
+    },
+    inject::{Answers, Script, Task, Tracee},
     proc::{Mapping, Stat},
     units::{HostPid, NsPid, PidMap},
 };
 
 pub use crate::image::tree::state::{ALIVE, DEAD, STOPPED};
+pub use leader::open as open_process;
+pub use memory::LockLater;
+pub use sharing::compare;
 pub use state::zombie;
 
 /// All kinds, in the order in which they are dumped and restored.
 pub const KINDS: &[&dyn Kind] = &[
+    &sharing::Sharing,
+    &leader::Leader,
     &state::State,
+    &fs::Fs,
+    &vdso::Vdso,
     &description::Description,
     // Pending signals come before timers, which may add more.
     &queue::Queue,
@@ -57,13 +73,86 @@ pub const KINDS: &[&dyn Kind] = &[
 /// The dump has the first live thread answer for the process. The methods for the restore are
 /// its phases, in this order; [`crate::docs::phases`] says what exists in each.
 pub trait Kind: Sync {
+    /// Dump: refuses a state that cannot be kept, before anything is changed.
+    ///
+    /// # Errors
+    /// [`ResError::Refused`](super::ResError::Refused); what keeps something from being read.
+    fn check(&self, _of: &Checked<'_>) -> Result<()> {
+        Ok(())
+    }
+
     /// Dump: adds the calls that only the process can make, and returns the function that
     /// records their results.
-    fn ask(&self, of: Process, script: &mut Script) -> Result<Collect>;
+    fn ask(&self, _of: Process, _script: &mut Script) -> Result<Collect> {
+        Ok(Box::new(|_, _, _| Ok(())))
+    }
 
-    /// Restore: sets state that needs the restorer's descriptors: `program` refers to the
-    /// program of the process. The process has its memory, but no other threads.
-    fn place(&self, _of: &Restored<'_>, _program: i32, _script: &mut Script) {}
+    /// Dump: enters the files that the process has beside descriptors, after those of its
+    /// descriptors.
+    ///
+    /// # Errors
+    /// What keeps them from being dumped.
+    fn enter(&self, _of: Process, _files: &mut FileTable, _: &mut Images) -> file::Result<()> {
+        Ok(())
+    }
+
+    /// Dump: writes an image that the kind has for itself, under the number of the process.
+    ///
+    /// # Errors
+    /// Those of writing it.
+    fn write(&self, _of: &Images, _number: u64, _into: &SnapshotWriter) -> image::Result<()> {
+        Ok(())
+    }
+
+    /// Dump: takes out of the core of the thread that has answered first what belongs to one that
+    /// has ended and that the images need all the same, and returns the core of that.
+    ///
+    /// # Errors
+    /// What keeps something from being read.
+    fn divide(
+        &self,
+        _of: &Stopped<'_>,
+        _first: &Tracee,
+        _core: &mut CoreEntry,
+    ) -> Result<Option<CoreEntry>> {
+        Ok(None)
+    }
+
+    /// Restore: opens the files that the process has beside descriptors and mappings, before
+    /// it is made.
+    ///
+    /// # Errors
+    /// What keeps them from being opened.
+    fn open(&self, _of: &Planned<'_>, _files: &mut Installer<'_>) -> file::Result<()> {
+        Ok(())
+    }
+
+    /// Restore: looks at the address space when all is mapped and nothing is filled; `vmas` are
+    /// its mappings in the images.
+    ///
+    /// # Errors
+    /// What is not as it was.
+    fn mapped(&self, _pid: HostPid, _vmas: &[VmaEntry]) -> Result<()> {
+        Ok(())
+    }
+
+    /// Restore: sets the state when the process has its memory, but no other threads, and still
+    /// the descriptors of this program.
+    ///
+    /// # Errors
+    /// A file that was not opened.
+    fn place(&self, _: &Restored<'_>, _: &Installer<'_>, _: &mut Script) -> file::Result<()> {
+        Ok(())
+    }
+
+    /// Restore: sets what depends on files that are there only when all processes and threads
+    /// are.
+    ///
+    /// # Errors
+    /// A file that was not opened.
+    fn place_late(&self, _: &Restored<'_>, _: &Installer<'_>, _: &mut Script) -> file::Result<()> {
+        Ok(())
+    }
 
     /// Restore: sets state that needs the privileges of the restorer. All threads exist.
     fn set(&self, _of: &Restored<'_>, _calls: &mut Calls<'_>) -> Result<()> {
@@ -81,6 +170,9 @@ pub trait Kind: Sync {
     fn wake(&self, _of: &Restored<'_>, _script: &mut Script) -> Result<()> {
         Ok(())
     }
+
+    /// Restore: adds the call by which the first thread ends when it has woken, if it does.
+    fn end(&self, _of: &Restored<'_>, _script: &mut Script) {}
 }
 
 /// Records in the images what a process has answered.
@@ -93,6 +185,28 @@ pub struct Process {
     pub pid: HostPid,
     /// A live thread of the process, through which `/proc` shows what its threads share.
     pub witness: HostPid,
+}
+
+/// A process that was stopped and is checked.
+#[derive(Clone, Copy, Debug)]
+pub struct Checked<'a> {
+    /// Its threads.
+    pub task: &'a Task,
+    /// Nothing but its memory is dumped.
+    pub memory_only: bool,
+}
+
+impl Process {
+    /// Returns the path of a file in the directory of the process in `/proc`.
+    pub fn path(self, file: &str) -> PathBuf {
+        format!("/proc/{}/{file}", self.witness).into()
+    }
+}
+
+impl From<&Task> for Process {
+    fn from(task: &Task) -> Self {
+        Self { pid: task.pid, witness: task.witness() }
+    }
 }
 
 /// A stopped process that has made its calls.
@@ -111,7 +225,7 @@ pub struct Stopped<'a> {
     /// Maps pids of the host to pids of the images.
     pub pids: &'a PidMap,
     /// How the process locks new memory, as seen from the scratch memory mapped into it.
-    pub lock_later: memory::LockLater,
+    pub lock_later: LockLater,
 }
 
 /// The image entries of a process.
@@ -123,6 +237,59 @@ pub struct Images {
     pub attributes: Vec<RcriuAttribute>,
     /// Its address space, without mappings.
     pub mm: MmEntry,
+    /// Its root, working directory and umask.
+    pub fs: FsEntry,
+}
+
+/// Returns the core that the images have of a thread that has ended, taken out of `core` of the
+/// thread that has answered first; `None` if all is that thread's own.
+///
+/// # Errors
+/// What keeps something from being read.
+pub fn divide(of: &Stopped<'_>, first: &Tracee, core: &mut CoreEntry) -> Result<Option<CoreEntry>> {
+    for kind in KINDS {
+        if let Some(other) = kind.divide(of, first, core)? {
+            return Ok(Some(other));
+        }
+    }
+    Ok(None)
+}
+
+impl Images {
+    /// Enters the files that the process has beside descriptors.
+    ///
+    /// # Errors
+    /// What keeps them from being dumped.
+    pub fn enter_files(&mut self, of: Process, files: &mut FileTable) -> file::Result<()> {
+        KINDS.iter().try_for_each(|kind| kind.enter(of, files, self))
+    }
+
+    /// Writes the images that kinds have for themselves, under the number of the process.
+    ///
+    /// # Errors
+    /// Those of writing them.
+    pub fn write(&self, number: u64, into: &SnapshotWriter) -> image::Result<()> {
+        KINDS.iter().try_for_each(|kind| kind.write(self, number, into))
+    }
+}
+
+/// What images say of a process that is to be made.
+#[derive(Clone, Copy, Debug)]
+pub struct Planned<'a> {
+    /// Its address space.
+    pub mm: &'a MmEntry,
+    /// Its root, working directory and umask.
+    pub fs: &'a FsEntry,
+}
+
+impl Planned<'_> {
+    /// Opens the files that it has beside descriptors and mappings.
+    ///
+    /// # Errors
+    /// What keeps them from being opened.
+    pub fn open_files(&self, files: &mut Installer<'_>) -> file::Result<()> {
+        KINDS.iter().try_for_each(|kind| kind.open(self, files))
+    }
 }
 
 /// A new process that the restore fills with the state of one in the images.
@@ -136,8 +303,27 @@ pub struct Restored<'a> {
     pub core: &'a CoreEntry,
     /// Its address space.
     pub mm: &'a MmEntry,
+    /// Its root, working directory and umask.
+    pub fs: &'a FsEntry,
+    /// What processes have in common, and the position of this one among them.
+    pub arenas: (&'a Arenas, usize),
     /// The state that it has inherited from the restorer.
     pub own: &'a Own,
+}
+
+impl Restored<'_> {
+    /// Whether no process before it has the same, which it was made with then.
+    pub fn owns(&self, arena: Arena) -> bool {
+        self.arenas.0.owns(arena, self.arenas.1)
+    }
+}
+
+/// Refuses a process with a state that cannot be kept, before anything is changed.
+///
+/// # Errors
+/// What it has.
+pub fn check(of: &Checked<'_>) -> Result<()> {
+    KINDS.iter().try_for_each(|kind| kind.check(of))
 }
 
 /// Adds the calls of all kinds for a process.

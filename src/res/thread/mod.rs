@@ -3,27 +3,36 @@
 mod alternate_stack;
 pub mod creds;
 mod death_signal;
+mod dispatch;
 mod futexes;
 mod name;
+mod ports;
 mod queue;
 pub mod registers;
 mod rseq;
 pub mod scheduling;
+mod seccomp;
+mod shadow_stack;
 
 use super::{
-    Result, attribute,
+    ResError, Result, attribute,
     calls::{Calls, Own},
 };
 use crate::{
     arch::Machine,
     image::proto::{self, CoreEntry, ThreadCoreEntry},
     inject::{Answers, Script, Tracee},
-    proc::Status,
+    proc::{self, Status},
     units::{HostPid, NsPid},
 };
 
 /// All kinds, in the order in which they are dumped and restored.
 pub const KINDS: &[&dyn Kind] = &[
+    &seccomp::Seccomp,
+    &shadow_stack::ShadowStack,
+    &dispatch::Dispatch,
+    &ports::Ports,
+    &ports::LocalStorage,
     &registers::Registers,
     &futexes::Futexes,
     &alternate_stack::AlternateStack,
@@ -42,9 +51,19 @@ pub const KINDS: &[&dyn Kind] = &[
 /// The methods for the restore are its phases, in this order; [`crate::docs::phases`] says what
 /// exists in each.
 pub trait Kind: Sync {
+    /// Dump: refuses a state that cannot be kept, before anything is changed.
+    ///
+    /// # Errors
+    /// [`ResError::Refused`]; those of reading `/proc`.
+    fn check(&self, _of: &Stopped<'_>) -> Result<()> {
+        Ok(())
+    }
+
     /// Dump: adds the calls that only the thread can make, and returns the function that
     /// records their results.
-    fn ask(&self, of: Thread, script: &mut Script) -> Collect;
+    fn ask(&self, _of: Thread, _script: &mut Script) -> Collect {
+        Box::new(|_, _, _| Ok(()))
+    }
 
     /// Restore: sets state while the thread has the credentials of the restorer.
     fn set(&self, _of: &Restored<'_>, _calls: &mut Calls<'_>) -> Result<()> {
@@ -87,7 +106,7 @@ impl Thread {
     }
 }
 
-/// A stopped thread that has made its calls.
+/// A stopped thread.
 #[derive(Clone, Copy, Debug)]
 pub struct Stopped<'a> {
     /// The thread.
@@ -96,6 +115,14 @@ pub struct Stopped<'a> {
     pub thread: &'a Tracee,
     /// Its `/proc/PID/task/TID/status`.
     pub status: &'a Status,
+}
+
+impl Stopped<'_> {
+    /// Returns [`ResError::Refused`] for what this thread has.
+    fn refused(&self, what: &str, help: &'static str) -> ResError {
+        let what = format!("has {what} in thread {}", self.of.tid);
+        ResError::Refused { pid: self.of.pid, what, help }
+    }
 }
 
 /// A new thread that the restore fills with the state of one in the images.
@@ -115,6 +142,15 @@ pub struct Restored<'a> {
     pub session_in_tree: bool,
     /// The state that it has inherited from the restorer.
     pub own: &'a Own,
+}
+
+/// Refuses a thread with a state that cannot be kept, before anything is changed.
+///
+/// # Errors
+/// What it has.
+pub fn check(of: Thread, thread: &Tracee) -> Result<()> {
+    let stopped = Stopped { of, thread, status: &proc::thread_status(of.pid, of.tid)? };
+    KINDS.iter().try_for_each(|kind| kind.check(&stopped))
 }
 
 /// Adds the calls of all kinds for a thread.

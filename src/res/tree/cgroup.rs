@@ -10,16 +10,16 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{Begun, Collector, Memory, Plan, Restorer};
+use super::{Begun, Collector, Plan, Restorer};
 use crate::{
-    image::{ImageError, ImageStore, Kind, SnapshotWriter, proto},
+    image::{self, ImageStore, Kind, SnapshotWriter, proto},
     proc,
     res::{ResError, Result, thread},
     units::HostPid,
 };
 
 /// The number of the dumper's own set.
-pub const OWN_SET: u32 = 1;
+const OWN_SET: u32 = 1;
 
 /// Why a process cannot be put into a control group.
 #[derive(Debug, thiserror::Error)]
@@ -120,6 +120,11 @@ pub(super) fn restorer(plan: &Plan<'_>, options: Options) -> Begun<dyn Restorer>
     Ok(Box::new(Places::find(plan.images, plan.inventory.root_cg_set, wanted)?))
 }
 
+/// Says in the inventory which set is that of this program.
+pub(super) fn describe(inventory: &mut proto::InventoryEntry) {
+    inventory.root_cg_set = Some(OWN_SET);
+}
+
 /// The sets that the tree is in.
 #[derive(Debug)]
 struct Sets {
@@ -140,9 +145,16 @@ impl Sets {
         });
         Ok(OWN_SET + u32::try_from(position).expect("fewer than threads"))
     }
+}
+
+impl Collector for Sets {
+    fn thread(&mut self, of: thread::Thread, core: &mut proto::CoreEntry) -> Result<()> {
+        thread::own(core).cg_set = Some(self.enter(of.pid, of.tid)?);
+        Ok(())
+    }
 
     /// Writes the image, unless all threads are in the dumper's own set.
-    fn write(&self, images: &SnapshotWriter) -> Result<(), ImageError> {
+    fn write(&self, images: &SnapshotWriter) -> image::Result<()> {
         if self.known.len() < 2 {
             return Ok(());
         }
@@ -172,18 +184,6 @@ impl Sets {
         });
         let entry = proto::CgroupEntry { sets: sets.collect(), controllers: controllers.collect() };
         images.write(Kind::Cgroup, 0, &[entry])
-    }
-}
-
-impl Collector for Sets {
-    fn thread(&mut self, of: thread::Thread, core: &mut proto::CoreEntry) -> Result<()> {
-        thread::own(core).cg_set = Some(self.enter(of.pid, of.tid)?);
-        Ok(())
-    }
-
-    fn finish(&mut self, images: &SnapshotWriter) -> Result<Vec<Memory>> {
-        self.write(images)?;
-        Ok(Vec::new())
     }
 }
 

@@ -3,6 +3,8 @@
 //! kind.
 
 pub mod cgroup;
+mod lost;
+pub mod session;
 pub mod stops;
 pub mod sysv;
 
@@ -11,47 +13,77 @@ use std::fs::File;
 use super::{Result, mm::mapping::Object, task, thread};
 use crate::{
     image::{
-        ImageStore, SnapshotWriter,
-        proto::{CoreEntry, InventoryEntry},
+        self, ImageStore, SnapshotWriter,
+        proto::{CoreEntry, InventoryEntry, VmaEntry},
     },
     inject::{Answers, Script, Task},
     proc::Mapping,
     units::{HostPid, PidMap},
 };
 
-/// Options of the user that concern these kinds.
+/// Options of the user that concern these kinds when they are dumped.
 #[derive(Clone, Copy, Debug, Default)]
 #[cfg_attr(test, derive(PartialEq, Eq))]
-pub struct Options {
+pub struct DumpOptions {
+    /// Of sessions and process groups.
+    pub(crate) sessions: session::Options,
     /// Of cgroups.
     pub(crate) cgroups: cgroup::Options,
 }
+
+/// What the user says of the kinds when they are restored.
+#[derive(Clone, Copy, Debug, Default)]
+#[cfg_attr(test, derive(PartialEq, Eq))]
+pub struct RestoreOptions {
+    /// Of cgroups.
+    pub(crate) cgroups: cgroup::Options,
+}
+
+/// Refuses a stopped tree.
+type Check = fn(&[Task], &DumpOptions) -> Result<()>;
+
+/// Begins to dump one kind.
+type Beginner = fn(&[Task], &PidMap, &DumpOptions) -> Begun<dyn Collector>;
 
 /// A kind that has begun a dump or a restore.
 pub type Begun<T> = Result<Box<T>>;
 
 /// Reads the images of one kind.
-type Reader = fn(&Plan<'_>, &Options) -> Begun<dyn Restorer>;
+type Reader = fn(&Plan<'_>, &RestoreOptions) -> Begun<dyn Restorer>;
 
 /// A kind of state of the whole tree.
 #[derive(Clone, Copy, Debug)]
 pub struct Kind {
+    /// Refuses what cannot be kept, and warns of what is lost, before anything is changed.
+    check: Option<Check>,
     /// Begins a dump.
-    collector: fn(&[Task], &PidMap, &Options) -> Begun<dyn Collector>,
-    /// Begins a restore by reading the images, before it creates anything; `None` if the kind
-    /// has no images.
+    collector: Option<Beginner>,
+    /// Says in the inventory what the dumper has itself.
+    describe: Option<fn(&mut InventoryEntry)>,
+    /// Begins a restore by reading the images, before it creates anything.
     restorer: Option<Reader>,
 }
 
+/// A row to begin with.
+const NONE: Kind = Kind { check: None, collector: None, describe: None, restorer: None };
+
 /// All kinds, in the order in which they are dumped and restored.
 pub const KINDS: &[Kind] = &[
+    Kind { check: Some(|tasks, _| lost::check(tasks)), ..NONE },
+    Kind { check: Some(|tasks, options| session::check(tasks, options.sessions)), ..NONE },
     Kind {
-        collector: |_, _, options| cgroup::collector(options.cgroups),
+        collector: Some(|_, _, options| cgroup::collector(options.cgroups)),
+        describe: Some(cgroup::describe),
         restorer: Some(|plan, options| cgroup::restorer(plan, options.cgroups)),
+        ..NONE
     },
-    Kind { collector: |_, _, _| sysv::collector(), restorer: Some(|plan, _| sysv::restorer(plan)) },
+    Kind {
+        collector: Some(|_, _, _| sysv::collector()),
+        restorer: Some(|plan, _| sysv::restorer(plan)),
+        ..NONE
+    },
     // The restore uses these entries when it releases the processes.
-    Kind { collector: |tasks, pids, _| stops::collector(tasks, pids), restorer: None },
+    Kind { collector: Some(|tasks, pids, _| stops::collector(tasks, pids)), ..NONE },
 ];
 
 /// A shared memory object of the tree.
@@ -79,24 +111,44 @@ pub trait Collector {
         Ok(())
     }
 
-    /// Records a mapping of `object`.
+    /// Records a mapping of `object`, also in a pre-dump.
     fn mapping(&mut self, _pid: HostPid, _mapping: &Mapping, _object: Object) -> Result<()> {
         Ok(())
     }
 
-    /// Writes the images, and returns the memory objects whose bytes are to be dumped.
-    fn finish(&mut self, _images: &SnapshotWriter) -> Result<Vec<Memory>> {
-        Ok(Vec::new())
+    /// Returns the memory objects whose bytes are to be dumped.
+    fn memory(&mut self) -> Vec<Memory> {
+        Vec::new()
     }
+
+    /// Writes the images.
+    fn write(&self, _images: &SnapshotWriter) -> image::Result<()> {
+        Ok(())
+    }
+}
+
+/// Refuses a stopped tree that cannot be dumped, before anything is changed.
+///
+/// # Errors
+/// What keeps it from being dumped.
+pub fn check(tasks: &[Task], options: &DumpOptions) -> Result<()> {
+    let checks = KINDS.iter().filter_map(|kind| kind.check);
+    checks.into_iter().try_for_each(|check| check(tasks, options))
+}
+
+/// Says in the inventory what the dumper has itself of all kinds.
+pub fn describe(inventory: &mut InventoryEntry) {
+    KINDS.iter().filter_map(|kind| kind.describe).for_each(|describe| describe(inventory));
 }
 
 /// Begins to dump all kinds of a stopped tree.
 pub fn collectors(
     tasks: &[Task],
     pids: &PidMap,
-    options: &Options,
+    options: &DumpOptions,
 ) -> Result<Vec<Box<dyn Collector>>> {
-    KINDS.iter().map(|kind| (kind.collector)(tasks, pids, options)).collect()
+    let collectors = KINDS.iter().filter_map(|kind| kind.collector);
+    collectors.map(|begin| begin(tasks, pids, options)).collect()
 }
 
 /// What the restore knows when the kinds begin.
@@ -118,6 +170,12 @@ pub trait Restorer: std::fmt::Debug {
         Ok(Vec::new())
     }
 
+    /// Adds the calls by which a process maps memory that [`Self::make`] has made, unless
+    /// `mmap(2)` does it. Returns whether this kind has made it.
+    fn map(&self, _entry: &VmaEntry, _script: &mut Script) -> bool {
+        false
+    }
+
     /// Restores the state of a new thread, or of a new process before it gets memory.
     fn born(&self, _core: &CoreEntry, _pid: HostPid, _tid: HostPid) -> Result<()> {
         Ok(())
@@ -130,7 +188,7 @@ pub trait Restorer: std::fmt::Debug {
 }
 
 /// Begins to restore all kinds by reading their images.
-pub fn restorers(plan: &Plan<'_>, options: &Options) -> Result<Vec<Box<dyn Restorer>>> {
+pub fn restorers(plan: &Plan<'_>, options: &RestoreOptions) -> Result<Vec<Box<dyn Restorer>>> {
     let restorers = KINDS.iter().filter_map(|kind| kind.restorer);
     restorers.map(|restorer| restorer(plan, options)).collect()
 }

@@ -15,8 +15,9 @@ use nix::{errno::Errno, libc};
 use super::{Begun, Collector, Memory, Plan, Restorer};
 use crate::{
     image::{
-        ImageStore, Kind, SnapshotWriter,
+        self, ImageStore, Kind, SnapshotWriter,
         proto::{IpcDescEntry, IpcShmEntry, VmaEntry},
+        vma,
     },
     inject::Script,
     proc::Mapping,
@@ -48,7 +49,11 @@ const NEXT_ID: &str = "/proc/sys/kernel/shm_next_id";
 
 /// The segments that the tree has attached, by id.
 #[derive(Debug, Default)]
-struct Attached(BTreeMap<u32, (IpcShmEntry, File)>);
+struct Attached {
+    entries: BTreeMap<u32, IpcShmEntry>,
+    /// What was found since memory was asked for last.
+    memory: Vec<Memory>,
+}
 
 /// Starts without segments.
 pub(super) fn collector() -> Begun<dyn Collector> {
@@ -64,28 +69,34 @@ impl Collector for Attached {
             pid,
             what: format!("it has the System V segment {} attached", mapping.inode),
         })?;
-        if let Entry::Vacant(place) = self.0.entry(id) {
+        if let Entry::Vacant(place) = self.entries.entry(id) {
             let entry = collect(id, mapping).map_err(failed("look at", id))?;
             let (RemoteAddr(start), RemoteAddr(end)) = (mapping.start, mapping.end);
             let path = format!("/proc/{pid}/map_files/{start:x}-{end:x}");
             let file = fds::open_unseen(Path::new(&path))
                 .map_err(|source| ResError::Read { path: path.into(), source })?;
-            place.insert((entry, file));
+            place.insert(entry);
+            self.memory.push(memory(id, file));
         }
         Ok(())
     }
 
-    fn finish(&mut self, images: &SnapshotWriter) -> Result<Vec<Memory>> {
-        let mut entries = Vec::new();
-        let mut memories = Vec::new();
-        for (id, (entry, file)) in std::mem::take(&mut self.0) {
-            entries.push(entry);
-            let name = format!("System V segment {id}");
-            memories.push(Memory { number: id.into(), name, file });
-        }
-        write(&entries, images)?;
-        Ok(memories)
+    fn memory(&mut self) -> Vec<Memory> {
+        std::mem::take(&mut self.memory)
     }
+
+    fn write(&self, images: &SnapshotWriter) -> image::Result<()> {
+        if self.entries.is_empty() {
+            return Ok(());
+        }
+        let entries: Vec<_> = self.entries.values().cloned().collect();
+        images.write(Kind::IpcnsShm, NAMESPACE, &entries)
+    }
+}
+
+/// Returns a segment as memory.
+fn memory(id: u32, file: File) -> Memory {
+    Memory { number: id.into(), name: format!("System V segment {id}"), file }
 }
 
 /// The segments to restore.
@@ -107,9 +118,17 @@ impl Restorer for Segments {
                 step: "open",
                 source,
             })?;
-            Ok(Memory { number, name: format!("System V segment {id}"), file })
+            Ok(memory(id, file))
         };
         self.0.iter().map(make).collect()
+    }
+
+    fn map(&self, entry: &VmaEntry, script: &mut Script) -> bool {
+        let is_segment = entry.status & vma::SYSVIPC != 0;
+        if is_segment {
+            attach(entry, script);
+        }
+        is_segment
     }
 
     /// Removes the segments that were marked for removal, now that processes have them attached.
@@ -147,17 +166,12 @@ fn collect(id: u32, mapping: &Mapping) -> Result<IpcShmEntry, Errno> {
     })
 }
 
-/// Writes the image of the segments, if there are any.
-fn write(segments: &[IpcShmEntry], images: &SnapshotWriter) -> crate::image::Result<()> {
-    if segments.is_empty() { Ok(()) } else { images.write(Kind::IpcnsShm, NAMESPACE, segments) }
-}
-
 /// Reads the image of the segments, if there is one.
 ///
 /// # Errors
 /// Those of reading an image. Images of CRIU before version 3, which hold the bytes of segments
 /// here, are not supported.
-fn read(images: &dyn ImageStore) -> crate::image::Result<Vec<IpcShmEntry>> {
+fn read(images: &dyn ImageStore) -> image::Result<Vec<IpcShmEntry>> {
     Ok(images.messages_if_any(Kind::IpcnsShm, NAMESPACE)?.unwrap_or_default())
 }
 
@@ -209,7 +223,7 @@ fn check(entry: &IpcShmEntry, found: &Segment) -> Result<(), String> {
 }
 
 /// Adds the call that attaches a segment at the address of a mapping.
-pub fn attach(entry: &VmaEntry, script: &mut Script) {
+fn attach(entry: &VmaEntry, script: &mut Script) {
     let read_only = entry.prot & libc::PROT_WRITE.cast_unsigned() == 0;
     let flags = libc::SHM_REMAP | if read_only { libc::SHM_RDONLY } else { 0 };
     let what = format!("attach segment {} at {:#x}", entry.shmid, entry.start);

@@ -3,7 +3,10 @@
 use std::fs;
 
 use crate::{
+    causes::tell,
+    inject::Task,
     proc,
+    res::Result,
     sys::{
         process::{self, Shared},
         task,
@@ -14,9 +17,25 @@ use crate::{
 /// Security attributes for the next `execve(2)` or the next new object.
 const NEXT: [&str; 4] = ["exec", "fscreate", "keycreate", "sockcreate"];
 
+/// Warns of what the processes of a tree will lose.
+///
+/// # Errors
+/// None.
+pub(super) fn check(tasks: &[Task]) -> Result<()> {
+    let own = Own::read();
+    let in_tree = |pid: HostPid| tasks.iter().any(|task| task.pid == pid);
+    for task in tasks.iter().filter(|task| !task.is_zombie()) {
+        let tids: Vec<_> = task.threads.iter().map(|thread| thread.tid).collect();
+        for what in own.look(task.witness(), &tids, &in_tree) {
+            tell(log::Level::Warn, &format!("process {} {what}", task.pid));
+        }
+    }
+    Ok(())
+}
+
 /// The same state of rcriu itself, to compare with.
 #[derive(Clone, Debug)]
-pub struct Own {
+struct Own {
     pid: HostPid,
     /// Its security label; `None` if no security module uses labels.
     label: Option<String>,
@@ -26,14 +45,14 @@ pub struct Own {
 impl Own {
     /// Reads the state of this process. It must not have other threads yet: they would share a
     /// list of semaphore operations to undo.
-    pub fn read() -> Self {
+    fn read() -> Self {
         let pid = HostPid(nix::unistd::getpid().as_raw());
         Self { pid, label: label(pid, pid, "current"), audit_session: proc::session_id(pid).ok() }
     }
 
     /// Returns what a stopped process will lose, as sentences without their subject,
     /// "process N". `in_tree` tells whose semaphore operations count.
-    pub fn look(
+    fn look(
         &self,
         pid: HostPid,
         tids: &[HostPid],
