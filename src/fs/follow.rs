@@ -18,9 +18,15 @@ use crate::{proc, sys::task, units::HostPid};
 /// The thread that calls the kernel (`sched_setaffinity(2)`).
 const THIS_THREAD: HostPid = HostPid(0);
 
-/// Requests in a row of one reader after which its processor is looked for, and again by each
-/// thread after as many: looking takes 5 to 10 us, and readers seldom move.
+/// Requests in a row of one reader after which its processor is looked for.
 const REQUESTS: u32 = 32;
+
+/// Requests after which it is looked for again: this takes 5 to 10 us, and readers seldom
+/// move.
+const LOOK_AGAIN: u32 = 256;
+
+/// No processor.
+const NONE: u32 = u32::MAX;
 
 /// The longest request for the page cache that its reader is likely to wait for. Longer ones
 /// are read ahead, while the reader works on what it has.
@@ -29,8 +35,6 @@ const WAITED_FOR_BYTES: usize = 64 << 10;
 thread_local! {
     /// The one processor that this thread runs on, if it is bound to one.
     static BOUND: Cell<Option<u32>> = const { Cell::new(None) };
-    /// Requests that it has answered since it looked where the reader runs.
-    static ANSWERED: Cell<u32> = const { Cell::new(0) };
 }
 
 /// Binds the threads that answer to the processor of the reader, while there is one.
@@ -39,26 +43,29 @@ pub(super) struct Follower {
     /// The processors that the daemon may run on, a bit each; empty if that is not known.
     all: Vec<u64>,
     recent: Recent,
+    /// Where the reader was when it was looked for.
+    processor: AtomicU32,
 }
 
 impl Follower {
     /// Starts with the processors that the caller may run on.
     pub(super) fn new() -> Self {
         let all = task::affinity(THIS_THREAD).unwrap_or_default();
-        Self { all, recent: Recent::default() }
+        Self { all, recent: Recent::default(), processor: AtomicU32::new(NONE) }
     }
 
     /// The thread `reader` reads `size` bytes, and waits for them unless they are for the
     /// page cache.
     pub(super) fn reads(&self, reader: u32, size: usize, for_page_cache: bool) {
         let waits = !for_page_cache || size <= WAITED_FOR_BYTES;
-        if !self.recent.is_alone(reader, waits) {
-            self.bind(None);
-        } else if BOUND.get().is_none() || ANSWERED.get() >= REQUESTS {
-            self.bind(self.processor_of(reader));
-            ANSWERED.set(0);
-        } else {
-            ANSWERED.set(ANSWERED.get() + 1);
+        let Some(requests) = self.recent.note(reader, waits) else { return self.bind(None) };
+        if requests % LOOK_AGAIN == REQUESTS {
+            let processor = self.processor_of(reader).unwrap_or(NONE);
+            self.processor.store(processor, Ordering::Relaxed);
+        }
+        if requests >= REQUESTS {
+            let processor = self.processor.load(Ordering::Relaxed);
+            self.bind((processor != NONE).then_some(processor));
         }
     }
 
@@ -104,14 +111,14 @@ struct Recent {
 }
 
 impl Recent {
-    /// Whether a reader that reads now, and waits for it or not, has been the only one for
-    /// a while.
-    fn is_alone(&self, reader: u32, waits: bool) -> bool {
+    /// Notes a request, and returns how many this reader has made in a row before; `None` if
+    /// another one was the last, or if it does not wait.
+    fn note(&self, reader: u32, waits: bool) -> Option<u32> {
         if self.reader.swap(reader, Ordering::Relaxed) != reader || !waits {
             self.requests.store(0, Ordering::Relaxed);
-            return false;
+            return None;
         }
-        self.requests.fetch_add(1, Ordering::Relaxed) >= REQUESTS
+        Some(self.requests.fetch_add(1, Ordering::Relaxed))
     }
 }
 
@@ -120,19 +127,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_reader_is_followed_and_several_are_not() {
+    fn requests_of_one_reader_are_counted() {
         let recent = Recent::default();
-        for _ in 0..=REQUESTS {
-            assert!(!recent.is_alone(7, true));
-        }
-        assert!(recent.is_alone(7, true));
-        assert!(!recent.is_alone(8, true));
-        for _ in 0..=REQUESTS {
-            assert!(!recent.is_alone(7, true));
-        }
-        assert!(recent.is_alone(7, true));
-        assert!(!recent.is_alone(7, false), "it reads ahead");
-        assert!(!recent.is_alone(7, true));
+        assert_eq!(recent.note(7, true), None);
+        assert_eq!([(); 3].map(|()| recent.note(7, true)), [0, 1, 2].map(Some));
+        assert_eq!(recent.note(8, true), None);
+        assert_eq!(recent.note(7, true), None);
+        assert_eq!(recent.note(7, true), Some(0));
+        assert_eq!(recent.note(7, false), None, "it reads ahead");
+        assert_eq!(recent.note(7, true), Some(0));
     }
 
     #[test]

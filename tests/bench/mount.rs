@@ -29,6 +29,7 @@ use common::{
 };
 use memmap2::{Mmap, MmapMut};
 use nix::{
+    fcntl::{PosixFadviseAdvice, posix_fadvise},
     sys::{
         resource::{UsageWho, getrusage},
         time::TimeValLike,
@@ -66,7 +67,7 @@ fn main() {
         let scratch = tempfile::tempdir_in(place).unwrap();
         println!("\ndata in {}", scratch.path().display());
         if wanted("throughput") {
-            throughput(scratch.path(), &[]);
+            throughput(scratch.path(), false);
         }
         if wanted("depth") {
             depth(scratch.path());
@@ -76,7 +77,7 @@ fn main() {
         for mkfs in ["mkfs.btrfs", "mkfs.xfs"] {
             let disk = LoopMount::new(mkfs, DISK_MIB);
             println!("\ndata on {mkfs}");
-            throughput(&disk.path(), &["--compose=always"]);
+            throughput(&disk.path(), true);
             once(&disk.path());
         }
     }
@@ -237,7 +238,8 @@ fn row(name: &str, (way, read, target): Way, unit: (f64, &str), files: [&Files; 
     );
 }
 
-fn throughput(scratch: &Path, arguments: &[&str]) {
+/// Reads one file after another; with `from_disk`, nothing is in memory before.
+fn throughput(scratch: &Path, from_disk: bool) {
     let mut chain = TestChain::new(&scratch.join("chain"));
     let base = chain.layer("1");
     let tip = chain.layer("2");
@@ -255,7 +257,14 @@ fn throughput(scratch: &Path, arguments: &[&str]) {
             chain.pagemap(layer, MemoryId::Private(id.into()), id, &alternating(step, own));
         }
     }
-    let mounted = Mounted::new(chain.root(), &scratch.join("mnt"), arguments);
+    if from_disk {
+        // What a file is read into may be laid out better or worse than what it was written
+        // from.
+        [chain.pages_path(base, 1), chain.pages_path(base, 2), chain.pages_path(tip, 2)]
+            .iter()
+            .for_each(|path| forget(path));
+    }
+    let mounted = Mounted::new(chain.root(), &scratch.join("mnt"), &[]);
     let plain = Files::open(&[chain.pages_path(base, 1)]);
     for (name, id, targets) in [
         ("whole file", 1, [0.95, 0.95, 0.95, 0.95]),
@@ -283,6 +292,13 @@ fn throughput(scratch: &Path, arguments: &[&str]) {
         println!("{name:<16} first open             {:>7.2} ms", opened.as_secs_f64() * 1e3);
     }
     print_daemon("daemon", &mounted);
+}
+
+/// Lets the kernel forget the bytes of a file.
+fn forget(path: &Path) {
+    let file = File::open(path).unwrap();
+    file.sync_all().unwrap();
+    posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
 }
 
 /// Prints how long it takes to read a file once, whose bytes are in memory, as the daemon
