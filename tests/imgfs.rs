@@ -136,7 +136,10 @@ fn diff_tells_which_pages_differ_and_exits_like_diff() {
 
     let unknown = imgfs(&["diff", &chain(), "1", "9"]);
     assert_eq!(unknown.status.code(), Some(2));
-    assert_eq!(stderr(&unknown), "imgfs: no snapshot is called \"9\", there are: 1, 2, 3\n");
+    assert_eq!(
+        stderr(&unknown),
+        "imgfs: no snapshot is called \"9\"\n  help: choose one of 1, 2, 3\n"
+    );
 }
 
 /// The sums of a map are those that ls counts, and its cells add up to them.

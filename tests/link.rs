@@ -191,7 +191,7 @@ fn what_cannot_be_linked_is_refused_before_anything_is_changed() {
     assert!(different.contains("dumps of different trees"), "{different}");
     assert!(said(&[&dirs[0]]).contains("two image directories"));
     assert!(said(&[&dirs[0], &dirs[0]]).ends_with("is named twice"));
-    assert!(said(&[&dirs[0], root.path()]).contains("holds no inventory.img"));
+    assert!(said(&[&dirs[0], root.path()]).contains("has no inventory.img"));
     assert_eq!(listings(), before);
     // Nothing in common is no error, and no reason for a link.
     let apart = snapshot(root.path(), "apart", 10, &model(&[(ONE, &[(1, 77)])]));
@@ -324,7 +324,7 @@ fn what_fails_or_is_killed_loses_nothing_and_is_finished_by_the_next() {
                 }
                 let mut told = false;
                 for finding in findings(root.path()) {
-                    let unfinished = finding.problem.contains("was not finished here");
+                    let unfinished = finding.problem.contains("was interrupted here");
                     let stray = finding.problem.starts_with("no pagemap claims");
                     assert!(unfinished || stray, "{fault}: {finding}");
                     told |= unfinished;

@@ -1,10 +1,10 @@
-//! Whether the parent of a snapshot is still the one that it was made on.
+//! Bonds: whether the parent of a snapshot is still the dump that the snapshot was made on.
 //!
-//! Names of directories say nothing about that: another dump may have been put in the
-//! parent's place. Every inventory of CRIU 4.2 and of this program has an id of its dump,
-//! and this program writes the parent's into the child's
-//! (`inventory_entry.rcriu_parent_run_id`, a field of our own). For children that CRIU wrote,
-//! only dates and the time since boot tell.
+//! Directory names do not show that: another dump may have replaced the parent. Every
+//! inventory of CRIU 4.2 and of this program has an id of its dump, and this program
+//! records the id of the parent in the child (`inventory_entry.rcriu_parent_run_id`, a
+//! field of our own). For children that CRIU wrote, only dates and the time since boot give
+//! a hint.
 
 use std::{
     io::{self, Read},
@@ -20,28 +20,27 @@ use crate::{
     parallel,
 };
 
-/// Begins the name of a dump that has no id of its own; the hash of its inventory
-/// follows.
+/// The beginning of the name of a dump without an id; the hash of its inventory follows.
 const HASHED: &str = "inventory-xxh3:";
 
-/// The most that is read of an inventory: the longest message.
+/// The most bytes that are read of an inventory: the longest message.
 const INVENTORY_BYTES: u64 = 32 << 20;
 
-/// Inventories that take longer to read than a thread takes to start.
+/// With this many inventories, reading them takes longer than starting a thread.
 const WORTH_A_THREAD: usize = 32;
 
-/// What an inventory says of its dump.
+/// The identity of a dump, according to its inventory.
 #[derive(Clone, Debug)]
 struct Identity {
-    /// Its unique id.
+    /// Its unique name.
     name: Vec<u8>,
-    /// The parent's, as far as the dump recorded it.
+    /// The name of its parent, if the dump recorded it.
     parent: Option<Vec<u8>>,
     version: u32,
     uptime: Option<Duration>,
 }
 
-/// The dumps of a chain, by the positions of the snapshots.
+/// The identities of the dumps of a chain, by position.
 #[derive(Debug)]
 pub(super) struct Bonds {
     identities: Vec<OnceLock<Option<Identity>>>,
@@ -53,21 +52,21 @@ impl Bonds {
     }
 }
 
-/// Returns the unique name of a dump, which binds its child to it.
+/// Returns the unique name of a dump, which its children record.
 ///
 /// # Errors
-/// What keeps its inventory from being read.
+/// An unreadable inventory.
 pub fn dump_name(images: &dyn ImageStore) -> Result<Vec<u8>, ImageError> {
     read(images).map(|identity| identity.name)
 }
 
-/// Returns the id of a dump, if it has one of its own.
+/// Returns the id of a dump, if it has one.
 pub(super) fn run_id(images: &dyn ImageStore) -> Option<Vec<u8>> {
     let inventory: proto::InventoryEntry = images.message(Kind::Inventory, 0).ok()?;
     inventory.dump_criu_run_id.filter(|id| !id.is_empty())
 }
 
-/// Reads an inventory by as few calls as possible: a chain may have thousands.
+/// Reads an inventory with as few system calls as possible: a chain may have thousands.
 fn read(images: &dyn ImageStore) -> Result<Identity, ImageError> {
     let path = images.path(Kind::Inventory, 0);
     let failed = |source| ImageError::Open { path: path.clone(), source };
@@ -82,10 +81,10 @@ fn read(images: &dyn ImageStore) -> Result<Identity, ImageError> {
     Ok(Identity { name, parent, version, uptime })
 }
 
-/// Reads an inventory as it is.
+/// Reads the bytes of an inventory.
 fn bytes(images: &dyn ImageStore) -> io::Result<Vec<u8>> {
     let input = images.open(&Kind::Inventory.file_name(0))?;
-    // One byte more: the call that finds the end needs room.
+    // One byte more, so that the read that detects the end has room.
     let len = usize::try_from(input.len.min(INVENTORY_BYTES)).unwrap_or(0);
     let mut bytes = Vec::with_capacity(len + 1);
     let mut input = input.bytes.take(INVENTORY_BYTES + 1);
@@ -96,8 +95,8 @@ fn bytes(images: &dyn ImageStore) -> io::Result<Vec<u8>> {
 }
 
 impl Chain {
-    /// Checks that the images of a snapshot are of a version of the format that is known.
-    /// An inventory that cannot be read passes: the code that needs it reports the error.
+    /// Checks that this program knows the format version of a snapshot's images. An
+    /// unreadable inventory passes: the code that needs it reports the error.
     ///
     /// # Errors
     /// [`ChainError::Version`].
@@ -110,8 +109,8 @@ impl Chain {
         }
     }
 
-    /// Checks that the parent of a snapshot, if it has one, is the one that it was made
-    /// on, as far as the snapshot recorded that.
+    /// Checks that the parent of a snapshot, if there is one, is the dump that the snapshot
+    /// was made on, if the snapshot recorded that.
     ///
     /// # Errors
     /// [`LinkError::Replaced`].
@@ -134,7 +133,7 @@ impl Chain {
         })
     }
 
-    /// Makes both checks for many snapshots, except for the parent of the last, and returns
+    /// Does both checks for many snapshots, except for the parent of the last, and returns
     /// the first error.
     ///
     /// # Errors
@@ -150,9 +149,9 @@ impl Chain {
         parallel::map(ids, WORTH_A_THREAD, look).into_iter().collect()
     }
 
-    /// Whether a snapshot that did not record which parent it was made on is older than
-    /// its parent, by its date and by the time since boot. Dates are lost by copying and
-    /// times since boot by booting, so this is a suspicion.
+    /// Whether a snapshot that did not record its parent is older than the parent, by date
+    /// and by time since boot. Copying changes dates and booting resets the time since
+    /// boot, so this is only a suspicion.
     pub fn is_older_than_parent(&self, id: SnapshotId) -> bool {
         let Ok(Some(above)) = self.snapshot(id).parent else { return false };
         let (Some(child), Some(parent)) = (self.identity(id), self.identity(above)) else {
@@ -164,7 +163,7 @@ impl Chain {
             && self.date(id).zip(self.date(above)).is_some_and(|(child, parent)| child < parent)
     }
 
-    /// Returns when a snapshot was complete.
+    /// Returns when a snapshot was completed.
     fn date(&self, id: SnapshotId) -> Option<SystemTime> {
         self.images(id).stat(&Kind::Inventory.file_name(0)).map(|stat| stat.modified).ok()
     }
@@ -203,7 +202,7 @@ mod tests {
 
     #[test]
     fn a_parent_that_was_replaced_is_told_whoever_wrote_it() {
-        // The parent's own id, and an inventory without one.
+        // The parent has an id; its inventory is replaced by one without.
         for parent_id in [Some("first"), None] {
             let root = tempfile::tempdir().unwrap();
             let root = root.path();

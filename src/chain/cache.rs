@@ -7,16 +7,16 @@ use lru::LruCache;
 use super::{Index, Result, SnapshotId};
 use crate::image::MemoryId;
 
-/// How many extents are kept in all, at 24 bytes each: 48 MiB.
+/// How many extents are kept in total, at 24 bytes each: 48 MiB.
 const EXTENTS_KEPT: usize = 2 << 20;
 
 type Key = (SnapshotId, MemoryId);
 
-/// An index, or the place for it while it is being built.
+/// An index, or its place while it is built.
 type Slot = Arc<Mutex<Option<Arc<Index>>>>;
 
-/// Indexes by what they resolve. The least recently used ones are dropped when there are
-/// too many extents in all; a caller that holds one keeps it.
+/// Indexes by snapshot and memory. If there are too many extents, the least recently used
+/// indexes are dropped; a caller that holds one keeps it.
 #[derive(Debug)]
 pub(super) struct IndexCache {
     slots: Mutex<LruCache<Key, Slot>>,
@@ -29,8 +29,8 @@ impl Default for IndexCache {
 }
 
 impl IndexCache {
-    /// Returns the index for `key`, which is built once, however many threads need it. A
-    /// failure is not remembered.
+    /// Returns the index for `key`. It is built once, even if several threads ask for it.
+    /// Failures are not cached.
     pub(super) fn get(
         &self,
         key: Key,
@@ -51,11 +51,10 @@ impl IndexCache {
         Ok(index)
     }
 
-    /// Drops the oldest indexes until the others have few enough extents; the
-    /// newest stays in any case.
+    /// Drops the oldest indexes until few enough extents are left; always keeps the newest.
     fn trim(&self) {
         let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        // A slot whose lock is taken is being built, and weighs nothing yet.
+        // A locked slot is being built, and does not count yet.
         let weight = |slot: &Slot| {
             slot.try_lock()
                 .ok()

@@ -1,4 +1,4 @@
-//! Checking a chain for defects.
+//! Checks a chain for defects.
 
 use std::{collections::BTreeMap, fmt, path::PathBuf};
 
@@ -18,30 +18,30 @@ use crate::{
     units::{PAGE_SIZE, PageIndex, PageRanges, page_bytes},
 };
 
-/// How many findings of one sort are reported of one memory; the others are counted.
+/// How many findings of one sort are reported for one memory; the others are counted.
 const TOLD: usize = 8;
 
-/// How bad a finding is.
+/// The severity of a finding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Severity {
     /// Nothing is lost, but the user should know.
     Note,
-    /// A snapshot cannot be restored, or not be trusted.
+    /// A snapshot cannot be restored, or cannot be trusted.
     Error,
 }
 
 /// A defect of a chain.
 #[derive(Clone, Debug)]
 pub struct Finding {
-    /// How bad it is.
+    /// Its severity.
     pub severity: Severity,
     /// The image directory.
     pub dir: PathBuf,
-    /// The memory that it is about, if it is about one.
+    /// The memory that it concerns, if any.
     pub memory: Option<MemoryId>,
-    /// The page where it begins, if it is about pages.
+    /// The first page that it concerns, if it concerns pages.
     pub first: Option<PageIndex>,
-    /// What it is.
+    /// The message.
     pub problem: String,
 }
 
@@ -62,11 +62,10 @@ impl fmt::Display for Finding {
     }
 }
 
-/// Checks every file of every snapshot of a chain, and returns the findings, snapshot by
-/// snapshot.
+/// Checks every file of every snapshot of a chain, and returns the findings by snapshot.
 ///
 /// # Errors
-/// Only errors that keep it from checking; defects are findings.
+/// Only errors that prevent the check; defects are findings.
 pub fn check(chain: &Chain) -> Result<Vec<Finding>> {
     let mut findings = Vec::new();
     for dir in chain.unfinished() {
@@ -122,13 +121,13 @@ impl Check<'_> {
         if let Err(link) = self.chain.require_bond(self.id) {
             self.error(with_sources(&link));
         } else if self.chain.is_older_than_parent(self.id) {
-            let problem = "it was dumped before its parent, as far as dates and times since boot \
-                           tell: if another dump has taken the parent's place, pages that are \
-                           left to it are of another time";
+            let problem = "it seems older than its parent, by date and time since boot: if \
+                           another dump has replaced the parent, the pages that this snapshot takes \
+                           from it are wrong";
             self.tell(Severity::Note, None, None, problem.to_owned());
         }
         if self.images().stat(DEDUP_STAGE).is_ok_and(|stat| !stat.is_file) {
-            let problem = "a deduplication was not finished here; running it again finishes it";
+            let problem = "a deduplication was interrupted here; running it again finishes it";
             self.tell(Severity::Note, None, None, problem.to_owned());
         }
         self.all_images()?;
@@ -167,7 +166,7 @@ impl Check<'_> {
         Ok(self.file_names()?.iter().filter_map(number).collect())
     }
 
-    /// Decodes every image to its end, except pagemaps, which are checked next.
+    /// Decodes every image to its end, except pagemaps, which are checked separately.
     fn all_images(&mut self) -> Result<()> {
         for name in self.file_names()? {
             let Some((desc, _)) = desc::by_file_name(&name) else { continue };
@@ -181,7 +180,8 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// Reports why processes of the snapshot cannot be restored, except for their memory.
+    /// Reports why the processes of the snapshot cannot be restored, apart from their
+    /// memory.
     fn processes(&mut self) {
         let (_, problems) = tree::read(&**self.images());
         for problem in problems {
@@ -197,7 +197,7 @@ impl Check<'_> {
         }
     }
 
-    /// Checks one memory and returns the number of the pages file it claims.
+    /// Checks one memory and returns the number of its pages file.
     fn memory(&mut self, memory: MemoryId) -> Option<u64> {
         let tell = |check: &mut Self, error: &ImageError| {
             check.tell(Severity::Error, Some(memory), None, with_sources(error));
@@ -241,12 +241,12 @@ impl Check<'_> {
         let absent = pieces.iter().filter(|piece| piece.place() == PiecePlace::Absent);
         let absent: Vec<&Piece> = absent.collect();
         self.some(memory, &absent, |piece| {
-            format!("{} in no image: the dump left them with its source", are(piece.pages()))
+            format!("{} in no image: the dump left them at its source", are(piece.pages()))
         });
     }
 
-    /// Checks that the parent accounts for every page that is asked of it. What
-    /// the parent in turn asks of its own is checked when it is its turn.
+    /// Checks that the parent has every page that the snapshot asks of it. Pages that the
+    /// parent asks of its own parent are checked with the parent.
     fn parents(&mut self, memory: MemoryId, own: Vec<Piece>) {
         if own.iter().all(|piece| piece.place() != PiecePlace::Parent) {
             return;
@@ -258,7 +258,7 @@ impl Check<'_> {
                 let asking: Vec<Piece> = asking.collect();
                 self.some(memory, &asking.iter().collect::<Vec<_>>(), |piece| {
                     format!(
-                        "{} pages are said to be in the parent, but there is none",
+                        "{} pages are in the parent according to the pagemap, but there is no parent",
                         piece.pages()
                     )
                 });
@@ -270,7 +270,7 @@ impl Check<'_> {
         let mut below = Vec::new();
         match self.chain.images(parent).pagemap(memory) {
             Ok(reader) => {
-                // Its pages up to an error, which is reported when that pagemap is checked.
+                // The pages before a defect; the defect is reported with that pagemap.
                 let none = PageRanges::new();
                 for entry in reader.map_while(|entry| entry.ok()) {
                     pieces(1, 0, &entry, &none, |piece| overlay::push(&mut below, piece));
@@ -288,7 +288,7 @@ impl Check<'_> {
         self.some(memory, &missing.collect::<Vec<_>>(), |piece| {
             let path = path.display();
             format!(
-                "{} said to be in the parent, but {path} has no entry for them",
+                "{} in the parent according to the pagemap, but {path} has no entry for them",
                 are(piece.pages())
             )
         });
@@ -305,13 +305,13 @@ impl Check<'_> {
         }
     }
 
-    /// Reports the pages of the snapshot that were freed.
+    /// Reports freed pages of the snapshot.
     fn gone(&mut self, gone: &[Gone]) {
-        // Of one memory, and as bad as one another.
+        // Of one memory and of the same severity.
         for same in gone.chunk_by(|a, b| (a.memory, a.needed) == (b.memory, b.needed)) {
             let (memory, needed) = (same[0].memory, same[0].needed);
-            // Freeing pages of an ancestor gives it up, so only a snapshot without children
-            // must be restorable.
+            // Freeing pages of an ancestor sacrifices it on purpose, so only a tip must be
+            // restorable.
             let severity = if self.is_tip { Severity::Error } else { Severity::Note };
             let rest = if needed { "" } else { ", only its descendants" };
             for gone in same.iter().take(TOLD) {
@@ -331,8 +331,8 @@ impl Check<'_> {
         }
     }
 
-    /// Checks that a pages file holds just the pages that its pagemap says; the pages
-    /// `gone` were freed.
+    /// Checks that a pages file holds exactly the pages of its pagemap; `gone` are its
+    /// freed pages.
     fn pages_file(
         &mut self,
         memory: MemoryId,
@@ -380,7 +380,7 @@ impl Check<'_> {
         }
         let holes: PageRanges =
             holes.iter().map(|hole| hole.start.div_ceil(PAGE_SIZE)..hole.end / PAGE_SIZE).collect();
-        // Pages that the journal names are reported for every snapshot that needs them.
+        // Pages in the journal are reported for every snapshot that needs them.
         let mut unnamed = holes;
         gone.iter().for_each(|range| unnamed.remove(range));
         if let Some(first) = unnamed.iter().next() {
@@ -395,7 +395,7 @@ impl Check<'_> {
     }
 }
 
-/// Begins a sentence about so many pages.
+/// Returns the subject and verb of a sentence about pages.
 fn are(pages: u64) -> String {
     if pages == 1 { "1 page is".to_owned() } else { format!("{pages} pages are") }
 }

@@ -1,4 +1,4 @@
-//! Content that is composed of stretches of files.
+//! Contents that are composed of parts of files.
 
 use std::{fmt, io::IoSliceMut, sync::Arc};
 
@@ -7,32 +7,32 @@ use super::{BackingFile, ChainError, Result};
 /// The most buffers that one `preadv(2)` takes (`UIO_MAXIOV`, `linux/uio.h`).
 const MAX_BUFFERS: usize = 1024;
 
-/// Bytes that are read in one go: at most a file for each page is open then.
+/// How many bytes are read at a time: at most one file for each page is open then.
 const WINDOW_BYTES: usize = 1 << 20;
 
-/// How many files are read side by side: a run is joined to a batch only among
-/// this many of the newest, so that looking for one stays cheap.
+/// How many files are read in parallel: a run is added to one of this many newest batches
+/// only, so that finding the batch stays cheap.
 const OPEN_BATCHES: usize = 16;
 
 /// Where a run's bytes come from.
 #[derive(Clone, Debug)]
 pub enum Source {
-    /// A file that is stored somewhere, from this offset on.
+    /// A stored file, from this offset on.
     File(Arc<BackingFile>, u64),
     /// Memory, from this offset on.
     Bytes(Arc<[u8]>, u64),
-    /// Nowhere: the bytes are zero and take no space.
+    /// No source: the bytes are zero and take no space.
     Zero,
-    /// Nowhere: reading them is this error.
+    /// No source: reading the bytes is this error.
     Lost(Arc<ChainError>),
 }
 
-/// A stretch of bytes from one source.
+/// Consecutive bytes from one source.
 #[derive(Clone, Debug)]
 pub struct Run {
-    /// Bytes in the run, at least 1.
+    /// The number of bytes, at least 1.
     pub len: u64,
-    /// Where they come from.
+    /// The source.
     pub source: Source,
 }
 
@@ -41,13 +41,13 @@ pub trait Content: fmt::Debug + Send + Sync {
     /// Returns the content's length in bytes.
     fn len(&self) -> u64;
 
-    /// Whether the content has no bytes at all.
+    /// Whether the content is empty.
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Returns where a read that begins at `offset` ends at the latest: at the content's
-    /// end, or before that if the bytes there cannot be read at all.
+    /// Returns the latest end of a read at `offset`: the end of the content, or an earlier
+    /// offset if the bytes from there on can never be read.
     fn read_end(&self, _offset: u64) -> u64 {
         self.len()
     }
@@ -55,31 +55,31 @@ pub trait Content: fmt::Debug + Send + Sync {
     /// Returns how many of the bytes are stored rather than holes.
     fn allocated(&self) -> u64;
 
-    /// Returns in how many stretches of stored files the content lies at most, if it has
-    /// nothing but these and holes, each at the beginning of a page here and there.
+    /// Returns the largest number of contiguous parts of stored files in the content, if it
+    /// consists only of such parts and holes, all page-aligned in the content and in the
+    /// files.
     fn stretches(&self) -> Option<usize> {
         None
     }
 
-    /// Appends the runs that make up the bytes `[offset, offset + len)` to
-    /// `runs`, in order and without gaps. The range lies within the content.
+    /// Appends the runs of the bytes `[offset, offset + len)` to `runs`, in order and
+    /// without gaps. The range is within the content.
     ///
     /// A run may be split at any page, so that `len` bounds the work.
     ///
     /// # Errors
-    /// Whatever keeps a source from being opened.
+    /// A source that cannot be opened.
     fn runs(&self, offset: u64, len: u64, runs: &mut Vec<Run>) -> Result<()>;
 }
 
-/// Reads bytes of `content` from `offset` on into `buffer` and returns how many:
-/// fewer than the buffer holds only where [`Content::read_end`] says so.
+/// Reads bytes of `content` from `offset` on into `buffer` and returns how many: fewer than
+/// fit into the buffer only if [`Content::read_end`] says so.
 ///
-/// Stretches that lie in a row in one file are read by one system call, however
-/// they are scattered over the buffer: alternating pages of two files cost two.
+/// Bytes that are contiguous in a file are read with one system call, even if they are
+/// scattered over the buffer: alternating pages of two files take two calls.
 ///
 /// # Errors
-/// What [`Content::runs`] returns, a run that is lost, and files that cannot be
-/// read or are too short.
+/// Errors of [`Content::runs`]; a lost run; a file that cannot be read or is too short.
 pub fn read_at(content: &dyn Content, offset: u64, buffer: &mut [u8]) -> Result<usize> {
     let rest = content.read_end(offset).saturating_sub(offset);
     let wanted = usize::try_from(rest).unwrap_or(usize::MAX).min(buffer.len());
@@ -97,7 +97,7 @@ pub fn read_at(content: &dyn Content, offset: u64, buffer: &mut [u8]) -> Result<
     Ok(wanted)
 }
 
-/// Bytes that lie in a row in one file, wherever they go.
+/// Bytes that are contiguous in a file, with their destinations.
 struct Batch<'a> {
     file: &'a Arc<BackingFile>,
     start: u64,
@@ -105,7 +105,7 @@ struct Batch<'a> {
     buffers: Vec<IoSliceMut<'a>>,
 }
 
-/// Fills `buffer` with the bytes of `runs`, which together are as long.
+/// Fills `buffer` with the bytes of `runs`, which have the same total length.
 pub(crate) fn read_runs(runs: &[Run], buffer: &mut [u8]) -> Result<()> {
     let mut batches: Vec<Batch> = Vec::new();
     let mut rest = buffer;

@@ -1,4 +1,4 @@
-//! Comparing the pages of two snapshots.
+//! Compares the pages of two snapshots.
 
 use std::{collections::BTreeSet, io::IoSliceMut, sync::Arc};
 
@@ -8,15 +8,15 @@ use crate::{
     units::{PAGE_SIZE, PageIndex, page_bytes},
 };
 
-/// Pages compared at a time: both sides stay in the processor's cache.
+/// How many pages are compared at a time: both sides fit into the processor's cache.
 const CHUNK_PAGES: u64 = 32;
 
-/// Pages in a row that differ.
+/// Consecutive pages that differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Difference {
-    /// The first.
+    /// The first page.
     pub first: PageIndex,
-    /// How many.
+    /// The number of pages.
     pub pages: u64,
 }
 
@@ -29,9 +29,9 @@ pub struct MemoryDiff {
     pub only_in_first: bool,
     /// Whether only the second has it.
     pub only_in_second: bool,
-    /// The pages that differ, in order; a page that one has not is zero.
+    /// The pages that differ, in order; a page that a snapshot does not have is zero.
     pub differences: Vec<Difference>,
-    /// Pages that both find in the same place, so that they are the same.
+    /// Pages that both snapshots find in the same place, so that they are equal.
     pub same_place: u64,
     /// Pages whose bytes had to be compared.
     pub compared: u64,
@@ -51,19 +51,19 @@ impl MemoryDiff {
     }
 }
 
-/// A memory as each of two snapshots has it, if it does.
+/// A memory in each of two snapshots, if the snapshot has it.
 type Pair = (Option<Arc<Index>>, Option<Arc<Index>>);
 
-/// Compares all memory of two snapshots, a memory at a time.
+/// Compares all memory of two snapshots, one memory at a time.
 ///
-/// Pages that resolve to the same place in the chain are not read. Memories are
-/// matched by pid and shmid.
+/// Pages that resolve to the same place in the chain are not read. Memories are matched by
+/// pid and shmid.
 ///
 /// # Errors
-/// What keeps an index from being built or a page from being read. A page that is in no
-/// image is [`ChainError::Absent`], unless it is so in both snapshots, and one that was
-/// freed [`ChainError::Punched`], unless both find it in that place; both are reported
-/// before any page is read.
+/// An index that cannot be built, or a page that cannot be read. A page that is in no image
+/// is [`ChainError::Absent`], unless that holds in both snapshots; a freed page is
+/// [`ChainError::Punched`], unless both find it in that place. Both are reported before any
+/// page is read.
 pub fn diff(chain: &Chain, first: SnapshotId, second: SnapshotId) -> Result<Vec<MemoryDiff>> {
     let (in_first, in_second) = (chain.memories(first)?, chain.memories(second)?);
     let all: BTreeSet<MemoryId> = in_first.iter().chain(&in_second).copied().collect();
@@ -85,8 +85,8 @@ pub fn diff(chain: &Chain, first: SnapshotId, second: SnapshotId) -> Result<Vec<
         .collect()
 }
 
-/// Walks through two memories side by side, where they have pages. `visit` is called with
-/// stretches of pages and where they are in each.
+/// Walks through two memories in parallel, where they have pages. Calls `visit` with runs
+/// of pages and their places in each memory.
 fn walk(
     first: Option<&Index>,
     second: Option<&Index>,
@@ -104,7 +104,7 @@ fn walk(
     Ok(())
 }
 
-/// Checks that all pages can be read that must be compared.
+/// Checks that all pages that must be compared are readable.
 fn require_comparable(
     chain: &Chain,
     memory: MemoryId,
@@ -153,14 +153,14 @@ fn diff_memory(
     Ok(diff)
 }
 
-/// Where a page is, independently of the snapshot that reads it.
+/// Where a page is, independent of the snapshot that reads it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Where {
     Zero,
     Absent,
-    /// In a file, from this page of the file on.
+    /// In a file, starting with this page of the file.
     Stored(FileId, u64),
-    /// There once, but freed since.
+    /// Freed.
     Punched(FileId, u64),
 }
 
@@ -175,7 +175,7 @@ impl Where {
     }
 }
 
-/// Goes through an index page by ascending page.
+/// Walks through an index by ascending page.
 struct Walk<'a> {
     index: Option<&'a Index>,
     position: usize,
@@ -186,7 +186,7 @@ impl<'a> Walk<'a> {
         Self { index, position: 0 }
     }
 
-    /// Returns where `page` is, and how many pages from there on are likewise.
+    /// Returns where `page` is, and how many pages from there on continue it.
     fn at(&mut self, page: PageIndex) -> (Where, u64) {
         let rest = PageIndex::END.0 - page.0;
         let Some(index) = self.index else { return (Where::Zero, rest) };

@@ -1,6 +1,6 @@
-//! Counting the pages of a chain that are stored more than once.
+//! Counts the pages of a chain that are stored more than once.
 //!
-//! Pages are compared by a hash, so the result is information for people. Code that acts on
+//! Pages are compared by hash, so the result is for information only. Code that acts on
 //! duplicates compares bytes.
 
 use std::{
@@ -18,27 +18,27 @@ use crate::{
     units::{PAGE_LEN, PAGE_SIZE, PageIndex, page_bytes},
 };
 
-/// Pages read at a time by a thread: 256 KiB.
+/// How many pages a thread reads at a time: 256 KiB.
 const CHUNK_PAGES: u64 = 64;
 
-/// Chunks whose hashes are held at a time before they are passed on: of 256 MiB.
+/// How many chunks have their hashes held before these are passed on: 256 MiB of pages.
 const BATCH_CHUNKS: usize = 1024;
 
-/// Bits of a page's key that are those of its hash; the others number its memory.
+/// The bits of a page's key that hold its hash; the others hold the number of its memory.
 pub(super) const HASH_SHIFT: u32 = 32;
 
-/// Pages of a snapshot's own pages files, and how many of them are not needed.
+/// Pages in a snapshot's own pages files, and how many of them are redundant.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DuplicateCounts {
-    /// Stored, holes of the files left out.
+    /// Stored pages, without holes.
     pub stored: u64,
-    /// All zero.
+    /// Pages of zeros.
     pub zero: u64,
-    /// Pages that the same memory of the snapshot stores again.
+    /// Pages that the same memory of the snapshot also stores elsewhere.
     pub within_memory: u64,
-    /// Other pages that another memory of the snapshot stores, too.
+    /// Other pages that another memory of the snapshot also stores.
     pub between_memories: u64,
-    /// Other pages that an older snapshot stores, too.
+    /// Other pages that an older snapshot also stores.
     pub between_snapshots: u64,
 }
 
@@ -53,7 +53,7 @@ impl AddAssign for DuplicateCounts {
 }
 
 impl DuplicateCounts {
-    /// Returns how many of the pages could be done without.
+    /// Returns how many of the pages are redundant.
     pub fn duplicates(&self) -> u64 {
         self.zero + self.within_memory + self.between_memories + self.between_snapshots
     }
@@ -66,7 +66,7 @@ pub(crate) struct StoredPage {
     pub(crate) memory: u32,
     /// Its file.
     pub(crate) file: FileId,
-    /// Pages of the file before it.
+    /// The position of the page in it.
     pub(crate) file_page: u64,
     /// The hash of its bytes.
     pub(crate) hash: u128,
@@ -79,35 +79,34 @@ struct Chunk {
     pages: Range<u64>,
 }
 
-/// The pages that a chain stores, to be hashed.
+/// The pages that a chain stores, for hashing.
 pub(crate) struct StoredPages {
     chunks: Vec<Chunk>,
-    /// Which snapshot has each memory, by its number.
+    /// The snapshot of each memory, by number.
     pub(crate) owners: Vec<SnapshotId>,
-    /// Which memory of it that is.
+    /// The memory itself, by number.
     memories: Vec<MemoryId>,
-    /// How many pages there are.
+    /// The number of pages.
     pub(crate) pages: u64,
 }
 
 impl StoredPages {
-    /// Finds all pages that are in the files of a chain's snapshots. Holes are left out,
-    /// and what was freed.
+    /// Finds all pages in the files of a chain's snapshots, without holes and freed pages.
     ///
     /// # Errors
-    /// Images that cannot be read.
+    /// Unreadable images.
     pub(crate) fn of(chain: &Chain) -> Result<Self> {
         Self::of_those(chain, &|_, _| true)
     }
 
-    /// As [`Self::of`], of the memories that `wanted` names.
+    /// Like [`Self::of`], for the memories that `wanted` accepts.
     pub(super) fn of_those(
         chain: &Chain,
         wanted: &dyn Fn(SnapshotId, MemoryId) -> bool,
     ) -> Result<Self> {
         let mut found =
             Self { chunks: Vec::new(), owners: Vec::new(), memories: Vec::new(), pages: 0 };
-        // A damaged directory may have a file claimed twice.
+        // In a damaged directory, two pagemaps may claim a file.
         let mut seen = BTreeSet::new();
         for id in chain.ids() {
             for memory in chain.memories(id)?.into_iter().filter(|memory| wanted(id, *memory)) {
@@ -120,7 +119,7 @@ impl StoredPages {
                 let mut pages = 0;
                 for entry in reader.by_ref() {
                     let entry = entry?;
-                    // Entries do not overlap, so that the sum stays below 2^52.
+                    // Entries do not overlap, so the sum stays below 2^52.
                     pages += if entry.presence == Presence::Present { entry.pages } else { 0 };
                 }
                 if pages > 0 && seen.insert((id, pages_id)) {
@@ -146,8 +145,8 @@ impl StoredPages {
         let len = file.stat()?.len;
         let holes = holes::in_file(&file, 0, len)?;
         for pages in own {
-            // Of what the pagemap claims and the file does not have, one page is enough
-            // for an error.
+            // If the file is shorter than the pagemap claims, one missing page is enough
+            // for the error.
             let there = len.div_ceil(PAGE_SIZE).max(pages.start);
             let end = pages.end.min(there + 1);
             let mut next = pages.start;
@@ -170,8 +169,8 @@ impl StoredPages {
         Ok(())
     }
 
-    /// Returns the pages in the order of [`Self::hash`]: of which memory, and where in its
-    /// file.
+    /// Returns the memory of each range of pages and its place in the file, in the order of
+    /// [`Self::hash`].
     pub(super) fn parts(&self) -> impl Iterator<Item = ((SnapshotId, MemoryId), Range<u64>)> + '_ {
         self.chunks.iter().map(|chunk| {
             let number = chunk.memory as usize;
@@ -179,11 +178,10 @@ impl StoredPages {
         })
     }
 
-    /// Reads and hashes all pages, on all processors, and hands each to `sink`, in
-    /// order.
+    /// Reads and hashes all pages on all processors, and passes each to `sink`, in order.
     ///
     /// # Errors
-    /// Files that cannot be read or end too early.
+    /// Files that cannot be read, or end too early.
     pub(crate) fn hash(&self, chain: &Chain, sink: &mut dyn FnMut(StoredPage)) -> Result<()> {
         for batch in self.chunks.chunks(BATCH_CHUNKS) {
             let hashes = parallel::map_until(
@@ -216,16 +214,15 @@ pub(crate) fn zero_hash() -> u128 {
     xxh3_128(&[0; PAGE_LEN])
 }
 
-/// Counts pages that are stored more than once, for each snapshot of a chain. The
-/// oldest copy counts as needed. `progress` is told how many bytes are done, and of how
-/// many.
+/// Counts the pages that are stored more than once, for each snapshot of a chain. The
+/// oldest copy counts as needed. `progress` gets the number of bytes done and in total.
 ///
-/// This takes 16 bytes of memory for each page that is stored: 4 MiB for 1 GiB. Of them
-/// 12 are hash, so that two different pages in a TiB are taken for the same with a
-/// chance of less than 1 in 10^12.
+/// This takes 16 bytes of memory for each stored page: 4 MiB for 1 GiB. 12 of these bytes
+/// are the hash, so the chance that two different pages among a TiB are taken for equal is
+/// below 1 in 10^12.
 ///
 /// # Errors
-/// Images and files that cannot be read.
+/// Unreadable images and files.
 pub fn duplicates(
     chain: &Chain,
     progress: &mut dyn FnMut(u64, u64),
@@ -247,7 +244,7 @@ pub fn duplicates(
         let owner = stored.owners[memory_of(key)];
         let counts = &mut counts[owner.position()];
         counts.stored += 1;
-        // Memories of one snapshot follow one another.
+        // The memories of one snapshot are consecutive.
         let equal = last.replace(key).filter(|last| last >> HASH_SHIFT == key >> HASH_SHIFT);
         if key >> HASH_SHIFT == zero {
             counts.zero += 1;
@@ -265,7 +262,7 @@ pub fn duplicates(
     Ok(counts)
 }
 
-/// Returns what pages are sorted by: their hash, then the number of their memory.
+/// Returns the sort key of a page: its hash, then the number of its memory.
 fn key(hash: u128, memory: u32) -> u128 {
     hash >> HASH_SHIFT << HASH_SHIFT | u128::from(memory)
 }
@@ -296,8 +293,8 @@ mod tests {
             let bytes: Vec<u8> = pages.iter().flat_map(|value| [*value; PAGE_LEN]).collect();
             fs::write(disk.dir(layer).join(Kind::Pages.file_name(pages_id)), bytes).unwrap();
         };
-        // Private memory comes first. 1 is there twice in one memory and once in the
-        // other; 0 is zero.
+        // Private memory comes first. Page 1 is there twice in one memory and once in the
+        // other; page 0 is zero.
         write(1, 8, &[1, 2, 0]);
         write(1, 7, &[1, 1, 3, 4, 0, 5]);
         write(2, 7, &[1, 3, 6, 6]);
@@ -307,12 +304,12 @@ mod tests {
         };
         assert_eq!(counts, [expected(9, 2, 1, 1, 0), expected(4, 0, 1, 0, 2)]);
         assert_eq!(MEMORY, MemoryId::Shared(1024));
-        // Holes take no room.
+        // Holes are not counted.
         let sparse = fs::File::create(disk.dir(2).join("pages-7.img")).unwrap();
         sparse.set_len(4 * PAGE_SIZE).unwrap();
         let counts = duplicates(&disk.open(), &mut |_, _| {}).unwrap();
         assert_eq!(counts[1], DuplicateCounts::default());
-        // What is not there is an error.
+        // Missing pages are an error.
         sparse.set_len(PAGE_SIZE).unwrap();
         duplicates(&disk.open(), &mut |_, _| {}).unwrap_err();
     }

@@ -1,4 +1,4 @@
-//! What can be wrong with a chain.
+//! Errors of chains.
 
 use std::{io, path::PathBuf, sync::Arc};
 
@@ -8,10 +8,10 @@ use crate::{
     units::PageIndex,
 };
 
-/// The result of asking a chain.
+/// The result of a request to a chain.
 pub type Result<T, E = ChainError> = std::result::Result<T, E>;
 
-/// Why a chain has no answer.
+/// Why a chain cannot answer.
 #[derive(Debug, thiserror::Error)]
 pub enum ChainError {
     /// A directory could not be read.
@@ -30,53 +30,53 @@ pub enum ChainError {
         /// Why.
         source: io::Error,
     },
-    /// Images are to be changed that are not in a directory.
+    /// The images cannot be changed, because they are not in a directory.
     #[error("the images in {path} can only be read\nhelp: unpack them into a directory", path = .path.display())]
     ReadOnly {
-        /// What the store is called.
+        /// The name of the store.
         path: PathBuf,
     },
-    /// There is no image directory where one should be.
+    /// The path leads to no images.
     #[error(
         "no image directory at {path}: expected inventory.img in it or in one of its directories",
         path = .path.display()
     )]
     NoImages {
-        /// Where it should be.
+        /// The path.
         path: PathBuf,
     },
-    /// No snapshot has the name asked for.
-    #[error("no snapshot is called {name:?}, there are: {known}")]
+    /// No snapshot has this name.
+    #[error("no snapshot is called {name:?}\nhelp: choose one of {known}")]
     NoSuchSnapshot {
         /// The name.
         name: String,
-        /// Those that there are.
+        /// The names of all snapshots.
         known: String,
     },
-    /// More than one snapshot has no children.
+    /// More than one snapshot has no children, and none was chosen.
     #[error("the chain has several tips: {tips}\nhelp: choose one with --snapshot")]
     SeveralTips {
         /// Their names.
         tips: String,
     },
-    /// The parent links lead in circles everywhere.
+    /// Every snapshot is the parent of another.
     #[error("the chain has no tip: every directory is the parent of another")]
     NoTip,
-    /// A directory's link to its parent leads nowhere good.
+    /// The parent link of a directory is broken.
     #[error(transparent)]
     Link(#[from] LinkError),
-    /// A snapshot is of a version of the format that is not known.
+    /// A snapshot has an unknown format version.
     #[error("{dir}: {problem}", dir = .dir.display())]
     Version {
         /// The image directory.
         dir: PathBuf,
-        /// Which version was found, and which are known.
+        /// The version found, and the known ones.
         problem: String,
     },
     /// An image could not be read.
     #[error(transparent)]
     Image(#[from] ImageError),
-    /// A snapshot does not have the memory asked for.
+    /// A snapshot does not have this memory.
     #[error("{dir} has no pagemap of {memory}", dir = .dir.display())]
     NoMemory {
         /// The image directory.
@@ -84,29 +84,29 @@ pub enum ChainError {
         /// The memory.
         memory: MemoryId,
     },
-    /// A snapshot has more ancestors than can be dealt with.
+    /// A snapshot has too many ancestors.
     #[error("{dir} is the end of a chain of more than {limit} directories", dir = .dir.display())]
     TooDeep {
-        /// The directory where it was too much.
+        /// The directory at which the limit was exceeded.
         dir: PathBuf,
-        /// The most that is accepted.
+        /// The limit.
         limit: usize,
     },
-    /// A pagemap sends to the parent for pages that the parent does not have.
+    /// A pagemap refers to pages of the parent that the parent does not have.
     #[error(
-        "{dir}: {pages} pages of {memory} at {first} are said to be in the parent, but {reason}",
+        "{dir}: {pages} pages of {memory} at {first} are in the parent according to the pagemap, but {reason}",
         dir = .dir.display()
     )]
     Unanswered {
-        /// The directory whose pagemap sends to its parent.
+        /// The directory with that pagemap.
         dir: PathBuf,
         /// The memory.
         memory: MemoryId,
-        /// The first page that is missed.
+        /// The first missing page.
         first: PageIndex,
-        /// How many are missed in a row.
+        /// The number of missing pages.
         pages: u64,
-        /// What was found there.
+        /// What the parent has instead.
         reason: String,
     },
     /// Two pagemaps of a directory claim the same pages file.
@@ -121,7 +121,7 @@ pub enum ChainError {
         /// Another.
         second: MemoryId,
     },
-    /// The bytes of these pages are in no image.
+    /// No image has the page.
     #[error("{memory} at {first}: its pagemap says that no image holds the page", memory = .memory)]
     Absent {
         /// The memory.
@@ -129,7 +129,7 @@ pub enum ChainError {
         /// The page.
         first: PageIndex,
     },
-    /// The bytes of these pages were freed.
+    /// The pages were freed.
     #[error(
         "{path}: pages of {memory} from {first} on were freed ({pages} in a row), after a restore or \
          as superseded; no image holds them any more",
@@ -142,10 +142,10 @@ pub enum ChainError {
         memory: MemoryId,
         /// The first page.
         first: PageIndex,
-        /// How many there are in a row.
+        /// The number of pages.
         pages: u64,
     },
-    /// A file system cannot free parts of files.
+    /// The file system cannot punch holes.
     #[error(
         "the file system of {path} cannot free parts of a file (no hole punching)\nhelp: copy the \
          images to one that can, such as tmpfs, ext4, xfs or btrfs, or use rcriu dedup --rewrite",
@@ -155,7 +155,7 @@ pub enum ChainError {
         /// A pages file.
         path: PathBuf,
     },
-    /// Pages of one user would be freed for what another one has made.
+    /// Pages of one user would be freed for a snapshot of another.
     #[error(
         "nothing is freed in {dir}, which belongs to user {owner}: its descendant {child} belongs to \
          user {child_owner}\nhelp: if that is intended, give both to one user (chown -R)",
@@ -163,13 +163,13 @@ pub enum ChainError {
         child = .child.display()
     )]
     ForeignChild {
-        /// The image directory that pages would be freed in.
+        /// The image directory with these pages.
         dir: PathBuf,
         /// The owner of its inventory.
         owner: u32,
-        /// A directory that has it among its ancestors.
+        /// The directory of a descendant.
         child: PathBuf,
-        /// The owner of that one's inventory.
+        /// The owner of the descendant's inventory.
         child_owner: u32,
     },
     /// Pages could not be freed.
@@ -185,10 +185,10 @@ pub enum ChainError {
     /// A test asked for it.
     #[error(transparent)]
     Fault(#[from] Injected),
-    /// Reading failed for a reason that was known before.
+    /// An earlier failure of the same read.
     #[error(transparent)]
     Lost(Arc<ChainError>),
-    /// A file that bytes are read from could not be opened.
+    /// A file that holds bytes could not be opened.
     #[error("open {path}", path = .path.display())]
     Open {
         /// The file.
@@ -196,19 +196,19 @@ pub enum ChainError {
         /// Why.
         source: io::Error,
     },
-    /// A file that bytes are read from could not be read.
+    /// A file that holds bytes could not be read.
     #[error("read {length:#x} bytes of {path} at offset {offset:#x}", path = .path.display())]
     Read {
         /// The file.
         path: PathBuf,
-        /// Where reading began.
+        /// The offset of the read.
         offset: u64,
         /// How many bytes were wanted.
         length: u64,
         /// Why.
         source: io::Error,
     },
-    /// A file ends before bytes that it should hold.
+    /// A file is shorter than expected.
     #[error(
         "{path} is cut short: {wanted:#x} bytes expected at offset {offset:#x}, it ends at {end:#x}",
         path = .path.display()
@@ -216,14 +216,14 @@ pub enum ChainError {
     Truncated {
         /// The file.
         path: PathBuf,
-        /// Where reading began.
+        /// The offset of the read.
         offset: u64,
         /// How many bytes were wanted.
         wanted: u64,
-        /// Where the file ended.
+        /// The length of the file.
         end: u64,
     },
-    /// Another file has taken the place of one that was in use.
+    /// Another file has replaced one that was in use.
     #[error("{path} was replaced while it was in use", path = .path.display())]
     Replaced {
         /// The file.
@@ -231,10 +231,10 @@ pub enum ChainError {
     },
 }
 
-/// What is wrong with a directory's link to its parent.
+/// What is wrong with the parent link of a directory.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LinkError {
-    /// Another dump has taken the parent's place.
+    /// Another dump has replaced the parent.
     #[error(
         "{parent} is not the snapshot that {dir} was dumped on: found the dump {found}, expected \
          {expected}\nhelp: put that one back, or dump without this parent",
@@ -245,25 +245,25 @@ pub enum LinkError {
         dir: PathBuf,
         /// Its parent.
         parent: PathBuf,
-        /// What is there: the id of a dump.
+        /// The id of the dump that is there now.
         found: String,
         /// The id that the child recorded.
         expected: String,
     },
-    /// The link leads to nothing.
+    /// The link leads to no snapshot.
     #[error("{dir}/parent leads to {target}: {problem}", dir = .dir.display(), target = .target.display())]
     Dangling {
         /// The image directory.
         dir: PathBuf,
-        /// Where the link leads.
+        /// The target of the link.
         target: PathBuf,
-        /// What is there.
+        /// What is wrong with the target.
         problem: String,
     },
-    /// The link is part of a circle.
-    #[error("the parent links lead in a circle: {circle}")]
+    /// The link is part of a cycle.
+    #[error("the parent links form a cycle: {circle}")]
     Circle {
-        /// The directories on it.
+        /// The directories of the cycle.
         circle: String,
     },
 }

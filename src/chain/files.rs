@@ -1,5 +1,5 @@
-//! The files that hold the bytes: opened when first needed, closed again when
-//! many others were needed since.
+//! The files that hold the bytes. A file is opened when first needed, and closed after many
+//! others have been used since.
 
 use std::{
     collections::HashMap,
@@ -21,11 +21,11 @@ use crate::image::{
     store::{Stat, StoredFile},
 };
 
-/// A file that was entered into [`Files`].
+/// A file in [`Files`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FileId(u32);
 
-/// An open file that bytes are read from.
+/// An open file that holds bytes.
 #[derive(Debug)]
 pub struct BackingFile {
     file: Box<dyn StoredFile>,
@@ -34,27 +34,26 @@ pub struct BackingFile {
 }
 
 impl BackingFile {
-    /// Returns the file of this machine that the bytes are in, for what only those can;
-    /// `None` if they are in a store that has none.
+    /// Returns the underlying file; `None` if the store of the bytes is not based on files.
     pub fn file(&self) -> Option<&File> {
         self.file.file()
     }
 
-    /// Returns the bytes as they are stored.
+    /// Returns the stored file.
     pub(super) fn stored(&self) -> &dyn StoredFile {
         &*self.file
     }
 
-    /// Returns what messages call the file: its path when it was opened.
+    /// Returns the path of the file in messages, as it was when the file was opened.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Returns the file's bytes in memory, for system calls to copy from: as many
-    /// as there were when this was first called. `None` if it cannot be mapped.
+    /// Returns a mapping of the file as a source for system calls, with the length that the
+    /// file had at the first call; `None` if it cannot be mapped.
     ///
-    /// It must not be read in any other way: where a file has become shorter there are no
-    /// bytes, and a reader is killed by SIGBUS.
+    /// The caller must not read the mapping itself: if the file has shrunk, the access
+    /// raises SIGBUS.
     pub fn mapping(&self) -> Option<&MmapRaw> {
         let map = || {
             let (file, start) = self.file.within()?;
@@ -64,7 +63,7 @@ impl BackingFile {
         self.mapping.get_or_init(map).as_ref()
     }
 
-    /// Returns the file's attributes now.
+    /// Returns the current attributes of the file.
     ///
     /// # Errors
     /// [`ChainError::Open`].
@@ -72,10 +71,10 @@ impl BackingFile {
         self.file.stat().map_err(|source| ChainError::Open { path: self.path.clone(), source })
     }
 
-    /// Fills `buffers` one after the other from the bytes at `offset`.
+    /// Fills `buffers` in order from the bytes at `offset`.
     ///
     /// # Errors
-    /// [`ChainError::Read`]; [`ChainError::Truncated`] if the file ends before.
+    /// [`ChainError::Read`]; [`ChainError::Truncated`] if the file ends too early.
     pub fn read_exact_at(&self, mut buffers: &mut [IoSliceMut], mut offset: u64) -> Result<()> {
         let length = |buffers: &[IoSliceMut]| buffers.iter().map(|b| b.len() as u64).sum();
         while !buffers.is_empty() {
@@ -108,12 +107,12 @@ impl BackingFile {
 }
 
 impl BackingFile {
-    /// Lets the kernel copy `len` bytes from `start` on to `offset` in `target`, which
-    /// may share blocks instead, and returns how many bytes it did: not all where it
-    /// cannot, or where this file ends before.
+    /// Lets the kernel copy `len` bytes from `start` on to `offset` in `target`, or share
+    /// their blocks. Returns how many bytes it did: fewer if the kernel cannot do it, or if
+    /// this file ends too early.
     ///
     /// # Errors
-    /// What writing to `target` returns.
+    /// Errors of writing to `target`.
     pub fn copy_in_kernel(
         &self,
         start: u64,
@@ -125,7 +124,7 @@ impl BackingFile {
             i64::try_from(offset).map_err(|_| io::Error::from(io::ErrorKind::FileTooLarge))
         };
         let Some((file, begin)) = self.file.within() else { return Ok(0) };
-        // What lies behind the bytes of a part of a file is something else's.
+        // In an archive, bytes after the end belong to another file.
         let len = len.min(self.file.stat()?.len.saturating_sub(start));
         let (mut from_at, mut to_at) = (position(begin + start)?, position(offset)?);
         let mut copied = 0;
@@ -143,13 +142,13 @@ impl BackingFile {
     }
 }
 
-/// Which file it was when it was first opened: [`Stat::identity`].
+/// The identity of a file when it was first opened: [`Stat::identity`].
 type Identity = (u64, u64);
 
 /// Where a file is.
 #[derive(Clone, Debug)]
 enum Place {
-    /// At its path on this machine.
+    /// In the file system, at its path.
     Here,
     /// In a store, under this name.
     In(Store, Arc<str>),
@@ -165,22 +164,22 @@ struct Entry {
 #[derive(Debug)]
 struct Inner {
     entries: Vec<Entry>,
-    /// By paths as strings, which are hashed in a fraction of the time.
+    /// By path, as strings: those hash several times faster.
     by_path: HashMap<Arc<OsStr>, FileId>,
     open: LruCache<FileId, Arc<BackingFile>>,
 }
 
-/// Files by number, of which a bounded number is open at a time.
+/// Files by number, of which a limited number is open at a time.
 ///
-/// A file is open as long as it is in use or was used recently, so that a chain
-/// of any depth takes at most `capacity` descriptors between two requests.
+/// A file stays open while it is in use or was used recently, so a chain of any depth holds
+/// at most `capacity` descriptors between two requests.
 #[derive(Debug)]
 pub struct Files {
     inner: Mutex<Inner>,
 }
 
 impl Files {
-    /// Makes an empty set of files that keeps up to `capacity` of them open.
+    /// Returns an empty set that keeps up to `capacity` files open.
     pub fn new(capacity: NonZeroUsize) -> Self {
         Self {
             inner: Mutex::new(Inner {
@@ -191,14 +190,14 @@ impl Files {
         }
     }
 
-    /// Enters a file of a store, which need not exist yet, and returns its number; the same
-    /// for the same file.
+    /// Adds a file of a store, which need not exist yet, and returns its number; always the
+    /// same number for the same file.
     pub fn enter(&self, store: &Store, name: &str) -> FileId {
         let place = || Place::In(Arc::clone(store), name.into());
         self.enter_at(&store.path_of(name), place)
     }
 
-    /// Enters a file of this machine that is in no store, such as a mapped one.
+    /// Adds a file that is in no store, such as a mapped file.
     pub fn enter_path(&self, path: &Path) -> FileId {
         self.enter_at(path, || Place::Here)
     }
@@ -215,11 +214,11 @@ impl Files {
         id
     }
 
-    /// Returns the open file, opening it if need be.
+    /// Returns the open file, opening it if necessary.
     ///
     /// # Errors
-    /// [`ChainError::Open`]; [`ChainError::Replaced`] if the path has come to
-    /// lead to another file since it was first opened.
+    /// [`ChainError::Open`]; [`ChainError::Replaced`] if the path now leads to another file
+    /// than when it was first opened.
     pub fn get(&self, id: FileId) -> Result<Arc<BackingFile>> {
         let (path, place) = {
             let mut inner = self.lock();
@@ -229,7 +228,7 @@ impl Files {
             let entry = &inner.entries[id.0 as usize];
             (PathBuf::from(&entry.path), entry.place.clone())
         };
-        // Opening may wait for a disk or a network; other threads must not wait with us.
+        // Opening may wait for a disk or a network; other threads must not wait as well.
         let open = || {
             let file: Box<dyn StoredFile> = match &place {
                 Place::Here => Box::new(regular::open(&path)?.0),
@@ -252,13 +251,13 @@ impl Files {
         Ok(file)
     }
 
-    /// Returns how many files are open, not counting those that only users hold.
+    /// Returns how many files the set keeps open.
     pub fn open_count(&self) -> usize {
         self.lock().open.len()
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
-        // Nothing panics while it holds the lock in a state worth distrusting.
+        // No code panics while it holds the lock with inconsistent data.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,11 +1,12 @@
-//! Freeing pages in the files that hold them, so that no reader gets zeros for them.
+//! Frees pages in the files that hold them, in such a way that no reader gets zeros for
+//! them.
 //!
-//! The order is always the same, and all of it is here: the pages are gone for readers of
-//! this program ([`Chain`] knows them), the journals name them, the journals are on disk,
-//! and only then are they freed. A crash in between leaves pages that are gone though their
-//! bytes are there, so pages may only be noted when another lasting place has them, or when
-//! they are no longer needed. The next program that opens the file for freeing finishes
-//! what was left.
+//! The order is always the same, and all of it is here. First the pages are gone for
+//! readers in this program ([`Chain`] knows them), then the journals name them, then the
+//! journals are synced, and only then the pages are freed. A crash in between leaves pages
+//! that are gone although their bytes exist. So pages may be recorded only if another
+//! lasting place has them, or if they are no longer needed. The next program that opens the
+//! file for freeing finishes the work.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -28,24 +29,23 @@ use crate::{
     units::{PAGE_SIZE, PageRanges, page_bytes},
 };
 
-/// The pages that were freed since a chain was opened, which indexes that were
-/// built before do not know.
+/// The pages that were freed after a chain was opened. Indexes that were built earlier do
+/// not know them.
 #[derive(Debug, Default)]
 pub(super) struct Freed {
     any: AtomicBool,
     files: RwLock<HashMap<FileId, PageRanges>>,
-    /// Held for reading while files are read of which pages may be freed.
+    /// Read-locked while a reader uses files whose pages may be freed.
     reading: RwLock<()>,
 }
 
 impl Freed {
-    /// Whether there are none.
+    /// Whether no page was freed.
     pub(super) fn is_empty(&self) -> bool {
         !self.any.load(Ordering::Acquire)
     }
 
-    /// Splits pages of a file into those that are there and those that are gone,
-    /// which is the second value.
+    /// Splits pages of a file into ranges; the second value says whether a range is gone.
     pub(super) fn split(&self, file: FileId, pages: Range<u64>) -> Vec<(Range<u64>, bool)> {
         let files = self.files.read().unwrap_or_else(PoisonError::into_inner);
         match files.get(&file) {
@@ -59,7 +59,7 @@ impl Freed {
         self.reading.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Marks pages as gone. When this returns, all reads that began before have ended.
+    /// Marks pages as gone. When it returns, all reads that began before have ended.
     fn add(&self, file: FileId, pages: &PageRanges) {
         let mut files = self.files.write().unwrap_or_else(PoisonError::into_inner);
         files.entry(file).or_default().extend(pages);
@@ -69,26 +69,26 @@ impl Freed {
     }
 }
 
-/// A pages file whose pages are freed.
+/// A pages file in which pages are freed.
 #[derive(Debug)]
 struct Target {
     path: PathBuf,
     id: FileId,
     pages: u64,
     journal: JournalWriter,
-    /// Not named by the journal on disk yet.
+    /// Pages that the journal on disk does not name yet.
     noted: PageRanges,
-    /// To be freed.
+    /// Pages that are to be freed.
     ready: PageRanges,
-    /// Freed by us.
+    /// Pages that this program has freed.
     done: PageRanges,
 }
 
-/// Frees pages of a chain's files.
+/// Frees pages in the files of a chain.
 ///
-/// [`Self::prepare`] for every file that may have some, then [`Self::note`] pages,
-/// [`Self::sync`] and [`Self::free`], as often as need be. The caller holds the locks of
-/// the directories.
+/// Call [`Self::prepare`] for every file that may be affected; then [`Self::note`],
+/// [`Self::sync`] and [`Self::free`] as often as needed. The caller holds the locks of the
+/// directories.
 #[derive(Debug)]
 pub struct Freeing {
     chain: Arc<Chain>,
@@ -99,19 +99,18 @@ pub struct Freeing {
 }
 
 impl Freeing {
-    /// Begins to free pages of `chain` by way of `disk`.
+    /// Starts to free pages of `chain` through `disk`.
     pub fn new(chain: Arc<Chain>, disk: Arc<dyn Disk>) -> Self {
         let foreign = ForeignChildren::of(&chain);
         Self { chain, disk, targets: BTreeMap::new(), foreign }
     }
 
-    /// Opens the pages file of a layer of `memory`, and its journal. Nothing is
-    /// changed. What an earlier run has named and may not have freed is taken up.
+    /// Opens the pages file of a layer of `memory` and its journal; changes nothing. Takes
+    /// up pages that an earlier run has named but may not have freed.
     ///
-    /// # Errors
-    /// [`ChainError::NoPunching`] if the file system cannot free parts of a file,
-    /// [`ChainError::Free`] if the file cannot be written, [`ChainError::Image`] for
-    /// a journal that cannot be trusted.
+    /// [`ChainError::NoPunching`] if the file system cannot punch holes,
+    /// [`ChainError::Free`] if the file is not writable, [`ChainError::Image`] for a
+    /// journal that cannot be trusted.
     pub fn prepare(&mut self, memory: MemoryId, layer: &Layer) -> Result<()> {
         let key = (layer.snapshot, layer.pages_id);
         if self.targets.contains_key(&key) {
@@ -126,7 +125,7 @@ impl Freeing {
         };
         let file = self.disk.open(&path).map_err(failed("open for writing"))?;
         let len = file.file().metadata().map_err(failed("look at"))?.len();
-        // There is nothing behind the end, so nothing is changed.
+        // Nothing is stored behind the end, so this changes nothing.
         let end = len.next_multiple_of(PAGE_SIZE);
         self.disk.punch(&file, end..end + PAGE_SIZE).map_err(|source| {
             match source.raw_os_error() {
@@ -151,7 +150,7 @@ impl Freeing {
         Ok(())
     }
 
-    /// Prepares all files that `index` finds pages in.
+    /// Prepares all files in which `index` finds pages.
     ///
     /// # Errors
     /// As [`Self::prepare`].
@@ -166,14 +165,14 @@ impl Freeing {
         used.map(|(layer, _)| layer).try_for_each(|layer| self.prepare(index.memory(), layer))
     }
 
-    /// Notes pages of a file to be freed: `pages` are those of the *file*. Those
-    /// behind its end, and those that were freed by this, are left out.
+    /// Records pages of a file for freeing; `pages` counts in the *file*. Ignores pages
+    /// behind its end, and pages that were freed already.
     ///
     /// Only pages that another lasting place has, or that are no longer needed, may be
-    /// noted.
+    /// recorded.
     ///
     /// # Errors
-    /// As [`Self::prepare`], if that was not called for the layer before.
+    /// As [`Self::prepare`], unless it was called for the layer before.
     pub fn note(&mut self, memory: MemoryId, layer: &Layer, pages: Range<u64>) -> Result<()> {
         self.prepare(memory, layer)?;
         let target = self.targets.get_mut(&(layer.snapshot, layer.pages_id));
@@ -186,20 +185,19 @@ impl Freeing {
         Ok(())
     }
 
-    /// Returns how many pages are noted and not freed yet.
+    /// Returns how many pages are recorded but not freed yet.
     pub fn noted_pages(&self) -> u64 {
         self.targets.values().map(|target| target.noted.pages() + target.ready.pages()).sum()
     }
 
-    /// Makes the pages that were noted be gone, for good.
+    /// Makes the recorded pages permanently gone.
     ///
     /// # Errors
-    /// [`ChainError::Image`] for a journal that cannot be written; nothing is freed
-    /// then.
+    /// [`ChainError::Image`] for a journal that cannot be written; then nothing is freed.
     pub fn sync(&mut self) -> Result<()> {
         fault::hit(Point::FreeNoted)?;
         let disk = &*self.disk;
-        // One after the other, so that few files are open however deep the chain is.
+        // One at a time, so that few files are open however deep the chain is.
         for target in self.targets.values_mut().filter(|target| !target.noted.is_empty()) {
             self.chain.freed().add(target.id, &target.noted);
             target.journal.append(disk, &target.noted)?;
@@ -211,11 +209,10 @@ impl Freeing {
         Ok(fault::hit(Point::FreeJournalled)?)
     }
 
-    /// Frees what is gone since [`Self::sync`], and returns how many pages that are.
+    /// Frees the pages that are gone since [`Self::sync`], and returns how many that are.
     ///
     /// # Errors
-    /// [`ChainError::Free`]; the pages are gone nevertheless, and only their room is
-    /// still taken.
+    /// [`ChainError::Free`]; the pages are gone nevertheless, but still occupy space.
     pub fn free(&mut self) -> Result<u64> {
         let mut freed = 0;
         for target in self.targets.values_mut().filter(|target| !target.ready.is_empty()) {
@@ -240,13 +237,12 @@ impl Freeing {
     }
 }
 
-/// Returns the snapshots, besides `id`, that find pages in the same places as `id`
-/// does, in the chain's order: those that cannot be restored any more when the pages
-/// of `id` are freed.
+/// Returns the other snapshots that find pages in the same places as `id`, in the order of
+/// the chain: those that can no longer be restored once the pages of `id` are freed.
 ///
 /// # Errors
-/// What keeps an index of `id` from being built. A snapshot that is broken cannot be
-/// restored as it is, and does not count.
+/// An index of `id` that cannot be built. A broken snapshot cannot be restored anyway, and
+/// does not count.
 pub fn sharing(chain: &Chain, id: SnapshotId) -> Result<Vec<SnapshotId>> {
     let mut places: HashMap<FileId, PageRanges> = HashMap::new();
     let mut holders = BTreeSet::new();
@@ -258,8 +254,8 @@ pub fn sharing(chain: &Chain, id: SnapshotId) -> Result<Vec<SnapshotId>> {
         }
     }
     let mut sharing: BTreeSet<SnapshotId> = BTreeSet::new();
-    // On the way from `id` to the snapshot that holds a page, everybody finds it
-    // there, and needs no index to be known.
+    // Every snapshot on the path from `id` to the one that holds a page finds the page
+    // there; that is known without an index.
     let mut path = vec![id];
     while let Ok(Some(parent)) = chain.snapshot(path[path.len() - 1]).parent {
         path.push(parent);
@@ -269,7 +265,7 @@ pub fn sharing(chain: &Chain, id: SnapshotId) -> Result<Vec<SnapshotId>> {
     }
     let base = chain.base(id);
     for other in chain.ids() {
-        // What has grown out of another base shares nothing.
+        // Snapshots that descend from another base share nothing.
         if path.contains(&other) || chain.base(other) != base {
             continue;
         }
@@ -281,9 +277,9 @@ pub fn sharing(chain: &Chain, id: SnapshotId) -> Result<Vec<SnapshotId>> {
     Ok(sharing.into_iter().collect())
 }
 
-/// Opens the chain that ends with the image directory `dir`, and what is related to it
-/// among the directories beside that one: those that have grown out of the same base.
-/// Returns it with the snapshot.
+/// Opens the chain that ends with the image directory `dir`, together with its relatives
+/// beside that directory: snapshots that descend from the same base. Returns the chain and
+/// the snapshot.
 ///
 /// # Errors
 /// As [`Chain::open`].
@@ -299,7 +295,8 @@ pub fn with_relatives(dir: &Path) -> Result<(Chain, SnapshotId)> {
     Ok((chain, id))
 }
 
-/// Returns the warnings before pages of a snapshot are freed, if others lose them, too.
+/// Returns the warning that other snapshots lose pages if those of `id` are freed; `None`
+/// if there are none.
 ///
 /// # Errors
 /// As [`sharing`].
@@ -338,7 +335,7 @@ pub fn stored(index: &Index) -> impl Iterator<Item = (&Layer, Range<u64>)> {
     })
 }
 
-/// Returns the error of a page that was freed.
+/// Returns the error for a freed page.
 pub(super) fn punched(
     chain: &Chain,
     memory: MemoryId,

@@ -1,4 +1,4 @@
-//! A quick look at a chain, without an index.
+//! A quick check of a chain, without an index.
 
 use super::{Chain, SnapshotId, overlay::LAYER_LIMIT};
 use crate::{
@@ -7,8 +7,8 @@ use crate::{
     units::page_bytes,
 };
 
-/// Says what is wrong with a snapshot and the links to its ancestors, as far as that can
-/// be seen without reading more than its own images and the inventories of the others.
+/// Returns the visible defects of a snapshot and of the links to its ancestors. Reads only
+/// its own images and the inventories of the others.
 pub fn glance(chain: &Chain, id: SnapshotId) -> Vec<String> {
     let mut problems = Vec::new();
     let mut path = vec![id];
@@ -33,7 +33,7 @@ pub fn glance(chain: &Chain, id: SnapshotId) -> Vec<String> {
     problems
 }
 
-/// Says what is missing of the pages file that a pagemap claims.
+/// Returns what the pages file of a pagemap lacks.
 fn short_pages(images: &dyn ImageStore, memory: MemoryId) -> Option<String> {
     let mut reader = match images.pagemap(memory) {
         Ok(reader) => reader,

@@ -1,4 +1,4 @@
-//! Which pages that were freed the snapshots of a chain still ask for.
+//! Finds the freed pages that snapshots of a chain still refer to.
 
 use std::collections::HashMap;
 
@@ -12,34 +12,33 @@ use crate::{
     units::{PageIndex, PageRanges},
 };
 
-/// Pages of one memory of a snapshot that were freed.
+/// Freed pages of one memory of a snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Gone {
     pub(super) memory: MemoryId,
     pub(super) first: PageIndex,
     pub(super) pages: u64,
-    /// Whose pages file held them.
+    /// The snapshot whose pages file held them.
     pub(super) holder: SnapshotId,
-    /// Whether a snapshot without children reads them, too: then no newer page has replaced
-    /// them.
+    /// Whether a tip reads them, too: then no newer page has replaced them.
     pub(super) needed: bool,
 }
 
-/// What a snapshot's memories are, resolved across its ancestors, with the position
-/// of a snapshot in the chain as the number of a layer.
+/// The memories of a snapshot, resolved across its ancestors. The number of a layer is the
+/// position of a snapshot in the chain.
 type Resolved = HashMap<MemoryId, Vec<Piece>>;
 
-/// Pages of a memory that were freed, and the position of their holder.
+/// Freed pages of a memory, and the position of their holder.
 type Found = (MemoryId, Piece, u32);
 
-/// Where pages that were freed were: the holder's position, and the memory.
+/// Where freed pages were: the holder's position, and the memory.
 type Places = HashMap<(u32, MemoryId), PageRanges>;
 
-/// Returns, for each snapshot, the pages that it asks for and that were freed, in
-/// order. What cannot be read is left out.
+/// Returns, for each snapshot, the freed pages that it refers to, in order. Skips
+/// unreadable images.
 ///
-/// Each snapshot is laid over what was found of its parent, so that a chain costs as
-/// many merges as it has snapshots.
+/// Each snapshot is overlaid on the result of its parent, so a chain needs as many merges
+/// as it has snapshots.
 ///
 /// # Errors
 /// [`ChainError::Directory`], [`ChainError::TooDeep`].
@@ -85,14 +84,14 @@ pub(super) fn gone(chain: &Chain) -> Result<Vec<Vec<Gone>>> {
     Ok(found.into_iter().map(|found| judge(found, &needed)).collect())
 }
 
-/// Whether pages of some file of a snapshot may have been freed.
+/// Whether a snapshot has a journal, so that pages of its files may have been freed.
 fn has_journal(images: &dyn ImageStore) -> bool {
     let is_journal =
         |name: &str| desc::by_file_name(name).is_some_and(|(desc, _)| desc.kind == Kind::Punched);
     images.list().is_ok_and(|names| names.iter().any(|name| is_journal(name)))
 }
 
-/// Tells pages that a tip asks for, too, from the others.
+/// Separates pages that a tip refers to, too, from the others.
 fn judge(mut found: Vec<Found>, needed: &Places) -> Vec<Gone> {
     found.sort_unstable_by_key(|(memory, piece, _)| (*memory, piece.first()));
     let mut gone = Vec::new();
@@ -109,7 +108,7 @@ fn judge(mut found: Vec<Found>, needed: &Places) -> Vec<Gone> {
     gone
 }
 
-/// Returns the pieces that were freed, and the number of their layer.
+/// Returns the freed pieces, and the number of their layer.
 fn freed(resolved: &Resolved) -> impl Iterator<Item = (MemoryId, &Piece, u32)> {
     resolved.iter().flat_map(|(memory, pieces)| {
         pieces.iter().filter_map(|piece| match piece.place() {

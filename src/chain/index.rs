@@ -21,67 +21,67 @@ use crate::{
 /// A pages file that an index refers to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layer {
-    /// The snapshot that it is of.
+    /// The snapshot that has the file.
     pub snapshot: SnapshotId,
-    /// Its number there.
+    /// The number of the file in that snapshot.
     pub pages_id: u32,
-    /// How many pages it must hold.
+    /// The number of pages that it must hold.
     pub pages: u64,
     /// Its number in [`Chain::files`].
     pub file: FileId,
-    /// Whether it took as much room as it is long when the index was built, so
-    /// that it has no holes; not so a compressed one.
+    /// Whether it occupied its full length when the index was built, so that it has no
+    /// holes. False for a compressed file.
     pub dense: bool,
 }
 
 /// Where the pages of an extent are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// In the pages file of the layer at this position in [`Index::layers`],
-    /// from this page of the file on.
+    /// In the pages file of the layer at this position in [`Index::layers`], starting with
+    /// this page of the file.
     Stored {
         /// The layer.
         layer: u32,
-        /// Pages of the file before the extent's first.
+        /// The position of the first page in the file.
         file_page: u64,
     },
-    /// There once, but freed since: reading them is an error. In a pages file without
-    /// parents they keep their place.
+    /// Freed: reading the pages is an error. They keep their place in a pages file without
+    /// parents.
     Punched {
         /// The layer.
         layer: u32,
-        /// Pages of the file before the extent's first.
+        /// The position of the first page in the file.
         file_page: u64,
     },
     /// In no image: reading them is an error.
     Absent,
 }
 
-/// A stretch of pages that lie in a row in one place.
+/// A run of pages that are contiguous in one place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extent {
     /// The first page.
     pub first: PageIndex,
-    /// How many there are, at least 1.
+    /// The number of pages, at least 1.
     pub pages: u64,
     /// Where they are.
     pub place: Place,
-    /// Whether a restore may leave them for later.
+    /// Whether a restore may load them later.
     pub lazy: bool,
 }
 
 impl Extent {
-    /// Returns the first page after the extent.
+    /// Returns the page after the last one.
     pub fn end(&self) -> PageIndex {
         PageIndex(self.first.0 + self.pages)
     }
 }
 
-/// One memory of one snapshot, resolved across the snapshot's ancestors: a
-/// sorted array of extents, 24 bytes each. Pages between them are zero.
+/// One memory of one snapshot, resolved across the snapshot's ancestors: a sorted array of
+/// extents of 24 bytes each. Pages between the extents are zero.
 ///
-/// Building it costs one pass over the pagemap entries of the chain; a question
-/// costs a binary search, whatever the chain's depth.
+/// Building it takes one pass over the pagemap entries of the chain; a lookup takes one
+/// binary search, however deep the chain is.
 #[derive(Debug)]
 pub struct Index {
     memory: MemoryId,
@@ -93,12 +93,12 @@ pub struct Index {
     flat: OnceLock<Vec<FlatExtent>>,
 }
 
-/// The place of an extent that is stored, or was, in a pages file without parents.
+/// The place of a stored or freed extent in a pages file without parents.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct FlatExtent {
-    /// Pages of that file before the extent's.
+    /// How many pages of that file come before it.
     pub(super) before: u64,
-    /// The extent's position in the index.
+    /// Its position in the index.
     pub(super) position: u32,
 }
 
@@ -151,33 +151,33 @@ impl Index {
         self.memory
     }
 
-    /// Returns the number that the snapshot's own pages file of the memory has.
+    /// Returns the number of the memory's pages file in the snapshot itself.
     pub fn pages_id(&self) -> u32 {
         self.pages_id
     }
 
-    /// Returns the pages files that extents may be in, the newest first.
+    /// Returns the pages files that can hold extents, the newest first.
     pub fn layers(&self) -> &[Layer] {
         &self.layers
     }
 
-    /// Returns all extents in the order of their pages.
+    /// Returns all extents in page order.
     pub fn extents(&self) -> impl DoubleEndedIterator<Item = Extent> + ExactSizeIterator {
         self.extents.iter().map(extent)
     }
 
-    /// Returns the extent at `position` among them.
+    /// Returns the extent at `position`.
     pub fn extent(&self, position: usize) -> Option<Extent> {
         self.extents.get(position).map(extent)
     }
 
-    /// Returns how many pages are stored somewhere in the chain, or were before they
-    /// were freed: those of a pages file without parents.
+    /// Returns how many pages are stored in the chain, freed ones included: the length of a
+    /// pages file without parents.
     pub fn stored_pages(&self) -> u64 {
         self.stored_pages
     }
 
-    /// Returns how many of them were freed before the index was built.
+    /// Returns how many of them had been freed when the index was built.
     pub fn punched_pages(&self) -> u64 {
         self.punched_pages
     }
@@ -218,7 +218,7 @@ impl Index {
         Ok(())
     }
 
-    /// Returns the stored extents one after another; made when first needed.
+    /// Returns the stored extents in order; computed when first needed.
     pub(super) fn flat(&self) -> &[FlatExtent] {
         self.flat.get_or_init(|| {
             let mut before = 0;
@@ -251,7 +251,7 @@ struct Layers {
 }
 
 impl Layers {
-    /// Merges what the layers say into one map.
+    /// Merges the layers into one map.
     fn merge(mut self) -> (Vec<Layer>, Vec<Piece>) {
         let merged = match &mut *self.stretches {
             [only] if only.gaps == Gaps::Nothing => mem::take(&mut only.pieces),
@@ -264,19 +264,18 @@ impl Layers {
     }
 }
 
-/// Pagemaps that a thread reads and merges at a time: at least so many that they
-/// take longer than a thread takes to start, and at most so many that small ones
-/// stay in its processor's cache. As many are read in vain at most by each.
+/// How many pagemaps a thread reads and merges at a time: enough to be worth starting a
+/// thread, and few enough that small ones fit into the processor's cache. Each thread may
+/// read up to this many in vain.
 const STRETCH_LAYERS: RangeInclusive<usize> = 8..=64;
 
-/// Stretches for each processor, so that all are done at about the same time.
+/// How many stretches each processor gets, so that all finish at about the same time.
 const STRETCHES: usize = 4;
 
-/// Reads the pagemaps of `memory` from the snapshot down to the one where no
-/// more is asked of a parent.
+/// Reads the pagemaps of `memory` from the snapshot downwards, until one asks its parent
+/// for nothing.
 ///
-/// Most of the time goes into opening files, so beyond the first layer they are
-/// opened side by side.
+/// Opening files takes most of the time, so all but the first layer are opened in parallel.
 fn read_layers(chain: &Chain, id: SnapshotId, memory: MemoryId) -> Result<Layers> {
     let name = memory.pagemap_name();
     let mut stretches = vec![Desk::default().read(chain, &name, 0, &[id])];
@@ -302,17 +301,17 @@ fn read_layers(chain: &Chain, id: SnapshotId, memory: MemoryId) -> Result<Layers
             return Err(ChainError::TooDeep { dir: dir(), limit: overlay::LAYER_LIMIT });
         }
         Some(End::AsksParent) => end?,
-        // The layer above one that is missing gets no answer.
+        // The layer above a missing one gets no answer.
         Some(End::Answered | End::Missing) | None => {}
     }
-    // Each but the last has left pages to the next.
+    // Every layer but the last leaves pages to the next.
     let snapshots: Vec<SnapshotId> = layers.iter().map(|layer| layer.snapshot).collect();
     chain.require_layers(&snapshots)?;
     Ok(Layers { layers, stretches })
 }
 
-/// Returns all ancestors of a snapshot, from its parent down, and what is wrong
-/// with the link of the last.
+/// Returns all ancestors of a snapshot, from its parent down, and the error of the last
+/// link.
 fn ancestors(chain: &Chain, id: SnapshotId) -> (Vec<SnapshotId>, Result<(), LinkError>) {
     let mut ancestors = Vec::new();
     let mut next = id;
@@ -326,22 +325,22 @@ fn ancestors(chain: &Chain, id: SnapshotId) -> (Vec<SnapshotId>, Result<(), Link
     }
 }
 
-/// What follows the last layer of a stretch.
+/// What comes after the last layer of a stretch.
 enum End {
-    /// It asks its parent for pages.
+    /// The layer asks its parent for pages.
     AsksParent,
-    /// Nothing: no more is asked.
+    /// Nothing: the layer asks for no more pages.
     Answered,
-    /// A snapshot without this memory.
+    /// A snapshot that does not have this memory.
     Missing,
-    /// A pagemap that cannot be read.
+    /// An unreadable pagemap.
     Failed(ChainError),
 }
 
-/// Some layers in a row as they were read, merged.
+/// Consecutive layers, merged while they were read.
 struct Stretch {
     layers: Vec<Layer>,
-    /// The number of the lowest; that of the one above, if there is none.
+    /// The number of the lowest layer; if there is none, of the layer above.
     lowest: u32,
     pieces: Vec<Piece>,
     gaps: Gaps,
@@ -354,7 +353,7 @@ impl Stretch {
     }
 }
 
-/// The memory that pagemaps are read and merged in, stretch after stretch.
+/// Memory in which stretches of pagemaps are read and merged, one after another.
 #[derive(Default)]
 struct Desk {
     buffer: Vec<u8>,
@@ -362,8 +361,8 @@ struct Desk {
 }
 
 impl Desk {
-    /// Reads the pagemaps `name` of the snapshots `ids` as layers from number
-    /// `first` on.
+    /// Reads the pagemaps `name` of the snapshots `ids` as layers, numbered from `first`
+    /// on.
     fn read(&mut self, chain: &Chain, name: &str, first: usize, ids: &[SnapshotId]) -> Stretch {
         let first = u32::try_from(first).expect("layers are numbered by u32");
         let mut layers = Vec::with_capacity(ids.len());
@@ -388,9 +387,9 @@ impl Desk {
         Stretch { layers, lowest, pieces, gaps, end }
     }
 
-    /// Reads the pagemap `name` of the snapshot `id` as layer `layer` and adds what
-    /// it says to the pile. Returns the layer, and whether it asks its parent for
-    /// pages; `None` if the snapshot has no such pagemap.
+    /// Reads the pagemap `name` of the snapshot `id` as layer `layer` and adds it to the
+    /// pile. Returns the layer, and whether it asks its parent for pages; `None` if the
+    /// snapshot has no such pagemap.
     fn read_layer(
         &mut self,
         chain: &Chain,
@@ -410,7 +409,7 @@ impl Desk {
         let pages = Kind::Pages.file_name(pages_id.into());
         let dense = images.stat(&pages).is_ok_and(|stat| stat.is_dense());
         let file = chain.files().enter(images, &pages);
-        // At once as large as it can become: growing it costs more than filling it.
+        // Reserves the largest possible size at once: growing costs more than filling.
         let make_room = |pile: &mut Pile, pieces, reader: &PagemapReader<_>| {
             pile.make_room(pieces).map_err(|_| reader.out_of_memory())
         };
@@ -419,7 +418,7 @@ impl Desk {
         let (mut pages, mut asks_parent) = (0, false);
         while let Some(entry) = reader.next() {
             let entry = entry?;
-            // The reader's guess is not to be relied upon.
+            // The reader's estimate may be too low.
             make_room(&mut self.pile, 1, &reader)?;
             pieces(layer, pages, &entry, &gone, |piece| self.pile.push(piece));
             match entry.presence {
@@ -433,8 +432,8 @@ impl Desk {
     }
 }
 
-/// Gives `put` what an entry of layer `layer` says, `file_page` pages into its file, of
-/// which the pages `gone` were freed.
+/// Passes the pieces of an entry of layer `layer` to `put`. The entry begins at page
+/// `file_page` of its file, of which the pages `gone` were freed.
 pub(super) fn pieces(
     layer: u32,
     file_page: u64,
@@ -462,18 +461,18 @@ pub(super) fn pieces(
                 part(pages, place);
             }
         }
-        // What is not in the file cannot be gone from it.
+        // Pages that are not in the file cannot have been freed in it.
         Presence::Parent => part(pages, PiecePlace::Parent),
         Presence::Absent => part(pages, PiecePlace::Absent),
     }
 }
 
-/// Returns the extent that a piece of a whole chain is.
+/// Converts a piece of a whole chain to an extent.
 fn extent(piece: &Piece) -> Extent {
     let place = match piece.place() {
         PiecePlace::Stored { layer, file_page } => Place::Stored { layer, file_page },
         PiecePlace::Punched { layer, file_page } => Place::Punched { layer, file_page },
-        // The others were found out when the index was built.
+        // Building the index has reported the others.
         PiecePlace::Absent
         | PiecePlace::Nothing
         | PiecePlace::Parent
@@ -494,7 +493,7 @@ fn unanswered(
         Ok(None) => "it has no parent".to_owned(),
         Ok(Some(parent)) => {
             let pagemap = chain.images(*parent).path_of(&memory.pagemap_name());
-            format!("{} does not account for that page", pagemap.display())
+            format!("{} has no entry for that page", pagemap.display())
         }
         Err(link) => with_sources(link),
     };

@@ -1,4 +1,4 @@
-//! Image directories and the links between them.
+//! Image directories and the parent links between them.
 
 use std::{
     cmp::Ordering,
@@ -26,11 +26,11 @@ use crate::{
     parallel,
 };
 
-/// Directories that take longer to look at than a thread takes to start.
+/// With this many directories, examining them takes longer than starting a thread.
 const WORTH_A_THREAD: usize = 32;
 
 /// How many files of a chain are kept open, if the process may open twice as many: the
-/// other half is for requests under way and other parts of the program.
+/// other half is for active requests and other parts of the program.
 const OPEN_FILES: u64 = 2048;
 
 /// The number of a snapshot in its chain: its position in [`Chain::snapshots`].
@@ -51,17 +51,17 @@ impl SnapshotId {
 /// A snapshot of a chain.
 #[derive(Clone, Debug)]
 pub struct Snapshot {
-    /// The name it goes by, unique in the chain.
+    /// Its name, which is unique in the chain.
     pub name: String,
     /// Its images.
     pub images: Store,
-    /// The snapshot that pages are looked up in that it does not hold itself.
+    /// The snapshot that has the pages which this one does not hold.
     pub parent: Result<Option<SnapshotId>, LinkError>,
 }
 
 impl Snapshot {
-    /// Returns what messages call the snapshot: the absolute path of its directory, without
-    /// links.
+    /// Returns the path of the snapshot in messages: the absolute path of its directory,
+    /// without symbolic links.
     pub fn path(&self) -> &Path {
         self.images.name()
     }
@@ -72,8 +72,8 @@ impl Snapshot {
     }
 }
 
-/// Snapshots that are linked to one another: one path from tip to base,
-/// or several that may share their beginnings.
+/// Snapshots with their links: a single path from tip to base, or several paths that share
+/// their beginnings.
 #[derive(Debug)]
 pub struct Chain {
     snapshots: Vec<Snapshot>,
@@ -88,8 +88,8 @@ impl Chain {
     /// Opens the chain at `path`: an image directory with its ancestors, or a
     /// directory of image directories with theirs.
     ///
-    /// Only links are read, no images. A broken link is kept with its snapshot, and is an
-    /// error only when a page behind it is needed.
+    /// Reads only links, no images. A broken link is kept with its snapshot; it is an error
+    /// only when a page behind it is needed.
     ///
     /// # Errors
     /// [`ChainError::Directory`], [`ChainError::NoImages`].
@@ -147,7 +147,7 @@ impl Chain {
         Ok(Self::of_found(found, unfinished))
     }
 
-    /// Opens the chain that ends with a snapshot, wherever its images are.
+    /// Opens the chain that ends with a snapshot, in any kind of store.
     pub fn of(images: Store) -> Self {
         let mut found = Discovery::default();
         found.enter(images);
@@ -173,18 +173,18 @@ impl Chain {
         &self.snapshots
     }
 
-    /// Returns the directories beside the snapshots that hold images but no
-    /// inventory: what is left of dumps that failed.
+    /// Returns the directories beside the snapshots that hold images but no inventory: the
+    /// remains of failed dumps.
     pub fn unfinished(&self) -> &[PathBuf] {
         &self.unfinished
     }
 
-    /// Returns the numbers of all snapshots, in the same order.
+    /// Returns the numbers of all snapshots, in the order of [`Self::snapshots`].
     pub fn ids(&self) -> impl Iterator<Item = SnapshotId> + use<> {
         (0..self.snapshots.len()).map(SnapshotId::at)
     }
 
-    /// Returns one snapshot.
+    /// Returns the snapshot with this number.
     pub fn snapshot(&self, id: SnapshotId) -> &Snapshot {
         &self.snapshots[id.position()]
     }
@@ -194,17 +194,17 @@ impl Chain {
         &self.snapshot(id).images
     }
 
-    /// Returns the directory of a snapshot that is to be changed.
+    /// Returns the directory of a snapshot, for changing it.
     ///
     /// # Errors
-    /// [`ChainError::ReadOnly`] if its images are in none.
+    /// [`ChainError::ReadOnly`] if its images are not in a directory.
     pub fn directory(&self, id: SnapshotId) -> Result<&Path> {
         let snapshot = self.snapshot(id);
         let read_only = || ChainError::ReadOnly { path: snapshot.path().to_owned() };
         snapshot.directory().ok_or_else(read_only)
     }
 
-    /// Returns the files that the chain's bytes are read from.
+    /// Returns the files that hold the chain's bytes.
     pub fn files(&self) -> &Files {
         &self.files
     }
@@ -213,28 +213,27 @@ impl Chain {
         &self.bonds
     }
 
-    /// Returns the pages that were freed since the chain was opened.
+    /// Returns the pages that were freed after the chain was opened.
     pub(super) fn freed(&self) -> &Freed {
         &self.freed
     }
 
-    /// Whether any were.
+    /// Whether pages were freed after the chain was opened.
     pub fn has_freed(&self) -> bool {
         !self.freed.is_empty()
     }
 
-    /// Keeps pages from being freed by this program until the guard is dropped. A reader
-    /// holds it from looking up the place of bytes until it has read them, if another
-    /// thread may free pages.
+    /// Keeps this program from freeing pages until the guard is dropped. If another thread
+    /// may free pages, a reader holds the guard from looking up where bytes are until it
+    /// has read them.
     pub fn reading(&self) -> RwLockReadGuard<'_, ()> {
         self.freed.reading()
     }
 
-    /// Checks that no page of a snapshot was freed, so that all of it can be read.
+    /// Checks that no page of a snapshot was freed, so that all of it is readable.
     ///
     /// # Errors
-    /// [`ChainError::Punched`] for the first page that was; what [`Self::index`]
-    /// returns.
+    /// [`ChainError::Punched`] for the first freed page; errors of [`Self::index`].
     pub fn require_whole(&self, id: SnapshotId) -> Result<()> {
         for memory in self.memories(id)? {
             self.index(id, memory)?.require_whole(self)?;
@@ -253,13 +252,14 @@ impl Chain {
         self.ids().filter(|id| tip[id.position()]).collect()
     }
 
-    /// Returns the snapshots without a parent that can be found: users of a chain lock
-    /// these.
+    /// Returns the snapshots whose parent is absent or cannot be found. Users of a chain
+    /// lock these.
     pub fn bases(&self) -> impl Iterator<Item = SnapshotId> + '_ {
         self.ids().filter(|id| !matches!(self.snapshot(*id).parent, Ok(Some(_))))
     }
 
-    /// Returns the last ancestor of a snapshot that can be found; itself without one.
+    /// Returns the oldest ancestor of a snapshot that can be found; the snapshot itself if
+    /// there is none.
     pub fn base(&self, id: SnapshotId) -> SnapshotId {
         let mut base = id;
         while let Ok(Some(parent)) = self.snapshot(base).parent {
@@ -268,7 +268,7 @@ impl Chain {
         base
     }
 
-    /// Returns the snapshot called `name`, or the only tip without a name.
+    /// Returns the snapshot called `name`; without a name, the only tip.
     ///
     /// # Errors
     /// [`ChainError::NoSuchSnapshot`], [`ChainError::SeveralTips`],
@@ -292,7 +292,8 @@ impl Chain {
         self.ids().find(|id| self.snapshot(*id).name == name)
     }
 
-    /// Returns the snapshot that messages call `path`: the canonical path of its directory.
+    /// Returns the snapshot with this path in messages: the canonical path of its
+    /// directory.
     pub fn at(&self, path: &Path) -> Option<SnapshotId> {
         self.ids().find(|id| self.snapshot(*id).path() == path)
     }
@@ -302,17 +303,17 @@ impl Chain {
         names.join(", ")
     }
 
-    /// Returns what messages call an image of a snapshot.
+    /// Returns the path of an image of a snapshot in messages.
     pub fn image_path(&self, id: SnapshotId, kind: Kind, number: u64) -> PathBuf {
         self.images(id).path(kind, number)
     }
 
-    /// Enters a pages file of a snapshot into [`Self::files`].
+    /// Adds a pages file of a snapshot to [`Self::files`].
     pub(crate) fn enter_pages(&self, id: SnapshotId, pages_id: u32) -> FileId {
         self.files.enter(self.images(id), &Kind::Pages.file_name(pages_id.into()))
     }
 
-    /// Returns the memories that a snapshot has a pagemap of, in order.
+    /// Returns the memories of which a snapshot has a pagemap, sorted.
     ///
     /// # Errors
     /// [`ChainError::Directory`].
@@ -324,7 +325,7 @@ impl Chain {
         Ok(memories)
     }
 
-    /// Returns the names of all files of a snapshot, in no order.
+    /// Returns the names of all files of a snapshot, in no particular order.
     ///
     /// # Errors
     /// [`ChainError::Directory`].
@@ -334,11 +335,11 @@ impl Chain {
         names.map_err(|source| ChainError::Directory { path: path(), source })
     }
 
-    /// Resolves one memory of a snapshot across its ancestors, or recalls it
-    /// from an earlier time.
+    /// Resolves one memory of a snapshot across its ancestors, or returns it from the
+    /// cache.
     ///
     /// # Errors
-    /// What [`Index::build`] returns.
+    /// As [`Index::build`].
     pub fn index(&self, id: SnapshotId, memory: MemoryId) -> Result<Arc<Index>> {
         self.indexes.get((id, memory), || Index::build(self, id, memory))
     }
@@ -351,7 +352,7 @@ fn open_files() -> NonZeroUsize {
     NonZeroUsize::new(half).unwrap_or(NonZeroUsize::MIN)
 }
 
-/// Orders names as people do: numbers in them by their value.
+/// Compares names in natural order: numbers in them by value.
 pub(crate) fn natural(a: &str, b: &str) -> Ordering {
     let (mut a, mut b) = (a, b);
     while let (Some(x), Some(y)) = (a.chars().next(), b.chars().next()) {
@@ -375,19 +376,19 @@ fn digits(text: &str) -> &str {
     &text[..text.bytes().take_while(u8::is_ascii_digit).count()]
 }
 
-/// The snapshots found so far, in the order in which they were.
+/// The snapshots found so far, in order of discovery.
 #[derive(Default)]
 struct Discovery {
     snapshots: Vec<Snapshot>,
-    /// By the names of their stores: as strings, which are hashed in a fraction of the time.
+    /// By the names of their stores, as strings: those hash several times faster than
+    /// paths.
     by_path: HashMap<OsString, usize>,
-    /// The names of the parents' stores, as far as they were told.
+    /// The names of the parents' stores, where known.
     links: Vec<Option<PathBuf>>,
     names: HashSet<String>,
 }
 
 impl Discovery {
-    /// Makes room for so many directories.
     fn reserve(&mut self, dirs: usize) {
         self.snapshots.reserve(dirs);
         self.by_path.reserve(dirs);
@@ -409,8 +410,8 @@ impl Discovery {
         position
     }
 
-    /// Names a snapshot: as its directory is called, with a number behind where another
-    /// one is called so.
+    /// Returns a name for a snapshot: that of its directory, with a number if another
+    /// snapshot has that name.
     fn unused_name(&self, path: &Path) -> String {
         let name = path.file_name().map_or("root".into(), |name| name.to_string_lossy());
         if !self.names.contains(&*name) {
@@ -450,17 +451,18 @@ impl Discovery {
         }
     }
 
-    /// Returns a snapshot's parent if the name of its store was told and is known: a chain
-    /// of thousands is found in half the time without resolving each link.
+    /// Returns the parent of a snapshot, if the name of its store is known and the snapshot
+    /// was found. That halves the time for a chain of thousands, since links need not be
+    /// resolved.
     fn known_sibling(&self, position: usize) -> Option<usize> {
         let path = self.links[position].as_ref()?;
         self.by_path.get(path.as_os_str()).copied()
     }
 
-    /// Returns the one of the `listed` first snapshots that `parent`, a directory and no
-    /// link in that of the snapshot at `position`, is a copy of: programs that follow
-    /// links when they copy a chain leave each snapshot with copies of all its ancestors
-    /// inside.
+    /// Returns the snapshot among the first `listed` of which `parent` is a copy. `parent`
+    /// is a directory, not a link, in the directory of the snapshot at `position`: programs
+    /// that follow links when they copy a chain leave in each snapshot copies of all of its
+    /// ancestors.
     fn original(
         &self,
         position: usize,
@@ -485,7 +487,7 @@ impl Discovery {
     }
 
     fn break_circles(&mut self) {
-        // 0: not seen; otherwise the number of the walk that came by first.
+        // 0 if not visited; otherwise the number of the walk that came first.
         let mut seen = vec![0; self.snapshots.len()];
         for start in 0..self.snapshots.len() {
             let mut position = start;
@@ -529,8 +531,7 @@ impl Discovery {
         }
     }
 
-    /// Returns the snapshots sorted so that parents come first and siblings are
-    /// in the order of their names.
+    /// Returns the snapshots with parents first, and siblings ordered by name.
     fn sorted(self) -> Vec<Snapshot> {
         let mut children = vec![Vec::new(); self.snapshots.len()];
         let mut roots = Vec::new();
@@ -568,15 +569,15 @@ impl Discovery {
     }
 }
 
-/// Returns the names of the images of a snapshot with their sizes.
+/// Returns the names and sizes of the images of a snapshot.
 fn sizes(images: &dyn ImageStore) -> Option<BTreeMap<String, u64>> {
     let names = images.list().ok()?.into_iter();
     let names = names.filter(|name| desc::by_file_name(name).is_some());
     names.map(|name| images.stat(&name).map(|stat| (name, stat.len)).ok()).collect()
 }
 
-/// Returns the image directories beside `dir` whose parent it is, sorted; those that
-/// are elsewhere cannot be found.
+/// Returns the image directories beside `dir` whose parent is `dir`, sorted. Those
+/// elsewhere cannot be found.
 ///
 /// # Errors
 /// [`ChainError::Directory`].
@@ -591,7 +592,7 @@ pub fn children(dir: &Path) -> Result<Vec<PathBuf>> {
     beside.sort_unstable();
     beside.dedup();
     let found = parallel::map(&beside, WORTH_A_THREAD, |_, other| {
-        // Only a link can lead here: a directory of that name is a copy.
+        // Only a link can lead to `dir`: a directory of that name is a copy.
         let link = other.join(PARENT_LINK);
         fs::read_link(&link).is_ok()
             && store::has_inventory(other)
@@ -611,7 +612,7 @@ mod tests {
     use super::*;
     use crate::image::proto::InventoryEntry;
 
-    /// Makes directories with inventories and, where given, parent links.
+    /// Makes directories with inventories and the given parent links.
     fn chain(links: &[(&str, Option<&str>)]) -> tempfile::TempDir {
         let root = tempfile::tempdir().unwrap();
         for (name, parent) in links {
@@ -644,7 +645,7 @@ mod tests {
         assert_eq!(tips, "the chain has several tips: 2, 0-late\nhelp: choose one with --snapshot");
         assert_eq!(chain.snapshot(chain.choose(Some("9")).unwrap()).name, "9");
         let missing = chain.choose(Some("x")).unwrap_err().to_string();
-        assert_eq!(missing, "no snapshot is called \"x\", there are: 1, 2, 9, 10, 0-late");
+        assert_eq!(missing, "no snapshot is called \"x\"\nhelp: choose one of 1, 2, 9, 10, 0-late");
     }
 
     #[test]
@@ -677,7 +678,7 @@ mod tests {
         assert_eq!(children(&parent).unwrap(), [] as [PathBuf; 0]);
     }
 
-    /// Copies a directory as `cp -rL` does.
+    /// Copies a directory like `cp -rL`.
     fn copy_following_links(from: &Path, to: &Path) {
         fs::create_dir(to).unwrap();
         for entry in fs::read_dir(from).unwrap() {
@@ -710,9 +711,9 @@ mod tests {
         let opened = Chain::open(&copy).unwrap();
         assert_eq!(order(&opened), ["1", "2", "3"]);
         assert_eq!(opened.choose(None).unwrap(), opened.find("3").unwrap());
-        // One of them alone.
+        // Only one of them.
         assert_eq!(order(&Chain::open(&copy.join("3")).unwrap()), ["parent~2", "parent", "3"]);
-        // A copy that differs, and dumps without an id, are snapshots of their own.
+        // A copy that differs is a snapshot of its own, and so is a dump without an id.
         fs::write(copy.join("2/parent/core-1.img"), "").unwrap();
         assert_eq!(Chain::open(&copy).unwrap().snapshots().len(), 4);
         ["1", "2", "3"].iter().for_each(|name| write(name, None));
@@ -743,7 +744,7 @@ mod tests {
         assert!(problem("plain").unwrap_err().contains("has no inventory.img"));
         assert_eq!(problem("x"), Ok(true));
         for circular in ["y", "z", "self"] {
-            assert!(problem(circular).unwrap_err().contains("lead in a circle"), "{circular}");
+            assert!(problem(circular).unwrap_err().contains("form a cycle"), "{circular}");
         }
     }
 

@@ -1,4 +1,4 @@
-//! A resolved memory as bytes: in place, or its stored pages one after another.
+//! The bytes of a resolved memory: by address, or its stored pages one after another.
 
 use std::{ops::Range, sync::Arc};
 
@@ -11,8 +11,8 @@ use crate::units::{PAGE_SHIFT, PAGE_SIZE, PageIndex, page_bytes};
 /// How many files a [`Cursor`] remembers.
 const RECENT_FILES: usize = 8;
 
-/// Turns stretches of extents into runs, remembering the files that they are
-/// in: neighbours are most often in the same few.
+/// Converts parts of extents to runs. Remembers the files that they are in, because
+/// neighbouring extents are usually in the same few files.
 pub(crate) struct Cursor<'a> {
     chain: &'a Chain,
     index: &'a Index,
@@ -24,8 +24,8 @@ impl<'a> Cursor<'a> {
         Self { chain, index, recent: Vec::new() }
     }
 
-    /// Appends the runs of at most `limit` bytes of `extent` that begin `skipped`
-    /// bytes into it, and returns how many bytes that are.
+    /// Appends the runs for the part of `extent` that begins after `skipped` bytes, at most
+    /// `limit` bytes, and returns how many bytes that are.
     pub(crate) fn push_runs(
         &mut self,
         extent: &Extent,
@@ -56,9 +56,8 @@ impl<'a> Cursor<'a> {
         Ok(len)
     }
 
-    /// Appends the runs of the bytes `[start, end)` of a layer's file, of which pages
-    /// may have been freed since the index was built; `first` is the page that the
-    /// first byte is in.
+    /// Appends the runs for the bytes `[start, end)` of a layer's file, of which pages may
+    /// have been freed after the index was built; `first` is the page of the first byte.
     fn push_what_is_left(
         &mut self,
         layer: u32,
@@ -100,12 +99,12 @@ impl<'a> Cursor<'a> {
     }
 }
 
-/// Counts the bytes of a resolved memory that take room: those of stored pages
-/// that are not holes of their files. What cannot be looked at counts in full.
+/// Counts the bytes of a resolved memory that occupy space: stored pages, without holes of
+/// the files. A file whose holes cannot be determined counts in full.
 fn allocated(chain: &Chain, index: &Index) -> u64 {
     let files = chain.files();
     let holes = |layer: &Layer| {
-        // What was freed since is a hole, too.
+        // Pages that were freed since are holes, too.
         if layer.dense && chain.freed().is_empty() {
             return Vec::new();
         }
@@ -132,14 +131,14 @@ fn allocated(chain: &Chain, index: &Index) -> u64 {
     stored.saturating_sub(free.sum())
 }
 
-/// Returns how many stretches of files a resolved memory lies in, unless pages of it are
-/// gone.
+/// Returns in how many contiguous parts of files a resolved memory lies; `None` if pages of
+/// it are gone.
 fn stretches(chain: &Chain, index: &Index) -> Option<usize> {
     let whole = index.punched_pages() == 0 && chain.freed().is_empty();
     whole.then(|| index.extents().len())
 }
 
-/// A memory in place: the byte at offset X is the byte at address X.
+/// A memory by address: the byte at offset X is the byte at address X.
 #[derive(Debug)]
 pub struct MemoryBytes {
     chain: Arc<Chain>,
@@ -148,12 +147,12 @@ pub struct MemoryBytes {
 }
 
 impl MemoryBytes {
-    /// Presents the memory that `index` resolves, `len` bytes of it from 0 on.
+    /// Presents the first `len` bytes of the memory that `index` resolves.
     pub fn new(chain: Arc<Chain>, index: Arc<Index>, len: u64) -> Self {
         Self { chain, index, len }
     }
 
-    /// Returns the index that the bytes are looked up in.
+    /// Returns the index.
     pub fn index(&self) -> &Arc<Index> {
         &self.index
     }
@@ -194,7 +193,7 @@ impl Content for MemoryBytes {
     }
 }
 
-/// The stored pages of a memory one after another: a pages file without parents.
+/// The stored pages of a memory one after another, like a pages file without parents.
 #[derive(Debug)]
 pub struct FlatPages {
     chain: Arc<Chain>,
@@ -207,13 +206,13 @@ impl FlatPages {
         Self { chain, index }
     }
 
-    /// Returns the index that the pages are looked up in.
+    /// Returns the index.
     pub fn index(&self) -> &Arc<Index> {
         &self.index
     }
 
-    /// Returns the one pages file that these are exactly the pages of, from its
-    /// first to its last, if there is one.
+    /// Returns the pages file that consists of exactly these pages, from first to last, if
+    /// there is one.
     pub fn whole_file(&self) -> Option<&Layer> {
         let mut next = 0;
         let mut whole = None;
@@ -235,8 +234,8 @@ impl FlatPages {
 }
 
 impl FlatPages {
-    /// Returns where pages of this file are: layers, and pages of their files. Those
-    /// that were freed before the index was built are left out.
+    /// Returns where pages of this file are: layers, and pages of their files. Omits pages
+    /// that were freed before the index was built.
     pub fn places(&self, pages: Range<u64>) -> impl Iterator<Item = (&Layer, Range<u64>)> {
         let all = self.index.flat();
         let first = all.partition_point(|flat| flat.before <= pages.start).saturating_sub(1);

@@ -1,10 +1,9 @@
-//! Chains of image directories, and the one question that they answer: which
-//! bytes hold page P of memory M?
+//! Chains of image directories. They answer one question: which bytes hold page P of memory
+//! M?
 //!
-//! [`Chain`] knows the directories and their parent links. [`Index`] resolves
-//! one memory of one snapshot across its ancestors. [`Content`] is how the
-//! answer is read: as runs of bytes in [`Files`] that are opened when first
-//! needed.
+//! [`Chain`] knows the directories and their parent links. [`Index`] resolves one memory of
+//! one snapshot across its ancestors. [`Content`] presents the answer as runs of bytes in
+//! [`Files`], which are opened when first needed.
 
 mod bonds;
 mod cache;
@@ -50,18 +49,18 @@ pub use memory::{FlatPages, MemoryBytes};
 pub use owner::Owner;
 pub use summary::{PageCounts, Summary, disk_bytes};
 
-/// The extended attribute by which a mount tells of a directory that shows a whole
-/// snapshot which image directory that is: an absolute path.
+/// The extended attribute of a directory in a mount that shows a whole snapshot: the
+/// absolute path of the image directory.
 pub const DIRECTORY_XATTR: &str = "user.imgfs.directory";
 
-/// The extended attribute of the root of a mount that says when the mount does:
-/// `on-request`, `on-read` or `commit`.
+/// The extended attribute of the root of a mount that frees pages: when it does
+/// (`on-request`, `on-read` or `commit`).
 pub const PUNCH_XATTR: &str = "user.imgfs.punch";
 
-/// The value of [`PUNCH_XATTR`] of a mount that only notes what is punched, until
-/// `imgfs commit` frees it.
+/// The value of [`PUNCH_XATTR`] if the mount only records punched pages, and frees them on
+/// `imgfs commit`.
 pub const PUNCH_ON_COMMIT: &str = "commit";
 
-/// The extended attribute by which the root of a mount tells that pages of what it shows
-/// were freed, so that it cannot be restored: which, in words.
+/// The extended attribute of the root of a mount in which pages were freed, so that the
+/// snapshot cannot be restored: a message that says which pages.
 pub const GONE_XATTR: &str = "user.imgfs.gone";

@@ -1,18 +1,17 @@
-//! Laying the pagemaps of a chain over one another.
+//! Overlays the pagemaps of a chain.
 //!
-//! A pagemap is a partial map from pages to places, in which `PARENT` stands
-//! for whatever the map below says. Laying one over another is associative, so
-//! a chain is merged like a sorted list: neighbours in pairs, then pairs of
-//! pairs. Every merge is one pass over two sorted arrays, and an entry takes
-//! part in a number of them that is logarithmic in the number of layers.
+//! A pagemap is a partial map from pages to places, in which `PARENT` stands for the map
+//! below. Overlaying is associative, so a chain is merged like a sorted list: neighbours in
+//! pairs, then pairs of pairs. Every merge is one pass over two sorted arrays, and the
+//! number of merges that an entry takes part in is logarithmic in the number of layers.
 //!
-//! Most of what a deep chain says is `PARENT`. So maps are merged in a form in which
-//! that is what lies between the pieces, and pieces say where there is nothing: half
-//! of them, or fewer, are left.
+//! Most entries of a deep chain are `PARENT`. So maps are merged in a form in which the
+//! gaps between pieces mean `PARENT`, and explicit pieces mean that there is nothing. That
+//! form has at most half as many pieces.
 //!
-//! All this is done for one window of pages after another, of as many entries as
-//! a processor's cache holds: the memory that merging needs is then small and
-//! always the same, and the windows can be shared out among processors.
+//! The merge goes through the pages window by window; a window has as many entries as fit
+//! into a processor's cache. So merging needs little memory, always the same, and several
+//! processors can share the windows.
 
 use std::{collections::TryReserveError, mem};
 
@@ -21,17 +20,18 @@ use crate::{
     units::{PAGE_SHIFT, PageIndex},
 };
 
-/// Entries that take longer to merge, about a millisecond, than a thread takes
-/// to start.
+/// With this many entries, merging takes about a millisecond, longer than starting a
+/// thread.
 const WORTH_A_THREAD: usize = 50_000;
 
-/// Entries that are merged at a time: 24 bytes each, twice.
+/// How many entries are merged at a time: 24 bytes each, twice.
 const WINDOW_PIECES: usize = 16 << 10;
 
-/// Entries that are looked at to tell where a window may end.
+/// How many entries are sampled to choose the ends of windows.
 const WINDOW_SAMPLES: usize = 16;
 
-/// Entries that take as long to merge as to look where a window begins in a layer.
+/// How many entries can be merged in the time that it takes to find where a window begins
+/// in a layer.
 const LOOK_PIECES: usize = 4;
 
 /// Where the pages of a piece are.
@@ -39,32 +39,33 @@ const LOOK_PIECES: usize = 4;
 pub(super) enum PiecePlace {
     /// In a layer's pages file, from this page of the file on.
     Stored { layer: u32, file_page: u64 },
-    /// There once, but freed since.
+    /// Freed.
     Punched { layer: u32, file_page: u64 },
-    /// Where the layer below says.
+    /// Where the layer below has them.
     Parent,
-    /// Nowhere.
+    /// In no image.
     Absent,
-    /// Nowhere, although this layer's pagemap says that the layer below has
-    /// them. Harmless as long as a newer layer has the pages.
+    /// In no image, although the pagemap of this layer says that the layer below has them.
+    /// Harmless if a newer layer has the pages.
     Missing { layer: u32 },
-    /// Nowhere, and not asked for. Only maps with [`Gaps::Parent`] have such pieces.
+    /// In no image, and never claimed to be. Only maps with [`Gaps::Parent`] have such
+    /// pieces.
     Nothing,
 }
 
-/// What the pages between the pieces of a map are.
+/// What a gap between the pieces of a map means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Gaps {
-    /// Nowhere, as in a pagemap.
+    /// No image has the pages, as in a pagemap.
     Nothing,
-    /// Where the layer below says.
+    /// The pages are where the layer below has them.
     Parent,
 }
 
-/// The most layers that can be told apart.
+/// The highest possible number of layers.
 pub(super) const LAYER_LIMIT: usize = 1 << (2 * SPARE_BITS);
 
-/// Bits of a 64-bit word that a number of pages leaves free.
+/// The bits of a 64-bit word that a page count leaves unused.
 const SPARE_BITS: u32 = PAGE_SHIFT;
 
 const STORED: u64 = 0;
@@ -74,15 +75,15 @@ const MISSING: u64 = 3;
 const NOTHING: u64 = 4;
 const PLACE_MASK: u64 = 7;
 const LAZY: u64 = 8;
-/// What is stored was freed: it keeps its place in the file.
+/// Stored pages that were freed; they keep their place in the file.
 const PUNCHED: u64 = 16;
 
-/// A stretch of pages that are in the same place, in 24 bytes: merging is bound
-/// by memory, and an index is kept as long as its file is in use.
+/// A run of pages in the same place, in 24 bytes: merging is bound by memory bandwidth, and
+/// an index stays in memory while its file is in use.
 ///
-/// Page numbers and counts are below 2^52. The upper bits of the first word are
-/// the place's kind, whether the pages are lazy, and whether they were freed; those of
-/// the two others are the lower and the upper half of the layer's number.
+/// Page numbers and counts are below 2^52. The upper bits of the first word hold the kind
+/// of the place, whether the pages are lazy, and whether they were freed. Those of the
+/// other two words hold the lower and the upper half of the layer's number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Piece {
     first: u64,
@@ -95,13 +96,12 @@ const PAGE_MASK: u64 = (1 << PAGE_BITS) - 1;
 const HALF_LAYER_MASK: u64 = (1 << SPARE_BITS) - 1;
 
 impl Piece {
-    /// Makes a piece from `first` to `end`, of pages that are not in a file.
+    /// A piece from `first` to `end` whose pages are not in a file.
     fn between(first: PageIndex, end: PageIndex, place: PiecePlace, lazy: bool) -> Self {
         Self::new(first, end.0 - first.0, place, lazy)
     }
 
-    /// Makes a piece of `pages` pages, fewer than 2^52, at a layer below
-    /// [`LAYER_LIMIT`].
+    /// A piece of `pages` pages, fewer than 2^52, in a layer below [`LAYER_LIMIT`].
     pub(super) fn new(first: PageIndex, pages: u64, place: PiecePlace, lazy: bool) -> Self {
         let (kind, layer, file_page) = match place {
             PiecePlace::Stored { layer, file_page } => (STORED, layer, file_page),
@@ -167,12 +167,12 @@ impl Piece {
         u32::try_from(layer).expect("24 bits")
     }
 
-    /// Whether it is in a file, or was, and is not to come later.
+    /// Whether it is stored or freed, and not lazy.
     fn is_stored(&self) -> bool {
         self.tag() & !PUNCHED == STORED
     }
 
-    /// Whether it says no more than a gap of [`Gaps::Parent`].
+    /// Whether it means the same as a gap of [`Gaps::Parent`].
     fn is_gap(&self) -> bool {
         self.tag() == PARENT
     }
@@ -182,7 +182,7 @@ impl Piece {
         Self { first: self.first & !(LAZY << PAGE_BITS) | tag << PAGE_BITS, ..self }
     }
 
-    /// Returns the part of the piece in `[first, end)`, which lies within it.
+    /// Returns the part of the piece in `[first, end)`, a range within it.
     fn clip(&self, first: PageIndex, end: PageIndex) -> Self {
         let skipped = first.0 - self.first().0;
         Self {
@@ -192,10 +192,10 @@ impl Piece {
         }
     }
 
-    /// Whether `next` goes on where this piece ends, in the same place.
+    /// Whether `next` continues this piece in the same place.
     fn continues(&self, next: &Self) -> bool {
         let pages = self.pages();
-        // Both the first page, with the tag above it, and the layer must agree.
+        // The first page with the tag in its upper bits, and the layer, must both match.
         let adjacent =
             self.first + pages == next.first && self.pages >> PAGE_BITS == next.pages >> PAGE_BITS;
         let in_file = if self.kind() == STORED { pages } else { 0 };
@@ -203,12 +203,12 @@ impl Piece {
     }
 }
 
-/// Appends a piece, joining it to the last where it continues it.
+/// Appends a piece, merging it into the last one if it continues that.
 pub(super) fn push(pieces: &mut Vec<Piece>, piece: Piece) {
     push_after(pieces, 0, piece);
 }
 
-/// Does so, but joins nothing to the first `kept` pieces.
+/// Like [`push`], but never merges into `pieces[..kept]`.
 fn push_after(pieces: &mut Vec<Piece>, kept: usize, piece: Piece) {
     match pieces[kept..].last_mut() {
         Some(last) if last.continues(&piece) => last.pages += piece.pages(),
@@ -216,26 +216,26 @@ fn push_after(pieces: &mut Vec<Piece>, kept: usize, piece: Piece) {
     }
 }
 
-/// Some layers in a row, merged into one map.
+/// Consecutive layers, merged into one map.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Merged<'a> {
-    /// What they say together.
+    /// Their pieces.
     pub(super) pieces: &'a [Piece],
-    /// And what of the pages between.
+    /// What the gaps between the pieces mean.
     pub(super) gaps: Gaps,
-    /// The lowest of them.
+    /// The number of the lowest layer.
     pub(super) lowest: u32,
 }
 
 /// Merges layers, the newest first, into one map with [`Gaps::Nothing`].
 pub(super) fn merge(layers: &[Merged]) -> Vec<Piece> {
-    // Every window costs a look at every layer.
+    // Every window needs a lookup in every layer.
     merge_by_windows(layers, WINDOW_PIECES.max(layers.len() * LOOK_PIECES))
 }
 
-/// Does so in windows of about `target` pieces.
+/// Like [`merge`], in windows of about `target` pieces.
 fn merge_by_windows(layers: &[Merged], target: usize) -> Vec<Piece> {
-    // What the newest layer does not speak of is nowhere.
+    // A gap in the newest layer means that no image has the pages.
     let Some(top) = layers.first() else { return Vec::new() };
     let (begin, end) = match (top.gaps, top.pieces.first(), top.pieces.last()) {
         (Gaps::Parent, ..) => (PageIndex(0), PageIndex::END),
@@ -253,7 +253,7 @@ fn merge_by_windows(layers: &[Merged], target: usize) -> Vec<Piece> {
     let threads = parallel::processors_for(total / WORTH_A_THREAD);
     let shares: Vec<_> = windows.chunks(windows.len().div_ceil(threads)).collect();
     let mut parts = parallel::map(&shares, 1, |position, windows| {
-        // In most cases enough, and what is never touched costs nothing.
+        // Usually enough; untouched memory costs nothing.
         let mut merged = Vec::with_capacity(if position == 0 { total } else { total / threads });
         let mut pile = Pile::default();
         let mut rests: Vec<&[Piece]> = layers.iter().map(|layer| layer.pieces).collect();
@@ -275,8 +275,8 @@ fn merge_by_windows(layers: &[Merged], target: usize) -> Vec<Piece> {
     all
 }
 
-/// Returns pages that part the layers, `total` pieces in all, into windows of
-/// about `target` pieces; not in order.
+/// Returns pages that divide the layers, `total` pieces in all, into windows of about
+/// `target` pieces; unsorted.
 fn inner_bounds(layers: &[Merged], total: usize, target: usize) -> Vec<PageIndex> {
     if total < 2 * target {
         return Vec::new();
@@ -288,18 +288,17 @@ fn inner_bounds(layers: &[Merged], total: usize, target: usize) -> Vec<PageIndex
     samples.into_iter().step_by(WINDOW_SAMPLES).collect()
 }
 
-/// Layers that have been merged into one, as they lie in a pile.
+/// Layers in a pile that have been merged into one.
 #[derive(Debug)]
 struct Stretch {
-    /// Where in the pile it ends; it begins where the one before ends.
+    /// Its end in the pile; it begins where the previous stretch ends.
     end: usize,
-    /// The lowest of its layers.
+    /// The number of its lowest layer.
     lowest: u32,
 }
 
-/// Layers that lie one below the other, to be merged, and the memory for it: to
-/// fault in new memory takes longer than to merge, so a pile is used again and
-/// again.
+/// A pile of layers that are to be merged, with its memory. Faulting in new memory takes
+/// longer than merging, so a pile is reused.
 #[derive(Debug, Default)]
 pub(super) struct Pile {
     pieces: Vec<Piece>,
@@ -309,10 +308,10 @@ pub(super) struct Pile {
 }
 
 impl Pile {
-    /// Makes room for so many pieces more.
+    /// Reserves memory for more pieces.
     ///
     /// # Errors
-    /// Memory does not suffice.
+    /// Memory is exhausted.
     pub(super) fn make_room(&mut self, pieces: usize) -> Result<(), TryReserveError> {
         self.pieces.try_reserve(pieces)
     }
@@ -323,19 +322,17 @@ impl Pile {
         push_after(&mut self.pieces, begun, piece);
     }
 
-    /// Closes the lowest layer, whose number is `layer`; the next piece is one of
-    /// the layer below.
+    /// Closes the lowest layer, number `layer`; the next piece begins the layer below.
     pub(super) fn close(&mut self, layer: u32) {
         self.stretches.push(Stretch { end: self.pieces.len(), lowest: layer });
     }
 
-    /// Merges all layers that are closed and takes them off the pile; what is
-    /// open is forgotten.
+    /// Merges all closed layers and takes them off the pile; discards the open one.
     pub(super) fn merge(&mut self) -> (Vec<Piece>, Gaps) {
         self.pieces.truncate(self.begun());
         if self.stretches.len() <= 1 {
             self.stretches.clear();
-            // There may be millions.
+            // It may have millions of pieces.
             let mut only = mem::take(&mut self.pieces);
             only.shrink_to_fit();
             return (only, Gaps::Nothing);
@@ -393,9 +390,9 @@ impl Pile {
         self.clear();
     }
 
-    /// Piles up what `layers` have in `[from, to)`, of which none is before the
-    /// window that this was last called for; `rests` are their pieces without those that
-    /// end before.
+    /// Piles up the pieces of `layers` in the window `[from, to)`. Windows must ascend from
+    /// call to call; `rests` are the pieces of each layer that do not end before the
+    /// window.
     fn load(&mut self, layers: &[Merged], rests: &mut [&[Piece]], from: PageIndex, to: PageIndex) {
         for (layer, rest) in layers.iter().zip(rests) {
             let begun = self.pieces.len();
@@ -415,7 +412,7 @@ impl Pile {
         }
     }
 
-    /// Merges every other stretch with the one below it.
+    /// Merges every second stretch with the one below it.
     fn merge_pairs(&mut self) {
         self.next_pieces.clear();
         self.next_stretches.clear();
@@ -438,8 +435,8 @@ impl Pile {
     }
 }
 
-/// Appends `pieces` of a map with [`Gaps::Nothing`] in `[from, to)` to `merged`, as
-/// pieces of one with [`Gaps::Parent`].
+/// Converts `pieces` of a map with [`Gaps::Nothing`], in `[from, to)`, to [`Gaps::Parent`],
+/// and appends them to `merged`.
 fn leave_gaps_to_parent(
     pieces: impl Iterator<Item = Piece>,
     from: PageIndex,
@@ -461,11 +458,11 @@ fn leave_gaps_to_parent(
     }
 }
 
-/// Lays `upper` over `lower`, both with [`Gaps::Parent`], and appends the result to
-/// `merged`, of which it leaves the first `kept` alone; `layer` is the lowest layer in
-/// `upper`.
+/// Overlays `upper` on `lower`, both with [`Gaps::Parent`], and appends the result to
+/// `merged`, of which it leaves the first `kept` pieces alone. `layer` is the lowest layer
+/// in `upper`.
 fn overlay(upper: &[Piece], lower: &[Piece], layer: u32, kept: usize, merged: &mut Vec<Piece>) {
-    // In most cases enough: only a lower piece that is cut in two takes more.
+    // Usually enough: only cutting a lower piece in two needs more.
     merged.reserve(upper.len() + lower.len());
     let (mut above, mut below) = (upper, lower);
     let mut next = PageIndex(0);
@@ -481,7 +478,7 @@ fn overlay(upper: &[Piece], lower: &[Piece], layer: u32, kept: usize, merged: &m
             push_after(merged, kept, *piece);
             continue;
         }
-        // What is left to the parent in spite of being a piece may come later.
+        // An explicit piece that leaves pages to the parent may follow.
         let mut begin = piece.first();
         for part in parts(&mut below, begin, next) {
             if part.first() > begin {
@@ -499,10 +496,9 @@ fn overlay(upper: &[Piece], lower: &[Piece], layer: u32, kept: usize, merged: &m
     }
 }
 
-/// Appends the pieces of both maps in the order of their pages, and takes them off, as
-/// long as they are stored and don't overlap; the lower map counts from `next` on. So are
-/// nearly all. None continues another: they are of different layers, or were joined
-/// already.
+/// Appends the pieces of both maps in page order, and takes them off, while they are stored
+/// and do not overlap; the lower map counts from `next` on. That holds for nearly all. No
+/// two can be merged: they are of different layers, or were merged before.
 fn pass_apart(
     above: &mut &[Piece],
     below: &mut &[Piece],
@@ -525,7 +521,7 @@ fn pass_apart(
     }
 }
 
-/// Returns what `pieces` are in `[from, to)`, and takes off them what ends before.
+/// Returns the pieces in `[from, to)`, and takes off those that end before it.
 fn parts<'a>(
     pieces: &mut &'a [Piece],
     from: PageIndex,
@@ -536,8 +532,8 @@ fn parts<'a>(
     inside.map(move |piece| piece.clip(piece.first().max(from), piece.end().min(to)))
 }
 
-/// Appends what a layer says of pages that those above, down to layer `layer`, leave to
-/// it. Whether they may come `lazy` is the snapshot's own affair, unless it has no choice.
+/// Appends what a layer has for pages that the layers above, down to layer `layer`, leave
+/// to it. The snapshot decides whether they are `lazy`, unless it has no choice.
 fn show(part: Piece, layer: u32, lazy: bool, kept: usize, merged: &mut Vec<Piece>) {
     let shown = match part.kind() {
         ABSENT => part,
@@ -552,8 +548,8 @@ fn show(part: Piece, layer: u32, lazy: bool, kept: usize, merged: &mut Vec<Piece
     }
 }
 
-/// Returns the position of the first piece that ends after `page`, galloping:
-/// most often it is near, and sometimes very far.
+/// Returns the position of the first piece that ends after `page`, by galloping search:
+/// usually it is near, and sometimes very far.
 fn skip_to(pieces: &[Piece], page: PageIndex) -> usize {
     let mut step = 1;
     while step < pieces.len() && pieces[step - 1].end() <= page {
@@ -571,11 +567,11 @@ mod tests {
 
     use super::*;
 
-    /// What one page of one layer is.
+    /// The state of one page in one layer.
     type Page = (PiecePlace, bool);
 
-    /// Random layers, the newest first, as pieces with file pages given out in
-    /// order, as pagemaps have them.
+    /// Random layers, the newest first, as pieces whose file pages are numbered in order,
+    /// as in pagemaps.
     fn layers() -> impl Strategy<Value = Vec<Vec<Piece>>> {
         let entry = (0..4_u64, 1..9_u64, 0..4_u8, any::<bool>());
         let layer = prop::collection::vec(entry, 0..12);
@@ -615,7 +611,7 @@ mod tests {
         pieces.iter().flat_map(|p| (p.first().0..p.end().0).map(|page| single(p, page))).collect()
     }
 
-    /// Looks one page up, layer by layer.
+    /// Looks up one page, layer by layer.
     fn naive(maps: &[BTreeMap<u64, Page>], page: u64) -> Option<Page> {
         let (mut place, lazy) = *maps[0].get(&page)?;
         for (layer, map) in (0..).zip(&maps[1..]) {

@@ -1,27 +1,27 @@
-//! Whose images a chain is made of.
+//! The owner of the images of a chain.
 
 use std::{collections::HashMap, fs, os::unix::fs::MetadataExt, path::PathBuf};
 
 use super::{Chain, ChainError, Result, SnapshotId};
 use crate::{image::Kind, parallel};
 
-/// Directories that take longer to look at than a thread takes to start.
+/// With this many directories, examining them takes longer than starting a thread.
 const WORTH_A_THREAD: usize = 64;
 
-/// Whose images a chain is made of.
+/// The owner of the images of a chain.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Owner {
-    /// All of this user.
+    /// This user owns all of them.
     One(u32),
-    /// Of several users, or in a directory where several can put some.
+    /// Several users own them, or could have put images into a directory.
     Several {
-        /// A directory where that shows.
+        /// A directory that shows it.
         dir: PathBuf,
     },
 }
 
 impl Owner {
-    /// Finds the users who could have written the images of a chain
+    /// Determines which users could have written the images of a chain
     /// ([`ImageStore::owner`](crate::image::ImageStore::owner)).
     pub fn of(chain: &Chain) -> Self {
         let snapshots = chain.snapshots();
@@ -33,23 +33,23 @@ impl Owner {
                 _ => return Self::Several { dir: snapshot.path().to_owned() },
             }
         }
-        // A chain has snapshots.
+        // A chain has at least one snapshot.
         one.map_or_else(|| Self::Several { dir: PathBuf::new() }, Self::One)
     }
 }
 
-/// Snapshots that have descendants of other users.
+/// Snapshots that have descendants of another user.
 ///
-/// Pages may be freed in the others only: any user can make a link called `parent`.
+/// Pages may be freed only in other snapshots: any user can make a link called `parent`.
 #[derive(Debug)]
 pub(super) struct ForeignChildren {
     owners: HashMap<SnapshotId, u32>,
-    /// With such a descendant.
+    /// Each such snapshot, and one of those descendants.
     found: HashMap<SnapshotId, SnapshotId>,
 }
 
 impl ForeignChildren {
-    /// Looks at all inventories of a chain.
+    /// Examines all inventories of a chain.
     pub(super) fn of(chain: &Chain) -> Self {
         let owner = |id| {
             let inventory = chain.directory(id).ok()?.join(Kind::Inventory.file_name(0));
@@ -57,7 +57,7 @@ impl ForeignChildren {
         };
         let owners: HashMap<_, _> = chain.ids().filter_map(owner).collect();
         let mut found = HashMap::new();
-        // Each comes after its parent.
+        // Children come after their parents.
         let mut ids: Vec<_> = chain.ids().collect();
         ids.reverse();
         for child in ids {
@@ -71,7 +71,7 @@ impl ForeignChildren {
         Self { owners, found }
     }
 
-    /// Checks that pages may be freed in a snapshot.
+    /// Checks that freeing pages of a snapshot harms no other user.
     ///
     /// # Errors
     /// [`ChainError::ForeignChild`].

@@ -1,4 +1,4 @@
-//! What one snapshot of a chain holds, in numbers.
+//! Statistics of one snapshot of a chain.
 
 use std::time::SystemTime;
 
@@ -8,17 +8,17 @@ use crate::{
     units::{PAGE_SIZE, PageRanges, page_bytes},
 };
 
-/// How many pages of one kind of memory are where.
+/// Where the pages of one kind of memory are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PageCounts {
-    /// In the snapshot's own pages files, whether or not their bytes still are.
+    /// In the snapshot's own pages files, including freed pages.
     pub present: u64,
     /// In an ancestor.
     pub in_parent: u64,
     /// In no image.
     pub absent: u64,
-    /// Of those present, how many were freed, or are holes of their file: freed by
-    /// another program, or made sparse by a copy, which read as zero.
+    /// How many of the present pages were freed or are holes of their file. A hole reads as
+    /// zeros: another program freed the page, or a copy made the file sparse.
     pub punched: u64,
 }
 
@@ -32,31 +32,31 @@ impl std::ops::AddAssign for PageCounts {
 }
 
 impl PageCounts {
-    /// Returns the bytes that the memory takes in images without parents.
+    /// Returns how many bytes the memory would take in images without parents.
     pub fn flat_bytes(&self) -> u64 {
         page_bytes(self.present + self.in_parent)
     }
 }
 
-/// What one snapshot holds.
+/// Statistics of one snapshot.
 #[derive(Clone, Debug)]
 pub struct Summary {
     /// When its inventory was written.
     pub date: SystemTime,
-    /// The pids of its processes; those with memory, in a pre-dump.
+    /// The pids of its processes; in a pre-dump, of those with memory.
     pub processes: Vec<u64>,
-    /// Whether it is a pre-dump, which has memory but no processes to restore.
+    /// Whether it is a pre-dump, which has memory but no processes.
     pub pre_dump: bool,
     /// Pages of private memory.
     pub private: PageCounts,
     /// Pages of shared objects.
     pub shared: PageCounts,
-    /// Bytes that its files take where they are stored.
+    /// How many bytes its files occupy where they are stored.
     pub disk_bytes: u64,
 }
 
 impl Summary {
-    /// Counts what a snapshot holds.
+    /// Computes the statistics of a snapshot.
     ///
     /// # Errors
     /// Directories, images and pages files that cannot be read.
@@ -88,7 +88,7 @@ impl Summary {
         Ok(Self { date, processes, pre_dump, private, shared, disk_bytes })
     }
 
-    /// Returns the counts of all memory together.
+    /// Returns the counts of all memory.
     pub fn total(&self) -> PageCounts {
         let mut total = self.private;
         total += self.shared;
@@ -96,7 +96,7 @@ impl Summary {
     }
 }
 
-/// Returns how many bytes the files of a snapshot take where they are stored.
+/// Returns how many bytes the files of a snapshot occupy where they are stored.
 ///
 /// # Errors
 /// [`ChainError::Directory`].
@@ -105,8 +105,8 @@ pub fn disk_bytes(images: &dyn ImageStore) -> Result<u64> {
     images.allocated().map_err(failed)
 }
 
-/// Returns the pids of a snapshot's processes; `None` for a pre-dump, which has
-/// no tree of them.
+/// Returns the pids of a snapshot's processes; `None` for a pre-dump, which has no process
+/// tree.
 fn processes(chain: &Chain, id: SnapshotId) -> Result<Option<Vec<u64>>> {
     let tree = chain.images(id).messages_if_any::<proto::PstreeEntry>(Kind::Pstree, 0)?;
     Ok(tree.map(|tree| tree.iter().map(|process| process.pid.into()).collect()))
@@ -123,7 +123,7 @@ fn count(chain: &Chain, id: SnapshotId, memory: MemoryId) -> Result<PageCounts> 
             Presence::Parent => &mut counts.in_parent,
             Presence::Absent => &mut counts.absent,
         };
-        // Entries do not overlap, so that the sum stays below 2^52.
+        // Entries do not overlap, so the sum stays below 2^52.
         *count += entry.pages;
     }
     if counts.present > 0 {

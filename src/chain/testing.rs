@@ -1,4 +1,4 @@
-//! Chains for tests: on disk, and as a naive model beside it.
+//! Chains for tests: on disk, and as a naive model.
 
 use std::{collections::BTreeMap, fs, os::unix::fs::symlink, path::PathBuf, sync::Arc};
 
@@ -14,13 +14,13 @@ use crate::{
     units::{PAGE_SIZE, PageIndex},
 };
 
-/// The memory that test chains are about.
+/// The memory of test chains.
 pub(crate) const MEMORY: MemoryId = MemoryId::Shared(1024);
 
-/// Pages that random chains deal with.
+/// The pages of random chains.
 pub(crate) const PAGES: u64 = 100;
 
-/// A chain of directories in a temporary place, named 1, 2, ... from the base.
+/// A chain in a temporary directory, with layers named 1, 2, ... from the base.
 #[derive(Debug)]
 pub(crate) struct TestChain {
     pub(crate) root: TempDir,
@@ -37,7 +37,7 @@ impl TestChain {
         self.root.path().join(layer.to_string())
     }
 
-    /// Adds a snapshot with one memory; its bytes are those of `page`.
+    /// Adds a snapshot with one memory, whose bytes come from `page`.
     pub(crate) fn push(&mut self, entries: &[PagemapEntry]) -> usize {
         self.layers += 1;
         let dir = self.dir(self.layers);
@@ -80,7 +80,7 @@ impl TestChain {
         fs::write(dir.join(Kind::Pages.file_name(pages_id.into())), pages).expect("write pages");
     }
 
-    /// Returns all of it in a store that is no directory.
+    /// Returns the chain in a store that is not a directory.
     pub(crate) fn in_memory(&self) -> Store {
         let mut tip: Option<Store> = None;
         for layer in 1..=self.layers {
@@ -104,7 +104,7 @@ impl TestChain {
     }
 }
 
-/// Returns the bytes that layer `layer` holds for a page.
+/// Returns the bytes of a page in layer `layer`.
 pub(crate) fn page(layer: usize, number: u64) -> Vec<u8> {
     let line = format!("layer {layer} page {number}\n");
     line.bytes().cycle().take(usize::try_from(PAGE_SIZE).expect("small")).collect()
@@ -114,11 +114,11 @@ pub(crate) fn entry(first: u64, pages: u64, presence: Presence) -> PagemapEntry 
     PagemapEntry { first: PageIndex(first), pages, presence, lazy: false }
 }
 
-/// What each page of a snapshot is: the layer that has it, or `None` for a page
-/// that is in no image. A page without an entry is zero.
+/// The layer that has each page of a snapshot; `None` for a page that is in no image. A
+/// page without an entry is zero.
 pub(crate) type Model = BTreeMap<u64, Option<usize>>;
 
-/// Random layers of an unbroken chain, from the base up.
+/// Random layers of an intact chain, from the base up.
 pub(crate) fn layers() -> impl Strategy<Value = Vec<Vec<PagemapEntry>>> {
     let entry = (0..6_u64, 1..12_u64, 0..8_u8);
     let layer = prop::collection::vec(entry, 0..14);
@@ -134,8 +134,7 @@ pub(crate) fn layers() -> impl Strategy<Value = Vec<Vec<PagemapEntry>>> {
     })
 }
 
-/// Turns what was drawn into entries that ask the layer below only for pages
-/// that it has.
+/// Turns random values into entries that ask the layer below only for pages that it has.
 fn entries(drawn: &[(u64, u64, u8)], below: &Model) -> Vec<PagemapEntry> {
     let mut entries: Vec<PagemapEntry> = Vec::new();
     let mut next = 0;
@@ -157,7 +156,7 @@ fn entries(drawn: &[(u64, u64, u8)], below: &Model) -> Vec<PagemapEntry> {
     entries
 }
 
-/// Returns what each page is after `layer` with these entries came on top.
+/// Returns the model after `layer` with these entries was added on top.
 pub(crate) fn model(layer: usize, entries: &[PagemapEntry], below: &Model) -> Model {
     let mut model = Model::new();
     for entry in entries {
@@ -173,7 +172,7 @@ pub(crate) fn model(layer: usize, entries: &[PagemapEntry], below: &Model) -> Mo
     model
 }
 
-/// Writes layers, and returns what each page of each snapshot is.
+/// Writes layers to disk, and returns the model of each snapshot.
 pub(crate) fn on_disk(layers: &[Vec<PagemapEntry>]) -> (TestChain, Vec<Model>) {
     let mut chain = TestChain::new();
     let mut models = Vec::new();

@@ -151,13 +151,14 @@ fn pages_that_the_parent_does_not_have_are_named() {
     let (index, found) = problems(&disk);
     let error = index.unwrap_err().to_string();
     assert!(
-        error.contains("2 pages of shmem 1024 at 0xa000 are said to be in the parent"),
+        error
+            .contains("2 pages of shmem 1024 at 0xa000 are in the parent according to the pagemap"),
         "{error}"
     );
-    assert!(error.contains("2/pagemap-shmem-1024.img does not account for that page"), "{error}");
-    assert!(
-        found.starts_with("error: 3: shmem 1024 at 0xa000: 2 pages are said to be in the parent")
-    );
+    assert!(error.contains("2/pagemap-shmem-1024.img has no entry for that page"), "{error}");
+    assert!(found.starts_with(
+        "error: 3: shmem 1024 at 0xa000: 2 pages are in the parent according to the pagemap"
+    ));
     // A newer layer that has the pages does not miss them.
     disk.push(&[entry(8, 2, Presence::Parent), entry(10, 2, Presence::Present)]);
     problems(&disk).0.unwrap();
@@ -170,7 +171,7 @@ fn a_base_that_asks_a_parent_it_does_not_have_is_named() {
     let chain = Chain::open(&disk.dir(2)).unwrap();
     let error = chain.index(chain.choose(None).unwrap(), MEMORY).unwrap_err().to_string();
     assert!(error.ends_with(
-        "5 pages of shmem 1024 at 0x0 are said to be in the parent, but it has no parent"
+        "5 pages of shmem 1024 at 0x0 are in the parent according to the pagemap, but it has no parent"
     ));
     symlink("../gone", disk.dir(2).join("parent")).unwrap();
     let chain = Chain::open(&disk.dir(2)).unwrap();
@@ -183,7 +184,7 @@ fn a_parent_without_the_memory_is_named() {
     let disk = two_layers();
     fs::remove_file(disk.dir(1).join(MEMORY.pagemap_name())).unwrap();
     let (index, found) = problems(&disk);
-    assert!(index.unwrap_err().to_string().contains("1/pagemap-shmem-1024.img does not account"));
+    assert!(index.unwrap_err().to_string().contains("1/pagemap-shmem-1024.img has no entry"));
     assert_eq!(found.matches("has no entry for them").count(), 2, "{found}");
     assert!(found.contains("note: 1: no pagemap claims pages-7.img"));
 }

@@ -1,7 +1,7 @@
-//! Which pages are the same in two files: the part of the work that takes the time.
+//! Finds equal pages in two files. This is the part of a deduplication that takes the time.
 //!
-//! Pages are read in chunks that stay in the processor's cache, on all processors, so
-//! that linking two dumps costs what reading both once does.
+//! Pages are read on all processors, in chunks that stay in a processor's cache. So linking
+//! two dumps takes as long as reading both once.
 
 use std::{ops::Range, sync::Arc};
 
@@ -11,33 +11,33 @@ use crate::{
     units::{PAGE_LEN, PageIndex, page_bytes},
 };
 
-/// Pages in a chunk: 256 KiB of either side. As many as the bits of [`Equal`].
+/// Pages in a chunk: 256 KiB of each side; one for each bit of [`Equal`].
 const CHUNK_PAGES: u64 = 64;
 
-/// Chunks that a thread takes at a time: 4 MiB of either side in a row.
+/// How many chunks a thread takes at a time: 4 MiB of each side, contiguous.
 const WORTH_A_THREAD: usize = 16;
 
-/// Chunks that are cut at a time: 1 GiB of either side.
+/// How many chunks are cut at a time: 1 GiB of each side.
 const BATCH_CHUNKS: usize = 4096;
 
-/// Which pages of a chunk are equal, one bit for each.
+/// The equal pages of a chunk, one bit for each.
 type Equal = u64;
 
-/// Pages in a row, each to be compared with another one.
+/// Consecutive pages, each to be compared with another one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Pair {
-    /// The first page of the memory.
+    /// The number of the first page in its memory.
     pub(super) first: PageIndex,
-    /// How many there are.
+    /// How many pages there are.
     pub(super) pages: u64,
-    /// Where they are: a file, and pages of it before them.
+    /// The file of the pages, and the first page in it.
     pub(super) left: (FileId, u64),
-    /// Where what they are compared with is.
+    /// The file and first page of the other side.
     pub(super) right: (FileId, u64),
 }
 
 impl Pair {
-    /// Returns `pages` pages of it, beginning after `skipped`.
+    /// Returns `pages` pages of the pair, after the first `skipped`.
     fn part(&self, skipped: u64, pages: u64) -> Self {
         Self {
             first: PageIndex(self.first.0 + skipped),
@@ -48,14 +48,14 @@ impl Pair {
     }
 }
 
-/// Pages in a row: the first, and how many.
+/// A run of pages: the first one and their number.
 pub(super) type Stretch = (PageIndex, u64);
 
-/// Compares pages, which ascend, and returns the stretches that are equal. `progress`
-/// is told of every number of pages that are done.
+/// Compares pages, which ascend, and returns the equal runs. `progress` gets the number of
+/// pages done, bit by bit.
 ///
 /// # Errors
-/// Files that cannot be read or end too early.
+/// Files that cannot be read, or end too early.
 pub(super) fn equal(
     pairs: &[Pair],
     left: &Files,
@@ -86,7 +86,7 @@ pub(super) fn equal(
     }
 }
 
-/// Enters the pages of a chunk that are equal.
+/// Appends the equal pages of a chunk.
 fn enter(parts: &[Pair], mut equal: Equal, stretches: &mut Vec<Stretch>) {
     for part in parts {
         for page in part.first.0..part.first.0 + part.pages {
@@ -101,15 +101,15 @@ fn enter(parts: &[Pair], mut equal: Equal, stretches: &mut Vec<Stretch>) {
     }
 }
 
-/// Cuts stretches of pages into chunks, as many at a time as are held in memory:
-/// pagemaps may claim more pages than there can be.
+/// Cuts runs of pages into chunks, as many at a time as may be in memory: a pagemap may
+/// claim more pages than there can be.
 struct Cutter<'a> {
     pairs: &'a [Pair],
-    /// Pages of the first of them that were cut off.
+    /// How many pages of the first run have been cut off.
     done: u64,
 }
 
-/// Parts of stretches, and which of them are in each chunk.
+/// Parts of runs, and the parts in each chunk.
 #[derive(Default)]
 struct Batch {
     parts: Vec<Pair>,
@@ -140,7 +140,7 @@ impl Cutter<'_> {
     }
 }
 
-/// What a thread keeps from chunk to chunk.
+/// What a thread keeps between chunks.
 #[derive(Default)]
 struct Desk {
     left: Side,
@@ -151,7 +151,7 @@ struct Desk {
 struct Side {
     runs: Vec<Run>,
     bytes: Vec<u8>,
-    /// The file that was read last: most often the next one is the same.
+    /// The last file, which is usually the next one, too.
     last: Option<(FileId, Arc<BackingFile>)>,
 }
 
@@ -206,7 +206,7 @@ mod tests {
     fn equal_pages_are_found_wherever_they_are() {
         let dir = tempfile::tempdir().unwrap();
         let page = |value: u8| vec![value; PAGE_LEN];
-        // 300 pages; on the right one page further on, and each seventh differs.
+        // 300 pages; the right side begins one page later, and every seventh page differs.
         let left: Vec<u8> = (0..300_u16).flat_map(|n| page(n.to_le_bytes()[0])).collect();
         let mut right = page(99);
         for number in 0..300_u16 {
@@ -218,7 +218,7 @@ mod tests {
         fs::write(&paths[1], right).unwrap();
         let files = Files::new(NonZeroUsize::MIN);
         let [left, right] = paths.map(|path| files.enter_path(&path));
-        // Stretches of one page, of less than a chunk and of several, with gaps.
+        // Runs of one page, of less than a chunk, and of several chunks, with gaps.
         let pair = |first, pages| Pair {
             first: PageIndex(1000 + 2 * first),
             pages,

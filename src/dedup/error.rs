@@ -13,7 +13,7 @@ use crate::{
 /// The result of a step of a deduplication.
 pub type Result<T, E = DedupError> = std::result::Result<T, E>;
 
-/// Why images were not deduplicated. Every snapshot reads as it did before.
+/// Why images were not deduplicated. Every snapshot still reads as before.
 #[derive(Debug, thiserror::Error)]
 pub enum DedupError {
     /// There are not enough directories to link.
@@ -25,8 +25,8 @@ pub enum DedupError {
         /// The directory.
         dir: PathBuf,
     },
-    /// A directory is no complete dump.
-    #[error("{dir} holds no inventory.img, so it is no complete dump", dir = .dir.display())]
+    /// A directory is not a complete dump.
+    #[error("{dir} has no inventory.img, so it is not a complete dump", dir = .dir.display())]
     NoSnapshot {
         /// The directory.
         dir: PathBuf,
@@ -39,10 +39,10 @@ pub enum DedupError {
     Order {
         /// The older snapshot.
         dir: PathBuf,
-        /// The younger one, which was named before it.
+        /// The younger snapshot, which the user named first.
         parent: PathBuf,
     },
-    /// The snapshots have nothing to do with each other.
+    /// The snapshots are unrelated.
     #[error(
         "{dir} and {parent} have no process and no shared object in common: they are dumps of \
          different trees",
@@ -51,10 +51,10 @@ pub enum DedupError {
     DifferentTrees {
         /// A snapshot.
         dir: PathBuf,
-        /// The one before it.
+        /// The snapshot before it.
         parent: PathBuf,
     },
-    /// A snapshot has another parent already.
+    /// A snapshot already has another parent.
     #[error(
         "the parent of {dir} is already {found}, not {expected}\nhelp: name {found} before {dir}",
         dir = .dir.display(), found = .found.display(), expected = .expected.display()
@@ -64,10 +64,10 @@ pub enum DedupError {
         dir: PathBuf,
         /// Its parent.
         found: PathBuf,
-        /// What was named before it.
+        /// The snapshot that the user named before it.
         expected: PathBuf,
     },
-    /// What was made does not read as what it was made of.
+    /// The result would not read like the original.
     #[error(
         "{dir}: {memory} at {first} would not read as before ({problem}): nothing was changed",
         dir = .dir.display()
@@ -79,7 +79,7 @@ pub enum DedupError {
         memory: MemoryId,
         /// The page.
         first: PageIndex,
-        /// In which way.
+        /// The difference.
         problem: &'static str,
     },
     /// Files of this file system cannot share blocks.
@@ -112,13 +112,13 @@ pub enum DedupError {
         /// The snapshot.
         dir: PathBuf,
     },
-    /// The directory for the new images holds something.
+    /// The directory for the new images exists.
     #[error("{path} already exists\nhelp: remove or rename it", path = .path.display())]
     Exists {
         /// The directory.
         path: PathBuf,
     },
-    /// No number is left for a new file of pages.
+    /// No number is free for another pages file.
     #[error("{dir} has no number left for another pages file", dir = .dir.display())]
     Numbers {
         /// The snapshot.
@@ -134,7 +134,7 @@ pub enum DedupError {
         /// Why it failed.
         source: io::Error,
     },
-    /// The chain has no answer.
+    /// The chain has a defect.
     #[error(transparent)]
     Chain(#[from] ChainError),
     /// An image could not be read or written.

@@ -1,4 +1,4 @@
-//! Freeing what a snapshot supersedes in its ancestors: `rcriu dedup -D` and
+//! Frees the pages in a snapshot's ancestors that it supersedes: `rcriu dedup -D` and
 //! `rcriu dump --auto-dedup`.
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
@@ -22,36 +22,36 @@ use crate::{
     },
 };
 
-/// What is freed, or was.
+/// What is freed, or has been freed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Freed {
     /// Directories of ancestors that can no longer be restored, the oldest first.
     pub lost: Vec<PathBuf>,
-    /// Other snapshots that need pages, and how many were kept for them.
+    /// Other snapshots that need superseded pages, and how many are kept for each.
     pub kept_for: Vec<(PathBuf, u64)>,
     /// How many pages are freed.
     pub pages: u64,
-    /// Bytes that the ancestors took on disk.
+    /// How many bytes the ancestors occupied on disk.
     pub bytes_before: u64,
-    /// Bytes that they take now.
+    /// How many bytes they occupy now.
     pub bytes_after: u64,
 }
 
-/// In which snapshot's ancestors pages are freed, and how.
+/// The snapshot, and how to free.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FreeOptions {
     /// The snapshot's directory.
     pub dir: PathBuf,
-    /// Write the rest of a pages file anew where the file system cannot free parts of it.
+    /// Rewrite a pages file if the file system cannot punch holes in it.
     pub rewrite: bool,
 }
 
-/// Frees in the ancestors of a snapshot what that holds itself. `tell` is called before
-/// anything is changed, with what is going to be.
+/// Frees the pages in the ancestors of a snapshot that the snapshot itself holds. Calls
+/// `tell` with what will be freed before it changes anything.
 ///
 /// # Errors
 /// Directories that are in use; a chain that cannot be read; a file system that cannot
-/// free parts of files, if they are not to be rewritten. Nothing is changed then.
+/// punch holes, unless files may be rewritten. Then nothing is changed.
 pub fn free(
     options: &FreeOptions,
     disk: Arc<dyn Disk>,
@@ -78,12 +78,12 @@ pub fn free(
     free_locked(options, disk, tell)
 }
 
-/// Locks the ancestors of a snapshot, which are going to change.
+/// Locks the ancestors of a snapshot for changing them.
 ///
 /// # Errors
 /// [`DedupError::Lock`].
 pub fn lock_ancestors(chain: &Chain, id: SnapshotId, locks: &mut DirectoryLocks) -> Result<()> {
-    // One for each.
+    // One descriptor for each.
     process::raise_descriptor_limit();
     for ancestor in superseded::ancestors(chain, id) {
         locks.take(chain.directory(ancestor)?, Access::Exclusive)?;
@@ -91,8 +91,8 @@ pub fn lock_ancestors(chain: &Chain, id: SnapshotId, locks: &mut DirectoryLocks)
     Ok(())
 }
 
-/// Checks that pages of a snapshot and its ancestors can be freed, as far as can be
-/// told before there is something that supersedes them.
+/// Checks that pages of a snapshot and its ancestors can be freed, as far as that is known
+/// before a new snapshot supersedes them.
 ///
 /// # Errors
 /// As [`free`].
@@ -129,7 +129,7 @@ pub fn free_locked(
     };
     let mut freed = told(&chain, id, &found)?;
     tell(&freed);
-    // What is freed must be on disk elsewhere.
+    // The copies of the freed pages must be on disk.
     let dir = chain.directory(id)?;
     sync_all(dir, |file| fds::begin_writing(file, 0, 0))?;
     if let Some(above) = dir.parent() {
@@ -150,8 +150,8 @@ pub fn free_locked(
     Ok(freed)
 }
 
-/// Writes pages files anew without the pages that are to be freed. They keep their place,
-/// so that the file has holes; a journal names these as if they had been punched.
+/// Rewrites pages files without the freed pages. The other pages keep their place, so the
+/// file has holes; a journal names them like punched pages.
 fn rewrite_files(chain: &Chain, found: &Found) -> Result<()> {
     let mut plans: BTreeMap<SnapshotId, Plan> = BTreeMap::new();
     for file in found.files.iter().filter(|file| !file.pages.is_empty()) {
@@ -159,7 +159,7 @@ fn rewrite_files(chain: &Chain, found: &Found) -> Result<()> {
         let images = &**chain.images(snapshot);
         let name = file.memory.pagemap_name();
         let mut pages = file.pages.clone();
-        // Those of earlier times.
+        // Pages that were freed earlier.
         if let Some(gone) = punched::read(images, &name, file.layer.pages_id)? {
             pages.extend(&gone);
         }
@@ -178,7 +178,7 @@ fn rewrite_files(chain: &Chain, found: &Found) -> Result<()> {
             gone: Some(Gone { pages, total }),
         });
     }
-    // The newest first: what it was resolved to is what its ancestors still are.
+    // Newest first: the index of a snapshot remains valid for its ancestors.
     for (id, plan) in plans.into_iter().rev() {
         let at = |id| At { chain, id };
         let parent = chain.snapshot(id).parent.as_ref().ok().copied().flatten();
@@ -188,7 +188,7 @@ fn rewrite_files(chain: &Chain, found: &Found) -> Result<()> {
     Ok(())
 }
 
-/// Returns what is going to be told.
+/// Returns what the user is told before anything is changed.
 fn told(chain: &Chain, id: SnapshotId, found: &Found) -> Result<Freed> {
     let bytes = ancestors_bytes(chain, id)?;
     Ok(Freed {

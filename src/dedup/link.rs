@@ -1,4 +1,4 @@
-//! Making a chain of full dumps: `rcriu dedup --link`.
+//! Turns full dumps into a chain: `rcriu dedup --link`.
 
 use std::{
     collections::BTreeSet,
@@ -30,47 +30,47 @@ use crate::{
     units::page_bytes,
 };
 
-/// What is linked.
+/// The options.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LinkOptions {
     /// The snapshots, the oldest first.
     pub dirs: Vec<PathBuf>,
-    /// Write new directories, `DIR.linked`, and leave these as they are.
+    /// Write new directories, `DIR.linked`, and leave the originals alone.
     pub keep_originals: bool,
 }
 
-/// What became of one snapshot.
+/// The result for one snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Linked {
-    /// The snapshot; the new directory, if there is one.
+    /// The snapshot, or its new copy.
     pub dir: PathBuf,
-    /// Its parent; `None` if nothing would have been gained.
+    /// Its parent; `None` if a link would gain nothing.
     pub parent: Option<PathBuf>,
-    /// Pages that were left to the parent.
+    /// Pages that it now takes from the parent.
     pub shared_pages: u64,
-    /// Of shared objects, how many got the number that they have in the parent.
+    /// How many shared objects got the number that they have in the parent.
     pub renumbered: usize,
-    /// Bytes that the snapshot took on disk.
+    /// How many bytes the snapshot occupied on disk.
     pub bytes_before: u64,
-    /// Bytes that it takes now.
+    /// How many bytes it occupies now.
     pub bytes_after: u64,
 }
 
-/// Told how many bytes are going to be compared, and how many are, so far.
+/// Receives the progress in bytes.
 pub trait Progress: Sync {
-    /// Tells that so many bytes more will be compared.
+    /// Adds bytes that will be compared.
     fn more(&self, bytes: u64);
-    /// Tells that so many bytes more are done.
+    /// Adds bytes that have been compared.
     fn done(&self, bytes: u64);
 }
 
-/// Makes a chain of snapshots: what one has in common with the one before it is left to
-/// that one. Each reads as before at every moment, and what a run leaves that was
-/// killed is finished by the next one.
+/// Links snapshots into a chain: each takes the pages that it has in common with the
+/// previous one from there. At every moment each snapshot reads as before, and the next run
+/// finishes the work of a run that was killed.
 ///
 /// # Errors
-/// Snapshots that are in use, not in order, of different trees, or linked in another
-/// way; then nothing is changed. Whatever keeps them from being read or written.
+/// Snapshots that are in use, out of order, of different trees, or linked otherwise; then
+/// nothing is changed. Snapshots that cannot be read or written.
 pub fn link(options: &LinkOptions, progress: &dyn Progress) -> Result<Vec<Linked>> {
     let dirs = directories(&options.dirs)?;
     let access = if options.keep_originals { Access::Shared } else { Access::Exclusive };
@@ -87,7 +87,7 @@ pub fn link(options: &LinkOptions, progress: &dyn Progress) -> Result<Vec<Linked
     } else {
         for dir in &dirs {
             if recover(dir)? {
-                log::warn!("{}: finished what an earlier run had begun", dir.display());
+                log::warn!("{}: finished the work of an interrupted run", dir.display());
             }
         }
         Vec::new()
@@ -103,7 +103,7 @@ pub fn link(options: &LinkOptions, progress: &dyn Progress) -> Result<Vec<Linked
         if let Some(copy) = copy
             && is_finished(copy, dir, &parent)?
         {
-            log::info!("{}: an earlier run has made it", copy.display());
+            log::info!("{}: made by an earlier run", copy.display());
             linked.push(made_before(copy, dir)?);
             parent.clone_from(copy);
             continue;
@@ -115,7 +115,7 @@ pub fn link(options: &LinkOptions, progress: &dyn Progress) -> Result<Vec<Linked
     Ok(linked)
 }
 
-/// Finds the directories that were named.
+/// Returns the named directories.
 fn directories(named: &[PathBuf]) -> Result<Vec<PathBuf>> {
     if named.len() < 2 {
         return Err(DedupError::TooFew);
@@ -135,7 +135,7 @@ fn directories(named: &[PathBuf]) -> Result<Vec<PathBuf>> {
     Ok(dirs)
 }
 
-/// Returns where the copy of a snapshot goes.
+/// Returns the directory for the copy of a snapshot.
 fn copy_of(dir: &Path, named: &Path) -> Result<PathBuf> {
     let name = dir.file_name().ok_or_else(|| DedupError::NoSnapshot { dir: named.to_owned() })?;
     let mut name = name.to_owned();
@@ -144,8 +144,8 @@ fn copy_of(dir: &Path, named: &Path) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Whether `copy` is a copy of `dir` that is linked to `parent`, or to nothing, which an
-/// earlier run has finished. What a run leaves that was killed has no inventory.
+/// Whether `copy` is a finished copy of `dir`, linked to `parent` or to nothing. The
+/// unfinished copy of a killed run has no inventory.
 ///
 /// # Errors
 /// [`DedupError::Exists`] if it is something else.
@@ -162,7 +162,7 @@ fn is_finished(copy: &Path, dir: &Path, parent: &Path) -> Result<bool> {
     check_parent(copy, parent).map(|()| true).map_err(|_| exists())
 }
 
-/// Describes the copy of a snapshot that an earlier run has finished.
+/// Returns the result for a copy that an earlier run has finished.
 fn made_before(copy: &Path, dir: &Path) -> Result<Linked> {
     let chain = Chain::open(copy)?;
     let id = snapshot_at(&chain, copy)?;
@@ -181,8 +181,8 @@ fn made_before(copy: &Path, dir: &Path) -> Result<Linked> {
     })
 }
 
-/// Checks that a snapshot was not dumped before its parent. Dates are lost by copying
-/// and times since boot by booting: only if both say so it is true.
+/// Checks that a snapshot was not dumped before its parent. Copying changes dates, and
+/// booting resets the time since boot: only if both say so, it is an error.
 fn check_order(dir: &Path, parent: &Path) -> Result<()> {
     let when = |dir: &Path| -> Result<(SystemTime, Option<u64>)> {
         let path = dir.join(Kind::Inventory.file_name(0));
@@ -214,7 +214,7 @@ fn check_parent(dir: &Path, parent: &Path) -> Result<()> {
     }
 }
 
-/// Links one snapshot to the one before it, in place or in a copy.
+/// Links one snapshot to the previous one, in place or in a copy.
 fn link_one(
     dir: &Path,
     parent_dir: &Path,
@@ -239,7 +239,7 @@ fn link_one(
     let gained = !plan.memories.is_empty();
     for memory in &plan.memories {
         log::info!(
-            "{}: {}: {} pages are left to the parent, {} are kept",
+            "{}: {}: {} pages come from the parent now, {} are kept",
             dir.display(),
             memory.memory,
             memory.shared_pages(),
@@ -269,7 +269,7 @@ fn link_one(
     })
 }
 
-/// Writes a copy of a snapshot in which the plan is carried out.
+/// Writes a copy of a snapshot according to the plan.
 fn write_copy(
     dir: &Path,
     plan: &Plan,
@@ -290,7 +290,7 @@ fn write_copy(
     }
     let mut locks = DirectoryLocks::default();
     locks.take(dir, Access::Exclusive)?;
-    // What a run leaves that was killed has no inventory, and is made anew.
+    // The unfinished copy of a killed run has no inventory, and is made again.
     let left = dir.join(DEDUP_STAGE);
     match fs::remove_dir_all(&left) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {

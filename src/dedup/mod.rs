@@ -1,8 +1,8 @@
-//! Removing duplicates from images that exist.
+//! Removes duplicates from existing images.
 //!
-//! Looking and deciding is apart from changing: `plan`, `compare`, `objects` and
-//! `superseded` read, `stage` and [`free()`] change files. [`link()`] makes a chain of full
-//! dumps, and [`reflink()`] makes the file system store equal pages once.
+//! Analysis is separate from changes: `plan`, `compare`, `objects` and `superseded` only
+//! read; `stage` and [`free()`] change files. [`link()`] turns full dumps into a chain, and
+//! [`reflink()`] makes the file system store equal pages once.
 
 mod compare;
 mod error;

@@ -1,5 +1,5 @@
-//! Shared objects of a snapshot by what they are: the numbers that their images have
-//! are those of inodes, which another dump of the same object may not find again.
+//! Identifies the shared objects of a snapshot. The numbers in the images are those of
+//! inodes, which may differ in another dump of the same object.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -9,47 +9,47 @@ use crate::{
     image::{ImageError, Kind, proto, vma},
 };
 
-/// What an object is.
+/// The kind of an object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum ObjectKind {
     /// Anonymous shared memory.
     Anonymous,
     /// A memfd of this name.
     Memfd(Vec<u8>),
-    /// A System V segment: its number is known to programs.
+    /// A System V segment. Programs know its id.
     SystemV,
 }
 
 /// How a process uses an object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 enum Use {
-    /// By a mapping at an address, of the object from an offset on.
+    /// A mapping of the object from an offset on, at an address.
     Mapping { pid: u64, start: u64, offset: u64 },
-    /// By a descriptor.
+    /// A descriptor.
     Descriptor { pid: u64, fd: u32 },
 }
 
-/// An image: its kind and number.
+/// The kind and number of an image.
 pub(super) type ImageName = (Kind, u64);
 
-/// An object.
+/// A shared object.
 #[derive(Clone, Debug)]
 struct Object {
     kind: ObjectKind,
     uses: BTreeSet<Use>,
-    /// The images that name it by its number, pagemaps left out.
+    /// The images that refer to it by number, except pagemaps.
     named_by: Vec<ImageName>,
 }
 
-/// The shared objects of a snapshot by their numbers.
+/// The shared objects of a snapshot by number.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Objects(BTreeMap<u64, Object>);
 
 impl Objects {
-    /// Reads what the images of a snapshot say; a pre-dump says nothing.
+    /// Reads the objects from the images of a snapshot; a pre-dump has none.
     ///
     /// # Errors
-    /// Images that cannot be read.
+    /// Unreadable images.
     pub(super) fn read(chain: &Chain, id: SnapshotId) -> Result<Self> {
         let mut reader = Reader { chain, id, objects: Self::default(), memfds: HashMap::new() };
         reader.memfds()?;
@@ -60,20 +60,20 @@ impl Objects {
         Ok(reader.objects)
     }
 
-    /// Whether an image names this number.
+    /// Whether an image refers to this number.
     pub(super) fn has(&self, shmid: u64) -> bool {
         self.0.contains_key(&shmid)
     }
 
-    /// Returns the images that name an object, if its number may be another one.
+    /// Returns the images that refer to an object, if it may be renumbered.
     pub(super) fn renumbered_in(&self, shmid: u64) -> Option<&[ImageName]> {
         let object = self.0.get(&shmid)?;
         (object.kind != ObjectKind::SystemV).then_some(&object.named_by)
     }
 
-    /// Finds each object among those of an older snapshot: it is of the same kind and
-    /// name, and used in the most places that both have; the same number decides
-    /// between several. Returns pairs of numbers: here, and there.
+    /// Matches each object with one of an older snapshot: of the same kind and name, and
+    /// with the most uses in common; of several, the one with the same number. Returns
+    /// pairs of numbers: here and there.
     pub(super) fn found_in(&self, older: &Self) -> BTreeMap<u64, u64> {
         let mut users: HashMap<Use, u64> = HashMap::new();
         for (shmid, object) in &older.0 {
@@ -110,12 +110,12 @@ struct Reader<'a> {
     chain: &'a Chain,
     id: SnapshotId,
     objects: Objects,
-    /// The numbers of the objects that open files are, by the numbers of the files.
+    /// Numbers of memfds, by the ids of their open files.
     memfds: HashMap<u64, u64>,
 }
 
 impl Reader<'_> {
-    /// Reads an image that may be absent.
+    /// Reads an optional image.
     fn all<M: prost::Message + prost::Name + Default>(
         &self,
         kind: Kind,
@@ -168,7 +168,7 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// Enters a use of an open file, if it is a memfd.
+    /// Records a use of an open file, if it is a memfd.
     fn use_memfd(&mut self, file: u64, place: Use) {
         let object = self.memfds.get(&file).and_then(|shmid| self.objects.0.get_mut(shmid));
         if let Some(object) = object {
@@ -184,7 +184,7 @@ impl Reader<'_> {
             return;
         }
         if object.kind != *kind {
-            // Two objects with one number cannot be distinguished; the memory stays as it
+            // Two objects with one number cannot be told apart, so the memory is left as it
             // is.
             object.kind = ObjectKind::SystemV;
         } else if !object.named_by.contains(&image) {
@@ -219,11 +219,11 @@ mod tests {
             (5, SystemV, &[at(7, 0x5000)]),
         ]);
         let newer = objects(&[
-            // Mostly what 1 was, though it has the number 2.
+            // Mostly used like 1 before, although its number is 2.
             (2, Anonymous, &[at(7, 0x1000), at(8, 0x1000), at(7, 0x2000)]),
             // Another name.
             (13, memfd("b"), &[Use::Descriptor { pid: 7, fd: 3 }]),
-            // A segment is its number.
+            // A segment is identified by its number.
             (4, SystemV, &[at(7, 0x4000)]),
             (15, SystemV, &[at(7, 0x5000)]),
             // In another process.

@@ -1,4 +1,4 @@
-//! What of a snapshot its parent has already: decided, and nothing changed.
+//! Plans which pages a snapshot can take from its parent; changes nothing.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -17,7 +17,7 @@ use crate::{
     units::{PageIndex, PageRanges},
 };
 
-/// A snapshot in its chain.
+/// A snapshot and its chain.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct At<'a> {
     pub(super) chain: &'a Chain,
@@ -25,43 +25,42 @@ pub(super) struct At<'a> {
 }
 
 impl At<'_> {
-    /// Returns the snapshot's directory: a chain of others is not deduplicated.
+    /// Returns the snapshot's directory: only directories are deduplicated.
     pub(super) fn dir(&self) -> &Path {
         self.chain.snapshot(self.id).path()
     }
 
-    /// Returns the directory and the number of the pages file of one of an index's
-    /// layers.
+    /// Returns the directory and number of the pages file of a layer of an index.
     pub(super) fn pages_file(&self, index: &Index, layer: u32) -> (&Path, u32) {
         let layer = &index.layers()[layer as usize];
         (self.chain.snapshot(layer.snapshot).path(), layer.pages_id)
     }
 }
 
-/// What becomes of one memory.
+/// The plan for one memory.
 #[derive(Debug)]
 pub(super) struct MemoryPlan {
-    /// The memory as it is.
+    /// The memory.
     pub(super) memory: MemoryId,
-    /// Its number afterwards: the one that its parent has.
+    /// Its number afterwards, which is that in the parent.
     pub(super) becomes: MemoryId,
-    /// The number of its pages file now.
+    /// The number of its current pages file.
     pub(super) pages_id: u32,
-    /// All of its pages, resolved.
+    /// Its index.
     pub(super) index: Arc<Index>,
-    /// The same of what its parent has, if anything is left to that.
+    /// The index of the matching memory in the parent, if pages come from there.
     pub(super) parent: Option<Arc<Index>>,
-    /// The pages that are equal.
+    /// The equal pages.
     pub(super) equal: Vec<Stretch>,
     /// Its new pagemap.
     pub(super) entries: Vec<PagemapEntry>,
-    /// What is to be kept of its pages file: first page of the file, and how many.
+    /// The parts of its pages file that are kept: first page and number of pages.
     pub(super) kept: Vec<(u64, u64)>,
-    /// If what is not kept is gone, and everything else keeps its place.
+    /// Pages that will be gone, if the others keep their place in the file.
     pub(super) gone: Option<Gone>,
 }
 
-/// Pages of a pages file that are to be gone.
+/// Pages of a pages file that will be gone.
 #[derive(Debug)]
 pub(super) struct Gone {
     /// The pages of the file.
@@ -71,48 +70,48 @@ pub(super) struct Gone {
 }
 
 impl MemoryPlan {
-    /// Returns how many pages leave the pages file.
+    /// Returns how many pages the parent provides.
     pub(super) fn shared_pages(&self) -> u64 {
         self.equal.iter().map(|(_, pages)| pages).sum()
     }
 
-    /// Returns how many pages stay in it.
+    /// Returns how many pages are kept.
     pub(super) fn kept_pages(&self) -> u64 {
         self.kept.iter().map(|(_, pages)| pages).sum()
     }
 }
 
-/// What becomes of a snapshot.
+/// The plan for a snapshot.
 #[derive(Debug, Default)]
 pub(super) struct Plan {
     /// The memories that change.
     pub(super) memories: Vec<MemoryPlan>,
-    /// Images, by their names, in which shared objects get other numbers: from, to.
+    /// Images by name in which shared objects get other numbers: from, to.
     pub(super) renumbered: BTreeMap<String, BTreeMap<u64, u64>>,
 }
 
-/// What a snapshot may be asked to change.
+/// Which shared objects may be renumbered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Renumbering {
-    /// Nothing: others depend on the numbers.
+    /// None: other snapshots depend on the numbers.
     None,
-    /// Objects that one image names: a rename of that image changes all at once.
+    /// Objects that one image names: its rename changes all references at once.
     OneImage,
-    /// All.
+    /// All objects.
     All,
 }
 
-/// A memory, and with which one of the parent it is compared.
+/// A memory, and the memory of the parent that it is compared with.
 struct Match {
     memory: MemoryId,
     parent: MemoryId,
 }
 
-/// Plans what of `child` is left to `parent`; both are as they are resolved now.
-/// `total` is told how many pages are going to be compared, `progress` how many are.
+/// Plans which pages of `child` come from `parent`; both chains are as they are now.
+/// `total` gets the number of pages to compare, `progress` the number of pages done.
 ///
 /// # Errors
-/// Images that cannot be read, and chains that are broken where they are needed.
+/// Unreadable images; chains that are broken where they are needed.
 pub(super) fn plan(
     child: At,
     parent: At,
@@ -133,16 +132,13 @@ pub(super) fn plan(
     let mut compared = Vec::new();
     for Match { memory, parent: mut other } in matches {
         let pagemap = child.chain.images(child.id).whole_pagemap(memory)?;
-        // What asks the parent already asks by its number.
+        // A memory that already asks the parent uses the parent's number.
         if pagemap.entries.iter().any(|entry| entry.presence == Presence::Parent) {
             other = memory;
         }
         let index = child.chain.index(child.id, memory)?;
         if index.extents().any(|extent| matches!(extent.place, Place::Punched { layer: 0, .. })) {
-            log::warn!(
-                "{}: {memory} has pages that were freed; left as it is",
-                child.dir().display()
-            );
+            log::warn!("{}: {memory} has freed pages, and is left as it is", child.dir().display());
             continue;
         }
         let older = match parent.chain.index(parent.id, other) {
@@ -194,10 +190,10 @@ fn related(memories: &[MemoryId], there: &[MemoryId], objects: &Objects, older: 
     memories.iter().any(|memory| known.contains(memory)) || !objects.found_in(older).is_empty()
 }
 
-/// Says which memory is compared with which. Processes are matched by pid, since that
-/// is how the parent is asked, and shared objects by what they are if their numbers
-/// can be changed, else by these. Whether it is the same process or object after all
-/// is for the bytes to tell.
+/// Matches the memories of the snapshot with those of the parent: processes by pid, since
+/// the parent is asked by pid, and shared objects by identity if they can be renumbered,
+/// otherwise by number. Whether a match is really the same process or object does not
+/// matter: the bytes are compared.
 fn matches(
     memories: &[MemoryId],
     there: &[MemoryId],
@@ -215,7 +211,7 @@ fn matches(
             Renumbering::OneImage => named_by.is_some_and(|images| images.len() == 1),
             Renumbering::All => named_by.is_some_and(|images| !images.is_empty()),
         };
-        // The images have 32 bits for the number of a memfd.
+        // The number of a memfd has 32 bits in images.
         possible
             && u32::try_from(to).is_ok()
             && !objects.has(to)
@@ -235,8 +231,7 @@ fn matches(
         .collect()
 }
 
-/// Returns the pages that a snapshot itself stores and whose parent has them stored,
-/// too, beside one another.
+/// Returns the pages that both the snapshot itself and its parent store, in pairs.
 fn pairs(own: &Index, parent: &Index) -> Vec<Pair> {
     let mut pairs = Vec::new();
     let mut position = 0;
@@ -253,7 +248,8 @@ fn pairs(own: &Index, parent: &Index) -> Vec<Pair> {
             }
             let first = older.first.max(extent.first);
             let pages = older.end().min(extent.end()).0 - first.0;
-            // An entry of the parent would change whether a restore may wait.
+            // An entry that refers to the parent would change whether a restore may load
+            // the page later.
             if let Some((file, page)) = stored(parent, &older)
                 && older.lazy == extent.lazy
             {
@@ -269,7 +265,7 @@ fn pairs(own: &Index, parent: &Index) -> Vec<Pair> {
     pairs
 }
 
-/// Returns where an extent's bytes are, if they are.
+/// Returns where the bytes of an extent are stored, if they are.
 pub(super) fn stored(index: &Index, extent: &Extent) -> Option<(FileId, u64)> {
     match extent.place {
         Place::Stored { layer, file_page } => {
@@ -279,8 +275,8 @@ pub(super) fn stored(index: &Index, extent: &Extent) -> Option<(FileId, u64)> {
     }
 }
 
-/// Divides the pages that are present into those that are left to the parent and those
-/// that are kept. Returns all entries, and what is kept of the pages file.
+/// Divides the present pages into those that the parent provides and those that are kept.
+/// Returns all entries, and the kept parts of the pages file.
 fn divide(entries: &[PagemapEntry], equal: &[Stretch]) -> (Vec<PagemapEntry>, Vec<(u64, u64)>) {
     let (mut divided, mut kept) = (Vec::<PagemapEntry>::new(), Vec::<(u64, u64)>::new());
     let mut push = |entry: PagemapEntry| match divided.last_mut() {
@@ -324,10 +320,9 @@ fn divide(entries: &[PagemapEntry], equal: &[Stretch]) -> (Vec<PagemapEntry>, Ve
     (divided, kept)
 }
 
-/// Checks that what a chain says of a memory now, in `resolved`, is what `plan` began
-/// with: the same pages, where they were or where equal ones are. Returns the pages
-/// that are in the new pages file, beside those that they are copies of, to be
-/// compared.
+/// Checks that the chain now resolves a memory (`resolved`) to the same pages as before
+/// `plan`: in the same places, or where equal pages are. Returns the pages of the new pages
+/// file, each with the page that it is a copy of, for comparison.
 ///
 /// # Errors
 /// [`DedupError::Verify`].
@@ -350,16 +345,16 @@ pub(super) fn check(
         let (Some(was), Some(is)) = (old, new) else {
             return match old.or(new) {
                 None => Ok(pairs),
-                Some(one) => Err(failed(one.first, "it is in one of them only")),
+                Some(one) => Err(failed(one.first, "only one of them has it")),
             };
         };
         let first = was.first;
         if was.first != is.first {
-            return Err(failed(was.first.min(is.first), "it is in one of them only"));
+            return Err(failed(was.first.min(is.first), "only one of them has it"));
         }
         let pages = was.pages.min(is.pages);
         if was.lazy != is.lazy {
-            return Err(failed(first, "a restore may leave it for later in one of them only"));
+            return Err(failed(first, "only in one of them a restore may load it later"));
         }
         let same = match (was.place, is.place) {
             (
@@ -399,20 +394,21 @@ pub(super) fn check(
             (a, b) => a == b,
         };
         if !same {
-            return Err(failed(first, "it is found in another place"));
+            return Err(failed(first, "it is in another place"));
         }
         old = rest(was, pages).or_else(|| before.next());
         new = rest(is, pages).or_else(|| after.next());
     }
 }
 
-/// Whether pages of the pages file are to be gone.
+/// Whether pages of the pages file will be gone.
 fn is_gone(plan: &MemoryPlan, file_page: u64, pages: u64) -> bool {
     let range = file_page..file_page + pages;
     plan.gone.as_ref().is_some_and(|gone| gone.pages.within(range.clone()).eq([range]))
 }
 
-/// Whether the parent has the pages from `first` on in this file from this page on.
+/// Whether the parent has the pages from `first` on in this file, starting with this page
+/// of the file.
 fn in_parent(
     plan: &MemoryPlan,
     parent: At,
@@ -437,7 +433,7 @@ fn in_parent(
     true
 }
 
-/// Returns what is left of an extent behind its first pages.
+/// Returns the rest of an extent after its first pages.
 fn rest(extent: Extent, pages: u64) -> Option<Extent> {
     let place = match extent.place {
         Place::Stored { layer, file_page } => Place::Stored { layer, file_page: file_page + pages },

@@ -1,7 +1,8 @@
-//! Letting equal pages share blocks, where the file system can: `rcriu dedup --reflink`.
+//! Makes equal pages share blocks, where the file system supports that: `rcriu dedup
+//! --reflink`.
 //!
-//! The images stay as they are, byte by byte, so that the kernel does what the format
-//! cannot: to store a page once for two processes, or for two places of one memory.
+//! The images do not change, byte for byte. So the file system achieves what the format
+//! cannot: it stores a page once for two processes, or for two places of one memory.
 
 use std::{fs::File, os::fd::AsFd, path::Path};
 
@@ -21,20 +22,20 @@ use crate::{
     units::{PAGE_SIZE, page_bytes},
 };
 
-/// What was done.
+/// The result.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Reflinked {
-    /// Pages that are stored, holes left out.
+    /// Stored pages, without holes.
     pub stored: u64,
-    /// Pages that share the blocks of another one now, or did before.
+    /// Pages that now share blocks with another page, including those that did before.
     pub shared: u64,
-    /// Pages that are equal to another one and cannot share its blocks, because blocks of
-    /// this file system are larger than pages.
+    /// Equal pages that cannot share blocks, because the blocks of this file system are
+    /// larger than pages.
     pub unaligned: u64,
 }
 
-/// Pages in a row of one file that are equal to pages in a row of another, or of the same
-/// one.
+/// Consecutive pages of one file that equal consecutive pages of another file, or of the
+/// same one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Same {
     from: (FileId, u64),
@@ -42,16 +43,16 @@ struct Same {
     pages: u64,
 }
 
-/// Makes equal pages of a chain share blocks. This takes 32 bytes of memory for each page
-/// that is stored, and 40 for each that is equal to another one.
+/// Makes equal pages of a chain share blocks. This takes 32 bytes of memory for each stored
+/// page, and 40 for each page that equals another.
 ///
 /// # Errors
-/// [`DedupError::NoSharing`] if the file system cannot do it; directories that another
-/// program is changing; images that cannot be read.
+/// [`DedupError::NoSharing`] if the file system does not support it; directories that
+/// another program is changing; unreadable images.
 pub fn reflink(path: &Path, progress: &dyn Progress) -> Result<Reflinked> {
     let chain = Chain::open(path)?;
     let mut locks = DirectoryLocks::default();
-    // No byte changes, so others may read meanwhile.
+    // No byte changes, so other programs may read meanwhile.
     for base in chain.bases() {
         locks.take(chain.directory(base)?, Access::Shared)?;
     }
@@ -80,15 +81,15 @@ pub fn reflink(path: &Path, progress: &dyn Progress) -> Result<Reflinked> {
     Ok(done)
 }
 
-/// Finds pages with the same hash, the first of each to be shared by the others, and
-/// joins those that are in a row on both sides.
+/// Finds pages with the same hash. The others will share the first one; consecutive pages
+/// on both sides are joined.
 fn same(pages: &mut [(u128, FileId, u64)]) -> Vec<Same> {
     pages.sort_unstable();
     let zero = zero_hash();
     let mut found: Vec<Same> = Vec::new();
     for group in pages.chunk_by(|one, other| one.0 == other.0) {
-        // Pages of zeros are better holes, and sharing one block by thousands of them
-        // makes it slow to free.
+        // Pages of zeros are better stored as holes: a block that thousands of pages share
+        // is slow to free.
         let Some(((hash, file, page), copies)) = group.split_first() else { continue };
         if *hash == zero {
             continue;
@@ -115,11 +116,11 @@ fn same(pages: &mut [(u128, FileId, u64)]) -> Vec<Same> {
     found
 }
 
-/// A file whose pages are to share other blocks.
+/// A file whose pages will share blocks of others.
 struct Target {
     file: File,
     path: std::path::PathBuf,
-    /// Pages in a block; 1 where blocks are smaller.
+    /// Pages in a block; 1 if blocks are smaller.
     block_pages: u64,
 }
 
@@ -138,7 +139,7 @@ impl Target {
         Ok(Self { file: open, path, block_pages })
     }
 
-    /// Makes one range share blocks, where it covers whole blocks.
+    /// Makes the whole blocks in a range share.
     fn share(&self, from: &BackingFile, same: &Same, done: &mut Reflinked) -> Result<()> {
         let read_only = || ChainError::ReadOnly { path: from.path().to_owned() };
         let source_file = from.file().ok_or_else(read_only)?;
@@ -154,7 +155,7 @@ impl Target {
             let shared = reflink::share(source_file, source, &self.file, target, len)
                 .map_err(|source| self.failed(source))?;
             match shared.map(|bytes| bytes / PAGE_SIZE) {
-                // They were changed since, or have the same hash by chance.
+                // The pages have changed meanwhile, or have the same hash by chance.
                 None | Some(0) => break,
                 Some(count) => {
                     done.shared += count;

@@ -1,20 +1,19 @@
-//! Putting new pagemaps and pages in the place of others, so that at every moment, and
-//! after a crash at any, the snapshot reads the same.
+//! Replaces pagemaps and pages files so that the snapshot reads the same at every moment,
+//! and after a crash at any moment.
 //!
-//! Everything new is made in a hidden directory inside the snapshot's, which is an
-//! image directory itself: what it says is resolved and compared before anything is
-//! replaced. A list in it says which files are being replaced by which, so that what a
-//! run leaves that was killed can be told from what is the user's. In this order, each
-//! on disk before the next:
+//! Everything new is written to a hidden subdirectory of the snapshot, which is itself an
+//! image directory: its contents are resolved and compared before anything is replaced. A
+//! list in it says which files replace which, so that the remains of a killed run can be
+//! told apart from files of the user. The steps are, each on disk before the next:
 //!
-//! 1. all that is new is in the hidden directory, and has been checked;
-//! 2. the new pages files, with their journals, are in the snapshot, under numbers that nothing names, and
-//!    the link to the parent, which nothing needs yet;
-//! 3. the new pagemaps replace the old ones, each by a rename: each names its pages
-//!    file, so that each memory is the old or the new one as a whole;
-//! 4. images in which an object has a new number replace the old ones, each by a
-//!    rename; the object's pagemap is there under both numbers;
-//! 5. what is no longer named is removed, then the hidden directory.
+//! 1. everything new is in the hidden directory and has been checked;
+//! 2. the new pages files, with their journals, are in the snapshot, under numbers that no
+//!    pagemap names, and so is the link to the parent, which no page needs yet;
+//! 3. the new pagemaps replace the old ones, each by a rename: each names its pages file,
+//!    so each memory is either old or new as a whole;
+//! 4. images in which an object has a new number replace the old ones, each by a rename;
+//!    the object's pagemap is there under both numbers;
+//! 5. unused files are removed, and finally the hidden directory.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -48,34 +47,34 @@ use crate::{
     units::page_bytes,
 };
 
-/// The list in the hidden directory: lines of `pages NUMBER` for files that are new or replaced, and of
-/// `shmem FROM TO` for objects that get another number.
+/// The list in the hidden directory: lines `pages NUMBER` for new or replaced files, and
+/// `shmem FROM TO` for renumbered objects.
 const LIST: &str = "replaced";
 
-/// The longest such list that is read: 32 bytes for each of a million memories.
+/// The longest accepted list: 32 bytes for each of a million memories.
 const LIST_LIMIT_BYTES: u64 = 32 << 20;
 
-/// Bytes read at a time where the kernel cannot copy.
+/// How many bytes are read at a time where the kernel cannot copy.
 const BUFFER_BYTES: u64 = 1 << 20;
 
-/// New images of a snapshot that are not in their place yet.
+/// New images of a snapshot that are not in place yet.
 #[derive(Debug)]
 pub(super) struct Stage<'a> {
-    /// The snapshot's directory.
+    /// The directory of the snapshot.
     dir: PathBuf,
     stage: PathBuf,
     plan: &'a Plan,
-    /// The new number of each memory's pages file, in the order of the plan.
+    /// The number of each memory's new pages file, in the order of the plan.
     pages_ids: Vec<u32>,
     published: bool,
 }
 
 impl<'a> Stage<'a> {
-    /// Makes all that is new in `dir`, which is the snapshot's own directory or that of
-    /// a copy of it, and checks it. `child` and `parent` are as the plan was made.
+    /// Writes and checks everything new in `dir`, the directory of the snapshot or of a
+    /// copy. `child` and `parent` are those of the plan.
     ///
     /// # Errors
-    /// What cannot be read or written; what does not read as before.
+    /// Files that cannot be read or written; a result that does not read as before.
     pub(super) fn make(dir: &Path, plan: &'a Plan, child: At, parent: Option<At>) -> Result<Self> {
         let stage = dir.join(DEDUP_STAGE);
         DirBuilder::new()
@@ -102,8 +101,8 @@ impl<'a> Stage<'a> {
         Ok(made)
     }
 
-    /// Writes the list of what is replaced, and brings it and its directory to the
-    /// disk: from here on, what is found can be told.
+    /// Writes and syncs the list of replaced files. From here on, the remains of this run
+    /// can be identified.
     fn list(&self) -> Result<()> {
         let mut text = String::new();
         let old = self.plan.memories.iter().map(|memory| memory.pages_id);
@@ -132,7 +131,7 @@ impl<'a> Stage<'a> {
         let path = self.stage.join(Kind::Pages.file_name(pages_id.into()));
         let target = regular::create(&path).map_err(|source| write_error(&path, source))?;
         let old = child.dir().join(Kind::Pages.file_name(memory.pages_id.into()));
-        // Without pages there need not be a file that they would be in.
+        // Without pages, no pages file is needed.
         if !memory.kept.is_empty() {
             let from = child.chain.files().get(from)?;
             let mut offset = 0;
@@ -161,7 +160,7 @@ impl<'a> Stage<'a> {
         let file = pagemap.into_image().finish()?;
         resemble(&file, &path, &child.dir().join(memory.memory.pagemap_name()))?;
         if let Some(gone) = &memory.gone {
-            // It is bound to the pagemap and to the inventory, which are as they will be.
+            // It belongs to the pagemap and inventory, which have their final contents.
             let name = memory.becomes.pagemap_name();
             let mut journal = JournalWriter::open(&self.stage, &name, pages_id)?;
             journal.append(&Kernel, &gone.pages)?;
@@ -170,8 +169,8 @@ impl<'a> Stage<'a> {
         Ok(())
     }
 
-    /// Resolves what was made through the chain that it will be part of, and compares
-    /// it with what there is.
+    /// Resolves the new images in their future chain, and compares them with the current
+    /// ones.
     fn check(&self, child: At, parent: Option<At>) -> Result<()> {
         let chain = Chain::open(&self.stage)?;
         let id = snapshot_at(&chain, &self.stage)?;
@@ -184,7 +183,7 @@ impl<'a> Stage<'a> {
             let mut equal = equal.iter();
             let mut rest = equal.next().copied();
             for copy in &copies {
-                // Stretches of equal pages join copies that follow each other.
+                // Runs of equal pages include copies that follow each other.
                 let covered = rest.is_some_and(|(first, pages)| {
                     first <= copy.first && copy.first.0 + copy.pages <= first.0 + pages
                 });
@@ -206,8 +205,8 @@ impl<'a> Stage<'a> {
         Ok(())
     }
 
-    /// Returns the files that were made, with where they go: pages first, then
-    /// pagemaps, then the images in which numbers change.
+    /// Returns the new files with their destinations: pages files first, then pagemaps,
+    /// then images with new numbers.
     pub(super) fn files(&self) -> [Vec<(PathBuf, String)>; 3] {
         let place = |name: String| (self.stage.join(&name), name);
         let pages = self.pages_ids.iter().zip(&self.plan.memories).flat_map(|(id, memory)| {
@@ -220,11 +219,11 @@ impl<'a> Stage<'a> {
         [pages.collect(), pagemaps.collect(), renumbered.collect()]
     }
 
-    /// Puts everything into its place, and removes what it replaces.
+    /// Puts everything into place, and removes the replaced files.
     ///
     /// # Errors
-    /// What cannot be renamed or removed. Whatever is done by then, the snapshot reads
-    /// as before, and [`recover`] finishes.
+    /// Files that cannot be renamed or removed. At any such point the snapshot reads as
+    /// before, and [`recover`] finishes the work.
     pub(super) fn publish(mut self, parent: Option<&Path>) -> Result<()> {
         self.published = true;
         let [pages, pagemaps, renumbered] = self.files();
@@ -262,7 +261,7 @@ impl<'a> Stage<'a> {
 }
 
 impl Drop for Stage<'_> {
-    /// Removes what was made and not used.
+    /// Removes new files that were not used.
     fn drop(&mut self) {
         if !self.published
             && let Err(error) = fs::remove_dir_all(&self.stage)
@@ -283,11 +282,11 @@ pub(super) fn link(dir: &Path, parent: &Path) -> Result<()> {
     }
 }
 
-/// Finishes what was begun in a snapshot, or takes it back: removes what its images do
-/// not name. Returns whether there was anything.
+/// Finishes or reverts interrupted work in a snapshot: removes files of that work that its
+/// images do not refer to. Returns whether there was any.
 ///
 /// # Errors
-/// Images that cannot be read, files that cannot be removed.
+/// Images that cannot be read; files that cannot be removed.
 pub(super) fn recover(dir: &Path) -> Result<bool> {
     let stage = dir.join(DEDUP_STAGE);
     if !stage.is_dir() {
@@ -296,7 +295,7 @@ pub(super) fn recover(dir: &Path) -> Result<bool> {
     let path = stage.join(LIST);
     let list = match regular::read(&path, LIST_LIMIT_BYTES) {
         Ok(list) => String::from_utf8_lossy(&list).into_owned(),
-        // It was not begun with, or all but this is done.
+        // The work had not begun, or only this step is left.
         Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
         Err(source) => return Err(DedupError::File { step: "read", path, source }),
     };
@@ -326,7 +325,7 @@ pub(super) fn recover(dir: &Path) -> Result<bool> {
             let unnamed = if named.has(to) { from } else { to };
             remove(MemoryId::Shared(unnamed).pagemap_name())?;
         }
-        // Before the pages that they name.
+        // Before the pages files that they name.
         sync(dir)?;
     }
     let mut claimed = BTreeSet::new();
@@ -346,7 +345,7 @@ pub(super) fn recover(dir: &Path) -> Result<bool> {
     Ok(true)
 }
 
-/// Returns the snapshot whose directory this is.
+/// Returns the snapshot in this directory.
 pub(super) fn snapshot_at(chain: &Chain, dir: &Path) -> Result<SnapshotId> {
     let canonical = dir.canonicalize().map_err(|source| DedupError::File {
         step: "find",
@@ -377,7 +376,7 @@ fn unused_numbers(dir: &Path, count: usize) -> Result<Vec<u32>> {
     }
 }
 
-/// Writes an image in which objects have other numbers.
+/// Writes an image with other numbers for objects.
 fn renumber(from: &Path, to: &Path, numbers: &BTreeMap<u64, u64>) -> Result<()> {
     let mut image = Document::read(from)?;
     if let Content::Entries(entries) = &mut image.content {
@@ -391,12 +390,12 @@ fn renumber(from: &Path, to: &Path, numbers: &BTreeMap<u64, u64>) -> Result<()> 
     resemble(file.get_ref(), to, from)
 }
 
-/// Gives a new file the permissions and the owner of the one that it replaces.
+/// Gives a new file the permissions and the owner of the file that it replaces.
 fn resemble(file: &File, path: &Path, old: &Path) -> Result<()> {
     let like = || {
         let meta = fs::metadata(old)?;
         match fchown(file, Some(meta.uid()), Some(meta.gid())) {
-            // They are another user's, and we are not root.
+            // The file belongs to another user, and this program is not root.
             Err(error) if error.kind() != io::ErrorKind::PermissionDenied => Err(error),
             _ => file.set_permissions(meta.permissions()),
         }
@@ -404,8 +403,8 @@ fn resemble(file: &File, path: &Path, old: &Path) -> Result<()> {
     like().map_err(|source| write_error(path, source).into())
 }
 
-/// Changes the numbers in a `memfd_inode_entry`, or in the `vma_entry`s of an
-/// `mm_entry` that are anonymous shared memory.
+/// Changes numbers in a `memfd_inode_entry`, or in those `vma_entry`s of an `mm_entry` that
+/// are anonymous shared memory.
 fn change_numbers(message: &mut prost_reflect::DynamicMessage, numbers: &BTreeMap<u64, u64>) {
     use crate::image::vma;
     if let Some(vmas) = message.get_field_by_name_mut("vmas").and_then(Value::as_list_mut) {
@@ -431,7 +430,7 @@ fn change_numbers(message: &mut prost_reflect::DynamicMessage, numbers: &BTreeMa
     }
 }
 
-/// Copies a whole file with its permissions, sharing blocks where that can be done.
+/// Copies a file with its permissions; shares blocks where possible.
 pub(super) fn copy_file(from: &Path, to: &Path) -> Result<()> {
     let copy = || {
         let (mut source, _) = regular::open(from)?;
@@ -442,7 +441,7 @@ pub(super) fn copy_file(from: &Path, to: &Path) -> Result<()> {
     copy().map(drop).map_err(|source| write_error(to, source).into())
 }
 
-/// Copies a whole pages file, leaving its holes holes.
+/// Copies a pages file and keeps its holes.
 pub(super) fn copy_pages(from: &Path, to: &Path) -> Result<()> {
     let files = Files::new(NonZeroUsize::MIN);
     let from = files.get(files.enter_path(from))?;
@@ -483,7 +482,8 @@ fn copy(
     Ok(())
 }
 
-/// Returns the way from one directory to another, both absolute and without links.
+/// Returns the relative path from one directory to another; both paths are absolute and
+/// without links.
 pub(super) fn relative(from: &Path, to: &Path) -> PathBuf {
     let (mut here, mut there) = (from.components().peekable(), to.components().peekable());
     while here.peek().is_some() && here.peek() == there.peek() {

@@ -1,4 +1,4 @@
-//! Which pages of a snapshot's ancestors it has itself: found, and nothing changed.
+//! Finds the pages of a snapshot's ancestors that it supersedes; changes nothing.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,12 +16,12 @@ use crate::{
 /// Pages of an ancestor's pages file.
 #[derive(Debug)]
 pub(super) struct Superseded {
-    /// The memory that they are of.
+    /// The memory of the pages.
     pub(super) memory: MemoryId,
-    /// The file.
+    /// The pages file.
     pub(super) layer: Layer,
-    /// The pages of the file that can be freed; none if there may only be some that were
-    /// noted before.
+    /// The pages of the file that can be freed; empty if only pages that were recorded
+    /// earlier may be left to free.
     pub(super) pages: PageRanges,
 }
 
@@ -30,14 +30,14 @@ pub(super) struct Superseded {
 pub(super) struct Found {
     /// The pages that can be freed.
     pub(super) files: Vec<Superseded>,
-    /// The ancestors that find some of them, by position: they can no longer be
+    /// The ancestors that use some of the pages, by position: they can no longer be
     /// restored afterwards.
     pub(super) losers: Vec<SnapshotId>,
-    /// Directories of other snapshots that need pages, and how many are kept for them.
+    /// Directories of other snapshots that need pages, and how many are kept for each.
     pub(super) kept_for: Vec<(PathBuf, u64)>,
 }
 
-/// A pages file: its directory and its number.
+/// A pages file: directory and number.
 type FileName = (PathBuf, u32);
 
 /// Returns the ancestors of a snapshot, from its parent down.
@@ -51,13 +51,13 @@ pub(super) fn ancestors(chain: &Chain, id: SnapshotId) -> Vec<SnapshotId> {
     found
 }
 
-/// Finds what can be freed in the ancestors of a snapshot, since it holds the same
-/// pages of the same memories itself. Others beside it and its ancestors that are not
-/// ancestors themselves keep what they need.
+/// Finds the pages that can be freed in the ancestors of a snapshot, because it holds the
+/// same pages of the same memories itself. Other snapshots beside it and its ancestors keep
+/// what they need.
 ///
 /// # Errors
-/// Images that cannot be read: those of the snapshot, of its ancestors, or of another
-/// snapshot that may need something.
+/// Unreadable images of the snapshot, of its ancestors, or of another snapshot that may
+/// need pages.
 pub(super) fn find(at: At) -> Result<Found> {
     let At { chain, id } = at;
     let path = ancestors(chain, id);
@@ -72,14 +72,14 @@ pub(super) fn find(at: At) -> Result<Found> {
         for ancestor in &path {
             let images = &**chain.images(*ancestor);
             let pagemap = match images.whole_pagemap(memory) {
-                // The memory begins above it: what is below is of another one.
+                // The memory begins above: what is below belongs to another memory.
                 Err(error) if error.is_missing() => break,
                 pagemap => pagemap?,
             };
             let (mut pages, total) = file_pages(&pagemap, &held);
             let gone = punched::read(images, &memory.pagemap_name(), pagemap.pages_id)?;
             gone.iter().flat_map(PageRanges::iter).for_each(|range| pages.remove(range));
-            // An earlier run may not have freed all that it noted.
+            // An earlier run may not have freed all pages that it recorded.
             if !pages.is_empty() || gone.is_some() {
                 let layer = Layer {
                     snapshot: *ancestor,
@@ -106,8 +106,8 @@ fn held(own: &Index) -> impl Iterator<Item = Range<u64>> {
     })
 }
 
-/// Checks that a snapshot has the bytes that its pagemaps claim: another copy is going to
-/// be freed.
+/// Checks that a snapshot's pages files are as long as its pagemaps claim, because the
+/// other copies will be freed.
 fn check_length(at: At, own: &Index) -> Result<()> {
     let Some(layer) = own.layers().first().filter(|layer| layer.pages > 0) else { return Ok(()) };
     let file = at.chain.files().get(layer.file)?;
@@ -124,7 +124,7 @@ fn check_length(at: At, own: &Index) -> Result<()> {
     .into())
 }
 
-/// Returns which pages of a pages file are those of `held`, and how many it has.
+/// Returns which pages of a pages file belong to `held`, and how many pages it has.
 fn file_pages(pagemap: &Pagemap, held: &PageRanges) -> (PageRanges, u64) {
     let (mut pages, mut before) = (PageRanges::new(), 0);
     for entry in pagemap.entries.iter().filter(|entry| entry.presence == Presence::Present) {
@@ -137,8 +137,8 @@ fn file_pages(pagemap: &Pagemap, held: &PageRanges) -> (PageRanges, u64) {
     (pages, before)
 }
 
-/// Takes out what other snapshots need: those in the directories in which the snapshot
-/// and its ancestors are, and what these lead to.
+/// Excludes the pages that other snapshots need: those in the directories of the snapshot
+/// and its ancestors, and those that these lead to.
 fn keep(at: At, path: &[SnapshotId], found: &mut Found) -> Result<()> {
     let dir = |id: SnapshotId| at.chain.snapshot(id).path();
     let line: BTreeSet<&Path> = path.iter().copied().chain([at.id]).map(dir).collect();
@@ -156,7 +156,7 @@ fn keep(at: At, path: &[SnapshotId], found: &mut Found) -> Result<()> {
             if line.contains(other) || !looked_at.insert(other.to_owned()) {
                 continue;
             }
-            // One that leads through the snapshot finds there what is to be freed.
+            // A snapshot that descends from this one finds the freed pages here.
             let below = ancestors(&beside, id);
             if !below.iter().any(|id| line.contains(beside.snapshot(*id).path()))
                 || below.iter().any(|id| beside.snapshot(*id).path() == dir(at.id))
@@ -172,7 +172,7 @@ fn keep(at: At, path: &[SnapshotId], found: &mut Found) -> Result<()> {
     Ok(())
 }
 
-/// Takes out what one snapshot needs, and returns how many pages that were.
+/// Excludes the pages that one snapshot needs, and returns how many.
 fn take_out(
     chain: &Chain,
     id: SnapshotId,
@@ -195,7 +195,7 @@ fn take_out(
     Ok(kept)
 }
 
-/// Checks that each pages file is of one memory.
+/// Checks that only one memory claims each pages file.
 fn check_claims(chain: &Chain, files: &[Superseded]) -> Result<()> {
     let snapshots: BTreeSet<SnapshotId> = files.iter().map(|file| file.layer.snapshot).collect();
     for id in snapshots {
@@ -211,7 +211,7 @@ fn check_claims(chain: &Chain, files: &[Superseded]) -> Result<()> {
     Ok(())
 }
 
-/// Returns which ancestors find pages that are freed.
+/// Returns the ancestors that use freed pages.
 fn losers(chain: &Chain, path: &[SnapshotId], files: &[Superseded]) -> Vec<SnapshotId> {
     let freed: BTreeMap<(SnapshotId, u32), &PageRanges> = files
         .iter()
@@ -221,7 +221,7 @@ fn losers(chain: &Chain, path: &[SnapshotId], files: &[Superseded]) -> Vec<Snaps
     let snapshots: BTreeSet<SnapshotId> =
         files.iter().filter(|f| !f.pages.is_empty()).map(|f| f.layer.snapshot).collect();
     let finds_freed = |id: SnapshotId, memory: MemoryId| {
-        // One that is broken can't be restored as it is.
+        // A broken snapshot cannot be restored anyway.
         let Ok(index) = chain.index(id, memory) else { return false };
         stored(&index).any(|(layer, pages)| {
             let freed = freed.get(&(layer.snapshot, layer.pages_id));

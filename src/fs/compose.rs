@@ -1,9 +1,9 @@
-//! Composing files of blocks that they share with the images.
+//! Composes files of blocks that they share with the images.
 //!
-//! Where the images' file system shares blocks (btrfs, XFS), a file that lies in several
-//! images can be made of their blocks without copying a byte: one system call a stretch. The
-//! result has no name, from the beginning, so that nothing is left of it when the daemon
-//! ends, however it ends. The kernel reads from it without asking the daemon.
+//! Where the file system of the images shares blocks (btrfs, XFS), a file that lies in
+//! several images can be made of their blocks without copying a byte, with one system call
+//! for each contiguous part. The new file has no name, so nothing is left of it when the
+//! daemon ends, however it ends. The kernel reads from it without asking the daemon.
 
 use std::{
     fs::{File, OpenOptions},
@@ -31,26 +31,26 @@ use crate::{
     view::Ino,
 };
 
-/// The most stretches that a file is composed of: at 10 to 20 us each, its first open takes
-/// half a second.
+/// The most contiguous parts that a file is composed of: at 10 to 20 us each, its first
+/// open takes half a second.
 const MAX_STRETCHES: usize = 32 << 10;
 
 /// The longest file that is composed: looking up where its bytes are takes a tenth of a
 /// second, whatever an image claims.
 const MAX_BYTES: u64 = 1 << 40;
 
-/// Bytes that share blocks by one call, so that a stretch that reaches beyond its file is
-/// found early.
+/// How many bytes one call shares, so that a part that reaches beyond its file is found
+/// early.
 const CALL_BYTES: u64 = 1 << 30;
 
-/// How many files are remembered, composed or not. As many descriptors are open at most, and
-/// the file system has a record of about 100 bytes of each stretch.
+/// How many files are remembered, composed or not. This also limits the open descriptors;
+/// the file system keeps a record of about 100 bytes for each part.
 const FILES_KEPT: NonZeroUsize = NonZeroUsize::new(32).expect("not zero");
 
 /// Bytes whose runs are looked up at a time: at most a file for each page is open then.
 const WINDOW_BYTES: u64 = 1 << 20;
 
-/// Pages of a file that are looked for in memory.
+/// How many pages of a file are sampled to see whether they are in memory.
 const SAMPLES: u64 = 64;
 
 /// What is wrong where blocks cannot be shared: file systems that cannot do it, or not with
@@ -85,7 +85,7 @@ pub enum Compose {
     Never,
 }
 
-/// Why a file is not composed.
+/// Why a file was not composed.
 #[derive(Debug, thiserror::Error)]
 enum ComposeError {
     #[error("create a file without a name in {path}", path = .path.display())]
@@ -106,7 +106,7 @@ enum ComposeError {
 }
 
 impl ComposeError {
-    /// Whether the daemon can tell what is wrong as well, or nothing is.
+    /// Whether no message is needed: nothing is wrong, or the daemon will report it.
     fn is_expected(&self) -> bool {
         match self {
             Self::Create { source, .. } | Self::Share { source, .. } | Self::Length { source } => {
@@ -120,12 +120,12 @@ impl ComposeError {
     }
 }
 
-/// What is known of a file.
+/// The state of a file.
 #[derive(Debug, Default)]
 struct State {
     /// Whether it was opened before.
     opened: bool,
-    /// Whether it was composed, and into what.
+    /// The result of composing it: `None` if not tried yet, `Some(None)` if it is not composed.
     composed: Option<Option<Arc<File>>>,
 }
 
@@ -135,7 +135,7 @@ pub(super) struct Composer {
     when: Compose,
     /// The directory that they are made in.
     dir: PathBuf,
-    /// The kernel has refused one.
+    /// The kernel has refused to read from such a file.
     refused: AtomicBool,
     files: Mutex<LruCache<Ino, Arc<Mutex<State>>>>,
 }
@@ -151,8 +151,8 @@ impl Composer {
         }
     }
 
-    /// Returns a file with the bytes of `content`, which is what a file is called `path`
-    /// shows; `None` if it is better, or only possible, to answer from the images.
+    /// Returns a file with the bytes of `content`, which messages call `path`; `None` if
+    /// the daemon should answer from the images.
     pub(super) fn file(
         &self,
         ino: Ino,
@@ -202,7 +202,7 @@ impl Composer {
         composed
     }
 
-    /// Composes nothing from here on, because the kernel does not read from such files.
+    /// Stops composing files, because the kernel does not read from them.
     pub(super) fn give_up(&self) {
         self.refused.store(true, Ordering::Relaxed);
     }

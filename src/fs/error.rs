@@ -12,7 +12,7 @@ pub type Result<T, E = MountError> = std::result::Result<T, E>;
 /// Errors of mounting and unmounting a chain.
 #[derive(Debug, thiserror::Error)]
 pub enum MountError {
-    /// Files cannot be opened with the rights of the images' owner.
+    /// This program could not take the rights of the images' owner.
     #[error("open the images for {path} with the rights of their owner", path = .path.display())]
     Rights {
         /// The mount point.
@@ -129,13 +129,13 @@ pub enum MountError {
         /// What should be.
         expected: &'static str,
     },
-    /// The mount frees nothing.
+    /// The mount frees no pages.
     #[error("{path} is mounted read-only\nhelp: mount the chain with --punch", path = .path.display())]
     NotPunching {
         /// The mount point.
         path: PathBuf,
     },
-    /// The mount could not free the noted pages.
+    /// The mount could not free the recorded pages.
     #[error("free what was punched through {path}\nhelp: `imgfs log {path}` says more", path = .path.display())]
     Commit {
         /// The mount point.

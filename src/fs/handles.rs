@@ -10,13 +10,14 @@ use fuser::BackingId;
 
 use crate::view::{DirEntry, Ino, OpenFile};
 
-/// An open directory: its entries when it was opened, `.` and `..` among them.
+/// An open directory, with the entries that it had when it was opened, `.` and `..`
+/// included.
 #[derive(Debug)]
 pub(super) struct OpenDir {
     pub entries: Vec<DirEntry>,
 }
 
-/// Open files and directories by the numbers that the kernel knows them by.
+/// Open files and directories, by their handles.
 #[derive(Debug, Default)]
 pub(super) struct Handles {
     files: RwLock<Numbered<OpenFile>>,
@@ -36,8 +37,8 @@ impl<T> Default for Numbered<T> {
     }
 }
 
-/// How all handles of one inode are read: the kernel refuses to mix the two
-/// ways, and wants one backing file for all handles.
+/// How all handles of an inode are read: the kernel refuses to mix pass-through and other
+/// reads, and wants the same backing file for all of them.
 #[derive(Debug)]
 struct OpenInode {
     handles: usize,
@@ -54,11 +55,11 @@ impl<T> Numbered<T> {
 }
 
 impl Handles {
-    /// Enters an open file. `register` makes its backing file known to the
-    /// kernel; it is called for the first handle of the inode only.
+    /// Adds an open file. `register` registers its backing file with the kernel; it is
+    /// called only for the first handle of the inode.
     ///
-    /// Returns the handle's number and the backing file, if the file is read
-    /// from that alone, or why it is not.
+    /// Returns the handle, and the backing file if the kernel reads from that alone, or the
+    /// reason why it does not.
     pub(super) fn enter_file(
         &self,
         ino: Ino,
@@ -91,7 +92,7 @@ impl Handles {
         self.inodes.lock().unwrap_or_else(PoisonError::into_inner).contains_key(&ino)
     }
 
-    /// Forgets an open file, and its inode's backing file with the last one. Returns
+    /// Removes an open file, and with the last one of an inode its backing file. Returns
     /// the file, and whether it was the last of its inode.
     pub(super) fn close_file(&self, ino: Ino, number: u64) -> Option<(Arc<OpenFile>, bool)> {
         let file =
@@ -108,7 +109,7 @@ impl Handles {
         Some((file, last))
     }
 
-    /// Enters an open directory and returns its number.
+    /// Adds an open directory and returns its handle.
     pub(super) fn enter_dir(&self, dir: OpenDir) -> u64 {
         self.dirs.write().unwrap_or_else(PoisonError::into_inner).enter(dir)
     }
@@ -118,7 +119,6 @@ impl Handles {
         self.dirs.read().unwrap_or_else(PoisonError::into_inner).open.get(&number).cloned()
     }
 
-    /// Forgets an open directory.
     pub(super) fn close_dir(&self, number: u64) {
         self.dirs.write().unwrap_or_else(PoisonError::into_inner).open.remove(&number);
     }

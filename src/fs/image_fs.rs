@@ -1,4 +1,4 @@
-//! The file system that is served, in the kernel's terms.
+//! The file system of a mount.
 
 use std::{
     ffi::OsStr,
@@ -30,18 +30,18 @@ use crate::{
     view::{Attr, Ino, NodeType, OpenFile, ROOT, View, ViewError},
 };
 
-/// What `stat(2)` advises readers to read at a time: what one request can carry,
-/// as every request costs two changes of process.
+/// The read size that `stat(2)` recommends: as much as one request can carry, since every
+/// request takes two context switches.
 const READ_BYTES: u32 = 1 << 20;
 
-/// The same for small files, which readers may take it as a buffer's size for.
+/// The recommended size for small files, which some readers use as the size of a buffer.
 pub(super) const SMALL_READ_BYTES: u32 = 4096;
 
-/// The permission that a file has besides if it can be punched: its owner may.
+/// The additional permission of a file that can be punched: its owner can write to it.
 const WRITABLE: u16 = 0o200;
 
-/// The most that an attribute is long: as much as a path can be, which is what is asked
-/// for (`PATH_MAX`, `linux/limits.h`).
+/// The longest value of an attribute: as long as a path can be (`PATH_MAX`,
+/// `linux/limits.h`).
 const ATTRIBUTE_BYTES: usize = 4096;
 
 /// A chain of images as a file system.
@@ -57,8 +57,8 @@ pub struct ImageFs {
 }
 
 impl ImageFs {
-    /// Shows `view`; `pass_through` lets the kernel read files that are one
-    /// backing file by itself, where it can, and those that `composer` makes.
+    /// Shows `view`. With `pass_through`, the kernel itself reads files that are one
+    /// backing file, where it can, and files that `composer` makes.
     pub(super) fn new(
         view: Arc<View>,
         device: OwnedFd,
@@ -82,10 +82,10 @@ impl ImageFs {
         self.punching.as_ref().is_some_and(|punching| punching.mode() == Punch::OnRead)
     }
 
-    /// Returns an extended attribute of a node: in the root, when pages are freed, and
-    /// whether some of those that are shown are gone; where the images of a directory are,
-    /// so that they need not be read through the mount. A restorer must not bypass a mount
-    /// that frees pages.
+    /// Returns an extended attribute of a node. The root tells when pages are freed, and
+    /// whether some of the shown pages are gone. A directory tells where its images are, so
+    /// that a restore need not read them through the mount; but not in a mount that frees
+    /// pages, which a restore must not bypass.
     pub(super) fn attribute(&self, ino: Ino, name: &OsStr) -> Option<Vec<u8>> {
         let chain = self.view.chain();
         match &self.punching {
@@ -107,18 +107,18 @@ impl ImageFs {
         }
     }
 
-    /// Keeps pages from being freed until the guard is dropped; there is none where no
-    /// pages are freed at all.
+    /// Keeps pages from being freed until the guard is dropped; `None` if the mount frees
+    /// no pages.
     pub(super) fn reading(&self) -> Option<RwLockReadGuard<'_, ()>> {
         self.punching.as_ref().map(|_| self.view.chain().reading())
     }
 
-    /// Whether a file may be opened for writing, which is to be punched.
+    /// Whether a file may be opened for writing, in order to punch it.
     pub(super) fn may_be_punched(&self, ino: u64) -> bool {
         self.punching.is_some() && self.view.is_shown_pages(ino)
     }
 
-    /// Returns attributes as the kernel has them.
+    /// Converts attributes to the form of `fuser`.
     pub(super) fn file_attr(&self, attr: &Attr) -> FileAttr {
         let mut attr = file_attr(attr);
         if self.may_be_punched(attr.ino.0) {
@@ -136,14 +136,14 @@ impl ImageFs {
         failed(operation, &self.view.path(ino.0), &failure.into())
     }
 
-    /// Logs that a request makes no sense, and returns its errno.
+    /// Logs an invalid request, and returns its errno.
     pub(super) fn nonsense(&self, operation: &str, ino: INodeNo, problem: &str) -> Errno {
         error!("{operation} {}: {problem} (EBADF)", self.view.path(ino.0));
         Errno::EBADF
     }
 
-    /// Returns a file that is composed of the blocks of those that `file` lies in, to be
-    /// read in its place. There is none of a file that is open already.
+    /// Returns a file that is composed of the blocks of those in which `file` lies, to be
+    /// read instead; `None` for a file that is open already.
     pub(super) fn composed(&self, ino: Ino, file: &OpenFile) -> Option<Arc<File>> {
         // The kernel would read zeros where pages are freed.
         let wanted = self.pass_through && self.punching.is_none() && file.whole.is_none();
@@ -151,8 +151,8 @@ impl ImageFs {
         composer.file(ino, &*file.content, || self.view.path(ino))
     }
 
-    /// Makes the file that `file` is, or was composed into, known to the kernel, so that it
-    /// reads from it without asking.
+    /// Registers the backing file of `file`, or the file that it was composed into, with
+    /// the kernel, which then reads from that without asking the daemon.
     pub(super) fn register(
         &self,
         file: &OpenFile,
@@ -213,10 +213,10 @@ impl ImageFs {
     }
 }
 
-/// Returns how many file systems the mount lies on, counting itself.
+/// Returns how many file systems are stacked at the mount, including itself.
 ///
-/// The images may themselves be on an overlay, as in a container; otherwise, an
-/// overlay may be put over the mount, which 2 would forbid.
+/// The images may be on an overlay, as in a container. Otherwise an overlay may be mounted
+/// on top, which a depth of 2 would forbid.
 pub(super) fn stack_depth(view: &View) -> u32 {
     let dir = view.chain().snapshot(view.tip()).directory();
     let stacked = dir

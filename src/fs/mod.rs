@@ -1,8 +1,8 @@
 //! The view as a mounted file system.
 //!
-//! [`ImageFs`] answers the kernel out of a [`View`](crate::view::View),
-//! [`Session`] mounts it and serves until it is unmounted, and every failure
-//! becomes an errno in one place, `errno`.
+//! [`ImageFs`] answers the requests of the kernel from a [`View`](crate::view::View),
+//! [`Session`] mounts it and serves it until it is unmounted, and `errno` maps every
+//! failure to an errno.
 
 mod adapter;
 mod buffer;

@@ -30,15 +30,14 @@ const DEVICE: &str = "/dev/fuse";
 /// The type of our mounts in the table of mounts.
 pub const FS_TYPE: &str = "fuse.imgfs";
 
-/// The extended attribute by which the root of a mount tells its process.
+/// The extended attribute of the root of a mount that holds the pid of the daemon.
 pub(super) const DAEMON_XATTR: &str = "user.imgfs.daemon";
 
 /// The program that mounts and unmounts for ordinary users.
 const HELPER: &str = "fusermount3";
 
-/// Returns the absolute path of a mount point, which must be a directory and
-/// neither hold the images of `chain` nor be one of its directories, nor have a chain
-/// mounted.
+/// Returns the absolute path of a mount point. It must be a directory without a mounted
+/// chain, and must neither contain the images of `chain` nor be one of its directories.
 pub(super) fn check_mount_point(path: &Path, chain_path: &Path, chain: &Chain) -> Result<PathBuf> {
     let failed = |source| MountError::MountPoint { path: path.to_owned(), source };
     let mount_point = path.canonicalize().map_err(failed)?;
@@ -60,8 +59,7 @@ pub(super) fn check_mount_point(path: &Path, chain_path: &Path, chain: &Chain) -
     Ok(mount_point)
 }
 
-/// Mounts at `mount_point` and returns the device that the kernel's requests
-/// come from.
+/// Mounts at `mount_point` and returns the device on which the kernel's requests arrive.
 pub(super) fn mount_device(
     mount_point: &Path,
     source: &str,
@@ -94,7 +92,7 @@ pub(super) fn mount_device(
     }
 }
 
-/// Mounts by `fusermount3`, which is set-user-ID root.
+/// Mounts with `fusermount3`, which is set-user-ID root.
 fn mount_by_helper(mount_point: &Path, source: &str, options: &MountOptions) -> Result<OwnedFd> {
     let failed = |message: String| MountError::Helper { path: mount_point.to_owned(), message };
     let mut text = format!(
@@ -110,7 +108,7 @@ fn mount_by_helper(mount_point: &Path, source: &str, options: &MountOptions) -> 
     let helper = Command::new(HELPER)
         .args(["-o", &text, "--"])
         .arg(mount_point)
-        // It sends the device over the socket that it finds as this descriptor.
+        // `fusermount3` sends the device over the socket with this descriptor.
         .env("_FUSE_COMMFD", "0")
         .stdin(OwnedFd::from(theirs))
         .stderr(Stdio::piped())

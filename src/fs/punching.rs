@@ -26,7 +26,7 @@ const BATCH_BYTES: u64 = 16 << 20;
 /// Pages of which parts were read through one open file that are remembered.
 const PARTS_KEPT: usize = 64;
 
-/// When pages are freed that a mount shows.
+/// When a mount frees pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Punch {
     /// When a program punches them.
@@ -38,7 +38,7 @@ pub enum Punch {
 }
 
 impl Punch {
-    /// Returns the name that chooses it, which the mount tells as
+    /// Returns the name of the option's value, which the mount publishes as
     /// [`PUNCH_XATTR`](crate::chain::PUNCH_XATTR).
     pub const fn name(self) -> &'static str {
         match self {
@@ -64,7 +64,7 @@ struct State {
     /// Pages that the page cache was given, for processes that have mapped the file. They
     /// are asked for again if the kernel drops them, as long as the file is open.
     cached: HashMap<Ino, PageRanges>,
-    /// By handle: pages of which a part was read, and which.
+    /// Partially read pages, by handle.
     parts: HashMap<u64, Vec<Part>>,
 }
 
@@ -76,11 +76,10 @@ struct Part {
 }
 
 impl Punching {
-    /// Makes all files ready that pages of the shown snapshot are in; nothing is
-    /// changed.
+    /// Prepares all files that hold pages of the shown snapshot; changes nothing.
     ///
     /// # Errors
-    /// What [`Freeing::prepare`] returns, and what keeps an index from being built.
+    /// What [`Freeing::prepare`] returns; an index that cannot be built.
     pub(super) fn new(view: &View, mode: Punch) -> Result<Self> {
         let chain = view.chain();
         let mut freeing = Freeing::new(Arc::clone(chain), Arc::new(Kernel));
@@ -96,11 +95,11 @@ impl Punching {
         self.mode
     }
 
-    /// Frees, or notes, the whole pages in a range of a flat file that a program has
+    /// Frees or records the whole pages in a range of a flat file that a program has
     /// punched.
     ///
     /// # Errors
-    /// What keeps them from being freed.
+    /// Why they cannot be freed.
     pub(super) fn punch(
         &self,
         ino: Ino,
@@ -123,8 +122,8 @@ impl Punching {
         state.free().map(drop)
     }
 
-    /// Bytes of a flat file were read through the open file `handle`; `mapped` if the
-    /// page cache has them now.
+    /// Handles a read of bytes of a flat file through the open file `handle`; `mapped` if
+    /// the page cache holds them now.
     pub(super) fn was_read(
         &self,
         ino: Ino,
@@ -164,10 +163,10 @@ impl Punching {
         log_failure(result.and_then(|()| state.free().map(drop)));
     }
 
-    /// Frees the noted pages, and returns their number.
+    /// Frees the recorded pages, and returns their number.
     ///
     /// # Errors
-    /// What keeps them from being freed.
+    /// Why they cannot be freed.
     pub(super) fn commit(&self) -> Result<u64> {
         let mut state = self.lock();
         for (file, pages) in std::mem::take(&mut state.noted).into_values() {
@@ -184,7 +183,7 @@ impl Punching {
 }
 
 impl State {
-    /// Notes pages of a flat file to be freed where they are.
+    /// Records pages of a flat file for freeing in the files that hold them.
     fn note(&mut self, file: &FlatPages, pages: Range<u64>) -> Result<()> {
         let memory = file.index().memory();
         for (layer, pages) in file.places(pages) {
@@ -203,9 +202,8 @@ impl State {
         Ok(freed)
     }
 
-    /// Adds the pages to `read` that are read in whole with the bytes that are read
-    /// now: the kernel cuts large reads where the reader's buffer has a page border,
-    /// whatever the file has there.
+    /// Adds to `read` the pages that this read completes. The kernel splits large reads at
+    /// page borders of the reader's buffer, wherever the pages of the file begin.
     fn add_parts(&mut self, handle: u64, bytes: &Range<u64>, read: &mut PageRanges) {
         let parts = self.parts.entry(handle).or_default();
         for page in [bytes.start / PAGE_SIZE, (bytes.end - 1) / PAGE_SIZE] {
@@ -232,8 +230,8 @@ impl State {
     }
 }
 
-/// Logs pages that could not be freed where no request waits for an answer. They are tried
-/// again with the next ones.
+/// Logs pages that could not be freed when no request waits for an answer. They are retried
+/// with the next ones.
 fn log_failure(result: Result<(), ChainError>) {
     if let Err(failure) = result {
         error!("free what was read: {}", with_sources(&failure));

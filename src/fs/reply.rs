@@ -17,8 +17,8 @@ use crate::{
     sys::gather::{MAX_PIECES, Piece, write_gathered},
 };
 
-/// The sizes of the reads that are answered so. Smaller ones are cheaper to copy
-/// than to find in a mapping; larger ones may need more files than may be open.
+/// The sizes of reads that are answered from mappings. Smaller reads are cheaper to copy;
+/// larger ones may need more files than may be open.
 pub(super) const SIZES: RangeInclusive<usize> = 64 << 10..=1 << 20;
 
 /// With more files than this in one read, checking their lengths costs more than copying.
@@ -37,15 +37,15 @@ pub(super) struct MappedReply {
 }
 
 impl MappedReply {
-    /// Answers by `device`, which must be the same open file as the one that the
-    /// requests are read from.
+    /// Answers through `device`, which must be the open file from which the requests are
+    /// read.
     pub(super) fn new(device: OwnedFd) -> Self {
         Self { device }
     }
 
     /// Answers a read of `size` bytes of `content` from `offset` on; gives the reply back
-    /// if it cannot answer in this way. Returns how many bytes the reader got, if any.
-    /// `path` is what the file is called in messages.
+    /// if it cannot. Returns how many bytes the reader got, if any. Messages call the file
+    /// `path`.
     pub(super) fn answer(
         &self,
         request: RequestId,
@@ -100,7 +100,7 @@ fn file_names(runs: &[Run]) -> String {
     paths.join(" or ")
 }
 
-/// Returns the header of an answer that is no error.
+/// Returns the header of a successful answer.
 fn header(request: RequestId, len: usize) -> [u8; HEADER_BYTES] {
     let mut header = [0; HEADER_BYTES];
     let len = u32::try_from(len).expect("a request is for less than 4 GiB");
@@ -109,8 +109,8 @@ fn header(request: RequestId, len: usize) -> [u8; HEADER_BYTES] {
     header
 }
 
-/// Whether every byte is in its file now: behind a file's end, a mapping holds
-/// zeroes up to the end of the page.
+/// Whether every byte is in its file now: behind the end of a file, a mapping holds zeros
+/// up to the end of the page.
 fn all_there(runs: &[Run]) -> bool {
     let mut ends: Vec<(&Arc<BackingFile>, u64)> = Vec::new();
     for run in runs {
@@ -127,8 +127,7 @@ fn all_there(runs: &[Run]) -> bool {
     ends.iter().all(|(file, end)| file.stat().is_ok_and(|stat| stat.len >= *end))
 }
 
-/// Returns the pieces of an answer, or `None` if they cannot all be had from
-/// memory.
+/// Returns the pieces of an answer; `None` if not all of them are in memory.
 fn pieces<'a>(header: &'a [u8], runs: &'a [Run], zeroes: &'a [u8]) -> Option<Vec<Piece<'a>>> {
     if runs.len() >= MAX_PIECES {
         return None;

@@ -1,4 +1,4 @@
-//! A mount, from its beginning to its end.
+//! A mount, from mounting to unmounting.
 
 use std::{
     fs, io,
@@ -105,7 +105,7 @@ impl Session {
             }
             MountError::Handshake { path: mount_point.clone(), source }
         };
-        // The same open device under another number: answers may come from there.
+        // Answers go through a duplicate of the descriptor.
         let answers = device.try_clone().map_err(failed)?;
         // Only root may tell the kernel which file to read.
         let composer = if geteuid().is_root() {
@@ -121,8 +121,8 @@ impl Session {
         // The kernel lets in only the owner if others are not allowed.
         let acl = fuser::SessionACL::All;
         let fuse = fuser::Session::from_fd(fs, device, acl, config).map_err(failed)?;
-        // A page that was read ahead was not read by the restorer yet, so it must not be
-        // freed.
+        // A page that was only read ahead has not reached the restore yet, so it must not
+        // be freed.
         let read_ahead = if options.punch == Some(Punch::OnRead) { 0 } else { READ_AHEAD_KB };
         set_read_ahead(&mount_point, read_ahead);
         if let Some(reader) = options.reader {
