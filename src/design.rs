@@ -198,6 +198,22 @@
 //! that have the pid and the ids in question; they share this program's descriptors, and
 //! end before the tree is made.
 //!
+//! # Connections
+//!
+//! A peer notices nothing but a pause. From the moment at which a dump reads a TCP connection
+//! until a restore has made it again, no socket answers the peer, and none may say that the
+//! connection is gone: nftables drops its packets. Whatever kills the dump, nothing stays
+//! dropped in front of a tree that lives, since the table belongs to the dump's netlink socket.
+//! A dump with `-R` drops nothing; it reads again until the counts of bytes have not changed.
+//!
+//! The kernel shows the queues of a socket only while it is being repaired (`TCP_REPAIR`), when
+//! calls of its program fail. So this takes microseconds, with the program stopped, and the supervisor
+//! ends it if the dump is killed. For the end of the tree the sockets are repaired once more, so that
+//! they go without a packet; from there on the tree dies with the dump, whose snapshot is complete.
+//!
+//! A restore makes the connections, and completes what may fail, before it lets the first packet
+//! pass. If it fails, the next restore finds everything as it was.
+//!
 //! # Older kernels
 //!
 //! What a kernel does not tell is found out in another way, or the dump fails; nothing
@@ -329,7 +345,7 @@
 //!
 //! Of a process whose first thread has exited while others live, the kernel shows everything
 //! by the others alone, and one of them is its witness. In the images the first thread is one
-//! that calls `exit(2)` as its next step ([`crate::res::task::leader`]), so that any restore makes
+//! that calls `exit(2)` as its next step (`res/task/leader.rs`), so that any restore makes
 //! the others by it; this program ends it before children of it wait for the death of a
 //! parent. Its exit code is a field of ours (`rcriu_leader_exited` of `task_core_entry`).
 //!

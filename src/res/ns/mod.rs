@@ -1,7 +1,7 @@
 //! Namespaces: the kinds, and which of them a tree may have of its own.
 //!
 //! The images number namespaces. The dumper's own come first, then those of the tree, both in
-//! the order of [`KINDS`]. A tree that shares a namespace with the dumper gets that of the
+//! the order of the table `KINDS`. A tree that shares a namespace with the dumper gets that of the
 //! restorer. A namespace of its own is created with its first process, and all other processes
 //! inherit it; so all processes of a tree must be in the same one.
 //!
