@@ -4,14 +4,14 @@ mod common;
 
 use std::{
     fs,
-    os::unix::fs::symlink,
+    os::unix::fs::{MetadataExt, PermissionsExt, symlink},
     path::{Path, PathBuf},
-    process::{Command, Output},
+    process::{Command, Output, Stdio},
 };
 
 use common::{
     Cap,
-    mounted::{Mounted, imgfs},
+    mounted::{IMGFS, Mounted},
     require,
 };
 use serde_json::Value;
@@ -20,6 +20,21 @@ use tempfile::TempDir;
 /// A chain of three snapshots that CRIU wrote, of processes 293 and 295.
 fn fixture() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/criu42-chain/chain")
+}
+
+/// Where compressed archives are unpacked, if a test does not say so.
+fn cache() -> &'static Path {
+    Path::new(env!("CARGO_TARGET_TMPDIR"))
+}
+
+fn command(arguments: &[&str]) -> Command {
+    let mut command = Command::new(IMGFS);
+    command.args(arguments).env("XDG_CACHE_HOME", cache());
+    command
+}
+
+fn imgfs(arguments: &[&str]) -> Output {
+    command(arguments).output().unwrap()
 }
 
 fn text(path: &Path) -> &str {
@@ -117,7 +132,8 @@ fn assert_same(directory: &Path, archive: &Path, options: &[&str], names: [&str;
     let ask = |chain: &Path, words: &[&str], options: &[&str]| {
         let words = [&words[..1], &[text(chain)], &words[1..], options].concat();
         let output = imgfs(&words);
-        (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned())
+        let printed = String::from_utf8_lossy(&output.stdout);
+        (output.status.code(), printed.replace(text(chain), "CHAIN"))
     };
     let diff: &[&str] = &["diff", names[0], names[1]];
     for words in LOOKS.iter().chain([&diff]) {
@@ -237,4 +253,223 @@ fn rcriu_says_how_an_archive_is_restored() {
     assert!(!output.status.success());
     let said = said(&output);
     assert!(said.contains("imgfs mount ARCHIVE DIR"), "{said}");
+}
+
+/// Returns the names in a directory, sorted.
+fn names(dir: &Path) -> Vec<String> {
+    let names = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name());
+    let mut names: Vec<_> = names.map(|name| name.into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+fn mode(path: &Path) -> u32 {
+    fs::metadata(path).unwrap().permissions().mode() & 0o7777
+}
+
+#[test]
+fn compressed_archives_are_unpacked_once_for_their_user_alone() {
+    let exported = Exported::new();
+    let cache = exported.path("cache");
+    let tree = exported.directory();
+    for name in ["a.tar.gz", "a.tar.zst", "in-two-frames.tzst"] {
+        let archive = exported.pack(name, ".");
+        if name == "in-two-frames.tzst" {
+            let (tar, archive) = (exported.pack("a.tar", "."), text(&archive));
+            let (head, tail) = (exported.path("head"), exported.path("tail"));
+            let [tar, head, tail] = [&tar, &head, &tail].map(|path| text(path));
+            sh(&format!("head -c 99999 {tar} > {head}; tail -c +100000 {tar} > {tail}"));
+            sh(&format!("zstd -qc {head} > {archive}; zstd -qc --no-check {tail} >> {archive}"));
+        }
+        let options = ["--cache-dir", text(&cache)];
+        assert_same(&tree, &archive, &options, ["pre-checkpoint", "checkpoint"]);
+        assert_eq!(mode(&cache), 0o700);
+        let unpacked = names(&cache);
+        let [unpacked] = &unpacked[..] else { panic!("{name}: {unpacked:?}") };
+        let unpacked = cache.join(unpacked);
+        assert_eq!(mode(&unpacked), 0o600);
+        let inode = || fs::metadata(&unpacked).unwrap().ino();
+        let before = inode();
+        let list = || imgfs(&[&["ls", text(&archive)][..], &options].concat());
+        fine(&list());
+        assert_eq!(inode(), before, "it was unpacked again");
+
+        // What a killed process has left is taken for nothing.
+        let part = unpacked.with_extension("part");
+        fs::rename(&unpacked, &part).unwrap();
+        fs::write(&part, "junk").unwrap();
+        fs::write(unpacked.with_extension("lock"), "").unwrap();
+        fine(&list());
+        assert_eq!(names(&cache).len(), 1);
+        fs::remove_dir_all(&cache).unwrap();
+    }
+}
+
+#[test]
+fn processes_that_want_one_archive_at_a_time_unpack_it_once() {
+    let exported = Exported::new();
+    let (archive, cache) = (exported.pack("a.tar.gz", "."), exported.path("cache"));
+    let start = |_| {
+        let words = ["ls", text(&archive), "--cache-dir", text(&cache)];
+        command(&words).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let children: Vec<_> = (0..6).map(start).collect();
+    for child in children {
+        fine(&child.wait_with_output().unwrap());
+    }
+    assert_eq!(names(&cache).len(), 1);
+}
+
+#[test]
+fn the_cache_has_a_limit() {
+    let exported = Exported::new();
+    let cache = exported.path("cache");
+    let list = |archive: &Path, limit: &str| {
+        imgfs(&["ls", text(archive), "--cache-dir", text(&cache), "--cache-limit", limit])
+    };
+    let first = exported.pack("a.tar.gz", ".");
+    let refused = list(&first, "100K");
+    assert!(!refused.status.success());
+    assert!(said(&refused).contains("more than 102400 bytes"), "{}", said(&refused));
+    assert_eq!(names(&cache), [] as [&str; 0]);
+    fine(&list(&first, "4M"));
+    let one = names(&cache);
+    // Room for one of them.
+    let second = exported.pack("b.tar.zst", ".");
+    let bytes = fs::metadata(cache.join(&one[0])).unwrap().len() * 3 / 2;
+    fine(&list(&second, &bytes.to_string()));
+    let two = names(&cache);
+    assert!(two.len() == 1 && two != one, "{one:?} {two:?}");
+    // A bomb: zeros are an empty archive.
+    let bomb = exported.path("bomb.gz");
+    sh(&format!("head -c 100M /dev/zero | gzip > {}", text(&bomb)));
+    assert!(said(&list(&bomb, "8M")).contains("the archive unpacks to more than 8388608 bytes"));
+    assert!(names(&cache).iter().all(|name| name.ends_with(".tar")));
+
+    fs::set_permissions(&cache, fs::Permissions::from_mode(0o755)).unwrap();
+    let open = said(&list(&first, "4M"));
+    assert!(open.contains("is not a directory of this user alone"), "{open}");
+}
+
+#[test]
+fn damaged_and_foreign_files_are_errors() {
+    let exported = Exported::new();
+    let bytes = |name: &str| fs::read(exported.pack(name, ".")).unwrap();
+    let with = |name: &str, bytes: &[u8]| {
+        let path = exported.path(name);
+        fs::write(&path, bytes).unwrap();
+        let cache = exported.path("cache");
+        let problem = problem(&["ls", text(&path), "--cache-dir", text(&cache)]);
+        assert!(problem.contains(text(&path)), "{problem}");
+        assert!(!cache.exists() || names(&cache).is_empty());
+        problem
+    };
+    for name in ["a.tar.gz", "a.tar.zst"] {
+        let mut bytes = bytes(name);
+        let len = bytes.len();
+        let problem = with(name, &bytes[..len - 20]);
+        assert!(problem.contains("unpack the archive at offset 0x"), "{problem}");
+        bytes[len / 2] ^= 0xff;
+        bytes[len / 2 + 1] ^= 0xff;
+        let problem = with(name, &bytes);
+        assert!(problem.contains("unpack the archive at offset 0x"), "{problem}");
+    }
+    assert!(with("a.tar.xz", &bytes("a.tar.xz")).contains("it is compressed with xz; expected"));
+    assert!(with("text", b"# Not an archive\n").contains("it is of another kind; expected"));
+    assert!(with("empty", b"").contains("it is empty; expected a directory, or an archive"));
+    let path = exported.path("text.gz");
+    sh(&format!("echo hello | gzip > {}", text(&path)));
+    let text = with("text.gz", &fs::read(path).unwrap());
+    assert!(text.contains("it is a compressed file, and no archive"), "{text}");
+}
+
+#[test]
+fn a_packed_chain_is_the_same_chain() {
+    let dir = tempfile::tempdir().unwrap();
+    let chain = dir.path().join("chain");
+    sh(&format!("cp -a {} {}", text(&fixture()), text(&chain)));
+    // A file with a hole at its begin, in its middle and at its end.
+    sh(&format!(
+        "cd {}/2; truncate -s 300000 notes; printf x | dd of=notes bs=1 seek=100000 conv=notrunc \
+         status=none; printf y | dd of=notes bs=1 seek=200000 conv=notrunc status=none",
+        text(&chain)
+    ));
+    for end in ["tar", "tar.gz", "tar.zst"] {
+        let [one, two] = ["one", "two"].map(|name| dir.path().join(name).with_extension(end));
+        fine(&imgfs(&["pack", text(&chain), text(&one)]));
+        assert_eq!(mode(&one), 0o600);
+        let cache = dir.path().join("cache");
+        assert_same(&chain, &one, &["--cache-dir", text(&cache)], ["1", "3"]);
+        // Seekable zstd is read as it is.
+        assert_eq!(cache.exists(), end == "tar.gz", "{end}");
+        let _ = fs::remove_dir_all(&cache);
+
+        fine(&imgfs(&["pack", text(&chain), text(&two)]));
+        assert_eq!(fs::read(&one).unwrap(), fs::read(&two).unwrap());
+        let exists = problem(&["pack", text(&chain), text(&two)]);
+        assert!(exists.contains("it exists\n  help: -f replaces it"), "{exists}");
+        fine(&imgfs(&["pack", "-f", text(&chain), text(&two)]));
+
+        let out = dir.path().join("out");
+        fs::create_dir(&out).unwrap();
+        let unpack = if end == "tar.zst" { "zstd -qdc" } else { "cat" };
+        sh(&format!(
+            "{unpack} {} | tar -C {} -x{}f -",
+            text(&one),
+            text(&out),
+            if end == "tar.gz" { "z" } else { "" }
+        ));
+        sh(&format!("diff -r {} {}", text(&chain), text(&out)));
+        fs::remove_dir_all(&out).unwrap();
+        assert!(names(dir.path()).iter().all(|name| !name.contains("unfinished")));
+    }
+    let sizes = ["tar", "tar.gz", "tar.zst"]
+        .map(|end| fs::metadata(dir.path().join("one").with_extension(end)).unwrap().len());
+    assert!(sizes[1] < sizes[0] && sizes[2] < sizes[0], "{sizes:?}");
+    let other = problem(&["pack", text(&chain), text(&dir.path().join("x.zip"))]);
+    assert!(other.contains("its name has to end in .tar, .tar.gz or .tar.zst"), "{other}");
+    fs::remove_dir_all(chain.join("1")).unwrap();
+    let broken = problem(&["pack", text(&chain), text(&dir.path().join("broken.tar"))]);
+    assert!(broken.contains("leads to ../1"), "{broken}");
+    assert_eq!(names(dir.path()).len(), 7);
+}
+
+#[test]
+fn what_was_exported_with_a_container_stays_beside_its_images() {
+    let exported = Exported::new();
+    let tree = exported.directory();
+    fs::create_dir(tree.join("volumes")).unwrap();
+    fs::write(tree.join("volumes/v.tar"), "volume").unwrap();
+    fs::write(tree.join("other"), "not Podman's").unwrap();
+    let flat = exported.path("flat");
+    fine(&imgfs(&["flatten", text(&tree), text(&flat)]));
+    let sources = [tree.clone(), exported.pack("a.tar", ".")];
+    for source in &sources {
+        let out = exported.path("out");
+        let unpack = |archive: &Path| {
+            let _ = fs::remove_dir_all(&out);
+            fs::create_dir(&out).unwrap();
+            sh(&format!("tar -C {} -xf {}", text(&out), text(archive)));
+            names(&out)
+        };
+        let beside = |name: &'static str| [&BESIDE[..], &["checkpoint", name, "volumes"]].concat();
+        let sorted = |mut names: Vec<&str>| {
+            names.retain(|name| !name.is_empty());
+            names.sort_unstable();
+            names.join(" ")
+        };
+        let archive = exported.path("new.tar");
+        fine(&imgfs(&["flatten", "--archive", "-f", text(source), text(&archive)]));
+        assert_eq!(unpack(&archive).join(" "), sorted(beside("")));
+        sh(&format!("diff -r {} {}/checkpoint", text(&flat), text(&out)));
+        assert_eq!(fs::read(out.join("volumes/v.tar")).unwrap(), b"volume");
+        assert!(problem(&["flatten", "--archive", text(source), text(&archive)]).contains("-f"));
+
+        fine(&imgfs(&["pack", "-f", text(source), text(&archive)]));
+        assert_eq!(unpack(&archive).join(" "), sorted(beside("pre-checkpoint")));
+        assert_eq!(
+            fs::read_link(out.join("checkpoint/parent")).unwrap(),
+            Path::new("../pre-checkpoint")
+        );
+    }
 }

@@ -132,7 +132,9 @@ const ROWS: &[Row] = &[
     (&["ls"], &[("duplicates", duplicates), ("json", json)]),
     (&["imgfs check"], &[("json", json)]),
     (&["diff"], &[("json", json), ("quiet", quiet)]),
-    (&["flatten"], &[("snapshot", flatten_snapshot)]),
+    (&["flatten"], &[("snapshot", flatten_snapshot), ("archive", flatten_archive)]),
+    (&["flatten", "pack"], &[("force", force)]),
+    (&["pack"], &[("snapshot", pack_snapshot)]),
     (&["ps", "fds", "maps", "info"], &[("json", json), ("snapshot", look_snapshot)]),
     (
         &[
@@ -140,6 +142,7 @@ const ROWS: &[Row] = &[
             "imgfs check",
             "diff",
             "flatten",
+            "pack",
             "ps",
             "fds",
             "maps",
@@ -149,7 +152,7 @@ const ROWS: &[Row] = &[
             "map",
             "mount",
         ],
-        &[("previous", previous)],
+        &[("previous", previous), ("cache-dir", cache_dir), ("cache-limit", cache_limit)],
     ),
     (&["mounts"], &[("json", json)]),
     (
@@ -376,7 +379,7 @@ groups! {
     options_of_check_and_show ["check", "show"];
     options_of_dedup ["dedup"];
     options_of_imgfs [
-        "imgfs", "ls", "imgfs check", "diff", "flatten", "ps", "fds", "maps", "info", "cat", "get",
+        "imgfs", "ls", "imgfs check", "diff", "flatten", "pack", "ps", "fds", "maps", "info", "cat", "get",
         "map", "mounts",
     ];
     privileged_options_of_mounts ["mount", "umount"];
@@ -1238,53 +1241,112 @@ fn look_snapshot(command: &str) {
     assert!(!output.status.success());
 }
 
+/// Makes an archive of some snapshots of [`peers_chain`].
+fn archive_of(dir: &Path, name: &str, snapshots: &[&str]) -> PathBuf {
+    let archive = dir.join(name);
+    let mut tar = Command::new("tar");
+    tar.arg("-C").arg(peers_chain()).arg("-caf").arg(&archive).args(snapshots);
+    assert!(tar.status().unwrap().success());
+    archive
+}
+
+/// Runs a command on an archive that has snapshot 2, and returns whether it did what it
+/// does, and what it said.
+fn on_archive(command: &str, dir: &Path, archive: &Path, options: &[&str]) -> (bool, String) {
+    let name = command.trim_start_matches("imgfs ");
+    let point = dir.join("new");
+    let new = dir.join("new.tar");
+    let mut words = vec![name, text(archive)];
+    match name {
+        "diff" => words.extend(["1", "2"]),
+        "maps" => words.push("293"),
+        "cat" => words.push("pages-2.img"),
+        "get" => words.extend(["pages-2.img", text(&point)]),
+        "flatten" | "mount" => words.push(text(&point)),
+        "pack" => words.push(text(&new)),
+        _ => {}
+    }
+    let _ = fs::remove_dir_all(&point).or_else(|_| fs::remove_file(&point));
+    let _ = fs::remove_file(&new);
+    if name == "mount" {
+        require(Cap::Fuse);
+        fs::create_dir_all(&point).unwrap();
+    }
+    let output = imgfs(&[&words[..], options].concat());
+    let read = || fs::read(point.join("pages-2.img")).is_ok();
+    // As diff(1), which says 2 when it fails.
+    let expected = if name == "diff" { 1 } else { 0 };
+    let good = output.status.code() == Some(expected) && (name != "mount" || read());
+    if is_mounted(&point) {
+        fine(imgfs(&["umount", text(&point)]));
+    }
+    (good, said(&output))
+}
+
 /// The parents of an archive's snapshot are in the archive that is named.
 fn previous(command: &str) {
     let dir = directory();
-    let [base, tip] = [("1", "base"), ("2", "tip")].map(|(name, archive)| {
-        let archive = dir.path().join(archive).with_extension("tar");
-        let images = PathBuf::from(peers_chain()).join(name);
-        let mut tar = Command::new("tar");
-        tar.arg("-C").arg(images.parent().unwrap()).arg("-cf").arg(&archive).arg(name);
-        assert!(tar.status().unwrap().success());
-        archive
-    });
-    let point = dir.path().join("new");
-    let name = command.trim_start_matches("imgfs ");
-    let with = |options: &[&str]| {
-        let mut words = vec![name, text(&tip)];
-        match name {
-            "diff" => words.extend(["1", "2"]),
-            "maps" => words.push("293"),
-            "cat" => words.push("pages-2.img"),
-            "get" => words.extend(["pages-2.img", text(&point)]),
-            "flatten" => words.push(text(&point)),
-            "mount" => {
-                require(Cap::Fuse);
-                fs::create_dir_all(&point).unwrap();
-                words.push(text(&point));
-            }
-            _ => {}
-        }
-        let _ = fs::remove_dir_all(&point).or_else(|_| fs::remove_file(&point));
-        if name == "mount" {
-            fs::create_dir_all(&point).unwrap();
-        }
-        let output = imgfs(&[&words[..], options].concat());
-        let read = || fs::read(point.join("pages-2.img")).is_ok();
-        // As diff(1), which says 2 when it fails.
-        let expected = if name == "diff" { 1 } else { 0 };
-        let good = output.status.code() == Some(expected) && (name != "mount" || read());
-        if is_mounted(&point) {
-            fine(imgfs(&["umount", text(&point)]));
-        }
-        (good, said(&output))
-    };
-    let (good, said) = with(&["--previous", text(&base)]);
+    let base = archive_of(dir.path(), "base.tar", &["1"]);
+    let tip = archive_of(dir.path(), "tip.tar", &["2"]);
+    let (good, said) = on_archive(command, dir.path(), &tip, &["--previous", text(&base)]);
     assert!(good, "{command}: {said}");
-    let (alone, without) = with(&[]);
+    let (alone, without) = on_archive(command, dir.path(), &tip, &[]);
     // What processes are is in the snapshot itself.
-    assert!(!alone || without != said || ["ps", "fds"].contains(&name), "{command}: {without}");
+    assert!(!alone || without != said || ["ps", "fds"].contains(&command), "{command}: {without}");
+}
+
+/// A compressed archive is unpacked into the directory.
+fn cache_dir(command: &str) {
+    let dir = directory();
+    let archive = archive_of(dir.path(), "a.tar.gz", &["1", "2"]);
+    let cache = dir.path().join("cache");
+    let options = ["--cache-dir", text(&cache)];
+    let (good, said) = on_archive(command, dir.path(), &archive, &options);
+    assert!(good && fs::read_dir(&cache).unwrap().count() == 1, "{command}: {said}");
+}
+
+/// A larger archive is refused.
+fn cache_limit(command: &str) {
+    let dir = directory();
+    let archive = archive_of(dir.path(), "a.tar.gz", &["1", "2"]);
+    let cache = dir.path().join("cache");
+    for (limit, fits) in [("10K", false), ("10M", true)] {
+        let options = ["--cache-dir", text(&cache), "--cache-limit", limit];
+        let (good, said) = on_archive(command, dir.path(), &archive, &options);
+        assert!(good == fits && said.contains("--cache-limit") != fits, "{command}: {said}");
+    }
+}
+
+/// What is written is an archive, and no directory.
+fn flatten_archive(command: &str) {
+    let dir = directory();
+    let out = dir.path().join("out.tar");
+    fine(imgfs(&[command, &peers_chain(), text(&out), "--archive"]));
+    assert!(fine(imgfs(&["ls", text(&out)])).contains("checkpoint"));
+}
+
+/// An archive that exists is replaced.
+fn force(command: &str) {
+    let dir = directory();
+    let out = dir.path().join("out.tar");
+    fs::write(&out, "").unwrap();
+    let archive: &[&str] = if command == "flatten" { &["--archive"] } else { &[] };
+    let chain = peers_chain();
+    let words = [&[command, &chain, text(&out)][..], archive].concat();
+    refused(&imgfs(&words), "-f replaces it");
+    fine(imgfs(&[&words[..], &["--force"]].concat()));
+    assert_ne!(fs::read(&out).unwrap(), b"");
+}
+
+/// What is newer than the snapshot is not packed.
+fn pack_snapshot(command: &str) {
+    let dir = directory();
+    let counts = ["1", "2"].map(|name| {
+        let out = dir.path().join(format!("{name}.tar"));
+        fine(imgfs(&[command, &peers_chain(), text(&out), "--snapshot", name]));
+        fine(imgfs(&["ls", text(&out)])).lines().count()
+    });
+    assert_eq!(counts, [2, 3]);
 }
 
 /// Draws the chain of CRIU's.

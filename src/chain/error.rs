@@ -30,6 +30,14 @@ pub enum ChainError {
         /// Why.
         source: io::Error,
     },
+    /// An archive could not be written.
+    #[error("write archive {path}", path = .path.display())]
+    Pack {
+        /// The archive.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// The images cannot be changed, because they are not in a directory.
     #[error("the images in {path} can only be read\nhelp: unpack them into a directory", path = .path.display())]
     ReadOnly {

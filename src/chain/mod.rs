@@ -23,6 +23,7 @@ pub mod map;
 mod memory;
 mod overlay;
 mod owner;
+mod pack;
 mod summary;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -47,6 +48,7 @@ pub use links::{Chain, Snapshot, SnapshotId, children};
 pub(crate) use memory::Cursor;
 pub use memory::{FlatPages, MemoryBytes};
 pub use owner::Owner;
+pub use pack::{CHECKPOINT, beside, copy_beside, pack};
 pub use summary::{PageCounts, Summary, disk_bytes};
 
 /// The extended attribute of a directory in a mount that shows a whole snapshot: the

@@ -4,7 +4,7 @@ use std::{io::Write, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 
-use super::{Common, answer, check, diff, exit, flatten, list, look, map, mount};
+use super::{Common, answer, check, diff, exit, flatten, list, look, map, mount, pack};
 
 /// Look into chains of image directories
 ///
@@ -37,6 +37,7 @@ enum Command {
     Cat(look::CatArgs),
     Get(look::GetArgs),
     Map(map::MapArgs),
+    Pack(pack::PackArgs),
     Mount(mount::MountArgs),
     Mounts(mount::MountsArgs),
     Commit(mount::CommitArgs),
@@ -70,6 +71,7 @@ impl Imgfs {
                 answer(|out| diff::run(&args, out), exit::DIFFERENT, exit::NOT_COMPARED)
             }
             Command::Flatten(args) => plain(|_| flatten::run(&args)),
+            Command::Pack(args) => plain(|_| pack::run(&args)),
             Command::Info(args) => plain(|out| look::info(&args, out)),
             Command::Processes(args) => plain(|out| look::processes(&args, out)),
             Command::Descriptors(args) => plain(|out| look::descriptors(&args, out)),

@@ -15,6 +15,7 @@ mod log_sink;
 mod look;
 mod map;
 pub mod mount;
+mod pack;
 pub mod rcriu;
 pub mod show;
 mod source;

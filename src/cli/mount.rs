@@ -103,7 +103,8 @@ pub struct MountArgs {
     log_file: Option<PathBuf>,
     /// Mount options, as in mount(8) and fstab(5)
     ///
-    /// allow_other, compose=WHEN, compose_dir=DIR, foreground, log_file=FILE,
+    /// allow_other, cache_dir=DIR, cache_limit=SIZE, compose=WHEN, compose_dir=DIR,
+    /// foreground, log_file=FILE,
     /// mapped_files=WHO, previous=ARCHIVE, punch[=WHEN], snapshot=NAME and threads=N
     /// are the options above. ro is the default. Options for
     /// other programs, such as noauto or x-systemd.requires=..., are ignored.
@@ -296,7 +297,6 @@ impl MountArgs {
                     self.compose = when.map_err(failed)?;
                 }
                 ("compose_dir", Some(value)) => self.compose_dir = Some(value.into()),
-                ("previous", Some(value)) => self.source.add_previous(value.into()),
                 ("snapshot", Some(value)) => self.snapshot = Some(value.to_owned()),
                 ("threads", Some(value)) => {
                     let threads = value.parse().with_context(|| format!("mount option {option}"));
@@ -313,6 +313,7 @@ impl MountArgs {
                     self.punch = Some(name.map_err(|why| anyhow!("mount option {option}: {why}"))?);
                 }
                 ("rw", None) => bail!("mount option rw: only punch makes a chain writable"),
+                (name, Some(value)) if self.source.apply(name, value)? => {}
                 _ if is_for_others(name) => {}
                 _ => bail!("unknown mount option {option}"),
             }

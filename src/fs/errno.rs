@@ -48,6 +48,7 @@ fn errno(error: &ViewError) -> Errno {
 fn chain_errno(error: &ChainError) -> Errno {
     match error {
         ChainError::Archive { source, .. }
+        | ChainError::Pack { source, .. }
         | ChainError::Directory { source, .. }
         | ChainError::Open { source, .. }
         | ChainError::Read { source, .. }

@@ -9,8 +9,11 @@ use std::{
 
 use super::{NodeType, ROOT, Result, View, ViewError, Whence, seek};
 use crate::{
-    chain::{Content, Run, Source, read_at},
-    image::{Kind, regular},
+    chain::{CHECKPOINT, Content, Run, Source, beside, copy_beside, read_at},
+    image::{
+        Kind, regular,
+        store::{ArchiveWriter, CopyError},
+    },
     units::BLOCK_BYTES,
 };
 
@@ -112,6 +115,58 @@ fn write_all(
     sync(above.unwrap_or(Path::new(".")))?;
     progress(total, total);
     Ok(())
+}
+
+/// Writes the flat image directory that is the root of `view` to an archive, as the directory
+/// `checkpoint`, beside what a container engine exported with the snapshot; one that is there
+/// is an error unless it is to be replaced. `progress` as for [`flatten`].
+///
+/// # Errors
+/// As [`flatten`].
+pub fn flatten_to_archive(
+    view: &View,
+    out: &Path,
+    replace: bool,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<()> {
+    view.chain().require_whole(view.tip())?;
+    let failed = |source| ViewError::Write { path: out.to_owned(), source };
+    let beside = beside(view.chain(), view.tip())?;
+    let (_, entries) = view.entries(ROOT)?;
+    let files: Vec<_> = entries.iter().filter(|entry| entry.kind == NodeType::File).collect();
+    let mut total = 0;
+    for file in &files {
+        total += view.attr(file.ino)?.blocks * BLOCK_BYTES;
+    }
+    let mut archive = ArchiveWriter::create(out, replace).map_err(failed)?;
+    let inventory = Kind::Inventory.file_name(0);
+    let inventory = files.iter().find(|file| file.name == inventory);
+    let date = inventory.map_or(Ok(ROOT), |file| Ok(file.ino)).and_then(|ino| view.attr(ino))?;
+    archive.folder(CHECKPOINT, date.mtime).map_err(failed)?;
+    let mut done = 0;
+    for file in files {
+        let content = view.open(file.ino)?.content;
+        let (mut data, mut next) = (Vec::new(), 0);
+        while let Some(start) = seek(&*content, next, Whence::Data)? {
+            next = seek(&*content, start, Whence::Hole)?.unwrap_or(content.len());
+            data.push(start..next);
+        }
+        let name = format!("{CHECKPOINT}/{}", file.name);
+        let modified = view.attr(file.ino)?.mtime;
+        let read = |offset, buffer: &mut [u8]| -> Result<()> {
+            read_at(&*content, offset, buffer)?;
+            done += buffer.len() as u64;
+            progress(done.min(total), total);
+            Ok(())
+        };
+        let copied = archive.file(&name, modified, content.len(), &data, read);
+        copied.map_err(|error| match error {
+            CopyError::Read(error) => error,
+            CopyError::Write(source) => failed(source),
+        })?;
+    }
+    copy_beside(&mut archive, out, &beside)?;
+    archive.commit().map_err(failed)
 }
 
 /// The file that is being written.

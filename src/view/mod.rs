@@ -36,7 +36,7 @@ pub use self::core::CoreFile;
 pub use address_space::AddressSpace;
 pub use error::{Result, ViewError};
 pub use extract::extract;
-pub use flatten::flatten;
+pub use flatten::{flatten, flatten_to_archive};
 pub use proc::{DescriptorRow, MappingRow, ProcessRow};
 pub use process::Process;
 pub use seek::seek;

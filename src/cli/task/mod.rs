@@ -14,7 +14,7 @@ use std::ffi::OsString;
 
 use clap::{ArgMatches, Args, Command, FromArgMatches, builder::Resettable};
 
-pub(super) use self::{arrange::Given, run::run};
+pub(super) use self::{arrange::Given, options::size_bytes, run::run};
 use self::{
     arrange::{Arranged, Specs},
     config::Sources,

@@ -524,7 +524,7 @@ impl FromStr for Inodes {
 }
 
 /// Parses a size: bytes, or a number with K, M or G.
-fn size_bytes(text: &str) -> Result<u64, &'static str> {
+pub fn size_bytes(text: &str) -> Result<u64, &'static str> {
     const WRONG: &str = "not a number of bytes, with K, M or G behind it or not";
     let (number, shift) = match text.as_bytes().last() {
         Some(b'k' | b'K') => (&text[..text.len() - 1], 10),

@@ -17,7 +17,7 @@ use nix::{
     unistd::{Whence as FileWhence, lseek},
 };
 
-use super::{BrokenLink, ImageStore, Input, Stat, Store, StoredFile, Whence};
+use super::{Beside, BrokenLink, ImageStore, Input, Stat, Store, StoredFile, Whence, beside};
 use crate::{
     image::{Kind, PARENT_LINK, desc, regular},
     units::BLOCK_BYTES,
@@ -128,6 +128,35 @@ impl ImageStore for Directory {
         let inventory = fs::symlink_metadata(inventory).ok()?;
         let owner = sole_writer(meta.mode(), meta.uid(), meta.gid());
         owner.filter(|owner| inventory.uid() == *owner)
+    }
+
+    fn beside(&self) -> io::Result<Vec<Beside>> {
+        let Some(above) = self.path.parent().filter(|above| above.join(beside::CONFIG).is_file())
+        else {
+            return Ok(Vec::new());
+        };
+        let mut names: Vec<String> = beside::FILES.map(str::to_owned).into();
+        for folder in beside::FOLDERS {
+            let Ok(entries) = fs::read_dir(above.join(folder)) else { continue };
+            for entry in entries {
+                names.extend(
+                    entry?.file_name().into_string().map(|name| format!("{folder}/{name}")),
+                );
+            }
+        }
+        names.sort_unstable();
+        let mut found = Vec::new();
+        for name in names {
+            match regular::open(&above.join(&name)) {
+                Ok((file, _)) => found.push(Beside { name, file: Box::new(file) }),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => {
+                    let problem = format!("{}: {error}", above.join(name).display());
+                    return Err(io::Error::new(error.kind(), problem));
+                }
+            }
+        }
+        Ok(found)
     }
 
     fn directory(&self) -> Option<&Path> {

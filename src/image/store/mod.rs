@@ -8,6 +8,7 @@
 //! without it.
 
 mod archive;
+mod beside;
 mod directory;
 #[cfg(test)]
 pub(crate) mod memory;
@@ -26,7 +27,8 @@ use std::{
     sync::Arc,
 };
 
-pub use archive::{ArchiveError, Archived};
+pub use archive::{ArchiveError, ArchiveWriter, Archived, Cache, CopyError};
+pub use beside::Beside;
 pub use directory::{Directory, Probe};
 pub(crate) use directory::{directories, has_inventory};
 pub use snapshot::{DirectoryWriter, PARENT_LINK};
@@ -54,6 +56,28 @@ pub enum Found {
 pub struct Opening {
     /// Archives that hold the parents of snapshots in an archive.
     pub previous: Vec<PathBuf>,
+    /// Where compressed archives are unpacked.
+    pub cache: Cache,
+    /// Who is told of that.
+    pub progress: Progress,
+}
+
+/// What is told of work that takes long: bytes that are done, and all bytes.
+#[derive(Default)]
+pub struct Progress(pub Option<Box<dyn Fn(u64, u64)>>);
+
+impl Progress {
+    fn tell(&self, done: u64, total: u64) {
+        if let Some(tell) = &self.0 {
+            tell(done, total);
+        }
+    }
+}
+
+impl fmt::Debug for Progress {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_tuple("Progress").finish_non_exhaustive()
+    }
 }
 
 /// The problem of an archive where only a directory is accepted.
@@ -149,6 +173,14 @@ pub trait ImageStore: fmt::Debug + Send + Sync {
 
     /// Returns the only user who can have written the images; `None` if several users can.
     fn owner(&self) -> Option<u32>;
+
+    /// Returns the files that a container engine exported beside the images, in order.
+    ///
+    /// # Errors
+    /// Why they cannot be opened.
+    fn beside(&self) -> io::Result<Vec<Beside>> {
+        Ok(Vec::new())
+    }
 
     /// Returns the directory of the store, in which files can be changed, locked and
     /// punched; `None` for other stores.

@@ -86,8 +86,17 @@ pub enum ArchiveError {
         /// How many are read.
         limit: usize,
     },
+    /// The archive unpacks to more than the cache may hold.
+    #[error(
+        "the archive unpacks to more than {limit} bytes, which is the limit of the cache\n\
+         help: raise it with --cache-limit"
+    )]
+    TooLarge {
+        /// The limit.
+        limit: u64,
+    },
     /// The file is something else.
-    #[error("it is {found}; expected a directory or a tar archive")]
+    #[error("it is {found}; expected a directory, or an archive: tar, tar.gz or tar.zst")]
     Format {
         /// What it is.
         found: &'static str,

@@ -22,6 +22,9 @@ use crate::image::{PARENT_LINK, desc, store::StoredFile};
 /// Bytes in a block of a tar archive.
 pub(super) const BLOCK: u64 = 512;
 
+/// [`BLOCK`], for slices.
+pub(super) const BLOCK_BYTES: usize = 512;
+
 /// The longest name that is read: as long as a path can be (`PATH_MAX`, `linux/limits.h`).
 const NAME_BYTES: u64 = 4096;
 
@@ -360,9 +363,17 @@ fn header(archive: &dyn StoredFile, at: u64, end: u64) -> Result<Option<Header>>
     Ok(Some(header))
 }
 
+/// Whether an archive may begin with these bytes: a header, or an empty archive's end.
+pub(super) fn may_begin(bytes: &[u8]) -> bool {
+    let Some(first) = bytes.first_chunk::<BLOCK_BYTES>() else { return false };
+    let mut header = Header::new_old();
+    header.as_mut_bytes().copy_from_slice(first);
+    first.iter().all(|byte| *byte == 0) || has_checksum(&header)
+}
+
 /// Whether a header has the checksum that it claims: the sum of its bytes, where those of
 /// the checksum itself count as spaces.
-pub(super) fn has_checksum(header: &Header) -> bool {
+fn has_checksum(header: &Header) -> bool {
     const CHECKSUM: std::ops::Range<usize> = 148..156;
     let byte =
         |(at, byte): (usize, &u8)| u32::from(if CHECKSUM.contains(&at) { b' ' } else { *byte });

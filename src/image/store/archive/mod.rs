@@ -5,25 +5,37 @@
 //! a file of a directory does the same with that stretch. Nothing is unpacked, so that no
 //! name in an archive ever becomes a path.
 
+mod cache;
+mod compressed;
 mod error;
 mod members;
+mod seekable;
 mod slice;
 #[cfg(test)]
 mod tests;
+mod write;
 
 use std::{
-    io,
+    fs::File,
+    io::{self, IoSliceMut},
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use nix::sys::stat::FileStat;
 
+pub use cache::Cache;
+use cache::Held;
+use compressed::{Counted, Format};
 pub use error::ArchiveError;
 use members::{Member, Members, Node};
+use seekable::Seekable;
 use slice::{Base, Slice};
+pub use write::{ArchiveWriter, CopyError};
 
-use super::{BrokenLink, ImageStore, Input, Opening, Stat, Store, StoredFile, directory};
+use super::{
+    Beside, BrokenLink, ImageStore, Input, Opening, Stat, Store, StoredFile, beside, directory,
+};
 use crate::image::{Kind, PARENT_LINK, regular};
 
 /// The snapshots of an archive, and what is left in it of dumps that failed.
@@ -41,9 +53,9 @@ pub struct Archived {
 /// [`ArchiveError`], as the source of an [`io::Error`] that is one of
 /// [`io::ErrorKind::InvalidData`]; what keeps a file from being opened.
 pub(super) fn find(path: &Path, opening: &Opening) -> io::Result<Archived> {
-    let mut archives = vec![Arc::new(Archive::open(path)?)];
+    let mut archives = vec![Arc::new(Archive::open(path, opening)?)];
     for previous in &opening.previous {
-        let open = || Archive::open(&previous.canonicalize()?);
+        let open = || Archive::open(&previous.canonicalize()?, opening);
         let named = |error: io::Error| {
             io::Error::new(error.kind(), format!("{}: {error}", previous.display()))
         };
@@ -69,9 +81,11 @@ struct Archive {
 }
 
 impl Archive {
-    fn open(path: &Path) -> io::Result<Self> {
+    fn open(path: &Path, opening: &Opening) -> io::Result<Self> {
         let (file, found) = regular::open(path)?;
-        Ok(Self::read(path, Arc::new(file), &found)?)
+        let stored = Arc::new(file);
+        let bytes = unpacked(stored, || cache::key(&found.into(), None), opening)?;
+        Ok(Self::read(path, bytes, &found)?)
     }
 
     fn read(path: &Path, bytes: Base, found: &FileStat) -> Result<Self, ArchiveError> {
@@ -146,6 +160,45 @@ impl Archive {
     fn folder_stat(&self) -> Stat {
         let readable = self.stat.mode & READ;
         Stat { is_file: false, len: 0, allocated: 0, mode: readable | readable >> 2, ..self.stat }
+    }
+}
+
+/// Returns the tar archive that is stored in a file: the file itself, its frames that are
+/// decoded as they are read, or what was unpacked into the cache.
+fn unpacked(stored: Base, key: impl FnOnce() -> String, opening: &Opening) -> io::Result<Base> {
+    let format = Format::of(&*stored)?;
+    match format {
+        Format::Tar => return Ok(stored),
+        Format::Zstd => {
+            if let Some(seekable) = Seekable::open(&stored)? {
+                return Ok(Arc::new(seekable));
+            }
+        }
+        Format::Gzip => {}
+    }
+    let total = stored.stat()?.len;
+    let counted = Counted::new(stored);
+    let decoder = || format.decoder(Arc::clone(&counted) as Base);
+    let mut progress = || opening.progress.tell(counted.count(), total);
+    let held = opening.cache.unpacked(&key(), decoder, &mut progress)?;
+    Ok(Arc::new(Unpacked(held)))
+}
+
+/// An unpacked archive, which stays in the cache while it is read.
+#[derive(Debug)]
+struct Unpacked(Held);
+
+impl StoredFile for Unpacked {
+    fn stat(&self) -> io::Result<Stat> {
+        StoredFile::stat(&*self.0)
+    }
+
+    fn read_vectored_at(&self, buffers: &mut [IoSliceMut<'_>], offset: u64) -> io::Result<usize> {
+        self.0.read_vectored_at(buffers, offset)
+    }
+
+    fn file(&self) -> Option<&File> {
+        Some(&self.0)
     }
 }
 
@@ -291,6 +344,44 @@ impl ImageStore for ArchiveImages {
 
     fn owner(&self) -> Option<u32> {
         self.archive().owner
+    }
+
+    fn beside(&self) -> io::Result<Vec<Beside>> {
+        let archive = self.archive();
+        let above = match self.folder.rsplit_once('/') {
+            Some((above, _)) => above,
+            None if self.folder.is_empty() => return Ok(Vec::new()),
+            None => "",
+        };
+        let files_in = |folder: &str| -> Vec<(&str, &Member)> {
+            let folder = archive.members.folder(folder).into_iter().flatten();
+            let file = folder.filter_map(|(name, node)| match node {
+                Node::File(member) => Some((name.as_str(), member)),
+                Node::Folder | Node::Link(_) => None,
+            });
+            file.collect()
+        };
+        let mut found = Vec::new();
+        let mut add = |name: String, member: &Member| {
+            let base = Arc::clone(&archive.bytes);
+            let file = Slice::new(base, member.body.clone(), archive.file_stat(member));
+            found.push(Beside { name, file: Box::new(file) });
+        };
+        let here = files_in(above);
+        if !here.iter().any(|(name, _)| *name == beside::CONFIG) {
+            return Ok(Vec::new());
+        }
+        for (name, member) in here {
+            if beside::FILES.contains(&name) {
+                add(name.to_owned(), member);
+            }
+        }
+        for folder in beside::FOLDERS {
+            for (name, member) in files_in(format!("{above}/{folder}").trim_start_matches('/')) {
+                add(format!("{folder}/{name}"), member);
+            }
+        }
+        Ok(found)
     }
 
     fn directory(&self) -> Option<&Path> {
