@@ -306,6 +306,32 @@ fn privileged_connections_are_not_dumped_or_restored_unasked() {
     live.verdict();
 }
 
+/// Both ends see that their connection has ended, and others can be made.
+#[test]
+fn privileged_connections_are_closed_if_asked() {
+    needs();
+    for (dump, restore) in [("--tcp-close", &[][..]), (ESTABLISHED, &["--tcp-close"])] {
+        let (mut live, addresses) = server(4);
+        let mut streams = addresses.map(connect);
+        for stream in &mut streams {
+            exchange(stream, 1, "first");
+        }
+        live.dump(&[dump]);
+        live.restore(restore);
+        for mut stream in streams {
+            // It may be told only when it sends something.
+            let _ = stream.get_mut().write(b"something");
+            let mut rest = Vec::new();
+            let _ = stream.read_to_end(&mut rest);
+            assert_eq!(rest, b"", "{dump}");
+        }
+        let mut new = connect(addresses[0]);
+        exchange(&mut new, 1, "first");
+        drop(new);
+        live.verdict();
+    }
+}
+
 /// A dump that was never restored holds back the packets still.
 #[test]
 fn privileged_the_lock_of_another_dump_is_named() {

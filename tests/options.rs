@@ -72,6 +72,7 @@ const ROWS: &[Row] = &[
             ("ghost-limit", ghost_limit),
             ("ext-unix-sk", ext_unix_sk),
             ("tcp-established", tcp_established),
+            ("tcp-close", tcp_close),
             ("network-lock", network_lock),
             ("external", external),
             ("file-validation", file_validation),
@@ -92,6 +93,7 @@ const ROWS: &[Row] = &[
             ("auto-dedup", restored_auto_dedup),
             ("ext-unix-sk", ext_unix_sk),
             ("tcp-established", tcp_established),
+            ("tcp-close", tcp_close),
             ("inherit-fd", inherit_fd),
             ("file-validation", restored_file_validation),
         ],
@@ -716,6 +718,22 @@ fn tcp_established(command: &str) {
     refused(&run.restore(&[]), "--tcp-established");
     fine(run.restore(&["--tcp-established"]));
     run.live.verdict();
+}
+
+/// What the program then sees is for tests/connections.rs.
+fn tcp_close(command: &str) {
+    let mut run = Run::of("tcp_connections");
+    if command == "dump" {
+        fine(run.dump("dump", &["--tcp-close"]));
+        let entries = fs::read_dir(run.images()).unwrap().flatten();
+        let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+        assert_eq!(names.filter(|name| name.starts_with("tcp-stream")).count(), 0);
+        return;
+    }
+    fine(run.dump_as(&["dump", "--tcp-established"]));
+    run.live.wait_gone();
+    fine(run.restore(&["--tcp-close"]));
+    assert!(run.is_running());
 }
 
 /// What holds back packets is in the images, for the restore.

@@ -35,6 +35,7 @@ async def main():
     # The last one takes clients of IPv4, too.
     both = socket.socket(socket.AF_INET6)
     both.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    both.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     both.bind(('::', 0))
     limit = 1 << 22
     servers = [await asyncio.start_server(serve, host, 0, limit=limit) for host in ('127.0.0.1', '::1')]

@@ -19,8 +19,8 @@ use crate::{
     inject::{FreezeOptions, Outcome},
     res::{
         file::{
-            ConnectionsToDump, ConnectionsToRestore, DumpOptions, External, GhostOptions,
-            Inherited, RestoreOptions, TerminalOptions, UnixOptions, Validation,
+            Connections, ConnectionsToDump, ConnectionsToRestore, DumpOptions, External,
+            GhostOptions, Inherited, RestoreOptions, TerminalOptions, UnixOptions, Validation,
         },
         tree::{self, cgroup, session},
     },
@@ -134,8 +134,20 @@ fn unix(args: &TaskArgs) -> UnixOptions {
 fn connections(args: &TaskArgs, goal: dump::Goal) -> ConnectionsToDump {
     let ends = goal == dump::Goal::Tree(Outcome::Kill);
     let skips = args.network.network_lock == Some(NetworkLock::Skip);
-    let keep = args.network.tcp_established;
-    ConnectionsToDump::new(keep, keep && ends && !skips)
+    let wanted = wanted_connections(args);
+    ConnectionsToDump::new(wanted, wanted == Connections::Keep && ends && !skips)
+}
+
+/// Returns what the user wants of TCP connections: as with CRIU, they are closed if both options
+/// are given.
+fn wanted_connections(args: &TaskArgs) -> Connections {
+    if args.network.tcp_close {
+        Connections::Close
+    } else if args.network.tcp_established {
+        Connections::Keep
+    } else {
+        Connections::Refuse
+    }
 }
 
 fn actions(args: &TaskArgs) -> action::Options {
@@ -190,7 +202,7 @@ pub(super) fn restore_options(args: &TaskArgs) -> Result<restore::Options, Usage
         files: RestoreOptions {
             terminals: TerminalOptions::new(args.tree.shell_job),
             unix: unix(args),
-            connections: ConnectionsToRestore::new(args.network.tcp_established),
+            connections: ConnectionsToRestore::new(wanted_connections(args)),
             validation: validation(args),
             inherited: Inherited::new(args.around.inherit_fd.clone()),
         },

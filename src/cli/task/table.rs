@@ -114,7 +114,8 @@ pub(super) const ROWS: &[Row] = &[
     // Sockets
     built("tcp-established", DUMP.or(RESTORE)),
     harmless("tcp-established", PRE_DUMP, NO_FILES),
-    refused("tcp-close", BOTH, NO_CONNECTIONS),
+    built("tcp-close", DUMP.or(RESTORE)),
+    harmless("tcp-close", PRE_DUMP, NO_FILES),
     refused("skip-in-flight", DUMP, NO_CONNECTIONS),
     built("ext-unix-sk", DUMP.or(RESTORE)),
     harmless("ext-unix-sk", PRE_DUMP, NO_FILES),

@@ -11,8 +11,8 @@ use crate::{
     inject::{FreezeOptions, Outcome},
     res::{
         file::{
-            ConnectionsToDump, ConnectionsToRestore, DumpOptions, External, GhostOptions,
-            Inherited, RestoreOptions, TerminalOptions, UnixOptions, Validation,
+            Connections, ConnectionsToDump, ConnectionsToRestore, DumpOptions, External,
+            GhostOptions, Inherited, RestoreOptions, TerminalOptions, UnixOptions, Validation,
         },
         tree::{self, cgroup, session},
     },
@@ -163,7 +163,7 @@ fn default_dump() -> dump::Options {
         files: DumpOptions {
             terminals: TerminalOptions::new(false),
             unix: UnixOptions::new(false),
-            connections: ConnectionsToDump::new(false, false),
+            connections: ConnectionsToDump::default(),
             ghosts: GhostOptions::new(false, 1 << 20),
             validation: Validation::BuildId,
             external: External::new(Vec::new()),
@@ -183,7 +183,7 @@ fn default_restore() -> restore::Options {
         files: RestoreOptions {
             terminals: TerminalOptions::new(false),
             unix: UnixOptions::new(false),
-            connections: ConnectionsToRestore::new(false),
+            connections: ConnectionsToRestore::default(),
             validation: Validation::BuildId,
             inherited: Inherited::new(Vec::new()),
         },
@@ -201,10 +201,10 @@ fn lines_of_dump_become_options() {
     let rows: &[Row<dump::Options>] = &[
         ("dump -t 7", |_| {}),
         ("dump -t 7 --tcp-established --network-lock skip", |dump| {
-            dump.files.connections = ConnectionsToDump::new(true, false);
+            dump.files.connections = ConnectionsToDump::new(Connections::Keep, false);
         }),
         ("dump -t 7 --tcp-established", |dump| {
-            dump.files.connections = ConnectionsToDump::new(true, true);
+            dump.files.connections = ConnectionsToDump::new(Connections::Keep, true);
         }),
         ("dump --tree=3 -t7 -Dd -W w", |dump| {
             dump.store.images_dir = "d".into();
@@ -374,7 +374,7 @@ fn what_is_not_built_is_refused_by_name() {
         (Task::Restore, "--cpu-cap=none", None),
         (Task::Restore, "--cpu-cap", Some("--cpu-cap")),
         (Task::Restore, "-J net:1", Some("--join-ns")),
-        (Task::Dump, "-t 7 --tcp-close", Some("--tcp-close")),
+        (Task::Dump, "-t 7 --tcp-close", None),
         (Task::Dump, "-t 7 --tcp-established --network-lock=iptables", None),
         (Task::Restore, "--tcp-established", None),
         (Task::Dump, "--network-lock=skip --ghost-fiemap --log-pid", None),

@@ -115,6 +115,12 @@ pub enum FileError {
         /// Why.
         source: std::io::Error,
     },
+    /// Packets of the tree's connections are held back still.
+    #[error("let packets of the tree's connections pass again (nftables, iptables)")]
+    Packets {
+        /// Why.
+        source: std::io::Error,
+    },
     /// An image could not be read or written.
     #[error(transparent)]
     Images(#[from] ImageError),

@@ -52,7 +52,8 @@ pub use self::{
     options::{DumpOptions, External, Inherited, RestoreOptions},
     sock::{
         inet::{
-            DumpOptions as ConnectionsToDump, RestoreOptions as ConnectionsToRestore, end_repairs,
+            Connections, DumpOptions as ConnectionsToDump, RestoreOptions as ConnectionsToRestore,
+            end_repairs,
         },
         unix::Options as UnixOptions,
     },

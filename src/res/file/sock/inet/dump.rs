@@ -14,7 +14,7 @@ use nix::{
 };
 
 use super::{
-    DumpOptions, IPV6_FREEBIND, IPV6_RECVPKTINFO, address,
+    Connections, DumpOptions, IPV6_FREEBIND, IPV6_RECVPKTINFO, address,
     connection::{self, Connection},
     lock::{self, Ends, Lock, Method},
     protocol_name, repair, udp_queue,
@@ -53,8 +53,10 @@ const TCP_INFO_PACKETS: [usize; 2] = [136, 140];
 const TCP_INFO_BYTES: usize = 144;
 
 const HELP_KIND: &str = "only TCP, UDP and UDP-Lite sockets are supported";
-const HELP_ESTABLISHED: &str = "use --tcp-established to dump it, or have the program close it";
-const HELP_CONNECTING: &str = "wait until it is established or has failed, then try again";
+const HELP_ESTABLISHED: &str =
+    "use --tcp-established to keep it or --tcp-close to end it, or have the program close it";
+const HELP_CONNECTING: &str =
+    "wait until it is established or has failed, then try again; or use --tcp-close to end it";
 const HELP_URGENT: &str = "have the program read it (MSG_OOB), then try again";
 /// What the dump attempts by a [`Lock`].
 const HOLD_BACK: &str = "hold back the packets (nftables; --network-lock skip does without) of";
@@ -158,8 +160,21 @@ impl InetCollector {
                 let local = address(getsockname(fd.as_raw_fd()));
                 let peer = address(getpeername(fd.as_raw_fd()));
                 let ends = local.zip(peer).filter(|_| connection::is_connection(state));
-                if let Some(ends) = ends.filter(|_| self.options.keep) {
-                    return self.connection(file, family, ends, what);
+                match (self.options.connections, ends) {
+                    (Connections::Keep, Some(ends)) => {
+                        return self.connection(file, family, ends, what);
+                    }
+                    (Connections::Close, _) => {
+                        let ended = Self::to_be_ended(file, what)?;
+                        let (state, shutdown) = (state::CLOSE, SHUT_BOTH);
+                        return Ok(Facts {
+                            state,
+                            shutdown,
+                            ended: Some(ended),
+                            ..Facts::default()
+                        });
+                    }
+                    _ => {}
                 }
                 let show = |address: Option<SocketAddr>| {
                     address.map_or_else(|| "?".to_owned(), |address| address.to_string())
@@ -217,6 +232,20 @@ impl InetCollector {
 
     /// Reads the state of a TCP socket whose connection has ended.
     fn ended(&mut self, file: &Description, family: c_int, what: &str) -> Result<EndedConnection> {
+        let ended = Self::to_be_ended(file, what)?;
+        // The kernel lists no socket without a port; before Linux 6.8, none that is closed.
+        let bound = self.listed(file, family, libc::IPPROTO_TCP)?.is_some();
+        if !bound {
+            log::warn!(
+                "{what}: its connection has ended; after a restore, getsockname(2) shows another \
+                 name"
+            );
+        }
+        Ok(EndedConnection { bound, ..ended })
+    }
+
+    /// Reads what a TCP socket has received whose connection has ended, or is to end.
+    fn to_be_ended(file: &Description, what: &str) -> Result<EndedConnection> {
         let fd = file.fd.as_fd();
         let failed = file.failed("peek at the queue of");
         let bytes = fds::readable_bytes(fd).map_err(&failed)?;
@@ -232,15 +261,7 @@ impl InetCollector {
         } else {
             queue::peek_received(fd, bytes).map_err(&failed)?
         };
-        // The kernel lists no socket without a port; before Linux 6.8, none that is closed.
-        let bound = self.listed(file, family, libc::IPPROTO_TCP)?.is_some();
-        if !bound {
-            log::warn!(
-                "{what}: its connection has ended; after a restore, getsockname(2) shows another \
-                 name"
-            );
-        }
-        Ok(EndedConnection { bound, received })
+        Ok(EndedConnection { bound: false, received })
     }
 
     /// Returns what `sock_diag(7)` reports of a socket, if it lists the socket.
@@ -369,6 +390,7 @@ impl Collector for InetCollector {
             }
             _ => return Err(file.unsupported(what, HELP_KIND)),
         };
+        let peer = peer.filter(|_| facts.ended.is_none());
         let mut state = self.states.read(file, &what)?;
         state.datagrams = facts.datagrams;
         if let Some(ended) = facts.ended {

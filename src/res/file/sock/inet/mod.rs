@@ -43,19 +43,31 @@ pub(in crate::res::file) const KIND: FileKind = FileKind {
     opener: |options| Box::new(restore::InetOpener::new(options.connections)),
 };
 
+/// What becomes of TCP connections.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Connections {
+    /// They are refused.
+    #[default]
+    Refuse,
+    /// They go on (`--tcp-established`).
+    Keep,
+    /// They end: a program reads what has come, and then the end (`--tcp-close`).
+    Close,
+}
+
 /// What a dump is to do about TCP connections.
 #[derive(Clone, Copy, Debug, Default)]
 #[cfg_attr(test, derive(PartialEq, Eq))]
 pub struct DumpOptions {
-    keep: bool,
+    connections: Connections,
     hold_packets: bool,
 }
 
 impl DumpOptions {
-    /// `keep`: dump them (`--tcp-established`); `hold_packets`: the tree ends, and their
-    /// packets are held back until it is restored (not with `--network-lock skip`).
-    pub fn new(keep: bool, hold_packets: bool) -> Self {
-        Self { keep, hold_packets }
+    /// `hold_packets`: the tree ends, and packets of connections that are kept are held back until
+    /// it is restored (not with `--network-lock skip`).
+    pub fn new(connections: Connections, hold_packets: bool) -> Self {
+        Self { connections, hold_packets }
     }
 }
 
@@ -63,13 +75,13 @@ impl DumpOptions {
 #[derive(Clone, Copy, Debug, Default)]
 #[cfg_attr(test, derive(PartialEq, Eq))]
 pub struct RestoreOptions {
-    keep: bool,
+    connections: Connections,
 }
 
 impl RestoreOptions {
-    /// `keep`: restore them (`--tcp-established`).
-    pub fn new(keep: bool) -> Self {
-        Self { keep }
+    /// Does this with connections of the images.
+    pub fn new(connections: Connections) -> Self {
+        Self { connections }
     }
 }
 

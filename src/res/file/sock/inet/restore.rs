@@ -26,7 +26,7 @@ use nix::{
 };
 
 use super::{
-    IPV6_FREEBIND, IPV6_RECVPKTINFO, RestoreOptions,
+    Connections, IPV6_FREEBIND, IPV6_RECVPKTINFO, RestoreOptions,
     connection::{self, Connection},
     lock::{self, Ends, Method},
     protocol_name, repair, udp_queue,
@@ -34,9 +34,7 @@ use super::{
 use crate::{
     image::{Kind, proto},
     res::file::{
-        FileError, Opened, Opener, Result,
-        error::errno,
-        owner,
+        FileError, Opened, Opener, Result, owner,
         sock::{
             attributes, held,
             opts::{self, Subject},
@@ -60,6 +58,8 @@ pub(super) struct InetOpener {
     options: RestoreOptions,
     /// Connections that tell their peers nothing yet.
     connections: Vec<Silent>,
+    /// The ends of connections that are closed instead.
+    closed: Vec<Ends>,
 }
 
 /// A connection that is being repaired.
@@ -75,11 +75,13 @@ struct Silent {
 impl InetOpener {
     /// Returns one that has opened nothing.
     pub(super) fn new(options: RestoreOptions) -> Self {
-        Self { options, connections: Vec::new() }
+        Self { options, connections: Vec::new(), closed: Vec::new() }
     }
 
     /// Makes the connections, after what listens on the same ports.
     fn connect(&mut self, sockets: &[Socket], opened: &Opened) -> Result<()> {
+        let closed = sockets.iter().filter(|socket| socket.closes).map(Socket::ends);
+        self.closed = closed.collect();
         let ends: Vec<Ends> = sockets
             .iter()
             .filter_map(|socket| socket.connection().map(|_| socket.ends()))
@@ -102,8 +104,11 @@ impl InetOpener {
             // The sizes of the images come later.
             opts::widen(socket.fd.as_fd());
             opts::widen_to_receive(socket.fd.as_fd(), LARGEST_QUEUE_BYTES);
+            let find = restored.failed("find the interface of");
+            let own = socket.scoped(socket.own).map_err(&find)?;
+            let peer = socket.scoped(socket.peer).map_err(&find)?;
             connection
-                .make(socket.fd.as_fd(), socket.ends())
+                .make(socket.fd.as_fd(), (own, peer))
                 .map_err(|(step, errno)| restored.failed(step)(errno))?;
             let is_deaf = opts::how(entry.shutdown)
                 .is_some_and(|how| how != Shutdown::Write && state == state::ESTABLISHED);
@@ -129,6 +134,10 @@ struct Socket<'a> {
     restored: Subject,
     own: SocketAddr,
     peer: SocketAddr,
+    /// Whether this is a connection that is to be closed.
+    closes: bool,
+    /// What a socket has received whose connection has ended.
+    ended: Option<Vec<u8>>,
     fd: OwnedFd,
 }
 
@@ -174,15 +183,18 @@ impl Opener for InetOpener {
     }
 
     fn rejoin(&mut self, opened: &Opened) -> Result<()> {
-        let Some(first) = self.connections.first() else { return Ok(()) };
-        let ends: Vec<_> = self.connections.iter().map(|silent| silent.ends).collect();
+        let ends = self.connections.iter().map(|silent| silent.ends);
+        let ends: Vec<_> = ends.chain(self.closed.iter().copied()).collect();
+        if ends.is_empty() {
+            return Ok(());
+        }
         let (dump, method) = hold_of(opened)?;
         let lifted = match method {
             Method::Iptables => lock::lift_rules(&ends),
             Method::Nftables => lock::lift(&dump),
             Method::Skip => Ok(()),
         };
-        lifted.map_err(|error| first.restored.failed("let packets pass to")(errno(&error)))?;
+        lifted.map_err(|source| FileError::Packets { source })?;
         for Silent { restored, reuse, is_deaf, .. } in &self.connections {
             let fd = opened.get(restored.id)?;
             repair::end_with_probe(fd).map_err(restored.failed("go on with (TCP_REPAIR)"))?;
@@ -192,6 +204,16 @@ impl Opener for InetOpener {
             }
         }
         Ok(())
+    }
+}
+
+/// Returns what a connection of the images has received, which is to end: nothing, if the dump
+/// was to close it (CRIU's `--tcp-close`).
+fn received(entry: &proto::InetSkEntry, restored: &Subject, opened: &Opened) -> Result<Vec<u8>> {
+    match Connection::load(&opened.images, entry.ino, entry.state) {
+        Ok(loaded) => Ok(loaded.map_err(|problem| restored.wrong(problem))?.received),
+        Err(FileError::Images(error)) if error.is_missing() => Ok(Vec::new()),
+        Err(error) => Err(error),
     }
 }
 
@@ -227,14 +249,23 @@ impl<'a> Socket<'a> {
                 let problem = format!("rcriu restores no connection in state {}", entry.state);
                 return Err(restored.wrong(problem));
             }
-            if !options.keep {
-                return Err(restored.wrong("restoring connections takes --tcp-established"));
+            if options.connections == Connections::Refuse {
+                let problem =
+                    "restoring connections takes --tcp-established, or --tcp-close to end them";
+                return Err(restored.wrong(problem));
             }
         }
+        let closes = is_tcp && !lone && options.connections == Connections::Close;
+        let ended = if closes {
+            Some(received(entry, &restored, opened)?)
+        } else {
+            let ended = state.filter(|state| state.ended == Some(true));
+            ended.map(|state| state.received.clone().unwrap_or_default())
+        };
         let make = || socket::create(entry.family.cast_signed(), kind.0, kind.1);
         let fd = owner::as_owner(entry.id, opened, make).map_err(restored.failed("create"))?;
         owner::restore(entry.id, &fd, opened)?;
-        let socket = Self { entry, state, restored, own, peer, fd };
+        let socket = Self { entry, state, restored, own, peer, closes, ended, fd };
         socket.prepare()?;
         Ok(socket)
     }
@@ -242,7 +273,7 @@ impl<'a> Socket<'a> {
     /// The state of a TCP connection; none of other sockets.
     fn connection(&self) -> Option<u32> {
         let is_tcp = self.entry.proto.cast_signed() == libc::IPPROTO_TCP;
-        (is_tcp && self.entry.dst_port != 0).then_some(self.entry.state)
+        (is_tcp && self.entry.dst_port != 0 && !self.closes).then_some(self.entry.state)
     }
 
     fn ends(&self) -> Ends {
@@ -267,14 +298,10 @@ impl<'a> Socket<'a> {
     }
 
     fn bind(&self) -> nix::Result<()> {
-        if self.entry.src_port == 0 {
+        if self.entry.src_port == 0 || self.closes {
             return Ok(());
         }
-        let mut own = self.own;
-        if let (SocketAddr::V6(v6), Some(name)) = (&mut own, self.entry.ifname.as_deref()) {
-            let name = std::ffi::CString::new(name).map_err(|_| Errno::ENODEV)?;
-            v6.set_scope_id(nix::net::if_::if_nametoindex(name.as_c_str())?);
-        }
+        let own = self.scoped(self.own)?;
         // A new IPv6 address cannot be bound until duplicate address detection has finished; with
         // freebind it can.
         let early = self.own.is_ipv6();
@@ -287,6 +314,15 @@ impl<'a> Socket<'a> {
             freebind(0)?;
         }
         bound
+    }
+
+    /// Returns an address with the interface that a link-local one belongs to.
+    fn scoped(&self, mut address: SocketAddr) -> nix::Result<SocketAddr> {
+        if let (SocketAddr::V6(v6), Some(name)) = (&mut address, self.entry.ifname.as_deref()) {
+            let name = std::ffi::CString::new(name).map_err(|_| Errno::ENODEV)?;
+            v6.set_scope_id(nix::net::if_::if_nametoindex(name.as_c_str())?);
+        }
+        Ok(address)
     }
 
     fn listen(&self) -> Result<()> {
@@ -351,12 +387,11 @@ impl<'a> Socket<'a> {
     /// Connects the socket and restores the rest.
     fn set_up(&self) -> Result<()> {
         let (fd, entry, restored) = (self.fd.as_fd(), self.entry, &self.restored);
-        if let Some(state) = self.state.filter(|state| state.ended == Some(true)) {
-            let received = state.received.as_deref().unwrap_or_default();
+        if let Some(received) = &self.ended {
             self.end_connection(received)
                 .map_err(restored.failed("send the received data again to"))?;
         }
-        if entry.dst_port != 0 && self.connection().is_none() {
+        if entry.dst_port != 0 && !self.closes && self.connection().is_none() {
             connect(fd.as_raw_fd(), &SockaddrStorage::from(self.peer))
                 .map_err(restored.failed("connect"))?;
         }
@@ -367,7 +402,7 @@ impl<'a> Socket<'a> {
         self.set_tcp_options()?;
         let reuse = (entry.opts.reuseaddr, entry.opts.so_reuseport);
         opts::restore_reuse(fd, reuse, restored)?;
-        if self.connection().is_none() {
+        if self.connection().is_none() && !self.closes {
             self.shut_down(fd)?;
         }
         opts::restore_flags(fd, entry.flags, restored)
