@@ -78,9 +78,9 @@
 //! error itself. Small reads go through a buffer. Before an answer from mappings, the
 //! lengths of the files are looked at, as a mapping is zero behind the end of a file that
 //! was cut within a page. While one program alone reads, the threads that answer are bound to
-//! its processor ([`crate::fs`], `follow.rs`): it sleeps until it has its answer, so that two
-//! processors would only wake up each other. A panic ends the daemon, and the kernel then answers all waiting
-//! readers.
+//! its processor (`fs/follow.rs`): it sleeps until it has its answer, so that two processors
+//! would only wake up each other. A panic ends the daemon, and the kernel then answers all
+//! waiting readers.
 //!
 //! A reader gets an errno and no more. The daemon keeps its last warnings and errors, each
 //! once, and shows them as an attribute of the root ([`crate::fs::recent`]), which
