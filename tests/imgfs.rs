@@ -56,7 +56,8 @@ fn ls_has_a_line_for_each_snapshot() {
     for (line, expected) in lines.zip(["1 - 2 176 0", "2 1 2 75 110", "3 2 2 83 108"]) {
         // Date and disk usage are those of this checkout.
         let words: Vec<&str> = line.split_whitespace().collect();
-        assert_eq!([words[0], words[1], words[4], words[5], words[6]].join(" "), expected);
+        assert_eq!([words[0], words[1], words[3], words[4], words[5]].join(" "), expected);
+        assert!(words[2].ends_with("+00:00") && words[2].contains('T'), "RFC 3339: {}", words[2]);
     }
 }
 

@@ -1,15 +1,15 @@
 //! `imgfs ls`: the snapshots of a chain.
 
-use std::{io::Write, time::SystemTime};
+use std::io::Write;
 
-use anyhow::Context as _;
 use indicatif::BinaryBytes;
-use jiff::{Timestamp, Zoned};
+use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use super::{
     source::Source,
     table::{Align, Table},
+    times,
 };
 use crate::{
     chain::{Chain, DuplicateCounts, PageCounts, Snapshot, SnapshotId, Summary, duplicates},
@@ -158,7 +158,7 @@ fn row(chain: &Chain, snapshot: &Snapshot, summary: &Summary) -> anyhow::Result<
             Ok(parent) => parent.unwrap_or("-").to_owned(),
             Err(_) => "(broken)".to_owned(),
         },
-        zoned(summary.date)?.strftime("%Y-%m-%d %H:%M:%S").to_string(),
+        times::shown(summary.date)?,
         if summary.pre_dump { format!("{processes} (pre-dump)") } else { processes.to_string() },
         total.present.to_string(),
         total.in_parent.to_string(),
@@ -171,10 +171,6 @@ fn row(chain: &Chain, snapshot: &Snapshot, summary: &Summary) -> anyhow::Result<
 fn parent<'a>(chain: &'a Chain, snapshot: &Snapshot) -> anyhow::Result<Option<&'a str>> {
     let parent = snapshot.parent.clone()?;
     Ok(parent.map(|parent| chain.snapshot(parent).name.as_str()))
-}
-
-pub(super) fn zoned(time: SystemTime) -> anyhow::Result<Zoned> {
-    Zoned::try_from(time).context("convert the time of an inventory")
 }
 
 fn document(chain: &Chain, id: SnapshotId, summary: &Summary) -> anyhow::Result<Value> {

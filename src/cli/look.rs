@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use super::{
     source::Source,
     table::{Align, Table},
+    times,
 };
 use crate::{
     chain::{Chain, Content, SnapshotId, Summary, read_at},
@@ -329,7 +330,7 @@ pub fn info(args: &InfoArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         }
     }
     let snapshot = chain.snapshot(view.tip());
-    let date = super::list::zoned(shown.date)?;
+    let date = times::shown(shown.date)?;
     let threads: usize = rows.iter().map(|row| row.threads).sum();
     let (private, shared) = (shown.private.flat_bytes(), shown.shared.flat_bytes());
     if args.json {
@@ -337,7 +338,7 @@ pub fn info(args: &InfoArgs, out: &mut dyn Write) -> anyhow::Result<()> {
             "snapshots": chain.ids().count(),
             "snapshot": snapshot.name,
             "directory": snapshot.images.name().to_string_lossy(),
-            "date": date.timestamp().to_string(),
+            "date": date,
             "host": view.host()?,
             "uptime_seconds": view.uptime()?.map(|uptime| uptime.as_secs()),
             "processes": rows.len(),
@@ -353,7 +354,7 @@ pub fn info(args: &InfoArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let several = chain.ids().count();
     writeln!(out, "Snapshot:   {}, one of {several}", snapshot.name)?;
     writeln!(out, "Directory:  {}", snapshot.images.name().display())?;
-    writeln!(out, "Date:       {}", date.strftime("%Y-%m-%d %H:%M:%S %Z"))?;
+    writeln!(out, "Date:       {date} ({})", times::zone())?;
     if let Some(host) = view.host()? {
         writeln!(out, "Host:       {host}")?;
     }
