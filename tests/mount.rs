@@ -333,6 +333,51 @@ fn privileged_mounts_are_listed_and_none_lies_over_another() {
     assert_eq!(listed(), None);
 }
 
+/// What an ordinary user lacks is named, with what to do about it.
+#[test]
+fn privileged_an_ordinary_user_is_told_what_to_do() {
+    require(Cap::Fuse);
+    require(Cap::Program("setpriv"));
+    require(Cap::Program("fusermount3"));
+    let dir = tempfile::tempdir().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let mut chain = TestChain::new(&dir.path().join("chain"));
+    let layer = chain.layer("1");
+    chain.memory(layer, APP, 1, &[(16, 4, Presence::Present)]);
+    let [program, point, roots] = ["imgfs", "mnt", "roots"].map(|name| dir.path().join(name));
+    fs::copy(IMGFS, &program).unwrap();
+    fs::create_dir(&point).unwrap();
+    fs::create_dir(&roots).unwrap();
+    sh(&format!("chown -R 65534:65534 {} {}", text(chain.root()), text(&point)));
+    let _detach = Detach(point.clone());
+    let nobody = "setpriv --reuid=65534 --regid=65534 --clear-groups env";
+    let mount = format!("{} mount {}", text(&program), text(chain.root()));
+    let run = |before: &str, path: &str, rest: &str| {
+        let line = format!("{before} exec {nobody} PATH={path} {mount} {rest}");
+        let output = Command::new("unshare").args(["-m", "sh", "-c", &line]).output().unwrap();
+        let said = [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes));
+        (output.status.success(), said.concat())
+    };
+    let tmpfs = "mount -t tmpfs none /dev &&";
+    let own = text(&point);
+    let allowed = fs::read_to_string("/etc/fuse.conf")
+        .is_ok_and(|conf| conf.lines().any(|line| line.trim() == "user_allow_other"));
+    let others = format!("{own} --allow-other");
+    for (before, path, rest, wanted) in [
+        (tmpfs, "/usr/bin:/bin", own, "help: load the kernel module: `modprobe fuse`"),
+        ("", "/nowhere", own, "install fusermount3: `apt-get install fuse3`"),
+        ("", "/usr/bin:/bin", text(&roots), "help: choose a directory of your own"),
+        ("", "/usr/bin:/bin", &others, "add the line user_allow_other to /etc/fuse.conf"),
+    ] {
+        if allowed && rest == others {
+            continue;
+        }
+        let (mounted, said) = run(before, path, rest);
+        assert!(!mounted && said.contains(wanted), "{wanted}: {said}");
+        assert!(!is_mounted(&point), "{wanted}");
+    }
+}
+
 #[test]
 fn privileged_only_the_owner_gets_in_unless_others_are_allowed() {
     require(Cap::Fuse);

@@ -184,6 +184,8 @@ const ROWS: &[Row] = &[
             ("compose", mount_compose),
             ("compose-dir", mount_compose_dir),
             ("log-file", mount_log_file),
+            ("quiet", mount_quiet),
+            ("without", mount_without),
             ("o", mount_options),
         ],
     ),
@@ -1621,6 +1623,28 @@ fn mount_log_file(_: &str) {
     let log = mount.dir.path().join("the-log");
     fine(mount.mount(&["-vv", "--log-file", text(&log)]));
     wait_for("the log", || fs::metadata(&log).is_ok_and(|log| log.len() > 0));
+}
+
+/// A mount says what it shows and where it logs, unless it is to be quiet.
+fn mount_quiet(_: &str) {
+    let mount = Mount::new();
+    assert!(!fine(mount.mount(&["--quiet"])).contains("Snapshot: "));
+    fine(imgfs(&["umount", text(&mount.point)]));
+    let log = mount.dir.path().join("the-log");
+    let said = fine(mount.mount(&["--log-file", text(&log)]));
+    for wanted in ["mounted ", "Snapshot:   2, one of 2, ", "Processes: ", "Memory: ", text(&log)] {
+        assert!(said.contains(wanted), "{wanted}: {said}");
+    }
+}
+
+fn mount_without(_: &str) {
+    let mount = Mount::new();
+    fine(mount.mount(&["--without", "mem,core", "-o", "without=shmem:json"]));
+    let there = |name: &str| mount.point.join(name).exists();
+    for name in ["mem", "core", "shmem", "shmem-by-name", "json", "snapshots/1/mem"] {
+        assert!(!there(name), "{name}");
+    }
+    assert!(there("proc") && there("snapshots/1/proc") && there("README"));
 }
 
 fn mount_options(_: &str) {

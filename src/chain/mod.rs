@@ -40,7 +40,7 @@ pub(crate) use duplicates::{StoredPages, zero_hash};
 pub use error::{ChainError, LinkError, Result};
 pub use files::{BackingFile, FileId, Files};
 pub use freed::Freeing;
-pub use glance::glance;
+pub use glance::{Glance, glance};
 pub use holes::Whence;
 pub(crate) use holes::seek_file;
 pub use index::{Extent, Index, Layer, Place};

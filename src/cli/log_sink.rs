@@ -25,30 +25,35 @@ const SYSLOG: &str = "/dev/log";
 const FACILITY_DAEMON: u8 = 3 << 3;
 
 /// Sends messages to the standard error stream in the foreground, to a file if
-/// one is given, otherwise to the system's log if there is one.
+/// one is given, otherwise to the system's log if there is one. Says where a user finds
+/// them.
 pub(super) fn start(
     foreground: bool,
     file: Option<&Path>,
     level: LevelFilter,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<String> {
     let mut builder = Builder::new();
     builder.filter_level(level);
     // At debug level, it repeats every request.
     builder
         .filter_module("fuser", if level < LevelFilter::Trace { LevelFilter::Warn } else { level });
+    let place;
     if let Some(path) = file {
+        place = path.display().to_string();
         let file = output::create(path, Existing::Continued);
         let file = file.with_context(|| format!("open log file {}", path.display()))?;
         builder.target(Target::Pipe(Box::new(file))).format(|out, record| {
             write_message(out, "imgfs", record.level(), &record.args().to_string())
         });
     } else if foreground {
+        place = "standard error".to_owned();
         builder.filter_module(TOLD, LevelFilter::Off);
         builder.target(Target::Stderr).format(|out, record| {
             let level = record.level().as_str().to_lowercase();
             writeln!(out, "imgfs: {level}: {}", indented(&record.args().to_string()))
         });
     } else if let Some(syslog) = Syslog::connect() {
+        place = format!("the system log, as imgfs[{}]", process::id());
         builder.target(Target::Pipe(Box::new(syslog))).format(|out, record| {
             let priority = FACILITY_DAEMON | severity(record.level());
             write!(
@@ -59,12 +64,14 @@ pub(super) fn start(
             )
         });
     } else {
+        place = "none, since this machine has no system log (--log-file FILE)".to_owned();
         builder.filter_level(LevelFilter::Off);
     }
     let logger = builder.build();
     // Warnings are kept whatever is logged elsewhere.
     log::set_max_level(logger.filter().max(LevelFilter::Warn));
-    log::set_boxed_logger(Box::new(Keeper { logger })).context("start logging")
+    log::set_boxed_logger(Box::new(Keeper { logger })).context("start logging")?;
+    Ok(place)
 }
 
 /// Writes a message to a log file: a line with its level, and a line for each remedy. What

@@ -60,6 +60,11 @@ impl Common {
         }
     }
 
+    /// Returns these options with `--verbose`, if it was not given.
+    fn at_least_verbose(self) -> Self {
+        Self { verbose: self.verbose.max(1) }
+    }
+
     /// Sets up logging to standard error.
     pub fn start_logging(self) {
         let level = self.log_level();

@@ -20,18 +20,20 @@ use super::{
     report,
     source::{Source, absolute},
     table::{Align, Table},
+    times,
 };
 use crate::{
     causes::tell,
-    chain::{Chain, Owner, SnapshotId, freed, glance},
+    chain::{Chain, Glance, Owner, SnapshotId, freed, glance},
     fs::{self, Compose, MountOptions, Punch, Session},
+    image::Kind,
     sys::{
         daemon::{self, Background, Detached, Start},
         lock::{Access, DirectoryLocks},
         reader::Reader,
     },
     units::page_bytes,
-    view::View,
+    view::{Part, View},
 };
 
 /// Mount a chain as one flat image directory, read-only unless --punch is given
@@ -101,15 +103,27 @@ pub struct MountArgs {
     /// Log to this file instead of the system log
     #[arg(long, value_name = "FILE")]
     log_file: Option<PathBuf>,
+    /// Leave parts of the tree out
+    ///
+    /// shmem leaves out shmem-by-name/ and shmem-by-process/, too. The images themselves
+    /// remain, and without mem the memory of a process is still in proc/PID/mem.
+    #[arg(long, value_name = "PART,...", value_enum, value_delimiter = ',')]
+    without: Vec<PartName>,
+    /// Do not print what was mounted, only warnings
+    #[arg(short, long)]
+    quiet: bool,
     /// Mount options, as in mount(8) and fstab(5)
     ///
-    /// allow_other, cache_dir=DIR, cache_limit=SIZE, compose=WHEN, compose_dir=DIR,
-    /// foreground, log_file=FILE,
-    /// mapped_files=WHO, previous=ARCHIVE, punch[=WHEN], snapshot=NAME and threads=N
-    /// are the options above. ro is the default. Options for
+    /// Every option above has one: allow_other, cache_dir=DIR, cache_limit=SIZE,
+    /// compose=WHEN, compose_dir=DIR, foreground, log_file=FILE, mapped_files=WHO,
+    /// previous=ARCHIVE, punch[=WHEN], quiet, snapshot=NAME, threads=N, verbose, and
+    /// without=PART:..., with colons. ro is the default. Options for
     /// other programs, such as noauto or x-systemd.requires=..., are ignored.
     #[arg(short = 'o', value_name = "OPT,...")]
     options: Vec<String>,
+    /// `-o verbose`
+    #[arg(skip)]
+    verbose: bool,
 }
 
 /// `--mapped-files`
@@ -118,6 +132,32 @@ enum MappedFiles {
     Own,
     Owner,
     Never,
+}
+
+/// `--without`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum PartName {
+    Core,
+    Files,
+    Json,
+    Mem,
+    Proc,
+    Shmem,
+    Snapshots,
+}
+
+impl PartName {
+    fn part(self) -> Part {
+        match self {
+            Self::Core => Part::Core,
+            Self::Files => Part::Files,
+            Self::Json => Part::Json,
+            Self::Mem => Part::Mem,
+            Self::Proc => Part::Proc,
+            Self::Shmem => Part::Shmem,
+            Self::Snapshots => Part::Snapshots,
+        }
+    }
 }
 
 /// `--compose`
@@ -265,6 +305,7 @@ pub fn run(mut args: MountArgs, common: Common) -> ExitCode {
             return ExitCode::from(exit::USAGE);
         }
     }
+    let common = if args.verbose { common.at_least_verbose() } else { common };
     let result = if args.foreground {
         args.serve(None, common).map(|()| exit::OK)
     } else {
@@ -290,6 +331,15 @@ impl MountArgs {
             match (name, value) {
                 ("allow_other", None) => self.allow_other = true,
                 ("foreground", None) => self.foreground = true,
+                ("quiet", None) => self.quiet = true,
+                ("verbose", None) => self.verbose = true,
+                ("without", Some(parts)) => {
+                    for part in parts.split(':') {
+                        let part = PartName::from_str(part, false);
+                        let failed = |why| anyhow!("mount option {option}: {why}");
+                        self.without.push(part.map_err(failed)?);
+                    }
+                }
                 ("log_file", Some(value)) => self.log_file = Some(value.into()),
                 ("compose", Some(when)) => {
                     let when = ComposeName::from_str(when, false);
@@ -345,7 +395,7 @@ impl MountArgs {
 
     /// Mounts, tells the foreground process to return, and serves until the mount is gone.
     fn serve(self, background: Option<Background>, common: Common) -> anyhow::Result<()> {
-        log_sink::start(self.foreground, self.log_file.as_deref(), common.log_level())?;
+        let log = log_sink::start(self.foreground, self.log_file.as_deref(), common.log_level())?;
         let chain = Arc::new(self.source.open()?);
         let tip = chain.choose(self.snapshot.as_deref())?;
         if self.punch.is_some() {
@@ -373,8 +423,11 @@ impl MountArgs {
         {
             tell(log::Level::Warn, &warning);
         }
-        warn_of_damage(&chain, tip, self.source.path(), &self.mountpoint);
-        let view = Arc::new(trust.apply(View::new(chain, tip)));
+        let glance = glance(&chain, tip);
+        warn_of_damage(&glance, &chain.snapshot(tip).name, self.source.path(), &self.mountpoint);
+        let summary = summary(&chain, tip, &glance)?;
+        let parts = self.without.iter().map(|part| part.part());
+        let view = Arc::new(trust.apply(View::new(chain, tip)).without(parts));
         let mut options = MountOptions {
             allow_other: self.allow_other,
             compose: self.compose.compose(),
@@ -394,6 +447,17 @@ impl MountArgs {
             bail!("--compose-dir {}: not a directory", dir.display());
         }
         let session = Session::mount(view, self.source.path(), &self.mountpoint, &options)?;
+        if !self.quiet {
+            let point = self.mountpoint.display();
+            let mut out = std::io::stdout().lock();
+            // That nobody listens is no reason to fail.
+            let _ = writeln!(
+                out,
+                "mounted {} at {point}\n{summary}Log:        {log}; `imgfs log {point}` shows the \
+                 last warnings\nTo begin:   {point}/README",
+                self.source.path().display(),
+            );
+        }
         if let Some(background) = background {
             background.ready().context("let go of the terminal")?;
         }
@@ -472,12 +536,44 @@ impl Trust {
     }
 }
 
+/// Says what is mounted, a line for each thing.
+fn summary(chain: &Chain, tip: SnapshotId, glance: &Glance) -> anyhow::Result<String> {
+    /// Names of programs that are printed.
+    const NAMES: usize = 5;
+    let snapshot = chain.snapshot(tip);
+    let inventory = snapshot.images.stat(&Kind::Inventory.file_name(0));
+    let date = match inventory {
+        Ok(stat) => format!(", {} ({})", times::shown(stat.modified)?, times::zone()),
+        Err(_) => String::new(),
+    };
+    let mut names: Vec<&str> = Vec::new();
+    for name in &glance.processes {
+        if !names.contains(&name.as_str()) {
+            names.push(name);
+        }
+    }
+    let more = if names.len() > NAMES { ", ..." } else { "" };
+    names.truncate(NAMES);
+    let processes = match glance.processes.len() {
+        0 => "none; a pre-dump has memory alone".to_owned(),
+        count => format!("{count} ({}{more})", names.join(", ")),
+    };
+    Ok(format!(
+        "Snapshot:   {}, one of {}{date}\nProcesses:  {}\nMemory:     {} private, {} shared\n",
+        snapshot.name,
+        chain.snapshots().len(),
+        processes.replace(|c: char| c.is_control(), "?"),
+        BinaryBytes(page_bytes(glance.private)),
+        BinaryBytes(page_bytes(glance.shared)),
+    ))
+}
+
 /// Prints which parts of the chain are broken, as far as a quick look tells, and where that
 /// will show.
-fn warn_of_damage(chain: &Chain, tip: SnapshotId, path: &Path, mountpoint: &Path) {
+fn warn_of_damage(glance: &Glance, snapshot: &str, path: &Path, mountpoint: &Path) {
     /// How many messages are printed; the others are counted.
     const TOLD: usize = 4;
-    let problems = glance(chain, tip);
+    let problems = &glance.problems;
     for problem in problems.iter().take(TOLD) {
         tell(log::Level::Warn, problem);
     }
@@ -492,7 +588,7 @@ fn warn_of_damage(chain: &Chain, tip: SnapshotId, path: &Path, mountpoint: &Path
         "reading a missing page fails with an input/output error in the pages, mem/, core/ and \
          shmem/ of {}{more}\nhelp: `imgfs check {}` lists all defects, and `imgfs log {}` says why \
          a read failed",
-        chain.snapshot(tip).name,
+        snapshot,
         path.display(),
         mountpoint.display()
     );
@@ -561,6 +657,9 @@ mod tests {
         assert!(args.allow_other && !args.foreground);
         assert_eq!(args.punch, Some(PunchName::OnRead));
         assert_eq!(applied("punch").unwrap().punch, Some(PunchName::OnRequest));
+        let without = applied("without=mem:core,verbose,quiet").unwrap();
+        assert_eq!(without.without, [PartName::Mem, PartName::Core]);
+        assert!(without.verbose && without.quiet);
         assert_eq!(applied("punch=commit").unwrap().punch, Some(PunchName::Commit));
 
         let refused = |options| applied(options).unwrap_err();
@@ -568,6 +667,7 @@ mod tests {
         assert!(refused("punch=later").starts_with("mount option punch=later: "));
         assert_eq!(refused("nosnapshot"), "unknown mount option nosnapshot");
         assert_eq!(refused("snapshot"), "unknown mount option snapshot");
+        assert!(refused("without=memory").starts_with("mount option without=memory: "));
         assert!(refused("threads=0").starts_with("mount option threads=0: "));
     }
 }

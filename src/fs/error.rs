@@ -61,14 +61,18 @@ pub enum MountError {
     },
     /// The kernel has no FUSE.
     #[error(
-        "open /dev/fuse\nhelp: load the kernel module with `modprobe fuse`; in a container, pass the device in"
+        "open /dev/fuse\nhelp: load the kernel module: `modprobe fuse` as root; in a container, pass the device in \
+         (`--device /dev/fuse`); without a mount, `imgfs ps`, `cat` and `get` show the same"
     )]
     NoFuse {
         /// Why.
         source: io::Error,
     },
     /// The device may not be opened.
-    #[error("open /dev/fuse\nhelp: run as root, or make the device accessible to this user")]
+    #[error(
+        "open /dev/fuse\nhelp: run as root, or have root make the device accessible: \
+         `chmod 666 /dev/fuse`; without a mount, `imgfs ps`, `cat` and `get` show the same"
+    )]
     FuseDenied {
         /// Why.
         source: io::Error,
@@ -82,12 +86,34 @@ pub enum MountError {
         source: Errno,
     },
     /// An ordinary user needs `fusermount3`, which is not installed.
-    #[error("mount at {path}\nhelp: run as root, or install fusermount3 (package fuse3)", path = .path.display())]
+    #[error("run fusermount3 to mount at {path}\nhelp: run as root, or install fusermount3: `apt-get install fuse3`, `dnf install fuse3`", path = .path.display())]
     NoHelper {
         /// The mount point.
         path: PathBuf,
         /// Why.
         source: io::Error,
+    },
+    /// Only root may let others look, unless it says otherwise.
+    #[error(
+        "allow others to read the mount at {path}\nhelp: leave out allow_other, run as root, or have \
+         root add the line user_allow_other to /etc/fuse.conf",
+        path = .path.display()
+    )]
+    OtherUsers {
+        /// The mount point.
+        path: PathBuf,
+    },
+    /// An ordinary user mounts only where that user may write.
+    #[error(
+        "mount at {path}: {message}\nhelp: choose a directory of your own, as in \
+         `mkdir ~/mnt && imgfs mount CHAIN ~/mnt`",
+        path = .path.display()
+    )]
+    NotOwnMountPoint {
+        /// The mount point.
+        path: PathBuf,
+        /// The output of `fusermount3`.
+        message: String,
     },
     /// `fusermount3` failed.
     #[error("fusermount3 at {path}: {message}", path = .path.display())]

@@ -118,7 +118,19 @@ fn mount_by_helper(mount_point: &Path, source: &str, options: &MountOptions) -> 
     let output = helper.wait_with_output().map_err(|error| failed(error.to_string()))?;
     match device {
         Ok(Some(device)) if output.status.success() => Ok(device),
-        _ => Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned())),
+        _ => {
+            let message = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+            let path = mount_point.to_owned();
+            Err(match &message {
+                said if said.contains("user_allow_other") => MountError::OtherUsers { path },
+                said if said.contains("no write access to mountpoint")
+                    || said.contains("not owned by the current user") =>
+                {
+                    MountError::NotOwnMountPoint { path, message }
+                }
+                _ => MountError::Helper { path, message },
+            })
+        }
     }
 }
 

@@ -1,10 +1,11 @@
 //! The entries of the directories of a view.
 
 use super::{
-    NodeType, Result, View, held, json,
+    NodeType, Part, Result, View, held, json,
     mapped::Mapped,
     proc::{self, Proc},
     process::Below,
+    readme::README,
     shortened,
     tree::{Group, What},
 };
@@ -27,8 +28,12 @@ const BY_PROCESS: &str = "shmem-by-process";
 /// The name of the directory that shows processes like `proc(5)`.
 const PROC: &str = "proc";
 
-const GROUPS: [(&str, Group); 4] =
-    [("core", Group::Core), ("json", Group::Json), ("mem", Group::Mem), ("shmem", Group::Shmem)];
+const GROUPS: [(&str, Part, Group); 4] = [
+    ("core", Part::Core, Group::Core),
+    ("json", Part::Json, Group::Json),
+    ("mem", Part::Mem, Group::Mem),
+    ("shmem", Part::Shmem, Group::Shmem),
+];
 
 impl View {
     /// Returns the entries of a snapshot's directory.
@@ -38,17 +43,23 @@ impl View {
         root: bool,
     ) -> Result<Vec<(String, What)>> {
         let images = self.chain.images(id);
-        let mut children: Vec<(String, What)> = GROUPS
-            .iter()
-            .map(|(name, group)| ((*name).to_owned(), What::Group(id, *group)))
+        let groups =
+            GROUPS.iter().map(|(name, part, group)| (*name, *part, What::Group(id, *group)));
+        let others = [
+            (PROC, Part::Proc, What::Proc(id, proc::Node::Root)),
+            (FILES, Part::Files, What::HeldDirectory(id, String::new())),
+            (BY_NAME, Part::Shmem, What::ShmemNames(id)),
+            (BY_PROCESS, Part::Shmem, What::ShmemUsers(id)),
+        ];
+        let all = groups.chain(others).chain(root.then_some((
+            SNAPSHOTS,
+            Part::Snapshots,
+            What::Snapshots,
+        )));
+        let mut children: Vec<(String, What)> = all
+            .filter(|(_, part, _)| !self.without.contains(part))
+            .map(|(name, _, what)| (name.to_owned(), what))
             .collect();
-        children.push((PROC.to_owned(), What::Proc(id, proc::Node::Root)));
-        children.push((FILES.to_owned(), What::HeldDirectory(id, String::new())));
-        children.push((BY_NAME.to_owned(), What::ShmemNames(id)));
-        children.push((BY_PROCESS.to_owned(), What::ShmemUsers(id)));
-        if root {
-            children.push((SNAPSHOTS.to_owned(), What::Snapshots));
-        }
         // Files that belong to a memory take precedence over stored files of the same name.
         for memory in self.chain.memories(id)? {
             children.push((memory.pagemap_name(), What::Pagemap(id, memory)));
@@ -68,6 +79,10 @@ impl View {
             if (kind.is_some() || is_file()) && !journal {
                 children.push((name, What::Image(id)));
             }
+        }
+        // A file of that name comes first.
+        if root {
+            children.push((README.to_owned(), What::Readme(id)));
         }
         Ok(children)
     }

@@ -18,6 +18,7 @@ mod mapped;
 mod notes;
 mod proc;
 mod process;
+mod readme;
 mod rows;
 mod seek;
 mod shared;
@@ -50,6 +51,25 @@ use crate::{
     image::store::Stat,
     units::BLOCK_BYTES,
 };
+
+/// A part of the tree that can be left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Part {
+    /// `core`.
+    Core,
+    /// `files`.
+    Files,
+    /// `json`.
+    Json,
+    /// `mem`.
+    Mem,
+    /// `proc`.
+    Proc,
+    /// `shmem`, `shmem-by-name` and `shmem-by-process`.
+    Shmem,
+    /// `snapshots`.
+    Snapshots,
+}
 
 /// The type of a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -108,6 +108,35 @@ proptest! {
 }
 
 #[test]
+fn parts_of_the_tree_are_left_out() {
+    let disk = two_layers();
+    let view = || View::new(Arc::new(disk.open()), disk.open().ids().last().unwrap());
+    let text = |view: &View| String::from_utf8(view.readme()).unwrap();
+    let all = view();
+    assert!(text(&all).contains("\nproc/ ") && text(&all).contains("2  (parent 1)"));
+    let part = view().without([Part::Proc, Part::Shmem, Part::Core, Part::Json]);
+    assert_eq!(
+        names(&part, ""),
+        [
+            "README",
+            "files",
+            "inventory.img",
+            "mem",
+            "pagemap-shmem-1024.img",
+            "pages-7.img",
+            "snapshots"
+        ]
+    );
+    assert!(!text(&part).contains("\nproc/ ") && text(&part).contains("\nmem/ "));
+    assert!(!names(&part, "snapshots/1").iter().any(|name| name == "proc"));
+    // A file of the snapshot's own is shown in place of ours.
+    fs::write(disk.dir(2).join("README"), "theirs").unwrap();
+    let view = view();
+    let readme = view.open(view.lookup(ROOT, "README").unwrap().ino).unwrap();
+    assert_eq!(readme.content.len(), 6);
+}
+
+#[test]
 fn the_root_is_an_image_directory_without_a_parent() {
     let disk = two_layers();
     fs::write(disk.dir(2).join("stats-dump"), "12345678").unwrap();
@@ -116,6 +145,7 @@ fn the_root_is_an_image_directory_without_a_parent() {
     assert_eq!(
         names(&view, ""),
         [
+            "README",
             "core",
             "files",
             "inventory.img",

@@ -1,7 +1,7 @@
 //! Directories, names and inode numbers.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     io,
     num::NonZeroUsize,
     path::{Path, PathBuf},
@@ -12,7 +12,7 @@ use lru::LruCache;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::{
-    AddressSpace, Attr, CoreFile, NodeType, OpenFile, Result, Tables, ViewError, WholeFile,
+    AddressSpace, Attr, CoreFile, NodeType, OpenFile, Part, Result, Tables, ViewError, WholeFile,
     address_space::{MappingFile, ProcessMemory, Spaces},
     attr_of,
     flat::{self, MemoryFile},
@@ -91,6 +91,8 @@ pub(super) enum What {
     ShmemLink(SnapshotId, u32, u64),
     /// A node below `proc`.
     Proc(SnapshotId, proc::Node),
+    /// The file that says what is where.
+    Readme(SnapshotId),
     /// The text of an image.
     Json(SnapshotId, Box<What>, String),
 }
@@ -143,6 +145,8 @@ pub struct View {
     tables: Mutex<LruCache<SnapshotId, Arc<Tables>>>,
     pub(super) spaces: Spaces,
     mapped_files: bool,
+    /// The parts that are left out.
+    pub(super) without: BTreeSet<Part>,
     /// The only user and group that may access the files.
     shown_to: Option<(u32, u32)>,
 }
@@ -167,6 +171,7 @@ impl View {
             tables,
             spaces: Spaces::default(),
             mapped_files: true,
+            without: BTreeSet::new(),
             shown_to: None,
         }
     }
@@ -176,6 +181,13 @@ impl View {
     #[must_use]
     pub fn without_mapped_files(mut self) -> Self {
         self.mapped_files = false;
+        self
+    }
+
+    /// Leaves parts of the tree out.
+    #[must_use]
+    pub fn without(mut self, parts: impl IntoIterator<Item = Part>) -> Self {
+        self.without.extend(parts);
         self
     }
 
@@ -461,7 +473,7 @@ impl View {
             | What::ShmemNames(id)
             | What::ShmemUsers(id)
             | What::ShmemUser(id, _) => whole(*id),
-            What::HeldFile(id, _) | What::ShmemLink(id, ..) => {
+            What::HeldFile(id, _) | What::ShmemLink(id, ..) | What::Readme(id) => {
                 file(*id, Kind::Inventory.file_name(0))
             }
             What::Mapping(id, pid, ..) | What::Core(id, pid) => {
@@ -531,6 +543,10 @@ impl View {
                 let tables = self.tables(*id);
                 let content = tables.held()?.open(&tables, path)?;
                 Ok(OpenFile { content, whole: None, pages: None })
+            }
+            What::Readme(_) => {
+                let content = MemoryFile::new(self.readme());
+                Ok(OpenFile { content: Arc::new(content), whole: None, pages: None })
             }
             What::ShmemLink(..) => {
                 Err(ViewError::NoSuchEntry { dir: name.to_owned(), name: name.to_owned() })
