@@ -86,6 +86,10 @@ impl Scene {
     }
 }
 
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
 fn said(command: &str, output: &Output) -> String {
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let errors = String::from_utf8_lossy(&output.stderr);
@@ -127,6 +131,54 @@ fn privileged_tools_that_read_proc_show_the_tree() {
     has(&lsof, &format!("@rcriu-tools-{pid} type=STREAM"));
     has(&lsof, &format!("127.0.0.1:{} (LISTEN)", scene.port));
     has(&lsof, &format!("{}/log", scene.live.dir.path().display()));
+}
+
+/// The line that people are told to run, as it is.
+#[test]
+fn privileged_one_line_shows_the_tree_with_all_tools() {
+    for program in ["ps", "pstree", "pmap", "lsof", "top", "ss"] {
+        require(Cap::Program(program));
+    }
+    let scene = Scene::new();
+    let pid = scene.pid;
+    let proc = scene.mounted.path("proc");
+    let line = format!(
+        "mount --bind {} /proc; ps -efH; pstree -p; pmap -x {pid}; lsof -p {pid}; top -bn1; ss -xl",
+        proc.display()
+    );
+    let output = Command::new("unshare").args(["-m", "sh", "-c", &line]).output().unwrap();
+    let text = said(&line, &output);
+    for wanted in [
+        "child-of-tools -c import time".to_owned(),
+        format!("({pid})---python3"),
+        "[ stack ]".to_owned(),
+        "(LISTEN)".to_owned(),
+        format!("{pid} root"),
+        format!("@rcriu-tools-{pid}"),
+    ] {
+        assert!(text.contains(&wanted), "{wanted}: {text}");
+    }
+}
+
+/// A debugger finds values in a core file, and any program in `/proc/PID/mem`.
+#[test]
+fn privileged_values_are_found_in_core_files_and_in_memory() {
+    require(Cap::Program("gdb"));
+    require(Cap::Program("dd"));
+    let scene = Scene::new();
+    let (pid, address) = (scene.pid, scene.address + 4096);
+    let core = scene.mounted.path(&format!("core/{pid}"));
+    let mut gdb = Command::new("gdb");
+    gdb.args(["-q", "-nx", "-batch", "-ex", "info threads", "-ex"]);
+    gdb.arg(format!("x/s {address:#x}")).arg("/usr/bin/python3").arg(&core);
+    let text = said("gdb", &gdb.output().unwrap());
+    assert!(text.contains(&format!("{address:#x}:\t\"seen by tools\"")), "{text}");
+    assert!(text.contains(&format!("LWP {pid}")), "{text}");
+
+    let read = scene.shown(&format!(
+        "dd if=/proc/{pid}/mem bs=1 count=13 skip={address} iflag=skip_bytes status=none"
+    ));
+    assert_eq!(read, "seen by tools");
 }
 
 #[test]
@@ -274,6 +326,22 @@ fn privileged_a_whole_mount_can_be_walked() {
     };
     assert!(kib("copied") < 2 * kib("mount") + 1024);
     drop(other);
+}
+
+/// What a person finds who has never read our documents.
+#[test]
+fn privileged_the_readme_says_what_is_there() {
+    let scene = Scene::new();
+    let readme = String::from_utf8(scene.mounted.read("README")).unwrap();
+    let first = |line: &str| line.split(' ').next().unwrap().trim_end_matches('/').to_owned();
+    let parts =
+        readme.lines().filter(|line| line.split(' ').next().is_some_and(|w| w.ends_with('/')));
+    let parts: Vec<String> = parts.map(first).collect();
+    assert!(parts.len() >= 7, "{readme}");
+    for part in parts {
+        assert!(scene.mounted.path(&part).is_dir(), "{part}");
+    }
+    assert!(readme.contains(text(&scene.live.images())), "{readme}");
 }
 
 #[test]
