@@ -1,65 +1,65 @@
-//! How the programs are built, and what holds at all times.
+//! How the programs work, and which invariants hold.
 //!
 //! # Images and chains
 //!
-//! An image directory holds a *snapshot*: the state of a tree of processes. Its
-//! link `parent` leads to the snapshot before it. A *memory* is the private
-//! memory of a process or a shared object; its *pagemap* says of each page that
-//! it is in the pages file of the same directory, in the parent, or in no image.
-//! A page that no entry covers is zero, or that of the file which a private mapping has
-//! below it.
+//! An image directory holds a *snapshot*: the state of a tree of processes. Its link
+//! `parent` leads to the snapshot before it. A *memory* is the private memory of a process,
+//! or a shared object. Its *pagemap* says of each page whether it is in the pages file of
+//! the same directory, in the parent, or in no image. A page without an entry is zero, or,
+//! in a private mapping of a file, the page of the file.
 //!
-//! A pagemap is a partial function from pages to places in which `PARENT`
-//! stands for the function below. Laying one over another is associative.
-//! [`crate::chain::Index`] uses that: threads read and merge a stretch of layers
-//! at a time, and then merge the stretches, one window of pages after another, so
-//! that what is merged stays in a processor's cache. Every merge is one pass over
-//! two sorted arrays, and neighbours are merged in pairs. So the cost is the number
-//! of entries times a logarithm, and a thousand layers cost little more than what
-//! one with the same entries does. A page that a layer sends to its
-//! parent and that the parent does not account for is kept as *missing* while
-//! merging, since a newer layer may have it; only if none has is it an error.
+//! A pagemap is a partial function from pages to places in which `PARENT` stands for the
+//! function below. Overlaying such functions is associative. [`crate::chain::Index`] uses
+//! that: threads read and merge stretches of layers, and then merge the stretches, one
+//! window of pages after another, so that the data stays in a processor's cache. Every
+//! merge is one pass over two sorted arrays, and neighbours are merged in pairs. So the
+//! cost is the number of entries times a logarithm, and a thousand layers cost little more
+//! than one layer with the same entries. A page that a layer leaves to a parent which does
+//! not have it counts as *missing* during the merge, since a newer layer may have it; only
+//! if none has, it is an error.
 //!
 //! Directories are only names, so a child records the dump that it was made on
-//! ([`crate::chain::dump_name`]): `rcriu_parent_run_id` in its inventory, field 20001 of
-//! `inventory_entry` which is the parent's `dump_criu_run_id`, or a hash of its inventory.
-//! Code that resolves pages across that link compares them first. Of children without it,
-//! which CRIU writes, only dates tell, and `imgfs check` notes a parent that is younger. A
-//! dump replaces no snapshot that a directory beside it has as its parent.
+//! ([`crate::chain::dump_name`]): `rcriu_parent_run_id` in its inventory (field 20001 of
+//! `inventory_entry`) is the parent's `dump_criu_run_id`, or a hash of its inventory. Code
+//! that resolves pages across a parent link compares the two first. Children that CRIU
+//! wrote have no such field; for them, only dates give a hint, and `imgfs check` notes a
+//! parent that is younger. A dump never replaces a snapshot that is the parent of a
+//! directory beside it.
 //!
 //! # Stores
 //!
-//! Readers ask a [`crate::image::ImageStore`] for images by kind and number, never for a path
-//! or a descriptor: [`crate::image::Directory`] is one store among others to come, such as an
-//! archive that is read in place. A store opens images to be read in a row or at any place,
-//! lists them, says whose they are, and opens the store of the parent. Each request for bytes
-//! is for a run, not for a page. What only files of this machine can (to be mapped, passed
-//! through, punched, linked, locked, or to share blocks) is asked of
+//! Readers ask a [`crate::image::ImageStore`] for images by kind and number, never for a
+//! path or a descriptor. [`crate::image::Directory`] is one store; an archive that is read
+//! in place is another. A store opens images for reading in order or at any offset, lists
+//! them, names their owner, and opens the store of the parent. Each request for bytes is
+//! for a run, not for a page. Some operations need real files: mapping, pass-through,
+//! punching, linking, locking, sharing blocks. For these, code asks
 //! [`ImageStore::directory`](crate::image::ImageStore::directory) and
-//! [`StoredFile::file`](crate::image::store::StoredFile::file): a reader that gets `None` takes
-//! the way that always works, and a writer fails with the name of the store. Names of stores
-//! are unique, and paths of directories; messages name images by them.
+//! [`StoredFile::file`](crate::image::store::StoredFile::file). A reader that gets `None`
+//! takes the way that always works; a writer fails with the name of the store. Names of
+//! stores are unique; that of a directory is its path. Messages name images by them.
 //!
-//! A dump hands files to a [`crate::image::store::StoreWriter`]: images in a row, pages by
-//! offset. It syncs, and commits once; what is dropped before leaves no snapshot.
+//! A dump passes files to a [`crate::image::store::StoreWriter`]: images in order, pages by
+//! offset. The writer syncs them and commits once; a writer that is dropped before leaves
+//! no snapshot.
 //!
 //! # Bytes
 //!
-//! All that is shown is a [`crate::chain::Content`]: a function from a range to *runs*,
-//! each in one file, in memory, a hole, or lost. Reading, seeking holes, flattening and
-//! FUSE stand on that alone. Runs that lie in a row in one file are read by one
-//! `preadv(2)`, however they are scattered over the buffer. No code reads mapped bytes in
-//! user space: backing files are read instead, and a file that shrinks is a short read and
-//! not a SIGBUS. Files are opened when first needed and closed by an LRU bound; one that
-//! was replaced since it was first opened is an error.
+//! Everything that the view shows is a [`crate::chain::Content`]: a function from a range
+//! to *runs*, each of which is in one file, in memory, a hole, or lost. Reading, seeking
+//! holes, flattening and FUSE need nothing else. Runs that are contiguous in one file are
+//! read with one `preadv(2)`, even if they are scattered over the buffer. No code reads
+//! mapped bytes in user space: it reads the backing files, so that a file that shrinks is a
+//! short read and not a SIGBUS. Files are opened when first needed, and the least recently
+//! used are closed; a file that was replaced since it was first opened is an error.
 //!
 //! # The view
 //!
-//! [`crate::view::View`] is the tree of a mount, without FUSE: names, attributes
-//! and contents. Listing a directory reads names and pagemap heads. An index is
-//! built at the first look at a file that needs it, and kept in an LRU cache
-//! bounded by the number of extents. Inode numbers are hashes of paths, so that
-//! they are the same in every mount.
+//! [`crate::view::View`] is the tree of a mount, without FUSE: names, attributes and
+//! contents. Listing a directory reads names and the heads of pagemaps. An index is built
+//! when a file that needs it is first used, and kept in an LRU cache that is bounded by the
+//! number of extents. Inode numbers are hashes of paths, so they are the same in every
+//! mount.
 //!
 //! # The mount
 //!
@@ -82,9 +82,9 @@
 //! would only wake up each other. A panic ends the daemon, and the kernel then answers all
 //! waiting readers.
 //!
-//! A reader gets an errno and no more. The daemon keeps its last warnings and errors, each
-//! once, and shows them as an attribute of the root ([`crate::fs::recent`]), which
-//! `imgfs log` prints.
+//! A reader gets only an errno. The daemon keeps its last warnings and errors, each once,
+//! and shows them as an attribute of the root ([`crate::fs::recent`]), which `imgfs log`
+//! prints.
 //!
 //! A mount that frees pages (`--punch`) takes requests to punch the flat pages files in
 //! its root, and nothing else; it has the chain for itself. Reads hold a lock shared
@@ -98,22 +98,22 @@
 //! since the kernel may drop a clean page and ask again. Read-ahead is off there, so
 //! that a page which the cache was given is one that was touched.
 //!
-//! Files of `mem/`, `core/` and `proc/` are for the owner of the images alone, whatever mode
-//! those have. Nothing is shown that its reader could not have read: an image directory can name
-//! any file, by links, as its parent, or as a file that was mapped. If all directories of
-//! the chain are such that one user alone can have put images there
-//! ([`crate::chain::Owner`]), these are read with the rights of that user, which root's
-//! mount assumes (`setfsuid(2)`, in all threads but the one that unmounts), and an ordinary
-//! user has. Otherwise every node belongs to the user who mounts, and no other user may
-//! read it. Files that the images only name are opened if the images are the mounter's, or,
-//! when asked for, with the rights of their owner.
+//! Only the owner of the images may read files in `mem/`, `core/` and `proc/`, whatever the
+//! mode of the images. The mount shows nothing that its reader could not have read: an
+//! image directory can name any file, by links, as its parent, or as a mapped file. If only
+//! one user can have written to all directories of the chain ([`crate::chain::Owner`]), the
+//! images are read with the rights of that user. Root's mount takes these rights
+//! (`setfsuid(2)`, in all threads but the one that unmounts); an ordinary user has them.
+//! Otherwise every node belongs to the user who mounts, and no other user may read it.
+//! Files that the images only name are opened if the images belong to the user who mounts,
+//! or, on request, with the rights of their owner.
 //!
 //! # Work in other processes
 //!
-//! [`crate::inject`] stops threads by `PTRACE_SEIZE` and lets them walk a table of
-//! system calls: a few dozen instructions in a page of scratch memory. A dump maps
-//! that memory for less than a millisecond for each process, asks what only the
-//! process knows, unmaps it and puts registers and signal mask back; memory is read while
+//! [`crate::inject`] stops threads with `PTRACE_SEIZE` and makes them walk a table of
+//! system calls, by a few dozen instructions in a page of scratch memory. A dump maps that
+//! memory for less than a millisecond in each process, asks for what only the process
+//! knows, unmaps it, and restores registers and signal mask. The dump reads memory while
 //! the tree merely stands still.
 //!
 //! Whatever ends this program, each thread finds home alone. The kernel lets a thread go on
@@ -133,30 +133,31 @@
 //! call with a relative timeout begins anew if the thread had to come home alone. Until it
 //! is home, no other dump may work in its process: frames are told by a mark.
 //!
-//! Dumps run in a process of their own, in a session of its own: if the one that the user
-//! started is killed, it puts everything back first. If the worker is killed, the other
-//! one looks into the process that was worked in, by what the two share, waits until its
-//! threads are home, removes scratch memory that was left, and says so.
+//! A dump runs in a process of its own, in its own session. If a signal kills the process
+//! that the user started, the other one restores the tree first. If the worker is killed,
+//! its supervisor finds the process in which it worked, by memory that the two share, waits
+//! until the threads of that process are home, unmaps scratch memory that is left, and
+//! reports it.
 //!
 //! # A dump
 //!
-//! Stop the tree, check that it is one that can be dumped, ask each process, collect
-//! descriptors by duplicates (`pidfd_getfd(2)`), copy memory, sync, commit. Images are
-//! written to a hidden directory inside the one that was asked for, and moved when all of
-//! them are on disk, the inventory last ([`crate::image::store::DirectoryWriter`]). Memory is read
-//! in chunks that stay in the processor's cache; a page is stored only if it is not zero
-//! and its bytes differ from those of the parent chain. Zeros of a private mapping of a
-//! file are stored like other bytes: without them the file would be seen. The parent's
-//! content is the truth, so the writers of shared memory need not be known. A tree that is
-//! not to run on has the disk begin with its images while they are written; for one that
-//! is, they are first copied, which is what it waits for.
+//! A dump stops the tree, checks that it can be dumped, asks each process, collects
+//! descriptors through duplicates (`pidfd_getfd(2)`), copies memory, syncs and commits.
+//! Images are written to a hidden directory inside the image directory, and moved up when
+//! all of them are on disk, the inventory last ([`crate::image::store::DirectoryWriter`]).
+//! Memory is read in chunks that fit into a processor's cache; a page is stored only if it
+//! is not zero and differs from the page of the parent chain. Zero pages of a private file
+//! mapping must be stored explicitly: otherwise the file would show through. Pages are
+//! compared with the contents of the parent, so the writers of shared memory need not be
+//! known. If the tree does not run on, write-back starts while the images are written; if
+//! it does, they are first copied, because that is what the tree waits for.
 //!
 //! # No trace
 //!
-//! A dump changes nothing in its target: not what it is, and not what it costs. So
+//! A dump changes nothing in its target, neither its state nor its costs:
 //!
-//! - only pages that the kernel says are in memory or in swap are read: reading another
-//!   one would make it;
+//! - it reads only pages that are in memory or in swap: reading another page would create
+//!   it;
 //! - pages that another process has, too, or that were merged with their like, are read
 //!   through `/proc/PID/mem`. `process_vm_readv(2)` reads twice as fast, but pins pages,
 //!   and to pin one that is shared copy-on-write the kernel first copies it in the target,
@@ -177,26 +178,24 @@
 //!   of their work, return as signal(7) says of any stop; the README lists them, and a test
 //!   holds the list.
 //!
-//! With `--track-mem` the first write to a huge page splits it: the kernel marks single
-//! pages.
+//! With `--track-mem`, the first write to a huge page splits it, because the kernel marks
+//! single pages.
 //!
-//! A process that dies while its tree is dumped makes the dump fail by its name
-//! (`src/dump/census.rs`). In a tree that runs during a pre-dump, processes may exit, but
-//! not be killed.
+//! If a process dies during the dump, the dump fails and names it (`src/dump/census.rs`).
+//! During a pre-dump, while the tree runs, processes may exit but must not be killed.
 //!
 //! `tests/common/untouched.rs` compares targets before and after each kind of dump.
 //!
 //! # Sockets
 //!
-//! To receive from a socket, even with `MSG_PEEK`, takes a pending error if there is no
-//! more to see. So `poll(2)` is asked whether there is one, and never more is asked for
-//! than is there. The kernel shows which error a TCP socket has only by taking it, so such
-//! a socket is refused. What else CRIU's entries have no place for is in two messages of
-//! `file_entry`, which CRIU passes over: `owner` (50001), of pipes and sockets, and `sock`
-//! (50002), whose kinds and what becomes of them [`crate::docs::state`] lists. Credentials
-//! that sockets show of their makers (`SO_PEERCRED`) come from calls of helper processes
-//! that have the pid and the ids in question; they share this program's descriptors, and
-//! end before the tree is made.
+//! Receiving from a socket, even with `MSG_PEEK`, consumes a pending error if the queue is
+//! empty. So the dump asks `poll(2)` whether there is an error, and never receives more
+//! than the queue holds. For a TCP socket, the kernel shows which error is pending only by
+//! consuming it, so such a socket is refused. State for which CRIU's entries have no field
+//! is in two messages of `file_entry`, which CRIU ignores: `owner` (50001), of pipes and
+//! sockets, and `sock` (50002); [`crate::docs::state`] lists the kinds. The credentials
+//! that a socket shows of its maker (`SO_PEERCRED`) are made by helper processes with the
+//! right pid and ids; they share the descriptors of rcriu, and end before the tree is made.
 //!
 //! # Connections
 //!
@@ -216,46 +215,45 @@
 //!
 //! # Older kernels
 //!
-//! What a kernel does not tell is found out in another way, or the dump fails; nothing
-//! is left out without a word. Each such thing is a [`crate::fault::Novelty`], which a
-//! test can take away on any kernel, and Debian's own kernels are tested in emulated
-//! machines. The one thing that is tried on the target's own objects is whether an
-//! eventfd is a semaphore: its counter is read and put back while the tree stands still,
-//! after all else was found to be such as is dumped, and not if a process outside of the
-//! tree has it, too. A thread of the kernel's, such as a worker of io_uring, is no
+//! If an older kernel does not report something, the dump finds it out in another way, or
+//! fails; it never omits anything silently. Each such thing is a [`crate::fault::Novelty`],
+//! which a test can disable on any kernel; tests also run on Debian's kernels in emulated
+//! machines. Only one thing is tried on objects of the target: whether an eventfd is a
+//! semaphore. Its counter is read and restored while the tree stands still, after
+//! everything else was found to be dumpable, and never if a process outside of the tree has
+//! the eventfd, too. A kernel thread, such as a worker of io_uring, does not count as a
 //! thread of the process.
 //!
-//! Programs of the user ([`crate::action`]) are run between the steps. One that is to see
-//! complete images of a stopped tree costs it the time of the disk, which a tree that
-//! runs on is spared otherwise.
+//! Action scripts ([`crate::action`]) run between the steps. A script that needs complete
+//! images of a stopped tree makes the tree wait for the disk, which a tree that runs on
+//! otherwise need not.
 //!
 //! # Changes
 //!
-//! A tracker ([`crate::track`]) lets a dump look at less. The best that the kernel
-//! has is a userfaultfd with asynchronous write protection, which needs no privilege: it
-//! is made inside the process by one injected call, taken out by `pidfd_getfd(2)`, and
-//! kept open between dumps by a process of its own (`rcriu-keep`), which ends with the
-//! tracked one. `PAGEMAP_SCAN` tells what was written and protects it again in one step,
-//! while the tree is stopped and before anything is read.
+//! A tracker ([`crate::track`]) lets a dump read less memory. The best one is a userfaultfd
+//! with asynchronous write protection, which needs no privilege: one injected call makes it
+//! inside the process, `pidfd_getfd(2)` takes it out, and a separate process (`rcriu-keep`)
+//! keeps it open between dumps and ends with the tracked process. `PAGEMAP_SCAN` reports
+//! the dirty pages and protects them again in one step, while the tree is stopped and
+//! before anything is read.
 //!
-//! A mapping of 4 MiB or more whose pages were nearly all written since the snapshot before
-//! stays as it is in three dumps of four: to protect it would cost the process a fault for
-//! each page, 0.4 to 0.9 microseconds, and spare nothing. What has lost its protection counts
-//! as written.
+//! A mapping of 4 MiB or more, of which nearly all pages were written since the previous
+//! snapshot, stays unprotected in three dumps of four: protecting it would cost the process
+//! a fault for each page, 0.4 to 0.9 microseconds, and save nothing. Unprotected pages
+//! count as written.
 //!
-//! A page is left to the parent without a look only if all of this holds: the keeper
-//! says that tracking began with this very parent (`dump_criu_run_id` in the
-//! inventory); the mapping is private memory without a file, registered since then with
-//! this userfaultfd; the page is present and unwritten; and the parent has stored it, in
-//! a file that was never punched. Whatever begins tracking anew makes the keeper forget
-//! the snapshot first, and tells it the new one after the commit. So after a dump that
-//! failed, `execve(2)`, `mremap(2)`, a fork, another chain or a reboot, everything
-//! is compared.
+//! A page is left to the parent without being read only if all of this holds: the keeper
+//! says that tracking began with this very parent (`dump_criu_run_id` in the inventory);
+//! the mapping is private memory without a file, registered with this userfaultfd since
+//! then; the page is present and clean; and the parent has stored it, in a file that was
+//! never punched. A dump that restarts tracking makes the keeper forget the snapshot first,
+//! and tells it the new one after the commit. So after a failed dump, `execve(2)`,
+//! `mremap(2)`, a fork, another chain or a reboot, everything is compared.
 //!
-//! Of shared memory the bits are believed only if all of its writers are known
-//! ([`crate::track::shared`]): no process outside the tree has it or a descriptor of
-//! it, the same mappings are there as at the snapshot, and the kernel's counters say that
-//! none was made or removed since. What leads to a comparison of the whole object is
+//! For shared memory, the bits are trusted only if all of its writers are known
+//! ([`crate::track::shared`]): no process outside of the tree maps it or has a descriptor
+//! of it, the mappings are the same as at the snapshot, and the kernel's counters show that
+//! none was made or removed since. These lead to a comparison of the whole object:
 //!
 //! - a process that was forked, exited or executed another program while it had the
 //!   object mapped; `vfork(2)` and `posix_spawn(3)` do no harm;
@@ -270,9 +268,9 @@
 //!   tracefs, which it opens itself if it is not mounted) or watch which files are opened
 //!   (`CAP_SYS_ADMIN`).
 //!
-//! What keeps memory from being tracked is said once for each dump that was asked to
-//! ([`crate::track::Hindrance`]), and what was compared for want of it is in the
-//! statistics; `stats-dump` has it in fields of our own, 1001 and 1002.
+//! If memory cannot be tracked, each dump with `--track-mem` reports the cause once
+//! ([`crate::track::Hindrance`]). The statistics count the pages that were compared for
+//! that reason; `stats-dump` has them in fields of our own, 1001 and 1002.
 //!
 //! Two things cannot be seen. A descriptor may be on its way in a message when tracking
 //! begins; memory other than a memfd has one only if a process opened it in
@@ -290,18 +288,18 @@
 //!
 //! # A pre-dump
 //!
-//! The tree is stopped to list its memory and begin the tracking anew, and runs on
-//! while the memory is read. What changes meanwhile is a candidate next time; what is
-//! gone when it is read is left out, and if it should turn up again the next dump finds
-//! that the parent does not have it. There are no processes in the images of a
-//! pre-dump, so it cannot be restored.
+//! A pre-dump stops the tree to list its memory and to restart tracking; the tree runs on
+//! while the memory is read. Pages that change meanwhile are candidates next time. Memory
+//! that is gone when it would be read is left out; if it reappears, the next dump finds
+//! that the parent does not have it. The images of a pre-dump contain no processes, so it
+//! cannot be restored.
 //!
 //! # A restore
 //!
-//! Before anything is made, all images of the tree are read and held against each other and
-//! against what any kernel takes ([`crate::image::tree`]): what is wrong with them ends a
-//! restore there, and `imgfs check` tells the same. So what fails later is the machine's
-//! doing: a file that is not there, a number that is taken.
+//! Before a restore makes anything, it reads all images of the tree and checks them against
+//! each other and against what every kernel requires ([`crate::image::tree`]). Any defect
+//! ends the restore there, and `imgfs check` reports the same. So later failures are caused
+//! by the machine: a missing file, a pid in use.
 //!
 //! One thread directs. All files are opened by it, above the numbers that the tree uses;
 //! queues of sockets are filled when all kinds are open, since they may hold any of them.
@@ -314,16 +312,17 @@
 //! whose leaders have ended are led by helpers, which end before the tree goes on.
 //! Until the last step the end of this program ends them all (`PTRACE_O_EXITKILL`).
 //!
-//! What processes have in common (`clone(2)`: memory, descriptors, directories, signal
-//! handlers) has the same number in their images (`ids-PID.img`), and
-//! [`crate::image::tree::Arenas`] tells the first that has it: a dump asks that one, a
-//! restore gives it to that one, and the others are made with it by their parent or a
-//! sibling. Each has images of its own but for descriptors, which are numbered so, and for
-//! the pages of memory, which only the first has.
+//! What processes share (`clone(2)`: memory, descriptors, directories, signal handlers) has
+//! the same number in their images (`ids-PID.img`), and [`crate::image::tree::Arenas`]
+//! finds the first process that has it. A dump asks that process; a restore gives it to
+//! that process, and the others are made with it by their parent or a sibling. Each process
+//! has its own images, except for descriptors, whose image has the shared number, and for
+//! the pages of memory, which only the first one has.
 //!
-//! A process is put into its cgroups when it is made, before it has memory, so that this
-//! is charged to them. The images number the sets of cgroups ([`crate::res::tree::cgroup`]) as
-//! CRIU does: what was where the dumper was is left where the restorer is.
+//! A process enters its cgroups when it is made, before it has memory, so that the memory
+//! is charged to them. The images number the sets of cgroups ([`crate::res::tree::cgroup`])
+//! like CRIU: processes that were in the cgroup of the dumping program get that of the
+//! restoring program.
 //!
 //! A file is the one that was dumped if its type, size and mode are the same, and its
 //! build-id, for which each file is read once, at the notes of its ELF header. A file
@@ -357,17 +356,17 @@
 //! A pseudoterminal whose number is taken gets another, unless it controls a session or
 //! is open by name alone.
 //!
-//! With `--auto-dedup` everything that could keep pages from being freed is found out
-//! first: the journals, and whether the file system can do it. Pages are freed when the
-//! tree runs, or as it is filled; so what a child shares with its parent is compared with
-//! the parent's memory, and no page of the images is read twice. Through a mount the pages
-//! are punched there, and the daemon that serves it keeps the journals.
+//! With `--auto-dedup`, a restore first checks everything that could prevent freeing pages:
+//! the journals, and whether the file system supports it. Pages are freed once the tree
+//! runs, or while it is filled. So pages that a child shares with its parent are compared
+//! with the parent's memory, and no page of the images is read twice. Through a mount,
+//! pages are punched there, and the daemon keeps the journals.
 //!
-//! What the images of a small process cost is mostly the time to begin: the table of
-//! required fields is made by the build script, since the descriptors of all messages
-//! take longer to decode than all else takes. Images that are seen through a mount are
-//! read where the mount says that they are ([`crate::chain::DIRECTORY_XATTR`]), if the
-//! inventory there is the same.
+//! A small dump or restore spends most of its time on startup. So the build script
+//! generates the table of required fields, since decoding the descriptors of all messages
+//! would take longer than everything else. Images behind a mount are read where the mount
+//! says that they are ([`crate::chain::DIRECTORY_XATTR`]), if the inventory there is the
+//! same.
 //!
 //! # Freed pages
 //!
@@ -381,10 +380,10 @@
 //! bound to the pagemap and the inventory beside it, since programs that do not know it
 //! dump into the same directory.
 //!
-//! Freed pages keep their place in a pages file without parents. What needs one says so
-//! before it begins: a restore, flattening, a comparison. A dump takes the page of a
-//! parent that was freed for one that the parent does not have. Holes that no journal
-//! names are zeros, as for CRIU, and `imgfs check` tells of them.
+//! Freed pages keep their place in a pages file without parents. A restore, a flattening
+//! and a comparison that need such a page report it before they start. A dump treats a page
+//! that was freed in the parent as one that the parent does not have. Holes that no journal
+//! names are zeros, as for CRIU, and `imgfs check` reports them.
 //!
 //! # Linking
 //!
@@ -431,15 +430,15 @@
 //!
 //! # Locks
 //!
-//! Locks are those of `flock(2)` on directories, so that they end with their holder and
-//! leave nothing behind ([`crate::sys::lock`]). A chain is locked at its base, the
-//! directory without a parent, which all of its snapshots have in common: one lock for a
-//! chain of any depth. Programs that read a chain share the lock; a program that changes a
-//! complete chain has it alone. Besides, each locks the directory that it was given: a dump
-//! has the one it makes alone, and shares that of its parent, so that several may dump on
-//! top of one. A restore from a mount locks nothing, since the daemon of the mount has done
-//! so. Programs that only look, such as `imgfs ls` and `check`, lock nothing, and CRIU
-//! knows nothing of these locks.
+//! Locks are taken with `flock(2)` on directories, so they end with their holder and leave
+//! nothing behind ([`crate::sys::lock`]). A chain is locked at its base, the directory
+//! without a parent, which all of its snapshots have in common: one lock for a chain of any
+//! depth. Programs that read a chain share the lock; a program that changes a complete
+//! chain holds it exclusively. In addition, each program locks the directory that it was
+//! given: a dump locks its new directory exclusively and shares the lock of the parent, so
+//! that several dumps may have the same parent. A restore from a mount locks nothing, since
+//! the daemon of the mount has done so. Commands that only read, such as `imgfs ls` and
+//! `check`, lock nothing, and CRIU does not know these locks.
 //!
 //! # Invariants
 //!
@@ -447,10 +446,10 @@
 //!   of the tree's own pid namespace ([`crate::units::NsPid`]); those that the kernel gives
 //!   this program are [`crate::units::HostPid`]. One [`crate::units::PidMap`] for each dump
 //!   and each restore leads from one to the other, and nothing else does.
-//! - Image bytes are untrusted: no length is believed before the file has shown
-//!   that many bytes, and whatever contradicts itself is an error that names
-//!   file, memory and address. Only regular files are opened as images
-//!   ([`crate::image::regular`]), and what is created there is for its owner alone.
+//! - Image bytes are untrusted: no length is believed before the file has shown that many
+//!   bytes, and any contradiction is an error that names file, memory and address. Only
+//!   regular files are opened as images ([`crate::image::regular`]), and only their owner
+//!   can read the files that are created there.
 //! - Nothing is written through a link that others have laid: images are created by
 //!   descriptors of their directory, logs and the like by a way that is gone component
 //!   after component ([`crate::sys::output`]). Nothing is removed because an image names
@@ -459,8 +458,8 @@
 //!   alone, never through a link, and in no directory of which one of another user calls
 //!   itself a child; a ghost is made under a name that
 //!   is free, and filled and adjusted by its descriptor.
-//! - A page is never answered with another page's bytes or with zeros that were never
-//!   stored: what cannot be found, or was freed, is an error.
+//! - A read of a page never returns the bytes of another page, or zeros that were never
+//!   stored: a page that cannot be found, or was freed, is an error.
 //! - An image directory that is written has its inventory last, after everything
 //!   else is on disk; a directory without one is not a snapshot.
 //! - `image`, `chain` and `view` know neither FUSE nor privileges: they are

@@ -12,6 +12,7 @@ use super::{
     times,
 };
 use crate::{
+    causes::with_sources,
     chain::{Chain, DuplicateCounts, PageCounts, Snapshot, SnapshotId, Summary, duplicates},
     units::page_bytes,
 };
@@ -188,7 +189,7 @@ fn document(chain: &Chain, id: SnapshotId, summary: &Summary) -> anyhow::Result<
         "name": snapshot.name,
         "directory": snapshot.path().to_string_lossy(),
         "parent": parent.as_ref().ok(),
-        "parent_error": parent.as_ref().err().map(ToString::to_string),
+        "parent_error": parent.as_ref().err().map(|error| with_sources(error.as_ref())),
         "date": Timestamp::try_from(summary.date)?.to_string(),
         "pre_dump": summary.pre_dump,
         "processes": summary.processes,
