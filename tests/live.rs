@@ -930,7 +930,7 @@ fn privileged_an_exited_leader_is_dumped_again() {
         let words = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(output.status.success(), "{words}");
         assert!(
-            words.contains("the first thread of process") && words.contains("helps"),
+            words.contains("the first thread of process") && words.contains("help: "),
             "{words}"
         );
     };
