@@ -2,16 +2,15 @@
 
 use nix::libc;
 
+use super::{add, values};
 use crate::{
     causes::tell,
-    image::proto,
     inject::Script,
     proc::{Mapping, VmFlags},
     res::{
         Result,
         task::{Collect, Kind, Process, Restored},
     },
-    units::HostPid,
 };
 
 /// Sealed ranges (`mseal(2)`): start and end of each.
@@ -19,9 +18,6 @@ const SEALED: &str = "sealed";
 
 /// How the kernel locks future mappings: `MCL_*` of `mlockall(2)`.
 const LOCK_LATER: &str = "lock_later";
-
-/// The names of all attributes in this file.
-pub(super) const NAMES: [&str; 2] = [SEALED, LOCK_LATER];
 
 /// `mseal(2)`, since Linux 6.10.
 const SYS_MSEAL: libc::c_long = 462;
@@ -38,22 +34,14 @@ pub struct LockLater {
     pub on_fault: bool,
 }
 
-/// Adds an attribute.
-fn add(found: &mut Vec<proto::RcriuAttribute>, name: &str, values: Vec<u64>) {
-    found.push(proto::RcriuAttribute { name: name.into(), values });
-}
-
-/// Returns the values of all attributes with a name.
-fn values<'a>(core: &'a proto::CoreEntry, name: &str) -> impl Iterator<Item = &'a [u64]> {
-    let all = core.thread_core.iter().flat_map(|thread| &thread.rcriu_attributes);
-    let name = name.as_bytes().to_vec();
-    all.filter(move |of| of.name == name).map(|of| of.values.as_slice())
-}
-
 /// How the process locks future mappings.
 pub(in crate::res) struct LockedLater;
 
 impl Kind for LockedLater {
+    fn attributes(&self) -> &'static [&'static str] {
+        &[LOCK_LATER]
+    }
+
     fn ask(&self, _: Process, _: &mut Script) -> Result<Collect> {
         Ok(Box::new(|of, _, images| {
             if of.lock_later.locked {
@@ -80,9 +68,13 @@ impl Kind for LockedLater {
 pub(in crate::res) struct Sealed;
 
 impl Kind for Sealed {
+    fn attributes(&self) -> &'static [&'static str] {
+        &[SEALED]
+    }
+
     fn ask(&self, _: Process, _: &mut Script) -> Result<Collect> {
         Ok(Box::new(|of, _, images| {
-            for what in lost(of.of.witness, of.mappings) {
+            for what in lost(of.mappings) {
                 tell(log::Level::Warn, &format!("process {} {what}", of.of.pid));
             }
             let ranges = sealed(of.mappings);
@@ -124,7 +116,7 @@ fn sealed(mappings: &[Mapping]) -> Vec<u64> {
 
 /// Returns what a process will lose of its memory, as sentences without their subject,
 /// "process N".
-fn lost(pid: HostPid, mappings: &[Mapping]) -> Vec<String> {
+fn lost(mappings: &[Mapping]) -> Vec<String> {
     let mut found = Vec::new();
     let named = mappings.iter().find(|mapping| {
         mapping.name.starts_with(b"[anon:") || mapping.name.starts_with(b"[anon_shmem:")
@@ -135,18 +127,6 @@ fn lost(pid: HostPid, mappings: &[Mapping]) -> Vec<String> {
             String::from_utf8_lossy(&mapping.name),
             mapping.start
         ));
-    }
-    // On a machine with a single node, policies have no effect.
-    let nodes = std::fs::read_to_string("/sys/devices/system/node/online").unwrap_or_default();
-    if !matches!(nodes.trim(), "" | "0") {
-        let text = std::fs::read_to_string(format!("/proc/{pid}/numa_maps")).unwrap_or_default();
-        let policies = text.lines().filter_map(|line| line.split(' ').nth(1));
-        if let Some(policy) = policies.into_iter().find(|policy| *policy != "default") {
-            found.push(format!(
-                "has memory with the NUMA policy {policy}: policies of single mappings (mbind(2)) are \
-                 lost"
-            ));
-        }
     }
     found
 }

@@ -29,6 +29,7 @@ use nix::errno::Errno;
 use super::{
     Result,
     calls::Calls,
+    task,
     thread::{self, Collect, Restored, Thread},
 };
 use crate::{
@@ -162,6 +163,21 @@ fn kinds(leader: bool) -> impl Iterator<Item = (usize, &'static dyn Kind)> {
     all.filter(move |(_, kind)| leader || kind.scope() == Scope::Thread)
 }
 
+/// Adds an attribute of a process.
+pub(super) fn add(found: &mut Vec<proto::RcriuAttribute>, name: &str, values: Vec<u64>) {
+    found.push(proto::RcriuAttribute { name: name.into(), values });
+}
+
+/// Returns the values of all attributes with a name.
+pub(super) fn values<'a>(
+    core: &'a proto::CoreEntry,
+    name: &str,
+) -> impl Iterator<Item = &'a [u64]> {
+    let all = core.thread_core.iter().flat_map(|thread| &thread.rcriu_attributes);
+    let name = name.as_bytes().to_vec();
+    all.filter(move |of| of.name == name).map(|of| of.values.as_slice())
+}
+
 /// All attributes, as one kind of thread state.
 pub(super) struct Attributes;
 
@@ -236,7 +252,8 @@ impl Differences {
         let mut script = Script::new();
         let questions = ask(owner.pid == owner.tid, &mut script);
         let known = |name: &[u8]| {
-            let mut names = KINDS.iter().map(|kind| kind.name()).chain(memory::NAMES);
+            let of_tasks = task::KINDS.iter().flat_map(|kind| kind.attributes()).copied();
+            let mut names = KINDS.iter().map(|kind| kind.name()).chain(of_tasks);
             names.any(|known| known.as_bytes() == name)
         };
         for name in wanted.keys().filter(|name| !known(name)) {
@@ -278,7 +295,7 @@ impl Differences {
         Ok(())
     }
 
-    fn add(&mut self, what: String, tid: HostPid) {
+    pub(super) fn add(&mut self, what: String, tid: HostPid) {
         self.0.entry(what).or_default().push(tid);
     }
 

@@ -2,4 +2,5 @@
 
 pub mod description;
 pub mod mapping;
+pub mod policies;
 pub mod vdso;

@@ -24,7 +24,7 @@ use super::{
     attribute::memory,
     calls::{Calls, Own},
     file::{self, FileTable, Installer},
-    mm::{description, vdso},
+    mm::{description, policies, vdso},
 };
 use crate::{
     image::{
@@ -63,6 +63,7 @@ pub const KINDS: &[&dyn Kind] = &[
     &limits::Limits,
     &outside::Outside,
     &handlers::Handlers,
+    &policies::Policies,
     &memory::Sealed,
     &memory::LockedLater,
     &dumpable::Dumpable,
@@ -102,6 +103,12 @@ pub trait Kind: Sync {
     /// Those of writing it.
     fn write(&self, _of: &Images, _number: u64, _into: &SnapshotWriter) -> image::Result<()> {
         Ok(())
+    }
+
+    /// Returns the names of the attributes that the kind has in the images
+    /// ([`super::attribute`]).
+    fn attributes(&self) -> &'static [&'static str] {
+        &[]
     }
 
     /// Dump: takes out of the core of the thread that has answered first what belongs to one that
