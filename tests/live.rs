@@ -163,6 +163,7 @@ states! {
     time_stamp_counter;
     machine_checks;
     memory_policy;
+    mapping_policies;
     memory_merging;
     huge_pages_where_asked;
     core_filter;

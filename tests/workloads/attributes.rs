@@ -15,6 +15,7 @@ pub const ROWS: &[Row] = &[
     ("time_stamp_counter", time_stamp_counter),
     ("machine_checks", machine_checks),
     ("memory_policy", memory_policy),
+    ("mapping_policies", mapping_policies),
     ("memory_merging", memory_merging),
     ("huge_pages_where_asked", huge_pages_where_asked),
     ("core_filter", core_filter),
@@ -162,6 +163,35 @@ fn memory_policy(checkpoint: &Checkpoint) -> Verdict {
         read,
         &[|| set(libc::MPOL_BIND), || set(libc::MPOL_INTERLEAVE), || set(libc::MPOL_PREFERRED)],
     )
+}
+
+/// Mappings with policies of their own, in a thread that has another one.
+fn mapping_policies(checkpoint: &Checkpoint) -> Verdict {
+    /// `MPOL_F_ADDR` (`linux/mempolicy.h`).
+    const AT_ADDRESS: u64 = 2;
+    let read = |at: usize| {
+        let (mut mode, mut nodes) = (0, [0_u64; 16]);
+        let (mode_at, nodes_at) = (&raw mut mode, nodes.as_mut_ptr());
+        sys!(syscall(libc::SYS_get_mempolicy, mode_at, nodes_at, 1024, at, AT_ADDRESS))?;
+        Ok::<_, String>((mode, nodes[0]))
+    };
+    let set = |at: usize, pages: usize, mode: i32| {
+        let nodes = 1_u64;
+        let mask = &raw const nodes;
+        sys!(syscall(libc::SYS_mbind, at, pages * crate::kit::PAGE, mode, mask, 64, 0)).map(drop)
+    };
+    let nodes = 1_u64;
+    sys!(syscall(libc::SYS_set_mempolicy, libc::MPOL_PREFERRED, &raw const nodes, 64))?;
+    let area = Area::private(8)?;
+    let start = area.at.addr();
+    set(start, 2, libc::MPOL_BIND)?;
+    set(start + 4 * crate::kit::PAGE, 1, libc::MPOL_INTERLEAVE)?;
+    let look =
+        || (0..8).map(|page| read(start + page * crate::kit::PAGE)).collect::<Result<Vec<_>, _>>();
+    let before = look()?;
+    ensure!(before[0] != before[3] && before[4] != before[3], "no policies: {before:?}");
+    checkpoint.wait();
+    same("policies of mappings", before, look()?)
 }
 
 /// Keeps what a child sets, and the root does not have.
