@@ -167,6 +167,7 @@ states! {
     memory_merging;
     huge_pages_where_asked;
     core_filter;
+    futex_hash;
     nice_session;
     reset_on_fork;
     deadline;

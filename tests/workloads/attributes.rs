@@ -19,6 +19,7 @@ pub const ROWS: &[Row] = &[
     ("memory_merging", memory_merging),
     ("huge_pages_where_asked", huge_pages_where_asked),
     ("core_filter", core_filter),
+    ("futex_hash", futex_hash),
     ("nice_session", nice_session),
     ("reset_on_fork", reset_on_fork),
     ("deadline", deadline),
@@ -252,6 +253,29 @@ fn core_filter(checkpoint: &Checkpoint) -> Verdict {
         || text("/proc/self/coredump_filter"),
         || fs::write("/proc/self/coredump_filter", "0x7f").map_err(|error| error.to_string()),
     )
+}
+
+/// A number of slots that the kernel would not choose; on kernels before Linux 6.16, none.
+fn futex_hash(checkpoint: &Checkpoint) -> Verdict {
+    /// Of `linux/prctl.h`.
+    const FUTEX_HASH: i32 = 78;
+    const SET_SLOTS: u64 = 1;
+    const GET_SLOTS: u64 = 2;
+    let read = || sys!(prctl(FUTEX_HASH, GET_SLOTS, 0_u64, 0_u64, 0_u64));
+    if read().is_err() {
+        checkpoint.wait();
+        return Ok(());
+    }
+    let thread = checkpoint.thread(|thread| {
+        thread.wait();
+        Ok(())
+    })?;
+    sys!(prctl(FUTEX_HASH, SET_SLOTS, 512_u64, 0_u64, 0_u64))?;
+    let before = read()?;
+    ensure!(before == 512, "{before} slots");
+    checkpoint.wait();
+    same("slots for private futexes", before, read()?)?;
+    thread.join()
 }
 
 fn nice_session(checkpoint: &Checkpoint) -> Verdict {

@@ -13,6 +13,7 @@ mod arch;
 mod autogroup;
 mod core_cookie;
 mod core_filter;
+mod futex_hash;
 mod io_flusher;
 mod io_priority;
 mod keyrings;
@@ -63,6 +64,7 @@ const KINDS: &[&dyn Kind] = &[
     #[cfg(target_arch = "x86_64")]
     &arch::TaggedAddresses,
     &core_filter::CoreFilter,
+    &futex_hash::FutexHash,
     &autogroup::Autogroup,
     &core_cookie::CoreCookie,
     &keyrings::OF_THREAD,
