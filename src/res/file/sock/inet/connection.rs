@@ -358,7 +358,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::res::file::sock::inet::lock::Lock;
+    use crate::res::file::sock::inet::lock::{self, Lock};
 
     /// Bytes that no window has room for.
     const LARGE: usize = 8 << 20;
@@ -461,6 +461,7 @@ mod tests {
 
     #[test]
     fn privileged_connections_are_made_again_in_every_state() {
+        let _alone = lock::ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         // A socket of IPv6 whose packets are those of IPv4 is one of these.
         for (listens, connects) in [("127.0.0.1", "127.0.0.1"), ("::1", "::1"), ("::", "127.0.0.1")]
         {

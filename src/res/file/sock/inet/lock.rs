@@ -401,6 +401,12 @@ fn header() -> Nfgenmsg {
     Nfgenmsg { nfgen_family: INET, ..Nfgenmsg::default() }
 }
 
+/// Has to be held by tests that have a [`Lock`]. When a netlink socket is closed, the kernel gives
+/// its number away before it removes the tables of that number, so that the table of another
+/// socket of the same process can go with it.
+#[cfg(test)]
+pub(super) static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
 #[cfg(test)]
 mod tests {
     use std::{
@@ -434,6 +440,7 @@ mod tests {
 
     #[test]
     fn privileged_packets_of_a_connection_are_held_back_as_long_as_the_lock_is_there() {
+        let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         for address in ["127.0.0.1", "::1"] {
             let (mut server, mut client) = pair(address);
             let (mut other, mut friend) = pair(address);
