@@ -131,7 +131,7 @@ pub fn free_locked(
     tell(&freed);
     // The copies of the freed pages must be on disk.
     let dir = chain.directory(id)?;
-    sync_all(dir, |file| fds::begin_writing(file, 0, 0))?;
+    sync_all(dir, |file| fds::start_writeback(file, 0, 0))?;
     if let Some(above) = dir.parent() {
         sync(above)?;
     }

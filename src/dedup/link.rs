@@ -328,6 +328,6 @@ fn write_copy(
         linked.map_err(|source| write_error(&link, source))?;
     }
     stage.taken()?;
-    images.sync(&|file| fds::begin_writing(file, 0, 0))?;
+    images.sync(&|file| fds::start_writeback(file, 0, 0))?;
     Ok(images.commit_as(&child.dir().join(inventory))?)
 }

@@ -97,7 +97,7 @@ impl<'a> Stage<'a> {
         }
         made.check(child, parent)?;
         fault::hit(Point::DedupMade)?;
-        sync_all(&made.stage, |file| fds::begin_writing(file, 0, 0))?;
+        sync_all(&made.stage, |file| fds::start_writeback(file, 0, 0))?;
         Ok(made)
     }
 

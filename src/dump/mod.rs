@@ -233,7 +233,7 @@ fn commit(
 ) -> Result<()> {
     inventory.dump_criu_run_id = Some(name.as_bytes().to_vec());
     fault::hit(Point::DumpWritten)?;
-    images.sync(|file| fds::begin_writing(file, 0, 0))?;
+    images.sync(|file| fds::start_writeback(file, 0, 0))?;
     fault::hit(Point::DumpSynced)?;
     if cancel::is_cancelled() {
         return Err(DumpError::Cancelled);

@@ -173,7 +173,7 @@ impl Found {
 
 fn enter(objects: &mut BTreeMap<u64, File>, shmid: u64, path: PathBuf) -> Result<()> {
     if let Entry::Vacant(place) = objects.entry(shmid) {
-        place.insert(fds::open_unseen(&path).map_err(|source| DumpError::File { path, source })?);
+        place.insert(fds::open_noatime(&path).map_err(|source| DumpError::File { path, source })?);
     }
     Ok(())
 }

@@ -101,7 +101,7 @@ impl PageSink for FileSink {
             && stretch(from) != stretch(end)
             && let Some(file) = self.pages.file()
         {
-            fds::begin_writing(file, stretch(from) * EARLY_BYTES, EARLY_BYTES);
+            fds::start_writeback(file, stretch(from) * EARLY_BYTES, EARLY_BYTES);
         }
         Ok(())
     }

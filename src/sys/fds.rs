@@ -49,7 +49,7 @@ const _: () = assert!(size_of::<Owner>() == 8);
 /// Starts write-back of `len` bytes of a file from `offset` on, or of everything after it if `len` is
 /// 0, without waiting (`sync_file_range(2)`). This is a hint: file systems without a disk ignore
 /// it, and only `fsync(2)` reports errors.
-pub fn begin_writing(file: &File, offset: u64, len: u64) {
+pub fn start_writeback(file: &File, offset: u64, len: u64) {
     if let (Ok(offset), Ok(len)) = (i64::try_from(offset), i64::try_from(len)) {
         // SAFETY: the call takes numbers, and the descriptor is open until it returns.
         unsafe {
@@ -91,7 +91,7 @@ fn made(number: libc::c_long) -> nix::Result<OwnedFd> {
 
 /// Opens a file for reading without changing its access time, if the caller owns it or has
 /// `CAP_FOWNER`.
-pub fn open_unseen(path: impl AsRef<Path>) -> io::Result<File> {
+pub fn open_noatime(path: impl AsRef<Path>) -> io::Result<File> {
     let open = |flags| File::options().read(true).custom_flags(flags).open(&path);
     match open(libc::O_NOATIME) {
         Err(error) if error.raw_os_error() == Some(libc::EPERM) => open(0),

@@ -360,7 +360,7 @@ impl FileTable {
                 let is_memory = kind.is_some_and(|kind| KINDS[kind].usage == Usage::Memory);
                 if is_memory && !found.contains_key(inode) {
                     let path = PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()));
-                    let file = fds::open_unseen(&path)
+                    let file = fds::open_noatime(&path)
                         .map_err(|source| FileError::Read { path, source })?;
                     found.insert(*inode, file.into());
                 }

@@ -73,7 +73,7 @@ impl Collector for Attached {
             let entry = collect(id, mapping).map_err(failed("look at", id))?;
             let (RemoteAddr(start), RemoteAddr(end)) = (mapping.start, mapping.end);
             let path = format!("/proc/{pid}/map_files/{start:x}-{end:x}");
-            let file = fds::open_unseen(Path::new(&path))
+            let file = fds::open_noatime(Path::new(&path))
                 .map_err(|source| ResError::Read { path: path.into(), source })?;
             place.insert(entry);
             self.memory.push(memory(id, file));

@@ -284,7 +284,7 @@ impl Ghost {
         image.message(&entry)?;
         if format == libc::S_IFREG {
             let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
-            let file = fds::open_unseen(path).map_err(|error| {
+            let file = fds::open_noatime(path).map_err(|error| {
                 self.unreadable(error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))
             })?;
             if chunks {
