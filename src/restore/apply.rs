@@ -85,13 +85,13 @@ pub(super) fn all(
     for (position, ..) in living(plan) {
         puppets.make_threads(position)?;
     }
-    files.open_late()?;
+    files.open_deferred()?;
     for (position, planned, body) in living(plan) {
         let mut script = Script::new();
         let of = process(plan, position, own);
         task::KINDS.iter().try_for_each(|kind| kind.place_late(&of, files, &mut script))?;
         if plan.arenas.owns(Arena::Files, position) {
-            files.install_late(planned.pid, &body.fds, &mut script)?;
+            files.install_deferred(planned.pid, &body.fds, &mut script)?;
         }
         if !script.is_empty() {
             run(puppets, position, 0, &script)?;
@@ -193,7 +193,7 @@ pub(super) fn finish(
             puppets.dress(position)?;
         }
     }
-    Ok(files.position_late()?)
+    Ok(files.position_deferred()?)
 }
 
 fn run(

@@ -13,8 +13,8 @@ use std::{
 use nix::libc;
 
 use super::{
-    FileError, FileKind, KINDS, Late, NO_DESCRIPTION, NOT_BY_PATH, Opened, Opener, RestoreOptions,
-    Result, Usage, fown, ghost, owner::Holder,
+    Deferred, FileError, FileKind, KINDS, NO_DESCRIPTION, NOT_BY_PATH, Opened, Opener,
+    RestoreOptions, Result, Usage, fown, ghost, owner::Holder,
 };
 use crate::{
     causes::with_sources,
@@ -60,7 +60,7 @@ pub struct Installer<'a> {
     /// Epolls that already watch their targets.
     watching: HashSet<u32>,
     /// Working and root directories in `/proc/PID`, which do not exist yet.
-    late: HashSet<u32>,
+    deferred: HashSet<u32>,
 }
 
 impl std::fmt::Debug for Installer<'_> {
@@ -97,7 +97,7 @@ impl<'a> Installer<'a> {
             others: HashMap::new(),
             installed: HashMap::new(),
             watching: HashSet::new(),
-            late: HashSet::new(),
+            deferred: HashSet::new(),
         }
     }
 
@@ -169,9 +169,9 @@ impl<'a> Installer<'a> {
     }
 
     /// Whether a working or root directory belongs to a process that does not exist yet.
-    fn is_late(&self, id: u32) -> bool {
+    fn is_deferred(&self, id: u32) -> bool {
         self.kind_used(id, Usage::Path)
-            .is_some_and(|(entry, kind)| self.openers[kind].is_late(entry, &self.opened))
+            .is_some_and(|(entry, kind)| self.openers[kind].is_deferred(entry, &self.opened))
     }
 
     /// Creates the shared memory objects that `memfd.img` describes, still empty. Returns their
@@ -202,11 +202,11 @@ impl<'a> Installer<'a> {
     /// # Errors
     /// As [`Self::need_program`].
     pub fn need_directory(&mut self, id: u32) -> Result<()> {
-        if self.is_late(id) {
-            self.late.insert(id);
+        if self.is_deferred(id) {
+            self.deferred.insert(id);
             return Ok(());
         }
-        self.other(id, STAND, Usage::Path).map(drop)
+        self.other(id, DIRECTORY_FLAGS, Usage::Path).map(drop)
     }
 
     /// Opens the file of a mapping.
@@ -288,15 +288,15 @@ impl<'a> Installer<'a> {
 
     /// Whether a directory is opened only when all processes are there.
     pub fn is_late_directory(&self, id: u32) -> bool {
-        self.late.contains(&id)
+        self.deferred.contains(&id)
     }
 
-    /// Returns the descriptor, in all new processes, of a directory that is not late.
+    /// Returns the descriptor, in all new processes, of a directory that is not deferred.
     ///
     /// # Errors
     /// As [`Self::for_mapping`].
     pub fn directory(&self, id: u32) -> Result<i32> {
-        self.opened_path(id, STAND)
+        self.opened_path(id, DIRECTORY_FLAGS)
     }
 
     /// Adds the calls by which a process takes a directory from this program and does with it
@@ -311,7 +311,7 @@ impl<'a> Installer<'a> {
         then: impl FnOnce(Arg, &mut Script),
     ) -> Result<()> {
         let pidfd = open_director(script);
-        let fd = take(pidfd, self.opened_path(id, STAND)?, script);
+        let fd = take(pidfd, self.opened_path(id, DIRECTORY_FLAGS)?, script);
         then(fd.into(), script);
         close(fd.into(), script);
         close(pidfd.into(), script);
@@ -373,25 +373,26 @@ impl<'a> Installer<'a> {
 
     /// Opens the deferred descriptions and directories, once all processes and threads exist.
     /// Then fills the descriptions that hold others.
-    pub fn open_late(&mut self) -> Result<()> {
-        for id in self.late.clone() {
-            self.other(id, STAND, Usage::Path)?;
+    pub fn open_deferred(&mut self) -> Result<()> {
+        for id in self.deferred.clone() {
+            self.other(id, DIRECTORY_FLAGS, Usage::Path)?;
         }
-        let late: Vec<_> = self.opened.late.iter().map(|(id, late)| (*id, *late)).collect();
-        for (id, late) in late {
-            let fd = match (late, self.installed.get(&id)) {
-                (Late::ByPath, _) => {
-                    let Some((entry, kind)) = self.late_kind(id) else { continue };
-                    self.openers[kind].open_late(&entry, &mut self.opened)?
+        let deferred: Vec<_> =
+            self.opened.deferred.iter().map(|(id, deferred)| (*id, *deferred)).collect();
+        for (id, deferred) in deferred {
+            let fd = match (deferred, self.installed.get(&id)) {
+                (Deferred::ByPath, _) => {
+                    let Some((entry, kind)) = self.deferred_kind(id) else { continue };
+                    self.openers[kind].open_deferred(&entry, &mut self.opened)?
                 }
-                (Late::Inside, Some((pid, number))) => {
+                (Deferred::Inside, Some((pid, number))) => {
                     let failed = |step| FileError::restore(id, step, format!("process {pid}"));
                     let pidfd =
                         process::pidfd_open(self.opened.pids.host(*pid)).map_err(failed("open"))?;
                     let got = process::pidfd_getfd(&pidfd, *number);
                     got.map_err(failed("take a descriptor from"))?
                 }
-                (Late::Inside, None) => continue,
+                (Deferred::Inside, None) => continue,
             };
             let copy = fds::duplicate_from(fd.as_fd(), self.lowest).map_err(too_many(id))?;
             self.descriptions.insert(id, copy);
@@ -406,7 +407,7 @@ impl<'a> Installer<'a> {
     /// Adds the calls that move deferred descriptors to their numbers, and those that need all
     /// other files in place. The process takes the files from the restorer: they were opened
     /// after it was created, so it has not inherited them.
-    pub fn install_late(
+    pub fn install_deferred(
         &mut self,
         pid: NsPid,
         fds: &[FdinfoEntry],
@@ -417,9 +418,9 @@ impl<'a> Installer<'a> {
         let mut wanted = Vec::new();
         for entry in fds {
             let number = entry.fd.cast_signed();
-            match self.opened.late.get(&entry.id) {
+            match self.opened.deferred.get(&entry.id) {
                 None => {}
-                Some(Late::Inside) if is_first(entry.id, number) => {}
+                Some(Deferred::Inside) if is_first(entry.id, number) => {}
                 Some(_) => {
                     wanted.push((self.description(entry.id)?.as_raw_fd(), number, entry.flags));
                 }
@@ -481,9 +482,15 @@ impl<'a> Installer<'a> {
 
     /// Sets the positions of deferred files, which show the state of processes, once that state
     /// is final.
-    pub fn position_late(&self) -> Result<()> {
-        for id in self.opened.late.iter().filter(|(_, late)| **late == Late::ByPath).map(|l| l.0) {
-            if let Some((entry, kind)) = self.late_kind(*id) {
+    pub fn position_deferred(&self) -> Result<()> {
+        for id in self
+            .opened
+            .deferred
+            .iter()
+            .filter(|(_, deferred)| **deferred == Deferred::ByPath)
+            .map(|l| l.0)
+        {
+            if let Some((entry, kind)) = self.deferred_kind(*id) {
                 self.openers[kind].complete(&entry, &self.opened)?;
             }
         }
@@ -491,7 +498,7 @@ impl<'a> Installer<'a> {
     }
 
     /// Returns the entry of a deferred description, and its kind.
-    fn late_kind(&self, id: u32) -> Option<(FileEntry, usize)> {
+    fn deferred_kind(&self, id: u32) -> Option<(FileEntry, usize)> {
         let entry = self.opened.entries.get(&id)?;
         Some((entry.clone(), FileKind::of(entry)?))
     }
@@ -540,7 +547,7 @@ fn holders(processes: &[FileUser<'_>]) -> HashMap<u32, Holder> {
 }
 
 /// How working and root directories are opened.
-const STAND: i32 = libc::O_PATH;
+const DIRECTORY_FLAGS: i32 = libc::O_PATH;
 
 fn file_id(entry: &VmaEntry) -> Result<u32> {
     let id = u32::try_from(entry.shmid);

@@ -7,6 +7,7 @@
 //! in its own process. The new processes inherit it, so descriptions that processes shared
 //! are shared again.
 
+mod deferred;
 mod descriptor;
 mod error;
 mod eventfd;
@@ -14,7 +15,6 @@ mod eventpoll;
 mod fown;
 mod ghost;
 mod install;
-mod late;
 mod memfd;
 mod options;
 mod owner;
@@ -208,7 +208,7 @@ pub struct Opened {
     /// one. The first kind that needs an object creates it here.
     pub objects: HashMap<u64, OwnedFd>,
     /// Deferred descriptions, which are placeholders for now.
-    pub late: HashMap<u32, Late>,
+    pub deferred: HashMap<u32, Deferred>,
     /// All processes and threads of the tree.
     pub processes: HashSet<NsPid>,
     /// Whether the root process of the tree leads its process group.
@@ -223,7 +223,7 @@ pub struct Opened {
 
 /// How a deferred description is opened: one that cannot exist before the tree does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Late {
+pub enum Deferred {
     /// The restore opens it once all processes and threads exist.
     ByPath,
     /// [`Opener::install`] opens it in the first process that has it. The restore then
@@ -248,7 +248,7 @@ impl Opened {
             revived: Revived::default(),
             build_ids: BuildIds::default(),
             objects: HashMap::new(),
-            late: HashMap::new(),
+            deferred: HashMap::new(),
             processes: HashSet::new(),
             root_leads_group: false,
             pids,
@@ -358,12 +358,12 @@ pub trait Opener {
     }
 
     /// Whether the file cannot exist before all processes do, like those in `/proc/PID`.
-    fn is_late(&self, _entry: &proto::FileEntry, _opened: &Opened) -> bool {
+    fn is_deferred(&self, _entry: &proto::FileEntry, _opened: &Opened) -> bool {
         false
     }
 
-    /// Opens a deferred description ([`Late::ByPath`]).
-    fn open_late(&mut self, entry: &proto::FileEntry, _opened: &mut Opened) -> Result<OwnedFd> {
+    /// Opens a deferred description ([`Deferred::ByPath`]).
+    fn open_deferred(&mut self, entry: &proto::FileEntry, _opened: &mut Opened) -> Result<OwnedFd> {
         Err(FileError::image(entry.id, NOT_BY_PATH))
     }
 

@@ -238,7 +238,7 @@ fn check_process_file(file: &Description, intake: &dyn Intake) -> Result<()> {
 
 /// Whether the file belongs to a process or thread of the tree in `/proc`, so the restore must
 /// defer opening it.
-pub fn is_late(entry: &proto::RegFileEntry, opened: &Opened) -> bool {
+pub fn is_deferred(entry: &proto::RegFileEntry, opened: &Opened) -> bool {
     process_of(&entry.name).is_some_and(|pid| opened.processes.contains(&pid))
 }
 

@@ -199,7 +199,7 @@ impl Dumped {
             PidMap::of_own_namespace(),
         );
         installer.open_descriptions()?;
-        installer.open_late()?;
+        installer.open_deferred()?;
         installer.start()?;
         Ok(Restored { dumped: self.clone(), opened: installer.opened })
     }

@@ -9,8 +9,8 @@ use nix::{
 };
 
 use super::{
-    Collector, Description, FileError, FileKind, Intake, Late, Opened, Opener, Result, Usage,
-    descriptor, late, path, validation,
+    Collector, Deferred, Description, FileError, FileKind, Intake, Opened, Opener, Result, Usage,
+    deferred, descriptor, path, validation,
 };
 use crate::image::proto::{self, FdTypes};
 
@@ -62,8 +62,8 @@ impl Opener for RegularFiles {
     fn open(&mut self, entries: &[proto::FileEntry], opened: &mut Opened) -> Result<()> {
         for entry in entries {
             let file = inner(entry)?;
-            let fd = if path::is_late(file, opened) {
-                late::placeholder(entry.id, Late::ByPath, opened)?
+            let fd = if path::is_deferred(file, opened) {
+                deferred::placeholder(entry.id, Deferred::ByPath, opened)?
             } else {
                 open_positioned(file, opened)?
             };
@@ -90,11 +90,11 @@ impl Opener for RegularFiles {
         validation::check_unwritten(inner(entry)?, fd, opened.validation)
     }
 
-    fn is_late(&self, entry: &proto::FileEntry, opened: &Opened) -> bool {
-        entry.reg.as_ref().is_some_and(|file| path::is_late(file, opened))
+    fn is_deferred(&self, entry: &proto::FileEntry, opened: &Opened) -> bool {
+        entry.reg.as_ref().is_some_and(|file| path::is_deferred(file, opened))
     }
 
-    fn open_late(&mut self, entry: &proto::FileEntry, opened: &mut Opened) -> Result<OwnedFd> {
+    fn open_deferred(&mut self, entry: &proto::FileEntry, opened: &mut Opened) -> Result<OwnedFd> {
         let file = inner(entry)?;
         path::open_entry(file, file.flags.cast_signed(), opened)
     }

@@ -63,7 +63,7 @@ fn files_are_opened_again_where_they_were() {
         assert_eq!(restored.info(id).pos, before.info.pos);
         assert_eq!(stat(&restored.get(id)).st_ino, before.stat.st_ino);
     }
-    assert!(restored.opened().late.is_empty());
+    assert!(restored.opened().deferred.is_empty());
 }
 
 #[test]
@@ -281,7 +281,7 @@ fn processes_in_proc_are_opened_when_they_are_there() {
     );
     opened.processes.insert(NsPid::of_image(4_194_304));
     files.open(std::slice::from_ref(&entry), &mut opened).unwrap();
-    assert!(opened.contains(1) && opened.late.get(&1) == Some(&Late::ByPath));
+    assert!(opened.contains(1) && opened.deferred.get(&1) == Some(&Deferred::ByPath));
 }
 
 #[test]

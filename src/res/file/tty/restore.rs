@@ -27,7 +27,7 @@ use crate::{
         proto::{self, TtyType},
     },
     inject::Script,
-    res::file::{FileError, Late, Opened, Opener, Result, descriptor, late},
+    res::file::{Deferred, FileError, Opened, Opener, Result, deferred, descriptor},
     sys::tty::{self, Question, Switch, Termios, WindowSize},
     units::{NsPid, TargetFd},
 };
@@ -43,7 +43,7 @@ const OWN_TERMINAL: &[u8] = b"/dev/tty";
 #[derive(Default)]
 pub(super) struct Opening {
     options: Options,
-    late: HashSet<u32>,
+    deferred: HashSet<u32>,
     paths: BTreeMap<u32, proto::RegFileEntry>,
     /// The first description of each master that was opened.
     masters: BTreeMap<u32, u32>,
@@ -158,10 +158,10 @@ impl Opener for Opening {
         fd: TargetFd,
         script: &mut Script,
     ) -> Result<()> {
-        if self.late.contains(&entry.id)
+        if self.deferred.contains(&entry.id)
             && let Some(path) = self.paths.get(&entry.id)
         {
-            late::install(entry.id, &path.name, path.flags, fd, script)?;
+            deferred::install(entry.id, &path.name, path.flags, fd, script)?;
         }
         Ok(())
     }
@@ -220,11 +220,11 @@ impl Opening {
                 {
                     return Ok(fd);
                 }
-                self.late.insert(id);
+                self.deferred.insert(id);
                 let mut path = path.clone();
                 path.flags = flags;
                 self.paths.insert(id, path);
-                late::placeholder(id, Late::Inside, opened)
+                deferred::placeholder(id, Deferred::Inside, opened)
             }
             TtyType::Console | TtyType::Vt | TtyType::Serial => {
                 let path = wanted.path()?;

@@ -4,15 +4,15 @@ use std::{ffi::CString, os::fd::OwnedFd};
 
 use nix::libc;
 
-use super::{FileError, Late, Opened, Result, descriptor};
+use super::{Deferred, FileError, Opened, Result, descriptor};
 use crate::{inject::Script, units::TargetFd};
 
 /// Opens a placeholder for a deferred file.
-pub(super) fn placeholder(id: u32, late: Late, opened: &mut Opened) -> Result<OwnedFd> {
+pub(super) fn placeholder(id: u32, deferred: Deferred, opened: &mut Opened) -> Result<OwnedFd> {
     let path = "/dev/null";
     let fd = descriptor::open(path.as_bytes(), libc::O_RDWR.cast_unsigned())
         .map_err(FileError::restore(id, "open", path))?;
-    opened.late.insert(id, late);
+    opened.deferred.insert(id, deferred);
     Ok(fd)
 }
 
