@@ -183,7 +183,7 @@ fn finish(
 ) -> Result<()> {
     let mut frozen = Some(frozen);
     if outcome == Outcome::Run {
-        files.warn_of_links();
+        files.warn_about_link_remaps();
     }
     if outcome == Outcome::Run && actions.is_empty() {
         census.check_stopped()?;
@@ -200,7 +200,7 @@ fn finish(
     actions.run(Stage::PostDump, Some(root))?;
     if let Some(frozen) = frozen {
         if outcome != Outcome::Run {
-            files.keep_links();
+            files.keep_link_remaps();
         }
         let mut frozen = frozen;
         if outcome == Outcome::Kill {

@@ -505,7 +505,7 @@ impl<'a> Installer<'a> {
 
     /// Removes the link remaps, once the tree is restored.
     pub fn finish(&mut self) {
-        if let Err(error) = ghost::remove_links(&mut self.opened) {
+        if let Err(error) = ghost::remove_link_remaps(&mut self.opened) {
             log::warn!("{}", with_sources(&error));
         }
     }

@@ -47,7 +47,7 @@ use crate::{
 
 pub use self::{
     error::{FileError, Result},
-    ghost::{Lost, Options as GhostOptions, Revived},
+    ghost::{DeletedFiles, Options as GhostOptions, Recreated},
     install::{FileUser, Installer},
     options::{DumpOptions, External, Inherited, RestoreOptions},
     sock::{
@@ -143,8 +143,8 @@ pub trait Intake {
     fn pids(&self) -> &PidMap;
 
     /// Returns the deleted files found so far, of all kinds. The file table writes them
-    /// ([`Lost::write`]) after all kinds have finished.
-    fn lost(&mut self) -> &mut Lost;
+    /// ([`DeletedFiles::write`]) after all kinds have finished.
+    fn deleted_files(&mut self) -> &mut DeletedFiles;
 
     /// Returns the build IDs found so far, and the `--file-validation` method.
     fn build_ids(&mut self) -> (&mut BuildIds, Validation);
@@ -201,7 +201,7 @@ pub struct Opened {
     /// All entries of `files.img`, of every kind.
     pub entries: HashMap<u32, proto::FileEntry>,
     /// Deleted files that the restore has recreated.
-    pub revived: Revived,
+    pub recreated: Recreated,
     /// Build IDs of the files opened so far.
     pub build_ids: BuildIds,
     /// Shared memory objects by `shmid`; all mappings and descriptions of an object use this
@@ -245,7 +245,7 @@ impl Opened {
             validation: options.validation,
             inherited: options.inherited.clone(),
             entries,
-            revived: Revived::default(),
+            recreated: Recreated::default(),
             build_ids: BuildIds::default(),
             objects: HashMap::new(),
             deferred: HashMap::new(),

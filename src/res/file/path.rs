@@ -75,7 +75,7 @@ pub fn entry_with_id(
         ..Default::default()
     };
     let external = format!("file[{:x}:{:x}]", file.info.mnt_id, file.stat.st_ino);
-    if intake.lost().is_external(&external) {
+    if intake.deleted_files().is_external(&external) {
         entry.name = external.into_bytes();
         entry.ext = Some(true);
     } else {
@@ -139,7 +139,7 @@ fn name(file: &Description, id: u32, intake: &mut dyn Intake) -> Result<Vec<u8>>
                 file.pid
             );
         }
-        intake.lost().ghost(file, &name, id)?;
+        intake.deleted_files().ghost(file, &name, id)?;
         return Ok(name);
     }
     let path = Path::new(OsStr::from_bytes(&file.link));

@@ -19,8 +19,8 @@ use nix::{
 };
 
 use super::{
-    BuildIds, Collector, Description, DumpOptions, FileError, FileKind, Intake, KINDS, Lost,
-    Result, Usage, Validation, fown, owner, path,
+    BuildIds, Collector, DeletedFiles, Description, DumpOptions, FileError, FileKind, Intake,
+    KINDS, Result, Usage, Validation, fown, owner, path,
 };
 use crate::{
     image::{Kind, SnapshotWriter, proto},
@@ -59,7 +59,7 @@ struct Known {
     pending: Vec<Pending>,
     entries: Vec<proto::FileEntry>,
     types: HashMap<u32, i32>,
-    lost: Lost,
+    deleted: DeletedFiles,
     build_ids: BuildIds,
     validation: Validation,
 }
@@ -135,8 +135,8 @@ impl Intake for Known {
         &self.pids
     }
 
-    fn lost(&mut self) -> &mut Lost {
-        &mut self.lost
+    fn deleted_files(&mut self) -> &mut DeletedFiles {
+        &mut self.deleted
     }
 
     fn build_ids(&mut self) -> (&mut BuildIds, Validation) {
@@ -168,7 +168,7 @@ impl FileTable {
                 pending: Vec::new(),
                 entries: Vec::new(),
                 types: HashMap::new(),
-                lost: Lost::new(&options.ghosts, &options.external),
+                deleted: DeletedFiles::new(&options.ghosts, &options.external),
                 build_ids: BuildIds::default(),
                 validation: options.validation,
             },
@@ -383,7 +383,7 @@ impl FileTable {
         for collector in self.collectors.iter_mut().flatten() {
             collector.finish(images)?;
         }
-        self.state.lost.write(images)?;
+        self.state.deleted.write(images)?;
         self.state.entries.sort_by_key(|entry| entry.id);
         Ok(images.write(Kind::Files, 0, &self.state.entries)?)
     }
@@ -402,12 +402,12 @@ impl FileTable {
     }
 
     /// Keeps the link remaps.
-    pub fn keep_links(&mut self) {
-        self.state.lost.keep_links();
+    pub fn keep_link_remaps(&mut self) {
+        self.state.deleted.keep_link_remaps();
     }
 
     /// Warns about link remaps that a restore needs and that are about to be removed.
-    pub fn warn_of_links(&self) {
-        self.state.lost.warn_of_links();
+    pub fn warn_about_link_remaps(&self) {
+        self.state.deleted.warn_about_link_remaps();
     }
 }

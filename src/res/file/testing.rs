@@ -89,7 +89,7 @@ impl Tree {
         let dir = tempfile::tempdir().unwrap();
         let images = SnapshotWriter::begin(dir.path()).unwrap();
         let (mut table, before) = self.collect(&images)?;
-        table.keep_links();
+        table.keep_link_remaps();
         images.commit(&proto::InventoryEntry::default()).unwrap();
         let entries = read_all(&dir.path().join(Kind::Files.file_name(0)), Kind::Files).unwrap();
         // Drop the table with all that it holds open: otherwise a FIFO would keep its contents.

@@ -55,20 +55,20 @@ struct Ghost {
 
 /// The deleted files of a tree.
 #[derive(Debug, Default)]
-pub struct Lost {
+pub struct DeletedFiles {
     options: Options,
     external: External,
     ghosts: Vec<Ghost>,
     known: HashMap<(u64, u64), u32>,
     remaps: Vec<proto::RemapFilePathEntry>,
-    links: Links,
+    link_remaps: LinkRemaps,
 }
 
 /// Link remaps, which are removed when this is dropped.
 #[derive(Debug, Default)]
-struct Links(Vec<PathBuf>);
+struct LinkRemaps(Vec<PathBuf>);
 
-impl Lost {
+impl DeletedFiles {
     /// Returns an empty table.
     pub fn new(options: &Options, external: &External) -> Self {
         Self { options: *options, external: external.clone(), ..Self::default() }
@@ -143,13 +143,13 @@ impl Lost {
 
     /// Keeps the link remaps, which are otherwise removed when the table is dropped. Call it when
     /// the snapshot is complete and the tree does not resume.
-    pub fn keep_links(&mut self) {
-        self.links.0.clear();
+    pub fn keep_link_remaps(&mut self) {
+        self.link_remaps.0.clear();
     }
 
     /// Warns about link remaps that a restore needs and that are about to be removed.
-    pub fn warn_of_links(&self) {
-        for link in &self.links.0 {
+    pub fn warn_about_link_remaps(&self) {
+        for link in &self.link_remaps.0 {
             log::warn!(
                 "removing the link remap {} of a deleted file, because the tree resumes, although a \
                  restore of this snapshot needs it; copy the file system in a post-dump action, or \
@@ -160,7 +160,7 @@ impl Lost {
     }
 }
 
-impl Drop for Links {
+impl Drop for LinkRemaps {
     fn drop(&mut self) {
         for link in &self.0 {
             if let Err(error) = fs::remove_file(link) {
@@ -181,7 +181,7 @@ pub(in crate::res::file) fn link(
     id: u32,
     intake: &mut dyn Intake,
 ) -> Result<()> {
-    if !intake.lost().options.link_remap {
+    if !intake.deleted_files().options.link_remap {
         let what =
             format!("the file {}, which no longer has this name", String::from_utf8_lossy(name));
         return Err(
@@ -210,7 +210,7 @@ pub(in crate::res::file) fn link(
             Ok(()) => break (link_id, path),
             // The directory is deleted as well; or on an overlay, the file itself is.
             Err(Errno::ENOENT) if !at.exists() => dir = at.parent(),
-            Err(Errno::ENOENT) => return intake.lost().ghost(file, name, id),
+            Err(Errno::ENOENT) => return intake.deleted_files().ghost(file, name, id),
             Err(errno) => return Err(file.failed("link a new name to")(errno)),
         }
     };
@@ -219,9 +219,9 @@ pub(in crate::res::file) fn link(
         name: path.as_os_str().as_bytes().to_vec(),
         ..Default::default()
     };
-    let lost = intake.lost();
-    lost.links.0.push(path);
-    lost.remap(id, link_id, RemapType::Linked);
+    let deleted = intake.deleted_files();
+    deleted.link_remaps.0.push(path);
+    deleted.remap(id, link_id, RemapType::Linked);
     intake.push(proto::FileEntry {
         r#type: FdTypes::Reg.into(),
         id: link_id,

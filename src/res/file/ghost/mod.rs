@@ -4,8 +4,8 @@ mod dump;
 mod restore;
 
 pub use self::{
-    dump::Lost,
-    restore::{Revived, remove_links},
+    dump::DeletedFiles,
+    restore::{Recreated, remove_link_remaps},
 };
 pub(super) use self::{dump::link, restore::open};
 

@@ -47,7 +47,7 @@ const DIRECTORY_MODE: u32 = 0o700;
 
 /// A ghost file that the restore has recreated.
 #[derive(Debug)]
-struct RevivedGhost {
+struct RecreatedGhost {
     /// An `O_PATH` descriptor.
     object: OwnedFd,
     is_link: bool,
@@ -57,9 +57,9 @@ struct RevivedGhost {
 
 /// The deleted files that the restore has recreated.
 #[derive(Debug, Default)]
-pub struct Revived {
+pub struct Recreated {
     remaps: Option<HashMap<u32, Remap>>,
-    ghosts: HashMap<u32, RevivedGhost>,
+    ghosts: HashMap<u32, RecreatedGhost>,
     /// Device and inode of the files found under their link remaps, by the number of the entry
     /// with the link remap.
     linked: HashMap<u32, (u64, u64)>,
@@ -77,10 +77,10 @@ fn read(images: &dyn ImageStore) -> Result<HashMap<u32, Remap>> {
 }
 
 fn remaps(opened: &mut Opened) -> Result<&HashMap<u32, Remap>> {
-    if opened.revived.remaps.is_none() {
-        opened.revived.remaps = Some(read(&*opened.images)?);
+    if opened.recreated.remaps.is_none() {
+        opened.recreated.remaps = Some(read(&*opened.images)?);
     }
-    Ok(opened.revived.remaps.as_ref().expect("it was read"))
+    Ok(opened.recreated.remaps.as_ref().expect("it was read"))
 }
 
 /// Opens the file of an entry if it was deleted; returns `None` if it was not.
@@ -115,15 +115,15 @@ pub(in crate::res::file) fn open(
                 TemporaryName::give(&entry.name, ".cr_link", link).map_err(failed("link"))?;
             let fd = descriptor::open(name.bytes(), flags).map_err(failed("open"))?;
             let stat = fstat(&fd).map_err(failed("examine"))?;
-            opened.revived.linked.insert(other, (stat.st_dev, stat.st_ino));
+            opened.recreated.linked.insert(other, (stat.st_dev, stat.st_ino));
             Ok(Some(fd))
         }
         Some(Remap::Ghost(ghost)) => {
-            if !opened.revived.ghosts.contains_key(&ghost) {
+            if !opened.recreated.ghosts.contains_key(&ghost) {
                 let made = make(ghost, entry, opened)?;
-                opened.revived.ghosts.insert(ghost, made);
+                opened.recreated.ghosts.insert(ghost, made);
             }
-            let ghost = opened.revived.ghosts.get_mut(&ghost).expect("it was just made");
+            let ghost = opened.recreated.ghosts.get_mut(&ghost).expect("it was just made");
             if flags == entry.flags
                 && let Some(fd) = ghost.unused.remove(&entry.id)
             {
@@ -155,7 +155,7 @@ fn linked(opened: &Opened, id: u32, other: u32) -> Result<PathBuf> {
 /// Images are untrusted, so a file is removed only if its name is that of the link remap of its
 /// entry, and if it still is the file that was restored. Link remaps that no longer exist are
 /// not an error.
-pub fn remove_links(opened: &mut Opened) -> Result<()> {
+pub fn remove_link_remaps(opened: &mut Opened) -> Result<()> {
     let linked_to: Vec<(u32, u32)> = remaps(opened)?
         .iter()
         .filter_map(|(id, remap)| match remap {
@@ -171,7 +171,7 @@ pub fn remove_links(opened: &mut Opened) -> Result<()> {
                 found.map_err(FileError::restore(id, "examine", path.as_os_str().as_bytes()))?
             }
         };
-        let restored = opened.revived.linked.get(&other);
+        let restored = opened.recreated.linked.get(&other);
         let is_given = path.file_name() == Some(OsStr::new(&link_name(other)));
         if !is_given || restored != Some(&(found.st_dev, found.st_ino)) {
             log::warn!(
@@ -254,7 +254,7 @@ impl Drop for TemporaryName {
 }
 
 /// Creates a ghost file and opens it for all its entries; `first` is one of them.
-fn make(ghost: u32, first: &proto::RegFileEntry, opened: &mut Opened) -> Result<RevivedGhost> {
+fn make(ghost: u32, first: &proto::RegFileEntry, opened: &mut Opened) -> Result<RecreatedGhost> {
     let mut image = opened.images.image(Kind::GhostFile, ghost.into())?;
     let Some(entry) = image.next_message::<proto::GhostFileEntry>()? else {
         return Err(FileError::image(first.id, format!("{} is empty", image.path().display())));
@@ -290,12 +290,12 @@ fn make(ghost: u32, first: &proto::RegFileEntry, opened: &mut Opened) -> Result<
             }
         }
     }
-    Ok(RevivedGhost { object, is_link: format == libc::S_IFLNK, unused })
+    Ok(RecreatedGhost { object, is_link: format == libc::S_IFLNK, unused })
 }
 
 /// Returns the entries of the descriptions of a ghost file.
 fn users(ghost: u32, opened: &Opened) -> impl Iterator<Item = &proto::RegFileEntry> {
-    let remaps = opened.revived.remaps.as_ref();
+    let remaps = opened.recreated.remaps.as_ref();
     let is_of_it = move |id| remaps.and_then(|remaps| remaps.get(id)) == Some(&Remap::Ghost(ghost));
     let entries = opened.entries.values().filter(move |entry| is_of_it(&entry.id));
     entries.filter_map(|entry| entry.reg.as_ref())
@@ -309,7 +309,7 @@ fn make_linkable(
     first: &proto::RegFileEntry,
     image: &mut ImageReader,
     opened: &Opened,
-) -> Result<Option<RevivedGhost>> {
+) -> Result<Option<RecreatedGhost>> {
     let Some(user) = users(ghost, opened).find(|user| descriptor::is_tmpfile(user.flags)) else {
         return Ok(None);
     };
@@ -330,7 +330,7 @@ fn make_linkable(
     adjust(own.as_fd(), entry, &first.name).map_err(failed("adjust"))?;
     let only_name = libc::O_PATH.cast_unsigned();
     let object = descriptor::reopen(own.as_fd(), only_name).map_err(failed("open"))?;
-    Ok(Some(RevivedGhost { object, is_link: false, unused: HashMap::from([(user.id, own)]) }))
+    Ok(Some(RecreatedGhost { object, is_link: false, unused: HashMap::from([(user.id, own)]) }))
 }
 
 /// Opens a ghost file, now at `name`, under the name of the entry `user`.

@@ -182,7 +182,7 @@ fn a_file_with_another_name_is_linked_and_the_link_removed() {
         }
         let mut opened = restored.into_opened();
         assert_eq!(count(dir.path()), 2 + usize::from(replaced));
-        ghost::remove_links(&mut opened).unwrap();
+        ghost::remove_link_remaps(&mut opened).unwrap();
         assert_eq!(count(dir.path()), 1 + usize::from(replaced));
         let _ = fs::remove_file(&path);
     }
@@ -202,7 +202,7 @@ fn a_file_with_another_name_is_linked_and_the_link_removed() {
             fs::remove_file(&given).unwrap();
             fs::write(&given, b"another file").unwrap();
         }
-        ghost::remove_links(&mut opened).unwrap();
+        ghost::remove_link_remaps(&mut opened).unwrap();
         assert!(given.exists() && keepsake.exists());
         fs::remove_file(&given).unwrap();
     }
