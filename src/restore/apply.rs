@@ -165,10 +165,10 @@ pub(super) fn finish(
         for (number, of) in planned.threads.iter().enumerate() {
             let mut script = Script::new();
             let of = thread_of(plan, planned, of, own);
-            thread::KINDS.iter().try_for_each(|kind| kind.wake(&of, &mut script))?;
+            thread::KINDS.iter().try_for_each(|kind| kind.last_calls(&of, &mut script))?;
             if number == 0 {
                 let of = process(plan, position, own);
-                task::KINDS.iter().try_for_each(|kind| kind.wake(&of, &mut script))?;
+                task::KINDS.iter().try_for_each(|kind| kind.last_calls(&of, &mut script))?;
             }
             if !script.is_empty() {
                 let scratch = puppets.scratch;
@@ -190,7 +190,7 @@ pub(super) fn finish(
     for (position, ..) in living(plan) {
         // A process whose children stop waits for them first.
         if !puppets.awaits_stops(position) {
-            puppets.dress(position)?;
+            puppets.set_resume_state(position)?;
         }
     }
     Ok(files.position_deferred()?)

@@ -110,7 +110,7 @@ impl Puppets<'_> {
     ///
     /// # Errors
     /// [`StepError::Inject`], [`StepError::State`].
-    pub(super) fn dress(&mut self, position: usize) -> Result<()> {
+    pub(super) fn set_resume_state(&mut self, position: usize) -> Result<()> {
         // The last sharer that needs the scratch memory unmaps it.
         let mut sharers = self.plan.arenas.sharers(Arena::Memory, position);
         let is_needed = sharers.any(|other| {
@@ -124,7 +124,7 @@ impl Puppets<'_> {
         for of in &self.plan.tasks[position].threads {
             let tid = self.plan.host(of.tid);
             if puppet.threads.iter().any(|thread| thread.tid == tid) {
-                thread::dress(&of.core, of.tid, tid)?;
+                thread::set_resume_state(&of.core, of.tid, tid)?;
             }
         }
         Ok(())
@@ -192,7 +192,7 @@ impl Puppets<'_> {
             }
             if self.awaits_stops(position) {
                 self.tell_of_stops(position)?;
-                self.dress(position)?;
+                self.set_resume_state(position)?;
             }
             if self.stays_stopped(task) {
                 signal(plan.host(task.pid), libc::SIGSTOP)?;

@@ -86,7 +86,7 @@ impl Kind for Sealed {
     }
 
     /// Runs last: a sealed range can be neither mapped nor changed.
-    fn wake(&self, of: &Restored<'_>, script: &mut Script) -> Result<()> {
+    fn last_calls(&self, of: &Restored<'_>, script: &mut Script) -> Result<()> {
         for range in values(of.core, SEALED).flat_map(|values| values.chunks_exact(2)) {
             let (start, end) = (range[0], range[1]);
             let what = format!("seal the memory {start:#x}-{end:#x} (mseal(2))");

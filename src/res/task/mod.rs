@@ -174,7 +174,7 @@ pub trait Kind: Sync {
     fn after_credentials(&self, _of: &Restored<'_>, _script: &mut Script) {}
 
     /// Restore: adds the last calls of the process. Pending signals may exist from here on.
-    fn wake(&self, _of: &Restored<'_>, _script: &mut Script) -> Result<()> {
+    fn last_calls(&self, _of: &Restored<'_>, _script: &mut Script) -> Result<()> {
         Ok(())
     }
 

@@ -80,7 +80,7 @@ impl Kind for Timers {
         Ok(())
     }
 
-    fn wake(&self, of: &Restored<'_>, script: &mut Script) -> Result<()> {
+    fn last_calls(&self, of: &Restored<'_>, script: &mut Script) -> Result<()> {
         if let Some(timers) = of.core.tc.as_ref().and_then(|task| task.timers.as_ref()) {
             start(timers, script);
         }

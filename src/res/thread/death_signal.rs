@@ -19,7 +19,7 @@ impl Kind for DeathSignal {
         })
     }
 
-    fn wake(&self, of: &Restored<'_>, script: &mut Script) -> Result<()> {
+    fn last_calls(&self, of: &Restored<'_>, script: &mut Script) -> Result<()> {
         // A new thread has none. The threads and zombies that had to exit have done so by now.
         let thread = of.core.thread_core.as_ref();
         let signal = thread.and_then(|thread| thread.pdeath_sig).unwrap_or(0);

@@ -74,13 +74,13 @@ pub trait Kind: Sync {
     fn set_credentials(&self, _of: &Restored<'_>, _script: &mut Script) {}
 
     /// Restore: adds the last calls of the thread. Pending signals may exist from here on.
-    fn wake(&self, _of: &Restored<'_>, _script: &mut Script) -> Result<()> {
+    fn last_calls(&self, _of: &Restored<'_>, _script: &mut Script) -> Result<()> {
         Ok(())
     }
 
     /// Restore: sets by `ptrace(2)` what a thread resumes with, after its last call. `of` is
     /// the thread in the images, `tid` the same thread on this host.
-    fn dress(&self, _core: &CoreEntry, _of: NsPid, _tid: HostPid) -> Result<()> {
+    fn set_resume_state(&self, _core: &CoreEntry, _of: NsPid, _tid: HostPid) -> Result<()> {
         Ok(())
     }
 }
@@ -174,9 +174,9 @@ pub fn collect(kinds: Vec<Collect>, of: &Stopped<'_>, answers: &Answers) -> Resu
     Ok(core)
 }
 
-/// Sets what a thread resumes with, after its last call: see [`Kind::dress`].
-pub fn dress(core: &CoreEntry, of: NsPid, tid: HostPid) -> Result<()> {
-    KINDS.iter().try_for_each(|kind| kind.dress(core, of, tid))
+/// Sets what a thread resumes with, after its last call: see [`Kind::set_resume_state`].
+pub fn set_resume_state(core: &CoreEntry, of: NsPid, tid: HostPid) -> Result<()> {
+    KINDS.iter().try_for_each(|kind| kind.set_resume_state(core, of, tid))
 }
 
 /// Returns the part of a core that belongs to the thread alone.

@@ -21,7 +21,7 @@ impl Kind for Queue {
         })
     }
 
-    fn wake(&self, of: &Restored<'_>, script: &mut Script) -> Result<()> {
+    fn last_calls(&self, of: &Restored<'_>, script: &mut Script) -> Result<()> {
         let queue = of.core.thread_core.as_ref().and_then(|thread| thread.signals_p.as_ref());
         queue.map_or(Ok(()), |queue| signals::requeue(queue, of.pid, Some(of.tid), script))
     }

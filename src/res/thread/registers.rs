@@ -29,7 +29,7 @@ impl Kind for Registers {
         })
     }
 
-    fn dress(&self, core: &CoreEntry, of: NsPid, tid: HostPid) -> Result<()> {
+    fn set_resume_state(&self, core: &CoreEntry, of: NsPid, tid: HostPid) -> Result<()> {
         let failed = |step| move |source| ResError::Thread { tid, step, source };
         let wrong = |problem: String| ResError::Image { pid: of, problem };
         let mut extended =

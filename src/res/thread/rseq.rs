@@ -41,7 +41,7 @@ impl Kind for Rseq {
         Ok(())
     }
 
-    fn dress(&self, core: &CoreEntry, _of: NsPid, tid: HostPid) -> Result<()> {
+    fn set_resume_state(&self, core: &CoreEntry, _of: NsPid, tid: HostPid) -> Result<()> {
         if let Some(rseq) = entry(core)
             && let Some(section) = rseq.rseq_cs_pointer
         {
