@@ -37,7 +37,7 @@ pub enum InjectError {
     },
     /// The thread executes 32-bit code.
     #[error("thread {tid} executes 32-bit code, which rcriu does not dump\nhelp: build the program for {machine}", machine = Machine::NATIVE.name())]
-    Narrow {
+    Code32 {
         /// The thread.
         tid: HostPid,
     },
@@ -46,7 +46,7 @@ pub enum InjectError {
         "thread {tid} is still returning from the work of a dump that was killed\nhelp: resume its \
          process if it is stopped, and try again in a moment"
     )]
-    Abroad {
+    Returning {
         /// The thread.
         tid: HostPid,
     },

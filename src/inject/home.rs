@@ -189,7 +189,7 @@ fn stack_of(mappings: &[Mapping]) -> Option<&Mapping> {
 
 /// Whether a thread is still on its way home by a frame: its stack pointer points to the frame, or
 /// just after its first word, which the thread pops on the way.
-pub(super) fn is_abroad(thread: &Tracee) -> bool {
+pub(super) fn is_returning(thread: &Tracee) -> bool {
     const POPPED: u64 = size_of::<u64>() as u64;
     let mut bytes = [0; arch::FRAME_MARK_BYTES + size_of::<u64>()];
     let before = RemoteAddr(arch::stack_pointer(&thread.registers).wrapping_sub(POPPED));

@@ -9,7 +9,7 @@ use nix::libc;
 
 use super::{
     Frozen, InjectError, Outcome, Result, Tracee,
-    home::{Home, Slot, is_abroad},
+    home::{Home, Slot, is_returning},
 };
 use crate::{arch::native::instruction_pointer, proc, sys::supervise::Leftover, units::HostPid};
 
@@ -73,10 +73,10 @@ fn attempt(left: Leftover, threads: &mut [Tracee]) -> Result<Option<Repair>> {
     let pid = left.pid;
     let (start, end) = (left.start, left.start.plus(left.bytes));
     let mappings = proc::maps(pid)?;
-    let is_away = |thread: &Tracee| {
-        (start.0..end.0).contains(&instruction_pointer(&thread.registers)) || is_abroad(thread)
+    let is_returning_here = |thread: &Tracee| {
+        (start.0..end.0).contains(&instruction_pointer(&thread.registers)) || is_returning(thread)
     };
-    if threads.iter().any(is_away) {
+    if threads.iter().any(is_returning_here) {
         return Ok(None);
     }
     if !mappings.iter().any(|mapping| mapping.start == start && mapping.end == end) {

@@ -21,7 +21,7 @@ use nix::{errno::Errno, libc};
 
 use super::{
     Answers, InjectError, Result, Script,
-    home::{Home, Slot, is_abroad},
+    home::{Home, Slot, is_returning},
     scratch::{MAP_FLAGS, Scratch, bits, failed_call, no_births},
     tracee::{Sign, Tracee},
 };
@@ -101,8 +101,8 @@ impl Session {
         in_use: &[RemoteAddr],
         table_bytes: usize,
     ) -> Result<Self> {
-        if let Some(thread) = threads.iter().find(|thread| is_abroad(thread)) {
-            return Err(InjectError::Abroad { tid: thread.tid });
+        if let Some(thread) = threads.iter().find(|thread| is_returning(thread)) {
+            return Err(InjectError::Returning { tid: thread.tid });
         }
         let mut home = Home::find(threads, mappings, in_use)?;
         let keeper = &mut threads[0];

@@ -91,10 +91,10 @@ impl Tracee {
     /// Takes over a stopped tracee.
     ///
     /// # Errors
-    /// [`InjectError::Trace`]; [`InjectError::Narrow`].
+    /// [`InjectError::Trace`]; [`InjectError::Code32`].
     pub fn new(tid: HostPid, stopped_by: i32) -> Result<Self> {
         let registers = ptrace::registers(tid).map_err(|errno| match errno {
-            Errno::ENOEXEC => InjectError::Narrow { tid },
+            Errno::ENOEXEC => InjectError::Code32 { tid },
             errno => InjectError::trace(tid, "read the registers of")(errno),
         })?;
         let signal_mask =
