@@ -90,14 +90,14 @@ fn arenas(tasks: &[Task]) -> Result<Vec<ArenaIds>> {
                 Arena::Fs => Shared::Fs,
                 Arena::Handlers => Shared::Handlers,
             };
-            let mut untold = None;
+            let mut failure = None;
             let place = known.binary_search_by(|(other, _)| {
                 compare(*other, witness, kind).unwrap_or_else(|error| {
-                    untold = Some(error);
+                    failure = Some(error);
                     Ordering::Less
                 })
             });
-            if let Some(error) = untold {
+            if let Some(error) = failure {
                 return Err(error.into());
             }
             let id = match place {

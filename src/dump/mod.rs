@@ -261,7 +261,7 @@ fn find_parents(memories: &mut [Memory], parent: Option<&Parent>) -> Result<()> 
             memory.parent = pages::parent_memory(chain, *snapshot, memory.id)?;
         }
         let index = memory.parent.as_ref().map(|parent| parent.index().as_ref());
-        pages::settle(&mut memory.stretches, index);
+        pages::require_stored(&mut memory.stretches, index);
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! Copies pages of memory into images and out of them.
 //!
 //! A dump takes these steps. [`scan`] finds the pages that may have contents. [`marked`] and
-//! [`settle`] mark those that are known to be in the parent. [`copy`] reads the others, compares
+//! [`require_stored`] mark those that are known to be in the parent. [`copy`] reads the others, compares
 //! them with the parent, and passes them to a [`PageSink`]. A restore reads pages from the chain in
 //! [`Chunks`].
 
@@ -21,7 +21,7 @@ pub use memory::{Memory, Origin, parent_memory};
 pub use process::ProcessMemory;
 pub use sink::{FileSink, PageSink};
 pub use source::{Chunk, Chunks};
-pub use stretch::{Stretch, marked, settle};
+pub use stretch::{Stretch, marked, require_stored};
 
 use crate::image::SnapshotWriter;
 

@@ -83,27 +83,27 @@ pub fn marked(
 
 /// Clears `unwritten` for pages that the parent does not store: these must be read, since they are
 /// new, or the parent cannot read them.
-pub fn settle(stretches: &mut Vec<Stretch>, parent: Option<&Index>) {
+pub fn require_stored(stretches: &mut Vec<Stretch>, parent: Option<&Index>) {
     if !stretches.iter().any(|stretch| stretch.unwritten) {
         return;
     }
-    let mut settled = Vec::with_capacity(stretches.len());
+    let mut result = Vec::with_capacity(stretches.len());
     for stretch in stretches.drain(..) {
         match parent {
-            Some(parent) if stretch.unwritten => split(stretch, parent, &mut settled),
-            _ => settled.push(Stretch { unwritten: false, ..stretch }),
+            Some(parent) if stretch.unwritten => split(stretch, parent, &mut result),
+            _ => result.push(Stretch { unwritten: false, ..stretch }),
         }
     }
-    *stretches = settled;
+    *stretches = result;
 }
 
-fn split(stretch: Stretch, parent: &Index, settled: &mut Vec<Stretch>) {
+fn split(stretch: Stretch, parent: &Index, result: &mut Vec<Stretch>) {
     let end = stretch.first.0 + stretch.pages;
     let mut next = stretch.first.0;
     let mut position = parent.position(stretch.first);
     let mut push = |first: u64, end: u64, unwritten| {
         if end > first {
-            settled.push(Stretch {
+            result.push(Stretch {
                 first: PageIndex(first),
                 pages: end - first,
                 unwritten,

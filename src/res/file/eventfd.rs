@@ -92,7 +92,7 @@ impl Collector for EventfdCollector {
 
     // All files of the tree have a supported kind by now. So the tree has no file, such as a
     // virtual machine, that reacts to an eventfd by more than waking up.
-    fn settle(&mut self, intake: &mut dyn Intake) -> Result<()> {
+    fn after_collect(&mut self, intake: &mut dyn Intake) -> Result<()> {
         if self.unknown.is_empty() {
             return Ok(());
         }

@@ -134,7 +134,7 @@ impl<'a> Installer<'a> {
         let lowest = self.lowest;
         let keep = |fd: BorrowedFd<'_>| fds::duplicate_from(fd, lowest).map_err(too_many(0));
         for opener in &mut self.openers {
-            opener.carry(&self.opened, &keep)?;
+            opener.open_extra(&self.opened, &keep)?;
         }
         Ok(())
     }

@@ -36,7 +36,7 @@ pub(super) const KIND: FileKind = FileKind {
     types: &[FdTypes::Memfd],
     usage: Usage::Memory,
     collector: |_| Box::new(Memfds::probe()),
-    opener: |_| Box::new(Memories::default()),
+    opener: |_| Box::new(MemfdOpener::default()),
 };
 
 /// The kernel's names for anonymous shared memory, with normal and with huge pages.
@@ -213,12 +213,12 @@ fn inodes(images: &dyn ImageStore) -> Result<Vec<proto::MemfdInodeEntry>> {
 
 /// Restores shared memory with descriptors.
 #[derive(Debug, Default)]
-struct Memories {
+struct MemfdOpener {
     /// The entries of `memfd.img`, once they were read.
     inodes: Option<Vec<proto::MemfdInodeEntry>>,
 }
 
-impl Opener for Memories {
+impl Opener for MemfdOpener {
     fn open(&mut self, entries: &[proto::FileEntry], opened: &mut Opened) -> Result<()> {
         if entries.is_empty() {
             return Ok(());
@@ -317,7 +317,7 @@ impl Opener for Memories {
     }
 }
 
-impl Memories {
+impl MemfdOpener {
     /// Returns the entries of `memfd.img`.
     fn inodes(&mut self, opened: &Opened) -> Result<&[proto::MemfdInodeEntry]> {
         if self.inodes.is_none() {

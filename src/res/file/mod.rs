@@ -163,11 +163,11 @@ pub trait Collector {
 
     /// Adds entries for files outside the tree that the collected descriptions need. Runs
     /// after all descriptions were collected, and checks that nothing else is missing.
-    fn settle(&mut self, _intake: &mut dyn Intake) -> Result<()> {
+    fn after_collect(&mut self, _intake: &mut dyn Intake) -> Result<()> {
         Ok(())
     }
 
-    /// Writes the other images of the kind. Runs after [`Collector::settle`] of all kinds, and
+    /// Writes the other images of the kind. Runs after [`Collector::after_collect`] of all kinds, and
     /// checks that nothing that these images need is missing.
     fn finish(&mut self, _images: &SnapshotWriter) -> Result<()> {
         Ok(())
@@ -321,7 +321,7 @@ pub trait Opener {
     /// Opens files that processes need besides their descriptors, after all kinds have
     /// opened their descriptions. `keep` duplicates a descriptor above all numbers that the
     /// tree uses.
-    fn carry(
+    fn open_extra(
         &mut self,
         _opened: &Opened,
         _keep: &dyn Fn(BorrowedFd<'_>) -> Result<OwnedFd>,
@@ -483,6 +483,6 @@ pub static KINDS: &[FileKind] = &[
     sock::inet::KIND,
     sock::netlink::KIND,
     sock::unix::KIND,
-    sock::rest::KIND,
+    sock::unsupported::KIND,
     eventpoll::KIND,
 ];

@@ -81,15 +81,15 @@ impl Known {
         let failed = |step| FileError::restore(0, step, "a descriptor");
         let stat = fstat(&fd).map_err(failed("examine"))?;
         let known = self.known.entry((stat.st_dev, stat.st_ino)).or_default();
-        let mut untold = None;
+        let mut failure = None;
         let position = known.binary_search_by(|(_, known)| {
             let pair = Shared::File(known.as_raw_fd(), fd.as_raw_fd());
             process::kcmp(self.own, self.own, pair).unwrap_or_else(|errno| {
-                untold = Some(errno);
+                failure = Some(errno);
                 Ordering::Less
             })
         });
-        if let Some(errno) = untold {
+        if let Some(errno) = failure {
             return Err(failed("compare by kcmp(2)")(errno));
         }
         match position {
@@ -375,9 +375,9 @@ impl FileTable {
         self.collect_pending()?;
         for position in 0..self.collectors.len() {
             let mut collector = self.collectors[position].take().expect("none is out");
-            let settled = collector.settle(&mut self.state);
+            let done = collector.after_collect(&mut self.state);
             self.collectors[position] = Some(collector);
-            settled?;
+            done?;
         }
         self.collect_pending()?;
         for collector in self.collectors.iter_mut().flatten() {

@@ -7,8 +7,8 @@ mod handlers;
 mod leader;
 mod limits;
 mod membarrier;
-mod outside;
 mod personality;
+mod proc_files;
 mod queue;
 #[cfg(target_arch = "x86_64")]
 mod segments;
@@ -61,7 +61,7 @@ pub const KINDS: &[&dyn Kind] = &[
     #[cfg(target_arch = "x86_64")]
     &segments::Segments,
     &limits::Limits,
-    &outside::Outside,
+    &proc_files::ProcFiles,
     &handlers::Handlers,
     &policies::Policies,
     &memory::Sealed,

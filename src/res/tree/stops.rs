@@ -39,7 +39,7 @@ const INFO_BYTES: usize = 128;
 
 /// What `wait(2)` has not reported to a parent yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Untold {
+enum Unreported {
     /// Nothing.
     Nothing,
     /// That the child has stopped.
@@ -57,7 +57,7 @@ struct Stops {
     /// The calls about the children of the current process.
     asked: Vec<(HostPid, Asked)>,
     /// The result, by child.
-    untold: HashMap<HostPid, Untold>,
+    unreported: HashMap<HostPid, Unreported>,
 }
 
 /// Starts with the processes that are alive.
@@ -66,7 +66,7 @@ pub(super) fn collector(tasks: &[Task], pids: &PidMap) -> Begun<dyn Collector> {
         pids: pids.clone(),
         children: HashMap::new(),
         asked: Vec::new(),
-        untold: HashMap::new(),
+        unreported: HashMap::new(),
     };
     for task in tasks.iter().filter(|task| !task.is_zombie()) {
         stops.children.entry(task.parent).or_default().push(task.pid);
@@ -85,13 +85,13 @@ impl Collector for Stops {
     /// notified that it stopped.
     fn collect(&mut self, of: &task::Stopped<'_>, answers: &Answers, images: &mut task::Images) {
         for (child, asked) in std::mem::take(&mut self.asked) {
-            if let Some(untold) = collect(asked, answers) {
-                self.untold.insert(child, untold);
+            if let Some(unreported) = collect(asked, answers) {
+                self.unreported.insert(child, unreported);
             }
         }
         let pid = of.of.pid;
-        let untold = self.untold.get(&pid).copied();
-        if untold == Some(Untold::Continuation) {
+        let unreported = self.unreported.get(&pid).copied();
+        if unreported == Some(Unreported::Continuation) {
             let message = format!(
                 "process {pid} was stopped and has continued, but its parent has not waited for that \
                  yet (WCONTINUED): after a restore, wait(2) will not report it"
@@ -99,7 +99,8 @@ impl Collector for Stops {
             say(log::Level::Warn, &message);
         }
         if of.stopped_by != 0 {
-            images.core.rcriu_stop_told = untold.map(|untold| untold != Untold::Stop);
+            images.core.rcriu_stop_told =
+                unreported.map(|unreported| unreported != Unreported::Stop);
         }
     }
 }
@@ -120,13 +121,13 @@ fn ask(child: NsPid, script: &mut Script) -> Asked {
 }
 
 /// Returns what the parent has not been notified of; `None` if `waitid(2)` failed.
-fn collect(asked: Asked, answers: &Answers) -> Option<Untold> {
+fn collect(asked: Asked, answers: &Answers) -> Option<Unreported> {
     answers.result(asked.call).ok()?;
     let info: Info = answers.value(asked.info);
     Some(match (info.pid, info.code) {
-        (0, _) => Untold::Nothing,
-        (_, CLD_CONTINUED) => Untold::Continuation,
-        _ => Untold::Stop,
+        (0, _) => Unreported::Nothing,
+        (_, CLD_CONTINUED) => Unreported::Continuation,
+        _ => Unreported::Stop,
     })
 }
 

@@ -7,10 +7,10 @@ pub(super) mod inet;
 pub(super) mod netlink;
 mod opts;
 mod queue;
-pub(super) mod rest;
 #[cfg(test)]
 mod testing;
 pub(super) mod unix;
+pub(super) mod unsupported;
 
 /// Socket states (`net/tcp_states.h`).
 mod state {

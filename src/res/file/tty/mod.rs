@@ -32,7 +32,7 @@ pub(super) const KIND: FileKind = FileKind {
     types: &[FdTypes::Tty],
     usage: Usage::Descriptor,
     collector: |options| Box::new(dump::Terminals::new(options.terminals, &options.external)),
-    opener: |options| Box::new(restore::Opening::new(options.terminals)),
+    opener: |options| Box::new(restore::TerminalOpener::new(options.terminals)),
 };
 
 /// What the user says of terminals.

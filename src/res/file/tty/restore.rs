@@ -41,7 +41,7 @@ const OWN_TERMINAL: &[u8] = b"/dev/tty";
 
 /// Restores terminals.
 #[derive(Default)]
-pub(super) struct Opening {
+pub(super) struct TerminalOpener {
     options: Options,
     deferred: HashSet<u32>,
     paths: BTreeMap<u32, proto::RegFileEntry>,
@@ -76,7 +76,7 @@ fn path_of(file: &proto::TtyFileEntry, opened: &Opened) -> Option<proto::RegFile
     opened.entries.get(&file.regf_id.unwrap_or(file.id))?.reg.clone()
 }
 
-impl Opener for Opening {
+impl Opener for TerminalOpener {
     fn open(&mut self, entries: &[proto::FileEntry], opened: &mut Opened) -> Result<()> {
         if entries.is_empty() {
             return Ok(());
@@ -113,7 +113,7 @@ impl Opener for Opening {
         Ok(())
     }
 
-    fn carry(
+    fn open_extra(
         &mut self,
         opened: &Opened,
         keep: &dyn Fn(BorrowedFd) -> Result<OwnedFd>,
@@ -167,7 +167,7 @@ impl Opener for Opening {
     }
 }
 
-impl Opening {
+impl TerminalOpener {
     pub(super) fn new(options: Options) -> Self {
         Self { options, ..Self::default() }
     }
@@ -254,7 +254,7 @@ impl Opening {
     }
 }
 
-impl Opening {
+impl TerminalOpener {
     /// Opens the terminal of rcriu in place of one that was outside the tree (`--shell-job`).
     fn inherit(
         &self,

@@ -251,7 +251,7 @@ impl Collector for UnixCollector {
         })
     }
 
-    fn settle(&mut self, intake: &mut dyn Intake) -> Result<()> {
+    fn after_collect(&mut self, intake: &mut dyn Intake) -> Result<()> {
         let mut entries: HashMap<u32, proto::UnixSkEntry> = HashMap::new();
         for (socket, inode) in self.missing() {
             match self.external(socket, inode) {

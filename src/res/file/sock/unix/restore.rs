@@ -77,7 +77,7 @@ impl Opener for UnixOpener {
     fn open(&mut self, entries: &[proto::FileEntry], opened: &mut Opened) -> Result<()> {
         let mut sockets = Sockets::new(entries, opened)?;
         let mut callers = Callers::new(opened)?;
-        sockets.make_lone(self.options, &mut callers)?;
+        sockets.make_unpaired(self.options, &mut callers)?;
         sockets.make_pairs(&mut callers)?;
         sockets.connect_waiting(&mut callers)?;
         self.listening = sockets.listen(&mut callers)?;
@@ -172,7 +172,7 @@ impl Sockets {
     }
 
     /// Creates the sockets that are not an end of a connected pair.
-    fn make_lone(&mut self, options: Options, callers: &mut Callers) -> Result<()> {
+    fn make_unpaired(&mut self, options: Options, callers: &mut Callers) -> Result<()> {
         // Sockets with a deleted file come first, so their names are free for the current owners.
         let mut order: Vec<usize> = (0..self.all.len()).collect();
         order.sort_by_key(|at| !self.all[*at].entry.deleted());
@@ -191,7 +191,7 @@ impl Sockets {
                 {
                     let (fd, partner) =
                         socket.make_pair(socket.caller_shown_by(socket).as_ref(), callers)?;
-                    (disconnected(fd, partner, &socket.restored)?, None)
+                    (with_pending_error(fd, partner, &socket.restored)?, None)
                 }
                 Link::None | Link::Single(_) | Link::Waiting(_) => (socket.make()?, None),
                 Link::Dead if socket.is_datagram() => {
@@ -348,7 +348,7 @@ impl Sockets {
                 self.fill_datagram(at, opened)?;
             }
             let socket = &self.all[at];
-            self.all[peer].accept_from(socket.fd()?, &socket.restored)?;
+            self.all[peer].connect_from(socket.fd()?, &socket.restored)?;
         }
         for at in 0..self.all.len() {
             if datagrams(&self.all[at]) {
@@ -383,7 +383,7 @@ impl Sockets {
                 .wrong("its queue is not empty, but no process can reach it"));
         }
         let sender = socket.make()?;
-        socket.accept_from(sender.as_fd(), &socket.restored)?;
+        socket.connect_from(sender.as_fd(), &socket.restored)?;
         self.send(sender.as_fd(), queue, at, opened)
     }
 
@@ -405,7 +405,7 @@ impl Sockets {
             let queue = std::mem::take(&mut self.all[at].queue);
             let socket = &self.all[at];
             if queue.is_empty() {
-                socket.leave(partner)?;
+                socket.close_peer(partner)?;
                 continue;
             }
             let sender = match (&partner, socket.link) {
@@ -417,7 +417,7 @@ impl Sockets {
                 }
             };
             self.send(sender, queue, at, opened)?;
-            self.all[at].leave(partner)?;
+            self.all[at].close_peer(partner)?;
         }
         Ok(())
     }
@@ -480,7 +480,7 @@ impl Sockets {
 }
 
 /// Leaves an error in a datagram socket: its peer disconnects with unread data.
-fn disconnected(fd: OwnedFd, peer: OwnedFd, restored: &Subject) -> Result<OwnedFd> {
+fn with_pending_error(fd: OwnedFd, peer: OwnedFd, restored: &Subject) -> Result<OwnedFd> {
     let failed = restored.failed("leave an error in");
     write(&fd, b"x").map_err(&failed)?;
     socket::disconnect(peer.as_fd()).map_err(&failed)?;

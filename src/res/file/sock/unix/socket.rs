@@ -126,13 +126,13 @@ impl Socket {
     }
 
     /// Connects `fd` to this socket.
-    pub(super) fn accept_from(&self, fd: BorrowedFd, by: &Subject) -> Result<()> {
+    pub(super) fn connect_from(&self, fd: BorrowedFd, by: &Subject) -> Result<()> {
         let (name, file) = self.address();
         name::connect(fd, name, file).map_err(by.failed("connect"))
     }
 
     /// Closes the other end, with unread data if this socket has a pending error.
-    pub(super) fn leave(&self, partner: Option<OwnedFd>) -> Result<()> {
+    pub(super) fn close_peer(&self, partner: Option<OwnedFd>) -> Result<()> {
         if self.has_error() && !self.is_datagram() {
             if partner.is_none() {
                 return Err(self

@@ -8,9 +8,9 @@ use crate::{
     units::HostPid,
 };
 
-pub(super) struct Outside;
+pub(super) struct ProcFiles;
 
-impl Kind for Outside {
+impl Kind for ProcFiles {
     fn ask(&self, _: Process, _: &mut Script) -> Result<Collect> {
         Ok(Box::new(|of, _, images| {
             images.core.loginuid = proc::loginuid(of.of.witness)?;

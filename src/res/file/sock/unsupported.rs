@@ -18,12 +18,12 @@ pub(in crate::res::file) const KIND: FileKind = FileKind {
     name: "socket",
     types: &[proto::FdTypes::Packetsk],
     usage: Usage::Descriptor,
-    collector: |_| Box::new(Rest),
-    opener: |_| Box::new(Rest),
+    collector: |_| Box::new(UnsupportedSockets),
+    opener: |_| Box::new(UnsupportedSockets),
 };
 
 #[derive(Debug)]
-struct Rest;
+struct UnsupportedSockets;
 
 /// Returns the name of a family in messages.
 fn family_name(family: i32) -> &'static str {
@@ -39,7 +39,7 @@ fn family_name(family: i32) -> &'static str {
     }
 }
 
-impl Collector for Rest {
+impl Collector for UnsupportedSockets {
     fn claims(&self, file: &Description) -> bool {
         file.is_type(libc::S_IFSOCK)
     }
@@ -57,7 +57,7 @@ impl Collector for Rest {
     }
 }
 
-impl Opener for Rest {
+impl Opener for UnsupportedSockets {
     fn open(&mut self, entries: &[proto::FileEntry], _: &mut Opened) -> Result<()> {
         match entries.first() {
             None => Ok(()),
