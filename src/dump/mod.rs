@@ -205,7 +205,7 @@ fn finish(
         let mut frozen = frozen;
         if outcome == Outcome::Kill {
             frozen.set_doomed(true)?;
-            if let Err(error) = files.part(&name) {
+            if let Err(error) = files.prepare_kill(&name) {
                 frozen.set_doomed(false)?;
                 return Err(error.into());
             }

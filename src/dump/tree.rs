@@ -219,7 +219,7 @@ impl<'a> Collection<'a> {
                 thread::own(&mut core).rcriu_attributes.append(&mut images.attributes);
                 core.tc = Some(std::mem::take(&mut images.core));
                 of_task = images;
-                if let Some(leader) = task::divide(&stopped, thread, &mut core)? {
+                if let Some(leader) = task::split_leader(&stopped, thread, &mut core)? {
                     self.write_one(Kind::Core, pid, &leader)?;
                 }
             }

@@ -266,8 +266,8 @@ impl Frozen {
         Err(hold::why_running(pid, tid))
     }
 
-    /// Decides whether the end of this program is the end of the tree, too
-    /// (`PTRACE_O_EXITKILL`), for a tree that is about to be killed.
+    /// Sets whether the kernel kills the tree if the dumper dies (`PTRACE_O_EXITKILL`), for a tree
+    /// that the dump is about to kill.
     ///
     /// # Errors
     /// [`InjectError::Trace`].

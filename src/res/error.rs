@@ -26,18 +26,18 @@ pub enum ResError {
         /// The state, and how to avoid it.
         what: String,
     },
-    /// It depends on a process outside of the tree, or is in a state that cannot be dumped;
-    /// found before anything was changed.
+    /// The process depends on a process outside the tree, or has state that rcriu does not dump.
+    /// The dump finds this before it changes anything.
     #[error("process {pid} {what}\nhelp: {help}")]
     Refused {
         /// The process.
         pid: HostPid,
-        /// What it does or has, beginning with a verb.
+        /// What the process does or has, beginning with a verb.
         what: String,
-        /// What would help.
+        /// How the user can avoid it.
         help: &'static str,
     },
-    /// A process is in other namespaces than this program.
+    /// A process is in other namespaces than the dumper.
     #[error(
         "process {pid} has {what} of its own, which is not dumped yet\nhelp: run rcriu inside: \
          nsenter -t {pid} {flags} rcriu dump ..."
@@ -45,12 +45,12 @@ pub enum ResError {
     Namespaces {
         /// The process.
         pid: HostPid,
-        /// Which, with their numbers.
+        /// The namespaces, with their numbers.
         what: String,
         /// The options of nsenter(1) that enter them.
         flags: String,
     },
-    /// It is unknown what processes, threads and descriptors share.
+    /// The dump cannot find out what processes, threads and descriptors share.
     #[error(
         "compare what processes share with process {pid} (kcmp(2))\nhelp: run rcriu where no \
          seccomp filter forbids kcmp, on a kernel with CONFIG_KCMP"
@@ -66,7 +66,7 @@ pub enum ResError {
     Process {
         /// The process.
         pid: HostPid,
-        /// What was attempted, as a verb.
+        /// The attempted step, as a verb.
         step: &'static str,
         /// Why it failed.
         source: Errno,
@@ -157,7 +157,8 @@ pub enum ResError {
 }
 
 impl ResError {
-    /// A thread has for itself what those of a restored process share.
+    /// Returns the error for a thread with its own instance of state that all threads of a restored
+    /// process share.
     pub(super) fn own_of_thread(pid: HostPid, tid: HostPid, what: &str) -> Self {
         Self::Refused {
             pid,

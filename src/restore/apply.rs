@@ -89,7 +89,7 @@ pub(super) fn all(
     for (position, planned, body) in living(plan) {
         let mut script = Script::new();
         let of = process(plan, position, own);
-        task::KINDS.iter().try_for_each(|kind| kind.place_late(&of, files, &mut script))?;
+        task::KINDS.iter().try_for_each(|kind| kind.place_deferred(&of, files, &mut script))?;
         if plan.arenas.owns(Arena::Files, position) {
             files.install_deferred(planned.pid, &body.fds, &mut script)?;
         }

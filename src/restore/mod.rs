@@ -205,7 +205,7 @@ fn restore(
         write_pidfile(release, plan)?;
         actions.run(Stage::PostRestore, Some(root))?;
         actions.run_anyway(Stage::PreResume, root);
-        files.rejoin()?;
+        files.reconnect()?;
         puppets.release()?;
         if let Some(tracking) = tracking {
             tracking.commit();

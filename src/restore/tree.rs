@@ -220,7 +220,7 @@ impl<'a> Puppets<'a> {
         let sources = Sources { file: workshop.file, common: &self.plan.common };
         memory::arrange(body, &puppet.layout, inherited, scratch, &mut script, sources)?;
         self.scratch.run(&mut puppet.threads[0], &script)?;
-        task::KINDS.iter().try_for_each(|kind| kind.mapped(pid, &body.vmas))?;
+        task::KINDS.iter().try_for_each(|kind| kind.check_mappings(pid, &body.vmas))?;
         let forked_from = puppet.inherited.zip(parent_memory);
         let forked_from = forked_from
             .map(|(parent, memory)| (self.plan.host(self.plan.tasks[parent].pid), memory));

@@ -221,19 +221,20 @@ pub fn readable_bytes(fd: BorrowedFd) -> nix::Result<u32> {
     count(fd, libc::FIONREAD)
 }
 
-/// Returns how many bytes, and ends of data, a TCP socket has to send or get acknowledged
-/// (`SIOCOUTQ`).
+/// Returns the number of bytes, including the FIN, that a TCP socket has yet to send or that its
+/// peer has not acknowledged (`SIOCOUTQ`).
 ///
 /// # Errors
-/// What `ioctl(2)` returns.
+/// The error of `ioctl(2)`.
 pub fn unacknowledged_bytes(fd: BorrowedFd) -> nix::Result<u32> {
     count(fd, libc::TIOCOUTQ)
 }
 
-/// Returns how many of them it has never sent (`SIOCOUTQNSD`, `linux/sockios.h`).
+/// Returns the number of bytes, including the FIN, that a TCP socket has never sent (`SIOCOUTQNSD`,
+/// `linux/sockios.h`).
 ///
 /// # Errors
-/// What `ioctl(2)` returns.
+/// The error of `ioctl(2)`.
 pub fn unsent_bytes(fd: BorrowedFd) -> nix::Result<u32> {
     count(fd, SIOCOUTQNSD)
 }

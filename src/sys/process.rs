@@ -461,7 +461,7 @@ pub fn shared_anonymous(bytes: u64, huge: Option<HugeSize>) -> std::io::Result<O
     let end = start.addr() + len;
     let path = format!("/proc/self/map_files/{:x}-{end:x}", start.addr());
     let file = std::fs::File::options().read(true).write(true).open(path);
-    // SAFETY: the mapping is ours and nobody has its address.
+    // SAFETY: this function created the mapping, and no other code has its address.
     unsafe { libc::munmap(start, len) };
     match file {
         Ok(file) => Ok(file.into()),

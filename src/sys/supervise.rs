@@ -27,11 +27,11 @@ struct Ledger {
     pid: AtomicU64,
     start: AtomicU64,
     bytes: AtomicU64,
-    /// Whether sockets of the tree may be being repaired (`TCP_REPAIR`).
+    /// Whether sockets of the tree may be in repair mode (`TCP_REPAIR`).
     repairs: AtomicBool,
-    /// Whether the tree ends with the worker.
+    /// Whether the tree is killed if the worker dies.
     doomed: AtomicBool,
-    /// The halves of the number of the dump for which packets are held back, or 0.
+    /// The halves of the number of the dump for which packets are dropped, or 0.
     packets: [AtomicU64; 2],
 }
 
@@ -85,22 +85,22 @@ pub fn clear_scratch() {
     }
 }
 
-/// Tells the supervisor that sockets of the tree are about to be repaired (`TCP_REPAIR`),
-/// which has to be ended if this process cannot.
+/// Tells the supervisor that sockets of the tree are about to enter repair mode (`TCP_REPAIR`). The
+/// supervisor ends it if the worker is killed.
 pub fn note_repair() {
     if let Some(ledger) = ledger() {
         ledger.repairs.store(true, Ordering::Release);
     }
 }
 
-/// Tells the supervisor that no socket is being repaired any more.
+/// Tells the supervisor that no socket is in repair mode any more.
 pub fn clear_repair() {
     if let Some(ledger) = ledger() {
         ledger.repairs.store(false, Ordering::Release);
     }
 }
 
-/// Tells the supervisor whether the tree ends with this process, for a snapshot that is
+/// Tells the supervisor whether the kernel kills the tree if the worker dies, since the snapshot is
 /// complete.
 pub fn note_doom(doomed: bool) {
     if let Some(ledger) = ledger() {
@@ -108,8 +108,8 @@ pub fn note_doom(doomed: bool) {
     }
 }
 
-/// Tells the supervisor that packets are held back for a dump, whose name is a UUID, as long as
-/// sockets are noted to be repaired ([`note_repair`]).
+/// Tells the supervisor that packets are dropped for a dump, whose name is a UUID, while sockets
+/// are in repair mode ([`note_repair`]).
 pub fn note_packets(dump: &str) {
     let digits: String = dump.chars().filter(char::is_ascii_hexdigit).collect();
     let number = u128::from_str_radix(&digits, 16).unwrap_or_default();
@@ -225,13 +225,13 @@ impl Supervisor {
         })
     }
 
-    /// Whether the tree of a worker that was killed has ended with it.
+    /// Whether the tree was killed together with the worker.
     pub fn has_doomed(&self) -> bool {
         ledger().is_some_and(|ledger| ledger.doomed.load(Ordering::Acquire))
     }
 
-    /// Whether a worker that was killed may have left sockets that are being repaired, and for
-    /// which dump it holds back packets.
+    /// Whether a killed worker may have left sockets in repair mode, and the dump for which packets
+    /// are dropped.
     pub fn leftover_repairs(&self) -> Option<Option<String>> {
         let ledger = ledger().filter(|ledger| ledger.repairs.load(Ordering::Acquire))?;
         let [high, low] = [0, 1].map(|at| u128::from(ledger.packets[at].load(Ordering::Acquire)));

@@ -114,7 +114,7 @@ fn sealed(mappings: &[Mapping]) -> Vec<u64> {
     ranges
 }
 
-/// Returns what a process will lose of its memory, as sentences without their subject,
+/// Returns sentences about memory attributes that a process will lose, without their subject,
 /// "process N".
 fn lost(mappings: &[Mapping]) -> Vec<String> {
     let mut found = Vec::new();

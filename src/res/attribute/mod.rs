@@ -87,7 +87,7 @@ struct Owner {
     pid: HostPid,
     /// The thread.
     tid: HostPid,
-    /// Whether its session belongs to the tree; otherwise it is that of the user who restores.
+    /// Whether its session belongs to the tree. Otherwise it is the restorer's session.
     session_in_tree: bool,
 }
 

@@ -286,8 +286,8 @@ impl<'a> Installer<'a> {
         entry.is_some_and(|entry| entry.name == path)
     }
 
-    /// Whether a directory is opened only when all processes are there.
-    pub fn is_late_directory(&self, id: u32) -> bool {
+    /// Whether a directory is deferred until all processes exist.
+    pub fn is_deferred_directory(&self, id: u32) -> bool {
         self.deferred.contains(&id)
     }
 
@@ -299,8 +299,8 @@ impl<'a> Installer<'a> {
         self.opened_path(id, DIRECTORY_FLAGS)
     }
 
-    /// Adds the calls by which a process takes a directory from this program and does with it
-    /// what `then` adds.
+    /// Adds the calls by which a process takes a directory from the restorer, followed by the calls
+    /// that `then` adds.
     ///
     /// # Errors
     /// As [`Self::for_mapping`].
@@ -464,7 +464,7 @@ impl<'a> Installer<'a> {
         description(&self.descriptions, id)
     }
 
-    /// Starts what runs by itself, such as timers.
+    /// Starts descriptions that act on their own, such as timers.
     pub fn start(&mut self) -> Result<()> {
         for opener in &mut self.openers {
             opener.start(&self.opened)?;
@@ -472,12 +472,12 @@ impl<'a> Installer<'a> {
         Ok(())
     }
 
-    /// Lets files take part again in what goes on outside of the tree.
+    /// Reconnects descriptions to peers outside the tree ([`Opener::reconnect`]).
     ///
     /// # Errors
     /// [`FileError`].
-    pub fn rejoin(&mut self) -> Result<()> {
-        self.openers.iter_mut().try_for_each(|opener| opener.rejoin(&self.opened))
+    pub fn reconnect(&mut self) -> Result<()> {
+        self.openers.iter_mut().try_for_each(|opener| opener.reconnect(&self.opened))
     }
 
     /// Sets the positions of deferred files, which show the state of processes, once that state

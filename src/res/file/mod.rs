@@ -173,15 +173,15 @@ pub trait Collector {
         Ok(())
     }
 
-    /// Adds what the inventory says of the kind, after [`Collector::finish`].
+    /// Records state of the kind in the inventory, after [`Collector::finish`].
     fn note(&self, _inventory: &mut proto::InventoryEntry) {}
 
-    /// Sees to it that the end of the tree, which comes next, changes nothing elsewhere that
-    /// the restore of this dump needs. `dump` is the dump's unique name.
+    /// Prepares for the dump killing the tree, so that the kernel sends nothing to peers outside
+    /// the tree. `dump` is the unique name of the dump.
     ///
     /// # Errors
     /// [`FileError::Dump`].
-    fn part(&mut self, _dump: &str) -> Result<()> {
+    fn prepare_kill(&mut self, _dump: &str) -> Result<()> {
         Ok(())
     }
 }
@@ -406,17 +406,17 @@ pub trait Opener {
         Ok(())
     }
 
-    /// Starts what runs by itself, such as timers, right before the tree resumes.
+    /// Starts descriptions that act on their own, such as timers, right before the tree resumes.
     fn start(&mut self, _opened: &Opened) -> Result<()> {
         Ok(())
     }
 
-    /// Lets files take part again in what goes on outside of the tree, after all that may
-    /// fail: others see it. It is the counterpart of [`Collector::part`].
+    /// Reconnects descriptions to peers outside the tree. Runs after all steps that may fail, since
+    /// peers notice it. It is the counterpart of [`Collector::prepare_kill`].
     ///
     /// # Errors
-    /// Whatever fails.
-    fn rejoin(&mut self, _opened: &Opened) -> Result<()> {
+    /// The error of the first description that cannot be reconnected.
+    fn reconnect(&mut self, _opened: &Opened) -> Result<()> {
         Ok(())
     }
 }

@@ -1,7 +1,7 @@
-//! What the user says of open files: a group of options for each kind that has some.
+//! The user's options for open files: a group for each kind that has options.
 //!
-//! The fields of a group are private to the kind that reads it, so that no other kind depends on
-//! them, and the compiler warns of one that is never read.
+//! The fields of a group are private to the kind that reads it. So no other kind depends on them,
+//! and the compiler warns about an unused one.
 
 use std::os::fd::OwnedFd;
 
@@ -17,17 +17,17 @@ use crate::sys::fds;
 #[derive(Clone, Debug, Default)]
 #[cfg_attr(test, derive(PartialEq, Eq))]
 pub struct DumpOptions {
-    /// Those of terminals.
+    /// Of terminals.
     pub(crate) terminals: tty::Options,
-    /// Those of UNIX sockets.
+    /// Of UNIX sockets.
     pub(crate) unix: unix::Options,
     /// Those of TCP connections.
     pub(crate) connections: inet::DumpOptions,
-    /// Those of files that have lost their names.
+    /// Of deleted files.
     pub(crate) ghosts: ghost::Options,
-    /// What is recorded to tell a file from another one.
+    /// How the dump identifies a file.
     pub(crate) validation: Validation,
-    /// What the restorer will provide.
+    /// The resources that the user provides at the restore.
     pub(crate) external: External,
 }
 
@@ -35,26 +35,26 @@ pub struct DumpOptions {
 #[derive(Clone, Debug, Default)]
 #[cfg_attr(test, derive(PartialEq, Eq))]
 pub struct RestoreOptions {
-    /// Those of terminals.
+    /// Of terminals.
     pub(crate) terminals: tty::Options,
-    /// Those of UNIX sockets.
+    /// Of UNIX sockets.
     pub(crate) unix: unix::Options,
     /// Those of TCP connections.
     pub(crate) connections: inet::RestoreOptions,
-    /// What is compared to tell a file from another one.
+    /// How the restore checks that a file is the one that was dumped.
     pub(crate) validation: Validation,
-    /// What the caller provides.
+    /// The resources that the caller provides.
     pub(crate) inherited: Inherited,
 }
 
-/// Resources that are not dumped (`--external`), in CRIU's words: `TYPE[ID]` or
+/// Resources that the dump leaves out (`--external`), in CRIU's syntax: `TYPE[ID]` or
 /// `TYPE[ID]:VALUE`.
 #[derive(Clone, Debug, Default)]
 #[cfg_attr(test, derive(PartialEq, Eq))]
 pub struct External(Vec<String>);
 
 impl External {
-    /// Takes the list that the user gave.
+    /// Creates it from the list of the user.
     pub fn new(resources: Vec<String>) -> Self {
         Self(resources)
     }
@@ -65,22 +65,22 @@ impl External {
     }
 }
 
-/// Open descriptors of this program that stand for resources of the images (`--inherit-fd`):
-/// number and key, such as `pipe:[4711]`.
+/// Open descriptors of the restorer that replace resources of the images (`--inherit-fd`): number
+/// and key, such as `pipe:[4711]`.
 #[derive(Clone, Debug, Default)]
 #[cfg_attr(test, derive(PartialEq, Eq))]
 pub struct Inherited(Vec<(i32, String)>);
 
 impl Inherited {
-    /// Takes the list that the user gave.
+    /// Creates it from the list of the user.
     pub fn new(descriptors: Vec<(i32, String)>) -> Self {
         Self(descriptors)
     }
 
-    /// Returns a duplicate of the descriptor that stands for a resource, if there is one.
+    /// Returns a duplicate of the descriptor that replaces a resource, if there is one.
     ///
     /// # Errors
-    /// What `fcntl(2)` returns.
+    /// The error of `fcntl(2)`.
     pub(super) fn duplicate(&self, key: &[u8]) -> nix::Result<Option<OwnedFd>> {
         let found = self.0.iter().find(|(_, known)| known.as_bytes() == key);
         found.map(|(number, _)| fds::duplicate(*number)).transpose()

@@ -2,8 +2,8 @@
 //! path by which to change them later.
 //!
 //! The kernel checks the owner: only the owner may open `/proc/self/fd/N` of a pipe, or bind a
-//! second socket with `SO_REUSEPORT`. For both, `fchown(2)` suffices. Firewalls match the user
-//! who created a socket instead, so the restore creates internet sockets with the owner's ids
+//! second socket with `SO_REUSEPORT`. For both, `fchown(2)` suffices. Firewalls match the user that
+//! created a socket instead, so the restore creates internet sockets with the owner's ids
 //! ([`as_owner`]).
 //!
 //! CRIU's images do not record the owner. Then it is the user of the first process that has the

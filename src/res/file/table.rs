@@ -388,17 +388,17 @@ impl FileTable {
         Ok(images.write(Kind::Files, 0, &self.state.entries)?)
     }
 
-    /// Adds what the inventory says of open files ([`Collector::note`]).
+    /// Records state of open files in the inventory ([`Collector::note`]).
     pub fn note(&self, inventory: &mut proto::InventoryEntry) {
         self.collectors.iter().flatten().for_each(|collector| collector.note(inventory));
     }
 
-    /// Sees to it that the end of the tree changes nothing elsewhere ([`Collector::part`]).
+    /// Prepares for the dump killing the tree ([`Collector::prepare_kill`]).
     ///
     /// # Errors
-    /// Those of [`Collector::part`].
-    pub fn part(&mut self, dump: &str) -> Result<()> {
-        self.collectors.iter_mut().flatten().try_for_each(|collector| collector.part(dump))
+    /// The errors of [`Collector::prepare_kill`].
+    pub fn prepare_kill(&mut self, dump: &str) -> Result<()> {
+        self.collectors.iter_mut().flatten().try_for_each(|collector| collector.prepare_kill(dump))
     }
 
     /// Keeps the link remaps.

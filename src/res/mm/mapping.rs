@@ -211,7 +211,7 @@ pub fn advice(entry: &VmaEntry) -> impl Iterator<Item = i32> + use<> {
     ADVICE.into_iter().map(|(_, number)| number).filter(move |number| bits >> number & 1 == 1)
 }
 
-/// Whether a mapping shows shared memory that has no file and no id.
+/// Whether a mapping belongs to anonymous shared memory.
 pub fn is_anonymous_object(entry: &VmaEntry) -> bool {
     entry.status & vma::ANON_SHARED != 0 && entry.status & vma::SYSVIPC == 0
 }

@@ -11,8 +11,8 @@ use crate::{
 pub(in crate::res) struct Vdso;
 
 impl Kind for Vdso {
-    /// Checks that the kernel has mapped it where the images have it.
-    fn mapped(&self, pid: HostPid, vmas: &[VmaEntry]) -> Result<()> {
+    /// Checks that the vDSO is mapped at its address in the images.
+    fn check_mappings(&self, pid: HostPid, vmas: &[VmaEntry]) -> Result<()> {
         check(pid, vmas)
     }
 }

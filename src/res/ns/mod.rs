@@ -84,19 +84,19 @@ fn all() -> impl Iterator<Item = &'static Kind> {
     KINDS.iter().chain(&FOR_CHILDREN)
 }
 
-/// The namespaces of this program.
+/// The namespaces of the dumper.
 #[derive(Debug)]
 pub struct OfDumper(Vec<Option<u64>>);
 
 impl OfDumper {
-    /// Looks at them.
+    /// Reads them.
     pub fn look() -> Self {
         let own = HostPid(nix::unistd::getpid().as_raw());
         Self(all().map(|kind| proc::namespace(own, kind.file).ok()).collect())
     }
 
-    /// Refuses a process in namespaces that no restored one is in; `first` shows those of its
-    /// tree.
+    /// Refuses a process in namespaces that the restore cannot put it into. `first` is a process in
+    /// the namespaces of the tree.
     ///
     /// # Errors
     /// [`ResError::Namespaces`], [`ResError::Refused`].
@@ -106,8 +106,8 @@ impl OfDumper {
         check_threads(task)
     }
 
-    /// Checks that a process is in the namespaces of this program, except for those kinds of
-    /// which a tree can have its own.
+    /// Checks that a process is in the namespaces of the dumper, except for the kinds of which a
+    /// tree can have its own.
     fn check_dumpers(&self, task: &Task) -> Result<()> {
         let mut what = Vec::new();
         let mut flags = Vec::new();
@@ -130,8 +130,8 @@ impl OfDumper {
     }
 }
 
-/// Checks that a process is in the same namespaces as the first process of its tree, for
-/// those kinds of which a tree can have its own.
+/// Checks that a process is in the same namespaces as the first process of its tree, for the kinds
+/// of which a tree can have its own.
 fn check_common(task: &Task, first: HostPid) -> Result<()> {
     for kind in KINDS.iter().filter(|kind| kind.is_dumped()) {
         let pair = [first, task.witness()].map(|pid| proc::namespace(pid, kind.file).ok());
@@ -202,7 +202,7 @@ pub fn own_ids() -> TaskKobjIdsEntry {
 pub struct OfTree {
     /// Indices in [`KINDS`].
     kinds: Vec<usize>,
-    /// Whether a process has been asked about them.
+    /// Whether a process makes the calls about them already.
     asked: bool,
 }
 

@@ -1,4 +1,4 @@
-//! What paths are relative to: root and working directory; and the umask.
+//! The root directory, the working directory, and the umask.
 
 use nix::libc;
 
@@ -40,7 +40,7 @@ impl Kind for Fs {
         files.need_directory(of.fs.cwd_id)
     }
 
-    /// Where several processes share a directory, each of them enters the same.
+    /// Processes that share their directories each enter the same ones.
     fn place(
         &self,
         of: &Restored<'_>,
@@ -48,10 +48,10 @@ impl Kind for Fs {
         script: &mut Script,
     ) -> file::Result<()> {
         let (root, cwd) = (of.fs.root_id, of.fs.cwd_id);
-        if !files.is_path(root, b"/") && !files.is_late_directory(root) {
+        if !files.is_path(root, b"/") && !files.is_deferred_directory(root) {
             change_root(files.directory(root)?.into(), script);
         }
-        if !files.is_late_directory(cwd) {
+        if !files.is_deferred_directory(cwd) {
             enter(files.directory(cwd)?.into(), script);
         }
         if let Some(umask) = of.fs.umask {
@@ -60,7 +60,7 @@ impl Kind for Fs {
         Ok(())
     }
 
-    fn place_late(
+    fn place_deferred(
         &self,
         of: &Restored<'_>,
         files: &Installer<'_>,
@@ -70,12 +70,12 @@ impl Kind for Fs {
             return Ok(());
         }
         let (root, cwd) = (of.fs.root_id, of.fs.cwd_id);
-        let is_root_late = files.is_late_directory(root);
-        if is_root_late {
+        let is_root_deferred = files.is_deferred_directory(root);
+        if is_root_deferred {
             files.take_directory(root, script, change_root)?;
         }
-        // Changing the root leads out of the working directory.
-        if is_root_late || files.is_late_directory(cwd) {
+        // Changing the root also changes the working directory.
+        if is_root_deferred || files.is_deferred_directory(cwd) {
             files.take_directory(cwd, script, enter)?;
         }
         Ok(())

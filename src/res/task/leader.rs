@@ -35,7 +35,7 @@ impl Kind for Leader {
         Ok(())
     }
 
-    fn divide(
+    fn split_leader(
         &self,
         of: &Stopped<'_>,
         first: &Tracee,
@@ -58,11 +58,11 @@ impl Kind for Leader {
     }
 }
 
-/// Returns a descriptor of a process, by which its descriptors are duplicated.
+/// Returns a pidfd of a process, with which the dump duplicates its descriptors.
 ///
 /// # Errors
-/// [`ResError::Refused`] where the kernel has none for a process whose first thread has exited;
-/// [`ResError::Process`].
+/// [`ResError::Refused`] if the kernel cannot open a pidfd of a process whose leader has
+/// exited; [`ResError::Process`].
 pub fn open(of: Process) -> Result<OwnedFd> {
     let opened = if of.witness == of.pid {
         process::pidfd_open(of.pid)

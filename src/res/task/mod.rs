@@ -74,10 +74,11 @@ pub const KINDS: &[&dyn Kind] = &[
 /// The dump has the first live thread answer for the process. The methods for the restore are
 /// its phases, in this order; [`crate::docs::phases`] says what exists in each.
 pub trait Kind: Sync {
-    /// Dump: refuses a state that cannot be kept, before anything is changed.
+    /// Dump: refuses a process with state that rcriu does not dump, before the dump changes
+    /// anything.
     ///
     /// # Errors
-    /// [`ResError::Refused`](super::ResError::Refused); what keeps something from being read.
+    /// [`ResError::Refused`](super::ResError::Refused), or the state cannot be read.
     fn check(&self, _of: &Checked<'_>) -> Result<()> {
         Ok(())
     }
@@ -88,19 +89,18 @@ pub trait Kind: Sync {
         Ok(Box::new(|_, _, _| Ok(())))
     }
 
-    /// Dump: enters the files that the process has beside descriptors, after those of its
-    /// descriptors.
+    /// Dump: enters the files that the process uses without a descriptor, after its descriptors.
     ///
     /// # Errors
-    /// What keeps them from being dumped.
+    /// A file cannot be dumped.
     fn enter(&self, _of: Process, _files: &mut FileTable, _: &mut Images) -> file::Result<()> {
         Ok(())
     }
 
-    /// Dump: writes an image that the kind has for itself, under the number of the process.
+    /// Dump: writes the kind's own image of the process, under `number`.
     ///
     /// # Errors
-    /// Those of writing it.
+    /// The image cannot be written.
     fn write(&self, _of: &Images, _number: u64, _into: &SnapshotWriter) -> image::Result<()> {
         Ok(())
     }
@@ -115,8 +115,8 @@ pub trait Kind: Sync {
     /// has ended and that the images need all the same, and returns the core of that.
     ///
     /// # Errors
-    /// What keeps something from being read.
-    fn divide(
+    /// The state cannot be read.
+    fn split_leader(
         &self,
         _of: &Stopped<'_>,
         _first: &Tracee,
@@ -125,39 +125,44 @@ pub trait Kind: Sync {
         Ok(None)
     }
 
-    /// Restore: opens the files that the process has beside descriptors and mappings, before
-    /// it is made.
+    /// Restore: opens the files that the process uses other than by descriptors and mappings,
+    /// before the process exists.
     ///
     /// # Errors
-    /// What keeps them from being opened.
+    /// A file cannot be opened.
     fn open(&self, _of: &Planned<'_>, _files: &mut Installer<'_>) -> file::Result<()> {
         Ok(())
     }
 
-    /// Restore: looks at the address space when all is mapped and nothing is filled; `vmas` are
-    /// its mappings in the images.
+    /// Restore: checks the address space after all memory is mapped, and before it is filled.
+    /// `vmas` are its mappings in the images.
     ///
     /// # Errors
-    /// What is not as it was.
-    fn mapped(&self, _pid: HostPid, _vmas: &[VmaEntry]) -> Result<()> {
+    /// The address space differs from the images.
+    fn check_mappings(&self, _pid: HostPid, _vmas: &[VmaEntry]) -> Result<()> {
         Ok(())
     }
 
-    /// Restore: sets the state when the process has its memory, but no other threads, and still
-    /// the descriptors of this program.
+    /// Restore: sets state when the process has its memory, but only one thread, and still has the
+    /// descriptors of the restorer.
     ///
     /// # Errors
-    /// A file that was not opened.
+    /// A file was not opened.
     fn place(&self, _: &Restored<'_>, _: &Installer<'_>, _: &mut Script) -> file::Result<()> {
         Ok(())
     }
 
-    /// Restore: sets what depends on files that are there only when all processes and threads
-    /// are.
+    /// Restore: sets state that depends on deferred files, which exist only once all processes and
+    /// threads do.
     ///
     /// # Errors
-    /// A file that was not opened.
-    fn place_late(&self, _: &Restored<'_>, _: &Installer<'_>, _: &mut Script) -> file::Result<()> {
+    /// A file was not opened.
+    fn place_deferred(
+        &self,
+        _: &Restored<'_>,
+        _: &Installer<'_>,
+        _: &mut Script,
+    ) -> file::Result<()> {
         Ok(())
     }
 
@@ -178,7 +183,7 @@ pub trait Kind: Sync {
         Ok(())
     }
 
-    /// Restore: adds the call by which the first thread ends when it has woken, if it does.
+    /// Restore: adds the call that exits the thread group leader, if it had exited.
     fn end(&self, _of: &Restored<'_>, _script: &mut Script) {}
 }
 
@@ -194,12 +199,12 @@ pub struct Process {
     pub witness: HostPid,
 }
 
-/// A process that was stopped and is checked.
+/// A stopped process that the dump checks.
 #[derive(Clone, Copy, Debug)]
 pub struct Checked<'a> {
     /// Its threads.
     pub task: &'a Task,
-    /// Nothing but its memory is dumped.
+    /// Whether only its memory is dumped.
     pub memory_only: bool,
 }
 
@@ -248,14 +253,18 @@ pub struct Images {
     pub fs: FsEntry,
 }
 
-/// Returns the core that the images have of a thread that has ended, taken out of `core` of the
-/// thread that has answered first; `None` if all is that thread's own.
+/// If the thread group leader has exited, splits its core from `core`, the core of the first live
+/// thread. Returns `None` if the leader is alive.
 ///
 /// # Errors
-/// What keeps something from being read.
-pub fn divide(of: &Stopped<'_>, first: &Tracee, core: &mut CoreEntry) -> Result<Option<CoreEntry>> {
+/// The state cannot be read.
+pub fn split_leader(
+    of: &Stopped<'_>,
+    first: &Tracee,
+    core: &mut CoreEntry,
+) -> Result<Option<CoreEntry>> {
     for kind in KINDS {
-        if let Some(other) = kind.divide(of, first, core)? {
+        if let Some(other) = kind.split_leader(of, first, core)? {
             return Ok(Some(other));
         }
     }
@@ -263,24 +272,24 @@ pub fn divide(of: &Stopped<'_>, first: &Tracee, core: &mut CoreEntry) -> Result<
 }
 
 impl Images {
-    /// Enters the files that the process has beside descriptors.
+    /// Enters the files that the process uses without a descriptor.
     ///
     /// # Errors
-    /// What keeps them from being dumped.
+    /// A file cannot be dumped.
     pub fn enter_files(&mut self, of: Process, files: &mut FileTable) -> file::Result<()> {
         KINDS.iter().try_for_each(|kind| kind.enter(of, files, self))
     }
 
-    /// Writes the images that kinds have for themselves, under the number of the process.
+    /// Writes the kinds' own images of the process, under `number`.
     ///
     /// # Errors
-    /// Those of writing them.
+    /// An image cannot be written.
     pub fn write(&self, number: u64, into: &SnapshotWriter) -> image::Result<()> {
         KINDS.iter().try_for_each(|kind| kind.write(self, number, into))
     }
 }
 
-/// What images say of a process that is to be made.
+/// The images of a process that the restore will create.
 #[derive(Clone, Copy, Debug)]
 pub struct Planned<'a> {
     /// Its address space.
@@ -290,10 +299,10 @@ pub struct Planned<'a> {
 }
 
 impl Planned<'_> {
-    /// Opens the files that it has beside descriptors and mappings.
+    /// Opens the files that the process uses other than by descriptors and mappings.
     ///
     /// # Errors
-    /// What keeps them from being opened.
+    /// A file cannot be opened.
     pub fn open_files(&self, files: &mut Installer<'_>) -> file::Result<()> {
         KINDS.iter().try_for_each(|kind| kind.open(self, files))
     }
@@ -312,23 +321,24 @@ pub struct Restored<'a> {
     pub mm: &'a MmEntry,
     /// Its root, working directory and umask.
     pub fs: &'a FsEntry,
-    /// What processes have in common, and the position of this one among them.
+    /// The objects that processes share, and the position of this process among the processes.
     pub arenas: (&'a Arenas, usize),
-    /// The state that it has inherited from the restorer.
+    /// The state that it inherits from the restorer.
     pub own: &'a Own,
 }
 
 impl Restored<'_> {
-    /// Whether no process before it has the same, which it was made with then.
+    /// Whether the process owns this object. Otherwise it was created with the object of an earlier
+    /// process.
     pub fn owns(&self, arena: Arena) -> bool {
         self.arenas.0.owns(arena, self.arenas.1)
     }
 }
 
-/// Refuses a process with a state that cannot be kept, before anything is changed.
+/// Refuses a process with state that rcriu does not dump, before the dump changes anything.
 ///
 /// # Errors
-/// What it has.
+/// The process has such state.
 pub fn check(of: &Checked<'_>) -> Result<()> {
     KINDS.iter().try_for_each(|kind| kind.check(of))
 }

@@ -1,4 +1,4 @@
-//! What the threads of a process have in common, and processes with each other.
+//! State that threads and processes share.
 
 use std::cmp::Ordering;
 
@@ -9,7 +9,7 @@ use crate::{
     units::HostPid,
 };
 
-/// What all threads of a restored process share.
+/// State that all threads of a restored process share.
 const OF_PROCESS: [(&str, Shared); 3] = [
     ("a descriptor table (CLONE_FILES)", Shared::Files),
     ("a root, working directory and umask (CLONE_FS)", Shared::Fs),
@@ -22,7 +22,7 @@ pub(super) struct Sharing;
 impl Kind for Sharing {
     fn check(&self, of: &Checked<'_>) -> Result<()> {
         let (pid, first) = (of.task.pid, of.task.witness());
-        // Fails early if the kernel cannot compare: otherwise shared state would look separate.
+        // Fail early if the kernel cannot compare. Otherwise shared state would look separate.
         compare(first, first, Shared::Memory)?;
         for thread in of.task.threads.iter().skip(1) {
             for (what, kind) in OF_PROCESS {
@@ -35,8 +35,8 @@ impl Kind for Sharing {
     }
 }
 
-/// Compares what two processes or threads have, in the order of the kernel. A failure is an
-/// error: if the answer were guessed, the tree would be restored without what it shares.
+/// Compares an object of two processes or threads, in the kernel's order. A failure is an error: a
+/// guess would restore the tree without what it shares.
 ///
 /// # Errors
 /// [`ResError::Compare`].

@@ -1,4 +1,5 @@
-//! System calls that a thread catches itself (`PR_SET_SYSCALL_USER_DISPATCH`).
+//! Syscall user dispatch: system calls that a thread handles itself
+//! (`PR_SET_SYSCALL_USER_DISPATCH`).
 
 use super::{Kind, Stopped};
 use crate::{res::Result, sys::ptrace};

@@ -51,10 +51,11 @@ pub const KINDS: &[&dyn Kind] = &[
 /// The methods for the restore are its phases, in this order; [`crate::docs::phases`] says what
 /// exists in each.
 pub trait Kind: Sync {
-    /// Dump: refuses a state that cannot be kept, before anything is changed.
+    /// Dump: refuses a thread with state that rcriu does not dump, before the dump changes
+    /// anything.
     ///
     /// # Errors
-    /// [`ResError::Refused`]; those of reading `/proc`.
+    /// [`ResError::Refused`], or the errors of reading `/proc`.
     fn check(&self, _of: &Stopped<'_>) -> Result<()> {
         Ok(())
     }
@@ -78,8 +79,8 @@ pub trait Kind: Sync {
         Ok(())
     }
 
-    /// Restore: sets by `ptrace(2)` what a thread resumes with, after its last call. `of` is
-    /// the thread in the images, `tid` the same thread on this host.
+    /// Restore: sets the state that the thread resumes with by `ptrace(2)`, after its last call.
+    /// `of` is the thread in the images, `tid` the same thread on this host.
     fn set_resume_state(&self, _core: &CoreEntry, _of: NsPid, _tid: HostPid) -> Result<()> {
         Ok(())
     }
@@ -111,14 +112,14 @@ impl Thread {
 pub struct Stopped<'a> {
     /// The thread.
     pub of: Thread,
-    /// What stopping it has shown.
+    /// Its state as `ptrace(2)` shows it.
     pub thread: &'a Tracee,
     /// Its `/proc/PID/task/TID/status`.
     pub status: &'a Status,
 }
 
 impl Stopped<'_> {
-    /// Returns [`ResError::Refused`] for what this thread has.
+    /// Returns [`ResError::Refused`] for state of this thread.
     fn refused(&self, what: &str, help: &'static str) -> ResError {
         let what = format!("has {what} in thread {}", self.of.tid);
         ResError::Refused { pid: self.of.pid, what, help }
@@ -140,14 +141,14 @@ pub struct Restored<'a> {
     pub core: &'a CoreEntry,
     /// Whether its session belongs to the tree; otherwise it is the restorer's.
     pub session_in_tree: bool,
-    /// The state that it has inherited from the restorer.
+    /// The state that it inherits from the restorer.
     pub own: &'a Own,
 }
 
-/// Refuses a thread with a state that cannot be kept, before anything is changed.
+/// Refuses a thread with state that rcriu does not dump, before the dump changes anything.
 ///
 /// # Errors
-/// What it has.
+/// The thread has such state.
 pub fn check(of: Thread, thread: &Tracee) -> Result<()> {
     let stopped = Stopped { of, thread, status: &proc::thread_status(of.pid, of.tid)? };
     KINDS.iter().try_for_each(|kind| kind.check(&stopped))
@@ -174,7 +175,7 @@ pub fn collect(kinds: Vec<Collect>, of: &Stopped<'_>, answers: &Answers) -> Resu
     Ok(core)
 }
 
-/// Sets what a thread resumes with, after its last call: see [`Kind::set_resume_state`].
+/// Sets the state that a thread resumes with: see [`Kind::set_resume_state`].
 pub fn set_resume_state(core: &CoreEntry, of: NsPid, tid: HostPid) -> Result<()> {
     KINDS.iter().try_for_each(|kind| kind.set_resume_state(core, of, tid))
 }

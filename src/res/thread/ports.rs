@@ -1,4 +1,4 @@
-//! What only programs that are close to the hardware have, or that run 32-bit code.
+//! I/O ports, and thread-local storage of 32-bit code.
 
 use super::{Kind, Stopped};
 use crate::{
@@ -6,7 +6,7 @@ use crate::{
     sys::ptrace::{self, Rare},
 };
 
-/// Ports of the machine.
+/// I/O ports.
 pub(super) struct Ports;
 
 impl Kind for Ports {
@@ -15,7 +15,7 @@ impl Kind for Ports {
     }
 }
 
-/// Descriptors of segments for thread-local storage.
+/// Segment descriptors for thread-local storage.
 pub(super) struct LocalStorage;
 
 impl Kind for LocalStorage {

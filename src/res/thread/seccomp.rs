@@ -1,4 +1,4 @@
-//! Filters of system calls (`seccomp(2)`).
+//! System call filters (`seccomp(2)`).
 
 use super::{Kind, Stopped};
 use crate::res::Result;

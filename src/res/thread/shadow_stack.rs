@@ -3,7 +3,6 @@
 use super::{Kind, Stopped};
 use crate::res::Result;
 
-/// What helps.
 const HELP: &str = "start the program without it (GLIBC_TUNABLES=glibc.cpu.x86_shstk=off)";
 
 /// The kind.

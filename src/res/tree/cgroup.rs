@@ -120,7 +120,7 @@ pub(super) fn restorer(plan: &Plan<'_>, options: Options) -> Begun<dyn Restorer>
     Ok(Box::new(Places::find(plan.images, plan.inventory.root_cg_set, wanted)?))
 }
 
-/// Says in the inventory which set is that of this program.
+/// Records the set of the dumper in the inventory.
 pub(super) fn describe(inventory: &mut proto::InventoryEntry) {
     inventory.root_cg_set = Some(OWN_SET);
 }

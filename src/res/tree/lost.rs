@@ -17,7 +17,7 @@ use crate::{
 /// Security attributes for the next `execve(2)` or the next new object.
 const NEXT: [&str; 4] = ["exec", "fscreate", "keycreate", "sockcreate"];
 
-/// Warns of what the processes of a tree will lose.
+/// Warns about state that the processes of a tree will lose.
 ///
 /// # Errors
 /// None.
@@ -50,8 +50,8 @@ impl Own {
         Self { pid, label: label(pid, pid, "current"), audit_session: proc::session_id(pid).ok() }
     }
 
-    /// Returns what a stopped process will lose, as sentences without their subject,
-    /// "process N". `in_tree` tells whose semaphore operations count.
+    /// Returns sentences about the state that a stopped process will lose, without their subject,
+    /// "process N". `in_tree` tells which semaphore sets count.
     fn look(
         &self,
         pid: HostPid,

@@ -21,7 +21,7 @@ use crate::{
     units::{HostPid, PidMap},
 };
 
-/// Options of the user that concern these kinds when they are dumped.
+/// The user's options for a dump of these kinds.
 #[derive(Clone, Copy, Debug, Default)]
 #[cfg_attr(test, derive(PartialEq, Eq))]
 pub struct DumpOptions {
@@ -31,7 +31,7 @@ pub struct DumpOptions {
     pub(crate) cgroups: cgroup::Options,
 }
 
-/// What the user says of the kinds when they are restored.
+/// The user's options for a restore of these kinds.
 #[derive(Clone, Copy, Debug, Default)]
 #[cfg_attr(test, derive(PartialEq, Eq))]
 pub struct RestoreOptions {
@@ -54,17 +54,18 @@ type Reader = fn(&Plan<'_>, &RestoreOptions) -> Begun<dyn Restorer>;
 /// A kind of state of the whole tree.
 #[derive(Clone, Copy, Debug)]
 pub struct Kind {
-    /// Refuses what cannot be kept, and warns of what is lost, before anything is changed.
+    /// Refuses state that rcriu does not dump, and warns about state that is lost, before the dump
+    /// changes anything.
     check: Option<Check>,
     /// Begins a dump.
     collector: Option<Beginner>,
-    /// Says in the inventory what the dumper has itself.
+    /// Records the dumper's own state in the inventory.
     describe: Option<fn(&mut InventoryEntry)>,
-    /// Begins a restore by reading the images, before it creates anything.
+    /// Begins a restore: reads the images, before the restore creates anything.
     restorer: Option<Reader>,
 }
 
-/// A row to begin with.
+/// An empty row.
 const NONE: Kind = Kind { check: None, collector: None, describe: None, restorer: None };
 
 /// All kinds, in the order in which they are dumped and restored.
@@ -116,7 +117,7 @@ pub trait Collector {
         Ok(())
     }
 
-    /// Returns the memory objects whose bytes are to be dumped.
+    /// Returns the memory objects whose bytes the dump must copy.
     fn memory(&mut self) -> Vec<Memory> {
         Vec::new()
     }
@@ -127,16 +128,16 @@ pub trait Collector {
     }
 }
 
-/// Refuses a stopped tree that cannot be dumped, before anything is changed.
+/// Refuses a stopped tree that rcriu cannot dump, before the dump changes anything.
 ///
 /// # Errors
-/// What keeps it from being dumped.
+/// The tree has state that rcriu does not dump.
 pub fn check(tasks: &[Task], options: &DumpOptions) -> Result<()> {
     let checks = KINDS.iter().filter_map(|kind| kind.check);
     checks.into_iter().try_for_each(|check| check(tasks, options))
 }
 
-/// Says in the inventory what the dumper has itself of all kinds.
+/// Records the dumper's own state of all kinds in the inventory.
 pub fn describe(inventory: &mut InventoryEntry) {
     KINDS.iter().filter_map(|kind| kind.describe).for_each(|describe| describe(inventory));
 }
@@ -151,7 +152,7 @@ pub fn collectors(
     collectors.map(|begin| begin(tasks, pids, options)).collect()
 }
 
-/// What the restore knows when the kinds begin.
+/// The part of the snapshot that the kinds read first.
 #[derive(Clone, Debug)]
 pub struct Plan<'a> {
     /// The snapshot.
@@ -170,8 +171,8 @@ pub trait Restorer: std::fmt::Debug {
         Ok(Vec::new())
     }
 
-    /// Adds the calls by which a process maps memory that [`Self::make`] has made, unless
-    /// `mmap(2)` does it. Returns whether this kind has made it.
+    /// Adds the calls by which a process maps memory that [`Self::make`] has created, if that takes
+    /// another call than `mmap(2)`. Returns whether this kind has created the memory.
     fn map(&self, _entry: &VmaEntry, _script: &mut Script) -> bool {
         false
     }

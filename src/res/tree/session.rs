@@ -10,7 +10,7 @@ use crate::{
     units::HostPid,
 };
 
-/// What the user says of them.
+/// The user's options.
 #[derive(Clone, Copy, Debug, Default)]
 #[cfg_attr(test, derive(PartialEq, Eq))]
 pub struct Options {
@@ -24,10 +24,10 @@ impl Options {
     }
 }
 
-/// Refuses processes in the sessions and groups of others, unless that is allowed.
+/// Refuses processes in sessions and process groups of other processes, unless the user allows it.
 ///
 /// # Errors
-/// [`ResError::Refused`]; those of reading `/proc`.
+/// [`ResError::Refused`], or the errors of reading `/proc`.
 pub(super) fn check(tasks: &[Task], options: Options) -> Result<()> {
     if options.shell_job {
         return Ok(());
@@ -45,7 +45,7 @@ pub(super) fn check(tasks: &[Task], options: Options) -> Result<()> {
                      use --shell-job",
                 );
             }
-            // The leader may have ended, but must not be outside of the tree.
+            // The leader may have exited, but must not be outside the tree.
             if !members.contains(&leader) && process::exists(leader) {
                 return refused(
                     format!("is in the {kind} of process {leader}, which is not in the tree"),

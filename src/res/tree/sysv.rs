@@ -51,7 +51,7 @@ const NEXT_ID: &str = "/proc/sys/kernel/shm_next_id";
 #[derive(Debug, Default)]
 struct Attached {
     entries: BTreeMap<u32, IpcShmEntry>,
-    /// What was found since memory was asked for last.
+    /// The segments found since the last call of `memory`.
     memory: Vec<Memory>,
 }
 
@@ -94,7 +94,7 @@ impl Collector for Attached {
     }
 }
 
-/// Returns a segment as memory.
+/// Returns a segment as a memory object.
 fn memory(id: u32, file: File) -> Memory {
     Memory { number: id.into(), name: format!("System V segment {id}"), file }
 }

@@ -163,8 +163,7 @@ impl Child {
 
 impl Drop for Child {
     fn drop(&mut self) {
-        // SAFETY: the pid is that of a child that has not been reaped, so nobody
-        // else has it.
+        // SAFETY: the pid is that of a child that has not been reaped, so no other process has it.
         unsafe {
             libc::kill(self.pid, libc::SIGKILL);
             while libc::waitpid(self.pid, ptr::null_mut(), libc::__WALL) < 0

@@ -12,7 +12,7 @@ pub(super) use self::{dump::link, restore::open};
 /// The most bytes of a deleted file that are stored unless the user says otherwise, as with CRIU.
 const LIMIT_BYTES: u64 = 1 << 20;
 
-/// What the user says of files that have lost their names.
+/// The user's options for deleted files.
 #[derive(Clone, Copy, Debug)]
 #[cfg_attr(test, derive(PartialEq, Eq))]
 pub struct Options {

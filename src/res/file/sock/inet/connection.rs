@@ -1,10 +1,8 @@
-//! TCP connections in the images: `tcp-stream-INO.img`, and what is asked of the kernel for
-//! it.
+//! The TCP connections of the images (`tcp-stream-INO.img`), and how the kernel reads and sets one.
 //!
-//! Bytes are numbered. `outq_seq` is the number after the last one that the program has
-//! written, `inq_seq` the number after the last one that has come; the end of the data (FIN)
-//! counts as one, in the numbers but not in the lengths of the queues. Of `outq_len` bytes the last
-//! `unsq_len` have never been sent.
+//! `outq_seq` is the sequence number after the last byte that the program has written, `inq_seq`
+//! the one after the last byte received. A FIN takes one sequence number, but is not part of the
+//! lengths of the queues. The last `unsq_len` of the `outq_len` bytes have never been sent.
 
 use std::{
     net::SocketAddr,
@@ -28,11 +26,11 @@ use crate::{
     sys::{fds, socket},
 };
 
-/// How often a connection is looked at that goes on changing.
+/// How often the dump reads a connection that changes meanwhile.
 const LOOKS: usize = 1000;
 
-/// The most bytes of a queue that are taken from an image: what the kernel allows at most is
-/// less (`net.ipv4.tcp_wmem` counts in an `int`).
+/// The restore refuses images with longer queues. The limit of the kernel is lower
+/// (`net.ipv4.tcp_wmem` is an `int`).
 const QUEUE_MAX_BYTES: u32 = 1 << 30;
 
 /// Options of a connection in `tcpi_options` (`TCPI_OPT_*`, `linux/tcp.h`).
@@ -46,7 +44,7 @@ const KIND_WINDOW: u32 = 3;
 const KIND_SACK_PERMITTED: u32 = 4;
 const KIND_TIMESTAMP: u32 = 8;
 
-/// Where `struct tcp_info` (`linux/tcp.h`) has the state, the options and the scaling.
+/// Offsets in `struct tcp_info` (`linux/tcp.h`).
 const INFO_STATE: usize = 0;
 const INFO_OPTIONS: usize = 5;
 const INFO_SCALING: usize = 6;
@@ -58,24 +56,24 @@ pub(super) struct Connection {
     /// Its state (`net/tcp_states.h`).
     pub(super) state: u32,
     pub(super) entry: proto::TcpStreamEntry,
-    /// What has come and was not read.
+    /// Bytes received, but not read.
     pub(super) received: Vec<u8>,
-    /// What was written and not acknowledged.
+    /// Bytes written, but not acknowledged.
     pub(super) sent: Vec<u8>,
 }
 
-/// Whether a socket in a state is one end of a connection that can be made again.
+/// Whether a socket in this state has a connection that the restore can recreate.
 pub(super) fn is_connection(of: u32) -> bool {
     can_be_made(of) && of != state::CLOSE
 }
 
-/// Whether a connection in a state of the images can be made again: CRIU has them also when
-/// both ends are closed.
+/// Whether the restore can recreate a connection that has this state in the images. Images of CRIU
+/// also contain connections that both ends have closed.
 pub(super) fn can_be_made(of: u32) -> bool {
     own_end(of).is_some()
 }
 
-/// How far the end of the own data has come in a state.
+/// What has happened to this end's FIN.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum OwnEnd {
     Open,
@@ -92,22 +90,22 @@ fn own_end(of: u32) -> Option<OwnEnd> {
     })
 }
 
-/// Whether the end of the peer's data has come.
+/// Whether the peer's FIN was received.
 fn peer_has_ended(of: u32) -> bool {
     matches!(of, state::CLOSE_WAIT | state::CLOSING | state::LAST_ACK | state::CLOSE)
 }
 
-/// Whether the own end was first.
+/// Whether this end sent its FIN before it received the peer's.
 fn own_end_is_first(of: u32) -> bool {
     matches!(of, state::FIN_WAIT1 | state::FIN_WAIT2 | state::CLOSING)
 }
 
 impl Connection {
-    /// Looks at a connection, until it has not changed over it. It is being repaired
-    /// ([`repair`]) for a few microseconds each time.
+    /// Reads a connection, again if it changes meanwhile. Each time, the connection is in repair
+    /// mode ([`repair`]) for a few microseconds.
     ///
     /// # Errors
-    /// `EAGAIN` if it goes on changing; what the kernel says.
+    /// `EAGAIN` if it keeps changing; the errors of the kernel.
     pub(super) fn read(fd: BorrowedFd) -> nix::Result<Self> {
         for _ in 0..LOOKS {
             let before = Counts::read(fd)?;
@@ -132,10 +130,11 @@ impl Connection {
         Ok(())
     }
 
-    /// Reads the image of a socket in a state.
+    /// Reads the image of a socket that has this state.
     ///
     /// # Errors
-    /// Those of the reader; a problem in words that the entry of the socket is to name.
+    /// The errors of the reader. The inner error is a problem of the socket, for a message
+    /// about its entry.
     pub(super) fn load(images: &Store, inode: u32, state: u32) -> Result<Result<Self, String>> {
         let mut image = images.image(Kind::TcpStream, inode.into())?;
         let Some(entry) = image.next_message::<proto::TcpStreamEntry>()? else {
@@ -154,11 +153,11 @@ impl Connection {
         Ok(Ok(Self { state, entry, received, sent }))
     }
 
-    /// Makes the connection again, of a new socket. It is being repaired afterwards, so that
-    /// its end tells the peer nothing until [`repair::end_with_probe`].
+    /// Recreates the connection on a new socket. The socket stays in repair mode, so the peer
+    /// receives nothing, even if the socket is closed, until [`repair::end_with_probe`].
     ///
     /// # Errors
-    /// What was attempted, as a verb, and what the kernel says.
+    /// The step that failed, as a verb, and the error of the kernel.
     pub(super) fn make(
         &self,
         fd: BorrowedFd,
@@ -184,13 +183,13 @@ impl Connection {
         self.close(fd, (own, peer)).map_err(failed("end the data of"))
     }
 
-    /// The number of the first byte that was received and not read.
+    /// Returns the sequence number of the first byte received, but not read.
     fn first_received(&self) -> u32 {
         let end = u32::from(peer_has_ended(self.state));
         self.entry.inq_seq.wrapping_sub(self.entry.inq_len).wrapping_sub(end)
     }
 
-    /// The number of the first byte that was sent and not acknowledged.
+    /// Returns the sequence number of the first byte sent, but not acknowledged.
     fn first_sent(&self) -> u32 {
         let end = u32::from(own_end(self.state).is_some_and(|end| end != OwnEnd::Open));
         self.entry.outq_seq.wrapping_sub(self.entry.outq_len).wrapping_sub(end)
@@ -220,7 +219,7 @@ impl Connection {
         let (sent, unsent) = self.sent.split_at(self.sent.len() - unsent);
         repair::append(fd, Queue::Sent, sent)?;
         if !unsent.is_empty() {
-            // As the program would: it is sent when the windows allow it.
+            // Write as the program did: the kernel sends the bytes when the windows allow it.
             repair::end(fd)?;
             let written = repair::write(fd, unsent);
             repair::begin(fd)?;
@@ -229,10 +228,10 @@ impl Connection {
         repair::choose(fd, Queue::Neither)
     }
 
-    /// The windows, as they were before the end of the peer's data came.
+    /// Returns the windows as they were before the peer's FIN was received.
     fn window(&self) -> Option<Window> {
         let entry = &self.entry;
-        // The peer's end is in there once it was acknowledged.
+        // `rcv_wup` counts the peer's FIN if this end has acknowledged it.
         let told = entry.rcv_wup == Some(entry.inq_seq);
         let end = u32::from(peer_has_ended(self.state) && told);
         Some(Window {
@@ -244,13 +243,12 @@ impl Connection {
         })
     }
 
-    /// Ends the data of both ends as far as they were ended, in the order that leads to the
-    /// state.
+    /// Repeats the FINs of both ends, in the order that leads to the recorded state.
     fn close(&self, fd: BorrowedFd, (own, peer): Ends) -> nix::Result<()> {
         let own_end = own_end(self.state).unwrap_or(OwnEnd::Open);
         let end_own = || -> nix::Result<()> {
             if own_end == OwnEnd::Acknowledged {
-                // It counts as sent, without a packet.
+                // The kernel counts the FIN as sent, but sends no packet.
                 repair::choose(fd, Queue::Sent)?;
             }
             shutdown(fd.as_raw_fd(), Shutdown::Write)?;
@@ -283,15 +281,15 @@ impl Connection {
     }
 }
 
-/// What tells whether a connection has changed.
+/// Values that differ if a connection has changed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Counts {
     state: u32,
     options: u32,
-    /// How far windows are scaled, of this end and of the peer.
+    /// The window scales in `tcpi_snd_wscale` and `tcpi_rcv_wscale`.
     scaling: (u32, u32),
     received_bytes: u32,
-    /// Both count the end of the data, too.
+    /// This and `unsent_bytes` also count the FIN.
     sent_bytes: u32,
     unsent_bytes: u32,
 }
@@ -318,7 +316,7 @@ impl Counts {
         let timestamp = has(TIMESTAMPS).then(|| repair::clock(fd)).transpose()?;
         let received = repair::peek(fd, self.received_bytes)?;
         let (mss_clamp, inq_seq, outq_seq, window, sent) = repair::during(fd, || {
-            // Otherwise the kernel tells what it sends at present.
+            // Only in repair mode does the kernel return the negotiated size.
             let mss_clamp = socket::option(fd, libc::SOL_TCP, libc::TCP_MAXSEG)?;
             let window = repair::window(fd)?;
             let received_end = repair::sequence(fd, Queue::Received)?;

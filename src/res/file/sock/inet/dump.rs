@@ -58,7 +58,7 @@ const HELP_ESTABLISHED: &str =
 const HELP_CONNECTING: &str =
     "wait until it is established or has failed, then try again; or use --tcp-close to end it";
 const HELP_URGENT: &str = "have the program read it (MSG_OOB), then try again";
-/// What the dump attempts by a [`Lock`].
+/// The step of the dump that a [`Lock`] is for.
 const HOLD_BACK: &str = "hold back the packets (nftables; --network-lock skip does without) of";
 const HELP_ERROR: &str = "have the program read it (SO_ERROR, recv) or close the socket; reading it is the \
     only way to learn the error, and clears it";
@@ -68,7 +68,7 @@ const HELP_ACCEPT: &str = "have the program accept its connections, then try aga
 #[derive(Debug)]
 pub(super) struct InetCollector {
     options: DumpOptions,
-    /// Packets of connections that are held back.
+    /// Drops the packets of the connections.
     lock: Option<Lock>,
     connections: Vec<Found>,
     /// The sockets of the network namespace, by family and protocol.
@@ -110,7 +110,7 @@ struct EndedConnection {
 }
 
 impl InetCollector {
-    /// Returns one that has found nothing.
+    /// Returns a collector without sockets.
     pub(super) fn new(options: DumpOptions) -> Self {
         Self {
             options,
@@ -191,7 +191,8 @@ impl InetCollector {
         }
     }
 
-    /// Looks at a connection, whose packets are held back from now on if the tree ends.
+    /// Reads a connection. If the dump will kill the tree, drops the packets of the connection from
+    /// now on.
     fn connection(
         &mut self,
         file: &Description,
@@ -341,15 +342,15 @@ impl InetCollector {
             lock::keep(dump, &ends).map_err(|error| first.failed(HOLD_BACK)(errno(&error)))?;
         }
         for found in &self.connections {
-            // Its end is not to tell the peer.
+            // Closing the socket must not send the peer a packet.
             repair::begin(found.fd.as_fd())
                 .map_err(found.failed("end without a packet (TCP_REPAIR)"))?;
         }
         fault::hit(Point::TcpParted).map_err(|_| first.failed("go on with")(Errno::EIO))
     }
 
-    /// The tree goes on after all.
-    fn rejoin(&mut self, dump: &str) {
+    /// Runs if the tree continues after all.
+    fn reconnect(&mut self, dump: &str) {
         for found in &self.connections {
             if let Err(errno) = repair::end_with(found.fd.as_fd(), found.reuse) {
                 let failed = found.failed("let packets come to")(errno);
@@ -401,7 +402,7 @@ impl Collector for InetCollector {
             own = own.filter(|_| ended.bound);
         }
         if connection::is_connection(facts.state) && protocol == libc::IPPROTO_TCP {
-            // Here the kernel tells what the ends have agreed on.
+            // For a connection, the kernel returns the negotiated size.
             state.options.retain(|option| !is_segment_size(option));
         }
         let source_port = own.map_or(0, |own| own.port());
@@ -455,10 +456,10 @@ impl Collector for InetCollector {
         }
     }
 
-    fn part(&mut self, dump: &str) -> Result<()> {
+    fn prepare_kill(&mut self, dump: &str) -> Result<()> {
         let parted = self.try_to_part(dump);
         if parted.is_err() {
-            self.rejoin(dump);
+            self.reconnect(dump);
         }
         parted
     }

@@ -1,5 +1,5 @@
-//! Packets that a connection is to take for its peer's: the end of the peer's data, and the
-//! acknowledgement of the own one. Only they lead to the states of closing.
+//! Forged packets that appear to come from a connection's peer: its FIN, and the acknowledgement of
+//! the local FIN. Only such packets lead to the closing states.
 
 use std::{
     io,
@@ -17,22 +17,22 @@ use nix::{
 use super::lock::MARK;
 use crate::sys::socket;
 
-/// Routers that a packet may pass: it passes none.
+/// The time to live. The packets pass no router.
 const HOPS: u8 = 64;
 
-/// What a packet says.
+/// The fields of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Packet {
-    /// The number of its first byte, or of its end.
+    /// The sequence number of the FIN, or of the next byte.
     pub(super) sequence: u32,
-    /// The number that is expected next of the other end.
+    /// The sequence number that is expected next from the other end.
     pub(super) acknowledged: u32,
     pub(super) window: u16,
-    /// Whether this is the end of what is sent.
+    /// Whether the packet has a FIN.
     pub(super) ends: bool,
 }
 
-/// Sends a packet to `own` that seems to come from `peer`, and that locks let pass.
+/// Sends a packet to `own` that appears to come from `peer`, with the mark that locks let pass.
 ///
 /// # Errors
 /// `EPERM` without `CAP_NET_RAW`; what `sendto(2)` returns.

@@ -1,16 +1,16 @@
-//! Holding back the packets of connections that no socket has at the moment.
+//! Drops the packets of connections that have no socket between a dump and a restore.
 //!
-//! A peer whose packets reach a machine without a socket for them is told that the
-//! connection is gone. So nftables drops the packets of the connections, of both
-//! directions, from the moment at which a dump reads the sockets until a restore has made
-//! them again. A table has two sets with the ends of connections, of IPv4 and of IPv6, and
-//! two chains that drop what is in them. Packets with CRIU's mark pass: with those, a
-//! restore completes a connection.
+//! If a packet arrives for which the kernel has no socket, the kernel resets the connection. So
+//! rcriu has nftables drop the packets of the connections, in both directions, from when a dump
+//! reads the sockets until a restore has recreated them. The nftables table has two sets with the
+//! addresses and ports of the connections, one each for IPv4 and IPv6, and two chains that drop
+//! packets that match them. Packets with CRIU's mark pass: the restore sends such packets to
+//! complete a connection.
 //!
-//! The table of a dump belongs to its netlink socket, so that it goes with the dump
-//! (`NFT_TABLE_F_OWNER`, since Linux 5.12). A dump that ends its tree leaves a table that
-//! stays, with the name that CRIU gives it, which has the number of the dump in it: either
-//! program finds it when it restores.
+//! During a dump, the table belongs to the dump's netlink socket, so the kernel removes it when the
+//! dump exits (`NFT_TABLE_F_OWNER`, since Linux 5.12). A dump that kills its tree leaves a
+//! permanent table. It has the name that CRIU uses, with the number of the dump, so both programs
+//! find it when they restore.
 
 use std::{
     ffi::{CStr, CString},
@@ -28,10 +28,10 @@ use netlink_bindings::traits::Pusher;
 use netlink_socket2::NetlinkSocket;
 use nix::libc;
 
-/// The mark of packets that pass (`SOCCR_MARK` of CRIU).
+/// The mark of packets that the chains let pass (`SOCCR_MARK` of CRIU).
 pub(super) const MARK: u32 = 0xc114;
 
-/// What the names of tables that stay begin with.
+/// The prefix of the names of permanent tables.
 const PREFIX: &str = "CRIU-";
 
 /// `NFNL_SUBSYS_NFTABLES`, `linux/netfilter/nfnetlink.h`.
@@ -40,7 +40,7 @@ const SUBSYSTEM: u16 = 10;
 /// `NFPROTO_INET`, `linux/netfilter.h`.
 const INET: u8 = 1;
 
-/// Requests in a batch, at most: their numbers are told apart.
+/// The sequence numbers to reserve for a batch, more than it has requests.
 const BATCH: u32 = 1 << 16;
 
 /// A set of the table.
@@ -65,7 +65,7 @@ const TCP: u8 = 6;
 /// Elements in one request: an attribute has at most 64 KiB.
 const ELEMENTS: usize = 512;
 
-/// The first of the registers that follow one another.
+/// The first of the consecutive registers.
 const FIRST_REGISTER: u32 = Registers::Reg3200 as u32;
 
 /// `NFTA_LOOKUP_SREG`, `linux/netfilter/nf_tables.h`, and the length of an attribute that
@@ -76,16 +76,16 @@ const ATTRIBUTE_BYTES: u16 = 8;
 /// Bytes of both ports.
 const PORTS_BYTES: u32 = 4;
 
-/// Bytes of a register of those that follow one another (`NFT_REG32_SIZE`).
+/// Bytes of a consecutive register (`NFT_REG32_SIZE`).
 const REGISTER_BYTES: u32 = 4;
 
-/// The chains, with the places of `linux/netfilter.h` where they are walked.
+/// The chains, with their hooks (`linux/netfilter.h`).
 const CHAINS: [(&CStr, u32); 2] = [(c"input", 1), (c"output", 3)];
 
-/// How packets are held back, as the inventory has it (`network_lock_method`).
+/// How packets are dropped, as recorded in the inventory (`network_lock_method`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Method {
-    /// By rules of iptables, as CRIU does it if it is not told otherwise.
+    /// By rules of iptables, the default of CRIU.
     Iptables = 1,
     /// By a table of nftables.
     Nftables = 2,
@@ -94,7 +94,7 @@ pub(super) enum Method {
 }
 
 impl Method {
-    /// Takes what the inventory says.
+    /// Returns the method for a number in the inventory.
     pub(super) fn of(number: Option<u32>) -> Self {
         match number {
             Some(2) => Self::Nftables,
@@ -104,10 +104,10 @@ impl Method {
     }
 }
 
-/// The ends of a connection, of this machine first.
+/// The local and the remote address of a connection.
 pub(super) type Ends = (SocketAddr, SocketAddr);
 
-/// Packets that are held back as long as this exists.
+/// Drops the packets of connections while it exists.
 pub(super) struct Lock {
     socket: NetlinkSocket,
     table: CString,
@@ -120,7 +120,7 @@ impl std::fmt::Debug for Lock {
 }
 
 impl Lock {
-    /// Begins to hold back nothing.
+    /// Creates a table without connections.
     ///
     /// # Errors
     /// `EPERM` without `CAP_NET_ADMIN`; `EPROTONOSUPPORT`, `EOPNOTSUPP` where the kernel
@@ -135,28 +135,28 @@ impl Lock {
         Ok(Self { socket, table })
     }
 
-    /// Holds back the packets of a connection.
+    /// Drops the packets of one more connection.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// The errors of the kernel.
     pub(super) fn hold(&mut self, ends: Ends) -> io::Result<()> {
         let table = self.table.clone();
         transact(&mut self.socket, |batch| add_elements(batch, &table, &[ends]))
     }
 }
 
-/// Holds back the packets of connections until [`lift`] is called for the same dump.
+/// Drops the packets of connections until [`lift`] is called for the same dump.
 ///
 /// # Errors
-/// What the kernel says.
+/// The errors of the kernel.
 pub(super) fn keep(dump: &str, ends: &[Ends]) -> io::Result<()> {
     make(&mut NetlinkSocket::new(), &name(dump), 0, ends)
 }
 
-/// Lets the packets pass that [`keep`], or CRIU, holds back for a dump.
+/// Removes the table that [`keep`], or CRIU, has created for a dump.
 ///
 /// # Errors
-/// What the kernel says, but not that there is no such table, or no nftables.
+/// The errors of the kernel. It is no error if there is no such table, or no nftables.
 pub(super) fn lift(dump: &str) -> io::Result<()> {
     let table = name(dump);
     let deleted = transact(&mut NetlinkSocket::new(), |batch| {
@@ -168,10 +168,10 @@ pub(super) fn lift(dump: &str) -> io::Result<()> {
     }
 }
 
-/// Lets the packets of connections pass that CRIU holds back by rules of iptables.
+/// Removes the iptables rules by which CRIU drops the packets of connections.
 ///
 /// # Errors
-/// What keeps `iptables` from being run.
+/// `iptables` cannot be run.
 pub(super) fn lift_rules(ends: &[Ends]) -> io::Result<()> {
     for (own, peer) in ends {
         for (chain, from, to) in [("INPUT", peer, own), ("OUTPUT", own, peer)] {
@@ -192,11 +192,10 @@ pub(super) fn lift_rules(ends: &[Ends]) -> io::Result<()> {
     Ok(())
 }
 
-/// Returns the name of the table that another dump has left and that holds back packets of a
-/// connection.
+/// Returns the name of a table of another dump that drops packets of one of these connections.
 ///
 /// # Errors
-/// What the kernel says.
+/// The errors of the kernel.
 pub(super) fn other_holder(dump: &str, ends: &[Ends]) -> io::Result<Option<String>> {
     let own = name(dump);
     let mut socket = NetlinkSocket::new();
@@ -232,7 +231,7 @@ fn tables(socket: &mut NetlinkSocket) -> io::Result<Vec<CString>> {
     Ok(found)
 }
 
-/// Returns the keys in a set; none if there is no such set.
+/// Returns the keys in a set. A set that does not exist has none.
 fn elements(socket: &mut NetlinkSocket, table: &CStr, set: &CStr) -> io::Result<Vec<Vec<u8>>> {
     let mut request = nftables::Request::new().op_getsetelem_dump(&header());
     request.encode().push_table(table).push_set(set);
@@ -254,7 +253,7 @@ fn elements(socket: &mut NetlinkSocket, table: &CStr, set: &CStr) -> io::Result<
     Ok(found)
 }
 
-/// Makes a table with all that is in it, in one step.
+/// Creates a table with its sets, chains and rules, in one transaction.
 fn make(socket: &mut NetlinkSocket, table: &CStr, flags: u32, ends: &[Ends]) -> io::Result<()> {
     transact(socket, |batch| {
         let request = batch.request().set_create().set_excl();
@@ -296,7 +295,7 @@ fn make(socket: &mut NetlinkSocket, table: &CStr, flags: u32, ends: &[Ends]) -> 
     })
 }
 
-/// Adds the keys of connections to the sets of a table, both ways.
+/// Adds the keys of connections to the sets of a table, for both directions.
 fn add_elements(batch: &mut Chained, table: &CStr, ends: &[Ends]) {
     let keys: Vec<_> =
         ends.iter().flat_map(|(own, peer)| [key((*own, *peer)), key((*peer, *own))]).collect();
@@ -316,11 +315,11 @@ fn add_elements(batch: &mut Chained, table: &CStr, ends: &[Ends]) {
     }
 }
 
-/// Returns what a set has for packets from the first of two ends to the second, and whether
-/// it is the one of IPv6; none of two that cannot be those of a connection.
+/// Returns the key of packets from one address to another, and whether it belongs into the set for
+/// IPv6; `None` if the addresses are of different families.
 fn key(ends: Ends) -> Option<(bool, Vec<u8>)> {
     let ports = [ends.0.port().to_be_bytes(), ends.1.port().to_be_bytes()].concat();
-    // Of addresses that are mapped into IPv6, the packets are those of IPv4.
+    // The packets of IPv4-mapped IPv6 addresses are IPv4 packets.
     match (ends.0.ip().to_canonical(), ends.1.ip().to_canonical()) {
         (IpAddr::V4(source), IpAddr::V4(target)) => {
             Some((false, [&source.octets()[..], &target.octets(), &ports].concat()))
@@ -361,17 +360,17 @@ fn load_packet<P: Pusher>(
     step.push_base(base as u32).push_offset(offset).push_len(bytes).end_nested().end_nested()
 }
 
-/// Goes on with the next rule if the first register has another value.
+/// Continues with the next rule if the first register has another value.
 fn compare<P: Pusher>(steps: Steps<P>, value: &[u8]) -> Steps<P> {
     let step = steps.nested_elem().nested_data_cmp().push_sreg(FIRST_REGISTER);
     let step = step.push_op(CmpOps::Eq as u32).nested_data().push_value(value).end_nested();
     step.end_nested().end_nested()
 }
 
-/// Goes on with the next rule if what the registers have is not in the set.
+/// Continues with the next rule if the key in the registers is not in the set.
 fn look_up<P: Pusher>(steps: Steps<P>, set: &Set) -> Steps<P> {
     let mut step = steps.nested_elem().nested_data_lookup();
-    // The crate (0.3.5) has another number for this attribute than the kernel.
+    // The crate (0.3.5) uses a different number for this attribute than the kernel.
     let bytes = step.as_vec_mut();
     bytes.extend(ATTRIBUTE_BYTES.to_ne_bytes());
     bytes.extend(LOOKUP_SREG.to_ne_bytes());
@@ -385,7 +384,7 @@ fn decide<P: Pusher>(steps: Steps<P>, verdict: VerdictCode) -> Steps<P> {
     data.push_code(verdict as u32).end_nested().end_nested().end_nested().end_nested()
 }
 
-/// Makes all changes, or none.
+/// Sends one transaction: the kernel makes all changes, or none.
 fn transact(socket: &mut NetlinkSocket, requests: impl FnOnce(&mut Chained)) -> io::Result<()> {
     let mut batch = Chained::new(socket.reserve_seq(BATCH));
     let mut ends = Nfgenmsg::default();
@@ -433,7 +432,7 @@ mod tests {
         }
     }
 
-    /// The word that the dump's number would be.
+    /// Returns a name that is used in place of the number of a dump.
     fn number(of: &str) -> String {
         format!("test-{}-{of}", std::process::id())
     }

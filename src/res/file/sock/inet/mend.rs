@@ -1,4 +1,4 @@
-//! What becomes of connections whose dump was killed while it looked into them.
+//! Repairs TCP connections after a dump was killed while it read them.
 
 use std::os::fd::AsFd;
 
@@ -10,8 +10,8 @@ use crate::{
     units::HostPid,
 };
 
-/// Ends the repair of all TCP sockets that processes of a tree have descriptors of, and lets
-/// the packets pass that are held back for `dump`. Says what cannot be done.
+/// Ends the repair mode of all TCP sockets that are open in the processes of a tree, and stops
+/// dropping packets for `dump`. Reports failures to the user.
 pub fn end_repairs(root: HostPid, dump: Option<&str>) {
     let mut left = vec![root];
     while let Some(pid) = left.pop() {
@@ -19,7 +19,7 @@ pub fn end_repairs(root: HostPid, dump: Option<&str>) {
         left.extend(proc::children(pid).unwrap_or_default());
     }
     let is_alive = proc::stat(root).is_ok_and(|stat| !stat.has_ended());
-    // If the tree has ended, a restore does it.
+    // If the tree was killed, a restore removes the table.
     if let Some(Err(error)) = dump.filter(|_| is_alive).map(lock::lift) {
         let what = format!("packets of the tree's connections are held back: {error}");
         tell(log::Level::Error, &what);

@@ -1,11 +1,11 @@
 //! TCP and UDP sockets.
 //!
 //! These are TCP connections, if the user asks for them ([`connection`]); TCP sockets that listen,
-//! that are neither connected nor listen, or whose connection was closed from both ends; and UDP
-//! and UDP-Lite sockets in any state. The dump keeps datagrams
-//! queued in UDP sockets as far as [`udp_queue`] can; CRIU drops them. Programs that use UDP
-//! must cope with lost datagrams and lost ICMP errors anyway, and clients must cope with a listening
-//! socket that loses half-open connections.
+//! or neither listen nor are connected, or whose connection both ends have closed; and UDP and
+//! UDP-Lite sockets in any state. The dump keeps datagrams queued in UDP sockets as far as
+//! [`udp_queue`] can; CRIU drops them. Programs that use UDP must cope with lost datagrams and lost
+//! ICMP errors anyway, and clients must cope with a listening socket that loses half-open
+//! connections.
 //!
 //! A TCP socket whose connection has ended still shows its old local address, but holds the port
 //! only if the program has bound it. The dump keeps the data that the socket has received. It
@@ -43,19 +43,19 @@ pub(in crate::res::file) const KIND: FileKind = FileKind {
     opener: |options| Box::new(restore::InetOpener::new(options.connections)),
 };
 
-/// What becomes of TCP connections.
+/// How to treat TCP connections.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Connections {
-    /// They are refused.
+    /// Refuse to dump or restore them.
     #[default]
     Refuse,
-    /// They go on (`--tcp-established`).
+    /// Keep them (`--tcp-established`).
     Keep,
-    /// They end: a program reads what has come, and then the end (`--tcp-close`).
+    /// Close them: the program reads the data received, and then end-of-file (`--tcp-close`).
     Close,
 }
 
-/// What a dump is to do about TCP connections.
+/// How a dump treats TCP connections.
 #[derive(Clone, Copy, Debug, Default)]
 #[cfg_attr(test, derive(PartialEq, Eq))]
 pub struct DumpOptions {
@@ -64,14 +64,14 @@ pub struct DumpOptions {
 }
 
 impl DumpOptions {
-    /// `hold_packets`: the tree ends, and packets of connections that are kept are held back until
-    /// it is restored (not with `--network-lock skip`).
+    /// `hold_packets`: drop the packets of kept connections until the restore, since the dump kills
+    /// the tree (not with `--network-lock skip`).
     pub fn new(connections: Connections, hold_packets: bool) -> Self {
         Self { connections, hold_packets }
     }
 }
 
-/// What a restore is to do about TCP connections.
+/// How a restore treats TCP connections.
 #[derive(Clone, Copy, Debug, Default)]
 #[cfg_attr(test, derive(PartialEq, Eq))]
 pub struct RestoreOptions {

@@ -1,4 +1,4 @@
-//! Looking into a TCP connection, and making one without a packet (`TCP_REPAIR`,
+//! Repair mode: reads a TCP connection, and creates one without sending packets (`TCP_REPAIR`,
 //! `linux/tcp.h`, since Linux 3.5; needs `CAP_NET_ADMIN`).
 
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -15,7 +15,7 @@ use crate::{
     sys::{socket, supervise},
 };
 
-/// Of `linux/tcp.h`.
+/// Options (`linux/tcp.h`).
 const TCP_REPAIR: c_int = 19;
 const TCP_REPAIR_QUEUE: c_int = 20;
 const TCP_QUEUE_SEQ: c_int = 21;
@@ -23,25 +23,25 @@ const TCP_REPAIR_OPTIONS: c_int = 22;
 const TCP_TIMESTAMP: c_int = 24;
 const TCP_REPAIR_WINDOW: c_int = 29;
 
-/// Values of `TCP_REPAIR`; the last one, since Linux 4.19, sends no probe of the window.
+/// Values of `TCP_REPAIR`. The last one, since Linux 4.19, sends no window probe.
 const ON: c_int = 1;
 const OFF: c_int = 0;
 const OFF_SILENTLY: c_int = -1;
 
-/// The most bytes written into a queue at a time: the kernel wants them in one piece of memory.
+/// The most bytes written into a queue at a time: the kernel allocates contiguous memory for them.
 const PIECE_BYTES: usize = 32 << 10;
 
-/// The least that is tried, when memory is in pieces.
+/// The fewest bytes written at a time, when memory is fragmented.
 const LEAST_PIECE_BYTES: usize = 1 << 10;
 
 /// A queue of a connection (`TCP_RECV_QUEUE`, `TCP_SEND_QUEUE`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Queue {
-    /// None: bytes go where they always go.
+    /// None: the socket reads and writes as usual.
     Neither = 0,
-    /// What has come and was not read.
+    /// Bytes received, but not read.
     Received = 1,
-    /// What was sent and not acknowledged, and what is to be sent.
+    /// Bytes sent, but not acknowledged, and bytes to be sent.
     Sent = 2,
 }
 
@@ -69,7 +69,7 @@ fn set(fd: BorrowedFd, name: c_int, value: u32) -> nix::Result<()> {
     socket::set_option(fd, libc::SOL_TCP, name, &value)
 }
 
-/// Begins: the socket's queues can be looked at, and its end sends nothing.
+/// Enters repair mode: the queues can be read and set, and closing the socket sends nothing.
 ///
 /// # Errors
 /// `EPERM` without `CAP_NET_ADMIN` in the user namespace of the network.
@@ -77,7 +77,7 @@ pub(super) fn begin(fd: BorrowedFd) -> nix::Result<()> {
     set(fd, TCP_REPAIR, ON.cast_unsigned())
 }
 
-/// Ends it without a packet. The kernel forgets `SO_REUSEADDR` over it.
+/// Leaves repair mode without sending a packet. The kernel resets `SO_REUSEADDR`.
 pub(super) fn end(fd: BorrowedFd) -> nix::Result<()> {
     set(fd, TCP_REPAIR, OFF_SILENTLY.cast_unsigned())
 }
@@ -87,17 +87,17 @@ pub(super) fn reuse(fd: BorrowedFd) -> nix::Result<c_int> {
     socket::option(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR)
 }
 
-/// As [`end`], and sets `SO_REUSEADDR` again.
+/// Leaves repair mode as [`end`] does, and sets `SO_REUSEADDR` again.
 pub(super) fn end_with(fd: BorrowedFd, reuse: c_int) -> nix::Result<()> {
     end(fd)?;
     socket::set_option(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, &reuse)
 }
 
-/// Does something while a socket is being repaired. Its program must not use it meanwhile:
-/// its calls would fail.
+/// Runs `work` while a socket is in repair mode. Calls of the program on the socket would fail
+/// meanwhile, so the program must be stopped.
 ///
 /// # Errors
-/// Those of `work`, and of beginning and ending.
+/// The errors of `work`, and of entering and leaving repair mode.
 pub(super) fn during<T>(fd: BorrowedFd, work: impl FnOnce() -> nix::Result<T>) -> nix::Result<T> {
     let reuse = reuse(fd)?;
     supervise::note_repair();
@@ -108,44 +108,44 @@ pub(super) fn during<T>(fd: BorrowedFd, work: impl FnOnce() -> nix::Result<T>) -
     done
 }
 
-/// Ends it, and lets the peer know that the connection is there: it is sent a probe of the
-/// window.
+/// Leaves repair mode and sends the peer a window probe, which tells it that the connection is
+/// alive.
 pub(super) fn end_with_probe(fd: BorrowedFd) -> nix::Result<()> {
     set(fd, TCP_REPAIR, OFF.cast_unsigned())
 }
 
-/// Whether it was begun, by whomever.
+/// Whether a socket is in repair mode.
 pub(super) fn is_on(fd: BorrowedFd) -> nix::Result<bool> {
     socket::option::<c_int>(fd, libc::SOL_TCP, TCP_REPAIR).map(|value| value == ON)
 }
 
-/// Chooses the queue that the next calls are about.
+/// Selects the queue for the next calls.
 pub(super) fn choose(fd: BorrowedFd, queue: Queue) -> nix::Result<()> {
     set(fd, TCP_REPAIR_QUEUE, queue as u32)
 }
 
-/// Returns the number that comes after the last byte of a queue, or of the end of its data.
+/// Returns the sequence number after the last byte of a queue, or after its FIN.
 pub(super) fn sequence(fd: BorrowedFd, queue: Queue) -> nix::Result<u32> {
     choose(fd, queue)?;
     socket::option(fd, libc::SOL_TCP, TCP_QUEUE_SEQ)
 }
 
-/// Sets the number of the first byte of a queue, before there is a connection.
+/// Sets the sequence number of the first byte of a queue, before the socket is connected.
 pub(super) fn set_sequence(fd: BorrowedFd, queue: Queue, number: u32) -> nix::Result<()> {
     choose(fd, queue)?;
     set(fd, TCP_QUEUE_SEQ, number)
 }
 
-/// Returns what is in the queue that was chosen, or what has come without one; it has `bytes`
-/// bytes.
+/// Returns the contents of the selected queue, or of the receive queue if none is selected. The
+/// queue has `bytes` bytes.
 ///
 /// # Errors
-/// `EAGAIN` if it has another number of bytes.
+/// `EAGAIN` if the queue has another number of bytes.
 pub(super) fn peek(fd: BorrowedFd, bytes: u32) -> nix::Result<Vec<u8>> {
     if bytes == 0 {
         return Ok(Vec::new());
     }
-    // One more would be seen.
+    // A longer queue would fill the buffer.
     let mut found = vec![0; bytes as usize + 1];
     let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
     let len = recv(fd.as_raw_fd(), &mut found, flags)?;
@@ -156,7 +156,7 @@ pub(super) fn peek(fd: BorrowedFd, bytes: u32) -> nix::Result<Vec<u8>> {
     Ok(found)
 }
 
-/// Puts bytes at the end of a queue.
+/// Appends bytes to a queue.
 pub(super) fn append(fd: BorrowedFd, queue: Queue, bytes: &[u8]) -> nix::Result<()> {
     if !bytes.is_empty() {
         choose(fd, queue)?;
@@ -164,7 +164,7 @@ pub(super) fn append(fd: BorrowedFd, queue: Queue, bytes: &[u8]) -> nix::Result<
     write(fd, bytes)
 }
 
-/// Sends bytes, which have to find room in the queue.
+/// Sends bytes. The queue must have room for all of them.
 pub(super) fn write(fd: BorrowedFd, mut bytes: &[u8]) -> nix::Result<()> {
     let mut piece = PIECE_BYTES;
     let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
@@ -188,7 +188,7 @@ pub(super) fn set_window(fd: BorrowedFd, window: &Window) -> nix::Result<()> {
     socket::set_option(fd, libc::SOL_TCP, TCP_REPAIR_WINDOW, window)
 }
 
-/// Sets what the ends have agreed on.
+/// Sets the options that the two ends have negotiated.
 pub(super) fn set_negotiated(fd: BorrowedFd, options: &[Negotiated]) -> nix::Result<()> {
     socket::set_option(fd, libc::SOL_TCP, TCP_REPAIR_OPTIONS, options)
 }

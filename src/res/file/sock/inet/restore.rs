@@ -56,29 +56,29 @@ const PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub(super) struct InetOpener {
     options: RestoreOptions,
-    /// Connections that tell their peers nothing yet.
-    connections: Vec<Silent>,
-    /// The ends of connections that are closed instead.
+    /// Connections that are still in repair mode.
+    connections: Vec<Repairing>,
+    /// The addresses of connections that the restore closes.
     closed: Vec<Ends>,
 }
 
-/// A connection that is being repaired.
+/// A connection in repair mode.
 #[derive(Debug)]
-struct Silent {
+struct Repairing {
     restored: Subject,
     ends: Ends,
     reuse: Option<bool>,
-    /// Whether it receives nothing any more, since its program wants nothing.
-    is_deaf: bool,
+    /// Whether the program has shut down receiving.
+    has_shut_down: bool,
 }
 
 impl InetOpener {
-    /// Returns one that has opened nothing.
+    /// Returns an opener without sockets.
     pub(super) fn new(options: RestoreOptions) -> Self {
         Self { options, connections: Vec::new(), closed: Vec::new() }
     }
 
-    /// Makes the connections, after what listens on the same ports.
+    /// Recreates the connections, after the sockets that listen on the same ports.
     fn connect(&mut self, sockets: &[Socket], opened: &Opened) -> Result<()> {
         let closed = sockets.iter().filter(|socket| socket.closes).map(Socket::ends);
         self.closed = closed.collect();
@@ -101,7 +101,7 @@ impl InetOpener {
             let Some(state) = socket.connection() else { continue };
             let connection = Connection::load(&opened.images, entry.ino, state)?
                 .map_err(|problem| restored.wrong(problem))?;
-            // The sizes of the images come later.
+            // The buffer sizes of the images are set later.
             opts::widen(socket.fd.as_fd());
             opts::widen_to_receive(socket.fd.as_fd(), LARGEST_QUEUE_BYTES);
             let find = restored.failed("find the interface of");
@@ -110,17 +110,18 @@ impl InetOpener {
             connection
                 .make(socket.fd.as_fd(), (own, peer))
                 .map_err(|(step, errno)| restored.failed(step)(errno))?;
-            let is_deaf = opts::how(entry.shutdown)
+            let has_shut_down = opts::how(entry.shutdown)
                 .is_some_and(|how| how != Shutdown::Write && state == state::ESTABLISHED);
             let reuse = entry.opts.reuseaddr;
             let (restored, ends) = (restored.clone(), socket.ends());
-            self.connections.push(Silent { restored, ends, reuse, is_deaf });
+            self.connections.push(Repairing { restored, ends, reuse, has_shut_down });
         }
         Ok(())
     }
 }
 
-/// Returns the unique name of the dump that is restored, and how packets are held back since.
+/// Returns the unique name of the dump that is restored, and the method by which packets are
+/// dropped since.
 fn hold_of(opened: &Opened) -> Result<(String, Method)> {
     let inventory: proto::InventoryEntry = opened.images.message(Kind::Inventory, 0)?;
     let name = inventory.dump_criu_run_id.unwrap_or_default();
@@ -182,8 +183,8 @@ impl Opener for InetOpener {
         Ok(())
     }
 
-    fn rejoin(&mut self, opened: &Opened) -> Result<()> {
-        let ends = self.connections.iter().map(|silent| silent.ends);
+    fn reconnect(&mut self, opened: &Opened) -> Result<()> {
+        let ends = self.connections.iter().map(|one| one.ends);
         let ends: Vec<_> = ends.chain(self.closed.iter().copied()).collect();
         if ends.is_empty() {
             return Ok(());
@@ -195,11 +196,11 @@ impl Opener for InetOpener {
             Method::Skip => Ok(()),
         };
         lifted.map_err(|source| FileError::Packets { source })?;
-        for Silent { restored, reuse, is_deaf, .. } in &self.connections {
+        for Repairing { restored, reuse, has_shut_down, .. } in &self.connections {
             let fd = opened.get(restored.id)?;
             repair::end_with_probe(fd).map_err(restored.failed("go on with (TCP_REPAIR)"))?;
             opts::restore_reuse(fd, (*reuse, None), restored)?;
-            if *is_deaf {
+            if *has_shut_down {
                 shutdown(fd.as_raw_fd(), Shutdown::Read).map_err(restored.failed("shut down"))?;
             }
         }
@@ -270,7 +271,7 @@ impl<'a> Socket<'a> {
         Ok(socket)
     }
 
-    /// The state of a TCP connection; none of other sockets.
+    /// The state of a TCP connection; `None` for other sockets.
     fn connection(&self) -> Option<u32> {
         let is_tcp = self.entry.proto.cast_signed() == libc::IPPROTO_TCP;
         (is_tcp && self.entry.dst_port != 0 && !self.closes).then_some(self.entry.state)
