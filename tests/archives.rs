@@ -473,3 +473,66 @@ fn what_was_exported_with_a_container_stays_beside_its_images() {
         );
     }
 }
+
+/// Makes an OCI image layout as Podman does (`--create-image`), of images with one layer each.
+fn layout(dir: &Path, images: &[(&str, &Path)]) {
+    let blobs = dir.join("blobs/sha256");
+    fs::create_dir_all(&blobs).unwrap();
+    fs::write(dir.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
+    let add = |bytes: &[u8]| {
+        let path = dir.join("new");
+        fs::write(&path, bytes).unwrap();
+        let sum = sh(&format!("sha256sum {}", text(&path)));
+        let digest = sum.split(' ').next().unwrap();
+        fs::rename(path, blobs.join(digest)).unwrap();
+        serde_json::json!({ "digest": format!("sha256:{digest}"), "size": bytes.len() })
+    };
+    let manifests = images.iter().map(|(annotation, layer)| {
+        let layer = add(&fs::read(layer).unwrap());
+        let manifest = serde_json::json!({
+            "schemaVersion": 2,
+            "layers": [layer],
+            "annotations": { *annotation: "counter" },
+        });
+        add(manifest.to_string().as_bytes())
+    });
+    let index = serde_json::json!({ "manifests": manifests.collect::<Vec<_>>() });
+    fs::write(dir.join("index.json"), index.to_string()).unwrap();
+}
+
+#[test]
+fn an_image_layout_answers_as_its_checkpoint_does() {
+    let exported = Exported::new();
+    let tree = exported.directory();
+    let other = exported.path("other.tar");
+    sh(&format!("tar -C {} -cf {} config.dump", text(&tree), text(&other)));
+    for (annotation, name) in [
+        ("io.podman.annotations.checkpoint.name", "a.tar"),
+        ("io.kubernetes.cri-o.annotations.checkpoint.name", "a.tar.gz"),
+        ("org.criu.checkpoint.container.name", "a.tar.zst"),
+    ] {
+        let dir = exported.path("layout");
+        layout(&dir, &[("org.example", &other), (annotation, &exported.pack(name, "."))]);
+        let packed = exported.path("layout.tar");
+        sh(&format!("tar -C {} -cf {} .", text(&dir), text(&packed)));
+        for source in [&dir, &packed] {
+            let options = ["--cache-dir", text(&exported.path("cache"))].map(str::to_owned);
+            let options = [&*options[0], &*options[1]];
+            assert_same(&tree, source, &options, ["pre-checkpoint", "checkpoint"]);
+        }
+        fs::remove_dir_all(&dir).unwrap();
+    }
+    let dir = exported.path("layout");
+    layout(&dir, &[("org.example", &other)]);
+    let none = problem(&["ls", text(&dir)]);
+    assert!(none.contains("has no image of a checkpoint"), "{none}");
+    let index = |document: &str| {
+        fs::write(dir.join("index.json"), document).unwrap();
+        problem(&["ls", text(&dir)])
+    };
+    assert!(index("[").contains("index.json of the OCI image layout: it is no JSON object"));
+    let digest = r#"{"manifests":[{"digest":"sha256:../../etc/passwd","size":1}]}"#;
+    assert!(index(digest).contains("a digest that is not of SHA-256 or SHA-512"));
+    let gone = format!(r#"{{"manifests":[{{"digest":"sha256:{}","size":1}}]}}"#, "0".repeat(64));
+    assert!(index(&gone).contains("No such file"), "{}", index(&gone));
+}

@@ -29,7 +29,7 @@ pub struct FlattenArgs {
     /// The directory to write, which must not exist or be empty; with --archive, the
     /// archive: its name ends in .tar, .tar.gz or .tar.zst
     out: PathBuf,
-    /// Write an archive instead, as Podman takes it
+    /// Write an archive instead, laid out as Podman exports it
     ///
     /// The images are in checkpoint/; what Podman or CRI-O exported beside the snapshot
     /// (config.dump and others) is kept.

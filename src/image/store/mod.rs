@@ -102,7 +102,7 @@ pub fn find(path: &Path) -> io::Result<Found> {
 /// What keeps the place from being read; [`ArchiveError`], as the source of an error.
 pub fn find_anywhere(path: &Path, opening: &Opening) -> io::Result<Found> {
     let root = path.canonicalize()?;
-    if !root.is_dir() {
+    if !root.is_dir() || archive::is_layout(&root) {
         return archive::find(&root, opening).map(Found::Archived);
     }
     if !opening.previous.is_empty() {

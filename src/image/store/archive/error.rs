@@ -95,6 +95,28 @@ pub enum ArchiveError {
         /// The limit.
         limit: u64,
     },
+    /// A document of an OCI image layout makes no sense.
+    #[error("{file} of the OCI image layout: {problem}")]
+    Layout {
+        /// Its path in the layout.
+        file: String,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// A file of an OCI image layout could not be read.
+    #[error("read {file} of the OCI image layout")]
+    LayoutFile {
+        /// Its path in the layout.
+        file: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// An OCI image layout has no image of a checkpoint.
+    #[error(
+        "the OCI image layout has no image of a checkpoint: no manifest has an annotation of \
+         Podman, CRI-O or checkpointctl"
+    )]
+    NoCheckpoint,
     /// The file is something else.
     #[error("it is {found}; expected a directory, or an archive: tar, tar.gz or tar.zst")]
     Format {

@@ -9,6 +9,7 @@ mod cache;
 mod compressed;
 mod error;
 mod members;
+mod oci;
 mod seekable;
 mod slice;
 #[cfg(test)]
@@ -53,20 +54,28 @@ pub struct Archived {
 /// [`ArchiveError`], as the source of an [`io::Error`] that is one of
 /// [`io::ErrorKind::InvalidData`]; what keeps a file from being opened.
 pub(super) fn find(path: &Path, opening: &Opening) -> io::Result<Archived> {
-    let mut archives = vec![Arc::new(Archive::open(path, opening)?)];
+    let mut archives = Archive::open_all(path, opening)?;
+    let own = archives.len();
     for previous in &opening.previous {
-        let open = || Archive::open(&previous.canonicalize()?, opening);
+        let open = || Archive::open_all(&previous.canonicalize()?, opening);
         let named = |error: io::Error| {
             io::Error::new(error.kind(), format!("{}: {error}", previous.display()))
         };
-        archives.push(Arc::new(open().map_err(named)?));
+        archives.extend(open().map_err(named)?);
     }
     let archives: Arc<[Arc<Archive>]> = archives.into();
-    let images = |folder: &str| ArchiveImages::new(&archives, 0, folder);
-    let first = &archives[0];
-    let snapshots = first.snapshots().map(|folder| images(folder).shared()).collect();
-    let unfinished = first.unfinished().map(|folder| images(folder).name).collect();
-    Ok(Archived { snapshots, unfinished })
+    let mut found = Archived { snapshots: Vec::new(), unfinished: Vec::new() };
+    for (position, archive) in archives.iter().enumerate().take(own) {
+        let images = |folder: &str| ArchiveImages::new(&archives, position, folder);
+        found.snapshots.extend(archive.snapshots().map(|folder| images(folder).shared()));
+        found.unfinished.extend(archive.unfinished().map(|folder| images(folder).name));
+    }
+    Ok(found)
+}
+
+/// Whether a directory is an OCI image layout.
+pub(super) fn is_layout(dir: &Path) -> bool {
+    dir.join(oci::MARK).is_file() && dir.join(oci::INDEX).is_file()
 }
 
 /// An archive that is open.
@@ -81,6 +90,55 @@ struct Archive {
 }
 
 impl Archive {
+    /// Opens an archive, or the layers of all checkpoints in an OCI image layout: a directory,
+    /// or an archive of one.
+    fn open_all(path: &Path, opening: &Opening) -> io::Result<Vec<Arc<Self>>> {
+        if path.is_dir() {
+            let open = |blob: &str| -> io::Result<Base> {
+                Ok(Arc::new(regular::open(&path.join(blob))?.0))
+            };
+            let layers = oci::layers(&open)?.into_iter();
+            let archive = |layer: oci::Layer| Self::open(&path.join(layer.path), opening);
+            return layers.map(|layer| archive(layer).map(Arc::new)).collect();
+        }
+        let archive = Self::open(path, opening)?;
+        if archive.file("", oci::MARK).is_none() || archive.file("", oci::INDEX).is_none() {
+            return Ok(vec![Arc::new(archive)]);
+        }
+        let open = |blob: &str| -> io::Result<Base> {
+            let (folder, name) = blob.rsplit_once('/').unwrap_or(("", blob));
+            let slice = archive.file(folder, name).map(|member| archive.slice(member));
+            slice.map(|slice| Arc::new(slice) as Base).ok_or(io::ErrorKind::NotFound.into())
+        };
+        let layers = oci::layers(&open)?.into_iter();
+        layers.map(|layer| archive.layer(layer, opening).map(Arc::new)).collect()
+    }
+
+    /// Opens a layer of the image layout that the archive holds.
+    fn layer(&self, layer: oci::Layer, opening: &Opening) -> io::Result<Self> {
+        let digest = layer.path.rsplit('/').next().unwrap_or_default();
+        let key = || format!("{}-{digest}", cache::key(&self.stat, None));
+        let bytes = unpacked(layer.file, key, opening)?;
+        Ok(Self {
+            path: self.path.join(&layer.path),
+            members: Members::read(&*bytes)?,
+            bytes,
+            stat: self.stat,
+            owner: self.owner,
+        })
+    }
+
+    fn file(&self, folder: &str, name: &str) -> Option<&Member> {
+        match self.members.folder(folder)?.get(name)? {
+            Node::File(member) => Some(member),
+            Node::Folder | Node::Link(_) => None,
+        }
+    }
+
+    fn slice(&self, member: &Member) -> Slice {
+        Slice::new(Arc::clone(&self.bytes), member.body.clone(), self.file_stat(member))
+    }
+
     fn open(path: &Path, opening: &Opening) -> io::Result<Self> {
         let (file, found) = regular::open(path)?;
         let stored = Arc::new(file);
@@ -120,9 +178,7 @@ impl Archive {
     }
 
     fn has_inventory(&self, folder: &str) -> bool {
-        let name = Kind::Inventory.file_name(0);
-        let folder = self.members.folder(folder);
-        matches!(folder.and_then(|folder| folder.get(&name)), Some(Node::File(_)))
+        self.file(folder, &Kind::Inventory.file_name(0)).is_some()
     }
 
     /// Returns the one snapshot of the archive, if there are not several.
@@ -241,10 +297,7 @@ impl ArchiveImages {
     fn slice(&self, file: &str) -> io::Result<Slice> {
         let archive = self.archive();
         match self.node(file)? {
-            Node::File(member) => {
-                let base = Arc::clone(&archive.bytes);
-                Ok(Slice::new(base, member.body.clone(), archive.file_stat(member)))
-            }
+            Node::File(member) => Ok(archive.slice(member)),
             Node::Folder => Err(regular::not_regular("a directory")),
             Node::Link(_) => Err(regular::not_regular("a symbolic link")),
         }
@@ -363,9 +416,7 @@ impl ImageStore for ArchiveImages {
         };
         let mut found = Vec::new();
         let mut add = |name: String, member: &Member| {
-            let base = Arc::clone(&archive.bytes);
-            let file = Slice::new(base, member.body.clone(), archive.file_stat(member));
-            found.push(Beside { name, file: Box::new(file) });
+            found.push(Beside { name, file: Box::new(archive.slice(member)) });
         };
         let here = files_in(above);
         if !here.iter().any(|(name, _)| *name == beside::CONFIG) {

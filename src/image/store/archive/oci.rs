@@ -1,0 +1,159 @@
+//! Checkpoints in an OCI image layout: images whose layer is what a container engine
+//! exported (`podman container checkpoint --create-image`, `checkpointctl build`).
+//!
+//! `index.json` names manifests, or further indexes, by their digests, and a manifest its
+//! layers; each is a file `blobs/ALGORITHM/DIGEST`. That an image is a checkpoint is told by
+//! annotations of its manifest, or of what names that.
+
+use std::collections::HashSet;
+
+use serde_json::{Map, Value};
+
+use super::{
+    ArchiveError,
+    error::Result,
+    slice::{Base, read_full},
+};
+
+/// The files that make a directory an image layout.
+pub(super) const MARK: &str = "oci-layout";
+pub(super) const INDEX: &str = "index.json";
+
+/// What annotations of checkpoints begin with: those of Podman, CRI-O and checkpointctl.
+const ANNOTATIONS: [&str; 3] = [
+    "io.podman.annotations.checkpoint.",
+    "io.kubernetes.cri-o.annotations.checkpoint.",
+    "org.criu.checkpoint.",
+];
+
+/// The longest document that is read.
+const DOCUMENT_BYTES: u64 = 4 << 20;
+
+/// How many documents are read.
+const DOCUMENTS: usize = 256;
+
+/// How many hexadecimal digits a digest has: SHA-256 to SHA-512.
+const DIGITS: std::ops::RangeInclusive<usize> = 64..=128;
+
+/// A layer of a checkpoint's image.
+#[derive(Debug)]
+pub(super) struct Layer {
+    /// Its path in the layout.
+    pub(super) path: String,
+    pub(super) file: Base,
+}
+
+/// Finds the layers of all checkpoints' images in a layout, whose files `open` opens.
+///
+/// # Errors
+/// [`ArchiveError::Layout`], [`ArchiveError::NoCheckpoint`].
+pub(super) fn layers(open: &dyn Fn(&str) -> std::io::Result<Base>) -> Result<Vec<Layer>> {
+    let mut layout = Layout { open, seen: HashSet::new(), layers: Vec::new() };
+    let index = layout.document(INDEX, None)?;
+    layout.take(&index, INDEX, false)?;
+    if layout.layers.is_empty() {
+        return Err(ArchiveError::NoCheckpoint);
+    }
+    Ok(layout.layers)
+}
+
+struct Layout<'a> {
+    open: &'a dyn Fn(&str) -> std::io::Result<Base>,
+    /// Paths of documents that were read, and of layers.
+    seen: HashSet<String>,
+    layers: Vec<Layer>,
+}
+
+impl Layout<'_> {
+    /// Takes the layers of an index or a manifest; `known` if what names it says that it is
+    /// a checkpoint's.
+    fn take(&mut self, document: &Map<String, Value>, path: &str, known: bool) -> Result<()> {
+        let is_checkpoint = known || is_checkpoint(document);
+        let list = |name: &str| document.get(name).and_then(Value::as_array);
+        for descriptor in list("manifests").into_iter().flatten() {
+            let descriptor = object(descriptor, path)?;
+            let blob = blob(descriptor, path)?;
+            if !self.seen.insert(blob.path.clone()) {
+                continue;
+            }
+            let inner = self.document(&blob.path, Some(blob.size))?;
+            let known = is_checkpoint && path != INDEX || self::is_checkpoint(descriptor);
+            self.take(&inner, &blob.path, known)?;
+        }
+        if !is_checkpoint {
+            return Ok(());
+        }
+        for descriptor in list("layers").into_iter().flatten() {
+            let blob = blob(object(descriptor, path)?, path)?;
+            if self.seen.insert(blob.path.clone()) {
+                let file = self.file(&blob.path, Some(blob.size))?;
+                self.layers.push(Layer { path: blob.path, file });
+            }
+        }
+        Ok(())
+    }
+
+    fn document(&mut self, path: &str, size: Option<u64>) -> Result<Map<String, Value>> {
+        let bad = |problem| ArchiveError::Layout { file: path.to_owned(), problem };
+        if self.seen.len() > DOCUMENTS {
+            return Err(ArchiveError::TooMany { what: "documents", limit: DOCUMENTS });
+        }
+        let file = self.file(path, size)?;
+        let failed = |source| ArchiveError::LayoutFile { file: path.to_owned(), source };
+        let len = file.stat().map_err(failed)?.len;
+        if len > DOCUMENT_BYTES {
+            return Err(bad("it is too long for a document"));
+        }
+        let mut bytes = vec![0; usize::try_from(len).expect("limited above")];
+        let read = read_full(&*file, &mut bytes, 0).map_err(failed)?;
+        match serde_json::from_slice(&bytes[..read]) {
+            Ok(Value::Object(document)) => Ok(document),
+            _ => Err(bad("it is no JSON object")),
+        }
+    }
+
+    fn file(&self, path: &str, size: Option<u64>) -> Result<Base> {
+        let failed = |source| ArchiveError::LayoutFile { file: path.to_owned(), source };
+        let file = (self.open)(path).map_err(failed)?;
+        let len = file.stat().map_err(failed)?.len;
+        if size.is_some_and(|size| size != len) {
+            let problem = "it has another length than what names it says";
+            return Err(ArchiveError::Layout { file: path.to_owned(), problem });
+        }
+        Ok(file)
+    }
+}
+
+/// A file that a document names.
+struct Blob {
+    path: String,
+    size: u64,
+}
+
+fn blob(descriptor: &Map<String, Value>, document: &str) -> Result<Blob> {
+    let bad = |problem| ArchiveError::Layout { file: document.to_owned(), problem };
+    let digest = descriptor.get("digest").and_then(Value::as_str);
+    let digest = digest.ok_or_else(|| bad("something in it has no digest"))?;
+    let is_hex = |c: u8| c.is_ascii_digit() || (b'a'..=b'f').contains(&c);
+    let path = match digest.split_once(':') {
+        Some((algorithm @ ("sha256" | "sha512"), digits))
+            if DIGITS.contains(&digits.len()) && digits.bytes().all(is_hex) =>
+        {
+            format!("blobs/{algorithm}/{digits}")
+        }
+        _ => return Err(bad("something in it has a digest that is not of SHA-256 or SHA-512")),
+    };
+    let size = descriptor.get("size").and_then(Value::as_u64);
+    Ok(Blob { path, size: size.ok_or_else(|| bad("something in it has no size"))? })
+}
+
+fn object<'a>(value: &'a Value, document: &str) -> Result<&'a Map<String, Value>> {
+    let problem = "something in it is no object";
+    value.as_object().ok_or_else(|| ArchiveError::Layout { file: document.to_owned(), problem })
+}
+
+fn is_checkpoint(document: &Map<String, Value>) -> bool {
+    let annotations = document.get("annotations").and_then(Value::as_object);
+    let is_ours = |name: &String| ANNOTATIONS.iter().any(|begin| name.starts_with(begin));
+    annotations.is_some_and(|annotations| annotations.keys().any(is_ours))
+}
