@@ -56,7 +56,7 @@ impl Mounted {
         let child = imgfs
             .arg("mount")
             .args([chain, point])
-            .arg("--foreground")
+            .args(["--foreground", "--quiet"])
             .arg("--log-file")
             .arg(&log)
             .args(arguments)
