@@ -548,5 +548,5 @@ fn a_renamed_file_is_refused() {
     let listener = UnixListener::bind(dir.path().join("a")).unwrap();
     fs::rename(dir.path().join("a"), dir.path().join("b")).unwrap();
     let message = refused(vec![listener], &defaults());
-    assert!(message.contains("/b; images"), "{message}");
+    assert!(message.contains("/b\nhelp: images"), "{message}");
 }
