@@ -662,7 +662,7 @@ fn privileged_memory_that_is_pinned_is_not_tracked() {
             wait_for("the ring", || ring.exists());
             steps.next("pre-dump", &[]);
             let log = fs::read_to_string(steps.tip().join("log")).unwrap();
-            assert!(tracker == Tracker::None || log.contains("compared in full"), "{log}");
+            assert!(tracker == Tracker::None || log.contains("memory in full"), "{log}");
             fs::remove_file(&ring).unwrap();
         }
         assert!(steps.await_step(4));

@@ -1,14 +1,10 @@
-//! The file `README` of a mount, which says what is where.
-
-use std::fmt::Write as _;
+//! The file `README` of a mount, which says what is where. It is the same wherever the chain lies,
+//! so that `diff -r` finds no difference between mounts that show the same.
 
 use super::{Part, View};
 
 /// The name of the file.
 pub(super) const README: &str = "README";
-
-/// Snapshots that are listed, the last ones.
-const LISTED: usize = 20;
 
 const INTRODUCTION: &str = "\
 This directory shows processes as they were when they were checkpointed. Nothing here
@@ -77,6 +73,9 @@ snapshots/      All of this for each snapshot. What changed since the one before
 const IMAGES: &str = "\
 *.img           Image files, complete and without a parent: `rcriu restore` and
                 `criu restore` accept this directory.
+
+`imgfs mounts` says which chain this is, `imgfs info CHAIN` when it was made, and
+`imgfs map CHAIN` where its memory is stored.
 ";
 
 impl View {
@@ -86,30 +85,6 @@ impl View {
         let shown = PARTS.iter().filter(|(part, _)| !self.without.contains(part));
         shown.for_each(|(_, about)| text.push_str(about));
         text.push_str(IMAGES);
-        let chain = &self.chain;
-        let snapshots = chain.snapshots();
-        let _ = write!(
-            text,
-            "\nThis is snapshot {} of {}, from {}.\n",
-            chain.snapshot(self.tip).name,
-            snapshots.len(),
-            chain.images(self.tip).name().display(),
-        );
-        if snapshots.len() > 1 {
-            text.push_str("The snapshots, each after its parent:\n");
-            let left_out = snapshots.len().saturating_sub(LISTED);
-            if left_out > 0 {
-                let _ = writeln!(text, "    ({left_out} older ones)");
-            }
-            for snapshot in &snapshots[left_out..] {
-                let parent = match &snapshot.parent {
-                    Ok(Some(parent)) => format!("  (parent {})", chain.snapshot(*parent).name),
-                    Ok(None) => String::new(),
-                    Err(_) => "  (its parent is missing)".to_owned(),
-                };
-                let _ = writeln!(text, "    {}{parent}", snapshot.name);
-            }
-        }
         text.into_bytes()
     }
 }

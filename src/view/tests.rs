@@ -113,7 +113,7 @@ fn parts_of_the_tree_are_left_out() {
     let view = || View::new(Arc::new(disk.open()), disk.open().ids().last().unwrap());
     let text = |view: &View| String::from_utf8(view.readme()).unwrap();
     let all = view();
-    assert!(text(&all).contains("\nproc/ ") && text(&all).contains("2  (parent 1)"));
+    assert!(text(&all).contains("\nproc/ ") && text(&all).contains("\nsnapshots/ "));
     let part = view().without([Part::Proc, Part::Shmem, Part::Core, Part::Json]);
     assert_eq!(
         names(&part, ""),
