@@ -26,6 +26,8 @@ async def serve(reader, writer):
         writer.write(b'%d %s' % (number, line))
         await writer.drain()
     writer.close()
+    # The answers are on their way before this process ends.
+    await writer.wait_closed()
     served += 1
     if served == wanted:
         done.set()
