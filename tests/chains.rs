@@ -156,7 +156,7 @@ fn privileged_a_mount_says_what_is_broken_and_why_a_read_failed() {
     let detach = || Detach(point.path().to_owned());
     let whole = imgfs(&["mount", chain, mnt]);
     let mounted = detach();
-    assert!(whole.status.success() && !said(&whole).contains("warning"), "{}", said(&whole));
+    assert!(whole.status.success() && !said(&whole).contains("warning:"), "{}", said(&whole));
     assert_eq!(said(&imgfs(&["log", mnt])), "");
     drop(mounted);
     // What a glance tells: the snapshot itself. What only a read finds: the base.
