@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use super::{
     Limits,
-    picture::{Drawn, Picture},
+    picture::{Drawn, Picture, word},
 };
 use crate::{
     chain::map::{Counts, State},
@@ -31,21 +31,9 @@ pub(super) fn document(picture: &Picture) -> Value {
     })
 }
 
-fn name(state: State) -> &'static str {
-    match state {
-        State::Here => "here",
-        State::Twice => "twice",
-        State::Parent => "parent",
-        State::Freed => "freed",
-        State::Missing => "missing",
-        State::File => "file",
-        State::Zero => "zero",
-    }
-}
-
 fn counts(counts: &Counts) -> Value {
     let there = State::ALL.into_iter().filter(|state| counts.get(*state) > 0);
-    there.map(|state| (name(state).to_owned(), json!(page_bytes(counts.get(state))))).collect()
+    there.map(|state| (word(state).to_owned(), json!(page_bytes(counts.get(state))))).collect()
 }
 
 fn memory(picture: &Picture, drawn: &Drawn) -> Value {

@@ -269,6 +269,19 @@ pub(super) fn bytes(pages: u64) -> String {
     BinaryBytes(page_bytes(pages)).to_string()
 }
 
+/// Returns the word for a state in documents that programs read: JSON, and classes of styles.
+pub(super) fn word(state: State) -> &'static str {
+    match state {
+        State::Here => "here",
+        State::Twice => "twice",
+        State::Parent => "parent",
+        State::Freed => "freed",
+        State::Missing => "missing",
+        State::File => "file",
+        State::Zero => "zero",
+    }
+}
+
 /// Returns what a legend calls a state.
 pub(super) fn meaning(state: State) -> &'static str {
     match state {

@@ -8,7 +8,7 @@ use std::{
 
 use super::{
     Limits,
-    picture::{Drawn, LEVELS, Look, Picture, SHARES, bytes, level, meaning, shares},
+    picture::{Drawn, LEVELS, Look, Picture, SHARES, bytes, level, meaning, shares, word},
     text::groups,
 };
 use crate::{
@@ -77,22 +77,9 @@ text{fill:var(--ink)}.f{fill:var(--faint);font-size:11px}.t{font-size:20px;font-
 .v1{fill-opacity:.28}.v2{fill-opacity:.45}.v3{fill-opacity:.62}.v4{fill-opacity:.8}\
 rect:hover:not(.p){stroke:var(--ink);stroke-width:1}";
 
-/// Returns the name of a state's style.
-fn class(state: State) -> &'static str {
-    match state {
-        State::Here => "here",
-        State::Twice => "twice",
-        State::Parent => "parent",
-        State::Freed => "freed",
-        State::Missing => "missing",
-        State::File => "file",
-        State::Zero => "zero",
-    }
-}
-
 /// Returns the style of a state in so much of a cell.
 fn shade(state: State, level: usize) -> String {
-    if level >= LEVELS { class(state).to_owned() } else { format!("{} v{level}", class(state)) }
+    if level >= LEVELS { word(state).to_owned() } else { format!("{} v{level}", word(state)) }
 }
 
 /// Text in XML.
@@ -217,7 +204,7 @@ fn legend(picture: &Picture, sheet: &mut Sheet) {
             x = LEFT;
             sheet.y += LINE + 4.0;
         }
-        sheet.cell([x, sheet.y - BOX + 2.0, BOX, BOX], class(state), "");
+        sheet.cell([x, sheet.y - BOX + 2.0, BOX, BOX], word(state), "");
         sheet.text(x + BOX + 6.0, sheet.y, "", meaning(state));
         x += wide;
     }
@@ -259,7 +246,7 @@ fn bars(picture: &Picture, times: &[Range<usize>], sheet: &mut Sheet) {
             let height = mean(sum.get(state), group) as f64 / highest as f64 * BARS;
             if height > 0.0 {
                 y -= height;
-                sheet.cell([x, y, inside(width), height], class(state), &title);
+                sheet.cell([x, y, inside(width), height], word(state), &title);
             }
         }
     }
@@ -459,7 +446,7 @@ fn cells(picture: &Picture, drawn: &Drawn, row: &Row, at: [f64; 3], sheet: &mut 
     // What stands out lies over the rest.
     for run in runs(&looks, |look| look.base) {
         if let Some(base) = looks[run.start].base {
-            sheet.cell(place(&run), class(base), &about(&run));
+            sheet.cell(place(&run), word(base), &about(&run));
         }
     }
     for run in runs(&looks, |look| look.over) {
