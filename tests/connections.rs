@@ -178,7 +178,7 @@ fn privileged_queues_are_kept() {
     let text = "x".repeat(100_000);
     let mut streams = addresses.map(connect);
     for stream in &mut streams {
-        // Nobody reads the answers, so that the server stops to read.
+        // This client does not read the answers, so the server stops reading.
         stream.get_mut().set_nonblocking(true).unwrap();
     }
     let mut sent = [0; 3];

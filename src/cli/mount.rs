@@ -450,7 +450,7 @@ impl MountArgs {
         if !self.quiet {
             let point = self.mountpoint.display();
             let mut out = std::io::stdout().lock();
-            // That nobody listens is no reason to fail.
+            // The mount stays if standard output is closed.
             let _ = writeln!(
                 out,
                 "mounted {} at {point}\n{summary}Log:        {log}; `imgfs log {point}` shows the \

@@ -191,7 +191,7 @@ impl View {
         self
     }
 
-    /// Lets only one user access the files, whoever owns the images.
+    /// Gives all files to one user, and access to no other, regardless of the owner of the images.
     #[must_use]
     pub fn shown_to(mut self, uid: u32, gid: u32) -> Self {
         self.shown_to = Some((uid, gid));

@@ -5,9 +5,9 @@
 //! after what tells its archive from all others, so that one that was replaced or changed
 //! is unpacked anew. While it is unpacked it has another name, and a lock beside it
 //! (`flock(2)`) for which other processes wait that want it, too: so a process that is killed
-//! leaves nothing that others take for whole, or that keeps them from unpacking. Users hold a
-//! shared lock of the file, and what nobody uses is removed, the least recently used first,
-//! where room is needed.
+//! leaves nothing that others take for whole, or that keeps them from unpacking. Each process that
+//! reads an unpacked file holds a shared lock on it. Where room is needed, unlocked files are
+//! removed, the least recently used first.
 
 use std::{
     env,

@@ -203,7 +203,7 @@ impl Archive {
             is_file: true,
             len,
             allocated: member.body.allocated(),
-            // Who may read the archive may read what is in it, and nobody else.
+            // A user may read the images if the user may read the archive.
             mode: self.stat.mode & READ_WRITE,
             accessed: member.modified,
             modified: member.modified,
