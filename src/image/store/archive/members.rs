@@ -34,8 +34,12 @@ const PAX_BYTES: u64 = 1 << 20;
 /// The longest map of a sparse member in its data (GNU sparse format 1.0).
 const MAP_BYTES: u64 = 64 << 20;
 
-/// How many members an archive may have: chains of 10,000 snapshots have fewer.
+/// How many members and directories an archive may have: chains of 10,000 snapshots have fewer.
 const MEMBERS: usize = 1 << 20;
+
+/// How many bytes the paths of all members and directories, and the targets of links, may have
+/// together.
+const PATHS_BYTES: usize = 1 << 26;
 
 /// How many extents all sparse members of an archive may have together.
 const EXTENTS: usize = 1 << 22;
@@ -64,6 +68,7 @@ pub(super) type Folder = BTreeMap<String, Node>;
 pub(super) struct Members {
     folders: BTreeMap<String, Folder>,
     members: usize,
+    paths_bytes: usize,
     extents: usize,
 }
 
@@ -93,6 +98,7 @@ impl Members {
         let mut members = Self {
             folders: BTreeMap::from([(String::new(), Folder::new())]),
             members: 0,
+            paths_bytes: 0,
             extents: 0,
         };
         let mut extra = Extra::default();
@@ -149,10 +155,6 @@ impl Members {
 
     /// Enters a member, and returns where the next header is if its size does not say so.
     fn enter(&mut self, entry: &Entry, extra: Extra) -> Result<Option<u64>> {
-        self.members += 1;
-        if self.members > MEMBERS {
-            return Err(ArchiveError::TooMany { what: "members", limit: MEMBERS });
-        }
         let name = extra.sparse_name.as_deref().or(extra.path.as_deref());
         let name = name.map_or_else(|| entry.header.path_bytes().into_owned(), <[u8]>::to_owned);
         let kind = entry.header.entry_type();
@@ -164,6 +166,7 @@ impl Members {
             return Err(bad("its name is not UTF-8"));
         };
         let parts = parts(path).map_err(bad)?;
+        self.count_path(path.len())?;
         if is_folder {
             self.make_folders(&parts, entry.at)?;
             return Ok(None);
@@ -193,6 +196,7 @@ impl Members {
                 return Err(ArchiveError::Twice { member: above, offset });
             }
             if !self.folders.contains_key(&above) {
+                self.count_path(above.len())?;
                 self.folders.insert(above.clone(), Folder::new());
             }
         }
@@ -237,7 +241,12 @@ impl Members {
         if kind.is_symlink() {
             let target = extra.link.clone();
             let target = target.or_else(|| entry.header.link_name_bytes().map(Into::into));
-            let target = String::from_utf8(target.unwrap_or_default());
+            let target = target.unwrap_or_default();
+            if target.len() as u64 > NAME_BYTES {
+                return Err(odd("a symbolic link whose target is too long"));
+            }
+            self.paths_bytes += target.len();
+            let target = String::from_utf8(target);
             let target = target.map_err(|_| odd("a symbolic link whose target is not UTF-8"))?;
             // What `parent` leads to may be in another archive.
             if last != PARENT_LINK && resolve(above, &target).is_none() {
@@ -306,6 +315,20 @@ impl Members {
             map.push(start, len, name)?;
         }
         map.body(entry.data + head, name)
+    }
+
+    /// Counts a member or a directory. A member may make as many directories as its name has
+    /// components.
+    fn count_path(&mut self, len: usize) -> Result<()> {
+        self.members += 1;
+        self.paths_bytes += len;
+        if self.members > MEMBERS {
+            return Err(ArchiveError::TooMany { what: "members and directories", limit: MEMBERS });
+        }
+        if self.paths_bytes > PATHS_BYTES {
+            return Err(ArchiveError::TooMany { what: "bytes in paths", limit: PATHS_BYTES });
+        }
+        Ok(())
     }
 
     fn count_extents(&mut self, count: usize) -> Result<()> {

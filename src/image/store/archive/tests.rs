@@ -102,6 +102,19 @@ fn members_are_read_where_they_are() {
 }
 
 #[test]
+fn directories_that_names_imply_are_bounded() {
+    // Each of these names is of 4 KiB, and implies 2,000 directories.
+    let deep = |number: usize| format!("{number}{}/x", "/d".repeat(2000));
+    let bomb = problem(|tar| {
+        for number in 0..20 {
+            let mut header = header(EntryType::Regular, 0);
+            tar.append_data(&mut header, deep(number), &b""[..]).unwrap();
+        }
+    });
+    assert!(bomb.starts_with("the archive has more than 67108864 bytes in paths"), "{bomb}");
+}
+
+#[test]
 fn what_no_checkpoint_has_is_an_error() {
     let named = |name: &'static str| problem(|tar| file(tar, name, b""));
     assert!(named("../x").ends_with("member \"../x\" at offset 0x0: its name has \"..\" in it"));
