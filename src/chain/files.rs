@@ -34,6 +34,11 @@ pub struct BackingFile {
 }
 
 impl BackingFile {
+    /// Returns a file that messages call `path`.
+    pub fn new(file: Box<dyn StoredFile>, path: PathBuf) -> Self {
+        Self { file, path, mapping: OnceLock::new() }
+    }
+
     /// Returns the underlying file; `None` if the store of the bytes is not based on files.
     pub fn file(&self) -> Option<&File> {
         self.file.file()
@@ -244,7 +249,7 @@ impl Files {
         if *known != identity {
             return Err(ChainError::Replaced { path });
         }
-        let file = Arc::new(BackingFile { file, path, mapping: OnceLock::new() });
+        let file = Arc::new(BackingFile::new(file, path));
         let evicted = inner.open.push(id, Arc::clone(&file));
         drop(inner);
         drop(evicted); // closing, too, may wait

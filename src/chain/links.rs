@@ -21,7 +21,7 @@ use super::{
 use crate::{
     image::{
         ImageStore, Kind, MemoryId, PARENT_LINK, Store, desc,
-        store::{self, BrokenLink, Found, Opening, Probe},
+        store::{self, BrokenLink, Cache, Found, Opening, Probe},
     },
     parallel,
 };
@@ -82,6 +82,7 @@ pub struct Chain {
     indexes: IndexCache,
     freed: Freed,
     bonds: Bonds,
+    cache: Cache,
 }
 
 impl Chain {
@@ -111,7 +112,8 @@ impl Chain {
                 ChainError::Archive { path, source }
             }
         };
-        Self::of_place(path, store::find_anywhere(path, opening).map_err(failed)?)
+        let chain = Self::of_place(path, store::find_anywhere(path, opening).map_err(failed)?)?;
+        Ok(Self { cache: opening.cache.clone(), ..chain })
     }
 
     fn of_place(path: &Path, place: Found) -> Result<Self> {
@@ -165,6 +167,7 @@ impl Chain {
             files: Files::new(open_files()),
             indexes: IndexCache::default(),
             freed: Freed::default(),
+            cache: Cache::default(),
         }
     }
 
@@ -207,6 +210,11 @@ impl Chain {
     /// Returns the files that hold the chain's bytes.
     pub fn files(&self) -> &Files {
         &self.files
+    }
+
+    /// Returns where compressed contents are unpacked.
+    pub fn cache(&self) -> &Cache {
+        &self.cache
     }
 
     pub(super) fn bonds(&self) -> &Bonds {

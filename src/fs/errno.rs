@@ -33,7 +33,9 @@ fn errno(error: &ViewError) -> Errno {
         ViewError::NotADirectory { .. } => Errno::ENOTDIR,
         ViewError::IsADirectory { .. } => Errno::EISDIR,
         ViewError::NotALink { .. } => Errno::EINVAL,
-        ViewError::Attributes { source, .. } | ViewError::Write { source, .. } => io_errno(source),
+        ViewError::Attributes { source, .. }
+        | ViewError::Tmpfs { source, .. }
+        | ViewError::Write { source, .. } => io_errno(source),
         ViewError::TooLong { .. } | ViewError::CoreTooLarge { .. } => Errno::EFBIG,
         ViewError::PageSize { .. } => Errno::EOPNOTSUPP,
         ViewError::NoSuchProcess { .. }

@@ -64,6 +64,14 @@ pub enum ViewError {
         /// Why.
         source: std::io::Error,
     },
+    /// The files in an image of a tmpfs could not be read.
+    #[error("read the files in {path}", path = .path.display())]
+    Tmpfs {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
     /// The text of an image would be too long to hold in memory.
     #[error("the text of {path} would be longer than {limit} bytes\nhelp: use rcriu show", path = .path.display())]
     TooLong {

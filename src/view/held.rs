@@ -1,11 +1,12 @@
-//! Contents of files that images hold: deleted files, and data queued in pipes, sockets and
-//! terminals.
+//! Contents of files that images hold: deleted files, data queued in pipes, sockets and terminals, and
+//! the files of a tmpfs.
 //!
 //! ```text
 //! files/deleted/PATH        a ghost file
 //! files/pipes/ID            bytes in a pipe; links of descriptors show the same number
 //! files/sockets/INODE-N     the Nth packet or piece in the queue of a socket
 //! files/terminals/ID        bytes in a terminal
+//! files/tmpfs/PATH          a file of a tmpfs, by the path that the processes saw
 //! ```
 
 use std::{
@@ -20,6 +21,7 @@ use super::{
     address_space::extent_runs,
     mapped::{FileExtent, ghost},
     shortened,
+    tmpfs::Systems,
 };
 use crate::{
     chain::{self, Content, FileId, Run},
@@ -33,6 +35,7 @@ const LONGEST: u64 = i64::MAX.cast_unsigned();
 #[derive(Debug, Default)]
 pub(super) struct Held {
     files: BTreeMap<String, Place>,
+    systems: Systems,
 }
 
 /// Where the contents of a file are.
@@ -51,12 +54,17 @@ pub(super) enum Entry {
     Directory,
     /// A file.
     File,
+    /// A symbolic link, and where it leads.
+    Link(String),
 }
+
+/// The directory with the files of tmpfs.
+const TMPFS: &str = "tmpfs/";
 
 impl Held {
     /// Finds the files in the images, without reading their contents.
     pub(super) fn load(tables: &Tables) -> Result<Self> {
-        let mut held = Self::default();
+        let mut held = Self { systems: Systems::load(tables)?, ..Self::default() };
         held.add_deleted(tables)?;
         for kind in [Kind::PipesData, Kind::FifoData] {
             held.add_pipes(tables, kind)?;
@@ -67,18 +75,31 @@ impl Held {
     }
 
     /// Returns the entries of the directory `path`, which is empty or ends with a slash.
-    pub(super) fn children(&self, path: &str) -> BTreeMap<String, Entry> {
+    ///
+    /// # Errors
+    /// [`super::ViewError::Tmpfs`].
+    pub(super) fn children(&self, tables: &Tables, path: &str) -> Result<BTreeMap<String, Entry>> {
+        if let Some(path) = path.strip_prefix(TMPFS) {
+            return self.systems.children(tables, path);
+        }
         let inside = self.files.range(path.to_owned()..).map(|(name, _)| name);
         let inside = inside.map_while(|name| name.strip_prefix(path));
         let entry = |rest: &str| match rest.split_once('/') {
             Some((name, _)) => (name.to_owned(), Entry::Directory),
             None => (rest.to_owned(), Entry::File),
         };
-        inside.map(entry).collect()
+        let mut children: BTreeMap<String, Entry> = inside.map(entry).collect();
+        if path.is_empty() && !self.systems.is_empty() {
+            children.insert(TMPFS.trim_end_matches('/').to_owned(), Entry::Directory);
+        }
+        Ok(children)
     }
 
     /// Returns the contents of a file.
     pub(super) fn open(&self, tables: &Tables, path: &str) -> Result<Arc<dyn Content>> {
+        if let Some(path) = path.strip_prefix(TMPFS) {
+            return self.systems.open(tables, path);
+        }
         let files = tables.chain().files();
         let (len, extents) = match self.files.get(path) {
             Some(Place::Ghost(number)) => {
@@ -202,7 +223,7 @@ fn ghost_entry(tables: &Tables, number: u32) -> Result<Option<proto::GhostFileEn
 
 /// Returns a path that a view can show: absolute, without `.` and `..`, in UTF-8, and without overlong
 /// components.
-fn printable(path: &[u8]) -> String {
+pub(super) fn printable(path: &[u8]) -> String {
     /// `NAME_MAX`, minus room for a suffix.
     const LIMIT: usize = 240;
     let path = String::from_utf8_lossy(path);

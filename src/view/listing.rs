@@ -122,11 +122,13 @@ impl View {
     }
 
     pub(super) fn held_children(&self, id: SnapshotId, path: &str) -> Result<Vec<(String, What)>> {
-        let children = self.tables(id).held()?.children(path).into_iter();
+        let tables = self.tables(id);
+        let children = tables.held()?.children(&tables, path)?.into_iter();
         let child = |(name, entry): (String, held::Entry)| {
             let what = match entry {
                 held::Entry::Directory => What::HeldDirectory(id, format!("{path}{name}/")),
                 held::Entry::File => What::HeldFile(id, format!("{path}{name}")),
+                held::Entry::Link(target) => What::HeldLink(id, target),
             };
             (name, what)
         };

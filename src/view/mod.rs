@@ -28,6 +28,7 @@ mod testing;
 #[cfg(test)]
 mod tests;
 mod thread;
+mod tmpfs;
 mod tree;
 mod whole_file;
 

@@ -43,8 +43,8 @@ shmem/          Shared memory by its number; shmem-by-name/ and shmem-by-process
     (
         Part::Files,
         "\
-files/          What was in deleted files that were still open, and what waited to be read
-                in pipes, sockets and terminals.
+files/          What was in deleted files that were still open, what waited to be read in
+                pipes, sockets and terminals, and the files of each tmpfs (tmpfs/).
 ",
     ),
     (

@@ -30,7 +30,7 @@ const MMS_KEPT: NonZeroUsize = NonZeroUsize::new(8).expect("not zero");
 ///
 /// Other callers wait meanwhile. A failure is not cached.
 #[derive(Debug)]
-struct Lazy<T>(Mutex<Option<Arc<T>>>);
+pub(super) struct Lazy<T>(Mutex<Option<Arc<T>>>);
 
 impl<T> Default for Lazy<T> {
     fn default() -> Self {
@@ -39,7 +39,7 @@ impl<T> Default for Lazy<T> {
 }
 
 impl<T> Lazy<T> {
-    fn get<E>(&self, make: impl FnOnce() -> Result<T, E>) -> Result<Arc<T>, E> {
+    pub(super) fn get<E>(&self, make: impl FnOnce() -> Result<T, E>) -> Result<Arc<T>, E> {
         let mut value = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(value) = &*value {
             return Ok(Arc::clone(value));

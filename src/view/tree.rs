@@ -81,6 +81,8 @@ pub(super) enum What {
     HeldDirectory(SnapshotId, String),
     /// A file below `files`.
     HeldFile(SnapshotId, String),
+    /// A symbolic link below `files`, and where it leads.
+    HeldLink(SnapshotId, String),
     /// The directory of links to shared objects by name.
     ShmemNames(SnapshotId),
     /// The directory of processes that map shared objects.
@@ -108,7 +110,7 @@ impl What {
             | Self::ShmemNames(_)
             | Self::ShmemUsers(_)
             | Self::ShmemUser(..) => NodeType::Directory,
-            Self::ShmemLink(..) => NodeType::Link,
+            Self::HeldLink(..) | Self::ShmemLink(..) => NodeType::Link,
             Self::Proc(_, node) => node.kind(),
             _ => NodeType::File,
         }
@@ -473,9 +475,10 @@ impl View {
             | What::ShmemNames(id)
             | What::ShmemUsers(id)
             | What::ShmemUser(id, _) => whole(*id),
-            What::HeldFile(id, _) | What::ShmemLink(id, ..) | What::Readme(id) => {
-                file(*id, Kind::Inventory.file_name(0))
-            }
+            What::HeldFile(id, _)
+            | What::HeldLink(id, _)
+            | What::ShmemLink(id, ..)
+            | What::Readme(id) => file(*id, Kind::Inventory.file_name(0)),
             What::Mapping(id, pid, ..) | What::Core(id, pid) => {
                 file(*id, Kind::Mm.file_name((*pid).into()))
             }
@@ -548,7 +551,7 @@ impl View {
                 let content = MemoryFile::new(self.readme());
                 Ok(OpenFile { content: Arc::new(content), whole: None, pages: None })
             }
-            What::ShmemLink(..) => {
+            What::HeldLink(..) | What::ShmemLink(..) => {
                 Err(ViewError::NoSuchEntry { dir: name.to_owned(), name: name.to_owned() })
             }
             What::Mapping(id, pid, start, end) => {
@@ -583,6 +586,7 @@ impl View {
     fn target(&self, what: &What) -> Result<Vec<u8>> {
         match what {
             What::Proc(id, node) => Proc::new(&self.tables(*id), &self.spaces).target(node),
+            What::HeldLink(_, target) => Ok(target.clone().into_bytes()),
             What::ShmemLink(_, depth, shmid) => {
                 Ok(format!("{}shmem/{shmid}", "../".repeat(*depth as usize)).into_bytes())
             }

@@ -27,7 +27,7 @@ use std::{
     sync::Arc,
 };
 
-pub use archive::{ArchiveError, ArchiveWriter, Archived, Cache, CopyError};
+pub use archive::{ArchiveError, ArchiveWriter, Archived, Cache, CopyError, FileTree, TreeEntry};
 pub use beside::Beside;
 pub use directory::{Directory, Probe};
 pub(crate) use directory::{directories, has_inventory};

@@ -43,6 +43,9 @@ const MOUNT_FLAGS: [(u32, &str); 6] = [
 ];
 const MS_RDONLY: u32 = 1;
 
+/// Bits of the minor number in a device number of the kernel (`linux/kdev_t.h`), which images have.
+const MINOR_BITS: u32 = 20;
+
 /// The bytes that fields of `mountinfo` escape.
 const MOUNT_ESCAPES: &[u8] = b" \t\n\\#";
 
@@ -58,7 +61,7 @@ impl Proc<'_> {
         let Some(mounts) = self.mount_entries(pid)? else { return Ok(None) };
         let mut text = Vec::new();
         for mount in &mounts {
-            let device = (mount.root_dev >> 8 & 0xfff, mount.root_dev & 0xff);
+            let device = (mount.root_dev >> MINOR_BITS, mount.root_dev & ((1 << MINOR_BITS) - 1));
             let head =
                 format!("{} {} {}:{} ", mount.mnt_id, mount.parent_mnt_id, device.0, device.1);
             text.extend(head.into_bytes());

@@ -124,7 +124,8 @@ impl Cache {
             }
             let unpacked = open_file(&part).and_then(|file| {
                 let file = lock(file, FlockArg::LockExclusive)?;
-                self.unpack(&dir, &file, decoder(), progress)?;
+                let others = others(&dir, &file)?;
+                self.unpack(others, &file, decoder(), progress)?;
                 file.sync_all()?;
                 fs::rename(&part, &whole)?;
                 File::open(&dir)?.sync_all()
@@ -158,15 +159,30 @@ impl Cache {
         Err(io::Error::new(io::ErrorKind::PermissionDenied, problem))
     }
 
+    /// Unpacks an archive into a file without a name, for a program that reads with the rights of
+    /// another user, who must not get into this user's cache.
+    ///
+    /// # Errors
+    /// An archive that is damaged, or larger than the limit; what keeps it from being written.
+    pub(super) fn unnamed(&self, decoder: Box<dyn Read>) -> io::Result<Held> {
+        let dir = env::temp_dir();
+        let mut options = File::options();
+        options.read(true).write(true).mode(FILE_MODE).custom_flags(OFlag::O_TMPFILE.bits());
+        let file = options.open(&dir).map_err(|error| at(&dir, error))?;
+        self.unpack(Vec::new(), &file, decoder, &mut || ())?;
+        lock(file, FlockArg::LockShared)
+    }
+
+    /// Unpacks an archive into `file`, and removes as many of the other files of the cache, the last
+    /// ones first, as that takes.
     fn unpack(
         &self,
-        dir: &Path,
+        mut others: Vec<Other>,
         file: &File,
         mut decoder: Box<dyn Read>,
         progress: &mut dyn FnMut(),
     ) -> io::Result<()> {
         file.set_len(0)?;
-        let mut others = others(dir, file)?;
         let mut used: u64 = others.iter().map(|other| other.allocated).sum();
         let mut buffer = vec![0; STEP_BYTES];
         let mut len = 0;

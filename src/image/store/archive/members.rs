@@ -5,17 +5,19 @@
 //! length and name in them is distrusted.
 
 use std::{
+    borrow::Cow,
     collections::BTreeMap,
     str,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use tar::{EntryType, GnuSparseHeader, Header, PaxExtensions};
+use tar::{EntryType, Header, PaxExtensions};
 
 use super::{
     ArchiveError,
     error::Result,
-    slice::{Body, Extent, read_full},
+    slice::{Body, read_full},
+    sparse::{Map, Numbers},
 };
 use crate::image::{PARENT_LINK, desc, store::StoredFile};
 
@@ -28,11 +30,11 @@ pub(super) const BLOCK_BYTES: usize = 512;
 /// The longest name that is read: as long as a path can be (`PATH_MAX`, `linux/limits.h`).
 const NAME_BYTES: u64 = 4096;
 
+/// The longest component of a name (`NAME_MAX`, `linux/limits.h`).
+const COMPONENT_BYTES: usize = 255;
+
 /// The longest block of pax records that is read. Extended attributes are in them, too.
 const PAX_BYTES: u64 = 1 << 20;
-
-/// The longest map of a sparse member in its data (GNU sparse format 1.0).
-const MAP_BYTES: u64 = 64 << 20;
 
 /// How many members and directories an archive may have: chains of 10,000 snapshots have fewer.
 const MEMBERS: usize = 1 << 20;
@@ -70,6 +72,20 @@ pub(super) struct Members {
     members: usize,
     paths_bytes: usize,
     extents: usize,
+    rules: Rules,
+    /// How many device nodes, FIFOs and sockets were left out.
+    pub(super) special: usize,
+}
+
+/// Which members an archive may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Rules {
+    /// Those of a checkpoint: names and links that stay inside, and nothing but files,
+    /// directories and symbolic links.
+    Checkpoint,
+    /// Those of any file system. Links may lead anywhere, since they are only shown. Special
+    /// files are left out.
+    FileSystem,
 }
 
 /// What the headers before a member's own say of it.
@@ -91,8 +107,8 @@ impl Members {
     /// Reads all headers of an archive.
     ///
     /// # Errors
-    /// Whatever a checkpoint's archive does not have.
-    pub(super) fn read(archive: &dyn StoredFile) -> Result<Self> {
+    /// Whatever the rules do not allow.
+    pub(super) fn read(archive: &dyn StoredFile, rules: Rules) -> Result<Self> {
         let failed = |source| ArchiveError::Read { offset: 0, source };
         let end = archive.stat().map_err(failed)?.len;
         let mut members = Self {
@@ -100,6 +116,8 @@ impl Members {
             members: 0,
             paths_bytes: 0,
             extents: 0,
+            rules,
+            special: 0,
         };
         let mut extra = Extra::default();
         let mut at = 0;
@@ -161,10 +179,8 @@ impl Members {
         let is_folder = kind.is_dir() || is_file(kind) && name.ends_with(b"/");
         let shown = || String::from_utf8_lossy(&name).into_owned();
         let bad = |problem| ArchiveError::Name { member: shown(), offset: entry.at, problem };
-        let Ok(path) = str::from_utf8(&name) else {
-            // No image has such a name, and no directory of images needs one.
-            return Err(bad("its name is not UTF-8"));
-        };
+        let path = self.text(&name).ok_or_else(|| bad("its name is not UTF-8"))?;
+        let path = &*path;
         let parts = parts(path).map_err(bad)?;
         self.count_path(path.len())?;
         if is_folder {
@@ -175,6 +191,7 @@ impl Members {
             return Err(bad("it has no name"));
         };
         let (node, next) = self.node(entry, &extra, &shown(), above, last)?;
+        let Some(node) = node else { return Ok(None) };
         self.make_folders(above, entry.at)?;
         let folder = self.folders.entry(above.join("/")).or_default();
         if folder.insert((*last).to_owned(), node).is_some() {
@@ -210,7 +227,7 @@ impl Members {
         name: &str,
         above: &[&str],
         last: &str,
-    ) -> Result<(Node, Option<u64>)> {
+    ) -> Result<(Option<Node>, Option<u64>)> {
         let kind = entry.header.entry_type();
         let odd = |what: &str| ArchiveError::Type {
             member: name.to_owned(),
@@ -232,11 +249,11 @@ impl Members {
                 entry.require(name, entry.data, entry.size)?;
                 Body::Dense { offset: entry.data, len: entry.size }
             };
-            return Ok((Node::File(Member { body, modified }), None));
+            return Ok((Some(Node::File(Member { body, modified })), None));
         }
         if kind.is_gnu_sparse() {
             let (body, next) = self.gnu_map(entry, name)?;
-            return Ok((Node::File(Member { body, modified }), Some(next)));
+            return Ok((Some(Node::File(Member { body, modified })), Some(next)));
         }
         if kind.is_symlink() {
             let target = extra.link.clone();
@@ -246,8 +263,11 @@ impl Members {
                 return Err(odd("a symbolic link whose target is too long"));
             }
             self.paths_bytes += target.len();
-            let target = String::from_utf8(target);
-            let target = target.map_err(|_| odd("a symbolic link whose target is not UTF-8"))?;
+            let target = self.text(&target).map(Cow::into_owned);
+            let target = target.ok_or_else(|| odd("a symbolic link whose target is not UTF-8"))?;
+            if self.rules == Rules::FileSystem {
+                return Ok((Some(Node::Link(target)), None));
+            }
             // What `parent` leads to may be in another archive.
             if last != PARENT_LINK && resolve(above, &target).is_none() {
                 let what = format!("a symbolic link that leads out of the archive, to {target:?}");
@@ -256,7 +276,23 @@ impl Members {
             if last != PARENT_LINK && desc::by_file_name(last).is_some() {
                 return Err(odd("a symbolic link, and not an image"));
             }
-            return Ok((Node::Link(target), None));
+            return Ok((Some(Node::Link(target)), None));
+        }
+        if self.rules == Rules::FileSystem {
+            return match kind {
+                EntryType::Link => {
+                    let target = extra.link.clone();
+                    let target = target.or_else(|| entry.header.link_name_bytes().map(Into::into));
+                    let found = self.linked(&target.unwrap_or_default());
+                    let found = found.ok_or_else(|| odd("a hard link to no member before it"))?;
+                    Ok((found, None))
+                }
+                EntryType::Char | EntryType::Block | EntryType::Fifo => {
+                    self.special += 1;
+                    Ok((None, None))
+                }
+                _ => Err(odd("of a type that is not read")),
+            };
         }
         Err(match kind {
             EntryType::Link => {
@@ -267,6 +303,35 @@ impl Members {
             EntryType::Fifo => odd("a FIFO, which is no part of a checkpoint"),
             _ => odd("of a type that is not read"),
         })
+    }
+
+    /// Returns a name as text; `None` if it is none. In names of a file system, bytes that are not
+    /// UTF-8 are shown as `\\xff`.
+    fn text<'a>(&self, name: &'a [u8]) -> Option<Cow<'a, str>> {
+        match str::from_utf8(name) {
+            Ok(text) => Some(text.into()),
+            Err(_) if self.rules == Rules::Checkpoint => None,
+            Err(_) => {
+                let mut text = String::new();
+                for chunk in name.utf8_chunks() {
+                    text.push_str(chunk.valid());
+                    text.extend(chunk.invalid().escape_ascii().map(char::from));
+                }
+                Some(text.into())
+            }
+        }
+    }
+
+    /// Returns what a hard link leads to: a member before it, or one that was left out.
+    fn linked(&self, target: &[u8]) -> Option<Option<Node>> {
+        let path = self.text(target)?;
+        let parts = parts(&path).ok()?;
+        let (last, above) = parts.split_last()?;
+        match self.folders.get(&above.join("/")).and_then(|folder| folder.get(*last)) {
+            Some(node @ (Node::File(_) | Node::Link(_))) => Some(Some(node.clone())),
+            Some(Node::Folder) => None,
+            None => (self.special > 0).then_some(None),
+        }
     }
 
     /// Reads the map of a sparse member as GNU tar writes it by itself.
@@ -301,7 +366,7 @@ impl Members {
         }
         let len = extra.sparse_size.ok_or_else(|| bad("its length is missing"))?;
         entry.require(name, entry.data, entry.size)?;
-        let mut numbers = Numbers { entry, at: 0, block: Vec::new() };
+        let mut numbers = Numbers::new(entry);
         let count = numbers.next().map_err(bad)?;
         let mut found = Vec::new();
         for _ in 0..count {
@@ -345,15 +410,15 @@ fn is_file(kind: EntryType) -> bool {
 }
 
 /// A member's header, and where it is.
-struct Entry<'a> {
+pub(super) struct Entry<'a> {
     header: &'a Header,
     at: u64,
     /// Where its data begins, and how long it is.
-    data: u64,
-    size: u64,
-    archive: &'a dyn StoredFile,
+    pub(super) data: u64,
+    pub(super) size: u64,
+    pub(super) archive: &'a dyn StoredFile,
     /// Where the archive ends.
-    end: u64,
+    pub(super) end: u64,
 }
 
 impl Entry<'_> {
@@ -404,7 +469,12 @@ fn has_checksum(header: &Header) -> bool {
     header.cksum().is_ok_and(|claimed| claimed == sum)
 }
 
-fn bytes_at(archive: &dyn StoredFile, offset: u64, len: u64, end: u64) -> Result<Vec<u8>> {
+pub(super) fn bytes_at(
+    archive: &dyn StoredFile,
+    offset: u64,
+    len: u64,
+    end: u64,
+) -> Result<Vec<u8>> {
     let mut bytes = vec![0; usize::try_from(len).expect("limited by the caller")];
     let read = read_full(archive, &mut bytes, offset)
         .map_err(|source| ArchiveError::Read { offset, source })?;
@@ -474,6 +544,9 @@ fn parts(name: &str) -> Result<Vec<&str>, &'static str> {
     if parts.contains(&"..") {
         return Err("its name has \"..\" in it");
     }
+    if parts.iter().any(|part| part.len() > COMPONENT_BYTES) {
+        return Err("a component of its name is too long");
+    }
     Ok(parts)
 }
 
@@ -492,99 +565,4 @@ pub(super) fn resolve(above: &[&str], target: &str) -> Option<String> {
         }
     }
     Some(path.join("/"))
-}
-
-/// The map of a sparse member while it is read.
-struct Map {
-    len: u64,
-    stored: u64,
-    extents: Vec<(u64, u64)>,
-    end: u64,
-    sum: u64,
-}
-
-impl Map {
-    fn new(len: u64, stored: u64) -> Self {
-        Self { len, stored, extents: Vec::new(), end: 0, sum: 0 }
-    }
-
-    fn take(&mut self, headers: &[GnuSparseHeader], name: &str) -> Result<()> {
-        for header in headers.iter().take_while(|header| !header.is_empty()) {
-            let bad = |problem| ArchiveError::Sparse { member: name.to_owned(), problem };
-            let start = header.offset().map_err(|_| bad("an offset is no number"))?;
-            let len = header.length().map_err(|_| bad("a length is no number"))?;
-            self.push(start, len, name)?;
-        }
-        Ok(())
-    }
-
-    fn push(&mut self, start: u64, len: u64, name: &str) -> Result<()> {
-        let bad = |problem| ArchiveError::Sparse { member: name.to_owned(), problem };
-        let end = start.checked_add(len).filter(|end| *end <= self.len);
-        let end = end.ok_or_else(|| bad("data lies behind its end"))?;
-        if start < self.end {
-            return Err(bad("its data is not in order"));
-        }
-        self.end = end;
-        // Both are bounded by the member's length.
-        self.sum += len;
-        if len > 0 {
-            self.extents.push((start, len));
-        }
-        Ok(())
-    }
-
-    fn body(self, mut offset: u64, name: &str) -> Result<Body> {
-        let bad = |problem| ArchiveError::Sparse { member: name.to_owned(), problem };
-        if i64::try_from(self.len).is_err() {
-            return Err(bad("it is longer than files can be"));
-        }
-        if self.sum != self.stored {
-            return Err(bad("its map names more or fewer bytes than are stored"));
-        }
-        let extent = |(start, len)| {
-            let extent = Extent { start, len, offset };
-            offset += len;
-            extent
-        };
-        Ok(Body::Sparse { len: self.len, extents: self.extents.into_iter().map(extent).collect() })
-    }
-}
-
-/// Decimal numbers, each on a line of its own, at the beginning of a member.
-struct Numbers<'a> {
-    entry: &'a Entry<'a>,
-    at: u64,
-    block: Vec<u8>,
-}
-
-impl Numbers<'_> {
-    fn next(&mut self) -> Result<u64, &'static str> {
-        let mut number: Option<u64> = None;
-        loop {
-            match self.byte()? {
-                b'\n' => return number.ok_or("its map is no list of numbers"),
-                digit @ b'0'..=b'9' => {
-                    let value = number.unwrap_or(0).checked_mul(10);
-                    let value = value.and_then(|value| value.checked_add(u64::from(digit - b'0')));
-                    number = Some(value.ok_or("a number in its map is too large")?);
-                }
-                _ => return Err("its map is no list of numbers"),
-            }
-        }
-    }
-
-    fn byte(&mut self) -> Result<u8, &'static str> {
-        let inside = usize::try_from(self.at % BLOCK).expect("below a block");
-        if inside == 0 {
-            if self.at >= MAP_BYTES.min(self.entry.size) {
-                return Err("its map has no end");
-            }
-            let offset = self.entry.data + self.at;
-            let block = bytes_at(self.entry.archive, offset, BLOCK, self.entry.end);
-            self.block = block.map_err(|_| "its map cannot be read")?;
-        }
-        self.at += 1;
-        Ok(self.block[inside])
-    }
 }

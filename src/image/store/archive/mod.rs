@@ -8,10 +8,12 @@
 mod cache;
 mod compressed;
 mod error;
+mod file_tree;
 mod members;
 mod oci;
 mod seekable;
 mod slice;
+mod sparse;
 #[cfg(test)]
 mod tests;
 mod write;
@@ -29,7 +31,8 @@ pub use cache::Cache;
 use cache::Held;
 use compressed::{Counted, Format};
 pub use error::ArchiveError;
-use members::{Member, Members, Node};
+pub use file_tree::{FileTree, TreeEntry};
+use members::{Member, Members, Node, Rules};
 use seekable::Seekable;
 use slice::{Base, Slice};
 pub use write::{ArchiveWriter, CopyError};
@@ -121,7 +124,7 @@ impl Archive {
         let bytes = unpacked(layer.file, key, opening)?;
         Ok(Self {
             path: self.path.join(&layer.path),
-            members: Members::read(&*bytes)?,
+            members: Members::read(&*bytes, Rules::Checkpoint)?,
             bytes,
             stat: self.stat,
             owner: self.owner,
@@ -147,7 +150,7 @@ impl Archive {
     }
 
     fn read(path: &Path, bytes: Base, found: &FileStat) -> Result<Self, ArchiveError> {
-        let members = Members::read(&*bytes)?;
+        let members = Members::read(&*bytes, Rules::Checkpoint)?;
         Ok(Self {
             path: path.to_owned(),
             bytes,

@@ -1,0 +1,93 @@
+//! The contents of a file system, which an image holds as a compressed archive.
+//!
+//! CRIU packs what is in a tmpfs with GNU tar and gzip. The archive is unpacked into the cache, like
+//! one that holds images, and is then read in place.
+
+use std::{io, sync::Arc};
+
+use super::{
+    Cache, Opening, Unpacked, cache,
+    compressed::Format,
+    members::{Member, Members, Node, Rules},
+    slice::{Base, Slice},
+    unpacked,
+};
+use crate::image::store::{ImageStore, Stat, StoredFile};
+
+/// The directories and files of a file system.
+#[derive(Debug)]
+pub struct FileTree {
+    archive: Base,
+    members: Members,
+    /// Of the image.
+    stat: Stat,
+}
+
+/// An entry of a directory of a [`FileTree`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TreeEntry {
+    /// A directory.
+    Directory,
+    /// A regular file.
+    File,
+    /// A symbolic link, and where it leads, which can be anywhere.
+    Link(String),
+}
+
+impl FileTree {
+    /// Reads the names in the archive that the image called `file` is.
+    ///
+    /// # Errors
+    /// What keeps the image from being read or unpacked; [`super::ArchiveError`], as the source of an
+    /// [`io::Error`] that is one of [`io::ErrorKind::InvalidData`].
+    pub fn open(images: &dyn ImageStore, file: &str, cache: &Cache) -> io::Result<Self> {
+        let stored: Base = Arc::from(images.open_at_random(file)?);
+        let stat = stored.stat()?;
+        let opening = Opening { cache: cache.clone(), ..Opening::default() };
+        let unpacked = unpacked(Arc::clone(&stored), || cache::key(&stat, None), &opening);
+        let archive: Base = match unpacked {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                let decoder = Format::of(&*stored)?.decoder(stored);
+                Arc::new(Unpacked(cache.unnamed(decoder)?))
+            }
+            archive => archive?,
+        };
+        let members = Members::read(&*archive, Rules::FileSystem)?;
+        Ok(Self { archive, members, stat })
+    }
+
+    /// Returns how many device nodes, FIFOs and sockets the file system had, which are not shown.
+    pub fn special(&self) -> usize {
+        self.members.special
+    }
+
+    /// Returns the entries of the directory `path`, which has no slash at its ends; the root's is
+    /// empty.
+    pub fn entries(&self, path: &str) -> impl Iterator<Item = (&str, TreeEntry)> {
+        self.members.folder(path).into_iter().flatten().map(|(name, node)| {
+            let entry = match node {
+                Node::File(_) => TreeEntry::File,
+                Node::Folder => TreeEntry::Directory,
+                Node::Link(target) => TreeEntry::Link(target.clone()),
+            };
+            (name.as_str(), entry)
+        })
+    }
+
+    /// Returns the contents of a regular file; `None` if there is none of that path.
+    pub fn file(&self, path: &str) -> Option<Box<dyn StoredFile>> {
+        let (folder, name) = path.rsplit_once('/').unwrap_or(("", path));
+        let Node::File(member) = self.members.folder(folder)?.get(name)? else { return None };
+        Some(Box::new(self.slice(member)))
+    }
+
+    fn slice(&self, member: &Member) -> Slice {
+        let stat = Stat {
+            len: member.body.len(),
+            allocated: member.body.allocated(),
+            modified: member.modified,
+            ..self.stat
+        };
+        Slice::new(Arc::clone(&self.archive), member.body.clone(), stat)
+    }
+}
