@@ -98,7 +98,14 @@ const ROWS: &[Row] = &[
             ("file-validation", restored_file_validation),
         ],
     ),
-    (&["dump", "pre-dump", "restore"], &[("display-stats", display_stats)]),
+    (
+        &["dump", "pre-dump", "restore"],
+        &[
+            ("display-stats", display_stats),
+            ("manage-cgroups", manage_cgroups),
+            ("cpu-cap", cpu_cap),
+        ],
+    ),
     (
         &["dump", "pre-dump", "restore", "check", "dedup"],
         &[
@@ -245,12 +252,7 @@ fn opt(command: &str, arg: &Arg) -> Option<Opt> {
     let words = if !arg.get_action().takes_values() {
         vec![dashed]
     } else if arg.is_require_equals_set() {
-        // Without a value: what that stands for is what is asked for most.
-        vec![if name == "cpu-cap" || name == "manage-cgroups" {
-            dashed
-        } else {
-            format!("{dashed}={value}")
-        }]
+        vec![format!("{dashed}={value}")]
     } else {
         vec![dashed, value.to_owned()]
     };
@@ -753,6 +755,33 @@ fn network_lock(_: &str) {
     assert_eq!(method(&[]), Some(2));
     assert_eq!(method(&["--network-lock", "nftables"]), Some(2));
     assert_eq!(method(&["--network-lock", "skip"]), Some(3));
+}
+
+/// tests/cgroups.rs looks at the effect of each mode.
+fn manage_cgroups(command: &str) {
+    some_values(command, "--manage-cgroups", &["none", "ignore"], &["", "=soft", "=strict"]);
+}
+
+fn cpu_cap(command: &str) {
+    some_values(command, "--cpu-cap", &["none"], &["", "=all", "=fpu"]);
+}
+
+/// Runs a command with values of an option that it accepts, and with values that it refuses.
+fn some_values(command: &str, option: &str, accepted: &[&str], others: &[&str]) {
+    for value in accepted {
+        let word = format!("{option}={value}");
+        let mut run = Run::new();
+        if command == "restore" {
+            run.restorable();
+            fine(run.restore(&[&word]));
+        } else {
+            fine(run.dump(command, &[&word]));
+        }
+    }
+    for value in others {
+        let word = format!("{option}{value}");
+        refused(&rcriu(&[command, &word]), &format!("{word} is not supported yet"));
+    }
 }
 
 fn ext_unix_sk(command: &str) {

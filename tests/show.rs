@@ -149,7 +149,7 @@ fn what_would_never_end_is_not_opened() {
     for (path, name) in [(fifo.to_str().unwrap(), "a FIFO"), ("/dev/zero", "a device")] {
         let problem = format!(
             "rcriu: open image {path}: it is {name}, not a regular file\n  \
-             To show what it holds, give it as standard input: rcriu show - < FILE.\n"
+             help: pass it as standard input: rcriu show - < FILE\n"
         );
         ends(&run(&[path]), 1, "", &problem);
     }

@@ -9,11 +9,11 @@ use crate::chain::{Finding, Severity, check};
 
 /// Check a chain for defects.
 ///
-/// Every image of every snapshot is decoded, every page that a snapshot leaves to its
-/// parent is looked up there, and every pages file is compared with its pagemap. Processes,
-/// their memory and their files are checked against each other, as `rcriu restore` does
-/// before it begins; state that rcriu does not restore is a note. Each finding is printed
-/// with directory, memory and address. The exit status is 1 if any finding is an error.
+/// imgfs decodes every image of every snapshot, looks up in the parent every page that a
+/// snapshot leaves to it, and compares every pages file with its pagemap. Like `rcriu restore`,
+/// it checks processes, their memory and their files against each other; state that rcriu does
+/// not restore is a note. Each finding names the directory, the memory and the address. The
+/// exit status is 1 if any finding is an error.
 #[derive(Debug, clap::Args)]
 pub struct CheckArgs {
     #[command(flatten)]

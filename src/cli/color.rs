@@ -1,4 +1,4 @@
-//! When output has colours, and how wide it is.
+//! Colours and width of the output.
 
 use std::{
     env,
@@ -11,7 +11,7 @@ use terminal_size::{Width, terminal_size};
 /// `--color`
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(super) enum ColorWhen {
-    /// On a terminal, unless the environment has NO_COLOR.
+    /// If standard output is a terminal and the environment has no NO_COLOR.
     #[default]
     Auto,
     /// Always.

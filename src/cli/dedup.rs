@@ -1,4 +1,4 @@
-//! `rcriu dedup`: what was done, for people and programs.
+//! `rcriu dedup`: runs a deduplication and prints its result as text or JSON.
 
 use std::{
     io::Write,
@@ -16,18 +16,18 @@ use crate::{
     units::page_bytes,
 };
 
-/// What is to be done.
+/// A deduplication to run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Work {
     /// Make a chain of full dumps.
     Link(LinkOptions),
-    /// Free in the ancestors of a snapshot what it holds itself.
+    /// Free the pages of ancestors that a snapshot supersedes.
     Free(FreeOptions),
     /// Let equal pages of this chain share blocks.
     Reflink(PathBuf),
 }
 
-/// A bar, where standard error is a terminal.
+/// A progress bar, shown if standard error is a terminal.
 struct Bar(ProgressBar);
 
 impl Progress for Bar {
@@ -40,10 +40,10 @@ impl Progress for Bar {
     }
 }
 
-/// Does the work and says what was done.
+/// Does the work and prints its result.
 ///
 /// # Errors
-/// What the work returns, and what keeps the output from being written.
+/// What the work returns; a failed write of the output.
 pub(super) fn run(work: &Work, as_json: bool, out: &mut dyn Write) -> anyhow::Result<bool> {
     let document = match work {
         Work::Link(options) => link(options, as_json, out)?,
@@ -115,13 +115,13 @@ fn reflink(path: &Path, as_json: bool, out: &mut dyn Write) -> anyhow::Result<Va
     }))
 }
 
-/// Says what is going to be lost, and what is not.
+/// Prints which snapshots will be lost, and which pages will be kept.
 fn warn(freed: &Freed, out: &mut dyn Write) -> anyhow::Result<()> {
     for dir in &freed.lost {
-        writeln!(out, "{}: can no longer be restored, only its descendants", dir.display())?;
+        writeln!(out, "{}: can no longer be restored; its descendants can", dir.display())?;
     }
     for (dir, pages) in &freed.kept_for {
-        writeln!(out, "{}: {pages} pages are kept for it", dir.display())?;
+        writeln!(out, "{}: needs {pages} pages, which are kept", dir.display())?;
     }
     Ok(out.flush()?)
 }
@@ -129,7 +129,7 @@ fn warn(freed: &Freed, out: &mut dyn Write) -> anyhow::Result<()> {
 fn print(linked: &Linked, out: &mut dyn Write) -> anyhow::Result<()> {
     let dir = linked.dir.display();
     let Some(parent) = &linked.parent else {
-        writeln!(out, "{dir}: nothing in common with the dump before it; left as it is")?;
+        writeln!(out, "{dir}: has no pages in common with the previous dump; not changed")?;
         return Ok(());
     };
     writeln!(

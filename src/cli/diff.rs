@@ -12,21 +12,21 @@ use crate::{
 
 /// Show which pages differ between two snapshots.
 ///
-/// Pages that both snapshots read from the same place of the chain are equal; other pages
-/// are compared byte by byte. A page that one of them does not hold counts as zero. As with
-/// diff(1), the exit status is 0 if nothing differs, 1 if a page differs, and 2 on failure.
+/// Pages that both snapshots have from the same place of the chain are equal; imgfs compares
+/// all other pages byte by byte. A page that one snapshot does not hold counts as zero. As with
+/// diff(1), the exit status is 0 if no page differs, 1 if a page differs, and 2 on failure.
 #[derive(Debug, clap::Args)]
 pub struct DiffArgs {
     #[command(flatten)]
     source: Source,
-    /// The name of one snapshot
+    /// Name of one snapshot
     a: String,
-    /// The name of the other
+    /// Name of the other snapshot
     b: String,
     /// Print JSON instead of lines
     #[arg(long)]
     json: bool,
-    /// Print nothing, only set the exit status
+    /// Print nothing; only set the exit status
     #[arg(short, long, conflicts_with = "json")]
     quiet: bool,
 }

@@ -19,23 +19,23 @@ use crate::{
 
 /// Write a snapshot as a stand-alone image directory without parents.
 ///
-/// The new directory holds everything that a restore needs. Its inventory
-/// appears last, when all else is on disk. On file systems that share blocks
-/// between files (btrfs, xfs), no memory is copied.
+/// The new directory holds everything that a restore needs. imgfs writes the inventory last,
+/// when all other files are on disk. On file systems that share blocks between files (btrfs,
+/// XFS), imgfs copies no memory.
 #[derive(Debug, clap::Args)]
 pub struct FlattenArgs {
     #[command(flatten)]
     which: Which,
-    /// The directory to write, which must not exist or be empty; with --archive, the
-    /// archive: its name ends in .tar, .tar.gz or .tar.zst
+    /// Directory to write, which must be empty or not exist; with --archive, the archive, whose
+    /// name must end in .tar, .tar.gz or .tar.zst
     out: PathBuf,
-    /// Write an archive instead, laid out as Podman exports it
+    /// Write an archive with the layout of Podman's exports
     ///
-    /// The images are in checkpoint/; what Podman or CRI-O exported beside the snapshot
-    /// (config.dump and others) is kept.
+    /// The images are in checkpoint/. imgfs keeps the other files of an archive from Podman or
+    /// CRI-O, such as config.dump.
     #[arg(long)]
     archive: bool,
-    /// Replace an archive that exists
+    /// Replace an existing archive
     #[arg(short, long, requires = "archive")]
     force: bool,
 }
@@ -67,10 +67,10 @@ pub fn run(args: &FlattenArgs) -> anyhow::Result<()> {
     result.with_context(|| format!("flatten snapshot {name} into {}", args.out.display()))
 }
 
-/// Keeps others from changing a snapshot and its ancestors while they are read.
+/// Locks a snapshot and its ancestors, so that no program changes them while they are read.
 ///
 /// # Errors
-/// Who changes them now.
+/// A process that holds the lock, by name.
 pub(super) fn lock(chain: &Chain, tip: SnapshotId) -> anyhow::Result<DirectoryLocks> {
     let mut locks = DirectoryLocks::default();
     for id in [tip, chain.base(tip)] {

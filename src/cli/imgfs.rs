@@ -6,11 +6,11 @@ use clap::{Parser, Subcommand};
 
 use super::{Common, answer, check, diff, exit, flatten, list, look, map, mount, pack};
 
-/// Look into chains of image directories
+/// Inspect and mount chains of image directories
 ///
-/// A chain is an image directory and those that its parent links lead to, or a
-/// directory of image directories, as CRIU and rcriu write them; or an archive of
-/// these, as Podman and CRI-O export it.
+/// A chain is an image directory, as CRIU and rcriu write it, with all directories that its
+/// parent links lead to. Commands also accept a directory of image directories, and an archive
+/// of these, as Podman and CRI-O export it.
 #[derive(Debug, Parser)]
 #[command(name = "imgfs", version, arg_required_else_help = true)]
 pub struct Imgfs {
@@ -55,7 +55,7 @@ pub fn main() -> ExitCode {
 }
 
 impl Imgfs {
-    /// Does what the command line says and returns the exit code.
+    /// Runs the command and returns the exit code.
     pub fn run(self) -> ExitCode {
         if !matches!(self.command, Command::Mount(_)) {
             self.common.start_logging();

@@ -19,19 +19,19 @@ use crate::{
 
 /// List the snapshots of a chain, each after its parent.
 ///
-/// For every snapshot: how many pages of memory it holds itself, how many it leaves to its
-/// parent, how many of its own were freed in its files, the size of the directory on disk,
-/// and the size of the same memory in images without parents.
+/// Prints for each snapshot: the number of pages that it holds itself, that it leaves to its
+/// parent, and that were freed in its own files; the size of its directory on disk; and the
+/// size of the same memory in images without parents.
 #[derive(Debug, clap::Args)]
 pub struct ListArgs {
     #[command(flatten)]
     source: Source,
-    /// Count pages that are stored more than once, instead
+    /// Count the pages that are stored more than once instead
     ///
-    /// Reads all stored pages. For every snapshot: how many pages its files hold, how many
-    /// of these are zero, how many are stored again in the same memory, in another memory
-    /// of the snapshot (such as that of a forked process) or in an older snapshot, and the
-    /// size of all duplicates. Needs 16 bytes of memory per page: 4 MiB for 1 GiB.
+    /// Prints for each snapshot: the number of pages in its files; how many of these are zero;
+    /// how many are stored again in the same memory, in another memory of the snapshot (such
+    /// as that of a forked process), or in an older snapshot; and the size of all duplicates.
+    /// Reads all stored pages, and needs 16 bytes of memory for each: 4 MiB for 1 GiB.
     #[arg(long)]
     duplicates: bool,
     /// Print JSON instead of a table
@@ -48,7 +48,7 @@ const TEXT_COLUMNS: usize = 3;
 /// Lists a chain; false if a snapshot could not be read or its parent not found.
 ///
 /// # Errors
-/// A place without images, and what keeps the output from being written.
+/// A place without images; a failed write of the output.
 pub fn run(args: &ListArgs, out: &mut dyn Write) -> anyhow::Result<bool> {
     let chain = args.source.open()?;
     if args.duplicates {
@@ -103,7 +103,7 @@ fn print_table<const N: usize>(
 const DUPLICATE_HEADINGS: [&str; 7] =
     ["NAME", "STORED", "ZERO", "SAME-MEMORY", "SAME-SNAPSHOT", "OLDER-SNAPSHOT", "DUPLICATES"];
 
-/// Lists how much is stored more than once.
+/// Counts the pages that are stored more than once.
 fn list_duplicates(chain: &Chain, as_json: bool, out: &mut dyn Write) -> anyhow::Result<()> {
     let bar = super::bytes_bar();
     let result = duplicates(chain, &mut |done, total| {

@@ -1,4 +1,4 @@
-//! Where the daemon's messages go.
+//! The log of a mount's daemon.
 
 use std::{
     io::{self, Write},
@@ -21,12 +21,11 @@ use crate::{
 /// The socket of the system's log (syslog(3)).
 const SYSLOG: &str = "/dev/log";
 
-/// `LOG_DAEMON` (syslog.h), to be joined with a severity of 0 to 7.
+/// `LOG_DAEMON` (syslog.h), to be combined with a severity of 0 to 7.
 const FACILITY_DAEMON: u8 = 3 << 3;
 
-/// Sends messages to the standard error stream in the foreground, to a file if
-/// one is given, otherwise to the system's log if there is one. Says where a user finds
-/// them.
+/// Sends messages to the given file; otherwise in the foreground to standard error, and in the
+/// background to the system log if there is one. Returns the name of the place, for the user.
 pub(super) fn start(
     foreground: bool,
     file: Option<&Path>,
@@ -34,7 +33,7 @@ pub(super) fn start(
 ) -> anyhow::Result<String> {
     let mut builder = Builder::new();
     builder.filter_level(level);
-    // At debug level, it repeats every request.
+    // At debug level, fuser logs every request.
     builder
         .filter_module("fuser", if level < LevelFilter::Trace { LevelFilter::Warn } else { level });
     let place;
@@ -64,18 +63,18 @@ pub(super) fn start(
             )
         });
     } else {
-        place = "none, since this machine has no system log (--log-file FILE)".to_owned();
+        place = "none: this machine has no system log (use --log-file FILE)".to_owned();
         builder.filter_level(LevelFilter::Off);
     }
     let logger = builder.build();
-    // Warnings are kept whatever is logged elsewhere.
+    // The keeper gets warnings even if the logger drops them.
     log::set_max_level(logger.filter().max(LevelFilter::Warn));
     log::set_boxed_logger(Box::new(Keeper { logger })).context("start logging")?;
     Ok(place)
 }
 
-/// Writes a message to a log file: a line with its level, and a line for each remedy. What
-/// looks for errors by their level finds one line per error.
+/// Writes a message to a log file: a line with its level, and a line for each remedy. A program
+/// that searches for errors by level finds one line for each.
 pub(super) fn write_message(
     out: &mut impl Write,
     program: &str,
@@ -91,7 +90,7 @@ pub(super) fn write_message(
     Ok(())
 }
 
-/// Sends messages on, and keeps the last of them for `imgfs log`.
+/// Passes messages on, and keeps the last of them for `imgfs log`.
 struct Keeper {
     logger: env_logger::Logger,
 }
@@ -125,14 +124,14 @@ fn severity(level: Level) -> u8 {
     }
 }
 
-/// The system's log; every write is one message.
+/// The system log; every write is one message.
 struct Syslog(UnixDatagram);
 
 impl Syslog {
     fn connect() -> Option<Self> {
         let socket = UnixDatagram::unbound().ok()?;
         socket.connect(SYSLOG).ok()?;
-        // A log that is stuck must not hold up readers.
+        // A log that does not read must not delay readers of the mount.
         socket.set_nonblocking(true).ok()?;
         Some(Self(socket))
     }
@@ -141,7 +140,7 @@ impl Syslog {
 impl Write for Syslog {
     fn write(&mut self, message: &[u8]) -> io::Result<usize> {
         if self.0.send(message).is_err() {
-            // The log may have been restarted: once more, on a new connection.
+            // The log may have been restarted: try once more, on a new connection.
             if let Some(new) = Self::connect() {
                 *self = new;
                 let _ = self.0.send(message);

@@ -1,5 +1,4 @@
-//! `imgfs ps`, `fds`, `maps`, `cat`, `get` and `info`: a look into a snapshot without a
-//! mount.
+//! `imgfs ps`, `fds`, `maps`, `cat`, `get` and `info`: look into a snapshot without a mount.
 
 use std::{
     io::Write,
@@ -21,12 +20,12 @@ use crate::{
     view::{NodeType, View, extract},
 };
 
-/// Which snapshot.
+/// Options that choose a snapshot.
 #[derive(Debug, clap::Args)]
 pub struct Which {
     #[command(flatten)]
     source: Source,
-    /// The snapshot [default: the only one without children]
+    /// Name of the snapshot [default: the only one without children]
     #[arg(long, value_name = "NAME")]
     snapshot: Option<String>,
 }
@@ -35,7 +34,7 @@ impl Which {
     /// Opens the chain, and chooses the snapshot.
     ///
     /// # Errors
-    /// A place without images, and a name that no snapshot has.
+    /// A place without images; a name that no snapshot has.
     pub(super) fn open(&self) -> anyhow::Result<(Chain, SnapshotId)> {
         let chain = self.source.open()?;
         let tip = chain.choose(self.snapshot.as_deref())?;
@@ -50,9 +49,9 @@ impl Which {
 
 /// List the processes of a snapshot.
 ///
-/// STORED is the private memory of a process that the images hold, in whichever snapshot;
-/// SHARED is that of the shared objects it maps. A mount shows the same under proc/, for
-/// ps and its like.
+/// STORED is how much of a process's private memory the chain holds, SHARED how much of the
+/// shared objects that the process maps. A mount shows the same in proc/, for ps(1) and similar
+/// programs.
 #[derive(Debug, clap::Args)]
 pub struct ProcessesArgs {
     #[command(flatten)]
@@ -65,7 +64,7 @@ pub struct ProcessesArgs {
 /// Lists processes.
 ///
 /// # Errors
-/// Images that cannot be read, and what keeps the output from being written.
+/// Images that cannot be read; a failed write of the output.
 pub fn processes(args: &ProcessesArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let rows = args.which.view()?.processes()?;
     if args.json {
@@ -113,12 +112,12 @@ pub fn processes(args: &ProcessesArgs, out: &mut dyn Write) -> anyhow::Result<()
 
 /// List the open files of a snapshot's processes.
 ///
-/// ACCESS is r, w or u (both), as in lsof; POSITION counts bytes.
+/// ACCESS is r, w or u (both), as in lsof(8). POSITION is the file offset in bytes.
 #[derive(Debug, clap::Args)]
 pub struct DescriptorsArgs {
     #[command(flatten)]
     which: Which,
-    /// The process, if not all
+    /// Process whose files are listed [default: all processes]
     pid: Option<u32>,
     /// Print JSON instead of a table
     #[arg(long)]
@@ -166,13 +165,13 @@ pub fn descriptors(args: &DescriptorsArgs, out: &mut dyn Write) -> anyhow::Resul
 
 /// List the mappings of a process.
 ///
-/// STORED is what the images hold of the process's own pages, in whichever snapshot;
-/// SHARED is what they hold of a shared object there.
+/// STORED is how much of the process's own pages the chain holds, SHARED how much of the shared
+/// object at these addresses.
 #[derive(Debug, clap::Args)]
 pub struct MappingsArgs {
     #[command(flatten)]
     which: Which,
-    /// The process
+    /// Process whose mappings are listed
     pid: u32,
     /// Print JSON instead of a table
     #[arg(long)]
@@ -219,23 +218,23 @@ pub fn mappings(args: &MappingsArgs, out: &mut dyn Write) -> anyhow::Result<()> 
     table.print(out)
 }
 
-/// Print a file of what a mount would show.
+/// Print a file that a mount would show.
 ///
 /// For example proc/PID/cmdline, shmem/ID, or snapshots/NAME/json/core-PID.img.json.
 #[derive(Debug, clap::Args)]
 pub struct CatArgs {
     #[command(flatten)]
     which: Which,
-    /// The file, from the root of the mount on
+    /// Path of the file, from the root of the mount
     path: String,
 }
 
 /// Prints a file.
 ///
 /// # Errors
-/// Nothing of that name, or no file; what keeps it from being read or written.
+/// A path that leads to no file; a file that cannot be read; a failed write.
 pub fn cat(args: &CatArgs, out: &mut dyn Write) -> anyhow::Result<()> {
-    /// What is read at a time.
+    /// Bytes of one read.
     const PIECE_BYTES: usize = 1 << 20;
     let view = args.which.view()?;
     let found = find(&view, &args.path)?;
@@ -261,17 +260,17 @@ pub fn cat(args: &CatArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     }
 }
 
-/// Copy a file or directory of what a mount would show.
+/// Copy a file or directory that a mount would show.
 ///
-/// Files keep their holes. Without DEST, the copy has the same name, in the working
-/// directory. Nothing is overwritten.
+/// Files keep their holes. Without DEST, imgfs copies to the same name in the working
+/// directory. imgfs overwrites no file.
 #[derive(Debug, clap::Args)]
 pub struct GetArgs {
     #[command(flatten)]
     which: Which,
-    /// The file or directory, from the root of the mount on
+    /// Path of the file or directory, from the root of the mount
     path: String,
-    /// Where the copy is made, which must not exist
+    /// Path of the copy, which must not exist
     dest: Option<PathBuf>,
 }
 
@@ -284,7 +283,7 @@ pub fn get(args: &GetArgs) -> anyhow::Result<()> {
     let found = find(&view, &args.path)?;
     let name = Path::new(&args.path).file_name();
     let Some(dest) = args.dest.as_deref().or(name.map(Path::new)) else {
-        bail!("say where the copy is to be made: imgfs get CHAIN {} DEST", args.path);
+        bail!("the copy needs a name\nhelp: imgfs get CHAIN {} DEST", args.path);
     };
     if dest.symlink_metadata().is_ok() {
         bail!("{} exists already; nothing was copied", dest.display());
@@ -296,7 +295,7 @@ fn find(view: &View, path: &str) -> anyhow::Result<crate::view::Attr> {
     Ok(view.find(path)?)
 }
 
-/// Say in a few lines what a chain is.
+/// Print a summary of a snapshot and its chain.
 #[derive(Debug, clap::Args)]
 pub struct InfoArgs {
     #[command(flatten)]
@@ -306,7 +305,7 @@ pub struct InfoArgs {
     json: bool,
 }
 
-/// Says what a chain is.
+/// Prints a summary.
 ///
 /// # Errors
 /// As [`processes`].

@@ -41,16 +41,15 @@ use crate::{
 /// Options of all programs.
 #[derive(Args, Clone, Copy, Debug)]
 pub struct Common {
-    /// Print progress to standard error
+    /// Print more messages to standard error
     ///
-    /// Once: phases and their counts. Twice: every task and object. Three times: every page
-    /// and system call. Warnings and errors are always printed.
+    /// -v prints phases and their counts, -vv every process and object, -vvv every page and
+    /// system call. Warnings and errors are always printed.
     #[arg(short, long, action = ArgAction::Count, global = true)]
     verbose: u8,
 }
 
 impl Common {
-    /// Returns the level of messages to print.
     fn log_level(self) -> LevelFilter {
         match self.verbose {
             0 => LevelFilter::Warn,
@@ -65,11 +64,11 @@ impl Common {
         Self { verbose: self.verbose.max(1) }
     }
 
-    /// Sets up logging to standard error.
+    /// Starts logging to standard error.
     pub fn start_logging(self) {
         let level = self.log_level();
         let mut logger = env_logger::Builder::new();
-        // A test or a library may have set it up already.
+        // A test or a library may have started it already.
         let _ = logger
             .filter_level(level)
             .filter_module(TOLD, LevelFilter::Off)
@@ -81,7 +80,7 @@ impl Common {
 /// Parses the command line of this process. Prints help and usage errors.
 ///
 /// # Errors
-/// The exit code, if there is nothing more to do.
+/// The exit code, if clap has printed help or a usage error.
 pub fn parse<T: Parser>() -> Result<T, ExitCode> {
     parsed(T::try_parse_from(env::args_os()))
 }
@@ -95,8 +94,8 @@ fn parsed<T>(result: Result<T, clap::Error>) -> Result<T, ExitCode> {
     })
 }
 
-/// Prints an error with its causes on standard error, and each remedy in a line below. The
-/// log gets the same, unless it goes to standard error, too.
+/// Prints an error with its causes on standard error, and each remedy on a line of its own.
+/// Logs the same, unless the log goes to standard error, too.
 pub fn report(error: &anyhow::Error) {
     let message = told(error.as_ref());
     // A failed write to standard error cannot be reported anywhere.
@@ -104,7 +103,7 @@ pub fn report(error: &anyhow::Error) {
     log::error!(target: TOLD, "{message}");
 }
 
-/// Whether the error is a broken pipe: the reader of the output has closed it.
+/// Whether the reader of the output has closed the pipe.
 pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error
         .chain()
@@ -112,8 +111,8 @@ pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
         .any(|cause| cause.kind() == io::ErrorKind::BrokenPipe)
 }
 
-/// Runs a command that prints. Its exit code is `no` for a negative answer and `failed` for
-/// an error.
+/// Runs a command that prints, and returns its exit code: `no` for a negative answer, `failed`
+/// for an error.
 fn answer(
     command: impl FnOnce(&mut dyn Write) -> anyhow::Result<bool>,
     no: u8,
@@ -139,7 +138,7 @@ fn bytes_bar() -> ProgressBar {
     )
 }
 
-/// Returns how JSON names a memory.
+/// Returns the object that stands for a memory in JSON.
 fn memory_document(memory: MemoryId) -> serde_json::Value {
     match memory {
         MemoryId::Private(pid) => serde_json::json!({ "kind": "private", "pid": pid }),

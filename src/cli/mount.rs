@@ -44,20 +44,17 @@ use crate::{
 pub struct MountArgs {
     #[command(flatten)]
     source: Source,
-    /// An existing directory that holds none of the images
+    /// Existing directory to mount on; it must not hold any of the images
     mountpoint: PathBuf,
-    /// The snapshot to show [default: the only one without children]
+    /// Name of the snapshot to show [default: the only one without children]
     #[arg(long, value_name = "NAME")]
     snapshot: Option<String>,
     /// Let restorers free pages that they have restored
     ///
-    /// A page is freed in the snapshot that holds it. Without WHEN, pages are freed at once
-    /// when a restorer punches them (fallocate(2)) in pages-*.img, as `criu restore
-    /// --auto-dedup` does. on-read also frees pages when they have been read, for restorers
-    /// that do not punch; a restore that fails has lost them. commit frees punched pages
-    /// only on `imgfs commit`, and forgets them if the mount ends first. From then on,
-    /// reading a freed page fails with an input/output error in all snapshots that share
-    /// it.
+    /// imgfs frees a page in the snapshot that holds it. From then on, reading the page fails
+    /// with an input/output error in all snapshots that share it. Without WHEN, imgfs frees
+    /// pages when a restorer punches them (fallocate(2)) in pages-*.img, as `criu restore
+    /// --auto-dedup` does.
     #[arg(
         long,
         value_name = "WHEN",
@@ -67,58 +64,55 @@ pub struct MountArgs {
         default_missing_value = "on-request"
     )]
     punch: Option<PunchName>,
-    /// Stay in the foreground, and log to standard error
+    /// Stay in the foreground and log to standard error
     #[arg(short, long)]
     foreground: bool,
-    /// Let other users read the mount; memory images contain secrets
+    /// Allow other users to read the mount; memory images contain secrets
     #[arg(long)]
     allow_other: bool,
     /// Whether mem/ and core/ show the files that processes had mapped
     ///
-    /// Images do not hold the unchanged parts of a mapped file; mem/ and core/ show them
-    /// from the file itself. own: only if the images belong to the user who mounts them.
-    /// owner: also, if root mounts them, with the rights of the one user who owns the
-    /// images. never: not at all.
+    /// Images do not hold the unchanged parts of a mapped file; mem/ and core/ take these parts
+    /// from the file itself.
     #[arg(long, value_name = "WHO", value_enum, default_value_t = MappedFiles::Own)]
     mapped_files: MappedFiles,
-    /// Number of threads that serve requests [default: one per processor, at least 2]
+    /// Number of threads that serve reads [default: one for each processor, at least 2]
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
-    /// Whether files are composed of blocks of the images
+    /// When to compose files of the images' blocks, so that reads are as fast as of plain files
     ///
-    /// Where the images' file system shares blocks (btrfs, XFS), the kernel can read a file
-    /// that lies in several snapshots at the speed of a plain file: the mount makes one of
-    /// their blocks when the file is opened, one system call an extent, which has no name and
-    /// takes no room but for the list of its extents. It is read from disk even if the images
-    /// are in memory. auto: at the first open if most of the file is not in memory, else at
-    /// the second. always: at the first. never: not at all. Only for root, and not with
-    /// --punch; elsewhere, and for more than 32768 extents, the mount answers from the images.
+    /// A file of the mount can lie in several snapshots. On a file system that shares blocks
+    /// (btrfs, XFS), imgfs can make an unnamed file of these blocks when a program opens the
+    /// file, with one system call for each extent. The unnamed file takes space only for its
+    /// list of extents. The kernel reads it from disk even if the images are in memory. imgfs
+    /// serves the file from the images for users other than root, with --punch, and if the
+    /// file has more than 32768 extents.
     #[arg(long, value_name = "WHEN", value_enum, default_value_t = ComposeName::Auto)]
     compose: ComposeName,
-    /// Compose files in this directory instead of the one of the snapshot shown
+    /// Compose files in DIR instead of the directory of the shown snapshot
     ///
-    /// It must be on the file system of the images. For those that are mounted read-only.
+    /// DIR must be on the file system of the images. Use it if the images are read-only.
     #[arg(long, value_name = "DIR")]
     compose_dir: Option<PathBuf>,
-    /// Log to this file instead of the system log
+    /// Log to FILE instead of the system log
     #[arg(long, value_name = "FILE")]
     log_file: Option<PathBuf>,
-    /// Leave parts of the tree out
+    /// Leave parts of the mount out
     ///
-    /// shmem leaves out shmem-by-name/ and shmem-by-process/, too. The images themselves
-    /// remain, and without mem the memory of a process is still in proc/PID/mem.
+    /// shmem also leaves out shmem-by-name/ and shmem-by-process/. The images themselves always
+    /// remain; so does the memory of a process in proc/PID/mem, even without mem.
     #[arg(long, value_name = "PART,...", value_enum, value_delimiter = ',')]
     without: Vec<PartName>,
-    /// Do not print what was mounted, only warnings
+    /// Print only warnings, and no summary of the mount
     #[arg(short, long)]
     quiet: bool,
     /// Mount options, as in mount(8) and fstab(5)
     ///
-    /// Every option above has one: allow_other, cache_dir=DIR, cache_limit=SIZE,
+    /// There is one for each option above: allow_other, cache_dir=DIR, cache_limit=SIZE,
     /// compose=WHEN, compose_dir=DIR, foreground, log_file=FILE, mapped_files=WHO,
     /// previous=ARCHIVE, punch[=WHEN], quiet, snapshot=NAME, threads=N, verbose, and
-    /// without=PART:..., with colons. ro is the default. Options for
-    /// other programs, such as noauto or x-systemd.requires=..., are ignored.
+    /// without=PART:... (separated by colons). ro is the default. imgfs ignores options for
+    /// other programs, such as noauto or x-systemd.requires=....
     #[arg(short = 'o', value_name = "OPT,...")]
     options: Vec<String>,
     /// `-o verbose`
@@ -129,8 +123,12 @@ pub struct MountArgs {
 /// `--mapped-files`
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum MappedFiles {
+    /// If the images belong to the user who mounts them
     Own,
+    /// Also if root mounts the images of one other user; imgfs reads the files with that
+    /// user's rights
     Owner,
+    /// Never
     Never,
 }
 
@@ -163,8 +161,11 @@ impl PartName {
 /// `--compose`
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum ComposeName {
+    /// At the first open if most of the file is not in memory, otherwise at the second
     Auto,
+    /// At the first open
     Always,
+    /// Never
     Never,
 }
 
@@ -183,7 +184,10 @@ impl ComposeName {
 enum PunchName {
     #[value(hide = true)]
     OnRequest,
+    /// Also free pages that were read, for restorers that do not punch; if the restore fails,
+    /// the pages are lost
     OnRead,
+    /// Free punched pages only on `imgfs commit`; forget them if the mount ends before
     Commit,
 }
 
@@ -204,7 +208,7 @@ pub struct CommitArgs {
     mountpoint: PathBuf,
 }
 
-/// Frees the punched pages and prints how many they are.
+/// Frees the punched pages and prints their number.
 ///
 /// # Errors
 /// What [`fs::commit`] returns.
@@ -216,8 +220,8 @@ pub fn commit(args: &CommitArgs, out: &mut dyn Write) -> anyhow::Result<()> {
 
 /// Show the last warnings and errors of a mount
 ///
-/// A failed read returns only `Input/output error`; these messages name the missing page
-/// and its image. The mount itself keeps them, until it is unmounted.
+/// A failed read returns only `Input/output error`; the message names the missing page and its
+/// image. The daemon keeps the messages until the mount ends.
 #[derive(Args, Debug)]
 pub struct LogArgs {
     /// Where the chain is mounted
@@ -234,8 +238,8 @@ pub fn log(args: &LogArgs, out: &mut dyn Write) -> anyhow::Result<()> {
 
 /// List the chains that are mounted
 ///
-/// DAEMON is the process that answers; a mount without one has ended, and `imgfs umount`
-/// removes it. What belongs to another user is only told to root.
+/// DAEMON is the process that serves a mount. If a mount has none, its daemon has died;
+/// `imgfs umount` removes the mount. Only root sees the daemons of other users.
 #[derive(Args, Debug)]
 pub struct MountsArgs {
     /// Print JSON instead of a table
@@ -246,7 +250,7 @@ pub struct MountsArgs {
 /// Lists mounts.
 ///
 /// # Errors
-/// What [`fs::mounts`] returns, and what keeps the output from being written.
+/// What [`fs::mounts`] returns; a failed write of the output.
 pub fn mounts(args: &MountsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let mounts = fs::mounts()?;
     if args.json {
@@ -283,7 +287,7 @@ pub fn mounts(args: &MountsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
 pub struct UnmountArgs {
     /// Where the chain is mounted
     mountpoint: PathBuf,
-    /// Detach it even if it is in use; processes that use it may finish
+    /// Detach the mount even if it is in use; processes that use it can go on
     #[arg(short, long)]
     lazy: bool,
 }
@@ -296,8 +300,8 @@ pub fn unmount(args: &UnmountArgs) -> anyhow::Result<()> {
     Ok(fs::unmount(&args.mountpoint, args.lazy)?)
 }
 
-/// Mounts a chain and returns the exit code: in the foreground at once, in the
-/// background when the mount is gone.
+/// Mounts a chain and returns the exit code: in the foreground at once, in the background when
+/// the mount has ended.
 pub fn run(mut args: MountArgs, common: Common) -> ExitCode {
     for options in std::mem::take(&mut args.options) {
         if let Err(error) = args.apply(&options) {
@@ -373,7 +377,7 @@ impl MountArgs {
 
     /// Starts the daemon, and returns when it is ready or has failed.
     fn detach(mut self, common: Common) -> anyhow::Result<u8> {
-        // The daemon leaves this directory.
+        // The daemon changes its working directory.
         let optional = [self.log_file.as_mut(), self.compose_dir.as_mut()];
         self.source.make_absolute()?;
         std::iter::once(&mut self.mountpoint)
@@ -399,7 +403,7 @@ impl MountArgs {
         let chain = Arc::new(self.source.open()?);
         let tip = chain.choose(self.snapshot.as_deref())?;
         if self.punch.is_some() {
-            // Says so if they are in an archive.
+            // Fails for a chain in an archive.
             chain.directory(tip)?;
         }
         // The lock keeps other programs from freeing pages of the chain, which would
@@ -536,7 +540,7 @@ impl Trust {
     }
 }
 
-/// Says what is mounted, a line for each thing.
+/// Returns the lines that describe the snapshot.
 fn summary(chain: &Chain, tip: SnapshotId, glance: &Glance) -> anyhow::Result<String> {
     /// Names of programs that are printed.
     const NAMES: usize = 5;
@@ -555,7 +559,7 @@ fn summary(chain: &Chain, tip: SnapshotId, glance: &Glance) -> anyhow::Result<St
     let more = if names.len() > NAMES { ", ..." } else { "" };
     names.truncate(NAMES);
     let processes = match glance.processes.len() {
-        0 => "none; a pre-dump has memory alone".to_owned(),
+        0 => "none; a pre-dump holds memory only".to_owned(),
         count => format!("{count} ({}{more})", names.join(", ")),
     };
     Ok(format!(
@@ -568,8 +572,8 @@ fn summary(chain: &Chain, tip: SnapshotId, glance: &Glance) -> anyhow::Result<St
     ))
 }
 
-/// Prints which parts of the chain are broken, as far as a quick look tells, and where that
-/// will show.
+/// Warns of the defects of the chain that a quick look finds, and of the reads that they make
+/// fail.
 fn warn_of_damage(glance: &Glance, snapshot: &str, path: &Path, mountpoint: &Path) {
     /// How many messages are printed; the others are counted.
     const TOLD: usize = 4;
@@ -595,7 +599,7 @@ fn warn_of_damage(glance: &Glance, snapshot: &str, path: &Path, mountpoint: &Pat
     tell(log::Level::Warn, &message);
 }
 
-/// Whether an option is a default, or meant for mount(8), systemd and the like.
+/// Whether an option is a default, or is for mount(8), systemd or similar programs.
 fn is_for_others(name: &str) -> bool {
     const KNOWN: [&str; 26] = [
         "_netdev",

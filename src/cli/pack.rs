@@ -7,19 +7,19 @@ use anyhow::Context as _;
 use super::{flatten, look::Which};
 use crate::chain::pack;
 
-/// Write a snapshot and all of its parents to an archive.
+/// Write a snapshot and all of its ancestors to an archive.
 ///
-/// The archive holds the image directories as they are, with their parent links, so that
-/// every command of imgfs takes it in place of the chain. What Podman or CRI-O exported
-/// beside the snapshot (config.dump and others) is kept. The same chain gives the same
-/// bytes. .tar.zst is written so that it can be read without being unpacked.
+/// The archive holds the image directories as they are, with their parent links; every command
+/// of imgfs accepts it in place of the chain. imgfs keeps the other files of an archive from
+/// Podman or CRI-O, such as config.dump. The same chain always gives the same bytes. imgfs
+/// reads the .tar.zst archives that it writes without unpacking them.
 #[derive(Debug, clap::Args)]
 pub struct PackArgs {
     #[command(flatten)]
     which: Which,
-    /// The archive to write: its name ends in .tar, .tar.gz or .tar.zst
+    /// Archive to write; its name must end in .tar, .tar.gz or .tar.zst
     out: PathBuf,
-    /// Replace an archive that exists
+    /// Replace an existing archive
     #[arg(short, long)]
     force: bool,
 }

@@ -10,10 +10,10 @@ use super::{
 };
 use crate::{sys::heap, track::keeper};
 
-/// Checkpoint and restore of process trees
+/// Checkpoint and restore process trees
 ///
-/// An image directory holds the state of a tree of processes, in the format of CRIU. The
-/// commands take the options of CRIU.
+/// rcriu writes the state of a process tree to an image directory, and restores the tree from
+/// it. It uses the image format and the options of CRIU.
 #[derive(Debug, Parser)]
 #[command(
     name = "rcriu",
@@ -28,46 +28,46 @@ pub struct Rcriu {
 }
 
 const NOT_YET: &str = "\
-Of CRIU's commands cpuinfo, lazy-pages, page-server, service and swrk are
-known and refused for now.";
+rcriu refuses these commands of CRIU for now: cpuinfo, lazy-pages, page-server,
+service and swrk.";
 
 // Deferred: a command has a hundred options, and most runs need one command.
 #[derive(Debug, Subcommand)]
 #[command(defer = true)]
 enum Command {
-    /// Write the state of a tree of processes to images
+    /// Write the state of a process tree to images
     ///
-    /// The dump kills the tree when it has succeeded, unless -R or -s is given. If the dump
+    /// After a successful dump, rcriu kills the tree, unless -R or -s is given. If the dump
     /// fails or is interrupted, the tree runs on.
     #[command(after_help = DUMP_EXAMPLE)]
     Dump(TaskWords),
-    /// Write the memory of a tree while it runs, as the parent of a later dump
+    /// Write the memory of a running tree, as the parent of a later dump
     #[command(after_help = PRE_DUMP_EXAMPLE)]
     PreDump(TaskWords),
-    /// Restore a tree of processes from images
+    /// Restore a process tree from images
     #[command(after_help = RESTORE_EXAMPLE)]
     Restore(TaskWords),
-    /// Check the features of this kernel, and print the cost of each that is missing
+    /// Check which features this kernel offers to rcriu
     ///
-    /// Prints a line per feature: `ok`; `missing`, if a dump or restore needs it; or
-    /// `optional`, if rcriu does without it, at the cost in the line. The exit status is 1
-    /// if a feature is missing. --extra, --experimental and --all make optional features
-    /// required, and --feature the named ones.
+    /// Prints one line for each feature: `ok`; `missing`, if a dump or restore needs it; or
+    /// `optional`, if rcriu works without it. The line names the cost of a feature that the
+    /// kernel lacks. The exit status is 1 if any feature is `missing`. --extra, --experimental,
+    /// --all and --feature make optional features required.
     #[command(after_help = CHECK_EXAMPLE)]
     Check(TaskWords),
     /// Remove duplicate memory from images
     ///
-    /// Pages that the snapshot in -D holds are freed in its ancestors. Ancestors that can
-    /// no longer be restored are listed first. Pages that snapshots of other branches need
-    /// are kept.
+    /// rcriu frees the pages of ancestors that the snapshot in -D supersedes. It first lists
+    /// the ancestors that can then no longer be restored. It keeps pages that snapshots of
+    /// other branches need.
     ///
-    /// --link turns full dumps of a tree into a chain: each dump leaves the pages that it
-    /// has in common with the previous dump to that one. Every snapshot can still be
-    /// restored. Processes are matched by pid, shared objects by kind, name and place, and
-    /// pages by comparing all bytes.
+    /// --link turns full dumps of a tree into a chain: each dump leaves to the previous dump
+    /// the pages that both have in common. Every snapshot can still be restored. rcriu matches
+    /// processes by pid, shared objects by kind, name and place, and pages by comparing all
+    /// of their bytes.
     ///
-    /// --reflink makes equal pages anywhere in a chain share blocks of the file system; -D
-    /// is an image directory, or a directory of image directories.
+    /// --reflink lets equal pages anywhere in a chain share blocks of the file system. -D is
+    /// an image directory, or a directory of image directories.
     #[command(after_help = DEDUP_EXAMPLE)]
     Dedup(TaskWords),
     /// Show image files as JSON
@@ -84,7 +84,8 @@ Examples:
   rcriu dump -t 4711 -D chain/1 --track-mem -R
   rcriu dump -t 4711 -D chain/2 --prev-images-dir ../1 -o dump.log -v4
 
-Options without a value can be taken back: --no-display-stats.";
+The prefix no- cancels an option that needs no value, such as one from a
+configuration file: --no-display-stats.";
 
 const PRE_DUMP_EXAMPLE: &str = "\
 Examples:
@@ -102,8 +103,8 @@ Examples:
   rcriu check --feature mem_dirty_track && echo changes can be tracked
 
 Exit codes:
-  0  everything is there that was asked for
-  1  something is missing; the last line says what";
+  0  all required features are present
+  1  a required feature is missing; the last line names it";
 
 const DEDUP_EXAMPLE: &str = "\
 Examples:
@@ -132,7 +133,7 @@ pub fn main() -> ExitCode {
 }
 
 impl Rcriu {
-    /// Does what the command line says and returns the exit code.
+    /// Runs the command and returns the exit code.
     fn run(self, given: &[task::Given]) -> ExitCode {
         match self.command {
             Command::Dump(args) => task::run(Task::Dump, &args, given),

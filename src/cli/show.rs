@@ -19,11 +19,11 @@ use crate::image::{
 #[derive(Args, Clone, Debug)]
 #[command(long_about = DESCRIPTION, after_help = EXAMPLES)]
 pub struct Options {
-    /// Indent, and write numbers as people read them
+    /// Indent the output, and print numbers in their usual notation
     ///
-    /// Addresses and masks are hexadecimal, modes octal, flags and signals are
-    /// spelled out, devices are MAJOR:MINOR. Without this option an entry is one
-    /// line, and all numbers are plain JSON numbers, for scripts.
+    /// Addresses and masks are hexadecimal, modes are octal, flags and signals have their
+    /// names, and devices are MAJOR:MINOR. Without this option, an entry is one line, and all
+    /// numbers are plain JSON numbers, for scripts.
     #[arg(short, long)]
     pretty: bool,
     /// Image files, such as core-293.img or stats-dump; `-` is standard input
@@ -33,19 +33,19 @@ pub struct Options {
 
 const DESCRIPTION: &str = r#"Show image files as JSON
 
-Prints one JSON document for each file, in the order given:
+Prints one JSON document for each file, in the given order:
 
     {"magic":"PSTREE","entries":[
     {"pid":293,"ppid":0,"pgid":293,"sid":293,"threads":[293]}
     ]}
 
-An entry has the fields that the file has, under the format's own names.
-Bytes are in base64. What follows an entry, such as the data in a pipe, is in
-its "payload"; fields that this program does not know are in "unknown_fields".
-Of files without entries, such as pages-1.img, only the size is shown.
+An entry has the fields that the file has, with the names of the image format.
+Bytes are encoded in base64. "payload" holds data that follow an entry, such as
+the contents of a pipe; "unknown_fields" holds fields that rcriu does not know.
+For files without entries, such as pages-1.img, rcriu prints only the size.
 
-A file that cannot be read is reported on standard error; the others are
-shown all the same, and the exit code is 1."#;
+If rcriu cannot read a file, it reports the file on standard error, shows the
+other files, and exits with status 1."#;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -55,8 +55,8 @@ Examples:
 
 Exit codes:
   0  all files were shown
-  1  some were not
-  2  wrong command line";
+  1  a file could not be shown
+  2  the command line is wrong";
 
 /// Shows the files and returns the exit code.
 pub fn run(options: &Options) -> ExitCode {
@@ -76,7 +76,7 @@ pub fn run(options: &Options) -> ExitCode {
     ExitCode::from(code)
 }
 
-/// Adds what to do where only a regular file will do.
+/// Adds a remedy to the error for a file that is not regular.
 fn with_help(error: JsonError, file: &Path) -> anyhow::Error {
     let refused = matches!(&error, JsonError::Image(ImageError::Open { source, .. })
         if source.kind() == io::ErrorKind::InvalidInput);
@@ -84,7 +84,7 @@ fn with_help(error: JsonError, file: &Path) -> anyhow::Error {
     if !refused || file.is_dir() {
         return error;
     }
-    anyhow!("{error:#}\n  To show what it holds, give it as standard input: rcriu show - < FILE.")
+    anyhow!("{error:#}\nhelp: pass it as standard input: rcriu show - < FILE")
 }
 
 fn show(file: &Path, style: Style, out: &mut impl Write) -> anyhow::Result<()> {

@@ -1,4 +1,4 @@
-//! Where the chain is that a command of `imgfs` is about.
+//! Options that say where a command of `imgfs` finds its chain.
 
 use std::path::{Path, PathBuf};
 
@@ -10,35 +10,34 @@ use crate::{
     image::store::{Cache, Opening, Progress},
 };
 
-/// Where a chain is.
+/// The place of a chain, and how to open it.
 #[derive(Debug, clap::Args)]
 pub struct Source {
-    /// An image directory, a directory of image directories, or an archive
+    /// Image directory, directory of image directories, or archive
     ///
-    /// An archive is a file such as Podman and CRI-O export: tar, tar.gz or tar.zst. Tar and
-    /// seekable zstd (as `imgfs pack` writes it) are read in place; others are unpacked once,
-    /// into a cache for this user alone.
+    /// An archive is a .tar, .tar.gz or .tar.zst file, as Podman and CRI-O export it. imgfs
+    /// reads tar and seekable zstd (as `imgfs pack` writes it) in place. It unpacks other
+    /// archives once, into a cache that only this user can read.
     chain: PathBuf,
-    /// An archive with the parents of the snapshots in archive CHAIN, such as a
-    /// pre-checkpoint's; may be given several times
+    /// Archive with the parents of the snapshots in archive CHAIN, such as a pre-checkpoint;
+    /// can be repeated
     #[arg(long, value_name = "ARCHIVE")]
     previous: Vec<PathBuf>,
-    /// Where compressed archives are unpacked [default: $XDG_CACHE_HOME/imgfs, for root
-    /// /var/cache/imgfs]
+    /// Unpack compressed archives into this directory [default: $XDG_CACHE_HOME/imgfs, for
+    /// root /var/cache/imgfs]
     ///
-    /// The directory must be accessible to this user alone. What is in it may be removed at
-    /// any time.
+    /// Only this user may have access to DIR. Its contents can be removed at any time.
     #[arg(long, value_name = "DIR")]
     cache_dir: Option<PathBuf>,
-    /// How many bytes all unpacked archives may take, with K, M or G [default: 32G]
+    /// Largest size of all unpacked archives; SIZE may end in K, M or G [default: 32G]
     ///
-    /// Where room is needed, those are removed that were not used for longest.
+    /// To make room, imgfs removes the archives that were not used for longest.
     #[arg(long, value_name = "SIZE", value_parser = size_bytes)]
     cache_limit: Option<u64>,
 }
 
 impl Source {
-    /// Returns the path as it was given.
+    /// Returns CHAIN as the user gave it.
     pub(super) fn path(&self) -> &Path {
         &self.chain
     }

@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-/// On which side of its column a text is.
+/// The side of its column on which a text stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Align {
     Left,
@@ -23,7 +23,7 @@ impl Table {
         Self { aligns: columns.iter().map(|(_, align)| *align).collect(), rows: vec![headings] }
     }
 
-    /// Adds a row, which has a text for each column.
+    /// Adds a row with a text for each column.
     pub(super) fn row(&mut self, row: Vec<String>) {
         self.rows.push(row);
     }
@@ -31,7 +31,7 @@ impl Table {
     /// Prints the table. The last column is not padded.
     ///
     /// # Errors
-    /// What keeps the output from being written.
+    /// A failed write of the output.
     pub(super) fn print(&self, out: &mut dyn Write) -> anyhow::Result<()> {
         let width = |column: usize| {
             let texts = self.rows.iter().filter_map(|row| row.get(column));

@@ -152,10 +152,10 @@ fn check_outside(root: HostPid) -> Result<()> {
 fn free_superseded(images_dir: &Path) {
     let mut tell = |freed: &dedup::Freed| {
         for dir in &freed.lost {
-            log::warn!("{}: can no longer be restored, only its descendants", dir.display());
+            log::warn!("{}: can no longer be restored; its descendants can", dir.display());
         }
         for (dir, pages) in &freed.kept_for {
-            log::info!("{}: {pages} pages are kept for it", dir.display());
+            log::info!("{}: needs {pages} pages, which are kept", dir.display());
         }
     };
     let options = dedup::FreeOptions { dir: images_dir.to_owned(), rewrite: false };

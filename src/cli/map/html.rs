@@ -1,4 +1,4 @@
-//! The picture in a page of HTML, with tables of its numbers.
+//! The picture in an HTML page, with its numbers in tables.
 
 use std::fmt::Write as _;
 
@@ -18,7 +18,7 @@ th,td{text-align:right;padding:3px 14px 3px 0;border-bottom:1px solid var(--line
 th{color:var(--faint);font-weight:500;position:sticky;top:0;background:var(--paper)}\
 th:first-child,td:first-child{text-align:left}";
 
-/// Returns a file of its own.
+/// Returns a stand-alone HTML file.
 pub(super) fn page(picture: &Picture) -> String {
     let mut page = String::new();
     let title = format!("Memory of {}", picture.chain);

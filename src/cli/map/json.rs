@@ -11,7 +11,7 @@ use crate::{
     units::{PageIndex, page_bytes},
 };
 
-/// Everything, in cells for a picture of that size.
+/// All memories, in cells for a picture of this size.
 pub(super) const LIMITS: Limits = Limits { memories: usize::MAX, columns: 64, rows: usize::MAX };
 
 pub(super) fn document(picture: &Picture) -> Value {

@@ -32,12 +32,12 @@ use picture::Picture;
 
 /// Draw where the memory of a chain is stored
 ///
-/// For every snapshot and memory (the private memory of a process, or a shared object):
-/// what its dump stored, what it left to a parent, what is zero, and what was freed; how
-/// much of it each dump stored anew, over time; and with --twice, what is stored although
-/// an equal page is stored elsewhere in the chain. Long stretches without pages are drawn
-/// short. On a terminal the picture has colours, in a pipe characters; -o writes one that
-/// a browser shows. The exit status is 1 if part of the chain could not be read.
+/// The picture shows for each snapshot and memory (the private memory of a process, or a shared
+/// object) which pages the dump stored, which it left to a parent, which are zero, and which
+/// were freed. It also shows how much of each memory each dump stored anew. --twice marks stored
+/// pages that have an equal page elsewhere in the chain. Long ranges without pages are
+/// shortened. The picture uses colours on a terminal and characters in a pipe; -o writes it for
+/// a browser. The exit status is 1 if imgfs could not read part of the chain.
 #[derive(Debug, clap::Args)]
 pub struct MapArgs {
     #[command(flatten)]
@@ -45,24 +45,24 @@ pub struct MapArgs {
     /// Draw this snapshot and its ancestors only
     #[arg(long, value_name = "NAME")]
     snapshot: Option<String>,
-    /// Draw the private memory of this process; may be repeated
+    /// Draw the private memory of this process; can be repeated
     #[arg(long, value_name = "PID")]
     pid: Vec<u64>,
-    /// Draw this shared object, by its number below shmem/; may be repeated
+    /// Draw the shared object with this number in shmem/; can be repeated
     #[arg(long, value_name = "ID")]
     shmem: Vec<u64>,
-    /// Draw all memories, not only those of which most is stored
+    /// Draw all memories, not only those with the most stored pages
     #[arg(long)]
     all: bool,
-    /// Show which pages are stored although an older copy is
+    /// Mark stored pages that have an older copy
     ///
-    /// Reads the stored pages of the memories that are asked for; a page of another memory
-    /// does not count. Needs 16 bytes of memory per page: 4 MiB for 1 GiB.
+    /// Reads all stored pages of the selected memories, and ignores copies in other memories.
+    /// Needs 16 bytes of memory for each page: 4 MiB for 1 GiB.
     #[arg(long)]
     twice: bool,
-    /// Write a picture for a browser to this file: SVG or HTML, by the end of its name
+    /// Write the picture to FILE, as SVG or HTML according to its extension
     ///
-    /// The file refers to no other. A file of that name is replaced.
+    /// The file refers to no other file. imgfs replaces an existing file.
     #[arg(short, long, value_name = "FILE", conflicts_with = "json")]
     output: Option<PathBuf>,
     /// Print JSON instead of a picture
@@ -71,12 +71,12 @@ pub struct MapArgs {
     /// When to use colours
     #[arg(long, value_name = "WHEN", value_enum, default_value_t)]
     color: ColorWhen,
-    /// Characters in a line [default: as the terminal has, or 80]
+    /// Characters in a line [default: the width of the terminal, or 80]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(40..))]
     width: Option<u16>,
 }
 
-/// How a picture for a browser is written.
+/// The format of a picture for a browser.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Format {
     Svg,
@@ -94,7 +94,7 @@ impl Format {
     }
 }
 
-/// How much a picture shows at most.
+/// The largest numbers of memories, columns and rows in a picture.
 #[derive(Clone, Copy, Debug)]
 struct Limits {
     memories: usize,
@@ -111,7 +111,7 @@ impl MapArgs {
         }
     }
 
-    /// Returns the snapshots that are drawn, each after its parent.
+    /// Returns the snapshots to draw, each after its parent.
     fn snapshots(&self, chain: &Chain) -> anyhow::Result<Vec<SnapshotId>> {
         let Some(name) = &self.snapshot else { return Ok(chain.ids().collect()) };
         let mut path = vec![chain.choose(Some(name))?];
@@ -128,8 +128,7 @@ impl MapArgs {
 /// Draws a chain; false if part of it could not be read.
 ///
 /// # Errors
-/// A place without images, memories that are not there, and what keeps the picture from
-/// being written.
+/// A place without images; memories that are not there; a failed write of the picture.
 pub fn run(args: &MapArgs, out: &mut dyn Write) -> anyhow::Result<bool> {
     let format = args.output.as_deref().map(Format::of).transpose()?;
     let chain = Arc::new(args.source.open()?);

@@ -1,4 +1,4 @@
-//! What a picture shows, whatever it is drawn with.
+//! The contents of a picture, independent of its format.
 
 use std::{collections::BTreeMap, ops::Range, path::Path, sync::Arc};
 
@@ -16,14 +16,14 @@ use crate::{
     view::View,
 };
 
-/// A chain as it is drawn.
+/// A drawing of a chain.
 #[derive(Debug)]
 pub(super) struct Picture {
     pub(super) chain: String,
     pub(super) snapshots: Vec<Shot>,
     /// The memories that are drawn.
     pub(super) memories: Vec<Drawn>,
-    /// How many are not, and the pages that dumps stored of them.
+    /// The number of the others, and of the pages that dumps stored of them.
     pub(super) left_out: (usize, u64),
     /// Whether pages were compared.
     pub(super) twice: bool,
@@ -42,14 +42,14 @@ pub(super) struct Shot {
 #[derive(Debug)]
 pub(super) struct Drawn {
     pub(super) surveyed: Surveyed,
-    /// What people know it by.
+    /// The memory's name, for people.
     pub(super) label: String,
-    /// What is mapped at which pages.
+    /// The names of mappings, by page.
     pub(super) names: Vec<(Range<u64>, String)>,
     pub(super) rows: Vec<Row>,
 }
 
-/// How a cell looks: what it is mostly, and what stands out.
+/// The look of a cell: the state of most of its pages, and another state that is highlighted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Look {
     /// [`State::Parent`], [`State::File`] or [`State::Zero`].
@@ -61,11 +61,11 @@ pub(super) struct Look {
 /// The levels of [`level`].
 pub(super) const LEVELS: usize = 5;
 
-/// What no share and each level of [`level`] are called.
+/// The names of no share and of each level of [`level`].
 pub(super) const SHARES: [&str; LEVELS + 1] =
     ["none", "below 1 %", "below 5 %", "below 20 %", "below 60 %", "more"];
 
-/// Returns how much a share is, from 1 to [`LEVELS`]: in steps that let little be seen, too.
+/// Returns the level of a share, from 1 to [`LEVELS`], in steps that show small shares, too.
 pub(super) fn level(pages: u64, of: u64) -> usize {
     /// The shares where the next level begins, in thousandths.
     const STEPS: [u128; LEVELS - 1] = [10, 50, 200, 600];
@@ -89,7 +89,7 @@ impl Look {
 }
 
 impl Picture {
-    /// Fills the cells, and finds out what the things that are drawn are called.
+    /// Fills the cells, and finds the names of snapshots, memories and mappings.
     pub(super) fn of(
         path: &Path,
         chain: &Arc<Chain>,
@@ -129,19 +129,19 @@ impl Picture {
         }
     }
 
-    /// Returns how many pages are in the snapshots' own files.
+    /// Returns the number of pages in the snapshots' own files.
     pub(super) fn stored(&self) -> u64 {
         let own = |shot: &Shot| shot.totals.get(State::Here) + shot.totals.get(State::Twice);
         self.snapshots.iter().map(own).sum()
     }
 
-    /// Returns how many pages there would be without parents.
+    /// Returns the number of pages that images without parents would hold.
     pub(super) fn flat(&self) -> u64 {
         let kept = self.snapshots.iter().map(|shot| shot.totals.kept());
         kept.fold(0, u64::saturating_add)
     }
 
-    /// Says in a line what is drawn.
+    /// Returns a line that describes the picture.
     pub(super) fn summary(&self) -> String {
         let memories = self.memories.len() + self.left_out.0;
         let count = |count: usize, one: &str, many: &str| {
@@ -156,7 +156,7 @@ impl Picture {
         )
     }
 
-    /// Says which memories are not drawn.
+    /// Returns a line about the memories that are not drawn.
     pub(super) fn rest(&self) -> Option<String> {
         let (memories, pages) = self.left_out;
         (memories > 0).then(|| {
@@ -176,7 +176,7 @@ impl Picture {
         }
     }
 
-    /// Returns which states are drawn anywhere.
+    /// Returns the states that occur in the picture.
     pub(super) fn states(&self) -> Vec<State> {
         let all = self.memories.iter().flat_map(|drawn| drawn.surveyed.counts.iter().flatten());
         let mut sum = Counts::default();
@@ -186,7 +186,7 @@ impl Picture {
 }
 
 impl Drawn {
-    /// Returns how many pages dumps stored in some snapshots, of how many.
+    /// Returns the number of pages that dumps stored in some snapshots, and of all pages there.
     pub(super) fn changed(&self, snapshots: Range<usize>) -> Option<(u64, u64)> {
         let mut found = None;
         for counts in self.surveyed.counts[snapshots].iter().flatten() {
@@ -205,7 +205,7 @@ impl Drawn {
         PageIndex(start).address()..PageIndex(axis.page(last.saturating_sub(1)) + 1).address()
     }
 
-    /// Returns the name of what is mapped at an address.
+    /// Returns the name of the mapping at an address.
     pub(super) fn name_at(&self, address: u64) -> Option<&str> {
         let page = PageIndex::holding(address).0;
         let found = self.names.iter().find(|(pages, _)| pages.contains(&page));
@@ -213,15 +213,15 @@ impl Drawn {
     }
 }
 
-/// What processes, mappings and shared objects are called.
+/// The names of processes, mappings and shared objects.
 struct Names<'a> {
     chain: &'a Arc<Chain>,
     views: BTreeMap<SnapshotId, View>,
 }
 
 impl Names<'_> {
-    /// Returns what a memory is called, and what is mapped where. Images that do not tell
-    /// are no failure.
+    /// Returns the name of a memory, and of its mappings by address; fewer if the images lack
+    /// them.
     fn of(&mut self, id: SnapshotId, memory: MemoryId) -> (String, Vec<(Range<u64>, String)>) {
         /// The longest name, in characters.
         const LONGEST: usize = 40;
@@ -295,7 +295,7 @@ pub(super) fn meaning(state: State) -> &'static str {
     }
 }
 
-/// Says how much of some cells is where.
+/// Returns a line for each state that occurs in some cells, with its size.
 pub(super) fn shares(counts: &Counts) -> Vec<String> {
     let said = |state: State| {
         let pages = counts.get(state);

@@ -1,5 +1,5 @@
-//! The picture as SVG, which a browser shows: in light or dark colours, as it prefers, and
-//! with the addresses and sizes of what the mouse points at.
+//! The picture as SVG. A browser shows it in light or dark colours, as it prefers, and shows
+//! the address and size of the cell below the mouse.
 
 use std::{
     fmt::{self, Display, Write as _},
@@ -16,10 +16,10 @@ use crate::{
     units::PageIndex,
 };
 
-/// Cells of all memories together: so many a browser shows without delay.
+/// The most cells of all memories together that a browser draws without delay.
 const CELLS: usize = 60_000;
 
-/// Memories that are drawn, unless all are.
+/// The number of memories that are drawn without `--all`.
 const MEMORIES: usize = 24;
 
 /// The most rows of one memory.
@@ -36,7 +36,7 @@ const LEFT: f64 = 190.0;
 const RIGHT: f64 = 20.0;
 const INNER: f64 = WIDTH - LEFT - RIGHT;
 
-/// Between two parts of the picture.
+/// The space between two parts of the picture.
 const GAP: f64 = 34.0;
 
 /// The height of a line of text.
@@ -49,10 +49,10 @@ const BARS: f64 = 110.0;
 const AMOUNTS: f64 = 80.0;
 const HEAT: f64 = 16.0;
 
-/// The height of the line that says how often addresses were stored anew.
+/// The height of the strip that shows how often addresses were stored anew.
 const STRIP: f64 = 9.0;
 
-/// About how wide a character of the small font is.
+/// The approximate width of a character of the small font.
 const CHARACTER: f64 = 6.2;
 
 pub(super) fn limits(memories: usize, snapshots: usize, all: bool) -> Limits {
@@ -62,7 +62,7 @@ pub(super) fn limits(memories: usize, snapshots: usize, all: bool) -> Limits {
     Limits { memories, columns, rows }
 }
 
-/// The style of a picture: its colours by the names of states.
+/// The style sheet of a picture: colours by the names of states.
 pub(super) const STYLE: &str = "\
 :root,svg{--paper:#fff;--ink:#1c2330;--faint:#697386;--line:#d5dae3;--panel:#f5f6f9;\
 --here:#1d63d8;--twice:#e8890c;--parent:#c3d3f0;--freed:#d3262f;--missing:#a21caf;--file:#d5e6d3;--zero:#e6e7eb;--heat1:#fbe3b5;--heat2:#f8b863;--heat3:#ea7f35;--heat4:#c9432a;--heat5:#861d2a}\
@@ -77,7 +77,7 @@ text{fill:var(--ink)}.f{fill:var(--faint);font-size:11px}.t{font-size:20px;font-
 .v1{fill-opacity:.28}.v2{fill-opacity:.45}.v3{fill-opacity:.62}.v4{fill-opacity:.8}\
 rect:hover:not(.p){stroke:var(--ink);stroke-width:1}";
 
-/// Returns the style of a state in so much of a cell.
+/// Returns the class of a state that fills a cell to this level.
 fn shade(state: State, level: usize) -> String {
     if level >= LEVELS { word(state).to_owned() } else { format!("{} v{level}", word(state)) }
 }
@@ -94,7 +94,7 @@ impl Display for Escaped<'_> {
                 '>' => f.write_str("&gt;")?,
                 '"' => f.write_str("&quot;")?,
                 '\n' => f.write_char(c)?,
-                // XML has no place for them.
+                // XML cannot contain control characters.
                 c if c.is_control() || matches!(c, '\u{fffe}' | '\u{ffff}') => {
                     f.write_char('\u{fffd}')?
                 }
@@ -105,7 +105,7 @@ impl Display for Escaped<'_> {
     }
 }
 
-/// What has been drawn, and how far down.
+/// The drawn elements, and the position of the next one.
 struct Sheet {
     body: String,
     y: f64,
@@ -144,7 +144,7 @@ impl Sheet {
     }
 }
 
-/// Returns a file of its own.
+/// Returns a stand-alone SVG file.
 pub(super) fn page(picture: &Picture) -> String {
     let (body, height) = draw(picture, true);
     format!(
@@ -153,7 +153,7 @@ pub(super) fn page(picture: &Picture) -> String {
     )
 }
 
-/// Returns the picture as an element of a page that has a title and a summary.
+/// Returns the picture as an element of a page with its own title and summary.
 pub(super) fn inline(picture: &Picture) -> String {
     let (body, height) = draw(picture, false);
     element(&body, height, "")
@@ -210,22 +210,21 @@ fn legend(picture: &Picture, sheet: &mut Sheet) {
     }
 }
 
-/// Returns where a group of snapshots is drawn from left to right, and how wide.
+/// Returns the horizontal position and the width of a group of snapshots.
 fn time(groups: usize, at: usize) -> (f64, f64) {
     let width = (INNER / groups as f64).min(TIME_WIDTH);
     (LEFT + at as f64 * width, width)
 }
 
-/// Returns a little less than a cell's width where there is room for a gap.
+/// Returns the width of a cell without the gap, if there is room for a gap.
 fn inside(width: f64) -> f64 {
     if width > 6.0 { width - 1.0 } else { width }
 }
 
-/// Draws how many bytes are where, snapshot after snapshot, and below how many each dump
-/// stored.
+/// Draws the memory of each snapshot by state, and below it how much each dump stored.
 fn bars(picture: &Picture, times: &[Range<usize>], sheet: &mut Sheet) {
     sheet.heading("Memory of each snapshot", "");
-    // The bar of several is their mean.
+    // The bar of several snapshots shows their mean.
     let sum = |group: &Range<usize>| {
         let mut sum = Counts::default();
         picture.snapshots[group.clone()].iter().for_each(|shot| sum += shot.totals);
@@ -241,7 +240,7 @@ fn bars(picture: &Picture, times: &[Range<usize>], sheet: &mut Sheet) {
         let (x, width) = time(times.len(), at);
         let mut y = sheet.y;
         let title = title(picture, group, sum);
-        // What was stored is at the bottom, where small amounts can be compared.
+        // Stored pages are at the bottom, where small amounts can be compared.
         for state in [State::Here, State::Twice, State::Freed, State::Missing, State::Parent] {
             let height = mean(sum.get(state), group) as f64 / highest as f64 * BARS;
             if height > 0.0 {
@@ -256,13 +255,13 @@ fn bars(picture: &Picture, times: &[Range<usize>], sheet: &mut Sheet) {
     }
 }
 
-/// Draws how much each dump stored, so that small amounts are seen beside large ones.
+/// Draws how much each dump stored, on a scale that shows small amounts beside large ones.
 fn amounts(picture: &Picture, times: &[Range<usize>], sheet: &mut Sheet) {
     sheet.heading(
         "Stored by each dump",
         "on a logarithmic scale; of several snapshots in one bar, the largest",
     );
-    // Of several, the largest.
+    // The bar of several snapshots shows the largest.
     let most = |group: &Range<usize>| {
         let shots = group.clone().max_by_key(|at| picture.snapshots[*at].totals.stored());
         shots.unwrap_or(group.start)
@@ -287,7 +286,7 @@ fn amounts(picture: &Picture, times: &[Range<usize>], sheet: &mut Sheet) {
     dates(picture, times, sheet);
 }
 
-/// Draws lines at some heights of a chart and below it, and goes on to its bottom.
+/// Draws lines at some heights of a chart and below it, and moves to its bottom.
 fn rule(times: usize, height: f64, rules: &[(f64, String)], sheet: &mut Sheet) {
     let bottom = sheet.y + height;
     let right = LEFT + time(times, 0).1 * times as f64;
@@ -303,7 +302,7 @@ fn rule(times: usize, height: f64, rules: &[(f64, String)], sheet: &mut Sheet) {
     sheet.y = bottom;
 }
 
-/// Writes the names of snapshots below what is drawn over time, as many as there is room for.
+/// Writes the names of snapshots below a chart over time, as many as fit.
 fn dates(picture: &Picture, times: &[Range<usize>], sheet: &mut Sheet) {
     sheet.y += LINE;
     let mut free = LEFT;
@@ -352,7 +351,7 @@ fn heat(picture: &Picture, times: &[Range<usize>], sheet: &mut Sheet) {
     dates(picture, times, sheet);
 }
 
-/// Draws what the colours of changes mean, at the right of the last heading.
+/// Draws the legend of the colours of changes, to the right of the last heading.
 fn scale(sheet: &mut Sheet) {
     const BOX: f64 = 12.0;
     let y = sheet.y - 8.0;
@@ -364,7 +363,7 @@ fn scale(sheet: &mut Sheet) {
     }
 }
 
-/// Names some snapshots and when they were made.
+/// Returns the names and dates of some snapshots.
 fn named(picture: &Picture, group: &Range<usize>) -> String {
     let name = picture.named(group);
     let first = &picture.snapshots[group.start];
@@ -383,7 +382,7 @@ fn title(picture: &Picture, group: &Range<usize>, counts: &Counts) -> String {
 /// Draws where one memory is stored: its addresses from left to right, its snapshots
 /// downwards.
 fn memory(picture: &Picture, drawn: &Drawn, sheet: &mut Sheet) {
-    /// How high the rows are together, if they are as high as they may be.
+    /// The largest height of all rows together.
     const ROOM: f64 = 240.0;
     let Some(first) = drawn.rows.first() else { return };
     let columns = first.cells.len();
@@ -395,7 +394,7 @@ fn memory(picture: &Picture, drawn: &Drawn, sheet: &mut Sheet) {
     );
     sheet.heading(&drawn.label, &note);
     let height = (ROOM / drawn.rows.len() as f64).clamp(5.0, 18.0);
-    // A memory of a few pages has as many cells, which need not be wide.
+    // A memory of a few pages has one narrow cell for each.
     let width = (INNER / columns.max(1) as f64).min(28.0);
     let above = sheet.y;
     if picture.snapshots.len() > 2 {
@@ -404,11 +403,11 @@ fn memory(picture: &Picture, drawn: &Drawn, sheet: &mut Sheet) {
     let top = sheet.y;
     let whole = [LEFT, top, width * columns as f64, height * drawn.rows.len() as f64];
     sheet.cell(whole, "p", "");
-    // Beside the first rows, if they are low, there is the name of the strip.
+    // The name of the strip stands beside the first rows if they are low.
     let mut free = if top > above { top } else { top - LINE };
     for row in &drawn.rows {
         let y = sheet.y;
-        // Names are as high as a line, whatever the rows are.
+        // A name needs the height of a line, whatever the height of the rows.
         if y + height / 2.0 - 5.0 >= free {
             let name = cut(&picture.named(&row.snapshots), LEFT - 16.0);
             sheet.text(LEFT - 8.0, y + height / 2.0 + 4.0, "f e", &name);
@@ -420,7 +419,7 @@ fn memory(picture: &Picture, drawn: &Drawn, sheet: &mut Sheet) {
     ticks(drawn, columns, width, sheet);
 }
 
-/// Draws a row: runs of cells that look the same as one.
+/// Draws a row; runs of cells that look the same become one element.
 fn cells(picture: &Picture, drawn: &Drawn, row: &Row, at: [f64; 3], sheet: &mut Sheet) {
     let [y, width, height] = at;
     let high = inside(height);
@@ -443,7 +442,7 @@ fn cells(picture: &Picture, drawn: &Drawn, row: &Row, at: [f64; 3], sheet: &mut 
             shares(&sum).join("\n")
         )
     };
-    // What stands out lies over the rest.
+    // Highlighted cells cover the others.
     for run in runs(&looks, |look| look.base) {
         if let Some(base) = looks[run.start].base {
             sheet.cell(place(&run), word(base), &about(&run));
@@ -456,7 +455,7 @@ fn cells(picture: &Picture, drawn: &Drawn, row: &Row, at: [f64; 3], sheet: &mut 
     }
 }
 
-/// Returns ranges of items in a row that have the same `key`.
+/// Returns ranges of consecutive items that have the same `key`.
 fn runs<T, K: PartialEq>(items: &[T], key: impl Fn(&T) -> K) -> Vec<Range<usize>> {
     let mut runs: Vec<Range<usize>> = Vec::new();
     for (at, item) in items.iter().enumerate() {
@@ -468,7 +467,7 @@ fn runs<T, K: PartialEq>(items: &[T], key: impl Fn(&T) -> K) -> Vec<Range<usize>
     runs
 }
 
-/// Draws how much was stored anew at each address, in all snapshots but the first that has
+/// Draws how much was stored anew at each address, in all snapshots except the first that has
 /// the memory.
 fn strip(drawn: &Drawn, width: f64, sheet: &mut Sheet) {
     let mut sums: Vec<(u64, u64)> = Vec::new();
@@ -503,7 +502,7 @@ fn strip(drawn: &Drawn, width: f64, sheet: &mut Sheet) {
     sheet.y += STRIP + 4.0;
 }
 
-/// Writes what is mapped below the cells, or the first and the last address.
+/// Writes the names of mappings below the cells, or the first and the last address.
 fn ticks(drawn: &Drawn, columns: usize, width: f64, sheet: &mut Sheet) {
     let axis = &drawn.surveyed.axis;
     let scale = width * columns as f64 / axis.drawn().max(1) as f64;
@@ -511,7 +510,7 @@ fn ticks(drawn: &Drawn, columns: usize, width: f64, sheet: &mut Sheet) {
     sheet.y += LINE - 2.0;
     let mut free = LEFT;
     let mut written = false;
-    // Mappings of one file lie side by side.
+    // Mappings of one file are adjacent.
     let mut named: Vec<(Range<u64>, &str)> = Vec::new();
     for (pages, name) in &drawn.names {
         let name = name.rsplit('/').next().unwrap_or(name);
@@ -548,7 +547,7 @@ fn ticks(drawn: &Drawn, columns: usize, width: f64, sheet: &mut Sheet) {
     }
 }
 
-/// Returns the beginning of a text that is wider than there is room for.
+/// Returns the beginning of a text that is wider than `width`.
 fn cut(text: &str, room: f64) -> String {
     let fits = text.chars().count() as f64 * CHARACTER <= room;
     if fits {

@@ -8,10 +8,10 @@ use super::{
 };
 use crate::chain::map::State;
 
-/// Snapshots are drawn together in as many rows at most.
+/// The most rows of one memory; a row may show several snapshots.
 const ROWS: usize = 16;
 
-/// Memories that are drawn, unless all are.
+/// The number of memories that are drawn without `--all`.
 const MEMORIES: usize = 12;
 
 /// The widest column of names.
@@ -20,13 +20,13 @@ const NAMES: usize = 16;
 /// The widest column of names of memories.
 const LABELS: usize = 28;
 
-/// From which level on a cell is drawn as partly stored, not as hardly.
+/// The lowest level of a cell that is drawn as partly stored; below, it is hardly stored.
 const SOME_LEVEL: usize = 3;
 
 /// The colours of shares, in the palette of 256.
 const HEAT: [u8; LEVELS + 1] = [240, 223, 215, 208, 202, 124];
 
-/// Leaves out colours.
+/// Ends colours.
 const PLAIN: &str = "\x1b[0m";
 
 pub(super) fn limits(width: usize, all: bool) -> Limits {
@@ -47,7 +47,7 @@ fn color(state: State) -> u8 {
     }
 }
 
-/// Returns the character of a state where there are no colours.
+/// Returns the character that stands for a state without colours.
 fn character(state: State, level: usize) -> char {
     match state {
         State::Here => match level {
@@ -64,7 +64,7 @@ fn character(state: State, level: usize) -> char {
     }
 }
 
-/// How a picture is written.
+/// Writes a picture.
 struct Pen<'a> {
     out: &'a mut dyn Write,
     colors: bool,
@@ -141,7 +141,7 @@ fn painted(look: Look) -> (String, char) {
 /// Draws a chain.
 ///
 /// # Errors
-/// What keeps the output from being written.
+/// A failed write of the output.
 pub(super) fn print(
     picture: &Picture,
     width: usize,
@@ -203,7 +203,7 @@ fn changes(picture: &Picture, width: usize, pen: &mut Pen<'_>) -> anyhow::Result
     Ok(())
 }
 
-/// Returns how much a share is, from 0 on; `None` of nothing.
+/// Returns the level of a share, from 0; `None` if there are no pages.
 fn heat(share: Option<(u64, u64)>) -> Option<usize> {
     let (pages, of) = share?;
     Some(if pages == 0 { 0 } else { level(pages, of) })
@@ -237,7 +237,7 @@ pub(super) fn groups(snapshots: usize, limit: usize) -> Vec<Range<usize>> {
     (0..snapshots).step_by(each).map(|first| first..(first + each).min(snapshots)).collect()
 }
 
-/// Returns the beginning of a text that is too long.
+/// Returns the beginning of a text that is longer than `width`.
 fn cut(text: &str, width: usize) -> String {
     if text.chars().count() <= width {
         return text.to_owned();

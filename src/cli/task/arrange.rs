@@ -1,8 +1,8 @@
-//! The order and the spelling of words that getopt_long(3), and so CRIU, allows.
+//! Command lines as getopt_long(3), and therefore CRIU, accepts them.
 //!
-//! Options may stand before the command, be shortened, have their values attached
-//! (`-v4`, `-x12,13`, `-Ddir`), and be taken back (`--no-display-stats`).
-//! [`arrange`] gives them the one order and spelling that clap reads.
+//! Options may precede the command, be abbreviated, have their values attached (`-v4`,
+//! `-x12,13`, `-Ddir`), and be cancelled (`--no-display-stats`). [`arrange`] brings them into
+//! the order and spelling that clap reads.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -15,13 +15,13 @@ use clap::Command;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Takes {
     Nothing,
-    /// Attached to it, or not at all.
+    /// An optional value, attached to the option.
     Attached,
-    /// Attached to it, or the next word.
+    /// A value that is attached to the option, or the next word.
     Value,
 }
 
-/// What the parser has to know of an option to find its end.
+/// The names of an option, and where its value ends.
 #[derive(Debug)]
 struct Spec {
     long: String,
@@ -48,15 +48,15 @@ pub(in crate::cli) struct Given {
 /// A command line taken apart.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Arranged {
-    /// Options with their full names; none of them has been taken back.
+    /// Options with their full names, without those that were cancelled.
     pub given: Vec<Given>,
     /// Operands in their order; the first is the command.
     pub operands: Vec<OsString>,
-    /// Words for clap to answer: a request for help, an unknown option, a missing value.
+    /// Words that clap answers: a request for help, an unknown option, a missing value.
     pub for_clap: Vec<OsString>,
 }
 
-/// What a long name means.
+/// The meaning of a long name.
 enum Named<'a> {
     Option(&'a Spec),
     /// The option without the `no-` before it.
@@ -125,8 +125,8 @@ impl Specs {
         }
     }
 
-    /// Reads the words of a command line without the program's name, behind what
-    /// `arranged` has already.
+    /// Reads the words of a command line, without the program's name, and appends them to
+    /// `arranged`.
     pub fn arrange(&self, words: &[OsString], mut arranged: Arranged) -> Arranged {
         let mut words = words.iter();
         while let Some(word) = words.next() {
@@ -181,7 +181,7 @@ impl Specs {
     /// Reads a line of a configuration file.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// The reason why the line is wrong.
     pub fn configured(
         &self,
         name: &str,
@@ -232,7 +232,7 @@ impl Arranged {
         self.given.retain(|given| given.name != name);
     }
 
-    /// Returns the words of these options and operands for clap.
+    /// Returns these options and operands as words for clap.
     pub fn words(&self) -> impl Iterator<Item = OsString> {
         let given = self.given.iter().map(|Given { name, value, .. }| {
             let mut word = OsString::from(format!("--{name}"));

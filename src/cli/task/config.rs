@@ -11,22 +11,22 @@ use anyhow::{Context, anyhow};
 
 use super::arrange::{Arranged, Specs};
 
-/// For all users.
+/// The file for all users.
 const OF_ALL: &str = "/etc/rcriu/default.conf";
 
-/// For one user, in the home directory.
+/// The file of one user, in the home directory.
 const OF_USER: &str = ".rcriu/default.conf";
 
-/// Names a file that is read after those two, as with CRIU.
+/// The variable that names a file to read after those two, as with CRIU.
 const VARIABLE: &str = "CRIU_CONFIG_FILE";
 
-/// Where options come from besides the command line, in the order in which they
-/// are read. Later ones win.
+/// The configuration files of a command line, in the order in which they are read. Later files
+/// win.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Sources {
-    /// Files that need not be there.
+    /// Files that may be missing.
     optional: Vec<PathBuf>,
-    /// A file that must be there.
+    /// A file that must exist.
     required: Option<PathBuf>,
 }
 
@@ -40,7 +40,7 @@ impl Sources {
         let last = |name| line.given.iter().rfind(|given| given.name == name);
         let required = last("config").and_then(|given| given.value.clone()).map(PathBuf::from);
         let mut optional = Vec::new();
-        // As with CRIU, a file that is named replaces the default ones.
+        // As with CRIU, the file of --config replaces the default ones.
         if required.is_none() && last("no-default-config").is_none() {
             optional.push(PathBuf::from(OF_ALL));
             optional.extend(variable("HOME").map(|home| Path::new(&home).join(OF_USER)));
@@ -52,7 +52,7 @@ impl Sources {
     /// Reads the files.
     ///
     /// # Errors
-    /// A file that cannot be read; a line that says nothing known, with its number.
+    /// A file that cannot be read; a line with an unknown or wrong option, with its number.
     pub fn read(&self, specs: &Specs) -> anyhow::Result<Arranged> {
         let mut arranged = Arranged::default();
         for path in &self.optional {
@@ -85,9 +85,8 @@ fn apply(
     Ok(())
 }
 
-/// Takes a line apart into the name of an option and its value: `name`,
-/// `name value`, or `name "value"`, in which `\"` is a quote. What follows a `#`
-/// that is not in quotes is a comment.
+/// Splits a line into the name of an option and its value: `name`, `name value`, or
+/// `name "value"`, in which `\"` is a quote. A `#` outside of quotes starts a comment.
 fn parse(line: &str) -> Result<Option<(&str, Option<String>)>, &'static str> {
     let line = line.trim();
     let name_end = line.find(|c: char| c.is_whitespace() || c == '#').unwrap_or(line.len());
@@ -113,7 +112,7 @@ fn parse(line: &str) -> Result<Option<(&str, Option<String>)>, &'static str> {
     }
 }
 
-/// Reads up to the quote that ends a value; returns the value and what is behind.
+/// Reads up to the quote that ends a value; returns the value and the rest of the text.
 fn unquote(text: &str) -> Result<(String, &str), &'static str> {
     let mut value = String::new();
     let mut chars = text.char_indices().peekable();

@@ -1,4 +1,4 @@
-//! Converts the command line into the options of the engine.
+//! Converts the command line into the options of dump, restore and dedup.
 
 use std::path::{Path, PathBuf};
 
@@ -61,8 +61,8 @@ pub(super) fn verbosity(args: &TaskArgs) -> u8 {
     })
 }
 
-/// Chooses where log, statistics and pid file go: the work directory if there is
-/// one, otherwise that of the images, or the current one if that can't be written.
+/// Returns the directory for log, statistics and pid file: the work directory if the user gave
+/// one, otherwise the image directory, or the current one if rcriu cannot write there.
 pub(super) fn work_dir(args: &ImageArgs) -> PathBuf {
     args.work_dir.clone().unwrap_or_else(|| default_work_dir(&args.images_dir))
 }
@@ -70,7 +70,7 @@ pub(super) fn work_dir(args: &ImageArgs) -> PathBuf {
 fn default_work_dir(images_dir: &Path) -> PathBuf {
     let flags = AccessFlags::W_OK | AccessFlags::X_OK;
     match faccessat(AT_FDCWD, images_dir, flags, AtFlags::AT_EACCESS) {
-        // Such a mount frees pages, but does not take new files.
+        // Pages can be freed in such a mount, but files cannot be created.
         Ok(()) if frees_pages(images_dir) => PathBuf::from("."),
         Err(Errno::EROFS | Errno::EACCES | Errno::EPERM) => PathBuf::from("."),
         // The code that opens the directory reports other errors.
@@ -138,8 +138,8 @@ fn connections(args: &TaskArgs, goal: dump::Goal) -> ConnectionsToDump {
     ConnectionsToDump::new(wanted, wanted == Connections::Keep && ends && !skips)
 }
 
-/// Returns what the user wants of TCP connections: as with CRIU, they are closed if both options
-/// are given.
+/// Returns how to treat TCP connections. As with CRIU, `--tcp-close` wins over
+/// `--tcp-established`.
 fn wanted_connections(args: &TaskArgs) -> Connections {
     if args.network.tcp_close {
         Connections::Close
@@ -242,7 +242,7 @@ pub(super) fn check_operands(args: &TaskArgs, restoring: bool) -> Result<(), Usa
     }
 }
 
-/// Returns the external resources, including sockets that are named by inode number.
+/// Returns the external resources, including the sockets of `--ext-unix-sk`.
 fn external(args: &TaskArgs) -> Vec<String> {
     let sockets = args.network.ext_unix_sk.iter().flat_map(|Inodes(numbers)| numbers);
     let sockets = sockets.map(|number| format!("unix[{number}]"));

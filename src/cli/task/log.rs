@@ -15,7 +15,7 @@ use crate::{
     sys::output::{self, Existing},
 };
 
-/// Returns the level that is logged, by CRIU's numbers.
+/// Returns the level for one of CRIU's numbers.
 pub(super) fn level(verbosity: u8) -> LevelFilter {
     match verbosity {
         0 => LevelFilter::Off,
@@ -27,8 +27,8 @@ pub(super) fn level(verbosity: u8) -> LevelFilter {
     }
 }
 
-/// Sends messages to `file`, or to standard output if that is `-`, and errors to
-/// standard error as well; without a file, all to standard error.
+/// Sends messages to `file`, or to standard output if that is `-`, and errors also to standard
+/// error; without a file, sends all messages to standard error.
 pub(super) fn start(file: Option<&Path>, level: LevelFilter) -> anyhow::Result<()> {
     let mut builder = Builder::new();
     builder.filter_level(level);

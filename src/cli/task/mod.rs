@@ -66,12 +66,12 @@ impl Task {
 pub(super) struct Prepared {
     /// All words, with the program's name.
     pub words: Vec<OsString>,
-    /// The options of a [`Task`], those of configuration files as well.
+    /// The options of a [`Task`], including those of configuration files.
     pub given: Vec<Given>,
 }
 
-/// Prepares a command line: if it is that of a [`Task`], brings it into the order
-/// and spelling that clap reads, and adds what configuration files say.
+/// Prepares a command line: if it is that of a [`Task`], brings it into the order and spelling
+/// that clap reads, and adds the options of configuration files.
 ///
 /// # Errors
 /// A command that is refused; a configuration file that can't be read.
@@ -184,7 +184,7 @@ fn tidy_help(command: Command) -> Command {
             return match task {
                 _ if !arg.is_last_set() => arg,
                 Task::Restore => arg,
-                Task::Dedup => arg.value_name("DIR").help("What is linked"),
+                Task::Dedup => arg.value_name("DIR").help("Full dumps to link, the oldest first"),
                 Task::Dump | Task::PreDump | Task::Check => arg.hide(true),
             };
         };
@@ -193,13 +193,11 @@ fn tidy_help(command: Command) -> Command {
             return arg.hide(is_known);
         };
         match row.state {
-            State::Built => arg,
+            State::Built | State::RefusedUnless(..) => arg,
             State::Harmless(_) => {
                 arg.hide_short_help(true).help_heading("Accepted, without effect")
             }
-            State::Refused(_) | State::RefusedUnless(..) => {
-                arg.hide_short_help(true).help_heading("Known, refused for now")
-            }
+            State::Refused(_) => arg.hide_short_help(true).help_heading("Known, refused for now"),
         }
     })
 }

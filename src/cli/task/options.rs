@@ -1,8 +1,8 @@
 //! The options of `criu` and our own, as clap sees them.
 //!
-//! All commands know all options, as with CRIU: a configuration file is shared by them, and
-//! an option that a command does not use has no effect there. [`super::table`] says what is
-//! done about each.
+//! As with CRIU, every command knows all options: the commands share a configuration file, and
+//! each ignores the options there that it does not use. [`super::table`] has a row for each
+//! option.
 
 use std::{ffi::OsString, path::PathBuf, str::FromStr};
 
@@ -45,7 +45,7 @@ pub(in crate::cli) struct TaskArgs {
     pub(super) output: OutputArgs,
     #[command(flatten)]
     pub(super) config: ConfigArgs,
-    /// The command of --exec-cmd, with its arguments
+    /// Command for --exec-cmd, with its arguments
     #[arg(last = true, value_name = "COMMAND")]
     pub(super) operands: Vec<OsString>,
 }
@@ -54,7 +54,7 @@ pub(in crate::cli) struct TaskArgs {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Processes")]
 pub(super) struct TreeArgs {
-    /// The root of the tree to dump
+    /// Dump the process PID and all of its descendants
     #[arg(short = 't', long, value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
     pub tree: Option<i32>,
     /// Leave the tree running after the dump instead of killing it
@@ -66,25 +66,26 @@ pub(super) struct TreeArgs {
     /// Return as soon as the tree runs, instead of waiting for it to end
     #[arg(short = 'd', long, alias = "daemon")]
     pub restore_detached: bool,
-    /// Make the tree a child of the calling process (with -d)
+    /// Make the root of the tree a child of rcriu's parent; requires -d
     #[arg(short = 'S', long)]
     pub restore_sibling: bool,
     /// Allow a tree that shares its session and terminal with a shell
     #[arg(short = 'j', long)]
     pub shell_job: bool,
-    /// Execute this command as the parent of the restored tree: --exec-cmd -- COMMAND...
+    /// After the restore, execute COMMAND in place of rcriu, as the parent of the tree:
+    /// --exec-cmd -- COMMAND...
     #[arg(long)]
     pub exec_cmd: bool,
-    /// Write the pid of the tree's root to this file
+    /// Write the pid of the tree's root to FILE
     #[arg(long, value_name = "FILE")]
     pub pidfile: Option<PathBuf>,
-    /// Fail if the tree cannot be stopped within this time
+    /// Fail if rcriu cannot stop the tree within this time
     #[arg(long, value_name = "SECONDS", default_value_t = FreezeOptions::TIMEOUT_S)]
     pub timeout: u32,
-    /// Root directory of the tree
+    /// Use DIR as the root directory of the tree
     #[arg(short = 'r', long, value_name = "DIR")]
     pub root: Option<PathBuf>,
-    /// Run this program at each stage; $CRTOOLS_SCRIPT_ACTION names the stage; repeatable
+    /// Run FILE at each stage; $CRTOOLS_SCRIPT_ACTION names the stage; can be repeated
     #[arg(long, value_name = "FILE")]
     pub action_script: Vec<PathBuf>,
 }
@@ -93,13 +94,13 @@ pub(super) struct TreeArgs {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Images")]
 pub(super) struct ImageArgs {
-    /// Image directory
+    /// Read or write the images in this directory
     #[arg(short = 'D', long, value_name = "DIR", default_value = ".")]
     pub images_dir: PathBuf,
-    /// Image directory of the previous dump, relative to this one
+    /// Leave unchanged memory to the previous dump in DIR; relative to --images-dir
     #[arg(long, value_name = "DIR")]
     pub prev_images_dir: Option<PathBuf>,
-    /// Directory for log, statistics and pid file [default: the image directory]
+    /// Write log, statistics and pid file to this directory [default: the image directory]
     #[arg(short = 'W', long, value_name = "DIR")]
     pub work_dir: Option<PathBuf>,
     /// Send the images to criu-image-streamer
@@ -114,18 +115,17 @@ pub(super) struct MemoryArgs {
     /// Track memory changes from now on, so that the next dump reads less memory
     #[arg(long)]
     pub track_mem: bool,
-    /// How changes are tracked [default: the best that the kernel offers]
+    /// How to track changes [default: the best method of this kernel]
     #[arg(long, value_enum, value_name = "HOW")]
     pub tracker: Option<TrackerName>,
     /// Free pages in the images that are no longer needed
     ///
     /// A dump frees the pages of its parent that it supersedes. A restore frees the pages
-    /// that it has restored: `commit` when the restore has succeeded, `now` as it reads
-    /// them.
+    /// that it restores.
     #[arg(long, value_enum, value_name = "WHEN", num_args = 0..=1, require_equals = true,
           default_missing_value = "commit")]
     pub auto_dedup: Option<AutoDedupName>,
-    /// How a pre-dump reads memory; both modes are the same here
+    /// How a pre-dump reads memory; rcriu does the same in both modes
     #[arg(long, value_enum, value_name = "MODE")]
     pub pre_dump_mode: Option<PreDumpMode>,
     /// Restore memory on demand, from a lazy-pages server
@@ -140,28 +140,28 @@ pub(super) struct FileArgs {
     /// Dump or restore file locks
     #[arg(short = 'l', long)]
     pub file_locks: bool,
-    /// Link deleted files to a name again where that is possible
+    /// Give open files whose name was deleted, but that have other links, a temporary name
     #[arg(long)]
     pub link_remap: bool,
-    /// Size limit of deleted files that are stored in the images; K, M or G may follow
+    /// Store deleted files up to this size in the images; SIZE may end in K, M or G
     #[arg(long, value_name = "SIZE", value_parser = size_bytes, default_value = "1M")]
     pub ghost_limit: u64,
-    /// Find the holes of deleted files by FIEMAP
+    /// Find the holes of deleted files with FIEMAP
     #[arg(long)]
     pub ghost_fiemap: bool,
-    /// How a restore recognizes that a file was replaced [default: buildid]
+    /// How a restore recognizes a file that has been replaced [default: buildid]
     #[arg(long, value_enum, value_name = "METHOD")]
     pub file_validation: Option<FileValidation>,
-    /// Don't compare the permissions of files
+    /// Do not compare the permissions of files
     #[arg(long)]
     pub skip_file_rwx_check: bool,
-    /// Accept any path that leads to the same device
+    /// Accept any path to the same device
     #[arg(long)]
     pub evasive_devices: bool,
     /// Always look up the names of watched files
     #[arg(long)]
     pub force_irmap: bool,
-    /// Also look for watched files below this directory; repeatable
+    /// Also look for watched files below this directory; can be repeated
     #[arg(long, value_name = "PATH")]
     pub irmap_scan_path: Vec<PathBuf>,
 }
@@ -173,18 +173,17 @@ pub(super) struct NetworkArgs {
     /// Dump or restore established TCP connections
     #[arg(long)]
     pub tcp_established: bool,
-    /// Drop established TCP connections; restore their sockets closed
+    /// Do not keep established TCP connections; restore their sockets as closed ones
     #[arg(long)]
     pub tcp_close: bool,
     /// Leave out TCP connections that are being established
     #[arg(long)]
     pub skip_in_flight: bool,
-    /// Allow UNIX sockets that are connected to other processes; =INODE,... names them
+    /// Allow UNIX sockets that are connected to other processes; INODE,... names such sockets
     #[arg(short = 'x', long, value_name = "INODE,...", num_args = 0..=1, require_equals = true,
           default_missing_value = NO_VALUE)]
     pub ext_unix_sk: Vec<Inodes>,
-    /// How packets of TCP connections are held back until the restore; iptables and nftables are
-    /// the same here: a table of nftables
+    /// How to hold back packets of TCP connections until the restore [default: nftables]
     #[arg(long, value_enum, value_name = "METHOD")]
     pub network_lock: Option<NetworkLock>,
 }
@@ -193,16 +192,16 @@ pub(super) struct NetworkArgs {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "External resources")]
 pub(super) struct AroundArgs {
-    /// External resource that is not dumped: TYPE[ID]:VALUE; repeatable
+    /// Leave an external resource out of the dump: TYPE[ID]:VALUE; can be repeated
     #[arg(long, value_name = "RESOURCE")]
     pub external: Vec<String>,
-    /// Use descriptor N of the caller for the resource KEY: fd[N]:KEY; repeatable
+    /// Use descriptor N of the caller for the external resource KEY; can be repeated
     #[arg(long, value_name = "fd[N]:KEY", value_parser = inherit_fd)]
     pub inherit_fd: Vec<(i32, String)>,
-    /// Close this descriptor first; repeatable
+    /// Close this descriptor before opening any file; can be repeated
     #[arg(long, value_name = "FD", value_parser = clap::value_parser!(i32).range(0..))]
     pub close: Vec<i32>,
-    /// Directory of plugins
+    /// Load plugins from this directory
     #[arg(short = 'L', long, value_name = "DIR")]
     pub libdir: Option<PathBuf>,
 }
@@ -211,20 +210,20 @@ pub(super) struct AroundArgs {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Machine")]
 pub(super) struct MachineArgs {
-    /// Features that the processor must have
+    /// Check these features of the processor; only `none` is supported
     #[arg(long, value_name = "FEATURE,...", num_args = 0..=1, require_equals = true,
           default_missing_value = "all")]
     pub cpu_cap: Option<String>,
-    /// Restore with this security profile
+    /// Restore the tree under this security profile
     #[arg(long, value_name = "TYPE:NAME")]
     pub lsm_profile: Option<String>,
     /// Restore mounts with this security context
     #[arg(long, value_name = "CONTEXT")]
     pub lsm_mount_context: Option<String>,
-    /// Allow trees that have been probed by uprobes
+    /// Allow trees with memory that uprobes have changed
     #[arg(long)]
     pub allow_uprobes: bool,
-    /// Do what is possible without root's privileges
+    /// Do what is possible without root privileges
     #[arg(long)]
     pub unprivileged: bool,
     /// Allow features that CRIU is going to drop
@@ -236,27 +235,26 @@ pub(super) struct MachineArgs {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Cgroups")]
 pub(super) struct CgroupArgs {
-    /// Restore the tree into its cgroups, which must exist (none, the default), or leave it
-    /// in the cgroup of rcriu (ignore)
+    /// How to restore the cgroups of the tree [default: none]
     #[arg(long, value_enum, value_name = "MODE", num_args = 0..=1, require_equals = true,
           default_missing_value = "soft")]
     pub manage_cgroups: Option<ManageCgroups>,
     /// Stop the tree by freezing this cgroup
     #[arg(long, value_name = "DIR")]
     pub freeze_cgroup: Option<PathBuf>,
-    /// Restore the tree into this cgroup; repeatable
+    /// Restore the tree into this cgroup; can be repeated
     #[arg(long, value_name = "[CONTROLLER:]/DIR")]
     pub cgroup_root: Vec<String>,
-    /// Which properties of cgroups are kept
+    /// Keep these properties of cgroups
     #[arg(long, value_name = "YAML")]
     pub cgroup_props: Option<String>,
-    /// Which properties of cgroups are kept, from a file
+    /// Keep the properties of cgroups that this file lists
     #[arg(long, value_name = "FILE")]
     pub cgroup_props_file: Option<PathBuf>,
-    /// Keep this controller only; repeatable
+    /// Keep only this controller; can be repeated
     #[arg(long, value_name = "NAME")]
     pub cgroup_dump_controller: Vec<String>,
-    /// Directory where the cgroups are mounted
+    /// Find the cgroup file systems in this directory
     #[arg(long, value_name = "DIR")]
     pub cgroup_yard: Option<PathBuf>,
 }
@@ -265,19 +263,19 @@ pub(super) struct CgroupArgs {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Namespaces")]
 pub(super) struct NamespaceArgs {
-    /// Restore into an existing namespace; repeatable
+    /// Restore the tree into an existing namespace; can be repeated
     #[arg(short = 'J', long, value_name = "NS:{PID|FILE}")]
     pub join_ns: Vec<String>,
     /// Restore this namespace without its contents
     #[arg(long, value_name = "net", value_parser = ["net"])]
     pub empty_ns: Vec<String>,
-    /// Leave out this mount; repeatable
+    /// Leave out this mount; can be repeated
     #[arg(long, value_name = "PATH")]
     pub skip_mnt: Vec<PathBuf>,
     /// Dump mounts of these file systems as if they were supported
     #[arg(long, value_name = "NAME,...")]
     pub enable_fs: Vec<String>,
-    /// External mount; repeatable
+    /// Treat a mount as external; can be repeated
     #[arg(short = 'M', long, value_name = "KEY:VALUE")]
     pub ext_mount_map: Vec<String>,
     /// Allow mounts that are shared with mounts outside the tree
@@ -286,10 +284,10 @@ pub(super) struct NamespaceArgs {
     /// Allow mounts that are slaves of mounts outside the tree
     #[arg(long)]
     pub enable_external_masters: bool,
-    /// Restore mounts in CRIU's older way
+    /// Restore mounts with CRIU's older method
     #[arg(long)]
     pub mntns_compat_mode: bool,
-    /// The other end of a network device; repeatable
+    /// Name the outer end of a pair of virtual network devices; can be repeated
     #[arg(long, value_name = "IN=OUT")]
     pub veth_pair: Vec<String>,
     /// Skip sysctls that this kernel does not have
@@ -301,22 +299,22 @@ pub(super) struct NamespaceArgs {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Page server")]
 pub(super) struct ServerArgs {
-    /// Send pages to a page server
+    /// Send memory to a page server
     #[arg(long)]
     pub page_server: bool,
-    /// Address of the server
+    /// Address of the page server
     #[arg(long, value_name = "ADDRESS")]
     pub address: Option<String>,
-    /// Port of the server
+    /// Port of the page server
     #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
     pub port: Option<u16>,
-    /// Descriptor of an open socket to the server
+    /// Descriptor of a connected socket to the page server
     #[arg(long, value_name = "FD")]
     pub ps_socket: Option<i32>,
-    /// Write to this descriptor when the server is ready
+    /// Write to this descriptor when the page server is ready
     #[arg(long, value_name = "FD")]
     pub status_fd: Option<i32>,
-    /// Encrypt the connection to the server
+    /// Encrypt the connection to the page server
     #[arg(long)]
     pub tls: bool,
     /// File of trusted certificate authorities
@@ -331,7 +329,7 @@ pub(super) struct ServerArgs {
     /// Private key of this host
     #[arg(long, value_name = "FILE")]
     pub tls_key: Option<PathBuf>,
-    /// Don't compare the name in the server's certificate
+    /// Do not compare the name in the server's certificate
     #[arg(long)]
     pub tls_no_cn_verify: bool,
 }
@@ -340,19 +338,19 @@ pub(super) struct ServerArgs {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Check")]
 pub(super) struct CheckArgs {
-    /// Also check features that only some trees need
+    /// Also require the features that only some trees need
     #[arg(long)]
     pub extra: bool,
-    /// Also check features that make rcriu faster
+    /// Also require the features that make rcriu faster
     #[arg(long)]
     pub experimental: bool,
-    /// Check all features
+    /// Require all features
     #[arg(long)]
     pub all: bool,
-    /// Check only this feature; `list` lists all features; repeatable
+    /// Check only this feature, and require it; `list` prints all names; can be repeated
     #[arg(long, value_name = "NAME")]
     pub feature: Vec<String>,
-    /// Pretend that features are missing
+    /// Skip features that no released kernel has
     #[arg(long)]
     pub ms: bool,
 }
@@ -361,16 +359,16 @@ pub(super) struct CheckArgs {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Deduplication")]
 pub(super) struct DedupArgs {
-    /// Link these full dumps of one tree into a chain, the oldest first: --link DIR DIR...
+    /// Link full dumps of one tree into a chain, the oldest first: --link DIR DIR...
     #[arg(long)]
     pub link: bool,
-    /// Write new directories, DIR.linked, instead of replacing the dumps
+    /// Write the linked dumps to new directories, DIR.linked, and keep the originals
     #[arg(long)]
     pub keep_originals: bool,
-    /// Rewrite files where the file system cannot punch holes
+    /// Rewrite the files on a file system that cannot punch holes
     #[arg(long)]
     pub rewrite: bool,
-    /// Let equal pages of the chain share blocks (btrfs, xfs); the images stay the same
+    /// Let equal pages of the chain share blocks (btrfs, XFS); the contents stay the same
     #[arg(long, conflicts_with = "link")]
     pub reflink: bool,
     /// Print the result as JSON
@@ -382,20 +380,20 @@ pub(super) struct DedupArgs {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Messages")]
 pub(super) struct OutputArgs {
-    /// Write the log to this file in the work directory; `-` is standard output
+    /// Write the log to FILE in the work directory; `-` is standard output
     #[arg(short = 'o', long, value_name = "FILE")]
     pub log_file: Option<PathBuf>,
-    /// Increase verbosity, once per v; or set it by -vN
+    /// Print more messages, one level for each v; -vN sets level N
     ///
     /// 0: nothing; 1: errors; 2: warnings too (the default); 3: phases with their
-    /// figures; 4: every task and object; 5: every page and system call.
+    /// figures; 4: every process and object; 5: every page and system call.
     #[arg(short = 'v', long, value_name = "N", num_args = 0..=1, require_equals = true,
           default_missing_value = NO_VALUE)]
     pub verbosity: Vec<Verbosity>,
-    /// Write one log per process; rcriu has a single logging process
+    /// Write a log for each process
     #[arg(long)]
     pub log_pid: bool,
-    /// Print the statistics afterwards
+    /// Print the statistics at the end
     #[arg(long)]
     pub display_stats: bool,
 }
@@ -404,11 +402,10 @@ pub(super) struct OutputArgs {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Configuration")]
 pub(super) struct ConfigArgs {
-    /// Read options from this file, one per line without dashes; the command line overrides
-    /// them
+    /// Read options from FILE, one per line, without dashes; the command line overrides them
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Don't read /etc/rcriu/default.conf and ~/.rcriu/default.conf
+    /// Do not read /etc/rcriu/default.conf and ~/.rcriu/default.conf
     #[arg(long)]
     pub no_default_config: bool,
 }
@@ -416,49 +413,49 @@ pub(super) struct ConfigArgs {
 /// `--tracker`
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum TrackerName {
-    /// Write protection by userfaultfd
+    /// Write-protect memory with userfaultfd
     Wp,
-    /// Soft-dirty bits
+    /// Use the kernel's soft-dirty bits
     SoftDirty,
-    /// Every page is compared
+    /// Track nothing; the next dump compares every page
     None,
 }
 
 /// `--auto-dedup`
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum AutoDedupName {
-    /// When everything is restored
+    /// When the whole restore has succeeded
     Commit,
-    /// As it goes
+    /// As soon as the restore has read a page
     Now,
 }
 
 /// `--pre-dump-mode`
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum PreDumpMode {
-    /// From outside
+    /// Read the memory from outside
     Read,
-    /// Through pipes
+    /// Splice the memory into pipes
     Splice,
 }
 
 /// `--file-validation`
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum FileValidation {
-    /// The size alone
+    /// Compare sizes
     Filesize,
-    /// The size, and the build-id of programs and libraries; without one, the time
+    /// Compare sizes and build-ids; for a file without a build-id, the modification time
     Buildid,
 }
 
 /// `--network-lock`
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum NetworkLock {
-    /// By rules of iptables
+    /// The same as nftables
     Iptables,
-    /// By rules of nftables
+    /// Drop the packets by a table of nftables
     Nftables,
-    /// Not at all
+    /// Let the packets pass
     #[value(alias = "none")]
     Skip,
 }
@@ -466,26 +463,30 @@ pub(super) enum NetworkLock {
 /// `--manage-cgroups`
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum ManageCgroups {
-    /// The cgroups exist
+    /// Restore the tree into its cgroups, which must exist
     None,
-    /// The cgroups exist, set their properties
+    /// Set the properties of the existing cgroups
+    #[value(hide = true)]
     Props,
-    /// Set the properties of those that did not exist
+    /// Make missing cgroups, and set their properties
+    #[value(hide = true)]
     Soft,
-    /// Set all properties
+    /// Make missing cgroups, and set the properties of all
+    #[value(hide = true)]
     Full,
-    /// None of the cgroups exists
+    /// Make all cgroups; fail if one exists
+    #[value(hide = true)]
     Strict,
-    /// As if there were no cgroups
+    /// Leave the tree in the cgroup of rcriu
     Ignore,
 }
 
-/// One `-v`.
+/// The value of one `-v`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verbosity {
-    /// So many levels more.
+    /// Raises the level by this number.
     More(u8),
-    /// This level.
+    /// Sets this level.
     Level(u8),
 }
 
@@ -504,7 +505,7 @@ impl FromStr for Verbosity {
     }
 }
 
-/// What `--ext-unix-sk` names.
+/// Inode numbers of sockets, from `--ext-unix-sk`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Inodes(pub Vec<u32>);
 
@@ -525,7 +526,7 @@ impl FromStr for Inodes {
 
 /// Parses a size: bytes, or a number with K, M or G.
 pub fn size_bytes(text: &str) -> Result<u64, &'static str> {
-    const WRONG: &str = "not a number of bytes, with K, M or G behind it or not";
+    const WRONG: &str = "not a number of bytes, optionally followed by K, M or G";
     let (number, shift) = match text.as_bytes().last() {
         Some(b'k' | b'K') => (&text[..text.len() - 1], 10),
         Some(b'm' | b'M') => (&text[..text.len() - 1], 20),

@@ -68,9 +68,8 @@ fn usage(error: anyhow::Error) -> ExitCode {
 /// Closes the descriptors of `--close`.
 fn close(args: &TaskArgs) {
     for fd in &args.around.close {
-        // We have opened no files yet, and a number that is not open counts as closed. Our
-        // messages must not get into the file that takes the number of a standard stream
-        // next.
+        // rcriu has opened no files yet, and a number that is not open counts as closed. A file
+        // that took the number of a standard stream would receive our messages.
         let _ = nix::unistd::close(*fd);
         if (0..=libc::STDERR_FILENO).contains(fd) {
             let _ = File::options().read(true).write(true).open("/dev/null").map(File::into_raw_fd);
@@ -126,7 +125,7 @@ fn perform(task: Task, work: &Work, args: &TaskArgs, given: &[Given]) -> u8 {
     }
 }
 
-/// Starts the log, and notes there which options have no effect.
+/// Starts the log, and logs which options have no effect.
 fn start_log(task: Task, args: &TaskArgs, given: &[Given]) -> anyhow::Result<()> {
     let file = args.output.log_file.as_deref();
     let file = file.map(|file| match file.to_str() {

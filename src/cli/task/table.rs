@@ -1,4 +1,4 @@
-//! What is done about each option: one table.
+//! The table of all options: which commands take them, and how.
 
 /// A set of commands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,11 +35,11 @@ impl Commands {
 pub(super) enum State {
     /// It works.
     Built,
-    /// It is accepted and has no effect, for this reason.
+    /// rcriu accepts it without effect, for this reason.
     Harmless(&'static str),
-    /// It is refused; the text says what to do instead.
+    /// rcriu refuses it; the text is the remedy.
     Refused(&'static str),
-    /// It is refused unless it has one of these values, with which it is harmless.
+    /// rcriu refuses it unless it has one of these values; the text is the remedy.
     RefusedUnless(&'static [&'static str], &'static str),
 }
 
@@ -48,8 +48,8 @@ pub(super) enum State {
 pub(super) struct Row {
     /// Its long name.
     pub name: &'static str,
-    /// The commands that this row is about. A command without a row refuses the option on its command
-    /// line, and ignores it in configuration files, which all commands share.
+    /// The commands of this row. A command without a row refuses the option on its command line,
+    /// and ignores it in configuration files, which all commands share.
     pub on: Commands,
     /// How these commands treat it.
     pub state: State,
@@ -66,13 +66,13 @@ const NO_NAMESPACES: &str = "leave it out: trees with namespaces of their own ar
 const NO_CONNECTIONS: &str = "leave it out, and let the program close its connections first";
 const NO_WATCHES: &str =
     "leave it out, and let the program close its watches first (inotify, fanotify)";
-const NO_FILES: &str = "a pre-dump writes memory only";
+const NO_FILES: &str = "a pre-dump writes only memory";
 const CGROUPS: &str =
     "--manage-cgroups=none restores the tree into its existing cgroups, =ignore into that of rcriu";
 const PAGE_SERVER: &str = "write the images to a local directory, and copy them";
 const TLS: &str = "copy the images over ssh: there is no page server";
 
-/// Every option but `help` and `version`.
+/// Every option except `help` and `version`.
 pub(super) const ROWS: &[Row] = &[
     // Processes
     built("tree", DUMPS),
@@ -207,7 +207,7 @@ const fn refused(name: &'static str, on: Commands, instead: &'static str) -> Row
     Row { name, on, state: Refused(instead) }
 }
 
-/// Commands of CRIU that rcriu does not have, and what to do instead.
+/// Commands of CRIU that rcriu lacks, each with its remedy.
 pub(super) const REFUSED_COMMANDS: &[(&str, &str)] = &[
     ("cpuinfo", "restore on the same kind of processor"),
     ("exec", "CRIU has dropped it, too"),
