@@ -313,7 +313,7 @@ impl Check<'_> {
             // Freeing pages of an ancestor sacrifices it on purpose, so only a tip must be
             // restorable.
             let severity = if self.is_tip { Severity::Error } else { Severity::Note };
-            let rest = if needed { "" } else { ", only its descendants" };
+            let rest = if needed { "" } else { "; its descendants can" };
             for gone in same.iter().take(TOLD) {
                 let holder = self.chain.snapshot(gone.holder).path().display();
                 let problem = format!(
@@ -387,7 +387,7 @@ impl Check<'_> {
             let pages = unnamed.pages();
             let problem = format!(
                 "{} holes in {name}, which read as zero: if a deduplication freed them, this \
-                 snapshot can no longer be restored, only its descendants",
+                 snapshot can no longer be restored; its descendants can",
                 are(pages)
             );
             self.tell(Severity::Note, Some(memory), address(first.start), problem);

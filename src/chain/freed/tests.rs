@@ -236,7 +236,7 @@ fn check_tells_what_is_gone_from_what_was_superseded() {
     let places: Vec<_> = found.iter().map(|(severity, at, _)| (*severity, at.as_str())).collect();
     let note = Severity::Note;
     assert_eq!(places, [(note, "1 0x0"), (note, "1 0xf000"), (note, "2 0x0")], "{found:?}");
-    assert!(found.iter().all(|(.., problem)| problem.ends_with("only its descendants")));
+    assert!(found.iter().all(|(.., problem)| problem.ends_with("its descendants can")));
     let chain = disk.open();
     chain.require_whole(SnapshotId::at(2)).unwrap();
     chain.require_whole(SnapshotId::at(1)).unwrap_err();

@@ -12,7 +12,7 @@ mod tests;
 
 use std::ffi::OsString;
 
-use clap::{ArgMatches, Args, Command, FromArgMatches, builder::Resettable};
+use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
 
 pub(super) use self::{arrange::Given, options::size_bytes, run::run};
 use self::{
@@ -139,6 +139,12 @@ fn without_effect(task: Task, given: &[Given]) -> impl Iterator<Item = String> {
     })
 }
 
+/// The heading of options that rcriu accepts without effect.
+const WITHOUT_EFFECT: &str = "Accepted, without effect";
+
+/// The heading of options that rcriu refuses.
+const REFUSED: &str = "Known, refused for now";
+
 /// The options of a [`Task`]. The help of a command shows only its own options, and options
 /// that are refused or have no effect only in the long help.
 #[derive(Debug)]
@@ -164,10 +170,17 @@ impl FromArgMatches for TaskWords {
 
 impl Args for TaskWords {
     fn augment_args(command: Command) -> Command {
-        let about = Resettable::from(command.get_about().cloned());
-        let long_about = Resettable::from(command.get_long_about().cloned());
-        // Clap would show the doc comment of a group of options as that of the command.
-        tidy_help(TaskArgs::augment_args(command)).about(about).long_about(long_about)
+        let options = TaskArgs::augment_args(Command::new("task"));
+        let task = Task::named(command.get_name());
+        let mut args: Vec<Arg> =
+            options.get_arguments().map(|arg| tidied(arg.clone(), task)).collect();
+        // Clap prints groups in the order of their first options.
+        args.sort_by_key(|arg| match arg.get_help_heading() {
+            Some(WITHOUT_EFFECT) => 1,
+            Some(REFUSED) => 2,
+            _ => 0,
+        });
+        command.groups(options.get_groups().cloned()).args(args).args_override_self(true)
     }
 
     fn augment_args_for_update(command: Command) -> Command {
@@ -175,29 +188,26 @@ impl Args for TaskWords {
     }
 }
 
-fn tidy_help(command: Command) -> Command {
-    let Some(task) = Task::named(command.get_name()) else {
-        return command;
+/// Returns an option as the help of a command shows it.
+fn tidied(arg: Arg, task: Option<Task>) -> Arg {
+    let Some(task) = task else { return arg };
+    let Some(name) = arg.get_long() else {
+        // Without this, it has the heading of the options before it.
+        let arg = arg.help_heading(None::<&str>);
+        return match task {
+            _ if !arg.is_last_set() => arg,
+            Task::Restore => arg,
+            Task::Dedup => arg.value_name("DIR").help("Full dumps to link, the oldest first"),
+            Task::Dump | Task::PreDump | Task::Check => arg.hide(true),
+        };
     };
-    command.mut_args(|arg| {
-        let Some(name) = arg.get_long() else {
-            return match task {
-                _ if !arg.is_last_set() => arg,
-                Task::Restore => arg,
-                Task::Dedup => arg.value_name("DIR").help("Full dumps to link, the oldest first"),
-                Task::Dump | Task::PreDump | Task::Check => arg.hide(true),
-            };
-        };
-        let Some(row) = table::row(name, task.as_set()) else {
-            let is_known = table::ROWS.iter().any(|row| row.name == name);
-            return arg.hide(is_known);
-        };
-        match row.state {
-            State::Built | State::RefusedUnless(..) => arg,
-            State::Harmless(_) => {
-                arg.hide_short_help(true).help_heading("Accepted, without effect")
-            }
-            State::Refused(_) => arg.hide_short_help(true).help_heading("Known, refused for now"),
-        }
-    })
+    let Some(row) = table::row(name, task.as_set()) else {
+        let is_known = table::ROWS.iter().any(|row| row.name == name);
+        return arg.hide(is_known);
+    };
+    match row.state {
+        State::Built | State::RefusedUnless(..) => arg,
+        State::Harmless(_) => arg.hide_short_help(true).help_heading(WITHOUT_EFFECT),
+        State::Refused(_) => arg.hide_short_help(true).help_heading(REFUSED),
+    }
 }
