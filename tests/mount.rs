@@ -318,12 +318,13 @@ fn privileged_mounts_are_listed_and_none_lies_over_another() {
         let ours = mounts.into_iter().find(|mount| {
             here.as_ref().is_some_and(|here| mount["mount_point"] == here.to_str().unwrap())
         });
-        ours.map(|mount| (mount["chain"].clone(), mount["daemon"].clone()))
+        ours.map(|mount| ["chain", "daemon", "log"].map(|field| mount[field].clone()))
     };
     assert_eq!(listed(), None);
     let mounted = scene.mount();
     let chain = scene.chain.root().canonicalize().unwrap();
-    let expected = (chain.to_str().unwrap().into(), mounted.pid().as_raw().into());
+    let log = mounted.log.to_str().unwrap();
+    let expected = [chain.to_str().unwrap().into(), mounted.pid().as_raw().into(), log.into()];
     assert_eq!(listed(), Some(expected));
     let point = scene.point();
     let again = imgfs(&["mount", chain.to_str().unwrap(), point.to_str().unwrap()]);

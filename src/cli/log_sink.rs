@@ -70,6 +70,7 @@ pub(super) fn start(
     // The keeper gets warnings even if the logger drops them.
     log::set_max_level(logger.filter().max(LevelFilter::Warn));
     log::set_boxed_logger(Box::new(Keeper { logger })).context("start logging")?;
+    recent::set_place(&place);
     Ok(place)
 }
 

@@ -261,6 +261,7 @@ pub fn mounts(args: &MountsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
                 "directory": mount.directory.as_ref().map(|dir| dir.to_string_lossy()),
                 "punch": mount.punch,
                 "daemon": mount.daemon,
+                "log": mount.log,
             })
         });
         return print_json(&json!({ "mounts": document.collect::<Vec<_>>() }), out);
@@ -270,6 +271,7 @@ pub fn mounts(args: &MountsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         ("CHAIN", Align::Left),
         ("PUNCH", Align::Left),
         ("DAEMON", Align::Right),
+        ("LOG", Align::Left),
     ]);
     for mount in mounts {
         table.row(vec![
@@ -277,6 +279,7 @@ pub fn mounts(args: &MountsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
             mount.chain.display().to_string(),
             mount.punch.unwrap_or_else(|| "-".to_owned()),
             mount.daemon.map_or_else(|| "-".to_owned(), |pid| pid.to_string()),
+            mount.log.unwrap_or_else(|| "-".to_owned()),
         ]);
     }
     table.print(out)

@@ -21,7 +21,7 @@ use super::{
     handles::Handles,
     mount::DAEMON_XATTR,
     punching::{Punch, Punching},
-    recent::{self, LOG_XATTR},
+    recent::{self, LOG_XATTR, PLACE_XATTR},
     reply::{self, MappedReply},
 };
 use crate::{
@@ -97,6 +97,7 @@ impl ImageFs {
             }
             _ if name == DAEMON_XATTR && ino == ROOT => Some(process::id().to_string().into()),
             _ if name == LOG_XATTR && ino == ROOT => Some(recent::text().into_bytes()),
+            _ if name == PLACE_XATTR && ino == ROOT => Some(recent::place().into()),
             _ if name == GONE_XATTR && ino == ROOT => {
                 let gone = chain.require_whole(self.view.tip()).err()?;
                 let mut text = with_sources(&gone).into_bytes();

@@ -18,7 +18,10 @@ use nix::{
     unistd::{getgid, getuid},
 };
 
-use super::{MountError, MountOptions, Result, recent::LOG_XATTR};
+use super::{
+    MountError, MountOptions, Result,
+    recent::{LOG_XATTR, PLACE_XATTR},
+};
 use crate::{
     chain::{Chain, DIRECTORY_XATTR, PUNCH_XATTR},
     proc::{self, Mount},
@@ -186,6 +189,8 @@ pub struct MountedChain {
     /// The process that answers; `None` if it has ended, or the mount belongs to another
     /// user.
     pub daemon: Option<u32>,
+    /// Where it logs; `None` if it has ended, or the mount belongs to another user.
+    pub log: Option<String>,
 }
 
 /// Returns the chains that are mounted, in the order of the table of mounts.
@@ -204,6 +209,7 @@ pub fn mounts() -> Result<Vec<MountedChain>> {
             MountedChain {
                 directory: told(DIRECTORY_XATTR).map(PathBuf::from),
                 punch: told(PUNCH_XATTR),
+                log: told(PLACE_XATTR).filter(|place| !place.is_empty()),
                 daemon: told(DAEMON_XATTR).and_then(|pid| pid.parse().ok()),
                 chain: mount.source,
                 mount_point: mount.point,

@@ -6,13 +6,16 @@
 
 use std::{
     collections::VecDeque,
-    sync::{Mutex, PoisonError},
+    sync::{Mutex, OnceLock, PoisonError},
 };
 
 use log::Level;
 
 /// The extended attribute of a mount's root that has its last messages, a line each.
 pub const LOG_XATTR: &str = "user.imgfs.log";
+
+/// The extended attribute of a mount's root that says where all messages go.
+pub const PLACE_XATTR: &str = "user.imgfs.log-place";
 
 /// Bytes of messages that are kept: less than an attribute can have (`XATTR_SIZE_MAX`,
 /// `linux/limits.h`).
@@ -22,6 +25,20 @@ const KEPT_BYTES: usize = 48 << 10;
 const LINE_BYTES: usize = 4 << 10;
 
 static RECENT: Mutex<Recent> = Mutex::new(Recent { lines: VecDeque::new(), bytes: 0 });
+
+/// Where all messages go.
+static PLACE: OnceLock<String> = OnceLock::new();
+
+/// Remembers where all messages go, for the users of the mount.
+pub fn set_place(place: &str) {
+    // The first one stays: a process logs to one place.
+    let _ = PLACE.set(place.to_owned());
+}
+
+/// Returns where all messages go; empty if that was never said.
+pub(super) fn place() -> &'static str {
+    PLACE.get().map_or("", String::as_str)
+}
 
 #[derive(Debug)]
 struct Recent {
