@@ -31,6 +31,16 @@ pub enum DedupError {
         /// The directory.
         dir: PathBuf,
     },
+    /// A file was named in place of a directory.
+    #[error(
+        "{path} is a file: only images in directories are deduplicated\nhelp: unpack an archive, and \
+         name the image directory in it",
+        path = .path.display()
+    )]
+    NotADirectory {
+        /// The file.
+        path: PathBuf,
+    },
     /// The snapshots are not in the order in which they were dumped.
     #[error(
         "{dir} was dumped before {parent}, by its date and its uptime\nhelp: name the oldest first",

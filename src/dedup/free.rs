@@ -1,7 +1,11 @@
 //! Frees the pages in a snapshot's ancestors that it supersedes: `rcriu dedup -D` and
 //! `rcriu dump --auto-dedup`.
 
-use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use super::{
     DedupError, Result,
@@ -58,6 +62,7 @@ pub fn free(
     tell: &mut dyn FnMut(&Freed),
 ) -> Result<Freed> {
     let dir = &options.dir;
+    require_directory(dir)?;
     let mut locks = DirectoryLocks::default();
     locks.take(dir, Access::Exclusive)?;
     let chain = Chain::open(dir)?;
@@ -76,6 +81,14 @@ pub fn free(
     }
     drop(chain);
     free_locked(options, disk, tell)
+}
+
+/// Checks that images are not in an archive.
+pub(super) fn require_directory(path: &Path) -> Result<()> {
+    if path.is_file() {
+        return Err(DedupError::NotADirectory { path: path.to_owned() });
+    }
+    Ok(())
 }
 
 /// Locks the ancestors of a snapshot for changing them.

@@ -11,6 +11,7 @@ use std::{
 
 use super::{
     DedupError, Result,
+    free::require_directory,
     plan::{self, At, Plan, Renumbering},
     stage::{Stage, copy_file, copy_pages, recover, relative, snapshot_at},
 };
@@ -124,6 +125,7 @@ fn directories(named: &[PathBuf]) -> Result<Vec<PathBuf>> {
     for dir in named {
         let failed = |source| DedupError::File { step: "find", path: dir.clone(), source };
         let canonical = dir.canonicalize().map_err(failed)?;
+        require_directory(dir)?;
         if !canonical.join(Kind::Inventory.file_name(0)).is_file() {
             return Err(DedupError::NoSnapshot { dir: dir.clone() });
         }

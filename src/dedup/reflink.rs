@@ -11,7 +11,7 @@ use nix::{
     sys::{statfs::fstatfs, statvfs::fstatvfs},
 };
 
-use super::{DedupError, Progress, Result};
+use super::{DedupError, Progress, Result, free::require_directory};
 use crate::{
     chain::{BackingFile, Chain, ChainError, FileId, StoredPages, zero_hash},
     image::regular,
@@ -50,6 +50,7 @@ struct Same {
 /// [`DedupError::NoSharing`] if the file system does not support it; directories that
 /// another program is changing; unreadable images.
 pub fn reflink(path: &Path, progress: &dyn Progress) -> Result<Reflinked> {
+    require_directory(path)?;
     let chain = Chain::open(path)?;
     let mut locks = DirectoryLocks::default();
     // No byte changes, so other programs may read meanwhile.
