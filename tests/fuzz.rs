@@ -383,7 +383,7 @@ fn privileged_broken_images_are_restored_or_check_has_said_why_not() {
         command.args(["restore", "-d", "-s", "-D"]).arg(dir).arg("-W").arg(dir);
         bounded(command, case)
     };
-    let clean = |root: &Path| check(&Chain::open(root).unwrap()).unwrap().is_empty();
+    let clean = |root: &Path| check(&Chain::open(root).unwrap(), &mut |_| ()).unwrap().is_empty();
     for (state, live) in &seeds {
         let root = live.path("chain");
         let (restored, said) = restore(&root.join("2"), 0);
@@ -398,7 +398,7 @@ fn privileged_broken_images_are_restored_or_check_has_said_why_not() {
         copy(&live.path("chain"), &root);
         let values = canary.values(&root);
         let what = mutate(&root, &values, &mut random);
-        let findings = Chain::open(&root).ok().and_then(|chain| check(&chain).ok());
+        let findings = Chain::open(&root).ok().and_then(|chain| check(&chain, &mut |_| ()).ok());
         let (restored, said) = restore(&root.join("2"), case);
         restored_count += u64::from(restored);
         let clean = findings.is_some_and(|findings| findings.is_empty());

@@ -62,11 +62,12 @@ impl fmt::Display for Finding {
     }
 }
 
-/// Checks every file of every snapshot of a chain, and returns the findings by snapshot.
+/// Checks every file of every snapshot of a chain, and returns the findings by snapshot. Calls
+/// `progress` with the number of snapshots that are done.
 ///
 /// # Errors
 /// Only errors that prevent the check; defects are findings.
-pub fn check(chain: &Chain) -> Result<Vec<Finding>> {
+pub fn check(chain: &Chain, progress: &mut dyn FnMut(u64)) -> Result<Vec<Finding>> {
     let mut findings = Vec::new();
     for dir in chain.unfinished() {
         findings.push(Finding {
@@ -79,10 +80,11 @@ pub fn check(chain: &Chain) -> Result<Vec<Finding>> {
         });
     }
     let tips = chain.tips();
-    for (id, gone) in chain.ids().zip(gone(chain)?) {
+    for (done, (id, gone)) in (1..).zip(chain.ids().zip(gone(chain)?)) {
         let mut check = Check { chain, id, is_tip: tips.contains(&id), findings: &mut findings };
         check.snapshot()?;
         check.gone(&gone);
+        progress(done);
     }
     Ok(findings)
 }

@@ -57,14 +57,19 @@ type Pair = (Option<Arc<Index>>, Option<Arc<Index>>);
 /// Compares all memory of two snapshots, one memory at a time.
 ///
 /// Pages that resolve to the same place in the chain are not read. Memories are matched by
-/// pid and shmid.
+/// pid and shmid. Calls `progress` with the bytes that are compared and with all that will be.
 ///
 /// # Errors
 /// An index that cannot be built, or a page that cannot be read. A page that is in no image
 /// is [`ChainError::Absent`], unless that holds in both snapshots; a freed page is
 /// [`ChainError::Punched`], unless both find it in that place. Both are reported before any
 /// page is read.
-pub fn diff(chain: &Chain, first: SnapshotId, second: SnapshotId) -> Result<Vec<MemoryDiff>> {
+pub fn diff(
+    chain: &Chain,
+    first: SnapshotId,
+    second: SnapshotId,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Vec<MemoryDiff>> {
     let (in_first, in_second) = (chain.memories(first)?, chain.memories(second)?);
     let all: BTreeSet<MemoryId> = in_first.iter().chain(&in_second).copied().collect();
     let side = |id, there: &[MemoryId], memory| {
@@ -73,14 +78,20 @@ pub fn diff(chain: &Chain, first: SnapshotId, second: SnapshotId) -> Result<Vec<
     let indexes = |memory| -> Result<Pair> {
         Ok((side(first, &in_first, memory)?, side(second, &in_second, memory)?))
     };
+    let mut total = 0;
     for memory in &all {
         let (first, second) = indexes(*memory)?;
-        require_comparable(chain, *memory, first.as_deref(), second.as_deref())?;
+        total += require_comparable(chain, *memory, first.as_deref(), second.as_deref())?;
     }
+    let mut done = 0;
+    let mut compared = |pages| {
+        done += pages;
+        progress(page_bytes(done), page_bytes(total));
+    };
     all.into_iter()
         .map(|memory| {
             let (first, second) = indexes(memory)?;
-            diff_memory(chain, memory, first.as_deref(), second.as_deref())
+            diff_memory(chain, memory, first.as_deref(), second.as_deref(), &mut compared)
         })
         .collect()
 }
@@ -104,13 +115,14 @@ fn walk(
     Ok(())
 }
 
-/// Checks that all pages that must be compared are readable.
+/// Checks that all pages that must be compared are readable, and counts them.
 fn require_comparable(
     chain: &Chain,
     memory: MemoryId,
     first: Option<&Index>,
     second: Option<&Index>,
-) -> Result<()> {
+) -> Result<u64> {
+    let mut total = 0;
     let gone = |side: Option<&Index>, page: PageIndex, pages: u64| {
         let (index, extent) = side.and_then(|index| Some((index, index.find(page)?)))?;
         let Place::Punched { layer, .. } = extent.place else { return None };
@@ -124,8 +136,12 @@ fn require_comparable(
             let error = gone(first, page, pages).or_else(|| gone(second, page, pages));
             Err(error.expect("one of them was freed"))
         }
-        _ => Ok(()),
-    })
+        _ => {
+            total += pages;
+            Ok(())
+        }
+    })?;
+    Ok(total)
 }
 
 fn diff_memory(
@@ -133,6 +149,7 @@ fn diff_memory(
     memory: MemoryId,
     first: Option<&Index>,
     second: Option<&Index>,
+    compared: &mut dyn FnMut(u64),
 ) -> Result<MemoryDiff> {
     let mut diff = MemoryDiff {
         memory,
@@ -146,7 +163,7 @@ fn diff_memory(
         match (a, b) {
             (Where::Zero, Where::Zero) => {}
             (a, b) if a == b => diff.same_place += pages,
-            (a, b) => compare(chain, &mut diff, page, pages, a, b)?,
+            (a, b) => compare(chain, &mut diff, page, pages, [a, b], compared)?,
         }
         Ok(())
     })?;
@@ -218,8 +235,8 @@ fn compare(
     diff: &mut MemoryDiff,
     first: PageIndex,
     pages: u64,
-    a: Where,
-    b: Where,
+    [a, b]: [Where; 2],
+    compared: &mut dyn FnMut(u64),
 ) -> Result<()> {
     let chunk = || vec![0; usize::try_from(page_bytes(CHUNK_PAGES)).expect("a chunk is small")];
     let (mut left, mut right) = (chunk(), chunk());
@@ -237,6 +254,7 @@ fn compare(
             }
         }
         diff.compared += count;
+        compared(count);
         done += count;
     }
     Ok(())

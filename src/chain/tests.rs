@@ -76,7 +76,7 @@ proptest! {
         let pages = (0..PAGES).map(|number| (number, modelled(a, number), modelled(b, number)));
         let unknown = |a: &Option<Vec<u8>>, b: &Option<Vec<u8>>| a.is_none() != b.is_none();
         let pages: Vec<_> = pages.collect();
-        let found = diff(&chain, first, last);
+        let found = diff(&chain, first, last, &mut |_, _| ());
         if pages.iter().any(|(_, a, b)| unknown(a, b)) {
             let absent = matches!(found, Err(ChainError::Absent { .. }));
             prop_assert!(absent);
@@ -96,7 +96,7 @@ proptest! {
     fn unbroken_chains_have_no_errors(layers in layers()) {
         let (disk, models) = on_disk(&layers);
         let chain = disk.open();
-        let errors = check(&chain).unwrap();
+        let errors = check(&chain, &mut |_| ()).unwrap();
         let lost = errors.iter().filter(|finding| finding.problem.contains(" in no image"));
         let expected = layers.iter().flatten().any(|entry| entry.presence == Presence::Absent);
         prop_assert_eq!(lost.count() > 0, expected);
@@ -130,7 +130,7 @@ fn two_layers() -> TestChain {
 fn problems(disk: &TestChain) -> (Result<()>, String) {
     let chain = disk.open();
     let tip = chain.choose(None).unwrap();
-    let findings = check(&chain).unwrap();
+    let findings = check(&chain, &mut |_| ()).unwrap();
     let lines: Vec<String> = findings.iter().map(ToString::to_string).collect();
     let root = disk.root.path().canonicalize().unwrap();
     let lines = lines.join("\n").replace(&format!("{}/", root.display()), "");
@@ -305,7 +305,10 @@ fn a_chain_need_not_be_in_directories() {
         read(&memory, 0, 10 * 4096).unwrap()
     };
     assert_eq!(bytes(&chain), bytes(&Arc::new(disk.open())));
-    assert_eq!(check(&chain).unwrap().len(), check(&disk.open()).unwrap().len());
+    assert_eq!(
+        check(&chain, &mut |_| ()).unwrap().len(),
+        check(&disk.open(), &mut |_| ()).unwrap().len()
+    );
     Summary::of(&chain, tip).unwrap();
     // What cannot be done there is refused by name.
     let index = chain.index(tip, MEMORY).unwrap();

@@ -38,7 +38,13 @@ pub struct DiffArgs {
 pub fn run(args: &DiffArgs, out: &mut dyn Write) -> anyhow::Result<bool> {
     let chain = args.source.open()?;
     let (a, b) = (chain.choose(Some(&args.a))?, chain.choose(Some(&args.b))?);
-    let diffs = diff(&chain, a, b)?;
+    let bar = super::bytes_bar();
+    let diffs = diff(&chain, a, b, &mut |done, total| {
+        bar.set_length(total);
+        bar.set_position(done);
+    });
+    bar.finish_and_clear();
+    let diffs = diffs?;
     let pages: u64 = diffs.iter().map(MemoryDiff::pages).sum();
     if args.json {
         let document = json!({

@@ -138,6 +138,13 @@ fn bytes_bar() -> ProgressBar {
     )
 }
 
+/// Returns a progress bar that counts `what`, which is hidden unless standard error is a terminal.
+fn count_bar(what: &str) -> ProgressBar {
+    let template = format!("{{wide_bar}} {{pos}}/{{len}} {what} {{eta}}");
+    ProgressBar::new(0)
+        .with_style(ProgressStyle::with_template(&template).expect("the template is valid"))
+}
+
 /// Returns the object that stands for a memory in JSON.
 fn memory_document(memory: MemoryId) -> serde_json::Value {
     match memory {

@@ -274,7 +274,7 @@ fn a_flat_copy_is_a_chain_of_its_own_with_the_same_pages() {
     assert!(told.windows(2).all(|pair| pair[0].0 <= pair[1].0));
     assert!(told.last().is_some_and(|(done, total)| done == total));
     let copy = Chain::open(&out).unwrap();
-    assert!(crate::chain::check(&copy).unwrap().is_empty());
+    assert!(crate::chain::check(&copy, &mut |_| ()).unwrap().is_empty());
     let tip = copy.choose(None).unwrap();
     assert_eq!(copy.snapshots().len(), 1);
     let copy = View::new(Arc::new(copy), tip);

@@ -11,11 +11,11 @@ use rcriu::{
 /// both ends of every file; errors are fine. `None` if there is no chain.
 pub fn ask(root: &Path, look_bytes: usize) -> Option<Arc<Chain>> {
     let chain = Chain::open(root).ok()?;
-    let _ = check(&chain);
+    let _ = check(&chain, &mut |_| ());
     let ids: Vec<_> = chain.ids().collect();
     for id in &ids {
         let _ = Summary::of(&chain, *id);
-        let _ = diff(&chain, ids[0], *id);
+        let _ = diff(&chain, ids[0], *id, &mut |_, _| ());
     }
     let chain = Arc::new(chain);
     if let Ok(tip) = chain.choose(None) {
