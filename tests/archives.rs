@@ -242,17 +242,26 @@ fn privileged_a_mounted_archive_is_the_mounted_directory() {
 }
 
 #[test]
-fn rcriu_says_how_an_archive_is_restored() {
+fn rcriu_says_how_an_archive_is_used() {
     let exported = Exported::new();
     let archive = exported.pack("a.tar", ".");
-    let output = Command::new(env!("CARGO_BIN_EXE_rcriu"))
-        .args(["restore", "-D", text(&archive)])
-        .current_dir(exported.dir.path())
-        .output()
-        .unwrap();
-    assert!(!output.status.success());
-    let said = said(&output);
-    assert!(said.contains("imgfs mount ARCHIVE DIR"), "{said}");
+    let archive = text(&archive);
+    let restore: &[&str] = &["restore", "-D", archive];
+    for (arguments, remedy) in [
+        (restore, "imgfs mount ARCHIVE DIR"),
+        (&["dedup", "-D", archive], "help: unpack an archive"),
+        (&["dedup", "--link", archive, archive], "help: unpack an archive"),
+        (&["dedup", "--reflink", "-D", archive], "help: unpack an archive"),
+    ] {
+        let output = Command::new(env!("CARGO_BIN_EXE_rcriu"))
+            .args(arguments)
+            .current_dir(exported.dir.path())
+            .output()
+            .unwrap();
+        assert!(!output.status.success());
+        let said = said(&output);
+        assert!(said.contains(remedy), "{arguments:?}: {said}");
+    }
 }
 
 /// Returns the names in a directory, sorted.
@@ -535,4 +544,60 @@ fn an_image_layout_answers_as_its_checkpoint_does() {
     assert!(index(digest).contains("a digest that is not of SHA-256 or SHA-512"));
     let gone = format!(r#"{{"manifests":[{{"digest":"sha256:{}","size":1}}]}}"#, "0".repeat(64));
     assert!(index(&gone).contains("No such file"), "{}", index(&gone));
+}
+
+#[test]
+fn a_layer_that_is_not_what_its_digest_says_is_an_error() {
+    let exported = Exported::new();
+    let cache = exported.path("cache");
+    let dir = exported.path("layout");
+    let podman = "io.podman.annotations.checkpoint.name";
+    let check = || {
+        let arguments = ["check", text(&dir), "--cache-dir", text(&cache)];
+        let output = imgfs(&arguments);
+        (output.status.code(), String::from_utf8(output.stdout).unwrap())
+    };
+    let damaged = "its bytes do not have the digest by which it is named";
+    // A layer that is read in place: only a check reads all of it.
+    layout(&dir, &[(podman, &exported.pack("a.tar", "."))]);
+    let good = check();
+    assert!(!good.1.contains(damaged), "{good:?}");
+    let layer = largest(&dir.join("blobs/sha256"));
+    let mut bytes = fs::read(&layer).unwrap();
+    // Behind the end mark, where no other check looks.
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&layer, &bytes).unwrap();
+    let (code, found) = check();
+    assert_eq!(code, Some(1), "{found}");
+    assert!(found.contains(damaged), "{found}");
+    // One that is unpacked: nothing of it is shown.
+    fs::remove_dir_all(&dir).unwrap();
+    layout(&dir, &[(podman, &exported.pack("a.tar.gz", "."))]);
+    let layer = largest(&dir.join("blobs/sha256"));
+    let mut bytes = fs::read(&layer).unwrap();
+    bytes[4] ^= 1; // the time in the header of gzip, which no decoder checks
+    fs::write(&layer, &bytes).unwrap();
+    let found = problem(&["ls", text(&dir), "--cache-dir", text(&cache)]);
+    assert!(found.contains(damaged), "{found}");
+    // A manifest.
+    let manifest = smallest(&dir.join("blobs/sha256"));
+    let document = fs::read_to_string(&manifest).unwrap();
+    fs::write(&manifest, document.replace("counter", "cOunter")).unwrap();
+    let found = problem(&["ls", text(&dir)]);
+    assert!(found.contains(damaged), "{found}");
+}
+
+fn by_size(dir: &Path) -> Vec<PathBuf> {
+    let mut files: Vec<PathBuf> =
+        fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.sort_by_key(|path| fs::metadata(path).unwrap().len());
+    files
+}
+
+fn largest(dir: &Path) -> PathBuf {
+    by_size(dir).pop().unwrap()
+}
+
+fn smallest(dir: &Path) -> PathBuf {
+    by_size(dir).swap_remove(0)
 }

@@ -132,6 +132,9 @@ impl Check<'_> {
             let problem = "a deduplication was interrupted here; running it again finishes it";
             self.tell(Severity::Note, None, None, problem.to_owned());
         }
+        if let Err(problem) = self.images().verify() {
+            self.error(problem);
+        }
         self.all_images()?;
         self.processes();
         let mut claims = BTreeMap::new();

@@ -174,6 +174,14 @@ pub trait ImageStore: fmt::Debug + Send + Sync {
     /// Returns the only user who can have written the images; `None` if several users can.
     fn owner(&self) -> Option<u32>;
 
+    /// Compares the bytes of the whole store with a digest, if one is known.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    fn verify(&self) -> Result<(), String> {
+        Ok(())
+    }
+
     /// Returns the files that a container engine exported beside the images, in order.
     ///
     /// # Errors

@@ -96,7 +96,7 @@ impl Cache {
     pub(super) fn unpacked(
         &self,
         key: &str,
-        decoder: impl Fn() -> Box<dyn Read>,
+        decoder: impl Fn() -> io::Result<Box<dyn Read>>,
         progress: &mut dyn FnMut(),
     ) -> io::Result<Held> {
         let dir = self.open_directory()?;
@@ -125,7 +125,7 @@ impl Cache {
             let unpacked = open_file(&part).and_then(|file| {
                 let file = lock(file, FlockArg::LockExclusive)?;
                 let others = others(&dir, &file)?;
-                self.unpack(others, &file, decoder(), progress)?;
+                self.unpack(others, &file, decoder()?, progress)?;
                 file.sync_all()?;
                 fs::rename(&part, &whole)?;
                 File::open(&dir)?.sync_all()

@@ -44,13 +44,13 @@ impl FileTree {
         let stored: Base = Arc::from(images.open_at_random(file)?);
         let stat = stored.stat()?;
         let opening = Opening { cache: cache.clone(), ..Opening::default() };
-        let unpacked = unpacked(Arc::clone(&stored), || cache::key(&stat, None), &opening);
-        let archive: Base = match unpacked {
+        let key = || cache::key(&stat, None);
+        let archive: Base = match unpacked(Arc::clone(&stored), None, key, &opening) {
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                 let decoder = Format::of(&*stored)?.decoder(stored);
                 Arc::new(Unpacked(cache.unnamed(decoder)?))
             }
-            archive => archive?,
+            unpacked => unpacked?.0,
         };
         let members = Members::read(&*archive, Rules::FileSystem)?;
         Ok(Self { archive, members, stat })

@@ -22,10 +22,8 @@ use std::{
     fs::File,
     io::{self, IoSliceMut},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, OnceLock},
 };
-
-use nix::sys::stat::FileStat;
 
 pub use cache::Cache;
 use cache::Held;
@@ -33,6 +31,7 @@ use compressed::{Counted, Format};
 pub use error::ArchiveError;
 pub use file_tree::{FileTree, TreeEntry};
 use members::{Member, Members, Node, Rules};
+use oci::Digest;
 use seekable::Seekable;
 use slice::{Base, Slice};
 pub use write::{ArchiveWriter, CopyError};
@@ -40,7 +39,10 @@ pub use write::{ArchiveWriter, CopyError};
 use super::{
     Beside, BrokenLink, ImageStore, Input, Opening, Stat, Store, StoredFile, beside, directory,
 };
-use crate::image::{Kind, PARENT_LINK, regular};
+use crate::{
+    causes::with_sources,
+    image::{Kind, PARENT_LINK, regular},
+};
 
 /// The snapshots of an archive, and what is left in it of dumps that failed.
 #[derive(Debug)]
@@ -90,6 +92,16 @@ struct Archive {
     /// Of the archive's own file.
     stat: Stat,
     owner: Option<u32>,
+    /// The digest of an archive that is read in place, which only a check compares.
+    unverified: Option<Unverified>,
+}
+
+/// A file that is read in place, and the digest that it should have.
+#[derive(Debug)]
+struct Unverified {
+    stored: Base,
+    digest: Digest,
+    result: OnceLock<Result<(), String>>,
 }
 
 impl Archive {
@@ -101,10 +113,11 @@ impl Archive {
                 Ok(Arc::new(regular::open(&path.join(blob))?.0))
             };
             let layers = oci::layers(&open)?.into_iter();
-            let archive = |layer: oci::Layer| Self::open(&path.join(layer.path), opening);
+            let archive =
+                |layer: oci::Layer| Self::open(&path.join(layer.path), Some(layer.digest), opening);
             return layers.map(|layer| archive(layer).map(Arc::new)).collect();
         }
-        let archive = Self::open(path, opening)?;
+        let archive = Self::open(path, None, opening)?;
         if archive.file("", oci::MARK).is_none() || archive.file("", oci::INDEX).is_none() {
             return Ok(vec![Arc::new(archive)]);
         }
@@ -119,15 +132,16 @@ impl Archive {
 
     /// Opens a layer of the image layout that the archive holds.
     fn layer(&self, layer: oci::Layer, opening: &Opening) -> io::Result<Self> {
-        let digest = layer.path.rsplit('/').next().unwrap_or_default();
-        let key = || format!("{}-{digest}", cache::key(&self.stat, None));
-        let bytes = unpacked(layer.file, key, opening)?;
+        let key = || format!("{}-{}", cache::key(&self.stat, None), layer.digest.digits());
+        let stored = Arc::clone(&layer.file);
+        let (bytes, unverified) = unpacked(stored, Some(&layer.digest), key, opening)?;
         Ok(Self {
             path: self.path.join(&layer.path),
             members: Members::read(&*bytes, Rules::Checkpoint)?,
             bytes,
             stat: self.stat,
             owner: self.owner,
+            unverified,
         })
     }
 
@@ -142,21 +156,18 @@ impl Archive {
         Slice::new(Arc::clone(&self.bytes), member.body.clone(), self.file_stat(member))
     }
 
-    fn open(path: &Path, opening: &Opening) -> io::Result<Self> {
+    fn open(path: &Path, digest: Option<Digest>, opening: &Opening) -> io::Result<Self> {
         let (file, found) = regular::open(path)?;
-        let stored = Arc::new(file);
-        let bytes = unpacked(stored, || cache::key(&found.into(), None), opening)?;
-        Ok(Self::read(path, bytes, &found)?)
-    }
-
-    fn read(path: &Path, bytes: Base, found: &FileStat) -> Result<Self, ArchiveError> {
+        let key = || cache::key(&found.into(), None);
+        let (bytes, unverified) = unpacked(Arc::new(file), digest.as_ref(), key, opening)?;
         let members = Members::read(&*bytes, Rules::Checkpoint)?;
         Ok(Self {
             path: path.to_owned(),
             bytes,
             members,
-            stat: (*found).into(),
+            stat: found.into(),
             owner: directory::sole_writer(found.st_mode, found.st_uid, found.st_gid),
+            unverified,
         })
     }
 
@@ -223,24 +234,39 @@ impl Archive {
 }
 
 /// Returns the tar archive that is stored in a file: the file itself, its frames that are
-/// decoded as they are read, or what was unpacked into the cache.
-fn unpacked(stored: Base, key: impl FnOnce() -> String, opening: &Opening) -> io::Result<Base> {
+/// decoded as they are read, or what was unpacked into the cache. Before it is unpacked, it is
+/// compared with its digest; one that is read in place is returned with it.
+fn unpacked(
+    stored: Base,
+    digest: Option<&Digest>,
+    key: impl FnOnce() -> String,
+    opening: &Opening,
+) -> io::Result<(Base, Option<Unverified>)> {
     let format = Format::of(&*stored)?;
+    let unverified = || {
+        let (stored, result) = (Arc::clone(&stored), OnceLock::new());
+        digest.map(|digest| Unverified { stored, digest: digest.clone(), result })
+    };
     match format {
-        Format::Tar => return Ok(stored),
+        Format::Tar => return Ok((Arc::clone(&stored), unverified())),
         Format::Zstd => {
             if let Some(seekable) = Seekable::open(&stored)? {
-                return Ok(Arc::new(seekable));
+                return Ok((Arc::new(seekable), unverified()));
             }
         }
         Format::Gzip => {}
     }
     let total = stored.stat()?.len;
-    let counted = Counted::new(stored);
-    let decoder = || format.decoder(Arc::clone(&counted) as Base);
+    let counted = Counted::new(Arc::clone(&stored));
+    let decoder = || {
+        if let Some(digest) = digest {
+            digest.verify(&*stored, &mut |read| opening.progress.tell(read, total))?;
+        }
+        Ok(format.decoder(Arc::clone(&counted) as Base))
+    };
     let mut progress = || opening.progress.tell(counted.count(), total);
     let held = opening.cache.unpacked(&key(), decoder, &mut progress)?;
-    Ok(Arc::new(Unpacked(held)))
+    Ok((Arc::new(Unpacked(held)), None))
 }
 
 /// An unpacked archive, which stays in the cache while it is read.
@@ -400,6 +426,15 @@ impl ImageStore for ArchiveImages {
 
     fn owner(&self) -> Option<u32> {
         self.archive().owner
+    }
+
+    fn verify(&self) -> Result<(), String> {
+        let Some(Unverified { stored, digest, result }) = &self.archive().unverified else {
+            return Ok(());
+        };
+        let compare =
+            || digest.verify(&**stored, &mut |_| ()).map_err(|error| with_sources(&error));
+        result.get_or_init(compare).clone()
     }
 
     fn beside(&self) -> io::Result<Vec<Beside>> {
