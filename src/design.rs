@@ -63,75 +63,82 @@
 //!
 //! # The mount
 //!
-//! [`crate::fs`] hands the view to FUSE. A file that is one backing file is read by the
-//! kernel itself (pass-through). Where the images' file system shares blocks, so is one
-//! that lies in several: when it is opened, root's mount makes a file of the same blocks, which
-//! has no name from the beginning (`O_TMPFILE`), so that nothing is left of it whatever
-//! ends the daemon. Whatever keeps it from being made, the daemon answers as it would
-//! without. The kernel does not know that blocks are the same, so this file is read from
-//! disk even if the images are in memory: then, the daemon answers at the first open, and
-//! a file that is opened again is taken to be read often. 32 such files are kept, of up to
-//! 32,768 extents each. All others are read without the page cache, so that
-//! nothing is held twice: large reads are answered by one `writev(2)` from mappings of the
-//! backing files, past `fuser`, whose answers are one piece; the kernel copies from them to
-//! the reader, and where a file has become shorter it finds no page and answers with an
-//! error itself. Small reads go through a buffer. Before an answer from mappings, the
-//! lengths of the files are looked at, as a mapping is zero behind the end of a file that
-//! was cut within a page. While one program alone reads, the threads that answer are bound to
-//! its processor (`fs/follow.rs`): it sleeps until it has its answer, so that two processors
-//! would only wake up each other. A panic ends the daemon, and the kernel then answers all
-//! waiting readers.
+//! [`crate::fs`] hands the view to FUSE. It serves a file in one of four ways:
 //!
-//! A reader gets only an errno. The daemon keeps its last warnings and errors, each once,
-//! and shows them as an attribute of the root ([`crate::fs::recent`]), which `imgfs log`
-//! prints.
+//! - The kernel itself reads a file that is one backing file (pass-through).
+//! - If the images' file system shares blocks, the kernel also reads files that lie in several
+//!   images. When such a file is opened, root's mount makes a file of the same blocks without a
+//!   name (`O_TMPFILE`), so that nothing is left of it, however the daemon ends. If that fails,
+//!   the daemon answers as usual. The kernel does not know that the blocks are the same, and
+//!   reads the new file from disk even if the images are in memory; in that case the daemon
+//!   answers at the first open, and composes a file that is opened again. The daemon keeps 32
+//!   such files, of up to 32,768 extents each.
+//! - The daemon answers large reads of all other files with one `writev(2)` from mappings of the
+//!   backing files; it does so without `fuser`, whose answers are one buffer. The kernel copies
+//!   from the mappings to the reader. If a file has become shorter, the kernel finds no page and
+//!   answers with an error itself. Since a mapping reads as zeros behind the end of a file that
+//!   was cut within a page, the daemon checks the lengths of the files before each answer.
+//! - The daemon copies small reads through a buffer.
 //!
-//! A mount that frees pages (`--punch`) takes requests to punch the flat pages files in
-//! its root, and nothing else; it has the chain for itself. Reads hold a lock shared
-//! from the question where bytes are until they were answered, and pages are gone
-//! before they are freed, so that no read finds a hole. Such files are never passed
-//! through, nor mapped shared, since what is written to a mapping is refused too late
-//! to be noticed; the kernel drops what its page cache had of a punched range. Pages
-//! are freed on read only when the whole of them was handed to a reader: at once if it
-//! called `read(2)`, which the kernel asks for in its name; and otherwise, for the page
-//! cache, when the last open file of the inode is closed, which a mapping keeps open,
-//! since the kernel may drop a clean page and ask again. Read-ahead is off there, so
-//! that a page which the cache was given is one that was touched.
+//! Reads by the daemon bypass the page cache, so that no byte is held twice. While a single
+//! program reads, the daemon binds the answering threads to its processor (`fs/follow.rs`): the
+//! reader sleeps until it has its answer, so two processors would only wake each other up. If
+//! the daemon panics, it ends, and the kernel answers all waiting readers with an error.
 //!
-//! Only the owner of the images may read files in `mem/`, `core/` and `proc/`, whatever the
-//! mode of the images. The mount shows nothing that its reader could not have read: an
-//! image directory can name any file, by links, as its parent, or as a mapped file. If only
-//! one user can have written to all directories of the chain ([`crate::chain::Owner`]), the
-//! images are read with the rights of that user. Root's mount takes these rights
-//! (`setfsuid(2)`, in all threads but the one that unmounts); an ordinary user has them.
-//! Otherwise every node belongs to the user who mounts, and no other user may read it.
-//! Files that the images only name are opened if the images belong to the user who mounts,
-//! or, on request, with the rights of their owner.
+//! A reader gets only an errno. The daemon keeps its last warnings and errors, each once, and
+//! shows them as an attribute of the root ([`crate::fs::recent`]), which `imgfs log` prints.
+//!
+//! A mount that frees pages (`--punch`) accepts requests to punch the flat pages files in its
+//! root, and no other change; it locks the chain exclusively. A read holds a lock shared from
+//! the lookup of its bytes until the answer, and pages are marked as gone before they are freed,
+//! so that no read finds a hole. The kernel never reads such files by itself, and programs
+//! cannot map them shared, because the kernel would refuse a write to the mapping too late for
+//! the program to notice. When a range is punched, the kernel drops its cached pages.
+//!
+//! With `--punch=on-read`, the daemon frees a page only when a reader has received all of it. If
+//! the reader called `read(2)`, the kernel names the reader in the request, and the daemon frees
+//! the page at once. If the request is for the page cache, the daemon frees the page when the
+//! last open file of the inode is closed (a mapping keeps it open), because the kernel may drop
+//! a clean page and ask again. Readahead is off in such a mount, so that every cached page is
+//! one that a program has touched.
+//!
+//! Only the owner of the images may read files in `mem/`, `core/` and `proc/`, whatever the mode
+//! of the images. The mount shows nothing that its reader could not have read otherwise: an
+//! image directory can name any file of the machine, by links, as its parent, or as a mapped
+//! file. If only one user can have written to all directories of the chain
+//! ([`crate::chain::Owner`]), the daemon reads the images with the rights of that user. Root's
+//! mount assumes these rights (`setfsuid(2)`, in all threads except the one that unmounts); an
+//! ordinary user has them. Otherwise every node belongs to the user who mounts, and no other
+//! user may read it. The daemon opens files that the images only name if the images belong to
+//! the user who mounts, or, on request, with the rights of their owner.
 //!
 //! # Work in other processes
 //!
-//! [`crate::inject`] stops threads with `PTRACE_SEIZE` and makes them walk a table of
-//! system calls, by a few dozen instructions in a page of scratch memory. A dump maps that
-//! memory for less than a millisecond in each process, asks for what only the process
-//! knows, unmaps it, and restores registers and signal mask. The dump reads memory while
-//! the tree merely stands still.
+//! [`crate::inject`] stops threads with `PTRACE_SEIZE` and makes them execute a table of system
+//! calls, with a few dozen instructions in a page of scratch memory. A dump maps that memory for
+//! less than a millisecond in each process, asks for the state that only the process knows,
+//! unmaps the memory, and restores registers and signal mask. While the dump reads memory, the
+//! tree is only stopped.
 //!
-//! Whatever ends this program, each thread finds home alone. The kernel lets a thread go on
-//! with the registers that it has when its tracer dies, so it never has any but its own, or
-//! such as make one system call and return, by the program's own code, to a frame of
-//! `rt_sigreturn(2)` at the unused end of the main thread's stack, which gives it back all
-//! registers and the mask at once. The registers are set before signals are blocked, and
-//! put back after they are unblocked. One thread at a time works; it tells of the end of a
-//! table not by a trap, which would kill it without a tracer, but by a signal to itself
-//! that the process ignores, and then unmaps the scratch memory and goes home. While no
-//! thread works, the one that has mapped the memory is in a state in which it does the same;
-//! while the memory changes hands, two are.
-//! Where no signal is ignored, or limits allow for no mapping, a thread is stopped at each
-//! call instead, and its data is on that stack, too. A critical section of restartable
-//! sequences is aborted, as the kernel does after a stop. What this changes: up to three
-//! pages of the stack's unused end may be in memory afterwards, zero again; and a
-//! call with a relative timeout begins anew if the thread had to come home alone. Until it
-//! is home, no other dump may work in its process: frames are told by a mark.
+//! However rcriu ends, each thread returns to its own work without help. When its tracer dies,
+//! the kernel lets a thread continue with its current registers. Therefore a thread always has
+//! either its own registers, or registers with which it makes one system call and then, by the
+//! program's own code, returns to a frame of `rt_sigreturn(2)` at the unused end of the main
+//! thread's stack. The frame restores all registers and the mask at once. rcriu sets these
+//! registers before it blocks signals, and restores the thread's own after it unblocks them.
+//!
+//! Only one thread executes a table at a time. It reports the end of a table not by a trap,
+//! which would kill it without a tracer, but by a signal to itself that the process ignores;
+//! then it unmaps the scratch memory and returns. While no thread executes a table, the thread
+//! that mapped the memory is in a state in which it does the same; while the memory changes
+//! hands, two threads are. If the process ignores no signal, or limits allow no mapping, rcriu
+//! stops the thread at each call instead, and its data is on that stack, too. rcriu aborts a
+//! critical section of restartable sequences, as the kernel does after a stop.
+//!
+//! This has two visible effects: up to three pages of the stack's unused end may be in memory
+//! afterwards, zero again; and a call with a relative timeout starts again if the thread had to
+//! return without rcriu. Until all threads have returned, no other dump may work in the process;
+//! it recognizes the frames by a mark.
 //!
 //! A dump runs in a process of its own, in its own session. If a signal kills the process
 //! that the user started, the other one restores the tree first. If the worker is killed,
@@ -250,10 +257,10 @@
 //! and tells it the new one after the commit. So after a failed dump, `execve(2)`,
 //! `mremap(2)`, a fork, another chain or a reboot, everything is compared.
 //!
-//! For shared memory, the bits are trusted only if all of its writers are known
-//! ([`crate::track::shared`]): no process outside of the tree maps it or has a descriptor
-//! of it, the mappings are the same as at the snapshot, and the kernel's counters show that
-//! none was made or removed since. These lead to a comparison of the whole object:
+//! For shared memory, rcriu trusts the bits only if it knows all writers of an object
+//! ([`crate::track::shared`]): no process outside of the tree maps it or has a descriptor of it,
+//! the mappings are the same as at the snapshot, and the kernel's counters show that none was
+//! made or removed since. Otherwise it compares the whole object. These lead to a comparison:
 //!
 //! - a process that was forked, exited or executed another program while it had the
 //!   object mapped; `vfork(2)` and `posix_spawn(3)` do no harm;
@@ -272,27 +279,27 @@
 //! ([`crate::track::Hindrance`]). The statistics count the pages that were compared for
 //! that reason; `stats-dump` has them in fields of our own, 1001 and 1002.
 //!
-//! Two things cannot be seen. A descriptor may be on its way in a message when tracking
-//! begins; memory other than a memfd has one only if a process opened it in
-//! `/proc/PID/map_files` before. And a process that may not be looked at, as the first one
-//! of some machines, is taken to have nothing if it is older than a tree that has executed
-//! a program since.
+//! rcriu cannot see two things. A descriptor may be in transit in a message when tracking
+//! begins; memory other than a memfd has a descriptor only if a process has opened it in
+//! `/proc/PID/map_files`. And rcriu may not look into some processes, such as the first one of
+//! some machines; it assumes that such a process has no shared memory if the process is older
+//! than a tree that has executed a program since.
 //!
-//! What writes to memory by its physical address is seen by no page table. Where there is
-//! an io_uring, a ring of asynchronous I/O or pinned memory, tracking does not begin anew.
-//! Where the scan does not know guard pages (before Linux 6.18), they are looked for among
-//! what counts as swapped. A process outside the tree that writes by `process_vm_writev(2)`
-//! in the very microseconds in which a page is protected again, having looked it up before,
-//! can be missed. Any program can clear soft-dirty bits, the tracker of older kernels: a
-//! dump by another program in between is not noticed.
+//! Page tables do not record writes by physical address. If a process has an io_uring, a ring of
+//! asynchronous I/O or pinned memory, rcriu does not restart tracking. Before Linux 6.18, the
+//! scan does not report guard pages, so rcriu looks for them among the pages that count as
+//! swapped. rcriu can miss a write by `process_vm_writev(2)` from a process outside of the tree
+//! if that process has looked up a page in the same microseconds in which the page is protected
+//! again. Any program can clear soft-dirty bits, the tracker of older kernels: rcriu does not
+//! notice if another program has made a dump in between.
 //!
 //! # A pre-dump
 //!
-//! A pre-dump stops the tree to list its memory and to restart tracking; the tree runs on
-//! while the memory is read. Pages that change meanwhile are candidates next time. Memory
-//! that is gone when it would be read is left out; if it reappears, the next dump finds
-//! that the parent does not have it. The images of a pre-dump contain no processes, so it
-//! cannot be restored.
+//! A pre-dump stops the tree to list its memory and to restart tracking; the tree runs on while
+//! rcriu reads the memory. Pages that change meanwhile are candidates next time. If memory has
+//! gone before rcriu reads it, the pre-dump leaves it out; if it reappears, the next dump finds
+//! that the parent does not have it. The images of a pre-dump contain no processes, so no
+//! program can restore them.
 //!
 //! # A restore
 //!
@@ -301,84 +308,86 @@
 //! ends the restore there, and `imgfs check` reports the same. So later failures are caused
 //! by the machine: a missing file, a pid in use.
 //!
-//! One thread directs. All files are opened by it, above the numbers that the tree uses;
-//! queues of sockets are filled when all kinds are open, since they may hold any of them.
-//! Files and directories in `/proc` of the tree itself are opened when its processes and
-//! threads are there, which then take them from this program (`pidfd_getfd(2)`).
-//! shared memory is made by it and filled by other threads. The first process is a copy
-//! of this program that sleeps, is traced, unmaps everything, and maps what it is to
-//! have; the others are forked by their true parents when those have their memory, keep
-//! what both map the same way, and get only the pages that differ. Sessions and groups
-//! whose leaders have ended are led by helpers, which end before the tree goes on.
-//! Until the last step the end of this program ends them all (`PTRACE_O_EXITKILL`).
+//! One thread directs the restore. It opens all files, above the descriptor numbers that the
+//! tree uses. It fills the queues of sockets when files of all kinds are open, since a queue can
+//! hold any of them. It opens files and directories in `/proc` of the tree itself when the
+//! tree's processes and threads exist; these then take them from rcriu (`pidfd_getfd(2)`). The
+//! director also creates shared memory, and other threads fill it.
 //!
-//! What processes share (`clone(2)`: memory, descriptors, directories, signal handlers) has
-//! the same number in their images (`ids-PID.img`), and [`crate::image::tree::Arenas`]
-//! finds the first process that has it. A dump asks that process; a restore gives it to
-//! that process, and the others are made with it by their parent or a sibling. Each process
-//! has its own images, except for descriptors, whose image has the shared number, and for
-//! the pages of memory, which only the first one has.
+//! The first process is a copy of rcriu that sleeps, is traced, unmaps everything, and maps its
+//! new memory. Each other process is forked by its true parent once the parent has its memory;
+//! it keeps the mappings that both have, and gets only the pages that differ. Helpers lead the
+//! sessions and groups whose leaders have ended; they end before the tree goes on. Until the
+//! last step, the end of rcriu ends all new processes (`PTRACE_O_EXITKILL`).
 //!
-//! A process enters its cgroups when it is made, before it has memory, so that the memory
-//! is charged to them. The images number the sets of cgroups ([`crate::res::tree::cgroup`])
-//! like CRIU: processes that were in the cgroup of the dumping program get that of the
-//! restoring program.
+//! State that processes share (`clone(2)`: memory, descriptors, directories, signal handlers)
+//! has the same number in their images (`ids-PID.img`), and [`crate::image::tree::Arenas`] finds
+//! the first process that has it. A dump asks that process; a restore sets the state in that
+//! process, and the parent or a sibling makes the others so that they share it. Each process has
+//! its own images, with two exceptions: the image of descriptors has the shared number, and only
+//! the first process has the pages of memory.
 //!
-//! A file is the one that was dumped if its type, size and mode are the same, and its
-//! build-id, for which each file is read once, at the notes of its ELF header. A file
-//! without a build-id has its time of modification in the images (our field
-//! `rcriu_mtime_ns` of `reg_file_entry`, which CRIU passes over): another time is refused
-//! where the file is mapped privately, since what the process has not changed of such
-//! memory is not in the images, and is a line in the log for a descriptor, whose file may
-//! well have been written by others. A file is looked at by a descriptor that only names
-//! it (`O_PATH`), and opened only if it is the one: a FIFO or a device in its place never
-//! is.
+//! A process enters its cgroups when it is made, before it has memory, so that the kernel
+//! charges the memory to them. As in CRIU's images, sets of cgroups have numbers
+//! ([`crate::res::tree::cgroup`]): processes that were in the cgroup of the dumping program get
+//! the cgroup of the restoring program.
 //!
-//! What CRIU's images have no place for is kept in fields of ours, from number 20001 on,
-//! which CRIU passes over: attributes of threads ([`crate::res::attribute`]), which a restore
-//! reads, sets where they differ, and reads again, so that it can say what is not as it was
-//! ([`crate::docs::state`] lists all state, kept, refused or warned of);
-//! the signal by which a process tells its end, if it is not `SIGCHLD`; and whether the
-//! parent of a stopped process was told so. Children that stay stopped are let go first, and
-//! their parents, still stopped, wait for them if they had.
+//! A file is the dumped one if it has the same type, size, mode and build-id. To find the
+//! build-id, a dump reads each file once, at the notes of its ELF header. For a file without a
+//! build-id, the images hold the time of modification (our field `rcriu_mtime_ns` of
+//! `reg_file_entry`, which CRIU ignores). If a process maps the file privately, the restore
+//! refuses another time, because the images lack the pages that the process has not changed. For
+//! a descriptor, a different time is only a line in the log, since other programs may have
+//! written to the file. rcriu looks at a file through a descriptor that only names it
+//! (`O_PATH`), and opens it only if it is the right one; so it never opens a FIFO or a device in
+//! its place.
 //!
-//! Of a process whose first thread has exited while others live, the kernel shows everything
-//! by the others alone, and one of them is its witness. In the images the first thread is one
-//! that calls `exit(2)` as its next step (`res/task/leader.rs`), so that any restore makes
-//! the others by it; this program ends it before children of it wait for the death of a
-//! parent. Its exit code is a field of ours (`rcriu_leader_exited` of `task_core_entry`).
+//! State without a field in CRIU's images is in fields of ours, from number 20001, which CRIU
+//! ignores. They hold attributes of threads ([`crate::res::attribute`]): a restore reads each
+//! attribute, sets it if it differs, and reads it again to report a remaining difference
+//! ([`crate::docs::state`] lists all state, kept, refused or warned of). They also hold the exit
+//! signal of a process, if it is not `SIGCHLD`, and whether the parent of a stopped process has
+//! seen the stop. The restore releases children that stay stopped first; their parents, still
+//! stopped themselves, wait for them if they had done so before the dump.
 //!
-//! Files keep what hardly shows, in fields of ours: a reader of a FIFO that it has seen no
-//! writer go (`rcriu_no_hangup` of `fifo_entry`), a master that its slave was closed
-//! (`rcriu_hung_up` of `tty_info_entry`), a deleted file its extended attributes and its
-//! times to the nanosecond (`rcriu_xattrs`, `rcriu_atim_nsec` and `rcriu_mtim_nsec` of
-//! `ghost_file_entry`); one that was made without a name (`O_TMPFILE`) can be given one.
-//! A pseudoterminal whose number is taken gets another, unless it controls a session or
-//! is open by name alone.
+//! If the first thread of a process has exited while others live, the kernel shows the state of
+//! the process only through the other threads, and one of them is the witness. In the images,
+//! the first thread is one whose next step is `exit(2)` (`res/task/leader.rs`), so that any
+//! restore makes the other threads from it. rcriu lets it exit before children of the process
+//! can wait for the death of a parent. Its exit code is a field of ours (`rcriu_leader_exited`
+//! of `task_core_entry`).
 //!
-//! With `--auto-dedup`, a restore first checks everything that could prevent freeing pages:
-//! the journals, and whether the file system supports it. Pages are freed once the tree
-//! runs, or while it is filled. So pages that a child shares with its parent are compared
-//! with the parent's memory, and no page of the images is read twice. Through a mount,
-//! pages are punched there, and the daemon keeps the journals.
+//! Fields of ours also keep small details of files: that a reader of a FIFO has not seen a
+//! writer go (`rcriu_no_hangup` of `fifo_entry`), that a master has seen its slave close
+//! (`rcriu_hung_up` of `tty_info_entry`), and the extended attributes and exact times of a
+//! deleted file (`rcriu_xattrs`, `rcriu_atim_nsec` and `rcriu_mtim_nsec` of `ghost_file_entry`).
+//! A restored file that was made without a name (`O_TMPFILE`) can be given one. If the number of
+//! a pseudoterminal is taken, the restore uses another number, unless the pseudoterminal
+//! controls a session or is open by name alone.
 //!
-//! A small dump or restore spends most of its time on startup. So the build script
-//! generates the table of required fields, since decoding the descriptors of all messages
-//! would take longer than everything else. Images behind a mount are read where the mount
-//! says that they are ([`crate::chain::DIRECTORY_XATTR`]), if the inventory there is the
-//! same.
+//! With `--auto-dedup`, a restore first checks everything that could prevent freeing pages: the
+//! journals, and whether the file system supports it. It frees pages once the tree runs, or
+//! while it fills the tree. In the second case it compares pages that a child shares with its
+//! parent with the parent's memory, so that it reads no page of the images twice. Through a
+//! mount, the restore punches pages there, and the daemon writes the journals.
+//!
+//! A small dump or restore spends most of its time on startup. Therefore the build script
+//! generates the table of required fields: decoding the descriptors of all messages would take
+//! longer than everything else. If the images are in a mount, rcriu reads them from the
+//! directory that the mount names ([`crate::chain::DIRECTORY_XATTR`]), provided that the
+//! inventory there is the same.
 //!
 //! # Freed pages
 //!
-//! A hole in a pages file reads as zeros, so no reader can tell a page that was freed from
-//! a page of zeros. Code that frees pages therefore names them first, in a journal beside
-//! the pages file ([`crate::image::punched`] has the layout), and in this order: readers in
-//! this program lose them, the journal names them, the journal is on disk, they are freed
-//! ([`crate::chain::Freeing`]). What a journal names is gone, freed or not: reading it is
-//! an error that names it. So a page may be noted only when another lasting place has it,
-//! or it is no longer needed; and running again frees what a crash has left. A journal is
-//! bound to the pagemap and the inventory beside it, since programs that do not know it
-//! dump into the same directory.
+//! A hole in a pages file reads as zeros, so no reader can tell a freed page from a page of
+//! zeros. Code that frees pages therefore names them first, in a journal beside the pages file
+//! ([`crate::image::punched`] has the layout). It proceeds in this order: readers in this
+//! program lose the pages, the journal names them, the journal is on disk, the pages are freed
+//! ([`crate::chain::Freeing`]). A page that a journal names is gone, whether or not it was
+//! freed: reading it is an error that names it. So code may add a page to a journal only if
+//! another lasting place has the page, or no program needs it any more. A second run frees the
+//! pages that a crash has left. A journal is bound to the pagemap and the inventory beside it,
+//! because programs that do not know journals dump into the same directory.
 //!
 //! Freed pages keep their place in a pages file without parents. A restore, a flattening
 //! and a comparison that need such a page report it before they start. A dump treats a page
@@ -387,46 +396,46 @@
 //!
 //! # Linking
 //!
-//! [`crate::dedup::link()`] compares what a dump stores with what the snapshot before it
-//! resolves to, and replaces each pagemap that gains by it, with a pages file that holds
-//! what is left. A pagemap names its pages file, so one rename changes a memory from
-//! one whole state to another; the link to the parent comes before and is harmless
-//! alone. Everything new is made in a hidden directory that is an image directory
-//! itself, resolved through the chain, and compared with the old state, page by page,
-//! before anything is replaced: pages left to the parent must be found in the very place
-//! that they were compared with, and those that are kept are compared with their copies.
-//! A list in that directory tells what a killed run leaves from what is the user's.
+//! [`crate::dedup::link()`] compares the stored pages of a dump with the pages of the previous
+//! snapshot. It replaces each pagemap that becomes smaller, with a new pages file that holds the
+//! remaining pages. A pagemap names its pages file, so one rename changes a memory from one
+//! whole state to another; the link to the parent is made before, and is harmless alone.
 //!
-//! A page of the parent is asked for by the same pid or number of an object. So a process
-//! whose pid was taken by another is compared with that one, which is as right and gains
-//! little. An object's number is an inode number, which a restored tree does not keep:
-//! objects are matched by kind, name and the places where processes have them, and
-//! renumbered if their number in the parent is free, no other snapshot has the snapshot as
-//! its parent, and one image alone names them, so that one rename changes all. Others are
-//! compared by number, or stay in full; a copy of a snapshot can be renumbered in any case.
-//! A System V segment is never renumbered: programs know its id. A memory that has lost
-//! pages stays as it is.
+//! The new files are made in a hidden directory that is itself an image directory. Before the
+//! old files are replaced, the new directory is resolved through the chain and compared with the
+//! old state, page by page: a page that was left to the parent must be found in exactly the
+//! place with which it was compared, and a kept page is compared with its copy. A list in that
+//! directory separates the files that a killed run leaves from files of the user.
+//!
+//! A page of the parent is looked up by pid, or by the number of the object. So if another
+//! process has taken a pid, the two processes are compared; this is correct, but gains little.
+//! The number of an object is an inode number, which differs in a restored tree. Objects are
+//! therefore matched by kind, name and the places where processes map them. An object is
+//! renumbered if its number in the parent is free, no other snapshot has this snapshot as its
+//! parent, and only one image names the object, so that one rename changes it everywhere. Other
+//! objects are compared by number, or stay in full; in a copy of a snapshot, any object can be
+//! renumbered. A System V segment is never renumbered, because programs know its id. A memory
+//! that has lost pages stays as it is.
 //!
 //! # Superseded pages
 //!
 //! A page that a snapshot holds itself hides the page of the same memory in all of its
-//! ancestors, as far down as these have the memory without a gap ([`crate::dedup::free`]).
-//! Such pages are freed as described for freed pages, after the snapshot's own images
-//! were synced. Ancestors lose by it what only they need, which is said first.
-//! Any other snapshot in the directories of the snapshot and its ancestors keeps all
-//! that it finds in them; if one of these cannot be read, nothing is freed. A dump
-//! that is asked to free what it will supersede finds out before it stops the tree
-//! whether that can be done; if it fails after the dump is complete, that is a warning.
-//! Where files cannot be punched, a file can be written anew in the way of linking, with
-//! holes where pages are gone, and with the journal that names them beside it.
+//! ancestors, as far down as these have the memory without a gap ([`crate::dedup::free`]). rcriu
+//! frees such pages as described for freed pages, after it has synced the snapshot's own images.
+//! It first lists the ancestors that can then no longer be restored. It keeps all pages that any
+//! other snapshot in the directories of the snapshot and its ancestors needs; if it cannot read
+//! one of these, it frees nothing. A dump that is to free the pages which it supersedes checks
+//! before it stops the tree whether it can do so; a failure after the dump is complete is only a
+//! warning. If files cannot be punched, rcriu can rewrite a file in the same way as linking
+//! does, with holes in the place of freed pages, and with the journal that names them beside it.
 //!
 //! # Equal pages
 //!
-//! [`crate::chain::duplicates`] and [`crate::dedup::reflink`] tell pages apart by their
-//! hashes (XXH3), so that each is read once. The former counts, and believes 96 bits of
-//! them; the latter leaves it to the kernel to compare before two places share a block
-//! (`FIDEDUPERANGE`), joins pages that are in a row on both sides, and leaves pages of
-//! zeros alone. No byte of an image changes, so readers need not be kept away.
+//! [`crate::chain::duplicates`] and [`crate::dedup::reflink`] compare pages by their hashes
+//! (XXH3), so that they read each page once. The former counts pages, and relies on 96 bits of
+//! the hashes. The latter lets the kernel compare two places before they share a block
+//! (`FIDEDUPERANGE`), joins pages that are contiguous on both sides, and ignores pages of zeros.
+//! No byte of an image changes, so readers need not be locked out.
 //!
 //! # Locks
 //!
@@ -442,22 +451,22 @@
 //!
 //! # Invariants
 //!
-//! - Numbers of processes in images, and in calls that processes of the tree make, are those
-//!   of the tree's own pid namespace ([`crate::units::NsPid`]); those that the kernel gives
-//!   this program are [`crate::units::HostPid`]. One [`crate::units::PidMap`] for each dump
-//!   and each restore leads from one to the other, and nothing else does.
-//! - Image bytes are untrusted: no length is believed before the file has shown that many
-//!   bytes, and any contradiction is an error that names file, memory and address. Only
-//!   regular files are opened as images ([`crate::image::regular`]), and only their owner
-//!   can read the files that are created there.
-//! - Nothing is written through a link that others have laid: images are created by
-//!   descriptors of their directory, logs and the like by a way that is gone component
-//!   after component ([`crate::sys::output`]). Nothing is removed because an image names
-//!   it: a name of `--link-remap` only if it is of the form that a dump gives to that very
-//!   entry, and still leads to the file that was restored. Pages are freed in regular files
-//!   alone, never through a link, and in no directory of which one of another user calls
-//!   itself a child; a ghost is made under a name that
-//!   is free, and filled and adjusted by its descriptor.
+//! - Numbers of processes in images, and in calls that processes of the tree make, are those of
+//!   the tree's own pid namespace ([`crate::units::NsPid`]); numbers that the kernel gives this
+//!   program are [`crate::units::HostPid`]. Each dump and each restore has one
+//!   [`crate::units::PidMap`], which alone converts between them.
+//! - Image bytes are untrusted. Code relies on a length only once the file has supplied that
+//!   many bytes, and any contradiction is an error that names file, memory and address. Only
+//!   regular files are opened as images ([`crate::image::regular`]), and only their owner can
+//!   read the files that are created there.
+//! - Code writes through no link that another user could have made: it creates images relative
+//!   to a descriptor of their directory, and opens logs and the like component by component
+//!   ([`crate::sys::output`]).
+//! - Code removes no file only because an image names it: it removes a name of `--link-remap`
+//!   only if the name has the form that a dump gives to exactly that entry, and still leads to
+//!   the restored file. It frees pages in regular files only, never through a link, and in no
+//!   directory that a directory of another user has as its parent. It makes a ghost file under a
+//!   free name, and fills and adjusts it by its descriptor.
 //! - A read of a page never returns the bytes of another page, or zeros that were never
 //!   stored: a page that cannot be found, or was freed, is an error.
 //! - An image directory that is written has its inventory last, after everything
