@@ -1,4 +1,4 @@
-//! The FUSE requests of the kernel, answered from the view.
+//! Answers the kernel's FUSE requests from the view.
 
 use std::{
     ffi::OsStr,
@@ -28,30 +28,30 @@ use crate::{
     view::{self, DirEntry, NodeType, OpenFile, ROOT, ViewError, Whence},
 };
 
-/// How long the kernel may answer from its cache. Images do not change, but new ones should
-/// appear soon.
+/// How long the kernel may answer from its cache. Images do not change, but new ones should appear
+/// soon.
 const TTL: Duration = Duration::from_secs(1);
 
-/// Inode numbers are never used again for something else.
+/// Inode numbers are never reused.
 const GENERATION: Generation = Generation(0);
 
 /// The longest file name that is accepted anywhere (`NAME_MAX`, `linux/limits.h`).
 const NAME_BYTES: u32 = 255;
 
-/// Whether the request comes from root or from the user who mounted.
+/// Whether the request comes from root or from the user who mounted the chain.
 fn is_owner(req: &Request) -> bool {
     req.uid() == 0 || req.uid() == getuid().as_raw()
 }
 
 impl Filesystem for ImageFs {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        // Without it, files that are read without the page cache cannot be mapped shared.
-        // Where files may be opened for writing, they must not: what is written to a shared
-        // mapping is refused too late for the writer to notice.
+        // Without it, files that are read without the page cache cannot be mapped shared. A mount
+        // whose files can be opened for writing must not allow that: the kernel would refuse a
+        // write to a shared mapping too late for the writer to notice.
         let shared = InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP;
         let wanted = [
             if self.punching.is_none() { shared } else { InitFlags::empty() },
-            // A large read by io_uring or aio is split and answered side by side.
+            // Threads answer the parts of a large read by io_uring or aio in parallel.
             InitFlags::FUSE_ASYNC_DIO,
             InitFlags::FUSE_PARALLEL_DIROPS,
         ];
@@ -153,7 +153,7 @@ impl Filesystem for ImageFs {
         let mapped = lock_owner.is_none();
         self.follower.reads(req.pid(), size, mapped);
         let answered = {
-            // Pages that were found are not freed before they are read.
+            // No page is freed between lookup and read.
             let _reading = self.reading();
             self.answer_read(req, ino, &*file.content, offset, size, reply)
         };
@@ -161,7 +161,7 @@ impl Filesystem for ImageFs {
             && self.may_be_punched(ino.0)
         {
             punching.was_read(ino.0, fh.0, pages, offset..offset + read, mapped);
-            // The reader has its answer, and may have closed the file since.
+            // The reader has its answer, and may have closed the file meanwhile.
             if self.handles.file(fh.0).is_none() {
                 punching.closed(ino.0, fh.0, pages, !self.handles.is_open(ino.0));
             }
@@ -186,7 +186,7 @@ impl Filesystem for ImageFs {
             _ => return reply.error(Errno::EINVAL),
         };
         let Ok(from) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
-        // A page that is freed meanwhile would be a hole.
+        // A page that is freed during the call would be a hole.
         let _reading = self.reading();
         match view::seek(&*file.content, from, whence) {
             Ok(Some(found)) => match i64::try_from(found) {
@@ -233,8 +233,8 @@ impl Filesystem for ImageFs {
         reply.opened(FileHandle(number), FopenFlags::empty());
     }
 
-    /// Lists names and types; there is no `readdirplus`, which would build the
-    /// index of every memory for an `ls`.
+    /// Lists names and types. There is no `readdirplus`, with which an `ls` would build the index
+    /// of every memory.
     fn readdir(
         &self,
         _req: &Request,
@@ -270,7 +270,7 @@ impl Filesystem for ImageFs {
     /// Returns the sizes of the file system that holds the images.
     fn statfs(&self, _req: &Request, ino: INodeNo, reply: ReplyStatfs) {
         let Some(dir) = self.view.chain().snapshot(self.view.tip()).directory() else {
-            // Only a directory has a file system whose sizes can be asked for.
+            // Only a directory has a file system with sizes.
             return reply.statfs(0, 0, 0, 0, 0, SMALL_READ_BYTES, NAME_BYTES, SMALL_READ_BYTES);
         };
         match statvfs(dir) {
@@ -303,7 +303,7 @@ impl Filesystem for ImageFs {
         reply.ok();
     }
 
-    /// Returns attributes that tell restorers about the mount.
+    /// Returns extended attributes that describe the mount to restorers.
     fn getxattr(&self, req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
         // The log may name memory of other users' processes.
         if name == LOG_XATTR && !is_owner(req) {
@@ -357,8 +357,7 @@ impl Filesystem for ImageFs {
         reply.error(Errno::ENOSYS);
     }
 
-    /// Frees the pages that were punched and noted. Allowed for root and for the user who
-    /// mounted.
+    /// Frees the recorded pages, for root and for the user who mounted the chain.
     fn ioctl(
         &self,
         req: &Request,
@@ -411,8 +410,8 @@ impl Filesystem for ImageFs {
         }
     }
 
-    // Operations that would change a file. The kernel sends hardly any of them to a
-    // read-only mount; a mount that frees pages refuses them, too.
+    // Operations that would change a file. The kernel sends hardly any of them to a read-only
+    // mount; a mount that frees pages also refuses them.
 
     fn setattr(
         &self,

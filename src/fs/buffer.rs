@@ -8,12 +8,12 @@ use memmap2::{Advice, Mmap, MmapMut};
 /// root raises it. A longer read gets a buffer of its own.
 const BUFFER_BYTES: usize = 1 << 20;
 
-/// Reads up to this length have a buffer apart: a huge page is zeroed in whole before it is
-/// used, which takes longer than many of them.
+/// Reads up to this length have a separate buffer: the kernel zeroes a whole huge page before its
+/// first use, which takes longer than many such reads.
 const SMALL_BYTES: usize = 64 << 10;
 
-/// Length of the mapping: anonymous mappings of a huge page or more begin at a
-/// multiple of one, so that the kernel can back them by one.
+/// Length of the mapping: an anonymous mapping of this length begins at a multiple of a huge page,
+/// so that the kernel can back it with huge pages.
 const MAPPING_BYTES: usize = 2 << 20;
 
 thread_local! {
@@ -23,8 +23,8 @@ thread_local! {
 
 /// Calls `use_buffer` with `len` bytes whose content is arbitrary.
 ///
-/// Every thread has a buffer that it uses again and again, which stays in its
-/// processor's cache and needs no page faults.
+/// Every thread reuses its own buffer, which stays in the processor's cache and needs no page
+/// faults.
 pub(super) fn with<T>(len: usize, use_buffer: impl FnOnce(&mut [u8]) -> T) -> T {
     if len <= SMALL_BYTES {
         return SMALL.with_borrow_mut(|buffer| {
@@ -45,7 +45,7 @@ pub(super) fn with<T>(len: usize, use_buffer: impl FnOnce(&mut [u8]) -> T) -> T 
 
 /// Calls `use_zeroes` with `len` bytes that are zero.
 pub(super) fn with_zeroes<T>(len: usize, use_zeroes: impl FnOnce(&[u8]) -> T) -> T {
-    // One for all threads; its pages are never written.
+    // All threads share it; no thread writes to its pages.
     static ZEROES: LazyLock<Option<Mmap>> =
         LazyLock::new(|| MmapMut::map_anon(BUFFER_BYTES).and_then(MmapMut::make_read_only).ok());
     match &*ZEROES {

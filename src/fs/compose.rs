@@ -1,9 +1,9 @@
 //! Composes files of blocks that they share with the images.
 //!
-//! Where the file system of the images shares blocks (btrfs, XFS), a file that lies in
-//! several images can be made of their blocks without copying a byte, with one system call
-//! for each contiguous part. The new file has no name, so nothing is left of it when the
-//! daemon ends, however it ends. The kernel reads from it without asking the daemon.
+//! On a file system that shares blocks (btrfs, XFS), a file that lies in several images can be
+//! made of their blocks without copying a byte, with one system call for each contiguous part. The
+//! new file has no name, so it disappears with the daemon, however that ends. The kernel reads the
+//! file without asking the daemon.
 
 use std::{
     fs::{File, OpenOptions},
@@ -35,16 +35,16 @@ use crate::{
 /// open takes half a second.
 const MAX_STRETCHES: usize = 32 << 10;
 
-/// The longest file that is composed: looking up where its bytes are takes a tenth of a
-/// second, whatever an image claims.
+/// The longest file that is composed: even for an image with false lengths, the lookup of its
+/// bytes takes at most a tenth of a second.
 const MAX_BYTES: u64 = 1 << 40;
 
-/// How many bytes one call shares, so that a part that reaches beyond its file is found
+/// The most bytes that one call shares, so that a part that reaches beyond its file is found
 /// early.
 const CALL_BYTES: u64 = 1 << 30;
 
-/// How many files are remembered, composed or not. This also limits the open descriptors;
-/// the file system keeps a record of about 100 bytes for each part.
+/// The number of files to remember, composed or not. This also limits the open descriptors; the
+/// file system keeps a record of about 100 bytes for each part.
 const FILES_KEPT: NonZeroUsize = NonZeroUsize::new(32).expect("not zero");
 
 /// Bytes whose runs are looked up at a time: at most a file for each page is open then.
@@ -53,9 +53,9 @@ const WINDOW_BYTES: u64 = 1 << 20;
 /// How many pages of a file are sampled to see whether they are in memory.
 const SAMPLES: u64 = 64;
 
-/// What is wrong where blocks cannot be shared: file systems that cannot do it, or not with
-/// blocks as small as pages (EINVAL; also a file that is cut short); no right to create files
-/// there, or no room for them; too many open files.
+/// Errors that mean that files cannot be composed here: a file system that cannot share blocks, or
+/// not blocks as small as pages (EINVAL; also from a file that was cut short); no permission to
+/// create files, or no space; too many open files.
 const EXPECTED: [Errno; 14] = [
     Errno::EOPNOTSUPP,
     Errno::ENOTTY,
@@ -76,16 +76,16 @@ const EXPECTED: [Errno; 14] = [
 /// When files are composed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Compose {
-    /// When they are opened: if their bytes are in memory already, for the second time.
+    /// At the first open; if most of the file is in memory, at the second.
     #[default]
     Auto,
-    /// When they are opened.
+    /// At the first open.
     Always,
-    /// Not at all.
+    /// Never.
     Never,
 }
 
-/// Why a file was not composed.
+/// The reason why a file was not composed.
 #[derive(Debug, thiserror::Error)]
 enum ComposeError {
     #[error("create a file without a name in {path}", path = .path.display())]
@@ -133,7 +133,7 @@ struct State {
 #[derive(Debug)]
 pub(super) struct Composer {
     when: Compose,
-    /// The directory that they are made in.
+    /// The directory in which the files are made.
     dir: PathBuf,
     /// The kernel has refused to read from such a file.
     refused: AtomicBool,
@@ -171,7 +171,7 @@ impl Composer {
             let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
             Arc::clone(files.get_or_insert(ino, Arc::default))
         };
-        // Others that open the same file wait for it; they may not read it in another way.
+        // Other readers that open the same file wait; all must read it in the same way.
         let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(composed) = &state.composed {
             return composed.clone();
@@ -208,8 +208,8 @@ impl Composer {
     }
 }
 
-/// Whether more than half of some pages are in memory. They would be read from disk again
-/// through another file, since the kernel does not know that the blocks are the same.
+/// Whether more than half of some sampled pages are in memory. Through a composed file, the kernel
+/// would read them from disk again, because it does not know that the blocks are the same.
 fn is_in_memory(content: &dyn Content) -> bool {
     let pages = content.len() / PAGE_SIZE;
     let samples = pages.min(SAMPLES);
@@ -237,7 +237,7 @@ fn is_in_memory(content: &dyn Content) -> bool {
     cached * 2 > stored
 }
 
-/// Bytes in a row of a file that are to be at `to`.
+/// Contiguous bytes of a file, and their offset `to` in the composed file.
 #[derive(Debug)]
 struct Stretch {
     file: Arc<BackingFile>,
@@ -253,7 +253,7 @@ fn compose(dir: &Path, content: &dyn Content) -> Result<(File, usize), ComposeEr
         .read(true)
         .write(true)
         .mode(0o600)
-        // Without O_EXCL it could be given a name.
+        // O_EXCL prevents giving it a name.
         .custom_flags(libc::O_TMPFILE | libc::O_EXCL)
         .open(dir)
         .map_err(|source| ComposeError::Create { path: dir.to_owned(), source })?;
@@ -268,7 +268,7 @@ fn compose(dir: &Path, content: &dyn Content) -> Result<(File, usize), ComposeEr
         for run in &runs {
             match &run.source {
                 Source::Zero => {}
-                // The last page of an object counts as a whole one: it is one in its file.
+                // The last page of an object counts as a whole page, as in its file.
                 Source::File(file, from)
                     if from.is_multiple_of(PAGE_SIZE) && next.is_multiple_of(PAGE_SIZE) =>
                 {
@@ -296,7 +296,7 @@ fn compose(dir: &Path, content: &dyn Content) -> Result<(File, usize), ComposeEr
     Ok((target, shared))
 }
 
-/// Lets `target` share the blocks of a stretch, and returns how many stretches that were.
+/// Lets `target` share the blocks of a stretch, and returns the number of calls.
 fn share(stretch: Option<Stretch>, target: &File) -> Result<usize, ComposeError> {
     let Some(Stretch { file, from, to, len }) = stretch else { return Ok(0) };
     let Some(source) = file.file() else {

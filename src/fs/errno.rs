@@ -27,7 +27,7 @@ fn errno(error: &ViewError) -> Errno {
     match error {
         ViewError::Chain(error) => chain_errno(error),
         ViewError::Image(error) => image_errno(error),
-        // The kernel uses only the inode numbers that it got from us.
+        // The kernel uses only inode numbers that we returned.
         ViewError::NoSuchNode { .. } => Errno::ESTALE,
         ViewError::NoSuchEntry { .. } => Errno::ENOENT,
         ViewError::NotADirectory { .. } => Errno::ENOTDIR,
@@ -97,13 +97,13 @@ fn image_errno(error: &ImageError) -> Errno {
 
 /// Returns the errno for an error of a backing file.
 ///
-/// A backing file that is missing is not a name that does not exist in the mount, so ENOENT
-/// and the like become EIO. Errors about this system rather than the images are passed on.
+/// A missing backing file does not mean that the name is missing in the mount, so ENOENT and
+/// similar errors become EIO. Errors of this system, rather than of the images, are passed on.
 fn io_errno(error: &io::Error) -> Errno {
     match error.raw_os_error().map(nix::errno::Errno::from_raw) {
         Some(nix::errno::Errno::EACCES | nix::errno::Errno::EPERM) => Errno::EACCES,
         Some(nix::errno::Errno::ENOMEM) => Errno::ENOMEM,
-        // A journal takes some.
+        // A journal takes disk space.
         Some(nix::errno::Errno::ENOSPC | nix::errno::Errno::EDQUOT) => Errno::ENOSPC,
         Some(nix::errno::Errno::EMFILE | nix::errno::Errno::ENFILE) => Errno::ENFILE,
         _ => Errno::EIO,

@@ -17,7 +17,7 @@ pub enum MountError {
     Rights {
         /// The mount point.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
     /// The chain cannot be shown.
@@ -28,7 +28,7 @@ pub enum MountError {
     MountPoint {
         /// The mount point.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
     /// The mount point is no directory.
@@ -45,7 +45,7 @@ pub enum MountError {
     HidesImages {
         /// The mount point.
         path: PathBuf,
-        /// What would be hidden.
+        /// The directory that would be hidden.
         images: PathBuf,
     },
     /// A chain is mounted there already.
@@ -56,7 +56,7 @@ pub enum MountError {
     Mounted {
         /// The mount point.
         path: PathBuf,
-        /// What is mounted there.
+        /// The mounted chain.
         chain: PathBuf,
     },
     /// The kernel has no FUSE.
@@ -65,7 +65,7 @@ pub enum MountError {
          (`--device /dev/fuse`); without a mount, `imgfs ps`, `cat` and `get` show the same"
     )]
     NoFuse {
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
     /// The device may not be opened.
@@ -74,7 +74,7 @@ pub enum MountError {
          `chmod 666 /dev/fuse`; without a mount, `imgfs ps`, `cat` and `get` show the same"
     )]
     FuseDenied {
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
     /// The kernel did not mount.
@@ -82,7 +82,7 @@ pub enum MountError {
     Mount {
         /// The mount point.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: Errno,
     },
     /// An ordinary user needs `fusermount3`, which is not installed.
@@ -90,10 +90,10 @@ pub enum MountError {
     NoHelper {
         /// The mount point.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
-    /// Only root may let others look, unless it says otherwise.
+    /// Ordinary users may not allow other users, unless root has configured it.
     #[error(
         "allow others to read the mount at {path}\nhelp: leave out allow_other, run as root, or have \
          root add the line user_allow_other to /etc/fuse.conf",
@@ -128,7 +128,7 @@ pub enum MountError {
     Handshake {
         /// The mount point.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
     /// The daemon stopped serving before the mount was unmounted.
@@ -136,7 +136,7 @@ pub enum MountError {
     Serve {
         /// The mount point.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
     /// Nothing is mounted there.
@@ -145,14 +145,14 @@ pub enum MountError {
         /// The path.
         path: PathBuf,
     },
-    /// Something else is mounted there.
+    /// Another kind of file system is mounted there.
     #[error("{path} is a mount of type {found}, not of {expected}", path = .path.display())]
     ForeignMount {
         /// The path.
         path: PathBuf,
-        /// What is mounted.
+        /// The type of the mount.
         found: String,
-        /// What should be.
+        /// The expected type.
         expected: &'static str,
     },
     /// The mount frees no pages.
@@ -166,7 +166,7 @@ pub enum MountError {
     Commit {
         /// The mount point.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
     /// The last messages of the mount could not be read.
@@ -174,7 +174,7 @@ pub enum MountError {
     Log {
         /// The mount point.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: Errno,
     },
     /// Files in the mount are open, or a process is in it.
@@ -188,13 +188,13 @@ pub enum MountError {
     Unmount {
         /// The mount point.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: Errno,
     },
     /// The table of mounts could not be read.
     #[error("read the table of mounts")]
     MountTable {
-        /// Why.
+        /// The cause.
         source: ProcError,
     },
 }

@@ -1,10 +1,10 @@
 //! Answering a reader on the processor that it runs on.
 //!
-//! A program that calls read(2) sleeps until it has its answer. If the thread that answers
-//! runs on the same processor, the one goes on where the other stops. On another processor,
-//! each has to wake up a processor that has gone idle meanwhile, which takes several times as
-//! long as a small read. The kernel prefers the other one, since it does not know that the
-//! waker is about to sleep.
+//! A program that calls read(2) sleeps until it has its answer. If the answering thread runs on
+//! the same processor, each continues when the other stops. On different processors, each must
+//! wake up a processor that has gone idle, which takes several times as long as a small read. The
+//! kernel prefers a different processor, because it does not know that the waker is about to
+//! sleep.
 
 use std::{
     cell::Cell,
@@ -18,18 +18,17 @@ use crate::{proc, sys::task, units::HostPid};
 /// The thread that calls the kernel (`sched_setaffinity(2)`).
 const THIS_THREAD: HostPid = HostPid(0);
 
-/// Requests in a row of one reader after which its processor is looked for.
+/// Consecutive requests of one reader before its processor is looked up.
 const REQUESTS: u32 = 32;
 
-/// Requests after which it is looked for again: this takes 5 to 10 us, and readers seldom
-/// move.
+/// Requests before the next lookup: it takes 5 to 10 us, and readers seldom move.
 const LOOK_AGAIN: u32 = 256;
 
 /// No processor.
 const NONE: u32 = u32::MAX;
 
-/// The longest request for the page cache that its reader is likely to wait for. Longer ones
-/// are read ahead, while the reader works on what it has.
+/// The longest request for the page cache for which a reader is likely to wait. Longer ones are
+/// readahead, while the reader works on earlier bytes.
 const WAITED_FOR_BYTES: usize = 64 << 10;
 
 thread_local! {
@@ -43,19 +42,19 @@ pub(super) struct Follower {
     /// The processors that the daemon may run on, a bit each; empty if that is not known.
     all: Vec<u64>,
     recent: Recent,
-    /// Where the reader was when it was looked for.
+    /// The reader's processor at the last lookup.
     processor: AtomicU32,
 }
 
 impl Follower {
-    /// Starts with the processors that the caller may run on.
+    /// Starts with the processors on which the caller may run.
     pub(super) fn new() -> Self {
         let all = task::affinity(THIS_THREAD).unwrap_or_default();
         Self { all, recent: Recent::default(), processor: AtomicU32::new(NONE) }
     }
 
-    /// The thread `reader` reads `size` bytes, and waits for them unless they are for the
-    /// page cache.
+    /// Notes that the thread `reader` reads `size` bytes; it waits for them unless they are for
+    /// the page cache.
     pub(super) fn reads(&self, reader: u32, size: usize, for_page_cache: bool) {
         let waits = !for_page_cache || size <= WAITED_FOR_BYTES;
         let Some(requests) = self.recent.note(reader, waits) else { return self.bind(None) };
@@ -69,7 +68,7 @@ impl Follower {
         }
     }
 
-    /// Returns the processor that a thread runs on, or will when it wakes up.
+    /// Returns the processor on which a thread runs, or will run when it wakes up.
     fn processor_of(&self, tid: u32) -> Option<u32> {
         // A reader outside the daemon's pid namespace has the number 0.
         let tid = i32::try_from(tid).ok().filter(|tid| *tid > 0)?;
@@ -101,18 +100,18 @@ fn one(processor: u32) -> u64 {
     1 << (processor % u64::BITS)
 }
 
-/// Who has read recently. Threads that note at the same time may disturb each other's
-/// counts, which does no harm.
+/// The most recent reader. Threads that update it at the same time may spoil the count, which does
+/// no harm.
 #[derive(Debug, Default)]
 struct Recent {
     reader: AtomicU32,
-    /// Requests of this one in a row.
+    /// Consecutive requests of this reader.
     requests: AtomicU32,
 }
 
 impl Recent {
-    /// Notes a request, and returns how many this reader has made in a row before; `None` if
-    /// another one was the last, or if it does not wait.
+    /// Notes a request, and returns the number of consecutive requests of this reader before it;
+    /// `None` if the last one was of another reader, or if the reader does not wait.
     fn note(&self, reader: u32, waits: bool) -> Option<u32> {
         if self.reader.swap(reader, Ordering::Relaxed) != reader || !waits {
             self.requests.store(0, Ordering::Relaxed);

@@ -37,8 +37,8 @@ impl<T> Default for Numbered<T> {
     }
 }
 
-/// How all handles of an inode are read: the kernel refuses to mix pass-through and other
-/// reads, and wants the same backing file for all of them.
+/// How all handles of an inode are read: the kernel refuses to mix pass-through and other reads,
+/// and requires the same backing file for all of them.
 #[derive(Debug)]
 struct OpenInode {
     handles: usize,
@@ -58,8 +58,8 @@ impl Handles {
     /// Adds an open file. `register` registers its backing file with the kernel; it is
     /// called only for the first handle of the inode.
     ///
-    /// Returns the handle, and the backing file if the kernel reads from that alone, or the
-    /// reason why it does not.
+    /// Returns the handle; also the backing file if the kernel reads only from that, otherwise the
+    /// reason.
     pub(super) fn enter_file(
         &self,
         ino: Ino,

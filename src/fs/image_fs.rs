@@ -57,8 +57,8 @@ pub struct ImageFs {
 }
 
 impl ImageFs {
-    /// Shows `view`. With `pass_through`, the kernel itself reads files that are one
-    /// backing file, where it can, and files that `composer` makes.
+    /// Shows `view`. With `pass_through`, the kernel itself reads, if it can, files that are one
+    /// backing file and files that `composer` makes.
     pub(super) fn new(
         view: Arc<View>,
         device: OwnedFd,
@@ -82,10 +82,10 @@ impl ImageFs {
         self.punching.as_ref().is_some_and(|punching| punching.mode() == Punch::OnRead)
     }
 
-    /// Returns an extended attribute of a node. The root tells when pages are freed, and
-    /// whether some of the shown pages are gone. A directory tells where its images are, so
-    /// that a restore need not read them through the mount; but not in a mount that frees
-    /// pages, which a restore must not bypass.
+    /// Returns an extended attribute of a node. The attributes of the root say when pages are
+    /// freed, and whether some of the shown pages are gone. Those of a directory name the
+    /// directory of its images, so that a restore need not read them through the mount; a mount
+    /// that frees pages does not have this attribute, because a restore must not bypass it.
     pub(super) fn attribute(&self, ino: Ino, name: &OsStr) -> Option<Vec<u8>> {
         let chain = self.view.chain();
         match &self.punching {
@@ -143,8 +143,8 @@ impl ImageFs {
         Errno::EBADF
     }
 
-    /// Returns a file that is composed of the blocks of those in which `file` lies, to be
-    /// read instead; `None` for a file that is open already.
+    /// Returns a file to read instead of `file`, composed of the same blocks; `None` if `file` is
+    /// already open.
     pub(super) fn composed(&self, ino: Ino, file: &OpenFile) -> Option<Arc<File>> {
         // The kernel would read zeros where pages are freed.
         let wanted = self.pass_through && self.punching.is_none() && file.whole.is_none();
@@ -152,8 +152,8 @@ impl ImageFs {
         composer.file(ino, &*file.content, || self.view.path(ino))
     }
 
-    /// Registers the backing file of `file`, or the file that it was composed into, with
-    /// the kernel, which then reads from that without asking the daemon.
+    /// Registers the backing file of `file`, or its composed file, with the kernel, which then
+    /// reads it without asking the daemon.
     pub(super) fn register(
         &self,
         file: &OpenFile,
@@ -182,7 +182,7 @@ impl ImageFs {
 }
 
 impl ImageFs {
-    /// Answers a read, and returns how many bytes were read; `None` if it failed.
+    /// Answers a read, and returns the number of bytes; `None` if it failed.
     pub(super) fn answer_read(
         &self,
         req: &Request,
@@ -214,7 +214,7 @@ impl ImageFs {
     }
 }
 
-/// Returns how many file systems are stacked at the mount, including itself.
+/// Returns the number of stacked file systems at the mount, including itself.
 ///
 /// The images may be on an overlay, as in a container. Otherwise an overlay may be mounted
 /// on top, which a depth of 2 would forbid.

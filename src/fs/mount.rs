@@ -85,7 +85,7 @@ pub(super) fn mount_device(
         text.push_str(",allow_other");
     }
     let mut flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-    // For the kernel, punching holes is writing.
+    // The kernel treats the punching of holes as a write.
     flags.set(MsFlags::MS_RDONLY, options.punch.is_none());
     match mount(Some(source), mount_point, Some(FS_TYPE), flags, Some(text.as_str())) {
         Ok(()) => Ok(device.into()),
@@ -147,8 +147,7 @@ pub fn unmount(path: &Path, lazy: bool) -> Result<()> {
     unmount_device(&mount_of_ours(path)?, lazy)
 }
 
-/// Makes the mount at `path` free the pages that were punched and noted, and returns their
-/// number.
+/// Makes the mount at `path` free the recorded pages, and returns their number.
 ///
 /// # Errors
 /// [`MountError::NotMounted`], [`MountError::ForeignMount`],
@@ -177,17 +176,16 @@ pub fn log(path: &Path) -> Result<String> {
 /// A chain that is mounted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MountedChain {
-    /// The chain, as it was mounted.
+    /// The chain, as the user named it.
     pub chain: PathBuf,
-    /// Where.
+    /// The mount point.
     pub mount_point: PathBuf,
     /// The image directory that the root shows; `None` if pages of it are freed, or the
     /// mount belongs to another user.
     pub directory: Option<PathBuf>,
-    /// When pages are freed, if at all.
+    /// When the mount frees pages; `None` if it does not.
     pub punch: Option<String>,
-    /// The process that answers; `None` if it has ended, or the mount belongs to another
-    /// user.
+    /// The daemon; `None` if it has ended, or the mount belongs to another user.
     pub daemon: Option<u32>,
     /// Where it logs; `None` if it has ended, or the mount belongs to another user.
     pub log: Option<String>,
@@ -218,7 +216,7 @@ pub fn mounts() -> Result<Vec<MountedChain>> {
         .collect())
 }
 
-/// Returns the mount point that `path` is, which must be one of ours.
+/// Returns the mount point at `path`, which must be one of ours.
 fn mount_of_ours(path: &Path) -> Result<PathBuf> {
     let mount_point = resolve(path);
     let Some(mounted) = mounted_at(&mount_point)? else {
@@ -274,9 +272,9 @@ fn unmount_by_helper(mount_point: &Path, lazy: bool) -> Result<()> {
     Err(MountError::Helper { path: mount_point.to_owned(), message })
 }
 
-/// Returns the path that the table of mounts has for `path`.
+/// Returns the path under which the table of mounts has `path`.
 ///
-/// A mount whose file system has died cannot be looked at, only its parent.
+/// A mount whose daemon has died cannot be accessed, only its parent.
 fn resolve(path: &Path) -> PathBuf {
     if let Ok(path) = path.canonicalize() {
         return path;

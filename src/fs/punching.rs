@@ -20,10 +20,10 @@ use crate::{
     view::{Ino, View},
 };
 
-/// Bytes that were read and are freed together: journals are synced for each batch.
+/// Read bytes that are freed in one batch: journals are synced for each batch.
 const BATCH_BYTES: u64 = 16 << 20;
 
-/// Pages of which parts were read through one open file that are remembered.
+/// Partially read pages of one open file that are remembered.
 const PARTS_KEPT: usize = 64;
 
 /// When a mount frees pages.
@@ -61,8 +61,8 @@ struct State {
     freeing: Freeing,
     /// Pages of flat files that were punched, to be freed on commit.
     noted: HashMap<Ino, (Arc<FlatPages>, PageRanges)>,
-    /// Pages that the page cache was given, for processes that have mapped the file. They
-    /// are asked for again if the kernel drops them, as long as the file is open.
+    /// Pages that are in the page cache, for processes that have mapped the file. As long as the
+    /// file is open, the kernel may drop them and ask for them again.
     cached: HashMap<Ino, PageRanges>,
     /// Partially read pages, by handle.
     parts: HashMap<u64, Vec<Part>>,
@@ -76,7 +76,7 @@ struct Part {
 }
 
 impl Punching {
-    /// Prepares all files that hold pages of the shown snapshot; changes nothing.
+    /// Checks and opens all files that hold pages of the shown snapshot, without changes.
     ///
     /// # Errors
     /// What [`Freeing::prepare`] returns; an index that cannot be built.

@@ -1,4 +1,4 @@
-//! The last messages of a mount, which say why a read failed.
+//! The last messages of a mount, with the causes of failed reads.
 //!
 //! A reader gets only an errno, and not every machine has a system log. So the daemon keeps
 //! its last messages, and shows them as an attribute of the root of the mount
@@ -11,17 +11,17 @@ use std::{
 
 use log::Level;
 
-/// The extended attribute of a mount's root that has its last messages, a line each.
+/// The extended attribute of a mount's root that holds its last messages, one per line.
 pub const LOG_XATTR: &str = "user.imgfs.log";
 
 /// The extended attribute of a mount's root that says where all messages go.
 pub const PLACE_XATTR: &str = "user.imgfs.log-place";
 
-/// Bytes of messages that are kept: less than an attribute can have (`XATTR_SIZE_MAX`,
+/// The most bytes of all messages: less than an attribute can hold (`XATTR_SIZE_MAX`,
 /// `linux/limits.h`).
 const KEPT_BYTES: usize = 48 << 10;
 
-/// Bytes of a message that are kept.
+/// The most bytes of one message.
 const LINE_BYTES: usize = 4 << 10;
 
 static RECENT: Mutex<Recent> = Mutex::new(Recent { lines: VecDeque::new(), bytes: 0 });
@@ -51,13 +51,13 @@ struct Line {
     /// When it was logged first.
     time: String,
     text: String,
-    /// How often it was logged in a row.
+    /// The number of consecutive times it was logged.
     times: u64,
 }
 
 impl Recent {
     fn note(&mut self, time: String, mut text: String) {
-        // A reader that tries again and again would push out all other messages.
+        // A reader that retries would push out all other messages.
         if let Some(same) = self.lines.iter_mut().find(|line| line.text == text) {
             same.times += 1;
             return;

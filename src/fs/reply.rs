@@ -27,10 +27,10 @@ const MAX_FILES: usize = 32;
 /// Bytes in the header of an answer (`struct fuse_out_header`, `linux/fuse.h`).
 const HEADER_BYTES: usize = 16;
 
-/// Answers to reads whose bytes the kernel copies from mappings of the backing
-/// files to the reader, piece by piece.
+/// Answers to reads. The kernel copies the bytes from mappings of the backing files to the reader,
+/// piece by piece.
 ///
-/// `fuser` takes an answer in one piece only, so these are written past it.
+/// `fuser` accepts an answer only as one buffer, so these answers bypass it.
 #[derive(Debug)]
 pub(super) struct MappedReply {
     device: OwnedFd,
@@ -43,8 +43,8 @@ impl MappedReply {
         Self { device }
     }
 
-    /// Answers a read of `size` bytes of `content` from `offset` on; gives the reply back
-    /// if it cannot. Returns how many bytes the reader got, if any. Messages call the file
+    /// Answers a read of `size` bytes of `content` from `offset`; gives the reply back if it
+    /// cannot. Returns the number of bytes that the reader got, if any. Messages call the file
     /// `path`.
     pub(super) fn answer(
         &self,
@@ -69,7 +69,7 @@ impl MappedReply {
         let mut read = None;
         match written {
             Some(Ok(_)) => read = Some(len as u64),
-            // The reader has got an input/output error from the kernel.
+            // The kernel has answered the reader with an input/output error.
             Some(Err(Errno::EFAULT)) => error!(
                 "read {}: {len:#x} bytes at {offset:#x}: a page of {} could not be read, or was \
                  cut off in this moment (EIO)",
@@ -78,7 +78,7 @@ impl MappedReply {
             ),
             // The reader was killed.
             Some(Err(Errno::ENOENT)) => debug!("no reader waits for request {request:?}"),
-            // The kernel did not take it as an answer.
+            // The kernel did not accept the answer.
             Some(Err(_)) | None => return Err(reply),
         }
         // Dropping it would answer a second time.
@@ -109,8 +109,8 @@ fn header(request: RequestId, len: usize) -> [u8; HEADER_BYTES] {
     header
 }
 
-/// Whether every byte is in its file now: behind the end of a file, a mapping holds zeros
-/// up to the end of the page.
+/// Whether every byte is still in its file: behind the end of a file, a mapping reads as zeros up
+/// to the end of the page.
 fn all_there(runs: &[Run]) -> bool {
     let mut ends: Vec<(&Arc<BackingFile>, u64)> = Vec::new();
     for run in runs {

@@ -28,23 +28,23 @@ use crate::{causes::with_sources, sys::reader::Reader, view::View};
 /// KiB.
 const READ_AHEAD_KB: u32 = 1024;
 
-/// How a chain is mounted.
+/// Options of a mount.
 #[derive(Clone, Debug)]
 pub struct MountOptions {
     /// Whether all users may look at the mount, or only the user who mounts it.
     pub allow_other: bool,
-    /// How many threads serve requests.
+    /// The number of threads that serve requests.
     pub threads: NonZeroUsize,
-    /// Whether the kernel may read files that are one backing file by itself.
+    /// Whether the kernel may itself read files that are one backing file.
     pub pass_through: bool,
     /// When files that lie in several images are composed of their blocks.
     pub compose: Compose,
-    /// The directory in which they are composed, if not that of the snapshot shown.
+    /// The directory in which files are composed, if not that of the shown snapshot.
     pub compose_dir: Option<PathBuf>,
     /// Whether and when pages of the shown snapshot are freed.
     pub punch: Option<Punch>,
-    /// The user whose rights files are opened with, if not those of the process. The caller
-    /// has already assumed them.
+    /// The user with whose rights files are opened, if not those of the process. The caller has
+    /// already assumed them.
     pub reader: Option<Reader>,
 }
 
@@ -73,8 +73,8 @@ pub struct Session {
 }
 
 impl Session {
-    /// Mounts `view` at `mount_point`; `chain_path` is what the table of mounts
-    /// calls it. From then on, requests wait for [`Session::run`].
+    /// Mounts `view` at `mount_point`, with `chain_path` as its source in the table of mounts.
+    /// From then on, requests wait for [`Session::run`].
     ///
     /// # Errors
     /// What keeps the chain from being mounted, or its pages from being freed if they
@@ -91,8 +91,8 @@ impl Session {
             rights(mount_point, Reader::put_off)?;
         }
         let mount_point = check_mount_point(mount_point, chain_path, view.chain())?;
-        // From the moment in which it is mounted, a signal must not end us and
-        // leave the mount behind: it waits until `run` waits for it.
+        // Once the chain is mounted, a signal must not end us and leave the mount behind. It stays
+        // pending until `run` waits for it.
         ending_signals().thread_block().map_err(|errno| MountError::Handshake {
             path: mount_point.clone(),
             source: errno.into(),
@@ -118,11 +118,10 @@ impl Session {
         let fs = ImageFs::new(view, answers, options.pass_through, composer, punching);
         let mut config = fuser::Config::default();
         config.n_threads = Some(options.threads.get());
-        // The kernel lets in only the owner if others are not allowed.
+        // Without this option, the kernel lets only the owner in.
         let acl = fuser::SessionACL::All;
         let fuse = fuser::Session::from_fd(fs, device, acl, config).map_err(failed)?;
-        // A page that was only read ahead has not reached the restore yet, so it must not
-        // be freed.
+        // A page from readahead has not reached the restore yet, so it must not be freed.
         let read_ahead = if options.punch == Some(Punch::OnRead) { 0 } else { READ_AHEAD_KB };
         set_read_ahead(&mount_point, read_ahead);
         if let Some(reader) = options.reader {
@@ -167,7 +166,7 @@ impl Session {
         let gone = !is_ours(&self.mount_point, device);
         info!("unmounted from {}", self.mount_point.display());
         match result {
-            // How the last request ended does not matter to a mount that is gone.
+            // The result of the last request does not matter once the mount has gone.
             Err(error) if gone => {
                 debug!("the connection ended with: {error}");
                 Ok(())
@@ -177,7 +176,7 @@ impl Session {
     }
 }
 
-/// Changes the user whose rights files are opened with.
+/// Changes the user with whose rights files are opened.
 fn rights(mount_point: &Path, change: impl FnOnce() -> io::Result<()>) -> Result<()> {
     change().map_err(|source| MountError::Rights { path: mount_point.to_owned(), source })
 }

@@ -1,4 +1,4 @@
-//! What container engines export beside the images of a container.
+//! Files that container engines export beside the images of a container.
 
 use super::StoredFile;
 
@@ -11,7 +11,7 @@ pub struct Beside {
     pub file: Box<dyn StoredFile>,
 }
 
-/// The file that tells that a container engine exported the images.
+/// The file by which exports of container engines are recognized.
 pub(super) const CONFIG: &str = "config.dump";
 
 /// Files that Podman and CRI-O write beside the images, [`CONFIG`] among them.
@@ -28,5 +28,5 @@ pub(super) const FILES: [&str; 10] = [
     "status.dump",
 ];
 
-/// Directories that they write there.
+/// Directories that they write beside the images.
 pub(super) const FOLDERS: [&str; 2] = ["artifacts", "volumes"];

@@ -1,11 +1,10 @@
-//! Where the images of a snapshot are stored.
+//! Stores of images.
 //!
-//! Readers ask an [`ImageStore`] for images by kind and number, never for a path or a
-//! descriptor. A store is a [`Directory`], or an archive that is read in place. Others will
-//! follow: an object store that serves ranges of bytes, a stream that is written once and in
-//! order. Code that needs what only a directory can do asks for it
-//! ([`ImageStore::directory`], [`StoredFile::file`]), and falls back or reports an error
-//! without it.
+//! Readers ask an [`ImageStore`] for images by kind and number, never for a path or a descriptor.
+//! A store is a [`Directory`], or an archive that is read in place. Others will follow: an object
+//! store that serves ranges of bytes, a stream that is written once and in order. Code that needs
+//! a real directory or file asks for it ([`ImageStore::directory`], [`StoredFile::file`]); without
+//! one, it falls back or reports an error.
 
 mod archive;
 mod beside;
@@ -40,7 +39,7 @@ pub(super) use directory::open_file;
 /// A store with several owners.
 pub type Store = Arc<dyn ImageStore>;
 
-/// What a path leads to.
+/// The images at a path.
 #[derive(Debug)]
 pub enum Found {
     /// A snapshot.
@@ -56,13 +55,13 @@ pub enum Found {
 pub struct Opening {
     /// Archives that hold the parents of snapshots in an archive.
     pub previous: Vec<PathBuf>,
-    /// Where compressed archives are unpacked.
+    /// The cache for compressed archives.
     pub cache: Cache,
-    /// Who is told of that.
+    /// The receiver of progress reports.
     pub progress: Progress,
 }
 
-/// What is told of work that takes long: bytes that are done, and all bytes.
+/// Receives the progress of long work: the bytes done, and all bytes.
 #[derive(Default)]
 pub struct Progress(pub Option<Box<dyn Fn(u64, u64)>>);
 
@@ -159,7 +158,7 @@ pub trait ImageStore: fmt::Debug + Send + Sync {
     /// The cause.
     fn list(&self) -> io::Result<Vec<String>>;
 
-    /// Returns how many bytes all files together occupy in the store.
+    /// Returns the number of bytes that all files together occupy in the store.
     ///
     /// # Errors
     /// The cause.
@@ -202,7 +201,7 @@ pub struct Input {
     pub bytes: Box<dyn Stream>,
     /// Its length.
     pub len: u64,
-    /// About how many of its bytes are stored; the others are holes.
+    /// The approximate number of stored bytes; the others are holes.
     pub allocated: u64,
 }
 
@@ -219,8 +218,8 @@ pub trait StoredFile: fmt::Debug + Send + Sync {
     /// The cause.
     fn stat(&self) -> io::Result<Stat>;
 
-    /// Reads bytes from `offset` on into `buffers`, in order, and returns their number: 0
-    /// only at the end of the file. One call is one request to the store.
+    /// Reads bytes from `offset` into `buffers`, in order, and returns their number: 0 only at the
+    /// end of the file. One call is one request to the store.
     ///
     /// # Errors
     /// The cause.
@@ -240,19 +239,17 @@ pub trait StoredFile: fmt::Debug + Send + Sync {
         })
     }
 
-    /// Returns the file of this machine that this is, for what only those can: to be passed
-    /// through FUSE.
+    /// Returns the underlying file of this machine, for pass-through by FUSE.
     fn file(&self) -> Option<&File>;
 
-    /// Returns the file of this machine in which this lies in a row, and where it begins
-    /// there, for what works with a part of a file, too: to be mapped, or copied within the
-    /// kernel.
+    /// Returns the file of this machine that contains this one contiguously, and the offset in it,
+    /// for operations that work with a part of a file: mapping, or copying in the kernel.
     fn within(&self) -> Option<(&File, u64)> {
         self.file().map(|file| (file, 0))
     }
 }
 
-/// What [`StoredFile::seek`] looks for.
+/// The target of [`StoredFile::seek`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Whence {
     /// The next stored byte.
@@ -261,7 +258,7 @@ pub enum Whence {
     Hole,
 }
 
-/// A parent link that leads to no snapshot.
+/// A parent link that does not lead to a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BrokenLink {
     /// The target of the link.

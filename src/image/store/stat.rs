@@ -13,7 +13,7 @@ pub struct Stat {
     pub is_file: bool,
     /// Its length in bytes.
     pub len: u64,
-    /// How many bytes it occupies where it is stored.
+    /// The number of bytes that it occupies in its store.
     pub allocated: u64,
     /// Permission bits, without the type.
     pub mode: u16,
@@ -32,7 +32,7 @@ pub struct Stat {
 }
 
 impl Stat {
-    /// Whether it occupies as many bytes as it is long, so that it has no holes.
+    /// Whether it occupies at least its length, so that it has no holes.
     pub fn is_dense(&self) -> bool {
         self.allocated >= self.len
     }

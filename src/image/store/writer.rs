@@ -1,4 +1,4 @@
-//! Where the images of a new snapshot go.
+//! Stores that take the images of a new snapshot.
 
 use std::{
     fmt,

@@ -1,13 +1,13 @@
-//! Where compressed archives are unpacked, once.
+//! The cache of unpacked archives.
 //!
-//! What is kept is the tar archive, and not its members, so that no name in it becomes a
-//! path. The directory is for its owner alone, since memory is secret. A file is called
-//! after what tells its archive from all others, so that one that was replaced or changed
-//! is unpacked anew. While it is unpacked it has another name, and a lock beside it
-//! (`flock(2)`) for which other processes wait that want it, too: so a process that is killed
-//! leaves nothing that others take for whole, or that keeps them from unpacking. Each process that
-//! reads an unpacked file holds a shared lock on it. Where room is needed, unlocked files are
-//! removed, the least recently used first.
+//! The cache holds tar archives, not their members, so that no name in an archive becomes a path.
+//! Only its owner can access the directory, because memory is secret. The name of a file
+//! identifies its archive and the archive's state, so that a replaced or changed archive is
+//! unpacked again. While a process unpacks a file, the file has another name, and a lock beside it
+//! (`flock(2)`) for which other processes wait that need the same archive. So a process that is
+//! killed leaves no file that others consider complete, and no lock. Each process that reads an
+//! unpacked file holds a shared lock on it. To make room, a process removes unlocked files, the
+//! least recently used first.
 
 use std::{
     env,
@@ -30,10 +30,10 @@ use crate::{
     units::BLOCK_BYTES,
 };
 
-/// How many bytes the unpacked archives may take unless the user says otherwise.
+/// The largest size of all unpacked archives, unless the user sets another.
 const LIMIT_BYTES: u64 = 32 << 30;
 
-/// Of root, which need not have a home.
+/// The cache of root, which may have no home directory.
 const SYSTEM_DIRECTORY: &str = "/var/cache";
 
 const NAME: &str = "imgfs";
@@ -41,14 +41,14 @@ const NAME: &str = "imgfs";
 /// Permissions of the directory.
 const DIRECTORY_MODE: u32 = 0o700;
 
-/// Permission bits that others must not have there.
+/// Permission bits of other users, which the directory must not have.
 const OTHERS: u32 = 0o077;
 
 /// Permissions of the files.
 const FILE_MODE: u32 = 0o600;
 
-/// What unpacked archives are called, those that are not whole, and the lock of the process
-/// that unpacks.
+/// Extensions of unpacked archives, of incomplete ones, and of the lock of the process that
+/// unpacks.
 const WHOLE: &str = "tar";
 const UNFINISHED: &str = "part";
 const TURN: &str = "lock";
@@ -56,15 +56,15 @@ const TURN: &str = "lock";
 /// Bytes unpacked at a time.
 const STEP_BYTES: usize = 1 << 18;
 
-/// The least zeros that are left out as a hole: the block of most file systems.
+/// The smallest run of zeros that becomes a hole: a block of most file systems.
 const HOLE_BYTES: usize = 4096;
 
-/// Where compressed archives are unpacked.
+/// The place of unpacked archives, and its limit.
 #[derive(Clone, Debug)]
 pub struct Cache {
     /// The directory, if not the user's usual one.
     pub directory: Option<PathBuf>,
-    /// How many bytes all unpacked archives may take.
+    /// The largest size of all unpacked archives.
     pub limit: u64,
 }
 
@@ -83,16 +83,15 @@ pub(super) fn key(stat: &Stat, part: Option<(u64, u64)>) -> String {
     format!("{device:x}-{inode:x}-{:x}-{modified:x}-{changed:x}-{offset:x}-{len:x}", stat.len)
 }
 
-/// A file of the cache that stays there while this lives.
+/// A file that stays in the cache until this is dropped.
 pub(super) type Held = Flock<File>;
 
 impl Cache {
-    /// Returns the unpacked archive called `key`, which `decoder` reads if it has to be
-    /// unpacked.
+    /// Returns the unpacked archive called `key`; unpacks it with `decoder` if necessary.
     ///
     /// # Errors
-    /// A directory that is not the user's alone; an archive that is damaged, or larger than
-    /// the limit; what keeps it from being written.
+    /// A directory that other users can access; an archive that is damaged, or larger than the
+    /// limit; a failed write.
     pub(super) fn unpacked(
         &self,
         key: &str,
@@ -119,7 +118,7 @@ impl Cache {
             }
             let turn = lock(open_file(&turn_path)?, FlockArg::LockExclusive)?;
             if !is_there(&turn) || whole.exists() {
-                // The process that we waited for is done.
+                // The process that we waited for has finished.
                 continue;
             }
             let unpacked = open_file(&part).and_then(|file| {
@@ -160,10 +159,10 @@ impl Cache {
     }
 
     /// Unpacks an archive into a file without a name, for a program that reads with the rights of
-    /// another user, who must not get into this user's cache.
+    /// another user, who must not have access to this user's cache.
     ///
     /// # Errors
-    /// An archive that is damaged, or larger than the limit; what keeps it from being written.
+    /// An archive that is damaged, or larger than the limit; a failed write.
     pub(super) fn unnamed(&self, decoder: Box<dyn Read>) -> io::Result<Held> {
         let dir = env::temp_dir();
         let mut options = File::options();
@@ -173,8 +172,8 @@ impl Cache {
         lock(file, FlockArg::LockShared)
     }
 
-    /// Unpacks an archive into `file`, and removes as many of the other files of the cache, the last
-    /// ones first, as that takes.
+    /// Unpacks an archive into `file`. To make room, removes other files of the cache, the last
+    /// ones first.
     fn unpack(
         &self,
         mut others: Vec<Other>,
@@ -219,7 +218,7 @@ impl Cache {
     }
 }
 
-/// Returns the user's directory for caches, as the XDG Base Directory Specification has it.
+/// Returns the user's cache directory, according to the XDG Base Directory Specification.
 fn usual_directory() -> io::Result<PathBuf> {
     let absolute =
         |name: &str| env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
@@ -297,7 +296,7 @@ fn is_there(file: &File) -> bool {
     file.metadata().is_ok_and(|found| found.nlink() > 0)
 }
 
-/// Fills `buffer`, and returns how many bytes there were: fewer only at the end.
+/// Fills `buffer`, and returns the number of bytes: fewer only at the end.
 fn fill(decoder: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
     let mut done = 0;
     while done < buffer.len() {

@@ -16,17 +16,17 @@ use super::{
 };
 use crate::image::store::StoredFile;
 
-/// What the frames of zstd begin with (RFC 8878, 3.1.1), as a little-endian number.
+/// The magic of zstd frames (RFC 8878, 3.1.1), as a little-endian number.
 const ZSTD_MAGIC: u32 = 0xfd2f_b528;
 
-/// What frames begin with that decoders skip (RFC 8878, 3.1.2), without the lowest four bits.
+/// The magic of skippable frames (RFC 8878, 3.1.2), without the lowest four bits.
 const SKIPPABLE_MAGIC: u32 = 0x184d_2a50;
 const SKIPPABLE_BITS: u32 = 0xf;
 
-/// What gzip files begin with (RFC 1952, 2.3.1).
+/// The magic of gzip files (RFC 1952, 2.3.1).
 const GZIP_MAGIC: &[u8] = &[0x1f, 0x8b];
 
-/// Other programs' files that a person may take for a tar archive, and how they begin.
+/// Formats that a user may mistake for a tar archive, with their magic.
 const OTHERS: [(&[u8], &str); 5] = [
     (b"\xfd7zXZ\0", "compressed with xz"),
     (b"BZh", "compressed with bzip2"),
@@ -38,7 +38,7 @@ const OTHERS: [(&[u8], &str); 5] = [
 /// Bytes read at a time.
 const BUFFER_BYTES: usize = 1 << 18;
 
-/// How an archive is stored.
+/// The compression of an archive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Format {
     Tar,
@@ -47,7 +47,7 @@ pub(super) enum Format {
 }
 
 impl Format {
-    /// Finds out by the first bytes of a file.
+    /// Recognizes the compression by the first bytes of a file.
     ///
     /// # Errors
     /// [`ArchiveError::Format`], [`ArchiveError::Read`].
@@ -74,7 +74,7 @@ impl Format {
         Err(ArchiveError::Format { found: other.map_or("of another kind", |(_, name)| name) })
     }
 
-    /// Returns the bytes of the archive that is stored in `file`.
+    /// Returns a reader of the archive that `file` stores.
     pub(super) fn decoder(self, file: Base) -> Box<dyn Read> {
         let source = BufReader::with_capacity(BUFFER_BYTES, Sequential::new(file));
         match self {
@@ -89,7 +89,7 @@ fn is_skippable(magic: u32) -> bool {
     magic & !SKIPPABLE_BITS == SKIPPABLE_MAGIC
 }
 
-/// The bytes of frames of zstd, one after the other.
+/// Reads the contents of consecutive zstd frames.
 pub(super) struct Frames<R> {
     source: R,
     decoder: FrameDecoder,
@@ -102,7 +102,7 @@ impl<R: BufRead> Frames<R> {
         Self { source, decoder: FrameDecoder::new(), inside: false }
     }
 
-    /// Begins the next frame; false at the end.
+    /// Starts the next frame; false at the end.
     fn begin(&mut self) -> io::Result<bool> {
         loop {
             if self.source.fill_buf()?.is_empty() {
@@ -156,7 +156,7 @@ pub(super) fn invalid(error: impl Into<Box<dyn std::error::Error + Send + Sync>>
     io::Error::new(io::ErrorKind::InvalidData, error)
 }
 
-/// A stored file that tells how much of it was read.
+/// A stored file that counts the bytes read from it.
 #[derive(Debug)]
 pub(super) struct Counted {
     file: Base,

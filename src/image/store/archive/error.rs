@@ -1,8 +1,8 @@
-//! What can be wrong with an archive.
+//! Errors of archives.
 
 use std::io;
 
-/// Why an archive is not read.
+/// Errors of reading an archive.
 #[derive(Debug, thiserror::Error)]
 pub enum ArchiveError {
     /// The archive's bytes could not be read.
@@ -10,15 +10,15 @@ pub enum ArchiveError {
     Read {
         /// The offset in the unpacked archive.
         offset: u64,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
-    /// What should be a header is none.
+    /// No header at an offset where one must be.
     #[error("no tar header at offset {offset:#x}: {problem}")]
     Header {
-        /// Where it should be.
+        /// Its offset.
         offset: u64,
-        /// What is wrong with it.
+        /// The defect.
         problem: &'static str,
     },
     /// The archive ends inside a member.
@@ -29,9 +29,9 @@ pub enum ArchiveError {
     CutShort {
         /// The member.
         member: String,
-        /// Where its bytes should end.
+        /// The end of its bytes.
         wanted: u64,
-        /// Where the archive does.
+        /// The end of the archive.
         end: u64,
     },
     /// The archive has no block of zeros at its end.
@@ -39,17 +39,17 @@ pub enum ArchiveError {
         "the archive is cut short: expected another member or the end mark at offset {offset:#x}"
     )]
     NoEnd {
-        /// Where they should be.
+        /// Their offset.
         offset: u64,
     },
-    /// A name that a checkpoint's archive does not have.
+    /// A name that no archive of a checkpoint has.
     #[error("member {member:?} at offset {offset:#x}: {problem}")]
     Name {
         /// The name.
         member: String,
-        /// Where its header is.
+        /// The offset of its header.
         offset: u64,
-        /// What is wrong with it.
+        /// The defect.
         problem: &'static str,
     },
     /// A member that is neither a file nor a directory.
@@ -57,9 +57,9 @@ pub enum ArchiveError {
     Type {
         /// The name.
         member: String,
-        /// Where its header is.
+        /// The offset of its header.
         offset: u64,
-        /// What it is, and what to do.
+        /// Its type, and a remedy.
         what: String,
     },
     /// Two members have one name.
@@ -67,10 +67,10 @@ pub enum ArchiveError {
     Twice {
         /// The name.
         member: String,
-        /// Where the second one's header is.
+        /// The offset of the second header.
         offset: u64,
     },
-    /// A member that is said to be sparse, with a map that makes no sense.
+    /// A sparse member with an invalid map.
     #[error("sparse member {member:?}: {problem}")]
     Sparse {
         /// The name.
@@ -78,12 +78,12 @@ pub enum ArchiveError {
         /// What is wrong with its map.
         problem: &'static str,
     },
-    /// The archive has more of something than is read.
+    /// The archive exceeds a limit.
     #[error("the archive has more than {limit} {what}")]
     TooMany {
-        /// Of what.
+        /// The objects.
         what: &'static str,
-        /// How many are read.
+        /// The largest number.
         limit: usize,
     },
     /// The archive unpacks to more than the cache may hold.
@@ -95,12 +95,12 @@ pub enum ArchiveError {
         /// The limit.
         limit: u64,
     },
-    /// A document of an OCI image layout makes no sense.
+    /// A document of an OCI image layout is malformed.
     #[error("{file} of the OCI image layout: {problem}")]
     Layout {
         /// Its path in the layout.
         file: String,
-        /// What is wrong with it.
+        /// The defect.
         problem: &'static str,
     },
     /// A file of an OCI image layout could not be read.
@@ -108,7 +108,7 @@ pub enum ArchiveError {
     LayoutFile {
         /// Its path in the layout.
         file: String,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
     /// An OCI image layout has no image of a checkpoint.
@@ -117,10 +117,10 @@ pub enum ArchiveError {
          Podman, CRI-O or checkpointctl"
     )]
     NoCheckpoint,
-    /// The file is something else.
+    /// The file has another type or format.
     #[error("it is {found}; expected a directory, or an archive: tar, tar.gz or tar.zst")]
     Format {
-        /// What it is.
+        /// Its type.
         found: &'static str,
     },
 }

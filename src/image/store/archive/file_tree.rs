@@ -1,7 +1,7 @@
-//! The contents of a file system, which an image holds as a compressed archive.
+//! The contents of a file system that an image holds as a compressed archive.
 //!
-//! CRIU packs what is in a tmpfs with GNU tar and gzip. The archive is unpacked into the cache, like
-//! one that holds images, and is then read in place.
+//! CRIU packs the contents of a tmpfs with GNU tar and gzip. Like an archive of images, this one
+//! is unpacked into the cache and read in place.
 
 use std::{io, sync::Arc};
 
@@ -19,7 +19,7 @@ use crate::image::store::{ImageStore, Stat, StoredFile};
 pub struct FileTree {
     archive: Base,
     members: Members,
-    /// Of the image.
+    /// The metadata of the image.
     stat: Stat,
 }
 
@@ -30,12 +30,12 @@ pub enum TreeEntry {
     Directory,
     /// A regular file.
     File,
-    /// A symbolic link, and where it leads, which can be anywhere.
+    /// A symbolic link with its target, which can be anywhere.
     Link(String),
 }
 
 impl FileTree {
-    /// Reads the names in the archive that the image called `file` is.
+    /// Reads the names in the archive that is stored in the image `file`.
     ///
     /// # Errors
     /// What keeps the image from being read or unpacked; [`super::ArchiveError`], as the source of an
@@ -56,7 +56,7 @@ impl FileTree {
         Ok(Self { archive, members, stat })
     }
 
-    /// Returns how many device nodes, FIFOs and sockets the file system had, which are not shown.
+    /// Returns the number of device nodes, FIFOs and sockets, which are not shown.
     pub fn special(&self) -> usize {
         self.members.special
     }

@@ -1,8 +1,8 @@
-//! The members of a tar archive, by directory: read once, without their bytes.
+//! The members of a tar archive by directory, from one pass over its headers.
 //!
-//! Headers are taken apart by the crate `tar`, which reads archives as streams. Here only
-//! headers are read, at any place, so that members can be read in place later; and every
-//! length and name in them is distrusted.
+//! The crate `tar`, which reads archives as streams, decodes the headers. This module reads only
+//! headers, at any offset, so that members can be read in place later. It trusts no length and no
+//! name.
 
 use std::{
     borrow::Cow,
@@ -36,14 +36,13 @@ const COMPONENT_BYTES: usize = 255;
 /// The longest block of pax records that is read. Extended attributes are in them, too.
 const PAX_BYTES: u64 = 1 << 20;
 
-/// How many members and directories an archive may have: chains of 10,000 snapshots have fewer.
+/// The most members and directories in an archive; chains of 10,000 snapshots have fewer.
 const MEMBERS: usize = 1 << 20;
 
-/// How many bytes the paths of all members and directories, and the targets of links, may have
-/// together.
+/// The most bytes in all paths of members and directories and all targets of links together.
 const PATHS_BYTES: usize = 1 << 26;
 
-/// How many extents all sparse members of an archive may have together.
+/// The most extents in all sparse members of an archive together.
 const EXTENTS: usize = 1 << 22;
 
 /// A file in an archive.
@@ -53,7 +52,7 @@ pub(super) struct Member {
     pub(super) modified: SystemTime,
 }
 
-/// What is in a directory of an archive.
+/// An entry of a directory in an archive.
 #[derive(Clone, Debug)]
 pub(super) enum Node {
     File(Member),
@@ -73,22 +72,22 @@ pub(super) struct Members {
     paths_bytes: usize,
     extents: usize,
     rules: Rules,
-    /// How many device nodes, FIFOs and sockets were left out.
+    /// The number of omitted device nodes, FIFOs and sockets.
     pub(super) special: usize,
 }
 
-/// Which members an archive may have.
+/// The members that an archive may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Rules {
-    /// Those of a checkpoint: names and links that stay inside, and nothing but files,
-    /// directories and symbolic links.
+    /// Those of a checkpoint: only files, directories and symbolic links, with names and targets
+    /// that stay inside.
     Checkpoint,
-    /// Those of any file system. Links may lead anywhere, since they are only shown. Special
-    /// files are left out.
+    /// Those of any file system. Links may lead anywhere, because they are only shown. Special
+    /// files are omitted.
     FileSystem,
 }
 
-/// What the headers before a member's own say of it.
+/// The fields of a member from the headers before its own.
 #[derive(Default)]
 struct Extra {
     path: Option<Vec<u8>>,
@@ -107,7 +106,7 @@ impl Members {
     /// Reads all headers of an archive.
     ///
     /// # Errors
-    /// Whatever the rules do not allow.
+    /// A member that the rules do not allow.
     pub(super) fn read(archive: &dyn StoredFile, rules: Rules) -> Result<Self> {
         let failed = |source| ArchiveError::Read { offset: 0, source };
         let end = archive.stat().map_err(failed)?.len;
@@ -133,7 +132,7 @@ impl Members {
             if let Some(larger) = extra.size.filter(|_| !is_meta) {
                 size = larger;
             }
-            // Links and directories may say how long a file is that does not follow.
+            // The header of a link or directory may have a length without data that follow.
             if kind.is_hard_link() || kind.is_symlink() || kind.is_dir() {
                 size = 0;
             }
@@ -171,7 +170,8 @@ impl Members {
         self.folders.iter().map(|(path, folder)| (path.as_str(), folder))
     }
 
-    /// Enters a member, and returns where the next header is if its size does not say so.
+    /// Adds a member; returns the offset of the next header if the member's size does not
+    /// determine it.
     fn enter(&mut self, entry: &Entry, extra: Extra) -> Result<Option<u64>> {
         let name = extra.sparse_name.as_deref().or(extra.path.as_deref());
         let name = name.map_or_else(|| entry.header.path_bytes().into_owned(), <[u8]>::to_owned);
@@ -268,7 +268,7 @@ impl Members {
             if self.rules == Rules::FileSystem {
                 return Ok((Some(Node::Link(target)), None));
             }
-            // What `parent` leads to may be in another archive.
+            // The target of `parent` may be in another archive.
             if last != PARENT_LINK && resolve(above, &target).is_none() {
                 let what = format!("a symbolic link that leads out of the archive, to {target:?}");
                 return Err(odd(&what));
@@ -322,7 +322,7 @@ impl Members {
         }
     }
 
-    /// Returns what a hard link leads to: a member before it, or one that was left out.
+    /// Returns the target of a hard link: an earlier member, or an omitted one.
     fn linked(&self, target: &[u8]) -> Option<Option<Node>> {
         let path = self.text(target)?;
         let parts = parts(&path).ok()?;
@@ -413,11 +413,11 @@ fn is_file(kind: EntryType) -> bool {
 pub(super) struct Entry<'a> {
     header: &'a Header,
     at: u64,
-    /// Where its data begins, and how long it is.
+    /// The offset and length of its data.
     pub(super) data: u64,
     pub(super) size: u64,
     pub(super) archive: &'a dyn StoredFile,
-    /// Where the archive ends.
+    /// The length of the archive.
     pub(super) end: u64,
 }
 
@@ -495,7 +495,7 @@ impl Extra {
             return Ok(());
         }
         if kind.is_pax_global_extensions() {
-            // Comments, such as the commit that `git archive` was asked for.
+            // Comments, such as the commit in an archive from `git archive`.
             return Ok(());
         }
         for record in PaxExtensions::new(&bytes) {
@@ -528,7 +528,7 @@ fn seconds(value: &[u8]) -> Option<Duration> {
     Duration::try_from_secs_f64(seconds).ok()
 }
 
-/// Takes a name of an archive apart.
+/// Splits a name of an archive into components.
 fn parts(name: &str) -> Result<Vec<&str>, &'static str> {
     if name.starts_with('/') {
         return Err("its name is absolute");
@@ -550,8 +550,8 @@ fn parts(name: &str) -> Result<Vec<&str>, &'static str> {
     Ok(parts)
 }
 
-/// Returns the path in the archive that a link in the directory `above` leads to; `None` if
-/// it leads out of the archive.
+/// Returns the path in the archive to which a link in the directory `above` leads; `None` if it
+/// leads out of the archive.
 pub(super) fn resolve(above: &[&str], target: &str) -> Option<String> {
     if target.starts_with('/') || target.is_empty() {
         return None;

@@ -1,9 +1,9 @@
-//! Images in an archive, which is read in place.
+//! Images in an archive that is read in place.
 //!
-//! A checkpoint as container engines export it is a tar archive. Its headers are read once;
-//! after that, each member is a stretch of the archive's file, and what maps, copies or reads
-//! a file of a directory does the same with that stretch. Nothing is unpacked, so that no
-//! name in an archive ever becomes a path.
+//! Container engines export a checkpoint as a tar archive. Its headers are read once. After that,
+//! each member is a range of the archive's file, and code that maps, copies or reads a file of a
+//! directory does the same with that range. No member is unpacked, so that no name in an archive
+//! ever becomes a path.
 
 mod cache;
 mod compressed;
@@ -44,20 +44,20 @@ use crate::{
     image::{Kind, PARENT_LINK, regular},
 };
 
-/// The snapshots of an archive, and what is left in it of dumps that failed.
+/// The snapshots of an archive, and the remains of failed dumps in it.
 #[derive(Debug)]
 pub struct Archived {
     /// The snapshots.
     pub snapshots: Vec<Store>,
-    /// What messages call directories with images but no inventory.
+    /// The names, for messages, of directories with images but no inventory.
     pub unfinished: Vec<PathBuf>,
 }
 
-/// Opens an archive, and those in which its snapshots may have their parents.
+/// Opens an archive, and the archives that may hold the parents of its snapshots.
 ///
 /// # Errors
 /// [`ArchiveError`], as the source of an [`io::Error`] that is one of
-/// [`io::ErrorKind::InvalidData`]; what keeps a file from being opened.
+/// [`io::ErrorKind::InvalidData`]; an archive that cannot be opened.
 pub(super) fn find(path: &Path, opening: &Opening) -> io::Result<Archived> {
     let mut archives = Archive::open_all(path, opening)?;
     let own = archives.len();
@@ -83,13 +83,13 @@ pub(super) fn is_layout(dir: &Path) -> bool {
     dir.join(oci::MARK).is_file() && dir.join(oci::INDEX).is_file()
 }
 
-/// An archive that is open.
+/// An open archive.
 #[derive(Debug)]
 struct Archive {
     path: PathBuf,
     bytes: Base,
     members: Members,
-    /// Of the archive's own file.
+    /// The metadata of the archive's own file.
     stat: Stat,
     owner: Option<u32>,
     /// The digest of an archive that is read in place, which only a check compares.
@@ -171,8 +171,8 @@ impl Archive {
         })
     }
 
-    /// Returns the directories that hold a snapshot. A directory `parent` inside another
-    /// one's is a copy of that one's parent, and is only found as such.
+    /// Returns the directories that hold a snapshot. A directory `parent` inside such a directory
+    /// is a copy of its parent, and is found only as the parent.
     fn snapshots(&self) -> impl Iterator<Item = &str> {
         let folders = self.members.folders().map(|(path, _)| path);
         folders.filter(|path| {
@@ -201,7 +201,7 @@ impl Archive {
         snapshots.next().filter(|_| snapshots.next().is_none())
     }
 
-    /// Returns what the archive's name begins with, such as `pre` for `pre.tar.gz`.
+    /// Returns the archive's name without extensions, such as `pre` for `pre.tar.gz`.
     fn stem(&self) -> Option<&str> {
         self.path.file_name()?.to_str()?.split('.').next()
     }
@@ -233,9 +233,9 @@ impl Archive {
     }
 }
 
-/// Returns the tar archive that is stored in a file: the file itself, its frames that are
-/// decoded as they are read, or what was unpacked into the cache. Before it is unpacked, it is
-/// compared with its digest; one that is read in place is returned with it.
+/// Returns the tar archive that a file stores: the file itself, its frames, which are decoded when
+/// they are read, or the unpacked archive in the cache. Compares the file with its digest before
+/// unpacking it; returns the digest with a file that is read in place.
 fn unpacked(
     stored: Base,
     digest: Option<&Digest>,
@@ -287,7 +287,7 @@ impl StoredFile for Unpacked {
     }
 }
 
-/// The bits of a file's mode that let it be read, or read and written (`inode(7)`).
+/// The mode bits that allow reading, and reading and writing (`inode(7)`).
 const READ: u16 = 0o444;
 const READ_WRITE: u16 = 0o666;
 
@@ -338,8 +338,8 @@ impl ArchiveImages {
         found.then(|| Self::new(&self.archives, position, folder).shared())
     }
 
-    /// Finds the snapshot that a link called `parent` leads to: in this archive, or in one
-    /// of the others, which hold what would lie beside it if all were unpacked.
+    /// Finds the snapshot to which a link called `parent` leads: in this archive, or in one of the
+    /// others, as if all were unpacked side by side.
     fn linked(&self, target: &str) -> Option<Store> {
         let above: Vec<&str> = self.folder.split('/').filter(|part| !part.is_empty()).collect();
         let resolved = members::resolve(&above, target);

@@ -1,9 +1,9 @@
-//! Checkpoints in an OCI image layout: images whose layer is what a container engine
-//! exported (`podman container checkpoint --create-image`, `checkpointctl build`).
+//! Checkpoints in an OCI image layout: images whose layer is an exported checkpoint (`podman
+//! container checkpoint --create-image`, `checkpointctl build`).
 //!
-//! `index.json` names manifests, or further indexes, by their digests, and a manifest its
-//! layers; each is a file `blobs/ALGORITHM/DIGEST`. That an image is a checkpoint is told by
-//! annotations of its manifest, or of what names that.
+//! `index.json` names manifests or further indexes by their digests, and a manifest names its
+//! layers; each is a file `blobs/ALGORITHM/DIGEST`. Annotations mark an image as a checkpoint: in
+//! its manifest, or in the entry that names the manifest.
 
 use std::{collections::HashSet, fmt::Write as _, io};
 
@@ -21,7 +21,7 @@ use crate::image::store::StoredFile;
 pub(super) const MARK: &str = "oci-layout";
 pub(super) const INDEX: &str = "index.json";
 
-/// What annotations of checkpoints begin with: those of Podman, CRI-O and checkpointctl.
+/// Prefixes of the annotations of checkpoints, by Podman, CRI-O and checkpointctl.
 const ANNOTATIONS: [&str; 3] = [
     "io.podman.annotations.checkpoint.",
     "io.kubernetes.cri-o.annotations.checkpoint.",
@@ -31,7 +31,7 @@ const ANNOTATIONS: [&str; 3] = [
 /// The longest document that is read.
 const DOCUMENT_BYTES: u64 = 4 << 20;
 
-/// How many documents are read.
+/// The most documents that are read.
 const DOCUMENTS: usize = 256;
 
 /// Bytes hashed at a time.
@@ -159,8 +159,8 @@ struct Layout<'a> {
 }
 
 impl Layout<'_> {
-    /// Takes the layers of an index or a manifest; `known` if what names it says that it is
-    /// a checkpoint's.
+    /// Adds the layers of an index or a manifest; `known` if an annotation of the entry that names
+    /// it marks it as a checkpoint.
     fn take(&mut self, document: &Map<String, Value>, path: &str, known: bool) -> Result<()> {
         let is_checkpoint = known || is_checkpoint(document);
         let list = |name: &str| document.get(name).and_then(Value::as_array);

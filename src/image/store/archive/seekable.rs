@@ -1,7 +1,7 @@
 //! Archives in zstd's seekable format, which are read in place.
 //!
-//! Such a file is a row of frames of zstd and, in a frame that other decoders skip, a table
-//! of their sizes. All numbers in it are little endian:
+//! Such a file consists of zstd frames, followed by a table of their sizes in a frame that other
+//! decoders skip. All numbers are little endian:
 //!
 //! | bytes | what |
 //! |---|---|
@@ -12,8 +12,8 @@
 //! | 1 | a descriptor: bit 7 says that there are checksums, bits 2 to 6 are 0 |
 //! | 4 | the magic of the table, `0x8f92eab1` |
 //!
-//! The crates that know the format are bindings to libzstd, with which this program would
-//! not compile for other machines without a C compiler for them.
+//! The crates for this format are bindings to libzstd; with one of them, this program would need a
+//! C compiler for each machine.
 
 use std::{
     fs::File,
@@ -43,16 +43,16 @@ const RESERVED: u8 = 0b0111_1100;
 /// Bytes of a checksum in the table.
 const CHECKSUM_BYTES: usize = 4;
 
-/// How many frames a file may have to be read in place: 1 TiB as it is written here.
+/// The most frames in a file that is read in place: 1 TiB in frames of [`WRITTEN_FRAME_BYTES`].
 const FRAMES: u32 = 1 << 22;
 
-/// How long a frame may be to be read in place: all of it is in memory then.
+/// The longest frame in a file that is read in place: a decoded frame is in memory as a whole.
 const FRAME_BYTES: u32 = 8 << 20;
 
-/// How many bytes of frames are kept in memory.
+/// The most bytes of frames in memory.
 const KEPT_BYTES: u32 = 64 << 20;
 
-/// Bytes that are compressed together: reading one page takes the time of reading these.
+/// The length of a frame: to read one page, the whole frame must be decoded.
 pub(super) const WRITTEN_FRAME_BYTES: usize = 256 << 10;
 
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -77,18 +77,18 @@ struct Foot {
     magic: U32,
 }
 
-/// Where a frame begins.
+/// The start of a frame.
 #[derive(Clone, Copy, Debug)]
 struct Frame {
-    /// In the file.
+    /// The offset in the file.
     offset: u64,
-    /// In what is compressed.
+    /// The offset in the uncompressed data.
     start: u64,
 }
 
 type Kept = LruCache<usize, Arc<[u8]>>;
 
-/// The bytes of a compressed file, of which only the frames are decoded that are read.
+/// The contents of a compressed file; only the frames that are read are decoded.
 #[derive(Debug)]
 pub(super) struct Seekable {
     file: Base,
@@ -99,8 +99,8 @@ pub(super) struct Seekable {
 }
 
 impl Seekable {
-    /// Opens a file that has a table; `None` if it has none that can be used, so that it has
-    /// to be decoded from its first byte on.
+    /// Opens a file with a table; `None` without a usable table: the file must then be decoded
+    /// from its first byte.
     ///
     /// # Errors
     /// Why it cannot be read.
@@ -165,7 +165,7 @@ impl Seekable {
         if let Some(bytes) = self.kept().get(&position) {
             return Ok(Arc::clone(bytes));
         }
-        // Decoded without the lock, so that threads do not wait for each other.
+        // Decode without the lock, so that threads do not wait for each other.
         let bytes: Arc<[u8]> = self.decode(position)?.into();
         self.kept().put(position, Arc::clone(&bytes));
         Ok(bytes)
@@ -213,7 +213,7 @@ impl StoredFile for Seekable {
     }
 }
 
-/// Writes the table of frames of these compressed and whole lengths.
+/// Writes the table of frames with these compressed and uncompressed lengths.
 ///
 /// # Errors
 /// What `output` returns.

@@ -1,4 +1,4 @@
-//! A stretch of a stored file as a file of its own.
+//! A part of a stored file, as a stored file.
 
 use std::{
     fs::File,
@@ -8,10 +8,10 @@ use std::{
 
 use crate::image::store::{Input, Stat, StoredFile, Whence};
 
-/// A file that others lie in.
+/// A file that contains others.
 pub(super) type Base = Arc<dyn StoredFile>;
 
-/// Bytes of a member that are stored in a row.
+/// A contiguous run of a member's bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Extent {
     /// The offset in the member.
@@ -27,12 +27,12 @@ impl Extent {
     }
 }
 
-/// Where the bytes of a member are.
+/// The place of a member's bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Body {
-    /// All of them in a row.
+    /// Contiguous.
     Dense { offset: u64, len: u64 },
-    /// Some of them, in order; between them are holes.
+    /// Extents in order, with holes between them.
     Sparse { len: u64, extents: Arc<[Extent]> },
 }
 
@@ -77,7 +77,7 @@ impl Slice {
         Self { base, body, stat }
     }
 
-    /// Returns it as a file to be read from its first byte on.
+    /// Returns a reader from the first byte.
     pub(super) fn input(self) -> Input {
         let Stat { len, allocated, .. } = self.stat;
         Input { bytes: Box::new(Sequential::new(Arc::new(self))), len, allocated }
@@ -153,7 +153,7 @@ fn first_bytes<'a>(buffers: &'a mut [IoSliceMut<'_>], limit: u64) -> Vec<IoSlice
     limited
 }
 
-/// A stored file, read from its first byte on.
+/// Reads a stored file from its first byte.
 #[derive(Debug)]
 pub(super) struct Sequential {
     file: Base,
@@ -180,8 +180,8 @@ impl Read for Sequential {
     }
 }
 
-/// Fills `buffer` from the bytes at `offset`, and returns how many there were: fewer than
-/// asked for only at the end of the file.
+/// Fills `buffer` from the bytes at `offset`, and returns their number: less than the length of
+/// the buffer only at the end of the file.
 pub(super) fn read_full(
     file: &dyn StoredFile,
     buffer: &mut [u8],

@@ -1,8 +1,9 @@
-//! Archives that are written.
+//! Writing archives.
 //!
-//! The bytes depend on nothing but what is put in: members belong to root, have fixed modes
-//! and no names of users. Holes of a file are kept, since a hole in a file of pages may be what
-//! was freed: in GNU tar's pax format 1.0, which every tar of today reads, that of Go too.
+//! The bytes of an archive depend only on its members: these belong to root, have fixed modes and
+//! no user names. Files keep their holes, because a hole in a pages file may be a freed page.
+//! Sparse files have GNU tar's pax format 1.0, which all current tar programs read, including Go's
+//! library.
 
 use std::{
     fmt,
@@ -31,13 +32,13 @@ use super::{
 const FILE_MODE: u32 = 0o600;
 const FOLDER_MODE: u32 = 0o700;
 
-/// Permissions of links, which nothing looks at.
+/// Permissions of links, which have no effect.
 const LINK_MODE: u32 = 0o777;
 
 /// Bytes copied at a time.
 const STEP_BYTES: usize = 1 << 20;
 
-/// How the bytes of an archive are stored.
+/// The compression of a new archive.
 #[derive(Debug)]
 enum Sink {
     Plain(BufWriter<File>),
@@ -134,23 +135,23 @@ pub enum CopyError<E> {
     Write(io::Error),
 }
 
-/// An archive while it is written. It has another name until it is whole, and is removed if
-/// it does not get there.
+/// An archive that is being written. It has a temporary name until it is complete, and is removed
+/// if an error occurs before.
 pub struct ArchiveWriter {
     tar: Option<Builder<Sink>>,
     path: PathBuf,
     unfinished: PathBuf,
     replace: bool,
-    /// Keeps two processes from writing one archive.
+    /// Prevents two processes from writing the same archive.
     _lock: Flock<File>,
 }
 
 impl ArchiveWriter {
-    /// Begins the archive `path`, whose name says how it is compressed; one that is there is
-    /// an error unless it is to be replaced.
+    /// Starts the archive `path`, compressed according to its extension. An existing archive is an
+    /// error, unless `replace` is set.
     ///
     /// # Errors
-    /// A name with another ending; what keeps the archive from being created.
+    /// A name with another extension; a failure to create the archive.
     pub fn create(path: &Path, replace: bool) -> io::Result<Self> {
         let invalid = |problem: &str| io::Error::new(io::ErrorKind::InvalidInput, problem);
         let name = path.file_name().and_then(|name| name.to_str());
@@ -199,11 +200,11 @@ impl ArchiveWriter {
         self.tar().append_link(&mut header, name, target)
     }
 
-    /// Adds a file of `len` bytes, of which those in `data` are stored and the others zero.
-    /// `read` fills a buffer from an offset on.
+    /// Adds a file of `len` bytes. The ranges in `data` are stored, the others are holes. `read`
+    /// fills a buffer from an offset.
     ///
     /// # Errors
-    /// What `read` returns; what keeps the bytes from being written.
+    /// A failure of `read`; a failed write.
     pub fn file<E>(
         &mut self,
         name: &str,
@@ -238,7 +239,7 @@ impl ArchiveWriter {
         self.pad(written).map_err(CopyError::Write)
     }
 
-    /// Writes a header and, before it, its name if that is too long for it.
+    /// Writes a header, and before it the name if that is too long for the header.
     fn begin(&mut self, header: &mut Header, name: &str) -> io::Result<()> {
         if header.set_path(name).is_err() {
             self.tar().append_pax_extensions([("path", name.as_bytes())])?;
@@ -248,7 +249,7 @@ impl ArchiveWriter {
         self.tar().get_mut().write_all(header.as_bytes())
     }
 
-    /// Writes the header and the map of a sparse file, and returns how long the map is.
+    /// Writes the header and the map of a sparse file, and returns the length of the map.
     fn begin_sparse<'a>(
         &mut self,
         name: &str,
@@ -256,7 +257,7 @@ impl ArchiveWriter {
         len: u64,
         data: &'a [Range<u64>],
     ) -> io::Result<(&'a [Range<u64>], u64)> {
-        // A hole at the end is closed by an extent of no bytes.
+        // An empty extent ends a hole at the end of the file.
         let end = data.last().is_none_or(|last| last.end < len).then_some(len..len);
         let extents = data.len() + usize::from(end.is_some());
         let mut map = format!("{extents}\n");
@@ -294,10 +295,10 @@ impl ArchiveWriter {
         self.tar().get_mut().write_all(&[0; BLOCK_BYTES][..padding])
     }
 
-    /// Brings the archive to the disk and gives it its name.
+    /// Syncs the archive and gives it its name.
     ///
     /// # Errors
-    /// What keeps it from being written; one that has come to be there meanwhile.
+    /// A failed write; an archive of that name that has been made meanwhile.
     pub fn commit(mut self) -> io::Result<()> {
         let sink = self.tar.take().expect("taken once").into_inner()?;
         sink.finish()?.sync_all()?;
@@ -306,7 +307,7 @@ impl ArchiveWriter {
         } else {
             let flags = RenameFlags::RENAME_NOREPLACE;
             match renameat2(AT_FDCWD, &self.unfinished, AT_FDCWD, &self.path, flags) {
-                // The file system does not know the flag.
+                // The file system does not support the flag.
                 Err(Errno::EINVAL | Errno::ENOSYS) => fs::rename(&self.unfinished, &self.path),
                 renamed => Ok(renamed?),
             }
