@@ -236,13 +236,7 @@ fn privileged_redis_with_clients() {
     assert_eq!(redis(&mut other, &["SET", "key", "value"]), "OK");
     live.images_name = "second";
     live.dump(&[ESTABLISHED, "--prev-images-dir", "../first"]);
-    let point = live.path("mnt");
-    fs::create_dir(&point).unwrap();
-    let mounted = Mounted::new(&live.images(), &point, &[]);
-    let work = live.images();
-    let output = live.try_restore_from(&point, &[ESTABLISHED, "-W", work.to_str().unwrap()]);
-    assert!(output.status.success(), "{}", live.complaint(&output, "restore.log"));
-    drop(mounted);
+    restore_from_mount(&live, &[ESTABLISHED]);
 
     assert_eq!(redis(&mut other, &["GET", "key"]), "value");
     assert_eq!(redis(&mut other, &["PUBLISH", "news", "all is well"]), ":1");
@@ -253,6 +247,18 @@ fn privileged_redis_with_clients() {
     assert_eq!(redis(&mut other, &["RPUSH", "queue", "work"]), ":1");
     assert!(lines(&mut waiter, 5).ends_with("work\r\n"));
     assert_eq!(redis(&mut other, &["DBSIZE"]), ":2");
+}
+
+/// Restores the chain that ends with the last dump from a mount of it.
+fn restore_from_mount(live: &Live, arguments: &[&str]) {
+    let point = live.path("mnt");
+    fs::create_dir(&point).unwrap();
+    let mounted = Mounted::new(&live.images(), &point, &[]);
+    let work = live.images();
+    let arguments = [arguments, &["-W", work.to_str().unwrap()]].concat();
+    let output = live.try_restore_from(&point, &arguments);
+    assert!(output.status.success(), "{}", live.complaint(&output, "restore.log"));
+    drop(mounted);
 }
 
 /// Sockets a process has open.
@@ -331,4 +337,59 @@ fn http_idle(pids: &[i32]) -> bool {
             .filter_map(|link| fs::read_link(link.path()).ok())
             .all(|link| !established.iter().any(|socket| link.as_os_str() == socket.as_str()))
     })
+}
+
+fn git(dir: &Path, arguments: &[&str]) -> String {
+    let mut git = Command::new("git");
+    git.args(["-c", "user.name=a", "-c", "user.email=a@b", "-C"]).arg(dir).args(arguments);
+    let output = git.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Five processes and four pipes; the other side stands still after the first MiB.
+#[test]
+fn privileged_git_in_the_middle_of_a_clone() {
+    require(Cap::Ptrace);
+    require(Cap::Program("git"));
+    require(Cap::Program(PYTHON));
+    require(Cap::Fuse);
+    let dir = directory();
+    let place = dir.path().to_owned();
+    let origin = place.join("origin");
+    fs::create_dir(&origin).unwrap();
+    git(&origin, &["init", "--quiet"]);
+    for file in 0..8 {
+        let mut noise = vec![0; 1 << 20];
+        fs::File::open("/dev/urandom").unwrap().read_exact(&mut noise).unwrap();
+        fs::write(origin.join(format!("file{file}")), noise).unwrap();
+    }
+    git(&origin, &["add", "."]);
+    git(&origin, &["commit", "--quiet", "--message", "all of it"]);
+    let script = place.join("halting.py");
+    fs::write(&script, include_str!("programs/halting.py")).unwrap();
+    let (halted, go) = (place.join("halted"), place.join("go"));
+    let upload = format!(
+        "{PYTHON} {} {} {} git-upload-pack",
+        script.display(),
+        halted.display(),
+        go.display()
+    );
+    let from = format!("file://{}", origin.display());
+    let clone = ["clone", "--quiet", "--no-local", "--upload-pack", &upload, &from, "clone"];
+    let mut live = Live::program("git", &clone, dir);
+    wait_for("the first MiB", || halted.exists());
+
+    live.images_name = "first";
+    live.dump_running(&[]);
+    live.images_name = "second";
+    live.dump(&["--prev-images-dir", "../first"]);
+    restore_from_mount(&live, &[]);
+    fs::write(&go, "").unwrap();
+    live.wait_gone();
+
+    let clone = place.join("clone");
+    git(&clone, &["fsck", "--full"]);
+    assert_eq!(git(&clone, &["rev-parse", "HEAD"]), git(&origin, &["rev-parse", "HEAD"]));
+    assert_eq!(git(&clone, &["status", "--porcelain"]), "");
 }
