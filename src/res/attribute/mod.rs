@@ -31,7 +31,7 @@ use super::{
     Result,
     calls::Calls,
     task,
-    thread::{self, Collect, Restored, Thread},
+    thread::{self, Collect, Exited, Restored, Thread},
 };
 use crate::{
     causes::tell,
@@ -193,6 +193,11 @@ impl thread::Kind for Attributes {
         })
     }
 
+    fn exited(&self, _: &Exited<'_>, core: &mut proto::CoreEntry) -> Result<()> {
+        retain_of_process(&mut thread::own(core).rcriu_attributes);
+        Ok(())
+    }
+
     fn set(&self, of: &Restored<'_>, calls: &mut Calls<'_>) -> Result<()> {
         let owner =
             Owner { pid: of.host_pid, tid: of.host_tid, session_in_tree: of.session_in_tree };
@@ -222,7 +227,7 @@ fn collect(questions: &Questions, answers: &Answers, owner: Owner) -> Vec<proto:
 }
 
 /// Removes the attributes that do not belong to the process.
-pub(super) fn retain_of_process(attributes: &mut Vec<proto::RcriuAttribute>) {
+fn retain_of_process(attributes: &mut Vec<proto::RcriuAttribute>) {
     let of_thread = |name: &[u8]| {
         let mut kinds = KINDS.iter().filter(|kind| kind.scope() == Scope::Thread);
         kinds.any(|kind| kind.name().as_bytes() == name)

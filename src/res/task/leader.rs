@@ -13,13 +13,10 @@ use nix::{errno::Errno, libc};
 use super::{Checked, Kind, Process, Restored, Stopped};
 use crate::{
     arch::native::{self, Registers},
-    image::proto::{self, CoreEntry},
+    image::proto::CoreEntry,
     inject::{Script, Tracee, registers_to_exit},
     proc,
-    res::{
-        ResError, Result, attribute,
-        thread::{creds, scheduling},
-    },
+    res::{ResError, Result, thread},
     sys::process,
     units::HostPid,
 };
@@ -90,32 +87,14 @@ fn exit_code(pid: HostPid) -> Result<u8> {
     Ok(u8::try_from(stat.exit_code >> 8 & 0xff).expect("it is a byte"))
 }
 
-/// Moves what belongs to the process from the core of another thread to a new core for the
-/// leader, which exits with `code` by the registers `to_exit`.
+/// Moves the state of the process from the core of another thread to a new core for the leader,
+/// which exits with `code` through the registers `to_exit`.
 fn split(pid: HostPid, code: u8, to_exit: &Registers, core: &mut CoreEntry) -> Result<CoreEntry> {
     let mut leader = core.clone();
     core.tc = None;
-    let failed = |step| move |source| ResError::Thread { tid: pid, step, source };
-    let status = proc::thread_status(pid, pid)?;
-    let its_scheduling = process::scheduling(pid).map_err(failed("read the scheduling of"))?;
+    thread::exited(pid, &mut leader)?;
     native::replace_general(&mut leader, to_exit);
-    if let Some(own) = &mut leader.thread_core {
-        let securebits = own.creds.as_ref().map_or(0, |creds| creds.secbits);
-        *own = proto::ThreadCoreEntry {
-            futex_rla: 0,
-            futex_rla_len: 0,
-            blk_sigset: Some(ALL_SIGNALS),
-            sas: None,
-            pdeath_sig: None,
-            signals_p: Some(proto::SignalQueueEntry::default()),
-            creds: Some(creds::entry(securebits, &status)),
-            comm: Some(proc::comm(pid, pid)?),
-            rseq_entry: None,
-            ..own.clone()
-        };
-        scheduling::fill_in(&its_scheduling, own);
-        attribute::retain_of_process(&mut own.rcriu_attributes);
-    }
+    thread::own(&mut leader).blk_sigset = Some(ALL_SIGNALS);
     if let Some(task) = &mut leader.tc {
         task.blk_sigset = ALL_SIGNALS;
         task.rcriu_leader_exited = Some(code.into());

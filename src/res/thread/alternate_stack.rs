@@ -3,9 +3,9 @@
 use nix::libc;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::{Collect, Kind, Restored, Thread, own};
+use super::{Collect, Exited, Kind, Restored, Thread, own};
 use crate::{
-    image::proto::ThreadSasEntry,
+    image::proto::{CoreEntry, ThreadSasEntry},
     inject::Script,
     res::{Result, calls::Calls},
 };
@@ -36,6 +36,11 @@ impl Kind for AlternateStack {
             });
             Ok(())
         })
+    }
+
+    fn exited(&self, _: &Exited<'_>, core: &mut CoreEntry) -> Result<()> {
+        own(core).sas = None;
+        Ok(())
     }
 
     fn set(&self, of: &Restored<'_>, calls: &mut Calls<'_>) -> Result<()> {

@@ -2,11 +2,12 @@
 
 use nix::libc;
 
-use super::{Collect, Kind, Restored, Thread, own};
+use super::{Collect, Exited, Kind, Restored, Thread, own};
 use crate::{
-    image::proto,
+    image::proto::{self, CoreEntry},
     inject::Script,
     proc::{Ids, Status},
+    res::Result,
 };
 
 /// `_LINUX_CAPABILITY_VERSION_3` (`linux/capability.h`).
@@ -36,6 +37,12 @@ impl Kind for Creds {
         })
     }
 
+    fn exited(&self, of: &Exited<'_>, core: &mut CoreEntry) -> Result<()> {
+        let securebits = own(core).creds.as_ref().map_or(0, |creds| creds.secbits);
+        own(core).creds = Some(entry(securebits, of.status));
+        Ok(())
+    }
+
     fn set_credentials(&self, of: &Restored<'_>, script: &mut Script) {
         if let Some(creds) = of.core.thread_core.as_ref().and_then(|core| core.creds.as_ref()) {
             apply(creds, &of.own.status, script);
@@ -44,7 +51,7 @@ impl Kind for Creds {
 }
 
 /// Builds the image entry for the credentials of a thread.
-pub fn entry(securebits: u32, status: &Status) -> proto::CredsEntry {
+fn entry(securebits: u32, status: &Status) -> proto::CredsEntry {
     proto::CredsEntry {
         uid: status.uids.real,
         euid: status.uids.effective,

@@ -2,8 +2,8 @@
 
 use nix::libc;
 
-use super::{Collect, Kind, Restored, Thread, own};
-use crate::{inject::Script, res::Result};
+use super::{Collect, Exited, Kind, Restored, Thread, own};
+use crate::{image::proto::CoreEntry, inject::Script, res::Result};
 
 pub(super) struct DeathSignal;
 
@@ -17,6 +17,11 @@ impl Kind for DeathSignal {
             own(core).pdeath_sig = (signal != 0).then_some(signal);
             Ok(())
         })
+    }
+
+    fn exited(&self, _: &Exited<'_>, core: &mut CoreEntry) -> Result<()> {
+        own(core).pdeath_sig = None;
+        Ok(())
     }
 
     fn last_calls(&self, of: &Restored<'_>, script: &mut Script) -> Result<()> {

@@ -3,9 +3,10 @@
 
 use nix::libc;
 
-use super::{Collect, Kind, Restored, Thread, own};
+use super::{Collect, Exited, Kind, Restored, Thread, own};
 use crate::{
     arch::{Machine, native},
+    image::proto::CoreEntry,
     inject::Script,
     res::{ResError, Result, calls::Calls},
     sys::process,
@@ -32,6 +33,11 @@ impl Kind for Futexes {
             own(core).futex_rla_len = u32::try_from(len).unwrap_or(0);
             Ok(())
         })
+    }
+
+    fn exited(&self, _: &Exited<'_>, core: &mut CoreEntry) -> Result<()> {
+        (own(core).futex_rla, own(core).futex_rla_len) = (0, 0);
+        Ok(())
     }
 
     fn set(&self, of: &Restored<'_>, calls: &mut Calls<'_>) -> Result<()> {

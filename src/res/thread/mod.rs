@@ -1,7 +1,7 @@
 //! State of single threads: one file and one row in [`KINDS`] for each kind.
 
 mod alternate_stack;
-pub mod creds;
+mod creds;
 mod death_signal;
 mod dispatch;
 mod futexes;
@@ -10,7 +10,7 @@ mod ports;
 mod queue;
 pub mod registers;
 mod rseq;
-pub mod scheduling;
+mod scheduling;
 mod seccomp;
 mod shadow_stack;
 
@@ -64,6 +64,15 @@ pub trait Kind: Sync {
     /// records their results.
     fn ask(&self, _of: Thread, _script: &mut Script) -> Collect {
         Box::new(|_, _, _| Ok(()))
+    }
+
+    /// Dump: turns the state in `core`, the copy of the core of a live thread, into that of the
+    /// thread group leader, which has exited.
+    ///
+    /// # Errors
+    /// The state cannot be read.
+    fn exited(&self, _of: &Exited<'_>, _core: &mut CoreEntry) -> Result<()> {
+        Ok(())
     }
 
     /// Restore: sets state while the thread has the credentials of the restorer.
@@ -126,6 +135,15 @@ impl Stopped<'_> {
     }
 }
 
+/// A thread group leader that has exited while other threads of its process live.
+#[derive(Clone, Copy, Debug)]
+pub struct Exited<'a> {
+    /// Its tid, which is the pid of the process.
+    pub tid: HostPid,
+    /// Its `/proc/PID/task/TID/status`.
+    pub status: &'a Status,
+}
+
 /// A new thread that the restore fills with the state of one in the images.
 #[derive(Clone, Copy, Debug)]
 pub struct Restored<'a> {
@@ -173,6 +191,15 @@ pub fn collect(kinds: Vec<Collect>, of: &Stopped<'_>, answers: &Answers) -> Resu
         collect(of, answers, &mut core)?;
     }
     Ok(core)
+}
+
+/// Turns the copy of another thread's core into the core of a leader that has exited.
+///
+/// # Errors
+/// The state of the leader cannot be read.
+pub fn exited(tid: HostPid, core: &mut CoreEntry) -> Result<()> {
+    let of = Exited { tid, status: &proc::thread_status(tid, tid)? };
+    KINDS.iter().try_for_each(|kind| kind.exited(&of, core))
 }
 
 /// Sets the state that a thread resumes with: see [`Kind::set_resume_state`].

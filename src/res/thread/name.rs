@@ -2,8 +2,9 @@
 
 use nix::libc;
 
-use super::{Collect, Kind, Restored, Thread, own};
+use super::{Collect, Exited, Kind, Restored, Thread, own};
 use crate::{
+    image::proto::CoreEntry,
     inject::Script,
     proc,
     res::{Result, calls::Calls},
@@ -17,6 +18,11 @@ impl Kind for Name {
             own(core).comm = Some(proc::comm(of.of.pid, of.of.tid)?);
             Ok(())
         })
+    }
+
+    fn exited(&self, of: &Exited<'_>, core: &mut CoreEntry) -> Result<()> {
+        own(core).comm = Some(proc::comm(of.tid, of.tid)?);
+        Ok(())
     }
 
     fn set(&self, of: &Restored<'_>, calls: &mut Calls<'_>) -> Result<()> {

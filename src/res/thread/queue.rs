@@ -1,7 +1,8 @@
 //! Signals pending for a single thread.
 
-use super::{Collect, Kind, Restored, Thread, own};
+use super::{Collect, Exited, Kind, Restored, Thread, own};
 use crate::{
+    image::proto::{CoreEntry, SignalQueueEntry},
     inject::Script,
     res::{ResError, Result, signals},
     sys::ptrace,
@@ -19,6 +20,11 @@ impl Kind for Queue {
             own(core).signals_p = Some(signals::queue(pending));
             Ok(())
         })
+    }
+
+    fn exited(&self, _: &Exited<'_>, core: &mut CoreEntry) -> Result<()> {
+        own(core).signals_p = Some(SignalQueueEntry::default());
+        Ok(())
     }
 
     fn last_calls(&self, of: &Restored<'_>, script: &mut Script) -> Result<()> {

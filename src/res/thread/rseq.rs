@@ -2,7 +2,7 @@
 
 use nix::libc;
 
-use super::{Collect, Kind, Restored, Thread, own};
+use super::{Collect, Exited, Kind, Restored, Thread, own};
 use crate::{
     image::proto::{CoreEntry, RseqEntry},
     inject::Script,
@@ -30,6 +30,11 @@ impl Kind for Rseq {
             });
             Ok(())
         })
+    }
+
+    fn exited(&self, _: &Exited<'_>, core: &mut CoreEntry) -> Result<()> {
+        own(core).rseq_entry = None;
+        Ok(())
     }
 
     fn set(&self, of: &Restored<'_>, calls: &mut Calls<'_>) -> Result<()> {

@@ -1,11 +1,12 @@
 //! The part of a thread's scheduling that CRIU's images can hold.
 
-use super::{Collect, Kind, Restored, Thread, own};
+use super::{Collect, Exited, Kind, Restored, Thread, own};
 use crate::{
-    image::proto::ThreadCoreEntry,
+    image::proto::{CoreEntry, ThreadCoreEntry},
     inject::Script,
     res::{ResError, Result, calls::Calls},
     sys::process,
+    units::HostPid,
 };
 
 /// `SCHED_RESET_ON_FORK`, `SCHED_DEADLINE` (`linux/sched.h`).
@@ -20,16 +21,14 @@ pub(super) struct Scheduling;
 impl Kind for Scheduling {
     fn ask(&self, _: Thread, _: &mut Script) -> Collect {
         Box::new(|of, _, core| {
-            let tid = of.of.tid;
-            let step = "read the scheduling of";
-            let scheduling = process::scheduling(tid).map_err(|source| ResError::Thread {
-                tid,
-                step,
-                source,
-            })?;
-            fill_in(&scheduling, own(core));
+            fill_in(&read(of.of.tid)?, own(core));
             Ok(())
         })
+    }
+
+    fn exited(&self, of: &Exited<'_>, core: &mut CoreEntry) -> Result<()> {
+        fill_in(&read(of.tid)?, own(core));
+        Ok(())
     }
 
     fn set(&self, of: &Restored<'_>, _: &mut Calls<'_>) -> Result<()> {
@@ -60,8 +59,14 @@ impl Kind for Scheduling {
     }
 }
 
+/// Reads the scheduling of a thread.
+fn read(tid: HostPid) -> Result<process::Scheduling> {
+    let step = "read the scheduling of";
+    process::scheduling(tid).map_err(|source| ResError::Thread { tid, step, source })
+}
+
 /// Stores the scheduling of a thread in its core.
-pub fn fill_in(scheduling: &process::Scheduling, core: &mut ThreadCoreEntry) {
+fn fill_in(scheduling: &process::Scheduling, core: &mut ThreadCoreEntry) {
     core.sched_nice = Some(scheduling.nice);
     core.sched_policy = Some(match scheduling.flags & FLAG_RESET_ON_FORK {
         0 => scheduling.policy,
