@@ -457,8 +457,7 @@ impl Group {
         let own = HostPid(std::process::id().cast_signed());
         let mounts = rcriu::proc::mounts().unwrap();
         for (_, controllers, path) in rcriu::proc::cgroups(own).unwrap() {
-            let Ok(parent) = rcriu::res::tree::cgroup::directory(&controllers, &path, &mounts)
-            else {
+            let Ok(parent) = rcriu::proc::cgroup_directory(&controllers, &path, &mounts) else {
                 continue;
             };
             static NUMBER: AtomicU32 = AtomicU32::new(0);

@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{DumpError, Result};
-use crate::{inject::Task, proc, res::tree::cgroup, sys::swap};
+use crate::{inject::Task, proc, sys::swap};
 
 /// The most memory that a process gets: code, a table of calls and their results, and page
 /// tables.
@@ -46,7 +46,7 @@ pub(super) fn check(tasks: &[Task]) -> Result<()> {
         for (hierarchy, name, path) in proc::cgroups(task.witness())? {
             let Some(names) = names(hierarchy, &name) else { continue };
             // Nothing is known about a cgroup that is not visible here.
-            let Ok(group) = cgroup::directory(&name, &path, &mounts) else { continue };
+            let Ok(group) = proc::cgroup_directory(&name, &path, &mounts) else { continue };
             for group in group.ancestors() {
                 if checked.iter().any(|checked| checked == group) {
                     break;

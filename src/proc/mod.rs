@@ -33,7 +33,7 @@ pub use self::{
     fdinfo::{EpollTarget, FdDetail, FdInfo},
     flags::VmFlags,
     maps::Mapping,
-    mounts::Mount,
+    mounts::{Mount, NoCgroup, cgroup_directory},
     stat::Stat,
     status::{Ids, Status},
     tables::{Cgroup, LIMITS, Notify, PosixTimer, UNLIMITED},

@@ -1,6 +1,10 @@
 //! `/proc/self/mountinfo`: the table of mounts.
 
-use std::{ffi::OsString, os::unix::ffi::OsStringExt, path::PathBuf};
+use std::{
+    ffi::OsString,
+    os::unix::ffi::OsStringExt,
+    path::{Path, PathBuf},
+};
 
 use super::text::{self, Defect, Parsed};
 
@@ -19,6 +23,47 @@ pub struct Mount {
     pub source: PathBuf,
     /// The options of the file system, separated by commas.
     pub options: Vec<u8>,
+}
+
+/// The reason why a cgroup has no directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NoCgroup {
+    /// Its hierarchy is not mounted.
+    NotMounted,
+    /// It does not exist below a mount of its hierarchy.
+    Absent,
+}
+
+/// Returns the directory of a cgroup, as `/proc/PID/cgroup` names it: the `controllers` of its
+/// hierarchy, empty for version 2, and its `path` there.
+///
+/// # Errors
+/// The reason why there is none.
+pub fn cgroup_directory(
+    controllers: &[u8],
+    path: &[u8],
+    mounts: &[Mount],
+) -> Result<PathBuf, NoCgroup> {
+    let is_it = |mount: &&Mount| match controllers {
+        b"" => mount.fs_type == b"cgroup2",
+        controllers => {
+            let options: Vec<_> = mount.options.split(|byte| *byte == b',').collect();
+            mount.fs_type == b"cgroup"
+                && controllers.split(|byte| *byte == b',').all(|part| options.contains(&part))
+        }
+    };
+    let path = String::from_utf8_lossy(path);
+    let mut reason = NoCgroup::NotMounted;
+    for mount in mounts.iter().filter(is_it) {
+        reason = NoCgroup::Absent;
+        if let Ok(below) = Path::new(&*path).strip_prefix(&mount.root) {
+            let directory = mount.point.join(below);
+            if !path.contains("/..") && directory.join("cgroup.procs").exists() {
+                return Ok(directory);
+            }
+        }
+    }
+    Err(reason)
 }
 
 /// Parses the text of the file. Keeps the order: later mounts cover earlier ones.

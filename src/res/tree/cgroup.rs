@@ -13,7 +13,7 @@ use std::{
 use super::{Begun, Collector, Plan, Restorer};
 use crate::{
     image::{self, ImageStore, Kind, SnapshotWriter, proto},
-    proc,
+    proc::{self, NoCgroup},
     res::{ResError, Result, thread},
     units::HostPid,
 };
@@ -305,32 +305,16 @@ fn hierarchy(name: &[u8]) -> String {
 }
 
 /// Returns the directory of a group, below one of the mounts.
-pub fn directory(name: &[u8], path: &[u8], mounts: &[proc::Mount]) -> Result<PathBuf, CgroupError> {
-    let text = String::from_utf8_lossy(path).into_owned();
-    let absent = |problem: &str| CgroupError::Absent {
-        path: text.clone(),
+fn directory(name: &[u8], path: &[u8], mounts: &[proc::Mount]) -> Result<PathBuf, CgroupError> {
+    proc::cgroup_directory(name, path, mounts).map_err(|reason| CgroupError::Absent {
+        path: String::from_utf8_lossy(path).into_owned(),
         hierarchy: hierarchy(name),
-        problem: problem.into(),
-    };
-    let is_it = |mount: &&proc::Mount| match name {
-        b"" => mount.fs_type == b"cgroup2",
-        name => {
-            let options: Vec<_> = mount.options.split(|byte| *byte == b',').collect();
-            mount.fs_type == b"cgroup"
-                && name.split(|byte| *byte == b',').all(|part| options.contains(&part))
+        problem: match reason {
+            NoCgroup::NotMounted => "is not mounted",
+            NoCgroup::Absent => "does not exist",
         }
-    };
-    let mut mounted = false;
-    for mount in mounts.iter().filter(is_it) {
-        mounted = true;
-        if let Ok(below) = Path::new(&*String::from_utf8_lossy(path)).strip_prefix(&mount.root) {
-            let directory = mount.point.join(below);
-            if !text.contains("/..") && directory.join("cgroup.procs").exists() {
-                return Ok(directory);
-            }
-        }
-    }
-    Err(absent(if mounted { "does not exist" } else { "is not mounted" }))
+        .into(),
+    })
 }
 
 /// Checks that neither a group nor a group above it is frozen.
