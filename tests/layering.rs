@@ -305,3 +305,83 @@ fn no_kind_of_files_uses_another() {
         assert!(other.is_none(), "{module:?} uses {other:?}");
     }
 }
+
+/// What a dump and a restore may name inside a scope: types and functions, and these modules, which
+/// describe memory for all kinds.
+const SHARED: [&str; 1] = ["mm::mapping"];
+
+/// Returns the modules of kinds below `src/res`, such as `tree::cgroup`, by scope.
+fn kinds_of_scopes(res: &Path) -> BTreeSet<Inner> {
+    let mut files = Vec::new();
+    sources(res, &mut files);
+    let mut found = BTreeSet::new();
+    for file in files {
+        let inside = file.strip_prefix(res).unwrap().with_extension("");
+        let parts: Inner = inside.iter().map(|part| part.to_str().unwrap().to_owned()).collect();
+        if parts.len() > 1 && parts[1] != "mod" {
+            found.insert(parts[..2].to_vec());
+        }
+    }
+    found
+}
+
+/// Returns the paths below `crate::res` that a file names, without its tests.
+fn paths_into_res(file: &Path) -> Vec<Inner> {
+    let text = fs::read_to_string(file).unwrap();
+    let code = text.split("#[cfg(test)]\nmod tests {").next().unwrap();
+    let code = code.lines().filter(|line| !line.trim_start().starts_with("//"));
+    let code = code.collect::<Vec<_>>().join("\n").replace(",\n", ",");
+    let code: String = code.split_whitespace().collect::<Vec<_>>().join(" ");
+    let code = code.replace("{ ", "{").replace(", ", ",").replace(" }", "}");
+    let paths = code.match_indices("crate::").flat_map(|(at, start)| {
+        let (paths, _) = expand(&code[at + start.len()..]);
+        paths
+    });
+    paths.filter_map(|path| Some(path.strip_prefix(&["res".to_owned()][..])?.to_vec())).collect()
+}
+
+#[test]
+fn a_dump_and_a_restore_know_phases_and_scopes_and_no_kind() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let kinds = kinds_of_scopes(&src.join("res"));
+    let kind = |parts: [&str; 2]| parts.map(str::to_owned).to_vec();
+    assert!(kinds.contains(&kind(["tree", "stops"])) && kinds.contains(&kind(["file", "tty"])));
+    let mut files = Vec::new();
+    sources(&src.join("dump"), &mut files);
+    sources(&src.join("restore"), &mut files);
+    let mut wrong = Vec::new();
+    let mut seen = 0;
+    for file in files {
+        for path in paths_into_res(&file) {
+            seen += 1;
+            let head = &path[..path.len().min(2)];
+            if kinds.contains(head) && !SHARED.contains(&&*head.join("::")) {
+                wrong.push(format!("{} uses res::{}", file.display(), path.join("::")));
+            }
+        }
+    }
+    assert!(seen > 20, "the paths were not found");
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn no_kind_uses_a_kind_of_another_scope() {
+    let res = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/res");
+    let kinds = kinds_of_scopes(&res);
+    let mut wrong = Vec::new();
+    for own in kinds.iter().filter(|own| ["task", "thread", "tree", "ns"].contains(&&*own[0])) {
+        let mut files = vec![res.join(own.join("/")).with_extension("rs")];
+        files.retain(|file| file.exists());
+        let folder = res.join(own.join("/"));
+        if folder.is_dir() {
+            sources(&folder, &mut files);
+        }
+        for path in files.iter().flat_map(|file| paths_into_res(file)) {
+            let head = &path[..path.len().min(2)];
+            if kinds.contains(head) && head[0] != own[0] && !SHARED.contains(&&*head.join("::")) {
+                wrong.push(format!("res::{} uses res::{}", own.join("::"), path.join("::")));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}

@@ -132,7 +132,7 @@ impl Found {
                 tracking.note(pid, mapping);
                 enter(&mut self.objects, mapping.inode, proc::map_file(pid, mapping))?;
             }
-            self.common.iter_mut().try_for_each(|kind| kind.mapping(pid, mapping, object))?;
+            common::mapping(&mut self.common, pid, mapping, object)?;
             if mapping::is_private(&mapping::entry(mapping, object, 0)) {
                 tracking.untracked.private += scan::mapping(
                     &pagemap,

@@ -250,16 +250,15 @@ impl<'a> Collection<'a> {
             let object = mapping::object(pid, mapping)?;
             let shmid = match object {
                 Object::Vsyscall => continue,
-                Object::Private | Object::Vdso | Object::Vvar => 0,
                 Object::File => self.files.enter_mapped(pid, mapping)?.into(),
                 Object::SharedMemory => {
                     self.tracking.note(pid, mapping);
                     self.shared_object(pid, mapping)?.into()
                 }
-                Object::SystemV => mapping.inode,
+                _ => 0,
             };
-            self.common.iter_mut().try_for_each(|kind| kind.mapping(pid, mapping, object))?;
-            let entry = mapping::entry(mapping, object, shmid);
+            let number = common::mapping(&mut self.common, pid, mapping, object)?;
+            let entry = mapping::entry(mapping, object, number.unwrap_or(shmid));
             if mapping::is_private(&entry) {
                 self.tracking.untracked.private += scan::mapping(
                     &pagemap,

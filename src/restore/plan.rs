@@ -72,8 +72,7 @@ impl TaskPlan {
 
     /// Returns the signal that tells its parent of its end; 0 for none.
     pub(super) fn exit_signal(&self) -> u32 {
-        let stored = self.core().tc.as_ref().and_then(|task| task.rcriu_exit_signal);
-        stored.unwrap_or(nix::libc::SIGCHLD.cast_unsigned())
+        tree::exit_signal(self.core())
     }
 
     /// Whether its first thread has ended while others live.

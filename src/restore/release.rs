@@ -7,13 +7,13 @@ use super::{
     Result,
     plan::TaskPlan,
     tracees::{await_end, await_state, end, kill, signal},
-    tree::{Puppets, SIGCHLD},
+    tree::Puppets,
 };
 use crate::{
     image::tree::{Arena, Maker},
     inject::Script,
     proc,
-    res::{task::STOPPED, thread, tree::stops},
+    res::{task::STOPPED, thread, tree::Child},
     step::StepError,
     sys::ptrace,
     units::HostPid,
@@ -83,12 +83,9 @@ impl Puppets<'_> {
                 let parent = dead.parent.map(|parent| self.plan.tasks[parent].pid);
                 dead.body.is_none() && parent == Some(task.pid)
             });
-            let mut signals = vec![SIGCHLD];
-            signals.extend(dead.map(TaskPlan::exit_signal).filter(|signal| *signal != 0));
+            let dead: Vec<_> = dead.map(child).collect();
             let mut script = Script::new();
-            for signal in signals {
-                stops::forget_signal(signal, &mut script);
-            }
+            self.plan.common.iter().for_each(|kind| kind.children_ended(&dead, &mut script));
             scratch.run(&mut puppet.threads[0], &script)?;
         }
         Ok(())
@@ -144,33 +141,16 @@ impl Puppets<'_> {
         Ok(())
     }
 
-    /// Lets a task see which of its children have stopped, if it saw that before the dump,
-    /// and removes the signals that report it again.
+    /// Lets a task see which of its children have stopped.
     fn tell_of_stops(&mut self, position: usize) -> Result<()> {
         let plan = self.plan;
         let task = &plan.tasks[position];
+        let children = plan.tasks.iter().filter(|child| child.parent == Some(position));
+        let stopped: Vec<_> =
+            children.filter(|child| self.stays_stopped(child)).map(child).collect();
         let mut script = Script::new();
-        let mut signals = vec![SIGCHLD];
-        for child in plan.tasks.iter().filter(|child| child.parent == Some(position)) {
-            if !self.stays_stopped(child) {
-                continue;
-            }
-            signals.push(child.exit_signal());
-            let told = child.core().tc.as_ref().and_then(|core| core.rcriu_stop_told);
-            // Images of CRIU do not record it; most parents wait at once.
-            if child.state() != STOPPED || told != Some(false) {
-                stops::tell(child.pid, &mut script);
-            }
-        }
-        let pending = task.core().tc.as_ref().and_then(|core| core.signals_s.as_ref());
-        let was_pending = |signal: u32| {
-            let signal = signal.to_le_bytes();
-            pending.is_some_and(|queue| {
-                queue.signals.iter().any(|entry| entry.siginfo.starts_with(&signal))
-            })
-        };
-        for signal in signals.into_iter().filter(|signal| *signal != 0 && !was_pending(*signal)) {
-            stops::forget_signal(signal, &mut script);
+        for kind in &plan.common {
+            kind.children_stopped(task.core(), &stopped, &mut script);
         }
         let puppet = self.tasks[position].as_mut().expect("it lives");
         self.scratch.run(&mut puppet.threads[0], &script)?;
@@ -216,6 +196,11 @@ impl Puppets<'_> {
         }
         Ok(())
     }
+}
+
+/// Returns what the kinds of the tree need of a child.
+fn child(task: &TaskPlan) -> Child<'_> {
+    Child { pid: task.pid, core: task.core() }
 }
 
 impl Drop for Puppets<'_> {

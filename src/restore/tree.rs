@@ -34,7 +34,7 @@ const CLONE_CLEAR_SIGHAND: u64 = 1 << 32;
 const CLONE_PARENT: u64 = libc::CLONE_PARENT.cast_unsigned() as u64;
 
 /// The exit signal of processes that are made for the restore.
-pub(super) const SIGCHLD: u32 = libc::SIGCHLD.cast_unsigned();
+const SIGCHLD: u32 = libc::SIGCHLD.cast_unsigned();
 
 /// A process during the restore.
 #[derive(Debug)]

@@ -127,6 +127,14 @@ pub mod state {
     pub const STOPPED: u32 = 3;
 }
 
+/// Returns the signal that reports the end of a process to its parent; 0 for none. `core` is that
+/// of its first thread.
+pub fn exit_signal(core: &proto::CoreEntry) -> u32 {
+    /// `SIGCHLD` (`asm-generic/signal.h`).
+    const SIGCHLD: u32 = 17;
+    core.tc.as_ref().and_then(|task| task.rcriu_exit_signal).unwrap_or(SIGCHLD)
+}
+
 /// Whether a snapshot is a pre-dump, which has memory but no processes.
 pub fn is_pre_dump(images: &dyn ImageStore) -> bool {
     !images.has(Kind::Pstree, 0)

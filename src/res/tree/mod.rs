@@ -5,8 +5,8 @@
 pub mod cgroup;
 mod lost;
 pub mod session;
-pub mod stops;
-pub mod sysv;
+mod stops;
+mod sysv;
 
 use std::fs::File;
 
@@ -18,7 +18,7 @@ use crate::{
     },
     inject::{Answers, Script, Task},
     proc::Mapping,
-    units::{HostPid, PidMap},
+    units::{HostPid, NsPid, PidMap},
 };
 
 /// The user's options for a dump of these kinds.
@@ -83,8 +83,11 @@ pub const KINDS: &[Kind] = &[
         restorer: Some(|plan, _| sysv::restorer(plan)),
         ..NONE
     },
-    // The restore uses these entries when it releases the processes.
-    Kind { collector: Some(|tasks, pids, _| stops::collector(tasks, pids)), ..NONE },
+    Kind {
+        collector: Some(|tasks, pids, _| stops::collector(tasks, pids)),
+        restorer: Some(|_, _| stops::restorer()),
+        ..NONE
+    },
 ];
 
 /// A shared memory object of the tree.
@@ -112,9 +115,15 @@ pub trait Collector {
         Ok(())
     }
 
-    /// Records a mapping of `object`, also in a pre-dump.
-    fn mapping(&mut self, _pid: HostPid, _mapping: &Mapping, _object: Object) -> Result<()> {
-        Ok(())
+    /// Records a mapping of `object`, also in a pre-dump. Returns the number of the object in the
+    /// images, if it is an object of this kind.
+    fn mapping(
+        &mut self,
+        _pid: HostPid,
+        _mapping: &Mapping,
+        _object: Object,
+    ) -> Result<Option<u64>> {
+        Ok(None)
     }
 
     /// Returns the memory objects whose bytes the dump must copy.
@@ -126,6 +135,21 @@ pub trait Collector {
     fn write(&self, _images: &SnapshotWriter) -> image::Result<()> {
         Ok(())
     }
+}
+
+/// Records a mapping of `object` in all kinds. Returns the number of the object, if it belongs to
+/// one of them.
+pub fn mapping(
+    collectors: &mut [Box<dyn Collector>],
+    pid: HostPid,
+    mapping: &Mapping,
+    object: Object,
+) -> Result<Option<u64>> {
+    let mut number = None;
+    for kind in collectors {
+        number = kind.mapping(pid, mapping, object)?.or(number);
+    }
+    Ok(number)
 }
 
 /// Refuses a stopped tree that rcriu cannot dump, before the dump changes anything.
@@ -163,6 +187,15 @@ pub struct Plan<'a> {
     pub cores: Vec<&'a CoreEntry>,
 }
 
+/// A restored child of a process.
+#[derive(Clone, Copy, Debug)]
+pub struct Child<'a> {
+    /// Its pid in the images.
+    pub pid: NsPid,
+    /// The core of its first thread.
+    pub core: &'a CoreEntry,
+}
+
 /// Restores one kind.
 pub trait Restorer: std::fmt::Debug {
     /// Creates what must exist before the first process, and returns the memory objects to
@@ -185,6 +218,15 @@ pub trait Restorer: std::fmt::Debug {
     /// Finishes, once all processes have their memory.
     fn finish(&self) -> Result<()> {
         Ok(())
+    }
+
+    /// Adds the calls of a process that is a parent of `children`, which are dead in the images and
+    /// have ended.
+    fn children_ended(&self, _children: &[Child<'_>], _script: &mut Script) {}
+
+    /// Adds the last calls of a process that is the parent of `children`, which have stopped. `parent`
+    /// is the core of the process.
+    fn children_stopped(&self, _parent: &CoreEntry, _children: &[Child<'_>], _script: &mut Script) {
     }
 }
 

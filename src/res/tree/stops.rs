@@ -1,13 +1,14 @@
 //! Whether the parent of a stopped process has been notified: `wait(2)` reports a stop once.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, iter};
 
 use nix::libc;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::{Begun, Collector};
+use super::{Begun, Child, Collector, Restorer};
 use crate::{
     causes::tell as say,
+    image::{proto::CoreEntry, tree::exit_signal},
     inject::{Answers, Buffer, CallId, Script, Task},
     res::task,
     units::{HostPid, NsPid, PidMap},
@@ -131,15 +132,63 @@ fn collect(asked: Asked, answers: &Answers) -> Option<Unreported> {
     })
 }
 
+/// Lets parents know of the ends and stops of their children what they knew before the dump.
+#[derive(Debug)]
+struct Reports;
+
+/// Reads nothing: the entries are in the cores.
+pub(super) fn restorer() -> Begun<dyn Restorer> {
+    Ok(Box::new(Reports))
+}
+
+impl Restorer for Reports {
+    /// Removes the signals that reported the ends. The parent has had those that it was to have
+    /// before the dump.
+    fn children_ended(&self, children: &[Child<'_>], script: &mut Script) {
+        for signal in signals(children) {
+            forget_signal(signal, script);
+        }
+    }
+
+    /// Consumes the notifications of stops that the parent had received before the dump, and removes
+    /// the signals, except those that were pending.
+    fn children_stopped(&self, parent: &CoreEntry, children: &[Child<'_>], script: &mut Script) {
+        for child in children {
+            let core = child.core.tc.as_ref();
+            let was_stopped = core.is_some_and(|core| core.task_state == task::STOPPED);
+            // Images of CRIU do not record it; most parents wait at once.
+            if !was_stopped || core.and_then(|core| core.rcriu_stop_told) != Some(false) {
+                tell(child.pid, script);
+            }
+        }
+        let pending = parent.tc.as_ref().and_then(|core| core.signals_s.as_ref());
+        let was_pending = |signal: u32| {
+            let signal = signal.to_le_bytes();
+            pending.is_some_and(|queue| {
+                queue.signals.iter().any(|entry| entry.siginfo.starts_with(&signal))
+            })
+        };
+        for signal in signals(children).filter(|signal| !was_pending(*signal)) {
+            forget_signal(signal, script);
+        }
+    }
+}
+
+/// Returns the signals that may report the ends or stops of children.
+fn signals(children: &[Child<'_>]) -> impl Iterator<Item = u32> {
+    let own = children.iter().map(|child| exit_signal(child.core));
+    iter::once(libc::SIGCHLD.cast_unsigned()).chain(own).filter(|signal| *signal != 0)
+}
+
 /// Adds the call by which a parent consumes the notification that a child has stopped.
-pub fn tell(child: NsPid, script: &mut Script) {
+fn tell(child: NsPid, script: &mut Script) {
     let flags = libc::WSTOPPED | libc::WNOHANG | libc::__WALL;
     let arguments = [P_PID.into(), child.into(), 0.into(), flags.into()];
     script.attempt(libc::SYS_waitid, &arguments);
 }
 
 /// Adds the call that consumes a pending signal, such as a child's `SIGCHLD`.
-pub fn forget_signal(signal: u32, script: &mut Script) {
+fn forget_signal(signal: u32, script: &mut Script) {
     let bit = 1_u64.checked_shl(signal.wrapping_sub(1)).unwrap_or(0);
     let set = script.bytes(&bit.to_le_bytes());
     let now = script.bytes(&[0; 16]);

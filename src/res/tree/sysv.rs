@@ -61,9 +61,9 @@ pub(super) fn collector() -> Begun<dyn Collector> {
 }
 
 impl Collector for Attached {
-    fn mapping(&mut self, pid: HostPid, mapping: &Mapping, object: Object) -> Result<()> {
+    fn mapping(&mut self, pid: HostPid, mapping: &Mapping, object: Object) -> Result<Option<u64>> {
         if object != Object::SystemV {
-            return Ok(());
+            return Ok(None);
         }
         let id = u32::try_from(mapping.inode).map_err(|_| ResError::Unsupported {
             pid,
@@ -78,7 +78,7 @@ impl Collector for Attached {
             place.insert(entry);
             self.memory.push(memory(id, file));
         }
-        Ok(())
+        Ok(Some(id.into()))
     }
 
     fn memory(&mut self) -> Vec<Memory> {
