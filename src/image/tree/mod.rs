@@ -8,6 +8,7 @@ mod arenas;
 mod births;
 mod files;
 mod memory;
+mod namespaces;
 mod order;
 pub mod place;
 mod task;
@@ -22,6 +23,7 @@ pub use self::{
     arenas::{Arena, ArenaIds, Arenas},
     births::{Birth, Births, HelperPlan, Kin, Maker},
     files::timer_problem,
+    namespaces::uts_problem,
 };
 
 /// The supported versions of the format (`inventory_entry.img_version`): CRIU's
@@ -197,6 +199,7 @@ pub fn read(images: &dyn ImageStore) -> (Tree, Vec<Problem>) {
     }
     order::check(&tree.tasks, &mut problems);
     files::check(images, &tree, &mut problems);
+    namespaces::check(images, &tree, &mut problems);
     (tree, problems.0)
 }
 

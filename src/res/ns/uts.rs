@@ -4,7 +4,7 @@ use nix::libc;
 
 use super::{Collect, Own, wrong};
 use crate::{
-    image::{ImageStore, Kind, proto::UtsnsEntry},
+    image::{ImageStore, Kind, proto::UtsnsEntry, tree::uts_problem},
     inject::Script,
     res::Result,
 };
@@ -36,18 +36,14 @@ impl Own for Uts {
 
     fn restore(&self, images: &dyn ImageStore, number: u32) -> Result<Script> {
         let entry: UtsnsEntry = images.message(Kind::Utsns, number.into())?;
+        if let Some(problem) = uts_problem(&entry) {
+            return Err(wrong(number, &problem));
+        }
         let mut script = Script::new();
         for (what, call, name) in [
             ("set the host name", libc::SYS_sethostname, &entry.nodename),
             ("set the domain name", libc::SYS_setdomainname, &entry.domainname),
         ] {
-            if name.len() >= FIELD_BYTES {
-                let problem = format!(
-                    "the host or domain name has {} bytes, at most 64 expected",
-                    name.len()
-                );
-                return Err(wrong(number, &problem));
-            }
             let bytes = script.bytes(name);
             script.call(what, call, &[bytes.into(), name.len().into()]);
         }

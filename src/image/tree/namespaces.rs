@@ -1,0 +1,101 @@
+//! Checks of the namespaces that a tree has of its own.
+
+use super::{Problems, Tree};
+use crate::image::{ImageStore, Kind, proto};
+use proto::{TaskKobjIdsEntry, UtsnsEntry};
+
+/// The longest name of a host or domain (`__NEW_UTS_LEN`, `linux/utsname.h`).
+const LONGEST_NAME: usize = 64;
+
+/// Returns what is wrong with the names of a UTS namespace, if anything.
+pub fn uts_problem(entry: &UtsnsEntry) -> Option<String> {
+    let longest = entry.nodename.len().max(entry.domainname.len());
+    (longest > LONGEST_NAME).then(|| {
+        format!("the host or domain name has {longest} bytes, at most {LONGEST_NAME} expected")
+    })
+}
+
+/// Checks the UTS namespace of the tree: its image, and that all processes are in it.
+pub(super) fn check(images: &dyn ImageStore, tree: &Tree, problems: &mut Problems) {
+    let Some(dumper) = tree.inventory.root_ids.and_then(|ids| ids.uts_ns_id) else { return };
+    let mut own = None;
+    for task in tree.tasks.iter().filter(|task| task.body.is_some()) {
+        let pid = task.entry.pid;
+        // The reader of processes has reported an image that it could not read.
+        let ids = images.message_if_any::<TaskKobjIdsEntry>(Kind::Ids, pid.into());
+        let Some(number) = ids.ok().flatten().and_then(|ids| ids.uts_ns_id) else { continue };
+        let first = *own.get_or_insert(number);
+        if number != first {
+            problems.not_restored(format!(
+                "process {pid} is in the UTS namespace {number}, and others of the tree are in {first}"
+            ));
+        }
+    }
+    let Some(number) = own.filter(|number| *number != dumper) else { return };
+    let name = Kind::Utsns.file_name(number.into());
+    let image = images.message::<UtsnsEntry>(Kind::Utsns, number.into());
+    if let Some(entry) = problems.own_image(&name, image)
+        && let Some(problem) = uts_problem(&entry)
+    {
+        problems.broken(format!("{name}: {problem}"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::image::{
+        Directory, SnapshotWriter,
+        tree::{ArenaIds, Body, Task},
+    };
+
+    fn ids(uts: u32) -> TaskKobjIdsEntry {
+        TaskKobjIdsEntry { uts_ns_id: Some(uts), ..Default::default() }
+    }
+
+    /// Returns the problems of a tree in namespaces with these numbers.
+    fn found(dir: &Path, numbers: &[u32]) -> Vec<String> {
+        let inventory = proto::InventoryEntry { root_ids: Some(ids(4)), ..Default::default() };
+        let images = SnapshotWriter::begin(dir).unwrap();
+        let names = |len| UtsnsEntry { nodename: vec![b'x'; len], domainname: Vec::new() };
+        images.write(Kind::Utsns, 12, &[names(LONGEST_NAME)]).unwrap();
+        images.write(Kind::Utsns, 13, &[names(LONGEST_NAME + 1)]).unwrap();
+        let mut tree = Tree { inventory, ..Tree::default() };
+        for (pid, number) in (1..).zip(numbers) {
+            images.write(Kind::Ids, u64::from(pid), &[ids(*number)]).unwrap();
+            tree.tasks.push(Task {
+                entry: proto::PstreeEntry { pid, ..Default::default() },
+                parent: None,
+                threads: Vec::new(),
+                ids: ArenaIds::default(),
+                body: Some(Body {
+                    mm: proto::MmEntry::default(),
+                    vmas: Vec::new(),
+                    guards: Vec::new(),
+                    fs: proto::FsEntry::default(),
+                    fds: Vec::new(),
+                }),
+            });
+        }
+        images.sync(|_| {}).unwrap();
+        images.commit(&tree.inventory).unwrap();
+        let mut problems = Problems::default();
+        check(&Directory::at(dir), &tree, &mut problems);
+        problems.0.into_iter().map(|problem| problem.text).collect()
+    }
+
+    #[test]
+    fn the_image_of_an_own_namespace_exists_and_has_names_that_fit() {
+        let dir = tempfile::tempdir().unwrap();
+        let found = |numbers: &[u32]| found(dir.path(), numbers);
+        assert_eq!(found(&[4, 4]), [""; 0]);
+        assert_eq!(found(&[12, 12]), [""; 0]);
+        let long = "utsns-13.img: the host or domain name has 65 bytes, at most 64 expected";
+        assert_eq!(found(&[13]), [long]);
+        assert_eq!(found(&[14]), ["there is no utsns-14.img"]);
+        let apart = "process 2 is in the UTS namespace 4, and others of the tree are in 12";
+        assert_eq!(found(&[12, 4]), [apart]);
+    }
+}
