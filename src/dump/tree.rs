@@ -182,10 +182,16 @@ impl<'a> Collection<'a> {
             &self.stacks[&memory_id],
             TABLE_BYTES.max(room * 2),
             |session, threads| {
-                // With mlockall(MCL_FUTURE), the scratch memory just mapped is locked, too.
-                later.locked = session.is_locked() || proc::status(witness)?.vm_lck_kib != locked;
-                later.on_fault = later.locked
-                    && session.untouched().is_some_and(|page| !is_present(witness, page));
+                // With mlockall(MCL_FUTURE), memory that was just mapped is locked, too. A process
+                // without any locked memory hardly has that.
+                let needed = locked.is_some_and(|kib| kib != 0);
+                session.with_new_page(threads, mappings, needed, |session, page| {
+                    later.locked =
+                        session.is_locked() || proc::status(witness)?.vm_lck_kib != locked;
+                    later.on_fault =
+                        later.locked && page.is_some_and(|page| !is_present(witness, page));
+                    Ok(())
+                })?;
                 let each = questions.iter().enumerate();
                 each.map(|(position, (script, ..))| session.run(threads, position, script))
                     .collect::<Result<Vec<_>, _>>()

@@ -50,6 +50,17 @@ pub enum InjectError {
         /// The thread.
         tid: HostPid,
     },
+    /// The seccomp filters of a thread cannot be suspended.
+    #[error(
+        "suspend the seccomp filters of thread {tid} (PTRACE_O_SUSPEND_SECCOMP)\nhelp: run rcriu with \
+         CAP_SYS_ADMIN outside of user namespaces, and without a seccomp filter of its own"
+    )]
+    Filtered {
+        /// The thread.
+        tid: HostPid,
+        /// Why it failed.
+        source: Errno,
+    },
     /// The process is in a frozen cgroup.
     #[error("process {pid} is in the cgroup {}, which is frozen\nhelp: thaw it first: {thaw}", .cgroup.display())]
     FrozenCgroup {

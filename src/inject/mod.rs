@@ -21,4 +21,4 @@ pub use repair::{Repair, repair};
 pub use scratch::{Scratch, TABLE_BYTES};
 pub use script::{Answers, Arg, Buffer, CallId, Script};
 pub use session::{Session, with_session};
-pub use tracee::{Tracee, registers_to_resume};
+pub use tracee::{Tracee, registers_to_resume, try_to_suspend_filters};

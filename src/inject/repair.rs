@@ -84,6 +84,9 @@ fn attempt(left: Leftover, threads: &mut [Tracee]) -> Result<Option<Repair>> {
     }
     let mut home = Home::find(threads, &mappings, &[])?;
     let thread = &mut threads[0];
+    if proc::thread_status(pid, thread.tid)?.seccomp != 0 {
+        thread.suspend_filters()?;
+    }
     let stack = home.prepare(Slot::Keeper, thread)?;
     let unmap = [start.0, left.bytes, 0, 0, 0, 0];
     let result = thread.call(home.call, stack, u64::MAX, libc::SYS_munmap, unmap)?;

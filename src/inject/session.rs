@@ -15,7 +15,9 @@
 //!
 //! If the process ignores no signal, or has no room for scratch memory (`RLIMIT_AS`, `RLIMIT_DATA`,
 //! `RLIMIT_MEMLOCK` with `MCL_FUTURE`), rcriu stops the thread at each call instead, and puts the
-//! data on the stack.
+//! data on the stack. So it does for a process with seccomp filters, which it suspends meanwhile: if
+//! rcriu were killed, a list of calls would go on under the filters, which might kill the process.
+//! With one call at a time, it can do so only for a call that has just entered the kernel.
 
 use nix::{errno::Errno, libc};
 
@@ -88,6 +90,7 @@ pub fn with_session<T>(
     let ended = session.end(&mut threads[0]);
     for thread in threads {
         thread.put_back()?;
+        thread.resume_filters()?;
     }
     session.home.clear()?;
     ended?;
@@ -104,12 +107,21 @@ impl Session {
         if let Some(thread) = threads.iter().find(|thread| is_returning(thread)) {
             return Err(InjectError::Returning { tid: thread.tid });
         }
+        let filtered = suspend_filters(threads)?;
         let mut home = Home::find(threads, mappings, in_use)?;
         let keeper = &mut threads[0];
         let stack = home.prepare(Slot::Keeper, keeper)?;
         let mut session = Self { home, stack, place: Place::Stack, locked: false };
-        let Some(signal) = choose_signal(threads)? else {
-            log::debug!("{}: it ignores no signal, so scripts run call by call", threads[0].tid);
+        let signal = choose_signal(threads)?;
+        let why = match signal {
+            None => Some("it ignores no signal"),
+            // Without room on the stack, no way leads home anyway.
+            Some(_) if filtered && session.home.room().is_some() => Some("it has seccomp filters"),
+            Some(_) => None,
+        };
+        let Some(signal) = signal.filter(|_| why.is_none()) else {
+            let why = why.unwrap_or_default();
+            log::debug!("{}: {why}, so scripts run call by call", threads[0].tid);
             return Ok(session);
         };
         let page = usize::try_from(PAGE_SIZE).expect("small");
@@ -121,11 +133,7 @@ impl Session {
         let keeper = &mut threads[0];
         match session.map(keeper, &scratch, signal) {
             Ok(()) => {}
-            // A limit is exhausted, or the process may not execute memory that was writable.
-            Err(InjectError::Call {
-                source: source @ (Errno::ENOMEM | Errno::EAGAIN | Errno::EACCES | Errno::EPERM),
-                ..
-            }) => {
+            Err(InjectError::Call { source, .. }) if is_forbidden(source) => {
                 // mmap(2) fails with EAGAIN if it would have to lock the mapping and may not.
                 session.locked = source == Errno::EAGAIN;
                 log::debug!("{}: no scratch memory can be mapped", keeper.tid);
@@ -191,13 +199,51 @@ impl Session {
         self.locked
     }
 
-    /// Before the first script, returns the address of a page that was never written; `None`
-    /// without scratch memory.
-    pub fn untouched(&self) -> Option<RemoteAddr> {
-        match self.place {
-            Place::Scratch(scratch, _) => Some(scratch.table()),
-            Place::Stack => None,
-        }
+    /// Before the first script, calls `look` with the address of a page that the process has just
+    /// mapped and that was never written; with `None` if it can map none.
+    ///
+    /// Without scratch memory it maps a page for that, which stays if rcriu and its supervisor are
+    /// killed just then. So it does so only if `needed`.
+    ///
+    /// # Errors
+    /// Those of `look`, and of mapping the page.
+    pub fn with_new_page<T>(
+        &mut self,
+        threads: &mut [Tracee],
+        mappings: &[Mapping],
+        needed: bool,
+        look: impl FnOnce(&Self, Option<RemoteAddr>) -> Result<T>,
+    ) -> Result<T> {
+        let page = match self.place {
+            Place::Scratch(scratch, _) => return look(self, Some(scratch.table())),
+            Place::Stack if needed && !self.locked => free_place(mappings),
+            Place::Stack => return look(self, None),
+        };
+        let keeper = &mut threads[0];
+        let (tid, instruction) = (keeper.tid, self.home.call);
+        let failed = |what: &str, source| InjectError::Call { tid, what: what.into(), source };
+        let access = bits(libc::PROT_READ | libc::PROT_WRITE);
+        let map = [page.0, PAGE_SIZE, access, bits(MAP_FLAGS), u64::MAX, 0];
+        supervise::note_scratch(tid, page, PAGE_SIZE);
+        let mapped = keeper.call(instruction, self.stack, u64::MAX, libc::SYS_mmap, map)?;
+        let looked = match mapped {
+            Ok(_) => {
+                let looked = look(self, Some(page));
+                let unmap = [page.0, PAGE_SIZE, 0, 0, 0, 0];
+                let unmapped =
+                    keeper.call(instruction, self.stack, u64::MAX, libc::SYS_munmap, unmap)?;
+                unmapped.map_err(|source| failed("unmap a page", source))?;
+                looked
+            }
+            Err(source) if is_forbidden(source) => {
+                self.locked = source == Errno::EAGAIN;
+                look(self, None)
+            }
+            Err(source) => Err(failed("map a page", source)),
+        };
+        supervise::clear_scratch();
+        keeper.put_back()?;
+        looked
     }
 
     /// Has a thread make the calls of a script, and returns the answers. The first of `threads` is
@@ -355,6 +401,25 @@ fn parked(thread: &Tracee, scratch: &Scratch, stack: Option<RemoteAddr>) -> Regi
 
 fn unmap(scratch: &Scratch) -> [u64; 6] {
     [scratch.start.0, scratch.len(), 0, 0, 0, 0]
+}
+
+/// Whether `mmap(2)` fails like this because a limit is exhausted, or because the process may not
+/// execute memory that was writable.
+fn is_forbidden(errno: Errno) -> bool {
+    matches!(errno, Errno::ENOMEM | Errno::EAGAIN | Errno::EACCES | Errno::EPERM)
+}
+
+/// Suspends the seccomp filters of the threads that have any; returns whether there is one.
+fn suspend_filters(threads: &mut [Tracee]) -> Result<bool> {
+    let witness = threads[0].tid;
+    let mut any = false;
+    for thread in threads {
+        if proc::thread_status(witness, thread.tid)?.seccomp != 0 {
+            thread.suspend_filters()?;
+            any = true;
+        }
+    }
+    Ok(any)
 }
 
 /// Chooses a signal without effect: the process ignores it, and no thread blocks it, since a thread

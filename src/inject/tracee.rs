@@ -76,6 +76,8 @@ pub struct Tracee {
     dirty: bool,
     /// The signals that it blocks now.
     mask_now: u64,
+    /// Whether its seccomp filters are suspended.
+    unfiltered: bool,
 }
 
 /// How a thread reports that its script has ended.
@@ -112,6 +114,7 @@ impl Tracee {
             abort: None,
             dirty: false,
             mask_now: signal_mask,
+            unfiltered: false,
         };
         if rseq.pointer != 0 {
             let mut bytes = [0; 8];
@@ -131,6 +134,26 @@ impl Tracee {
             }
         }
         Ok(tracee)
+    }
+
+    /// Suspends the seccomp filters of the thread, so that it can make any system call. They are
+    /// in force again when the tracer detaches from it or dies.
+    ///
+    /// # Errors
+    /// [`InjectError::Filtered`].
+    pub fn suspend_filters(&mut self) -> Result<()> {
+        try_to_suspend_filters(self.tid)?;
+        self.unfiltered = true;
+        Ok(())
+    }
+
+    /// Puts suspended seccomp filters in force again.
+    pub(super) fn resume_filters(&mut self) -> Result<()> {
+        if std::mem::take(&mut self.unfiltered) {
+            ptrace::set_options(self.tid, ptrace::options::SYSGOOD)
+                .map_err(InjectError::trace(self.tid, "set the options of"))?;
+        }
+        Ok(())
     }
 
     /// Returns the general registers with which the thread resumes after a restore.
@@ -191,6 +214,10 @@ impl Tracee {
     /// Has the thread make one system call with the instruction at `instruction`, while it blocks the
     /// signals in `mask`. Returns the kernel's result. Sets the registers before the mask: by the
     /// registers the thread finds home (see `home`), and the frame there holds the old mask.
+    ///
+    /// A thread with suspended seccomp filters, which might kill it for the call if rcriu were
+    /// killed, gets registers that lead home at once (`rt_sigreturn(2)`). Only when it is in the
+    /// kernel, rcriu exchanges the call.
     pub(super) fn call(
         &mut self,
         instruction: RemoteAddr,
@@ -201,7 +228,11 @@ impl Tracee {
     ) -> Result<Result<u64, Errno>> {
         let tid = self.tid;
         let failed = |step| InjectError::trace(tid, step);
-        let registers = self.registers_to_call(instruction, stack, number, arguments);
+        let exchange = stack.filter(|_| self.unfiltered);
+        let registers = match exchange {
+            Some(frame) => arch::sigreturn_registers(&self.registers, instruction, frame),
+            None => self.registers_to_call(instruction, stack, number, arguments),
+        };
         self.set_registers(&registers)?;
         let mut fault = fault::hit(Point::DumpCallSet);
         self.block(mask)?;
@@ -215,6 +246,12 @@ impl Tracee {
                 Wait::Syscall => {
                     stops += 1;
                     fault = fault.and(fault::hit(Point::DumpCall));
+                    if let Some(frame) = exchange.filter(|_| stops == 1) {
+                        let entered =
+                            ptrace::registers(tid).map_err(failed("read the registers of"))?;
+                        let wanted = arch::exchanged_call(&entered, frame, number, arguments);
+                        self.set_registers(&wanted)?;
+                    }
                 }
                 // Another process stops this one meanwhile. It must also be stopped when it is released.
                 Wait::Signal(libc::SIGSTOP) if stops == 0 => {
@@ -336,6 +373,15 @@ pub(super) fn lost(tid: HostPid, wait: Wait) -> InjectError {
         other => format!("stopped for {other:?}"),
     };
     InjectError::Lost { tid, what }
+}
+
+/// Suspends the seccomp filters of a stopped tracee.
+///
+/// # Errors
+/// [`InjectError::Filtered`].
+pub fn try_to_suspend_filters(tid: HostPid) -> Result<()> {
+    let wanted = ptrace::options::SYSGOOD | ptrace::options::SUSPEND_SECCOMP;
+    ptrace::set_options(tid, wanted).map_err(|source| InjectError::Filtered { tid, source })
 }
 
 pub(super) fn denied(tid: HostPid, errno: Errno) -> InjectError {

@@ -19,6 +19,8 @@ const NT_PRSTATUS: usize = 1;
 /// Requests that `libc` does not name (`linux/ptrace.h`).
 const PTRACE_GETSIGMASK: libc::c_uint = 0x420a;
 const PTRACE_SETSIGMASK: libc::c_uint = 0x420b;
+const PTRACE_SECCOMP_GET_FILTER: libc::c_uint = 0x420c;
+const PTRACE_SECCOMP_GET_METADATA: libc::c_uint = 0x420d;
 const PTRACE_GET_RSEQ_CONFIGURATION: libc::c_uint = 0x420f;
 const PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG: libc::c_uint = 0x4211;
 
@@ -39,6 +41,9 @@ pub mod options {
         libc::PTRACE_O_TRACECLONE | libc::PTRACE_O_TRACEFORK | libc::PTRACE_O_TRACEVFORK;
     /// Kill it when the tracer exits (`PTRACE_O_EXITKILL`, since Linux 3.8).
     pub const EXITKILL: i32 = libc::PTRACE_O_EXITKILL;
+    /// Suspend its seccomp filters while it is traced (`PTRACE_O_SUSPEND_SECCOMP`, since Linux
+    /// 4.3). Needs `CAP_SYS_ADMIN` in the first user namespace, and a tracer without filters.
+    pub const SUSPEND_SECCOMP: i32 = 1 << 21;
 }
 
 /// What `waitpid(2)` reports about a thread.
@@ -324,6 +329,49 @@ pub fn syscall_dispatch(tid: HostPid) -> Result<SyscallDispatch, Errno> {
     let size = size_of::<SyscallDispatch>();
     request(PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, tid, size, (&raw mut config).addr())?;
     Ok(config)
+}
+
+/// Instructions in the longest filter (`BPF_MAXINSNS`, `linux/bpf_common.h`).
+const FILTER_INSTRUCTIONS: usize = 4096;
+
+/// Returns the seccomp filter of a stopped tracee with this index, as an array of
+/// `struct sock_filter`; `None` if it has no more filters. The oldest filter has the index 0.
+///
+/// # Errors
+/// `EINVAL` if it has no filters at all; `EACCES` without `CAP_SYS_ADMIN`, or if the tracer has
+/// filters itself; `EMEDIUMTYPE` for a filter that is not classic BPF.
+pub fn seccomp_filter(tid: HostPid, index: usize) -> Result<Option<Vec<u8>>, Errno> {
+    // The kernel writes the whole filter, whatever its length.
+    let mut program = vec![0_u64; FILTER_INSTRUCTIONS];
+    match request(PTRACE_SECCOMP_GET_FILTER, tid, index, program.as_mut_ptr().addr()) {
+        Ok(count) => {
+            let count = usize::try_from(count).unwrap_or_default();
+            let bytes = program.iter().take(count).flat_map(|word| word.to_ne_bytes());
+            Ok(Some(bytes.collect()))
+        }
+        Err(Errno::ENOENT) => Ok(None),
+        Err(errno) => Err(errno),
+    }
+}
+
+/// `struct seccomp_metadata` (`linux/ptrace.h`, since Linux 4.16).
+#[repr(C)]
+struct SeccompMetadata {
+    index: u64,
+    flags: u64,
+}
+
+const _: () = assert!(size_of::<SeccompMetadata>() == 16);
+
+/// Returns the flags of the seccomp filter with this index: `SECCOMP_FILTER_FLAG_LOG` or 0.
+///
+/// # Errors
+/// Those of [`seccomp_filter`]; `ENOENT` if there is no such filter.
+pub fn seccomp_flags(tid: HostPid, index: usize) -> Result<u64, Errno> {
+    let mut metadata = SeccompMetadata { index: index as u64, flags: 0 };
+    let size = size_of::<SeccompMetadata>();
+    request(PTRACE_SECCOMP_GET_METADATA, tid, size, (&raw mut metadata).addr())?;
+    Ok(metadata.flags)
 }
 
 /// Registers that few threads use.

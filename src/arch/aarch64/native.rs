@@ -154,6 +154,27 @@ pub fn syscall_registers(
     not_built()
 }
 
+/// Returns registers with which a thread that is at [`SYSCALL_INSTRUCTION`] calls
+/// `rt_sigreturn(2)` for the frame at `frame`.
+pub fn sigreturn_registers(
+    _base: &Registers,
+    _instruction: RemoteAddr,
+    _frame: RemoteAddr,
+) -> Registers {
+    not_built()
+}
+
+/// Returns registers with which a thread that has stopped on entering a system call makes
+/// this one instead.
+pub fn exchanged_call(
+    _entered: &Registers,
+    _stack: RemoteAddr,
+    _number: libc::c_long,
+    _arguments: [u64; 6],
+) -> Registers {
+    not_built()
+}
+
 /// Returns the registers with which a call goes on that was interrupted by the stop alone.
 pub fn mended(_stopped: &Registers) -> Option<Registers> {
     not_built()

@@ -186,6 +186,35 @@ pub fn syscall_registers(
     registers
 }
 
+/// Returns registers with which a thread that is at [`SYSCALL_INSTRUCTION`] calls
+/// `rt_sigreturn(2)` for the frame at `frame`.
+pub fn sigreturn_registers(
+    base: &Registers,
+    instruction: RemoteAddr,
+    frame: RemoteAddr,
+) -> Registers {
+    /// The kernel takes the first word of the frame for popped.
+    const POPPED: u64 = size_of::<u64>() as u64;
+    let registers = syscall_registers(base, instruction, libc::SYS_rt_sigreturn, [0; 6]);
+    Registers { rsp: frame.plus(POPPED).0, ..registers }
+}
+
+/// Returns registers with which a thread that has stopped on entering a system call makes
+/// this one instead.
+pub fn exchanged_call(
+    entered: &Registers,
+    stack: RemoteAddr,
+    number: libc::c_long,
+    arguments: [u64; 6],
+) -> Registers {
+    let mut registers = *entered;
+    registers.orig_rax = number.cast_unsigned();
+    registers.rsp = stack.0;
+    [registers.rdi, registers.rsi, registers.rdx, registers.r10, registers.r8, registers.r9] =
+        arguments;
+    registers
+}
+
 /// Results that mean that the kernel will restart an interrupted call
 /// (`include/linux/errno.h`).
 const ERESTARTSYS: i64 = -512;

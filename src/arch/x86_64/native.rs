@@ -5,7 +5,8 @@ use nix::libc;
 pub use super::{
     code::{
         CALL_AND_RETURN, CALL_BYTES, RESTORERS, SYSCALL_INSTRUCTION, code, enter, enter_and_return,
-        mended, restart, syscall_registers, told, uninterrupted,
+        exchanged_call, mended, restart, sigreturn_registers, syscall_registers, told,
+        uninterrupted,
     },
     frame::{Area, FRAME_AREA_OFFSET, FRAME_MARK_BYTES, frame, is_frame},
 };
