@@ -281,6 +281,13 @@ fn privileged_a_process_without_room_survives_at_every_point() {
     killed_everywhere("no_room_nor_signal", &[]);
 }
 
+/// The filters kill the process for what it does for the dump, unless they are suspended.
+#[test]
+fn privileged_a_process_with_seccomp_filters_survives_at_every_point() {
+    killed_everywhere("seccomp_kills", &[]);
+    killed_everywhere("seccomp_strict", &[]);
+}
+
 /// A thread of a stopped process comes home when that goes on. Until then nothing else may
 /// work there, for which its registers would be the program's own.
 #[test]

@@ -311,6 +311,16 @@ states! {
     credentials_of_a_pair;
     peer_credentials_of_the_dead;
     uts_namespace;
+    seccomp_filters, elsewhere: restored running;
+    seccomp_kills, elsewhere: restored running;
+    seccomp_kills_returns;
+    seccomp_kills_locked_later;
+    seccomp_strict, elsewhere: restored;
+    seccomp_shared, elsewhere: restored;
+    seccomp_of_each_thread;
+    seccomp_inherited;
+    seccomp_without_privileges;
+    seccomp_trap;
 }
 
 /// On kernels of before, some of what a dump needs is found in another way.
@@ -537,6 +547,8 @@ const REFUSED: &[(&str, &str)] = &[
     ("unix_packets_behind_an_error", "behind an unread error"),
     // Only taking the error shows which one it is.
     ("tcp_pending_error", "with an unread error"),
+    ("seccomp_notifies", "has a seccomp filter that asks another process (SECCOMP_RET_USER_NOTIF)"),
+    ("seccomp_listener", "is anon_inode:seccomp notify"),
     ("caught_system_calls", "has its system calls caught (PR_SET_SYSCALL_USER_DISPATCH)"),
 ];
 

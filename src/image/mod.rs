@@ -17,6 +17,7 @@ pub mod payload;
 pub mod punched;
 pub mod regular;
 mod remap;
+pub mod seccomp;
 pub mod store;
 pub mod tree;
 mod verify;

@@ -9,6 +9,7 @@ mod error;
 pub mod file;
 pub mod mm;
 pub mod ns;
+pub mod seccomp;
 pub mod signals;
 pub mod task;
 pub mod thread;

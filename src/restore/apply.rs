@@ -113,6 +113,7 @@ pub(super) fn all(
             }
             let of = thread_of(plan, planned, of, own);
             thread::KINDS.iter().try_for_each(|kind| kind.set(&of, &mut calls))?;
+            plan.common.iter().try_for_each(|kind| kind.set(&of, &mut calls))?;
             calls.flush()?;
         }
     }

@@ -94,7 +94,7 @@ pub fn run(options: &Options) -> Result<()> {
         );
         tell(log::Level::Warn, &message);
     }
-    plan.find_common(common)?;
+    plan.find_common(common, &Own::read()?)?;
     fault::hit(Point::RestorePlan)?;
     let subreaper = |on: bool| {
         ptrace::set_subreaper(on).map_err(|source| StepError::Process {

@@ -13,6 +13,7 @@ use crate::{
         tree::{self, Arena, Arenas, Births, Kin, place},
     },
     res::{
+        calls::Own,
         file::{self, Installer, RestoreOptions},
         ns,
         task::{self, DEAD},
@@ -68,6 +69,11 @@ impl TaskPlan {
     /// Returns the leader's core.
     pub(super) fn core(&self) -> &proto::CoreEntry {
         &self.threads[0].core
+    }
+
+    /// Returns its threads with their cores, the leader first.
+    fn cores(&self) -> Vec<(NsPid, &proto::CoreEntry)> {
+        self.threads.iter().map(|thread| (thread.tid, &thread.core)).collect()
     }
 
     /// Returns the signal that tells its parent of its end; 0 for none.
@@ -276,11 +282,14 @@ impl Plan {
     ///
     /// # Errors
     /// What is missing.
-    pub(super) fn find_common(&mut self, options: &common::RestoreOptions) -> Result<()> {
-        let threads = self.tasks.iter().flat_map(|task| &task.threads);
-        let cores = threads.map(|thread| &thread.core).collect();
+    pub(super) fn find_common(
+        &mut self,
+        options: &common::RestoreOptions,
+        own: &Own,
+    ) -> Result<()> {
+        let processes = self.tasks.iter().map(TaskPlan::cores).collect();
         let images = &**self.images();
-        let plan = common::Plan { images, inventory: &self.inventory, cores };
+        let plan = common::Plan { images, inventory: &self.inventory, processes, own };
         self.common = common::restorers(&plan, options)?;
         Ok(())
     }

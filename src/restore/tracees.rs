@@ -27,11 +27,12 @@ const REST_PATIENCE: Duration = Duration::from_secs(1);
 /// The pause between two checks.
 const REST_NAP: Duration = Duration::from_micros(100);
 
-/// Attaches to a process that [`process::spawn_sleeper`] made.
-pub(super) fn adopt_sleeper(pid: HostPid) -> Result<Tracee> {
+/// Attaches to a process that [`process::spawn_sleeper`] made, with more options of `ptrace(2)`.
+/// The processes that it creates have them, too.
+pub(super) fn adopt_sleeper(pid: HostPid, options: i32) -> Result<Tracee> {
     let trace = |step| move |source| StepError::Process { pid, step, source };
     let adopted = (|| {
-        let wanted = options::SYSGOOD | options::FOLLOW | options::EXITKILL;
+        let wanted = options::SYSGOOD | options::FOLLOW | options::EXITKILL | options;
         ptrace::seize(pid, wanted).map_err(trace("trace"))?;
         ptrace::interrupt(pid).map_err(trace("interrupt"))?;
         await_stop(pid)

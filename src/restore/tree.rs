@@ -149,7 +149,8 @@ impl<'a> Puppets<'a> {
                 }
             }
         }
-        let mut first = adopt_sleeper(pid)?;
+        let options = self.plan.common.iter().map(|kind| kind.trace_options());
+        let mut first = adopt_sleeper(pid, options.fold(0, |all, options| all | options))?;
         // Memory that belongs to this program's thread would be in the way.
         let mappings = proc::maps(pid)?;
         let place = crate::units::RemoteAddr(workshop.place);

@@ -16,6 +16,7 @@ mod kit;
 mod attributes;
 mod blocked;
 mod busy;
+mod confined;
 mod files;
 mod hugetlb;
 mod identity;
@@ -71,6 +72,7 @@ const GROUPS: &[&[Row]] = &[
     socket_ends::ROWS,
     owners::ROWS,
     namespaces::ROWS,
+    confined::ROWS,
     refused::ROWS,
     attributes::ROWS,
 ];

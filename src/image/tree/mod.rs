@@ -15,7 +15,7 @@ mod task;
 
 use std::fmt;
 
-use super::{ImageError, ImageStore, Kind, proto, read_files, vma};
+use super::{ImageError, ImageStore, Kind, proto, read_files, seccomp, vma};
 
 use crate::arch::Machine;
 
@@ -198,9 +198,21 @@ pub fn read(images: &dyn ImageStore) -> (Tree, Vec<Problem>) {
         }));
     }
     order::check(&tree.tasks, &mut problems);
+    check_filters(images, &tree.tasks, &mut problems);
     files::check(images, &tree, &mut problems);
     namespaces::check(images, &tree, &mut problems);
     (tree, problems.0)
+}
+
+/// Checks the seccomp filters of all threads.
+fn check_filters(images: &dyn ImageStore, tasks: &[Task], problems: &mut Problems) {
+    let entry = problems.image(images.message_if_any(Kind::Seccomp, 0)).flatten();
+    for task in tasks {
+        let cores: Vec<_> = task.threads.iter().map(|(_, core)| core).collect();
+        if let Err(problem) = seccomp::of_process(entry.as_ref(), &cores) {
+            problems.broken(format!("images of process {}: {problem}", task.entry.pid));
+        }
+    }
 }
 
 fn read_task(

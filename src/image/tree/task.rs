@@ -129,7 +129,6 @@ pub(super) fn check_thread(tid: u32, core: &proto::CoreEntry, problems: &mut Pro
     }
     let mut wrong = |problem: String| problems.broken(format!("thread {tid}: {problem}"));
     let Some(thread) = &core.thread_core else { return };
-    let filtered = thread.seccomp_mode.is_some_and(|mode| mode != 0);
     if thread.futex_rla != 0 && thread.futex_rla_len != ROBUST_LIST_BYTES {
         wrong(format!(
             "its list of robust futexes has {} bytes, {ROBUST_LIST_BYTES} expected",
@@ -157,10 +156,6 @@ pub(super) fn check_thread(tid: u32, core: &proto::CoreEntry, problems: &mut Pro
     }
     if let Some(queue) = &thread.signals_p {
         check_queue(queue, problems);
-    }
-    if filtered {
-        problems
-            .not_restored(format!("thread {tid} has a seccomp filter, which is not restored yet"));
     }
 }
 
@@ -235,7 +230,7 @@ mod tests {
         let thread = reset.thread_core.as_mut().unwrap();
         (thread.sched_policy, thread.sched_prio) = (Some(1 | RESET_ON_FORK), Some(7));
         assert_eq!(told(&reset), "");
-        let breaks: [(Break, &str); 9] = [
+        let breaks: [(Break, &str); 8] = [
             (|core| info(core).fpregs.st_space.truncate(31), "st_space has 124 bytes"),
             (|core| info(core).gpregs.cs = 0, "register cs is 0x0"),
             (|core| info(core).gpregs.fs_base = u64::MAX, "fs_base is 0xffffffffffffffff"),
@@ -256,10 +251,6 @@ mod tests {
                     core.tc.as_mut().unwrap().signals_s = Some(queue);
                 },
                 "a signal in its queue is malformed",
-            ),
-            (
-                |core| core.thread_core.as_mut().unwrap().seccomp_mode = Some(2),
-                "has a seccomp filter",
             ),
         ];
         for (damage, expected) in breaks {

@@ -116,7 +116,8 @@ pub(super) fn restorer(plan: &Plan<'_>, options: Options) -> Begun<dyn Restorer>
     if !options.managed {
         return Ok(Box::new(Places::default()));
     }
-    let wanted = plan.cores.iter().filter_map(|core| set_of(core));
+    let cores = plan.processes.iter().flatten().map(|(_, core)| *core);
+    let wanted = cores.filter_map(set_of);
     Ok(Box::new(Places::find(plan.images, plan.inventory.root_cg_set, wanted)?))
 }
 

@@ -4,13 +4,19 @@
 
 pub mod cgroup;
 mod lost;
+pub mod seccomp;
 pub mod session;
 mod stops;
 mod sysv;
 
 use std::fs::File;
 
-use super::{Result, mm::mapping::Object, task, thread};
+use super::{
+    Result,
+    calls::{Calls, Own},
+    mm::mapping::Object,
+    task, thread,
+};
 use crate::{
     image::{
         self, ImageStore, SnapshotWriter,
@@ -86,6 +92,11 @@ pub const KINDS: &[Kind] = &[
     Kind {
         collector: Some(|tasks, pids, _| stops::collector(tasks, pids)),
         restorer: Some(|_, _| stops::restorer()),
+        ..NONE
+    },
+    Kind {
+        collector: Some(|tasks, _, _| seccomp::collector(tasks)),
+        restorer: Some(|plan, _| seccomp::restorer(plan)),
         ..NONE
     },
 ];
@@ -183,8 +194,10 @@ pub struct Plan<'a> {
     pub images: &'a dyn ImageStore,
     /// The inventory of the snapshot.
     pub inventory: &'a InventoryEntry,
-    /// The cores of all threads of the tree.
-    pub cores: Vec<&'a CoreEntry>,
+    /// The threads of each process with their cores, the leader first.
+    pub processes: Vec<Vec<(NsPid, &'a CoreEntry)>>,
+    /// The state of the restorer.
+    pub own: &'a Own,
 }
 
 /// A restored child of a process.
@@ -210,8 +223,19 @@ pub trait Restorer: std::fmt::Debug {
         false
     }
 
+    /// Returns options of `ptrace(2)` with which all new processes must be traced.
+    fn trace_options(&self) -> i32 {
+        0
+    }
+
     /// Restores the state of a new thread, or of a new process before it gets memory.
     fn born(&self, _core: &CoreEntry, _pid: HostPid, _tid: HostPid) -> Result<()> {
+        Ok(())
+    }
+
+    /// Restores the state of a thread that has everything but its credentials: after the kinds of
+    /// [`thread`], for the leader of a process first.
+    fn set(&self, _of: &thread::Restored<'_>, _calls: &mut Calls<'_>) -> Result<()> {
         Ok(())
     }
 
