@@ -146,6 +146,14 @@ impl Check<'_> {
                 self.tell(Severity::Error, Some(memory), None, problem);
             }
         }
+        for memory in self.chain.leftovers(self.id)? {
+            let problem = "no process of the tree has this memory: it is left over from an earlier \
+                           dump into the same directory";
+            self.tell(Severity::Note, Some(memory), None, problem.to_owned());
+            if let Ok(pagemap) = self.images().pagemap(memory) {
+                claims.entry(pagemap.pages_id().into()).or_insert(memory);
+            }
+        }
         for kind in [Kind::Pages, Kind::Punched] {
             for stray in self.numbers(kind)?.into_iter().filter(|id| !claims.contains_key(id)) {
                 let problem = format!("no pagemap claims {}", kind.file_name(stray));

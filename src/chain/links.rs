@@ -321,18 +321,6 @@ impl Chain {
         self.files.enter(self.images(id), &Kind::Pages.file_name(pages_id.into()))
     }
 
-    /// Returns the memories of which a snapshot has a pagemap, sorted.
-    ///
-    /// # Errors
-    /// [`ChainError::Directory`].
-    pub fn memories(&self, id: SnapshotId) -> Result<Vec<MemoryId>> {
-        let names = self.list(id)?;
-        let mut memories: Vec<MemoryId> =
-            names.iter().filter_map(|name| MemoryId::of_pagemap(name)).collect();
-        memories.sort_unstable();
-        Ok(memories)
-    }
-
     /// Returns the names of all files of a snapshot, in no particular order.
     ///
     /// # Errors

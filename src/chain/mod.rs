@@ -20,6 +20,7 @@ mod holes;
 mod index;
 mod links;
 pub mod map;
+mod memories;
 mod memory;
 mod overlay;
 mod owner;

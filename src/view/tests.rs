@@ -10,8 +10,9 @@ use crate::{
         Chain, read_at,
         testing::{MEMORY, Model, PAGES, TestChain, entry, layers, model, page},
     },
-    image::{ImageReader, MemoryId, PagemapReader, Presence},
+    image::{ImageReader, MemoryId, PagemapReader, Presence, vma},
     units::PAGE_SIZE,
+    view::testing::{PID, mapping, process},
 };
 
 fn view(disk: &TestChain) -> View {
@@ -50,6 +51,30 @@ fn two_layers() -> TestChain {
     disk.push(&[entry(0, 2, Presence::Present)]);
     disk.push(&[entry(0, 2, Presence::Parent), entry(2, 1, Presence::Present)]);
     disk
+}
+
+/// Podman dumps a container into the same directory each time.
+#[test]
+fn what_earlier_dumps_left_in_the_directory_does_no_harm() {
+    let mut disk = TestChain::new();
+    disk.push(&[]);
+    let stale = [entry(3, 9, Presence::Present)];
+    disk.memory(1, MemoryId::Private(6), 1, &stale);
+    // The pages file was written anew, for another process, and is shorter.
+    disk.memory(1, MemoryId::Private(PID.into()), 1, &[entry(3, 2, Presence::Present)]);
+    process(&disk.dir(1), vec![mapping(3, 2, vma::ANON_PRIVATE)]);
+    let view = view(&disk);
+    assert_eq!(bytes(&*open(&view, "pages-1.img")), [page(1, 3), page(1, 4)].concat());
+    let chain = disk.open();
+    let findings = crate::chain::check(&chain, &mut |_| ()).unwrap();
+    let of_stale: Vec<_> =
+        findings.iter().filter(|found| found.memory == Some(MemoryId::Private(6))).collect();
+    let [found] = of_stale[..] else { panic!("{of_stale:?}") };
+    assert_eq!(found.severity, crate::chain::Severity::Note);
+    assert!(found.problem.contains("left over"), "{found}");
+    assert!(!findings.iter().any(|found| found.problem.contains("pages-1.img")), "{findings:?}");
+    let glance = crate::chain::glance(&chain, chain.choose(None).unwrap());
+    assert!(!glance.problems.iter().any(|problem| problem.contains("pages-1")), "{glance:?}");
 }
 
 proptest! {
