@@ -97,6 +97,7 @@ named! {
         Reflink = "reflink": "`FICLONERANGE` (Linux 4.5, btrfs and XFS).";
         CacheStat = "cachestat": "`cachestat(2)` (Linux 6.5).";
         ScanGuards = "pagemap_scan_guards": "`PAGEMAP_SCAN` tells guard pages (Linux 6.18).";
+        KernelMemory = "kernel_memory": "BPF programs may read memory of the kernel (Linux 5.14).";
     }
 }
 

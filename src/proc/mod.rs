@@ -6,6 +6,7 @@
 //! [`ProcError::Denied`] if the caller may not examine it, and with [`ProcError::Malformed`] if the
 //! text is not in the kernel's format. Source files named here are those of Linux 6.18.
 
+mod btf;
 mod error;
 mod fdinfo;
 mod flags;
@@ -29,6 +30,7 @@ use std::{
 pub(crate) use self::fdinfo::parse_fdinfo;
 use self::text::Parsed;
 pub use self::{
+    btf::Btf,
     error::{ProcError, Result},
     fdinfo::{EpollTarget, FdDetail, FdInfo},
     flags::VmFlags,

@@ -9,6 +9,7 @@ pub mod fds;
 mod features;
 pub mod gather;
 pub mod heap;
+pub mod kernel_memory;
 pub mod lock;
 pub mod output;
 pub mod page_cache;
