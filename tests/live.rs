@@ -291,6 +291,12 @@ states! {
     unix_abstract;
     unix_accepted_name;
     unix_pending_connection, elsewhere: restored;
+    unix_pending_data, elsewhere: restored;
+    unix_pending_order, elsewhere: restored;
+    unix_pending_closed;
+    unix_pending_packets;
+    unix_pending_credentials, elsewhere: restored;
+    unix_queued_credentials, elsewhere: restored;
     unix_named_datagram;
     unix_options;
     tcp_listening, elsewhere: restored;
@@ -402,7 +408,7 @@ fn every_workload_is_tested() {
         HUGE_NAMES,
         &refused,
         &lost,
-        &["unix_pending_data", "udp_pending_error", "protection_keys", "local_descriptors"],
+        &["udp_pending_error", "protection_keys", "local_descriptors"],
     ]
     .concat();
     let tested = tested.into_iter();
@@ -589,10 +595,19 @@ fn refused_with(live: &mut Live, options: &[&str], what: &str) {
     before.assert_untouched(live, "a dump that was refused");
 }
 
-/// No call shows data in a connection that was not accepted.
+/// No call shows data in a connection that was not accepted, only the memory of the kernel.
 #[test]
-fn privileged_data_in_a_pending_connection_is_refused() {
-    refused("unix_pending_data", "waiting to be accepted");
+fn privileged_data_in_a_pending_connection_is_refused_without_bpf() {
+    require(Cap::Ptrace);
+    for (name, words) in [
+        ("unix_pending_data", "whose data cannot be read: load a BPF program"),
+        ("unix_pending_closed", "with a pending connection whose other end is closed"),
+    ] {
+        let mut live = Live::workload(name);
+        live.without = "kernel_memory";
+        refused_with(&mut live, &[], words);
+        live.verdict();
+    }
 }
 
 /// Writes an image, over one that is there.

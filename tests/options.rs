@@ -71,6 +71,7 @@ const ROWS: &[Row] = &[
             ("link-remap", link_remap),
             ("ghost-limit", ghost_limit),
             ("ext-unix-sk", ext_unix_sk),
+            ("skip-in-flight", skip_in_flight),
             ("tcp-established", tcp_established),
             ("tcp-close", tcp_close),
             ("network-lock", network_lock),
@@ -801,6 +802,23 @@ fn ext_unix_sk(command: &str) {
     while socket.recv(&mut buffer).is_ok() {}
     socket.set_nonblocking(false).unwrap();
     assert_eq!(socket.recv(&mut buffer).unwrap(), 1);
+}
+
+/// A client outside the tree that its server has not accepted.
+fn skip_in_flight(_: &str) {
+    require(Cap::Ptrace);
+    let script = "import socket, time\n\
+        s = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)\n\
+        s.bind('socket'); s.listen(3)\n\
+        open('ready', 'w').close()\n\
+        time.sleep(1000)\n";
+    let live = Live::program("/usr/bin/python3", &["-c", script], directory());
+    let ready = live.path("ready");
+    wait_for("the server", || ready.exists());
+    let mut run = Run { live, dumps: 0 };
+    let _client = std::os::unix::net::UnixStream::connect(run.live.path("socket")).unwrap();
+    refused(&run.dump("dump", &[]), "--skip-in-flight");
+    fine(run.dump("dump", &["--skip-in-flight"]));
 }
 
 fn external(_: &str) {

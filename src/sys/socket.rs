@@ -13,7 +13,7 @@ use memmap2::MmapMut;
 use nix::{
     errno::Errno,
     libc::{self, c_int, socklen_t},
-    sys::socket::{ControlMessageOwned, MsgFlags, UnixAddr, recvmsg},
+    sys::socket::{ControlMessageOwned, MsgFlags, UnixAddr, UnixCredentials, recvmsg},
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -147,8 +147,26 @@ pub struct Received {
     pub len: usize,
     /// The descriptors in its control data.
     pub fds: Vec<OwnedFd>,
+    /// Its sender, for a socket that asks for it (`SO_PASSCRED`).
+    pub sender: Option<Sender>,
     /// Whether it had other control data, except timestamps.
     pub other_control: bool,
+}
+
+/// The sender of a message (`struct ucred`, `unix(7)`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sender {
+    /// Its process; 0 if it is not known.
+    pub pid: i32,
+    /// Its user.
+    pub uid: u32,
+    /// Its group.
+    pub gid: u32,
+}
+
+/// Returns the credentials with which a message is sent.
+pub fn credentials(pid: i32, uid: u32, gid: u32) -> UnixCredentials {
+    libc::ucred { pid, uid, gid }.into()
 }
 
 /// Receives a message and its descriptors (`recvmsg(2)`). With `MSG_PEEK`, the descriptors are
@@ -158,7 +176,8 @@ pub fn receive(fd: BorrowedFd, buffer: &mut [u8], flags: MsgFlags) -> nix::Resul
     let mut control = vec![0; CONTROL_BYTES];
     let flags = flags | MsgFlags::MSG_CMSG_CLOEXEC;
     let message = recvmsg::<UnixAddr>(fd.as_raw_fd(), &mut data, Some(&mut control), flags)?;
-    let mut received = Received { len: message.bytes, fds: Vec::new(), other_control: false };
+    let mut received =
+        Received { len: message.bytes, fds: Vec::new(), sender: None, other_control: false };
     for control in message.cmsgs()? {
         match control {
             ControlMessageOwned::ScmRights(numbers) => {
@@ -167,6 +186,10 @@ pub fn receive(fd: BorrowedFd, buffer: &mut [u8], flags: MsgFlags) -> nix::Resul
                     // and no other code has its number; each one is taken once.
                     received.fds.push(unsafe { OwnedFd::from_raw_fd(number) });
                 }
+            }
+            ControlMessageOwned::ScmCredentials(sender) => {
+                let (pid, uid, gid) = (sender.pid(), sender.uid(), sender.gid());
+                received.sender = Some(Sender { pid, uid, gid });
             }
             ControlMessageOwned::ScmTimestamp(_) | ControlMessageOwned::ScmTimestampns(_) => {}
             _ => received.other_control = true,

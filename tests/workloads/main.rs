@@ -38,6 +38,7 @@ mod sockets;
 mod steps;
 mod threads;
 mod tree;
+mod unix_waiting;
 
 use std::{
     ffi::CString,
@@ -70,6 +71,7 @@ const GROUPS: &[&[Row]] = &[
     odd_files::ROWS,
     sockets::ROWS,
     socket_ends::ROWS,
+    unix_waiting::ROWS,
     owners::ROWS,
     namespaces::ROWS,
     confined::ROWS,

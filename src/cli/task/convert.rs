@@ -129,6 +129,7 @@ fn cgroups(args: &TaskArgs) -> cgroup::Options {
 
 fn unix(args: &TaskArgs) -> UnixOptions {
     UnixOptions::new(!args.network.ext_unix_sk.is_empty())
+        .skip_in_flight(args.network.skip_in_flight)
 }
 
 fn connections(args: &TaskArgs, goal: dump::Goal) -> ConnectionsToDump {

@@ -176,7 +176,8 @@ pub(super) struct NetworkArgs {
     /// Do not keep established TCP connections; restore their sockets as closed ones
     #[arg(long)]
     pub tcp_close: bool,
-    /// Leave out TCP connections that are being established
+    /// Leave out connections that a program of the tree has not accepted, UNIX ones of other
+    /// programs
     #[arg(long)]
     pub skip_in_flight: bool,
     /// Allow UNIX sockets that are connected to other processes; INODE,... names such sockets

@@ -63,7 +63,6 @@ pub(super) fn row(name: &str, on: Commands) -> Option<&'static Row> {
 use State::{Built, Harmless, Refused, RefusedUnless};
 
 const NO_NAMESPACES: &str = "leave it out: trees with namespaces of their own are not dumped";
-const NO_CONNECTIONS: &str = "leave it out, and let the program close its connections first";
 const NO_WATCHES: &str =
     "leave it out, and let the program close its watches first (inotify, fanotify)";
 const NO_FILES: &str = "a pre-dump writes only memory";
@@ -116,7 +115,7 @@ pub(super) const ROWS: &[Row] = &[
     harmless("tcp-established", PRE_DUMP, NO_FILES),
     built("tcp-close", DUMP.or(RESTORE)),
     harmless("tcp-close", PRE_DUMP, NO_FILES),
-    refused("skip-in-flight", DUMP, NO_CONNECTIONS),
+    built("skip-in-flight", DUMP),
     built("ext-unix-sk", DUMP.or(RESTORE)),
     harmless("ext-unix-sk", PRE_DUMP, NO_FILES),
     built("network-lock", DUMP),

@@ -15,6 +15,7 @@ mod eventpoll;
 mod fown;
 mod ghost;
 mod install;
+mod kernel;
 mod memfd;
 mod options;
 mod owner;

@@ -12,8 +12,9 @@
 //! that stops where its writer did would receive the descriptors too early, or lose them.
 //!
 //! The format has no fields for the names and credentials of senders. Restored data shows the
-//! name of the socket that sends it again. Its credentials would be wrong, so the dump rejects
-//! queued data in a socket that asks for them (`SO_PASSCRED`).
+//! name of the socket that sends it again. The credentials of data in a socket that asks for them
+//! (`SO_PASSCRED`) are in a field of rcriu; the restore sends the data with them, which only a
+//! privileged process may do (`SCM_CREDENTIALS`).
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -25,7 +26,7 @@ use nix::{
     errno::Errno,
     libc::{self, c_int},
     poll::PollFlags,
-    sys::socket::{ControlMessage, MsgFlags, recv, sendmsg},
+    sys::socket::{ControlMessage, MsgFlags, UnixCredentials, recv, sendmsg},
 };
 
 use super::{
@@ -34,11 +35,13 @@ use super::{
 };
 use crate::{
     image::{ImageStore, Kind, SnapshotWriter, proto},
-    res::file::{Description, FileError, Intake, Result},
+    inject::Helper,
+    res::file::{Description, FileError, Intake, Opened, Result},
     sys::{
         fds,
         socket::{self, Received},
     },
+    units::{HostPid, NsPid},
 };
 
 /// The size of the peek buffer. The kernel puts at most about 64 KiB into one message of a stream,
@@ -54,6 +57,8 @@ pub(super) struct Packet {
     pub(super) data: Vec<u8>,
     /// The numbers in the images of the descriptions sent with it.
     pub(super) rights: Vec<u32>,
+    /// The process and ids that it shows, if its sender is known.
+    pub(super) sender: Option<proto::SkPeerEntry>,
 }
 
 /// The peek offset of a socket: changed only when needed, and reset on drop.
@@ -144,12 +149,11 @@ pub(super) fn peek(
     let asks = |option| {
         socket::option::<c_int>(fd, libc::SOL_SOCKET, option).is_ok_and(|value| value != 0)
     };
-    let with_credentials = asks(libc::SO_PASSCRED) || asks(opts::SO_PASSPIDFD);
-    let mut offset = PeekOffset::new(fd).map_err(&failed)?;
-    if with_credentials && kind == libc::SOCK_STREAM {
-        let what = format!("{what}, with credentials in its queue");
+    if asks(opts::SO_PASSPIDFD) {
+        let what = format!("{what}, with data in its queue that asks for a pidfd (SO_PASSPIDFD)");
         return Err(file.unsupported(what, HELP_READ));
     }
+    let mut offset = PeekOffset::new(fd).map_err(&failed)?;
     let found = if kind == libc::SOCK_STREAM {
         peek_stream(fd, bytes, &mut offset)
     } else {
@@ -157,10 +161,6 @@ pub(super) fn peek(
     };
     drop(offset);
     let found = found.map_err(&failed)?;
-    if with_credentials && !found.is_empty() {
-        let what = format!("{what}, with credentials in its queue");
-        return Err(file.unsupported(what, HELP_READ));
-    }
     if !found.is_empty() && (asks(libc::SO_TIMESTAMP) || asks(libc::SO_TIMESTAMPNS)) {
         log::warn!(
             "{what}: after a restore, the timestamps of its queued data are those of the restore"
@@ -173,7 +173,12 @@ pub(super) fn peek(
             return Err(file.unsupported(what, HELP_READ));
         }
         let rights = received.fds.into_iter().map(|fd| intake.enter(fd, file));
-        packets.push(Packet { data, rights: rights.collect::<Result<_>>()? });
+        let rights = rights.collect::<Result<_>>()?;
+        let sender = received.sender.filter(|sender| sender.pid != 0).map(|sender| {
+            let pid = intake.pids().ns(HostPid(sender.pid)).raw();
+            proto::SkPeerEntry { pid, uid: sender.uid, gid: sender.gid, groups: Vec::new() }
+        });
+        packets.push(Packet { data, rights, sender });
     }
     Ok((packets, error))
 }
@@ -283,7 +288,11 @@ fn peek_stream(
         at += c_int::try_from(received.len).map_err(|_| Errno::EOVERFLOW)?;
         let data = &buffer[..received.len];
         match pieces.last_mut() {
-            Some((last, before)) if before.fds.is_empty() && received.fds.is_empty() => {
+            Some((last, before))
+                if before.fds.is_empty()
+                    && received.fds.is_empty()
+                    && before.sender == received.sender =>
+            {
                 last.extend_from_slice(data);
             }
             _ => pieces.push((data.to_owned(), received)),
@@ -309,6 +318,7 @@ pub(super) fn write(images: &SnapshotWriter, queues: &[(u32, Vec<Packet>)]) -> R
             id_for: *id,
             length: u32::try_from(packet.data.len()).expect("the kernel sends less at a time"),
             scm: scm.into_iter().collect(),
+            rcriu_sender: packet.sender.clone(),
         })?;
         image.raw(&packet.data)?;
     }
@@ -327,7 +337,7 @@ pub(super) fn read(images: &dyn ImageStore) -> Result<HashMap<u32, VecDeque<Pack
     };
     let mut queues: HashMap<u32, VecDeque<Packet>> = HashMap::new();
     while let Some(entry) = image.next_message::<proto::SkPacketEntry>()? {
-        let mut packet = Packet::default();
+        let mut packet = Packet { sender: entry.rcriu_sender, ..Packet::default() };
         image.append(entry.length.into(), "a packet", &mut packet.data)?;
         for control in entry.scm {
             if control.r#type != libc::SCM_RIGHTS.cast_unsigned() {
@@ -347,26 +357,61 @@ pub(super) fn read(images: &dyn ImageStore) -> Result<HashMap<u32, VecDeque<Pack
     Ok(queues)
 }
 
-/// Sends the packets of a queue again, with the descriptors that `lookup` returns.
+/// Sends the packets of a queue again, with the descriptors and credentials that came with them.
 pub(super) fn send(
     sender: BorrowedFd,
     packets: impl IntoIterator<Item = Packet>,
     receiver: &Subject,
-    lookup: &dyn Fn(u32) -> Result<RawFd>,
+    opened: &Opened,
 ) -> Result<()> {
-    let failed = receiver.failed("refill the queue of");
     opts::widen(sender);
     for packet in packets {
-        let fds = packet.rights.iter().map(|id| lookup(*id)).collect::<Result<Vec<_>>>()?;
-        let rights = [ControlMessage::ScmRights(&fds)];
-        let control = if fds.is_empty() { &[][..] } else { &rights[..] };
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-        let data = [IoSlice::new(&packet.data)];
-        let sent =
-            sendmsg::<()>(sender.as_raw_fd(), &data, control, flags, None).map_err(&failed)?;
-        if sent != packet.data.len() {
-            return Err(failed(Errno::ENOBUFS));
+        let lookup = |id: &u32| opened.get(*id).map(|fd| fd.as_raw_fd());
+        let fds = packet.rights.iter().map(lookup).collect::<Result<Vec<_>>>()?;
+        let Some(shown) = &packet.sender else {
+            send_one(sender, &packet.data, &fds, None).map_err(receiver.failed(REFILL))?;
+            continue;
+        };
+        let pid = NsPid::of_image(shown.pid);
+        let host = if shown.pid == 0 { HostPid(0) } else { opened.pids.host(pid) };
+        let credentials = Some(socket::credentials(host.0, shown.uid, shown.gid));
+        let mut sent = send_one(sender, &packet.data, &fds, credentials);
+        if sent == Err(Errno::ESRCH) {
+            // The process has ended. Its number is enough for the kernel, while something has it.
+            let _helper = Helper::spawn(host);
+            sent = send_one(sender, &packet.data, &fds, credentials);
         }
+        if let Err(errno @ (Errno::ESRCH | Errno::EPERM)) = sent {
+            log::warn!(
+                "{}: queued data shows rcriu as its sender instead of process {pid} of user {}: \
+                 {errno}",
+                receiver.object,
+                shown.uid
+            );
+            sent = send_one(sender, &packet.data, &fds, None);
+        }
+        sent.map_err(receiver.failed(REFILL))?;
     }
     Ok(())
+}
+
+const REFILL: &str = "refill the queue of";
+
+fn send_one(
+    sender: BorrowedFd,
+    data: &[u8],
+    fds: &[RawFd],
+    credentials: Option<UnixCredentials>,
+) -> nix::Result<()> {
+    let mut control = Vec::new();
+    if !fds.is_empty() {
+        control.push(ControlMessage::ScmRights(fds));
+    }
+    if let Some(credentials) = &credentials {
+        control.push(ControlMessage::ScmCredentials(credentials));
+    }
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+    let bytes = [IoSlice::new(data)];
+    let sent = sendmsg::<()>(sender.as_raw_fd(), &bytes, &control, flags, None)?;
+    if sent == data.len() { Ok(()) } else { Err(Errno::ENOBUFS) }
 }

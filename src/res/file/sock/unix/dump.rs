@@ -6,15 +6,21 @@ use std::{
 };
 
 use nix::{
+    errno::Errno,
     libc,
     sys::socket::{UnixAddr, getpeername},
 };
 
-use super::{EXTERNAL, Options, kind_name, name};
+use super::{
+    Options, kind_name, name, outside,
+    waiting::{self, Waiting},
+};
 use crate::{
+    causes::with_sources,
     image::{SnapshotWriter, proto},
     res::file::{
         Collector, Description, External, FileError, Intake, Result,
+        kernel::Kernel,
         sock::{
             SHUT_BOTH, attributes, diag,
             opts::{self, NET_NS_ID},
@@ -22,13 +28,22 @@ use crate::{
             state,
         },
     },
+    sys::{fds, kernel_memory::KernelAddr},
     units::{HostPid, TargetFd},
 };
 
 const HELP_PEER: &str = "dump the program that has the other end as well, or close the connection";
+const HELP_STREAM: &str = "dump the program that has it as well, or close the connection; or use \
+    --external 'unix[N]', where N is the first of the numbers in brackets: then a restore with \
+    --ext-unix-sk connects to its name again, and one with --inherit-fd 'fd[M]:socket:[N]' takes a \
+    socket of the caller instead";
 const HELP_EXTERNAL: &str = "dump the program that has it as well, or use --ext-unix-sk to connect to it \
     by name during the restore";
 const HELP_ACCEPT: &str = "have the program accept its connections, then try again";
+const HELP_WAITING: &str = "dump the program that has connected as well, or use --skip-in-flight, \
+    which drops the connection";
+const HELP_KERNEL: &str = "have the program accept its connections, or run rcriu with CAP_BPF and \
+    CAP_PERFMON on a kernel with /sys/kernel/btf/vmlinux";
 
 /// A socket that was collected.
 #[derive(Debug)]
@@ -39,6 +54,8 @@ struct CollectedSocket {
     inode: u32,
     /// The inodes of the sockets that must be dumped with it.
     needs: Vec<u32>,
+    /// Those of `needs` whose connections it has not accepted.
+    pending: Vec<u32>,
     is_datagram: bool,
 }
 
@@ -53,6 +70,18 @@ pub(super) struct UnixCollector {
     collected: Vec<CollectedSocket>,
     queues: Vec<(u32, Vec<Packet>)>,
     states: attributes::AttributeReader,
+    /// The memory of the kernel, once it was needed; or why it cannot be read.
+    kernel: Option<Result<Kernel, String>>,
+    /// Listening sockets with connections that wait.
+    listeners: Vec<Listener>,
+}
+
+/// A listening socket with the connections that wait at it.
+#[derive(Debug)]
+struct Listener {
+    file: Description,
+    what: String,
+    waiting: Vec<Waiting>,
 }
 
 impl UnixCollector {
@@ -65,7 +94,16 @@ impl UnixCollector {
             collected: Vec::new(),
             queues: Vec::new(),
             states: attributes::AttributeReader::default(),
+            kernel: None,
+            listeners: Vec::new(),
         }
+    }
+
+    /// Returns the memory of the kernel, or why it cannot be read.
+    fn kernel(&mut self) -> Result<&mut Kernel, &str> {
+        let kernel =
+            self.kernel.get_or_insert_with(|| Kernel::open().map_err(|error| with_sources(&error)));
+        kernel.as_mut().map_err(|error| &**error)
     }
 
     /// Returns what `sock_diag(7)` reports of a socket.
@@ -101,9 +139,95 @@ impl UnixCollector {
         )
     }
 
+    /// Whether what a socket has sent was not read.
+    fn has_sent(&self, inode: u32) -> bool {
+        let socket = self.all.as_ref().and_then(|all| all.get(&inode));
+        socket.is_some_and(|socket| socket.send_queue != 0)
+    }
+
+    /// Reads the connections that wait at a listening socket.
+    fn look_at_waiting(
+        &mut self,
+        file: &Description,
+        socket: &diag::UnixSocket,
+        what: &str,
+    ) -> Result<()> {
+        if socket.pending.is_empty() {
+            return Ok(());
+        }
+        let found = match self.kernel() {
+            Ok(kernel) => waiting::read(kernel, file.fd.as_fd()).map_err(|e| with_sources(&e)),
+            Err(why) => Err(why.to_owned()),
+        };
+        let waiting = match found {
+            Ok(waiting) => waiting,
+            Err(why) if socket.pending.contains(&0) => {
+                let what = format!(
+                    "{what}, with a pending connection whose other end is closed; what was sent \
+                     into it cannot be read: {why}"
+                );
+                return Err(file.unsupported(what, HELP_KERNEL));
+            }
+            Err(why) if socket.pending.iter().any(|inode| self.has_sent(*inode)) => {
+                let what =
+                    format!("{what}, with a pending connection whose data cannot be read: {why}");
+                return Err(file.unsupported(what, HELP_KERNEL));
+            }
+            // Those without data need not be looked at.
+            Err(why) => {
+                log::debug!("{what}: cannot look at its pending connections: {why}");
+                return Ok(());
+            }
+        };
+        let copy = file.fd.try_clone().map_err(|_| file.failed("duplicate")(Errno::EMFILE))?;
+        let file =
+            Description { fd: copy, link: file.link.clone(), info: file.info.clone(), ..*file };
+        self.listeners.push(Listener { file, what: what.to_owned(), waiting });
+        Ok(())
+    }
+
+    /// Records the connections that wait at listening sockets, with the data sent into them.
+    fn record_waiting(&mut self, intake: &mut dyn Intake) -> Result<()> {
+        let there: HashSet<u32> = self.collected.iter().map(|socket| socket.inode).collect();
+        for Listener { file, what, waiting } in std::mem::take(&mut self.listeners) {
+            let files = match self.kernel() {
+                Ok(kernel) => kernel.own_files().unwrap_or_default(),
+                Err(_) => HashMap::new(),
+            };
+            let mut entries = Vec::new();
+            let pids = intake.pids().clone();
+            for connection in waiting {
+                // Those of other programs are refused elsewhere, unless they are to be dropped.
+                if connection.inode != 0 && !there.contains(&connection.inode) {
+                    continue;
+                }
+                if connection.inode == 0 && connection.is_named {
+                    warn_of_peer_name_of(&what);
+                }
+                let mut enter = |at: KernelAddr| -> Result<Option<u32>> {
+                    let Some(number) = files.get(&at) else { return Ok(None) };
+                    let copy = fds::duplicate(*number).map_err(file.failed("duplicate"))?;
+                    intake.enter(copy, &file).map(Some)
+                };
+                let entry = connection.into_image(&pids, &mut enter)?.ok_or_else(|| {
+                    let what = format!(
+                        "{what}, with a pending connection whose data comes with a descriptor that \
+                         no process has"
+                    );
+                    file.unsupported(what, HELP_ACCEPT)
+                })?;
+                entries.push(entry);
+            }
+            if let Some(state) = intake.entry(file.id).and_then(|entry| entry.sock.as_mut()) {
+                state.waiting = entries;
+            }
+        }
+        Ok(())
+    }
+
     /// Returns the sockets that must be dumped with this one, and its peer in the images.
     fn peers(
-        &self,
+        &mut self,
         file: &Description,
         socket: &diag::UnixSocket,
         what: &str,
@@ -119,23 +243,22 @@ impl UnixCollector {
         }
         match u32::from(socket.state) {
             state::LISTEN => {
-                if socket.pending.contains(&0) {
-                    let what =
-                        format!("{what}, with a pending connection whose other end is closed");
-                    return Err(file.unsupported(what, HELP_ACCEPT));
-                }
-                Ok((socket.pending.clone(), 0))
+                self.look_at_waiting(file, socket, what)?;
+                let open = socket.pending.iter().filter(|inode| **inode != 0);
+                Ok((open.copied().collect(), 0))
             }
             state::ESTABLISHED if !datagrams => {
-                if let Some(listener) = self.waiting_at.get(&socket.inode) {
-                    if socket.send_queue != 0 {
+                if let Some(listener) = self.waiting_at.get(&socket.inode).copied() {
+                    if socket.send_queue != 0
+                        && let Err(why) = self.kernel()
+                    {
                         let what = format!(
                             "{what}, waiting to be accepted by the socket [{listener}], with data \
-                             in it that cannot be read"
+                             in it that cannot be read: {why}"
                         );
-                        return Err(file.unsupported(what, HELP_ACCEPT));
+                        return Err(file.unsupported(what, HELP_KERNEL));
                     }
-                    return Ok((vec![*listener], *listener));
+                    return Ok((vec![listener], listener));
                 }
                 if socket.shutdown == SHUT_BOTH {
                     warn_of_peer_name(file, what);
@@ -148,24 +271,16 @@ impl UnixCollector {
         }
     }
 
-    /// Returns the entry that stands for a socket outside the tree, or `Some(None)` for one that
-    /// needs no entry. Returns `None` if the user did not allow the socket.
-    fn external(&self, of: &CollectedSocket, inode: u32) -> Option<Option<proto::UnixSkEntry>> {
-        if self.external.contains(&format!("unix[{}]", of.inode)) {
-            return Some(None);
-        }
+    /// Returns the entry that stands for a socket outside the tree. Returns `None` if the user did
+    /// not allow the socket.
+    fn external(&self, of: &CollectedSocket, inode: u32) -> Option<proto::UnixSkEntry> {
         let socket = self.all.as_ref()?.get(&inode)?;
-        let named = i32::from(socket.kind) == libc::SOCK_DGRAM && !socket.name.is_empty();
-        (self.options.allow_external && named).then(|| {
-            Some(proto::UnixSkEntry {
-                ino: inode,
-                r#type: libc::SOCK_DGRAM.cast_unsigned(),
-                state: state::LISTEN,
-                name: socket.name.clone(),
-                uflags: EXTERNAL,
-                ..proto::UnixSkEntry::default()
-            })
-        })
+        let by_name = self.options.allow_external
+            && i32::from(socket.kind) == libc::SOCK_DGRAM
+            && !socket.name.is_empty();
+        let is_peer = !of.pending.contains(&inode);
+        let is_allowed = is_peer && self.external.contains(&format!("unix[{}]", of.inode));
+        (by_name || is_allowed).then(|| outside::entry(socket, of.pid))
     }
 
     /// Returns the inodes of sockets that are needed but were not collected, each with the socket
@@ -179,6 +294,14 @@ impl UnixCollector {
             .filter(|(_, inode)| !there.contains(inode))
             .collect()
     }
+}
+
+/// Warns of the name of a closed socket whose connection waits.
+fn warn_of_peer_name_of(what: &str) {
+    log::warn!(
+        "{what}: a socket with a name has connected to it and is closed; after a restore, \
+         getpeername(2) shows no name"
+    );
 }
 
 /// Warns if a socket shows the name of a peer that is closed.
@@ -213,6 +336,7 @@ impl Collector for UnixCollector {
             what: what.clone(),
             inode,
             needs,
+            pending: socket.pending.clone(),
             is_datagram,
         });
         let mut state = self.states.read(file, &what)?;
@@ -254,21 +378,31 @@ impl Collector for UnixCollector {
     fn after_collect(&mut self, intake: &mut dyn Intake) -> Result<()> {
         let mut entries: HashMap<u32, proto::UnixSkEntry> = HashMap::new();
         for (socket, inode) in self.missing() {
+            if self.options.skip_in_flight && socket.pending.contains(&inode) {
+                log::warn!(
+                    "{}: its connection from the socket [{inode}], which another program has, is \
+                     left out (--skip-in-flight)",
+                    socket.what
+                );
+                continue;
+            }
             match self.external(socket, inode) {
-                Some(entry) => entries.extend(entry.map(|entry| (inode, entry))),
+                Some(entry) => drop(entries.insert(inode, entry)),
                 None => {
                     return Err(FileError::Unsupported {
                         pid: socket.pid,
                         fd: socket.number,
-                        what: format!(
-                            "{}; the socket [{inode}] is not open in the tree",
-                            socket.what
-                        ),
-                        help: if socket.is_datagram { HELP_EXTERNAL } else { HELP_PEER },
+                        what: format!("{}; {}", socket.what, outside::place(inode)),
+                        help: match socket.is_datagram {
+                            true => HELP_EXTERNAL,
+                            false if socket.pending.contains(&inode) => HELP_WAITING,
+                            false => HELP_STREAM,
+                        },
                     });
                 }
             }
         }
+        self.record_waiting(intake)?;
         for (_, mut entry) in entries {
             entry.id = intake.new_id();
             intake.push(proto::FileEntry {

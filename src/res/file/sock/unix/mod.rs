@@ -1,18 +1,19 @@
 //! UNIX sockets.
 //!
 //! The dump needs both ends of a connection, since neither can be restored alone. It learns from
-//! `sock_diag(7)` which sockets are connected and which connections wait to be accepted. It cannot
-//! read data sent into a connection that waits, so it rejects those that have some. It also
-//! rejects connections to sockets outside the tree, except that with `--ext-unix-sk` the restore
-//! connects datagram sockets to the peer's name again.
+//! `sock_diag(7)` which sockets are connected and which connections wait to be accepted. It reads
+//! data sent into a connection that waits from the memory of the kernel ([`waiting`]). It rejects
+//! connections to sockets outside the tree, except for those that the user allows ([`outside`]).
 //!
 //! [`peer`] restores the peer credentials of sockets.
 
 mod dump;
 mod name;
+mod outside;
 mod peer;
 mod restore;
 mod socket;
+mod waiting;
 
 use nix::libc;
 
@@ -34,12 +35,18 @@ pub(in crate::res::file) const KIND: FileKind = FileKind {
 #[cfg_attr(test, derive(PartialEq, Eq))]
 pub struct Options {
     allow_external: bool,
+    skip_in_flight: bool,
 }
 
 impl Options {
     /// `allow_external`: they may be connected to sockets outside the tree (`--ext-unix-sk`).
     pub fn new(allow_external: bool) -> Self {
-        Self { allow_external }
+        Self { allow_external, ..Self::default() }
+    }
+
+    /// Leaves out connections of other programs that were not accepted (`--skip-in-flight`).
+    pub fn skip_in_flight(self, skip_in_flight: bool) -> Self {
+        Self { skip_in_flight, ..self }
     }
 }
 

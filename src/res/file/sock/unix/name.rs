@@ -319,6 +319,12 @@ fn is_in_use(file: &fs::Metadata) -> bool {
     })
 }
 
+/// Opens the file of a socket with the relative name `name` in `dir`, with `O_PATH`.
+pub(super) fn open_in(dir: &[u8], name: &[u8]) -> nix::Result<OwnedFd> {
+    let path = Path::new(OsStr::from_bytes(dir)).join(OsStr::from_bytes(path_bytes(name)));
+    open(&path, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())
+}
+
 /// Returns a name to connect to the socket of this file, even if its path is gone.
 pub(super) fn path_of(file: BorrowedFd) -> Vec<u8> {
     format!("/proc/self/fd/{}\0", file.as_raw_fd()).into_bytes()

@@ -31,8 +31,10 @@ use nix::{libc, sys::socket::shutdown, unistd::write};
 use super::{
     Options, kind_name,
     name::{self, Keep},
+    outside,
     peer::{self, Callers},
     socket::{Link, Socket, link},
+    waiting::{self, Unsent},
 };
 use crate::{
     image::proto,
@@ -79,12 +81,15 @@ impl Opener for UnixOpener {
         let mut callers = Callers::new(opened)?;
         sockets.make_unpaired(self.options, &mut callers)?;
         sockets.make_pairs(&mut callers)?;
-        sockets.connect_waiting(&mut callers)?;
+        sockets.unsent = waiting::connect(&mut sockets.all, &mut callers)?;
+        outside::connect(&sockets.all, &mut callers)?;
         self.listening = sockets.listen(&mut callers)?;
         self.own = callers.into_own();
         for socket in &sockets.all {
             if let (false, Some(fd)) = (socket.is_external(), &socket.fd) {
-                owner::restore(socket.entry.id, fd, opened)?;
+                if !socket.is_inherited {
+                    owner::restore(socket.entry.id, fd, opened)?;
+                }
                 let copy = fd.try_clone();
                 let copy = copy.map_err(|error| socket.restored.failed("duplicate")(io(&error)))?;
                 opened.insert(socket.entry.id, copy);
@@ -96,13 +101,19 @@ impl Opener for UnixOpener {
 
     fn inside(&self, opened: &Opened) -> Result<Vec<u32>> {
         let queues = queue::read(&*opened.images)?;
-        Ok(queues.into_values().flatten().flat_map(|packet| packet.rights).collect())
+        let queued = queues.into_values().flatten().flat_map(|packet| packet.rights);
+        let states = opened.entries.values().filter_map(|entry| entry.sock.as_ref());
+        let waiting = states.flat_map(|state| &state.waiting).flat_map(|waiting| &waiting.packets);
+        Ok(queued.chain(waiting.flat_map(|packet| packet.rights.iter().copied())).collect())
     }
 
     fn fill(&mut self, opened: &Opened) -> Result<()> {
         let mut sockets = std::mem::take(&mut self.sockets);
         sockets.connect_datagrams(opened)?;
         sockets.fill_streams(opened)?;
+        for unsent in std::mem::take(&mut sockets.unsent) {
+            unsent.send(opened)?;
+        }
         sockets.set_up()
     }
 
@@ -129,6 +140,8 @@ impl Opener for UnixOpener {
 #[derive(Debug, Default)]
 struct Sockets {
     all: Vec<Socket>,
+    /// Data of connections that wait to be accepted.
+    unsent: Vec<Unsent>,
 }
 
 impl Sockets {
@@ -151,11 +164,14 @@ impl Sockets {
                 entry.ino,
                 name::display(&entry.name)
             );
+            let restored = Subject { id: entry.id, object };
+            let given = outside::inherited(entry, opened, &restored)?;
             all.push(Socket {
                 entry: Rc::new(entry.clone()),
-                restored: Subject { id: entry.id, object },
+                restored,
                 link: Link::None,
-                fd: None,
+                is_inherited: given.is_some(),
+                fd: given,
                 file: None,
                 partner: None,
                 queue: queues.remove(&entry.id).unwrap_or_default(),
@@ -168,7 +184,7 @@ impl Sockets {
         for at in 0..all.len() {
             all[at].link = link(&all, at, &by_inode)?;
         }
-        Ok(Self { all })
+        Ok(Self { all, unsent: Vec::new() })
     }
 
     /// Creates the sockets that are not an end of a connected pair.
@@ -178,12 +194,16 @@ impl Sockets {
         order.sort_by_key(|at| !self.all[*at].entry.deleted());
         for at in order {
             let socket = &self.all[at];
-            if socket.is_external() {
-                if !options.allow_external {
-                    let problem = "it belongs to a program that was not dumped; use --ext-unix-sk";
-                    return Err(socket.restored.wrong(problem));
-                }
+            if socket.is_external() || socket.is_inherited {
                 continue;
+            }
+            if let Link::External(peer) | Link::Single(peer) = socket.link
+                && self.all[peer].is_external()
+                && !options.allow_external
+            {
+                let peer = &self.all[peer].restored;
+                let problem = "it belongs to a program that was not dumped; use --ext-unix-sk";
+                return Err(peer.wrong(problem));
             }
             let (fd, partner) = match socket.link {
                 Link::None | Link::Single(_) | Link::Dead
@@ -193,7 +213,9 @@ impl Sockets {
                         socket.make_pair(socket.caller_shown_by(socket).as_ref(), callers)?;
                     (with_pending_error(fd, partner, &socket.restored)?, None)
                 }
-                Link::None | Link::Single(_) | Link::Waiting(_) => (socket.make()?, None),
+                Link::None | Link::Single(_) | Link::Waiting(_) | Link::External(_) => {
+                    (socket.make()?, None)
+                }
                 Link::Dead if socket.is_datagram() => {
                     let (fd, partner) =
                         socket.make_pair(socket.caller_shown_by(socket).as_ref(), callers)?;
@@ -209,7 +231,7 @@ impl Sockets {
                 {
                     (socket.make()?, None)
                 }
-                Link::Mutual(_) | Link::Dead => continue,
+                Link::Mutual(_) | Link::Dead | Link::Inherited => continue,
             };
             let socket = &mut self.all[at];
             socket.bind(&fd, Keep::Replacing)?;
@@ -275,6 +297,7 @@ impl Sockets {
             let entry = &socket.entry;
             entry.state == state::LISTEN
                 && socket.fd.is_some()
+                && !socket.is_inherited
                 && (entry.r#type, &entry.name, &entry.name_dir)
                     == (wanted.r#type, &wanted.name, &wanted.name_dir)
         })
@@ -323,7 +346,8 @@ impl Sockets {
 
     /// Connects datagram sockets and fills their queues.
     fn connect_datagrams(&mut self, opened: &Opened) -> Result<()> {
-        let datagrams = |socket: &Socket| socket.is_datagram() && !socket.is_external();
+        let datagrams =
+            |socket: &Socket| socket.is_datagram() && !socket.is_external() && !socket.is_inherited;
         let is_made_by_pair = |sockets: &Self, at: usize, peer: usize| {
             peer != at && !(sockets.all[at].is_named() && sockets.all[peer].is_named())
         };
@@ -394,13 +418,16 @@ impl Sockets {
         to: usize,
         opened: &Opened,
     ) -> Result<()> {
-        let lookup = |id: u32| opened.get(id).map(|fd| fd.as_raw_fd());
-        queue::send(sender, queue, &self.all[to].restored, &lookup)
+        queue::send(sender, queue, &self.all[to].restored, opened)
     }
 
     /// Fills the queues of connected stream and seqpacket sockets.
     fn fill_streams(&mut self, opened: &Opened) -> Result<()> {
         for at in 0..self.all.len() {
+            if matches!(self.all[at].link, Link::External(_) | Link::Inherited) {
+                outside::warn_of_queue(&self.all[at]);
+                self.all[at].queue.clear();
+            }
             let partner = self.all[at].partner.take();
             let queue = std::mem::take(&mut self.all[at].queue);
             let socket = &self.all[at];
@@ -422,27 +449,13 @@ impl Sockets {
         Ok(())
     }
 
-    /// Makes the connections that wait to be accepted.
-    fn connect_waiting(&self, callers: &mut Callers) -> Result<()> {
-        for socket in &self.all {
-            let Link::Waiting(listener) = socket.link else { continue };
-            let listener = &self.all[listener];
-            let listens = listener.caller_shown_by(socket);
-            let backlog = listener.entry.backlog;
-            callers.listen(listens.as_ref(), listener.fd()?, backlog, &listener.restored)?;
-            let calls = socket.caller();
-            callers.connect(calls.as_ref(), socket.fd()?, listener.address(), &socket.restored)?;
-        }
-        Ok(())
-    }
-
     /// Makes sockets listen with the recorded credentials. Returns those for which a process of the
     /// tree has to call `listen(2)` itself.
     fn listen(&self, callers: &mut Callers) -> Result<Vec<Listening>> {
         let mut left = Vec::new();
         for socket in &self.all {
             let entry = &socket.entry;
-            if entry.state != state::LISTEN || socket.is_external() {
+            if entry.state != state::LISTEN || socket.is_external() || socket.is_inherited {
                 continue;
             }
             let Some(caller) = socket.caller_shown_by(socket) else { continue };
@@ -468,7 +481,7 @@ impl Sockets {
             let reuse = (entry.opts.reuseaddr, entry.opts.so_reuseport);
             // Newer kernels do not support SO_REUSEPORT for UNIX sockets.
             opts::restore_reuse(fd, (reuse.0, reuse.1.filter(|on| *on)), restored)?;
-            if let Some(how) = opts::how(entry.shutdown) {
+            if let Some(how) = opts::how(entry.shutdown).filter(|_| !socket.is_inherited) {
                 shutdown(fd.as_raw_fd(), how).map_err(restored.failed("shut down"))?;
             }
             attributes::restore_options(fd, Some(&socket.state), restored)?;

@@ -39,6 +39,10 @@ pub(super) enum Link {
     Waiting(usize),
     /// To a socket that is closed.
     Dead,
+    /// A stream, to a socket outside the tree.
+    External(usize),
+    /// As the caller of the restore has connected it.
+    Inherited,
 }
 
 /// A UNIX socket during a restore.
@@ -49,6 +53,8 @@ pub(super) struct Socket {
     pub(super) link: Link,
     /// `None` until the socket is created, and for sockets outside the tree.
     pub(super) fd: Option<OwnedFd>,
+    /// Whether the caller of the restore has provided `fd`.
+    pub(super) is_inherited: bool,
     /// The file it is bound to.
     pub(super) file: Option<OwnedFd>,
     /// The other end, if it will be closed.
@@ -127,8 +133,12 @@ impl Socket {
 
     /// Connects `fd` to this socket.
     pub(super) fn connect_from(&self, fd: BorrowedFd, by: &Subject) -> Result<()> {
+        let dir = self.entry.name_dir.as_deref().filter(|_| self.is_external());
+        let outside = dir.map(|dir| name::open_in(dir, &self.entry.name)).transpose();
+        let outside = outside.map_err(by.failed("find the peer of"))?;
         let (name, file) = self.address();
-        name::connect(fd, name, file).map_err(by.failed("connect"))
+        name::connect(fd, name, outside.as_ref().map(AsFd::as_fd).or(file))
+            .map_err(by.failed("connect"))
     }
 
     /// Closes the other end, with unread data if this socket has a pending error.
@@ -150,10 +160,28 @@ impl Socket {
     }
 }
 
+/// Returns the name of a socket in `--inherit-fd`, as CRIU has it.
+pub(super) fn key(entry: &proto::UnixSkEntry) -> String {
+    format!("socket:[{}]", entry.ino)
+}
+
+/// Returns in words that a restore needs a socket of the caller in place of this one.
+fn needs_socket(entry: &proto::UnixSkEntry) -> String {
+    format!(
+        "its peer, socket [{}], was outside the tree\nhelp: provide a connected socket with \
+         --inherit-fd 'fd[N]:{}'",
+        entry.peer,
+        key(entry)
+    )
+}
+
 /// Returns how a socket is connected, according to its entry and that of its peer.
 pub(super) fn link(all: &[Socket], at: usize, by_inode: &HashMap<u32, usize>) -> Result<Link> {
     let socket = &all[at];
     let entry = &socket.entry;
+    if socket.is_inherited {
+        return Ok(Link::Inherited);
+    }
     if entry.peer == 0 || socket.is_external() {
         // A datagram socket also counts as connected if others are connected to it by name. So
         // one without a name has had a peer of its own.
@@ -162,10 +190,18 @@ pub(super) fn link(all: &[Socket], at: usize, by_inode: &HashMap<u32, usize>) ->
             && !(socket.is_datagram() && socket.is_named());
         return Ok(if dead { Link::Dead } else { Link::None });
     }
-    let peer = *by_inode.get(&entry.peer).ok_or_else(|| {
-        let problem = format!("the images do not have its peer, socket [{}]", entry.peer);
-        socket.restored.wrong(problem)
-    })?;
+    let needs_socket = || socket.restored.wrong(needs_socket(entry));
+    let peer = *by_inode.get(&entry.peer).ok_or_else(needs_socket)?;
+    if all[peer].is_inherited {
+        return Err(needs_socket());
+    }
+    if all[peer].is_external() {
+        return match (all[peer].is_named(), socket.is_datagram()) {
+            (false, _) => Err(needs_socket()),
+            (true, true) => Ok(Link::Single(peer)),
+            (true, false) => Ok(Link::External(peer)),
+        };
+    }
     let other = &all[peer].entry;
     if other.r#type != entry.r#type {
         return Err(socket.restored.wrong(format!("its peer [{}] has another type", entry.peer)));

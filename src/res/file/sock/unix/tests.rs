@@ -449,28 +449,16 @@ fn sockets_whose_peers_are_elsewhere_are_refused_by_name() {
     let client = UnixStream::connect_addr(&address).unwrap();
     let message = refused(vec![listener.try_clone().unwrap()], &defaults());
     assert!(message.contains("is not open in the tree"), "{message}");
-    (&client).write_all(b"unseen").unwrap();
-    let message = refused(vec![OwnedFd::from(client), listener.into()], &defaults());
-    assert!(message.contains("with data in it that cannot be read"), "{message}");
+    let policy = DumpOptions { unix: UnixOptions::default().skip_in_flight(true), ..defaults() };
+    let left_out = dump(vec![listener], &policy).unwrap().restore();
+    let restored: UnixListener = left_out.take_as(0);
+    restored.set_nonblocking(true).unwrap();
+    assert!(restored.accept().is_err(), "the connection is not left out");
+    drop(client);
 }
 
 #[test]
-fn a_closed_connection_that_waits_is_refused() {
-    let address = abstract_address();
-    let listener = UnixListener::bind_addr(&address).unwrap();
-    drop(UnixStream::connect_addr(&address).unwrap());
-    let message = refused(vec![listener], &defaults());
-    assert!(message.contains("whose other end is closed"), "{message}");
-}
-
-#[test]
-fn credentials_and_urgent_bytes_in_queues_are_refused() {
-    let (a, b) = pair(SockType::Stream);
-    setsockopt(&b, sockopt::PassCred, &true).unwrap();
-    send(&a, b"x");
-    let message = refused(vec![a, b], &defaults());
-    assert!(message.contains("with credentials in its queue"), "{message}");
-
+fn urgent_bytes_in_queues_are_refused() {
     let (a, b) = pair(SockType::Stream);
     nix::sys::socket::send(a.as_raw_fd(), b"!", MsgFlags::MSG_OOB).unwrap();
     let message = refused(vec![a, b], &defaults());

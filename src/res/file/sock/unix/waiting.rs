@@ -1,0 +1,377 @@
+//! Connections that a listening socket has not accepted, in their order, with the data sent into
+//! them.
+//!
+//! No call shows such data without accepting the connection, so the dump reads the memory of the
+//! kernel ([`kernel`](crate::res::file::kernel)). The socket that has connected may be closed
+//! already: then the restore connects another one, sends the data, and closes it.
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    io::{Read, Write},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+};
+
+use nix::libc;
+
+use super::{
+    peer::{Caller, Callers},
+    socket::{Link, Socket},
+};
+use crate::{
+    image::proto,
+    res::file::{
+        Opened, Result,
+        error::errno,
+        kernel::{Credentials, Kernel, KernelError, KernelResult},
+        sock::{
+            attributes,
+            opts::{self, Subject},
+            queue::{self, Packet},
+            state,
+        },
+    },
+    sys::kernel_memory::KernelAddr,
+    units::{HostPid, PidMap},
+};
+
+/// The most connections that wait, and the most messages in one of them. The first is that of the
+/// kernel's `net.core.somaxconn` at its largest; the second is far above what fits into a buffer.
+const CONNECTIONS_MAX: u32 = 1 << 16;
+const MESSAGES_MAX: u32 = 1 << 16;
+
+/// The most bytes of a message: far above what the kernel puts into one.
+const MESSAGE_MAX_BYTES: u32 = 1 << 24;
+
+/// The most descriptors in a message (`SCM_MAX_FD`, `net/scm.h`).
+const RIGHTS_MAX: usize = 253;
+
+/// `MAX_SKB_FRAGS` is at most this (`linux/skbuff.h`).
+const FRAGMENTS_MAX: usize = 45;
+
+/// The size of `skb_frag_t`: an address, a length, an offset.
+const FRAGMENT_BYTES: usize = 16;
+
+/// How many random bytes a message of its own repeats, and its length.
+const KNOWN_BYTES: usize = 256;
+const OWN_BYTES: usize = 16 << 10;
+
+/// The id of no user.
+const NO_ID: u32 = u32::MAX;
+
+/// A connection that was not accepted.
+#[derive(Debug)]
+pub(super) struct Waiting {
+    /// The socket that has connected; 0 if it is closed.
+    pub(super) inode: u32,
+    /// What the socket that will accept shows of it.
+    caller: Credentials,
+    /// Whether the socket has a name.
+    pub(super) is_named: bool,
+    packets: Vec<Message>,
+}
+
+/// A message in a queue.
+#[derive(Debug)]
+struct Message {
+    data: Vec<u8>,
+    /// The files that were sent with it.
+    files: Vec<KernelAddr>,
+    sender: Option<Credentials>,
+}
+
+/// Reads the connections that wait at a listening socket.
+pub(super) fn read(kernel: &mut Kernel, listener: BorrowedFd) -> KernelResult<Vec<Waiting>> {
+    let file = kernel.file(listener)?;
+    let socket = kernel.pointer(file, "file", "private_data")?;
+    let sock = kernel.pointer(socket, "socket", "sk")?;
+    let mut found = Vec::new();
+    for message in queue(kernel, sock, CONNECTIONS_MAX)? {
+        let end = kernel.pointer(message, "sk_buff", "sk")?;
+        let peer = kernel.pointer(end, "unix_sock", "peer")?;
+        let (mut inode, mut is_named) = (0, false);
+        if !peer.is_null() {
+            is_named = !kernel.pointer(peer, "unix_sock", "addr")?.is_null();
+            let socket = kernel.pointer(peer, "sock", "sk_socket")?;
+            if !socket.is_null() {
+                let both = kernel.containing(socket, "socket_alloc", "socket")?;
+                let number = kernel.member(both, "socket_alloc", "vfs_inode")?;
+                let number = kernel.long(number, "inode", "i_ino")?;
+                inode = u32::try_from(number).map_err(|_| KernelError::Unexpected("an inode"))?;
+            }
+        }
+        let oob = kernel.pointer(end, "unix_sock", "oob_skb");
+        // Kernels without out-of-band data lack the member.
+        if oob.is_ok_and(|oob| !oob.is_null()) {
+            return Err(KernelError::Unexpected("an urgent byte in a connection"));
+        }
+        let pid = kernel.pointer(end, "sock", "sk_peer_pid")?;
+        let cred = kernel.pointer(end, "sock", "sk_peer_cred")?;
+        let caller = kernel.credentials(pid, cred)?;
+        let messages = queue(kernel, end, MESSAGES_MAX)?;
+        let packets = messages.into_iter().map(|at| read_message(kernel, at));
+        let packets = packets.collect::<KernelResult<_>>()?;
+        found.push(Waiting { inode, caller, is_named, packets });
+    }
+    Ok(found)
+}
+
+/// Returns the messages in the queue of a `struct sock`.
+fn queue(kernel: &mut Kernel, sock: KernelAddr, max: u32) -> KernelResult<Vec<KernelAddr>> {
+    let head = kernel.member(sock, "sock", "sk_receive_queue")?;
+    let count = kernel.word(head, "sk_buff_head", "qlen")?;
+    if count > max {
+        return Err(KernelError::Unexpected("a queue"));
+    }
+    let mut found = Vec::new();
+    let mut at = kernel.pointer(head, "sk_buff_head", "next")?;
+    while at != head {
+        if found.len() >= count as usize {
+            return Err(KernelError::Unexpected("a queue that changes"));
+        }
+        found.push(at);
+        at = kernel.pointer(at, "sk_buff", "next")?;
+    }
+    Ok(found)
+}
+
+/// Reads a `struct sk_buff` of a UNIX socket.
+fn read_message(kernel: &mut Kernel, at: KernelAddr) -> KernelResult<Message> {
+    let bytes = kernel.word(at, "sk_buff", "len")?;
+    let in_pages = kernel.word(at, "sk_buff", "data_len")?;
+    if bytes > MESSAGE_MAX_BYTES || in_pages > bytes {
+        return Err(KernelError::Unexpected("a message"));
+    }
+    let start = kernel.pointer(at, "sk_buff", "data")?;
+    let mut data = kernel.bytes(start, (bytes - in_pages) as usize, "a message")?;
+    if in_pages > 0 {
+        for (page, offset, len) in fragments(kernel, at)? {
+            if len > bytes {
+                return Err(KernelError::Unexpected("the pages of a message"));
+            }
+            if !kernel.knows_pages() {
+                find_pages(kernel)?;
+            }
+            let page = kernel.page(page)?.plus(offset.into());
+            data.extend(kernel.bytes(page, len as usize, "the pages of a message")?);
+        }
+    }
+    if data.len() != bytes as usize {
+        return Err(KernelError::Unexpected("the length of a message"));
+    }
+    let control = kernel.member(at, "sk_buff", "cb")?;
+    let pid = kernel.pointer(control, "unix_skb_parms", "pid")?;
+    let [uid, gid] = [
+        kernel.word(control, "unix_skb_parms", "uid")?,
+        kernel.word(control, "unix_skb_parms", "gid")?,
+    ];
+    let sender = if pid.is_null() && uid == NO_ID {
+        None
+    } else {
+        Some(Credentials { pid: kernel.pid(pid)?, uid, gid, groups: Vec::new() })
+    };
+    let rights = kernel.pointer(control, "unix_skb_parms", "fp")?;
+    let files = if rights.is_null() { Vec::new() } else { read_rights(kernel, rights)? };
+    Ok(Message { data, files, sender })
+}
+
+/// Returns the pages of a message, each with an offset and a length.
+fn fragments(kernel: &mut Kernel, at: KernelAddr) -> KernelResult<Vec<(KernelAddr, u32, u32)>> {
+    let head = kernel.pointer(at, "sk_buff", "head")?;
+    let info = head.plus(kernel.word(at, "sk_buff", "end")?.into());
+    let count = kernel.member(info, "skb_shared_info", "nr_frags")?;
+    let count = usize::from(kernel.bytes(count, 1, "a message")?[0]);
+    let list = kernel.pointer(info, "skb_shared_info", "frag_list")?;
+    if count > FRAGMENTS_MAX || !list.is_null() {
+        return Err(KernelError::Unexpected("the pages of a message"));
+    }
+    let frags = kernel.member(info, "skb_shared_info", "frags")?;
+    let frags = kernel.bytes(frags, count * FRAGMENT_BYTES, "the pages of a message")?;
+    let word = |bytes: &[u8]| u32::from_ne_bytes(bytes.try_into().expect("4 bytes"));
+    let fragment = |bytes: &[u8]| {
+        let page = u64::from_ne_bytes(bytes[..8].try_into().expect("8 bytes"));
+        (KernelAddr(page), word(&bytes[12..16]), word(&bytes[8..12]))
+    };
+    Ok(frags.chunks_exact(FRAGMENT_BYTES).map(fragment).collect())
+}
+
+/// Finds out where the kernel has mapped its memory, by a message of its own.
+fn find_pages(kernel: &mut Kernel) -> KernelResult<()> {
+    let failed = |_| KernelError::Unexpected("a message of its own");
+    let mut random = [0; KNOWN_BYTES];
+    File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut random)).map_err(failed)?;
+    // All of it fits into one message, and its end into a page.
+    let bytes: Vec<u8> = random.iter().copied().cycle().take(OWN_BYTES).collect();
+    let (mut here, there) = UnixStream::pair().map_err(failed)?;
+    here.write_all(&bytes).map_err(failed)?;
+    let file = kernel.file(there.as_fd())?;
+    let socket = kernel.pointer(file, "file", "private_data")?;
+    let sock = kernel.pointer(socket, "socket", "sk")?;
+    let message = queue(kernel, sock, 1)?.first().copied();
+    let message = message.ok_or(KernelError::Unexpected("a message of its own"))?;
+    let before =
+        kernel.word(message, "sk_buff", "len")? - kernel.word(message, "sk_buff", "data_len")?;
+    let (page, offset, len) = fragments(kernel, message)?
+        .first()
+        .copied()
+        .ok_or(KernelError::Unexpected("a message of its own"))?;
+    let known = bytes.get(before as usize..).unwrap_or_default();
+    let known = &known[..known.len().min(len as usize).min(KNOWN_BYTES)];
+    kernel.find_pages(page, offset.into(), known)
+}
+
+/// Reads a `struct scm_fp_list`.
+fn read_rights(kernel: &mut Kernel, at: KernelAddr) -> KernelResult<Vec<KernelAddr>> {
+    let count = kernel.member(at, "scm_fp_list", "count")?;
+    let count = kernel.bytes(count, 2, "descriptors in a message")?;
+    let count = usize::from(u16::from_ne_bytes(count.try_into().expect("2 bytes")));
+    if count > RIGHTS_MAX {
+        return Err(KernelError::Unexpected("descriptors in a message"));
+    }
+    let list = kernel.member(at, "scm_fp_list", "fp")?;
+    let bytes = kernel.bytes(list, count * 8, "descriptors in a message")?;
+    let addresses = bytes.chunks_exact(8);
+    Ok(addresses
+        .map(|bytes| KernelAddr(u64::from_ne_bytes(bytes.try_into().expect("chunks of 8"))))
+        .collect())
+}
+
+/// Returns credentials in the form of the images.
+fn to_image(found: Credentials, pids: &PidMap) -> proto::SkPeerEntry {
+    let pid = if found.pid == 0 { 0 } else { pids.ns(HostPid(found.pid)).raw() };
+    proto::SkPeerEntry { pid, uid: found.uid, gid: found.gid, groups: found.groups }
+}
+
+impl Waiting {
+    /// Builds the entry in the images. `enter` returns the number of a file in the images; `None`
+    /// if the dump has no descriptor of it.
+    pub(super) fn into_image(
+        self,
+        pids: &PidMap,
+        enter: &mut dyn FnMut(KernelAddr) -> Result<Option<u32>>,
+    ) -> Result<Option<proto::SkWaitingEntry>> {
+        let mut packets = Vec::new();
+        for Message { data, files, sender } in self.packets {
+            let mut rights = Vec::new();
+            for file in files {
+                let Some(id) = enter(file)? else { return Ok(None) };
+                rights.push(id);
+            }
+            let sender = sender.map(|sender| to_image(sender, pids));
+            packets.push(proto::SkWaitingPacketEntry { data, rights, sender });
+        }
+        Ok(Some(proto::SkWaitingEntry {
+            ino: (self.inode != 0).then_some(self.inode),
+            caller: Some(to_image(self.caller, pids)),
+            packets,
+        }))
+    }
+}
+
+/// Data to send into a connection that a restore has made.
+#[derive(Debug)]
+pub(super) struct Unsent {
+    /// The socket that sends it.
+    from: OwnedFd,
+    packets: Vec<proto::SkWaitingPacketEntry>,
+    restored: Subject,
+}
+
+impl Unsent {
+    /// Sends the data. Closes a socket that was closed.
+    pub(super) fn send(self, opened: &Opened) -> Result<()> {
+        let packets = self.packets.into_iter().map(|packet| Packet {
+            data: packet.data,
+            rights: packet.rights,
+            sender: packet.sender,
+        });
+        queue::send(self.from.as_fd(), packets, &self.restored, opened)
+    }
+}
+
+/// Makes the connections that wait to be accepted, in their order. Returns the data to send.
+pub(super) fn connect(all: &mut [Socket], callers: &mut Callers) -> Result<Vec<Unsent>> {
+    let mut unsent = Vec::new();
+    let by_inode: HashMap<u32, usize> =
+        all.iter().enumerate().map(|(at, socket)| (socket.entry.ino, at)).collect();
+    let mut made = vec![false; all.len()];
+    for at in 0..all.len() {
+        if all[at].entry.state != state::LISTEN || all[at].is_external() {
+            continue;
+        }
+        let waiting = std::mem::take(&mut all[at].state.waiting);
+        if !waiting.is_empty() {
+            all[at].set_what_is_inherited()?;
+        }
+        for waiting in waiting {
+            let client = waiting.ino.and_then(|ino| by_inode.get(&ino).copied());
+            let listener = &all[at];
+            let caller = waiting.caller.map(|peer| Caller { peer, instead: None });
+            let from = match client {
+                Some(client) if all[client].link == Link::Waiting(at) => {
+                    if std::mem::replace(&mut made[client], true) {
+                        let problem = "it waits twice to be accepted";
+                        return Err(all[client].restored.wrong(problem));
+                    }
+                    let client = &all[client];
+                    let caller = caller.or_else(|| client.caller());
+                    listener.let_in(client.fd()?, caller, client, callers)?;
+                    let copy = client.fd()?.try_clone_to_owned();
+                    copy.map_err(|error| client.restored.failed("duplicate")(errno(&error)))?
+                }
+                Some(client) => {
+                    let problem = "it does not wait to be accepted where the images say so";
+                    return Err(all[client].restored.wrong(problem));
+                }
+                None => {
+                    let fd = listener.make()?;
+                    listener.let_in(fd.as_fd(), caller, listener, callers)?;
+                    fd
+                }
+            };
+            let restored = all[at].restored.clone();
+            unsent.push(Unsent { from, packets: waiting.packets, restored });
+        }
+    }
+    // CRIU's images do not tell the order.
+    for (at, socket) in all.iter().enumerate() {
+        let Link::Waiting(listener) = socket.link else { continue };
+        if !made[at] {
+            let listener = &all[listener];
+            listener.let_in(socket.fd()?, socket.caller(), socket, callers)?;
+        }
+    }
+    Ok(unsent)
+}
+
+impl Socket {
+    /// Sets the options that the end of a connection takes over from a listening socket.
+    fn set_what_is_inherited(&self) -> Result<()> {
+        let (fd, options) = (self.fd()?, &self.entry.opts);
+        for (name, value) in
+            [(libc::SO_PASSCRED, options.so_passcred), (libc::SO_PASSSEC, options.so_passsec)]
+        {
+            if let Some(value) = value {
+                opts::ensure(fd, libc::SOL_SOCKET, name, value.into())
+                    .map_err(self.restored.failed("set an option of"))?;
+            }
+        }
+        attributes::restore_options(fd, Some(&self.state), &self.restored)
+    }
+
+    /// Connects `fd` to this listening socket, with the credentials that `client` shows of it.
+    fn let_in(
+        &self,
+        fd: BorrowedFd,
+        caller: Option<Caller>,
+        client: &Self,
+        callers: &mut Callers,
+    ) -> Result<()> {
+        let listens = self.caller_shown_by(client);
+        callers.listen(listens.as_ref(), self.fd()?, self.entry.backlog, &self.restored)?;
+        callers.connect(caller.as_ref(), fd, self.address(), &client.restored)
+    }
+}

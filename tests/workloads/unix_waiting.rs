@@ -1,0 +1,229 @@
+//! UNIX connections that were not accepted, with what was sent into them, and data that shows
+//! its sender.
+
+use std::{mem, ptr};
+
+use crate::{
+    Row,
+    kit::{Checkpoint, Verdict, bytes, read_some, same, write_all},
+    sockets::{
+        Address, abstract_name, pair, path_name, receive, receive_descriptors, send_descriptors,
+        set_option, socket,
+    },
+};
+
+pub const ROWS: &[Row] = &[
+    ("unix_pending_order", unix_pending_order),
+    ("unix_pending_closed", unix_pending_closed),
+    ("unix_pending_packets", unix_pending_packets),
+    ("unix_pending_credentials", unix_pending_credentials),
+    ("unix_queued_credentials", unix_queued_credentials),
+];
+
+fn listening(name: &Address, kind: i32) -> Result<i32, String> {
+    let server = socket(libc::AF_UNIX, kind)?;
+    name.bind(server)?;
+    sys!(listen(server, 9))?;
+    Ok(server)
+}
+
+fn connected(name: &Address, kind: i32) -> Result<i32, String> {
+    let client = socket(libc::AF_UNIX, kind)?;
+    name.connect(client)?;
+    Ok(client)
+}
+
+fn accepted(server: i32) -> Result<i32, String> {
+    sys!(accept(server, ptr::null_mut(), ptr::null_mut()))
+}
+
+/// The pid that a socket shows of its peer.
+fn peer_pid(fd: i32) -> Result<i32, String> {
+    let mut found = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut length = size_of::<libc::ucred>() as u32;
+    let at = (&raw mut found).cast();
+    sys!(getsockopt(fd, libc::SOL_SOCKET, libc::SO_PEERCRED, at, &raw mut length))?;
+    Ok(found.pid)
+}
+
+fn own_pid() -> i32 {
+    std::process::id().cast_signed()
+}
+
+/// All that was sent, to the end or until there is nothing.
+fn drained(fd: i32) -> Result<Vec<u8>, String> {
+    let mut found = Vec::new();
+    while let Some(more) = receive(fd)?.filter(|more| !more.is_empty()) {
+        found.extend(more);
+    }
+    Ok(found)
+}
+
+/// Connections of several processes, with data of any length.
+fn unix_pending_order(checkpoint: &Checkpoint) -> Verdict {
+    let name = path_name(checkpoint, "socket");
+    let server = listening(&name, libc::SOCK_STREAM)?;
+    let kind = libc::SOCK_STREAM;
+    let [first, second] = [connected(&name, kind)?, connected(&name, kind)?];
+    let child = checkpoint.fork(|child| {
+        let own = connected(&name, kind)?;
+        write_all(own, b"of the child")?;
+        child.wait();
+        child.wait_mark("accepted")?;
+        same("answer", &b"answer"[..], &read_some(own, 100)?[..])
+    })?;
+    let last = connected(&name, kind)?;
+    // What does not fit into the head of a message is in pages.
+    let large = bytes(7, 100_000);
+    write_all(last, &large)?;
+    write_all(first, b"one, ")?;
+    write_all(first, b"two")?;
+    sys!(shutdown(first, libc::SHUT_WR))?;
+    let mut pipe = [0; 2];
+    sys!(pipe2(pipe.as_mut_ptr(), 0))?;
+    send_descriptors(second, b"pipe", &[pipe[1]])?;
+    checkpoint.wait();
+    let end = accepted(server)?;
+    same("process of the first", own_pid(), peer_pid(end)?)?;
+    same("bytes of the first", &b"one, two"[..], &drained(end)?[..])?;
+    same("the end", Some(Vec::new()), receive(end)?)?;
+    let end = accepted(server)?;
+    let (data, got) = receive_descriptors(end)?;
+    same("message of the second", (&b"pipe"[..], 1), (&data[..], got.len()))?;
+    write_all(got[0], b"through it")?;
+    same("bytes of the pipe", &b"through it"[..], &read_some(pipe[0], 100)?[..])?;
+    write_all(end, b"back")?;
+    same("bytes back", &b"back"[..], &read_some(second, 100)?[..])?;
+    let end = accepted(server)?;
+    same("process of the third", child.pid, peer_pid(end)?)?;
+    same("bytes of the third", &b"of the child"[..], &read_some(end, 100)?[..])?;
+    write_all(end, b"answer")?;
+    checkpoint.mark("accepted");
+    child.join()?;
+    let end = accepted(server)?;
+    ensure!(drained(end)? == large, "bytes of the last have changed");
+    sys!(fcntl(server, libc::F_SETFL, libc::O_NONBLOCK))?;
+    ensure!(accepted(server).is_err(), "one connection too many");
+    Ok(())
+}
+
+/// Sockets that have connected, sent something and are closed.
+fn unix_pending_closed(checkpoint: &Checkpoint) -> Verdict {
+    let name = abstract_name(&format!("closed {}", own_pid()));
+    let kind = libc::SOCK_STREAM;
+    let server = listening(&name, kind)?;
+    let large = bytes(8, 60_000);
+    for data in [&b""[..], b"the last words", &large] {
+        let client = connected(&name, kind)?;
+        write_all(client, data)?;
+        sys!(close(client))?;
+    }
+    let open = connected(&name, kind)?;
+    checkpoint.wait();
+    for data in [&b""[..], b"the last words", &large] {
+        let end = accepted(server)?;
+        same("process", own_pid(), peer_pid(end)?)?;
+        ensure!(drained(end)? == data, "{} bytes have changed", data.len());
+        same("the end", Some(Vec::new()), receive(end)?)?;
+    }
+    let end = accepted(server)?;
+    same("nothing yet", None, receive(end)?)?;
+    write_all(open, b"later")?;
+    same("bytes of the open one", Some(b"later".to_vec()), receive(end)?)
+}
+
+fn unix_pending_packets(checkpoint: &Checkpoint) -> Verdict {
+    let name = path_name(checkpoint, "socket");
+    let kind = libc::SOCK_SEQPACKET;
+    let server = listening(&name, kind)?;
+    let client = connected(&name, kind)?;
+    let large = bytes(9, 30_000);
+    for data in [&b"one"[..], &large, b"three"] {
+        write_all(client, data)?;
+    }
+    checkpoint.wait();
+    let end = accepted(server)?;
+    for data in [&b"one"[..], &large, b"three"] {
+        ensure!(receive(end)?.as_deref() == Some(data), "a packet of {} bytes", data.len());
+    }
+    same("one packet too many", None, receive(end)?)
+}
+
+/// Room for credentials in a control message.
+#[repr(C, align(8))]
+struct Control([u8; 64]);
+
+/// Receives up to `len` bytes and the process that has sent them.
+fn receive_from(fd: i32, len: usize) -> Result<(Vec<u8>, i32, u32), String> {
+    let mut data = vec![0_u8; len];
+    let mut part = libc::iovec { iov_base: data.as_mut_ptr().cast(), iov_len: data.len() };
+    let mut control = Control([0; 64]);
+    // SAFETY: all zeros is a valid message.
+    let mut message: libc::msghdr = unsafe { mem::zeroed() };
+    message.msg_iov = &raw mut part;
+    message.msg_iovlen = 1;
+    message.msg_control = control.0.as_mut_ptr().cast();
+    message.msg_controllen = control.0.len();
+    let count = sys!(recvmsg(fd, &raw mut message, libc::MSG_DONTWAIT))?;
+    data.truncate(count as usize);
+    // SAFETY: the kernel has written the control messages into the buffer.
+    let sender = unsafe {
+        let header = libc::CMSG_FIRSTHDR(&raw const message);
+        ensure!(!header.is_null(), "no credentials");
+        ensure!((*header).cmsg_type == libc::SCM_CREDENTIALS, "other control data");
+        libc::CMSG_DATA(header).cast::<libc::ucred>().read_unaligned()
+    };
+    Ok((data, sender.pid, sender.uid))
+}
+
+/// A server that asks for the sender, as those of logs do.
+fn unix_pending_credentials(checkpoint: &Checkpoint) -> Verdict {
+    let name = path_name(checkpoint, "socket");
+    let kind = libc::SOCK_STREAM;
+    let server = listening(&name, kind)?;
+    set_option(server, libc::SOL_SOCKET, libc::SO_PASSCRED, 1)?;
+    let client = connected(&name, kind)?;
+    write_all(client, b"parent")?;
+    let child = checkpoint.fork(|child| {
+        write_all(client, b"child")?;
+        child.wait();
+        child.wait_mark("read")
+    })?;
+    checkpoint.wait();
+    let end = accepted(server)?;
+    same("first", (b"parent".to_vec(), own_pid(), 0), receive_from(end, 100)?)?;
+    same("second", (b"child".to_vec(), child.pid, 0), receive_from(end, 100)?)?;
+    checkpoint.mark("read");
+    child.join()
+}
+
+/// Data of a living process, and of one that has ended, of another user.
+fn unix_queued_credentials(checkpoint: &Checkpoint) -> Verdict {
+    let kinds = [libc::SOCK_STREAM, libc::SOCK_DGRAM, libc::SOCK_SEQPACKET];
+    let mut ends = Vec::new();
+    for kind in kinds {
+        let [left, right] = pair(kind)?;
+        set_option(right, libc::SOL_SOCKET, libc::SO_PASSCRED, 1)?;
+        write_all(left, b"parent")?;
+        // SAFETY: the child makes two calls and exits.
+        let pid = unsafe { libc::fork() };
+        if pid == 0 {
+            // SAFETY: the bytes outlive the call; nothing needs to be unwound.
+            unsafe {
+                libc::setuid(1234);
+                libc::write(left, b"ended".as_ptr().cast(), 5);
+                libc::_exit(0);
+            }
+        }
+        sys!(waitpid(pid, ptr::null_mut(), 0))?;
+        write_all(left, b"again")?;
+        ends.push((right, pid));
+    }
+    checkpoint.wait();
+    for (right, pid) in ends {
+        same("first", (b"parent".to_vec(), own_pid(), 0), receive_from(right, 100)?)?;
+        same("second", (b"ended".to_vec(), pid, 1234), receive_from(right, 100)?)?;
+        same("third", (b"again".to_vec(), own_pid(), 0), receive_from(right, 100)?)?;
+    }
+    Ok(())
+}
