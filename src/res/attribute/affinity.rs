@@ -2,7 +2,7 @@
 
 use nix::errno::Errno;
 
-use super::{Asked, Kind, Owner};
+use super::{Asked, Kind, Label, Owner};
 use crate::{
     inject::{Answers, Script},
     sys::task,
@@ -12,12 +12,8 @@ use crate::{
 pub(super) struct Affinity;
 
 impl Kind for Affinity {
-    fn name(&self) -> &'static str {
-        "affinity"
-    }
-
-    fn about(&self) -> &'static str {
-        "the CPU affinity (sched_setaffinity(2))"
+    fn label(&self) -> Label {
+        Label::of_thread("affinity", "the CPU affinity (sched_setaffinity(2))")
     }
 
     fn read(&self, owner: Owner, _: &Asked, _: &Answers) -> Option<Vec<u64>> {

@@ -2,7 +2,7 @@
 
 use nix::{errno::Errno, libc};
 
-use super::{Asked, Kind, Owner, Scope};
+use super::{Asked, Kind, Label, Owner};
 use crate::inject::{Answers, Script};
 
 /// `asm/prctl.h`.
@@ -17,12 +17,8 @@ const ENABLE_TAGGED_ADDR: i32 = 0x4002;
 pub(super) struct CpuId;
 
 impl Kind for CpuId {
-    fn name(&self) -> &'static str {
-        "cpuid"
-    }
-
-    fn about(&self) -> &'static str {
-        "the cpuid permission (ARCH_SET_CPUID)"
+    fn label(&self) -> Label {
+        Label::of_thread("cpuid", "the cpuid permission (ARCH_SET_CPUID)")
     }
 
     fn ask(&self, script: &mut Script) -> Asked {
@@ -45,16 +41,11 @@ impl Kind for CpuId {
 pub(super) struct LargeState;
 
 impl Kind for LargeState {
-    fn name(&self) -> &'static str {
-        "large_state"
-    }
-
-    fn about(&self) -> &'static str {
-        "the permission for extended registers (ARCH_REQ_XCOMP_PERM)"
-    }
-
-    fn scope(&self) -> Scope {
-        Scope::Process
+    fn label(&self) -> Label {
+        Label::of_process(
+            "large_state",
+            "the permission for extended registers (ARCH_REQ_XCOMP_PERM)",
+        )
     }
 
     fn ask(&self, script: &mut Script) -> Asked {
@@ -81,16 +72,8 @@ impl Kind for LargeState {
 pub(super) struct TaggedAddresses;
 
 impl Kind for TaggedAddresses {
-    fn name(&self) -> &'static str {
-        "untag_mask"
-    }
-
-    fn about(&self) -> &'static str {
-        "the untag mask of pointers (ARCH_ENABLE_TAGGED_ADDR)"
-    }
-
-    fn scope(&self) -> Scope {
-        Scope::Process
+    fn label(&self) -> Label {
+        Label::of_process("untag_mask", "the untag mask of pointers (ARCH_ENABLE_TAGGED_ADDR)")
     }
 
     fn ask(&self, script: &mut Script) -> Asked {

@@ -4,23 +4,15 @@ use std::fs;
 
 use nix::errno::Errno;
 
-use super::{Asked, Kind, Owner, Scope};
+use super::{Asked, Kind, Label, Owner};
 use crate::inject::{Answers, Script};
 
 /// The nice value in `/proc/PID/autogroup`.
 pub(super) struct Autogroup;
 
 impl Kind for Autogroup {
-    fn name(&self) -> &'static str {
-        "autogroup"
-    }
-
-    fn about(&self) -> &'static str {
-        "the nice value of its session (/proc/PID/autogroup)"
-    }
-
-    fn scope(&self) -> Scope {
-        Scope::Process
+    fn label(&self) -> Label {
+        Label::of_process("autogroup", "the nice value of its session (/proc/PID/autogroup)")
     }
 
     fn read(&self, owner: Owner, _: &Asked, _: &Answers) -> Option<Vec<u64>> {

@@ -2,7 +2,7 @@
 
 use nix::errno::Errno;
 
-use super::{Asked, Kind, Owner};
+use super::{Asked, Kind, Label, Owner};
 use crate::{
     inject::{Answers, Script},
     sys::task,
@@ -12,12 +12,8 @@ use crate::{
 pub(super) struct CoreCookie;
 
 impl Kind for CoreCookie {
-    fn name(&self) -> &'static str {
-        "core_cookie"
-    }
-
-    fn about(&self) -> &'static str {
-        "a core scheduling cookie (PR_SCHED_CORE)"
+    fn label(&self) -> Label {
+        Label::of_thread("core_cookie", "a core scheduling cookie (PR_SCHED_CORE)")
     }
 
     fn read(&self, owner: Owner, _: &Asked, _: &Answers) -> Option<Vec<u64>> {

@@ -4,23 +4,15 @@ use std::fs;
 
 use nix::errno::Errno;
 
-use super::{Asked, Kind, Owner, Scope};
+use super::{Asked, Kind, Label, Owner};
 use crate::inject::{Answers, Script};
 
 /// The bits in `/proc/PID/coredump_filter`.
 pub(super) struct CoreFilter;
 
 impl Kind for CoreFilter {
-    fn name(&self) -> &'static str {
-        "core_filter"
-    }
-
-    fn about(&self) -> &'static str {
-        "the core dump filter (/proc/PID/coredump_filter)"
-    }
-
-    fn scope(&self) -> Scope {
-        Scope::Process
+    fn label(&self) -> Label {
+        Label::of_process("core_filter", "the core dump filter (/proc/PID/coredump_filter)")
     }
 
     fn read(&self, owner: Owner, _: &Asked, _: &Answers) -> Option<Vec<u64>> {

@@ -2,7 +2,7 @@
 
 use nix::{errno::Errno, libc};
 
-use super::{Asked, Kind, Owner, Scope};
+use super::{Asked, Kind, Label, Owner};
 use crate::inject::{Answers, Script};
 
 /// Of `linux/prctl.h`, since Linux 6.16.
@@ -15,16 +15,8 @@ const GET_SLOTS: i32 = 2;
 pub(super) struct FutexHash;
 
 impl Kind for FutexHash {
-    fn name(&self) -> &'static str {
-        "futex_hash"
-    }
-
-    fn about(&self) -> &'static str {
-        "the number of slots for private futexes (PR_FUTEX_HASH)"
-    }
-
-    fn scope(&self) -> Scope {
-        Scope::Process
+    fn label(&self) -> Label {
+        Label::of_process("futex_hash", "the number of slots for private futexes (PR_FUTEX_HASH)")
     }
 
     fn ask(&self, script: &mut Script) -> Asked {

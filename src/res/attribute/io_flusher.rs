@@ -3,7 +3,7 @@
 
 use nix::{errno::Errno, libc};
 
-use super::{Asked, Kind, Owner};
+use super::{Asked, Kind, Label, Owner};
 use crate::{
     inject::{Answers, Script},
     proc,
@@ -20,12 +20,8 @@ const SET_IO_FLUSHER: i32 = 57;
 pub(super) struct IoFlusher;
 
 impl Kind for IoFlusher {
-    fn name(&self) -> &'static str {
-        "io_flusher"
-    }
-
-    fn about(&self) -> &'static str {
-        "the I/O flusher state (PR_SET_IO_FLUSHER)"
+    fn label(&self) -> Label {
+        Label::of_thread("io_flusher", "the I/O flusher state (PR_SET_IO_FLUSHER)")
     }
 
     fn read(&self, owner: Owner, _: &Asked, _: &Answers) -> Option<Vec<u64>> {

@@ -2,7 +2,7 @@
 
 use nix::errno::Errno;
 
-use super::{Asked, Kind, Owner};
+use super::{Asked, Kind, Label, Owner};
 use crate::{
     inject::{Answers, Script},
     sys::task,
@@ -12,12 +12,8 @@ use crate::{
 pub(super) struct IoPriority;
 
 impl Kind for IoPriority {
-    fn name(&self) -> &'static str {
-        "io_priority"
-    }
-
-    fn about(&self) -> &'static str {
-        "the I/O priority (ioprio_set(2))"
+    fn label(&self) -> Label {
+        Label::of_thread("io_priority", "the I/O priority (ioprio_set(2))")
     }
 
     fn read(&self, owner: Owner, _: &Asked, _: &Answers) -> Option<Vec<u64>> {

@@ -4,7 +4,7 @@
 
 use nix::{errno::Errno, libc};
 
-use super::{Asked, Kind, Owner, Scope};
+use super::{Asked, Kind, Label, Owner};
 use crate::inject::{Answers, Script};
 
 /// `KEYCTL_GET_KEYRING_ID` (`linux/keyctl.h`).
@@ -12,38 +12,24 @@ const GET_KEYRING_ID: i32 = 0;
 
 /// 1 if there is a keyring. A restore cannot recreate it: only its owner may read the keys.
 pub(super) struct Keyring {
-    name: &'static str,
-    about: &'static str,
-    scope: Scope,
+    label: Label,
     /// `KEY_SPEC_*_KEYRING`.
     which: i32,
 }
 
 pub(super) const OF_THREAD: Keyring = Keyring {
-    name: "thread_keyring",
-    about: "a thread keyring (KEY_SPEC_THREAD_KEYRING)",
-    scope: Scope::Thread,
+    label: Label::of_thread("thread_keyring", "a thread keyring (KEY_SPEC_THREAD_KEYRING)"),
     which: -1,
 };
 
 pub(super) const OF_PROCESS: Keyring = Keyring {
-    name: "process_keyring",
-    about: "a process keyring (KEY_SPEC_PROCESS_KEYRING)",
-    scope: Scope::Process,
+    label: Label::of_process("process_keyring", "a process keyring (KEY_SPEC_PROCESS_KEYRING)"),
     which: -2,
 };
 
 impl Kind for Keyring {
-    fn name(&self) -> &'static str {
-        self.name
-    }
-
-    fn about(&self) -> &'static str {
-        self.about
-    }
-
-    fn scope(&self) -> Scope {
-        self.scope
+    fn label(&self) -> Label {
+        self.label
     }
 
     fn ask(&self, script: &mut Script) -> Asked {

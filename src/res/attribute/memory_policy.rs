@@ -2,7 +2,7 @@
 
 use nix::{errno::Errno, libc};
 
-use super::{Asked, Kind, Owner};
+use super::{Asked, Kind, Label, Owner};
 use crate::inject::{Answers, Script};
 
 /// The most nodes that a kernel supports (`MAX_NUMNODES`, `linux/numa.h`).
@@ -15,12 +15,8 @@ const MASK_BYTES: usize = 128;
 pub(super) struct MemoryPolicy;
 
 impl Kind for MemoryPolicy {
-    fn name(&self) -> &'static str {
-        "memory_policy"
-    }
-
-    fn about(&self) -> &'static str {
-        "the NUMA policy (set_mempolicy(2))"
+    fn label(&self) -> Label {
+        Label::of_thread("memory_policy", "the NUMA policy (set_mempolicy(2))")
     }
 
     fn ask(&self, script: &mut Script) -> Asked {

@@ -80,6 +80,26 @@ enum Scope {
     Process,
 }
 
+/// The names of an attribute, and what has it.
+#[derive(Clone, Copy, Debug)]
+struct Label {
+    /// Its name in the images.
+    name: &'static str,
+    /// Its name in messages, as in "... of thread 5".
+    about: &'static str,
+    scope: Scope,
+}
+
+impl Label {
+    const fn of_thread(name: &'static str, about: &'static str) -> Self {
+        Self { name, about, scope: Scope::Thread }
+    }
+
+    const fn of_process(name: &'static str, about: &'static str) -> Self {
+        Self { name, about, scope: Scope::Process }
+    }
+}
+
 /// The thread or process whose attributes are read or set.
 #[derive(Clone, Copy, Debug)]
 struct Owner {
@@ -123,16 +143,8 @@ impl Asked {
 
 /// A kind of attribute.
 trait Kind: Sync {
-    /// Its name in the images.
-    fn name(&self) -> &'static str;
-
-    /// Its name in messages, as in "... of thread 5".
-    fn about(&self) -> &'static str;
-
-    /// What has the attribute.
-    fn scope(&self) -> Scope {
-        Scope::Thread
-    }
+    /// Names the attribute, and what has it.
+    fn label(&self) -> Label;
 
     /// Adds the calls that only the thread can make.
     fn ask(&self, _script: &mut Script) -> Asked {
@@ -162,7 +174,7 @@ struct Questions(Vec<(usize, Asked)>);
 /// Returns the kinds that a thread reports; the leader also reports those of its process.
 fn kinds(leader: bool) -> impl Iterator<Item = (usize, &'static dyn Kind)> {
     let all = KINDS.iter().copied().enumerate();
-    all.filter(move |(_, kind)| leader || kind.scope() == Scope::Thread)
+    all.filter(move |(_, kind)| leader || kind.label().scope == Scope::Thread)
 }
 
 /// Adds an attribute of a process.
@@ -217,11 +229,11 @@ fn collect(questions: &Questions, answers: &Answers, owner: Owner) -> Vec<proto:
         let kind = KINDS[*at];
         let values = kind.read(owner, asked, answers)?;
         if kind.is_lost(&values) {
-            let (tid, about) = (owner.tid, kind.about());
+            let (tid, about) = (owner.tid, kind.label().about);
             let message = format!("thread {tid} has {about}: the restored thread will not have it");
             tell(log::Level::Warn, &message);
         }
-        Some(proto::RcriuAttribute { name: kind.name().into(), values })
+        Some(proto::RcriuAttribute { name: kind.label().name.into(), values })
     };
     questions.0.iter().filter_map(read).collect()
 }
@@ -229,8 +241,8 @@ fn collect(questions: &Questions, answers: &Answers, owner: Owner) -> Vec<proto:
 /// Removes the attributes that do not belong to the process.
 fn retain_of_process(attributes: &mut Vec<proto::RcriuAttribute>) {
     let of_thread = |name: &[u8]| {
-        let mut kinds = KINDS.iter().filter(|kind| kind.scope() == Scope::Thread);
-        kinds.any(|kind| kind.name().as_bytes() == name)
+        let mut kinds = KINDS.iter().filter(|kind| kind.label().scope == Scope::Thread);
+        kinds.any(|kind| kind.label().name.as_bytes() == name)
     };
     attributes.retain(|attribute| !of_thread(&attribute.name));
 }
@@ -260,7 +272,7 @@ impl Differences {
         let questions = ask(owner.pid == owner.tid, &mut script);
         let known = |name: &[u8]| {
             let of_tasks = task::KINDS.iter().flat_map(|kind| kind.attributes()).copied();
-            let mut names = KINDS.iter().map(|kind| kind.name()).chain(of_tasks);
+            let mut names = KINDS.iter().map(|kind| kind.label().name).chain(of_tasks);
             names.any(|known| known.as_bytes() == name)
         };
         for name in wanted.keys().filter(|name| !known(name)) {
@@ -272,7 +284,7 @@ impl Differences {
         }
         let differing = |answers: &Answers| -> Vec<Difference<'_>> {
             let one = |(at, asked): &(usize, Asked)| {
-                let values = *wanted.get(KINDS[*at].name().as_bytes())?;
+                let values = *wanted.get(KINDS[*at].label().name.as_bytes())?;
                 let now = KINDS[*at].read(owner, asked, answers);
                 (now.as_deref() != Some(values)).then_some((*at, values, now))
             };
@@ -286,7 +298,7 @@ impl Differences {
         let mut changes = Script::new();
         for (at, values, _) in &to_set {
             if let Err(errno) = KINDS[*at].set(values, owner, &mut changes) {
-                log::debug!("{}: {}: {errno}", owner.tid, KINDS[*at].about());
+                log::debug!("{}: {}: {errno}", owner.tid, KINDS[*at].label().about);
             }
         }
         if !changes.is_empty() {
@@ -297,7 +309,7 @@ impl Differences {
             let kind = KINDS[at];
             let now =
                 now.map_or("does not exist here".to_owned(), |now| format!("is {}", show(&now)));
-            self.add(format!("{} was {} but {now}", kind.about(), show(values)), owner.tid);
+            self.add(format!("{} was {} but {now}", kind.label().about, show(values)), owner.tid);
         }
         Ok(())
     }

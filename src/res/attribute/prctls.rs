@@ -2,7 +2,7 @@
 
 use nix::{errno::Errno, libc};
 
-use super::{Asked, Kind, Owner, Scope};
+use super::{Asked, Kind, Label, Owner};
 use crate::inject::{Answers, Script};
 
 /// `linux/prctl.h`.
@@ -21,9 +21,7 @@ enum Answer {
 
 /// A getting and a setting option.
 pub(super) struct Prctl {
-    name: &'static str,
-    about: &'static str,
-    scope: Scope,
+    label: Label,
     get: i32,
     answer: Answer,
     /// Returns the arguments that set a value; `None` for a value that needs no call.
@@ -36,27 +34,21 @@ const fn option(number: i32) -> u64 {
 
 /// Nanoseconds; 0 for real-time policies, where timers have no slack.
 pub(super) const TIMER_SLACK: Prctl = Prctl {
-    name: "timer_slack",
-    about: "the timer slack in nanoseconds (PR_SET_TIMERSLACK)",
-    scope: Scope::Thread,
+    label: Label::of_thread("timer_slack", "the timer slack in nanoseconds (PR_SET_TIMERSLACK)"),
     get: libc::PR_GET_TIMERSLACK,
     answer: Answer::Returned,
     set: |value| (value != 0).then_some([option(libc::PR_SET_TIMERSLACK), value, 0]),
 };
 
 pub(super) const TIME_STAMP_COUNTER: Prctl = Prctl {
-    name: "tsc",
-    about: "the permission to read the time stamp counter (PR_SET_TSC)",
-    scope: Scope::Thread,
+    label: Label::of_thread("tsc", "the permission to read the time stamp counter (PR_SET_TSC)"),
     get: libc::PR_GET_TSC,
     answer: Answer::Pointed,
     set: |value| Some([option(libc::PR_SET_TSC), value, 0]),
 };
 
 pub(super) const MACHINE_CHECKS: Prctl = Prctl {
-    name: "mce_kill",
-    about: "the machine check policy (PR_MCE_KILL)",
-    scope: Scope::Thread,
+    label: Label::of_thread("mce_kill", "the machine check policy (PR_MCE_KILL)"),
     get: libc::PR_MCE_KILL_GET,
     answer: Answer::Returned,
     set: |value| Some([option(libc::PR_MCE_KILL), option(libc::PR_MCE_KILL_SET), value]),
@@ -64,18 +56,17 @@ pub(super) const MACHINE_CHECKS: Prctl = Prctl {
 
 /// 1 if huge pages are disabled; 3 if they are disabled except where a mapping asks for them.
 pub(super) const HUGE_PAGES: Prctl = Prctl {
-    name: "thp_disable",
-    about: "the transparent huge page setting (PR_SET_THP_DISABLE)",
-    scope: Scope::Process,
+    label: Label::of_process(
+        "thp_disable",
+        "the transparent huge page setting (PR_SET_THP_DISABLE)",
+    ),
     get: libc::PR_GET_THP_DISABLE,
     answer: Answer::Returned,
     set: |value| Some([option(libc::PR_SET_THP_DISABLE), value & 1, value & !1]),
 };
 
 pub(super) const MEMORY_MERGING: Prctl = Prctl {
-    name: "memory_merge",
-    about: "the page merging setting (PR_SET_MEMORY_MERGE)",
-    scope: Scope::Process,
+    label: Label::of_process("memory_merge", "the page merging setting (PR_SET_MEMORY_MERGE)"),
     get: GET_MEMORY_MERGE,
     answer: Answer::Returned,
     set: |value| Some([option(SET_MEMORY_MERGE), value, 0]),
@@ -83,25 +74,15 @@ pub(super) const MEMORY_MERGING: Prctl = Prctl {
 
 /// Bits, which a process cannot clear once they are set.
 pub(super) const WRITE_OR_EXECUTE: Prctl = Prctl {
-    name: "mdwe",
-    about: "the write-or-execute restriction (PR_SET_MDWE)",
-    scope: Scope::Process,
+    label: Label::of_process("mdwe", "the write-or-execute restriction (PR_SET_MDWE)"),
     get: GET_MDWE,
     answer: Answer::Returned,
     set: |bits| (bits != 0).then_some([option(SET_MDWE), bits, 0]),
 };
 
 impl Kind for Prctl {
-    fn name(&self) -> &'static str {
-        self.name
-    }
-
-    fn about(&self) -> &'static str {
-        self.about
-    }
-
-    fn scope(&self) -> Scope {
-        self.scope
+    fn label(&self) -> Label {
+        self.label
     }
 
     fn ask(&self, script: &mut Script) -> Asked {

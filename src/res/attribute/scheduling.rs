@@ -2,7 +2,7 @@
 
 use nix::errno::Errno;
 
-use super::{Asked, Kind, Owner};
+use super::{Asked, Kind, Label, Owner};
 use crate::{
     inject::{Answers, Script},
     sys::process,
@@ -14,13 +14,12 @@ use crate::{
 pub(super) struct Scheduling;
 
 impl Kind for Scheduling {
-    fn name(&self) -> &'static str {
-        "scheduling"
-    }
-
-    fn about(&self) -> &'static str {
-        "the scheduling (sched_setattr(2): policy, flags, nice, priority, runtime, deadline, \
-         period, clamps)"
+    fn label(&self) -> Label {
+        Label::of_thread(
+            "scheduling",
+            "the scheduling (sched_setattr(2): policy, flags, nice, priority, runtime, deadline, \
+         period, clamps)",
+        )
     }
 
     fn read(&self, owner: Owner, _: &Asked, _: &Answers) -> Option<Vec<u64>> {

@@ -2,7 +2,7 @@
 
 use nix::{errno::Errno, libc};
 
-use super::{Asked, Kind, Owner};
+use super::{Asked, Kind, Label, Owner};
 use crate::inject::{Answers, Script};
 
 /// `PR_SPEC_PRCTL` (`linux/prctl.h`): the thread may change the control.
@@ -14,33 +14,31 @@ const PR_SET_SPECULATION_CTRL: i32 = 53;
 
 /// One control of `PR_GET_SPECULATION_CTRL`, with its value (`PR_SPEC_*`).
 pub(super) struct Speculation {
-    name: &'static str,
-    about: &'static str,
+    label: Label,
     which: u64,
 }
 
 pub(super) const STORE_BYPASS: Speculation = Speculation {
-    name: "store_bypass",
-    about: "speculative store bypass (PR_SPEC_STORE_BYPASS)",
+    label: Label::of_thread("store_bypass", "speculative store bypass (PR_SPEC_STORE_BYPASS)"),
     which: 0,
 };
 
 pub(super) const INDIRECT_BRANCH: Speculation = Speculation {
-    name: "indirect_branch",
-    about: "indirect branch speculation (PR_SPEC_INDIRECT_BRANCH)",
+    label: Label::of_thread(
+        "indirect_branch",
+        "indirect branch speculation (PR_SPEC_INDIRECT_BRANCH)",
+    ),
     which: 1,
 };
 
-pub(super) const CACHE_FLUSH: Speculation =
-    Speculation { name: "l1d_flush", about: "the L1D cache flush (PR_SPEC_L1D_FLUSH)", which: 2 };
+pub(super) const CACHE_FLUSH: Speculation = Speculation {
+    label: Label::of_thread("l1d_flush", "the L1D cache flush (PR_SPEC_L1D_FLUSH)"),
+    which: 2,
+};
 
 impl Kind for Speculation {
-    fn name(&self) -> &'static str {
-        self.name
-    }
-
-    fn about(&self) -> &'static str {
-        self.about
+    fn label(&self) -> Label {
+        self.label
     }
 
     fn ask(&self, script: &mut Script) -> Asked {
