@@ -11,7 +11,7 @@ use crate::{
 
 /// The state of the restorer itself, which new processes inherit.
 #[derive(Debug)]
-pub struct Own {
+pub struct OfRestorer {
     /// Credentials.
     pub status: Status,
     /// Soft and hard limits, indexed by resource number.
@@ -20,7 +20,7 @@ pub struct Own {
     pub differences: RefCell<Differences>,
 }
 
-impl Own {
+impl OfRestorer {
     /// Reads the state of this process from `/proc`.
     pub fn read() -> Result<Self> {
         let pid = HostPid(nix::unistd::getpid().as_raw());

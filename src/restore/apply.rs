@@ -11,7 +11,7 @@ use crate::{
     image::tree::Arena,
     inject::{Answers, InjectError, Script},
     res::{
-        calls::{Calls, Own},
+        calls::{Calls, OfRestorer},
         file::Installer,
         task, thread,
     },
@@ -24,7 +24,7 @@ fn living(plan: &Plan) -> impl Iterator<Item = (usize, &TaskPlan, &Body)> {
 }
 
 /// Returns what the kinds of state learn about a process.
-fn process<'a>(plan: &'a Plan, position: usize, own: &'a Own) -> task::Restored<'a> {
+fn process<'a>(plan: &'a Plan, position: usize, own: &'a OfRestorer) -> task::Restored<'a> {
     let planned = &plan.tasks[position];
     let body = planned.body.as_ref().expect("what has ended has no state");
     task::Restored {
@@ -43,7 +43,7 @@ fn thread_of<'a>(
     plan: &Plan,
     planned: &TaskPlan,
     of: &'a ThreadPlan,
-    own: &'a Own,
+    own: &'a OfRestorer,
 ) -> thread::Restored<'a> {
     let session_in_tree = !plan.is_outside(planned.session);
     thread::Restored {
@@ -65,7 +65,7 @@ pub(super) fn all(
     plan: &Plan,
     puppets: &mut Puppets,
     files: &mut Installer<'_>,
-    own: &Own,
+    own: &OfRestorer,
 ) -> Result<()> {
     for (owner, planned, body) in living(plan) {
         if !plan.arenas.owns(Arena::Files, owner) {
@@ -143,7 +143,12 @@ pub(super) fn all(
 
 /// Returns the calls of a process that need the descriptors of this program, which it still
 /// has. Processes that share a directory all enter the same one.
-fn prepare(plan: &Plan, position: usize, files: &mut Installer<'_>, own: &Own) -> Result<Script> {
+fn prepare(
+    plan: &Plan,
+    position: usize,
+    files: &mut Installer<'_>,
+    own: &OfRestorer,
+) -> Result<Script> {
     let mut script = Script::new();
     let of = process(plan, position, own);
     task::KINDS.iter().try_for_each(|kind| kind.place(&of, files, &mut script))?;
@@ -160,7 +165,7 @@ pub(super) fn finish(
     plan: &Plan,
     puppets: &mut Puppets,
     files: &mut Installer<'_>,
-    own: &Own,
+    own: &OfRestorer,
 ) -> Result<()> {
     for (position, planned, _) in living(plan) {
         for (number, of) in planned.threads.iter().enumerate() {

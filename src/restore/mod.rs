@@ -30,7 +30,7 @@ use crate::{
     causes::{tell, with_sources},
     fault::{self, Point},
     parallel, proc,
-    res::{calls::Own, file::RestoreOptions},
+    res::{calls::OfRestorer, file::RestoreOptions},
     step::StepError,
     sys::{
         lock::{Access, DirectoryLocks},
@@ -94,7 +94,7 @@ pub fn run(options: &Options) -> Result<()> {
         );
         tell(log::Level::Warn, &message);
     }
-    plan.find_common(common, &Own::read()?)?;
+    plan.find_common(common, &OfRestorer::read()?)?;
     fault::hit(Point::RestorePlan)?;
     let subreaper = |on: bool| {
         ptrace::set_subreaper(on).map_err(|source| StepError::Process {
@@ -193,7 +193,7 @@ fn restore(
         let root = plan.host(plan.tasks[0].pid);
         actions.run(Stage::SetupNamespaces, Some(root))?;
         actions.run(Stage::PostSetupNamespaces, Some(root))?;
-        let own = Own::read()?;
+        let own = OfRestorer::read()?;
         apply::all(plan, &mut puppets, &mut files, &own)?;
         if let Some(filling) = filling {
             filling.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;

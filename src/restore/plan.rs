@@ -13,7 +13,7 @@ use crate::{
         tree::{self, Arena, Arenas, Births, Kin, place},
     },
     res::{
-        calls::Own,
+        calls::OfRestorer,
         file::{self, Installer, RestoreOptions},
         ns,
         task::{self, DEAD},
@@ -285,7 +285,7 @@ impl Plan {
     pub(super) fn find_common(
         &mut self,
         options: &common::RestoreOptions,
-        own: &Own,
+        own: &OfRestorer,
     ) -> Result<()> {
         let processes = self.tasks.iter().map(TaskPlan::cores).collect();
         let images = &**self.images();

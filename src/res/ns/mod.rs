@@ -5,7 +5,7 @@
 //! restorer. A namespace of its own is created with its first process, and all other processes
 //! inherit it; so all processes of a tree must be in the same one.
 //!
-//! To support another kind, write a file with an [`Own`] and name it in the row of the kind.
+//! To support another kind, write a file with an [`Namespace`] and name it in the row of the kind.
 
 mod uts;
 
@@ -30,7 +30,7 @@ struct Kind {
     /// Its field in the `ids` image of a process.
     id: fn(&mut TaskKobjIdsEntry) -> &mut Option<u32>,
     /// Dumps and restores a namespace of this kind; `None` if that is not supported.
-    own: Option<&'static dyn Own>,
+    own: Option<&'static dyn Namespace>,
 }
 
 const fn row(
@@ -38,7 +38,7 @@ const fn row(
     name: &'static str,
     flag: &'static str,
     id: fn(&mut TaskKobjIdsEntry) -> &mut Option<u32>,
-    own: Option<&'static dyn Own>,
+    own: Option<&'static dyn Namespace>,
 ) -> Kind {
     Kind { file, name, flag, id, own }
 }
@@ -165,7 +165,7 @@ fn check_threads(task: &Task) -> Result<()> {
 }
 
 /// Dumps and restores one kind of namespace.
-pub trait Own: Sync + std::fmt::Debug {
+pub trait Namespace: Sync + std::fmt::Debug {
     /// Its flag of `clone(2)`.
     fn clone_flag(&self) -> u64;
 

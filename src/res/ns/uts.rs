@@ -2,7 +2,7 @@
 
 use nix::libc;
 
-use super::{Collect, Own, wrong};
+use super::{Collect, Namespace, wrong};
 use crate::{
     image::{ImageStore, Kind, proto::UtsnsEntry, tree::uts_problem},
     inject::Script,
@@ -20,7 +20,7 @@ const DOMAIN: usize = 5;
 #[derive(Debug)]
 pub(super) struct Uts;
 
-impl Own for Uts {
+impl Namespace for Uts {
     fn clone_flag(&self) -> u64 {
         u64::from(libc::CLONE_NEWUTS.cast_unsigned())
     }

@@ -22,7 +22,7 @@ use std::path::PathBuf;
 use super::{
     Result,
     attribute::memory,
-    calls::{Calls, Own},
+    calls::{Calls, OfRestorer},
     file::{self, FileTable, Installer},
     mm::{description, policies, vdso},
 };
@@ -324,7 +324,7 @@ pub struct Restored<'a> {
     /// The objects that processes share, and the position of this process among the processes.
     pub arenas: (&'a Arenas, usize),
     /// The state that it inherits from the restorer.
-    pub own: &'a Own,
+    pub own: &'a OfRestorer,
 }
 
 impl Restored<'_> {

@@ -16,7 +16,7 @@ mod shadow_stack;
 
 use super::{
     ResError, Result, attribute,
-    calls::{Calls, Own},
+    calls::{Calls, OfRestorer},
 };
 use crate::{
     arch::Machine,
@@ -160,7 +160,7 @@ pub struct Restored<'a> {
     /// Whether its session belongs to the tree; otherwise it is the restorer's.
     pub session_in_tree: bool,
     /// The state that it inherits from the restorer.
-    pub own: &'a Own,
+    pub own: &'a OfRestorer,
 }
 
 /// Refuses a thread with state that rcriu does not dump, before the dump changes anything.

@@ -22,7 +22,7 @@ const NEXT: [&str; 4] = ["exec", "fscreate", "keycreate", "sockcreate"];
 /// # Errors
 /// None.
 pub(super) fn check(tasks: &[Task]) -> Result<()> {
-    let own = Own::read();
+    let own = OfDumper::read();
     let in_tree = |pid: HostPid| tasks.iter().any(|task| task.pid == pid);
     for task in tasks.iter().filter(|task| !task.is_zombie()) {
         let tids: Vec<_> = task.threads.iter().map(|thread| thread.tid).collect();
@@ -35,14 +35,14 @@ pub(super) fn check(tasks: &[Task]) -> Result<()> {
 
 /// The same state of rcriu itself, to compare with.
 #[derive(Clone, Debug)]
-struct Own {
+struct OfDumper {
     pid: HostPid,
     /// Its security label; `None` if no security module uses labels.
     label: Option<String>,
     audit_session: Option<u32>,
 }
 
-impl Own {
+impl OfDumper {
     /// Reads the state of this process. It must not have other threads yet: they would share a
     /// list of semaphore operations to undo.
     fn read() -> Self {

@@ -13,7 +13,7 @@ use std::fs::File;
 
 use super::{
     Result,
-    calls::{Calls, Own},
+    calls::{Calls, OfRestorer},
     mm::mapping::Object,
     task, thread,
 };
@@ -197,7 +197,7 @@ pub struct Plan<'a> {
     /// The threads of each process with their cores, the leader first.
     pub processes: Vec<Vec<(NsPid, &'a CoreEntry)>>,
     /// The state of the restorer.
-    pub own: &'a Own,
+    pub own: &'a OfRestorer,
 }
 
 /// A restored child of a process.
