@@ -44,6 +44,7 @@ use rcriu::{
         json::{self, Style},
         tree,
     },
+    res::file::is_restored,
 };
 
 /// Cases of each sort in a run without further ado.
@@ -148,7 +149,7 @@ fn ask(root: &Path, random: &mut Random) {
     }
     let dirs: Vec<PathBuf> = fs::read_dir(root).unwrap().flatten().map(|e| e.path()).collect();
     for dir in dirs.iter().filter(|dir| dir.is_dir()) {
-        let _ = tree::read(&Directory::at(dir));
+        let _ = tree::read(&Directory::at(dir), is_restored);
     }
     let Some(chain) = look::ask(root, LOOK_BYTES) else { return };
     // What changes images comes last.
@@ -383,7 +384,9 @@ fn privileged_broken_images_are_restored_or_check_has_said_why_not() {
         command.args(["restore", "-d", "-s", "-D"]).arg(dir).arg("-W").arg(dir);
         bounded(command, case)
     };
-    let clean = |root: &Path| check(&Chain::open(root).unwrap(), &mut |_| ()).unwrap().is_empty();
+    let clean = |root: &Path| {
+        check(&Chain::open(root).unwrap(), is_restored, &mut |_| ()).unwrap().is_empty()
+    };
     for (state, live) in &seeds {
         let root = live.path("chain");
         let (restored, said) = restore(&root.join("2"), 0);
@@ -398,7 +401,8 @@ fn privileged_broken_images_are_restored_or_check_has_said_why_not() {
         copy(&live.path("chain"), &root);
         let values = canary.values(&root);
         let what = mutate(&root, &values, &mut random);
-        let findings = Chain::open(&root).ok().and_then(|chain| check(&chain, &mut |_| ()).ok());
+        let findings =
+            Chain::open(&root).ok().and_then(|chain| check(&chain, is_restored, &mut |_| ()).ok());
         let (restored, said) = restore(&root.join("2"), case);
         restored_count += u64::from(restored);
         let clean = findings.is_some_and(|findings| findings.is_empty());

@@ -12,7 +12,9 @@ use super::{
 use crate::{
     causes::with_sources,
     image::{
-        Body, ImageError, Kind, MemoryId, Store, desc, punched, store::snapshot::DEDUP_STAGE, tree,
+        Body, ImageError, Kind, MemoryId, Store, desc, punched,
+        store::snapshot::DEDUP_STAGE,
+        tree::{self, IsRestored},
         verify,
     },
     units::{PAGE_SIZE, PageIndex, PageRanges, page_bytes},
@@ -62,12 +64,17 @@ impl fmt::Display for Finding {
     }
 }
 
-/// Checks every file of every snapshot of a chain, and returns the findings by snapshot. Calls
+/// Checks every file of every snapshot of a chain, and returns the findings by snapshot.
+/// `is_restored` says which types of files a restore supports. Calls
 /// `progress` with the number of snapshots that are done.
 ///
 /// # Errors
 /// Only errors that prevent the check; defects are findings.
-pub fn check(chain: &Chain, progress: &mut dyn FnMut(u64)) -> Result<Vec<Finding>> {
+pub fn check(
+    chain: &Chain,
+    is_restored: IsRestored,
+    progress: &mut dyn FnMut(u64),
+) -> Result<Vec<Finding>> {
     let mut findings = Vec::new();
     for dir in chain.unfinished() {
         findings.push(Finding {
@@ -81,7 +88,8 @@ pub fn check(chain: &Chain, progress: &mut dyn FnMut(u64)) -> Result<Vec<Finding
     }
     let tips = chain.tips();
     for (done, (id, gone)) in (1..).zip(chain.ids().zip(gone(chain)?)) {
-        let mut check = Check { chain, id, is_tip: tips.contains(&id), findings: &mut findings };
+        let is_tip = tips.contains(&id);
+        let mut check = Check { chain, id, is_tip, is_restored, findings: &mut findings };
         check.snapshot()?;
         check.gone(&gone);
         progress(done);
@@ -93,6 +101,7 @@ struct Check<'a> {
     chain: &'a Chain,
     id: SnapshotId,
     is_tip: bool,
+    is_restored: IsRestored,
     findings: &'a mut Vec<Finding>,
 }
 
@@ -196,7 +205,7 @@ impl Check<'_> {
     /// Reports why the processes of the snapshot cannot be restored, apart from their
     /// memory.
     fn processes(&mut self) {
-        let (_, problems) = tree::read(&**self.images());
+        let (_, problems) = tree::read(&**self.images(), self.is_restored);
         for problem in problems {
             // Images that cannot be read have been reported already.
             let severity = if problem.is_broken { Severity::Error } else { Severity::Note };

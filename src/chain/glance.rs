@@ -38,7 +38,8 @@ pub fn glance(chain: &Chain, id: SnapshotId) -> Glance {
         problems.push(link.to_string());
     }
     let images = &**chain.images(id);
-    let (tree, found) = tree::read(images);
+    // Only defects count here, and a type of file is none.
+    let (tree, found) = tree::read(images, |_| true);
     problems
         .extend(found.into_iter().filter(|problem| problem.is_broken).map(|problem| problem.text));
     for memory in chain.memories(id).unwrap_or_default() {

@@ -5,7 +5,10 @@ use std::io::Write;
 use serde_json::json;
 
 use super::source::Source;
-use crate::chain::{Finding, Severity, check};
+use crate::{
+    chain::{Finding, Severity, check},
+    res::file::is_restored,
+};
 
 /// Check a chain for defects.
 ///
@@ -31,7 +34,7 @@ pub fn run(args: &CheckArgs, out: &mut dyn Write) -> anyhow::Result<bool> {
     let chain = args.source.open()?;
     let bar = super::count_bar("snapshots");
     bar.set_length(chain.snapshots().len() as u64);
-    let findings = check(&chain, &mut |done| bar.set_position(done));
+    let findings = check(&chain, is_restored, &mut |done| bar.set_position(done));
     bar.finish_and_clear();
     let findings = findings?;
     let errors = findings.iter().filter(|finding| finding.severity == Severity::Error).count();

@@ -172,7 +172,7 @@ impl Plan {
         if tree::is_pre_dump(&images) {
             return Err(problem("it has no pstree.img; is it a pre-dump?".into()).into());
         }
-        let (tree, problems) = tree::read(&images);
+        let (tree, problems) = tree::read(&images, file::is_restored);
         require_sound(dir, &problems)?;
         let canonical = dir.canonicalize().map_err(|error| problem(error.to_string()))?;
         let chain = Arc::new(Chain::open(&canonical)?);

@@ -66,7 +66,7 @@ fn what_earlier_dumps_left_in_the_directory_does_no_harm() {
     let view = view(&disk);
     assert_eq!(bytes(&*open(&view, "pages-1.img")), [page(1, 3), page(1, 4)].concat());
     let chain = disk.open();
-    let findings = crate::chain::check(&chain, &mut |_| ()).unwrap();
+    let findings = crate::chain::check(&chain, |_| true, &mut |_| ()).unwrap();
     let of_stale: Vec<_> =
         findings.iter().filter(|found| found.memory == Some(MemoryId::Private(6))).collect();
     let [found] = of_stale[..] else { panic!("{of_stale:?}") };
@@ -299,7 +299,7 @@ fn a_flat_copy_is_a_chain_of_its_own_with_the_same_pages() {
     assert!(told.windows(2).all(|pair| pair[0].0 <= pair[1].0));
     assert!(told.last().is_some_and(|(done, total)| done == total));
     let copy = Chain::open(&out).unwrap();
-    assert!(crate::chain::check(&copy, &mut |_| ()).unwrap().is_empty());
+    assert!(crate::chain::check(&copy, |_| true, &mut |_| ()).unwrap().is_empty());
     let tip = copy.choose(None).unwrap();
     assert_eq!(copy.snapshots().len(), 1);
     let copy = View::new(Arc::new(copy), tip);

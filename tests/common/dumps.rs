@@ -15,6 +15,7 @@ use rcriu::{
         Directory, ImageWriter, Kind, MemoryId, PagemapEntry, PagemapWriter, Presence, proto,
         read_all, tree::state, vma,
     },
+    res::file::is_restored,
     units::PageIndex,
 };
 
@@ -107,7 +108,7 @@ pub fn assert_holds(dir: &Path, expected: &Model) {
 /// ended.
 pub fn findings(root: &Path) -> Vec<Finding> {
     let chain = rcriu::chain::Chain::open(root).unwrap();
-    let mut findings = check(&chain, &mut |_| ()).unwrap();
+    let mut findings = check(&chain, is_restored, &mut |_| ()).unwrap();
     findings
         .retain(|finding| !finding.problem.starts_with("the first process of the tree is dead"));
     findings

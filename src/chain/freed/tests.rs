@@ -224,7 +224,7 @@ fn check_tells_what_is_gone_from_what_was_superseded() {
     freeing.sync().unwrap();
     freeing.free().unwrap();
     let told = || -> Vec<(Severity, String, String)> {
-        let findings = check(&disk.open(), &mut |_| ()).unwrap();
+        let findings = check(&disk.open(), |_| true, &mut |_| ()).unwrap();
         let of = |finding: &crate::chain::Finding| {
             let dir = finding.dir.file_name().unwrap().to_string_lossy().into_owned();
             let at = format!("{} {}", dir, finding.first.unwrap());
@@ -456,7 +456,7 @@ proptest! {
             .iter()
             .filter_map(|(number, layer)| layer.map(|layer| (layer, *number)))
             .collect();
-        let findings = check(&anew, &mut |_| ()).unwrap();
+        let findings = check(&anew, |_| true, &mut |_| ()).unwrap();
         for (model, snapshot) in models.iter().zip(anew.snapshots()) {
             let asked = |number: &u64| {
                 let place = (model.get(number).copied().flatten()?, *number);

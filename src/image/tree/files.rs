@@ -4,28 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use nix::libc;
 
-use super::{Body, Problems, Tree, place};
+use super::{Body, IsRestored, Problems, Tree, place};
 use crate::image::{ImageStore, Kind, Remap, proto, vma};
 use proto::{FdTypes, FileEntry};
 
 /// The highest possible number of a descriptor (`sysctl_nr_open_max`, `fs/file.c`).
 const HIGHEST_FD: u32 = i32::MAX.cast_unsigned() & !63;
-
-/// The types of files that a restore supports.
-pub const RESTORED: [FdTypes; 12] = [
-    FdTypes::Reg,
-    FdTypes::Pipe,
-    FdTypes::Fifo,
-    FdTypes::Inetsk,
-    FdTypes::Unixsk,
-    FdTypes::Eventfd,
-    FdTypes::Eventpoll,
-    FdTypes::Signalfd,
-    FdTypes::Tty,
-    FdTypes::Netlinksk,
-    FdTypes::Timerfd,
-    FdTypes::Memfd,
-];
 
 /// The only IPC namespace whose segments a restore supports.
 const IPC_NAMESPACE: u64 = 3;
@@ -55,19 +39,33 @@ fn inner_id(file: &FileEntry) -> Option<u32> {
         FdTypes::Unixsk => file.usk.as_ref().map(|entry| entry.id),
         FdTypes::Eventfd => file.efd.as_ref().map(|entry| entry.id),
         FdTypes::Eventpoll => file.epfd.as_ref().map(|entry| entry.id),
+        FdTypes::Inotify => file.ify.as_ref().map(|entry| entry.id),
         FdTypes::Signalfd => file.sgfd.as_ref().map(|entry| entry.id),
+        FdTypes::Packetsk => file.psk.as_ref().map(|entry| entry.id),
         FdTypes::Tty => file.tty.as_ref().map(|entry| entry.id),
+        FdTypes::Fanotify => file.ffy.as_ref().map(|entry| entry.id),
         FdTypes::Netlinksk => file.nlsk.as_ref().map(|entry| entry.id),
+        FdTypes::Ns => file.nsf.as_ref().map(|entry| entry.id),
+        FdTypes::Tunf => file.tunf.as_ref().map(|entry| entry.id),
+        FdTypes::Ext => file.ext.as_ref().map(|entry| entry.id),
         FdTypes::Timerfd => file.tfd.as_ref().map(|entry| entry.id),
         FdTypes::Memfd => file.memfd.as_ref().map(|entry| entry.id),
-        _ => Some(file.id),
+        FdTypes::Bpfmap => file.bpf.as_ref().map(|entry| entry.id),
+        FdTypes::Pidfd => file.pidfd.as_ref().map(|entry| entry.id),
+        FdTypes::Und | FdTypes::CtlTty | FdTypes::AutofsPipe => Some(file.id),
     }
 }
 
-/// Checks the table of open files, and everything that refers to it.
-pub(super) fn check(images: &dyn ImageStore, tree: &Tree, problems: &mut Problems) {
-    let mut table =
-        Table { images, tree, files: BTreeMap::new(), memfds: BTreeMap::new(), problems };
+/// Checks the table of open files, and everything that refers to it. `is_restored` says which
+/// types of files a restore supports.
+pub(super) fn check(
+    images: &dyn ImageStore,
+    tree: &Tree,
+    is_restored: IsRestored,
+    problems: &mut Problems,
+) {
+    let (files, memfds) = (BTreeMap::new(), BTreeMap::new());
+    let mut table = Table { images, tree, is_restored, files, memfds, problems };
     table.enter(&tree.files);
     for file in &tree.files {
         table.file(file);
@@ -86,6 +84,7 @@ pub(super) fn check(images: &dyn ImageStore, tree: &Tree, problems: &mut Problem
 struct Table<'a, 'b> {
     images: &'a dyn ImageStore,
     tree: &'a Tree,
+    is_restored: IsRestored,
     files: BTreeMap<u32, &'a FileEntry>,
     /// By `inode_id`.
     memfds: BTreeMap<u64, proto::MemfdInodeEntry>,
@@ -146,7 +145,7 @@ impl<'a> Table<'a, '_> {
         let Ok(of) = FdTypes::try_from(file.r#type) else {
             return self.wrong(id, &format!("it is of type {}, which is unknown", file.r#type));
         };
-        if !RESTORED.contains(&of) {
+        if !(self.is_restored)(of) {
             let name = of.as_str_name();
             let place = self.place(id);
             let problem = format!("{place}: it is of type {name}, which is not restored");

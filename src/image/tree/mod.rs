@@ -155,9 +155,12 @@ pub fn version_problem(images: &dyn ImageStore, found: u32) -> Option<String> {
     })
 }
 
+/// Whether a restore supports files of a type.
+pub type IsRestored = fn(proto::FdTypes) -> bool;
+
 /// Reads the processes of a snapshot, and returns the reasons why they cannot be restored.
 /// Leaves out what cannot be read.
-pub fn read(images: &dyn ImageStore) -> (Tree, Vec<Problem>) {
+pub fn read(images: &dyn ImageStore, is_restored: IsRestored) -> (Tree, Vec<Problem>) {
     let mut problems = Problems::default();
     let mut tree = Tree::default();
     let inventory: Option<proto::InventoryEntry> =
@@ -199,7 +202,7 @@ pub fn read(images: &dyn ImageStore) -> (Tree, Vec<Problem>) {
     }
     order::check(&tree.tasks, &mut problems);
     check_filters(images, &tree.tasks, &mut problems);
-    files::check(images, &tree, &mut problems);
+    files::check(images, &tree, is_restored, &mut problems);
     namespaces::check(images, &tree, &mut problems);
     (tree, problems.0)
 }

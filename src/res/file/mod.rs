@@ -471,6 +471,11 @@ impl FileKind {
     }
 }
 
+/// Whether a restore supports files of a type: whether a kind has it.
+pub fn is_restored(file: proto::FdTypes) -> bool {
+    FileKind::of_type(file.into()).is_some()
+}
+
 /// All kinds. The first one that claims a description dumps it.
 pub static KINDS: &[FileKind] = &[
     memfd::KIND,
