@@ -70,6 +70,9 @@ const ROWS: &[Row] = &[
             ("leave-stopped", leave_stopped),
             ("link-remap", link_remap),
             ("ghost-limit", ghost_limit),
+            ("file-locks", file_locks),
+            ("force-irmap", force_irmap),
+            ("irmap-scan-path", irmap_scan_path),
             ("ext-unix-sk", ext_unix_sk),
             ("skip-in-flight", skip_in_flight),
             ("tcp-established", tcp_established),
@@ -686,6 +689,55 @@ fn ghost_limit(_: &str) {
     let mut run = Run::of("deleted_file");
     refused(&run.dump("dump", &["--ghost-limit", "1"]), "--ghost-limit");
     fine(run.dump("dump", &["--ghost-limit", "1G"]));
+}
+
+fn file_locks(_: &str) {
+    let mut run = Run::of("locks_posix");
+    let output = run.dump("dump", &[]);
+    refused(&output, "--file-locks");
+    assert!(said(&output).contains("a POSIX write lock"), "{}", said(&output));
+    fine(run.dump("dump", &["--file-locks"]));
+}
+
+/// A program that watches a file.
+fn watcher(path: &str) -> Run {
+    let script = "import ctypes, os, sys, time\n\
+        c = ctypes.CDLL(None, use_errno=True)\n\
+        fd = c.inotify_init1(0)\n\
+        os.makedirs('a'); os.makedirs('b')\n\
+        open('a/one', 'w').close(); os.link('a/one', 'b/two')\n\
+        assert c.inotify_add_watch(fd, sys.argv[1].encode(), 2) == 1\n\
+        open('ready', 'w').close()\n\
+        while True: time.sleep(1)\n";
+    Run::program("python3", &["-c", script, path])
+}
+
+/// The path of the watched file in the images.
+fn watched(run: &Run) -> String {
+    let files: Vec<proto::FileEntry> =
+        read_all(&run.images().join("files.img"), image::Kind::Files).unwrap();
+    let instance = files.into_iter().find_map(|file| file.ify).unwrap();
+    String::from_utf8(instance.wd[0].f_handle.path.clone().unwrap()).unwrap()
+}
+
+fn force_irmap(_: &str) {
+    let mut run = watcher("a/one");
+    fine(run.dump("dump", &["-R"]));
+    // The file has two names, and the kernel knows it by one of them.
+    let [one, two] = ["a/one", "b/two"].map(|name| run.live.path(name));
+    let found = watched(&run);
+    let other = if found == text(&one) { two } else { one };
+    let below = other.parent().unwrap();
+    fine(run.dump("dump", &["-R", "--force-irmap", "--irmap-scan-path", text(below)]));
+    assert_eq!(watched(&run), text(&other));
+}
+
+fn irmap_scan_path(_: &str) {
+    // Files in /proc have no handles to open them by.
+    let mut run = watcher("/proc/version");
+    refused(&run.dump("dump", &[]), "--irmap-scan-path");
+    fine(run.dump("dump", &["--irmap-scan-path", "/proc/version"]));
+    assert_eq!(watched(&run), "/proc/version");
 }
 
 /// A process that sends datagrams to a socket of ours.

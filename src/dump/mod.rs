@@ -93,11 +93,12 @@ pub fn run(options: &Options) -> Result<()> {
     let census = Census::take(&frozen.tasks)?;
     let pids = PidMap::of_own_namespace();
     log::info!("stopped {} processes", frozen.tasks.len());
+    // Before any file is opened: a program of the tree may decide whether that is allowed.
+    let arenas = check::tree(&frozen.tasks, &pids, goal, common)?;
     let images = SnapshotWriter::begin(&store.images_dir)?;
     if let Some(link) = &store.parent {
         images.link_parent(link)?;
     }
-    let arenas = check::tree(&frozen.tasks, &pids, goal, common)?;
     // A pre-dump injects nothing, unless changes are to be tracked.
     if !goal.is_pre_dump() || track.for_next() {
         room::check(&frozen.tasks)?;

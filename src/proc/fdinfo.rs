@@ -1,6 +1,10 @@
 //! `/proc/PID/fdinfo/FD`: an open file, and the lines that its kind adds.
 
-use super::text::{self, Defect, Parsed};
+use super::{
+    locks::{FileLock, parse_lock},
+    text::{self, Defect, Parsed},
+    watches::{FanotifyGroup, InotifyWatch, parse_fanotify, parse_inotify},
+};
 
 /// An open file as `/proc/PID/fdinfo/FD` shows it (`seq_show`, `fs/proc/fd.c`).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,9 +21,8 @@ pub struct FdInfo {
     pub ino: Option<u64>,
     /// What the lines of its kind say.
     pub detail: FdDetail,
-    /// The locks that the process holds on the file, in the format of `/proc/locks`:
-    /// `1: FLOCK  ADVISORY  WRITE 23179 fe:00:10010652 0 EOF`.
-    pub locks: Vec<Vec<u8>>,
+    /// The locks of the open file description, and those that the process has taken by it.
+    pub locks: Vec<FileLock>,
 }
 
 /// What the lines of a kind of open file say.
@@ -64,10 +67,10 @@ pub enum FdDetail {
         /// The nanoseconds of the period, below 10^9.
         interval_nsec: u64,
     },
-    /// An inotify instance: its lines, unparsed, one for each watch.
-    Inotify(Vec<Vec<u8>>),
-    /// A fanotify group: its lines, unparsed, the first one for the group.
-    Fanotify(Vec<Vec<u8>>),
+    /// An inotify instance: its watches.
+    Inotify(Vec<InotifyWatch>),
+    /// A fanotify group.
+    Fanotify(FanotifyGroup),
     /// A pidfd (`kernel/fork.c`, `fs/pidfs.c`).
     PidFd {
         /// The pid; 0 if the process is not in the pid namespace of this `/proc`, -1 if it was
@@ -109,11 +112,11 @@ pub(crate) fn parse_fdinfo(text: &[u8]) -> Result<FdInfo, Defect> {
     let (mut pos, mut flags, mut mnt_id) = (None, None, None);
     for line in text::lines(text) {
         if line.starts_with(b"inotify ") {
-            parts.inotify.push(line.to_vec());
+            parts.inotify.push(parse_inotify(line)?);
             continue;
         }
         if line.starts_with(b"fanotify ") {
-            parts.fanotify.push(line.to_vec());
+            parse_fanotify(line, parts.fanotify.get_or_insert_default())?;
             continue;
         }
         let Some((key, value)) = text::field(line) else { continue };
@@ -122,7 +125,7 @@ pub(crate) fn parse_fdinfo(text: &[u8]) -> Result<FdInfo, Defect> {
             b"flags" => flags = Some(text::unsigned(value, 8, "flags")?),
             b"mnt_id" => mnt_id = Some(text::signed(value, "mnt_id")?),
             b"ino" => info.ino = Some(text::unsigned(value, 10, "ino")?),
-            b"lock" => info.locks.push(value.trim_ascii().to_vec()),
+            b"lock" => info.locks.push(parse_lock(value)?),
             _ => parts.add(key, value)?,
         }
     }
@@ -146,8 +149,8 @@ struct Parts {
     settime_flags: Option<u32>,
     value: Option<(u64, u64)>,
     interval: Option<(u64, u64)>,
-    inotify: Vec<Vec<u8>>,
-    fanotify: Vec<Vec<u8>>,
+    inotify: Vec<InotifyWatch>,
+    fanotify: Option<FanotifyGroup>,
     pid: Option<i32>,
     nspid: Vec<i32>,
 }
@@ -205,8 +208,8 @@ impl Parts {
         if !self.inotify.is_empty() {
             return Ok(FdDetail::Inotify(self.inotify));
         }
-        if !self.fanotify.is_empty() {
-            return Ok(FdDetail::Fanotify(self.fanotify));
+        if let Some(group) = self.fanotify {
+            return Ok(FdDetail::Fanotify(group));
         }
         Ok(match self.pid {
             Some(pid) => FdDetail::PidFd { pid, nspid: self.nspid },

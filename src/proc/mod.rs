@@ -10,6 +10,7 @@ mod btf;
 mod error;
 mod fdinfo;
 mod flags;
+mod locks;
 mod maps;
 mod mounts;
 mod stat;
@@ -19,6 +20,7 @@ mod tasks;
 #[cfg(test)]
 mod tests;
 mod text;
+mod watches;
 
 use std::{
     fs::{self, File},
@@ -34,12 +36,16 @@ pub use self::{
     error::{ProcError, Result},
     fdinfo::{EpollTarget, FdDetail, FdInfo},
     flags::VmFlags,
+    locks::{FileLock, LockKind, LockMode},
     maps::Mapping,
     mounts::{Mount, NoCgroup, cgroup_directory},
     stat::Stat,
     status::{Ids, Status},
     tables::{Cgroup, LIMITS, Notify, PosixTimer, UNLIMITED},
     tasks::{children, fds, pids, threads},
+    watches::{
+        FanotifyGroup, FanotifyMark, FanotifyObject, FileHandle, InotifyWatch, WatchedInode,
+    },
 };
 use crate::units::{HostPid, TargetFd};
 
@@ -284,6 +290,15 @@ pub fn cgroups(pid: HostPid) -> Result<Vec<Cgroup>> {
 /// See the [module](self).
 pub fn thread_cgroups(pid: HostPid, tid: HostPid) -> Result<Vec<Cgroup>> {
     read(of_thread(pid, tid, "cgroup"), tables::parse_cgroups)
+}
+
+/// Reads `/proc/locks`: the locks of all processes that the pid namespace of `/proc` shows.
+///
+/// # Errors
+///
+/// See the [module](self).
+pub fn locks() -> Result<Vec<FileLock>> {
+    read(PathBuf::from("/proc/locks"), locks::parse_locks)
 }
 
 /// Reads `/proc/self/mountinfo`.

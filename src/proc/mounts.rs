@@ -11,6 +11,8 @@ use super::text::{self, Defect, Parsed};
 /// A mount in the caller's mount namespace (`proc_pid_mountinfo(5)`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {
+    /// Its number, unique in the mount namespace.
+    pub id: i32,
     /// The major and minor number of its device, as `stat(2)` returns them.
     pub device: (u32, u32),
     /// The directory of the file system that is mounted.
@@ -74,7 +76,8 @@ pub(super) fn parse_mounts(text: &[u8]) -> Parsed<Vec<Mount>> {
 fn parse_mount(line: &[u8]) -> Parsed<Mount> {
     let whole = || Defect::new("mount", line);
     let mut fields = text::words(line);
-    let device = fields.nth(2).and_then(device).ok_or_else(whole)?;
+    let id = text::signed(fields.next().unwrap_or_default(), "id of a mount")?;
+    let device = fields.nth(1).and_then(device).ok_or_else(whole)?;
     let root = fields.next().ok_or_else(whole)?;
     let point = fields.next().ok_or_else(whole)?;
     // Optional fields, which end with a hyphen.
@@ -82,7 +85,7 @@ fn parse_mount(line: &[u8]) -> Parsed<Mount> {
     let fs_type = fields.next().ok_or_else(whole)?.to_vec();
     let source = path(fields.next().unwrap_or_default());
     let options = fields.next().unwrap_or_default().to_vec();
-    Ok(Mount { device, root: path(root), point: path(point), fs_type, source, options })
+    Ok(Mount { id, device, root: path(root), point: path(point), fs_type, source, options })
 }
 
 /// Parses `MAJOR:MINOR`.
@@ -121,6 +124,7 @@ mod tests {
         assert_eq!(
             mounts[0],
             Mount {
+                id: 33,
                 device: (0, 30),
                 root: "/a".into(),
                 point: "/mnt/b c".into(),

@@ -119,6 +119,12 @@ pub(super) fn all(
     }
     fault::hit(Point::RestoreThreads)?;
     puppets.end_the_dead()?;
+    for (position, planned, _) in living(plan) {
+        for script in files.take(planned.pid)? {
+            run(puppets, position, 0, &script)?;
+        }
+    }
+    files.after_take()?;
     for (position, planned, body) in living(plan) {
         let process = process(plan, position, own);
         // The leader comes last: a change of credentials in another thread would reset what

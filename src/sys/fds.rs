@@ -111,6 +111,12 @@ pub fn duplicate_from(fd: BorrowedFd, lowest: i32) -> nix::Result<OwnedFd> {
     made(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, lowest) }.into())
 }
 
+/// Applies an operation of `flock(2)` to a descriptor.
+pub fn flock(fd: BorrowedFd, operation: libc::c_int) -> nix::Result<()> {
+    // SAFETY: the call takes numbers, and the descriptor is open until it returns.
+    Errno::result(unsafe { libc::flock(fd.as_raw_fd(), operation) }).map(drop)
+}
+
 /// Returns the receiver of the signals of a descriptor, and the signal; 0 stands for `SIGIO`.
 pub fn owner(fd: BorrowedFd) -> nix::Result<(Owner, u32)> {
     let mut owner = Owner { kind: 0, pid: HostPid(0) };

@@ -26,6 +26,7 @@ pub mod task;
 pub mod tracepoint;
 pub mod tty;
 pub mod userfaultfd;
+pub mod watch;
 pub mod xattr;
 
 pub use descriptors::receive_fd;

@@ -23,6 +23,7 @@ mod identity;
 mod interrupted;
 mod kept;
 mod leaderless;
+mod locks;
 mod memory;
 mod namespaces;
 mod odd_files;
@@ -39,6 +40,7 @@ mod steps;
 mod threads;
 mod tree;
 mod unix_waiting;
+mod watches;
 
 use std::{
     ffi::CString,
@@ -69,6 +71,8 @@ const GROUPS: &[&[Row]] = &[
     busy::ROWS,
     files::ROWS,
     odd_files::ROWS,
+    locks::ROWS,
+    watches::ROWS,
     sockets::ROWS,
     socket_ends::ROWS,
     unix_waiting::ROWS,

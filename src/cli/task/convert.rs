@@ -20,7 +20,8 @@ use crate::{
     res::{
         file::{
             Connections, ConnectionsToDump, ConnectionsToRestore, DumpOptions, External,
-            GhostOptions, Inherited, RestoreOptions, TerminalOptions, UnixOptions, Validation,
+            GhostOptions, Inherited, LockOptions, RestoreOptions, TerminalOptions, UnixOptions,
+            Validation, WatchOptions,
         },
         tree::{self, cgroup, session},
     },
@@ -113,6 +114,8 @@ pub(super) fn dump_options(args: &TaskArgs, pre_dump: bool) -> Result<dump::Opti
             unix: unix(args),
             connections: connections(args, goal),
             ghosts: GhostOptions::new(args.files.link_remap, args.files.ghost_limit),
+            locks: LockOptions::new(args.files.file_locks),
+            watches: WatchOptions::new(args.files.force_irmap, args.files.irmap_scan_path.clone()),
             validation: validation(args),
             external: External::new(external(args)),
         },

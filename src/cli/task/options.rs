@@ -137,7 +137,7 @@ pub(super) struct MemoryArgs {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Files")]
 pub(super) struct FileArgs {
-    /// Dump or restore file locks
+    /// Dump file locks; a restore always takes those of the images
     #[arg(short = 'l', long)]
     pub file_locks: bool,
     /// Give open files whose name was deleted, but that have other links, a temporary name
@@ -158,7 +158,7 @@ pub(super) struct FileArgs {
     /// Accept any path to the same device
     #[arg(long)]
     pub evasive_devices: bool,
-    /// Always look up the names of watched files
+    /// Look for the paths of watched files (inotify, fanotify) in directories first
     #[arg(long)]
     pub force_irmap: bool,
     /// Also look for watched files below this directory; can be repeated

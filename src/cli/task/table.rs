@@ -63,8 +63,6 @@ pub(super) fn row(name: &str, on: Commands) -> Option<&'static Row> {
 use State::{Built, Harmless, Refused, RefusedUnless};
 
 const NO_NAMESPACES: &str = "leave it out: trees with namespaces of their own are not dumped";
-const NO_WATCHES: &str =
-    "leave it out, and let the program close its watches first (inotify, fanotify)";
 const NO_FILES: &str = "a pre-dump writes only memory";
 const CGROUPS: &str =
     "--manage-cgroups=none restores the tree into its existing cgroups, =ignore into that of rcriu";
@@ -98,7 +96,9 @@ pub(super) const ROWS: &[Row] = &[
     harmless("pre-dump-mode", PRE_DUMP, "a pre-dump always reads memory while the tree runs"),
     refused("lazy-pages", BOTH, "restore without it: there is no page server"),
     // Files
-    refused("file-locks", BOTH, "let the tree release its locks first"),
+    built("file-locks", DUMP),
+    harmless("file-locks", RESTORE, "a restore always takes the locks that are in the images"),
+    harmless("file-locks", PRE_DUMP, NO_FILES),
     built("link-remap", DUMP),
     harmless("link-remap", PRE_DUMP, NO_FILES),
     harmless("link-remap", RESTORE, "a restore always finds link remaps"),
@@ -108,8 +108,10 @@ pub(super) const ROWS: &[Row] = &[
     harmless("file-validation", PRE_DUMP, NO_FILES),
     harmless("skip-file-rwx-check", RESTORE, "a restore does not compare the permissions of files"),
     refused("evasive-devices", DUMP, "leave it out: a device without its path is not dumped"),
-    refused("force-irmap", DUMPS, NO_WATCHES),
-    refused("irmap-scan-path", DUMPS, NO_WATCHES),
+    built("force-irmap", DUMP),
+    harmless("force-irmap", PRE_DUMP, NO_FILES),
+    built("irmap-scan-path", DUMP),
+    harmless("irmap-scan-path", PRE_DUMP, NO_FILES),
     // Sockets
     built("tcp-established", DUMP.or(RESTORE)),
     harmless("tcp-established", PRE_DUMP, NO_FILES),

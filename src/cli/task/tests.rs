@@ -12,7 +12,8 @@ use crate::{
     res::{
         file::{
             Connections, ConnectionsToDump, ConnectionsToRestore, DumpOptions, External,
-            GhostOptions, Inherited, RestoreOptions, TerminalOptions, UnixOptions, Validation,
+            GhostOptions, Inherited, LockOptions, RestoreOptions, TerminalOptions, UnixOptions,
+            Validation, WatchOptions,
         },
         tree::{self, cgroup, session},
     },
@@ -165,6 +166,8 @@ fn default_dump() -> dump::Options {
             unix: UnixOptions::new(false),
             connections: ConnectionsToDump::default(),
             ghosts: GhostOptions::new(false, 1 << 20),
+            locks: LockOptions::new(false),
+            watches: WatchOptions::new(false, Vec::new()),
             validation: Validation::BuildId,
             external: External::new(Vec::new()),
         },
@@ -202,6 +205,10 @@ fn lines_of_dump_become_options() {
         ("dump -t 7", |_| {}),
         ("dump -t 7 --tcp-established --network-lock skip", |dump| {
             dump.files.connections = ConnectionsToDump::new(Connections::Keep, false);
+        }),
+        ("dump -t 7 -l --force-irmap --irmap-scan-path a --irmap-scan-path b", |dump| {
+            dump.files.locks = LockOptions::new(true);
+            dump.files.watches = WatchOptions::new(true, vec!["a".into(), "b".into()]);
         }),
         ("dump -t 7 --tcp-established", |dump| {
             dump.files.connections = ConnectionsToDump::new(Connections::Keep, true);

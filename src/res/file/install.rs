@@ -135,6 +135,7 @@ impl<'a> Installer<'a> {
         let keep = |fd: BorrowedFd<'_>| fds::duplicate_from(fd, lowest).map_err(too_many(0));
         for opener in &mut self.openers {
             opener.open_extra(&self.opened, &keep)?;
+            opener.attach(&self.processes, &self.opened)?;
         }
         Ok(())
     }
@@ -447,6 +448,27 @@ impl<'a> Installer<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Returns the calls by which a process takes what its descriptors do not bring along
+    /// ([`Opener::take`]).
+    ///
+    /// # Errors
+    /// The images contradict themselves.
+    pub fn take(&mut self, pid: NsPid) -> Result<Vec<Script>> {
+        let mut scripts = Vec::new();
+        for opener in &mut self.openers {
+            scripts.append(&mut opener.take(pid, &self.opened)?);
+        }
+        Ok(scripts)
+    }
+
+    /// Finishes what [`Self::take`] has begun, when all processes have made their calls.
+    ///
+    /// # Errors
+    /// The state cannot be restored.
+    pub fn after_take(&mut self) -> Result<()> {
+        self.openers.iter_mut().try_for_each(|opener| opener.after_take(&self.opened))
     }
 
     /// Adds the calls that set which process receives signals for the descriptors of a process.

@@ -16,6 +16,7 @@ mod fown;
 mod ghost;
 mod install;
 mod kernel;
+mod lock;
 mod memfd;
 mod options;
 mod owner;
@@ -30,6 +31,7 @@ mod testing;
 mod timerfd;
 mod tty;
 mod validation;
+mod watch;
 
 use std::{
     collections::{HashMap, HashSet},
@@ -42,7 +44,7 @@ use nix::{errno::Errno, libc};
 use crate::{
     image::{SnapshotWriter, Store, proto},
     inject::Script,
-    proc::FdInfo,
+    proc::{FdInfo, LockKind, LockMode},
     units::{HostPid, NsPid, PidMap, TargetFd},
 };
 
@@ -50,6 +52,7 @@ pub use self::{
     error::{FileError, Result},
     ghost::{DeletedFiles, Options as GhostOptions, Recreated},
     install::{FileUser, Installer},
+    lock::Options as LockOptions,
     options::{DumpOptions, External, Inherited, RestoreOptions},
     sock::{
         inet::{
@@ -61,6 +64,7 @@ pub use self::{
     table::FileTable,
     tty::Options as TerminalOptions,
     validation::{BuildIds, Validation},
+    watch::Options as WatchOptions,
 };
 
 /// An open file description of the tree, during a dump.
@@ -114,11 +118,32 @@ impl Description {
         self.stat.st_mode & libc::S_IFMT == format
     }
 
+    /// Whether the description has a write lease, which opening the file again would break.
+    pub fn has_write_lease(&self) -> bool {
+        let mut leases = self.info.locks.iter().filter(|lock| lock.kind == LockKind::Lease);
+        leases.any(|lease| lease.mode != LockMode::Read || lease.is_breaking)
+    }
+
     /// Whether the file is an anonymous inode with this name (`[eventfd]` for
     /// `anon_inode:[eventfd]`).
     pub fn is_anonymous(&self, name: &str) -> bool {
         self.link.strip_prefix(b"anon_inode:") == Some(name.as_bytes())
     }
+}
+
+/// A descriptor by which a process holds locks, during a dump.
+#[derive(Clone, Copy, Debug)]
+pub struct Locked<'a> {
+    /// The process, or a thread of it.
+    pub pid: HostPid,
+    /// The descriptor; -1 for a file that is only queued in a socket.
+    pub number: TargetFd,
+    /// The number of the description in the images.
+    pub file: u32,
+    /// The target of `/proc/PID/fd/N`.
+    pub link: &'a [u8],
+    /// `/proc/PID/fdinfo/N`, with the locks.
+    pub info: &'a FdInfo,
 }
 
 /// What a kind may ask of the file table during a dump, and add to it.
@@ -161,6 +186,14 @@ pub trait Collector {
     /// # Errors
     /// [`FileError::Unsupported`] for state that rcriu does not dump.
     fn collect(&mut self, file: &Description, intake: &mut dyn Intake) -> Result<proto::FileEntry>;
+
+    /// Sees a descriptor by which a process holds file locks, before the description is collected.
+    ///
+    /// # Errors
+    /// [`FileError::Unsupported`] for locks that rcriu does not dump.
+    fn locked(&mut self, _at: &Locked<'_>) -> Result<()> {
+        Ok(())
+    }
 
     /// Adds entries for files outside the tree that the collected descriptions need. Runs
     /// after all descriptions were collected, and checks that nothing else is missing.
@@ -311,6 +344,30 @@ pub trait Opener {
     /// Puts other descriptions into those of the kind, such as those queued in a socket. Runs
     /// after all kinds have opened theirs, the deferred ones included.
     fn fill(&mut self, _opened: &Opened) -> Result<()> {
+        Ok(())
+    }
+
+    /// Sees all processes with their descriptors, after all kinds have opened their descriptions and
+    /// before any process exists. The deferred ones are still placeholders.
+    ///
+    /// # Errors
+    /// What belongs to a descriptor cannot be restored.
+    fn attach(&mut self, _users: &[FileUser<'_>], _opened: &Opened) -> Result<()> {
+        Ok(())
+    }
+
+    /// Returns the calls by which process `pid` takes what the descriptors do not bring along, such as
+    /// its file locks. All its descriptors are in place, and it still has the privileges of the
+    /// restorer.
+    fn take(&mut self, _pid: NsPid, _opened: &Opened) -> Result<Vec<Script>> {
+        Ok(Vec::new())
+    }
+
+    /// Runs after all processes have made the calls of [`Opener::take`].
+    ///
+    /// # Errors
+    /// The state cannot be restored.
+    fn after_take(&mut self, _opened: &Opened) -> Result<()> {
         Ok(())
     }
 
@@ -486,9 +543,13 @@ pub static KINDS: &[FileKind] = &[
     eventfd::KIND,
     signalfd::KIND,
     timerfd::KIND,
+    watch::INOTIFY,
+    watch::FANOTIFY,
     sock::inet::KIND,
     sock::netlink::KIND,
     sock::unix::KIND,
     sock::unsupported::KIND,
     eventpoll::KIND,
+    // Claims no description.
+    lock::KIND,
 ];

@@ -6,10 +6,11 @@
 use std::os::fd::OwnedFd;
 
 use super::{
-    ghost,
+    ghost, lock,
     sock::{inet, unix},
     tty,
     validation::Validation,
+    watch,
 };
 use crate::sys::fds;
 
@@ -25,6 +26,10 @@ pub struct DumpOptions {
     pub(crate) connections: inet::DumpOptions,
     /// Of deleted files.
     pub(crate) ghosts: ghost::Options,
+    /// Of file locks.
+    pub(crate) locks: lock::Options,
+    /// Of watches.
+    pub(crate) watches: watch::Options,
     /// How the dump identifies a file.
     pub(crate) validation: Validation,
     /// The resources that the user provides at the restore.

@@ -20,7 +20,7 @@ use nix::{
 
 use super::{
     BuildIds, Collector, DeletedFiles, Description, DumpOptions, FileError, FileKind, Intake,
-    KINDS, Result, Usage, Validation, fown, owner, path,
+    KINDS, Locked, Result, Usage, Validation, fown, owner, path,
 };
 use crate::{
     image::{Kind, SnapshotWriter, proto},
@@ -204,15 +204,12 @@ impl FileTable {
             source,
         })?;
         let info = proc::fdinfo(pid, number)?;
-        if let Some(lock) = info.locks.first() {
-            let link = String::from_utf8_lossy(&proc::fd_link(pid, number)?).into_owned();
-            let what =
-                format!("{link}, on which it holds the lock \"{}\"", String::from_utf8_lossy(lock));
-            let help = "file locks are not dumped yet; have the program release it";
-            return Err(FileError::Unsupported { pid, fd: number, what, help });
-        }
         let close_on_exec = info.flags & libc::O_CLOEXEC.cast_unsigned() != 0;
         let (id, new) = self.state.identify(fd)?;
+        if !info.locks.is_empty() {
+            let link = proc::fd_link(pid, number)?;
+            self.locked(&Locked { pid, number, file: id, link: &link, info: &info })?;
+        }
         if let Some(fd) = new {
             let link = proc::fd_link(pid, number)?;
             self.collect(id, fd, pid, number, link, info)?;
@@ -234,9 +231,18 @@ impl FileTable {
             let ours = TargetFd(fd.as_raw_fd());
             let link = proc::fd_link(self.own, ours)?;
             let info = proc::fdinfo(self.own, ours)?;
+            if !info.locks.is_empty() {
+                let number = NO_DESCRIPTOR;
+                self.locked(&Locked { pid, number, file: id, link: &link, info: &info })?;
+            }
             self.collect(id, fd, pid, NO_DESCRIPTOR, link, info)?;
         }
         Ok(())
+    }
+
+    /// Shows a descriptor that holds locks to all kinds.
+    fn locked(&mut self, at: &Locked<'_>) -> Result<()> {
+        self.collectors.iter_mut().flatten().try_for_each(|kind| kind.locked(at))
     }
 
     fn describe(

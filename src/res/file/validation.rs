@@ -116,6 +116,9 @@ pub(super) fn record(
     if validation == Validation::FileSize || entry.size.is_none() || file.stat.st_nlink == 0 {
         return;
     }
+    if file.has_write_lease() {
+        known.known.insert((file.stat.st_dev, file.stat.st_ino), None);
+    }
     match known.get(file.fd.as_fd(), &file.stat) {
         Ok(Some(id)) => {
             entry.build_id = build_id::to_words(id);

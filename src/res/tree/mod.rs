@@ -4,6 +4,7 @@
 
 pub mod cgroup;
 mod lost;
+mod permissions;
 pub mod seccomp;
 pub mod session;
 mod stops;
@@ -76,6 +77,8 @@ const NONE: Kind = Kind { check: None, collector: None, describe: None, restorer
 
 /// All kinds, in the order in which they are dumped and restored.
 pub const KINDS: &[Kind] = &[
+    // First: the others may open files.
+    Kind { check: Some(|tasks, _| permissions::check(tasks)), ..NONE },
     Kind { check: Some(|tasks, _| lost::check(tasks)), ..NONE },
     Kind { check: Some(|tasks, options| session::check(tasks, options.sessions)), ..NONE },
     Kind {

@@ -79,6 +79,11 @@ impl DeletedFiles {
         self.external.contains(name)
     }
 
+    /// Whether a file, by `st_dev` and `st_ino`, is a ghost.
+    pub(in crate::res::file) fn is_ghost(&self, key: (u64, u64)) -> bool {
+        self.known.contains_key(&key)
+    }
+
     /// Enters a ghost file, whose entry in `files.img` will have the number `id`.
     ///
     /// # Errors
@@ -111,6 +116,10 @@ impl DeletedFiles {
         if file.is_type(libc::S_IFSOCK) || file.is_type(libc::S_IFBLK) {
             let what = format!("the deleted socket or block device {shown}");
             return Err(file.unsupported(what, "close it"));
+        }
+        if file.is_type(libc::S_IFREG) && file.has_write_lease() {
+            let what = format!("the deleted file {shown} with a lease that reading would break");
+            return Err(file.unsupported(what, "have the program release the lease"));
         }
         let id = u32::try_from(self.ghosts.len() + 1).expect("fewer than descriptors");
         let duplicate = file.fd.try_clone();

@@ -50,6 +50,8 @@ const DIRECTORY_MODE: u32 = 0o700;
 struct RecreatedGhost {
     /// An `O_PATH` descriptor.
     object: OwnedFd,
+    /// Its device, as the kernel encodes it, and its inode number when it was dumped.
+    was: (Option<u32>, Option<u64>),
     is_link: bool,
     /// Descriptions not handed out yet, by the numbers of their entries.
     unused: HashMap<u32, OwnedFd>,
@@ -63,6 +65,15 @@ pub struct Recreated {
     /// Device and inode of the files found under their link remaps, by the number of the entry
     /// with the link remap.
     linked: HashMap<u32, (u64, u64)>,
+}
+
+impl Recreated {
+    /// Returns an `O_PATH` descriptor of the ghost that had this device, as the kernel encodes it, and
+    /// this inode number when it was dumped.
+    pub(in crate::res::file) fn ghost_of(&self, device: u32, inode: u64) -> Option<BorrowedFd<'_>> {
+        let was = (Some(device), Some(inode));
+        self.ghosts.values().find(|ghost| ghost.was == was).map(|ghost| ghost.object.as_fd())
+    }
 }
 
 /// Reads the remap of each deleted file.
@@ -290,7 +301,8 @@ fn make(ghost: u32, first: &proto::RegFileEntry, opened: &mut Opened) -> Result<
             }
         }
     }
-    Ok(RecreatedGhost { object, is_link: format == libc::S_IFLNK, unused })
+    let was = (entry.dev, entry.ino);
+    Ok(RecreatedGhost { object, was, is_link: format == libc::S_IFLNK, unused })
 }
 
 /// Returns the entries of the descriptions of a ghost file.
@@ -330,7 +342,12 @@ fn make_linkable(
     adjust(own.as_fd(), entry, &first.name).map_err(failed("adjust"))?;
     let only_name = libc::O_PATH.cast_unsigned();
     let object = descriptor::reopen(own.as_fd(), only_name).map_err(failed("open"))?;
-    Ok(Some(RecreatedGhost { object, is_link: false, unused: HashMap::from([(user.id, own)]) }))
+    Ok(Some(RecreatedGhost {
+        object,
+        was: (entry.dev, entry.ino),
+        is_link: false,
+        unused: HashMap::from([(user.id, own)]),
+    }))
 }
 
 /// Opens a ghost file, now at `name`, under the name of the entry `user`.

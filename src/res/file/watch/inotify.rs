@@ -1,0 +1,232 @@
+//! Inotify instances.
+//!
+//! The restore adds the watches last, so that the instance has no events of what the restore does
+//! with files. Events of what happens to them while the tree does not exist are lost.
+
+use std::{
+    collections::HashMap,
+    os::fd::{AsFd, BorrowedFd},
+};
+
+use nix::{errno::Errno, libc};
+
+use super::{
+    Options,
+    target::{Finder, Reopener},
+    warn_about_events,
+};
+use crate::{
+    image::{
+        Kind,
+        proto::{FdTypes, FileEntry, InotifyFileEntry, InotifyWdEntry},
+    },
+    proc::FdDetail,
+    res::file::{
+        Collector, Description, FileError, FileKind, Intake, Opened, Opener, Result, Usage,
+        descriptor,
+    },
+    sys::watch,
+};
+
+pub(in crate::res::file) const KIND: FileKind = FileKind {
+    name: "inotify instance",
+    types: &[FdTypes::Inotify],
+    usage: Usage::Descriptor,
+    collector: |options| Box::new(Instances::new(&options.watches)),
+    opener: |_| Box::<Restored>::default(),
+};
+
+/// What `inotify_add_watch(2)` takes of the mask of a watch. Masks of older kernels have more.
+const MASK: u32 = libc::IN_ALL_EVENTS | libc::IN_ONESHOT | libc::IN_EXCL_UNLINK;
+
+#[derive(Debug)]
+struct Instances {
+    finder: Finder,
+}
+
+impl Instances {
+    fn new(options: &Options) -> Self {
+        Self { finder: Finder::new(options) }
+    }
+}
+
+impl Collector for Instances {
+    fn claims(&self, file: &Description) -> bool {
+        file.is_anonymous("inotify")
+    }
+
+    fn collect(&mut self, file: &Description, _: &mut dyn Intake) -> Result<FileEntry> {
+        let mut watches = match &file.info.detail {
+            FdDetail::Inotify(watches) => watches.clone(),
+            // It watches nothing.
+            _ => Vec::new(),
+        };
+        warn_about_events(file, "an inotify instance");
+        // CRIU takes them in any order.
+        watches.sort_by_key(|watch| watch.wd);
+        let mut entries = Vec::with_capacity(watches.len());
+        for watch in watches {
+            let what = format!("an inotify instance whose watch {} is on a file", watch.wd);
+            entries.push(InotifyWdEntry {
+                id: file.id,
+                i_ino: watch.file.inode,
+                mask: watch.mask,
+                ignored_mask: watch.ignored_mask,
+                s_dev: watch.file.device,
+                wd: watch.wd.cast_unsigned(),
+                f_handle: self.finder.handle(file, &what, &watch.file)?,
+            });
+        }
+        Ok(FileEntry {
+            r#type: FdTypes::Inotify.into(),
+            id: file.id,
+            ify: Some(InotifyFileEntry {
+                id: file.id,
+                flags: file.status(),
+                fown: file.fown,
+                wd: entries,
+            }),
+            ..Default::default()
+        })
+    }
+
+    fn after_collect(&mut self, intake: &mut dyn Intake) -> Result<()> {
+        self.finder.deleted.iter().try_for_each(|deleted| deleted.check(intake))
+    }
+}
+
+/// The instances of the images.
+#[derive(Debug, Default)]
+struct Restored {
+    watches: Vec<(u32, Vec<InotifyWdEntry>)>,
+}
+
+impl Opener for Restored {
+    fn open(&mut self, entries: &[FileEntry], opened: &mut Opened) -> Result<()> {
+        // Older images store the watches in a separate image.
+        let mut separate: HashMap<u32, Vec<InotifyWdEntry>> = HashMap::new();
+        if !entries.is_empty() {
+            let watches = opened.images.messages_if_any::<InotifyWdEntry>(Kind::InotifyWd, 0)?;
+            for watch in watches.into_iter().flatten() {
+                separate.entry(watch.id).or_default().push(watch);
+            }
+        }
+        for entry in entries {
+            let missing = || {
+                FileError::image(entry.id, "it is an inotify instance, but its entry is missing")
+            };
+            let instance = entry.ify.as_ref().ok_or_else(missing)?;
+            let fd = watch::inotify().map_err(|errno| match errno {
+                Errno::EMFILE => FileError::image(
+                    entry.id,
+                    "the user has too many inotify instances\nhelp: raise \
+                     /proc/sys/fs/inotify/max_user_instances",
+                ),
+                errno => FileError::restore(entry.id, "create", "an inotify instance")(errno),
+            })?;
+            let set = descriptor::set_status(fd.as_fd(), instance.flags);
+            set.map_err(FileError::restore(entry.id, "set the flags of", "an inotify instance"))?;
+            opened.insert(entry.id, fd);
+            let mut watches = instance.wd.clone();
+            watches.extend(separate.remove(&entry.id).unwrap_or_default());
+            watches.sort_by_key(|watch| watch.wd);
+            self.watches.push((entry.id, watches));
+        }
+        Ok(())
+    }
+
+    fn start(&mut self, opened: &Opened) -> Result<()> {
+        let mut reopener = Reopener::default();
+        for (id, watches) in &self.watches {
+            let fd = opened.get(*id)?;
+            for watch in watches {
+                let key = (watch.s_dev, watch.i_ino);
+                let file = reopener.open(*id, key, &watch.f_handle, opened)?;
+                add(*id, fd, watch, file.as_fd())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Adds a watch under its old number.
+fn add(id: u32, inotify: BorrowedFd, entry: &InotifyWdEntry, file: BorrowedFd) -> Result<()> {
+    let path = entry.f_handle.path.as_deref().map(String::from_utf8_lossy);
+    let path = path.map_or_else(|| format!("inode {}", entry.i_ino), String::from);
+    let wd = entry.wd.cast_signed();
+    let failed = |step| FileError::restore(id, step, &path);
+    watch::set_next_watch(inotify, wd).map_err(failed("choose the number of the watch of"))?;
+    let added =
+        watch::add_watch(inotify, file, entry.mask & MASK).map_err(|errno| match errno {
+            Errno::ENOSPC => FileError::image(
+                id,
+                format!(
+                    "watch {path}: the user has too many inotify watches\nhelp: raise \
+                 /proc/sys/fs/inotify/max_user_watches"
+                ),
+            ),
+            errno => failed("watch")(errno),
+        })?;
+    if added == wd {
+        return Ok(());
+    }
+    let problem = format!(
+        "its watch {wd}, of {path}, is on the same file as another watch: the kernel has made it \
+         {added}\nhelp: restore the files as they were"
+    );
+    Err(FileError::image(id, problem))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs::File, os::fd::AsRawFd};
+
+    use super::*;
+    use crate::{
+        proc,
+        res::file::testing::Tree,
+        units::{HostPid, TargetFd},
+    };
+
+    fn watches(fd: BorrowedFd) -> Vec<(i32, u64, u32)> {
+        let own = HostPid(std::process::id().cast_signed());
+        let info = proc::fdinfo(own, TargetFd(fd.as_raw_fd())).unwrap();
+        let FdDetail::Inotify(watches) = info.detail else { return Vec::new() };
+        let mut found: Vec<_> =
+            watches.iter().map(|watch| (watch.wd, watch.file.inode, watch.mask)).collect();
+        found.sort_unstable();
+        found
+    }
+
+    #[test]
+    fn watches_have_their_numbers_and_masks_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut tree = Tree::new();
+        let inotify = watch::inotify().unwrap();
+        descriptor::set_status(inotify.as_fd(), libc::O_NONBLOCK.cast_unsigned()).unwrap();
+        for (name, wd, mask) in [
+            ("first", 3, libc::IN_ALL_EVENTS),
+            ("second", 2, libc::IN_MODIFY | libc::IN_ONESHOT),
+            ("third", 900, libc::IN_CREATE | libc::IN_EXCL_UNLINK),
+        ] {
+            let path = dir.path().join(name);
+            std::fs::write(&path, "").unwrap();
+            let file = File::open(&path).unwrap();
+            watch::set_next_watch(inotify.as_fd(), wd).unwrap();
+            watch::add_watch(inotify.as_fd(), file.as_fd(), mask).unwrap();
+            drop(file);
+        }
+        // What the test has done to the files.
+        let mut events = [0; 4096];
+        nix::unistd::read(&inotify, &mut events).unwrap();
+        let before = watches(inotify.as_fd());
+        assert_eq!(before.len(), 3);
+        tree.add(5, inotify);
+        let restored = tree.restore();
+        let fd = restored.take(5);
+        assert_eq!(watches(fd.as_fd()), before);
+        assert_eq!(restored.flags(5), restored.before(5).flags);
+        let empty = nix::unistd::read(&fd, &mut events);
+        assert_eq!(empty, Err(Errno::EAGAIN));
+    }
+}
