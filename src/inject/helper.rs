@@ -3,16 +3,10 @@
 use nix::libc;
 
 use super::{
-    Answers, InjectError, Result, Scratch, Script, TABLE_BYTES, Tracee, session::free_place,
+    Answers, InjectError, Result, Scratch, Script, TABLE_BYTES, Tracee, adopt_sleeper, await_end,
+    session::free_place,
 };
-use crate::{
-    proc,
-    sys::{
-        process,
-        ptrace::{self, Wait, options},
-    },
-    units::HostPid,
-};
+use crate::{proc, sys::process, units::HostPid};
 
 /// `CLONE_CLEAR_SIGHAND` (`linux/sched.h`, since Linux 5.5).
 const CLONE_CLEAR_SIGHAND: u64 = 1 << 32;
@@ -31,7 +25,7 @@ struct Kill(HostPid);
 impl Drop for Kill {
     fn drop(&mut self) {
         let _ = process::signal(self.0, libc::SIGKILL);
-        while !matches!(ptrace::wait(self.0), Err(_) | Ok(Wait::Exited(_) | Wait::Killed(_))) {}
+        let _ = await_end(self.0);
     }
 }
 
@@ -43,19 +37,8 @@ impl Helper {
     pub fn spawn(pid: HostPid) -> Result<Self> {
         let flags = CLONE_CLEAR_SIGHAND | u64::from(libc::CLONE_FILES.cast_unsigned());
         process::spawn_sleeper(pid, flags).map_err(InjectError::trace(pid, "make"))?;
+        let mut tracee = adopt_sleeper(pid, 0)?;
         let kill = Kill(pid);
-        let wanted = options::SYSGOOD | options::EXITKILL;
-        ptrace::seize(pid, wanted).map_err(InjectError::trace(pid, "trace"))?;
-        ptrace::interrupt(pid).map_err(InjectError::trace(pid, "interrupt"))?;
-        let mut tracee = loop {
-            match ptrace::wait(pid).map_err(InjectError::trace(pid, "wait for"))? {
-                Wait::Interrupted | Wait::Stopped(_) => break Tracee::new(pid, 0)?,
-                wait @ (Wait::Exited(_) | Wait::Killed(_)) => {
-                    return Err(InjectError::Lost { tid: pid, what: format!("ended ({wait:?})") });
-                }
-                _ => ptrace::resume(pid, 0).map_err(InjectError::trace(pid, "resume"))?,
-            }
-        };
         let mappings = proc::maps(pid)?;
         let scratch = Scratch::map(&mut tracee, &mappings, free_place(&mappings), TABLE_BYTES)?;
         std::mem::forget(kill);

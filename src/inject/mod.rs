@@ -1,5 +1,6 @@
 //! Injects lists of system calls, called scripts, into other processes.
 
+mod child;
 mod error;
 mod freeze;
 mod helper;
@@ -13,6 +14,7 @@ mod session;
 mod tests;
 mod tracee;
 
+pub use child::{adopt_sleeper, await_end, await_stop};
 pub use error::{InjectError, Result};
 pub use freeze::{Frozen, Options as FreezeOptions, Outcome, Task};
 pub use helper::Helper;

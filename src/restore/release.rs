@@ -6,12 +6,12 @@ use nix::libc;
 use super::{
     Result,
     plan::TaskPlan,
-    tracees::{await_end, await_state, end, kill, signal},
+    tracees::{await_state, end, kill, signal},
     tree::Puppets,
 };
 use crate::{
     image::tree::{Arena, Maker},
-    inject::Script,
+    inject::{Script, await_end},
     proc,
     res::{task::STOPPED, thread, tree::Child},
     step::StepError,

@@ -11,12 +11,12 @@ use zerocopy::IntoBytes;
 
 use super::{Result, pids::Waiting};
 use crate::{
-    inject::{InjectError, Scratch, Script, Tracee},
+    inject::{InjectError, Scratch, Script, Tracee, await_end, await_stop},
     proc,
     step::StepError,
     sys::{
         process::{self, CloneArguments},
-        ptrace::{self, Wait, options},
+        ptrace,
     },
     units::{HostPid, NsPid},
 };
@@ -26,46 +26,6 @@ const REST_PATIENCE: Duration = Duration::from_secs(1);
 
 /// The pause between two checks.
 const REST_NAP: Duration = Duration::from_micros(100);
-
-/// Attaches to a process that [`process::spawn_sleeper`] made, with more options of `ptrace(2)`.
-/// The processes that it creates have them, too.
-pub(super) fn adopt_sleeper(pid: HostPid, options: i32) -> Result<Tracee> {
-    let trace = |step| move |source| StepError::Process { pid, step, source };
-    let adopted = (|| {
-        let wanted = options::SYSGOOD | options::FOLLOW | options::EXITKILL | options;
-        ptrace::seize(pid, wanted).map_err(trace("trace"))?;
-        ptrace::interrupt(pid).map_err(trace("interrupt"))?;
-        await_stop(pid)
-    })();
-    if adopted.is_err() {
-        let _ = signal(pid, libc::SIGKILL);
-        let _ = await_end(pid);
-    }
-    adopted
-}
-
-/// Waits until a new tracee has stopped.
-fn await_stop(tid: HostPid) -> Result<Tracee> {
-    loop {
-        let wait = ptrace::wait(tid).map_err(|source| StepError::Process {
-            pid: tid,
-            step: "wait for",
-            source,
-        })?;
-        match wait {
-            Wait::Interrupted | Wait::Stopped(_) => return Ok(Tracee::new(tid, 0)?),
-            Wait::Exited(_) | Wait::Killed(_) => {
-                let what = format!("has ended ({wait:?})");
-                return Err(InjectError::Lost { tid, what }.into());
-            }
-            _ => ptrace::resume(tid, 0).map_err(|source| StepError::Process {
-                pid: tid,
-                step: "resume",
-                source,
-            })?,
-        }
-    }
-}
 
 /// Makes a puppet create a process or thread with this pid, in the images and here.
 pub(super) fn make(
@@ -94,7 +54,7 @@ pub(super) fn make(
         match made {
             Err(InjectError::Call { source: Errno::EEXIST, .. }) => waiting.nap(host)?,
             Err(error) => return Err(error.into()),
-            Ok(_) => return await_stop(born.unwrap_or(host)),
+            Ok(_) => return Ok(await_stop(born.unwrap_or(host))?),
         }
     }
 }
@@ -113,7 +73,7 @@ pub(super) fn end(scratch: &Scratch, leader: &mut Tracee, status: u32) -> Result
         ptrace::set_signal_mask(pid, 0).map_err(trace("unblock the signals of"))?;
         ptrace::resume(pid, number).map_err(trace("resume"))?;
     }
-    await_end(pid)
+    Ok(await_end(pid)?)
 }
 
 pub(super) fn kill(pid: HostPid) -> Result<()> {
@@ -124,17 +84,6 @@ pub(super) fn signal(pid: HostPid, number: i32) -> Result<()> {
     let step = "send a signal to";
     let failed = |source| StepError::Process { pid, step, source };
     Ok(process::signal(pid, number).map_err(failed)?)
-}
-
-/// Waits until a killed tracee is gone.
-pub(super) fn await_end(pid: HostPid) -> Result<()> {
-    loop {
-        match ptrace::wait(pid) {
-            Err(Errno::ECHILD) | Ok(Wait::Exited(_) | Wait::Killed(_)) => return Ok(()),
-            Ok(_) => {}
-            Err(source) => return Err(StepError::Process { pid, step: "wait for", source }.into()),
-        }
-    }
 }
 
 /// Waits until a released process or thread is in a state that `rests` accepts; gives up

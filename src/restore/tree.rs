@@ -10,7 +10,7 @@ use super::{
     memory::{self, Layout, Sources},
     pids::Waiting,
     plan::{Body, Plan},
-    tracees::{adopt_sleeper, make},
+    tracees::make,
 };
 use crate::{
     causes::tell,
@@ -19,10 +19,13 @@ use crate::{
         proto::VmaEntry,
         tree::{Arena, Birth, Births, Maker},
     },
-    inject::{Scratch, Script, Tracee},
+    inject::{Scratch, Script, Tracee, adopt_sleeper},
     proc,
     res::task,
-    sys::process::{self, CloneArguments},
+    sys::{
+        process::{self, CloneArguments},
+        ptrace,
+    },
     units::NsPid,
 };
 
@@ -149,8 +152,9 @@ impl<'a> Puppets<'a> {
                 }
             }
         }
-        let options = self.plan.common.iter().map(|kind| kind.trace_options());
-        let mut first = adopt_sleeper(pid, options.fold(0, |all, options| all | options))?;
+        let of_kinds = self.plan.common.iter().map(|kind| kind.trace_options());
+        let options = of_kinds.fold(ptrace::options::FOLLOW, |all, options| all | options);
+        let mut first = adopt_sleeper(pid, options)?;
         // Memory that belongs to this program's thread would be in the way.
         let mappings = proc::maps(pid)?;
         let place = crate::units::RemoteAddr(workshop.place);
