@@ -570,6 +570,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("tcp_pending_error", "with an unread error"),
     ("seccomp_notifies", "has a seccomp filter that asks another process (SECCOMP_RET_USER_NOTIF)"),
     ("seccomp_listener", "is anon_inode:seccomp notify"),
+    ("fanotify_permissions", "decides by fanotify (descriptor"),
     ("caught_system_calls", "has its system calls caught (PR_SET_SYSCALL_USER_DISPATCH)"),
 ];
 
@@ -583,6 +584,7 @@ fn privileged_states_that_no_restore_gives_back_are_refused() {
 /// States that are lost, and words of the warnings.
 const LOST: &[(&str, &[&str])] = &[
     ("keyrings", &["has a thread keyring", "has a process keyring"]),
+    ("inotify_unread", &["is an inotify instance with 64 bytes of events"]),
     ("undone_semaphore", &["may have semaphore operations to undo on exit (SEM_UNDO"]),
 ];
 

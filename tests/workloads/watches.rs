@@ -14,6 +14,8 @@ pub const ROWS: &[Row] = &[
     ("inotify_many", inotify_many),
     ("fanotify", fanotify),
     ("fanotify_reports", fanotify_reports),
+    ("fanotify_permissions", fanotify_permissions),
+    ("inotify_unread", inotify_unread),
 ];
 
 /// The lines that the kernel shows of an instance, in order.
@@ -260,4 +262,32 @@ fn fanotify_reports(checkpoint: &Checkpoint) -> Verdict {
     masks(fd)?;
     fs::create_dir(checkpoint.path("dir/new")).map_err(text)?;
     same("events", vec![libc::FAN_CREATE | libc::FAN_ONDIR], masks(fd)?)
+}
+
+/// A group that decides whether programs may open a file.
+fn fanotify_permissions(checkpoint: &Checkpoint) -> Verdict {
+    set_up(checkpoint)?;
+    let Ok(fd) = sys!(fanotify_init(libc::FAN_CLASS_CONTENT, libc::O_RDONLY as u32)) else {
+        return lacks("fanotify and CAP_SYS_ADMIN");
+    };
+    let file = checkpoint.c_path("dir/inside");
+    if mark(fd, libc::FAN_MARK_ADD, libc::FAN_OPEN_PERM, &file).is_err() {
+        return lacks("permission events of fanotify");
+    }
+    checkpoint.wait();
+    Ok(())
+}
+
+/// An instance with events that the program has not read.
+fn inotify_unread(checkpoint: &Checkpoint) -> Verdict {
+    set_up(checkpoint)?;
+    let fd = instance()?;
+    let wd = add(fd, checkpoint, "dir", libc::IN_CREATE)?;
+    for name in ["one", "two"] {
+        fs::create_dir(checkpoint.path(&format!("dir/{name}"))).map_err(text)?;
+    }
+    checkpoint.wait();
+    let mask = libc::IN_CREATE | libc::IN_ISDIR;
+    let expected = vec![(wd, mask, "one".to_owned()), (wd, mask, "two".to_owned())];
+    same("events", expected, events(fd)?)
 }
