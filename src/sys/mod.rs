@@ -11,6 +11,7 @@ pub mod gather;
 pub mod heap;
 pub mod kernel_memory;
 pub mod lock;
+pub mod mqueue;
 pub mod output;
 pub mod page_cache;
 pub mod pagemap;

@@ -25,6 +25,7 @@ mod kept;
 mod leaderless;
 mod locks;
 mod memory;
+mod mqueues;
 mod namespaces;
 mod odd_files;
 mod owners;
@@ -76,6 +77,7 @@ const GROUPS: &[&[Row]] = &[
     sockets::ROWS,
     socket_ends::ROWS,
     unix_waiting::ROWS,
+    mqueues::ROWS,
     owners::ROWS,
     namespaces::ROWS,
     confined::ROWS,

@@ -369,7 +369,8 @@ impl<'a> Installer<'a> {
                 self.openers[kind].install(file, TargetFd(*number), script)?;
             }
         }
-        Ok(())
+        let at = |id| numbers.iter().find(|(_, entry)| entry.id == id).map(|(at, _)| TargetFd(*at));
+        self.openers.iter_mut().try_for_each(|opener| opener.finish_process(pid, &at, script))
     }
 
     /// Opens the deferred descriptions and directories, once all processes and threads exist.

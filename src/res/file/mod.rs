@@ -18,6 +18,7 @@ mod install;
 mod kernel;
 mod lock;
 mod memfd;
+mod mqueue;
 mod options;
 mod owner;
 mod path;
@@ -464,6 +465,17 @@ pub trait Opener {
         Ok(())
     }
 
+    /// Like [`Opener::prepare_process`], but adds the calls that the process makes once its
+    /// descriptors are installed. `at` returns `None` for a description that it does not have.
+    fn finish_process(
+        &mut self,
+        _pid: NsPid,
+        _at: &dyn Fn(u32) -> Option<TargetFd>,
+        _script: &mut Script,
+    ) -> Result<()> {
+        Ok(())
+    }
+
     /// Starts descriptions that act on their own, such as timers, right before the tree resumes.
     fn start(&mut self, _opened: &Opened) -> Result<()> {
         Ok(())
@@ -537,6 +549,8 @@ pub fn is_restored(file: proto::FdTypes) -> bool {
 pub static KINDS: &[FileKind] = &[
     memfd::KIND,
     tty::KIND,
+    // Its queues are regular files, too.
+    mqueue::KIND,
     regular::KIND,
     pipe::KIND,
     pipe::FIFO,

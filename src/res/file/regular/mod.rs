@@ -61,6 +61,10 @@ impl Collector for RegularFiles {
 impl Opener for RegularFiles {
     fn open(&mut self, entries: &[proto::FileEntry], opened: &mut Opened) -> Result<()> {
         for entry in entries {
+            // Another kind has opened it.
+            if opened.contains(entry.id) {
+                continue;
+            }
             let file = inner(entry)?;
             let fd = if path::is_deferred(file, opened) {
                 deferred::placeholder(entry.id, Deferred::ByPath, opened)?
