@@ -87,6 +87,15 @@ pub enum End {
 }
 
 impl End {
+    /// Returns the wait status, without the bit for a core file; `None` for an unknown end.
+    pub fn status(self) -> Option<u32> {
+        match self {
+            Self::Exited(code) => Some((code << 8).cast_unsigned()),
+            Self::Killed(signal) => Some(signal.cast_unsigned()),
+            Self::Unknown => None,
+        }
+    }
+
     /// Decodes a wait status, as `waitpid(2)` returns it.
     pub fn of_status(status: i32) -> Self {
         match status & 0x7f {
@@ -418,6 +427,72 @@ pub fn spawn_sleeper(pid: HostPid, flags: u64) -> Result<HostPid, Errno> {
         }
     }
     Ok(HostPid(i32::try_from(Errno::result(result)?).expect("pids are small")))
+}
+
+/// Creates a child, calls `look` with its pid, and has the child end as `end` says. The child is
+/// reaped afterwards, so that its pid is free again.
+///
+/// The child has copies of this process's memory and descriptors, but only makes system calls.
+///
+/// # Errors
+/// Those of `clone3(2)` and `waitpid(2)`.
+pub fn with_brief_child<T>(end: End, look: impl FnOnce(HostPid) -> T) -> Result<T, Errno> {
+    /// `CLONE_CLEAR_SIGHAND` (`linux/sched.h`, since Linux 5.5).
+    const CLONE_CLEAR_SIGHAND: u64 = 1 << 32;
+    // Without an exit signal, this process is not notified of the end.
+    let arguments = CloneArguments { flags: CLONE_CLEAR_SIGHAND, ..CloneArguments::default() };
+    let size = size_of::<CloneArguments>();
+    // SAFETY: the arguments outlive the call; the child only makes system calls with numbers, and
+    // with a mask on its own stack.
+    let result = unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size) };
+    if result == 0 {
+        // SAFETY: as above.
+        unsafe { end_when_continued(end) }
+    }
+    let child = libc::pid_t::try_from(Errno::result(result)?).expect("pids are small");
+    let wait = |flags: i32| loop {
+        // SAFETY: the call takes numbers; the status is not asked for.
+        let waited = unsafe { libc::waitpid(child, std::ptr::null_mut(), flags | libc::__WALL) };
+        match Errno::result(waited) {
+            Err(Errno::EINTR) => {}
+            waited => return waited.map(drop),
+        }
+    };
+    wait(libc::WUNTRACED)?;
+    let seen = look(HostPid(child));
+    // SAFETY: the child is not reaped yet, so no other process has its pid.
+    unsafe { libc::kill(child, libc::SIGCONT) };
+    wait(0)?;
+    Ok(seen)
+}
+
+/// Stops this process, and ends it once it is continued.
+///
+/// # Safety
+/// The process must be a new copy of another one.
+unsafe fn end_when_continued(end: End) -> ! {
+    // SAFETY: all of these are system calls with numbers, or with this mask.
+    unsafe {
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0);
+        // A signal must not leave a core file.
+        libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0);
+        let none = 0_u64;
+        let bytes = size_of_val(&none);
+        let unused = 0_usize;
+        libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const none, unused, bytes);
+        let own = libc::syscall(libc::SYS_getpid);
+        libc::syscall(libc::SYS_kill, own, libc::SIGSTOP);
+        match end {
+            End::Exited(code) => libc::_exit(code),
+            End::Killed(signal) => {
+                libc::signal(signal, libc::SIG_DFL);
+                libc::syscall(libc::SYS_kill, own, signal);
+            }
+            End::Unknown => {}
+        }
+        libc::syscall(libc::SYS_kill, own, libc::SIGKILL);
+        libc::_exit(1)
+    }
 }
 
 /// Raises the limit of open files: with `CAP_SYS_RESOURCE` to the kernel's maximum, otherwise to the
