@@ -29,6 +29,7 @@ mod mqueues;
 mod namespaces;
 mod odd_files;
 mod owners;
+mod pidfds;
 mod refused;
 mod registers;
 mod rounds;
@@ -81,6 +82,7 @@ const GROUPS: &[&[Row]] = &[
     owners::ROWS,
     namespaces::ROWS,
     confined::ROWS,
+    pidfds::ROWS,
     refused::ROWS,
     attributes::ROWS,
 ];

@@ -22,6 +22,7 @@ mod mqueue;
 mod options;
 mod owner;
 mod path;
+mod pidfd;
 mod pipe;
 mod regular;
 mod signalfd;
@@ -559,6 +560,7 @@ pub static KINDS: &[FileKind] = &[
     timerfd::KIND,
     watch::INOTIFY,
     watch::FANOTIFY,
+    pidfd::KIND,
     sock::inet::KIND,
     sock::netlink::KIND,
     sock::unix::KIND,
