@@ -28,7 +28,9 @@ proc/           The processes, as /proc showed them. Which were running, their c
     (
         Part::Mem,
         "\
-mem/            The memory of each process, a file for each mapping: START-END-NAME.
+mem/            The memory of each process, a file for each mapping: START-END-NAME. Of mapped
+                files, also those in /dev/shm, the images hold only pages that are private
+                and were written; the rest is read from the files as they are now.
                     grep -la 'some text' mem/PID/*; strings mem/PID/*heap*
 ",
     ),
