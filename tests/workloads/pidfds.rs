@@ -73,7 +73,8 @@ fn pidfds(checkpoint: &Checkpoint) -> Verdict {
         let parent = open(sys!(getppid())?, 0)?;
         let before = look(parent)?;
         child.wait();
-        same("pidfd of the parent", before, look(parent)?)
+        same("pidfd of the parent", before, look(parent)?)?;
+        child.wait_mark("looked")
     })?;
     let zombie = sys!(fork())?;
     if zombie == 0 {
@@ -92,6 +93,7 @@ fn pidfds(checkpoint: &Checkpoint) -> Verdict {
     same("inodes that are the same", one_inode, inode(fds[1])? == inode(fds[2])?)?;
     send(fds[0], 0)?;
     send(fds[1], 0)?;
+    checkpoint.mark("looked");
     same("the end of the zombie", (libc::CLD_EXITED, 7), wait(fds[3])?)?;
     child.join()?;
     same("the end of the child", true, is_readable(fds[2])?)
