@@ -348,6 +348,7 @@ states! {
     pidfds_of_the_dead, elsewhere: restored;
     pidfds_of_threads;
     pidfds_watched;
+    namespace_descriptors, elsewhere: restored;
 }
 
 /// On kernels of before, some of what a dump needs is found in another way.
@@ -574,6 +575,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("unix_packets_behind_an_error", "behind an unread error"),
     // Only taking the error shows which one it is.
     ("tcp_pending_error", "with an unread error"),
+    ("descriptor_of_another_namespace", "a namespace that its process is not in"),
     ("pidfd_of_another_tree", "is a pidfd of process 1, which is not in the tree"),
     ("seccomp_notifies", "has a seccomp filter that asks another process (SECCOMP_RET_USER_NOTIF)"),
     ("seccomp_listener", "is anon_inode:seccomp notify"),

@@ -1,14 +1,23 @@
 //! Namespaces that a tree has for itself.
 
-use std::{ffi::CStr, fs, path::PathBuf};
+use std::{
+    ffi::CStr,
+    fs::{self, File},
+    os::fd::AsRawFd,
+    path::PathBuf,
+};
 
 use crate::{
     Row,
     kit::{Checkpoint, Verdict, same},
 };
 
-pub const ROWS: &[Row] =
-    &[("uts_namespace", uts_namespace), ("child_in_another_uts_namespace", child_in_another)];
+pub const ROWS: &[Row] = &[
+    ("uts_namespace", uts_namespace),
+    ("child_in_another_uts_namespace", child_in_another),
+    ("namespace_descriptors", namespace_descriptors),
+    ("descriptor_of_another_namespace", descriptor_of_another_namespace),
+];
 
 /// Returns the names of the host and of its domain.
 fn names() -> Result<[String; 2], String> {
@@ -65,4 +74,51 @@ fn child_in_another(checkpoint: &Checkpoint) -> Verdict {
     })?;
     checkpoint.wait();
     child.join()
+}
+
+/// The inode of a namespace, by a path that leads to it.
+fn inode(path: &str) -> Result<u64, String> {
+    let stat = fs::metadata(path).map_err(|error| format!("{path}: {error}"))?;
+    Ok(std::os::unix::fs::MetadataExt::ino(&stat))
+}
+
+/// Descriptors of all namespaces of the process, of which the machine has one as well, and of
+/// the one that it has left.
+fn namespace_descriptors(checkpoint: &Checkpoint) -> Verdict {
+    let open = |name: &str| {
+        let path = format!("/proc/self/ns/{name}");
+        File::open(&path).map_err(|error| format!("{path}: {error}"))
+    };
+    let machines = open("uts")?;
+    enter("a-host-of-its-own", "")?;
+    let kinds = ["pid", "net", "ipc", "uts", "mnt", "user", "cgroup"];
+    let files = kinds.iter().map(|name| open(name)).collect::<Result<Vec<_>, _>>()?;
+    let check = || -> Verdict {
+        for (name, file) in kinds.iter().zip(&files) {
+            let fd = file.as_raw_fd();
+            let found = inode(&format!("/proc/self/fd/{fd}"))?;
+            same(name, inode(&format!("/proc/self/ns/{name}"))?, found)?;
+            same("flags", libc::O_RDONLY, sys!(fcntl(fd, libc::F_GETFL))? & libc::O_ACCMODE)?;
+        }
+        Ok(())
+    };
+    check()?;
+    checkpoint.wait();
+    check()?;
+    same("the name of the host", "a-host-of-its-own", &names()?[0])?;
+    sys!(setns(machines.as_raw_fd(), libc::CLONE_NEWUTS))?;
+    ensure!(names()?[0] != "a-host-of-its-own", "it is not back in the namespace of the machine");
+    sys!(setns(files[3].as_raw_fd(), libc::CLONE_NEWUTS))?;
+    same("the name of the host", "a-host-of-its-own", &names()?[0])
+}
+
+/// Refused: a namespace that only a descriptor keeps.
+fn descriptor_of_another_namespace(checkpoint: &Checkpoint) -> Verdict {
+    let own = File::open("/proc/self/ns/net").map_err(|error| error.to_string())?;
+    sys!(unshare(libc::CLONE_NEWNET))?;
+    let _other = File::open("/proc/self/ns/net").map_err(|error| error.to_string())?;
+    sys!(setns(own.as_raw_fd(), libc::CLONE_NEWNET))?;
+    drop(own);
+    checkpoint.wait();
+    Ok(())
 }

@@ -19,6 +19,7 @@ mod kernel;
 mod lock;
 mod memfd;
 mod mqueue;
+mod namespace;
 mod options;
 mod owner;
 mod path;
@@ -561,6 +562,7 @@ pub static KINDS: &[FileKind] = &[
     watch::INOTIFY,
     watch::FANOTIFY,
     pidfd::KIND,
+    namespace::KIND,
     sock::inet::KIND,
     sock::netlink::KIND,
     sock::unix::KIND,

@@ -197,6 +197,13 @@ pub fn own_ids() -> TaskKobjIdsEntry {
     ids
 }
 
+/// Returns the number of a namespace in the `ids` entry of a process; `None` for an unknown kind.
+/// `file` is its name in `/proc/PID/ns`.
+pub fn number_in(ids: &TaskKobjIdsEntry, file: &str) -> Option<u32> {
+    let mut ids = *ids;
+    KINDS.iter().find(|kind| kind.file == file).and_then(|kind| *(kind.id)(&mut ids))
+}
+
 /// The namespaces that a stopped tree has of its own.
 #[derive(Debug, Default)]
 pub struct OfTree {
