@@ -348,6 +348,7 @@ states! {
     pidfds_of_the_dead, elsewhere: restored;
     pidfds_of_threads;
     pidfds_watched;
+    intercepted_system_calls, elsewhere: restored;
     namespace_descriptors, elsewhere: restored;
 }
 

@@ -22,6 +22,7 @@ const PTRACE_SETSIGMASK: libc::c_uint = 0x420b;
 const PTRACE_SECCOMP_GET_FILTER: libc::c_uint = 0x420c;
 const PTRACE_SECCOMP_GET_METADATA: libc::c_uint = 0x420d;
 const PTRACE_GET_RSEQ_CONFIGURATION: libc::c_uint = 0x420f;
+const PTRACE_SET_SYSCALL_USER_DISPATCH_CONFIG: libc::c_uint = 0x4210;
 const PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG: libc::c_uint = 0x4211;
 
 /// Bytes of a kernel signal set.
@@ -372,6 +373,17 @@ pub fn seccomp_flags(tid: HostPid, index: usize) -> Result<u64, Errno> {
     let size = size_of::<SeccompMetadata>();
     request(PTRACE_SECCOMP_GET_METADATA, tid, size, (&raw mut metadata).addr())?;
     Ok(metadata.flags)
+}
+
+/// Sets how a stopped tracee intercepts its own system calls.
+///
+/// # Errors
+/// `EINVAL` for a range that wraps, or a selector outside of user memory; `EIO` on kernels before
+/// 6.4.
+pub fn set_syscall_dispatch(tid: HostPid, config: SyscallDispatch) -> Result<(), Errno> {
+    let size = size_of::<SyscallDispatch>();
+    let config = (&raw const config).addr();
+    request(PTRACE_SET_SYSCALL_USER_DISPATCH_CONFIG, tid, size, config).map(drop)
 }
 
 /// Registers that few threads use.

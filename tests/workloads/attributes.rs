@@ -1,6 +1,9 @@
 //! Attributes of threads and processes that CRIU's images have no place for.
 
-use std::{fs, mem, ptr};
+use std::{
+    fs, mem, ptr,
+    sync::atomic::{AtomicU8, Ordering},
+};
 
 use crate::{
     Row,
@@ -29,6 +32,7 @@ pub const ROWS: &[Row] = &[
     ("locked_later_on_fault", locked_later_on_fault),
     ("keyrings", keyrings),
     ("undone_semaphore", undone_semaphore),
+    ("intercepted_system_calls", intercepted_system_calls),
 ];
 
 /// Lets threads set something each, and looks at it afterwards; the main thread keeps
@@ -478,4 +482,38 @@ fn undone_semaphore(checkpoint: &Checkpoint) -> Verdict {
     checkpoint.wait();
     sys!(semctl(set, 0, libc::IPC_RMID))?;
     done.map(drop)
+}
+
+/// `PR_SET_SYSCALL_USER_DISPATCH`, `PR_SYS_DISPATCH_ON`, and the values of the selector
+/// (`linux/prctl.h`).
+pub const DISPATCH: i32 = 59;
+pub const ON: u64 = 1;
+pub const ALLOW: u8 = 0;
+pub const BLOCK: u8 = 1;
+
+/// A program that plays the kernel for some of its system calls, which a byte selects.
+fn intercepted_system_calls(checkpoint: &Checkpoint) -> Verdict {
+    static SELECTOR: AtomicU8 = AtomicU8::new(ALLOW);
+    extern "C" fn play(_: i32, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
+        SELECTOR.store(ALLOW, Ordering::Relaxed);
+        // SAFETY: it is the context of a handler that was installed with SA_SIGINFO.
+        let context = unsafe { &mut *context.cast::<libc::ucontext_t>() };
+        context.uc_mcontext.gregs[libc::REG_RAX as usize] = 4711;
+    }
+    let intercepted = || {
+        SELECTOR.store(BLOCK, Ordering::Relaxed);
+        sys!(syscall(libc::SYS_getppid))
+    };
+    // SAFETY: all zeros is a valid value.
+    let mut action: libc::sigaction = unsafe { mem::zeroed() };
+    action.sa_sigaction = play as *const () as usize;
+    action.sa_flags = libc::SA_SIGINFO;
+    sys!(sigaction(libc::SIGSYS, &raw const action, ptr::null_mut()))?;
+    sys!(prctl(DISPATCH, ON, 0_u64, 0_u64, &raw const SELECTOR))?;
+    same("the result", 4711, intercepted()?)?;
+    checkpoint.wait();
+    same("the result", 4711, intercepted()?)?;
+    let passed = sys!(syscall(libc::SYS_getppid))?;
+    ensure!(passed != 4711, "a call was intercepted that should not be");
+    Ok(())
 }

@@ -1,8 +1,11 @@
 //! States that a dump refuses by name: their programs go on as if nothing had happened.
 
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+
 use crate::{
     Row,
-    kit::{Checkpoint, Verdict},
+    attributes::{ALLOW, BLOCK, DISPATCH, ON},
+    kit::{Checkpoint, Verdict, wait_until},
 };
 
 pub const ROWS: &[Row] = &[
@@ -49,13 +52,23 @@ fn time_namespace_for_children(checkpoint: &Checkpoint) -> Verdict {
     Ok(())
 }
 
-/// A program that catches its system calls, as emulators of other systems do.
+/// A thread that handles its system calls itself, as emulators of other systems do, and that
+/// makes none while the dump would need it to.
 fn caught_system_calls(checkpoint: &Checkpoint) -> Verdict {
-    /// `PR_SET_SYSCALL_USER_DISPATCH`, `PR_SYS_DISPATCH_ON` (`linux/prctl.h`).
-    const DISPATCH: i32 = 59;
-    const ON: u64 = 1;
-    static SELECTOR: u8 = 0; // SYSCALL_DISPATCH_FILTER_ALLOW
-    sys!(prctl(DISPATCH, ON, 0_u64, 0_u64, &raw const SELECTOR))?;
+    static SELECTOR: AtomicU8 = AtomicU8::new(ALLOW);
+    static DONE: AtomicBool = AtomicBool::new(false);
+    let thread = checkpoint.thread(|thread| {
+        sys!(prctl(DISPATCH, ON, 0_u64, 0_u64, &raw const SELECTOR))?;
+        thread.announce();
+        SELECTOR.store(BLOCK, Ordering::Relaxed);
+        while !DONE.load(Ordering::Acquire) {
+            std::hint::spin_loop();
+        }
+        SELECTOR.store(ALLOW, Ordering::Relaxed);
+        Ok(())
+    })?;
+    wait_until("the thread", || SELECTOR.load(Ordering::Relaxed) == BLOCK)?;
     checkpoint.wait();
-    Ok(())
+    DONE.store(true, Ordering::Release);
+    thread.join()
 }

@@ -13,6 +13,7 @@ mod arch;
 mod autogroup;
 mod core_cookie;
 mod core_filter;
+mod dispatch;
 mod futex_hash;
 mod io_flusher;
 mod io_priority;
@@ -67,6 +68,7 @@ const KINDS: &[&dyn Kind] = &[
     &futex_hash::FutexHash,
     &autogroup::Autogroup,
     &core_cookie::CoreCookie,
+    &dispatch::Dispatch,
     &keyrings::OF_THREAD,
     &keyrings::OF_PROCESS,
 ];
