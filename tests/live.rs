@@ -312,6 +312,8 @@ states! {
     unix_pending_packets;
     unix_pending_credentials, elsewhere: restored;
     unix_queued_credentials, elsewhere: restored;
+    unix_nested_descriptors;
+    unix_urgent;
     message_queues, elsewhere: restored running;
     message_queue_notification, elsewhere: restored;
     unix_named_datagram;

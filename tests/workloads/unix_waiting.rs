@@ -18,6 +18,8 @@ pub const ROWS: &[Row] = &[
     ("unix_pending_packets", unix_pending_packets),
     ("unix_pending_credentials", unix_pending_credentials),
     ("unix_queued_credentials", unix_queued_credentials),
+    ("unix_nested_descriptors", unix_nested_descriptors),
+    ("unix_urgent", unix_urgent),
 ];
 
 fn listening(name: &Address, kind: i32) -> Result<i32, String> {
@@ -226,4 +228,91 @@ fn unix_queued_credentials(checkpoint: &Checkpoint) -> Verdict {
         same("third", (b"again".to_vec(), own_pid(), 0), receive_from(right, 100)?)?;
     }
     Ok(())
+}
+
+fn received_one(fd: i32, what: &str) -> Result<i32, String> {
+    let (data, got) = receive_descriptors(fd)?;
+    same("message", (what.as_bytes(), 1), (&data[..], got.len()))?;
+    Ok(got[0])
+}
+
+/// Descriptors queued in sockets that are queued themselves, and in themselves.
+fn unix_nested_descriptors(checkpoint: &Checkpoint) -> Verdict {
+    // Each end is only in the queue of the one before.
+    let outermost = pair(libc::SOCK_STREAM)?;
+    let mut last = outermost[0];
+    for depth in 0..5 {
+        let kind = if depth % 2 == 0 { libc::SOCK_DGRAM } else { libc::SOCK_SEQPACKET };
+        let [left, right] = pair(kind)?;
+        send_descriptors(last, b"deeper", &[right])?;
+        sys!(close(right))?;
+        last = left;
+    }
+    let mut pipe = [0; 2];
+    sys!(pipe2(pipe.as_mut_ptr(), 0))?;
+    write_all(pipe[1], b"at the bottom")?;
+    send_descriptors(last, b"pipe", &[pipe[0]])?;
+    sys!(close(pipe[0]))?;
+    // A socket that is in its own queue.
+    let own = pair(libc::SOCK_STREAM)?;
+    send_descriptors(own[0], b"itself", &[own[1]])?;
+    // A listening socket with a connection that waits, which is nowhere but in a queue.
+    let name = path_name(checkpoint, "queued");
+    let server = listening(&name, libc::SOCK_STREAM)?;
+    let client = connected(&name, libc::SOCK_STREAM)?;
+    write_all(client, b"patient")?;
+    let carrier = pair(libc::SOCK_STREAM)?;
+    send_descriptors(carrier[0], b"server", &[server])?;
+    sys!(close(server))?;
+    checkpoint.wait();
+    let mut at = outermost[1];
+    for _ in 0..5 {
+        at = received_one(at, "deeper")?;
+    }
+    let bottom = received_one(at, "pipe")?;
+    same("bytes of the pipe", &b"at the bottom"[..], &read_some(bottom, 100)?[..])?;
+    let itself = received_one(own[1], "itself")?;
+    write_all(own[0], b"once")?;
+    same("bytes", &b"once"[..], &read_some(itself, 100)?[..])?;
+    same("bytes once more", None, receive(own[1])?)?;
+    let server = received_one(carrier[1], "server")?;
+    let end = accepted(server)?;
+    same("bytes that waited", Some(b"patient".to_vec()), receive(end)?)
+}
+
+/// Out-of-band bytes, before and behind other data.
+fn unix_urgent(checkpoint: &Checkpoint) -> Verdict {
+    let oob = |fd: i32, data: &[u8]| {
+        sys!(send(fd, data.as_ptr().cast(), data.len(), libc::MSG_OOB)).map(drop)
+    };
+    let mut ends = Vec::new();
+    for (before, behind) in [(&b""[..], &b""[..]), (b"before", b""), (b"before", b"behind")] {
+        let [left, right] = pair(libc::SOCK_STREAM)?;
+        write_all(left, before)?;
+        oob(left, b"!")?;
+        write_all(left, behind)?;
+        ends.push((right, before, behind));
+    }
+    // A part of the data before it was read.
+    let [left, right] = pair(libc::SOCK_STREAM)?;
+    write_all(left, b"partly read")?;
+    oob(left, b"with the last?")?;
+    same("the first part", &b"partly "[..], &read_some(right, 7)?[..])?;
+    checkpoint.wait();
+    let urgent = |fd: i32| -> Result<u8, String> {
+        let mut byte = 0_u8;
+        sys!(recv(fd, (&raw mut byte).cast(), 1, libc::MSG_OOB))?;
+        Ok(byte)
+    };
+    for (right, before, behind) in ends {
+        same("urgent byte", b'!', urgent(right)?)?;
+        for data in [before, behind] {
+            if !data.is_empty() {
+                same("data", Some(data.to_vec()), receive(right)?)?;
+            }
+        }
+        same("one byte too many", None, receive(right)?)?;
+    }
+    same("data before the mark", Some(b"readwith the last".to_vec()), receive(right)?)?;
+    same("urgent byte", b'?', urgent(right)?)
 }

@@ -59,6 +59,8 @@ pub(super) struct Packet {
     pub(super) rights: Vec<u32>,
     /// The process and ids that it shows, if its sender is known.
     pub(super) sender: Option<proto::SkPeerEntry>,
+    /// Whether it is an out-of-band byte (`MSG_OOB`).
+    pub(super) urgent: bool,
 }
 
 /// The peek offset of a socket: changed only when needed, and reset on drop.
@@ -107,7 +109,15 @@ impl Drop for PeekOffset<'_> {
 /// pending. Reading it (`SO_ERROR`) would consume it.
 pub(super) const UNIX_ERROR: Errno = Errno::ECONNRESET;
 
-/// Returns the queue of a socket that does not listen, and its pending error.
+/// Whether a stream has an unread out-of-band byte.
+fn is_urgent(fd: BorrowedFd) -> nix::Result<bool> {
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_OOB | MsgFlags::MSG_DONTWAIT;
+    let polled = attributes::polled(fd, PollFlags::POLLPRI)?;
+    Ok(polled.contains(PollFlags::POLLPRI) || recv(fd.as_raw_fd(), &mut [0], flags).is_ok())
+}
+
+/// Returns the queue of a socket that does not listen, and its pending error. `urgent` reads the
+/// queue of a stream with an out-of-band byte, or says why it cannot.
 ///
 /// # Errors
 /// [`FileError::Unsupported`] for credentials, out-of-band data, and packets behind an error.
@@ -116,18 +126,20 @@ pub(super) fn peek(
     kind: c_int,
     what: &str,
     intake: &mut dyn Intake,
+    urgent: &mut dyn FnMut(BorrowedFd) -> Result<Vec<Packet>, String>,
 ) -> Result<(Vec<Packet>, Option<Errno>)> {
     let fd = file.fd.as_fd();
     let failed = file.failed("peek at the queue of");
     let seen = attributes::polled(fd, PollFlags::POLLIN | PollFlags::POLLPRI).map_err(&failed)?;
     let error = seen.contains(PollFlags::POLLERR).then_some(UNIX_ERROR);
-    let urgent = || {
-        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_OOB | MsgFlags::MSG_DONTWAIT;
-        recv(fd.as_raw_fd(), &mut [0], flags).is_ok()
-    };
-    if kind == libc::SOCK_STREAM && (seen.contains(PollFlags::POLLPRI) || urgent()) {
-        let what = format!("{what}, with an unread urgent byte");
-        return Err(file.unsupported(what, HELP_READ));
+    if kind == libc::SOCK_STREAM && is_urgent(fd).map_err(&failed)? {
+        return match urgent(fd) {
+            Ok(packets) => Ok((packets, error)),
+            Err(why) => {
+                let what = format!("{what}, with an unread urgent byte; {why}");
+                Err(file.unsupported(what, HELP_READ))
+            }
+        };
     }
     // For datagram sockets, this counts only the first datagram.
     let bytes = fds::readable_bytes(fd).map_err(&failed)?;
@@ -178,7 +190,7 @@ pub(super) fn peek(
             let pid = intake.pids().ns(HostPid(sender.pid)).raw();
             proto::SkPeerEntry { pid, uid: sender.uid, gid: sender.gid, groups: Vec::new() }
         });
-        packets.push(Packet { data, rights, sender });
+        packets.push(Packet { data, rights, sender, urgent: false });
     }
     Ok((packets, error))
 }
@@ -319,6 +331,7 @@ pub(super) fn write(images: &SnapshotWriter, queues: &[(u32, Vec<Packet>)]) -> R
             length: u32::try_from(packet.data.len()).expect("the kernel sends less at a time"),
             scm: scm.into_iter().collect(),
             rcriu_sender: packet.sender.clone(),
+            rcriu_urgent: packet.urgent.then_some(true),
         })?;
         image.raw(&packet.data)?;
     }
@@ -337,7 +350,8 @@ pub(super) fn read(images: &dyn ImageStore) -> Result<HashMap<u32, VecDeque<Pack
     };
     let mut queues: HashMap<u32, VecDeque<Packet>> = HashMap::new();
     while let Some(entry) = image.next_message::<proto::SkPacketEntry>()? {
-        let mut packet = Packet { sender: entry.rcriu_sender, ..Packet::default() };
+        let urgent = entry.rcriu_urgent();
+        let mut packet = Packet { sender: entry.rcriu_sender, urgent, ..Packet::default() };
         image.append(entry.length.into(), "a packet", &mut packet.data)?;
         for control in entry.scm {
             if control.r#type != libc::SCM_RIGHTS.cast_unsigned() {
@@ -369,17 +383,17 @@ pub(super) fn send(
         let lookup = |id: &u32| opened.get(*id).map(|fd| fd.as_raw_fd());
         let fds = packet.rights.iter().map(lookup).collect::<Result<Vec<_>>>()?;
         let Some(shown) = &packet.sender else {
-            send_one(sender, &packet.data, &fds, None).map_err(receiver.failed(REFILL))?;
+            send_one(sender, &packet, &fds, None).map_err(receiver.failed(REFILL))?;
             continue;
         };
         let pid = NsPid::of_image(shown.pid);
         let host = if shown.pid == 0 { HostPid(0) } else { opened.pids.host(pid) };
         let credentials = Some(socket::credentials(host.0, shown.uid, shown.gid));
-        let mut sent = send_one(sender, &packet.data, &fds, credentials);
+        let mut sent = send_one(sender, &packet, &fds, credentials);
         if sent == Err(Errno::ESRCH) {
             // The process has ended. Its number is enough for the kernel, while something has it.
             let _helper = Helper::spawn(host);
-            sent = send_one(sender, &packet.data, &fds, credentials);
+            sent = send_one(sender, &packet, &fds, credentials);
         }
         if let Err(errno @ (Errno::ESRCH | Errno::EPERM)) = sent {
             log::warn!(
@@ -388,7 +402,7 @@ pub(super) fn send(
                 receiver.object,
                 shown.uid
             );
-            sent = send_one(sender, &packet.data, &fds, None);
+            sent = send_one(sender, &packet, &fds, None);
         }
         sent.map_err(receiver.failed(REFILL))?;
     }
@@ -399,7 +413,7 @@ const REFILL: &str = "refill the queue of";
 
 fn send_one(
     sender: BorrowedFd,
-    data: &[u8],
+    packet: &Packet,
     fds: &[RawFd],
     credentials: Option<UnixCredentials>,
 ) -> nix::Result<()> {
@@ -410,7 +424,9 @@ fn send_one(
     if let Some(credentials) = &credentials {
         control.push(ControlMessage::ScmCredentials(credentials));
     }
-    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+    let mut flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+    flags.set(MsgFlags::MSG_OOB, packet.urgent);
+    let data = &packet.data;
     let bytes = [IoSlice::new(data)];
     let sent = sendmsg::<()>(sender.as_raw_fd(), &bytes, &control, flags, None)?;
     if sent == data.len() { Ok(()) } else { Err(Errno::ENOBUFS) }

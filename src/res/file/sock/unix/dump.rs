@@ -2,7 +2,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    os::fd::{AsFd, AsRawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
 };
 
 use nix::{
@@ -343,7 +343,13 @@ impl Collector for UnixCollector {
         state.peer = attributes::peer(fd, intake.pids())
             .map_err(file.failed("read the peer credentials of"))?;
         if is_datagram || u32::from(socket.state) == state::ESTABLISHED {
-            let (packets, error) = queue::peek(file, socket.kind.into(), &what, intake)?;
+            let pids = intake.pids().clone();
+            let mut urgent = |fd: BorrowedFd| {
+                let kernel = self.kernel().map_err(str::to_owned)?;
+                waiting::read_urgent(kernel, fd, &pids).map_err(|error| with_sources(&error))
+            };
+            let (packets, error) =
+                queue::peek(file, socket.kind.into(), &what, intake, &mut urgent)?;
             self.queues.push((file.id, packets));
             state.error = error.map(|error| (error as i32).cast_unsigned());
         }

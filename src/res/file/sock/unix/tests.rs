@@ -458,14 +458,6 @@ fn sockets_whose_peers_are_elsewhere_are_refused_by_name() {
 }
 
 #[test]
-fn urgent_bytes_in_queues_are_refused() {
-    let (a, b) = pair(SockType::Stream);
-    nix::sys::socket::send(a.as_raw_fd(), b"!", MsgFlags::MSG_OOB).unwrap();
-    let message = refused(vec![a, b], &defaults());
-    assert!(message.contains("urgent byte"), "{message}");
-}
-
-#[test]
 fn datagram_sockets_find_external_servers_by_name() {
     let address = abstract_address();
     let server = UnixDatagram::bind_addr(&address).unwrap();

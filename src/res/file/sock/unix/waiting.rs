@@ -119,6 +119,39 @@ pub(super) fn read(kernel: &mut Kernel, listener: BorrowedFd) -> KernelResult<Ve
     Ok(found)
 }
 
+/// Reads the queue of a stream, with an out-of-band byte but without descriptors.
+pub(super) fn read_urgent(
+    kernel: &mut Kernel,
+    fd: BorrowedFd,
+    pids: &PidMap,
+) -> KernelResult<Vec<Packet>> {
+    let file = kernel.file(fd)?;
+    let socket = kernel.pointer(file, "file", "private_data")?;
+    let sock = kernel.pointer(socket, "socket", "sk")?;
+    let marked = kernel.pointer(sock, "unix_sock", "oob_skb")?;
+    let mut packets: Vec<Packet> = Vec::new();
+    for at in queue(kernel, sock, MESSAGES_MAX)? {
+        let mut message = read_message(kernel, at)?;
+        let control = kernel.member(at, "sk_buff", "cb")?;
+        let consumed = kernel.word(control, "unix_skb_parms", "consumed")? as usize;
+        let data = message.data.split_off(consumed.min(message.data.len()));
+        if !message.files.is_empty() {
+            return Err(KernelError::Unexpected("descriptors near an urgent byte"));
+        }
+        let sender = message.sender.filter(|sender| sender.pid != 0);
+        let sender = sender.map(|sender| to_image(sender, pids));
+        let urgent = at == marked;
+        match packets.last_mut() {
+            _ if data.is_empty() => {}
+            Some(last) if !last.urgent && !urgent && last.sender == sender => {
+                last.data.extend(data);
+            }
+            _ => packets.push(Packet { data, rights: Vec::new(), sender, urgent }),
+        }
+    }
+    Ok(packets)
+}
+
 /// Returns the messages in the queue of a `struct sock`.
 fn queue(kernel: &mut Kernel, sock: KernelAddr, max: u32) -> KernelResult<Vec<KernelAddr>> {
     let head = kernel.member(sock, "sock", "sk_receive_queue")?;
@@ -287,6 +320,7 @@ impl Unsent {
             data: packet.data,
             rights: packet.rights,
             sender: packet.sender,
+            urgent: false,
         });
         queue::send(self.from.as_fd(), packets, &self.restored, opened)
     }
