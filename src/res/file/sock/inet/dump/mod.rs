@@ -1,0 +1,277 @@
+//! Dumps internet sockets.
+
+mod options;
+mod tcp;
+mod udp;
+
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+};
+
+use nix::{
+    errno::Errno,
+    libc::{self, c_int},
+    sys::socket::{getpeername, getsockname},
+};
+
+#[cfg(test)]
+pub(super) use self::options::words;
+use super::{
+    DumpOptions, address,
+    connection::{self, Connection},
+    lock::{self, Ends, Lock, Method},
+    protocol_name, repair,
+};
+use crate::{
+    causes::{tell, with_sources},
+    fault::{self, Point},
+    image::{SnapshotWriter, proto},
+    res::file::{
+        Collector, Description, FileError, Intake, Result,
+        error::errno,
+        sock::{
+            attributes, diag,
+            opts::{self, NET_NS_ID},
+            state,
+        },
+    },
+    sys::supervise,
+    units::{HostPid, TargetFd},
+};
+
+const HELP_KIND: &str = "only TCP, UDP and UDP-Lite sockets are supported";
+/// The step of the dump that a [`Lock`] is for.
+const HOLD_BACK: &str = "hold back the packets (nftables; --network-lock skip does without) of";
+
+#[derive(Debug)]
+pub(super) struct InetCollector {
+    options: DumpOptions,
+    /// Drops the packets of the connections.
+    lock: Option<Lock>,
+    connections: Vec<Found>,
+    /// The sockets of the network namespace, by family and protocol.
+    listed: HashMap<(c_int, c_int), HashMap<u32, diag::InetSocket>>,
+    states: attributes::AttributeReader,
+}
+
+/// A connection of the tree.
+#[derive(Debug)]
+struct Found {
+    fd: OwnedFd,
+    pid: HostPid,
+    number: TargetFd,
+    inode: u32,
+    ends: Ends,
+    /// `SO_REUSEADDR`.
+    reuse: c_int,
+    connection: Connection,
+}
+
+/// The protocol-specific state of a socket.
+#[derive(Clone, Debug, Default)]
+struct Facts {
+    state: u32,
+    backlog: u32,
+    shutdown: u8,
+    ended: Option<EndedConnection>,
+    /// Datagrams queued in a UDP socket that the restore can send again.
+    datagrams: Vec<proto::SkDatagramEntry>,
+}
+
+/// A TCP socket whose connection has been closed from both ends.
+#[derive(Clone, Debug, Default)]
+struct EndedConnection {
+    /// Whether it still holds its port.
+    bound: bool,
+    /// Received data that the program has not read.
+    received: Vec<u8>,
+}
+
+impl InetCollector {
+    /// Returns a collector without sockets.
+    pub(super) fn new(options: DumpOptions) -> Self {
+        Self {
+            options,
+            lock: None,
+            connections: Vec::new(),
+            listed: HashMap::new(),
+            states: attributes::AttributeReader::default(),
+        }
+    }
+
+    /// Returns what `sock_diag(7)` reports of a socket, if it lists the socket.
+    fn listed(
+        &mut self,
+        file: &Description,
+        family: c_int,
+        protocol: c_int,
+    ) -> Result<Option<diag::InetSocket>> {
+        let inode = u32::try_from(file.stat.st_ino).expect("inodes of sockets have 32 bits");
+        let listed = match self.listed.entry((family, protocol)) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(place) => {
+                let byte = |number: c_int| u8::try_from(number).expect("families are small");
+                place.insert(match diag::inet_sockets(byte(family), byte(protocol)) {
+                    // This kernel is built without sock_diag for the protocol.
+                    Err(Errno::ENOENT) => HashMap::new(),
+                    found => found.map_err(file.failed("list the sockets of the network for"))?,
+                })
+            }
+        };
+        Ok(listed.get(&inode).copied())
+    }
+}
+
+impl InetCollector {
+    fn try_to_part(&self, dump: &str) -> Result<()> {
+        let Some(first) = self.connections.first() else { return Ok(()) };
+        supervise::note_repair();
+        if self.lock.is_some() {
+            let ends: Vec<_> = self.connections.iter().map(|found| found.ends).collect();
+            supervise::note_packets(dump);
+            lock::keep(dump, &ends).map_err(|error| first.failed(HOLD_BACK)(errno(&error)))?;
+        }
+        for found in &self.connections {
+            // Closing the socket must not send the peer a packet.
+            repair::begin(found.fd.as_fd())
+                .map_err(found.failed("end without a packet (TCP_REPAIR)"))?;
+        }
+        fault::hit(Point::TcpParted).map_err(|_| first.failed("go on with")(Errno::EIO))
+    }
+
+    /// Runs if the tree continues after all.
+    fn reconnect(&mut self, dump: &str) {
+        for found in &self.connections {
+            if let Err(errno) = repair::end_with(found.fd.as_fd(), found.reuse) {
+                let failed = found.failed("let packets come to")(errno);
+                tell(log::Level::Error, &with_sources(&failed));
+            }
+        }
+        if self.lock.take().is_some()
+            && let Err(error) = lock::lift(dump)
+        {
+            let what = format!("packets of the tree's connections are held back: {error}");
+            tell(log::Level::Error, &what);
+        }
+        supervise::clear_repair();
+    }
+}
+
+impl Collector for InetCollector {
+    fn claims(&self, file: &Description) -> bool {
+        let inet = |family| matches!(family, libc::AF_INET | libc::AF_INET6);
+        file.is_type(libc::S_IFSOCK) && opts::family(file.fd.as_fd()).is_ok_and(inet)
+    }
+
+    fn collect(&mut self, file: &Description, _: &mut dyn Intake) -> Result<proto::FileEntry> {
+        let fd = file.fd.as_fd();
+        let ask = file.failed("ask for the type of");
+        let family = opts::family(fd).map_err(&ask)?;
+        let kind = opts::kind(fd).map_err(&ask)?;
+        let protocol = opts::protocol(fd).map_err(&ask)?;
+        let inode = file.stat.st_ino;
+        let mut own = address(getsockname(fd.as_raw_fd()));
+        let name = own.map_or_else(|| "unbound".to_owned(), |own| own.to_string());
+        let what = format!("the {} socket [{inode}] ({name})", protocol_name(kind, protocol));
+        let peer = address(getpeername(fd.as_raw_fd())).filter(|peer| peer.port() != 0);
+        let facts = match (kind, protocol) {
+            (libc::SOCK_STREAM, libc::IPPROTO_TCP) => self.tcp(file, family, &what)?,
+            (libc::SOCK_DGRAM, libc::IPPROTO_UDP | libc::IPPROTO_UDPLITE) => {
+                self.udp(file, (family, protocol), peer.is_some(), &what)?
+            }
+            _ => return Err(file.unsupported(what, HELP_KIND)),
+        };
+        let peer = peer.filter(|_| facts.ended.is_none());
+        let mut state = self.states.read(file, &what)?;
+        state.datagrams = facts.datagrams;
+        if let Some(ended) = facts.ended {
+            state.ended = Some(true);
+            state.received = (!ended.received.is_empty()).then_some(ended.received);
+            // The other options no longer matter, and the connection may have changed them.
+            state.options.retain(|option| option.level == libc::SOL_SOCKET);
+            own = own.filter(|_| ended.bound);
+        }
+        if connection::is_connection(facts.state) && protocol == libc::IPPROTO_TCP {
+            // For a connection, the kernel returns the negotiated size.
+            state.options.retain(|option| !is_segment_size(option));
+        }
+        let source_port = own.map_or(0, |own| own.port());
+        // Like CRIU, number the namespace only of sockets that the kernel lists.
+        let listed = if protocol == libc::IPPROTO_TCP {
+            facts.state != state::CLOSE
+        } else {
+            source_port != 0
+        };
+        let failed = file.failed("read the options of");
+        let entry = proto::InetSkEntry {
+            id: file.id,
+            ino: u32::try_from(inode).expect("inodes of sockets have 32 bits"),
+            family: family.cast_unsigned(),
+            r#type: kind.cast_unsigned(),
+            proto: protocol.cast_unsigned(),
+            state: facts.state,
+            src_port: source_port.into(),
+            dst_port: peer.map_or(0, |peer| peer.port().into()),
+            flags: file.flags,
+            backlog: facts.backlog,
+            src_addr: options::words(own, family),
+            dst_addr: options::words(peer, family),
+            fown: file.fown,
+            opts: opts::read(fd, family).map_err(&failed)?,
+            v6only: options::v6only(fd, family).map_err(&failed)?,
+            ip_opts: Some(options::ip_options(fd, family).map_err(&failed)?),
+            ifname: options::scope(fd, own).map_err(&failed)?,
+            ns_id: listed.then_some(NET_NS_ID),
+            shutdown: opts::shutdown(facts.shutdown),
+            tcp_opts: Some(options::tcp_options(fd, protocol).map_err(&failed)?),
+        };
+        Ok(proto::FileEntry {
+            r#type: proto::FdTypes::Inetsk.into(),
+            id: file.id,
+            isk: Some(entry),
+            sock: Some(state),
+            ..proto::FileEntry::default()
+        })
+    }
+
+    fn finish(&mut self, images: &SnapshotWriter) -> Result<()> {
+        self.connections.iter().try_for_each(|found| found.connection.write(images, found.inode))
+    }
+
+    fn note(&self, inventory: &mut proto::InventoryEntry) {
+        if !self.connections.is_empty() {
+            let holds = self.lock.is_some();
+            let method = if holds { Method::Nftables } else { Method::Skip };
+            inventory.network_lock_method = Some(method as u32);
+        }
+    }
+
+    fn prepare_kill(&mut self, dump: &str) -> Result<()> {
+        let parted = self.try_to_part(dump);
+        if parted.is_err() {
+            self.reconnect(dump);
+        }
+        parted
+    }
+}
+
+impl Found {
+    fn failed(&self, step: &'static str) -> impl Fn(Errno) -> FileError + '_ {
+        let (own, peer) = self.ends;
+        let link = format!("the TCP connection {own} -> {peer}");
+        move |source| FileError::Dump {
+            pid: self.pid,
+            fd: self.number,
+            link: link.clone(),
+            step,
+            source,
+        }
+    }
+}
+
+/// Whether an option is the size of segments (`TCP_MAXSEG`).
+fn is_segment_size(option: &proto::SkOptionEntry) -> bool {
+    let name = (option.level, option.name);
+    name == (libc::SOL_TCP, libc::TCP_MAXSEG)
+}
