@@ -299,7 +299,7 @@ fn privileged_connections_are_not_dumped_or_restored_unasked() {
     assert!(text.contains("in state ESTABLISHED") && text.contains(ESTABLISHED), "{text}");
     live.dump(&[ESTABLISHED]);
     let text = said(&live.try_restore(&[]));
-    assert!(text.contains("restoring connections takes --tcp-established"), "{text}");
+    assert!(text.contains("\nhelp: restore with --tcp-established to keep it"), "{text}");
     live.restore(&[ESTABLISHED]);
     exchange(&mut stream, 2, "second");
     drop(stream);

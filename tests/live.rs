@@ -328,6 +328,10 @@ states! {
     socket_options;
     tcp_connections ["--tcp-established"], elsewhere: restored;
     tcp_ended;
+    tcp_unaccepted ["--tcp-established", "--skip-in-flight"];
+    tcp_connecting ["--tcp-established", "--skip-in-flight"];
+    tcp_signed ["--tcp-established"];
+    tcp_options ["--tcp-established"];
     udp_queued;
     owners;
     owner_of_a_terminal;
@@ -583,6 +587,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("seccomp_notifies", "has a seccomp filter that asks another process (SECCOMP_RET_USER_NOTIF)"),
     ("seccomp_listener", "is anon_inode:seccomp notify"),
     ("fanotify_permissions", "decides by fanotify (descriptor"),
+    ("tcp_unaccepted", "with 1 connections not accepted yet (from 127.0.0.1:"),
     ("caught_system_calls", "has its system calls caught (PR_SET_SYSCALL_USER_DISPATCH)"),
 ];
 

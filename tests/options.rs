@@ -807,6 +807,7 @@ fn network_lock(_: &str) {
     };
     assert_eq!(method(&[]), Some(2));
     assert_eq!(method(&["--network-lock", "nftables"]), Some(2));
+    assert_eq!(method(&["--network-lock", "iptables"]), Some(1));
     assert_eq!(method(&["--network-lock", "skip"]), Some(3));
 }
 
@@ -835,6 +836,17 @@ fn some_values(command: &str, option: &str, accepted: &[&str], others: &[&str]) 
         let word = format!("{option}{value}");
         refused(&rcriu(&[command, &word]), &format!("{word} is not supported yet"));
     }
+}
+
+/// Of TCP.
+fn tcp_in_flight() {
+    let mut run = Run::of("tcp_unaccepted");
+    refused(&run.dump("dump", &["--tcp-established"]), "--skip-in-flight");
+    fine(run.dump_as(&["dump", "--tcp-established", "--skip-in-flight"]));
+    run.live.wait_gone();
+    fine(run.restore(&["--tcp-established"]));
+    run.live.verdict();
+    assert!(run.live.path("status.left_out").exists());
 }
 
 fn ext_unix_sk(command: &str) {
@@ -871,6 +883,7 @@ fn skip_in_flight(_: &str) {
     let _client = std::os::unix::net::UnixStream::connect(run.live.path("socket")).unwrap();
     refused(&run.dump("dump", &[]), "--skip-in-flight");
     fine(run.dump("dump", &["--skip-in-flight"]));
+    tcp_in_flight();
 }
 
 fn external(_: &str) {

@@ -13,6 +13,7 @@ mod flags;
 mod locks;
 mod maps;
 mod mounts;
+mod net;
 mod stat;
 mod status;
 mod tables;
@@ -39,6 +40,7 @@ pub use self::{
     locks::{FileLock, LockKind, LockMode},
     maps::Mapping,
     mounts::{Mount, NoCgroup, cgroup_directory},
+    net::{MulticastGroup, RawSocket, multicast_groups, raw_sockets},
     stat::Stat,
     status::{Ids, Status},
     tables::{Cgroup, LIMITS, Notify, PosixTimer, UNLIMITED},

@@ -29,6 +29,10 @@ struct Ledger {
     bytes: AtomicU64,
     /// Whether sockets of the tree may be in repair mode (`TCP_REPAIR`).
     repairs: AtomicBool,
+    /// `SO_REUSEADDR` of the one socket in repair mode, plus one; 0 if it is not known.
+    reuse: AtomicU64,
+    /// Whether rules of iptables drop packets of the tree's connections.
+    rules: AtomicBool,
     /// Whether the tree is killed if the worker dies.
     doomed: AtomicBool,
     /// The halves of the number of the dump for which packets are dropped, or 0.
@@ -86,10 +90,20 @@ pub fn clear_scratch() {
 }
 
 /// Tells the supervisor that sockets of the tree are about to enter repair mode (`TCP_REPAIR`). The
-/// supervisor ends it if the worker is killed.
-pub fn note_repair() {
+/// supervisor ends it if the worker is killed. `reuse`: `SO_REUSEADDR` of the socket, which the mode
+/// overwrites, if it is only one.
+pub fn note_repair(reuse: Option<u32>) {
     if let Some(ledger) = ledger() {
+        ledger.reuse.store(reuse.map_or(0, |reuse| u64::from(reuse) + 1), Ordering::Relaxed);
         ledger.repairs.store(true, Ordering::Release);
+    }
+}
+
+/// Tells the supervisor whether rules of iptables drop packets of the tree's connections. The
+/// supervisor removes them if the worker is killed.
+pub fn note_rules(there: bool) {
+    if let Some(ledger) = ledger() {
+        ledger.rules.store(there, Ordering::Release);
     }
 }
 
@@ -119,6 +133,17 @@ pub fn note_packets(dump: &str) {
             half.store(u64::try_from(bits).expect("64 bits"), Ordering::Release);
         }
     }
+}
+
+/// What a killed worker may have left of its work on sockets.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LeftoverRepairs {
+    /// `SO_REUSEADDR` of the socket in repair mode, if it is known.
+    pub reuse: Option<u32>,
+    /// Whether rules of iptables drop packets.
+    pub rules: bool,
+    /// The name of the dump for which a table of nftables drops packets.
+    pub dump: Option<String>,
 }
 
 /// The two processes after [`split`].
@@ -230,14 +255,22 @@ impl Supervisor {
         ledger().is_some_and(|ledger| ledger.doomed.load(Ordering::Acquire))
     }
 
-    /// Whether a killed worker may have left sockets in repair mode, and the dump for which packets
-    /// are dropped.
-    pub fn leftover_repairs(&self) -> Option<Option<String>> {
-        let ledger = ledger().filter(|ledger| ledger.repairs.load(Ordering::Acquire))?;
+    /// Returns what a killed worker may have left, if it was at work on sockets.
+    pub fn leftover_repairs(&self) -> Option<LeftoverRepairs> {
+        let ledger = ledger()?;
+        let rules = ledger.rules.load(Ordering::Acquire);
+        if !rules && !ledger.repairs.load(Ordering::Acquire) {
+            return None;
+        }
         let [high, low] = [0, 1].map(|at| u128::from(ledger.packets[at].load(Ordering::Acquire)));
         let digits = format!("{:032x}", high << 64 | low);
         let parts = [0..8, 8..12, 12..16, 16..20, 20..32].map(|range| &digits[range]);
-        Some((high | low != 0).then(|| parts.join("-")))
+        let reuse = ledger.reuse.load(Ordering::Relaxed).checked_sub(1);
+        Some(LeftoverRepairs {
+            reuse: reuse.and_then(|reuse| u32::try_from(reuse).ok()),
+            rules,
+            dump: (high | low != 0).then(|| parts.join("-")),
+        })
     }
 
     /// Waits until the worker exits, and forwards `SIGINT`, `SIGTERM` and `SIGHUP` to it until then.

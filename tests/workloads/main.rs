@@ -39,6 +39,7 @@ mod signals;
 mod socket_ends;
 mod sockets;
 mod steps;
+mod tcp;
 mod threads;
 mod tree;
 mod unix_waiting;
@@ -79,6 +80,7 @@ const GROUPS: &[&[Row]] = &[
     socket_ends::ROWS,
     unix_waiting::ROWS,
     mqueues::ROWS,
+    tcp::ROWS,
     owners::ROWS,
     namespaces::ROWS,
     confined::ROWS,

@@ -280,7 +280,7 @@ fn tcp_connections(checkpoint: &Checkpoint) -> Verdict {
 }
 
 /// Waits for bytes that are on their way.
-fn arrives(fd: i32, expected: &[u8]) -> Verdict {
+pub fn arrives(fd: i32, expected: &[u8]) -> Verdict {
     wait_until(&String::from_utf8_lossy(expected), || {
         receive(fd).is_ok_and(|found| found.as_deref() == Some(expected))
     })
@@ -290,7 +290,7 @@ fn arrives(fd: i32, expected: &[u8]) -> Verdict {
 const FIN_WAIT2: u8 = 5;
 const CLOSE_WAIT: u8 = 8;
 
-fn tcp_state(fd: i32) -> Result<u8, String> {
+pub fn tcp_state(fd: i32) -> Result<u8, String> {
     let (mut info, mut length) = ([0_u8; 104], 104);
     let at = info.as_mut_ptr().cast();
     sys!(getsockopt(fd, libc::SOL_TCP, libc::TCP_INFO, at, &raw mut length))?;

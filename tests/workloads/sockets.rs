@@ -70,11 +70,26 @@ impl Address {
     }
 
     pub fn ip4(port: u16) -> Self {
+        Self::of4([127, 0, 0, 1], port)
+    }
+
+    pub fn any4(port: u16) -> Self {
+        Self::of4([0; 4], port)
+    }
+
+    pub fn netlink(port: u32) -> Self {
+        // SAFETY: all zeros is a valid value.
+        let mut address: libc::sockaddr_nl = unsafe { mem::zeroed() };
+        (address.nl_family, address.nl_pid) = (libc::AF_NETLINK as u16, port);
+        Self::of(address, size_of::<libc::sockaddr_nl>())
+    }
+
+    pub fn of4(bytes: [u8; 4], port: u16) -> Self {
         // SAFETY: all zeros is a valid value.
         let mut address: libc::sockaddr_in = unsafe { mem::zeroed() };
         address.sin_family = libc::AF_INET as u16;
         address.sin_port = port.to_be();
-        address.sin_addr.s_addr = u32::from_be_bytes([127, 0, 0, 1]).to_be();
+        address.sin_addr.s_addr = u32::from_ne_bytes(bytes);
         Self::of(address, size_of::<libc::sockaddr_in>())
     }
 
@@ -131,7 +146,7 @@ impl Address {
     }
 
     /// The name of a socket's peer.
-    fn peer(fd: i32) -> Result<Vec<u8>, String> {
+    pub fn peer(fd: i32) -> Result<Vec<u8>, String> {
         Self::read(|at, length| sys!(getpeername(fd, at, length)))
     }
 }

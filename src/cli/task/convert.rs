@@ -20,8 +20,8 @@ use crate::{
     res::{
         file::{
             Connections, ConnectionsToDump, ConnectionsToRestore, DumpOptions, External,
-            GhostOptions, Inherited, LockOptions, RestoreOptions, TerminalOptions, UnixOptions,
-            Validation, WatchOptions,
+            GhostOptions, Inherited, LockOptions, PacketLock, RestoreOptions, TerminalOptions,
+            UnixOptions, Validation, WatchOptions,
         },
         tree::{self, cgroup, session},
     },
@@ -137,9 +137,14 @@ fn unix(args: &TaskArgs) -> UnixOptions {
 
 fn connections(args: &TaskArgs, goal: dump::Goal) -> ConnectionsToDump {
     let ends = goal == dump::Goal::Tree(Outcome::Kill);
-    let skips = args.network.network_lock == Some(NetworkLock::Skip);
+    let method = match args.network.network_lock {
+        Some(NetworkLock::Skip) => None,
+        Some(NetworkLock::Iptables) => Some(PacketLock::Iptables),
+        Some(NetworkLock::Nftables) | None => Some(PacketLock::Nftables),
+    };
     let wanted = wanted_connections(args);
-    ConnectionsToDump::new(wanted, wanted == Connections::Keep && ends && !skips)
+    let method = method.filter(|_| wanted == Connections::Keep && ends);
+    ConnectionsToDump::new(wanted, method, args.network.skip_in_flight)
 }
 
 /// Returns how to treat TCP connections. As with CRIU, `--tcp-close` wins over

@@ -176,8 +176,8 @@ pub(super) struct NetworkArgs {
     /// Do not keep established TCP connections; restore their sockets as closed ones
     #[arg(long)]
     pub tcp_close: bool,
-    /// Leave out connections that a program of the tree has not accepted, UNIX ones of other
-    /// programs
+    /// Leave out connections that a program of the tree has not accepted: TCP ones, and UNIX ones
+    /// of other programs
     #[arg(long)]
     pub skip_in_flight: bool,
     /// Allow UNIX sockets that are connected to other processes; INODE,... names such sockets

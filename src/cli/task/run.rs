@@ -92,8 +92,8 @@ fn supervised(root: HostPid, work: impl FnOnce() -> u8) -> anyhow::Result<u8> {
             if supervisor.has_doomed() {
                 bail!("{what}; the snapshot is complete, and the tree has ended");
             }
-            if let Some(dump) = supervisor.leftover_repairs() {
-                file::end_repairs(root, dump.as_deref());
+            if let Some(left) = supervisor.leftover_repairs() {
+                file::end_repairs(root, &left);
             }
             match supervisor.leftover().map(inject::repair) {
                 None => bail!("{what}; the tree runs on unchanged"),

@@ -118,9 +118,12 @@ pub(super) const ROWS: &[Row] = &[
     built("tcp-close", DUMP.or(RESTORE)),
     harmless("tcp-close", PRE_DUMP, NO_FILES),
     built("skip-in-flight", DUMP),
+    harmless("skip-in-flight", PRE_DUMP, NO_FILES),
+    harmless("skip-in-flight", RESTORE, "connections not in the images are left out anyway"),
     built("ext-unix-sk", DUMP.or(RESTORE)),
     harmless("ext-unix-sk", PRE_DUMP, NO_FILES),
     built("network-lock", DUMP),
+    harmless("network-lock", RESTORE, "the images record how packets are held back"),
     // External resources
     built("external", DUMP),
     harmless("external", RESTORE, "pass external resources by --inherit-fd"),

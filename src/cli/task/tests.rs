@@ -12,8 +12,8 @@ use crate::{
     res::{
         file::{
             Connections, ConnectionsToDump, ConnectionsToRestore, DumpOptions, External,
-            GhostOptions, Inherited, LockOptions, RestoreOptions, TerminalOptions, UnixOptions,
-            Validation, WatchOptions,
+            GhostOptions, Inherited, LockOptions, PacketLock, RestoreOptions, TerminalOptions,
+            UnixOptions, Validation, WatchOptions,
         },
         tree::{self, cgroup, session},
     },
@@ -204,14 +204,19 @@ fn lines_of_dump_become_options() {
     let rows: &[Row<dump::Options>] = &[
         ("dump -t 7", |_| {}),
         ("dump -t 7 --tcp-established --network-lock skip", |dump| {
-            dump.files.connections = ConnectionsToDump::new(Connections::Keep, false);
+            dump.files.connections = ConnectionsToDump::new(Connections::Keep, None, false);
         }),
         ("dump -t 7 -l --force-irmap --irmap-scan-path a --irmap-scan-path b", |dump| {
             dump.files.locks = LockOptions::new(true);
             dump.files.watches = WatchOptions::new(true, vec!["a".into(), "b".into()]);
         }),
         ("dump -t 7 --tcp-established", |dump| {
-            dump.files.connections = ConnectionsToDump::new(Connections::Keep, true);
+            dump.files.connections =
+                ConnectionsToDump::new(Connections::Keep, Some(PacketLock::Nftables), false);
+        }),
+        ("dump -t 7 --tcp-established --network-lock iptables --skip-in-flight", |dump| {
+            let method = Some(PacketLock::Iptables);
+            dump.files.connections = ConnectionsToDump::new(Connections::Keep, method, true);
         }),
         ("dump --tree=3 -t7 -Dd -W w", |dump| {
             dump.store.images_dir = "d".into();

@@ -59,8 +59,8 @@ pub use self::{
     options::{DumpOptions, External, Inherited, RestoreOptions},
     sock::{
         inet::{
-            Connections, DumpOptions as ConnectionsToDump, RestoreOptions as ConnectionsToRestore,
-            end_repairs,
+            Connections, DumpOptions as ConnectionsToDump, PacketLock,
+            RestoreOptions as ConnectionsToRestore, end_repairs,
         },
         unix::Options as UnixOptions,
     },

@@ -36,8 +36,9 @@ const NO_ID: u32 = u32::MAX;
 /// The most bytes received by an ended TCP connection that the images hold.
 pub(super) const RECEIVED_MAX_BYTES: u32 = 4 << 20;
 
-/// The size of the longest value of [`OPTIONS`] (`TCP_CA_NAME_MAX`, `net/tcp.h`).
-const VALUE_BYTES: usize = 16;
+/// The size of the longest value of [`OPTIONS`]: a header of IPv6 options (`ipv6_optlen`,
+/// `linux/ipv6.h`).
+const VALUE_BYTES: usize = 2048;
 
 /// `asm-generic/socket.h`; `libc` lacks them.
 const SO_WIFI_STATUS: c_int = 41;
@@ -49,11 +50,20 @@ const SO_TXREHASH: c_int = 74;
 const SO_RCVMARK: c_int = 75;
 const SO_RCVPRIORITY: c_int = 82;
 const SO_PASSRIGHTS: c_int = 83;
+const SO_TIMESTAMP_NEW: c_int = 63;
+const SO_TIMESTAMPNS_NEW: c_int = 64;
+const SO_TIMESTAMPING_NEW: c_int = 65;
 
 /// `linux/in.h` and `linux/in6.h`.
 const IP_RECVERR_RFC4884: c_int = 26;
 const IP_LOCAL_PORT_RANGE: c_int = 51;
 const IPV6_MULTICAST_ALL: c_int = 29;
+const IPV6_FLOWINFO: c_int = 11;
+const IPV6_FLOWINFO_SEND: c_int = 33;
+const IPV6_ADDR_PREFERENCES: c_int = 72;
+const IPV6_ROUTER_ALERT_ISOLATE: c_int = 30;
+/// The older options for messages with what came with a packet (RFC 2292).
+const IPV6_2292: [c_int; 5] = [2, 3, 4, 5, 8];
 const IPV6_RECVERR_RFC4884: c_int = 31;
 const IPV6_AUTOFLOWLABEL: c_int = 70;
 const IPV6_MINHOPCOUNT: c_int = 73;
@@ -66,8 +76,20 @@ const TCP_NOTSENT_LOWAT: c_int = 25;
 const TCP_SAVE_SYN: c_int = 27;
 const TCP_FASTOPEN_NO_COOKIE: c_int = 34;
 const TCP_TX_DELAY: c_int = 37;
+/// Only without a datagram that is held back: one is refused.
+const UDP_CORK: c_int = 1;
 const UDP_NO_CHECK6_TX: c_int = 101;
 const UDP_NO_CHECK6_RX: c_int = 102;
+
+/// `linux/in6.h`: where a raw socket of IPv6 has its checksum.
+const SOL_RAW: c_int = 255;
+const IPV6_CHECKSUM: c_int = 7;
+
+/// `linux/if_packet.h`.
+const PACKET_TX_HAS_OFF: c_int = 19;
+const PACKET_QDISC_BYPASS: c_int = 20;
+const PACKET_IGNORE_OUTGOING: c_int = 23;
+const PACKET_VNET_HDR_SZ: c_int = 24;
 
 /// `linux/netlink.h`.
 const NETLINK_PKTINFO: c_int = 3;
@@ -100,6 +122,13 @@ const OPTIONS: &[(c_int, &[c_int])] = &[
             SO_RCVMARK,
             SO_RCVPRIORITY,
             SO_PASSRIGHTS,
+            // With one of these, the older form of `SO_TIMESTAMPING` shows a value, too.
+            SO_TIMESTAMP_NEW,
+            SO_TIMESTAMPNS_NEW,
+            SO_TIMESTAMPING_NEW,
+            libc::SO_DEBUG,
+            libc::SO_TXTIME,
+            libc::SO_LOCK_FILTER,
         ],
     ),
     (
@@ -124,6 +153,7 @@ const OPTIONS: &[(c_int, &[c_int])] = &[
     (
         libc::SOL_IP,
         &[
+            libc::IP_OPTIONS,
             libc::IP_TRANSPARENT,
             libc::IP_RECVERR,
             libc::IP_RECVTTL,
@@ -166,6 +196,19 @@ const OPTIONS: &[(c_int, &[c_int])] = &[
             libc::IPV6_DONTFRAG,
             libc::IPV6_TRANSPARENT,
             IPV6_MULTICAST_ALL,
+            IPV6_FLOWINFO,
+            IPV6_FLOWINFO_SEND,
+            IPV6_ADDR_PREFERENCES,
+            IPV6_ROUTER_ALERT_ISOLATE,
+            IPV6_2292[0],
+            IPV6_2292[1],
+            IPV6_2292[2],
+            IPV6_2292[3],
+            IPV6_2292[4],
+            libc::IPV6_HOPOPTS,
+            libc::IPV6_RTHDRDSTOPTS,
+            libc::IPV6_RTHDR,
+            libc::IPV6_DSTOPTS,
             IPV6_RECVERR_RFC4884,
             IPV6_AUTOFLOWLABEL,
             IPV6_MINHOPCOUNT,
@@ -174,7 +217,15 @@ const OPTIONS: &[(c_int, &[c_int])] = &[
             IPV6_RECVFRAGSIZE,
         ],
     ),
-    (libc::SOL_UDP, &[libc::UDP_GRO, libc::UDP_SEGMENT, UDP_NO_CHECK6_TX, UDP_NO_CHECK6_RX]),
+    (
+        libc::SOL_UDP,
+        &[UDP_CORK, libc::UDP_GRO, libc::UDP_SEGMENT, UDP_NO_CHECK6_TX, UDP_NO_CHECK6_RX],
+    ),
+    (SOL_RAW, &[IPV6_CHECKSUM]),
+    (
+        libc::SOL_PACKET,
+        &[PACKET_TX_HAS_OFF, PACKET_QDISC_BYPASS, PACKET_IGNORE_OUTGOING, PACKET_VNET_HDR_SZ],
+    ),
     (
         libc::SOL_NETLINK,
         &[
@@ -201,10 +252,7 @@ const OF_DATAGRAMS: &[(c_int, c_int)] = &[
 
 /// Options that the dump cannot record; it warns if they are in use.
 const LOST: &[(c_int, c_int, &str)] = &[
-    (libc::SOL_SOCKET, libc::SO_LOCK_FILTER, "SO_LOCK_FILTER"),
     (libc::SOL_SOCKET, SO_RESERVE_MEM, "SO_RESERVE_MEM"),
-    (libc::SOL_SOCKET, libc::SO_TXTIME, "SO_TXTIME"),
-    (libc::SOL_TCP, libc::TCP_ULP, "TCP_ULP"),
     (libc::SOL_TCP, libc::TCP_REPAIR, "TCP_REPAIR"),
 ];
 
@@ -216,10 +264,9 @@ pub(super) fn polled(fd: BorrowedFd, wanted: PollFlags) -> nix::Result<PollFlags
 }
 
 fn value(fd: BorrowedFd, level: c_int, name: c_int) -> Option<Vec<u8>> {
-    let mut value = vec![0; VALUE_BYTES];
+    let mut value = [0; VALUE_BYTES];
     let len = socket::option_bytes(fd, level, name, &mut value).ok()?;
-    value.truncate(len);
-    Some(value)
+    Some(value.get(..len)?.to_vec())
 }
 
 /// The value of each of [`OPTIONS`], in order; `None` if the socket lacks it.
@@ -305,7 +352,7 @@ pub(super) fn restore_options(
             let problem = format!("option {name} of level {level} is not one that rcriu restores");
             return Err(restored.wrong(problem));
         }
-        if value(fd, *level, *name).as_ref() == Some(wanted) {
+        if is_filter_lock(*level, *name) || value(fd, *level, *name).as_ref() == Some(wanted) {
             continue;
         }
         if let Err(errno) = socket::set_option(fd, *level, *name, wanted.as_slice()) {
@@ -314,6 +361,24 @@ pub(super) fn restore_options(
         }
     }
     Ok(())
+}
+
+fn is_filter_lock(level: c_int, name: c_int) -> bool {
+    (level, name) == (libc::SOL_SOCKET, libc::SO_LOCK_FILTER)
+}
+
+/// Locks the filter of a socket (`SO_LOCK_FILTER`), after it was attached.
+pub(super) fn lock_filter(
+    fd: BorrowedFd,
+    state: Option<&SkStateEntry>,
+    restored: &Subject,
+) -> Result<()> {
+    let is_lock = |option: &&SkOptionEntry| is_filter_lock(option.level, option.name);
+    let Some(lock) = state.and_then(|state| state.options.iter().find(is_lock)) else {
+        return Ok(());
+    };
+    socket::set_option(fd, lock.level, lock.name, lock.value.as_slice())
+        .map_err(restored.failed("set SO_LOCK_FILTER of"))
 }
 
 /// Sets `SO_PEEK_OFF`, after the queue was filled.

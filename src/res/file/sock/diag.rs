@@ -3,7 +3,11 @@
 //! This file encodes the few requests and decodes the few attributes that are needed: the crate
 //! for the protocol knows neither netlink sockets nor the files of UNIX sockets.
 
-use std::{collections::HashMap, os::fd::AsRawFd};
+use std::{
+    collections::HashMap,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::AsRawFd,
+};
 
 use nix::{
     errno::Errno,
@@ -14,6 +18,8 @@ use nix::{
     },
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+use super::state;
 
 /// The size of the receive buffer: no message of the kernel is larger.
 const RECEIVE_BYTES: usize = 64 << 10;
@@ -44,8 +50,12 @@ mod unix_attribute {
     pub(super) const SHUTDOWN: u16 = 6;
 }
 
-/// `INET_DIAG_SHUTDOWN`, `linux/inet_diag.h`.
+/// `INET_DIAG_SHUTDOWN` and `INET_DIAG_MD5SIG`, `linux/inet_diag.h`.
 const INET_SHUTDOWN: u16 = 8;
+const INET_MD5_KEYS: u16 = 18;
+
+/// The bit for `INET_DIAG_INFO`. Only with it the kernel returns the keys.
+const INET_SHOW_INFO: u8 = 2;
 
 /// `NETLINK_DIAG_GROUPS`, and the bit that asks for it (`linux/netlink_diag.h`).
 const NETLINK_GROUPS: u16 = 1;
@@ -118,16 +128,84 @@ struct InetRequest {
 #[derive(FromBytes)]
 #[repr(C)]
 struct InetAnswer {
-    _family: u8,
-    _state: u8,
+    family: u8,
+    state: u8,
     _timer: u8,
     _retransmits: u8,
-    _id: InetId,
+    id: InetId,
     _expires: u32,
     receive_queue: u32,
     send_queue: u32,
     _user: u32,
     inode: u32,
+}
+
+/// Bits of `packet_diag_req.pdiag_show`, and attributes (`linux/packet_diag.h`): what a socket does,
+/// its memberships, its rings.
+const PACKET_SHOW: u32 = 7;
+const PACKET_INFO: u16 = 0;
+const PACKET_MEMBERSHIPS: u16 = 1;
+const PACKET_RX_RING: u16 = 2;
+const PACKET_TX_RING: u16 = 3;
+
+/// `struct packet_diag_req`.
+#[derive(IntoBytes, Immutable)]
+#[repr(C)]
+struct PacketRequest {
+    family: u8,
+    protocol: u8,
+    pad: u16,
+    inode: u32,
+    show: u32,
+    cookie: [u32; 2],
+}
+
+/// `struct packet_diag_msg`.
+#[derive(FromBytes)]
+#[repr(C)]
+struct PacketAnswer {
+    _family: u8,
+    _kind: u8,
+    protocol: u16,
+    inode: u32,
+    _cookie: [u32; 2],
+}
+
+/// `struct packet_diag_info`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes)]
+#[repr(C)]
+pub(super) struct PacketInfo {
+    pub(super) index: u32,
+    pub(super) version: u32,
+    pub(super) reserve: u32,
+    pub(super) copy_thresh: u32,
+    pub(super) timestamp: u32,
+    /// `PDI_*`.
+    pub(super) flags: u32,
+}
+
+/// `struct packet_diag_mclist`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes)]
+#[repr(C)]
+pub(super) struct PacketMembership {
+    pub(super) index: u32,
+    pub(super) count: u32,
+    pub(super) kind: u16,
+    pub(super) address_len: u16,
+    pub(super) address: [u8; 32],
+}
+
+/// `struct packet_diag_ring`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes)]
+#[repr(C)]
+pub(super) struct PacketRing {
+    pub(super) block_size: u32,
+    pub(super) block_nr: u32,
+    pub(super) frame_size: u32,
+    pub(super) frame_nr: u32,
+    pub(super) retire_tmo: u32,
+    pub(super) sizeof_priv: u32,
+    pub(super) features: u32,
 }
 
 /// `struct netlink_diag_req`.
@@ -183,11 +261,23 @@ pub(super) struct UnixSocket {
 }
 
 /// An internet socket.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct InetSocket {
     pub(super) receive_queue: u32,
     pub(super) send_queue: u32,
     pub(super) shutdown: u8,
+    /// The keys of TCP-MD5 signatures, as an array of `struct tcp_diag_md5sig`. The kernel returns
+    /// them to processes with `CAP_NET_ADMIN`.
+    pub(super) md5_keys: Vec<u8>,
+}
+
+/// The internet sockets of one family and protocol.
+#[derive(Clone, Debug, Default)]
+pub(super) struct InetSockets {
+    /// Those that have an inode, by it.
+    pub(super) by_inode: HashMap<u32, InetSocket>,
+    /// The local and the remote address of connections that no process has accepted yet.
+    pub(super) unaccepted: Vec<(SocketAddr, SocketAddr)>,
 }
 
 /// A netlink socket.
@@ -199,6 +289,17 @@ pub(super) struct NetlinkSocket {
     pub(super) peer_group: u32,
     /// The groups that it has joined, 32 in a word.
     pub(super) groups: Vec<u32>,
+}
+
+/// A packet socket.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct PacketSocket {
+    /// The protocol that it receives (`ETH_P_*`), in the byte order of this machine.
+    pub(super) protocol: u16,
+    pub(super) info: PacketInfo,
+    pub(super) memberships: Vec<PacketMembership>,
+    pub(super) receive_ring: Option<PacketRing>,
+    pub(super) send_ring: Option<PacketRing>,
 }
 
 /// Returns a family in the form of the requests.
@@ -246,32 +347,57 @@ pub(super) fn unix_sockets() -> nix::Result<HashMap<u32, UnixSocket>> {
     Ok(sockets)
 }
 
-/// Returns the internet sockets of one family and protocol by inode, except those without a
-/// port.
+/// Returns the internet sockets of one family and protocol, except those without a port.
 ///
 /// # Errors
 /// `ENOENT` if the kernel does not list sockets of this protocol.
-pub(super) fn inet_sockets(family: u8, protocol: u8) -> nix::Result<HashMap<u32, InetSocket>> {
+pub(super) fn inet_sockets(family: u8, protocol: u8) -> nix::Result<InetSockets> {
     let request = InetRequest {
         family,
         protocol,
-        extensions: 0,
+        extensions: INET_SHOW_INFO,
         pad: 0,
         states: ALL_STATES,
         id: InetId::default(),
     };
-    let mut sockets = HashMap::new();
+    let mut sockets = InetSockets::default();
     ask(request.as_bytes(), |answer| {
         let (head, attributes) = InetAnswer::read_from_prefix(answer).map_err(|_| Errno::EPROTO)?;
-        let shutdown = Attributes(attributes)
-            .find(|(kind, _)| *kind == INET_SHUTDOWN)
-            .and_then(|(_, value)| value.first().copied())
-            .unwrap_or(0);
+        let state = u32::from(head.state);
+        // A connection that its program has closed has no inode either, but is in another state.
+        if head.inode == 0 && matches!(state, state::ESTABLISHED | state::CLOSE_WAIT) {
+            sockets.unaccepted.push(head.addresses());
+        }
         let (receive_queue, send_queue) = (head.receive_queue, head.send_queue);
-        sockets.insert(head.inode, InetSocket { receive_queue, send_queue, shutdown });
+        let mut found = InetSocket { receive_queue, send_queue, ..InetSocket::default() };
+        for (kind, value) in Attributes(attributes) {
+            match kind {
+                INET_SHUTDOWN => found.shutdown = value.first().copied().unwrap_or(0),
+                INET_MD5_KEYS => found.md5_keys = value.to_owned(),
+                _ => {}
+            }
+        }
+        sockets.by_inode.insert(head.inode, found);
         Ok(())
     })?;
     Ok(sockets)
+}
+
+impl InetAnswer {
+    fn addresses(&self) -> (SocketAddr, SocketAddr) {
+        let address = |words: [u32; 4], port: [u8; 2]| {
+            let port = u16::from_be_bytes(port);
+            if i32::from(self.family) == libc::AF_INET {
+                (Ipv4Addr::from(words[0].to_ne_bytes()), port).into()
+            } else {
+                let mut bytes = [0; 16];
+                bytes.copy_from_slice(words.as_bytes());
+                (Ipv6Addr::from(bytes), port).into()
+            }
+        };
+        let id = &self.id;
+        (address(id.source, id.source_port), address(id.peer, id.peer_port))
+    }
 }
 
 /// Returns all netlink sockets by inode.
@@ -302,6 +428,49 @@ pub(super) fn netlink_sockets() -> nix::Result<HashMap<u32, NetlinkSocket>> {
             peer_group: head.peer_group,
             groups,
         };
+        sockets.insert(head.inode, found);
+        Ok(())
+    })?;
+    Ok(sockets)
+}
+
+/// Returns all packet sockets by inode.
+///
+/// # Errors
+/// `ENOENT` if the kernel does not list packet sockets.
+pub(super) fn packet_sockets() -> nix::Result<HashMap<u32, PacketSocket>> {
+    let request = PacketRequest {
+        family: family(libc::AF_PACKET),
+        protocol: 0,
+        pad: 0,
+        inode: 0,
+        show: PACKET_SHOW,
+        cookie: [0; 2],
+    };
+    let mut sockets = HashMap::new();
+    ask(request.as_bytes(), |answer| {
+        let (head, attributes) =
+            PacketAnswer::read_from_prefix(answer).map_err(|_| Errno::EPROTO)?;
+        let mut found = PacketSocket { protocol: head.protocol, ..PacketSocket::default() };
+        for (kind, value) in Attributes(attributes) {
+            let ring = || PacketRing::read_from_prefix(value).map(|(ring, _)| ring).ok();
+            match kind {
+                PACKET_INFO => {
+                    let info = PacketInfo::read_from_prefix(value);
+                    found.info = info.map_err(|_| Errno::EPROTO)?.0;
+                }
+                PACKET_MEMBERSHIPS => {
+                    let mut rest = value;
+                    while let Ok((membership, after)) = PacketMembership::read_from_prefix(rest) {
+                        found.memberships.push(membership);
+                        rest = after;
+                    }
+                }
+                PACKET_RX_RING => found.receive_ring = ring(),
+                PACKET_TX_RING => found.send_ring = ring(),
+                _ => {}
+            }
+        }
         sockets.insert(head.inode, found);
         Ok(())
     })?;

@@ -15,6 +15,7 @@ pub(super) mod unsupported;
 /// Socket states (`net/tcp_states.h`).
 mod state {
     pub(super) const ESTABLISHED: u32 = 1;
+    pub(super) const SYN_SENT: u32 = 2;
     pub(super) const FIN_WAIT1: u32 = 4;
     pub(super) const FIN_WAIT2: u32 = 5;
     pub(super) const CLOSE: u32 = 7;

@@ -1,8 +1,8 @@
-//! TCP and UDP sockets.
+//! Internet sockets: TCP, UDP, raw IP and ICMP.
 //!
 //! These are TCP connections, if the user asks for them ([`connection`]); TCP sockets that listen,
-//! or neither listen nor are connected, or whose connection both ends have closed; and UDP and
-//! UDP-Lite sockets in any state. The dump keeps datagrams queued in UDP sockets as far as
+//! or neither listen nor are connected, or whose connection both ends have closed; raw and ICMP
+//! sockets ([`raw`]); and UDP and UDP-Lite sockets in any state. The dump keeps datagrams queued in UDP sockets as far as
 //! [`udp_queue`] can; CRIU drops them. Programs that use UDP must cope with lost datagrams and lost
 //! ICMP errors anyway, and clients must cope with a listening socket that loses half-open
 //! connections.
@@ -15,7 +15,10 @@ mod connection;
 mod dump;
 mod forge;
 mod lock;
+mod md5;
 mod mend;
+mod multicast;
+mod raw;
 mod repair;
 mod restore;
 mod udp_queue;
@@ -32,6 +35,7 @@ use crate::{
     res::file::{FileKind, Usage},
 };
 
+pub use lock::Method as PacketLock;
 pub use mend::end_repairs;
 
 /// The row of [`KINDS`](crate::res::file::KINDS).
@@ -60,14 +64,20 @@ pub enum Connections {
 #[cfg_attr(test, derive(PartialEq, Eq))]
 pub struct DumpOptions {
     connections: Connections,
-    hold_packets: bool,
+    hold_packets: Option<PacketLock>,
+    skip_in_flight: bool,
 }
 
 impl DumpOptions {
-    /// `hold_packets`: drop the packets of kept connections until the restore, since the dump kills
-    /// the tree (not with `--network-lock skip`).
-    pub fn new(connections: Connections, hold_packets: bool) -> Self {
-        Self { connections, hold_packets }
+    /// `hold_packets`: how to drop the packets of kept connections until the restore, if the dump
+    /// kills the tree (`--network-lock`). `skip_in_flight`: leave out connections that the program
+    /// has not accepted yet (`--skip-in-flight`).
+    pub fn new(
+        connections: Connections,
+        hold_packets: Option<PacketLock>,
+        skip_in_flight: bool,
+    ) -> Self {
+        Self { connections, hold_packets, skip_in_flight }
     }
 }
 

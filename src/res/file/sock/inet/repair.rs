@@ -100,7 +100,7 @@ pub(super) fn end_with(fd: BorrowedFd, reuse: c_int) -> nix::Result<()> {
 /// The errors of `work`, and of entering and leaving repair mode.
 pub(super) fn during<T>(fd: BorrowedFd, work: impl FnOnce() -> nix::Result<T>) -> nix::Result<T> {
     let reuse = reuse(fd)?;
-    supervise::note_repair();
+    supervise::note_repair(Some(reuse.cast_unsigned()));
     begin(fd)?;
     let done = fault::hit(Point::TcpRepairing).map_err(|_| Errno::EIO).and_then(|()| work());
     end_with(fd, reuse)?;

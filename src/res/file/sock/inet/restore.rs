@@ -28,8 +28,8 @@ use nix::{
 use super::{
     Connections, IPV6_FREEBIND, IPV6_RECVPKTINFO, RestoreOptions,
     connection::{self, Connection},
-    lock::{self, Ends, Method},
-    protocol_name, repair, udp_queue,
+    lock::{self, Ends, Lock, Method},
+    md5, multicast, protocol_name, raw, repair, udp_queue,
 };
 use crate::{
     image::{Kind, proto},
@@ -60,6 +60,8 @@ pub(super) struct InetOpener {
     connections: Vec<Repairing>,
     /// The addresses of connections that the restore closes.
     closed: Vec<Ends>,
+    /// The unique name of the dump, and the method by which packets are dropped since.
+    hold: Option<(String, Method)>,
 }
 
 /// A connection in repair mode.
@@ -70,12 +72,14 @@ struct Repairing {
     reuse: Option<bool>,
     /// Whether the program has shut down receiving.
     has_shut_down: bool,
+    /// What the socket was connecting to.
+    connects: Option<SocketAddr>,
 }
 
 impl InetOpener {
     /// Returns an opener without sockets.
     pub(super) fn new(options: RestoreOptions) -> Self {
-        Self { options, connections: Vec::new(), closed: Vec::new() }
+        Self { options, connections: Vec::new(), closed: Vec::new(), hold: None }
     }
 
     /// Recreates the connections, after the sockets that listen on the same ports.
@@ -89,11 +93,11 @@ impl InetOpener {
         let Some(first) = sockets.iter().find(|socket| socket.connection().is_some()) else {
             return Ok(());
         };
-        let (own, _) = hold_of(opened)?;
+        let (own, _) = self.hold(opened)?;
         if let Ok(Some(table)) = lock::other_holder(&own, &ends) {
             return Err(first.restored.wrong(format!(
                 "packets of its connection are held back by the nftables table {table}, which \
-                 another dump has left; nft delete table inet {table} lets them pass"
+                 another dump has left\nhelp: nft delete table inet {table} lets them pass"
             )));
         }
         for socket in sockets {
@@ -113,20 +117,51 @@ impl InetOpener {
             let has_shut_down = opts::how(entry.shutdown)
                 .is_some_and(|how| how != Shutdown::Write && state == state::ESTABLISHED);
             let reuse = entry.opts.reuseaddr;
+            let connects = (state == state::SYN_SENT).then_some(peer);
             let (restored, ends) = (restored.clone(), socket.ends());
-            self.connections.push(Repairing { restored, ends, reuse, has_shut_down });
+            self.connections.push(Repairing { restored, ends, reuse, has_shut_down, connects });
         }
         Ok(())
     }
-}
 
-/// Returns the unique name of the dump that is restored, and the method by which packets are
-/// dropped since.
-fn hold_of(opened: &Opened) -> Result<(String, Method)> {
-    let inventory: proto::InventoryEntry = opened.images.message(Kind::Inventory, 0)?;
-    let name = inventory.dump_criu_run_id.unwrap_or_default();
-    let method = Method::of(inventory.network_lock_method);
-    Ok((String::from_utf8_lossy(&name).into_owned(), method))
+    /// Returns the unique name of the dump that is restored, and the method by which packets are
+    /// dropped since.
+    fn hold(&mut self, opened: &Opened) -> Result<(String, Method)> {
+        if let Some(hold) = &self.hold {
+            return Ok(hold.clone());
+        }
+        let inventory: proto::InventoryEntry = opened.images.message(Kind::Inventory, 0)?;
+        let name = inventory.dump_criu_run_id.unwrap_or_default();
+        let method = Method::of(inventory.network_lock_method);
+        Ok(self.hold.insert((String::from_utf8_lossy(&name).into_owned(), method)).clone())
+    }
+
+    /// Connects the sockets that were connecting. Their packets are dropped, so that no answer, not
+    /// even one from this machine, reaches the restore instead of the program. The kernel sends them
+    /// again, and after a second they pass.
+    fn connect_again(&self, opened: &Opened) -> Result<()> {
+        let connecting = || self.connections.iter().filter(|one| one.connects.is_some());
+        if connecting().next().is_none() {
+            return Ok(());
+        }
+        let held = Lock::begin().and_then(|mut lock| {
+            connecting().try_for_each(|one| lock.hold(one.ends))?;
+            Ok(lock)
+        });
+        if let Err(error) = &held {
+            log::warn!("the packets of connecting sockets cannot be held back: {error}");
+        }
+        for Repairing { restored, connects, .. } in connecting() {
+            let Some(peer) = connects else { continue };
+            if let Err(errno) = connection::connect_again(opened.get(restored.id)?, *peer) {
+                log::warn!(
+                    "{}: it is not connected, and its program is not told: {errno}",
+                    restored.object
+                );
+            }
+        }
+        Ok(())
+    }
 }
 
 struct Socket<'a> {
@@ -189,15 +224,20 @@ impl Opener for InetOpener {
         if ends.is_empty() {
             return Ok(());
         }
-        let (dump, method) = hold_of(opened)?;
+        let (dump, method) = self.hold(opened)?;
+        self.connect_again(opened)?;
         let lifted = match method {
             Method::Iptables => lock::lift_rules(&ends),
             Method::Nftables => lock::lift(&dump),
             Method::Skip => Ok(()),
         };
         lifted.map_err(|source| FileError::Packets { source })?;
-        for Repairing { restored, reuse, has_shut_down, .. } in &self.connections {
+        for Repairing { restored, reuse, has_shut_down, connects, .. } in &self.connections {
             let fd = opened.get(restored.id)?;
+            if connects.is_some() {
+                opts::restore_reuse(fd, (*reuse, None), restored)?;
+                continue;
+            }
             repair::end_with_probe(fd).map_err(restored.failed("go on with (TCP_REPAIR)"))?;
             opts::restore_reuse(fd, (*reuse, None), restored)?;
             if *has_shut_down {
@@ -232,8 +272,8 @@ impl<'a> Socket<'a> {
         let is_tcp = kind == (libc::SOCK_STREAM, libc::IPPROTO_TCP);
         let is_udp = kind.0 == libc::SOCK_DGRAM
             && matches!(kind.1, libc::IPPROTO_UDP | libc::IPPROTO_UDPLITE);
-        if !is_tcp && !is_udp {
-            return Err(restored.wrong("rcriu does not restore sockets of this type yet"));
+        if !is_tcp && !is_udp && !raw::is_raw(kind) {
+            return Err(restored.wrong("rcriu does not restore sockets of this type"));
         }
         let address = |words: &[u32], port: u32| {
             let bad = || restored.wrong(format!("its address {words:x?}, port {port}, is invalid"));
@@ -251,8 +291,8 @@ impl<'a> Socket<'a> {
                 return Err(restored.wrong(problem));
             }
             if options.connections == Connections::Refuse {
-                let problem =
-                    "restoring connections takes --tcp-established, or --tcp-close to end them";
+                let problem = "it would be restored only if asked for\nhelp: restore with \
+                               --tcp-established to keep it, or with --tcp-close to end it";
                 return Err(restored.wrong(problem));
             }
         }
@@ -268,13 +308,31 @@ impl<'a> Socket<'a> {
         owner::restore(entry.id, &fd, opened)?;
         let socket = Self { entry, state, restored, own, peer, closes, ended, fd };
         socket.prepare()?;
+        if socket.connection().is_none() {
+            socket.set_md5_keys()?;
+        }
         Ok(socket)
+    }
+
+    /// Its type and protocol.
+    fn kind(&self) -> (i32, i32) {
+        (self.entry.r#type.cast_signed(), self.entry.proto.cast_signed())
+    }
+
+    fn is_tcp(&self) -> bool {
+        self.kind() == (libc::SOCK_STREAM, libc::IPPROTO_TCP)
+    }
+
+    /// Whether a socket without connections has a peer, which may have no port.
+    fn has_peer(&self) -> bool {
+        let is_connected =
+            self.entry.state == state::ESTABLISHED && !self.peer.ip().is_unspecified();
+        self.entry.dst_port != 0 || raw::is_raw(self.kind()) && is_connected
     }
 
     /// The state of a TCP connection; `None` for other sockets.
     fn connection(&self) -> Option<u32> {
-        let is_tcp = self.entry.proto.cast_signed() == libc::IPPROTO_TCP;
-        (is_tcp && self.entry.dst_port != 0 && !self.closes).then_some(self.entry.state)
+        (self.is_tcp() && self.entry.dst_port != 0 && !self.closes).then_some(self.entry.state)
     }
 
     fn ends(&self) -> Ends {
@@ -292,6 +350,14 @@ impl<'a> Socket<'a> {
         // Some of them decide which address the socket may be bound to.
         attributes::restore_options(fd, self.state, &self.restored)?;
         opts::restore_interface(fd, options, &self.restored)
+    }
+
+    /// Sets the keys that sign packets. Forged packets have no signature, so a connection gets its
+    /// keys after it was made.
+    fn set_md5_keys(&self) -> Result<()> {
+        let Some(state) = self.state.filter(|_| !self.closes) else { return Ok(()) };
+        md5::restore(self.fd.as_fd(), &state.md5_keys)
+            .map_err(self.restored.failed("set keys (TCP_MD5SIG) of"))
     }
 
     fn set(&self, level: i32, name: i32, value: u32, step: &'static str) -> Result<()> {
@@ -392,13 +458,21 @@ impl<'a> Socket<'a> {
             self.end_connection(received)
                 .map_err(restored.failed("send the received data again to"))?;
         }
-        if entry.dst_port != 0 && !self.closes && self.connection().is_none() {
+        if self.has_peer() && !self.closes && self.connection().is_none() {
             connect(fd.as_raw_fd(), &SockaddrStorage::from(self.peer))
                 .map_err(restored.failed("connect"))?;
         }
+        if self.connection().is_some() {
+            self.set_md5_keys()?;
+        }
         self.set_ip_options(entry.ip_opts.as_ref())?;
+        if let Some(state) = self.state {
+            multicast::restore(fd, &state.groups)
+                .map_err(restored.failed("join the multicast groups of"))?;
+        }
         opts::restore(fd, &entry.opts, restored)?;
         attributes::restore_options(fd, self.state, restored)?;
+        attributes::lock_filter(fd, self.state, restored)?;
         attributes::restore_peek_offset(fd, self.state, restored)?;
         self.set_tcp_options()?;
         let reuse = (entry.opts.reuseaddr, entry.opts.so_reuseport);
@@ -441,12 +515,16 @@ impl<'a> Socket<'a> {
                 self.set(level, name, value, step)?;
             }
         }
-        Ok(())
+        let Some(raw) = options.raw.as_ref().filter(|_| self.kind().0 == libc::SOCK_RAW) else {
+            return Ok(());
+        };
+        raw::restore_options(self.fd.as_fd(), (self.entry.family.cast_signed(), self.kind().1), raw)
+            .map_err(self.restored.failed("set the options of"))
     }
 
     /// Sets the TCP options. Older images store some of them with the general socket options.
     fn set_tcp_options(&self) -> Result<()> {
-        if self.entry.proto.cast_signed() != libc::IPPROTO_TCP {
+        if !self.is_tcp() {
             return Ok(());
         }
         let options = self.entry.tcp_opts.unwrap_or_default();

@@ -485,6 +485,7 @@ impl Sockets {
                 shutdown(fd.as_raw_fd(), how).map_err(restored.failed("shut down"))?;
             }
             attributes::restore_options(fd, Some(&socket.state), restored)?;
+            attributes::lock_filter(fd, Some(&socket.state), restored)?;
             attributes::restore_peek_offset(fd, Some(&socket.state), restored)?;
             opts::restore_flags(fd, entry.flags, restored)?;
         }

@@ -11,6 +11,7 @@ use std::{
 
 use nix::{
     errno::Errno,
+    fcntl::{FcntlArg, OFlag, fcntl},
     libc,
     sys::socket::{Shutdown, SockaddrStorage, bind, connect, shutdown},
 };
@@ -83,7 +84,7 @@ enum OwnEnd {
 
 fn own_end(of: u32) -> Option<OwnEnd> {
     Some(match of {
-        state::ESTABLISHED | state::CLOSE_WAIT => OwnEnd::Open,
+        state::ESTABLISHED | state::CLOSE_WAIT | state::SYN_SENT => OwnEnd::Open,
         state::FIN_WAIT1 | state::CLOSING | state::LAST_ACK => OwnEnd::Sent,
         state::FIN_WAIT2 | state::CLOSE => OwnEnd::Acknowledged,
         _ => return None,
@@ -154,7 +155,8 @@ impl Connection {
     }
 
     /// Recreates the connection on a new socket. The socket stays in repair mode, so the peer
-    /// receives nothing, even if the socket is closed, until [`repair::end_with_probe`].
+    /// receives nothing, even if the socket is closed, until [`repair::end_with_probe`]. A socket
+    /// that was connecting is bound and numbered; [`connect_again`] connects it.
     ///
     /// # Errors
     /// The step that failed, as a verb, and the error of the kernel.
@@ -170,6 +172,9 @@ impl Connection {
         let numbers = failed("number the bytes of");
         repair::set_sequence(fd, Queue::Received, self.first_received()).map_err(numbers)?;
         repair::set_sequence(fd, Queue::Sent, self.first_sent()).map_err(numbers)?;
+        if self.state == state::SYN_SENT {
+            return Ok(());
+        }
         connect(fd.as_raw_fd(), &address(peer)).map_err(failed("connect"))?;
         let negotiated = failed("set the options of");
         repair::set_negotiated(fd, &self.negotiated()).map_err(negotiated)?;
@@ -191,7 +196,10 @@ impl Connection {
 
     /// Returns the sequence number of the first byte sent, but not acknowledged.
     fn first_sent(&self) -> u32 {
-        let end = u32::from(own_end(self.state).is_some_and(|end| end != OwnEnd::Open));
+        // A SYN takes a number, too.
+        let is_connecting = self.state == state::SYN_SENT;
+        let has_ended = own_end(self.state).is_some_and(|end| end != OwnEnd::Open);
+        let end = u32::from(is_connecting || has_ended);
         self.entry.outq_seq.wrapping_sub(self.entry.outq_len).wrapping_sub(end)
     }
 
@@ -278,6 +286,23 @@ impl Connection {
             forge::send(own, peer, Packet { ends: false, ..packet })?;
         }
         Ok(())
+    }
+}
+
+/// Connects a socket that was connecting when it was dumped, and that [`Connection::make`] has made.
+/// Its packet looks to the peer like the earlier one, sent again.
+///
+/// # Errors
+/// Those of the kernel, such as `ECONNREFUSED`: then nothing will tell the program.
+pub(super) fn connect_again(fd: BorrowedFd, peer: SocketAddr) -> nix::Result<()> {
+    repair::end(fd)?;
+    let before = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
+    fcntl(fd, FcntlArg::F_SETFL(before | OFlag::O_NONBLOCK))?;
+    let connected = connect(fd.as_raw_fd(), &SockaddrStorage::from(peer));
+    fcntl(fd, FcntlArg::F_SETFL(before))?;
+    match connected {
+        Err(Errno::EINPROGRESS) => Ok(()),
+        connected => connected,
     }
 }
 

@@ -1,11 +1,14 @@
 //! Dumps internet sockets.
 
 mod options;
+mod raw_ip;
 mod tcp;
 mod udp;
 
 use std::{
     collections::{HashMap, hash_map::Entry},
+    io,
+    net::SocketAddr,
     os::fd::{AsFd, AsRawFd, OwnedFd},
 };
 
@@ -20,13 +23,14 @@ pub(super) use self::options::words;
 use super::{
     DumpOptions, address,
     connection::{self, Connection},
-    lock::{self, Ends, Lock, Method},
-    protocol_name, repair,
+    lock::{self, Ends, Lock, Method, Rules},
+    multicast, protocol_name, raw, repair,
 };
 use crate::{
     causes::{tell, with_sources},
     fault::{self, Point},
     image::{SnapshotWriter, proto},
+    proc,
     res::file::{
         Collector, Description, FileError, Intake, Result,
         error::errno,
@@ -40,19 +44,53 @@ use crate::{
     units::{HostPid, TargetFd},
 };
 
-const HELP_KIND: &str = "only TCP, UDP and UDP-Lite sockets are supported";
+const HELP_KIND: &str = "have the program close it, then try again";
+const HELP_MPTCP: &str = "have the program use TCP (for Go: GODEBUG=multipathtcp=0), or close it";
 /// The step of the dump that a [`Lock`] is for.
-const HOLD_BACK: &str = "hold back the packets (nftables; --network-lock skip does without) of";
+const HOLD_BACK: &str =
+    "hold back the packets (nftables; --network-lock iptables or skip does without) of";
 
 #[derive(Debug)]
 pub(super) struct InetCollector {
     options: DumpOptions,
     /// Drops the packets of the connections.
-    lock: Option<Lock>,
+    hold: Option<Hold>,
     connections: Vec<Found>,
     /// The sockets of the network namespace, by family and protocol.
-    listed: HashMap<(c_int, c_int), HashMap<u32, diag::InetSocket>>,
+    listed: HashMap<(c_int, c_int), diag::InetSockets>,
     states: attributes::AttributeReader,
+    /// The multicast groups that interfaces receive.
+    groups: Option<Vec<proc::MulticastGroup>>,
+    /// The raw and ICMP sockets of the network namespace, by family.
+    raw: HashMap<c_int, Vec<proc::RawSocket>>,
+}
+
+/// What drops packets during the dump.
+#[derive(Debug)]
+enum Hold {
+    Table(Lock),
+    Rules(Rules),
+}
+
+impl Hold {
+    /// Drops nothing yet.
+    fn begin(method: Method) -> io::Result<Option<Self>> {
+        Ok(match method {
+            Method::Nftables => Some(Self::Table(Lock::begin()?)),
+            Method::Iptables => {
+                supervise::note_rules(true);
+                Some(Self::Rules(Rules::default()))
+            }
+            Method::Skip => None,
+        })
+    }
+
+    fn add(&mut self, ends: Ends) -> io::Result<()> {
+        match self {
+            Self::Table(lock) => lock.hold(ends),
+            Self::Rules(rules) => rules.hold(ends),
+        }
+    }
 }
 
 /// A connection of the tree.
@@ -77,6 +115,10 @@ struct Facts {
     ended: Option<EndedConnection>,
     /// Datagrams queued in a UDP socket that the restore can send again.
     datagrams: Vec<proto::SkDatagramEntry>,
+    /// Keys of TCP-MD5 signatures.
+    md5_keys: Vec<proto::SkMd5KeyEntry>,
+    /// What a socket is connected to, or connects to, if `getpeername(2)` does not show it.
+    peer: Option<SocketAddr>,
 }
 
 /// A TCP socket whose connection has been closed from both ends.
@@ -93,10 +135,12 @@ impl InetCollector {
     pub(super) fn new(options: DumpOptions) -> Self {
         Self {
             options,
-            lock: None,
+            hold: None,
             connections: Vec::new(),
             listed: HashMap::new(),
             states: attributes::AttributeReader::default(),
+            groups: None,
+            raw: HashMap::new(),
         }
     }
 
@@ -106,28 +150,51 @@ impl InetCollector {
         file: &Description,
         family: c_int,
         protocol: c_int,
-    ) -> Result<Option<diag::InetSocket>> {
-        let inode = u32::try_from(file.stat.st_ino).expect("inodes of sockets have 32 bits");
-        let listed = match self.listed.entry((family, protocol)) {
+    ) -> Result<Option<&diag::InetSocket>> {
+        Ok(self.all(file, family, protocol)?.by_inode.get(&inode(file)))
+    }
+
+    /// Returns the multicast groups that a socket is in.
+    fn joined(&mut self, file: &Description, family: c_int) -> Result<Vec<proto::SkGroupEntry>> {
+        let groups = match &mut self.groups {
+            Some(known) => known,
+            none => none.insert(proc::multicast_groups(file.pid)?),
+        };
+        multicast::joined(file.fd.as_fd(), family, groups)
+            .map_err(file.failed("find the multicast groups of"))
+    }
+
+    /// Returns all sockets of a family and protocol.
+    fn all(
+        &mut self,
+        file: &Description,
+        family: c_int,
+        protocol: c_int,
+    ) -> Result<&diag::InetSockets> {
+        Ok(match self.listed.entry((family, protocol)) {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(place) => {
                 let byte = |number: c_int| u8::try_from(number).expect("families are small");
                 place.insert(match diag::inet_sockets(byte(family), byte(protocol)) {
                     // This kernel is built without sock_diag for the protocol.
-                    Err(Errno::ENOENT) => HashMap::new(),
-                    found => found.map_err(file.failed("list the sockets of the network for"))?,
+                    Err(Errno::ENOENT) => diag::InetSockets::default(),
+                    listed => listed.map_err(file.failed("list the sockets of the network for"))?,
                 })
             }
-        };
-        Ok(listed.get(&inode).copied())
+        })
     }
 }
 
+/// Returns the inode of a socket.
+fn inode(file: &Description) -> u32 {
+    u32::try_from(file.stat.st_ino).expect("inodes of sockets have 32 bits")
+}
+
 impl InetCollector {
-    fn try_to_part(&self, dump: &str) -> Result<()> {
+    fn try_to_part(&mut self, dump: &str) -> Result<()> {
         let Some(first) = self.connections.first() else { return Ok(()) };
-        supervise::note_repair();
-        if self.lock.is_some() {
+        supervise::note_repair(None);
+        if let Some(Hold::Table(_)) = &self.hold {
             let ends: Vec<_> = self.connections.iter().map(|found| found.ends).collect();
             supervise::note_packets(dump);
             lock::keep(dump, &ends).map_err(|error| first.failed(HOLD_BACK)(errno(&error)))?;
@@ -137,7 +204,11 @@ impl InetCollector {
             repair::begin(found.fd.as_fd())
                 .map_err(found.failed("end without a packet (TCP_REPAIR)"))?;
         }
-        fault::hit(Point::TcpParted).map_err(|_| first.failed("go on with")(Errno::EIO))
+        fault::hit(Point::TcpParted).map_err(|_| first.failed("go on with")(Errno::EIO))?;
+        if let Some(Hold::Rules(rules)) = &mut self.hold {
+            rules.keep();
+        }
+        Ok(())
     }
 
     /// Runs if the tree continues after all.
@@ -148,7 +219,7 @@ impl InetCollector {
                 tell(log::Level::Error, &with_sources(&failed));
             }
         }
-        if self.lock.take().is_some()
+        if let Some(Hold::Table(_)) = self.hold.take()
             && let Err(error) = lock::lift(dump)
         {
             let what = format!("packets of the tree's connections are held back: {error}");
@@ -180,11 +251,17 @@ impl Collector for InetCollector {
             (libc::SOCK_DGRAM, libc::IPPROTO_UDP | libc::IPPROTO_UDPLITE) => {
                 self.udp(file, (family, protocol), peer.is_some(), &what)?
             }
+            of if raw::is_raw(of) => self.raw(file, family, &what)?,
+            (_, libc::IPPROTO_MPTCP) => return Err(file.unsupported(what, HELP_MPTCP)),
             _ => return Err(file.unsupported(what, HELP_KIND)),
         };
-        let peer = peer.filter(|_| facts.ended.is_none());
+        let peer = peer.filter(|_| facts.ended.is_none()).or(facts.peer);
         let mut state = self.states.read(file, &what)?;
         state.datagrams = facts.datagrams;
+        state.md5_keys = facts.md5_keys;
+        if kind != libc::SOCK_STREAM {
+            state.groups = self.joined(file, family)?;
+        }
         if let Some(ended) = facts.ended {
             state.ended = Some(true);
             state.received = (!ended.received.is_empty()).then_some(ended.received);
@@ -192,17 +269,14 @@ impl Collector for InetCollector {
             state.options.retain(|option| option.level == libc::SOL_SOCKET);
             own = own.filter(|_| ended.bound);
         }
-        if connection::is_connection(facts.state) && protocol == libc::IPPROTO_TCP {
+        if connection::is_connection(facts.state) && kind == libc::SOCK_STREAM {
             // For a connection, the kernel returns the negotiated size.
             state.options.retain(|option| !is_segment_size(option));
         }
         let source_port = own.map_or(0, |own| own.port());
         // Like CRIU, number the namespace only of sockets that the kernel lists.
-        let listed = if protocol == libc::IPPROTO_TCP {
-            facts.state != state::CLOSE
-        } else {
-            source_port != 0
-        };
+        let listed =
+            if kind == libc::SOCK_STREAM { facts.state != state::CLOSE } else { source_port != 0 };
         let failed = file.failed("read the options of");
         let entry = proto::InetSkEntry {
             id: file.id,
@@ -220,11 +294,11 @@ impl Collector for InetCollector {
             fown: file.fown,
             opts: opts::read(fd, family).map_err(&failed)?,
             v6only: options::v6only(fd, family).map_err(&failed)?,
-            ip_opts: Some(options::ip_options(fd, family).map_err(&failed)?),
+            ip_opts: Some(options::ip_options(fd, family, (kind, protocol)).map_err(&failed)?),
             ifname: options::scope(fd, own).map_err(&failed)?,
             ns_id: listed.then_some(NET_NS_ID),
             shutdown: opts::shutdown(facts.shutdown),
-            tcp_opts: Some(options::tcp_options(fd, protocol).map_err(&failed)?),
+            tcp_opts: Some(options::tcp_options(fd, (kind, protocol)).map_err(&failed)?),
         };
         Ok(proto::FileEntry {
             r#type: proto::FdTypes::Inetsk.into(),
@@ -241,8 +315,11 @@ impl Collector for InetCollector {
 
     fn note(&self, inventory: &mut proto::InventoryEntry) {
         if !self.connections.is_empty() {
-            let holds = self.lock.is_some();
-            let method = if holds { Method::Nftables } else { Method::Skip };
+            let method = match self.hold {
+                Some(Hold::Table(_)) => Method::Nftables,
+                Some(Hold::Rules(_)) => Method::Iptables,
+                None => Method::Skip,
+            };
             inventory.network_lock_method = Some(method as u32);
         }
     }

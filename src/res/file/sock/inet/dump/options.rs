@@ -10,7 +10,7 @@ use nix::libc::{self, c_int};
 use crate::{
     image::proto,
     res::file::sock::{
-        inet::{IPV6_FREEBIND, IPV6_RECVPKTINFO},
+        inet::{IPV6_FREEBIND, IPV6_RECVPKTINFO, raw},
         opts,
     },
     sys::socket,
@@ -45,7 +45,12 @@ pub(super) fn v6only(fd: BorrowedFd, family: c_int) -> nix::Result<Option<bool>>
     (family == libc::AF_INET6).then(ask).transpose().map(|found| found.map(|found| found != 0))
 }
 
-pub(super) fn ip_options(fd: BorrowedFd, family: c_int) -> nix::Result<proto::IpOptsEntry> {
+pub(super) fn ip_options(
+    fd: BorrowedFd,
+    family: c_int,
+    (kind, protocol): (c_int, c_int),
+) -> nix::Result<proto::IpOptsEntry> {
+    let raw = (kind == libc::SOCK_RAW).then(|| raw::options(fd, (family, protocol))).transpose()?;
     let number = |level, name| -> nix::Result<Option<u32>> {
         Ok(Some(socket::option::<u32>(fd, level, name)?).filter(|value| *value != 0))
     };
@@ -54,6 +59,7 @@ pub(super) fn ip_options(fd: BorrowedFd, family: c_int) -> nix::Result<proto::Ip
         return Ok(proto::IpOptsEntry {
             freebind: set(libc::SOL_IPV6, IPV6_FREEBIND)?,
             pktinfo: set(libc::SOL_IPV6, IPV6_RECVPKTINFO)?,
+            raw,
             ..proto::IpOptsEntry::default()
         });
     }
@@ -62,12 +68,12 @@ pub(super) fn ip_options(fd: BorrowedFd, family: c_int) -> nix::Result<proto::Ip
         pktinfo: set(libc::SOL_IP, libc::IP_PKTINFO)?,
         tos: number(libc::SOL_IP, libc::IP_TOS)?,
         ttl: number(libc::SOL_IP, libc::IP_TTL)?,
-        raw: None,
+        raw,
     })
 }
 
-pub(super) fn tcp_options(fd: BorrowedFd, protocol: c_int) -> nix::Result<proto::TcpOptsEntry> {
-    if protocol != libc::IPPROTO_TCP {
+pub(super) fn tcp_options(fd: BorrowedFd, of: (c_int, c_int)) -> nix::Result<proto::TcpOptsEntry> {
+    if of != (libc::SOCK_STREAM, libc::IPPROTO_TCP) {
         return Ok(proto::TcpOptsEntry::default());
     }
     let number = |name| -> nix::Result<Option<u32>> {

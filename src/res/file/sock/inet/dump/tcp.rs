@@ -1,8 +1,8 @@
 //! TCP sockets.
 
 use std::{
-    net::SocketAddr,
-    os::fd::{AsFd, AsRawFd},
+    net::{IpAddr, SocketAddr},
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
 };
 
 use nix::{
@@ -11,8 +11,9 @@ use nix::{
     sys::socket::{getpeername, getsockname},
 };
 
-use super::{EndedConnection, Facts, Found, HOLD_BACK, InetCollector};
+use super::{EndedConnection, Facts, Found, HOLD_BACK, Hold, InetCollector, inode};
 use crate::{
+    image::proto::SkMd5KeyEntry,
     res::file::{
         Description, Result,
         error::errno,
@@ -22,8 +23,8 @@ use crate::{
             inet::{
                 Connections, address,
                 connection::{self, Connection},
-                lock::{Ends, Lock},
-                repair,
+                lock::Ends,
+                md5, repair,
             },
             queue, state,
         },
@@ -41,6 +42,9 @@ const TCP_INFO_BACKLOG: usize = 28;
 const TCP_INFO_PACKETS: [usize; 2] = [136, 140];
 const TCP_INFO_BYTES: usize = 144;
 
+/// `asm-generic/socket.h`.
+const SO_PEERNAME: c_int = 28;
+
 const HELP_ESTABLISHED: &str =
     "use --tcp-established to keep it or --tcp-close to end it, or have the program close it";
 const HELP_CONNECTING: &str =
@@ -49,7 +53,19 @@ const HELP_URGENT: &str = "have the program read it (MSG_OOB), then try again";
 const HELP_ERROR: &str = "have the program read it (SO_ERROR, recv) or close the socket; reading it is the \
     only way to learn the error, and clears it";
 const HELP_UNREAD: &str = "have the program read it or close the socket, then try again";
-const HELP_ACCEPT: &str = "have the program accept its connections, then try again";
+const HELP_ACCEPT: &str = "use --skip-in-flight to leave them out, which resets them if the tree is killed, or have the \
+    program accept them, then try again";
+const HELP_LAYER: &str = "have the program close the connection, or use --tcp-close to end it";
+
+/// The most peers that a message names.
+const PEERS_SHOWN: usize = 3;
+
+/// `TCP_AO_INFO`, `linux/tcp.h`, since Linux 6.7, and the size of `struct tcp_ao_info_opt`.
+const TCP_AO_INFO: c_int = 40;
+const TCP_AO_INFO_BYTES: usize = 48;
+
+/// `TCP_ULP_NAME_MAX`, `net/tcp.h`.
+const ULP_NAME_BYTES: usize = 16;
 
 impl InetCollector {
     pub(super) fn tcp(&mut self, file: &Description, family: c_int, what: &str) -> Result<Facts> {
@@ -60,15 +76,20 @@ impl InetCollector {
         let word = |at: usize| u32::from_ne_bytes(info[at..at + 4].try_into().expect("4 bytes"));
         let state = u32::from(info[TCP_INFO_STATE]);
         match state {
-            state::LISTEN if word(TCP_INFO_PENDING) > 0 => {
-                let what = format!(
-                    "{what}, listening, with {} connections not accepted yet",
-                    word(TCP_INFO_PENDING)
-                );
-                Err(file.unsupported(what, HELP_ACCEPT))
-            }
             state::LISTEN => {
-                Ok(Facts { state, backlog: word(TCP_INFO_BACKLOG), ..Facts::default() })
+                let pending = word(TCP_INFO_PENDING);
+                if pending > 0 {
+                    let peers = self.unaccepted(file, family, pending)?;
+                    let waiting = format!("{pending} connections not accepted yet{peers}");
+                    if !self.options.skip_in_flight {
+                        let what = format!("{what}, listening, with {waiting}");
+                        return Err(file.unsupported(what, HELP_ACCEPT));
+                    }
+                    log::warn!("{what} listens: its {waiting} are left out (--skip-in-flight)");
+                }
+                let md5_keys = self.md5_keys(file, family)?;
+                let backlog = word(TCP_INFO_BACKLOG);
+                Ok(Facts { state, backlog, md5_keys, ..Facts::default() })
             }
             state::CLOSE => {
                 let seen =
@@ -85,11 +106,13 @@ impl InetCollector {
                 // For a socket that was never connected, the kernel shows only one of the two
                 // directions.
                 let shutdown = u8::from(seen.contains(PollFlags::POLLIN));
-                Ok(Facts { state, shutdown, ..Facts::default() })
+                let md5_keys = self.md5_keys(file, family)?;
+                Ok(Facts { state, shutdown, md5_keys, ..Facts::default() })
             }
             _ => {
                 let local = address(getsockname(fd.as_raw_fd()));
                 let peer = address(getpeername(fd.as_raw_fd()));
+                let peer = peer.or_else(|| connecting_to(fd, family));
                 let ends = local.zip(peer).filter(|_| connection::is_connection(state));
                 match (self.options.connections, ends) {
                     (Connections::Keep, Some(ends)) => {
@@ -137,13 +160,20 @@ impl InetCollector {
             let what = format!("{what}, with urgent data that its program has not read");
             return Err(file.unsupported(what, HELP_URGENT));
         }
-        if self.options.hold_packets {
-            let held = match &mut self.lock {
-                Some(lock) => lock.hold(ends),
-                none => Lock::begin().and_then(|lock| none.insert(lock).hold(ends)),
+        refuse_layers(file, what)?;
+        if let Some(method) = self.options.hold_packets {
+            let begun = match &self.hold {
+                Some(_) => Ok(()),
+                None => Hold::begin(method).map(|hold| self.hold = hold),
             };
-            held.map_err(|error| file.failed(HOLD_BACK)(errno(&error)))?;
+            let held =
+                begun.and_then(|()| self.hold.as_mut().map_or(Ok(()), |hold| hold.add(ends)));
+            held.map_err(|error| {
+                log::error!("{what}: {error}");
+                file.failed(HOLD_BACK)(errno(&error))
+            })?;
         }
+        let md5_keys = self.md5_keys(file, family)?;
         let shutdown =
             self.listed(file, family, libc::IPPROTO_TCP)?.map_or(0, |found| found.shutdown);
         let look = file.failed("look into the connection of (TCP_REPAIR)");
@@ -154,12 +184,35 @@ impl InetCollector {
             fd: file.fd.try_clone().map_err(|error| file.failed("duplicate")(errno(&error)))?,
             pid: file.pid,
             number: file.number,
-            inode: u32::try_from(file.stat.st_ino).expect("inodes of sockets have 32 bits"),
+            inode: inode(file),
             ends,
             reuse,
             connection,
         });
-        Ok(Facts { state, shutdown, ..Facts::default() })
+        Ok(Facts { state, shutdown, md5_keys, peer: Some(ends.1), ..Facts::default() })
+    }
+
+    fn md5_keys(&mut self, file: &Description, family: c_int) -> Result<Vec<SkMd5KeyEntry>> {
+        let found = self.listed(file, family, libc::IPPROTO_TCP)?;
+        Ok(found.map_or_else(Vec::new, |found| md5::decode(&found.md5_keys)))
+    }
+
+    /// Returns the peers of the connections that a socket has not accepted, for a message; empty if
+    /// other sockets listen on the same port.
+    fn unaccepted(&mut self, file: &Description, family: c_int, count: u32) -> Result<String> {
+        let own = address(getsockname(file.fd.as_raw_fd()));
+        let Some(own) = own else { return Ok(String::new()) };
+        let all = self.all(file, family, libc::IPPROTO_TCP)?.unaccepted.iter();
+        let is_own = |local: &SocketAddr| {
+            own.port() == local.port() && (own.ip().is_unspecified() || own.ip() == local.ip())
+        };
+        let peers: Vec<_> = all.filter(|(local, _)| is_own(local)).map(|(_, peer)| *peer).collect();
+        if peers.len() != count as usize {
+            return Ok(String::new());
+        }
+        let shown: Vec<_> = peers.iter().take(PEERS_SHOWN).map(ToString::to_string).collect();
+        let more = if peers.len() > PEERS_SHOWN { ", ..." } else { "" };
+        Ok(format!(" (from {}{more})", shown.join(", ")))
     }
 
     /// Reads the state of a TCP socket whose connection has ended.
@@ -195,6 +248,42 @@ impl InetCollector {
         };
         Ok(EndedConnection { bound: false, received })
     }
+}
+
+/// Refuses a connection whose data the kernel changes on their way.
+fn refuse_layers(file: &Description, what: &str) -> Result<()> {
+    let fd = file.fd.as_fd();
+    let mut name = [0; ULP_NAME_BYTES];
+    let len = socket::option_bytes(fd, libc::SOL_TCP, libc::TCP_ULP, &mut name).unwrap_or(0);
+    let name = name[..len].split(|byte| *byte == 0).next().unwrap_or_default();
+    if !name.is_empty() {
+        let name = String::from_utf8_lossy(name);
+        let what = format!("{what}, with the protocol {name} in the kernel (TCP_ULP)");
+        return Err(file.unsupported(what, HELP_LAYER));
+    }
+    let mut info = [0; TCP_AO_INFO_BYTES];
+    if socket::option_bytes(fd, libc::SOL_TCP, TCP_AO_INFO, &mut info).is_ok() {
+        let what = format!("{what}, with packets that are signed (TCP-AO)");
+        return Err(file.unsupported(what, HELP_LAYER));
+    }
+    Ok(())
+}
+
+/// Returns the address that a socket in the state `SYN_SENT` connects to. `getpeername(2)` does not
+/// show it yet.
+fn connecting_to(fd: BorrowedFd, family: c_int) -> Option<SocketAddr> {
+    let is_v4 = family == libc::AF_INET;
+    // The kernel returns no address in part, and none that is shorter than the buffer.
+    let len = if is_v4 { size_of::<libc::sockaddr_in>() } else { size_of::<libc::sockaddr_in6>() };
+    let mut bytes = vec![0; len];
+    socket::option_bytes(fd, libc::SOL_SOCKET, SO_PEERNAME, &mut bytes).ok()?;
+    let port = u16::from_be_bytes(bytes.get(2..4)?.try_into().ok()?);
+    let ip = if is_v4 {
+        IpAddr::from(<[u8; 4]>::try_from(bytes.get(4..8)?).ok()?)
+    } else {
+        IpAddr::from(<[u8; 16]>::try_from(bytes.get(8..24)?).ok()?)
+    };
+    Some(SocketAddr::new(ip, port))
 }
 
 fn state_name(state: u32) -> String {

@@ -20,6 +20,8 @@ use crate::{
 const UDP_CORK: c_int = 1;
 const UDP_ENCAP: c_int = 100;
 
+const HELP_CORK: &str = "have the program uncork it, which sends the datagram, then try again";
+
 impl InetCollector {
     pub(super) fn udp(
         &mut self,
@@ -30,18 +32,20 @@ impl InetCollector {
     ) -> Result<Facts> {
         let fd = file.fd.as_fd();
         let uses = |option| socket::option::<c_int>(fd, libc::SOL_UDP, option) != Ok(0);
-        if uses(UDP_CORK) {
-            let what = format!("{what}, corked (UDP_CORK)");
-            return Err(file.unsupported(
-                what,
-                "have the program uncork it, which sends the pending datagram",
-            ));
-        }
         if uses(UDP_ENCAP) {
             let what = format!("{what}, which encapsulates another protocol (UDP_ENCAP)");
             return Err(file.unsupported(what, HELP_KIND));
         }
         let found = self.listed(file, family, protocol)?;
+        if found.is_some_and(|found| found.send_queue > 0) {
+            if uses(UDP_CORK) {
+                let what = format!("{what}, corked (UDP_CORK), with a datagram that it holds back");
+                return Err(file.unsupported(what, HELP_CORK));
+            }
+            log::warn!(
+                "{what} has sent datagrams that have not left, or holds one back (MSG_MORE): they may be lost"
+            );
+        }
         let seen = attributes::polled(fd, PollFlags::empty()).map_err(file.failed("poll"))?;
         if seen.contains(PollFlags::POLLERR) {
             log::warn!("{what} has an unread error (ICMP): it will be lost");
@@ -62,7 +66,7 @@ impl InetCollector {
         let state = if connected { state::ESTABLISHED } else { state::CLOSE };
         let backlog = found.map_or(0, |found| found.send_queue);
         let shutdown = found.map_or(0, |found| found.shutdown);
-        Ok(Facts { state, backlog, shutdown, datagrams, ended: None })
+        Ok(Facts { state, backlog, shutdown, datagrams, ..Facts::default() })
     }
 }
 

@@ -11,12 +11,16 @@
 //! dump exits (`NFT_TABLE_F_OWNER`, since Linux 5.12). A dump that kills its tree leaves a
 //! permanent table. It has the name that CRIU uses, with the number of the dump, so both programs
 //! find it when they restore.
+//!
+//! With `--network-lock iptables`, rcriu runs `iptables-restore` instead ([`Rules`]). The kernel does not
+//! remove rules of iptables when a process exits: the dump does, or its supervisor.
+
+mod rules;
 
 use std::{
     ffi::{CStr, CString},
     io,
     net::{IpAddr, SocketAddr},
-    process::{Command, Stdio},
     sync::atomic::{AtomicU32, Ordering},
 };
 
@@ -27,6 +31,8 @@ use netlink_bindings::nftables::{
 use netlink_bindings::traits::Pusher;
 use netlink_socket2::NetlinkSocket;
 use nix::libc;
+
+pub(super) use self::rules::{Rules, lift_rules};
 
 /// The mark of packets that the chains let pass (`SOCCR_MARK` of CRIU).
 pub(super) const MARK: u32 = 0xc114;
@@ -84,7 +90,7 @@ const CHAINS: [(&CStr, u32); 2] = [(c"input", 1), (c"output", 3)];
 
 /// How packets are dropped, as recorded in the inventory (`network_lock_method`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Method {
+pub enum Method {
     /// By rules of iptables, the default of CRIU.
     Iptables = 1,
     /// By a table of nftables.
@@ -166,30 +172,6 @@ pub(super) fn lift(dump: &str) -> io::Result<()> {
         Err(Some(libc::ENOENT | libc::EPROTONOSUPPORT | libc::EOPNOTSUPP)) => Ok(()),
         _ => deleted,
     }
-}
-
-/// Removes the iptables rules by which CRIU drops the packets of connections.
-///
-/// # Errors
-/// `iptables` cannot be run.
-pub(super) fn lift_rules(ends: &[Ends]) -> io::Result<()> {
-    for (own, peer) in ends {
-        for (chain, from, to) in [("INPUT", peer, own), ("OUTPUT", own, peer)] {
-            let (source, target) = (from.ip().to_canonical(), to.ip().to_canonical());
-            let program = if source.is_ipv4() { "iptables" } else { "ip6tables" };
-            let mut command = Command::new(program);
-            command.args(["-w", "-t", "filter", "-D", chain, "-p", "tcp", "-m", "mark"]);
-            command.args(["!", "--mark", &format!("{MARK:#x}")]);
-            command.args(["-s", &source.to_string(), "--sport", &from.port().to_string()]);
-            command.args(["-d", &target.to_string(), "--dport", &to.port().to_string()]);
-            let output = command.args(["-j", "DROP"]).stdin(Stdio::null()).output()?;
-            if !output.status.success() {
-                let said = String::from_utf8_lossy(&output.stderr);
-                log::warn!("{program} has no rule that drops {from} -> {to}: {}", said.trim());
-            }
-        }
-    }
-    Ok(())
 }
 
 /// Returns the name of a table of another dump that drops packets of one of these connections.

@@ -1,0 +1,238 @@
+//! TCP sockets at moments that do not last: connecting, not accepted, signed, with options set.
+
+use std::{
+    io::Error,
+    ptr,
+    sync::atomic::{AtomicI32, Ordering},
+};
+
+use crate::{
+    Row,
+    kit::{Checkpoint, Verdict, gettid, same, wait_blocked, wait_until, write_all},
+    socket_ends::{arrives, tcp_state},
+    sockets::{Address, option, own_port, receive, set_option, socket},
+};
+
+pub const ROWS: &[Row] = &[
+    ("tcp_unaccepted", tcp_unaccepted),
+    ("tcp_connecting", tcp_connecting),
+    ("tcp_signed", tcp_signed),
+    ("tcp_options", tcp_options),
+];
+
+/// States of connections (`net/tcp_states.h`).
+const ESTABLISHED: u8 = 1;
+const SYN_SENT: u8 = 2;
+
+fn listener(port: u32, backlog: i32) -> Result<i32, String> {
+    let server = socket(libc::AF_INET, libc::SOCK_STREAM)?;
+    set_option(server, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
+    Address::ip4(own_port(port)).bind(server)?;
+    sys!(listen(server, backlog))?;
+    Ok(server)
+}
+
+fn accept(server: i32) -> Result<i32, String> {
+    sys!(accept(server, ptr::null_mut(), ptr::null_mut()))
+}
+
+/// A connection that waits to be accepted goes to the program, or is left out.
+fn tcp_unaccepted(checkpoint: &Checkpoint) -> Verdict {
+    let server = listener(0, 5)?;
+    set_nonblocking(server)?;
+    let early = socket(libc::AF_INET, libc::SOCK_STREAM)?;
+    Address::ip4(own_port(0)).connect(early)?;
+    write_all(early, b"early")?;
+    checkpoint.wait();
+    if let Ok(accepted) = accept(server) {
+        arrives(accepted, b"early")?;
+    } else {
+        same("error", Some(libc::EAGAIN), Error::last_os_error().raw_os_error())?;
+        checkpoint.mark("left_out");
+    }
+    let late = socket(libc::AF_INET, libc::SOCK_STREAM)?;
+    Address::ip4(own_port(0)).connect(late)?;
+    write_all(late, b"late")?;
+    arrives(accept(server)?, b"late")
+}
+
+fn set_nonblocking(fd: i32) -> Verdict {
+    let flags = sys!(fcntl(fd, libc::F_GETFL))? | libc::O_NONBLOCK;
+    sys!(fcntl(fd, libc::F_SETFL, flags)).map(drop)
+}
+
+/// Sockets whose packets nobody has answered yet, since the other end has no room: of a program
+/// that polls, and of one that waits in `connect(2)`.
+fn tcp_connecting(checkpoint: &Checkpoint) -> Verdict {
+    // With one connection that waits there is no room for another. Each client has a server of its
+    // own, since a server may lose one of two that come at the same time.
+    let full = |port| -> Result<i32, String> {
+        let server = listener(port, 0)?;
+        Address::ip4(own_port(port)).connect(socket(libc::AF_INET, libc::SOCK_STREAM)?)?;
+        Ok(server)
+    };
+    let servers = [full(0)?, full(1)?];
+    let polls = socket(libc::AF_INET, libc::SOCK_STREAM)?;
+    set_nonblocking(polls)?;
+    let begun = Address::ip4(own_port(0)).connect(polls);
+    ensure!(begun.is_err(), "connected at once");
+    same("error", Some(libc::EINPROGRESS), Error::last_os_error().raw_os_error())?;
+    let waits = socket(libc::AF_INET, libc::SOCK_STREAM)?;
+    static TID: AtomicI32 = AtomicI32::new(0);
+    let thread = checkpoint.thread(move |thread| {
+        TID.store(gettid(), Ordering::Relaxed);
+        thread.announce();
+        Address::ip4(own_port(1)).connect(waits)
+    })?;
+    wait_blocked(TID.load(Ordering::Relaxed), libc::SYS_connect)?;
+    wait_until("two sockets that connect", || {
+        [polls, waits].iter().all(|fd| tcp_state(*fd) == Ok(SYN_SENT))
+    })?;
+    let names = || -> Result<_, String> { Ok([Address::own(polls)?, Address::own(waits)?]) };
+    let before = names()?;
+    checkpoint.wait();
+    same("names", &before, &names()?)?;
+    let is_nonblocking = |fd| Ok::<_, String>(sys!(fcntl(fd, libc::F_GETFL))? & libc::O_NONBLOCK);
+    same("flags", [libc::O_NONBLOCK, 0], [is_nonblocking(polls)?, is_nonblocking(waits)?])?;
+    let mut accepted = Vec::new();
+    for (server, name) in servers.into_iter().zip(&before) {
+        // The first one may have been left out.
+        accepted.push(loop {
+            let accepted = accept(server)?;
+            if Address::peer(accepted)? == *name {
+                break accepted;
+            }
+        });
+    }
+    thread.join()?;
+    wait_until("a connection", || tcp_state(polls) == Ok(ESTABLISHED))?;
+    same("error of the connection", 0, option(polls, libc::SOL_SOCKET, libc::SO_ERROR)?)?;
+    for (fd, accepted) in [polls, waits].into_iter().zip(accepted) {
+        write_all(fd, b"to the server")?;
+        arrives(accepted, b"to the server")?;
+        write_all(accepted, b"to the client")?;
+        arrives(fd, b"to the client")?;
+    }
+    Ok(())
+}
+
+/// `struct tcp_md5sig` (`linux/tcp.h`).
+#[repr(C)]
+struct Key {
+    address: [u8; 128],
+    flags: u8,
+    prefix: u8,
+    len: u16,
+    interface: u32,
+    key: [u8; 80],
+}
+
+/// Signs what goes to an address of this machine, and refuses what comes without a signature.
+fn sign(fd: i32, key: &[u8]) -> Verdict {
+    let mut value = Key {
+        address: [0; 128],
+        flags: 1, // TCP_MD5SIG_FLAG_PREFIX
+        prefix: 8,
+        len: key.len() as u16,
+        interface: 0,
+        key: [0; 80],
+    };
+    value.address[..2].copy_from_slice(&(libc::AF_INET as u16).to_ne_bytes());
+    value.address[4] = 127;
+    value.key[..key.len()].copy_from_slice(key);
+    const TCP_MD5SIG_EXT: i32 = 32;
+    let (at, bytes) = ((&raw const value).cast(), size_of::<Key>() as u32);
+    sys!(setsockopt(fd, libc::SOL_TCP, TCP_MD5SIG_EXT, at, bytes)).map(drop)
+}
+
+fn tcp_signed(checkpoint: &Checkpoint) -> Verdict {
+    let server = listener(0, 5)?;
+    sign(server, b"secret")?;
+    let connect = || -> Result<[i32; 2], String> {
+        let client = socket(libc::AF_INET, libc::SOCK_STREAM)?;
+        sign(client, b"secret")?;
+        Address::ip4(own_port(0)).connect(client)?;
+        Ok([client, accept(server)?])
+    };
+    let [client, accepted] = connect()?;
+    write_all(client, b"queued")?;
+    checkpoint.wait();
+    arrives(accepted, b"queued")?;
+    write_all(accepted, b"signed")?;
+    arrives(client, b"signed")?;
+    write_all(client, b"signed, too")?;
+    arrives(accepted, b"signed, too")?;
+    let stranger = socket(libc::AF_INET, libc::SOCK_STREAM)?;
+    set_nonblocking(stranger)?;
+    let begun = Address::ip4(own_port(0)).connect(stranger);
+    ensure!(begun.is_err(), "connected without a key");
+    // What the other one was sent, this machine has handled by now.
+    let [client, accepted] = connect()?;
+    same("state of a socket without a key", Ok(SYN_SENT), tcp_state(stranger))?;
+    write_all(client, b"a new one")?;
+    arrives(accepted, b"a new one")
+}
+
+/// Options of a connection, and data that waits to be sent with more.
+fn tcp_options(checkpoint: &Checkpoint) -> Verdict {
+    let server = listener(0, 5)?;
+    let client = socket(libc::AF_INET, libc::SOCK_STREAM)?;
+    Address::ip4(own_port(0)).connect(client)?;
+    let accepted = accept(server)?;
+    let listens = [
+        (libc::SOL_TCP, libc::TCP_DEFER_ACCEPT, 7),
+        (libc::SOL_TCP, libc::TCP_FASTOPEN, 5),
+        (libc::SOL_TCP, libc::TCP_MAXSEG, 1000),
+        (libc::SOL_SOCKET, libc::SO_REUSEPORT, 1),
+    ];
+    let connected = [
+        (libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1),
+        (libc::SOL_SOCKET, libc::SO_OOBINLINE, 1),
+        (libc::SOL_SOCKET, libc::SO_REUSEADDR, 1),
+        (libc::SOL_SOCKET, libc::SO_REUSEPORT, 1),
+        (libc::SOL_SOCKET, libc::SO_RCVLOWAT, 3),
+        (libc::SOL_TCP, libc::TCP_KEEPIDLE, 77),
+        (libc::SOL_TCP, libc::TCP_KEEPINTVL, 78),
+        (libc::SOL_TCP, libc::TCP_KEEPCNT, 9),
+        (libc::SOL_TCP, libc::TCP_USER_TIMEOUT, 123_456),
+        (libc::SOL_TCP, libc::TCP_LINGER2, 33),
+        (libc::SOL_TCP, libc::TCP_SYNCNT, 4),
+        (libc::SOL_TCP, libc::TCP_NOTSENT_LOWAT, 4567),
+        (libc::SOL_TCP, libc::TCP_CORK, 1),
+        (libc::SOL_IP, libc::IP_TOS, 16),
+        (libc::SOL_IP, libc::IP_TTL, 55),
+        (libc::SOL_IP, libc::IP_RECVERR, 1),
+        (libc::SOL_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT),
+    ];
+    let all = || {
+        let of = |fd: i32| move |&(level, name, value)| (fd, level, name, value);
+        listens.iter().map(of(server)).chain(connected.iter().map(of(client)))
+    };
+    for (fd, level, name, value) in all() {
+        set_option(fd, level, name, value)?;
+    }
+    let reno = b"reno";
+    sys!(setsockopt(client, libc::SOL_TCP, libc::TCP_CONGESTION, reno.as_ptr().cast(), 4))?;
+    let found = || {
+        let found = all().map(|(fd, level, name, _)| Ok(((level, name), option(fd, level, name)?)));
+        found.collect::<Result<Vec<_>, String>>()
+    };
+    let congestion = || -> Result<Vec<u8>, String> {
+        let (mut name, mut len) = ([0_u8; 16], 16);
+        let at = name.as_mut_ptr().cast();
+        sys!(getsockopt(client, libc::SOL_TCP, libc::TCP_CONGESTION, at, &raw mut len))?;
+        Ok(name.to_vec())
+    };
+    let before = (found()?, congestion()?);
+    write_all(client, b"corked")?;
+    checkpoint.wait();
+    same("options", &before.0, &found()?)?;
+    same("congestion control", &before.1, &congestion()?)?;
+    write_all(client, b" and more")?;
+    set_option(client, libc::SOL_TCP, libc::TCP_CORK, 0)?;
+    let mut got = Vec::new();
+    wait_until("what was corked", || {
+        got.extend(receive(accepted).ok().flatten().unwrap_or_default());
+        got == b"corked and more"
+    })
+}
