@@ -2,10 +2,11 @@
 
 use std::{
     collections::HashMap,
-    os::fd::{AsFd, AsRawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
 };
 
 use nix::{
+    errno::Errno,
     libc,
     poll::PollFlags,
     sys::socket::{NetlinkAddr, bind, connect},
@@ -34,6 +35,16 @@ pub(in crate::res::file) const KIND: FileKind = FileKind {
 
 /// `NETLINK_CONNECTED`, `net/netlink/af_netlink.c`.
 const CONNECTED: u32 = 1;
+
+/// `NETLINK_ADD_MEMBERSHIP` and, since Linux 4.2, `NETLINK_LIST_MEMBERSHIPS` (`linux/netlink.h`).
+const ADD_MEMBERSHIP: libc::c_int = 1;
+const LIST_MEMBERSHIPS: libc::c_int = 9;
+
+/// Groups that `bind(2)` can join: those with a bit in `struct sockaddr_nl`.
+const GROUPS_OF_AN_ADDRESS: u32 = 32;
+
+/// More bytes than the groups of any protocol take.
+const GROUPS_BYTES: usize = 1024;
 
 const HELP: &str = "have the program read it or leave the groups, then try again";
 
@@ -69,11 +80,12 @@ impl Collector for NetlinkCollector {
         let bound =
             self.all.as_ref().and_then(|all| all.get(&inode)).filter(|bound| bound.port != 0);
         let mut groups = bound.map(|bound| bound.groups.clone()).unwrap_or_default();
+        // The list above lacks groups of sockets without an address, and some of those above 32.
+        if let Ok(joined) = memberships(fd) {
+            groups = joined;
+        }
         while groups.last() == Some(&0) {
             groups.pop();
-        }
-        if groups.len() > 1 {
-            return Err(file.unsupported(format!("{what}, in a group above 32"), HELP));
         }
         let state = self.states.read(file, &what)?;
         let entry = proto::NetlinkSkEntry {
@@ -101,6 +113,19 @@ impl Collector for NetlinkCollector {
     }
 }
 
+/// Returns the groups that a socket has joined, 32 in a word.
+fn memberships(fd: BorrowedFd) -> nix::Result<Vec<u32>> {
+    let mut bytes = vec![0; GROUPS_BYTES];
+    let len = socket::option_bytes(fd, libc::SOL_NETLINK, LIST_MEMBERSHIPS, &mut bytes)?;
+    let words = bytes.get(..len).ok_or(Errno::EOVERFLOW)?.chunks_exact(size_of::<u32>());
+    Ok(words.map(|word| u32::from_ne_bytes(word.try_into().expect("chunks of 4"))).collect())
+}
+
+/// Returns the bits of words, the lowest of each first.
+fn bits(words: &[u32]) -> impl Iterator<Item = bool> {
+    words.iter().flat_map(|word| (0..u32::BITS).map(move |bit| word >> bit & 1 == 1))
+}
+
 #[derive(Debug)]
 struct NetlinkOpener;
 
@@ -119,11 +144,7 @@ impl Opener for NetlinkOpener {
             let make = || socket::create(libc::AF_NETLINK, libc::SOCK_RAW, protocol);
             let fd = owner::as_owner(file.id, opened, make).map_err(restored.failed("create"))?;
             owner::restore(file.id, &fd, opened)?;
-            let groups = match entry.groups[..] {
-                [] => 0,
-                [groups] => groups,
-                _ => return Err(restored.wrong("it is in a group above 32")),
-            };
+            let groups = entry.groups.first().copied().unwrap_or(0);
             if entry.portid != 0 {
                 // The kernel usually chooses the pid as the port, so any other port will do.
                 let address = |port| NetlinkAddr::new(port, groups);
@@ -136,6 +157,14 @@ impl Opener for NetlinkOpener {
                     );
                 }
             }
+            for group in
+                (1..).zip(bits(&entry.groups)).filter_map(|(number, on)| on.then_some(number))
+            {
+                if entry.portid == 0 || group > GROUPS_OF_AN_ADDRESS {
+                    socket::set_option(fd.as_fd(), libc::SOL_NETLINK, ADD_MEMBERSHIP, &group)
+                        .map_err(restored.failed("join a group of"))?;
+                }
+            }
             if entry.state == CONNECTED {
                 let group = entry.dst_group.checked_sub(1).map_or(0, |bit| 1_u32.wrapping_shl(bit));
                 connect(fd.as_raw_fd(), &NetlinkAddr::new(entry.dst_portid, group))
@@ -143,6 +172,7 @@ impl Opener for NetlinkOpener {
             }
             opts::restore(fd.as_fd(), &entry.opts, &restored)?;
             attributes::restore_options(fd.as_fd(), file.sock.as_ref(), &restored)?;
+            attributes::lock_filter(fd.as_fd(), file.sock.as_ref(), &restored)?;
             opts::restore_flags(fd.as_fd(), entry.flags, &restored)?;
             opened.insert(entry.id, fd);
         }
