@@ -333,6 +333,13 @@ states! {
     tcp_signed ["--tcp-established"];
     tcp_options ["--tcp-established"];
     udp_queued;
+    raw_sockets;
+    ping_sockets;
+    multicast_groups;
+    udp_corked;
+    netlink_groups;
+    packet_sockets;
+    locked_filter;
     owners;
     owner_of_a_terminal;
     owner_of_a_shared_port;
@@ -587,6 +594,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("seccomp_notifies", "has a seccomp filter that asks another process (SECCOMP_RET_USER_NOTIF)"),
     ("seccomp_listener", "is anon_inode:seccomp notify"),
     ("fanotify_permissions", "decides by fanotify (descriptor"),
+    ("udp_held_back", "corked (UDP_CORK), with a datagram that it holds back"),
     ("tcp_unaccepted", "with 1 connections not accepted yet (from 127.0.0.1:"),
     ("caught_system_calls", "has its system calls caught (PR_SET_SYSCALL_USER_DISPATCH)"),
 ];

@@ -284,6 +284,24 @@ pub fn disconnect(fd: BorrowedFd) -> nix::Result<()> {
     Errno::result(result).map(drop)
 }
 
+/// Binds a packet socket to a protocol, in network byte order, and to an interface by its number,
+/// or to all if it is 0 (`packet(7)`).
+pub fn bind_packet(fd: BorrowedFd, protocol: u16, interface: u32) -> nix::Result<()> {
+    let address = libc::sockaddr_ll {
+        sll_family: libc::sa_family_t::try_from(libc::AF_PACKET).expect("families are small"),
+        sll_protocol: protocol,
+        sll_ifindex: i32::try_from(interface).map_err(|_| Errno::ENODEV)?,
+        sll_hatype: 0,
+        sll_pkttype: 0,
+        sll_halen: 0,
+        sll_addr: [0; 8],
+    };
+    let len = socklen_t::try_from(size_of_val(&address)).map_err(|_| Errno::EINVAL)?;
+    // SAFETY: `address` is valid for `len` bytes during the call, which only reads it.
+    let result = unsafe { libc::bind(fd.as_raw_fd(), (&raw const address).cast(), len) };
+    Errno::result(result).map(drop)
+}
+
 /// Opens the file that a UNIX socket is bound to, with `O_PATH`.
 ///
 /// # Errors

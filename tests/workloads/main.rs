@@ -20,6 +20,7 @@ mod confined;
 mod files;
 mod hugetlb;
 mod identity;
+mod inet;
 mod interrupted;
 mod kept;
 mod leaderless;
@@ -81,6 +82,7 @@ const GROUPS: &[&[Row]] = &[
     unix_waiting::ROWS,
     mqueues::ROWS,
     tcp::ROWS,
+    inet::ROWS,
     owners::ROWS,
     namespaces::ROWS,
     confined::ROWS,

@@ -565,6 +565,7 @@ pub static KINDS: &[FileKind] = &[
     namespace::KIND,
     sock::inet::KIND,
     sock::netlink::KIND,
+    sock::packet::KIND,
     sock::unix::KIND,
     sock::unsupported::KIND,
     eventpoll::KIND,

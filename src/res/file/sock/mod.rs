@@ -6,6 +6,7 @@ mod held;
 pub(super) mod inet;
 pub(super) mod netlink;
 mod opts;
+pub(super) mod packet;
 mod queue;
 #[cfg(test)]
 mod testing;

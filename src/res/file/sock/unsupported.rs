@@ -7,16 +7,14 @@ use nix::libc;
 use super::opts;
 use crate::{
     image::proto,
-    res::file::{
-        Collector, Description, FileError, FileKind, Intake, Opened, Opener, Result, Usage,
-    },
+    res::file::{Collector, Description, FileKind, Intake, Opened, Opener, Result, Usage},
 };
 
 /// The row of [`KINDS`](crate::res::file::KINDS). Comes after all other sockets, since it claims
 /// every socket.
 pub(in crate::res::file) const KIND: FileKind = FileKind {
     name: "socket",
-    types: &[proto::FdTypes::Packetsk],
+    types: &[],
     usage: Usage::Descriptor,
     collector: |_| Box::new(UnsupportedSockets),
     opener: |_| Box::new(UnsupportedSockets),
@@ -25,15 +23,29 @@ pub(in crate::res::file) const KIND: FileKind = FileKind {
 #[derive(Debug)]
 struct UnsupportedSockets;
 
+/// `linux/socket.h`; `libc` lacks them.
+const AF_KCM: i32 = 41;
+const AF_QIPCRTR: i32 = 42;
+const AF_SMC: i32 = 43;
+const AF_MCTP: i32 = 45;
+
 /// Returns the name of a family in messages.
 fn family_name(family: i32) -> &'static str {
     match family {
-        libc::AF_PACKET => "packet socket",
         libc::AF_VSOCK => "virtual machine socket (AF_VSOCK)",
         libc::AF_ALG => "kernel crypto socket (AF_ALG)",
         libc::AF_XDP => "AF_XDP socket",
         libc::AF_BLUETOOTH => "Bluetooth socket",
         libc::AF_CAN => "CAN bus socket",
+        libc::AF_KEY => "IPsec key socket (AF_KEY)",
+        libc::AF_PPPOX => "PPP socket (AF_PPPOX)",
+        libc::AF_RDS => "RDS socket",
+        libc::AF_IEEE802154 => "IEEE 802.15.4 socket",
+        libc::AF_NFC => "NFC socket",
+        AF_KCM => "connection multiplexer (AF_KCM)",
+        AF_QIPCRTR => "Qualcomm IPC router socket",
+        AF_SMC => "SMC socket",
+        AF_MCTP => "MCTP socket",
         libc::AF_TIPC => "TIPC socket",
         _ => "socket of an unknown family",
     }
@@ -53,18 +65,12 @@ impl Collector for UnsupportedSockets {
             family_name(family),
             file.stat.st_ino
         );
-        Err(file.unsupported(what, "only UNIX, TCP, UDP and netlink sockets are supported"))
+        Err(file.unsupported(what, "have the program close it, then try again"))
     }
 }
 
 impl Opener for UnsupportedSockets {
-    fn open(&mut self, entries: &[proto::FileEntry], _: &mut Opened) -> Result<()> {
-        match entries.first() {
-            None => Ok(()),
-            Some(entry) => Err(FileError::Image {
-                id: entry.id,
-                problem: "it is a packet socket, which rcriu does not restore".into(),
-            }),
-        }
+    fn open(&mut self, _: &[proto::FileEntry], _: &mut Opened) -> Result<()> {
+        Ok(())
     }
 }
