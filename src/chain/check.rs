@@ -7,7 +7,8 @@ use super::{
     gone::{Gone, gone},
     holes,
     index::pieces,
-    overlay::{self, Gaps, Merged, Piece, PiecePlace},
+    overlay::{self, Merged},
+    piece::{self, Gaps, Piece, PiecePlace},
 };
 use crate::{
     causes::with_sources,
@@ -243,7 +244,7 @@ impl Check<'_> {
         for entry in reader.by_ref() {
             match entry {
                 Ok(entry) => {
-                    pieces(0, present, &entry, &gone, |piece| overlay::push(&mut own, piece));
+                    pieces(0, present, &entry, &gone, |piece| piece::push(&mut own, piece));
                     present += entry.pages_in_file();
                 }
                 Err(error) => {
@@ -295,7 +296,7 @@ impl Check<'_> {
                 // The pages before a defect; the defect is reported with that pagemap.
                 let none = PageRanges::new();
                 for entry in reader.map_while(|entry| entry.ok()) {
-                    pieces(1, 0, &entry, &none, |piece| overlay::push(&mut below, piece));
+                    pieces(1, 0, &entry, &none, |piece| piece::push(&mut below, piece));
                 }
             }
             Err(error) if error.is_missing() => {}

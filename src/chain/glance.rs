@@ -1,6 +1,6 @@
 //! A quick check of a chain, without an index.
 
-use super::{Chain, SnapshotId, overlay::LAYER_LIMIT};
+use super::{Chain, SnapshotId, piece::LAYER_LIMIT};
 use crate::{
     causes::with_sources,
     image::{ImageStore, Kind, MemoryId, Presence, tree},

@@ -5,7 +5,8 @@ use std::collections::HashMap;
 use super::{
     Chain, ChainError, Result, SnapshotId,
     index::pieces,
-    overlay::{self, Gaps, Merged, Piece, PiecePlace},
+    overlay::{self, Merged},
+    piece::{self, Gaps, Piece, PiecePlace},
 };
 use crate::{
     image::{ImageStore, Kind, MemoryId, desc, punched},
@@ -47,9 +48,9 @@ pub(super) fn gone(chain: &Chain) -> Result<Vec<Vec<Gone>>> {
     if !chain.snapshots().iter().any(|snapshot| has_journal(&*snapshot.images)) {
         return Ok(vec![Vec::new(); found.len()]);
     }
-    if let Some(snapshot) = chain.snapshots().get(overlay::LAYER_LIMIT) {
+    if let Some(snapshot) = chain.snapshots().get(piece::LAYER_LIMIT) {
         let dir = snapshot.path().to_owned();
-        return Err(ChainError::TooDeep { dir, limit: overlay::LAYER_LIMIT });
+        return Err(ChainError::TooDeep { dir, limit: piece::LAYER_LIMIT });
     }
     let mut children = vec![0; found.len()];
     for snapshot in chain.snapshots() {
@@ -138,7 +139,7 @@ fn resolve(chain: &Chain, id: SnapshotId, below: Option<&Resolved>) -> Result<Re
         let gone = gone.unwrap_or_default();
         let (mut own, mut present) = (Vec::new(), 0);
         for entry in reader.by_ref().map_while(|entry| entry.ok()) {
-            pieces(layer, present, &entry, &gone, |piece| overlay::push(&mut own, piece));
+            pieces(layer, present, &entry, &gone, |piece| piece::push(&mut own, piece));
             present += entry.pages_in_file();
         }
         let map = |pieces| Merged { pieces, gaps: Gaps::Nothing, lowest: layer };

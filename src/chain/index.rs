@@ -9,7 +9,8 @@ use std::{
 
 use super::{
     Chain, ChainError, FileId, LinkError, Result, SnapshotId, freed,
-    overlay::{self, Gaps, Merged, Piece, PiecePlace, Pile},
+    overlay::{self, Merged, Pile},
+    piece::{self, Gaps, Piece, PiecePlace},
 };
 use crate::{
     causes::with_sources,
@@ -297,8 +298,8 @@ fn read_layers(chain: &Chain, id: SnapshotId, memory: MemoryId) -> Result<Layers
     match stretches.last_mut().map(|last| mem::replace(&mut last.end, End::Answered)) {
         Some(End::Failed(error)) => return Err(error),
         _ if layers.is_empty() => return Err(ChainError::NoMemory { dir: dir(), memory }),
-        Some(End::AsksParent) if layers.len() >= overlay::LAYER_LIMIT => {
-            return Err(ChainError::TooDeep { dir: dir(), limit: overlay::LAYER_LIMIT });
+        Some(End::AsksParent) if layers.len() >= piece::LAYER_LIMIT => {
+            return Err(ChainError::TooDeep { dir: dir(), limit: piece::LAYER_LIMIT });
         }
         Some(End::AsksParent) => end?,
         // The layer above a missing one gets no answer.
@@ -317,7 +318,7 @@ fn ancestors(chain: &Chain, id: SnapshotId) -> (Vec<SnapshotId>, Result<(), Link
     let mut next = id;
     loop {
         next = match &chain.snapshot(next).parent {
-            Ok(Some(parent)) if ancestors.len() + 1 < overlay::LAYER_LIMIT => *parent,
+            Ok(Some(parent)) if ancestors.len() + 1 < piece::LAYER_LIMIT => *parent,
             Ok(_) => return (ancestors, Ok(())),
             Err(link) => return (ancestors, Err(link.clone())),
         };

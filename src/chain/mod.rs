@@ -10,6 +10,7 @@ mod cache;
 mod check;
 mod content;
 mod diff;
+mod discovery;
 mod duplicates;
 mod error;
 mod files;
@@ -25,6 +26,7 @@ mod memory;
 mod overlay;
 mod owner;
 mod pack;
+mod piece;
 mod summary;
 #[cfg(test)]
 pub(crate) mod testing;
