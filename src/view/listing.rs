@@ -3,11 +3,11 @@
 use super::{
     NodeType, Part, Result, View, held, json,
     mapped::Mapped,
+    node::{Group, What},
     proc::{self, Proc},
     process::Below,
     readme::README,
     shortened,
-    tree::{Group, What},
 };
 use crate::{
     chain::SnapshotId,

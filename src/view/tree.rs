@@ -1,142 +1,28 @@
-//! Directories, names and inode numbers.
+//! The tree: looking up, listing and describing nodes.
 
 use std::{
-    collections::{BTreeSet, HashMap},
-    io,
+    collections::BTreeSet,
     num::NonZeroUsize,
-    path::{Path, PathBuf},
+    path::Path,
     sync::{Arc, Mutex, PoisonError, RwLock},
 };
 
 use lru::LruCache;
-use xxhash_rust::xxh3::xxh3_64;
 
 use super::{
-    AddressSpace, Attr, CoreFile, NodeType, OpenFile, Part, Result, Tables, ViewError, WholeFile,
-    address_space::{MappingFile, ProcessMemory, Spaces},
+    Attr, NodeType, OpenFile, Part, Result, Tables, ViewError,
+    address_space::Spaces,
     attr_of,
-    flat::{self, MemoryFile},
-    json,
+    node::{DirEntry, Group, Ino, Node, ROOT, Table, What, enter},
     proc::{self, Proc},
 };
 use crate::{
-    chain::{Chain, ChainError, Content, FlatPages, SnapshotId},
-    image::{ImageStore, Kind, MemoryId, store::Stat},
+    chain::{Chain, SnapshotId},
     units::BLOCK_BYTES,
 };
 
-/// An inode number.
-pub type Ino = u64;
-
-/// The inode number of the root (`FUSE_ROOT_ID`, `linux/fuse.h`).
-pub const ROOT: Ino = 1;
-
-/// An entry of a directory.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DirEntry {
-    /// The entry's inode number.
-    pub ino: Ino,
-    /// The type of the entry.
-    pub kind: NodeType,
-    /// The name of the entry.
-    pub name: String,
-}
-
-/// The directories that present a snapshot to users and ordinary tools.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Group {
-    Core,
-    Json,
-    Mem,
-    Shmem,
-}
-
 /// How many snapshots' tables are cached.
 const TABLES_KEPT: NonZeroUsize = NonZeroUsize::new(16).expect("not zero");
-
-/// What a node shows.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum What {
-    /// A whole snapshot; at the root, also the other snapshots of the chain.
-    Snapshot(SnapshotId),
-    /// One of the groups of a snapshot.
-    Group(SnapshotId, Group),
-    /// The snapshots of the chain.
-    Snapshots,
-    /// A stored image, unchanged.
-    Image(SnapshotId),
-    /// A pagemap without parents.
-    Pagemap(SnapshotId, MemoryId),
-    /// The pages file for this pagemap.
-    Pages(SnapshotId, MemoryId),
-    /// The bytes of a shared object.
-    Shmem(SnapshotId, u64),
-    /// The mappings of a process.
-    Mem(SnapshotId, u32),
-    /// One mapping, by its addresses.
-    Mapping(SnapshotId, u32, u64, u64),
-    /// A process as a core file.
-    Core(SnapshotId, u32),
-    /// A directory below `files`; the path is empty or ends with a slash.
-    HeldDirectory(SnapshotId, String),
-    /// A file below `files`.
-    HeldFile(SnapshotId, String),
-    /// A symbolic link below `files`, and where it leads.
-    HeldLink(SnapshotId, String),
-    /// The directory of links to shared objects by name.
-    ShmemNames(SnapshotId),
-    /// The directory of processes that map shared objects.
-    ShmemUsers(SnapshotId),
-    /// The directory of links to the shared objects that a process maps.
-    ShmemUser(SnapshotId, u32),
-    /// A link to a shared object, from this many directories below the snapshot's.
-    ShmemLink(SnapshotId, u32, u64),
-    /// A node below `proc`.
-    Proc(SnapshotId, proc::Node),
-    /// The file that says what is where.
-    Readme(SnapshotId),
-    /// The text of an image.
-    Json(SnapshotId, Box<What>, String),
-}
-
-impl What {
-    pub(super) fn kind(&self) -> NodeType {
-        match self {
-            Self::Snapshot(_)
-            | Self::Group(..)
-            | Self::Snapshots
-            | Self::Mem(..)
-            | Self::HeldDirectory(..)
-            | Self::ShmemNames(_)
-            | Self::ShmemUsers(_)
-            | Self::ShmemUser(..) => NodeType::Directory,
-            Self::HeldLink(..) | Self::ShmemLink(..) => NodeType::Link,
-            Self::Proc(_, node) => node.kind(),
-            _ => NodeType::File,
-        }
-    }
-}
-
-#[derive(Debug)]
-struct Node {
-    ino: Ino,
-    parent: Ino,
-    name: String,
-    /// The names from the root, separated by slashes; empty for the root.
-    path: String,
-    what: What,
-}
-
-#[derive(Debug, Default)]
-struct Table {
-    nodes: HashMap<Ino, Arc<Node>>,
-    /// The entries of directories that were listed.
-    listings: HashMap<Ino, Arc<[Arc<Node>]>>,
-    /// Nodes that no listing has, by directory and name.
-    unlisted: HashMap<(Ino, String), Arc<Node>>,
-    /// The attributes of files with computed contents.
-    attrs: HashMap<Ino, Attr>,
-}
 
 /// The tree that a mount of a chain shows.
 #[derive(Debug)]
@@ -452,125 +338,6 @@ impl View {
         Ok(attr)
     }
 
-    /// Returns where a node gets its owner, mode and times from.
-    fn origin(&self, what: &What, name: &str) -> Origin<'_> {
-        let whole = |id: SnapshotId| Origin { images: &**self.chain.images(id), file: None };
-        let file = |id: SnapshotId, name: String| Origin { file: Some(name), ..whole(id) };
-        match what {
-            What::Snapshot(id) | What::Group(id, _) => whole(*id),
-            What::Snapshots => whole(self.tip),
-            What::Image(id) => file(*id, name.to_owned()),
-            What::Json(_, image, name) => self.origin(image, name),
-            What::Pagemap(id, memory) | What::Pages(id, memory) => file(*id, memory.pagemap_name()),
-            What::Shmem(id, shmid) => {
-                let pagemap = MemoryId::Shared(*shmid).pagemap_name();
-                if self.chain.images(*id).stat(&pagemap).is_ok() {
-                    file(*id, pagemap)
-                } else {
-                    file(*id, Kind::Inventory.file_name(0))
-                }
-            }
-            What::Mem(id, _)
-            | What::HeldDirectory(id, _)
-            | What::ShmemNames(id)
-            | What::ShmemUsers(id)
-            | What::ShmemUser(id, _) => whole(*id),
-            What::HeldFile(id, _)
-            | What::HeldLink(id, _)
-            | What::ShmemLink(id, ..)
-            | What::Readme(id) => file(*id, Kind::Inventory.file_name(0)),
-            What::Mapping(id, pid, ..) | What::Core(id, pid) => {
-                file(*id, Kind::Mm.file_name((*pid).into()))
-            }
-            What::Proc(id, node) => match node.pid() {
-                Some(pid) if node.kind() != NodeType::Directory => {
-                    file(*id, Kind::Core.file_name(pid.into()))
-                }
-                _ => whole(*id),
-            },
-        }
-    }
-
-    /// Opens the file `name`.
-    fn open_what(&self, what: &What, name: &str) -> Result<OpenFile> {
-        let chain = &self.chain;
-        match what {
-            What::Snapshot(_)
-            | What::Group(..)
-            | What::Snapshots
-            | What::Mem(..)
-            | What::HeldDirectory(..)
-            | What::ShmemNames(_)
-            | What::ShmemUsers(_)
-            | What::ShmemUser(..) => Err(ViewError::IsADirectory { path: name.to_owned() }),
-            What::Proc(_, node) if node.kind() == NodeType::Directory => {
-                Err(ViewError::IsADirectory { path: name.to_owned() })
-            }
-            What::Proc(id, proc::Node::Memory(pid)) => {
-                let content = Arc::new(ProcessMemory::new(self.address_space(*id, *pid)?));
-                Ok(OpenFile { content, whole: None, pages: None })
-            }
-            What::Proc(id, node) => {
-                let tables = self.tables(*id);
-                let content = MemoryFile::new(Proc::new(&tables, &self.spaces).text(node)?);
-                Ok(OpenFile { content: Arc::new(content), whole: None, pages: None })
-            }
-            What::Image(id) => {
-                let file = chain.files().get(chain.files().enter(chain.images(*id), name))?;
-                let content = Arc::new(WholeFile::new(Arc::clone(&file))?);
-                Ok(OpenFile { content, whole: Some(file), pages: None })
-            }
-            What::Pagemap(id, memory) => {
-                let index = chain.index(*id, *memory)?;
-                let content = flat::pagemap(&self.origin(what, name).path(), &index)?;
-                Ok(OpenFile { content: Arc::new(content), whole: None, pages: None })
-            }
-            What::Pages(id, memory) => {
-                self.check_claims(*id, *memory)?;
-                let pages = FlatPages::new(Arc::clone(chain), chain.index(*id, *memory)?);
-                let whole = match pages.whole_file() {
-                    Some(layer) => Some(chain.files().get(layer.file)?),
-                    None => None,
-                };
-                let whole =
-                    whole.filter(|file| file.stat().is_ok_and(|stat| stat.len == pages.len()));
-                let pages = Arc::new(pages);
-                let content = Arc::clone(&pages) as Arc<dyn Content>;
-                Ok(OpenFile { content, whole, pages: Some(pages) })
-            }
-            What::Shmem(id, shmid) => {
-                let content = flat::shmem(&self.tables(*id), *shmid)?;
-                Ok(OpenFile { content, whole: None, pages: None })
-            }
-            What::HeldFile(id, path) => {
-                let tables = self.tables(*id);
-                let content = tables.held()?.open(&tables, path)?;
-                Ok(OpenFile { content, whole: None, pages: None })
-            }
-            What::Readme(_) => {
-                let content = MemoryFile::new(self.readme());
-                Ok(OpenFile { content: Arc::new(content), whole: None, pages: None })
-            }
-            What::HeldLink(..) | What::ShmemLink(..) => {
-                Err(ViewError::NoSuchEntry { dir: name.to_owned(), name: name.to_owned() })
-            }
-            What::Mapping(id, pid, start, end) => {
-                let space = self.address_space(*id, *pid)?;
-                let content = Arc::new(MappingFile::new(space, *start..*end));
-                Ok(OpenFile { content, whole: None, pages: None })
-            }
-            What::Core(id, pid) => {
-                let space = self.address_space(*id, *pid)?;
-                Ok(OpenFile { content: Arc::new(CoreFile::open(space)?), whole: None, pages: None })
-            }
-            What::Json(_, image, name) => {
-                let open = self.open_what(image, name)?;
-                let content = json::render(&self.origin(image, name).path(), &*open.content)?;
-                Ok(OpenFile { content: Arc::new(content), whole: None, pages: None })
-            }
-        }
-    }
-
     /// Returns the target of a symbolic link.
     ///
     /// # Errors
@@ -582,78 +349,4 @@ impl View {
             _ => Err(ViewError::NotALink { path: format!("/{}", node.path) }),
         }
     }
-
-    fn target(&self, what: &What) -> Result<Vec<u8>> {
-        match what {
-            What::Proc(id, node) => Proc::new(&self.tables(*id), &self.spaces).target(node),
-            What::HeldLink(_, target) => Ok(target.clone().into_bytes()),
-            What::ShmemLink(_, depth, shmid) => {
-                Ok(format!("{}shmem/{shmid}", "../".repeat(*depth as usize)).into_bytes())
-            }
-            _ => Ok(Vec::new()),
-        }
-    }
-
-    pub(super) fn address_space(&self, id: SnapshotId, pid: u32) -> Result<Arc<AddressSpace>> {
-        self.spaces.get(&self.tables(id), pid)
-    }
-
-    /// Checks that no other memory of the snapshot uses the same pages file.
-    fn check_claims(&self, id: SnapshotId, memory: MemoryId) -> Result<()> {
-        let images = self.chain.images(id);
-        let pages_id = |memory: MemoryId| images.pagemap(memory).map(|pagemap| pagemap.pages_id());
-        let claimed = pages_id(memory)?;
-        for other in self.chain.memories(id)? {
-            if other != memory && pages_id(other).is_ok_and(|id| id == claimed) {
-                return Err(ViewError::Chain(ChainError::SharedPages {
-                    dir: images.name().to_owned(),
-                    pages_id: claimed,
-                    first: memory,
-                    second: other,
-                }));
-            }
-        }
-        Ok(())
-    }
-}
-
-/// A store, or a file in it.
-struct Origin<'a> {
-    images: &'a dyn ImageStore,
-    file: Option<String>,
-}
-
-impl Origin<'_> {
-    fn path(&self) -> PathBuf {
-        match &self.file {
-            Some(file) => self.images.path_of(file),
-            None => self.images.name().to_owned(),
-        }
-    }
-
-    fn stat(&self) -> io::Result<Stat> {
-        match &self.file {
-            Some(file) => self.images.stat(file),
-            None => self.images.stat_store(),
-        }
-    }
-}
-
-/// Adds a node. Its inode number is `wanted` or, without one, the hash of its path, which is the same
-/// in every mount. If the number is taken, uses the next free one.
-fn enter(
-    nodes: &mut HashMap<Ino, Arc<Node>>,
-    dir: &Node,
-    name: String,
-    what: What,
-    wanted: Option<Ino>,
-) -> Arc<Node> {
-    let path = if dir.path.is_empty() { name.clone() } else { format!("{}/{name}", dir.path) };
-    let mut ino = wanted.unwrap_or_else(|| xxh3_64(path.as_bytes()));
-    while ino <= ROOT || nodes.contains_key(&ino) {
-        ino = ino.wrapping_add(1);
-    }
-    let node = Arc::new(Node { ino, parent: dir.ino, name, path, what });
-    nodes.insert(ino, Arc::clone(&node));
-    node
 }
