@@ -278,6 +278,10 @@ states! {
     fifo_hangups;
     pty_masters;
     pty_hangups;
+    pty_lines;
+    pty_raw_bytes;
+    pty_stopped_output;
+    pty_speeds;
     tmpfile;
     deleted_attributes;
     locks_posix ["--file-locks"], elsewhere: restored running;

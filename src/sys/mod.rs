@@ -10,6 +10,7 @@ mod features;
 pub mod gather;
 pub mod heap;
 pub mod kernel_memory;
+pub mod loan;
 pub mod lock;
 pub mod mqueue;
 pub mod output;

@@ -17,7 +17,7 @@ use nix::{
     unistd::{ForkResult, Pid, fork, getpid, getppid, setsid},
 };
 
-use super::cancel;
+use super::{cancel, loan};
 use crate::units::{HostPid, RemoteAddr};
 
 /// State that worker and supervisor share in memory.
@@ -200,6 +200,7 @@ pub fn split() -> io::Result<Side> {
     // If SIGCHLD is ignored, which is inherited, the kernel would reap the worker itself.
     set_action(Signal::SIGCHLD, SigHandler::SigDfl)?;
     begin_ledger()?;
+    loan::prepare()?;
     let before = signals.thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
     let supervisor = getpid();
     // SAFETY: there is one thread, as was checked above, so that the child

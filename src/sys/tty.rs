@@ -8,6 +8,7 @@ use nix::{
     fcntl::{FcntlArg, FdFlag, fcntl},
     libc,
 };
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// The kernel's value (`include/uapi/asm-generic/fcntl.h`); in the C library it is 0.
 const O_LARGEFILE: libc::c_int = 0o100_000;
@@ -17,7 +18,9 @@ pub const CONTROL_CHARACTERS: usize = 19;
 
 /// The kernel's `struct termios` (`include/uapi/asm-generic/termbits.h`), which differs from the C
 /// library's.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
 #[repr(C)]
 pub struct Termios {
     /// Input modes.
@@ -34,6 +37,25 @@ pub struct Termios {
     pub characters: [u8; CONTROL_CHARACTERS],
 }
 const _: () = assert!(size_of::<Termios>() == 36);
+
+/// The kernel's `struct termios2` (`include/uapi/asm-generic/termbits.h`).
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+struct Termios2 {
+    modes: Termios,
+    speeds: Speeds,
+}
+const _: () = assert!(size_of::<Termios2>() == 0x2c);
+
+/// The speeds of a line, in bits a second.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Speeds {
+    /// Of input.
+    pub input: u32,
+    /// Of output.
+    pub output: u32,
+}
 
 /// `struct winsize` (`include/uapi/asm-generic/termios.h`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -58,6 +80,10 @@ const fn with_int(direction: libc::Ioctl, number: libc::Ioctl) -> libc::Ioctl {
 // `include/uapi/asm-generic/ioctls.h`; those that get a state exist since Linux 3.16.
 const TCGETS: libc::Ioctl = 0x5401;
 const TCSETS: libc::Ioctl = 0x5402;
+/// `_IOR('T', 0x2A, struct termios2)` and `_IOW('T', 0x2B, struct termios2)`, since Linux 2.6.20.
+const TCGETS2: libc::Ioctl = 0x802c_542a;
+const TCSETS2: libc::Ioctl = 0x402c_542b;
+const TCXONC: libc::Ioctl = 0x540a;
 /// Makes a terminal the controlling terminal.
 pub const TIOCSCTTY: libc::Ioctl = 0x540e;
 /// Sets the foreground process group.
@@ -67,6 +93,8 @@ const TIOCGPGRP: libc::Ioctl = 0x540f;
 const TIOCGWINSZ: libc::Ioctl = 0x5413;
 const TIOCSWINSZ: libc::Ioctl = 0x5414;
 const TIOCPKT: libc::Ioctl = 0x5420;
+const TIOCSETD: libc::Ioctl = 0x5423;
+const TIOCGETD: libc::Ioctl = 0x5424;
 const TIOCGSID: libc::Ioctl = 0x5429;
 const TIOCGLCKTRMIOS: libc::Ioctl = 0x5456;
 const TIOCSLCKTRMIOS: libc::Ioctl = 0x5457;
@@ -94,6 +122,8 @@ pub enum Question {
     Packet,
     /// Whether the slave is locked, so it cannot be opened.
     Locked,
+    /// The line discipline; 0 is the usual one (`N_TTY`, `include/uapi/linux/tty.h`).
+    Discipline,
 }
 
 /// Reads a property of a terminal.
@@ -108,6 +138,7 @@ pub fn ask(fd: BorrowedFd, question: Question) -> nix::Result<i32> {
         Question::Exclusive => TIOCGEXCL,
         Question::Packet => TIOCGPKT,
         Question::Locked => TIOCGPTLCK,
+        Question::Discipline => TIOCGETD,
     };
     let mut answer: libc::c_int = 0;
     // SAFETY: each of these requests writes one `int`.
@@ -134,6 +165,31 @@ pub fn switch(fd: BorrowedFd, switch: Switch, on: bool) -> nix::Result<()> {
     // SAFETY: both requests read one `int`.
     let result = unsafe { libc::ioctl(fd.as_raw_fd(), request, &raw const value) };
     Errno::result(result).map(drop)
+}
+
+/// Sets the line discipline of a terminal.
+///
+/// # Errors
+/// `EINVAL` if the kernel does not have it.
+pub fn set_discipline(fd: BorrowedFd, discipline: i32) -> nix::Result<()> {
+    // SAFETY: the request reads one `int`.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), TIOCSETD, &raw const discipline) };
+    Errno::result(result).map(drop)
+}
+
+/// Stops or starts the output of a terminal, as `tcflow(3)` does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flow {
+    /// `TCOOFF`.
+    Stop = 0,
+    /// `TCOON`: has no effect on output that a character has stopped.
+    Start = 1,
+}
+
+/// Stops or starts the output of a terminal.
+pub fn flow(fd: BorrowedFd, flow: Flow) -> nix::Result<()> {
+    // SAFETY: the request takes a number.
+    Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), TCXONC, flow as libc::c_int) }).map(drop)
 }
 
 /// Sets exclusive mode: the terminal cannot be opened any more.
@@ -175,6 +231,22 @@ pub fn set_termios(fd: BorrowedFd, locked: bool, modes: &Termios) -> nix::Result
     let modes: *const Termios = modes;
     // SAFETY: both requests read a `struct termios`, whose size is asserted.
     Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), request, modes) }).map(drop)
+}
+
+/// Returns the speeds of a terminal.
+pub fn speeds(fd: BorrowedFd) -> nix::Result<Speeds> {
+    let mut modes = Termios2::default();
+    // SAFETY: the request writes a `struct termios2`, whose size is asserted.
+    Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), TCGETS2, &raw mut modes) })?;
+    Ok(modes.speeds)
+}
+
+/// Sets the modes of a terminal, and its speeds, which the kernel uses if the control modes have
+/// `BOTHER` (`include/uapi/asm-generic/termbits.h`).
+pub fn set_modes_and_speeds(fd: BorrowedFd, modes: &Termios, speeds: Speeds) -> nix::Result<()> {
+    let modes = Termios2 { modes: *modes, speeds };
+    // SAFETY: the request reads a `struct termios2`, whose size is asserted.
+    Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), TCSETS2, &raw const modes) }).map(drop)
 }
 
 /// Returns the window size of a terminal.

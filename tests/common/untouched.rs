@@ -65,6 +65,10 @@ const RESTS_AFTER: Duration = Duration::from_secs(2);
 const EVENTS: PollFlags =
     PollFlags::POLLIN.union(PollFlags::POLLPRI).union(PollFlags::POLLOUT).union(PollFlags::POLLERR);
 
+/// The device numbers of `/dev/ptmx` and of slaves (`include/uapi/linux/major.h`).
+const MASTERS: std::ops::Range<u32> = 5..6;
+const SLAVES: std::ops::Range<u32> = 136..144;
+
 /// The time when a file's attributes were last changed.
 const CHANGED: &str = "changed";
 
@@ -218,12 +222,20 @@ fn open_file(name: &str, fd: &OwnedFd) -> Vec<(String, String)> {
     let mut add = |what: &str, value: String| found.push((format!("fd {name} {what}"), value));
     let file = File::from(fd.try_clone().expect("a descriptor"));
     let Ok(metadata) = file.metadata() else { return found };
+    let is_terminal = |majors: std::ops::Range<u32>| {
+        metadata.file_type().is_char_device() && majors.contains(&libc::major(metadata.rdev()))
+    };
     for (what, seconds, nanoseconds) in [
         ("accessed", metadata.atime(), metadata.atime_nsec()),
         ("modified", metadata.mtime(), metadata.mtime_nsec()),
         (CHANGED, metadata.ctime(), metadata.ctime_nsec()),
     ] {
-        add(what, format!("{seconds}.{nanoseconds:09}"));
+        // A dump reads what waits in a pair, and sets the times of the slave again. That of its
+        // last change then is another; /dev/ptmx belongs to all pairs.
+        let is_of_pair = is_terminal(MASTERS) || what == CHANGED && is_terminal(SLAVES);
+        if !is_of_pair {
+            add(what, format!("{seconds}.{nanoseconds:09}"));
+        }
     }
     add("size, links", format!("{} {}", metadata.len(), metadata.nlink()));
     let kind = metadata.file_type();

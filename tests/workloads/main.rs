@@ -41,6 +41,7 @@ mod socket_ends;
 mod sockets;
 mod steps;
 mod tcp;
+mod terminals;
 mod threads;
 mod tree;
 mod unix_waiting;
@@ -77,6 +78,7 @@ const GROUPS: &[&[Row]] = &[
     odd_files::ROWS,
     locks::ROWS,
     watches::ROWS,
+    terminals::ROWS,
     sockets::ROWS,
     socket_ends::ROWS,
     unix_waiting::ROWS,

@@ -92,6 +92,7 @@ fn supervised(root: HostPid, work: impl FnOnce() -> u8) -> anyhow::Result<u8> {
             if supervisor.has_doomed() {
                 bail!("{what}; the snapshot is complete, and the tree has ended");
             }
+            file::return_terminal_bytes();
             if let Some(left) = supervisor.leftover_repairs() {
                 file::end_repairs(root, &left);
             }

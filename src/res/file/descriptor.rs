@@ -77,7 +77,12 @@ pub(super) fn reopen(fd: BorrowedFd, flags: u32) -> nix::Result<OwnedFd> {
 
 /// Returns the current events of a descriptor (`poll(2)`).
 pub(super) fn events(fd: BorrowedFd) -> nix::Result<PollFlags> {
-    let mut polled = [PollFd::new(fd, PollFlags::POLLIN | PollFlags::POLLOUT)];
+    events_among(fd, PollFlags::POLLIN | PollFlags::POLLOUT)
+}
+
+/// Returns which of these events a descriptor has now.
+pub(super) fn events_among(fd: BorrowedFd, among: PollFlags) -> nix::Result<PollFlags> {
+    let mut polled = [PollFd::new(fd, among)];
     poll(&mut polled, PollTimeout::ZERO)?;
     Ok(polled[0].revents().unwrap_or(PollFlags::empty()))
 }

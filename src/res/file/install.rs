@@ -86,6 +86,7 @@ impl<'a> Installer<'a> {
         let mut opened = Opened::new(images, options, entries.to_vec(), pids);
         opened.processes = numbers;
         opened.holders = holders(&processes);
+        opened.groups = processes.iter().map(|process| process.group).collect();
         opened.root_leads_group = processes.first().is_some_and(|root| root.group == root.pid);
         Self {
             processes,

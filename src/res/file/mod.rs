@@ -65,7 +65,7 @@ pub use self::{
         unix::Options as UnixOptions,
     },
     table::FileTable,
-    tty::Options as TerminalOptions,
+    tty::{Options as TerminalOptions, return_bytes as return_terminal_bytes},
     validation::{BuildIds, Validation},
     watch::Options as WatchOptions,
 };
@@ -248,6 +248,8 @@ pub struct Opened {
     pub deferred: HashMap<u32, Deferred>,
     /// All processes and threads of the tree.
     pub processes: HashSet<NsPid>,
+    /// The process groups of all living processes of the tree.
+    pub groups: HashSet<NsPid>,
     /// Whether the root process of the tree leads its process group.
     pub root_leads_group: bool,
     /// Maps pids of the images to pids of the host.
@@ -287,6 +289,7 @@ impl Opened {
             objects: HashMap::new(),
             deferred: HashMap::new(),
             processes: HashSet::new(),
+            groups: HashSet::new(),
             root_leads_group: false,
             pids,
             holders: HashMap::new(),

@@ -1,10 +1,20 @@
 //! Dumps terminals.
 
-use std::{collections::BTreeMap, os::unix::fs::MetadataExt};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
+};
 
 use nix::{errno::Errno, libc, poll::PollFlags};
 
-use super::{Options, PERMISSIONS, Role, external_name, is_master, pack, peer, slave_path};
+use super::{
+    Options, PERMISSIONS, Role, Stopped, external_name, is_master,
+    line::{self, Lines},
+    loan, pack, peer, slave_path,
+};
 use crate::{
     image::{
         Kind, SnapshotWriter,
@@ -14,7 +24,7 @@ use crate::{
     res::file::{Collector, Description, External, FileError, Intake, Result, descriptor, path},
     sys::{
         fds,
-        tty::{self, Question, Termios},
+        tty::{self, Question, Speeds, Termios},
     },
     units::{HostPid, TargetFd},
 };
@@ -28,6 +38,15 @@ const SERIAL_INDEX: u32 = 1010;
 const EXTERNAL_INDEX: u32 = 1013;
 const EXTERNAL_INDEX_MAX: u32 = 1076;
 
+/// `N_TTY` (`include/uapi/linux/tty.h`).
+const USUAL_DISCIPLINE: i32 = 0;
+
+/// The most bytes of complete lines that a dump reads: half of the line discipline's buffer.
+const MOST_LINE_BYTES: usize = line::READ_BUFFER / 2;
+
+/// The help for a terminal with bytes that the dump leaves there.
+const READ_THEM: &str = "have its programs read them, then try again";
+
 /// The help for a terminal outside the tree.
 const SHELL_JOB: &str = "dump with --shell-job, and restore it on the terminal that rcriu runs on";
 
@@ -36,14 +55,19 @@ struct OpenTerminal {
     pid: HostPid,
     fd: TargetFd,
     name: String,
-    /// The number of bytes queued for reading.
-    queued: u32,
+    /// A duplicate of the descriptor of a master.
+    master: Option<OwnedFd>,
 }
 
 impl OpenTerminal {
     fn unsupported(&self, what: &str, help: &'static str) -> FileError {
         let what = format!("the terminal {}, {what}", self.name);
         FileError::Unsupported { pid: self.pid, fd: self.fd, what, help }
+    }
+
+    fn failed(&self, step: &'static str) -> impl FnOnce(Errno) -> FileError {
+        let (pid, fd, link) = (self.pid, self.fd, self.name.clone());
+        move |source| FileError::Dump { pid, fd, link, step, source }
     }
 }
 
@@ -53,6 +77,8 @@ pub(super) struct Terminals {
     options: Options,
     external: External,
     infos: BTreeMap<u32, (proto::TtyInfoEntry, OpenTerminal)>,
+    /// The terminals that send signals (`O_ASYNC`).
+    signalling: BTreeSet<u32>,
     externals: u32,
 }
 
@@ -62,6 +88,13 @@ impl Collector for Terminals {
     }
 
     fn collect(&mut self, file: &Description, intake: &mut dyn Intake) -> Result<proto::FileEntry> {
+        let discipline = tty::ask(fd(file), Question::Discipline).unwrap_or(USUAL_DISCIPLINE);
+        if discipline != USUAL_DISCIPLINE {
+            let name = String::from_utf8_lossy(&file.link);
+            let what = format!("the terminal {name}, with the line discipline {discipline}");
+            let help = "only the usual one is kept (0, N_TTY); end the program that needs another";
+            return Err(file.unsupported(what, help));
+        }
         let (info_id, tty_type, index) = self.number(file)?;
         let mut entry = proto::TtyFileEntry {
             id: file.id,
@@ -86,10 +119,15 @@ impl Collector for Terminals {
                 let mut info = info(file, info_id, tty_type, index)?;
                 (info.sid, info.pgrp) = (session, foreground);
                 let name = String::from_utf8_lossy(&file.link).into_owned();
-                let queued = queued(file, &info)?;
-                let holder = OpenTerminal { pid: file.pid, fd: file.number, name, queued };
+                let is_master = tty_type == TtyType::Pty && is_master(info_id);
+                let master = is_master.then(|| fd(file).try_clone_to_owned()).transpose();
+                let master = master.map_err(|_| file.failed("duplicate")(Errno::EMFILE))?;
+                let holder = OpenTerminal { pid: file.pid, fd: file.number, name, master };
                 self.infos.insert(info_id, (info, holder));
             }
+        }
+        if file.flags & libc::O_ASYNC.cast_unsigned() != 0 {
+            self.signalling.insert(info_id);
         }
         let is_master = tty_type == TtyType::Pty && is_master(info_id);
         Ok(proto::FileEntry {
@@ -103,6 +141,10 @@ impl Collector for Terminals {
 
     fn finish(&mut self, images: &SnapshotWriter) -> Result<()> {
         self.check()?;
+        let queued = self.read_queues()?;
+        if !queued.is_empty() {
+            images.write(Kind::TtyData, 0, &queued)?;
+        }
         if !self.infos.is_empty() {
             let infos: Vec<_> = self.infos.values().map(|(info, _)| info.clone()).collect();
             images.write(Kind::TtyInfo, 0, &infos)?;
@@ -167,15 +209,6 @@ impl Terminals {
                 return Err(holder.unsupported(what, "at most one is supported: close the other"));
             }
         }
-        // The restore creates the other pairs anew, so bytes queued in them would be lost.
-        for (info, holder) in self.infos.values() {
-            let is_ours = is_pair(info) && !is_alone(info);
-            if is_ours && holder.queued > 0 {
-                let what = format!("in which {} bytes are queued", holder.queued);
-                let help = "have the program read them, or read the master, then try again";
-                return Err(holder.unsupported(&what, help));
-            }
-        }
         let Some((info, holder)) = self.infos.get(&(CTTY_INDEX << 1)) else { return Ok(()) };
         let is_ours = self.infos.values().any(|(other, _)| {
             other.id != info.id && other.sid == info.sid && info.sid != 0 && !is_alone(other)
@@ -185,6 +218,108 @@ impl Terminals {
             return Err(holder.unsupported(what, SHELL_JOB));
         }
         Ok(())
+    }
+}
+
+impl Terminals {
+    /// Reads what is queued in pairs that the restore creates anew.
+    ///
+    /// # Errors
+    /// [`FileError::Unsupported`], before anything is taken out, if it could not be put back.
+    fn read_queues(&mut self) -> Result<Vec<proto::TtyDataEntry>> {
+        let mut pairs = Vec::new();
+        for (id, (info, holder)) in &self.infos {
+            let Some(master) = &holder.master else { continue };
+            let failed = |step| holder.failed(step);
+            let slave_is_open = self.infos.contains_key(&peer(*id));
+            if slave_is_open || info.rcriu_hung_up() {
+                let slave = loan::open_slave(master.as_fd());
+                let slave = slave.map_err(failed("open the other end of"))?;
+                if self.check_queue(*id, info, holder, (master, &slave))? {
+                    pairs.push((*id, master, slave));
+                }
+                continue;
+            }
+            // A slave that no process has opened yet would hang up if the dump did so.
+            let bytes = descriptor::events(master.as_fd())
+                .and_then(|_| fds::readable_bytes(master.as_fd()));
+            let bytes = bytes.map_err(failed("count what is queued in"))?;
+            if bytes > 0 {
+                let what = format!(
+                    "in which {bytes} bytes are queued, and whose other end no process of the \
+                     tree has opened"
+                );
+                return Err(holder.unsupported(&what, READ_THEM));
+            }
+        }
+        let mut entries = Vec::new();
+        let mut stopped = BTreeMap::new();
+        for (id, master, slave) in pairs {
+            let (_, holder) = &self.infos[&id];
+            let queued = loan::read(master.as_fd(), slave.as_fd());
+            let queued = queued.map_err(holder.failed("read what is queued in"))?;
+            log::debug!("{}: {queued:?}", holder.name);
+            stopped.insert(id, queued.stopped);
+            for (tty_id, data, ends) in
+                [(id, queued.output, Vec::new()), (peer(id), queued.input, queued.ends)]
+            {
+                if !data.is_empty() || !ends.is_empty() {
+                    entries.push(proto::TtyDataEntry { tty_id, data, rcriu_line_ends: ends });
+                }
+            }
+        }
+        for (id, stopped) in stopped {
+            if let Some((info, _)) = self.infos.get_mut(&id) {
+                info.rcriu_stopped = stopped.map(|stopped| proto::TtyStop::from(stopped).into());
+            }
+        }
+        Ok(entries)
+    }
+
+    /// Whether to read the queues of a pair. They may be empty.
+    fn check_queue(
+        &self,
+        id: u32,
+        info: &proto::TtyInfoEntry,
+        holder: &OpenTerminal,
+        (master, slave): (&OwnedFd, &OwnedFd),
+    ) -> Result<bool> {
+        let seen = loan::look(master.as_fd(), slave.as_fd());
+        let seen = seen.map_err(holder.failed("look into"))?;
+        let modes = tty::termios(slave.as_fd(), false);
+        let modes = modes.map_err(holder.failed("read the modes of"))?;
+        let bytes = seen.output + seen.input;
+        let is_delimited = Lines::of(&modes).are_delimited();
+        let refuse = |why: &str, help| {
+            let what = format!("in which {bytes} bytes are queued, {why}");
+            Err(holder.unsupported(&what, help))
+        };
+        if info.packet_mode && seen.status {
+            let what = "in packet mode, with a status that its program has not read";
+            return Err(holder.unsupported(what, READ_THEM));
+        }
+        let signals = [id, peer(id)].iter().any(|end| self.signalling.contains(end));
+        if signals && bytes > 0 {
+            return refuse("and which sends signals (O_ASYNC)", READ_THEM);
+        }
+        if seen.stopped && seen.output > 0 {
+            let help = "start it (^Q, or tcflow(3)), then try again";
+            return refuse("and whose output is stopped", help);
+        }
+        // More may wait behind it that the line discipline has not processed.
+        if is_delimited && usize::try_from(seen.input).is_ok_and(|lines| lines > MOST_LINE_BYTES) {
+            return refuse("in lines that its program has not read", READ_THEM);
+        }
+        Ok(is_delimited || bytes > 0 || seen.stopped)
+    }
+}
+
+impl From<Stopped> for proto::TtyStop {
+    fn from(stopped: Stopped) -> Self {
+        match stopped {
+            Stopped::ByCharacter => Self::ByCharacter,
+            Stopped::ByProgram => Self::ByProgram,
+        }
     }
 }
 
@@ -236,16 +371,6 @@ fn session(file: &Description) -> Result<[HostPid; 2]> {
     Ok([stat.session, stat.tpgid])
 }
 
-/// Returns the number of bytes that can be read from a terminal.
-fn queued(file: &Description, info: &proto::TtyInfoEntry) -> Result<u32> {
-    if info.termios.is_none() || info.pty.is_none() {
-        return Ok(0);
-    }
-    // poll(2) makes the kernel deliver bytes that are on their way.
-    descriptor::events(fd(file)).map_err(file.failed("poll"))?;
-    fds::readable_bytes(fd(file)).map_err(file.failed("count what is queued in"))
-}
-
 fn info(file: &Description, id: u32, tty_type: TtyType, index: u32) -> Result<proto::TtyInfoEntry> {
     let low = |number: u64| u32::try_from(number & u64::from(u32::MAX)).expect("32 bits");
     let mut info = proto::TtyInfoEntry {
@@ -279,8 +404,8 @@ fn modes(file: &Description, info: &mut proto::TtyInfoEntry) -> nix::Result<()> 
     info.exclusive = is_on(Question::Exclusive)?;
     info.packet_mode = is_on(Question::Packet)?;
     info.locked = is_on(Question::Locked)?;
-    info.termios = Some(termios_entry(&tty::termios(fd, false)?));
-    info.termios_locked = Some(termios_entry(&tty::termios(fd, true)?));
+    info.termios = Some(termios_entry(&tty::termios(fd, false)?, tty::speeds(fd)?));
+    info.termios_locked = Some(termios_entry(&tty::termios(fd, true)?, Speeds::default()));
     let size = tty::window_size(fd)?;
     info.winsize = Some(proto::WinsizeEntry {
         ws_row: size.rows.into(),
@@ -291,16 +416,15 @@ fn modes(file: &Description, info: &mut proto::TtyInfoEntry) -> nix::Result<()> 
     Ok(())
 }
 
-fn termios_entry(modes: &Termios) -> proto::TermiosEntry {
+fn termios_entry(modes: &Termios, speeds: Speeds) -> proto::TermiosEntry {
     proto::TermiosEntry {
         c_iflag: modes.input,
         c_oflag: modes.output,
         c_cflag: modes.control,
         c_lflag: modes.local,
         c_line: modes.line.into(),
-        // The control modes also hold the speeds.
-        c_ispeed: 0,
-        c_ospeed: 0,
+        c_ispeed: speeds.input,
+        c_ospeed: speeds.output,
         c_cc: pack(&modes.characters),
     }
 }

@@ -3,13 +3,14 @@
 //! Several descriptions may refer to one terminal, which has a number of its own: twice its index,
 //! plus one for the master of a pair.
 //!
-//! The dump cannot read the bytes queued between the ends of a pair without consuming them, and
-//! would lose them if rcriu were killed then. So it rejects a pair that has some, unless the
-//! other end is outside the tree. CRIU does dump queued bytes, and the restore queues them
-//! again. In canonical mode, the kernel does not report the line that is being typed: the dump
-//! cannot see it, and it is lost.
+//! The dump reads the bytes that are queued between the ends of a pair ([`loan`]), and the restore
+//! queues them again ([`queue`]), delimited as they were ([`line`]). What waits in a terminal
+//! whose other end is outside the tree stays there.
 
+mod deliver;
 mod dump;
+mod line;
+mod loan;
 mod queue;
 mod restore;
 
@@ -34,6 +35,20 @@ pub(super) const KIND: FileKind = FileKind {
     collector: |options| Box::new(dump::Terminals::new(options.terminals, &options.external)),
     opener: |options| Box::new(restore::TerminalOpener::new(options.terminals)),
 };
+
+/// Returns the bytes that a killed dump had taken out of a terminal. Reports a failure to the user.
+pub fn return_bytes() {
+    loan::give_back();
+}
+
+/// What has stopped the output of a terminal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stopped {
+    /// A character (^S).
+    ByCharacter,
+    /// `tcflow(3)`.
+    ByProgram,
+}
 
 /// What the user says of terminals.
 #[derive(Clone, Copy, Debug, Default)]

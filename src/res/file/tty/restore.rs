@@ -28,7 +28,7 @@ use crate::{
     },
     inject::Script,
     res::file::{Deferred, FileError, Opened, Opener, Result, deferred, descriptor},
-    sys::tty::{self, Question, Switch, Termios, WindowSize},
+    sys::tty::{self, Question, Speeds, Switch, Termios, WindowSize},
     units::{NsPid, TargetFd},
 };
 
@@ -118,9 +118,20 @@ impl Opener for TerminalOpener {
         opened: &Opened,
         keep: &dyn Fn(BorrowedFd) -> Result<OwnedFd>,
     ) -> Result<()> {
-        for terminal in controlling(opened)? {
-            let fd = keep(terminal.fd.as_fd())?;
-            self.controlling.push(Controlling { fd, ..terminal });
+        for mut terminal in controlling(opened)? {
+            terminal.fd = keep(terminal.fd.as_fd())?;
+            // A shell that runs command after command may be between two of them.
+            if let Some(group) = terminal.foreground
+                && !opened.groups.contains(&group)
+            {
+                log::warn!(
+                    "no process is left in the foreground group {group} of the session {}; its \
+                     leader's group takes its place",
+                    terminal.session
+                );
+                terminal.foreground = None;
+            }
+            self.controlling.push(terminal);
         }
         if let Some(terminal) = inherited(opened)?
             && opened.root_leads_group
@@ -425,10 +436,15 @@ fn set_modes(fd: BorrowedFd, info: &proto::TtyInfoEntry, with_size: bool) -> nix
             tty::set_termios(fd, true, &locked)?;
         }
     }
-    if let Some(modes) = &info.termios {
-        let modes = termios(modes)?;
+    if let Some(entry) = &info.termios {
+        let modes = termios(entry)?;
+        let speeds = Speeds { input: entry.c_ispeed, output: entry.c_ospeed };
+        // CRIU leaves the speeds out. The control modes have all those with a constant.
+        let has_speeds = speeds != Speeds::default() && tty::speeds(fd)? != speeds;
         // Setting anything from a background process would stop rcriu.
-        if tty::termios(fd, false)? != modes {
+        if has_speeds {
+            tty::set_modes_and_speeds(fd, &modes, speeds)?;
+        } else if tty::termios(fd, false)? != modes {
             tty::set_termios(fd, false, &modes)?;
         }
     }

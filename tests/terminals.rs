@@ -1,0 +1,306 @@
+//! Terminals: bytes that wait in them, however a dump ends, and the programs of a user's session.
+//!
+//! All of it needs root. A person's part is played by `tmux`, which types and looks at screens.
+
+mod common;
+
+use std::{
+    fs,
+    path::PathBuf,
+    process::Command,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use common::{
+    Cap,
+    live::{Live, directory, wait_for},
+    mounted::Mounted,
+    require,
+    untouched::Before,
+};
+use rcriu::fault::Point;
+
+/// Debian's own: what comes first in the path may be a script of a version manager.
+const PYTHON: &str = "/usr/bin/python3";
+
+/// The tests of this program take turns: some pairs are to have their numbers again.
+fn numbers() -> MutexGuard<'static, ()> {
+    static NUMBERS: Mutex<()> = Mutex::new(());
+    NUMBERS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// States with bytes that wait.
+const STATES: [&str; 3] = ["pty_lines", "pty_raw_bytes", "pty_stopped_output"];
+
+/// A dump that fails while it has bytes of a terminal puts them back, and so does the process that
+/// has started it if that one is killed, at each moment.
+#[test]
+fn privileged_bytes_stay_in_terminals_whatever_ends_a_dump() {
+    require(Cap::Ptrace);
+    let _numbers = numbers();
+    for state in STATES {
+        let mut ended = 0;
+        let mut live = Live::workload(state);
+        let before = Before::of(&mut live);
+        for point in [Point::TerminalTaken, Point::TerminalReturned] {
+            for (how, most) in [("", 1), ("kill:", usize::MAX)] {
+                for time in 1..=most.min(12) {
+                    let number = if how.is_empty() { String::new() } else { time.to_string() };
+                    let fault = format!("{}:{how}{number}", point.name());
+                    live.fault = Some(fault.trim_end_matches(':').to_owned());
+                    let output = live.try_dump(&["-R"]);
+                    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+                    assert!(!said.contains("lost"), "{state}, {fault}: {said}");
+                    before.assert_untouched(&mut live, &format!("a dump that ends at {fault}"));
+                    if output.status.success() {
+                        break;
+                    }
+                    ended += 1;
+                }
+            }
+        }
+        assert!(ended > 1 || state == "pty_stopped_output", "{state}: {ended} dumps ended");
+        live.fault = None;
+        live.dump_running(&[]);
+        live.verdict();
+        println!("{state}: {ended} dumps ended early");
+    }
+}
+
+/// `tmux` with windows, each with a program.
+struct Tmux {
+    live: Live,
+    socket: PathBuf,
+}
+
+impl Tmux {
+    fn start() -> Self {
+        let dir = directory();
+        let socket = dir.path().join("tmux");
+        let words = ["-D", "-u", "-S", socket.to_str().unwrap(), "-f", "/dev/null"];
+        let live = Live::program("tmux", &words, dir);
+        let tmux = Self { live, socket };
+        wait_for("the server", || {
+            let mut ask = Command::new("tmux");
+            ask.arg("-S").arg(&tmux.socket).args(["show-options", "-s"]);
+            ask.output().is_ok_and(|output| output.status.success())
+        });
+        tmux.run(&["set-option", "-g", "default-shell", "/bin/bash"]);
+        tmux.run(&["set-option", "-g", "history-limit", "5000"]);
+        tmux
+    }
+
+    fn run(&self, words: &[&str]) -> String {
+        let mut command = Command::new("tmux");
+        command.arg("-u").arg("-S").arg(&self.socket).args(words);
+        command.current_dir(self.live.dir.path()).env_remove("TMUX");
+        command.env("HOME", self.live.dir.path()).env("HISTFILE", "/dev/null");
+        let output = command.output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "tmux {words:?}: {said}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Starts a command in a window of its own, and waits until its screen has some words.
+    fn open(&self, name: &str, command: &str, words: &str) {
+        let place = self.live.dir.path().to_str().unwrap().to_owned();
+        let is_first = Command::new("tmux")
+            .arg("-S")
+            .arg(&self.socket)
+            .args(["has-session", "-t", "=main"])
+            .output()
+            .is_ok_and(|output| !output.status.success());
+        let how: &[&str] = if is_first {
+            &["new-session", "-d", "-s", "main", "-x", "100", "-y", "30"]
+        } else {
+            &["new-window", "-d", "-t", "main"]
+        };
+        self.run(&[how, &["-c", &place, "-n", name, command]].concat());
+        self.wait(name, words);
+    }
+
+    /// The screen of a window with its history and colors.
+    fn screen(&self, name: &str) -> String {
+        self.run(&["capture-pane", "-p", "-e", "-S", "-", "-t", &format!("main:{name}")])
+    }
+
+    fn cursor(&self, name: &str) -> String {
+        let what = "#{cursor_x},#{cursor_y} #{pane_mode} #{alternate_on} #{pane_current_command}";
+        self.run(&["display-message", "-p", "-t", &format!("main:{name}"), what])
+    }
+
+    fn type_in(&self, name: &str, keys: &[&str]) {
+        self.run(&[&["send-keys", "-t", &format!("main:{name}")], keys].concat());
+    }
+
+    fn wait(&self, name: &str, words: &str) {
+        let mut screen = String::new();
+        let begin = std::time::Instant::now();
+        while !screen.contains(words) {
+            screen = self.run(&["capture-pane", "-p", "-S", "-", "-t", &format!("main:{name}")]);
+            let is_late = begin.elapsed() > common::live::PATIENCE * common::slowness();
+            assert!(!is_late, "window {name} never shows {words:?}:\n{}", screen.trim_end());
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+    }
+
+    /// All windows, but for those that change by themselves.
+    fn screens(&self) -> Vec<(String, String, String)> {
+        let names = self.run(&["list-windows", "-t", "main", "-F", "#{window_name}"]);
+        let still = names.lines().filter(|name| *name != "top");
+        still.map(|name| (name.to_owned(), self.screen(name), self.cursor(name))).collect()
+    }
+
+    fn assert_same(&self, before: &[(String, String, String)]) {
+        for (before, after) in before.iter().zip(self.screens()) {
+            assert_eq!(before.0, after.0);
+            assert!(
+                before.1 == after.1 && before.2 == after.2,
+                "window {} was\n{}{}\nand is\n{}{}",
+                before.0,
+                before.1.trim_end(),
+                before.2,
+                after.1.trim_end(),
+                after.2
+            );
+        }
+    }
+}
+
+/// What a person has open, in tmux: an editor, one that is stopped, a pager, logs, an interpreter,
+/// commands that run, with words typed ahead.
+fn session() -> Tmux {
+    let tmux = Tmux::start();
+    let path = |name: &str| tmux.live.path(name);
+    let lines: String = (1..=1000).map(|number| format!("line {number} of the book\n")).collect();
+    fs::write(path("book"), lines).unwrap();
+    fs::write(path("log"), "begin of the log\n").unwrap();
+    let bash = "PS1='$ ' bash --norc --noprofile";
+    tmux.open("shell", bash, "$");
+    tmux.type_in("shell", &["sleep 1000 &", "Enter"]);
+    tmux.wait("shell", "[1] ");
+    tmux.type_in("shell", &["for i in $(seq 200); do echo history $i; done", "Enter"]);
+    tmux.wait("shell", "history 200");
+    tmux.type_in("shell", &["vim -u NONE -N stopped", "Enter"]);
+    tmux.wait("shell", "~");
+    tmux.type_in("shell", &["i", "words of a stopped editor", "Escape", "C-z"]);
+    tmux.wait("shell", "Stopped");
+    tmux.open("editor", "vim -u NONE -N edited", "~");
+    tmux.type_in("editor", &["i", "first line", "Enter", "second", "Escape", "yyp", "A", " again"]);
+    tmux.wait("editor", "second again");
+    tmux.open("log", "tail ---disable-inotify -f log", "begin of the log");
+    tmux.open("pager", "less book", "line 1 of");
+    tmux.type_in("pager", &["/line 500 ", "Enter"]);
+    tmux.wait("pager", "line 520");
+    tmux.open("python", &format!("{PYTHON} -q -i"), ">>>");
+    tmux.type_in("python", &["answer = 6 * 7", "Enter", "print(answer", ")", "Enter"]);
+    tmux.wait("python", "\n42");
+    tmux.type_in("python", &["print('half"]);
+    tmux.wait("python", "('half");
+    tmux.open("top", "top -d 0.3", "PID");
+    tmux.open("script", "script -q -c 'bash --norc --noprofile' typescript", "bash-");
+    tmux.type_in("script", &["echo recorded $((3 * 5))", "Enter"]);
+    tmux.wait("script", "recorded 15");
+    tmux.open("cat", "cat", "");
+    tmux.type_in("cat", &["whole", "Enter"]);
+    tmux.wait("cat", "whole\nwhole");
+    tmux.type_in("cat", &["half a l"]);
+    tmux.wait("cat", "whole\nwhole\nhalf a l");
+    tmux.open("ahead", bash, "$");
+    tmux.type_in("ahead", &["until [ -e go ]; do sleep 0.05; done", "Enter"]);
+    tmux.type_in("ahead", &["echo typed $((40 + 2)) ahead", "Enter"]);
+    tmux.wait("ahead", "$((40 + 2)) ahead");
+    tmux
+}
+
+/// Types on in every window.
+fn go_on(tmux: &Tmux, round: usize) {
+    tmux.type_in("editor", &[&format!(" and again {round}")]);
+    tmux.wait("editor", &format!("and again {round}"));
+    let log = tmux.live.path("log");
+    let mut text = fs::read_to_string(&log).unwrap();
+    text += &format!("round {round}\n");
+    let mut file = fs::File::options().append(true).open(&log).unwrap();
+    std::io::Write::write_all(&mut file, format!("round {round}\n").as_bytes()).unwrap();
+    tmux.wait("log", &text);
+    let line = 600 + 10 * round;
+    tmux.type_in("pager", &[&format!("/line {line} "), "Enter"]);
+    tmux.wait("pager", &format!("line {} of", line + 20));
+    tmux.type_in("python", &["' * 1)", "Enter", "print(answer + 1)", "Enter", "Up", "Up", "Enter"]);
+    tmux.wait("python", "\nhalf\n>>> print(answer + 1)\n43\n>>> print('half' * 1)\nhalf\n>>>");
+    tmux.type_in("python", &["print('half"]);
+    tmux.wait("python", "\nhalf\n>>> print('half");
+    tmux.type_in("script", &[&format!("echo recorded $(({round} + 100))"), "Enter"]);
+    tmux.wait("script", &format!("recorded {}\nbash-", round + 100));
+    tmux.type_in("cat", &["BSpace", &format!("line{round}"), "Enter"]);
+    let line = format!("half a line{round}\n");
+    tmux.wait("cat", &line.repeat(2));
+    tmux.type_in("cat", &["half a l"]);
+    tmux.wait("cat", &format!("{line}half a l"));
+}
+
+#[test]
+fn privileged_tmux_and_all_in_it() {
+    require(Cap::Ptrace);
+    require(Cap::Fuse);
+    for program in ["tmux", "vim", "less", "top", "script", "bash"] {
+        require(Cap::Program(program));
+    }
+    let _numbers = numbers();
+    let mut tmux = session();
+    let before = tmux.screens();
+    tmux.live.images_name = "first";
+    tmux.live.dump_running(&["--track-mem"]);
+    tmux.assert_same(&before);
+    go_on(&tmux, 1);
+
+    let before = tmux.screens();
+    tmux.live.images_name = "second";
+    tmux.live.dump(&["--track-mem", "--prev-images-dir", "../first"]);
+    let point = tmux.live.path("mnt");
+    let chain = tmux.live.images();
+    let mounted = Mounted::new(&chain, &point, &[]);
+    let output = tmux.live.try_restore_from(&point, &["-W", chain.to_str().unwrap()]);
+    assert!(output.status.success(), "{}", tmux.live.complaint(&output, "restore.log"));
+    drop(mounted);
+    tmux.assert_same(&before);
+    go_on(&tmux, 2);
+
+    fs::write(tmux.live.path("go"), "").unwrap();
+    tmux.wait("ahead", "\ntyped 42 ahead");
+    tmux.type_in("editor", &["Escape", ":wq", "Enter"]);
+    let edited = tmux.live.path("edited");
+    wait_for("the editor to write", || edited.exists());
+    wait_for("its end", || !tmux.run(&["list-windows", "-t", "main"]).contains("editor"));
+    let text = fs::read_to_string(edited).unwrap();
+    assert_eq!(text, "first line\nsecond\nsecond again and again 1 and again 2\n");
+    tmux.type_in("shell", &["jobs", "Enter"]);
+    tmux.wait("shell", "Running                 sleep 1000");
+    tmux.type_in("shell", &["fg", "Enter"]);
+    tmux.wait("shell", "words of a stopped editor\n~");
+    tmux.type_in("shell", &[":wq", "Enter"]);
+    wait_for("the stopped editor to write", || {
+        fs::read_to_string(tmux.live.path("stopped"))
+            .is_ok_and(|text| text == "words of a stopped editor\n")
+    });
+    // The shell still rules its terminal: ^C ends what is in the foreground.
+    tmux.wait("shell", "$ fg\nvim -u NONE -N stopped\n$");
+    tmux.type_in("shell", &["fg", "Enter"]);
+    tmux.wait("shell", "$ fg\nsleep 1000\n");
+    tmux.type_in("shell", &["C-c"]);
+    tmux.wait("shell", "^C\n$");
+    tmux.type_in("shell", &["echo status $?", "Enter"]);
+    tmux.wait("shell", "status 130");
+    let moving = tmux.screen("top");
+    wait_for("top to go on", || tmux.screen("top") != moving);
+    tmux.type_in("script", &["exit", "Enter"]);
+    wait_for("the record", || {
+        fs::read_to_string(tmux.live.path("typescript")).is_ok_and(|text| {
+            ["15", "101", "102"].iter().all(|n| text.contains(&format!("recorded {n}\r\n")))
+        })
+    });
+    // A client attaches anew, and the windows get its size.
+    tmux.run(&["resize-window", "-t", "main:ahead", "-x", "60", "-y", "20"]);
+    tmux.type_in("ahead", &["clear; stty size", "Enter"]);
+    tmux.wait("ahead", "20 60");
+}
