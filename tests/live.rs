@@ -295,6 +295,7 @@ states! {
     blocked_locks ["-l"];
     inotify, elsewhere: restored running;
     inotify_deleted;
+    inotify_own_files;
     inotify_epoll;
     inotify_many;
     fanotify, elsewhere: restored;

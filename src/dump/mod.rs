@@ -281,7 +281,10 @@ fn dump_stopped(
         let threads = task.threads.iter().map(|thread| pids.ns(thread.tid));
         threads.chain([pids.ns(task.pid)])
     });
-    let files = FileTable::new(files, pids.clone(), numbers.collect());
+    let mut files = FileTable::new(files, pids.clone(), numbers.collect());
+    for task in frozen.tasks.iter().filter(|task| !task.is_zombie()) {
+        files.add_listeners(task.witness())?;
+    }
     let common = common::collectors(&frozen.tasks, &pids, common)?;
     let mut collection =
         Collection::new(images, (pids, arenas), files, tracking, common, &frozen.tasks);

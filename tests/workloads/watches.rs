@@ -10,6 +10,7 @@ use crate::{
 pub const ROWS: &[Row] = &[
     ("inotify", inotify),
     ("inotify_deleted", inotify_deleted),
+    ("inotify_own_files", inotify_own_files),
     ("inotify_epoll", inotify_epoll),
     ("inotify_many", inotify_many),
     ("fanotify", fanotify),
@@ -135,6 +136,40 @@ fn inotify_deleted(checkpoint: &Checkpoint) -> Verdict {
     sys!(close(file))?;
     let last = events(fd)?;
     same("the last event", Some(&(wd, libc::IN_IGNORED, String::new())), last.last())
+}
+
+/// A program that hears of every access to files that it has open or mapped itself.
+fn inotify_own_files(checkpoint: &Checkpoint) -> Verdict {
+    set_up(checkpoint)?;
+    for name in ["dir/open", "dir/mapped", "alone"] {
+        fs::write(checkpoint.path(name), [b'x'; 5000]).map_err(text)?;
+    }
+    let open_file = open(&checkpoint.c_path("dir/open"), libc::O_RDWR)?;
+    let mapped = open(&checkpoint.c_path("dir/mapped"), libc::O_RDONLY)?;
+    let alone = open(&checkpoint.c_path("alone"), libc::O_RDONLY)?;
+    let (protection, sort) = (libc::PROT_READ, libc::MAP_PRIVATE);
+    let area = sys!(mmap(std::ptr::null_mut(), 5000, protection, sort, mapped, 0))?;
+    sys!(close(mapped))?;
+    let fd = instance()?;
+    let dir = add(fd, checkpoint, "dir", libc::IN_ALL_EVENTS)?;
+    add(fd, checkpoint, "alone", libc::IN_ALL_EVENTS)?;
+    let group = sys!(fanotify_init(libc::FAN_CLASS_NOTIF | libc::FAN_NONBLOCK, 0)).ok();
+    if let Some(group) = group {
+        let all = libc::FAN_OPEN | libc::FAN_ACCESS | libc::FAN_CLOSE | libc::FAN_EVENT_ON_CHILD;
+        mark(group, libc::FAN_MARK_ADD, all, &checkpoint.c_path("dir"))?;
+    }
+    checkpoint.wait();
+    same("events that nobody caused", Vec::new(), events(fd)?)?;
+    if let Some(group) = group {
+        same("events of the group", Vec::new(), masks(group)?)?;
+    }
+    // SAFETY: the page is mapped and readable.
+    same("a mapped byte", b'x', unsafe { area.cast::<u8>().read_volatile() })?;
+    same("bytes", &b"xx"[..], &read_some(open_file, 2)?[..])?;
+    same("bytes of the other file", &b"xx"[..], &read_some(alone, 2)?[..])?;
+    let first = events(fd)?;
+    let accessed = Some(&(dir, libc::IN_ACCESS, "open".to_owned()));
+    same("the event of reading", accessed, first.first())
 }
 
 /// Epolls that watch an instance by level and by edge, for one event only, ready or not.

@@ -16,6 +16,7 @@ mod fown;
 mod ghost;
 mod install;
 mod kernel;
+mod listeners;
 mod lock;
 mod memfd;
 mod mqueue;
@@ -55,6 +56,7 @@ pub use self::{
     error::{FileError, Result},
     ghost::{DeletedFiles, Options as GhostOptions, Recreated},
     install::{FileUser, Installer},
+    listeners::Listeners,
     lock::Options as LockOptions,
     options::{DumpOptions, External, Inherited, RestoreOptions},
     sock::{
@@ -174,6 +176,9 @@ pub trait Intake {
     /// Returns the deleted files found so far, of all kinds. The file table writes them
     /// ([`DeletedFiles::write`]) after all kinds have finished.
     fn deleted_files(&mut self) -> &mut DeletedFiles;
+
+    /// Returns what the tree watches for being read.
+    fn listeners(&self) -> &Listeners;
 
     /// Returns the build IDs found so far, and the `--file-validation` method.
     fn build_ids(&mut self) -> (&mut BuildIds, Validation);

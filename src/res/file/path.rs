@@ -88,8 +88,9 @@ pub fn entry_with_id(
         entry.size = Some(file.stat.st_size.cast_unsigned());
     }
     if entry.ext.is_none() {
+        let may_read = !file.has_write_lease() && !intake.listeners().hear_of(file);
         let (known, validation) = intake.build_ids();
-        validation::record(file, &mut entry, validation, known);
+        validation::record(file, &mut entry, validation, known, may_read);
     }
     Ok(proto::FileEntry { r#type: FdTypes::Reg.into(), id, reg: Some(entry), ..Default::default() })
 }
@@ -128,6 +129,13 @@ fn name(file: &Description, id: u32, intake: &mut dyn Intake) -> Result<Vec<u8>>
         if file_system.filesystem_type() == HUGETLBFS_MAGIC && file.is_type(libc::S_IFREG) {
             let what = format!("the deleted file {} of huge pages", String::from_utf8_lossy(&name));
             return Err(file.unsupported(what, "give it a name, or use a memfd (MFD_HUGETLB)"));
+        }
+        if file.is_type(libc::S_IFREG) && intake.listeners().hear_of(file) {
+            let what = format!(
+                "the deleted file {}, which the tree watches for being read",
+                String::from_utf8_lossy(&name)
+            );
+            return Err(file.unsupported(what, "have the program remove that watch"));
         }
         // Only the program of a process gets here: images have no other place for its memfd.
         if name.starts_with(MEMFD) {

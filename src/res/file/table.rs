@@ -20,7 +20,7 @@ use nix::{
 
 use super::{
     BuildIds, Collector, DeletedFiles, Description, DumpOptions, FileError, FileKind, Intake,
-    KINDS, Locked, Result, Usage, Validation, fown, owner, path,
+    KINDS, Listeners, Locked, Result, Usage, Validation, fown, owner, path,
 };
 use crate::{
     image::{Kind, SnapshotWriter, proto},
@@ -61,6 +61,7 @@ struct Known {
     types: HashMap<u32, i32>,
     deleted: DeletedFiles,
     build_ids: BuildIds,
+    listeners: Listeners,
     validation: Validation,
 }
 
@@ -139,6 +140,10 @@ impl Intake for Known {
         &mut self.deleted
     }
 
+    fn listeners(&self) -> &Listeners {
+        &self.listeners
+    }
+
     fn build_ids(&mut self) -> (&mut BuildIds, Validation) {
         (&mut self.build_ids, self.validation)
     }
@@ -170,9 +175,18 @@ impl FileTable {
                 types: HashMap::new(),
                 deleted: DeletedFiles::new(&options.ghosts, &options.external),
                 build_ids: BuildIds::default(),
+                listeners: Listeners::default(),
                 validation: options.validation,
             },
         }
+    }
+
+    /// Notes which files a process watches for being read. Call it for all processes first.
+    ///
+    /// # Errors
+    /// Those of reading `/proc`.
+    pub fn add_listeners(&mut self, pid: HostPid) -> Result<()> {
+        self.state.listeners.add(pid)
     }
 
     /// Collects all descriptors of a process and returns the entries of its `fdinfo` image.

@@ -105,18 +105,20 @@ fn time_of(stat: &libc::stat) -> i64 {
     build_id::time_ns(stat.st_mtime, stat.st_mtime_nsec)
 }
 
-/// Records the build ID or the time of the last write of a file.
+/// Records the build ID or the time of the last write of a file. `may_read`: opening and reading
+/// the file changes nothing for the tree.
 pub(super) fn record(
     file: &Description,
     entry: &mut proto::RegFileEntry,
     validation: Validation,
     known: &mut BuildIds,
+    may_read: bool,
 ) {
     // The images hold the bytes of a deleted file.
     if validation == Validation::FileSize || entry.size.is_none() || file.stat.st_nlink == 0 {
         return;
     }
-    if file.has_write_lease() {
+    if !may_read {
         known.known.insert((file.stat.st_dev, file.stat.st_ino), None);
     }
     match known.get(file.fd.as_fd(), &file.stat) {
