@@ -404,7 +404,10 @@ impl FileTable {
             collector.finish(images)?;
         }
         self.state.deleted.write(images)?;
-        self.state.entries.sort_by_key(|entry| entry.id);
+        // CRIU needs the entry of a socket before those of sockets that are connected to it.
+        let is_connected =
+            |entry: &proto::FileEntry| entry.usk.as_ref().is_some_and(|socket| socket.peer != 0);
+        self.state.entries.sort_by_key(|entry| (is_connected(entry), entry.id));
         Ok(images.write(Kind::Files, 0, &self.state.entries)?)
     }
 
