@@ -111,6 +111,57 @@ fn privileged_c_threads() {
     round_trip(&mut live);
 }
 
+/// Before a user is authenticated, sshd reads from the network in a process that a seccomp filter
+/// kills for most system calls.
+#[test]
+fn privileged_sshd_in_its_sandbox() {
+    require(Cap::Ptrace);
+    require(Cap::Program("sshd"));
+    let dir = directory();
+    let key = dir.path().join("key");
+    let mut keys = Command::new("ssh-keygen");
+    keys.args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&key);
+    assert!(keys.status().unwrap().success(), "no key can be made");
+    // Debian's service makes it at its start.
+    fs::create_dir_all("/run/sshd").unwrap();
+    let (key, port) = (key.to_str().unwrap().to_owned(), port());
+    let options = ["ListenAddress=127.0.0.1", "PidFile=none", "LoginGraceTime=0"];
+    let number = port.to_string();
+    let mut words = vec!["-D", "-f", "/dev/null", "-h", &key, "-p", &number];
+    options.iter().for_each(|option| words.extend(["-o", option]));
+    let mut live = Live::program("/usr/sbin/sshd", &words, dir);
+    let mut client = connect(port);
+    let confined = |live: &mut Live| -> Vec<i32> {
+        let mut pids = live.tree();
+        pids.retain(|pid| {
+            let status = fs::read_to_string(format!("/proc/{pid}/status"));
+            status.is_ok_and(|text| text.contains("\nSeccomp:\t2\n"))
+        });
+        pids
+    };
+    let mut banner = String::new();
+    BufReader::with_capacity(1, &client).read_line(&mut banner).unwrap();
+    client.write_all(b"SSH-2.0-test\r\n").unwrap();
+    let mut bytes = [0; 4];
+    client.read_exact(&mut bytes).unwrap();
+    let mut algorithms = vec![0; usize::try_from(u32::from_be_bytes(bytes)).unwrap()];
+    client.read_exact(&mut algorithms).unwrap();
+    let before = confined(&mut live);
+    assert_eq!(before.len(), 1, "the process in the sandbox");
+    live.dump(&["--tcp-established"]);
+    live.restore(&["--tcp-established"]);
+    assert_eq!(confined(&mut live), before);
+    // A packet of an impossible type, which the process in the sandbox answers.
+    client.write_all(&[&[0, 0, 0, 12, 10][..], &[0; 20]].concat()).unwrap();
+    let mut answer = Vec::new();
+    client.read_to_end(&mut answer).unwrap();
+    let answer = String::from_utf8_lossy(&answer).into_owned();
+    assert!(answer.contains("Invalid ssh2 packet type: 0"), "{answer:?}");
+    let mut again = String::new();
+    BufReader::new(connect(port)).read_line(&mut again).unwrap();
+    assert_eq!(again, banner);
+}
+
 #[test]
 fn privileged_four_gib() {
     require(Cap::Ptrace);
