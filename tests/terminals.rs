@@ -6,8 +6,10 @@ mod common;
 
 use std::{
     fs,
+    io::{Read, Write},
+    os::unix::fs::PermissionsExt,
     path::PathBuf,
-    process::Command,
+    process::{Command, Stdio},
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
@@ -188,7 +190,7 @@ fn session() -> Tmux {
     tmux.open("editor", "vim -u NONE -N edited", "~");
     tmux.type_in("editor", &["i", "first line", "Enter", "second", "Escape", "yyp", "A", " again"]);
     tmux.wait("editor", "second again");
-    tmux.open("log", "tail ---disable-inotify -f log", "begin of the log");
+    tmux.open("log", "tail -f log", "begin of the log");
     tmux.open("pager", "less book", "line 1 of");
     tmux.type_in("pager", &["/line 500 ", "Enter"]);
     tmux.wait("pager", "line 520");
@@ -221,7 +223,7 @@ fn go_on(tmux: &Tmux, round: usize) {
     let mut text = fs::read_to_string(&log).unwrap();
     text += &format!("round {round}\n");
     let mut file = fs::File::options().append(true).open(&log).unwrap();
-    std::io::Write::write_all(&mut file, format!("round {round}\n").as_bytes()).unwrap();
+    file.write_all(format!("round {round}\n").as_bytes()).unwrap();
     tmux.wait("log", &text);
     let line = 600 + 10 * round;
     tmux.type_in("pager", &[&format!("/line {line} "), "Enter"]);
@@ -303,4 +305,101 @@ fn privileged_tmux_and_all_in_it() {
     tmux.run(&["resize-window", "-t", "main:ahead", "-x", "60", "-y", "20"]);
     tmux.type_in("ahead", &["clear; stty size", "Enter"]);
     tmux.wait("ahead", "20 60");
+}
+
+#[test]
+fn privileged_screen() {
+    require(Cap::Ptrace);
+    require(Cap::Program("screen"));
+    let _numbers = numbers();
+    let dir = directory();
+    let sockets = dir.path().join("sockets");
+    fs::create_dir(&sockets).unwrap();
+    fs::set_permissions(&sockets, fs::Permissions::from_mode(0o700)).unwrap();
+    let place = format!("SCREENDIR={}", sockets.display());
+    let words = [&place, "TERM=xterm", "screen", "-D", "-m", "-S", "one", "bash", "--norc"];
+    let mut live = Live::program("env", &words, dir);
+    let ask = |words: &[&str]| {
+        let mut command = Command::new("screen");
+        command.args(["-S", "one", "-X"]).args(words).env("SCREENDIR", &sockets);
+        command.output().is_ok_and(|output| output.status.success())
+    };
+    let copy = sockets.join("copy");
+    let wait = |words: &str| {
+        wait_for(words, || {
+            ask(&["hardcopy", copy.to_str().unwrap()])
+                && fs::read(&copy).is_ok_and(|text| String::from_utf8_lossy(&text).contains(words))
+        });
+    };
+    wait_for("the server", || ask(&["stuff", "echo in $((5 * 5))\n"]));
+    wait("in 25");
+    live.dump_running(&[]);
+    assert!(ask(&["stuff", "echo then $((6 * 5))\n"]));
+    wait("then 30");
+    live.dump(&[]);
+    live.restore(&[]);
+    assert!(ask(&["stuff", "echo again $((7 * 5))\n"]));
+    wait("again 35");
+    let text = String::from_utf8_lossy(&fs::read(&copy).unwrap()).into_owned();
+    assert!(text.contains("in 25") && text.contains("then 30"), "{text}");
+}
+
+/// A user who is logged in over a connection does not notice.
+#[test]
+fn privileged_sshd_and_a_session() {
+    const ESTABLISHED: &str = "--tcp-established";
+    require(Cap::Ptrace);
+    for program in ["/usr/sbin/sshd", "ssh", "ssh-keygen"] {
+        require(Cap::Program(program));
+    }
+    let _numbers = numbers();
+    let dir = directory();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    for key in ["host", "user"] {
+        let words = ["-q", "-t", "ed25519", "-N", "", "-f", &path(key)];
+        assert!(Command::new("ssh-keygen").args(words).status().unwrap().success());
+    }
+    let port = u16::try_from(24_000 + std::process::id() % 4000).unwrap();
+    let text = format!(
+        "Port {port}\nListenAddress 127.0.0.1\nHostKey {}\nAuthorizedKeysFile {}\nStrictModes no\n\
+         UsePAM no\nPermitRootLogin yes\nPrintMotd no\nPrintLastLog no\nPidFile none\n",
+        path("host"),
+        path("user.pub"),
+    );
+    fs::write(path("config"), text).unwrap();
+    let _ = fs::create_dir("/run/sshd");
+    let (config, key, log) = (path("config"), path("user"), path("ssh.log"));
+    let mut live = Live::program("/usr/sbin/sshd", &["-D", "-f", &config], dir);
+    wait_for("the server", || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
+    let mut ssh = Command::new("ssh");
+    ssh.args(["-tt", "-F", "none", "-E", &log, "-i", &key, "-p", &port.to_string()]);
+    ssh.args(["-o", "UserKnownHostsFile=/dev/null", "-o", "StrictHostKeyChecking=no"]);
+    ssh.args(["root@127.0.0.1", "bash --norc --noprofile"]);
+    let mut client = ssh.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut keys = client.stdin.take().unwrap();
+    let screen = std::sync::Arc::new(Mutex::new(String::new()));
+    let mut shown = client.stdout.take().unwrap();
+    let copy = std::sync::Arc::clone(&screen);
+    let reader = std::thread::spawn(move || {
+        let mut bytes = [0; 4096];
+        while let Ok(count @ 1..) = shown.read(&mut bytes) {
+            *copy.lock().unwrap() += &String::from_utf8_lossy(&bytes[..count]);
+        }
+    });
+    let mut exchange = |words: &str, answer: &str| {
+        keys.write_all(words.as_bytes()).unwrap();
+        wait_for(answer, || screen.lock().unwrap().contains(answer));
+    };
+    exchange("echo first $((6 * 7)); stty size\n", "first 42");
+    live.dump_running(&[ESTABLISHED]);
+    exchange("echo second $((6 * 8)); variable=kept\n", "second 48");
+    live.dump(&[ESTABLISHED]);
+    live.restore(&[ESTABLISHED]);
+    exchange("echo third $((6 * 9)) $variable\n", "third 54 kept");
+    // ^C ends what runs in the foreground.
+    exchange("sleep 1000\n", "sleep 1000");
+    exchange("\x03echo fourth $((6 * 10)) $?\n", "fourth 60 130");
+    exchange("exit\n", "exit");
+    assert!(client.wait().unwrap().success());
+    reader.join().unwrap();
 }

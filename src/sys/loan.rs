@@ -35,7 +35,7 @@ use super::{descriptors::receive_fd, fds};
 pub const CAPACITY: usize = 128 << 10;
 
 /// The most bytes that describe a loan.
-const TERMS_BYTES: usize = 64;
+const TERMS_BYTES: usize = 128;
 
 /// The number of descriptors of a device.
 const ENDS: usize = 2;
@@ -122,7 +122,7 @@ fn only() -> MutexGuard<'static, ()> {
 }
 
 impl Loan {
-    /// Begins a loan: notes the descriptors of the device, at most 64 bytes that say how to leave
+    /// Begins a loan: notes the descriptors of the device, at most 128 bytes that say how to leave
     /// it, and the first stage, which is not 0.
     ///
     /// # Errors

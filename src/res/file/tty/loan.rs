@@ -60,10 +60,19 @@ const INPUT_BACK: u32 = 7;
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 struct Terms {
+    /// When the slave was read and written last: seconds and nanoseconds. Programs tell by them how
+    /// long its user has been idle.
+    times: [i64; 4],
     modes: Termios,
     /// The status flags of the master's description.
     flags: u32,
     packet: u32,
+    unused: u32,
+}
+
+fn times_of(slave: BorrowedFd) -> nix::Result<[i64; 4]> {
+    let stat = fstat(slave)?;
+    Ok([stat.st_atime, stat.st_atime_nsec, stat.st_mtime, stat.st_mtime_nsec])
 }
 
 /// What a pair holds.
@@ -96,26 +105,18 @@ struct Borrowed<'a> {
 /// The errors of the calls; the pair is as it was.
 pub(super) fn read(master: BorrowedFd, slave: BorrowedFd) -> nix::Result<Queued> {
     let terms = Terms {
+        times: times_of(slave)?,
         modes: tty::termios(slave, false)?,
         flags: fcntl(master, FcntlArg::F_GETFL)?.cast_unsigned(),
         packet: tty::ask(master, tty::Question::Packet)?.cast_unsigned(),
+        unused: 0,
     };
     let loan = Loan::open([master, slave], terms.as_bytes(), IDLE)?;
-    let times = fstat(slave)?;
     let mut pair = Borrowed { loan, master, slave, terms, stopped: None };
     let done = pair.read();
     let ended = pair.end();
     let queued = done?;
-    ended?;
-    // Programs tell by the times of a slave how long its user has been idle.
-    let now = fstat(slave)?;
-    let of = |stat: &libc::stat| (stat.st_atime, stat.st_mtime);
-    if of(&now) != of(&times) {
-        let accessed = TimeSpec::new(times.st_atime, times.st_atime_nsec);
-        let modified = TimeSpec::new(times.st_mtime, times.st_mtime_nsec);
-        futimens(slave, &accessed, &modified)?;
-    }
-    Ok(queued)
+    ended.map(|()| queued)
 }
 
 /// Returns the bytes that a killed dump had taken. Reports a failure to the user.
@@ -375,13 +376,21 @@ impl Borrowed<'_> {
         self.loan.keep(&self.lines().encode(bytes, is_line))
     }
 
+    fn set_times(&self) -> nix::Result<()> {
+        if times_of(self.slave)? == self.terms.times {
+            return Ok(());
+        }
+        let [read, read_ns, written, written_ns] = self.terms.times;
+        futimens(self.slave, &TimeSpec::new(read, read_ns), &TimeSpec::new(written, written_ns))
+    }
+
     fn restore(&self) -> nix::Result<()> {
         let modes = tty::set_termios(self.slave, false, &self.terms.modes);
         let packet = match self.terms.packet {
             0 => Ok(()),
             _ => tty::switch(self.master, Switch::Packet, true),
         };
-        modes.and(packet).and(self.set_flags(self.terms.flags))
+        modes.and(packet).and(self.set_flags(self.terms.flags)).and_then(|()| self.set_times())
     }
 }
 
