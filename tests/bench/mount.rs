@@ -5,8 +5,8 @@
 //! speed changes from one minute to the next, a ratio hardly does. Processor times are
 //! those of the reader and the daemon together.
 //!
-//! `cargo bench --bench mount -- throughput`, `-- shared` (file systems that share blocks) or
-//! `-- depth` runs one part.
+//! `cargo bench --bench mount -- throughput`, `-- archive` (a tar archive, as a ratio to the same chain
+//! in directories), `-- shared` (file systems that share blocks) or `-- depth` runs one part.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -68,6 +68,9 @@ fn main() {
         println!("\ndata in {}", scratch.path().display());
         if wanted("throughput") {
             throughput(scratch.path(), false);
+        }
+        if wanted("archive") {
+            archive(scratch.path());
         }
         if wanted("depth") {
             depth(scratch.path());
@@ -297,6 +300,50 @@ fn throughput(scratch: &Path, from_disk: bool) {
         println!("{name:<16} first open             {:>7.2} ms", opened.as_secs_f64() * 1e3);
     }
     print_daemon("daemon", &mounted);
+}
+
+/// Reads files of a mounted archive, and the same files of the mounted directories.
+fn archive(scratch: &Path) {
+    let mut chain = TestChain::new(&scratch.join("packed"));
+    let base = chain.layer("1");
+    let tip = chain.layer("2");
+    chain.pagemap(base, MemoryId::Private(1), 1, &[(0, PAGES, Presence::Present)]);
+    chain.pagemap(tip, MemoryId::Private(1), 1, &[(0, PAGES, Presence::Parent)]);
+    write_random(&chain.pages_path(base, 1), TOTAL);
+    File::create(chain.pages_path(tip, 1)).unwrap();
+    for (layer, own) in [(base, false), (tip, true)] {
+        for (id, step) in [(2, 256), (3, 1)] {
+            write_random(&chain.pages_path(layer, id), TOTAL / 2);
+            chain.pagemap(layer, MemoryId::Private(id.into()), id, &alternating(step, own));
+        }
+    }
+    let tar = scratch.join("packed.tar");
+    let arguments = ["pack", chain.root().to_str().unwrap(), tar.to_str().unwrap()];
+    assert!(imgfs(&arguments).status.success());
+    let directories = Mounted::new(chain.root(), &scratch.join("mnt-directories"), &[]);
+    let packed = Mounted::new(&tar, &scratch.join("mnt-packed"), &[]);
+    println!("each row: of the directories, of a tar archive");
+    for (name, id) in [("whole file", 1), ("1 MiB extents", 2), ("4 KiB extents", 3)] {
+        let open = |mounted: &Mounted| Files::open(&[mounted.path(&format!("pages-{id}.img"))]);
+        let files = [&open(&directories), &open(&packed)];
+        let per_gib = (1e3, "ms");
+        let per_read = (1e6 / f64::from(RANDOM_READS), "us");
+        let ways: [(Way, _); 4] = [
+            (("pread, hot buffer", Files::read_hot, 0.95), per_gib),
+            (("pread, fresh memory", Files::read_fresh, 0.95), per_gib),
+            (("mapped, forward", Files::read_mapped, 0.95), per_gib),
+            (("random 4 KiB pread", Files::read_random, 0.95), per_read),
+        ];
+        for (way, unit) in ways {
+            row(name, way, unit, files, packed.pid());
+        }
+    }
+    drop(packed);
+    let (directory, tar) = compare(
+        || drop(Mounted::new(chain.root(), &scratch.join("mnt-again"), &[])),
+        || drop(Mounted::new(&tar, &scratch.join("mnt-again"), &[])),
+    );
+    println!("mount            {:>7.2} {:>7.2} ms", directory * 1e3, tar * 1e3);
 }
 
 /// Lets the kernel forget the bytes of a file.
