@@ -63,7 +63,12 @@ fn write(dir: &Path) {
     image(dir, Kind::Core, PID.into(), &[core(Some(task("a) b\n", 1)), Some(thread("main")))]);
     image(dir, Kind::Core, 8, &[core(None, Some(thread("worker")))]);
     image(dir, Kind::Core, 9, &[core(Some(task("gone", 2)), None)]);
-    let ids = proto::TaskKobjIdsEntry { files_id: 3, pid_ns_id: Some(1), ..Default::default() };
+    let ids = proto::TaskKobjIdsEntry {
+        files_id: 3,
+        pid_ns_id: Some(1),
+        mnt_ns_id: Some(4),
+        ..Default::default()
+    };
     image(dir, Kind::Ids, PID.into(), &[ids]);
     let fd = |fd, id, flags| proto::FdinfoEntry { fd, id, flags, ..Default::default() };
     image(dir, Kind::Fdinfo, 3, &[fd(0, 1, 0), fd(5, 2, 1), fd(6, 4, 0)]);
@@ -254,4 +259,31 @@ fn a_reader_is_shown_itself() {
     assert_eq!(view.lookup_for(proc, "7", 7).unwrap().ino, first.ino);
     let comm = view.lookup(reader.ino, "comm").unwrap();
     assert_eq!(view.attr(comm.ino).unwrap().size, 5);
+}
+
+#[test]
+fn mounts_are_listed_as_the_kernel_lists_them() {
+    let mut disk = TestChain::new();
+    disk.push(&[]);
+    let dir = disk.dir(1);
+    write(&dir);
+    let ids = proto::TaskKobjIdsEntry { files_id: 3, mnt_ns_id: Some(4), ..Default::default() };
+    fs::remove_file(dir.join(Kind::Ids.file_name(PID.into()))).unwrap();
+    image(&dir, Kind::Ids, PID.into(), &[ids]);
+    let mount = proto::MntEntry {
+        mnt_id: 30,
+        parent_mnt_id: 29,
+        root_dev: 254 << 20 | 300,
+        root: "/".into(),
+        mountpoint: "./a b".into(),
+        source: "/dev/vda".into(),
+        fsname: Some("ext4".into()),
+        ..Default::default()
+    };
+    image(&dir, Kind::Mnts, 4, &[mount]);
+    let chain = Arc::new(disk.open());
+    let tip = chain.choose(None).unwrap();
+    let view = View::new(chain, tip);
+    let text = text(&view, "proc/7/mountinfo");
+    assert!(text.starts_with("30 29 254:300 / /a\\040b rw - ext4 /dev/vda "), "{text}");
 }
