@@ -1,5 +1,5 @@
-//! UNIX sockets that are connected to programs outside the tree: the tests are the programs
-//! outside.
+//! Programs whose UNIX sockets are connected to others, in the tree and outside. Mostly the tests are the
+//! programs outside.
 //!
 //! All of it needs root.
 
@@ -12,7 +12,7 @@ use std::{
         fd::{AsRawFd, OwnedFd},
         unix::net::{UnixListener, UnixStream},
     },
-    process::Output,
+    process::{Command, Output},
     time::Duration,
 };
 
@@ -210,4 +210,64 @@ fn privileged_a_listening_socket_is_inherited() {
     let mut hello = [0; 5];
     end.read_exact(&mut hello).unwrap();
     assert_eq!(&hello, b"hello");
+}
+
+/// An agent that keeps keys in locked memory, which its clients find by its socket.
+#[test]
+fn privileged_an_agent_has_its_keys_still() {
+    require(Cap::Ptrace);
+    require(Cap::Program("ssh-agent"));
+    let dir = directory();
+    let run = |command: &str, arguments: &[&str], at: &std::path::Path| {
+        let mut command = Command::new(command);
+        let output = command.args(arguments).current_dir(at).env("SSH_AUTH_SOCK", "agent").output();
+        let output = output.unwrap();
+        assert!(output.status.success(), "{command:?}: {}", words(&output));
+        output.stdout
+    };
+    let path = dir.path().join("agent");
+    let mut live = Live::program("ssh-agent", &["-D", "-a", path.to_str().unwrap()], dir);
+    wait_for("the agent", || path.exists());
+    run("ssh-keygen", &["-q", "-t", "ed25519", "-N", "", "-f", "key"], live.dir.path());
+    run("ssh-add", &["-q", "key"], live.dir.path());
+    let before = run("ssh-add", &["-l"], live.dir.path());
+    live.dump(&[]);
+    live.restore(&[]);
+    assert_eq!(run("ssh-add", &["-l"], live.dir.path()), before);
+}
+
+/// A bus with a client, both in the tree: the bus asks for the credentials of its clients.
+#[test]
+fn privileged_a_bus_answers_its_client() {
+    require(Cap::Ptrace);
+    require(Cap::Program("dbus-daemon"));
+    require(Cap::Program("python3"));
+    let client = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/programs/bus.py");
+    let script = format!(
+        "dbus-daemon --session --nofork --nopidfile --address=unix:path=$PWD/bus & \
+         /usr/bin/python3 {client} & wait"
+    );
+    let mut live = Live::program("/bin/bash", &["-c", &script], directory());
+    let ready = live.path("ready");
+    wait_for("the client of the bus", || ready.exists());
+    // A program outside hears of the same bus before and after.
+    let id = |live: &Live| {
+        let mut other = UnixStream::connect(live.path("bus")).unwrap();
+        patient(&other);
+        other.write_all(b"\0AUTH\r\n").unwrap();
+        let mut answer = [0; 8];
+        other.read_exact(&mut answer).unwrap();
+        answer
+    };
+    assert_eq!(&id(&live), b"REJECTED");
+    live.dump(&[]);
+    live.restore(&[]);
+    fs::write(live.path("go"), "").unwrap();
+    let answer = live.path("answer");
+    wait_for("the answer of the bus", || answer.exists());
+    let found = fs::read(answer).unwrap();
+    // A reply with the id of the bus, 32 digits, at its end.
+    let digits = found.len().saturating_sub(33)..found.len().saturating_sub(1);
+    assert!(found[digits].iter().all(u8::is_ascii_hexdigit), "{found:?}");
+    assert_eq!(&id(&live), b"REJECTED");
 }
