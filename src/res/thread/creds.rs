@@ -7,7 +7,7 @@ use crate::{
     image::proto::{self, CoreEntry},
     inject::Script,
     proc::{Ids, Status},
-    res::Result,
+    res::{Result, calls::Calls},
 };
 
 /// `_LINUX_CAPABILITY_VERSION_3` (`linux/capability.h`).
@@ -43,11 +43,37 @@ impl Kind for Creds {
         Ok(())
     }
 
+    fn set(&self, of: &Restored<'_>, _: &mut Calls<'_>) -> Result<()> {
+        let creds = of.core.thread_core.as_ref().and_then(|core| core.creds.as_ref());
+        if let Some(what) = creds.and_then(|creds| label_lost(creds, &own_label())) {
+            of.own.differences.borrow_mut().add(what, of.host_tid);
+        }
+        Ok(())
+    }
+
     fn set_credentials(&self, of: &Restored<'_>, script: &mut Script) {
         if let Some(creds) = of.core.thread_core.as_ref().and_then(|core| core.creds.as_ref()) {
             apply(creds, &of.own.status, script);
         }
     }
+}
+
+/// Returns the security label of this process; empty if no security module uses labels.
+fn own_label() -> String {
+    let label = std::fs::read_to_string("/proc/self/attr/current").unwrap_or_default();
+    label.trim_end_matches(['\n', '\0']).to_owned()
+}
+
+/// Describes the security label that a thread had, which CRIU stores for AppArmor and SELinux, if
+/// the restorer has another one.
+fn label_lost(creds: &proto::CredsEntry, own: &str) -> Option<String> {
+    let stored = creds.lsm_profile.as_deref().map(String::from_utf8_lossy)?;
+    // AppArmor shows the mode after the name of a profile, and the images do not have it.
+    let same = own == stored || own.split_once(" (").is_some_and(|(name, _)| name == stored);
+    (!same && !stored.is_empty()).then(|| {
+        let now = if own.is_empty() { "no label".to_owned() } else { format!("{own:?}") };
+        format!("the security label was {stored:?} but is that of rcriu: {now}")
+    })
 }
 
 /// Builds the image entry for the credentials of a thread.
@@ -174,4 +200,23 @@ fn set_capabilities(script: &mut Script, effective: u64, permitted: u64, inherit
     let header = script.bytes(&header);
     let data = script.bytes(&data);
     script.call("set capabilities", libc::SYS_capset, &[header.into(), data.into()]);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_security_label_that_is_lost_is_named() {
+        let lost = |stored: Option<&str>, own: &str| {
+            let lsm_profile = stored.map(|label| label.as_bytes().to_vec());
+            label_lost(&proto::CredsEntry { lsm_profile, ..Default::default() }, own)
+        };
+        assert_eq!(lost(None, "unconfined"), None);
+        assert_eq!(lost(Some("profile"), "profile (enforce)"), None);
+        assert_eq!(lost(Some("a:b:c:s0"), "a:b:c:s0"), None);
+        let words = "the security label was \"profile\" but is that of rcriu: ";
+        assert_eq!(lost(Some("profile"), "unconfined"), Some(format!("{words}\"unconfined\"")));
+        assert_eq!(lost(Some("profile"), ""), Some(format!("{words}no label")));
+    }
 }
