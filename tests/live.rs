@@ -366,7 +366,8 @@ states! {
     pidfds_of_the_dead, elsewhere: restored;
     pidfds_of_threads;
     pidfds_watched;
-    intercepted_system_calls, elsewhere: restored;
+    // Kernels before 6.4 show nothing of it.
+    intercepted_system_calls;
     namespace_descriptors, elsewhere: restored;
 }
 
