@@ -145,7 +145,7 @@ impl InetOpener {
             return Ok(());
         }
         let held = Lock::begin().and_then(|mut lock| {
-            connecting().try_for_each(|one| lock.hold(one.ends))?;
+            lock.hold(&connecting().map(|one| one.ends).collect::<Vec<_>>())?;
             Ok(lock)
         });
         if let Err(error) = &held {

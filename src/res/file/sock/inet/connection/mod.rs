@@ -348,6 +348,8 @@ impl Counts {
             let sent_end = repair::sequence(fd, Queue::Sent)?;
             Ok((mss_clamp, received_end, sent_end, window, repair::peek(fd, outq_len)?))
         })?;
+        // No window is agreed on yet, and CRIU would set what is there.
+        let window = Some(window).filter(|_| self.state != state::SYN_SENT);
         let entry = proto::TcpStreamEntry {
             inq_len: self.received_bytes,
             inq_seq,
@@ -359,11 +361,11 @@ impl Counts {
             mss_clamp,
             timestamp,
             unsq_len: Some(self.unsent_bytes.saturating_sub(end)),
-            snd_wl1: Some(window.snd_wl1),
-            snd_wnd: Some(window.snd_wnd),
-            max_window: Some(window.max_window),
-            rcv_wnd: Some(window.rcv_wnd),
-            rcv_wup: Some(window.rcv_wup),
+            snd_wl1: window.map(|window| window.snd_wl1),
+            snd_wnd: window.map(|window| window.snd_wnd),
+            max_window: window.map(|window| window.max_window),
+            rcv_wnd: window.map(|window| window.rcv_wnd),
+            rcv_wup: window.map(|window| window.rcv_wup),
             cork: None,
             nodelay: None,
         };

@@ -130,7 +130,7 @@ fn made_again(way: &Way, (own, mut peer): (TcpStream, TcpStream), large: bool) {
     (way.before)(&own, &peer);
     let mut lock = Lock::begin().unwrap();
     std::thread::sleep(Duration::from_millis(20));
-    lock.hold(ends).unwrap();
+    lock.hold(&[ends]).unwrap();
     let writes = matches!(way.state, state::ESTABLISHED | state::CLOSE_WAIT);
     let mut written = 0;
     if large && (writes || !matches!(way.state, state::FIN_WAIT2 | state::CLOSE)) {

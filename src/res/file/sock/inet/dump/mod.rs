@@ -85,7 +85,7 @@ impl Hold {
         })
     }
 
-    fn add(&mut self, ends: Ends) -> io::Result<()> {
+    fn add(&mut self, ends: &[Ends]) -> io::Result<()> {
         match self {
             Self::Table(lock) => lock.hold(ends),
             Self::Rules(rules) => rules.hold(ends),
@@ -96,14 +96,18 @@ impl Hold {
 /// A connection of the tree.
 #[derive(Debug)]
 struct Found {
+    /// Its number in the images.
+    id: u32,
     fd: OwnedFd,
+    family: c_int,
     pid: HostPid,
     number: TargetFd,
     inode: u32,
     ends: Ends,
     /// `SO_REUSEADDR`.
     reuse: c_int,
-    connection: Connection,
+    /// What was read, after all packets are held back.
+    connection: Option<Connection>,
 }
 
 /// The protocol-specific state of a socket.
@@ -191,6 +195,52 @@ fn inode(file: &Description) -> u32 {
 }
 
 impl InetCollector {
+    /// Drops the packets of all connections from now on, if the dump will kill the tree.
+    fn hold_packets(&mut self) -> Result<()> {
+        let (Some(method), Some(first)) = (self.options.hold_packets, self.connections.first())
+        else {
+            return Ok(());
+        };
+        let ends: Vec<_> = self.connections.iter().map(|found| found.ends).collect();
+        let held = Hold::begin(method).and_then(|hold| {
+            self.hold = hold;
+            self.hold.as_mut().map_or(Ok(()), |hold| hold.add(&ends))
+        });
+        held.map_err(|error| {
+            // A program says more than the number of an error.
+            log::error!("{HOLD_BACK} {} connections: {error}", ends.len());
+            first.failed(HOLD_BACK)(errno(&error))
+        })
+    }
+
+    /// Reads all connections, and updates their entries: packets have come since these were made.
+    fn read_connections(&mut self, intake: &mut dyn Intake) -> Result<()> {
+        let mut shutdowns = HashMap::new();
+        for found in &mut self.connections {
+            if let Entry::Vacant(place) = shutdowns.entry(found.family) {
+                let protocol = u8::try_from(libc::IPPROTO_TCP).expect("it is 6");
+                let family = u8::try_from(found.family).expect("families are small");
+                let listed = diag::inet_sockets(family, protocol);
+                place.insert(listed.map_err(found.failed("list the sockets of the network for"))?);
+            }
+            let connection = Connection::read(found.fd.as_fd())
+                .map_err(found.failed("look into the connection of (TCP_REPAIR)"))?;
+            if !connection::is_connection(connection.state) {
+                return Err(found.failed("keep an end that has just been reset of")(
+                    Errno::ECONNRESET,
+                ));
+            }
+            let listed =
+                shutdowns.get(&found.family).and_then(|all| all.by_inode.get(&found.inode));
+            if let Some(entry) = intake.entry(found.id).and_then(|entry| entry.isk.as_mut()) {
+                entry.state = connection.state;
+                entry.shutdown = opts::shutdown(listed.map_or(0, |listed| listed.shutdown));
+            }
+            found.connection = Some(connection);
+        }
+        Ok(())
+    }
+
     fn try_to_part(&mut self, dump: &str) -> Result<()> {
         let Some(first) = self.connections.first() else { return Ok(()) };
         supervise::note_repair(None);
@@ -309,8 +359,18 @@ impl Collector for InetCollector {
         })
     }
 
+    fn after_collect(&mut self, intake: &mut dyn Intake) -> Result<()> {
+        self.hold_packets()?;
+        self.read_connections(intake)
+    }
+
     fn finish(&mut self, images: &SnapshotWriter) -> Result<()> {
-        self.connections.iter().try_for_each(|found| found.connection.write(images, found.inode))
+        for found in &self.connections {
+            if let Some(connection) = &found.connection {
+                connection.write(images, found.inode)?;
+            }
+        }
+        Ok(())
     }
 
     fn note(&self, inventory: &mut proto::InventoryEntry) {

@@ -11,7 +11,7 @@ use nix::{
     sys::socket::{getpeername, getsockname},
 };
 
-use super::{EndedConnection, Facts, Found, HOLD_BACK, Hold, InetCollector, inode};
+use super::{EndedConnection, Facts, Found, InetCollector, inode};
 use crate::{
     image::proto::SkMd5KeyEntry,
     res::file::{
@@ -20,12 +20,7 @@ use crate::{
         sock::{
             SHUT_BOTH,
             attributes::{self, RECEIVED_MAX_BYTES},
-            inet::{
-                Connections, address,
-                connection::{self, Connection},
-                lock::Ends,
-                md5, repair,
-            },
+            inet::{Connections, address, connection, lock::Ends, md5, repair},
             queue, state,
         },
     },
@@ -116,7 +111,7 @@ impl InetCollector {
                 let ends = local.zip(peer).filter(|_| connection::is_connection(state));
                 match (self.options.connections, ends) {
                     (Connections::Keep, Some(ends)) => {
-                        return self.connection(file, family, ends, what);
+                        return self.connection(file, (family, state), ends, what);
                     }
                     (Connections::Close, _) => {
                         let ended = Self::to_be_ended(file, what)?;
@@ -145,12 +140,11 @@ impl InetCollector {
         }
     }
 
-    /// Reads a connection. If the dump will kill the tree, drops the packets of the connection from
-    /// now on.
+    /// Notes a connection, to be read after the packets of all connections are held back.
     fn connection(
         &mut self,
         file: &Description,
-        family: c_int,
+        (family, state): (c_int, u32),
         ends: Ends,
         what: &str,
     ) -> Result<Facts> {
@@ -161,33 +155,20 @@ impl InetCollector {
             return Err(file.unsupported(what, HELP_URGENT));
         }
         refuse_layers(file, what)?;
-        if let Some(method) = self.options.hold_packets {
-            let begun = match &self.hold {
-                Some(_) => Ok(()),
-                None => Hold::begin(method).map(|hold| self.hold = hold),
-            };
-            let held =
-                begun.and_then(|()| self.hold.as_mut().map_or(Ok(()), |hold| hold.add(ends)));
-            held.map_err(|error| {
-                log::error!("{what}: {error}");
-                file.failed(HOLD_BACK)(errno(&error))
-            })?;
-        }
         let md5_keys = self.md5_keys(file, family)?;
         let shutdown =
             self.listed(file, family, libc::IPPROTO_TCP)?.map_or(0, |found| found.shutdown);
-        let look = file.failed("look into the connection of (TCP_REPAIR)");
-        let reuse = repair::reuse(fd).map_err(&look)?;
-        let connection = Connection::read(fd).map_err(&look)?;
-        let state = connection.state;
+        let reuse = repair::reuse(fd).map_err(file.failed("ask for SO_REUSEADDR of"))?;
         self.connections.push(Found {
+            id: file.id,
             fd: file.fd.try_clone().map_err(|error| file.failed("duplicate")(errno(&error)))?,
+            family,
             pid: file.pid,
             number: file.number,
             inode: inode(file),
             ends,
             reuse,
-            connection,
+            connection: None,
         });
         Ok(Facts { state, shutdown, md5_keys, peer: Some(ends.1), ..Facts::default() })
     }

@@ -141,13 +141,13 @@ impl Lock {
         Ok(Self { socket, table })
     }
 
-    /// Drops the packets of one more connection.
+    /// Drops the packets of more connections. The kernel takes milliseconds for each call.
     ///
     /// # Errors
     /// The errors of the kernel.
-    pub(super) fn hold(&mut self, ends: Ends) -> io::Result<()> {
+    pub(super) fn hold(&mut self, ends: &[Ends]) -> io::Result<()> {
         let table = self.table.clone();
-        transact(&mut self.socket, |batch| add_elements(batch, &table, &[ends]))
+        transact(&mut self.socket, |batch| add_elements(batch, &table, ends))
     }
 }
 
@@ -429,7 +429,7 @@ mod tests {
                 |stream: &TcpStream| (stream.local_addr().unwrap(), stream.peer_addr().unwrap());
             let mut lock = Lock::begin().unwrap();
             assert!(arrives(&mut server, &mut client));
-            lock.hold(ends(&server)).unwrap();
+            lock.hold(&[ends(&server)]).unwrap();
             assert!(!arrives(&mut server, &mut client));
             assert!(arrives(&mut other, &mut friend));
             drop(lock);

@@ -22,14 +22,14 @@ pub(in super::super) struct Rules {
 }
 
 impl Rules {
-    /// Drops the packets of one more connection.
+    /// Drops the packets of more connections.
     ///
     /// # Errors
     /// `iptables-restore` is missing, or has failed.
-    pub(in super::super) fn hold(&mut self, ends: Ends) -> io::Result<()> {
-        change(Change::Insert, &[ends])?;
-        self.held.push(ends);
-        Ok(())
+    pub(in super::super) fn hold(&mut self, ends: &[Ends]) -> io::Result<()> {
+        // If it fails for the second family, the rules of the first one are there.
+        self.held.extend(ends);
+        change(Change::Insert, ends)
     }
 
     /// Leaves the rules to the restore ([`lift_rules`]).
