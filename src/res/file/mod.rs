@@ -34,6 +34,7 @@ mod table;
 mod testing;
 mod timerfd;
 mod tty;
+mod unsupported;
 mod validation;
 mod watch;
 
@@ -577,6 +578,7 @@ pub static KINDS: &[FileKind] = &[
     sock::unix::KIND,
     sock::unsupported::KIND,
     eventpoll::KIND,
+    unsupported::KIND,
     // Claims no description.
     lock::KIND,
 ];

@@ -113,7 +113,8 @@ fn name(file: &Description, id: u32, intake: &mut dyn Intake) -> Result<Vec<u8>>
         }
         // Only the process itself may read secret memory, and no path leads to it.
         FsType(SECRETMEM_MAGIC) => {
-            return Err(file.unsupported("secret memory (memfd_secret(2))", "close it"));
+            let help = "have the program unmap and close it: only the program itself may read it";
+            return Err(file.unsupported("secret memory (memfd_secret(2))", help));
         }
         FsType(MQUEUE_MAGIC) => {
             let what = format!("the message queue {}", String::from_utf8_lossy(&file.link));

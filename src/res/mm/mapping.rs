@@ -54,7 +54,8 @@ pub enum Object {
 /// Returns the object behind a mapping.
 ///
 /// # Errors
-/// [`ResError::Unsupported`] for objects that rcriu does not dump, such as devices.
+/// [`ResError::Unsupported`] or [`ResError::Refused`] for objects that rcriu does not dump, such as
+/// devices.
 pub fn object(pid: HostPid, mapping: &Mapping) -> Result<Object> {
     let name = mapping.name.as_slice();
     let flags = mapping.flags;
@@ -81,7 +82,15 @@ pub fn object(pid: HostPid, mapping: &Mapping) -> Result<Object> {
         return refuse("memory with a protection key");
     }
     if name.starts_with(b"/[aio]") {
-        return refuse("a ring of asynchronous I/O");
+        return Err(ResError::Refused {
+            pid,
+            what: format!(
+                "has a context of asynchronous I/O (io_setup(2)), with its ring at {}",
+                mapping.start
+            ),
+            help: "have the program destroy it (io_destroy(2)), or configure it to use threads instead \
+                   (MariaDB: innodb_use_native_aio=0; QEMU: aio=threads)",
+        });
     }
     if flags.intersects(VmFlags::IO | VmFlags::PFN_MAP) {
         return refuse("a device");

@@ -10,7 +10,7 @@ use nix::{
 
 use super::{
     Collector, Deferred, Description, FileError, FileKind, Intake, Opened, Opener, Result, Usage,
-    deferred, descriptor, path, validation,
+    deferred, descriptor, path, unsupported, validation,
 };
 use crate::image::proto::{self, FdTypes};
 
@@ -51,7 +51,10 @@ impl Collector for RegularFiles {
             let is_harmless =
                 major(device) == MEM_MAJOR && HARMLESS_DEVICES.contains(&minor(device));
             if file.is_type(libc::S_IFBLK) || file.is_type(libc::S_IFCHR) && !is_harmless {
-                return Err(file.unsupported(format!("the device {}", name()), "close it"));
+                let (what, help) = unsupported::device(&file.link).unwrap_or_else(|| {
+                    (format!("the device {}", name()), "have the program close it")
+                });
+                return Err(file.unsupported(what, help));
             }
         }
         path::entry_of(file, intake)
