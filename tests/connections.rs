@@ -4,9 +4,11 @@
 mod common;
 
 use std::{
-    fs,
+    collections::BTreeMap,
+    fs::{self, File},
     io::{BufRead, BufReader, Read, Write},
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream},
+    os::fd::{AsFd, OwnedFd},
     path::Path,
     process::Command,
     sync::{
@@ -23,9 +25,18 @@ use common::{
     mounted::Mounted,
     require,
 };
+use nix::{
+    libc,
+    sched::{CloneFlags, setns},
+};
 use rcriu::{
     fault::Point,
     image::{Kind, proto, read_all},
+    sys::{
+        process::{pidfd_getfd, pidfd_open},
+        socket::option,
+    },
+    units::HostPid,
 };
 
 const PYTHON: &str = "/usr/bin/python3";
@@ -252,11 +263,26 @@ fn privileged_dumps_that_fail_leave_connections_as_they_are() {
         for stream in &mut waiting {
             exchange(stream, number, "after that");
         }
+        assert_eq!(reused(&live), 6, "SO_REUSEADDR of the listening and the accepted sockets");
     }
     live.fault = None;
     live.dump_running(&[ESTABLISHED]);
     drop(waiting);
     live.verdict();
+}
+
+/// How many TCP sockets of a server have `SO_REUSEADDR`, as asyncio sets it.
+fn reused(live: &Live) -> usize {
+    let root = HostPid(live.root.as_raw());
+    let process = pidfd_open(root).unwrap();
+    let numbers = rcriu::proc::fds(root).unwrap().into_iter();
+    let files = numbers.filter_map(|number| pidfd_getfd(&process, number).ok());
+    let is_tcp = |fd: &OwnedFd| {
+        let kind: nix::Result<i32> = option(fd.as_fd(), libc::SOL_SOCKET, libc::SO_PROTOCOL);
+        kind == Ok(libc::IPPROTO_TCP)
+    };
+    let reuse = |fd: OwnedFd| option(fd.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR) == Ok(1_i32);
+    files.filter(is_tcp).filter(|fd| reuse(fd.try_clone().unwrap())).count()
 }
 
 fn failed_dump(live: &mut Live, fault: &str) {
@@ -299,7 +325,7 @@ fn privileged_connections_are_not_dumped_or_restored_unasked() {
     assert!(text.contains("in state ESTABLISHED") && text.contains(ESTABLISHED), "{text}");
     live.dump(&[ESTABLISHED]);
     let text = said(&live.try_restore(&[]));
-    assert!(text.contains("\nhelp: restore with --tcp-established to keep it"), "{text}");
+    assert!(text.contains("help: restore with --tcp-established to keep it"), "{text}");
     live.restore(&[ESTABLISHED]);
     exchange(&mut stream, 2, "second");
     drop(stream);
@@ -362,4 +388,92 @@ fn privileged_the_lock_of_another_dump_is_named() {
     exchange(&mut stream, 2, "second");
     drop(stream);
     live.verdict();
+}
+
+/// Another machine: a network namespace, with a cable of virtual devices to this one.
+struct Machine {
+    name: String,
+    device: String,
+    /// The addresses of this end of the cable, and of the other.
+    ends: [Ipv4Addr; 2],
+}
+
+fn ip(words: &str) {
+    let output = Command::new("ip").args(words.split(' ')).output().unwrap();
+    assert!(output.status.success(), "ip {words}: {output:?}");
+}
+
+impl Machine {
+    fn new() -> Self {
+        let pid = std::process::id();
+        let [_, _, third, fourth] = pid.to_be_bytes();
+        let end = |last| Ipv4Addr::new(10, third, fourth, last);
+        let (name, device) = (format!("rcriu-{pid}"), format!("rcriu{}", pid % 1_000_000));
+        let machine = Self { name, device, ends: [end(1), end(2)] };
+        let Self { name, device, ends: [here, there] } = &machine;
+        ip(&format!("netns add {name}"));
+        ip(&format!("link add {device} type veth peer name eth0 netns {name}"));
+        ip(&format!("addr add {here}/24 dev {device}"));
+        ip(&format!("link set {device} up"));
+        ip(&format!("-n {name} addr add {there}/24 dev eth0"));
+        ip(&format!("-n {name} link set eth0 up"));
+        machine
+    }
+
+    /// Runs something there.
+    fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        let namespace = File::open(Path::new("/run/netns").join(&self.name)).unwrap();
+        thread::scope(|scope| {
+            let there = scope.spawn(|| {
+                setns(namespace, CloneFlags::CLONE_NEWNET).unwrap();
+                work()
+            });
+            there.join().unwrap()
+        })
+    }
+
+    /// What its kernel has counted of TCP: packets sent again, and all signs of a connection that
+    /// did not end well.
+    fn counts(&self) -> (u64, Vec<u64>) {
+        let text = self.run(|| fs::read_to_string("/proc/thread-self/net/snmp").unwrap());
+        let mut lines = text.lines().filter_map(|line| line.strip_prefix("Tcp: "));
+        let (names, values) = (lines.next().unwrap().split(' '), lines.next().unwrap().split(' '));
+        let all: BTreeMap<_, u64> =
+            names.zip(values).map(|(name, value)| (name, value.parse().unwrap_or(0))).collect();
+        let bad = ["AttemptFails", "EstabResets", "InErrs", "OutRsts"].map(|name| all[name]);
+        (all["RetransSegs"], bad.to_vec())
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["netns", "del", &self.name]).status();
+        let _ = Command::new("ip").args(["link", "del", &self.device]).output();
+    }
+}
+
+/// While no process has the connection, this machine does not answer the other one at all.
+#[test]
+fn privileged_another_machine_notices_nothing_but_a_pause() {
+    needs();
+    require(Cap::Program("ip"));
+    let machine = Machine::new();
+    for lock in ["nftables", "iptables"] {
+        let (mut live, addresses) = server(1);
+        let address = SocketAddr::from((machine.ends[0], addresses[2].port()));
+        let mut stream = machine.run(|| connect(address));
+        exchange(&mut stream, 1, "before");
+        let before = machine.counts();
+        live.dump(&[ESTABLISHED, "--network-lock", lock]);
+        writeln!(stream.get_mut(), "meanwhile").unwrap();
+        wait_for("packets without an answer", || machine.counts().0 > before.0);
+        live.restore(&[ESTABLISHED]);
+        let mut line = String::new();
+        stream.read_line(&mut line).unwrap();
+        assert_eq!(line, "2 meanwhile\n");
+        exchange(&mut stream, 3, "afterwards");
+        assert_eq!(machine.counts().1, before.1, "{lock}");
+        drop(stream);
+        live.verdict();
+    }
 }
