@@ -118,14 +118,17 @@ impl Client {
             let len = u32::from_be_bytes(head[1..].try_into().unwrap());
             let mut body = vec![0; len as usize - 4];
             self.0.read_exact(&mut body).ok()?;
-            let text = String::from_utf8_lossy(&body).into_owned();
+            // A pid or a length may not be text.
+            let from = |at: usize| String::from_utf8_lossy(body.get(at..).unwrap_or_default());
             match head[0] {
                 b'Z' => return Some(lines),
                 // The count of columns, then the length and the bytes of each.
-                b'D' => lines += &format!("{}\n", &text[6..]),
+                b'D' => lines += &format!("{}\n", from(6)),
                 // The pid of the sender, then the channel and the message.
-                b'A' => lines += &format!("notification {}\n", text[4..].replace('\0', " ").trim()),
-                b'E' => lines += &format!("error {}\n", text.replace('\0', " ")),
+                b'A' => {
+                    lines += &format!("notification {}\n", from(4).replace('\0', " ").trim());
+                }
+                b'E' => lines += &format!("error {}\n", from(0).replace('\0', " ")),
                 _ => {}
             }
         }
