@@ -52,7 +52,7 @@ pub struct Installer<'a> {
     openers: Vec<Box<dyn Opener>>,
     /// The first descriptor number above all that the tree uses.
     lowest: i32,
-    descriptions: HashMap<u32, OwnedFd>,
+    descriptions: HashMap<u32, Rc<OwnedFd>>,
     /// Files opened for uses other than a descriptor, by number in the images and access mode.
     others: HashMap<(u32, i32), OwnedFd>,
     /// Descriptions that a process has installed already: which process, and at which number.
@@ -127,9 +127,13 @@ impl<'a> Installer<'a> {
             let entries: Vec<FileEntry> = self.entries.iter().filter(is_wanted).cloned().collect();
             opener.open(&entries, &mut self.opened)?;
         }
-        for id in used.iter().filter(|id| needed.contains(id) || self.opened.contains(**id)) {
+        used.retain(|id| needed.contains(id) || self.opened.contains(*id));
+        for id in &used {
             let fd =
                 fds::duplicate_from(self.opened.get(*id)?, self.lowest).map_err(too_many(*id))?;
+            // The old one is closed: a tree may have as many descriptors as the restorer.
+            let fd = Rc::new(fd);
+            self.opened.insert_shared(*id, Rc::clone(&fd));
             self.descriptions.insert(*id, fd);
         }
         let lowest = self.lowest;
@@ -398,8 +402,9 @@ impl<'a> Installer<'a> {
                 (Deferred::Inside, None) => continue,
             };
             let copy = fds::duplicate_from(fd.as_fd(), self.lowest).map_err(too_many(id))?;
+            let copy = Rc::new(copy);
+            self.opened.insert_shared(id, Rc::clone(&copy));
             self.descriptions.insert(id, copy);
-            self.opened.insert(id, fd);
         }
         for opener in &mut self.openers {
             opener.fill(&self.opened)?;
@@ -551,8 +556,8 @@ fn close(fd: Arg, script: &mut Script) {
     script.call("close a descriptor", libc::SYS_close, &[fd]);
 }
 
-fn description(descriptions: &HashMap<u32, OwnedFd>, id: u32) -> Result<BorrowedFd<'_>> {
-    let fd = descriptions.get(&id).map(AsFd::as_fd);
+fn description(descriptions: &HashMap<u32, Rc<OwnedFd>>, id: u32) -> Result<BorrowedFd<'_>> {
+    let fd = descriptions.get(&id).map(|fd| fd.as_fd());
     fd.ok_or_else(|| FileError::image(id, "it is used but was not opened"))
 }
 

@@ -41,6 +41,7 @@ mod watch;
 use std::{
     collections::{HashMap, HashSet},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    rc::Rc,
     sync::Arc,
 };
 
@@ -263,7 +264,7 @@ pub struct Opened {
     /// A process that has each description open. The entry for [`NO_DESCRIPTION`] stands for
     /// descriptions that are only queued in a socket.
     pub holders: HashMap<u32, owner::Holder>,
-    fds: HashMap<u32, OwnedFd>,
+    fds: HashMap<u32, Rc<OwnedFd>>,
 }
 
 /// How a deferred description is opened: one that cannot exist before the tree does.
@@ -305,7 +306,17 @@ impl Opened {
 
     /// Adds a description.
     pub fn insert(&mut self, id: u32, fd: OwnedFd) {
+        self.fds.insert(id, Rc::new(fd));
+    }
+
+    /// Adds a description, or replaces its descriptor, by one that others hold as well.
+    pub fn insert_shared(&mut self, id: u32, fd: Rc<OwnedFd>) {
         self.fds.insert(id, fd);
+    }
+
+    /// Returns the descriptor of a description, to hold it.
+    pub fn shared(&self, id: u32) -> Option<Rc<OwnedFd>> {
+        self.fds.get(&id).cloned()
     }
 
     /// Returns a description that is open.
@@ -314,7 +325,7 @@ impl Opened {
     /// [`FileError::Image`] if no description has this number.
     pub fn get(&self, id: u32) -> Result<BorrowedFd<'_>> {
         let missing = || FileError::Image { id, problem: "it is used but was not opened".into() };
-        self.fds.get(&id).map(AsFd::as_fd).ok_or_else(missing)
+        self.fds.get(&id).map(|fd| fd.as_fd()).ok_or_else(missing)
     }
 
     /// Returns a process that has the description, or the fallback for queued ones.

@@ -85,15 +85,12 @@ impl Opener for UnixOpener {
         outside::connect(&sockets.all, &mut callers)?;
         self.listening = sockets.listen(&mut callers)?;
         self.own = callers.into_own();
-        for socket in &sockets.all {
-            if let (false, Some(fd)) = (socket.is_external(), &socket.fd) {
-                if !socket.is_inherited {
-                    owner::restore(socket.entry.id, fd, opened)?;
-                }
-                let copy = fd.try_clone();
-                let copy = copy.map_err(|error| socket.restored.failed("duplicate")(io(&error)))?;
-                opened.insert(socket.entry.id, copy);
+        for socket in &mut sockets.all {
+            let Some(fd) = socket.fd.take() else { continue };
+            if !socket.is_inherited {
+                owner::restore(socket.entry.id, &fd, opened)?;
             }
+            opened.insert_shared(socket.entry.id, fd);
         }
         self.sockets = sockets;
         Ok(())
@@ -109,6 +106,9 @@ impl Opener for UnixOpener {
 
     fn fill(&mut self, opened: &Opened) -> Result<()> {
         let mut sockets = std::mem::take(&mut self.sockets);
+        for socket in sockets.all.iter_mut().filter(|socket| !socket.is_external()) {
+            socket.fd = opened.shared(socket.entry.id);
+        }
         sockets.connect_datagrams(opened)?;
         sockets.fill_streams(opened)?;
         for unsent in std::mem::take(&mut sockets.unsent) {
@@ -171,7 +171,7 @@ impl Sockets {
                 restored,
                 link: Link::None,
                 is_inherited: given.is_some(),
-                fd: given,
+                fd: given.map(Rc::new),
                 file: None,
                 partner: None,
                 queue: queues.remove(&entry.id).unwrap_or_default(),
@@ -238,7 +238,7 @@ impl Sockets {
             if socket.entry.state == state::LISTEN {
                 callers.listen(None, fd.as_fd(), socket.entry.backlog, &socket.restored)?;
             }
-            (socket.fd, socket.partner) = (Some(fd), partner);
+            (socket.fd, socket.partner) = (Some(Rc::new(fd)), partner);
         }
         Ok(())
     }
@@ -257,10 +257,10 @@ impl Sockets {
             if self.all[at].is_datagram() {
                 let (mine, other) = self.all[at].make_pair(by.as_ref(), callers)?;
                 self.all[at].bind(&mine, Keep::Replacing)?;
-                self.all[at].fd = Some(mine);
+                self.all[at].fd = Some(Rc::new(mine));
                 if let Some(peer) = peer {
                     self.all[peer].bind(&other, Keep::Replacing)?;
-                    self.all[peer].fd = Some(other);
+                    self.all[peer].fd = Some(Rc::new(other));
                 }
                 continue;
             }
@@ -274,9 +274,9 @@ impl Sockets {
                     (other, mine)
                 }
             };
-            self.all[at].fd = Some(mine);
+            self.all[at].fd = Some(Rc::new(mine));
             match peer {
-                Some(peer) => self.all[peer].fd = Some(other),
+                Some(peer) => self.all[peer].fd = Some(Rc::new(other)),
                 None => self.all[at].partner = Some(other),
             }
         }

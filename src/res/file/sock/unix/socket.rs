@@ -52,7 +52,7 @@ pub(super) struct Socket {
     pub(super) restored: Subject,
     pub(super) link: Link,
     /// `None` until the socket is created, and for sockets outside the tree.
-    pub(super) fd: Option<OwnedFd>,
+    pub(super) fd: Option<Rc<OwnedFd>>,
     /// Whether the caller of the restore has provided `fd`.
     pub(super) is_inherited: bool,
     /// The file it is bound to.
@@ -88,7 +88,10 @@ impl Socket {
     }
 
     pub(super) fn fd(&self) -> Result<BorrowedFd<'_>> {
-        self.fd.as_ref().map(AsFd::as_fd).ok_or_else(|| self.restored.wrong("it was not created"))
+        self.fd
+            .as_ref()
+            .map(|fd| fd.as_fd())
+            .ok_or_else(|| self.restored.wrong("it was not created"))
     }
 
     pub(super) fn make(&self) -> Result<OwnedFd> {
