@@ -23,6 +23,7 @@ pub mod tree;
 mod verify;
 pub mod vma;
 mod wire;
+mod writing;
 
 pub use crate::proto;
 pub use desc::{Body, Desc, Kind};
@@ -30,8 +31,9 @@ pub use disk::Disk;
 pub use document::Document;
 pub use error::{ImageError, Result};
 pub use files::read_files;
-pub use framing::{ImageReader, ImageWriter, Prologue, read_all, read_one};
+pub use framing::{ImageReader, Prologue, read_all, read_one};
 pub use pagemap::{MemoryId, Pagemap, PagemapEntry, PagemapReader, PagemapWriter, Presence};
 pub use remap::Remap;
 pub use store::{Directory, ImageStore, PARENT_LINK, SnapshotWriter, Store};
 pub use verify::verify;
+pub use writing::ImageWriter;
