@@ -70,6 +70,42 @@ fn privileged_python() {
     round_trip(&mut live);
 }
 
+/// As the JVM does with its performance data.
+#[test]
+fn privileged_a_lock_that_only_a_mapping_holds_is_warned_about() {
+    require(Cap::Ptrace);
+    let text = "import fcntl, mmap, os, sys, time
+status = sys.argv[1]
+file = open(status + '.locked', 'w+')
+file.write('x' * 4096)
+file.flush()
+fcntl.flock(file, fcntl.LOCK_EX)
+memory = mmap.mmap(file.fileno(), 4096)
+file.close()
+for fd in range(3, 64):
+    try:
+        os.close(fd)
+    except OSError:
+        pass
+def say(text):
+    with open(status + '.new', 'w') as out:
+        out.write(text)
+    os.rename(status + '.new', status)
+say('ready\\n')
+while not os.path.exists(status + '.go'):
+    time.sleep(0.02)
+say('ok\\n' if memory[:4] == b'xxxx' else 'other bytes\\n')
+";
+    let mut live = script(PYTHON, &[], "locked.py", text);
+    live.wait_ready();
+    let output = live.try_dump(&["-R"]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{said}");
+    assert!(said.contains("holds a write lock of flock(2)"), "{said}");
+    fs::remove_dir_all(live.images()).unwrap();
+    round_trip(&mut live);
+}
+
 #[test]
 fn privileged_bash_pipeline() {
     require(Cap::Ptrace);

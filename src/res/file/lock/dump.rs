@@ -117,6 +117,19 @@ impl Locks {
                 ));
             }
         }
+        // The JVM does that with its performance data.
+        for lock in unseen.extract_if(.., |lock| lock.kind == LockKind::Flock) {
+            let (major, minor) = lock.device;
+            let warning = format!(
+                "{} has mapped the inode {} of the device {major}:{minor} and closed the file, and \
+                 holds {}: a restored process does not hold it\nhelp: if other programs rely on the \
+                 lock, have the program release it, or unmap the file, before the dump",
+                name_of(HostPid(lock.pid)),
+                lock.inode,
+                InWords(&lock)
+            );
+            tell(log::Level::Warn, &warning);
+        }
         if let Some(lock) = unseen.first() {
             let (major, minor) = lock.device;
             let what = format!(
