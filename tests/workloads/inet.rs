@@ -263,21 +263,24 @@ fn packet_sockets(checkpoint: &Checkpoint) -> Verdict {
     bind(raw)?;
     bind(cooked)?;
     // UDP to a port of ours alone, as tcpdump(8) would have it: the protocol at 9, the port at 22.
+    // Nothing else gets into the queues, whatever other programs send.
     let port = own_port(3);
-    let filter = [
-        (0x30, 0, 0, 9),
-        (0x15, 0, 3, 17),
-        (0x28, 0, 0, 22),
-        (0x15, 0, 1, u32::from(port)),
-        (6, 0, 0, u32::MAX),
-        (6, 0, 0, 0),
-    ];
-    let mut steps: Vec<_> =
-        filter.iter().map(|&(code, jt, jf, k)| libc::sock_filter { code, jt, jf, k }).collect();
-    let program = libc::sock_fprog { len: steps.len() as u16, filter: steps.as_mut_ptr() };
-    let bytes = size_of_val(&program) as u32;
-    let at = (&raw const program).cast();
-    sys!(setsockopt(cooked, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, at, bytes))?;
+    for (fd, headers) in [(cooked, 0), (raw, 14)] {
+        let filter = [
+            (0x30, 0, 0, headers + 9),
+            (0x15, 0, 3, 17),
+            (0x28, 0, 0, headers + 22),
+            (0x15, 0, 1, u32::from(port)),
+            (6, 0, 0, u32::MAX),
+            (6, 0, 0, 0),
+        ];
+        let mut steps =
+            filter.map(|(code, jt, jf, k)| libc::sock_filter { code, jt, jf, k }).to_vec();
+        let program = libc::sock_fprog { len: steps.len() as u16, filter: steps.as_mut_ptr() };
+        let (at, bytes) = ((&raw const program).cast(), size_of_val(&program) as u32);
+        sys!(setsockopt(fd, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, at, bytes))?;
+    }
+    while receive(raw)?.is_some() || receive(cooked)?.is_some() {}
     let options = [
         (raw, libc::PACKET_AUXDATA, 1),
         (raw, libc::PACKET_VERSION, 2),
