@@ -217,6 +217,7 @@ fn lines_of_dump_become_options() {
         ("dump -t 7 --tcp-established --network-lock iptables --skip-in-flight", |dump| {
             let method = Some(PacketLock::Iptables);
             dump.files.connections = ConnectionsToDump::new(Connections::Keep, method, true);
+            dump.files.unix = UnixOptions::new(false).skip_in_flight(true);
         }),
         ("dump --tree=3 -t7 -Dd -W w", |dump| {
             dump.store.images_dir = "d".into();
