@@ -28,3 +28,7 @@ pub mod sys;
 pub mod track;
 pub mod units;
 pub mod view;
+
+#[cfg(test)]
+#[path = "../tests/common/skip.rs"]
+mod skip;

@@ -11,18 +11,20 @@ pub mod mounted;
 pub mod peak;
 pub mod recorder;
 pub mod same;
+mod skip;
 pub mod swap;
 pub mod untouched;
 
 use std::{
     fs::{self, File},
-    io::Write,
     path::{Path, PathBuf},
     sync::OnceLock,
 };
 
 use nix::unistd::{Whence, lseek};
-use rcriu::sys::Features;
+use rcriu::sys::{Features, kernel_memory::KernelMemory};
+
+pub use skip::skip;
 
 /// What a test needs of the machine.
 #[derive(Clone, Copy, Debug)]
@@ -45,6 +47,8 @@ pub enum Cap {
     Peer(&'static str),
     /// A program in the search path.
     Program(&'static str),
+    /// Reading the kernel's memory by a BPF program.
+    KernelMemory,
     /// Time: the slow tests were asked for.
     Time,
 }
@@ -52,11 +56,6 @@ pub enum Cap {
 /// Huge pages that a test may use.
 const HUGE_PAGES: u32 = 32;
 
-/// The file that lists the skipped tests, a line each: program, test, and what is missing,
-/// with tabs between. Set by `tests/run`.
-const SKIPPED: &str = "RCRIU_TEST_SKIPPED";
-/// If set, nothing may be skipped.
-const STRICT: &str = "RCRIU_TEST_STRICT";
 /// If set, tests that take long are run.
 const ALL: &str = "RCRIU_TEST_ALL";
 
@@ -112,6 +111,14 @@ impl Cap {
                 let found = std::env::split_paths(&path).any(|dir| dir.join(name).is_file());
                 (!found).then(|| format!("the program {name}"))
             }
+            Self::KernelMemory => {
+                let types = Path::new("/sys/kernel/btf/vmlinux").exists();
+                let is_here = types && KernelMemory::open().is_ok();
+                (!is_here).then(|| {
+                    "to read memory of the kernel (CAP_BPF, CAP_PERFMON, /sys/kernel/btf)"
+                        .to_owned()
+                })
+            }
             Self::Time => {
                 let all = std::env::var_os(ALL).is_some();
                 (!all).then(|| format!("time (bash tests/run --all, or {ALL}=1)"))
@@ -139,30 +146,6 @@ pub fn require(cap: Cap) {
 /// Skips the test, which takes long, unless all tests are asked for.
 pub fn slow() {
     require(Cap::Time);
-}
-
-/// Ends a test that cannot run, and says what it needs.
-///
-/// Rust's test runner has passed and failed and nothing else, so the test fails, and `cargo
-/// test` alone cannot show it as passed. `tests/run` finds it in its list, and counts it as
-/// what it is.
-pub fn skip(missing: &str) -> ! {
-    let strict = std::env::var_os(STRICT).is_some_and(|value| value != "0");
-    if let Some(path) = std::env::var_os(SKIPPED).filter(|_| !strict) {
-        let program = std::env::current_exe().expect("the test has a path");
-        let program = program.file_stem().expect("it has a name").to_string_lossy();
-        let program = program.rsplit_once('-').map_or(&*program, |(name, _hash)| name);
-        let thread = std::thread::current();
-        let test = thread.name().expect("a test has a name");
-        let line = format!("{program}\t{test}\t{missing}\n");
-        let file = File::options().append(true).create(true).open(&path);
-        file.and_then(|mut file| file.write_all(line.as_bytes())).unwrap_or_else(|error| {
-            panic!("cannot write to {SKIPPED}={}: {error}", path.display())
-        });
-    }
-    eprintln!("SKIPPED, neither passed nor failed: this test needs {missing}");
-    // Without a backtrace: nothing is wrong.
-    std::panic::resume_unwind(Box::new("skipped"));
 }
 
 /// How many times slower than usual the machine is, from the environment

@@ -6,6 +6,7 @@ use nix::libc;
 
 use crate::{
     res::file::testing::Tree,
+    skip::skip,
     sys::{
         kernel_memory::KernelMemory,
         mqueue::{self, QueueAttributes},
@@ -14,16 +15,16 @@ use crate::{
 
 const SIZE: QueueAttributes = QueueAttributes { messages_max: 7, message_bytes: 8000, messages: 0 };
 
-/// Whether the machine lets the tests read the memory of the kernel.
-fn is_readable() -> bool {
-    KernelMemory::open().is_ok()
+/// Skips a test unless the machine lets it read the memory of the kernel.
+fn require_kernel_memory() {
+    if KernelMemory::open().is_err() {
+        skip("CAP_BPF and CAP_PERFMON");
+    }
 }
 
 #[test]
 fn privileged_a_queue_that_is_gone_is_created_with_its_messages() {
-    if !is_readable() {
-        return;
-    }
+    require_kernel_memory();
     let name = CString::new(format!("rcriu-unit-{}", std::process::id())).unwrap();
     let queue = mqueue::create(&name, &SIZE).unwrap();
     let large: Vec<u8> = (0..8000_u32).map(|n| (n % 251) as u8).collect();
