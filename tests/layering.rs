@@ -12,7 +12,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("proto", &[]),
     ("arch", &["proto", "units"]),
     ("sys", &["arch", "units", "fault"]),
-    ("image", &["causes", "arch", "proto", "units"]),
+    ("image", &["causes", "parallel", "arch", "proto", "units"]),
     ("chain", &["causes", "parallel", "image", "units", "fault"]),
     ("view", &["chain", "image", "arch", "units"]),
     ("fs", &["causes", "view", "chain", "image", "proc", "sys", "units", "fault"]),
