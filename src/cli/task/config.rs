@@ -58,6 +58,13 @@ impl Sources {
         for path in &self.optional {
             match fs::read_to_string(path) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                    let what = format!(
+                        "read configuration file {}\nhelp: use --no-default-config to do without",
+                        path.display()
+                    );
+                    return Err(anyhow::Error::new(error).context(what));
+                }
                 text => apply(path, text, specs, &mut arranged)?,
             }
         }
