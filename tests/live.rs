@@ -614,6 +614,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("unix_packets_behind_an_error", "behind an unread error"),
     // Only taking the error shows which one it is.
     ("tcp_pending_error", "with an unread error"),
+    ("pty_of_another_devpts", "in another instance of devpts than /dev/pts"),
     ("descriptor_of_another_namespace", "a namespace that its process is not in"),
     ("pidfd_of_another_tree", "is a pidfd of process 1, which is not in the tree"),
     ("seccomp_notifies", "has a seccomp filter that asks another process (SECCOMP_RET_USER_NOTIF)"),

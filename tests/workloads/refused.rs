@@ -15,6 +15,7 @@ pub const ROWS: &[Row] = &[
     ("thread_own_network", thread_own_network),
     ("time_namespace_for_children", time_namespace_for_children),
     ("caught_system_calls", caught_system_calls),
+    ("pty_of_another_devpts", pty_of_another_devpts),
 ];
 
 /// A thread that leaves what it shared with the others.
@@ -48,6 +49,22 @@ fn time_namespace_for_children(checkpoint: &Checkpoint) -> Verdict {
     /// `CLONE_NEWTIME` (`linux/sched.h`).
     const NEW_TIME: i32 = 0x80;
     sys!(unshare(NEW_TIME))?;
+    checkpoint.wait();
+    Ok(())
+}
+
+/// A terminal in a devpts of its own, which is mounted nowhere.
+fn pty_of_another_devpts(checkpoint: &Checkpoint) -> Verdict {
+    /// `FSCONFIG_CMD_CREATE` (`linux/mount.h`).
+    const CREATE: i32 = 6;
+    let context = sys!(syscall(libc::SYS_fsopen, c"devpts".as_ptr(), 0))?;
+    let none = std::ptr::null::<i8>();
+    sys!(syscall(libc::SYS_fsconfig, context, CREATE, none, none, 0))?;
+    let mount = sys!(syscall(libc::SYS_fsmount, context, 0, 0))?;
+    let mount = i32::try_from(mount).map_err(|error| error.to_string())?;
+    sys!(openat(mount, c"ptmx".as_ptr(), libc::O_RDWR | libc::O_NOCTTY))?;
+    sys!(syscall(libc::SYS_close, context))?;
+    sys!(close(mount))?;
     checkpoint.wait();
     Ok(())
 }

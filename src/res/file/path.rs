@@ -36,7 +36,7 @@ use crate::{
 
 /// Magic numbers of file systems (`include/uapi/linux/magic.h`).
 const PROC_SUPER_MAGIC: libc::__fsword_t = 0x9fa0;
-const DEVPTS_SUPER_MAGIC: libc::__fsword_t = 0x1cd1;
+pub(super) const DEVPTS_SUPER_MAGIC: libc::__fsword_t = 0x1cd1;
 const SECRETMEM_MAGIC: libc::__fsword_t = 0x5345_434d;
 const MQUEUE_MAGIC: libc::__fsword_t = 0x1980_0202;
 /// The suffix of links to deleted files.

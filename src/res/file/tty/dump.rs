@@ -8,10 +8,18 @@ use std::{
     },
 };
 
-use nix::{errno::Errno, libc, poll::PollFlags};
+use nix::{
+    errno::Errno,
+    libc,
+    poll::PollFlags,
+    sys::{
+        stat::stat,
+        statfs::{FsType, fstatfs},
+    },
+};
 
 use super::{
-    Options, PERMISSIONS, Role, Stopped, external_name, is_master,
+    DEVPTS, Options, PERMISSIONS, Role, Stopped, external_name, is_master,
     line::{self, Lines},
     loan, pack, peer, slave_path,
 };
@@ -21,7 +29,10 @@ use crate::{
         proto::{self, FdTypes, TtyType},
     },
     proc,
-    res::file::{Collector, Description, External, FileError, Intake, Result, descriptor, path},
+    res::file::{
+        Collector, Description, External, FileError, Intake, Result, descriptor,
+        path::{self, DEVPTS_SUPER_MAGIC},
+    },
     sys::{
         fds,
         tty::{self, Question, Speeds, Termios},
@@ -172,6 +183,9 @@ impl Terminals {
             return Ok((index << 1, TtyType::ExtTty, index));
         }
         let role = Role::of(file.stat.st_rdev).expect("it was claimed");
+        if role.tty_type() == TtyType::Pty {
+            check_instance(file)?;
+        }
         let index = match role {
             Role::Master => tty::ask(fd(file), Question::Index)
                 .map_err(file.failed("read the index of"))?
@@ -335,6 +349,25 @@ fn slave_owner(file: &Description, index: u32) -> Option<proto::InodeOwnerEntry>
 }
 
 /// Whether a device is dumped as a terminal.
+/// Rejects an end of a pair in another instance of devpts than the one at [`DEVPTS`], where a
+/// restore creates pairs: indices are unique only within an instance.
+fn check_instance(file: &Description) -> Result<()> {
+    let file_system = fstatfs(&file.fd).map_err(file.failed("find the file system of"))?;
+    // A master that was opened by /dev/ptmx is not on a devpts.
+    if file_system.filesystem_type() != FsType(DEVPTS_SUPER_MAGIC) {
+        return Ok(());
+    }
+    let usual = stat(DEVPTS).map_err(file.failed("find the devpts of"))?;
+    if file.stat.st_dev == usual.st_dev {
+        return Ok(());
+    }
+    let what = format!(
+        "the terminal {}, in another instance of devpts than {DEVPTS}",
+        String::from_utf8_lossy(&file.link)
+    );
+    Err(file.unsupported(what, "start the program with terminals of /dev/pts"))
+}
+
 fn is_terminal(file: &Description, external: &External) -> bool {
     let is_known = || Role::of(file.stat.st_rdev).is_some();
     file.is_type(libc::S_IFCHR) && (is_known() || is_external(file, external))

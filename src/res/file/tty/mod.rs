@@ -75,6 +75,9 @@ const LOW_DENSE_SERIAL_MAJOR: u64 = 204;
 /// Virtual terminals have minor numbers from 1 to this (`include/uapi/linux/vt.h`).
 const MAX_NR_CONSOLES: u64 = 63;
 
+/// Where the instance of devpts is in which a restore creates pairs.
+const DEVPTS: &str = "/dev/pts";
+
 /// The mode without the file type.
 const PERMISSIONS: u32 = 0o7777;
 
