@@ -48,7 +48,7 @@ const IN_KERNEL_MEMORY: &[&str] = &[
 fn require_for(name: &str) {
     require(Cap::Ptrace);
     if IN_KERNEL_MEMORY.contains(&name) {
-        require(Cap::KernelMemory);
+        require(Cap::Kernel("kernel_memory (rcriu check)", |f| f.kernel_memory));
     }
 }
 

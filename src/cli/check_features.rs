@@ -124,6 +124,20 @@ const ROWS: &[Row] = &[
         |f| f.openat2,
         "trees with a root directory of their own can't be restored",
     ),
+    row(
+        &["seccomp_suspend", "seccomp_filters"],
+        Sometimes,
+        |f| f.seccomp_suspend,
+        "processes with seccomp filters can't be dumped; it takes CAP_SYS_ADMIN, and no filter of \
+         rcriu's own",
+    ),
+    row(
+        &["kernel_memory"],
+        Sometimes,
+        |f| f.kernel_memory,
+        "POSIX message queues, and UNIX connections with data that wait to be accepted, can't be \
+         dumped; it takes CAP_BPF, CAP_PERFMON and CONFIG_DEBUG_INFO_BTF",
+    ),
     row(&["timens"], Sometimes, |f| f.time_namespaces, "no trees with a time namespace"),
     row(&["userns"], Sometimes, |f| f.user_namespaces, "no trees with a user namespace"),
     row(&["cgroupns"], Sometimes, |f| f.cgroup_namespaces, "no trees with a cgroup namespace"),

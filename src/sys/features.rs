@@ -19,7 +19,11 @@ use nix::{errno::Errno, libc};
 use crate::fault::{self, Novelty};
 
 use self::{child::Child, memory::Page};
-use super::{fanotify, process, tracepoint};
+use super::{
+    fanotify,
+    kernel_memory::{self, KernelMemory},
+    process, tracepoint,
+};
 
 /// The features of this kernel that this process may use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -74,6 +78,10 @@ pub struct Features {
     pub openings: bool,
     /// This process sees every process of the machine, and may examine it.
     pub all_processes: bool,
+    /// Suspending seccomp filters of a traced thread (Linux 4.3), and reading them.
+    pub seccomp_suspend: bool,
+    /// Reading memory of the kernel by a BPF program (Linux 5.14).
+    pub kernel_memory: bool,
     /// `openat2` (Linux 5.6).
     pub openat2: bool,
     /// Time namespaces (Linux 5.6).
@@ -122,6 +130,7 @@ impl Features {
             all_processes: has(CAP_SYS_PTRACE)
                 && fs::metadata("/proc/self/ns/pid")
                     .is_ok_and(|namespace| namespace.ino() == process::FIRST_PID_NAMESPACE),
+            kernel_memory: Path::new(kernel_memory::TYPES).exists() && KernelMemory::open().is_ok(),
             openat2: openat2(),
             time_namespaces: Path::new("/proc/self/ns/time").exists(),
             user_namespaces: Path::new("/proc/self/ns/user").exists(),
@@ -185,6 +194,7 @@ impl Features {
         if self.ptrace_seize {
             self.ptrace_signals = child.signals();
             self.rseq_configuration = child.rseq_configuration();
+            self.seccomp_suspend = child.seccomp_suspend();
         }
     }
 }

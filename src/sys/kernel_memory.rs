@@ -16,6 +16,10 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::fault::{self, Novelty};
 
+/// Where the kernel shows its type information: without it, nobody knows where members of its
+/// structures are.
+pub const TYPES: &str = "/sys/kernel/btf/vmlinux";
+
 /// Commands of `bpf(2)` (`enum bpf_cmd`, `linux/bpf.h`).
 const MAP_CREATE: c_long = 0;
 const PROG_LOAD: c_long = 5;

@@ -22,7 +22,7 @@ use std::{
 };
 
 use nix::unistd::{Whence, lseek};
-use rcriu::sys::{Features, kernel_memory::KernelMemory};
+use rcriu::sys::Features;
 
 pub use skip::skip;
 
@@ -47,8 +47,6 @@ pub enum Cap {
     Peer(&'static str),
     /// A program in the search path.
     Program(&'static str),
-    /// Reading the kernel's memory by a BPF program.
-    KernelMemory,
     /// Time: the slow tests were asked for.
     Time,
 }
@@ -110,14 +108,6 @@ impl Cap {
                 let path = std::env::var_os("PATH").unwrap_or_default();
                 let found = std::env::split_paths(&path).any(|dir| dir.join(name).is_file());
                 (!found).then(|| format!("the program {name}"))
-            }
-            Self::KernelMemory => {
-                let types = Path::new("/sys/kernel/btf/vmlinux").exists();
-                let is_here = types && KernelMemory::open().is_ok();
-                (!is_here).then(|| {
-                    "to read memory of the kernel (CAP_BPF, CAP_PERFMON, /sys/kernel/btf)"
-                        .to_owned()
-                })
             }
             Self::Time => {
                 let all = std::env::var_os(ALL).is_some();

@@ -12,11 +12,8 @@ use thiserror::Error;
 
 use crate::{
     proc::Btf,
-    sys::kernel_memory::{KernelAddr, KernelMemory},
+    sys::kernel_memory::{KernelAddr, KernelMemory, TYPES},
 };
-
-/// Where the kernel shows its type information.
-const BTF: &str = "/sys/kernel/btf/vmlinux";
 
 /// Why the memory of the kernel cannot be read.
 #[derive(Debug, Error)]
@@ -25,10 +22,10 @@ pub(super) enum KernelError {
     #[error("load a BPF program that reads memory of the kernel")]
     Load(#[source] Errno),
     /// The kernel does not show its types.
-    #[error("read the kernel's type information, {BTF}")]
+    #[error("read the kernel's type information, {TYPES}")]
     Types(#[source] std::io::Error),
     /// It shows them in another form.
-    #[error("understand the kernel's type information, {BTF}")]
+    #[error("understand the kernel's type information, {TYPES}")]
     Malformed,
     /// A structure has another form.
     #[error("find {member} of struct {structure} in the kernel's type information")]
@@ -95,7 +92,7 @@ impl Kernel {
     /// Prepares for reading. Changes nothing.
     pub(super) fn open() -> KernelResult<Self> {
         let mut memory = KernelMemory::open().map_err(KernelError::Load)?;
-        let types = Btf::parse(fs::read(BTF).map_err(KernelError::Types)?);
+        let types = Btf::parse(fs::read(TYPES).map_err(KernelError::Types)?);
         let types = types.ok_or(KernelError::Malformed)?;
         let task = memory.current_task().map_err(KernelError::Load)?;
         let mut kernel = Self { memory, types, files: task, variables: None };

@@ -159,6 +159,11 @@ impl Child {
     pub(super) fn rseq_configuration(&self) -> bool {
         ptrace::rseq_configuration(HostPid(self.pid)).is_ok()
     }
+
+    /// The child must be stopped.
+    pub(super) fn seccomp_suspend(&self) -> bool {
+        ptrace::set_options(HostPid(self.pid), ptrace::options::SUSPEND_SECCOMP).is_ok()
+    }
 }
 
 impl Drop for Child {
