@@ -132,7 +132,7 @@ fn a_process_is_what_proc_showed() {
     assert_eq!(link(&view, "proc/7/exe"), "/bin/program");
     assert_eq!(link(&view, "proc/7/cwd"), "/bin/program");
     assert_eq!(link(&view, "proc/self"), "7");
-    assert_eq!(names(&view, "proc/7/ns"), ["pid"]);
+    assert_eq!(names(&view, "proc/7/ns"), ["mnt", "pid"]);
     assert_eq!(link(&view, "proc/7/ns/pid"), "pid:[1]");
     assert_eq!(names(&view, "proc/7/task"), ["7", "8"]);
     assert_eq!(text(&view, "proc/7/task/8/comm"), "worker\n");
