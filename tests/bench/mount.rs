@@ -387,6 +387,22 @@ const LAYERS: usize = 1000;
 const EXTENTS: u64 = 100_000;
 const DEEP: MemoryId = MemoryId::Private(1);
 
+/// Opens and reads the files of each layer once, as any program must that reads the chain, and
+/// makes nothing of them.
+fn read_layers(chain: &Path) {
+    let mut pages = Vec::with_capacity(LAYERS);
+    for layer in 0..LAYERS {
+        let dir = chain.join(layer.to_string());
+        for name in ["inventory.img", "pagemap-1.img"] {
+            fs::read(dir.join(name)).unwrap();
+        }
+        let _ = fs::read_link(dir.join("parent"));
+        // It stays open, for reads of pages.
+        pages.push(File::open(dir.join("pages-1.img")).unwrap().metadata().unwrap().len());
+    }
+    assert_eq!(pages.len(), LAYERS);
+}
+
 /// A chain of a thousand layers with a hundred extents each against one of two
 /// layers that have as many extents between them, so that in both no two pages
 /// in a row are in one file.
@@ -424,11 +440,15 @@ fn depth(scratch: &Path) {
         File::open(point.join("pages-1.img")).unwrap().read_exact_at(&mut [0], 0).unwrap();
     };
     let (two, thousand) = compare(|| first_byte(&shallow), || first_byte(&deep));
+    let (more, _) = compare(|| read_layers(deep.root()), || ());
     println!(
-        "1000 layers      mount and first byte   {:>6.1} {:>6.1} ms     times {:>5.2}  target 2",
+        "1000 layers      mount and first byte   {:>6.1} {:>6.1} ms     times {:>5.2}  target 1.5, at \
+         least {:.2} (a loop that opens and reads the files: {:.1} ms)",
         two * 1e3,
         thousand * 1e3,
-        thousand / two
+        thousand / two,
+        (two + more) / two,
+        more * 1e3
     );
     let deep = Mounted::new(deep.root(), &scratch.join("mnt-deep"), &[]);
     let shallow = Mounted::new(shallow.root(), &scratch.join("mnt-shallow"), &[]);
