@@ -11,6 +11,7 @@ mod error;
 pub mod keeper;
 mod options;
 mod outside;
+mod ranges;
 mod record;
 pub mod shared;
 mod soft_dirty;
