@@ -62,9 +62,9 @@ pub enum ActionError {
     Start {
         /// The command.
         script: String,
-        /// When.
+        /// The stage at which it was to run.
         stage: Stage,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
     /// It says that it failed.
@@ -76,7 +76,7 @@ pub enum ActionError {
     Failed {
         /// The command.
         script: String,
-        /// When.
+        /// The stage at which it was to run.
         stage: Stage,
         /// How it ended.
         status: ExitStatus,

@@ -55,8 +55,8 @@ named! {
         DumpWalking = "dump-walking": "While a thread makes a list of calls.";
         DumpWalked = "dump-walked": "When it is through with them.";
         DumpAsked = "dump-asked": "After a task was asked what only it knows.";
-        TerminalTaken = "terminal-taken": "When bytes queued in a terminal were taken.";
-        TerminalReturned = "terminal-returned": "When some of them are back.";
+        TerminalTaken = "terminal-taken": "After the dump has taken bytes queued in a terminal.";
+        TerminalReturned = "terminal-returned": "After the dump has returned some of these bytes.";
         TcpRepairing = "tcp-repairing": "While a TCP connection is looked into.";
         DumpFiles = "dump-files": "After the descriptors were collected.";
         DumpMemory = "dump-memory": "In the middle of copying memory.";

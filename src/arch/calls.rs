@@ -15,7 +15,7 @@ pub struct Entry {
     pub number: u64,
     /// Its arguments.
     pub arguments: [u64; ARGUMENTS],
-    /// What it returned.
+    /// Its result.
     pub result: u64,
     /// Bit 0: the call's failure ends the list.
     pub flags: u64,

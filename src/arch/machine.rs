@@ -112,7 +112,7 @@ impl Machine {
     /// Returns the registers of a thread of this machine.
     ///
     /// # Errors
-    /// What is wrong with the image.
+    /// A defect of the image.
     pub fn notes(self, core: &CoreEntry) -> Result<Notes, String> {
         match self {
             Self::X86_64 => x86_64::registers::notes(core),

@@ -1,4 +1,4 @@
-//! What differs between kinds of processors.
+//! Code and constants that differ between architectures.
 //!
 //! An image says on which kind its processes ran (`core_entry.mtype`): whatever reads
 //! images asks that [`Machine`], whatever machine it runs on itself. Whatever runs

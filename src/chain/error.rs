@@ -19,7 +19,7 @@ pub enum ChainError {
     Directory {
         /// The directory.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
     /// An archive could not be read.
@@ -27,7 +27,7 @@ pub enum ChainError {
     Archive {
         /// The archive.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
     /// An archive could not be written.
@@ -35,7 +35,7 @@ pub enum ChainError {
     Pack {
         /// The archive.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
     /// The images cannot be changed, because they are not in a directory.
@@ -185,9 +185,9 @@ pub enum ChainError {
     Free {
         /// The pages file, or its directory.
         path: PathBuf,
-        /// What was attempted, as a verb.
+        /// The attempted step, as a verb.
         step: &'static str,
-        /// Why it failed.
+        /// The cause.
         source: io::Error,
     },
     /// A test asked for it.
@@ -201,7 +201,7 @@ pub enum ChainError {
     Open {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
     /// A file that holds bytes could not be read.
@@ -213,7 +213,7 @@ pub enum ChainError {
         offset: u64,
         /// How many bytes were wanted.
         length: u64,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
     /// A file is shorter than expected.

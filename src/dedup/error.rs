@@ -137,11 +137,11 @@ pub enum DedupError {
     /// A file could not be read, written or removed.
     #[error("{step} {path}", path = .path.display())]
     File {
-        /// What was attempted, as a verb.
+        /// The attempted step, as a verb.
         step: &'static str,
         /// The file.
         path: PathBuf,
-        /// Why it failed.
+        /// The cause.
         source: io::Error,
     },
     /// The chain has a defect.

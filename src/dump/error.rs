@@ -60,7 +60,7 @@ pub enum DumpError {
     File {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
     /// Other snapshots find pages in the directory.

@@ -39,7 +39,7 @@ pub trait Disk: fmt::Debug + Send + Sync {
     /// Opens a regular file for reading and writing.
     ///
     /// # Errors
-    /// What `open(2)` returns.
+    /// The errors of `open(2)`.
     fn open(&self, path: &Path) -> io::Result<DiskFile> {
         let (file, _) = regular::open_to_change(path)?;
         Ok(DiskFile { file, path: path.to_owned() })
@@ -48,7 +48,7 @@ pub trait Disk: fmt::Debug + Send + Sync {
     /// Creates an empty file, and replaces a file of that name.
     ///
     /// # Errors
-    /// What `open(2)` returns.
+    /// The errors of `open(2)`.
     fn create(&self, path: &Path) -> io::Result<DiskFile> {
         match fs::remove_file(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -61,7 +61,7 @@ pub trait Disk: fmt::Debug + Send + Sync {
     /// Writes bytes at `offset`.
     ///
     /// # Errors
-    /// What `pwrite(2)` returns.
+    /// The errors of `pwrite(2)`.
     fn write_at(&self, file: &DiskFile, bytes: &[u8], offset: u64) -> io::Result<()> {
         file.file.write_all_at(bytes, offset)
     }
@@ -69,7 +69,7 @@ pub trait Disk: fmt::Debug + Send + Sync {
     /// Cuts a file to `len` bytes.
     ///
     /// # Errors
-    /// What `ftruncate(2)` returns.
+    /// The errors of `ftruncate(2)`.
     fn set_len(&self, file: &DiskFile, len: u64) -> io::Result<()> {
         file.file.set_len(len)
     }
@@ -77,7 +77,7 @@ pub trait Disk: fmt::Debug + Send + Sync {
     /// Waits until a file's bytes are on the disk.
     ///
     /// # Errors
-    /// What `fsync(2)` returns.
+    /// The errors of `fsync(2)`.
     fn sync(&self, file: &DiskFile) -> io::Result<()> {
         file.file.sync_all()
     }
@@ -85,7 +85,7 @@ pub trait Disk: fmt::Debug + Send + Sync {
     /// Waits until the names in a directory are on the disk.
     ///
     /// # Errors
-    /// What `fsync(2)` returns.
+    /// The errors of `fsync(2)`.
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
         File::open(dir)?.sync_all()
     }
@@ -93,7 +93,7 @@ pub trait Disk: fmt::Debug + Send + Sync {
     /// Renames a file, and replaces a file that has the new name.
     ///
     /// # Errors
-    /// What `rename(2)` returns.
+    /// The errors of `rename(2)`.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         fs::rename(from, to)
     }

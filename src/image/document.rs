@@ -17,11 +17,11 @@ use super::{
 pub struct Document {
     desc: &'static Desc,
     prologue: Prologue,
-    /// What the image holds.
+    /// The contents of the image.
     pub content: Content,
 }
 
-/// What follows the magics of an image.
+/// The part of an image that follows the magics.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Content {
     /// Bytes that the format does not describe.

@@ -15,7 +15,7 @@ pub enum ImageError {
     Open {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
     /// The file could not be read.
@@ -25,7 +25,7 @@ pub enum ImageError {
         path: PathBuf,
         /// Bytes before the place.
         offset: u64,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
     /// The file could not be written.
@@ -33,7 +33,7 @@ pub enum ImageError {
     Write {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
     /// The magic is of no kind, or of another kind than expected.

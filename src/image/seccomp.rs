@@ -11,8 +11,8 @@ pub const INSTRUCTION_BYTES: usize = 8;
 /// The most instructions of a filter (`BPF_MAXINSNS`, `linux/bpf_common.h`).
 const MAX_INSTRUCTIONS: usize = 4096;
 
-/// The most instructions of all filters of a thread, and how many each filter counts for besides
-/// its own (`MAX_INSNS_PER_PATH`, `kernel/seccomp.c`).
+/// The most instructions in all filters of a thread, and the number that each filter adds to its
+/// own (`MAX_INSNS_PER_PATH`, `kernel/seccomp.c`).
 const MAX_ALL: usize = (1 << 18) / INSTRUCTION_BYTES;
 const EACH: usize = 4;
 
@@ -27,7 +27,7 @@ pub mod flags {
     pub const SPEC_ALLOW: u32 = 1 << 2;
 }
 
-/// What confines the system calls of a thread.
+/// The restriction of a thread's system calls.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Confinement<'a> {
     /// Nothing.
@@ -38,7 +38,7 @@ pub enum Confinement<'a> {
     Filters(Vec<&'a SeccompFilter>),
 }
 
-/// Returns what confines each thread of a process, whose cores are `cores`, the leader first.
+/// Returns the restriction of each thread of a process, whose cores are `cores`, the leader first.
 /// `entry` is that of `seccomp.img`, if there is one.
 ///
 /// # Errors
@@ -66,7 +66,7 @@ pub fn of_process<'a>(
     Ok(found)
 }
 
-/// Returns what the images say of one thread.
+/// Returns the restriction of one thread.
 fn own<'a>(
     entry: &'a SeccompEntry,
     core: &CoreEntry,
@@ -90,8 +90,8 @@ fn own<'a>(
     }
 }
 
-/// Returns the filters of a thread in the order in which it installed them. `first` is what its
-/// core names.
+/// Returns the filters of a thread in the order in which it installed them. `first` is the number
+/// in its core.
 ///
 /// # Errors
 /// A filter that is missing or malformed; more instructions than the kernel takes.

@@ -24,7 +24,7 @@ pub enum InjectError {
         tid: HostPid,
         /// The attempted step, as a verb.
         step: &'static str,
-        /// Why it failed.
+        /// The cause.
         source: Errno,
     },
     /// The process may not be traced.
@@ -58,7 +58,7 @@ pub enum InjectError {
     Filtered {
         /// The thread.
         tid: HostPid,
-        /// Why it failed.
+        /// The cause.
         source: Errno,
     },
     /// The process is in a frozen cgroup.
@@ -87,7 +87,7 @@ pub enum InjectError {
         tid: HostPid,
         /// The purpose of the call, as a verb.
         what: String,
-        /// Why it failed.
+        /// The cause.
         source: Errno,
     },
     /// The thread did not stop as expected.
@@ -109,7 +109,7 @@ pub enum InjectError {
         address: RemoteAddr,
         /// The length in bytes.
         len: u64,
-        /// Why it failed.
+        /// The cause.
         source: Errno,
     },
     /// The process has no system call instruction to use.

@@ -217,7 +217,7 @@ impl Tracee {
     ///
     /// A thread with suspended seccomp filters, which might kill it for the call if rcriu were
     /// killed, gets registers that lead home at once (`rt_sigreturn(2)`). Only when it is in the
-    /// kernel, rcriu exchanges the call.
+    /// kernel, rcriu replaces the call.
     pub(super) fn call(
         &mut self,
         instruction: RemoteAddr,

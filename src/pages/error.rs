@@ -23,7 +23,7 @@ pub enum PagesError {
     Open {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
     /// Memory of a process could not be read.
@@ -35,7 +35,7 @@ pub enum PagesError {
         address: RemoteAddr,
         /// The length in bytes.
         len: u64,
-        /// Why it failed.
+        /// The cause.
         source: io::Error,
     },
     /// Shared memory could not be read.
@@ -45,7 +45,7 @@ pub enum PagesError {
         name: String,
         /// The offset in bytes.
         offset: u64,
-        /// Why it failed.
+        /// The cause.
         source: io::Error,
     },
     /// A pages file could not be written.
@@ -53,7 +53,7 @@ pub enum PagesError {
     Write {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
     /// The parent chain cannot be used.

@@ -13,7 +13,7 @@ use super::text::Defect;
 /// The result of reading `/proc`.
 pub type Result<T> = std::result::Result<T, ProcError>;
 
-/// Why a file in `/proc` could not be read.
+/// An error of reading a file in `/proc`.
 #[derive(Debug, Error)]
 pub enum ProcError {
     /// The process, thread or descriptor does not exist (any more), or the kernel has no such
@@ -44,7 +44,7 @@ pub enum ProcError {
     Malformed {
         /// The file.
         path: PathBuf,
-        /// What was expected.
+        /// The expected text.
         what: &'static str,
         /// The start of what was found; empty if the text ended.
         found: String,

@@ -19,13 +19,13 @@ pub struct FdInfo {
     pub mnt_id: i32,
     /// The inode number; since Linux 5.14.
     pub ino: Option<u64>,
-    /// What the lines of its kind say.
+    /// The lines that only its kind of file has.
     pub detail: FdDetail,
     /// The locks of the open file description, and those that the process has taken by it.
     pub locks: Vec<FileLock>,
 }
 
-/// What the lines of a kind of open file say.
+/// The lines that only one kind of open file has.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FdDetail {
     /// There are none, or none that this parser knows. Epoll and inotify instances that watch

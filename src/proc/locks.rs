@@ -5,11 +5,11 @@ use super::text::{self, Defect, Parsed};
 /// The kinds of file locks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum LockKind {
-    /// Of a process, on a range of bytes (`F_SETLK`, `fcntl(2)`).
+    /// A lock of a process, on a range of bytes (`F_SETLK`, `fcntl(2)`).
     Posix,
-    /// Of an open file description, on the whole file (`flock(2)`).
+    /// A lock of an open file description, on the whole file (`flock(2)`).
     Flock,
-    /// Of an open file description, on a range of bytes (`F_OFD_SETLK`).
+    /// A lock of an open file description, on a range of bytes (`F_OFD_SETLK`).
     Ofd,
     /// A lease of an open file description (`F_SETLEASE`).
     Lease,
@@ -17,14 +17,14 @@ pub enum LockKind {
     Other,
 }
 
-/// What a lock permits its holder to do, and keeps others from.
+/// The mode of a lock: its holder may read or write, and other processes may not interfere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum LockMode {
     /// `F_RDLCK`, `LOCK_SH`.
     Read,
     /// `F_WRLCK`, `LOCK_EX`.
     Write,
-    /// `F_UNLCK`: what a lease is to become that is being broken.
+    /// `F_UNLCK`: for a lease that its holder must release.
     None,
 }
 

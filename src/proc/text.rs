@@ -6,7 +6,7 @@ const QUOTED_BYTES: usize = 80;
 /// A defect in a text, before the file name is known.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Defect {
-    /// What was expected.
+    /// The expected text.
     pub(crate) what: &'static str,
     /// The start of what was found.
     pub(crate) found: String,

@@ -39,7 +39,7 @@ pub struct InotifyWatch {
     pub ignored_mask: u32,
 }
 
-/// What a fanotify mark is on.
+/// The object of a fanotify mark.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FanotifyObject {
     /// A file.
@@ -55,7 +55,7 @@ pub enum FanotifyObject {
 /// A mark of a fanotify group.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FanotifyMark {
-    /// What is watched.
+    /// The watched object.
     pub object: FanotifyObject,
     /// `FAN_MARK_*` flags of the mark itself, such as `FAN_MARK_IGNORED_SURV_MODIFY`.
     pub flags: u32,

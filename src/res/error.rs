@@ -58,7 +58,7 @@ pub enum ResError {
     Compare {
         /// The process.
         pid: HostPid,
-        /// Why.
+        /// The cause.
         source: Errno,
     },
     /// A system call about a process failed.
@@ -68,7 +68,7 @@ pub enum ResError {
         pid: HostPid,
         /// The attempted step, as a verb.
         step: &'static str,
-        /// Why it failed.
+        /// The cause.
         source: Errno,
     },
     /// A system call about a thread failed.
@@ -78,7 +78,7 @@ pub enum ResError {
         tid: HostPid,
         /// The attempted step, as a verb.
         step: &'static str,
-        /// Why it failed.
+        /// The cause.
         source: Errno,
     },
     /// The images hold an invalid value, or one that this machine cannot restore.
@@ -86,7 +86,7 @@ pub enum ResError {
     Image {
         /// The process or thread.
         pid: NsPid,
-        /// What was found, and what was expected.
+        /// The defect, and the expected value.
         problem: String,
     },
     /// This kernel is not the one that the tree was dumped on.
@@ -97,7 +97,7 @@ pub enum ResError {
     OtherKernel {
         /// The process.
         pid: HostPid,
-        /// What differs.
+        /// The difference.
         problem: String,
     },
     /// The images describe a namespace wrongly.
@@ -105,7 +105,7 @@ pub enum ResError {
     Namespace {
         /// The number of the namespace in the images.
         number: u32,
-        /// What was found, and what was expected.
+        /// The defect, and the expected value.
         problem: String,
     },
     /// A System V segment could not be found or recreated.
@@ -113,7 +113,7 @@ pub enum ResError {
     Segment {
         /// Its id.
         id: u32,
-        /// What is wrong, and how to fix it.
+        /// The defect, and the remedy.
         problem: String,
     },
     /// Shared memory could not be examined or created.
@@ -123,7 +123,7 @@ pub enum ResError {
         number: u64,
         /// The attempted step, as a verb.
         step: &'static str,
-        /// Why it failed.
+        /// The cause.
         source: io::Error,
     },
     /// A file could not be read.
@@ -131,7 +131,7 @@ pub enum ResError {
     Read {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
     /// A file in `/proc` could not be written.
@@ -139,7 +139,7 @@ pub enum ResError {
     Write {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
     /// An image could not be read or written.

@@ -53,7 +53,7 @@ pub enum RestoreError {
     Spawn {
         /// Its pid.
         pid: HostPid,
-        /// Why it failed.
+        /// The cause.
         source: Errno,
     },
     /// A process could not be made in namespaces of its own.
@@ -63,7 +63,7 @@ pub enum RestoreError {
         pid: HostPid,
         /// Which namespaces.
         what: String,
-        /// Why it failed.
+        /// The cause.
         source: Errno,
     },
     /// Memory could not be filled.
@@ -75,7 +75,7 @@ pub enum RestoreError {
         address: RemoteAddr,
         /// How many.
         len: u64,
-        /// Why it failed.
+        /// The cause.
         source: Errno,
     },
     /// The images are behind a mount that frees no pages.
@@ -93,7 +93,7 @@ pub enum RestoreError {
     /// A mount did not free the restored pages.
     #[error("let the mount free what was restored")]
     Commit {
-        /// Why it failed.
+        /// The cause.
         source: Errno,
     },
     /// The restore failed after it had freed pages.
@@ -104,7 +104,7 @@ pub enum RestoreError {
     Spent {
         /// How many.
         pages: u64,
-        /// Why it failed.
+        /// The cause.
         source: Box<RestoreError>,
     },
     /// The memory of a process that was already filled could not be read.
@@ -116,7 +116,7 @@ pub enum RestoreError {
         address: RemoteAddr,
         /// How many.
         len: u64,
-        /// Why it failed.
+        /// The cause.
         source: io::Error,
     },
     /// Shared memory could not be made or filled.
@@ -124,9 +124,9 @@ pub enum RestoreError {
     Object {
         /// The object's number in the images.
         shmid: u64,
-        /// What was attempted, as a verb.
+        /// The attempted step, as a verb.
         step: &'static str,
-        /// Why it failed.
+        /// The cause.
         source: io::Error,
     },
     /// A file could not be written.
@@ -134,7 +134,7 @@ pub enum RestoreError {
     Write {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
     /// The images contradict themselves about a file, or the file is not as it was.
@@ -150,11 +150,11 @@ pub enum RestoreError {
     FileCall {
         /// The file: its user and its path.
         place: String,
-        /// What was attempted, as a verb.
+        /// The attempted step, as a verb.
         step: &'static str,
         /// The object: a path, an address.
         object: String,
-        /// Why it failed.
+        /// The cause.
         source: Errno,
     },
     /// A step failed that a dump has, too.

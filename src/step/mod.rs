@@ -28,9 +28,9 @@ pub enum StepError {
     Process {
         /// The process.
         pid: HostPid,
-        /// What was attempted, as a verb.
+        /// The attempted step, as a verb.
         step: &'static str,
-        /// Why it failed.
+        /// The cause.
         source: Errno,
     },
     /// The directory for the images cannot be used.

@@ -1,8 +1,8 @@
 //! Reads memory of the kernel.
 //!
-//! Some state of a process can be seen in no other way without changing it, such as what is
-//! queued in a connection that was not accepted yet. A small BPF program copies the bytes
-//! (`bpf_probe_read_kernel`): it changes nothing, and an address without memory is an error.
+//! No system call shows some state of a process without changing it, such as the data in a
+//! connection that was not accepted yet. A small BPF program copies the bytes
+//! (`bpf_probe_read_kernel`). It changes nothing; an address without memory is an error.
 #![expect(unsafe_code, reason = "bpf(2) and a mapping of its map")]
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -16,8 +16,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::fault::{self, Novelty};
 
-/// Where the kernel shows its type information: without it, nobody knows where members of its
-/// structures are.
+/// The kernel's type information. Only it says where the members of the kernel's structures are.
 pub const TYPES: &str = "/sys/kernel/btf/vmlinux";
 
 /// Commands of `bpf(2)` (`enum bpf_cmd`, `linux/bpf.h`).
@@ -120,7 +119,7 @@ struct RunAttr {
 const _: () = assert!(size_of::<Step>() == 8 && size_of::<MapAttr>() == 20);
 const _: () = assert!(size_of::<LoadAttr>() == 48 && size_of::<RunAttr>() == 64);
 
-/// What the program is given.
+/// The argument of the program.
 #[derive(IntoBytes, Immutable)]
 #[repr(C)]
 struct Wanted {
@@ -197,7 +196,7 @@ impl KernelMemory {
     ///
     /// # Errors
     /// `EPERM` without `CAP_BPF` and `CAP_PERFMON`, or if the kernel is locked down; `ENOSYS` or
-    /// `EINVAL` from a kernel that lacks what is needed.
+    /// `EINVAL` from a kernel that lacks such programs.
     pub fn open() -> nix::Result<Self> {
         if fault::is_without(Novelty::KernelMemory) {
             return Err(Errno::EPERM);
@@ -249,7 +248,7 @@ impl KernelMemory {
     /// Returns the `task_struct` of the calling thread.
     ///
     /// # Errors
-    /// Those of `bpf(2)`.
+    /// The errors of `bpf(2)`.
     pub fn current_task(&mut self) -> nix::Result<KernelAddr> {
         self.run(Wanted { address: 0, bytes: 8 })?;
         let bytes = self.value[..8].try_into().expect("8 bytes");

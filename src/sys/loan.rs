@@ -1,10 +1,10 @@
-//! What a worker takes away from a device for a moment, kept where its supervisor finds it.
+//! Bytes that a worker takes out of a device for a moment, kept where its supervisor finds them.
 //!
-//! Bytes that wait in a terminal can only be read by taking them. A worker that does so may be
-//! killed at any moment; what it has taken must then be known to the last byte. So the worker moves
-//! bytes by `splice(2)` into a pipe that the supervisor has open as well: a killed process still
-//! completes such a call. Memory that both share says what was taken before, and how much of it is
-//! back. A socket holds the descriptors of the device.
+//! A read takes the bytes that wait in a terminal. The worker may be killed at any moment, and the
+//! supervisor must then know every byte that it has taken. So the worker moves bytes by `splice(2)`
+//! into a pipe that the supervisor has open as well: even a killed process completes such a call.
+//! Shared memory holds the bytes taken before, and the number of those returned. A socket holds
+//! the descriptors of the device.
 #![expect(unsafe_code, reason = "memory that two processes share")]
 
 use std::{
@@ -50,27 +50,27 @@ struct Shared {
     /// Twice the number of bytes that are kept here, plus one while the pipe holds the last of
     /// them, too.
     kept: AtomicU64,
-    /// How many bytes are back for certain.
+    /// The number of bytes that are certainly back.
     returned: AtomicU64,
-    /// How many bytes are back, or in the pipe on their way back.
+    /// The number of bytes that are back, or in the pipe on their way back.
     sent: AtomicU64,
     terms: [AtomicU8; TERMS_BYTES],
     bytes: [AtomicU8; CAPACITY],
 }
 
-/// What two processes share.
+/// The memory, pipes and sockets that worker and supervisor share.
 #[derive(Debug)]
 struct Desk {
     shared: &'static Shared,
     read: OwnedFd,
     write: OwnedFd,
-    /// What is sent into the second one waits in the first one.
+    /// Messages sent into the second one wait in the first one.
     socket: (UnixStream, UnixStream),
 }
 
 static DESK: OnceLock<Desk> = OnceLock::new();
 
-/// Makes what two processes share, before they part.
+/// Creates the shared memory, pipes and sockets. Must be called before the supervisor forks.
 ///
 /// # Errors
 /// `EMFILE`, `ENOMEM`.
@@ -112,7 +112,7 @@ pub struct Inherited {
     pub loan: Loan,
     /// The descriptors of the device.
     pub ends: [OwnedFd; ENDS],
-    /// How to leave it.
+    /// The state in which to leave it.
     pub terms: Vec<u8>,
 }
 
@@ -206,7 +206,7 @@ impl Loan {
         usize::try_from(kept).unwrap_or(CAPACITY).min(CAPACITY)
     }
 
-    /// Returns what was taken into the pipe since the last call of [`Loan::keep`].
+    /// Returns the bytes that were taken into the pipe since the last call of [`Loan::keep`].
     pub fn taken(&self) -> nix::Result<Vec<u8>> {
         if self.desk.shared.kept.load(Ordering::Acquire) & 1 != 0 {
             // It is kept already.
@@ -285,7 +285,7 @@ impl Loan {
         Ok(end - from)
     }
 
-    /// Notes that the pipe is empty: what it had is back.
+    /// Notes that the pipe is empty: its bytes are back in the device.
     pub fn has_returned(&self) {
         let shared = self.desk.shared;
         shared.returned.store(shared.sent.load(Ordering::Acquire), Ordering::Release);

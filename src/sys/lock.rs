@@ -64,7 +64,7 @@ pub enum LockError {
     Failed {
         /// The directory.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
 }

@@ -135,7 +135,7 @@ pub fn note_packets(dump: &str) {
     }
 }
 
-/// What a killed worker may have left of its work on sockets.
+/// The remains of a killed worker's work on sockets.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LeftoverRepairs {
     /// `SO_REUSEADDR` of the socket in repair mode, if it is known.
@@ -256,7 +256,7 @@ impl Supervisor {
         ledger().is_some_and(|ledger| ledger.doomed.load(Ordering::Acquire))
     }
 
-    /// Returns what a killed worker may have left, if it was at work on sockets.
+    /// Returns the remains of a killed worker, if it was at work on sockets.
     pub fn leftover_repairs(&self) -> Option<LeftoverRepairs> {
         let ledger = ledger()?;
         let rules = ledger.rules.load(Ordering::Acquire);

@@ -250,7 +250,7 @@ pub enum CountError {
     Find {
         /// The name of the tracepoint.
         event: &'static str,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
     /// The kernel refuses the counter: `EACCES` or `EPERM` without `CAP_PERFMON`.
@@ -258,13 +258,13 @@ pub enum CountError {
     Open {
         /// The name of the tracepoint.
         event: &'static str,
-        /// Why.
+        /// The cause.
         source: Errno,
     },
     /// The list of processors cannot be read.
     #[error("list the processors")]
     Processors {
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
 }

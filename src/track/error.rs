@@ -9,15 +9,15 @@ use crate::{
     units::HostPid,
 };
 
-/// Why changes are not tracked. The dump then compares all pages.
+/// A reason why changes are not tracked. The dump then compares all pages.
 #[derive(Debug, thiserror::Error)]
 pub enum TrackError {
-    /// The keeper does not answer, or answers nonsense.
+    /// The keeper does not answer, or gives an invalid answer.
     #[error("keep the tracking of process {pid}")]
     Keeper {
         /// The process.
         pid: HostPid,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
     /// Another dump has restarted the tracking meanwhile.
@@ -31,9 +31,9 @@ pub enum TrackError {
     Kernel {
         /// The process.
         pid: HostPid,
-        /// What was attempted, as a verb.
+        /// The attempted step, as a verb.
         step: &'static str,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
     /// The kernel does not support it, or this program lacks the privilege.
@@ -49,7 +49,7 @@ pub enum TrackError {
     Unseen {
         /// The process.
         pid: HostPid,
-        /// What the process has; begins with a verb.
+        /// The property of the process, as a clause that begins with a verb.
         what: &'static str,
     },
     /// The kernel shows the state of a process through its first thread, which has ended.
@@ -67,9 +67,9 @@ pub enum TrackError {
     /// It is unknown which processes open shared memory.
     #[error("{step}")]
     Openings {
-        /// What was attempted, as a verb.
+        /// The attempted step, as a verb.
         step: &'static str,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
     /// Operations on shared memory cannot be counted.
@@ -83,17 +83,17 @@ pub enum TrackError {
     Proc(#[from] ProcError),
 }
 
-/// Why changes are not tracked, and the remedy.
+/// A reason why changes are not tracked, and the remedy.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Hindrance {
-    /// What is not tracked, and why.
+    /// The untracked memory, and the reason.
     pub what: String,
     /// The remedy.
     pub help: String,
 }
 
 impl Hindrance {
-    /// Returns why `what` is not tracked.
+    /// Returns the reason why `what` is not tracked.
     pub fn of(what: &str, error: &TrackError) -> Self {
         Self { what: format!("{what}: {}", with_sources(error)), help: error.help().to_owned() }
     }

@@ -92,7 +92,7 @@ impl Object<'_> {
     }
 }
 
-/// What a survey of the tree's shared memory has found.
+/// The result of a survey of the tree's shared memory.
 #[derive(Debug)]
 pub struct Survey {
     /// The pages of each object that are known to be clean, ascending; `None` if nothing is
@@ -100,11 +100,11 @@ pub struct Survey {
     pub unwritten: Vec<Option<Vec<Range<u64>>>>,
     /// What the keepers will hold until the next dump.
     pub next: Option<Next>,
-    /// Why some memory that would benefit is not tracked from now on.
+    /// Reasons why some memory is not tracked from now on, although it would benefit.
     pub hindrances: Vec<Hindrance>,
 }
 
-/// Why an object is not tracked.
+/// The reason why an object is not tracked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Unfit {
     /// Tracking would gain little; or its processes are not tracked, which was reported.
@@ -215,7 +215,7 @@ fn is_quiet(guard: &Guard, keepers: &[&Keeper]) -> Result<bool, TrackError> {
 
 struct Surveyor<'a> {
     watches: BTreeMap<HostPid, &'a Watch>,
-    /// What the previous dump left, if it can be trusted.
+    /// The record of the previous dump, if it can be trusted.
     past: Option<Record>,
     next: Option<Next>,
     openings: Option<Openings>,

@@ -53,7 +53,7 @@ pub enum ViewError {
     Attributes {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: std::io::Error,
     },
     /// A file or directory could not be written.
@@ -61,7 +61,7 @@ pub enum ViewError {
     Write {
         /// The file or directory.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: std::io::Error,
     },
     /// The files in an image of a tmpfs could not be read.
@@ -69,7 +69,7 @@ pub enum ViewError {
     Tmpfs {
         /// The image.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: std::io::Error,
     },
     /// The text of an image would be too long to hold in memory.

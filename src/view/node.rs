@@ -1,4 +1,4 @@
-//! The nodes of the tree: names, inode numbers, and what each shows.
+//! The nodes of the tree: names, inode numbers, and contents.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -33,7 +33,7 @@ pub(super) enum Group {
     Shmem,
 }
 
-/// What a node shows.
+/// The content of a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum What {
     /// A whole snapshot; at the root, also the other snapshots of the chain.
@@ -72,7 +72,7 @@ pub(super) enum What {
     ShmemLink(SnapshotId, u32, u64),
     /// A node below `proc`.
     Proc(SnapshotId, proc::Node),
-    /// The file that says what is where.
+    /// The file that describes the mount.
     Readme(SnapshotId),
     /// The text of an image.
     Json(SnapshotId, Box<What>, String),

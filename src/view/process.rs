@@ -39,7 +39,7 @@ pub(super) struct Area {
     pub(super) offset: u64,
     /// Whether the process may have private pages there.
     pub(super) private: bool,
-    /// What shows where there is no private page.
+    /// The backing of addresses without a private page.
     pub(super) below: Below,
 }
 
@@ -50,7 +50,7 @@ impl Area {
     }
 }
 
-/// What an area shows where its process has no private page.
+/// The backing of an area: its contents where its process has no private page.
 #[derive(Clone, Debug)]
 pub(super) enum Below {
     /// A file, a shared object, or zeros.

@@ -44,7 +44,8 @@ struct System {
 #[derive(Debug, Default)]
 struct Mounts {
     by_id: HashMap<u64, proto::MntEntry>,
-    /// Of the mounts of a device: one of its root rather than of a directory, with a short path.
+    /// By device: a mount of its root if there is one, otherwise of a directory; the one with the
+    /// shortest path.
     by_device: HashMap<u64, proto::MntEntry>,
 }
 
@@ -114,7 +115,7 @@ impl Systems {
                 (name.to_owned(), entry)
             }));
         }
-        // What is mounted hides what was there.
+        // A mount hides the files below its mount point.
         let below = self.0.iter().filter_map(|system| system.place.strip_prefix(path));
         let next = below.filter_map(|rest| rest.split('/').next());
         children.extend(

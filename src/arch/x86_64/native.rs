@@ -1,4 +1,4 @@
-//! What runs processes on x86-64.
+//! Running processes on x86-64.
 
 use nix::libc;
 

@@ -42,7 +42,7 @@ pub enum Style {
     Pretty,
 }
 
-/// Why an image could not be shown.
+/// An error of showing an image.
 #[derive(Debug, thiserror::Error)]
 pub enum JsonError {
     /// The image is not valid.

@@ -38,8 +38,8 @@ pub const PARENT_LINK: &str = "parent";
 /// ones.
 pub(crate) const DEDUP_STAGE: &str = ".dedup";
 
-/// How many files are synced at the same time. Each waits for the disk to flush its cache, which
-/// it can do for several at once; a dump of 1,000 connections has 1,000 files.
+/// The number of files that are synced at the same time. Each sync waits for the disk to flush its
+/// cache, and one flush serves several files; a dump of 1,000 connections has 1,000 files.
 const SYNCS_AT_ONCE: usize = 16;
 
 /// Permissions of image directories, which hold the memory of processes.

@@ -73,7 +73,7 @@ const KINDS: &[&dyn Kind] = &[
     &keyrings::OF_PROCESS,
 ];
 
-/// What has an attribute.
+/// The owner of an attribute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Scope {
     /// Each thread.

@@ -45,11 +45,11 @@ pub enum FileError {
         pid: HostPid,
         /// Its descriptor number there; negative if it has none.
         fd: TargetFd,
-        /// What `/proc/PID/fd` shows.
+        /// The target of its link in `/proc/PID/fd`.
         link: String,
         /// The attempted step, as a verb: "read the counter of".
         step: &'static str,
-        /// Why it failed.
+        /// The cause.
         source: Errno,
     },
     /// An eventfd behaved as if another process used it.
@@ -62,7 +62,7 @@ pub enum FileError {
         pid: HostPid,
         /// The value of its counter.
         count: u64,
-        /// What went wrong.
+        /// The cause.
         source: std::io::Error,
     },
     /// A system call of the restore failed.
@@ -74,7 +74,7 @@ pub enum FileError {
         step: &'static str,
         /// The object: a path, an address.
         object: String,
-        /// Why it failed.
+        /// The cause.
         source: Errno,
     },
     /// A shared memory object could not be created.
@@ -84,7 +84,7 @@ pub enum FileError {
         shmid: u64,
         /// The attempted step, as a verb.
         step: &'static str,
-        /// Why it failed.
+        /// The cause.
         source: std::io::Error,
     },
     /// The images hold an invalid value, or one that this machine cannot restore.
@@ -92,7 +92,7 @@ pub enum FileError {
     Image {
         /// The number of the file in the images.
         id: u32,
-        /// What was found, and what was expected.
+        /// The defect, and the expected value.
         problem: String,
     },
     /// The dump could not read a file.
@@ -100,7 +100,7 @@ pub enum FileError {
     Read {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: std::io::Error,
     },
     /// The kernel opens files in `/proc/PID/map_files` only for privileged processes
@@ -112,13 +112,13 @@ pub enum FileError {
     Unprivileged {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: std::io::Error,
     },
     /// Packets of the tree's connections are held back still.
     #[error("let packets of the tree's connections pass again (nftables, iptables)")]
     Packets {
-        /// Why.
+        /// The cause.
         source: std::io::Error,
     },
     /// An image could not be read or written.

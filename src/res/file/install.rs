@@ -457,8 +457,8 @@ impl<'a> Installer<'a> {
         Ok(())
     }
 
-    /// Returns the calls by which a process takes what its descriptors do not bring along
-    /// ([`Opener::take`]).
+    /// Returns the calls by which a process takes state that its descriptors lack, such as file
+    /// locks ([`Opener::take`]).
     ///
     /// # Errors
     /// The images contradict themselves.

@@ -1,9 +1,9 @@
 //! State of files that only the memory of the kernel shows.
 //!
-//! For what is queued in a connection that was not accepted, or in a message queue, there is no
-//! call that looks at it and leaves it there. So the dump follows the kernel's structures, from its
-//! own descriptor of the file on. The kernel's type information says where their members are. What
-//! the structures show is checked against what calls tell, such as lengths and counts.
+//! No system call shows the data in a connection that was not accepted, or in a message queue, and
+//! leaves it there. So the dump follows the kernel's structures, starting at its own descriptor of
+//! the file. The kernel's type information says where their members are. The dump compares lengths
+//! and counts in the structures with those that system calls return.
 
 use std::{collections::HashMap, fs, os::fd::AsRawFd, os::fd::BorrowedFd};
 
@@ -15,7 +15,7 @@ use crate::{
     sys::kernel_memory::{KernelAddr, KernelMemory, TYPES},
 };
 
-/// Why the memory of the kernel cannot be read.
+/// An error of reading the memory of the kernel.
 #[derive(Debug, Error)]
 pub(super) enum KernelError {
     /// The kernel lets rcriu load no BPF program.
@@ -24,10 +24,10 @@ pub(super) enum KernelError {
     /// The kernel does not show its types.
     #[error("read the kernel's type information, {TYPES}")]
     Types(#[source] std::io::Error),
-    /// It shows them in another form.
+    /// The type information has an unknown format.
     #[error("understand the kernel's type information, {TYPES}")]
     Malformed,
-    /// A structure has another form.
+    /// A structure lacks a member.
     #[error("find {member} of struct {structure} in the kernel's type information")]
     Member {
         /// The structure.
@@ -35,17 +35,17 @@ pub(super) enum KernelError {
         /// The member.
         member: &'static str,
     },
-    /// It could not be read.
+    /// An object could not be read.
     #[error("read {what} at {:#x} in the kernel", at.0)]
     Read {
         /// The object.
         what: &'static str,
         /// Its address.
         at: KernelAddr,
-        /// Why.
+        /// The cause.
         source: Errno,
     },
-    /// The structures contradict what calls tell.
+    /// The structures contradict system calls.
     #[error("understand {0} in the kernel")]
     Unexpected(&'static str),
 }
@@ -60,7 +60,7 @@ pub(super) struct Kernel {
     types: Btf,
     /// The table of open files of this process.
     files: KernelAddr,
-    /// Where memory is mapped, once that is needed.
+    /// Where the kernel has mapped memory, once a reader needs it.
     variables: Option<Variables>,
 }
 

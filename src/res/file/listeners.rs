@@ -1,7 +1,7 @@
-//! Files that the tree itself watches for being read.
+//! Files whose reads the tree is notified of (inotify, fanotify).
 //!
-//! A dump opens some files to look at them. A process that watches such a file, its directory or
-//! its mount (inotify, fanotify) would be told. So the dump opens none of these.
+//! A dump opens some files to examine them. The kernel would notify a process that watches such a
+//! file, its directory or its mount. So the dump opens none of these files.
 
 use std::{collections::HashSet, ffi::OsStr, os::unix::ffi::OsStrExt, path::Path};
 
@@ -13,11 +13,11 @@ use crate::{
     units::HostPid,
 };
 
-/// What reading a file causes: `IN_ACCESS`, `IN_CLOSE_NOWRITE`, `IN_OPEN`, and the `FAN_*` events
+/// Events of reading a file: `IN_ACCESS`, `IN_CLOSE_NOWRITE`, `IN_OPEN`, and the `FAN_*` events
 /// with the same numbers.
 const READING: u32 = 0x1 | 0x10 | 0x20;
 
-/// What the tree watches for being read.
+/// The files, mounts and file systems whose reads the tree is notified of.
 #[derive(Clone, Debug, Default)]
 pub struct Listeners {
     /// Inode numbers of files and directories. Those of other file systems may be the same, which
@@ -30,10 +30,10 @@ pub struct Listeners {
 }
 
 impl Listeners {
-    /// Adds what a process watches.
+    /// Adds the watches of a process.
     ///
     /// # Errors
-    /// Those of reading `/proc`.
+    /// The errors of reading `/proc`.
     pub fn add(&mut self, pid: HostPid) -> Result<()> {
         for fd in proc::fds(pid)? {
             let link = proc::fd_link(pid, fd)?;
@@ -60,7 +60,7 @@ impl Listeners {
         Ok(())
     }
 
-    /// Whether a process of the tree would be told if the dump read the file.
+    /// Whether a process of the tree would be notified if the dump read the file.
     pub(super) fn hear_of(&self, file: &Description) -> bool {
         let is_in_watched = || {
             let path = Path::new(OsStr::from_bytes(&file.link));

@@ -179,7 +179,7 @@ pub trait Intake {
     /// ([`DeletedFiles::write`]) after all kinds have finished.
     fn deleted_files(&mut self) -> &mut DeletedFiles;
 
-    /// Returns what the tree watches for being read.
+    /// Returns the files whose reads the tree is notified of.
     fn listeners(&self) -> &Listeners;
 
     /// Returns the build IDs found so far, and the `--file-validation` method.
@@ -240,7 +240,7 @@ pub struct Opened {
     pub images: Store,
     /// How the restore checks that a file is the one that was dumped.
     pub validation: Validation,
-    /// What the user provides for external objects.
+    /// The descriptors that the user provides for external resources.
     pub inherited: Inherited,
     /// All entries of `files.img`, of every kind.
     pub entries: HashMap<u32, proto::FileEntry>,
@@ -309,7 +309,7 @@ impl Opened {
         self.fds.insert(id, Rc::new(fd));
     }
 
-    /// Adds a description, or replaces its descriptor, by one that others hold as well.
+    /// Adds a description, or replaces its descriptor; other code may hold the same descriptor.
     pub fn insert_shared(&mut self, id: u32, fd: Rc<OwnedFd>) {
         self.fds.insert(id, fd);
     }
@@ -374,13 +374,13 @@ pub trait Opener {
     /// before any process exists. The deferred ones are still placeholders.
     ///
     /// # Errors
-    /// What belongs to a descriptor cannot be restored.
+    /// State that belongs to a descriptor cannot be restored.
     fn attach(&mut self, _users: &[FileUser<'_>], _opened: &Opened) -> Result<()> {
         Ok(())
     }
 
-    /// Returns the calls by which process `pid` takes what the descriptors do not bring along, such as
-    /// its file locks. All its descriptors are in place, and it still has the privileges of the
+    /// Returns the calls by which process `pid` takes state that its descriptors lack, such as file
+    /// locks. All its descriptors are in place, and it still has the privileges of the
     /// restorer.
     fn take(&mut self, _pid: NsPid, _opened: &Opened) -> Result<Vec<Script>> {
         Ok(Vec::new())
@@ -513,10 +513,10 @@ pub trait Opener {
     }
 }
 
-/// Why [`Opener::reopen`] fails.
+/// The reason why [`Opener::reopen`] fails.
 const NOT_BY_PATH: &str = "it is used as a file with a path, but files.img has none for it";
 
-/// What files of a kind are used for besides descriptors.
+/// How files of a kind are used besides by descriptors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Usage {
     /// Nothing else. The restore opens every entry, even one that no process has a descriptor
@@ -536,7 +536,7 @@ pub struct FileKind {
     pub name: &'static str,
     /// Its entry types in `files.img`.
     pub types: &'static [proto::FdTypes],
-    /// What it is used for besides descriptors.
+    /// How it is used besides by descriptors.
     pub usage: Usage,
     /// Creates the dumping half.
     pub collector: fn(&DumpOptions) -> Box<dyn Collector>,

@@ -18,17 +18,17 @@ use crate::sys::fds;
 #[derive(Clone, Debug, Default)]
 #[cfg_attr(test, derive(PartialEq, Eq))]
 pub struct DumpOptions {
-    /// Of terminals.
+    /// Options for terminals.
     pub(crate) terminals: tty::Options,
-    /// Of UNIX sockets.
+    /// Options for UNIX sockets.
     pub(crate) unix: unix::Options,
-    /// Those of TCP connections.
+    /// Options for TCP connections.
     pub(crate) connections: inet::DumpOptions,
-    /// Of deleted files.
+    /// Options for deleted files.
     pub(crate) ghosts: ghost::Options,
-    /// Of file locks.
+    /// Options for file locks.
     pub(crate) locks: lock::Options,
-    /// Of watches.
+    /// Options for watches.
     pub(crate) watches: watch::Options,
     /// How the dump identifies a file.
     pub(crate) validation: Validation,
@@ -40,11 +40,11 @@ pub struct DumpOptions {
 #[derive(Clone, Debug, Default)]
 #[cfg_attr(test, derive(PartialEq, Eq))]
 pub struct RestoreOptions {
-    /// Of terminals.
+    /// Options for terminals.
     pub(crate) terminals: tty::Options,
-    /// Of UNIX sockets.
+    /// Options for UNIX sockets.
     pub(crate) unix: unix::Options,
-    /// Those of TCP connections.
+    /// Options for TCP connections.
     pub(crate) connections: inet::RestoreOptions,
     /// How the restore checks that a file is the one that was dumped.
     pub(crate) validation: Validation,

@@ -181,10 +181,10 @@ impl FileTable {
         }
     }
 
-    /// Notes which files a process watches for being read. Call it for all processes first.
+    /// Notes of which files' reads a process is notified. Must be called for all processes first.
     ///
     /// # Errors
-    /// Those of reading `/proc`.
+    /// The errors of reading `/proc`.
     pub fn add_listeners(&mut self, pid: HostPid) -> Result<()> {
         self.state.listeners.add(pid)
     }

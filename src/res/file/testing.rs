@@ -45,7 +45,7 @@ pub(super) fn watch(epoll: &OwnedFd, target: i32, events: u32, data: u64) {
 /// Descriptors to dump, by the numbers that the test gives them.
 pub(super) struct Tree {
     pub(super) options: DumpOptions,
-    /// What the restore is given.
+    /// The options of the restore.
     pub(super) inherited: Inherited,
     files: Vec<(u32, OwnedFd)>,
 }

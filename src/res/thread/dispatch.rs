@@ -1,6 +1,6 @@
-//! Syscall user dispatch that is on (`PR_SET_SYSCALL_USER_DISPATCH`): the thread makes no system
-//! calls, but handles them itself. One that is off is an attribute of the thread
-//! ([`crate::res::attribute`]).
+//! Refuses threads whose system calls are caught (`PR_SET_SYSCALL_USER_DISPATCH`): such a thread
+//! can make none for rcriu. While the selector lets calls pass, the setting is an attribute of the
+//! thread ([`crate::res::attribute`]).
 
 use super::{Kind, Stopped};
 use crate::{

@@ -1,5 +1,5 @@
-//! Whether the system calls of a thread are confined (`seccomp(2)`), and whether rcriu can dump by
-//! what: [`crate::res::tree::seccomp`] keeps the filters.
+//! The seccomp mode of a thread (`seccomp(2)`). The dump refuses filters that rcriu cannot keep;
+//! [`crate::res::tree::seccomp`] keeps the others.
 
 use nix::errno::Errno;
 

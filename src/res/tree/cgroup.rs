@@ -34,7 +34,7 @@ pub enum CgroupError {
         path: String,
         /// The hierarchy's name.
         hierarchy: String,
-        /// What is missing.
+        /// The missing part.
         problem: String,
     },
     /// The group is frozen: a process put there would stop at once.
@@ -47,7 +47,7 @@ pub enum CgroupError {
         path: String,
         /// The hierarchy's name.
         hierarchy: String,
-        /// What to write, and to which file.
+        /// The command that thaws it: the value to write, and the file.
         thaw: String,
     },
     /// A core names a set that `cgroup.img` does not have.
@@ -66,7 +66,7 @@ pub enum CgroupError {
         pid: HostPid,
         /// The file that was written to.
         path: PathBuf,
-        /// Why it failed.
+        /// The cause.
         source: io::Error,
     },
 }

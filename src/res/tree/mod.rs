@@ -32,9 +32,9 @@ use crate::{
 #[derive(Clone, Copy, Debug, Default)]
 #[cfg_attr(test, derive(PartialEq, Eq))]
 pub struct DumpOptions {
-    /// Of sessions and process groups.
+    /// Options for sessions and process groups.
     pub(crate) sessions: session::Options,
-    /// Of cgroups.
+    /// Options for cgroups.
     pub(crate) cgroups: cgroup::Options,
 }
 
@@ -42,7 +42,7 @@ pub struct DumpOptions {
 #[derive(Clone, Copy, Debug, Default)]
 #[cfg_attr(test, derive(PartialEq, Eq))]
 pub struct RestoreOptions {
-    /// Of cgroups.
+    /// Options for cgroups.
     pub(crate) cgroups: cgroup::Options,
 }
 

@@ -160,7 +160,7 @@ pub(super) fn restorer(plan: &Plan<'_>) -> Begun<dyn Restorer> {
     Ok(Box::new(confined))
 }
 
-/// What a thread sets to confine itself.
+/// A restriction that a thread puts on itself.
 #[derive(Clone, Debug, PartialEq)]
 enum Step {
     /// Strict mode.
@@ -176,7 +176,7 @@ struct Confined {
 }
 
 impl Confined {
-    /// Plans what the threads of a process set, the leader first.
+    /// Plans the restrictions of the threads of a process, the leader first.
     fn enter(&mut self, process: &[(NsPid, &CoreEntry)], found: &[Confinement<'_>]) {
         let filters = |of: &Confinement<'_>| match of {
             Confinement::Filters(filters) => filters.iter().map(|filter| step(filter)).collect(),
@@ -226,7 +226,7 @@ impl Confined {
 
 /// Returns what installs a filter.
 fn step(filter: &SeccompFilter) -> Step {
-    // What the filter did to speculation is among the attributes of the thread.
+    // The attributes of the thread include the effect of the filter on speculation.
     let flags = filter.flags.unwrap_or(0) & flags::LOG | flags::SPEC_ALLOW;
     Step::Filter(filter.filter.clone(), flags)
 }

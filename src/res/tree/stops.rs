@@ -38,14 +38,14 @@ const _: () = assert!(size_of::<Info>() == 28);
 /// Bytes of a `siginfo_t`.
 const INFO_BYTES: usize = 128;
 
-/// What `wait(2)` has not reported to a parent yet.
+/// A state change of a child that `wait(2)` has not reported to its parent yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Unreported {
     /// Nothing.
     Nothing,
-    /// That the child has stopped.
+    /// The child has stopped.
     Stop,
-    /// That the child has continued.
+    /// The child has continued.
     Continuation,
 }
 
@@ -132,7 +132,7 @@ fn collect(asked: Asked, answers: &Answers) -> Option<Unreported> {
     })
 }
 
-/// Lets parents know of the ends and stops of their children what they knew before the dump.
+/// Restores what each parent has learned of the ends and stops of its children.
 #[derive(Debug)]
 struct Reports;
 

@@ -43,7 +43,7 @@ fn privileged_a_queue_that_is_gone_is_created_with_its_messages() {
     assert_eq!(found, QueueAttributes { messages: 3, ..SIZE });
     assert_eq!(restored.flags(0), restored.before(0).flags);
     assert_eq!(restored.flags(1), restored.before(1).flags);
-    // What is dumped again is the same.
+    // A second dump finds the same.
     let mut tree = Tree::new();
     tree.add(0, restored.take(0));
     let again = tree.dump();

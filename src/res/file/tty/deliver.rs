@@ -26,7 +26,7 @@ use crate::{
 /// processor.
 const PATIENCE_MS: u16 = 10_000;
 
-/// How long bytes may be on their way in a pair that nobody writes into, in milliseconds.
+/// How long bytes may be on their way in a pair into which no process writes, in milliseconds.
 const DELIVERY_MS: u16 = 1000;
 
 /// How often to look before waiting.
@@ -90,8 +90,8 @@ pub(super) fn status(master: BorrowedFd) -> nix::Result<()> {
     })
 }
 
-/// Whether the output of a slave is stopped, of which the master can read something. If its buffers
-/// are full, it cannot be told.
+/// Whether the output of a slave is stopped whose master can read some bytes. Cannot find out if
+/// the buffers are full.
 pub(super) fn is_stopped(master: BorrowedFd, slave: BorrowedFd) -> nix::Result<bool> {
     let is_writable = || Ok(descriptor::events(slave)?.contains(PollFlags::POLLOUT));
     if is_writable()? {

@@ -56,12 +56,12 @@ const REST: u32 = 6;
 /// Input is returned.
 const INPUT_BACK: u32 = 7;
 
-/// How to leave a pair.
+/// The state in which to leave a pair.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 struct Terms {
-    /// When the slave was read and written last: seconds and nanoseconds. Programs tell by them how
-    /// long its user has been idle.
+    /// The times of the slave's last read and write, in seconds and nanoseconds. From these,
+    /// programs such as `w(1)` compute how long its user has been idle.
     times: [i64; 4],
     modes: Termios,
     /// The status flags of the master's description.
@@ -75,12 +75,12 @@ fn times_of(slave: BorrowedFd) -> nix::Result<[i64; 4]> {
     Ok([stat.st_atime, stat.st_atime_nsec, stat.st_mtime, stat.st_mtime_nsec])
 }
 
-/// What a pair holds.
+/// The bytes queued in a pair.
 #[derive(Debug, Default)]
 pub(super) struct Queued {
-    /// What the master can read.
+    /// The bytes that the master can read.
     pub(super) output: Vec<u8>,
-    /// What the slave can read, and in canonical mode the line that is being typed.
+    /// The bytes that the slave can read, and in canonical mode the line that is being typed.
     pub(super) input: Vec<u8>,
     /// In canonical mode: where each line ends.
     pub(super) ends: Vec<u32>,
@@ -135,7 +135,7 @@ pub(super) fn give_back() {
     }
 }
 
-/// What can be seen of a pair without taking anything.
+/// The state of a pair that a process can read without taking any bytes.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Look {
     /// The number of bytes that the master can read, at least.
@@ -144,7 +144,7 @@ pub(super) struct Look {
     pub(super) input: u32,
     /// Whether a packet's status waits for the master.
     pub(super) status: bool,
-    /// Whether the output is stopped. It is not told of a pair whose buffers are full.
+    /// Whether the output is stopped; unknown for a pair whose buffers are full.
     pub(super) stopped: bool,
 }
 

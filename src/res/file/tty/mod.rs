@@ -41,7 +41,7 @@ pub fn return_bytes() {
     loan::give_back();
 }
 
-/// What has stopped the output of a terminal.
+/// The cause that stopped the output of a terminal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stopped {
     /// A character (^S).
@@ -50,7 +50,7 @@ enum Stopped {
     ByProgram,
 }
 
-/// What the user says of terminals.
+/// The user's options for terminals.
 #[derive(Clone, Copy, Debug, Default)]
 #[cfg_attr(test, derive(PartialEq, Eq))]
 pub struct Options {
@@ -75,13 +75,13 @@ const LOW_DENSE_SERIAL_MAJOR: u64 = 204;
 /// Virtual terminals have minor numbers from 1 to this (`include/uapi/linux/vt.h`).
 const MAX_NR_CONSOLES: u64 = 63;
 
-/// Where the instance of devpts is in which a restore creates pairs.
+/// The mount point of the devpts instance in which a restore creates pairs.
 const DEVPTS: &str = "/dev/pts";
 
 /// The mode without the file type.
 const PERMISSIONS: u32 = 0o7777;
 
-/// What a terminal device is.
+/// The kind of a terminal device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
     Master,

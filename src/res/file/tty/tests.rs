@@ -199,7 +199,7 @@ fn a_slave_that_is_only_named_is_found() {
     assert_eq!(restored.flags(3), restored.before(3).flags);
 }
 
-/// What both ends can read: each read apart, and the line that is being typed at the end.
+/// The bytes that both ends can read: the result of each read, and last the line being typed.
 fn read_all(master: BorrowedFd, slave: BorrowedFd) -> (Vec<u8>, Vec<Vec<u8>>) {
     let reads = |fd: BorrowedFd| {
         let mut found = Vec::new();
@@ -424,7 +424,7 @@ fn read_output(master: BorrowedFd) -> Vec<u8> {
 #[test]
 fn bytes_that_cannot_be_kept_are_refused_and_stay() {
     let _numbers = numbers();
-    // Of a terminal whose output was stopped then.
+    // The output of the terminal was stopped afterwards.
     let (master, slave) = pair();
     write(&slave, b"shown");
     tty::flow(slave.as_fd(), tty::Flow::Stop).unwrap();
@@ -434,7 +434,7 @@ fn bytes_that_cannot_be_kept_are_refused_and_stay() {
     let error = tree.collect_error().to_string();
     assert!(error.contains("5 bytes are queued, and whose output is stopped"), "{error}");
     assert_eq!(read_output(master.as_fd()), b"shown");
-    // Of a slave that no process has opened.
+    // No process has opened the slave.
     let other = descriptor::open(b"/dev/ptmx", libc::O_RDWR.cast_unsigned()).unwrap();
     write(&other, b"typed");
     while !descriptor::events(other.as_fd()).unwrap().contains(PollFlags::POLLIN) {
@@ -446,7 +446,7 @@ fn bytes_that_cannot_be_kept_are_refused_and_stay() {
     let error = tree.collect_error().to_string();
     assert!(error.contains("5 bytes are queued, and whose other end no process"), "{error}");
     assert!(!descriptor::events(other.as_fd()).unwrap().contains(PollFlags::POLLHUP));
-    // Of one that sends signals.
+    // The terminal sends signals.
     let (master, slave) = pair();
     write(&slave, b"shown");
     let flags = OFlag::O_ASYNC | OFlag::O_RDWR;
@@ -458,7 +458,7 @@ fn bytes_that_cannot_be_kept_are_refused_and_stay() {
     assert!(error.contains("5 bytes are queued, and which sends signals"), "{error}");
 }
 
-/// What programs have left before they closed the slave.
+/// Programs have written before they closed the slave.
 #[test]
 fn output_of_a_slave_that_was_closed_is_kept() {
     let _numbers = numbers();

@@ -1,8 +1,8 @@
-//! Fanotify groups that only take notice.
+//! Fanotify groups that only receive notifications.
 //!
 //! A group with permission events decides whether other programs may open files. While its program
-//! stands still, they would wait for it, and when it is gone, they would be let through. So it is
-//! refused, before the dump opens any file itself
+//! is stopped, they would wait for it; once it is gone, the kernel would let them open the files.
+//! So the dump refuses such a group before it opens any file itself
 //! ([`permissions`](crate::res::tree::permissions)).
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

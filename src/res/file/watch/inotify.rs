@@ -1,7 +1,7 @@
 //! Inotify instances.
 //!
-//! The restore adds the watches last, so that the instance has no events of what the restore does
-//! with files. Events of what happens to them while the tree does not exist are lost.
+//! The restore adds the watches last, so that they do not report its own work with files. Events
+//! that occur while the tree does not exist are lost.
 
 use std::{
     collections::HashMap,
@@ -36,7 +36,7 @@ pub(in crate::res::file) const KIND: FileKind = FileKind {
     opener: |_| Box::<Restored>::default(),
 };
 
-/// What `inotify_add_watch(2)` takes of the mask of a watch. Masks of older kernels have more.
+/// The bits in the mask of a watch that `inotify_add_watch(2)` accepts. Older kernels show more.
 const MASK: u32 = libc::IN_ALL_EVENTS | libc::IN_ONESHOT | libc::IN_EXCL_UNLINK;
 
 #[derive(Debug)]
@@ -216,7 +216,7 @@ mod tests {
             watch::add_watch(inotify.as_fd(), file.as_fd(), mask).unwrap();
             drop(file);
         }
-        // What the test has done to the files.
+        // Events of the test's own work with the files.
         let mut events = [0; 4096];
         nix::unistd::read(&inotify, &mut events).unwrap();
         let before = watches(inotify.as_fd());

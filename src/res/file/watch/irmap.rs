@@ -34,7 +34,7 @@ pub(super) struct Irmap {
 }
 
 impl Irmap {
-    /// Returns a map of what is below `first`, and of where watched files usually are.
+    /// Returns a map of the files below `first`, and below the usual places of watched files.
     pub(super) fn new(first: &[PathBuf]) -> Self {
         let usual = USUAL.map(PathBuf::from);
         Self { unread: first.iter().cloned().chain(usual).rev().collect(), known: HashMap::new() }
@@ -52,7 +52,7 @@ impl Irmap {
         }
     }
 
-    /// Enters what is at a path and below it, without following symbolic links.
+    /// Enters the file at a path and all files below it, without following symbolic links.
     fn read(&mut self, root: PathBuf) {
         let mut paths = vec![root];
         while let Some(path) = paths.pop() {

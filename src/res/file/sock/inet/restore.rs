@@ -72,7 +72,7 @@ struct Repairing {
     reuse: Option<bool>,
     /// Whether the program has shut down receiving.
     has_shut_down: bool,
-    /// What the socket was connecting to.
+    /// The address that the socket was connecting to.
     connects: Option<SocketAddr>,
 }
 
@@ -172,7 +172,7 @@ struct Socket<'a> {
     peer: SocketAddr,
     /// Whether this is a connection that is to be closed.
     closes: bool,
-    /// What a socket has received whose connection has ended.
+    /// The received data of a socket whose connection has ended.
     ended: Option<Vec<u8>>,
     fd: OwnedFd,
 }

@@ -54,7 +54,7 @@ struct CollectedSocket {
     inode: u32,
     /// The inodes of the sockets that must be dumped with it.
     needs: Vec<u32>,
-    /// Those of `needs` whose connections it has not accepted.
+    /// The sockets in `needs` whose connections it has not accepted.
     pending: Vec<u32>,
     is_datagram: bool,
 }
@@ -139,7 +139,7 @@ impl UnixCollector {
         )
     }
 
-    /// Whether what a socket has sent was not read.
+    /// Whether data that a socket has sent is still unread.
     fn has_sent(&self, inode: u32) -> bool {
         let socket = self.all.as_ref().and_then(|all| all.get(&inode));
         socket.is_some_and(|socket| socket.send_queue != 0)
@@ -173,7 +173,7 @@ impl UnixCollector {
                     format!("{what}, with a pending connection whose data cannot be read: {why}");
                 return Err(file.unsupported(what, HELP_KERNEL));
             }
-            // Those without data need not be looked at.
+            // Connections without data need not be read.
             Err(why) => {
                 log::debug!("{what}: cannot look at its pending connections: {why}");
                 return Ok(());
@@ -197,7 +197,7 @@ impl UnixCollector {
             let mut entries = Vec::new();
             let pids = intake.pids().clone();
             for connection in waiting {
-                // Those of other programs are refused elsewhere, unless they are to be dropped.
+                // Connections of other programs are refused elsewhere, unless the user drops them.
                 if connection.inode != 0 && !there.contains(&connection.inode) {
                     continue;
                 }

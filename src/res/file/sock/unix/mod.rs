@@ -30,7 +30,7 @@ pub(in crate::res::file) const KIND: FileKind = FileKind {
     opener: |options| Box::new(restore::UnixOpener::new(options.unix)),
 };
 
-/// What the user says of UNIX sockets.
+/// The user's options for UNIX sockets.
 #[derive(Clone, Copy, Debug, Default)]
 #[cfg_attr(test, derive(PartialEq, Eq))]
 pub struct Options {

@@ -41,7 +41,7 @@ pub(super) enum Link {
     Dead,
     /// A stream, to a socket outside the tree.
     External(usize),
-    /// As the caller of the restore has connected it.
+    /// A stream that the caller of the restore has connected.
     Inherited,
 }
 

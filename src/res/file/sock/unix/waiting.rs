@@ -55,7 +55,7 @@ const FRAGMENTS_MAX: usize = 45;
 /// The size of `skb_frag_t`: an address, a length, an offset.
 const FRAGMENT_BYTES: usize = 16;
 
-/// How many random bytes a message of its own repeats, and its length.
+/// The number of random bytes that a message of rcriu's own repeats, and the message's length.
 const KNOWN_BYTES: usize = 256;
 const OWN_BYTES: usize = 16 << 10;
 
@@ -67,7 +67,7 @@ const NO_ID: u32 = u32::MAX;
 pub(super) struct Waiting {
     /// The socket that has connected; 0 if it is closed.
     pub(super) inode: u32,
-    /// What the socket that will accept shows of it.
+    /// The credentials that the accepting end will show.
     caller: Credentials,
     /// Whether the socket has a name.
     pub(super) is_named: bool,

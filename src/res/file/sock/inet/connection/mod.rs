@@ -74,7 +74,7 @@ pub(super) fn can_be_made(of: u32) -> bool {
     own_end(of).is_some()
 }
 
-/// What has happened to this end's FIN.
+/// The state of this end's FIN.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum OwnEnd {
     Open,
@@ -293,7 +293,7 @@ impl Connection {
 /// Its packet looks to the peer like the earlier one, sent again.
 ///
 /// # Errors
-/// Those of the kernel, such as `ECONNREFUSED`: then nothing will tell the program.
+/// The errors of the kernel, such as `ECONNREFUSED`: the program will not learn of them.
 pub(super) fn connect_again(fd: BorrowedFd, peer: SocketAddr) -> nix::Result<()> {
     repair::end(fd)?;
     let before = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);

@@ -13,7 +13,7 @@ use crate::res::file::sock::inet::lock::{self, Lock};
 /// Bytes that no window has room for.
 const LARGE: usize = 8 << 20;
 
-/// How a connection gets into a state, of which one end is looked at.
+/// The way in which one end of a connection gets into a state.
 struct Way {
     state: u32,
     /// Before packets are held back, and after that.
@@ -102,7 +102,7 @@ fn read(stream: &TcpStream) -> Connection {
     Connection::read(stream.as_fd()).unwrap()
 }
 
-/// What is the same however long it takes: no clock.
+/// The state that does not depend on time.
 fn lasting(mut connection: Connection) -> Connection {
     connection.entry.timestamp = None;
     connection
@@ -145,7 +145,7 @@ fn made_again(way: &Way, (own, mut peer): (TcpStream, TcpStream), large: bool) {
     let before = read(&own);
     assert_eq!(before.received, b"to be read");
     assert_eq!(before.sent, vec![7; written], "state {}", way.state);
-    // It goes without a word.
+    // It closes without sending a packet.
     repair::begin(own.as_fd()).unwrap();
     drop(own);
     let family = if ends.0.is_ipv6() { libc::AF_INET6 } else { libc::AF_INET };

@@ -65,7 +65,7 @@ pub(super) struct InetCollector {
     raw: HashMap<c_int, Vec<proc::RawSocket>>,
 }
 
-/// What drops packets during the dump.
+/// The mechanism that drops packets during the dump.
 #[derive(Debug)]
 enum Hold {
     Table(Lock),
@@ -106,7 +106,7 @@ struct Found {
     ends: Ends,
     /// `SO_REUSEADDR`.
     reuse: c_int,
-    /// What was read, after all packets are held back.
+    /// Its state, read after all packets were held back.
     connection: Option<Connection>,
 }
 
@@ -121,7 +121,8 @@ struct Facts {
     datagrams: Vec<proto::SkDatagramEntry>,
     /// Keys of TCP-MD5 signatures.
     md5_keys: Vec<proto::SkMd5KeyEntry>,
-    /// What a socket is connected to, or connects to, if `getpeername(2)` does not show it.
+    /// The address that a socket is connected to, or connects to, if `getpeername(2)` does not
+    /// show it.
     peer: Option<SocketAddr>,
 }
 
@@ -207,7 +208,7 @@ impl InetCollector {
             self.hold.as_mut().map_or(Ok(()), |hold| hold.add(&ends))
         });
         held.map_err(|error| {
-            // A program says more than the number of an error.
+            // The message of iptables says more than an errno.
             log::error!("{HOLD_BACK} {} connections: {error}", ends.len());
             first.failed(HOLD_BACK)(errno(&error))
         })

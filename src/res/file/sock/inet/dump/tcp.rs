@@ -210,7 +210,7 @@ impl InetCollector {
         Ok(EndedConnection { bound, ..ended })
     }
 
-    /// Reads what a TCP socket has received whose connection has ended, or is to end.
+    /// Reads the received data of a TCP socket whose connection has ended, or is to end.
     fn to_be_ended(file: &Description, what: &str) -> Result<EndedConnection> {
         let fd = file.fd.as_fd();
         let failed = file.failed("peek at the queue of");
@@ -231,7 +231,8 @@ impl InetCollector {
     }
 }
 
-/// Refuses a connection whose data the kernel changes on their way.
+/// Refuses a connection whose data a protocol in the kernel changes, or whose packets are signed
+/// with TCP-AO.
 fn refuse_layers(file: &Description, what: &str) -> Result<()> {
     let fd = file.fd.as_fd();
     let mut name = [0; ULP_NAME_BYTES];
@@ -254,7 +255,7 @@ fn refuse_layers(file: &Description, what: &str) -> Result<()> {
 /// show it yet.
 fn connecting_to(fd: BorrowedFd, family: c_int) -> Option<SocketAddr> {
     let is_v4 = family == libc::AF_INET;
-    // The kernel returns no address in part, and none that is shorter than the buffer.
+    // The kernel fails if the buffer is longer than the address.
     let len = if is_v4 { size_of::<libc::sockaddr_in>() } else { size_of::<libc::sockaddr_in6>() };
     let mut bytes = vec![0; len];
     socket::option_bytes(fd, libc::SOL_SOCKET, SO_PEERNAME, &mut bytes).ok()?;

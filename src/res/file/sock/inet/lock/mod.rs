@@ -91,9 +91,9 @@ const CHAINS: [(&CStr, u32); 2] = [(c"input", 1), (c"output", 3)];
 /// How packets are dropped, as recorded in the inventory (`network_lock_method`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Method {
-    /// By rules of iptables, the default of CRIU.
+    /// Rules of iptables, the default of CRIU.
     Iptables = 1,
-    /// By a table of nftables.
+    /// A table of nftables.
     Nftables = 2,
     /// Not at all.
     Skip = 3,

@@ -8,7 +8,7 @@ use std::{
 
 use super::{Ends, MARK};
 
-/// What happens to a rule, as an option of `iptables`.
+/// A change of a rule, as an option of `iptables`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Change {
     Insert,
