@@ -343,6 +343,7 @@ impl<'a> Collection<'a> {
 pub(super) fn shown(object: Object) -> Shown {
     match object {
         Object::Vdso => Shown::Vdso,
+        Object::AioRing => Shown::AioRing,
         Object::File | Object::SharedMemory => Shown::File,
         _ => Shown::Zeros,
     }

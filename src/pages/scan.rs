@@ -27,6 +27,8 @@ pub enum Shown {
     File,
     /// The code of the vDSO.
     Vdso,
+    /// The ring of an AIO context, which is all pages of an object of the kernel.
+    AioRing,
 }
 
 /// Appends the pages of a private mapping that must be dumped. Returns how many of them the tracker
@@ -42,6 +44,13 @@ pub fn mapping(
     // there (`vgetrandom`) rely on that: two restores must not continue with the same state.
     if mapping.flags.contains(VmFlags::DROPPABLE) {
         return Ok(0);
+    }
+    if shown == Shown::AioRing {
+        // Few, and outside of what can be tracked: the kernel writes them by physical address.
+        let pages = mapping.len() >> PAGE_SHIFT;
+        let first = PageIndex::holding(mapping.start.0);
+        stretches.push(Stretch { zeros_stored: true, ..of_object(first, pages) });
+        return Ok(pages);
     }
     let query = if shown == Shown::Vdso {
         Query { all: category::PRESENT, ..Query::default() }

@@ -44,6 +44,7 @@ const KINDS: u32 = vma::FILE_PRIVATE
     | vma::ANON_PRIVATE
     | vma::SYSVIPC
     | vma::MEMFD
+    | vma::AIORING
     | vma::VDSO
     | vma::VVAR;
 
@@ -247,6 +248,10 @@ pub(super) fn arrange(
         let mut flags = entry.flags & MAP_FLAGS | libc::MAP_FIXED.cast_unsigned();
         if has_file {
             flags &= !libc::MAP_ANONYMOUS.cast_unsigned();
+        }
+        if mapping::is_aio_ring(entry) {
+            // The context that replaces this memory takes its completions from it.
+            flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED).cast_unsigned();
         }
         for part in parts {
             let offset = if has_file { entry.pgoff + (part.start - entry.start) } else { 0 };

@@ -13,6 +13,7 @@
 
 #[macro_use]
 mod kit;
+mod aio;
 mod attributes;
 mod blocked;
 mod busy;
@@ -63,6 +64,7 @@ type Row = (&'static str, fn(&Checkpoint) -> Verdict);
 
 const GROUPS: &[&[Row]] = &[
     memory::ROWS,
+    aio::ROWS,
     hugetlb::ROWS,
     rounds::ROWS,
     threads::ROWS,

@@ -42,11 +42,7 @@ pub(super) fn check(
         let range = range(guard);
         problems.broken(format!("guard pages at {range} are outside of its mappings"));
     }
-    if !mm.aios.is_empty() {
-        problems.not_restored(
-            "it has a ring of asynchronous I/O, which is not restored yet".to_owned(),
-        );
-    }
+    check_rings(mm, vmas, problems);
     let addresses = [
         ("code", mm.mm_start_code, mm.mm_end_code, true),
         ("data", mm.mm_start_data, mm.mm_end_data, false),
@@ -99,6 +95,20 @@ fn check_order(vmas: &[proto::VmaEntry], addresses_end: u64, problems: &mut Prob
     }
 }
 
+/// Checks that each AIO context has its ring, and each ring its context.
+fn check_rings(mm: &proto::MmEntry, vmas: &[proto::VmaEntry], problems: &mut Problems) {
+    let mut contexts: Vec<_> =
+        mm.aios.iter().map(|of| (of.id, of.id.saturating_add(of.ring_len.into()))).collect();
+    contexts.sort_unstable();
+    let rings = vmas.iter().filter(|entry| entry.status & vma::AIORING != 0);
+    let rings: Vec<_> = rings.map(|entry| (entry.start, entry.end)).collect();
+    if contexts != rings {
+        problems.broken(format!(
+            "its AIO contexts are at {contexts:x?}, but the rings of such contexts at {rings:x?}"
+        ));
+    }
+}
+
 fn check_mapping(entry: &proto::VmaEntry, problems: &mut Problems) {
     if is_vdso(entry) {
         return;
@@ -106,13 +116,15 @@ fn check_mapping(entry: &proto::VmaEntry, problems: &mut Problems) {
     let place = range(entry);
     let unrestored = [
         (vma::SOCKET, "the ring of a packet socket"),
-        (vma::AIORING, "a ring of asynchronous I/O"),
         (vma::SHSTK, "a shadow stack"),
         (vma::PLUGIN, "a device"),
     ];
     if let Some((_, what)) = unrestored.iter().find(|(bit, _)| entry.status & bit != 0) {
         problems.not_restored(format!("the mapping {place} is {what}, which is not restored"));
         return;
+    }
+    if entry.status & vma::AIORING != 0 {
+        return; // `check_rings` compares it with its context.
     }
     let mut wrong = |problem: String| problems.broken(format!("the mapping {place} {problem}"));
     if KINDS.iter().filter(|kind| entry.status & **kind != 0).count() != 1 {
@@ -222,6 +234,22 @@ mod tests {
         ] {
             let told = told(&mm(), &[first, bad]);
             assert!(told.contains(expected), "{expected}: {told}");
+        }
+        let ring = with(|entry| {
+            entry.status = vma::AIORING;
+            entry.flags = libc::MAP_SHARED.cast_unsigned();
+        });
+        let context = proto::AioRingEntry { id: 0x4000, nr_req: 1, ring_len: 0x2000 };
+        let has = |context| proto::MmEntry { aios: vec![context], ..mm() };
+        assert_eq!(told(&has(context), &[first, ring]), "");
+        for (mm, vmas) in [
+            (mm(), &[first, ring][..]),
+            (has(context), &[first]),
+            (has(proto::AioRingEntry { ring_len: 0x1000, ..context }), &[first, ring]),
+            (has(proto::AioRingEntry { id: u64::MAX, ..context }), &[first, ring]),
+        ] {
+            let told = told(&mm, vmas);
+            assert!(told.contains("its AIO contexts are at"), "{told}");
         }
         let broken = proto::MmEntry { mm_end_code: 0, ..mm() };
         assert!(told(&broken, &[first]).contains("its code is at"));

@@ -43,6 +43,8 @@ pub enum Object {
     SharedMemory,
     /// A System V segment.
     SystemV,
+    /// The ring of an AIO context (`io_setup(2)`).
+    AioRing,
     /// The code of the vDSO.
     Vdso,
     /// The data of the vDSO.
@@ -82,15 +84,7 @@ pub fn object(pid: HostPid, mapping: &Mapping) -> Result<Object> {
         return refuse("memory with a protection key");
     }
     if name.starts_with(b"/[aio]") {
-        return Err(ResError::Refused {
-            pid,
-            what: format!(
-                "has a context of asynchronous I/O (io_setup(2)), with its ring at {}",
-                mapping.start
-            ),
-            help: "have the program destroy it (io_destroy(2)), or configure it to use threads instead \
-                   (MariaDB: innodb_use_native_aio=0; QEMU: aio=threads)",
-        });
+        return Ok(Object::AioRing);
     }
     if flags.intersects(VmFlags::IO | VmFlags::PFN_MAP) {
         return refuse("a device");
@@ -134,7 +128,10 @@ pub fn entry(mapping: &Mapping, object: Object, shmid: u64) -> VmaEntry {
         Object::Vdso => vma::VDSO | vma::ANON_PRIVATE,
         Object::Vvar => vma::VVAR | vma::ANON_PRIVATE,
         Object::Vsyscall => vma::VSYSCALL,
+        Object::AioRing => vma::AIORING,
     };
+    // CRIU gives a ring no other bit.
+    let regular = if object == Object::AioRing { 0 } else { vma::REGULAR };
     let has_file = matches!(object, Object::File | Object::SharedMemory);
     let mut map = if mapping.shared {
         libc::MAP_SHARED
@@ -144,7 +141,7 @@ pub fn entry(mapping: &Mapping, object: Object, shmid: u64) -> VmaEntry {
         libc::MAP_PRIVATE
     };
     let conditions = [
-        (!has_file, libc::MAP_ANONYMOUS),
+        (!has_file && object != Object::AioRing, libc::MAP_ANONYMOUS),
         (flags.contains(VmFlags::GROWS_DOWN), libc::MAP_GROWSDOWN),
         (flags.contains(VmFlags::LOCKED), libc::MAP_LOCKED),
         (flags.contains(VmFlags::NO_RESERVE), libc::MAP_NORESERVE),
@@ -174,7 +171,7 @@ pub fn entry(mapping: &Mapping, object: Object, shmid: u64) -> VmaEntry {
         shmid,
         prot: prot.cast_unsigned(),
         flags: flag_bits,
-        status: vma::REGULAR | kind,
+        status: regular | kind,
         fd: -1,
         madv: (madv != 0).then_some(madv),
         fdflags: has_file
@@ -227,7 +224,7 @@ pub fn is_anonymous_object(entry: &VmaEntry) -> bool {
 
 /// Whether the pages of the mapping belong to the private memory of the process.
 pub fn is_private(entry: &VmaEntry) -> bool {
-    entry.status & (vma::ANON_PRIVATE | vma::FILE_PRIVATE) != 0
+    entry.status & (vma::ANON_PRIVATE | vma::FILE_PRIVATE | vma::AIORING) != 0
         && entry.status & (vma::VVAR | vma::VSYSCALL | vma::GUARD) == 0
 }
 
@@ -243,6 +240,12 @@ pub fn continues(before: &VmaEntry, next: &VmaEntry) -> bool {
 /// Whether the mapping is the vsyscall page.
 pub fn is_vsyscall(entry: &VmaEntry) -> bool {
     entry.status & vma::VSYSCALL != 0
+}
+
+/// Whether the mapping is the ring of an AIO context. Its pages are in the private memory, and a
+/// restore puts them into private memory first.
+pub fn is_aio_ring(entry: &VmaEntry) -> bool {
+    entry.status & vma::AIORING != 0
 }
 
 /// Whether the mapping is part of the vDSO: its code or its data.

@@ -24,7 +24,7 @@ use super::{
     attribute::memory,
     calls::{Calls, OfRestorer},
     file::{self, FileTable, Installer},
-    mm::{description, policies, vdso},
+    mm::{aio, description, policies, vdso},
 };
 use crate::{
     image::{
@@ -51,6 +51,8 @@ pub const KINDS: &[&dyn Kind] = &[
     &fs::Fs,
     &vdso::Vdso,
     &description::Description,
+    // Contexts come before the limits of descriptors and memory.
+    &aio::Contexts,
     // Pending signals come before timers, which may add more.
     &queue::Queue,
     // Timers come before the limits, which could forbid them.
