@@ -622,7 +622,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("seccomp_listener", "is anon_inode:seccomp notify"),
     ("fanotify_permissions", "decides by fanotify (descriptor"),
     ("udp_held_back", "corked (UDP_CORK), with a datagram that it holds back"),
-    ("tcp_unaccepted", "with 1 connections not accepted yet (from 127.0.0.1:"),
+    ("tcp_unaccepted", "with 1 connection not accepted yet (from 127.0.0.1:"),
     ("aio_ring_of_a_parent", "but not the context, such as a child of its owner"),
     ("caught_system_calls", "has its system calls caught (PR_SET_SYSCALL_USER_DISPATCH)"),
 ];

@@ -128,15 +128,15 @@ const ROWS: &[Row] = &[
         &["seccomp_suspend", "seccomp_filters"],
         Sometimes,
         |f| f.seccomp_suspend,
-        "processes with seccomp filters can't be dumped; it takes CAP_SYS_ADMIN, and no filter of \
-         rcriu's own",
+        "processes with seccomp filters can't be dumped; this needs CAP_SYS_ADMIN, and an \
+         rcriu without a filter of its own",
     ),
     row(
         &["kernel_memory"],
         Sometimes,
         |f| f.kernel_memory,
         "POSIX message queues, and UNIX connections with data that wait to be accepted, can't be \
-         dumped; it takes CAP_BPF, CAP_PERFMON and CONFIG_DEBUG_INFO_BTF",
+         dumped; this needs CAP_BPF, CAP_PERFMON and CONFIG_DEBUG_INFO_BTF",
     ),
     row(&["timens"], Sometimes, |f| f.time_namespaces, "no trees with a time namespace"),
     row(&["userns"], Sometimes, |f| f.user_namespaces, "no trees with a user namespace"),

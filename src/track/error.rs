@@ -37,9 +37,9 @@ pub enum TrackError {
         source: io::Error,
     },
     /// The kernel does not support it, or this program lacks the privilege.
-    #[error("this program has no {what} here")]
+    #[error("{what}")]
     Missing {
-        /// What is missing.
+        /// The missing support or privilege, as a clause.
         what: &'static str,
         /// The remedy.
         help: &'static str,

@@ -271,7 +271,7 @@ impl Watch {
     fn begin_soft_dirty(&mut self, mappings: &[Mapping]) -> Result<(), TrackError> {
         if !soft_dirty::is_there() {
             let help = "use a kernel with CONFIG_MEM_SOFT_DIRTY";
-            return Err(TrackError::Missing { what: "soft-dirty bits", help });
+            return Err(TrackError::Missing { what: "this kernel has no soft-dirty bits", help });
         }
         for mapping in mappings.iter().filter(|mapping| can_be_tracked(mapping)) {
             self.mappings.insert(mapping.start, true);
@@ -476,7 +476,8 @@ fn choose() -> Result<Tracker, TrackError> {
     } else if soft_dirty::is_there() {
         Ok(Tracker::SoftDirty)
     } else {
-        let what = "tracking of changes, by write protection or soft-dirty bits,";
+        let what =
+            "this kernel can track changes neither by write protection nor by soft-dirty bits";
         let help = "use Linux 6.7 or newer, or a kernel with CONFIG_MEM_SOFT_DIRTY";
         Err(TrackError::Missing { what, help })
     }

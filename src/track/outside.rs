@@ -50,7 +50,7 @@ pub(super) fn look(objects: &BTreeSet<Key>, tree: &[HostPid]) -> Result<Outside,
     let capabilities = proc::status(own)?.cap_effective;
     if namespace != process::FIRST_PID_NAMESPACE || capabilities & CAP_SYS_PTRACE == 0 {
         return Err(TrackError::Missing {
-            what: "view of all processes",
+            what: "rcriu cannot see all processes",
             help: "run rcriu in the first pid namespace, with CAP_SYS_PTRACE",
         });
     }
@@ -76,7 +76,7 @@ pub(super) fn look(objects: &BTreeSet<Key>, tree: &[HostPid]) -> Result<Outside,
         }
     }
     Err(TrackError::Missing {
-        what: "moment without new processes",
+        what: "new processes start all the time",
         help: "dump when fewer processes start",
     })
 }

@@ -540,7 +540,7 @@ fn count_common(threads: &[HostPid]) -> Result<Vec<OwnedFd>, TrackError> {
 fn count_seldom() -> Result<Vec<OwnedFd>, TrackError> {
     if tracepoint::has_unseen_calls() {
         return Err(TrackError::Missing {
-            what: "count of calls by the x32 interface",
+            what: "the kernel does not count calls of the x32 interface",
             help: "boot the kernel without it (syscall.x32=n)",
         });
     }
@@ -552,7 +552,7 @@ fn count_seldom() -> Result<Vec<OwnedFd>, TrackError> {
         Ok(counters)
     } else {
         Err(TrackError::Missing {
-            what: "moment without new processors",
+            what: "processors came online meanwhile",
             help: "dump when no processors come and go",
         })
     }

@@ -172,7 +172,7 @@ fn changes(picture: &Picture, width: usize, pen: &mut Pen<'_>) -> anyhow::Result
     let each = groups[0].len();
     writeln!(
         pen.out,
-        "\nStored anew, of what there is, in snapshots {}{}",
+        "\nShare of the pages that each dump stored anew, in snapshots {}{}",
         picture.named(&(0..picture.snapshots.len())),
         if each > 1 { format!(", {each} in a column") } else { String::new() },
     )?;

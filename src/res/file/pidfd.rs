@@ -1,9 +1,9 @@
 //! Pidfds: descriptors of processes and threads (`pidfd_open(2)`).
 //!
-//! A pidfd of a process of the tree is opened when the restored process exists. A process that is
-//! gone leaves its pidfds without a number: the restore creates a process that ends as that one
-//! did, and opens them before it ends. Pidfds of one process have the same inode (Linux 6.9),
-//! which is how the images tell that they belong together. The restored inode is another one.
+//! The restore opens a pidfd of a process of the tree once that process exists. A pidfd of a process
+//! that is gone has no number: the restore creates a process that ends in the same way, and opens
+//! the pidfd before it ends. Pidfds of one process have the same inode (Linux 6.9), by which the
+//! images group them. The restored inode is a different one.
 
 use std::{
     collections::BTreeMap,
@@ -34,7 +34,7 @@ pub(super) const KIND: FileKind = FileKind {
 /// The pid that the kernel and the images give to a process that was reaped.
 const GONE: i32 = -1;
 
-/// The pid that the kernel gives to a process of another pid namespace.
+/// The pid that the kernel shows for a process in another pid namespace.
 const ELSEWHERE: i32 = 0;
 
 /// `PIDFD_THREAD` (`linux/pidfd.h`, since Linux 6.9).
@@ -58,7 +58,7 @@ impl Collector for Pidfds {
                 GONE
             }
             ELSEWHERE => {
-                let what = "a pidfd of a process of another pid namespace";
+                let what = "a pidfd of a process in another pid namespace";
                 return Err(file.unsupported(what, "have the program close it"));
             }
             pid => {

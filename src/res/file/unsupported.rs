@@ -85,16 +85,16 @@ const DEVICES: &[Row] = &[
     ("/dev/input/", "an input device", "have the program close it"),
     (
         "/dev/watchdog",
-        "a watchdog, which restarts the machine if nobody writes to it",
-        "stop it first",
+        "a watchdog, which restarts the machine unless a program writes to it",
+        "have the program stop the watchdog and close it",
     ),
-    ("/dev/userfaultfd", "the device that makes userfaultfds", "have the program close it"),
+    ("/dev/userfaultfd", "the device that creates userfaultfds", "have the program close it"),
     ("/dev/loop", "a loop device", "have the program close it"),
     ("/dev/mem", "the memory of the machine", "have the program close it"),
     ("/dev/vhost", "a device of virtual machines", KVM),
 ];
 
-const BPF: &str = "have the program close it; what it pins below /sys/fs/bpf lives on without it";
+const BPF: &str = "have the program close it; objects that it has pinned below /sys/fs/bpf remain";
 const KVM: &str =
     "save the virtual machine by its own means: `virsh save`, or a migration to a file";
 const GPU: &str = "have the program release it: rcriu has no plugin for graphics processors";

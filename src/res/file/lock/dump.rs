@@ -110,8 +110,8 @@ impl Locks {
             unseen.retain(|other| !other.is_same(&lock));
             if let Some((link, _)) = known.iter().find(|(_, other)| other.is_same(&lock)) {
                 warnings.push(format!(
-                    "{} is outside the tree and has the same open file {link}, so it holds {} even \
-                     when the tree ends\nhelp: restore the tree when that process has closed it",
+                    "{} is outside the tree and has the same open file {link}, so it keeps {} when \
+                     the tree ends\nhelp: restore the tree when that process has closed it",
                     name_of(pid),
                     InWords(&lock)
                 ));

@@ -254,7 +254,7 @@ impl Opener for Locks {
             let file = entry.rcriu_file.or_else(|| files.get(&(pid, fd)).copied());
             let file = file.ok_or_else(|| {
                 let problem = format!(
-                    "filelocks.img has a lock of descriptor {fd} of process {pid}, which has none"
+                    "filelocks.img has a lock of descriptor {fd} of process {pid}, which is not open"
                 );
                 FileError::image(NO_DESCRIPTION, problem)
             })?;

@@ -69,7 +69,9 @@ impl Opener for Queues {
                 continue;
             }
             let Some(fd) = ids.iter().find_map(|id| at(*id)) else {
-                log::warn!("process {pid} asked to be notified of a message queue that it has not");
+                log::warn!(
+                    "process {pid} asked to be notified of messages in a queue that it does not have open"
+                );
                 continue;
             };
             let mut event = [0; SIGEVENT_BYTES];
@@ -108,8 +110,8 @@ fn open_queue(ends: &[End]) -> Result<Vec<(u32, OwnedFd)>> {
     })?;
     if queue.unlinked && mqueue::open(&name, libc::O_RDONLY | libc::O_NONBLOCK).is_ok() {
         log::warn!(
-            "{shown}, whose name was removed: another queue has the name now, so /proc/PID/fd \
-             shows one with another name"
+            "{shown}, whose name was removed: another queue has that name now, so the link \
+             in /proc/PID/fd shows a different name"
         );
         let other = format!(".rcriu-{}-{}", std::process::id(), queue.ino);
         name = CString::new(other).expect("no NUL in it");
@@ -175,8 +177,9 @@ fn check(
     }
     if found.messages.cast_unsigned() != messages as u64 {
         log::warn!(
-            "{shown} is there and is used as it is: it has {} messages, and had {messages} when it \
-             was dumped\nhelp: remove it (mq_unlink(3)) to have the old messages back",
+            "{shown} still exists, and the restore does not change it: it has {} messages, and had \
+             {messages} when it was dumped\nhelp: remove it (mq_unlink(3)), and the restore recreates the \
+             old messages",
             found.messages
         );
     }

@@ -162,7 +162,9 @@ pub(super) fn peek(
         socket::option::<c_int>(fd, libc::SOL_SOCKET, option).is_ok_and(|value| value != 0)
     };
     if asks(opts::SO_PASSPIDFD) {
-        let what = format!("{what}, with data in its queue that asks for a pidfd (SO_PASSPIDFD)");
+        let what = format!(
+            "{what}, which asks for the pidfds of senders (SO_PASSPIDFD) and has data in its queue"
+        );
         return Err(file.unsupported(what, HELP_READ));
     }
     let mut offset = PeekOffset::new(fd).map_err(&failed)?;

@@ -103,7 +103,8 @@ impl Collector for Terminals {
         if discipline != USUAL_DISCIPLINE {
             let name = String::from_utf8_lossy(&file.link);
             let what = format!("the terminal {name}, with the line discipline {discipline}");
-            let help = "only the usual one is kept (0, N_TTY); end the program that needs another";
+            let help =
+                "rcriu keeps only the default one (0, N_TTY); end the program that has set another";
             return Err(file.unsupported(what, help));
         }
         let (info_id, tty_type, index) = self.number(file)?;

@@ -239,7 +239,9 @@ impl Borrowed<'_> {
         let mut checked = false;
         while self.take(self.master, false, tell)? {
             if !checked && !descriptor::events(self.slave)?.contains(PollFlags::POLLOUT) {
-                log::warn!("the output of a pseudoterminal was stopped (^S), and goes on");
+                log::warn!(
+                    "the output of a pseudoterminal was stopped (^S); the dump had to start it again"
+                );
                 tty::flow(self.slave, Flow::Start)?;
                 let plain = Termios { input: 0, ..self.lines().plain() };
                 tty::set_termios(self.slave, false, &plain)?;

@@ -155,7 +155,7 @@ impl InetOpener {
             let Some(peer) = connects else { continue };
             if let Err(errno) = connection::connect_again(opened.get(restored.id)?, *peer) {
                 log::warn!(
-                    "{}: it is not connected, and its program is not told: {errno}",
+                    "{}: it cannot be connected again, and its program will not learn of it: {errno}",
                     restored.object
                 );
             }
@@ -291,7 +291,7 @@ impl<'a> Socket<'a> {
                 return Err(restored.wrong(problem));
             }
             if options.connections == Connections::Refuse {
-                let problem = "it would be restored only if asked for\nhelp: restore with \
+                let problem = "rcriu restores connections only on request\nhelp: restore with \
                                --tcp-established to keep it, or with --tcp-close to end it";
                 return Err(restored.wrong(problem));
             }

@@ -199,7 +199,7 @@ fn connections_are_refused_by_both_addresses() {
     let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let (own, peer) = (client.local_addr().unwrap(), client.peer_addr().unwrap());
     let message = refused(vec![listener.try_clone().unwrap()], &defaults());
-    assert!(message.contains("with 1 connections not accepted yet"), "{message}");
+    assert!(message.contains("with 1 connection not accepted yet"), "{message}");
     let _server = listener.accept().unwrap();
     let message = refused(vec![client], &defaults());
     let expected = format!("the TCP connection {own} -> {peer} in state ESTABLISHED");

@@ -202,7 +202,8 @@ impl Sockets {
                 && !options.allow_external
             {
                 let peer = &self.all[peer].restored;
-                let problem = "it belongs to a program that was not dumped; use --ext-unix-sk";
+                let problem =
+                    "it belongs to a program that was not dumped\nhelp: use --ext-unix-sk";
                 return Err(peer.wrong(problem));
             }
             let (fd, partner) = match socket.link {

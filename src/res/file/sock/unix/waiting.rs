@@ -347,7 +347,7 @@ pub(super) fn connect(all: &mut [Socket], callers: &mut Callers) -> Result<Vec<U
             let from = match client {
                 Some(client) if all[client].link == Link::Waiting(at) => {
                     if std::mem::replace(&mut made[client], true) {
-                        let problem = "it waits twice to be accepted";
+                        let problem = "two connections of it wait to be accepted";
                         return Err(all[client].restored.wrong(problem));
                     }
                     let client = &all[client];

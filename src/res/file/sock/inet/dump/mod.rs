@@ -209,7 +209,7 @@ impl InetCollector {
         });
         held.map_err(|error| {
             // The message of iptables says more than an errno.
-            log::error!("{HOLD_BACK} {} connections: {error}", ends.len());
+            log::error!("{HOLD_BACK} TCP connections ({}): {error}", ends.len());
             first.failed(HOLD_BACK)(errno(&error))
         })
     }

@@ -75,12 +75,13 @@ impl InetCollector {
                 let pending = word(TCP_INFO_PENDING);
                 if pending > 0 {
                     let peers = self.unaccepted(file, family, pending)?;
-                    let waiting = format!("{pending} connections not accepted yet{peers}");
+                    let connections = if pending == 1 { "connection" } else { "connections" };
+                    let waiting = format!("{pending} {connections} not accepted yet{peers}");
                     if !self.options.skip_in_flight {
                         let what = format!("{what}, listening, with {waiting}");
                         return Err(file.unsupported(what, HELP_ACCEPT));
                     }
-                    log::warn!("{what} listens: its {waiting} are left out (--skip-in-flight)");
+                    log::warn!("{what} listens; the dump leaves out {waiting} (--skip-in-flight)");
                 }
                 let md5_keys = self.md5_keys(file, family)?;
                 let backlog = word(TCP_INFO_BACKLOG);
