@@ -344,6 +344,15 @@ fn privileged_screen() {
     assert!(text.contains("in 25") && text.contains("then 30"), "{text}");
 }
 
+/// Whether a process is sleep(1) and belongs to the foreground group of its terminal.
+fn is_sleep_in_foreground(pid: i32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let Some((name, rest)) = stat.rsplit_once(')') else { return false };
+    let fields: Vec<&str> = rest.split_whitespace().collect();
+    // State, parent, group, session, terminal, foreground group.
+    name.ends_with("(sleep") && fields[2] == fields[5]
+}
+
 /// A user who is logged in over a connection does not notice.
 #[test]
 fn privileged_sshd_and_a_session() {
@@ -367,7 +376,8 @@ fn privileged_sshd_and_a_session() {
         path("user.pub"),
     );
     fs::write(path("config"), text).unwrap();
-    let _ = fs::create_dir("/run/sshd");
+    // Without this directory, which Debian's service creates, sshd does not start.
+    let made = fs::create_dir("/run/sshd").is_ok();
     let (config, key, log) = (path("config"), path("user"), path("ssh.log"));
     let mut live = Live::program("/usr/sbin/sshd", &["-D", "-f", &config], dir);
     wait_for("the server", || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
@@ -398,8 +408,12 @@ fn privileged_sshd_and_a_session() {
     exchange("echo third $((6 * 9)) $variable\n", "third 54 kept");
     // ^C ends what runs in the foreground.
     exchange("sleep 1000\n", "sleep 1000");
+    wait_for("sleep in the foreground", || live.tree().into_iter().any(is_sleep_in_foreground));
     exchange("\x03echo fourth $((6 * 10)) $?\n", "fourth 60 130");
     exchange("exit\n", "exit");
     assert!(client.wait().unwrap().success());
     reader.join().unwrap();
+    if made {
+        fs::remove_dir("/run/sshd").unwrap();
+    }
 }
