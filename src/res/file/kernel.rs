@@ -17,7 +17,7 @@ use crate::{
 
 /// An error of reading the memory of the kernel.
 #[derive(Debug, Error)]
-pub(super) enum KernelError {
+pub(in crate::res) enum KernelError {
     /// The kernel lets rcriu load no BPF program.
     #[error("load a BPF program that reads memory of the kernel")]
     Load(#[source] Errno),
@@ -51,11 +51,11 @@ pub(super) enum KernelError {
 }
 
 /// The result of reading the memory of the kernel.
-pub(super) type KernelResult<T> = Result<T, KernelError>;
+pub(in crate::res) type KernelResult<T> = Result<T, KernelError>;
 
 /// The kernel's structures.
 #[derive(Debug)]
-pub(super) struct Kernel {
+pub(in crate::res) struct Kernel {
     memory: KernelMemory,
     types: Btf,
     /// The table of open files of this process.
@@ -77,20 +77,20 @@ struct Variables {
 
 /// A pid, as rcriu sees it, with the ids that were sent with it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Credentials {
+pub(in crate::res) struct Credentials {
     /// 0 if it belongs to another pid namespace.
-    pub(super) pid: i32,
+    pub(in crate::res) pid: i32,
     /// The user.
-    pub(super) uid: u32,
+    pub(in crate::res) uid: u32,
     /// The group.
-    pub(super) gid: u32,
+    pub(in crate::res) gid: u32,
     /// Further groups.
-    pub(super) groups: Vec<u32>,
+    pub(in crate::res) groups: Vec<u32>,
 }
 
 impl Kernel {
     /// Prepares for reading. Changes nothing.
-    pub(super) fn open() -> KernelResult<Self> {
+    pub(in crate::res) fn open() -> KernelResult<Self> {
         let mut memory = KernelMemory::open().map_err(KernelError::Load)?;
         let types = Btf::parse(fs::read(TYPES).map_err(KernelError::Types)?);
         let types = types.ok_or(KernelError::Malformed)?;
@@ -104,12 +104,12 @@ impl Kernel {
         self.types.offset(structure, member).ok_or(KernelError::Member { structure, member })
     }
 
-    pub(super) fn size(&self, structure: &'static str) -> KernelResult<u64> {
+    pub(in crate::res) fn size(&self, structure: &'static str) -> KernelResult<u64> {
         self.types.size(structure).ok_or(KernelError::Member { structure, member: "the size" })
     }
 
     /// Returns the address of a member.
-    pub(super) fn member(
+    pub(in crate::res) fn member(
         &self,
         at: KernelAddr,
         structure: &'static str,
@@ -119,7 +119,7 @@ impl Kernel {
     }
 
     /// Returns the address of the structure that contains `at` as this member.
-    pub(super) fn containing(
+    pub(in crate::res) fn containing(
         &self,
         at: KernelAddr,
         structure: &'static str,
@@ -129,7 +129,7 @@ impl Kernel {
     }
 
     /// Reads bytes.
-    pub(super) fn bytes(
+    pub(in crate::res) fn bytes(
         &mut self,
         at: KernelAddr,
         len: usize,
@@ -145,13 +145,13 @@ impl Kernel {
     }
 
     /// Reads a number of 8 bytes.
-    pub(super) fn long_at(&mut self, at: KernelAddr, what: &'static str) -> KernelResult<u64> {
+    pub(in crate::res) fn long_at(&mut self, at: KernelAddr, what: &'static str) -> KernelResult<u64> {
         let bytes = self.bytes(at, 8, what)?;
         Ok(u64::from_ne_bytes(bytes.try_into().expect("8 bytes")))
     }
 
     /// Reads a member of 8 bytes.
-    pub(super) fn long(
+    pub(in crate::res) fn long(
         &mut self,
         at: KernelAddr,
         structure: &'static str,
@@ -162,7 +162,7 @@ impl Kernel {
     }
 
     /// Reads a member that is a pointer.
-    pub(super) fn pointer(
+    pub(in crate::res) fn pointer(
         &mut self,
         at: KernelAddr,
         structure: &'static str,
@@ -172,7 +172,7 @@ impl Kernel {
     }
 
     /// Reads a member of 4 bytes.
-    pub(super) fn word(
+    pub(in crate::res) fn word(
         &mut self,
         at: KernelAddr,
         structure: &'static str,
@@ -184,7 +184,7 @@ impl Kernel {
     }
 
     /// Returns the `struct file` of a descriptor of this process.
-    pub(super) fn file(&mut self, fd: BorrowedFd) -> KernelResult<KernelAddr> {
+    pub(in crate::res) fn file(&mut self, fd: BorrowedFd) -> KernelResult<KernelAddr> {
         let number = u64::try_from(fd.as_raw_fd()).expect("descriptors are not negative");
         let files = self.files;
         let table = self.pointer(files, "files_struct", "fdt")?;
@@ -197,7 +197,7 @@ impl Kernel {
     }
 
     /// Returns the files of all descriptors of this process.
-    pub(super) fn own_files(&mut self) -> KernelResult<HashMap<KernelAddr, i32>> {
+    pub(in crate::res) fn own_files(&mut self) -> KernelResult<HashMap<KernelAddr, i32>> {
         let files = self.files;
         let table = self.pointer(files, "files_struct", "fdt")?;
         let count = self.word(table, "fdtable", "max_fds")?;
@@ -210,7 +210,7 @@ impl Kernel {
     }
 
     /// Returns the number of a `struct pid` as rcriu sees it; 0 if it does not.
-    pub(super) fn pid(&mut self, pid: KernelAddr) -> KernelResult<i32> {
+    pub(in crate::res) fn pid(&mut self, pid: KernelAddr) -> KernelResult<i32> {
         if pid.is_null() {
             return Ok(0);
         }
@@ -233,7 +233,7 @@ impl Kernel {
     }
 
     /// Returns the effective ids and the groups of a `struct cred`.
-    pub(super) fn credentials(
+    pub(in crate::res) fn credentials(
         &mut self,
         pid: KernelAddr,
         cred: KernelAddr,
@@ -258,7 +258,7 @@ impl Kernel {
     ///
     /// # Errors
     /// [`KernelError::Unexpected`] before [`Self::find_pages`].
-    pub(super) fn page(&self, page: KernelAddr) -> KernelResult<KernelAddr> {
+    pub(in crate::res) fn page(&self, page: KernelAddr) -> KernelResult<KernelAddr> {
         let variables = self.variables.ok_or(KernelError::Unexpected("where memory is mapped"))?;
         self.page_at(page, variables)
     }
@@ -269,7 +269,7 @@ impl Kernel {
     }
 
     /// Whether [`Self::page`] may be used.
-    pub(super) fn knows_pages(&self) -> bool {
+    pub(in crate::res) fn knows_pages(&self) -> bool {
         self.variables.is_some()
     }
 
@@ -278,7 +278,7 @@ impl Kernel {
     ///
     /// Both places are random, but multiples of 1 GiB (`arch/x86/mm/kaslr.c`); every object of
     /// the kernel's allocator, such as the table of files, is behind the first.
-    pub(super) fn find_pages(
+    pub(in crate::res) fn find_pages(
         &mut self,
         page: KernelAddr,
         offset: u64,

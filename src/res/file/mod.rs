@@ -15,7 +15,7 @@ mod eventpoll;
 mod fown;
 mod ghost;
 mod install;
-mod kernel;
+pub(in crate::res) mod kernel;
 mod listeners;
 mod lock;
 mod memfd;
