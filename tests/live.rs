@@ -37,6 +37,7 @@ use rcriu::image::{ImageWriter, Kind, proto, read_all};
 const IN_KERNEL_MEMORY: &[&str] = &[
     "message_queues",
     "message_queue_notification",
+    "aio_in_flight",
     "unix_pending_data",
     "unix_pending_order",
     "unix_pending_closed",
@@ -632,6 +633,18 @@ fn privileged_states_that_no_restore_gives_back_are_refused() {
     for (name, words) in REFUSED {
         refused(name, words);
     }
+}
+
+#[test]
+fn privileged_aio_requests_in_flight_are_refused_or_warned_of() {
+    require_for("aio_in_flight");
+    refused("aio_in_flight", "has 1 AIO requests in flight, in the context with the ring at");
+    let mut live = Live::workload("aio_in_flight");
+    live.without = "kernel_memory";
+    let output = live.try_dump(&["-R"]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success() && said.contains("requests in flight, if there are"), "{said}");
+    live.verdict();
 }
 
 /// States that are lost, and words of the warnings.

@@ -27,6 +27,9 @@ mod kind {
 const HEAD_BYTES: usize = 12;
 const MEMBER_BYTES: usize = 12;
 
+/// The section of variables that each processor has.
+const PER_CPU_SECTION: &[u8] = b".data..percpu";
+
 /// How deep structures may be nested in another one.
 const DEPTH_MAX: u32 = 16;
 
@@ -101,6 +104,26 @@ impl Btf {
         word(&self.bytes, at + 8).map(u64::from)
     }
 
+    /// Returns the offset in bytes of a variable that each processor has, in the section of these.
+    pub fn per_cpu_variable(&self, name: &str) -> Option<u64> {
+        for at in &self.types {
+            let info = word(&self.bytes, at + 4)?;
+            if info >> 24 & 0x1f != kind::DATASEC
+                || self.text(word(&self.bytes, *at)?)? != PER_CPU_SECTION
+            {
+                continue;
+            }
+            for position in 0..(info & 0xffff) as usize {
+                let entry = at + HEAD_BYTES + position * MEMBER_BYTES;
+                let variable = self.at(word(&self.bytes, entry)?)?;
+                if self.text(word(&self.bytes, variable)?)? == name.as_bytes() {
+                    return word(&self.bytes, entry + 4).map(u64::from);
+                }
+            }
+        }
+        None
+    }
+
     /// Returns the position in bits and the type of a member.
     fn member(&self, number: u32, name: &[u8], depth: u32) -> Option<(u32, u32)> {
         if depth > DEPTH_MAX {
@@ -155,7 +178,7 @@ mod tests {
 
     /// `struct outer { u32 first; struct { u32 a; struct inner b; }; }`, `struct inner { u32 x, y; }`.
     fn sample() -> Vec<u8> {
-        let strings = b"\0u32\0outer\0first\0a\0b\0inner\0x\0y\0";
+        let strings = b"\0u32\0outer\0first\0a\0b\0inner\0x\0y\0.data..percpu\0";
         let name = |text: &str| {
             let text = [b"\0", text.as_bytes(), b"\0"].concat();
             let at = strings.windows(text.len()).position(|found| found == text).unwrap();
@@ -167,10 +190,13 @@ mod tests {
             vec![name("inner"), structure(2), 8, name("x"), 1, 0, name("y"), 1, 32],
             vec![0, structure(2), 12, name("a"), 1, 0, name("b"), 2, 32],
             vec![name("outer"), structure(2), 16, name("first"), 1, 0, 0, 3, 32],
+            vec![name("y"), kind::VAR << 24, 1, 0],
+            vec![name(".data..percpu"), kind::DATASEC << 24 | 1, 64, 5, 24, 4],
         ]
         .concat();
         let len = u32::try_from(types.len() * 4).unwrap();
-        let header = [u32::from(MAGIC) | 1 << 16, 24, 0, len, len, 33];
+        let header =
+            [u32::from(MAGIC) | 1 << 16, 24, 0, len, len, strings.len().try_into().unwrap()];
         let words = header.iter().chain(&types).flat_map(|word| word.to_le_bytes());
         words.chain(strings.iter().copied()).collect()
     }
@@ -184,6 +210,8 @@ mod tests {
         assert_eq!(btf.offset("outer", "y"), None);
         assert_eq!(btf.offset("nothing", "y"), None);
         assert_eq!(btf.size("outer"), Some(16));
+        assert_eq!(btf.per_cpu_variable("y"), Some(24));
+        assert_eq!(btf.per_cpu_variable("x"), None);
     }
 
     #[test]

@@ -7,7 +7,11 @@ use crate::{
     kit::{Checkpoint, Verdict, bytes, same},
 };
 
-pub const ROWS: &[Row] = &[("aio_contexts", contexts), ("aio_ring_of_a_parent", of_parent)];
+pub const ROWS: &[Row] = &[
+    ("aio_contexts", contexts),
+    ("aio_ring_of_a_parent", of_parent),
+    ("aio_in_flight", in_flight),
+];
 
 /// `struct iocb` (`linux/aio_abi.h`).
 #[derive(Clone, Copy, Default)]
@@ -167,4 +171,31 @@ fn of_parent(checkpoint: &Checkpoint) -> Verdict {
     checkpoint.wait();
     child.join()?;
     context.is_empty()
+}
+
+/// `IOCB_CMD_POLL`.
+const POLL: u16 = 5;
+
+/// A request that waits for an empty pipe.
+fn in_flight(checkpoint: &Checkpoint) -> Verdict {
+    let mut ends = [0; 2];
+    sys!(pipe(ends.as_mut_ptr()))?;
+    let context = Context::new(8, ends[0])?;
+    let mut request = Request {
+        data: 5,
+        opcode: POLL,
+        fd: ends[0],
+        buffer: libc::POLLIN as u64,
+        ..Request::default()
+    };
+    let mut list = [&raw mut request];
+    let made = sys!(syscall(libc::SYS_io_submit, context.id, 1, list.as_mut_ptr()))?;
+    same("submitted", 1, made)?;
+    checkpoint.wait();
+    context.is_empty()?;
+    sys!(write(ends[1], b"x".as_ptr().cast(), 1))?;
+    let mut event = Event::default();
+    let none = ptr::null::<libc::timespec>();
+    sys!(syscall(libc::SYS_io_getevents, context.id, 1, 1, &raw mut event, none))?;
+    same("event", (5, 1), (event.data, event.result & i64::from(libc::POLLIN)))
 }

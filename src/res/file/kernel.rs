@@ -45,6 +45,15 @@ pub(in crate::res) enum KernelError {
         /// The cause.
         source: Errno,
     },
+    /// The memory of a process, which leads to it in the kernel, cannot be opened.
+    #[error("open the memory of the process")]
+    Open(#[source] std::io::Error),
+    /// The kernel does not list its processors.
+    #[error("list the processors")]
+    Processors(#[source] std::io::Error),
+    /// This thread cannot run on each processor.
+    #[error("run on each processor")]
+    Run(#[source] Errno),
     /// The structures contradict system calls.
     #[error("understand {0} in the kernel")]
     Unexpected(&'static str),
@@ -145,7 +154,11 @@ impl Kernel {
     }
 
     /// Reads a number of 8 bytes.
-    pub(in crate::res) fn long_at(&mut self, at: KernelAddr, what: &'static str) -> KernelResult<u64> {
+    pub(in crate::res) fn long_at(
+        &mut self,
+        at: KernelAddr,
+        what: &'static str,
+    ) -> KernelResult<u64> {
         let bytes = self.bytes(at, 8, what)?;
         Ok(u64::from_ne_bytes(bytes.try_into().expect("8 bytes")))
     }
@@ -183,6 +196,17 @@ impl Kernel {
         Ok(u32::from_ne_bytes(bytes.try_into().expect("4 bytes")))
     }
 
+    /// Returns the `task_struct` of this thread.
+    pub(in crate::res) fn task(&mut self) -> KernelResult<KernelAddr> {
+        self.memory.current_task().map_err(KernelError::Load)
+    }
+
+    /// Returns where a variable is that each processor has, from the start of their section on.
+    pub(in crate::res) fn per_cpu_variable(&self, name: &'static str) -> KernelResult<u64> {
+        let found = self.types.per_cpu_variable(name);
+        found.ok_or(KernelError::Member { structure: "per-CPU variables", member: name })
+    }
+
     /// Returns the `struct file` of a descriptor of this process.
     pub(in crate::res) fn file(&mut self, fd: BorrowedFd) -> KernelResult<KernelAddr> {
         let number = u64::try_from(fd.as_raw_fd()).expect("descriptors are not negative");
@@ -214,7 +238,7 @@ impl Kernel {
         if pid.is_null() {
             return Ok(0);
         }
-        let task = self.memory.current_task().map_err(KernelError::Load)?;
+        let task = self.task()?;
         let own = self.pointer(task, "task_struct", "thread_pid")?;
         let level = self.word(own, "pid", "level")?;
         let step = self.size("upid")?;

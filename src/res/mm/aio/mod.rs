@@ -9,17 +9,25 @@
 //! restore submits as many requests as it takes, which read an eventfd without a value and
 //! complete at once.
 
+mod in_flight;
+
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
 use nix::{errno::Errno, libc};
 
 use crate::{
-    causes::tell,
+    causes::{tell, with_sources},
     image::{proto::AioRingEntry, tree::Arena},
     inject::Script,
     proc::{self, Mapping},
     res::{
         ResError, Result,
         calls::Calls,
-        task::{Collect, Kind, Process, Restored},
+        file::kernel::KernelResult,
+        task::{Checked, Collect, Kind, Process, Restored},
     },
     sys::process,
     units::{HostPid, RemoteAddr},
@@ -50,6 +58,10 @@ const BATCH: u32 = 256;
 /// How often a context is made before the restore fails: its free requests are distributed over
 /// the processors, so a thread that moves may find none left.
 const ATTEMPTS: u32 = 16;
+
+/// How long a dump waits for requests in flight, and how often it looks.
+const PATIENCE: Duration = Duration::from_millis(500);
+const INTERVAL: Duration = Duration::from_millis(1);
 
 /// The kind.
 pub(in crate::res) struct Contexts;
@@ -95,6 +107,29 @@ fn failed(pid: HostPid, step: &'static str) -> impl Fn(Errno) -> ResError {
     move |source| ResError::Process { pid, step, source }
 }
 
+/// Waits until no requests are in flight; otherwise returns how many are, and the ring of their
+/// context.
+fn pending(witness: HostPid, rings: &[Mapping]) -> KernelResult<Option<(u32, RemoteAddr)>> {
+    let begin = Instant::now();
+    let mut contexts = in_flight::Contexts::open(witness)?;
+    for ring in rings.iter().map(|mapping| mapping.start) {
+        // A completion moves requests from one count to another, so one look may miss them.
+        let mut last = None;
+        loop {
+            let late = begin.elapsed() > PATIENCE;
+            match contexts.requests(ring) {
+                Ok(None) => break,
+                Ok(Some(0)) if last == Some(0) => break,
+                Ok(Some(count)) if count > 0 && late => return Ok(Some((count, ring))),
+                Err(error) if late => return Err(error),
+                found => last = found.ok().flatten(),
+            }
+            thread::sleep(INTERVAL);
+        }
+    }
+    Ok(None)
+}
+
 fn is_ring(mapping: &Mapping) -> bool {
     mapping.name.starts_with(b"/[aio]")
 }
@@ -106,6 +141,39 @@ fn requests(events: u32) -> u32 {
 }
 
 impl Kind for Contexts {
+    /// Disk requests complete while the process is stopped, so the dump waits for them.
+    fn check(&self, of: &Checked<'_>) -> Result<()> {
+        let (pid, witness) = (of.task.pid, of.task.witness());
+        if of.memory_only {
+            return Ok(());
+        }
+        let rings: Vec<_> = proc::maps(witness)?.into_iter().filter(is_ring).collect();
+        if rings.is_empty() {
+            return Ok(());
+        }
+        match pending(witness, &rings) {
+            Ok(None) => Ok(()),
+            Ok(Some((count, ring))) => Err(ResError::Refused {
+                pid,
+                what: format!(
+                    "has {count} AIO requests in flight, in the context with the ring at {ring}"
+                ),
+                help: "dump it when they have completed; those that poll (IOCB_CMD_POLL) wait for \
+                       their descriptor",
+            }),
+            Err(error) => {
+                let why = with_sources(&error);
+                let lost = format!(
+                    "process {pid} has AIO contexts, such as at {}: requests in flight, if there \
+                     are any, are lost (they cannot be seen: {why})",
+                    rings[0].start
+                );
+                tell(log::Level::Warn, &lost);
+                Ok(())
+            }
+        }
+    }
+
     fn ask(&self, of: Process, script: &mut Script) -> Result<Collect> {
         let mut asked = Vec::new();
         for mapping in proc::maps(of.witness)?.into_iter().filter(is_ring) {
@@ -133,11 +201,6 @@ impl Kind for Contexts {
                     let help = "have the program destroy it (io_destroy(2))";
                     return Err(refused("which the program has changed", help));
                 };
-                let lost = format!(
-                    "process {pid} has an AIO context at {start}: requests in flight, if there are \
-                     any, are lost"
-                );
-                tell(log::Level::Warn, &lost);
                 images.mm.aios.push(AioRingEntry {
                     id: start.0,
                     nr_req: requests(header.events),
