@@ -29,7 +29,7 @@ macro_rules! named {
         pub enum $of { $(#[doc = $about] $member,)* }
 
         impl $of {
-            /// Every one, in the order in which they come.
+            /// All values, in the order of the program.
             pub const ALL: &'static [Self] = &[$(Self::$member,)*];
 
             /// Returns the name that chooses it.
@@ -41,8 +41,8 @@ macro_rules! named {
 }
 
 named! {
-    /// Where a failure can be made to happen: in a dump, a restore, linking, freeing and
-    /// reading through a mount.
+    /// Points at which a test can cause a failure: in a dump, a restore, linking, freeing, and reading
+    /// through a mount.
     Point {
         DumpSeize = "dump-seize": "After the first task of the tree was stopped.";
         DumpFrozen = "dump-frozen": "After the whole tree was stopped.";
@@ -54,32 +54,32 @@ named! {
         DumpListed = "dump-listed": "When a thread is to begin with a list of calls.";
         DumpWalking = "dump-walking": "While a thread makes a list of calls.";
         DumpWalked = "dump-walked": "When it is through with them.";
-        DumpAsked = "dump-asked": "After a task was asked what only it knows.";
+        DumpAsked = "dump-asked": "After the task made calls that show its state.";
         TerminalTaken = "terminal-taken": "After the dump has taken bytes queued in a terminal.";
         TerminalReturned = "terminal-returned": "After the dump has returned some of these bytes.";
-        TcpRepairing = "tcp-repairing": "While a TCP connection is looked into.";
+        TcpRepairing = "tcp-repairing": "While the dump reads a TCP connection in repair mode.";
         DumpFiles = "dump-files": "After the descriptors were collected.";
         DumpMemory = "dump-memory": "In the middle of copying memory.";
         DumpWritten = "dump-written": "After all images were written, before they are synced.";
         DumpSynced = "dump-synced": "After all is on disk, before the directory counts as a snapshot.";
         DumpCommit = "dump-commit": "After the snapshot is complete, before the tree goes on or dies.";
-        TcpParted = "tcp-parted": "When connections are to end with the tree, without a packet.";
-        RestorePlan = "restore-plan": "After the plan was made, before any process.";
+        TcpParted = "tcp-parted": "When connections are set to end with the tree, without a packet.";
+        RestorePlan = "restore-plan": "After the plan was made, before any process exists.";
         RestoreRoot = "restore-root": "After the first process was made.";
         RestoreMemory = "restore-memory": "In the middle of filling memory.";
         RestoreForked = "restore-forked": "After all processes were made.";
         RestoreFiles = "restore-files": "After the descriptors were installed.";
         RestoreThreads = "restore-threads": "After all threads were made.";
         RestoreLast = "restore-last": "Before the first process is let go.";
-        DedupMade = "dedup-made": "After all that is new was made, before anything is replaced.";
+        DedupMade = "dedup-made": "After all new files were made, before any file is replaced.";
         DedupLinked = "dedup-linked": "After new pages and the link are in place, before any pagemap is.";
         DedupReplacing = "dedup-replacing": "After the first pagemap was replaced.";
         DedupReplaced = "dedup-replaced": "After all pagemaps were replaced.";
         DedupRenumbered = "dedup-renumbered": "After objects got other numbers.";
-        DedupRemoved = "dedup-removed": "After what was replaced was removed.";
+        DedupRemoved = "dedup-removed": "After the replaced files were removed.";
         FreeNoted = "free-noted": "After pages were noted to be freed, before a journal names them.";
-        FreeAppended = "free-appended": "After journals name them, before that is on disk.";
-        FreeJournalled = "free-journalled": "After that is on disk, before the first page is freed.";
+        FreeAppended = "free-appended": "After journals name them, before the journals are on disk.";
+        FreeJournalled = "free-journalled": "After the journals are on disk, before the first page is freed.";
         FreeHalf = "free-half": "After the first pages were freed.";
         FreeDone = "free-done": "After all were freed.";
         ComposeHalf = "compose-half": "After the first blocks of a file that a mount composes.";
@@ -87,7 +87,7 @@ named! {
 }
 
 named! {
-    /// What newer kernels have, and a test can make the programs do without.
+    /// Features of newer kernels that a test can hide from the programs.
     Novelty {
         EventfdSemaphore = "eventfd_semaphore":
             "`/proc/PID/fdinfo` tells whether an eventfd is a semaphore (Linux 6.5).";

@@ -420,7 +420,7 @@ impl Machine {
         machine
     }
 
-    /// Runs something there.
+    /// Runs a command there.
     fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         let namespace = File::open(Path::new("/run/netns").join(&self.name)).unwrap();
         thread::scope(|scope| {
@@ -432,8 +432,8 @@ impl Machine {
         })
     }
 
-    /// What its kernel has counted of TCP: packets sent again, and all signs of a connection that
-    /// did not end well.
+    /// The TCP counters of its kernel: retransmissions, and all signs of a connection that did not
+    /// end well.
     fn counts(&self) -> (u64, Vec<u64>) {
         let text = self.run(|| fs::read_to_string("/proc/thread-self/net/snmp").unwrap());
         let mut lines = text.lines().filter_map(|line| line.strip_prefix("Tcp: "));

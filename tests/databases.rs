@@ -1,5 +1,5 @@
 //! Databases and other programs that lock files or watch them, dumped in the middle of their work.
-//! Clients hold on, and lose nothing.
+//! Clients stay connected, and lose nothing.
 //!
 //! All of it needs root.
 
@@ -30,7 +30,7 @@ const OPTIONS: [&str; 2] = ["--tcp-established", "--file-locks"];
 /// A user that is not root, which PostgreSQL insists on.
 const NOBODY: u32 = 65_534;
 
-/// Dumps a tree that goes on, then dumps it to its end and restores it from a mount of both.
+/// Dumps a tree and leaves it running, dumps and kills it, and restores it from a mount of both.
 fn round_trip(live: &mut Live, meanwhile: impl FnOnce(&mut Live)) {
     live.images_name = "first";
     live.dump_running(&OPTIONS);
@@ -47,7 +47,7 @@ fn round_trip(live: &mut Live, meanwhile: impl FnOnce(&mut Live)) {
     drop(mounted);
 }
 
-/// A transaction that has written, with either journal: others are kept out until it ends.
+/// A transaction that has written, with either journal: no other process can write until it ends.
 #[test]
 fn privileged_sqlite_in_a_transaction() {
     require(Cap::Ptrace);
@@ -70,7 +70,7 @@ fn privileged_sqlite_in_a_transaction() {
             let [said, failed] = [output.stdout, output.stderr].map(String::from_utf8);
             (output.status.success(), said.unwrap() + &failed.unwrap())
         };
-        // At its end the program writes the journal back, and is alone meanwhile.
+        // At its end, the program writes the journal back, and locks out all others meanwhile.
         let sql = |text| sql_within("20000", text);
         let insert = "insert into t values (1000)";
         let (done, said) = sql_within("0", insert);

@@ -309,7 +309,7 @@ fn no_kind_of_files_uses_another() {
     }
 }
 
-/// What a dump and a restore may name inside a scope: types and functions, and these modules, which
+/// The modules inside a scope that a dump and a restore may name, besides types and functions: they
 /// describe memory for all kinds.
 const SHARED: [&str; 1] = ["mm::mapping"];
 

@@ -23,7 +23,7 @@ use common::{
 };
 use nix::sys::signal::{Signal, kill};
 
-/// Debian's own: what comes first in the path may be a script of a version manager.
+/// Debian's own Python: the first one in the search path may be a script of a version manager.
 const PYTHON: &str = "/usr/bin/python3";
 
 /// A port that no other test has.

@@ -1,5 +1,5 @@
-//! Servers and programs of the network that people run, with clients that hold on: over a dump that
-//! leaves the tree running, over one that kills it, and over a restore from a mount of both.
+//! Common servers and network programs, with clients that stay connected during a dump that leaves
+//! the tree running, a dump that kills it, and a restore from a mount of both.
 //!
 //! The clients lose nothing and notice nothing but a pause. All of it needs root.
 
@@ -24,7 +24,7 @@ use common::{
 };
 use nix::sys::signal::{Signal, kill};
 
-/// Debian's own: what comes first in the path may be a script of a version manager.
+/// Debian's own Python: the first one in the search path may be a script of a version manager.
 const PYTHON: &str = "/usr/bin/python3";
 
 const ESTABLISHED: &str = "--tcp-established";
@@ -108,7 +108,7 @@ impl Connection for Lines {
     }
 }
 
-/// A client that counts what it gets.
+/// A client that counts the messages that it receives.
 struct Client<C> {
     connection: C,
     sent: usize,
@@ -163,7 +163,8 @@ impl<C: Connection> Client<C> {
     }
 }
 
-/// The ordeal of a server that ticks, with so many clients; and a new one afterwards.
+/// Dumps and restores a server that sends ticks, with this number of clients, and connects a new
+/// client afterwards.
 fn with_clients<C: Connection>(live: &mut Live, clients: usize, open: impl Fn() -> C) {
     let mut clients: Vec<_> = (0..clients).map(|_| Client::new(open())).collect();
     ordeal(live, |_| {
@@ -388,7 +389,7 @@ fn privileged_nginx_in_the_middle_of_transfers() {
         tree.len() == 3 && tree.iter().filter(|pid| workers.contains(pid)).count() == 1
     });
     assert_eq!(get(&mut open(), "/page"), b"another page\n");
-    // The old workers have told their clients that they go.
+    // The old workers have closed their connections.
     assert_eq!(keeping.read(&mut [0]).unwrap(), 0);
     kill(live.root, Signal::SIGQUIT).unwrap();
     live.wait_gone();

@@ -1,6 +1,6 @@
 //! Terminals: bytes that wait in them, however a dump ends, and the programs of a user's session.
 //!
-//! All of it needs root. A person's part is played by `tmux`, which types and looks at screens.
+//! All of it needs root. `tmux` stands for the user: it types, and reads the screens.
 
 mod common;
 
@@ -22,7 +22,7 @@ use common::{
 };
 use rcriu::fault::Point;
 
-/// Debian's own: what comes first in the path may be a script of a version manager.
+/// Debian's own Python: the first one in the search path may be a script of a version manager.
 const PYTHON: &str = "/usr/bin/python3";
 
 /// The tests of this program take turns: some pairs are to have their numbers again.
@@ -34,8 +34,8 @@ fn numbers() -> MutexGuard<'static, ()> {
 /// States with bytes that wait.
 const STATES: [&str; 3] = ["pty_lines", "pty_raw_bytes", "pty_stopped_output"];
 
-/// A dump that fails while it has bytes of a terminal puts them back, and so does the process that
-/// has started it if that one is killed, at each moment.
+/// A dump that fails while it holds bytes of a terminal returns them. If it is killed, its supervisor
+/// returns them, whatever the moment.
 #[test]
 fn privileged_bytes_stay_in_terminals_whatever_ends_a_dump() {
     require(Cap::Ptrace);
@@ -169,8 +169,8 @@ impl Tmux {
     }
 }
 
-/// What a person has open, in tmux: an editor, one that is stopped, a pager, logs, an interpreter,
-/// commands that run, with words typed ahead.
+/// A user's windows in tmux: an editor, a stopped editor, a pager, logs, an interpreter, and running
+/// commands with words typed ahead.
 fn session() -> Tmux {
     let tmux = Tmux::start();
     let path = |name: &str| tmux.live.path(name);
@@ -285,7 +285,7 @@ fn privileged_tmux_and_all_in_it() {
         fs::read_to_string(tmux.live.path("stopped"))
             .is_ok_and(|text| text == "words of a stopped editor\n")
     });
-    // The shell still rules its terminal: ^C ends what is in the foreground.
+    // The shell still controls its terminal: ^C ends the program in the foreground.
     tmux.wait("shell", "$ fg\nvim -u NONE -N stopped\n$");
     tmux.type_in("shell", &["fg", "Enter"]);
     tmux.wait("shell", "$ fg\nsleep 1000\n");
@@ -353,7 +353,7 @@ fn is_sleep_in_foreground(pid: i32) -> bool {
     name.ends_with("(sleep") && fields[2] == fields[5]
 }
 
-/// A user who is logged in over a connection does not notice.
+/// A user's ssh session continues after a dump and a restore of sshd.
 #[test]
 fn privileged_sshd_and_a_session() {
     const ESTABLISHED: &str = "--tcp-established";
@@ -406,7 +406,7 @@ fn privileged_sshd_and_a_session() {
     live.dump(&[ESTABLISHED]);
     live.restore(&[ESTABLISHED]);
     exchange("echo third $((6 * 9)) $variable\n", "third 54 kept");
-    // ^C ends what runs in the foreground.
+    // ^C ends the program in the foreground.
     exchange("sleep 1000\n", "sleep 1000");
     wait_for("sleep in the foreground", || live.tree().into_iter().any(is_sleep_in_foreground));
     exchange("\x03echo fourth $((6 * 10)) $?\n", "fourth 60 130");

@@ -54,7 +54,7 @@ fn words(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-/// Returns what a command says that must fail.
+/// Returns the error of a command that must fail.
 fn failed(output: &Output) -> String {
     assert!(!output.status.success(), "it succeeded: {}", words(output));
     words(output)
@@ -146,7 +146,7 @@ fn privileged_a_stream_without_its_listener_is_refused_and_said() {
     client.is_served(end);
 }
 
-/// What is not read by the client is lost by a new connection, with a word.
+/// A new connection loses data that the client has not read, with a warning.
 #[test]
 fn privileged_a_stream_takes_a_socket_of_the_caller() {
     let mut client = Connected::new();
@@ -250,7 +250,7 @@ fn privileged_a_bus_answers_its_client() {
     let mut live = Live::program("/bin/bash", &["-c", &script], directory());
     let ready = live.path("ready");
     wait_for("the client of the bus", || ready.exists());
-    // A program outside hears of the same bus before and after.
+    // A program outside gets the id of the same bus before and after.
     let id = |live: &Live| {
         let mut other = UnixStream::connect(live.path("bus")).unwrap();
         patient(&other);

@@ -115,7 +115,7 @@ impl Tracking {
 
     /// Notes a mapping of shared memory, which is no System V segment.
     pub(super) fn note(&mut self, pid: HostPid, mapping: &Mapping) {
-        // Without a right to it, nobody can write by the mapping.
+        // A process cannot write through a mapping without that permission.
         let may_write = mapping.write || mapping.flags.contains(VmFlags::MAY_WRITE);
         if mapping.shared && may_write {
             let writers = self.writers.entry(Key::of_mapping(mapping)).or_default();

@@ -115,7 +115,7 @@ impl Session {
         let signal = choose_signal(threads)?;
         let why = match signal {
             None => Some("it ignores no signal"),
-            // Without room on the stack, no way leads home anyway.
+            // Without room on the stack, the thread cannot return by itself anyway.
             Some(_) if filtered && session.home.room().is_some() => Some("it has seccomp filters"),
             Some(_) => None,
         };

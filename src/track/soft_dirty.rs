@@ -1,7 +1,7 @@
 //! Soft-dirty bits (`CONFIG_MEM_SOFT_DIRTY`).
 //!
-//! They are bits of the process that anybody may clear: a dump by another program in
-//! between is not noticed.
+//! Any program may clear the bits of a process: rcriu does not notice a dump by another program in
+//! between.
 
 use std::{
     fs::{self, File},

@@ -2,17 +2,16 @@
 
 use std::{fs::File, io::Write as _};
 
-/// The file that lists the skipped tests, a line each: program, test, and what is missing,
-/// with tabs between. Set by `tests/run`.
+/// The file that lists the skipped tests, one per line: program, test and missing
+/// requirement, separated by tabs. Set by `tests/run`.
 const SKIPPED: &str = "RCRIU_TEST_SKIPPED";
 /// If set, nothing may be skipped.
 const STRICT: &str = "RCRIU_TEST_STRICT";
 
-/// Ends a test that cannot run, and says what it needs.
+/// Ends a test that cannot run, and names the missing requirement.
 ///
-/// Rust's test runner has passed and failed and nothing else, so the test fails, and `cargo
-/// test` alone cannot show it as passed. `tests/run` finds it in its list, and counts it as
-/// what it is.
+/// Rust's test runner knows only passed and failed tests, so the test fails, and `cargo test` alone
+/// cannot show it as passed. `tests/run` finds it in the list, and counts it as skipped.
 pub fn skip(missing: &str) -> ! {
     let strict = std::env::var_os(STRICT).is_some_and(|value| value != "0");
     if let Some(path) = std::env::var_os(SKIPPED).filter(|_| !strict) {

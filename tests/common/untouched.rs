@@ -234,8 +234,8 @@ fn open_file(name: &str, fd: &OwnedFd) -> Vec<(String, String)> {
         ("modified", metadata.mtime(), metadata.mtime_nsec()),
         (CHANGED, metadata.ctime(), metadata.ctime_nsec()),
     ] {
-        // A dump reads what waits in a pair, and sets the times of the slave again. That of its
-        // last change then is another; /dev/ptmx belongs to all pairs.
+        // A dump reads the bytes that wait in a pair, and then resets the times of the slave, which
+        // changes its ctime; all pairs share /dev/ptmx.
         let is_of_pair = is_terminal(MASTERS) || what == CHANGED && is_terminal(SLAVES);
         if !is_of_pair {
             add(what, format!("{seconds}.{nanoseconds:09}"));

@@ -15,7 +15,7 @@ function frame(text) {
   return Buffer.concat([head, body]);
 }
 
-// Takes whole frames from the front of `bytes`, and returns what is left.
+// Takes whole frames from the front of `bytes`, and returns the rest.
 function take(bytes, found) {
   for (;;) {
     if (bytes.length < 2) return bytes;

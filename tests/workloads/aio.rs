@@ -1,4 +1,4 @@
-//! AIO contexts (`io_setup(2)`), and what they have to be read.
+//! AIO contexts (`io_setup(2)`), with completions to be read.
 
 use std::{mem, os::fd::RawFd, ptr};
 
@@ -93,7 +93,7 @@ impl Context {
         Ok(())
     }
 
-    /// Reads completions, and compares them with what was submitted.
+    /// Reads completions, and compares them with the requests.
     fn take(&mut self, count: u64) -> Verdict {
         for _ in 0..count {
             let mut event = Event::default();

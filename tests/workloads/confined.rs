@@ -1,7 +1,7 @@
 //! System calls that are confined by `seccomp(2)`.
 //!
-//! Some of the filters kill for calls that a dump makes in the process, or for those by which
-//! the process would come home from one.
+//! Some of the filters kill for calls that a dump makes in the process, or for those by which a
+//! thread returns to its own work afterwards.
 
 use std::{
     ptr,
@@ -49,7 +49,7 @@ fn instruction(code: u16, jf: u8, k: u32) -> libc::sock_filter {
     libc::sock_filter { code, jt: 0, jf, k }
 }
 
-/// A program that does something for each of these calls, and another thing for all others.
+/// A program with an action for each of these calls, and one for all others.
 pub fn program(rows: &[(libc::c_long, u32)], otherwise: u32) -> Vec<libc::sock_filter> {
     let mut program = vec![instruction(LOAD, 0, 0)];
     for (number, action) in rows {
@@ -60,7 +60,7 @@ pub fn program(rows: &[(libc::c_long, u32)], otherwise: u32) -> Vec<libc::sock_f
     program
 }
 
-/// Installs a filter for the calling thread. Returns what `seccomp(2)` does.
+/// Installs a filter for the calling thread. Returns the result of `seccomp(2)`.
 pub fn install(program: &[libc::sock_filter], flags: u64) -> Result<i64, String> {
     const SET_MODE_FILTER: i32 = 1;
     let program =
@@ -142,8 +142,8 @@ const NEEDED: [libc::c_long; 22] = [
     libc::SYS_rt_sigreturn,
 ];
 
-/// A filter that kills for all calls but some. What `sigaltstack(2)` and `munmap(2)` are for, a
-/// state does not need before it has said its verdict.
+/// A filter that kills for all calls except some. A workload needs neither `sigaltstack(2)` nor
+/// `munmap(2)` before it has reported its verdict.
 fn kills_but_for(needed: &[libc::c_long]) -> Vec<libc::sock_filter> {
     let rows = needed.iter().map(|number| (*number, ALLOW));
     let rows: Vec<_> = [(libc::SYS_getppid, ERRNO | 77)].into_iter().chain(rows).collect();
@@ -157,20 +157,21 @@ fn killed_unless_needed(checkpoint: &Checkpoint, needed: &[libc::c_long]) -> Ver
     same("result of getppid(2)", -77, raw(libc::SYS_getppid))
 }
 
-/// The filter kills for what a dump asks the process, but lets it come home.
+/// The filter kills for the calls that a dump makes in the process, but not for those by which a
+/// thread returns to its own work.
 fn seccomp_kills(checkpoint: &Checkpoint) -> Verdict {
     killed_unless_needed(checkpoint, &NEEDED)
 }
 
-/// Nor may it come home by itself.
+/// The filter also kills for the calls by which a thread returns to its own work.
 fn seccomp_kills_returns(checkpoint: &Checkpoint) -> Verdict {
     killed_unless_needed(checkpoint, &NEEDED[..NEEDED.len() - 1])
 }
 
-/// How the process locks new memory is only seen by mapping some.
+/// Only a new mapping shows whether the process locks new memory.
 fn seccomp_kills_locked_later(checkpoint: &Checkpoint) -> Verdict {
     sys!(mlockall(libc::MCL_FUTURE))?;
-    // Some memory that is locked tells the dump that more may be.
+    // A dump looks at new mappings only in processes with locked memory.
     let (bytes, access) = (PAGE, libc::PROT_READ | libc::PROT_WRITE);
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     sys!(mmap(ptr::null_mut(), bytes, access, flags, -1, 0))?;
@@ -250,11 +251,11 @@ fn seccomp_shared(checkpoint: &Checkpoint) -> Verdict {
     threads.into_iter().try_for_each(crate::kit::Thread::join)
 }
 
-/// Threads with what they have from the first, with more of their own, and without any.
+/// Threads with the filters of the first one, with more of their own, and without any.
 fn seccomp_of_each_thread(checkpoint: &Checkpoint) -> Verdict {
     no_new_privileges()?;
     let mut threads = Vec::new();
-    // What these two return does not depend on who restores the process.
+    // The results of these two calls do not depend on the restorer.
     let before = [raw(libc::SYS_getegid), raw(libc::SYS_getpgrp)];
     let getegid_fails = |with| program(&[(libc::SYS_getegid, ERRNO | with)], ALLOW);
     let of_getpgrp = |with| program(&[(libc::SYS_getpgrp, ERRNO | with)], ALLOW);
@@ -303,8 +304,8 @@ fn seccomp_inherited(checkpoint: &Checkpoint) -> Verdict {
     children.into_iter().try_for_each(crate::kit::Child::join)
 }
 
-/// A process that had the privilege to install a filter without giving up new privileges, and
-/// that has it no more.
+/// A process that installed a filter without `no_new_privs`, and has since lost the privilege to do
+/// so.
 fn seccomp_without_privileges(checkpoint: &Checkpoint) -> Verdict {
     const NOBODY: u32 = 65534;
     install(&getppid_fails(77), 0)?;
@@ -344,7 +345,7 @@ fn seccomp_trap(checkpoint: &Checkpoint) -> Verdict {
     same("result", 4711, raw(libc::SYS_getppid))
 }
 
-/// A filter that asks another process, as container managers have them.
+/// A filter that asks another process, as container managers install them.
 fn seccomp_notifies(checkpoint: &Checkpoint) -> Verdict {
     no_new_privileges()?;
     install(&program(&[(libc::SYS_getppid, USER_NOTIF)], ALLOW), 0)?;

@@ -107,7 +107,7 @@ fn raw_sockets(checkpoint: &Checkpoint) -> Verdict {
     let before = found()?;
     checkpoint.wait();
     same("sockets", before, found()?)?;
-    // They are connected still, and see no request, but its answer.
+    // They are still connected, and receive the reply but not the request.
     let id = std::process::id() as u16;
     write_all(icmp, &with_checksum(request(8, id)))?;
     let mut got = None;
@@ -186,7 +186,7 @@ fn multicast_groups(checkpoint: &Checkpoint) -> Verdict {
     arrive()?;
     checkpoint.wait();
     arrive()?;
-    // A program leaves a group by what it has joined it by.
+    // A program leaves a group by the address or interface by which it joined.
     set_bytes(fd, libc::SOL_IP, libc::IP_DROP_MEMBERSHIP, &any)?;
     set_bytes(fd, libc::SOL_IP, libc::IP_DROP_SOURCE_MEMBERSHIP, &some)?;
     set_bytes(six, libc::SOL_IPV6, libc::IPV6_DROP_MEMBERSHIP, &join)

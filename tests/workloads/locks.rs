@@ -56,7 +56,7 @@ fn errno() -> i32 {
     Error::last_os_error().raw_os_error().unwrap_or(0)
 }
 
-/// Who holds the first lock in the way: mode, start, length, pid.
+/// Returns the first conflicting lock: mode, start, length, pid of its holder.
 fn holder(fd: i32, command: i32, start: i64, len: i64) -> Result<(i32, i64, i64, i32), String> {
     let mut found = range(libc::F_WRLCK, start, len);
     sys!(fcntl(fd, command, &raw mut found))?;

@@ -43,7 +43,7 @@ fn attributes(fd: i32) -> Result<[i64; 4], String> {
     Ok([found.mq_flags, found.mq_maxmsg, found.mq_msgsize, found.mq_curmsgs])
 }
 
-/// One that keeps its name, and one that has none any more.
+/// A queue with a name, and one whose name was removed.
 fn message_queues(checkpoint: &Checkpoint) -> Verdict {
     let large = bytes(5, 8192);
     let mut queues = Vec::new();

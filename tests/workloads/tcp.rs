@@ -61,8 +61,8 @@ fn set_nonblocking(fd: i32) -> Verdict {
     sys!(fcntl(fd, libc::F_SETFL, flags)).map(drop)
 }
 
-/// Sockets whose packets nobody has answered yet, since the other end has no room: of a program
-/// that polls, and of one that waits in `connect(2)`.
+/// Sockets whose peer has not answered yet, because its queue is full: one of a program that polls,
+/// and one of a program that waits in `connect(2)`.
 fn tcp_connecting(checkpoint: &Checkpoint) -> Verdict {
     // With one connection that waits there is no room for another. Each client has a server of its
     // own, since a server may lose one of two that come at the same time.
@@ -127,7 +127,7 @@ struct Key {
     key: [u8; 80],
 }
 
-/// Signs what goes to an address of this machine, and refuses what comes without a signature.
+/// Signs packets to an address of this machine, and rejects packets from there without a signature.
 fn sign(fd: i32, key: &[u8]) -> Verdict {
     let mut value = Key {
         address: [0; 128],
@@ -166,7 +166,7 @@ fn tcp_signed(checkpoint: &Checkpoint) -> Verdict {
     set_nonblocking(stranger)?;
     let begun = Address::ip4(own_port(0)).connect(stranger);
     ensure!(begun.is_err(), "connected without a key");
-    // What the other one was sent, this machine has handled by now.
+    // By now, this machine has handled the packets to the other socket.
     let [client, accepted] = connect()?;
     same("state of a socket without a key", Ok(SYN_SENT), tcp_state(stranger))?;
     write_all(client, b"a new one")?;

@@ -1,4 +1,4 @@
-//! Pseudoterminals: what is queued in them, and modes that hardly show.
+//! Pseudoterminals: queued bytes, and modes that have little visible effect.
 
 use std::ffi::CString;
 
@@ -18,7 +18,7 @@ pub const ROWS: &[Row] = &[
 const TCGETS2: libc::Ioctl = 0x802c_542a;
 const TCSETS2: libc::Ioctl = 0x402c_542b;
 
-/// A pair whose slave is nobody's controlling terminal.
+/// A pair whose slave is the controlling terminal of no session.
 fn pair() -> Result<(i32, i32), String> {
     let master = open(c"/dev/ptmx", libc::O_RDWR | libc::O_NOCTTY)?;
     let unlocked = 0;
@@ -102,7 +102,7 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).trim_end().to_owned()
 }
 
-/// Fills one end without blocking; returns what it took.
+/// Fills one end without blocking; returns the bytes that fit.
 fn fill(fd: i32, reader: i32, first: u8) -> Result<Vec<u8>, String> {
     let flags = sys!(fcntl(fd, libc::F_GETFL))?;
     sys!(fcntl(fd, libc::F_SETFL, flags | libc::O_NONBLOCK))?;

@@ -1,4 +1,4 @@
-//! UNIX connections that were not accepted, with what was sent into them, and data that shows
+//! UNIX connections that were not accepted, with data sent into them, and data with credentials of
 //! its sender.
 
 use std::{mem, ptr};
@@ -75,7 +75,7 @@ fn unix_pending_order(checkpoint: &Checkpoint) -> Verdict {
         same("answer", &b"answer"[..], &read_some(own, 100)?[..])
     })?;
     let last = connected(&name, kind)?;
-    // What does not fit into the head of a message is in pages.
+    // Data that does not fit into the head of a message is in pages.
     let large = bytes(7, 100_000);
     write_all(last, &large)?;
     write_all(first, b"one, ")?;

@@ -108,7 +108,7 @@ pub fn set_tid_address(core: &mut CoreEntry, address: u64) {
     core.thread_info.get_or_insert_default().clear_tid_addr = address;
 }
 
-/// Puts other general registers into an image, of a thread of whose id nobody is told.
+/// Replaces the general registers in an image; the kernel will write the id of this thread nowhere.
 pub fn replace_general(core: &mut CoreEntry, general: &Registers) {
     if let Some(info) = &mut core.thread_info {
         info.gpregs = general_entry(general);

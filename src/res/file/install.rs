@@ -102,8 +102,7 @@ impl<'a> Installer<'a> {
         }
     }
 
-    /// Opens all descriptions that the tree has descriptors of. Runs after
-    /// [`Self::make_memory`].
+    /// Opens all descriptions with descriptors in the tree. Runs after [`Self::make_memory`].
     pub fn open_descriptions(&mut self) -> Result<()> {
         // A file with a path that no descriptor refers to is a program or mapped.
         let descriptors = self.processes.iter().flat_map(|process| process.fds);
@@ -297,7 +296,7 @@ impl<'a> Installer<'a> {
         self.deferred.contains(&id)
     }
 
-    /// Returns the descriptor, in all new processes, of a directory that is not deferred.
+    /// Returns the descriptor of a directory in all new processes, unless it is deferred.
     ///
     /// # Errors
     /// As [`Self::for_mapping`].
