@@ -1,7 +1,7 @@
-//! State of files that only the memory of the kernel shows.
+//! State that only the memory of the kernel shows.
 //!
 //! No system call shows the data in a connection that was not accepted, or in a message queue, and
-//! leaves it there. So the dump follows the kernel's structures, starting at its own descriptor of
+//! leaves it there; none counts the AIO requests in flight. So the dump follows the kernel's structures, starting at its own descriptor of
 //! the file. The kernel's type information says where their members are. The dump compares lengths
 //! and counts in the structures with those that system calls return.
 
