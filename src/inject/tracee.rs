@@ -216,8 +216,8 @@ impl Tracee {
     /// registers the thread finds home (see `home`), and the frame there holds the old mask.
     ///
     /// A thread with suspended seccomp filters, which might kill it for the call if rcriu were
-    /// killed, gets registers that lead home at once (`rt_sigreturn(2)`). Only when it is in the
-    /// kernel, rcriu replaces the call.
+    /// killed, gets registers with which it returns at once (`rt_sigreturn(2)`). rcriu replaces the
+    /// call only when the thread is in the kernel.
     pub(super) fn call(
         &mut self,
         instruction: RemoteAddr,
