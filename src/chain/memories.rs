@@ -6,8 +6,8 @@ use super::{Chain, Result, SnapshotId};
 use crate::image::{Kind, MemoryId, proto};
 
 impl Chain {
-    /// Returns the memories of which a snapshot has a pagemap, sorted. Leaves out the
-    /// [leftovers](Self::leftovers).
+    /// Returns the memories of which a snapshot has a pagemap, sorted, except those that an earlier
+    /// dump left in the directory.
     ///
     /// # Errors
     /// [`super::ChainError::Directory`].
