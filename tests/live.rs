@@ -471,7 +471,7 @@ fn every_workload_is_tested() {
         HUGE_NAMES,
         &refused,
         &lost,
-        &["udp_pending_error", "protection_keys", "local_descriptors"],
+        &["udp_pending_error", "protection_keys", "local_descriptors", "aio_in_flight"],
     ]
     .concat();
     let tested = tested.into_iter();
