@@ -289,6 +289,17 @@ fn privileged_tmux_and_all_in_it() {
     tmux.wait("shell", "$ fg\nvim -u NONE -N stopped\n$");
     tmux.type_in("shell", &["fg", "Enter"]);
     tmux.wait("shell", "$ fg\nsleep 1000\n");
+    // bash shows the name first, and then puts the job into the foreground.
+    let leader = format!(
+        "/proc/{}/stat",
+        tmux.run(&["display-message", "-p", "-t", "main:shell", "#{pane_pid}"]).trim()
+    );
+    wait_for("another foreground group", || {
+        let stat = fs::read_to_string(&leader).unwrap();
+        let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+        // Group and foreground group.
+        fields[2] != fields[5]
+    });
     tmux.type_in("shell", &["C-c"]);
     tmux.wait("shell", "^C\n$");
     tmux.type_in("shell", &["echo status $?", "Enter"]);
