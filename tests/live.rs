@@ -303,6 +303,7 @@ states! {
     pty_raw_bytes;
     pty_stopped_output;
     pty_speeds;
+    pty_session, elsewhere: restored;
     tmpfile;
     deleted_attributes;
     locks_posix ["--file-locks"], elsewhere: restored running;

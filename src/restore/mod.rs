@@ -184,6 +184,7 @@ fn restore(
             place,
             table_bytes,
             file: &|entry| Ok(files.for_mapping(entry)?),
+            begin_session: &|pid, script| files.begin_session(pid, script),
             relations,
             free,
             leave_stopped: release.stopped,

@@ -80,6 +80,8 @@ pub(super) struct Workshop<'a> {
     pub(super) table_bytes: usize,
     /// Returns the descriptor for a mapping of a file.
     pub(super) file: &'a dyn Fn(&VmaEntry) -> Result<i32>,
+    /// Adds the calls of a process that has become the leader of a session.
+    pub(super) begin_session: &'a dyn Fn(NsPid, &mut Script),
     pub(super) relations: Relations,
     /// Frees the restored pages in the images.
     pub(super) free: Option<&'a Free>,
@@ -117,7 +119,7 @@ impl<'a> Puppets<'a> {
         // The plan has makers before the processes that they make.
         for position in 0..plan.tasks.len() {
             puppets.populate(position, workshop)?;
-            puppets.make_children(position)?;
+            puppets.make_children(position, workshop)?;
         }
         fault::hit(Point::RestoreForked)?;
         puppets.tell_of_exit_signals();
@@ -244,10 +246,11 @@ impl<'a> Puppets<'a> {
     }
 
     /// Makes all processes that a task makes, and its session, if it leads one.
-    fn make_children(&mut self, position: usize) -> Result<()> {
+    fn make_children(&mut self, position: usize, workshop: &Workshop) -> Result<()> {
         let mut puppet = self.tasks[position].take().expect("it was populated");
         let inherited = puppet.inherited;
-        let result = self.make_children_with(position, inherited, &mut puppet.threads[0]);
+        let maker = &mut puppet.threads[0];
+        let result = self.make_children_with(position, inherited, maker, workshop);
         self.tasks[position] = Some(puppet);
         result
     }
@@ -257,6 +260,7 @@ impl<'a> Puppets<'a> {
         position: usize,
         inherited: Option<usize>,
         maker: &mut Tracee,
+        workshop: &Workshop,
     ) -> Result<()> {
         let own = Maker::Task(position);
         // A process that is to be dead keeps the inherited memory until then.
@@ -269,6 +273,7 @@ impl<'a> Puppets<'a> {
         if task.session == task.pid {
             let mut script = Script::new();
             script.call("make a session", libc::SYS_setsid, &[]);
+            (workshop.begin_session)(task.pid, &mut script);
             self.scratch.run(maker, &script)?;
         }
         for number in 0..self.births.helpers.len() {

@@ -84,6 +84,9 @@ const TCSETS: libc::Ioctl = 0x5402;
 const TCGETS2: libc::Ioctl = 0x802c_542a;
 const TCSETS2: libc::Ioctl = 0x402c_542b;
 const TCXONC: libc::Ioctl = 0x540a;
+/// Gives up the controlling terminal.
+pub const TIOCNOTTY: libc::Ioctl = 0x5422;
+
 /// Makes a terminal the controlling terminal.
 pub const TIOCSCTTY: libc::Ioctl = 0x540e;
 /// Sets the foreground process group.

@@ -12,6 +12,7 @@ pub const ROWS: &[Row] = &[
     ("pty_raw_bytes", pty_raw_bytes),
     ("pty_stopped_output", pty_stopped_output),
     ("pty_speeds", pty_speeds),
+    ("pty_session", pty_session),
 ];
 
 /// `TCGETS2` and `TCSETS2` (`include/uapi/asm-generic/ioctls.h`).
@@ -49,6 +50,43 @@ fn polled(fd: i32) -> Result<i16, String> {
 
 fn is_ready(fd: i32, event: i16) -> bool {
     polled(fd).is_ok_and(|events| events & event != 0)
+}
+
+/// A session with a controlling terminal: its leader, a child that has the terminal without a
+/// descriptor, and one that has given it up.
+fn pty_session(checkpoint: &Checkpoint) -> Verdict {
+    let (master, slave) = pair()?;
+    let terminal = || -> Result<_, String> {
+        let stat = std::fs::read_to_string("/proc/self/stat").map_err(|e| e.to_string())?;
+        let fields = stat.rsplit_once(')').ok_or("a line without a name")?.1.split_whitespace();
+        // Terminal and foreground group, fields 7 and 8.
+        let fields: Vec<String> = fields.skip(4).take(2).map(str::to_owned).collect();
+        Ok((fields, std::fs::File::open("/dev/tty").map(drop).map_err(|error| error.kind())))
+    };
+    let leader = checkpoint.fork(|leader| {
+        sys!(close(master))?;
+        sys!(setsid())?;
+        sys!(ioctl(slave, libc::TIOCSCTTY, 0))?;
+        let member = |has_it: bool| {
+            leader.fork(move |child| {
+                if !has_it {
+                    sys!(ioctl(slave, libc::TIOCNOTTY, 0))?;
+                }
+                sys!(close(slave))?;
+                let before = terminal()?;
+                same("whether it has the terminal", has_it, before.1.is_ok())?;
+                child.wait();
+                same("its controlling terminal", before, terminal()?)
+            })
+        };
+        let members = [member(true)?, member(false)?];
+        let before = terminal()?;
+        leader.wait();
+        same("the leader's controlling terminal", before, terminal()?)?;
+        members.into_iter().try_for_each(crate::kit::Child::join)
+    })?;
+    checkpoint.wait();
+    leader.join()
 }
 
 /// Lines of all kinds typed ahead, the beginning of one, and words on the screen. The slave is the

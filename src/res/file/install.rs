@@ -323,6 +323,12 @@ impl<'a> Installer<'a> {
         Ok(())
     }
 
+    /// Adds the calls of a process that has become the leader of a session: see
+    /// [`Opener::begin_session`].
+    pub fn begin_session(&self, pid: NsPid, script: &mut Script) {
+        self.openers.iter().for_each(|opener| opener.begin_session(pid, script));
+    }
+
     /// Adds the calls that a process makes before it closes the descriptors inherited from the
     /// restorer.
     pub fn prepare(&mut self, pid: NsPid, script: &mut Script) -> Result<()> {

@@ -476,6 +476,10 @@ pub trait Opener {
         Ok(())
     }
 
+    /// Adds the calls of process `pid` when it has become the leader of a session, before it makes
+    /// other processes of it. It has the descriptors of the restorer.
+    fn begin_session(&self, _pid: NsPid, _script: &mut Script) {}
+
     /// Adds the calls that only process `pid` can make, before its descriptors are installed.
     /// `at` returns the number of a description in that process.
     fn prepare_process(

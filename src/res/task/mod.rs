@@ -15,6 +15,7 @@ mod segments;
 mod sharing;
 mod state;
 mod subreaper;
+mod terminal;
 mod timers;
 
 use std::path::PathBuf;
@@ -59,6 +60,7 @@ pub const KINDS: &[&dyn Kind] = &[
     &timers::Timers,
     &personality::Personality,
     &subreaper::Subreaper,
+    &terminal::Terminal,
     &membarrier::Membarrier,
     #[cfg(target_arch = "x86_64")]
     &segments::Segments,

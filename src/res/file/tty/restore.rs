@@ -141,6 +141,13 @@ impl Opener for TerminalOpener {
         Ok(())
     }
 
+    // A process gets the controlling terminal of its session from its parent, or not at all.
+    fn begin_session(&self, pid: NsPid, script: &mut Script) {
+        for terminal in self.controlling.iter().filter(|terminal| terminal.session == pid) {
+            take_control(TargetFd(terminal.fd.as_raw_fd()), script);
+        }
+    }
+
     fn prepare_process(
         &mut self,
         pid: NsPid,
@@ -148,12 +155,10 @@ impl Opener for TerminalOpener {
         script: &mut Script,
     ) -> Result<()> {
         for terminal in &self.controlling {
-            if terminal.session == pid {
-                let fd = TargetFd(terminal.fd.as_raw_fd());
-                take_control(fd, script);
-                if let Some(group) = terminal.foreground {
-                    set_foreground(fd, group, script);
-                }
+            if let Some(group) = terminal.foreground
+                && terminal.session == pid
+            {
+                set_foreground(TargetFd(terminal.fd.as_raw_fd()), group, script);
             }
         }
         if let Some(fd) = self.inherited.take() {
