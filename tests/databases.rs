@@ -18,7 +18,7 @@ use std::{
 use common::{
     Cap,
     live::{Live, directory, wait_for},
-    mounted::Mounted,
+    net::port,
     require,
 };
 
@@ -29,23 +29,6 @@ const OPTIONS: [&str; 2] = ["--tcp-established", "--file-locks"];
 
 /// A user that is not root, which PostgreSQL insists on.
 const NOBODY: u32 = 65_534;
-
-/// Dumps a tree and leaves it running, dumps and kills it, and restores it from a mount of both.
-fn round_trip(live: &mut Live, meanwhile: impl FnOnce(&mut Live)) {
-    live.images_name = "first";
-    live.dump_running(&OPTIONS);
-    meanwhile(live);
-    live.images_name = "second";
-    live.dump(&[&OPTIONS[..], &["--prev-images-dir", "../first"]].concat());
-    let point = live.path("mnt");
-    fs::create_dir(&point).unwrap();
-    let mounted = Mounted::new(&live.images(), &point, &[]);
-    let work = live.images();
-    let arguments = [&OPTIONS[..], &["-W", work.to_str().unwrap()]].concat();
-    let output = live.try_restore_from(&point, &arguments);
-    assert!(output.status.success(), "{}", live.complaint(&output, "restore.log"));
-    drop(mounted);
-}
 
 /// A transaction that has written, with either journal: no other process can write until it ends.
 #[test]
@@ -75,7 +58,7 @@ fn privileged_sqlite_in_a_transaction() {
         let insert = "insert into t values (1000)";
         let (done, said) = sql_within("0", insert);
         assert!(!done && said.contains("database is locked"), "{journal}: {said}");
-        round_trip(&mut live, |_| {});
+        live.through_a_chain(&OPTIONS, |_| {});
         let (done, said) = sql_within("0", insert);
         assert!(!done && said.contains("database is locked"), "{journal}: {said}");
         live.verdict();
@@ -152,7 +135,7 @@ fn postgres() -> (Live, u16) {
     setup.args(user).args(["initdb", "--no-sync", "-A", "trust", "-U", "postgres", "--locale=C"]);
     let output = setup.arg("-D").arg(&data).current_dir(&data).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let port = 20_000 + u16::try_from(std::process::id() % 10_000).unwrap();
+    let port = port();
     let (place, number) = (data.to_str().unwrap().to_owned(), port.to_string());
     let arguments = ["postgres", "-D", &place, "-p", &number, "-k", "", "-c", "fsync=off"];
     (Live::program("setpriv", &[&user[..], &arguments].concat(), dir), port)
@@ -187,7 +170,7 @@ fn privileged_postgresql_with_clients() {
         let waiting = "select count(*) from pg_stat_activity where wait_event_type = 'Lock'";
         other.query(waiting) == "1\n"
     });
-    round_trip(&mut live, |_| {
+    live.through_a_chain(&OPTIONS, |_| {
         assert_eq!(other.query("select count from stock"), "10\n");
     });
     assert_eq!(buyer.query("fetch 3 from numbers"), "4\n5\n6\n");
@@ -224,7 +207,7 @@ fn privileged_tail_follows_a_file() {
         let mut file = fs::OpenOptions::new().append(true).open(&input).unwrap();
         writeln!(file, "{line}").unwrap();
     };
-    round_trip(&mut live, |_| {
+    live.through_a_chain(&OPTIONS, |_| {
         append("second");
         wait_for("the second line", || has(&out, "second"));
     });
@@ -243,7 +226,7 @@ fn privileged_inotifywait_goes_on() {
     let mut live = printing("inotifywait -m -r -e create,delete watched");
     let (out, watched) = (live.path("out"), live.path("watched"));
     wait_for("the watch", || has(&out, "Watches established"));
-    round_trip(&mut live, |_| {
+    live.through_a_chain(&OPTIONS, |_| {
         fs::create_dir(watched.join("one")).unwrap();
         wait_for("the first event", || has(&out, "watched/ CREATE,ISDIR one"));
     });

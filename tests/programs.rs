@@ -9,38 +9,21 @@ mod common;
 use std::{
     fs,
     io::{BufRead, BufReader, Read, Write},
-    net::{Ipv4Addr, TcpStream},
+    net::TcpStream,
     path::Path,
     process::Command,
-    sync::atomic::{AtomicU16, Ordering},
 };
 
 use common::{
     Cap,
     live::{Live, directory, wait_for},
-    mounted::Mounted,
+    net::{connect, port},
     require,
 };
 use nix::sys::signal::{Signal, kill};
 
 /// Debian's own Python: the first one in the search path may be a script of a version manager.
 const PYTHON: &str = "/usr/bin/python3";
-
-/// A port that no other test has.
-fn port() -> u16 {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    let base = 11_000 + u16::try_from(std::process::id() % 1000).unwrap() * 8;
-    base + NEXT.fetch_add(1, Ordering::Relaxed)
-}
-
-fn connect(port: u16) -> TcpStream {
-    let mut stream = None;
-    wait_for("the server", || {
-        stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).ok();
-        stream.is_some()
-    });
-    stream.unwrap()
-}
 
 /// Dumps and restores a program that keeps to the protocol of the states.
 fn round_trip(live: &mut Live) {
@@ -297,11 +280,7 @@ fn privileged_redis_with_clients() {
     let (place, number) = (dir.path().to_str().unwrap().to_owned(), port.to_string());
     let arguments = ["--port", &number, "--bind", "127.0.0.1", "--dir", &place, "--save", ""];
     let mut live = Live::program("redis-server", &arguments, dir);
-    let client = || {
-        let stream = connect(port);
-        stream.set_read_timeout(Some(std::time::Duration::from_secs(60))).unwrap();
-        BufReader::new(stream)
-    };
+    let client = || BufReader::new(connect(port));
     let [mut subscriber, mut buyer, mut waiter, mut other] =
         [client(), client(), client(), client()];
     let lines = |stream: &mut BufReader<TcpStream>, count: usize| {
@@ -318,12 +297,9 @@ fn privileged_redis_with_clients() {
     wait_for("a blocked client", || {
         redis(&mut other, &["INFO", "clients"]).contains("blocked_clients:1")
     });
-    live.images_name = "first";
-    live.dump_running(&[ESTABLISHED]);
-    assert_eq!(redis(&mut other, &["SET", "key", "value"]), "OK");
-    live.images_name = "second";
-    live.dump(&[ESTABLISHED, "--prev-images-dir", "../first"]);
-    restore_from_mount(&live, &[ESTABLISHED]);
+    live.through_a_chain(&[ESTABLISHED], |_| {
+        assert_eq!(redis(&mut other, &["SET", "key", "value"]), "OK");
+    });
 
     assert_eq!(redis(&mut other, &["GET", "key"]), "value");
     assert_eq!(redis(&mut other, &["PUBLISH", "news", "all is well"]), ":1");
@@ -334,18 +310,6 @@ fn privileged_redis_with_clients() {
     assert_eq!(redis(&mut other, &["RPUSH", "queue", "work"]), ":1");
     assert!(lines(&mut waiter, 5).ends_with("work\r\n"));
     assert_eq!(redis(&mut other, &["DBSIZE"]), ":2");
-}
-
-/// Restores the chain that ends with the last dump from a mount of it.
-fn restore_from_mount(live: &Live, arguments: &[&str]) {
-    let point = live.path("mnt");
-    fs::create_dir(&point).unwrap();
-    let mounted = Mounted::new(&live.images(), &point, &[]);
-    let work = live.images();
-    let arguments = [arguments, &["-W", work.to_str().unwrap()]].concat();
-    let output = live.try_restore_from(&point, &arguments);
-    assert!(output.status.success(), "{}", live.complaint(&output, "restore.log"));
-    drop(mounted);
 }
 
 /// Sockets a process has open.
@@ -467,11 +431,7 @@ fn privileged_git_in_the_middle_of_a_clone() {
     let mut live = Live::program("git", &clone, dir);
     wait_for("the first MiB", || halted.exists());
 
-    live.images_name = "first";
-    live.dump_running(&[]);
-    live.images_name = "second";
-    live.dump(&["--prev-images-dir", "../first"]);
-    restore_from_mount(&live, &[]);
+    live.through_a_chain(&[], |_| ());
     fs::write(&go, "").unwrap();
     live.wait_gone();
 

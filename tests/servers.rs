@@ -12,14 +12,12 @@ use std::{
     os::unix::fs::PermissionsExt,
     path::Path,
     process::Command,
-    sync::atomic::{AtomicU16, Ordering},
-    time::Duration,
 };
 
 use common::{
     Cap,
     live::{Live, directory, wait_for},
-    mounted::Mounted,
+    net::{PATIENCE, connect, port},
     require,
 };
 use nix::sys::signal::{Signal, kill};
@@ -28,27 +26,6 @@ use nix::sys::signal::{Signal, kill};
 const PYTHON: &str = "/usr/bin/python3";
 
 const ESTABLISHED: &str = "--tcp-established";
-
-/// How long an end waits for the other: longer than retransmissions that were dropped take.
-const PATIENCE: Duration = Duration::from_secs(60);
-
-/// A port that no other test has.
-fn port() -> u16 {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    let base = 20_000 + u16::try_from(std::process::id() % 1000).unwrap() * 8;
-    base + NEXT.fetch_add(1, Ordering::Relaxed)
-}
-
-fn connect(port: u16) -> TcpStream {
-    let mut stream = None;
-    wait_for("the server", || {
-        stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).ok();
-        stream.is_some()
-    });
-    let stream = stream.unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    stream
-}
 
 fn needs(program: &'static str) {
     require(Cap::Ptrace);
@@ -60,18 +37,7 @@ fn needs(program: &'static str) {
 /// both. Calls `go_on` whenever the tree runs: three times.
 fn ordeal(live: &mut Live, mut go_on: impl FnMut(&mut Live)) {
     go_on(live);
-    live.images_name = "first";
-    live.dump_running(&[ESTABLISHED]);
-    go_on(live);
-    live.images_name = "second";
-    live.dump(&[ESTABLISHED, "--prev-images-dir", "../first"]);
-    let point = live.path("mnt");
-    fs::create_dir(&point).unwrap();
-    let mounted = Mounted::new(&live.images(), &point, &[]);
-    let work = live.images();
-    let output = live.try_restore_from(&point, &[ESTABLISHED, "-W", work.to_str().unwrap()]);
-    assert!(output.status.success(), "{}", live.complaint(&output, "restore.log"));
-    drop(mounted);
+    live.through_a_chain(&[ESTABLISHED], &mut go_on);
     go_on(live);
 }
 

@@ -16,7 +16,7 @@ use std::{
 use common::{
     Cap,
     live::{Live, directory, wait_for},
-    mounted::Mounted,
+    net::port,
     require,
     untouched::Before,
 };
@@ -259,12 +259,7 @@ fn privileged_tmux_and_all_in_it() {
     let before = tmux.screens();
     tmux.live.images_name = "second";
     tmux.live.dump(&["--track-mem", "--prev-images-dir", "../first"]);
-    let point = tmux.live.path("mnt");
-    let chain = tmux.live.images();
-    let mounted = Mounted::new(&chain, &point, &[]);
-    let output = tmux.live.try_restore_from(&point, &["-W", chain.to_str().unwrap()]);
-    assert!(output.status.success(), "{}", tmux.live.complaint(&output, "restore.log"));
-    drop(mounted);
+    tmux.live.restore_from_mount(&[]);
     tmux.assert_same(&before);
     go_on(&tmux, 2);
 
@@ -379,7 +374,7 @@ fn privileged_sshd_and_a_session() {
         let words = ["-q", "-t", "ed25519", "-N", "", "-f", &path(key)];
         assert!(Command::new("ssh-keygen").args(words).status().unwrap().success());
     }
-    let port = u16::try_from(24_000 + std::process::id() % 4000).unwrap();
+    let port = port();
     let text = format!(
         "Port {port}\nListenAddress 127.0.0.1\nHostKey {}\nAuthorizedKeysFile {}\nStrictModes no\n\
          UsePAM no\nPermitRootLogin yes\nPrintMotd no\nPrintLastLog no\nPidFile none\n",

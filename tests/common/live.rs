@@ -27,6 +27,8 @@ use nix::{
 };
 use tempfile::TempDir;
 
+use super::mounted::Mounted;
+
 /// Bounds every wait; nothing that works takes as long.
 pub const PATIENCE: Duration = Duration::from_secs(40);
 
@@ -340,6 +342,29 @@ impl Live {
         command.args(arguments);
         self.set_environment(&mut command);
         bounded(command, &self.path("restore.out"))
+    }
+
+    /// Restores the tree from a mount of the chain that ends with its images.
+    pub fn restore_from_mount(&self, arguments: &[&str]) {
+        let point = self.path("mnt");
+        fs::create_dir(&point).unwrap();
+        let mounted = Mounted::new(&self.images(), &point, &[]);
+        let work = self.images();
+        let arguments = [arguments, &["-W", work.to_str().unwrap()]].concat();
+        let output = self.try_restore_from(&point, &arguments);
+        assert!(output.status.success(), "{}", self.complaint(&output, "restore.log"));
+        drop(mounted);
+    }
+
+    /// Dumps the tree and leaves it running, dumps and kills it, and restores it from a mount of
+    /// the chain of both. Calls `meanwhile` between the dumps.
+    pub fn through_a_chain(&mut self, arguments: &[&str], meanwhile: impl FnOnce(&mut Self)) {
+        self.images_name = "first";
+        self.dump_running(arguments);
+        meanwhile(self);
+        self.images_name = "second";
+        self.dump(&[arguments, &["--prev-images-dir", "../first"]].concat());
+        self.restore_from_mount(arguments);
     }
 
     /// Restores the tree with its old pids.

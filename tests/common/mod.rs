@@ -8,6 +8,7 @@ pub mod look;
 pub mod loops;
 pub mod machines;
 pub mod mounted;
+pub mod net;
 pub mod peak;
 pub mod recorder;
 pub mod same;
