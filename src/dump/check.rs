@@ -62,6 +62,9 @@ pub(super) fn tree(
             thread::check(of, thread)?;
         }
     }
+    if let Some(first) = first {
+        ns::OfTree::look(first).check(tasks)?;
+    }
     common::check(tasks, options)?;
     let ids = arenas(tasks)?;
     check_births(tasks, pids, &ids)?;

@@ -91,7 +91,7 @@ pub fn run(options: &Options) -> Result<()> {
     let mut frozen = stats.freezing(|| Frozen::freeze(root, *freeze))?;
     stats.frozen();
     let census = Census::take(&frozen.tasks)?;
-    let pids = PidMap::of_own_namespace();
+    let pids = ns::pids_of(&frozen.tasks)?;
     log::info!("stopped {} processes", frozen.tasks.len());
     // Before any file is opened: a program of the tree may decide whether that is allowed.
     let arenas = check::tree(&frozen.tasks, &pids, goal, common)?;
@@ -288,6 +288,7 @@ fn dump_stopped(
     let common = common::collectors(&frozen.tasks, &pids, common)?;
     let mut collection =
         Collection::new(images, (pids, arenas), files, tracking, common, &frozen.tasks);
+    collection.namespaces(&frozen.tasks)?;
     for (position, task) in frozen.tasks.iter_mut().enumerate() {
         if cancel::is_cancelled() {
             return Err(DumpError::Cancelled);

@@ -138,6 +138,15 @@ impl<'a> Collection<'a> {
         Ok(())
     }
 
+    /// Writes the images of the tree's own namespaces.
+    ///
+    /// # Errors
+    /// Why one cannot be dumped.
+    pub(super) fn namespaces(&mut self, tasks: &[Task]) -> Result<()> {
+        let Some(first) = tasks.iter().find(|task| !task.is_zombie()) else { return Ok(()) };
+        Ok(self.namespaces.dump(first.witness(), tasks, self.images)?)
+    }
+
     fn write_one<M: prost::Message>(
         &self,
         kind: Kind,

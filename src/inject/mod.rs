@@ -17,7 +17,7 @@ mod tracee;
 pub use child::{adopt_sleeper, await_end, await_stop};
 pub use error::{InjectError, Result};
 pub use freeze::{Frozen, Options as FreezeOptions, Outcome, Task};
-pub use helper::Helper;
+pub use helper::{First, Helper, Helpers};
 pub use home::registers_to_exit;
 pub use repair::{Repair, repair};
 pub use scratch::{Scratch, TABLE_BYTES};

@@ -97,6 +97,13 @@ pub(super) fn all(
             run(puppets, position, 0, &script)?;
         }
     }
+    for (position, ..) in living(plan).filter(|(at, ..)| plan.arenas.owns(Arena::Files, *at)) {
+        let mut script = Script::new();
+        files.forget_director(&mut script);
+        if !script.is_empty() {
+            run(puppets, position, 0, &script)?;
+        }
+    }
     for (position, planned, body) in living(plan) {
         let puppet = puppets.tasks[position].as_mut().expect("it lives");
         let layout = std::mem::take(&mut puppet.layout);

@@ -60,7 +60,7 @@ pub enum RestoreError {
     #[error("make process {pid} in {what} of its own\nhelp: this takes CAP_SYS_ADMIN")]
     SpawnInside {
         /// Its pid.
-        pid: HostPid,
+        pid: NsPid,
         /// Which namespaces.
         what: String,
         /// The cause.

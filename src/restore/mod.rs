@@ -43,7 +43,7 @@ use crate::{
 use free::Free;
 use plan::Plan;
 use stats::Stats;
-use tree::{Puppets, Workshop};
+use tree::{Ground, Puppets, Workshop};
 
 /// Scratch memory for each mapping, descriptor and thread of a process.
 const TABLE_BYTES_EACH: usize = 512;
@@ -160,7 +160,19 @@ fn restore(
     free: Option<&Free>,
     stats: &mut Stats,
 ) -> Result<()> {
+    let table_bytes = table_bytes(plan);
+    let place = scratch_place(plan, table_bytes)?;
+    let ground = Ground { place, table_bytes, relations, leave_stopped: release.stopped };
+    // Files of namespaces that are still to be made can only be opened once these are there. Without
+    // such, the files come first: if one is missing, no process was made.
+    let mut puppets = None;
+    if !plan.namespaces.borrow().is_empty() {
+        puppets = Some(Puppets::begin(plan, ground)?);
+    }
     let mut files = plan.installer(file_options);
+    if let Some(puppets) = &puppets {
+        files.opened.helpers = puppets.makers.clone();
+    }
     let objects = objects::create(plan, &mut files)?;
     for body in plan.tasks.iter().filter_map(|task| task.body.as_ref()) {
         body.planned().open_files(&mut files)?;
@@ -169,8 +181,6 @@ fn restore(
     files.move_objects()?;
     files.open_descriptions()?;
     files.opened.build_ids.log();
-    let table_bytes = table_bytes(plan);
-    let place = scratch_place(plan, table_bytes)?;
     thread::scope(|scope| {
         let fill = || objects::fill(&objects, free);
         let mut filling = None;
@@ -181,15 +191,15 @@ fn restore(
             }
         }
         let workshop = Workshop {
-            place,
-            table_bytes,
             file: &|entry| Ok(files.for_mapping(entry)?),
             begin_session: &|pid, script| files.begin_session(pid, script),
-            relations,
             free,
-            leave_stopped: release.stopped,
         };
-        let mut puppets = Puppets::make(plan, &workshop)?;
+        let mut puppets = match puppets {
+            Some(puppets) => puppets,
+            None => Puppets::begin(plan, ground)?,
+        };
+        puppets.make(&workshop)?;
         stats.forked(puppets.filled);
         let root = plan.host(plan.tasks[0].pid);
         actions.run(Stage::SetupNamespaces, Some(root))?;

@@ -1,6 +1,6 @@
 //! The plan of a restore: the images of a tree, read and checked.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{cell::RefCell, path::Path, sync::Arc, time::Duration};
 
 use nix::time::{ClockId, clock_gettime};
 
@@ -113,7 +113,7 @@ pub(super) struct Plan {
     pub(super) chain: Arc<Chain>,
     pub(super) snapshot: SnapshotId,
     /// The namespaces that the tree gets for itself.
-    pub(super) namespaces: ns::Wanted,
+    pub(super) namespaces: RefCell<ns::Wanted>,
     /// State of the whole tree.
     pub(super) common: Vec<Box<dyn common::Restorer>>,
     /// The inventory, in which the dump describes itself.
@@ -191,7 +191,11 @@ impl Plan {
         let dumpers = tree.inventory.root_ids.as_ref();
         let namespaces = first.map(|(_, kin)| ns::Wanted::read(&images, dumpers, kin.pid));
         let namespaces = namespaces.transpose()?.unwrap_or_default();
-        let pids = PidMap::of_own_namespace();
+        let pids = if namespaces.has_pids() {
+            PidMap::of_other_namespace()
+        } else {
+            PidMap::of_own_namespace()
+        };
         let (common, inventory) = (Vec::new(), tree.inventory);
         let arenas = Arenas::new(kin.iter().map(|kin| kin.ids).collect());
         let mut plan = Self {
@@ -202,7 +206,7 @@ impl Plan {
             pids,
             chain,
             snapshot,
-            namespaces,
+            namespaces: RefCell::new(namespaces),
             common,
             inventory,
             uptime,

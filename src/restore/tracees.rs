@@ -18,7 +18,7 @@ use crate::{
         process::{self, CloneArguments},
         ptrace,
     },
-    units::{HostPid, NsPid},
+    units::{HostPid, NsPid, PidMap},
 };
 
 /// How long a process may take to stop.
@@ -27,11 +27,12 @@ const REST_PATIENCE: Duration = Duration::from_secs(1);
 /// The pause between two checks.
 const REST_NAP: Duration = Duration::from_micros(100);
 
-/// Makes a puppet create a process or thread with this pid, in the images and here.
+/// Makes a puppet create a process or thread with this pid in its namespace, and adds its numbers to
+/// `pids`.
 pub(super) fn make(
     scratch: &Scratch,
     maker: &mut Tracee,
-    (pid, host): (NsPid, HostPid),
+    (pid, pids): (NsPid, &PidMap),
     arguments: CloneArguments,
 ) -> Result<Tracee> {
     let mut script = Script::new();
@@ -52,9 +53,13 @@ pub(super) fn make(
             Ok(())
         });
         match made {
-            Err(InjectError::Call { source: Errno::EEXIST, .. }) => waiting.nap(host)?,
+            Err(InjectError::Call { source: Errno::EEXIST, .. }) => waiting.nap(pids.host(pid))?,
             Err(error) => return Err(error.into()),
-            Ok(_) => return Ok(await_stop(born.unwrap_or(host))?),
+            Ok(_) => {
+                let host = born.unwrap_or_else(|| pids.host(pid));
+                pids.learn(pid, host);
+                return Ok(await_stop(host)?);
+            }
         }
     }
 }

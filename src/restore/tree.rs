@@ -19,7 +19,7 @@ use crate::{
         proto::VmaEntry,
         tree::{Arena, Birth, Births, Maker},
     },
-    inject::{Scratch, Script, Tracee, adopt_sleeper},
+    inject::{First, Helpers, Scratch, Script, Tracee, adopt_sleeper},
     proc,
     res::task,
     sys::{
@@ -35,6 +35,9 @@ const CLONE_CLEAR_SIGHAND: u64 = 1 << 32;
 
 /// The new process is a child of its maker's parent.
 const CLONE_PARENT: u64 = libc::CLONE_PARENT.cast_unsigned() as u64;
+
+/// The new process shares the descriptors of its maker.
+const CLONE_FILES: u64 = libc::CLONE_FILES.cast_unsigned() as u64;
 
 /// The exit signal of processes that are made for the restore.
 const SIGCHLD: u32 = libc::SIGCHLD.cast_unsigned();
@@ -52,6 +55,12 @@ pub(super) struct Puppet {
     inherited: Option<usize>,
 }
 
+impl Puppet {
+    fn new(leader: Tracee, inherited: Option<usize>) -> Self {
+        Self { threads: vec![leader], is_dressed: false, layout: Layout::default(), inherited }
+    }
+}
+
 /// A helper process that exists.
 #[derive(Debug)]
 pub(super) struct Helper {
@@ -64,105 +73,130 @@ pub(super) struct Helper {
 pub(super) struct Puppets<'a> {
     pub(super) plan: &'a Plan,
     births: Births,
+    /// The process that this program has made, while it is being prepared.
+    pub(super) first: Option<First>,
+    /// Has that process, until it is a task or a helper of the restore.
+    pub(super) makers: Helpers,
     /// In the order of the plan's tasks; `None` until made.
     pub(super) tasks: Vec<Option<Puppet>>,
     pub(super) helpers: Vec<Helper>,
     pub(super) scratch: Scratch,
+    shell_job: bool,
     pub(super) leave_stopped: bool,
     pub(super) released: bool,
     pub(super) filled: memory::Filled,
 }
 
-/// What making the processes needs besides the plan.
-pub(super) struct Workshop<'a> {
+/// What making the first process needs besides the plan.
+#[derive(Clone, Copy)]
+pub(super) struct Ground {
     /// Where scratch memory is free in all processes.
     pub(super) place: u64,
     pub(super) table_bytes: usize,
-    /// Returns the descriptor for a mapping of a file.
-    pub(super) file: &'a dyn Fn(&VmaEntry) -> Result<i32>,
-    /// Adds the calls of a process that has become the leader of a session.
-    pub(super) begin_session: &'a dyn Fn(NsPid, &mut Script),
     pub(super) relations: Relations,
-    /// Frees the restored pages in the images.
-    pub(super) free: Option<&'a Free>,
     /// All processes stay stopped.
     pub(super) leave_stopped: bool,
 }
 
+/// What making the other processes needs besides the plan.
+pub(super) struct Workshop<'a> {
+    /// Returns the descriptor for a mapping of a file.
+    pub(super) file: &'a dyn Fn(&VmaEntry) -> Result<i32>,
+    /// Adds the calls of a process that has become the leader of a session.
+    pub(super) begin_session: &'a dyn Fn(NsPid, &mut Script),
+    /// Frees the restored pages in the images.
+    pub(super) free: Option<&'a Free>,
+}
+
 impl<'a> Puppets<'a> {
-    /// Makes all processes of the plan, with their memory in place.
+    /// Makes the first process of a plan, a copy of this program, in the new namespaces of the tree,
+    /// and restores these. It shares the descriptors of this program.
     ///
     /// # Errors
     /// The first failure; then no process is left.
-    pub(super) fn make(plan: &'a Plan, workshop: &Workshop) -> Result<Self> {
+    pub(super) fn begin(plan: &'a Plan, ground: Ground) -> Result<Self> {
         let births = plan.births.clone();
         for helper in &births.helpers {
             Waiting::begin().until_free(plan.host(helper.pid))?;
         }
         let scratch = Scratch {
-            start: crate::units::RemoteAddr(workshop.place),
-            table_bytes: workshop.table_bytes,
+            start: crate::units::RemoteAddr(ground.place),
+            table_bytes: ground.table_bytes,
             instruction: crate::units::RemoteAddr(0),
         };
         let mut puppets = Self {
             plan,
             births,
+            first: None,
+            makers: Helpers::default(),
             tasks: (0..plan.tasks.len()).map(|_| None).collect(),
             helpers: Vec::new(),
             scratch,
-            leave_stopped: workshop.leave_stopped,
+            shell_job: ground.relations.shell_job,
+            leave_stopped: ground.leave_stopped,
             released: false,
             filled: memory::Filled::default(),
         };
-        puppets.make_root(workshop)?;
-        fault::hit(Point::RestoreRoot)?;
-        // The plan has makers before the processes that they make.
-        for position in 0..plan.tasks.len() {
-            puppets.populate(position, workshop)?;
-            puppets.make_children(position, workshop)?;
-        }
-        fault::hit(Point::RestoreForked)?;
-        puppets.tell_of_exit_signals();
-        puppets.set_groups(workshop.relations.shell_job)?;
+        puppets.make_first(&ground)?;
         Ok(puppets)
     }
 
-    /// Makes the first process from a copy of this program.
-    fn make_root(&mut self, workshop: &Workshop) -> Result<()> {
+    /// Makes all other processes of the plan, with the memory of all in place.
+    ///
+    /// # Errors
+    /// The first failure.
+    pub(super) fn make(&mut self, workshop: &Workshop) -> Result<()> {
+        self.make_root()?;
+        fault::hit(Point::RestoreRoot)?;
+        // The plan has makers before the processes that they make.
+        for position in 0..self.plan.tasks.len() {
+            self.populate(position, workshop)?;
+            self.make_children(position, workshop)?;
+        }
+        fault::hit(Point::RestoreForked)?;
+        self.tell_of_exit_signals();
+        self.set_groups(self.shell_job)
+    }
+
+    /// Makes the first process from a copy of this program, with its namespaces.
+    fn make_first(&mut self, ground: &Ground) -> Result<()> {
         let birth = self.births.tasks[0].expect("all were planned");
         let (pid, flags) = match birth.maker {
             Maker::Helper(helper) => (self.births.helpers[helper].pid, CLONE_CLEAR_SIGHAND),
             _ => (
                 self.plan.tasks[0].pid,
-                CLONE_CLEAR_SIGHAND | if workshop.relations.sibling { CLONE_PARENT } else { 0 },
+                CLONE_CLEAR_SIGHAND | if ground.relations.sibling { CLONE_PARENT } else { 0 },
             ),
         };
-        let namespaces = &self.plan.namespaces;
-        let flags = flags | namespaces.clone_flags();
-        let pid = self.plan.host(pid);
+        let mut namespaces = self.plan.namespaces.borrow_mut();
+        let flags = flags | CLONE_FILES | namespaces.clone_flags();
         let waiting = Waiting::begin();
-        loop {
-            match process::spawn_sleeper(pid, flags) {
-                Ok(_) => break,
+        let tid = loop {
+            match process::spawn_sleeper(pid.raw(), flags) {
+                Ok(tid) => break tid,
                 // A session or group may still have this id.
-                Err(Errno::EEXIST) => waiting.nap(pid)?,
+                Err(Errno::EEXIST) => waiting.nap(self.plan.host(pid))?,
                 Err(source) => {
                     return Err(match namespaces.names() {
                         Some(what) => RestoreError::SpawnInside { pid, what, source },
-                        None => RestoreError::Spawn { pid, source },
+                        None => RestoreError::Spawn { pid: self.plan.host(pid), source },
                     });
                 }
             }
-        }
+        };
         let of_kinds = self.plan.common.iter().map(|kind| kind.trace_options());
         let options = of_kinds.fold(ptrace::options::FOLLOW, |all, options| all | options);
-        let mut first = adopt_sleeper(pid, options)?;
-        // Memory that belongs to this program's thread would be in the way.
-        let mappings = proc::maps(pid)?;
-        let place = crate::units::RemoteAddr(workshop.place);
+        let first = adopt_sleeper(tid, options)?;
+        self.plan.pids.learn(pid, tid);
         let rseq = first.rseq;
-        self.scratch =
-            Scratch::map(&mut first, &mappings, place, workshop.table_bytes)?.on_its_own();
+        let first = First { tracee: first, pid, scratch: self.scratch };
+        let first = self.first.insert(first);
+        // Memory that belongs to this program's thread would be in the way.
+        let mappings = proc::maps(tid)?;
+        let place = crate::units::RemoteAddr(ground.place);
+        let scratch = Scratch::map(&mut first.tracee, &mappings, place, ground.table_bytes)?;
+        self.scratch = scratch.on_its_own();
+        first.scratch = self.scratch;
         let mut script = Script::new();
         if rseq.pointer != 0 {
             /// `RSEQ_FLAG_UNREGISTER` (`linux/rseq.h`).
@@ -175,32 +209,31 @@ impl<'a> Puppets<'a> {
         }
         let arguments = [libc::PR_SET_PDEATHSIG.into(), 0.into()];
         script.call("reset the parent-death signal", libc::SYS_prctl, &arguments);
+        self.scratch.run(&mut first.tracee, &script)?;
+        self.makers = Helpers::of_first(self.first.take().expect("it was made"));
+        let helpers = &self.makers;
+        namespaces.build(tid, |script| Ok::<_, RestoreError>(helpers.run_first(script).map(drop)?))
+    }
+
+    /// Makes the root of the tree of the first process, or lets the first process make it.
+    fn make_root(&mut self) -> Result<()> {
+        let mut first = self.makers.take_first().expect("it was made").tracee;
+        let mut script = Script::new();
+        script.call("get its own descriptors", libc::SYS_unshare, &[CLONE_FILES.into()]);
+        let result = self.scratch.run(&mut first, &script);
+        let birth = self.births.tasks[0].expect("all were planned");
+        let Maker::Helper(helper) = birth.maker else {
+            self.tasks[0] = Some(Puppet::new(first, None));
+            result?;
+            return Ok(());
+        };
+        self.helpers.push(Helper { pid: self.births.helpers[helper].pid, maker: Maker::Director });
+        result?;
+        let mut script = Script::new();
+        script.call("make a session", libc::SYS_setsid, &[]);
         self.scratch.run(&mut first, &script)?;
-        for script in namespaces.scripts() {
-            self.scratch.run(&mut first, script)?;
-        }
-        if let Maker::Helper(helper) = birth.maker {
-            let helper = self.births.helpers[helper];
-            let mut script = Script::new();
-            script.call("make a session", libc::SYS_setsid, &[]);
-            self.scratch.run(&mut first, &script)?;
-            self.helpers.push(Helper { pid: helper.pid, maker: Maker::Director });
-            let root = self.plan.tasks[0].pid;
-            let child = self.fork(&mut first, root, true, SIGCHLD, 0)?;
-            self.tasks[0] = Some(Puppet {
-                threads: vec![child],
-                is_dressed: false,
-                layout: Layout::default(),
-                inherited: None,
-            });
-        } else {
-            self.tasks[0] = Some(Puppet {
-                threads: vec![first],
-                is_dressed: false,
-                layout: Layout::default(),
-                inherited: None,
-            });
-        }
+        let child = self.fork(&mut first, self.plan.tasks[0].pid, true, SIGCHLD, 0)?;
+        self.tasks[0] = Some(Puppet::new(child, None));
         Ok(())
     }
 
@@ -309,12 +342,7 @@ impl<'a> Puppets<'a> {
                 Maker::Director | Maker::Helper(_) => 0,
             };
             let tracee = self.fork(by, task.pid, birth.sibling, task.exit_signal(), shared)?;
-            self.tasks[child] = Some(Puppet {
-                threads: vec![tracee],
-                is_dressed: false,
-                layout: Layout::default(),
-                inherited: memory,
-            });
+            self.tasks[child] = Some(Puppet::new(tracee, memory));
         }
         Ok(())
     }
@@ -335,7 +363,7 @@ impl<'a> Puppets<'a> {
             exit_signal: if sibling { 0 } else { exit_signal.into() },
             ..CloneArguments::default()
         };
-        make(&self.scratch, maker, (pid, self.plan.host(pid)), arguments)
+        make(&self.scratch, maker, (pid, &self.plan.pids), arguments)
     }
 
     /// Warns of processes whose exit signal changes: a sibling gets that of its maker, and
@@ -420,9 +448,9 @@ impl<'a> Puppets<'a> {
         for thread in &self.plan.tasks[position].threads[1..] {
             let flags = u64::from(flags.cast_unsigned());
             let arguments = CloneArguments { flags, ..CloneArguments::default() };
-            let tid = self.plan.host(thread.tid);
-            let numbers = (thread.tid, tid);
+            let numbers = (thread.tid, &self.plan.pids);
             let made = make(&self.scratch, &mut puppet.threads[0], numbers, arguments)?;
+            let tid = made.tid;
             puppet.threads.push(made);
             let pid = self.plan.host(self.plan.tasks[position].pid);
             for kind in &self.plan.common {

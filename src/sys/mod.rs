@@ -28,6 +28,7 @@ pub mod task;
 pub mod tracepoint;
 pub mod tty;
 pub mod userfaultfd;
+pub mod visit;
 pub mod watch;
 pub mod xattr;
 

@@ -395,7 +395,7 @@ pub struct CloneArguments {
 const _: () = assert!(size_of::<CloneArguments>() == 88);
 
 /// Creates a child with this pid, which sleeps forever, with default signal actions, until it is
-/// traced.
+/// traced. With `CLONE_NEWPID`, this is its pid in the new namespace. Returns its pid here.
 ///
 /// The child has copies of this process's memory and descriptors, but executes only `pause(2)`: no
 /// destructor, no lock, no allocation. A sibling (`CLONE_PARENT`) sends its parent the same exit
@@ -403,8 +403,8 @@ const _: () = assert!(size_of::<CloneArguments>() == 88);
 ///
 /// # Errors
 /// `EEXIST` if the pid is in use; `EPERM` without `CAP_CHECKPOINT_RESTORE` or `CAP_SYS_ADMIN`.
-pub fn spawn_sleeper(pid: HostPid, flags: u64) -> Result<HostPid, Errno> {
-    let set_tid = [pid.0];
+pub fn spawn_sleeper(pid: i32, flags: u64) -> Result<HostPid, Errno> {
+    let set_tid = [pid];
     let sibling = flags & u64::from(libc::CLONE_PARENT.cast_unsigned()) != 0;
     let arguments = CloneArguments {
         flags,

@@ -1,12 +1,22 @@
 //! Processes and threads by their numbers, which are others in each pid namespace.
 
-use std::fmt;
+use std::{
+    collections::BTreeMap,
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 /// A process, thread, group or session by its number in the pid namespace of this program:
 /// what the kernel tells this program, and takes from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(transparent)]
 pub struct HostPid(pub i32);
+
+impl HostPid {
+    /// No process: a number beyond all that the kernel gives (`PID_MAX_LIMIT`), with which calls fail
+    /// with `ESRCH`. 0 and negative numbers stand for groups in many calls.
+    pub const NONE: Self = Self(i32::MAX);
+}
 
 impl fmt::Display for HostPid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -51,25 +61,62 @@ impl fmt::Display for NsPid {
 
 /// Which numbers in the images of a tree are which processes here.
 ///
-/// A tree lives in the pid namespace of this program so far, so that both have the same
-/// numbers, and so has what is outside of the tree.
+/// Copies share what they know. A tree in the pid namespace of this program has the same numbers
+/// there and here. For a tree in another one, the map knows only the numbers that it was told.
 #[derive(Clone, Debug)]
-pub struct PidMap(());
+pub struct PidMap(Option<Arc<Mutex<Known>>>);
+
+/// The known numbers of another pid namespace.
+#[derive(Debug, Default)]
+struct Known {
+    host: BTreeMap<NsPid, HostPid>,
+    ns: BTreeMap<HostPid, NsPid>,
+}
 
 impl PidMap {
     /// Returns the map of a tree in the pid namespace of this program.
     pub const fn of_own_namespace() -> Self {
-        Self(())
+        Self(None)
     }
 
-    /// Returns the number in the images for a number that the kernel told this program.
-    pub const fn ns(&self, pid: HostPid) -> NsPid {
-        NsPid(pid.0)
+    /// Returns the map of a tree in another pid namespace, which knows nothing yet.
+    pub fn of_other_namespace() -> Self {
+        Self(Some(Arc::default()))
     }
 
-    /// Returns the number here for a number of the images.
-    pub const fn host(&self, pid: NsPid) -> HostPid {
-        HostPid(pid.0)
+    /// Whether the tree is in the pid namespace of this program.
+    pub const fn is_own_namespace(&self) -> bool {
+        self.0.is_none()
+    }
+
+    /// Records that a process has these numbers. Numbers of other processes of before are forgotten.
+    pub fn learn(&self, ns: NsPid, host: HostPid) {
+        if let Some(known) = self.known() {
+            let Known { host: hosts, ns: inside } =
+                &mut *known.lock().unwrap_or_else(PoisonError::into_inner);
+            hosts.insert(ns, host);
+            inside.insert(host, ns);
+        }
+    }
+
+    fn known(&self) -> Option<&Mutex<Known>> {
+        self.0.as_deref()
+    }
+
+    /// Returns the number in the images for a number that the kernel told this program;
+    /// [`NsPid::NONE`] for a process outside the namespace.
+    pub fn ns(&self, pid: HostPid) -> NsPid {
+        let Some(known) = self.known() else { return NsPid(pid.0) };
+        let known = known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.ns.get(&pid).copied().unwrap_or(NsPid::NONE)
+    }
+
+    /// Returns the number here for a number of the images; [`HostPid::NONE`] for a process that
+    /// does not exist.
+    pub fn host(&self, pid: NsPid) -> HostPid {
+        let Some(known) = self.known() else { return HostPid(pid.0) };
+        let known = known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.host.get(&pid).copied().unwrap_or(HostPid::NONE)
     }
 }
 
@@ -84,5 +131,14 @@ mod tests {
         assert_eq!(NsPid::of_image(u32::MAX).image(), 0);
         let pids = PidMap::of_own_namespace();
         assert_eq!(pids.host(pids.ns(HostPid(7))), HostPid(7));
+    }
+
+    #[test]
+    fn a_map_of_another_namespace_knows_what_it_was_told() {
+        let pids = PidMap::of_other_namespace();
+        let copy = pids.clone();
+        pids.learn(NsPid(1), HostPid(700));
+        assert_eq!((copy.ns(HostPid(700)), copy.host(NsPid(1))), (NsPid(1), HostPid(700)));
+        assert_eq!((copy.ns(HostPid(1)), copy.host(NsPid(700))), (NsPid::NONE, HostPid::NONE));
     }
 }

@@ -25,7 +25,7 @@ use crate::{
     },
     inject::{Arg, CallId, Script},
     sys::{fds, process},
-    units::{NsPid, PidMap, TargetFd},
+    units::{HostPid, NsPid, PidMap, TargetFd},
 };
 
 /// The file-related part of a process of the tree.
@@ -61,6 +61,9 @@ pub struct Installer<'a> {
     watching: HashSet<u32>,
     /// Working and root directories in `/proc/PID`, which do not exist yet.
     deferred: HashSet<u32>,
+    /// A pidfd of the restorer, for processes that cannot see it: they keep it until they have their
+    /// deferred descriptors.
+    director: Option<OwnedFd>,
 }
 
 impl std::fmt::Debug for Installer<'_> {
@@ -99,11 +102,24 @@ impl<'a> Installer<'a> {
             installed: HashMap::new(),
             watching: HashSet::new(),
             deferred: HashSet::new(),
+            director: None,
         }
     }
 
     /// Opens all descriptions with descriptors in the tree. Runs after [`Self::make_memory`].
     pub fn open_descriptions(&mut self) -> Result<()> {
+        if !self.opened.pids.is_own_namespace() {
+            let own = HostPid(nix::unistd::getpid().as_raw());
+            let failed = |source| FileError::Restore {
+                id: 0,
+                step: "open",
+                object: "a pidfd of the restorer".to_owned(),
+                source,
+            };
+            let pidfd = process::pidfd_open(own).map_err(failed)?;
+            let pidfd = fds::duplicate_from(pidfd.as_fd(), self.lowest).map_err(too_many(0))?;
+            self.director = Some(pidfd);
+        }
         // A file with a path that no descriptor refers to is a program or mapped.
         let descriptors = self.processes.iter().flat_map(|process| process.fds);
         let mut used: HashSet<u32> = descriptors.map(|entry| entry.id).collect();
@@ -315,11 +331,11 @@ impl<'a> Installer<'a> {
         script: &mut Script,
         then: impl FnOnce(Arg, &mut Script),
     ) -> Result<()> {
-        let pidfd = open_director(script);
+        let pidfd = self.open_director(script);
         let fd = take(pidfd, self.opened_path(id, DIRECTORY_FLAGS)?, script);
         then(fd.into(), script);
         close(fd.into(), script);
-        close(pidfd.into(), script);
+        self.close_director(pidfd, script);
         Ok(())
     }
 
@@ -361,7 +377,8 @@ impl<'a> Installer<'a> {
             );
         }
         let mut next = 0;
-        for number in numbers.keys().copied().chain([i32::MAX]) {
+        let kept = self.director.as_ref().map(|director| director.as_raw_fd());
+        for number in numbers.keys().copied().chain(kept).chain([i32::MAX]) {
             if number > next {
                 let last = if number == i32::MAX { u32::MAX } else { (number - 1).cast_unsigned() };
                 let arguments = [next.into(), last.into(), 0.into()];
@@ -440,7 +457,7 @@ impl<'a> Installer<'a> {
             }
         }
         if !wanted.is_empty() {
-            let pidfd = open_director(script);
+            let pidfd = self.open_director(script);
             for (from, number, flags) in wanted {
                 let fd = take(pidfd, from, script);
                 let flags =
@@ -449,7 +466,7 @@ impl<'a> Installer<'a> {
                 script.call(what, libc::SYS_dup3, &[fd.into(), number.into(), flags.into()]);
                 close(fd.into(), script);
             }
-            close(pidfd.into(), script);
+            self.close_director(pidfd, script);
         }
         for entry in fds {
             let Some(file) = self.opened.entries.get(&entry.id) else { continue };
@@ -496,6 +513,30 @@ impl<'a> Installer<'a> {
 
     fn description(&self, id: u32) -> Result<BorrowedFd<'_>> {
         description(&self.descriptions, id)
+    }
+
+    /// Returns a pidfd of the restorer in a process. Adds the call that opens it, unless the process
+    /// has one.
+    fn open_director(&self, script: &mut Script) -> Arg {
+        if let Some(director) = &self.director {
+            return director.as_raw_fd().into();
+        }
+        let own = nix::unistd::getpid().as_raw();
+        let what = "open a pidfd of the restorer";
+        script.call(what, libc::SYS_pidfd_open, &[own.into(), 0.into()]).into()
+    }
+
+    fn close_director(&self, pidfd: Arg, script: &mut Script) {
+        if self.director.is_none() {
+            close(pidfd, script);
+        }
+    }
+
+    /// Adds the call by which a process gives up what it has kept for its deferred descriptors.
+    pub fn forget_director(&self, script: &mut Script) {
+        if let Some(director) = &self.director {
+            close(director.as_raw_fd().into(), script);
+        }
     }
 
     /// Starts descriptions that act on their own, such as timers.
@@ -545,15 +586,9 @@ impl<'a> Installer<'a> {
     }
 }
 
-/// Adds the call that opens a pidfd of the restorer.
-fn open_director(script: &mut Script) -> CallId {
-    let own = nix::unistd::getpid().as_raw();
-    script.call("open a pidfd of the restorer", libc::SYS_pidfd_open, &[own.into(), 0.into()])
-}
-
 /// Adds the call that takes a descriptor from it.
-fn take(pidfd: CallId, number: i32, script: &mut Script) -> CallId {
-    let arguments = [pidfd.into(), number.into(), 0.into()];
+fn take(pidfd: Arg, number: i32, script: &mut Script) -> CallId {
+    let arguments = [pidfd, number.into(), 0.into()];
     script.call("take a descriptor", libc::SYS_pidfd_getfd, &arguments)
 }
 

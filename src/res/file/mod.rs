@@ -49,7 +49,7 @@ use nix::{errno::Errno, libc};
 
 use crate::{
     image::{SnapshotWriter, Store, proto},
-    inject::Script,
+    inject::{Helpers, Script},
     proc::{FdInfo, LockKind, LockMode},
     units::{HostPid, NsPid, PidMap, TargetFd},
 };
@@ -261,6 +261,8 @@ pub struct Opened {
     pub root_leads_group: bool,
     /// Maps pids of the images to pids of the host.
     pub pids: PidMap,
+    /// Makes processes that make calls with the ids of others.
+    pub helpers: Helpers,
     /// A process that has each description open. The entry for [`NO_DESCRIPTION`] stands for
     /// descriptions that are only queued in a socket.
     pub holders: HashMap<u32, owner::Holder>,
@@ -299,6 +301,7 @@ impl Opened {
             groups: HashSet::new(),
             root_leads_group: false,
             pids,
+            helpers: Helpers::default(),
             holders: HashMap::new(),
             fds: HashMap::new(),
         }

@@ -5,9 +5,17 @@
 //! restorer. A namespace of its own is created with its first process, and all other processes
 //! inherit it; so all processes of a tree must be in the same one.
 //!
+//! The dump looks at a namespace in two ways: a process of the tree makes calls ([`Namespace::ask`]),
+//! and rcriu looks from outside ([`Namespace::dump`]), as a rule by entering it with one thread
+//! ([`crate::sys::visit`]). Likewise a restore ([`Restoring`]): the first process is made in the new
+//! namespaces before the files of the tree are opened, so that rcriu can open them there.
+//!
 //! To support another kind, write a file with an [`Namespace`] and name it in the row of the kind.
 
+mod pid;
 mod uts;
+
+use nix::libc;
 
 use super::{ResError, Result};
 use crate::{
@@ -15,7 +23,7 @@ use crate::{
     image::{ImageError, ImageStore, Kind as Image, SnapshotWriter, proto::TaskKobjIdsEntry},
     inject::{Answers, Script, Task},
     proc,
-    units::{HostPid, NsPid},
+    units::{HostPid, NsPid, PidMap},
 };
 
 /// A kind of namespace.
@@ -45,7 +53,7 @@ const fn row(
 
 /// The namespaces that a thread is in.
 static KINDS: [Kind; 8] = [
-    row("pid", "a pid namespace", "-p", |ids| &mut ids.pid_ns_id, None),
+    row("pid", "a pid namespace", "-p", |ids| &mut ids.pid_ns_id, Some(&pid::Pid)),
     row("net", "a network namespace", "-n", |ids| &mut ids.net_ns_id, None),
     row("ipc", "an IPC namespace", "-i", |ids| &mut ids.ipc_ns_id, None),
     row("uts", "a UTS namespace", "-u", |ids| &mut ids.uts_ns_id, Some(&uts::Uts)),
@@ -55,22 +63,11 @@ static KINDS: [Kind; 8] = [
     row("cgroup", "a cgroup namespace", "-C", |ids| &mut ids.cgroup_ns_id, None),
 ];
 
-/// The namespaces that new children of a thread will be in.
-static FOR_CHILDREN: [Kind; 2] = [
-    row(
-        "pid_for_children",
-        "a pid namespace for its children",
-        "-p",
-        |ids| &mut ids.pid_ns_id,
-        None,
-    ),
-    row(
-        "time_for_children",
-        "a time namespace for its children",
-        "-T",
-        |ids| &mut ids.time_ns_id,
-        None,
-    ),
+/// The namespaces that new children of a thread will be in, if they are others than those of the
+/// thread: the name in `/proc/PID/ns`, that of the thread's own, and the name in messages.
+static FOR_CHILDREN: [(&str, &str, &str); 2] = [
+    ("pid_for_children", "pid", "a pid namespace for its children"),
+    ("time_for_children", "time", "a time namespace for its children"),
 ];
 
 impl Kind {
@@ -78,10 +75,6 @@ impl Kind {
     fn is_dumped(&self) -> bool {
         self.own.is_some()
     }
-}
-
-fn all() -> impl Iterator<Item = &'static Kind> {
-    KINDS.iter().chain(&FOR_CHILDREN)
 }
 
 /// The namespaces of the dumper.
@@ -92,7 +85,7 @@ impl OfDumper {
     /// Reads them.
     pub fn look() -> Self {
         let own = HostPid(nix::unistd::getpid().as_raw());
-        Self(all().map(|kind| proc::namespace(own, kind.file).ok()).collect())
+        Self(KINDS.iter().map(|kind| proc::namespace(own, kind.file).ok()).collect())
     }
 
     /// Refuses a process in namespaces that the restore cannot put it into. `first` is a process in
@@ -103,6 +96,7 @@ impl OfDumper {
     pub fn check(&self, task: &Task, first: HostPid) -> Result<()> {
         self.check_dumpers(task)?;
         check_common(task, first)?;
+        check_for_children(task)?;
         check_threads(task)
     }
 
@@ -111,7 +105,7 @@ impl OfDumper {
     fn check_dumpers(&self, task: &Task) -> Result<()> {
         let mut what = Vec::new();
         let mut flags = Vec::new();
-        for (kind, ours) in all().zip(&self.0).filter(|(kind, _)| !kind.is_dumped()) {
+        for (kind, ours) in KINDS.iter().zip(&self.0).filter(|(kind, _)| !kind.is_dumped()) {
             let Kind { file, name, flag, .. } = kind;
             // A kernel without this kind of namespace has nothing to compare.
             if let (Ok(theirs), Some(ours)) = (proc::namespace(task.witness(), file), ours)
@@ -149,10 +143,31 @@ fn check_common(task: &Task, first: HostPid) -> Result<()> {
     Ok(())
 }
 
+/// Checks that the children of a process will be in its own namespaces.
+fn check_for_children(task: &Task) -> Result<()> {
+    for (file, own, name) in FOR_CHILDREN {
+        let pair = [file, own].map(|file| proc::namespace(task.witness(), file).ok());
+        // The file of a pid namespace without processes cannot be read.
+        let differs = match pair {
+            [Some(found), Some(own)] => found != own,
+            [None, Some(_)] => own == "pid",
+            _ => false,
+        };
+        if differs {
+            return Err(ResError::Refused {
+                pid: task.pid,
+                what: format!("has {name} that is not its own ({file})"),
+                help: "dump the children, or the tree once the process has set it back (setns(2))",
+            });
+        }
+    }
+    Ok(())
+}
+
 /// Checks that all threads of a process are in the same namespaces.
 fn check_threads(task: &Task) -> Result<()> {
     let (pid, first) = (task.pid, task.witness());
-    for kind in all() {
+    for kind in &KINDS {
         let of = |tid| proc::thread_namespace(pid, tid, kind.file).ok();
         let Some(wanted) = of(first) else { continue };
         for thread in task.threads.iter().skip(1) {
@@ -169,13 +184,62 @@ pub trait Namespace: Sync + std::fmt::Debug {
     /// Its flag of `clone(2)`.
     fn clone_flag(&self) -> u64;
 
-    /// Adds the calls for a process in the namespace to make, and returns the function that
-    /// writes their results.
-    fn ask(&self, script: &mut Script) -> Collect;
+    /// Dump: refuses a tree in such a namespace of its own that cannot be restored, before the dump
+    /// changes anything.
+    ///
+    /// # Errors
+    /// [`ResError::Refused`], or the errors of reading `/proc`.
+    fn check(&self, _tasks: &[Task]) -> Result<()> {
+        Ok(())
+    }
 
-    /// Reads the images of the namespace with this number. Returns the calls that restore its
-    /// state, for a process created in a new namespace.
-    fn restore(&self, images: &dyn ImageStore, number: u32) -> Result<Script>;
+    /// Dump: adds the calls for a process in the namespace to make, and returns the function that
+    /// writes their results.
+    fn ask(&self, _script: &mut Script) -> Option<Collect> {
+        None
+    }
+
+    /// Dump: writes the images of what rcriu sees of the namespace itself.
+    ///
+    /// # Errors
+    /// The state cannot be read or dumped.
+    fn dump(&self, _of: &Dumped<'_>, _images: &SnapshotWriter) -> Result<()> {
+        Ok(())
+    }
+
+    /// Restore: reads the images of the namespace with this number, and checks them.
+    ///
+    /// # Errors
+    /// A malformed image; state that cannot be restored.
+    fn restore(&self, images: &dyn ImageStore, number: u32) -> Result<Box<dyn Restoring>>;
+}
+
+/// A namespace of a stopped tree.
+#[derive(Clone, Copy, Debug)]
+pub struct Dumped<'a> {
+    /// A process in it.
+    pub pid: HostPid,
+    /// Its number in the images.
+    pub number: u32,
+    /// The processes of the tree.
+    pub tasks: &'a [Task],
+}
+
+/// A namespace during the restore.
+pub trait Restoring: std::fmt::Debug {
+    /// Restores what rcriu can from outside. Process `first` is in the namespace, which is new. No
+    /// file of the tree is open yet.
+    ///
+    /// # Errors
+    /// The first failure.
+    fn build(&mut self, _first: HostPid) -> Result<()> {
+        Ok(())
+    }
+
+    /// Returns the calls of the first process that restore the rest. Runs after [`Self::build`].
+    fn script(&self) -> Script {
+        Script::new()
+    }
 }
 
 /// Writes the images of the namespace with this number from the answers of a process.
@@ -247,14 +311,44 @@ impl OfTree {
         if std::mem::replace(&mut self.asked, true) {
             return Vec::new();
         }
-        let ask = |at: &usize| Some((Self::number(*at), KINDS[*at].own?.ask(script)));
+        let ask = |at: &usize| Some((Self::number(*at), KINDS[*at].own?.ask(script)?));
         self.kinds.iter().filter_map(ask).collect()
     }
+
+    /// Refuses namespaces that cannot be restored.
+    ///
+    /// # Errors
+    /// [`ResError::Refused`], or the errors of reading `/proc`.
+    pub fn check(&self, tasks: &[Task]) -> Result<()> {
+        let mut own = self.kinds.iter().filter_map(|at| KINDS[*at].own);
+        own.try_for_each(|own| own.check(tasks))
+    }
+
+    /// Writes the images of what rcriu sees of the namespaces itself. `pid` is a process in them.
+    ///
+    /// # Errors
+    /// The state cannot be read or dumped.
+    pub fn dump(&self, pid: HostPid, tasks: &[Task], images: &SnapshotWriter) -> Result<()> {
+        for at in &self.kinds {
+            if let Some(own) = KINDS[*at].own {
+                own.dump(&Dumped { pid, number: Self::number(*at), tasks }, images)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Returns the map of the pids of a stopped tree.
+///
+/// # Errors
+/// The errors of reading `/proc`.
+pub fn pids_of(tasks: &[Task]) -> Result<PidMap> {
+    pid::map(tasks)
 }
 
 /// The namespaces that the restore creates for a tree.
 #[derive(Debug, Default)]
-pub struct Wanted(Vec<(&'static Kind, Script)>);
+pub struct Wanted(Vec<(&'static Kind, Box<dyn Restoring>)>);
 
 impl Wanted {
     /// Reads them from the images. `pid` is a process that is alive, `dumper` has the numbers
@@ -299,9 +393,34 @@ impl Wanted {
         own.fold(0, |flags, own| flags | own.clone_flag())
     }
 
-    /// Returns the scripts for the first process.
-    pub fn scripts(&self) -> impl Iterator<Item = &Script> {
-        self.0.iter().map(|(_, script)| script)
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Whether the tree gets a pid namespace of its own.
+    pub fn has_pids(&self) -> bool {
+        self.clone_flags() & u64::from(libc::CLONE_NEWPID.cast_unsigned()) != 0
+    }
+
+    /// Restores their state. Process `first` is in all of them; `run` has it make the calls of a
+    /// script.
+    ///
+    /// # Errors
+    /// The first failure.
+    pub fn build<E: From<ResError>>(
+        &mut self,
+        first: HostPid,
+        mut run: impl FnMut(&Script) -> Result<(), E>,
+    ) -> Result<(), E> {
+        for (_, namespace) in &mut self.0 {
+            namespace.build(first)?;
+            let script = namespace.script();
+            if !script.is_empty() {
+                run(&script)?;
+            }
+        }
+        Ok(())
     }
 
     /// Lists the names of the kinds for messages; `None` if there are none.

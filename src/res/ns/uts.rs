@@ -2,7 +2,7 @@
 
 use nix::libc;
 
-use super::{Collect, Namespace, wrong};
+use super::{Collect, Namespace, Restoring, wrong};
 use crate::{
     image::{ImageStore, Kind, proto::UtsnsEntry, tree::uts_problem},
     inject::Script,
@@ -25,20 +25,31 @@ impl Namespace for Uts {
         u64::from(libc::CLONE_NEWUTS.cast_unsigned())
     }
 
-    fn ask(&self, script: &mut Script) -> Collect {
+    fn ask(&self, script: &mut Script) -> Option<Collect> {
         let names = script.space(FIELDS * FIELD_BYTES);
         script.call("read the host name", libc::SYS_uname, &[names.into()]);
-        Box::new(move |answers, number, images| {
+        Some(Box::new(move |answers, number, images| {
             let entry = entry(answers.bytes(names));
             images.write(Kind::Utsns, number.into(), &[entry])
-        })
+        }))
     }
 
-    fn restore(&self, images: &dyn ImageStore, number: u32) -> Result<Script> {
+    fn restore(&self, images: &dyn ImageStore, number: u32) -> Result<Box<dyn Restoring>> {
         let entry: UtsnsEntry = images.message(Kind::Utsns, number.into())?;
         if let Some(problem) = uts_problem(&entry) {
             return Err(wrong(number, &problem));
         }
+        Ok(Box::new(Names(entry)))
+    }
+}
+
+/// The names of a namespace to be restored.
+#[derive(Debug)]
+struct Names(UtsnsEntry);
+
+impl Restoring for Names {
+    fn script(&self) -> Script {
+        let Self(entry) = self;
         let mut script = Script::new();
         for (what, call, name) in [
             ("set the host name", libc::SYS_sethostname, &entry.nodename),
@@ -47,7 +58,7 @@ impl Namespace for Uts {
             let bytes = script.bytes(name);
             script.call(what, call, &[bytes.into(), name.len().into()]);
         }
-        Ok(script)
+        script
     }
 }
 
@@ -84,7 +95,7 @@ mod tests {
         images.commit(&InventoryEntry::default()).unwrap();
         // Two calls, each with its name.
         let images = crate::image::Directory::at(dir.path());
-        assert_eq!(Uts.restore(&images, 12).unwrap().len(), 2);
+        assert_eq!(Uts.restore(&images, 12).unwrap().script().len(), 2);
         let error = Uts.restore(&images, 13).unwrap_err();
         assert!(error.to_string().contains("65 bytes"), "{error}");
         assert!(Uts.restore(&images, 14).is_err());

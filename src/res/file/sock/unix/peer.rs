@@ -26,7 +26,7 @@ use super::name;
 use crate::{
     causes::with_sources,
     image::proto::SkPeerEntry,
-    inject::{Helper, InjectError, Script},
+    inject::{Helper, Helpers, InjectError, Script},
     proc,
     res::file::{FileError, Opened, Result, owner::Holder, sock::opts::Subject},
     sys::{fds, socket},
@@ -92,14 +92,14 @@ pub(super) struct Callers {
     helpers: HashMap<NsPid, Result<Helper, String>>,
     /// The pids of the tree.
     tree: HashSet<NsPid>,
-    pids: PidMap,
+    makers: Helpers,
 }
 
 impl Callers {
     pub(super) fn new(opened: &Opened) -> Result<Self> {
         let tree = opened.holders.values().map(|holder| holder.pid).collect();
-        let pids = opened.pids.clone();
-        Ok(Self { own: own(&pids)?, helpers: HashMap::new(), tree, pids })
+        let makers = opened.helpers.clone();
+        Ok(Self { own: own(&opened.pids)?, helpers: HashMap::new(), tree, makers })
     }
 
     /// Whether a process of the tree will have this pid.
@@ -118,7 +118,7 @@ impl Callers {
             if pid.raw() <= 0 {
                 return Err("it belongs to another pid namespace".into());
             }
-            Helper::spawn(self.pids.host(pid)).map_err(|error| with_sources(&error))
+            self.makers.spawn(pid).map_err(|error| with_sources(&error))
         });
         place.is_ok()
     }

@@ -1,0 +1,134 @@
+//! Visits to the namespaces of other processes, by one thread of this program.
+//!
+//! A visitor executes nothing that it finds there, and its memory and descriptors stay those of this
+//! program. Each thread has its own network, IPC, UTS and cgroup namespace; a thread that does not
+//! share its working directory has its own mount namespace, too (`setns(2)`). User namespaces cannot
+//! be visited: that takes a process with one thread.
+
+use std::{fs::File, io, marker::PhantomData, os::fd::AsFd, thread};
+
+use nix::{
+    sched::{CloneFlags, setns, unshare},
+    unistd::{chroot, fchdir},
+};
+
+use crate::units::HostPid;
+
+/// A kind of namespace that a thread can visit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Network devices, sockets, `/proc/sys/net`.
+    Net,
+    /// System V IPC and POSIX message queues.
+    Ipc,
+    /// Host and domain name.
+    Uts,
+    /// The root of what `/proc/PID/cgroup` shows.
+    Cgroup,
+}
+
+impl Place {
+    /// Returns the name in `/proc/PID/ns`.
+    pub fn file(self) -> &'static str {
+        match self {
+            Self::Net => "net",
+            Self::Ipc => "ipc",
+            Self::Uts => "uts",
+            Self::Cgroup => "cgroup",
+        }
+    }
+
+    fn flag(self) -> CloneFlags {
+        match self {
+            Self::Net => CloneFlags::CLONE_NEWNET,
+            Self::Ipc => CloneFlags::CLONE_NEWIPC,
+            Self::Uts => CloneFlags::CLONE_NEWUTS,
+            Self::Cgroup => CloneFlags::CLONE_NEWCGROUP,
+        }
+    }
+}
+
+/// A visit of the calling thread, which ends when this is dropped. What the thread creates meanwhile,
+/// such as sockets, belongs to the visited namespace for good.
+#[derive(Debug)]
+pub struct Visit {
+    back: File,
+    flag: CloneFlags,
+    /// Only the visitor itself can return.
+    _here: PhantomData<*const ()>,
+}
+
+impl Visit {
+    /// Enters a namespace of a process.
+    ///
+    /// # Errors
+    /// `EPERM` without `CAP_SYS_ADMIN` there; `ENOENT` if the process is gone.
+    pub fn to(pid: HostPid, place: Place) -> io::Result<Self> {
+        let file = place.file();
+        Self::with(&File::open(format!("/proc/{pid}/ns/{file}"))?, place)
+    }
+
+    /// Enters the namespace behind a descriptor of `/proc/PID/ns`.
+    ///
+    /// # Errors
+    /// As [`Self::to`]; `EINVAL` if it is of another kind.
+    pub fn with(namespace: impl AsFd, place: Place) -> io::Result<Self> {
+        let back = File::open(format!("/proc/thread-self/ns/{}", place.file()))?;
+        setns(namespace, place.flag())?;
+        Ok(Self { back, flag: place.flag(), _here: PhantomData })
+    }
+}
+
+impl Drop for Visit {
+    fn drop(&mut self) {
+        // A thread that cannot return must not go on: it would work in the wrong place.
+        setns(&self.back, self.flag).expect("a thread may return to the namespace it came from");
+    }
+}
+
+/// Calls `act` in a thread whose mount namespace and root directory are those of a process. Absolute
+/// paths lead where they lead that process, and `/proc` may not be what it seems.
+///
+/// # Errors
+/// `EPERM` without `CAP_SYS_ADMIN` and `CAP_SYS_CHROOT` there; `ENOENT` if the process is gone; what
+/// `act` returns.
+pub fn at_root<T: Send, E: From<io::Error> + Send>(
+    pid: HostPid,
+    act: impl FnOnce() -> Result<T, E> + Send,
+) -> Result<T, E> {
+    let root = File::open(format!("/proc/{pid}/root"))?;
+    let namespace = File::open(format!("/proc/{pid}/ns/mnt"))?;
+    thread::scope(|scope| {
+        let visitor = scope.spawn(move || {
+            unshare(CloneFlags::CLONE_FS).map_err(io::Error::from)?;
+            setns(&namespace, CloneFlags::CLONE_NEWNS).map_err(io::Error::from)?;
+            fchdir(&root).map_err(io::Error::from)?;
+            chroot(".").map_err(io::Error::from)?;
+            act()
+        });
+        visitor.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_visit_to_the_own_namespace_changes_nothing() {
+        let own = HostPid(nix::unistd::getpid().as_raw());
+        for place in [Place::Net, Place::Ipc, Place::Uts, Place::Cgroup] {
+            let link = || std::fs::read_link(format!("/proc/thread-self/ns/{}", place.file()));
+            let before = link().unwrap();
+            match Visit::to(own, place) {
+                Ok(visit) => {
+                    assert_eq!(link().unwrap(), before);
+                    drop(visit);
+                    assert_eq!(link().unwrap(), before);
+                }
+                // Without privileges.
+                Err(error) => assert_eq!(error.raw_os_error(), Some(nix::libc::EPERM)),
+            }
+        }
+    }
+}
