@@ -245,7 +245,9 @@ pub fn cat(args: &CatArgs, out: &mut dyn Write) -> anyhow::Result<()> {
             let target = view.link(found.ino)?;
             bail!("{} is a link to {}", args.path, String::from_utf8_lossy(&target));
         }
-        NodeType::Pipe | NodeType::Socket => bail!("{} is a pipe or socket", args.path),
+        NodeType::Pipe | NodeType::Socket | NodeType::CharDevice | NodeType::BlockDevice => {
+            bail!("{} is a pipe, a socket or a device, and has no contents", args.path)
+        }
     }
     let content: Arc<dyn Content> = view.open(found.ino)?.content;
     let mut buffer = vec![0; PIECE_BYTES];

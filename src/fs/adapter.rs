@@ -3,6 +3,7 @@
 use std::{
     ffi::OsStr,
     io,
+    os::unix::ffi::OsStrExt,
     path::Path,
     time::{Duration, SystemTime},
 };
@@ -41,6 +42,15 @@ const NAME_BYTES: u32 = 255;
 /// Whether the request comes from root or from the user who mounted the chain.
 fn is_owner(req: &Request) -> bool {
     req.uid() == 0 || req.uid() == getuid().as_raw()
+}
+
+/// Answers a request for at most `size` bytes of attributes; 0 asks for their number.
+fn reply_xattr(bytes: &[u8], size: u32, reply: ReplyXattr) {
+    match u32::try_from(bytes.len()) {
+        Ok(len) if size == 0 => reply.size(len),
+        Ok(len) if len <= size => reply.data(bytes),
+        _ => reply.error(Errno::ERANGE),
+    }
 }
 
 impl Filesystem for ImageFs {
@@ -303,26 +313,35 @@ impl Filesystem for ImageFs {
         reply.ok();
     }
 
-    /// Returns extended attributes that describe the mount to restorers.
+    /// Returns extended attributes that describe the mount to restorers, and those of files of a
+    /// tmpfs.
     fn getxattr(&self, req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
         // The log may name memory of other users' processes.
         if name == LOG_XATTR && !is_owner(req) {
             return reply.error(Errno::EACCES);
         }
-        let value = self.attribute(ino.0, name);
-        let Some(value) = value else { return reply.error(Errno::ENODATA) };
-        match u32::try_from(value.len()) {
-            Ok(len) if size == 0 => reply.size(len),
-            Ok(len) if len <= size => reply.data(&value),
-            _ => reply.error(Errno::ERANGE),
+        let own = self.attribute(ino.0, name).map(Ok);
+        let value = own
+            .or_else(|| self.xattrs(ino.0).map(|mut all| all.remove(name.as_bytes())).transpose());
+        match value {
+            Some(Ok(value)) => reply_xattr(&value, size, reply),
+            Some(Err(error)) => reply.error(self.failed("getxattr", ino, error)),
+            None => reply.error(Errno::ENODATA),
+        }
+    }
+
+    fn listxattr(&self, _req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        match self.xattrs(ino.0) {
+            Ok(all) => {
+                let names: Vec<u8> =
+                    all.into_keys().flat_map(|name| name.into_iter().chain([0])).collect();
+                reply_xattr(&names, size, reply);
+            }
+            Err(error) => reply.error(self.failed("listxattr", ino, error)),
         }
     }
 
     // Operations that a mount does not support. After ENOSYS the kernel does not ask again.
-
-    fn listxattr(&self, _req: &Request, _ino: INodeNo, _size: u32, reply: ReplyXattr) {
-        reply.error(Errno::ENOSYS);
-    }
 
     fn flush(
         &self,

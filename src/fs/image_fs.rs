@@ -1,6 +1,7 @@
 //! The file system of a mount.
 
 use std::{
+    collections::BTreeMap,
     ffi::OsStr,
     fs::File,
     io,
@@ -43,6 +44,9 @@ const WRITABLE: u16 = 0o200;
 /// The longest value of an attribute: as long as a path can be (`PATH_MAX`,
 /// `linux/limits.h`).
 const ATTRIBUTE_BYTES: usize = 4096;
+
+/// How the names of the attributes begin that describe the mount.
+const OWN_XATTRS: &[u8] = b"user.imgfs.";
 
 /// A chain of images as a file system.
 #[derive(Debug)]
@@ -106,6 +110,14 @@ impl ImageFs {
             }
             _ => None,
         }
+    }
+
+    /// Returns the extended attributes that a file of a tmpfs had. Those of imgfs's own names are
+    /// never among them: restorers trust them.
+    pub(super) fn xattrs(&self, ino: Ino) -> Result<BTreeMap<Vec<u8>, Vec<u8>>, ViewError> {
+        let mut all = self.view.xattrs(ino)?;
+        all.retain(|name, _| !name.starts_with(OWN_XATTRS));
+        Ok(all)
     }
 
     /// Keeps pages from being freed until the guard is dropped; `None` if the mount frees
@@ -233,6 +245,8 @@ pub(super) fn file_type(kind: NodeType) -> FileType {
         NodeType::Link => FileType::Symlink,
         NodeType::Pipe => FileType::NamedPipe,
         NodeType::Socket => FileType::Socket,
+        NodeType::CharDevice => FileType::CharDevice,
+        NodeType::BlockDevice => FileType::BlockDevice,
     }
 }
 
@@ -251,7 +265,7 @@ fn file_attr(attr: &Attr) -> FileAttr {
         nlink: attr.nlink,
         uid: attr.uid,
         gid: attr.gid,
-        rdev: 0,
+        rdev: attr.device,
         blksize: if small { SMALL_READ_BYTES } else { READ_BYTES },
         flags: 0,
     }

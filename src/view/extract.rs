@@ -29,7 +29,8 @@ impl View {
 }
 
 /// Copies a file, a link or a whole directory to `to`, which must not exist. Copies of files keep
-/// their holes, and only their owner may access them. Skips pipes and sockets, which have no contents.
+/// their holes, and only their owner may access them. Skips pipes, sockets
+/// and devices, which have no contents.
 ///
 /// # Errors
 /// Errors of reading the node; [`ViewError::Write`].
@@ -53,7 +54,7 @@ pub fn extract(view: &View, from: &Attr, to: &Path) -> Result<()> {
             fs::DirBuilder::new().mode(0o700).create(to).map_err(failed)?;
             extract_entries(view, from.ino, to)
         }
-        NodeType::Pipe | NodeType::Socket => Ok(()),
+        _ => Ok(()),
     }
 }
 

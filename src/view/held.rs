@@ -17,7 +17,7 @@ use std::{
 use nix::libc;
 
 use super::{
-    Result, Tables,
+    NodeType, Result, Tables,
     address_space::extent_runs,
     mapped::{FileExtent, ghost},
     shortened,
@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     chain::{self, Content, FileId, Run},
-    image::{ImageError, Kind, proto},
+    image::{ImageError, Kind, proto, store::Inode},
 };
 
 /// The largest possible file size (`MAX_LFS_FILESIZE`).
@@ -49,17 +49,21 @@ enum Place {
 
 /// An entry of a directory below `files`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Entry {
-    /// A directory.
-    Directory,
-    /// A file.
-    File,
-    /// A symbolic link, and where it leads.
-    Link(String),
+pub(super) struct Entry {
+    pub(super) kind: NodeType,
+    /// The path of the same file under another name, which represents all its names.
+    pub(super) first: Option<String>,
+}
+
+impl Entry {
+    /// Returns an entry that is the only name of a file.
+    pub(super) fn of(kind: NodeType) -> Self {
+        Self { kind, first: None }
+    }
 }
 
 /// The directory with the files of tmpfs.
-const TMPFS: &str = "tmpfs/";
+pub(super) const TMPFS: &str = "tmpfs/";
 
 impl Held {
     /// Finds the files in the images, without reading their contents.
@@ -80,17 +84,22 @@ impl Held {
     /// [`super::ViewError::Tmpfs`].
     pub(super) fn children(&self, tables: &Tables, path: &str) -> Result<BTreeMap<String, Entry>> {
         if let Some(path) = path.strip_prefix(TMPFS) {
-            return self.systems.children(tables, path);
+            let mut children = self.systems.children(tables, path)?;
+            for entry in children.values_mut() {
+                entry.first = entry.first.take().map(|first| format!("{TMPFS}{first}"));
+            }
+            return Ok(children);
         }
         let inside = self.files.range(path.to_owned()..).map(|(name, _)| name);
         let inside = inside.map_while(|name| name.strip_prefix(path));
         let entry = |rest: &str| match rest.split_once('/') {
-            Some((name, _)) => (name.to_owned(), Entry::Directory),
-            None => (rest.to_owned(), Entry::File),
+            Some((name, _)) => (name.to_owned(), Entry::of(NodeType::Directory)),
+            None => (rest.to_owned(), Entry::of(NodeType::File)),
         };
         let mut children: BTreeMap<String, Entry> = inside.map(entry).collect();
         if path.is_empty() && !self.systems.is_empty() {
-            children.insert(TMPFS.trim_end_matches('/').to_owned(), Entry::Directory);
+            let name = TMPFS.trim_end_matches('/').to_owned();
+            children.insert(name, Entry::of(NodeType::Directory));
         }
         Ok(children)
     }
@@ -121,6 +130,25 @@ impl Held {
             files.get(id)?;
         }
         Ok(Arc::new(Pieces { chain: Arc::clone(tables.chain()), extents, len }))
+    }
+
+    /// Returns the target of a symbolic link.
+    pub(super) fn target(&self, tables: &Tables, path: &str) -> Result<String> {
+        self.systems.target(tables, path.strip_prefix(TMPFS).unwrap_or(path))
+    }
+
+    /// Calls `look` with what the images say about a file or directory of a tmpfs; `None` if they say
+    /// nothing.
+    pub(super) fn inode<T>(
+        &self,
+        tables: &Tables,
+        path: &str,
+        look: impl FnOnce(&Inode) -> T,
+    ) -> Result<Option<T>> {
+        match path.strip_prefix(TMPFS) {
+            Some(path) => self.systems.inode(tables, path, look),
+            None => Ok(None),
+        }
     }
 
     /// Adds a file, under a different name if this one is taken.

@@ -47,7 +47,7 @@ impl View {
             GROUPS.iter().map(|(name, part, group)| (*name, *part, What::Group(id, *group)));
         let others = [
             (PROC, Part::Proc, What::Proc(id, proc::Node::Root)),
-            (FILES, Part::Files, What::HeldDirectory(id, String::new())),
+            (FILES, Part::Files, What::Held(id, String::new(), NodeType::Directory)),
             (BY_NAME, Part::Shmem, What::ShmemNames(id)),
             (BY_PROCESS, Part::Shmem, What::ShmemUsers(id)),
         ];
@@ -125,12 +125,9 @@ impl View {
         let tables = self.tables(id);
         let children = tables.held()?.children(&tables, path)?.into_iter();
         let child = |(name, entry): (String, held::Entry)| {
-            let what = match entry {
-                held::Entry::Directory => What::HeldDirectory(id, format!("{path}{name}/")),
-                held::Entry::File => What::HeldFile(id, format!("{path}{name}")),
-                held::Entry::Link(target) => What::HeldLink(id, target),
-            };
-            (name, what)
+            let slash = if entry.kind == NodeType::Directory { "/" } else { "" };
+            let path = entry.first.unwrap_or_else(|| format!("{path}{name}{slash}"));
+            (name, What::Held(id, path, entry.kind))
         };
         Ok(children.map(child).collect())
     }

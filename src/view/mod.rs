@@ -84,10 +84,21 @@ pub enum NodeType {
     File,
     /// A symbolic link.
     Link,
-    /// A pipe, the target of a descriptor.
+    /// A pipe, the target of a descriptor, or a FIFO in a tmpfs.
     Pipe,
     /// A socket, the target of a descriptor.
     Socket,
+    /// A character device, in a tmpfs.
+    CharDevice,
+    /// A block device, in a tmpfs.
+    BlockDevice,
+}
+
+impl NodeType {
+    /// Whether it is none of the types that have contents or entries, or lead elsewhere.
+    pub fn is_special(self) -> bool {
+        !matches!(self, Self::Directory | Self::File | Self::Link)
+    }
 }
 
 /// A node's attributes.
@@ -109,6 +120,8 @@ pub struct Attr {
     pub uid: u32,
     /// The owning group.
     pub gid: u32,
+    /// The number of a device; 0 for others.
+    pub device: u32,
     /// When it was last read.
     pub atime: SystemTime,
     /// When its content last changed.
@@ -145,6 +158,7 @@ fn attr_of(ino: Ino, kind: NodeType, stat: &Stat) -> Attr {
         nlink: 1,
         uid: stat.uid,
         gid: stat.gid,
+        device: 0,
         atime: stat.accessed,
         mtime: stat.modified,
         ctime: stat.changed,

@@ -56,12 +56,9 @@ pub(super) enum What {
     Mapping(SnapshotId, u32, u64, u64),
     /// A process as a core file.
     Core(SnapshotId, u32),
-    /// A directory below `files`; the path is empty or ends with a slash.
-    HeldDirectory(SnapshotId, String),
-    /// A file below `files`.
-    HeldFile(SnapshotId, String),
-    /// A symbolic link below `files`, and where it leads.
-    HeldLink(SnapshotId, String),
+    /// A node in `files` with its path there. That of a directory is empty or ends with a slash;
+    /// that of a file with several names is the same for all of them.
+    Held(SnapshotId, String, NodeType),
     /// The directory of links to shared objects by name.
     ShmemNames(SnapshotId),
     /// The directory of processes that map shared objects.
@@ -85,11 +82,11 @@ impl What {
             | Self::Group(..)
             | Self::Snapshots
             | Self::Mem(..)
-            | Self::HeldDirectory(..)
             | Self::ShmemNames(_)
             | Self::ShmemUsers(_)
             | Self::ShmemUser(..) => NodeType::Directory,
-            Self::HeldLink(..) | Self::ShmemLink(..) => NodeType::Link,
+            Self::ShmemLink(..) => NodeType::Link,
+            Self::Held(.., kind) => *kind,
             Self::Proc(_, node) => node.kind(),
             _ => NodeType::File,
         }
@@ -120,7 +117,7 @@ pub(super) struct Table {
 }
 
 /// Adds a node. Its inode number is `wanted` or, without one, the hash of its path, which is the same
-/// in every mount. If the number is taken, uses the next free one.
+/// in every mount. If the number is taken, uses the next free one. Names of one file have one number.
 pub(super) fn enter(
     nodes: &mut HashMap<Ino, Arc<Node>>,
     dir: &Node,
@@ -128,12 +125,26 @@ pub(super) fn enter(
     what: What,
     wanted: Option<Ino>,
 ) -> Arc<Node> {
-    let path = if dir.path.is_empty() { name.clone() } else { format!("{}/{name}", dir.path) };
+    let path = path_of(dir, &name, &what);
     let mut ino = wanted.unwrap_or_else(|| xxh3_64(path.as_bytes()));
-    while ino <= ROOT || nodes.contains_key(&ino) {
+    let is_taken = |ino| nodes.get(&ino).is_some_and(|other| other.path != path);
+    while ino <= ROOT || is_taken(ino) {
         ino = ino.wrapping_add(1);
     }
     let node = Arc::new(Node { ino, parent: dir.ino, name, path, what });
-    nodes.insert(ino, Arc::clone(&node));
+    nodes.entry(ino).or_insert_with(|| Arc::clone(&node));
     node
+}
+
+/// Returns the path of an entry of a directory from the root; of a file with several names, that of
+/// the first.
+fn path_of(dir: &Node, name: &str, what: &What) -> String {
+    let whole = format!("{}/", dir.path);
+    if let (What::Held(_, above, _), What::Held(_, path, kind)) = (&dir.what, what)
+        && *kind != NodeType::Directory
+        && let Some(files) = whole.strip_suffix(above.as_str())
+    {
+        return format!("{files}{path}");
+    }
+    format!("{}{name}", whole.trim_start_matches('/'))
 }

@@ -35,14 +35,13 @@ impl View {
                 }
             }
             What::Mem(id, _)
-            | What::HeldDirectory(id, _)
             | What::ShmemNames(id)
             | What::ShmemUsers(id)
             | What::ShmemUser(id, _) => whole(*id),
-            What::HeldFile(id, _)
-            | What::HeldLink(id, _)
-            | What::ShmemLink(id, ..)
-            | What::Readme(id) => file(*id, Kind::Inventory.file_name(0)),
+            What::Held(id, _, NodeType::Directory) => whole(*id),
+            What::Held(id, ..) | What::ShmemLink(id, ..) | What::Readme(id) => {
+                file(*id, Kind::Inventory.file_name(0))
+            }
             What::Mapping(id, pid, ..) | What::Core(id, pid) => {
                 file(*id, Kind::Mm.file_name((*pid).into()))
             }
@@ -63,7 +62,7 @@ impl View {
             | What::Group(..)
             | What::Snapshots
             | What::Mem(..)
-            | What::HeldDirectory(..)
+            | What::Held(.., NodeType::Directory)
             | What::ShmemNames(_)
             | What::ShmemUsers(_)
             | What::ShmemUser(..) => Err(ViewError::IsADirectory { path: name.to_owned() }),
@@ -106,7 +105,7 @@ impl View {
                 let content = flat::shmem(&self.tables(*id), *shmid)?;
                 Ok(OpenFile { content, whole: None, pages: None })
             }
-            What::HeldFile(id, path) => {
+            What::Held(id, path, NodeType::File) => {
                 let tables = self.tables(*id);
                 let content = tables.held()?.open(&tables, path)?;
                 Ok(OpenFile { content, whole: None, pages: None })
@@ -115,7 +114,7 @@ impl View {
                 let content = MemoryFile::new(self.readme());
                 Ok(OpenFile { content: Arc::new(content), whole: None, pages: None })
             }
-            What::HeldLink(..) | What::ShmemLink(..) => {
+            What::Held(..) | What::ShmemLink(..) => {
                 Err(ViewError::NoSuchEntry { dir: name.to_owned(), name: name.to_owned() })
             }
             What::Mapping(id, pid, start, end) => {
@@ -139,7 +138,10 @@ impl View {
     pub(super) fn target(&self, what: &What) -> Result<Vec<u8>> {
         match what {
             What::Proc(id, node) => Proc::new(&self.tables(*id), &self.spaces).target(node),
-            What::HeldLink(_, target) => Ok(target.clone().into_bytes()),
+            What::Held(id, path, NodeType::Link) => {
+                let tables = self.tables(*id);
+                Ok(tables.held()?.target(&tables, path)?.into_bytes())
+            }
             What::ShmemLink(_, depth, shmid) => {
                 Ok(format!("{}shmem/{shmid}", "../".repeat(*depth as usize)).into_bytes())
             }

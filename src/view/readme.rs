@@ -46,7 +46,8 @@ shmem/          Shared memory by its number; shmem-by-name/ and shmem-by-process
         Part::Files,
         "\
 files/          What was in deleted files that were still open, what waited to be read in
-                pipes, sockets and terminals, and the files of each tmpfs (tmpfs/).
+                pipes, sockets and terminals, and the files of each tmpfs (tmpfs/) with their
+                owners, modes and times.
 ",
     ),
     (

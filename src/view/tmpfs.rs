@@ -12,10 +12,8 @@ use std::{
     sync::Arc,
 };
 
-use log::warn;
-
 use super::{
-    Result, Tables, ViewError, WholeFile,
+    NodeType, Result, Tables, ViewError, WholeFile,
     held::{Entry, printable},
     tables::Lazy,
 };
@@ -23,7 +21,7 @@ use crate::{
     chain::{BackingFile, Content},
     image::{
         Kind, desc, proto,
-        store::{FileTree, TreeEntry},
+        store::{FileTree, Inode, TreeEntry},
     },
 };
 
@@ -107,19 +105,24 @@ impl Systems {
             let files = system.files(tables)?;
             let entries = files.entries(inside.trim_end_matches('/'));
             children.extend(entries.map(|(name, entry)| {
-                let entry = match entry {
-                    TreeEntry::Directory => Entry::Directory,
-                    TreeEntry::File => Entry::File,
-                    TreeEntry::Link(target) => Entry::Link(target),
+                let kind = match entry {
+                    TreeEntry::Directory => NodeType::Directory,
+                    TreeEntry::File => NodeType::File,
+                    TreeEntry::Link => NodeType::Link,
+                    TreeEntry::Pipe => NodeType::Pipe,
+                    TreeEntry::CharDevice => NodeType::CharDevice,
+                    TreeEntry::BlockDevice => NodeType::BlockDevice,
                 };
-                (name.to_owned(), entry)
+                let first = self.first_name(system, &files, &format!("{inside}{name}"));
+                (name.to_owned(), Entry { kind, first })
             }));
         }
         // A mount hides the files below its mount point.
         let below = self.0.iter().filter_map(|system| system.place.strip_prefix(path));
         let next = below.filter_map(|rest| rest.split('/').next());
         children.extend(
-            next.filter(|name| !name.is_empty()).map(|name| (name.to_owned(), Entry::Directory)),
+            next.filter(|name| !name.is_empty())
+                .map(|name| (name.to_owned(), Entry::of(NodeType::Directory))),
         );
         Ok(children)
     }
@@ -131,6 +134,36 @@ impl Systems {
         let file = system.files(tables)?.file(inside).ok_or_else(missing)?;
         let file = BackingFile::new(file, system.path(tables).join(inside));
         Ok(Arc::new(WholeFile::new(Arc::new(file))?))
+    }
+
+    /// Returns the target of a symbolic link.
+    pub(super) fn target(&self, tables: &Tables, path: &str) -> Result<String> {
+        let missing = || ViewError::NoSuchEntry { dir: "tmpfs".to_owned(), name: path.to_owned() };
+        let (system, inside) = self.at(path).ok_or_else(missing)?;
+        let files = system.files(tables)?;
+        files.link(inside).map(str::to_owned).ok_or_else(missing)
+    }
+
+    /// Calls `look` with what the archive says about a file or directory; `None` if it says nothing,
+    /// as of the directories above a mount point.
+    pub(super) fn inode<T>(
+        &self,
+        tables: &Tables,
+        path: &str,
+        look: impl FnOnce(&Inode) -> T,
+    ) -> Result<Option<T>> {
+        let Some((system, inside)) = self.at(path) else { return Ok(None) };
+        let files = system.files(tables)?;
+        Ok(files.inode(inside.trim_end_matches('/')).map(look))
+    }
+
+    /// Returns the first name of a file that has several, unless a mount hides that name.
+    fn first_name(&self, system: &System, files: &FileTree, inside: &str) -> Option<String> {
+        let first = &files.inode(inside).filter(|inode| inode.name != inside)?.name;
+        let path = format!("{}/{first}", system.place);
+        let path = path.trim_start_matches('/');
+        let (shown, _) = self.at(path)?;
+        std::ptr::eq(shown, system).then(|| path.to_owned())
     }
 
     /// Returns the file system that a path lies in, and the path there.
@@ -154,12 +187,7 @@ impl System {
         self.files.get(|| {
             let path = self.path(tables);
             let files = FileTree::open(&**tables.images(), &self.image, tables.chain().cache());
-            let files = files.map_err(|source| ViewError::Tmpfs { path: path.clone(), source })?;
-            let special = files.special();
-            if special > 0 {
-                warn!("{}: {special} device nodes, FIFOs or sockets are not shown", path.display());
-            }
-            Ok(files)
+            files.map_err(|source| ViewError::Tmpfs { path, source })
         })
     }
 }

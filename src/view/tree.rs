@@ -1,7 +1,7 @@
 //! The tree: looking up, listing and describing nodes.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     num::NonZeroUsize,
     path::Path,
     sync::{Arc, Mutex, PoisonError, RwLock},
@@ -13,11 +13,13 @@ use super::{
     Attr, NodeType, OpenFile, Part, Result, Tables, ViewError,
     address_space::Spaces,
     attr_of,
+    held::TMPFS,
     node::{DirEntry, Group, Ino, Node, ROOT, Table, What, enter},
     proc::{self, Proc},
 };
 use crate::{
     chain::{Chain, SnapshotId},
+    image::store::Inode,
     units::BLOCK_BYTES,
 };
 
@@ -37,6 +39,8 @@ pub struct View {
     pub(super) without: BTreeSet<Part>,
     /// The only user and group that may access the files.
     shown_to: Option<(u32, u32)>,
+    /// Whether the files of a tmpfs have the owners that they had.
+    owners: bool,
 }
 
 impl View {
@@ -61,6 +65,7 @@ impl View {
             mapped_files: true,
             without: BTreeSet::new(),
             shown_to: None,
+            owners: true,
         }
     }
 
@@ -83,6 +88,14 @@ impl View {
     #[must_use]
     pub fn shown_to(mut self, uid: u32, gid: u32) -> Self {
         self.shown_to = Some((uid, gid));
+        self
+    }
+
+    /// Gives the files of each tmpfs to the owner of the images, who can read all of them, as if an
+    /// ordinary user had unpacked them.
+    #[must_use]
+    pub fn without_owners(mut self) -> Self {
+        self.owners = false;
         self
     }
 
@@ -236,7 +249,7 @@ impl View {
             What::Group(id, Group::Mem) => self.processes_with_memory(*id, What::Mem)?,
             What::Group(id, Group::Shmem) => self.shmem_children(*id)?,
             What::Mem(id, pid) => self.mapping_children(*id, *pid)?,
-            What::HeldDirectory(id, path) => self.held_children(*id, path)?,
+            What::Held(id, path, NodeType::Directory) => self.held_children(*id, path)?,
             What::ShmemNames(id) => self.shmem_names(*id)?,
             What::ShmemUsers(id) => self.processes_with_memory(*id, What::ShmemUser)?,
             What::ShmemUser(id, pid) => self.shmem_of(*id, *pid)?,
@@ -269,7 +282,15 @@ impl View {
     }
 
     fn node_attr(&self, node: &Node) -> Result<Attr> {
-        let mut attr = self.owners_attr(node)?;
+        let mut attr = self.images_attr(node)?;
+        if let What::Held(id, path, kind) = &node.what {
+            let tables = self.tables(*id);
+            tables.held()?.inode(&tables, path, |inode| self.describe(inode, *kind, &mut attr))?;
+            if path == TMPFS {
+                // Its files have the modes that they had, but only the owner of the images may read them.
+                attr.mode &= 0o700;
+            }
+        }
         if let Some((uid, gid)) = self.shown_to {
             (attr.uid, attr.gid) = (uid, gid);
             attr.mode &= 0o700;
@@ -277,8 +298,37 @@ impl View {
         Ok(attr)
     }
 
-    /// Returns the attributes of a node according to the images.
-    fn owners_attr(&self, node: &Node) -> Result<Attr> {
+    /// Fills in the attributes of a file of a tmpfs.
+    fn describe(&self, inode: &Inode, kind: NodeType, attr: &mut Attr) {
+        (attr.atime, attr.mtime, attr.ctime) = (inode.accessed, inode.modified, inode.changed);
+        attr.device = inode.device;
+        if kind != NodeType::Link {
+            attr.mode = inode.mode;
+        }
+        if kind != NodeType::Directory {
+            attr.nlink = inode.links;
+        }
+        if self.owners {
+            (attr.uid, attr.gid) = (inode.uid, inode.gid);
+        } else {
+            attr.mode |= if kind == NodeType::Directory { 0o500 } else { 0o400 };
+        }
+    }
+
+    /// Returns the extended attributes that a file of a tmpfs had; none of others.
+    ///
+    /// # Errors
+    /// [`ViewError::NoSuchNode`]; errors of reading the tmpfs.
+    pub fn xattrs(&self, ino: Ino) -> Result<BTreeMap<Vec<u8>, Vec<u8>>> {
+        let node = self.node(ino)?;
+        let What::Held(id, path, _) = &node.what else { return Ok(BTreeMap::new()) };
+        let tables = self.tables(*id);
+        let found = tables.held()?.inode(&tables, path, |inode| inode.xattrs.clone())?;
+        Ok(found.unwrap_or_default())
+    }
+
+    /// Returns the attributes of a node according to the files of the images.
+    fn images_attr(&self, node: &Node) -> Result<Attr> {
         // The allocated size of a file changes when pages are freed.
         let lasting = !self.chain.has_freed();
         if lasting && node.what.kind() == NodeType::File && !matches!(node.what, What::Image(_)) {
@@ -311,7 +361,7 @@ impl View {
             (attr.blocks, attr.mode) = (0, 0o777);
             return Ok(attr);
         }
-        if matches!(node.what.kind(), NodeType::Pipe | NodeType::Socket) {
+        if node.what.kind().is_special() {
             (attr.size, attr.blocks, attr.mode) = (0, 0, 0o600);
             return Ok(attr);
         }

@@ -76,6 +76,9 @@ impl Trust {
         if let Some((uid, gid)) = self.shown_to {
             view = view.shown_to(uid, gid);
         }
+        if !geteuid().is_root() {
+            view = view.without_owners();
+        }
         view
     }
 }

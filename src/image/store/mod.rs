@@ -26,7 +26,9 @@ use std::{
     sync::Arc,
 };
 
-pub use archive::{ArchiveError, ArchiveWriter, Archived, Cache, CopyError, FileTree, TreeEntry};
+pub use archive::{
+    ArchiveError, ArchiveWriter, Archived, Cache, CopyError, FileTree, Inode, TreeEntry,
+};
 pub use beside::Beside;
 pub use directory::{Directory, Probe};
 pub(crate) use directory::{directories, has_inventory};

@@ -8,6 +8,7 @@ use std::{io, sync::Arc};
 use super::{
     Cache, Opening, Unpacked, cache,
     compressed::Format,
+    inode::Inode,
     members::{Member, Members, Node, Rules},
     slice::{Base, Slice},
     unpacked,
@@ -24,14 +25,20 @@ pub struct FileTree {
 }
 
 /// An entry of a directory of a [`FileTree`].
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TreeEntry {
     /// A directory.
     Directory,
     /// A regular file.
     File,
-    /// A symbolic link with its target, which can be anywhere.
-    Link(String),
+    /// A symbolic link.
+    Link,
+    /// A FIFO.
+    Pipe,
+    /// A character device.
+    CharDevice,
+    /// A block device.
+    BlockDevice,
 }
 
 impl FileTree {
@@ -56,9 +63,10 @@ impl FileTree {
         Ok(Self { archive, members, stat })
     }
 
-    /// Returns the number of device nodes, FIFOs and sockets, which are not shown.
-    pub fn special(&self) -> usize {
-        self.members.special
+    /// Returns what the archive says about a file or directory; `None` if it has no member for it,
+    /// as for some directories.
+    pub fn inode(&self, path: &str) -> Option<&Inode> {
+        self.members.inode(path)
     }
 
     /// Returns the entries of the directory `path`, which has no slash at its ends; the root's is
@@ -68,7 +76,10 @@ impl FileTree {
             let entry = match node {
                 Node::File(_) => TreeEntry::File,
                 Node::Folder => TreeEntry::Directory,
-                Node::Link(target) => TreeEntry::Link(target.clone()),
+                Node::Link(_) => TreeEntry::Link,
+                Node::Pipe => TreeEntry::Pipe,
+                Node::CharDevice => TreeEntry::CharDevice,
+                Node::BlockDevice => TreeEntry::BlockDevice,
             };
             (name.as_str(), entry)
         })
@@ -76,9 +87,20 @@ impl FileTree {
 
     /// Returns the contents of a regular file; `None` if there is none of that path.
     pub fn file(&self, path: &str) -> Option<Box<dyn StoredFile>> {
-        let (folder, name) = path.rsplit_once('/').unwrap_or(("", path));
-        let Node::File(member) = self.members.folder(folder)?.get(name)? else { return None };
+        let Node::File(member) = self.node(path)? else { return None };
         Some(Box::new(self.slice(member)))
+    }
+
+    /// Returns the target of a symbolic link, which can be anywhere; `None` if there is none of that
+    /// path.
+    pub fn link(&self, path: &str) -> Option<&str> {
+        let Node::Link(target) = self.node(path)? else { return None };
+        Some(target)
+    }
+
+    fn node(&self, path: &str) -> Option<&Node> {
+        let (folder, name) = path.rsplit_once('/').unwrap_or(("", path));
+        self.members.folder(folder)?.get(name)
     }
 
     fn slice(&self, member: &Member) -> Slice {

@@ -4,18 +4,15 @@
 //! headers, at any offset, so that members can be read in place later. It trusts no length and no
 //! name.
 
-use std::{
-    borrow::Cow,
-    collections::BTreeMap,
-    str,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::{borrow::Cow, collections::BTreeMap, str, time::SystemTime};
 
-use tar::{EntryType, Header, PaxExtensions};
+use tar::{EntryType, Header};
 
 use super::{
     ArchiveError,
     error::Result,
+    inode::{self, Inode, Inodes},
+    records::Records,
     slice::{Body, read_full},
     sparse::{Map, Numbers},
 };
@@ -59,6 +56,9 @@ pub(super) enum Node {
     Folder,
     /// A symbolic link, and where it leads.
     Link(String),
+    Pipe,
+    CharDevice,
+    BlockDevice,
 }
 
 /// A directory of an archive.
@@ -72,8 +72,8 @@ pub(super) struct Members {
     paths_bytes: usize,
     extents: usize,
     rules: Rules,
-    /// The number of omitted device nodes, FIFOs and sockets.
-    pub(super) special: usize,
+    /// Those of a file system; otherwise empty.
+    inodes: Inodes,
 }
 
 /// The members that an archive may have.
@@ -82,24 +82,8 @@ pub(super) enum Rules {
     /// Those of a checkpoint: only files, directories and symbolic links, with names and targets
     /// that stay inside.
     Checkpoint,
-    /// Those of any file system. Links may lead anywhere, because they are only shown. Special
-    /// files are omitted.
+    /// Those of any file system. Links may lead anywhere, because they are only shown.
     FileSystem,
-}
-
-/// The fields of a member from the headers before its own.
-#[derive(Default)]
-struct Extra {
-    path: Option<Vec<u8>>,
-    link: Option<Vec<u8>>,
-    size: Option<u64>,
-    modified: Option<Duration>,
-    sparse_major: Option<u64>,
-    sparse_minor: Option<u64>,
-    sparse_size: Option<u64>,
-    sparse_name: Option<Vec<u8>>,
-    /// A map in the pax records themselves, as GNU tar once wrote it.
-    sparse_inline: bool,
 }
 
 impl Members {
@@ -116,9 +100,9 @@ impl Members {
             paths_bytes: 0,
             extents: 0,
             rules,
-            special: 0,
+            inodes: Inodes::default(),
         };
-        let mut extra = Extra::default();
+        let mut records = Records::default();
         let mut at = 0;
         loop {
             let Some(header) = header(archive, at, end)? else { return Ok(members) };
@@ -129,7 +113,7 @@ impl Members {
                 || kind.is_pax_local_extensions()
                 || kind.is_pax_global_extensions();
             let mut size = header.entry_size().map_err(|_| bad("its size is no number"))?;
-            if let Some(larger) = extra.size.filter(|_| !is_meta) {
+            if let Some(larger) = records.size.filter(|_| !is_meta) {
                 size = larger;
             }
             // The header of a link or directory may have a length without data that follow.
@@ -151,18 +135,24 @@ impl Members {
                     return Err(bad("a name or the records before a member are too long"));
                 }
                 let bytes = bytes_at(archive, data, size, end)?;
-                extra.take(kind, bytes).map_err(bad)?;
+                records.take(kind, bytes).map_err(bad)?;
                 at = next;
                 continue;
             }
             let entry = Entry { header: &header, at, data, size, archive, end };
-            at = members.enter(&entry, std::mem::take(&mut extra))?.unwrap_or(next);
+            at = members.enter(&entry, std::mem::take(&mut records))?.unwrap_or(next);
         }
     }
 
     /// Returns a directory.
     pub(super) fn folder(&self, path: &str) -> Option<&Folder> {
         self.folders.get(path)
+    }
+
+    /// Returns a file or directory of a file system, if the archive describes it: not all archives
+    /// have members for all their directories.
+    pub(super) fn inode(&self, path: &str) -> Option<&Inode> {
+        self.inodes.get(path)
     }
 
     /// Returns all directories by their paths.
@@ -172,8 +162,8 @@ impl Members {
 
     /// Adds a member; returns the offset of the next header if the member's size does not
     /// determine it.
-    fn enter(&mut self, entry: &Entry, extra: Extra) -> Result<Option<u64>> {
-        let name = extra.sparse_name.as_deref().or(extra.path.as_deref());
+    fn enter(&mut self, entry: &Entry, records: Records) -> Result<Option<u64>> {
+        let name = records.sparse_name.as_deref().or(records.path.as_deref());
         let name = name.map_or_else(|| entry.header.path_bytes().into_owned(), <[u8]>::to_owned);
         let kind = entry.header.entry_type();
         let is_folder = kind.is_dir() || is_file(kind) && name.ends_with(b"/");
@@ -185,19 +175,41 @@ impl Members {
         self.count_path(path.len())?;
         if is_folder {
             self.make_folders(&parts, entry.at)?;
+            self.describe(parts.join("/"), entry, records)?;
             return Ok(None);
         }
         let Some((last, above)) = parts.split_last() else {
             return Err(bad("it has no name"));
         };
-        let (node, next) = self.node(entry, &extra, &shown(), above, last)?;
-        let Some(node) = node else { return Ok(None) };
+        let (node, next) = self.node(entry, &records, &shown(), above, last)?;
         self.make_folders(above, entry.at)?;
         let folder = self.folders.entry(above.join("/")).or_default();
         if folder.insert((*last).to_owned(), node).is_some() {
             return Err(ArchiveError::Twice { member: shown(), offset: entry.at });
         }
+        self.describe(parts.join("/"), entry, records)?;
         Ok(next)
+    }
+
+    /// Keeps what the archive of a file system says about a member.
+    fn describe(&mut self, path: String, entry: &Entry, records: Records) -> Result<()> {
+        if self.rules != Rules::FileSystem {
+            return Ok(());
+        }
+        if entry.header.entry_type().is_hard_link() {
+            let target = entry.target(&records);
+            let target = self.text(&target).map(Cow::into_owned).unwrap_or_default();
+            let target = parts(&target).unwrap_or_default().join("/");
+            self.inodes.link(path, &target);
+            return Ok(());
+        }
+        let bad = |problem| ArchiveError::Header { offset: entry.at, problem };
+        let inode = Inode::of(path, entry.header, records).map_err(bad)?;
+        if self.inodes.add(inode) > inode::XATTRS_BYTES {
+            let what = "bytes in extended attributes";
+            return Err(ArchiveError::TooMany { what, limit: inode::XATTRS_BYTES });
+        }
+        Ok(())
     }
 
     fn make_folders(&mut self, parts: &[&str], offset: u64) -> Result<()> {
@@ -223,42 +235,37 @@ impl Members {
     fn node(
         &mut self,
         entry: &Entry,
-        extra: &Extra,
+        records: &Records,
         name: &str,
         above: &[&str],
         last: &str,
-    ) -> Result<(Option<Node>, Option<u64>)> {
+    ) -> Result<(Node, Option<u64>)> {
         let kind = entry.header.entry_type();
         let odd = |what: &str| ArchiveError::Type {
             member: name.to_owned(),
             offset: entry.at,
             what: what.to_owned(),
         };
-        let modified = extra
-            .modified
-            .unwrap_or_else(|| Duration::from_secs(entry.header.mtime().unwrap_or(0)));
-        let modified = UNIX_EPOCH.checked_add(modified).unwrap_or(UNIX_EPOCH);
+        let modified = records.modified.unwrap_or_else(|| inode::modified(entry.header));
         if is_file(kind) {
-            if extra.sparse_inline {
+            if records.sparse_inline {
                 let problem = "its map is of an old format\nhelp: make the archive with GNU tar";
                 return Err(ArchiveError::Sparse { member: name.to_owned(), problem });
             }
-            let body = if extra.sparse_major.is_some() {
-                self.pax_map(entry, extra, name)?
+            let body = if records.sparse_major.is_some() {
+                self.pax_map(entry, records, name)?
             } else {
                 entry.require(name, entry.data, entry.size)?;
                 Body::Dense { offset: entry.data, len: entry.size }
             };
-            return Ok((Some(Node::File(Member { body, modified })), None));
+            return Ok((Node::File(Member { body, modified }), None));
         }
         if kind.is_gnu_sparse() {
             let (body, next) = self.gnu_map(entry, name)?;
-            return Ok((Some(Node::File(Member { body, modified })), Some(next)));
+            return Ok((Node::File(Member { body, modified }), Some(next)));
         }
         if kind.is_symlink() {
-            let target = extra.link.clone();
-            let target = target.or_else(|| entry.header.link_name_bytes().map(Into::into));
-            let target = target.unwrap_or_default();
+            let target = entry.target(records);
             if target.len() as u64 > NAME_BYTES {
                 return Err(odd("a symbolic link whose target is too long"));
             }
@@ -266,7 +273,7 @@ impl Members {
             let target = self.text(&target).map(Cow::into_owned);
             let target = target.ok_or_else(|| odd("a symbolic link whose target is not UTF-8"))?;
             if self.rules == Rules::FileSystem {
-                return Ok((Some(Node::Link(target)), None));
+                return Ok((Node::Link(target), None));
             }
             // The target of `parent` may be in another archive.
             if last != PARENT_LINK && resolve(above, &target).is_none() {
@@ -276,21 +283,18 @@ impl Members {
             if last != PARENT_LINK && desc::by_file_name(last).is_some() {
                 return Err(odd("a symbolic link, and not an image"));
             }
-            return Ok((Some(Node::Link(target)), None));
+            return Ok((Node::Link(target), None));
         }
         if self.rules == Rules::FileSystem {
             return match kind {
                 EntryType::Link => {
-                    let target = extra.link.clone();
-                    let target = target.or_else(|| entry.header.link_name_bytes().map(Into::into));
-                    let found = self.linked(&target.unwrap_or_default());
+                    let found = self.linked(&entry.target(records));
                     let found = found.ok_or_else(|| odd("a hard link to no member before it"))?;
                     Ok((found, None))
                 }
-                EntryType::Char | EntryType::Block | EntryType::Fifo => {
-                    self.special += 1;
-                    Ok((None, None))
-                }
+                EntryType::Fifo => Ok((Node::Pipe, None)),
+                EntryType::Char => Ok((Node::CharDevice, None)),
+                EntryType::Block => Ok((Node::BlockDevice, None)),
                 _ => Err(odd("of a type that is not read")),
             };
         }
@@ -322,16 +326,13 @@ impl Members {
         }
     }
 
-    /// Returns the target of a hard link: an earlier member, or an omitted one.
-    fn linked(&self, target: &[u8]) -> Option<Option<Node>> {
+    /// Returns the target of a hard link: an earlier member that is no directory.
+    fn linked(&self, target: &[u8]) -> Option<Node> {
         let path = self.text(target)?;
         let parts = parts(&path).ok()?;
         let (last, above) = parts.split_last()?;
-        match self.folders.get(&above.join("/")).and_then(|folder| folder.get(*last)) {
-            Some(node @ (Node::File(_) | Node::Link(_))) => Some(Some(node.clone())),
-            Some(Node::Folder) => None,
-            None => (self.special > 0).then_some(None),
-        }
+        let node = self.folders.get(&above.join("/"))?.get(*last)?;
+        (!matches!(node, Node::Folder)).then(|| node.clone())
     }
 
     /// Reads the map of a sparse member as GNU tar writes it by itself.
@@ -359,12 +360,12 @@ impl Members {
     }
 
     /// Reads the map of a sparse member from its data (GNU sparse format 1.0).
-    fn pax_map(&mut self, entry: &Entry, extra: &Extra, name: &str) -> Result<Body> {
+    fn pax_map(&mut self, entry: &Entry, records: &Records, name: &str) -> Result<Body> {
         let bad = |problem| ArchiveError::Sparse { member: name.to_owned(), problem };
-        if (extra.sparse_major, extra.sparse_minor) != (Some(1), Some(0)) {
+        if (records.sparse_major, records.sparse_minor) != (Some(1), Some(0)) {
             return Err(bad("its map is of an unknown version; expected 1.0"));
         }
-        let len = extra.sparse_size.ok_or_else(|| bad("its length is missing"))?;
+        let len = records.sparse_size.ok_or_else(|| bad("its length is missing"))?;
         entry.require(name, entry.data, entry.size)?;
         let mut numbers = Numbers::new(entry);
         let count = numbers.next().map_err(bad)?;
@@ -422,6 +423,13 @@ pub(super) struct Entry<'a> {
 }
 
 impl Entry<'_> {
+    /// Returns where a link leads; the records before its header have longer targets.
+    fn target(&self, records: &Records) -> Vec<u8> {
+        let recorded = records.link.clone();
+        let target = recorded.or_else(|| self.header.link_name_bytes().map(Cow::into_owned));
+        target.unwrap_or_default()
+    }
+
     /// Checks that the archive has `len` bytes at `offset`.
     fn require(&self, member: &str, offset: u64, len: u64) -> Result<()> {
         let wanted = offset.saturating_add(len);
@@ -483,49 +491,6 @@ pub(super) fn bytes_at(
         return Err(ArchiveError::CutShort { member, wanted: offset.saturating_add(len), end });
     }
     Ok(bytes)
-}
-
-impl Extra {
-    fn take(&mut self, kind: EntryType, mut bytes: Vec<u8>) -> Result<(), &'static str> {
-        if kind.is_gnu_longname() || kind.is_gnu_longlink() {
-            let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
-            bytes.truncate(end);
-            let field = if kind.is_gnu_longname() { &mut self.path } else { &mut self.link };
-            *field = Some(bytes);
-            return Ok(());
-        }
-        if kind.is_pax_global_extensions() {
-            // Comments, such as the commit in an archive from `git archive`.
-            return Ok(());
-        }
-        for record in PaxExtensions::new(&bytes) {
-            let record = record.map_err(|_| "the pax records before a member are malformed")?;
-            let value = record.value_bytes();
-            let number = || {
-                let digits = str::from_utf8(value).ok();
-                digits.and_then(|digits| digits.parse().ok()).ok_or("a pax record is no number")
-            };
-            match record.key_bytes() {
-                b"path" => self.path = Some(value.to_owned()),
-                b"linkpath" => self.link = Some(value.to_owned()),
-                b"size" => self.size = Some(number()?),
-                b"mtime" => self.modified = seconds(value),
-                b"GNU.sparse.major" => self.sparse_major = Some(number()?),
-                b"GNU.sparse.minor" => self.sparse_minor = Some(number()?),
-                b"GNU.sparse.realsize" => self.sparse_size = Some(number()?),
-                b"GNU.sparse.name" => self.sparse_name = Some(value.to_owned()),
-                b"GNU.sparse.map" | b"GNU.sparse.numblocks" => self.sparse_inline = true,
-                _ => {}
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Reads a time of pax: seconds since 1970 with a fraction. One before that is `None`.
-fn seconds(value: &[u8]) -> Option<Duration> {
-    let seconds: f64 = str::from_utf8(value).ok()?.parse().ok()?;
-    Duration::try_from_secs_f64(seconds).ok()
 }
 
 /// Splits a name of an archive into components.

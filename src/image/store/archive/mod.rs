@@ -9,8 +9,10 @@ mod cache;
 mod compressed;
 mod error;
 mod file_tree;
+mod inode;
 mod members;
 mod oci;
+mod records;
 mod seekable;
 mod slice;
 mod sparse;
@@ -30,6 +32,7 @@ use cache::Held;
 use compressed::{Counted, Format};
 pub use error::ArchiveError;
 pub use file_tree::{FileTree, TreeEntry};
+pub use inode::Inode;
 use members::{Member, Members, Node, Rules};
 use oci::Digest;
 use seekable::Seekable;
@@ -148,7 +151,7 @@ impl Archive {
     fn file(&self, folder: &str, name: &str) -> Option<&Member> {
         match self.members.folder(folder)?.get(name)? {
             Node::File(member) => Some(member),
-            Node::Folder | Node::Link(_) => None,
+            _ => None,
         }
     }
 
@@ -329,6 +332,9 @@ impl ArchiveImages {
             Node::File(member) => Ok(archive.slice(member)),
             Node::Folder => Err(regular::not_regular("a directory")),
             Node::Link(_) => Err(regular::not_regular("a symbolic link")),
+            Node::Pipe | Node::CharDevice | Node::BlockDevice => {
+                Err(regular::not_regular("a FIFO or device"))
+            }
         }
     }
 
@@ -378,7 +384,7 @@ impl ImageStore for ArchiveImages {
     fn stat(&self, file: &str) -> io::Result<Stat> {
         Ok(match self.node(file)? {
             Node::File(member) => self.archive().file_stat(member),
-            Node::Folder | Node::Link(_) => self.archive().folder_stat(),
+            _ => self.archive().folder_stat(),
         })
     }
 
@@ -395,7 +401,7 @@ impl ImageStore for ArchiveImages {
         let folder = self.archive().members.folder(&self.folder);
         let bytes = folder.into_iter().flat_map(|folder| folder.values()).map(|node| match node {
             Node::File(member) => member.body.allocated(),
-            Node::Folder | Node::Link(_) => 0,
+            _ => 0,
         });
         Ok(bytes.fold(0, u64::saturating_add))
     }
@@ -416,7 +422,7 @@ impl ImageStore for ArchiveImages {
                     problem: directory::NO_INVENTORY.to_owned(),
                 })
             }
-            Ok(Node::File(_)) => Err(BrokenLink {
+            Ok(_) => Err(BrokenLink {
                 target: PARENT_LINK.into(),
                 problem: "that is not a directory".to_owned(),
             }),
@@ -448,7 +454,7 @@ impl ImageStore for ArchiveImages {
             let folder = archive.members.folder(folder).into_iter().flatten();
             let file = folder.filter_map(|(name, node)| match node {
                 Node::File(member) => Some((name.as_str(), member)),
-                Node::Folder | Node::Link(_) => None,
+                _ => None,
             });
             file.collect()
         };

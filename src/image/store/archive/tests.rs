@@ -283,19 +283,7 @@ proptest! {
             file(tar, "1/core-1.img", &[3; 600]);
             add(tar, EntryType::Symlink, "1/parent", "../1", b"");
         }));
-        for (at, byte) in changes {
-            let at = at % bytes.len();
-            bytes[at] = byte;
-            if mend {
-                // So that more is looked at than the checksum.
-                let start = at / BLOCK_LEN * BLOCK_LEN;
-                let block = bytes[start..].first_chunk_mut::<BLOCK_LEN>().unwrap();
-                let mut header = Header::new_old();
-                header.as_mut_bytes().copy_from_slice(block);
-                header.set_cksum();
-                block.copy_from_slice(header.as_bytes());
-            }
-        }
+        damage(&mut bytes, &changes, mend);
         bytes.truncate(cut);
         let Ok(stores) = found(&bytes) else { return Ok(()) };
         for store in stores {
@@ -309,6 +297,60 @@ proptest! {
                 let _ = file.seek(stat.len / 2, Whence::Data);
                 let _ = file.seek(stat.len / 2, Whence::Hole);
             }
+        }
+    }
+
+    #[test]
+    fn a_file_system_of_any_bytes_is_an_error_or_is_read(
+        changes in prop::collection::vec((0..6000_usize, any::<u8>()), 0..12),
+        mend in any::<bool>(),
+    ) {
+        let mut bytes = archive(|tar| {
+            add(tar, EntryType::Directory, "./", "", b"");
+            let records = b"26 SCHILY.xattr.user.a=1\n\n12 mtime=-1\n13 uid=70000\n";
+            add(tar, EntryType::XHeader, "pax", "", records);
+            file(tar, "./dir/file", b"hello");
+            add(tar, EntryType::Link, "./hard", "./dir/file", b"");
+            add(tar, EntryType::Symlink, "./link", "/anywhere", b"");
+            add(tar, EntryType::Fifo, "./fifo", "", b"");
+            add(tar, EntryType::Char, "./null", "", b"");
+        });
+        damage(&mut bytes, &changes, mend);
+        let mut path = NamedTempFile::new().unwrap();
+        path.write_all(&bytes).unwrap();
+        let Ok(members) = Members::read(path.as_file(), Rules::FileSystem) else {
+            prop_assert!(!changes.is_empty());
+            return Ok(());
+        };
+        // Each node has an inode, which knows how many names it has.
+        let mut names = std::collections::HashMap::<&str, u32>::new();
+        for (folder, entries) in members.folders() {
+            for (name, node) in entries {
+                let path = format!("{folder}/{name}");
+                let inode = members.inode(path.trim_start_matches('/'));
+                prop_assert!(inode.is_some() || matches!(node, Node::Folder), "{path}");
+                if let Some(inode) = inode {
+                    *names.entry(&inode.name).or_default() += 1;
+                    prop_assert!(inode.links >= names[&*inode.name]);
+                }
+            }
+        }
+    }
+}
+
+/// Changes bytes; with `mend`, corrects the checksum of each header, so that more is looked at
+/// than that.
+fn damage(bytes: &mut [u8], changes: &[(usize, u8)], mend: bool) {
+    for (at, byte) in changes {
+        let at = at % bytes.len();
+        bytes[at] = *byte;
+        if mend {
+            let start = at / BLOCK_LEN * BLOCK_LEN;
+            let block = bytes[start..].first_chunk_mut::<BLOCK_LEN>().unwrap();
+            let mut header = Header::new_old();
+            header.as_mut_bytes().copy_from_slice(block);
+            header.set_cksum();
+            block.copy_from_slice(header.as_bytes());
         }
     }
 }
