@@ -374,6 +374,7 @@ states! {
     credentials_of_a_pair;
     peer_credentials_of_the_dead;
     uts_namespace;
+    time_namespace;
     seccomp_filters, elsewhere: restored running;
     seccomp_kills, elsewhere: restored running;
     seccomp_kills_returns;

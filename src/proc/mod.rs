@@ -265,6 +265,17 @@ pub fn thread_namespace(pid: HostPid, tid: HostPid, kind: &str) -> Result<u64> {
     parse(&path, &read_link(&path)?, tables::parse_namespace)
 }
 
+/// Reads `/proc/PID/timens_offsets`: how far the clocks of the time namespace for the children of a
+/// process are ahead of those of the first one, in nanoseconds: `CLOCK_MONOTONIC`, then
+/// `CLOCK_BOOTTIME`. Since Linux 5.6.
+///
+/// # Errors
+///
+/// See the [module](self).
+pub fn time_offsets(pid: HostPid) -> Result<[i64; 2]> {
+    read(of_process(pid, "timens_offsets"), tables::parse_time_offsets)
+}
+
 /// Reads a link of `/proc/PID`: `exe`, `cwd` or `root`. Zombies and kernel threads have none.
 ///
 /// The path is relative to the caller's root. ` (deleted)` follows the path of a deleted file.

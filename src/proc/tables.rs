@@ -3,6 +3,9 @@
 use super::text::{self, Defect, Parsed};
 use crate::units::HostPid;
 
+/// The nanoseconds of a second.
+const NANOSECONDS: i64 = 1_000_000_000;
+
 /// The number of resource limits (`RLIM_NLIMITS`, `include/uapi/asm-generic/resource.h`).
 pub const LIMITS: usize = 16;
 
@@ -156,6 +159,21 @@ pub(super) fn parse_cgroups(text: &[u8]) -> Parsed<Vec<Cgroup>> {
             Ok((text::unsigned(id, 10, what)?, controllers.to_vec(), path.to_vec()))
         })
         .collect()
+}
+
+/// Parses `timens_offsets` (`proc_timens_show_offsets`, `kernel/time/namespace.c`): lines of a clock,
+/// its seconds and its nanoseconds.
+pub(super) fn parse_time_offsets(text: &[u8]) -> Parsed<[i64; 2]> {
+    let of = |clock: &'static str| {
+        let line = text::lines(text).find_map(|line| line.strip_prefix(clock.as_bytes()));
+        let line = line.ok_or_else(|| Defect::missing(clock))?;
+        let [seconds, rest] = text::numbers::<i64>(line, "seconds and nanoseconds")?[..] else {
+            return Err(Defect::new("seconds and nanoseconds", line));
+        };
+        let offset = seconds.checked_mul(NANOSECONDS).and_then(|ns| ns.checked_add(rest));
+        offset.ok_or_else(|| Defect::new("a time in nanoseconds", line))
+    };
+    Ok([of("monotonic")?, of("boottime")?])
 }
 
 /// Parses the target of a link such as `mnt:[4026531841]`, and returns the number.

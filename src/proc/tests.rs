@@ -636,3 +636,13 @@ fn a_hundred_thousand_mappings_take_little_time() {
     assert_eq!(maps::parse_smaps(&one).unwrap().len(), 100_002);
     println!("{:?} for {} bytes", begin.elapsed(), one.len());
 }
+
+#[test]
+fn time_offsets_are_in_nanoseconds() {
+    let text = b"monotonic       -1000         5\nboottime          2000         0\n";
+    assert_eq!(tables::parse_time_offsets(text), Ok([-999_999_999_995, 2_000_000_000_000]));
+    assert!(tables::parse_time_offsets(b"monotonic 1 0\n").is_err());
+    assert!(tables::parse_time_offsets(b"monotonic 1 0 0\nboottime 1 0\n").is_err());
+    let huge = b"monotonic 9223372036854775807 0\nboottime 1 0\n";
+    assert!(tables::parse_time_offsets(huge).is_err());
+}

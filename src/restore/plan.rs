@@ -279,6 +279,9 @@ impl Plan {
     /// reboot, on another machine, or in another time namespace.
     pub(super) fn clocks_lost(&self) -> Option<Duration> {
         let now = clock_gettime(ClockId::CLOCK_BOOTTIME).ok()?;
+        if self.namespaces.borrow().has_clocks() {
+            return None;
+        }
         self.uptime?.checked_sub(Duration::from(now)).filter(|lost| !lost.is_zero())
     }
 

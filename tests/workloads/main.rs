@@ -17,6 +17,7 @@ mod aio;
 mod attributes;
 mod blocked;
 mod busy;
+mod clocks;
 mod confined;
 mod files;
 mod hugetlb;
@@ -88,6 +89,7 @@ const GROUPS: &[&[Row]] = &[
     tcp::ROWS,
     inet::ROWS,
     owners::ROWS,
+    clocks::ROWS,
     namespaces::ROWS,
     confined::ROWS,
     pidfds::ROWS,

@@ -2,7 +2,7 @@
 
 use super::{Problems, Tree};
 use crate::image::{ImageStore, Kind, proto};
-use proto::{TaskKobjIdsEntry, UtsnsEntry};
+use proto::{TaskKobjIdsEntry, TimensEntry, UtsnsEntry};
 
 /// The longest name of a host or domain (`__NEW_UTS_LEN`, `linux/utsname.h`).
 const LONGEST_NAME: usize = 64;
@@ -15,30 +15,87 @@ pub fn uts_problem(entry: &UtsnsEntry) -> Option<String> {
     })
 }
 
-/// Checks the UTS namespace of the tree: its image, and that all processes are in it.
+/// The nanoseconds of a second.
+const NANOSECONDS: u64 = 1_000_000_000;
+
+/// The largest time that a clock of a time namespace can show, in seconds: half of what the kernel
+/// can count in nanoseconds (`KTIME_SEC_MAX`, `linux/ktime.h`).
+const LAST_SECOND: u64 = i64::MAX.cast_unsigned() / NANOSECONDS / 2;
+
+/// Returns what is wrong with the clocks of a time namespace, if anything.
+pub fn time_problem(entry: &TimensEntry) -> Option<String> {
+    [&entry.monotonic, &entry.boottime].into_iter().find_map(|time| {
+        if time.tv_nsec >= NANOSECONDS {
+            Some(format!("a clock has {} nanoseconds, fewer than a second expected", time.tv_nsec))
+        } else if time.tv_sec > LAST_SECOND {
+            Some(format!("a clock shows {} seconds, at most {LAST_SECOND} expected", time.tv_sec))
+        } else {
+            None
+        }
+    })
+}
+
+/// Checks the namespaces of the tree: their images, and that all processes are in them.
 pub(super) fn check(images: &dyn ImageStore, tree: &Tree, problems: &mut Problems) {
-    let Some(dumper) = tree.inventory.root_ids.and_then(|ids| ids.uts_ns_id) else { return };
+    let of_uts = own(images, tree, problems, "UTS", |ids| ids.uts_ns_id);
+    if let Some(number) = of_uts.filter(|number| number.is_own) {
+        check_image(images, problems, (Kind::Utsns, number.number), uts_problem);
+    }
+    let Some(number) = own(images, tree, problems, "time", |ids| ids.time_ns_id) else { return };
+    if number.is_own {
+        check_image(images, problems, (Kind::Timens, number.number), time_problem);
+    } else if !matches!(images.message_if_any::<TimensEntry>(Kind::Timens, 0), Ok(None)) {
+        // The clocks of the dumper.
+        check_image(images, problems, (Kind::Timens, 0), time_problem);
+    }
+}
+
+/// Checks the image of a namespace.
+fn check_image<M: prost::Message + prost::Name + Default>(
+    images: &dyn ImageStore,
+    problems: &mut Problems,
+    (kind, number): (Kind, u32),
+    problem: fn(&M) -> Option<String>,
+) {
+    let name = kind.file_name(number.into());
+    let image = images.message::<M>(kind, number.into());
+    if let Some(entry) = problems.own_image(&name, image)
+        && let Some(problem) = problem(&entry)
+    {
+        problems.broken(format!("{name}: {problem}"));
+    }
+}
+
+/// The namespace that a tree is in.
+struct Number {
+    number: u32,
+    /// Whether it is another one than that of the dumper.
+    is_own: bool,
+}
+
+/// Returns the namespace of the tree, and checks that all processes are in it.
+fn own(
+    images: &dyn ImageStore,
+    tree: &Tree,
+    problems: &mut Problems,
+    name: &str,
+    field: fn(&TaskKobjIdsEntry) -> Option<u32>,
+) -> Option<Number> {
+    let dumper = tree.inventory.root_ids.and_then(|ids| field(&ids))?;
     let mut own = None;
     for task in tree.tasks.iter().filter(|task| task.body.is_some()) {
         let pid = task.entry.pid;
         // The reader of processes has reported an image that it could not read.
         let ids = images.message_if_any::<TaskKobjIdsEntry>(Kind::Ids, pid.into());
-        let Some(number) = ids.ok().flatten().and_then(|ids| ids.uts_ns_id) else { continue };
+        let Some(number) = ids.ok().flatten().and_then(|ids| field(&ids)) else { continue };
         let first = *own.get_or_insert(number);
         if number != first {
             problems.not_restored(format!(
-                "process {pid} is in the UTS namespace {number}, and others of the tree are in {first}"
+                "process {pid} is in the {name} namespace {number}, and others of the tree are in {first}"
             ));
         }
     }
-    let Some(number) = own.filter(|number| *number != dumper) else { return };
-    let name = Kind::Utsns.file_name(number.into());
-    let image = images.message::<UtsnsEntry>(Kind::Utsns, number.into());
-    if let Some(entry) = problems.own_image(&name, image)
-        && let Some(problem) = uts_problem(&entry)
-    {
-        problems.broken(format!("{name}: {problem}"));
-    }
+    own.map(|number| Number { number, is_own: number != dumper })
 }
 
 #[cfg(test)]

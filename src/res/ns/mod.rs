@@ -13,6 +13,7 @@
 //! To support another kind, write a file with an [`Namespace`] and name it in the row of the kind.
 
 mod pid;
+mod time;
 mod uts;
 
 use nix::libc;
@@ -57,7 +58,7 @@ static KINDS: [Kind; 8] = [
     row("net", "a network namespace", "-n", |ids| &mut ids.net_ns_id, None),
     row("ipc", "an IPC namespace", "-i", |ids| &mut ids.ipc_ns_id, None),
     row("uts", "a UTS namespace", "-u", |ids| &mut ids.uts_ns_id, Some(&uts::Uts)),
-    row("time", "a time namespace", "-T", |ids| &mut ids.time_ns_id, None),
+    row(time::FILE, "a time namespace", "-T", |ids| &mut ids.time_ns_id, Some(&time::Time)),
     row("mnt", "a mount namespace", "-m", |ids| &mut ids.mnt_ns_id, None),
     row("user", "a user namespace", "-U", |ids| &mut ids.user_ns_id, None),
     row("cgroup", "a cgroup namespace", "-C", |ids| &mut ids.cgroup_ns_id, None),
@@ -227,6 +228,11 @@ pub struct Dumped<'a> {
 
 /// A namespace during the restore.
 pub trait Restoring: std::fmt::Debug {
+    /// Returns the calls that the first process makes before [`Self::build`].
+    fn first_script(&self) -> Script {
+        Script::new()
+    }
+
     /// Restores what rcriu can from outside. Process `first` is in the namespace, which is new. No
     /// file of the tree is open yet.
     ///
@@ -329,6 +335,9 @@ impl OfTree {
     /// # Errors
     /// The state cannot be read or dumped.
     pub fn dump(&self, pid: HostPid, tasks: &[Task], images: &SnapshotWriter) -> Result<()> {
+        if !self.kinds.iter().any(|at| KINDS[*at].file == time::FILE) {
+            time::dump_dumpers(pid, images)?;
+        }
         for at in &self.kinds {
             if let Some(own) = KINDS[*at].own {
                 own.dump(&Dumped { pid, number: Self::number(*at), tasks }, images)?;
@@ -371,6 +380,9 @@ impl Wanted {
                 continue;
             };
             if number == dumpers {
+                if kind.file == time::FILE {
+                    wanted.extend(time::if_behind(images)?.map(|clocks| (kind, clocks)));
+                }
                 continue;
             }
             if let Some(own) = kind.own {
@@ -398,6 +410,11 @@ impl Wanted {
         self.0.is_empty()
     }
 
+    /// Whether the tree gets a time namespace of its own, in which clocks go on from the dump.
+    pub fn has_clocks(&self) -> bool {
+        self.0.iter().any(|(kind, _)| kind.file == time::FILE)
+    }
+
     /// Whether the tree gets a pid namespace of its own.
     pub fn has_pids(&self) -> bool {
         self.clone_flags() & u64::from(libc::CLONE_NEWPID.cast_unsigned()) != 0
@@ -413,12 +430,11 @@ impl Wanted {
         first: HostPid,
         mut run: impl FnMut(&Script) -> Result<(), E>,
     ) -> Result<(), E> {
+        let mut run = |script: Script| if script.is_empty() { Ok(()) } else { run(&script) };
         for (_, namespace) in &mut self.0 {
+            run(namespace.first_script())?;
             namespace.build(first)?;
-            let script = namespace.script();
-            if !script.is_empty() {
-                run(&script)?;
-            }
+            run(namespace.script())?;
         }
         Ok(())
     }
