@@ -323,6 +323,25 @@ pub fn mounts() -> Result<Vec<Mount>> {
     read("/proc/self/mountinfo".into(), mounts::parse_mounts)
 }
 
+/// Reads `/proc/PID/mountinfo`: the mounts that a process can reach.
+///
+/// # Errors
+///
+/// See the [module](self).
+pub fn mounts_of(pid: HostPid) -> Result<Vec<Mount>> {
+    read(of_process(pid, "mountinfo"), mounts::parse_mounts)
+}
+
+/// Parses the text of a `mountinfo` file.
+///
+/// # Errors
+///
+/// See the [module](self).
+pub fn mounts_in(text: &[u8]) -> Result<Vec<Mount>> {
+    mounts::parse_mounts(text)
+        .map_err(|defect| ProcError::malformed(Path::new("mountinfo"), defect))
+}
+
 /// Reads `/proc/PID/task/TID/syscall`, unparsed: `running`, or the number of the system call (-1
 /// outside of one), its six arguments, the stack pointer and the instruction pointer.
 ///

@@ -20,6 +20,7 @@ pub mod process;
 pub mod ptrace;
 pub mod reader;
 pub mod reflink;
+pub mod root;
 pub mod shm;
 pub mod socket;
 pub mod supervise;

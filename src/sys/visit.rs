@@ -97,13 +97,27 @@ pub fn at_root<T: Send, E: From<io::Error> + Send>(
     act: impl FnOnce() -> Result<T, E> + Send,
 ) -> Result<T, E> {
     let root = File::open(format!("/proc/{pid}/root"))?;
+    in_mounts(pid, move || {
+        fchdir(&root).map_err(io::Error::from)?;
+        chroot(".").map_err(io::Error::from)?;
+        act()
+    })
+}
+
+/// Calls `act` in a thread in the mount namespace of a process, with the root directory of that
+/// namespace.
+///
+/// # Errors
+/// As [`at_root`].
+pub fn in_mounts<T: Send, E: From<io::Error> + Send>(
+    pid: HostPid,
+    act: impl FnOnce() -> Result<T, E> + Send,
+) -> Result<T, E> {
     let namespace = File::open(format!("/proc/{pid}/ns/mnt"))?;
     thread::scope(|scope| {
         let visitor = scope.spawn(move || {
             unshare(CloneFlags::CLONE_FS).map_err(io::Error::from)?;
             setns(&namespace, CloneFlags::CLONE_NEWNS).map_err(io::Error::from)?;
-            fchdir(&root).map_err(io::Error::from)?;
-            chroot(".").map_err(io::Error::from)?;
             act()
         });
         visitor.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))

@@ -5,12 +5,12 @@ use std::{ffi::CString, os::fd::OwnedFd};
 use nix::libc;
 
 use super::{Deferred, FileError, Opened, Result, descriptor};
-use crate::{inject::Script, units::TargetFd};
+use crate::{inject::Script, sys::root::Root, units::TargetFd};
 
 /// Opens a placeholder for a deferred file.
 pub(super) fn placeholder(id: u32, deferred: Deferred, opened: &mut Opened) -> Result<OwnedFd> {
     let path = "/dev/null";
-    let fd = descriptor::open(path.as_bytes(), libc::O_RDWR.cast_unsigned())
+    let fd = descriptor::open(&Root::own(), path.as_bytes(), libc::O_RDWR.cast_unsigned())
         .map_err(FileError::restore(id, "open", path))?;
     opened.deferred.insert(id, deferred);
     Ok(fd)

@@ -4,12 +4,13 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::{
     errno::Errno,
-    fcntl::{FcntlArg, OFlag, fcntl, open as open_path},
+    fcntl::{FcntlArg, OFlag, fcntl},
     libc,
     poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::stat::Mode,
     unistd::{Whence, lseek},
 };
+
+use crate::sys::root::Root;
 
 /// Flags that a description keeps, but that must not be passed to `open(2)` again: they would
 /// have an effect, or the kernel rejects them.
@@ -32,26 +33,20 @@ pub(super) fn is_path(flags: u32) -> bool {
 
 /// Opens a file with the flags of a description. A terminal does not become the controlling
 /// terminal.
-pub(super) fn open(path: &[u8], flags: u32) -> nix::Result<OwnedFd> {
+pub(super) fn open(root: &Root, path: &[u8], flags: u32) -> nix::Result<OwnedFd> {
     let mut flags = flags.cast_signed() & !NOT_AGAIN;
     if flags & TMPFILE != 0 {
         flags &= !libc::O_TMPFILE;
     }
-    let flags = OFlag::from_bits_retain(flags | libc::O_NOCTTY | libc::O_CLOEXEC);
-    loop {
-        match open_path(path, flags, Mode::empty()) {
-            Err(Errno::EINTR) => {}
-            result => return result,
-        }
-    }
+    root.open(path, flags | libc::O_NOCTTY)
 }
 
 /// Returns an `O_PATH` descriptor of a file. Opening it has no side effect: it neither waits for
 /// the peer of a FIFO nor calls a device driver. Of `flags`, only those that say which file the
 /// path leads to are used.
-pub(super) fn name(path: &[u8], flags: u32) -> nix::Result<OwnedFd> {
+pub(super) fn name(root: &Root, path: &[u8], flags: u32) -> nix::Result<OwnedFd> {
     let way = flags & (libc::O_NOFOLLOW | libc::O_DIRECTORY).cast_unsigned();
-    open(path, way | libc::O_PATH.cast_unsigned())
+    open(root, path, way | libc::O_PATH.cast_unsigned())
 }
 
 /// Whether the file was created with `O_TMPFILE`; it may still be given a name.
@@ -60,9 +55,8 @@ pub(super) fn is_tmpfile(flags: u32) -> bool {
 }
 
 /// Creates a file without a name in `dir`, with the flags of a description.
-pub(super) fn open_tmpfile(dir: &[u8], flags: u32) -> nix::Result<OwnedFd> {
-    let flags = flags.cast_signed() & !NOT_AGAIN | libc::O_TMPFILE | libc::O_CLOEXEC;
-    open_path(dir, OFlag::from_bits_retain(flags), Mode::S_IRUSR | Mode::S_IWUSR)
+pub(super) fn open_tmpfile(root: &Root, dir: &[u8], flags: u32) -> nix::Result<OwnedFd> {
+    root.open_tmpfile(dir, flags.cast_signed() & !NOT_AGAIN)
 }
 
 /// Returns a path by which rcriu can open the file of a descriptor again.
@@ -72,7 +66,7 @@ pub(super) fn path_of(fd: BorrowedFd) -> String {
 
 /// Opens a new description of the file of a descriptor.
 pub(super) fn reopen(fd: BorrowedFd, flags: u32) -> nix::Result<OwnedFd> {
-    open(path_of(fd).as_bytes(), flags & !libc::O_NOFOLLOW.cast_unsigned())
+    open(&Root::own(), path_of(fd).as_bytes(), flags & !libc::O_NOFOLLOW.cast_unsigned())
 }
 
 /// Returns the current events of a descriptor (`poll(2)`).

@@ -84,7 +84,9 @@ mod tests {
         let pids = PidMap::of_own_namespace();
         let (socket, _peer) = UnixStream::pair().unwrap();
         assert_eq!(read(socket.as_fd(), 0, &pids).unwrap(), proto::FownEntry::default());
-        let path = descriptor::open(b"/", libc::O_PATH.cast_unsigned()).unwrap();
+        let path =
+            descriptor::open(&crate::sys::root::Root::own(), b"/", libc::O_PATH.cast_unsigned())
+                .unwrap();
         let flags = libc::O_PATH.cast_unsigned();
         assert_eq!(read(path.as_fd(), flags, &pids).unwrap(), proto::FownEntry::default());
 

@@ -5,11 +5,10 @@
 
 use std::{collections::HashSet, ffi::OsStr, os::unix::ffi::OsStrExt, path::Path};
 
-use nix::sys::stat::lstat;
-
 use super::{Description, Result};
 use crate::{
     proc::{self, FanotifyObject, FdDetail},
+    sys::root::Root,
     units::HostPid,
 };
 
@@ -61,10 +60,10 @@ impl Listeners {
     }
 
     /// Whether a process of the tree would be notified if the dump read the file.
-    pub(super) fn hear_of(&self, file: &Description) -> bool {
+    pub(super) fn hear_of(&self, file: &Description, root: &Root) -> bool {
         let is_in_watched = || {
             let path = Path::new(OsStr::from_bytes(&file.link));
-            let parent = path.parent().and_then(|parent| lstat(parent).ok());
+            let parent = path.parent().and_then(|parent| root.lstat(parent).ok());
             parent.is_some_and(|parent| self.inodes.contains(&parent.st_ino))
         };
         self.everywhere

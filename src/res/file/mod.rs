@@ -51,6 +51,7 @@ use crate::{
     image::{SnapshotWriter, Store, proto},
     inject::{Helpers, Script},
     proc::{FdInfo, LockKind, LockMode},
+    sys::root::Root,
     units::{HostPid, NsPid, PidMap, TargetFd},
 };
 
@@ -175,6 +176,9 @@ pub trait Intake {
     /// Returns the map between the pids of the images and of the host.
     fn pids(&self) -> &PidMap;
 
+    /// Returns the root directory in which paths of the tree are looked up.
+    fn root(&self) -> &Root;
+
     /// Returns the deleted files found so far, of all kinds. The file table writes them
     /// ([`DeletedFiles::write`]) after all kinds have finished.
     fn deleted_files(&mut self) -> &mut DeletedFiles;
@@ -261,6 +265,8 @@ pub struct Opened {
     pub root_leads_group: bool,
     /// Maps pids of the images to pids of the host.
     pub pids: PidMap,
+    /// The root directory in which the paths of the images are looked up.
+    pub root: Root,
     /// Makes processes that make calls with the ids of others.
     pub helpers: Helpers,
     /// A process that has each description open. The entry for [`NO_DESCRIPTION`] stands for
@@ -301,6 +307,7 @@ impl Opened {
             groups: HashSet::new(),
             root_leads_group: false,
             pids,
+            root: Root::own(),
             helpers: Helpers::default(),
             holders: HashMap::new(),
             fds: HashMap::new(),

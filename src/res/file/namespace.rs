@@ -19,6 +19,7 @@ use crate::{
     },
     proc,
     res::ns,
+    sys::root::Root,
     units::{HostPid, NsPid},
 };
 
@@ -127,7 +128,8 @@ impl Opener for Namespaces {
 
 fn open(file: &NsFileEntry, name: &str, process: &str) -> Result<OwnedFd> {
     let path = format!("/proc/{process}/ns/{name}");
-    descriptor::open(path.as_bytes(), file.flags).map_err(FileError::restore(file.id, "open", path))
+    descriptor::open(&Root::own(), path.as_bytes(), file.flags)
+        .map_err(FileError::restore(file.id, "open", path))
 }
 
 fn name_of(file: &NsFileEntry) -> Result<&'static str> {

@@ -17,7 +17,7 @@ use nix::{
     errno::Errno,
     libc,
     sys::{
-        stat::{fstat, lstat, stat},
+        stat::fstat,
         statfs::{FsType, HUGETLBFS_MAGIC, fstatfs},
     },
 };
@@ -31,6 +31,7 @@ use crate::{
         proto::{self, FdTypes},
     },
     proc,
+    sys::root::Root,
     units::{HostPid, NsPid, TargetFd},
 };
 
@@ -72,6 +73,8 @@ pub fn entry_with_id(
         pos: if descriptor::is_path(file.flags) { 0 } else { file.info.pos },
         fown: file.fown,
         mode: Some(file.stat.st_mode),
+        // Images of trees without a mount namespace of their own have no mounts.
+        mnt_id: (!intake.root().is_own()).then_some(file.info.mnt_id),
         ..Default::default()
     };
     let external = format!("file[{:x}:{:x}]", file.info.mnt_id, file.stat.st_ino);
@@ -88,7 +91,7 @@ pub fn entry_with_id(
         entry.size = Some(file.stat.st_size.cast_unsigned());
     }
     if entry.ext.is_none() {
-        let may_read = !file.has_write_lease() && !intake.listeners().hear_of(file);
+        let may_read = !file.has_write_lease() && !intake.listeners().hear_of(file, intake.root());
         let (known, validation) = intake.build_ids();
         validation::record(file, &mut entry, validation, known, may_read);
     }
@@ -131,7 +134,7 @@ fn name(file: &Description, id: u32, intake: &mut dyn Intake) -> Result<Vec<u8>>
             let what = format!("the deleted file {} of huge pages", String::from_utf8_lossy(&name));
             return Err(file.unsupported(what, "give it a name, or use a memfd (MFD_HUGETLB)"));
         }
-        if file.is_type(libc::S_IFREG) && intake.listeners().hear_of(file) {
+        if file.is_type(libc::S_IFREG) && intake.listeners().hear_of(file, intake.root()) {
             let what = format!(
                 "the deleted file {}, which the tree watches for being read",
                 String::from_utf8_lossy(&name)
@@ -152,12 +155,13 @@ fn name(file: &Description, id: u32, intake: &mut dyn Intake) -> Result<Vec<u8>>
         return Ok(name);
     }
     let path = Path::new(OsStr::from_bytes(&file.link));
-    let found = if file.is_type(libc::S_IFLNK) { lstat(path) } else { stat(path) };
+    let root = intake.root().clone();
+    let found = if file.is_type(libc::S_IFLNK) { root.lstat(path) } else { root.stat(path) };
     match found {
         Ok(found) if is_same(&found, &file.stat) => Ok(file.link.clone()),
         // The name is gone, or another file has it.
         Ok(_) | Err(Errno::ENOENT | Errno::ENOTDIR) => {
-            if let Some(point) = hidden_below(file, path) {
+            if let Some(point) = hidden_below(file, path, &root) {
                 let what = format!(
                     "{}, which is hidden: another file system is mounted over it at {}",
                     path.display(),
@@ -182,11 +186,11 @@ fn name(file: &Description, id: u32, intake: &mut dyn Intake) -> Result<Vec<u8>>
 }
 
 /// Returns where another file system is mounted over the path of a file.
-fn hidden_below<'a>(file: &Description, path: &'a Path) -> Option<&'a Path> {
+fn hidden_below<'a>(file: &Description, path: &'a Path, root: &Root) -> Option<&'a Path> {
     let own = HostPid(nix::unistd::getpid().as_raw());
     let mount_of = |path: &Path| {
         let flags = (libc::O_PATH | libc::O_NOFOLLOW).cast_unsigned();
-        let fd = descriptor::open(path.as_os_str().as_bytes(), flags).ok()?;
+        let fd = descriptor::open(root, path.as_os_str().as_bytes(), flags).ok()?;
         Some(proc::fdinfo(own, TargetFd(fd.as_raw_fd())).ok()?.mnt_id)
     };
     // The nearest existing ancestor is on the file's own mount, unless another mount hides that.
@@ -221,7 +225,7 @@ fn number(component: &[u8]) -> Option<i32> {
 fn check_process_file(file: &Description, intake: &dyn Intake) -> Result<()> {
     let path = String::from_utf8_lossy(&file.link);
     // For a process or thread that has ended, the kernel shows `(deleted)`.
-    if lstat(Path::new(OsStr::from_bytes(&file.link))).is_err() {
+    if intake.root().lstat(Path::new(OsStr::from_bytes(&file.link))).is_err() {
         let what = format!("{path}, of a process or thread that has ended");
         return Err(file.unsupported(what, "close it"));
     }
@@ -281,7 +285,7 @@ pub fn open_entry(entry: &proto::RegFileEntry, flags: i32, opened: &mut Opened) 
     }
     // Check the file before opening it: another file may be a FIFO, which would block, or a device,
     // which may do anything.
-    let named = descriptor::name(&entry.name, flags).map_err(|errno| {
+    let named = descriptor::name(&opened.root, &entry.name, flags).map_err(|errno| {
         match (errno, process_of(&entry.name)) {
             (Errno::ENOENT | Errno::ESRCH, Some(pid)) => {
                 let problem = format!(
@@ -304,7 +308,7 @@ pub fn open_entry(entry: &proto::RegFileEntry, flags: i32, opened: &mut Opened) 
         return descriptor::reopen(named.as_fd(), flags).map_err(failed("open"));
     }
     // Opening through /proc would drop the flag.
-    let fd = descriptor::open(&entry.name, flags).map_err(failed("open"))?;
+    let fd = descriptor::open(&opened.root, &entry.name, flags).map_err(failed("open"))?;
     let now = fstat(&fd).map_err(failed("examine"))?;
     if is_same(&now, &stat) { Ok(fd) } else { Err(failed("open")(Errno::ESTALE)) }
 }

@@ -527,9 +527,14 @@ mod tests {
         for (id, path) in [(1, &kept), (3, &deleted)] {
             mkfifo(path, Mode::S_IRWXU).unwrap();
             let path = path.to_str().unwrap().as_bytes();
-            let both = descriptor::open(path, libc::O_RDWR.cast_unsigned()).unwrap();
+            let both = descriptor::open(
+                &crate::sys::root::Root::own(),
+                path,
+                libc::O_RDWR.cast_unsigned(),
+            )
+            .unwrap();
             File::from(both.try_clone().unwrap()).write_all(b"in the FIFO").unwrap();
-            let read = descriptor::open(path, 0).unwrap();
+            let read = descriptor::open(&crate::sys::root::Root::own(), path, 0).unwrap();
             descriptor::set_status(both.as_fd(), libc::O_DIRECT.cast_unsigned()).unwrap();
             tree.add(id, read);
             tree.add(id + 1, both);

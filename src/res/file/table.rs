@@ -28,6 +28,7 @@ use crate::{
     sys::{
         fds,
         process::{self, Shared},
+        root::Root,
     },
     units::{HostPid, NsPid, PidMap, TargetFd},
 };
@@ -46,6 +47,8 @@ pub struct FileTable {
 struct Known {
     own: HostPid,
     pids: PidMap,
+    /// Where paths of the tree are looked up.
+    root: Root,
     /// The processes and threads of the tree.
     processes: HashSet<NsPid>,
     next_id: u32,
@@ -136,6 +139,10 @@ impl Intake for Known {
         &self.pids
     }
 
+    fn root(&self) -> &Root {
+        &self.root
+    }
+
     fn deleted_files(&mut self) -> &mut DeletedFiles {
         &mut self.deleted
     }
@@ -165,6 +172,7 @@ impl FileTable {
             state: Known {
                 own,
                 pids,
+                root: Root::own(),
                 processes,
                 next_id: 0,
                 known: HashMap::new(),
@@ -179,6 +187,12 @@ impl FileTable {
                 validation: options.validation,
             },
         }
+    }
+
+    /// Looks up the paths of the tree in this root directory, instead of that of rcriu.
+    pub fn set_root(&mut self, root: Root) {
+        self.state.deleted.set_root(&root);
+        self.state.root = root;
     }
 
     /// Notes of which files' reads a process is notified. Must be called for all processes first.

@@ -31,7 +31,7 @@ use crate::{
         proto::{self, FdTypes, RemapType},
     },
     res::file::{Description, External, FileError, Intake, Result, descriptor},
-    sys::{fds, xattr},
+    sys::{fds, root::Root, xattr},
     units::BLOCK_BYTES,
 };
 
@@ -66,12 +66,21 @@ pub struct DeletedFiles {
 
 /// Link remaps, which are removed when this is dropped.
 #[derive(Debug, Default)]
-struct LinkRemaps(Vec<PathBuf>);
+struct LinkRemaps {
+    /// Where their paths are looked up.
+    root: Root,
+    paths: Vec<PathBuf>,
+}
 
 impl DeletedFiles {
     /// Returns an empty table.
     pub fn new(options: &Options, external: &External) -> Self {
         Self { options: *options, external: external.clone(), ..Self::default() }
+    }
+
+    /// Looks up the paths of the tree in this root directory, instead of that of rcriu.
+    pub(in crate::res::file) fn set_root(&mut self, root: &Root) {
+        self.link_remaps.root = root.clone();
     }
 
     /// Whether the user will provide this object for the restore.
@@ -153,12 +162,12 @@ impl DeletedFiles {
     /// Keeps the link remaps, which are otherwise removed when the table is dropped. Call it when
     /// the snapshot is complete and the tree does not resume.
     pub fn keep_link_remaps(&mut self) {
-        self.link_remaps.0.clear();
+        self.link_remaps.paths.clear();
     }
 
     /// Warns about link remaps that a restore needs and that are about to be removed.
     pub fn warn_about_link_remaps(&self) {
-        for link in &self.link_remaps.0 {
+        for link in &self.link_remaps.paths {
             log::warn!(
                 "removing the link remap {} of a deleted file, because the tree resumes, although a \
                  restore of this snapshot needs it; copy the file system in a post-dump action, or \
@@ -171,8 +180,9 @@ impl DeletedFiles {
 
 impl Drop for LinkRemaps {
     fn drop(&mut self) {
-        for link in &self.0 {
-            if let Err(error) = fs::remove_file(link) {
+        for link in &self.paths {
+            let spelled = self.root.spell(link).map_err(io::Error::from);
+            if let Err(error) = spelled.and_then(fs::remove_file) {
                 log::warn!("cannot remove {}: {error}", link.display());
             }
         }
@@ -197,6 +207,7 @@ pub(in crate::res::file) fn link(
             file.unsupported(what, "allow rcriu to link it under another name with --link-remap")
         );
     }
+    let root = intake.root().clone();
     let mut dir = Path::new(OsStr::from_bytes(name)).parent();
     let (link_id, path) = loop {
         let Some(at) = dir else {
@@ -206,19 +217,21 @@ pub(in crate::res::file) fn link(
         let ids = std::iter::repeat_with(|| intake.new_id());
         let (link_id, path) = ids
             .map(|id| (id, at.join(link_name(id))))
-            .find(|(_, path)| path.symlink_metadata().is_err())
+            .find(|(_, path)| root.lstat(path).is_err())
             .expect("there are fewer files than numbers");
         // Like CRIU: link by the descriptor, which needs CAP_DAC_READ_SEARCH, or else through
         // /proc.
-        let by_descriptor = linkat(&file.fd, "", AT_FDCWD, &path, AtFlags::AT_EMPTY_PATH);
-        let linked = by_descriptor.or_else(|_| {
-            let source = descriptor::path_of(file.fd.as_fd());
-            linkat(AT_FDCWD, source.as_str(), AT_FDCWD, &path, AtFlags::AT_SYMLINK_FOLLOW)
+        let linked = root.spell(&path).and_then(|path| {
+            let by_descriptor = linkat(&file.fd, "", AT_FDCWD, &*path, AtFlags::AT_EMPTY_PATH);
+            by_descriptor.or_else(|_| {
+                let source = descriptor::path_of(file.fd.as_fd());
+                linkat(AT_FDCWD, source.as_str(), AT_FDCWD, &*path, AtFlags::AT_SYMLINK_FOLLOW)
+            })
         });
         match linked {
             Ok(()) => break (link_id, path),
             // The directory is deleted as well; or on an overlay, the file itself is.
-            Err(Errno::ENOENT) if !at.exists() => dir = at.parent(),
+            Err(Errno::ENOENT) if root.stat(at).is_err() => dir = at.parent(),
             Err(Errno::ENOENT) => return intake.deleted_files().ghost(file, name, id),
             Err(errno) => return Err(file.failed("link a new name to")(errno)),
         }
@@ -226,10 +239,11 @@ pub(in crate::res::file) fn link(
     let entry = proto::RegFileEntry {
         id: link_id,
         name: path.as_os_str().as_bytes().to_vec(),
+        mnt_id: (!root.is_own()).then_some(file.info.mnt_id),
         ..Default::default()
     };
     let deleted = intake.deleted_files();
-    deleted.link_remaps.0.push(path);
+    deleted.link_remaps.paths.push(path);
     deleted.remap(id, link_id, RemapType::Linked);
     intake.push(proto::FileEntry {
         r#type: FdTypes::Reg.into(),

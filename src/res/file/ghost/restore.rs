@@ -24,9 +24,7 @@ use nix::{
     fcntl::{AT_FDCWD, AtFlags},
     libc,
     sys::{
-        stat::{
-            FchmodatFlags, Mode, SFlag, UtimensatFlags, fchmodat, fstat, lstat, mknod, utimensat,
-        },
+        stat::{FchmodatFlags, Mode, SFlag, UtimensatFlags, fchmodat, fstat, mknod, utimensat},
         time::TimeSpec,
     },
     unistd::{Gid, Uid, fchownat, linkat},
@@ -36,7 +34,10 @@ use super::link_name;
 use crate::{
     image::{ImageReader, ImageStore, Kind, Remap, payload, proto},
     res::file::{FileError, Opened, Result, descriptor},
-    sys::xattr,
+    sys::{
+        root::{Root, Spelled},
+        xattr,
+    },
 };
 
 /// The mode without the file type.
@@ -112,7 +113,8 @@ pub(in crate::res::file) fn open(
         }
         Some(Remap::Linked(other)) => {
             let source = linked(opened, entry.id, other)?;
-            if lstat(&source) == Err(Errno::ENOENT) {
+            let root = opened.root.clone();
+            if root.lstat(&source) == Err(Errno::ENOENT) {
                 let problem = format!(
                     "{}, the link remap of the file, does not exist; a dump removes its link remaps if \
                      the tree resumes\nhelp: restore from a copy of the file system that a post-dump \
@@ -121,10 +123,11 @@ pub(in crate::res::file) fn open(
                 );
                 return Err(FileError::image(entry.id, problem));
             }
-            let link = |path: &Path| linkat(AT_FDCWD, &source, AT_FDCWD, path, AtFlags::empty());
-            let name =
-                TemporaryName::give(&entry.name, ".cr_link", link).map_err(failed("link"))?;
-            let fd = descriptor::open(name.bytes(), flags).map_err(failed("open"))?;
+            let source = root.spell(&source).map_err(failed("link"))?;
+            let link = |path: &Path| linkat(AT_FDCWD, &*source, AT_FDCWD, path, AtFlags::empty());
+            let name = TemporaryName::give(&root, &entry.name, ".cr_link", link)
+                .map_err(failed("link"))?;
+            let fd = descriptor::open(&root, name.bytes(), flags).map_err(failed("open"))?;
             let stat = fstat(&fd).map_err(failed("examine"))?;
             opened.recreated.linked.insert(other, (stat.st_dev, stat.st_ino));
             Ok(Some(fd))
@@ -176,7 +179,8 @@ pub fn remove_link_remaps(opened: &mut Opened) -> Result<()> {
         .collect();
     for (id, other) in linked_to {
         let path = linked(opened, id, other)?;
-        let found = match lstat(&path) {
+        let root = &opened.root;
+        let found = match root.lstat(&path) {
             Err(Errno::ENOENT) => continue,
             found => {
                 found.map_err(FileError::restore(id, "examine", path.as_os_str().as_bytes()))?
@@ -192,7 +196,7 @@ pub fn remove_link_remaps(opened: &mut Opened) -> Result<()> {
             );
             continue;
         }
-        match fs::remove_file(&path) {
+        match root.spell(&path).map_err(std::io::Error::from).and_then(fs::remove_file) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 log::warn!("cannot remove {}: {error}", path.display());
             }
@@ -204,6 +208,8 @@ pub fn remove_link_remaps(opened: &mut Opened) -> Result<()> {
 
 /// A name that a file has until this is dropped, with the directories created for it.
 struct TemporaryName {
+    /// Where the paths are looked up.
+    root: Root,
     path: PathBuf,
     directories: Vec<PathBuf>,
     is_directory: bool,
@@ -212,14 +218,20 @@ struct TemporaryName {
 impl TemporaryName {
     /// Has `make` create a file at `path` or, if that exists, at `path` with `suffix`.
     fn give(
+        root: &Root,
         path: &[u8],
         suffix: &str,
         make: impl Fn(&Path) -> nix::Result<()>,
     ) -> nix::Result<Self> {
         let path = PathBuf::from(OsString::from_vec(path.to_vec()));
-        let mut name = Self { path: PathBuf::new(), directories: Vec::new(), is_directory: false };
+        let mut name = Self {
+            root: root.clone(),
+            path: PathBuf::new(),
+            directories: Vec::new(),
+            is_directory: false,
+        };
         for dir in path.ancestors().skip(1).collect::<Vec<_>>().into_iter().rev() {
-            match DirBuilder::new().mode(DIRECTORY_MODE).create(dir) {
+            match DirBuilder::new().mode(DIRECTORY_MODE).create(&*root.spell(dir)?) {
                 Ok(()) => name.directories.push(dir.to_owned()),
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EEXIST | libc::EISDIR | libc::EROFS | libc::EACCES) => {}
@@ -227,11 +239,11 @@ impl TemporaryName {
                 },
             }
         }
-        match make(&path) {
+        match make(&root.spell(&path)?) {
             Err(Errno::EEXIST) => {
                 let mut other = path.into_os_string();
                 other.push(suffix);
-                make(Path::new(&other))?;
+                make(&root.spell(Path::new(&other))?)?;
                 name.path = other.into();
             }
             result => {
@@ -250,14 +262,16 @@ impl TemporaryName {
 impl Drop for TemporaryName {
     fn drop(&mut self) {
         let warn = |path: &Path, error| log::warn!("cannot remove {}: {error}", path.display());
+        let spell = |path: &Path| self.root.spell(path).map_err(std::io::Error::from);
         if !self.path.as_os_str().is_empty() {
-            let remove = if self.is_directory { fs::remove_dir } else { fs::remove_file };
-            if let Err(error) = remove(&self.path) {
+            let remove =
+                if self.is_directory { fs::remove_dir::<Spelled> } else { fs::remove_file };
+            if let Err(error) = spell(&self.path).and_then(remove) {
                 warn(&self.path, error);
             }
         }
         for dir in self.directories.iter().rev() {
-            if let Err(error) = fs::remove_dir(dir) {
+            if let Err(error) = spell(dir).and_then(fs::remove_dir) {
                 warn(dir, error);
             }
         }
@@ -276,12 +290,13 @@ fn make(ghost: u32, first: &proto::RegFileEntry, opened: &mut Opened) -> Result<
         return Ok(made);
     }
     let suffix = format!(".cr.{ghost:x}.{}.ghost", std::process::id());
-    let mut name = TemporaryName::give(&first.name, &suffix, |path| make_node(path, &entry))
+    let root = &opened.root;
+    let mut name = TemporaryName::give(root, &first.name, &suffix, |path| make_node(path, &entry))
         .map_err(failed("make"))?;
     let format = entry.mode & libc::S_IFMT;
     name.is_directory = format == libc::S_IFDIR;
     let only_name = (libc::O_PATH | libc::O_NOFOLLOW).cast_unsigned();
-    let object = descriptor::open(name.bytes(), only_name).map_err(failed("open"))?;
+    let object = descriptor::open(root, name.bytes(), only_name).map_err(failed("open"))?;
     // Another process may be able to write to the directory: check the file.
     let found = fstat(&object).map_err(failed("examine"))?;
     let is_new = format != libc::S_IFREG || (found.st_size, found.st_nlink) == (0, 1);
@@ -327,7 +342,7 @@ fn make_linkable(
     };
     let failed = |step| FileError::restore(first.id, step, &first.name);
     let dir = first.name.iter().rposition(|byte| *byte == b'/').map_or(0, |at| at + 1);
-    let own = match descriptor::open_tmpfile(&first.name[..dir], user.flags) {
+    let own = match descriptor::open_tmpfile(&opened.root, &first.name[..dir], user.flags) {
         Ok(own) => own,
         Err(errno) => {
             let name = String::from_utf8_lossy(&first.name);
@@ -357,11 +372,12 @@ fn open_as(
     format: u32,
 ) -> nix::Result<Option<OwnedFd>> {
     if name.bytes() == user.name || format == libc::S_IFDIR {
-        return descriptor::open(name.bytes(), user.flags).map(Some);
+        return descriptor::open(&name.root, name.bytes(), user.flags).map(Some);
     }
-    let link = |path: &Path| linkat(AT_FDCWD, &name.path, AT_FDCWD, path, AtFlags::empty());
-    match TemporaryName::give(&user.name, ".cr_link", link) {
-        Ok(other) => descriptor::open(other.bytes(), user.flags).map(Some),
+    let source = name.root.spell(&name.path)?;
+    let link = |path: &Path| linkat(AT_FDCWD, &*source, AT_FDCWD, path, AtFlags::empty());
+    match TemporaryName::give(&name.root, &user.name, ".cr_link", link) {
+        Ok(other) => descriptor::open(&name.root, other.bytes(), user.flags).map(Some),
         // That name may be on another file system: then the description shows the first one.
         Err(_) => Ok(None),
     }

@@ -29,7 +29,7 @@ fn bytes(path: &Path) -> &[u8] {
 }
 
 fn open(path: &Path, flags: i32) -> OwnedFd {
-    descriptor::open(bytes(path), flags.cast_unsigned()).unwrap()
+    descriptor::open(&crate::sys::root::Root::own(), bytes(path), flags.cast_unsigned()).unwrap()
 }
 
 fn count(dir: &Path) -> usize {
@@ -244,7 +244,9 @@ fn a_file_that_has_changed_is_refused() {
 
 #[test]
 fn devices_are_refused_by_name() {
-    if let Ok(fuse) = descriptor::open(b"/dev/fuse", libc::O_RDWR.cast_unsigned()) {
+    if let Ok(fuse) =
+        descriptor::open(&crate::sys::root::Root::own(), b"/dev/fuse", libc::O_RDWR.cast_unsigned())
+    {
         let mut tree = Tree::new();
         tree.add(1, fuse);
         let error = tree.collect_error().to_string();

@@ -2,20 +2,15 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::fs::MetadataExt,
-    },
+    os::fd::{AsFd, OwnedFd},
+    path::Path,
 };
 
 use nix::{
     errno::Errno,
     libc,
     poll::PollFlags,
-    sys::{
-        stat::stat,
-        statfs::{FsType, fstatfs},
-    },
+    sys::statfs::{FsType, fstatfs},
 };
 
 use super::{
@@ -35,6 +30,7 @@ use crate::{
     },
     sys::{
         fds,
+        root::Root,
         tty::{self, Question, Speeds, Termios},
     },
     units::{HostPid, TargetFd},
@@ -107,7 +103,7 @@ impl Collector for Terminals {
                 "rcriu keeps only the default one (0, N_TTY); end the program that has set another";
             return Err(file.unsupported(what, help));
         }
-        let (info_id, tty_type, index) = self.number(file)?;
+        let (info_id, tty_type, index) = self.number(file, intake.root())?;
         let mut entry = proto::TtyFileEntry {
             id: file.id,
             tty_info_id: info_id,
@@ -146,7 +142,7 @@ impl Collector for Terminals {
             r#type: FdTypes::Tty.into(),
             id: file.id,
             tty: Some(entry),
-            owner: is_master.then(|| slave_owner(file, index)).flatten(),
+            owner: is_master.then(|| slave_owner(file, index, intake.root())).flatten(),
             ..Default::default()
         })
     }
@@ -171,7 +167,7 @@ impl Terminals {
     }
 
     /// Returns the number, the type and the index of a terminal.
-    fn number(&mut self, file: &Description) -> Result<(u32, TtyType, u32)> {
+    fn number(&mut self, file: &Description, root: &Root) -> Result<(u32, TtyType, u32)> {
         if is_external(file, &self.external) {
             let index = EXTERNAL_INDEX + self.externals;
             if index > EXTERNAL_INDEX_MAX {
@@ -185,7 +181,7 @@ impl Terminals {
         }
         let role = Role::of(file.stat.st_rdev).expect("it was claimed");
         if role.tty_type() == TtyType::Pty {
-            check_instance(file)?;
+            check_instance(file, root)?;
         }
         let index = match role {
             Role::Master => tty::ask(fd(file), Question::Index)
@@ -339,26 +335,26 @@ impl From<Stopped> for proto::TtyStop {
 }
 
 /// Returns the owner of the slave of a master, which no process may have open.
-fn slave_owner(file: &Description, index: u32) -> Option<proto::InodeOwnerEntry> {
-    let stat = std::fs::metadata(slave_path(&file.link, index)).ok()?;
-    let is_it = Role::of(stat.rdev()) == Some(Role::Slave(index));
-    is_it.then(|| proto::InodeOwnerEntry {
-        uid: stat.uid(),
-        gid: stat.gid(),
-        mode: stat.mode() & PERMISSIONS,
+fn slave_owner(file: &Description, index: u32, root: &Root) -> Option<proto::InodeOwnerEntry> {
+    let stat = root.stat(&slave_path(&file.link, index)).ok()?;
+    let is_it = Role::of(stat.st_rdev) == Some(Role::Slave(index));
+    is_it.then_some(proto::InodeOwnerEntry {
+        uid: stat.st_uid,
+        gid: stat.st_gid,
+        mode: stat.st_mode & PERMISSIONS,
     })
 }
 
 /// Whether a device is dumped as a terminal.
 /// Rejects an end of a pair in another instance of devpts than the one at [`DEVPTS`], where a
 /// restore creates pairs: indices are unique only within an instance.
-fn check_instance(file: &Description) -> Result<()> {
+fn check_instance(file: &Description, root: &Root) -> Result<()> {
     let file_system = fstatfs(&file.fd).map_err(file.failed("find the file system of"))?;
     // A master that was opened by /dev/ptmx is not on a devpts.
     if file_system.filesystem_type() != FsType(DEVPTS_SUPER_MAGIC) {
         return Ok(());
     }
-    let usual = stat(DEVPTS).map_err(file.failed("find the devpts of"))?;
+    let usual = root.stat(Path::new(DEVPTS)).map_err(file.failed("find the devpts of"))?;
     if file.stat.st_dev == usual.st_dev {
         return Ok(());
     }

@@ -28,7 +28,10 @@ use crate::{
     },
     inject::Script,
     res::file::{Deferred, FileError, Opened, Opener, Result, deferred, descriptor},
-    sys::tty::{self, Question, Speeds, Switch, Termios, WindowSize},
+    sys::{
+        root::Root,
+        tty::{self, Question, Speeds, Switch, Termios, WindowSize},
+    },
     units::{NsPid, TargetFd},
 };
 
@@ -202,7 +205,7 @@ impl TerminalOpener {
             TtyType::Pty if is_master(info.id) => {
                 let path = wanted.path()?;
                 let fixed = needs_its_number(info, infos, opened);
-                let fd = open_master(id, &path.name, index(info, id)?, flags, fixed)?;
+                let fd = open_master(id, &path.name, index(info, id)?, flags, fixed, &opened.root)?;
                 let failed = || FileError::restore(id, "adjust the terminal", &path.name);
                 tty::switch(fd.as_fd(), Switch::Locked, false).map_err(failed())?;
                 set_modes(fd.as_fd(), info, true).map_err(failed())?;
@@ -216,7 +219,7 @@ impl TerminalOpener {
                 let path = wanted.path()?;
                 let failed = |step| FileError::restore(id, step, &path.name);
                 if info.termios.is_none() {
-                    return open_hung(id, info, path, flags);
+                    return open_hung(id, info, path, flags, &opened.root);
                 }
                 if !infos.contains_key(&peer(info.id)) {
                     return self.inherit(id, info, flags, is_first);
@@ -232,7 +235,7 @@ impl TerminalOpener {
                 let path = wanted.path()?;
                 // Processes in the session of rcriu have this same terminal.
                 if self.options.shell_job
-                    && let Ok(fd) = descriptor::open(&path.name, flags)
+                    && let Ok(fd) = descriptor::open(&opened.root, &path.name, flags)
                 {
                     return Ok(fd);
                 }
@@ -245,8 +248,8 @@ impl TerminalOpener {
             TtyType::Console | TtyType::Vt | TtyType::Serial => {
                 let path = wanted.path()?;
                 let failed = |step| FileError::restore(id, step, &path.name);
-                let fd =
-                    descriptor::open(&path.name, flags).map_err(failed("open the terminal"))?;
+                let fd = descriptor::open(&opened.root, &path.name, flags)
+                    .map_err(failed("open the terminal"))?;
                 if is_first {
                     set_modes(fd.as_fd(), info, true).map_err(failed("adjust the terminal"))?;
                 }
@@ -290,7 +293,7 @@ impl TerminalOpener {
             descriptor::reopen(stdin.as_fd(), flags)
                 .or_else(|_| stdin.as_fd().try_clone_to_owned().map_err(|_| Errno::EMFILE))
         } else {
-            descriptor::open(OWN_TERMINAL, flags)
+            descriptor::open(&Root::own(), OWN_TERMINAL, flags)
         };
         let fd = fd.map_err(failed())?;
         if is_first {
@@ -317,7 +320,7 @@ impl TerminalOpener {
             (Some(master), Some(number)) if number.cast_unsigned() != index(info, path.id)? => {
                 tty::open_slave(master, flags)
             }
-            _ => descriptor::open(&path.name, flags),
+            _ => descriptor::open(&opened.root, &path.name, flags),
         };
         let fd = fd.map_err(failed("open the terminal"))?;
         if let Some(mode) = path.mode {
@@ -354,11 +357,18 @@ fn index(info: &proto::TtyInfoEntry, id: u32) -> Result<u32> {
 
 /// Opens the master of the pseudoterminal with this index. If another program has taken the index,
 /// opens one with another index, unless it is `fixed`.
-fn open_master(id: u32, path: &[u8], index: u32, flags: u32, fixed: bool) -> Result<OwnedFd> {
+fn open_master(
+    id: u32,
+    path: &[u8],
+    index: u32,
+    flags: u32,
+    fixed: bool,
+    root: &Root,
+) -> Result<OwnedFd> {
     let failed = || FileError::restore(id, "open the terminal", path);
     let mut others = Vec::new();
     for _ in 0..ATTEMPTS {
-        let fd = descriptor::open(path, flags).map_err(failed())?;
+        let fd = descriptor::open(root, path, flags).map_err(failed())?;
         let found = tty::ask(fd.as_fd(), Question::Index).map_err(failed())?.cast_unsigned();
         if found == index {
             return Ok(fd);
@@ -389,11 +399,12 @@ fn open_hung(
     info: &proto::TtyInfoEntry,
     path: &proto::RegFileEntry,
     flags: u32,
+    root: &Root,
 ) -> Result<OwnedFd> {
     let dir = path.name.iter().rposition(|byte| *byte == b'/').map_or(0, |at| at + 1);
     let master = [&path.name[..dir], b"ptmx"].concat();
     let read_write = libc::O_RDWR.cast_unsigned();
-    let master = open_master(id, &master, index(info, id)?, read_write, false)?;
+    let master = open_master(id, &master, index(info, id)?, read_write, false, root)?;
     tty::switch(master.as_fd(), Switch::Locked, false)
         .and_then(|()| tty::open_slave(master.as_fd(), flags))
         .map_err(FileError::restore(id, "open the terminal", &path.name))
@@ -410,7 +421,8 @@ fn own_slave(id: u32, path: &[u8], master: BorrowedFd, opened: &Opened) -> nix::
     };
     let index = tty::ask(master, Question::Index)?.cast_unsigned();
     let slave = slave_path(path, index);
-    let fd = match descriptor::open(slave.as_os_str().as_bytes(), libc::O_PATH.cast_unsigned()) {
+    let path = slave.as_os_str().as_bytes();
+    let fd = match descriptor::open(&opened.root, path, libc::O_PATH.cast_unsigned()) {
         // Another devpts is mounted there: the entry of the slave, if any, sets its owner.
         Err(Errno::ENOENT) => return Ok(()),
         fd => fd?,
@@ -547,11 +559,8 @@ fn open_slave(
     let between: &[u8] = if path.name[..dir].ends_with(b"/pts/") { b"" } else { b"pts/" };
     let number = index(info, master.id)?.to_string();
     let slave = [&path.name[..dir], between, number.as_bytes()].concat();
-    descriptor::open(&slave, libc::O_RDWR.cast_unsigned()).map_err(FileError::restore(
-        master.id,
-        "open the terminal",
-        &slave,
-    ))
+    descriptor::open(&opened.root, &slave, libc::O_RDWR.cast_unsigned())
+        .map_err(FileError::restore(master.id, "open the terminal", &slave))
 }
 
 /// Returns the terminal of rcriu, if the tree uses it. The group of the root process becomes its

@@ -26,11 +26,24 @@ fn numbers() -> MutexGuard<'static, ()> {
 }
 
 fn pair() -> (OwnedFd, OwnedFd) {
-    let master = descriptor::open(b"/dev/ptmx", libc::O_RDWR.cast_unsigned()).unwrap();
+    let master = descriptor::open(
+        &crate::sys::root::Root::own(),
+        b"/dev/ptmx",
+        libc::O_RDWR.cast_unsigned(),
+    )
+    .unwrap();
     tty::switch(master.as_fd(), tty::Switch::Locked, false).unwrap();
     let index = tty::ask(master.as_fd(), Question::Index).unwrap();
     let path = format!("/dev/pts/{index}");
-    (master, descriptor::open(path.as_bytes(), libc::O_RDWR.cast_unsigned()).unwrap())
+    (
+        master,
+        descriptor::open(
+            &crate::sys::root::Root::own(),
+            path.as_bytes(),
+            libc::O_RDWR.cast_unsigned(),
+        )
+        .unwrap(),
+    )
 }
 
 #[test]
@@ -157,7 +170,12 @@ fn a_pair_takes_another_number_unless_somebody_relies_on_it() {
         let mut tree = Tree::new();
         if relied_on {
             let path = format!("/dev/pts/{index}");
-            let named = descriptor::open(path.as_bytes(), libc::O_PATH.cast_unsigned()).unwrap();
+            let named = descriptor::open(
+                &crate::sys::root::Root::own(),
+                path.as_bytes(),
+                libc::O_PATH.cast_unsigned(),
+            )
+            .unwrap();
             tree.add(3, named);
         }
         tree.add(1, master);
@@ -189,7 +207,12 @@ fn a_slave_that_is_only_named_is_found() {
     let (master, slave) = pair();
     let index = tty::ask(master.as_fd(), Question::Index).unwrap();
     let path = format!("/dev/pts/{index}");
-    let named = descriptor::open(path.as_bytes(), libc::O_PATH.cast_unsigned()).unwrap();
+    let named = descriptor::open(
+        &crate::sys::root::Root::own(),
+        path.as_bytes(),
+        libc::O_PATH.cast_unsigned(),
+    )
+    .unwrap();
     let mut tree = Tree::new();
     tree.add(3, named);
     tree.add(1, master);
@@ -435,7 +458,12 @@ fn bytes_that_cannot_be_kept_are_refused_and_stay() {
     assert!(error.contains("5 bytes are queued, and whose output is stopped"), "{error}");
     assert_eq!(read_output(master.as_fd()), b"shown");
     // No process has opened the slave.
-    let other = descriptor::open(b"/dev/ptmx", libc::O_RDWR.cast_unsigned()).unwrap();
+    let other = descriptor::open(
+        &crate::sys::root::Root::own(),
+        b"/dev/ptmx",
+        libc::O_RDWR.cast_unsigned(),
+    )
+    .unwrap();
     write(&other, b"typed");
     while !descriptor::events(other.as_fd()).unwrap().contains(PollFlags::POLLIN) {
         // The kernel echoes it in its own time.

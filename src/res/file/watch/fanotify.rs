@@ -28,7 +28,7 @@ use crate::{
         Collector, Description, FileError, FileKind, Intake, Opened, Opener, Result, Usage,
         descriptor,
     },
-    sys::watch,
+    sys::{root::Root, watch},
 };
 
 pub(in crate::res::file) const KIND: FileKind = FileKind {
@@ -57,7 +57,12 @@ impl Groups {
     }
 
     /// Builds the entry of a mark. The second value says whether it is on a file system.
-    fn mark(&mut self, of: &Description, mark: &FanotifyMark) -> Result<(FanotifyMarkEntry, bool)> {
+    fn mark(
+        &mut self,
+        of: &Description,
+        mark: &FanotifyMark,
+        root: &Root,
+    ) -> Result<(FanotifyMarkEntry, bool)> {
         let entry = FanotifyMarkEntry {
             id: of.id,
             r#type: MarkType::Mount.into(),
@@ -78,11 +83,11 @@ impl Groups {
             let what = format!("a fanotify group that marks {what}");
             of.unsupported(what, "run rcriu in the mount namespace of the program")
         };
-        let mounts = || Ok::<_, FileError>(proc::mounts()?);
+        let mounts = || Ok::<_, FileError>(proc::mounts_of(of.pid)?);
         match &mark.object {
             FanotifyObject::Inode(file) => {
                 let what = "a fanotify group that marks a file";
-                let handle = self.finder.handle(of, what, file)?;
+                let handle = self.finder.handle(of, what, file, root)?;
                 let inode = FanotifyInodeMarkEntry { i_ino: file.inode, f_handle: handle };
                 let entry = FanotifyMarkEntry {
                     r#type: MarkType::Inode.into(),
@@ -127,7 +132,7 @@ impl Collector for Groups {
         file.is_anonymous("[fanotify]")
     }
 
-    fn collect(&mut self, file: &Description, _: &mut dyn Intake) -> Result<FileEntry> {
+    fn collect(&mut self, file: &Description, intake: &mut dyn Intake) -> Result<FileEntry> {
         let FdDetail::Fanotify(group) = &file.info.detail else {
             return Err(file.failed("read the marks of")(Errno::ENODATA));
         };
@@ -141,7 +146,7 @@ impl Collector for Groups {
             ..Default::default()
         };
         for mark in &group.marks {
-            let (mark, is_on_file_system) = self.mark(file, mark)?;
+            let (mark, is_on_file_system) = self.mark(file, mark, intake.root())?;
             let marks =
                 if is_on_file_system { &mut entry.rcriu_filesystem_mark } else { &mut entry.mark };
             marks.push(mark);
@@ -193,7 +198,7 @@ impl Opener for Restored {
                         let key = (mark.s_dev, inode.i_ino);
                         (reopener.open(id, key, &inode.f_handle, opened)?, libc::FAN_MARK_INODE)
                     }
-                    (None, Some(mount)) => (mount_point(id, mount)?, on_mount),
+                    (None, Some(mount)) => (mount_point(id, mount, &opened.root)?, on_mount),
                     (None, None) => {
                         return Err(FileError::image(id, "one of its marks is on nothing"));
                     }
@@ -213,13 +218,13 @@ fn open(group: &FanotifyFileEntry) -> nix::Result<OwnedFd> {
     Ok(fd)
 }
 
-fn mount_point(id: u32, mount: &FanotifyMountMarkEntry) -> Result<OwnedFd> {
+fn mount_point(id: u32, mount: &FanotifyMountMarkEntry, root: &Root) -> Result<OwnedFd> {
     let path = mount.path.as_deref().ok_or_else(|| {
         let problem = format!("it marks the mount {} of a mount namespace", mount.mnt_id);
         FileError::image(id, problem)
     })?;
     let path = [b"/", path.strip_prefix(b"/").unwrap_or(path)].concat();
-    descriptor::name(&path, 0).map_err(FileError::restore(id, "mark", &path))
+    descriptor::name(root, &path, 0).map_err(FileError::restore(id, "mark", &path))
 }
 
 /// Adds a mark with the events that it reports, and those that it ignores.

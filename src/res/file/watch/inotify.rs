@@ -55,7 +55,7 @@ impl Collector for Instances {
         file.is_anonymous("inotify")
     }
 
-    fn collect(&mut self, file: &Description, _: &mut dyn Intake) -> Result<FileEntry> {
+    fn collect(&mut self, file: &Description, intake: &mut dyn Intake) -> Result<FileEntry> {
         let mut watches = match &file.info.detail {
             FdDetail::Inotify(watches) => watches.clone(),
             // It watches nothing.
@@ -74,7 +74,7 @@ impl Collector for Instances {
                 ignored_mask: watch.ignored_mask,
                 s_dev: watch.file.device,
                 wd: watch.wd.cast_unsigned(),
-                f_handle: self.finder.handle(file, &what, &watch.file)?,
+                f_handle: self.finder.handle(file, &what, &watch.file, intake.root())?,
             });
         }
         Ok(FileEntry {

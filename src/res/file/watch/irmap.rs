@@ -9,6 +9,8 @@ use std::{
 
 use nix::sys::stat::{major, minor};
 
+use crate::sys::root::Root;
+
 /// Where CRIU also looks, in its order (`criu/irmap.c`).
 const USUAL: [&str; 8] = [
     "/etc",
@@ -41,25 +43,26 @@ impl Irmap {
     }
 
     /// Returns a path that leads to a file now.
-    pub(super) fn find(&mut self, device: u32, inode: u64) -> Option<PathBuf> {
+    pub(super) fn find(&mut self, root: &Root, device: u32, inode: u64) -> Option<PathBuf> {
         let key = (device.into(), inode);
         loop {
             if let Some(path) = self.known.get(&key) {
                 return Some(path.clone());
             }
-            let root = self.unread.pop()?;
-            self.read(root);
+            let first = self.unread.pop()?;
+            self.read(root, first);
         }
     }
 
     /// Enters the file at a path and all files below it, without following symbolic links.
-    fn read(&mut self, root: PathBuf) {
-        let mut paths = vec![root];
+    fn read(&mut self, root: &Root, first: PathBuf) {
+        let mut paths = vec![first];
         while let Some(path) = paths.pop() {
-            let Ok(found) = fs::symlink_metadata(&path) else { continue };
+            let Ok(spelled) = root.spell(&path) else { continue };
+            let Ok(found) = fs::symlink_metadata(&spelled) else { continue };
             if found.is_dir() {
-                let entries = fs::read_dir(&path).into_iter().flatten().flatten();
-                paths.extend(entries.map(|entry| entry.path()));
+                let entries = fs::read_dir(&spelled).into_iter().flatten().flatten();
+                paths.extend(entries.map(|entry| path.join(entry.file_name())));
             }
             self.known.entry(key(&found)).or_insert(path);
         }
@@ -72,8 +75,8 @@ fn key(found: &fs::Metadata) -> (u64, u64) {
 
 /// Whether a path leads to this file, by the file's inode number and the device that `stat(2)`
 /// returns.
-pub(super) fn leads_to(path: &Path, device: u64, inode: u64) -> bool {
-    fs::symlink_metadata(path).is_ok_and(|found| (found.dev(), found.ino()) == (device, inode))
+pub(super) fn leads_to(root: &Root, path: &Path, device: u64, inode: u64) -> bool {
+    root.lstat(path).is_ok_and(|found| (found.st_dev, found.st_ino) == (device, inode))
 }
 
 #[cfg(test)]
@@ -91,9 +94,10 @@ mod tests {
         for name in ["file", "link", "."] {
             let found = fs::symlink_metadata(deep.join(name)).unwrap();
             let (device, inode) = key(&found);
-            let path = map.find(device.try_into().unwrap(), inode).unwrap();
-            assert!(leads_to(&path, found.dev(), inode), "{path:?}");
+            let root = Root::own();
+            let path = map.find(&root, device.try_into().unwrap(), inode).unwrap();
+            assert!(leads_to(&root, &path, found.dev(), inode), "{path:?}");
         }
-        assert_eq!(map.find(0, 1), None);
+        assert_eq!(map.find(&Root::own(), 0, 1), None);
     }
 }

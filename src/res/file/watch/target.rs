@@ -31,7 +31,10 @@ use crate::{
     image::proto::FhEntry,
     proc::{self, FileHandle, WatchedInode},
     res::file::{Description, FileError, Intake, Opened, Result, descriptor},
-    sys::watch::{self, HANDLE_BYTES},
+    sys::{
+        root::Root,
+        watch::{self, HANDLE_BYTES},
+    },
     units::{HostPid, TargetFd},
 };
 
@@ -41,20 +44,32 @@ const MINOR_BITS: u32 = 20;
 /// How mount points are opened.
 const DIRECTORY: u32 = libc::O_DIRECTORY.cast_unsigned();
 
+/// Where watched files are looked for.
+#[derive(Clone, Copy, Debug)]
+struct Place<'a> {
+    root: &'a Root,
+    /// A process with these mounts; `None` for rcriu.
+    process: Option<HostPid>,
+}
+
 /// A directory on each mount of each file system, by device.
 #[derive(Debug, Default)]
 struct Mounts(HashMap<u32, Vec<OwnedFd>>);
 
 impl Mounts {
-    fn of(&mut self, device: u32) -> &[OwnedFd] {
+    fn of(&mut self, device: u32, place: Place<'_>) -> &[OwnedFd] {
         match self.0.entry(device) {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(new) => {
                 let (major, minor) = (device >> MINOR_BITS, device & ((1 << MINOR_BITS) - 1));
-                let mounts = proc::mounts().unwrap_or_default();
+                let mounts = match place.process {
+                    Some(pid) => proc::mounts_of(pid),
+                    None => proc::mounts(),
+                };
+                let mounts = mounts.unwrap_or_default();
                 let ours = mounts.iter().filter(|mount| mount.device == (major, minor));
                 let open = |point: &PathBuf| {
-                    descriptor::name(point.as_os_str().as_bytes(), DIRECTORY).ok()
+                    descriptor::name(place.root, point.as_os_str().as_bytes(), DIRECTORY).ok()
                 };
                 new.insert(ours.filter_map(|mount| open(&mount.point)).collect())
             }
@@ -63,10 +78,10 @@ impl Mounts {
 
     /// Opens a file by its handle, in such a way that the link of the descriptor is its path if it
     /// has one.
-    fn open(&mut self, file: &WatchedInode) -> Option<OwnedFd> {
+    fn open(&mut self, file: &WatchedInode, place: Place<'_>) -> Option<OwnedFd> {
         let handle = file.handle.as_ref()?;
         let mut fallback = None;
-        for mount in self.of(file.device) {
+        for mount in self.of(file.device, place) {
             let open = |mount: BorrowedFd| watch::open_by_handle(mount, handle.kind, &handle.bytes);
             // Older kernels take no O_PATH descriptor.
             let opened = match open(mount.as_fd()) {
@@ -79,7 +94,8 @@ impl Mounts {
             if stat.st_ino != file.inode {
                 continue;
             }
-            if link(opened.as_fd()).is_some_and(|path| leads_to(&path, stat.st_dev, stat.st_ino)) {
+            let leads_to = |path: PathBuf| leads_to(place.root, &path, stat.st_dev, stat.st_ino);
+            if link(opened.as_fd()).is_some_and(leads_to) {
                 return Some(opened);
             }
             fallback.get_or_insert(opened);
@@ -147,7 +163,9 @@ impl Finder {
         of: &Description,
         what: &str,
         file: &WatchedInode,
+        root: &Root,
     ) -> Result<FhEntry> {
+        let place = Place { root, process: (!root.is_own()).then_some(of.pid) };
         let handle = file.handle.clone().unwrap_or_default();
         let entry = FhEntry {
             bytes: u32::try_from(handle.bytes.len()).expect("at most 128"),
@@ -160,15 +178,15 @@ impl Finder {
             ..entry.clone()
         };
         if self.always_scan
-            && let Some(path) = self.scanned.find(file.device, file.inode)
+            && let Some(path) = self.scanned.find(root, file.device, file.inode)
         {
             return Ok(with(path));
         }
-        let found = self.mounts.open(file);
+        let found = self.mounts.open(file, place);
         if let Some(fd) = &found {
             let stat = fstat(fd).map_err(of.failed("look at a file watched by"))?;
             if let Some(path) = link(fd.as_fd())
-                && leads_to(&path, stat.st_dev, stat.st_ino)
+                && leads_to(root, &path, stat.st_dev, stat.st_ino)
             {
                 return Ok(with(path));
             }
@@ -182,7 +200,7 @@ impl Finder {
         let is_lasting = found.is_some_and(|fd| {
             fstatfs(&fd).is_ok_and(|found| found.filesystem_type() != TMPFS_MAGIC)
         });
-        match self.scanned.find(file.device, file.inode) {
+        match self.scanned.find(root, file.device, file.inode) {
             Some(path) => Ok(with(path)),
             // The same file system still has the file at the restore.
             None if is_lasting => Ok(entry),
@@ -219,11 +237,12 @@ impl Reopener {
         }
         if let Some(path) = &handle.path {
             let flags = (libc::O_PATH | libc::O_NOFOLLOW).cast_unsigned();
-            let fd = descriptor::open(path, flags);
+            let fd = descriptor::open(&opened.root, path, flags);
             return fd.map_err(FileError::restore(id, "watch", path));
         }
         let file = WatchedInode { inode, device, handle: Some(to_handle(id, handle)?) };
-        self.0.open(&file).ok_or_else(|| {
+        let process = opened.helpers.first().filter(|_| !opened.root.is_own());
+        self.0.open(&file, Place { root: &opened.root, process }).ok_or_else(|| {
             let (major, minor) = (device >> MINOR_BITS, device & ((1 << MINOR_BITS) - 1));
             let problem = format!(
                 "it watches inode {inode} of the device {major}:{minor}, which is not there\nhelp: dump \
@@ -286,10 +305,11 @@ mod tests {
         let own = HostPid(std::process::id().cast_signed());
         let info = proc::fdinfo(own, TargetFd(inotify.as_raw_fd())).unwrap();
         let proc::FdDetail::Inotify(watches) = info.detail else { panic!("{info:?}") };
-        let found = Mounts::default().open(&watches[0].file).unwrap();
+        let place = Place { root: &Root::own(), process: None };
+        let found = Mounts::default().open(&watches[0].file, place).unwrap();
         let expected = dir.path().canonicalize().unwrap();
         assert_eq!(link(found.as_fd()), Some(expected));
         let gone = WatchedInode { inode: 1, ..watches[0].file.clone() };
-        assert!(Mounts::default().open(&gone).is_none());
+        assert!(Mounts::default().open(&gone, place).is_none());
     }
 }

@@ -35,7 +35,7 @@ use crate::{
         error::errno,
         sock::{diag, held, opts::Subject},
     },
-    sys::socket,
+    sys::{root::Root, socket},
 };
 
 /// The suffix of `/proc/PID/fd/N` for a deleted file.
@@ -199,6 +199,7 @@ pub(super) fn bind(
     entry: &proto::UnixSkEntry,
     keep: Keep,
     restored: &Subject,
+    root: &Root,
 ) -> Result<Option<OwnedFd>> {
     if entry.name.is_empty() {
         return Ok(None);
@@ -207,9 +208,11 @@ pub(super) fn bind(
         held::retry(|| socket::bind_unix(fd, &entry.name)).map_err(restored.failed("bind"))?;
         return Ok(None);
     }
-    thread::scope(|scope| scope.spawn(|| bind_path(fd, entry, keep, restored)).join())
-        .expect("binding does not panic")
-        .map(Some)
+    let file =
+        thread::scope(|scope| scope.spawn(|| bind_path(fd, entry, keep, restored, root)).join());
+    let file = file.expect("binding does not panic")?;
+    set_permissions(file.as_fd(), entry, restored)?;
+    Ok(Some(file))
 }
 
 /// Binds a socket to a path. Runs in a thread of its own, since it changes the working directory.
@@ -218,8 +221,10 @@ fn bind_path(
     entry: &proto::UnixSkEntry,
     keep: Keep,
     restored: &Subject,
+    root: &Root,
 ) -> Result<OwnedFd> {
     unshare(CloneFlags::CLONE_FS).map_err(restored.failed("prepare a thread for"))?;
+    root.enter().map_err(restored.failed("enter the root directory for"))?;
     umask(PRIVATE);
     let path = Path::new(OsStr::from_bytes(path_bytes(&entry.name)));
     let dir = entry.name_dir.as_deref().map(|dir| Path::new(OsStr::from_bytes(dir)));
@@ -260,19 +265,21 @@ fn bind_here(
 ) -> Result<OwnedFd> {
     socket::bind_unix(fd, &entry.name).map_err(restored.failed("bind"))?;
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    let file = open(path, flags, Mode::empty()).map_err(restored.failed("open the file of"))?;
-    if let Some(perms) = &entry.file_perms {
-        let stat = fstat(&file).map_err(restored.failed("examine the file of"))?;
-        if (stat.st_uid, stat.st_gid) != (perms.uid, perms.gid) {
-            let owner = (Some(Uid::from_raw(perms.uid)), Some(Gid::from_raw(perms.gid)));
-            fchownat(&file, "", owner.0, owner.1, AtFlags::AT_EMPTY_PATH)
-                .map_err(restored.failed("set the owner of"))?;
-        }
-        let mode = fs::Permissions::from_mode(perms.mode & PERMISSIONS);
-        fs::set_permissions(format!("/proc/self/fd/{}", file.as_raw_fd()), mode)
-            .map_err(|error| restored.failed("set the permissions of")(errno(&error)))?;
+    open(path, flags, Mode::empty()).map_err(restored.failed("open the file of"))
+}
+
+/// Sets the owner and the mode of the file of a socket.
+fn set_permissions(file: BorrowedFd, entry: &proto::UnixSkEntry, restored: &Subject) -> Result<()> {
+    let Some(perms) = &entry.file_perms else { return Ok(()) };
+    let stat = fstat(file).map_err(restored.failed("examine the file of"))?;
+    if (stat.st_uid, stat.st_gid) != (perms.uid, perms.gid) {
+        let owner = (Some(Uid::from_raw(perms.uid)), Some(Gid::from_raw(perms.gid)));
+        fchownat(file, "", owner.0, owner.1, AtFlags::AT_EMPTY_PATH)
+            .map_err(restored.failed("set the owner of"))?;
     }
-    Ok(file)
+    let mode = fs::Permissions::from_mode(perms.mode & PERMISSIONS);
+    fs::set_permissions(format!("/proc/self/fd/{}", file.as_raw_fd()), mode)
+        .map_err(|error| restored.failed("set the permissions of")(errno(&error)))
 }
 
 /// Creates the missing directories up to `dir`, and lists them.
@@ -319,10 +326,10 @@ fn is_in_use(file: &fs::Metadata) -> bool {
     })
 }
 
-/// Opens the file of a socket with the relative name `name` in `dir`, with `O_PATH`.
-pub(super) fn open_in(dir: &[u8], name: &[u8]) -> nix::Result<OwnedFd> {
+/// Opens the file of a socket with the name `name`, relative to `dir`, with `O_PATH`.
+pub(super) fn open_in(root: &Root, dir: &[u8], name: &[u8]) -> nix::Result<OwnedFd> {
     let path = Path::new(OsStr::from_bytes(dir)).join(OsStr::from_bytes(path_bytes(name)));
-    open(&path, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())
+    root.open(path.as_os_str().as_bytes(), libc::O_PATH | libc::O_NOFOLLOW)
 }
 
 /// Returns a name to connect to the socket of this file, even if its path is gone.

@@ -133,7 +133,7 @@ pub(super) fn connect(all: &[Socket], callers: &mut Callers) -> Result<()> {
             object: format!("{} to {shown}, outside the tree", socket.restored.object),
         };
         let dir = peer.entry.name_dir.as_deref();
-        let file = dir.map(|dir| name::open_in(dir, &peer.entry.name)).transpose();
+        let file = dir.map(|dir| name::open_in(&peer.root, dir, &peer.entry.name)).transpose();
         let file = file.map_err(outside().failed("find the peer of"))?;
         let address = (peer.entry.name.as_slice(), file.as_ref().map(AsFd::as_fd));
         callers.connect(socket.caller().as_ref(), fd, address, &outside()).map_err(|error| {

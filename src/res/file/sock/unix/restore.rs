@@ -177,6 +177,7 @@ impl Sockets {
                 queue: queues.remove(&entry.id).unwrap_or_default(),
                 state: file.sock.clone().unwrap_or_default(),
                 holder: opened.holder(entry.id).cloned(),
+                root: opened.root.clone(),
             });
         }
         let by_inode: HashMap<u32, usize> =

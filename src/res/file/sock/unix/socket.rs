@@ -24,6 +24,7 @@ use crate::{
         owner::Holder,
         sock::{opts::Subject, queue::Packet, state},
     },
+    sys::root::Root,
 };
 
 /// How a socket is connected. Numbers are indices in the list of sockets.
@@ -63,6 +64,8 @@ pub(super) struct Socket {
     pub(super) state: proto::SkStateEntry,
     /// A process that has it open.
     pub(super) holder: Option<Holder>,
+    /// Where its name is looked up, if that is a path.
+    pub(super) root: Root,
 }
 
 impl Socket {
@@ -130,14 +133,16 @@ impl Socket {
     /// Binds `fd` to the name of this socket.
     pub(super) fn bind(&mut self, fd: &OwnedFd, keep: Keep) -> Result<()> {
         let keep = if self.entry.deleted() { Keep::Not } else { keep };
-        self.file = name::bind(fd.as_fd(), &self.entry, keep, &self.restored)?;
+        self.file = name::bind(fd.as_fd(), &self.entry, keep, &self.restored, &self.root)?;
         Ok(())
     }
 
     /// Connects `fd` to this socket.
     pub(super) fn connect_from(&self, fd: BorrowedFd, by: &Subject) -> Result<()> {
-        let dir = self.entry.name_dir.as_deref().filter(|_| self.is_external());
-        let outside = dir.map(|dir| name::open_in(dir, &self.entry.name)).transpose();
+        let is_elsewhere = !self.root.is_own() && name::is_path(&self.entry.name);
+        let dir = self.entry.name_dir.as_deref().or(is_elsewhere.then_some(b"/"));
+        let dir = dir.filter(|_| self.is_external());
+        let outside = dir.map(|dir| name::open_in(&self.root, dir, &self.entry.name)).transpose();
         let outside = outside.map_err(by.failed("find the peer of"))?;
         let (name, file) = self.address();
         name::connect(fd, name, outside.as_ref().map(AsFd::as_fd).or(file))
