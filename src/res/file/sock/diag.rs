@@ -148,18 +148,6 @@ const PACKET_MEMBERSHIPS: u16 = 1;
 const PACKET_RX_RING: u16 = 2;
 const PACKET_TX_RING: u16 = 3;
 
-/// `struct packet_diag_req`.
-#[derive(IntoBytes, Immutable)]
-#[repr(C)]
-struct PacketRequest {
-    family: u8,
-    protocol: u8,
-    pad: u16,
-    inode: u32,
-    show: u32,
-    cookie: [u32; 2],
-}
-
 /// `struct packet_diag_msg`.
 #[derive(FromBytes)]
 #[repr(C)]
@@ -208,10 +196,10 @@ pub(super) struct PacketRing {
     pub(super) features: u32,
 }
 
-/// `struct netlink_diag_req`.
+/// `struct netlink_diag_req` and `struct packet_diag_req`, which have one layout.
 #[derive(IntoBytes, Immutable)]
 #[repr(C)]
-struct NetlinkRequest {
+struct PlainRequest {
     family: u8,
     protocol: u8,
     pad: u16,
@@ -305,6 +293,13 @@ pub(super) struct PacketSocket {
 /// Returns a family in the form of the requests.
 fn family(number: libc::c_int) -> u8 {
     u8::try_from(number).expect("there are fewer than 256 families")
+}
+
+impl PlainRequest {
+    /// Asks for all sockets of a family, with what the bits `show` name.
+    fn all(number: libc::c_int, protocol: u8, show: u32) -> Self {
+        Self { family: family(number), protocol, pad: 0, inode: 0, show, cookie: [0; 2] }
+    }
 }
 
 /// Returns all UNIX sockets by inode.
@@ -405,14 +400,7 @@ impl InetAnswer {
 /// # Errors
 /// `ENOENT` if the kernel does not list netlink sockets.
 pub(super) fn netlink_sockets() -> nix::Result<HashMap<u32, NetlinkSocket>> {
-    let request = NetlinkRequest {
-        family: family(libc::AF_NETLINK),
-        protocol: NETLINK_ALL,
-        pad: 0,
-        inode: 0,
-        show: NETLINK_SHOW_GROUPS,
-        cookie: [0; 2],
-    };
+    let request = PlainRequest::all(libc::AF_NETLINK, NETLINK_ALL, NETLINK_SHOW_GROUPS);
     let mut sockets = HashMap::new();
     ask(request.as_bytes(), |answer| {
         let (head, attributes) =
@@ -439,14 +427,7 @@ pub(super) fn netlink_sockets() -> nix::Result<HashMap<u32, NetlinkSocket>> {
 /// # Errors
 /// `ENOENT` if the kernel does not list packet sockets.
 pub(super) fn packet_sockets() -> nix::Result<HashMap<u32, PacketSocket>> {
-    let request = PacketRequest {
-        family: family(libc::AF_PACKET),
-        protocol: 0,
-        pad: 0,
-        inode: 0,
-        show: PACKET_SHOW,
-        cookie: [0; 2],
-    };
+    let request = PlainRequest::all(libc::AF_PACKET, 0, PACKET_SHOW);
     let mut sockets = HashMap::new();
     ask(request.as_bytes(), |answer| {
         let (head, attributes) =

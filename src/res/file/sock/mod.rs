@@ -4,6 +4,7 @@ mod attributes;
 mod diag;
 mod held;
 pub(super) mod inet;
+mod listed;
 pub(super) mod netlink;
 mod opts;
 pub(super) mod packet;

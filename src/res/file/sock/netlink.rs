@@ -1,9 +1,6 @@
 //! Netlink sockets with empty queues.
 
-use std::{
-    collections::HashMap,
-    os::fd::{AsFd, AsRawFd, BorrowedFd},
-};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use nix::{
     errno::Errno,
@@ -14,6 +11,7 @@ use nix::{
 
 use super::{
     attributes, diag,
+    listed::{Listed, inode},
     opts::{self, NET_NS_ID, Subject},
 };
 use crate::{
@@ -48,10 +46,17 @@ const GROUPS_BYTES: usize = 1024;
 
 const HELP: &str = "have the program read it or leave the groups, then try again";
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct NetlinkCollector {
-    all: Option<HashMap<u32, diag::NetlinkSocket>>,
+    all: Listed<diag::NetlinkSocket>,
     states: attributes::AttributeReader,
+}
+
+impl Default for NetlinkCollector {
+    fn default() -> Self {
+        let states = attributes::AttributeReader::default();
+        Self { all: Listed::by(diag::netlink_sockets), states }
+    }
 }
 
 impl Collector for NetlinkCollector {
@@ -61,7 +66,7 @@ impl Collector for NetlinkCollector {
 
     fn collect(&mut self, file: &Description, _: &mut dyn Intake) -> Result<proto::FileEntry> {
         let fd = file.fd.as_fd();
-        let inode = u32::try_from(file.stat.st_ino).expect("inodes of sockets have 32 bits");
+        let inode = inode(file);
         let protocol = opts::protocol(fd).map_err(file.failed("ask for the protocol of"))?;
         let what = format!("the netlink socket [{inode}] of protocol {protocol}");
         let seen = attributes::polled(fd, PollFlags::POLLIN).map_err(file.failed("poll"))?;
@@ -72,13 +77,8 @@ impl Collector for NetlinkCollector {
         if seen.contains(PollFlags::POLLIN) {
             return Err(file.unsupported(format!("{what}, with messages in its queue"), HELP));
         }
-        if self.all.is_none() {
-            let all = diag::netlink_sockets();
-            self.all = Some(all.map_err(file.failed("list the sockets of the network for"))?);
-        }
         // The kernel lists no socket without an address.
-        let bound =
-            self.all.as_ref().and_then(|all| all.get(&inode)).filter(|bound| bound.port != 0);
+        let bound = self.all.find(file)?.filter(|bound| bound.port != 0);
         let mut groups = bound.map(|bound| bound.groups.clone()).unwrap_or_default();
         // The list above lacks groups of sockets without an address, and some of those above 32.
         if let Ok(joined) = memberships(fd) {

@@ -4,10 +4,7 @@
 //! protocol, and binds it last. Packets in a queue or a ring are lost. A ring that is mapped is
 //! refused, since the mapping is.
 
-use std::{
-    collections::HashMap,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
-};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nix::{
     errno::Errno,
@@ -18,6 +15,7 @@ use zerocopy::{Immutable, IntoBytes};
 
 use super::{
     attributes, diag,
+    listed::{Listed, inode},
     opts::{self, NET_NS_ID, Subject},
 };
 use crate::{
@@ -75,10 +73,17 @@ struct Membership {
     address: [u8; ADDRESS_BYTES],
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct PacketCollector {
-    all: Option<HashMap<u32, diag::PacketSocket>>,
+    all: Listed<diag::PacketSocket>,
     states: attributes::AttributeReader,
+}
+
+impl Default for PacketCollector {
+    fn default() -> Self {
+        let states = attributes::AttributeReader::default();
+        Self { all: Listed::by(diag::packet_sockets), states }
+    }
 }
 
 impl Collector for PacketCollector {
@@ -88,18 +93,12 @@ impl Collector for PacketCollector {
 
     fn collect(&mut self, file: &Description, _: &mut dyn Intake) -> Result<proto::FileEntry> {
         let fd = file.fd.as_fd();
-        let inode = u32::try_from(file.stat.st_ino).expect("inodes of sockets have 32 bits");
-        let what = format!("the packet socket [{inode}]");
+        let what = format!("the packet socket [{}]", inode(file));
         let kind = opts::kind(fd).map_err(file.failed("ask for the type of"))?;
         if !matches!(kind, libc::SOCK_RAW | libc::SOCK_DGRAM) {
             return Err(file.unsupported(format!("{what} of an old type (SOCK_PACKET)"), HELP));
         }
-        if self.all.is_none() {
-            let all = diag::packet_sockets();
-            self.all =
-                Some(all.map_err(file.failed("list the packet sockets of the network for"))?);
-        }
-        let found = self.all.as_ref().and_then(|all| all.get(&inode)).cloned();
+        let found = self.all.find(file)?;
         let found =
             found.ok_or_else(|| file.failed("find in the list of sockets")(Errno::ENOENT))?;
         let fanout = fanout(fd).map_err(file.failed("ask for the group (PACKET_FANOUT) of"))?;

@@ -23,6 +23,7 @@ use crate::{
         kernel::Kernel,
         sock::{
             SHUT_BOTH, attributes, diag,
+            listed::inode,
             opts::{self, NET_NS_ID},
             queue::{self, Packet},
             state,
@@ -319,7 +320,7 @@ impl Collector for UnixCollector {
 
     fn collect(&mut self, file: &Description, intake: &mut dyn Intake) -> Result<proto::FileEntry> {
         let fd = file.fd.as_fd();
-        let inode = u32::try_from(file.stat.st_ino).expect("inodes of sockets have 32 bits");
+        let inode = inode(file);
         let socket = self.look_up(file, inode)?;
         let what = self.describe(&socket);
         let (needs, peer) = self.peers(file, &socket, &what)?;

@@ -36,6 +36,7 @@ use crate::{
         error::errno,
         sock::{
             attributes, diag,
+            listed::inode,
             opts::{self, NET_NS_ID},
             state,
         },
@@ -190,11 +191,6 @@ impl InetCollector {
     }
 }
 
-/// Returns the inode of a socket.
-fn inode(file: &Description) -> u32 {
-    u32::try_from(file.stat.st_ino).expect("inodes of sockets have 32 bits")
-}
-
 impl InetCollector {
     /// Drops the packets of all connections from now on, if the dump will kill the tree.
     fn hold_packets(&mut self) -> Result<()> {
@@ -292,7 +288,7 @@ impl Collector for InetCollector {
         let family = opts::family(fd).map_err(&ask)?;
         let kind = opts::kind(fd).map_err(&ask)?;
         let protocol = opts::protocol(fd).map_err(&ask)?;
-        let inode = file.stat.st_ino;
+        let inode = inode(file);
         let mut own = address(getsockname(fd.as_raw_fd()));
         let name = own.map_or_else(|| "unbound".to_owned(), |own| own.to_string());
         let what = format!("the {} socket [{inode}] ({name})", protocol_name(kind, protocol));
@@ -331,7 +327,7 @@ impl Collector for InetCollector {
         let failed = file.failed("read the options of");
         let entry = proto::InetSkEntry {
             id: file.id,
-            ino: u32::try_from(inode).expect("inodes of sockets have 32 bits"),
+            ino: inode,
             family: family.cast_unsigned(),
             r#type: kind.cast_unsigned(),
             proto: protocol.cast_unsigned(),
