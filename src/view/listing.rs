@@ -14,26 +14,10 @@ use crate::{
     image::{Kind, desc},
 };
 
-/// The name of the directory with the trees of all snapshots.
-const SNAPSHOTS: &str = "snapshots";
-
-/// The name of the directory with contents of files that the images hold.
-const FILES: &str = "files";
-
 /// The directories with links to shared objects by names other than their shmids. They are not in
 /// `shmem`, which contains files only.
 const BY_NAME: &str = "shmem-by-name";
 const BY_PROCESS: &str = "shmem-by-process";
-
-/// The name of the directory that shows processes like `proc(5)`.
-const PROC: &str = "proc";
-
-const GROUPS: [(&str, Part, Group); 4] = [
-    ("core", Part::Core, Group::Core),
-    ("json", Part::Json, Group::Json),
-    ("mem", Part::Mem, Group::Mem),
-    ("shmem", Part::Shmem, Group::Shmem),
-];
 
 impl View {
     /// Returns the entries of a snapshot's directory.
@@ -43,23 +27,24 @@ impl View {
         root: bool,
     ) -> Result<Vec<(String, What)>> {
         let images = self.chain.images(id);
-        let groups =
-            GROUPS.iter().map(|(name, part, group)| (*name, *part, What::Group(id, *group)));
-        let others = [
-            (PROC, Part::Proc, What::Proc(id, proc::Node::Root)),
-            (FILES, Part::Files, What::Held(id, String::new(), NodeType::Directory)),
-            (BY_NAME, Part::Shmem, What::ShmemNames(id)),
-            (BY_PROCESS, Part::Shmem, What::ShmemUsers(id)),
-        ];
-        let all = groups.chain(others).chain(root.then_some((
-            SNAPSHOTS,
-            Part::Snapshots,
-            What::Snapshots,
-        )));
-        let mut children: Vec<(String, What)> = all
-            .filter(|(_, part, _)| !self.without.contains(part))
-            .map(|(name, _, what)| (name.to_owned(), what))
-            .collect();
+        let directory = |part| match part {
+            Part::Core => What::Group(id, Group::Core),
+            Part::Files => What::Held(id, String::new(), NodeType::Directory),
+            Part::Json => What::Group(id, Group::Json),
+            Part::Mem => What::Group(id, Group::Mem),
+            Part::Proc => What::Proc(id, proc::Node::Root),
+            Part::Shmem => What::Group(id, Group::Shmem),
+            Part::Snapshots => What::Snapshots,
+        };
+        let shown =
+            |part: &Part| !self.without.contains(part) && (root || *part != Part::Snapshots);
+        let parts = Part::ALL.into_iter().filter(shown);
+        let mut children: Vec<(String, What)> =
+            parts.map(|part| (part.name().to_owned(), directory(part))).collect();
+        if shown(&Part::Shmem) {
+            children.push((BY_NAME.to_owned(), What::ShmemNames(id)));
+            children.push((BY_PROCESS.to_owned(), What::ShmemUsers(id)));
+        }
         // Files that belong to a memory take precedence over stored files of the same name.
         for memory in self.chain.memories(id)? {
             children.push((memory.pagemap_name(), What::Pagemap(id, memory)));

@@ -75,6 +75,25 @@ pub enum Part {
     Snapshots,
 }
 
+impl Part {
+    /// All parts.
+    pub const ALL: [Self; 7] =
+        [Self::Core, Self::Files, Self::Json, Self::Mem, Self::Proc, Self::Shmem, Self::Snapshots];
+
+    /// Returns the name of its directory; of several, that of the main one.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Core => "core",
+            Self::Files => "files",
+            Self::Json => "json",
+            Self::Mem => "mem",
+            Self::Proc => "proc",
+            Self::Shmem => "shmem",
+            Self::Snapshots => "snapshots",
+        }
+    }
+}
+
 /// The type of a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NodeType {

@@ -3,7 +3,7 @@
 use std::{num::NonZeroUsize, path::PathBuf};
 
 use anyhow::{Context, anyhow, bail};
-use clap::{Args, ValueEnum};
+use clap::{Args, ValueEnum, builder::PossibleValue};
 
 use crate::{
     cli::source::Source,
@@ -77,7 +77,7 @@ pub struct MountArgs {
     /// shmem also leaves out shmem-by-name/ and shmem-by-process/. The images themselves always
     /// remain; so does the memory of a process in proc/PID/mem, even without mem.
     #[arg(long, value_name = "PART,...", value_enum, value_delimiter = ',')]
-    pub(super) without: Vec<PartName>,
+    pub(super) without: Vec<Part>,
     /// Print only warnings, and no summary of the mount
     #[arg(short, long)]
     pub(super) quiet: bool,
@@ -108,28 +108,13 @@ pub(super) enum MappedFiles {
 }
 
 /// `--without`
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(super) enum PartName {
-    Core,
-    Files,
-    Json,
-    Mem,
-    Proc,
-    Shmem,
-    Snapshots,
-}
+impl ValueEnum for Part {
+    fn value_variants<'a>() -> &'a [Self] {
+        &Self::ALL
+    }
 
-impl PartName {
-    pub(super) fn part(self) -> Part {
-        match self {
-            Self::Core => Part::Core,
-            Self::Files => Part::Files,
-            Self::Json => Part::Json,
-            Self::Mem => Part::Mem,
-            Self::Proc => Part::Proc,
-            Self::Shmem => Part::Shmem,
-            Self::Snapshots => Part::Snapshots,
-        }
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        Some(PossibleValue::new(self.name()))
     }
 }
 
@@ -191,7 +176,7 @@ impl MountArgs {
                 ("verbose", None) => self.verbose = true,
                 ("without", Some(parts)) => {
                     for part in parts.split(':') {
-                        let part = PartName::from_str(part, false);
+                        let part = Part::from_str(part, false);
                         let failed = |why| anyhow!("mount option {option}: {why}");
                         self.without.push(part.map_err(failed)?);
                     }
@@ -291,7 +276,7 @@ mod tests {
         assert_eq!(args.punch, Some(PunchName::OnRead));
         assert_eq!(applied("punch").unwrap().punch, Some(PunchName::OnRequest));
         let without = applied("without=mem:core,verbose,quiet").unwrap();
-        assert_eq!(without.without, [PartName::Mem, PartName::Core]);
+        assert_eq!(without.without, [Part::Mem, Part::Core]);
         assert!(without.verbose && without.quiet);
         assert_eq!(applied("punch=commit").unwrap().punch, Some(PunchName::Commit));
 

@@ -83,7 +83,7 @@ impl MountArgs {
         let glance = glance(&chain, tip);
         warn_of_damage(&glance, &chain.snapshot(tip).name, self.source.path(), &self.mountpoint);
         let summary = summary(&chain, tip, &glance)?;
-        let parts = self.without.iter().map(|part| part.part());
+        let parts = self.without.iter().copied();
         let view = Arc::new(trust.apply(View::new(chain, tip)).without(parts));
         let mut options = MountOptions {
             allow_other: self.allow_other,
