@@ -19,7 +19,7 @@ use crate::{
         file::FileTable,
         mm::mapping::{self, Object},
         ns,
-        task::{self, Process},
+        task::{self, Calling, Process},
         thread::{self, Thread},
         tree as common,
     },
@@ -176,7 +176,7 @@ impl<'a> Collection<'a> {
             let of = Thread { pid, witness, tid: thread.tid };
             let kinds = thread::ask(of, &mut script);
             if position == 0 {
-                about_task = task::ask(process, &mut script)?;
+                about_task = task::ask(&Calling { of: process, mappings }, &mut script)?;
                 about_namespaces = self.namespaces.ask(&mut script);
                 self.common.iter_mut().for_each(|kind| kind.ask(process, &mut script));
             }

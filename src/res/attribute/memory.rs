@@ -9,7 +9,7 @@ use crate::{
     proc::{Mapping, VmFlags},
     res::{
         Result,
-        task::{Collect, Kind, Process, Restored},
+        task::{Calling, Collect, Kind, Restored},
     },
 };
 
@@ -42,7 +42,7 @@ impl Kind for LockedLater {
         &[LOCK_LATER]
     }
 
-    fn ask(&self, _: Process, _: &mut Script) -> Result<Collect> {
+    fn ask(&self, _: &Calling<'_>, _: &mut Script) -> Result<Collect> {
         Ok(Box::new(|of, _, images| {
             if of.lock_later.locked {
                 let on_fault = if of.lock_later.on_fault { MCL_ONFAULT } else { 0 };
@@ -72,7 +72,7 @@ impl Kind for Sealed {
         &[SEALED]
     }
 
-    fn ask(&self, _: Process, _: &mut Script) -> Result<Collect> {
+    fn ask(&self, _: &Calling<'_>, _: &mut Script) -> Result<Collect> {
         Ok(Box::new(|of, _, images| {
             for what in lost(of.mappings) {
                 tell(log::Level::Warn, &format!("process {} {what}", of.of.pid));

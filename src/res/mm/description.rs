@@ -10,7 +10,7 @@ use crate::{
     res::{
         Result,
         file::{self, FileTable, Installer},
-        task::{Collect, Images, Kind, Planned, Process, Restored},
+        task::{Calling, Collect, Images, Kind, Planned, Process, Restored},
     },
 };
 
@@ -25,7 +25,7 @@ const AUXV_AT: usize = 88;
 pub(in crate::res) struct Description;
 
 impl Kind for Description {
-    fn ask(&self, _: Process, script: &mut Script) -> Result<Collect> {
+    fn ask(&self, _: &Calling<'_>, script: &mut Script) -> Result<Collect> {
         let brk = script.attempt(libc::SYS_brk, &[0.into()]);
         Ok(Box::new(move |of, answers, images| {
             let witness = of.of.witness;

@@ -11,7 +11,7 @@ use crate::{
         Result,
         attribute::{add, values},
         calls::Calls,
-        task::{Collect, Kind, Process, Restored},
+        task::{Calling, Collect, Kind, Restored},
     },
     units::RemoteAddr,
 };
@@ -40,9 +40,9 @@ impl Kind for Policies {
         &[NAME]
     }
 
-    fn ask(&self, of: Process, script: &mut Script) -> Result<Collect> {
+    fn ask(&self, of: &Calling<'_>, script: &mut Script) -> Result<Collect> {
         // Kernels without NUMA have no such file.
-        let text = std::fs::read_to_string(of.path("numa_maps")).unwrap_or_default();
+        let text = std::fs::read_to_string(of.of.path("numa_maps")).unwrap_or_default();
         let mut asked = Vec::new();
         for start in candidates(&text) {
             let mode = script.space(size_of::<u32>());

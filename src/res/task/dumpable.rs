@@ -2,7 +2,7 @@
 
 use nix::libc;
 
-use super::{Collect, Kind, Process, Restored};
+use super::{Calling, Collect, Kind, Restored};
 use crate::{inject::Script, res::Result};
 
 /// The default: the user of the process may trace it.
@@ -11,7 +11,7 @@ const USUAL: i32 = 1;
 pub(super) struct Dumpable;
 
 impl Kind for Dumpable {
-    fn ask(&self, _: Process, script: &mut Script) -> Result<Collect> {
+    fn ask(&self, _: &Calling<'_>, script: &mut Script) -> Result<Collect> {
         let call = script.attempt(libc::SYS_prctl, &[libc::PR_GET_DUMPABLE.into()]);
         Ok(Box::new(move |_, answers, images| {
             let value = answers.result(call).ok().and_then(|value| i32::try_from(value).ok());

@@ -2,7 +2,7 @@
 
 use nix::libc;
 
-use super::{Images, Kind, Planned, Process, Restored};
+use super::{Calling, Images, Kind, Planned, Process, Restored};
 use crate::{
     image::{self, Kind as Image, SnapshotWriter, tree::Arena},
     inject::{Arg, Script},
@@ -18,7 +18,7 @@ use crate::{
 pub(super) struct Fs;
 
 impl Kind for Fs {
-    fn ask(&self, _: Process, _: &mut Script) -> Result<Collect> {
+    fn ask(&self, _: &Calling<'_>, _: &mut Script) -> Result<Collect> {
         Ok(Box::new(|of, _, images| {
             images.fs.umask = proc::status(of.of.witness)?.umask;
             Ok(())

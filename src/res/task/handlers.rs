@@ -3,7 +3,7 @@
 use nix::libc;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::{Collect, Kind, Process, Restored};
+use super::{Calling, Collect, Kind, Restored};
 use crate::{image::proto::SaEntry, inject::Script, res::Result};
 
 /// Signals on Linux: 1 to 64.
@@ -32,7 +32,7 @@ fn settable() -> impl Iterator<Item = i32> {
 pub(super) struct Handlers;
 
 impl Kind for Handlers {
-    fn ask(&self, _: Process, script: &mut Script) -> Result<Collect> {
+    fn ask(&self, _: &Calling<'_>, script: &mut Script) -> Result<Collect> {
         let mut buffers = Vec::new();
         for signal in settable() {
             let buffer = script.space(size_of::<Action>());

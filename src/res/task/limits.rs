@@ -2,7 +2,7 @@
 
 use nix::libc;
 
-use super::{Collect, Kind, Process, Restored};
+use super::{Calling, Collect, Kind, Restored};
 use crate::{
     image::proto,
     inject::Script,
@@ -13,7 +13,7 @@ use crate::{
 pub(super) struct Limits;
 
 impl Kind for Limits {
-    fn ask(&self, _: Process, _: &mut Script) -> Result<Collect> {
+    fn ask(&self, _: &Calling<'_>, _: &mut Script) -> Result<Collect> {
         Ok(Box::new(|of, _, images| {
             let limits = proc::limits(of.of.witness)?;
             images.core.rlimits = Some(proto::TaskRlimitsEntry {

@@ -2,7 +2,7 @@
 
 use nix::libc;
 
-use super::{Collect, Kind, Process, Restored};
+use super::{Calling, Collect, Kind, Restored};
 use crate::{
     inject::Script,
     res::{Result, calls::Calls},
@@ -14,7 +14,7 @@ const REGISTRATIONS: i32 = 1 << 9;
 pub(super) struct Membarrier;
 
 impl Kind for Membarrier {
-    fn ask(&self, _: Process, script: &mut Script) -> Result<Collect> {
+    fn ask(&self, _: &Calling<'_>, script: &mut Script) -> Result<Collect> {
         let call = script.attempt(libc::SYS_membarrier, &[REGISTRATIONS.into()]);
         Ok(Box::new(move |_, answers, images| {
             let mask = u32::try_from(answers.result(call).unwrap_or(0)).unwrap_or(0);

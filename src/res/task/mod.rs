@@ -89,7 +89,7 @@ pub trait Kind: Sync {
 
     /// Dump: adds the calls that only the process can make, and returns the function that
     /// records their results.
-    fn ask(&self, _of: Process, _script: &mut Script) -> Result<Collect> {
+    fn ask(&self, _of: &Calling<'_>, _script: &mut Script) -> Result<Collect> {
         Ok(Box::new(|_, _, _| Ok(())))
     }
 
@@ -225,6 +225,15 @@ impl From<&Task> for Process {
     }
 }
 
+/// A stopped process that is about to make its calls.
+#[derive(Clone, Copy, Debug)]
+pub struct Calling<'a> {
+    /// The process.
+    pub of: Process,
+    /// Its mappings.
+    pub mappings: &'a [Mapping],
+}
+
 /// A stopped process that has made its calls.
 #[derive(Clone, Copy, Debug)]
 pub struct Stopped<'a> {
@@ -348,7 +357,7 @@ pub fn check(of: &Checked<'_>) -> Result<()> {
 }
 
 /// Adds the calls of all kinds for a process.
-pub fn ask(of: Process, script: &mut Script) -> Result<Vec<Collect>> {
+pub fn ask(of: &Calling<'_>, script: &mut Script) -> Result<Vec<Collect>> {
     KINDS.iter().map(|kind| kind.ask(of, script)).collect()
 }
 

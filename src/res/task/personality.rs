@@ -2,7 +2,7 @@
 
 use nix::libc;
 
-use super::{Collect, Kind, Process, Restored};
+use super::{Calling, Collect, Kind, Restored};
 use crate::{
     inject::Script,
     proc,
@@ -12,7 +12,7 @@ use crate::{
 pub(super) struct Personality;
 
 impl Kind for Personality {
-    fn ask(&self, _: Process, _: &mut Script) -> Result<Collect> {
+    fn ask(&self, _: &Calling<'_>, _: &mut Script) -> Result<Collect> {
         Ok(Box::new(|of, _, images| {
             images.core.personality = proc::personality(of.of.witness)?;
             Ok(())

@@ -1,6 +1,6 @@
 //! State that `/proc/PID` both shows and sets: the OOM score adjustment and the login user id.
 
-use super::{Collect, Kind, Process, Restored};
+use super::{Calling, Collect, Kind, Restored};
 use crate::{
     inject::Script,
     proc,
@@ -11,7 +11,7 @@ use crate::{
 pub(super) struct ProcFiles;
 
 impl Kind for ProcFiles {
-    fn ask(&self, _: Process, _: &mut Script) -> Result<Collect> {
+    fn ask(&self, _: &Calling<'_>, _: &mut Script) -> Result<Collect> {
         Ok(Box::new(|of, _, images| {
             images.core.loginuid = proc::loginuid(of.of.witness)?;
             images.core.oom_score_adj = Some(proc::oom_score_adj(of.of.witness)?);

@@ -1,6 +1,6 @@
 //! Signals pending for a process as a whole.
 
-use super::{Collect, Kind, Process, Restored};
+use super::{Calling, Collect, Kind, Restored};
 use crate::{
     inject::Script,
     res::{ResError, Result, signals},
@@ -10,7 +10,7 @@ use crate::{
 pub(super) struct Queue;
 
 impl Kind for Queue {
-    fn ask(&self, _: Process, _: &mut Script) -> Result<Collect> {
+    fn ask(&self, _: &Calling<'_>, _: &mut Script) -> Result<Collect> {
         Ok(Box::new(|of, _, images| {
             let tid = of.of.witness;
             let step = "read the signals of";

@@ -2,7 +2,7 @@
 
 use nix::libc;
 
-use super::{Collect, Kind, Process};
+use super::{Calling, Collect, Kind};
 use crate::{
     inject::Script,
     res::{ResError, Result},
@@ -15,7 +15,7 @@ const ENTRY_BYTES: usize = 8;
 pub(super) struct Segments;
 
 impl Kind for Segments {
-    fn ask(&self, _: Process, script: &mut Script) -> Result<Collect> {
+    fn ask(&self, _: &Calling<'_>, script: &mut Script) -> Result<Collect> {
         let entry = script.space(ENTRY_BYTES);
         let arguments = [READ.into(), entry.into(), ENTRY_BYTES.into()];
         let call = script.attempt(libc::SYS_modify_ldt, &arguments);

@@ -2,7 +2,7 @@
 
 use nix::libc;
 
-use super::{ALIVE, Collect, DEAD, Kind, Process, STOPPED};
+use super::{ALIVE, Calling, Collect, DEAD, Kind, STOPPED};
 use crate::{arch::Machine, image::proto, inject::Script, proc, res::Result, units::HostPid};
 
 /// The restore does the rest elsewhere: it stops the process when it releases it, and the leader
@@ -10,7 +10,7 @@ use crate::{arch::Machine, image::proto, inject::Script, proc, res::Result, unit
 pub(super) struct State;
 
 impl Kind for State {
-    fn ask(&self, _: Process, _: &mut Script) -> Result<Collect> {
+    fn ask(&self, _: &Calling<'_>, _: &mut Script) -> Result<Collect> {
         Ok(Box::new(|of, _, images| {
             let stopped = of.stopped_by != 0;
             let core = &mut images.core;

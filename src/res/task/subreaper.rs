@@ -2,7 +2,7 @@
 
 use nix::libc;
 
-use super::{Collect, Kind, Process, Restored};
+use super::{Calling, Collect, Kind, Restored};
 use crate::{
     inject::Script,
     res::{Result, calls::Calls},
@@ -11,7 +11,7 @@ use crate::{
 pub(super) struct Subreaper;
 
 impl Kind for Subreaper {
-    fn ask(&self, _: Process, script: &mut Script) -> Result<Collect> {
+    fn ask(&self, _: &Calling<'_>, script: &mut Script) -> Result<Collect> {
         let answer = script.space(size_of::<u32>());
         let arguments = [libc::PR_GET_CHILD_SUBREAPER.into(), answer.into()];
         script.call("ask whether it is a subreaper", libc::SYS_prctl, &arguments);

@@ -5,7 +5,7 @@
 
 use nix::{errno::Errno, libc};
 
-use super::{Collect, Kind, Process, Restored};
+use super::{Calling, Collect, Kind, Restored};
 use crate::{
     inject::Script,
     proc,
@@ -16,7 +16,7 @@ use crate::{
 pub(super) struct Terminal;
 
 impl Kind for Terminal {
-    fn ask(&self, _: Process, _: &mut Script) -> Result<Collect> {
+    fn ask(&self, _: &Calling<'_>, _: &mut Script) -> Result<Collect> {
         Ok(Box::new(|of, _, images| {
             let has_one = |leader| proc::stat(leader).is_ok_and(|stat| stat.tty_nr != 0);
             if of.stat.tty_nr == 0 && of.stat.session != of.of.pid && has_one(of.stat.session) {

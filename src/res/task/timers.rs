@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use nix::libc;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::{Kind, Process, Restored};
+use super::{Calling, Kind, Restored};
 use crate::{
     image::proto,
     inject::{Answers, Buffer, CallId, Script},
@@ -58,8 +58,8 @@ const _: () = assert!(size_of::<Event>() == 64);
 pub(super) struct Timers;
 
 impl Kind for Timers {
-    fn ask(&self, of: Process, script: &mut Script) -> Result<super::Collect> {
-        let posix = match proc::timers(of.witness) {
+    fn ask(&self, of: &Calling<'_>, script: &mut Script) -> Result<super::Collect> {
+        let posix = match proc::timers(of.of.witness) {
             Err(error) if error.is_vanished() => Vec::new(),
             timers => timers?,
         };

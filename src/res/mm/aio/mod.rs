@@ -12,7 +12,7 @@
 mod in_flight;
 
 use std::{
-    thread,
+    fs, thread,
     time::{Duration, Instant},
 };
 
@@ -27,7 +27,7 @@ use crate::{
         ResError, Result,
         calls::Calls,
         file::kernel::KernelResult,
-        task::{Checked, Collect, Kind, Process, Restored},
+        task::{Calling, Checked, Collect, Kind, Restored},
     },
     sys::process,
     units::{HostPid, RemoteAddr},
@@ -62,6 +62,9 @@ const ATTEMPTS: u32 = 16;
 /// How long a dump waits for requests in flight, and how often it looks.
 const PATIENCE: Duration = Duration::from_millis(500);
 const INTERVAL: Duration = Duration::from_millis(1);
+
+/// For how many requests all contexts of this kernel have room.
+const ROOM_OF_ALL: &str = "/proc/sys/fs/aio-nr";
 
 /// The kind.
 pub(in crate::res) struct Contexts;
@@ -130,6 +133,13 @@ fn pending(witness: HostPid, rings: &[Mapping]) -> KernelResult<Option<(u32, Rem
     Ok(None)
 }
 
+/// Whether any process of this kernel may have an AIO context. The kernel counts the requests for
+/// which all contexts have room, in one number for all namespaces.
+fn any_contexts() -> bool {
+    // A container may hide the file.
+    fs::read_to_string(ROOM_OF_ALL).map_or(true, |count| count.trim() != "0")
+}
+
 fn is_ring(mapping: &Mapping) -> bool {
     mapping.name.starts_with(b"/[aio]")
 }
@@ -144,7 +154,7 @@ impl Kind for Contexts {
     /// Disk requests complete while the process is stopped, so the dump waits for them.
     fn check(&self, of: &Checked<'_>) -> Result<()> {
         let (pid, witness) = (of.task.pid, of.task.witness());
-        if of.memory_only {
+        if of.memory_only || !any_contexts() {
             return Ok(());
         }
         let rings: Vec<_> = proc::maps(witness)?.into_iter().filter(is_ring).collect();
@@ -174,14 +184,14 @@ impl Kind for Contexts {
         }
     }
 
-    fn ask(&self, of: Process, script: &mut Script) -> Result<Collect> {
+    fn ask(&self, of: &Calling<'_>, script: &mut Script) -> Result<Collect> {
         let mut asked = Vec::new();
-        for mapping in proc::maps(of.witness)?.into_iter().filter(is_ring) {
+        for mapping in of.mappings.iter().filter(|mapping| is_ring(mapping)) {
             // Reads no events, but tells whether the context exists.
             let now = script.space(size_of::<libc::timespec>());
             let none = 0.into();
             let arguments = [mapping.start.into(), none, none, none, now.into()];
-            asked.push((script.attempt(libc::SYS_io_getevents, &arguments), mapping));
+            asked.push((script.attempt(libc::SYS_io_getevents, &arguments), mapping.clone()));
         }
         Ok(Box::new(move |of, answers, images| {
             let pid = of.of.pid;
