@@ -1,8 +1,7 @@
-//! Programs of the user that are run at certain stages of a dump or a restore
-//! (`--action-script`): to copy images away while the tree is still stopped, to move a
-//! network address before it runs again.
+//! What the user has done at certain stages of a dump or a restore: to copy images away while the
+//! tree is still stopped, to move a network address before it runs again.
 //!
-//! Each is a command line for `/bin/sh`, as CRIU has it, and finds in its environment
+//! A client of the service is notified of each stage. A program (`--action-script`) is a command line for `/bin/sh`, as CRIU has it, and finds in its environment
 //! what it is run for:
 //!
 //! - `CRTOOLS_SCRIPT_ACTION`: the stage;
@@ -13,6 +12,7 @@ use std::{
     io,
     path::{Path, PathBuf},
     process::{Command, ExitStatus, Stdio},
+    sync::Arc,
 };
 
 use crate::{causes::with_sources, units::HostPid};
@@ -22,16 +22,22 @@ use crate::{causes::with_sources, units::HostPid};
 pub enum Stage {
     /// Before a tree is stopped, to be dumped or pre-dumped.
     PreDump,
+    /// The tree is stopped: nothing of it sends packets.
+    NetworkLock,
+    /// For clients only: the files of the tree are about to be dumped.
+    QueryExtFiles,
     /// The images are complete, and the tree is still stopped.
     PostDump,
     /// Before anything is restored.
     PreRestore,
-    /// The processes have been made and are empty.
+    /// The first process exists, in the namespaces of the tree.
     SetupNamespaces,
-    /// The same: the tree has no namespaces of its own that would come in between.
+    /// All processes exist.
     PostSetupNamespaces,
     /// All is restored, and the tree does not run.
     PostRestore,
+    /// The tree is about to send packets again: it is restored, or runs on after a dump.
+    NetworkUnlock,
     /// Just before the tree runs, when nothing can fail any more.
     PreResume,
     /// The tree runs.
@@ -43,11 +49,14 @@ impl Stage {
     pub const fn name(self) -> &'static str {
         match self {
             Self::PreDump => "pre-dump",
+            Self::NetworkLock => "network-lock",
+            Self::QueryExtFiles => "query-ext-files",
             Self::PostDump => "post-dump",
             Self::PreRestore => "pre-restore",
             Self::SetupNamespaces => "setup-namespaces",
             Self::PostSetupNamespaces => "post-setup-namespaces",
             Self::PostRestore => "post-restore",
+            Self::NetworkUnlock => "network-unlock",
             Self::PreResume => "pre-resume",
             Self::PostResume => "post-resume",
         }
@@ -81,46 +90,86 @@ pub enum ActionError {
         /// How it ended.
         status: ExitStatus,
     },
+    /// The client of the service did not agree.
+    #[error("the client of the service failed at {stage}: {problem}", stage = .stage.name())]
+    Client {
+        /// The stage of which it was notified.
+        stage: Stage,
+        /// What it said, or what happened to it.
+        problem: String,
+    },
 }
 
-/// The programs that the user names (`--action-script`), in this order.
+/// A client of the service.
+pub trait Client: std::fmt::Debug + Send + Sync {
+    /// Notifies it of a stage, and waits until it has agreed. `root` is the root of the tree, if
+    /// there is one.
+    ///
+    /// # Errors
+    /// What it said, or what happened to it.
+    fn notify(&self, stage: Stage, root: Option<HostPid>) -> Result<(), String>;
+}
+
+/// What is to be done at the stages.
 #[derive(Clone, Debug, Default)]
-#[cfg_attr(test, derive(PartialEq, Eq))]
 pub struct Options {
     scripts: Vec<PathBuf>,
+    client: Option<Arc<dyn Client>>,
 }
 
 impl Options {
-    /// Takes the list that the user gave.
+    /// `scripts`: the programs that the user names (`--action-script`), in this order.
     pub fn new(scripts: Vec<PathBuf>) -> Self {
-        Self { scripts }
+        Self { scripts, client: None }
+    }
+
+    /// `client`: is notified, before the programs are run.
+    #[must_use]
+    pub fn with_client(self, client: Option<Arc<dyn Client>>) -> Self {
+        Self { client, ..self }
     }
 }
 
-/// The programs of a dump or a restore.
+#[cfg(test)]
+impl PartialEq for Options {
+    fn eq(&self, other: &Self) -> bool {
+        self.scripts == other.scripts && self.client.is_some() == other.client.is_some()
+    }
+}
+
+#[cfg(test)]
+impl Eq for Options {}
+
+/// The actions of a dump or a restore.
 #[derive(Debug)]
 pub struct Actions<'a> {
-    scripts: &'a [PathBuf],
+    options: &'a Options,
     images_dir: &'a Path,
 }
 
 impl<'a> Actions<'a> {
-    /// Returns the programs, which are told of `images_dir`, an absolute path.
+    /// Returns the actions, whose programs are told of `images_dir`, an absolute path.
     pub fn new(options: &'a Options, images_dir: &'a Path) -> Self {
-        Self { scripts: &options.scripts, images_dir }
+        Self { options, images_dir }
     }
 
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        self.scripts.is_empty()
+        self.options.scripts.is_empty() && self.options.client.is_none()
     }
 
-    /// Runs the programs one after another, up to the first that fails.
+    /// Notifies the client, and runs the programs one after another, up to the first that fails.
     ///
     /// # Errors
     /// [`ActionError`].
     pub fn run(&self, stage: Stage, root: Option<HostPid>) -> Result<(), ActionError> {
-        for path in self.scripts {
+        if let Some(client) = &self.options.client {
+            client.notify(stage, root).map_err(|problem| ActionError::Client { stage, problem })?;
+        }
+        if stage == Stage::QueryExtFiles {
+            return Ok(());
+        }
+        for path in &self.options.scripts {
             let script = || path.display().to_string();
             log::info!("{}: run {}", stage.name(), script());
             let mut command = Command::new("/bin/sh");
@@ -143,10 +192,10 @@ impl<'a> Actions<'a> {
         Ok(())
     }
 
-    /// Runs the programs at a stage at which it is too late to give up.
+    /// Does the same at a stage at which it is too late to give up.
     pub fn run_anyway(&self, stage: Stage, root: HostPid) {
         if let Err(error) = self.run(stage, Some(root)) {
-            log::warn!("the tree is restored, but {}", with_sources(&error));
+            log::warn!("{}", with_sources(&error));
         }
     }
 }

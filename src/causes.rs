@@ -14,6 +14,8 @@
 
 use std::{io::Write, path::Path};
 
+use nix::errno::Errno;
+
 /// What the line with a remedy begins with, after the end of the line before it.
 pub const HELP: &str = "\nhelp: ";
 
@@ -58,6 +60,15 @@ pub fn told(error: &(dyn std::error::Error + 'static)) -> String {
 /// Returns what an error and its causes say, and the remedies that they know, in one line.
 pub fn with_sources(error: &(dyn std::error::Error + 'static)) -> String {
     one_line(&told(error))
+}
+
+/// Returns the error number of an error, without those of its causes.
+pub fn errno(error: &(dyn std::error::Error + 'static)) -> Option<Errno> {
+    let of_io = |error: &std::io::Error| error.raw_os_error().map(Errno::from_raw);
+    error
+        .downcast_ref::<Errno>()
+        .copied()
+        .or_else(|| error.downcast_ref::<std::io::Error>().and_then(of_io))
 }
 
 /// Returns a message with its remedies in the same line.

@@ -15,6 +15,13 @@ mod generated {
 
 pub use generated::*;
 
+/// The messages of the service protocol.
+#[expect(missing_docs, reason = "the protocol's own names; proto/ says what they are")]
+#[expect(clippy::doc_markdown, reason = "comments come from proto/")]
+pub mod rpc {
+    include!(concat!(env!("OUT_DIR"), "/criu.rpc.rs"));
+}
+
 /// Returns the descriptors of all messages, for readers that keep the fields
 /// they do not know.
 pub fn pool() -> &'static DescriptorPool {

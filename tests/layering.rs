@@ -52,7 +52,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         "cli",
         &[
             "causes", "action", "step", "dump", "inject", "restore", "dedup", "res", "track",
-            "proc", "fs", "view", "chain", "image", "sys", "units", "fault",
+            "proc", "fs", "view", "chain", "image", "sys", "proto", "units", "fault",
         ],
     ),
     ("design", &[]),

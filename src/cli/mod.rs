@@ -17,6 +17,7 @@ mod map;
 pub mod mount;
 mod pack;
 pub mod rcriu;
+mod service;
 pub mod show;
 mod source;
 mod table;

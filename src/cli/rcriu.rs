@@ -5,7 +5,9 @@ use std::{env, process::ExitCode};
 use clap::{Parser, Subcommand};
 
 use super::{
-    Common, exit, report, show,
+    Common, exit, report,
+    service::{self, ServiceArgs},
+    show,
     task::{self, Task, TaskWords},
 };
 use crate::{sys::heap, track::keeper};
@@ -28,8 +30,7 @@ pub struct Rcriu {
 }
 
 const NOT_YET: &str = "\
-rcriu refuses these commands of CRIU for now: cpuinfo, lazy-pages, page-server,
-service and swrk.";
+rcriu refuses these commands of CRIU for now: cpuinfo, lazy-pages, page-server.";
 
 // Deferred: a command has a hundred options, and most runs need one command.
 #[derive(Debug, Subcommand)]
@@ -70,6 +71,14 @@ enum Command {
     /// an image directory, or a directory of image directories.
     #[command(after_help = DEDUP_EXAMPLE)]
     Dedup(TaskWords),
+    /// Serve clients of CRIU's protocol at a socket
+    Service(ServiceArgs),
+    /// Serve the client behind a descriptor, as container runtimes and libcriu start it
+    Swrk {
+        /// Descriptor of a connected socket (AF_UNIX, SOCK_SEQPACKET)
+        #[arg(value_name = "FD", value_parser = clap::value_parser!(i32).range(0..))]
+        fd: i32,
+    },
     /// Show image files as JSON
     Show {
         #[command(flatten)]
@@ -141,6 +150,8 @@ impl Rcriu {
             Command::Restore(args) => task::run(Task::Restore, &args, given),
             Command::Check(args) => task::run(Task::Check, &args, given),
             Command::Dedup(args) => task::run(Task::Dedup, &args, given),
+            Command::Service(args) => service::service(&args),
+            Command::Swrk { fd } => service::swrk(fd),
             Command::Show { common, options } => {
                 common.start_logging();
                 show::run(&options)

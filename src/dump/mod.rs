@@ -95,6 +95,7 @@ pub fn run(options: &Options) -> Result<()> {
     log::info!("stopped {} processes", frozen.tasks.len());
     // Before any file is opened: a program of the tree may decide whether that is allowed.
     let arenas = check::tree(&frozen.tasks, &pids, goal, common)?;
+    let network = NetworkLock::take(&actions, root, goal)?;
     let images = SnapshotWriter::begin(&store.images_dir)?;
     if let Some(link) = &store.parent {
         images.link_parent(link)?;
@@ -127,6 +128,9 @@ pub fn run(options: &Options) -> Result<()> {
             let images = (images, inventory(parent.as_ref())?);
             let stopped = (frozen, &census);
             finish((root, &actions), stopped, images, dumped, outcome, &mut stats)?;
+            if outcome != Outcome::Run {
+                network.keep();
+            }
             stats.finish(stats_options);
         }
     }
@@ -134,6 +138,34 @@ pub fn run(options: &Options) -> Result<()> {
         free_superseded(&images_dir);
     }
     Ok(())
+}
+
+/// Tells the user's actions when the tree sends packets again, unless the dump has ended it.
+struct NetworkLock<'a>(Option<(&'a Actions<'a>, HostPid)>);
+
+impl<'a> NetworkLock<'a> {
+    /// Runs the actions of a tree that was just stopped. A pre-dump has none.
+    fn take(actions: &'a Actions<'a>, root: HostPid, goal: Goal) -> Result<Self> {
+        if goal.is_pre_dump() {
+            return Ok(Self(None));
+        }
+        let lock = Self(Some((actions, root)));
+        actions.run(Stage::NetworkLock, Some(root))?;
+        actions.run(Stage::QueryExtFiles, Some(root))?;
+        Ok(lock)
+    }
+
+    fn keep(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for NetworkLock<'_> {
+    fn drop(&mut self) {
+        if let Some((actions, root)) = self.0 {
+            actions.run_anyway(Stage::NetworkUnlock, root);
+        }
+    }
 }
 
 /// Checks that this program is not in the tree of `root`.

@@ -51,12 +51,12 @@ const TABLE_BYTES_EACH: usize = 512;
 /// Scratch memory for everything else that a process executes.
 const TABLE_BYTES: usize = 256 << 10;
 
-/// Restores a tree of processes. Waits until its root has ended, unless the restore is
-/// detached.
+/// Restores a tree of processes, and returns the pid of its root. Waits until that has ended, unless
+/// the restore is detached.
 ///
 /// # Errors
 /// Why the tree was not restored; no process of it is left.
-pub fn run(options: &Options) -> Result<()> {
+pub fn run(options: &Options) -> Result<HostPid> {
     let Options { store, relations, release, common, files, track, actions, stats } = options;
     let Store { images_dir, free } = store;
     let stats_options = stats;
@@ -126,7 +126,7 @@ pub fn run(options: &Options) -> Result<()> {
         // The exit code of the root does not concern the restore.
         let _ = ptrace::wait(root);
     }
-    Ok(())
+    Ok(root)
 }
 
 /// Frees the pages that are still to be freed. The tree runs, even if that fails.
@@ -199,10 +199,11 @@ fn restore(
             Some(puppets) => puppets,
             None => Puppets::begin(plan, ground)?,
         };
+        let first = puppets.makers.first();
+        actions.run(Stage::SetupNamespaces, first)?;
         puppets.make(&workshop)?;
         stats.forked(puppets.filled);
         let root = plan.host(plan.tasks[0].pid);
-        actions.run(Stage::SetupNamespaces, Some(root))?;
         actions.run(Stage::PostSetupNamespaces, Some(root))?;
         let own = OfRestorer::read()?;
         apply::all(plan, &mut puppets, &mut files, &own)?;
@@ -215,6 +216,7 @@ fn restore(
         apply::finish(plan, &mut puppets, &mut files, &own)?;
         write_pidfile(release, plan)?;
         actions.run(Stage::PostRestore, Some(root))?;
+        actions.run(Stage::NetworkUnlock, Some(root))?;
         actions.run_anyway(Stage::PreResume, root);
         files.reconnect()?;
         puppets.release()?;

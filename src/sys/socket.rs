@@ -43,6 +43,23 @@ pub struct FilterStep {
 
 const _: () = assert!(size_of::<FilterStep>() == size_of::<libc::sock_filter>());
 
+/// The most groups that a process can have (`NGROUPS_MAX`, `linux/limits.h`).
+const GROUPS_MAX: usize = 65536;
+
+/// `SO_PEERGROUPS` (`asm-generic/socket.h`, since Linux 4.13).
+const SO_PEERGROUPS: c_int = 59;
+
+/// Returns the supplementary groups of the peer of a connected UNIX socket.
+///
+/// # Errors
+/// `ENODATA` without a peer; `ENOPROTOOPT` before Linux 4.13.
+pub fn peer_groups(fd: BorrowedFd) -> nix::Result<Vec<u32>> {
+    let mut groups = vec![0; GROUPS_MAX * size_of::<u32>()];
+    let len = option_bytes(fd, libc::SOL_SOCKET, SO_PEERGROUPS, &mut groups)?;
+    let word = |bytes: &[u8]| u32::from_ne_bytes(bytes.try_into().expect("chunks of 4"));
+    Ok(groups[..len].chunks_exact(size_of::<u32>()).map(word).collect())
+}
+
 /// Gets an option that has the size of `T` (`getsockopt(2)`).
 ///
 /// # Errors

@@ -228,6 +228,28 @@ pub fn split() -> io::Result<Side> {
     }
 }
 
+/// Runs `work` in a child, and has it exit with the code that `work` returns. Does not wait for it, but
+/// reaps children of before.
+///
+/// Call it while the program has one thread.
+///
+/// # Errors
+/// `EBUSY` if there is another thread; `EAGAIN`.
+pub fn apart(work: impl FnOnce() -> u8) -> io::Result<()> {
+    while matches!(waitpid(None, Some(WaitPidFlag::WNOHANG)), Ok(status) if status != WaitStatus::StillAlive)
+    {
+    }
+    if fs::read_dir("/proc/self/task")?.count() != 1 {
+        return Err(Errno::EBUSY.into());
+    }
+    // SAFETY: there is one thread, as was checked above, so that the child
+    // inherits no lock that a thread it does not have would have to release.
+    match unsafe { fork() }? {
+        ForkResult::Parent { .. } => Ok(()),
+        ForkResult::Child => process::exit(i32::from(work())),
+    }
+}
+
 /// A signal handler that does nothing. Unlike ignoring the signal, programs that the worker executes
 /// do not inherit it.
 extern "C" fn stay(_signal: libc::c_int) {}

@@ -49,12 +49,26 @@ impl Sources {
         Self { optional, required }
     }
 
+    /// Returns a file that must exist.
+    pub fn only(path: PathBuf) -> Self {
+        Self { optional: Vec::new(), required: Some(path) }
+    }
+
     /// Reads the files.
     ///
     /// # Errors
     /// A file that cannot be read; a line with an unknown or wrong option, with its number.
     pub fn read(&self, specs: &Specs) -> anyhow::Result<Arranged> {
         let mut arranged = Arranged::default();
+        self.add(specs, &mut arranged)?;
+        Ok(arranged)
+    }
+
+    /// Reads the files, and adds their options to others.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn add(&self, specs: &Specs, arranged: &mut Arranged) -> anyhow::Result<()> {
         for path in &self.optional {
             match fs::read_to_string(path) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -65,13 +79,13 @@ impl Sources {
                     );
                     return Err(anyhow::Error::new(error).context(what));
                 }
-                text => apply(path, text, specs, &mut arranged)?,
+                text => apply(path, text, specs, arranged)?,
             }
         }
         if let Some(path) = &self.required {
-            apply(path, fs::read_to_string(path), specs, &mut arranged)?;
+            apply(path, fs::read_to_string(path), specs, arranged)?;
         }
-        Ok(arranged)
+        Ok(())
     }
 }
 

@@ -3,6 +3,7 @@
 use std::{
     io::{self, Write},
     path::Path,
+    time::Instant,
 };
 
 use anyhow::Context;
@@ -10,7 +11,7 @@ use env_logger::{Builder, Target};
 use log::{Level, LevelFilter};
 
 use crate::{
-    causes::{TOLD, indented},
+    causes::{TOLD, indented, one_line},
     cli::log_sink::write_message,
     sys::output::{self, Existing},
 };
@@ -27,9 +28,36 @@ pub(super) fn level(verbosity: u8) -> LevelFilter {
     }
 }
 
+/// How messages look in a log file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Style {
+    /// As in the logs of all our programs.
+    Own,
+    /// As in CRIU's, in which container runtimes look for errors.
+    Criu,
+}
+
+/// Writes a message as CRIU does: the seconds since the start, the level, the place.
+fn write_as_criu(
+    out: &mut impl Write,
+    started: Instant,
+    level: Level,
+    message: &str,
+) -> io::Result<()> {
+    let level = match level {
+        Level::Error => "Error (rcriu): ",
+        Level::Warn => "Warn  (rcriu): ",
+        Level::Info | Level::Debug | Level::Trace => "",
+    };
+    let since = started.elapsed();
+    let message = one_line(message);
+    writeln!(out, "({:02}.{:06}) {level}{message}", since.as_secs(), since.subsec_micros())
+}
+
 /// Sends messages to `file`, or to standard output if that is `-`, and errors also to standard
 /// error; without a file, sends all messages to standard error.
-pub(super) fn start(file: Option<&Path>, level: LevelFilter) -> anyhow::Result<()> {
+pub(super) fn start(file: Option<&Path>, level: LevelFilter, style: Style) -> anyhow::Result<()> {
+    let started = Instant::now();
     let mut builder = Builder::new();
     builder.filter_level(level);
     match file {
@@ -48,15 +76,22 @@ pub(super) fn start(file: Option<&Path>, level: LevelFilter) -> anyhow::Result<(
                 let file = file.with_context(|| format!("open log file {}", path.display()))?;
                 builder.target(Target::Pipe(Box::new(file)));
             }
-            builder.format(|out, record| {
+            builder.format(move |out, record| {
                 let message = record.args().to_string();
                 if record.level() == Level::Error && record.target() != TOLD {
                     // A failed write to standard error cannot be reported anywhere.
                     let _ = writeln!(io::stderr(), "rcriu: error: {}", indented(&message));
                 }
-                write_message(out, "rcriu", record.level(), &message)
+                match style {
+                    Style::Own => write_message(out, "rcriu", record.level(), &message),
+                    Style::Criu => write_as_criu(out, started, record.level(), &message),
+                }
             });
         }
     }
-    builder.try_init().context("start logging")
+    match (builder.try_init(), style) {
+        // A client may ask for several tasks: the first one's log has the messages of all.
+        (Err(_), Style::Criu) => Ok(()),
+        (started, _) => started.context("start logging"),
+    }
 }

@@ -14,7 +14,11 @@ use std::ffi::OsString;
 
 use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
 
-pub(super) use self::{arrange::Given, options::size_bytes, run::run};
+pub(super) use self::{
+    arrange::Given,
+    options::size_bytes,
+    run::{Requested, run, run_for_client},
+};
 use self::{
     arrange::{Arranged, Specs},
     config::Sources,

@@ -4,16 +4,26 @@ use std::{
     ffi::OsString,
     fs::File,
     os::{fd::IntoRawFd, unix::process::CommandExt},
-    path::Path,
+    path::{Path, PathBuf},
     process::ExitCode,
+    sync::Arc,
 };
 
 use anyhow::{Context, bail};
+use clap::{Args, Command, FromArgMatches};
 use log::info;
 use nix::libc;
 
-use super::{Given, Task, TaskArgs, convert, log as task_log, refusal, without_effect};
+use super::{
+    Given, Task, TaskArgs, TaskWords,
+    arrange::{Arranged, Specs},
+    config::Sources,
+    convert,
+    log::{self as task_log, Style},
+    refusal, without_effect,
+};
 use crate::{
+    action::Client,
     cli::{answer, check_features, dedup, exit, report},
     dump, fault,
     inject::{self, Repair},
@@ -22,6 +32,94 @@ use crate::{
     sys::supervise::{self, Ended, Side},
     units::HostPid,
 };
+
+/// A task that a client of the service asks for.
+pub(in crate::cli) struct Requested {
+    /// Its options by their long names.
+    pub options: Vec<(&'static str, Option<OsString>)>,
+    /// A configuration file, which wins over the options.
+    pub config: Option<PathBuf>,
+    /// The command of `--exec-cmd`.
+    pub operands: Vec<OsString>,
+    /// The client, if it is to be notified of stages.
+    pub client: Option<Arc<dyn Client>>,
+}
+
+/// Runs a task for a client, and returns the exit code. Calls `reply` once, maybe in a child, with the
+/// root of a restored tree.
+pub(in crate::cli) fn run_for_client(
+    task: Task,
+    requested: Requested,
+    reply: &mut dyn FnMut(anyhow::Result<Option<HostPid>>),
+) -> u8 {
+    let client = requested.client.clone();
+    let prepared = prepare_request(task, requested).and_then(|(args, given)| {
+        let work = match task {
+            Task::Dump => convert::dump_options(&args, false).map(Work::Dump),
+            Task::PreDump => convert::dump_options(&args, true).map(Work::Dump),
+            Task::Restore => convert::restore_options(&args).map(Work::Restore),
+            Task::Check | Task::Dedup => unreachable!("they are no tasks of clients"),
+        };
+        Ok((work?.with_client(client), args, given))
+    });
+    let (work, args, given) = match prepared {
+        Ok(prepared) => prepared,
+        Err(error) => {
+            report(&error);
+            reply(Err(error));
+            return exit::FAILED;
+        }
+    };
+    let mut perform = || {
+        let started = start_log(task, &args, &given, Style::Criu);
+        let done = started.and_then(|()| work.run(&args.operands));
+        let code = match &done {
+            Ok(_) => exit::OK,
+            Err(failure) => {
+                report(failure);
+                exit::FAILED
+            }
+        };
+        reply(done);
+        code
+    };
+    let result = match &work {
+        Work::Dump(options) => supervised(options.root, &mut perform),
+        Work::Restore(_) => return perform(),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            report(&error);
+            reply(Err(error));
+            exit::FAILED
+        }
+    }
+}
+
+/// Returns the parsed options of a request, with those of configuration files: the default ones come
+/// before the request, and the one that it names after it.
+fn prepare_request(task: Task, requested: Requested) -> anyhow::Result<(TaskWords, Vec<Given>)> {
+    let Requested { options, config, operands, client: _ } = requested;
+    let specs = Specs::of(&TaskArgs::augment_args(Command::new("task")));
+    let mut all = Sources::of(&Arranged::default()).read(&specs)?;
+    for (name, value) in options {
+        specs
+            .configured(name, value, &mut all)
+            .map_err(|why| anyhow::anyhow!("the request's option {name}: {why}"))?;
+    }
+    if let Some(config) = config {
+        Sources::only(config).add(&specs, &mut all)?;
+    }
+    all.operands = operands;
+    if let Some(refusal) = refusal(task, &all.given) {
+        bail!(refusal);
+    }
+    let words = std::iter::once(OsString::from("rcriu")).chain(all.words());
+    let command = TaskWords::augment_args(Command::new(task.name()));
+    let matches = command.try_get_matches_from(words)?;
+    Ok((TaskWords::from_arg_matches(&matches)?, all.given))
+}
 
 /// The parsed command.
 enum Work {
@@ -117,8 +215,8 @@ fn supervised(root: HostPid, work: impl FnOnce() -> u8) -> anyhow::Result<u8> {
 
 /// Runs the command and returns the exit code.
 fn perform(task: Task, work: &Work, args: &TaskArgs, given: &[Given]) -> u8 {
-    match start_log(task, args, given).and_then(|()| work.run(&args.operands)) {
-        Ok(()) => exit::OK,
+    match start_log(task, args, given, Style::Own).and_then(|()| work.run(&args.operands)) {
+        Ok(_) => exit::OK,
         Err(failure) => {
             report(&failure);
             exit::FAILED
@@ -127,13 +225,13 @@ fn perform(task: Task, work: &Work, args: &TaskArgs, given: &[Given]) -> u8 {
 }
 
 /// Starts the log, and logs which options have no effect.
-fn start_log(task: Task, args: &TaskArgs, given: &[Given]) -> anyhow::Result<()> {
+fn start_log(task: Task, args: &TaskArgs, given: &[Given], style: Style) -> anyhow::Result<()> {
     let file = args.output.log_file.as_deref();
     let file = file.map(|file| match file.to_str() {
         Some("-") => file.to_owned(),
         _ => convert::work_dir(&args.images).join(file),
     });
-    task_log::start(file.as_deref(), task_log::level(convert::verbosity(args)))?;
+    task_log::start(file.as_deref(), task_log::level(convert::verbosity(args)), style)?;
     for line in without_effect(task, given) {
         info!("{line}");
     }
@@ -141,13 +239,31 @@ fn start_log(task: Task, args: &TaskArgs, given: &[Given]) -> anyhow::Result<()>
 }
 
 impl Work {
-    fn run(&self, command: &[OsString]) -> anyhow::Result<()> {
+    /// Has a client notified of the stages.
+    fn with_client(self, client: Option<Arc<dyn Client>>) -> Self {
         match self {
-            Self::Dump(options) => Ok(dump::run(options)?),
+            Self::Dump(options) => Self::Dump(dump::Options {
+                actions: options.actions.clone().with_client(client),
+                ..options
+            }),
+            Self::Restore(options) => Self::Restore(restore::Options {
+                actions: options.actions.clone().with_client(client),
+                ..options
+            }),
+        }
+    }
+
+    /// Does the work, and returns the root of a restored tree.
+    fn run(&self, command: &[OsString]) -> anyhow::Result<Option<HostPid>> {
+        match self {
+            Self::Dump(options) => {
+                dump::run(options)?;
+                Ok(None)
+            }
             Self::Restore(options) => {
-                restore::run(options)?;
+                let root = restore::run(options)?;
                 let Some((program, arguments)) = command.split_first() else {
-                    return Ok(());
+                    return Ok(Some(root));
                 };
                 let error = std::process::Command::new(program).args(arguments).exec();
                 let program = Path::new(program).display();
@@ -163,7 +279,7 @@ fn dedup(args: &TaskArgs, given: &[Given]) -> ExitCode {
         Err(error) => return usage(error.into()),
     };
     close(args);
-    if let Err(error) = start_log(Task::Dedup, args, given) {
+    if let Err(error) = start_log(Task::Dedup, args, given, Style::Own) {
         report(&error);
         return ExitCode::from(exit::FAILED);
     }
@@ -175,7 +291,7 @@ fn check(args: &TaskArgs, given: &[Given]) -> ExitCode {
         return usage(error.into());
     }
     close(args);
-    if let Err(error) = start_log(Task::Check, args, given) {
+    if let Err(error) = start_log(Task::Check, args, given, Style::Own) {
         report(&error);
         return ExitCode::from(exit::FAILED);
     }

@@ -217,6 +217,4 @@ pub(super) const REFUSED_COMMANDS: &[(&str, &str)] = &[
     ("exec", "CRIU has dropped it, too"),
     ("lazy-pages", "restore without --lazy-pages"),
     ("page-server", PAGE_SERVER),
-    ("service", "use the command line of rcriu"),
-    ("swrk", "use the command line of rcriu"),
 ];

@@ -24,12 +24,6 @@ use crate::{
     units::{HostPid, PidMap},
 };
 
-/// `asm-generic/socket.h`, since Linux 4.13.
-const SO_PEERGROUPS: c_int = 59;
-
-/// The most groups that a process may be in (`NGROUPS_MAX`, `linux/limits.h`).
-const GROUPS_MAX: usize = 65_536;
-
 /// The user id of no user.
 const NO_ID: u32 = u32::MAX;
 
@@ -326,11 +320,8 @@ pub(super) fn peer(fd: BorrowedFd, pids: &PidMap) -> nix::Result<Option<SkPeerEn
     if pid == 0 && uid == NO_ID {
         return Ok(None);
     }
-    let mut groups = vec![0; GROUPS_MAX * size_of::<u32>()];
     // Kernels before 4.13 do not have this option.
-    let len = socket::option_bytes(fd, libc::SOL_SOCKET, SO_PEERGROUPS, &mut groups).unwrap_or(0);
-    let word = |bytes: &[u8]| u32::from_ne_bytes(bytes.try_into().expect("chunks of 4"));
-    let groups = groups[..len].chunks_exact(size_of::<u32>()).map(word).collect();
+    let groups = socket::peer_groups(fd).unwrap_or_default();
     let pid = pids.ns(HostPid(pid.cast_signed())).raw();
     Ok(Some(SkPeerEntry { pid, uid, gid, groups }))
 }

@@ -1,0 +1,208 @@
+//! Answers the requests of a client.
+
+use std::sync::Arc;
+
+use nix::{
+    errno::Errno,
+    sys::wait::{WaitStatus, waitpid},
+    unistd::Pid,
+};
+
+use super::{channel::Channel, request};
+use crate::{
+    action::Client,
+    causes::{self, with_sources},
+    cli::{
+        check_features, exit, report,
+        task::{self, Requested, Task},
+    },
+    dump::DumpError,
+    proto::rpc::{
+        CriuDumpResp, CriuFeatures, CriuReq, CriuReqType, CriuResp, CriuRestoreResp, CriuVersion,
+    },
+    restore::RestoreError,
+    sys::Features,
+    units::HostPid,
+};
+
+/// The version of CRIU that a client finds: the one whose images and options rcriu has.
+const VERSION: CriuVersion = CriuVersion {
+    major_number: 4,
+    minor_number: 2,
+    gitid: None,
+    sublevel: None,
+    extra: None,
+    name: None,
+};
+
+/// Answers one client.
+#[derive(Debug)]
+pub(super) struct Answerer {
+    channel: Arc<Channel>,
+}
+
+impl Answerer {
+    pub(super) fn new(channel: Channel) -> Self {
+        Self { channel: Arc::new(channel) }
+    }
+
+    /// Answers requests until the client has no more, and returns the exit code: that of the last
+    /// task.
+    pub(super) fn serve(&self) -> u8 {
+        let mut code = exit::OK;
+        loop {
+            let request = match self.channel.receive() {
+                Ok(None) => return code,
+                Ok(Some(request)) => request,
+                Err(error) => {
+                    report(&error);
+                    self.refuse(CriuReqType::Empty, &error);
+                    return exit::FAILED;
+                }
+            };
+            let kind = request.r#type();
+            code = match self.handle(kind, &request) {
+                Ok(code) => code,
+                Err(error) => {
+                    report(&error);
+                    self.refuse(kind, &error);
+                    exit::FAILED
+                }
+            };
+            // A pre-dump is always followed by another one or by a dump.
+            let goes_on = request.keep_open == Some(true) || kind == CriuReqType::PreDump;
+            if !goes_on {
+                return code;
+            }
+        }
+    }
+
+    fn handle(&self, kind: CriuReqType, request: &CriuReq) -> anyhow::Result<u8> {
+        let yes = |response: CriuResp| {
+            self.reply(CriuResp { r#type: kind.into(), success: true, ..response });
+            Ok(exit::OK)
+        };
+        match kind {
+            CriuReqType::Dump => Ok(self.task(kind, Task::Dump, request)),
+            CriuReqType::PreDump | CriuReqType::SinglePreDump => {
+                Ok(self.task(kind, Task::PreDump, request))
+            }
+            CriuReqType::Restore => Ok(self.task(kind, Task::Restore, request)),
+            CriuReqType::Version => yes(CriuResp { version: Some(VERSION), ..CriuResp::default() }),
+            CriuReqType::FeatureCheck => {
+                let features = features(request.features.as_ref());
+                yes(CriuResp { features: Some(features), ..CriuResp::default() })
+            }
+            CriuReqType::Check => {
+                let mut found = Vec::new();
+                if check_features::run(&check_features::Wanted::default(), &mut found)? {
+                    return yes(CriuResp::default());
+                }
+                let found = String::from_utf8_lossy(&found);
+                anyhow::bail!("the kernel lacks a feature: {}", found.lines().last().unwrap_or("?"))
+            }
+            CriuReqType::WaitPid => {
+                let pid = request.pid.and_then(|pid| i32::try_from(pid).ok()).unwrap_or(0);
+                let ended = loop {
+                    match waitpid(Pid::from_raw(pid.max(1)), None) {
+                        Err(Errno::EINTR) => {}
+                        ended => break ended,
+                    }
+                };
+                let status = match ended {
+                    Ok(WaitStatus::Exited(_, code)) => code,
+                    Ok(WaitStatus::Signaled(_, signal, _)) => signal as i32,
+                    Ok(_) => 0,
+                    Err(errno) => {
+                        return Err(
+                            anyhow::Error::new(errno).context(format!("wait for process {pid}"))
+                        );
+                    }
+                };
+                yes(CriuResp { status: Some(status), ..CriuResp::default() })
+            }
+            CriuReqType::CpuinfoDump
+            | CriuReqType::CpuinfoCheck
+            | CriuReqType::PageServer
+            | CriuReqType::PageServerChld => {
+                anyhow::bail!(
+                    "the request {} is not supported yet\nhelp: rcriu has no page server and does not \
+                     compare processors",
+                    kind.as_str_name()
+                )
+            }
+            CriuReqType::Notify | CriuReqType::Empty => {
+                anyhow::bail!(
+                    "a request has the type {}, which asks for nothing",
+                    kind.as_str_name()
+                )
+            }
+        }
+    }
+
+    /// Runs a task, and answers when it is done.
+    fn task(&self, kind: CriuReqType, task: Task, request: &CriuReq) -> u8 {
+        let opts = request.opts.clone().unwrap_or_default();
+        let mut reply = |result: anyhow::Result<Option<HostPid>>| match result {
+            Ok(root) => self.reply(CriuResp {
+                r#type: kind.into(),
+                success: true,
+                dump: (kind == CriuReqType::Dump).then_some(CriuDumpResp { restored: Some(false) }),
+                restore: root.map(|root| CriuRestoreResp { pid: root.0 }),
+                ..CriuResp::default()
+            }),
+            Err(error) => self.refuse(kind, &error),
+        };
+        let words = match request::words(task, &opts, self.channel.peer) {
+            Ok(words) => words,
+            Err(error) => {
+                report(&error);
+                reply(Err(error));
+                return exit::FAILED;
+            }
+        };
+        let notified = opts.notify_scripts == Some(true);
+        let client = notified.then(|| Arc::clone(&self.channel) as Arc<dyn Client>);
+        let request::Words { options, config, operands } = words;
+        task::run_for_client(task, Requested { options, config, operands, client }, &mut reply)
+    }
+
+    fn reply(&self, response: CriuResp) {
+        if let Err(error) = self.channel.send(&response) {
+            log::warn!("cannot answer the client, process {}: {error}", self.channel.peer);
+        }
+    }
+
+    fn refuse(&self, kind: CriuReqType, error: &anyhow::Error) {
+        self.reply(CriuResp {
+            r#type: kind.into(),
+            success: false,
+            cr_errno: errno(error),
+            cr_errmsg: Some(with_sources(error.as_ref()).into_bytes()),
+            ..CriuResp::default()
+        });
+    }
+}
+
+/// Returns the error number that a client gets, if there is one.
+fn errno(error: &anyhow::Error) -> Option<i32> {
+    let of_kind = error.chain().find_map(|cause| {
+        match (cause.downcast_ref::<DumpError>(), cause.downcast_ref::<RestoreError>()) {
+            (Some(DumpError::NoProcess { .. }), _) => Some(Errno::ESRCH),
+            (_, Some(RestoreError::PidInUse { .. })) => Some(Errno::EEXIST),
+            _ => None,
+        }
+    });
+    of_kind.or_else(|| error.chain().find_map(causes::errno)).map(|errno| errno as i32)
+}
+
+/// Returns which of the features that a client asks for there are.
+fn features(asked: Option<&CriuFeatures>) -> CriuFeatures {
+    let found = Features::probe();
+    let Some(asked) = asked else { return CriuFeatures::default() };
+    CriuFeatures {
+        mem_track: asked.mem_track.map(|_| found.write_protect_private || found.soft_dirty),
+        lazy_pages: asked.lazy_pages.map(|_| false),
+        pidfd_store: asked.pidfd_store.map(|_| found.pidfd_getfd),
+    }
+}

@@ -1,0 +1,168 @@
+//! `rcriu service`: waits for clients at a socket with a name.
+
+use std::{
+    fs, io,
+    io::Write,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
+    },
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use anyhow::{Context, bail};
+use clap::Args;
+use nix::{
+    errno::Errno,
+    sys::socket::{
+        AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, connect, listen,
+        socket,
+    },
+    unistd::{Gid, Uid, geteuid, setgroups, setresgid, setresuid},
+};
+
+use super::{answer::Answerer, channel::Channel};
+use crate::{
+    cli::{exit, report},
+    sys::{
+        daemon::{self, Detached, Start},
+        output::{self, Existing},
+        supervise,
+    },
+};
+
+/// Where the service is, as with CRIU.
+const ADDRESS: &str = "/var/run/criu_service.socket";
+
+/// The options of `rcriu service`.
+#[derive(Args, Clone, Debug)]
+pub(in crate::cli) struct ServiceArgs {
+    /// Name of the socket
+    #[arg(long, value_name = "PATH", default_value = ADDRESS)]
+    address: PathBuf,
+    /// Write the pid of the service to FILE
+    #[arg(long, value_name = "FILE")]
+    pidfile: Option<PathBuf>,
+    /// Return as soon as the service waits for clients
+    #[arg(short, long)]
+    daemon: bool,
+    /// Directory of relative paths
+    #[arg(short = 'W', long, value_name = "DIR")]
+    work_dir: Option<PathBuf>,
+}
+
+/// Waits for clients, until it is killed.
+pub(in crate::cli) fn service(args: &ServiceArgs) -> ExitCode {
+    match start(args) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            report(&error);
+            ExitCode::from(exit::FAILED)
+        }
+    }
+}
+
+fn start(args: &ServiceArgs) -> anyhow::Result<u8> {
+    if let Some(dir) = &args.work_dir {
+        nix::unistd::chdir(dir)
+            .with_context(|| format!("enter the work directory {}", dir.display()))?;
+    }
+    let absolute =
+        |path: &Path| std::path::absolute(path).with_context(|| format!("find {}", path.display()));
+    let (address, pidfile) = (absolute(&args.address)?, args.pidfile.as_deref().map(absolute));
+    let pidfile = pidfile.transpose()?;
+    let background = if args.daemon {
+        match daemon::detach().context("go to the background")? {
+            Detached::Foreground(foreground) => {
+                return Ok(match foreground.wait().context("wait for the service")? {
+                    Start::Ready => exit::OK,
+                    Start::Exited(code) => u8::try_from(code).unwrap_or(exit::FAILED),
+                    Start::Killed(signal) => bail!("the service was killed by {signal}"),
+                });
+            }
+            Detached::Background(background) => Some(background),
+        }
+    } else {
+        None
+    };
+    let listener = open(&address)?;
+    if let Some(path) = &pidfile {
+        let mut file = output::create(path, Existing::Replaced)
+            .with_context(|| format!("create the pid file {}", path.display()))?;
+        write!(file, "{}", std::process::id())
+            .with_context(|| format!("write the pid file {}", path.display()))?;
+    }
+    if let Some(background) = background {
+        background.ready().context("go to the background")?;
+    }
+    loop {
+        match accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC) {
+            Ok(fd) => {
+                // Other clients are served meanwhile, and also if this one cannot be.
+                let served = super::take(fd).and_then(serve);
+                if let Err(error) = served {
+                    report(&error);
+                }
+            }
+            Err(Errno::EINTR | Errno::ECONNABORTED) => {}
+            Err(errno) => return Err(anyhow::Error::new(errno).context("wait for clients")),
+        }
+    }
+}
+
+/// Opens the socket of the service. The name of a service that has ended is taken over.
+fn open(address: &Path) -> anyhow::Result<OwnedFd> {
+    let what = || format!("listen on {}", address.display());
+    let name = UnixAddr::new(address).with_context(what)?;
+    let make = || {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).with_context(what)
+    };
+    let found = fs::symlink_metadata(address);
+    if found.is_ok_and(|found| found.file_type().is_socket() && found.uid() == geteuid().as_raw()) {
+        match connect(make()?.as_raw_fd(), &name) {
+            Err(Errno::ECONNREFUSED) => fs::remove_file(address).with_context(what)?,
+            _ => bail!(
+                "{} is in use by another service\nhelp: use --address PATH, or end that service",
+                address.display()
+            ),
+        }
+    }
+    let listener = make()?;
+    bind(listener.as_raw_fd(), &name).with_context(what)?;
+    // Anyone may ask: the service does for a user what the user could do himself.
+    fs::set_permissions(address, fs::Permissions::from_mode(0o666)).with_context(what)?;
+    listen(&listener, Backlog::MAXCONN).with_context(what)?;
+    Ok(listener)
+}
+
+/// Serves a client in a process of its own.
+fn serve(client: OwnedFd) -> anyhow::Result<()> {
+    supervise::apart(|| {
+        let served = Channel::new(client).and_then(|channel| {
+            become_client(&channel).context("take the client's user and groups")?;
+            Ok(Answerer::new(channel).serve())
+        });
+        served.unwrap_or_else(|error| {
+            report(&error);
+            exit::FAILED
+        })
+    })
+    .context("start a process for a client")
+}
+
+/// Gives up the privileges that the client does not have.
+fn become_client(channel: &Channel) -> io::Result<()> {
+    if channel.uid == geteuid().as_raw() {
+        return Ok(());
+    }
+    let groups: Vec<Gid> = channel.groups()?.into_iter().map(Gid::from_raw).collect();
+    let (uid, gid) = (Uid::from_raw(channel.uid), Gid::from_raw(channel.gid));
+    setgroups(&groups)?;
+    setresgid(gid, gid, gid)?;
+    setresuid(uid, uid, uid)?;
+    // The change of ids has made this process undumpable, and files of /proc root's.
+    nix::sys::prctl::set_dumpable(true)?;
+    Ok(())
+}

@@ -1,0 +1,429 @@
+//! The service: what container runtimes and libraries ask of `rcriu swrk` and `rcriu service`, by
+//! requests that are made here.
+
+mod common;
+
+use std::{
+    fs::{self, File},
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::process::CommandExt,
+    },
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    thread,
+};
+
+use common::{
+    Cap,
+    live::{Live, engine, state_of, wait_for},
+    require,
+};
+use nix::sys::{
+    signal::{Signal, kill},
+    socket::{
+        AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, send, socket,
+        socketpair,
+    },
+};
+use proptest::test_runner::{Config, TestRunner};
+use prost::Message;
+use rcriu::proto::rpc::{CriuCgMode, CriuFeatures, CriuOpts, CriuReq, CriuReqType, CriuResp};
+
+/// The longest response, in bytes.
+const LONGEST: usize = 1 << 16;
+
+/// A client, with the program that serves it if it was started for that.
+struct Client {
+    socket: OwnedFd,
+    server: Option<Child>,
+}
+
+impl Client {
+    /// Starts `rcriu swrk`.
+    fn of_swrk() -> Self {
+        let (ours, theirs) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+                .unwrap();
+        // As its standard input, no other program inherits the socket.
+        let server = Command::new(engine())
+            .args(["swrk", "0"])
+            .stdin(theirs)
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        Self { socket: ours, server: Some(server) }
+    }
+
+    /// Connects to a service.
+    fn of_service(address: &Path) -> nix::Result<Self> {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let socket = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
+        connect(socket.as_raw_fd(), &UnixAddr::new(address)?)?;
+        Ok(Self { socket, server: None })
+    }
+
+    fn send(&self, request: &CriuReq) {
+        self.send_bytes(&request.encode_to_vec()).unwrap();
+    }
+
+    fn send_bytes(&self, bytes: &[u8]) -> nix::Result<usize> {
+        send(self.socket.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL)
+    }
+
+    /// Returns the next response; `None` at the end.
+    fn receive(&self) -> Option<CriuResp> {
+        let mut packet = vec![0; LONGEST];
+        let read = recv(self.socket.as_raw_fd(), &mut packet, MsgFlags::empty()).unwrap_or(0);
+        (read > 0).then(|| CriuResp::decode(&packet[..read]).unwrap())
+    }
+
+    /// Sends a request, agrees to all notifications, and returns these with the response.
+    fn ask(&self, request: &CriuReq) -> (Vec<String>, CriuResp) {
+        self.send(request);
+        let mut stages = Vec::new();
+        loop {
+            let response = self.receive().expect("a response");
+            if response.r#type() != CriuReqType::Notify {
+                return (stages, response);
+            }
+            let stage = response.notify.and_then(|notify| notify.script).unwrap();
+            stages.push(String::from_utf8(stage).unwrap());
+            self.agree();
+        }
+    }
+
+    fn agree(&self) {
+        self.send(&CriuReq { notify_success: Some(true), ..of_type(CriuReqType::Notify) });
+    }
+
+    /// Waits until the server has ended, and returns its exit code.
+    fn end(self) -> Option<i32> {
+        let Self { socket, server } = self;
+        drop(socket);
+        server.and_then(|mut server| server.wait().unwrap().code())
+    }
+}
+
+fn of_type(kind: CriuReqType) -> CriuReq {
+    CriuReq { r#type: kind.into(), ..CriuReq::default() }
+}
+
+/// Returns a request for a task with the images in `dir`, which must stay open.
+fn task(kind: CriuReqType, dir: &File, opts: CriuOpts) -> CriuReq {
+    let opts = CriuOpts {
+        images_dir_fd: dir.as_raw_fd(),
+        log_level: Some(4),
+        notify_scripts: Some(true),
+        manage_cgroups_mode: Some(CriuCgMode::Ignore.into()),
+        ..opts
+    };
+    CriuReq { opts: Some(opts), ..of_type(kind) }
+}
+
+fn images(live: &Live) -> File {
+    fs::create_dir_all(live.images()).unwrap();
+    File::open(live.images()).unwrap()
+}
+
+/// The order and the numbers are those that runc and crun were seen to rely on.
+#[test]
+fn privileged_a_client_dumps_and_restores_a_tree() {
+    require(Cap::Ptrace);
+    let mut live = Live::workload("pipes");
+    let dir = images(&live);
+    let pid = live.root.as_raw();
+    let dump = |running| CriuOpts {
+        pid: Some(pid),
+        leave_running: Some(running),
+        log_file: Some(b"dump.log".to_vec()),
+        ..CriuOpts::default()
+    };
+    let before = live.state();
+    let client = Client::of_swrk();
+    let (stages, response) = client.ask(&task(CriuReqType::Dump, &dir, dump(true)));
+    assert!(response.success, "{response:?}");
+    assert_eq!(response.dump.unwrap().restored, Some(false));
+    let wanted = ["pre-dump", "network-lock", "query-ext-files", "post-dump", "network-unlock"];
+    assert_eq!(stages, wanted);
+    assert_eq!(client.end(), Some(0));
+    before.assert_unchanged(&live.state_after(&before));
+
+    let client = Client::of_swrk();
+    let (stages, response) = client.ask(&task(CriuReqType::Dump, &dir, dump(false)));
+    assert!(response.success, "{response:?}");
+    assert_eq!(stages, wanted[..4]);
+    assert_eq!(client.end(), Some(0));
+    live.wait_gone();
+
+    let client = Client::of_swrk();
+    let opts = CriuOpts {
+        rst_sibling: Some(true),
+        evasive_devices: Some(true),
+        log_file: Some(b"restore.log".to_vec()),
+        ..CriuOpts::default()
+    };
+    let (stages, response) = client.ask(&task(CriuReqType::Restore, &dir, opts));
+    assert!(response.success, "{response:?}");
+    assert_eq!(response.restore.unwrap().pid, pid);
+    assert_eq!(
+        stages,
+        [
+            "pre-restore",
+            "setup-namespaces",
+            "post-setup-namespaces",
+            "post-restore",
+            "network-unlock",
+            "pre-resume",
+            "post-resume",
+        ]
+    );
+    assert_eq!(client.end(), Some(0));
+    // A sibling of the server is a child of the client.
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let parent = stat.rsplit(')').next().unwrap().split_whitespace().nth(1).unwrap().to_owned();
+    assert_eq!(parent, std::process::id().to_string());
+    let root = live.root;
+    let now = live.state_restored(&before).restored(root);
+    before.restored(root).assert_unchanged(&now);
+    live.verdict();
+    let log = fs::read_to_string(live.images().join("restore.log")).unwrap();
+    assert!(log.lines().all(|line| line.starts_with("(00.") || line.starts_with('(')), "{log}");
+}
+
+#[test]
+fn privileged_pre_dumps_of_one_connection_are_the_parents_of_a_dump() {
+    require(Cap::Ptrace);
+    let mut live = Live::workload("pipes");
+    let pid = Some(live.root.as_raw());
+    let [first, second] = ["1", "2"].map(|name| live.path(name));
+    [&first, &second].into_iter().for_each(|dir| fs::create_dir(dir).unwrap());
+    let open = |dir: &PathBuf| File::open(dir).unwrap();
+    let client = Client::of_swrk();
+    let opts = CriuOpts { pid, track_mem: Some(true), ..CriuOpts::default() };
+    let (_, response) = client.ask(&task(CriuReqType::PreDump, &open(&first), opts));
+    assert!(response.success, "{response:?}");
+    let opts = CriuOpts { pid, parent_img: Some(b"../1".to_vec()), ..CriuOpts::default() };
+    let (_, response) = client.ask(&task(CriuReqType::Dump, &open(&second), opts));
+    assert!(response.success, "{response:?}");
+    assert_eq!(client.end(), Some(0));
+    live.wait_gone();
+    assert_eq!(fs::read_link(second.join("parent")).unwrap(), Path::new("../1"));
+}
+
+#[test]
+fn privileged_what_a_client_asks_for_in_vain_is_named() {
+    require(Cap::Ptrace);
+    let live = Live::workload("pipes");
+    let dir = images(&live);
+    let pid = live.root.as_raw();
+    let cases: [(CriuOpts, &str, Option<i32>); 5] = [
+        (CriuOpts { pid: Some(i32::MAX), ..CriuOpts::default() }, "there is no process", Some(3)),
+        (CriuOpts::default(), "names no pid", None),
+        (
+            CriuOpts { pid: Some(pid), lazy_pages: Some(true), ..CriuOpts::default() },
+            "--lazy-pages is not supported yet",
+            None,
+        ),
+        (
+            CriuOpts { pid: Some(pid), empty_ns: Some(1), ..CriuOpts::default() },
+            "empty_ns is 0x1",
+            None,
+        ),
+        (
+            CriuOpts {
+                pid: Some(pid),
+                config_file: Some(b"/nonexistent/criu.conf".to_vec()),
+                ..CriuOpts::default()
+            },
+            "read configuration file /nonexistent/criu.conf",
+            Some(2),
+        ),
+    ];
+    for (opts, wanted, errno) in cases {
+        let client = Client::of_swrk();
+        let (_, response) = client.ask(&task(CriuReqType::Dump, &dir, opts));
+        let said = String::from_utf8(response.cr_errmsg.unwrap()).unwrap();
+        assert!(!response.success && said.contains(wanted), "{said}");
+        assert_eq!(response.cr_errno, errno, "{said}");
+        assert_eq!(client.end(), Some(1));
+    }
+    for kind in [CriuReqType::PageServer, CriuReqType::CpuinfoDump] {
+        let client = Client::of_swrk();
+        let (_, response) = client.ask(&of_type(kind));
+        assert!(!response.success && response.r#type() == kind, "{response:?}");
+        assert_eq!(client.end(), Some(1));
+    }
+}
+
+/// A client that disagrees or vanishes at any stage: the tree runs on.
+#[test]
+fn privileged_a_client_that_vanishes_harms_nobody() {
+    require(Cap::Ptrace);
+    let mut live = Live::workload("pipes");
+    let dir = images(&live);
+    let before = live.state();
+    for stage in 0..4 {
+        for vanishes in [false, true] {
+            let client = Client::of_swrk();
+            let opts = CriuOpts { pid: Some(live.root.as_raw()), ..CriuOpts::default() };
+            client.send(&task(CriuReqType::Dump, &dir, opts));
+            for _ in 0..stage {
+                client.receive().unwrap();
+                client.agree();
+            }
+            client.receive().unwrap();
+            if !vanishes {
+                client.send(&of_type(CriuReqType::Notify));
+                let answer = loop {
+                    match client.receive() {
+                        Some(response) if response.r#type() == CriuReqType::Notify => {
+                            client.agree();
+                        }
+                        answer => break answer,
+                    }
+                };
+                assert!(!answer.unwrap().success);
+            }
+            assert_eq!(client.end(), Some(1), "stage {stage}");
+            before.assert_unchanged(&live.state_after(&before));
+            assert!(!live.images().join("inventory.img").exists() || stage == 3);
+        }
+    }
+}
+
+#[test]
+fn versions_and_features_are_told() {
+    let client = Client::of_swrk();
+    // As libcriu and go-criu ask.
+    let opts = Some(CriuOpts { images_dir_fd: -1, ..CriuOpts::default() });
+    for opts in [None, opts] {
+        let request = CriuReq { opts, keep_open: Some(true), ..of_type(CriuReqType::Version) };
+        let (_, response) = client.ask(&request);
+        let version = response.version.unwrap();
+        assert_eq!((version.major_number, version.minor_number), (4, 2));
+    }
+    let asked = CriuFeatures { mem_track: Some(true), ..CriuFeatures::default() };
+    let request = CriuReq { features: Some(asked), ..of_type(CriuReqType::FeatureCheck) };
+    let (_, response) = client.ask(&request);
+    let found = response.features.unwrap();
+    assert!(found.mem_track.is_some() && found.lazy_pages.is_none());
+    assert_eq!(client.end(), Some(0));
+}
+
+/// A request of any bytes gets a response or the end of the connection.
+#[test]
+fn any_bytes_are_answered() {
+    let mut runner = TestRunner::new(Config { cases: 60, ..Config::default() });
+    let packets = proptest::collection::vec(proptest::num::u8::ANY, 1..200);
+    runner
+        .run(&packets, |packet| {
+            // A task that is asked for by accident must not be done.
+            let request = CriuReq::decode(packet.as_slice());
+            if request.is_ok_and(|request| request.opts.is_some_and(|opts| opts.pid.is_some())) {
+                return Ok(());
+            }
+            let client = Client::of_swrk();
+            client.send_bytes(&packet).unwrap();
+            client.receive();
+            let code = client.end();
+            assert!(matches!(code, Some(0 | 1)), "{code:?}");
+            Ok(())
+        })
+        .unwrap();
+}
+
+/// A service in the background, which ends with this.
+struct Service {
+    address: PathBuf,
+    pidfile: PathBuf,
+    _dir: tempfile::TempDir,
+}
+
+impl Service {
+    fn start() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let (address, pidfile) = (dir.path().join("socket"), dir.path().join("pid"));
+        // Other users are to reach the socket.
+        let open = <fs::Permissions as std::os::unix::fs::PermissionsExt>::from_mode(0o755);
+        fs::set_permissions(dir.path(), open).unwrap();
+        let mut command = Command::new(engine());
+        command.args(["service", "-d", "--address"]).arg(&address);
+        assert!(command.arg("--pidfile").arg(&pidfile).status().unwrap().success());
+        Self { address, pidfile, _dir: dir }
+    }
+
+    fn pid(&self) -> nix::unistd::Pid {
+        let text = fs::read_to_string(&self.pidfile).unwrap();
+        nix::unistd::Pid::from_raw(text.trim().parse().unwrap())
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        let pid = self.pid();
+        kill(pid, Signal::SIGKILL).unwrap();
+        // It is a child of the first process, or of the harness if that adopts orphans.
+        let _ = nix::sys::wait::waitpid(pid, None);
+        wait_for("the end of the service", || matches!(state_of(pid.as_raw()), None | Some('Z')));
+    }
+}
+
+#[test]
+fn a_service_serves_many_clients_at_once_and_one_at_a_name() {
+    let service = Service::start();
+    thread::scope(|scope| {
+        for _ in 0..100 {
+            scope.spawn(|| {
+                let client = Client::of_service(&service.address).unwrap();
+                let (_, response) = client.ask(&of_type(CriuReqType::Version));
+                assert!(response.success);
+            });
+        }
+    });
+    let second = Command::new(engine())
+        .args(["service", "--address"])
+        .arg(&service.address)
+        .output()
+        .unwrap();
+    let said = String::from_utf8(second.stderr).unwrap();
+    assert!(!second.status.success() && said.contains("in use by another service"), "{said}");
+}
+
+/// A user gets what he could do himself: a process of root's is not his.
+#[test]
+fn privileged_a_service_does_no_more_for_a_user_than_he_could_himself() {
+    const NOBODY: u32 = 65534;
+    require(Cap::Ptrace);
+    let service = Service::start();
+    let mut live = Live::workload("pipes");
+    let before = live.state();
+    let dir = tempfile::tempdir().unwrap();
+    std::os::unix::fs::chown(dir.path(), Some(NOBODY), Some(NOBODY)).unwrap();
+    let opts = CriuOpts {
+        images_dir_fd: -1,
+        images_dir: Some(dir.path().as_os_str().as_encoded_bytes().to_vec()),
+        pid: Some(live.root.as_raw()),
+        ..CriuOpts::default()
+    };
+    let request = CriuReq { opts: Some(opts), ..of_type(CriuReqType::Dump) };
+    fs::write(dir.path().join("request"), request.encode_to_vec()).unwrap();
+    // Python, since a thread of this program cannot take another user's ids by itself.
+    const SCRIPT: &str = "import socket, sys
+client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+client.connect(sys.argv[1])
+client.send(open(sys.argv[2], 'rb').read())
+sys.stdout.buffer.write(client.recv(65536))";
+    let output = Command::new("/usr/bin/python3")
+        .args(["-c", SCRIPT])
+        .arg(&service.address)
+        .arg(dir.path().join("request"))
+        .uid(NOBODY)
+        .gid(NOBODY)
+        .output()
+        .unwrap();
+    let response = CriuResp::decode(output.stdout.as_slice()).unwrap();
+    assert!(!response.success, "{response:?}");
+    assert!(!dir.path().join("inventory.img").exists());
+    before.assert_unchanged(&live.state_after(&before));
+}
