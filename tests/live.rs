@@ -37,6 +37,7 @@ use rcriu::image::{ImageWriter, Kind, proto, read_all};
 const IN_KERNEL_MEMORY: &[&str] = &[
     "message_queues",
     "message_queue_notification",
+    "ipc_namespace_queues",
     "aio_in_flight",
     "unix_pending_data",
     "unix_pending_order",
@@ -375,6 +376,10 @@ states! {
     peer_credentials_of_the_dead;
     uts_namespace;
     time_namespace;
+    ipc_namespace;
+    ipc_namespace_segments;
+    ipc_namespace_queues;
+    ipc_namespace_forced;
     seccomp_filters, elsewhere: restored running;
     seccomp_kills, elsewhere: restored running;
     seccomp_kills_returns;

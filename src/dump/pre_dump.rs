@@ -83,11 +83,12 @@ pub(super) fn run(
     let tree: Vec<_> = frozen.tasks.iter().map(|task| task.pid).collect();
     tracking.look_at_shared(&tree, &mut objects);
     memories.append(&mut objects);
-    for common::Memory { number, name, file } in found.common.iter_mut().flat_map(|of| of.memory())
-    {
-        let memory = Memory::of_object(number, file, name, true)?;
-        tracking.note_untracked(&memory);
-        memories.push(memory);
+    for kind in &mut found.common {
+        for common::Memory { number, name, file } in kind.memory()? {
+            let memory = Memory::of_object(number, file, name, true)?;
+            tracking.note_untracked(&memory);
+            memories.push(memory);
+        }
     }
     memories.sort_by_key(|memory| memory.id);
     stats.collected();

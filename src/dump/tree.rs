@@ -334,12 +334,12 @@ impl<'a> Collection<'a> {
         self.tracking.look_at_shared(&tree, &mut objects);
         self.memories.append(&mut objects);
         for kind in &mut self.common {
-            kind.write(self.images)?;
-            for common::Memory { number, name, file } in kind.memory() {
+            for common::Memory { number, name, file } in kind.memory()? {
                 let memory = Memory::of_object(number, file, name, false)?;
                 self.tracking.note_untracked(&memory);
                 self.memories.push(memory);
             }
+            kind.write(self.images)?;
         }
         // A fixed order, so that the same tree always gives the same images.
         self.memories.sort_by_key(|memory| memory.id);

@@ -11,6 +11,7 @@ pub mod dynamic;
 mod error;
 mod files;
 mod framing;
+pub mod ipc;
 pub mod json;
 pub mod pagemap;
 pub mod payload;

@@ -116,6 +116,16 @@ pub enum ResError {
         /// The defect, and the remedy.
         problem: String,
     },
+    /// A message queue or a set of semaphores could not be examined or created.
+    #[error("{step} {object}")]
+    Ipc {
+        /// Its kind and its id or name.
+        object: String,
+        /// The attempted step, as a verb.
+        step: &'static str,
+        /// The cause.
+        source: io::Error,
+    },
     /// Shared memory could not be examined or created.
     #[error("{step} shared memory {number}")]
     SharedMemory {

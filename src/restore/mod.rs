@@ -212,6 +212,7 @@ fn restore(
         }
         files.seal()?;
         plan.common.iter().try_for_each(|kind| kind.finish())?;
+        plan.namespaces.borrow_mut().finish(root)?;
         let tracking = tracking::begin(track, plan, &mut puppets)?;
         apply::finish(plan, &mut puppets, &mut files, &own)?;
         write_pidfile(release, plan)?;

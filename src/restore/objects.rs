@@ -49,8 +49,9 @@ pub(super) fn create(plan: &Plan, files: &mut Installer<'_>) -> Result<Vec<Objec
         objects.push(object(plan, shmid, &fd)?);
         opened.objects.insert(shmid, fd);
     }
-    for memory in plan.common.iter().map(|kind| kind.make()).collect::<Result<Vec<_>, _>>()? {
-        for tree::Memory { number, file, .. } in memory {
+    let first = opened.helpers.first();
+    for kind in &plan.common {
+        for tree::Memory { number, file, .. } in kind.make(first)? {
             let memory = memory_of(&plan.chain, plan.snapshot, number)?;
             objects.push(Object { shmid: number, file, memory });
         }

@@ -296,8 +296,11 @@ impl Plan {
     ) -> Result<()> {
         let processes = self.tasks.iter().map(TaskPlan::cores).collect();
         let images = &**self.images();
-        let plan = common::Plan { images, inventory: &self.inventory, processes, own };
-        self.common = common::restorers(&plan, options)?;
+        let namespaces = &*self.namespaces.borrow();
+        let inventory = &self.inventory;
+        let plan = common::Plan { images, inventory, processes, own, namespaces };
+        let common = common::restorers(&plan, options)?;
+        self.common = common;
         Ok(())
     }
 

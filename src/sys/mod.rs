@@ -25,6 +25,7 @@ pub mod shm;
 pub mod socket;
 pub mod supervise;
 pub mod swap;
+pub mod sysv;
 pub mod task;
 pub mod tracepoint;
 pub mod tty;

@@ -2,12 +2,17 @@
 #![expect(unsafe_code, reason = "no crate has these calls by kernel names")]
 
 use std::{
-    ffi::CStr,
+    ffi::{CStr, CString},
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     ptr,
 };
 
-use nix::{errno::Errno, libc};
+use nix::{dir::Dir, errno::Errno, fcntl::OFlag, libc, sys::stat::Mode};
+
+/// `FSCONFIG_CMD_CREATE`, `FSOPEN_CLOEXEC`, `FSMOUNT_CLOEXEC` (`linux/mount.h`).
+const CREATE: i32 = 6;
+const FSOPEN_CLOEXEC: i32 = 1;
+const FSMOUNT_CLOEXEC: i32 = 1;
 
 /// `struct mq_attr` (`linux/mqueue.h`), without what is reserved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +28,37 @@ pub struct QueueAttributes {
 fn empty() -> libc::mq_attr {
     // SAFETY: the structure has numbers only.
     unsafe { std::mem::zeroed() }
+}
+
+/// Returns the names, without the slash, of all queues of the IPC namespace that have one.
+///
+/// # Errors
+/// `ENODEV` if the kernel has no queues; `EPERM`.
+pub fn names() -> nix::Result<Vec<CString>> {
+    let descriptor = |result| {
+        let fd = i32::try_from(Errno::result::<libc::c_long>(result)?).expect("a descriptor");
+        // SAFETY: the kernel has just created this descriptor.
+        Ok::<_, Errno>(unsafe { OwnedFd::from_raw_fd(fd) })
+    };
+    // A mount that is at no place.
+    // SAFETY: the name is terminated and outlives the call.
+    let context =
+        descriptor(unsafe { libc::syscall(libc::SYS_fsopen, c"mqueue".as_ptr(), FSOPEN_CLOEXEC) })?;
+    let (fd, none) = (context.as_raw_fd(), ptr::null::<u8>());
+    // SAFETY: this command takes neither a name nor a value.
+    Errno::result(unsafe { libc::syscall(libc::SYS_fsconfig, fd, CREATE, none, none, 0) })?;
+    // SAFETY: the call takes numbers.
+    let mount = descriptor(unsafe { libc::syscall(libc::SYS_fsmount, fd, FSMOUNT_CLOEXEC, 0) })?;
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let mut found = Vec::new();
+    for entry in Dir::openat(&mount, ".", flags, Mode::empty())?.iter() {
+        let name = entry?.file_name().to_owned();
+        if !matches!(name.to_bytes(), b"." | b"..") {
+            found.push(name);
+        }
+    }
+    found.sort();
+    Ok(found)
 }
 
 /// Opens a queue by its name without the slash (`mq_open(2)`).

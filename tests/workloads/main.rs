@@ -24,6 +24,7 @@ mod hugetlb;
 mod identity;
 mod inet;
 mod interrupted;
+mod ipc;
 mod kept;
 mod leaderless;
 mod locks;
@@ -91,6 +92,7 @@ const GROUPS: &[&[Row]] = &[
     owners::ROWS,
     clocks::ROWS,
     namespaces::ROWS,
+    ipc::ROWS,
     confined::ROWS,
     pidfds::ROWS,
     refused::ROWS,

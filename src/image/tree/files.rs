@@ -11,7 +11,7 @@ use proto::{FdTypes, FileEntry};
 /// The highest possible number of a descriptor (`sysctl_nr_open_max`, `fs/file.c`).
 const HIGHEST_FD: u32 = i32::MAX.cast_unsigned() & !63;
 
-/// The only IPC namespace whose segments a restore supports.
+/// The number of the IPC namespace in images without numbers of namespaces.
 const IPC_NAMESPACE: u64 = 3;
 
 const NANOSECONDS: u64 = 1_000_000_000;
@@ -131,8 +131,15 @@ impl<'a> Table<'a, '_> {
         }
     }
 
+    /// Returns the System V segments of the IPC namespace of the tree.
     fn segments(&mut self) -> BTreeSet<u64> {
-        let segments = self.read::<proto::IpcShmEntry>(Kind::IpcnsShm, IPC_NAMESPACE);
+        let first = self.tree.tasks.iter().find(|task| task.body.is_some());
+        let ids = first.and_then(|task| {
+            let number = task.entry.pid.into();
+            self.images.message_if_any::<proto::TaskKobjIdsEntry>(Kind::Ids, number).ok()?
+        });
+        let number = ids.and_then(|ids| ids.ipc_ns_id).map_or(IPC_NAMESPACE, u64::from);
+        let segments = self.read::<proto::IpcShmEntry>(Kind::IpcnsShm, number);
         segments.iter().map(|segment| u64::from(segment.desc.id)).collect()
     }
 

@@ -1,7 +1,7 @@
 //! Checks of the namespaces that a tree has of its own.
 
 use super::{Problems, Tree};
-use crate::image::{ImageStore, Kind, proto};
+use crate::image::{ImageStore, Kind, ipc::Objects, proto};
 use proto::{TaskKobjIdsEntry, TimensEntry, UtsnsEntry};
 
 /// The longest name of a host or domain (`__NEW_UTS_LEN`, `linux/utsname.h`).
@@ -40,6 +40,10 @@ pub(super) fn check(images: &dyn ImageStore, tree: &Tree, problems: &mut Problem
     let of_uts = own(images, tree, problems, "UTS", |ids| ids.uts_ns_id);
     if let Some(number) = of_uts.filter(|number| number.is_own) {
         check_image(images, problems, (Kind::Utsns, number.number), uts_problem);
+    }
+    let of_ipc = own(images, tree, problems, "IPC", |ids| ids.ipc_ns_id);
+    if let Some(number) = of_ipc.filter(|number| number.is_own) {
+        check_ipc(images, number.number, problems);
     }
     let Some(number) = own(images, tree, problems, "time", |ids| ids.time_ns_id) else { return };
     if number.is_own {
@@ -96,6 +100,15 @@ fn own(
         }
     }
     own.map(|number| Number { number, is_own: number != dumper })
+}
+
+fn check_ipc(images: &dyn ImageStore, number: u32, problems: &mut Problems) {
+    let name = Kind::IpcVar.file_name(number.into());
+    if let Some(objects) = problems.own_image(&name, Objects::read(images, number))
+        && let Some(problem) = objects.problem()
+    {
+        problems.broken(format!("images of IPC namespace {number}: {problem}"));
+    }
 }
 
 #[cfg(test)]

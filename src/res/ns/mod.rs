@@ -12,6 +12,7 @@
 //!
 //! To support another kind, write a file with an [`Namespace`] and name it in the row of the kind.
 
+mod ipc;
 mod pid;
 mod time;
 mod uts;
@@ -56,7 +57,7 @@ const fn row(
 static KINDS: [Kind; 8] = [
     row("pid", "a pid namespace", "-p", |ids| &mut ids.pid_ns_id, Some(&pid::Pid)),
     row("net", "a network namespace", "-n", |ids| &mut ids.net_ns_id, None),
-    row("ipc", "an IPC namespace", "-i", |ids| &mut ids.ipc_ns_id, None),
+    row("ipc", "an IPC namespace", "-i", |ids| &mut ids.ipc_ns_id, Some(&ipc::Ipc)),
     row("uts", "a UTS namespace", "-u", |ids| &mut ids.uts_ns_id, Some(&uts::Uts)),
     row(time::FILE, "a time namespace", "-T", |ids| &mut ids.time_ns_id, Some(&time::Time)),
     row("mnt", "a mount namespace", "-m", |ids| &mut ids.mnt_ns_id, None),
@@ -246,6 +247,15 @@ pub trait Restoring: std::fmt::Debug {
     fn script(&self) -> Script {
         Script::new()
     }
+
+    /// Finishes, once all processes have their memory and their files. Process `root` is in the
+    /// namespace.
+    ///
+    /// # Errors
+    /// The first failure.
+    fn finish(&mut self, _root: HostPid) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// Writes the images of the namespace with this number from the answers of a process.
@@ -330,6 +340,13 @@ impl OfTree {
         own.try_for_each(|own| own.check(tasks))
     }
 
+    /// Returns the number of the tree's own namespace of a kind, if it has one. `file` is the name of
+    /// the kind in `/proc/PID/ns`.
+    pub fn number_of(&self, file: &str) -> Option<u32> {
+        let at = self.kinds.iter().find(|at| KINDS[**at].file == file)?;
+        Some(Self::number(*at))
+    }
+
     /// Writes the images of what rcriu sees of the namespaces itself. `pid` is a process in them.
     ///
     /// # Errors
@@ -357,7 +374,7 @@ pub fn pids_of(tasks: &[Task]) -> Result<PidMap> {
 
 /// The namespaces that the restore creates for a tree.
 #[derive(Debug, Default)]
-pub struct Wanted(Vec<(&'static Kind, Box<dyn Restoring>)>);
+pub struct Wanted(Vec<(&'static Kind, u32, Box<dyn Restoring>)>);
 
 impl Wanted {
     /// Reads them from the images. `pid` is a process that is alive, `dumper` has the numbers
@@ -381,12 +398,12 @@ impl Wanted {
             };
             if number == dumpers {
                 if kind.file == time::FILE {
-                    wanted.extend(time::if_behind(images)?.map(|clocks| (kind, clocks)));
+                    wanted.extend(time::if_behind(images)?.map(|clocks| (kind, number, clocks)));
                 }
                 continue;
             }
             if let Some(own) = kind.own {
-                wanted.push((kind, own.restore(images, number)?));
+                wanted.push((kind, number, own.restore(images, number)?));
             } else {
                 let message = format!(
                     "the tree had {} of its own, which rcriu does not restore: it will be in that of \
@@ -401,7 +418,7 @@ impl Wanted {
 
     /// Returns the `clone(2)` flags for the first process.
     pub fn clone_flags(&self) -> u64 {
-        let own = self.0.iter().filter_map(|(kind, _)| kind.own);
+        let own = self.0.iter().filter_map(|(kind, ..)| kind.own);
         own.fold(0, |flags, own| flags | own.clone_flag())
     }
 
@@ -412,7 +429,7 @@ impl Wanted {
 
     /// Whether the tree gets a time namespace of its own, in which clocks go on from the dump.
     pub fn has_clocks(&self) -> bool {
-        self.0.iter().any(|(kind, _)| kind.file == time::FILE)
+        self.0.iter().any(|(kind, ..)| kind.file == time::FILE)
     }
 
     /// Whether the tree gets a pid namespace of its own.
@@ -431,7 +448,7 @@ impl Wanted {
         mut run: impl FnMut(&Script) -> Result<(), E>,
     ) -> Result<(), E> {
         let mut run = |script: Script| if script.is_empty() { Ok(()) } else { run(&script) };
-        for (_, namespace) in &mut self.0 {
+        for (_, _, namespace) in &mut self.0 {
             run(namespace.first_script())?;
             namespace.build(first)?;
             run(namespace.script())?;
@@ -439,9 +456,24 @@ impl Wanted {
         Ok(())
     }
 
+    /// Finishes, once all processes have their memory and their files. Process `root` is in all of
+    /// the namespaces.
+    ///
+    /// # Errors
+    /// The first failure.
+    pub fn finish(&mut self, root: HostPid) -> Result<()> {
+        self.0.iter_mut().try_for_each(|(_, _, namespace)| namespace.finish(root))
+    }
+
+    /// Returns the number of the namespace of a kind, if it is among them. `file` is the name of the
+    /// kind in `/proc/PID/ns`.
+    pub fn number_of(&self, file: &str) -> Option<u32> {
+        self.0.iter().find(|(kind, ..)| kind.file == file).map(|(_, number, _)| *number)
+    }
+
     /// Lists the names of the kinds for messages; `None` if there are none.
     pub fn names(&self) -> Option<String> {
-        let names: Vec<_> = self.0.iter().map(|(kind, _)| kind.name).collect();
+        let names: Vec<_> = self.0.iter().map(|(kind, ..)| kind.name).collect();
         (!names.is_empty()).then(|| names.join(" and "))
     }
 }

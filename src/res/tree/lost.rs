@@ -6,7 +6,7 @@ use crate::{
     causes::tell,
     inject::Task,
     proc,
-    res::Result,
+    res::{Result, sysv},
     sys::{
         process::{self, Shared},
         task,
@@ -61,7 +61,10 @@ impl OfDumper {
         let mut found = Vec::new();
         // Equal if both have no list. Otherwise the process has one, which may be empty.
         if process::kcmp(pid, self.pid, Shared::Undo).is_ok_and(std::cmp::Ordering::is_ne) {
-            let sets = task::semaphores_used_by(in_tree);
+            let sets = match sysv::visit(Some(pid)) {
+                Ok(_visit) => task::semaphores_used_by(in_tree),
+                Err(_) => Vec::new(),
+            };
             if !sets.is_empty() {
                 found.push(format!(
                     "may have semaphore operations to undo on exit (SEM_UNDO, sets {sets:?}): \

@@ -16,7 +16,7 @@ use super::{
     Result,
     calls::{Calls, OfRestorer},
     mm::mapping::Object,
-    task, thread,
+    ns, task, thread,
 };
 use crate::{
     image::{
@@ -88,7 +88,7 @@ pub const KINDS: &[Kind] = &[
         ..NONE
     },
     Kind {
-        collector: Some(|_, _, _| sysv::collector()),
+        collector: Some(|tasks, _, _| sysv::collector(tasks)),
         restorer: Some(|plan, _| sysv::restorer(plan)),
         ..NONE
     },
@@ -140,12 +140,12 @@ pub trait Collector {
         Ok(None)
     }
 
-    /// Returns the memory objects whose bytes the dump must copy.
-    fn memory(&mut self) -> Vec<Memory> {
-        Vec::new()
+    /// Returns the memory objects whose bytes the dump must copy, once all mappings are recorded.
+    fn memory(&mut self) -> Result<Vec<Memory>> {
+        Ok(Vec::new())
     }
 
-    /// Writes the images.
+    /// Writes the images, after [`Self::memory`].
     fn write(&self, _images: &SnapshotWriter) -> image::Result<()> {
         Ok(())
     }
@@ -201,6 +201,8 @@ pub struct Plan<'a> {
     pub processes: Vec<Vec<(NsPid, &'a CoreEntry)>>,
     /// The state of the restorer.
     pub own: &'a OfRestorer,
+    /// The namespaces that the tree gets for itself.
+    pub namespaces: &'a ns::Wanted,
 }
 
 /// A restored child of a process.
@@ -214,9 +216,9 @@ pub struct Child<'a> {
 
 /// Restores one kind.
 pub trait Restorer: std::fmt::Debug {
-    /// Creates what must exist before the first process, and returns the memory objects to
-    /// fill.
-    fn make(&self) -> Result<Vec<Memory>> {
+    /// Creates what must exist before the processes get memory, and returns the memory objects to
+    /// fill. `first` is the first process, if it is made already, in namespaces of its own.
+    fn make(&self, _first: Option<HostPid>) -> Result<Vec<Memory>> {
         Ok(Vec::new())
     }
 

@@ -1,14 +1,12 @@
-//! System V shared memory segments (`shmget(2)`) that processes have attached.
+//! System V shared memory segments (`shmget(2)`): those that processes have attached and, of a tree
+//! with an IPC namespace of its own, all others of that namespace.
 //!
-//! A segment belongs to the IPC namespace and survives the processes that attach it. The restore
-//! reuses the segment with the same id if it has the same key and size and no process has it
-//! attached; otherwise it creates one with this id. It overwrites the bytes in any case.
+//! A segment belongs to the IPC namespace and survives the processes that attach it. In the namespace
+//! of the restorer, the restore reuses the segment with the same id if it has the same key and size and
+//! no process has it attached; otherwise it creates one with this id. It overwrites the bytes in any
+//! case.
 
-use std::{
-    collections::{BTreeMap, btree_map::Entry},
-    fs::{self, File},
-    path::Path,
-};
+use std::{cell::Cell, collections::BTreeMap, fs::File, path::Path};
 
 use nix::{errno::Errno, libc};
 
@@ -16,27 +14,33 @@ use super::{Begun, Collector, Memory, Plan, Restorer};
 use crate::{
     image::{
         self, ImageStore, Kind, SnapshotWriter,
-        proto::{IpcDescEntry, IpcShmEntry, VmaEntry},
+        proto::{IpcShmEntry, VmaEntry},
         vma,
     },
-    inject::Script,
+    inject::{Script, Task},
     proc::Mapping,
     res::{
         ResError, Result,
         mm::mapping::{self, Object},
+        ns,
+        sysv::{SEGMENT, desc, permissions, visit},
     },
     sys::{
         fds,
         shm::{self, Segment},
+        sysv::Permissions,
     },
     units::{HostPid, HugeSize, PAGE_SIZE, RemoteAddr},
 };
 
 /// The number that images give to the dumper's IPC namespace.
-const NAMESPACE: u64 = 3;
+const NAMESPACE: u32 = 3;
 
 /// `SHM_DEST` (`linux/shm.h`): the kernel removes the segment when the last process detaches it.
 const DESTROYED: u32 = 0o1000;
+
+/// `SHM_LOCKED` (`linux/shm.h`): the pages are not swapped out.
+const LOCKED: u32 = 0o2000;
 
 /// The permission bits of `shm_perm.mode`.
 const PERMISSIONS: u32 = 0o777;
@@ -44,23 +48,43 @@ const PERMISSIONS: u32 = 0o777;
 /// `SHM_HUGETLB` (`linux/shm.h`).
 const HUGE: u32 = libc::SHM_HUGETLB.cast_unsigned();
 
-/// The file that chooses the id of the next segment.
-const NEXT_ID: &str = "/proc/sys/kernel/shm_next_id";
-
-/// The segments that the tree has attached, by id.
-#[derive(Debug, Default)]
-struct Attached {
+/// The segments of a tree.
+#[derive(Debug)]
+struct Segments {
+    /// The number of their namespace in the images.
+    namespace: u32,
+    /// A process in that namespace, if it is the tree's own.
+    pid: Option<HostPid>,
+    /// Those that the tree has attached, and all of its own namespace, by id.
     entries: BTreeMap<u32, IpcShmEntry>,
-    /// The segments found since the last call of `memory`.
+    /// Those of the namespace that no mapping has shown yet.
+    unseen: BTreeMap<u32, Segment>,
+    /// Those found since the last call of `memory`.
     memory: Vec<Memory>,
 }
 
-/// Starts without segments.
-pub(super) fn collector() -> Begun<dyn Collector> {
-    Ok(Box::new(Attached::default()))
+/// Starts with the segments of the tree's own namespace.
+pub(super) fn collector(tasks: &[Task]) -> Begun<dyn Collector> {
+    let first = tasks.iter().find(|task| !task.is_zombie()).map(Task::witness);
+    let number = first.and_then(|pid| ns::OfTree::look(pid).number_of("ipc"));
+    let mut segments = Segments {
+        namespace: number.unwrap_or(NAMESPACE),
+        pid: number.and(first),
+        entries: BTreeMap::new(),
+        unseen: BTreeMap::new(),
+        memory: Vec::new(),
+    };
+    if let Some(visit) = visit(segments.pid)? {
+        for id in shm::segments().map_err(failed("list", 0))? {
+            let segment = shm::stat(id).map_err(failed("look at", id))?;
+            segments.unseen.insert(id, segment);
+        }
+        drop(visit);
+    }
+    Ok(Box::new(segments))
 }
 
-impl Collector for Attached {
+impl Collector for Segments {
     fn mapping(&mut self, pid: HostPid, mapping: &Mapping, object: Object) -> Result<Option<u64>> {
         if object != Object::SystemV {
             return Ok(None);
@@ -69,20 +93,35 @@ impl Collector for Attached {
             pid,
             what: format!("it has the System V segment {} attached", mapping.inode),
         })?;
-        if let Entry::Vacant(place) = self.entries.entry(id) {
-            let entry = collect(id, mapping).map_err(failed("look at", id))?;
-            let (RemoteAddr(start), RemoteAddr(end)) = (mapping.start, mapping.end);
-            let path = format!("/proc/{pid}/map_files/{start:x}-{end:x}");
-            let file = fds::open_noatime(Path::new(&path))
-                .map_err(|source| ResError::Read { path: path.into(), source })?;
-            place.insert(entry);
-            self.memory.push(memory(id, file));
+        if self.entries.contains_key(&id) {
+            return Ok(Some(id.into()));
         }
+        let visit = visit(self.pid)?;
+        let segment = shm::stat(id).map_err(failed("look at", id))?;
+        drop(visit);
+        self.unseen.remove(&id);
+        let (RemoteAddr(start), RemoteAddr(end)) = (mapping.start, mapping.end);
+        let path = format!("/proc/{pid}/map_files/{start:x}-{end:x}");
+        let file = fds::open_noatime(Path::new(&path))
+            .map_err(|source| ResError::Read { path: path.into(), source })?;
+        self.entries.insert(id, image(id, &segment, mapping::huge_size(mapping)));
+        self.memory.push(memory(id, file));
         Ok(Some(id.into()))
     }
 
-    fn memory(&mut self) -> Vec<Memory> {
-        std::mem::take(&mut self.memory)
+    /// Opens the segments that no process of the tree has attached, by attaching them.
+    fn memory(&mut self) -> Result<Vec<Memory>> {
+        let visit = visit(self.pid)?;
+        for (id, segment) in std::mem::take(&mut self.unseen) {
+            let (file, page_bytes) = shm::open_to_read(id, segment.bytes).map_err(|source| {
+                ResError::SharedMemory { number: id.into(), step: "open", source }
+            })?;
+            let huge = (page_bytes != PAGE_SIZE).then(|| HugeSize::of(page_bytes));
+            self.entries.insert(id, image(id, &segment, huge));
+            self.memory.push(memory(id, file));
+        }
+        drop(visit);
+        Ok(std::mem::take(&mut self.memory))
     }
 
     fn write(&self, images: &SnapshotWriter) -> image::Result<()> {
@@ -90,7 +129,7 @@ impl Collector for Attached {
             return Ok(());
         }
         let entries: Vec<_> = self.entries.values().cloned().collect();
-        images.write(Kind::IpcnsShm, NAMESPACE, &entries)
+        images.write(Kind::IpcnsShm, self.namespace.into(), &entries)
     }
 }
 
@@ -101,14 +140,23 @@ fn memory(id: u32, file: File) -> Memory {
 
 /// The segments to restore.
 #[derive(Debug)]
-struct Segments(Vec<IpcShmEntry>);
-
-pub(super) fn restorer(plan: &Plan<'_>) -> Begun<dyn Restorer> {
-    Ok(Box::new(Segments(read(plan.images)?)))
+struct Wanted {
+    entries: Vec<IpcShmEntry>,
+    /// A process in their namespace, if that is the tree's own.
+    first: Cell<Option<HostPid>>,
+    is_own: bool,
 }
 
-impl Restorer for Segments {
-    fn make(&self) -> Result<Vec<Memory>> {
+pub(super) fn restorer(plan: &Plan<'_>) -> Begun<dyn Restorer> {
+    let own = plan.namespaces.number_of("ipc");
+    let entries = read(plan.images, own.unwrap_or(NAMESPACE))?;
+    Ok(Box::new(Wanted { entries, first: Cell::new(None), is_own: own.is_some() }))
+}
+
+impl Restorer for Wanted {
+    fn make(&self, first: Option<HostPid>) -> Result<Vec<Memory>> {
+        self.first.set(first.filter(|_| self.is_own));
+        let _visit = visit(self.first.get())?;
         let make = |entry: &IpcShmEntry| {
             let id = entry.desc.id;
             let number = u64::from(id);
@@ -118,9 +166,12 @@ impl Restorer for Segments {
                 step: "open",
                 source,
             })?;
+            if entry.desc.mode & LOCKED != 0 {
+                shm::lock(id).map_err(failed("lock", id))?;
+            }
             Ok(memory(id, file))
         };
-        self.0.iter().map(make).collect()
+        self.entries.iter().map(make).collect()
     }
 
     fn map(&self, entry: &VmaEntry, script: &mut Script) -> bool {
@@ -133,7 +184,8 @@ impl Restorer for Segments {
 
     /// Removes the segments that were marked for removal, now that processes have them attached.
     fn finish(&self) -> Result<()> {
-        self.0
+        let _visit = visit(self.first.get())?;
+        self.entries
             .iter()
             .try_for_each(|entry| finish(entry).map_err(failed("mark for removal", entry.desc.id)))
     }
@@ -144,26 +196,14 @@ fn failed(step: &'static str, id: u32) -> impl Fn(Errno) -> ResError {
     move |errno| ResError::SharedMemory { number: id.into(), step, source: errno.into() }
 }
 
-/// Builds the image entry for a mapped segment.
-///
-/// # Errors
-/// `EINVAL` if the segment no longer exists.
-fn collect(id: u32, mapping: &Mapping) -> Result<IpcShmEntry, Errno> {
-    let segment = shm::stat(id)?;
-    Ok(IpcShmEntry {
-        desc: IpcDescEntry {
-            key: segment.key,
-            uid: segment.uid,
-            gid: segment.gid,
-            cuid: segment.creator_uid,
-            cgid: segment.creator_gid,
-            mode: segment.mode,
-            id,
-        },
+/// Builds the image entry for a segment.
+fn image(id: u32, segment: &Segment, huge: Option<HugeSize>) -> IpcShmEntry {
+    IpcShmEntry {
+        desc: desc(id, &segment.permissions),
         size: segment.bytes,
         in_pagemaps: Some(true),
-        hugetlb_flag: mapping::huge_size(mapping).map(|size| size.flags() | HUGE),
-    })
+        hugetlb_flag: huge.map(|size| size.flags() | HUGE),
+    }
 }
 
 /// Reads the image of the segments, if there is one.
@@ -171,8 +211,8 @@ fn collect(id: u32, mapping: &Mapping) -> Result<IpcShmEntry, Errno> {
 /// # Errors
 /// Those of reading an image. Images of CRIU before version 3, which hold the bytes of segments
 /// here, are not supported.
-fn read(images: &dyn ImageStore) -> image::Result<Vec<IpcShmEntry>> {
-    Ok(images.messages_if_any(Kind::IpcnsShm, NAMESPACE)?.unwrap_or_default())
+fn read(images: &dyn ImageStore, namespace: u32) -> image::Result<Vec<IpcShmEntry>> {
+    Ok(images.messages_if_any(Kind::IpcnsShm, namespace.into())?.unwrap_or_default())
 }
 
 /// Finds or creates a segment.
@@ -186,19 +226,17 @@ fn create(entry: &IpcShmEntry) -> Result<(), String> {
         Err(Errno::EINVAL | Errno::EIDRM) => {}
         Err(errno) => return Err(format!("look at segment {}: {errno}", desc.id)),
     }
-    fs::write(NEXT_ID, desc.id.to_string()).map_err(|error| format!("write {NEXT_ID}: {error}"))?;
-    let (huge, of_what) = match huge_size(entry) {
-        Some(size) => (size.flags() | HUGE, " of huge pages (see vm.nr_hugepages)"),
+    let (huge, help) = match huge_size(entry) {
+        Some(size) => {
+            (size.flags() | HUGE, "\nhelp: it has huge pages: see vm.nr_hugepages (hugetlbpage)")
+        }
         None => (0, ""),
     };
-    let made = shm::create(desc.key, entry.size, desc.mode & PERMISSIONS | huge)
-        .map_err(|errno| format!("create a segment{of_what} with key {:#x}: {errno}", desc.key))?;
-    if made != desc.id {
-        let _ = shm::remove(made);
-        return Err(format!("the kernel created segment {made} instead of {}", desc.id));
-    }
-    shm::set_owner(made, desc.uid, desc.gid, desc.mode & PERMISSIONS)
-        .map_err(|errno| format!("set the owner of segment {made}: {errno}"))
+    let mode = desc.mode & PERMISSIONS | huge;
+    let make = || shm::create(desc.key, entry.size, mode);
+    SEGMENT.create(desc, make, shm::remove).map_err(|problem| problem + help)?;
+    let wanted = Permissions { mode: desc.mode & PERMISSIONS, ..permissions(desc) };
+    shm::set_owner(desc.id, &wanted).map_err(|errno| format!("set its owner: {errno}"))
 }
 
 fn huge_size(entry: &IpcShmEntry) -> Option<HugeSize> {
@@ -207,16 +245,16 @@ fn huge_size(entry: &IpcShmEntry) -> Option<HugeSize> {
 
 fn check(entry: &IpcShmEntry, found: &Segment) -> Result<(), String> {
     let desc = &entry.desc;
-    if found.key != desc.key || found.bytes != entry.size {
+    if found.permissions.key != desc.key || found.bytes != entry.size {
         return Err(format!(
             "id {} is in use by another segment, with key {:#x} and {} bytes\nhelp: remove that segment with ipcrm(1)",
-            desc.id, found.key, found.bytes
+            desc.id, found.permissions.key, found.bytes
         ));
     }
     if found.attached > 0 {
         return Err(format!(
             "{} other mappings have segment {} attached, the last one by process {}\nhelp: end those processes",
-            desc.id, found.attached, found.last_pid
+            found.attached, desc.id, found.last_pid
         ));
     }
     Ok(())

@@ -6,18 +6,19 @@ use std::{
     os::fd::{AsFd, OwnedFd},
 };
 
-use nix::{
-    errno::Errno,
-    libc,
-    sys::stat::{Mode, fchmod},
-    unistd::{Gid, Uid, fchown},
-};
+use nix::{errno::Errno, libc};
 
 use crate::{
     image::proto,
     inject::Script,
-    res::file::{FileError, Opened, Opener, Result, descriptor},
-    sys::mqueue::{self, QueueAttributes},
+    res::{
+        file::{FileError, Opened, Opener, Result, descriptor},
+        mqueue,
+    },
+    sys::{
+        mqueue as queues,
+        visit::{Place, Visit},
+    },
     units::{NsPid, TargetFd},
 };
 
@@ -45,6 +46,17 @@ impl Opener for Queues {
                 queues.entry(queue.ino).or_default().push(end);
             }
         }
+        if queues.is_empty() {
+            return Ok(());
+        }
+        // If the tree has an IPC namespace of its own, the queues are there.
+        let first = opened.helpers.first();
+        let visit = first.map(|pid| Visit::to(pid, Place::Ipc)).transpose().map_err(|error| {
+            let errno = Errno::from_raw(error.raw_os_error().unwrap_or_default());
+            let (id, object) =
+                (*queues.values().next().map_or(&0, |ends| &ends[0].file.id), "queues");
+            FileError::restore(id, "enter the IPC namespace of", object)(errno)
+        })?;
         for mut ends in queues.into_values() {
             ends.sort_by_key(|end| end.file.id);
             for (id, fd) in open_queue(&ends)? {
@@ -54,6 +66,7 @@ impl Opener for Queues {
             let notify = ends.iter().find_map(|end| end.queue.notify);
             self.notifications.extend(notify.map(|notify| (ids, notify)));
         }
+        drop(visit);
         Ok(())
     }
 
@@ -92,7 +105,7 @@ struct Unlink(Option<CString>);
 impl Drop for Unlink {
     fn drop(&mut self) {
         if let Some(name) = &self.0 {
-            let _ = mqueue::unlink(name);
+            let _ = queues::unlink(name);
         }
     }
 }
@@ -108,7 +121,7 @@ fn open_queue(ends: &[End]) -> Result<Vec<(u32, OwnedFd)>> {
     let mut name = CString::new(queue.name.clone()).map_err(|_| {
         FileError::image(file.id, format!("the name of {shown} has a NUL byte in it"))
     })?;
-    if queue.unlinked && mqueue::open(&name, libc::O_RDONLY | libc::O_NONBLOCK).is_ok() {
+    if queue.unlinked && queues::open(&name, libc::O_RDONLY | libc::O_NONBLOCK).is_ok() {
         log::warn!(
             "{shown}, whose name was removed: another queue has that name now, so the link \
              in /proc/PID/fd shows a different name"
@@ -118,33 +131,19 @@ fn open_queue(ends: &[End]) -> Result<Vec<(u32, OwnedFd)>> {
     }
     let mut unlink = Unlink(None);
     let messages: Vec<_> = ends.iter().flat_map(|end| &end.queue.messages).collect();
-    match mqueue::open(&name, libc::O_RDWR | libc::O_NONBLOCK) {
+    match queues::open(&name, libc::O_RDWR | libc::O_NONBLOCK) {
         Ok(there) => check(&there, queue, messages.len(), &shown, file.id)?,
         Err(Errno::ENOENT) => {
-            let number = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
-            let attributes = QueueAttributes {
-                messages_max: number(queue.maxmsg),
-                message_bytes: number(queue.msgsize),
-                messages: 0,
-            };
-            let made = mqueue::create(&name, &attributes).map_err(failed("create"))?;
+            mqueue::create(&name, queue, messages.into_iter())
+                .map_err(|(step, errno)| failed(step)(errno))?;
             unlink.0 = Some(name.clone());
-            for message in messages {
-                mqueue::send(made.as_fd(), &message.data, message.priority)
-                    .map_err(failed("fill"))?;
-            }
-            let owner = &queue.owner;
-            fchown(&made, Some(Uid::from_raw(owner.uid)), Some(Gid::from_raw(owner.gid)))
-                .map_err(failed("set the owner of"))?;
-            fchmod(&made, Mode::from_bits_truncate(owner.mode))
-                .map_err(failed("set the mode of"))?;
         }
         Err(errno) => return Err(failed("open")(errno)),
     }
     let mut opened = Vec::new();
     for End { file, .. } in ends {
         let flags = file.flags.cast_signed() & (libc::O_ACCMODE | libc::O_NONBLOCK);
-        let fd = mqueue::open(&name, flags).map_err(failed("open"))?;
+        let fd = queues::open(&name, flags).map_err(failed("open"))?;
         descriptor::set_status(fd.as_fd(), file.flags).map_err(failed("set the flags of"))?;
         descriptor::seek(fd.as_fd(), file.pos, file.flags).map_err(failed("position"))?;
         opened.push((file.id, fd));
@@ -164,7 +163,7 @@ fn check(
     id: u32,
 ) -> Result<()> {
     let failed = FileError::restore(id, "read the attributes of", shown);
-    let found = mqueue::attributes(there.as_fd()).map_err(failed)?;
+    let found = queues::attributes(there.as_fd()).map_err(failed)?;
     let (maxmsg, msgsize) =
         (found.messages_max.cast_unsigned(), found.message_bytes.cast_unsigned());
     if (maxmsg, msgsize) != (queue.maxmsg, queue.msgsize) {
