@@ -213,8 +213,7 @@ impl<'a> Collection<'a> {
         let mut of_task = task::Images::default();
         let of_threads = questions.into_iter().zip(&answers).zip(&task.threads);
         for (((_, of, kinds), answers), thread) in of_threads {
-            let status = proc::thread_status(pid, of.tid)?;
-            let stopped = thread::Stopped { of, thread, status: &status };
+            let stopped = thread::Stopped { of, thread, status: thread.status()? };
             let mut core = thread::collect(kinds, &stopped, answers)?;
             self.common.iter_mut().try_for_each(|kind| kind.thread(of, &mut core))?;
             if let Some(kinds) = about_task.take() {

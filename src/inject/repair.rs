@@ -84,7 +84,7 @@ fn attempt(left: Leftover, threads: &mut [Tracee]) -> Result<Option<Repair>> {
     }
     let mut home = Home::find(threads, &mappings, &[])?;
     let thread = &mut threads[0];
-    if proc::thread_status(pid, thread.tid)?.seccomp != 0 {
+    if thread.status()?.seccomp != 0 {
         thread.suspend_filters()?;
     }
     let stack = home.prepare(Slot::Keeper, thread)?;

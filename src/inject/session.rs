@@ -411,10 +411,9 @@ fn is_forbidden(errno: Errno) -> bool {
 
 /// Suspends the seccomp filters of the threads that have any; returns whether there is one.
 fn suspend_filters(threads: &mut [Tracee]) -> Result<bool> {
-    let witness = threads[0].tid;
     let mut any = false;
     for thread in threads {
-        if proc::thread_status(witness, thread.tid)?.seccomp != 0 {
+        if thread.status()?.seccomp != 0 {
             thread.suspend_filters()?;
             any = true;
         }

@@ -1,5 +1,7 @@
 //! A stopped thread of another process.
 
+use std::sync::OnceLock;
+
 use memchr::memmem;
 use nix::{errno::Errno, libc};
 use zerocopy::{FromBytes, IntoBytes};
@@ -8,7 +10,7 @@ use super::{InjectError, Result, script};
 use crate::{
     arch::native::{self as arch, SYSCALL_INSTRUCTION},
     fault::{self, Point},
-    proc::{self, Mapping},
+    proc::{self, Mapping, Status},
     sys::{
         process,
         ptrace::{self, RSEQ_CS_OFFSET, Registers, RseqConfiguration, Wait},
@@ -78,6 +80,7 @@ pub struct Tracee {
     mask_now: u64,
     /// Whether its seccomp filters are suspended.
     unfiltered: bool,
+    status: OnceLock<Status>,
 }
 
 /// How a thread reports that its script has ended.
@@ -115,6 +118,7 @@ impl Tracee {
             dirty: false,
             mask_now: signal_mask,
             unfiltered: false,
+            status: OnceLock::new(),
         };
         if rseq.pointer != 0 {
             let mut bytes = [0; 8];
@@ -134,6 +138,19 @@ impl Tracee {
             }
         }
         Ok(tracee)
+    }
+
+    /// Returns its `/proc/TID/status`, which is read once. Signals may have become pending since then,
+    /// but ids, capabilities and the seccomp mode cannot change while the thread is stopped.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn status(&self) -> proc::Result<&Status> {
+        if let Some(status) = self.status.get() {
+            return Ok(status);
+        }
+        let status = proc::status(self.tid)?;
+        Ok(self.status.get_or_init(|| status))
     }
 
     /// Suspends the seccomp filters of the thread, so that it can make any system call. They are

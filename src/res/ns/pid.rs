@@ -113,7 +113,7 @@ pub(super) fn map(tasks: &[Task]) -> Result<PidMap> {
         learn(&status.ns_sid, stat.session);
         learn(&status.ns_pid, task.pid);
         for thread in &task.threads {
-            learn(&proc::thread_status(task.pid, thread.tid)?.ns_pid, thread.tid);
+            learn(&thread.status()?.ns_pid, thread.tid);
         }
     }
     Ok(pids)

@@ -168,7 +168,7 @@ pub struct Restored<'a> {
 /// # Errors
 /// The thread has such state.
 pub fn check(of: Thread, thread: &Tracee) -> Result<()> {
-    let stopped = Stopped { of, thread, status: &proc::thread_status(of.pid, of.tid)? };
+    let stopped = Stopped { of, thread, status: thread.status()? };
     KINDS.iter().try_for_each(|kind| kind.check(&stopped))
 }
 
