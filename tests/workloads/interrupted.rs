@@ -8,7 +8,7 @@ use crate::{
     Row,
     blocked::enter,
     kit::{Checkpoint, Thread, Verdict, same, write_all},
-    sockets::{pair, socket},
+    sockets::{listening, pair},
     threads::{bit, block},
 };
 
@@ -152,9 +152,7 @@ fn interrupted(checkpoint: &Checkpoint) -> Verdict {
     let waits = [silent.into(), buffer, 64, 0, 0, 0];
     calls.block("recv, SO_RCVTIMEO", stopped, libc::SYS_recvfrom, waits)?;
     let name = crate::sockets::abstract_name(&format!("rcriu-int-{}", std::process::id()));
-    let server = socket(libc::AF_UNIX, libc::SOCK_STREAM)?;
-    name.bind(server)?;
-    sys!(listen(server, 1))?;
+    let server = listening(&name, libc::SOCK_STREAM)?;
     set_timeout(server, libc::SO_RCVTIMEO)?;
     let waits = [server.into(), 0, 0, 0, 0, 0];
     calls.block("accept, SO_RCVTIMEO", stopped, libc::SYS_accept4, waits)?;

@@ -3,15 +3,14 @@
 use std::{
     fs, mem,
     os::unix::fs::{MetadataExt, PermissionsExt},
-    ptr,
 };
 
 use crate::{
     Row,
     kit::{Checkpoint, Verdict, open, same, write_all},
     sockets::{
-        Address, option, own_port, pair, path_name, receive_descriptors, send_descriptors,
-        set_option, socket,
+        Address, accept, connected, listening, option, own_port, pair, path_name,
+        receive_descriptors, send_descriptors, set_option, socket,
     },
 };
 
@@ -168,15 +167,12 @@ fn peer(fd: i32) -> Result<(i32, u32, u32, u32), String> {
 
 fn peer_credentials(checkpoint: &Checkpoint) -> Verdict {
     let name = path_name(checkpoint, "socket");
-    let server = socket(libc::AF_UNIX, libc::SOCK_STREAM)?;
-    name.bind(server)?;
-    sys!(listen(server, 7))?;
+    let server = listening(&name, libc::SOCK_STREAM)?;
     let path = checkpoint.path("socket");
     fs::set_permissions(&path, fs::Permissions::from_mode(0o777)).map_err(|e| e.to_string())?;
     let child = checkpoint.fork(|child| {
         become_user(NOBODY)?;
-        let old = socket(libc::AF_UNIX, libc::SOCK_STREAM)?;
-        name.connect(old)?;
+        let old = connected(&name, libc::SOCK_STREAM)?;
         let before = peer(old)?;
         let [one, other] = pair(libc::SOCK_SEQPACKET)?;
         let pair_before = (peer(one)?, peer(other)?);
@@ -184,15 +180,13 @@ fn peer_credentials(checkpoint: &Checkpoint) -> Verdict {
         child.wait();
         same("who listened", before, peer(old)?)?;
         same("creator of the pair", pair_before, (peer(one)?, peer(other)?))?;
-        let new = socket(libc::AF_UNIX, libc::SOCK_STREAM)?;
-        name.connect(new)?;
+        let new = connected(&name, libc::SOCK_STREAM)?;
         same("who listens", before, peer(new)?)?;
         child.mark("connected");
         child.wait_mark("accepted")
     })?;
-    let accepted = sys!(accept(server, ptr::null_mut(), ptr::null_mut()))?;
-    let waiting = socket(libc::AF_UNIX, libc::SOCK_STREAM)?;
-    name.connect(waiting)?;
+    let accepted = accept(server)?;
+    let waiting = connected(&name, libc::SOCK_STREAM)?;
     let datagrams = pair(libc::SOCK_DGRAM)?;
     let own = peer(server)?;
     same("own pid", std::process::id().cast_signed(), own.0)?;
@@ -202,11 +196,11 @@ fn peer_credentials(checkpoint: &Checkpoint) -> Verdict {
     let before = of_all()?;
     checkpoint.wait();
     same("peers", before.clone(), of_all()?)?;
-    let first = sys!(accept(server, ptr::null_mut(), ptr::null_mut()))?;
+    let first = accept(server)?;
     let (pid, ..) = peer(first)?;
     same("who waited", std::process::id().cast_signed(), pid)?;
     checkpoint.wait_mark("connected")?;
-    let second = sys!(accept(server, ptr::null_mut(), ptr::null_mut()))?;
+    let second = accept(server)?;
     same("who called", before[1], peer(second)?)?;
     checkpoint.mark("accepted");
     same("listening", 1, option(server, libc::SOL_SOCKET, libc::SO_ACCEPTCONN)?)?;
@@ -235,8 +229,7 @@ fn peer_credentials_of_the_dead(checkpoint: &Checkpoint) -> Verdict {
     same("user", NOBODY, before[0].1)?;
     checkpoint.wait();
     same("peers", before.clone(), of_all()?)?;
-    let client = socket(libc::AF_UNIX, libc::SOCK_STREAM)?;
-    name.connect(client)?;
+    let client = connected(&name, libc::SOCK_STREAM)?;
     same("who listened", before[0], peer(client)?)
 }
 
@@ -246,12 +239,9 @@ fn credentials_of_a_pair(checkpoint: &Checkpoint) -> Verdict {
     let stream = pair(libc::SOCK_STREAM)?;
     let packets = pair(libc::SOCK_SEQPACKET)?;
     let name = crate::sockets::abstract_name(&format!("rcriu-owner-{}", std::process::id()));
-    let server = socket(libc::AF_UNIX, libc::SOCK_STREAM)?;
-    name.bind(server)?;
-    sys!(listen(server, 7))?;
-    let client = socket(libc::AF_UNIX, libc::SOCK_STREAM)?;
-    name.connect(client)?;
-    let accepted = sys!(accept(server, ptr::null_mut(), ptr::null_mut()))?;
+    let server = listening(&name, libc::SOCK_STREAM)?;
+    let client = connected(&name, libc::SOCK_STREAM)?;
+    let accepted = accept(server)?;
     let fds = [stream[0], stream[1], packets[0], packets[1], server, client, accepted];
     let of_all = || fds.iter().map(|fd| peer(*fd)).collect::<Result<Vec<_>, _>>();
     let before = of_all()?;

@@ -1,11 +1,14 @@
 //! What sockets keep of a peer that is gone, and what can be set of them only.
 
-use std::{io::Error, ptr};
+use std::io::Error;
 
 use crate::{
     Row,
     kit::{Checkpoint, Verdict, bytes, same, wait_until, write_all},
-    sockets::{Address, option, own_port, pair, path_name, receive, set_option, socket},
+    sockets::{
+        Address, accept, connected, listening, option, own_port, pair, path_name, receive,
+        set_option, socket,
+    },
 };
 
 pub const ROWS: &[Row] = &[
@@ -81,11 +84,8 @@ fn unix_pending_errors(checkpoint: &Checkpoint) -> Verdict {
 
 fn unix_reset_before_accept(checkpoint: &Checkpoint) -> Verdict {
     let name = path_name(checkpoint, "socket");
-    let server = socket(libc::AF_UNIX, libc::SOCK_STREAM)?;
-    name.bind(server)?;
-    sys!(listen(server, 7))?;
-    let client = socket(libc::AF_UNIX, libc::SOCK_STREAM)?;
-    name.connect(client)?;
+    let server = listening(&name, libc::SOCK_STREAM)?;
+    let client = connected(&name, libc::SOCK_STREAM)?;
     sys!(close(server))?;
     ensure!(has_error(client), "no error");
     checkpoint.wait();
@@ -174,7 +174,7 @@ fn connection(port: u32) -> Result<[i32; 2], String> {
     sys!(listen(server, 3))?;
     let client = socket(libc::AF_INET, libc::SOCK_STREAM)?;
     name.connect(client)?;
-    let accepted = sys!(accept(server, ptr::null_mut(), ptr::null_mut()))?;
+    let accepted = accept(server)?;
     sys!(close(server))?;
     Ok([client, accepted])
 }
@@ -225,7 +225,7 @@ fn tcp_connections(checkpoint: &Checkpoint) -> Verdict {
     let connect = || -> Result<[i32; 2], String> {
         let client = socket(libc::AF_INET, libc::SOCK_STREAM)?;
         Address::ip4(own_port(0)).connect(client)?;
-        Ok([client, sys!(accept(server, ptr::null_mut(), ptr::null_mut()))?])
+        Ok([client, accept(server)?])
     };
     let [both, half, other] = [connect()?, connect()?, connect()?];
     let options = [

@@ -287,6 +287,23 @@ fn unix_half_closed_pair(checkpoint: &Checkpoint) -> Verdict {
     Ok(())
 }
 
+pub fn listening(name: &Address, kind: i32) -> Result<i32, String> {
+    let server = socket(libc::AF_UNIX, kind)?;
+    name.bind(server)?;
+    sys!(listen(server, 9))?;
+    Ok(server)
+}
+
+pub fn connected(name: &Address, kind: i32) -> Result<i32, String> {
+    let client = socket(libc::AF_UNIX, kind)?;
+    name.connect(client)?;
+    Ok(client)
+}
+
+pub fn accept(server: i32) -> Result<i32, String> {
+    sys!(accept(server, ptr::null_mut(), ptr::null_mut()))
+}
+
 /// Room for descriptors in a control message.
 #[repr(C, align(8))]
 struct Control([u8; 64]);
@@ -313,8 +330,12 @@ pub fn send_descriptors(fd: i32, data: &[u8], descriptors: &[i32]) -> Verdict {
     sys!(sendmsg(fd, &raw const message, 0)).map(drop)
 }
 
-pub fn receive_descriptors(fd: i32) -> Result<(Vec<u8>, Vec<i32>), String> {
-    let mut data = [0_u8; 100];
+/// The type and the data of a control message.
+pub type ControlData = (i32, Vec<u8>);
+
+/// Receives up to `len` bytes, and the first control message with them.
+pub fn receive_with_control(fd: i32, len: usize) -> Result<(Vec<u8>, Option<ControlData>), String> {
+    let mut data = vec![0_u8; len];
     let mut part = libc::iovec { iov_base: data.as_mut_ptr().cast(), iov_len: data.len() };
     let mut control = Control([0; 64]);
     // SAFETY: all zeros is a valid message.
@@ -324,18 +345,23 @@ pub fn receive_descriptors(fd: i32) -> Result<(Vec<u8>, Vec<i32>), String> {
     message.msg_control = control.0.as_mut_ptr().cast();
     message.msg_controllen = control.0.len();
     let count = sys!(recvmsg(fd, &raw mut message, libc::MSG_DONTWAIT))?;
-    let mut descriptors = Vec::new();
-    // SAFETY: the kernel has written the control messages into the buffer.
-    unsafe {
-        let header = libc::CMSG_FIRSTHDR(&raw const message);
-        if !header.is_null() {
-            let bytes = (*header).cmsg_len - libc::CMSG_LEN(0) as usize;
-            for at in 0..bytes / 4 {
-                descriptors.push(libc::CMSG_DATA(header).cast::<i32>().add(at).read_unaligned());
-            }
-        }
-    }
-    Ok((data[..count as usize].to_vec(), descriptors))
+    data.truncate(count as usize);
+    // SAFETY: the kernel has written the control messages, with their lengths, into the buffer.
+    let found = unsafe {
+        libc::CMSG_FIRSTHDR(&raw const message).as_ref().map(|header| {
+            let bytes = header.cmsg_len - libc::CMSG_LEN(0) as usize;
+            let data = std::slice::from_raw_parts(libc::CMSG_DATA(header), bytes);
+            (header.cmsg_type, data.to_vec())
+        })
+    };
+    Ok((data, found))
+}
+
+pub fn receive_descriptors(fd: i32) -> Result<(Vec<u8>, Vec<i32>), String> {
+    let (data, control) = receive_with_control(fd, 100)?;
+    let bytes = control.map(|(_, bytes)| bytes).unwrap_or_default();
+    let descriptors = bytes.as_chunks().0.iter().map(|bytes| i32::from_ne_bytes(*bytes));
+    Ok((data, descriptors.collect()))
 }
 
 fn unix_queued_descriptors(checkpoint: &Checkpoint) -> Verdict {
@@ -362,12 +388,9 @@ fn unix_queued_descriptors(checkpoint: &Checkpoint) -> Verdict {
 
 /// A listening socket with a connected pair, and a connection afterwards.
 fn served(checkpoint: &Checkpoint, name: Address, kind: i32) -> Verdict {
-    let server = socket(libc::AF_UNIX, kind)?;
-    name.bind(server)?;
-    sys!(listen(server, 7))?;
-    let client = socket(libc::AF_UNIX, kind)?;
-    name.connect(client)?;
-    let accepted = sys!(accept(server, ptr::null_mut(), ptr::null_mut()))?;
+    let server = listening(&name, kind)?;
+    let client = connected(&name, kind)?;
+    let accepted = accept(server)?;
     write_all(client, b"queued")?;
     let before = Address::own(server)?;
     checkpoint.wait();
@@ -376,9 +399,8 @@ fn served(checkpoint: &Checkpoint, name: Address, kind: i32) -> Verdict {
     same("bytes queued", &b"queued"[..], &read_some(accepted, 100)?[..])?;
     write_all(accepted, b"answer")?;
     same("answer", &b"answer"[..], &read_some(client, 100)?[..])?;
-    let late = socket(libc::AF_UNIX, kind)?;
-    name.connect(late)?;
-    let accepted = sys!(accept(server, ptr::null_mut(), ptr::null_mut()))?;
+    let late = connected(&name, kind)?;
+    let accepted = accept(server)?;
     write_all(late, b"new connection")?;
     same("bytes of a new connection", &b"new connection"[..], &read_some(accepted, 100)?[..])
 }
@@ -395,12 +417,9 @@ fn unix_abstract(checkpoint: &Checkpoint) -> Verdict {
 /// The ends of a connection know by which name it came about.
 fn unix_accepted_name(checkpoint: &Checkpoint) -> Verdict {
     let name = path_name(checkpoint, "socket");
-    let server = socket(libc::AF_UNIX, libc::SOCK_STREAM)?;
-    name.bind(server)?;
-    sys!(listen(server, 7))?;
-    let client = socket(libc::AF_UNIX, libc::SOCK_STREAM)?;
-    name.connect(client)?;
-    let accepted = sys!(accept(server, ptr::null_mut(), ptr::null_mut()))?;
+    let server = listening(&name, libc::SOCK_STREAM)?;
+    let client = connected(&name, libc::SOCK_STREAM)?;
+    let accepted = accept(server)?;
     let names = || -> Result<_, String> {
         Ok([Address::own(server)?, Address::own(accepted)?, Address::peer(client)?])
     };
@@ -419,9 +438,7 @@ fn unix_pending_data(checkpoint: &Checkpoint) -> Verdict {
 
 fn pending(checkpoint: &Checkpoint, data: bool) -> Verdict {
     let name = path_name(checkpoint, "socket");
-    let server = socket(libc::AF_UNIX, libc::SOCK_STREAM)?;
-    name.bind(server)?;
-    sys!(listen(server, 7))?;
+    let server = listening(&name, libc::SOCK_STREAM)?;
     let clients = [0, 1].map(|_| socket(libc::AF_UNIX, libc::SOCK_STREAM));
     for client in &clients {
         name.connect(client.clone()?)?;
@@ -433,9 +450,9 @@ fn pending(checkpoint: &Checkpoint, data: bool) -> Verdict {
     if !data {
         write_all(clients[0].clone()?, b"before")?;
     }
-    let accepted = sys!(accept(server, ptr::null_mut(), ptr::null_mut()))?;
+    let accepted = accept(server)?;
     same("bytes of the pending connection", &b"before"[..], &read_some(accepted, 100)?[..])?;
-    let second = sys!(accept(server, ptr::null_mut(), ptr::null_mut()))?;
+    let second = accept(server)?;
     write_all(second, b"to the second")?;
     same("bytes", &b"to the second"[..], &read_some(clients[1].clone()?, 100)?[..])
 }
@@ -444,8 +461,7 @@ fn unix_named_datagram(checkpoint: &Checkpoint) -> Verdict {
     let name = path_name(checkpoint, "socket");
     let server = socket(libc::AF_UNIX, libc::SOCK_DGRAM)?;
     name.bind(server)?;
-    let connected = socket(libc::AF_UNIX, libc::SOCK_DGRAM)?;
-    name.connect(connected)?;
+    let connected = connected(&name, libc::SOCK_DGRAM)?;
     let free = socket(libc::AF_UNIX, libc::SOCK_DGRAM)?;
     write_all(connected, b"queued")?;
     checkpoint.wait();
@@ -504,7 +520,7 @@ fn tcp_server(checkpoint: &Checkpoint, family: i32, name: Address) -> Verdict {
     let child = checkpoint.fork(|child| {
         child.wait();
         child.wait_mark("connected")?;
-        let accepted = sys!(accept(server, ptr::null_mut(), ptr::null_mut()))?;
+        let accepted = accept(server)?;
         same("bytes in the child", &b"hello"[..], &read_some(accepted, 10)?[..])
     })?;
     let options = || -> Result<Vec<i32>, String> {

@@ -1,14 +1,14 @@
 //! UNIX connections that were not accepted, with data sent into them, and data with credentials of
 //! its sender.
 
-use std::{mem, ptr};
+use std::ptr;
 
 use crate::{
     Row,
     kit::{Checkpoint, Verdict, bytes, read_some, same, write_all},
     sockets::{
-        Address, abstract_name, pair, path_name, receive, receive_descriptors, send_descriptors,
-        set_option, socket,
+        abstract_name, accept, connected, listening, pair, path_name, receive, receive_descriptors,
+        receive_with_control, send_descriptors, set_option,
     },
 };
 
@@ -21,23 +21,6 @@ pub const ROWS: &[Row] = &[
     ("unix_nested_descriptors", unix_nested_descriptors),
     ("unix_urgent", unix_urgent),
 ];
-
-fn listening(name: &Address, kind: i32) -> Result<i32, String> {
-    let server = socket(libc::AF_UNIX, kind)?;
-    name.bind(server)?;
-    sys!(listen(server, 9))?;
-    Ok(server)
-}
-
-fn connected(name: &Address, kind: i32) -> Result<i32, String> {
-    let client = socket(libc::AF_UNIX, kind)?;
-    name.connect(client)?;
-    Ok(client)
-}
-
-fn accepted(server: i32) -> Result<i32, String> {
-    sys!(accept(server, ptr::null_mut(), ptr::null_mut()))
-}
 
 /// The pid that a socket shows of its peer.
 fn peer_pid(fd: i32) -> Result<i32, String> {
@@ -85,27 +68,27 @@ fn unix_pending_order(checkpoint: &Checkpoint) -> Verdict {
     sys!(pipe2(pipe.as_mut_ptr(), 0))?;
     send_descriptors(second, b"pipe", &[pipe[1]])?;
     checkpoint.wait();
-    let end = accepted(server)?;
+    let end = accept(server)?;
     same("process of the first", own_pid(), peer_pid(end)?)?;
     same("bytes of the first", &b"one, two"[..], &drained(end)?[..])?;
     same("the end", Some(Vec::new()), receive(end)?)?;
-    let end = accepted(server)?;
+    let end = accept(server)?;
     let (data, got) = receive_descriptors(end)?;
     same("message of the second", (&b"pipe"[..], 1), (&data[..], got.len()))?;
     write_all(got[0], b"through it")?;
     same("bytes of the pipe", &b"through it"[..], &read_some(pipe[0], 100)?[..])?;
     write_all(end, b"back")?;
     same("bytes back", &b"back"[..], &read_some(second, 100)?[..])?;
-    let end = accepted(server)?;
+    let end = accept(server)?;
     same("process of the third", child.pid, peer_pid(end)?)?;
     same("bytes of the third", &b"of the child"[..], &read_some(end, 100)?[..])?;
     write_all(end, b"answer")?;
     checkpoint.mark("accepted");
     child.join()?;
-    let end = accepted(server)?;
+    let end = accept(server)?;
     ensure!(drained(end)? == large, "bytes of the last have changed");
     sys!(fcntl(server, libc::F_SETFL, libc::O_NONBLOCK))?;
-    ensure!(accepted(server).is_err(), "one connection too many");
+    ensure!(accept(server).is_err(), "one connection too many");
     Ok(())
 }
 
@@ -123,12 +106,12 @@ fn unix_pending_closed(checkpoint: &Checkpoint) -> Verdict {
     let open = connected(&name, kind)?;
     checkpoint.wait();
     for data in [&b""[..], b"the last words", &large] {
-        let end = accepted(server)?;
+        let end = accept(server)?;
         same("process", own_pid(), peer_pid(end)?)?;
         ensure!(drained(end)? == data, "{} bytes have changed", data.len());
         same("the end", Some(Vec::new()), receive(end)?)?;
     }
-    let end = accepted(server)?;
+    let end = accept(server)?;
     same("nothing yet", None, receive(end)?)?;
     write_all(open, b"later")?;
     same("bytes of the open one", Some(b"later".to_vec()), receive(end)?)
@@ -144,38 +127,21 @@ fn unix_pending_packets(checkpoint: &Checkpoint) -> Verdict {
         write_all(client, data)?;
     }
     checkpoint.wait();
-    let end = accepted(server)?;
+    let end = accept(server)?;
     for data in [&b"one"[..], &large, b"three"] {
         ensure!(receive(end)?.as_deref() == Some(data), "a packet of {} bytes", data.len());
     }
     same("one packet too many", None, receive(end)?)
 }
 
-/// Room for credentials in a control message.
-#[repr(C, align(8))]
-struct Control([u8; 64]);
-
 /// Receives up to `len` bytes and the process that has sent them.
 fn receive_from(fd: i32, len: usize) -> Result<(Vec<u8>, i32, u32), String> {
-    let mut data = vec![0_u8; len];
-    let mut part = libc::iovec { iov_base: data.as_mut_ptr().cast(), iov_len: data.len() };
-    let mut control = Control([0; 64]);
-    // SAFETY: all zeros is a valid message.
-    let mut message: libc::msghdr = unsafe { mem::zeroed() };
-    message.msg_iov = &raw mut part;
-    message.msg_iovlen = 1;
-    message.msg_control = control.0.as_mut_ptr().cast();
-    message.msg_controllen = control.0.len();
-    let count = sys!(recvmsg(fd, &raw mut message, libc::MSG_DONTWAIT))?;
-    data.truncate(count as usize);
-    // SAFETY: the kernel has written the control messages into the buffer.
-    let sender = unsafe {
-        let header = libc::CMSG_FIRSTHDR(&raw const message);
-        ensure!(!header.is_null(), "no credentials");
-        ensure!((*header).cmsg_type == libc::SCM_CREDENTIALS, "other control data");
-        libc::CMSG_DATA(header).cast::<libc::ucred>().read_unaligned()
-    };
-    Ok((data, sender.pid, sender.uid))
+    let (data, control) = receive_with_control(fd, len)?;
+    let (kind, bytes) = control.ok_or("no credentials")?;
+    ensure!(kind == libc::SCM_CREDENTIALS, "other control data");
+    let word = |at: usize| u32::from_ne_bytes(bytes[at..at + 4].try_into().expect("4 bytes"));
+    // `struct ucred`: pid, user, group.
+    Ok((data, word(0).cast_signed(), word(4)))
 }
 
 /// A server that asks for the sender, as those of logs do.
@@ -192,7 +158,7 @@ fn unix_pending_credentials(checkpoint: &Checkpoint) -> Verdict {
         child.wait_mark("read")
     })?;
     checkpoint.wait();
-    let end = accepted(server)?;
+    let end = accept(server)?;
     same("first", (b"parent".to_vec(), own_pid(), 0), receive_from(end, 100)?)?;
     same("second", (b"child".to_vec(), child.pid, 0), receive_from(end, 100)?)?;
     checkpoint.mark("read");
@@ -276,7 +242,7 @@ fn unix_nested_descriptors(checkpoint: &Checkpoint) -> Verdict {
     same("bytes", &b"once"[..], &read_some(itself, 100)?[..])?;
     same("bytes once more", None, receive(own[1])?)?;
     let server = received_one(carrier[1], "server")?;
-    let end = accepted(server)?;
+    let end = accept(server)?;
     same("bytes that waited", Some(b"patient".to_vec()), receive(end)?)
 }
 

@@ -49,15 +49,20 @@ fn add(fd: i32, checkpoint: &Checkpoint, name: &str, mask: u32) -> Result<i32, S
     sys!(inotify_add_watch(fd, checkpoint.c_path(name).as_ptr(), mask))
 }
 
+/// The bytes of the events that wait.
+fn waiting(fd: i32) -> Result<Vec<u8>, String> {
+    match read_some(fd, 8192) {
+        Err(_) if std::io::Error::last_os_error().raw_os_error() == Some(libc::EAGAIN) => {
+            Ok(Vec::new())
+        }
+        data => data,
+    }
+}
+
 /// The events that wait: watch, mask, name.
 fn events(fd: i32) -> Result<Vec<(i32, u32, String)>, String> {
     let mut found = Vec::new();
-    let data = match read_some(fd, 8192) {
-        Err(_) if std::io::Error::last_os_error().raw_os_error() == Some(libc::EAGAIN) => {
-            return Ok(found);
-        }
-        data => data?,
-    };
+    let data = waiting(fd)?;
     let mut rest = &data[..];
     while rest.len() >= 16 {
         let word = |at: usize| u32::from_ne_bytes(rest[at..at + 4].try_into().expect("4 bytes"));
@@ -222,12 +227,7 @@ fn inotify_many(checkpoint: &Checkpoint) -> Verdict {
 /// The masks of the events that wait for a group.
 fn masks(fd: i32) -> Result<Vec<u64>, String> {
     let mut found = Vec::new();
-    let data = match read_some(fd, 8192) {
-        Err(_) if std::io::Error::last_os_error().raw_os_error() == Some(libc::EAGAIN) => {
-            return Ok(found);
-        }
-        data => data?,
-    };
+    let data = waiting(fd)?;
     // `struct fanotify_event_metadata` (`linux/fanotify.h`).
     let mut rest = &data[..];
     while rest.len() >= 24 {
