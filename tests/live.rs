@@ -380,6 +380,11 @@ states! {
     ipc_namespace_segments;
     ipc_namespace_queues;
     ipc_namespace_forced;
+    network_namespace ["--tcp-established"];
+    network_namespace_down;
+    network_devices;
+    network_routes;
+    network_settings;
     seccomp_filters, elsewhere: restored running;
     seccomp_kills, elsewhere: restored running;
     seccomp_kills_returns;

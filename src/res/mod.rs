@@ -9,6 +9,7 @@ mod error;
 pub mod file;
 pub mod mm;
 mod mqueue;
+mod netlink;
 pub mod ns;
 pub mod seccomp;
 pub mod signals;

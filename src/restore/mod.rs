@@ -172,6 +172,9 @@ fn restore(
     let mut files = plan.installer(file_options);
     if let Some(puppets) = &puppets {
         files.opened.helpers = puppets.makers.clone();
+        if let Some(number) = plan.namespaces.borrow().number_of("net") {
+            files.opened.add_network(number, puppets.first_pid())?;
+        }
     }
     let objects = objects::create(plan, &mut files)?;
     for body in plan.tasks.iter().filter_map(|task| task.body.as_ref()) {

@@ -26,7 +26,7 @@ use crate::{
         process::{self, CloneArguments},
         ptrace,
     },
-    units::NsPid,
+    units::{HostPid, NsPid},
 };
 
 /// `CLONE_CLEAR_SIGHAND` (`linux/sched.h`, since Linux 5.5): resets all handlers to the
@@ -75,6 +75,7 @@ pub(super) struct Puppets<'a> {
     births: Births,
     /// The process that this program has made, while it is being prepared.
     pub(super) first: Option<First>,
+    first_pid: HostPid,
     /// Has that process, until it is a task or a helper of the restore.
     pub(super) makers: Helpers,
     /// In the order of the plan's tasks; `None` until made.
@@ -128,6 +129,7 @@ impl<'a> Puppets<'a> {
             plan,
             births,
             first: None,
+            first_pid: HostPid(0),
             makers: Helpers::default(),
             tasks: (0..plan.tasks.len()).map(|_| None).collect(),
             helpers: Vec::new(),
@@ -139,6 +141,11 @@ impl<'a> Puppets<'a> {
         };
         puppets.make_first(&ground)?;
         Ok(puppets)
+    }
+
+    /// Returns the process that this program has made, which is in the namespaces of the tree.
+    pub(super) fn first_pid(&self) -> HostPid {
+        self.first_pid
     }
 
     /// Makes all other processes of the plan, with the memory of all in place.
@@ -188,6 +195,7 @@ impl<'a> Puppets<'a> {
         let options = of_kinds.fold(ptrace::options::FOLLOW, |all, options| all | options);
         let first = adopt_sleeper(tid, options)?;
         self.plan.pids.learn(pid, tid);
+        self.first_pid = tid;
         let rseq = first.rseq;
         let first = First { tracee: first, pid, scratch: self.scratch };
         let first = self.first.insert(first);

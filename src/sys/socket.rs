@@ -23,6 +23,9 @@ pub const UNIX_NAME_MAX: usize = 108;
 /// Opens the file of a socket with `O_PATH` (`SIOCUNIXFILE`, `linux/un.h`, since Linux 4.11).
 const SIOCUNIXFILE: libc::Ioctl = 0x89e0;
 
+/// Opens the network namespace of a socket (`SIOCGSKNS`, `linux/sockios.h`, since Linux 4.10).
+const SIOCGSKNS: libc::Ioctl = 0x894c;
+
 /// The size of the control buffer of one message: 253 descriptors (`SCM_MAX_FD`, `net/scm.h`),
 /// credentials, and a security label.
 const CONTROL_BYTES: usize = 8192;
@@ -326,6 +329,17 @@ pub fn bind_packet(fd: BorrowedFd, protocol: u16, interface: u32) -> nix::Result
 pub fn unix_file(fd: BorrowedFd) -> nix::Result<OwnedFd> {
     // SAFETY: the request takes no argument.
     let opened = Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), SIOCUNIXFILE) })?;
+    // SAFETY: the kernel has just created this descriptor for this process.
+    Ok(unsafe { OwnedFd::from_raw_fd(opened) })
+}
+
+/// Opens the network namespace of a socket.
+///
+/// # Errors
+/// `EPERM` without `CAP_NET_ADMIN` in the namespace.
+pub fn network(fd: BorrowedFd) -> nix::Result<OwnedFd> {
+    // SAFETY: the request takes no argument.
+    let opened = Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), SIOCGSKNS) })?;
     // SAFETY: the kernel has just created this descriptor for this process.
     Ok(unsafe { OwnedFd::from_raw_fd(opened) })
 }

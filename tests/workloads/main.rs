@@ -31,6 +31,7 @@ mod locks;
 mod memory;
 mod mqueues;
 mod namespaces;
+mod networks;
 mod odd_files;
 mod owners;
 mod pidfds;
@@ -93,6 +94,7 @@ const GROUPS: &[&[Row]] = &[
     clocks::ROWS,
     namespaces::ROWS,
     ipc::ROWS,
+    networks::ROWS,
     confined::ROWS,
     pidfds::ROWS,
     refused::ROWS,

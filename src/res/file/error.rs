@@ -115,6 +115,12 @@ pub enum FileError {
         /// The cause.
         source: std::io::Error,
     },
+    /// A network namespace of the tree could not be entered.
+    #[error("enter a network namespace of the tree (setns(2))")]
+    Network {
+        /// The cause.
+        source: std::io::Error,
+    },
     /// Packets of the tree's connections are held back still.
     #[error("let packets of the tree's connections pass again (nftables, iptables)")]
     Packets {

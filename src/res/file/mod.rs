@@ -21,6 +21,7 @@ mod lock;
 mod memfd;
 mod mqueue;
 mod namespace;
+mod network;
 mod options;
 mod owner;
 mod path;
@@ -61,6 +62,7 @@ pub use self::{
     install::{FileUser, Installer},
     listeners::Listeners,
     lock::Options as LockOptions,
+    network::{Made, Network},
     options::{DumpOptions, External, Inherited, RestoreOptions},
     sock::{
         inet::{
@@ -97,9 +99,17 @@ pub struct Description {
     pub info: FdInfo,
     /// The process that receives signals for the file (`F_GETOWN_EX`, `F_GETSIG`).
     pub fown: proto::FownEntry,
+    /// The network namespace of a socket.
+    pub network: Option<Rc<Network>>,
 }
 
 impl Description {
+    /// Returns the number of the network namespace of a socket.
+    pub fn network_number(&self) -> u32 {
+        let number = self.network.as_ref().map(|network| network.number);
+        number.expect("sockets have a network namespace")
+    }
+
     /// Returns the status flags in the form of the images: without `O_CLOEXEC`.
     pub fn status(&self) -> u32 {
         self.flags & !libc::O_CLOEXEC.cast_unsigned()
@@ -267,6 +277,8 @@ pub struct Opened {
     pub pids: PidMap,
     /// The root directory in which the paths of the images are looked up.
     pub root: Root,
+    /// The network namespaces of the tree.
+    pub networks: Rc<Made>,
     /// Makes processes that make calls with the ids of others.
     pub helpers: Helpers,
     /// A process that has each description open. The entry for [`NO_DESCRIPTION`] stands for
@@ -308,10 +320,20 @@ impl Opened {
             root_leads_group: false,
             pids,
             root: Root::own(),
+            networks: Rc::default(),
             helpers: Helpers::default(),
             holders: HashMap::new(),
             fds: HashMap::new(),
         }
+    }
+
+    /// Adds a network namespace of the tree, by its number in the images; a process is in it.
+    ///
+    /// # Errors
+    /// [`FileError::Network`].
+    pub fn add_network(&mut self, number: u32, pid: HostPid) -> Result<()> {
+        let failed = |source| FileError::Network { source };
+        Rc::get_mut(&mut self.networks).expect("no file is open").add(number, pid).map_err(failed)
     }
 
     /// Adds a description.

@@ -20,7 +20,7 @@ use nix::{
 
 use super::{
     BuildIds, Collector, DeletedFiles, Description, DumpOptions, FileError, FileKind, Intake,
-    KINDS, Listeners, Locked, Result, Usage, Validation, fown, owner, path,
+    KINDS, Listeners, Locked, Result, Usage, Validation, fown, network::Seen, owner, path,
 };
 use crate::{
     image::{Kind, SnapshotWriter, proto},
@@ -66,6 +66,7 @@ struct Known {
     build_ids: BuildIds,
     listeners: Listeners,
     validation: Validation,
+    networks: Seen,
 }
 
 struct Pending {
@@ -185,6 +186,7 @@ impl FileTable {
                 build_ids: BuildIds::default(),
                 listeners: Listeners::default(),
                 validation: options.validation,
+                networks: Seen::new(own),
             },
         }
     }
@@ -274,7 +276,7 @@ impl FileTable {
     }
 
     fn describe(
-        &self,
+        &mut self,
         id: u32,
         fd: OwnedFd,
         pid: HostPid,
@@ -291,7 +293,19 @@ impl FileTable {
         let flags = flags.cast_unsigned();
         let fown = fown::read(fd.as_fd(), flags, &self.state.pids)
             .map_err(failed("read the owner of", &link))?;
-        Ok(Description { id, fd, pid, number, stat, flags, link, info, fown })
+        let mut file =
+            Description { id, fd, pid, number, stat, flags, link, info, fown, network: None };
+        if file.is_type(libc::S_IFSOCK) {
+            let network = self.state.networks.of(file.fd.as_fd(), pid);
+            let network = network.map_err(file.failed("find the network namespace of"))?;
+            file.network = Some(network.map_err(|inode| {
+                let what = format!(
+                    "a socket of the network namespace net:[{inode}], which its process is not in"
+                );
+                file.unsupported(what, "have the program close it, then try again")
+            })?);
+        }
+        Ok(file)
     }
 
     fn collect(
@@ -314,7 +328,9 @@ impl FileTable {
         };
         // Take the collector out of the list: it may enter the files that it finds.
         let mut collector = self.collectors[position].take().expect("only one is out");
-        let entry = collector.collect(&file, &mut self.state);
+        let visit = file.network.as_ref().map(|network| network.visit());
+        let visit = visit.transpose().map_err(file.failed("enter the network namespace of"));
+        let entry = visit.and_then(|_visit| collector.collect(&file, &mut self.state));
         self.collectors[position] = Some(collector);
         let mut entry = entry?;
         entry.owner = entry.owner.or_else(|| owner::read(&file));
@@ -349,6 +365,7 @@ impl FileTable {
             link: key.2.clone(),
             info,
             fown: proto::FownEntry::default(),
+            network: None,
         };
         file.info.pos = 0;
         let entry = path::entry_of(&file, &mut self.state)?;

@@ -13,6 +13,7 @@
 //! To support another kind, write a file with an [`Namespace`] and name it in the row of the kind.
 
 mod ipc;
+mod net;
 mod pid;
 mod time;
 mod uts;
@@ -56,7 +57,7 @@ const fn row(
 /// The namespaces that a thread is in.
 static KINDS: [Kind; 8] = [
     row("pid", "a pid namespace", "-p", |ids| &mut ids.pid_ns_id, Some(&pid::Pid)),
-    row("net", "a network namespace", "-n", |ids| &mut ids.net_ns_id, None),
+    row("net", "a network namespace", "-n", |ids| &mut ids.net_ns_id, Some(&net::Net)),
     row("ipc", "an IPC namespace", "-i", |ids| &mut ids.ipc_ns_id, Some(&ipc::Ipc)),
     row("uts", "a UTS namespace", "-u", |ids| &mut ids.uts_ns_id, Some(&uts::Uts)),
     row(time::FILE, "a time namespace", "-T", |ids| &mut ids.time_ns_id, Some(&time::Time)),

@@ -20,6 +20,7 @@ use nix::{
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::state;
+use crate::res::netlink::{Attributes, word};
 
 /// The size of the receive buffer: no message of the kernel is larger.
 const RECEIVE_BYTES: usize = 64 << 10;
@@ -29,9 +30,6 @@ const BY_FAMILY: u16 = 20;
 
 /// The flags of a request for a list: `NLM_F_REQUEST` and `NLM_F_DUMP`, `linux/netlink.h`.
 const LIST: u16 = 0x301;
-
-/// `NLA_TYPE_MASK`, `linux/netlink.h`: the other two bits of an attribute's type are flags.
-const ATTRIBUTE_KIND: u16 = 0x3fff;
 
 /// A mask of all socket states.
 const ALL_STATES: u32 = u32::MAX;
@@ -511,40 +509,6 @@ fn status(body: &[u8]) -> nix::Result<()> {
     }
 }
 
-fn word(bytes: &[u8], position: usize) -> u32 {
-    let at = position * size_of::<u32>();
-    bytes.get(at..).and_then(|rest| u32::read_from_prefix(rest).ok()).map_or(0, |found| found.0)
-}
-
 fn words(bytes: &[u8]) -> Vec<u32> {
     (0..bytes.len() / size_of::<u32>()).map(|position| word(bytes, position)).collect()
-}
-
-/// Iterates over netlink attributes: length, type and bytes, padded to a multiple of four.
-struct Attributes<'a>(&'a [u8]);
-
-impl<'a> Iterator for Attributes<'a> {
-    type Item = (u16, &'a [u8]);
-
-    fn next(&mut self) -> Option<Self::Item> {
-        let (head, _) = <[u16; 2]>::read_from_prefix(self.0).ok()?;
-        let len = usize::from(head[0]);
-        let value = self.0.get(size_of_val(&head)..len)?;
-        self.0 = self.0.get(len.next_multiple_of(4)..).unwrap_or(&[]);
-        Some((head[1] & ATTRIBUTE_KIND, value))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn attributes_end_where_they_are_cut_short() {
-        let bytes = [5, 0, 6, 0, 3, 0, 0, 0, 8, 0, 2, 0, 1, 2, 3, 4, 9, 0, 1, 0, 1];
-        let found: Vec<_> = Attributes(&bytes).collect();
-        assert_eq!(found, [(6, &[3][..]), (2, &[1, 2, 3, 4][..])]);
-        assert_eq!(word(&[1, 0, 0, 0, 2, 0, 0, 0], 1), 2);
-        assert_eq!(word(&[1, 0], 0), 0);
-    }
 }

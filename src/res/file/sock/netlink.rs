@@ -12,7 +12,7 @@ use nix::{
 use super::{
     attributes, diag,
     listed::{Listed, inode},
-    opts::{self, NET_NS_ID, Subject},
+    opts::{self, Subject},
 };
 use crate::{
     image::proto,
@@ -101,7 +101,7 @@ impl Collector for NetlinkCollector {
             dst_group: bound.map_or(0, |bound| bound.peer_group),
             fown: file.fown,
             opts: opts::read(fd, libc::AF_NETLINK).map_err(file.failed("read the options of"))?,
-            ns_id: bound.map(|_| NET_NS_ID),
+            ns_id: Some(file.network_number()),
         };
         Ok(proto::FileEntry {
             r#type: proto::FdTypes::Netlinksk.into(),
@@ -141,6 +141,7 @@ impl Opener for NetlinkOpener {
                 format!("the netlink socket [{}] of protocol {}", entry.ino, entry.protocol);
             let restored = Subject { id: entry.id, object };
             let protocol = entry.protocol.cast_signed();
+            let _visit = opened.networks.visit(entry.ns_id)?;
             let make = || socket::create(libc::AF_NETLINK, libc::SOCK_RAW, protocol);
             let fd = owner::as_owner(file.id, opened, make).map_err(restored.failed("create"))?;
             owner::restore(file.id, &fd, opened)?;

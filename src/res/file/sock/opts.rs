@@ -29,9 +29,6 @@ const SO_BUF_LOCK: c_int = 72;
 /// `asm-generic/socket.h`, since Linux 6.5.
 pub(super) const SO_PASSPIDFD: c_int = 76;
 
-/// The number that CRIU gives to a network namespace that it does not dump.
-pub(super) const NET_NS_ID: u32 = 2;
-
 /// The largest buffer size: the kernel doubles the number, which is an `int`.
 const LARGEST_BUFFER: c_int = c_int::MAX / 2;
 

@@ -16,7 +16,7 @@ use zerocopy::{Immutable, IntoBytes};
 use super::{
     attributes, diag,
     listed::{Listed, inode},
-    opts::{self, NET_NS_ID, Subject},
+    opts::{self, Subject},
 };
 use crate::{
     image::proto,
@@ -135,7 +135,7 @@ impl Collector for PacketCollector {
             fanout,
             rx_ring: found.receive_ring.map(ring),
             tx_ring: found.send_ring.map(ring),
-            ns_id: Some(NET_NS_ID),
+            ns_id: Some(file.network_number()),
         };
         Ok(proto::FileEntry {
             r#type: proto::FdTypes::Packetsk.into(),
@@ -204,6 +204,7 @@ fn open(
     if !matches!(kind, libc::SOCK_RAW | libc::SOCK_DGRAM) {
         return Err(restored.wrong("rcriu does not restore sockets of this type"));
     }
+    let _visit = opened.networks.visit(entry.ns_id)?;
     let make = || socket::create(libc::AF_PACKET, kind, 0);
     let socket = owner::as_owner(entry.id, opened, make).map_err(restored.failed("create"))?;
     owner::restore(entry.id, &socket, opened)?;

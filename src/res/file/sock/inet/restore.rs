@@ -34,7 +34,9 @@ use super::{
 use crate::{
     image::{Kind, proto},
     res::file::{
-        FileError, Opened, Opener, Result, owner,
+        FileError, Opened, Opener, Result,
+        network::Number,
+        owner,
         sock::{
             attributes, held,
             opts::{self, Subject},
@@ -59,7 +61,7 @@ pub(super) struct InetOpener {
     /// Connections that are still in repair mode.
     connections: Vec<Repairing>,
     /// The addresses of connections that the restore closes.
-    closed: Vec<Ends>,
+    closed: Vec<(Number, Ends)>,
     /// The unique name of the dump, and the method by which packets are dropped since.
     hold: Option<(String, Method)>,
 }
@@ -68,6 +70,7 @@ pub(super) struct InetOpener {
 #[derive(Debug)]
 struct Repairing {
     restored: Subject,
+    network: Number,
     ends: Ends,
     reuse: Option<bool>,
     /// Whether the program has shut down receiving.
@@ -84,8 +87,8 @@ impl InetOpener {
 
     /// Recreates the connections, after the sockets that listen on the same ports.
     fn connect(&mut self, sockets: &[Socket], opened: &Opened) -> Result<()> {
-        let closed = sockets.iter().filter(|socket| socket.closes).map(Socket::ends);
-        self.closed = closed.collect();
+        let closed = sockets.iter().filter(|socket| socket.closes);
+        self.closed.extend(closed.map(|socket| (socket.entry.ns_id, socket.ends())));
         let ends: Vec<Ends> = sockets
             .iter()
             .filter_map(|socket| socket.connection().map(|_| socket.ends()))
@@ -118,8 +121,14 @@ impl InetOpener {
                 .is_some_and(|how| how != Shutdown::Write && state == state::ESTABLISHED);
             let reuse = entry.opts.reuseaddr;
             let connects = (state == state::SYN_SENT).then_some(peer);
-            let (restored, ends) = (restored.clone(), socket.ends());
-            self.connections.push(Repairing { restored, ends, reuse, has_shut_down, connects });
+            self.connections.push(Repairing {
+                restored: restored.clone(),
+                network: entry.ns_id,
+                ends: socket.ends(),
+                reuse,
+                has_shut_down,
+                connects,
+            });
         }
         Ok(())
     }
@@ -139,8 +148,11 @@ impl InetOpener {
     /// Connects the sockets that were connecting. Their packets are dropped, so that no answer, not
     /// even one from this machine, reaches the restore instead of the program. The kernel sends them
     /// again, and after a second they pass.
-    fn connect_again(&self, opened: &Opened) -> Result<()> {
-        let connecting = || self.connections.iter().filter(|one| one.connects.is_some());
+    fn connect_again(&self, network: Number, opened: &Opened) -> Result<()> {
+        let is_wanted = |one: &&Repairing| {
+            one.connects.is_some() && opened.networks.are_same(one.network, network)
+        };
+        let connecting = || self.connections.iter().filter(is_wanted);
         if connecting().next().is_none() {
             return Ok(());
         }
@@ -177,8 +189,9 @@ struct Socket<'a> {
     fd: OwnedFd,
 }
 
-impl Opener for InetOpener {
-    fn open(&mut self, entries: &[proto::FileEntry], opened: &mut Opened) -> Result<()> {
+impl InetOpener {
+    /// Opens sockets of the network namespace that the calling thread is in.
+    fn open_here(&mut self, entries: &[proto::FileEntry], opened: &mut Opened) -> Result<()> {
         let mut sockets = Vec::new();
         for file in entries {
             let problem = "it is an internet socket, but its inet_sk_entry is missing".to_owned();
@@ -217,21 +230,40 @@ impl Opener for InetOpener {
         }
         Ok(())
     }
+}
+
+impl Opener for InetOpener {
+    fn open(&mut self, entries: &[proto::FileEntry], opened: &mut Opened) -> Result<()> {
+        let number = |entry: &proto::FileEntry| entry.isk.as_ref().and_then(|entry| entry.ns_id);
+        for (network, entries) in opened.networks.sort(entries, number) {
+            let _visit = opened.networks.visit(network)?;
+            self.open_here(&entries, opened)?;
+        }
+        Ok(())
+    }
 
     fn reconnect(&mut self, opened: &Opened) -> Result<()> {
-        let ends = self.connections.iter().map(|one| one.ends);
-        let ends: Vec<_> = ends.chain(self.closed.iter().copied()).collect();
-        if ends.is_empty() {
-            return Ok(());
-        }
-        let (dump, method) = self.hold(opened)?;
-        self.connect_again(opened)?;
-        let lifted = match method {
-            Method::Iptables => lock::lift_rules(&ends),
-            Method::Nftables => lock::lift(&dump),
-            Method::Skip => Ok(()),
+        let ends = self.connections.iter().map(|one| (one.network, one.ends));
+        let mut ends: Vec<_> = ends.chain(self.closed.iter().copied()).collect();
+        let (dump, method) = match ends.is_empty() {
+            true => return Ok(()),
+            false => self.hold(opened)?,
         };
-        lifted.map_err(|source| FileError::Packets { source })?;
+        while let Some((network, _)) = ends.first().copied() {
+            let _visit = opened.networks.visit(network)?;
+            let is_here =
+                |(number, _): &mut (Number, Ends)| opened.networks.are_same(*number, network);
+            let here: Vec<Ends> = ends.extract_if(.., is_here).map(|(_, ends)| ends).collect();
+            self.connect_again(network, opened)?;
+            let lifted = match method {
+                Method::Iptables if opened.networks.is_restorers(network) => {
+                    lock::lift_rules(&here)
+                }
+                Method::Iptables | Method::Skip => Ok(()),
+                Method::Nftables => lock::lift(&dump),
+            };
+            lifted.map_err(|source| FileError::Packets { source })?;
+        }
         for Repairing { restored, reuse, has_shut_down, connects, .. } in &self.connections {
             let fd = opened.get(restored.id)?;
             if connects.is_some() {

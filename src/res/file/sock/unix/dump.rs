@@ -24,7 +24,7 @@ use crate::{
         sock::{
             SHUT_BOTH, attributes, diag,
             listed::inode,
-            opts::{self, NET_NS_ID},
+            opts,
             queue::{self, Packet},
             state,
         },
@@ -64,8 +64,8 @@ struct CollectedSocket {
 pub(super) struct UnixCollector {
     options: Options,
     external: External,
-    /// All sockets of the network namespace.
-    all: Option<HashMap<u32, diag::UnixSocket>>,
+    /// All sockets of the network namespaces that were listed, by inode.
+    all: HashMap<u32, diag::UnixSocket>,
     /// The listening socket at which each connection waits to be accepted, by inode.
     waiting_at: HashMap<u32, u32>,
     collected: Vec<CollectedSocket>,
@@ -90,7 +90,7 @@ impl UnixCollector {
         Self {
             options,
             external: external.clone(),
-            all: None,
+            all: HashMap::new(),
             waiting_at: HashMap::new(),
             collected: Vec::new(),
             queues: Vec::new(),
@@ -109,16 +109,17 @@ impl UnixCollector {
 
     /// Returns what `sock_diag(7)` reports of a socket.
     fn look_up(&mut self, file: &Description, inode: u32) -> Result<diag::UnixSocket> {
-        if self.all.as_ref().is_none_or(|all| !all.contains_key(&inode)) {
+        if !self.all.contains_key(&inode) {
             let all =
                 diag::unix_sockets().map_err(file.failed("list the sockets of the network for"))?;
-            self.waiting_at = all
+            self.all.extend(all);
+            self.waiting_at = self
+                .all
                 .values()
                 .flat_map(|socket| socket.pending.iter().map(|peer| (*peer, socket.inode)))
                 .collect();
-            self.all = Some(all);
         }
-        let found = self.all.as_ref().and_then(|all| all.get(&inode));
+        let found = self.all.get(&inode);
         found.cloned().ok_or_else(|| {
             let what =
                 format!("the UNIX socket [{inode}], which belongs to another network namespace");
@@ -130,7 +131,7 @@ impl UnixCollector {
     fn describe(&self, socket: &diag::UnixSocket) -> String {
         let kind = kind_name(socket.kind.into());
         let name = name::display(&socket.name);
-        let Some(peer) = self.all.as_ref().and_then(|all| all.get(&socket.peer)) else {
+        let Some(peer) = self.all.get(&socket.peer) else {
             return format!("the UNIX {kind} socket [{}] ({name})", socket.inode);
         };
         let peer_name = name::display(&peer.name);
@@ -142,7 +143,7 @@ impl UnixCollector {
 
     /// Whether data that a socket has sent is still unread.
     fn has_sent(&self, inode: u32) -> bool {
-        let socket = self.all.as_ref().and_then(|all| all.get(&inode));
+        let socket = self.all.get(&inode);
         socket.is_some_and(|socket| socket.send_queue != 0)
     }
 
@@ -181,8 +182,8 @@ impl UnixCollector {
             }
         };
         let copy = file.fd.try_clone().map_err(|_| file.failed("duplicate")(Errno::EMFILE))?;
-        let file =
-            Description { fd: copy, link: file.link.clone(), info: file.info.clone(), ..*file };
+        let (link, info) = (file.link.clone(), file.info.clone());
+        let file = Description { fd: copy, link, info, network: file.network.clone(), ..*file };
         self.listeners.push(Listener { file, what: what.to_owned(), waiting });
         Ok(())
     }
@@ -235,7 +236,7 @@ impl UnixCollector {
     ) -> Result<(Vec<u32>, u32)> {
         let datagrams = i32::from(socket.kind) == libc::SOCK_DGRAM;
         if socket.peer != 0 {
-            let peer = self.all.as_ref().and_then(|all| all.get(&socket.peer));
+            let peer = self.all.get(&socket.peer);
             if peer.is_some_and(|peer| peer.peer != socket.inode && peer.name.is_empty()) {
                 let what = format!("{what}, which has no name and is not connected to it");
                 return Err(file.unsupported(what, HELP_PEER));
@@ -275,7 +276,7 @@ impl UnixCollector {
     /// Returns the entry that stands for a socket outside the tree. Returns `None` if the user did
     /// not allow the socket.
     fn external(&self, of: &CollectedSocket, inode: u32) -> Option<proto::UnixSkEntry> {
-        let socket = self.all.as_ref()?.get(&inode)?;
+        let socket = self.all.get(&inode)?;
         let by_name = self.options.allow_external
             && i32::from(socket.kind) == libc::SOCK_DGRAM
             && !socket.name.is_empty();
@@ -370,7 +371,7 @@ impl Collector for UnixCollector {
             file_perms: named.perms,
             name_dir: named.dir,
             deleted: named.deleted.then_some(true),
-            ns_id: Some(NET_NS_ID),
+            ns_id: Some(file.network_number()),
             mnt_id: None,
         };
         Ok(proto::FileEntry {
@@ -384,6 +385,10 @@ impl Collector for UnixCollector {
 
     fn after_collect(&mut self, intake: &mut dyn Intake) -> Result<()> {
         let mut entries: HashMap<u32, proto::UnixSkEntry> = HashMap::new();
+        if self.missing().iter().any(|(_, inode)| !self.all.contains_key(inode)) {
+            // A connection may lead from a namespace of the tree to that of the dumper.
+            self.all.extend(diag::unix_sockets().unwrap_or_default());
+        }
         for (socket, inode) in self.missing() {
             if self.options.skip_in_flight && socket.pending.contains(&inode) {
                 log::warn!(

@@ -176,6 +176,7 @@ impl Sockets {
                 partner: None,
                 queue: queues.remove(&entry.id).unwrap_or_default(),
                 state: file.sock.clone().unwrap_or_default(),
+                networks: Rc::clone(&opened.networks),
                 holder: opened.holder(entry.id).cloned(),
                 root: opened.root.clone(),
             });

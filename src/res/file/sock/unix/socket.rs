@@ -20,7 +20,7 @@ use super::{
 use crate::{
     image::proto,
     res::file::{
-        Result,
+        Made, Result,
         owner::Holder,
         sock::{opts::Subject, queue::Packet, state},
     },
@@ -62,6 +62,7 @@ pub(super) struct Socket {
     pub(super) partner: Option<OwnedFd>,
     pub(super) queue: VecDeque<Packet>,
     pub(super) state: proto::SkStateEntry,
+    pub(super) networks: Rc<Made>,
     /// A process that has it open.
     pub(super) holder: Option<Holder>,
     /// Where its name is looked up, if that is a path.
@@ -98,6 +99,7 @@ impl Socket {
     }
 
     pub(super) fn make(&self) -> Result<OwnedFd> {
+        let _visit = self.networks.visit(self.entry.ns_id)?;
         new_socket(AddressFamily::Unix, self.kind()?, SockFlag::SOCK_CLOEXEC, None)
             .map_err(self.restored.failed("create"))
     }
@@ -107,6 +109,7 @@ impl Socket {
         by: Option<&Caller>,
         callers: &mut Callers,
     ) -> Result<(OwnedFd, OwnedFd)> {
+        let _visit = self.networks.visit(self.entry.ns_id)?;
         callers.pair(by, self.kind()?, &self.restored)
     }
 

@@ -7,14 +7,17 @@ mod udp;
 
 use std::{
     collections::{HashMap, hash_map::Entry},
+    ffi::CStr,
     io,
     net::SocketAddr,
     os::fd::{AsFd, AsRawFd, OwnedFd},
+    rc::Rc,
 };
 
 use nix::{
     errno::Errno,
     libc::{self, c_int},
+    net::if_::if_nameindex,
     sys::socket::{getpeername, getsockname},
 };
 
@@ -32,14 +35,9 @@ use crate::{
     image::{SnapshotWriter, proto},
     proc,
     res::file::{
-        Collector, Description, FileError, Intake, Result,
+        Collector, Description, FileError, Intake, Network, Result,
         error::errno,
-        sock::{
-            attributes, diag,
-            listed::inode,
-            opts::{self, NET_NS_ID},
-            state,
-        },
+        sock::{attributes, diag, listed::inode, opts},
     },
     sys::supervise,
     units::{HostPid, TargetFd},
@@ -47,6 +45,10 @@ use crate::{
 
 const HELP_KIND: &str = "have the program close it, then try again";
 const HELP_MPTCP: &str = "have the program use TCP (for Go: GODEBUG=multipathtcp=0), or close it";
+/// The step of the dump that enters the namespace of a socket.
+const ENTER: &str = "enter the network namespace of";
+/// The name of the loopback device.
+const LOOPBACK: &CStr = c"lo";
 /// The step of the dump that a [`Lock`] is for.
 const HOLD_BACK: &str =
     "hold back the packets (nftables; --network-lock iptables or skip does without) of";
@@ -54,16 +56,16 @@ const HOLD_BACK: &str =
 #[derive(Debug)]
 pub(super) struct InetCollector {
     options: DumpOptions,
-    /// Drops the packets of the connections.
-    hold: Option<Hold>,
+    /// Drops the packets of the connections, by the number of the network namespace.
+    hold: HashMap<u32, Hold>,
     connections: Vec<Found>,
-    /// The sockets of the network namespace, by family and protocol.
-    listed: HashMap<(c_int, c_int), diag::InetSockets>,
+    /// The sockets of each network namespace, by family and protocol.
+    listed: HashMap<(u32, c_int, c_int), diag::InetSockets>,
     states: attributes::AttributeReader,
-    /// The multicast groups that interfaces receive.
-    groups: Option<Vec<proc::MulticastGroup>>,
-    /// The raw and ICMP sockets of the network namespace, by family.
-    raw: HashMap<c_int, Vec<proc::RawSocket>>,
+    /// The multicast groups that the interfaces of each network namespace receive.
+    groups: HashMap<u32, Vec<proc::MulticastGroup>>,
+    /// The raw and ICMP sockets of each network namespace, by family.
+    raw: HashMap<(u32, c_int), Vec<proc::RawSocket>>,
 }
 
 /// The mechanism that drops packets during the dump.
@@ -104,6 +106,7 @@ struct Found {
     pid: HostPid,
     number: TargetFd,
     inode: u32,
+    network: Rc<Network>,
     ends: Ends,
     /// `SO_REUSEADDR`.
     reuse: c_int,
@@ -141,11 +144,11 @@ impl InetCollector {
     pub(super) fn new(options: DumpOptions) -> Self {
         Self {
             options,
-            hold: None,
+            hold: HashMap::new(),
             connections: Vec::new(),
             listed: HashMap::new(),
             states: attributes::AttributeReader::default(),
-            groups: None,
+            groups: HashMap::new(),
             raw: HashMap::new(),
         }
     }
@@ -162,9 +165,9 @@ impl InetCollector {
 
     /// Returns the multicast groups that a socket is in.
     fn joined(&mut self, file: &Description, family: c_int) -> Result<Vec<proto::SkGroupEntry>> {
-        let groups = match &mut self.groups {
-            Some(known) => known,
-            none => none.insert(proc::multicast_groups(file.pid)?),
+        let groups = match self.groups.entry(file.network_number()) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(place) => place.insert(proc::multicast_groups(process_in(file))?),
         };
         multicast::joined(file.fd.as_fd(), family, groups)
             .map_err(file.failed("find the multicast groups of"))
@@ -177,7 +180,7 @@ impl InetCollector {
         family: c_int,
         protocol: c_int,
     ) -> Result<&diag::InetSockets> {
-        Ok(match self.listed.entry((family, protocol)) {
+        Ok(match self.listed.entry((file.network_number(), family, protocol)) {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(place) => {
                 let byte = |number: c_int| u8::try_from(number).expect("families are small");
@@ -191,35 +194,68 @@ impl InetCollector {
     }
 }
 
+/// Returns a process in the network namespace of a socket.
+fn process_in(file: &Description) -> HostPid {
+    file.network.as_ref().map_or(file.pid, |network| network.pid)
+}
+
 impl InetCollector {
+    /// Returns the connections of each network namespace: the position of the first, and the
+    /// addresses of all.
+    fn by_network(&self) -> Vec<(usize, Rc<Network>, Vec<Ends>)> {
+        let mut all: Vec<(usize, Rc<Network>, Vec<Ends>)> = Vec::new();
+        for (at, found) in self.connections.iter().enumerate() {
+            match all.iter_mut().find(|(_, network, _)| Rc::ptr_eq(network, &found.network)) {
+                Some((.., ends)) => ends.push(found.ends),
+                None => all.push((at, Rc::clone(&found.network), vec![found.ends])),
+            }
+        }
+        all
+    }
+
     /// Drops the packets of all connections from now on, if the dump will kill the tree.
     fn hold_packets(&mut self) -> Result<()> {
-        let (Some(method), Some(first)) = (self.options.hold_packets, self.connections.first())
-        else {
-            return Ok(());
-        };
-        let ends: Vec<_> = self.connections.iter().map(|found| found.ends).collect();
-        let held = Hold::begin(method).and_then(|hold| {
-            self.hold = hold;
-            self.hold.as_mut().map_or(Ok(()), |hold| hold.add(&ends))
-        });
-        held.map_err(|error| {
-            // The message of iptables says more than an errno.
-            log::error!("{HOLD_BACK} TCP connections ({}): {error}", ends.len());
-            first.failed(HOLD_BACK)(errno(&error))
-        })
+        let Some(method) = self.options.hold_packets else { return Ok(()) };
+        for (first, network, ends) in self.by_network() {
+            let first = &self.connections[first];
+            let _visit = network.visit().map_err(first.failed(ENTER))?;
+            if !network.is_dumpers() && has_only_loopback() {
+                continue; // Both ends of each connection belong to the stopped tree.
+            }
+            // Nothing outlives the tree in its own namespace, so there is nothing to remove.
+            let method = match method {
+                Method::Iptables if !network.is_dumpers() => Method::Nftables,
+                method => method,
+            };
+            let held = Hold::begin(method).and_then(|mut hold| {
+                hold.as_mut().map_or(Ok(()), |hold| hold.add(&ends))?;
+                self.hold.extend(hold.map(|hold| (network.number, hold)));
+                Ok(())
+            });
+            held.map_err(|error| {
+                // The message of iptables says more than an errno.
+                log::error!("{HOLD_BACK} TCP connections ({}): {error}", ends.len());
+                first.failed(HOLD_BACK)(errno(&error))
+            })?;
+        }
+        Ok(())
     }
 
     /// Reads all connections, and updates their entries: packets have come since these were made.
     fn read_connections(&mut self, intake: &mut dyn Intake) -> Result<()> {
         let mut shutdowns = HashMap::new();
         for found in &mut self.connections {
-            if let Entry::Vacant(place) = shutdowns.entry(found.family) {
-                let protocol = u8::try_from(libc::IPPROTO_TCP).expect("it is 6");
-                let family = u8::try_from(found.family).expect("families are small");
-                let listed = diag::inet_sockets(family, protocol);
-                place.insert(listed.map_err(found.failed("list the sockets of the network for"))?);
-            }
+            let _visit = found.network.visit().map_err(found.failed(ENTER))?;
+            let shutdowns = match shutdowns.entry((found.network.number, found.family)) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(place) => {
+                    let protocol = u8::try_from(libc::IPPROTO_TCP).expect("it is 6");
+                    let family = u8::try_from(found.family).expect("families are small");
+                    let listed = diag::inet_sockets(family, protocol);
+                    let step = "list the sockets of the network for";
+                    &*place.insert(listed.map_err(found.failed(step))?)
+                }
+            };
             let connection = Connection::read(found.fd.as_fd())
                 .map_err(found.failed("look into the connection of (TCP_REPAIR)"))?;
             if !connection::is_connection(connection.state) {
@@ -227,8 +263,7 @@ impl InetCollector {
                     Errno::ECONNRESET,
                 ));
             }
-            let listed =
-                shutdowns.get(&found.family).and_then(|all| all.by_inode.get(&found.inode));
+            let listed = shutdowns.by_inode.get(&found.inode);
             if let Some(entry) = intake.entry(found.id).and_then(|entry| entry.isk.as_mut()) {
                 entry.state = connection.state;
                 entry.shutdown = opts::shutdown(listed.map_or(0, |listed| listed.shutdown));
@@ -241,10 +276,15 @@ impl InetCollector {
     fn try_to_part(&mut self, dump: &str) -> Result<()> {
         let Some(first) = self.connections.first() else { return Ok(()) };
         supervise::note_repair(None);
-        if let Some(Hold::Table(_)) = &self.hold {
-            let ends: Vec<_> = self.connections.iter().map(|found| found.ends).collect();
-            supervise::note_packets(dump);
-            lock::keep(dump, &ends).map_err(|error| first.failed(HOLD_BACK)(errno(&error)))?;
+        for (first, network, ends) in self.by_network() {
+            if let Some(Hold::Table(_)) = self.hold.get(&network.number) {
+                let first = &self.connections[first];
+                if network.is_dumpers() {
+                    supervise::note_packets(dump);
+                }
+                let _visit = network.visit().map_err(first.failed(ENTER))?;
+                lock::keep(dump, &ends).map_err(|error| first.failed(HOLD_BACK)(errno(&error)))?;
+            }
         }
         for found in &self.connections {
             // Closing the socket must not send the peer a packet.
@@ -252,8 +292,10 @@ impl InetCollector {
                 .map_err(found.failed("end without a packet (TCP_REPAIR)"))?;
         }
         fault::hit(Point::TcpParted).map_err(|_| first.failed("go on with")(Errno::EIO))?;
-        if let Some(Hold::Rules(rules)) = &mut self.hold {
-            rules.keep();
+        for hold in self.hold.values_mut() {
+            if let Hold::Rules(rules) = hold {
+                rules.keep();
+            }
         }
         Ok(())
     }
@@ -266,14 +308,23 @@ impl InetCollector {
                 tell(log::Level::Error, &with_sources(&failed));
             }
         }
-        if let Some(Hold::Table(_)) = self.hold.take()
-            && let Err(error) = lock::lift(dump)
-        {
-            let what = format!("packets of the tree's connections are held back: {error}");
-            tell(log::Level::Error, &what);
+        for (_, network, _) in self.by_network() {
+            if let Some(Hold::Table(_)) = self.hold.remove(&network.number)
+                && let Err(error) =
+                    network.visit().map_err(io::Error::from).and_then(|_visit| lock::lift(dump))
+            {
+                let what = format!("packets of the tree's connections are held back: {error}");
+                tell(log::Level::Error, &what);
+            }
         }
         supervise::clear_repair();
     }
+}
+
+/// Whether the network namespace of the calling thread has no device but the loopback device, so that
+/// all packets in it come from itself.
+fn has_only_loopback() -> bool {
+    if_nameindex().is_ok_and(|all| all.iter().all(|one| one.name() == LOOPBACK))
 }
 
 impl Collector for InetCollector {
@@ -321,9 +372,6 @@ impl Collector for InetCollector {
             state.options.retain(|option| !is_segment_size(option));
         }
         let source_port = own.map_or(0, |own| own.port());
-        // Like CRIU, number the namespace only of sockets that the kernel lists.
-        let listed =
-            if kind == libc::SOCK_STREAM { facts.state != state::CLOSE } else { source_port != 0 };
         let failed = file.failed("read the options of");
         let entry = proto::InetSkEntry {
             id: file.id,
@@ -343,7 +391,7 @@ impl Collector for InetCollector {
             v6only: options::v6only(fd, family).map_err(&failed)?,
             ip_opts: Some(options::ip_options(fd, family, (kind, protocol)).map_err(&failed)?),
             ifname: options::scope(fd, own).map_err(&failed)?,
-            ns_id: listed.then_some(NET_NS_ID),
+            ns_id: Some(file.network_number()),
             shutdown: opts::shutdown(facts.shutdown),
             tcp_opts: Some(options::tcp_options(fd, (kind, protocol)).map_err(&failed)?),
         };
@@ -372,7 +420,10 @@ impl Collector for InetCollector {
 
     fn note(&self, inventory: &mut proto::InventoryEntry) {
         if !self.connections.is_empty() {
-            let method = match self.hold {
+            // Outside of the tree's own namespaces there is at most one.
+            let of_dumper = self.connections.iter().find(|found| found.network.is_dumpers());
+            let hold = of_dumper.and_then(|found| self.hold.get(&found.network.number));
+            let method = match hold.or(self.hold.values().next()) {
                 Some(Hold::Table(_)) => Method::Nftables,
                 Some(Hold::Rules(_)) => Method::Iptables,
                 None => Method::Skip,

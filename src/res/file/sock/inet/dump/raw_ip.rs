@@ -12,7 +12,7 @@ use nix::{
     sys::socket::getpeername,
 };
 
-use super::{Facts, InetCollector, inode};
+use super::{Facts, InetCollector, inode, process_in};
 use crate::{
     proc,
     res::file::{
@@ -31,10 +31,10 @@ impl InetCollector {
         if seen.contains(PollFlags::POLLIN) {
             log::warn!("{what} has packets in its queue: they will be lost");
         }
-        let listed = match self.raw.entry(family) {
+        let listed = match self.raw.entry((file.network_number(), family)) {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(place) => {
-                place.insert(proc::raw_sockets(file.pid, family == libc::AF_INET6)?)
+                place.insert(proc::raw_sockets(process_in(file), family == libc::AF_INET6)?)
             }
         };
         let found = listed.iter().find(|socket| socket.inode == inode(file));

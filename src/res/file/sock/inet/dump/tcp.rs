@@ -3,6 +3,7 @@
 use std::{
     net::{IpAddr, SocketAddr},
     os::fd::{AsFd, AsRawFd, BorrowedFd},
+    rc::Rc,
 };
 
 use nix::{
@@ -167,6 +168,7 @@ impl InetCollector {
             pid: file.pid,
             number: file.number,
             inode: inode(file),
+            network: Rc::clone(file.network.as_ref().expect("sockets have one")),
             ends,
             reuse,
             connection: None,

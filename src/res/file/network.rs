@@ -1,0 +1,172 @@
+//! Network namespaces of sockets.
+//!
+//! A socket belongs to the network namespace of the thread that created it, and stays there. The dump
+//! lists the sockets of each such namespace by entering it, and the restore creates each socket in its
+//! own.
+
+use std::{
+    fs::File,
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    rc::Rc,
+};
+
+use nix::{errno::Errno, sys::stat::fstat};
+
+use super::{FileError, Result, error::errno};
+use crate::{
+    image::proto::FileEntry,
+    proc,
+    res::ns,
+    sys::{
+        socket,
+        visit::{Place, Visit},
+    },
+    units::HostPid,
+};
+
+/// Its name in `/proc/PID/ns`.
+const NAME: &str = "net";
+
+/// A network namespace that sockets of the tree belong to, during a dump.
+#[derive(Debug)]
+pub struct Network {
+    /// Its number in the images.
+    pub number: u32,
+    /// A process in it.
+    pub pid: HostPid,
+    inode: u64,
+    /// `None` for the namespace of the dumper.
+    entrance: Option<OwnedFd>,
+}
+
+impl Network {
+    /// Moves the calling thread into the namespace, if it is not that of the dumper.
+    ///
+    /// # Errors
+    /// The errors of `setns(2)`.
+    pub fn visit(&self) -> nix::Result<Option<Visit>> {
+        let visit = self.entrance.as_ref().map(|entrance| Visit::with(entrance, Place::Net));
+        visit.transpose().map_err(|error| errno(&error))
+    }
+
+    /// Whether it is the namespace of the dumper.
+    pub fn is_dumpers(&self) -> bool {
+        self.entrance.is_none()
+    }
+}
+
+/// The network namespaces of the sockets found so far.
+#[derive(Debug)]
+pub struct Seen {
+    own: HostPid,
+    known: Vec<Rc<Network>>,
+}
+
+impl Seen {
+    /// Knows none yet.
+    pub fn new(own: HostPid) -> Self {
+        Self { own, known: Vec::new() }
+    }
+
+    /// Returns the namespace of a socket that a process has; the inode of the namespace if that is
+    /// neither the dumper's nor that of the process.
+    ///
+    /// # Errors
+    /// The errors of looking at the namespaces.
+    pub fn of(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        pid: HostPid,
+    ) -> nix::Result<Result<Rc<Network>, u64>> {
+        // Without CAP_NET_ADMIN in the namespace, it is taken to be that of the process.
+        let found = socket::network(fd).ok();
+        let inode_at = |pid| proc::namespace(pid, NAME).map_err(|_| Errno::ESRCH);
+        let inode = match &found {
+            Some(namespace) => fstat(namespace)?.st_ino,
+            None => inode_at(pid)?,
+        };
+        if let Some(known) = self.known.iter().find(|known| known.inode == inode) {
+            return Ok(Ok(Rc::clone(known)));
+        }
+        let is_dumpers = inode == inode_at(self.own)?;
+        if !is_dumpers && inode != inode_at(pid)? {
+            return Ok(Err(inode));
+        }
+        let (ids, pid) = match is_dumpers {
+            true => (ns::own_ids(), self.own),
+            false => (ns::OfTree::look(pid).ids(), pid),
+        };
+        let entrance = || match found {
+            Some(namespace) => Ok(namespace),
+            None => File::open(format!("/proc/{pid}/ns/{NAME}")).map(OwnedFd::from),
+        };
+        let entrance = if is_dumpers { None } else { Some(entrance().map_err(|e| errno(&e))?) };
+        let number = ns::number_in(&ids, NAME).ok_or(Errno::ENOENT)?;
+        let network = Rc::new(Network { number, pid, inode, entrance });
+        self.known.push(Rc::clone(&network));
+        Ok(Ok(network))
+    }
+}
+
+/// The network namespaces that the restore has made for the tree.
+#[derive(Debug, Default)]
+pub struct Made(Vec<(u32, File)>);
+
+/// The number of a network namespace in the images; older ones of CRIU lack some. Then it is that of
+/// the tree.
+pub type Number = Option<u32>;
+
+impl Made {
+    /// Adds the namespace with this number, which a process is in.
+    ///
+    /// # Errors
+    /// `ENOENT` if the process is gone.
+    pub fn add(&mut self, number: u32, pid: HostPid) -> io::Result<()> {
+        self.0.push((number, File::open(format!("/proc/{pid}/ns/{NAME}"))?));
+        Ok(())
+    }
+
+    fn entrance(&self, number: Number) -> Option<&File> {
+        let is_wanted = |known: &&(u32, File)| number.is_none_or(|number| number == known.0);
+        self.0.iter().find(is_wanted).map(|(_, entrance)| entrance)
+    }
+
+    /// Whether the namespace is the one of the restorer.
+    pub fn is_restorers(&self, number: Number) -> bool {
+        self.entrance(number).is_none()
+    }
+
+    /// Whether two numbers mean the same namespace.
+    pub fn are_same(&self, one: Number, other: Number) -> bool {
+        let at = |number| self.entrance(number).map(AsRawFd::as_raw_fd);
+        at(one) == at(other)
+    }
+
+    /// Moves the calling thread into a namespace, if it is not that of the restorer.
+    ///
+    /// # Errors
+    /// [`FileError::Network`].
+    pub fn visit(&self, number: Number) -> Result<Option<Visit>> {
+        let visit = self.entrance(number).map(|entrance| Visit::with(entrance.as_fd(), Place::Net));
+        visit.transpose().map_err(|source| FileError::Network { source })
+    }
+
+    /// Sorts entries by their namespaces.
+    pub fn sort(
+        &self,
+        entries: &[FileEntry],
+        number: impl Fn(&FileEntry) -> Number,
+    ) -> Vec<(Number, Vec<FileEntry>)> {
+        let mut sorted: Vec<(Number, Vec<FileEntry>)> = Vec::new();
+        for entry in entries {
+            // The namespaces of the restorer are one.
+            let number = number(entry).filter(|number| !self.is_restorers(Some(*number)));
+            match sorted.iter_mut().find(|(known, _)| *known == number) {
+                Some((_, entries)) => entries.push(entry.clone()),
+                None => sorted.push((number, vec![entry.clone()])),
+            }
+        }
+        sorted
+    }
+}

@@ -1,0 +1,159 @@
+//! Network namespaces: devices, addresses, routes, packet filters and settings.
+//!
+//! The images are those of CRIU, which calls `ip(8)`, `nft(8)` and `iptables-save(8)`: the messages that the kernel lists
+//! devices, addresses, routes and rules with go into them as they are. rcriu asks the kernel itself for
+//! these, and runs only the programs for packet filters, those of the host, in the network namespace.
+//!
+//! Sockets belong to their namespace, too: [`res::file`](crate::res::file) keeps them.
+
+mod links;
+mod routes;
+mod sysctl;
+
+use std::{fmt::Display, io::Read};
+
+use nix::libc;
+
+use super::{Dumped, Namespace, Restoring, wrong};
+use crate::{
+    causes::tell,
+    image::{
+        ImageStore, Kind, SnapshotWriter,
+        proto::{NetDeviceEntry, NetnsEntry},
+    },
+    inject::Task,
+    res::{ResError, Result, netlink::TalkError},
+    sys::visit::{Place, Visit},
+    units::HostPid,
+};
+
+/// The most bytes of an image of the kernel's messages, or of a packet filter.
+const LARGEST_IMAGE_BYTES: u64 = 64 << 20;
+
+#[derive(Debug)]
+pub(super) struct Net;
+
+impl Namespace for Net {
+    fn clone_flag(&self) -> u64 {
+        u64::from(libc::CLONE_NEWNET.cast_unsigned())
+    }
+
+    fn check(&self, tasks: &[Task]) -> Result<()> {
+        let Some(task) = tasks.iter().find(|task| !task.is_zombie()) else { return Ok(()) };
+        let _visit = enter(task.witness())?;
+        let links = links::list().map_err(failed("list the devices of", task.pid))?;
+        links.iter().try_for_each(|link| link.check(task.pid))
+    }
+
+    fn dump(&self, of: &Dumped<'_>, images: &SnapshotWriter) -> Result<()> {
+        let Dumped { pid, number, .. } = *of;
+        // Made by a thread of its own, so before this one moves.
+        let fresh = sysctl::of_new_namespace(pid)?;
+        let _visit = enter(pid)?;
+        let devices = links::dump(number).map_err(failed("list the devices of", pid))?;
+        images.write(Kind::Netdev, number.into(), &devices)?;
+        let mut entry = sysctl::read_common(&fresh);
+        routes::dump(images, number, &mut entry).map_err(|error| error.of(pid))?;
+        Ok(images.write(Kind::Netns, number.into(), &[entry])?)
+    }
+
+    fn restore(&self, images: &dyn ImageStore, number: u32) -> Result<Box<dyn Restoring>> {
+        let devices: Vec<NetDeviceEntry> =
+            images.messages_if_any(Kind::Netdev, number.into())?.unwrap_or_default();
+        let problem = |problem: String| wrong(number, &problem);
+        links::check(&devices).map_err(problem)?;
+        // The oldest images have none.
+        let entry: NetnsEntry =
+            images.message_if_any(Kind::Netns, number.into())?.unwrap_or_default();
+        let routes = routes::Routes::read(images, number, &entry)?;
+        Ok(Box::new(Network { number, devices, entry, routes }))
+    }
+}
+
+/// A network namespace to be restored.
+#[derive(Debug)]
+struct Network {
+    number: u32,
+    devices: Vec<NetDeviceEntry>,
+    entry: NetnsEntry,
+    routes: routes::Routes,
+}
+
+impl Restoring for Network {
+    fn build(&mut self, first: HostPid) -> Result<()> {
+        let number = self.number;
+        let problem = |what: Problem| ResError::Namespace { number, problem: what.0 };
+        let _visit = enter(first)?;
+        sysctl::write_common(&self.entry);
+        links::make(&self.devices).map_err(problem)?;
+        self.routes.restore_addresses().map_err(problem)?;
+        links::start(&self.devices).map_err(problem)?;
+        self.routes.restore().map_err(problem)?;
+        sysctl::write_others(&self.entry);
+        Ok(())
+    }
+}
+
+/// What cannot be restored, and why.
+#[derive(Debug)]
+struct Problem(String);
+
+impl Problem {
+    /// Returns the constructor for a failed request about an object.
+    fn about(what: impl Display) -> impl FnOnce(TalkError) -> Self {
+        move |error| Self(format!("{what}: {error}"))
+    }
+}
+
+/// Moves the calling thread into the network namespace of a process.
+fn enter(pid: HostPid) -> Result<Visit> {
+    Visit::to(pid, Place::Net).map_err(|error| {
+        let source =
+            error.raw_os_error().map_or(nix::errno::Errno::EIO, nix::errno::Errno::from_raw);
+        ResError::Process { pid, step: "enter the network namespace of", source }
+    })
+}
+
+/// Returns the constructor of an error of the dump.
+fn failed(step: &'static str, pid: HostPid) -> impl FnOnce(TalkError) -> ResError {
+    move |error| {
+        log::error!("{step} process {pid}: {error}");
+        ResError::Process { pid, step, source: error.errno }
+    }
+}
+
+/// Says that something is not as it was, and goes on.
+fn warn(what: &str) {
+    tell(log::Level::Warn, what);
+}
+
+/// Reads an image without magic; `None` if there is none.
+fn read_raw(images: &dyn ImageStore, kind: Kind, number: u32) -> Result<Option<Vec<u8>>> {
+    let name = kind.file_name(number.into());
+    let broken = |source| ResError::Read { path: images.path_of(&name), source };
+    let input = match images.open(&name) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        input => input.map_err(broken)?,
+    };
+    if input.len > LARGEST_IMAGE_BYTES {
+        let problem =
+            format!("{name} has {} bytes, at most {LARGEST_IMAGE_BYTES} expected", input.len);
+        return Err(wrong(number, &problem));
+    }
+    let mut bytes = Vec::new();
+    input.bytes.take(LARGEST_IMAGE_BYTES).read_to_end(&mut bytes).map_err(broken)?;
+    Ok(Some(bytes))
+}
+
+/// Writes an image without magic.
+fn write_raw(images: &SnapshotWriter, kind: Kind, number: u32, bytes: &[u8]) -> Result<()> {
+    let output = images.create_raw(kind, number.into())?;
+    let mut at = 0;
+    while at < bytes.len() {
+        let part = std::io::IoSlice::new(&bytes[at..]);
+        at += output
+            .write_vectored_at(&[part], at as u64)
+            .map_err(|source| ResError::Write { path: images.path(kind, number.into()), source })?;
+    }
+    Ok(())
+}

@@ -1,0 +1,242 @@
+//! Network namespaces that a tree has for itself.
+
+use std::{
+    fs,
+    io::{Read, Write},
+    net::{TcpListener, TcpStream, UdpSocket},
+    os::{
+        linux::net::SocketAddrExt,
+        unix::net::{SocketAddr, UnixListener, UnixStream},
+    },
+    process::Command,
+};
+
+use crate::{
+    Row,
+    kit::{Checkpoint, Verdict, lacks, same},
+};
+
+pub const ROWS: &[Row] = &[
+    ("network_namespace", network_namespace),
+    ("network_namespace_down", network_namespace_down),
+    ("network_devices", network_devices),
+    ("network_routes", network_routes),
+    ("network_settings", network_settings),
+];
+
+/// Moves into a new network namespace and has `ip(8)` make what the lines say.
+fn enter(lines: &[&str]) -> Verdict {
+    sys!(unshare(libc::CLONE_NEWNET))?;
+    for line in lines {
+        ip(line)?;
+    }
+    Ok(())
+}
+
+/// Runs `ip(8)`, and returns what it says.
+fn ip(arguments: &str) -> Result<String, String> {
+    let output = Command::new("ip").args(arguments.split_whitespace()).output();
+    let Ok(output) = output else {
+        lacks("ip(8)")?;
+        return Ok(String::new());
+    };
+    let said = String::from_utf8_lossy(&output.stderr);
+    if said.contains("Unknown device type") {
+        lacks("a kind of network device")?;
+    }
+    ensure!(output.status.success(), "ip {arguments}: {said}");
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// What `ip(8)` shows of the namespace, without what changes by itself.
+fn seen() -> Result<Vec<String>, String> {
+    let mut seen = Vec::new();
+    for (what, sorted) in [
+        ("-o -d addr", false),
+        ("-o -d link", false),
+        ("route show table all", true),
+        ("-6 route show table all", true),
+        ("rule", false),
+        ("-6 rule", false),
+        ("neigh show nud permanent", true),
+        ("neigh show proxy", true),
+    ] {
+        let shown = ip(what)?;
+        let mut lines: Vec<_> = shown.lines().map(without_timers).collect();
+        if sorted {
+            lines.sort();
+        }
+        seen.extend(lines);
+    }
+    Ok(seen)
+}
+
+fn without_timers(line: &str) -> String {
+    let mut words = line.split_whitespace();
+    let mut kept = Vec::new();
+    while let Some(word) = words.next() {
+        match word {
+            // How often a packet socket wants all packets, the state of a port, and lifetimes.
+            "promiscuity" | "state" | "valid_lft" | "preferred_lft" => drop(words.next()),
+            _ if word.ends_with("_timer") => drop(words.next()),
+            _ => kept.push(word),
+        }
+    }
+    kept.join(" ")
+}
+
+/// Waits until no address is checked for duplicates, and all devices have their state.
+fn settle() -> Verdict {
+    crate::kit::wait_until("the end of duplicate address detection", || {
+        ip("-o addr show tentative").is_ok_and(|shown| shown.trim().is_empty())
+    })
+}
+
+/// Sockets of all kinds in a namespace whose only device is up.
+fn network_namespace(checkpoint: &Checkpoint) -> Verdict {
+    enter(&["link set lo up", "addr add 10.99.0.1/32 dev lo"])?;
+    let failed = |error: std::io::Error| error.to_string();
+    let listener = TcpListener::bind("10.99.0.1:4711").map_err(failed)?;
+    let mut client = TcpStream::connect("10.99.0.1:4711").map_err(failed)?;
+    let (mut server, _) = listener.accept().map_err(failed)?;
+    let udp = UdpSocket::bind("[::1]:4712").map_err(failed)?;
+    let unbound = sys!(socket(libc::AF_INET, libc::SOCK_STREAM, 0))?;
+    let name = SocketAddr::from_abstract_name(format!("rcriu-{}", std::process::id()));
+    let name = name.map_err(failed)?;
+    let unix = UnixListener::bind_addr(&name).map_err(failed)?;
+    let packet = sys!(socket(libc::AF_PACKET, libc::SOCK_DGRAM, 0))?;
+    let netlink = sys!(socket(libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_ROUTE))?;
+    client.write_all(b"before ").map_err(failed)?;
+    udp.send_to(b"to itself", "[::1]:4712").map_err(failed)?;
+    let expected = seen()?;
+    let check = |server: &mut TcpStream| -> Verdict {
+        let mut bytes = [0; 12];
+        server.read_exact(&mut bytes).map_err(failed)?;
+        same("what came by TCP", b"before after", &bytes)?;
+        let mut bytes = [0; 20];
+        let (len, _) = udp.recv_from(&mut bytes).map_err(failed)?;
+        same("what came by UDP", &b"to itself"[..], &bytes[..len])
+    };
+    checkpoint.wait();
+    same("the namespace", expected, seen()?)?;
+    client.write_all(b"after").map_err(failed)?;
+    check(&mut server)?;
+    // All are still in one namespace: the old sockets and those that are new.
+    TcpStream::connect("10.99.0.1:4711").map_err(failed)?;
+    listener.accept().map_err(failed)?;
+    UnixStream::connect_addr(&name).map_err(failed)?;
+    unix.accept().map_err(failed)?;
+    let own = fs::metadata("/proc/self/ns/net").map_err(failed)?;
+    for fd in [unbound, packet, netlink] {
+        const SIOCGSKNS: libc::Ioctl = 0x894c;
+        let namespace = sys!(ioctl(fd, SIOCGSKNS))?;
+        let found = fs::metadata(format!("/proc/self/fd/{namespace}")).map_err(failed)?;
+        let inode = std::os::unix::fs::MetadataExt::ino;
+        same("the namespace of a socket", inode(&own), inode(&found))?;
+    }
+    Ok(())
+}
+
+/// A namespace with nothing in it but its device, which is down.
+fn network_namespace_down(checkpoint: &Checkpoint) -> Verdict {
+    enter(&[])?;
+    let expected = seen()?;
+    checkpoint.wait();
+    same("the namespace", expected, seen()?)?;
+    ensure!(TcpStream::connect("127.0.0.1:1").is_err(), "it has a network");
+    Ok(())
+}
+
+/// Pairs of devices, a bridge with ports, a tunnel, with names, addresses and settings of their own.
+fn network_devices(checkpoint: &Checkpoint) -> Verdict {
+    enter(&[
+        "link set lo up",
+        "link add v0 type veth peer name v1",
+        "link set v0 address 02:11:22:33:44:55 mtu 1400 up",
+        "link set v1 group 7 alias alias up",
+        "link property add dev v1 altname a-longer-name-than-fifteen",
+        "link add br0 type bridge forward_delay 700 priority 77 mcast_snooping 0",
+        "link set br0 up",
+        "link add p0 type veth peer name p1",
+        "link set p0 master br0 up",
+        "link set p0 type bridge_slave cost 77 hairpin on",
+        "link set p1 up arp off",
+        "addr add 10.1.0.1/24 dev v0",
+        "addr add 10.1.0.2/24 dev v1",
+        "addr add 10.2.0.1/16 brd + dev br0 label br0:x",
+        "addr add fd00::1/64 dev v0",
+        "link add vx type vxlan id 77 dstport 4789 local 10.1.0.1 remote 10.1.0.9 dev v0",
+        "link set vx up",
+        "link add fb type ifb",
+        "link set fb txqueuelen 99",
+        "link add apart type veth peer name other",
+    ])?;
+    settle()?;
+    let expected = seen()?;
+    checkpoint.wait();
+    settle()?;
+    same("the devices", expected, seen()?)
+}
+
+/// Routes of several tables, rules and neighbours; and what the kernel adds, but is not there any more.
+fn network_routes(checkpoint: &Checkpoint) -> Verdict {
+    enter(&[
+        "link set lo up",
+        "addr del ::1/128 dev lo",
+        "link add v0 type veth peer name v1",
+        "link set v0 up",
+        "link set v1 up",
+        "addr add 10.1.0.1/24 dev v0",
+        "addr add fd00::1/64 dev v0 nodad",
+        "route add default via 10.1.0.254 dev v0 metric 5",
+        "route add 10.6.0.0/16 table 100 via 10.1.0.7",
+        "route add blackhole 10.77.0.0/16",
+        "route add unreachable default metric 1000 table 7",
+        "-6 route add fd01::/64 via fd00::9",
+        "-6 route add fd02::/64 via fd00::9 metric 77 table 100",
+        "route add 10.3.0.0/16 dev v1 scope link",
+        "route add 10.4.0.0/16 via 10.3.0.1",
+        "route del fe80::/64 dev v1",
+        "rule add from 10.1.0.0/24 table 100 pref 1000",
+        "rule add fwmark 5 lookup 7",
+        "rule del pref 32767",
+        "-6 rule add to fd09::/64 table 100 pref 77",
+        "neigh add 10.1.0.77 lladdr 02:00:00:00:00:01 dev v0 nud permanent",
+        "neigh add proxy 10.1.0.78 dev v0",
+    ])?;
+    settle()?;
+    let expected = seen()?;
+    checkpoint.wait();
+    same("routes and rules", expected, seen()?)
+}
+
+/// Settings of the namespace and of devices.
+fn network_settings(checkpoint: &Checkpoint) -> Verdict {
+    const SETTINGS: [(&str, &str); 14] = [
+        ("ipv4/ip_forward", "1"),
+        ("ipv4/conf/v0/rp_filter", "2"),
+        ("ipv4/conf/default/proxy_arp", "1"),
+        ("ipv4/conf/v0/arp_evict_nocarrier", "0"),
+        ("ipv4/neigh/v0/gc_stale_time", "77"),
+        ("ipv6/conf/all/forwarding", "1"),
+        ("ipv6/conf/v1/disable_ipv6", "1"),
+        ("ipv6/conf/v0/mtu", "1300"),
+        ("ipv4/ip_local_port_range", "20000\t30000"),
+        ("ipv4/ping_group_range", "0\t1000"),
+        ("ipv4/tcp_keepalive_time", "123"),
+        ("core/somaxconn", "777"),
+        ("unix/max_dgram_qlen", "33"),
+        ("ipv6/neigh/v1/ucast_solicit", "7"),
+    ];
+    enter(&["link set lo up", "link add v0 type veth peer name v1", "link set v0 up"])?;
+    let path = |name: &str| format!("/proc/sys/net/{name}");
+    for (name, value) in SETTINGS {
+        fs::write(path(name), value).map_err(|error| format!("{name}: {error}"))?;
+    }
+    checkpoint.wait();
+    for (name, value) in SETTINGS {
+        let found = fs::read_to_string(path(name)).map_err(|error| format!("{name}: {error}"))?;
+        same(name, value, found.trim_end())?;
+    }
+    Ok(())
+}
