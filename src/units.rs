@@ -1,10 +1,12 @@
 //! Units that would otherwise be mixed up as plain integers.
 
+mod ids;
 mod pids;
 mod ranges;
 
 use std::fmt;
 
+pub use ids::{HostId, IdMap, IdRange, NO_ID, NsId};
 pub use pids::{HostPid, NsPid, PidMap};
 pub use ranges::PageRanges;
 

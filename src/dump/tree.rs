@@ -213,7 +213,8 @@ impl<'a> Collection<'a> {
         let mut of_task = task::Images::default();
         let of_threads = questions.into_iter().zip(&answers).zip(&task.threads);
         for (((_, of, kinds), answers), thread) in of_threads {
-            let stopped = thread::Stopped { of, thread, status: thread.status()? };
+            let status = thread.status()?.clone().inside(self.pids.ids());
+            let stopped = thread::Stopped { of, thread, status: &status };
             let mut core = thread::collect(kinds, &stopped, answers)?;
             self.common.iter_mut().try_for_each(|kind| kind.thread(of, &mut core))?;
             if let Some(kinds) = about_task.take() {

@@ -49,7 +49,7 @@ pub use self::{
         FanotifyGroup, FanotifyMark, FanotifyObject, FileHandle, InotifyWatch, WatchedInode,
     },
 };
-use crate::units::{HostPid, TargetFd};
+use crate::units::{HostPid, IdRange, TargetFd};
 
 /// The audit login id that means "not set".
 const NO_LOGINUID: u32 = u32::MAX;
@@ -274,6 +274,25 @@ pub fn thread_namespace(pid: HostPid, tid: HostPid, kind: &str) -> Result<u64> {
 /// See the [module](self).
 pub fn time_offsets(pid: HostPid) -> Result<[i64; 2]> {
     read(of_process(pid, "timens_offsets"), tables::parse_time_offsets)
+}
+
+/// Reads `/proc/PID/uid_map`: the users of the user namespace of a process. The ids outside are those of
+/// the user namespace of this program, or of the parent of that of the process if both share it; -1 if there is none.
+///
+/// # Errors
+///
+/// See the [module](self).
+pub fn user_map(pid: HostPid) -> Result<Vec<IdRange>> {
+    read(of_process(pid, "uid_map"), tables::parse_id_map)
+}
+
+/// Reads `/proc/PID/gid_map`: the groups, as in [`user_map`].
+///
+/// # Errors
+///
+/// See the [module](self).
+pub fn group_map(pid: HostPid) -> Result<Vec<IdRange>> {
+    read(of_process(pid, "gid_map"), tables::parse_id_map)
 }
 
 /// Reads a link of `/proc/PID`: `exe`, `cwd` or `root`. Zombies and kernel threads have none.

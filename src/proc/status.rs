@@ -1,7 +1,7 @@
 //! `/proc/PID/status`: identity, signals and capabilities of a task.
 
 use super::text::{self, Defect, Fields, Parsed};
-use crate::units::HostPid;
+use crate::units::{HostId, HostPid, IdMap, NsId};
 
 /// The four user ids, or the four group ids, of a task.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -98,6 +98,23 @@ pub struct Status {
 }
 
 impl Status {
+    /// Returns it with the user and group ids of the images.
+    pub fn inside(self, ids: &IdMap) -> Self {
+        let of = |mut all: Ids, inside: &dyn Fn(HostId) -> NsId| {
+            for id in [&mut all.real, &mut all.effective, &mut all.saved, &mut all.fs] {
+                *id = inside(HostId(*id)).0;
+            }
+            all
+        };
+        let group = |id| ids.ns_group(id);
+        Self {
+            uids: of(self.uids, &|id| ids.ns_user(id)),
+            gids: of(self.gids, &group),
+            groups: self.groups.into_iter().map(|id| group(HostId(id)).0).collect(),
+            ..self
+        }
+    }
+
     /// Parses the text of the file.
     pub(super) fn parse(text: &[u8]) -> Parsed<Self> {
         let fields = Fields::parse(text);

@@ -1,7 +1,7 @@
 //! Small tables of a process: limits, timers, control groups.
 
 use super::text::{self, Defect, Parsed};
-use crate::units::HostPid;
+use crate::units::{HostPid, IdRange};
 
 /// The nanoseconds of a second.
 const NANOSECONDS: i64 = 1_000_000_000;
@@ -159,6 +159,15 @@ pub(super) fn parse_cgroups(text: &[u8]) -> Parsed<Vec<Cgroup>> {
             Ok((text::unsigned(id, 10, what)?, controllers.to_vec(), path.to_vec()))
         })
         .collect()
+}
+
+/// Parses `uid_map` or `gid_map` (`m_show`, `kernel/user_namespace.c`).
+pub(super) fn parse_id_map(text: &[u8]) -> Parsed<Vec<IdRange>> {
+    let range = |line| match text::numbers::<u32>(line, "ids inside, outside, their count")?[..] {
+        [inside, outside, count] => Ok(IdRange { inside, outside, count }),
+        _ => Err(Defect::new("ids inside, outside, their count", line)),
+    };
+    text::lines(text).map(range).collect()
 }
 
 /// Parses `timens_offsets` (`proc_timens_show_offsets`, `kernel/time/namespace.c`): lines of a clock,

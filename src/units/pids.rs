@@ -6,6 +6,8 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use super::IdMap;
+
 /// A process, thread, group or session by its number in the pid namespace of this program:
 /// what the kernel tells this program, and takes from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -63,8 +65,14 @@ impl fmt::Display for NsPid {
 ///
 /// Copies share what they know. A tree in the pid namespace of this program has the same numbers
 /// there and here. For a tree in another one, the map knows only the numbers that it was told.
+///
+/// Whoever translates the pids of a process translates its user and group ids as well, so the map of
+/// these is here, too.
 #[derive(Clone, Debug)]
-pub struct PidMap(Option<Arc<Mutex<Known>>>);
+pub struct PidMap {
+    known: Option<Arc<Mutex<Known>>>,
+    ids: IdMap,
+}
 
 /// The known numbers of another pid namespace.
 #[derive(Debug, Default)]
@@ -76,17 +84,27 @@ struct Known {
 impl PidMap {
     /// Returns the map of a tree in the pid namespace of this program.
     pub const fn of_own_namespace() -> Self {
-        Self(None)
+        Self { known: None, ids: IdMap::of_own_namespace() }
     }
 
     /// Returns the map of a tree in another pid namespace, which knows nothing yet.
     pub fn of_other_namespace() -> Self {
-        Self(Some(Arc::default()))
+        Self { known: Some(Arc::default()), ids: IdMap::of_own_namespace() }
+    }
+
+    /// Returns the map for a tree with this map of user and group ids.
+    pub fn with_ids(self, ids: IdMap) -> Self {
+        Self { ids, ..self }
+    }
+
+    /// Returns the map of the user and group ids of the tree.
+    pub const fn ids(&self) -> &IdMap {
+        &self.ids
     }
 
     /// Whether the tree is in the pid namespace of this program.
     pub const fn is_own_namespace(&self) -> bool {
-        self.0.is_none()
+        self.known.is_none()
     }
 
     /// Records that a process has these numbers. Numbers of other processes of before are forgotten.
@@ -100,7 +118,7 @@ impl PidMap {
     }
 
     fn known(&self) -> Option<&Mutex<Known>> {
-        self.0.as_deref()
+        self.known.as_deref()
     }
 
     /// Returns the number in the images for a number that the kernel told this program;

@@ -10,7 +10,7 @@ use crate::{
     image::proto,
     inject::Script,
     sys::fds,
-    units::{HostPid, NsPid, PidMap, TargetFd},
+    units::{HostId, HostPid, NsPid, PidMap, TargetFd},
 };
 
 /// `F_SETSIG` and `F_SETOWN_EX` (`include/uapi/asm-generic/fcntl.h`).
@@ -26,7 +26,8 @@ pub fn read(fd: BorrowedFd, flags: u32, pids: &PidMap) -> nix::Result<proto::Fow
     let (owner, signal) = fds::owner(fd)?;
     entry.signum = signal;
     if owner.pid != HostPid(0) {
-        [entry.uid, entry.euid] = fds::owner_uids(fd)?;
+        [entry.uid, entry.euid] =
+            fds::owner_uids(fd)?.map(|user| pids.ids().ns_user(HostId(user)).0);
         entry.pid_type = owner.kind.cast_unsigned();
         entry.pid = pids.ns(owner.pid).image();
     }

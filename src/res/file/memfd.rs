@@ -321,7 +321,11 @@ impl MemfdOpener {
     /// Returns the entries of `memfd.img`.
     fn inodes(&mut self, opened: &Opened) -> Result<&[proto::MemfdInodeEntry]> {
         if self.inodes.is_none() {
-            self.inodes = Some(inodes(&*opened.images)?);
+            let mut inodes = inodes(&*opened.images)?;
+            for inode in &mut inodes {
+                (inode.uid, inode.gid) = opened.pids.ids().host_owner((inode.uid, inode.gid));
+            }
+            self.inodes = Some(inodes);
         }
         Ok(self.inodes.as_deref().unwrap_or_default())
     }

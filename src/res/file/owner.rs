@@ -21,7 +21,10 @@ use nix::{
 };
 
 use super::{Description, FileError, Opened, Result};
-use crate::{image::proto, units::NsPid};
+use crate::{
+    image::proto,
+    units::{NO_ID, NsPid},
+};
 
 /// Permission bits of a file's mode.
 const PERMISSIONS: u32 = 0o7777;
@@ -45,13 +48,15 @@ pub fn read(file: &Description) -> Option<proto::InodeOwnerEntry> {
     })
 }
 
-/// Returns the owner that a description is to have, if it is known.
+/// Returns the owner here that a description is to have, if it is known and the tree maps it.
 fn of(id: u32, opened: &Opened) -> Option<(u32, u32)> {
     let recorded = opened.entries.get(&id).and_then(|entry| entry.owner.as_ref());
-    recorded.map(|owner| (owner.uid, owner.gid)).or_else(|| {
+    let owner = recorded.map(|owner| (owner.uid, owner.gid)).or_else(|| {
         let creds = &opened.holder(id)?.creds;
         Some((creds.fsuid, creds.fsgid))
-    })
+    });
+    let (uid, gid) = opened.pids.ids().host_owner(owner?);
+    (uid != NO_ID && gid != NO_ID).then_some((uid, gid))
 }
 
 /// Sets the owner and the mode of a pipe or socket that the restore has created.

@@ -15,7 +15,7 @@ use std::{
 use nix::{
     fcntl::{FcntlArg, fcntl},
     libc,
-    sys::stat::fstat,
+    sys::stat::{FileStat, fstat},
 };
 
 use super::{
@@ -79,6 +79,13 @@ impl Known {
     fn new_id(&mut self) -> u32 {
         self.next_id += 1;
         self.next_id
+    }
+
+    /// Examines a file. Its owner is that of the images.
+    fn examine(&self, fd: impl AsFd) -> nix::Result<FileStat> {
+        let mut stat = fstat(fd)?;
+        (stat.st_uid, stat.st_gid) = self.pids.ids().ns_owner((stat.st_uid, stat.st_gid));
+        Ok(stat)
     }
 
     /// Returns the number of a description, and gives `fd` back if the description is new.
@@ -288,7 +295,7 @@ impl FileTable {
             let link = String::from_utf8_lossy(link).into_owned();
             move |source| FileError::Dump { pid, fd: number, link, step, source }
         };
-        let stat = fstat(&fd).map_err(failed("examine", &link))?;
+        let stat = self.state.examine(&fd).map_err(failed("examine", &link))?;
         let flags = fcntl(&fd, FcntlArg::F_GETFL).map_err(failed("read the flags of", &link))?;
         let flags = flags.cast_unsigned();
         let fown = fown::read(fd.as_fd(), flags, &self.state.pids)
@@ -348,7 +355,7 @@ impl FileTable {
         let link = std::fs::read_link(&path).map_err(failed)?;
         let link = std::os::unix::ffi::OsStringExt::into_vec(link.into_os_string());
         let fd = OwnedFd::from(file);
-        let stat = fstat(&fd).map_err(|errno| failed(errno.into()))?;
+        let stat = self.state.examine(&fd).map_err(|errno| failed(errno.into()))?;
         let key = (stat.st_dev, stat.st_ino, link);
         if let Some(id) = self.state.paths.get(&key) {
             return Ok(*id);

@@ -44,7 +44,7 @@ impl Kind for Leader {
         }
         let code = exit_code(pid)?;
         let exit = registers_to_exit(first, of.mappings, code)?;
-        split(pid, code, &exit, core).map(Some)
+        split(of, code, &exit, core).map(Some)
     }
 
     fn end(&self, of: &Restored<'_>, script: &mut Script) {
@@ -89,10 +89,15 @@ fn exit_code(pid: HostPid) -> Result<u8> {
 
 /// Moves the state of the process from the core of another thread to a new core for the leader,
 /// which exits with `code` through the registers `to_exit`.
-fn split(pid: HostPid, code: u8, to_exit: &Registers, core: &mut CoreEntry) -> Result<CoreEntry> {
+fn split(
+    of: &Stopped<'_>,
+    code: u8,
+    to_exit: &Registers,
+    core: &mut CoreEntry,
+) -> Result<CoreEntry> {
     let mut leader = core.clone();
     core.tc = None;
-    thread::exited(pid, &mut leader)?;
+    thread::exited(of.of.pid, of.pids.ids(), &mut leader)?;
     native::replace_general(&mut leader, to_exit);
     thread::own(&mut leader).blk_sigset = Some(ALL_SIGNALS);
     if let Some(task) = &mut leader.tc {

@@ -23,7 +23,7 @@ use crate::{
     image::proto::{self, CoreEntry, ThreadCoreEntry},
     inject::{Answers, Script, Tracee},
     proc::{self, Status},
-    units::{HostPid, NsPid},
+    units::{HostPid, IdMap, NsPid},
 };
 
 /// All kinds, in the order in which they are dumped and restored.
@@ -197,8 +197,8 @@ pub fn collect(kinds: Vec<Collect>, of: &Stopped<'_>, answers: &Answers) -> Resu
 ///
 /// # Errors
 /// The state of the leader cannot be read.
-pub fn exited(tid: HostPid, core: &mut CoreEntry) -> Result<()> {
-    let of = Exited { tid, status: &proc::thread_status(tid, tid)? };
+pub fn exited(tid: HostPid, ids: &IdMap, core: &mut CoreEntry) -> Result<()> {
+    let of = Exited { tid, status: &proc::thread_status(tid, tid)?.inside(ids) };
     KINDS.iter().try_for_each(|kind| kind.exited(&of, core))
 }
 

@@ -281,9 +281,10 @@ impl Drop for TemporaryName {
 /// Creates a ghost file and opens it for all its entries; `first` is one of them.
 fn make(ghost: u32, first: &proto::RegFileEntry, opened: &mut Opened) -> Result<RecreatedGhost> {
     let mut image = opened.images.image(Kind::GhostFile, ghost.into())?;
-    let Some(entry) = image.next_message::<proto::GhostFileEntry>()? else {
+    let Some(mut entry) = image.next_message::<proto::GhostFileEntry>()? else {
         return Err(FileError::image(first.id, format!("{} is empty", image.path().display())));
     };
+    (entry.uid, entry.gid) = opened.pids.ids().host_owner((entry.uid, entry.gid));
     let failed = |step| FileError::restore(first.id, step, &first.name);
 
     if let Some(made) = make_linkable(ghost, &entry, first, &mut image, opened)? {

@@ -42,8 +42,11 @@ impl Opener for Queues {
         let mut queues: BTreeMap<u64, Vec<End>> = BTreeMap::new();
         for entry in opened.entries.values() {
             if let (Some(file), Some(queue)) = (&entry.reg, &entry.mqueue) {
-                let end = End { file: file.clone(), queue: queue.clone() };
-                queues.entry(queue.ino).or_default().push(end);
+                let mut queue = queue.clone();
+                let owner = (queue.owner.uid, queue.owner.gid);
+                (queue.owner.uid, queue.owner.gid) = opened.pids.ids().host_owner(owner);
+                let end = End { file: file.clone(), queue };
+                queues.entry(end.queue.ino).or_default().push(end);
             }
         }
         if queues.is_empty() {

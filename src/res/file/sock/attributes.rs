@@ -21,7 +21,7 @@ use crate::{
     image::proto::{SkOptionEntry, SkPeerEntry, SkStateEntry},
     res::file::{Description, Result},
     sys::socket,
-    units::{HostPid, PidMap},
+    units::{HostId, HostPid, PidMap},
 };
 
 /// The user id of no user.
@@ -322,7 +322,9 @@ pub(super) fn peer(fd: BorrowedFd, pids: &PidMap) -> nix::Result<Option<SkPeerEn
     }
     // Kernels before 4.13 do not have this option.
     let groups = socket::peer_groups(fd).unwrap_or_default();
+    let groups = groups.into_iter().map(|group| pids.ids().ns_group(HostId(group)).0).collect();
     let pid = pids.ns(HostPid(pid.cast_signed())).raw();
+    let (uid, gid) = pids.ids().ns_owner((uid, gid));
     Ok(Some(SkPeerEntry { pid, uid, gid, groups }))
 }
 

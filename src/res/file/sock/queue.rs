@@ -190,7 +190,8 @@ pub(super) fn peek(
         let rights = rights.collect::<Result<_>>()?;
         let sender = received.sender.filter(|sender| sender.pid != 0).map(|sender| {
             let pid = intake.pids().ns(HostPid(sender.pid)).raw();
-            proto::SkPeerEntry { pid, uid: sender.uid, gid: sender.gid, groups: Vec::new() }
+            let (uid, gid) = intake.pids().ids().ns_owner((sender.uid, sender.gid));
+            proto::SkPeerEntry { pid, uid, gid, groups: Vec::new() }
         });
         packets.push(Packet { data, rights, sender, urgent: false });
     }
@@ -390,7 +391,8 @@ pub(super) fn send(
         };
         let pid = NsPid::of_image(shown.pid);
         let host = if shown.pid == 0 { HostPid(0) } else { opened.pids.host(pid) };
-        let credentials = Some(socket::credentials(host.0, shown.uid, shown.gid));
+        let (user, group) = opened.pids.ids().host_owner((shown.uid, shown.gid));
+        let credentials = Some(socket::credentials(host.0, user, group));
         let mut sent = send_one(sender, &packet, &fds, credentials);
         if sent == Err(Errno::ESRCH) {
             // The process has ended. Its number is enough for the kernel, while something has it.

@@ -142,7 +142,7 @@ impl Collector for Terminals {
             r#type: FdTypes::Tty.into(),
             id: file.id,
             tty: Some(entry),
-            owner: is_master.then(|| slave_owner(file, index, intake.root())).flatten(),
+            owner: is_master.then(|| slave_owner(file, index, &*intake)).flatten(),
             ..Default::default()
         })
     }
@@ -335,14 +335,15 @@ impl From<Stopped> for proto::TtyStop {
 }
 
 /// Returns the owner of the slave of a master, which no process may have open.
-fn slave_owner(file: &Description, index: u32, root: &Root) -> Option<proto::InodeOwnerEntry> {
-    let stat = root.stat(&slave_path(&file.link, index)).ok()?;
+fn slave_owner(
+    file: &Description,
+    index: u32,
+    intake: &dyn Intake,
+) -> Option<proto::InodeOwnerEntry> {
+    let stat = intake.root().stat(&slave_path(&file.link, index)).ok()?;
     let is_it = Role::of(stat.st_rdev) == Some(Role::Slave(index));
-    is_it.then_some(proto::InodeOwnerEntry {
-        uid: stat.st_uid,
-        gid: stat.st_gid,
-        mode: stat.st_mode & PERMISSIONS,
-    })
+    let (uid, gid) = intake.pids().ids().ns_owner((stat.st_uid, stat.st_gid));
+    is_it.then_some(proto::InodeOwnerEntry { uid, gid, mode: stat.st_mode & PERMISSIONS })
 }
 
 /// Whether a device is dumped as a terminal.

@@ -32,7 +32,7 @@ use crate::{
         root::Root,
         tty::{self, Question, Speeds, Switch, Termios, WindowSize},
     },
-    units::{NsPid, TargetFd},
+    units::{NO_ID, NsPid, TargetFd},
 };
 
 /// How many pseudoterminals the restore opens, at most, to get one with a given index: the kernel
@@ -226,7 +226,7 @@ impl TerminalOpener {
                 }
                 let fd = self.open_slave(info, path, flags, opened)?;
                 if is_first {
-                    set_owner(fd.as_fd(), info).map_err(failed("adjust the terminal"))?;
+                    set_owner(fd.as_fd(), info, opened).map_err(failed("adjust the terminal"))?;
                     set_modes(fd.as_fd(), info, true).map_err(failed("adjust the terminal"))?;
                 }
                 Ok(fd)
@@ -415,10 +415,11 @@ fn open_hung(
 fn own_slave(id: u32, path: &[u8], master: BorrowedFd, opened: &Opened) -> nix::Result<()> {
     let recorded = opened.entries.get(&id).and_then(|entry| entry.owner.as_ref());
     let (uid, gid, mode) = match (recorded, opened.holder(id)) {
-        (Some(owner), _) => (owner.uid, Some(owner.gid), Some(owner.mode)),
-        (None, Some(holder)) => (holder.creds.fsuid, None, None),
+        (Some(owner), _) => (owner.uid, owner.gid, Some(owner.mode)),
+        (None, Some(holder)) => (holder.creds.fsuid, NO_ID, None),
         (None, None) => return Ok(()),
     };
+    let (uid, gid) = opened.pids.ids().host_owner((uid, gid));
     let index = tty::ask(master, Question::Index)?.cast_unsigned();
     let slave = slave_path(path, index);
     let path = slave.as_os_str().as_bytes();
@@ -431,7 +432,7 @@ fn own_slave(id: u32, path: &[u8], master: BorrowedFd, opened: &Opened) -> nix::
     if Role::of(fstat(&fd)?.st_rdev) != Some(Role::Slave(index)) {
         return Ok(());
     }
-    let (uid, gid) = (Some(Uid::from_raw(uid)), gid.map(Gid::from_raw));
+    let (uid, gid) = (Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)));
     fchownat(&fd, "", uid, gid, AtFlags::AT_EMPTY_PATH)?;
     if let Some(mode) = mode {
         let mode = Permissions::from_mode(mode);
@@ -441,8 +442,10 @@ fn own_slave(id: u32, path: &[u8], master: BorrowedFd, opened: &Opened) -> nix::
     Ok(())
 }
 
-fn set_owner(fd: BorrowedFd, info: &proto::TtyInfoEntry) -> nix::Result<()> {
-    fchown(fd, info.uid.map(Uid::from_raw), info.gid.map(Gid::from_raw))
+fn set_owner(fd: BorrowedFd, info: &proto::TtyInfoEntry, opened: &Opened) -> nix::Result<()> {
+    let owner = (info.uid.unwrap_or(NO_ID), info.gid.unwrap_or(NO_ID));
+    let (uid, gid) = opened.pids.ids().host_owner(owner);
+    fchown(fd, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))
 }
 
 fn set_modes(fd: BorrowedFd, info: &proto::TtyInfoEntry, with_size: bool) -> nix::Result<()> {

@@ -36,6 +36,7 @@ use crate::{
         sock::{diag, held, opts::Subject},
     },
     sys::{root::Root, socket},
+    units::IdMap,
 };
 
 /// The suffix of `/proc/PID/fd/N` for a deleted file.
@@ -82,7 +83,7 @@ pub(super) fn look_at_file(
     file: &Description,
     name: &[u8],
     inode: Option<(u32, u32)>,
-    what: &str,
+    (what, ids): (&str, &IdMap),
 ) -> Result<NamedFile> {
     let step = "examine the file of";
     let name = Path::new(OsStr::from_bytes(path_bytes(name)));
@@ -100,7 +101,9 @@ pub(super) fn look_at_file(
             let path = fs::read_link(link).map_err(|error| file.failed(step)(errno(&error)))?;
             (stat, path)
         }
-        Err(Errno::EPERM) => return look_from_process(file, name, &from_process, inode, what),
+        Err(Errno::EPERM) => {
+            return look_from_process(file, name, &from_process, inode, (what, ids));
+        }
         Err(errno) => return Err(file.failed(step)(errno)),
     };
     let text = path.as_os_str().as_bytes();
@@ -122,7 +125,7 @@ pub(super) fn look_at_file(
     if name.is_absolute() && !deleted && !same && path != name {
         return Err(renamed(file, what, path));
     }
-    Ok(NamedFile { perms: Some(permissions(&stat)), dir: dir.map(text_of), deleted })
+    Ok(NamedFile { perms: Some(permissions(&stat, ids)), dir: dir.map(text_of), deleted })
 }
 
 /// Like [`look_at_file`], for a kernel that does not open the file of a socket for rcriu.
@@ -131,7 +134,7 @@ fn look_from_process(
     name: &Path,
     path: &Path,
     inode: Option<(u32, u32)>,
-    what: &str,
+    (what, ids): (&str, &IdMap),
 ) -> Result<NamedFile> {
     let found = nix::sys::stat::stat(path).ok();
     let stat = found.filter(|stat| inode.is_some_and(|(inode, _)| u64::from(inode) == stat.st_ino));
@@ -149,7 +152,7 @@ fn look_from_process(
         deleted: stat.is_none(),
         perms: Some(stat.map_or_else(
             || proto::FilePermsEntry { mode: libc::S_IFSOCK | 0o700, uid: 0, gid: 0 },
-            |stat| permissions(&stat),
+            |stat| permissions(&stat, ids),
         )),
         dir: dir.map(text_of),
     })
@@ -163,8 +166,9 @@ fn renamed(file: &Description, what: &str, path: &Path) -> FileError {
     )
 }
 
-fn permissions(stat: &FileStat) -> proto::FilePermsEntry {
-    proto::FilePermsEntry { mode: stat.st_mode, uid: stat.st_uid, gid: stat.st_gid }
+fn permissions(stat: &FileStat, ids: &IdMap) -> proto::FilePermsEntry {
+    let (uid, gid) = ids.ns_owner((stat.st_uid, stat.st_gid));
+    proto::FilePermsEntry { mode: stat.st_mode, uid, gid }
 }
 
 fn text_of(path: PathBuf) -> Vec<u8> {

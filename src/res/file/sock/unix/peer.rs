@@ -51,10 +51,12 @@ pub(super) struct Caller {
     pub(super) instead: Option<NsPid>,
 }
 
-/// Returns the credentials of the restorer.
-pub(super) fn own(pids: &PidMap) -> Result<SkPeerEntry> {
+/// Returns the credentials of the restorer. In a user namespace of the tree, they are those of the first
+/// process, whose helpers have the same.
+fn own(pids: &PidMap, helpers: &Helpers) -> Result<SkPeerEntry> {
     let pid = HostPid(nix::unistd::getpid().as_raw());
-    let status = proc::status(pid)?;
+    let like = helpers.first().filter(|_| !pids.ids().is_own_namespace());
+    let status = proc::status(like.unwrap_or(pid))?.inside(pids.ids());
     let pid = pids.ns(pid).raw();
     let (uid, gid) = (status.uids.effective, status.gids.effective);
     Ok(SkPeerEntry { pid, uid, gid, groups: status.groups })
@@ -99,7 +101,7 @@ impl Callers {
     pub(super) fn new(opened: &Opened) -> Result<Self> {
         let tree = opened.holders.values().map(|holder| holder.pid).collect();
         let makers = opened.helpers.clone();
-        Ok(Self { own: own(&opened.pids)?, helpers: HashMap::new(), tree, makers })
+        Ok(Self { own: own(&opened.pids, &makers)?, helpers: HashMap::new(), tree, makers })
     }
 
     /// Whether a process of the tree will have this pid.

@@ -166,18 +166,22 @@ impl Sockets {
             );
             let restored = Subject { id: entry.id, object };
             let given = outside::inherited(entry, opened, &restored)?;
+            let mut entry = entry.clone();
+            if let Some(perms) = &mut entry.file_perms {
+                (perms.uid, perms.gid) = opened.pids.ids().host_owner((perms.uid, perms.gid));
+            }
             all.push(Socket {
-                entry: Rc::new(entry.clone()),
+                holder: opened.holder(entry.id).cloned(),
+                queue: queues.remove(&entry.id).unwrap_or_default(),
+                entry: Rc::new(entry),
                 restored,
                 link: Link::None,
                 is_inherited: given.is_some(),
                 fd: given.map(Rc::new),
                 file: None,
                 partner: None,
-                queue: queues.remove(&entry.id).unwrap_or_default(),
                 state: file.sock.clone().unwrap_or_default(),
                 networks: Rc::clone(&opened.networks),
-                holder: opened.holder(entry.id).cloned(),
                 root: opened.root.clone(),
             });
         }

@@ -35,7 +35,7 @@ use crate::{
         },
     },
     sys::kernel_memory::KernelAddr,
-    units::{HostPid, PidMap},
+    units::{HostId, HostPid, PidMap},
 };
 
 /// The most connections that wait, and the most messages in one of them. The first is that of the
@@ -275,7 +275,9 @@ fn read_rights(kernel: &mut Kernel, at: KernelAddr) -> KernelResult<Vec<KernelAd
 /// Returns credentials in the form of the images.
 fn to_image(found: Credentials, pids: &PidMap) -> proto::SkPeerEntry {
     let pid = if found.pid == 0 { 0 } else { pids.ns(HostPid(found.pid)).raw() };
-    proto::SkPeerEntry { pid, uid: found.uid, gid: found.gid, groups: found.groups }
+    let (uid, gid) = pids.ids().ns_owner((found.uid, found.gid));
+    let groups = found.groups.into_iter().map(|group| pids.ids().ns_group(HostId(group)).0);
+    proto::SkPeerEntry { pid, uid, gid, groups: groups.collect() }
 }
 
 impl Waiting {
