@@ -385,6 +385,9 @@ states! {
     network_devices;
     network_routes;
     network_settings;
+    user_namespace;
+    user_namespace_of_root_alone;
+    user_namespace_with_threads;
     seccomp_filters, elsewhere: restored running;
     seccomp_kills, elsewhere: restored running;
     seccomp_kills_returns;
@@ -622,8 +625,9 @@ const REFUSED: &[(&str, &str)] = &[
     ("thread_own_directory", "with a root, working directory and umask (CLONE_FS) of its own"),
     ("thread_own_undo", "with a list of semaphore operations to be undone (CLONE_SYSVSEM)"),
     ("thread_own_network", "with a network namespace of its own"),
+    ("user_namespace_without_a_map", "which its user namespace does not map"),
     ("child_in_another_uts_namespace", "that is not that of process"),
-    ("time_namespace_for_children", "help: run rcriu inside: nsenter -t"),
+    ("time_namespace_for_children", "has a time namespace for its children"),
     // Looking at packets takes the error that comes first.
     ("unix_packets_behind_an_error", "behind an unread error"),
     // Only taking the error shows which one it is.

@@ -1,13 +1,16 @@
 //! Helper processes, which make system calls with the ids of another process and then exit.
 
-use std::{cell::RefCell, mem::offset_of, rc::Rc};
+use std::{
+    cell::RefCell,
+    os::fd::{AsRawFd, BorrowedFd},
+    rc::Rc,
+};
 
 use nix::libc;
-use zerocopy::IntoBytes;
 
 use super::{
-    Answers, InjectError, Result, Scratch, Script, TABLE_BYTES, Tracee, adopt_sleeper, await_end,
-    await_stop, session::free_place,
+    Answers, InjectError, Result, Scratch, Script, TABLE_BYTES, Tracee, Wanted, adopt_sleeper,
+    await_end, await_stop, session::free_place,
 };
 use crate::{
     proc,
@@ -28,6 +31,8 @@ pub struct First {
     pub tracee: Tracee,
     /// Its pid in its namespace.
     pub pid: NsPid,
+    /// Whether that is the pid namespace of rcriu.
+    pub in_own_namespace: bool,
     /// Its scratch memory.
     pub scratch: Scratch,
 }
@@ -77,27 +82,14 @@ impl Helpers {
         if first.pid == pid {
             return Ok(Helper(Body::First(self.clone())));
         }
-        let mut script = Script::new();
-        let set_tid = script.bytes(&pid.raw().to_le_bytes());
         let arguments = CloneArguments {
             flags: CLONE_CLEAR_SIGHAND
                 | CLONE_FILES
                 | u64::from(libc::CLONE_PARENT.cast_unsigned()),
-            set_tid_size: 1,
             ..CloneArguments::default()
         };
-        let buffer = script.bytes(arguments.as_bytes());
-        script.point(buffer, offset_of!(CloneArguments, set_tid), set_tid);
-        let size = size_of::<CloneArguments>();
-        let what = format!("make helper {pid}");
-        script.call(what, libc::SYS_clone3, &[buffer.into(), size.into()]);
-        let mut born = None;
-        first.scratch.run_births(&mut first.tracee, &script, &mut |child| {
-            born = Some(child);
-            Ok(())
-        })?;
-        let what = format!("has made no helper {pid}");
-        let tid = born.ok_or(InjectError::Lost { tid: first.tracee.tid, what })?;
+        let wanted = Wanted { pid, in_own_namespace: first.in_own_namespace, arguments };
+        let tid = wanted.make(&first.scratch, &mut first.tracee)?;
         // It has a copy of the memory of its maker.
         Ok(Helper(Body::Own { tracee: Box::new(await_stop(tid)?), scratch: first.scratch }))
     }
@@ -117,6 +109,40 @@ enum Body {
     First(Helpers),
 }
 
+/// A process that lends descriptors of rcriu to processes in a user namespace (`pidfd_getfd(2)`): they
+/// have power over it, which they have not over rcriu. Dropping it kills it.
+#[derive(Debug)]
+pub struct Lender(Helper);
+
+impl Lender {
+    /// Creates one in the user namespace of a process. It shares rcriu's descriptors, and becomes the
+    /// user and group `ids` inside, which `pidfd_getfd` compares.
+    ///
+    /// # Errors
+    /// [`InjectError::Trace`] or [`InjectError::Call`].
+    pub fn beside(pid: HostPid, namespace: BorrowedFd, (user, group): (u32, u32)) -> Result<Self> {
+        let mut helper = Helper::spawn_anywhere(pid)?;
+        let mut script = Script::new();
+        let arguments = [namespace.as_raw_fd().into(), libc::CLONE_NEWUSER.into()];
+        script.call("enter the user namespace", libc::SYS_setns, &arguments);
+        let all = |id: u32| [id.into(), id.into(), id.into()];
+        script.call("become a group of the user namespace", libc::SYS_setresgid, &all(group));
+        script.call("become a user of the user namespace", libc::SYS_setresuid, &all(user));
+        let arguments = [libc::PR_SET_DUMPABLE.into(), 1.into()];
+        script.call("become dumpable again", libc::SYS_prctl, &arguments);
+        helper.run(&script)?;
+        Ok(Self(helper))
+    }
+
+    /// Returns its pid.
+    pub fn pid(&self) -> HostPid {
+        match &self.0.0 {
+            Body::Own { tracee, .. } => tracee.tid,
+            Body::First(_) => HostPid::NONE,
+        }
+    }
+}
+
 /// Kills a child when dropped.
 struct Kill(HostPid);
 
@@ -134,7 +160,18 @@ impl Helper {
     /// [`InjectError::Trace`], with `EEXIST` if the pid is in use.
     pub fn spawn(pid: HostPid) -> Result<Self> {
         let flags = CLONE_CLEAR_SIGHAND | CLONE_FILES;
-        process::spawn_sleeper(pid.0, flags).map_err(InjectError::trace(pid, "make"))?;
+        process::spawn_sleeper(Some(pid.0), flags).map_err(InjectError::trace(pid, "make"))?;
+        Self::adopt(pid)
+    }
+
+    /// Creates a helper with any pid, for a tree of which `of` is a process.
+    fn spawn_anywhere(of: HostPid) -> Result<Self> {
+        let flags = CLONE_CLEAR_SIGHAND | CLONE_FILES;
+        let made = process::spawn_sleeper(None, flags);
+        Self::adopt(made.map_err(InjectError::trace(of, "make a helper for"))?)
+    }
+
+    fn adopt(pid: HostPid) -> Result<Self> {
         let mut tracee = adopt_sleeper(pid, 0)?;
         let kill = Kill(pid);
         let mappings = proc::maps(pid)?;

@@ -1,5 +1,6 @@
 //! Injects lists of system calls, called scripts, into other processes.
 
+mod birth;
 mod child;
 mod error;
 mod freeze;
@@ -14,10 +15,11 @@ mod session;
 mod tests;
 mod tracee;
 
+pub use birth::Wanted;
 pub use child::{adopt_sleeper, await_end, await_stop};
 pub use error::{InjectError, Result};
 pub use freeze::{Frozen, Options as FreezeOptions, Outcome, Task};
-pub use helper::{First, Helper, Helpers};
+pub use helper::{First, Helper, Helpers, Lender};
 pub use home::registers_to_exit;
 pub use repair::{Repair, repair};
 pub use scratch::{Scratch, TABLE_BYTES};

@@ -6,14 +6,16 @@ use super::{Result, attribute::Differences};
 use crate::{
     inject::{Answers, InjectError, Script},
     proc::{self, Status},
-    units::HostPid,
+    units::{HostPid, IdMap},
 };
 
 /// The state of the restorer itself, which new processes inherit.
 #[derive(Debug)]
 pub struct OfRestorer {
-    /// Credentials.
+    /// Credentials, as its tree sees them.
     pub status: Status,
+    /// The user and group ids of the tree.
+    pub ids: IdMap,
     /// Soft and hard limits, indexed by resource number.
     pub limits: Vec<(u64, u64)>,
     /// Attributes that the restore could not set as they were.
@@ -25,7 +27,18 @@ impl OfRestorer {
     pub fn read() -> Result<Self> {
         let pid = HostPid(nix::unistd::getpid().as_raw());
         let limits = proc::limits(pid)?.to_vec();
-        Ok(Self { status: proc::status(pid)?, limits, differences: RefCell::default() })
+        let (ids, differences) = (IdMap::default(), RefCell::default());
+        Ok(Self { status: proc::status(pid)?, ids, limits, differences })
+    }
+
+    /// Reads the state that new processes have when process `root` exists, which is one of them: in a
+    /// user namespace of their own they have other credentials than this program.
+    pub fn read_with(root: HostPid, ids: &IdMap) -> Result<Self> {
+        let own = Self::read()?;
+        if ids.is_own_namespace() {
+            return Ok(own);
+        }
+        Ok(Self { status: proc::status(root)?.inside(ids), ids: ids.clone(), ..own })
     }
 }
 

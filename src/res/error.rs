@@ -108,6 +108,23 @@ pub enum ResError {
         /// The defect, and the expected value.
         problem: String,
     },
+    /// rcriu may not map the ids of a user namespace.
+    #[error(
+        "map the users {users} and the groups {groups} into a user namespace, as user {user} and group \
+         {group}\nhelp: run rcriu restore as root, or as the user and group to which alone the tree maps"
+    )]
+    Maps {
+        /// The user of rcriu.
+        user: u32,
+        /// The group of rcriu.
+        group: u32,
+        /// The users to be mapped.
+        users: String,
+        /// The groups to be mapped.
+        groups: String,
+        /// The cause.
+        source: Errno,
+    },
     /// A System V segment could not be found or recreated.
     #[error("System V segment {id}: {problem}")]
     Segment {

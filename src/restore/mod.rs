@@ -175,6 +175,7 @@ fn restore(
         if let Some(number) = plan.namespaces.borrow().number_of("net") {
             files.opened.add_network(number, puppets.first_pid())?;
         }
+        files.lender = puppets.lender()?;
     }
     let objects = objects::create(plan, &mut files)?;
     for body in plan.tasks.iter().filter_map(|task| task.body.as_ref()) {
@@ -208,7 +209,7 @@ fn restore(
         stats.forked(puppets.filled);
         let root = plan.host(plan.tasks[0].pid);
         actions.run(Stage::PostSetupNamespaces, Some(root))?;
-        let own = OfRestorer::read()?;
+        let own = OfRestorer::read_with(root, plan.pids.ids())?;
         apply::all(plan, &mut puppets, &mut files, &own)?;
         if let Some(filling) = filling {
             filling.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;

@@ -196,6 +196,7 @@ impl Plan {
         } else {
             PidMap::of_own_namespace()
         };
+        let pids = pids.with_ids(namespaces.ids());
         let (common, inventory) = (Vec::new(), tree.inventory);
         let arenas = Arenas::new(kin.iter().map(|kin| kin.ids).collect());
         let mut plan = Self {

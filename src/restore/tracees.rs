@@ -7,11 +7,10 @@ use std::{
 };
 
 use nix::{errno::Errno, libc};
-use zerocopy::IntoBytes;
 
 use super::{Result, pids::Waiting};
 use crate::{
-    inject::{InjectError, Scratch, Script, Tracee, await_end, await_stop},
+    inject::{InjectError, Scratch, Script, Tracee, Wanted, await_end, await_stop},
     proc,
     step::StepError,
     sys::{
@@ -35,28 +34,13 @@ pub(super) fn make(
     (pid, pids): (NsPid, &PidMap),
     arguments: CloneArguments,
 ) -> Result<Tracee> {
-    let mut script = Script::new();
-    let set_tid = script.bytes(&pid.raw().to_le_bytes());
-    let arguments = CloneArguments { set_tid_size: 1, ..arguments };
-    let buffer = script.bytes(arguments.as_bytes());
-    script.point(buffer, std::mem::offset_of!(CloneArguments, set_tid), set_tid);
-    script.call(
-        format!("make process {pid}"),
-        libc::SYS_clone3,
-        &[buffer.into(), size_of::<CloneArguments>().into()],
-    );
-    let mut born = None;
+    let wanted = Wanted { pid, in_own_namespace: pids.is_own_namespace(), arguments };
     let waiting = Waiting::begin();
     loop {
-        let made = scratch.run_births(maker, &script, &mut |child| {
-            born = Some(child);
-            Ok(())
-        });
-        match made {
+        match wanted.make(scratch, maker) {
             Err(InjectError::Call { source: Errno::EEXIST, .. }) => waiting.nap(pids.host(pid))?,
             Err(error) => return Err(error.into()),
-            Ok(_) => {
-                let host = born.unwrap_or_else(|| pids.host(pid));
+            Ok(host) => {
                 pids.learn(pid, host);
                 return Ok(await_stop(host)?);
             }

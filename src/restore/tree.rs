@@ -1,6 +1,6 @@
 //! Makes the processes of a tree, each by its maker ([`crate::image::tree::Births`]).
 
-use std::collections::HashMap;
+use std::{collections::HashMap, fs::File, os::fd::AsFd, path::PathBuf};
 
 use nix::{errno::Errno, libc};
 
@@ -19,14 +19,14 @@ use crate::{
         proto::VmaEntry,
         tree::{Arena, Birth, Births, Maker},
     },
-    inject::{First, Helpers, Scratch, Script, Tracee, adopt_sleeper},
+    inject::{First, Helpers, Lender, Scratch, Script, Tracee, adopt_sleeper},
     proc,
-    res::task,
+    res::{ResError, task},
     sys::{
         process::{self, CloneArguments},
         ptrace,
     },
-    units::{HostPid, NsPid},
+    units::{HostPid, NsId, NsPid},
 };
 
 /// `CLONE_CLEAR_SIGHAND` (`linux/sched.h`, since Linux 5.5): resets all handlers to the
@@ -179,7 +179,12 @@ impl<'a> Puppets<'a> {
         let flags = flags | CLONE_FILES | namespaces.clone_flags();
         let waiting = Waiting::begin();
         let tid = loop {
-            match process::spawn_sleeper(pid.raw(), flags) {
+            let spawn = || process::spawn_sleeper(Some(pid.raw()), flags);
+            let made = match self.groups() {
+                Some(groups) => process::with_groups(&groups, spawn).and_then(|made| made),
+                None => spawn(),
+            };
+            match made {
                 Ok(tid) => break tid,
                 // A session or group may still have this id.
                 Err(Errno::EEXIST) => waiting.nap(self.plan.host(pid))?,
@@ -197,7 +202,8 @@ impl<'a> Puppets<'a> {
         self.plan.pids.learn(pid, tid);
         self.first_pid = tid;
         let rseq = first.rseq;
-        let first = First { tracee: first, pid, scratch: self.scratch };
+        let in_own_namespace = self.plan.pids.is_own_namespace();
+        let first = First { tracee: first, pid, in_own_namespace, scratch: self.scratch };
         let first = self.first.insert(first);
         // Memory that belongs to this program's thread would be in the way.
         let mappings = proc::maps(tid)?;
@@ -221,6 +227,44 @@ impl<'a> Puppets<'a> {
         self.makers = Helpers::of_first(self.first.take().expect("it was made"));
         let helpers = &self.makers;
         namespaces.build(tid, |script| Ok::<_, RestoreError>(helpers.run_first(script).map(drop)?))
+    }
+
+    /// Makes the process that lends descriptors to the tree, if it has a user namespace of its own.
+    ///
+    /// # Errors
+    /// [`RestoreError`].
+    pub(super) fn lender(&self) -> Result<Option<Lender>> {
+        let ids = self.plan.pids.ids();
+        let Some(first) = self.makers.first().filter(|_| !ids.is_own_namespace()) else {
+            return Ok(None);
+        };
+        let path = PathBuf::from(format!("/proc/{first}/ns/user"));
+        let failed = |source| ResError::Read { path: path.clone(), source };
+        let namespace = File::open(&path).map_err(failed)?;
+        let status = proc::status(first)?.inside(ids);
+        let ids = (status.uids.effective, status.gids.effective);
+        let make = || Lender::beside(first, namespace.as_fd(), ids);
+        let mut lender = make()?;
+        let mut others = Vec::new();
+        let threads = || self.plan.tasks.iter().flat_map(|task| &task.threads);
+        while threads().any(|thread| self.plan.host(thread.tid) == lender.pid()) {
+            others.push(std::mem::replace(&mut lender, make()?));
+        }
+        Ok(Some(lender))
+    }
+
+    /// Returns the supplementary groups, here, to make the first process with, if it gets a user
+    /// namespace of its own: those of rcriu are not the tree's, and inside it may be forbidden to
+    /// change them.
+    fn groups(&self) -> Option<Vec<u32>> {
+        let ids = self.plan.pids.ids();
+        if ids.is_own_namespace() {
+            return None;
+        }
+        let core = self.plan.tasks[0].core().thread_core.as_ref();
+        let groups = core.and_then(|core| core.creds.as_ref()).map(|creds| creds.groups.as_slice());
+        let here = groups.unwrap_or_default().iter().filter_map(|id| ids.host_group(NsId(*id)));
+        Some(here.map(|id| id.0).collect())
     }
 
     /// Makes the root of the tree of the first process, or lets the first process make it.

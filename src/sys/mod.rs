@@ -13,6 +13,7 @@ pub mod kernel_memory;
 pub mod loan;
 pub mod lock;
 pub mod mqueue;
+pub mod namespace;
 pub mod output;
 pub mod page_cache;
 pub mod pagemap;

@@ -372,6 +372,28 @@ pub fn set_scheduling(tid: HostPid, attributes: &Scheduling) -> Result<(), Errno
     Errno::result(result).map(drop)
 }
 
+/// Calls `act` while the calling thread alone has these supplementary groups, which processes that it
+/// creates inherit. Without `CAP_SETGID` the thread keeps its own.
+///
+/// # Errors
+/// The thread cannot get its own groups back.
+pub fn with_groups<T>(groups: &[u32], act: impl FnOnce() -> T) -> Result<T, Errno> {
+    // The C library would change those of all threads.
+    let set = |groups: &[u32]| {
+        // SAFETY: the list outlives the call, and has the length that is given.
+        let result = unsafe { libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) };
+        Errno::result(result).map(drop)
+    };
+    let own = nix::unistd::getgroups()?.into_iter().map(nix::unistd::Gid::as_raw);
+    let own: Vec<u32> = own.collect();
+    if set(groups).is_err() {
+        return Ok(act());
+    }
+    let made = act();
+    set(&own)?;
+    Ok(made)
+}
+
 /// The arguments of `clone3(2)` (`struct clone_args`, `linux/sched.h`, as of Linux 5.7).
 #[derive(
     Clone, Copy, Debug, Default, zerocopy::IntoBytes, zerocopy::Immutable, zerocopy::KnownLayout,
@@ -394,7 +416,7 @@ pub struct CloneArguments {
 
 const _: () = assert!(size_of::<CloneArguments>() == 88);
 
-/// Creates a child with this pid, which sleeps forever, with default signal actions, until it is
+/// Creates a child with this pid, or any, which sleeps forever, with default signal actions, until it is
 /// traced. With `CLONE_NEWPID`, this is its pid in the new namespace. Returns its pid here.
 ///
 /// The child has copies of this process's memory and descriptors, but executes only `pause(2)`: no
@@ -403,14 +425,14 @@ const _: () = assert!(size_of::<CloneArguments>() == 88);
 ///
 /// # Errors
 /// `EEXIST` if the pid is in use; `EPERM` without `CAP_CHECKPOINT_RESTORE` or `CAP_SYS_ADMIN`.
-pub fn spawn_sleeper(pid: i32, flags: u64) -> Result<HostPid, Errno> {
-    let set_tid = [pid];
+pub fn spawn_sleeper(pid: Option<i32>, flags: u64) -> Result<HostPid, Errno> {
+    let set_tid = [pid.unwrap_or(0)];
     let sibling = flags & u64::from(libc::CLONE_PARENT.cast_unsigned()) != 0;
     let arguments = CloneArguments {
         flags,
         exit_signal: if sibling { 0 } else { libc::SIGCHLD.cast_unsigned().into() },
-        set_tid: set_tid.as_ptr().addr() as u64,
-        set_tid_size: 1,
+        set_tid: pid.map_or(0, |_| set_tid.as_ptr().addr() as u64),
+        set_tid_size: pid.is_some().into(),
         ..CloneArguments::default()
     };
     let size = size_of::<CloneArguments>();

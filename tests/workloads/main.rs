@@ -49,6 +49,7 @@ mod terminals;
 mod threads;
 mod tree;
 mod unix_waiting;
+mod users;
 mod watches;
 
 use std::{
@@ -92,6 +93,7 @@ const GROUPS: &[&[Row]] = &[
     inet::ROWS,
     owners::ROWS,
     clocks::ROWS,
+    users::ROWS,
     namespaces::ROWS,
     ipc::ROWS,
     networks::ROWS,

@@ -23,7 +23,7 @@ pub use self::{
     arenas::{Arena, ArenaIds, Arenas},
     births::{Birth, Births, HelperPlan, Kin, Maker},
     files::timer_problem,
-    namespaces::{time_problem, uts_problem},
+    namespaces::{time_problem, user_problem, uts_problem},
 };
 
 /// The supported versions of the format (`inventory_entry.img_version`): CRIU's

@@ -2,7 +2,7 @@
 
 use super::{Problems, Tree};
 use crate::image::{ImageStore, Kind, ipc::Objects, proto};
-use proto::{TaskKobjIdsEntry, TimensEntry, UtsnsEntry};
+use proto::{TaskKobjIdsEntry, TimensEntry, UidGidExtent, UsernsEntry, UtsnsEntry};
 
 /// The longest name of a host or domain (`__NEW_UTS_LEN`, `linux/utsname.h`).
 const LONGEST_NAME: usize = 64;
@@ -35,6 +35,36 @@ pub fn time_problem(entry: &TimensEntry) -> Option<String> {
     })
 }
 
+/// The most ranges of a map (`UID_GID_MAP_MAX_EXTENTS`, `linux/user_namespace.h`).
+const RANGES_MAX: usize = 340;
+
+/// Returns what is wrong with the maps of a user namespace, if anything.
+pub fn user_problem(entry: &UsernsEntry) -> Option<String> {
+    [("users", &entry.uid_map), ("groups", &entry.gid_map)].into_iter().find_map(|(name, map)| {
+        if map.is_empty() {
+            return Some(format!("it maps no {name}, so that no process can have any"));
+        }
+        if map.len() > RANGES_MAX {
+            let ranges = map.len();
+            return Some(format!("{ranges} ranges of {name}, at most {RANGES_MAX} expected"));
+        }
+        map.iter().find_map(|range| {
+            let ends = [range.first, range.lower_first].map(|at| at.checked_add(range.count));
+            if range.count == 0 {
+                Some(format!("a range of {name} from {} on maps no ids", range.first))
+            } else if ends.contains(&None) {
+                let UidGidExtent { first, lower_first, count } = range;
+                Some(format!(
+                    "a range of {name} has {count} ids from {first} and {lower_first} on, beyond \
+                     the last one"
+                ))
+            } else {
+                None
+            }
+        })
+    })
+}
+
 /// Checks the namespaces of the tree: their images, and that all processes are in them.
 pub(super) fn check(images: &dyn ImageStore, tree: &Tree, problems: &mut Problems) {
     let of_uts = own(images, tree, problems, "UTS", |ids| ids.uts_ns_id);
@@ -44,6 +74,10 @@ pub(super) fn check(images: &dyn ImageStore, tree: &Tree, problems: &mut Problem
     let of_ipc = own(images, tree, problems, "IPC", |ids| ids.ipc_ns_id);
     if let Some(number) = of_ipc.filter(|number| number.is_own) {
         check_ipc(images, number.number, problems);
+    }
+    let of_users = own(images, tree, problems, "user", |ids| ids.user_ns_id);
+    if let Some(number) = of_users.filter(|number| number.is_own) {
+        check_image(images, problems, (Kind::Userns, number.number), user_problem);
     }
     let Some(number) = own(images, tree, problems, "time", |ids| ids.time_ns_id) else { return };
     if number.is_own {

@@ -23,7 +23,7 @@ use crate::{
         proto::{self, FdinfoEntry, FileEntry, VmaEntry},
         vma,
     },
-    inject::{Arg, CallId, Script},
+    inject::{Arg, CallId, Lender, Script},
     sys::{fds, process},
     units::{HostPid, NsPid, PidMap, TargetFd},
 };
@@ -61,7 +61,9 @@ pub struct Installer<'a> {
     watching: HashSet<u32>,
     /// Working and root directories in `/proc/PID`, which do not exist yet.
     deferred: HashSet<u32>,
-    /// A pidfd of the restorer, for processes that cannot see it: they keep it until they have their
+    /// Lends descriptors to processes in a user namespace.
+    pub lender: Option<Lender>,
+    /// A pidfd of the restorer or the lender, for processes that cannot see it: they keep it until they have their
     /// deferred descriptors.
     director: Option<OwnedFd>,
 }
@@ -102,14 +104,16 @@ impl<'a> Installer<'a> {
             installed: HashMap::new(),
             watching: HashSet::new(),
             deferred: HashSet::new(),
+            lender: None,
             director: None,
         }
     }
 
     /// Opens all descriptions with descriptors in the tree. Runs after [`Self::make_memory`].
     pub fn open_descriptions(&mut self) -> Result<()> {
-        if !self.opened.pids.is_own_namespace() {
-            let own = HostPid(nix::unistd::getpid().as_raw());
+        let lender = self.lender.as_ref().map(Lender::pid);
+        if lender.is_some() || !self.opened.pids.is_own_namespace() {
+            let own = lender.unwrap_or(HostPid(nix::unistd::getpid().as_raw()));
             let failed = |source| FileError::Restore {
                 id: 0,
                 step: "open",

@@ -16,6 +16,7 @@ mod ipc;
 mod net;
 mod pid;
 mod time;
+mod user;
 mod uts;
 
 use nix::libc;
@@ -26,7 +27,7 @@ use crate::{
     image::{ImageError, ImageStore, Kind as Image, SnapshotWriter, proto::TaskKobjIdsEntry},
     inject::{Answers, Script, Task},
     proc,
-    units::{HostPid, NsPid, PidMap},
+    units::{HostPid, IdMap, NsPid, PidMap},
 };
 
 /// A kind of namespace.
@@ -62,7 +63,7 @@ static KINDS: [Kind; 8] = [
     row("uts", "a UTS namespace", "-u", |ids| &mut ids.uts_ns_id, Some(&uts::Uts)),
     row(time::FILE, "a time namespace", "-T", |ids| &mut ids.time_ns_id, Some(&time::Time)),
     row("mnt", "a mount namespace", "-m", |ids| &mut ids.mnt_ns_id, None),
-    row("user", "a user namespace", "-U", |ids| &mut ids.user_ns_id, None),
+    row(user::FILE, "a user namespace", "-U", |ids| &mut ids.user_ns_id, Some(&user::User)),
     row("cgroup", "a cgroup namespace", "-C", |ids| &mut ids.cgroup_ns_id, None),
 ];
 
@@ -230,6 +231,11 @@ pub struct Dumped<'a> {
 
 /// A namespace during the restore.
 pub trait Restoring: std::fmt::Debug {
+    /// Returns the map of user and group ids, if the namespace has one.
+    fn ids(&self) -> Option<IdMap> {
+        None
+    }
+
     /// Returns the calls that the first process makes before [`Self::build`].
     fn first_script(&self) -> Script {
         Script::new()
@@ -365,12 +371,12 @@ impl OfTree {
     }
 }
 
-/// Returns the map of the pids of a stopped tree.
+/// Returns the map of the pids and of the user and group ids of a stopped tree.
 ///
 /// # Errors
 /// The errors of reading `/proc`.
 pub fn pids_of(tasks: &[Task]) -> Result<PidMap> {
-    pid::map(tasks)
+    Ok(pid::map(tasks)?.with_ids(user::map(tasks)?))
 }
 
 /// The namespaces that the restore creates for a tree.
@@ -404,7 +410,10 @@ impl Wanted {
                 continue;
             }
             if let Some(own) = kind.own {
-                wanted.push((kind, number, own.restore(images, number)?));
+                let restoring = own.restore(images, number)?;
+                // The others belong to the user namespace, so it comes first.
+                let at = if kind.file == user::FILE { 0 } else { wanted.len() };
+                wanted.insert(at, (kind, number, restoring));
             } else {
                 let message = format!(
                     "the tree had {} of its own, which rcriu does not restore: it will be in that of \
@@ -426,6 +435,11 @@ impl Wanted {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
+    }
+
+    /// Returns the map of the user and group ids of the tree.
+    pub fn ids(&self) -> IdMap {
+        self.0.iter().find_map(|(_, _, namespace)| namespace.ids()).unwrap_or_default()
     }
 
     /// Whether the tree gets a time namespace of its own, in which clocks go on from the dump.

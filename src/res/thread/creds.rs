@@ -7,7 +7,11 @@ use crate::{
     image::proto::{self, CoreEntry},
     inject::Script,
     proc::{Ids, Status},
-    res::{Result, calls::Calls},
+    res::{
+        Result,
+        calls::{Calls, OfRestorer},
+    },
+    units::{IdMap, NsId},
 };
 
 /// `_LINUX_CAPABILITY_VERSION_3` (`linux/capability.h`).
@@ -45,7 +49,8 @@ impl Kind for Creds {
 
     fn set(&self, of: &Restored<'_>, _: &mut Calls<'_>) -> Result<()> {
         let creds = of.core.thread_core.as_ref().and_then(|core| core.creds.as_ref());
-        if let Some(what) = creds.and_then(|creds| label_lost(creds, &own_label())) {
+        let lost = creds.and_then(|creds| label_lost(creds, &own_label()));
+        for what in lost.into_iter().chain(creds.and_then(|creds| groups_lost(creds, of.own))) {
             of.own.differences.borrow_mut().add(what, of.host_tid);
         }
         Ok(())
@@ -53,7 +58,7 @@ impl Kind for Creds {
 
     fn set_credentials(&self, of: &Restored<'_>, script: &mut Script) {
         if let Some(creds) = of.core.thread_core.as_ref().and_then(|core| core.creds.as_ref()) {
-            apply(creds, &of.own.status, script);
+            apply(creds, &of.own.status, &of.own.ids, script);
         }
     }
 }
@@ -73,6 +78,16 @@ fn label_lost(creds: &proto::CredsEntry, own: &str) -> Option<String> {
     (!same && !stored.is_empty()).then(|| {
         let now = if own.is_empty() { "no label".to_owned() } else { format!("{own:?}") };
         format!("the security label was {stored:?} but is that of rcriu: {now}")
+    })
+}
+
+/// Describes the groups that a thread had of which its user namespace maps none, unless it has them from
+/// the restorer.
+fn groups_lost(creds: &proto::CredsEntry, own: &OfRestorer) -> Option<String> {
+    let is_unmapped = |group: &&u32| own.ids.host_group(NsId(**group)).is_none();
+    let unmapped = creds.groups.iter().filter(is_unmapped).count();
+    (unmapped > 0 && creds.groups != own.status.groups).then(|| {
+        format!("{unmapped} supplementary groups that its user namespace does not map are lost")
     })
 }
 
@@ -127,7 +142,7 @@ fn has(own: &Status, entry: &proto::CredsEntry) -> bool {
 ///
 /// The thread may have few privileges afterwards. The calls also reset its parent-death signal
 /// and its dumpable attribute.
-fn apply(entry: &proto::CredsEntry, own: &Status, script: &mut Script) {
+fn apply(entry: &proto::CredsEntry, own: &Status, ids: &IdMap, script: &mut Script) {
     if has(own, entry) {
         return;
     }
@@ -136,9 +151,14 @@ fn apply(entry: &proto::CredsEntry, own: &Status, script: &mut Script) {
     };
     let bits = u64::from(entry.secbits | NO_SETUID_FIXUP);
     prctl(script, "set securebits", libc::PR_SET_SECUREBITS, bits);
-    let groups: Vec<u8> = entry.groups.iter().flat_map(|group| group.to_le_bytes()).collect();
-    let list = script.bytes(&groups);
-    script.call("set groups", libc::SYS_setgroups, &[entry.groups.len().into(), list.into()]);
+    // Where setgroups(2) is forbidden, the groups are those that the first process was made with.
+    if own.groups != entry.groups {
+        let mapped = entry.groups.iter().filter(|group| ids.host_group(NsId(**group)).is_some());
+        let groups: Vec<u8> = mapped.flat_map(|group| group.to_le_bytes()).collect();
+        let list = script.bytes(&groups);
+        let count = groups.len() / size_of::<u32>();
+        script.call("set groups", libc::SYS_setgroups, &[count.into(), list.into()]);
+    }
     script.call(
         "set group ids",
         libc::SYS_setresgid,
@@ -205,6 +225,21 @@ fn set_capabilities(script: &mut Script, effective: u64, permitted: u64, inherit
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::units::IdRange;
+
+    #[test]
+    fn groups_that_no_map_has_are_named_unless_they_are_inherited() {
+        let mut own = OfRestorer::read().unwrap();
+        let one = |at| vec![IdRange { inside: at, outside: at, count: 1 }];
+        let creds = proto::CredsEntry { groups: vec![5, 65534], ..Default::default() };
+        assert_eq!(groups_lost(&creds, &own), None);
+        own.ids = IdMap::new(one(0), one(5));
+        own.status.groups = vec![5];
+        let lost = groups_lost(&creds, &own).unwrap();
+        assert_eq!(lost, "1 supplementary groups that its user namespace does not map are lost");
+        own.status.groups = vec![5, 65534];
+        assert_eq!(groups_lost(&creds, &own), None);
+    }
 
     #[test]
     fn a_security_label_that_is_lost_is_named() {

@@ -1,0 +1,106 @@
+//! How a process under control makes another process or thread with a chosen pid.
+
+use std::{fs, mem::offset_of};
+
+use nix::{errno::Errno, libc};
+use zerocopy::IntoBytes;
+
+use super::{InjectError, Result, Scratch, Script, Tracee, await_end, await_stop};
+use crate::{
+    sys::process::{self, CloneArguments},
+    units::{HostPid, NsPid},
+};
+
+/// The pid that the kernel gave last in the pid namespace of the writer.
+const LAST_PID: &str = "/proc/sys/kernel/ns_last_pid";
+
+/// How often another process may get the pid.
+const TRIES: usize = 20;
+
+/// A process or thread to be made.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted {
+    /// Its pid in the pid namespace of its maker.
+    pub pid: NsPid,
+    /// Whether that is the pid namespace of rcriu.
+    pub in_own_namespace: bool,
+    /// The rest; the pid is filled in.
+    pub arguments: CloneArguments,
+}
+
+impl Wanted {
+    /// Has a process make it, and returns its pid here.
+    ///
+    /// A process in a user namespace of its own may not choose pids in the pid namespace of rcriu. Then
+    /// rcriu, which may, sets the pid before the one that the kernel gives next.
+    ///
+    /// # Errors
+    /// [`InjectError::Call`], with `EEXIST` if the pid is in use.
+    pub fn make(self, scratch: &Scratch, maker: &mut Tracee) -> Result<HostPid> {
+        let (script, _) = self.script(true);
+        let denied = match run(scratch, maker, &script) {
+            Ok(born) => return Ok(born),
+            Err(error @ InjectError::Call { source: Errno::EPERM, .. })
+                if self.in_own_namespace =>
+            {
+                error
+            }
+            Err(error) => return Err(error),
+        };
+        let (script, what) = self.script(false);
+        for _ in 0..TRIES {
+            if fs::write(LAST_PID, (self.pid.raw() - 1).to_string()).is_err() {
+                return Err(denied);
+            }
+            let born = run(scratch, maker, &script)?;
+            if born.0 == self.pid.raw() {
+                return Ok(born);
+            }
+            // Another process was faster.
+            self.discard(scratch, maker, born)?;
+        }
+        Err(InjectError::Call { tid: maker.tid, what, source: Errno::EEXIST })
+    }
+
+    fn script(self, with_pid: bool) -> (Script, String) {
+        let mut script = Script::new();
+        let set_tid = script.bytes(&self.pid.raw().to_le_bytes());
+        let arguments = CloneArguments { set_tid_size: with_pid.into(), ..self.arguments };
+        let buffer = script.bytes(arguments.as_bytes());
+        if with_pid {
+            script.point(buffer, offset_of!(CloneArguments, set_tid), set_tid);
+        }
+        let what = format!("make process {}", self.pid);
+        let size = size_of::<CloneArguments>();
+        script.call(what.clone(), libc::SYS_clone3, &[buffer.into(), size.into()]);
+        (script, what)
+    }
+
+    /// Ends a process or thread that got another pid.
+    fn discard(self, scratch: &Scratch, maker: &mut Tracee, born: HostPid) -> Result<()> {
+        let mut other = await_stop(born)?;
+        let mut script = Script::new();
+        if self.arguments.flags & u64::from(libc::CLONE_THREAD.cast_unsigned()) != 0 {
+            script.call("exit", libc::SYS_exit, &[0.into()]);
+            scratch.start(&mut other, &script)?;
+            return await_end(born);
+        }
+        let kill = InjectError::trace(born, "kill");
+        process::signal(born, libc::SIGKILL).map_err(kill)?;
+        await_end(born)?;
+        // A sibling is a child of rcriu or of a process that reaps it. `__WALL`: it may have no signal.
+        let arguments = [born.0.into(), 0.into(), libc::__WALL.into(), 0.into()];
+        script.attempt(libc::SYS_wait4, &arguments);
+        scratch.run(maker, &script).map(drop)
+    }
+}
+
+fn run(scratch: &Scratch, maker: &mut Tracee, script: &Script) -> Result<HostPid> {
+    let mut born = None;
+    scratch.run_births(maker, script, &mut |child| {
+        born = Some(child);
+        Ok(())
+    })?;
+    let what = "has made no process".to_owned();
+    born.ok_or(InjectError::Lost { tid: maker.tid, what })
+}
