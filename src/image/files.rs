@@ -11,7 +11,7 @@ use proto::{FdTypes, FileEntry};
 macro_rules! read_kinds {
     ($old:ident: $($kind:ident, $type:ident, $field:ident: $message:ident;)*) => {
         $($old.read::<proto::$message>(Kind::$kind, FdTypes::$type, |message, entry| {
-            (entry.id, entry.$field) = (message.id, Some(message));
+            (entry.id, entry.$field) = (message.id, Some(message.into()));
         })?;)*
     };
 }

@@ -94,7 +94,7 @@ impl Collector for Queues {
             r#type: FdTypes::Reg.into(),
             id: file.id,
             reg: Some(entry),
-            mqueue: Some(state),
+            mqueue: Some(state.into()),
             ..Default::default()
         })
     }

@@ -42,7 +42,7 @@ impl Opener for Queues {
         let mut queues: BTreeMap<u64, Vec<End>> = BTreeMap::new();
         for entry in opened.entries.values() {
             if let (Some(file), Some(queue)) = (&entry.reg, &entry.mqueue) {
-                let mut queue = queue.clone();
+                let mut queue = (**queue).clone();
                 let owner = (queue.owner.uid, queue.owner.gid);
                 (queue.owner.uid, queue.owner.gid) = opened.pids.ids().host_owner(owner);
                 let end = End { file: file.clone(), queue };

@@ -106,8 +106,8 @@ impl Collector for NetlinkCollector {
         Ok(proto::FileEntry {
             r#type: proto::FdTypes::Netlinksk.into(),
             id: file.id,
-            nlsk: Some(entry),
-            sock: Some(state),
+            nlsk: Some(entry.into()),
+            sock: Some(state.into()),
             ..proto::FileEntry::default()
         })
     }
@@ -172,8 +172,8 @@ impl Opener for NetlinkOpener {
                     .map_err(restored.failed("connect"))?;
             }
             opts::restore(fd.as_fd(), &entry.opts, &restored)?;
-            attributes::restore_options(fd.as_fd(), file.sock.as_ref(), &restored)?;
-            attributes::lock_filter(fd.as_fd(), file.sock.as_ref(), &restored)?;
+            attributes::restore_options(fd.as_fd(), file.sock.as_deref(), &restored)?;
+            attributes::lock_filter(fd.as_fd(), file.sock.as_deref(), &restored)?;
             opts::restore_flags(fd.as_fd(), entry.flags, &restored)?;
             opened.insert(entry.id, fd);
         }

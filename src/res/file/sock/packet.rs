@@ -140,8 +140,8 @@ impl Collector for PacketCollector {
         Ok(proto::FileEntry {
             r#type: proto::FdTypes::Packetsk.into(),
             id: file.id,
-            psk: Some(entry),
-            sock: Some(state),
+            psk: Some(entry.into()),
+            sock: Some(state.into()),
             ..proto::FileEntry::default()
         })
     }
@@ -185,7 +185,7 @@ impl Opener for PacketOpener {
             let problem = "it is a packet socket, but its packet_sock_entry is missing".to_owned();
             let entry = file.psk.as_ref().ok_or(FileError::Image { id: file.id, problem })?;
             if !opened.contains(entry.id) {
-                let fd = open(entry, file.sock.as_ref(), opened)?;
+                let fd = open(entry, file.sock.as_deref(), opened)?;
                 opened.insert(entry.id, fd);
             }
         }

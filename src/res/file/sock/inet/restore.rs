@@ -197,7 +197,7 @@ impl InetOpener {
             let problem = "it is an internet socket, but its inet_sk_entry is missing".to_owned();
             let entry = file.isk.as_ref().ok_or(FileError::Image { id: file.id, problem })?;
             if !opened.contains(entry.id) {
-                sockets.push(Socket::new(entry, file.sock.as_ref(), opened, self.options)?);
+                sockets.push(Socket::new(entry, file.sock.as_deref(), opened, self.options)?);
             }
         }
         for at in 0..sockets.len() {

@@ -377,8 +377,8 @@ impl Collector for UnixCollector {
         Ok(proto::FileEntry {
             r#type: proto::FdTypes::Unixsk.into(),
             id: file.id,
-            usk: Some(entry),
-            sock: Some(state),
+            usk: Some(entry.into()),
+            sock: Some(state.into()),
             ..proto::FileEntry::default()
         })
     }
@@ -420,7 +420,7 @@ impl Collector for UnixCollector {
             intake.push(proto::FileEntry {
                 r#type: proto::FdTypes::Unixsk.into(),
                 id: entry.id,
-                usk: Some(entry),
+                usk: Some(entry.into()),
                 ..proto::FileEntry::default()
             });
         }

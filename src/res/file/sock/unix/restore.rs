@@ -166,7 +166,7 @@ impl Sockets {
             );
             let restored = Subject { id: entry.id, object };
             let given = outside::inherited(entry, opened, &restored)?;
-            let mut entry = entry.clone();
+            let mut entry = (**entry).clone();
             if let Some(perms) = &mut entry.file_perms {
                 (perms.uid, perms.gid) = opened.pids.ids().host_owner((perms.uid, perms.gid));
             }
@@ -180,7 +180,7 @@ impl Sockets {
                 fd: given.map(Rc::new),
                 file: None,
                 partner: None,
-                state: file.sock.clone().unwrap_or_default(),
+                state: file.sock.as_deref().cloned().unwrap_or_default(),
                 networks: Rc::clone(&opened.networks),
                 root: opened.root.clone(),
             });

@@ -398,8 +398,8 @@ impl Collector for InetCollector {
         Ok(proto::FileEntry {
             r#type: proto::FdTypes::Inetsk.into(),
             id: file.id,
-            isk: Some(entry),
-            sock: Some(state),
+            isk: Some(entry.into()),
+            sock: Some(state.into()),
             ..proto::FileEntry::default()
         })
     }
