@@ -160,8 +160,9 @@ impl Found {
 
     /// Finds memory that has a descriptor but no mapping.
     fn look_at_descriptors(&mut self, pid: HostPid) -> Result<()> {
-        for number in proc::fds(pid)? {
-            if proc::fd_link(pid, number)?.starts_with(MEMFD) {
+        let descriptors = proc::Descriptors::open(pid)?;
+        for number in descriptors.numbers()? {
+            if descriptors.link(number)?.starts_with(MEMFD) {
                 let path = tree::proc_path(pid, &format!("fd/{number}"));
                 let failed = |source| DumpError::File { path: path.clone(), source };
                 let inode = fs::metadata(&path).map_err(failed)?.ino();

@@ -7,6 +7,7 @@
 //! text is not in the kernel's format. Source files named here are those of Linux 6.18.
 
 mod btf;
+mod descriptors;
 mod error;
 mod fdinfo;
 mod flags;
@@ -34,6 +35,7 @@ pub(crate) use self::fdinfo::parse_fdinfo;
 use self::text::Parsed;
 pub use self::{
     btf::Btf,
+    descriptors::Descriptors,
     error::{ProcError, Result},
     fdinfo::{EpollTarget, FdDetail, FdInfo},
     flags::VmFlags,

@@ -81,7 +81,7 @@ pub(super) fn children_by_parent(pid: HostPid) -> Result<Vec<HostPid>> {
 }
 
 /// Returns the names in a directory that are numbers, in ascending order.
-fn numbered(dir: &Path) -> Result<Vec<i32>> {
+pub(super) fn numbered(dir: &Path) -> Result<Vec<i32>> {
     let failed = |source| ProcError::from_io(dir, source);
     let mut numbers = Vec::new();
     for entry in fs::read_dir(dir).map_err(failed)? {

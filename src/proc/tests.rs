@@ -560,7 +560,8 @@ fn a_file_that_is_locked_is_read() {
     let fd = TargetFd(file.as_raw_fd());
     let info = fdinfo(myself(), fd).unwrap();
     let expected = u32::try_from(nix::libc::O_CLOEXEC | nix::libc::O_RDWR).unwrap();
-    assert_eq!((info.pos, info.flags & expected, info.detail), (5, expected, FdDetail::None));
+    assert_eq!((info.pos, info.flags & expected), (5, expected));
+    assert_eq!(info.detail, FdDetail::None);
     let [lock] = &info.locks[..] else { panic!("{:?}", info.locks) };
     assert_eq!((lock.kind, lock.mode, lock.last), (LockKind::Flock, LockMode::Write, None));
     assert_eq!(lock.pid.unsigned_abs(), std::process::id());
@@ -568,6 +569,12 @@ fn a_file_that_is_locked_is_read() {
     assert!(fd_link(myself(), fd).unwrap().ends_with(b" (deleted)"));
     let fds = fds(myself()).unwrap();
     assert!(fds.is_sorted() && fds.contains(&fd));
+    let descriptors = Descriptors::open(myself()).unwrap();
+    assert!(descriptors.numbers().unwrap().contains(&fd));
+    assert_eq!(descriptors.link(fd).unwrap(), fd_link(myself(), fd).unwrap());
+    assert_eq!(descriptors.info(fd).unwrap(), info);
+    let error = descriptors.info(TargetFd(i32::MAX)).unwrap_err();
+    assert!(error.is_vanished() && error.to_string().contains("/fdinfo/2147483647"), "{error}");
 }
 
 /// A program that opens one file of each kind and then waits for the end of its input.

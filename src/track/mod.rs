@@ -507,8 +507,9 @@ fn unseen_writers(pid: HostPid, mappings: &[Mapping]) -> Result<Option<&'static 
     if proc::status(pid)?.vm_pin_kib.unwrap_or(0) > 0 {
         return Ok(Some("has memory that a device or io_uring has pinned"));
     }
-    for number in proc::fds(pid)? {
-        if proc::fd_link(pid, number).is_ok_and(|link| link == b"anon_inode:[io_uring]") {
+    let descriptors = proc::Descriptors::open(pid)?;
+    for number in descriptors.numbers()? {
+        if descriptors.link(number).is_ok_and(|link| link == b"anon_inode:[io_uring]") {
             return Ok(Some("has an io_uring"));
         }
     }

@@ -98,8 +98,9 @@ fn look_at(
         let shared = mappings.iter().filter(|mapping| mapping.shared).map(Key::of_mapping);
         found.extend(shared.filter(|key| objects.contains(key)));
     }
-    for number in proc::fds(pid)? {
-        let link = match proc::fd_link(pid, number) {
+    let descriptors = proc::Descriptors::open(pid)?;
+    for number in descriptors.numbers()? {
+        let link = match descriptors.link(number) {
             Err(error) if error.is_vanished() => continue,
             link => link?,
         };

@@ -34,12 +34,13 @@ impl Listeners {
     /// # Errors
     /// The errors of reading `/proc`.
     pub fn add(&mut self, pid: HostPid) -> Result<()> {
-        for fd in proc::fds(pid)? {
-            let link = proc::fd_link(pid, fd)?;
+        let descriptors = proc::Descriptors::open(pid)?;
+        for fd in descriptors.numbers()? {
+            let link = descriptors.link(fd)?;
             if !matches!(&*link, b"anon_inode:inotify" | b"anon_inode:[fanotify]") {
                 continue;
             }
-            match proc::fdinfo(pid, fd)?.detail {
+            match descriptors.info(fd)?.detail {
                 FdDetail::Inotify(watches) => {
                     let heard = watches.iter().filter(|watch| watch.mask & READING != 0);
                     self.inodes.extend(heard.map(|watch| watch.file.inode));

@@ -219,8 +219,9 @@ impl FileTable {
         pidfd: &OwnedFd,
     ) -> Result<Vec<proto::FdinfoEntry>> {
         let mut entries = Vec::new();
-        for number in proc::fds(pid)? {
-            entries.push(self.collect_fd(pid, pidfd, number)?);
+        let descriptors = proc::Descriptors::open(pid)?;
+        for number in descriptors.numbers()? {
+            entries.push(self.collect_fd(pid, pidfd, &descriptors, number)?);
         }
         self.collect_pending()?;
         Ok(entries)
@@ -231,6 +232,7 @@ impl FileTable {
         &mut self,
         pid: HostPid,
         pidfd: &OwnedFd,
+        descriptors: &proc::Descriptors,
         number: TargetFd,
     ) -> Result<proto::FdinfoEntry> {
         let fd = process::pidfd_getfd(pidfd, number).map_err(|source| FileError::Dump {
@@ -240,15 +242,15 @@ impl FileTable {
             step: "duplicate",
             source,
         })?;
-        let info = proc::fdinfo(pid, number)?;
+        let info = descriptors.info(number)?;
         let close_on_exec = info.flags & libc::O_CLOEXEC.cast_unsigned() != 0;
         let (id, new) = self.state.identify(fd)?;
         if !info.locks.is_empty() {
-            let link = proc::fd_link(pid, number)?;
+            let link = descriptors.link(number)?;
             self.locked(&Locked { pid, number, file: id, link: &link, info: &info })?;
         }
         if let Some(fd) = new {
-            let link = proc::fd_link(pid, number)?;
+            let link = descriptors.link(number)?;
             self.collect(id, fd, pid, number, link, info)?;
             // A file that a socket has queued may also have a descriptor, whose entry needs
             // the file's type.

@@ -70,10 +70,11 @@ impl Tree {
             HashSet::from([NsPid::of_image(own_pid().0)]),
         );
         let pidfd = process::pidfd_open(own_pid()).unwrap();
+        let descriptors = crate::proc::Descriptors::open(own_pid()).unwrap();
         let mut before = HashMap::new();
         for (id, fd) in &self.files {
             let number = TargetFd(fd.as_raw_fd());
-            let entry = table.collect_fd(own_pid(), &pidfd, number)?;
+            let entry = table.collect_fd(own_pid(), &pidfd, &descriptors, number)?;
             before.insert(*id, Before::of(fd, entry));
         }
         table.write(images)?;

@@ -22,12 +22,12 @@ const LINK: &[u8] = b"anon_inode:[fanotify]";
 /// [`ResError::Refused`].
 pub(super) fn check(tasks: &[Task]) -> Result<()> {
     for task in tasks.iter().filter(|task| !task.is_zombie()) {
-        let witness = task.witness();
-        for fd in proc::fds(witness)? {
-            if proc::fd_link(witness, fd)? != LINK {
+        let descriptors = proc::Descriptors::open(task.witness())?;
+        for fd in descriptors.numbers()? {
+            if descriptors.link(fd)? != LINK {
                 continue;
             }
-            let FdDetail::Fanotify(group) = proc::fdinfo(witness, fd)?.detail else { continue };
+            let FdDetail::Fanotify(group) = descriptors.info(fd)?.detail else { continue };
             if group.marks.iter().any(|mark| mark.mask & PERMISSIONS != 0) {
                 return Err(ResError::Refused {
                     pid: task.pid,
