@@ -1,16 +1,19 @@
 //! How long dumps and restores take, as ratios to another program in the same run.
 //!
-//! The other program is the `criu` that `RCRIU_BENCH_CRIU` names; without it, dumps
-//! are held against `cp` of the same images to the same place. Runs alternate, and
+//! The other program is the `criu` that `RCRIU_BENCH_CRIU` names, or the one in `PATH`; without it,
+//! dumps are held against `cp` of the same images to the same place. Runs alternate, and
 //! medians are compared. Free memory is touched before every run: on a virtual machine
 //! the first touch is the host's work and takes longer than the copying.
 //!
-//! `cargo bench --bench tasks -- small`, `large` or `mount` runs one part.
+//! `cargo bench --bench tasks -- small`, `large`, `mount`, or `descriptors`, `connections`,
+//! `processes` or `watches` (thousands of these) runs one part.
 //! `RCRIU_BENCH_DIR` is where images go (else `/dev/shm` and the temporary directory),
 //! `RCRIU_BENCH_MIB` how much memory of each kind the large process has.
 
 #[path = "../common/mod.rs"]
 mod common;
+#[path = "scale.rs"]
+mod scale;
 
 use std::{
     ffi::{OsStr, OsString},
@@ -31,6 +34,7 @@ use nix::{
     },
     unistd::Pid,
 };
+use scale::Many;
 
 /// Runs of a small process, and of a large one, by each program.
 const SMALL_RUNS: usize = 15;
@@ -45,11 +49,20 @@ fn main() {
     let mut arguments = std::env::args().skip(1);
     match (arguments.next().as_deref(), arguments.next()) {
         (Some("--hold"), Some(status)) => return hold(Path::new(&status), mib()),
+        (Some("--many"), Some(name)) => {
+            let status = arguments.next().expect("a path");
+            return Many::by_name(&name).expect("a name").hold(Path::new(&status));
+        }
         (Some("--touch"), Some(mib)) => return touch(mib.parse().expect("a number")),
         _ => {}
     }
     require(Cap::Ptrace);
-    let criu = std::env::var_os("RCRIU_BENCH_CRIU");
+    let criu = std::env::var_os("RCRIU_BENCH_CRIU").or_else(|| {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let found = std::env::split_paths(&path).map(|dir| dir.join("criu"));
+        found.into_iter().find(|path| path.is_file()).map(PathBuf::into_os_string)
+    });
+    scale::descriptors();
     if criu.is_some() && std::env::var_os("RCRIU_BENCH_INSIDE").is_none() {
         // Without a tmpfs on /run, CRIU asks the kernel anew what it can do, which
         // takes longer than all else of a small process.
@@ -78,19 +91,59 @@ fn main() {
         println!("\nimages in {}", place.display());
         let bench = Bench { ours: &ours, peer: peer.as_ref(), place };
         if wanted("small") {
-            bench.tasks(false);
+            bench.tasks(Load::Sleep);
         }
         if wanted("large") {
-            bench.tasks(true);
+            bench.tasks(Load::Memory);
         }
         if wanted("mount") {
             bench.mount();
+        }
+        for many in Many::ALL.into_iter().filter(|many| wanted(many.name())) {
+            bench.tasks(Load::Many(many));
         }
     }
 }
 
 fn mib() -> usize {
     std::env::var("RCRIU_BENCH_MIB").map_or(1024, |mib| mib.parse().expect("a number"))
+}
+
+/// What a process has.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Load {
+    Sleep,
+    Memory,
+    Many(Many),
+}
+
+impl Load {
+    /// How often each program dumps and restores it.
+    fn runs(self) -> usize {
+        match self {
+            Self::Sleep => SMALL_RUNS,
+            Self::Memory => LARGE_RUNS,
+            Self::Many(many) => many.runs(),
+        }
+    }
+
+    fn name(self) -> String {
+        match self {
+            Self::Sleep => "small".to_owned(),
+            Self::Memory => "large".to_owned(),
+            Self::Many(many) => format!("{} {}", many.count(), many.name()),
+        }
+    }
+
+    /// The least ratio to aim at.
+    fn target(self) -> u32 {
+        if let Self::Many(_) = self { 1 } else { 2 }
+    }
+
+    /// Options that a dump and a restore need.
+    fn options(self) -> &'static [&'static str] {
+        if let Self::Many(many) = self { many.options() } else { &[] }
+    }
 }
 
 /// A program with CRIU's command line.
@@ -131,15 +184,18 @@ impl Program {
     /// and others leave to the next caller.
     fn dump(&self, target: &Target, images: &Path) -> Run {
         let pid = target.pid.to_string();
+        let children = target.children();
         let begin = Instant::now();
-        let run = self.run(&["dump", "-t", &pid, "-o", "dump.log"], images);
-        target.await_end();
+        let arguments = [&["dump", "-t", &pid, "-o", "dump.log"], target.load.options()].concat();
+        let run = self.run(&arguments, images);
+        target.await_end(&children);
         Run { seconds: begin.elapsed().as_secs_f64(), ..run }
     }
 
-    fn restore(&self, images: &Path, work: &Path) -> Run {
+    fn restore(&self, target: &Target, images: &Path, work: &Path) -> Run {
         let work = work.to_str().expect("our own path");
-        self.run(&["restore", "-d", "-W", work, "-o", "restore.log"], images)
+        let arguments = ["restore", "-d", "-W", work, "-o", "restore.log"];
+        self.run(&[&arguments, target.load.options()].concat(), images)
     }
 }
 
@@ -156,26 +212,28 @@ fn wait(child: &Child) -> (bool, u64) {
     (status == 0, usage.ru_maxrss.unsigned_abs())
 }
 
-/// A process to be dumped.
+/// A process to be dumped, with its children.
 struct Target {
     pid: i32,
-    status: Option<PathBuf>,
+    load: Load,
+    status: PathBuf,
 }
 
 impl Target {
-    /// Starts a process in a session of its own: one that sleeps, or one that holds
-    /// private and shared memory.
+    /// Starts a process in a session of its own.
     #[expect(unsafe_code, reason = "work between fork and exec")]
     #[expect(clippy::zombie_processes, reason = "waited for by its pid")]
-    fn start(large: bool, dir: &Path) -> Self {
-        let status = large.then(|| dir.join("status"));
-        let mut command = match &status {
-            None => Command::new("sleep"),
-            Some(_) => Command::new(std::env::current_exe().expect("it has a path")),
+    fn start(load: Load, dir: &Path) -> Self {
+        let status = dir.join("status");
+        let own = || Command::new(std::env::current_exe().expect("it has a path"));
+        let mut command = match load {
+            Load::Sleep => Command::new("sleep"),
+            _ => own(),
         };
-        match &status {
-            None => command.arg("1000"),
-            Some(status) => command.arg("--hold").arg(status),
+        match load {
+            Load::Sleep => command.arg("1000"),
+            Load::Memory => command.arg("--hold").arg(&status),
+            Load::Many(many) => command.arg("--many").arg(many.name()).arg(&status),
         };
         let become_target = || {
             nix::unistd::setsid()?;
@@ -192,37 +250,53 @@ impl Target {
             stream(&mut command, Stdio::null());
         }
         let child = command.current_dir("/").spawn().expect("sleep is everywhere");
-        let target = Self { pid: child.id().cast_signed(), status };
-        match &target.status {
-            Some(_) => target.await_word("ready"),
-            None => await_that(|| {
+        let target = Self { pid: child.id().cast_signed(), load, status };
+        match load {
+            Load::Sleep => await_that(|| {
                 fs::read_to_string(format!("/proc/{}/comm", target.pid)).unwrap() == "sleep\n"
             }),
+            _ => target.await_word("ready"),
         }
         target
     }
 
     fn await_word(&self, word: &str) {
-        let status = self.status.as_ref().expect("it has one");
-        await_that(|| fs::read_to_string(status).is_ok_and(|text| text == word));
+        await_that(|| fs::read_to_string(&self.status).is_ok_and(|text| text == word));
     }
 
-    /// Lets the process look at its memory.
+    /// Lets the process look at its memory, or looks at what it has.
     fn verify(&self) {
-        if let Some(status) = &self.status {
-            fs::write(status.with_extension("go"), "").unwrap();
-            self.await_word("ok");
-            fs::write(status, "ready").unwrap();
+        match self.load {
+            Load::Sleep => {}
+            Load::Memory => {
+                fs::write(self.status.with_extension("go"), "").unwrap();
+                self.await_word("ok");
+                fs::write(&self.status, "ready").unwrap();
+            }
+            Load::Many(many) => many.verify(self.pid, self.children().len()),
         }
     }
 
-    fn await_end(&self) {
-        waitpid(Pid::from_raw(self.pid), None).expect("it is our child, if adopted");
+    /// Returns the children of the process.
+    fn children(&self) -> Vec<Pid> {
+        let path = format!("/proc/{0}/task/{0}/children", self.pid);
+        let text = fs::read_to_string(path).unwrap_or_default();
+        text.split_whitespace().map(|pid| Pid::from_raw(pid.parse().expect("a pid"))).collect()
+    }
+
+    /// Waits until the process has ended, and its children, which are this program's by then.
+    fn await_end(&self, children: &[Pid]) {
+        for pid in [Pid::from_raw(self.pid)].iter().chain(children) {
+            waitpid(*pid, None).expect("it is our child, if adopted");
+        }
     }
 
     fn end(&self) {
-        kill(Pid::from_raw(self.pid), Signal::SIGKILL).unwrap();
-        self.await_end();
+        let children = self.children();
+        for pid in [Pid::from_raw(self.pid)].iter().chain(&children) {
+            kill(*pid, Signal::SIGKILL).unwrap();
+        }
+        self.await_end(&children);
     }
 }
 
@@ -311,17 +385,17 @@ struct Bench<'a> {
 
 impl Bench<'_> {
     /// Dumps and restores processes by both programs in turn.
-    fn tasks(&self, large: bool) {
+    fn tasks(&self, load: Load) {
         let (mut ours, mut theirs) =
             ([Times::default(), Times::default()], [Times::default(), Times::default()]);
-        for _ in 0..if large { LARGE_RUNS } else { SMALL_RUNS } {
+        for _ in 0..load.runs() {
             if let Some(peer) = self.peer {
-                self.round(peer, large, &mut theirs, None);
+                self.round(peer, load, &mut theirs, None);
             }
             let copy = self.peer.is_none().then_some(&mut theirs[0]);
-            self.round(self.ours, large, &mut ours, copy);
+            self.round(self.ours, load, &mut ours, copy);
         }
-        let what = if large { "large" } else { "small" };
+        let what = load.name();
         let peer = self.peer.map_or("cp", |peer| peer.name);
         for (step, (ours, theirs)) in ["dump", "restore"].iter().zip(ours.iter().zip(&theirs)) {
             print!(
@@ -335,19 +409,21 @@ impl Bench<'_> {
             }
             let speed = theirs.median() / ours.median();
             println!(
-                "; {peer} {:>8.1} ms; {speed:.2} times as fast, target 2",
-                theirs.median() * 1e3
+                "; {peer} {:>8.1} ms; {speed:.2} times as fast, target {}",
+                theirs.median() * 1e3,
+                load.target()
             );
         }
     }
 
     /// Dumps, restores and verifies a process; `copy` is told how long `cp` takes for
     /// the images.
-    fn round(&self, by: &Program, large: bool, times: &mut [Times; 2], copy: Option<&mut Times>) {
+    fn round(&self, by: &Program, load: Load, times: &mut [Times; 2], copy: Option<&mut Times>) {
+        let large = load == Load::Memory;
         let dir = tempfile::tempdir_in(self.place).unwrap();
         let images = dir.path().join("images");
         fs::create_dir(&images).unwrap();
-        let target = Target::start(large, dir.path());
+        let target = Target::start(load, dir.path());
         touch_free_memory(large);
         times[0].add(&by.dump(&target, &images));
         if let Some(copy) = copy {
@@ -360,7 +436,7 @@ impl Bench<'_> {
             fs::remove_dir_all(dir.path().join("copy")).unwrap();
         }
         touch_free_memory(large);
-        times[1].add(&by.restore(&images, dir.path()));
+        times[1].add(&by.restore(&target, &images, dir.path()));
         target.verify();
         target.end();
     }
@@ -372,14 +448,14 @@ impl Bench<'_> {
         let images = dir.path().join("images");
         let point = dir.path().join("mount");
         fs::create_dir(&images).and_then(|()| fs::create_dir(&point)).unwrap();
-        let target = Target::start(true, dir.path());
+        let target = Target::start(Load::Memory, dir.path());
         self.ours.dump(&target, &images);
         let mount = Mounted::new(&images, &point, &[]);
         let (mut direct, mut mounted) = (Times::default(), Times::default());
         for _ in 0..LARGE_RUNS {
             for (from, times) in [(&images, &mut direct), (&point, &mut mounted)] {
                 touch_free_memory(true);
-                times.add(&self.ours.restore(from, dir.path()));
+                times.add(&self.ours.restore(&target, from, dir.path()));
                 target.verify();
                 target.end();
             }
