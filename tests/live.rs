@@ -44,6 +44,8 @@ const IN_KERNEL_MEMORY: &[&str] = &[
     "unix_pending_closed",
     "unix_pending_packets",
     "unix_pending_credentials",
+    "undone_semaphores",
+    "undone_semaphores_of_a_namespace",
 ];
 
 /// Skips a test of a state that this machine does not let rcriu dump.
@@ -404,6 +406,8 @@ states! {
     pidfds_watched;
     // Kernels before 6.4 show nothing of it.
     intercepted_system_calls;
+    undone_semaphores, elsewhere: restored;
+    undone_semaphores_of_a_namespace;
     namespace_descriptors, elsewhere: restored;
 }
 
@@ -667,7 +671,6 @@ fn privileged_aio_requests_in_flight_are_refused_or_warned_of() {
 const LOST: &[(&str, &[&str])] = &[
     ("keyrings", &["has a thread keyring", "has a process keyring"]),
     ("inotify_unread", &["is an inotify instance with 64 bytes of events"]),
-    ("undone_semaphore", &["may have semaphore operations to undo on exit (SEM_UNDO"]),
 ];
 
 #[test]
@@ -683,6 +686,49 @@ fn privileged_states_that_are_lost_are_warned_of() {
         }
         live.verdict();
     }
+}
+
+#[test]
+fn privileged_semaphores_that_another_process_has_are_named() {
+    require_for("undone_semaphores");
+    let mut live = Live::workload("undone_semaphores");
+    live.dump(&[]);
+    let undo = fs::read_dir(live.images()).unwrap().find_map(|entry| {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        let cores = name.starts_with("core-").then(|| read_all(&path, Kind::Core).unwrap());
+        cores.iter().flatten().find_map(|core: &proto::CoreEntry| {
+            core.tc.as_ref().and_then(|task| task.rcriu_undo.first().copied())
+        })
+    });
+    let undo = undo.expect("the child has some");
+    assert_eq!((undo.number, undo.adjust), (0, 2));
+    let set_value = |value: i32| {
+        // SAFETY: the call takes numbers.
+        #[expect(unsafe_code, reason = "no crate has semctl(2)")]
+        let result = unsafe { nix::libc::semctl(undo.set, 0, nix::libc::SETVAL, value) };
+        assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+    };
+    set_value(1);
+    let output = live.try_restore(&[]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let words = format!("it had changed semaphores of the System V set {}", undo.set);
+    assert!(!output.status.success() && said.contains(&words), "{said}");
+    set_value(5);
+    live.restore(&[]);
+    live.verdict();
+}
+
+#[test]
+fn privileged_semaphores_that_cannot_be_read_are_warned_of() {
+    require(Cap::Ptrace);
+    let mut live = Live::workload("undone_semaphores");
+    live.without = "kernel_memory";
+    let output = live.try_dump(&["-R"]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let words = "may have semaphore operations to undo on exit (SEM_UNDO";
+    assert!(output.status.success() && said.contains(words), "{said}");
+    live.verdict();
 }
 
 fn refused_with(live: &mut Live, options: &[&str], what: &str) {

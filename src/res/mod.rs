@@ -7,6 +7,7 @@ pub mod attribute;
 pub mod calls;
 mod error;
 pub mod file;
+mod kernel;
 pub mod mm;
 mod mqueue;
 mod netlink;

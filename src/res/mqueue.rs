@@ -13,7 +13,7 @@ use nix::{
     unistd::{Gid, Uid, fchown},
 };
 
-use super::file::kernel::{Kernel, KernelError, KernelResult};
+use super::kernel::{Kernel, KernelError, KernelResult};
 use crate::{
     causes::with_sources,
     image::proto,

@@ -31,7 +31,8 @@ pub const ROWS: &[Row] = &[
     ("locked_later", locked_later),
     ("locked_later_on_fault", locked_later_on_fault),
     ("keyrings", keyrings),
-    ("undone_semaphore", undone_semaphore),
+    ("undone_semaphores", undone_semaphores),
+    ("undone_semaphores_of_a_namespace", undone_semaphores_of_a_namespace),
     ("intercepted_system_calls", intercepted_system_calls),
 ];
 
@@ -473,15 +474,42 @@ fn keyrings(checkpoint: &Checkpoint) -> Verdict {
     thread.join()
 }
 
-/// An operation that the end of the process undoes.
-fn undone_semaphore(checkpoint: &Checkpoint) -> Verdict {
-    let set = sys!(semget(libc::IPC_PRIVATE, 1, 0o600))?;
-    let mut operation =
-        libc::sembuf { sem_num: 0, sem_op: 3, sem_flg: libc::SEM_UNDO as libc::c_short };
-    let done = sys!(semop(set, ptr::from_mut(&mut operation), 1));
-    checkpoint.wait();
+/// Operations that the end of a process undoes: one takes, another gives. A second thread of the
+/// process has the same list.
+fn undone_semaphores(checkpoint: &Checkpoint) -> Verdict {
+    let set = sys!(semget(libc::IPC_PRIVATE, 3, 0o600))?;
+    let values = || -> Result<Vec<i32>, String> {
+        (0..3).map(|number| sys!(semctl(set, number, libc::GETVAL))).collect()
+    };
+    let operate = move |number: u16, operation: i16| {
+        let flags = libc::SEM_UNDO as libc::c_short;
+        let mut operation = libc::sembuf { sem_num: number, sem_op: operation, sem_flg: flags };
+        sys!(semop(set, ptr::from_mut(&mut operation), 1)).map(drop)
+    };
+    sys!(semctl(set, 0, libc::SETVAL, 5))?;
+    let verdict = (|| {
+        let child = checkpoint.fork(|child| {
+            let thread = child.thread(move |thread| {
+                operate(0, -2)?;
+                thread.wait();
+                Ok(())
+            })?;
+            operate(2, 3)?;
+            child.wait();
+            thread.join()?;
+            same("values", vec![3, 0, 3], values()?)
+        })?;
+        checkpoint.wait();
+        child.join()?;
+        same("values after the end", vec![5, 0, 0], values()?)
+    })();
     sys!(semctl(set, 0, libc::IPC_RMID))?;
-    done.map(drop)
+    verdict
+}
+
+fn undone_semaphores_of_a_namespace(checkpoint: &Checkpoint) -> Verdict {
+    sys!(unshare(libc::CLONE_NEWIPC))?;
+    undone_semaphores(checkpoint)
 }
 
 /// `PR_SET_SYSCALL_USER_DISPATCH`, `PR_SYS_DISPATCH_ON`, and the values of the selector

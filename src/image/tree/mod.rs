@@ -24,6 +24,7 @@ pub use self::{
     births::{Birth, Births, HelperPlan, Kin, Maker},
     files::timer_problem,
     namespaces::{time_problem, user_problem, uts_problem},
+    task::undone,
 };
 
 /// The supported versions of the format (`inventory_entry.img_version`): CRIU's

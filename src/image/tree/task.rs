@@ -29,6 +29,23 @@ const RESET_ON_FORK: u32 = 0x4000_0000;
 /// Bytes of `struct robust_list_head` (`linux/futex.h`).
 const ROBUST_LIST_BYTES: u32 = 24;
 
+/// Returns the number of a semaphore and what the kernel is to add to it, or why that is impossible.
+///
+/// # Errors
+/// The defect, and the possible values.
+pub fn undone(undo: &proto::RcriuUndo) -> Result<(u16, i16), String> {
+    match (u16::try_from(undo.number), i16::try_from(undo.adjust)) {
+        (Ok(number), Ok(adjust)) if adjust != i16::MIN => Ok((number, adjust)),
+        _ => Err(format!(
+            "it is to undo a change of semaphore {} by {} (the greatest are {} and {})",
+            undo.number,
+            undo.adjust,
+            u16::MAX,
+            i16::MAX
+        )),
+    }
+}
+
 /// Checks a process, without its memory and files.
 pub(super) fn check_task(task: &proto::TaskCoreEntry, problems: &mut Problems) {
     let limits = task.rlimits.iter().flat_map(|limits| &limits.rlimits);
@@ -52,6 +69,9 @@ pub(super) fn check_task(task: &proto::TaskCoreEntry, problems: &mut Problems) {
     }
     if let Some(timers) = &task.timers {
         check_timers(timers, problems);
+    }
+    for problem in task.rcriu_undo.iter().filter_map(|undo| undone(undo).err()) {
+        problems.broken(problem);
     }
     if task.oom_score_adj.is_some_and(|adjustment| !(-1000..=1000).contains(&adjustment)) {
         problems.broken(format!("its OOM score adjustment is {:?}", task.oom_score_adj));

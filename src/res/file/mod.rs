@@ -15,7 +15,6 @@ mod eventpoll;
 mod fown;
 mod ghost;
 mod install;
-pub(in crate::res) mod kernel;
 mod listeners;
 mod lock;
 mod memfd;

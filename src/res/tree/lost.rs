@@ -2,17 +2,7 @@
 
 use std::fs;
 
-use crate::{
-    causes::tell,
-    inject::Task,
-    proc,
-    res::{Result, sysv},
-    sys::{
-        process::{self, Shared},
-        task,
-    },
-    units::HostPid,
-};
+use crate::{causes::tell, inject::Task, proc, res::Result, units::HostPid};
 
 /// Security attributes for the next `execve(2)` or the next new object.
 const NEXT: [&str; 4] = ["exec", "fscreate", "keycreate", "sockcreate"];
@@ -23,10 +13,9 @@ const NEXT: [&str; 4] = ["exec", "fscreate", "keycreate", "sockcreate"];
 /// None.
 pub(super) fn check(tasks: &[Task]) -> Result<()> {
     let own = OfDumper::read();
-    let in_tree = |pid: HostPid| tasks.iter().any(|task| task.pid == pid);
     for task in tasks.iter().filter(|task| !task.is_zombie()) {
         let tids: Vec<_> = task.threads.iter().map(|thread| thread.tid).collect();
-        for what in own.look(task.witness(), &tids, &in_tree) {
+        for what in own.look(task.witness(), &tids) {
             tell(log::Level::Warn, &format!("process {} {what}", task.pid));
         }
     }
@@ -36,42 +25,22 @@ pub(super) fn check(tasks: &[Task]) -> Result<()> {
 /// The same state of rcriu itself, to compare with.
 #[derive(Clone, Debug)]
 struct OfDumper {
-    pid: HostPid,
     /// Its security label; `None` if no security module uses labels.
     label: Option<String>,
     audit_session: Option<u32>,
 }
 
 impl OfDumper {
-    /// Reads the state of this process. It must not have other threads yet: they would share a
-    /// list of semaphore operations to undo.
+    /// Reads the state of this process.
     fn read() -> Self {
         let pid = HostPid(nix::unistd::getpid().as_raw());
-        Self { pid, label: label(pid, pid, "current"), audit_session: proc::session_id(pid).ok() }
+        Self { label: label(pid, pid, "current"), audit_session: proc::session_id(pid).ok() }
     }
 
     /// Returns sentences about the state that a stopped process will lose, without their subject,
-    /// "process N". `in_tree` tells which semaphore sets count.
-    fn look(
-        &self,
-        pid: HostPid,
-        tids: &[HostPid],
-        in_tree: &dyn Fn(HostPid) -> bool,
-    ) -> Vec<String> {
+    /// "process N".
+    fn look(&self, pid: HostPid, tids: &[HostPid]) -> Vec<String> {
         let mut found = Vec::new();
-        // Equal if both have no list. Otherwise the process has one, which may be empty.
-        if process::kcmp(pid, self.pid, Shared::Undo).is_ok_and(std::cmp::Ordering::is_ne) {
-            let sets = match sysv::visit(Some(pid)) {
-                Ok(_visit) => task::semaphores_used_by(in_tree),
-                Err(_) => Vec::new(),
-            };
-            if !sets.is_empty() {
-                found.push(format!(
-                    "may have semaphore operations to undo on exit (SEM_UNDO, sets {sets:?}): \
-                     they are undone when it exits, and the restored process has none"
-                ));
-            }
-        }
         if let Some(ours) = &self.label {
             for tid in tids {
                 labels(pid, *tid, ours, &mut found);

@@ -1,6 +1,6 @@
-//! State that the processes of a tree share: control groups, System V segments, and which stops
-//! of children their parents have been notified of. One file and one row in [`KINDS`] for each
-//! kind.
+//! State that the processes of a tree share: control groups, System V segments, semaphores, and
+//! which stops of children their parents have been notified of. One file and one row in [`KINDS`]
+//! for each kind.
 
 pub mod cgroup;
 mod lost;
@@ -9,6 +9,7 @@ pub mod seccomp;
 pub mod session;
 mod stops;
 mod sysv;
+mod undo;
 
 use std::fs::File;
 
@@ -95,6 +96,11 @@ pub const KINDS: &[Kind] = &[
     Kind {
         collector: Some(|tasks, pids, _| stops::collector(tasks, pids)),
         restorer: Some(|_, _| stops::restorer()),
+        ..NONE
+    },
+    Kind {
+        collector: Some(|tasks, _, _| undo::collector(tasks)),
+        restorer: Some(|_, _| undo::restorer()),
         ..NONE
     },
     Kind {

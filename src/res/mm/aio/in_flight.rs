@@ -11,7 +11,7 @@ use std::{
 };
 
 use crate::{
-    res::file::kernel::{Kernel, KernelError, KernelResult},
+    res::kernel::{Kernel, KernelError, KernelResult},
     sys::{kernel_memory::KernelAddr, process, task},
     units::{HostPid, RemoteAddr},
 };

@@ -26,7 +26,7 @@ use crate::{
     res::{
         ResError, Result,
         calls::Calls,
-        file::kernel::KernelResult,
+        kernel::KernelResult,
         task::{Calling, Checked, Collect, Kind, Restored},
     },
     sys::process,

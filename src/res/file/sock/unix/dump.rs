@@ -18,16 +18,18 @@ use super::{
 use crate::{
     causes::with_sources,
     image::{SnapshotWriter, proto},
-    res::file::{
-        Collector, Description, External, FileError, Intake, Result,
-        kernel::Kernel,
-        sock::{
-            SHUT_BOTH, attributes, diag,
-            listed::inode,
-            opts,
-            queue::{self, Packet},
-            state,
+    res::{
+        file::{
+            Collector, Description, External, FileError, Intake, Result,
+            sock::{
+                SHUT_BOTH, attributes, diag,
+                listed::inode,
+                opts,
+                queue::{self, Packet},
+                state,
+            },
         },
+        kernel::Kernel,
     },
     sys::{fds, kernel_memory::KernelAddr},
     units::{HostPid, TargetFd},

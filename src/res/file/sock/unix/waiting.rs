@@ -2,7 +2,7 @@
 //! them.
 //!
 //! No call shows such data without accepting the connection, so the dump reads the memory of the
-//! kernel ([`kernel`](crate::res::file::kernel)). The socket that has connected may be closed
+//! kernel ([`kernel`](crate::res::kernel)). The socket that has connected may be closed
 //! already: then the restore connects another one, sends the data, and closes it.
 
 use std::{
@@ -23,16 +23,18 @@ use super::{
 };
 use crate::{
     image::proto,
-    res::file::{
-        Opened, Result,
-        error::errno,
-        kernel::{Credentials, Kernel, KernelError, KernelResult},
-        sock::{
-            attributes,
-            opts::{self, Subject},
-            queue::{self, Packet},
-            state,
+    res::{
+        file::{
+            Opened, Result,
+            error::errno,
+            sock::{
+                attributes,
+                opts::{self, Subject},
+                queue::{self, Packet},
+                state,
+            },
         },
+        kernel::{Credentials, Kernel, KernelError, KernelResult},
     },
     sys::kernel_memory::KernelAddr,
     units::{HostId, HostPid, PidMap},

@@ -1,8 +1,9 @@
 //! State that only the memory of the kernel shows.
 //!
 //! No system call shows the data in a connection that was not accepted, or in a message queue, and
-//! leaves it there; none counts the AIO requests in flight. So the dump follows the kernel's structures, starting at its own descriptor of
-//! the file. The kernel's type information says where their members are. The dump compares lengths
+//! leaves it there; none counts the AIO requests in flight, or shows what the kernel undoes at the
+//! end of a process. So the dump follows the kernel's structures, starting at its own task or at a
+//! descriptor of the file. The kernel's type information says where their members are. The dump compares lengths
 //! and counts in the structures with those that system calls return.
 
 use std::{collections::HashMap, fs, os::fd::AsRawFd, os::fd::BorrowedFd};
@@ -17,7 +18,7 @@ use crate::{
 
 /// An error of reading the memory of the kernel.
 #[derive(Debug, Error)]
-pub(in crate::res) enum KernelError {
+pub(super) enum KernelError {
     /// The kernel lets rcriu load no BPF program.
     #[error("load a BPF program that reads memory of the kernel")]
     Load(#[source] Errno),
@@ -60,11 +61,11 @@ pub(in crate::res) enum KernelError {
 }
 
 /// The result of reading the memory of the kernel.
-pub(in crate::res) type KernelResult<T> = Result<T, KernelError>;
+pub(super) type KernelResult<T> = Result<T, KernelError>;
 
 /// The kernel's structures.
 #[derive(Debug)]
-pub(in crate::res) struct Kernel {
+pub(super) struct Kernel {
     memory: KernelMemory,
     types: Btf,
     /// The table of open files of this process.
@@ -86,20 +87,20 @@ struct Variables {
 
 /// A pid, as rcriu sees it, with the ids that were sent with it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(in crate::res) struct Credentials {
+pub(super) struct Credentials {
     /// 0 if it belongs to another pid namespace.
-    pub(in crate::res) pid: i32,
+    pub(super) pid: i32,
     /// The user.
-    pub(in crate::res) uid: u32,
+    pub(super) uid: u32,
     /// The group.
-    pub(in crate::res) gid: u32,
+    pub(super) gid: u32,
     /// Further groups.
-    pub(in crate::res) groups: Vec<u32>,
+    pub(super) groups: Vec<u32>,
 }
 
 impl Kernel {
     /// Prepares for reading. Changes nothing.
-    pub(in crate::res) fn open() -> KernelResult<Self> {
+    pub(super) fn open() -> KernelResult<Self> {
         let mut memory = KernelMemory::open().map_err(KernelError::Load)?;
         let types = Btf::parse(fs::read(TYPES).map_err(KernelError::Types)?);
         let types = types.ok_or(KernelError::Malformed)?;
@@ -113,12 +114,12 @@ impl Kernel {
         self.types.offset(structure, member).ok_or(KernelError::Member { structure, member })
     }
 
-    pub(in crate::res) fn size(&self, structure: &'static str) -> KernelResult<u64> {
+    pub(super) fn size(&self, structure: &'static str) -> KernelResult<u64> {
         self.types.size(structure).ok_or(KernelError::Member { structure, member: "the size" })
     }
 
     /// Returns the address of a member.
-    pub(in crate::res) fn member(
+    pub(super) fn member(
         &self,
         at: KernelAddr,
         structure: &'static str,
@@ -128,7 +129,7 @@ impl Kernel {
     }
 
     /// Returns the address of the structure that contains `at` as this member.
-    pub(in crate::res) fn containing(
+    pub(super) fn containing(
         &self,
         at: KernelAddr,
         structure: &'static str,
@@ -138,7 +139,7 @@ impl Kernel {
     }
 
     /// Reads bytes.
-    pub(in crate::res) fn bytes(
+    pub(super) fn bytes(
         &mut self,
         at: KernelAddr,
         len: usize,
@@ -154,17 +155,13 @@ impl Kernel {
     }
 
     /// Reads a number of 8 bytes.
-    pub(in crate::res) fn long_at(
-        &mut self,
-        at: KernelAddr,
-        what: &'static str,
-    ) -> KernelResult<u64> {
+    pub(super) fn long_at(&mut self, at: KernelAddr, what: &'static str) -> KernelResult<u64> {
         let bytes = self.bytes(at, 8, what)?;
         Ok(u64::from_ne_bytes(bytes.try_into().expect("8 bytes")))
     }
 
     /// Reads a member of 8 bytes.
-    pub(in crate::res) fn long(
+    pub(super) fn long(
         &mut self,
         at: KernelAddr,
         structure: &'static str,
@@ -175,7 +172,7 @@ impl Kernel {
     }
 
     /// Reads a member that is a pointer.
-    pub(in crate::res) fn pointer(
+    pub(super) fn pointer(
         &mut self,
         at: KernelAddr,
         structure: &'static str,
@@ -185,7 +182,7 @@ impl Kernel {
     }
 
     /// Reads a member of 4 bytes.
-    pub(in crate::res) fn word(
+    pub(super) fn word(
         &mut self,
         at: KernelAddr,
         structure: &'static str,
@@ -197,18 +194,18 @@ impl Kernel {
     }
 
     /// Returns the `task_struct` of this thread.
-    pub(in crate::res) fn task(&mut self) -> KernelResult<KernelAddr> {
+    pub(super) fn task(&mut self) -> KernelResult<KernelAddr> {
         self.memory.current_task().map_err(KernelError::Load)
     }
 
     /// Returns where a variable is that each processor has, from the start of their section on.
-    pub(in crate::res) fn per_cpu_variable(&self, name: &'static str) -> KernelResult<u64> {
+    pub(super) fn per_cpu_variable(&self, name: &'static str) -> KernelResult<u64> {
         let found = self.types.per_cpu_variable(name);
         found.ok_or(KernelError::Member { structure: "per-CPU variables", member: name })
     }
 
     /// Returns the `struct file` of a descriptor of this process.
-    pub(in crate::res) fn file(&mut self, fd: BorrowedFd) -> KernelResult<KernelAddr> {
+    pub(super) fn file(&mut self, fd: BorrowedFd) -> KernelResult<KernelAddr> {
         let number = u64::try_from(fd.as_raw_fd()).expect("descriptors are not negative");
         let files = self.files;
         let table = self.pointer(files, "files_struct", "fdt")?;
@@ -221,7 +218,7 @@ impl Kernel {
     }
 
     /// Returns the files of all descriptors of this process.
-    pub(in crate::res) fn own_files(&mut self) -> KernelResult<HashMap<KernelAddr, i32>> {
+    pub(super) fn own_files(&mut self) -> KernelResult<HashMap<KernelAddr, i32>> {
         let files = self.files;
         let table = self.pointer(files, "files_struct", "fdt")?;
         let count = self.word(table, "fdtable", "max_fds")?;
@@ -234,7 +231,7 @@ impl Kernel {
     }
 
     /// Returns the number of a `struct pid` as rcriu sees it; 0 if it does not.
-    pub(in crate::res) fn pid(&mut self, pid: KernelAddr) -> KernelResult<i32> {
+    pub(super) fn pid(&mut self, pid: KernelAddr) -> KernelResult<i32> {
         if pid.is_null() {
             return Ok(0);
         }
@@ -257,7 +254,7 @@ impl Kernel {
     }
 
     /// Returns the effective ids and the groups of a `struct cred`.
-    pub(in crate::res) fn credentials(
+    pub(super) fn credentials(
         &mut self,
         pid: KernelAddr,
         cred: KernelAddr,
@@ -282,7 +279,7 @@ impl Kernel {
     ///
     /// # Errors
     /// [`KernelError::Unexpected`] before [`Self::find_pages`].
-    pub(in crate::res) fn page(&self, page: KernelAddr) -> KernelResult<KernelAddr> {
+    pub(super) fn page(&self, page: KernelAddr) -> KernelResult<KernelAddr> {
         let variables = self.variables.ok_or(KernelError::Unexpected("where memory is mapped"))?;
         self.page_at(page, variables)
     }
@@ -293,7 +290,7 @@ impl Kernel {
     }
 
     /// Whether [`Self::page`] may be used.
-    pub(in crate::res) fn knows_pages(&self) -> bool {
+    pub(super) fn knows_pages(&self) -> bool {
         self.variables.is_some()
     }
 
@@ -302,7 +299,7 @@ impl Kernel {
     ///
     /// Both places are random, but multiples of 1 GiB (`arch/x86/mm/kaslr.c`); every object of
     /// the kernel's allocator, such as the table of files, is behind the first.
-    pub(in crate::res) fn find_pages(
+    pub(super) fn find_pages(
         &mut self,
         page: KernelAddr,
         offset: u64,
