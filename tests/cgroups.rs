@@ -17,6 +17,7 @@ use common::{
     require,
 };
 use nix::unistd::Pid;
+use rcriu::image::{Kind, proto, read_all};
 
 /// A cgroup, removed at the end.
 struct Group(PathBuf);
@@ -245,6 +246,147 @@ fn privileged_ignored_cgroups_are_not_recorded() {
     live.dump(&["--manage-cgroups=ignore"]);
     assert!(!live.images().join("cgroup.img").exists());
     drop(group);
+    live.restore(&[]);
+    live.verdict();
+}
+
+/// Returns groups with a limit each, the file with the limit, and the limit; one below another, where
+/// version 2 has the controller.
+fn limited(name: &str) -> Vec<(Group, &'static str, &'static str)> {
+    let limits = [
+        ("pids", "pids.max", "77"),
+        ("memory", "memory.soft_limit_in_bytes", "1073741824"),
+        ("cpu", "cpu.shares", "512"),
+        ("cpuset", "cpuset.cpus", "0"),
+        ("", "cgroup.max.depth", "7"),
+    ];
+    let mut found = Vec::new();
+    for (controller, file, value) in limits {
+        let Some(group) = Group::new(controller, name) else { continue };
+        if controller == "cpuset" {
+            group.write("cpuset.mems", "0");
+        }
+        group.write(file, value);
+        found.push((group, file, value));
+    }
+    assert!(!found.is_empty(), "this test needs a hierarchy of cgroups that is mounted");
+    found
+}
+
+fn value(path: &Path, file: &str) -> String {
+    fs::read_to_string(path.join(file)).unwrap_or_default().trim().to_owned()
+}
+
+/// Makes the groups that are gone, with their limits, and those below that are empty.
+#[test]
+fn privileged_groups_that_are_gone_are_made_with_their_properties() {
+    require(Cap::Ptrace);
+    for mode in ["--manage-cgroups", "--manage-cgroups=full", "--manage-cgroups=strict"] {
+        let mut live = Live::workload("tree");
+        let groups = limited("made");
+        let pids = live.tree();
+        let mut below = Vec::new();
+        for (group, ..) in &groups {
+            below.push(group.below("empty"));
+            for pid in &pids {
+                group.write("cgroup.procs", &pid.to_string());
+            }
+        }
+        live.dump(&[]);
+        let paths: Vec<_> = groups.iter().map(|(group, ..)| group.0.clone()).collect();
+        drop(below);
+        for (group, ..) in &groups {
+            fs::remove_dir(&group.0).unwrap();
+        }
+        // A failure leaves none of them.
+        live.fault = Some("restore-last".to_owned());
+        assert!(!live.try_restore(&[mode]).status.success());
+        live.fault = None;
+        live.wait_gone();
+        for path in &paths {
+            assert!(!path.exists(), "{}", path.display());
+        }
+        live.restore(&[mode]);
+        let _below: Vec<_> = paths.iter().map(|path| Group(path.join("empty"))).collect();
+        for (group, file, wanted) in &groups {
+            assert_eq!(value(&group.0, file), *wanted, "{mode}: {file}");
+            assert!(group.0.join("empty").is_dir());
+            assert_eq!(group.procs().len(), pids.len());
+        }
+        live.verdict();
+        live.wait_gone();
+    }
+}
+
+/// Existing groups: their properties are set or left alone, or they are in the way.
+#[test]
+fn privileged_modes_differ_for_groups_that_exist() {
+    require(Cap::Ptrace);
+    let cases = [("none", false), ("soft", false), ("props", true), ("full", true)];
+    for (mode, is_set) in cases {
+        let mut live = Live::workload("private_anon");
+        let Some(group) = Group::new("pids", mode) else { return };
+        group.write("pids.max", "77");
+        group.write("cgroup.procs", &live.root.to_string());
+        live.dump(&[]);
+        group.write("pids.max", "99");
+        let output = live.try_restore(&["--manage-cgroups=strict"]);
+        assert!(words(&output).contains("exists already"), "{}", words(&output));
+        live.restore(&[&format!("--manage-cgroups={mode}")]);
+        assert_eq!(value(&group.0, "pids.max"), if is_set { "77" } else { "99" }, "{mode}");
+        live.verdict();
+        live.wait_gone();
+    }
+}
+
+/// Another group takes the place of the tree's, in one hierarchy.
+#[test]
+fn privileged_a_tree_moves_to_another_root() {
+    require(Cap::Ptrace);
+    let mut live = Live::workload("tree");
+    let groups = [Group::new("pids", "old"), Group::new("memory", "old")];
+    let [Some(pids), Some(memory)] = &groups else { return };
+    let below = pids.below("below");
+    pids.write("pids.max", "77");
+    let tree = live.tree();
+    for pid in &tree {
+        pids.write("cgroup.procs", &pid.to_string());
+        memory.write("cgroup.procs", &pid.to_string());
+    }
+    let inner = tree.iter().find(|pid| **pid != live.root.as_raw()).unwrap();
+    below.write("cgroup.procs", &inner.to_string());
+    live.dump(&[]);
+    let name = format!("rcriu-test-{}-new", std::process::id());
+    let new = Group(pids.0.with_file_name(&name));
+    live.restore(&["--manage-cgroups", "--cgroup-root", &format!("pids:/{name}")]);
+    let moved = Group(new.0.join("below"));
+    assert_eq!(moved.procs(), [*inner]);
+    assert_eq!(new.procs().len(), tree.len() - 1);
+    assert_eq!(value(&new.0, "pids.max"), "77");
+    assert_eq!(pids.procs(), [0; 0]);
+    assert_eq!(memory.procs().len(), tree.len());
+    live.verdict();
+    live.wait_gone();
+}
+
+/// The images have no group of which the tree is only a part, and what has its default is not there.
+#[test]
+fn privileged_only_groups_of_the_tree_are_recorded() {
+    require(Cap::Ptrace);
+    let mut live = Live::workload("private_anon");
+    let Some(group) = Group::new("pids", "only") else { return };
+    group.write("pids.max", "77");
+    group.write("cgroup.procs", &live.root.to_string());
+    live.dump(&[]);
+    let images = read_all::<proto::CgroupEntry>(&live.images().join("cgroup.img"), Kind::Cgroup);
+    for controller in &images.unwrap()[0].controllers {
+        let is_pids = controller.cnames == [b"pids".to_vec()];
+        assert_eq!(controller.dirs.len(), usize::from(is_pids), "{:?}", controller.cnames);
+        for dir in &controller.dirs {
+            let names: Vec<_> = dir.properties.iter().map(|of| &*of.name).collect();
+            assert_eq!(names, [b"pids.max"]);
+        }
+    }
     live.restore(&[]);
     live.verdict();
 }

@@ -58,6 +58,7 @@ const ROWS: &[Row] = &[
             ("timeout", timeout),
             ("action-script", action_script),
             ("prev-images-dir", prev_images_dir),
+            ("cgroup-dump-controller", cgroup_dump_controller),
             ("track-mem", track_mem),
             ("tracker", tracker),
             ("auto-dedup", auto_dedup),
@@ -107,6 +108,7 @@ const ROWS: &[Row] = &[
         &[
             ("display-stats", display_stats),
             ("manage-cgroups", manage_cgroups),
+            ("cgroup-root", cgroup_root),
             ("cpu-cap", cpu_cap),
         ],
     ),
@@ -813,7 +815,25 @@ fn network_lock(_: &str) {
 
 /// tests/cgroups.rs looks at the effect of each mode.
 fn manage_cgroups(command: &str) {
-    some_values(command, "--manage-cgroups", &["none", "ignore"], &["", "=soft", "=strict"]);
+    let modes = ["none", "ignore", "props", "soft", "full", "strict"];
+    some_values(command, "--manage-cgroups", &modes, &[]);
+}
+
+/// Takes the root of a tree that has no cgroup of its own, and changes nothing.
+fn cgroup_root(command: &str) {
+    let mut run = Run::new();
+    let words = ["--cgroup-root", "pids:/rcriu-none"];
+    if command == "restore" {
+        run.restorable();
+        fine(run.restore(&words));
+    } else {
+        fine(run.dump_as(&[&[command][..], &words].concat()));
+    }
+}
+
+fn cgroup_dump_controller(command: &str) {
+    let mut run = Run::new();
+    fine(run.dump_as(&[command, "--cgroup-dump-controller", "pids"]));
 }
 
 fn cpu_cap(command: &str) {

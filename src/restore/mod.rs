@@ -225,6 +225,7 @@ fn restore(
         actions.run_anyway(Stage::PreResume, root);
         files.reconnect()?;
         puppets.release()?;
+        plan.common.iter().for_each(|kind| kind.keep());
         if let Some(tracking) = tracking {
             tracking.commit();
         }

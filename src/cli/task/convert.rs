@@ -126,8 +126,23 @@ pub(super) fn dump_options(args: &TaskArgs, pre_dump: bool) -> Result<dump::Opti
 }
 
 fn cgroups(args: &TaskArgs) -> cgroup::Options {
-    let is_ignored = args.cgroups.manage_cgroups == Some(ManageCgroups::Ignore);
-    cgroup::Options::new(!is_ignored)
+    let mode = match args.cgroups.manage_cgroups.unwrap_or(ManageCgroups::None) {
+        ManageCgroups::Ignore => cgroup::Mode::Ignore,
+        ManageCgroups::None => cgroup::Mode::None,
+        ManageCgroups::Props => cgroup::Mode::Props,
+        ManageCgroups::Soft => cgroup::Mode::Soft,
+        ManageCgroups::Full => cgroup::Mode::Full,
+        ManageCgroups::Strict => cgroup::Mode::Strict,
+    };
+    let root = |text: &String| match text.split_once(':') {
+        Some((controller, path)) if !controller.contains('/') => {
+            (Some(controller.to_owned()), path.to_owned())
+        }
+        _ => (None, text.clone()),
+    };
+    cgroup::Options::new(mode)
+        .roots(args.cgroups.cgroup_root.iter().map(root).collect())
+        .controllers(args.cgroups.cgroup_dump_controller.clone())
 }
 
 fn unix(args: &TaskArgs) -> UnixOptions {

@@ -467,16 +467,12 @@ pub(super) enum ManageCgroups {
     /// Restore the tree into its cgroups, which must exist
     None,
     /// Set the properties of the existing cgroups
-    #[value(hide = true)]
     Props,
     /// Make missing cgroups, and set their properties
-    #[value(hide = true)]
     Soft,
     /// Make missing cgroups, and set the properties of all
-    #[value(hide = true)]
     Full,
     /// Make all cgroups; fail if one exists
-    #[value(hide = true)]
     Strict,
     /// Leave the tree in the cgroup of rcriu
     Ignore,

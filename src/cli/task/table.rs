@@ -64,8 +64,7 @@ use State::{Built, Harmless, Refused, RefusedUnless};
 
 const NO_NAMESPACES: &str = "leave it out: trees with namespaces of their own are not dumped";
 const NO_FILES: &str = "a pre-dump writes only memory";
-const CGROUPS: &str =
-    "--manage-cgroups=none restores the tree into its existing cgroups, =ignore into that of rcriu";
+const CGROUPS: &str = "leave it out: rcriu keeps all properties that do not have their default";
 const PAGE_SERVER: &str = "write the images to a local directory, and copy them";
 const TLS: &str = "copy the images over ssh: there is no page server";
 
@@ -147,13 +146,13 @@ pub(super) const ROWS: &[Row] = &[
     harmless("unprivileged", BOTH, "each step that lacks a privilege reports it"),
     harmless("deprecated", ALL, "no feature needs it"),
     // Cgroups
-    Row { name: "manage-cgroups", on: BOTH, state: RefusedUnless(&["ignore", "none"], CGROUPS) },
+    built("manage-cgroups", BOTH),
     refused("freeze-cgroup", DUMPS, "leave it out: the tree is stopped by ptrace"),
-    refused("cgroup-root", BOTH, CGROUPS),
+    built("cgroup-root", BOTH),
     refused("cgroup-props", BOTH, CGROUPS),
     refused("cgroup-props-file", BOTH, CGROUPS),
-    refused("cgroup-dump-controller", DUMPS, CGROUPS),
-    refused("cgroup-yard", BOTH, CGROUPS),
+    built("cgroup-dump-controller", DUMPS),
+    refused("cgroup-yard", BOTH, "mount the cgroup file systems where rcriu runs"),
     // Namespaces
     refused("join-ns", RESTORE, "run rcriu in the namespace with nsenter(1)"),
     refused("empty-ns", BOTH, NO_NAMESPACES),

@@ -159,7 +159,7 @@ fn default_dump() -> dump::Options {
         freeze: FreezeOptions::new(10),
         common: tree::DumpOptions {
             sessions: session::Options::new(false),
-            cgroups: cgroup::Options::new(true),
+            cgroups: cgroup::Options::new(cgroup::Mode::None),
         },
         files: DumpOptions {
             terminals: TerminalOptions::new(false),
@@ -182,7 +182,7 @@ fn default_restore() -> restore::Options {
         store: restore::Store { images_dir: ".".into(), free: None },
         relations: restore::Relations { shell_job: false, sibling: false },
         release: restore::Release { stopped: false, wait: true, pidfile: None },
-        common: tree::RestoreOptions { cgroups: cgroup::Options::new(true) },
+        common: tree::RestoreOptions { cgroups: cgroup::Options::new(cgroup::Mode::None) },
         files: RestoreOptions {
             terminals: TerminalOptions::new(false),
             unix: UnixOptions::new(false),
@@ -259,7 +259,7 @@ fn lines_of_dump_become_options() {
             dump.actions = action::Options::new(vec!["a".into(), "b".into()]);
         }),
         ("dump -t 7 --manage-cgroups=ignore", |dump| {
-            dump.common.cgroups = cgroup::Options::new(false);
+            dump.common.cgroups = cgroup::Options::new(cgroup::Mode::Ignore);
         }),
     ];
     for (line, change) in rows {
@@ -300,7 +300,7 @@ fn lines_of_restore_become_options() {
             restore.files.terminals = TerminalOptions::new(true);
             restore.files.unix = UnixOptions::new(true);
             restore.files.validation = Validation::FileSize;
-            restore.common.cgroups = cgroup::Options::new(false);
+            restore.common.cgroups = cgroup::Options::new(cgroup::Mode::Ignore);
         }),
     ];
     for (line, change) in rows {
@@ -381,8 +381,8 @@ fn what_is_not_built_is_refused_by_name() {
     for (task, line, expected) in [
         (Task::Restore, "--lazy-pages", Some("--lazy-pages")),
         (Task::Dump, "-t 7 --page-server", Some("--page-server")),
-        (Task::Dump, "-t 7 --manage-cgroups", Some("--manage-cgroups")),
-        (Task::Dump, "-t 7 --manage-cgroups=full", Some("--manage-cgroups=full")),
+        (Task::Dump, "-t 7 --manage-cgroups", None),
+        (Task::Dump, "-t 7 --cgroup-yard=y", Some("--cgroup-yard")),
         (Task::Dump, "-t 7 --manage-cgroups=ignore", None),
         (Task::Restore, "--cpu-cap=none", None),
         (Task::Restore, "--cpu-cap", Some("--cpu-cap")),

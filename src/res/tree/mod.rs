@@ -30,7 +30,7 @@ use crate::{
 };
 
 /// The user's options for a dump of these kinds.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 #[cfg_attr(test, derive(PartialEq, Eq))]
 pub struct DumpOptions {
     /// Options for sessions and process groups.
@@ -40,7 +40,7 @@ pub struct DumpOptions {
 }
 
 /// The user's options for a restore of these kinds.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 #[cfg_attr(test, derive(PartialEq, Eq))]
 pub struct RestoreOptions {
     /// Options for cgroups.
@@ -83,9 +83,9 @@ pub const KINDS: &[Kind] = &[
     Kind { check: Some(|tasks, _| lost::check(tasks)), ..NONE },
     Kind { check: Some(|tasks, options| session::check(tasks, options.sessions)), ..NONE },
     Kind {
-        collector: Some(|_, _, options| cgroup::collector(options.cgroups)),
+        collector: Some(|_, _, options| cgroup::collector(&options.cgroups)),
         describe: Some(cgroup::describe),
-        restorer: Some(|plan, options| cgroup::restorer(plan, options.cgroups)),
+        restorer: Some(|plan, options| cgroup::restorer(plan, &options.cgroups)),
         ..NONE
     },
     Kind {
@@ -254,6 +254,9 @@ pub trait Restorer: std::fmt::Debug {
     fn finish(&self) -> Result<()> {
         Ok(())
     }
+
+    /// Keeps what was made: the restore has succeeded.
+    fn keep(&self) {}
 
     /// Adds the calls of a process that is a parent of `children`, which are dead in the images and
     /// have ended.

@@ -1,18 +1,25 @@
 //! Control groups: the dump records which ones the tree is in, and the restore puts it back.
 //!
 //! A *set* is one group in each hierarchy. The images number the sets. The first one is the
-//! dumper's own; processes in it stay in the restorer's set. The restore neither creates groups
-//! nor sets their limits: the groups must exist.
+//! dumper's own; processes in it stay in the restorer's set. The images also hold the groups of the
+//! tree with their properties; what the restore does with them is the user's choice ([`Mode`]).
+
+mod collect;
+mod make;
+mod properties;
 
 use std::{
+    cell::RefCell,
     collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
 };
 
+use make::Made;
+
 use super::{Begun, Collector, Plan, Restorer};
 use crate::{
-    image::{self, ImageStore, Kind, SnapshotWriter, proto},
+    image::{self, Kind, SnapshotWriter, proto},
     proc::{self, NoCgroup},
     res::{ResError, Result, thread},
     units::HostPid,
@@ -50,6 +57,44 @@ pub enum CgroupError {
         /// The command that thaws it: the value to write, and the file.
         thaw: String,
     },
+    /// A group exists, and must not.
+    #[error(
+        "the cgroup {path} exists already\nhelp: remove it, or restore with --manage-cgroups=soft or \
+         =full", path = .path.display()
+    )]
+    Exists {
+        /// Its directory.
+        path: PathBuf,
+    },
+    /// A group could not be made.
+    #[error("{step} the cgroup {path}", path = .path.display())]
+    Make {
+        /// The attempted step, as a verb.
+        step: &'static str,
+        /// Its directory.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// A property could not be set.
+    #[error(
+        "set the property {path} to {value:?}\nhelp: see that the cgroup above allows it (its limits, \
+         cgroup.subtree_control), or restore with --manage-cgroups=none or =ignore", path = .path.display()
+    )]
+    Property {
+        /// The file of the property.
+        path: PathBuf,
+        /// Its value.
+        value: String,
+        /// The cause.
+        source: io::Error,
+    },
+    /// A name in the images leads elsewhere.
+    #[error("cgroup.img has a cgroup with the name {name:?}, which is none")]
+    Name {
+        /// The name.
+        name: String,
+    },
     /// A core names a set that `cgroup.img` does not have.
     #[error("cgroup.img has no set {id}")]
     NoSet {
@@ -71,24 +116,68 @@ pub enum CgroupError {
     },
 }
 
+/// What a dump records of cgroups, and what a restore does with them (`--manage-cgroups`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// Nothing: the tree stays in those of rcriu.
+    Ignore,
+    /// The tree returns into its groups, which must exist.
+    #[default]
+    None,
+    /// The groups must exist, and get their properties.
+    Props,
+    /// The restore makes groups that are missing, with their properties.
+    Soft,
+    /// The restore makes groups that are missing; all get their properties.
+    Full,
+    /// The restore makes all groups; none may exist.
+    Strict,
+}
+
 /// Options of the user that concern cgroups.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug, Default)]
 #[cfg_attr(test, derive(PartialEq, Eq))]
 pub struct Options {
-    managed: bool,
+    mode: Mode,
+    /// By the name of the hierarchy's controller; for all others without a name.
+    roots: Vec<(Option<String>, String)>,
+    /// All, if there are none.
+    controllers: Vec<String>,
 }
 
 impl Options {
-    /// `managed`: whether the dump records cgroups, and the restore puts the tree back into them
-    /// (`--manage-cgroups`).
-    pub fn new(managed: bool) -> Self {
-        Self { managed }
+    /// `mode`: what is done with cgroups.
+    pub fn new(mode: Mode) -> Self {
+        Self { mode, ..Self::default() }
     }
-}
 
-impl Default for Options {
-    fn default() -> Self {
-        Self::new(true)
+    /// Sets the groups that take the place of the tree's, by controller (`--cgroup-root`).
+    #[must_use]
+    pub fn roots(self, roots: Vec<(Option<String>, String)>) -> Self {
+        Self { roots, ..self }
+    }
+
+    /// Sets the controllers whose groups are dumped (`--cgroup-dump-controller`); all, if there are
+    /// none.
+    #[must_use]
+    pub fn controllers(self, controllers: Vec<String>) -> Self {
+        Self { controllers, ..self }
+    }
+
+    /// Returns the root that the user has given for a hierarchy.
+    fn root_of(&self, hierarchy: &[u8]) -> Option<&str> {
+        let has =
+            |name: &str| hierarchy.split(|byte| *byte == b',').any(|of| of == name.as_bytes());
+        let of = |(name, _): &&(Option<String>, String)| name.as_deref().is_some_and(has);
+        let found = self.roots.iter().find(of);
+        found.or(self.roots.iter().find(|(name, _)| name.is_none())).map(|(_, root)| &**root)
+    }
+
+    /// Whether the groups of a hierarchy are dumped.
+    fn dumps(&self, hierarchy: &[u8]) -> bool {
+        let mut parts = hierarchy.split(|byte| *byte == b',');
+        self.controllers.is_empty()
+            || parts.any(|of| self.controllers.iter().any(|name| name.as_bytes() == of))
     }
 }
 
@@ -104,21 +193,29 @@ fn own() -> Result<Set> {
 }
 
 /// Starts with the dumper's own set, or with none if the user ignores cgroups.
-pub(super) fn collector(options: Options) -> Begun<dyn Collector> {
-    Ok(Box::new(Sets { known: if options.managed { vec![own()?] } else { Vec::new() } }))
+pub(super) fn collector(options: &Options) -> Begun<dyn Collector> {
+    let known = if options.mode == Mode::Ignore { Vec::new() } else { vec![own()?] };
+    Ok(Box::new(Sets { known, options: options.clone() }))
 }
 
-/// Finds the groups of the tree.
+/// Makes or finds the groups of the tree.
 ///
 /// # Errors
 /// [`CgroupError`] for a group that does not exist or is frozen.
-pub(super) fn restorer(plan: &Plan<'_>, options: Options) -> Begun<dyn Restorer> {
-    if !options.managed {
+pub(super) fn restorer(plan: &Plan<'_>, options: &Options) -> Begun<dyn Restorer> {
+    if options.mode == Mode::Ignore {
         return Ok(Box::new(Places::default()));
     }
+    let entry = plan.images.message_if_any::<proto::CgroupEntry>(Kind::Cgroup, 0)?;
+    // Without this image, the whole tree was in the dumper's set, or the dump ignored cgroups.
+    let Some(mut entry) = entry else { return Ok(Box::new(Places::default())) };
     let cores = plan.processes.iter().flatten().map(|(_, core)| *core);
-    let wanted = cores.filter_map(set_of);
-    Ok(Box::new(Places::find(plan.images, plan.inventory.root_cg_set, wanted)?))
+    let wanted: Vec<u32> = cores.filter_map(set_of).collect();
+    make::move_roots(&mut entry, options, wanted.first().copied());
+    let made = Made::make(&entry, options, &proc::mounts()?)?;
+    let mut places = Places::find(&entry, plan.inventory.root_cg_set, wanted.into_iter())?;
+    *places.made.get_mut() = made;
+    Ok(Box::new(places))
 }
 
 /// Records the set of the dumper in the inventory.
@@ -131,6 +228,7 @@ pub(super) fn describe(inventory: &mut proto::InventoryEntry) {
 struct Sets {
     /// The dumper's own set first; empty if the user ignores cgroups.
     known: Vec<Set>,
+    options: Options,
 }
 
 impl Sets {
@@ -170,20 +268,8 @@ impl Collector for Sets {
                 })
                 .collect(),
         });
-        // CRIU mounts each of these controllers to look for the groups.
-        let directory =
-            |path: &Vec<u8>| proto::CgroupDirEntry { dir_name: path.clone(), ..Default::default() };
-        let controllers = self.known[0].keys().map(|name| {
-            let mut paths: Vec<_> = self.known.iter().filter_map(|set| set.get(name)).collect();
-            paths.sort();
-            paths.dedup();
-            proto::CgControllerEntry {
-                cnames: name.split(|byte| *byte == b',').map(<[u8]>::to_vec).collect(),
-                dirs: paths.into_iter().filter(|path| *path != b"/").map(directory).collect(),
-                is_threaded: None,
-            }
-        });
-        let entry = proto::CgroupEntry { sets: sets.collect(), controllers: controllers.collect() };
+        let controllers = collect::controllers(&self.known, &self.options);
+        let entry = proto::CgroupEntry { sets: sets.collect(), controllers };
         images.write(Kind::Cgroup, 0, &[entry])
     }
 }
@@ -201,6 +287,8 @@ struct Places {
     sets: BTreeMap<u32, Set>,
     /// The directories of the groups that the restorer is not in.
     directories: BTreeMap<(Vec<u8>, Vec<u8>), PathBuf>,
+    /// The groups that the restore has made, or whose properties it sets.
+    made: RefCell<Made>,
 }
 
 impl Places {
@@ -210,13 +298,10 @@ impl Places {
     /// # Errors
     /// [`CgroupError`] for a group that does not exist or is frozen.
     fn find(
-        images: &dyn ImageStore,
+        entry: &proto::CgroupEntry,
         dumper: Option<u32>,
         wanted: impl Iterator<Item = u32>,
     ) -> Result<Self> {
-        let entry = images.message_if_any::<proto::CgroupEntry>(Kind::Cgroup, 0)?;
-        // Without this image, the whole tree was in the dumper's set, or the dump ignored cgroups.
-        let Some(entry) = entry else { return Ok(Self::default()) };
         let own = own()?;
         let mounts = proc::mounts()?;
         let mut places = Self::default();
@@ -254,6 +339,15 @@ impl Places {
 }
 
 impl Restorer for Places {
+    /// Sets the properties that would have been in the way.
+    fn finish(&self) -> Result<()> {
+        Ok(self.made.borrow().finish()?)
+    }
+
+    fn keep(&self) {
+        self.made.borrow_mut().keep();
+    }
+
     /// Moves a new process or thread into its groups. A process moves before it gets memory,
     /// since the kernel charges memory to the group that the process is in at that time.
     fn born(&self, core: &proto::CoreEntry, pid: HostPid, tid: HostPid) -> Result<()> {
