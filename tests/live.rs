@@ -390,6 +390,8 @@ states! {
     user_namespace;
     user_namespace_of_root_alone;
     user_namespace_with_threads;
+    network_filters;
+    network_outside;
     seccomp_filters, elsewhere: restored running;
     seccomp_kills, elsewhere: restored running;
     seccomp_kills_returns;

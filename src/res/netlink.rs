@@ -234,6 +234,11 @@ impl Talk {
         Self::new(libc::NETLINK_ROUTE)
     }
 
+    /// Talks about packet filters and connections that they track.
+    pub fn about_filters() -> Self {
+        Self::new(libc::NETLINK_NETFILTER)
+    }
+
     fn new(protocol: libc::c_int) -> Self {
         let protocol = u16::try_from(protocol).expect("protocols are small");
         Self { socket: NetlinkSocket::new(), protocol }

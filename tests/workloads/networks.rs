@@ -22,6 +22,8 @@ pub const ROWS: &[Row] = &[
     ("network_devices", network_devices),
     ("network_routes", network_routes),
     ("network_settings", network_settings),
+    ("network_filters", network_filters),
+    ("network_outside", network_outside),
 ];
 
 /// Moves into a new network namespace and has `ip(8)` make what the lines say.
@@ -35,16 +37,22 @@ fn enter(lines: &[&str]) -> Verdict {
 
 /// Runs `ip(8)`, and returns what it says.
 fn ip(arguments: &str) -> Result<String, String> {
-    let output = Command::new("ip").args(arguments.split_whitespace()).output();
-    let Ok(output) = output else {
-        lacks("ip(8)")?;
+    run(&format!("ip {arguments}"))
+}
+
+/// Runs a command, and returns what it says.
+fn run(line: &str) -> Result<String, String> {
+    let mut words = line.split_whitespace();
+    let name = words.next().unwrap_or_default();
+    let Ok(output) = Command::new(name).args(words).output() else {
+        lacks(name)?;
         return Ok(String::new());
     };
     let said = String::from_utf8_lossy(&output.stderr);
     if said.contains("Unknown device type") {
         lacks("a kind of network device")?;
     }
-    ensure!(output.status.success(), "ip {arguments}: {said}");
+    ensure!(output.status.success(), "{line}: {said}");
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
@@ -239,4 +247,87 @@ fn network_settings(checkpoint: &Checkpoint) -> Verdict {
         same(name, value, found.trim_end())?;
     }
     Ok(())
+}
+
+/// Rules of nftables and iptables, and what they let pass.
+fn network_filters(checkpoint: &Checkpoint) -> Verdict {
+    enter(&["link set lo up"])?;
+    for line in [
+        "nft add table inet t",
+        "nft add set inet t ports { type inet_service; elements = { 22, 80 } ; }",
+        "nft add chain inet t input { type filter hook input priority 0; policy accept; }",
+        "nft add rule inet t input tcp dport @ports counter drop",
+        "nft add rule inet t input ct state established accept",
+        "iptables-legacy -N chain",
+        "iptables-legacy -A INPUT -p tcp --dport 81 -j REJECT --reject-with tcp-reset",
+        "iptables-legacy -A chain -s 10.0.0.0/8 -m comment --comment words -j RETURN",
+        "iptables-legacy -P FORWARD DROP",
+    ] {
+        run(line)?;
+    }
+    let seen = || -> Result<Vec<String>, String> {
+        let text = run("nft list ruleset")? + &run("iptables-legacy-save")?;
+        // Counters go on, and a comment has the time.
+        let lines = text.lines().filter(|line| !line.starts_with('#'));
+        Ok(lines.map(|line| line.split(" [").next().unwrap_or(line).to_owned()).collect())
+    };
+    let refused = || TcpStream::connect("127.0.0.1:81").map_err(|error| error.raw_os_error());
+    let listener = TcpListener::bind("127.0.0.1:81").map_err(|error| error.to_string())?;
+    let expected = seen()?;
+    ensure!(expected.iter().any(|line| line.contains("@ports")), "no rule is there: {expected:?}");
+    ensure!(
+        refused().is_err_and(|error| error == Some(libc::ECONNREFUSED)),
+        "no packet is refused"
+    );
+    checkpoint.wait();
+    same("the rules", expected, seen()?)?;
+    ensure!(
+        refused().is_err_and(|error| error == Some(libc::ECONNREFUSED)),
+        "no packet is refused"
+    );
+    drop(listener);
+    Ok(())
+}
+
+/// A pair of devices of which one end is in the namespace of the machine, and a socket there.
+fn network_outside(checkpoint: &Checkpoint) -> Verdict {
+    let failed = |error: std::io::Error| error.to_string();
+    let outside = UdpSocket::bind("0.0.0.0:0").map_err(failed)?;
+    enter(&["link set lo up"])?;
+    let own = std::process::id();
+    let there = |line: &str| {
+        let parent = std::os::unix::process::parent_id();
+        run(&format!("nsenter -t {parent} -n ip {line}"))
+    };
+    let device = format!("rcriu-{own}");
+    let network = format!("10.201.{}.{}", own >> 6 & 255, own << 2 & 255);
+    let address = |last: u32| {
+        let (start, end) = network.rsplit_once('.').expect("it has dots");
+        format!("{start}.{}", end.parse::<u32>().expect("it is a number") + last)
+    };
+    there(&format!("link add {device} type veth peer name eth0 netns {own}"))?;
+    there(&format!("addr add {}/30 dev {device}", address(1)))?;
+    there(&format!("link set {device} up"))?;
+    ip(&format!("addr add {}/30 dev eth0", address(2)))?;
+    ip("link set eth0 up")?;
+    settle()?;
+    let inside = UdpSocket::bind((address(2), 4711)).map_err(failed)?;
+    inside.set_read_timeout(Some(std::time::Duration::from_secs(20))).map_err(failed)?;
+    let hears = |word: &[u8]| -> Verdict {
+        outside.send_to(word, (address(2), 4711)).map_err(failed)?;
+        let mut bytes = [0; 20];
+        let (len, from) = inside.recv_from(&mut bytes).map_err(failed)?;
+        same("what was sent", word, &bytes[..len])?;
+        same("where it came from", address(1), from.ip().to_string())
+    };
+    // The kernel numbers the end outside.
+    let shown = || -> Result<String, String> {
+        let shown = there(&format!("-o addr show dev {device} scope global"))?;
+        Ok(shown.split_once(' ').map_or(String::new(), |(_, rest)| rest.to_owned()))
+    };
+    hears(b"before")?;
+    let expected = shown()?;
+    checkpoint.wait();
+    hears(b"after")?;
+    same("the end outside", expected, shown()?)
 }

@@ -3,13 +3,13 @@
 //! A device of a kind that `ip link add` can create is created again with the attributes that the kernel lists of
 //! it, and with its number. CRIU's images have no room for these attributes: they are in an extension.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, os::fd::OwnedFd};
 
 use nix::libc;
 
-use super::{Problem, sysctl};
+use super::{Problem, outside, sysctl};
 use crate::{
-    image::proto::{MacvlanLinkEntry, NdType, NetDeviceEntry, RcriuLink},
+    image::proto::{MacvlanLinkEntry, NdType, NetDeviceEntry, RcriuLink, RcriuOutside},
     res::{
         ResError, Result,
         netlink::{Attributes, Body, CREATE, EXCLUSIVE, Message, Talk, TalkError, text, word},
@@ -27,10 +27,10 @@ const NEW_PROPERTY: u16 = 108;
 const FIXED_BYTES: usize = 16;
 
 /// Attributes of a device (`linux/if_link.h`).
-mod of {
-    pub(super) const ADDRESS: u16 = 1;
-    pub(super) const NAME: u16 = 3;
-    pub(super) const MTU: u16 = 4;
+pub(super) mod of {
+    pub(in super::super) const ADDRESS: u16 = 1;
+    pub(in super::super) const NAME: u16 = 3;
+    pub(in super::super) const MTU: u16 = 4;
     pub(super) const LOWER: u16 = 5;
     pub(super) const MASTER: u16 = 10;
     pub(super) const QUEUE_LEN: u16 = 13;
@@ -91,23 +91,23 @@ const KINDS: [&str; 20] = [
 /// A device as the kernel lists it.
 #[derive(Debug)]
 pub(super) struct Link {
-    index: u32,
-    flags: u32,
+    pub(super) index: u32,
+    pub(super) flags: u32,
     hardware: u16,
-    name: Vec<u8>,
-    mtu: u32,
-    address: Option<Vec<u8>>,
-    master: Option<u32>,
+    pub(super) name: Vec<u8>,
+    pub(super) mtu: u32,
+    pub(super) address: Option<Vec<u8>>,
+    pub(super) master: Option<u32>,
     /// The device below it, or its other end.
-    lower: Option<u32>,
+    pub(super) lower: Option<u32>,
     /// The number of the namespace of that one, if it is another.
-    lower_namespace: Option<u32>,
+    pub(super) lower_namespace: Option<u32>,
     other_names: Vec<Vec<u8>>,
     alias: Option<Vec<u8>>,
     group: u32,
     queue_len: u32,
     queues: [u32; 2],
-    kind: Vec<u8>,
+    pub(super) kind: Vec<u8>,
     data: Option<Vec<u8>>,
     port_kind: Option<Vec<u8>>,
     port_data: Option<Vec<u8>>,
@@ -158,8 +158,8 @@ impl Link {
         AUTOMATIC.iter().any(|name| name.as_bytes() == self.name) && self.flags & UP == 0
     }
 
-    /// Refuses a device that cannot be created again.
-    pub(super) fn check(&self, pid: HostPid) -> Result<()> {
+    /// Refuses a device that cannot be created again. `here` are the devices of the namespace of rcriu.
+    pub(super) fn check(&self, pid: HostPid, here: &[Link]) -> Result<()> {
         let (name, kind) = (shown(&self.name), shown(&self.kind));
         let (what, help) = if self.is_loopback() || self.is_automatic() {
             return Ok(());
@@ -169,7 +169,7 @@ impl Link {
         } else if !KINDS.contains(&kind.as_str()) {
             let what = format!("has the network device {name} of kind {kind}, which is not kept");
             (what, "remove it for the dump, or dump with --external net[INODE]:NAME")
-        } else if self.lower_namespace.is_some() {
+        } else if self.lower_namespace.is_some() && outside::other_end(here, self).is_none() {
             let what = format!(
                 "has the network device {name} of kind {kind}, which is connected to another network \
                  namespace"
@@ -195,7 +195,7 @@ impl Link {
     }
 
     /// Returns the entry of the image.
-    fn entry(self, namespace: u32) -> NetDeviceEntry {
+    fn entry(self, namespace: u32, outside: Option<RcriuOutside>) -> NetDeviceEntry {
         let nd_type = self.nd_type();
         let macvlan = self.data.as_ref().filter(|_| nd_type == NdType::Macvlan).map(|data| {
             let value = |wanted| Attributes(data).find(|(kind, _)| *kind == wanted);
@@ -227,6 +227,7 @@ impl Link {
                 alias: self.alias,
                 other_names: self.other_names,
                 lower: self.lower.filter(|lower| *lower != 0),
+                outside,
             }),
             ..NetDeviceEntry::default()
         };
@@ -248,9 +249,13 @@ pub(super) fn list() -> Result<Vec<Link>, TalkError> {
 ///
 /// # Errors
 /// The error of the kernel.
-pub(super) fn dump(namespace: u32) -> Result<Vec<NetDeviceEntry>, TalkError> {
+pub(super) fn dump(namespace: u32, here: &outside::Here) -> Result<Vec<NetDeviceEntry>, TalkError> {
     let kept = list()?.into_iter().filter(|link| !link.is_automatic());
-    Ok(kept.map(|link| link.entry(namespace)).collect())
+    let entry = |link: Link| {
+        let outside = here.end_of(&link);
+        link.entry(namespace, outside)
+    };
+    Ok(kept.map(entry).collect())
 }
 
 /// Checks the entries of an image.
@@ -271,6 +276,9 @@ pub(super) fn check(devices: &[NetDeviceEntry]) -> Result<(), String> {
         if let Some(other) = link.other_names.iter().find(|name| !is_name(name, OTHER_NAME_BYTES)) {
             let other = shown(other);
             return Err(format!("{other:?} is not another name of the network device {name}"));
+        }
+        if link.outside.is_some_and(|end| !is_name(&end.name, NAME_BYTES)) {
+            return Err(format!("the other end of the network device {name} has no name"));
         }
         if device.ifindex == 0 || device.ifindex > i32::MAX.cast_unsigned() {
             return Err(format!("the network device {name} has the number {}", device.ifindex));
@@ -302,7 +310,7 @@ fn kind_of(device: &NetDeviceEntry) -> Option<String> {
     }
 }
 
-fn shown(name: &[u8]) -> String {
+pub(super) fn shown(name: &[u8]) -> String {
     String::from_utf8_lossy(name).into_owned()
 }
 
@@ -311,7 +319,7 @@ fn is_loopback(device: &NetDeviceEntry) -> bool {
 }
 
 /// Returns `struct ifinfomsg`. `flags` are those to change, with their values.
-fn fixed(index: u32, flags: Option<u32>) -> Body {
+pub(super) fn fixed(index: u32, flags: Option<u32>) -> Body {
     let (flags, change) = flags.map_or((0, 0), |flags| (flags & FLAGS, FLAGS));
     let family = u32::from(u8::try_from(libc::AF_UNSPEC).expect("it is 0"));
     Body::new(&[family, index, flags, change].map(u32::to_ne_bytes).concat())
@@ -321,7 +329,7 @@ fn fixed(index: u32, flags: Option<u32>) -> Body {
 ///
 /// # Errors
 /// The first failure.
-pub(super) fn make(devices: &[NetDeviceEntry]) -> Result<(), Problem> {
+pub(super) fn make(devices: &[NetDeviceEntry], here: &OwnedFd) -> Result<(), Problem> {
     let mut talk = Talk::about_routes();
     let mut made = BTreeSet::new();
     let mut rest: Vec<&NetDeviceEntry> = devices.iter().collect();
@@ -339,7 +347,7 @@ pub(super) fn make(devices: &[NetDeviceEntry]) -> Result<(), Problem> {
                 continue;
             }
             if !is_loopback(device) && !made.contains(&device.ifindex) {
-                made.extend(create(&mut talk, device, devices)?);
+                made.extend(create(&mut talk, device, devices, here)?);
             }
             made.insert(device.ifindex);
             set(&mut talk, device)?;
@@ -365,6 +373,7 @@ fn create(
     talk: &mut Talk,
     device: &NetDeviceEntry,
     devices: &[NetDeviceEntry],
+    here: &OwnedFd,
 ) -> Result<Option<u32>, Problem> {
     let kind = kind_of(device).expect("it was checked");
     let link = device.rcriu_link.clone().unwrap_or_default();
@@ -377,12 +386,16 @@ fn create(
         }
     }
     let mut other_end = None;
-    let data = if kind == "veth" {
-        let other = device.peer_ifindex.filter(|number| *number != device.ifindex);
+    let data = if let ("veth", Some(end)) = (kind.as_str(), &link.outside) {
+        Some(Body::default().nested(VETH_PEER, &outside::attributes(end, here)).0)
+    } else if kind == "veth" {
+        let is_inside = |number: &u32| *number != device.ifindex && device.peer_nsid.is_some();
+        let other = device.peer_ifindex.filter(is_inside);
         let other = devices.iter().find(|one| Some(one.ifindex) == other);
         let other = other.ok_or_else(|| {
             Problem(format!(
-                "the other end of the network device {} is missing",
+                "the other end of the network device {} is in another namespace, and the images do not say in \
+                 which",
                 shown(&device.name)
             ))
         })?;
@@ -509,6 +522,23 @@ fn join(talk: &mut Talk, device: &NetDeviceEntry) -> Result<(), Problem> {
     let info = Body::default().text(info::PORT_KIND, kind).nested(info::PORT_DATA, &data);
     let body = fixed(device.ifindex, None).nested(of::INFO, &info);
     talk.change(NEW_LINK, 0, &body.0).map_err(about("set the attributes of the port of", device))
+}
+
+/// Makes a device a port of another, by their numbers.
+///
+/// # Errors
+/// The error of the kernel.
+pub(super) fn join_to(index: u32, master: u32) -> Result<(), TalkError> {
+    let body = fixed(index, None).number(of::MASTER, master);
+    Talk::about_routes().change(SET_LINK, 0, &body.0)
+}
+
+/// Sets the flags of a device.
+///
+/// # Errors
+/// The error of the kernel.
+pub(super) fn set_flags(index: u32, flags: u32) -> Result<(), TalkError> {
+    Talk::about_routes().change(NEW_LINK, 0, &fixed(index, Some(flags)).0)
 }
 
 /// Sets the flags of the devices, which come up if they were.

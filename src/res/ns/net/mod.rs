@@ -6,7 +6,9 @@
 //!
 //! Sockets belong to their namespace, too: [`res::file`](crate::res::file) keeps them.
 
+mod filter;
 mod links;
+mod outside;
 mod routes;
 mod sysctl;
 
@@ -40,20 +42,25 @@ impl Namespace for Net {
 
     fn check(&self, tasks: &[Task]) -> Result<()> {
         let Some(task) = tasks.iter().find(|task| !task.is_zombie()) else { return Ok(()) };
+        let failed = || failed("list the devices of", task.pid);
+        let here = links::list().map_err(failed())?;
         let _visit = enter(task.witness())?;
-        let links = links::list().map_err(failed("list the devices of", task.pid))?;
-        links.iter().try_for_each(|link| link.check(task.pid))
+        let links = links::list().map_err(failed())?;
+        links.iter().try_for_each(|link| link.check(task.pid, &here))
     }
 
     fn dump(&self, of: &Dumped<'_>, images: &SnapshotWriter) -> Result<()> {
         let Dumped { pid, number, .. } = *of;
         // Made by a thread of its own, so before this one moves.
         let fresh = sysctl::of_new_namespace(pid)?;
+        let here =
+            outside::Here::look().map_err(failed("list the devices beside those of", pid))?;
         let _visit = enter(pid)?;
-        let devices = links::dump(number).map_err(failed("list the devices of", pid))?;
+        let devices = links::dump(number, &here).map_err(failed("list the devices of", pid))?;
         images.write(Kind::Netdev, number.into(), &devices)?;
         let mut entry = sysctl::read_common(&fresh);
         routes::dump(images, number, &mut entry).map_err(|error| error.of(pid))?;
+        filter::dump(images, number, pid)?;
         Ok(images.write(Kind::Netns, number.into(), &[entry])?)
     }
 
@@ -66,7 +73,8 @@ impl Namespace for Net {
         let entry: NetnsEntry =
             images.message_if_any(Kind::Netns, number.into())?.unwrap_or_default();
         let routes = routes::Routes::read(images, number, &entry)?;
-        Ok(Box::new(Network { number, devices, entry, routes }))
+        let filters = filter::Filters::read(images, number)?;
+        Ok(Box::new(Network { number, devices, entry, routes, filters }))
     }
 }
 
@@ -77,20 +85,35 @@ struct Network {
     devices: Vec<NetDeviceEntry>,
     entry: NetnsEntry,
     routes: routes::Routes,
+    filters: filter::Filters,
 }
 
 impl Restoring for Network {
     fn build(&mut self, first: HostPid) -> Result<()> {
         let number = self.number;
         let problem = |what: Problem| ResError::Namespace { number, problem: what.0 };
+        let here = outside::open().map_err(|source| ResError::Process {
+            pid: first,
+            step: "open the network namespace beside that of",
+            source,
+        })?;
         let _visit = enter(first)?;
         sysctl::write_common(&self.entry);
-        links::make(&self.devices).map_err(problem)?;
+        links::make(&self.devices, &here).map_err(problem)?;
         self.routes.restore_addresses().map_err(problem)?;
         links::start(&self.devices).map_err(problem)?;
         self.routes.restore().map_err(problem)?;
+        self.filters.restore().map_err(problem)?;
         sysctl::write_others(&self.entry);
         Ok(())
+    }
+
+    fn finish(&mut self, _: HostPid) -> Result<()> {
+        let number = self.number;
+        let outside = self.devices.iter().filter_map(|device| device.rcriu_link.as_ref());
+        let mut outside = outside.filter_map(|link| link.outside.as_ref());
+        let connected = outside.try_for_each(outside::connect);
+        connected.map_err(|what: Problem| ResError::Namespace { number, problem: what.0 })
     }
 }
 

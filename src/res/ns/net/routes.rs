@@ -93,6 +93,35 @@ fn addresses(talk: &mut Talk) -> Result<Vec<Message>, TalkError> {
     talk.list(GET_ADDRESSES, &of_family(libc::AF_UNSPEC, ADDRESS_BYTES), NEW_ADDRESS)
 }
 
+/// Lists the addresses of the namespace that the calling thread is in.
+///
+/// # Errors
+/// The error of the kernel.
+pub(super) fn all_addresses() -> Result<Vec<Message>, TalkError> {
+    addresses(&mut Talk::about_routes())
+}
+
+/// Returns the number of the device of an address.
+pub(super) fn device_of(address: &Message) -> u32 {
+    word(&address.body, 1)
+}
+
+/// Adds addresses of an image to a device, whatever its number was. The kernel may have added some of them.
+///
+/// # Errors
+/// The first failure.
+pub(super) fn add_addresses(device: u32, image: &[u8], moment: Moment) -> Result<(), Problem> {
+    let mut talk = Talk::about_routes();
+    for address in Message::read_all(image).map_err(Problem)? {
+        let mut body = ready_address(&address, moment);
+        let Some(number) = body.get_mut(4..ADDRESS_BYTES) else { continue };
+        number.copy_from_slice(&device.to_ne_bytes());
+        let added = talk.change(NEW_ADDRESS, CREATE | REPLACE, &body);
+        added.map_err(Problem::about(format!("add the address {}", show(&address))))?;
+    }
+    Ok(())
+}
+
 /// Lists the routes of a family, without those that are copies, and those that addresses bring along.
 fn routes(talk: &mut Talk, of: libc::c_int) -> Result<Vec<Message>, TalkError> {
     let mut all = talk.list(GET_ROUTES, &of_family(of, ROUTE_BYTES), NEW_ROUTE)?;
@@ -296,7 +325,7 @@ fn same_address(one: &Message, other: &Message) -> bool {
 
 /// When an address is set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Moment {
+pub(super) enum Moment {
     /// Before its device comes up, which would check the address for duplicates.
     Down,
     /// After that. The flag that has prevented the check is taken back.
