@@ -160,8 +160,8 @@ impl Made {
     ) -> Vec<(Number, Vec<FileEntry>)> {
         let mut sorted: Vec<(Number, Vec<FileEntry>)> = Vec::new();
         for entry in entries {
-            // The namespaces of the restorer are one.
-            let number = number(entry).filter(|number| !self.is_restorers(Some(*number)));
+            // Without a namespace of the tree, all are in that of the restorer.
+            let number = self.0.first().map(|(trees, _)| number(entry).unwrap_or(*trees));
             match sorted.iter_mut().find(|(known, _)| *known == number) {
                 Some((_, entries)) => entries.push(entry.clone()),
                 None => sorted.push((number, vec![entry.clone()])),
