@@ -278,6 +278,7 @@ states! {
     pipes, elsewhere: restored;
     pipe_across_tasks;
     pipe_packets, elsewhere: restored;
+    pipe_packets_of_before;
     pipe_ends_reopened;
     fifo, elsewhere: restored;
     eventfds, elsewhere: restored running;

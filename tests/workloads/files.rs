@@ -18,6 +18,7 @@ pub const ROWS: &[Row] = &[
     ("pipes", pipes),
     ("pipe_across_tasks", pipe_across_tasks),
     ("pipe_packets", pipe_packets),
+    ("pipe_packets_of_before", pipe_packets_of_before),
     ("pipe_ends_reopened", pipe_ends_reopened),
     ("fifo", fifo),
     ("eventfds", eventfds),
@@ -289,6 +290,20 @@ fn pipe_packets(checkpoint: &Checkpoint) -> Verdict {
     write_all(ends[1], b"la")?;
     write_all(ends[1], b"st")?;
     same("packet sent afterwards", &b"la"[..], &read_some(ends[0], 100)?[..])
+}
+
+/// Packets in a pipe whose writer is no longer in packet mode.
+fn pipe_packets_of_before(checkpoint: &Checkpoint) -> Verdict {
+    let [read, write] = pipe(libc::O_DIRECT)?;
+    for packet in [&b"one"[..], b"second"] {
+        write_all(write, packet)?;
+    }
+    for end in [read, write] {
+        sys!(fcntl(end, libc::F_SETFL, 0))?;
+    }
+    checkpoint.wait();
+    same("first", &b"one"[..], &read_some(read, 100)?[..])?;
+    same("second", &b"second"[..], &read_some(read, 100)?[..])
 }
 
 /// A pipe that one descriptor can both read and write.

@@ -199,8 +199,8 @@ fn has_no_hangup(file: &Description) -> Result<bool> {
     Ok(!events.contains(PollFlags::POLLHUP))
 }
 
-/// Returns the contents of a pipe without consuming them: packet by packet in packet mode,
-/// otherwise in one piece.
+/// Returns the contents of a pipe without consuming them: packet by packet if there are packets,
+/// otherwise in one piece. Packets stay packets when their writer has left packet mode.
 ///
 /// The format allows one piece for each pipe. A list of several is rcriu's extension.
 fn contents(source: &PipeToRead, size: u32) -> nix::Result<Vec<Vec<u8>>> {
@@ -226,13 +226,18 @@ fn contents(source: &PipeToRead, size: u32) -> nix::Result<Vec<Vec<u8>>> {
     let mut read = File::from(read);
     let mut packets: Vec<Vec<u8>> = Vec::new();
     let mut buffer = vec![0; READ_BYTES];
+    let mut is_filled = false;
     loop {
         match read.read(&mut buffer) {
             Ok(0) => return Ok(packets),
-            Ok(bytes) if source.packets || packets.is_empty() => {
-                packets.push(buffer[..bytes].to_vec());
+            Ok(bytes) => {
+                // A read ends before the buffer is full only after a packet, or at the end.
+                match packets.last_mut().filter(|_| is_filled && !source.packets) {
+                    Some(piece) => piece.extend_from_slice(&buffer[..bytes]),
+                    None => packets.push(buffer[..bytes].to_vec()),
+                }
+                is_filled = bytes == buffer.len();
             }
-            Ok(bytes) => packets[0].extend_from_slice(&buffer[..bytes]),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(errno(&error)),
         }
@@ -273,7 +278,7 @@ fn fill(write: BorrowedFd, contents: &PipeContents, packets: bool) -> nix::Resul
             fcntl(write, FcntlArg::F_SETPIPE_SZ(size))?;
         }
     }
-    let direct = if packets { libc::O_DIRECT } else { 0 };
+    let direct = if packets || contents.packets.len() > 1 { libc::O_DIRECT } else { 0 };
     let flags = (libc::O_WRONLY | libc::O_NONBLOCK | direct).cast_unsigned();
     let mut file = File::from(open_end(write, flags)?);
     for packet in &contents.packets {
@@ -505,6 +510,29 @@ mod tests {
         let restored = tree.restore();
         assert_eq!(restored.flags(2), restored.before(2).flags);
         assert_eq!(drain(restored.take(1)), sent);
+    }
+
+    #[test]
+    fn packets_of_a_writer_that_has_left_packet_mode_stay_apart() {
+        let mut tree = Tree::new();
+        let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_DIRECT).unwrap();
+        File::from(write.try_clone().unwrap()).write_all(b"one").unwrap();
+        File::from(write.try_clone().unwrap()).write_all(b"two").unwrap();
+        for end in [&read, &write] {
+            descriptor::set_status(end.as_fd(), 0).unwrap();
+        }
+        tree.add(1, read);
+        tree.add(2, write);
+        // As much as a read takes.
+        let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).unwrap();
+        fcntl(&write, FcntlArg::F_SETPIPE_SZ(1 << 20)).unwrap();
+        let bytes = vec![7; READ_BYTES];
+        File::from(write).write_all(&bytes).unwrap();
+        tree.add(3, read);
+        let restored = tree.restore();
+        assert_eq!(restored.flags(2), restored.before(2).flags);
+        assert_eq!(drain(restored.take(1)), [b"one", b"two"]);
+        assert_eq!(drain(restored.take(3)).concat(), bytes);
     }
 
     #[test]
