@@ -378,6 +378,7 @@ states! {
     credentials_of_a_pair;
     peer_credentials_of_the_dead;
     uts_namespace;
+    mount_namespace, elsewhere: restored;
     time_namespace;
     ipc_namespace;
     ipc_namespace_segments;

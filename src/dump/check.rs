@@ -49,7 +49,7 @@ pub(super) fn tree(
     tasks: &[Task],
     pids: &PidMap,
     goal: Goal,
-    options: &common::DumpOptions,
+    (options, namespaces): (&common::DumpOptions, &ns::Options),
 ) -> Result<Vec<ArenaIds>> {
     check_first(tasks, goal)?;
     let own = ns::OfDumper::look();
@@ -63,7 +63,7 @@ pub(super) fn tree(
         }
     }
     if let Some(first) = first {
-        ns::OfTree::look(first).check(tasks)?;
+        ns::OfTree::look(first).check(tasks, namespaces)?;
     }
     common::check(tasks, options)?;
     let ids = arenas(tasks)?;

@@ -69,7 +69,8 @@ const FORMAT_VERSION: u32 = 2;
 /// # Errors
 /// Why the tree was not dumped; it runs on.
 pub fn run(options: &Options) -> Result<()> {
-    let Options { root, goal, store, freeze, common, files, track, actions, stats } = options;
+    let Options { root, goal, store, freeze, common, namespaces, files, track, actions, stats } =
+        options;
     let (root, goal) = (*root, *goal);
     let stats_options = stats;
     arch::check_built()?;
@@ -94,7 +95,7 @@ pub fn run(options: &Options) -> Result<()> {
     let pids = ns::pids_of(&frozen.tasks)?;
     log::info!("stopped {} processes", frozen.tasks.len());
     // Before any file is opened: a program of the tree may decide whether that is allowed.
-    let arenas = check::tree(&frozen.tasks, &pids, goal, common)?;
+    let arenas = check::tree(&frozen.tasks, &pids, goal, (common, namespaces))?;
     let network = NetworkLock::take(&actions, root, goal)?;
     let images = SnapshotWriter::begin(&store.images_dir)?;
     if let Some(link) = &store.parent {
@@ -116,7 +117,7 @@ pub fn run(options: &Options) -> Result<()> {
         }
         Goal::Tree(outcome) => {
             let dumped = dump_stopped(
-                (common, files, outcome),
+                (common, namespaces, files, outcome),
                 &mut frozen,
                 (pids, arenas),
                 &images,
@@ -301,7 +302,12 @@ fn find_parents(memories: &mut [Memory], parent: Option<&Parent>) -> Result<()> 
 
 /// Writes all images except the inventory.
 fn dump_stopped(
-    (common, files, outcome): (&common::DumpOptions, &DumpOptions, Outcome),
+    (common, namespaces, files, outcome): (
+        &common::DumpOptions,
+        &ns::Options,
+        &DumpOptions,
+        Outcome,
+    ),
     frozen: &mut Frozen,
     (pids, arenas): (PidMap, Vec<ArenaIds>),
     images: &SnapshotWriter,
@@ -314,13 +320,16 @@ fn dump_stopped(
         threads.chain([pids.ns(task.pid)])
     });
     let mut files = FileTable::new(files, pids.clone(), numbers.collect());
+    if let Some(first) = frozen.tasks.iter().find(|task| !task.is_zombie()) {
+        files.set_root(ns::root_of(first.witness())?);
+    }
     for task in frozen.tasks.iter().filter(|task| !task.is_zombie()) {
         files.add_listeners(task.witness())?;
     }
     let common = common::collectors(&frozen.tasks, &pids, common)?;
     let mut collection =
         Collection::new(images, (pids, arenas), files, tracking, common, &frozen.tasks);
-    collection.namespaces(&frozen.tasks)?;
+    collection.namespaces(&frozen.tasks, namespaces)?;
     for (position, task) in frozen.tasks.iter_mut().enumerate() {
         if cancel::is_cancelled() {
             return Err(DumpError::Cancelled);

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use crate::{
     action, inject,
     inject::Outcome,
-    res::{file, tree},
+    res::{file, ns, tree},
     step::stats,
     track,
     units::HostPid,
@@ -26,6 +26,7 @@ pub struct Options {
     pub(crate) store: Store,
     pub(crate) freeze: inject::FreezeOptions,
     pub(crate) common: tree::DumpOptions,
+    pub(crate) namespaces: ns::Options,
     pub(crate) files: file::DumpOptions,
     pub(crate) track: track::Options,
     pub(crate) actions: action::Options,

@@ -142,9 +142,9 @@ impl<'a> Collection<'a> {
     ///
     /// # Errors
     /// Why one cannot be dumped.
-    pub(super) fn namespaces(&mut self, tasks: &[Task]) -> Result<()> {
+    pub(super) fn namespaces(&mut self, tasks: &[Task], options: &ns::Options) -> Result<()> {
         let Some(first) = tasks.iter().find(|task| !task.is_zombie()) else { return Ok(()) };
-        Ok(self.namespaces.dump(first.witness(), tasks, self.images)?)
+        Ok(self.namespaces.dump(first.witness(), tasks, options, self.images)?)
     }
 
     fn write_one<M: prost::Message>(

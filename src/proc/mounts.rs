@@ -11,14 +11,24 @@ use super::text::{self, Defect, Parsed};
 /// A mount in the caller's mount namespace (`proc_pid_mountinfo(5)`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {
-    /// Its number, unique in the mount namespace.
+    /// Its number, unique among all mounts of the machine.
     pub id: i32,
+    /// The mount on which it is; the reader of the table may not see that.
+    pub parent: i32,
     /// The major and minor number of its device, as `stat(2)` returns them.
     pub device: (u32, u32),
     /// The directory of the file system that is mounted.
     pub root: PathBuf,
     /// The mount point.
     pub point: PathBuf,
+    /// The options of the mount, separated by commas.
+    pub flags: Vec<u8>,
+    /// The group of mounts with which it shares events, or 0.
+    pub shared: u32,
+    /// The group of mounts from which it receives events, or 0.
+    pub master: u32,
+    /// Whether it cannot be bound elsewhere.
+    pub unbindable: bool,
     /// The type of the file system.
     pub fs_type: Vec<u8>,
     /// The mounted device, as passed to `mount(2)`.
@@ -77,15 +87,45 @@ fn parse_mount(line: &[u8]) -> Parsed<Mount> {
     let whole = || Defect::new("mount", line);
     let mut fields = text::words(line);
     let id = text::signed(fields.next().unwrap_or_default(), "id of a mount")?;
-    let device = fields.nth(1).and_then(device).ok_or_else(whole)?;
+    let parent = text::signed(fields.next().unwrap_or_default(), "parent of a mount")?;
+    let device = fields.next().and_then(device).ok_or_else(whole)?;
     let root = fields.next().ok_or_else(whole)?;
     let point = fields.next().ok_or_else(whole)?;
+    let flags = fields.next().ok_or_else(whole)?.to_vec();
+    let (mut shared, mut master, mut unbindable) = (0, 0, false);
     // Optional fields, which end with a hyphen.
-    fields.by_ref().find(|field| *field == b"-").ok_or_else(whole)?;
+    loop {
+        let field = fields.next().ok_or_else(whole)?;
+        let group = |name: &[u8]| {
+            let number = std::str::from_utf8(field.strip_prefix(name)?).ok()?;
+            number.parse::<u32>().ok()
+        };
+        match field {
+            b"-" => break,
+            b"unbindable" => unbindable = true,
+            _ => {
+                shared = group(b"shared:").unwrap_or(shared);
+                master = group(b"master:").unwrap_or(master);
+            }
+        }
+    }
     let fs_type = fields.next().ok_or_else(whole)?.to_vec();
     let source = path(fields.next().unwrap_or_default());
     let options = fields.next().unwrap_or_default().to_vec();
-    Ok(Mount { id, device, root: path(root), point: path(point), fs_type, source, options })
+    Ok(Mount {
+        id,
+        parent,
+        device,
+        root: path(root),
+        point: path(point),
+        flags,
+        shared,
+        master,
+        unbindable,
+        fs_type,
+        source,
+        options,
+    })
 }
 
 /// Parses `MAJOR:MINOR`.
@@ -125,9 +165,14 @@ mod tests {
             mounts[0],
             Mount {
                 id: 33,
+                parent: 32,
                 device: (0, 30),
                 root: "/a".into(),
                 point: "/mnt/b c".into(),
+                flags: b"rw,relatime".to_vec(),
+                shared: 1,
+                master: 0,
+                unbindable: false,
                 fs_type: b"cgroup".to_vec(),
                 source: "none".into(),
                 options: b"rw,cpu,cpuacct".to_vec()

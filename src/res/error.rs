@@ -125,6 +125,16 @@ pub enum ResError {
         /// The cause.
         source: Errno,
     },
+    /// A mount could not be dumped or restored.
+    #[error("{step} the mount at {point}", point = .point.display())]
+    Mount {
+        /// Its mount point.
+        point: PathBuf,
+        /// The attempted step, as a verb.
+        step: &'static str,
+        /// The cause.
+        source: io::Error,
+    },
     /// A System V segment could not be found or recreated.
     #[error("System V segment {id}: {problem}")]
     Segment {

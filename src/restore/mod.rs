@@ -57,7 +57,8 @@ const TABLE_BYTES: usize = 256 << 10;
 /// # Errors
 /// Why the tree was not restored; no process of it is left.
 pub fn run(options: &Options) -> Result<HostPid> {
-    let Options { store, relations, release, common, files, track, actions, stats } = options;
+    let Options { store, relations, release, common, namespaces, files, track, actions, stats } =
+        options;
     let Store { images_dir, free } = store;
     let stats_options = stats;
     arch::check_built()?;
@@ -76,11 +77,11 @@ pub fn run(options: &Options) -> Result<HostPid> {
             return Err(RestoreError::MountedReadOnly { path: images.clone(), behind });
         }
         // The daemon of the mount has locked them.
-        Some(behind) => Plan::read(&behind, *relations, None)?,
+        Some(behind) => Plan::read(&behind, *relations, namespaces, None)?,
         None => {
             let changes = free.is_some();
             let access = if changes { Access::Exclusive } else { Access::Shared };
-            Plan::read(&images, *relations, Some((&mut locks, access)))?
+            Plan::read(&images, *relations, namespaces, Some((&mut locks, access)))?
         }
     };
     plan.chain.require_whole(plan.snapshot)?;
@@ -176,6 +177,9 @@ fn restore(
             files.opened.add_network(number, puppets.first_pid())?;
         }
         files.lender = puppets.lender()?;
+        if let Some(first) = puppets.makers.first() {
+            files.opened.root = plan.namespaces.borrow().root(first)?;
+        }
     }
     let objects = objects::create(plan, &mut files)?;
     for body in plan.tasks.iter().filter_map(|task| task.body.as_ref()) {

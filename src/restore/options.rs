@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use crate::{
     action,
-    res::{file, tree},
+    res::{file, ns, tree},
     step::stats,
     track,
 };
@@ -21,6 +21,7 @@ pub struct Options {
     pub(crate) relations: Relations,
     pub(crate) release: Release,
     pub(crate) common: tree::RestoreOptions,
+    pub(crate) namespaces: ns::Options,
     pub(crate) files: file::RestoreOptions,
     pub(crate) track: track::Options,
     pub(crate) actions: action::Options,

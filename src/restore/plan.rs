@@ -154,6 +154,7 @@ impl Plan {
     pub(super) fn read(
         dir: &Path,
         relations: Relations,
+        namespaces: &ns::Options,
         mut locks: Option<(&mut DirectoryLocks, Access)>,
     ) -> Result<Self> {
         let mut lock =
@@ -189,7 +190,8 @@ impl Plan {
         let files = tree.files;
         let first = tree.tasks.iter().zip(&kin).find(|(task, _)| task.body.is_some());
         let dumpers = tree.inventory.root_ids.as_ref();
-        let namespaces = first.map(|(_, kin)| ns::Wanted::read(&images, dumpers, kin.pid));
+        let namespaces =
+            first.map(|(_, kin)| ns::Wanted::read(&images, dumpers, kin.pid, namespaces));
         let namespaces = namespaces.transpose()?.unwrap_or_default();
         let pids = if namespaces.has_pids() {
             PidMap::of_other_namespace()

@@ -21,7 +21,7 @@ use crate::{
     },
     inject::{First, Helpers, Lender, Scratch, Script, Tracee, adopt_sleeper},
     proc,
-    res::{ResError, task},
+    res::{ResError, ns::Building, task},
     sys::{
         process::{self, CloneArguments},
         ptrace,
@@ -226,7 +226,9 @@ impl<'a> Puppets<'a> {
         self.scratch.run(&mut first.tracee, &script)?;
         self.makers = Helpers::of_first(self.first.take().expect("it was made"));
         let helpers = &self.makers;
-        namespaces.build(tid, |script| Ok::<_, RestoreError>(helpers.run_first(script).map(drop)?))
+        let run = |script: &Script| helpers.run_first(script);
+        let on = Building { first: tid, run: &run, images: self.plan.images() };
+        Ok(namespaces.build(&on)?)
     }
 
     /// Makes the process that lends descriptors to the tree, if it has a user namespace of its own.

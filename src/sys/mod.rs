@@ -12,6 +12,7 @@ pub mod heap;
 pub mod kernel_memory;
 pub mod loan;
 pub mod lock;
+pub mod mounts;
 pub mod mqueue;
 pub mod namespace;
 pub mod output;

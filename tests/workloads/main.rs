@@ -29,6 +29,7 @@ mod kept;
 mod leaderless;
 mod locks;
 mod memory;
+mod mounts;
 mod mqueues;
 mod namespaces;
 mod networks;
@@ -94,6 +95,7 @@ const GROUPS: &[&[Row]] = &[
     owners::ROWS,
     clocks::ROWS,
     users::ROWS,
+    mounts::ROWS,
     namespaces::ROWS,
     ipc::ROWS,
     networks::ROWS,

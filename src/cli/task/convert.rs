@@ -23,6 +23,7 @@ use crate::{
             GhostOptions, Inherited, LockOptions, PacketLock, RestoreOptions, TerminalOptions,
             UnixOptions, Validation, WatchOptions,
         },
+        ns::{self, mnt},
         tree::{self, cgroup, session},
     },
     restore,
@@ -109,6 +110,7 @@ pub(super) fn dump_options(args: &TaskArgs, pre_dump: bool) -> Result<dump::Opti
             sessions: session::Options::new(args.tree.shell_job),
             cgroups: cgroups(args),
         },
+        namespaces: namespaces(args),
         files: DumpOptions {
             terminals: TerminalOptions::new(args.tree.shell_job),
             unix: unix(args),
@@ -143,6 +145,15 @@ fn cgroups(args: &TaskArgs) -> cgroup::Options {
     cgroup::Options::new(mode)
         .roots(args.cgroups.cgroup_root.iter().map(root).collect())
         .controllers(args.cgroups.cgroup_dump_controller.clone())
+}
+
+fn namespaces(args: &TaskArgs) -> ns::Options {
+    let given = &args.namespaces;
+    let mounts = mnt::Options::new(&args.around.external, args.tree.root.clone())
+        .map(&given.ext_mount_map)
+        .select(given.skip_mnt.clone(), &given.enable_fs)
+        .relate(given.enable_external_sharing, given.enable_external_masters);
+    ns::Options { mounts }
 }
 
 fn unix(args: &TaskArgs) -> UnixOptions {
@@ -223,6 +234,7 @@ pub(super) fn restore_options(args: &TaskArgs) -> Result<restore::Options, Usage
             pidfile: pidfile.map(|file| work_dir(&args.images).join(file)),
         },
         common: tree::RestoreOptions { cgroups: cgroups(args) },
+        namespaces: namespaces(args),
         files: RestoreOptions {
             terminals: TerminalOptions::new(args.tree.shell_job),
             unix: unix(args),

@@ -15,6 +15,7 @@ use crate::{
             GhostOptions, Inherited, LockOptions, PacketLock, RestoreOptions, TerminalOptions,
             UnixOptions, Validation, WatchOptions,
         },
+        ns,
         tree::{self, cgroup, session},
     },
     restore,
@@ -161,6 +162,7 @@ fn default_dump() -> dump::Options {
             sessions: session::Options::new(false),
             cgroups: cgroup::Options::new(cgroup::Mode::None),
         },
+        namespaces: ns::Options::default(),
         files: DumpOptions {
             terminals: TerminalOptions::new(false),
             unix: UnixOptions::new(false),
@@ -183,6 +185,7 @@ fn default_restore() -> restore::Options {
         relations: restore::Relations { shell_job: false, sibling: false },
         release: restore::Release { stopped: false, wait: true, pidfile: None },
         common: tree::RestoreOptions { cgroups: cgroup::Options::new(cgroup::Mode::None) },
+        namespaces: ns::Options::default(),
         files: RestoreOptions {
             terminals: TerminalOptions::new(false),
             unix: UnixOptions::new(false),
@@ -253,7 +256,9 @@ fn lines_of_dump_become_options() {
         ("dump -t 7 --external mnt[/a]:b -x5,6 --external tty[1:2]", |dump| {
             dump.files.unix = UnixOptions::new(true);
             let external = ["mnt[/a]:b", "tty[1:2]", "unix[5]", "unix[6]"];
-            dump.files.external = External::new(external.map(str::to_owned).to_vec());
+            let external = external.map(str::to_owned).to_vec();
+            dump.namespaces.mounts = ns::mnt::Options::new(&external, None);
+            dump.files.external = External::new(external);
         }),
         ("dump -t 7 -x --no-ext-unix-sk --action-script a --action-script b", |dump| {
             dump.actions = action::Options::new(vec!["a".into(), "b".into()]);

@@ -13,6 +13,7 @@
 //! To support another kind, write a file with an [`Namespace`] and name it in the row of the kind.
 
 mod ipc;
+pub mod mnt;
 mod net;
 mod pid;
 mod time;
@@ -24,9 +25,12 @@ use nix::libc;
 use super::{ResError, Result};
 use crate::{
     causes::tell,
-    image::{ImageError, ImageStore, Kind as Image, SnapshotWriter, proto::TaskKobjIdsEntry},
-    inject::{Answers, Script, Task},
+    image::{
+        ImageError, ImageStore, Kind as Image, SnapshotWriter, Store, proto::TaskKobjIdsEntry,
+    },
+    inject::{self, Answers, Script, Task},
     proc,
+    sys::root::Root,
     units::{HostPid, IdMap, NsPid, PidMap},
 };
 
@@ -62,7 +66,7 @@ static KINDS: [Kind; 8] = [
     row("ipc", "an IPC namespace", "-i", |ids| &mut ids.ipc_ns_id, Some(&ipc::Ipc)),
     row("uts", "a UTS namespace", "-u", |ids| &mut ids.uts_ns_id, Some(&uts::Uts)),
     row(time::FILE, "a time namespace", "-T", |ids| &mut ids.time_ns_id, Some(&time::Time)),
-    row("mnt", "a mount namespace", "-m", |ids| &mut ids.mnt_ns_id, None),
+    row(mnt::FILE, "a mount namespace", "-m", |ids| &mut ids.mnt_ns_id, Some(&mnt::Mnt)),
     row(user::FILE, "a user namespace", "-U", |ids| &mut ids.user_ns_id, Some(&user::User)),
     row("cgroup", "a cgroup namespace", "-C", |ids| &mut ids.cgroup_ns_id, None),
 ];
@@ -197,6 +201,14 @@ pub trait Namespace: Sync + std::fmt::Debug {
         Ok(())
     }
 
+    /// Dump: like [`Self::check`], for a kind that has options.
+    ///
+    /// # Errors
+    /// As [`Self::check`].
+    fn check_with(&self, tasks: &[Task], _options: &Options) -> Result<()> {
+        self.check(tasks)
+    }
+
     /// Dump: adds the calls for a process in the namespace to make, and returns the function that
     /// writes their results.
     fn ask(&self, _script: &mut Script) -> Option<Collect> {
@@ -216,6 +228,27 @@ pub trait Namespace: Sync + std::fmt::Debug {
     /// # Errors
     /// A malformed image; state that cannot be restored.
     fn restore(&self, images: &dyn ImageStore, number: u32) -> Result<Box<dyn Restoring>>;
+
+    /// Restore: like [`Self::restore`], for a kind that has options.
+    ///
+    /// # Errors
+    /// As [`Self::restore`].
+    fn restore_with(
+        &self,
+        images: &dyn ImageStore,
+        number: u32,
+        _options: &Options,
+    ) -> Result<Box<dyn Restoring>> {
+        self.restore(images, number)
+    }
+}
+
+/// The options of a dump or a restore about namespaces.
+#[derive(Clone, Debug, Default)]
+#[cfg_attr(test, derive(PartialEq, Eq))]
+pub struct Options {
+    /// Options about mounts.
+    pub(crate) mounts: mnt::Options,
 }
 
 /// A namespace of a stopped tree.
@@ -227,6 +260,26 @@ pub struct Dumped<'a> {
     pub number: u32,
     /// The processes of the tree.
     pub tasks: &'a [Task],
+    /// The options of the dump.
+    pub options: &'a Options,
+}
+
+/// What the restore of a namespace works with.
+#[derive(Clone, Copy)]
+pub struct Building<'a> {
+    /// The first process of the tree. It is in the namespace, which is new, and shares the
+    /// descriptors of rcriu.
+    pub first: HostPid,
+    /// Has it make the calls of a script.
+    pub run: &'a dyn Fn(&Script) -> inject::Result<Answers>,
+    /// The images.
+    pub images: &'a Store,
+}
+
+impl std::fmt::Debug for Building<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Building").field("first", &self.first).finish_non_exhaustive()
+    }
 }
 
 /// A namespace during the restore.
@@ -248,6 +301,14 @@ pub trait Restoring: std::fmt::Debug {
     /// The first failure.
     fn build(&mut self, _first: HostPid) -> Result<()> {
         Ok(())
+    }
+
+    /// Like [`Self::build`], for what takes several steps of rcriu and of the first process.
+    ///
+    /// # Errors
+    /// The first failure.
+    fn build_with(&mut self, on: &Building<'_>) -> Result<()> {
+        self.build(on.first)
     }
 
     /// Returns the calls of the first process that restore the rest. Runs after [`Self::build`].
@@ -342,9 +403,9 @@ impl OfTree {
     ///
     /// # Errors
     /// [`ResError::Refused`], or the errors of reading `/proc`.
-    pub fn check(&self, tasks: &[Task]) -> Result<()> {
+    pub fn check(&self, tasks: &[Task], options: &Options) -> Result<()> {
         let mut own = self.kinds.iter().filter_map(|at| KINDS[*at].own);
-        own.try_for_each(|own| own.check(tasks))
+        own.try_for_each(|own| own.check_with(tasks, options))
     }
 
     /// Returns the number of the tree's own namespace of a kind, if it has one. `file` is the name of
@@ -358,17 +419,32 @@ impl OfTree {
     ///
     /// # Errors
     /// The state cannot be read or dumped.
-    pub fn dump(&self, pid: HostPid, tasks: &[Task], images: &SnapshotWriter) -> Result<()> {
+    pub fn dump(
+        &self,
+        pid: HostPid,
+        tasks: &[Task],
+        options: &Options,
+        images: &SnapshotWriter,
+    ) -> Result<()> {
         if !self.kinds.iter().any(|at| KINDS[*at].file == time::FILE) {
             time::dump_dumpers(pid, images)?;
         }
         for at in &self.kinds {
             if let Some(own) = KINDS[*at].own {
-                own.dump(&Dumped { pid, number: Self::number(*at), tasks }, images)?;
+                own.dump(&Dumped { pid, number: Self::number(*at), tasks, options }, images)?;
             }
         }
         Ok(())
     }
+}
+
+/// Returns the root directory in which the paths of a tree are looked up. `pid` is a process of it.
+///
+/// # Errors
+/// The process is gone, or rcriu may not enter its mount namespace.
+pub fn root_of(pid: HostPid) -> Result<Root> {
+    let is_own = !OfTree::look(pid).kinds.iter().any(|at| KINDS[*at].file == mnt::FILE);
+    if is_own { Ok(Root::own()) } else { mnt::root_of(pid) }
 }
 
 /// Returns the map of the pids and of the user and group ids of a stopped tree.
@@ -390,6 +466,7 @@ impl Wanted {
         images: &dyn ImageStore,
         dumper: Option<&TaskKobjIdsEntry>,
         pid: NsPid,
+        options: &Options,
     ) -> Result<Self> {
         let Some(mut dumper) = dumper.copied() else { return Ok(Self::default()) };
         let number = pid.image().into();
@@ -410,7 +487,7 @@ impl Wanted {
                 continue;
             }
             if let Some(own) = kind.own {
-                let restoring = own.restore(images, number)?;
+                let restoring = own.restore_with(images, number, options)?;
                 // The others belong to the user namespace, so it comes first.
                 let at = if kind.file == user::FILE { 0 } else { wanted.len() };
                 wanted.insert(at, (kind, number, restoring));
@@ -447,25 +524,31 @@ impl Wanted {
         self.0.iter().any(|(kind, ..)| kind.file == time::FILE)
     }
 
+    /// Returns the root directory of the tree, whose first process exists.
+    ///
+    /// # Errors
+    /// As [`root_of`].
+    pub fn root(&self, first: HostPid) -> Result<Root> {
+        let has_mounts = self.number_of(mnt::FILE).is_some();
+        if has_mounts { mnt::root_of(first) } else { Ok(Root::own()) }
+    }
+
     /// Whether the tree gets a pid namespace of its own.
     pub fn has_pids(&self) -> bool {
         self.clone_flags() & u64::from(libc::CLONE_NEWPID.cast_unsigned()) != 0
     }
 
-    /// Restores their state. Process `first` is in all of them; `run` has it make the calls of a
-    /// script.
+    /// Restores their state. The first process is in all of them.
     ///
     /// # Errors
     /// The first failure.
-    pub fn build<E: From<ResError>>(
-        &mut self,
-        first: HostPid,
-        mut run: impl FnMut(&Script) -> Result<(), E>,
-    ) -> Result<(), E> {
-        let mut run = |script: Script| if script.is_empty() { Ok(()) } else { run(&script) };
+    pub fn build(&mut self, on: &Building<'_>) -> Result<()> {
+        let run = |script: Script| {
+            if script.is_empty() { Ok(()) } else { (on.run)(&script).map(drop) }
+        };
         for (_, _, namespace) in &mut self.0 {
             run(namespace.first_script())?;
-            namespace.build(first)?;
+            namespace.build_with(on)?;
             run(namespace.script())?;
         }
         Ok(())

@@ -1,0 +1,204 @@
+//! The calls about mounts that the first process of a tree makes, in the namespaces of the tree. It
+//! shares the descriptors of rcriu.
+
+use std::{
+    ffi::CString,
+    os::fd::{AsRawFd, BorrowedFd, OwnedFd},
+};
+
+use nix::{errno::Errno, libc, unistd};
+use zerocopy::IntoBytes;
+
+use crate::{
+    inject::{Arg, CallId, Script},
+    res::{ResError, Result, ns::Building},
+    sys::{
+        fds,
+        mounts::{
+            AT_RECURSIVE, CLOSE_ON_EXEC, FSCONFIG_CMD_CREATE, FSCONFIG_CMD_RECONFIGURE,
+            FSCONFIG_SET_FLAG, FSCONFIG_SET_STRING, FSPICK_EMPTY_PATH, MOVE_BY_DESCRIPTORS,
+            MOVE_MOUNT_SET_GROUP, MountAttributes, OPEN_TREE_CLOEXEC, OPEN_TREE_CLONE,
+        },
+    },
+};
+
+/// The flags of `open_tree(2)` and `mount_setattr(2)` for the mount of a descriptor.
+const EMPTY_PATH: u32 = libc::AT_EMPTY_PATH.cast_unsigned();
+
+/// A parameter of a file system: a name, with a value unless it is a flag.
+pub(super) type Parameter = (Vec<u8>, Option<Vec<u8>>);
+
+fn call(script: &mut Script, what: &str, number: libc::c_long, arguments: &[Arg]) -> CallId {
+    script.call(what.to_owned(), number, arguments)
+}
+
+fn text(script: &mut Script, bytes: &[u8]) -> Result<Arg> {
+    let invalid = |_| super::super::wrong(0, "a name of a mount has a NUL byte in it");
+    Ok(script.string(&CString::new(bytes).map_err(invalid)?).into())
+}
+
+/// Takes a descriptor that the first process has opened: it is one of rcriu, too.
+fn take(number: u64) -> nix::Result<OwnedFd> {
+    let number = i32::try_from(number).map_err(|_| Errno::EBADF)?;
+    let own = fds::duplicate(number)?;
+    unistd::close(number)?;
+    Ok(own)
+}
+
+fn opened(on: &Building<'_>, script: &Script, call: CallId) -> Result<OwnedFd> {
+    let answers = (on.run)(script)?;
+    let number = answers.result(call);
+    let failed = |source| ResError::Process { pid: on.first, step: "take a mount from", source };
+    number.and_then(take).map_err(failed)
+}
+
+/// Makes all mounts of the namespace private.
+pub(super) fn isolate(on: &Building<'_>) -> Result<()> {
+    let mut script = Script::new();
+    let attributes =
+        MountAttributes { propagation: libc::MS_PRIVATE, ..MountAttributes::default() };
+    let buffer = script.bytes(attributes.as_bytes());
+    let root = script.string(c"/");
+    let size = size_of::<MountAttributes>();
+    let arguments =
+        [libc::AT_FDCWD.into(), root.into(), AT_RECURSIVE.into(), buffer.into(), size.into()];
+    call(&mut script, "make the inherited mounts private", libc::SYS_mount_setattr, &arguments);
+    (on.run)(&script).map(drop).map_err(ResError::from)
+}
+
+/// Mounts a file system anew, detached.
+pub(super) fn make(
+    on: &Building<'_>,
+    name: &[u8],
+    parameters: &[Parameter],
+    what: &str,
+) -> Result<OwnedFd> {
+    let mut script = Script::new();
+    let name = text(&mut script, name)?;
+    let context = call(&mut script, what, libc::SYS_fsopen, &[name, CLOSE_ON_EXEC.into()]);
+    for (key, value) in parameters {
+        let shown = format!("{what}: set {}", String::from_utf8_lossy(key));
+        let key = text(&mut script, key)?;
+        let (command, value) = match value {
+            None => (FSCONFIG_SET_FLAG, Arg::from(0)),
+            Some(value) => (FSCONFIG_SET_STRING, text(&mut script, value)?),
+        };
+        let arguments = [context.into(), command.into(), key, value, 0.into()];
+        call(&mut script, &shown, libc::SYS_fsconfig, &arguments);
+    }
+    let arguments = [context.into(), FSCONFIG_CMD_CREATE.into(), 0.into(), 0.into(), 0.into()];
+    call(&mut script, what, libc::SYS_fsconfig, &arguments);
+    let arguments = [context.into(), CLOSE_ON_EXEC.into(), 0.into()];
+    let mount = call(&mut script, what, libc::SYS_fsmount, &arguments);
+    call(&mut script, what, libc::SYS_close, &[context.into()]);
+    opened(on, &script, mount)
+}
+
+/// Sets flags of the file system of a mount, such as `ro`.
+pub(super) fn reconfigure(
+    on: &Building<'_>,
+    mount: BorrowedFd,
+    flag: &[u8],
+    what: &str,
+) -> Result<()> {
+    let mut script = Script::new();
+    let empty = script.string(c"");
+    let flags = FSPICK_EMPTY_PATH | CLOSE_ON_EXEC;
+    let arguments = [mount.as_raw_fd().into(), empty.into(), flags.into()];
+    let context = call(&mut script, what, libc::SYS_fspick, &arguments);
+    let flag = text(&mut script, flag)?;
+    let arguments = [context.into(), FSCONFIG_SET_FLAG.into(), flag, 0.into(), 0.into()];
+    call(&mut script, what, libc::SYS_fsconfig, &arguments);
+    let arguments = [context.into(), FSCONFIG_CMD_RECONFIGURE.into(), 0.into(), 0.into(), 0.into()];
+    call(&mut script, what, libc::SYS_fsconfig, &arguments);
+    call(&mut script, what, libc::SYS_close, &[context.into()]);
+    (on.run)(&script).map(drop).map_err(ResError::from)
+}
+
+/// Returns a detached copy of the mount of a descriptor, whose file or directory becomes its root.
+pub(super) fn copy(on: &Building<'_>, of: BorrowedFd, what: &str) -> Result<OwnedFd> {
+    let mut script = Script::new();
+    let empty = script.string(c"");
+    let flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | EMPTY_PATH;
+    let arguments = [of.as_raw_fd().into(), empty.into(), flags.into()];
+    let copy = call(&mut script, what, libc::SYS_open_tree, &arguments);
+    opened(on, &script, copy)
+}
+
+/// Changes attributes or the propagation of a mount.
+pub(super) fn set(
+    on: &Building<'_>,
+    mount: BorrowedFd,
+    attributes: MountAttributes,
+    what: &str,
+) -> Result<()> {
+    let mut script = Script::new();
+    let empty = script.string(c"");
+    let buffer = script.bytes(attributes.as_bytes());
+    let size = size_of::<MountAttributes>();
+    let arguments =
+        [mount.as_raw_fd().into(), empty.into(), EMPTY_PATH.into(), buffer.into(), size.into()];
+    call(&mut script, what, libc::SYS_mount_setattr, &arguments);
+    (on.run)(&script).map(drop).map_err(ResError::from)
+}
+
+/// Attaches a mount to a mount point.
+pub(super) fn attach(
+    on: &Building<'_>,
+    mount: BorrowedFd,
+    point: BorrowedFd,
+    what: &str,
+) -> Result<()> {
+    move_mount(on, mount, point, MOVE_BY_DESCRIPTORS, what)
+}
+
+/// Puts a mount into the sharing groups of another one.
+pub(super) fn join(
+    on: &Building<'_>,
+    mount: BorrowedFd,
+    other: BorrowedFd,
+    what: &str,
+) -> Result<()> {
+    move_mount(on, other, mount, MOVE_BY_DESCRIPTORS | MOVE_MOUNT_SET_GROUP, what)
+}
+
+fn move_mount(
+    on: &Building<'_>,
+    from: BorrowedFd,
+    to: BorrowedFd,
+    flags: u32,
+    what: &str,
+) -> Result<()> {
+    let mut script = Script::new();
+    let empty = script.string(c"");
+    let arguments =
+        [from.as_raw_fd().into(), empty.into(), to.as_raw_fd().into(), empty.into(), flags.into()];
+    call(&mut script, what, libc::SYS_move_mount, &arguments);
+    (on.run)(&script).map(drop).map_err(ResError::from)
+}
+
+/// Makes a detached mount the root of the namespace, in place of all mounts so far.
+pub(super) fn replace_root(on: &Building<'_>, root: BorrowedFd) -> Result<()> {
+    let mut script = Script::new();
+    let empty = script.string(c"");
+    let slash = script.string(c"/");
+    let here = script.string(c".");
+    let by_descriptor = MOVE_BY_DESCRIPTORS & !0x40;
+    let arguments = [
+        root.as_raw_fd().into(),
+        empty.into(),
+        libc::AT_FDCWD.into(),
+        slash.into(),
+        by_descriptor.into(),
+    ];
+    call(&mut script, "attach the root mount", libc::SYS_move_mount, &arguments);
+    let arguments = [root.as_raw_fd().into()];
+    call(&mut script, "enter the new root directory", libc::SYS_fchdir, &arguments);
+    let arguments = [here.into(), here.into()];
+    call(&mut script, "change the root mount", libc::SYS_pivot_root, &arguments);
+    let arguments = [here.into(), libc::MNT_DETACH.into()];
+    call(&mut script, "unmount the old root", libc::SYS_umount2, &arguments);
+    let arguments = [slash.into()];
+    call(&mut script, "enter the root directory", libc::SYS_chdir, &arguments);
+    (on.run)(&script).map(drop).map_err(ResError::from)
+}

@@ -1,0 +1,132 @@
+//! Dumps mount namespaces.
+
+use std::{collections::HashSet, os::unix::ffi::OsStrExt};
+
+use super::{
+    FROM_HOST, NAMED, UNKNOWN, contents, kernel_device,
+    survey::{self, Found, Source},
+};
+use crate::{
+    image::{Kind, SnapshotWriter, proto::MntEntry},
+    proc::Mount,
+    res::{Result, ns::Dumped},
+};
+
+/// Flags of mounts in the images: `MS_*` (`linux/mount.h`) by their names in `mountinfo`.
+const MOUNT_FLAGS: [(&str, u32); 7] = [
+    ("ro", 1),
+    ("nosuid", 2),
+    ("nodev", 4),
+    ("noexec", 8),
+    ("noatime", 1 << 10),
+    ("nodiratime", 1 << 11),
+    ("relatime", 1 << 21),
+];
+
+/// Flags of file systems.
+const FILE_SYSTEM_FLAGS: [(&str, u32); 5] =
+    [("ro", 1), ("sync", 1 << 4), ("mand", 1 << 6), ("dirsync", 1 << 7), ("lazytime", 1 << 25)];
+
+/// `MS_UNBINDABLE`, `MS_PRIVATE`, `MS_SLAVE` and `MS_SHARED`.
+const UNBINDABLE: u32 = 1 << 17;
+const PRIVATE: u32 = 1 << 18;
+const SLAVE: u32 = 1 << 19;
+const SHARED: u32 = 1 << 20;
+
+/// Writes the images of a mount namespace.
+pub(super) fn write(of: &Dumped<'_>, images: &SnapshotWriter) -> Result<()> {
+    let found = survey::look(of.pid, &of.options.mounts)?;
+    let entries: Vec<MntEntry> = found.iter().map(entry).collect();
+    images.write(Kind::Mnts, of.number.into(), &entries)?;
+    let mut packed = HashSet::new();
+    for Found { mount, source } in &found {
+        let has_content =
+            mount.fs_type == b"tmpfs" && matches!(source, Source::New(_) | Source::Root(None));
+        if has_content && packed.insert(mount.device) {
+            let tree = contents::reach(of.pid, mount)?;
+            contents::pack(&tree, mount, kernel_device(mount.device), images)?;
+        }
+    }
+    Ok(())
+}
+
+fn entry(found: &Found) -> MntEntry {
+    let Found { mount, source } = found;
+    let names = mount.flags.split(|byte| *byte == b',');
+    let (sb_flags, options) = split(&mount.options, &FILE_SYSTEM_FLAGS);
+    let is_new = matches!(source, Source::New(_));
+    let known = super::FileSystem::by_name(&mount.fs_type);
+    let (fstype, fsname) = match (source, known) {
+        (Source::New(None), _) => (NAMED, Some(mount.fs_type.clone())),
+        (_, Some(known)) => (known.code, None),
+        (_, None) => (UNKNOWN, None),
+    };
+    // The kernel does not show that an instance is a new one, which CRIU wants to know.
+    let mut options = options;
+    if is_new && mount.fs_type == b"devpts" {
+        options = [&b"newinstance,"[..], &options].concat();
+    }
+    let (source_path, ext_key) = match source {
+        Source::Host(path) => (path.as_os_str().as_bytes(), Some(FROM_HOST.to_vec())),
+        Source::External(key) => {
+            (mount.source.as_os_str().as_bytes(), Some(key.clone().into_bytes()))
+        }
+        _ => (mount.source.as_os_str().as_bytes(), None),
+    };
+    MntEntry {
+        fstype,
+        mnt_id: mount.id.cast_unsigned(),
+        root_dev: kernel_device(mount.device),
+        parent_mnt_id: mount.parent.cast_unsigned(),
+        flags: flags(names, &MOUNT_FLAGS) | propagation(mount),
+        root: mount.root.as_os_str().as_bytes().to_vec(),
+        mountpoint: mount.point.as_os_str().as_bytes().to_vec(),
+        source: source_path.to_vec(),
+        options,
+        shared_id: Some(mount.shared),
+        master_id: Some(mount.master),
+        fsname,
+        sb_flags: Some(sb_flags),
+        ext_key,
+        ..Default::default()
+    }
+}
+
+fn propagation(mount: &Mount) -> u32 {
+    let shared = if mount.shared == 0 { 0 } else { SHARED };
+    let slave = if mount.master == 0 { 0 } else { SLAVE };
+    let unbindable = if mount.unbindable { UNBINDABLE } else { 0 };
+    match shared | slave | unbindable {
+        0 => PRIVATE,
+        flags => flags,
+    }
+}
+
+fn flags<'a>(names: impl Iterator<Item = &'a [u8]>, known: &[(&str, u32)]) -> u32 {
+    names.fold(0, |flags, name| {
+        let found = known.iter().find(|(known, _)| known.as_bytes() == name);
+        flags | found.map_or(0, |(_, flag)| *flag)
+    })
+}
+
+/// Splits the options of a file system into its flags and all others.
+fn split(options: &[u8], known: &[(&str, u32)]) -> (u32, Vec<u8>) {
+    let is_flag =
+        |name: &&[u8]| *name == b"rw" || known.iter().any(|(known, _)| known.as_bytes() == *name);
+    let all = || options.split(|byte| *byte == b',').filter(|name| !name.is_empty());
+    // Security modules add theirs to all file systems.
+    let rest: Vec<&[u8]> = all().filter(|name| !is_flag(name) && *name != b"seclabel").collect();
+    (flags(all(), known), rest.join(&b','))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_of_file_systems_are_split() {
+        let (flags, rest) = split(b"ro,size=64k,lazytime,mode=755,seclabel", &FILE_SYSTEM_FLAGS);
+        assert_eq!((flags, rest.as_slice()), (1 | 1 << 25, &b"size=64k,mode=755"[..]));
+        assert_eq!(split(b"rw", &FILE_SYSTEM_FLAGS), (0, Vec::new()));
+    }
+}

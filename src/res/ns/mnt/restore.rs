@@ -1,0 +1,547 @@
+//! Restores mount namespaces.
+
+use std::{
+    collections::{HashMap, HashSet},
+    ffi::{CString, OsStr},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
+    path::{Path, PathBuf},
+};
+
+use nix::{errno::Errno, libc};
+
+use super::{
+    Content, FROM_HOST, FileSystem, MINOR_BITS, NAMED, Options, below, calls, contents,
+    survey::visible,
+};
+use crate::{
+    image::{ImageStore, Kind, proto::MntEntry},
+    proc,
+    res::{ResError, Result, ns::Building, ns::wrong},
+    sys::{
+        mounts::{self, MountAttributes, attribute},
+        root,
+    },
+};
+
+/// The most mounts of a namespace, as the kernel allows by default (`fs.mount-max`).
+const MOST: usize = 100_000;
+
+/// The longest value that `fsconfig(2)` takes.
+const VALUE_BYTES: usize = 255;
+
+/// Flags of mounts in the images (`MS_*`, `linux/mount.h`).
+const ATTRIBUTES: [(u32, u64); 6] = [
+    (1, attribute::READ_ONLY),
+    (2, attribute::NO_SUID),
+    (4, attribute::NO_DEV),
+    (8, attribute::NO_EXEC),
+    (1 << 10, attribute::NO_ATIME),
+    (1 << 11, attribute::NO_DIR_ATIME),
+];
+const RELATIVE_ATIME: u32 = 1 << 21;
+const NO_ATIME: u32 = 1 << 10;
+const UNBINDABLE: u32 = 1 << 17;
+
+/// Flags of file systems by name.
+const FILE_SYSTEM_FLAGS: [(u32, &[u8]); 4] =
+    [(1 << 4, b"sync"), (1 << 6, b"mand"), (1 << 7, b"dirsync"), (1 << 25, b"lazytime")];
+const READ_ONLY: u32 = 1;
+
+/// The flags of mounts in images that do not tell those from flags of file systems.
+const OF_MOUNTS: u32 = 2 | 4 | 8 | (1 << 10) | (1 << 11) | RELATIVE_ATIME | (0xf << 17);
+
+/// Where a mount comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Source {
+    /// A path of the host.
+    Path(PathBuf),
+    /// The mount with this position, and a path below its root.
+    Bind(usize, PathBuf),
+    /// A new file system with this name.
+    New(Vec<u8>),
+}
+
+#[derive(Debug)]
+struct Mount {
+    entry: MntEntry,
+    point: PathBuf,
+    root: PathBuf,
+    /// The position of the mount on which it is; the root has none.
+    parent: Option<usize>,
+    source: Source,
+}
+
+impl Mount {
+    fn what(&self, step: &str) -> String {
+        format!("{step} {}", self.point.display())
+    }
+
+    fn sb_flags(&self) -> u32 {
+        self.entry.sb_flags.unwrap_or(self.entry.flags & !OF_MOUNTS)
+    }
+
+    fn attributes(&self) -> u64 {
+        let flags = self.entry.flags;
+        let set = ATTRIBUTES.iter().filter(|(flag, _)| flags & flag != 0);
+        let set = set.fold(0, |set, (_, attribute)| set | attribute);
+        // Without either, access times are updated always.
+        if flags & (RELATIVE_ATIME | NO_ATIME) == 0 { set | attribute::STRICT_ATIME } else { set }
+    }
+}
+
+/// The mounts of a namespace to be restored.
+#[derive(Debug)]
+pub(super) struct Plan {
+    number: u32,
+    /// The root first, each after the one on which it is.
+    mounts: Vec<Mount>,
+    /// Whether mounts outside may be related to them.
+    related: bool,
+}
+
+impl Plan {
+    /// Reads and checks the images.
+    pub(super) fn read(images: &dyn ImageStore, number: u32, options: &Options) -> Result<Self> {
+        let entries: Vec<MntEntry> = images.messages(Kind::Mnts, number.into())?;
+        if entries.len() > MOST {
+            return Err(wrong(number, &format!("{} mounts, more than {MOST}", entries.len())));
+        }
+        let ordered = ordered(number, entries, options)?;
+        let packed: HashSet<String> = images
+            .list()
+            .map_err(|source| ResError::Read { path: images.name().to_owned(), source })?
+            .into_iter()
+            .collect();
+        let reader = Reader { number, options, packed: &packed };
+        let mut mounts: Vec<Mount> = Vec::with_capacity(ordered.len());
+        for (entry, parent) in ordered {
+            let point = PathBuf::from(OsStr::from_bytes(&rooted(&entry.mountpoint)));
+            let root = PathBuf::from(OsStr::from_bytes(&entry.root));
+            let source = Source::New(Vec::new());
+            mounts.push(Mount { entry, point, root, parent, source });
+        }
+        // Binds may come from any other mount.
+        let given: Vec<Option<Source>> = mounts
+            .iter()
+            .enumerate()
+            .map(|(at, mount)| reader.given(mount, at == 0))
+            .collect::<Result<_>>()?;
+        for (at, source) in given.into_iter().enumerate() {
+            if let Some(source) = source {
+                mounts[at].source = source;
+            }
+        }
+        let mut whole: HashMap<u32, usize> = HashMap::new();
+        for at in 0..mounts.len() {
+            if mounts[at].source == Source::New(Vec::new()) {
+                mounts[at].source = reader.derived(&mounts, at, &mut whole)?;
+            }
+        }
+        Ok(Self { number, mounts, related: options.masters || options.sharing })
+    }
+
+    /// Makes the mounts in the namespace of the first process, which is a copy of that of rcriu.
+    pub(super) fn build(&mut self, on: &Building<'_>) -> Result<()> {
+        calls::isolate(on)?;
+        let mut made: Vec<Option<OwnedFd>> = self.mounts.iter().map(|_| None).collect();
+        // Copies of mounts outside, as long as their relations are needed.
+        let mut outside = HashMap::new();
+        for (at, mount) in self.mounts.iter().enumerate() {
+            made[at] = match &mount.source {
+                Source::Path(path) => {
+                    let copy = from_host(mount, path)?;
+                    if self.related {
+                        outside.insert(at, from_host(mount, path)?);
+                    }
+                    Some(copy)
+                }
+                Source::New(name) => Some(new(on, mount, name)?),
+                Source::Bind(..) => None,
+            };
+        }
+        let missing = || wrong(self.number, "a mount is bound from one that does not exist");
+        for (at, mount) in self.mounts.iter().enumerate() {
+            let Source::Bind(from, rest) = &mount.source else { continue };
+            let is_outside = matches!(self.mounts[*from].source, Source::Path(_));
+            let from = made.get(*from).and_then(Option::as_ref).ok_or_else(missing)?;
+            let named = root::name_on_mount(from.as_fd(), rest.as_os_str().as_bytes());
+            let named = named.map_err(failed(mount, "find what to bind for"))?;
+            // The kernel asks in whose namespace a detached mount was made.
+            made[at] = Some(if is_outside {
+                mounts::copy_of(named.as_fd()).map_err(failed(mount, "bind"))?
+            } else {
+                calls::copy(on, named.as_fd(), &mount.what("bind"))?
+            });
+        }
+        let made: Vec<OwnedFd> = made.into_iter().collect::<Option<_>>().ok_or_else(missing)?;
+        for (mount, fd) in self.mounts.iter().zip(&made) {
+            let attributes = MountAttributes {
+                set: mount.attributes(),
+                clear: attribute::ALL,
+                propagation: libc::MS_PRIVATE,
+                ..MountAttributes::default()
+            };
+            calls::set(on, fd.as_fd(), attributes, &mount.what("set the flags of the mount at"))?;
+        }
+        let root = made.first().ok_or_else(missing)?;
+        calls::replace_root(on, root.as_fd())?;
+        self.attach(on, &made)?;
+        self.relate(on, &made, &outside)
+    }
+
+    /// Attaches all mounts to their mount points.
+    fn attach(&self, on: &Building<'_>, made: &[OwnedFd]) -> Result<()> {
+        let depth = |mount: &Mount| mount.point.components().count();
+        let mut children: HashMap<usize, Vec<usize>> = HashMap::new();
+        for (at, mount) in self.mounts.iter().enumerate() {
+            if let Some(parent) = mount.parent {
+                children.entry(parent).or_default().push(at);
+            }
+        }
+        let mut pending = vec![0];
+        while let Some(parent) = pending.pop() {
+            let mut on_it = children.remove(&parent).unwrap_or_default();
+            // A mount hides the mount points below its own.
+            on_it.sort_by_key(|at| std::cmp::Reverse(depth(&self.mounts[*at])));
+            for at in &on_it {
+                let mount = &self.mounts[*at];
+                let rest = below(&mount.point, &self.mounts[parent].point).unwrap_or(Path::new(""));
+                let point = root::name_on_mount(made[parent].as_fd(), rest.as_os_str().as_bytes());
+                let point = point.map_err(failed(mount, "find the mount point of"))?;
+                let what = mount.what("attach the mount at");
+                calls::attach(on, made[*at].as_fd(), point.as_fd(), &what)?;
+            }
+            pending.extend(on_it);
+        }
+        Ok(())
+    }
+
+    /// Puts the mounts into their sharing groups.
+    fn relate(
+        &self,
+        on: &Building<'_>,
+        made: &[OwnedFd],
+        outside: &HashMap<usize, OwnedFd>,
+    ) -> Result<()> {
+        let group = |mount: &Mount| mount.entry.shared_id.filter(|group| *group != 0);
+        let master = |mount: &Mount| mount.entry.master_id.filter(|group| *group != 0);
+        let groups: HashSet<u32> = self.mounts.iter().filter_map(group).collect();
+        // The first of each group.
+        let mut first: HashMap<u32, usize> = HashMap::new();
+        // A mount can join the group of one that shows more of the same file system only.
+        let mut order: Vec<usize> = (0..self.mounts.len()).collect();
+        order.sort_by_key(|at| self.mounts[*at].root.components().count());
+        let propagate = |at: usize, propagation: u64| {
+            let attributes = MountAttributes { propagation, ..MountAttributes::default() };
+            let what = self.mounts[at].what("set the propagation of the mount at");
+            calls::set(on, made[at].as_fd(), attributes, &what)
+        };
+        loop {
+            let before = order.len();
+            let mut later = Vec::new();
+            for at in order {
+                let mount = &self.mounts[at];
+                let what = mount.what("share the mount at");
+                let of_master = master(mount)
+                    .map(|master| (groups.contains(&master), first.get(&master).copied()));
+                // Its master must be there first.
+                if let Some((true, None)) = of_master {
+                    later.push(at);
+                    continue;
+                }
+                if let Some(other) = group(mount).and_then(|group| first.get(&group)) {
+                    calls::join(on, made[at].as_fd(), made[*other].as_fd(), &what)?;
+                    continue;
+                }
+                match of_master {
+                    Some((_, Some(other))) => {
+                        calls::join(on, made[at].as_fd(), made[other].as_fd(), &what)?;
+                        propagate(at, libc::MS_SLAVE)?;
+                    }
+                    Some((_, None)) => match outside.get(&at) {
+                        Some(other) => {
+                            calls::join(on, made[at].as_fd(), other.as_fd(), &what)?;
+                            propagate(at, libc::MS_SLAVE)?;
+                        }
+                        None => log::warn!(
+                            "the mount at {} no longer receives events from mounts outside",
+                            mount.point.display()
+                        ),
+                    },
+                    None => {}
+                }
+                if let Some(group) = group(mount) {
+                    propagate(at, libc::MS_SHARED)?;
+                    first.insert(group, at);
+                }
+                if mount.entry.flags & UNBINDABLE != 0 {
+                    propagate(at, libc::MS_UNBINDABLE)?;
+                }
+            }
+            if later.is_empty() {
+                return Ok(());
+            }
+            if later.len() == before {
+                return Err(wrong(
+                    self.number,
+                    "sharing groups of mounts are each other's masters",
+                ));
+            }
+            order = later;
+        }
+    }
+}
+
+/// Decides where mounts come from.
+struct Reader<'a> {
+    number: u32,
+    options: &'a Options,
+    /// The names of all images.
+    packed: &'a HashSet<String>,
+}
+
+impl Reader<'_> {
+    fn wrong(&self, mount: &Mount, problem: &str) -> ResError {
+        wrong(self.number, &format!("the mount at {} {problem}", mount.point.display()))
+    }
+
+    /// Returns the path of the host for a mount that has one.
+    fn given(&self, mount: &Mount, is_root: bool) -> Result<Option<Source>> {
+        let entry = &mount.entry;
+        if is_root {
+            return self.root(mount).map(Some);
+        }
+        let key = match (&entry.ext_key, entry.ext_mount) {
+            (Some(key), _) => key,
+            (None, Some(true)) => &entry.root,
+            _ => return Ok(None),
+        };
+        if key == FROM_HOST {
+            return Ok(Some(Source::Path(PathBuf::from(OsStr::from_bytes(&entry.source)))));
+        }
+        let path = self.options.external(key);
+        path.map(|path| Some(Source::Path(path.into()))).ok_or_else(|| {
+            let key = String::from_utf8_lossy(key);
+            let problem = format!(
+                "is external\nhelp: say what to mount there with --external 'mnt[{key}]:PATH'"
+            );
+            self.wrong(mount, &problem)
+        })
+    }
+
+    fn root(&self, mount: &Mount) -> Result<Source> {
+        if let Some(root) = &self.options.root {
+            return Ok(Source::Path(root.clone()));
+        }
+        let entry = &mount.entry;
+        let images = [
+            Kind::TmpfsDev.file_name(entry.root_dev.into()),
+            Kind::TmpfsImg.file_name(entry.mnt_id.into()),
+        ];
+        if images.iter().any(|name| self.packed.contains(name)) {
+            return Ok(Source::New(b"tmpfs".to_vec()));
+        }
+        let device = (entry.root_dev >> MINOR_BITS, entry.root_dev & ((1 << MINOR_BITS) - 1));
+        let host = proc::mounts()?;
+        let same = host.iter().filter(|host| host.device == device);
+        let found = same.filter_map(|host| visible(host, &mount.root)).next();
+        found.map(Source::Path).ok_or_else(|| {
+            let problem = format!(
+                "shows {} of the device {}:{}, which is not mounted here\nhelp: name the root directory \
+                 of the tree with --root DIR",
+                mount.root.display(),
+                device.0,
+                device.1
+            );
+            self.wrong(mount, &problem)
+        })
+    }
+
+    /// Decides for a mount that is not from the host. `whole` has the new mounts by device.
+    fn derived(
+        &self,
+        mounts: &[Mount],
+        at: usize,
+        whole: &mut HashMap<u32, usize>,
+    ) -> Result<Source> {
+        let mount = &mounts[at];
+        let device = mount.entry.root_dev;
+        let of_device =
+            |other: &&(usize, &Mount)| other.1.entry.root_dev == device && other.0 != at;
+        let others = || mounts.iter().enumerate();
+        let from = others().filter(|other| of_device(&other)).find_map(|(other, from)| {
+            let is_there = matches!(from.source, Source::Path(_)) || other == 0;
+            let rest = below(&mount.root, &from.root)?;
+            is_there.then(|| Source::Bind(other, rest.to_owned()))
+        });
+        if let Some(source) = from {
+            return Ok(source);
+        }
+        let is_whole = |mount: &Mount| mount.root == Path::new("/");
+        if let Some(other) = whole.get(&device) {
+            let rest = mount.root.strip_prefix("/").unwrap_or(&mount.root);
+            return Ok(Source::Bind(*other, rest.to_owned()));
+        }
+        if is_whole(mount) {
+            let name = self.name(mount)?;
+            whole.insert(device, at);
+            return Ok(Source::New(name));
+        }
+        let later = others().find(|(_, other)| other.entry.root_dev == device && is_whole(other));
+        match later {
+            Some((other, from)) => {
+                self.name(from)?;
+                let rest = mount.root.strip_prefix("/").unwrap_or(&mount.root);
+                Ok(Source::Bind(other, rest.to_owned()))
+            }
+            None => {
+                let problem = format!(
+                    "shows {}, but the whole file system is not mounted anywhere\nhelp: dump it as \
+                     external: --external 'mnt[{}]:KEY'",
+                    mount.root.display(),
+                    mount.point.display()
+                );
+                Err(self.wrong(mount, &problem))
+            }
+        }
+    }
+
+    fn name(&self, mount: &Mount) -> Result<Vec<u8>> {
+        let entry = &mount.entry;
+        if entry.fstype == NAMED {
+            return entry.fsname.clone().ok_or_else(|| self.wrong(mount, "has no file system"));
+        }
+        let known = FileSystem::by_code(entry.fstype);
+        known.map(|known| known.name.as_bytes().to_vec()).ok_or_else(|| {
+            let problem = format!(
+                "is of a file system (number {}) that rcriu does not mount\nhelp: dump it as external: \
+                 --external 'mnt[{}]:KEY'",
+                entry.fstype,
+                mount.point.display()
+            );
+            self.wrong(mount, &problem)
+        })
+    }
+}
+
+/// Orders the entries: the root first, each after the one on which it is mounted, with the position
+/// of that.
+fn ordered(
+    number: u32,
+    entries: Vec<MntEntry>,
+    options: &Options,
+) -> Result<Vec<(MntEntry, Option<usize>)>> {
+    let ids: HashSet<u32> = entries.iter().map(|entry| entry.mnt_id).collect();
+    if ids.len() != entries.len() {
+        return Err(wrong(number, "two mounts have the same number"));
+    }
+    let is_root = |entry: &MntEntry| {
+        !ids.contains(&entry.parent_mnt_id) || entry.parent_mnt_id == entry.mnt_id
+    };
+    let (roots, mut rest): (Vec<_>, Vec<_>) = entries.into_iter().partition(is_root);
+    let Ok([root]) = <[MntEntry; 1]>::try_from(roots) else {
+        return Err(wrong(number, "it does not have exactly one root mount"));
+    };
+    let is_skipped = |entry: &MntEntry| {
+        let point = rooted(&entry.mountpoint);
+        options.skipped.iter().any(|skipped| skipped.as_os_str().as_bytes() == point)
+    };
+    rest.retain(|entry| !is_skipped(entry));
+    let mut position = HashMap::from([(root.mnt_id, 0)]);
+    let mut ordered = vec![(root, None)];
+    loop {
+        let before = ordered.len();
+        let mut later = Vec::new();
+        let mut next = Vec::new();
+        for entry in rest {
+            match position.get(&entry.parent_mnt_id) {
+                Some(parent) => next.push((entry, Some(*parent))),
+                None => later.push(entry),
+            }
+        }
+        for (entry, parent) in next {
+            position.insert(entry.mnt_id, ordered.len());
+            ordered.push((entry, parent));
+        }
+        if ordered.len() == before {
+            // What is left is on mounts that were left out.
+            return Ok(ordered);
+        }
+        rest = later;
+    }
+}
+
+/// Returns a path that begins with a slash; images may store it relative to the root.
+fn rooted(path: &[u8]) -> Vec<u8> {
+    let path = path.strip_prefix(b".").unwrap_or(path);
+    if path.starts_with(b"/") { path.to_vec() } else { [b"/", path].concat() }
+}
+
+fn failed(mount: &Mount, step: &'static str) -> impl Fn(Errno) -> ResError {
+    let point = mount.point.clone();
+    move |errno| ResError::Mount { point: point.clone(), step, source: errno.into() }
+}
+
+/// Copies a mount of rcriu.
+fn from_host(mount: &Mount, path: &Path) -> Result<OwnedFd> {
+    let path = path.canonicalize().map_err(|source| ResError::Mount {
+        point: mount.point.clone(),
+        step: "find what to bind for",
+        source: std::io::Error::new(source.kind(), format!("{}: {source}", path.display())),
+    })?;
+    let invalid = |_| failed(mount, "bind")(Errno::EINVAL);
+    let path = CString::new(path.as_os_str().as_bytes()).map_err(invalid)?;
+    mounts::copy(&path).map_err(failed(mount, "bind"))
+}
+
+/// Mounts a file system anew, with its contents.
+fn new(on: &Building<'_>, mount: &Mount, name: &[u8]) -> Result<OwnedFd> {
+    let entry = &mount.entry;
+    let sb_flags = mount.sb_flags();
+    let mut parameters: Vec<calls::Parameter> = Vec::new();
+    if !entry.source.is_empty() {
+        parameters.push((b"source".to_vec(), Some(entry.source.clone())));
+    }
+    let flags = FILE_SYSTEM_FLAGS.iter().filter(|(flag, _)| sb_flags & flag != 0);
+    parameters.extend(flags.map(|(_, name)| (name.to_vec(), None)));
+    let is_overlay = name == b"overlay";
+    for option in entry.options.split(|byte| *byte == b',').filter(|option| !option.is_empty()) {
+        let equals = option.iter().position(|byte| *byte == b'=');
+        let (key, value) = match equals {
+            Some(at) => (&option[..at], Some(&option[at + 1..])),
+            None => (option, None),
+        };
+        match value {
+            // Too long for one value: layer by layer, since Linux 6.7.
+            Some(layers) if is_overlay && key == b"lowerdir" && layers.len() > VALUE_BYTES => {
+                let layers = layers.split(|byte| *byte == b':');
+                let layer = |layer: &[u8]| (b"lowerdir+".to_vec(), Some(layer.to_vec()));
+                parameters.extend(layers.map(layer));
+            }
+            value => parameters.push((key.to_vec(), value.map(<[u8]>::to_vec))),
+        }
+    }
+    let is_kernels =
+        FileSystem::by_name(name).is_some_and(|known| matches!(known.content, Content::Kernel(_)));
+    let is_read_only = sb_flags & READ_ONLY != 0;
+    // Others may use the same file system: do not change it.
+    if is_read_only && is_kernels {
+        parameters.push((b"ro".to_vec(), None));
+    }
+    let shown = String::from_utf8_lossy(name);
+    let what = mount.what(&format!("mount {shown} at"));
+    let made = calls::make(on, name, &parameters, &what)?;
+    if name == b"tmpfs" {
+        let numbers = (entry.root_dev, entry.mnt_id);
+        if !contents::unpack(&**on.images, numbers, &mount.point, made.as_fd())? {
+            log::warn!("the images have no contents of the tmpfs at {}", mount.point.display());
+        }
+    }
+    if is_read_only && !is_kernels {
+        calls::reconfigure(on, made.as_fd(), b"ro", &what)?;
+    }
+    Ok(made)
+}

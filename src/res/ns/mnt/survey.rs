@@ -1,0 +1,257 @@
+//! Looks at the mounts of a tree, and decides for each how a restore gets it back.
+
+use std::{
+    collections::{HashMap, HashSet},
+    fs::File,
+    io::{self, Read},
+    os::fd::{AsRawFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    fcntl::{OFlag, open, openat},
+    sys::stat::Mode,
+};
+
+use super::{Content, FileSystem, Options, below};
+use crate::{
+    proc::{self, Mount},
+    res::{ResError, Result},
+    sys::visit,
+    units::{HostPid, TargetFd},
+};
+
+/// The end of the root of a mount whose file was deleted (`proc_pid_mountinfo(5)`).
+const DELETED: &[u8] = b"//deleted";
+
+/// How a restore gets a mount back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Source {
+    /// It is the root of the namespace; rcriu sees the same directory at this path, if at any.
+    Root(Option<PathBuf>),
+    /// The user provides it under this key.
+    External(String),
+    /// It is bound from this path of the host.
+    Host(PathBuf),
+    /// It is mounted anew; `None`: a file system with a name that the user allows.
+    New(Option<&'static FileSystem>),
+    /// It is bound from another mount of the namespace.
+    Bind,
+}
+
+/// A mount with the decision.
+#[derive(Clone, Debug)]
+pub(super) struct Found {
+    pub(super) mount: Mount,
+    pub(super) source: Source,
+}
+
+/// Returns all mounts of the namespace of a process, parents first.
+///
+/// # Errors
+/// [`ResError::Refused`] for the first mount that cannot be restored.
+pub(super) fn look(pid: HostPid, options: &Options) -> Result<Vec<Found>> {
+    let mounts = ordered(pid, table(pid)?, options)?;
+    let host = proc::mounts()?;
+    let survey = Survey { pid, options, host, mounts: &mounts, own: own_namespaces(pid) };
+    let mut found: Vec<Found> = Vec::with_capacity(mounts.len());
+    for (at, mount) in mounts.iter().enumerate() {
+        let source = survey.source(mount, at == 0, &found)?;
+        found.push(Found { mount: mount.clone(), source });
+    }
+    survey.check_relations(&found)?;
+    Ok(found)
+}
+
+/// Reads the table of mounts of the namespace of a process, as its root directory shows it.
+fn table(pid: HostPid) -> Result<Vec<Mount>> {
+    let failed = |source| ResError::Read { path: format!("/proc/{pid}/mountinfo").into(), source };
+    let read = || -> io::Result<Vec<u8>> {
+        let proc = File::open("/proc")?;
+        visit::in_mounts(pid, || {
+            let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+            let file = openat(&proc, "thread-self/mountinfo", flags, Mode::empty())?;
+            let mut text = Vec::new();
+            File::from(file).read_to_end(&mut text)?;
+            Ok(text)
+        })
+    };
+    Ok(proc::mounts_in(&read().map_err(failed)?)?)
+}
+
+/// Orders mounts: the root first, each after the one on which it is mounted. Leaves out those that
+/// the user does not want.
+fn ordered(pid: HostPid, mounts: Vec<Mount>, options: &Options) -> Result<Vec<Mount>> {
+    let known: HashSet<i32> = mounts.iter().map(|mount| mount.id).collect();
+    let is_root = |mount: &Mount| !known.contains(&mount.parent) || mount.parent == mount.id;
+    let (roots, mut rest): (Vec<_>, Vec<_>) = mounts.into_iter().partition(is_root);
+    let [root] = roots.as_slice() else {
+        return Err(ResError::Refused {
+            pid,
+            what: format!(
+                "is in a mount namespace with {} root mounts, instead of one",
+                roots.len()
+            ),
+            help: "dump a tree whose root directory is that of its mount namespace",
+        });
+    };
+    rest.retain(|mount| !options.skipped.contains(&mount.point));
+    let mut kept: HashSet<i32> = HashSet::from([root.id]);
+    let mut ordered = vec![root.clone()];
+    // Each round finds the mounts on those of the round before.
+    loop {
+        let (next, later): (Vec<_>, Vec<_>) =
+            rest.into_iter().partition(|mount| kept.contains(&mount.parent));
+        if next.is_empty() {
+            return Ok(ordered);
+        }
+        kept.extend(next.iter().map(|mount| mount.id));
+        ordered.extend(next);
+        rest = later;
+    }
+}
+
+/// Returns the kinds of namespaces, by their names in `/proc/PID/ns`, in which a process is without
+/// rcriu.
+fn own_namespaces(pid: HostPid) -> HashSet<&'static str> {
+    let own = HostPid(nix::unistd::getpid().as_raw());
+    let differs = |kind: &&str| {
+        let pair = [own, pid].map(|pid| proc::namespace(pid, kind).ok());
+        matches!(pair, [Some(ours), Some(theirs)] if ours != theirs)
+    };
+    ["pid", "net", "ipc", "user", "cgroup"].into_iter().filter(differs).collect()
+}
+
+struct Survey<'a> {
+    pid: HostPid,
+    options: &'a Options,
+    /// The mounts of rcriu.
+    host: Vec<Mount>,
+    mounts: &'a [Mount],
+    /// The kinds of namespaces that the tree has of its own.
+    own: HashSet<&'static str>,
+}
+
+impl Survey<'_> {
+    fn refused(&self, mount: &Mount, what: &str, help: &'static str) -> ResError {
+        let fs_type = String::from_utf8_lossy(&mount.fs_type);
+        let what = format!("has a mount at {} ({fs_type}) {what}", mount.point.display());
+        ResError::Refused { pid: self.pid, what, help }
+    }
+
+    fn source(&self, mount: &Mount, is_root: bool, before: &[Found]) -> Result<Source> {
+        if is_root {
+            return Ok(Source::Root(self.on_host(mount)));
+        }
+        let point = mount.point.as_os_str().as_encoded_bytes();
+        if let Some(key) = self.options.external(point) {
+            return Ok(Source::External(key.to_owned()));
+        }
+        let help = "unmount it, leave it out (--skip-mnt), or provide it at the restore (--external \
+                    'mnt[POINT]:KEY')";
+        if mount.root.as_os_str().as_encoded_bytes().ends_with(DELETED) {
+            return Err(self.refused(mount, "of a file or directory that was deleted", help));
+        }
+        let known = FileSystem::by_name(&mount.fs_type);
+        let is_whole = mount.root == Path::new("/");
+        let from_host = self.on_host(mount);
+        if let Some(known) = known
+            && let Content::Kernel(namespace) = known.content
+            && is_whole
+        {
+            // In a namespace of the tree, a new mount shows that namespace.
+            let is_foreign = namespace.is_some_and(|kind| self.own.contains(kind));
+            if !is_foreign || from_host.is_none() {
+                return Ok(Source::New(Some(known)));
+            }
+        }
+        // Files that the tree shares with its root or with an external mount stay the same files.
+        let is_of = |found: &Found| {
+            found.mount.device == mount.device && below(&mount.root, &found.mount.root).is_some()
+        };
+        let is_given =
+            |found: &&Found| matches!(found.source, Source::Root(_) | Source::External(_));
+        if before.iter().filter(is_given).any(is_of) {
+            return Ok(Source::Bind);
+        }
+        if let Some(path) = from_host {
+            return Ok(Source::Host(path));
+        }
+        let first = before.iter().find(|found| {
+            found.mount.device == mount.device && matches!(found.source, Source::New(_))
+        });
+        if first.is_some() {
+            return Ok(Source::Bind);
+        }
+        let name = String::from_utf8_lossy(&mount.fs_type);
+        if is_whole {
+            if let Some(known) = known {
+                return Ok(Source::New(Some(known)));
+            }
+            if self.options.enabled.iter().any(|known| *known == name || known == "all") {
+                return Ok(Source::New(None));
+            }
+            return Err(self.refused(
+                mount,
+                "of a file system that rcriu cannot mount again",
+                help,
+            ));
+        }
+        // The whole file system may be mounted later in the table.
+        let is_mounted = known.is_some()
+            && self.mounts.iter().any(|other| {
+                other.device == mount.device && other.root == Path::new("/") && other.id != mount.id
+            });
+        if is_mounted {
+            return Ok(Source::Bind);
+        }
+        let what =
+            format!("of {}, while no mount shows the whole file system", mount.root.display());
+        Err(self.refused(mount, &what, help))
+    }
+
+    /// Returns the path at which rcriu sees the root of a mount.
+    fn on_host(&self, mount: &Mount) -> Option<PathBuf> {
+        let candidates = self.host.iter().filter(|host| host.device == mount.device);
+        candidates.filter_map(|host| visible(host, &mount.root)).next()
+    }
+
+    /// Checks the sharing groups.
+    fn check_relations(&self, found: &[Found]) -> Result<()> {
+        let mut groups: HashMap<u32, Vec<&Mount>> = HashMap::new();
+        for Found { mount, .. } in found.iter().filter(|found| found.mount.shared != 0) {
+            groups.entry(mount.shared).or_default().push(mount);
+        }
+        let outside: HashSet<u32> = self.host.iter().map(|mount| mount.shared).collect();
+        for Found { mount, .. } in found {
+            if mount.shared != 0 && outside.contains(&mount.shared) && !self.options.sharing {
+                let what =
+                    format!("that shares events with mounts outside (group {})", mount.shared);
+                let help = "allow that with --enable-external-sharing, or make it private (mount \
+                            --make-private)";
+                return Err(self.refused(mount, &what, help));
+            }
+            let has_master = mount.master != 0 && !groups.contains_key(&mount.master);
+            if has_master && !self.options.masters {
+                let what =
+                    format!("that receives events from mounts outside (group {})", mount.master);
+                let help = "allow that with --enable-external-masters, or make it private (mount \
+                            --make-private)";
+                return Err(self.refused(mount, &what, help));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Returns the path at which a mount of rcriu shows the directory or file `root` of its file system,
+/// unless another mount hides it.
+pub(super) fn visible(host: &Mount, root: &Path) -> Option<PathBuf> {
+    let rest = below(root, &host.root)?;
+    let path = if rest.as_os_str().is_empty() { host.point.clone() } else { host.point.join(rest) };
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let file: OwnedFd = open(&path, flags, Mode::empty()).ok()?;
+    let own = HostPid(nix::unistd::getpid().as_raw());
+    let info = proc::fdinfo(own, TargetFd(file.as_raw_fd())).ok()?;
+    (info.mnt_id == host.id).then_some(path)
+}
