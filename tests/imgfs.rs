@@ -135,6 +135,14 @@ fn diff_tells_which_pages_differ_and_exits_like_diff() {
     let quiet = imgfs(&["diff", "-q", &chain(), "1", "2"]);
     assert_eq!((quiet.status.code(), quiet.stdout.len()), (Some(1), 0));
 
+    // Without names, the newest with its parent; with one, that with the newest.
+    let newest = json(&["diff", "--json", &chain()]);
+    assert_eq!((&newest["a"], &newest["b"]), (&"2".into(), &"3".into()));
+    assert_eq!(json(&["diff", "--json", &chain(), "1"])["pages"], 45);
+    let first = imgfs(&["diff", &format!("{}/1", chain())]);
+    assert_eq!(first.status.code(), Some(2));
+    assert!(stderr(&first).contains("snapshot 1 has no parent"), "{}", stderr(&first));
+
     let unknown = imgfs(&["diff", &chain(), "1", "9"]);
     assert_eq!(unknown.status.code(), Some(2));
     assert_eq!(
@@ -214,7 +222,7 @@ fn flatten_writes_what_the_chain_resolves_to() {
 
     let again = imgfs(&["flatten", &chain, &format!("{chain}/3"), "--snapshot", "3"]);
     assert_eq!(again.status.code(), Some(1));
-    assert!(stderr(&again).contains("directory not empty"), "{}", stderr(&again));
+    assert!(stderr(&again).contains("is not empty\n  help: choose another"), "{}", stderr(&again));
 }
 
 #[test]
@@ -227,9 +235,13 @@ fn bad_input_is_told_from_bad_usage() {
         stderr(&output),
         format!(
             "imgfs: no image directory at {empty}: expected inventory.img in it or in one of its \
-             directories\n"
+             directories\n  help: give the directory of a dump (`rcriu dump -D`), or one that holds \
+             such directories\n"
         )
     );
+    let missing = imgfs(&["ls", &format!("{empty}/none")]);
+    assert!(stderr(&missing).contains("/none: No such file"), "{}", stderr(&missing));
+    assert!(stderr(&missing).contains("\n  help: give an image directory"), "{}", stderr(&missing));
     assert_eq!(imgfs(&["ls"]).status.code(), Some(2));
     assert_eq!(imgfs(&["no-such-command"]).status.code(), Some(2));
     assert_eq!(imgfs(&["--help"]).status.code(), Some(0));

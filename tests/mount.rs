@@ -359,6 +359,15 @@ fn privileged_an_ordinary_user_is_told_what_to_do() {
         let said = [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes));
         (output.status.success(), said.concat())
     };
+    // Images that the user cannot read are not shown as empty ones.
+    let inventory = chain.dir(layer).join("inventory.img");
+    sh(&format!("chown root {0} && chmod 600 {0}", text(&inventory)));
+    let (mounted, said) = run("", "/usr/bin:/bin", text(&point));
+    assert!(
+        !mounted && said.contains("help: run imgfs as root, or as the user who owns"),
+        "{said}"
+    );
+    sh(&format!("chown 65534 {}", text(&inventory)));
     let tmpfs = "mount -t tmpfs none /dev &&";
     let own = text(&point);
     let allowed = fs::read_to_string("/etc/fuse.conf")
@@ -445,7 +454,7 @@ fn what_cannot_be_mounted_is_said_by_the_command() {
     };
     refused(&format!("{chain}/none"), text(&point), 1, "No such file or directory");
     refused(text(&point), text(&point), 1, "no image directory at");
-    refused(&chain, &format!("{chain}/none"), 1, "No such file or directory");
+    refused(&chain, &format!("{chain}/none"), 1, "does not exist\n  help: make it: `mkdir ");
     refused(&chain, &format!("{chain}/1/inventory.img"), 1, "is not a directory");
     for hiding in [chain.clone(), format!("{chain}/2"), text(scene.dir.path()).to_owned()] {
         refused(&chain, &hiding, 1, "would hide");

@@ -357,6 +357,11 @@ fn privileged_a_look_without_a_mount_shows_the_same() {
     assert!(run(&["maps", images, &pid]).contains("[stack]"));
     let shown = fs::read_to_string(scene.mounted.path(&format!("proc/{pid}/status"))).unwrap();
     assert_eq!(run(&["cat", images, &format!("proc/{pid}/status")]), shown);
+    // Links in the mount are followed, those to files of this machine are not.
+    assert_eq!(run(&["cat", images, "proc/self/status"]), shown);
+    assert_eq!(run(&["cat", images, "shmem-by-name/memfd:journal"]), "a line of the journal");
+    let exe = imgfs(&["cat", images, &format!("proc/{pid}/exe")]);
+    assert!(String::from_utf8_lossy(&exe.stderr).contains("is a link to /usr/bin/python3"));
     let info = run(&["info", images]);
     assert!(info.contains("Processes:  2, with 2 threads"), "{info}");
     let copy = scene.live.path("fetched");

@@ -22,6 +22,17 @@ pub enum ChainError {
         /// The cause.
         source: io::Error,
     },
+    /// Nothing is at the path of a chain.
+    #[error(
+        "open {path}\nhelp: give an image directory, a directory of image directories, or an archive",
+        path = .path.display()
+    )]
+    Missing {
+        /// The path.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
     /// An archive could not be read.
     #[error("read archive {path}", path = .path.display())]
     Archive {
@@ -46,7 +57,8 @@ pub enum ChainError {
     },
     /// The path leads to no images.
     #[error(
-        "no image directory at {path}: expected inventory.img in it or in one of its directories",
+        "no image directory at {path}: expected inventory.img in it or in one of its \
+         directories\nhelp: give the directory of a dump (`rcriu dump -D`), or one that holds such directories",
         path = .path.display()
     )]
     NoImages {

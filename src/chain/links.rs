@@ -99,9 +99,11 @@ impl Chain {
     /// # Errors
     /// As [`Self::open`]; [`ChainError::Archive`].
     pub fn open_anywhere(path: &Path, opening: &Opening) -> Result<Self> {
-        let failed = |source| {
+        let failed = |source: std::io::Error| {
             let path = path.to_owned();
-            if path.is_dir() {
+            if source.kind() == std::io::ErrorKind::NotFound {
+                ChainError::Missing { path, source }
+            } else if path.is_dir() {
                 ChainError::Directory { path, source }
             } else {
                 ChainError::Archive { path, source }

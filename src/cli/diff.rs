@@ -2,6 +2,7 @@
 
 use std::io::Write;
 
+use anyhow::bail;
 use serde_json::json;
 
 use super::source::Source;
@@ -19,10 +20,10 @@ use crate::{
 pub struct DiffArgs {
     #[command(flatten)]
     source: Source,
-    /// Name of one snapshot
-    a: String,
-    /// Name of the other snapshot
-    b: String,
+    /// Name of one snapshot [default: the parent of B]
+    a: Option<String>,
+    /// Name of the other snapshot [default: the only one without children]
+    b: Option<String>,
     /// Print JSON instead of lines
     #[arg(long)]
     json: bool,
@@ -37,7 +38,16 @@ pub struct DiffArgs {
 /// A path without images; missing snapshots; broken chains; a failed write of the output.
 pub fn run(args: &DiffArgs, out: &mut dyn Write) -> anyhow::Result<bool> {
     let chain = args.source.open()?;
-    let (a, b) = (chain.choose(Some(&args.a))?, chain.choose(Some(&args.b))?);
+    let b = chain.choose(args.b.as_deref())?;
+    let a = match (&args.a, &chain.snapshot(b).parent) {
+        (Some(name), _) => chain.choose(Some(name))?,
+        (None, Ok(Some(parent))) => *parent,
+        (None, Ok(None)) => {
+            bail!("snapshot {} has no parent\nhelp: imgfs diff CHAIN A B", chain.snapshot(b).name)
+        }
+        (None, Err(broken)) => return Err(broken.clone().into()),
+    };
+    let names = [a, b].map(|id| chain.snapshot(id).name.as_str());
     let bar = super::bytes_bar();
     let diffs = diff(&chain, a, b, &mut |done, total| {
         bar.set_length(total);
@@ -48,8 +58,8 @@ pub fn run(args: &DiffArgs, out: &mut dyn Write) -> anyhow::Result<bool> {
     let pages: u64 = diffs.iter().map(MemoryDiff::pages).sum();
     if args.json {
         let document = json!({
-            "a": args.a,
-            "b": args.b,
+            "a": names[0],
+            "b": names[1],
             "pages": pages,
             "memories": diffs.iter().map(document).collect::<Vec<_>>(),
         });
@@ -57,7 +67,7 @@ pub fn run(args: &DiffArgs, out: &mut dyn Write) -> anyhow::Result<bool> {
         writeln!(out)?;
     } else if !args.quiet {
         for diff in &diffs {
-            print(args, diff, out)?;
+            print(names, diff, out)?;
         }
         let compared: u64 = diffs.iter().map(|diff| diff.compared).sum();
         let same_place: u64 = diffs.iter().map(|diff| diff.same_place).sum();
@@ -69,10 +79,10 @@ pub fn run(args: &DiffArgs, out: &mut dyn Write) -> anyhow::Result<bool> {
     Ok(pages == 0)
 }
 
-fn print(args: &DiffArgs, diff: &MemoryDiff, out: &mut dyn Write) -> anyhow::Result<()> {
+fn print([a, b]: [&str; 2], diff: &MemoryDiff, out: &mut dyn Write) -> anyhow::Result<()> {
     let only = match (diff.only_in_first, diff.only_in_second) {
-        (true, _) => format!(", only in {}", args.a),
-        (_, true) => format!(", only in {}", args.b),
+        (true, _) => format!(", only in {a}"),
+        (_, true) => format!(", only in {b}"),
         _ => String::new(),
     };
     if diff.differences.is_empty() && only.is_empty() {

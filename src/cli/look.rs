@@ -11,7 +11,7 @@ use indicatif::BinaryBytes;
 use serde_json::{Value, json};
 
 use super::{
-    source::Source,
+    source::{Source, choose},
     table::{Align, Table},
     times,
 };
@@ -37,7 +37,7 @@ impl Which {
     /// A place without images; a name that no snapshot has.
     pub(super) fn open(&self) -> anyhow::Result<(Chain, SnapshotId)> {
         let chain = self.source.open()?;
-        let tip = chain.choose(self.snapshot.as_deref())?;
+        let tip = choose(&chain, self.snapshot.as_deref())?;
         Ok((chain, tip))
     }
 
@@ -237,7 +237,13 @@ pub fn cat(args: &CatArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     /// Bytes of one read.
     const PIECE_BYTES: usize = 1 << 20;
     let view = args.which.view()?;
-    let found = find(&view, &args.path)?;
+    let mut found = view.find(&args.path)?;
+    // The target of a link to a shared object, but not that of a link to a file of the machine.
+    if found.kind == NodeType::Link
+        && let Ok(target) = view.follow(&args.path)
+    {
+        found = target;
+    }
     match found.kind {
         NodeType::File => {}
         NodeType::Directory => bail!("{} is a directory; imgfs get copies it", args.path),
@@ -282,7 +288,7 @@ pub struct GetArgs {
 /// As [`cat`]; a destination that exists.
 pub fn get(args: &GetArgs) -> anyhow::Result<()> {
     let view = args.which.view()?;
-    let found = find(&view, &args.path)?;
+    let found = view.find(&args.path)?;
     let name = Path::new(&args.path).file_name();
     let Some(dest) = args.dest.as_deref().or(name.map(Path::new)) else {
         bail!("the copy needs a name\nhelp: imgfs get CHAIN {} DEST", args.path);
@@ -291,10 +297,6 @@ pub fn get(args: &GetArgs) -> anyhow::Result<()> {
         bail!("{} exists already; nothing was copied", dest.display());
     }
     extract(&view, &found, dest).with_context(|| format!("copy {}", args.path))
-}
-
-fn find(view: &View, path: &str) -> anyhow::Result<crate::view::Attr> {
-    Ok(view.find(path)?)
 }
 
 /// Print a summary of a snapshot and its chain.

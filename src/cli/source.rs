@@ -1,13 +1,19 @@
 //! Options that say where a command of `imgfs` finds its chain.
 
-use std::path::{Path, PathBuf};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 
 use super::task::size_bytes;
 use crate::{
-    chain::Chain,
-    image::store::{Cache, Opening, Progress},
+    chain::{Chain, SnapshotId},
+    image::{
+        Kind,
+        store::{Cache, Opening, Progress},
+    },
 };
 
 /// The place of a chain, and how to open it.
@@ -86,6 +92,22 @@ impl Source {
     pub(super) fn make_absolute(&mut self) -> anyhow::Result<()> {
         let paths = std::iter::once(&mut self.chain).chain(&mut self.previous);
         paths.chain(&mut self.cache_dir).try_for_each(absolute)
+    }
+}
+
+/// Chooses the snapshot called `name`, or the tip, whose images this user must be able to read.
+///
+/// # Errors
+/// A name that no snapshot has; several tips; images of another user.
+pub(super) fn choose(chain: &Chain, name: Option<&str>) -> anyhow::Result<SnapshotId> {
+    let id = chain.choose(name)?;
+    let images = chain.images(id);
+    match images.open(&Kind::Inventory.file_name(0)) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            let text = "help: run imgfs as root, or as the user who owns them";
+            bail!("no permission to read the images in {}\n{text}", images.name().display());
+        }
+        _ => Ok(id),
     }
 }
 

@@ -36,6 +36,7 @@ fn errno(error: &ViewError) -> Errno {
         ViewError::Attributes { source, .. }
         | ViewError::Tmpfs { source, .. }
         | ViewError::Write { source, .. } => io_errno(source),
+        ViewError::NotEmpty { .. } => Errno::ENOTEMPTY,
         ViewError::TooLong { .. } | ViewError::CoreTooLarge { .. } => Errno::EFBIG,
         ViewError::PageSize { .. } => Errno::EOPNOTSUPP,
         ViewError::NoSuchProcess { .. }
@@ -49,7 +50,8 @@ fn errno(error: &ViewError) -> Errno {
 
 fn chain_errno(error: &ChainError) -> Errno {
     match error {
-        ChainError::Archive { source, .. }
+        ChainError::Missing { source, .. }
+        | ChainError::Archive { source, .. }
         | ChainError::Pack { source, .. }
         | ChainError::Directory { source, .. }
         | ChainError::Open { source, .. }

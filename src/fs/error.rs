@@ -31,6 +31,12 @@ pub enum MountError {
         /// The cause.
         source: io::Error,
     },
+    /// Nothing is at the path of the mount point.
+    #[error("mount point {path} does not exist\nhelp: make it: `mkdir {path}`", path = .path.display())]
+    NoMountPoint {
+        /// The mount point.
+        path: PathBuf,
+    },
     /// The mount point is no directory.
     #[error("mount point {path} is not a directory", path = .path.display())]
     NotADirectory {
@@ -86,7 +92,7 @@ pub enum MountError {
         source: Errno,
     },
     /// An ordinary user needs `fusermount3`, which is not installed.
-    #[error("run fusermount3 to mount at {path}\nhelp: run as root, or install fusermount3: `apt-get install fuse3`, `dnf install fuse3`", path = .path.display())]
+    #[error("run fusermount3 for {path}\nhelp: run as root, or install fusermount3: `apt-get install fuse3`, `dnf install fuse3`", path = .path.display())]
     NoHelper {
         /// The mount point.
         path: PathBuf,

@@ -42,7 +42,10 @@ const HELPER: &str = "fusermount3";
 /// Returns the absolute path of a mount point. It must be a directory without a mounted
 /// chain, and must neither contain the images of `chain` nor be one of its directories.
 pub(super) fn check_mount_point(path: &Path, chain_path: &Path, chain: &Chain) -> Result<PathBuf> {
-    let failed = |source| MountError::MountPoint { path: path.to_owned(), source };
+    let failed = |source: io::Error| match source.kind() {
+        io::ErrorKind::NotFound => MountError::NoMountPoint { path: path.to_owned() },
+        _ => MountError::MountPoint { path: path.to_owned(), source },
+    };
     let mount_point = path.canonicalize().map_err(failed)?;
     if !mount_point.metadata().map_err(failed)?.is_dir() {
         return Err(MountError::NotADirectory { path: mount_point });

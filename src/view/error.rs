@@ -64,6 +64,12 @@ pub enum ViewError {
         /// The cause.
         source: std::io::Error,
     },
+    /// A directory to write to has entries already.
+    #[error("{path} is not empty\nhelp: choose another directory, which need not exist", path = .path.display())]
+    NotEmpty {
+        /// The directory.
+        path: PathBuf,
+    },
     /// The files in an image of a tmpfs could not be read.
     #[error("read the files in {path}", path = .path.display())]
     Tmpfs {

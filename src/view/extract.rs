@@ -16,15 +16,51 @@ use super::{
 };
 use crate::image::regular;
 
+/// The most links on one path (`MAXSYMLINKS`, `linux/namei.h`).
+const LINKS: u32 = 40;
+
 impl View {
-    /// Returns the node at a path from the root of the view: names separated by slashes. Does not
-    /// follow symbolic links.
+    /// Returns the node at a path from the root of the view: names separated by slashes. Follows
+    /// symbolic links on the way, if they are relative, but not at the end.
     ///
     /// # Errors
     /// Like [`View::lookup`].
     pub fn find(&self, path: &str) -> Result<Attr> {
-        let names = path.split('/').filter(|name| !["", "."].contains(name));
-        names.fold(self.attr(ROOT), |dir, name| self.lookup(dir?.ino, name))
+        self.walk(path, false)
+    }
+
+    /// Like [`Self::find`], but follows a relative link at the end, too.
+    ///
+    /// # Errors
+    /// Like [`View::lookup`], also of the target of a link.
+    pub fn follow(&self, path: &str) -> Result<Attr> {
+        self.walk(path, true)
+    }
+
+    fn walk(&self, path: &str, to_the_end: bool) -> Result<Attr> {
+        let parts = |path: &str| -> Vec<String> {
+            let names = path.split('/').filter(|name| !["", "."].contains(name));
+            names.rev().map(str::to_owned).collect()
+        };
+        let (mut above, mut here) = (Vec::new(), self.attr(ROOT)?);
+        let (mut left, mut links) = (parts(path), 0);
+        while let Some(name) = left.pop() {
+            if name == ".." {
+                here = above.pop().unwrap_or(here);
+                continue;
+            }
+            let found = self.lookup(here.ino, &name)?;
+            if found.kind == NodeType::Link && (to_the_end || !left.is_empty()) && links < LINKS {
+                let target = String::from_utf8(self.link(found.ino)?).unwrap_or_default();
+                if !target.is_empty() && !target.starts_with('/') {
+                    left.append(&mut parts(&target));
+                    links += 1;
+                    continue;
+                }
+            }
+            above.push(std::mem::replace(&mut here, found));
+        }
+        Ok(here)
     }
 }
 

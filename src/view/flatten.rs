@@ -65,7 +65,7 @@ fn is_empty(dir: &Path) -> Result<bool> {
     if fs::read_dir(dir).map_err(failed)?.next().is_none() {
         return Ok(true);
     }
-    Err(failed(io::ErrorKind::DirectoryNotEmpty.into()))
+    Err(ViewError::NotEmpty { path: dir.to_owned() })
 }
 
 /// Writes all files, and lists those created in `written`.

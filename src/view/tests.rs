@@ -306,7 +306,7 @@ fn a_flat_copy_is_a_chain_of_its_own_with_the_same_pages() {
     assert_eq!(bytes(&*open(&copy, "shmem/1024")), bytes(&*open(&view, "shmem/1024")));
     // A second copy is not written into the first.
     let again = flatten(&view, &out, &mut |_, _| {}).unwrap_err();
-    assert!(matches!(again, ViewError::Write { .. }), "{again}");
+    assert!(matches!(again, ViewError::NotEmpty { .. }), "{again}");
     assert!(out.join("inventory.img").exists());
 }
 

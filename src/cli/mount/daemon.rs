@@ -12,7 +12,11 @@ use super::{
 use crate::{
     causes::tell,
     chain::{Chain, Glance, SnapshotId, freed, glance},
-    cli::{Common, exit, log_sink, source::absolute, times},
+    cli::{
+        Common, exit, log_sink,
+        source::{absolute, choose},
+        times,
+    },
     fs::{MountOptions, Session},
     image::Kind,
     sys::{
@@ -54,7 +58,7 @@ impl MountArgs {
     ) -> anyhow::Result<()> {
         let log = log_sink::start(self.foreground, self.log_file.as_deref(), common.log_level())?;
         let chain = Arc::new(self.source.open()?);
-        let tip = chain.choose(self.snapshot.as_deref())?;
+        let tip = choose(&chain, self.snapshot.as_deref())?;
         if self.punch.is_some() {
             // Fails for a chain in an archive.
             chain.directory(tip)?;
