@@ -233,20 +233,29 @@ fn privileged_what_a_client_asks_for_in_vain_is_named() {
         (
             CriuOpts {
                 pid: Some(pid),
-                config_file: Some(b"/nonexistent/criu.conf".to_vec()),
+                config_file: Some(live.path("").into_os_string().into_encoded_bytes()),
                 ..CriuOpts::default()
             },
-            "read configuration file /nonexistent/criu.conf",
-            Some(2),
+            "read configuration file",
+            Some(nix::libc::EISDIR),
         ),
     ];
     for (opts, wanted, errno) in cases {
+        let _ = fs::remove_file(live.images().join("dump.log"));
+        let opts = CriuOpts { log_file: Some(b"dump.log".to_vec()), ..opts };
         let client = Client::of_swrk();
         let (_, response) = client.ask(&task(CriuReqType::Dump, &dir, opts));
         let said = String::from_utf8(response.cr_errmsg.unwrap()).unwrap();
         assert!(!response.success && said.contains(wanted), "{said}");
         assert_eq!(response.cr_errno, errno, "{said}");
         assert_eq!(client.end(), Some(1));
+        // Runtimes show the lines with errors.
+        let log = fs::read_to_string(live.images().join("dump.log")).unwrap_or_default();
+        let errors = log.lines().filter(|line| line.contains("Error ("));
+        assert!(
+            errors.clone().any(|line| line.contains(wanted)) || wanted.contains("pid"),
+            "{log}"
+        );
     }
     for kind in [CriuReqType::PageServer, CriuReqType::CpuinfoDump] {
         let client = Client::of_swrk();

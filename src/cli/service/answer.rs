@@ -153,18 +153,16 @@ impl Answerer {
             }),
             Err(error) => self.refuse(kind, &error),
         };
+        let log = request::log_of(&opts, self.channel.peer);
         let words = match request::words(task, &opts, self.channel.peer) {
             Ok(words) => words,
-            Err(error) => {
-                report(&error);
-                reply(Err(error));
-                return exit::FAILED;
-            }
+            Err(error) => return task::refuse_client(log.as_deref(), error, &mut reply),
         };
         let notified = opts.notify_scripts == Some(true);
         let client = notified.then(|| Arc::clone(&self.channel) as Arc<dyn Client>);
         let request::Words { options, config, operands } = words;
-        task::run_for_client(task, Requested { options, config, operands, client }, &mut reply)
+        let requested = Requested { options, config, operands, log, client };
+        task::run_for_client(task, requested, &mut reply)
     }
 
     fn reply(&self, response: CriuResp) {

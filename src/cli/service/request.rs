@@ -105,6 +105,17 @@ pub(super) fn words(task: Task, opts: &CriuOpts, peer: HostPid) -> anyhow::Resul
     Ok(words)
 }
 
+/// Returns the log file of a request, if the client names one in a directory that it has.
+pub(super) fn log_of(opts: &CriuOpts, peer: HostPid) -> Option<PathBuf> {
+    let name = opts.log_file.as_ref().filter(|_| opts.log_to_stderr != Some(true))?;
+    let fd = opts.work_dir_fd.filter(|fd| *fd >= 0).unwrap_or(opts.images_dir_fd);
+    let dir = match &opts.images_dir {
+        Some(path) if fd < 0 => PathBuf::from(OsString::from_vec(path.clone())),
+        _ => directory(peer, fd, "work_dir_fd").ok()?,
+    };
+    Some(dir.join(OsString::from_vec(name.clone())))
+}
+
 /// Returns the path of a directory that a client has open.
 fn directory(peer: HostPid, fd: i32, field: &str) -> anyhow::Result<PathBuf> {
     let link = PathBuf::from(format!("/proc/{peer}/fd/{fd}"));

@@ -49,9 +49,9 @@ impl Sources {
         Self { optional, required }
     }
 
-    /// Returns a file that must exist.
+    /// Returns a file that may be missing: container runtimes always name one.
     pub fn only(path: PathBuf) -> Self {
-        Self { optional: Vec::new(), required: Some(path) }
+        Self { optional: vec![path], required: None }
     }
 
     /// Reads the files.

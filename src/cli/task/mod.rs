@@ -17,7 +17,7 @@ use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
 pub(super) use self::{
     arrange::Given,
     options::size_bytes,
-    run::{Requested, run, run_for_client},
+    run::{Requested, refuse_client, run, run_for_client},
 };
 use self::{
     arrange::{Arranged, Specs},

@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context, bail};
 use clap::{Args, Command, FromArgMatches};
-use log::info;
+use log::{LevelFilter, info};
 use nix::libc;
 
 use super::{
@@ -41,6 +41,8 @@ pub(in crate::cli) struct Requested {
     pub config: Option<PathBuf>,
     /// The command of `--exec-cmd`.
     pub operands: Vec<OsString>,
+    /// The log for the case that the options are wrong.
+    pub log: Option<PathBuf>,
     /// The client, if it is to be notified of stages.
     pub client: Option<Arc<dyn Client>>,
 }
@@ -52,7 +54,7 @@ pub(in crate::cli) fn run_for_client(
     requested: Requested,
     reply: &mut dyn FnMut(anyhow::Result<Option<HostPid>>),
 ) -> u8 {
-    let client = requested.client.clone();
+    let (client, log) = (requested.client.clone(), requested.log.clone());
     let prepared = prepare_request(task, requested).and_then(|(args, given)| {
         let work = match task {
             Task::Dump => convert::dump_options(&args, false).map(Work::Dump),
@@ -64,11 +66,7 @@ pub(in crate::cli) fn run_for_client(
     });
     let (work, args, given) = match prepared {
         Ok(prepared) => prepared,
-        Err(error) => {
-            report(&error);
-            reply(Err(error));
-            return exit::FAILED;
-        }
+        Err(error) => return refuse_client(log.as_deref(), error, reply),
     };
     let mut perform = || {
         let started = start_log(task, &args, &given, Style::Criu);
@@ -97,10 +95,25 @@ pub(in crate::cli) fn run_for_client(
     }
 }
 
+/// Tells a client why its request is wrong, also in the log that it has asked for: runtimes show their
+/// users that. Returns the exit code.
+pub(in crate::cli) fn refuse_client(
+    log: Option<&Path>,
+    error: anyhow::Error,
+    reply: &mut dyn FnMut(anyhow::Result<Option<HostPid>>),
+) -> u8 {
+    if let Err(problem) = task_log::start(log, LevelFilter::Warn, Style::Criu) {
+        report(&problem);
+    }
+    report(&error);
+    reply(Err(error));
+    exit::FAILED
+}
+
 /// Returns the parsed options of a request, with those of configuration files: the default ones come
 /// before the request, and the one that it names after it.
 fn prepare_request(task: Task, requested: Requested) -> anyhow::Result<(TaskWords, Vec<Given>)> {
-    let Requested { options, config, operands, client: _ } = requested;
+    let Requested { options, config, operands, log: _, client: _ } = requested;
     let specs = Specs::of(&TaskArgs::augment_args(Command::new("task")));
     let mut all = Sources::of(&Arranged::default()).read(&specs)?;
     for (name, value) in options {
