@@ -1,5 +1,7 @@
 //! Children of this program that it traces: takes them over, and waits for them.
 
+use std::{thread, time::Duration};
+
 use nix::{errno::Errno, libc};
 
 use super::{InjectError, Result, Tracee};
@@ -44,6 +46,41 @@ pub fn await_stop(tid: HostPid) -> Result<Tracee> {
             _ => ptrace::resume(tid, 0).map_err(InjectError::trace(tid, "resume"))?,
         }
     }
+}
+
+/// Waits until killed children and tracees are gone, in whatever order they go. The first process of a
+/// pid namespace goes last: the kernel keeps the thread of it that ends last until all others in the
+/// namespace, its own threads included, have been waited for.
+///
+/// # Errors
+/// [`InjectError::Trace`] for the first failure; waits for the others all the same.
+pub fn await_ends(tids: impl IntoIterator<Item = HostPid>) -> Result<()> {
+    const NAP: Duration = Duration::from_micros(100);
+    let mut left: Vec<HostPid> = tids.into_iter().collect();
+    let mut result = Ok(());
+    while !left.is_empty() {
+        let before = left.len();
+        left.retain(|tid| match ptrace::wait_nohang(*tid) {
+            // It is a thread that another one waits for, or its parent has reaped it.
+            Err(Errno::ECHILD) | Ok(Some(Wait::Exited(_) | Wait::Killed(_))) => false,
+            Ok(Some(Wait::Event(libc::PTRACE_EVENT_EXIT))) => {
+                // It may be gone already.
+                let _ = ptrace::resume(*tid, 0);
+                true
+            }
+            Ok(_) => true,
+            Err(source) => {
+                if result.is_ok() {
+                    result = Err(InjectError::trace(*tid, "wait for")(source));
+                }
+                false
+            }
+        });
+        if left.len() == before {
+            thread::sleep(NAP);
+        }
+    }
+    result
 }
 
 /// Waits until a killed child or tracee is gone.

@@ -7,13 +7,11 @@ use std::{
 };
 
 use nix::{
-    errno::Errno,
-    libc,
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
 
-use super::{InjectError, Result, Tracee, hold, tracee};
+use super::{InjectError, Result, Tracee, await_ends, hold, tracee};
 use crate::{
     arch::native,
     causes::with_sources,
@@ -307,15 +305,14 @@ impl Frozen {
             }
         }
         // Children first, so that a resumed parent finds them as they were.
-        for task in tasks.into_iter().rev() {
-            for thread in task.threads.into_iter().rev() {
-                let ended = match outcome {
-                    Outcome::Run | Outcome::Stop => thread.release(),
-                    Outcome::Kill => await_death(thread.tid),
-                };
-                if ended.is_err() {
-                    result = ended;
-                }
+        let threads = tasks.into_iter().rev().flat_map(|task| task.threads.into_iter().rev());
+        if outcome == Outcome::Kill {
+            return await_ends(threads.map(|thread| thread.tid)).and(result);
+        }
+        for thread in threads {
+            let released = thread.release();
+            if released.is_err() {
+                result = released;
             }
         }
         result
@@ -367,19 +364,4 @@ fn is_io_worker(pid: HostPid, tid: HostPid) -> bool {
 fn is_dead(pid: HostPid, tid: HostPid) -> bool {
     proc::thread_stat(pid, tid)
         .map_or_else(|error| error.is_vanished(), |stat| matches!(stat.state, 'Z' | 'X'))
-}
-
-/// Waits until a killed tracee is gone.
-fn await_death(tid: HostPid) -> Result<()> {
-    loop {
-        match ptrace::wait(tid) {
-            // It is not the leader, which nothing waits for; or its parent has reaped it.
-            Err(Errno::ECHILD) | Ok(Wait::Exited(_) | Wait::Killed(_)) => return Ok(()),
-            Err(errno) => return Err(InjectError::trace(tid, "wait for")(errno)),
-            Ok(Wait::Event(libc::PTRACE_EVENT_EXIT)) => {
-                ptrace::resume(tid, 0).map_err(InjectError::trace(tid, "resume"))?;
-            }
-            Ok(_) => {}
-        }
-    }
 }

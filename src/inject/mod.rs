@@ -16,7 +16,7 @@ mod tests;
 mod tracee;
 
 pub use birth::Wanted;
-pub use child::{adopt_sleeper, await_end, await_stop};
+pub use child::{adopt_sleeper, await_end, await_ends, await_stop};
 pub use error::{InjectError, Result};
 pub use freeze::{Frozen, Options as FreezeOptions, Outcome, Task};
 pub use helper::{First, Helper, Helpers, Lender};

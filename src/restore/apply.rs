@@ -53,6 +53,7 @@ fn thread_of<'a>(
         host_tid: plan.host(of.tid),
         core: &of.core,
         session_in_tree,
+        parent_exits: planned.parent.is_none() && plan.parent_exits,
         own,
     }
 }

@@ -22,7 +22,7 @@ mod tree;
 use std::{io::Write, ops::Range, thread};
 
 pub use error::{RestoreError, Result};
-pub use options::{AutoDedup, Options, Relations, Release, Store};
+pub use options::{AutoDedup, Options, Relations, Release, Store, Then};
 
 use crate::{
     action::{Actions, Stage},
@@ -84,6 +84,7 @@ pub fn run(options: &Options) -> Result<HostPid> {
             Plan::read(&images, *relations, namespaces, Some((&mut locks, access)))?
         }
     };
+    plan.parent_exits = release.then == Then::Exit && !relations.sibling;
     plan.chain.require_whole(plan.snapshot)?;
     let free = free.map(|when| Free::prepare(when, &images, &plan)).transpose()?;
     if let Some(lost) = plan.clocks_lost() {
@@ -123,7 +124,7 @@ pub fn run(options: &Options) -> Result<HostPid> {
     // From here on, the tree runs.
     actions.run_anyway(Stage::PostResume, root);
     stats.finish(stats_options);
-    if release.wait {
+    if release.then == Then::Wait {
         // The exit code of the root does not concern the restore.
         let _ = ptrace::wait(root);
     }

@@ -54,10 +54,21 @@ pub struct Relations {
 pub struct Release {
     /// It stays stopped (`--leave-stopped`).
     pub(crate) stopped: bool,
-    /// Return when the root has ended, rather than as soon as it runs.
-    pub(crate) wait: bool,
+    /// What this program does next.
+    pub(crate) then: Then,
     /// The file for the pid of its root.
     pub(crate) pidfile: Option<PathBuf>,
+}
+
+/// What this program does when the tree runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Then {
+    /// It waits until the root has ended.
+    Wait,
+    /// It exits.
+    Exit,
+    /// It executes another program.
+    Execute,
 }
 
 /// When restored pages are freed in the images.

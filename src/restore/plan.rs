@@ -118,6 +118,8 @@ pub(super) struct Plan {
     pub(super) common: Vec<Box<dyn common::Restorer>>,
     /// The inventory, in which the dump describes itself.
     inventory: proto::InventoryEntry,
+    /// Whether the new parent of the root, which is this program, exits as soon as the tree runs.
+    pub(super) parent_exits: bool,
     /// The time since boot at the dump, if known.
     uptime: Option<Duration>,
 }
@@ -212,6 +214,7 @@ impl Plan {
             namespaces: RefCell::new(namespaces),
             common,
             inventory,
+            parent_exits: false,
             uptime,
         };
         for (position, task) in tree.tasks.into_iter().enumerate() {

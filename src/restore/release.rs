@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     image::tree::{Arena, Maker},
-    inject::{Script, await_end},
+    inject::{Script, await_end, await_ends},
     proc,
     res::{task::STOPPED, thread, tree::Child},
     step::StepError,
@@ -220,20 +220,13 @@ impl Drop for Puppets<'_> {
         for pid in &pids {
             let _ = signal(*pid, libc::SIGKILL);
         }
-        for pid in &pids {
-            // The kernel reports the end of a leader only after all of its threads are
-            // gone, for which this program has to wait.
-            for tid in proc::threads(*pid).unwrap_or_default() {
-                if tid != *pid {
-                    let _ = await_end(tid);
-                }
-            }
-            let _ = await_end(*pid);
-        }
+        // The kernel reports the end of a leader only after all of its threads are gone, for which
+        // this program has to wait.
+        let threads = pids.iter().flat_map(|pid| proc::threads(*pid).unwrap_or_default());
+        let all: Vec<HostPid> = threads.chain(pids.iter().copied()).collect();
+        let _ = await_ends(all);
         // Processes whose parents have died with them are now children of this program, a
         // subreaper.
-        for pid in &pids {
-            let _ = await_end(*pid);
-        }
+        let _ = await_ends(pids);
     }
 }

@@ -230,7 +230,11 @@ pub(super) fn restore_options(args: &TaskArgs) -> Result<restore::Options, Usage
         },
         release: restore::Release {
             stopped: args.tree.leave_stopped,
-            wait: !args.tree.restore_detached && !args.tree.exec_cmd,
+            then: match args.tree {
+                TreeArgs { restore_detached: true, .. } => restore::Then::Exit,
+                TreeArgs { exec_cmd: true, .. } => restore::Then::Execute,
+                _ => restore::Then::Wait,
+            },
             pidfile: pidfile.map(|file| work_dir(&args.images).join(file)),
         },
         common: tree::RestoreOptions { cgroups: cgroups(args) },

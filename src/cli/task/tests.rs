@@ -183,7 +183,7 @@ fn default_restore() -> restore::Options {
     restore::Options {
         store: restore::Store { images_dir: ".".into(), free: None },
         relations: restore::Relations { shell_job: false, sibling: false },
-        release: restore::Release { stopped: false, wait: true, pidfile: None },
+        release: restore::Release { stopped: false, then: restore::Then::Wait, pidfile: None },
         common: tree::RestoreOptions { cgroups: cgroup::Options::new(cgroup::Mode::None) },
         namespaces: ns::Options::default(),
         files: RestoreOptions {
@@ -283,12 +283,15 @@ fn lines_of_restore_become_options() {
         ("restore -dSs --pidfile p -D d -W w", |restore| {
             restore.store.images_dir = "d".into();
             restore.relations.sibling = true;
-            restore.release =
-                restore::Release { stopped: true, wait: false, pidfile: Some("w/p".into()) };
+            restore.release = restore::Release {
+                stopped: true,
+                then: restore::Then::Exit,
+                pidfile: Some("w/p".into()),
+            };
             restore.stats = stats::Options::new("w".into(), false);
         }),
-        ("restore --daemon", |restore| restore.release.wait = false),
-        ("restore --exec-cmd -- sh -c :", |restore| restore.release.wait = false),
+        ("restore --daemon", |restore| restore.release.then = restore::Then::Exit),
+        ("restore --exec-cmd -- sh -c :", |restore| restore.release.then = restore::Then::Execute),
         ("restore --inherit-fd fd[3]:pipe:[1] --inherit-fd=fd[4]:a/b", |restore| {
             let list = [(3, "pipe:[1]".to_owned()), (4, "a/b".to_owned())];
             restore.files.inherited = Inherited::new(list.to_vec());

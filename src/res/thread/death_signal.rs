@@ -3,7 +3,12 @@
 use nix::libc;
 
 use super::{Collect, Exited, Kind, Restored, Thread, own};
-use crate::{image::proto::CoreEntry, inject::Script, res::Result};
+use crate::{
+    causes::{HELP, tell},
+    image::proto::CoreEntry,
+    inject::Script,
+    res::Result,
+};
 
 pub(super) struct DeathSignal;
 
@@ -28,7 +33,14 @@ impl Kind for DeathSignal {
         // A new thread has none. The threads and zombies that had to exit have done so by now.
         let thread = of.core.thread_core.as_ref();
         let signal = thread.and_then(|thread| thread.pdeath_sig).unwrap_or(0);
-        if signal != 0 {
+        if signal != 0 && of.parent_exits {
+            let message = format!(
+                "process {} loses its parent-death signal, {signal}: its new parent, rcriu, is about to \
+                 exit{HELP}restore it without -d, or with --restore-sibling",
+                of.pid
+            );
+            tell(log::Level::Warn, &message);
+        } else if signal != 0 {
             let arguments = [libc::PR_SET_PDEATHSIG.into(), signal.into()];
             script.call("set the parent-death signal", libc::SYS_prctl, &arguments);
         }

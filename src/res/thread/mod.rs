@@ -159,6 +159,8 @@ pub struct Restored<'a> {
     pub core: &'a CoreEntry,
     /// Whether its session belongs to the tree; otherwise it is the restorer's.
     pub session_in_tree: bool,
+    /// Whether the parent of its process exits as soon as the tree runs.
+    pub parent_exits: bool,
     /// The state that it inherits from the restorer.
     pub own: &'a OfRestorer,
 }
