@@ -12,6 +12,7 @@
 use std::{os::fd::AsFd, rc::Rc, thread};
 
 use nix::{
+    errno::Errno,
     libc,
     sys::{
         prctl::{get_dumpable, set_dumpable},
@@ -22,6 +23,7 @@ use nix::{
 
 use super::{Description, FileError, Opened, Result};
 use crate::{
+    causes::tell,
     image::proto,
     units::{NO_ID, NsPid},
 };
@@ -65,15 +67,31 @@ pub(super) fn restore(id: u32, fd: impl AsFd, opened: &Opened) -> Result<()> {
     let stat = fstat(&fd).map_err(failed("examine"))?;
     if let Some((uid, gid)) = of(id, opened)
         && (stat.st_uid, stat.st_gid) != (uid, gid)
+        && !set_owner(&fd, (uid, gid)).map_err(failed("set the owner of"))?
     {
-        fchown(&fd, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))
-            .map_err(failed("set the owner of"))?;
+        let of = opened
+            .holder(id)
+            .map_or_else(String::new, |holder| format!(" of process {}", holder.pid));
+        let what = format!(
+            "a pipe or socket{of} belongs to user {} and group {} instead of {uid} and {gid}: rcriu \
+             may not set the owner\nhelp: run rcriu restore as root, or give it CAP_CHOWN",
+            stat.st_uid, stat.st_gid
+        );
+        tell(log::Level::Warn, &what);
     }
     let recorded = opened.entries.get(&id).and_then(|entry| entry.owner.as_ref());
     if let Some(owner) = recorded.filter(|owner| owner.mode != stat.st_mode & PERMISSIONS) {
         fchmod(&fd, Mode::from_bits_truncate(owner.mode)).map_err(failed("set the mode of"))?;
     }
     Ok(())
+}
+
+/// Sets user and group of a pipe or socket. Returns whether the kernel allows that.
+fn set_owner(fd: impl AsFd, (uid, gid): (u32, u32)) -> nix::Result<bool> {
+    match fchown(fd, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid))) {
+        Err(Errno::EPERM) => Ok(false),
+        result => result.map(|()| true),
+    }
 }
 
 /// Calls `make` with the file system user and group ids of the owner of a description, as far
@@ -100,4 +118,28 @@ pub(super) fn as_owner<T: Send>(id: u32, opened: &Opened, make: impl FnOnce() ->
         log::debug!("cannot become dumpable again: {errno}");
     }
     made
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::unistd::pipe;
+
+    use super::*;
+
+    #[test]
+    fn privileged_an_owner_that_may_not_be_set_is_no_error() {
+        const NOBODY: u32 = 65534;
+        if !geteuid().is_root() {
+            crate::skip::skip("root");
+        }
+        assert_eq!(set_owner(pipe().unwrap().0, (NOBODY, NOBODY)), Ok(true));
+        let dumpable = get_dumpable().unwrap();
+        let denied = thread::spawn(|| {
+            // The thread loses the capability to set owners with the file system user.
+            setfsuid(Uid::from_raw(NOBODY));
+            set_owner(pipe().unwrap().0, (0, 0))
+        });
+        assert_eq!(denied.join().unwrap(), Ok(false));
+        set_dumpable(dumpable).unwrap();
+    }
 }
