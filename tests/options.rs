@@ -80,6 +80,7 @@ const ROWS: &[Row] = &[
             ("tcp-close", tcp_close),
             ("network-lock", network_lock),
             ("external", external),
+            ("empty-ns", empty_ns),
             ("file-validation", file_validation),
         ],
     ),
@@ -100,6 +101,7 @@ const ROWS: &[Row] = &[
             ("tcp-established", tcp_established),
             ("tcp-close", tcp_close),
             ("inherit-fd", inherit_fd),
+            ("empty-ns", empty_ns),
             ("file-validation", restored_file_validation),
         ],
     ),
@@ -1035,6 +1037,19 @@ fn restored_auto_dedup(_: &str) {
     let before = sum();
     fine(run.restore(&["--auto-dedup"]));
     assert!(sum() < before / 2, "{before} {}", sum());
+}
+
+/// A network namespace whose device is up before, and down after.
+fn empty_ns(command: &str) {
+    let script = "ip link set lo up; echo >ready; exec sleep 1000";
+    let mut run = Run::program("unshare", &["-n", "bash", "-c", script]);
+    let given = |on: &str| if on == command { &["--empty-ns", "net"][..] } else { &[] };
+    fine(run.dump_as(&[&["dump"], given("dump")].concat()));
+    run.live.wait_gone();
+    fine(run.restore(given("restore")));
+    let flags = fs::read_to_string(format!("/proc/{}/net/if_inet6", run.live.root)).unwrap();
+    // An address is there only while the device is up.
+    assert_eq!(flags, "");
 }
 
 fn inherit_fd(_: &str) {

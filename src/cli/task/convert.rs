@@ -23,7 +23,7 @@ use crate::{
             GhostOptions, Inherited, LockOptions, PacketLock, RestoreOptions, TerminalOptions,
             UnixOptions, Validation, WatchOptions,
         },
-        ns::{self, mnt},
+        ns::{self, mnt, net},
         tree::{self, cgroup, session},
     },
     restore,
@@ -153,7 +153,10 @@ fn namespaces(args: &TaskArgs) -> ns::Options {
         .map(&given.ext_mount_map)
         .select(given.skip_mnt.clone(), &given.enable_fs)
         .relate(given.enable_external_sharing, given.enable_external_masters);
-    ns::Options { mounts }
+    let inherited = Inherited::new(args.around.inherit_fd.clone());
+    let network = net::Options::new(args.around.external.clone(), inherited)
+        .empty(!given.empty_ns.is_empty());
+    ns::Options { mounts, network }
 }
 
 fn unix(args: &TaskArgs) -> UnixOptions {

@@ -156,7 +156,8 @@ pub(super) const ROWS: &[Row] = &[
     refused("cgroup-yard", BOTH, "mount the cgroup file systems where rcriu runs"),
     // Namespaces
     refused("join-ns", RESTORE, "run rcriu in the namespace with nsenter(1)"),
-    refused("empty-ns", BOTH, NO_NAMESPACES),
+    built("empty-ns", DUMP.or(RESTORE)),
+    harmless("empty-ns", PRE_DUMP, NO_FILES),
     built("skip-mnt", DUMP.or(RESTORE)),
     built("enable-fs", DUMP),
     harmless("enable-fs", RESTORE, "the images have the names of the file systems"),

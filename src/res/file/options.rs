@@ -86,7 +86,7 @@ impl Inherited {
     ///
     /// # Errors
     /// The error of `fcntl(2)`.
-    pub(super) fn duplicate(&self, key: &[u8]) -> nix::Result<Option<OwnedFd>> {
+    pub(in crate::res) fn duplicate(&self, key: &[u8]) -> nix::Result<Option<OwnedFd>> {
         let found = self.0.iter().find(|(_, known)| known.as_bytes() == key);
         found.map(|(number, _)| fds::duplicate(*number)).transpose()
     }

@@ -14,7 +14,7 @@
 
 mod ipc;
 pub mod mnt;
-mod net;
+pub mod net;
 mod pid;
 mod time;
 mod user;
@@ -249,6 +249,8 @@ pub trait Namespace: Sync + std::fmt::Debug {
 pub struct Options {
     /// Options about mounts.
     pub(crate) mounts: mnt::Options,
+    /// Options about networks.
+    pub(crate) network: net::Options,
 }
 
 /// A namespace of a stopped tree.
@@ -287,6 +289,12 @@ pub trait Restoring: std::fmt::Debug {
     /// Returns the map of user and group ids, if the namespace has one.
     fn ids(&self) -> Option<IdMap> {
         None
+    }
+
+    /// Whether it is made with the first process; otherwise that process enters it
+    /// ([`Self::first_script`]).
+    fn is_made(&self) -> bool {
+        true
     }
 
     /// Returns the calls that the first process makes before [`Self::build`].
@@ -505,7 +513,8 @@ impl Wanted {
 
     /// Returns the `clone(2)` flags for the first process.
     pub fn clone_flags(&self) -> u64 {
-        let own = self.0.iter().filter_map(|(kind, ..)| kind.own);
+        let made = self.0.iter().filter(|(.., state)| state.is_made());
+        let own = made.filter_map(|(kind, ..)| kind.own);
         own.fold(0, |flags, own| flags | own.clone_flag())
     }
 

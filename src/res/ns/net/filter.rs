@@ -212,6 +212,26 @@ fn without_lock(rules: &[u8]) -> Vec<u8> {
     rules.split_inclusive(|byte| *byte == b'\n').filter(is_kept).flatten().copied().collect()
 }
 
+/// Removes the rules of iptables by which a dump of CRIU has all packets of a namespace dropped, if they are
+/// there. The calling thread is in the namespace.
+pub(super) fn lift_lock() {
+    for program in ["iptables", "ip6tables"] {
+        if run(&[program], &["-w", "-S", "CRIU"], None).is_err() {
+            continue;
+        }
+        for arguments in [
+            ["-w", "-D", "INPUT", "-j", "CRIU"].as_slice(),
+            &["-w", "-D", "OUTPUT", "-j", "CRIU"],
+            &["-w", "-F", "CRIU"],
+            &["-w", "-X", "CRIU"],
+        ] {
+            if let Err(error) = run(&[program], arguments, None) {
+                warn(&format!("packets in the network namespace are held back: {error}"));
+            }
+        }
+    }
+}
+
 /// Returns the names of the tables of nftables for that.
 fn tables_of_locks(rules: &[u8]) -> Vec<String> {
     let text = String::from_utf8_lossy(rules);

@@ -8,6 +8,7 @@
 
 mod filter;
 mod links;
+mod options;
 mod outside;
 mod routes;
 mod sysctl;
@@ -24,6 +25,7 @@ use crate::{
         proto::{NetDeviceEntry, NetnsEntry},
     },
     inject::Task,
+    proc,
     res::{ResError, Result, netlink::TalkError},
     sys::visit::{Place, Visit},
     units::HostPid,
@@ -31,6 +33,8 @@ use crate::{
 
 /// The most bytes of an image of the kernel's messages, or of a packet filter.
 const LARGEST_IMAGE_BYTES: u64 = 64 << 20;
+
+pub use options::Options;
 
 #[derive(Debug)]
 pub(super) struct Net;
@@ -40,17 +44,29 @@ impl Namespace for Net {
         u64::from(libc::CLONE_NEWNET.cast_unsigned())
     }
 
-    fn check(&self, tasks: &[Task]) -> Result<()> {
+    fn check_with(&self, tasks: &[Task], options: &super::Options) -> Result<()> {
         let Some(task) = tasks.iter().find(|task| !task.is_zombie()) else { return Ok(()) };
+        let options = &options.network;
+        if options.is_empty || external(task.witness(), options)?.is_some() {
+            return Ok(());
+        }
         let failed = || failed("list the devices of", task.pid);
         let here = links::list().map_err(failed())?;
         let _visit = enter(task.witness())?;
         let links = links::list().map_err(failed())?;
-        links.iter().try_for_each(|link| link.check(task.pid, &here))
+        let mut kept = links.iter().filter(|link| !options.has_end(&link.name));
+        kept.try_for_each(|link| link.check(task.pid, &here))
     }
 
     fn dump(&self, of: &Dumped<'_>, images: &SnapshotWriter) -> Result<()> {
-        let Dumped { pid, number, .. } = *of;
+        let Dumped { pid, number, options, .. } = *of;
+        if let Some(name) = external(pid, &options.network)? {
+            let entry = NetnsEntry { ext_key: Some(name.into()), ..NetnsEntry::default() };
+            return Ok(images.write(Kind::Netns, number.into(), &[entry])?);
+        }
+        if options.network.is_empty {
+            return Ok(());
+        }
         // Made by a thread of its own, so before this one moves.
         let fresh = sysctl::of_new_namespace(pid)?;
         let here =
@@ -65,17 +81,45 @@ impl Namespace for Net {
     }
 
     fn restore(&self, images: &dyn ImageStore, number: u32) -> Result<Box<dyn Restoring>> {
-        let devices: Vec<NetDeviceEntry> =
-            images.messages_if_any(Kind::Netdev, number.into())?.unwrap_or_default();
-        let problem = |problem: String| wrong(number, &problem);
-        links::check(&devices).map_err(problem)?;
+        self.restore_with(images, number, &super::Options::default())
+    }
+
+    fn restore_with(
+        &self,
+        images: &dyn ImageStore,
+        number: u32,
+        options: &super::Options,
+    ) -> Result<Box<dyn Restoring>> {
+        let options = &options.network;
         // The oldest images have none.
         let entry: NetnsEntry =
             images.message_if_any(Kind::Netns, number.into())?.unwrap_or_default();
+        if let Some(name) = &entry.ext_key {
+            return options.provided(number, name);
+        }
+        if options.is_empty {
+            return Ok(Box::new(Empty));
+        }
+        let mut devices: Vec<NetDeviceEntry> =
+            images.messages_if_any(Kind::Netdev, number.into())?.unwrap_or_default();
+        devices.iter_mut().for_each(|device| options.apply(device));
+        let problem = |problem: String| wrong(number, &problem);
+        links::check(&devices).map_err(problem)?;
         let routes = routes::Routes::read(images, number, &entry)?;
         let filters = filter::Filters::read(images, number)?;
         Ok(Box::new(Network { number, devices, entry, routes, filters }))
     }
+}
+
+/// A network namespace that stays as it is made.
+#[derive(Debug)]
+struct Empty;
+
+impl Restoring for Empty {}
+
+/// Returns the name of the namespace of a process, if it stays outside of the images.
+fn external(pid: HostPid, options: &Options) -> Result<Option<&str>> {
+    Ok(options.name_of(proc::namespace(pid, "net")?))
 }
 
 /// A network namespace to be restored.
