@@ -82,6 +82,11 @@ const ROWS: &[Row] = &[
             ("external", external),
             ("empty-ns", empty_ns),
             ("file-validation", file_validation),
+            ("skip-mnt", skip_mnt),
+            ("enable-fs", enable_fs),
+            ("ext-mount-map", ext_mount_map),
+            ("enable-external-sharing", enable_external_relations),
+            ("enable-external-masters", enable_external_relations),
         ],
     ),
     (
@@ -103,6 +108,12 @@ const ROWS: &[Row] = &[
             ("inherit-fd", inherit_fd),
             ("empty-ns", empty_ns),
             ("file-validation", restored_file_validation),
+            ("root", root),
+            ("external", restored_external),
+            ("skip-mnt", restored_skip_mnt),
+            ("ext-mount-map", ext_mount_map),
+            ("enable-external-sharing", enable_external_relations),
+            ("enable-external-masters", enable_external_relations),
         ],
     ),
     (
@@ -912,6 +923,88 @@ fn external(_: &str) {
     let (mut run, _socket, inode) = sender();
     refused(&run.dump("dump", &["--external", "unix[1]"]), "is not open in the tree");
     fine(run.dump("dump", &["--external", &format!("unix[{inode}]")]));
+}
+
+/// A tree with a mount namespace of its own, in which a file system is mounted at the second value.
+fn with_mount(fs_type: &str) -> (Run, String) {
+    let script = format!(
+        "mkdir mounted && mount -t {fs_type} test mounted && touch ready && exec sleep 1000"
+    );
+    let run = Run::program("unshare", &["-m", "--propagation", "private", "sh", "-c", &script]);
+    let point = text(&run.live.path("mounted")).to_owned();
+    (run, point)
+}
+
+/// Whether the restored tree has a mount at this point.
+fn has_mount(run: &Run, point: &str) -> bool {
+    let table = fs::read_to_string(format!("/proc/{}/mountinfo", run.pid())).unwrap();
+    table.contains(&format!(" {point} "))
+}
+
+fn skip_mnt(_: &str) {
+    let (mut run, point) = with_mount("ramfs");
+    refused(&run.dump("dump", &[]), "of a file system that rcriu cannot mount again");
+    fine(run.dump("dump", &["--skip-mnt", &point]));
+}
+
+fn enable_fs(_: &str) {
+    let (mut run, point) = with_mount("ramfs");
+    fine(run.dump_as(&["dump", "--enable-fs", "ramfs"]));
+    run.live.wait_gone();
+    fine(run.restore(&[]));
+    assert!(run.is_running() && has_mount(&run, &point));
+}
+
+/// A mount that the caller of the restore names, by either option.
+fn external_mount(dump: [&str; 2], restore: [&str; 2]) {
+    let (mut run, point) = with_mount("ramfs");
+    let key = dump[1].replace("POINT", &point);
+    fine(run.dump_as(&["dump", dump[0], &key]));
+    run.live.wait_gone();
+    refused(&run.restore(&[]), "is external");
+    let source = run.live.path("source");
+    fs::create_dir(&source).unwrap();
+    fs::write(source.join("file"), "given").unwrap();
+    let value = restore[1].replace("SOURCE", text(&source));
+    fine(run.restore(&[restore[0], &value]));
+    let found = fs::read_to_string(format!("/proc/{}/root{point}/file", run.pid()));
+    assert_eq!(found.unwrap(), "given");
+}
+
+fn ext_mount_map(_: &str) {
+    let option = "--ext-mount-map";
+    external_mount([option, "POINT:the key"], [option, "the key:SOURCE"]);
+}
+
+fn restored_external(_: &str) {
+    let option = "--external";
+    external_mount([option, "mnt[POINT]:the key"], [option, "mnt[the key]:SOURCE"]);
+}
+
+fn restored_skip_mnt(_: &str) {
+    let (mut run, point) = with_mount("tmpfs");
+    run.restorable();
+    fine(run.restore(&["--skip-mnt", &point]));
+    assert!(run.is_running() && !has_mount(&run, &point));
+}
+
+fn root(_: &str) {
+    let (mut run, _) = with_mount("tmpfs");
+    run.restorable();
+    refused(&run.restore(&["--root", "/there/is/none"]), "/there/is/none");
+    fine(run.restore(&["--root", "/"]));
+    assert!(run.is_running());
+}
+
+/// A tree whose mounts have no relations outside is dumped and restored with these options, too; those
+/// that have some depend on the machine.
+fn enable_external_relations(_: &str) {
+    let (mut run, point) = with_mount("tmpfs");
+    let options = ["--enable-external-sharing", "--enable-external-masters"];
+    fine(run.dump_as(&[&["dump"][..], &options].concat()));
+    run.live.wait_gone();
+    fine(run.restore(&options));
+    assert!(run.is_running() && has_mount(&run, &point));
 }
 
 /// The JSON of an image.

@@ -171,6 +171,13 @@ impl Survey<'_> {
         };
         let is_given =
             |found: &&Found| matches!(found.source, Source::Root(_) | Source::External(_));
+        // A copy of the mount on the host is in the groups outside, too.
+        let in_namespace = |group| self.mounts.iter().any(|other| other.shared == group);
+        let has_outside = mount.master != 0 && !in_namespace(mount.master)
+            || mount.shared != 0 && self.host.iter().any(|host| host.shared == mount.shared);
+        if let Some(path) = from_host.clone().filter(|_| has_outside) {
+            return Ok(Source::Host(path));
+        }
         if before.iter().filter(is_given).any(is_of) {
             return Ok(Source::Bind);
         }
