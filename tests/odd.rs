@@ -53,30 +53,6 @@ fn asleep(live: Live) -> Live {
     live
 }
 
-/// The kernel opens mapped files only for privileged programs, which the dump says.
-#[test]
-fn privileged_an_ordinary_user_is_told_what_is_missing() {
-    require(Cap::Ptrace);
-    require(Cap::Program("setpriv"));
-    let user = ["--reuid=65534", "--regid=65534", "--clear-groups"];
-    let sleep: Vec<&str> = user.into_iter().chain(["sleep", "1000"]).collect();
-    let mut live = asleep(Live::program("setpriv", &sleep, directory()));
-    let before = Before::of(&mut live);
-    // Where the user can reach it.
-    let program = live.path("rcriu");
-    fs::copy(engine(), &program).unwrap();
-    let images = live.images();
-    fs::create_dir(&images).unwrap();
-    fs::set_permissions(&images, fs::Permissions::from_mode(0o777)).unwrap();
-    let mut dump = Command::new("setpriv");
-    dump.args(user).arg(program).args(["dump", "-R", "-t", &live.root.to_string(), "-D"]);
-    let output = dump.arg(&images).env("HOME", live.dir.path()).output().unwrap();
-    let words = said(&output);
-    assert!(!output.status.success(), "it was dumped: {words}");
-    assert!(words.contains("run rcriu as root, or give it CAP_CHECKPOINT_RESTORE"), "{words}");
-    before.assert_untouched(&mut live, "a dump by an ordinary user");
-}
-
 fn tracer_of(pid: Pid) -> i32 {
     let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let line = text.lines().find_map(|line| line.strip_prefix("TracerPid:"));

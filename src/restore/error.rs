@@ -49,7 +49,7 @@ pub enum RestoreError {
         problem: String,
     },
     /// A process could not be made.
-    #[error("make process {pid}")]
+    #[error("make process {pid}{}", spawn_help(*source))]
     Spawn {
         /// Its pid.
         pid: HostPid,
@@ -57,7 +57,10 @@ pub enum RestoreError {
         source: Errno,
     },
     /// A process could not be made in namespaces of its own.
-    #[error("make process {pid} in {what} of its own\nhelp: this takes CAP_SYS_ADMIN")]
+    #[error(
+        "make process {pid} in {what} of its own\nhelp: this takes CAP_SYS_ADMIN; an ordinary user may \
+         restore trees that have a user and a pid namespace of their own: unshare -Urpf"
+    )]
     SpawnInside {
         /// Its pid.
         pid: NsPid,
@@ -183,5 +186,15 @@ impl RestoreError {
             }
             error => error,
         }
+    }
+}
+
+/// Returns what the user can do if rcriu may not choose pids.
+fn spawn_help(source: Errno) -> &'static str {
+    if source == Errno::EPERM {
+        " with this pid\nhelp: run rcriu as root or with CAP_CHECKPOINT_RESTORE, or start trees in a user and a \
+         pid namespace of their own, which an ordinary user may restore: unshare -Urpf"
+    } else {
+        ""
     }
 }

@@ -74,9 +74,20 @@ impl Visit {
     /// As [`Self::to`]; `EINVAL` if it is of another kind.
     pub fn with(namespace: impl AsFd, place: Place) -> io::Result<Self> {
         let back = File::open(format!("/proc/thread-self/ns/{}", place.file()))?;
+        // In a user namespace of its own, this program may have no way back.
+        setns(&back, place.flag())?;
         setns(namespace, place.flag())?;
         Ok(Self { back, flag: place.flag(), _here: PhantomData })
     }
+}
+
+/// Checks that the calling thread may visit namespaces of a kind and return.
+///
+/// # Errors
+/// `EPERM` without `CAP_SYS_ADMIN` in the user namespace that owns that of the thread.
+pub fn may_return(place: Place) -> io::Result<()> {
+    let own = File::open(format!("/proc/thread-self/ns/{}", place.file()))?;
+    Ok(setns(&own, place.flag())?)
 }
 
 impl Drop for Visit {

@@ -4,10 +4,11 @@
 use std::{
     cmp::Ordering,
     collections::{BTreeMap, HashMap, HashSet},
+    ffi::OsStr,
     fs::File,
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
-        unix::fs::OpenOptionsExt,
+        unix::{ffi::OsStrExt, fs::OpenOptionsExt},
     },
     path::PathBuf,
 };
@@ -15,7 +16,7 @@ use std::{
 use nix::{
     fcntl::{FcntlArg, fcntl},
     libc,
-    sys::stat::{FileStat, fstat},
+    sys::stat::{FileStat, fstat, makedev},
 };
 
 use super::{
@@ -391,7 +392,13 @@ impl FileTable {
         if let Some(id) = self.state.mapped.get(&key) {
             return Ok(*id);
         }
-        let id = self.enter_path(pid, proc::map_file(pid, mapping))?;
+        let id = match self.enter_path(pid, proc::map_file(pid, mapping)) {
+            Err(error @ FileError::Unprivileged { .. }) => {
+                let Some(file) = by_name(pid, mapping) else { return Err(error) };
+                self.enter_path(pid, format!("/proc/self/fd/{}", file.as_raw_fd()).into())?
+            }
+            entered => entered?,
+        };
         self.state.mapped.insert(key, id);
         Ok(id)
     }
@@ -473,4 +480,14 @@ impl FileTable {
     pub fn warn_about_link_remaps(&self) {
         self.state.deleted.warn_about_link_remaps();
     }
+}
+
+/// Opens the file of a mapping by its name, for an ordinary user, who may not open it otherwise.
+fn by_name(pid: HostPid, mapping: &Mapping) -> Option<File> {
+    let name = OsStr::from_bytes(mapping.name.strip_prefix(b"/")?);
+    let path = PathBuf::from(format!("/proc/{pid}/root")).join(name);
+    let file = File::options().read(true).custom_flags(libc::O_PATH).open(path).ok()?;
+    let stat = fstat(&file).ok()?;
+    let device = makedev(mapping.dev_major.into(), mapping.dev_minor.into());
+    ((stat.st_dev, stat.st_ino) == (device, mapping.inode)).then_some(file)
 }

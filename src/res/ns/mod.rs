@@ -30,7 +30,10 @@ use crate::{
     },
     inject::{self, Answers, Script, Task},
     proc,
-    sys::root::Root,
+    sys::{
+        root::Root,
+        visit::{self, Place},
+    },
     units::{HostPid, IdMap, NsPid, PidMap},
 };
 
@@ -262,6 +265,8 @@ pub struct Dumped<'a> {
     pub number: u32,
     /// The processes of the tree.
     pub tasks: &'a [Task],
+    /// Its users and groups.
+    pub ids: &'a IdMap,
     /// The options of the dump.
     pub options: &'a Options,
 }
@@ -296,6 +301,9 @@ pub trait Restoring: std::fmt::Debug {
     fn is_made(&self) -> bool {
         true
     }
+
+    /// Turns the users and groups of the images into those here.
+    fn translate(&mut self, _ids: &IdMap) {}
 
     /// Returns the calls that the first process makes before [`Self::build`].
     fn first_script(&self) -> Script {
@@ -336,6 +344,19 @@ pub trait Restoring: std::fmt::Debug {
 
 /// Writes the images of the namespace with this number from the answers of a process.
 pub type Collect = Box<dyn FnOnce(&Answers, u32, &SnapshotWriter) -> Result<(), ImageError>>;
+
+/// Why rcriu cannot look at a namespace.
+const NO_VISIT: &str = ", and this rcriu may not enter such a namespace and return (setns(2))";
+
+/// What allows that.
+const VISIT_HELP: &str = "run rcriu as root, or from a shell in a user namespace whose namespaces are its own: \
+     unshare -Ur with the same options as the tree";
+
+/// Whether rcriu may visit namespaces of a kind, if it has to.
+fn may_visit(kind: &Kind) -> bool {
+    let place = [Place::Net, Place::Ipc].into_iter().find(|place| place.file() == kind.file);
+    place.is_none_or(|place| visit::may_return(place).is_ok())
+}
 
 /// Returns the number of the dumper's own namespace of a kind.
 fn number(position: usize) -> u32 {
@@ -412,8 +433,17 @@ impl OfTree {
     /// # Errors
     /// [`ResError::Refused`], or the errors of reading `/proc`.
     pub fn check(&self, tasks: &[Task], options: &Options) -> Result<()> {
-        let mut own = self.kinds.iter().filter_map(|at| KINDS[*at].own);
-        own.try_for_each(|own| own.check_with(tasks, options))
+        for at in &self.kinds {
+            let kind = &KINDS[*at];
+            if let Some(task) = tasks.first().filter(|_| !may_visit(kind)) {
+                let (what, help) = (format!("has {} of its own{NO_VISIT}", kind.name), VISIT_HELP);
+                return Err(ResError::Refused { pid: task.pid, what, help });
+            }
+            if let Some(own) = kind.own {
+                own.check_with(tasks, options)?;
+            }
+        }
+        Ok(())
     }
 
     /// Returns the number of the tree's own namespace of a kind, if it has one. `file` is the name of
@@ -437,9 +467,10 @@ impl OfTree {
         if !self.kinds.iter().any(|at| KINDS[*at].file == time::FILE) {
             time::dump_dumpers(pid, images)?;
         }
+        let ids = &user::map(tasks)?;
         for at in &self.kinds {
             if let Some(own) = KINDS[*at].own {
-                own.dump(&Dumped { pid, number: Self::number(*at), tasks, options }, images)?;
+                own.dump(&Dumped { pid, number: Self::number(*at), tasks, options, ids }, images)?;
             }
         }
         Ok(())
@@ -495,6 +526,13 @@ impl Wanted {
                 continue;
             }
             if let Some(own) = kind.own {
+                if !may_visit(kind) {
+                    let name = kind.name;
+                    return Err(wrong(
+                        number,
+                        &format!("it is {name}{NO_VISIT}\nhelp: {VISIT_HELP}"),
+                    ));
+                }
                 let restoring = own.restore_with(images, number, options)?;
                 // The others belong to the user namespace, so it comes first.
                 let at = if kind.file == user::FILE { 0 } else { wanted.len() };
@@ -508,7 +546,10 @@ impl Wanted {
                 tell(log::Level::Warn, &message);
             }
         }
-        Ok(Self(wanted))
+        let mut wanted = Self(wanted);
+        let ids = wanted.ids();
+        wanted.0.iter_mut().for_each(|(_, _, namespace)| namespace.translate(&ids));
+        Ok(wanted)
     }
 
     /// Returns the `clone(2)` flags for the first process.

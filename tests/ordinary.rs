@@ -1,0 +1,160 @@
+//! What an ordinary user can dump and restore, and what such a user is told to be missing.
+//!
+//! The tests need root, to become that user.
+
+mod common;
+
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+};
+
+use common::{
+    Cap,
+    live::{Live, directory, engine, state_of, wait_for},
+    require,
+    untouched::Before,
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+/// Makes `setpriv(1)` execute a program as that user.
+const USER: [&str; 3] = ["--reuid=65534", "--regid=65534", "--clear-groups"];
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// A directory of the user with the program under test.
+struct Home {
+    dir: tempfile::TempDir,
+}
+
+impl Home {
+    fn new() -> Self {
+        let dir = directory();
+        fs::copy(engine(), dir.path().join("rcriu")).unwrap();
+        Self { dir }
+    }
+
+    /// Returns a directory for images.
+    fn images(&self) -> PathBuf {
+        let path = self.dir.path().join("1");
+        if !path.exists() {
+            fs::create_dir(&path).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o777)).unwrap();
+        }
+        path
+    }
+
+    /// Executes rcriu as the user.
+    fn rcriu(&self, arguments: &[&str]) -> Output {
+        let mut command = Command::new("setpriv");
+        command.args(USER).arg(self.dir.path().join("rcriu")).args(arguments);
+        command.arg("-D").arg(self.images()).env("HOME", self.dir.path());
+        command.stdin(Stdio::null()).output().unwrap()
+    }
+}
+
+/// Waits until a process is `sleep`, and sleeps.
+fn wait_asleep(pid: i32) {
+    wait_for("a process that sleeps", || {
+        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        name.trim() == "sleep" && state_of(pid) == Some('S')
+    });
+}
+
+/// The program is deleted, so that only a privileged rcriu can open it.
+#[test]
+fn privileged_an_ordinary_user_is_told_what_is_missing() {
+    require(Cap::Ptrace);
+    require(Cap::Program("setpriv"));
+    let home = Home::new();
+    let program = home.dir.path().join("sleep");
+    fs::copy("/bin/sleep", &program).unwrap();
+    let arguments = [&USER[..], &[program.to_str().unwrap(), "1000"]].concat();
+    let mut live = Live::program("setpriv", &arguments, directory());
+    wait_asleep(live.root.as_raw());
+    fs::remove_file(&program).unwrap();
+    let before = Before::of(&mut live);
+    let output = home.rcriu(&["dump", "-R", "-t", &live.root.to_string()]);
+    let words = said(&output);
+    assert!(!output.status.success(), "it was dumped: {words}");
+    assert!(words.contains("run rcriu as root, or give it CAP_CHECKPOINT_RESTORE"), "{words}");
+    before.assert_untouched(&mut live, "a dump by an ordinary user");
+}
+
+#[test]
+fn privileged_an_ordinary_user_dumps_a_process_but_cannot_choose_its_pid() {
+    require(Cap::Ptrace);
+    require(Cap::Program("setpriv"));
+    let home = Home::new();
+    let arguments = [&USER[..], &["sleep", "1000"]].concat();
+    let mut live = Live::program("setpriv", &arguments, directory());
+    wait_asleep(live.root.as_raw());
+    let before = Before::of(&mut live);
+    let output = home.rcriu(&["dump", "-R", "--shell-job", "-t", &live.root.to_string()]);
+    assert!(output.status.success(), "{}", said(&output));
+    before.assert_untouched(&mut live, "a dump by an ordinary user");
+    live.kill();
+    let output = home.rcriu(&["restore", "-d", "--shell-job"]);
+    let words = said(&output);
+    assert!(!output.status.success(), "it was restored: {words}");
+    assert!(words.contains("with this pid") && words.contains("unshare -Urpf"), "{words}");
+}
+
+/// Ends and reaps a child, and a restored process, at the end of a test.
+struct Ends(Child, Option<i32>);
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        if let Some(pid) = self.1 {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A tree in a user and a pid namespace of its own: the user has all power over it.
+#[test]
+fn privileged_an_ordinary_user_restores_a_tree_in_its_own_namespaces() {
+    require(Cap::Ptrace);
+    for program in ["setpriv", "unshare", "setsid"] {
+        require(Cap::Program(program));
+    }
+    let home = Home::new();
+    let mut command = Command::new("setpriv");
+    command.args(USER).args(["unshare", "-Urpf", "setsid", "sleep", "1000"]);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut ends = Ends(command.spawn().unwrap(), None);
+    let above = ends.0.id();
+    let children = PathBuf::from(format!("/proc/{above}/task/{above}/children"));
+    let first =
+        |path: &Path| fs::read_to_string(path).ok()?.split_whitespace().next()?.parse().ok();
+    wait_for("the child of unshare", || first(&children).is_some());
+    let tree: i32 = first(&children).unwrap();
+    wait_asleep(tree);
+    let output = home.rcriu(&["dump", "-t", &tree.to_string()]);
+    assert!(output.status.success(), "{}", said(&output));
+    ends.0.wait().unwrap();
+    let pidfile = home.dir.path().join("pid");
+    let output = home.rcriu(&["restore", "-d", "--pidfile", pidfile.to_str().unwrap()]);
+    assert!(output.status.success(), "{}", said(&output));
+    let restored: i32 = fs::read_to_string(&pidfile).unwrap().trim().parse().unwrap();
+    ends.1 = Some(restored);
+    wait_asleep(restored);
+    let read = |file: &str| fs::read_to_string(format!("/proc/{restored}/{file}")).unwrap();
+    let map: Vec<u32> =
+        read("uid_map").split_whitespace().map(|word| word.parse().unwrap()).collect();
+    assert_eq!(map, [0, 65534, 1]);
+    assert_eq!(read("setgroups").trim(), "deny");
+    let status = read("status");
+    let line = |key: &str| status.lines().find_map(|line| line.strip_prefix(key)).unwrap().trim();
+    assert!(line("NSpid:").ends_with("\t1"), "{status}");
+    assert!(line("Uid:").starts_with("65534"), "{status}");
+}
