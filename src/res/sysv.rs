@@ -11,7 +11,7 @@ use crate::{
         sysv::{self, Permissions},
         visit::{Place, Visit},
     },
-    units::HostPid,
+    units::{HostPid, IdMap},
 };
 
 /// A kind of objects.
@@ -71,19 +71,19 @@ impl Kind {
 }
 
 /// Returns the image of what all objects have.
-pub(super) fn desc(id: u32, of: &Permissions) -> IpcDescEntry {
-    IpcDescEntry {
-        key: of.key,
-        uid: of.uid,
-        gid: of.gid,
-        cuid: of.creator_uid,
-        cgid: of.creator_gid,
-        mode: of.mode,
-        id,
-    }
+pub(super) fn desc(id: u32, of: &Permissions, ids: &IdMap) -> IpcDescEntry {
+    let (uid, gid) = ids.ns_owner((of.uid, of.gid));
+    let (cuid, cgid) = ids.ns_owner((of.creator_uid, of.creator_gid));
+    IpcDescEntry { key: of.key, uid, gid, cuid, cgid, mode: of.mode, id }
 }
 
-/// The reverse of [`desc`].
+/// Turns the owner and the creator of an object into those here.
+pub(super) fn to_host(desc: &mut IpcDescEntry, ids: &IdMap) {
+    (desc.uid, desc.gid) = ids.host_owner((desc.uid, desc.gid));
+    (desc.cuid, desc.cgid) = ids.host_owner((desc.cuid, desc.cgid));
+}
+
+/// The reverse of [`desc`], after [`to_host`].
 pub(super) fn permissions(desc: &IpcDescEntry) -> Permissions {
     Permissions {
         key: desc.key,
@@ -105,4 +105,22 @@ pub(super) fn visit(pid: Option<HostPid>) -> Result<Option<Visit>> {
         })
     };
     pid.map(enter).transpose()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::IdRange;
+
+    #[test]
+    fn owners_in_images_are_those_inside() {
+        let ids = |inside, outside| vec![IdRange { inside, outside, count: 10 }];
+        let ids = IdMap::new(ids(0, 1000), ids(20, 2000));
+        let (uid, gid, creator_uid, creator_gid) = (1001, 2002, 1003, 0);
+        let of = Permissions { key: 7, uid, gid, creator_uid, creator_gid, mode: 0o600 };
+        let mut desc = desc(5, &of, &ids);
+        assert_eq!((desc.uid, desc.gid, desc.cuid, desc.cgid), (1, 22, 3, 65534));
+        to_host(&mut desc, &ids);
+        assert_eq!((desc.uid, desc.gid, desc.cuid), (1001, 2002, 1003));
+    }
 }

@@ -89,7 +89,7 @@ pub const KINDS: &[Kind] = &[
         ..NONE
     },
     Kind {
-        collector: Some(|tasks, _, _| sysv::collector(tasks)),
+        collector: Some(|tasks, pids, _| sysv::collector(tasks, pids.ids())),
         restorer: Some(|plan, _| sysv::restorer(plan)),
         ..NONE
     },

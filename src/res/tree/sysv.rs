@@ -23,14 +23,14 @@ use crate::{
         ResError, Result,
         mm::mapping::{self, Object},
         ns,
-        sysv::{SEGMENT, desc, permissions, visit},
+        sysv::{SEGMENT, desc, permissions, to_host, visit},
     },
     sys::{
         fds,
         shm::{self, Segment},
         sysv::Permissions,
     },
-    units::{HostPid, HugeSize, PAGE_SIZE, RemoteAddr},
+    units::{HostPid, HugeSize, IdMap, PAGE_SIZE, RemoteAddr},
 };
 
 /// The number that images give to the dumper's IPC namespace.
@@ -57,6 +57,8 @@ struct Segments {
     pid: Option<HostPid>,
     /// Those that the tree has attached, and all of its own namespace, by id.
     entries: BTreeMap<u32, IpcShmEntry>,
+    /// The users and groups of the tree.
+    ids: IdMap,
     /// Those of the namespace that no mapping has shown yet.
     unseen: BTreeMap<u32, Segment>,
     /// Those found since the last call of `memory`.
@@ -64,12 +66,13 @@ struct Segments {
 }
 
 /// Starts with the segments of the tree's own namespace.
-pub(super) fn collector(tasks: &[Task]) -> Begun<dyn Collector> {
+pub(super) fn collector(tasks: &[Task], ids: &IdMap) -> Begun<dyn Collector> {
     let first = tasks.iter().find(|task| !task.is_zombie()).map(Task::witness);
     let number = first.and_then(|pid| ns::OfTree::look(pid).number_of("ipc"));
     let mut segments = Segments {
         namespace: number.unwrap_or(NAMESPACE),
         pid: number.and(first),
+        ids: ids.clone(),
         entries: BTreeMap::new(),
         unseen: BTreeMap::new(),
         memory: Vec::new(),
@@ -104,7 +107,7 @@ impl Collector for Segments {
         let path = format!("/proc/{pid}/map_files/{start:x}-{end:x}");
         let file = fds::open_noatime(Path::new(&path))
             .map_err(|source| ResError::Read { path: path.into(), source })?;
-        self.entries.insert(id, image(id, &segment, mapping::huge_size(mapping)));
+        self.entries.insert(id, image(id, &segment, mapping::huge_size(mapping), &self.ids));
         self.memory.push(memory(id, file));
         Ok(Some(id.into()))
     }
@@ -117,7 +120,7 @@ impl Collector for Segments {
                 ResError::SharedMemory { number: id.into(), step: "open", source }
             })?;
             let huge = (page_bytes != PAGE_SIZE).then(|| HugeSize::of(page_bytes));
-            self.entries.insert(id, image(id, &segment, huge));
+            self.entries.insert(id, image(id, &segment, huge, &self.ids));
             self.memory.push(memory(id, file));
         }
         drop(visit);
@@ -149,7 +152,9 @@ struct Wanted {
 
 pub(super) fn restorer(plan: &Plan<'_>) -> Begun<dyn Restorer> {
     let own = plan.namespaces.number_of("ipc");
-    let entries = read(plan.images, own.unwrap_or(NAMESPACE))?;
+    let mut entries = read(plan.images, own.unwrap_or(NAMESPACE))?;
+    let ids = plan.namespaces.ids();
+    entries.iter_mut().for_each(|entry| to_host(&mut entry.desc, &ids));
     Ok(Box::new(Wanted { entries, first: Cell::new(None), is_own: own.is_some() }))
 }
 
@@ -197,9 +202,9 @@ fn failed(step: &'static str, id: u32) -> impl Fn(Errno) -> ResError {
 }
 
 /// Builds the image entry for a segment.
-fn image(id: u32, segment: &Segment, huge: Option<HugeSize>) -> IpcShmEntry {
+fn image(id: u32, segment: &Segment, huge: Option<HugeSize>, ids: &IdMap) -> IpcShmEntry {
     IpcShmEntry {
-        desc: desc(id, &segment.permissions),
+        desc: desc(id, &segment.permissions, ids),
         size: segment.bytes,
         in_pagemaps: Some(true),
         hugetlb_flag: huge.map(|size| size.flags() | HUGE),

@@ -15,18 +15,19 @@ use crate::{
         sysv::{QUEUE, SEMAPHORES, desc},
     },
     sys::{mqueue as queues, sysv},
+    units::IdMap,
 };
 
 /// The alignment of what follows a message in the images.
 const ALIGN: usize = 8;
 
 /// Writes the images of the namespace, except for segments.
-pub(super) fn all(number: u64, images: &SnapshotWriter) -> Result<()> {
+pub(super) fn all(number: u64, ids: &IdMap, images: &SnapshotWriter) -> Result<()> {
     let mut variables = variables::read()?;
-    variables.rcriu_queues = posix_queues()?;
-    message_queues(number, &variables, images)?;
+    variables.rcriu_queues = posix_queues(ids)?;
+    message_queues(number, &variables, ids, images)?;
     images.write(Kind::IpcVar, number, &[variables])?;
-    semaphores(number, images)
+    semaphores(number, ids, images)
 }
 
 /// Returns why the kernel copies no message that is longer than the limit of the namespace.
@@ -38,13 +39,18 @@ fn too_long(variables: &IpcVarEntry) -> io::Error {
     ))
 }
 
-fn message_queues(number: u64, variables: &IpcVarEntry, images: &SnapshotWriter) -> Result<()> {
+fn message_queues(
+    number: u64,
+    variables: &IpcVarEntry,
+    ids: &IdMap,
+    images: &SnapshotWriter,
+) -> Result<()> {
     let mut image = images.create(Kind::IpcnsMsg, number)?;
     for id in sysv::queues().map_err(QUEUE.failed(0, "list"))? {
         let queue = sysv::queue(id).map_err(QUEUE.failed(id, "look at"))?;
         let small = |number: u64| u32::try_from(number).unwrap_or(u32::MAX);
         let entry = IpcMsgEntry {
-            desc: desc(id, &queue.permissions),
+            desc: desc(id, &queue.permissions, ids),
             qbytes: small(queue.bytes_max),
             qnum: small(queue.messages),
         };
@@ -68,13 +74,13 @@ fn message_queues(number: u64, variables: &IpcVarEntry, images: &SnapshotWriter)
     Ok(image.finish().map(drop)?)
 }
 
-fn semaphores(number: u64, images: &SnapshotWriter) -> Result<()> {
+fn semaphores(number: u64, ids: &IdMap, images: &SnapshotWriter) -> Result<()> {
     let mut image = images.create(Kind::IpcnsSem, number)?;
     for id in sysv::semaphore_sets().map_err(SEMAPHORES.failed(0, "list"))? {
         let set = sysv::semaphores(id).map_err(SEMAPHORES.failed(id, "look at"))?;
         let values = sysv::semaphore_values(id, set.count)
             .map_err(SEMAPHORES.failed(id, "read the values of"))?;
-        image.message(&IpcSemEntry { desc: desc(id, &set.permissions), nsems: set.count })?;
+        image.message(&IpcSemEntry { desc: desc(id, &set.permissions, ids), nsems: set.count })?;
         let mut bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         bytes.resize(bytes.len().next_multiple_of(ALIGN), 0);
         image.raw(&bytes)?;
@@ -83,7 +89,7 @@ fn semaphores(number: u64, images: &SnapshotWriter) -> Result<()> {
 }
 
 /// Returns the POSIX queues that have names.
-fn posix_queues() -> Result<Vec<MqueueEntry>> {
+fn posix_queues(ids: &IdMap) -> Result<Vec<MqueueEntry>> {
     let mut reader = mqueue::Reader::default();
     let mut found = Vec::new();
     let names = match queues::names() {
@@ -104,7 +110,8 @@ fn posix_queues() -> Result<Vec<MqueueEntry>> {
         let flags = libc::O_RDONLY | libc::O_NONBLOCK;
         let queue = queues::open(&name, flags).map_err(failed("open"))?;
         let size = queues::attributes(queue.as_fd()).map_err(failed("look at"))?;
-        let stat = fstat(&queue).map_err(failed("look at"))?;
+        let mut stat = fstat(&queue).map_err(failed("look at"))?;
+        (stat.st_uid, stat.st_gid) = ids.ns_owner((stat.st_uid, stat.st_gid));
         let mut image = mqueue::image(name.to_bytes(), &stat, &size);
         if size.messages != 0 {
             let all = reader.look(queue.as_fd()).map_err(|why| ResError::Ipc {

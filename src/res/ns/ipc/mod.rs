@@ -50,7 +50,7 @@ impl Namespace for Ipc {
 
     fn dump(&self, of: &Dumped<'_>, images: &SnapshotWriter) -> Result<()> {
         let _visit = visit(Some(of.pid))?;
-        dump::all(of.number.into(), images)
+        dump::all(of.number.into(), of.ids, images)
     }
 
     fn restore(&self, images: &dyn ImageStore, number: u32) -> Result<Box<dyn Restoring>> {

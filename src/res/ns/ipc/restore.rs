@@ -7,15 +7,15 @@ use crate::{
     image::{
         ImageStore,
         ipc::{Message, Objects},
-        proto::{IpcMsgEntry, IpcSemEntry},
+        proto::{InodeOwnerEntry, IpcMsgEntry, IpcSemEntry},
     },
     res::{
         ResError, Result, mqueue,
         ns::Restoring,
-        sysv::{QUEUE, SEMAPHORES, permissions, visit},
+        sysv::{QUEUE, SEMAPHORES, permissions, to_host, visit},
     },
     sys::sysv::{self as calls, Queue},
-    units::HostPid,
+    units::{HostPid, IdMap},
 };
 
 /// The permission bits of `ipc_perm.mode`.
@@ -57,6 +57,17 @@ impl Wanted {
 }
 
 impl Restoring for Wanted {
+    fn translate(&mut self, ids: &IdMap) {
+        let Objects { queues, semaphores, variables, .. } = &mut self.0;
+        queues.iter_mut().for_each(|(entry, _)| to_host(&mut entry.desc, ids));
+        semaphores.iter_mut().for_each(|(entry, _)| to_host(&mut entry.desc, ids));
+        for InodeOwnerEntry { uid, gid, .. } in
+            variables.rcriu_queues.iter_mut().map(|queue| &mut queue.owner)
+        {
+            (*uid, *gid) = ids.host_owner((*uid, *gid));
+        }
+    }
+
     fn build(&mut self, first: HostPid) -> Result<()> {
         let _visit = visit(Some(first))?;
         variables::widen();
