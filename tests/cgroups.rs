@@ -390,3 +390,49 @@ fn privileged_only_groups_of_the_tree_are_recorded() {
     live.restore(&[]);
     live.verdict();
 }
+
+/// What a process sees of its own place: `/proc/self/cgroup` in its cgroup namespace.
+fn seen_by(pid: i32) -> String {
+    let enter = std::process::Command::new("nsenter")
+        .args(["-C", "-t", &pid.to_string(), "cat", &format!("/proc/{pid}/cgroup")])
+        .output()
+        .unwrap();
+    String::from_utf8(enter.stdout).unwrap()
+}
+
+/// A namespace whose root is a cgroup of the tree, or one above; with and without these cgroups still
+/// there; and one in the cgroups of rcriu.
+#[test]
+fn privileged_a_cgroup_namespace_keeps_its_root() {
+    require(Cap::Ptrace);
+    for (is_own, is_gone) in [(true, false), (true, true), (false, false)] {
+        let mut live = Live::workload("cgroup_namespace");
+        let mut groups = Vec::new();
+        for controller in ["pids", "memory", ""] {
+            let Some(group) = Group::new(controller, "root").filter(|_| is_own) else { continue };
+            group.write("cgroup.procs", &live.root.to_string());
+            groups.push(group);
+        }
+        let pid = live.root.as_raw();
+        fs::write(live.path("status.enter"), "").unwrap();
+        wait_for("the namespace", || live.path("status.entered").exists());
+        let mut below = Vec::new();
+        for group in &groups {
+            let inner = group.below("inner");
+            inner.write("cgroup.procs", &pid.to_string());
+            below.push(inner);
+        }
+        let before = (place(pid, pid), seen_by(pid));
+        assert_eq!(before.1.contains("pids:/inner"), is_own, "{}", before.1);
+        live.dump(&[]);
+        if is_gone {
+            for group in below.iter().chain(&groups) {
+                fs::remove_dir(&group.0).unwrap();
+            }
+        }
+        live.restore(&["--manage-cgroups=soft"]);
+        assert_eq!((place(pid, pid), seen_by(pid)), before);
+        live.verdict();
+        live.wait_gone();
+    }
+}

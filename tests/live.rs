@@ -384,6 +384,7 @@ states! {
     ipc_namespace_segments;
     ipc_namespace_queues;
     ipc_namespace_forced;
+    cgroup_namespace_of_all;
     network_namespace ["--tcp-established"];
     network_namespace_down;
     network_devices;

@@ -5,6 +5,7 @@
 
 pub mod attribute;
 pub mod calls;
+mod cgroups;
 mod error;
 pub mod file;
 mod kernel;

@@ -17,6 +17,7 @@ mod aio;
 mod attributes;
 mod blocked;
 mod busy;
+mod cgroups;
 mod clocks;
 mod confined;
 mod files;
@@ -98,6 +99,7 @@ const GROUPS: &[&[Row]] = &[
     mounts::ROWS,
     namespaces::ROWS,
     ipc::ROWS,
+    cgroups::ROWS,
     networks::ROWS,
     confined::ROWS,
     pidfds::ROWS,
@@ -126,7 +128,7 @@ fn main() -> ExitCode {
     };
     // In a shell's session, and by itself: not in the list.
     let apart: &[Row] = &[("terminal", shell::terminal), ("four_gib", memory::four_gib)];
-    let apart = [apart, kept::ROWS, interrupted::ROWS].into_iter().flatten();
+    let apart = [apart, kept::ROWS, interrupted::ROWS, cgroups::APART].into_iter().flatten();
     let mut rows = GROUPS.iter().copied().flatten().chain(apart);
     let Some((_, run)) = rows.find(|(row, _)| row == name) else {
         eprintln!("there is no state {name}");

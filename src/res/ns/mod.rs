@@ -12,6 +12,7 @@
 //!
 //! To support another kind, write a file with an [`Namespace`] and name it in the row of the kind.
 
+mod cgroup;
 mod ipc;
 pub mod mnt;
 pub mod net;
@@ -19,6 +20,8 @@ mod pid;
 mod time;
 mod user;
 mod uts;
+
+use std::path::PathBuf;
 
 use nix::libc;
 
@@ -71,7 +74,7 @@ static KINDS: [Kind; 8] = [
     row(time::FILE, "a time namespace", "-T", |ids| &mut ids.time_ns_id, Some(&time::Time)),
     row(mnt::FILE, "a mount namespace", "-m", |ids| &mut ids.mnt_ns_id, Some(&mnt::Mnt)),
     row(user::FILE, "a user namespace", "-U", |ids| &mut ids.user_ns_id, Some(&user::User)),
-    row("cgroup", "a cgroup namespace", "-C", |ids| &mut ids.cgroup_ns_id, None),
+    row("cgroup", "a cgroup namespace", "-C", |ids| &mut ids.cgroup_ns_id, Some(&cgroup::Cgroup)),
 ];
 
 /// The namespaces that new children of a thread will be in, if they are others than those of the
@@ -291,6 +294,9 @@ impl std::fmt::Debug for Building<'_> {
 
 /// A namespace during the restore.
 pub trait Restoring: std::fmt::Debug {
+    /// Tells the directories of the cgroups in which the namespace is to be made.
+    fn set_root_cgroups(&self, _roots: Vec<PathBuf>) {}
+
     /// Returns the map of user and group ids, if the namespace has one.
     fn ids(&self) -> Option<IdMap> {
         None
@@ -611,6 +617,11 @@ impl Wanted {
     /// The first failure.
     pub fn finish(&mut self, root: HostPid) -> Result<()> {
         self.0.iter_mut().try_for_each(|(_, _, namespace)| namespace.finish(root))
+    }
+
+    /// Tells the directories of the cgroups in which a cgroup namespace is to be made.
+    pub fn set_root_cgroups(&self, roots: &[PathBuf]) {
+        self.0.iter().for_each(|(_, _, namespace)| namespace.set_root_cgroups(roots.to_vec()));
     }
 
     /// Returns the number of the namespace of a kind, if it is among them. `file` is the name of the

@@ -83,7 +83,7 @@ pub const KINDS: &[Kind] = &[
     Kind { check: Some(|tasks, _| lost::check(tasks)), ..NONE },
     Kind { check: Some(|tasks, options| session::check(tasks, options.sessions)), ..NONE },
     Kind {
-        collector: Some(|_, _, options| cgroup::collector(&options.cgroups)),
+        collector: Some(|tasks, _, options| cgroup::collector(tasks, &options.cgroups)),
         describe: Some(cgroup::describe),
         restorer: Some(|plan, options| cgroup::restorer(plan, &options.cgroups)),
         ..NONE

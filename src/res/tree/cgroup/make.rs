@@ -125,13 +125,13 @@ impl Made {
         Ok(())
     }
 
-    /// Sets the other properties.
+    /// Sets the properties of this time.
     ///
     /// # Errors
     /// [`CgroupError::Property`].
-    pub(super) fn finish(&self) -> Result<(), CgroupError> {
+    pub(super) fn set(&self, when: When) -> Result<(), CgroupError> {
         // Parents first: what children may have depends on them.
-        self.waiting.iter().try_for_each(|(place, entry)| set(place, entry, When::Full))
+        self.waiting.iter().try_for_each(|(place, entry)| set(place, entry, when))
     }
 
     /// Keeps the cgroups: the tree is restored.

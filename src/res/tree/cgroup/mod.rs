@@ -9,19 +9,25 @@ mod make;
 mod properties;
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
 };
 
 use make::Made;
+use properties::When;
 
 use super::{Begun, Collector, Plan, Restorer};
 use crate::{
     image::{self, Kind, SnapshotWriter, proto},
+    inject::Task,
     proc::{self, NoCgroup},
-    res::{ResError, Result, thread},
+    res::{
+        ResError, Result,
+        cgroups::{Set, put, roots_of, set},
+        ns, thread,
+    },
     units::HostPid,
 };
 
@@ -181,21 +187,21 @@ impl Options {
     }
 }
 
-/// The path of a group in each hierarchy. Hierarchies are named as in `/proc/PID/cgroup`.
-type Set = BTreeMap<Vec<u8>, Vec<u8>>;
-
-fn set(of: Vec<proc::Cgroup>) -> Set {
-    of.into_iter().map(|(_, name, path)| (name, path)).collect()
-}
-
 fn own() -> Result<Set> {
     Ok(set(proc::cgroups(HostPid(nix::unistd::getpid().as_raw()))?))
 }
 
 /// Starts with the dumper's own set, or with none if the user ignores cgroups.
-pub(super) fn collector(options: &Options) -> Begun<dyn Collector> {
+pub(super) fn collector(tasks: &[Task], options: &Options) -> Begun<dyn Collector> {
     let known = if options.mode == Mode::Ignore { Vec::new() } else { vec![own()?] };
-    Ok(Box::new(Sets { known, options: options.clone() }))
+    let first = tasks.iter().find(|task| !task.is_zombie()).map(Task::witness);
+    let own = first.filter(|pid| ns::OfTree::look(*pid).number_of("cgroup").is_some());
+    let mut roots = BTreeMap::new();
+    if let Some(pid) = own {
+        let found = roots_of(pid)?.into_iter();
+        roots = found.filter_map(|(name, root)| Some((name, root.ok()?))).collect();
+    }
+    Ok(Box::new(Sets { known, roots, options: options.clone() }))
 }
 
 /// Makes or finds the groups of the tree.
@@ -213,9 +219,29 @@ pub(super) fn restorer(plan: &Plan<'_>, options: &Options) -> Begun<dyn Restorer
     let wanted: Vec<u32> = cores.filter_map(set_of).collect();
     make::move_roots(&mut entry, options, wanted.first().copied());
     let made = Made::make(&entry, options, &proc::mounts()?)?;
-    let mut places = Places::find(&entry, plan.inventory.root_cg_set, wanted.into_iter())?;
+    let mut places = Places::find(&entry, plan.inventory.root_cg_set, wanted.iter().copied())?;
     *places.made.get_mut() = made;
+    if let Some(set) = entry.sets.iter().find(|set| Some(&set.id) == wanted.first()) {
+        plan.namespaces.set_root_cgroups(&roots(set)?);
+    }
     Ok(Box::new(places))
+}
+
+/// Returns the directories of the roots of a cgroup namespace, other than the restorer's own cgroups.
+fn roots(set: &proto::CgSetEntry) -> Result<Vec<PathBuf>> {
+    let (own, mounts) = (own()?, proc::mounts()?);
+    let mut found = Vec::new();
+    for member in &set.ctls {
+        let Some(len) = member.cgns_prefix.filter(|len| *len != 0) else { continue };
+        let Some(path) = member.path.get(..len as usize) else {
+            let name = String::from_utf8_lossy(&member.path).into_owned();
+            return Err(CgroupError::Name { name }.into());
+        };
+        if own.get(&member.name).map(Vec::as_slice) != Some(path) {
+            found.push(directory(&member.name, path, &mounts)?);
+        }
+    }
+    Ok(found)
 }
 
 /// Records the set of the dumper in the inventory.
@@ -228,6 +254,8 @@ pub(super) fn describe(inventory: &mut proto::InventoryEntry) {
 struct Sets {
     /// The dumper's own set first; empty if the user ignores cgroups.
     known: Vec<Set>,
+    /// The roots of the tree's own cgroup namespace.
+    roots: Set,
     options: Options,
 }
 
@@ -243,6 +271,12 @@ impl Sets {
             self.known.len() - 1
         });
         Ok(OWN_SET + u32::try_from(position).expect("fewer than threads"))
+    }
+
+    /// Returns how many bytes of a path lead to the root of the namespace; `None` if it is not there.
+    fn prefix(&self, name: &[u8], path: &[u8]) -> Option<u32> {
+        let root = self.roots.get(name).filter(|root| !matches!(root.as_slice(), b"" | b"/"))?;
+        collect::is_below(path, root).then(|| u32::try_from(root.len()).ok()).flatten()
     }
 }
 
@@ -264,7 +298,7 @@ impl Collector for Sets {
                 .map(|(name, path)| proto::CgMemberEntry {
                     name: name.clone(),
                     path: path.clone(),
-                    cgns_prefix: None,
+                    cgns_prefix: if id == OWN_SET { None } else { self.prefix(name, path) },
                 })
                 .collect(),
         });
@@ -289,6 +323,8 @@ struct Places {
     directories: BTreeMap<(Vec<u8>, Vec<u8>), PathBuf>,
     /// The groups that the restore has made, or whose properties it sets.
     made: RefCell<Made>,
+    /// Whether a process has moved.
+    placed: Cell<bool>,
 }
 
 impl Places {
@@ -341,7 +377,7 @@ impl Places {
 impl Restorer for Places {
     /// Sets the properties that would have been in the way.
     fn finish(&self) -> Result<()> {
-        Ok(self.made.borrow().finish()?)
+        Ok(self.made.borrow().set(When::Full)?)
     }
 
     fn keep(&self) {
@@ -351,6 +387,16 @@ impl Restorer for Places {
     /// Moves a new process or thread into its groups. A process moves before it gets memory,
     /// since the kernel charges memory to the group that the process is in at that time.
     fn born(&self, core: &proto::CoreEntry, pid: HostPid, tid: HostPid) -> Result<()> {
+        self.place(core, pid, tid)?;
+        if !self.placed.replace(true) {
+            self.made.borrow().set(When::Placed)?;
+        }
+        Ok(())
+    }
+}
+
+impl Places {
+    fn place(&self, core: &proto::CoreEntry, pid: HostPid, tid: HostPid) -> Result<()> {
         let Some(wanted) = set_of(core).and_then(|id| self.sets.get(&id)) else { return Ok(()) };
         let now = set(proc::thread_cgroups(pid, tid)?);
         for (name, path) in wanted {
@@ -381,14 +427,6 @@ fn domain(directory: &Path) -> &Path {
         fs::read(directory.join("cgroup.type")).is_ok_and(|kind| kind.trim_ascii() == b"threaded")
     };
     directory.ancestors().find(|directory| !threaded(directory)).unwrap_or(directory)
-}
-
-fn put(pid: HostPid, path: &Path) -> Result<()> {
-    // `fs::write` would create the file.
-    let file = fs::OpenOptions::new().write(true).open(path);
-    let written =
-        file.and_then(|mut file| io::Write::write_all(&mut file, pid.to_string().as_bytes()));
-    Ok(written.map_err(|source| CgroupError::Move { pid, path: path.to_owned(), source })?)
 }
 
 /// Returns the name of a hierarchy for messages.

@@ -9,6 +9,9 @@ use crate::image::proto::{CgroupPerms, CgroupPropEntry};
 pub(super) enum When {
     /// When the cgroup is made: with processes in it, the kernel refuses.
     Empty,
+    /// When the root process is in its cgroup, and in its cgroup namespace: in version 2, a cgroup whose
+    /// controllers are given to its children takes no process, so the namespace could not begin there.
+    Placed,
     /// When the processes have been made: before, a limit could be in the way.
     Full,
 }
@@ -227,7 +230,12 @@ pub(super) struct Unset {
 /// # Errors
 /// The first property that cannot be set.
 pub(super) fn set(directory: &Path, wanted: &[CgroupPropEntry], when: When) -> Result<(), Unset> {
-    for property in PROPERTIES.iter().filter(|property| property.when == when) {
+    let is_unified = directory.join("cgroup.controllers").exists();
+    let of_time = |property: &&Property| match property.when {
+        When::Empty if is_unified && property.name != "cgroup.type" => when == When::Placed,
+        of_property => of_property == when,
+    };
+    for property in PROPERTIES.iter().filter(of_time) {
         let entry = wanted.iter().find(|entry| entry.name == property.name.as_bytes());
         let Some(entry) = entry else { continue };
         let value = String::from_utf8_lossy(&entry.value).into_owned();
