@@ -148,7 +148,7 @@ pub(super) const ROWS: &[Row] = &[
     harmless("deprecated", ALL, "no feature needs it"),
     // Cgroups
     built("manage-cgroups", BOTH),
-    refused("freeze-cgroup", DUMPS, "leave it out: the tree is stopped by ptrace"),
+    harmless("freeze-cgroup", DUMPS, "ptrace stops the tree; a cgroup that is frozen is named"),
     built("cgroup-root", BOTH),
     refused("cgroup-props", BOTH, CGROUPS),
     refused("cgroup-props-file", BOTH, CGROUPS),

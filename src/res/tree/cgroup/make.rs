@@ -112,6 +112,13 @@ impl Made {
     /// Makes a cgroup, and those above it.
     fn make_all(&mut self, place: &Path) -> io::Result<()> {
         let missing: Vec<_> = place.ancestors().take_while(|above| !above.is_dir()).collect();
+        if missing.len() > 1 {
+            log::warn!(
+                "{}: the cgroups above it that were missing have no limits: they are not the tree's, so \
+                 the images do not have them",
+                place.display()
+            );
+        }
         for path in missing.into_iter().rev() {
             if self.new.len() >= MOST {
                 return Err(io::Error::other(format!("the images have more than {MOST} cgroups")));
