@@ -13,6 +13,7 @@ use super::{
     await_end, await_stop, session::free_place,
 };
 use crate::{
+    causes::with_sources,
     proc,
     sys::process::{self, CloneArguments},
     units::{HostPid, NsPid},
@@ -83,15 +84,16 @@ impl Helpers {
             return Ok(Helper(Body::First(self.clone())));
         }
         let arguments = CloneArguments {
-            flags: CLONE_CLEAR_SIGHAND
-                | CLONE_FILES
-                | u64::from(libc::CLONE_PARENT.cast_unsigned()),
+            // A child: the first process of a pid namespace cannot have siblings (clone(2)).
+            flags: CLONE_CLEAR_SIGHAND | CLONE_FILES,
             ..CloneArguments::default()
         };
         let wanted = Wanted { pid, in_own_namespace: first.in_own_namespace, arguments };
         let tid = wanted.make(&first.scratch, &mut first.tracee)?;
         // It has a copy of the memory of its maker.
-        Ok(Helper(Body::Own { tracee: Box::new(await_stop(tid)?), scratch: first.scratch }))
+        let tracee = Box::new(await_stop(tid)?);
+        let maker = Some((self.clone(), pid));
+        Ok(Helper(Body::Own { tracee, scratch: first.scratch, maker }))
     }
 }
 
@@ -105,7 +107,12 @@ pub struct Helper(Body);
 
 #[derive(Debug)]
 enum Body {
-    Own { tracee: Box<Tracee>, scratch: Scratch },
+    Own {
+        tracee: Box<Tracee>,
+        scratch: Scratch,
+        /// The process that has to reap it, unless rcriu does, and its pid there.
+        maker: Option<(Helpers, NsPid)>,
+    },
     First(Helpers),
 }
 
@@ -177,13 +184,13 @@ impl Helper {
         let mappings = proc::maps(pid)?;
         let scratch = Scratch::map(&mut tracee, &mappings, free_place(&mappings), TABLE_BYTES)?;
         std::mem::forget(kill);
-        Ok(Self(Body::Own { tracee: Box::new(tracee), scratch }))
+        Ok(Self(Body::Own { tracee: Box::new(tracee), scratch, maker: None }))
     }
 
     /// Has the helper make the calls of a script, like [`Scratch::run`].
     pub fn run(&mut self, script: &Script) -> Result<Answers> {
         match &mut self.0 {
-            Body::Own { tracee, scratch } => scratch.run(tracee, script),
+            Body::Own { tracee, scratch, .. } => scratch.run(tracee, script),
             Body::First(helpers) => helpers.run_first(script),
         }
     }
@@ -191,8 +198,15 @@ impl Helper {
 
 impl Drop for Helper {
     fn drop(&mut self) {
-        if let Body::Own { tracee, .. } = &self.0 {
-            drop(Kill(tracee.tid));
+        let Body::Own { tracee, maker, .. } = &self.0 else { return };
+        drop(Kill(tracee.tid));
+        if let Some((maker, pid)) = maker {
+            let mut script = Script::new();
+            let arguments = [(*pid).into(), 0.into(), libc::__WALL.into(), 0.into()];
+            script.call("reap a helper", libc::SYS_wait4, &arguments);
+            if let Err(error) = maker.run_first(&script) {
+                log::warn!("helper {pid}: {}", with_sources(&error));
+            }
         }
     }
 }
