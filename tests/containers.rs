@@ -1,0 +1,278 @@
+//! Containers of runc and Podman, which call rcriu as they call criu.
+//!
+//! Their root file system is that of busybox. A container counts; whoever is restored counts on. All of
+//! it needs root.
+
+mod common;
+
+use std::{
+    fs,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+};
+
+use common::{
+    Cap,
+    live::{directory, engine, wait_for},
+    mounted::Mounted,
+    require, slow,
+};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// The commands of busybox that the containers use.
+const COMMANDS: &[&str] = &["sh", "sleep", "cat", "ps", "nc"];
+
+/// Counts in a file, and in one on a tmpfs, five times a second.
+const COUNT: &str = "i=0; while true; do i=$((i+1)); echo $i >/tmp/count; echo $i >/dev/shm/count; \
+                     sleep 0.2; done";
+
+/// Makes a root file system of busybox.
+fn root_file_system(at: &Path) {
+    for dir in ["bin", "proc", "sys", "dev", "etc", "tmp", "root"] {
+        fs::create_dir_all(at.join(dir)).unwrap();
+    }
+    fs::copy("/bin/busybox", at.join("bin/busybox")).unwrap();
+    for command in COMMANDS {
+        symlink("busybox", at.join("bin").join(command)).unwrap();
+    }
+}
+
+fn needs() {
+    require(Cap::Ptrace);
+    require(Cap::Program("runc"));
+    require(Cap::Program("busybox"));
+}
+
+/// What a failed run must not leave behind: mounts, devices, cgroups.
+fn surroundings() -> Vec<String> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let devices = fs::read_to_string("/proc/self/net/dev").unwrap();
+    let names = |line: &str| line.split(':').next().unwrap_or_default().trim().to_owned();
+    let mut all: Vec<String> = mounts.lines().map(str::to_owned).collect();
+    all.extend(devices.lines().map(names));
+    all
+}
+
+/// A container of runc.
+struct Container {
+    dir: TempDir,
+    id: String,
+}
+
+impl Container {
+    /// Starts a container that executes a command of the shell; `edit` changes its configuration.
+    fn start(command: &str, edit: impl FnOnce(&mut Value)) -> Self {
+        let dir = directory();
+        // Names of containers are those of cgroups, too.
+        let name = dir.path().file_name().unwrap().to_str().unwrap();
+        let id: String = name.chars().filter(char::is_ascii_alphanumeric).collect();
+        let container = Self { id, dir };
+        root_file_system(&container.path("bundle/rootfs"));
+        let made = Command::new("runc").arg("spec").current_dir(container.path("bundle")).status();
+        assert!(made.unwrap().success());
+        let file = container.path("bundle/config.json");
+        let mut config: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+        config["process"]["terminal"] = json!(false);
+        config["process"]["args"] = json!(["/bin/sh", "-c", command]);
+        config["root"]["readonly"] = json!(false);
+        edit(&mut config);
+        fs::write(&file, config.to_string()).unwrap();
+        fs::create_dir(container.path("work")).unwrap();
+        let bundle = container.path("bundle");
+        let output = container.runc("run", &["-d", "-b", bundle.to_str().unwrap()]);
+        assert!(output.status.success(), "{}", container.complaint(&output));
+        container
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Runs a command of runc on the container.
+    fn runc(&self, command: &str, arguments: &[&str]) -> Output {
+        let out = fs::File::create(self.path("output")).unwrap();
+        let status = Command::new("runc")
+            .arg("--root")
+            .arg(self.path("state"))
+            .arg("--criu")
+            .arg(engine())
+            .arg(command)
+            .args(arguments)
+            .arg(&self.id)
+            .stdin(Stdio::null())
+            // A restored container would keep pipes of ours open.
+            .stdout(Stdio::null())
+            .stderr(out)
+            .status()
+            .unwrap();
+        Output { status, stdout: Vec::new(), stderr: fs::read(self.path("output")).unwrap() }
+    }
+
+    fn complaint(&self, output: &Output) -> String {
+        let mut text = String::from_utf8_lossy(&output.stderr).into_owned();
+        for log in ["dump.log", "restore.log"] {
+            text += &fs::read_to_string(self.path("work").join(log)).unwrap_or_default();
+        }
+        text
+    }
+
+    fn checkpoint(&self, images: &str, arguments: &[&str]) {
+        fs::create_dir_all(self.path(images)).unwrap();
+        self.with_images("checkpoint", &self.path(images), arguments);
+    }
+
+    fn restore(&self, images: &Path, arguments: &[&str]) {
+        let bundle = self.path("bundle");
+        let arguments = [&["-d", "-b", bundle.to_str().unwrap()], arguments].concat();
+        self.with_images("restore", images, &arguments);
+    }
+
+    fn with_images(&self, command: &str, images: &Path, arguments: &[&str]) {
+        let work = self.path("work");
+        let mut all = vec!["--image-path", images.to_str().unwrap()];
+        all.extend(["--work-path", work.to_str().unwrap()]);
+        all.extend(arguments);
+        let output = self.runc(command, &all);
+        assert!(output.status.success(), "{command}: {}", self.complaint(&output));
+    }
+
+    fn count(&self) -> u64 {
+        let text = fs::read_to_string(self.path("bundle/rootfs/tmp/count")).unwrap_or_default();
+        text.trim().parse().unwrap_or(0)
+    }
+
+    /// Waits until the container has counted on, and returns how far.
+    fn counts_on(&self) -> u64 {
+        let from = self.count();
+        wait_for("the container to count", || self.count() > from + 1);
+        self.count()
+    }
+
+    /// Returns what a command of the shell prints in the container.
+    fn exec(&self, command: &str) -> String {
+        let output = Command::new("runc")
+            .arg("--root")
+            .arg(self.path("state"))
+            .args(["exec", &self.id, "/bin/sh", "-c", command])
+            .output()
+            .unwrap();
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+}
+
+impl Drop for Container {
+    fn drop(&mut self) {
+        let output = self.runc("delete", &["-f"]);
+        if !output.status.success() {
+            eprintln!("runc delete: {}", self.complaint(&output));
+        }
+    }
+}
+
+#[test]
+fn privileged_runc_checkpoints_and_restores_twice() {
+    needs();
+    let before = surroundings();
+    let container = Container::start(COUNT, |_| {});
+    container.counts_on();
+    container.checkpoint("running", &["--leave-running"]);
+    let mut reached = container.counts_on();
+    for images in ["1", "2"] {
+        container.checkpoint(images, &[]);
+        container.restore(&container.path(images), &[]);
+        let now = container.counts_on();
+        assert!(now > reached, "{now} after {reached}");
+        reached = now;
+        let seen = container.exec("ps; cat /dev/shm/count; cat /proc/self/mountinfo");
+        assert!(seen.contains("sleep 0.2") && seen.contains("/dev/shm"), "{seen}");
+    }
+    drop(container);
+    assert_eq!(surroundings(), before);
+}
+
+/// What CRIU cannot do on kernels without soft-dirty bits.
+#[test]
+fn privileged_pre_dumps_of_runc_make_a_chain_that_is_restored_from_a_mount() {
+    needs();
+    require(Cap::Fuse);
+    let container = Container::start(COUNT, |_| {});
+    container.counts_on();
+    container.checkpoint("1", &["--pre-dump"]);
+    container.checkpoint("2", &["--pre-dump", "--parent-path", "../1"]);
+    let reached = container.counts_on();
+    container.checkpoint("3", &["--parent-path", "../2"]);
+    assert_eq!(fs::read_link(container.path("3/parent")).unwrap(), Path::new("../2"));
+    {
+        let point = container.path("mount");
+        let _mounted = Mounted::new(&container.path("3"), &point, &[]);
+        // runc reads its own file of descriptors there, too.
+        container.restore(&point, &[]);
+    }
+    assert!(container.counts_on() > reached);
+}
+
+/// A private network namespace: 1.1.5 with CRIU cannot keep connections in one.
+#[test]
+fn privileged_connections_in_a_network_namespace_of_runc_go_on() {
+    needs();
+    const TALK: &str = "ip link set lo up; (while true; do nc -l -p 7 </dev/null; done) & \
+                        sleep 0.5; i=0; (while true; do i=$((i+1)); echo $i; echo $i >/tmp/count; \
+                        sleep 0.2; done) | nc 127.0.0.1 7";
+    let container = Container::start(TALK, |config| {
+        // Setting up the loopback device.
+        for set in ["bounding", "effective", "permitted"] {
+            let set = &mut config["process"]["capabilities"][set];
+            set.as_array_mut().unwrap().push(json!("CAP_NET_ADMIN"));
+        }
+    });
+    symlink("busybox", container.path("bundle/rootfs/bin/ip")).ok();
+    let reached = container.counts_on();
+    container.checkpoint("1", &["--tcp-established"]);
+    container.restore(&container.path("1"), &["--tcp-established"]);
+    assert!(container.counts_on() > reached);
+}
+
+/// Podman finds `criu` in the search path.
+#[test]
+fn privileged_podman_checkpoints_exports_and_imports() {
+    needs();
+    slow();
+    require(Cap::Program("podman"));
+    let dir = directory();
+    let path = |name: &str| dir.path().join(name);
+    fs::create_dir(path("bin")).unwrap();
+    symlink(engine(), path("bin/criu")).unwrap();
+    root_file_system(&path("rootfs"));
+    const CONFIGURATION: &str = "[containers]\ndefault_ulimits=[\"nofile=1024:1024\",\"nproc=1024:1024\"]\n\
+                                 [engine]\ncgroup_manager=\"cgroupfs\"\nevents_logger=\"file\"\nruntime=\"runc\"\n";
+    fs::write(path("containers.conf"), CONFIGURATION).unwrap();
+    let script = format!(
+        "set -eu
+         export PATH={bin}:$PATH CONTAINERS_CONF={conf}
+         P='podman --root {dir}/root --runroot {dir}/run --storage-driver vfs'
+         trap '$P rm -af -t 0 >/dev/null; $P rmi -af >/dev/null' EXIT
+         tar -C {rootfs} -c . | $P import - rcriu-test:1 >/dev/null
+         reached() {{ $P logs $1 | tail -1; }}
+         on() {{ n=$(reached $1); sleep 1; test $(reached $1) -gt $n; test $n -ge $2; }}
+         $P run -d --name one --network none rcriu-test:1 sh -c \
+             'i=0; while true; do i=$((i+1)); echo $i; sleep 0.2; done' >/dev/null
+         on one 0
+         $P container checkpoint one; $P container restore one; on one 5
+         for how in zstd gzip none; do
+             n=$(reached one)
+             $P container checkpoint --compress $how -e {dir}/archive one; $P rm one >/dev/null
+             $P container restore -i {dir}/archive -n one; on one 0
+         done
+         $P container checkpoint -P -e {dir}/before one
+         $P container checkpoint --with-previous -e {dir}/last one; $P rm one >/dev/null
+         $P container restore --import-previous {dir}/before -i {dir}/last -n one; on one 0",
+        bin = path("bin").display(),
+        conf = path("containers.conf").display(),
+        dir = dir.path().display(),
+        rootfs = path("rootfs").display(),
+    );
+    let output = Command::new("bash").args(["-c", &script]).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
