@@ -11,7 +11,10 @@ mod common;
 use std::{
     collections::BTreeSet,
     fs::{self, File},
-    os::unix::{fs::FileExt, net::UnixDatagram},
+    os::unix::{
+        fs::{FileExt, FileTypeExt},
+        net::UnixDatagram,
+    },
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
     thread,
@@ -157,6 +160,10 @@ const ROWS: &[Row] = &[
         ],
     ),
     (&["show"], &[("pretty", pretty), ("verbose", says_no_less)]),
+    (
+        &["service"],
+        &[("address", service), ("pidfile", service), ("daemon", service), ("work-dir", service)],
+    ),
     (&["ls"], &[("duplicates", duplicates), ("json", json)]),
     (&["imgfs check"], &[("json", json)]),
     (&["diff"], &[("json", json), ("quiet", quiet)]),
@@ -402,6 +409,7 @@ groups! {
     privileged_options_of_pre_dump ["pre-dump"];
     privileged_options_of_restore ["restore"];
     options_of_check_and_show ["check", "show"];
+    options_of_the_service ["service"];
     options_of_dedup ["dedup"];
     options_of_imgfs [
         "imgfs", "ls", "imgfs check", "diff", "flatten", "pack", "ps", "fds", "maps", "info", "cat", "get",
@@ -594,6 +602,20 @@ fn shell_job(command: &str) {
 }
 
 /// A process in the middle of vfork(2) can't be stopped.
+/// The service returns once it waits at its name, in the directory that it was given.
+fn service(_: &str) {
+    let dir = directory();
+    let mut command = Command::new(RCRIU);
+    command.args(["service", "--daemon", "--address", "socket", "--pidfile", "pid"]);
+    assert!(command.arg("--work-dir").arg(dir.path()).status().unwrap().success());
+    let pid = fs::read_to_string(dir.path().join("pid")).unwrap();
+    let pid = Pid::from_raw(pid.parse().unwrap());
+    let cwd = fs::read_link(format!("/proc/{pid}/fd/0")).unwrap();
+    let is_socket = fs::metadata(dir.path().join("socket")).unwrap().file_type().is_socket();
+    kill(pid, Signal::SIGKILL).unwrap();
+    assert!(is_socket && cwd == Path::new("/dev/null"));
+}
+
 fn timeout(command: &str) {
     // The child waits for a writer, so its parent stays in vfork(2).
     let script = "import ctypes, os, signal\n\
