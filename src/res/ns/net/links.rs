@@ -314,7 +314,7 @@ pub(super) fn shown(name: &[u8]) -> String {
     String::from_utf8_lossy(name).into_owned()
 }
 
-fn is_loopback(device: &NetDeviceEntry) -> bool {
+pub(super) fn is_loopback(device: &NetDeviceEntry) -> bool {
     device.r#type == i32::from(NdType::Loopback)
 }
 

@@ -13,7 +13,7 @@ mod outside;
 mod routes;
 mod sysctl;
 
-use std::{fmt::Display, io::Read};
+use std::{fmt::Display, io::Read, os::fd::OwnedFd};
 
 use nix::libc;
 
@@ -65,7 +65,14 @@ impl Namespace for Net {
             return Ok(images.write(Kind::Netns, number.into(), &[entry])?);
         }
         if options.network.is_empty {
-            return Ok(());
+            // The loopback device is there in any namespace, and connections within it need it.
+            let here =
+                outside::Here::look().map_err(failed("list the devices beside those of", pid))?;
+            let _visit = enter(pid)?;
+            let mut devices =
+                links::dump(number, &here).map_err(failed("list the devices of", pid))?;
+            devices.retain(links::is_loopback);
+            return Ok(images.write(Kind::Netdev, number.into(), &devices)?);
         }
         // Made by a thread of its own, so before this one moves.
         let fresh = sysctl::of_new_namespace(pid)?;
@@ -97,11 +104,13 @@ impl Namespace for Net {
         if let Some(name) = &entry.ext_key {
             return options.provided(number, name);
         }
-        if options.is_empty {
-            return Ok(Box::new(Empty));
-        }
         let mut devices: Vec<NetDeviceEntry> =
             images.messages_if_any(Kind::Netdev, number.into())?.unwrap_or_default();
+        if options.is_empty {
+            devices.retain(links::is_loopback);
+            links::check(&devices).map_err(|problem: String| wrong(number, &problem))?;
+            return Ok(Box::new(Empty { number, devices }));
+        }
         devices.iter_mut().for_each(|device| options.apply(device));
         let problem = |problem: String| wrong(number, &problem);
         links::check(&devices).map_err(problem)?;
@@ -111,11 +120,23 @@ impl Namespace for Net {
     }
 }
 
-/// A network namespace that stays as it is made.
+/// A network namespace that stays as it is made, but for its loopback device.
 #[derive(Debug)]
-struct Empty;
+struct Empty {
+    number: u32,
+    devices: Vec<NetDeviceEntry>,
+}
 
-impl Restoring for Empty {}
+impl Restoring for Empty {
+    fn build(&mut self, first: HostPid) -> Result<()> {
+        let number = self.number;
+        let problem = |what: Problem| ResError::Namespace { number, problem: what.0 };
+        let here = open_here(first)?;
+        let _visit = enter(first)?;
+        links::make(&self.devices, &here).map_err(problem)?;
+        links::start(&self.devices).map_err(problem)
+    }
+}
 
 /// Returns the name of the namespace of a process, if it stays outside of the images.
 fn external(pid: HostPid, options: &Options) -> Result<Option<&str>> {
@@ -136,11 +157,7 @@ impl Restoring for Network {
     fn build(&mut self, first: HostPid) -> Result<()> {
         let number = self.number;
         let problem = |what: Problem| ResError::Namespace { number, problem: what.0 };
-        let here = outside::open().map_err(|source| ResError::Process {
-            pid: first,
-            step: "open the network namespace beside that of",
-            source,
-        })?;
+        let here = open_here(first)?;
         let _visit = enter(first)?;
         sysctl::write_common(&self.entry);
         links::make(&self.devices, &here).map_err(problem)?;
@@ -170,6 +187,12 @@ impl Problem {
     fn about(what: impl Display) -> impl FnOnce(TalkError) -> Self {
         move |error| Self(format!("{what}: {error}"))
     }
+}
+
+/// Opens the network namespace of rcriu, beside which a process is in one of its own.
+fn open_here(first: HostPid) -> Result<OwnedFd> {
+    let step = "open the network namespace beside that of";
+    outside::open().map_err(|source| ResError::Process { pid: first, step, source })
 }
 
 /// Moves the calling thread into the network namespace of a process.
