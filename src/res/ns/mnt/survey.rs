@@ -15,6 +15,7 @@ use nix::{
 
 use super::{Content, FileSystem, Options, below};
 use crate::{
+    causes::tell,
     proc::{self, Mount},
     res::{ResError, Result},
     sys::visit,
@@ -237,6 +238,15 @@ impl Survey<'_> {
                 let help = "allow that with --enable-external-sharing, or make it private (mount \
                             --make-private)";
                 return Err(self.refused(mount, &what, help));
+            }
+            if mount.shared != 0 && outside.contains(&mount.shared) {
+                let message = format!(
+                    "mount {} shares events with mounts outside (group {}); after a restore it shares \
+                     them only with the mounts of the tree",
+                    mount.point.display(),
+                    mount.shared
+                );
+                tell(log::Level::Warn, &message);
             }
             let has_master = mount.master != 0 && !groups.contains_key(&mount.master);
             if has_master && !self.options.masters {
