@@ -449,6 +449,32 @@
 //! the daemon of the mount has done so. Commands that only read, such as `imgfs ls` and
 //! `check`, lock nothing, and CRIU does not know these locks.
 //!
+//! # Namespaces
+//!
+//! rcriu looks into a namespace of a tree by two ways. A process of the tree makes calls, as for
+//! everything else that only a process can tell. Or one thread of rcriu enters the namespace
+//! ([`crate::sys::visit`]) and comes back: a thread, rather than a process that serves requests,
+//! since it executes nothing there, has all of rcriu's descriptors, and returns what it found
+//! without a protocol. Only a user namespace takes a process with one thread; nothing is looked at
+//! in there, since ids are translated ([`crate::units::PidMap`] has them with the pids). Paths of a
+//! tree with a mount namespace are looked up below the root directory of the tree, by
+//! `openat2(2)`, which never leaves it ([`crate::sys::root`]).
+//!
+//! A restore of a tree with namespaces makes the first process before it opens any file. The kernel
+//! makes the namespaces with it, so that all of them belong to the tree's user namespace. The process
+//! shares rcriu's descriptors: a socket that rcriu makes in the tree's network namespace, or a file
+//! that it opens below the tree's root, is in its table. When all files are open it gets a copy of
+//! the table (`unshare(CLONE_FILES)`), and its descendants inherit that.
+//!
+//! The first process of a pid namespace ends last: the kernel keeps it until all others have been
+//! waited for. So code that kills a tree waits for its processes in whatever order they end.
+//!
+//! # The service
+//!
+//! A request of CRIU's protocol ([`crate::proto::rpc`]) becomes options of the command line, by their
+//! names. So both have the same options, refusals and configuration files, and a new option is known
+//! to clients as soon as its field is in the table of fields.
+//!
 //! # Invariants
 //!
 //! - Numbers of processes in images, and in calls that processes of the tree make, are those of
