@@ -172,7 +172,8 @@ fn restore(
         puppets = Some(Puppets::begin(plan, ground)?);
     }
     let mut files = plan.installer(file_options);
-    if let Some(puppets) = &puppets {
+    if let Some(puppets) = &mut puppets {
+        files.opened.masters.get_mut().append(&mut puppets.masters);
         files.opened.helpers = puppets.makers.clone();
         if let Some(number) = plan.namespaces.borrow().number_of("net") {
             files.opened.add_network(number, puppets.first_pid())?;

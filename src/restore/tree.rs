@@ -1,6 +1,12 @@
 //! Makes the processes of a tree, each by its maker ([`crate::image::tree::Births`]).
 
-use std::{collections::HashMap, fs::File, os::fd::AsFd, path::PathBuf};
+use std::{
+    cell::RefCell,
+    collections::HashMap,
+    fs::File,
+    os::fd::{AsFd, OwnedFd},
+    path::PathBuf,
+};
 
 use nix::{errno::Errno, libc};
 
@@ -82,6 +88,8 @@ pub(super) struct Puppets<'a> {
     pub(super) tasks: Vec<Option<Puppet>>,
     pub(super) helpers: Vec<Helper>,
     pub(super) scratch: Scratch,
+    /// Masters of pseudoterminals that are open already.
+    pub(super) masters: Vec<OwnedFd>,
     shell_job: bool,
     pub(super) leave_stopped: bool,
     pub(super) released: bool,
@@ -134,6 +142,7 @@ impl<'a> Puppets<'a> {
             tasks: (0..plan.tasks.len()).map(|_| None).collect(),
             helpers: Vec::new(),
             scratch,
+            masters: Vec::new(),
             shell_job: ground.relations.shell_job,
             leave_stopped: ground.leave_stopped,
             released: false,
@@ -227,8 +236,11 @@ impl<'a> Puppets<'a> {
         self.makers = Helpers::of_first(self.first.take().expect("it was made"));
         let helpers = &self.makers;
         let run = |script: &Script| helpers.run_first(script);
-        let on = Building { first: tid, run: &run, images: self.plan.images() };
-        Ok(namespaces.build(&on)?)
+        let masters = RefCell::default();
+        let on = Building { first: tid, run: &run, images: self.plan.images(), masters: &masters };
+        namespaces.build(&on)?;
+        self.masters = masters.into_inner();
+        Ok(())
     }
 
     /// Makes the process that lends descriptors to the tree, if it has a user namespace of its own.

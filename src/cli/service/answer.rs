@@ -20,6 +20,7 @@ use crate::{
     proto::rpc::{
         CriuDumpResp, CriuFeatures, CriuReq, CriuReqType, CriuResp, CriuRestoreResp, CriuVersion,
     },
+    res::file::TakeMaster,
     restore::RestoreError,
     sys::Features,
     units::HostPid,
@@ -161,7 +162,9 @@ impl Answerer {
         let notified = opts.notify_scripts == Some(true);
         let client = notified.then(|| Arc::clone(&self.channel) as Arc<dyn Client>);
         let request::Words { options, config, operands } = words;
-        let requested = Requested { options, config, operands, log, client };
+        let takes = opts.orphan_pts_master == Some(true);
+        let taker = takes.then(|| Arc::clone(&self.channel) as Arc<dyn TakeMaster>);
+        let requested = Requested { options, config, operands, log, client, taker };
         task::run_for_client(task, requested, &mut reply)
     }
 

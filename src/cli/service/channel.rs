@@ -1,8 +1,9 @@
 //! The socket of a client: one message a packet.
 
 use std::{
-    fmt, io,
-    os::fd::{AsFd, AsRawFd, OwnedFd},
+    fmt,
+    io::{self, IoSlice},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
     sync::Mutex,
 };
 
@@ -10,8 +11,8 @@ use anyhow::{Context, bail};
 use nix::{
     errno::Errno,
     sys::socket::{
-        AddressFamily, MsgFlags, SockType, SockaddrLike, SockaddrStorage, getsockname, getsockopt,
-        recv, send, sockopt,
+        AddressFamily, ControlMessage, MsgFlags, SockType, SockaddrLike, SockaddrStorage,
+        getsockname, getsockopt, recv, sendmsg, sockopt,
     },
 };
 use prost::Message;
@@ -19,6 +20,7 @@ use prost::Message;
 use crate::{
     action::{Client, Stage},
     proto::rpc::{CriuNotify, CriuReq, CriuReqType, CriuResp},
+    res::file::TakeMaster,
     units::HostPid,
 };
 
@@ -94,8 +96,16 @@ impl Channel {
     /// # Errors
     /// The client is gone.
     pub(super) fn send(&self, response: &CriuResp) -> io::Result<()> {
+        self.send_with(response, &[])
+    }
+
+    fn send_with(&self, response: &CriuResp, fds: &[RawFd]) -> io::Result<()> {
         let packet = response.encode_to_vec();
-        send(self.socket.as_raw_fd(), &packet, MsgFlags::MSG_NOSIGNAL)?;
+        let rights = [ControlMessage::ScmRights(fds)];
+        let rights = if fds.is_empty() { &[] } else { &rights[..] };
+        let bytes = [IoSlice::new(&packet)];
+        let socket = self.socket.as_raw_fd();
+        sendmsg::<()>(socket, &bytes, rights, MsgFlags::MSG_NOSIGNAL, None)?;
         Ok(())
     }
 
@@ -105,20 +115,36 @@ impl Channel {
     }
 }
 
+/// The notification that comes with the master of a pseudoterminal.
+const ORPHAN_MASTER: &str = "orphan-pts-master";
+
 impl Client for Channel {
     fn notify(&self, stage: Stage, root: Option<HostPid>) -> Result<(), String> {
+        self.ask(stage.name(), root, &[])
+    }
+}
+
+impl TakeMaster for Channel {
+    fn take(&self, master: BorrowedFd<'_>) -> Result<(), String> {
+        self.ask(ORPHAN_MASTER, None, &[master.as_raw_fd()])
+    }
+}
+
+impl Channel {
+    /// Notifies the client, which also gets descriptors, and waits until it has agreed.
+    fn ask(&self, script: &str, root: Option<HostPid>, fds: &[RawFd]) -> Result<(), String> {
         let _asking = self.asking.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let failed = |error: &dyn fmt::Display| error.to_string();
-        self.send(&CriuResp {
+        let response = CriuResp {
             r#type: CriuReqType::Notify.into(),
             success: true,
             notify: Some(CriuNotify {
-                script: Some(stage.name().as_bytes().to_vec()),
+                script: Some(script.as_bytes().to_vec()),
                 pid: root.map(|root| root.0),
             }),
             ..CriuResp::default()
-        })
-        .map_err(|error| failed(&error))?;
+        };
+        self.send_with(&response, fds).map_err(|error| failed(&error))?;
         let answer = self.receive().map_err(|error| failed(&format!("{error:#}")))?;
         match answer {
             None => Err("it has closed the socket instead of an answer".to_owned()),
@@ -135,7 +161,7 @@ impl Client for Channel {
 
 #[cfg(test)]
 mod tests {
-    use nix::sys::socket::{SockFlag, socketpair};
+    use nix::sys::socket::{SockFlag, send, socketpair};
 
     use super::*;
 

@@ -20,8 +20,8 @@ use crate::{
     res::{
         file::{
             Connections, ConnectionsToDump, ConnectionsToRestore, DumpOptions, External,
-            GhostOptions, Inherited, LockOptions, PacketLock, RestoreOptions, TerminalOptions,
-            UnixOptions, Validation, WatchOptions,
+            GhostOptions, Inherited, LockOptions, Orphans, PacketLock, RestoreOptions,
+            TerminalOptions, UnixOptions, Validation, WatchOptions,
         },
         ns::{self, mnt, net},
         tree::{self, cgroup, session},
@@ -244,6 +244,7 @@ pub(super) fn restore_options(args: &TaskArgs) -> Result<restore::Options, Usage
         namespaces: namespaces(args),
         files: RestoreOptions {
             terminals: TerminalOptions::new(args.tree.shell_job),
+            orphans: Orphans::default(),
             unix: unix(args),
             connections: ConnectionsToRestore::new(wanted_connections(args)),
             validation: validation(args),

@@ -45,6 +45,8 @@ pub(in crate::cli) struct Requested {
     pub log: Option<PathBuf>,
     /// The client, if it is to be notified of stages.
     pub client: Option<Arc<dyn Client>>,
+    /// The client, if it takes masters of pseudoterminals.
+    pub taker: Option<Arc<dyn file::TakeMaster>>,
 }
 
 /// Runs a task for a client, and returns the exit code. Calls `reply` once, maybe in a child, with the
@@ -54,7 +56,8 @@ pub(in crate::cli) fn run_for_client(
     requested: Requested,
     reply: &mut dyn FnMut(anyhow::Result<Option<HostPid>>),
 ) -> u8 {
-    let (client, log) = (requested.client.clone(), requested.log.clone());
+    let (client, taker) = (requested.client.clone(), requested.taker.clone());
+    let log = requested.log.clone();
     let prepared = prepare_request(task, requested).and_then(|(args, given)| {
         let work = match task {
             Task::Dump => convert::dump_options(&args, false).map(Work::Dump),
@@ -62,7 +65,7 @@ pub(in crate::cli) fn run_for_client(
             Task::Restore => convert::restore_options(&args).map(Work::Restore),
             Task::Check | Task::Dedup => unreachable!("they are no tasks of clients"),
         };
-        Ok((work?.with_client(client), args, given))
+        Ok((work?.with_client(client, taker), args, given))
     });
     let (work, args, given) = match prepared {
         Ok(prepared) => prepared,
@@ -113,7 +116,7 @@ pub(in crate::cli) fn refuse_client(
 /// Returns the parsed options of a request, with those of configuration files: the default ones come
 /// before the request, and the one that it names after it.
 fn prepare_request(task: Task, requested: Requested) -> anyhow::Result<(TaskWords, Vec<Given>)> {
-    let Requested { options, config, operands, log: _, client: _ } = requested;
+    let Requested { options, config, operands, .. } = requested;
     let specs = Specs::of(&TaskArgs::augment_args(Command::new("task")));
     let mut all = Sources::of(&Arranged::default()).read(&specs)?;
     for (name, value) in options {
@@ -252,18 +255,23 @@ fn start_log(task: Task, args: &TaskArgs, given: &[Given], style: Style) -> anyh
 }
 
 impl Work {
-    /// Has a client notified of the stages.
-    fn with_client(self, client: Option<Arc<dyn Client>>) -> Self {
-        match self {
-            Self::Dump(options) => Self::Dump(dump::Options {
-                actions: options.actions.clone().with_client(client),
-                ..options
-            }),
-            Self::Restore(options) => Self::Restore(restore::Options {
-                actions: options.actions.clone().with_client(client),
-                ..options
-            }),
+    /// Has a client notified of the stages, and has it take the masters of pseudoterminals.
+    fn with_client(
+        mut self,
+        client: Option<Arc<dyn Client>>,
+        taker: Option<Arc<dyn file::TakeMaster>>,
+    ) -> Self {
+        match &mut self {
+            Self::Dump(options) => {
+                options.actions = options.actions.clone().with_client(client);
+                options.files.terminals = options.files.terminals.orphans(taker.is_some());
+            }
+            Self::Restore(options) => {
+                options.actions = options.actions.clone().with_client(client);
+                options.files.orphans = file::Orphans::new(taker);
+            }
         }
+        self
     }
 
     /// Does the work, and returns the root of a restored tree.

@@ -12,8 +12,8 @@ use crate::{
     res::{
         file::{
             Connections, ConnectionsToDump, ConnectionsToRestore, DumpOptions, External,
-            GhostOptions, Inherited, LockOptions, PacketLock, RestoreOptions, TerminalOptions,
-            UnixOptions, Validation, WatchOptions,
+            GhostOptions, Inherited, LockOptions, Orphans, PacketLock, RestoreOptions,
+            TerminalOptions, UnixOptions, Validation, WatchOptions,
         },
         ns,
         tree::{self, cgroup, session},
@@ -188,6 +188,7 @@ fn default_restore() -> restore::Options {
         namespaces: ns::Options::default(),
         files: RestoreOptions {
             terminals: TerminalOptions::new(false),
+            orphans: Orphans::default(),
             unix: UnixOptions::new(false),
             connections: ConnectionsToRestore::default(),
             validation: Validation::BuildId,

@@ -39,6 +39,7 @@ mod validation;
 mod watch;
 
 use std::{
+    cell::RefCell,
     collections::{HashMap, HashSet},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     rc::Rc,
@@ -71,7 +72,7 @@ pub use self::{
         unix::Options as UnixOptions,
     },
     table::FileTable,
-    tty::{Options as TerminalOptions, return_bytes as return_terminal_bytes},
+    tty::{Options as TerminalOptions, Orphans, TakeMaster, return_bytes as return_terminal_bytes},
     validation::{BuildIds, Validation},
     watch::Options as WatchOptions,
 };
@@ -278,6 +279,8 @@ pub struct Opened {
     pub root: Root,
     /// The network namespaces of the tree.
     pub networks: Rc<Made>,
+    /// Masters of pseudoterminals that are open already, since a mount shows their slaves.
+    pub masters: RefCell<Vec<OwnedFd>>,
     /// Makes processes that make calls with the ids of others.
     pub helpers: Helpers,
     /// A process that has each description open. The entry for [`NO_DESCRIPTION`] stands for
@@ -320,6 +323,7 @@ impl Opened {
             pids,
             root: Root::own(),
             networks: Rc::default(),
+            masters: RefCell::default(),
             helpers: Helpers::default(),
             holders: HashMap::new(),
             fds: HashMap::new(),

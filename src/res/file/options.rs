@@ -42,6 +42,8 @@ pub struct DumpOptions {
 pub struct RestoreOptions {
     /// Options for terminals.
     pub(crate) terminals: tty::Options,
+    /// Who takes masters that are made for slaves of the tree.
+    pub(crate) orphans: tty::Orphans,
     /// Options for UNIX sockets.
     pub(crate) unix: unix::Options,
     /// Options for TCP connections.

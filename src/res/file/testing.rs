@@ -15,7 +15,7 @@ use tempfile::TempDir;
 
 use super::{
     ConnectionsToRestore, DumpOptions, FileError, FileTable, FileUser, Inherited, Installer,
-    Opened, RestoreOptions, Result,
+    Opened, Orphans, RestoreOptions, Result,
 };
 use crate::{
     image::{Directory, Kind, SnapshotWriter, proto, read_all},
@@ -98,7 +98,9 @@ impl Tree {
         let DumpOptions { terminals, unix, validation, .. } = self.options;
         let connections = ConnectionsToRestore::default();
         let inherited = self.inherited;
-        let options = RestoreOptions { terminals, unix, connections, validation, inherited };
+        let orphans = Orphans::default();
+        let options =
+            RestoreOptions { terminals, orphans, unix, connections, validation, inherited };
         Ok(Dumped { dir, before, entries, options })
     }
 

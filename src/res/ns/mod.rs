@@ -21,7 +21,7 @@ mod time;
 mod user;
 mod uts;
 
-use std::path::PathBuf;
+use std::{cell::RefCell, os::fd::OwnedFd, path::PathBuf};
 
 use nix::libc;
 
@@ -284,6 +284,9 @@ pub struct Building<'a> {
     pub run: &'a dyn Fn(&Script) -> inject::Result<Answers>,
     /// The images.
     pub images: &'a Store,
+    /// Masters of pseudoterminals whose slaves are bound somewhere: they are opened before the
+    /// terminals of the tree.
+    pub masters: &'a RefCell<Vec<OwnedFd>>,
 }
 
 impl std::fmt::Debug for Building<'_> {

@@ -211,18 +211,21 @@ impl Terminals {
         };
         let mut alone = self.infos.values().filter(|(info, _)| is_alone(info));
         if let Some((_, holder)) = alone.next() {
-            if !self.options.shell_job {
+            if !self.options.shell_job && !self.options.orphans {
                 let what = "whose other end is outside the tree";
                 return Err(holder.unsupported(what, SHELL_JOB));
             }
-            if let Some((_, holder)) = alone.next() {
+            if !self.options.orphans
+                && let Some((_, holder)) = alone.next()
+            {
                 let what = "the second one whose other end is outside the tree";
                 return Err(holder.unsupported(what, "at most one is supported: close the other"));
             }
         }
         let Some((info, holder)) = self.infos.get(&(CTTY_INDEX << 1)) else { return Ok(()) };
         let is_ours = self.infos.values().any(|(other, _)| {
-            other.id != info.id && other.sid == info.sid && info.sid != 0 && !is_alone(other)
+            let is_kept = self.options.orphans || !is_alone(other);
+            other.id != info.id && other.sid == info.sid && info.sid != 0 && is_kept
         });
         if !is_ours && !self.options.shell_job {
             let what = "which stands for a terminal that no process of the tree has open";

@@ -11,6 +11,7 @@ mod deliver;
 mod dump;
 mod line;
 mod loan;
+mod orphan;
 mod queue;
 mod restore;
 
@@ -21,6 +22,8 @@ use std::{
 };
 
 use nix::sys::stat::{major, minor};
+
+pub use orphan::{Orphans, TakeMaster};
 
 use super::{FileKind, Usage};
 use crate::{
@@ -33,7 +36,9 @@ pub(super) const KIND: FileKind = FileKind {
     types: &[FdTypes::Tty],
     usage: Usage::Descriptor,
     collector: |options| Box::new(dump::Terminals::new(options.terminals, &options.external)),
-    opener: |options| Box::new(restore::TerminalOpener::new(options.terminals)),
+    opener: |options| {
+        Box::new(restore::TerminalOpener::new(options.terminals, options.orphans.clone()))
+    },
 };
 
 /// Returns the bytes that a killed dump had taken out of a terminal. Reports a failure to the user.
@@ -55,12 +60,20 @@ enum Stopped {
 #[cfg_attr(test, derive(PartialEq, Eq))]
 pub struct Options {
     shell_job: bool,
+    orphans: bool,
 }
 
 impl Options {
     /// `shell_job`: the tree may use the terminal that rcriu runs on (`--shell-job`).
     pub fn new(shell_job: bool) -> Self {
-        Self { shell_job }
+        Self { shell_job, orphans: false }
+    }
+
+    /// `orphans`: the dump leaves out masters outside of the tree, and whoever restores it gets new
+    /// ones ([`Orphans`]).
+    #[must_use]
+    pub fn orphans(self, orphans: bool) -> Self {
+        Self { orphans, ..self }
     }
 }
 

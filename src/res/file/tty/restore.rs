@@ -12,14 +12,14 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::AtFlags,
+    fcntl::{AtFlags, FcntlArg, OFlag, fcntl},
     libc,
     sys::stat::{Mode, fchmod, fstat},
     unistd::{Gid, Uid, fchown, fchownat},
 };
 
 use super::{
-    Options, PERMISSIONS, Role, external_name, is_master, peer, queue, slave_path, unpack,
+    Options, Orphans, PERMISSIONS, Role, external_name, is_master, peer, queue, slave_path, unpack,
 };
 use crate::{
     image::{
@@ -46,6 +46,9 @@ const OWN_TERMINAL: &[u8] = b"/dev/tty";
 #[derive(Default)]
 pub(super) struct TerminalOpener {
     options: Options,
+    orphans: Orphans,
+    /// New masters outside of the tree, by the numbers of their terminals.
+    outside: BTreeMap<u32, OwnedFd>,
     deferred: HashSet<u32>,
     paths: BTreeMap<u32, proto::RegFileEntry>,
     /// The first description of each master that was opened.
@@ -121,7 +124,7 @@ impl Opener for TerminalOpener {
         opened: &Opened,
         keep: &dyn Fn(BorrowedFd) -> Result<OwnedFd>,
     ) -> Result<()> {
-        for mut terminal in controlling(opened)? {
+        for mut terminal in controlling(opened, self.orphans.are_left())? {
             terminal.fd = keep(terminal.fd.as_fd())?;
             // A shell that runs command after command may be between two of them.
             if let Some(group) = terminal.foreground
@@ -136,7 +139,8 @@ impl Opener for TerminalOpener {
             }
             self.controlling.push(terminal);
         }
-        if let Some(terminal) = inherited(opened)?
+        if self.orphans.are_left()
+            && let Some(terminal) = inherited(opened)?
             && opened.root_leads_group
         {
             self.inherited = Some(keep(terminal)?);
@@ -184,11 +188,22 @@ impl Opener for TerminalOpener {
         }
         Ok(())
     }
+
+    fn start(&mut self, _: &Opened) -> Result<()> {
+        for (info_id, master) in std::mem::take(&mut self.outside) {
+            self.orphans.give(master).map_err(|problem| {
+                let index = info_id >> 1;
+                let what = format!("the master of pseudoterminal {index} is not taken: {problem}");
+                FileError::image(0, what)
+            })?;
+        }
+        Ok(())
+    }
 }
 
 impl TerminalOpener {
-    pub(super) fn new(options: Options) -> Self {
-        Self { options, ..Self::default() }
+    pub(super) fn new(options: Options, orphans: Orphans) -> Self {
+        Self { options, orphans, ..Self::default() }
     }
 
     fn open_one(
@@ -205,7 +220,7 @@ impl TerminalOpener {
             TtyType::Pty if is_master(info.id) => {
                 let path = wanted.path()?;
                 let fixed = needs_its_number(info, infos, opened);
-                let fd = open_master(id, &path.name, index(info, id)?, flags, fixed, &opened.root)?;
+                let fd = open_master(id, &path.name, index(info, id)?, flags, fixed, opened)?;
                 let failed = || FileError::restore(id, "adjust the terminal", &path.name);
                 tty::switch(fd.as_fd(), Switch::Locked, false).map_err(failed())?;
                 set_modes(fd.as_fd(), info, true).map_err(failed())?;
@@ -219,7 +234,10 @@ impl TerminalOpener {
                 let path = wanted.path()?;
                 let failed = |step| FileError::restore(id, step, &path.name);
                 if info.termios.is_none() {
-                    return open_hung(id, info, path, flags, &opened.root);
+                    return open_hung(id, info, path, flags, opened);
+                }
+                if !infos.contains_key(&peer(info.id)) && !self.orphans.are_left() {
+                    return self.open_orphan(info, path, flags, opened);
                 }
                 if !infos.contains_key(&peer(info.id)) {
                     return self.inherit(id, info, flags, is_first);
@@ -274,6 +292,33 @@ impl TerminalOpener {
 }
 
 impl TerminalOpener {
+    /// Opens a slave, and makes its master if it is not there yet.
+    fn open_orphan(
+        &mut self,
+        info: &proto::TtyInfoEntry,
+        path: &proto::RegFileEntry,
+        flags: u32,
+        opened: &Opened,
+    ) -> Result<OwnedFd> {
+        let failed = |step| FileError::restore(path.id, step, &path.name);
+        let is_first = !self.outside.contains_key(&info.id);
+        if is_first {
+            let ptmx = ptmx_beside(&path.name);
+            let read_write = libc::O_RDWR.cast_unsigned();
+            let index = index(info, path.id)?;
+            let master = open_master(path.id, &ptmx, index, read_write, true, opened)?;
+            tty::switch(master.as_fd(), Switch::Locked, false)
+                .map_err(failed("make the other end of the terminal"))?;
+            self.outside.insert(info.id, master);
+        }
+        let fd = self.open_slave(info, path, flags, opened)?;
+        if is_first {
+            set_owner(fd.as_fd(), info, opened).map_err(failed("adjust the terminal"))?;
+            set_modes(fd.as_fd(), info, true).map_err(failed("adjust the terminal"))?;
+        }
+        Ok(fd)
+    }
+
     /// Opens the terminal of rcriu in place of one that was outside the tree (`--shell-job`).
     fn inherit(
         &self,
@@ -363,12 +408,23 @@ fn open_master(
     index: u32,
     flags: u32,
     fixed: bool,
-    root: &Root,
+    opened: &Opened,
 ) -> Result<OwnedFd> {
     let failed = || FileError::restore(id, "open the terminal", path);
+    let mut premade = opened.masters.borrow_mut();
+    let is_it = |fd: &OwnedFd| {
+        tty::ask(fd.as_fd(), Question::Index).is_ok_and(|found| found.cast_unsigned() == index)
+    };
+    if let Some(at) = premade.iter().position(is_it) {
+        let fd = premade.remove(at);
+        let flags = OFlag::from_bits_truncate(flags.cast_signed()) - OFlag::O_ACCMODE;
+        fcntl(&fd, FcntlArg::F_SETFL(flags)).map_err(failed())?;
+        return Ok(fd);
+    }
+    drop(premade);
     let mut others = Vec::new();
     for _ in 0..ATTEMPTS {
-        let fd = descriptor::open(root, path, flags).map_err(failed())?;
+        let fd = descriptor::open(&opened.root, path, flags).map_err(failed())?;
         let found = tty::ask(fd.as_fd(), Question::Index).map_err(failed())?.cast_unsigned();
         if found == index {
             return Ok(fd);
@@ -393,18 +449,23 @@ fn open_master(
     Err(FileError::image(id, problem))
 }
 
+/// Returns the path of the file that makes masters, for a slave with this path: each devpts has one.
+fn ptmx_beside(slave: &[u8]) -> Vec<u8> {
+    let dir = slave.iter().rposition(|byte| *byte == b'/').map_or(0, |at| at + 1);
+    [&slave[..dir], b"ptmx"].concat()
+}
+
 /// Opens a slave whose master is closed.
 fn open_hung(
     id: u32,
     info: &proto::TtyInfoEntry,
     path: &proto::RegFileEntry,
     flags: u32,
-    root: &Root,
+    opened: &Opened,
 ) -> Result<OwnedFd> {
-    let dir = path.name.iter().rposition(|byte| *byte == b'/').map_or(0, |at| at + 1);
-    let master = [&path.name[..dir], b"ptmx"].concat();
+    let master = ptmx_beside(&path.name);
     let read_write = libc::O_RDWR.cast_unsigned();
-    let master = open_master(id, &master, index(info, id)?, read_write, false, root)?;
+    let master = open_master(id, &master, index(info, id)?, read_write, false, opened)?;
     tty::switch(master.as_fd(), Switch::Locked, false)
         .and_then(|()| tty::open_slave(master.as_fd(), flags))
         .map_err(FileError::restore(id, "open the terminal", &path.name))
@@ -513,12 +574,12 @@ pub(super) struct Controlling {
     fd: OwnedFd,
 }
 
-/// Returns the controlling terminals of sessions, after all descriptions were opened. Omits the
-/// terminal of rcriu (`--shell-job`).
+/// Returns the controlling terminals of sessions, after all descriptions were opened. `only_pairs`
+/// omits slaves without a master, which stand for the terminal of rcriu (`--shell-job`).
 ///
 /// # Errors
 /// [`FileError::Image`]; a slave that no process has open cannot be opened.
-pub(super) fn controlling(opened: &Opened) -> Result<Vec<Controlling>> {
+pub(super) fn controlling(opened: &Opened, only_pairs: bool) -> Result<Vec<Controlling>> {
     let infos = read_infos(opened)?;
     let mut found: BTreeMap<u32, Controlling> = BTreeMap::new();
     let files: Vec<&proto::TtyFileEntry> =
@@ -526,7 +587,8 @@ pub(super) fn controlling(opened: &Opened) -> Result<Vec<Controlling>> {
     // By number, slaves come before their masters.
     for info in infos.values().filter(|info| info.sid != 0 && info.r#type() != TtyType::Ctty) {
         let is_pair = info.pty.is_some();
-        if is_pair && !is_master(info.id) && !infos.contains_key(&peer(info.id)) {
+        let is_alone = is_pair && !is_master(info.id) && !infos.contains_key(&peer(info.id));
+        if is_alone && only_pairs {
             continue;
         }
         if found.contains_key(&info.sid) {

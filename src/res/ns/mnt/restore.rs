@@ -4,13 +4,18 @@ use std::{
     collections::{HashMap, HashSet},
     ffi::{CString, OsStr},
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::ffi::OsStrExt,
     },
     path::{Path, PathBuf},
 };
 
-use nix::{errno::Errno, libc};
+use nix::{
+    errno::Errno,
+    fcntl::{OFlag, open},
+    libc,
+    sys::stat::Mode,
+};
 
 use super::{
     Content, FROM_HOST, FileSystem, MINOR_BITS, NAMED, Options, below, calls, contents,
@@ -23,11 +28,18 @@ use crate::{
     sys::{
         mounts::{self, MountAttributes, attribute},
         root,
+        tty::{self, Question},
     },
 };
 
 /// The most mounts of a namespace, as the kernel allows by default (`fs.mount-max`).
 const MOST: usize = 100_000;
+
+/// The number of devpts in `mnt_entry.fstype`.
+const DEVPTS: u32 = 6;
+
+/// The highest number of a terminal that images can hold, plus one.
+const MOST_TERMINALS: i32 = 1001;
 
 /// The longest value that `fsconfig(2)` takes.
 const VALUE_BYTES: usize = 255;
@@ -167,7 +179,18 @@ impl Plan {
             let Source::Bind(from, rest) = &mount.source else { continue };
             let is_outside = matches!(self.mounts[*from].source, Source::Path(_));
             let from = made.get(*from).and_then(Option::as_ref).ok_or_else(missing)?;
-            let named = root::name_on_mount(from.as_fd(), rest.as_os_str().as_bytes());
+            let name = rest.as_os_str().as_bytes();
+            let named = match root::name_on_mount(from.as_fd(), name) {
+                // The slave of a terminal that is still to be opened, such as /dev/console.
+                Err(Errno::ENOENT) if mount.entry.fstype == DEVPTS => {
+                    let master = open_master(from.as_fd(), name);
+                    on.masters.borrow_mut().push(
+                        master.map_err(failed(mount, "make the terminal that is bound for"))?,
+                    );
+                    root::name_on_mount(from.as_fd(), name)
+                }
+                named => named,
+            };
             let named = named.map_err(failed(mount, "find what to bind for"))?;
             // The kernel asks in whose namespace a detached mount was made.
             made[at] = Some(if is_outside {
@@ -291,6 +314,25 @@ impl Plan {
                 ));
             }
             order = later;
+        }
+    }
+}
+
+/// Opens the master of the slave with this name, on a mount of devpts.
+fn open_master(devpts: BorrowedFd, name: &[u8]) -> nix::Result<OwnedFd> {
+    let index = str::from_utf8(name).ok().and_then(|name| name.parse::<i32>().ok());
+    let index = index.filter(|index| *index < MOST_TERMINALS).ok_or(Errno::ENOENT)?;
+    let ptmx = root::name_on_mount(devpts, b"ptmx")?;
+    let path = format!("/proc/self/fd/{}", ptmx.as_raw_fd());
+    // The kernel gives the lowest free number.
+    let mut lower = Vec::new();
+    loop {
+        let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
+        let master = open(path.as_str(), flags, Mode::empty())?;
+        match tty::ask(master.as_fd(), Question::Index)? {
+            found if found == index => return Ok(master),
+            found if found > index => return Err(Errno::EEXIST),
+            _ => lower.push(master),
         }
     }
 }
