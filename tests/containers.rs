@@ -7,7 +7,11 @@ mod common;
 
 use std::{
     fs,
-    os::unix::fs::symlink,
+    io::{Read, Write},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::{fs::symlink, net::UnixListener},
+    },
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
 };
@@ -18,6 +22,8 @@ use common::{
     mounted::Mounted,
     require, slow,
 };
+use nix::sys::socket::MsgFlags;
+use rcriu::sys::socket::receive;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -64,6 +70,11 @@ struct Container {
 impl Container {
     /// Starts a container that executes a command of the shell; `edit` changes its configuration.
     fn start(command: &str, edit: impl FnOnce(&mut Value)) -> Self {
+        Self::start_with(command, &[], edit)
+    }
+
+    /// The same, with more arguments of `runc run`.
+    fn start_with(command: &str, arguments: &[&str], edit: impl FnOnce(&mut Value)) -> Self {
         let dir = directory();
         // Names of containers are those of cgroups, too.
         let name = dir.path().file_name().unwrap().to_str().unwrap();
@@ -81,7 +92,8 @@ impl Container {
         fs::write(&file, config.to_string()).unwrap();
         fs::create_dir(container.path("work")).unwrap();
         let bundle = container.path("bundle");
-        let output = container.runc("run", &["-d", "-b", bundle.to_str().unwrap()]);
+        let arguments = [&["-d", "-b", bundle.to_str().unwrap()], arguments].concat();
+        let output = container.runc("run", &arguments);
         assert!(output.status.success(), "{}", container.complaint(&output));
         container
     }
@@ -238,6 +250,51 @@ fn privileged_connections_in_a_network_namespace_of_runc_go_on() {
     container.checkpoint("1", &["--tcp-established"]);
     container.restore(&container.path("1"), &["--tcp-established"]);
     assert!(container.counts_on() > reached);
+}
+
+/// Waits for the master of a console, which runc sends over a socket with this name.
+fn console(listener: &UnixListener) -> OwnedFd {
+    let (stream, _) = listener.accept().unwrap();
+    let mut name = [0; 4096];
+    let received = receive(stream.as_fd(), &mut name, MsgFlags::empty()).unwrap();
+    received.fds.into_iter().next().expect("the master of the console")
+}
+
+/// Sends a line to a console, and waits until the program behind it has answered.
+fn talks(console: &OwnedFd, line: &str) {
+    let mut console = fs::File::from(console.try_clone().unwrap());
+    writeln!(console, "{line}").unwrap();
+    let mut seen = Vec::new();
+    wait_for("an answer on the console", || {
+        let mut bytes = [0; 256];
+        let read = console.read(&mut bytes).unwrap();
+        seen.extend(&bytes[..read]);
+        String::from_utf8_lossy(&seen).contains(&format!("got {line}"))
+    });
+}
+
+/// Whoever restores a container gets the master of its terminal: runc asks for it.
+#[test]
+fn privileged_consoles_of_runc_are_handed_over() {
+    const ANSWER: &str = "while read line; do echo got $line; done";
+    needs();
+    let dir = directory();
+    let socket = dir.path().join("console");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let option = ["--console-socket", socket.to_str().unwrap()];
+    let container = Container::start_with(ANSWER, &option, |config| {
+        config["process"]["terminal"] = json!(true);
+    });
+    let master = console(&listener);
+    talks(&master, "one");
+    container.checkpoint("1", &[]);
+    drop(master);
+    container.restore(&container.path("1"), &option);
+    let master = console(&listener);
+    talks(&master, "two");
+    let seen = container.exec("cat /proc/1/stat; ls -l /dev/console /dev/pts/0");
+    // A controlling terminal: 136:0.
+    assert_eq!(seen.split_whitespace().nth(6), Some("34816"), "{seen}");
 }
 
 /// Podman finds `criu` in the search path.
