@@ -259,6 +259,8 @@ fn lines_of_dump_become_options() {
             let external = ["mnt[/a]:b", "tty[1:2]", "unix[5]", "unix[6]"];
             let external = external.map(str::to_owned).to_vec();
             dump.namespaces.mounts = ns::mnt::Options::new(&external, None);
+            let network = external[..2].to_vec();
+            dump.namespaces.network = ns::net::Options::new(network, Inherited::new(Vec::new()));
             dump.files.external = External::new(external);
         }),
         ("dump -t 7 -x --no-ext-unix-sk --action-script a --action-script b", |dump| {
@@ -296,6 +298,8 @@ fn lines_of_restore_become_options() {
         ("restore --inherit-fd fd[3]:pipe:[1] --inherit-fd=fd[4]:a/b", |restore| {
             let list = [(3, "pipe:[1]".to_owned()), (4, "a/b".to_owned())];
             restore.files.inherited = Inherited::new(list.to_vec());
+            restore.namespaces.network =
+                ns::net::Options::new(Vec::new(), Inherited::new(list.to_vec()));
         }),
         ("restore --auto-dedup --track-mem", |restore| {
             restore.store.free = Some(restore::AutoDedup::Commit);
