@@ -378,7 +378,7 @@ states! {
     credentials_of_a_pair;
     peer_credentials_of_the_dead;
     uts_namespace;
-    mount_namespace, elsewhere: restored;
+    mount_namespace;
     time_namespace;
     ipc_namespace;
     ipc_namespace_segments;
@@ -1255,11 +1255,13 @@ fn privileged_action_scripts_are_run_at_their_stages() {
     assert_eq!(
         stages,
         [
+            format!("network-lock {pid} t"),
             format!("post-dump {pid} t images"),
             "pre-restore images".to_owned(),
             format!("setup-namespaces {pid} t images"),
             format!("post-setup-namespaces {pid} t images"),
             format!("post-restore {pid} t images"),
+            format!("network-unlock {pid} t images"),
             format!("pre-resume {pid} t images"),
         ]
     );

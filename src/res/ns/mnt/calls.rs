@@ -10,7 +10,8 @@ use nix::{errno::Errno, libc, unistd};
 use zerocopy::IntoBytes;
 
 use crate::{
-    inject::{Arg, CallId, Script},
+    causes::HELP,
+    inject::{Arg, CallId, InjectError, Script},
     res::{ResError, Result, ns::Building},
     sys::{
         fds,
@@ -122,7 +123,16 @@ pub(super) fn copy(on: &Building<'_>, of: BorrowedFd, what: &str) -> Result<Owne
     let flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | EMPTY_PATH;
     let arguments = [of.as_raw_fd().into(), empty.into(), flags.into()];
     let copy = call(&mut script, what, libc::SYS_open_tree, &arguments);
-    opened(on, &script, copy)
+    opened(on, &script, copy).map_err(|error| match error {
+        ResError::Inject(InjectError::Call { source: Errno::EINVAL, .. }) => {
+            let problem = format!(
+                "{what}: before Linux 6.15, a mount that is attached nowhere cannot be copied{HELP}restore \
+                 on a newer kernel"
+            );
+            super::super::wrong(0, &problem)
+        }
+        error => error,
+    })
 }
 
 /// Changes attributes or the propagation of a mount.
