@@ -130,6 +130,8 @@ fn privileged_an_ordinary_user_restores_a_tree_in_its_own_namespaces() {
     let home = Home::new();
     let mut command = Command::new("setpriv");
     command.args(USER).args(["unshare", "-Urpf", "setsid", "sleep", "1000"]);
+    // The working directory of the tests may be root's alone.
+    command.current_dir("/");
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     let mut ends = Ends(command.spawn().unwrap(), None);
     let above = ends.0.id();
