@@ -13,7 +13,15 @@ mod outside;
 mod routes;
 mod sysctl;
 
-use std::{fmt::Display, io::Read, os::fd::OwnedFd};
+use std::{
+    fmt::Display,
+    fs,
+    io::Read,
+    net::{Ipv6Addr, UdpSocket},
+    os::fd::OwnedFd,
+    thread,
+    time::{Duration, Instant},
+};
 
 use nix::libc;
 
@@ -134,7 +142,9 @@ impl Restoring for Empty {
         let here = open_here(first)?;
         let _visit = enter(first)?;
         links::make(&self.devices, &here).map_err(problem)?;
-        links::start(&self.devices).map_err(problem)
+        links::start(&self.devices).map_err(problem)?;
+        await_loopback();
+        Ok(())
     }
 }
 
@@ -166,6 +176,7 @@ impl Restoring for Network {
         self.routes.restore().map_err(problem)?;
         self.filters.restore().map_err(problem)?;
         sysctl::write_others(&self.entry);
+        await_loopback();
         Ok(())
     }
 
@@ -186,6 +197,28 @@ impl Problem {
     /// Returns the constructor for a failed request about an object.
     fn about(what: impl Display) -> impl FnOnce(TalkError) -> Self {
         move |error| Self(format!("{what}: {error}"))
+    }
+}
+
+/// Waits until packets reach `::1`: the kernel adds its route a moment after the device is up, and until
+/// then no datagram could be queued again.
+fn await_loopback() {
+    const PATIENCE: Duration = Duration::from_secs(1);
+    const NAP: Duration = Duration::from_millis(1);
+    /// `::1` as the kernel prints it.
+    const LOOPBACK: &str = "00000000000000000000000000000001 ";
+    let addresses = fs::read_to_string("/proc/thread-self/net/if_inet6").unwrap_or_default();
+    if !addresses.lines().any(|line| line.starts_with(LOOPBACK)) {
+        return;
+    }
+    let begin = Instant::now();
+    let reached = || {
+        let socket = UdpSocket::bind((Ipv6Addr::LOCALHOST, 0))?;
+        // No packet is sent.
+        socket.connect((Ipv6Addr::LOCALHOST, 9))
+    };
+    while reached().is_err() && begin.elapsed() < PATIENCE {
+        thread::sleep(NAP);
     }
 }
 
