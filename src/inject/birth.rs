@@ -48,6 +48,8 @@ impl Wanted {
             Err(error) => return Err(error),
         };
         let (script, what) = self.script(false);
+        // Pids are to be given on from where they were: others may rely on theirs for a while.
+        let _last = LastPid::keep();
         for _ in 0..TRIES {
             if fs::write(LAST_PID, (self.pid.raw() - 1).to_string()).is_err() {
                 return Err(denied);
@@ -92,6 +94,30 @@ impl Wanted {
         let arguments = [born.0.into(), 0.into(), libc::__WALL.into(), 0.into()];
         script.attempt(libc::SYS_wait4, &arguments);
         scratch.run(maker, &script).map(drop)
+    }
+}
+
+/// Sets the last pid back when dropped, unless it has become higher.
+struct LastPid(Option<i32>);
+
+impl LastPid {
+    fn read() -> Option<i32> {
+        fs::read_to_string(LAST_PID).ok()?.trim().parse().ok()
+    }
+
+    fn keep() -> Self {
+        Self(Self::read())
+    }
+}
+
+impl Drop for LastPid {
+    fn drop(&mut self) {
+        if let (Some(before), Some(now)) = (self.0, Self::read())
+            && before > now
+        {
+            // At worst, pids are given again that were free.
+            let _ = fs::write(LAST_PID, before.to_string());
+        }
     }
 }
 

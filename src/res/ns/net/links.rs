@@ -3,9 +3,14 @@
 //! A device of a kind that `ip link add` can create is created again with the attributes that the kernel lists of
 //! it, and with its number. CRIU's images have no room for these attributes: they are in an extension.
 
-use std::{collections::BTreeSet, os::fd::OwnedFd};
+use std::{
+    collections::BTreeSet,
+    os::fd::OwnedFd,
+    thread,
+    time::{Duration, Instant},
+};
 
-use nix::libc;
+use nix::{errno::Errno, libc};
 
 use super::{Problem, outside, sysctl};
 use crate::{
@@ -368,6 +373,12 @@ fn about(what: &str, device: &NetDeviceEntry) -> impl FnOnce(TalkError) -> Probl
     Problem::about(format!("{what} the network device {}", shown(&device.name)))
 }
 
+/// How long a device outside may take to go that belonged to a namespace which has ended.
+const REMOVAL_PATIENCE: Duration = Duration::from_secs(2);
+
+/// The pause between two attempts.
+const REMOVAL_NAP: Duration = Duration::from_millis(5);
+
 /// Creates a device. Returns the number of the other end if it has one.
 fn create(
     talk: &mut Talk,
@@ -419,7 +430,20 @@ fn create(
         info = info.nested(info::DATA, &data);
     }
     let body = body.nested(of::INFO, &info);
-    talk.change(NEW_LINK, CREATE | EXCLUSIVE, &body.0).map_err(about("create", device))?;
+    let begin = Instant::now();
+    loop {
+        match talk.change(NEW_LINK, CREATE | EXCLUSIVE, &body.0) {
+            // The kernel removes the devices of a namespace a moment after its last process.
+            Err(error)
+                if error.errno == Errno::EEXIST
+                    && link.outside.is_some()
+                    && begin.elapsed() < REMOVAL_PATIENCE =>
+            {
+                thread::sleep(REMOVAL_NAP);
+            }
+            made => break made.map_err(about("create", device))?,
+        }
+    }
     if let Some(data) = link.data.filter(|_| kind == "bridge") {
         set_bridge(talk, device, &data)?;
     }
