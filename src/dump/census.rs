@@ -14,7 +14,7 @@ use nix::errno::Errno;
 
 use super::{DumpError, Result};
 use crate::{
-    inject::Task,
+    inject::{Task, living},
     proc,
     step::StepError,
     sys::process::{self, End},
@@ -46,7 +46,7 @@ impl Census {
     /// [`StepError::Process`]; [`DumpError::Died`].
     pub(super) fn take(tasks: &[Task]) -> Result<Self> {
         let mut citizens = Vec::with_capacity(tasks.len());
-        for task in tasks.iter().filter(|task| !task.is_zombie()) {
+        for task in living(tasks) {
             let pid = task.pid;
             let step = "open";
             let fd = process::pidfd_open(pid).map_err(|source| StepError::Process {

@@ -6,7 +6,7 @@ use std::cmp::Ordering;
 use super::{Goal, Result};
 use crate::{
     image::tree::{Arena, ArenaIds, Arenas, Births, Kin},
-    inject::Task,
+    inject::{Task, living},
     proc,
     res::{
         ResError, ns,
@@ -53,8 +53,8 @@ pub(super) fn tree(
 ) -> Result<Vec<ArenaIds>> {
     check_first(tasks, goal)?;
     let own = ns::OfDumper::look();
-    let first = tasks.iter().find(|task| !task.is_zombie()).map(Task::witness);
-    for task in tasks.iter().filter(|task| !task.is_zombie()) {
+    let first = living(tasks).next().map(Task::witness);
+    for task in living(tasks) {
         own.check(task, first.unwrap_or(task.pid))?;
         task::check(&task::Checked { task, memory_only: goal.is_pre_dump() })?;
         for thread in &task.threads {

@@ -40,7 +40,7 @@ use crate::{
         proto,
         tree::{ArenaIds, Arenas},
     },
-    inject::{Frozen, Outcome},
+    inject::{Frozen, Outcome, living},
     pages::{self, Memory},
     proc,
     res::{
@@ -171,7 +171,7 @@ impl Drop for NetworkLock<'_> {
 
 /// Checks that this program is not in the tree of `root`.
 fn check_outside(root: HostPid) -> Result<()> {
-    let mut pid = HostPid(nix::unistd::getpid().as_raw());
+    let mut pid = HostPid::own();
     while pid.0 > 0 {
         if pid == root {
             return Err(DumpError::Inside { pid });
@@ -320,10 +320,10 @@ fn dump_stopped(
         threads.chain([pids.ns(task.pid)])
     });
     let mut files = FileTable::new(files, pids.clone(), numbers.collect());
-    if let Some(first) = frozen.tasks.iter().find(|task| !task.is_zombie()) {
+    if let Some(first) = living(&frozen.tasks).next() {
         files.set_root(ns::root_of(first.witness())?);
     }
-    for task in frozen.tasks.iter().filter(|task| !task.is_zombie()) {
+    for task in living(&frozen.tasks) {
         files.add_listeners(task.witness())?;
     }
     let common = common::collectors(&frozen.tasks, &pids, common)?;
@@ -416,7 +416,7 @@ fn open_parent(
 
 fn inventory(parent: Option<&Parent>) -> Result<proto::InventoryEntry> {
     let uptime = clock_gettime(ClockId::CLOCK_BOOTTIME).map_err(|source| StepError::Process {
-        pid: HostPid(nix::unistd::getpid().as_raw()),
+        pid: HostPid::own(),
         step: "read the clock for",
         source,
     })?;

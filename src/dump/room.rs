@@ -9,7 +9,11 @@ use std::{
 };
 
 use super::{DumpError, Result};
-use crate::{inject::Task, proc, sys::swap};
+use crate::{
+    inject::{Task, living},
+    proc,
+    sys::swap,
+};
 
 /// The most memory that a process gets: code, a table of calls and their results, and page
 /// tables.
@@ -42,7 +46,7 @@ const VERSION_2: Names = Names {
 pub(super) fn check(tasks: &[Task]) -> Result<()> {
     let mounts = proc::mounts()?;
     let mut checked: Vec<PathBuf> = Vec::new();
-    for task in tasks.iter().filter(|task| !task.is_zombie()) {
+    for task in living(tasks) {
         for (hierarchy, name, path) in proc::cgroups(task.witness())? {
             let Some(names) = names(hierarchy, &name) else { continue };
             // Nothing is known about a cgroup that is not visible here.

@@ -9,7 +9,7 @@ use crate::{
         tree::{Arena, ArenaIds, Arenas},
         vma,
     },
-    inject::{Script, TABLE_BYTES, Task, with_session},
+    inject::{Script, TABLE_BYTES, Task, living, with_session},
     pages::{
         Memory, Origin, ProcessMemory,
         scan::{self, Shown},
@@ -58,7 +58,7 @@ impl<'a> Collection<'a> {
         common: Vec<Box<dyn common::Collector>>,
         tasks: &[Task],
     ) -> Self {
-        let first = tasks.iter().find(|task| !task.is_zombie());
+        let first = living(tasks).next();
         let mut stacks: HashMap<u32, Vec<RemoteAddr>> = HashMap::new();
         for (task, ids) in tasks.iter().zip(&arenas) {
             let of_memory = stacks.entry(ids.get(Arena::Memory)).or_default();
@@ -143,7 +143,7 @@ impl<'a> Collection<'a> {
     /// # Errors
     /// Why one cannot be dumped.
     pub(super) fn namespaces(&mut self, tasks: &[Task], options: &ns::Options) -> Result<()> {
-        let Some(first) = tasks.iter().find(|task| !task.is_zombie()) else { return Ok(()) };
+        let Some(first) = living(tasks).next() else { return Ok(()) };
         Ok(self.namespaces.dump(first.witness(), tasks, options, self.images)?)
     }
 

@@ -75,6 +75,11 @@ impl Task {
     }
 }
 
+/// Returns the processes that are not zombies.
+pub fn living(tasks: &[Task]) -> impl Iterator<Item = &Task> {
+    tasks.iter().filter(|task| !task.is_zombie())
+}
+
 /// What happens to a frozen tree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -296,7 +301,7 @@ impl Frozen {
         };
         let mut result = Ok(());
         let tasks = std::mem::take(&mut self.tasks);
-        for task in tasks.iter().filter(|task| !task.is_zombie()) {
+        for task in living(&tasks) {
             if let Some(signal) = signal
                 && let Err(source) = kill(Pid::from_raw(task.pid.0), signal)
             {

@@ -18,7 +18,7 @@ mod tracee;
 pub use birth::Wanted;
 pub use child::{adopt_sleeper, await_end, await_ends, await_stop};
 pub use error::{InjectError, Result};
-pub use freeze::{Frozen, Options as FreezeOptions, Outcome, Task};
+pub use freeze::{Frozen, Options as FreezeOptions, Outcome, Task, living};
 pub use helper::{First, Helper, Helpers, Lender};
 pub use home::registers_to_exit;
 pub use repair::{Repair, repair};

@@ -49,7 +49,7 @@ struct OwnVdso {
 fn own_vdso() -> Option<&'static OwnVdso> {
     static OWN: OnceLock<Option<OwnVdso>> = OnceLock::new();
     let find = || {
-        let mappings = proc::maps(HostPid(nix::unistd::getpid().as_raw())).ok()?;
+        let mappings = proc::maps(HostPid::own()).ok()?;
         let vdso = mappings.iter().find(|mapping| is_vdso(mapping))?;
         let memory = File::open("/proc/self/mem").ok()?;
         Some(OwnVdso { start: vdso.start, len: vdso.len(), memory })

@@ -25,7 +25,7 @@ pub struct OfRestorer {
 impl OfRestorer {
     /// Reads the state of this process from `/proc`.
     pub fn read() -> Result<Self> {
-        let pid = HostPid(nix::unistd::getpid().as_raw());
+        let pid = HostPid::own();
         let limits = proc::limits(pid)?.to_vec();
         let (ids, differences) = (IdMap::default(), RefCell::default());
         Ok(Self { status: proc::status(pid)?, ids, limits, differences })

@@ -100,7 +100,7 @@ pub fn run(options: &Options) -> Result<HostPid> {
     fault::hit(Point::RestorePlan)?;
     let subreaper = |on: bool| {
         ptrace::set_subreaper(on).map_err(|source| StepError::Process {
-            pid: HostPid(nix::unistd::getpid().as_raw()),
+            pid: HostPid::own(),
             step: "make a subreaper of",
             source,
         })
@@ -261,7 +261,7 @@ fn table_bytes(plan: &Plan) -> usize {
 /// Returns an address where scratch memory is free in all processes of the tree and in this
 /// program, of which the first process is a copy.
 fn scratch_place(plan: &Plan, table_bytes: usize) -> Result<u64> {
-    let own = HostPid(nix::unistd::getpid().as_raw());
+    let own = HostPid::own();
     let own: Vec<Range<u64>> =
         proc::maps(own)?.iter().map(|mapping| mapping.start.0..mapping.end.0).collect();
     let bodies = plan.tasks.iter().filter_map(|task| task.body.as_ref());

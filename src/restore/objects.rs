@@ -148,7 +148,7 @@ impl<'a> Target<'a> {
             Self::File(file) => file.write_all_at(bytes, offset),
             Self::Mapping(mapping) => {
                 // The kernel writes, and reports if there is no huge page left.
-                let own = HostPid(nix::unistd::getpid().as_raw());
+                let own = HostPid::own();
                 let start = mapping.as_mut_ptr().addr() as u64;
                 Ok(process::write_memory(own, RemoteAddr(start + offset), bytes)?)
             }

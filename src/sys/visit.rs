@@ -141,7 +141,7 @@ mod tests {
 
     #[test]
     fn a_visit_to_the_own_namespace_changes_nothing() {
-        let own = HostPid(nix::unistd::getpid().as_raw());
+        let own = HostPid::own();
         for place in [Place::Net, Place::Ipc, Place::Uts, Place::Cgroup] {
             let link = || std::fs::read_link(format!("/proc/thread-self/ns/{}", place.file()));
             let before = link().unwrap();

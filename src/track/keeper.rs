@@ -102,7 +102,7 @@ pub(super) struct Keeper {
 }
 
 fn address(pid: HostPid) -> Result<SocketAddr, TrackError> {
-    let own = HostPid(nix::unistd::getpid().as_raw());
+    let own = HostPid::own();
     let namespace = proc::namespace(own, "pid")?;
     let start = proc::stat(pid)?.start_time;
     let name = format!("{NAME}/{namespace}/{pid}/{start}");

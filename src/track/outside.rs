@@ -45,7 +45,7 @@ pub(super) struct Outside {
 /// # Errors
 /// Why the writers cannot be determined.
 pub(super) fn look(objects: &BTreeSet<Key>, tree: &[HostPid]) -> Result<Outside, TrackError> {
-    let own = HostPid(nix::unistd::getpid().as_raw());
+    let own = HostPid::own();
     let namespace = proc::namespace(own, "pid")?;
     let capabilities = proc::status(own)?.cap_effective;
     if namespace != process::FIRST_PID_NAMESPACE || capabilities & CAP_SYS_PTRACE == 0 {

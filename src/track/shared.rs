@@ -202,7 +202,7 @@ fn is_quiet(guard: &Guard, keepers: &[&Keeper]) -> Result<bool, TrackError> {
     }
     let failed = unwatched("ask which processes have opened shared memory");
     let openings = Openings::from(guard.openings.try_clone().map_err(&failed)?);
-    let quiet = openings.only_by(own()).map_err(&failed)?;
+    let quiet = openings.only_by(HostPid::own()).map_err(&failed)?;
     if quiet {
         for keeper in keepers {
             keeper.guard(guard)?;
@@ -483,7 +483,9 @@ impl Next {
         let guard = || {
             let openings = self.openings.as_fd().try_clone_to_owned()?;
             let record = self.record.seal()?;
-            Ok::<_, io::Error>(self.openings.only_by(own())?.then_some(Guard { record, openings }))
+            Ok::<_, io::Error>(
+                self.openings.only_by(HostPid::own())?.then_some(Guard { record, openings }),
+            )
         };
         let guard = guard().unwrap_or_else(|error| {
             log::warn!("shared memory is not tracked: {error}");
@@ -518,10 +520,6 @@ impl Sealed {
             }
         }
     }
-}
-
-fn own() -> HostPid {
-    HostPid(nix::unistd::getpid().as_raw())
 }
 
 /// Returns the error that it is unknown which processes open shared memory.

@@ -18,6 +18,11 @@ impl HostPid {
     /// No process: a number beyond all that the kernel gives (`PID_MAX_LIMIT`), with which calls fail
     /// with `ESRCH`. 0 and negative numbers stand for groups in many calls.
     pub const NONE: Self = Self(i32::MAX);
+
+    /// Returns that of this program.
+    pub fn own() -> Self {
+        Self(std::process::id().cast_signed())
+    }
 }
 
 impl fmt::Display for HostPid {

@@ -153,7 +153,7 @@ fn is_semaphore(fd: &File, count: u64) -> io::Result<bool> {
 
 /// Returns the ids of eventfds that processes not traced by rcriu have open.
 fn held_by_others() -> Result<HashSet<u64>> {
-    let own = HostPid(std::process::id().cast_signed());
+    let own = HostPid::own();
     let mut found = HashSet::new();
     for pid in proc::pids()? {
         if pid == own || proc::status(pid).is_ok_and(|status| status.tracer_pid == own) {
@@ -249,7 +249,7 @@ mod tests {
                     }
                     assert_eq!(is_semaphore(&file, count).unwrap(), kind != 0, "{count}");
                     let number = TargetFd(file.as_raw_fd());
-                    let own = HostPid(std::process::id().cast_signed());
+                    let own = HostPid::own();
                     let FdDetail::EventFd { count: now, .. } =
                         proc::fdinfo(own, number).unwrap().detail
                     else {
@@ -263,7 +263,7 @@ mod tests {
 
     #[test]
     fn an_eventfd_that_another_process_has_is_known() {
-        let own = HostPid(std::process::id().cast_signed());
+        let own = HostPid::own();
         let [shared, alone] = [(); 2].map(|()| fds::eventfd(libc::EFD_CLOEXEC).unwrap());
         let id = |fd: &OwnedFd| match proc::fdinfo(own, TargetFd(fd.as_raw_fd())).unwrap().detail {
             FdDetail::EventFd { id, .. } => id.unwrap(),

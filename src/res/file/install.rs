@@ -113,7 +113,7 @@ impl<'a> Installer<'a> {
     pub fn open_descriptions(&mut self) -> Result<()> {
         let lender = self.lender.as_ref().map(Lender::pid);
         if lender.is_some() || !self.opened.pids.is_own_namespace() {
-            let own = lender.unwrap_or(HostPid(nix::unistd::getpid().as_raw()));
+            let own = lender.unwrap_or(HostPid::own());
             let failed = |source| FileError::Restore {
                 id: 0,
                 step: "open",

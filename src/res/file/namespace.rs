@@ -63,7 +63,7 @@ impl Collector for Namespaces {
     }
 
     fn collect(&mut self, file: &Description, _: &mut dyn Intake) -> Result<proto::FileEntry> {
-        let own = HostPid(nix::unistd::getpid().as_raw());
+        let own = HostPid::own();
         let found = parse(&file.link).and_then(|(name, flag, inode)| {
             let is_in = |pid: HostPid| proc::namespace(pid, name).is_ok_and(|ns| ns == inode);
             let ids = if is_in(own) {

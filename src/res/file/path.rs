@@ -187,7 +187,7 @@ fn name(file: &Description, id: u32, intake: &mut dyn Intake) -> Result<Vec<u8>>
 
 /// Returns where another file system is mounted over the path of a file.
 fn hidden_below<'a>(file: &Description, path: &'a Path, root: &Root) -> Option<&'a Path> {
-    let own = HostPid(nix::unistd::getpid().as_raw());
+    let own = HostPid::own();
     let mount_of = |path: &Path| {
         let flags = (libc::O_PATH | libc::O_NOFOLLOW).cast_unsigned();
         let fd = descriptor::open(root, path.as_os_str().as_bytes(), flags).ok()?;

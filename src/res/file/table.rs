@@ -174,7 +174,7 @@ impl std::fmt::Debug for FileTable {
 impl FileTable {
     /// Returns an empty table for a tree of these processes and threads.
     pub fn new(options: &DumpOptions, pids: PidMap, processes: HashSet<NsPid>) -> Self {
-        let own = HostPid(nix::unistd::getpid().as_raw());
+        let own = HostPid::own();
         Self {
             own,
             collectors: KINDS.iter().map(|kind| Some((kind.collector)(options))).collect(),

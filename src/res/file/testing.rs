@@ -24,10 +24,6 @@ use crate::{
     units::{HostPid, NsPid, PidMap, TargetFd},
 };
 
-fn own_pid() -> HostPid {
-    HostPid(std::process::id().cast_signed())
-}
-
 /// Returns `fstat(2)` of a descriptor.
 pub(super) fn stat(fd: &BorrowedFd) -> libc::stat {
     nix::sys::stat::fstat(fd).unwrap()
@@ -67,14 +63,14 @@ impl Tree {
         let mut table = FileTable::new(
             &self.options,
             PidMap::of_own_namespace(),
-            HashSet::from([NsPid::of_image(own_pid().0)]),
+            HashSet::from([NsPid::of_image(HostPid::own().0)]),
         );
-        let pidfd = process::pidfd_open(own_pid()).unwrap();
-        let descriptors = crate::proc::Descriptors::open(own_pid()).unwrap();
+        let pidfd = process::pidfd_open(HostPid::own()).unwrap();
+        let descriptors = crate::proc::Descriptors::open(HostPid::own()).unwrap();
         let mut before = HashMap::new();
         for (id, fd) in &self.files {
             let number = TargetFd(fd.as_raw_fd());
-            let entry = table.collect_fd(own_pid(), &pidfd, &descriptors, number)?;
+            let entry = table.collect_fd(HostPid::own(), &pidfd, &descriptors, number)?;
             before.insert(*id, Before::of(fd, entry));
         }
         table.write(images)?;
@@ -155,8 +151,8 @@ impl Before {
         Self {
             stat: stat(&fd.as_fd()),
             flags: status(fd.as_fd()),
-            link: proc::fd_link(own_pid(), number).unwrap(),
-            info: proc::fdinfo(own_pid(), number).unwrap(),
+            link: proc::fd_link(HostPid::own(), number).unwrap(),
+            info: proc::fdinfo(HostPid::own(), number).unwrap(),
             entry,
         }
     }
@@ -187,7 +183,7 @@ impl Dumped {
     pub(super) fn open(&self) -> Result<Restored> {
         let fds: Vec<_> = self.before.values().map(|before| before.entry.clone()).collect();
         let process = FileUser {
-            pid: NsPid::of_image(own_pid().0),
+            pid: NsPid::of_image(HostPid::own().0),
             group: NsPid::NONE,
             creds: None,
             fds: &fds,
@@ -264,10 +260,10 @@ impl Restored {
     }
 
     pub(super) fn link(&self, id: u32) -> Vec<u8> {
-        proc::fd_link(own_pid(), TargetFd(self.get(id).as_raw_fd())).unwrap()
+        proc::fd_link(HostPid::own(), TargetFd(self.get(id).as_raw_fd())).unwrap()
     }
 
     pub(super) fn info(&self, id: u32) -> FdInfo {
-        proc::fdinfo(own_pid(), TargetFd(self.get(id).as_raw_fd())).unwrap()
+        proc::fdinfo(HostPid::own(), TargetFd(self.get(id).as_raw_fd())).unwrap()
     }
 }

@@ -43,7 +43,7 @@ impl Collector for Timerfds {
         // The kernel rearms an expired timer when it is next read, and reports no time left
         // before. So read it first.
         let left = fds::timer(file.fd.as_fd()).map_err(file.failed(step))?;
-        let own = HostPid(nix::unistd::getpid().as_raw());
+        let own = HostPid::own();
         let info = proc::fdinfo(own, TargetFd(file.fd.as_raw_fd()));
         let Ok(FdInfo { detail: FdDetail::TimerFd { clockid, ticks, settime_flags, .. }, .. }) =
             info

@@ -11,7 +11,7 @@ use nix::libc;
 use super::{Namespace, Restoring};
 use crate::{
     image::ImageStore,
-    inject::{Script, Task},
+    inject::{Script, Task, living},
     res::{ResError, Result, cgroups},
     units::HostPid,
 };
@@ -26,7 +26,7 @@ impl Namespace for Cgroup {
     }
 
     fn check(&self, tasks: &[Task]) -> Result<()> {
-        for task in tasks.iter().filter(|task| !task.is_zombie()) {
+        for task in living(tasks) {
             let roots = cgroups::roots_of(task.witness())?;
             if let Some(path) = roots.into_values().find_map(Result::err) {
                 return Err(ResError::Refused {

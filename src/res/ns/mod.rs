@@ -98,7 +98,7 @@ pub struct OfDumper(Vec<Option<u64>>);
 impl OfDumper {
     /// Reads them.
     pub fn look() -> Self {
-        let own = HostPid(nix::unistd::getpid().as_raw());
+        let own = HostPid::own();
         Self(KINDS.iter().map(|kind| proc::namespace(own, kind.file).ok()).collect())
     }
 
@@ -402,7 +402,7 @@ pub struct OfTree {
 impl OfTree {
     /// Finds them by comparing a process of the tree with the dumper.
     pub fn look(pid: HostPid) -> Self {
-        let own = HostPid(nix::unistd::getpid().as_raw());
+        let own = HostPid::own();
         let differs = |kind: &Kind| {
             // A kernel without this kind of namespace has no such file.
             let pair = [own, pid].map(|pid| proc::namespace(pid, kind.file).ok());

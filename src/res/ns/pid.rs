@@ -92,7 +92,7 @@ fn check_all_in_tree(tasks: &[Task], witness: HostPid) -> Result<()> {
 /// Returns the map of the pids of a stopped tree: those of its processes and threads, and of groups
 /// and sessions whose leaders have ended.
 pub(super) fn map(tasks: &[Task]) -> Result<PidMap> {
-    let own = HostPid(nix::unistd::getpid().as_raw());
+    let own = HostPid::own();
     let Some(root) = tasks.first() else { return Ok(PidMap::of_own_namespace()) };
     let pair = [own, root.witness()].map(|pid| proc::namespace(pid, "pid").ok());
     if !matches!(pair, [Some(ours), Some(theirs)] if ours != theirs) {

@@ -114,7 +114,7 @@ pub(super) fn if_behind(images: &dyn ImageStore) -> Result<Option<Box<dyn Restor
     if !CLOCKS.iter().zip(clocks.wanted).any(is_behind) {
         return Ok(None);
     }
-    let own = proc::status(HostPid(nix::unistd::getpid().as_raw()))?;
+    let own = proc::status(HostPid::own())?;
     let may = own.cap_effective >> CAP_SYS_ADMIN & 1 == 1;
     Ok(may.then(|| Box::new(clocks) as _))
 }
@@ -156,7 +156,7 @@ impl Restoring for Clocks {
 
     fn build(&mut self, first: HostPid) -> Result<()> {
         // Offsets are relative to the first time namespace, in which this program need not be.
-        let own = proc::time_offsets(HostPid(nix::unistd::getpid().as_raw()))?;
+        let own = proc::time_offsets(HostPid::own())?;
         let mut text = String::new();
         for ((clock, wanted), own) in CLOCKS.iter().zip(self.wanted).zip(own) {
             let offset = wanted - (nanoseconds(now(*clock, first)?) - i128::from(own));
@@ -216,7 +216,7 @@ mod tests {
             if_behind(&Directory::at(dir.path())).unwrap().is_some()
         };
         assert!(!dump(0));
-        let status = proc::status(HostPid(nix::unistd::getpid().as_raw())).unwrap();
+        let status = proc::status(HostPid::own()).unwrap();
         assert_eq!(dump(1000), status.cap_effective >> CAP_SYS_ADMIN & 1 == 1);
     }
 }

@@ -26,7 +26,7 @@ use crate::{
         proto::{UidGidExtent, UsernsEntry},
         tree::user_problem,
     },
-    inject::{Script, Task},
+    inject::{Script, Task, living},
     proc::{self, Status},
     res::{ResError, Result},
     sys::namespace,
@@ -49,12 +49,12 @@ impl Namespace for User {
 
     fn check(&self, tasks: &[Task]) -> Result<()> {
         let ids = map(tasks)?;
-        for task in tasks.iter().filter(|task| !task.is_zombie()) {
+        for task in living(tasks) {
             for thread in &task.threads {
                 check_ids(task.pid, &proc::thread_status(task.pid, thread.tid)?, &ids)?;
             }
         }
-        tasks.iter().find(|task| !task.is_zombie()).map_or(Ok(()), check_owners)
+        living(tasks).next().map_or(Ok(()), check_owners)
     }
 
     fn dump(&self, of: &Dumped<'_>, images: &SnapshotWriter) -> Result<()> {
@@ -88,8 +88,8 @@ impl Namespace for User {
 
 /// Returns the map of the ids of a stopped tree.
 pub(super) fn map(tasks: &[Task]) -> Result<IdMap> {
-    let own = HostPid(nix::unistd::getpid().as_raw());
-    let Some(first) = tasks.iter().find(|task| !task.is_zombie()).map(Task::witness) else {
+    let own = HostPid::own();
+    let Some(first) = living(tasks).next().map(Task::witness) else {
         return Ok(IdMap::of_own_namespace());
     };
     let pair = [own, first].map(|pid| proc::namespace(pid, FILE).ok());
@@ -120,7 +120,7 @@ fn check_ids(pid: HostPid, status: &Status, ids: &IdMap) -> Result<()> {
 /// Refuses namespaces of a tree that its user namespace does not own: all that a restore makes belong
 /// to the new one.
 fn check_owners(task: &Task) -> Result<()> {
-    let (own, first) = (HostPid(nix::unistd::getpid().as_raw()), task.witness());
+    let (own, first) = (HostPid::own(), task.witness());
     let users = proc::namespace(first, FILE)?;
     let ours = proc::namespace(own, FILE)?;
     if namespace::parent(Path::new(&format!("/proc/{first}/ns/{FILE}"))).ok() != Some(ours) {

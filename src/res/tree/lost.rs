@@ -2,7 +2,13 @@
 
 use std::fs;
 
-use crate::{causes::tell, inject::Task, proc, res::Result, units::HostPid};
+use crate::{
+    causes::tell,
+    inject::{Task, living},
+    proc,
+    res::Result,
+    units::HostPid,
+};
 
 /// Security attributes for the next `execve(2)` or the next new object.
 const NEXT: [&str; 4] = ["exec", "fscreate", "keycreate", "sockcreate"];
@@ -13,7 +19,7 @@ const NEXT: [&str; 4] = ["exec", "fscreate", "keycreate", "sockcreate"];
 /// None.
 pub(super) fn check(tasks: &[Task]) -> Result<()> {
     let own = OfDumper::read();
-    for task in tasks.iter().filter(|task| !task.is_zombie()) {
+    for task in living(tasks) {
         let tids: Vec<_> = task.threads.iter().map(|thread| thread.tid).collect();
         for what in own.look(task.witness(), &tids) {
             tell(log::Level::Warn, &format!("process {} {what}", task.pid));
@@ -33,7 +39,7 @@ struct OfDumper {
 impl OfDumper {
     /// Reads the state of this process.
     fn read() -> Self {
-        let pid = HostPid(nix::unistd::getpid().as_raw());
+        let pid = HostPid::own();
         Self { label: label(pid, pid, "current"), audit_session: proc::session_id(pid).ok() }
     }
 

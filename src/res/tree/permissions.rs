@@ -4,7 +4,7 @@
 //! rcriu included. So the dump looks for these groups before it opens any file.
 
 use crate::{
-    inject::Task,
+    inject::{Task, living},
     proc::{self, FdDetail},
     res::{ResError, Result},
 };
@@ -21,7 +21,7 @@ const LINK: &[u8] = b"anon_inode:[fanotify]";
 /// # Errors
 /// [`ResError::Refused`].
 pub(super) fn check(tasks: &[Task]) -> Result<()> {
-    for task in tasks.iter().filter(|task| !task.is_zombie()) {
+    for task in living(tasks) {
         let descriptors = proc::Descriptors::open(task.witness())?;
         for fd in descriptors.numbers()? {
             if descriptors.link(fd)? != LINK {

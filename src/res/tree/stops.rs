@@ -9,7 +9,7 @@ use super::{Begun, Child, Collector, Restorer};
 use crate::{
     causes::tell as say,
     image::{proto::CoreEntry, tree::exit_signal},
-    inject::{Answers, Buffer, CallId, Script, Task},
+    inject::{Answers, Buffer, CallId, Script, Task, living},
     res::task,
     units::{HostPid, NsPid, PidMap},
 };
@@ -69,7 +69,7 @@ pub(super) fn collector(tasks: &[Task], pids: &PidMap) -> Begun<dyn Collector> {
         asked: Vec::new(),
         unreported: HashMap::new(),
     };
-    for task in tasks.iter().filter(|task| !task.is_zombie()) {
+    for task in living(tasks) {
         stops.children.entry(task.parent).or_default().push(task.pid);
     }
     Ok(Box::new(stops))

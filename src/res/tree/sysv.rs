@@ -17,7 +17,7 @@ use crate::{
         proto::{IpcShmEntry, VmaEntry},
         vma,
     },
-    inject::{Script, Task},
+    inject::{Script, Task, living},
     proc::Mapping,
     res::{
         ResError, Result,
@@ -67,7 +67,7 @@ struct Segments {
 
 /// Starts with the segments of the tree's own namespace.
 pub(super) fn collector(tasks: &[Task], ids: &IdMap) -> Begun<dyn Collector> {
-    let first = tasks.iter().find(|task| !task.is_zombie()).map(Task::witness);
+    let first = living(tasks).next().map(Task::witness);
     let number = first.and_then(|pid| ns::OfTree::look(pid).number_of("ipc"));
     let mut segments = Segments {
         namespace: number.unwrap_or(NAMESPACE),

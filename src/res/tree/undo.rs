@@ -60,7 +60,7 @@ struct Undos(BTreeMap<HostPid, Vec<RcriuUndo>>);
 
 /// Reads what stopped processes have to undo.
 pub(super) fn collector(tasks: &[Task]) -> Begun<dyn Collector> {
-    let own = HostPid(nix::unistd::getpid().as_raw());
+    let own = HostPid::own();
     // Equal if neither has a list. Otherwise the process has one, which may be empty.
     let has_list = |task: &&Task| {
         let compared = process::kcmp(task.witness(), own, Shared::Undo);

@@ -161,7 +161,7 @@ fn held_outside(
         return Ok(found);
     }
     let inodes: HashSet<u64> = locks.iter().map(|lock| lock.inode).collect();
-    let own = HostPid(nix::unistd::getpid().as_raw());
+    let own = HostPid::own();
     for pid in proc::pids()?.into_iter().filter(|pid| *pid != own && !in_tree(*pid)) {
         let mut of_process = HashSet::new();
         // A process that has exited has no descriptors left.

@@ -189,7 +189,7 @@ mod tests {
     };
 
     fn watches(fd: BorrowedFd) -> Vec<(i32, u64, u32)> {
-        let own = HostPid(std::process::id().cast_signed());
+        let own = HostPid::own();
         let info = proc::fdinfo(own, TargetFd(fd.as_raw_fd())).unwrap();
         let FdDetail::Inotify(watches) = info.detail else { return Vec::new() };
         let mut found: Vec<_> =

@@ -106,7 +106,7 @@ impl Mounts {
 
 /// Returns what `/proc` shows as the path of a descriptor.
 fn link(fd: BorrowedFd) -> Option<PathBuf> {
-    let own = HostPid(nix::unistd::getpid().as_raw());
+    let own = HostPid::own();
     let link = proc::fd_link(own, TargetFd(fd.as_raw_fd())).ok()?;
     Some(PathBuf::from(OsStr::from_bytes(&link)))
 }
@@ -302,7 +302,7 @@ mod tests {
         let file = std::fs::File::open(dir.path()).unwrap();
         let inotify = watch::inotify().unwrap();
         watch::add_watch(inotify.as_fd(), file.as_fd(), libc::IN_CREATE).unwrap();
-        let own = HostPid(std::process::id().cast_signed());
+        let own = HostPid::own();
         let info = proc::fdinfo(own, TargetFd(inotify.as_raw_fd())).unwrap();
         let proc::FdDetail::Inotify(watches) = info.detail else { panic!("{info:?}") };
         let place = Place { root: &Root::own(), process: None };

@@ -15,7 +15,7 @@ use nix::libc;
 use super::{Dumped, Namespace, Restoring};
 use crate::{
     image::{ImageStore, SnapshotWriter},
-    inject::Task,
+    inject::{Task, living},
     res::{ResError, Result, sysv::visit},
     sys::shm,
 };
@@ -30,7 +30,7 @@ impl Namespace for Ipc {
 
     /// Refuses a namespace that removes segments once they are looked at.
     fn check(&self, tasks: &[Task]) -> Result<()> {
-        let Some(first) = tasks.iter().find(|task| !task.is_zombie()) else { return Ok(()) };
+        let Some(first) = living(tasks).next() else { return Ok(()) };
         let _visit = visit(Some(first.witness()))?;
         if !variables::removes_segments() {
             return Ok(());

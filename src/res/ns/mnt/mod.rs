@@ -27,7 +27,7 @@ use nix::libc;
 use super::{Building, Dumped, Namespace, Options as NamespaceOptions, Restoring};
 use crate::{
     image::{ImageStore, SnapshotWriter},
-    inject::Task,
+    inject::{Task, living},
     res::Result,
     sys::root::Root,
     units::HostPid,
@@ -170,7 +170,7 @@ impl Namespace for Mnt {
     }
 
     fn check_with(&self, tasks: &[Task], options: &NamespaceOptions) -> Result<()> {
-        let Some(first) = tasks.iter().find(|task| !task.is_zombie()) else { return Ok(()) };
+        let Some(first) = living(tasks).next() else { return Ok(()) };
         survey::look(first.witness(), &options.mounts).map(drop)
     }
 

@@ -115,7 +115,7 @@ fn ordered(pid: HostPid, mounts: Vec<Mount>, options: &Options) -> Result<Vec<Mo
 /// Returns the kinds of namespaces, by their names in `/proc/PID/ns`, in which a process is without
 /// rcriu.
 fn own_namespaces(pid: HostPid) -> HashSet<&'static str> {
-    let own = HostPid(nix::unistd::getpid().as_raw());
+    let own = HostPid::own();
     let differs = |kind: &&str| {
         let pair = [own, pid].map(|pid| proc::namespace(pid, kind).ok());
         matches!(pair, [Some(ours), Some(theirs)] if ours != theirs)
@@ -268,7 +268,7 @@ pub(super) fn visible(host: &Mount, root: &Path) -> Option<PathBuf> {
     let path = if rest.as_os_str().is_empty() { host.point.clone() } else { host.point.join(rest) };
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let file: OwnedFd = open(&path, flags, Mode::empty()).ok()?;
-    let own = HostPid(nix::unistd::getpid().as_raw());
+    let own = HostPid::own();
     let info = proc::fdinfo(own, TargetFd(file.as_raw_fd())).ok()?;
     (info.mnt_id == host.id).then_some(path)
 }

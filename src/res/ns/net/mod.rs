@@ -32,7 +32,7 @@ use crate::{
         ImageStore, Kind, SnapshotWriter,
         proto::{NetDeviceEntry, NetnsEntry},
     },
-    inject::Task,
+    inject::{Task, living},
     proc,
     res::{ResError, Result, netlink::TalkError},
     sys::visit::{Place, Visit},
@@ -53,7 +53,7 @@ impl Namespace for Net {
     }
 
     fn check_with(&self, tasks: &[Task], options: &super::Options) -> Result<()> {
-        let Some(task) = tasks.iter().find(|task| !task.is_zombie()) else { return Ok(()) };
+        let Some(task) = living(tasks).next() else { return Ok(()) };
         let options = &options.network;
         if options.is_empty || external(task.witness(), options)?.is_some() {
             return Ok(());

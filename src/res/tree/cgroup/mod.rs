@@ -21,7 +21,7 @@ use properties::When;
 use super::{Begun, Collector, Plan, Restorer};
 use crate::{
     image::{self, Kind, SnapshotWriter, proto},
-    inject::Task,
+    inject::{Task, living},
     proc::{self, NoCgroup},
     res::{
         ResError, Result,
@@ -188,13 +188,13 @@ impl Options {
 }
 
 fn own() -> Result<Set> {
-    Ok(set(proc::cgroups(HostPid(nix::unistd::getpid().as_raw()))?))
+    Ok(set(proc::cgroups(HostPid::own())?))
 }
 
 /// Starts with the dumper's own set, or with none if the user ignores cgroups.
 pub(super) fn collector(tasks: &[Task], options: &Options) -> Begun<dyn Collector> {
     let known = if options.mode == Mode::Ignore { Vec::new() } else { vec![own()?] };
-    let first = tasks.iter().find(|task| !task.is_zombie()).map(Task::witness);
+    let first = living(tasks).next().map(Task::witness);
     let own = first.filter(|pid| ns::OfTree::look(*pid).number_of("cgroup").is_some());
     let mut roots = BTreeMap::new();
     if let Some(pid) = own {

@@ -54,7 +54,7 @@ pub(super) struct Caller {
 /// Returns the credentials of the restorer. In a user namespace of the tree, they are those of the first
 /// process, whose helpers have the same.
 fn own(pids: &PidMap, helpers: &Helpers) -> Result<SkPeerEntry> {
-    let pid = HostPid(nix::unistd::getpid().as_raw());
+    let pid = HostPid::own();
     let like = helpers.first().filter(|_| !pids.ids().is_own_namespace());
     let status = proc::status(like.unwrap_or(pid))?.inside(pids.ids());
     let pid = pids.ns(pid).raw();
