@@ -49,22 +49,18 @@ pub(super) fn tree(
     tasks: &[Task],
     pids: &PidMap,
     goal: Goal,
-    (options, namespaces): (&common::DumpOptions, &ns::Options),
+    (options, (own, namespaces)): (&common::DumpOptions, (&ns::OfTree, &ns::Options)),
 ) -> Result<Vec<ArenaIds>> {
     check_first(tasks, goal)?;
-    let own = ns::OfDumper::look();
-    let first = living(tasks).next().map(Task::witness);
+    ns::check_common(tasks)?;
     for task in living(tasks) {
-        own.check(task, first.unwrap_or(task.pid))?;
         task::check(&task::Checked { task, memory_only: goal.is_pre_dump() })?;
         for thread in &task.threads {
             let of = Thread { pid: task.pid, witness: task.witness(), tid: thread.tid };
             thread::check(of, thread)?;
         }
     }
-    if let Some(first) = first {
-        ns::OfTree::look(first).check(tasks, namespaces)?;
-    }
+    own.check(tasks, namespaces)?;
     common::check(tasks, options)?;
     let ids = arenas(tasks)?;
     check_births(tasks, pids, &ids)?;

@@ -95,7 +95,9 @@ pub fn run(options: &Options) -> Result<()> {
     let pids = ns::pids_of(&frozen.tasks)?;
     log::info!("stopped {} processes", frozen.tasks.len());
     // Before any file is opened: a program of the tree may decide whether that is allowed.
-    let arenas = check::tree(&frozen.tasks, &pids, goal, (common, namespaces))?;
+    let own_namespaces = ns::OfTree::of(&frozen.tasks);
+    let of_namespaces = (&own_namespaces, namespaces);
+    let arenas = check::tree(&frozen.tasks, &pids, goal, (common, of_namespaces))?;
     let network = NetworkLock::take(&actions, root, goal)?;
     let images = SnapshotWriter::begin(&store.images_dir)?;
     if let Some(link) = &store.parent {
@@ -119,7 +121,7 @@ pub fn run(options: &Options) -> Result<()> {
             let dumped = dump_stopped(
                 (common, namespaces, files, outcome),
                 &mut frozen,
-                (pids, arenas),
+                (pids, arenas, own_namespaces),
                 &images,
                 parent.as_ref(),
                 tracking,
@@ -309,7 +311,7 @@ fn dump_stopped(
         Outcome,
     ),
     frozen: &mut Frozen,
-    (pids, arenas): (PidMap, Vec<ArenaIds>),
+    (pids, arenas, own_namespaces): (PidMap, Vec<ArenaIds>, ns::OfTree),
     images: &SnapshotWriter,
     parent: Option<&Parent>,
     tracking: Tracking,
@@ -320,15 +322,13 @@ fn dump_stopped(
         threads.chain([pids.ns(task.pid)])
     });
     let mut files = FileTable::new(files, pids.clone(), numbers.collect());
-    if let Some(first) = living(&frozen.tasks).next() {
-        files.set_root(ns::root_of(first.witness())?);
-    }
+    files.set_root(own_namespaces.root(&frozen.tasks)?);
     for task in living(&frozen.tasks) {
         files.add_listeners(task.witness())?;
     }
     let common = common::collectors(&frozen.tasks, &pids, common)?;
-    let mut collection =
-        Collection::new(images, (pids, arenas), files, tracking, common, &frozen.tasks);
+    let of_tree = (pids, arenas, own_namespaces);
+    let mut collection = Collection::new(images, of_tree, files, tracking, common, &frozen.tasks);
     collection.namespaces(&frozen.tasks, namespaces)?;
     for (position, task) in frozen.tasks.iter_mut().enumerate() {
         if cancel::is_cancelled() {

@@ -9,7 +9,7 @@ use crate::{
         tree::{Arena, ArenaIds, Arenas},
         vma,
     },
-    inject::{Script, TABLE_BYTES, Task, living, with_session},
+    inject::{Script, TABLE_BYTES, Task, with_session},
     pages::{
         Memory, Origin, ProcessMemory,
         scan::{self, Shown},
@@ -52,13 +52,12 @@ pub(super) struct Collection<'a> {
 impl<'a> Collection<'a> {
     pub(super) fn new(
         images: &'a SnapshotWriter,
-        (pids, arenas): (PidMap, Vec<ArenaIds>),
+        (pids, arenas, namespaces): (PidMap, Vec<ArenaIds>, ns::OfTree),
         files: FileTable,
         tracking: Tracking,
         common: Vec<Box<dyn common::Collector>>,
         tasks: &[Task],
     ) -> Self {
-        let first = living(tasks).next();
         let mut stacks: HashMap<u32, Vec<RemoteAddr>> = HashMap::new();
         for (task, ids) in tasks.iter().zip(&arenas) {
             let of_memory = stacks.entry(ids.get(Arena::Memory)).or_default();
@@ -77,7 +76,7 @@ impl<'a> Collection<'a> {
             memories: Vec::new(),
             shared: HashMap::new(),
             pstree: Vec::new(),
-            namespaces: first.map(|task| ns::OfTree::look(task.witness())).unwrap_or_default(),
+            namespaces,
         }
     }
 
@@ -143,8 +142,7 @@ impl<'a> Collection<'a> {
     /// # Errors
     /// Why one cannot be dumped.
     pub(super) fn namespaces(&mut self, tasks: &[Task], options: &ns::Options) -> Result<()> {
-        let Some(first) = living(tasks).next() else { return Ok(()) };
-        Ok(self.namespaces.dump(first.witness(), tasks, options, self.images)?)
+        Ok(self.namespaces.dump(tasks, self.pids.ids(), options, self.images)?)
     }
 
     fn write_one<M: prost::Message>(

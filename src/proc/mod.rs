@@ -267,6 +267,13 @@ pub fn thread_namespace(pid: HostPid, tid: HostPid, kind: &str) -> Result<u64> {
     parse(&path, &read_link(&path)?, tables::parse_namespace)
 }
 
+/// Whether a process is in another namespace of a kind than this program. It is not if the kernel does
+/// not have the kind, or if the process is gone.
+pub fn is_in_other_namespace(pid: HostPid, kind: &str) -> bool {
+    let pair = [HostPid::own(), pid].map(|pid| namespace(pid, kind).ok());
+    matches!(pair, [Some(ours), Some(theirs)] if ours != theirs)
+}
+
 /// Reads `/proc/PID/timens_offsets`: how far the clocks of the time namespace for the children of a
 /// process are ahead of those of the first one, in nanoseconds: `CLOCK_MONOTONIC`, then
 /// `CLOCK_BOOTTIME`. Since Linux 5.6.

@@ -37,19 +37,6 @@ pub enum ResError {
         /// How the user can avoid it.
         help: &'static str,
     },
-    /// A process is in other namespaces than the dumper.
-    #[error(
-        "process {pid} has {what} of its own, which is not dumped yet\nhelp: run rcriu inside: \
-         nsenter -t {pid} {flags} rcriu dump ..."
-    )]
-    Namespaces {
-        /// The process.
-        pid: HostPid,
-        /// The namespaces, with their numbers.
-        what: String,
-        /// The options of nsenter(1) that enter them.
-        flags: String,
-    },
     /// The dump cannot find out what processes, threads and descriptors share.
     #[error(
         "compare what processes share with process {pid} (kcmp(2))\nhelp: run rcriu where no \

@@ -8,12 +8,11 @@ use std::{cell::RefCell, path::PathBuf};
 
 use nix::libc;
 
-use super::{Namespace, Restoring};
+use super::{Building, Namespace, Options, Restoring};
 use crate::{
     image::ImageStore,
     inject::{Script, Task, living},
     res::{ResError, Result, cgroups},
-    units::HostPid,
 };
 
 #[derive(Debug)]
@@ -25,7 +24,7 @@ impl Namespace for Cgroup {
         0
     }
 
-    fn check(&self, tasks: &[Task]) -> Result<()> {
+    fn check(&self, tasks: &[Task], _: &Options) -> Result<()> {
         for task in living(tasks) {
             let roots = cgroups::roots_of(task.witness())?;
             if let Some(path) = roots.into_values().find_map(Result::err) {
@@ -39,7 +38,7 @@ impl Namespace for Cgroup {
         Ok(())
     }
 
-    fn restore(&self, _: &dyn ImageStore, _: u32) -> Result<Box<dyn Restoring>> {
+    fn restore(&self, _: &dyn ImageStore, _: u32, _: &Options) -> Result<Box<dyn Restoring>> {
         Ok(Box::new(Wanted::default()))
     }
 }
@@ -56,7 +55,8 @@ impl Restoring for Wanted {
         self.roots.replace(roots);
     }
 
-    fn build(&mut self, first: HostPid) -> Result<()> {
+    fn build(&mut self, on: &Building<'_>) -> Result<()> {
+        let first = on.first;
         let mut roots = self.roots.get_mut().iter();
         roots.try_for_each(|root| cgroups::put(first, &root.join("cgroup.procs")))
     }

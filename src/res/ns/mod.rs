@@ -27,11 +27,10 @@ use nix::libc;
 
 use super::{ResError, Result};
 use crate::{
-    causes::tell,
     image::{
         ImageError, ImageStore, Kind as Image, SnapshotWriter, Store, proto::TaskKobjIdsEntry,
     },
-    inject::{self, Answers, Script, Task},
+    inject::{self, Answers, Script, Task, living},
     proc,
     sys::{
         root::Root,
@@ -47,34 +46,31 @@ struct Kind {
     file: &'static str,
     /// Its name in messages, with the article.
     name: &'static str,
-    /// The option of `nsenter(1)` that enters it.
-    flag: &'static str,
     /// Its field in the `ids` image of a process.
     id: fn(&mut TaskKobjIdsEntry) -> &mut Option<u32>,
-    /// Dumps and restores a namespace of this kind; `None` if that is not supported.
-    own: Option<&'static dyn Namespace>,
+    /// Dumps and restores a namespace of this kind that a tree has of its own.
+    own: &'static dyn Namespace,
 }
 
 const fn row(
     file: &'static str,
     name: &'static str,
-    flag: &'static str,
     id: fn(&mut TaskKobjIdsEntry) -> &mut Option<u32>,
-    own: Option<&'static dyn Namespace>,
+    own: &'static dyn Namespace,
 ) -> Kind {
-    Kind { file, name, flag, id, own }
+    Kind { file, name, id, own }
 }
 
 /// The namespaces that a thread is in.
 static KINDS: [Kind; 8] = [
-    row("pid", "a pid namespace", "-p", |ids| &mut ids.pid_ns_id, Some(&pid::Pid)),
-    row("net", "a network namespace", "-n", |ids| &mut ids.net_ns_id, Some(&net::Net)),
-    row("ipc", "an IPC namespace", "-i", |ids| &mut ids.ipc_ns_id, Some(&ipc::Ipc)),
-    row("uts", "a UTS namespace", "-u", |ids| &mut ids.uts_ns_id, Some(&uts::Uts)),
-    row(time::FILE, "a time namespace", "-T", |ids| &mut ids.time_ns_id, Some(&time::Time)),
-    row(mnt::FILE, "a mount namespace", "-m", |ids| &mut ids.mnt_ns_id, Some(&mnt::Mnt)),
-    row(user::FILE, "a user namespace", "-U", |ids| &mut ids.user_ns_id, Some(&user::User)),
-    row("cgroup", "a cgroup namespace", "-C", |ids| &mut ids.cgroup_ns_id, Some(&cgroup::Cgroup)),
+    row("pid", "a pid namespace", |ids| &mut ids.pid_ns_id, &pid::Pid),
+    row("net", "a network namespace", |ids| &mut ids.net_ns_id, &net::Net),
+    row("ipc", "an IPC namespace", |ids| &mut ids.ipc_ns_id, &ipc::Ipc),
+    row("uts", "a UTS namespace", |ids| &mut ids.uts_ns_id, &uts::Uts),
+    row(time::FILE, "a time namespace", |ids| &mut ids.time_ns_id, &time::Time),
+    row(mnt::FILE, "a mount namespace", |ids| &mut ids.mnt_ns_id, &mnt::Mnt),
+    row(user::FILE, "a user namespace", |ids| &mut ids.user_ns_id, &user::User),
+    row("cgroup", "a cgroup namespace", |ids| &mut ids.cgroup_ns_id, &cgroup::Cgroup),
 ];
 
 /// The namespaces that new children of a thread will be in, if they are others than those of the
@@ -84,74 +80,46 @@ static FOR_CHILDREN: [(&str, &str, &str); 2] = [
     ("time_for_children", "time", "a time namespace for its children"),
 ];
 
-impl Kind {
-    /// Whether a tree may have its own namespace of this kind.
-    fn is_dumped(&self) -> bool {
-        self.own.is_some()
-    }
+/// The namespaces of a process, in the order of [`KINDS`]; `None` for a kind that the kernel lacks.
+type Places = [Option<u64>; KINDS.len()];
+
+fn places_of(pid: HostPid, tid: HostPid) -> Places {
+    KINDS.each_ref().map(|kind| proc::thread_namespace(pid, tid, kind.file).ok())
 }
 
-/// The namespaces of the dumper.
-#[derive(Debug)]
-pub struct OfDumper(Vec<Option<u64>>);
-
-impl OfDumper {
-    /// Reads them.
-    pub fn look() -> Self {
-        let own = HostPid::own();
-        Self(KINDS.iter().map(|kind| proc::namespace(own, kind.file).ok()).collect())
-    }
-
-    /// Refuses a process in namespaces that the restore cannot put it into. `first` is a process in
-    /// the namespaces of the tree.
-    ///
-    /// # Errors
-    /// [`ResError::Namespaces`], [`ResError::Refused`].
-    pub fn check(&self, task: &Task, first: HostPid) -> Result<()> {
-        self.check_dumpers(task)?;
-        check_common(task, first)?;
-        check_for_children(task)?;
-        check_threads(task)
-    }
-
-    /// Checks that a process is in the namespaces of the dumper, except for the kinds of which a
-    /// tree can have its own.
-    fn check_dumpers(&self, task: &Task) -> Result<()> {
-        let mut what = Vec::new();
-        let mut flags = Vec::new();
-        for (kind, ours) in KINDS.iter().zip(&self.0).filter(|(kind, _)| !kind.is_dumped()) {
-            let Kind { file, name, flag, .. } = kind;
-            // A kernel without this kind of namespace has nothing to compare.
-            if let (Ok(theirs), Some(ours)) = (proc::namespace(task.witness(), file), ours)
-                && theirs != *ours
-                && !flags.contains(flag)
+/// Refuses processes and threads in other namespaces than the first process of their tree, where a
+/// restore could not put them.
+///
+/// # Errors
+/// [`ResError::Refused`].
+pub fn check_common(tasks: &[Task]) -> Result<()> {
+    let mut of_tree = None;
+    for task in living(tasks) {
+        let (pid, first) = (task.pid, task.witness());
+        let own = places_of(pid, first);
+        let (leader, wanted) = *of_tree.get_or_insert((first, own));
+        for (kind, (found, wanted)) in KINDS.iter().zip(own.iter().zip(&wanted)) {
+            if let (Some(found), Some(wanted)) = (found, wanted)
+                && found != wanted
             {
-                what.push(format!("{name} ({file}:[{theirs}])"));
-                flags.push(*flag);
+                let (file, name) = (kind.file, kind.name);
+                return Err(ResError::Refused {
+                    pid,
+                    what: format!(
+                        "has {name} ({file}:[{found}]) that is not that of process {leader}"
+                    ),
+                    help: "dump the part of the tree in that namespace: a tree can have only one",
+                });
             }
         }
-        if what.is_empty() {
-            return Ok(());
-        }
-        let (what, flags) = (what.join(" and "), flags.join(" "));
-        Err(ResError::Namespaces { pid: task.pid, what, flags })
-    }
-}
-
-/// Checks that a process is in the same namespaces as the first process of its tree, for the kinds
-/// of which a tree can have its own.
-fn check_common(task: &Task, first: HostPid) -> Result<()> {
-    for kind in KINDS.iter().filter(|kind| kind.is_dumped()) {
-        let pair = [first, task.witness()].map(|pid| proc::namespace(pid, kind.file).ok());
-        if let [Some(wanted), Some(found)] = pair
-            && wanted != found
-        {
-            let (file, name) = (kind.file, kind.name);
-            return Err(ResError::Refused {
-                pid: task.pid,
-                what: format!("has {name} ({file}:[{found}]) that is not that of process {first}"),
-                help: "dump the part of the tree in that namespace: a tree can have only one",
-            });
+        check_for_children(task)?;
+        for thread in task.threads.iter().skip(1) {
+            let others = places_of(pid, thread.tid);
+            for (kind, (found, wanted)) in KINDS.iter().zip(others.iter().zip(&own)) {
+                if wanted.is_some() && found != wanted {
+                    return Err(ResError::own_of_thread(pid, thread.tid, kind.name));
+                }
+            }
         }
     }
     Ok(())
@@ -178,21 +146,6 @@ fn check_for_children(task: &Task) -> Result<()> {
     Ok(())
 }
 
-/// Checks that all threads of a process are in the same namespaces.
-fn check_threads(task: &Task) -> Result<()> {
-    let (pid, first) = (task.pid, task.witness());
-    for kind in &KINDS {
-        let of = |tid| proc::thread_namespace(pid, tid, kind.file).ok();
-        let Some(wanted) = of(first) else { continue };
-        for thread in task.threads.iter().skip(1) {
-            if of(thread.tid) != Some(wanted) {
-                return Err(ResError::own_of_thread(pid, thread.tid, kind.name));
-            }
-        }
-    }
-    Ok(())
-}
-
 /// Dumps and restores one kind of namespace.
 pub trait Namespace: Sync + std::fmt::Debug {
     /// Its flag of `clone(2)`.
@@ -203,16 +156,8 @@ pub trait Namespace: Sync + std::fmt::Debug {
     ///
     /// # Errors
     /// [`ResError::Refused`], or the errors of reading `/proc`.
-    fn check(&self, _tasks: &[Task]) -> Result<()> {
+    fn check(&self, _tasks: &[Task], _options: &Options) -> Result<()> {
         Ok(())
-    }
-
-    /// Dump: like [`Self::check`], for a kind that has options.
-    ///
-    /// # Errors
-    /// As [`Self::check`].
-    fn check_with(&self, tasks: &[Task], _options: &Options) -> Result<()> {
-        self.check(tasks)
     }
 
     /// Dump: adds the calls for a process in the namespace to make, and returns the function that
@@ -233,20 +178,12 @@ pub trait Namespace: Sync + std::fmt::Debug {
     ///
     /// # Errors
     /// A malformed image; state that cannot be restored.
-    fn restore(&self, images: &dyn ImageStore, number: u32) -> Result<Box<dyn Restoring>>;
-
-    /// Restore: like [`Self::restore`], for a kind that has options.
-    ///
-    /// # Errors
-    /// As [`Self::restore`].
-    fn restore_with(
+    fn restore(
         &self,
         images: &dyn ImageStore,
         number: u32,
-        _options: &Options,
-    ) -> Result<Box<dyn Restoring>> {
-        self.restore(images, number)
-    }
+        options: &Options,
+    ) -> Result<Box<dyn Restoring>>;
 }
 
 /// The options of a dump or a restore about namespaces.
@@ -319,21 +256,13 @@ pub trait Restoring: std::fmt::Debug {
         Script::new()
     }
 
-    /// Restores what rcriu can from outside. Process `first` is in the namespace, which is new. No
-    /// file of the tree is open yet.
+    /// Restores what rcriu can, in as many steps of its own and of the first process as it takes. The
+    /// namespace is new, and no file of the tree is open yet.
     ///
     /// # Errors
     /// The first failure.
-    fn build(&mut self, _first: HostPid) -> Result<()> {
+    fn build(&mut self, _on: &Building<'_>) -> Result<()> {
         Ok(())
-    }
-
-    /// Like [`Self::build`], for what takes several steps of rcriu and of the first process.
-    ///
-    /// # Errors
-    /// The first failure.
-    fn build_with(&mut self, on: &Building<'_>) -> Result<()> {
-        self.build(on.first)
     }
 
     /// Returns the calls of the first process that restore the rest. Runs after [`Self::build`].
@@ -402,15 +331,14 @@ pub struct OfTree {
 impl OfTree {
     /// Finds them by comparing a process of the tree with the dumper.
     pub fn look(pid: HostPid) -> Self {
-        let own = HostPid::own();
-        let differs = |kind: &Kind| {
-            // A kernel without this kind of namespace has no such file.
-            let pair = [own, pid].map(|pid| proc::namespace(pid, kind.file).ok());
-            matches!(pair, [Some(ours), Some(theirs)] if ours != theirs)
-        };
         let all = KINDS.iter().enumerate();
-        let of_tree = all.filter(|(_, kind)| kind.is_dumped() && differs(kind));
+        let of_tree = all.filter(|(_, kind)| proc::is_in_other_namespace(pid, kind.file));
         Self { kinds: of_tree.map(|(at, _)| at).collect(), asked: false }
+    }
+
+    /// Finds those of a stopped tree.
+    pub fn of(tasks: &[Task]) -> Self {
+        living(tasks).next().map(|task| Self::look(task.witness())).unwrap_or_default()
     }
 
     /// Returns the `ids` entry of a process of the tree.
@@ -433,7 +361,7 @@ impl OfTree {
         if std::mem::replace(&mut self.asked, true) {
             return Vec::new();
         }
-        let ask = |at: &usize| Some((Self::number(*at), KINDS[*at].own?.ask(script)?));
+        let ask = |at: &usize| Some((Self::number(*at), KINDS[*at].own.ask(script)?));
         self.kinds.iter().filter_map(ask).collect()
     }
 
@@ -448,9 +376,7 @@ impl OfTree {
                 let (what, help) = (format!("has {} of its own{NO_VISIT}", kind.name), VISIT_HELP);
                 return Err(ResError::Refused { pid: task.pid, what, help });
             }
-            if let Some(own) = kind.own {
-                own.check_with(tasks, options)?;
-            }
+            kind.own.check(tasks, options)?;
         }
         Ok(())
     }
@@ -462,37 +388,39 @@ impl OfTree {
         Some(Self::number(*at))
     }
 
-    /// Writes the images of what rcriu sees of the namespaces itself. `pid` is a process in them.
+    /// Writes the images of what rcriu sees of the namespaces itself. `ids` are the users and groups of
+    /// the tree.
     ///
     /// # Errors
     /// The state cannot be read or dumped.
     pub fn dump(
         &self,
-        pid: HostPid,
         tasks: &[Task],
+        ids: &IdMap,
         options: &Options,
         images: &SnapshotWriter,
     ) -> Result<()> {
-        if !self.kinds.iter().any(|at| KINDS[*at].file == time::FILE) {
+        let Some(pid) = living(tasks).next().map(Task::witness) else { return Ok(()) };
+        if self.number_of(time::FILE).is_none() {
             time::dump_dumpers(pid, images)?;
         }
-        let ids = &user::map(tasks)?;
         for at in &self.kinds {
-            if let Some(own) = KINDS[*at].own {
-                own.dump(&Dumped { pid, number: Self::number(*at), tasks, options, ids }, images)?;
-            }
+            let number = Self::number(*at);
+            KINDS[*at].own.dump(&Dumped { pid, number, tasks, options, ids }, images)?;
         }
         Ok(())
     }
-}
 
-/// Returns the root directory in which the paths of a tree are looked up. `pid` is a process of it.
-///
-/// # Errors
-/// The process is gone, or rcriu may not enter its mount namespace.
-pub fn root_of(pid: HostPid) -> Result<Root> {
-    let is_own = !OfTree::look(pid).kinds.iter().any(|at| KINDS[*at].file == mnt::FILE);
-    if is_own { Ok(Root::own()) } else { mnt::root_of(pid) }
+    /// Returns the root directory in which the paths of the tree are looked up.
+    ///
+    /// # Errors
+    /// The tree is gone, or rcriu may not enter its mount namespace.
+    pub fn root(&self, tasks: &[Task]) -> Result<Root> {
+        match living(tasks).next().filter(|_| self.number_of(mnt::FILE).is_some()) {
+            Some(first) => mnt::root_of(first.witness()),
+            None => Ok(Root::own()),
+        }
+    }
 }
 
 /// Returns the map of the pids and of the user and group ids of a stopped tree.
@@ -534,26 +462,14 @@ impl Wanted {
                 }
                 continue;
             }
-            if let Some(own) = kind.own {
-                if !may_visit(kind) {
-                    let name = kind.name;
-                    return Err(wrong(
-                        number,
-                        &format!("it is {name}{NO_VISIT}\nhelp: {VISIT_HELP}"),
-                    ));
-                }
-                let restoring = own.restore_with(images, number, options)?;
-                // The others belong to the user namespace, so it comes first.
-                let at = if kind.file == user::FILE { 0 } else { wanted.len() };
-                wanted.insert(at, (kind, number, restoring));
-            } else {
-                let message = format!(
-                    "the tree had {} of its own, which rcriu does not restore: it will be in that of \
-                     rcriu restore",
-                    kind.name
-                );
-                tell(log::Level::Warn, &message);
+            if !may_visit(kind) {
+                let problem = format!("it is {}{NO_VISIT}\nhelp: {VISIT_HELP}", kind.name);
+                return Err(wrong(number, &problem));
             }
+            let restoring = kind.own.restore(images, number, options)?;
+            // The others belong to the user namespace, so it comes first.
+            let at = if kind.file == user::FILE { 0 } else { wanted.len() };
+            wanted.insert(at, (kind, number, restoring));
         }
         let mut wanted = Self(wanted);
         let ids = wanted.ids();
@@ -564,8 +480,7 @@ impl Wanted {
     /// Returns the `clone(2)` flags for the first process.
     pub fn clone_flags(&self) -> u64 {
         let made = self.0.iter().filter(|(.., state)| state.is_made());
-        let own = made.filter_map(|(kind, ..)| kind.own);
-        own.fold(0, |flags, own| flags | own.clone_flag())
+        made.fold(0, |flags, (kind, ..)| flags | kind.own.clone_flag())
     }
 
     /// Whether there are none.
@@ -586,7 +501,7 @@ impl Wanted {
     /// Returns the root directory of the tree, whose first process exists.
     ///
     /// # Errors
-    /// As [`root_of`].
+    /// The process is gone, or rcriu may not enter its mount namespace.
     pub fn root(&self, first: HostPid) -> Result<Root> {
         let has_mounts = self.number_of(mnt::FILE).is_some();
         if has_mounts { mnt::root_of(first) } else { Ok(Root::own()) }
@@ -607,7 +522,7 @@ impl Wanted {
         };
         for (_, _, namespace) in &mut self.0 {
             run(namespace.first_script())?;
-            namespace.build_with(on)?;
+            namespace.build(on)?;
             run(namespace.script())?;
         }
         Ok(())

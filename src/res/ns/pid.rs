@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 
 use nix::libc;
 
-use super::{Namespace, Restoring};
+use super::{Namespace, Options, Restoring};
 use crate::{
     image::ImageStore,
     inject::Task,
@@ -26,7 +26,7 @@ impl Namespace for Pid {
         u64::from(libc::CLONE_NEWPID.cast_unsigned())
     }
 
-    fn check(&self, tasks: &[Task]) -> Result<()> {
+    fn check(&self, tasks: &[Task], _: &Options) -> Result<()> {
         let Some(root) = tasks.first() else { return Ok(()) };
         let numbers = proc::status(root.pid)?.ns_pid;
         if numbers.last() != Some(&FIRST) {
@@ -45,7 +45,7 @@ impl Namespace for Pid {
         check_all_in_tree(tasks, root.witness())
     }
 
-    fn restore(&self, _: &dyn ImageStore, _: u32) -> Result<Box<dyn Restoring>> {
+    fn restore(&self, _: &dyn ImageStore, _: u32, _: &Options) -> Result<Box<dyn Restoring>> {
         Ok(Box::new(Numbers))
     }
 }
@@ -92,12 +92,8 @@ fn check_all_in_tree(tasks: &[Task], witness: HostPid) -> Result<()> {
 /// Returns the map of the pids of a stopped tree: those of its processes and threads, and of groups
 /// and sessions whose leaders have ended.
 pub(super) fn map(tasks: &[Task]) -> Result<PidMap> {
-    let own = HostPid::own();
-    let Some(root) = tasks.first() else { return Ok(PidMap::of_own_namespace()) };
-    let pair = [own, root.witness()].map(|pid| proc::namespace(pid, "pid").ok());
-    if !matches!(pair, [Some(ours), Some(theirs)] if ours != theirs) {
-        return Ok(PidMap::of_own_namespace());
-    }
+    let root = tasks.first().filter(|root| proc::is_in_other_namespace(root.witness(), "pid"));
+    let Some(root) = root else { return Ok(PidMap::of_own_namespace()) };
     let pids = PidMap::of_other_namespace();
     // Processes may be in namespaces below that of the root, which are refused later.
     let level = proc::status(root.pid)?.ns_pid.len().saturating_sub(1);

@@ -19,7 +19,7 @@ use nix::{
     time::{ClockId, clock_gettime},
 };
 
-use super::{Collect, Namespace, Restoring, wrong};
+use super::{Building, Collect, Namespace, Options, Restoring, wrong};
 use crate::{
     image::{
         ImageStore, Kind, SnapshotWriter,
@@ -74,7 +74,12 @@ impl Namespace for Time {
         }))
     }
 
-    fn restore(&self, images: &dyn ImageStore, number: u32) -> Result<Box<dyn Restoring>> {
+    fn restore(
+        &self,
+        images: &dyn ImageStore,
+        number: u32,
+        _: &Options,
+    ) -> Result<Box<dyn Restoring>> {
         let entry: TimensEntry = images.message(Kind::Timens, number.into())?;
         Ok(Box::new(clocks(&entry, number)?))
     }
@@ -154,7 +159,8 @@ impl Restoring for Clocks {
         script
     }
 
-    fn build(&mut self, first: HostPid) -> Result<()> {
+    fn build(&mut self, on: &Building<'_>) -> Result<()> {
+        let first = on.first;
         // Offsets are relative to the first time namespace, in which this program need not be.
         let own = proc::time_offsets(HostPid::own())?;
         let mut text = String::new();

@@ -18,7 +18,7 @@ use nix::{
     unistd::{getegid, geteuid},
 };
 
-use super::{Dumped, KINDS, Namespace, Restoring, wrong};
+use super::{Building, Dumped, KINDS, Namespace, Options, Restoring, wrong};
 use crate::{
     causes::tell,
     image::{
@@ -47,7 +47,7 @@ impl Namespace for User {
         u64::from(libc::CLONE_NEWUSER.cast_unsigned())
     }
 
-    fn check(&self, tasks: &[Task]) -> Result<()> {
+    fn check(&self, tasks: &[Task], _: &Options) -> Result<()> {
         let ids = map(tasks)?;
         for task in living(tasks) {
             for thread in &task.threads {
@@ -77,7 +77,12 @@ impl Namespace for User {
         Ok(images.write(Kind::Userns, of.number.into(), &[entry])?)
     }
 
-    fn restore(&self, images: &dyn ImageStore, number: u32) -> Result<Box<dyn Restoring>> {
+    fn restore(
+        &self,
+        images: &dyn ImageStore,
+        number: u32,
+        _: &Options,
+    ) -> Result<Box<dyn Restoring>> {
         let entry: UsernsEntry = images.message(Kind::Userns, number.into())?;
         if let Some(problem) = user_problem(&entry) {
             return Err(wrong(number, &problem));
@@ -88,14 +93,10 @@ impl Namespace for User {
 
 /// Returns the map of the ids of a stopped tree.
 pub(super) fn map(tasks: &[Task]) -> Result<IdMap> {
-    let own = HostPid::own();
-    let Some(first) = living(tasks).next().map(Task::witness) else {
+    let first = living(tasks).next().map(Task::witness);
+    let Some(first) = first.filter(|first| proc::is_in_other_namespace(*first, FILE)) else {
         return Ok(IdMap::of_own_namespace());
     };
-    let pair = [own, first].map(|pid| proc::namespace(pid, FILE).ok());
-    if !matches!(pair, [Some(ours), Some(theirs)] if ours != theirs) {
-        return Ok(IdMap::of_own_namespace());
-    }
     Ok(IdMap::new(proc::user_map(first)?, proc::group_map(first)?))
 }
 
@@ -120,9 +121,9 @@ fn check_ids(pid: HostPid, status: &Status, ids: &IdMap) -> Result<()> {
 /// Refuses namespaces of a tree that its user namespace does not own: all that a restore makes belong
 /// to the new one.
 fn check_owners(task: &Task) -> Result<()> {
-    let (own, first) = (HostPid::own(), task.witness());
+    let first = task.witness();
     let users = proc::namespace(first, FILE)?;
-    let ours = proc::namespace(own, FILE)?;
+    let ours = proc::namespace(HostPid::own(), FILE)?;
     if namespace::parent(Path::new(&format!("/proc/{first}/ns/{FILE}"))).ok() != Some(ours) {
         tell(
             log::Level::Warn,
@@ -131,8 +132,7 @@ fn check_owners(task: &Task) -> Result<()> {
         );
     }
     for kind in KINDS.iter().filter(|kind| kind.file != FILE) {
-        let pair = [own, first].map(|pid| proc::namespace(pid, kind.file).ok());
-        if !matches!(pair, [Some(ours), Some(theirs)] if ours != theirs) {
+        if !proc::is_in_other_namespace(first, kind.file) {
             continue;
         }
         let path = PathBuf::from(format!("/proc/{first}/ns/{}", kind.file));
@@ -190,7 +190,8 @@ impl Restoring for Maps {
         Some(IdMap::new(ranges(&self.0.uid_map), ranges(&self.0.gid_map)))
     }
 
-    fn build(&mut self, first: HostPid) -> Result<()> {
+    fn build(&mut self, on: &Building<'_>) -> Result<()> {
+        let first = on.first;
         self.write(first).map_err(|source| {
             if source.raw_os_error() != Some(libc::EPERM) {
                 return ResError::Write { path: format!("/proc/{first}/uid_map").into(), source };
@@ -270,13 +271,15 @@ mod tests {
         images.sync(|_| {}).unwrap();
         images.commit(&InventoryEntry::default()).unwrap();
         let images = Directory::at(dir.path());
-        let maps = User.restore(&images, 15).unwrap();
+        let maps = User.restore(&images, 15, &Options::default()).unwrap();
         assert_eq!(maps.ids().unwrap().host_user(NsId(1)), Some(HostId(100_000)));
         assert_eq!(maps.script().len(), 3);
         for (number, words) in
             [(16, "maps no ids"), (17, "341 ranges"), (18, "maps no users"), (19, "userns-19.img")]
         {
-            let error = crate::causes::with_sources(&User.restore(&images, number).unwrap_err());
+            let error = crate::causes::with_sources(
+                &User.restore(&images, number, &Options::default()).unwrap_err(),
+            );
             assert!(error.contains(words), "{error}");
         }
         assert_eq!(text(&[extent(0, 1, 2), extent(3, 4, 5)]), "0 1 2\n3 4 5\n");

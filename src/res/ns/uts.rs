@@ -2,7 +2,7 @@
 
 use nix::libc;
 
-use super::{Collect, Namespace, Restoring, wrong};
+use super::{Collect, Namespace, Options, Restoring, wrong};
 use crate::{
     image::{ImageStore, Kind, proto::UtsnsEntry, tree::uts_problem},
     inject::Script,
@@ -34,7 +34,12 @@ impl Namespace for Uts {
         }))
     }
 
-    fn restore(&self, images: &dyn ImageStore, number: u32) -> Result<Box<dyn Restoring>> {
+    fn restore(
+        &self,
+        images: &dyn ImageStore,
+        number: u32,
+        _: &Options,
+    ) -> Result<Box<dyn Restoring>> {
         let entry: UtsnsEntry = images.message(Kind::Utsns, number.into())?;
         if let Some(problem) = uts_problem(&entry) {
             return Err(wrong(number, &problem));
@@ -95,9 +100,9 @@ mod tests {
         images.commit(&InventoryEntry::default()).unwrap();
         // Two calls, each with its name.
         let images = crate::image::Directory::at(dir.path());
-        assert_eq!(Uts.restore(&images, 12).unwrap().script().len(), 2);
-        let error = Uts.restore(&images, 13).unwrap_err();
+        assert_eq!(Uts.restore(&images, 12, &Options::default()).unwrap().script().len(), 2);
+        let error = Uts.restore(&images, 13, &Options::default()).unwrap_err();
         assert!(error.to_string().contains("65 bytes"), "{error}");
-        assert!(Uts.restore(&images, 14).is_err());
+        assert!(Uts.restore(&images, 14, &Options::default()).is_err());
     }
 }

@@ -12,7 +12,7 @@ mod variables;
 
 use nix::libc;
 
-use super::{Dumped, Namespace, Restoring};
+use super::{Dumped, Namespace, Options, Restoring};
 use crate::{
     image::{ImageStore, SnapshotWriter},
     inject::{Task, living},
@@ -29,7 +29,7 @@ impl Namespace for Ipc {
     }
 
     /// Refuses a namespace that removes segments once they are looked at.
-    fn check(&self, tasks: &[Task]) -> Result<()> {
+    fn check(&self, tasks: &[Task], _: &Options) -> Result<()> {
         let Some(first) = living(tasks).next() else { return Ok(()) };
         let _visit = visit(Some(first.witness()))?;
         if !variables::removes_segments() {
@@ -53,7 +53,12 @@ impl Namespace for Ipc {
         dump::all(of.number.into(), of.ids, images)
     }
 
-    fn restore(&self, images: &dyn ImageStore, number: u32) -> Result<Box<dyn Restoring>> {
+    fn restore(
+        &self,
+        images: &dyn ImageStore,
+        number: u32,
+        _: &Options,
+    ) -> Result<Box<dyn Restoring>> {
         Ok(Box::new(restore::Wanted::read(images, number)?))
     }
 }

@@ -11,7 +11,7 @@ use crate::{
     },
     res::{
         ResError, Result, mqueue,
-        ns::Restoring,
+        ns::{Building, Restoring},
         sysv::{QUEUE, SEMAPHORES, permissions, to_host, visit},
     },
     sys::sysv::{self as calls, Queue},
@@ -68,7 +68,8 @@ impl Restoring for Wanted {
         }
     }
 
-    fn build(&mut self, first: HostPid) -> Result<()> {
+    fn build(&mut self, on: &Building<'_>) -> Result<()> {
+        let first = on.first;
         let _visit = visit(Some(first))?;
         variables::widen();
         self.create()

@@ -169,7 +169,7 @@ impl Namespace for Mnt {
         u64::from(libc::CLONE_NEWNS.cast_unsigned())
     }
 
-    fn check_with(&self, tasks: &[Task], options: &NamespaceOptions) -> Result<()> {
+    fn check(&self, tasks: &[Task], options: &NamespaceOptions) -> Result<()> {
         let Some(first) = living(tasks).next() else { return Ok(()) };
         survey::look(first.witness(), &options.mounts).map(drop)
     }
@@ -178,11 +178,7 @@ impl Namespace for Mnt {
         dump::write(of, images)
     }
 
-    fn restore(&self, images: &dyn ImageStore, number: u32) -> Result<Box<dyn Restoring>> {
-        self.restore_with(images, number, &NamespaceOptions::default())
-    }
-
-    fn restore_with(
+    fn restore(
         &self,
         images: &dyn ImageStore,
         number: u32,
@@ -197,7 +193,7 @@ impl Namespace for Mnt {
 struct Mounts(restore::Plan);
 
 impl Restoring for Mounts {
-    fn build_with(&mut self, on: &Building<'_>) -> Result<()> {
+    fn build(&mut self, on: &Building<'_>) -> Result<()> {
         self.0.build(on)
     }
 }

@@ -115,12 +115,8 @@ fn ordered(pid: HostPid, mounts: Vec<Mount>, options: &Options) -> Result<Vec<Mo
 /// Returns the kinds of namespaces, by their names in `/proc/PID/ns`, in which a process is without
 /// rcriu.
 fn own_namespaces(pid: HostPid) -> HashSet<&'static str> {
-    let own = HostPid::own();
-    let differs = |kind: &&str| {
-        let pair = [own, pid].map(|pid| proc::namespace(pid, kind).ok());
-        matches!(pair, [Some(ours), Some(theirs)] if ours != theirs)
-    };
-    ["pid", "net", "ipc", "user", "cgroup"].into_iter().filter(differs).collect()
+    let kinds = ["pid", "net", "ipc", "user", "cgroup"].into_iter();
+    kinds.filter(|kind| proc::is_in_other_namespace(pid, kind)).collect()
 }
 
 struct Survey<'a> {

@@ -25,7 +25,7 @@ use std::{
 
 use nix::libc;
 
-use super::{Dumped, Namespace, Restoring, wrong};
+use super::{Building, Dumped, Namespace, Restoring, wrong};
 use crate::{
     causes::tell,
     image::{
@@ -52,7 +52,7 @@ impl Namespace for Net {
         u64::from(libc::CLONE_NEWNET.cast_unsigned())
     }
 
-    fn check_with(&self, tasks: &[Task], options: &super::Options) -> Result<()> {
+    fn check(&self, tasks: &[Task], options: &super::Options) -> Result<()> {
         let Some(task) = living(tasks).next() else { return Ok(()) };
         let options = &options.network;
         if options.is_empty || external(task.witness(), options)?.is_some() {
@@ -95,11 +95,7 @@ impl Namespace for Net {
         Ok(images.write(Kind::Netns, number.into(), &[entry])?)
     }
 
-    fn restore(&self, images: &dyn ImageStore, number: u32) -> Result<Box<dyn Restoring>> {
-        self.restore_with(images, number, &super::Options::default())
-    }
-
-    fn restore_with(
+    fn restore(
         &self,
         images: &dyn ImageStore,
         number: u32,
@@ -136,7 +132,8 @@ struct Empty {
 }
 
 impl Restoring for Empty {
-    fn build(&mut self, first: HostPid) -> Result<()> {
+    fn build(&mut self, on: &Building<'_>) -> Result<()> {
+        let first = on.first;
         let number = self.number;
         let problem = |what: Problem| ResError::Namespace { number, problem: what.0 };
         let here = open_here(first)?;
@@ -164,7 +161,8 @@ struct Network {
 }
 
 impl Restoring for Network {
-    fn build(&mut self, first: HostPid) -> Result<()> {
+    fn build(&mut self, on: &Building<'_>) -> Result<()> {
+        let first = on.first;
         let number = self.number;
         let problem = |what: Problem| ResError::Namespace { number, problem: what.0 };
         let here = open_here(first)?;
