@@ -7,10 +7,7 @@
 
 use std::{fs::File, io, marker::PhantomData, os::fd::AsFd, thread};
 
-use nix::{
-    sched::{CloneFlags, setns, unshare},
-    unistd::{chroot, fchdir},
-};
+use nix::sched::{CloneFlags, setns, unshare};
 
 use crate::units::HostPid;
 
@@ -73,9 +70,7 @@ impl Visit {
     /// # Errors
     /// As [`Self::to`]; `EINVAL` if it is of another kind.
     pub fn with(namespace: impl AsFd, place: Place) -> io::Result<Self> {
-        let back = File::open(format!("/proc/thread-self/ns/{}", place.file()))?;
-        // In a user namespace of its own, this program may have no way back.
-        setns(&back, place.flag())?;
+        let back = way_back(place)?;
         setns(namespace, place.flag())?;
         Ok(Self { back, flag: place.flag(), _here: PhantomData })
     }
@@ -86,8 +81,15 @@ impl Visit {
 /// # Errors
 /// `EPERM` without `CAP_SYS_ADMIN` in the user namespace that owns that of the thread.
 pub fn may_return(place: Place) -> io::Result<()> {
+    way_back(place).map(drop)
+}
+
+/// Opens the namespace of the calling thread, if the thread may return to it: in a user namespace of
+/// its own, it may have no way back.
+fn way_back(place: Place) -> io::Result<File> {
     let own = File::open(format!("/proc/thread-self/ns/{}", place.file()))?;
-    Ok(setns(&own, place.flag())?)
+    setns(&own, place.flag())?;
+    Ok(own)
 }
 
 impl Drop for Visit {
@@ -97,29 +99,12 @@ impl Drop for Visit {
     }
 }
 
-/// Calls `act` in a thread whose mount namespace and root directory are those of a process. Absolute
-/// paths lead where they lead that process, and `/proc` may not be what it seems.
-///
-/// # Errors
-/// `EPERM` without `CAP_SYS_ADMIN` and `CAP_SYS_CHROOT` there; `ENOENT` if the process is gone; what
-/// `act` returns.
-pub fn at_root<T: Send, E: From<io::Error> + Send>(
-    pid: HostPid,
-    act: impl FnOnce() -> Result<T, E> + Send,
-) -> Result<T, E> {
-    let root = File::open(format!("/proc/{pid}/root"))?;
-    in_mounts(pid, move || {
-        fchdir(&root).map_err(io::Error::from)?;
-        chroot(".").map_err(io::Error::from)?;
-        act()
-    })
-}
-
 /// Calls `act` in a thread in the mount namespace of a process, with the root directory of that
 /// namespace.
 ///
 /// # Errors
-/// As [`at_root`].
+/// `EPERM` without `CAP_SYS_ADMIN` and `CAP_SYS_CHROOT` there; `ENOENT` if the process is gone; what
+/// `act` returns.
 pub fn in_mounts<T: Send, E: From<io::Error> + Send>(
     pid: HostPid,
     act: impl FnOnce() -> Result<T, E> + Send,

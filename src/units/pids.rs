@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     fmt,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use super::IdMap;
@@ -71,8 +71,8 @@ impl fmt::Display for NsPid {
 /// Copies share what they know. A tree in the pid namespace of this program has the same numbers
 /// there and here. For a tree in another one, the map knows only the numbers that it was told.
 ///
-/// Whoever translates the pids of a process translates its user and group ids as well, so the map of
-/// these is here, too.
+/// Code that translates the pids of a process also translates its user and group ids, so the map has
+/// these as well.
 #[derive(Clone, Debug)]
 pub struct PidMap {
     known: Option<Arc<Mutex<Known>>>,
@@ -112,25 +112,23 @@ impl PidMap {
         self.known.is_none()
     }
 
-    /// Records that a process has these numbers. Numbers of other processes of before are forgotten.
+    /// Records the numbers of a process, in place of those of an earlier process with one of them.
     pub fn learn(&self, ns: NsPid, host: HostPid) {
-        if let Some(known) = self.known() {
-            let Known { host: hosts, ns: inside } =
-                &mut *known.lock().unwrap_or_else(PoisonError::into_inner);
-            hosts.insert(ns, host);
-            inside.insert(host, ns);
+        if let Some(mut known) = self.known() {
+            known.host.insert(ns, host);
+            known.ns.insert(host, ns);
         }
     }
 
-    fn known(&self) -> Option<&Mutex<Known>> {
-        self.known.as_deref()
+    /// Returns the known numbers; `None` for a tree in the pid namespace of this program.
+    fn known(&self) -> Option<MutexGuard<'_, Known>> {
+        self.known.as_ref().map(|known| known.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Returns the number in the images for a number that the kernel told this program;
     /// [`NsPid::NONE`] for a process outside the namespace.
     pub fn ns(&self, pid: HostPid) -> NsPid {
         let Some(known) = self.known() else { return NsPid(pid.0) };
-        let known = known.lock().unwrap_or_else(PoisonError::into_inner);
         known.ns.get(&pid).copied().unwrap_or(NsPid::NONE)
     }
 
@@ -138,7 +136,6 @@ impl PidMap {
     /// does not exist.
     pub fn host(&self, pid: NsPid) -> HostPid {
         let Some(known) = self.known() else { return HostPid(pid.0) };
-        let known = known.lock().unwrap_or_else(PoisonError::into_inner);
         known.host.get(&pid).copied().unwrap_or(HostPid::NONE)
     }
 }

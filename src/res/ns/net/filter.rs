@@ -124,7 +124,7 @@ fn run(names: &[&str], arguments: &[&str], input: Option<&[u8]>) -> Result<Vec<u
 }
 
 /// The images of packet filters.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Filters {
     nftables: Option<Vec<u8>>,
     iptables: [Option<Vec<u8>>; 2],

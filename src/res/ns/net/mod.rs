@@ -72,22 +72,18 @@ impl Namespace for Net {
             let entry = NetnsEntry { ext_key: Some(name.into()), ..NetnsEntry::default() };
             return Ok(images.write(Kind::Netns, number.into(), &[entry])?);
         }
-        if options.network.is_empty {
-            // The loopback device is there in any namespace, and connections within it need it.
-            let here =
-                outside::Here::look().map_err(failed("list the devices beside those of", pid))?;
-            let _visit = enter(pid)?;
-            let mut devices =
-                links::dump(number, &here).map_err(failed("list the devices of", pid))?;
-            devices.retain(links::is_loopback);
-            return Ok(images.write(Kind::Netdev, number.into(), &devices)?);
-        }
         // Made by a thread of its own, so before this one moves.
-        let fresh = sysctl::of_new_namespace(pid)?;
+        let fresh =
+            (!options.network.is_empty).then(|| sysctl::of_new_namespace(pid)).transpose()?;
         let here =
             outside::Here::look().map_err(failed("list the devices beside those of", pid))?;
         let _visit = enter(pid)?;
-        let devices = links::dump(number, &here).map_err(failed("list the devices of", pid))?;
+        let mut devices = links::dump(number, &here).map_err(failed("list the devices of", pid))?;
+        let Some(fresh) = fresh else {
+            // The loopback device is there in any namespace, and connections within it need it.
+            devices.retain(links::is_loopback);
+            return Ok(images.write(Kind::Netdev, number.into(), &devices)?);
+        };
         images.write(Kind::Netdev, number.into(), &devices)?;
         let mut entry = sysctl::read_common(&fresh);
         routes::dump(images, number, &mut entry).map_err(|error| error.of(pid))?;
@@ -108,40 +104,20 @@ impl Namespace for Net {
         if let Some(name) = &entry.ext_key {
             return options.provided(number, name);
         }
+        let problem = |problem: String| wrong(number, &problem);
         let mut devices: Vec<NetDeviceEntry> =
             images.messages_if_any(Kind::Netdev, number.into())?.unwrap_or_default();
         if options.is_empty {
             devices.retain(links::is_loopback);
-            links::check(&devices).map_err(|problem: String| wrong(number, &problem))?;
-            return Ok(Box::new(Empty { number, devices }));
         }
         devices.iter_mut().for_each(|device| options.apply(device));
-        let problem = |problem: String| wrong(number, &problem);
         links::check(&devices).map_err(problem)?;
+        if options.is_empty {
+            return Ok(Box::new(Network { number, devices, ..Network::default() }));
+        }
         let routes = routes::Routes::read(images, number, &entry)?;
         let filters = filter::Filters::read(images, number)?;
         Ok(Box::new(Network { number, devices, entry, routes, filters }))
-    }
-}
-
-/// A network namespace that stays as it is made, but for its loopback device.
-#[derive(Debug)]
-struct Empty {
-    number: u32,
-    devices: Vec<NetDeviceEntry>,
-}
-
-impl Restoring for Empty {
-    fn build(&mut self, on: &Building<'_>) -> Result<()> {
-        let first = on.first;
-        let number = self.number;
-        let problem = |what: Problem| ResError::Namespace { number, problem: what.0 };
-        let here = open_here(first)?;
-        let _visit = enter(first)?;
-        links::make(&self.devices, &here).map_err(problem)?;
-        links::start(&self.devices).map_err(problem)?;
-        await_loopback();
-        Ok(())
     }
 }
 
@@ -150,8 +126,8 @@ fn external(pid: HostPid, options: &Options) -> Result<Option<&str>> {
     Ok(options.name_of(proc::namespace(pid, "net")?))
 }
 
-/// A network namespace to be restored.
-#[derive(Debug)]
+/// A network namespace to be restored. One that is kept empty has its loopback device only.
+#[derive(Debug, Default)]
 struct Network {
     number: u32,
     devices: Vec<NetDeviceEntry>,

@@ -202,7 +202,7 @@ pub(super) fn dump(
 }
 
 /// What is to be restored; `None` if the images do not say.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Routes {
     addresses: Option<Vec<Message>>,
     routes: [Option<Vec<Message>>; 2],
