@@ -54,15 +54,22 @@ impl Helpers {
         self.0.as_ref()?.borrow().as_ref().map(|first| first.tracee.tid)
     }
 
+    /// Calls `act` with the first process.
+    ///
+    /// # Errors
+    /// Those of `act`; [`InjectError::Lost`] if there is no first process.
+    pub fn with_first<T>(&self, act: impl FnOnce(&mut First) -> Result<T>) -> Result<T> {
+        let missing = || InjectError::Lost { tid: HostPid::NONE, what: GONE.to_owned() };
+        let mut place = self.0.as_ref().ok_or_else(missing)?.borrow_mut();
+        act(place.as_mut().ok_or_else(missing)?)
+    }
+
     /// Has the first process make the calls of a script.
     ///
     /// # Errors
-    /// Those of [`Scratch::run`]; [`InjectError::Lost`] if there is no first process.
+    /// Those of [`Scratch::run`] and [`Self::with_first`].
     pub fn run_first(&self, script: &Script) -> Result<Answers> {
-        let missing = || InjectError::Lost { tid: HostPid::NONE, what: GONE.to_owned() };
-        let mut place = self.0.as_ref().ok_or_else(missing)?.borrow_mut();
-        let First { tracee, scratch, .. } = place.as_mut().ok_or_else(missing)?;
-        scratch.run(tracee, script)
+        self.with_first(|first| first.scratch.run(&mut first.tracee, script))
     }
 
     /// Takes the first process, which helps no longer.
@@ -75,25 +82,25 @@ impl Helpers {
     /// # Errors
     /// [`InjectError::Trace`] or [`InjectError::Call`], with `EEXIST` if the pid is in use.
     pub fn spawn(&self, pid: NsPid) -> Result<Helper> {
-        let Some(place) = &self.0 else { return Helper::spawn(HostPid(pid.raw())) };
-        let mut place = place.borrow_mut();
-        let Some(first) = place.as_mut() else {
-            return Err(InjectError::Lost { tid: HostPid::NONE, what: GONE.to_owned() });
-        };
-        if first.pid == pid {
-            return Ok(Helper(Body::First(self.clone())));
+        if self.0.is_none() {
+            return Helper::spawn(HostPid(pid.raw()));
         }
-        let arguments = CloneArguments {
-            // A child: the first process of a pid namespace cannot have siblings (clone(2)).
-            flags: CLONE_CLEAR_SIGHAND | CLONE_FILES,
-            ..CloneArguments::default()
-        };
-        let wanted = Wanted { pid, in_own_namespace: first.in_own_namespace, arguments };
-        let tid = wanted.make(&first.scratch, &mut first.tracee)?;
-        // It has a copy of the memory of its maker.
-        let tracee = Box::new(await_stop(tid)?);
-        let maker = Some((self.clone(), pid));
-        Ok(Helper(Body::Own { tracee, scratch: first.scratch, maker }))
+        self.with_first(|first| {
+            if first.pid == pid {
+                return Ok(Helper(Body::First(self.clone())));
+            }
+            let arguments = CloneArguments {
+                // A child: the first process of a pid namespace cannot have siblings (clone(2)).
+                flags: CLONE_CLEAR_SIGHAND | CLONE_FILES,
+                ..CloneArguments::default()
+            };
+            let wanted = Wanted { pid, in_own_namespace: first.in_own_namespace, arguments };
+            let tid = wanted.make(&first.scratch, &mut first.tracee)?;
+            // It has a copy of the memory of its maker.
+            let tracee = Box::new(await_stop(tid)?);
+            let maker = Some((self.clone(), pid));
+            Ok(Helper(Body::Own { tracee, scratch: first.scratch, maker }))
+        })
     }
 }
 

@@ -175,12 +175,13 @@ fn restore(
     if let Some(puppets) = &mut puppets {
         files.opened.masters.get_mut().append(&mut puppets.masters);
         files.opened.helpers = puppets.makers.clone();
-        if let Some(number) = plan.namespaces.borrow().number_of("net") {
-            files.opened.add_network(number, puppets.first_pid())?;
-        }
         files.lender = puppets.lender()?;
         if let Some(first) = puppets.makers.first() {
-            files.opened.root = plan.namespaces.borrow().root(first)?;
+            let namespaces = plan.namespaces.borrow();
+            if let Some(number) = namespaces.number_of("net") {
+                files.opened.add_network(number, first)?;
+            }
+            files.opened.root = namespaces.root(first)?;
         }
     }
     let objects = objects::create(plan, &mut files)?;

@@ -211,7 +211,7 @@ impl Drop for Puppets<'_> {
         }
         let host = |pid| self.plan.host(pid);
         let mut pids: Vec<HostPid> = self.helpers.iter().map(|helper| host(helper.pid)).collect();
-        pids.extend(self.first.as_ref().map(|first| first.tracee.tid).or(self.makers.first()));
+        pids.extend(self.makers.first());
         for (task, puppet) in self.plan.tasks.iter().zip(&self.tasks) {
             if puppet.is_some() {
                 pids.push(host(task.pid));

@@ -32,7 +32,7 @@ use crate::{
         process::{self, CloneArguments},
         ptrace,
     },
-    units::{HostPid, NsId, NsPid},
+    units::{NsId, NsPid},
 };
 
 /// `CLONE_CLEAR_SIGHAND` (`linux/sched.h`, since Linux 5.5): resets all handlers to the
@@ -79,10 +79,7 @@ pub(super) struct Helper {
 pub(super) struct Puppets<'a> {
     pub(super) plan: &'a Plan,
     births: Births,
-    /// The process that this program has made, while it is being prepared.
-    pub(super) first: Option<First>,
-    first_pid: HostPid,
-    /// Has that process, until it is a task or a helper of the restore.
+    /// Has the process that this program has made, until it is a task or a helper of the restore.
     pub(super) makers: Helpers,
     /// In the order of the plan's tasks; `None` until made.
     pub(super) tasks: Vec<Option<Puppet>>,
@@ -136,8 +133,6 @@ impl<'a> Puppets<'a> {
         let mut puppets = Self {
             plan,
             births,
-            first: None,
-            first_pid: HostPid(0),
             makers: Helpers::default(),
             tasks: (0..plan.tasks.len()).map(|_| None).collect(),
             helpers: Vec::new(),
@@ -150,11 +145,6 @@ impl<'a> Puppets<'a> {
         };
         puppets.make_first(&ground)?;
         Ok(puppets)
-    }
-
-    /// Returns the process that this program has made, which is in the namespaces of the tree.
-    pub(super) fn first_pid(&self) -> HostPid {
-        self.first_pid
     }
 
     /// Makes all other processes of the plan, with the memory of all in place.
@@ -207,19 +197,20 @@ impl<'a> Puppets<'a> {
         };
         let of_kinds = self.plan.common.iter().map(|kind| kind.trace_options());
         let options = of_kinds.fold(ptrace::options::FOLLOW, |all, options| all | options);
-        let first = adopt_sleeper(tid, options)?;
+        let tracee = adopt_sleeper(tid, options)?;
         self.plan.pids.learn(pid, tid);
-        self.first_pid = tid;
-        let rseq = first.rseq;
+        let rseq = tracee.rseq;
         let in_own_namespace = self.plan.pids.is_own_namespace();
-        let first = First { tracee: first, pid, in_own_namespace, scratch: self.scratch };
-        let first = self.first.insert(first);
+        self.makers =
+            Helpers::of_first(First { tracee, pid, in_own_namespace, scratch: self.scratch });
         // Memory that belongs to this program's thread would be in the way.
         let mappings = proc::maps(tid)?;
         let place = crate::units::RemoteAddr(ground.place);
-        let scratch = Scratch::map(&mut first.tracee, &mappings, place, ground.table_bytes)?;
-        self.scratch = scratch.on_its_own();
-        first.scratch = self.scratch;
+        self.scratch = self.makers.with_first(|first| {
+            let scratch = Scratch::map(&mut first.tracee, &mappings, place, ground.table_bytes)?;
+            first.scratch = scratch.on_its_own();
+            Ok(first.scratch)
+        })?;
         let mut script = Script::new();
         if rseq.pointer != 0 {
             /// `RSEQ_FLAG_UNREGISTER` (`linux/rseq.h`).
@@ -232,9 +223,8 @@ impl<'a> Puppets<'a> {
         }
         let arguments = [libc::PR_SET_PDEATHSIG.into(), 0.into()];
         script.call("reset the parent-death signal", libc::SYS_prctl, &arguments);
-        self.scratch.run(&mut first.tracee, &script)?;
-        self.makers = Helpers::of_first(self.first.take().expect("it was made"));
         let helpers = &self.makers;
+        helpers.run_first(&script)?;
         let run = |script: &Script| helpers.run_first(script);
         let masters = RefCell::default();
         let on = Building { first: tid, run: &run, images: self.plan.images(), masters: &masters };
