@@ -170,7 +170,7 @@ pub struct TalkError {
 
 impl From<io::Error> for TalkError {
     fn from(error: io::Error) -> Self {
-        let errno = error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
+        let errno = crate::sys::errno(&error);
         Self { errno, said: String::new() }
     }
 }

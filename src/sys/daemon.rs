@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "fork and close_range")]
 
 use std::{
-    fs::{self, File},
+    fs::File,
     io::{self, Read, Write},
     os::fd::{AsRawFd, OwnedFd},
 };
@@ -12,8 +12,10 @@ use nix::{
     fcntl::OFlag,
     libc,
     sys::wait::{WaitStatus, waitpid},
-    unistd::{ForkResult, Pid, chdir, dup2_stderr, dup2_stdin, dup2_stdout, fork, pipe2, setsid},
+    unistd::{ForkResult, Pid, chdir, dup2_stderr, dup2_stdin, dup2_stdout, pipe2, setsid},
 };
+
+use super::process::fork_alone;
 
 /// The byte that the child writes when it is ready.
 const READY: u8 = b'r';
@@ -60,13 +62,8 @@ pub struct Background {
 /// # Errors
 /// `EBUSY` if there is another thread.
 pub fn detach() -> io::Result<Detached> {
-    if fs::read_dir("/proc/self/task")?.count() != 1 {
-        return Err(Errno::EBUSY.into());
-    }
     let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
-    // SAFETY: there is one thread, as was checked above, so that the child
-    // inherits no lock that a thread it does not have would have to release.
-    match unsafe { fork() }? {
+    match fork_alone()? {
         ForkResult::Parent { child } => {
             drop(write);
             Ok(Detached::Foreground(Foreground { child, pipe: read.into() }))

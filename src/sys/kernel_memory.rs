@@ -213,8 +213,7 @@ impl KernelMemory {
         // SAFETY: this process alone has the map, and only the program writes to it, while no
         // reference to its bytes exists.
         let value = unsafe { MmapOptions::new().len(CHUNK_BYTES as usize).map_mut(&map) };
-        let value =
-            value.map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
+        let value = value.map_err(|error| super::errno(&error))?;
         let steps = program(map.as_raw_fd());
         let license = c"GPL";
         let mut attr = LoadAttr {

@@ -221,7 +221,7 @@ impl Loan {
         drop(write);
         let mut bytes = Vec::new();
         let read = File::from(read).read_to_end(&mut bytes);
-        read.map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
+        read.map_err(|error| super::errno(&error))?;
         Ok(bytes)
     }
 
@@ -279,7 +279,7 @@ impl Loan {
             shared.bytes[from..end].iter().map(|byte| byte.load(Ordering::Relaxed)).collect();
         let pipe = self.desk.write.try_clone().map_err(|_| Errno::EMFILE)?;
         let written = File::from(pipe).write_all(&bytes);
-        written.map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
+        written.map_err(|error| super::errno(&error))?;
         let sent = u64::try_from(end).expect("at most the capacity");
         shared.sent.store(sent, Ordering::Release);
         Ok(end - from)
@@ -304,7 +304,5 @@ impl Loan {
 }
 
 fn loan_end(desk: &Desk) -> nix::Result<OwnedFd> {
-    receive_fd(&desk.socket.0)
-        .map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?
-        .ok_or(Errno::EBADF)
+    receive_fd(&desk.socket.0).map_err(|error| super::errno(&error))?.ok_or(Errno::EBADF)
 }

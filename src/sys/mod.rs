@@ -38,3 +38,12 @@ pub mod xattr;
 
 pub use descriptors::receive_fd;
 pub use features::Features;
+
+use std::io;
+
+use nix::errno::Errno;
+
+/// Returns the error number of an error; `EIO` if it has none.
+pub fn errno(error: &io::Error) -> Errno {
+    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
+}

@@ -20,7 +20,7 @@ use nix::{
         signal::kill,
         uio::{RemoteIoVec, process_vm_writev},
     },
-    unistd::Pid,
+    unistd::{ForkResult, Pid, fork},
 };
 use zerocopy::{FromZeros, IntoBytes};
 
@@ -207,7 +207,7 @@ fn remote(address: RemoteAddr, len: usize) -> Result<RemoteIoVec, Errno> {
 pub fn read_memory(pid: HostPid, address: RemoteAddr, buffer: &mut [u8]) -> Result<(), Errno> {
     let read = open_memory(pid).and_then(|file| file.read_exact_at(buffer, address.0));
     // A read at the end of the address space returns no error number.
-    read.map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))
+    read.map_err(|error| super::errno(&error))
 }
 
 /// Opens the memory of another process for reading: `/proc/PID/mem`.
@@ -515,6 +515,19 @@ unsafe fn end_when_continued(end: End) -> ! {
         libc::syscall(libc::SYS_kill, own, libc::SIGKILL);
         libc::_exit(1)
     }
+}
+
+/// Forks, as `fork(2)`, in a program with one thread.
+///
+/// # Errors
+/// `EBUSY` if there is another thread; `EAGAIN`.
+pub fn fork_alone() -> io::Result<ForkResult> {
+    if std::fs::read_dir("/proc/self/task")?.count() != 1 {
+        return Err(Errno::EBUSY.into());
+    }
+    // SAFETY: there is one thread, as was just checked, so that the child inherits no lock that a thread
+    // it does not have would have to release.
+    Ok(unsafe { fork() }?)
 }
 
 /// Raises the limit of open files: with `CAP_SYS_RESOURCE` to the kernel's maximum, otherwise to the

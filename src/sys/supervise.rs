@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "fork")]
 
 use std::{
-    fs, io, process,
+    io, process,
     sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering},
 };
 
@@ -14,10 +14,10 @@ use nix::{
         signal::{SaFlags, SigAction, SigHandler, SigSet, SigmaskHow, Signal, kill, sigaction},
         wait::{WaitPidFlag, WaitStatus, waitpid},
     },
-    unistd::{ForkResult, Pid, fork, getpid, getppid, setsid},
+    unistd::{ForkResult, Pid, getpid, getppid, setsid},
 };
 
-use super::{cancel, loan};
+use super::{cancel, loan, process::fork_alone};
 use crate::units::{HostPid, RemoteAddr};
 
 /// State that worker and supervisor share in memory.
@@ -187,9 +187,6 @@ pub enum Ended {
 /// # Errors
 /// `EBUSY` if there is another thread.
 pub fn split() -> io::Result<Side> {
-    if fs::read_dir("/proc/self/task")?.count() != 1 {
-        return Err(Errno::EBUSY.into());
-    }
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGCHLD);
     for signal in cancel::REQUESTS {
@@ -203,9 +200,7 @@ pub fn split() -> io::Result<Side> {
     loan::prepare()?;
     let before = signals.thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
     let supervisor = getpid();
-    // SAFETY: there is one thread, as was checked above, so that the child
-    // inherits no lock that a thread it does not have would have to release.
-    match unsafe { fork() } {
+    match fork_alone() {
         Ok(ForkResult::Parent { child }) => {
             Ok(Side::Supervisor(Supervisor { worker: child, signals }))
         }
@@ -221,9 +216,9 @@ pub fn split() -> io::Result<Side> {
             before.thread_set_mask()?;
             Ok(Side::Worker)
         }
-        Err(errno) => {
+        Err(error) => {
             before.thread_set_mask()?;
-            Err(errno.into())
+            Err(error)
         }
     }
 }
@@ -236,15 +231,12 @@ pub fn split() -> io::Result<Side> {
 /// # Errors
 /// `EBUSY` if there is another thread; `EAGAIN`.
 pub fn apart(work: impl FnOnce() -> u8) -> io::Result<()> {
-    while matches!(waitpid(None, Some(WaitPidFlag::WNOHANG)), Ok(status) if status != WaitStatus::StillAlive)
-    {
-    }
-    if fs::read_dir("/proc/self/task")?.count() != 1 {
-        return Err(Errno::EBUSY.into());
-    }
-    // SAFETY: there is one thread, as was checked above, so that the child
-    // inherits no lock that a thread it does not have would have to release.
-    match unsafe { fork() }? {
+    let has_reaped = || {
+        let reaped = waitpid(None, Some(WaitPidFlag::WNOHANG));
+        reaped.is_ok_and(|status| status != WaitStatus::StillAlive)
+    };
+    while has_reaped() {}
+    match fork_alone()? {
         ForkResult::Parent { .. } => Ok(()),
         ForkResult::Child => process::exit(i32::from(work())),
     }

@@ -1,7 +1,7 @@
 //! Visits to the namespaces of other processes, by one thread of this program.
 //!
 //! A visitor executes nothing that it finds there, and its memory and descriptors stay those of this
-//! program. Each thread has its own network, IPC, UTS and cgroup namespace; a thread that does not
+//! program. Each thread has its own network, IPC and cgroup namespace; a thread that does not
 //! share its working directory has its own mount namespace, too (`setns(2)`). User namespaces cannot
 //! be visited: that takes a process with one thread.
 
@@ -18,8 +18,6 @@ pub enum Place {
     Net,
     /// System V IPC and POSIX message queues.
     Ipc,
-    /// Host and domain name.
-    Uts,
     /// The root of what `/proc/PID/cgroup` shows.
     Cgroup,
 }
@@ -30,7 +28,6 @@ impl Place {
         match self {
             Self::Net => "net",
             Self::Ipc => "ipc",
-            Self::Uts => "uts",
             Self::Cgroup => "cgroup",
         }
     }
@@ -39,7 +36,6 @@ impl Place {
         match self {
             Self::Net => CloneFlags::CLONE_NEWNET,
             Self::Ipc => CloneFlags::CLONE_NEWIPC,
-            Self::Uts => CloneFlags::CLONE_NEWUTS,
             Self::Cgroup => CloneFlags::CLONE_NEWCGROUP,
         }
     }
@@ -127,7 +123,7 @@ mod tests {
     #[test]
     fn a_visit_to_the_own_namespace_changes_nothing() {
         let own = HostPid::own();
-        for place in [Place::Net, Place::Ipc, Place::Uts, Place::Cgroup] {
+        for place in [Place::Net, Place::Ipc, Place::Cgroup] {
             let link = || std::fs::read_link(format!("/proc/thread-self/ns/{}", place.file()));
             let before = link().unwrap();
             match Visit::to(own, place) {

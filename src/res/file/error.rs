@@ -162,7 +162,4 @@ impl FileError {
     }
 }
 
-/// Returns the error number of an error, `EIO` if it has none.
-pub(super) fn errno(error: &std::io::Error) -> Errno {
-    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
-}
+pub(super) use crate::sys::errno;

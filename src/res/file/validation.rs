@@ -97,8 +97,7 @@ fn read(fd: BorrowedFd, stat: &libc::stat) -> nix::Result<Option<Vec<u8>>> {
         Err(Errno::EPERM) => descriptor::reopen(fd, plain)?,
         file => file?,
     };
-    build_id::read(&File::from(file))
-        .map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))
+    build_id::read(&File::from(file)).map_err(|error| crate::sys::errno(&error))
 }
 
 fn time_of(stat: &libc::stat) -> i64 {

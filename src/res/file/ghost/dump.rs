@@ -307,9 +307,8 @@ impl Ghost {
         image.message(&entry)?;
         if format == libc::S_IFREG {
             let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
-            let file = fds::open_noatime(path).map_err(|error| {
-                self.unreadable(error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))
-            })?;
+            let file = fds::open_noatime(path)
+                .map_err(|error| self.unreadable(crate::sys::errno(&error)))?;
             if chunks {
                 self.write_chunks(&file, size, &mut image)?;
             } else {
@@ -365,7 +364,7 @@ impl Ghost {
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
-                    let errno = error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
+                    let errno = crate::sys::errno(&error);
                     return Err(self.unreadable(errno));
                 }
             }

@@ -385,7 +385,7 @@ fn open_as(
 }
 
 fn make_node(path: &Path, entry: &proto::GhostFileEntry) -> nix::Result<()> {
-    let errno = |error: std::io::Error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
+    let errno = |error: std::io::Error| crate::sys::errno(&error);
     let mode = Mode::S_IRUSR | Mode::S_IWUSR;
     match entry.mode & libc::S_IFMT {
         libc::S_IFREG => {
@@ -414,7 +414,7 @@ fn fill(
     first: &proto::RegFileEntry,
 ) -> Result<()> {
     let failed = |error: std::io::Error| {
-        let errno = error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
+        let errno = crate::sys::errno(&error);
         FileError::restore(first.id, "write", &first.name)(errno)
     };
     let written = descriptor::reopen(object, libc::O_WRONLY.cast_unsigned());

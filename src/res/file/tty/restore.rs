@@ -498,7 +498,7 @@ fn own_slave(id: u32, path: &[u8], master: BorrowedFd, opened: &Opened) -> nix::
     if let Some(mode) = mode {
         let mode = Permissions::from_mode(mode);
         set_permissions(descriptor::path_of(fd.as_fd()), mode)
-            .map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
+            .map_err(|error| crate::sys::errno(&error))?;
     }
     Ok(())
 }

@@ -205,8 +205,7 @@ fn open_here(first: HostPid) -> Result<OwnedFd> {
 /// Moves the calling thread into the network namespace of a process.
 fn enter(pid: HostPid) -> Result<Visit> {
     Visit::to(pid, Place::Net).map_err(|error| {
-        let source =
-            error.raw_os_error().map_or(nix::errno::Errno::EIO, nix::errno::Errno::from_raw);
+        let source = crate::sys::errno(&error);
         ResError::Process { pid, step: "enter the network namespace of", source }
     })
 }

@@ -74,7 +74,7 @@ pub(super) fn other_end<'a>(here: &'a [Link], link: &Link) -> Option<&'a Link> {
 /// `/proc` is not mounted.
 pub(super) fn open() -> Result<OwnedFd, Errno> {
     let file = File::open("/proc/thread-self/ns/net");
-    let file = file.map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
+    let file = file.map_err(|error| crate::sys::errno(&error))?;
     Ok(file.into())
 }
 

@@ -463,8 +463,7 @@ impl<'a> Socket<'a> {
             opts::widen_to_receive(fd, room);
         }
         connect(fd.as_raw_fd(), &address)?;
-        let failed =
-            |error: std::io::Error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
+        let failed = |error: std::io::Error| crate::sys::errno(&error);
         let (other, _) = TcpListener::from(listener).accept().map_err(failed)?;
         other.set_write_timeout(Some(PATIENCE)).map_err(failed)?;
         (&other).write_all(received).map_err(failed)?;

@@ -48,7 +48,7 @@ use crate::{
             state,
         },
     },
-    sys::socket,
+    sys::{self, socket},
     units::{NsPid, TargetFd},
 };
 
@@ -329,7 +329,8 @@ impl Sockets {
         let (listener, at) = match self.listener_of(accepted) {
             Some(at) => {
                 let fd = self.all[at].fd()?.try_clone_to_owned();
-                let fd = fd.map_err(|error| by.failed("duplicate a socket for")(io(&error)))?;
+                let fd =
+                    fd.map_err(|error| by.failed("duplicate a socket for")(sys::errno(&error)))?;
                 (fd, at)
             }
             None => {
@@ -347,7 +348,7 @@ impl Sockets {
         callers.connect(calls.as_ref(), caller.as_fd(), self.all[at].address(), &by)?;
         let (end, _) = UnixListener::from(listener)
             .accept()
-            .map_err(|error| by.failed("accept")(io(&error)))?;
+            .map_err(|error| by.failed("accept")(sys::errno(&error)))?;
         Ok((end.into(), caller))
     }
 
@@ -506,8 +507,4 @@ fn with_pending_error(fd: OwnedFd, peer: OwnedFd, restored: &Subject) -> Result<
     write(&fd, b"x").map_err(&failed)?;
     socket::disconnect(peer.as_fd()).map_err(&failed)?;
     Ok(fd)
-}
-
-fn io(error: &std::io::Error) -> nix::errno::Errno {
-    error.raw_os_error().map_or(nix::errno::Errno::EIO, nix::errno::Errno::from_raw)
 }
