@@ -18,7 +18,7 @@ use super::{
     Given, Task, TaskArgs, TaskWords,
     arrange::{Arranged, Specs},
     config::Sources,
-    convert,
+    convert::{self, UsageError},
     log::{self as task_log, Style},
     refusal, without_effect,
 };
@@ -59,36 +59,14 @@ pub(in crate::cli) fn run_for_client(
     let (client, taker) = (requested.client.clone(), requested.taker.clone());
     let log = requested.log.clone();
     let prepared = prepare_request(task, requested).and_then(|(args, given)| {
-        let work = match task {
-            Task::Dump => convert::dump_options(&args, false).map(Work::Dump),
-            Task::PreDump => convert::dump_options(&args, true).map(Work::Dump),
-            Task::Restore => convert::restore_options(&args).map(Work::Restore),
-            Task::Check | Task::Dedup => unreachable!("they are no tasks of clients"),
-        };
-        Ok((work?.with_client(client, taker), args, given))
+        let work = Work::of(task, &args).expect("clients ask only for dumps and restores")?;
+        Ok((work.with_client(client, taker), args, given))
     });
     let (work, args, given) = match prepared {
         Ok(prepared) => prepared,
         Err(error) => return refuse_client(log.as_deref(), error, reply),
     };
-    let mut perform = || {
-        let started = start_log(task, &args, &given, Style::Criu);
-        let done = started.and_then(|()| work.run(&args.operands));
-        let code = match &done {
-            Ok(_) => exit::OK,
-            Err(failure) => {
-                report(failure);
-                exit::FAILED
-            }
-        };
-        reply(done);
-        code
-    };
-    let result = match &work {
-        Work::Dump(options) => supervised(options.root, &mut perform),
-        Work::Restore(_) => return perform(),
-    };
-    match result {
+    match work.carry_out(|| perform(task, &work, (&args, &given), Style::Criu, &mut *reply)) {
         Ok(code) => code,
         Err(error) => {
             report(&error);
@@ -149,23 +127,14 @@ pub(in crate::cli) fn run(task: Task, args: &TaskArgs, given: &[Given]) -> ExitC
         report(&anyhow::Error::msg(refusal));
         return ExitCode::from(exit::FAILED);
     }
-    let work = match task {
-        Task::Dump => convert::dump_options(args, false).map(Work::Dump),
-        Task::PreDump => convert::dump_options(args, true).map(Work::Dump),
-        Task::Restore => convert::restore_options(args).map(Work::Restore),
-        Task::Check => return check(args, given),
-        Task::Dedup => return dedup(args, given),
-    };
-    let work = match work {
-        Ok(work) => work,
-        Err(error) => return usage(error.into()),
+    let work = match (Work::of(task, args), task) {
+        (Some(Ok(work)), _) => work,
+        (Some(Err(error)), _) => return usage(error.into()),
+        (None, Task::Dedup) => return dedup(args, given),
+        (None, _) => return check(args, given),
     };
     close(args);
-    let result = match &work {
-        Work::Dump(options) => supervised(options.root, || perform(task, &work, args, given)),
-        Work::Restore(_) => Ok(perform(task, &work, args, given)),
-    };
-    match result {
+    match work.carry_out(|| perform(task, &work, (args, given), Style::Own, &mut drop)) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             report(&error);
@@ -229,15 +198,24 @@ fn supervised(root: HostPid, work: impl FnOnce() -> u8) -> anyhow::Result<u8> {
     }
 }
 
-/// Runs the command and returns the exit code.
-fn perform(task: Task, work: &Work, args: &TaskArgs, given: &[Given]) -> u8 {
-    match start_log(task, args, given, Style::Own).and_then(|()| work.run(&args.operands)) {
+/// Does the work, calls `reply` with its result, and returns the exit code.
+fn perform(
+    task: Task,
+    work: &Work,
+    (args, given): (&TaskArgs, &[Given]),
+    style: Style,
+    reply: &mut dyn FnMut(anyhow::Result<Option<HostPid>>),
+) -> u8 {
+    let done = start_log(task, args, given, style).and_then(|()| work.run(&args.operands));
+    let code = match &done {
         Ok(_) => exit::OK,
         Err(failure) => {
-            report(&failure);
+            report(failure);
             exit::FAILED
         }
-    }
+    };
+    reply(done);
+    code
 }
 
 /// Starts the log, and logs which options have no effect.
@@ -255,6 +233,24 @@ fn start_log(task: Task, args: &TaskArgs, given: &[Given], style: Style) -> anyh
 }
 
 impl Work {
+    /// Returns what a command line asks for; `None` for a task that is neither a dump nor a restore.
+    fn of(task: Task, args: &TaskArgs) -> Option<Result<Self, UsageError>> {
+        Some(match task {
+            Task::Dump => convert::dump_options(args, false).map(Self::Dump),
+            Task::PreDump => convert::dump_options(args, true).map(Self::Dump),
+            Task::Restore => convert::restore_options(args).map(Self::Restore),
+            Task::Check | Task::Dedup => return None,
+        })
+    }
+
+    /// Has `perform` do the work: for a dump in a process of its own.
+    fn carry_out(&self, perform: impl FnOnce() -> u8) -> anyhow::Result<u8> {
+        match self {
+            Self::Dump(options) => supervised(options.root, perform),
+            Self::Restore(_) => Ok(perform()),
+        }
+    }
+
     /// Has a client notified of the stages, and has it take the masters of pseudoterminals.
     fn with_client(
         mut self,
