@@ -1,7 +1,7 @@
 //! Containers of runc and Podman, which call rcriu as they call criu.
 //!
-//! Their root file system is that of busybox. A container counts; whoever is restored counts on. All of
-//! it needs root.
+//! Their root file system is that of busybox. A container counts, and counts on after a restore. All
+//! tests need root.
 
 mod common;
 
@@ -273,7 +273,7 @@ fn talks(console: &OwnedFd, line: &str) {
     });
 }
 
-/// Whoever restores a container gets the master of its terminal: runc asks for it.
+/// runc asks for the master of a container's terminal, and passes it on.
 #[test]
 fn privileged_consoles_of_runc_are_handed_over() {
     const ANSWER: &str = "while read line; do echo got $line; done";

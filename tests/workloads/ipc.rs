@@ -138,7 +138,7 @@ fn ipc_namespace(checkpoint: &Checkpoint) -> Verdict {
     same("the set by its key", set, sys!(semget(0x4321, 0, 0))?)
 }
 
-/// Segments that are attached, that nobody has attached, that are locked, and that are removed.
+/// Segments: attached, not attached, locked, and removed.
 fn segments(checkpoint: &Checkpoint) -> Verdict {
     const BYTES: usize = 20_000;
     enter()?;
@@ -184,7 +184,7 @@ fn segments(checkpoint: &Checkpoint) -> Verdict {
     same("by its key", detached, sys!(shmget(0x55, 0, 0))?)
 }
 
-/// POSIX queues that are open, and that nobody has open, with limits below theirs.
+/// POSIX queues, open and not open, with limits of the namespace below their own.
 fn posix_queues(checkpoint: &Checkpoint) -> Verdict {
     enter()?;
     let name = |what: &str| CString::new(format!("/{what}")).expect("no NUL");

@@ -277,7 +277,7 @@ fn files_have_their_owners_modes_times_and_attributes() {
         let dir = scene.attr(path);
         assert_eq!((dir.uid, dir.mtime), (images.uid, images.mtime), "{path}");
     }
-    // Nobody else gets in, whatever the modes inside.
+    // Only the owner may enter, whatever the modes inside.
     assert_eq!(scene.attr("files/tmpfs").mode & 0o077, 0);
 
     let Scene { view, _disk, cache: _cache } = scene;

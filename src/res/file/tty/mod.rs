@@ -7,6 +7,7 @@
 //! queues them again ([`queue`]), delimited as they were ([`line`]). What waits in a terminal
 //! whose other end is outside the tree stays there.
 
+mod controlling;
 mod deliver;
 mod dump;
 mod line;
@@ -69,8 +70,8 @@ impl Options {
         Self { shell_job, orphans: false }
     }
 
-    /// `orphans`: the dump leaves out masters outside of the tree, and whoever restores it gets new
-    /// ones ([`Orphans`]).
+    /// `orphans`: the dump leaves out masters outside of the tree; the restore makes new ones and hands
+    /// them over ([`Orphans`]).
     #[must_use]
     pub fn orphans(self, orphans: bool) -> Self {
         Self { orphans, ..self }

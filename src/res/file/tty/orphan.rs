@@ -1,15 +1,15 @@
-//! Masters outside of the tree that a restore makes anew, for whoever restores it: the console of a
+//! Masters outside of the tree. The restore makes new ones and hands them over: the console of a
 //! container belongs to its runtime.
 
 use std::{
     fmt,
-    os::fd::{BorrowedFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::Arc,
 };
 
 /// Takes the masters of pseudoterminals whose slaves the tree has.
 pub trait TakeMaster: fmt::Debug + Send + Sync {
-    /// Takes a master, which is closed here afterwards.
+    /// Takes a master. The restore closes its own descriptor of it afterwards.
     ///
     /// # Errors
     /// Why it could not be handed over.
@@ -26,14 +26,13 @@ impl Orphans {
         Self(taker)
     }
 
-    /// Whether nobody takes them: then they are not made.
+    /// Whether the caller takes none: then the restore makes none.
     pub(super) fn are_left(&self) -> bool {
         self.0.is_none()
     }
 
     /// Hands a master over.
     pub(super) fn give(&self, master: OwnedFd) -> Result<(), String> {
-        use std::os::fd::AsFd;
         self.0.as_ref().map_or(Ok(()), |taker| taker.take(master.as_fd()))
     }
 }

@@ -19,7 +19,9 @@ use nix::{
 };
 
 use super::{
-    Options, Orphans, PERMISSIONS, Role, external_name, is_master, peer, queue, slave_path, unpack,
+    Options, Orphans, PERMISSIONS, Role,
+    controlling::{Controlling, controlling, inherited, set_foreground, take_control},
+    external_name, is_master, peer, queue, slave_path, unpack,
 };
 use crate::{
     image::{
@@ -73,12 +75,12 @@ impl Wanted<'_> {
     }
 }
 
-fn read_infos(opened: &Opened) -> Result<BTreeMap<u32, proto::TtyInfoEntry>> {
+pub(super) fn read_infos(opened: &Opened) -> Result<BTreeMap<u32, proto::TtyInfoEntry>> {
     let infos = opened.images.messages_if_any::<proto::TtyInfoEntry>(Kind::TtyInfo, 0)?;
     Ok(infos.into_iter().flatten().map(|info| (info.id, info)).collect())
 }
 
-fn path_of(file: &proto::TtyFileEntry, opened: &Opened) -> Option<proto::RegFileEntry> {
+pub(super) fn path_of(file: &proto::TtyFileEntry, opened: &Opened) -> Option<proto::RegFileEntry> {
     opened.entries.get(&file.regf_id.unwrap_or(file.id))?.reg.clone()
 }
 
@@ -236,11 +238,11 @@ impl TerminalOpener {
                 if info.termios.is_none() {
                     return open_hung(id, info, path, flags, opened);
                 }
-                if !infos.contains_key(&peer(info.id)) && !self.orphans.are_left() {
-                    return self.open_orphan(info, path, flags, opened);
-                }
                 if !infos.contains_key(&peer(info.id)) {
-                    return self.inherit(id, info, flags, is_first);
+                    if self.orphans.are_left() {
+                        return self.inherit(id, info, flags, is_first);
+                    }
+                    self.make_outside(info, path, opened)?;
                 }
                 let fd = self.open_slave(info, path, flags, opened)?;
                 if is_first {
@@ -292,31 +294,24 @@ impl TerminalOpener {
 }
 
 impl TerminalOpener {
-    /// Opens a slave, and makes its master if it is not there yet.
-    fn open_orphan(
+    /// Makes the master of a slave, which was outside the tree, if it is not there yet.
+    fn make_outside(
         &mut self,
         info: &proto::TtyInfoEntry,
         path: &proto::RegFileEntry,
-        flags: u32,
         opened: &Opened,
-    ) -> Result<OwnedFd> {
-        let failed = |step| FileError::restore(path.id, step, &path.name);
-        let is_first = !self.outside.contains_key(&info.id);
-        if is_first {
-            let ptmx = ptmx_beside(&path.name);
-            let read_write = libc::O_RDWR.cast_unsigned();
-            let index = index(info, path.id)?;
-            let master = open_master(path.id, &ptmx, index, read_write, true, opened)?;
-            tty::switch(master.as_fd(), Switch::Locked, false)
-                .map_err(failed("make the other end of the terminal"))?;
-            self.outside.insert(info.id, master);
+    ) -> Result<()> {
+        if self.outside.contains_key(&info.id) {
+            return Ok(());
         }
-        let fd = self.open_slave(info, path, flags, opened)?;
-        if is_first {
-            set_owner(fd.as_fd(), info, opened).map_err(failed("adjust the terminal"))?;
-            set_modes(fd.as_fd(), info, true).map_err(failed("adjust the terminal"))?;
-        }
-        Ok(fd)
+        let ptmx = ptmx_beside(&path.name);
+        let read_write = libc::O_RDWR.cast_unsigned();
+        let master = open_master(path.id, &ptmx, index(info, path.id)?, read_write, true, opened)?;
+        let step = "make the other end of the terminal";
+        tty::switch(master.as_fd(), Switch::Locked, false)
+            .map_err(FileError::restore(path.id, step, &path.name))?;
+        self.outside.insert(info.id, master);
+        Ok(())
     }
 
     /// Opens the terminal of rcriu in place of one that was outside the tree (`--shell-job`).
@@ -395,7 +390,7 @@ fn needs_its_number(
     others.any(|file| !own_paths.contains(&file.id) && file.name.ends_with(slave.as_bytes()))
 }
 
-fn index(info: &proto::TtyInfoEntry, id: u32) -> Result<u32> {
+pub(super) fn index(info: &proto::TtyInfoEntry, id: u32) -> Result<u32> {
     let missing = || FileError::image(id, "the index of the pseudoterminal is missing");
     info.pty.as_ref().map(|pty| pty.index).ok_or_else(missing)
 }
@@ -562,97 +557,4 @@ fn finish(info: &proto::TtyInfoEntry, id: u32, opened: &Opened) -> Result<()> {
     let locked = if info.locked { tty::switch(fd, Switch::Locked, true) } else { Ok(()) };
     let exclusive = if info.exclusive { tty::make_exclusive(fd) } else { Ok(()) };
     locked.and(exclusive).map_err(FileError::restore(id, "lock", "a terminal"))
-}
-
-/// A terminal that becomes the controlling terminal of a session.
-#[derive(Debug)]
-pub(super) struct Controlling {
-    session: NsPid,
-    /// The foreground process group, if there is one.
-    foreground: Option<NsPid>,
-    /// A descriptor of it: the session leader needs one.
-    fd: OwnedFd,
-}
-
-/// Returns the controlling terminals of sessions, after all descriptions were opened. `only_pairs`
-/// omits slaves without a master, which stand for the terminal of rcriu (`--shell-job`).
-///
-/// # Errors
-/// [`FileError::Image`]; a slave that no process has open cannot be opened.
-pub(super) fn controlling(opened: &Opened, only_pairs: bool) -> Result<Vec<Controlling>> {
-    let infos = read_infos(opened)?;
-    let mut found: BTreeMap<u32, Controlling> = BTreeMap::new();
-    let files: Vec<&proto::TtyFileEntry> =
-        opened.entries.values().filter_map(|entry| entry.tty.as_ref()).collect();
-    // By number, slaves come before their masters.
-    for info in infos.values().filter(|info| info.sid != 0 && info.r#type() != TtyType::Ctty) {
-        let is_pair = info.pty.is_some();
-        let is_alone = is_pair && !is_master(info.id) && !infos.contains_key(&peer(info.id));
-        if is_alone && only_pairs {
-            continue;
-        }
-        if found.contains_key(&info.sid) {
-            continue;
-        }
-        let mine = |info_id| files.iter().find(move |file| file.tty_info_id == info_id);
-        let slave = if is_pair { mine(info.id & !1) } else { mine(info.id) };
-        let fd = match slave.filter(|file| opened.contains(file.id)) {
-            Some(file) => opened.get(file.id)?.try_clone_to_owned().map_err(|_| {
-                FileError::restore(file.id, "duplicate", "a terminal")(Errno::EMFILE)
-            })?,
-            None => match mine(info.id) {
-                Some(master) => open_slave(master, info, opened)?,
-                None => continue,
-            },
-        };
-        let session = NsPid::of_image(info.sid);
-        let foreground = Some(NsPid::of_image(info.pgrp)).filter(|group| *group != NsPid::NONE);
-        found.insert(info.sid, Controlling { session, foreground, fd });
-    }
-    Ok(found.into_values().collect())
-}
-
-/// Opens the slave of an open master.
-fn open_slave(
-    master: &proto::TtyFileEntry,
-    info: &proto::TtyInfoEntry,
-    opened: &Opened,
-) -> Result<OwnedFd> {
-    let missing = || FileError::image(master.id, "it is a terminal, but its path is missing");
-    let path = path_of(master, opened).ok_or_else(missing)?;
-    let dir = path.name.iter().rposition(|byte| *byte == b'/').map_or(0, |at| at + 1);
-    let between: &[u8] = if path.name[..dir].ends_with(b"/pts/") { b"" } else { b"pts/" };
-    let number = index(info, master.id)?.to_string();
-    let slave = [&path.name[..dir], between, number.as_bytes()].concat();
-    descriptor::open(&opened.root, &slave, libc::O_RDWR.cast_unsigned())
-        .map_err(FileError::restore(master.id, "open the terminal", &slave))
-}
-
-/// Returns the terminal of rcriu, if the tree uses it. The group of the root process becomes its
-/// foreground group if the root process leads it.
-pub(super) fn inherited(opened: &Opened) -> Result<Option<BorrowedFd<'_>>> {
-    let infos = read_infos(opened)?;
-    let alone = |info_id: u32| {
-        let info = infos.get(&info_id);
-        let is_slave = info.is_some_and(|info| info.pty.is_some() && info.termios.is_some());
-        is_slave && !is_master(info_id) && !infos.contains_key(&peer(info_id))
-    };
-    let files = opened.entries.values().filter_map(|entry| entry.tty.as_ref());
-    let file = files.filter(|file| opened.contains(file.id)).find(|file| alone(file.tty_info_id));
-    file.map(|file| opened.get(file.id)).transpose()
-}
-
-/// Adds the call that makes the terminal at `fd` the controlling terminal. The process leads a
-/// session that has none.
-fn take_control(fd: TargetFd, script: &mut Script) {
-    let arguments = [fd.0.into(), tty::TIOCSCTTY.into(), 1.into()];
-    script.call("take the controlling terminal", libc::SYS_ioctl, &arguments);
-}
-
-/// Adds the call that makes `group` the foreground group of the controlling terminal at `fd`. The
-/// group must exist, and `SIGTTOU` must be blocked.
-fn set_foreground(fd: TargetFd, group: NsPid, script: &mut Script) {
-    let group = script.bytes(&group.raw().to_ne_bytes());
-    let arguments = [fd.0.into(), tty::TIOCSPGRP.into(), group.into()];
-    script.call("set the foreground process group", libc::SYS_ioctl, &arguments);
 }

@@ -97,8 +97,8 @@ fn a_pair_is_restored_with_its_modes_and_number() {
     assert_eq!(tty::ask(master, Question::Locked), Ok(0));
     assert_eq!(tty::termios(restored.get(1), false), Ok(modes));
     assert_eq!(tty::window_size(restored.get(3)), Ok(size));
-    assert!(restore::controlling(restored.opened(), true).unwrap().is_empty());
-    assert!(restore::inherited(restored.opened()).unwrap().is_none());
+    assert!(controlling::controlling(restored.opened(), true).unwrap().is_empty());
+    assert!(controlling::inherited(restored.opened()).unwrap().is_none());
 }
 
 #[test]
