@@ -7,10 +7,7 @@ use std::{
 
 use nix::{errno::Errno, libc};
 
-use super::{
-    is_master, peer,
-    restore::{index, path_of, read_infos},
-};
+use super::{index, is_master, path_of, peer, read_infos};
 use crate::{
     image::proto::{self, TtyType},
     inject::Script,

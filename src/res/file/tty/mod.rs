@@ -17,6 +17,7 @@ mod queue;
 mod restore;
 
 use std::{
+    collections::BTreeMap,
     ffi::OsStr,
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
@@ -26,9 +27,12 @@ use nix::sys::stat::{major, minor};
 
 pub use orphan::{Orphans, TakeMaster};
 
-use super::{FileKind, Usage};
+use super::{FileError, FileKind, Opened, Result, Usage};
 use crate::{
-    image::proto::{FdTypes, TtyType},
+    image::{
+        Kind,
+        proto::{self, FdTypes, TtyType},
+    },
     sys::tty::CONTROL_CHARACTERS,
 };
 
@@ -149,6 +153,23 @@ fn is_master(info_id: u32) -> bool {
 /// Returns the number of the other end of a pair.
 fn peer(info_id: u32) -> u32 {
     info_id ^ 1
+}
+
+/// Returns the terminals of the images, by their numbers.
+fn read_infos(opened: &Opened) -> Result<BTreeMap<u32, proto::TtyInfoEntry>> {
+    let infos = opened.images.messages_if_any::<proto::TtyInfoEntry>(Kind::TtyInfo, 0)?;
+    Ok(infos.into_iter().flatten().map(|info| (info.id, info)).collect())
+}
+
+/// Returns the entry of the path by which a terminal was opened.
+fn path_of(file: &proto::TtyFileEntry, opened: &Opened) -> Option<proto::RegFileEntry> {
+    opened.entries.get(&file.regf_id.unwrap_or(file.id))?.reg.clone()
+}
+
+/// Returns the index of a pair.
+fn index(info: &proto::TtyInfoEntry, id: u32) -> Result<u32> {
+    let missing = || FileError::image(id, "the index of the pseudoterminal is missing");
+    info.pty.as_ref().map(|pty| pty.index).ok_or_else(missing)
 }
 
 /// Returns the path of the slave of a master that was opened as `path`.

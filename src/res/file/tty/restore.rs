@@ -21,13 +21,10 @@ use nix::{
 use super::{
     Options, Orphans, PERMISSIONS, Role,
     controlling::{Controlling, controlling, inherited, set_foreground, take_control},
-    external_name, is_master, peer, queue, slave_path, unpack,
+    external_name, index, is_master, path_of, peer, queue, read_infos, slave_path, unpack,
 };
 use crate::{
-    image::{
-        Kind,
-        proto::{self, TtyType},
-    },
+    image::proto::{self, TtyType},
     inject::Script,
     res::file::{Deferred, FileError, Opened, Opener, Result, deferred, descriptor},
     sys::{
@@ -73,15 +70,6 @@ impl Wanted<'_> {
             || FileError::image(self.file.id, "it is a terminal, but its path is missing");
         self.path.as_ref().ok_or_else(missing)
     }
-}
-
-pub(super) fn read_infos(opened: &Opened) -> Result<BTreeMap<u32, proto::TtyInfoEntry>> {
-    let infos = opened.images.messages_if_any::<proto::TtyInfoEntry>(Kind::TtyInfo, 0)?;
-    Ok(infos.into_iter().flatten().map(|info| (info.id, info)).collect())
-}
-
-pub(super) fn path_of(file: &proto::TtyFileEntry, opened: &Opened) -> Option<proto::RegFileEntry> {
-    opened.entries.get(&file.regf_id.unwrap_or(file.id))?.reg.clone()
 }
 
 impl Opener for TerminalOpener {
@@ -388,11 +376,6 @@ fn needs_its_number(
     let slave = format!("/pts/{number}");
     let mut others = opened.entries.values().filter_map(|entry| entry.reg.as_ref());
     others.any(|file| !own_paths.contains(&file.id) && file.name.ends_with(slave.as_bytes()))
-}
-
-pub(super) fn index(info: &proto::TtyInfoEntry, id: u32) -> Result<u32> {
-    let missing = || FileError::image(id, "the index of the pseudoterminal is missing");
-    info.pty.as_ref().map(|pty| pty.index).ok_or_else(missing)
 }
 
 /// Opens the master of the pseudoterminal with this index. If another program has taken the index,
