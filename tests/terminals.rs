@@ -331,23 +331,24 @@ fn privileged_screen() {
         command.output().is_ok_and(|output| output.status.success())
     };
     let copy = sockets.join("copy");
-    let wait = |words: &str| {
-        wait_for(words, || {
-            ask(&["hardcopy", copy.to_str().unwrap()])
-                && fs::read(&copy).is_ok_and(|text| String::from_utf8_lossy(&text).contains(words))
+    // The server writes the copy after it has answered.
+    let wait = |words: &[&str]| {
+        wait_for(words[0], || {
+            let asked = ask(&["hardcopy", copy.to_str().unwrap()]);
+            let text = fs::read(&copy).unwrap_or_default();
+            let text = String::from_utf8_lossy(&text);
+            asked && words.iter().all(|word| text.contains(word))
         });
     };
     wait_for("the server", || ask(&["stuff", "echo in $((5 * 5))\n"]));
-    wait("in 25");
+    wait(&["in 25"]);
     live.dump_running(&[]);
     assert!(ask(&["stuff", "echo then $((6 * 5))\n"]));
-    wait("then 30");
+    wait(&["then 30"]);
     live.dump(&[]);
     live.restore(&[]);
     assert!(ask(&["stuff", "echo again $((7 * 5))\n"]));
-    wait("again 35");
-    let text = String::from_utf8_lossy(&fs::read(&copy).unwrap()).into_owned();
-    assert!(text.contains("in 25") && text.contains("then 30"), "{text}");
+    wait(&["again 35", "in 25", "then 30"]);
 }
 
 /// Whether a process is sleep(1) and belongs to the foreground group of its terminal.
