@@ -2,14 +2,8 @@
 
 use std::{collections::BTreeMap, fs, io, path::Path};
 
-use nix::errno::Errno;
-
-use super::{ResError, Result, tree::cgroup::CgroupError};
-use crate::{
-    proc,
-    sys::visit::{Place, Visit},
-    units::HostPid,
-};
+use super::{Result, enter, tree::cgroup::CgroupError};
+use crate::{proc, sys::visit::Place, units::HostPid};
 
 /// The path of a group in each hierarchy. Hierarchies are named as in `/proc/PID/cgroup`.
 pub(super) type Set = BTreeMap<Vec<u8>, Vec<u8>>;
@@ -29,11 +23,7 @@ pub(super) type Roots = BTreeMap<Vec<u8>, Result<Vec<u8>, String>>;
 /// The errors of reading `/proc`, and of entering the namespace.
 pub(super) fn roots_of(pid: HostPid) -> Result<Roots> {
     let outside = set(proc::cgroups(pid)?);
-    let visit = Visit::to(pid, Place::Cgroup).map_err(|source| ResError::Process {
-        pid,
-        step: "enter the cgroup namespace of",
-        source: Errno::from_raw(source.raw_os_error().unwrap_or_default()),
-    })?;
+    let visit = enter(pid, Place::Cgroup)?;
     let inside = set(proc::cgroups(pid)?);
     drop(visit);
     let root = |(name, path): (Vec<u8>, Vec<u8>)| {

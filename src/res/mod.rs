@@ -21,3 +21,28 @@ pub mod thread;
 pub mod tree;
 
 pub use error::{ResError, Result};
+
+use crate::{
+    sys::{
+        self,
+        visit::{Place, Visit},
+    },
+    units::HostPid,
+};
+
+/// Moves the calling thread into a namespace of a process, until the visit ends.
+///
+/// # Errors
+/// [`ResError::Process`].
+fn enter(pid: HostPid, place: Place) -> Result<Visit> {
+    let step = match place {
+        Place::Net => "enter the network namespace of",
+        Place::Ipc => "enter the IPC namespace of",
+        Place::Cgroup => "enter the cgroup namespace of",
+    };
+    Visit::to(pid, place).map_err(|error| ResError::Process {
+        pid,
+        step,
+        source: sys::errno(&error),
+    })
+}

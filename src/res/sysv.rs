@@ -4,7 +4,7 @@ use std::{fs, io};
 
 use nix::errno::Errno;
 
-use super::{ResError, Result};
+use super::{ResError, Result, enter};
 use crate::{
     image::proto::IpcDescEntry,
     sys::{
@@ -97,14 +97,7 @@ pub(super) fn permissions(desc: &IpcDescEntry) -> Permissions {
 
 /// Enters the IPC namespace of a process; without one, stays in that of rcriu.
 pub(super) fn visit(pid: Option<HostPid>) -> Result<Option<Visit>> {
-    let enter = |pid| {
-        Visit::to(pid, Place::Ipc).map_err(|source| ResError::Process {
-            pid,
-            step: "enter the IPC namespace of",
-            source: Errno::from_raw(source.raw_os_error().unwrap_or_default()),
-        })
-    };
-    pid.map(enter).transpose()
+    pid.map(|pid| enter(pid, Place::Ipc)).transpose()
 }
 
 #[cfg(test)]

@@ -93,16 +93,16 @@ impl Seen {
         if !is_dumpers && inode != inode_at(pid)? {
             return Ok(Err(inode));
         }
-        let (ids, pid) = match is_dumpers {
-            true => (ns::own_ids(), self.own),
-            false => (ns::OfTree::look(pid).ids(), pid),
+        let (number, pid) = match is_dumpers {
+            true => (ns::number_in(&ns::own_ids(), NAME), self.own),
+            false => (ns::number_of_tree(pid, NAME), pid),
         };
         let entrance = || match found {
             Some(namespace) => Ok(namespace),
             None => File::open(format!("/proc/{pid}/ns/{NAME}")).map(OwnedFd::from),
         };
         let entrance = if is_dumpers { None } else { Some(entrance().map_err(|e| errno(&e))?) };
-        let number = ns::number_in(&ids, NAME).ok_or(Errno::ENOENT)?;
+        let number = number.ok_or(Errno::ENOENT)?;
         let network = Rc::new(Network { number, pid, inode, entrance });
         self.known.push(Rc::clone(&network));
         Ok(Ok(network))

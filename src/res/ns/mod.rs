@@ -319,6 +319,13 @@ pub fn number_in(ids: &TaskKobjIdsEntry, file: &str) -> Option<u32> {
     KINDS.iter().find(|kind| kind.file == file).and_then(|kind| *(kind.id)(&mut ids))
 }
 
+/// Returns the number of the namespace of a kind that the tree of a process has of its own, if it has
+/// one. `file` is the name of the kind in `/proc/PID/ns`.
+pub fn number_of_tree(pid: HostPid, file: &str) -> Option<u32> {
+    let at = KINDS.iter().position(|kind| kind.file == file)?;
+    proc::is_in_other_namespace(pid, file).then(|| OfTree::number(at))
+}
+
 /// The namespaces that a stopped tree has of its own.
 #[derive(Debug, Default)]
 pub struct OfTree {

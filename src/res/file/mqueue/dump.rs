@@ -105,7 +105,7 @@ fn check_place(file: &Description, name: &[u8], shown: &str) -> Result<()> {
     let path = CString::new(name).map_err(|_| file.failed("open")(Errno::EINVAL))?;
     // A descriptor of another namespace's queue shows the same name.
     let visit = Visit::to(file.pid, Place::Ipc).map_err(|error| {
-        let errno = Errno::from_raw(error.raw_os_error().unwrap_or_default());
+        let errno = crate::sys::errno(&error);
         file.failed("enter the IPC namespace of")(errno)
     })?;
     let found = queues::open(&path, libc::O_RDONLY | libc::O_NONBLOCK).and_then(fstat);

@@ -55,7 +55,7 @@ impl Opener for Queues {
         // If the tree has an IPC namespace of its own, the queues are there.
         let first = opened.helpers.first();
         let visit = first.map(|pid| Visit::to(pid, Place::Ipc)).transpose().map_err(|error| {
-            let errno = Errno::from_raw(error.raw_os_error().unwrap_or_default());
+            let errno = crate::sys::errno(&error);
             let (id, object) =
                 (*queues.values().next().map_or(&0, |ends| &ends[0].file.id), "queues");
             FileError::restore(id, "enter the IPC namespace of", object)(errno)

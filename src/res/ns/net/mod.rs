@@ -34,7 +34,7 @@ use crate::{
     },
     inject::{Task, living},
     proc,
-    res::{ResError, Result, netlink::TalkError},
+    res::{self, ResError, Result, netlink::TalkError},
     sys::visit::{Place, Visit},
     units::HostPid,
 };
@@ -204,10 +204,7 @@ fn open_here(first: HostPid) -> Result<OwnedFd> {
 
 /// Moves the calling thread into the network namespace of a process.
 fn enter(pid: HostPid) -> Result<Visit> {
-    Visit::to(pid, Place::Net).map_err(|error| {
-        let source = crate::sys::errno(&error);
-        ResError::Process { pid, step: "enter the network namespace of", source }
-    })
+    res::enter(pid, Place::Net)
 }
 
 /// Returns the constructor of an error of the dump.

@@ -26,7 +26,7 @@ use crate::{
     res::{
         ResError, Result,
         cgroups::{Set, put, roots_of, set},
-        ns, thread,
+        thread,
     },
     units::HostPid,
 };
@@ -195,7 +195,7 @@ fn own() -> Result<Set> {
 pub(super) fn collector(tasks: &[Task], options: &Options) -> Begun<dyn Collector> {
     let known = if options.mode == Mode::Ignore { Vec::new() } else { vec![own()?] };
     let first = living(tasks).next().map(Task::witness);
-    let own = first.filter(|pid| ns::OfTree::look(*pid).number_of("cgroup").is_some());
+    let own = first.filter(|pid| proc::is_in_other_namespace(*pid, "cgroup"));
     let mut roots = BTreeMap::new();
     if let Some(pid) = own {
         let found = roots_of(pid)?.into_iter();
