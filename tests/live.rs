@@ -1242,6 +1242,19 @@ fn privileged_action_scripts_are_run_at_their_stages() {
     let mut live = Live::workload("sessions");
     let pid = live.root;
     let (line, seen) = noting(&live);
+    live.dump_running(&["--action-script", &line]);
+    let running = fs::read_to_string(&seen).unwrap();
+    let (_, running) = running.split_once('\n').unwrap();
+    assert_eq!(
+        running.lines().collect::<Vec<_>>(),
+        [
+            format!("network-lock {pid} t"),
+            format!("post-dump {pid} t images"),
+            format!("network-unlock {pid} t images"),
+        ]
+    );
+    fs::remove_file(&seen).unwrap();
+    fs::remove_dir_all(live.images()).unwrap();
     live.dump(&["--action-script", &line]);
     live.restore(&["--action-script", &line]);
     live.verdict();

@@ -129,11 +129,8 @@ pub fn run(options: &Options) -> Result<()> {
             );
             let dumped = census.explain(dumped)?;
             let images = (images, inventory(parent.as_ref())?);
-            let stopped = (frozen, &census);
+            let stopped = (frozen, network, &census);
             finish((root, &actions), stopped, images, dumped, outcome, &mut stats)?;
-            if outcome != Outcome::Run {
-                network.keep();
-            }
             stats.finish(stats_options);
         }
     }
@@ -143,7 +140,7 @@ pub fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Tells the user's actions when the tree sends packets again, unless the dump has ended it.
+/// Tells the user's actions that the tree is about to send packets again, unless the dump ends it.
 struct NetworkLock<'a>(Option<(&'a Actions<'a>, HostPid)>);
 
 impl<'a> NetworkLock<'a> {
@@ -211,13 +208,15 @@ fn free_superseded(images_dir: &Path) {
 /// script is to see the complete images while the tree is stopped.
 fn finish(
     (root, actions): (HostPid, &Actions<'_>),
-    (frozen, census): (Frozen, &Census),
+    (frozen, network, census): (Frozen, NetworkLock<'_>, &Census),
     (images, mut inventory): (SnapshotWriter, proto::InventoryEntry),
     (mut files, tracking): (FileTable, Tracking),
     outcome: Outcome,
     stats: &mut Stats,
 ) -> Result<()> {
     let mut frozen = Some(frozen);
+    // Dropped before the tree is released if a step fails.
+    let network = network;
     if outcome == Outcome::Run {
         files.warn_about_link_remaps();
     }
@@ -246,7 +245,13 @@ fn finish(
                 return Err(error.into());
             }
         }
-        frozen.release(outcome)?;
+        if outcome == Outcome::Run {
+            drop(network);
+            frozen.release(outcome)?;
+        } else {
+            frozen.release(outcome)?;
+            network.keep();
+        }
         stats.thawed();
     }
     Ok(())

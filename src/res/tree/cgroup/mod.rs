@@ -96,7 +96,7 @@ pub enum CgroupError {
         source: io::Error,
     },
     /// A name in the images leads elsewhere.
-    #[error("cgroup.img has a cgroup with the name {name:?}, which is none")]
+    #[error("cgroup.img names a cgroup outside of its root: {name:?}")]
     Name {
         /// The name.
         name: String,
