@@ -379,6 +379,7 @@ states! {
     peer_credentials_of_the_dead;
     uts_namespace;
     mount_namespace;
+    mount_namespace_sockets;
     time_namespace;
     ipc_namespace;
     ipc_namespace_segments;

@@ -8,6 +8,7 @@ use std::{
     os::unix::{
         ffi::OsStrExt,
         fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink},
+        net::{UnixListener, UnixStream},
     },
     path::{Path, PathBuf},
 };
@@ -17,7 +18,8 @@ use crate::{
     kit::{Checkpoint, Verdict, same},
 };
 
-pub const ROWS: &[Row] = &[("mount_namespace", mount_namespace)];
+pub const ROWS: &[Row] =
+    &[("mount_namespace", mount_namespace), ("mount_namespace_sockets", mount_namespace_sockets)];
 
 fn c(path: &Path) -> CString {
     CString::new(path.as_os_str().as_bytes()).expect("no NUL")
@@ -239,4 +241,47 @@ fn mount_namespace(checkpoint: &Checkpoint) -> Verdict {
     sys!(umount2(stacked_c.as_ptr(), 0))?;
     let hidden = fs::read_to_string(stacked.join("hidden")).map_err(text)?;
     same("a hidden file", "below", hidden.as_str())
+}
+
+/// Sockets whose names lead by absolute links to files of the namespace, as `/var/run` does. Outside,
+/// the same links lead to other files.
+fn mount_namespace_sockets(checkpoint: &Checkpoint) -> Verdict {
+    enter()?;
+    let (run, link) = (checkpoint.path("run"), checkpoint.path("link"));
+    fs::create_dir(&run).map_err(text)?;
+    mount("run", &run, "tmpfs", 0, "size=64k")?;
+    symlink(&run, &link).map_err(text)?;
+    std::env::set_current_dir(link.parent().expect("a directory above")).map_err(text)?;
+    let relative = Path::new(link.file_name().expect("a name")).join("relative");
+    let names = [link.join("absolute"), relative];
+    let mut open = Vec::new();
+    for name in &names {
+        let listener = UnixListener::bind(name).map_err(text)?;
+        let client = UnixStream::connect(name).map_err(text)?;
+        open.push((listener.accept().map_err(text)?, client, listener));
+    }
+    // The files are new after a restore, so their times are, too.
+    let file = |name: &PathBuf| -> Result<_, String> {
+        let found = fs::metadata(name).map_err(text)?;
+        Ok((found.mode(), found.uid(), found.gid()))
+    };
+    let before = names.iter().map(file).collect::<Result<Vec<_>, _>>()?;
+    checkpoint.wait();
+    same("files of sockets", before, names.iter().map(file).collect::<Result<Vec<_>, _>>()?)?;
+    for (name, ((mut server, _), mut client, listener)) in names.iter().zip(open) {
+        let address = listener.local_addr().map_err(text)?;
+        same("the name of a socket", Some(name.as_path()), address.as_pathname())?;
+        client.write_all(b"on the old connection").map_err(text)?;
+        drop(client);
+        let mut heard = String::new();
+        server.read_to_string(&mut heard).map_err(text)?;
+        same("what a client says", "on the old connection", heard.as_str())?;
+        let mut client = UnixStream::connect(name).map_err(text)?;
+        client.write_all(b"on a new one").map_err(text)?;
+        drop(client);
+        heard.clear();
+        listener.accept().map_err(text)?.0.read_to_string(&mut heard).map_err(text)?;
+        same("what a new client says", "on a new one", heard.as_str())?;
+    }
+    Ok(())
 }

@@ -329,7 +329,12 @@ impl Collector for UnixCollector {
         let (needs, peer) = self.peers(file, &socket, &what)?;
         let is_datagram = i32::from(socket.kind) == libc::SOCK_DGRAM;
         let named = if name::is_path(&socket.name) {
-            name::look_at_file(file, &socket.name, socket.file, (&what, intake.pids().ids()))?
+            name::look_at_file(
+                file,
+                &socket.name,
+                socket.file,
+                (&what, intake.pids().ids(), intake.root()),
+            )?
         } else {
             name::NamedFile::default()
         };

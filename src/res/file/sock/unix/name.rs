@@ -24,7 +24,7 @@ use nix::{
     fcntl::{AtFlags, OFlag, open},
     libc,
     sched::{CloneFlags, unshare},
-    sys::stat::{FileStat, Mode, fstat, umask},
+    sys::stat::{FileStat, Mode, fstat, stat, umask},
     unistd::{Gid, Uid, chdir, fchownat},
 };
 
@@ -35,7 +35,10 @@ use crate::{
         error::errno,
         sock::{diag, held, opts::Subject},
     },
-    sys::{root::Root, socket},
+    sys::{
+        root::{self, Root},
+        socket,
+    },
     units::IdMap,
 };
 
@@ -83,17 +86,12 @@ pub(super) fn look_at_file(
     file: &Description,
     name: &[u8],
     inode: Option<(u32, u32)>,
-    (what, ids): (&str, &IdMap),
+    (what, ids, root): (&str, &IdMap, &Root),
 ) -> Result<NamedFile> {
     let step = "examine the file of";
     let name = Path::new(OsStr::from_bytes(path_bytes(name)));
     let process = PathBuf::from(format!("/proc/{}", file.pid));
-    let in_cwd = process.join("cwd").join(name);
-    // The current target of the path, as the process sees it.
-    let from_process = match name.strip_prefix("/") {
-        Ok(rest) => process.join("root").join(rest),
-        Err(_) => in_cwd,
-    };
+    let target = target(&process, name, root).ok();
     let (stat, path) = match socket::unix_file(file.fd.as_fd()) {
         Ok(opened) => {
             let stat = fstat(&opened).map_err(file.failed(step))?;
@@ -102,7 +100,7 @@ pub(super) fn look_at_file(
             (stat, path)
         }
         Err(Errno::EPERM) => {
-            return look_from_process(file, name, &from_process, inode, (what, ids));
+            return look_from_process(file, name, target, inode, (what, ids));
         }
         Err(errno) => return Err(file.failed(step)(errno)),
     };
@@ -110,8 +108,8 @@ pub(super) fn look_at_file(
     let undeleted = text.strip_suffix(DELETED.as_bytes());
     let deleted = stat.st_nlink == 0 || undeleted.is_some();
     let path = Path::new(OsStr::from_bytes(undeleted.unwrap_or(text)));
-    let same = fs::metadata(&from_process)
-        .is_ok_and(|found| found.ino() == stat.st_ino && found.dev() == stat.st_dev);
+    let same =
+        target.is_some_and(|found| (found.st_ino, found.st_dev) == (stat.st_ino, stat.st_dev));
     let dir = if name.is_absolute() {
         None
     } else if let Some(dir) = without_end(path, name) {
@@ -128,16 +126,35 @@ pub(super) fn look_at_file(
     Ok(NamedFile { perms: Some(permissions(&stat, ids)), dir: dir.map(text_of), deleted })
 }
 
+/// Examines the file to which a name leads now, as the process sees it.
+///
+/// A symbolic link of a mount namespace leads to a file of that namespace: `/proc/PID/root/NAME`
+/// would follow an absolute link into rcriu's own.
+fn target(process: &Path, name: &Path, root: &Root) -> nix::Result<FileStat> {
+    if name.is_absolute() {
+        let directory = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let own = open(&process.join("root"), directory, Mode::empty())?;
+        let name = name.as_os_str().as_bytes();
+        return fstat(root::open_below(own.as_fd(), name, libc::O_PATH, Mode::empty())?);
+    }
+    let cwd = process.join("cwd");
+    if root.is_own() {
+        return stat(&cwd.join(name));
+    }
+    let cwd = fs::read_link(cwd).map_err(|error| errno(&error))?;
+    root.stat(&cwd.join(name))
+}
+
 /// Like [`look_at_file`], for a kernel that does not open the file of a socket for rcriu.
 fn look_from_process(
     file: &Description,
     name: &Path,
-    path: &Path,
+    target: Option<FileStat>,
     inode: Option<(u32, u32)>,
     (what, ids): (&str, &IdMap),
 ) -> Result<NamedFile> {
-    let found = nix::sys::stat::stat(path).ok();
-    let stat = found.filter(|stat| inode.is_some_and(|(inode, _)| u64::from(inode) == stat.st_ino));
+    let stat =
+        target.filter(|stat| inode.is_some_and(|(inode, _)| u64::from(inode) == stat.st_ino));
     if stat.is_none() && !name.is_absolute() {
         let what = format!("{what}, whose file is not in the current directory of the process");
         return Err(file.unsupported(what, "run rcriu with CAP_NET_ADMIN"));
