@@ -58,7 +58,8 @@
 //! [`crate::view::View`] is the tree of a mount, without FUSE: names, attributes and
 //! contents. Listing a directory reads names and the heads of pagemaps. An index is built
 //! when a file that needs it is first used, and kept in an LRU cache that is bounded by the
-//! number of extents. Inode numbers are hashes of paths, so they are the same in every
+//! number of extents. What a restore reads needs a complete index; what only a person reads
+//! is also shown if ancestors are broken ([`crate::chain::Chain::readable_index`]). Inode numbers are hashes of paths, so they are the same in every
 //! mount.
 //!
 //! # The mount

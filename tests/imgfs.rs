@@ -191,6 +191,76 @@ fn map_draws_what_can_be_read_and_fails() {
 }
 
 #[test]
+fn a_look_at_a_snapshot_without_its_parent_shows_what_it_has() {
+    let dir = tempfile::tempdir().unwrap();
+    copy(dir.path());
+    let whole = dir.path().join("chain/3").to_str().unwrap().to_owned();
+    let alone = dir.path().join("3").to_str().unwrap().to_owned();
+    let output = Command::new("cp").args(["-a", &whole, &alone]).status().unwrap();
+    assert!(output.success());
+
+    for command in [&["ps"][..], &["fds"], &["maps", "293"], &["info"]] {
+        let look = |chain| imgfs(&[&command[..1], &[chain], &command[1..]].concat());
+        let (of_whole, of_alone) = (look(&whole), look(&alone));
+        assert_eq!(of_alone.status.code(), Some(0), "{}", stderr(&of_alone));
+        let lines = |output| stdout(output).lines().count();
+        assert_eq!(lines(&of_alone), lines(&of_whole), "{}", stdout(&of_alone));
+        assert_eq!(stderr(&of_whole), "");
+        let warned = stderr(&of_alone);
+        // Descriptors need no memory.
+        if command[0] != "fds" {
+            assert!(warned.starts_with("imgfs: warning: memory of ancestors is missing: "));
+            assert!(warned.contains("3/parent leads to ../2: No such file"), "{warned}");
+        }
+    }
+    let stored = |chain: &str| {
+        let tree = json(&["ps", "--json", chain]);
+        let tree = tree["processes"].as_array().unwrap();
+        tree.iter().map(|process| process["private_bytes"].as_u64().unwrap()).sum::<u64>()
+    };
+    assert_eq!((stored(&whole), stored(&alone)), ((29 + 108) * 4096, 29 * 4096));
+
+    // A copy has what is there, and holes for the rest.
+    let get = |chain: &str, to: &str| {
+        let to = dir.path().join(to);
+        (imgfs(&["get", chain, "mem/293", to.to_str().unwrap()]), to)
+    };
+    let (of_whole, whole_copy) = get(&whole, "whole-copy");
+    assert_eq!((of_whole.status.code(), stderr(&of_whole)), (Some(0), String::new()));
+    let (of_alone, alone_copy) = get(&alone, "alone-copy");
+    assert_eq!(of_alone.status.code(), Some(1));
+    let said = stderr(&of_alone);
+    let (mut same, mut missing) = (0, 0);
+    for entry in fs::read_dir(whole_copy).unwrap() {
+        let entry = entry.unwrap();
+        let (all, found) = (fs::read(entry.path()), fs::read(alone_copy.join(entry.file_name())));
+        let (all, found) = (all.unwrap(), found.unwrap());
+        assert_eq!(all.len(), found.len());
+        let mut holes = 0;
+        for (all, found) in all.chunks(4096).zip(found.chunks(4096)) {
+            match found.iter().all(|byte| *byte == 0) {
+                true => holes += u64::from(all != found),
+                false => assert_eq!(all, found),
+            }
+        }
+        let name = entry.file_name().into_string().unwrap();
+        let is_told = said.contains(&format!("/alone-copy/{name} has a hole"));
+        assert!(is_told || holes == 0, "{name}: {said}");
+        if is_told { missing += 1 } else { same += 1 }
+    }
+    assert!(same > 0 && missing > 0, "{said}");
+    let end = format!("the copy {} is incomplete: ", alone_copy.display());
+    assert!(said.lines().last().unwrap().starts_with(&format!("imgfs: {end}")), "{said}");
+
+    // What needs the parent fails.
+    for path in ["pages-2.img", "pagemap-293.img"] {
+        let output = imgfs(&["cat", &alone, path]);
+        assert_eq!(output.status.code(), Some(1));
+        assert!(stderr(&output).contains("3/parent leads to ../2"), "{}", stderr(&output));
+    }
+}
+
+#[test]
 fn flatten_writes_what_the_chain_resolves_to() {
     let place = tempfile::tempdir().expect("make a directory");
     for snapshot in ["1", "2", "3"] {

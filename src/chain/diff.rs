@@ -216,7 +216,7 @@ impl<'a> Walk<'a> {
             Some(extent) => {
                 let skipped = page.0 - extent.first.0;
                 let at = match extent.place {
-                    Place::Absent => Where::Absent,
+                    Place::Absent | Place::Unanswered { .. } => Where::Absent,
                     Place::Stored { layer, file_page } => {
                         Where::Stored(index.layers()[layer as usize].file, file_page)
                     }

@@ -331,7 +331,7 @@ pub fn stored(index: &Index) -> impl Iterator<Item = (&Layer, Range<u64>)> {
         Place::Stored { layer, file_page } => {
             Some((&index.layers()[layer as usize], file_page..file_page + extent.pages))
         }
-        Place::Punched { .. } | Place::Absent => None,
+        Place::Punched { .. } | Place::Absent | Place::Unanswered { .. } => None,
     })
 }
 

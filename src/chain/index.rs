@@ -3,12 +3,12 @@
 use std::{
     mem,
     ops::{Range, RangeInclusive},
-    sync::OnceLock,
+    sync::{Arc, OnceLock},
     time::Instant,
 };
 
 use super::{
-    Chain, ChainError, FileId, LinkError, Result, SnapshotId, freed,
+    Chain, ChainError, FileId, Result, SnapshotId, freed,
     overlay::{self, Merged, Pile},
     piece::{self, Gaps, Piece, PiecePlace},
 };
@@ -56,6 +56,12 @@ pub enum Place {
     },
     /// In no image: reading them is an error.
     Absent,
+    /// In an ancestor that cannot be read: reading them is an error. Only indexes of
+    /// [`Chain::readable_index`] have such extents.
+    Unanswered {
+        /// The layer that leaves them to its parent.
+        layer: u32,
+    },
 }
 
 /// A run of pages that are contiguous in one place.
@@ -91,6 +97,9 @@ pub struct Index {
     extents: Vec<Piece>,
     stored_pages: u64,
     punched_pages: u64,
+    unanswered_pages: u64,
+    /// Why the lowest layer gets no answer, if its parent link is not the reason.
+    end: Option<Arc<ChainError>>,
     flat: OnceLock<Vec<FlatExtent>>,
 }
 
@@ -112,39 +121,60 @@ impl Index {
     /// broken where this memory needs it, [`ChainError::Image`] for a pagemap
     /// that cannot be read.
     pub fn build(chain: &Chain, id: SnapshotId, memory: MemoryId) -> Result<Self> {
+        let read = read_layers(chain, id, memory, || ancestors(chain, id))?;
+        read.end?;
+        // Every layer but the last leaves pages to the next.
+        let snapshots: Vec<SnapshotId> =
+            read.layers.layers.iter().map(|layer| layer.snapshot).collect();
+        chain.require_layers(&snapshots)?;
+        let index = Self::merged(chain, memory, read.layers, None);
+        match index.first_unanswered(chain) {
+            Some(error) => Err(error),
+            None => Ok(index),
+        }
+    }
+
+    /// Merges layers. `end` says why the lowest gets no answer, if its parent link does not.
+    pub(super) fn merged(
+        chain: &Chain,
+        memory: MemoryId,
+        layers: Layers,
+        end: Option<Arc<ChainError>>,
+    ) -> Self {
         let begin = Instant::now();
-        let layers = read_layers(chain, id, memory)?;
-        let read = begin.elapsed();
         let (layers, extents) = layers.merge();
-        let lowest = u32::try_from(layers.len() - 1).expect("layers are numbered by u32");
-        let (mut stored_pages, mut punched_pages) = (0, 0);
+        let (mut stored_pages, mut punched_pages, mut unanswered_pages) = (0, 0, 0);
         for piece in &extents {
-            let misled = match piece.place() {
-                PiecePlace::Stored { .. } => {
-                    stored_pages += piece.pages();
-                    continue;
-                }
+            match piece.place() {
+                PiecePlace::Stored { .. } => stored_pages += piece.pages(),
                 PiecePlace::Punched { .. } => {
                     stored_pages += piece.pages();
                     punched_pages += piece.pages();
-                    continue;
                 }
-                PiecePlace::Absent | PiecePlace::Nothing => continue,
-                PiecePlace::Parent => lowest,
-                PiecePlace::Missing { layer } => layer,
-            };
-            return Err(unanswered(chain, &layers, memory, piece, misled));
+                PiecePlace::Absent | PiecePlace::Nothing => {}
+                PiecePlace::Parent | PiecePlace::Missing { .. } => {
+                    unanswered_pages += piece.pages();
+                }
+            }
         }
         log::debug!(
-            "{memory} of {}: {} extents in {} layers, read in {read:?}, built in {:?}",
-            chain.snapshot(id).name,
+            "{memory} of {}: {} extents in {} layers, merged in {:?}",
+            chain.snapshot(layers[0].snapshot).name,
             extents.len(),
             layers.len(),
             begin.elapsed(),
         );
-        let pages_id = layers[0].pages_id;
-        let flat = OnceLock::new();
-        Ok(Self { memory, pages_id, layers, extents, stored_pages, punched_pages, flat })
+        Self {
+            memory,
+            pages_id: layers[0].pages_id,
+            layers,
+            extents,
+            stored_pages,
+            punched_pages,
+            unanswered_pages,
+            end,
+            flat: OnceLock::new(),
+        }
     }
 
     /// Returns the memory that was resolved.
@@ -164,12 +194,12 @@ impl Index {
 
     /// Returns all extents in page order.
     pub fn extents(&self) -> impl DoubleEndedIterator<Item = Extent> + ExactSizeIterator {
-        self.extents.iter().map(extent)
+        self.extents.iter().map(|piece| self.extent_of(piece))
     }
 
     /// Returns the extent at `position`.
     pub fn extent(&self, position: usize) -> Option<Extent> {
-        self.extents.get(position).map(extent)
+        self.extents.get(position).map(|piece| self.extent_of(piece))
     }
 
     /// Returns how many pages are stored in the chain, freed ones included: the length of a
@@ -181,6 +211,63 @@ impl Index {
     /// Returns how many of them had been freed when the index was built.
     pub fn punched_pages(&self) -> u64 {
         self.punched_pages
+    }
+
+    /// Returns how many pages are in ancestors that cannot be read.
+    pub fn unanswered_pages(&self) -> u64 {
+        self.unanswered_pages
+    }
+
+    /// Returns why the first page that is in no readable ancestor is there; `None` if there is no
+    /// such page.
+    pub(super) fn first_unanswered(&self, chain: &Chain) -> Option<ChainError> {
+        if self.unanswered_pages == 0 {
+            return None;
+        }
+        self.extents().find_map(|extent| match extent.place {
+            Place::Unanswered { layer } => {
+                Some(self.no_answer(chain, layer, extent.first, extent.pages))
+            }
+            _ => None,
+        })
+    }
+
+    /// Returns why `layer` gets no answer for pages from its parent.
+    pub(super) fn no_answer(
+        &self,
+        chain: &Chain,
+        layer: u32,
+        first: PageIndex,
+        pages: u64,
+    ) -> ChainError {
+        let asking = chain.snapshot(self.layers[layer as usize].snapshot);
+        let memory = self.memory;
+        let reason = match (&asking.parent, &self.end) {
+            (_, Some(end)) if layer as usize + 1 == self.layers.len() => with_sources(&**end),
+            (Ok(None), _) => "it has no parent".to_owned(),
+            (Ok(Some(parent)), _) => {
+                let pagemap = chain.images(*parent).path_of(&memory.pagemap_name());
+                format!("{} has no entry for that page", pagemap.display())
+            }
+            (Err(link), _) => with_sources(link),
+        };
+        ChainError::Unanswered { dir: asking.path().to_owned(), memory, first, pages, reason }
+    }
+
+    /// Converts a piece of a whole chain to an extent.
+    fn extent_of(&self, piece: &Piece) -> Extent {
+        let place = match piece.place() {
+            PiecePlace::Stored { layer, file_page } => Place::Stored { layer, file_page },
+            PiecePlace::Punched { layer, file_page } => Place::Punched { layer, file_page },
+            PiecePlace::Absent | PiecePlace::Nothing => Place::Absent,
+            PiecePlace::Parent => {
+                let lowest = self.layers.len() - 1;
+                let layer = u32::try_from(lowest).expect("layers are numbered by u32");
+                Place::Unanswered { layer }
+            }
+            PiecePlace::Missing { layer } => Place::Unanswered { layer },
+        };
+        Extent { first: piece.first(), pages: piece.pages(), place, lazy: piece.lazy() }
     }
 
     /// Checks that no page was freed.
@@ -213,7 +300,7 @@ impl Index {
                         return Err(freed::punched(chain, self.memory, layer, first, pages));
                     }
                 }
-                Place::Absent => {}
+                Place::Absent | Place::Unanswered { .. } => {}
             }
         }
         Ok(())
@@ -225,7 +312,7 @@ impl Index {
             let mut before = 0;
             let mut flat = Vec::with_capacity(self.extents.len());
             for (position, extent) in (0..).zip(self.extents()) {
-                if !matches!(extent.place, Place::Absent) {
+                if matches!(extent.place, Place::Stored { .. } | Place::Punched { .. }) {
                     flat.push(FlatExtent { before, position });
                     before += extent.pages;
                 }
@@ -246,12 +333,24 @@ impl Index {
 }
 
 /// The layers that one memory is resolved across, the newest first.
-struct Layers {
+pub(super) struct Layers {
     layers: Vec<Layer>,
     stretches: Vec<Stretch>,
 }
 
+/// Layers that were read.
+pub(super) struct ReadLayers {
+    pub(super) layers: Layers,
+    /// The error that ended them, if the lowest asks its parent for pages.
+    pub(super) end: Result<()>,
+}
+
 impl Layers {
+    /// Returns the number of layers, at least 1.
+    pub(super) fn len(&self) -> usize {
+        self.layers.len()
+    }
+
     /// Merges the layers into one map.
     fn merge(mut self) -> (Vec<Layer>, Vec<Piece>) {
         let merged = match &mut *self.stretches {
@@ -274,14 +373,23 @@ const STRETCH_LAYERS: RangeInclusive<usize> = 8..=64;
 const STRETCHES: usize = 4;
 
 /// Reads the pagemaps of `memory` from the snapshot downwards, until one asks its parent
-/// for nothing.
+/// for nothing. `ancestors` returns the ancestors from the parent of the snapshot down, and
+/// the error of the last link.
 ///
 /// Opening files takes most of the time, so all but the first layer are opened in parallel.
-fn read_layers(chain: &Chain, id: SnapshotId, memory: MemoryId) -> Result<Layers> {
+///
+/// # Errors
+/// A pagemap of the snapshot itself that is missing or cannot be read.
+pub(super) fn read_layers(
+    chain: &Chain,
+    id: SnapshotId,
+    memory: MemoryId,
+    ancestors: impl FnOnce() -> (Vec<SnapshotId>, Result<()>),
+) -> Result<ReadLayers> {
     let name = memory.pagemap_name();
     let mut stretches = vec![Desk::default().read(chain, &name, 0, &[id])];
     let asked = matches!(stretches[0].end, End::AsksParent);
-    let (ancestors, end) = if asked { ancestors(chain, id) } else { (Vec::new(), Ok(())) };
+    let (ancestors, end) = if asked { ancestors() } else { (Vec::new(), Ok(())) };
     let processors = parallel::processors_for(ancestors.len() / STRETCH_LAYERS.start());
     let fair = ancestors.len().div_ceil(processors * STRETCHES);
     let each = fair.clamp(*STRETCH_LAYERS.start(), *STRETCH_LAYERS.end());
@@ -295,32 +403,30 @@ fn read_layers(chain: &Chain, id: SnapshotId, memory: MemoryId) -> Result<Layers
     let layers: Vec<Layer> =
         stretches.iter_mut().flat_map(|stretch| mem::take(&mut stretch.layers)).collect();
     let dir = || chain.snapshot(id).path().to_owned();
-    match stretches.last_mut().map(|last| mem::replace(&mut last.end, End::Answered)) {
-        Some(End::Failed(error)) => return Err(error),
+    let end = match stretches.last_mut().map(|last| mem::replace(&mut last.end, End::Answered)) {
+        Some(End::Failed(error)) if layers.is_empty() => return Err(error),
         _ if layers.is_empty() => return Err(ChainError::NoMemory { dir: dir(), memory }),
+        Some(End::Failed(error)) => Err(error),
         Some(End::AsksParent) if layers.len() >= piece::LAYER_LIMIT => {
-            return Err(ChainError::TooDeep { dir: dir(), limit: piece::LAYER_LIMIT });
+            Err(ChainError::TooDeep { dir: dir(), limit: piece::LAYER_LIMIT })
         }
-        Some(End::AsksParent) => end?,
+        Some(End::AsksParent) => end,
         // The layer above a missing one gets no answer.
-        Some(End::Answered | End::Missing) | None => {}
-    }
-    // Every layer but the last leaves pages to the next.
-    let snapshots: Vec<SnapshotId> = layers.iter().map(|layer| layer.snapshot).collect();
-    chain.require_layers(&snapshots)?;
-    Ok(Layers { layers, stretches })
+        Some(End::Answered | End::Missing) | None => Ok(()),
+    };
+    Ok(ReadLayers { layers: Layers { layers, stretches }, end })
 }
 
 /// Returns all ancestors of a snapshot, from its parent down, and the error of the last
 /// link.
-fn ancestors(chain: &Chain, id: SnapshotId) -> (Vec<SnapshotId>, Result<(), LinkError>) {
+pub(super) fn ancestors(chain: &Chain, id: SnapshotId) -> (Vec<SnapshotId>, Result<()>) {
     let mut ancestors = Vec::new();
     let mut next = id;
     loop {
         next = match &chain.snapshot(next).parent {
             Ok(Some(parent)) if ancestors.len() + 1 < piece::LAYER_LIMIT => *parent,
             Ok(_) => return (ancestors, Ok(())),
-            Err(link) => return (ancestors, Err(link.clone())),
+            Err(link) => return (ancestors, Err(link.clone().into())),
         };
         ancestors.push(next);
     }
@@ -465,45 +571,6 @@ pub(super) fn pieces(
         // Pages that are not in the file cannot have been freed in it.
         Presence::Parent => part(pages, PiecePlace::Parent),
         Presence::Absent => part(pages, PiecePlace::Absent),
-    }
-}
-
-/// Converts a piece of a whole chain to an extent.
-fn extent(piece: &Piece) -> Extent {
-    let place = match piece.place() {
-        PiecePlace::Stored { layer, file_page } => Place::Stored { layer, file_page },
-        PiecePlace::Punched { layer, file_page } => Place::Punched { layer, file_page },
-        // Building the index has reported the others.
-        PiecePlace::Absent
-        | PiecePlace::Nothing
-        | PiecePlace::Parent
-        | PiecePlace::Missing { .. } => Place::Absent,
-    };
-    Extent { first: piece.first(), pages: piece.pages(), place, lazy: piece.lazy() }
-}
-
-fn unanswered(
-    chain: &Chain,
-    layers: &[Layer],
-    memory: MemoryId,
-    piece: &Piece,
-    layer: u32,
-) -> ChainError {
-    let asking = chain.snapshot(layers[layer as usize].snapshot);
-    let reason = match &asking.parent {
-        Ok(None) => "it has no parent".to_owned(),
-        Ok(Some(parent)) => {
-            let pagemap = chain.images(*parent).path_of(&memory.pagemap_name());
-            format!("{} has no entry for that page", pagemap.display())
-        }
-        Err(link) => with_sources(link),
-    };
-    ChainError::Unanswered {
-        dir: asking.path().to_owned(),
-        memory,
-        first: piece.first(),
-        pages: piece.pages(),
-        reason,
     }
 }
 

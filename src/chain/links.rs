@@ -11,7 +11,7 @@ use nix::sys::resource::{Resource, getrlimit};
 
 use super::{
     ChainError, FileId, Files, Index, LinkError, Result, bonds::Bonds, cache::IndexCache,
-    discovery::Discovery, freed::Freed,
+    discovery::Discovery, freed::Freed, readable::Readable,
 };
 use crate::{
     image::{
@@ -75,6 +75,7 @@ pub struct Chain {
     unfinished: Vec<PathBuf>,
     files: Files,
     indexes: IndexCache,
+    pub(super) readable: Readable,
     freed: Freed,
     bonds: Bonds,
     cache: Cache,
@@ -163,6 +164,7 @@ impl Chain {
             unfinished,
             files: Files::new(open_files()),
             indexes: IndexCache::default(),
+            readable: Readable::default(),
             freed: Freed::default(),
             cache: Cache::default(),
         }

@@ -52,6 +52,11 @@ impl<'a> Cursor<'a> {
                 let error = ChainError::Absent { memory: self.index.memory(), first };
                 runs.push(Run { len, source: Source::Lost(Arc::new(error)) });
             }
+            Place::Unanswered { layer } => {
+                let pages = extent.pages - (skipped >> PAGE_SHIFT);
+                let error = self.index.no_answer(self.chain, layer, first, pages);
+                runs.push(Run { len, source: Source::Lost(Arc::new(error)) });
+            }
         }
         Ok(len)
     }
@@ -117,7 +122,7 @@ fn allocated(chain: &Chain, index: &Index) -> u64 {
         return stored;
     }
     let free = index.extents().filter_map(|extent| match extent.place {
-        Place::Absent => None,
+        Place::Absent | Place::Unanswered { .. } => None,
         Place::Punched { .. } => Some(page_bytes(extent.pages)),
         Place::Stored { layer, file_page } => {
             let start = page_bytes(file_page);
@@ -134,7 +139,8 @@ fn allocated(chain: &Chain, index: &Index) -> u64 {
 /// Returns in how many contiguous parts of files a resolved memory lies; `None` if pages of
 /// it are gone.
 fn stretches(chain: &Chain, index: &Index) -> Option<usize> {
-    let whole = index.punched_pages() == 0 && chain.freed().is_empty();
+    let gone = index.punched_pages() + index.unanswered_pages();
+    let whole = gone == 0 && chain.freed().is_empty();
     whole.then(|| index.extents().len())
 }
 
@@ -221,7 +227,7 @@ impl FlatPages {
             let (layer, file_page) = match extent.place {
                 Place::Stored { layer, file_page } => (layer, file_page),
                 Place::Punched { .. } => return None,
-                Place::Absent => continue,
+                Place::Absent | Place::Unanswered { .. } => continue,
             };
             if file_page != next || *whole.get_or_insert(layer) != layer {
                 return None;

@@ -27,6 +27,7 @@ mod overlay;
 mod owner;
 mod pack;
 mod piece;
+mod readable;
 mod summary;
 #[cfg(test)]
 pub(crate) mod testing;

@@ -13,7 +13,7 @@ use super::{
     *,
 };
 use crate::{
-    image::{Directory, MemoryId, Presence},
+    image::{Directory, ImageWriter, Kind, MemoryId, Presence, proto},
     units::{PAGE_SIZE, PageIndex},
 };
 
@@ -64,6 +64,56 @@ proptest! {
                 let end = (start + len).min(flat.len());
                 prop_assert_eq!(&read(&pages, *offset, *len).unwrap(), &flat[start..end]);
             }
+        }
+    }
+
+    #[test]
+    fn a_broken_chain_shows_what_is_above_the_break(
+        layers in layers(),
+        at in any::<prop::sample::Index>(),
+        how in 0..5_u8,
+    ) {
+        let (disk, models) = on_disk(&layers);
+        // Layers from this one up are intact.
+        let intact = 1 + at.index(layers.len());
+        if intact == 1 {
+            return Ok(());
+        }
+        let pagemap = disk.dir(intact - 1).join(MEMORY.pagemap_name());
+        let link = disk.dir(intact).join("parent");
+        match how {
+            0 => fs::remove_file(link).unwrap(),
+            1 => fs::remove_dir_all(disk.dir(intact - 1)).unwrap(),
+            2 => fs::remove_file(pagemap).unwrap(),
+            3 => {
+                let bytes = fs::read(&pagemap).unwrap();
+                fs::write(&pagemap, &bytes[..bytes.len() - 1]).unwrap();
+            }
+            _ => {
+                let inventory = disk.dir(intact - 1).join("inventory.img");
+                fs::remove_file(&inventory).unwrap();
+                let mut image = ImageWriter::create(&inventory, Kind::Inventory).unwrap();
+                let unknown = proto::InventoryEntry { img_version: 99, ..Default::default() };
+                image.message(&unknown).unwrap();
+                image.finish().unwrap();
+            }
+        }
+        let chain = Arc::new(Chain::open(&disk.dir(layers.len())).unwrap());
+        let tip = chain.choose(None).unwrap();
+        let model = &models[layers.len() - 1];
+        let index = chain.readable_index(tip, MEMORY).unwrap();
+        let below = |page: u64| matches!(model.get(&page), Some(Some(layer)) if *layer < intact);
+        let lacks = (0..PAGES).any(below);
+        // An absent page is in no image, and it may be a lower layer that says so.
+        if lacks {
+            prop_assert!(chain.index(tip, MEMORY).is_err());
+            prop_assert!(chain.first_gap().is_some());
+        }
+        let memory = MemoryBytes::new(Arc::clone(&chain), index, PAGES * PAGE_SIZE);
+        for number in 0..PAGES {
+            let expected = if below(number) { None } else { modelled(model, number) };
+            let found = read(&memory, number * PAGE_SIZE, 4096);
+            prop_assert_eq!(found.ok(), expected, "page {}", number);
         }
     }
 

@@ -16,8 +16,9 @@ use super::{
     times,
 };
 use crate::{
+    causes::{tell, told},
     chain::{Chain, Content, SnapshotId, Summary, read_at},
-    view::{NodeType, View, extract},
+    view::{Incomplete, NodeType, View, extract},
 };
 
 /// Options that choose a snapshot.
@@ -66,7 +67,9 @@ pub struct ProcessesArgs {
 /// # Errors
 /// Images that cannot be read; a failed write of the output.
 pub fn processes(args: &ProcessesArgs, out: &mut dyn Write) -> anyhow::Result<()> {
-    let rows = args.which.view()?.processes()?;
+    let view = args.which.view()?;
+    let rows = view.processes()?;
+    tell_of_gap(&view);
     if args.json {
         let document = rows.iter().map(|row| {
             json!({
@@ -183,7 +186,9 @@ pub struct MappingsArgs {
 /// # Errors
 /// As [`descriptors`].
 pub fn mappings(args: &MappingsArgs, out: &mut dyn Write) -> anyhow::Result<()> {
-    let rows = args.which.view()?.mappings(args.pid)?;
+    let view = args.which.view()?;
+    let rows = view.mappings(args.pid)?;
+    tell_of_gap(&view);
     if args.json {
         let document = rows.iter().map(|row| {
             json!({
@@ -261,6 +266,7 @@ pub fn cat(args: &CatArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     loop {
         let read = read_at(&*content, offset, &mut buffer)?;
         if read == 0 {
+            tell_of_gap(&view);
             return Ok(());
         }
         out.write_all(&buffer[..read])?;
@@ -271,7 +277,9 @@ pub fn cat(args: &CatArgs, out: &mut dyn Write) -> anyhow::Result<()> {
 /// Copy a file or directory that a mount would show.
 ///
 /// Files keep their holes. Without DEST, imgfs copies to the same name in the working
-/// directory. imgfs overwrites no file.
+/// directory. imgfs overwrites no file. If part of a file cannot be read, for example because
+/// the parent of the snapshot is missing, the copy has a hole there; imgfs names the file and
+/// exits with 1.
 #[derive(Debug, clap::Args)]
 pub struct GetArgs {
     #[command(flatten)]
@@ -285,7 +293,7 @@ pub struct GetArgs {
 /// Copies a file or directory.
 ///
 /// # Errors
-/// As [`cat`]; a destination that exists.
+/// As [`cat`]; a destination that exists; a copy that is not complete.
 pub fn get(args: &GetArgs) -> anyhow::Result<()> {
     let view = args.which.view()?;
     let found = view.find(&args.path)?;
@@ -296,7 +304,34 @@ pub fn get(args: &GetArgs) -> anyhow::Result<()> {
     if dest.symlink_metadata().is_ok() {
         bail!("{} exists already; nothing was copied", dest.display());
     }
-    extract(&view, &found, dest).with_context(|| format!("copy {}", args.path))
+    let mut incomplete = Vec::new();
+    let copied = extract(&view, &found, dest, &mut |file| incomplete.push(file));
+    copied.with_context(|| format!("copy {}", args.path))?;
+    if found.kind == NodeType::File && incomplete.iter().any(|file| file.lost_bytes.is_none()) {
+        let only = incomplete.remove(0);
+        return Err(only.error).with_context(|| format!("copy {}", args.path));
+    }
+    for Incomplete { copy, lost_bytes, error } in &incomplete {
+        let path = copy.display();
+        let text = match lost_bytes {
+            Some(lost) => format!("{path} has a hole for {} that is missing", BinaryBytes(*lost)),
+            None => format!("{path} was not copied: {}", told(error)),
+        };
+        tell(log::Level::Error, &text);
+    }
+    match incomplete.into_iter().next() {
+        Some(first) => {
+            Err(first.error).with_context(|| format!("the copy {} is incomplete", dest.display()))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Warns that the numbers and texts of a view lack memory that cannot be read.
+fn tell_of_gap(view: &View) {
+    if let Some(error) = view.chain().first_gap() {
+        tell(log::Level::Warn, &format!("memory of ancestors is missing: {}", told(&*error)));
+    }
 }
 
 /// Print a summary of a snapshot and its chain.
@@ -324,6 +359,7 @@ pub fn info(args: &InfoArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     }
     let shown = Summary::of(chain, view.tip())?;
     let rows = view.processes()?;
+    tell_of_gap(&view);
     let mut commands: Vec<&str> = Vec::new();
     for row in &rows {
         let first = row.command.split(' ').next().unwrap_or_default();

@@ -65,7 +65,7 @@ impl AddressSpace {
             return Ok(Arc::clone(index));
         }
         let tables = self.process.tables();
-        let index = tables.chain().index(tables.snapshot(), memory)?;
+        let index = tables.chain().readable_index(tables.snapshot(), memory)?;
         indexes().insert(memory, Arc::clone(&index));
         Ok(index)
     }
@@ -123,8 +123,8 @@ impl AddressSpace {
         Ok(known)
     }
 
-    /// Counts the bytes of `area` that images hold, in any snapshot: private pages, and pages of a
-    /// shared object.
+    /// Counts the bytes of `area` that images hold, in any snapshot that can be read: private pages,
+    /// and pages of a shared object.
     pub(super) fn resident(&self, area: &Area) -> chain::Result<(u64, u64)> {
         let all = area.start..area.end;
         let len = |range: &Range<u64>| range.end - range.start;
@@ -136,13 +136,17 @@ impl AddressSpace {
             let Some(index) = &shared else { return 0 };
             let start = area.offset_of(part.start);
             let parts = parts(index, start..start + len(&part));
-            parts.filter(|(_, extent)| extent.is_some()).map(|(part, _)| len(&part)).sum()
+            parts
+                .filter(|(_, extent)| extent.is_some_and(is_held))
+                .map(|(part, _)| len(&part))
+                .sum()
         };
         let Some(index) = self.private_index(area)? else { return Ok((0, in_object(all))) };
         let (mut own, mut below) = (0, 0);
         for (part, extent) in parts(&index, all) {
             match extent {
-                Some(_) => own += len(&part),
+                Some(extent) if is_held(extent) => own += len(&part),
+                Some(_) => {}
                 None => below += in_object(part),
             }
         }
@@ -393,11 +397,16 @@ fn parts(
     })
 }
 
+/// Whether an image tells of the pages of `extent`, though they may have been freed since.
+fn is_held(extent: Extent) -> bool {
+    !matches!(extent.place, Place::Unanswered { .. })
+}
+
 /// Counts the stored bytes of `part`, which lies inside `extent`.
 fn stored(part: &Range<u64>, extent: Extent) -> u64 {
     match extent.place {
         Place::Stored { .. } => part.end - part.start,
-        Place::Punched { .. } | Place::Absent => 0,
+        Place::Punched { .. } | Place::Absent | Place::Unanswered { .. } => 0,
     }
 }
 

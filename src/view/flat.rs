@@ -71,7 +71,7 @@ fn presence(extent: &Extent) -> Presence {
     match extent.place {
         // A freed page keeps its place in the pages file.
         Place::Stored { .. } | Place::Punched { .. } => Presence::Present,
-        Place::Absent => Presence::Absent,
+        Place::Absent | Place::Unanswered { .. } => Presence::Absent,
     }
 }
 
@@ -94,7 +94,7 @@ pub(super) fn shmem(tables: &Tables, shmid: u64) -> Result<Arc<dyn Content>> {
         return Ok(Arc::new(Stretch { file, start: *start, len: size.bytes(0) }));
     }
     let size = object.map_or(Size::AtLeast(0), |object| object.size);
-    let index = match chain.index(tables.snapshot(), MemoryId::Shared(shmid)) {
+    let index = match chain.readable_index(tables.snapshot(), MemoryId::Shared(shmid)) {
         Ok(index) => index,
         // The object is open or mapped, but was never written.
         Err(ChainError::NoMemory { .. }) => return Ok(Arc::new(Zeros(size.bytes(0)))),

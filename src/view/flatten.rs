@@ -5,11 +5,12 @@ use std::{
     io,
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use super::{NodeType, ROOT, Result, View, ViewError, Whence, seek};
 use crate::{
-    chain::{CHECKPOINT, Content, Run, Source, beside, copy_beside, read_at},
+    chain::{CHECKPOINT, ChainError, Content, Run, Source, beside, copy_beside, read_at},
     image::{
         Kind, regular,
         store::{ArchiveWriter, CopyError},
@@ -95,7 +96,8 @@ fn write_all(
         let target = Target::new(target.map_err(failed)?, &path);
         written.push(path.clone());
         // Only the owner may read it, whatever the mode of the images: it holds memory.
-        copy(&*view.open(file.ino)?.content, &target, &mut step)?;
+        let mut lost = |error: &Arc<ChainError>, _| Err(ChainError::Lost(Arc::clone(error)).into());
+        copy(&*view.open(file.ino)?.content, &target, &mut step, &mut lost)?;
     }
     // Sync all at the end: a journalling file system then commits at most once.
     let sync = |path: &Path| {
@@ -185,11 +187,13 @@ impl<'a> Target<'a> {
     }
 }
 
-/// Copies `content`, and keeps its holes.
+/// Copies `content`, and keeps its holes. Calls `lost` for bytes that cannot be read, with their
+/// number; they are a hole in the copy if it returns no error.
 pub(super) fn copy(
     content: &dyn Content,
     target: &Target,
     step: &mut impl FnMut(u64),
+    lost: &mut impl FnMut(&Arc<ChainError>, u64) -> Result<()>,
 ) -> Result<()> {
     target.file.set_len(content.len()).map_err(|source| target.failed(source))?;
     let mut runs = Vec::new();
@@ -202,7 +206,10 @@ pub(super) fn copy(
             runs.clear();
             content.runs(next, len, &mut runs)?;
             for run in &runs {
-                copy_run(content, run, next, target)?;
+                match &run.source {
+                    Source::Lost(error) => lost(error, run.len)?,
+                    _ => copy_run(content, run, next, target)?,
+                }
                 next += run.len;
             }
             step(len);

@@ -39,7 +39,7 @@ use std::{sync::Arc, time::SystemTime};
 pub use self::core::CoreFile;
 pub use address_space::AddressSpace;
 pub use error::{Result, ViewError};
-pub use extract::extract;
+pub use extract::{Incomplete, extract};
 pub use flatten::{flatten, flatten_to_archive};
 pub use node::{DirEntry, Ino, ROOT};
 pub use proc::{DescriptorRow, MappingRow, ProcessRow};
