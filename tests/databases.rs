@@ -7,11 +7,11 @@ mod common;
 
 use std::{
     fs,
-    io::{Read, Write},
+    io::{BufRead, BufReader, Read, Write},
     net::{Ipv4Addr, TcpStream},
     os::unix::fs::{PermissionsExt, chown},
     path::Path,
-    process::Command,
+    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
     time::Duration,
 };
 
@@ -29,6 +29,9 @@ const OPTIONS: [&str; 2] = ["--tcp-established", "--file-locks"];
 
 /// A user that is not root, which PostgreSQL insists on.
 const NOBODY: u32 = 65_534;
+
+/// Makes `setpriv(1)` execute a program as that user.
+const USER: [&str; 3] = ["--reuid=65534", "--regid=65534", "--clear-groups"];
 
 /// A transaction that has written, with either journal: no other process can write until it ends.
 #[test]
@@ -123,22 +126,35 @@ impl Client {
     }
 }
 
-/// Starts PostgreSQL in a directory of its own, as another user.
-fn postgres() -> (Live, u16) {
+/// Starts a server in a directory of its own, as another user. `setup` creates the data directory,
+/// whose path is appended to its last argument, and to that of the server.
+fn server(setup: &[&str], arguments: &[&str]) -> Live {
     let dir = directory();
     let data = dir.path().join("data");
     fs::create_dir(&data).unwrap();
     chown(&data, Some(NOBODY), Some(NOBODY)).unwrap();
     fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o755)).unwrap();
-    let user = ["--reuid=65534", "--regid=65534", "--clear-groups"];
-    let mut setup = Command::new("setpriv");
-    setup.args(user).args(["initdb", "--no-sync", "-A", "trust", "-U", "postgres", "--locale=C"]);
-    let output = setup.arg("-D").arg(&data).current_dir(&data).output().unwrap();
+    let with_place = |words: &[&str]| {
+        let (last, first) = words.split_last().unwrap();
+        let last = format!("{last}{}", data.display());
+        let words = USER.iter().chain(first).map(ToString::to_string);
+        words.chain([last]).collect::<Vec<_>>()
+    };
+    let output =
+        Command::new("setpriv").args(with_place(setup)).current_dir(&data).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let words = with_place(arguments);
+    let words: Vec<_> = words.iter().map(String::as_str).collect();
+    Live::program("setpriv", &words, dir)
+}
+
+/// Starts PostgreSQL.
+fn postgres() -> (Live, u16) {
+    let setup = ["initdb", "--no-sync", "-A", "trust", "-U", "postgres", "--locale=C", "--pgdata="];
     let port = port();
-    let (place, number) = (data.to_str().unwrap().to_owned(), port.to_string());
-    let arguments = ["postgres", "-D", &place, "-p", &number, "-k", "", "-c", "fsync=off"];
-    (Live::program("setpriv", &[&user[..], &arguments].concat(), dir), port)
+    let number = port.to_string();
+    let words = ["postgres", "-p", &number, "-k", "", "-c", "fsync=off", "-D"];
+    (server(&setup, &words), port)
 }
 
 /// A transaction with a lock and a cursor half read, a client that waits for the lock, one that
@@ -182,6 +198,135 @@ fn privileged_postgresql_with_clients() {
     late.query("notify news, 'all is well'");
     assert!(listener.query("select 1").contains("notification news all is well"));
     assert_eq!(late.query("checkpoint; select count from stock"), "14\n");
+}
+
+/// MariaDB's own client, which sends the lines that it reads.
+struct Talker {
+    client: Child,
+    says: ChildStdin,
+    hears: BufReader<ChildStdout>,
+}
+
+impl Talker {
+    fn connect(port: u16) -> Option<Self> {
+        let mut command = Command::new("mariadb");
+        command.args(["--no-defaults", "-NBnf", "-h127.0.0.1", "-uroot", "-P", &port.to_string()]);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+        let mut client = command.spawn().unwrap();
+        let says = client.stdin.take().unwrap();
+        let hears = BufReader::new(client.stdout.take().unwrap());
+        let mut talker = Self { client, says, hears };
+        // It ends if there is no server yet.
+        let sent = talker.says.write_all(b"select 'here';\n").is_ok();
+        (sent && talker.answer() == "here").then_some(talker)
+    }
+
+    fn send(&mut self, sql: &str) {
+        self.says.write_all(format!("{sql};\n").as_bytes()).unwrap();
+    }
+
+    /// Waits for a row.
+    fn answer(&mut self) -> String {
+        let mut line = String::new();
+        self.hears.read_line(&mut line).unwrap();
+        line.trim_end().to_owned()
+    }
+
+    /// Sends a statement with a result of one row.
+    fn query(&mut self, sql: &str) -> String {
+        self.send(sql);
+        self.answer()
+    }
+
+    /// Sends a statement without a result, and waits until it is done.
+    fn run(&mut self, sql: &str) {
+        assert_eq!(self.query(&format!("{sql}; select 'done'")), "done", "{sql}");
+    }
+}
+
+impl Drop for Talker {
+    fn drop(&mut self) {
+        let _ = self.client.kill();
+        let _ = self.client.wait();
+    }
+}
+
+/// A transaction, a lock by name and clients that wait for both, a table half read, what belongs to
+/// a session; and a login afterwards.
+#[test]
+fn privileged_mariadb_with_clients() {
+    require(Cap::Ptrace);
+    require(Cap::Fuse);
+    for program in ["mariadbd", "mariadb", "mariadb-install-db", "setpriv"] {
+        require(Cap::Program(program));
+    }
+    let auth = "--auth-root-authentication-method=normal";
+    let setup = ["mariadb-install-db", "--no-defaults", auth, "--skip-test-db", "--datadir="];
+    let port = port();
+    let number = format!("--port={port}");
+    // rcriu refuses io_uring by its name.
+    let words = [
+        "mariadbd",
+        "--no-defaults",
+        "--innodb-use-native-aio=0",
+        "--bind-address=127.0.0.1",
+        "--socket=mariadb.sock",
+        "--pid-file=mariadb.pid",
+        &number,
+        "--datadir=",
+    ];
+    let mut live = server(&setup, &words);
+    let mut buyer = None;
+    wait_for("the server", || {
+        buyer = Talker::connect(port);
+        buyer.is_some()
+    });
+    let mut buyer = buyer.unwrap();
+    let connect = || {
+        let mut talker = Talker::connect(port).unwrap();
+        talker.run("use shop");
+        talker
+    };
+    buyer.run("create database shop; use shop");
+    buyer.run("create table stock (name varchar(20) primary key, count int) engine=InnoDB");
+    buyer.run("create table pages (n int primary key) engine=Aria");
+    buyer.run("insert into stock values ('apples', 10)");
+    buyer.run("insert into pages values (1), (2), (3), (4)");
+    let [mut waiter, mut keeper, mut guest, mut other] = [(); 4].map(|()| connect());
+    buyer.run("start transaction");
+    buyer.run("update stock set count = count - 3");
+    buyer.run("set @answer = 42");
+    buyer.run("create temporary table basket (n int); insert into basket values (7)");
+    buyer.run("prepare twice from 'select 2 * ?'");
+    waiter.send("update stock set count = count * 2; select count from stock");
+    assert_eq!(keeper.query("select get_lock('door', 0)"), "1");
+    keeper.run("handler pages open");
+    assert_eq!(keeper.query("handler pages read `PRIMARY` first"), "1");
+    guest.send("select get_lock('door', 600)");
+    let waiting = "select count(*) from information_schema.processlist where state = 'User lock' or \
+                   (info like 'update stock%' and state = 'Updating')";
+    wait_for("clients that wait for locks", || other.query(waiting) == "2");
+    live.through_a_chain(&OPTIONS, |_| {
+        assert_eq!(other.query("select count from stock"), "10");
+        assert_eq!(keeper.query("handler pages read `PRIMARY` next"), "2");
+    });
+    assert_eq!(other.query(waiting), "2");
+    assert_eq!(other.query("select count from stock"), "10");
+    assert_eq!(buyer.query("select count from stock"), "7");
+    assert_eq!(buyer.query("select @answer + n from basket"), "49");
+    assert_eq!(buyer.query("execute twice using @answer"), "84");
+    buyer.run("commit");
+    assert_eq!(waiter.answer(), "14");
+    assert_eq!(keeper.query("handler pages read `PRIMARY` next"), "3");
+    assert_eq!(other.query("select get_lock('door', 0)"), "0");
+    assert_eq!(keeper.query("select release_lock('door')"), "1");
+    assert_eq!(guest.answer(), "1");
+    let mut late = connect();
+    assert_eq!(late.query("select count from stock"), "14");
+    assert_eq!(late.query("check table stock").split('\t').next_back(), Some("OK"));
+    // It writes everything to its files, and ends.
+    late.send("shutdown");
+    live.wait_gone();
 }
 
 /// Runs a program whose output goes to a file.

@@ -77,11 +77,13 @@ struct Tmux {
 
 impl Tmux {
     fn start() -> Self {
-        let dir = directory();
-        let socket = dir.path().join("tmux");
-        let words = ["-D", "-u", "-S", socket.to_str().unwrap(), "-f", "/dev/null"];
-        let live = Live::program("tmux", &words, dir);
-        let tmux = Self { live, socket };
+        let words = ["-D", "-u", "-S", "tmux", "-f", "/dev/null"];
+        Self::started(Live::program("tmux", &words, directory()))
+    }
+
+    /// Waits for a server that listens in the directory of its tree.
+    fn started(live: Live) -> Self {
+        let tmux = Self { socket: live.path("tmux"), live };
         wait_for("the server", || {
             let mut ask = Command::new("tmux");
             ask.arg("-S").arg(&tmux.socket).args(["show-options", "-s"]);
@@ -311,6 +313,54 @@ fn privileged_tmux_and_all_in_it() {
     tmux.run(&["resize-window", "-t", "main:ahead", "-x", "60", "-y", "20"]);
     tmux.type_in("ahead", &["clear; stty size", "Enter"]);
     tmux.wait("ahead", "20 60");
+}
+
+/// A server with a client in the same tree: the server has the terminal of the client, which it has
+/// received over their connection.
+#[test]
+fn privileged_tmux_with_a_client() {
+    const COMMAND: &str = "tmux -D -u -S tmux -f /dev/null &
+        until [ -e attach ]; do sleep 0.05; done
+        script -q -f -c 'stty rows 30 cols 100; TERM=xterm exec tmux -u -S tmux attach' shown <>keys
+        wait";
+    require(Cap::Ptrace);
+    require(Cap::Fuse);
+    for program in ["tmux", "vim", "script"] {
+        require(Cap::Program(program));
+    }
+    let _numbers = numbers();
+    let dir = directory();
+    nix::unistd::mkfifo(&dir.path().join("keys"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let mut tmux = Tmux::started(Live::program("sh", &["-c", COMMAND], dir));
+    tmux.open("editor", "vim -u NONE -N edited", "~");
+    // It takes keys that arrive at once for pasted text, in which its own have no meaning.
+    tmux.run(&["set-option", "-g", "assume-paste-time", "0"]);
+    fs::write(tmux.live.path("attach"), "").unwrap();
+    let clients = "#{client_tty} #{client_width}x#{client_height} #{client_session}";
+    wait_for("the client", || tmux.run(&["list-clients", "-F", clients]).contains("100x30 main"));
+    let (keys, shown) = (tmux.live.path("keys"), tmux.live.path("shown"));
+    let mut keys = fs::File::options().read(true).write(true).open(keys).unwrap();
+    let mut exchange = |typed: &[u8], answer: &str| {
+        keys.write_all(typed).unwrap();
+        wait_for(answer, || String::from_utf8_lossy(&fs::read(&shown).unwrap()).contains(answer));
+    };
+    exchange(b"ifirst line\r", "first line");
+    let before = tmux.run(&["list-clients", "-F", clients]);
+    tmux.live.through_a_chain(&[], |_| exchange(b"second line\r", "second line"));
+    tmux.wait("editor", "second line");
+    assert_eq!(tmux.run(&["list-clients", "-F", clients]), before);
+    exchange(b"third line\x1bk0", "third line");
+    exchange(b"A again", "again");
+    // The keys of tmux itself: a window that is split, a shell in it, and the end of the client.
+    exchange(b"\x02\"echo in $(tput cols) columns\r", "in 100 columns");
+    tmux.type_in("editor.0", &["Escape", ":wq", "Enter"]);
+    let edited = tmux.live.path("edited");
+    wait_for("the editor to write", || {
+        fs::read_to_string(&edited)
+            .is_ok_and(|text| text == "first line\nsecond line again\nthird line\n")
+    });
+    exchange(b"\x02d", "[detached (from session main)]");
+    assert_eq!(tmux.run(&["list-clients"]), "");
 }
 
 #[test]
