@@ -174,7 +174,9 @@
 //!   still, and never for a pre-dump, whose tree may fork at any time;
 //! - what was in swap is sent back there as soon as it was read (`MADV_PAGEOUT`), which
 //!   costs no writing; of shared memory since Linux 6.5, where the kernel tells what of it
-//!   is in swap (`cachestat(2)`);
+//!   is in swap (`cachestat(2)`). The kernel takes only pages that have left the queue of the
+//!   CPU where they were swapped in, so a thread stays on its CPU from reading a page to
+//!   sending it back, and at the end each CPU is asked for what is left;
 //! - files without names and shared memory are read by a description of their own, with
 //!   `O_NOATIME`;
 //! - a process whose memory cgroup has no room for scratch memory is refused before

@@ -13,10 +13,11 @@ use std::{
 
 use log::debug;
 
-use crate::{proc, sys::task, units::HostPid};
-
-/// The thread that calls the kernel (`sched_setaffinity(2)`).
-const THIS_THREAD: HostPid = HostPid(0);
+use crate::{
+    proc,
+    sys::task::{self, THIS_THREAD},
+    units::HostPid,
+};
 
 /// Consecutive requests of one reader before its processor is looked up.
 const REQUESTS: u32 = 32;
@@ -73,8 +74,7 @@ impl Follower {
         // A reader outside the daemon's pid namespace has the number 0.
         let tid = i32::try_from(tid).ok().filter(|tid| *tid > 0)?;
         let processor = proc::stat(HostPid(tid)).ok()?.processor;
-        let word = self.all.get((processor / u64::BITS) as usize)?;
-        (word & one(processor) != 0).then_some(processor)
+        task::cpus(&self.all).find(|cpu| *cpu == processor)
     }
 
     /// Binds this thread to a processor, or to none.
@@ -82,22 +82,12 @@ impl Follower {
         if BOUND.get() == processor || self.all.is_empty() {
             return;
         }
-        let only = |processor: u32| {
-            let mut words = vec![0; self.all.len()];
-            words[(processor / u64::BITS) as usize] = one(processor);
-            words
-        };
-        let words = processor.map_or_else(|| self.all.clone(), only);
-        match task::set_affinity(THIS_THREAD, &words) {
+        let only = processor.and_then(|processor| task::only(processor, self.all.len()));
+        match task::set_affinity(THIS_THREAD, only.as_ref().unwrap_or(&self.all)) {
             Ok(()) => BOUND.set(processor),
             Err(errno) => debug!("bind a thread to processor {processor:?}: {errno}"),
         }
     }
-}
-
-/// The bit of a processor in its word.
-fn one(processor: u32) -> u64 {
-    1 << (processor % u64::BITS)
 }
 
 /// The most recent reader. Threads that update it at the same time may spoil the count, which does

@@ -31,7 +31,7 @@ pub(super) fn compare(
     }
     let mut pages = bytes.chunks_exact(PAGE_LEN).enumerate();
     for run in runs {
-        for (index, (number, page)) in (run.first.0..run.first.0 + run.pages).zip(&mut pages) {
+        for (index, (number, page)) in run.range().zip(&mut pages) {
             let at = number * PAGE_LEN;
             let zero = is_zero(page);
             let is_in_parent = || match parent {

@@ -19,7 +19,10 @@ use crate::{
     fault::{self, Point},
     image::{MemoryId, PagemapEntry, Presence},
     parallel::{self, lock},
-    sys::cancel,
+    sys::{
+        cancel,
+        task::{self, OnOneCpu},
+    },
     units::{PAGE_LEN, PageIndex},
 };
 
@@ -86,6 +89,7 @@ pub fn copy<S: PageSink>(memories: Vec<(&Memory, S)>) -> Result<Copied> {
     };
     let parts = if total < WORTH_A_THREAD_PAGES { 1 } else { usize::MAX };
     parallel::on_threads(parallel::processors_for(parts), &work);
+    page_out_what_is_left(&jobs);
     if let Some(error) = lock(&failure).take() {
         return Err(error);
     }
@@ -98,6 +102,21 @@ pub fn copy<S: PageSink>(memories: Vec<(&Memory, S)>) -> Result<Copied> {
         counts.add(job.finish()?);
     }
     Ok(copied)
+}
+
+/// Moves pages back to swap that a thread could not move: the kernel reads ahead, and another thread
+/// than the reader's may have asked for them ([`Job::read`]).
+fn page_out_what_is_left<S>(jobs: &[Job<S>]) {
+    let swapped = |job: &&Job<S>| job.memory.stretches.iter().any(|stretch| stretch.swapped);
+    let jobs: Vec<&Job<S>> = jobs.iter().filter(swapped).collect();
+    if jobs.is_empty() {
+        return;
+    }
+    let all = task::affinity(task::THIS_THREAD).unwrap_or_default();
+    for cpu in task::cpus(&all) {
+        let _there = OnOneCpu::on(cpu);
+        jobs.iter().for_each(|job| job.memory.origin.page_out(&job.memory.stretches));
+    }
 }
 
 /// The number of pages from which copying takes longer than starting a thread.
@@ -231,6 +250,9 @@ impl<'a, S: PageSink> Job<'a, S> {
         let Buffers { reads, bytes, parent, places, .. } = buffers;
         let pages: u64 = reads.iter().map(|run| run.pages).sum();
         bytes.resize(len(pages), 0);
+        // A page that was just swapped in waits for the LRU list of its CPU, and the kernel takes
+        // only pages of a list back to swap: those of the CPU where it is asked.
+        let _stays = reads.iter().any(|run| run.swapped).then(OnOneCpu::here);
         self.memory.origin.read(reads, bytes, self.memory.running)?;
         compare(reads, bytes, self.memory.parent.as_ref(), parent, places)
     }

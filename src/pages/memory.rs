@@ -67,20 +67,33 @@ impl Origin {
     pub(super) fn read(&self, runs: &[Stretch], bytes: &mut [u8], running: bool) -> Result<()> {
         match self {
             Self::Process(process) => process.read(runs, bytes, running),
-            Self::Object { file, name } => for_each_run(runs, bytes, |run, target| {
-                let offset = run.first.address();
-                read_object(file, offset, target).map_err(|source| PagesError::ReadObject {
-                    name: name.clone(),
-                    offset,
-                    source,
+            Self::Object { file, name } => {
+                for_each_run(runs, bytes, |run, target| {
+                    let offset = run.first.address();
+                    read_object(file, offset, target).map_err(|source| PagesError::ReadObject {
+                        name: name.clone(),
+                        offset,
+                        source,
+                    })
                 })?;
-                if run.swapped
-                    && let Err(errno) = swap::page_out(file, offset, target.len())
-                {
-                    log::debug!("{name}: cannot move pages back to swap: {errno}");
-                }
+                self.page_out(runs);
                 Ok(())
-            }),
+            }
+        }
+    }
+
+    /// Moves pages that were in swap back there. Those that wait for a list of another CPU stay.
+    pub(super) fn page_out(&self, runs: &[Stretch]) {
+        let swapped = runs.iter().filter(|run| run.swapped);
+        match self {
+            Self::Process(process) => process.page_out(swapped),
+            Self::Object { file, name } => {
+                for pages in swapped.map(Stretch::range) {
+                    if let Err(error) = swap::page_out(file, pages) {
+                        log::debug!("{name}: cannot move pages back to swap: {error}");
+                    }
+                }
+            }
         }
     }
 }

@@ -93,7 +93,7 @@ impl ProcessMemory {
                 })
             })?;
         }
-        self.swap_out(runs);
+        self.page_out(runs.iter().filter(|run| run.swapped));
         Ok(())
     }
 
@@ -133,10 +133,8 @@ impl ProcessMemory {
 
     /// Moves pages that were in swap back there, since resident memory counts against the limits of
     /// the process. The copies in swap are still valid, so nothing is written.
-    fn swap_out(&self, runs: &[Stretch]) {
-        let ranges: Vec<Range<RemoteAddr>> = runs
-            .iter()
-            .filter(|run| run.swapped)
+    pub(super) fn page_out<'a>(&self, swapped: impl Iterator<Item = &'a Stretch>) {
+        let ranges: Vec<Range<RemoteAddr>> = swapped
             .map(|run| {
                 let start = RemoteAddr(run.first.address());
                 start..start.plus(page_bytes(run.pages))

@@ -29,6 +29,13 @@ pub struct Stretch {
     pub unwritten: bool,
 }
 
+impl Stretch {
+    /// Returns the numbers of its pages.
+    pub fn range(&self) -> Range<u64> {
+        self.first.0..self.first.0 + self.pages
+    }
+}
+
 /// Returns the size of at most a chunk of pages, in bytes.
 pub(super) fn len(pages: u64) -> usize {
     usize::try_from(page_bytes(pages)).expect("at most a chunk")

@@ -218,6 +218,9 @@ pub fn open_memory(pid: HostPid) -> io::Result<File> {
     File::open(format!("/proc/{pid}/mem"))
 }
 
+/// How many ranges one call takes (`UIO_MAXIOV`, `linux/uio.h`).
+const MOST_RANGES: usize = 1024;
+
 /// Moves pages of another process back to swap, if the kernel can: those of `ranges` that only this
 /// process maps (since Linux 5.10).
 ///
@@ -229,12 +232,15 @@ pub fn page_out(pidfd: impl AsFd, ranges: &[Range<RemoteAddr>]) -> Result<(), Er
         ranges.iter().map(|range| [range.start.0, range.end.0 - range.start.0]).collect();
     let pidfd = pidfd.as_fd().as_raw_fd();
     let advice = libc::MADV_PAGEOUT;
-    // SAFETY: the vector outlives the call; its addresses are the other process's, and the
-    // advice changes no byte there.
-    let result = unsafe {
-        libc::syscall(libc::SYS_process_madvise, pidfd, vector.as_ptr(), vector.len(), advice, 0)
-    };
-    Errno::result(result).map(drop)
+    for part in vector.chunks(MOST_RANGES) {
+        // SAFETY: the vector outlives the call; its addresses are the other process's, and the
+        // advice changes no byte there.
+        let result = unsafe {
+            libc::syscall(libc::SYS_process_madvise, pidfd, part.as_ptr(), part.len(), advice, 0)
+        };
+        Errno::result(result)?;
+    }
+    Ok(())
 }
 
 /// Writes memory of another process that this process can write itself.

@@ -68,8 +68,8 @@ struct CacheStat {
 
 const _: () = assert!(size_of::<CacheStat>() == 40);
 
-/// Returns how many of these pages of shared memory are in swap.
-fn swapped(object: &File, pages: &Range<u64>) -> Result<u64, Errno> {
+/// Returns what the kernel knows of these pages of shared memory.
+fn cache_stat(object: &File, pages: &Range<u64>) -> Result<CacheStat, Errno> {
     let range = [pages.start * PAGE_SIZE, (pages.end - pages.start) * PAGE_SIZE];
     let mut found = CacheStat::default();
     // SAFETY: the range is two numbers that are read, the structure has the size that the
@@ -77,7 +77,7 @@ fn swapped(object: &File, pages: &Range<u64>) -> Result<u64, Errno> {
     let result = unsafe {
         libc::syscall(SYS_CACHESTAT, object.as_raw_fd(), range.as_ptr(), &raw mut found, 0)
     };
-    Errno::result(result).map(|_| found.evicted)
+    Errno::result(result).map(|_| found)
 }
 
 /// Returns the pages of shared memory that are in swap, in ascending order.
@@ -86,11 +86,20 @@ fn swapped(object: &File, pages: &Range<u64>) -> Result<u64, Errno> {
 /// `ENOSYS` before Linux 6.5; `EOPNOTSUPP` for huge pages, which are never swapped.
 pub fn swapped_pages(object: &File) -> io::Result<Vec<Range<u64>>> {
     let pages = object.metadata()?.len().div_ceil(PAGE_SIZE);
+    Ok(find(object, 0..pages, |stat| stat.evicted)?)
+}
+
+/// Returns those of `pages` that `count` counts, in ascending order.
+fn find(
+    object: &File,
+    pages: Range<u64>,
+    count: fn(&CacheStat) -> u64,
+) -> Result<Vec<Range<u64>>, Errno> {
     let mut found: Vec<Range<u64>> = Vec::new();
     // Ranges to examine, in order; mixed ones are split in half.
-    let mut left = Vec::from_iter((pages > 0).then_some(0..pages));
+    let mut left = Vec::from_iter((!pages.is_empty()).then_some(pages));
     while let Some(range) = left.pop() {
-        match swapped(object, &range)? {
+        match count(&cache_stat(object, &range)?) {
             0 => {}
             count if count >= range.end - range.start => match found.last_mut() {
                 Some(last) if last.end == range.start => last.end = range.end,
@@ -106,10 +115,18 @@ pub fn swapped_pages(object: &File) -> io::Result<Vec<Range<u64>>> {
     Ok(found)
 }
 
-/// Moves pages of unmapped shared memory to swap (since Linux 5.14).
-pub fn page_out(object: &File, offset: u64, bytes: usize) -> Result<(), Errno> {
-    let view = View::new(object, offset, bytes)?;
-    // The kernel swaps out only pages in a page table, so populate them first.
-    view.advise(libc::MADV_POPULATE_READ)?;
-    view.advise(libc::MADV_PAGEOUT)
+/// Moves those pages of unmapped shared memory to swap that are in memory.
+///
+/// # Errors
+/// `ENOSYS` before Linux 6.5; what `mmap(2)` returns.
+pub fn page_out(object: &File, pages: Range<u64>) -> Result<(), Errno> {
+    for pages in find(object, pages, |stat| stat.cached)? {
+        let bytes = (pages.end - pages.start) * PAGE_SIZE;
+        let bytes = usize::try_from(bytes).map_err(|_| Errno::EFBIG)?;
+        let view = View::new(object, pages.start * PAGE_SIZE, bytes)?;
+        // The kernel swaps out only pages in a page table, so populate them first.
+        view.advise(libc::MADV_POPULATE_READ)?;
+        view.advise(libc::MADV_PAGEOUT)?;
+    }
+    Ok(())
 }

@@ -8,6 +8,9 @@ use crate::units::HostPid;
 /// The words of a CPU set: `CONFIG_NR_CPUS` is at most 8192.
 const PROCESSOR_WORDS: usize = 8192 / 64;
 
+/// The thread that calls the kernel (`sched_setaffinity(2)`).
+pub const THIS_THREAD: HostPid = HostPid(0);
+
 /// Returns the CPUs that a thread may run on, one bit for each.
 ///
 /// # Errors
@@ -36,6 +39,55 @@ pub fn set_affinity(tid: HostPid, words: &[u64]) -> Result<(), Errno> {
         libc::syscall(libc::SYS_sched_setaffinity, tid.0, size_of_val(words), words.as_ptr())
     };
     Errno::result(result).map(drop)
+}
+
+/// Returns the CPUs of a set, as [`affinity`] returns it.
+pub fn cpus(words: &[u64]) -> impl Iterator<Item = u32> + '_ {
+    (0..).zip(words).flat_map(|(number, word)| {
+        (0..u64::BITS)
+            .filter(move |bit| word >> bit & 1 != 0)
+            .map(move |bit| number * u64::BITS + bit)
+    })
+}
+
+/// Returns the set of one CPU, as [`set_affinity`] takes it; `None` if it needs more words.
+pub fn only(cpu: u32, words: usize) -> Option<Vec<u64>> {
+    let mut set = vec![0; words];
+    *set.get_mut((cpu / u64::BITS) as usize)? = 1 << (cpu % u64::BITS);
+    Some(set)
+}
+
+/// Keeps the calling thread on one CPU, until dropped. A thread that cannot be kept moves as before.
+#[derive(Debug)]
+pub struct OnOneCpu {
+    before: Option<Vec<u64>>,
+}
+
+impl OnOneCpu {
+    /// Keeps it where it runs.
+    pub fn here() -> Self {
+        // SAFETY: the call takes no arguments.
+        let cpu = u32::try_from(unsafe { libc::sched_getcpu() });
+        cpu.map_or(Self { before: None }, Self::on)
+    }
+
+    /// Moves it to a CPU that it may run on.
+    pub fn on(cpu: u32) -> Self {
+        let bind = || {
+            let before = affinity(THIS_THREAD).ok()?;
+            set_affinity(THIS_THREAD, &only(cpu, before.len())?).ok()?;
+            Some(before)
+        };
+        Self { before: bind() }
+    }
+}
+
+impl Drop for OnOneCpu {
+    fn drop(&mut self) {
+        if let Some(before) = &self.before {
+            let _ = set_affinity(THIS_THREAD, before);
+        }
+    }
 }
 
 /// `IOPRIO_WHO_PROCESS` (`linux/ioprio.h`): one thread.
