@@ -136,22 +136,30 @@ pub(super) fn connect(all: &[Socket], callers: &mut Callers) -> Result<()> {
         let file = dir.map(|dir| name::open_in(&peer.root, dir, &peer.entry.name)).transpose();
         let file = file.map_err(outside().failed("find the peer of"))?;
         let address = (peer.entry.name.as_slice(), file.as_ref().map(AsFd::as_fd));
-        callers.connect(socket.caller().as_ref(), fd, address, &outside()).map_err(|error| {
-            match error {
-                FileError::Restore { source: Errno::ENOENT | Errno::ECONNREFUSED, .. } => {
-                    socket.restored.wrong(format!(
-                        "no program listens at {shown}, to which it was connected\nhelp: start \
-                         the program, or provide a connected socket with --inherit-fd 'fd[N]:{}'",
-                        key(&socket.entry)
-                    ))
-                }
-                other => other,
-            }
-        })?;
+        callers
+            .connect(socket.caller().as_ref(), fd, address, &outside())
+            .map_err(|error| no_peer(error, socket, peer))?;
         log::warn!(
             "{}: connected to {shown} again: the program there sees a new connection",
             socket.restored.object
         );
     }
     Ok(())
+}
+
+/// Returns the error for a socket that cannot be connected to its peer, if that is outside the tree.
+pub(super) fn no_peer(error: FileError, of: &Socket, peer: &Socket) -> FileError {
+    match error {
+        FileError::Restore { source: Errno::ENOENT | Errno::ECONNREFUSED, .. }
+            if peer.is_external() =>
+        {
+            of.restored.wrong(format!(
+                "no program has a socket at {}, to which it was connected\nhelp: start the program, \
+                 or provide a connected socket with --inherit-fd 'fd[N]:{}'",
+                name::display(&peer.entry.name),
+                key(&of.entry)
+            ))
+        }
+        other => other,
+    }
 }

@@ -380,7 +380,9 @@ impl Sockets {
                 self.fill_datagram(at, opened)?;
             }
             let socket = &self.all[at];
-            self.all[peer].connect_from(socket.fd()?, &socket.restored)?;
+            let peer = &self.all[peer];
+            peer.connect_from(socket.fd()?, &socket.restored)
+                .map_err(|error| outside::no_peer(error, socket, peer))?;
         }
         for at in 0..self.all.len() {
             if datagrams(&self.all[at]) {
