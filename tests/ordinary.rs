@@ -7,7 +7,7 @@ mod common;
 use std::{
     fs,
     os::unix::fs::PermissionsExt,
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::{Child, Command, Output, Stdio},
 };
 
@@ -120,6 +120,18 @@ impl Drop for Ends {
     }
 }
 
+/// Waits for the first child of a process.
+fn child_of(pid: u32) -> i32 {
+    let children = format!("/proc/{pid}/task/{pid}/children");
+    let mut found = None;
+    wait_for("a child", || {
+        let text = fs::read_to_string(&children).unwrap_or_default();
+        found = text.split_whitespace().next().map(|word| word.parse().unwrap());
+        found.is_some()
+    });
+    found.unwrap()
+}
+
 /// A tree in a user and a pid namespace of its own: the user has all power over it.
 #[test]
 fn privileged_an_ordinary_user_restores_a_tree_in_its_own_namespaces() {
@@ -134,12 +146,7 @@ fn privileged_an_ordinary_user_restores_a_tree_in_its_own_namespaces() {
     command.current_dir("/");
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     let mut ends = Ends(command.spawn().unwrap(), None);
-    let above = ends.0.id();
-    let children = PathBuf::from(format!("/proc/{above}/task/{above}/children"));
-    let first =
-        |path: &Path| fs::read_to_string(path).ok()?.split_whitespace().next()?.parse().ok();
-    wait_for("the child of unshare", || first(&children).is_some());
-    let tree: i32 = first(&children).unwrap();
+    let tree = child_of(ends.0.id());
     wait_asleep(tree);
     let output = home.rcriu(&["dump", "-t", &tree.to_string()]);
     assert!(output.status.success(), "{}", said(&output));
@@ -159,4 +166,62 @@ fn privileged_an_ordinary_user_restores_a_tree_in_its_own_namespaces() {
     let line = |key: &str| status.lines().find_map(|line| line.strip_prefix(key)).unwrap().trim();
     assert!(line("NSpid:").ends_with("\t1"), "{status}");
     assert!(line("Uid:").starts_with("65534"), "{status}");
+}
+
+/// `tail -f`, which watches its file, and a program that watches directories by names that are
+/// neither open nor arguments: only privileged users may open watched files by their handles.
+#[test]
+fn privileged_an_ordinary_user_dumps_and_restores_watches() {
+    require(Cap::Ptrace);
+    for program in ["setpriv", "unshare", "setsid", "tail", "inotifywait"] {
+        require(Cap::Program(program));
+    }
+    for program in ["tail -f in", "inotifywait -q -m -r -e create,modify --format %w%f=%e ."] {
+        let home = Home::new();
+        let path = |name: &str| home.dir.path().join(name);
+        let place = path("place");
+        fs::create_dir_all(place.join("deep/below")).unwrap();
+        let (input, out) = (place.join("in"), path("out"));
+        fs::write(&input, "first\n").unwrap();
+        fs::write(&out, "").unwrap();
+        for path in [&place, &place.join("deep"), &place.join("deep/below"), &input, &out] {
+            fs::set_permissions(path, fs::Permissions::from_mode(0o777)).unwrap();
+        }
+        let mut command = Command::new("setpriv");
+        command.args(USER).args(["unshare", "-Urpf", "setsid", "sh", "-c"]);
+        command.arg(format!("exec {program} >>../out 2>&1 </dev/null"));
+        command.current_dir(&place);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut ends = Ends(command.spawn().unwrap(), None);
+        let tree = child_of(ends.0.id());
+        let shown = |words: &str| {
+            wait_for(words, || fs::read_to_string(&out).unwrap().contains(words));
+        };
+        let watches = |pid: i32| {
+            let infos = fs::read_dir(format!("/proc/{pid}/fdinfo")).into_iter().flatten().flatten();
+            let texts = infos.map(|info| fs::read_to_string(info.path()).unwrap_or_default());
+            texts.map(|text| text.matches("inotify wd:").count()).sum::<usize>()
+        };
+        let wanted = if program.starts_with("tail") { 1 } else { 3 };
+        wait_for("the watches", || watches(tree) == wanted && state_of(tree) == Some('S'));
+        let output = home.rcriu(&["dump", "-t", &tree.to_string()]);
+        assert!(output.status.success(), "{program}: {}", said(&output));
+        ends.0.wait().unwrap();
+        let pidfile = path("pid");
+        let output = home.rcriu(&["restore", "-d", "--pidfile", pidfile.to_str().unwrap()]);
+        assert!(output.status.success(), "{program}: {}", said(&output));
+        let restored: i32 = fs::read_to_string(&pidfile).unwrap().trim().parse().unwrap();
+        ends.1 = Some(restored);
+        assert_eq!(watches(restored), wanted, "{program}");
+        if program.starts_with("tail") {
+            shown("first\n");
+            fs::write(&input, "first\nsecond\n").unwrap();
+            shown("second\n");
+        } else {
+            fs::write(place.join("deep/below/new"), "").unwrap();
+            shown("./deep/below/new=CREATE\n");
+            fs::write(&input, "more").unwrap();
+            shown("./in=MODIFY\n");
+        }
+    }
 }

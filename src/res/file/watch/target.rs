@@ -200,7 +200,7 @@ impl Finder {
         let is_lasting = found.is_some_and(|fd| {
             fstatfs(&fd).is_ok_and(|found| found.filesystem_type() != TMPFS_MAGIC)
         });
-        match self.scanned.find(root, file.device, file.inode) {
+        match self.scanned.find_near(root, of.pid, file.device, file.inode) {
             Some(path) => Ok(with(path)),
             // The same file system still has the file at the restore.
             None if is_lasting => Ok(entry),
