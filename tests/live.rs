@@ -359,6 +359,7 @@ states! {
     socket_options;
     tcp_connections ["--tcp-established"], elsewhere: restored;
     tcp_ended;
+    tcp_pending_errors, elsewhere: restored;
     tcp_unaccepted ["--tcp-established", "--skip-in-flight"];
     tcp_connecting ["--tcp-established", "--skip-in-flight"];
     tcp_signed ["--tcp-established"];
@@ -640,8 +641,6 @@ const REFUSED: &[(&str, &str)] = &[
     ("time_namespace_for_children", "has a time namespace for its children"),
     // Looking at packets takes the error that comes first.
     ("unix_packets_behind_an_error", "behind an unread error"),
-    // Only taking the error shows which one it is.
-    ("tcp_pending_error", "with an unread error"),
     ("pty_of_another_devpts", "in another instance of devpts than /dev/pts"),
     ("descriptor_of_another_namespace", "a namespace that its process is not in"),
     ("pidfd_of_another_tree", "is a pidfd of process 1, which is not in the tree"),
@@ -747,6 +746,16 @@ fn refused_with(live: &mut Live, options: &[&str], what: &str) {
 }
 
 /// No call shows data in a connection that was not accepted, only the memory of the kernel.
+/// Only taking a pending error shows which one it is.
+#[test]
+fn privileged_a_pending_error_is_refused_without_bpf() {
+    require(Cap::Ptrace);
+    let mut live = Live::workload("tcp_pending_errors");
+    live.without = "kernel_memory";
+    refused_with(&mut live, &[], "with an unread error (load a BPF program");
+    live.verdict();
+}
+
 #[test]
 fn privileged_data_in_a_pending_connection_is_refused_without_bpf() {
     require(Cap::Ptrace);

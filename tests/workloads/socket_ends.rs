@@ -19,7 +19,7 @@ pub const ROWS: &[Row] = &[
     ("socket_options", socket_options),
     ("tcp_connections", tcp_connections),
     ("tcp_ended", tcp_ended),
-    ("tcp_pending_error", tcp_pending_error),
+    ("tcp_pending_errors", tcp_pending_errors),
     ("udp_pending_error", udp_pending_error),
     ("udp_queued", udp_queued),
 ];
@@ -297,19 +297,74 @@ pub fn tcp_state(fd: i32) -> Result<u8, String> {
     Ok(info[0])
 }
 
-fn tcp_pending_error(checkpoint: &Checkpoint) -> Verdict {
-    let [client, accepted] = connection(0)?;
-    // It is closed by force.
+/// Closes a socket by force.
+fn reset(fd: i32) -> Verdict {
     let linger = libc::linger { l_onoff: 1, l_linger: 0 };
     let size = size_of::<libc::linger>() as u32;
     let at = (&raw const linger).cast();
-    sys!(setsockopt(client, libc::SOL_SOCKET, libc::SO_LINGER, at, size))?;
-    sys!(close(client))?;
-    wait_until("an error", || has_error(accepted))?;
+    sys!(setsockopt(fd, libc::SOL_SOCKET, libc::SO_LINGER, at, size))?;
+    sys!(close(fd)).map(drop)
+}
+
+/// Errors that programs have still to read, with data that comes before them.
+fn tcp_pending_errors(checkpoint: &Checkpoint) -> Verdict {
+    let mut sockets = Vec::new();
+    for data in [&b""[..], b"read first"] {
+        let [client, accepted] = connection(0)?;
+        write_all(client, data)?;
+        reset(client)?;
+        sockets.push((libc::ECONNRESET, data, accepted));
+        let [client, accepted] = connection(0)?;
+        write_all(client, data)?;
+        sys!(shutdown(client, libc::SHUT_WR))?;
+        wait_until("the end", || tcp_state(accepted) == Ok(CLOSE_WAIT))?;
+        reset(client)?;
+        sockets.push((libc::EPIPE, data, accepted));
+        // The peer never reads, so that this end gives up.
+        let [client, accepted] = connection(0)?;
+        write_all(client, data)?;
+        set_option(accepted, libc::SOL_TCP, libc::TCP_USER_TIMEOUT, 1)?;
+        let bytes = [0_u8; 1 << 16];
+        let (at, flags) = (bytes.as_ptr().cast(), libc::MSG_DONTWAIT);
+        while sys!(send(accepted, at, bytes.len(), flags)).is_ok() {}
+        wait_until("a timeout", || has_error(accepted))?;
+        sys!(close(client))?;
+        sockets.push((libc::ETIMEDOUT, data, accepted));
+    }
+    // This address is taken, but does not listen.
+    let taken = socket(libc::AF_INET, libc::SOCK_STREAM)?;
+    Address::ip4(own_port(1)).bind(taken)?;
+    let refused = socket(libc::AF_INET, libc::SOCK_STREAM)?;
+    let flags = sys!(fcntl(refused, libc::F_GETFL))? | libc::O_NONBLOCK;
+    sys!(fcntl(refused, libc::F_SETFL, flags))?;
+    ensure!(Address::ip4(own_port(1)).connect(refused).is_err(), "connected");
+    same("error of connect(2)", Some(libc::EINPROGRESS), Error::last_os_error().raw_os_error())?;
+    sockets.push((libc::ECONNREFUSED, b"", refused));
+    for (.., fd) in &sockets {
+        wait_until("an error", || has_error(*fd))?;
+    }
+    let seen = || sockets.iter().map(|(.., fd)| events(*fd)).collect::<Result<Vec<_>, _>>();
+    let before = seen()?;
     checkpoint.wait();
-    let mut byte = 0_u8;
-    ensure!(sys!(recv(accepted, (&raw mut byte).cast(), 1, 0)).is_err(), "no error");
-    same("error", Some(libc::ECONNRESET), Error::last_os_error().raw_os_error())
+    same("events", &before, &seen()?)?;
+    for (error, data, fd) in sockets {
+        if !data.is_empty() {
+            same("data", Some(data.to_vec()), receive(fd)?)?;
+        }
+        // After a FIN, recv(2) returns the end.
+        if data.is_empty() && [libc::ECONNRESET, libc::ETIMEDOUT].contains(&error) {
+            same("error", Some(error), failure(fd)?)?;
+        } else {
+            same("SO_ERROR", error, option(fd, libc::SOL_SOCKET, libc::SO_ERROR)?)?;
+        }
+        same("the end", Some(Vec::new()), receive(fd)?)?;
+        let sent = sys!(send(fd, data.as_ptr().cast(), 0, libc::MSG_NOSIGNAL));
+        ensure!(sent.is_err(), "sent");
+        same("error of send(2)", Some(libc::EPIPE), Error::last_os_error().raw_os_error())?;
+    }
+    // The address is free again for the program.
+    let flags = sys!(fcntl(refused, libc::F_GETFL))? & libc::O_NONBLOCK;
+    same("flags", libc::O_NONBLOCK, flags)
 }
 
 fn udp_pending_error(checkpoint: &Checkpoint) -> Verdict {

@@ -8,11 +8,12 @@
 //! connections.
 //!
 //! A TCP socket whose connection has ended still shows its old local address, but holds the port
-//! only if the program has bound it. The dump keeps the data that the socket has received. It
-//! rejects a pending error: only reading it, which clears it, tells which one it is.
+//! only if the program has bound it. The dump keeps the data that the socket has received, and a
+//! pending error, which it reads from the memory of the kernel ([`ended`]).
 
 mod connection;
 mod dump;
+mod ended;
 mod forge;
 mod lock;
 mod md5;

@@ -6,28 +6,23 @@
 //! address. So the restore sets both for all sockets of that port until all are bound. It sets
 //! the owner before binding, since only sockets of the same user share a port.
 //!
-//! A TCP socket whose connection has ended is connected to the restore itself, which sends it the
-//! recorded data and closes the connection as before.
+//! A TCP socket whose connection has ended gets another one ([`ended`]).
 
 use std::{
-    io::Write,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6, TcpListener},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6},
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-    time::Duration,
 };
 
 use nix::{
     errno::Errno,
     libc,
-    poll::{PollFd, PollFlags, poll},
-    sys::socket::{
-        Backlog, Shutdown, SockaddrStorage, bind, connect, getsockname, listen, shutdown,
-    },
+    sys::socket::{Backlog, Shutdown, SockaddrStorage, bind, connect, listen, shutdown},
 };
 
 use super::{
     Connections, IPV6_FREEBIND, IPV6_RECVPKTINFO, RestoreOptions,
     connection::{self, Connection},
+    ended,
     lock::{self, Ends, Lock, Method},
     md5, multicast, protocol_name, raw, repair, udp_queue,
 };
@@ -51,9 +46,6 @@ const ROOM_BYTES: i32 = 1 << 20;
 
 /// More than any queue has (`net.ipv4.tcp_rmem`).
 const LARGEST_QUEUE_BYTES: i32 = 1 << 29;
-
-/// How long the restore waits for its own loopback connections.
-const PATIENCE: Duration = Duration::from_secs(10);
 
 #[derive(Debug)]
 pub(super) struct InetOpener {
@@ -443,51 +435,13 @@ impl<'a> Socket<'a> {
         udp_queue::restore(self.fd.as_fd(), self.own, &state.datagrams, &self.restored);
     }
 
-    /// Makes a socket one whose connection has ended: connects it to the restore, which sends the
-    /// received data and closes its end first.
-    fn end_connection(&self, received: &[u8]) -> nix::Result<()> {
-        let family = self.entry.family.cast_signed();
-        let localhost = if family == libc::AF_INET6 {
-            SocketAddr::from((Ipv6Addr::LOCALHOST, 0))
-        } else {
-            SocketAddr::from((Ipv4Addr::LOCALHOST, 0))
-        };
-        let listener = socket::create(family, libc::SOCK_STREAM, libc::IPPROTO_TCP)?;
-        bind(listener.as_raw_fd(), &SockaddrStorage::from(localhost))?;
-        listen(&listener, Backlog::new(1)?)?;
-        let address: SockaddrStorage = getsockname(listener.as_raw_fd())?;
-        let fd = self.fd.as_fd();
-        // The receive buffer must hold all of the data.
-        let room = i32::try_from(received.len()).map_err(|_| Errno::EFBIG)?.saturating_mul(2);
-        if room > 0 {
-            opts::widen_to_receive(fd, room);
-        }
-        connect(fd.as_raw_fd(), &address)?;
-        let failed = |error: std::io::Error| crate::sys::errno(&error);
-        let (other, _) = TcpListener::from(listener).accept().map_err(failed)?;
-        other.set_write_timeout(Some(PATIENCE)).map_err(failed)?;
-        (&other).write_all(received).map_err(failed)?;
-        shutdown(other.as_raw_fd(), Shutdown::Write)?;
-        let seen = |what| -> nix::Result<()> {
-            let mut polled = [PollFd::new(fd, what)];
-            let patience = u16::try_from(PATIENCE.as_millis()).expect("it is short");
-            match poll(&mut polled, patience)? {
-                0 => Err(Errno::ETIMEDOUT),
-                _ => Ok(()),
-            }
-        };
-        seen(PollFlags::from_bits_retain(libc::POLLRDHUP))?;
-        shutdown(fd.as_raw_fd(), Shutdown::Write)?;
-        // poll(2) always reports POLLHUP.
-        seen(PollFlags::empty())
-    }
-
     /// Connects the socket and restores the rest.
     fn set_up(&self) -> Result<()> {
         let (fd, entry, restored) = (self.fd.as_fd(), self.entry, &self.restored);
         if let Some(received) = &self.ended {
-            self.end_connection(received)
-                .map_err(restored.failed("send the received data again to"))?;
+            let error = self.state.and_then(|state| state.error).filter(|_| !self.closes);
+            ended::restore(fd, entry.family.cast_signed(), received, error)
+                .map_err(restored.failed("end the connection again of"))?;
         }
         if self.has_peer() && !self.closes && self.connection().is_none() {
             connect(fd.as_raw_fd(), &SockaddrStorage::from(self.peer))

@@ -34,10 +34,13 @@ use crate::{
     fault::{self, Point},
     image::{SnapshotWriter, proto},
     proc,
-    res::file::{
-        Collector, Description, FileError, Intake, Network, Result,
-        error::errno,
-        sock::{attributes, diag, listed::inode, opts},
+    res::{
+        file::{
+            Collector, Description, FileError, Intake, Network, Result,
+            error::errno,
+            sock::{attributes, diag, listed::inode, opts},
+        },
+        kernel::Kernel,
     },
     sys::supervise,
     units::{HostPid, TargetFd},
@@ -66,6 +69,8 @@ pub(super) struct InetCollector {
     groups: HashMap<u32, Vec<proc::MulticastGroup>>,
     /// The raw and ICMP sockets of each network namespace, by family.
     raw: HashMap<(u32, c_int), Vec<proc::RawSocket>>,
+    /// The memory of the kernel, or why it cannot be read, once a socket has a pending error.
+    kernel: Option<Result<Kernel, String>>,
 }
 
 /// The mechanism that drops packets during the dump.
@@ -137,6 +142,8 @@ struct EndedConnection {
     bound: bool,
     /// Received data that the program has not read.
     received: Vec<u8>,
+    /// An error that the program has not read, as its number.
+    error: Option<u32>,
 }
 
 impl InetCollector {
@@ -150,6 +157,7 @@ impl InetCollector {
             states: attributes::AttributeReader::default(),
             groups: HashMap::new(),
             raw: HashMap::new(),
+            kernel: None,
         }
     }
 
@@ -362,6 +370,7 @@ impl Collector for InetCollector {
         }
         if let Some(ended) = facts.ended {
             state.ended = Some(true);
+            state.error = ended.error;
             state.received = (!ended.received.is_empty()).then_some(ended.received);
             // The other options no longer matter, and the connection may have changed them.
             state.options.retain(|option| option.level == libc::SOL_SOCKET);

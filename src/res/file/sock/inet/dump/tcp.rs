@@ -7,6 +7,7 @@ use std::{
 };
 
 use nix::{
+    errno::Errno,
     libc::{self, c_int},
     poll::PollFlags,
     sys::socket::{getpeername, getsockname},
@@ -14,16 +15,20 @@ use nix::{
 
 use super::{EndedConnection, Facts, Found, InetCollector, inode};
 use crate::{
+    causes::with_sources,
     image::proto::SkMd5KeyEntry,
-    res::file::{
-        Description, Result,
-        error::errno,
-        sock::{
-            SHUT_BOTH,
-            attributes::{self, RECEIVED_MAX_BYTES},
-            inet::{Connections, address, connection, lock::Ends, md5, repair},
-            queue, state,
+    res::{
+        file::{
+            Description, Result,
+            error::errno,
+            sock::{
+                SHUT_BOTH,
+                attributes::{self, RECEIVED_MAX_BYTES},
+                inet::{Connections, address, connection, ended, lock::Ends, md5, repair},
+                queue, state,
+            },
         },
+        kernel::Kernel,
     },
     sys::{fds, socket},
 };
@@ -46,8 +51,10 @@ const HELP_ESTABLISHED: &str =
 const HELP_CONNECTING: &str =
     "wait until it is established or has failed, then try again; or use --tcp-close to end it";
 const HELP_URGENT: &str = "have the program read it (MSG_OOB), then try again";
-const HELP_ERROR: &str = "have the program read it (SO_ERROR, recv) or close the socket; reading it is the \
-    only way to learn the error, and clears it";
+const HELP_ERROR: &str =
+    "have the program read it (SO_ERROR, recv) or close the socket, then try again";
+const HELP_UNKNOWN_ERROR: &str = "have the program read it (SO_ERROR, recv), or run rcriu with CAP_BPF and CAP_PERFMON \
+    on a kernel with /sys/kernel/btf/vmlinux";
 const HELP_UNREAD: &str = "have the program read it or close the socket, then try again";
 const HELP_ACCEPT: &str = "use --skip-in-flight to leave them out, which resets them if the tree is killed, or have the \
     program accept them, then try again";
@@ -91,14 +98,15 @@ impl InetCollector {
             state::CLOSE => {
                 let seen =
                     attributes::polled(fd, PollFlags::POLLIN).map_err(file.failed("poll"))?;
-                if seen.contains(PollFlags::POLLERR) {
-                    let what = format!("{what}, with an unread error");
-                    return Err(file.unsupported(what, HELP_ERROR));
-                }
+                let error = if seen.contains(PollFlags::POLLERR) {
+                    Some(self.pending_error(file, what)?)
+                } else {
+                    None
+                };
                 if TCP_INFO_PACKETS.iter().any(|at| word(*at) > 0) {
                     let ended = self.ended(file, family, what)?;
-                    let shutdown = SHUT_BOTH;
-                    return Ok(Facts { state, shutdown, ended: Some(ended), ..Facts::default() });
+                    let ended = Some(EndedConnection { error, ..ended });
+                    return Ok(Facts { state, shutdown: SHUT_BOTH, ended, ..Facts::default() });
                 }
                 // For a socket that was never connected, the kernel shows only one of the two
                 // directions.
@@ -138,6 +146,32 @@ impl InetCollector {
                 );
                 let help = if ends.is_some() { HELP_ESTABLISHED } else { HELP_CONNECTING };
                 Err(file.unsupported(what, help))
+            }
+        }
+    }
+
+    /// Returns the pending error of a socket whose connection has ended, as its number.
+    fn pending_error(&mut self, file: &Description, what: &str) -> Result<u32> {
+        let open = || Kernel::open().map_err(|error| with_sources(&error));
+        let kernel = self.kernel.get_or_insert_with(open).as_mut().map_err(|why| why.clone());
+        let found = kernel.and_then(|kernel| {
+            ended::read_error(kernel, file.fd.as_fd()).map_err(|error| with_sources(&error))
+        });
+        match found {
+            Ok(found) if ended::can_be_caused(found) => Ok(found.0),
+            Ok((0, _)) => {
+                let what = format!("{what}, with messages in its error queue (MSG_ERRQUEUE)");
+                Err(file.unsupported(what, HELP_ERROR))
+            }
+            Ok((number, _)) => {
+                let error = Errno::from_raw(number.cast_signed());
+                let what =
+                    format!("{what}, with an unread error, {error}, that no restore can cause");
+                Err(file.unsupported(what, HELP_ERROR))
+            }
+            Err(why) => {
+                let what = format!("{what}, with an unread error ({why})");
+                Err(file.unsupported(what, HELP_UNKNOWN_ERROR))
             }
         }
     }
@@ -230,7 +264,7 @@ impl InetCollector {
         } else {
             queue::peek_received(fd, bytes).map_err(&failed)?
         };
-        Ok(EndedConnection { bound: false, received })
+        Ok(EndedConnection { received, ..EndedConnection::default() })
     }
 }
 
