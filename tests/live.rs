@@ -492,8 +492,10 @@ fn every_workload_is_tested() {
     let there: BTreeSet<_> = text.lines().collect();
     let lost: Vec<_> = LOST.iter().map(|(name, _)| *name).collect();
     let refused: Vec<_> = REFUSED.iter().map(|(name, _)| *name).collect();
+    let urgent: Vec<_> = URGENT.iter().map(|(name, _)| *name).collect();
     let tested = [
         NAMES,
+        &urgent,
         HUGE_NAMES,
         &refused,
         &lost,
@@ -653,6 +655,12 @@ const REFUSED: &[(&str, &str)] = &[
     ("caught_system_calls", "has its system calls caught (PR_SET_SYSCALL_USER_DISPATCH)"),
 ];
 
+/// TCP connections that are refused with `--tcp-established`.
+const URGENT: &[(&str, &str)] = &[
+    ("tcp_urgent", "with urgent data that its program has not read"),
+    ("tcp_urgent_read", "with received bytes behind urgent data that its program has read"),
+];
+
 #[test]
 fn privileged_states_that_no_restore_gives_back_are_refused() {
     for (name, words) in REFUSED {
@@ -766,6 +774,17 @@ fn privileged_data_in_a_pending_connection_is_refused_without_bpf() {
         let mut live = Live::workload(name);
         live.without = "kernel_memory";
         refused_with(&mut live, &[], words);
+/// Urgent data, and bytes behind it.
+#[test]
+fn privileged_urgent_data_of_tcp_is_refused() {
+    require(Cap::Ptrace);
+    for (name, words) in URGENT {
+        let mut live = Live::workload(name);
+        refused_with(&mut live, &["--tcp-established"], words);
+        live.verdict();
+    }
+}
+
         live.verdict();
     }
 }

@@ -17,6 +17,8 @@ pub const ROWS: &[Row] = &[
     ("tcp_unaccepted", tcp_unaccepted),
     ("tcp_connecting", tcp_connecting),
     ("tcp_signed", tcp_signed),
+    ("tcp_urgent", tcp_urgent),
+    ("tcp_urgent_read", tcp_urgent_read),
     ("tcp_options", tcp_options),
 ];
 
@@ -171,6 +173,54 @@ fn tcp_signed(checkpoint: &Checkpoint) -> Verdict {
     same("state of a socket without a key", Ok(SYN_SENT), tcp_state(stranger))?;
     write_all(client, b"a new one")?;
     arrives(accepted, b"a new one")
+}
+
+/// Returns the receiving end of a connection with an urgent byte in the middle of others, and the
+/// other end.
+fn urgent() -> Result<[i32; 2], String> {
+    let server = listener(0, 5)?;
+    let client = socket(libc::AF_INET, libc::SOCK_STREAM)?;
+    Address::ip4(own_port(0)).connect(client)?;
+    let accepted = accept(server)?;
+    write_all(client, b"before")?;
+    sys!(send(client, b"!".as_ptr().cast(), 1, libc::MSG_OOB))?;
+    write_all(client, b"after")?;
+    Ok([accepted, client])
+}
+
+/// Receives the urgent byte.
+fn receive_urgent(fd: i32) -> Verdict {
+    let mut byte = 0_u8;
+    sys!(recv(fd, (&raw mut byte).cast(), 1, libc::MSG_OOB))?;
+    same("urgent byte", b'!', byte)
+}
+
+fn tcp_urgent(checkpoint: &Checkpoint) -> Verdict {
+    let [fd, client] = urgent()?;
+    wait_until("the urgent byte", || has_urgent(fd))?;
+    checkpoint.wait();
+    receive_urgent(fd)?;
+    arrives(fd, b"before")?;
+    arrives(fd, b"after")?;
+    write_all(client, b"more")?;
+    arrives(fd, b"more")
+}
+
+/// The mark stays where the urgent byte was.
+fn tcp_urgent_read(checkpoint: &Checkpoint) -> Verdict {
+    let [fd, client] = urgent()?;
+    wait_until("the urgent byte", || has_urgent(fd))?;
+    receive_urgent(fd)?;
+    checkpoint.wait();
+    arrives(fd, b"before")?;
+    arrives(fd, b"after")?;
+    write_all(client, b"more")?;
+    arrives(fd, b"more")
+}
+
+fn has_urgent(fd: i32) -> bool {
+    let mut polled = libc::pollfd { fd, events: libc::POLLPRI, revents: 0 };
+    sys!(poll(&raw mut polled, 1, 0)).is_ok_and(|count| count == 1)
 }
 
 /// Options of a connection, and data that waits to be sent with more.

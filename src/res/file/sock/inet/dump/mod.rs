@@ -18,6 +18,7 @@ use nix::{
     errno::Errno,
     libc::{self, c_int},
     net::if_::if_nameindex,
+    poll::PollFlags,
     sys::socket::{getpeername, getsockname},
 };
 
@@ -42,7 +43,7 @@ use crate::{
         },
         kernel::Kernel,
     },
-    sys::supervise,
+    sys::{fds, supervise},
     units::{HostPid, TargetFd},
 };
 
@@ -50,6 +51,9 @@ const HELP_KIND: &str = "have the program close it, then try again";
 const HELP_MPTCP: &str = "have the program use TCP (for Go: GODEBUG=multipathtcp=0), or close it";
 /// The step of the dump that enters the namespace of a socket.
 const ENTER: &str = "enter the network namespace of";
+/// A state that a dump cannot read.
+const MARKED: &str = "received bytes behind urgent data that its program has read (MSG_OOB)";
+const HELP_MARKED: &str = "have the program read the bytes before the urgent data, then try again";
 /// The name of the loopback device.
 const LOOPBACK: &CStr = c"lo";
 /// The step of the dump that a [`Lock`] is for.
@@ -272,6 +276,16 @@ impl InetCollector {
                 ));
             }
             let listed = shutdowns.by_inode.get(&found.inode);
+            let bytes = connection.entry.inq_len;
+            if listed.is_some_and(|listed| listed.receive_queue > bytes) && found.has_mark()? {
+                let (own, peer) = found.ends;
+                return Err(FileError::Unsupported {
+                    pid: found.pid,
+                    fd: found.number,
+                    what: format!("the TCP connection {own} -> {peer}, with {MARKED}"),
+                    help: HELP_MARKED,
+                });
+            }
             if let Some(entry) = intake.entry(found.id).and_then(|entry| entry.isk.as_mut()) {
                 entry.state = connection.state;
                 entry.shutdown = opts::shutdown(listed.map_or(0, |listed| listed.shutdown));
@@ -451,6 +465,29 @@ impl Collector for InetCollector {
 }
 
 impl Found {
+    /// Whether a mark of urgent data is in the received bytes. The kernel then returns only the bytes
+    /// before the mark, but lists the number of all of them.
+    fn has_mark(&self) -> Result<bool> {
+        const LOOKS: usize = 10;
+        let failed = || self.failed("look for urgent data in");
+        let protocol = u8::try_from(libc::IPPROTO_TCP).expect("it is 6");
+        let family = u8::try_from(self.family).expect("families are small");
+        for _ in 0..LOOKS {
+            let before = fds::readable_bytes(self.fd.as_fd()).map_err(failed())?;
+            let all = diag::inet_sockets(family, protocol).map_err(failed())?;
+            let has_ended =
+                attributes::polled(self.fd.as_fd(), PollFlags::from_bits_retain(libc::POLLRDHUP))
+                    .map_err(failed())?;
+            if before == fds::readable_bytes(self.fd.as_fd()).map_err(failed())? {
+                // A FIN is counted as one byte.
+                let end = u32::from(!has_ended.is_empty());
+                let listed = all.by_inode.get(&self.inode);
+                return Ok(listed.is_some_and(|listed| listed.receive_queue > before + end));
+            }
+        }
+        Ok(false)
+    }
+
     fn failed(&self, step: &'static str) -> impl Fn(Errno) -> FileError + '_ {
         let (own, peer) = self.ends;
         let link = format!("the TCP connection {own} -> {peer}");
