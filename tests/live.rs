@@ -683,7 +683,10 @@ fn privileged_aio_requests_in_flight_are_refused_or_warned_of() {
 /// States that are lost, and words of the warnings.
 const LOST: &[(&str, &[&str])] = &[
     ("keyrings", &["has a thread keyring", "has a process keyring"]),
-    ("inotify_unread", &["is an inotify instance with 64 bytes of events"]),
+    (
+        "inotify_unread",
+        &["is an inotify instance with 2 unread events (2 of /", ".dir): in their place"],
+    ),
 ];
 
 #[test]
@@ -699,6 +702,23 @@ fn privileged_states_that_are_lost_are_warned_of() {
         }
         live.verdict();
     }
+}
+
+/// Events that were not read are lost, and the program is told so, as by the kernel.
+#[test]
+fn privileged_unread_events_become_an_overflow() {
+    require(Cap::Ptrace);
+    let mut live = Live::workload("inotify_unread");
+    live.dump(&[]);
+    live.restore(&[]);
+    fs::write(live.path("status.restored"), "").unwrap();
+    live.verdict();
+    let mut live = Live::workload("inotify_unread");
+    live.without = "kernel_memory";
+    let output = live.try_dump(&["-R"]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success() && said.contains("64 bytes of unread events"), "{said}");
+    live.verdict();
 }
 
 #[test]
@@ -754,6 +774,17 @@ fn refused_with(live: &mut Live, options: &[&str], what: &str) {
 }
 
 /// No call shows data in a connection that was not accepted, only the memory of the kernel.
+/// Urgent data, and bytes behind it.
+#[test]
+fn privileged_urgent_data_of_tcp_is_refused() {
+    require(Cap::Ptrace);
+    for (name, words) in URGENT {
+        let mut live = Live::workload(name);
+        refused_with(&mut live, &["--tcp-established"], words);
+        live.verdict();
+    }
+}
+
 /// Only taking a pending error shows which one it is.
 #[test]
 fn privileged_a_pending_error_is_refused_without_bpf() {
@@ -774,17 +805,6 @@ fn privileged_data_in_a_pending_connection_is_refused_without_bpf() {
         let mut live = Live::workload(name);
         live.without = "kernel_memory";
         refused_with(&mut live, &[], words);
-/// Urgent data, and bytes behind it.
-#[test]
-fn privileged_urgent_data_of_tcp_is_refused() {
-    require(Cap::Ptrace);
-    for (name, words) in URGENT {
-        let mut live = Live::workload(name);
-        refused_with(&mut live, &["--tcp-established"], words);
-        live.verdict();
-    }
-}
-
         live.verdict();
     }
 }

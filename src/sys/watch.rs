@@ -59,6 +59,12 @@ pub fn add_watch(inotify: BorrowedFd, file: BorrowedFd, mask: u32) -> nix::Resul
     Errno::result(unsafe { libc::inotify_add_watch(inotify.as_raw_fd(), path.as_ptr(), mask) })
 }
 
+/// Removes a watch.
+pub fn remove_watch(inotify: BorrowedFd, wd: i32) -> nix::Result<()> {
+    // SAFETY: the call takes numbers.
+    Errno::result(unsafe { libc::inotify_rm_watch(inotify.as_raw_fd(), wd) }).map(drop)
+}
+
 /// Creates a fanotify group.
 pub fn fanotify(flags: u32, event_flags: u32) -> nix::Result<OwnedFd> {
     // SAFETY: the call takes numbers.

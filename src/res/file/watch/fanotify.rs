@@ -16,9 +16,9 @@ use nix::{
 use super::{
     Options,
     target::{Finder, Reopener},
-    warn_about_events,
 };
 use crate::{
+    causes::tell,
     image::proto::{
         FanotifyFileEntry, FanotifyInodeMarkEntry, FanotifyMarkEntry, FanotifyMountMarkEntry,
         FdTypes, FileEntry, MarkType,
@@ -26,9 +26,9 @@ use crate::{
     proc::{self, FanotifyMark, FanotifyObject, FdDetail, Mount},
     res::file::{
         Collector, Description, FileError, FileKind, Intake, Opened, Opener, Result, Usage,
-        descriptor,
+        descriptor, error::file_of,
     },
-    sys::{root::Root, watch},
+    sys::{fds, root::Root, watch},
 };
 
 pub(in crate::res::file) const KIND: FileKind = FileKind {
@@ -38,6 +38,9 @@ pub(in crate::res::file) const KIND: FileKind = FileKind {
     collector: |options| Box::new(Groups::new(&options.watches)),
     opener: |_| Box::<Restored>::default(),
 };
+
+/// The most marked files that a message names.
+const PATHS_SHOWN: usize = 3;
 
 /// The bits of a minor number in the kernel's device numbers (`linux/kdev_t.h`).
 const MINOR_BITS: u32 = 20;
@@ -118,6 +121,36 @@ impl Groups {
     }
 }
 
+/// Warns about events that the program has not read yet: no call can put them into the queue of the
+/// restored group.
+fn warn_of_unread(file: &Description, group: &FanotifyFileEntry) {
+    // The kernel counts this much for each event (`FAN_EVENT_METADATA_LEN`).
+    const EVENT_BYTES: u32 = 24;
+    let count = fds::readable_bytes(file.fd.as_fd()).unwrap_or(0).div_ceil(EVENT_BYTES);
+    if count == 0 {
+        return;
+    }
+    let handles = group.mark.iter().filter_map(|mark| mark.ie.as_ref()?.f_handle.path.as_deref());
+    let all = group.mark.iter().chain(&group.rcriu_filesystem_mark);
+    let mounts = all.filter_map(|mark| mark.me.as_ref()?.path.as_deref());
+    let slash = |path: &[u8]| if path.starts_with(b"/") { "" } else { "/" };
+    let path = |path: &[u8]| format!("{}{}", slash(path), String::from_utf8_lossy(path));
+    let mut paths: Vec<String> = handles.chain(mounts).map(path).collect();
+    let more = if paths.len() > PATHS_SHOWN { ", ..." } else { "" };
+    paths.truncate(PATHS_SHOWN);
+    let events = if count == 1 { "event" } else { "events" };
+    tell(
+        log::Level::Warn,
+        &format!(
+            "{} is a fanotify group that marks {}{more}, with {count} unread {events}: the restored \
+             program does not get them\nhelp: dump the program when it has read them, or have it \
+             look at its files again",
+            file_of(file.pid, file.number),
+            paths.join(", ")
+        ),
+    );
+}
+
 /// Returns a path in the form of these images, without the slash at its beginning.
 fn relative(path: &[u8]) -> Vec<u8> {
     match path.strip_prefix(b"/") {
@@ -136,7 +169,6 @@ impl Collector for Groups {
         let FdDetail::Fanotify(group) = &file.info.detail else {
             return Err(file.failed("read the marks of")(Errno::ENODATA));
         };
-        warn_about_events(file, "a fanotify group");
         let mut entry = FanotifyFileEntry {
             id: file.id,
             flags: file.status(),
@@ -151,6 +183,7 @@ impl Collector for Groups {
                 if is_on_file_system { &mut entry.rcriu_filesystem_mark } else { &mut entry.mark };
             marks.push(mark);
         }
+        warn_of_unread(file, &entry);
         Ok(FileEntry {
             r#type: FdTypes::Fanotify.into(),
             id: file.id,

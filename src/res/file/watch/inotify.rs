@@ -13,9 +13,10 @@ use nix::{errno::Errno, libc};
 use super::{
     Options,
     target::{Finder, Reopener},
-    warn_about_events,
+    unread,
 };
 use crate::{
+    causes::{tell, with_sources},
     image::{
         Kind,
         proto::{FdTypes, FileEntry, InotifyFileEntry, InotifyWdEntry},
@@ -23,9 +24,9 @@ use crate::{
     proc::FdDetail,
     res::file::{
         Collector, Description, FileError, FileKind, Intake, Opened, Opener, Result, Usage,
-        descriptor,
+        descriptor, error::file_of,
     },
-    sys::watch,
+    sys::{fds, watch},
 };
 
 pub(in crate::res::file) const KIND: FileKind = FileKind {
@@ -42,11 +43,38 @@ const MASK: u32 = libc::IN_ALL_EVENTS | libc::IN_ONESHOT | libc::IN_EXCL_UNLINK;
 #[derive(Debug)]
 struct Instances {
     finder: Finder,
+    unread: unread::Reader,
 }
 
 impl Instances {
     fn new(options: &Options) -> Self {
-        Self { finder: Finder::new(options) }
+        Self { finder: Finder::new(options), unread: unread::Reader::default() }
+    }
+
+    /// Warns about events that the program has not read yet, and returns whether there are any.
+    fn warn_of_unread(&mut self, file: &Description, watches: &[InotifyWdEntry]) -> bool {
+        let bytes = fds::readable_bytes(file.fd.as_fd()).unwrap_or(0);
+        if bytes == 0 {
+            return false;
+        }
+        let path = |wd: i32| {
+            let found = watches.iter().find(|watch| watch.wd.cast_signed() == wd)?;
+            let path = found.f_handle.path.as_deref().map(String::from_utf8_lossy);
+            Some(path.map_or_else(|| format!("inode {}", found.i_ino), String::from))
+        };
+        let what = match self.unread.by_watch(file.fd.as_fd()) {
+            Some(counts) => unread::describe(&counts, path),
+            None => format!("{bytes} bytes of unread events"),
+        };
+        tell(
+            log::Level::Warn,
+            &format!(
+                "{} is an inotify instance with {what}: in their place, the restored program is told \
+                 that events are lost (IN_Q_OVERFLOW)",
+                file_of(file.pid, file.number)
+            ),
+        );
+        true
     }
 }
 
@@ -61,7 +89,6 @@ impl Collector for Instances {
             // It watches nothing.
             _ => Vec::new(),
         };
-        warn_about_events(file, "an inotify instance");
         // CRIU takes them in any order.
         watches.sort_by_key(|watch| watch.wd);
         let mut entries = Vec::with_capacity(watches.len());
@@ -77,6 +104,7 @@ impl Collector for Instances {
                 f_handle: self.finder.handle(file, &what, &watch.file, intake.root())?,
             });
         }
+        let has_unread = self.warn_of_unread(file, &entries);
         Ok(FileEntry {
             r#type: FdTypes::Inotify.into(),
             id: file.id,
@@ -85,6 +113,7 @@ impl Collector for Instances {
                 flags: file.status(),
                 fown: file.fown,
                 wd: entries,
+                rcriu_unread: has_unread.then_some(true),
             }),
             ..Default::default()
         })
@@ -99,6 +128,8 @@ impl Collector for Instances {
 #[derive(Debug, Default)]
 struct Restored {
     watches: Vec<(u32, Vec<InotifyWdEntry>)>,
+    /// Instances that had unread events.
+    had_unread: Vec<u32>,
 }
 
 impl Opener for Restored {
@@ -131,6 +162,7 @@ impl Opener for Restored {
             watches.extend(separate.remove(&entry.id).unwrap_or_default());
             watches.sort_by_key(|watch| watch.wd);
             self.watches.push((entry.id, watches));
+            self.had_unread.extend(instance.rcriu_unread.filter(|had| *had).map(|_| entry.id));
         }
         Ok(())
     }
@@ -139,6 +171,9 @@ impl Opener for Restored {
         let mut reopener = Reopener::default();
         for (id, watches) in &self.watches {
             let fd = opened.get(*id)?;
+            if self.had_unread.contains(id) {
+                replace_unread(*id, fd);
+            }
             for watch in watches {
                 let key = (watch.s_dev, watch.i_ino);
                 let file = reopener.open(*id, key, &watch.f_handle, opened)?;
@@ -147,6 +182,20 @@ impl Opener for Restored {
         }
         Ok(())
     }
+}
+
+/// Tells the program that events are lost, or warns about it.
+fn replace_unread(id: u32, inotify: BorrowedFd) {
+    let why = match unread::overflow(inotify) {
+        Ok(true) => return,
+        Ok(false) => "fs.inotify.max_queued_events is too large".to_owned(),
+        Err(errno) => with_sources(&FileError::restore(id, "fill", "an inotify instance")(errno)),
+    };
+    let what = format!(
+        "file {id:#x} of the images: the inotify instance had unread events, and cannot tell the \
+         program that they are lost: {why}"
+    );
+    tell(log::Level::Warn, &what);
 }
 
 /// Adds a watch under its old number.
