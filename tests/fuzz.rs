@@ -135,13 +135,6 @@ impl Canary {
     }
 }
 
-struct Quiet;
-
-impl dedup::Progress for Quiet {
-    fn more(&self, _: u64) {}
-    fn done(&self, _: u64) {}
-}
-
 /// Asks everything of the chain at `root` that needs no process.
 fn ask(root: &Path, random: &mut Random) {
     for file in files(root) {
@@ -158,11 +151,11 @@ fn ask(root: &Path, random: &mut Random) {
     match random.below(3) {
         0 => {
             let options = FreeOptions { dir: named.pop().unwrap(), rewrite: random.below(2) == 0 };
-            let _ = dedup::free(&options, Arc::new(Kernel), &mut |_| {});
+            let _ = dedup::free(&options, Arc::new(Kernel), &mut |_| {}, &());
         }
         1 => {
             let options = LinkOptions { dirs: named, keep_originals: random.below(2) == 0 };
-            let _ = dedup::link(&options, &Quiet);
+            let _ = dedup::link(&options, &());
         }
         _ => {}
     }
@@ -385,7 +378,7 @@ fn privileged_broken_images_are_restored_or_check_has_said_why_not() {
         bounded(command, case)
     };
     let clean = |root: &Path| {
-        check(&Chain::open(root).unwrap(), is_restored, &mut |_| ()).unwrap().is_empty()
+        check(&Chain::open(root).unwrap(), is_restored, &mut |_, _| ()).unwrap().is_empty()
     };
     for (state, live) in &seeds {
         let root = live.path("chain");
@@ -401,8 +394,9 @@ fn privileged_broken_images_are_restored_or_check_has_said_why_not() {
         copy(&live.path("chain"), &root);
         let values = canary.values(&root);
         let what = mutate(&root, &values, &mut random);
-        let findings =
-            Chain::open(&root).ok().and_then(|chain| check(&chain, is_restored, &mut |_| ()).ok());
+        let findings = Chain::open(&root)
+            .ok()
+            .and_then(|chain| check(&chain, is_restored, &mut |_, _| ()).ok());
         let (restored, said) = restore(&root.join("2"), case);
         restored_count += u64::from(restored);
         let clean = findings.is_some_and(|findings| findings.is_empty());

@@ -296,6 +296,41 @@ fn flatten_writes_what_the_chain_resolves_to() {
 }
 
 #[test]
+fn long_work_shows_a_bar_on_a_terminal_only() {
+    const BAR: [char; 2] = ['\u{2588}', '\u{2591}'];
+    let dir = tempfile::tempdir().unwrap();
+    copy(dir.path());
+    let chain = dir.path().join("chain").to_str().unwrap().to_owned();
+    let commands = [
+        (env!("CARGO_BIN_EXE_imgfs"), format!("ls {chain}")),
+        (env!("CARGO_BIN_EXE_imgfs"), format!("info {chain}")),
+        (env!("CARGO_BIN_EXE_imgfs"), format!("check {chain}")),
+        (env!("CARGO_BIN_EXE_rcriu"), format!("dedup -D {chain}/3")),
+    ];
+    for (program, arguments) in commands {
+        let piped = || {
+            let output = Command::new(program).args(arguments.split(' ')).output().unwrap();
+            stdout(&output) + &stderr(&output)
+        };
+        let on_terminal = || {
+            let line = format!("stty columns 80; {program} {arguments}");
+            let mut script = Command::new("script");
+            let output = script.args(["-qec", &line, "/dev/null"]).output().unwrap();
+            assert!(output.status.success(), "{output:?}");
+            stdout(&output)
+        };
+        // The last command works only once.
+        let piped = if arguments.starts_with("dedup") { String::new() } else { piped() };
+        assert!(!piped.contains(BAR), "{arguments}: {piped}");
+        let shown = on_terminal();
+        assert!(shown.contains(BAR), "{arguments}: {shown}");
+        // It is removed at the end, and the result follows.
+        let rest = shown.rsplit(BAR).next().unwrap();
+        assert!(rest.contains("\x1b[2K") && rest.trim_end().len() > 20, "{arguments}: {rest:?}");
+    }
+}
+
+#[test]
 fn bad_input_is_told_from_bad_usage() {
     let place = tempfile::tempdir().expect("make a directory");
     let empty = place.path().to_str().unwrap();

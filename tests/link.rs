@@ -219,8 +219,7 @@ fn objects_are_found_though_their_numbers_have_changed() {
         let dirs = [snapshot(root.path(), "1", 1, &old), snapshot(root.path(), "2", 2, &new)];
         add_objects(&dirs[0], processes, 7, 8);
         add_objects(&dirs[1], processes, 100, 200);
-        let linked =
-            link(&LinkOptions { dirs: dirs.to_vec(), keep_originals: true }, &Silent).unwrap();
+        let linked = link(&LinkOptions { dirs: dirs.to_vec(), keep_originals: true }, &()).unwrap();
         assert_eq!((linked[0].renumbered, linked[0].shared_pages), (2, 5));
         assert_holds(&linked[0].dir, &old);
         assert_eq!(numbers(&linked[0].dir, processes), (vec![7; processes as usize], 8));

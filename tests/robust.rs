@@ -110,7 +110,7 @@ fn a_sparse_pagemap_is_an_error_and_takes_no_memory() {
     let ids: Vec<_> = chain.ids().collect();
     let names_it = |problem: String| assert!(problem.contains("3/pagemap-293.img"), "{problem}");
     assert!(
-        check(&chain, is_restored, &mut |_| ())
+        check(&chain, is_restored, &mut |_, _| ())
             .unwrap()
             .iter()
             .any(|finding| format!("{finding:?}").contains("293"))

@@ -66,15 +66,15 @@ impl fmt::Display for Finding {
 }
 
 /// Checks every file of every snapshot of a chain, and returns the findings by snapshot.
-/// `is_restored` says which types of files a restore supports. Calls
-/// `progress` with the number of snapshots that are done.
+/// `is_restored` says which types of files a restore supports. Calls `progress` with the number
+/// of files that are done, and their total.
 ///
 /// # Errors
 /// Only errors that prevent the check; defects are findings.
 pub fn check(
     chain: &Chain,
     is_restored: IsRestored,
-    progress: &mut dyn FnMut(u64),
+    progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Vec<Finding>> {
     let mut findings = Vec::new();
     for dir in chain.unfinished() {
@@ -88,12 +88,23 @@ pub fn check(
         });
     }
     let tips = chain.tips();
-    for (done, (id, gone)) in (1..).zip(chain.ids().zip(gone(chain)?)) {
+    let files = chain.ids().map(|id| Ok(chain.list(id)?.len() as u64));
+    let files: Vec<u64> = files.collect::<Result<_>>()?;
+    let (mut before, total) = (0, files.iter().sum());
+    for ((id, gone), files) in chain.ids().zip(gone(chain)?).zip(files) {
         let is_tip = tips.contains(&id);
-        let mut check = Check { chain, id, is_tip, is_restored, findings: &mut findings };
+        let mut done = 0;
+        let mut one_more = || {
+            // The directory may grow meanwhile.
+            done = files.min(done + 1);
+            progress(before + done, total);
+        };
+        let findings = &mut findings;
+        let mut check = Check { chain, id, is_tip, is_restored, findings, one_more: &mut one_more };
         check.snapshot()?;
         check.gone(&gone);
-        progress(done);
+        before += files;
+        progress(before, total);
     }
     Ok(findings)
 }
@@ -104,6 +115,8 @@ struct Check<'a> {
     is_tip: bool,
     is_restored: IsRestored,
     findings: &'a mut Vec<Finding>,
+    /// Counts a file that is done.
+    one_more: &'a mut dyn FnMut(),
 }
 
 impl Check<'_> {
@@ -149,6 +162,7 @@ impl Check<'_> {
         self.processes();
         let mut claims = BTreeMap::new();
         for memory in self.chain.memories(self.id)? {
+            (self.one_more)();
             if let Some(pages_id) = self.memory(memory)
                 && let Some(other) = claims.insert(pages_id, memory)
             {
@@ -196,6 +210,7 @@ impl Check<'_> {
             if matches!(desc.body, Body::Raw | Body::Pagemap) {
                 continue;
             }
+            (self.one_more)();
             if let Err(error) = self.images().image_called(&name, desc.kind).and_then(verify) {
                 self.error(with_sources(&error));
             }

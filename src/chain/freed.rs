@@ -209,11 +209,12 @@ impl Freeing {
         Ok(fault::hit(Point::FreeJournalled)?)
     }
 
-    /// Frees the pages that are gone since [`Self::sync`], and returns how many that are.
+    /// Frees the pages that are gone since [`Self::sync`], and returns how many that are. Calls
+    /// `progress` with the number of pages that were freed since the last call.
     ///
     /// # Errors
     /// [`ChainError::Free`]; the pages are gone nevertheless, but still occupy space.
-    pub fn free(&mut self) -> Result<u64> {
+    pub fn free(&mut self, progress: &mut dyn FnMut(u64)) -> Result<u64> {
         let mut freed = 0;
         for target in self.targets.values_mut().filter(|target| !target.ready.is_empty()) {
             let failed = |step| {
@@ -228,6 +229,7 @@ impl Freeing {
                     fault::hit(Point::FreeHalf)?;
                 }
                 freed += range.end - range.start;
+                progress(range.end - range.start);
             }
             target.done.extend(&target.ready);
             target.ready = PageRanges::new();

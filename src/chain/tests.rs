@@ -146,7 +146,7 @@ proptest! {
     fn unbroken_chains_have_no_errors(layers in layers()) {
         let (disk, models) = on_disk(&layers);
         let chain = disk.open();
-        let errors = check(&chain, |_| true, &mut |_| ()).unwrap();
+        let errors = check(&chain, |_| true, &mut |_, _| ()).unwrap();
         let lost = errors.iter().filter(|finding| finding.problem.contains(" in no image"));
         let expected = layers.iter().flatten().any(|entry| entry.presence == Presence::Absent);
         prop_assert_eq!(lost.count() > 0, expected);
@@ -180,7 +180,7 @@ fn two_layers() -> TestChain {
 fn problems(disk: &TestChain) -> (Result<()>, String) {
     let chain = disk.open();
     let tip = chain.choose(None).unwrap();
-    let findings = check(&chain, |_| true, &mut |_| ()).unwrap();
+    let findings = check(&chain, |_| true, &mut |_, _| ()).unwrap();
     let lines: Vec<String> = findings.iter().map(ToString::to_string).collect();
     let root = disk.root.path().canonicalize().unwrap();
     let lines = lines.join("\n").replace(&format!("{}/", root.display()), "");
@@ -356,8 +356,8 @@ fn a_chain_need_not_be_in_directories() {
     };
     assert_eq!(bytes(&chain), bytes(&Arc::new(disk.open())));
     assert_eq!(
-        check(&chain, |_| true, &mut |_| ()).unwrap().len(),
-        check(&disk.open(), |_| true, &mut |_| ()).unwrap().len()
+        check(&chain, |_| true, &mut |_, _| ()).unwrap().len(),
+        check(&disk.open(), |_| true, &mut |_, _| ()).unwrap().len()
     );
     Summary::of(&chain, tip).unwrap();
     // What cannot be done there is refused by name.

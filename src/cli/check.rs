@@ -32,9 +32,11 @@ pub struct CheckArgs {
 /// A path without images; a failed write of the output.
 pub fn run(args: &CheckArgs, out: &mut dyn Write) -> anyhow::Result<bool> {
     let chain = args.source.open()?;
-    let bar = super::count_bar("snapshots");
-    bar.set_length(chain.snapshots().len() as u64);
-    let findings = check(&chain, is_restored, &mut |done| bar.set_position(done));
+    let bar = super::count_bar("files");
+    let findings = check(&chain, is_restored, &mut |done, total| {
+        bar.set_length(total);
+        bar.set_position(done);
+    });
     bar.finish_and_clear();
     let findings = findings?;
     let errors = findings.iter().filter(|finding| finding.severity == Severity::Error).count();

@@ -70,11 +70,15 @@ fn link(options: &LinkOptions, as_json: bool, out: &mut dyn Write) -> anyhow::Re
 
 fn free(options: &FreeOptions, as_json: bool, out: &mut dyn Write) -> anyhow::Result<Value> {
     let mut told = Ok(());
-    let freed = dedup::free(options, Arc::new(Kernel), &mut |freed| {
+    let bar = Bar(bytes_bar());
+    let mut tell = |freed: &Freed| {
         if !as_json {
             told = warn(freed, out);
         }
-    })?;
+    };
+    let result = dedup::free(options, Arc::new(Kernel), &mut tell, &bar);
+    bar.0.finish_and_clear();
+    let freed = result?;
     told?;
     if !as_json {
         writeln!(

@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-use indicatif::BinaryBytes;
+use indicatif::{BinaryBytes, ProgressBar};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
@@ -56,20 +56,23 @@ pub fn run(args: &ListArgs, out: &mut dyn Write) -> anyhow::Result<bool> {
     }
     let mut complete = true;
     let mut listed = Vec::new();
-    for id in chain.ids() {
+    let mut fail = |bar: &ProgressBar, error| {
+        bar.suspend(|| super::report(&error));
+        complete = false;
+    };
+    super::for_each_snapshot(&chain, |id, bar| {
         if let Err(link) = &chain.snapshot(id).parent {
-            super::report(&anyhow::Error::new(link.clone()));
-            complete = false;
+            fail(bar, link.clone().into());
         }
         match Summary::of(&chain, id) {
             Ok(summary) => listed.push((id, summary)),
             Err(error) => {
                 let name = &chain.snapshot(id).name;
-                super::report(&anyhow::Error::new(error).context(format!("list snapshot {name}")));
-                complete = false;
+                fail(bar, anyhow::Error::new(error).context(format!("list snapshot {name}")));
             }
         }
-    }
+        Ok(())
+    })?;
     if args.json {
         let snapshots = listed.iter().map(|(id, summary)| document(&chain, *id, summary));
         let document = json!({ "snapshots": snapshots.collect::<Result<Vec<_>, _>>()? });

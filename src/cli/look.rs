@@ -352,11 +352,12 @@ pub fn info(args: &InfoArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let view = args.which.view()?;
     let chain = view.chain();
     let (mut disk, mut flat) = (0, 0);
-    for id in chain.ids() {
+    super::for_each_snapshot(chain, |id, _| {
         let summary = Summary::of(chain, id)?;
         disk += summary.disk_bytes;
         flat += summary.total().flat_bytes();
-    }
+        Ok(())
+    })?;
     let shown = Summary::of(chain, view.tip())?;
     let rows = view.processes()?;
     tell_of_gap(&view);

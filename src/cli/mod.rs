@@ -36,6 +36,7 @@ use log::LevelFilter;
 
 use crate::{
     causes::{TOLD, indented, program, told},
+    chain::{Chain, SnapshotId},
     image::MemoryId,
 };
 
@@ -144,6 +145,25 @@ fn count_bar(what: &str) -> ProgressBar {
     let template = format!("{{wide_bar}} {{pos}}/{{len}} {what} {{eta}}");
     ProgressBar::new(0)
         .with_style(ProgressStyle::with_template(&template).expect("the template is valid"))
+}
+
+/// Calls `act` with each snapshot of a chain, and shows a bar meanwhile.
+///
+/// # Errors
+/// The first error of `act`.
+fn for_each_snapshot(
+    chain: &Chain,
+    mut act: impl FnMut(SnapshotId, &ProgressBar) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let bar = count_bar("snapshots");
+    bar.set_length(chain.snapshots().len() as u64);
+    let result = chain.ids().try_for_each(|id| {
+        act(id, &bar)?;
+        bar.inc(1);
+        Ok(())
+    });
+    bar.finish_and_clear();
+    result
 }
 
 /// Returns the object that stands for a memory in JSON.

@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::{
-    DedupError, Result,
+    DedupError, Progress, Result,
     plan::{At, Gone, MemoryPlan, Plan},
     stage::{Stage, recover, snapshot_at},
     superseded::{self, Found},
@@ -24,6 +24,7 @@ use crate::{
         lock::{Access, DirectoryLocks},
         process,
     },
+    units::page_bytes,
 };
 
 /// What is freed, or has been freed.
@@ -51,7 +52,7 @@ pub struct FreeOptions {
 }
 
 /// Frees the pages in the ancestors of a snapshot that the snapshot itself holds. Calls
-/// `tell` with what will be freed before it changes anything.
+/// `tell` with what will be freed before it changes anything and before it calls `progress`.
 ///
 /// # Errors
 /// Directories that are in use; a chain that cannot be read; a file system that cannot
@@ -60,6 +61,7 @@ pub fn free(
     options: &FreeOptions,
     disk: Arc<dyn Disk>,
     tell: &mut dyn FnMut(&Freed),
+    progress: &dyn Progress,
 ) -> Result<Freed> {
     let dir = &options.dir;
     require_directory(dir)?;
@@ -80,7 +82,7 @@ pub fn free(
         }
     }
     drop(chain);
-    free_locked(options, disk, tell)
+    free_locked(options, disk, tell, progress)
 }
 
 /// Checks that images are not in an archive.
@@ -125,6 +127,7 @@ pub fn free_locked(
     options: &FreeOptions,
     disk: Arc<dyn Disk>,
     tell: &mut dyn FnMut(&Freed),
+    progress: &dyn Progress,
 ) -> Result<Freed> {
     let dir = &options.dir;
     let chain = Arc::new(Chain::open(dir)?);
@@ -149,15 +152,16 @@ pub fn free_locked(
         sync(above)?;
     }
     if rewrite {
-        rewrite_files(&chain, &found)?;
+        rewrite_files(&chain, &found, progress)?;
     } else {
         for file in &found.files {
             for pages in file.pages.iter() {
                 freeing.note(file.memory, &file.layer, pages)?;
             }
         }
+        progress.more(page_bytes(freeing.noted_pages()));
         freeing.sync()?;
-        freeing.free()?;
+        freeing.free(&mut |pages| progress.done(page_bytes(pages)))?;
     }
     freed.bytes_after = ancestors_bytes(&chain, id)?;
     Ok(freed)
@@ -165,7 +169,7 @@ pub fn free_locked(
 
 /// Rewrites pages files without the freed pages. The other pages keep their place, so the
 /// file has holes; a journal names them like punched pages.
-fn rewrite_files(chain: &Chain, found: &Found) -> Result<()> {
+fn rewrite_files(chain: &Chain, found: &Found, progress: &dyn Progress) -> Result<()> {
     let mut plans: BTreeMap<SnapshotId, Plan> = BTreeMap::new();
     for file in found.files.iter().filter(|file| !file.pages.is_empty()) {
         let snapshot = file.layer.snapshot;
@@ -195,7 +199,7 @@ fn rewrite_files(chain: &Chain, found: &Found) -> Result<()> {
     for (id, plan) in plans.into_iter().rev() {
         let at = |id| At { chain, id };
         let parent = chain.snapshot(id).parent.as_ref().ok().copied().flatten();
-        let stage = Stage::make(chain.directory(id)?, &plan, at(id), parent.map(at))?;
+        let stage = Stage::make(chain.directory(id)?, &plan, at(id), parent.map(at), progress)?;
         stage.publish(None)?;
     }
     Ok(())

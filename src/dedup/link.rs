@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::{
-    DedupError, Result,
+    DedupError, Progress, Result,
     free::require_directory,
     plan::{self, At, Plan, Renumbering},
     stage::{Stage, copy_file, copy_pages, recover, relative, snapshot_at},
@@ -55,14 +55,6 @@ pub struct Linked {
     pub bytes_before: u64,
     /// How many bytes it occupies now.
     pub bytes_after: u64,
-}
-
-/// Receives the progress in bytes.
-pub trait Progress: Sync {
-    /// Adds bytes that will be compared.
-    fn more(&self, bytes: u64);
-    /// Adds bytes that have been compared.
-    fn done(&self, bytes: u64);
 }
 
 /// Links snapshots into a chain: each takes the pages that it has in common with the
@@ -251,13 +243,14 @@ fn link_one(
     let dir = match copy {
         None => {
             if gained {
-                Stage::make(dir, &plan, child, Some(parent))?.publish(Some(parent_dir))?;
+                Stage::make(dir, &plan, child, Some(parent), progress)?
+                    .publish(Some(parent_dir))?;
             }
             dir
         }
         Some(copy) => {
             let linked_to = (gained || was_linked).then_some(parent_dir);
-            write_copy(copy, &plan, child, parent, linked_to)?;
+            write_copy(copy, &plan, (child, parent), linked_to, progress)?;
             copy
         }
     };
@@ -275,9 +268,9 @@ fn link_one(
 fn write_copy(
     dir: &Path,
     plan: &Plan,
-    child: At,
-    parent: At,
+    (child, parent): (At, At),
     linked_to: Option<&Path>,
+    progress: &dyn Progress,
 ) -> Result<()> {
     let failed = |step, path: &Path| {
         let path = path.to_owned();
@@ -300,7 +293,7 @@ fn write_copy(
         }
         _ => {}
     }
-    let stage = Stage::make(dir, plan, child, Some(parent))?;
+    let stage = Stage::make(dir, plan, child, Some(parent), progress)?;
     let images = DirectoryWriter::begin(dir)?;
     let replaced: BTreeSet<String> = plan
         .memories

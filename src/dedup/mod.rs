@@ -10,11 +10,13 @@ mod free;
 mod link;
 mod objects;
 mod plan;
+mod progress;
 mod reflink;
 mod stage;
 mod superseded;
 
 pub use error::{DedupError, Result};
 pub use free::{FreeOptions, Freed, check_freeing, free, free_locked, lock_ancestors};
-pub use link::{LinkOptions, Linked, Progress, link};
+pub use link::{LinkOptions, Linked, link};
+pub use progress::Progress;
 pub use reflink::{Reflinked, reflink};

@@ -28,7 +28,7 @@ use std::{
 use prost_reflect::Value;
 
 use super::{
-    DedupError, Result, compare,
+    DedupError, Progress, Result, compare,
     objects::Objects,
     plan::{self, At, MemoryPlan, Plan},
 };
@@ -75,7 +75,15 @@ impl<'a> Stage<'a> {
     ///
     /// # Errors
     /// Files that cannot be read or written; a result that does not read as before.
-    pub(super) fn make(dir: &Path, plan: &'a Plan, child: At, parent: Option<At>) -> Result<Self> {
+    pub(super) fn make(
+        dir: &Path,
+        plan: &'a Plan,
+        child: At,
+        parent: Option<At>,
+        progress: &dyn Progress,
+    ) -> Result<Self> {
+        let kept = plan.memories.iter().map(MemoryPlan::kept_pages).sum();
+        progress.more(page_bytes(kept));
         let stage = dir.join(DEDUP_STAGE);
         DirBuilder::new()
             .mode(DIRECTORY_MODE)
@@ -90,7 +98,7 @@ impl<'a> Stage<'a> {
         let inventory = Kind::Inventory.file_name(0);
         copy_file(&child.dir().join(&inventory), &made.stage.join(&inventory))?;
         for (memory, pages_id) in plan.memories.iter().zip(&made.pages_ids) {
-            made.memory(memory, *pages_id, child)?;
+            made.memory(memory, *pages_id, child, progress)?;
         }
         for (name, numbers) in &plan.renumbered {
             renumber(&child.dir().join(name), &made.stage.join(name), numbers)?;
@@ -126,7 +134,13 @@ impl<'a> Stage<'a> {
     }
 
     /// Writes the pagemap and the pages of a memory.
-    fn memory(&self, memory: &MemoryPlan, pages_id: u32, child: At) -> Result<()> {
+    fn memory(
+        &self,
+        memory: &MemoryPlan,
+        pages_id: u32,
+        child: At,
+        progress: &dyn Progress,
+    ) -> Result<()> {
         let from = memory.index.layers()[0].file;
         let path = self.stage.join(Kind::Pages.file_name(pages_id.into()));
         let target = regular::create(&path).map_err(|source| write_error(&path, source))?;
@@ -142,6 +156,7 @@ impl<'a> Stage<'a> {
                 }
                 copy(&from, start, len, &target, &path, offset)?;
                 offset += len;
+                progress.done(len);
             }
         }
         if let Some(gone) = &memory.gone {

@@ -192,7 +192,7 @@ fn free_superseded(images_dir: &Path) {
         }
     };
     let options = dedup::FreeOptions { dir: images_dir.to_owned(), rewrite: false };
-    match dedup::free_locked(&options, Arc::new(Kernel), &mut tell) {
+    match dedup::free_locked(&options, Arc::new(Kernel), &mut tell, &()) {
         Ok(freed) => log::info!("freed {} pages in the ancestors", freed.pages),
         Err(error) => log::warn!(
             "the dump is complete, but not all the pages that it supersedes were freed: {}\nhelp: \

@@ -197,7 +197,7 @@ impl State {
             return Ok(0);
         }
         self.freeing.sync()?;
-        let freed = self.freeing.free()?;
+        let freed = self.freeing.free(&mut |_| ())?;
         debug!("freed {freed} pages");
         Ok(freed)
     }

@@ -169,7 +169,7 @@ impl Where {
         match self {
             Self::Chain(freeing) => {
                 freeing.sync()?;
-                Ok(freeing.free()?)
+                Ok(freeing.free(&mut |_| ())?)
             }
             Self::Mount(mounted) => mounted.free(),
         }

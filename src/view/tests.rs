@@ -66,7 +66,7 @@ fn what_earlier_dumps_left_in_the_directory_does_no_harm() {
     let view = view(&disk);
     assert_eq!(bytes(&*open(&view, "pages-1.img")), [page(1, 3), page(1, 4)].concat());
     let chain = disk.open();
-    let findings = crate::chain::check(&chain, |_| true, &mut |_| ()).unwrap();
+    let findings = crate::chain::check(&chain, |_| true, &mut |_, _| ()).unwrap();
     let of_stale: Vec<_> =
         findings.iter().filter(|found| found.memory == Some(MemoryId::Private(6))).collect();
     let [found] = of_stale[..] else { panic!("{of_stale:?}") };
@@ -284,7 +284,13 @@ fn a_broken_chain_is_broken_only_where_it_is_needed() {
     fs::remove_file(disk.dir(1).join("pagemap-shmem-1024.img")).unwrap();
     let view = view(&disk);
     assert!(find(&view, "inventory.img").is_ok());
-    assert!(matches!(find(&view, "shmem/1024"), Err(ViewError::Chain(_))));
+    assert!(matches!(find(&view, "pages-7.img"), Err(ViewError::Chain(_))));
+    let object = open(&view, "shmem/1024");
+    let mut bytes = vec![0; usize::try_from(PAGE_SIZE).unwrap()];
+    read_at(&*object, 2 * PAGE_SIZE, &mut bytes).unwrap();
+    assert_eq!(bytes, page(2, 2));
+    let error = read_at(&*object, PAGE_SIZE, &mut bytes).unwrap_err().to_string();
+    assert!(error.contains("1/pagemap-shmem-1024.img has no entry"), "{error}");
     assert!(names(&view, "").contains(&"pages-7.img".to_owned()));
 }
 
@@ -299,7 +305,7 @@ fn a_flat_copy_is_a_chain_of_its_own_with_the_same_pages() {
     assert!(told.windows(2).all(|pair| pair[0].0 <= pair[1].0));
     assert!(told.last().is_some_and(|(done, total)| done == total));
     let copy = Chain::open(&out).unwrap();
-    assert!(crate::chain::check(&copy, |_| true, &mut |_| ()).unwrap().is_empty());
+    assert!(crate::chain::check(&copy, |_| true, &mut |_, _| ()).unwrap().is_empty());
     let tip = copy.choose(None).unwrap();
     assert_eq!(copy.snapshots().len(), 1);
     let copy = View::new(Arc::new(copy), tip);

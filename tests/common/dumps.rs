@@ -10,7 +10,7 @@ use std::{
 
 use rcriu::{
     chain::{self, Finding, Severity, check},
-    dedup::{DedupError, LinkOptions, Linked, Progress, link},
+    dedup::{DedupError, LinkOptions, Linked, link},
     image::{
         Directory, ImageWriter, Kind, MemoryId, PagemapEntry, PagemapWriter, Presence, proto,
         read_all, tree::state, vma,
@@ -108,7 +108,7 @@ pub fn assert_holds(dir: &Path, expected: &Model) {
 /// ended.
 pub fn findings(root: &Path) -> Vec<Finding> {
     let chain = rcriu::chain::Chain::open(root).unwrap();
-    let mut findings = check(&chain, is_restored, &mut |_| ()).unwrap();
+    let mut findings = check(&chain, is_restored, &mut |_, _| ()).unwrap();
     findings
         .retain(|finding| !finding.problem.starts_with("the first process of the tree is dead"));
     findings
@@ -130,16 +130,9 @@ pub fn listing(dir: &Path) -> BTreeMap<String, u64> {
     found
 }
 
-pub struct Silent;
-
-impl Progress for Silent {
-    fn more(&self, _: u64) {}
-    fn done(&self, _: u64) {}
-}
-
 pub fn link_all(dirs: &[&Path]) -> Result<Vec<Linked>, DedupError> {
     let dirs = dirs.iter().map(|dir| (*dir).to_owned()).collect();
-    link(&LinkOptions { dirs, keep_originals: false }, &Silent)
+    link(&LinkOptions { dirs, keep_originals: false }, &())
 }
 
 /// `rcriu dedup` with these arguments.

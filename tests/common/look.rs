@@ -12,7 +12,7 @@ use rcriu::{
 /// both ends of every file; errors are fine. `None` if there is no chain.
 pub fn ask(root: &Path, look_bytes: usize) -> Option<Arc<Chain>> {
     let chain = Chain::open(root).ok()?;
-    let _ = check(&chain, is_restored, &mut |_| ());
+    let _ = check(&chain, is_restored, &mut |_, _| ());
     let ids: Vec<_> = chain.ids().collect();
     for id in &ids {
         let _ = Summary::of(&chain, *id);

@@ -132,9 +132,9 @@ fn pages_are_named_on_disk_before_they_are_freed() {
             "write punched-7.img",
         ]
     );
-    assert_eq!(freeing.free().unwrap(), 1);
+    assert_eq!(freeing.free(&mut |_| ()).unwrap(), 1);
     assert_eq!(recorder.0.lock().unwrap().drain(..).collect::<Vec<_>>(), ["punch pages-7.img"]);
-    assert_eq!((freeing.noted_pages(), freeing.free().unwrap()), (0, 0));
+    assert_eq!((freeing.noted_pages(), freeing.free(&mut |_| ()).unwrap()), (0, 0));
     assert!(recorder.0.lock().unwrap().is_empty());
 }
 
@@ -149,7 +149,7 @@ fn room_is_given_back_and_the_bytes_are_gone_at_once_and_later() {
     let mut freeing = freeing(&chain);
     free_pages(&mut freeing, &chain, tip, 4..12);
     freeing.sync().unwrap();
-    assert_eq!(freeing.free().unwrap(), 8);
+    assert_eq!(freeing.free(&mut |_| ()).unwrap(), 8);
     let after: Vec<u64> = (1..=3).map(|layer| blocks(&disk, layer)).collect();
     // Pages 5 to 9 are in the first, 10 and 11 in the second, 4 in the third.
     assert_eq!(
@@ -196,7 +196,7 @@ fn room_is_given_back_and_the_bytes_are_gone_at_once_and_later() {
     let mut again = Freeing::new(Arc::clone(&anew), Arc::new(Kernel));
     again.prepare_all(&anew.index(tip, MEMORY).unwrap()).unwrap();
     again.sync().unwrap();
-    assert_eq!(again.free().unwrap(), 8);
+    assert_eq!(again.free(&mut |_| ()).unwrap(), 8);
 }
 
 #[test]
@@ -222,9 +222,9 @@ fn check_tells_what_is_gone_from_what_was_superseded() {
     free_pages(&mut freeing, &chain, base, 0..3);
     free_pages(&mut freeing, &chain, base, 15..20);
     freeing.sync().unwrap();
-    freeing.free().unwrap();
+    freeing.free(&mut |_| ()).unwrap();
     let told = || -> Vec<(Severity, String, String)> {
-        let findings = check(&disk.open(), |_| true, &mut |_| ()).unwrap();
+        let findings = check(&disk.open(), |_| true, &mut |_, _| ()).unwrap();
         let of = |finding: &crate::chain::Finding| {
             let dir = finding.dir.file_name().unwrap().to_string_lossy().into_owned();
             let at = format!("{} {}", dir, finding.first.unwrap());
@@ -369,7 +369,7 @@ proptest! {
                 free_pages(&mut freeing, &chain, tip, range);
             }
             freeing.sync().unwrap();
-            freeing.free().unwrap();
+            freeing.free(&mut |_| ()).unwrap();
             if anew {
                 freeing = make();
             }
@@ -398,7 +398,7 @@ proptest! {
                 gone.insert((models[position][&number].unwrap(), number));
             }
             freeing.sync().unwrap();
-            freeing.free().unwrap();
+            freeing.free(&mut |_| ()).unwrap();
         }
         let anew = Arc::new(disk.open());
         let chain = if live { &chain } else { &anew };
@@ -456,7 +456,7 @@ proptest! {
             .iter()
             .filter_map(|(number, layer)| layer.map(|layer| (layer, *number)))
             .collect();
-        let findings = check(&anew, |_| true, &mut |_| ()).unwrap();
+        let findings = check(&anew, |_| true, &mut |_, _| ()).unwrap();
         for (model, snapshot) in models.iter().zip(anew.snapshots()) {
             let asked = |number: &u64| {
                 let place = (model.get(number).copied().flatten()?, *number);
