@@ -297,9 +297,9 @@ fn privileged_consoles_of_runc_are_handed_over() {
     assert_eq!(seen.split_whitespace().nth(6), Some("34816"), "{seen}");
 }
 
-/// Podman finds `criu` in the search path.
-#[test]
-fn privileged_podman_checkpoints_exports_and_imports() {
+/// Executes commands of the shell with a Podman of its own as `$P`, which finds `criu` in the search
+/// path, and with an image `rcriu-test:1`. Standard output is that of the commands.
+fn podman(commands: &str) -> String {
     needs();
     slow();
     require(Cap::Program("podman"));
@@ -313,29 +313,79 @@ fn privileged_podman_checkpoints_exports_and_imports() {
     fs::write(path("containers.conf"), CONFIGURATION).unwrap();
     let script = format!(
         "set -eu
-         export PATH={bin}:$PATH CONTAINERS_CONF={conf}
+         cd {dir}
+         export PATH={dir}/bin:$PATH CONTAINERS_CONF={dir}/containers.conf
          P='podman --root {dir}/root --runroot {dir}/run --storage-driver vfs'
          trap '$P rm -af -t 0 >/dev/null; $P rmi -af >/dev/null' EXIT
-         tar -C {rootfs} -c . | $P import - rcriu-test:1 >/dev/null
-         reached() {{ $P logs $1 | tail -1; }}
-         on() {{ n=$(reached $1); sleep 1; test $(reached $1) -gt $n; test $n -ge $2; }}
+         tar -C rootfs -c . | $P import - rcriu-test:1 >/dev/null
+         {commands}",
+        dir = dir.path().display(),
+    );
+    let output = Command::new("bash").args(["-c", &script]).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn privileged_podman_checkpoints_exports_and_imports() {
+    podman(
+        r#"reached() { $P logs $1 | tail -1; }
+         on() { n=$(reached $1); sleep 1; test $(reached $1) -gt $n; test $n -ge $2; }
          $P run -d --name one --network none rcriu-test:1 sh -c \
              'i=0; while true; do i=$((i+1)); echo $i; sleep 0.2; done' >/dev/null
          on one 0
          $P container checkpoint one; $P container restore one; on one 5
          for how in zstd gzip none; do
              n=$(reached one)
-             $P container checkpoint --compress $how -e {dir}/archive one; $P rm one >/dev/null
-             $P container restore -i {dir}/archive -n one; on one 0
+             $P container checkpoint --compress $how -e archive one; $P rm one >/dev/null
+             $P container restore -i archive -n one; on one 0
          done
-         $P container checkpoint -P -e {dir}/before one
-         $P container checkpoint --with-previous -e {dir}/last one; $P rm one >/dev/null
-         $P container restore --import-previous {dir}/before -i {dir}/last -n one; on one 0",
-        bin = path("bin").display(),
-        conf = path("containers.conf").display(),
-        dir = dir.path().display(),
-        rootfs = path("rootfs").display(),
+         $P container checkpoint -P -e before one
+         $P container checkpoint --with-previous -e last one; $P rm one >/dev/null
+         $P container restore --import-previous before -i last -n one; on one 0"#,
     );
-    let output = Command::new("bash").args(["-c", &script]).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Debian has checkpointctl since version 13.
+#[test]
+fn privileged_checkpointctl_reads_archives_of_podman_and_imgfs() {
+    require(Cap::Program("checkpointctl"));
+    let told = podman(&format!(
+        r#"I={imgfs}
+         $P run -d --name one --network none -e MARK=of-the-test rcriu-test:1 sh -c \
+             'exec 7>/tmp/opened; nc -l -p 4444 >/dev/null & while true; do sleep 1000; done' >/dev/null
+         runs() {{ $P exec one ps | grep -q "$1$"; }}
+         until runs 'nc -l -p 4444' && runs 'sleep 1000'; do sleep 0.1; done
+         $P container checkpoint --leave-running --compress none -e plain.tar one >/dev/null
+         $P container checkpoint -P -e before.tar one >/dev/null
+         $P container checkpoint --with-previous -e last.tar one >/dev/null
+         $I pack plain.tar packed.tar.zst
+         $I flatten last.tar --previous before.tar --archive flat.tar
+         for archive in plain.tar packed.tar.zst flat.tar; do
+             echo "=== $archive"
+             checkpointctl show $archive
+             checkpointctl inspect --all $archive
+             checkpointctl memparse $archive
+             checkpointctl memparse -p 1 -s of-the-test $archive
+         done"#,
+        imgfs = env!("CARGO_BIN_EXE_imgfs"),
+    ));
+    let archives: Vec<&str> = told.split("=== ").skip(1).collect();
+    assert_eq!(archives.len(), 3);
+    for archive in archives {
+        for expected in [
+            "localhost/rcriu-test:1",
+            "Podman",
+            "Pages written: ",
+            "sh -c exec 7>/tmp/opened; nc -l -p 4444 >/dev/null & while",
+            "MARK=of-the-test",
+            "[REG 7]  /tmp/opened",
+            "nc -l -p 4444",
+            "[TCP (LISTEN)]  :::4444",
+            "PROCESS NAME",
+            "   of-the-test   1",
+        ] {
+            assert!(archive.contains(expected), "{expected}: {archive}");
+        }
+    }
 }
