@@ -1,10 +1,10 @@
 //! `rcriu check`: the features of this kernel, and the cost of each that is missing.
 
-use std::io::Write;
+use std::{env, fs, io::Write};
 
 use anyhow::bail;
 
-use crate::sys::Features;
+use crate::sys::{Features, features::named};
 
 /// Selects the features to check.
 #[derive(Debug, Default)]
@@ -26,6 +26,8 @@ enum Need {
     Sometimes,
     /// Nothing; it saves time or space.
     Speed,
+    /// Nothing: rcriu lacks what CRIU does with it, or does without it. Only those who name it are told.
+    Named,
 }
 
 /// A feature.
@@ -38,7 +40,7 @@ struct Row {
     cost: &'static str,
 }
 
-use Need::{Always, Sometimes, Speed};
+use Need::{Always, Named, Sometimes, Speed};
 
 const ROWS: &[Row] = &[
     row(&["ptrace_seize"], Always, |f| f.ptrace_seize, "no process can be stopped for a dump"),
@@ -139,6 +141,78 @@ const ROWS: &[Row] = &[
          dumped; this needs CAP_BPF, CAP_PERFMON and CONFIG_DEBUG_INFO_BTF",
     ),
     row(&["timens"], Sometimes, |f| f.time_namespaces, "no trees with a time namespace"),
+    row(&["aio_remap"], Sometimes, |_| named::aio_remap(), "AIO contexts can't be restored"),
+    row(&["timerfd"], Sometimes, |_| named::timerfd(), "timerfds can't be dumped"),
+    row(&["fdinfo_lock"], Sometimes, |_| named::fdinfo_lock(), "file locks can't be dumped"),
+    row(
+        &["memfd_hugetlb"],
+        Sometimes,
+        |_| named::memfd_hugetlb(),
+        "shared memory of huge pages can't be restored",
+    ),
+    row(
+        &["can_map_vdso"],
+        Sometimes,
+        |_| named::can_map_vdso(),
+        "processes can't be restored whose vDSO is not where a new one has it",
+    ),
+    row(
+        &["sk_unix_file"],
+        Sometimes,
+        |_| named::unix_file(),
+        "UNIX sockets whose files were renamed can't be dumped",
+    ),
+    row(
+        &["sk_ns"],
+        Sometimes,
+        |_| named::socket_namespace(),
+        "sockets of other network namespaces can't be recognized; it takes CAP_NET_ADMIN",
+    ),
+    row(
+        &["sockopt_buf_lock"],
+        Sometimes,
+        |_| named::buffer_lock(),
+        "restored sockets no longer adapt the sizes of their buffers",
+    ),
+    row(
+        &["ipv6_freebind"],
+        Sometimes,
+        |_| named::ipv6_freebind(),
+        "IPv6 sockets with addresses that are not there can't be restored",
+    ),
+    row(&["net_diag_raw"], Sometimes, |_| named::raw_sockets(), "raw sockets can't be dumped"),
+    row(
+        &["tcp_half_closed"],
+        Sometimes,
+        |_| named::half_closed(),
+        "half-closed TCP connections can't be dumped; this needs CAP_NET_ADMIN and CAP_NET_RAW",
+    ),
+    row(
+        &["nftables", "network_lock_nftables"],
+        Sometimes,
+        |_| named::nftables(),
+        "packets of TCP connections can't be held back without --network-lock=iptables; this needs \
+         CAP_NET_ADMIN and CONFIG_NF_TABLES",
+    ),
+    row(
+        &["nsid"],
+        Sometimes,
+        |_| named::namespace_numbers(),
+        "devices that lead to another network namespace can't be dumped",
+    ),
+    row(
+        &["move_mount_set_group"],
+        Sometimes,
+        |_| named::mount_groups(),
+        "mounts that share what is mounted below them can't be restored",
+    ),
+    row(&["ns_pid"], Sometimes, |_| named::pids_in_namespaces(), "no trees with a pid namespace"),
+    row(
+        &["loginuid"],
+        Sometimes,
+        |_| fs::metadata("/proc/self/loginuid").is_ok(),
+        "login ids can't be restored (CONFIG_AUDIT)",
+    ),
     row(&["userns"], Sometimes, |f| f.user_namespaces, "no trees with a user namespace"),
     row(&["cgroupns"], Sometimes, |f| f.cgroup_namespaces, "no trees with a cgroup namespace"),
     row(&["fuse"], Sometimes, |f| f.fuse, "imgfs can't mount a chain; restore from it directly"),
@@ -205,6 +279,34 @@ const ROWS: &[Row] = &[
         |f| f.fuse_passthrough,
         "images of a mount that are one file are read through imgfs, which is slower",
     ),
+    row(
+        &["pagemap_scan_guard_pages"],
+        Named,
+        |_| named::scan_of_guards(),
+        "guard pages are found one by one",
+    ),
+    // rcriu does these on every kernel that it supports.
+    row(&["overlayfs_maps"], Named, |f| f.map_files, "mapped files of an overlay can't be found"),
+    row(&["external_net_ns"], Named, |_| true, ""),
+    row(&["newifindex"], Named, |_| true, ""),
+    // CRIU stops threads by debug registers; rcriu does not.
+    row(&["breakpoints"], Named, |f| f.ptrace_seize, "no process can be stopped for a dump"),
+    row(
+        &["link_nsid"],
+        Named,
+        |_| named::devices_of_others(),
+        "the kernel is older than Linux 4.16",
+    ),
+    row(
+        &["has_ipt_legacy"],
+        Named,
+        |_| has_program("iptables-legacy-save"),
+        "rules of iptables can be dumped only if iptables-save is that of iptables-legacy",
+    ),
+    row(&["tun", "tun_ns"], Named, |_| false, "rcriu refuses network devices of programs"),
+    row(&["autofs"], Named, |_| false, "rcriu refuses automounts"),
+    row(&["compat_cr"], Named, |_| false, "rcriu refuses 32-bit programs"),
+    row(&["apparmor_stacking"], Named, |_| false, "rcriu restores no security profiles"),
 ];
 
 const fn row(
@@ -214,6 +316,12 @@ const fn row(
     cost: &'static str,
 ) -> Row {
     Row { names, need, has, cost }
+}
+
+/// Whether a program is in the search path.
+fn has_program(name: &str) -> bool {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path).any(|dir| dir.join(name).is_file())
 }
 
 /// Prints which features are present and which are missing; false if a required one is
@@ -236,7 +344,7 @@ impl Wanted {
     /// Returns the selected features: all of them unless some are named.
     fn rows(&self) -> anyhow::Result<Vec<&'static Row>> {
         if self.names.is_empty() {
-            return Ok(ROWS.iter().collect());
+            return Ok(ROWS.iter().filter(|row| row.need != Named).collect());
         }
         let find = |name: &String| match ROWS.iter().find(|row| row.names.contains(&name.as_str()))
         {
@@ -253,6 +361,7 @@ impl Wanted {
                 Always => true,
                 Sometimes => self.extra,
                 Speed => self.experimental,
+                Named => false,
             }
     }
 
@@ -306,7 +415,8 @@ mod tests {
     fn the_last_line_says_what_is_missing() {
         let (yes, lines) = printed(&Wanted::default(), &Features::default());
         assert!(!yes);
-        assert_eq!(lines.len(), ROWS.len() + 1);
+        let listed = ROWS.iter().filter(|row| row.need != Named).count();
+        assert_eq!(lines.len(), listed + 1);
         let last = lines.last().unwrap();
         assert!(last.starts_with("Does not look good: ptrace_seize, "), "{last}");
         assert!(!last.contains("soft_dirty"), "{last}");
@@ -333,8 +443,19 @@ mod tests {
 
     #[test]
     fn features_have_the_names_of_criu() {
-        for name in ["mem_dirty_track", "clone3_set_tid", "get_rseq_conf", "pagemap_scan", "uffd"] {
-            assert!(named(&[name]).rows().is_ok(), "{name}");
+        // All that `criu check --help` of 4.2 lists.
+        const OF_CRIU: &str = "mnt_id mem_dirty_track aio_remap timerfd tun tun_ns userns fdinfo_lock \
+            seccomp_suspend seccomp_filters loginuid cgroupns autofs tcp_half_closed compat_cr uffd \
+            uffd-noncoop can_map_vdso sk_ns sk_unix_file net_diag_raw nsid link_nsid kcmp_epoll timens \
+            external_net_ns clone3_set_tid newifindex nftables has_ipt_legacy pidfd_store ns_pid \
+            apparmor_stacking network_lock_nftables sockopt_buf_lock memfd_hugetlb move_mount_set_group \
+            openat2 get_rseq_conf ipv6_freebind pagemap_scan timer_cr_ids overlayfs_maps breakpoints \
+            pagemap_scan_guard_pages";
+        let features = Features::probe();
+        for name in OF_CRIU.split_whitespace() {
+            let (has, lines) = printed(&named(&[name]), &features);
+            assert_eq!(lines.last().unwrap() == "Looks good.", has, "{name}: {lines:?}");
+            assert_eq!(named(&[name]).rows().unwrap().len(), 1, "{name}");
         }
         let error = named(&["bogus"]).rows().err().unwrap().to_string();
         assert_eq!(error, "bogus is not a feature that is checked; --feature list names them");

@@ -3,6 +3,7 @@
 
 mod child;
 mod memory;
+pub mod named;
 
 use std::{
     fs::{self, File},

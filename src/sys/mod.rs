@@ -6,7 +6,7 @@ pub mod daemon;
 mod descriptors;
 pub mod fanotify;
 pub mod fds;
-mod features;
+pub mod features;
 pub mod gather;
 pub mod heap;
 pub mod kernel_memory;
