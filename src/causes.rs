@@ -41,6 +41,11 @@ pub fn program() -> String {
     Path::new(&path).file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
+/// Whether the user called this program `criu`.
+pub fn is_called_criu() -> bool {
+    program() == "criu"
+}
+
 /// Returns what an error and its causes say, and below it the remedies that they know,
 /// each in a line that begins with [`HELP`].
 pub fn told(error: &(dyn std::error::Error + 'static)) -> String {

@@ -89,6 +89,41 @@ fn what_is_installed_works_and_can_be_removed() {
     assert!(String::from_utf8_lossy(&output.stderr).contains("is not there"), "{output:?}");
 }
 
+/// Under the name of CRIU, the program says what scripts look for, and reads CRIU's files.
+#[test]
+fn a_link_named_criu_behaves_as_criu() {
+    let dir = tempfile::tempdir().expect("a directory can be made");
+    let criu = dir.path().join("criu");
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_rcriu"), &criu).expect("a link can be made");
+    let run = |words: &[&str]| {
+        let mut command = Command::new(&criu);
+        command.args(words).env("HOME", dir.path()).current_dir(dir.path());
+        let output = command.output().expect("it can be run");
+        let said = [output.stdout, output.stderr].concat();
+        (output.status.code(), String::from_utf8(said).expect("it prints text"))
+    };
+    for words in [["-V"].as_slice(), &["--version"], &["--vers"], &["dump", "-V"]] {
+        let (code, said) = run(words);
+        assert!(code == Some(0) && said.starts_with("Version: 4.2\n"), "{words:?}: {said}");
+    }
+    assert_eq!(run(&["check", "--feature", "openat2"]).0, Some(0));
+    assert_eq!(run(&["check", "--feature", "no-such-feature"]).0, Some(1));
+    for refused in ["exec", "page-server", "lazy-pages"] {
+        let (code, said) = run(&[refused, "-t", "1"]);
+        assert!(code == Some(1) && said.contains(refused), "{refused}: {said}");
+    }
+    assert_eq!(run(&["cpuinfo", "dump"]).0, Some(0));
+    assert_eq!(run(&["cpuinfo", "check", "-o", "log", "-v4"]).0, Some(0));
+    assert!(dir.path().join("log").exists() && dir.path().join("cpuinfo.img").exists());
+    for (home, is_read) in [(".rcriu", false), (".criu", true)] {
+        fs::create_dir(dir.path().join(home)).expect("it can be made");
+        fs::write(dir.path().join(home).join("default.conf"), "no-such-option\n")
+            .expect("it can be written");
+        let (code, said) = run(&["check", "--feature", "openat2"]);
+        assert_eq!(code == Some(1) && said.contains("line 1"), is_read, "{said}");
+    }
+}
+
 /// Runs dpkg on a root directory of the test's own.
 fn dpkg(root: &Path, arguments: &[&OsStr]) -> Output {
     let mut command = Command::new("dpkg");

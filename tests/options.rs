@@ -44,7 +44,7 @@ use rcriu::{
 const RCRIU: &str = env!("CARGO_BIN_EXE_rcriu");
 
 /// Commands with CRIU's options.
-const TASKS: [&str; 5] = ["dump", "pre-dump", "restore", "check", "dedup"];
+const TASKS: [&str; 7] = ["dump", "pre-dump", "restore", "check", "dedup", "cpuinfo", "service"];
 
 /// What a command is run with, and what its option is to do there.
 type Check = fn(command: &str);
@@ -125,11 +125,12 @@ const ROWS: &[Row] = &[
             ("display-stats", display_stats),
             ("manage-cgroups", manage_cgroups),
             ("cgroup-root", cgroup_root),
-            ("cpu-cap", cpu_cap),
         ],
     ),
+    (&["dump", "restore"], &[("cpu-cap", cpu_cap)]),
+    (&["cpuinfo"], &[("cpu-cap", compared)]),
     (
-        &["dump", "pre-dump", "restore", "check", "dedup"],
+        &["dump", "pre-dump", "restore", "check", "dedup", "cpuinfo", "service"],
         &[
             ("images-dir", images_dir),
             ("work-dir", work_dir),
@@ -162,7 +163,12 @@ const ROWS: &[Row] = &[
     (&["show"], &[("pretty", pretty), ("verbose", says_no_less)]),
     (
         &["service"],
-        &[("address", service), ("pidfile", service), ("daemon", service), ("work-dir", service)],
+        &[
+            ("address", service),
+            ("pidfile", service),
+            ("restore-detached", service),
+            ("status-fd", service_status),
+        ],
     ),
     (&["ls"], &[("duplicates", duplicates), ("json", json)]),
     (&["imgfs check"], &[("json", json)]),
@@ -269,6 +275,7 @@ fn opt(command: &str, arg: &Arg) -> Option<Opt> {
     let value = match name.as_str() {
         "inherit-fd" => "fd[0]:key",
         "empty-ns" => "net",
+        "cpu-cap" => "ins",
         "ext-unix-sk" => "7",
         // The first ones that mean something are refused.
         _ if !values.is_empty() => values[0].get_name(),
@@ -377,7 +384,13 @@ fn privileged_what_has_no_effect_says_so() {
                 let dir = directory();
                 let (dirs, _) = three(dir.path());
                 fine(rcriu(&["dedup", "--link", text(&dirs[0]), text(&dirs[2])]));
-                rcriu(&[&[command, "-v3", "-D", text(&dir.path().join("3"))], &words[..]].concat())
+                let last = dir.path().join("3");
+                let words = [&["-v3", "-D", text(&last)], &words[..]].concat();
+                match command {
+                    "service" => service_once(&words),
+                    "cpuinfo" => rcriu(&[&["cpuinfo", "dump"], &words[..]].concat()),
+                    _ => rcriu(&[&[command], &words[..]].concat()),
+                }
             }
         };
         let text = said(&output);
@@ -410,6 +423,7 @@ groups! {
     privileged_options_of_restore ["restore"];
     options_of_check_and_show ["check", "show"];
     options_of_the_service ["service"];
+    options_of_cpuinfo ["cpuinfo"];
     options_of_dedup ["dedup"];
     options_of_imgfs [
         "imgfs", "ls", "imgfs check", "diff", "flatten", "pack", "ps", "fds", "maps", "info", "cat", "get",
@@ -553,7 +567,12 @@ fn usual(command: &str, words: &[&str]) -> (Output, PathBuf, Box<dyn std::any::A
             let dir = directory();
             let (dirs, _) = three(dir.path());
             fine(rcriu(&["dedup", "--link", text(&dirs[0]), text(&dirs[1]), text(&dirs[2])]));
-            let output = rcriu(&[&[command, "-D", text(&dirs[2])], words].concat());
+            let words = &[&["-D", text(&dirs[2])], words].concat();
+            let output = match command {
+                "service" => service_once(words),
+                "cpuinfo" => rcriu(&[&["cpuinfo", "dump"], &words[..]].concat()),
+                _ => rcriu(&[&[command], &words[..]].concat()),
+            };
             (output, dirs[2].clone(), Box::new(dir))
         }
     }
@@ -614,6 +633,40 @@ fn service(_: &str) {
     let is_socket = fs::metadata(dir.path().join("socket")).unwrap().file_type().is_socket();
     kill(pid, Signal::SIGKILL).unwrap();
     assert!(is_socket && cwd == Path::new("/dev/null"));
+}
+
+/// Runs the service with these words until it waits for clients.
+fn service_once(words: &[&str]) -> Output {
+    let dir = directory();
+    let pidfile = dir.path().join("pid");
+    let mut command = Command::new(RCRIU);
+    command.args(["service", "-d", "--address"]).arg(dir.path().join("socket"));
+    command.arg("--pidfile").arg(&pidfile).args(words);
+    let output = common::live::bounded(command, &dir.path().join("said"));
+    if let Ok(pid) = fs::read_to_string(&pidfile) {
+        let pid = Pid::from_raw(pid.parse().unwrap());
+        kill(pid, Signal::SIGKILL).unwrap();
+        // It is a child of the first process, or of the harness if that adopts orphans.
+        let _ = nix::sys::wait::waitpid(pid, None);
+    }
+    output
+}
+
+/// A zero byte says that the service waits, and the end that nothing else comes.
+fn service_status(_: &str) {
+    let dir = directory();
+    let said = dir.path().join("status");
+    let script =
+        "exec 7>\"$2\"; exec \"$1\" service -d --address socket --pidfile pid --status-fd 7";
+    let mut command = Command::new("sh");
+    command.args(["-c", script, "sh", RCRIU]).arg(&said).current_dir(dir.path());
+    fine(common::live::bounded(command, &dir.path().join("output")));
+    assert_eq!(fs::read(&said).unwrap(), [0]);
+    let pid = Pid::from_raw(fs::read_to_string(dir.path().join("pid")).unwrap().parse().unwrap());
+    let open = fs::read_link(format!("/proc/{pid}/fd/7"));
+    kill(pid, Signal::SIGKILL).unwrap();
+    let _ = nix::sys::wait::waitpid(pid, None);
+    assert!(open.is_err(), "{open:?}");
 }
 
 fn timeout(command: &str) {
@@ -851,7 +904,7 @@ fn network_lock(_: &str) {
 /// tests/cgroups.rs looks at the effect of each mode.
 fn manage_cgroups(command: &str) {
     let modes = ["none", "ignore", "props", "soft", "full", "strict"];
-    some_values(command, "--manage-cgroups", &modes, &[]);
+    some_values(command, "--manage-cgroups", &modes);
 }
 
 /// Takes the root of a tree that has no cgroup of its own, and changes nothing.
@@ -871,12 +924,59 @@ fn cgroup_dump_controller(command: &str) {
     fine(run.dump_as(&[command, "--cgroup-dump-controller", "pids"]));
 }
 
-fn cpu_cap(command: &str) {
-    some_values(command, "--cpu-cap", &["none"], &["", "=all", "=fpu"]);
+/// The image of another processor: this one lacks a feature, and has one more.
+fn other_processor(images: &Path) {
+    let path = images.join("cpuinfo.img");
+    let mut found: Vec<proto::CpuinfoEntry> = read_all(&path, image::Kind::Cpuinfo).unwrap();
+    let entry = &mut found[0];
+    // fma4 and tbm, which few processors have, and vme, which programs do not use.
+    entry.x86_entry[0].capability[6] |= 1 << 16 | 1 << 21;
+    entry.x86_entry[0].capability[0] &= !2;
+    fs::remove_file(&path).unwrap();
+    let mut image = image::ImageWriter::create(&path, image::Kind::Cpuinfo).unwrap();
+    image.message(entry).unwrap();
+    image.finish().unwrap();
 }
 
-/// Runs a command with values of an option that it accepts, and with values that it refuses.
-fn some_values(command: &str, option: &str, accepted: &[&str], others: &[&str]) {
+/// The processor is recorded and compared if that is asked for.
+fn cpu_cap(command: &str) {
+    let mut run = Run::new();
+    if command == "dump" {
+        fine(run.dump("dump", &[]));
+        assert!(!run.images().join("cpuinfo.img").exists());
+        fine(run.dump("dump", &["--cpu-cap=none"]));
+        assert!(!run.images().join("cpuinfo.img").exists());
+        fine(run.dump("dump", &["--cpu-cap"]));
+        assert!(run.images().join("cpuinfo.img").exists());
+        return;
+    }
+    fine(run.dump_as(&["dump", "--cpu-cap=ins"]));
+    run.live.wait_gone();
+    other_processor(&run.images());
+    refused(&run.restore(&["--cpu-cap=ins"]), "it lacks fma4, tbm");
+    fine(run.restore(&["--cpu-cap=none"]));
+}
+
+/// What `cpuinfo` compares is what was named.
+fn compared(command: &str) {
+    let dir = directory();
+    let run = |action: &str, words: &[&str]| {
+        rcriu(&[&[command, action, "-D", text(dir.path())], words].concat())
+    };
+    refused(&run("check", &[]), "there is no cpuinfo.img");
+    fine(run("dump", &[]));
+    fine(run("check", &[]));
+    fine(run("check", &["--cpu-cap"]));
+    other_processor(dir.path());
+    refused(&run("check", &[]), "it lacks fma4, tbm");
+    refused(&run("check", &["--cpu-cap=none,cpu"]), "words of its features differ: 0 (");
+    fine(run("check", &["--cpu-cap=fpu,^ins"]));
+    refused(&run("look", &[]), "dump or check, not look");
+    refused(&rcriu(&[command]), "dump or check");
+}
+
+/// Runs a command with values of an option that it accepts.
+fn some_values(command: &str, option: &str, accepted: &[&str]) {
     for value in accepted {
         let word = format!("{option}={value}");
         let mut run = Run::new();
@@ -886,10 +986,6 @@ fn some_values(command: &str, option: &str, accepted: &[&str], others: &[&str]) 
         } else {
             fine(run.dump(command, &[&word]));
         }
-    }
-    for value in others {
-        let word = format!("{option}{value}");
-        refused(&rcriu(&[command, &word]), &format!("{word} is not supported yet"));
     }
 }
 
@@ -1240,6 +1336,8 @@ fn images_dir(command: &str) {
     let output = match command {
         "check" => rcriu(&[command, "-o", "the-log", "--images-dir", text(&absent)]),
         "dedup" => rcriu(&[command, "--images-dir", text(&absent)]),
+        "cpuinfo" => rcriu(&[command, "dump", "--images-dir", text(&absent)]),
+        "service" => service_once(&["--images-dir", text(&absent)]),
         _ => rcriu(
             &[command, "-t1", "-D", text(&absent)][..if command == "restore" { 1 } else { 2 }]
                 .iter()
@@ -1283,13 +1381,18 @@ fn verbosity(command: &str) {
 
 /// Descriptor 1 is closed: what would be printed is not, and is not in an image either.
 fn close(command: &str) {
-    let words: &[&str] = if TASKS[..3].contains(&command) { &["--display-stats"] } else { &[] };
+    // What is said goes to standard output, except by commands that print nothing.
+    let (fd, words): (_, &[&str]) = match command {
+        "dump" | "pre-dump" | "restore" => ("1", &["--display-stats"]),
+        "cpuinfo" | "service" => ("2", &["-v4"]),
+        _ => ("1", &[]),
+    };
     let (output, _, _keep) = usual(command, words);
     assert!(output.status.success());
     assert!(!said(&output).is_empty(), "{command}");
-    let (output, images, _keep) = usual(command, &[words, &["--close", "1"]].concat());
+    let (output, images, _keep) = usual(command, &[words, &["--close", fd]].concat());
     assert_eq!(fine(output), "", "{command}");
-    if command != "check" {
+    if !matches!(command, "check" | "service") {
         fine(imgfs(&["check", text(&images)]));
     }
 }

@@ -259,9 +259,53 @@ fn privileged_what_a_client_asks_for_in_vain_is_named() {
     }
     for kind in [CriuReqType::PageServer, CriuReqType::CpuinfoDump] {
         let client = Client::of_swrk();
+        // The processor would be described in a directory that is not named.
         let (_, response) = client.ask(&of_type(kind));
         assert!(!response.success && response.r#type() == kind, "{response:?}");
         assert_eq!(client.end(), Some(1));
+    }
+}
+
+#[test]
+fn a_client_describes_and_compares_the_processor() {
+    let dir = tempfile::tempdir().unwrap();
+    let opened = File::open(dir.path()).unwrap();
+    let ask = |kind, bits| {
+        let client = Client::of_swrk();
+        let opts = CriuOpts { cpu_cap: bits, ..CriuOpts::default() };
+        let (stages, response) = client.ask(&task(kind, &opened, opts));
+        assert!(stages.is_empty(), "{stages:?}");
+        client.end();
+        response.success
+    };
+    assert!(!ask(CriuReqType::CpuinfoCheck, None));
+    assert!(ask(CriuReqType::CpuinfoDump, None));
+    let whole = fs::read(dir.path().join("cpuinfo.img")).unwrap();
+    for bits in [None, Some(0), Some(4), Some(u32::MAX)] {
+        assert!(ask(CriuReqType::CpuinfoCheck, bits), "{bits:?}");
+    }
+    fs::write(dir.path().join("cpuinfo.img"), &whole[..whole.len() - 1]).unwrap();
+    assert!(!ask(CriuReqType::CpuinfoCheck, None));
+}
+
+/// Each task has the log that its request names.
+#[test]
+fn privileged_each_task_of_a_connection_has_its_own_log() {
+    require(Cap::Ptrace);
+    let live = Live::workload("pipes");
+    let pid = Some(live.root.as_raw());
+    let client = Client::of_swrk();
+    for name in ["1", "2"] {
+        fs::create_dir(live.path(name)).unwrap();
+        let dir = File::open(live.path(name)).unwrap();
+        let opts = CriuOpts { pid, log_file: Some(b"dump.log".to_vec()), ..CriuOpts::default() };
+        let (_, response) = client.ask(&task(CriuReqType::PreDump, &dir, opts));
+        assert!(response.success, "{response:?}");
+    }
+    client.end();
+    for name in ["1", "2"] {
+        let log = fs::read_to_string(live.path(name).join("dump.log")).unwrap();
+        assert_eq!(log.matches("stopped").count(), 1, "{name}: {log}");
     }
 }
 

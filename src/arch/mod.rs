@@ -14,6 +14,7 @@ pub mod x86_64;
 
 pub use calls::{ARGUMENTS, Entry, Return};
 pub use machine::{Machine, Notes, UnknownMachine, told_page_size};
+pub use x86_64::processor;
 
 #[cfg(target_arch = "aarch64")]
 pub use aarch64::native;

@@ -1,16 +1,18 @@
 //! The command line of `rcriu`.
 
-use std::{env, process::ExitCode};
+use std::{
+    env,
+    io::{self, Write},
+    process::ExitCode,
+};
 
 use clap::{Parser, Subcommand};
 
 use super::{
-    Common, exit, report,
-    service::{self, ServiceArgs},
-    show,
+    Common, exit, report, service, show,
     task::{self, Task, TaskWords},
 };
-use crate::{sys::heap, track::keeper};
+use crate::{causes::is_called_criu, sys::heap, track::keeper};
 
 /// Checkpoint and restore process trees
 ///
@@ -30,7 +32,8 @@ pub struct Rcriu {
 }
 
 const NOT_YET: &str = "\
-rcriu refuses these commands of CRIU for now: cpuinfo, lazy-pages, page-server.";
+rcriu refuses these commands of CRIU for now: lazy-pages, page-server. Called as criu, it prints
+its version as CRIU does, and reads CRIU's configuration files.";
 
 // Deferred: a command has a hundred options, and most runs need one command.
 #[derive(Debug, Subcommand)]
@@ -71,8 +74,14 @@ enum Command {
     /// an image directory, or a directory of image directories.
     #[command(after_help = DEDUP_EXAMPLE)]
     Dedup(TaskWords),
+    /// Describe the processor in an image, or compare it with that of an image
+    ///
+    /// `rcriu cpuinfo dump` writes cpuinfo.img to the image directory. `rcriu cpuinfo check`
+    /// compares: the exit status is 1 if this processor lacks what that of the image has.
+    #[command(after_help = CPUINFO_EXAMPLE)]
+    Cpuinfo(TaskWords),
     /// Serve clients of CRIU's protocol at a socket
-    Service(ServiceArgs),
+    Service(TaskWords),
     /// Serve the client behind a descriptor, as container runtimes and libcriu start it
     Swrk {
         /// Descriptor of a connected socket (AF_UNIX, SOCK_SEQPACKET)
@@ -87,6 +96,9 @@ enum Command {
         options: show::Options,
     },
 }
+
+/// The version of CRIU whose place rcriu takes, as scripts look for it.
+const VERSION: &str = "4.2";
 
 const DUMP_EXAMPLE: &str = "\
 Examples:
@@ -115,6 +127,11 @@ Exit codes:
   0  all required features are present
   1  a required feature is missing; the last line names it";
 
+const CPUINFO_EXAMPLE: &str = "\
+Examples:
+  rcriu cpuinfo dump -D images
+  rcriu cpuinfo check -D images --cpu-cap=ins";
+
 const DEDUP_EXAMPLE: &str = "\
 Examples:
   rcriu dedup -D chain/3
@@ -135,6 +152,11 @@ pub fn main() -> ExitCode {
             return ExitCode::from(exit::FAILED);
         }
     };
+    if prepared.asks_version && is_called_criu() {
+        // A closed pipe is no reason to fail.
+        let _ = writeln!(io::stdout(), "Version: {VERSION}\nrcriu {}", env!("CARGO_PKG_VERSION"));
+        return ExitCode::SUCCESS;
+    }
     match super::parsed(Rcriu::try_parse_from(prepared.words)) {
         Ok(rcriu) => rcriu.run(&prepared.given),
         Err(code) => code,
@@ -150,7 +172,11 @@ impl Rcriu {
             Command::Restore(args) => task::run(Task::Restore, &args, given),
             Command::Check(args) => task::run(Task::Check, &args, given),
             Command::Dedup(args) => task::run(Task::Dedup, &args, given),
-            Command::Service(args) => service::service(&args),
+            Command::Cpuinfo(args) => task::run(Task::Cpuinfo, &args, given),
+            Command::Service(args) => match task::service_options(&args, given) {
+                Ok(options) => service::service(&options, || task::start_service_log(&args, given)),
+                Err(code) => code,
+            },
             Command::Swrk { fd } => service::swrk(fd),
             Command::Show { common, options } => {
                 common.start_logging();

@@ -87,6 +87,12 @@ pub enum ResError {
         /// The difference.
         problem: String,
     },
+    /// The processor lacks what the tree may use, or cannot be compared.
+    #[error("compare the processor with that of the images: {problem}")]
+    Processor {
+        /// The difference, and the way out.
+        problem: String,
+    },
     /// The images describe a namespace wrongly.
     #[error("images of namespace {number}: {problem}")]
     Namespace {

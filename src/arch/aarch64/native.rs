@@ -8,7 +8,7 @@ use nix::libc;
 
 use crate::{
     arch::{Machine, Return},
-    proto::CoreEntry,
+    proto::{CoreEntry, CpuinfoX86Entry},
     units::RemoteAddr,
 };
 
@@ -36,6 +36,14 @@ pub const PORTS_NOTE: Option<usize> = None;
 
 /// No call maps the vDSO: it is moved by `mremap(2)`.
 pub const MAP_VDSO: Option<(libc::c_long, u64)> = None;
+
+/// Images of this machine do not describe the processor.
+///
+/// # Errors
+/// None.
+pub const fn processor() -> Result<Option<CpuinfoX86Entry>, String> {
+    Ok(None)
+}
 
 /// There is no other interface of system calls for 64-bit programs.
 pub const OTHER_INTERFACE: Option<libc::c_long> = None;

@@ -6,6 +6,7 @@ mod code;
 mod frame;
 #[cfg(target_arch = "x86_64")]
 pub mod native;
+pub mod processor;
 pub mod registers;
 #[cfg(target_arch = "x86_64")]
 mod xsave;

@@ -13,7 +13,7 @@ pub use super::{
 use super::{registers, xsave};
 use crate::{
     arch::Machine,
-    proto::{CoreEntry, UserDescT, UserX86RegsEntry, UserX86RegsMode},
+    proto::{CoreEntry, CpuinfoX86Entry, UserDescT, UserX86RegsEntry, UserX86RegsMode},
 };
 
 /// The machine.
@@ -40,6 +40,14 @@ pub const PORTS_NOTE: Option<usize> = Some(0x201);
 /// The call by which a process maps the vDSO at an address, which is its second argument,
 /// and the first argument: `ARCH_MAP_VDSO_64` (`asm/prctl.h`).
 pub const MAP_VDSO: Option<(libc::c_long, u64)> = Some((libc::SYS_arch_prctl, 0x2003));
+
+/// Describes the processor, as images of it do.
+///
+/// # Errors
+/// It is one that the images do not know.
+pub fn processor() -> Result<Option<CpuinfoX86Entry>, String> {
+    super::processor::describe().map(Some)
+}
 
 /// The bit in the number of a system call by which a program makes it through the x32
 /// interface (`__X32_SYSCALL_BIT`, `asm/unistd.h`).

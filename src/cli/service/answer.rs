@@ -122,13 +122,13 @@ impl Answerer {
                 };
                 yes(CriuResp { status: Some(status), ..CriuResp::default() })
             }
-            CriuReqType::CpuinfoDump
-            | CriuReqType::CpuinfoCheck
-            | CriuReqType::PageServer
-            | CriuReqType::PageServerChld => {
+            CriuReqType::CpuinfoDump | CriuReqType::CpuinfoCheck => {
+                Ok(self.task(kind, Task::Cpuinfo, request))
+            }
+            CriuReqType::PageServer | CriuReqType::PageServerChld => {
                 anyhow::bail!(
-                    "the request {} is not supported yet\nhelp: rcriu has no page server and does not \
-                     compare processors",
+                    "the request {} is not supported yet\nhelp: write the images to a local directory, \
+                     and copy them",
                     kind.as_str_name()
                 )
             }
@@ -155,7 +155,7 @@ impl Answerer {
             Err(error) => self.refuse(kind, &error),
         };
         let log = request::log_of(&opts, self.channel.peer);
-        let words = match request::words(task, &opts, self.channel.peer) {
+        let words = match request::words(kind, task, &opts, self.channel.peer) {
             Ok(words) => words,
             Err(error) => return task::refuse_client(log.as_deref(), error, &mut reply),
         };

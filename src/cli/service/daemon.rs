@@ -7,12 +7,11 @@ use std::{
         fd::{AsRawFd, OwnedFd},
         unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
     },
-    path::{Path, PathBuf},
+    path::Path,
     process::ExitCode,
 };
 
 use anyhow::{Context, bail};
-use clap::Args;
 use nix::{
     errno::Errno,
     sys::socket::{
@@ -24,9 +23,10 @@ use nix::{
 
 use super::{answer::Answerer, channel::Channel};
 use crate::{
-    cli::{exit, report},
+    cli::{exit, report, task::ServiceOptions},
     sys::{
         daemon::{self, Detached, Start},
+        fds,
         output::{self, Existing},
         supervise,
     },
@@ -35,26 +35,13 @@ use crate::{
 /// Where the service is, as with CRIU.
 const ADDRESS: &str = "/var/run/criu_service.socket";
 
-/// The options of `rcriu service`.
-#[derive(Args, Clone, Debug)]
-pub(in crate::cli) struct ServiceArgs {
-    /// Name of the socket
-    #[arg(long, value_name = "PATH", default_value = ADDRESS)]
-    address: PathBuf,
-    /// Write the pid of the service to FILE
-    #[arg(long, value_name = "FILE")]
-    pidfile: Option<PathBuf>,
-    /// Return as soon as the service waits for clients
-    #[arg(short, long)]
-    daemon: bool,
-    /// Directory of relative paths
-    #[arg(short = 'W', long, value_name = "DIR")]
-    work_dir: Option<PathBuf>,
-}
-
-/// Waits for clients, until it is killed.
-pub(in crate::cli) fn service(args: &ServiceArgs) -> ExitCode {
-    match start(args) {
+/// Waits for clients, until it is killed. Starts its log by `start_log`, in the directory in which the user
+/// has called it.
+pub(in crate::cli) fn service(
+    args: &ServiceOptions,
+    start_log: impl FnOnce() -> anyhow::Result<()>,
+) -> ExitCode {
+    match start(args, start_log) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             report(&error);
@@ -63,20 +50,22 @@ pub(in crate::cli) fn service(args: &ServiceArgs) -> ExitCode {
     }
 }
 
-fn start(args: &ServiceArgs) -> anyhow::Result<u8> {
-    if let Some(dir) = &args.work_dir {
-        nix::unistd::chdir(dir)
-            .with_context(|| format!("enter the work directory {}", dir.display()))?;
+fn start(
+    args: &ServiceOptions,
+    start_log: impl FnOnce() -> anyhow::Result<()>,
+) -> anyhow::Result<u8> {
+    if let Some(fd) = args.status_fd {
+        fds::duplicate(fd).with_context(|| format!("use descriptor {fd} (--status-fd)"))?;
     }
-    let absolute =
-        |path: &Path| std::path::absolute(path).with_context(|| format!("find {}", path.display()));
-    let (address, pidfile) = (absolute(&args.address)?, args.pidfile.as_deref().map(absolute));
-    let pidfile = pidfile.transpose()?;
+    let here = std::env::current_dir().context("find the current directory")?;
     let background = if args.daemon {
         match daemon::detach().context("go to the background")? {
             Detached::Foreground(foreground) => {
                 return Ok(match foreground.wait().context("wait for the service")? {
-                    Start::Ready => exit::OK,
+                    Start::Ready => {
+                        tell(args.status_fd);
+                        exit::OK
+                    }
                     Start::Exited(code) => u8::try_from(code).unwrap_or(exit::FAILED),
                     Start::Killed(signal) => bail!("the service was killed by {signal}"),
                 });
@@ -86,15 +75,24 @@ fn start(args: &ServiceArgs) -> anyhow::Result<u8> {
     } else {
         None
     };
-    let listener = open(&address)?;
-    if let Some(path) = &pidfile {
+    let enter = |dir: &Path| {
+        nix::unistd::chdir(dir).with_context(|| format!("enter the directory {}", dir.display()))
+    };
+    enter(&here)?;
+    start_log()?;
+    enter(&args.work_dir)?;
+    let address = args.address.as_deref().unwrap_or(Path::new(ADDRESS));
+    let listener = open(address)?;
+    if let Some(path) = &args.pidfile {
         let mut file = output::create(path, Existing::Replaced)
             .with_context(|| format!("create the pid file {}", path.display()))?;
         write!(file, "{}", std::process::id())
             .with_context(|| format!("write the pid file {}", path.display()))?;
     }
-    if let Some(background) = background {
-        background.ready().context("go to the background")?;
+    log::info!("waiting for clients at {}", address.display());
+    match background {
+        Some(background) => background.ready().context("go to the background")?,
+        None => tell(args.status_fd),
     }
     loop {
         match accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC) {
@@ -108,6 +106,14 @@ fn start(args: &ServiceArgs) -> anyhow::Result<u8> {
             Err(Errno::EINTR | Errno::ECONNABORTED) => {}
             Err(errno) => return Err(anyhow::Error::new(errno).context("wait for clients")),
         }
+    }
+}
+
+/// Tells the caller that the service waits for clients, and that nothing else comes.
+fn tell(fd: Option<i32>) {
+    if let Some(Ok(status)) = fd.map(super::take) {
+        // A caller that no longer wants to know harms nobody.
+        let _ = nix::unistd::write(&status, &[0]);
     }
 }
 

@@ -13,7 +13,7 @@ use std::{os::fd::OwnedFd, process::ExitCode};
 
 use anyhow::Context;
 
-pub(super) use self::daemon::{ServiceArgs, service};
+pub(super) use self::daemon::service;
 use self::{answer::Answerer, channel::Channel};
 use super::{exit, report};
 

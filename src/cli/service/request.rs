@@ -10,15 +10,15 @@ use nix::libc;
 
 use crate::{
     cli::task::Task,
-    proto::rpc::{CriuCgMode, CriuNetworkLockMethod, CriuOpts},
+    proto::rpc::{CriuCgMode, CriuNetworkLockMethod, CriuOpts, CriuReqType},
     units::HostPid,
 };
 
 /// An option by its long name, with its value.
 pub(super) type Word = (&'static str, Option<OsString>);
 
-/// `CPU_CAP_DEFAULT`: what clients send that do not care.
-const CPU_CAP_DEFAULT: u32 = u32::MAX;
+/// The bits of `cpu_cap`, by the names that `--cpu-cap` has for them (`cr_options.h`).
+const CPU_CAPS: [(u32, &str); 3] = [(1, ",fpu"), (2, ",cpu"), (4, ",ins")];
 
 /// The options of a request.
 #[derive(Debug)]
@@ -59,7 +59,12 @@ impl Words {
 ///
 /// # Errors
 /// A request that contradicts itself, or names a descriptor that the client does not have.
-pub(super) fn words(task: Task, opts: &CriuOpts, peer: HostPid) -> anyhow::Result<Words> {
+pub(super) fn words(
+    kind: CriuReqType,
+    task: Task,
+    opts: &CriuOpts,
+    peer: HostPid,
+) -> anyhow::Result<Words> {
     let mut words = Words {
         options: Vec::new(),
         config: opts.config_file.clone().map(OsString::from_vec).map(PathBuf::from),
@@ -76,7 +81,12 @@ pub(super) fn words(task: Task, opts: &CriuOpts, peer: HostPid) -> anyhow::Resul
     if let Some(fd) = opts.work_dir_fd.filter(|fd| *fd >= 0) {
         words.value("work-dir", directory(peer, fd, "work_dir_fd")?);
     }
-    if task != Task::Restore {
+    match kind {
+        CriuReqType::CpuinfoDump => words.operands.push("dump".into()),
+        CriuReqType::CpuinfoCheck => words.operands.push("check".into()),
+        _ => {}
+    }
+    if matches!(task, Task::Dump | Task::PreDump) {
         let Some(pid) = opts.pid.filter(|pid| *pid > 0) else {
             bail!(
                 "the request names no pid: a client that dumps itself is not supported yet\nhelp: have \
@@ -145,7 +155,10 @@ fn tree(opts: &CriuOpts, words: &mut Words) {
     words.flag("auto-dedup", opts.auto_dedup);
     words.flag("display-stats", opts.display_stats);
     words.flag("unprivileged", opts.unprivileged);
-    words.number("cpu-cap", opts.cpu_cap.filter(|cap| *cap != CPU_CAP_DEFAULT));
+    if let Some(bits) = opts.cpu_cap {
+        let names = CPU_CAPS.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, name)| *name);
+        words.value("cpu-cap", format!("none{}", names.collect::<String>()));
+    }
     words.bytes("lsm-profile", opts.lsm_profile.as_ref());
     words.bytes("lsm-mount-context", opts.lsm_mount_context.as_ref());
     words.number("verbosity", opts.log_level.filter(|level| *level >= 0));

@@ -10,12 +10,22 @@ use std::{
 use anyhow::{Context, anyhow};
 
 use super::arrange::{Arranged, Specs};
+use crate::causes::is_called_criu;
 
-/// The file for all users.
-const OF_ALL: &str = "/etc/rcriu/default.conf";
+/// The default files: for all users, and of one user in the home directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Defaults {
+    of_all: &'static str,
+    of_user: &'static str,
+}
 
-/// The file of one user, in the home directory.
-const OF_USER: &str = ".rcriu/default.conf";
+/// Our own.
+const OWN: Defaults =
+    Defaults { of_all: "/etc/rcriu/default.conf", of_user: ".rcriu/default.conf" };
+
+/// Those of CRIU.
+const OF_CRIU: Defaults =
+    Defaults { of_all: "/etc/criu/default.conf", of_user: ".criu/default.conf" };
 
 /// The variable that names a file to read after those two, as with CRIU.
 const VARIABLE: &str = "CRIU_CONFIG_FILE";
@@ -33,17 +43,28 @@ pub(super) struct Sources {
 impl Sources {
     /// Returns the files for a command line, in this environment.
     pub fn of(line: &Arranged) -> Self {
-        Self::find(line, |name| env::var_os(name))
+        let defaults = if is_called_criu() { OF_CRIU } else { OWN };
+        Self::find(line, defaults, |name| env::var_os(name))
     }
 
-    fn find(line: &Arranged, variable: impl Fn(&str) -> Option<OsString>) -> Self {
+    /// Returns the default files of the requests of clients, which know CRIU.
+    pub fn of_clients() -> Self {
+        Self::find(&Arranged::default(), OF_CRIU, |name| env::var_os(name))
+    }
+
+    fn find(
+        line: &Arranged,
+        defaults: Defaults,
+        variable: impl Fn(&str) -> Option<OsString>,
+    ) -> Self {
         let last = |name| line.given.iter().rfind(|given| given.name == name);
         let required = last("config").and_then(|given| given.value.clone()).map(PathBuf::from);
         let mut optional = Vec::new();
         // As with CRIU, the file of --config replaces the default ones.
         if required.is_none() && last("no-default-config").is_none() {
-            optional.push(PathBuf::from(OF_ALL));
-            optional.extend(variable("HOME").map(|home| Path::new(&home).join(OF_USER)));
+            optional.push(PathBuf::from(defaults.of_all));
+            let home = variable("HOME");
+            optional.extend(home.map(|home| Path::new(&home).join(defaults.of_user)));
         }
         optional.extend(variable(VARIABLE).filter(|path| !path.is_empty()).map(PathBuf::from));
         Self { optional, required }
@@ -195,10 +216,13 @@ mod tests {
             VARIABLE => Some("/v".into()),
             _ => None,
         };
-        let found = |words| Sources::find(&line(words), variable);
+        let found = |words| Sources::find(&line(words), OWN, variable);
         let paths = |paths: &[&str]| paths.iter().map(PathBuf::from).collect::<Vec<_>>();
-        let defaults = paths(&[OF_ALL, "/home/u/.rcriu/default.conf", "/v"]);
+        let defaults = paths(&[OWN.of_all, "/home/u/.rcriu/default.conf", "/v"]);
         assert_eq!(found(&["dump"]), Sources { optional: defaults, required: None });
+        let of_criu = paths(&["/etc/criu/default.conf", "/home/u/.criu/default.conf", "/v"]);
+        let expected = Sources { optional: of_criu, required: None };
+        assert_eq!(Sources::find(&line(&["dump"]), OF_CRIU, variable), expected);
         assert_eq!(
             found(&["dump", "--no-default-config"]),
             Sources { optional: paths(&["/v"]), required: None }

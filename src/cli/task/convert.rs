@@ -9,8 +9,8 @@ use nix::{
 };
 
 use super::options::{
-    AutoDedupName, DedupArgs, FileValidation, ImageArgs, Inodes, ManageCgroups, NetworkLock,
-    TaskArgs, TrackerName, TreeArgs, Verbosity,
+    AutoDedupName, CpuCap, DedupArgs, FileValidation, ImageArgs, Inodes, ManageCgroups,
+    NetworkLock, TaskArgs, TrackerName, TreeArgs, Verbosity,
 };
 use crate::{
     action,
@@ -24,7 +24,11 @@ use crate::{
             TerminalOptions, UnixOptions, Validation, WatchOptions,
         },
         ns::{self, mnt, net},
-        tree::{self, cgroup, session},
+        tree::{
+            self, cgroup,
+            processor::{self, Aspects},
+            session,
+        },
     },
     restore,
     step::stats,
@@ -49,6 +53,11 @@ pub(super) enum UsageError {
     SiblingNotDetached,
     #[error("--inherit-fd is for restore")]
     InheritNotRestoring,
+    #[error(
+        "cpuinfo needs an action, dump or check{}",
+        .0.as_ref().map_or(String::new(), |word| format!(", not {}", word.to_string_lossy()))
+    )]
+    CpuinfoAction(Option<std::ffi::OsString>),
     #[error("--keep-originals is for --link")]
     KeepNotLinking,
 }
@@ -109,6 +118,7 @@ pub(super) fn dump_options(args: &TaskArgs, pre_dump: bool) -> Result<dump::Opti
         common: tree::DumpOptions {
             sessions: session::Options::new(args.tree.shell_job),
             cgroups: cgroups(args),
+            processor: processor(args),
         },
         namespaces: namespaces(args),
         files: DumpOptions {
@@ -125,6 +135,10 @@ pub(super) fn dump_options(args: &TaskArgs, pre_dump: bool) -> Result<dump::Opti
         actions: actions(args),
         stats: stats(args),
     })
+}
+
+fn processor(args: &TaskArgs) -> processor::Options {
+    processor::Options::new(args.machine.cpu_cap.and_then(|cap| cap.0))
 }
 
 fn cgroups(args: &TaskArgs) -> cgroup::Options {
@@ -240,7 +254,7 @@ pub(super) fn restore_options(args: &TaskArgs) -> Result<restore::Options, Usage
             },
             pidfile: pidfile.map(|file| work_dir(&args.images).join(file)),
         },
-        common: tree::RestoreOptions { cgroups: cgroups(args) },
+        common: tree::RestoreOptions { cgroups: cgroups(args), processor: processor(args) },
         namespaces: namespaces(args),
         files: RestoreOptions {
             terminals: TerminalOptions::new(args.tree.shell_job),
@@ -272,6 +286,35 @@ pub(super) fn dedup_work(args: &TaskArgs) -> Result<Work, UsageError> {
     check_operands(args, false)?;
     let dir = args.images.images_dir.clone();
     Ok(if reflink { Work::Reflink(dir) } else { Work::Free(dedup::FreeOptions { dir, rewrite }) })
+}
+
+/// What `cpuinfo` is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum CpuinfoWork {
+    /// Writes the image.
+    Dump,
+    /// Compares the processor with the image.
+    Check(Aspects),
+}
+
+/// Returns what `cpuinfo` is to do. All aspects are compared, unless the user has said which.
+pub(super) fn cpuinfo_work(args: &TaskArgs) -> Result<CpuinfoWork, UsageError> {
+    const ALL: Aspects = Aspects { registers: true, instructions: true, everything: true };
+    const USUAL: Aspects = Aspects { everything: false, ..ALL };
+    if args.tree.exec_cmd {
+        return Err(UsageError::ExecNotRestoring);
+    }
+    match args.operands.as_slice() {
+        [word] if word == "dump" => Ok(CpuinfoWork::Dump),
+        [word] if word == "check" => Ok(CpuinfoWork::Check(match args.machine.cpu_cap {
+            None => USUAL,
+            Some(CpuCap(None)) => ALL,
+            Some(CpuCap(Some(aspects))) => aspects,
+        })),
+        [word] => Err(UsageError::CpuinfoAction(Some(word.clone()))),
+        [] => Err(UsageError::CpuinfoAction(None)),
+        [_, word, ..] => Err(UsageError::Operand(word.clone())),
+    }
 }
 
 /// Checks the operands, and the option that takes them.

@@ -3,12 +3,13 @@
 use std::{
     io::{self, Write},
     path::Path,
+    sync::{PoisonError, RwLock},
     time::Instant,
 };
 
 use anyhow::Context;
 use env_logger::{Builder, Target};
-use log::{Level, LevelFilter};
+use log::{Level, LevelFilter, Log, Metadata, Record};
 
 use crate::{
     causes::{TOLD, indented, one_line},
@@ -89,9 +90,43 @@ pub(super) fn start(file: Option<&Path>, level: LevelFilter, style: Style) -> an
             });
         }
     }
-    match (builder.try_init(), style) {
-        // A client may ask for several tasks: the first one's log has the messages of all.
-        (Err(_), Style::Criu) => Ok(()),
-        (started, _) => started.context("start logging"),
+    CURRENT.switch_to(builder.build());
+    // It is the current one already if this is not the first log: a service has its own, and so has each
+    // task that a client asks for.
+    let _ = log::set_logger(&CURRENT);
+    Ok(())
+}
+
+static CURRENT: Switch = Switch(RwLock::new(None));
+
+/// The logger of the task that is being done.
+struct Switch(RwLock<Option<env_logger::Logger>>);
+
+impl Switch {
+    fn switch_to(&self, logger: env_logger::Logger) {
+        log::set_max_level(logger.filter());
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Some(logger);
+    }
+
+    fn with(&self, run: impl FnOnce(&env_logger::Logger)) {
+        if let Some(logger) = &*self.0.read().unwrap_or_else(PoisonError::into_inner) {
+            run(logger);
+        }
+    }
+}
+
+impl Log for Switch {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        let mut enabled = false;
+        self.with(|logger| enabled = logger.enabled(metadata));
+        enabled
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        self.with(|logger| logger.log(record));
+    }
+
+    fn flush(&self) {
+        self.with(Log::flush);
     }
 }

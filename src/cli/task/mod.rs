@@ -1,4 +1,4 @@
-//! `rcriu dump`, `pre-dump`, `restore`, `check` and `dedup`: CRIU's command line.
+//! `rcriu dump`, `pre-dump`, `restore` and the other commands with CRIU's options.
 
 mod arrange;
 mod config;
@@ -17,7 +17,10 @@ use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
 pub(super) use self::{
     arrange::Given,
     options::size_bytes,
-    run::{Requested, refuse_client, run, run_for_client},
+    run::{
+        Requested, ServiceOptions, refuse_client, run, run_for_client, service_options,
+        start_service_log,
+    },
 };
 use self::{
     arrange::{Arranged, Specs},
@@ -35,10 +38,20 @@ pub(super) enum Task {
     Restore,
     Check,
     Dedup,
+    Cpuinfo,
+    Service,
 }
 
 impl Task {
-    const ALL: [Self; 5] = [Self::Dump, Self::PreDump, Self::Restore, Self::Check, Self::Dedup];
+    const ALL: [Self; 7] = [
+        Self::Dump,
+        Self::PreDump,
+        Self::Restore,
+        Self::Check,
+        Self::Dedup,
+        Self::Cpuinfo,
+        Self::Service,
+    ];
 
     const fn name(self) -> &'static str {
         match self {
@@ -47,6 +60,8 @@ impl Task {
             Self::Restore => "restore",
             Self::Check => "check",
             Self::Dedup => "dedup",
+            Self::Cpuinfo => "cpuinfo",
+            Self::Service => "service",
         }
     }
 
@@ -61,6 +76,8 @@ impl Task {
             Self::Restore => table::RESTORE,
             Self::Check => table::CHECK,
             Self::Dedup => table::DEDUP,
+            Self::Cpuinfo => table::CPUINFO,
+            Self::Service => table::SERVICE,
         }
     }
 }
@@ -72,6 +89,8 @@ pub(super) struct Prepared {
     pub words: Vec<OsString>,
     /// The options of a [`Task`], including those of configuration files.
     pub given: Vec<Given>,
+    /// Whether the user asks for the version.
+    pub asks_version: bool,
 }
 
 /// Prepares a command line: if it is that of a [`Task`], brings it into the order and spelling
@@ -86,10 +105,15 @@ pub(super) fn prepare(words: Vec<OsString>) -> anyhow::Result<Prepared> {
     let command = first.operands.first().and_then(|word| word.to_str()).unwrap_or_default();
     if let Some((name, instead)) = table::REFUSED_COMMANDS.iter().find(|(name, _)| *name == command)
     {
-        anyhow::bail!("the command {name} is not supported yet{HELP}{instead}");
+        anyhow::bail!("the command {name} is {instead}");
     }
+    let asks_version = first.for_clap.iter().any(|word| {
+        let word = word.to_string_lossy();
+        let name = word.strip_prefix("--").filter(|name| !name.is_empty());
+        word.starts_with("-V") || name.is_some_and(|name| "version".starts_with(name))
+    });
     let Some(task) = Task::named(command) else {
-        return Ok(Prepared { words, given: Vec::new() });
+        return Ok(Prepared { words, given: Vec::new(), asks_version });
     };
     let mut all = if first.for_clap.is_empty() {
         specs.arrange(line, Sources::of(&first).read(&specs)?)
@@ -101,12 +125,12 @@ pub(super) fn prepare(words: Vec<OsString>) -> anyhow::Result<Prepared> {
     let mut prepared: Vec<OsString> = words.into_iter().take(1).collect();
     prepared.push(task.name().into());
     prepared.extend(all.words());
-    Ok(Prepared { words: prepared, given: all.given })
+    Ok(Prepared { words: prepared, given: all.given, asks_version })
 }
 
 /// Returns why an option that was given is refused.
 fn refusal(task: Task, given: &[Given]) -> Option<String> {
-    given.iter().find_map(|Given { name, value, configured }| {
+    given.iter().find_map(|Given { name, configured, .. }| {
         let Some(row) = table::row(name, task.as_set()) else {
             let said = format!("--{name} is not an option of {}\nhelp: leave it out", task.name());
             return (!configured).then_some(said);
@@ -115,16 +139,6 @@ fn refusal(task: Task, given: &[Given]) -> Option<String> {
             State::Built | State::Harmless(_) => None,
             State::Refused(instead) => {
                 Some(format!("--{name} is not supported yet{HELP}{instead}"))
-            }
-            State::RefusedUnless(values, instead) => {
-                let value = value.as_ref().map(|value| value.to_string_lossy());
-                match value {
-                    Some(value) if values.contains(&&*value) => None,
-                    Some(value) => {
-                        Some(format!("--{name}={value} is not supported yet{HELP}{instead}"))
-                    }
-                    None => Some(format!("--{name} is not supported yet{HELP}{instead}")),
-                }
             }
         }
     })
@@ -138,7 +152,7 @@ fn without_effect(task: Task, given: &[Given]) -> impl Iterator<Item = String> {
         };
         match row.state {
             State::Harmless(why) => Some(format!("--{name} has no effect: {why}")),
-            State::Built | State::Refused(_) | State::RefusedUnless(..) => None,
+            State::Built | State::Refused(_) => None,
         }
     })
 }
@@ -202,7 +216,8 @@ fn tidied(arg: Arg, task: Option<Task>) -> Arg {
             _ if !arg.is_last_set() => arg,
             Task::Restore => arg,
             Task::Dedup => arg.value_name("DIR").help("Full dumps to link, the oldest first"),
-            Task::Dump | Task::PreDump | Task::Check => arg.hide(true),
+            Task::Cpuinfo => arg.value_name("ACTION").help("dump or check"),
+            Task::Dump | Task::PreDump | Task::Check | Task::Service => arg.hide(true),
         };
     };
     let Some(row) = table::row(name, task.as_set()) else {
@@ -210,7 +225,7 @@ fn tidied(arg: Arg, task: Option<Task>) -> Arg {
         return arg.hide(is_known);
     };
     match row.state {
-        State::Built | State::RefusedUnless(..) => arg,
+        State::Built => arg,
         State::Harmless(_) => arg.hide_short_help(true).help_heading(WITHOUT_EFFECT),
         State::Refused(_) => arg.hide_short_help(true).help_heading(REFUSED),
     }

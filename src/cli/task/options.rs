@@ -8,12 +8,12 @@ use std::{ffi::OsString, path::PathBuf, str::FromStr};
 
 use clap::{Args, ValueEnum};
 
-use crate::inject::FreezeOptions;
+use crate::{inject::FreezeOptions, res::tree::processor::Aspects};
 
 /// The value of an option that was given without one.
 pub(super) const NO_VALUE: &str = "+";
 
-/// The options and operands of `dump`, `pre-dump`, `restore`, `check` and `dedup`.
+/// The options and operands of all commands that have CRIU's options.
 #[derive(Args, Clone, Debug)]
 #[command(args_override_self = true)]
 pub(in crate::cli) struct TaskArgs {
@@ -63,7 +63,7 @@ pub(super) struct TreeArgs {
     /// Leave the tree stopped after the dump or restore
     #[arg(short = 's', long, overrides_with = "leave_running")]
     pub leave_stopped: bool,
-    /// Return as soon as the tree runs, instead of waiting for it to end
+    /// Return as soon as the tree runs, or the service waits for clients
     #[arg(short = 'd', long, alias = "daemon")]
     pub restore_detached: bool,
     /// Make the root of the tree a child of rcriu's parent; requires -d
@@ -76,7 +76,7 @@ pub(super) struct TreeArgs {
     /// --exec-cmd -- COMMAND...
     #[arg(long)]
     pub exec_cmd: bool,
-    /// Write the pid of the tree's root to FILE
+    /// Write the pid of the tree's root, or of the service, to FILE
     #[arg(long, value_name = "FILE")]
     pub pidfile: Option<PathBuf>,
     /// Fail if rcriu cannot stop the tree within this time
@@ -211,10 +211,13 @@ pub(super) struct AroundArgs {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Machine")]
 pub(super) struct MachineArgs {
-    /// Check these features of the processor; only `none` is supported
-    #[arg(long, value_name = "FEATURE,...", num_args = 0..=1, require_equals = true,
+    /// Record the processor in the dump, and compare it at the restore [default: none]
+    ///
+    /// ins: the instructions; fpu: the registers; cpu: all features; all; none. A ^ before a
+    /// name leaves it out. ins and fpu are compared unless they are left out.
+    #[arg(long, value_name = "ASPECT,...", num_args = 0..=1, require_equals = true,
           default_missing_value = "all")]
-    pub cpu_cap: Option<String>,
+    pub cpu_cap: Option<CpuCap>,
     /// Restore the tree under this security profile
     #[arg(long, value_name = "TYPE:NAME")]
     pub lsm_profile: Option<String>,
@@ -303,7 +306,7 @@ pub(super) struct ServerArgs {
     /// Send memory to a page server
     #[arg(long)]
     pub page_server: bool,
-    /// Address of the page server
+    /// Address of the page server, or path of the service's socket
     #[arg(long, value_name = "ADDRESS")]
     pub address: Option<String>,
     /// Port of the page server
@@ -312,7 +315,7 @@ pub(super) struct ServerArgs {
     /// Descriptor of a connected socket to the page server
     #[arg(long, value_name = "FD")]
     pub ps_socket: Option<i32>,
-    /// Write to this descriptor when the page server is ready
+    /// Write a zero byte to this descriptor, and close it, when the server is ready
     #[arg(long, value_name = "FD")]
     pub status_fd: Option<i32>,
     /// Encrypt the connection to the page server
@@ -406,7 +409,8 @@ pub(super) struct ConfigArgs {
     /// Read options from FILE, one per line, without dashes; the command line overrides them
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Do not read /etc/rcriu/default.conf and ~/.rcriu/default.conf
+    /// Do not read /etc/rcriu/default.conf and ~/.rcriu/default.conf (as criu: /etc/criu and
+    /// ~/.criu)
     #[arg(long)]
     pub no_default_config: bool,
 }
@@ -476,6 +480,33 @@ pub(super) enum ManageCgroups {
     Strict,
     /// Leave the tree in the cgroup of rcriu
     Ignore,
+}
+
+/// `--cpu-cap`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct CpuCap(pub Option<Aspects>);
+
+impl FromStr for CpuCap {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let mut aspects = Aspects { registers: true, instructions: true, everything: false };
+        for word in text.split(',').filter(|word| !word.is_empty()) {
+            let name = word.trim_start_matches('^');
+            let wanted = (word.len() - name.len()).is_multiple_of(2);
+            match name {
+                "fpu" => aspects.registers = wanted,
+                "ins" => aspects.instructions = wanted,
+                "cpu" => aspects.everything = wanted,
+                "all" | "none" => {
+                    let all = wanted == (name == "all");
+                    aspects = Aspects { registers: all, instructions: all, everything: all };
+                }
+                _ => return Err("not a list of cpu, fpu, ins, all and none, each maybe after a ^"),
+            }
+        }
+        Ok(Self((aspects != Aspects::default()).then_some(aspects)))
+    }
 }
 
 /// The value of one `-v`.
@@ -565,6 +596,28 @@ mod tests {
         for text in ["", "k", "1T", "-1", "1.5M", "99999999999999G", "1 M"] {
             assert!(size_bytes(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn aspects_of_the_processor_are_added_and_left_out() {
+        let aspects = |registers, instructions, everything| {
+            Ok(CpuCap(Some(Aspects { registers, instructions, everything })))
+        };
+        for (text, expected) in [
+            ("all", aspects(true, true, true)),
+            ("", aspects(true, true, false)),
+            ("cpu", aspects(true, true, true)),
+            ("ins", aspects(true, true, false)),
+            ("^ins", aspects(true, false, false)),
+            ("none,ins", aspects(false, true, false)),
+            ("^none", aspects(true, true, true)),
+            ("all,^cpu,^fpu", aspects(false, true, false)),
+            ("none", Ok(CpuCap(None))),
+            ("^fpu,^ins", Ok(CpuCap(None))),
+        ] {
+            assert_eq!(text.parse(), expected, "{text}");
+        }
+        assert!("avx".parse::<CpuCap>().is_err() && "ins cpu".parse::<CpuCap>().is_err());
     }
 
     #[test]

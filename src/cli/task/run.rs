@@ -3,6 +3,7 @@
 use std::{
     ffi::OsString,
     fs::File,
+    io::BufWriter,
     os::{fd::IntoRawFd, unix::process::CommandExt},
     path::{Path, PathBuf},
     process::ExitCode,
@@ -16,9 +17,9 @@ use nix::libc;
 
 use super::{
     Given, Task, TaskArgs, TaskWords,
-    arrange::{Arranged, Specs},
+    arrange::Specs,
     config::Sources,
-    convert::{self, UsageError},
+    convert::{self, CpuinfoWork, UsageError},
     log::{self as task_log, Style},
     refusal, without_effect,
 };
@@ -26,10 +27,14 @@ use crate::{
     action::Client,
     cli::{answer, check_features, dedup, exit, report},
     dump, fault,
+    image::{Directory, ImageWriter, Kind},
     inject::{self, Repair},
-    res::file,
+    res::{file, tree::processor},
     restore,
-    sys::supervise::{self, Ended, Side},
+    sys::{
+        output::{self, Existing},
+        supervise::{self, Ended, Side},
+    },
     units::HostPid,
 };
 
@@ -59,7 +64,7 @@ pub(in crate::cli) fn run_for_client(
     let (client, taker) = (requested.client.clone(), requested.taker.clone());
     let log = requested.log.clone();
     let prepared = prepare_request(task, requested).and_then(|(args, given)| {
-        let work = Work::of(task, &args).expect("clients ask only for dumps and restores")?;
+        let work = Work::of(task, &args).expect("a client cannot ask for another task")?;
         Ok((work.with_client(client, taker), args, given))
     });
     let (work, args, given) = match prepared {
@@ -96,7 +101,7 @@ pub(in crate::cli) fn refuse_client(
 fn prepare_request(task: Task, requested: Requested) -> anyhow::Result<(TaskWords, Vec<Given>)> {
     let Requested { options, config, operands, .. } = requested;
     let specs = Specs::of(&TaskArgs::augment_args(Command::new("task")));
-    let mut all = Sources::of(&Arranged::default()).read(&specs)?;
+    let mut all = Sources::of_clients().read(&specs)?;
     for (name, value) in options {
         specs
             .configured(name, value, &mut all)
@@ -119,6 +124,8 @@ fn prepare_request(task: Task, requested: Requested) -> anyhow::Result<(TaskWord
 enum Work {
     Dump(dump::Options),
     Restore(restore::Options),
+    /// With the directory of the image.
+    Cpuinfo(CpuinfoWork, PathBuf),
 }
 
 /// Runs a command and returns the exit code.
@@ -233,13 +240,17 @@ fn start_log(task: Task, args: &TaskArgs, given: &[Given], style: Style) -> anyh
 }
 
 impl Work {
-    /// Returns what a command line asks for; `None` for a task that is neither a dump nor a restore.
+    /// Returns what a command line asks for; `None` for a task that no client of the service asks for.
     fn of(task: Task, args: &TaskArgs) -> Option<Result<Self, UsageError>> {
         Some(match task {
             Task::Dump => convert::dump_options(args, false).map(Self::Dump),
             Task::PreDump => convert::dump_options(args, true).map(Self::Dump),
             Task::Restore => convert::restore_options(args).map(Self::Restore),
-            Task::Check | Task::Dedup => return None,
+            Task::Cpuinfo => {
+                let dir = args.images.images_dir.clone();
+                convert::cpuinfo_work(args).map(|work| Self::Cpuinfo(work, dir))
+            }
+            Task::Check | Task::Dedup | Task::Service => return None,
         })
     }
 
@@ -247,7 +258,7 @@ impl Work {
     fn carry_out(&self, perform: impl FnOnce() -> u8) -> anyhow::Result<u8> {
         match self {
             Self::Dump(options) => supervised(options.root, perform),
-            Self::Restore(_) => Ok(perform()),
+            Self::Restore(_) | Self::Cpuinfo(..) => Ok(perform()),
         }
     }
 
@@ -266,6 +277,7 @@ impl Work {
                 options.actions = options.actions.clone().with_client(client);
                 options.files.orphans = file::Orphans::new(taker);
             }
+            Self::Cpuinfo(..) => {}
         }
         self
     }
@@ -275,6 +287,21 @@ impl Work {
         match self {
             Self::Dump(options) => {
                 dump::run(options)?;
+                Ok(None)
+            }
+            Self::Cpuinfo(CpuinfoWork::Dump, dir) => {
+                let path = dir.join(Kind::Cpuinfo.file_name(0));
+                let entry = processor::entry()?;
+                let file = output::create(&path, Existing::Replaced)
+                    .with_context(|| format!("create {}", path.display()))?;
+                let mut image = ImageWriter::new(&path, BufWriter::new(file), Kind::Cpuinfo)?;
+                image.message(&entry)?;
+                image.finish()?;
+                info!("wrote {}", path.display());
+                Ok(None)
+            }
+            Self::Cpuinfo(CpuinfoWork::Check(aspects), dir) => {
+                processor::compare(&Directory::at(dir), *aspects)?;
                 Ok(None)
             }
             Self::Restore(options) => {
@@ -301,6 +328,49 @@ fn dedup(args: &TaskArgs, given: &[Given]) -> ExitCode {
         return ExitCode::from(exit::FAILED);
     }
     answer(|out| dedup::run(&work, args.dedup.json, out), exit::FAILED, exit::FAILED)
+}
+
+/// The options of the service.
+#[derive(Clone, Debug)]
+pub(in crate::cli) struct ServiceOptions {
+    /// The name of its socket, unless it is the usual one.
+    pub address: Option<PathBuf>,
+    /// The file for its pid.
+    pub pidfile: Option<PathBuf>,
+    /// Whether it runs in the background.
+    pub daemon: bool,
+    /// The directory of relative paths.
+    pub work_dir: PathBuf,
+    /// The descriptor that is told when it waits for clients.
+    pub status_fd: Option<i32>,
+}
+
+/// Returns the options of the service.
+///
+/// # Errors
+/// The exit code, if the command line is wrong.
+pub(in crate::cli) fn service_options(
+    args: &TaskArgs,
+    given: &[Given],
+) -> Result<ServiceOptions, ExitCode> {
+    if let Some(refusal) = refusal(Task::Service, given) {
+        report(&anyhow::Error::msg(refusal));
+        return Err(ExitCode::from(exit::FAILED));
+    }
+    convert::check_operands(args, false).map_err(|error| usage(error.into()))?;
+    close(args);
+    Ok(ServiceOptions {
+        address: args.server.address.as_ref().map(PathBuf::from),
+        pidfile: args.tree.pidfile.clone(),
+        daemon: args.tree.restore_detached,
+        work_dir: convert::work_dir(&args.images),
+        status_fd: args.server.status_fd,
+    })
+}
+
+/// Starts the log of the service.
+pub(in crate::cli) fn start_service_log(args: &TaskArgs, given: &[Given]) -> anyhow::Result<()> {
+    start_log(Task::Service, args, given, Style::Own)
 }
 
 fn check(args: &TaskArgs, given: &[Given]) -> ExitCode {

@@ -14,10 +14,14 @@ pub(super) const RESTORE: Commands = Commands(4);
 pub(super) const CHECK: Commands = Commands(8);
 /// `dedup`
 pub(super) const DEDUP: Commands = Commands(16);
+/// `cpuinfo`
+pub(super) const CPUINFO: Commands = Commands(32);
+/// `service`
+pub(super) const SERVICE: Commands = Commands(64);
 
 const DUMPS: Commands = DUMP.or(PRE_DUMP);
 const BOTH: Commands = DUMPS.or(RESTORE);
-const ALL: Commands = BOTH.or(CHECK).or(DEDUP);
+const ALL: Commands = BOTH.or(CHECK).or(DEDUP).or(CPUINFO).or(SERVICE);
 
 impl Commands {
     const fn or(self, other: Self) -> Self {
@@ -39,8 +43,6 @@ pub(super) enum State {
     Harmless(&'static str),
     /// rcriu refuses it; the text is the remedy.
     Refused(&'static str),
-    /// rcriu refuses it unless it has one of these values; the text is the remedy.
-    RefusedUnless(&'static [&'static str], &'static str),
 }
 
 /// An option.
@@ -60,7 +62,7 @@ pub(super) fn row(name: &str, on: Commands) -> Option<&'static Row> {
     ROWS.iter().find(|row| row.name == name && row.on.has(on))
 }
 
-use State::{Built, Harmless, Refused, RefusedUnless};
+use State::{Built, Harmless, Refused};
 
 const NO_NAMESPACES: &str = "leave it out: trees with namespaces of their own are not dumped";
 const NO_FILES: &str = "a pre-dump writes only memory";
@@ -75,11 +77,11 @@ pub(super) const ROWS: &[Row] = &[
     built("leave-running", DUMP),
     harmless("leave-running", PRE_DUMP, "the tree always runs on after a pre-dump"),
     built("leave-stopped", DUMP.or(RESTORE)),
-    built("restore-detached", RESTORE),
+    built("restore-detached", RESTORE.or(SERVICE)),
     built("restore-sibling", RESTORE),
     built("shell-job", BOTH),
     built("exec-cmd", RESTORE),
-    built("pidfile", RESTORE),
+    built("pidfile", RESTORE.or(SERVICE)),
     built("timeout", DUMPS),
     built("root", RESTORE),
     harmless("root", DUMPS, "a dump finds the root mount by itself"),
@@ -132,11 +134,8 @@ pub(super) const ROWS: &[Row] = &[
     built("close", ALL),
     refused("libdir", BOTH, "leave it out if the tree needs no plugin: rcriu has none"),
     // Machine
-    Row {
-        name: "cpu-cap",
-        on: BOTH,
-        state: RefusedUnless(&["none"], "restore on the same kind of processor, or try with =none"),
-    },
+    built("cpu-cap", DUMP.or(RESTORE).or(CPUINFO)),
+    harmless("cpu-cap", PRE_DUMP, NO_FILES),
     refused(
         "lsm-profile",
         RESTORE,
@@ -175,9 +174,11 @@ pub(super) const ROWS: &[Row] = &[
     // Page server
     refused("page-server", DUMPS, PAGE_SERVER),
     refused("address", BOTH, PAGE_SERVER),
+    built("address", SERVICE),
     refused("port", BOTH, PAGE_SERVER),
     refused("ps-socket", BOTH, PAGE_SERVER),
     refused("status-fd", BOTH, "wait for the exit code"),
+    built("status-fd", SERVICE),
     refused("tls", BOTH, TLS),
     refused("tls-cacert", BOTH, TLS),
     refused("tls-cacrl", BOTH, TLS),
@@ -218,10 +219,12 @@ const fn refused(name: &'static str, on: Commands, instead: &'static str) -> Row
     Row { name, on, state: Refused(instead) }
 }
 
-/// Commands of CRIU that rcriu lacks, each with its remedy.
+/// Commands of CRIU that rcriu lacks: what they are, with the remedy.
 pub(super) const REFUSED_COMMANDS: &[(&str, &str)] = &[
-    ("cpuinfo", "restore on the same kind of processor"),
-    ("exec", "CRIU has dropped it, too"),
-    ("lazy-pages", "restore without --lazy-pages"),
-    ("page-server", PAGE_SERVER),
+    ("exec", "deprecated\nhelp: compel, a part of CRIU, has taken its place"),
+    ("lazy-pages", "not supported yet\nhelp: restore without --lazy-pages"),
+    (
+        "page-server",
+        "not supported yet\nhelp: write the images to a local directory, and copy them",
+    ),
 ];

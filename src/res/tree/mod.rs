@@ -5,6 +5,7 @@
 pub mod cgroup;
 mod lost;
 mod permissions;
+pub mod processor;
 pub mod seccomp;
 pub mod session;
 mod stops;
@@ -37,6 +38,8 @@ pub struct DumpOptions {
     pub(crate) sessions: session::Options,
     /// Options for cgroups.
     pub(crate) cgroups: cgroup::Options,
+    /// Options for the processor.
+    pub(crate) processor: processor::Options,
 }
 
 /// The user's options for a restore of these kinds.
@@ -45,6 +48,8 @@ pub struct DumpOptions {
 pub struct RestoreOptions {
     /// Options for cgroups.
     pub(crate) cgroups: cgroup::Options,
+    /// Options for the processor.
+    pub(crate) processor: processor::Options,
 }
 
 /// Refuses a stopped tree.
@@ -82,6 +87,11 @@ pub const KINDS: &[Kind] = &[
     Kind { check: Some(|tasks, _| permissions::check(tasks)), ..NONE },
     Kind { check: Some(|tasks, _| lost::check(tasks)), ..NONE },
     Kind { check: Some(|tasks, options| session::check(tasks, options.sessions)), ..NONE },
+    Kind {
+        collector: Some(|_, _, options| processor::collector(options.processor)),
+        restorer: Some(|plan, options| processor::restorer(plan, options.processor)),
+        ..NONE
+    },
     Kind {
         collector: Some(|tasks, _, options| cgroup::collector(tasks, &options.cgroups)),
         describe: Some(cgroup::describe),
