@@ -469,6 +469,21 @@
 //! that it opens below the tree's root, is in its table. When all files are open it gets a copy of
 //! the table (`unshare(CLONE_FILES)`), and its descendants inherit that.
 //!
+//! A tree may have several namespaces of some kinds (`Kind::has_others`). The namespaces that the
+//! first process is in are its *home*; one that is the dumper's comes from the restorer. A restore
+//! proceeds kind by kind ([`crate::res::ns`]). For each namespace beside home, the first process
+//! leaves home (`unshare(2)`), so that the namespace belongs to the tree's user namespace, too; rcriu
+//! restores its state just as that of home, and the first process returns (`setns(2)`). rcriu keeps a
+//! descriptor of each namespace of such a kind, which all processes of the tree inherit: until their
+//! own descriptors are installed, it has the same number everywhere. Each process, as soon as it
+//! exists, enters those of its namespaces of which the tree has several, whichever namespaces its
+//! maker is in. A process that shares its working directory with its maker (`CLONE_FS`) is in the same
+//! mount namespace already, and the kernel would let it enter none.
+//!
+//! The first process must be able to return home, so a tree that has a user namespace, but shares a
+//! namespace with the dumper of which it has others, is refused. So are nested pid and user namespaces:
+//! the images have one number for each process and user.
+//!
 //! The first process of a pid namespace ends last: the kernel keeps it until all others have been
 //! waited for. So code that kills a tree waits for its processes in whatever order they end.
 //!

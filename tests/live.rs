@@ -379,6 +379,8 @@ states! {
     credentials_of_a_pair;
     peer_credentials_of_the_dead;
     uts_namespace;
+    uts_namespace_of_a_child;
+    uts_namespaces;
     mount_namespace;
     mount_namespace_sockets;
     time_namespace;
@@ -639,12 +641,12 @@ const REFUSED: &[(&str, &str)] = &[
     ("thread_own_undo", "with a list of semaphore operations to be undone (CLONE_SYSVSEM)"),
     ("thread_own_network", "with a network namespace of its own"),
     ("user_namespace_without_a_map", "which its user namespace does not map"),
-    ("child_in_another_uts_namespace", "that is not that of process"),
+    ("child_in_another_cgroup_namespace", "that is not that of process"),
     ("time_namespace_for_children", "has a time namespace for its children"),
     // Looking at packets takes the error that comes first.
     ("unix_packets_behind_an_error", "behind an unread error"),
     ("pty_of_another_devpts", "in another instance of devpts than /dev/pts"),
-    ("descriptor_of_another_namespace", "a namespace that its process is not in"),
+    ("descriptor_of_another_namespace", "a namespace that no process of the tree is in"),
     ("pidfd_of_another_tree", "is a pidfd of process 1, which is not in the tree"),
     ("seccomp_notifies", "has a seccomp filter that asks another process (SECCOMP_RET_USER_NOTIF)"),
     ("seccomp_listener", "is anon_inode:seccomp notify"),

@@ -52,7 +52,6 @@ pub(super) fn tree(
     (options, (own, namespaces)): (&common::DumpOptions, (&ns::OfTree, &ns::Options)),
 ) -> Result<Vec<ArenaIds>> {
     check_first(tasks, goal)?;
-    ns::check_common(tasks)?;
     for task in living(tasks) {
         task::check(&task::Checked { task, memory_only: goal.is_pre_dump() })?;
         for thread in &task.threads {
@@ -60,7 +59,7 @@ pub(super) fn tree(
             thread::check(of, thread)?;
         }
     }
-    own.check(tasks, namespaces)?;
+    own.check(tasks, pids.ids(), namespaces)?;
     common::check(tasks, options)?;
     let ids = arenas(tasks)?;
     check_births(tasks, pids, &ids)?;

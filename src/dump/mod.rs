@@ -17,6 +17,7 @@ mod tree;
 use std::{
     fs,
     path::{Path, PathBuf},
+    rc::Rc,
     sync::Arc,
     time::Duration,
 };
@@ -327,7 +328,9 @@ fn dump_stopped(
         threads.chain([pids.ns(task.pid)])
     });
     let mut files = FileTable::new(files, pids.clone(), numbers.collect());
-    files.set_root(own_namespaces.root(&frozen.tasks)?);
+    let own_namespaces = Rc::new(own_namespaces);
+    let roots = own_namespaces.roots(&frozen.tasks, &pids)?;
+    files.set_namespaces(Rc::clone(&own_namespaces), roots);
     for task in living(&frozen.tasks) {
         files.add_listeners(task.witness())?;
     }

@@ -1,6 +1,6 @@
 //! Collects the processes of a stopped tree and writes their images.
 
-use std::{collections::HashMap, path::PathBuf};
+use std::{collections::HashMap, path::PathBuf, rc::Rc};
 
 use super::{DumpError, Result, tracking::Tracking};
 use crate::{
@@ -46,13 +46,13 @@ pub(super) struct Collection<'a> {
     /// The ids of mapped files of shared memory, by device and inode.
     shared: HashMap<(u32, u32, u64), u32>,
     pstree: Vec<proto::PstreeEntry>,
-    namespaces: ns::OfTree,
+    namespaces: Rc<ns::OfTree>,
 }
 
 impl<'a> Collection<'a> {
     pub(super) fn new(
         images: &'a SnapshotWriter,
-        (pids, arenas, namespaces): (PidMap, Vec<ArenaIds>, ns::OfTree),
+        (pids, arenas, namespaces): (PidMap, Vec<ArenaIds>, Rc<ns::OfTree>),
         files: FileTable,
         tracking: Tracking,
         common: Vec<Box<dyn common::Collector>>,
@@ -112,7 +112,7 @@ impl<'a> Collection<'a> {
             files_id: ids.get(Arena::Files),
             fs_id: ids.get(Arena::Fs),
             sighand_id: ids.get(Arena::Handlers),
-            ..self.namespaces.ids()
+            ..self.namespaces.ids(witness)
         };
         self.write_one(Kind::Ids, pid, &kobj_ids)?;
         if self.arenas.owns(Arena::Files, position) {
@@ -175,7 +175,7 @@ impl<'a> Collection<'a> {
             let kinds = thread::ask(of, &mut script);
             if position == 0 {
                 about_task = task::ask(&Calling { of: process, mappings }, &mut script)?;
-                about_namespaces = self.namespaces.ask(&mut script);
+                about_namespaces = self.namespaces.ask(witness, &mut script);
                 self.common.iter_mut().for_each(|kind| kind.ask(process, &mut script));
             }
             questions.push((script, of, kinds));

@@ -178,10 +178,7 @@ fn restore(
         files.lender = puppets.lender()?;
         if let Some(first) = puppets.makers.first() {
             let namespaces = plan.namespaces.borrow();
-            if let Some(number) = namespaces.number_of("net") {
-                files.opened.add_network(number, first)?;
-            }
-            files.opened.root = namespaces.root(first)?;
+            files.opened.set_namespaces(&namespaces, first)?;
         }
     }
     let objects = objects::create(plan, &mut files)?;
@@ -223,7 +220,7 @@ fn restore(
         }
         files.seal()?;
         plan.common.iter().try_for_each(|kind| kind.finish())?;
-        plan.namespaces.borrow_mut().finish(root)?;
+        plan.namespaces.borrow_mut().finish(&|pid| plan.host(pid))?;
         let tracking = tracking::begin(track, plan, &mut puppets)?;
         apply::finish(plan, &mut puppets, &mut files, &own)?;
         write_pidfile(release, plan)?;

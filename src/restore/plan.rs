@@ -190,11 +190,10 @@ impl Plan {
         let tasks = Vec::with_capacity(tree.tasks.len());
         let uptime = tree.inventory.dump_uptime.map(Duration::from_micros);
         let files = tree.files;
-        let first = tree.tasks.iter().zip(&kin).find(|(task, _)| task.body.is_some());
+        let alive = tree.tasks.iter().zip(&kin);
+        let alive = alive.filter_map(|(task, kin)| Some((kin.pid, task.body.as_ref()?.ids)));
         let dumpers = tree.inventory.root_ids.as_ref();
-        let namespaces =
-            first.map(|(_, kin)| ns::Wanted::read(&images, dumpers, kin.pid, namespaces));
-        let namespaces = namespaces.transpose()?.unwrap_or_default();
+        let namespaces = ns::Wanted::read(&images, dumpers, alive, namespaces)?;
         let pids = if namespaces.has_pids() {
             PidMap::of_other_namespace()
         } else {
@@ -244,7 +243,7 @@ impl Plan {
                 }
             }
             let memory = memory.filter(|memory| !memory.is_empty());
-            let tree::Body { mm, vmas, guards, fs, fds } = body;
+            let tree::Body { mm, vmas, guards, fs, fds, ids: _ } = body;
             Ok(Body { mm, vmas, guards, fs, fds, memory })
         });
         Ok(TaskPlan {

@@ -27,7 +27,7 @@ use crate::{
     },
     inject::{First, Helpers, Lender, Scratch, Script, Tracee, adopt_sleeper},
     proc,
-    res::{ResError, ns::Building, task},
+    res::{ResError, task},
     sys::{
         process::{self, CloneArguments},
         ptrace,
@@ -227,8 +227,7 @@ impl<'a> Puppets<'a> {
         helpers.run_first(&script)?;
         let run = |script: &Script| helpers.run_first(script);
         let masters = RefCell::default();
-        let on = Building { first: tid, run: &run, images: self.plan.images(), masters: &masters };
-        namespaces.build(&on)?;
+        namespaces.build(tid, &run, self.plan.images(), &masters)?;
         self.masters = masters.into_inner();
         Ok(())
     }
@@ -397,7 +396,12 @@ impl<'a> Puppets<'a> {
                 Maker::Task(maker) => self.plan.arenas.clone_flags(maker, child),
                 Maker::Director | Maker::Helper(_) => 0,
             };
-            let tracee = self.fork(by, task.pid, birth.sibling, task.exit_signal(), shared)?;
+            let mut tracee = self.fork(by, task.pid, birth.sibling, task.exit_signal(), shared)?;
+            let shares_fs = shared & Arena::Fs.clone_flag() != 0;
+            let script = self.plan.namespaces.borrow().enter(task.pid, shares_fs);
+            if !script.is_empty() {
+                self.scratch.run(&mut tracee, &script)?;
+            }
             self.tasks[child] = Some(Puppet::new(tracee, memory));
         }
         Ok(())

@@ -14,7 +14,9 @@ use crate::{
 
 pub const ROWS: &[Row] = &[
     ("uts_namespace", uts_namespace),
-    ("child_in_another_uts_namespace", child_in_another),
+    ("uts_namespace_of_a_child", of_a_child),
+    ("uts_namespaces", uts_namespaces),
+    ("child_in_another_cgroup_namespace", child_in_another_cgroup_namespace),
     ("namespace_descriptors", namespace_descriptors),
     ("descriptor_of_another_namespace", descriptor_of_another_namespace),
 ];
@@ -65,10 +67,59 @@ fn uts_namespace(checkpoint: &Checkpoint) -> Verdict {
     same("the new name", "another".to_owned(), names()?[0].clone())
 }
 
-/// A tree of which a part has another name for the host.
-fn child_in_another(checkpoint: &Checkpoint) -> Verdict {
+/// A tree in the namespace of the machine, of which a part has another name for the host.
+fn of_a_child(checkpoint: &Checkpoint) -> Verdict {
+    let outside = namespace()?;
+    let machines = names()?;
+    let child = checkpoint.fork(|child| {
+        enter("a-host-of-the-child", "its.domain")?;
+        child.wait();
+        same(
+            "names in the child",
+            ["a-host-of-the-child", "its.domain"].map(str::to_owned),
+            names()?,
+        )
+    })?;
+    checkpoint.wait();
+    same("names", machines, names()?)?;
+    same("the namespace", outside, namespace()?)?;
+    child.join()
+}
+
+/// A tree with three namespaces: a child has one of its own, a grandchild is in that of the root
+/// again, and its child in a third one, with a thread.
+fn uts_namespaces(checkpoint: &Checkpoint) -> Verdict {
+    enter("a-host-of-the-root", "")?;
+    let roots = File::open("/proc/self/ns/uts").map_err(|error| error.to_string())?;
+    let is_named = |name: &str| same("names", [name, ""].map(str::to_owned), names()?);
     let child = checkpoint.fork(|child| {
         enter("a-host-of-the-child", "")?;
+        let grandchild = child.fork(|grandchild| {
+            sys!(setns(roots.as_raw_fd(), libc::CLONE_NEWUTS))?;
+            let last = grandchild.fork(|last| {
+                enter("a-host-of-the-last", "")?;
+                last.wait();
+                is_named("a-host-of-the-last")
+            })?;
+            grandchild.wait();
+            is_named("a-host-of-the-root")?;
+            last.join()
+        })?;
+        child.wait();
+        is_named("a-host-of-the-child")?;
+        grandchild.join()
+    })?;
+    checkpoint.wait();
+    is_named("a-host-of-the-root")?;
+    let found = inode(&format!("/proc/self/fd/{}", roots.as_raw_fd()))?;
+    same("the namespace of the descriptor", inode("/proc/self/ns/uts")?, found)?;
+    child.join()
+}
+
+/// Refused: a cgroup namespace of a child.
+fn child_in_another_cgroup_namespace(checkpoint: &Checkpoint) -> Verdict {
+    let child = checkpoint.fork(|child| {
+        sys!(unshare(libc::CLONE_NEWCGROUP))?;
         child.wait();
         Ok(())
     })?;

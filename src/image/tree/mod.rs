@@ -107,6 +107,8 @@ pub struct Body {
     pub fs: proto::FsEntry,
     /// Its descriptors.
     pub fds: Vec<proto::FdinfoEntry>,
+    /// The numbers of its namespaces, and of what it may share with others.
+    pub ids: proto::TaskKobjIdsEntry,
 }
 
 /// The processes of a snapshot and their open files.
@@ -265,17 +267,13 @@ fn read_task(
     for (tid, core) in &task.threads {
         task::check_thread(*tid, core, problems);
     }
-    if let Some((ids, body)) = read_body(images, &task, problems) {
-        (task.ids, task.body) = (ids, Some(body));
+    if let Some(body) = read_body(images, &task, problems) {
+        (task.ids, task.body) = (ArenaIds::of(&body.ids), Some(body));
     }
     task
 }
 
-fn read_body(
-    images: &dyn ImageStore,
-    task: &Task,
-    problems: &mut Problems,
-) -> Option<(ArenaIds, Body)> {
+fn read_body(images: &dyn ImageStore, task: &Task, problems: &mut Problems) -> Option<Body> {
     let number = u64::from(task.entry.pid);
     let mm = problems.image(images.message(Kind::Mm, number));
     let fs = problems.image(images.message(Kind::Fs, number));
@@ -301,5 +299,5 @@ fn read_body(
     // Unknown machines have been reported already.
     let machine = task.threads.first().and_then(|(_, core)| Machine::of(core).ok());
     memory::check(&mm, &vmas, &guards, machine.unwrap_or(Machine::NATIVE), problems);
-    Some((ArenaIds::of(&ids?), Body { mm, vmas, guards, fs: fs?, fds: fds? }))
+    Some(Body { mm, vmas, guards, fs: fs?, fds: fds?, ids: ids? })
 }

@@ -65,24 +65,23 @@ pub fn user_problem(entry: &UsernsEntry) -> Option<String> {
     })
 }
 
-/// Checks the namespaces of the tree: their images, and that all processes are in them.
+/// Checks the namespaces of the tree: their images, and that all processes are in those of which a
+/// tree can have only one.
 pub(super) fn check(images: &dyn ImageStore, tree: &Tree, problems: &mut Problems) {
-    let of_uts = own(images, tree, problems, "UTS", |ids| ids.uts_ns_id);
-    if let Some(number) = of_uts.filter(|number| number.is_own) {
-        check_image(images, problems, (Kind::Utsns, number.number), uts_problem);
+    for number in own(tree, problems, ("UTS", true), |ids| ids.uts_ns_id).0 {
+        check_image(images, problems, (Kind::Utsns, number), uts_problem);
     }
-    let of_ipc = own(images, tree, problems, "IPC", |ids| ids.ipc_ns_id);
-    if let Some(number) = of_ipc.filter(|number| number.is_own) {
-        check_ipc(images, number.number, problems);
+    for number in own(tree, problems, ("IPC", false), |ids| ids.ipc_ns_id).0 {
+        check_ipc(images, number, problems);
     }
-    let of_users = own(images, tree, problems, "user", |ids| ids.user_ns_id);
-    if let Some(number) = of_users.filter(|number| number.is_own) {
-        check_image(images, problems, (Kind::Userns, number.number), user_problem);
+    for number in own(tree, problems, ("user", false), |ids| ids.user_ns_id).0 {
+        check_image(images, problems, (Kind::Userns, number), user_problem);
     }
-    let Some(number) = own(images, tree, problems, "time", |ids| ids.time_ns_id) else { return };
-    if number.is_own {
-        check_image(images, problems, (Kind::Timens, number.number), time_problem);
-    } else if !matches!(images.message_if_any::<TimensEntry>(Kind::Timens, 0), Ok(None)) {
+    let (own, is_dumpers) = own(tree, problems, ("time", false), |ids| ids.time_ns_id);
+    for number in own {
+        check_image(images, problems, (Kind::Timens, number), time_problem);
+    }
+    if is_dumpers && !matches!(images.message_if_any::<TimensEntry>(Kind::Timens, 0), Ok(None)) {
         // The clocks of the dumper.
         check_image(images, problems, (Kind::Timens, 0), time_problem);
     }
@@ -104,36 +103,32 @@ fn check_image<M: prost::Message + prost::Name + Default>(
     }
 }
 
-/// The namespace that a tree is in.
-struct Number {
-    number: u32,
-    /// Whether it is another one than that of the dumper.
-    is_own: bool,
-}
-
-/// Returns the namespace of the tree, and checks that all processes are in it.
+/// Returns the namespaces of a kind that the tree has for itself, and whether a process is in that of
+/// the dumper. Checks that all processes are in the same one, unless a tree may have several.
 fn own(
-    images: &dyn ImageStore,
     tree: &Tree,
     problems: &mut Problems,
-    name: &str,
+    (name, several): (&str, bool),
     field: fn(&TaskKobjIdsEntry) -> Option<u32>,
-) -> Option<Number> {
-    let dumper = tree.inventory.root_ids.and_then(|ids| field(&ids))?;
-    let mut own = None;
-    for task in tree.tasks.iter().filter(|task| task.body.is_some()) {
-        let pid = task.entry.pid;
-        // The reader of processes has reported an image that it could not read.
-        let ids = images.message_if_any::<TaskKobjIdsEntry>(Kind::Ids, pid.into());
-        let Some(number) = ids.ok().flatten().and_then(|ids| field(&ids)) else { continue };
-        let first = *own.get_or_insert(number);
-        if number != first {
+) -> (Vec<u32>, bool) {
+    let dumper = tree.inventory.root_ids.and_then(|ids| field(&ids));
+    let Some(dumper) = dumper else { return (Vec::new(), false) };
+    let mut numbers = Vec::new();
+    for task in &tree.tasks {
+        let Some(number) = task.body.as_ref().and_then(|body| field(&body.ids)) else { continue };
+        let first = *numbers.first().unwrap_or(&number);
+        if number != first && !several {
+            let pid = task.entry.pid;
             problems.not_restored(format!(
                 "process {pid} is in the {name} namespace {number}, and others of the tree are in {first}"
             ));
+        } else if !numbers.contains(&number) {
+            numbers.push(number);
         }
     }
-    own.map(|number| Number { number, is_own: number != dumper })
+    let is_dumpers = numbers.contains(&dumper);
+    numbers.retain(|number| *number != dumper);
+    (numbers, is_dumpers)
 }
 
 fn check_ipc(images: &dyn ImageStore, number: u32, problems: &mut Problems) {
@@ -156,19 +151,18 @@ mod tests {
     };
 
     fn ids(uts: u32) -> TaskKobjIdsEntry {
-        TaskKobjIdsEntry { uts_ns_id: Some(uts), ..Default::default() }
+        TaskKobjIdsEntry { uts_ns_id: Some(uts), user_ns_id: Some(7), ..Default::default() }
     }
 
     /// Returns the problems of a tree in namespaces with these numbers.
-    fn found(dir: &Path, numbers: &[u32]) -> Vec<String> {
+    fn found(dir: &Path, numbers: &[TaskKobjIdsEntry]) -> Vec<String> {
         let inventory = proto::InventoryEntry { root_ids: Some(ids(4)), ..Default::default() };
         let images = SnapshotWriter::begin(dir).unwrap();
         let names = |len| UtsnsEntry { nodename: vec![b'x'; len], domainname: Vec::new() };
         images.write(Kind::Utsns, 12, &[names(LONGEST_NAME)]).unwrap();
         images.write(Kind::Utsns, 13, &[names(LONGEST_NAME + 1)]).unwrap();
         let mut tree = Tree { inventory, ..Tree::default() };
-        for (pid, number) in (1..).zip(numbers) {
-            images.write(Kind::Ids, u64::from(pid), &[ids(*number)]).unwrap();
+        for (pid, ids) in (1..).zip(numbers) {
             tree.tasks.push(Task {
                 entry: proto::PstreeEntry { pid, ..Default::default() },
                 parent: None,
@@ -180,6 +174,7 @@ mod tests {
                     guards: Vec::new(),
                     fs: proto::FsEntry::default(),
                     fds: Vec::new(),
+                    ids: *ids,
                 }),
             });
         }
@@ -193,13 +188,22 @@ mod tests {
     #[test]
     fn the_image_of_an_own_namespace_exists_and_has_names_that_fit() {
         let dir = tempfile::tempdir().unwrap();
-        let found = |numbers: &[u32]| found(dir.path(), numbers);
+        let found = |numbers: &[u32]| {
+            let ids: Vec<_> = numbers.iter().map(|number| ids(*number)).collect();
+            found(dir.path(), &ids)
+        };
         assert_eq!(found(&[4, 4]), [""; 0]);
-        assert_eq!(found(&[12, 12]), [""; 0]);
+        assert_eq!(found(&[12, 12, 4]), [""; 0]);
         let long = "utsns-13.img: the host or domain name has 65 bytes, at most 64 expected";
-        assert_eq!(found(&[13]), [long]);
+        assert_eq!(found(&[12, 13]), [long]);
         assert_eq!(found(&[14]), ["there is no utsns-14.img"]);
-        let apart = "process 2 is in the UTS namespace 4, and others of the tree are in 12";
-        assert_eq!(found(&[12, 4]), [apart]);
+    }
+
+    #[test]
+    fn all_processes_are_in_one_user_namespace() {
+        let dir = tempfile::tempdir().unwrap();
+        let other = TaskKobjIdsEntry { user_ns_id: Some(15), ..ids(4) };
+        let apart = "process 2 is in the user namespace 15, and others of the tree are in 7";
+        assert_eq!(found(dir.path(), &[ids(4), other]), [apart]);
     }
 }

@@ -52,6 +52,10 @@ use crate::{
     image::{SnapshotWriter, Store, proto},
     inject::{Helpers, Script},
     proc::{FdInfo, LockKind, LockMode},
+    res::{
+        ResError,
+        ns::{OfTree, Roots, Wanted},
+    },
     sys::root::Root,
     units::{HostPid, NsPid, PidMap, TargetFd},
 };
@@ -186,8 +190,16 @@ pub trait Intake {
     /// Returns the map between the pids of the images and of the host.
     fn pids(&self) -> &PidMap;
 
-    /// Returns the root directory in which paths of the tree are looked up.
-    fn root(&self) -> &Root;
+    /// Returns the namespaces of the tree.
+    fn namespaces(&self) -> &OfTree;
+
+    /// Returns the root directories in which paths of the tree are looked up.
+    fn roots(&self) -> &Roots;
+
+    /// Returns the one in which the path of a file is looked up.
+    fn root_of(&self, file: &Description) -> &Root {
+        self.roots().of_file(file.info.mnt_id, self.pids().ns(file.pid))
+    }
 
     /// Returns the deleted files found so far, of all kinds. The file table writes them
     /// ([`DeletedFiles::write`]) after all kinds have finished.
@@ -275,8 +287,8 @@ pub struct Opened {
     pub root_leads_group: bool,
     /// Maps pids of the images to pids of the host.
     pub pids: PidMap,
-    /// The root directory in which the paths of the images are looked up.
-    pub root: Root,
+    /// The root directories in which the paths of the images are looked up.
+    pub roots: Roots,
     /// The network namespaces of the tree.
     pub networks: Rc<Made>,
     /// Masters of pseudoterminals that are open already, since a mount shows their slaves.
@@ -321,7 +333,7 @@ impl Opened {
             groups: HashSet::new(),
             root_leads_group: false,
             pids,
-            root: Root::own(),
+            roots: Roots::default(),
             networks: Rc::default(),
             masters: RefCell::default(),
             helpers: Helpers::default(),
@@ -330,13 +342,26 @@ impl Opened {
         }
     }
 
-    /// Adds a network namespace of the tree, by its number in the images; a process is in it.
+    /// Sets the namespaces of the tree, whose first process exists.
     ///
     /// # Errors
-    /// [`FileError::Network`].
-    pub fn add_network(&mut self, number: u32, pid: HostPid) -> Result<()> {
-        let failed = |source| FileError::Network { source };
-        Rc::get_mut(&mut self.networks).expect("no file is open").add(number, pid).map_err(failed)
+    /// A process is gone, or rcriu may not enter its namespaces.
+    pub fn set_namespaces(
+        &mut self,
+        made: &Wanted,
+        first: HostPid,
+    ) -> std::result::Result<(), ResError> {
+        self.roots = made.roots(first)?;
+        let path = || format!("/proc/{first}/ns/{}", network::NAME).into();
+        let failed = |source| ResError::Read { path: path(), source };
+        let networks = Rc::get_mut(&mut self.networks).expect("no file is open");
+        if let Some(number) = made.number_of(network::NAME) {
+            networks.set_home(number, first).map_err(failed)?;
+        }
+        for (number, entrance) in made.others(network::NAME).map_err(failed)? {
+            networks.add(number, entrance);
+        }
+        Ok(())
     }
 
     /// Adds a description.
@@ -366,6 +391,17 @@ impl Opened {
     /// Returns a process that has the description, or the fallback for queued ones.
     pub fn holder(&self, id: u32) -> Option<&owner::Holder> {
         self.holders.get(&id).or_else(|| self.holders.get(&NO_DESCRIPTION))
+    }
+
+    /// Returns the root directory in which the path of a file is looked up.
+    pub fn root_of(&self, entry: &proto::RegFileEntry) -> &Root {
+        self.roots.of_mount(entry.mnt_id)
+    }
+
+    /// Returns the root directory in which the paths of a description without a mount are looked up:
+    /// that of a process which has it open.
+    pub fn root_for(&self, id: u32) -> &Root {
+        self.holder(id).map_or(self.roots.home(), |holder| self.roots.of_process(holder.pid))
     }
 
     /// Whether a description is open.

@@ -17,10 +17,9 @@ use crate::{
         Kind as Image,
         proto::{self, FdTypes, InventoryEntry, NsFileEntry, TaskKobjIdsEntry},
     },
-    proc,
     res::ns,
     sys::root::Root,
-    units::{HostPid, NsPid},
+    units::NsPid,
 };
 
 pub(super) const KIND: FileKind = FileKind {
@@ -62,22 +61,14 @@ impl Collector for Namespaces {
         parse(&file.link).is_some()
     }
 
-    fn collect(&mut self, file: &Description, _: &mut dyn Intake) -> Result<proto::FileEntry> {
-        let own = HostPid::own();
+    fn collect(&mut self, file: &Description, intake: &mut dyn Intake) -> Result<proto::FileEntry> {
         let found = parse(&file.link).and_then(|(name, flag, inode)| {
-            let is_in = |pid: HostPid| proc::namespace(pid, name).is_ok_and(|ns| ns == inode);
-            let ids = if is_in(own) {
-                ns::own_ids()
-            } else if is_in(file.pid) {
-                ns::OfTree::look(file.pid).ids()
-            } else {
-                return None;
-            };
-            Some((ns::number_in(&ids, name)?, flag))
+            let (number, _) = intake.namespaces().look_up(name, inode)?;
+            Some((number, flag))
         });
         let Some((ns_id, ns_cflag)) = found else {
             let link = String::from_utf8_lossy(&file.link);
-            let what = format!("{link}, a namespace that its process is not in");
+            let what = format!("{link}, a namespace that no process of the tree is in");
             let help = "have the program open a bind mount of it, which has a path, or close it";
             return Err(file.unsupported(what, help));
         };

@@ -17,7 +17,7 @@ use super::{FileError, Result, error::errno};
 use crate::{
     image::proto::FileEntry,
     proc,
-    res::ns,
+    res::ns::OfTree,
     sys::{
         socket,
         visit::{Place, Visit},
@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// Its name in `/proc/PID/ns`.
-const NAME: &str = "net";
+pub(super) const NAME: &str = "net";
 
 /// A network namespace that sockets of the tree belong to, during a dump.
 #[derive(Debug)]
@@ -57,20 +57,12 @@ impl Network {
 }
 
 /// The network namespaces of the sockets found so far.
-#[derive(Debug)]
-pub struct Seen {
-    own: HostPid,
-    known: Vec<Rc<Network>>,
-}
+#[derive(Debug, Default)]
+pub struct Seen(Vec<Rc<Network>>);
 
 impl Seen {
-    /// Knows none yet.
-    pub fn new(own: HostPid) -> Self {
-        Self { own, known: Vec::new() }
-    }
-
-    /// Returns the namespace of a socket that a process has; the inode of the namespace if that is
-    /// neither the dumper's nor that of the process.
+    /// Returns the namespace of a socket that a process has; the inode of the namespace if it is neither
+    /// the dumper's nor that of a process of the tree.
     ///
     /// # Errors
     /// The errors of looking at the namespaces.
@@ -78,58 +70,61 @@ impl Seen {
         &mut self,
         fd: BorrowedFd<'_>,
         pid: HostPid,
+        of_tree: &OfTree,
     ) -> nix::Result<Result<Rc<Network>, u64>> {
         // Without CAP_NET_ADMIN in the namespace, it is taken to be that of the process.
         let found = socket::network(fd).ok();
-        let inode_at = |pid| proc::namespace(pid, NAME).map_err(|_| Errno::ESRCH);
         let inode = match &found {
             Some(namespace) => fstat(namespace)?.st_ino,
-            None => inode_at(pid)?,
+            None => proc::namespace(pid, NAME).map_err(|_| Errno::ESRCH)?,
         };
-        if let Some(known) = self.known.iter().find(|known| known.inode == inode) {
+        if let Some(known) = self.0.iter().find(|known| known.inode == inode) {
             return Ok(Ok(Rc::clone(known)));
         }
-        let is_dumpers = inode == inode_at(self.own)?;
-        if !is_dumpers && inode != inode_at(pid)? {
-            return Ok(Err(inode));
-        }
-        let (number, pid) = match is_dumpers {
-            true => (ns::number_in(&ns::own_ids(), NAME), self.own),
-            false => (ns::number_of_tree(pid, NAME), pid),
-        };
+        let Some((number, pid)) = of_tree.look_up(NAME, inode) else { return Ok(Err(inode)) };
+        let is_dumpers = pid == HostPid::own();
         let entrance = || match found {
             Some(namespace) => Ok(namespace),
             None => File::open(format!("/proc/{pid}/ns/{NAME}")).map(OwnedFd::from),
         };
         let entrance = if is_dumpers { None } else { Some(entrance().map_err(|e| errno(&e))?) };
-        let number = number.ok_or(Errno::ENOENT)?;
         let network = Rc::new(Network { number, pid, inode, entrance });
-        self.known.push(Rc::clone(&network));
+        self.0.push(Rc::clone(&network));
         Ok(Ok(network))
     }
 }
 
 /// The network namespaces that the restore has made for the tree.
 #[derive(Debug, Default)]
-pub struct Made(Vec<(u32, File)>);
+pub struct Made {
+    /// The number of that of the first process, if it is none of the restorer.
+    home: Option<u32>,
+    all: Vec<(u32, File)>,
+}
 
 /// The number of a network namespace in the images; older ones of CRIU lack some. Then it is that of
-/// the tree.
+/// the first process.
 pub type Number = Option<u32>;
 
 impl Made {
-    /// Adds the namespace with this number, which a process is in.
+    /// Adds the namespace with this number, which the first process is in.
     ///
     /// # Errors
     /// `ENOENT` if the process is gone.
-    pub fn add(&mut self, number: u32, pid: HostPid) -> io::Result<()> {
-        self.0.push((number, File::open(format!("/proc/{pid}/ns/{NAME}"))?));
+    pub fn set_home(&mut self, number: u32, pid: HostPid) -> io::Result<()> {
+        self.home = Some(number);
+        self.add(number, File::open(format!("/proc/{pid}/ns/{NAME}"))?);
         Ok(())
     }
 
+    /// Adds a namespace by its number and its file in `/proc/PID/ns`.
+    pub fn add(&mut self, number: u32, entrance: File) {
+        self.all.push((number, entrance));
+    }
+
     fn entrance(&self, number: Number) -> Option<&File> {
-        let is_wanted = |known: &&(u32, File)| number.is_none_or(|number| number == known.0);
-        self.0.iter().find(is_wanted).map(|(_, entrance)| entrance)
+        let number = number.or(self.home)?;
+        self.all.iter().find(|known| known.0 == number).map(|(_, entrance)| entrance)
     }
 
     /// Whether the namespace is the one of the restorer.
@@ -161,7 +156,7 @@ impl Made {
         let mut sorted: Vec<(Number, Vec<FileEntry>)> = Vec::new();
         for entry in entries {
             // Without a namespace of the tree, all are in that of the restorer.
-            let number = self.0.first().map(|(trees, _)| number(entry).unwrap_or(*trees));
+            let number = number(entry).or(self.home).filter(|_| !self.all.is_empty());
             match sorted.iter_mut().find(|(known, _)| *known == number) {
                 Some((_, entries)) => entries.push(entry.clone()),
                 None => sorted.push((number, vec![entry.clone()])),

@@ -74,7 +74,7 @@ pub fn entry_with_id(
         fown: file.fown,
         mode: Some(file.stat.st_mode),
         // Images of trees without a mount namespace of their own have no mounts.
-        mnt_id: (!intake.root().is_own()).then_some(file.info.mnt_id),
+        mnt_id: (!intake.root_of(file).is_own()).then_some(file.info.mnt_id),
         ..Default::default()
     };
     let external = format!("file[{:x}:{:x}]", file.info.mnt_id, file.stat.st_ino);
@@ -91,7 +91,8 @@ pub fn entry_with_id(
         entry.size = Some(file.stat.st_size.cast_unsigned());
     }
     if entry.ext.is_none() {
-        let may_read = !file.has_write_lease() && !intake.listeners().hear_of(file, intake.root());
+        let may_read =
+            !file.has_write_lease() && !intake.listeners().hear_of(file, intake.root_of(file));
         let (known, validation) = intake.build_ids();
         validation::record(file, &mut entry, validation, known, may_read);
     }
@@ -134,7 +135,7 @@ fn name(file: &Description, id: u32, intake: &mut dyn Intake) -> Result<Vec<u8>>
             let what = format!("the deleted file {} of huge pages", String::from_utf8_lossy(&name));
             return Err(file.unsupported(what, "give it a name, or use a memfd (MFD_HUGETLB)"));
         }
-        if file.is_type(libc::S_IFREG) && intake.listeners().hear_of(file, intake.root()) {
+        if file.is_type(libc::S_IFREG) && intake.listeners().hear_of(file, intake.root_of(file)) {
             let what = format!(
                 "the deleted file {}, which the tree watches for being read",
                 String::from_utf8_lossy(&name)
@@ -155,7 +156,7 @@ fn name(file: &Description, id: u32, intake: &mut dyn Intake) -> Result<Vec<u8>>
         return Ok(name);
     }
     let path = Path::new(OsStr::from_bytes(&file.link));
-    let root = intake.root().clone();
+    let root = intake.root_of(file).clone();
     let found = if file.is_type(libc::S_IFLNK) { root.lstat(path) } else { root.stat(path) };
     match found {
         Ok(found) if is_same(&found, &file.stat) => Ok(file.link.clone()),
@@ -225,7 +226,7 @@ fn number(component: &[u8]) -> Option<i32> {
 fn check_process_file(file: &Description, intake: &dyn Intake) -> Result<()> {
     let path = String::from_utf8_lossy(&file.link);
     // For a process or thread that has ended, the kernel shows `(deleted)`.
-    if intake.root().lstat(Path::new(OsStr::from_bytes(&file.link))).is_err() {
+    if intake.root_of(file).lstat(Path::new(OsStr::from_bytes(&file.link))).is_err() {
         let what = format!("{path}, of a process or thread that has ended");
         return Err(file.unsupported(what, "close it"));
     }
@@ -285,7 +286,7 @@ pub fn open_entry(entry: &proto::RegFileEntry, flags: i32, opened: &mut Opened) 
     }
     // Check the file before opening it: another file may be a FIFO, which would block, or a device,
     // which may do anything.
-    let named = descriptor::name(&opened.root, &entry.name, flags).map_err(|errno| {
+    let named = descriptor::name(opened.root_of(entry), &entry.name, flags).map_err(|errno| {
         match (errno, process_of(&entry.name)) {
             (Errno::ENOENT | Errno::ESRCH, Some(pid)) => {
                 let problem = format!(
@@ -308,7 +309,7 @@ pub fn open_entry(entry: &proto::RegFileEntry, flags: i32, opened: &mut Opened) 
         return descriptor::reopen(named.as_fd(), flags).map_err(failed("open"));
     }
     // Opening through /proc would drop the flag.
-    let fd = descriptor::open(&opened.root, &entry.name, flags).map_err(failed("open"))?;
+    let fd = descriptor::open(opened.root_of(entry), &entry.name, flags).map_err(failed("open"))?;
     let now = fstat(&fd).map_err(failed("examine"))?;
     if is_same(&now, &stat) { Ok(fd) } else { Err(failed("open")(Errno::ESTALE)) }
 }

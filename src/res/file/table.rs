@@ -11,6 +11,7 @@ use std::{
         unix::{ffi::OsStrExt, fs::OpenOptionsExt},
     },
     path::PathBuf,
+    rc::Rc,
 };
 
 use nix::{
@@ -26,10 +27,10 @@ use super::{
 use crate::{
     image::{Kind, SnapshotWriter, proto},
     proc::{self, FdInfo, Mapping},
+    res::ns::{OfTree, Roots},
     sys::{
         fds,
         process::{self, Shared},
-        root::Root,
     },
     units::{HostPid, NsPid, PidMap, TargetFd},
 };
@@ -48,8 +49,9 @@ pub struct FileTable {
 struct Known {
     own: HostPid,
     pids: PidMap,
+    namespaces: Rc<OfTree>,
     /// Where paths of the tree are looked up.
-    root: Root,
+    roots: Roots,
     /// The processes and threads of the tree.
     processes: HashSet<NsPid>,
     next_id: u32,
@@ -148,8 +150,12 @@ impl Intake for Known {
         &self.pids
     }
 
-    fn root(&self) -> &Root {
-        &self.root
+    fn namespaces(&self) -> &OfTree {
+        &self.namespaces
+    }
+
+    fn roots(&self) -> &Roots {
+        &self.roots
     }
 
     fn deleted_files(&mut self) -> &mut DeletedFiles {
@@ -181,7 +187,8 @@ impl FileTable {
             state: Known {
                 own,
                 pids,
-                root: Root::own(),
+                namespaces: Rc::default(),
+                roots: Roots::default(),
                 processes,
                 next_id: 0,
                 known: HashMap::new(),
@@ -194,15 +201,15 @@ impl FileTable {
                 build_ids: BuildIds::default(),
                 listeners: Listeners::default(),
                 validation: options.validation,
-                networks: Seen::new(own),
+                networks: Seen::default(),
             },
         }
     }
 
-    /// Looks up the paths of the tree in this root directory, instead of that of rcriu.
-    pub fn set_root(&mut self, root: Root) {
-        self.state.deleted.set_root(&root);
-        self.state.root = root;
+    /// Sets the namespaces of the tree, and the root directories in which its paths are looked up.
+    pub fn set_namespaces(&mut self, namespaces: Rc<OfTree>, roots: Roots) {
+        self.state.namespaces = namespaces;
+        self.state.roots = roots;
     }
 
     /// Notes of which files' reads a process is notified. Must be called for all processes first.
@@ -306,11 +313,11 @@ impl FileTable {
         let mut file =
             Description { id, fd, pid, number, stat, flags, link, info, fown, network: None };
         if file.is_type(libc::S_IFSOCK) {
-            let network = self.state.networks.of(file.fd.as_fd(), pid);
+            let network = self.state.networks.of(file.fd.as_fd(), pid, &self.state.namespaces);
             let network = network.map_err(file.failed("find the network namespace of"))?;
             file.network = Some(network.map_err(|inode| {
                 let what = format!(
-                    "a socket of the network namespace net:[{inode}], which its process is not in"
+                    "a socket of the network namespace net:[{inode}], which no process of the tree is in"
                 );
                 file.unsupported(what, "have the program close it, then try again")
             })?);

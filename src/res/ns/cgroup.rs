@@ -8,10 +8,10 @@ use std::{cell::RefCell, path::PathBuf};
 
 use nix::libc;
 
-use super::{Building, Namespace, Options, Restoring};
+use super::{Building, Dumped, Namespace, Options, Restoring};
 use crate::{
     image::ImageStore,
-    inject::{Script, Task, living},
+    inject::{Script, living},
     res::{ResError, Result, cgroups},
 };
 
@@ -24,8 +24,8 @@ impl Namespace for Cgroup {
         0
     }
 
-    fn check(&self, tasks: &[Task], _: &Options) -> Result<()> {
-        for task in living(tasks) {
+    fn check(&self, of: &Dumped<'_>) -> Result<()> {
+        for task in living(of.tasks) {
             let roots = cgroups::roots_of(task.witness())?;
             if let Some(path) = roots.into_values().find_map(Result::err) {
                 return Err(ResError::Refused {

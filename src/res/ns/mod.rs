@@ -1,9 +1,10 @@
 //! Namespaces: the kinds, and which of them a tree may have of its own.
 //!
-//! The images number namespaces. The dumper's own come first, then those of the tree, both in
-//! the order of the table `KINDS`. A tree that shares a namespace with the dumper gets that of the
-//! restorer. A namespace of its own is created with its first process, and all other processes
-//! inherit it; so all processes of a tree must be in the same one.
+//! The images number namespaces. The dumper's own come first, then those of the first process of the
+//! tree, both in the order of the table `KINDS`, then those of other processes. A tree that shares a
+//! namespace with the dumper gets that of the restorer. A namespace of its own is created with its
+//! first process, and all other processes inherit it, unless they are in another one; some kinds
+//! allow that ([`OfTree`], [`Wanted`]).
 //!
 //! The dump looks at a namespace in two ways: a process of the tree makes calls ([`Namespace::ask`]),
 //! and rcriu looks from outside ([`Namespace::dump`]), as a rule by entering it with one thread
@@ -16,26 +17,27 @@ mod cgroup;
 mod ipc;
 pub mod mnt;
 pub mod net;
+mod of_tree;
 mod pid;
+mod roots;
 mod time;
 mod user;
 mod uts;
+mod wanted;
 
 use std::{cell::RefCell, os::fd::OwnedFd, path::PathBuf};
 
-use nix::libc;
+pub use of_tree::OfTree;
+pub use roots::Roots;
+use wanted::Entrances;
+pub use wanted::Wanted;
 
 use super::{ResError, Result};
 use crate::{
-    image::{
-        ImageError, ImageStore, Kind as Image, SnapshotWriter, Store, proto::TaskKobjIdsEntry,
-    },
-    inject::{self, Answers, Script, Task, living},
+    image::{ImageError, ImageStore, SnapshotWriter, Store, proto::TaskKobjIdsEntry},
+    inject::{self, Answers, Script, Task},
     proc,
-    sys::{
-        root::Root,
-        visit::{self, Place},
-    },
+    sys::visit::{self, Place},
     units::{HostPid, IdMap, NsPid, PidMap},
 };
 
@@ -50,6 +52,14 @@ struct Kind {
     id: fn(&mut TaskKobjIdsEntry) -> &mut Option<u32>,
     /// Dumps and restores a namespace of this kind that a tree has of its own.
     own: &'static dyn Namespace,
+    /// Whether processes of a tree may be in other namespaces of this kind than the first one.
+    has_others: bool,
+}
+
+impl Kind {
+    const fn with_others(self) -> Self {
+        Self { has_others: true, ..self }
+    }
 }
 
 const fn row(
@@ -58,7 +68,7 @@ const fn row(
     id: fn(&mut TaskKobjIdsEntry) -> &mut Option<u32>,
     own: &'static dyn Namespace,
 ) -> Kind {
-    Kind { file, name, id, own }
+    Kind { file, name, id, own, has_others: false }
 }
 
 /// The namespaces that a thread is in.
@@ -66,85 +76,12 @@ static KINDS: [Kind; 8] = [
     row("pid", "a pid namespace", |ids| &mut ids.pid_ns_id, &pid::Pid),
     row("net", "a network namespace", |ids| &mut ids.net_ns_id, &net::Net),
     row("ipc", "an IPC namespace", |ids| &mut ids.ipc_ns_id, &ipc::Ipc),
-    row("uts", "a UTS namespace", |ids| &mut ids.uts_ns_id, &uts::Uts),
+    row("uts", "a UTS namespace", |ids| &mut ids.uts_ns_id, &uts::Uts).with_others(),
     row(time::FILE, "a time namespace", |ids| &mut ids.time_ns_id, &time::Time),
     row(mnt::FILE, "a mount namespace", |ids| &mut ids.mnt_ns_id, &mnt::Mnt),
     row(user::FILE, "a user namespace", |ids| &mut ids.user_ns_id, &user::User),
     row("cgroup", "a cgroup namespace", |ids| &mut ids.cgroup_ns_id, &cgroup::Cgroup),
 ];
-
-/// The namespaces that new children of a thread will be in, if they are others than those of the
-/// thread: the name in `/proc/PID/ns`, that of the thread's own, and the name in messages.
-static FOR_CHILDREN: [(&str, &str, &str); 2] = [
-    ("pid_for_children", "pid", "a pid namespace for its children"),
-    ("time_for_children", "time", "a time namespace for its children"),
-];
-
-/// The namespaces of a process, in the order of [`KINDS`]; `None` for a kind that the kernel lacks.
-type Places = [Option<u64>; KINDS.len()];
-
-fn places_of(pid: HostPid, tid: HostPid) -> Places {
-    KINDS.each_ref().map(|kind| proc::thread_namespace(pid, tid, kind.file).ok())
-}
-
-/// Refuses processes and threads in other namespaces than the first process of their tree, where a
-/// restore could not put them.
-///
-/// # Errors
-/// [`ResError::Refused`].
-pub fn check_common(tasks: &[Task]) -> Result<()> {
-    let mut of_tree = None;
-    for task in living(tasks) {
-        let (pid, first) = (task.pid, task.witness());
-        let own = places_of(pid, first);
-        let (leader, wanted) = *of_tree.get_or_insert((first, own));
-        for (kind, (found, wanted)) in KINDS.iter().zip(own.iter().zip(&wanted)) {
-            if let (Some(found), Some(wanted)) = (found, wanted)
-                && found != wanted
-            {
-                let (file, name) = (kind.file, kind.name);
-                return Err(ResError::Refused {
-                    pid,
-                    what: format!(
-                        "has {name} ({file}:[{found}]) that is not that of process {leader}"
-                    ),
-                    help: "dump the part of the tree in that namespace: a tree can have only one",
-                });
-            }
-        }
-        check_for_children(task)?;
-        for thread in task.threads.iter().skip(1) {
-            let others = places_of(pid, thread.tid);
-            for (kind, (found, wanted)) in KINDS.iter().zip(others.iter().zip(&own)) {
-                if wanted.is_some() && found != wanted {
-                    return Err(ResError::own_of_thread(pid, thread.tid, kind.name));
-                }
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Checks that the children of a process will be in its own namespaces.
-fn check_for_children(task: &Task) -> Result<()> {
-    for (file, own, name) in FOR_CHILDREN {
-        let pair = [file, own].map(|file| proc::namespace(task.witness(), file).ok());
-        // The file of a pid namespace without processes cannot be read.
-        let differs = match pair {
-            [Some(found), Some(own)] => found != own,
-            [None, Some(_)] => own == "pid",
-            _ => false,
-        };
-        if differs {
-            return Err(ResError::Refused {
-                pid: task.pid,
-                what: format!("has {name} that is not its own ({file})"),
-                help: "dump the children, or the tree once the process has set it back (setns(2))",
-            });
-        }
-    }
-    Ok(())
-}
 
 /// Dumps and restores one kind of namespace.
 pub trait Namespace: Sync + std::fmt::Debug {
@@ -156,7 +93,7 @@ pub trait Namespace: Sync + std::fmt::Debug {
     ///
     /// # Errors
     /// [`ResError::Refused`], or the errors of reading `/proc`.
-    fn check(&self, _tasks: &[Task], _options: &Options) -> Result<()> {
+    fn check(&self, _of: &Dumped<'_>) -> Result<()> {
         Ok(())
     }
 
@@ -184,6 +121,35 @@ pub trait Namespace: Sync + std::fmt::Debug {
         number: u32,
         options: &Options,
     ) -> Result<Box<dyn Restoring>>;
+
+    /// Restore: reads the images of all namespaces of the kind, one after the other; `home` is the number
+    /// of that of the first process. A kind whose namespaces depend on each other returns one
+    /// [`Restoring`] for all of them.
+    ///
+    /// # Errors
+    /// As [`Self::restore`].
+    fn restore_all(
+        &self,
+        images: &dyn ImageStore,
+        _home: u32,
+        members: &[Member],
+        options: &Options,
+    ) -> Result<Vec<(Member, Box<dyn Restoring>)>> {
+        let read =
+            |member: &Member| Ok((member.clone(), self.restore(images, member.number, options)?));
+        members.iter().map(read).collect()
+    }
+}
+
+/// A namespace to be restored.
+#[derive(Clone, Debug)]
+pub struct Member {
+    /// Its number in the images.
+    pub number: u32,
+    /// A process in it.
+    pub pid: NsPid,
+    /// The numbers of all namespaces of that process.
+    pub ids: TaskKobjIdsEntry,
 }
 
 /// The options of a dump or a restore about namespaces.
@@ -214,8 +180,8 @@ pub struct Dumped<'a> {
 /// What the restore of a namespace works with.
 #[derive(Clone, Copy)]
 pub struct Building<'a> {
-    /// The first process of the tree. It is in the namespace, which is new, and shares the
-    /// descriptors of rcriu.
+    /// The first process of the tree. It is in the namespace, which is new, and in namespaces of the
+    /// first process of all other kinds. It shares the descriptors of rcriu.
     pub first: HostPid,
     /// Has it make the calls of a script.
     pub run: &'a dyn Fn(&Script) -> inject::Result<Answers>,
@@ -224,6 +190,8 @@ pub struct Building<'a> {
     /// Masters of pseudoterminals whose slaves are bound somewhere: they are opened before the
     /// terminals of the tree.
     pub masters: &'a RefCell<Vec<OwnedFd>>,
+    /// The namespaces of the kinds of which the tree has several.
+    entrances: &'a RefCell<Entrances>,
 }
 
 impl std::fmt::Debug for Building<'_> {
@@ -248,6 +216,11 @@ pub trait Restoring: std::fmt::Debug {
         true
     }
 
+    /// Whether it makes the namespaces of other processes than the first one itself.
+    fn makes_others(&self) -> bool {
+        false
+    }
+
     /// Turns the users and groups of the images into those here.
     fn translate(&mut self, _ids: &IdMap) {}
 
@@ -270,12 +243,12 @@ pub trait Restoring: std::fmt::Debug {
         Script::new()
     }
 
-    /// Finishes, once all processes have their memory and their files. Process `root` is in the
+    /// Finishes, once all processes have their memory and their files. Process `member` is in the
     /// namespace.
     ///
     /// # Errors
     /// The first failure.
-    fn finish(&mut self, _root: HostPid) -> Result<()> {
+    fn finish(&mut self, _member: HostPid) -> Result<()> {
         Ok(())
     }
 }
@@ -319,115 +292,11 @@ pub fn number_in(ids: &TaskKobjIdsEntry, file: &str) -> Option<u32> {
     KINDS.iter().find(|kind| kind.file == file).and_then(|kind| *(kind.id)(&mut ids))
 }
 
-/// Returns the number of the namespace of a kind that the tree of a process has of its own, if it has
-/// one. `file` is the name of the kind in `/proc/PID/ns`.
-pub fn number_of_tree(pid: HostPid, file: &str) -> Option<u32> {
+/// Returns the number of the namespace of a kind that the first process of a tree has of its own, if it
+/// has one. `file` is the name of the kind in `/proc/PID/ns`.
+pub fn number_of_first(pid: HostPid, file: &str) -> Option<u32> {
     let at = KINDS.iter().position(|kind| kind.file == file)?;
-    proc::is_in_other_namespace(pid, file).then(|| OfTree::number(at))
-}
-
-/// The namespaces that a stopped tree has of its own.
-#[derive(Debug, Default)]
-pub struct OfTree {
-    /// Indices in [`KINDS`].
-    kinds: Vec<usize>,
-    /// Whether a process makes the calls about them already.
-    asked: bool,
-}
-
-impl OfTree {
-    /// Finds them by comparing a process of the tree with the dumper.
-    pub fn look(pid: HostPid) -> Self {
-        let all = KINDS.iter().enumerate();
-        let of_tree = all.filter(|(_, kind)| proc::is_in_other_namespace(pid, kind.file));
-        Self { kinds: of_tree.map(|(at, _)| at).collect(), asked: false }
-    }
-
-    /// Finds those of a stopped tree.
-    pub fn of(tasks: &[Task]) -> Self {
-        living(tasks).next().map(|task| Self::look(task.witness())).unwrap_or_default()
-    }
-
-    /// Returns the `ids` entry of a process of the tree.
-    pub fn ids(&self) -> TaskKobjIdsEntry {
-        let mut ids = own_ids();
-        for at in &self.kinds {
-            *(KINDS[*at].id)(&mut ids) = Some(Self::number(*at));
-        }
-        ids
-    }
-
-    /// Returns the number of the tree's own namespace of a kind.
-    fn number(position: usize) -> u32 {
-        number(KINDS.len() + position)
-    }
-
-    /// Adds the calls about them for the first process that can make calls. Returns, with the
-    /// number of each namespace, the function that writes its images.
-    pub fn ask(&mut self, script: &mut Script) -> Vec<(u32, Collect)> {
-        if std::mem::replace(&mut self.asked, true) {
-            return Vec::new();
-        }
-        let ask = |at: &usize| Some((Self::number(*at), KINDS[*at].own.ask(script)?));
-        self.kinds.iter().filter_map(ask).collect()
-    }
-
-    /// Refuses namespaces that cannot be restored.
-    ///
-    /// # Errors
-    /// [`ResError::Refused`], or the errors of reading `/proc`.
-    pub fn check(&self, tasks: &[Task], options: &Options) -> Result<()> {
-        for at in &self.kinds {
-            let kind = &KINDS[*at];
-            if let Some(task) = tasks.first().filter(|_| !may_visit(kind)) {
-                let (what, help) = (format!("has {} of its own{NO_VISIT}", kind.name), VISIT_HELP);
-                return Err(ResError::Refused { pid: task.pid, what, help });
-            }
-            kind.own.check(tasks, options)?;
-        }
-        Ok(())
-    }
-
-    /// Returns the number of the tree's own namespace of a kind, if it has one. `file` is the name of
-    /// the kind in `/proc/PID/ns`.
-    pub fn number_of(&self, file: &str) -> Option<u32> {
-        let at = self.kinds.iter().find(|at| KINDS[**at].file == file)?;
-        Some(Self::number(*at))
-    }
-
-    /// Writes the images of what rcriu sees of the namespaces itself. `ids` are the users and groups of
-    /// the tree.
-    ///
-    /// # Errors
-    /// The state cannot be read or dumped.
-    pub fn dump(
-        &self,
-        tasks: &[Task],
-        ids: &IdMap,
-        options: &Options,
-        images: &SnapshotWriter,
-    ) -> Result<()> {
-        let Some(pid) = living(tasks).next().map(Task::witness) else { return Ok(()) };
-        if self.number_of(time::FILE).is_none() {
-            time::dump_dumpers(pid, images)?;
-        }
-        for at in &self.kinds {
-            let number = Self::number(*at);
-            KINDS[*at].own.dump(&Dumped { pid, number, tasks, options, ids }, images)?;
-        }
-        Ok(())
-    }
-
-    /// Returns the root directory in which the paths of the tree are looked up.
-    ///
-    /// # Errors
-    /// The tree is gone, or rcriu may not enter its mount namespace.
-    pub fn root(&self, tasks: &[Task]) -> Result<Root> {
-        match living(tasks).next().filter(|_| self.number_of(mnt::FILE).is_some()) {
-            Some(first) => mnt::root_of(first.witness()),
-            None => Ok(Root::own()),
-        }
-    }
+    proc::is_in_other_namespace(pid, file).then(|| of_tree::number_of_first(at))
 }
 
 /// Returns the map of the pids and of the user and group ids of a stopped tree.
@@ -438,145 +307,7 @@ pub fn pids_of(tasks: &[Task]) -> Result<PidMap> {
     Ok(pid::map(tasks)?.with_ids(user::map(tasks)?))
 }
 
-/// The namespaces that the restore creates for a tree.
-#[derive(Debug, Default)]
-pub struct Wanted(Vec<(&'static Kind, u32, Box<dyn Restoring>)>);
-
-impl Wanted {
-    /// Reads them from the images. `pid` is a process that is alive, `dumper` has the numbers
-    /// of the dumper's own namespaces.
-    pub fn read(
-        images: &dyn ImageStore,
-        dumper: Option<&TaskKobjIdsEntry>,
-        pid: NsPid,
-        options: &Options,
-    ) -> Result<Self> {
-        let Some(mut dumper) = dumper.copied() else { return Ok(Self::default()) };
-        let number = pid.image().into();
-        // Older images have no `ids` image.
-        let Some(mut ids) = images.message_if_any::<TaskKobjIdsEntry>(Image::Ids, number)? else {
-            return Ok(Self::default());
-        };
-        let mut wanted = Vec::new();
-        for kind in &KINDS {
-            let (Some(number), Some(dumpers)) = (*(kind.id)(&mut ids), *(kind.id)(&mut dumper))
-            else {
-                continue;
-            };
-            if number == dumpers {
-                if kind.file == time::FILE {
-                    wanted.extend(time::if_behind(images)?.map(|clocks| (kind, number, clocks)));
-                }
-                continue;
-            }
-            if !may_visit(kind) {
-                let problem = format!("it is {}{NO_VISIT}\nhelp: {VISIT_HELP}", kind.name);
-                return Err(wrong(number, &problem));
-            }
-            let restoring = kind.own.restore(images, number, options)?;
-            // The others belong to the user namespace, so it comes first.
-            let at = if kind.file == user::FILE { 0 } else { wanted.len() };
-            wanted.insert(at, (kind, number, restoring));
-        }
-        let mut wanted = Self(wanted);
-        let ids = wanted.ids();
-        wanted.0.iter_mut().for_each(|(_, _, namespace)| namespace.translate(&ids));
-        Ok(wanted)
-    }
-
-    /// Returns the `clone(2)` flags for the first process.
-    pub fn clone_flags(&self) -> u64 {
-        let made = self.0.iter().filter(|(.., state)| state.is_made());
-        made.fold(0, |flags, (kind, ..)| flags | kind.own.clone_flag())
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// Returns the map of the user and group ids of the tree.
-    pub fn ids(&self) -> IdMap {
-        self.0.iter().find_map(|(_, _, namespace)| namespace.ids()).unwrap_or_default()
-    }
-
-    /// Whether the tree gets a time namespace of its own, in which clocks go on from the dump.
-    pub fn has_clocks(&self) -> bool {
-        self.0.iter().any(|(kind, ..)| kind.file == time::FILE)
-    }
-
-    /// Returns the root directory of the tree, whose first process exists.
-    ///
-    /// # Errors
-    /// The process is gone, or rcriu may not enter its mount namespace.
-    pub fn root(&self, first: HostPid) -> Result<Root> {
-        let has_mounts = self.number_of(mnt::FILE).is_some();
-        if has_mounts { mnt::root_of(first) } else { Ok(Root::own()) }
-    }
-
-    /// Whether the tree gets a pid namespace of its own.
-    pub fn has_pids(&self) -> bool {
-        self.clone_flags() & u64::from(libc::CLONE_NEWPID.cast_unsigned()) != 0
-    }
-
-    /// Restores their state. The first process is in all of them.
-    ///
-    /// # Errors
-    /// The first failure.
-    pub fn build(&mut self, on: &Building<'_>) -> Result<()> {
-        let run = |script: Script| {
-            if script.is_empty() { Ok(()) } else { (on.run)(&script).map(drop) }
-        };
-        for (_, _, namespace) in &mut self.0 {
-            run(namespace.first_script())?;
-            namespace.build(on)?;
-            run(namespace.script())?;
-        }
-        Ok(())
-    }
-
-    /// Finishes, once all processes have their memory and their files. Process `root` is in all of
-    /// the namespaces.
-    ///
-    /// # Errors
-    /// The first failure.
-    pub fn finish(&mut self, root: HostPid) -> Result<()> {
-        self.0.iter_mut().try_for_each(|(_, _, namespace)| namespace.finish(root))
-    }
-
-    /// Tells the directories of the cgroups in which a cgroup namespace is to be made.
-    pub fn set_root_cgroups(&self, roots: &[PathBuf]) {
-        self.0.iter().for_each(|(_, _, namespace)| namespace.set_root_cgroups(roots.to_vec()));
-    }
-
-    /// Returns the number of the namespace of a kind, if it is among them. `file` is the name of the
-    /// kind in `/proc/PID/ns`.
-    pub fn number_of(&self, file: &str) -> Option<u32> {
-        self.0.iter().find(|(kind, ..)| kind.file == file).map(|(_, number, _)| *number)
-    }
-
-    /// Lists the names of the kinds for messages; `None` if there are none.
-    pub fn names(&self) -> Option<String> {
-        let names: Vec<_> = self.0.iter().map(|(kind, ..)| kind.name).collect();
-        (!names.is_empty()).then(|| names.join(" and "))
-    }
-}
-
 /// Returns the error for an invalid image of a namespace.
 fn wrong(number: u32, what: &str) -> ResError {
     ResError::Namespace { number, problem: what.to_owned() }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_tree_has_numbers_beside_those_of_the_dumper() {
-        let uts = KINDS.iter().position(|kind| kind.file == "uts").unwrap();
-        let (dumper, tree) = (own_ids(), OfTree { kinds: vec![uts], asked: false }.ids());
-        assert_eq!((dumper.pid_ns_id, dumper.uts_ns_id), (Some(1), Some(4)));
-        assert_eq!(tree, TaskKobjIdsEntry { uts_ns_id: Some(12), ..dumper });
-        assert_eq!(OfTree::default().ids(), dumper);
-    }
 }

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 
 use nix::libc;
 
-use super::{Namespace, Options, Restoring};
+use super::{Dumped, Namespace, Options, Restoring};
 use crate::{
     image::ImageStore,
     inject::Task,
@@ -26,7 +26,8 @@ impl Namespace for Pid {
         u64::from(libc::CLONE_NEWPID.cast_unsigned())
     }
 
-    fn check(&self, tasks: &[Task], _: &Options) -> Result<()> {
+    fn check(&self, of: &Dumped<'_>) -> Result<()> {
+        let tasks = of.tasks;
         let Some(root) = tasks.first() else { return Ok(()) };
         let numbers = proc::status(root.pid)?.ns_pid;
         if numbers.last() != Some(&FIRST) {

@@ -47,11 +47,11 @@ impl Namespace for User {
         u64::from(libc::CLONE_NEWUSER.cast_unsigned())
     }
 
-    fn check(&self, tasks: &[Task], _: &Options) -> Result<()> {
-        let ids = map(tasks)?;
+    fn check(&self, of: &Dumped<'_>) -> Result<()> {
+        let (tasks, ids) = (of.tasks, of.ids);
         for task in living(tasks) {
             for thread in &task.threads {
-                check_ids(task.pid, &proc::thread_status(task.pid, thread.tid)?, &ids)?;
+                check_ids(task.pid, &proc::thread_status(task.pid, thread.tid)?, ids)?;
             }
         }
         living(tasks).next().map_or(Ok(()), check_owners)

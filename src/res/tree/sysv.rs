@@ -68,7 +68,7 @@ struct Segments {
 /// Starts with the segments of the tree's own namespace.
 pub(super) fn collector(tasks: &[Task], ids: &IdMap) -> Begun<dyn Collector> {
     let first = living(tasks).next().map(Task::witness);
-    let number = first.and_then(|pid| ns::number_of_tree(pid, "ipc"));
+    let number = first.and_then(|pid| ns::number_of_first(pid, "ipc"));
     let mut segments = Segments {
         namespace: number.unwrap_or(NAMESPACE),
         pid: number.and(first),

@@ -67,20 +67,14 @@ pub struct DeletedFiles {
 /// Link remaps, which are removed when this is dropped.
 #[derive(Debug, Default)]
 struct LinkRemaps {
-    /// Where their paths are looked up.
-    root: Root,
-    paths: Vec<PathBuf>,
+    /// With the root directories in which they are looked up.
+    paths: Vec<(Root, PathBuf)>,
 }
 
 impl DeletedFiles {
     /// Returns an empty table.
     pub fn new(options: &Options, external: &External) -> Self {
         Self { options: *options, external: external.clone(), ..Self::default() }
-    }
-
-    /// Looks up the paths of the tree in this root directory, instead of that of rcriu.
-    pub(in crate::res::file) fn set_root(&mut self, root: &Root) {
-        self.link_remaps.root = root.clone();
     }
 
     /// Whether the user will provide this object for the restore.
@@ -167,7 +161,7 @@ impl DeletedFiles {
 
     /// Warns about link remaps that a restore needs and that are about to be removed.
     pub fn warn_about_link_remaps(&self) {
-        for link in &self.link_remaps.paths {
+        for (_, link) in &self.link_remaps.paths {
             log::warn!(
                 "removing the link remap {} of a deleted file, because the tree resumes, although a \
                  restore of this snapshot needs it; copy the file system in a post-dump action, or \
@@ -180,8 +174,8 @@ impl DeletedFiles {
 
 impl Drop for LinkRemaps {
     fn drop(&mut self) {
-        for link in &self.paths {
-            let spelled = self.root.spell(link).map_err(io::Error::from);
+        for (root, link) in &self.paths {
+            let spelled = root.spell(link).map_err(io::Error::from);
             if let Err(error) = spelled.and_then(fs::remove_file) {
                 log::warn!("cannot remove {}: {error}", link.display());
             }
@@ -207,7 +201,7 @@ pub(in crate::res::file) fn link(
             file.unsupported(what, "allow rcriu to link it under another name with --link-remap")
         );
     }
-    let root = intake.root().clone();
+    let root = intake.root_of(file).clone();
     let mut dir = Path::new(OsStr::from_bytes(name)).parent();
     let (link_id, path) = loop {
         let Some(at) = dir else {
@@ -243,7 +237,7 @@ pub(in crate::res::file) fn link(
         ..Default::default()
     };
     let deleted = intake.deleted_files();
-    deleted.link_remaps.paths.push(path);
+    deleted.link_remaps.paths.push((root, path));
     deleted.remap(id, link_id, RemapType::Linked);
     intake.push(proto::FileEntry {
         r#type: FdTypes::Reg.into(),

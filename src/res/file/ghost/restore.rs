@@ -112,8 +112,7 @@ pub(in crate::res::file) fn open(
             Err(FileError::image(entry.id, problem))
         }
         Some(Remap::Linked(other)) => {
-            let source = linked(opened, entry.id, other)?;
-            let root = opened.root.clone();
+            let (root, source) = linked(opened, entry.id, other)?;
             if root.lstat(&source) == Err(Errno::ENOENT) {
                 let problem = format!(
                     "{}, the link remap of the file, does not exist; a dump removes its link remaps if \
@@ -152,7 +151,7 @@ pub(in crate::res::file) fn open(
     }
 }
 
-fn linked(opened: &Opened, id: u32, other: u32) -> Result<PathBuf> {
+fn linked(opened: &Opened, id: u32, other: u32) -> Result<(Root, PathBuf)> {
     let entry = opened.entries.get(&other).and_then(|entry| entry.reg.as_ref());
     let missing = || {
         FileError::image(
@@ -160,7 +159,8 @@ fn linked(opened: &Opened, id: u32, other: u32) -> Result<PathBuf> {
             format!("its link remap is file {other:#x}, which files.img does not have"),
         )
     };
-    Ok(PathBuf::from(OsStr::from_bytes(&entry.ok_or_else(missing)?.name)))
+    let entry = entry.ok_or_else(missing)?;
+    Ok((opened.root_of(entry).clone(), PathBuf::from(OsStr::from_bytes(&entry.name))))
 }
 
 /// Removes the link remaps. Call it when the restore has succeeded: a second restore would find
@@ -178,8 +178,7 @@ pub fn remove_link_remaps(opened: &mut Opened) -> Result<()> {
         })
         .collect();
     for (id, other) in linked_to {
-        let path = linked(opened, id, other)?;
-        let root = &opened.root;
+        let (root, path) = linked(opened, id, other)?;
         let found = match root.lstat(&path) {
             Err(Errno::ENOENT) => continue,
             found => {
@@ -291,7 +290,7 @@ fn make(ghost: u32, first: &proto::RegFileEntry, opened: &mut Opened) -> Result<
         return Ok(made);
     }
     let suffix = format!(".cr.{ghost:x}.{}.ghost", std::process::id());
-    let root = &opened.root;
+    let root = opened.root_of(first);
     let mut name = TemporaryName::give(root, &first.name, &suffix, |path| make_node(path, &entry))
         .map_err(failed("make"))?;
     let format = entry.mode & libc::S_IFMT;
@@ -343,7 +342,8 @@ fn make_linkable(
     };
     let failed = |step| FileError::restore(first.id, step, &first.name);
     let dir = first.name.iter().rposition(|byte| *byte == b'/').map_or(0, |at| at + 1);
-    let own = match descriptor::open_tmpfile(&opened.root, &first.name[..dir], user.flags) {
+    let own = match descriptor::open_tmpfile(opened.root_of(first), &first.name[..dir], user.flags)
+    {
         Ok(own) => own,
         Err(errno) => {
             let name = String::from_utf8_lossy(&first.name);

@@ -76,7 +76,7 @@ fn open_slave(
     let between: &[u8] = if path.name[..dir].ends_with(b"/pts/") { b"" } else { b"pts/" };
     let number = index(info, master.id)?.to_string();
     let slave = [&path.name[..dir], between, number.as_bytes()].concat();
-    descriptor::open(&opened.root, &slave, libc::O_RDWR.cast_unsigned())
+    descriptor::open(opened.root_of(&path), &slave, libc::O_RDWR.cast_unsigned())
         .map_err(FileError::restore(master.id, "open the terminal", &slave))
 }
 

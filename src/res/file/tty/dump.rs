@@ -103,7 +103,7 @@ impl Collector for Terminals {
                 "rcriu keeps only the default one (0, N_TTY); end the program that has set another";
             return Err(file.unsupported(what, help));
         }
-        let (info_id, tty_type, index) = self.number(file, intake.root())?;
+        let (info_id, tty_type, index) = self.number(file, intake.root_of(file))?;
         let mut entry = proto::TtyFileEntry {
             id: file.id,
             tty_info_id: info_id,
@@ -343,7 +343,7 @@ fn slave_owner(
     index: u32,
     intake: &dyn Intake,
 ) -> Option<proto::InodeOwnerEntry> {
-    let stat = intake.root().stat(&slave_path(&file.link, index)).ok()?;
+    let stat = intake.root_of(file).stat(&slave_path(&file.link, index)).ok()?;
     let is_it = Role::of(stat.st_rdev) == Some(Role::Slave(index));
     let (uid, gid) = intake.pids().ids().ns_owner((stat.st_uid, stat.st_gid));
     is_it.then_some(proto::InodeOwnerEntry { uid, gid, mode: stat.st_mode & PERMISSIONS })

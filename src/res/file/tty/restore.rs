@@ -210,11 +210,18 @@ impl TerminalOpener {
             TtyType::Pty if is_master(info.id) => {
                 let path = wanted.path()?;
                 let fixed = needs_its_number(info, infos, opened);
-                let fd = open_master(id, &path.name, index(info, id)?, flags, fixed, opened)?;
+                let fd = open_master(
+                    id,
+                    (opened.root_of(path), &path.name),
+                    index(info, id)?,
+                    flags,
+                    fixed,
+                    opened,
+                )?;
                 let failed = || FileError::restore(id, "adjust the terminal", &path.name);
                 tty::switch(fd.as_fd(), Switch::Locked, false).map_err(failed())?;
                 set_modes(fd.as_fd(), info, true).map_err(failed())?;
-                own_slave(id, &path.name, fd.as_fd(), opened).map_err(failed())?;
+                own_slave(id, path, fd.as_fd(), opened).map_err(failed())?;
                 if info.packet_mode {
                     tty::switch(fd.as_fd(), Switch::Packet, true).map_err(failed())?;
                 }
@@ -243,7 +250,7 @@ impl TerminalOpener {
                 let path = wanted.path()?;
                 // Processes in the session of rcriu have this same terminal.
                 if self.options.shell_job
-                    && let Ok(fd) = descriptor::open(&opened.root, &path.name, flags)
+                    && let Ok(fd) = descriptor::open(opened.root_of(path), &path.name, flags)
                 {
                     return Ok(fd);
                 }
@@ -256,7 +263,7 @@ impl TerminalOpener {
             TtyType::Console | TtyType::Vt | TtyType::Serial => {
                 let path = wanted.path()?;
                 let failed = |step| FileError::restore(id, step, &path.name);
-                let fd = descriptor::open(&opened.root, &path.name, flags)
+                let fd = descriptor::open(opened.root_of(path), &path.name, flags)
                     .map_err(failed("open the terminal"))?;
                 if is_first {
                     set_modes(fd.as_fd(), info, true).map_err(failed("adjust the terminal"))?;
@@ -294,7 +301,14 @@ impl TerminalOpener {
         }
         let ptmx = ptmx_beside(&path.name);
         let read_write = libc::O_RDWR.cast_unsigned();
-        let master = open_master(path.id, &ptmx, index(info, path.id)?, read_write, true, opened)?;
+        let master = open_master(
+            path.id,
+            (opened.root_of(path), &ptmx),
+            index(info, path.id)?,
+            read_write,
+            true,
+            opened,
+        )?;
         let step = "make the other end of the terminal";
         tty::switch(master.as_fd(), Switch::Locked, false)
             .map_err(FileError::restore(path.id, step, &path.name))?;
@@ -348,7 +362,7 @@ impl TerminalOpener {
             (Some(master), Some(number)) if number.cast_unsigned() != index(info, path.id)? => {
                 tty::open_slave(master, flags)
             }
-            _ => descriptor::open(&opened.root, &path.name, flags),
+            _ => descriptor::open(opened.root_of(path), &path.name, flags),
         };
         let fd = fd.map_err(failed("open the terminal"))?;
         if let Some(mode) = path.mode {
@@ -382,7 +396,7 @@ fn needs_its_number(
 /// opens one with another index, unless it is `fixed`.
 fn open_master(
     id: u32,
-    path: &[u8],
+    (root, path): (&Root, &[u8]),
     index: u32,
     flags: u32,
     fixed: bool,
@@ -402,7 +416,7 @@ fn open_master(
     drop(premade);
     let mut others = Vec::new();
     for _ in 0..ATTEMPTS {
-        let fd = descriptor::open(&opened.root, path, flags).map_err(failed())?;
+        let fd = descriptor::open(root, path, flags).map_err(failed())?;
         let found = tty::ask(fd.as_fd(), Question::Index).map_err(failed())?.cast_unsigned();
         if found == index {
             return Ok(fd);
@@ -443,7 +457,14 @@ fn open_hung(
 ) -> Result<OwnedFd> {
     let master = ptmx_beside(&path.name);
     let read_write = libc::O_RDWR.cast_unsigned();
-    let master = open_master(id, &master, index(info, id)?, read_write, false, opened)?;
+    let master = open_master(
+        id,
+        (opened.root_of(path), &master),
+        index(info, id)?,
+        read_write,
+        false,
+        opened,
+    )?;
     tty::switch(master.as_fd(), Switch::Locked, false)
         .and_then(|()| tty::open_slave(master.as_fd(), flags))
         .map_err(FileError::restore(id, "open the terminal", &path.name))
@@ -451,7 +472,12 @@ fn open_hung(
 
 /// Sets the owner of the slave of a master: the kernel has given it to rcriu, which has opened the
 /// master.
-fn own_slave(id: u32, path: &[u8], master: BorrowedFd, opened: &Opened) -> nix::Result<()> {
+fn own_slave(
+    id: u32,
+    entry: &proto::RegFileEntry,
+    master: BorrowedFd,
+    opened: &Opened,
+) -> nix::Result<()> {
     let recorded = opened.entries.get(&id).and_then(|entry| entry.owner.as_ref());
     let (uid, gid, mode) = match (recorded, opened.holder(id)) {
         (Some(owner), _) => (owner.uid, owner.gid, Some(owner.mode)),
@@ -460,9 +486,9 @@ fn own_slave(id: u32, path: &[u8], master: BorrowedFd, opened: &Opened) -> nix::
     };
     let (uid, gid) = opened.pids.ids().host_owner((uid, gid));
     let index = tty::ask(master, Question::Index)?.cast_unsigned();
-    let slave = slave_path(path, index);
+    let slave = slave_path(&entry.name, index);
     let path = slave.as_os_str().as_bytes();
-    let fd = match descriptor::open(&opened.root, path, libc::O_PATH.cast_unsigned()) {
+    let fd = match descriptor::open(opened.root_of(entry), path, libc::O_PATH.cast_unsigned()) {
         // Another devpts is mounted there: the entry of the slave, if any, sets its owner.
         Err(Errno::ENOENT) => return Ok(()),
         fd => fd?,

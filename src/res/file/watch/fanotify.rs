@@ -178,7 +178,7 @@ impl Collector for Groups {
             ..Default::default()
         };
         for mark in &group.marks {
-            let (mark, is_on_file_system) = self.mark(file, mark, intake.root())?;
+            let (mark, is_on_file_system) = self.mark(file, mark, intake.root_of(file))?;
             let marks =
                 if is_on_file_system { &mut entry.rcriu_filesystem_mark } else { &mut entry.mark };
             marks.push(mark);
@@ -231,7 +231,7 @@ impl Opener for Restored {
                         let key = (mark.s_dev, inode.i_ino);
                         (reopener.open(id, key, &inode.f_handle, opened)?, libc::FAN_MARK_INODE)
                     }
-                    (None, Some(mount)) => (mount_point(id, mount, &opened.root)?, on_mount),
+                    (None, Some(mount)) => (mount_point(id, mount, opened.root_for(id))?, on_mount),
                     (None, None) => {
                         return Err(FileError::image(id, "one of its marks is on nothing"));
                     }

@@ -101,7 +101,7 @@ impl Collector for Instances {
                 ignored_mask: watch.ignored_mask,
                 s_dev: watch.file.device,
                 wd: watch.wd.cast_unsigned(),
-                f_handle: self.finder.handle(file, &what, &watch.file, intake.root())?,
+                f_handle: self.finder.handle(file, &what, &watch.file, intake.root_of(file))?,
             });
         }
         let has_unread = self.warn_of_unread(file, &entries);

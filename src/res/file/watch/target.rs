@@ -235,14 +235,15 @@ impl Reopener {
             let copy = ghost.try_clone_to_owned().map_err(|_| Errno::EMFILE);
             return copy.map_err(FileError::restore(id, "duplicate", "a deleted file"));
         }
+        let root = opened.root_for(id);
         if let Some(path) = &handle.path {
             let flags = (libc::O_PATH | libc::O_NOFOLLOW).cast_unsigned();
-            let fd = descriptor::open(&opened.root, path, flags);
+            let fd = descriptor::open(root, path, flags);
             return fd.map_err(FileError::restore(id, "watch", path));
         }
         let file = WatchedInode { inode, device, handle: Some(to_handle(id, handle)?) };
-        let process = opened.helpers.first().filter(|_| !opened.root.is_own());
-        self.0.open(&file, Place { root: &opened.root, process }).ok_or_else(|| {
+        let process = opened.helpers.first().filter(|_| !root.is_own());
+        self.0.open(&file, Place { root, process }).ok_or_else(|| {
             let (major, minor) = (device >> MINOR_BITS, device & ((1 << MINOR_BITS) - 1));
             let problem = format!(
                 "it watches inode {inode} of the device {major}:{minor}, which is not there\nhelp: dump \

@@ -15,7 +15,6 @@ use nix::libc;
 use super::{Dumped, Namespace, Options, Restoring};
 use crate::{
     image::{ImageStore, SnapshotWriter},
-    inject::{Task, living},
     res::{ResError, Result, sysv::visit},
     sys::shm,
 };
@@ -29,9 +28,8 @@ impl Namespace for Ipc {
     }
 
     /// Refuses a namespace that removes segments once they are looked at.
-    fn check(&self, tasks: &[Task], _: &Options) -> Result<()> {
-        let Some(first) = living(tasks).next() else { return Ok(()) };
-        let _visit = visit(Some(first.witness()))?;
+    fn check(&self, of: &Dumped<'_>) -> Result<()> {
+        let _visit = visit(Some(of.pid))?;
         if !variables::removes_segments() {
             return Ok(());
         }
@@ -39,7 +37,7 @@ impl Namespace for Ipc {
         let segments = shm::segments().unwrap_or_default();
         let Some(id) = segments.into_iter().find(detached) else { return Ok(()) };
         Err(ResError::Refused {
-            pid: first.pid,
+            pid: of.pid,
             what: format!(
                 "is in an IPC namespace with kernel.shm_rmid_forced, and no process has System V \
                  segment {id} attached: the dump would have to attach it, and then the kernel removes it"

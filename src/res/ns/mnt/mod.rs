@@ -27,7 +27,6 @@ use nix::libc;
 use super::{Building, Dumped, Namespace, Options as NamespaceOptions, Restoring};
 use crate::{
     image::{ImageStore, SnapshotWriter},
-    inject::{Task, living},
     res::Result,
     sys::root::Root,
     units::HostPid,
@@ -169,9 +168,8 @@ impl Namespace for Mnt {
         u64::from(libc::CLONE_NEWNS.cast_unsigned())
     }
 
-    fn check(&self, tasks: &[Task], options: &NamespaceOptions) -> Result<()> {
-        let Some(first) = living(tasks).next() else { return Ok(()) };
-        survey::look(first.witness(), &options.mounts).map(drop)
+    fn check(&self, of: &Dumped<'_>) -> Result<()> {
+        survey::look(of.pid, &of.options.mounts).map(drop)
     }
 
     fn dump(&self, of: &Dumped<'_>, images: &SnapshotWriter) -> Result<()> {
@@ -197,6 +195,8 @@ impl Restoring for Mounts {
         self.0.build(on)
     }
 }
+
+pub(super) use survey::table;
 
 /// Returns the root directory in which paths of a process are looked up: that of its mount namespace.
 ///

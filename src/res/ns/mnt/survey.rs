@@ -65,7 +65,7 @@ pub(super) fn look(pid: HostPid, options: &Options) -> Result<Vec<Found>> {
 }
 
 /// Reads the table of mounts of the namespace of a process, as its root directory shows it.
-fn table(pid: HostPid) -> Result<Vec<Mount>> {
+pub(in crate::res::ns) fn table(pid: HostPid) -> Result<Vec<Mount>> {
     let failed = |source| ResError::Read { path: format!("/proc/{pid}/mountinfo").into(), source };
     let read = || -> io::Result<Vec<u8>> {
         let proc = File::open("/proc")?;

@@ -32,7 +32,6 @@ use crate::{
         ImageStore, Kind, SnapshotWriter,
         proto::{NetDeviceEntry, NetnsEntry},
     },
-    inject::{Task, living},
     proc,
     res::{self, ResError, Result, netlink::TalkError},
     sys::visit::{Place, Visit},
@@ -52,18 +51,17 @@ impl Namespace for Net {
         u64::from(libc::CLONE_NEWNET.cast_unsigned())
     }
 
-    fn check(&self, tasks: &[Task], options: &super::Options) -> Result<()> {
-        let Some(task) = living(tasks).next() else { return Ok(()) };
-        let options = &options.network;
-        if options.is_empty || external(task.witness(), options)?.is_some() {
+    fn check(&self, of: &Dumped<'_>) -> Result<()> {
+        let (pid, options) = (of.pid, &of.options.network);
+        if options.is_empty || external(pid, options)?.is_some() {
             return Ok(());
         }
-        let failed = || failed("list the devices of", task.pid);
+        let failed = || failed("list the devices of", pid);
         let here = links::list().map_err(failed())?;
-        let _visit = enter(task.witness())?;
+        let _visit = enter(pid)?;
         let links = links::list().map_err(failed())?;
         let mut kept = links.iter().filter(|link| !options.has_end(&link.name));
-        kept.try_for_each(|link| link.check(task.pid, &here))
+        kept.try_for_each(|link| link.check(pid, &here))
     }
 
     fn dump(&self, of: &Dumped<'_>, images: &SnapshotWriter) -> Result<()> {

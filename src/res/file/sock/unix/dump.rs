@@ -333,7 +333,7 @@ impl Collector for UnixCollector {
                 file,
                 &socket.name,
                 socket.file,
-                (&what, intake.pids().ids(), intake.root()),
+                (&what, intake.pids().ids(), intake.root_of(file)),
             )?
         } else {
             name::NamedFile::default()

@@ -182,7 +182,7 @@ impl Sockets {
                 partner: None,
                 state: file.sock.as_deref().cloned().unwrap_or_default(),
                 networks: Rc::clone(&opened.networks),
-                root: opened.root.clone(),
+                root: opened.root_for(file.id).clone(),
             });
         }
         let by_inode: HashMap<u32, usize> =
