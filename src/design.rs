@@ -480,6 +480,12 @@
 //! maker is in. A process that shares its working directory with its maker (`CLONE_FS`) is in the same
 //! mount namespace already, and the kernel would let it enter none.
 //!
+//! Mount namespaces depend on each other: a tmpfs may be mounted in several, and mounts of several may
+//! be in one sharing group. Their mounts are decided, dumped and made together ([`crate::res::ns::mnt`]);
+//! the numbers of file systems and groups in the images count for all. Each file of the images names its
+//! mount, and thus the root directory below which its path is looked up ([`crate::res::ns::Roots`]);
+//! what has no mount in the images, such as a watch, is looked up where a process has it open.
+//!
 //! The first process must be able to return home, so a tree that has a user namespace, but shares a
 //! namespace with the dumper of which it has others, is refused. So are nested pid and user namespaces:
 //! the images have one number for each process and user.

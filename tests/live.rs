@@ -382,6 +382,8 @@ states! {
     uts_namespace_of_a_child;
     uts_namespaces;
     mount_namespace;
+    mount_namespace_of_a_child;
+    mount_namespaces;
     mount_namespace_sockets;
     time_namespace;
     ipc_namespace;

@@ -5,21 +5,28 @@ use std::{
     ffi::CString,
     fs::{self, File},
     io::{Read, Seek, SeekFrom, Write},
-    os::unix::{
-        ffi::OsStrExt,
-        fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink},
-        net::{UnixListener, UnixStream},
+    os::{
+        fd::AsRawFd,
+        unix::{
+            ffi::OsStrExt,
+            fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink},
+            net::{UnixListener, UnixStream},
+        },
     },
     path::{Path, PathBuf},
 };
 
 use crate::{
     Row,
-    kit::{Checkpoint, Verdict, same},
+    kit::{Checkpoint, Verdict, same, wait_until},
 };
 
-pub const ROWS: &[Row] =
-    &[("mount_namespace", mount_namespace), ("mount_namespace_sockets", mount_namespace_sockets)];
+pub const ROWS: &[Row] = &[
+    ("mount_namespace", mount_namespace),
+    ("mount_namespace_sockets", mount_namespace_sockets),
+    ("mount_namespace_of_a_child", of_a_child),
+    ("mount_namespaces", mount_namespaces),
+];
 
 fn c(path: &Path) -> CString {
     CString::new(path.as_os_str().as_bytes()).expect("no NUL")
@@ -284,4 +291,174 @@ fn mount_namespace_sockets(checkpoint: &Checkpoint) -> Verdict {
         same("what a new client says", "on a new one", heard.as_str())?;
     }
     Ok(())
+}
+
+/// A file of a process, which has read a part of it.
+struct Opened {
+    file: File,
+    path: PathBuf,
+    content: &'static str,
+}
+
+impl Opened {
+    /// Creates a file and opens it.
+    fn create(path: PathBuf, content: &'static str) -> Result<Self, String> {
+        fs::write(&path, content).map_err(text)?;
+        let mut file = File::open(&path).map_err(text)?;
+        file.seek(SeekFrom::Start(4)).map_err(text)?;
+        Ok(Self { file, path, content })
+    }
+
+    /// Reads the rest by the descriptor, and all by the path.
+    fn check(mut self) -> Verdict {
+        let mut rest = String::new();
+        self.file.read_to_string(&mut rest).map_err(text)?;
+        same("the rest of an open file", &self.content[4..], rest.as_str())?;
+        let all = fs::read_to_string(&self.path).map_err(text)?;
+        same("a file by its path", self.content, all.as_str())?;
+        let inode = |stat: &fs::Metadata| (stat.dev(), stat.ino());
+        let (opened, named) = (self.file.metadata(), fs::metadata(&self.path));
+        let (opened, named) = (opened.map_err(text)?, named.map_err(text)?);
+        same("the file at the path", inode(&opened), inode(&named))
+    }
+}
+
+/// A tree in the mount namespace of the machine, of which a part has a directory of its own in place of
+/// one that the others see, as services with `PrivateTmp` have.
+fn of_a_child(checkpoint: &Checkpoint) -> Verdict {
+    let dir = checkpoint.path("directory");
+    fs::create_dir(&dir).map_err(text)?;
+    let outside = Opened::create(dir.join("file"), "outside of the namespace")?;
+    let machines = table()?;
+    let child = checkpoint.fork(|child| {
+        enter()?;
+        mount("t", &dir, "tmpfs", 0, "size=64k")?;
+        mount("proc", Path::new("/proc"), "proc", libc::MS_NOEXEC, "")?;
+        let inside = Opened::create(dir.join("file"), "inside of the namespace")?;
+        std::env::set_current_dir(&dir).map_err(text)?;
+        let before = table()?;
+        let grandchild = child.fork(|grandchild| {
+            grandchild.wait();
+            same(
+                "the file in a grandchild",
+                inside.content,
+                fs::read_to_string("file").map_err(text)?.as_str(),
+            )
+        })?;
+        child.wait();
+        let after = table()?;
+        for (was, is) in before.iter().zip(&after) {
+            same("a mount", was, is)?;
+        }
+        same("mounts", before.len(), after.len())?;
+        grandchild.join()?;
+        inside.check()
+    })?;
+    checkpoint.wait();
+    same("mounts of the machine", machines.len(), table()?.len())?;
+    child.join()?;
+    outside.check()
+}
+
+/// Says that the mounts below a common directory are as before, and waits until an event has come there.
+fn await_event(common: &Path, name: &str) -> Verdict {
+    fs::write(common.join(name), "").map_err(text)?;
+    wait_until("the event", || common.join("sent").exists())?;
+    let shown = fs::read_to_string(common.join("event/inside")).map_err(text)?;
+    same("a file of a mount that came as an event", "news", shown.as_str())
+}
+
+/// A tree with three mount namespaces: those of its children begin as copies of that of its root, share
+/// file systems and events with it, and differ.
+fn mount_namespaces(checkpoint: &Checkpoint) -> Verdict {
+    enter()?;
+    let top = checkpoint.path("mounts");
+    let at = |name: &str| -> Result<PathBuf, String> {
+        let path = top.join(name);
+        fs::create_dir_all(&path).map_err(text)?;
+        Ok(path)
+    };
+    let common = at("common")?;
+    mount("common", &common, "tmpfs", 0, "size=1m,mode=751")?;
+    fs::create_dir(common.join("point")).map_err(text)?;
+    fs::create_dir(common.join("event")).map_err(text)?;
+    mount("", &common, "", libc::MS_SHARED, "")?;
+    let place = at("place")?;
+    let roots = Opened::create(common.join("of the root"), "a file that all see")?;
+    let home = File::open("/proc/self/ns/mnt").map_err(text)?;
+    let before = table()?;
+    let first = checkpoint.fork(|child| {
+        // Its mounts are peers of those of the root, but it sends nothing to them.
+        sys!(unshare(libc::CLONE_NEWNS))?;
+        mount("", &common, "", libc::MS_SLAVE, "")?;
+        mount("own", &place, "tmpfs", 0, "size=64k")?;
+        mount("over", &common.join("point"), "tmpfs", 0, "size=64k")?;
+        let own = Opened::create(place.join("file"), "a file of the first child")?;
+        let over = Opened::create(common.join("point/file"), "a file over a common directory")?;
+        let shared = Opened::create(common.join("of the child"), "a file made by the child")?;
+        std::env::set_current_dir(&place).map_err(text)?;
+        let back = child.fork(|back| {
+            // In the namespace of the root again.
+            sys!(setns(home.as_raw_fd(), libc::CLONE_NEWNS))?;
+            let before = table()?;
+            back.wait();
+            same("mounts of the one that is back", before, table()?)?;
+            ensure!(!place.join("file").exists(), "it sees a file of the first child");
+            Ok(())
+        })?;
+        let before = table()?;
+        child.wait();
+        same("mounts of the first child", before, table()?)?;
+        await_event(&common, "first")?;
+        own.check()?;
+        over.check()?;
+        shared.check()?;
+        ensure!(fs::exists("file").map_err(text)?, "the current directory is another one");
+        back.join()
+    })?;
+    let second = checkpoint.fork(|child| {
+        sys!(unshare(libc::CLONE_NEWNS))?;
+        // A root of its own, of which the tree of the others is not a part.
+        let root = place.join("");
+        mount("root", &root, "tmpfs", 0, "size=64k")?;
+        for dir in ["old", "proc", "bound"] {
+            fs::create_dir(root.join(dir)).map_err(text)?;
+        }
+        mount("proc", &root.join("proc"), "proc", 0, "")?;
+        // Where it looks for the end of the checkpoint.
+        let dir = top.parent().expect("a directory");
+        let seen = root.join(dir.strip_prefix("/").map_err(|error| error.to_string())?);
+        fs::create_dir_all(&seen).map_err(text)?;
+        mount(&dir.display().to_string(), &seen, "", libc::MS_BIND, "")?;
+        mount(&common.display().to_string(), &root.join("bound"), "", libc::MS_BIND, "")?;
+        std::env::set_current_dir(&root).map_err(text)?;
+        // SAFETY: both strings outlive the call.
+        let moved = unsafe { libc::syscall(libc::SYS_pivot_root, c".".as_ptr(), c"old".as_ptr()) };
+        ensure!(moved == 0, "pivot_root: {}", std::io::Error::last_os_error());
+        std::env::set_current_dir("/").map_err(text)?;
+        sys!(umount2(c"/old".as_ptr(), libc::MNT_DETACH))?;
+        let own = Opened::create("/file".into(), "a file of the second child")?;
+        let shared = Opened::create("/bound/of the second".into(), "seen from below another root")?;
+        let before = table()?;
+        child.wait();
+        same("mounts of the second child", before, table()?)?;
+        await_event(Path::new("/bound"), "second")?;
+        own.check()?;
+        shared.check()
+    })?;
+    checkpoint.wait();
+    same("mounts of the root", before, table()?)?;
+    for name in ["of the child", "of the second"] {
+        ensure!(common.join(name).exists(), "no file {name}");
+    }
+    roots.check()?;
+    wait_until("the children", || {
+        ["first", "second"].iter().all(|name| common.join(name).exists())
+    })?;
+    let event = common.join("event");
+    mount("event", &event, "tmpfs", 0, "size=64k")?;
+    fs::write(event.join("inside"), "news").map_err(text)?;
+    fs::write(common.join("sent"), "").map_err(text)?;
+    first.join()?;
+    second.join()
 }

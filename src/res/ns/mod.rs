@@ -78,7 +78,7 @@ static KINDS: [Kind; 8] = [
     row("ipc", "an IPC namespace", |ids| &mut ids.ipc_ns_id, &ipc::Ipc),
     row("uts", "a UTS namespace", |ids| &mut ids.uts_ns_id, &uts::Uts).with_others(),
     row(time::FILE, "a time namespace", |ids| &mut ids.time_ns_id, &time::Time),
-    row(mnt::FILE, "a mount namespace", |ids| &mut ids.mnt_ns_id, &mnt::Mnt),
+    row(mnt::FILE, "a mount namespace", |ids| &mut ids.mnt_ns_id, &mnt::Mnt).with_others(),
     row(user::FILE, "a user namespace", |ids| &mut ids.user_ns_id, &user::User),
     row("cgroup", "a cgroup namespace", |ids| &mut ids.cgroup_ns_id, &cgroup::Cgroup),
 ];
@@ -97,6 +97,15 @@ pub trait Namespace: Sync + std::fmt::Debug {
         Ok(())
     }
 
+    /// Dump: checks all namespaces of the kind that the tree has, that of the first process first. A kind
+    /// whose namespaces depend on each other looks at them together.
+    ///
+    /// # Errors
+    /// As [`Self::check`].
+    fn check_all(&self, all: &[Dumped<'_>]) -> Result<()> {
+        all.iter().try_for_each(|of| self.check(of))
+    }
+
     /// Dump: adds the calls for a process in the namespace to make, and returns the function that
     /// writes their results.
     fn ask(&self, _script: &mut Script) -> Option<Collect> {
@@ -111,6 +120,14 @@ pub trait Namespace: Sync + std::fmt::Debug {
         Ok(())
     }
 
+    /// Dump: writes the images of all namespaces of the kind, as [`Self::check_all`] checks them.
+    ///
+    /// # Errors
+    /// As [`Self::dump`].
+    fn dump_all(&self, all: &[Dumped<'_>], images: &SnapshotWriter) -> Result<()> {
+        all.iter().try_for_each(|of| self.dump(of, images))
+    }
+
     /// Restore: reads the images of the namespace with this number, and checks them.
     ///
     /// # Errors
@@ -122,16 +139,16 @@ pub trait Namespace: Sync + std::fmt::Debug {
         options: &Options,
     ) -> Result<Box<dyn Restoring>>;
 
-    /// Restore: reads the images of all namespaces of the kind, one after the other; `home` is the number
-    /// of that of the first process. A kind whose namespaces depend on each other returns one
-    /// [`Restoring`] for all of them.
+    /// Restore: reads the images of all namespaces of the kind; `home` is that of the first process, which
+    /// is not among the `members` if it is the restorer's. A kind whose namespaces depend on each other
+    /// returns one [`Restoring`] for all of them.
     ///
     /// # Errors
     /// As [`Self::restore`].
     fn restore_all(
         &self,
         images: &dyn ImageStore,
-        _home: u32,
+        _home: &Member,
         members: &[Member],
         options: &Options,
     ) -> Result<Vec<(Member, Box<dyn Restoring>)>> {
@@ -169,6 +186,8 @@ pub struct Dumped<'a> {
     pub pid: HostPid,
     /// Its number in the images.
     pub number: u32,
+    /// Whether the first process of the tree is in it.
+    pub is_first: bool,
     /// The processes of the tree.
     pub tasks: &'a [Task],
     /// Its users and groups.
@@ -242,6 +261,10 @@ pub trait Restoring: std::fmt::Debug {
     fn script(&self) -> Script {
         Script::new()
     }
+
+    /// Adds the root directories of mount namespaces. `processes` returns the processes in the namespace
+    /// with a number. Runs after [`Self::build`].
+    fn add_roots(&self, _roots: &mut Roots, _processes: &dyn Fn(u32) -> Vec<NsPid>) {}
 
     /// Finishes, once all processes have their memory and their files. Process `member` is in the
     /// namespace.

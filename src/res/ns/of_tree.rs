@@ -145,8 +145,24 @@ impl OfTree {
                 return Err(ResError::Refused { pid, what, help });
             }
             self.check_other(found)?;
-            let number = found.number;
-            kind.own.check(&Dumped { pid, number, tasks, ids, options })?;
+        }
+        let each = |kind: &'static Kind, all: &[Dumped<'_>]| kind.own.check_all(all);
+        self.for_each_kind((tasks, ids, options), each)
+    }
+
+    /// Calls `act` for each kind, with all namespaces of it.
+    fn for_each_kind(
+        &self,
+        (tasks, ids, options): (&[Task], &IdMap, &Options),
+        act: impl Fn(&'static Kind, &[Dumped<'_>]) -> Result<()>,
+    ) -> Result<()> {
+        for of_kind in self.found.chunk_by(|one, next| one.kind == next.kind) {
+            let dumped = |found: &Found| {
+                let Found { pid, number, is_first, .. } = *found;
+                Dumped { pid, number, is_first, tasks, ids, options }
+            };
+            let all: Vec<Dumped<'_>> = of_kind.iter().map(dumped).collect();
+            act(of_kind[0].kind(), &all)?;
         }
         Ok(())
     }
@@ -201,11 +217,8 @@ impl OfTree {
         if self.number_of(time::FILE).is_none() {
             time::dump_dumpers(first, images)?;
         }
-        for found in &self.found {
-            let (pid, number) = (found.pid, found.number);
-            found.kind().own.dump(&Dumped { pid, number, tasks, options, ids }, images)?;
-        }
-        Ok(())
+        let each = |kind: &'static Kind, all: &[Dumped<'_>]| kind.own.dump_all(all, images);
+        self.for_each_kind((tasks, ids, options), each)
     }
 
     /// Returns the root directories in which the paths of the tree are looked up.

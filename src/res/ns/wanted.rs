@@ -102,9 +102,24 @@ impl Building<'_> {
         Ok(())
     }
 
+    /// Has the first process create a namespace with this number, and enter it. `file` is the name of
+    /// the kind in `/proc/PID/ns`.
+    pub(super) fn create(&self, file: &str, number: u32) -> Result<()> {
+        let kind = kind(file);
+        self.run(&create_script(kind))?;
+        self.keep_entrance(kind, number)
+    }
+
     /// Has the first process enter the namespace with this number, if the tree has several of the kind.
     pub(super) fn enter(&self, file: &str, number: u32) -> Result<()> {
         let script = self.entrances.borrow().script([(kind(file), number)].into_iter());
+        self.run(&script)
+    }
+
+    /// Has the first process enter the namespaces of a process, except those of the kind `file`.
+    pub(super) fn enter_those_of(&self, ids: &TaskKobjIdsEntry, file: &str) -> Result<()> {
+        let kinds = KINDS.iter().filter(|kind| kind.file != file);
+        let script = self.entrances.borrow().script(numbers(ids, kinds));
         self.run(&script)
     }
 }
@@ -199,6 +214,15 @@ impl Wanted {
         let mut roots = Roots::default();
         if self.number_of(mnt::FILE).is_some() {
             roots.set_home(first)?;
+        }
+        for of in self.kinds.iter().filter(|of| of.has_others) {
+            let processes = |number: u32| {
+                let is_in = |pair: &(&NsPid, &TaskKobjIdsEntry)| {
+                    numbers(pair.1, [of.kind].into_iter()).any(|(_, found)| found == number)
+                };
+                self.processes.iter().filter(is_in).map(|(pid, _)| *pid).collect()
+            };
+            of.states.iter().for_each(|state| state.restoring.add_roots(&mut roots, &processes));
         }
         Ok(roots)
     }
@@ -319,7 +343,8 @@ impl OfKind {
             let problem = format!("it is {}{NO_VISIT}\nhelp: {VISIT_HELP}", kind.name);
             return Err(wrong(member.number, &problem));
         }
-        for (member, restoring) in kind.own.restore_all(images, home, &members, options)? {
+        let first = Member { number: home, ..processes[0].clone() };
+        for (member, restoring) in kind.own.restore_all(images, &first, &members, options)? {
             let is_home = member.number == home;
             states.push(State { member, is_home, restoring });
         }

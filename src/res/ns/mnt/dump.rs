@@ -33,17 +33,20 @@ const PRIVATE: u32 = 1 << 18;
 const SLAVE: u32 = 1 << 19;
 const SHARED: u32 = 1 << 20;
 
-/// Writes the images of a mount namespace.
-pub(super) fn write(of: &Dumped<'_>, images: &SnapshotWriter) -> Result<()> {
-    let found = survey::look(of.pid, &of.options.mounts)?;
-    let entries: Vec<MntEntry> = found.iter().map(entry).collect();
-    images.write(Kind::Mnts, of.number.into(), &entries)?;
+/// Writes the images of the mount namespaces of a tree.
+pub(super) fn write(all: &[Dumped<'_>], images: &SnapshotWriter) -> Result<()> {
+    let found = survey::look(all)?;
+    for (space, of) in all.iter().enumerate() {
+        let in_it = found.iter().filter(|found| found.space == space);
+        let entries: Vec<MntEntry> = in_it.map(entry).collect();
+        images.write(Kind::Mnts, of.number.into(), &entries)?;
+    }
     let mut packed = HashSet::new();
-    for Found { mount, source } in &found {
+    for Found { space, mount, source } in &found {
         let has_content =
             mount.fs_type == b"tmpfs" && matches!(source, Source::New(_) | Source::Root(None));
         if has_content && packed.insert(mount.device) {
-            let tree = contents::reach(of.pid, mount)?;
+            let tree = contents::reach(all[*space].pid, mount)?;
             contents::pack(&tree, mount, kernel_device(mount.device), images)?;
         }
     }
@@ -51,7 +54,7 @@ pub(super) fn write(of: &Dumped<'_>, images: &SnapshotWriter) -> Result<()> {
 }
 
 fn entry(found: &Found) -> MntEntry {
-    let Found { mount, source } = found;
+    let Found { mount, source, .. } = found;
     let names = mount.flags.split(|byte| *byte == b',');
     let (sb_flags, options) = split(&mount.options, &FILE_SYSTEM_FLAGS);
     let is_new = matches!(source, Source::New(_));

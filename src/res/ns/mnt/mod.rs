@@ -13,6 +13,13 @@
 //! The restore makes all mounts with the calls that work with descriptors, in the first process of the
 //! tree: so they belong to its namespaces. Rcriu says what to call. No mount is attached before it is
 //! complete, and only mounts of the new namespace are ever attached to.
+//!
+//! The namespaces of a tree share file systems and sharing groups, so they are looked at, and restored,
+//! together. All mounts are made in that of the first process, since the kernel copies a mount that is
+//! attached nowhere only for a process in the namespace where it was made. File systems of the kernel
+//! are made in the other namespaces (network, IPC, ...) of a process that sees them. Then each mount
+//! namespace is created, and gets its mounts. Only when all mounts are in place, they join their groups:
+//! before that, mounts that share events would get copies of what is attached to the others.
 
 mod calls;
 mod contents;
@@ -24,12 +31,12 @@ use std::path::{Path, PathBuf};
 
 use nix::libc;
 
-use super::{Building, Dumped, Namespace, Options as NamespaceOptions, Restoring};
+use super::{Building, Dumped, Member, Namespace, Options as NamespaceOptions, Restoring, Roots};
 use crate::{
-    image::{ImageStore, SnapshotWriter},
+    image::{ImageStore, SnapshotWriter, proto::TaskKobjIdsEntry},
     res::Result,
     sys::root::Root,
-    units::HostPid,
+    units::{HostPid, NsPid},
 };
 
 /// The name of the file in `/proc/PID/ns`.
@@ -168,12 +175,12 @@ impl Namespace for Mnt {
         u64::from(libc::CLONE_NEWNS.cast_unsigned())
     }
 
-    fn check(&self, of: &Dumped<'_>) -> Result<()> {
-        survey::look(of.pid, &of.options.mounts).map(drop)
+    fn check_all(&self, all: &[Dumped<'_>]) -> Result<()> {
+        survey::look(all).map(drop)
     }
 
-    fn dump(&self, of: &Dumped<'_>, images: &SnapshotWriter) -> Result<()> {
-        dump::write(of, images)
+    fn dump_all(&self, all: &[Dumped<'_>], images: &SnapshotWriter) -> Result<()> {
+        dump::write(all, images)
     }
 
     fn restore(
@@ -182,17 +189,39 @@ impl Namespace for Mnt {
         number: u32,
         options: &NamespaceOptions,
     ) -> Result<Box<dyn Restoring>> {
-        Ok(Box::new(Mounts(restore::Plan::read(images, number, &options.mounts)?)))
+        let member = Member { number, pid: NsPid::NONE, ids: TaskKobjIdsEntry::default() };
+        let all = std::slice::from_ref(&member);
+        Ok(Box::new(Mounts(restore::Plan::read(images, &member, all, &options.mounts)?)))
+    }
+
+    fn restore_all(
+        &self,
+        images: &dyn ImageStore,
+        home: &Member,
+        members: &[Member],
+        options: &NamespaceOptions,
+    ) -> Result<Vec<(Member, Box<dyn Restoring>)>> {
+        let Some(first) = members.first() else { return Ok(Vec::new()) };
+        let plan = restore::Plan::read(images, home, members, &options.mounts)?;
+        Ok(vec![(first.clone(), Box::new(Mounts(plan)))])
     }
 }
 
-/// A mount namespace to be restored.
+/// The mount namespaces to be restored.
 #[derive(Debug)]
 struct Mounts(restore::Plan);
 
 impl Restoring for Mounts {
+    fn makes_others(&self) -> bool {
+        true
+    }
+
     fn build(&mut self, on: &Building<'_>) -> Result<()> {
         self.0.build(on)
+    }
+
+    fn add_roots(&self, roots: &mut Roots, processes: &dyn Fn(u32) -> Vec<NsPid>) {
+        self.0.add_roots(roots, processes);
     }
 }
 

@@ -18,18 +18,22 @@ use nix::{
 };
 
 use super::{
-    Content, FROM_HOST, FileSystem, MINOR_BITS, NAMED, Options, below, calls, contents,
-    survey::visible,
+    Content, FILE, FROM_HOST, FileSystem, MINOR_BITS, NAMED, Options, below, calls, contents,
+    root_of, survey::visible,
 };
 use crate::{
     image::{ImageStore, Kind, proto::MntEntry},
     proc,
-    res::{ResError, Result, ns::Building, ns::wrong},
+    res::{
+        ResError, Result,
+        ns::{Building, Member, Roots, wrong},
+    },
     sys::{
         mounts::{self, MountAttributes, attribute},
-        root,
+        root::{self, Root},
         tty::{self, Question},
     },
+    units::NsPid,
 };
 
 /// The most mounts of a namespace, as the kernel allows by default (`fs.mount-max`).
@@ -78,6 +82,8 @@ enum Source {
 
 #[derive(Debug)]
 struct Mount {
+    /// The position of its namespace.
+    space: usize,
     entry: MntEntry,
     point: PathBuf,
     root: PathBuf,
@@ -104,11 +110,26 @@ impl Mount {
     }
 }
 
-/// The mounts of a namespace to be restored.
+/// A namespace to be restored.
+#[derive(Debug)]
+struct Space {
+    member: Member,
+    /// Whether the first process of the tree is in it.
+    is_home: bool,
+    /// The position of its root mount.
+    root: usize,
+    /// Its root directory, when it is restored.
+    directory: Option<Root>,
+}
+
+/// The mounts of the namespaces to be restored.
 #[derive(Debug)]
 pub(super) struct Plan {
-    number: u32,
-    /// The root first, each after the one on which it is.
+    /// The namespace of the first process, which may be that of the restorer.
+    home: Member,
+    spaces: Vec<Space>,
+    /// Those of one namespace after those of another; in each the root first, every mount after the one
+    /// on which it is.
     mounts: Vec<Mount>,
     /// Whether mounts outside may be related to them.
     related: bool,
@@ -116,30 +137,46 @@ pub(super) struct Plan {
 
 impl Plan {
     /// Reads and checks the images.
-    pub(super) fn read(images: &dyn ImageStore, number: u32, options: &Options) -> Result<Self> {
-        let entries: Vec<MntEntry> = images.messages(Kind::Mnts, number.into())?;
-        if entries.len() > MOST {
-            return Err(wrong(number, &format!("{} mounts, more than {MOST}", entries.len())));
+    pub(super) fn read(
+        images: &dyn ImageStore,
+        home: &Member,
+        members: &[Member],
+        options: &Options,
+    ) -> Result<Self> {
+        let mut spaces = Vec::with_capacity(members.len());
+        let mut mounts: Vec<Mount> = Vec::new();
+        for (space, member) in members.iter().enumerate() {
+            let number = member.number;
+            let entries: Vec<MntEntry> = images.messages(Kind::Mnts, number.into())?;
+            if entries.len() + mounts.len() > MOST {
+                let count = entries.len() + mounts.len();
+                return Err(wrong(number, &format!("{count} mounts, more than {MOST}")));
+            }
+            let root = mounts.len();
+            for (entry, parent) in ordered(number, entries, options)? {
+                let point = PathBuf::from(OsStr::from_bytes(&rooted(&entry.mountpoint)));
+                let (parent, source) = (parent.map(|at| root + at), Source::New(Vec::new()));
+                let below = PathBuf::from(OsStr::from_bytes(&entry.root));
+                mounts.push(Mount { space, entry, point, root: below, parent, source });
+            }
+            let is_home = number == home.number;
+            spaces.push(Space { member: member.clone(), is_home, root, directory: None });
         }
-        let ordered = ordered(number, entries, options)?;
+        let ids: HashSet<u32> = mounts.iter().map(|mount| mount.entry.mnt_id).collect();
+        if ids.len() != mounts.len() {
+            return Err(wrong(home.number, "two mounts have the same number"));
+        }
         let packed: HashSet<String> = images
             .list()
             .map_err(|source| ResError::Read { path: images.name().to_owned(), source })?
             .into_iter()
             .collect();
-        let reader = Reader { number, options, packed: &packed };
-        let mut mounts: Vec<Mount> = Vec::with_capacity(ordered.len());
-        for (entry, parent) in ordered {
-            let point = PathBuf::from(OsStr::from_bytes(&rooted(&entry.mountpoint)));
-            let root = PathBuf::from(OsStr::from_bytes(&entry.root));
-            let source = Source::New(Vec::new());
-            mounts.push(Mount { entry, point, root, parent, source });
-        }
+        let reader = Reader { spaces: &spaces, options, packed: &packed };
         // Binds may come from any other mount.
         let given: Vec<Option<Source>> = mounts
             .iter()
             .enumerate()
-            .map(|(at, mount)| reader.given(mount, at == 0))
+            .map(|(at, mount)| reader.given(mount, reader.is_home_root(at, mount)))
             .collect::<Result<_>>()?;
         for (at, source) in given.into_iter().enumerate() {
             if let Some(source) = source {
@@ -152,16 +189,56 @@ impl Plan {
                 mounts[at].source = reader.derived(&mounts, at, &mut whole)?;
             }
         }
-        Ok(Self { number, mounts, related: options.masters || options.sharing })
+        let related = options.masters || options.sharing;
+        Ok(Self { home: home.clone(), spaces, mounts, related })
     }
 
-    /// Makes the mounts in the namespace of the first process, which is a copy of that of rcriu.
+    /// Makes the namespaces and their mounts. That of the first process is a copy of that of rcriu, or
+    /// is that of rcriu.
     pub(super) fn build(&mut self, on: &Building<'_>) -> Result<()> {
-        calls::isolate(on)?;
+        if self.spaces.iter().any(|space| space.is_home) {
+            calls::isolate(on)?;
+        }
+        let (made, outside) = self.make(on)?;
+        for at in 0..self.spaces.len() {
+            let Space { member, is_home, root, .. } = &self.spaces[at];
+            if !is_home {
+                on.create(FILE, member.number)?;
+                calls::isolate(on)?;
+            }
+            calls::replace_root(on, made[*root].as_fd())?;
+            self.attach(on, *root, &made)?;
+            if !is_home {
+                self.spaces[at].directory = Some(root_of(on.first)?);
+            }
+        }
+        self.relate(on, &made, &outside)?;
+        on.enter(FILE, self.home.number)
+    }
+
+    /// Adds the root directories of the namespaces that the first process is not in.
+    pub(super) fn add_roots(&self, roots: &mut Roots, processes: &dyn Fn(u32) -> Vec<NsPid>) {
+        for (at, space) in self.spaces.iter().enumerate() {
+            let Some(directory) = &space.directory else { continue };
+            let mounts = self.mounts.iter().filter(|mount| mount.space == at);
+            let mounts = mounts.map(|mount| mount.entry.mnt_id.cast_signed());
+            roots.add(directory, mounts, processes(space.member.number));
+        }
+    }
+
+    /// Makes all mounts, attached nowhere, with their flags. Returns them, and copies of mounts outside
+    /// to which they are related.
+    fn make(&self, on: &Building<'_>) -> Result<(Vec<OwnedFd>, HashMap<usize, OwnedFd>)> {
         let mut made: Vec<Option<OwnedFd>> = self.mounts.iter().map(|_| None).collect();
         // Copies of mounts outside, as long as their relations are needed.
         let mut outside = HashMap::new();
+        let mut space = None;
         for (at, mount) in self.mounts.iter().enumerate() {
+            if self.spaces.len() > 1 && space != Some(mount.space) {
+                // File systems of the kernel show the namespaces of who mounts them.
+                on.enter_those_of(&self.spaces[mount.space].member.ids, FILE)?;
+                space = Some(mount.space);
+            }
             made[at] = match &mount.source {
                 Source::Path(path) => {
                     let copy = from_host(mount, path)?;
@@ -174,7 +251,8 @@ impl Plan {
                 Source::Bind(..) => None,
             };
         }
-        let missing = || wrong(self.number, "a mount is bound from one that does not exist");
+        on.enter_those_of(&self.home.ids, FILE)?;
+        let missing = || wrong(self.home.number, "a mount is bound from one that does not exist");
         for (at, mount) in self.mounts.iter().enumerate() {
             let Source::Bind(from, rest) = &mount.source else { continue };
             let is_outside = matches!(self.mounts[*from].source, Source::Path(_));
@@ -209,14 +287,11 @@ impl Plan {
             };
             calls::set(on, fd.as_fd(), attributes, &mount.what("set the flags of the mount at"))?;
         }
-        let root = made.first().ok_or_else(missing)?;
-        calls::replace_root(on, root.as_fd())?;
-        self.attach(on, &made)?;
-        self.relate(on, &made, &outside)
+        Ok((made, outside))
     }
 
-    /// Attaches all mounts to their mount points.
-    fn attach(&self, on: &Building<'_>, made: &[OwnedFd]) -> Result<()> {
+    /// Attaches all mounts of a namespace to their mount points; `root` is the position of its root mount.
+    fn attach(&self, on: &Building<'_>, root: usize, made: &[OwnedFd]) -> Result<()> {
         let depth = |mount: &Mount| mount.point.components().count();
         let mut children: HashMap<usize, Vec<usize>> = HashMap::new();
         for (at, mount) in self.mounts.iter().enumerate() {
@@ -224,7 +299,7 @@ impl Plan {
                 children.entry(parent).or_default().push(at);
             }
         }
-        let mut pending = vec![0];
+        let mut pending = vec![root];
         while let Some(parent) = pending.pop() {
             let mut on_it = children.remove(&parent).unwrap_or_default();
             // A mount hides the mount points below its own.
@@ -257,7 +332,16 @@ impl Plan {
         // A mount can join the group of one that shows more of the same file system only.
         let mut order: Vec<usize> = (0..self.mounts.len()).collect();
         order.sort_by_key(|at| self.mounts[*at].root.components().count());
-        let propagate = |at: usize, propagation: u64| {
+        // The kernel changes only mounts of the namespace that the caller is in.
+        let mut space = None;
+        let mut propagate = |at: usize, propagation: u64| {
+            let of_mount = self.mounts[at].space;
+            if self.spaces.len() > 1 || !self.spaces[of_mount].is_home {
+                if space != Some(of_mount) {
+                    on.enter(FILE, self.spaces[of_mount].member.number)?;
+                }
+                space = Some(of_mount);
+            }
             let attributes = MountAttributes { propagation, ..MountAttributes::default() };
             let what = self.mounts[at].what("set the propagation of the mount at");
             calls::set(on, made[at].as_fd(), attributes, &what)
@@ -309,7 +393,7 @@ impl Plan {
             }
             if later.len() == before {
                 return Err(wrong(
-                    self.number,
+                    self.home.number,
                     "sharing groups of mounts are each other's masters",
                 ));
             }
@@ -339,7 +423,7 @@ fn open_master(devpts: BorrowedFd, name: &[u8]) -> nix::Result<OwnedFd> {
 
 /// Decides where mounts come from.
 struct Reader<'a> {
-    number: u32,
+    spaces: &'a [Space],
     options: &'a Options,
     /// The names of all images.
     packed: &'a HashSet<String>,
@@ -347,14 +431,26 @@ struct Reader<'a> {
 
 impl Reader<'_> {
     fn wrong(&self, mount: &Mount, problem: &str) -> ResError {
-        wrong(self.number, &format!("the mount at {} {problem}", mount.point.display()))
+        let number = self.spaces[mount.space].member.number;
+        wrong(number, &format!("the mount at {} {problem}", mount.point.display()))
     }
 
-    /// Returns the path of the host for a mount that has one.
+    /// Whether a mount is the root of a namespace.
+    fn is_root(&self, at: usize, mount: &Mount) -> bool {
+        self.spaces[mount.space].root == at
+    }
+
+    /// Whether a mount is the root of the namespace of the first process.
+    fn is_home_root(&self, at: usize, mount: &Mount) -> bool {
+        self.spaces[mount.space].is_home && self.is_root(at, mount)
+    }
+
+    /// Returns the path of the host for a mount that has one. `is_root`: for the root of the namespace of
+    /// the first process.
     fn given(&self, mount: &Mount, is_root: bool) -> Result<Option<Source>> {
         let entry = &mount.entry;
         if is_root {
-            return self.root(mount).map(Some);
+            return self.root(mount, self.options.root.as_deref()).map(Some);
         }
         let key = match (&entry.ext_key, entry.ext_mount) {
             (Some(key), _) => key,
@@ -374,9 +470,10 @@ impl Reader<'_> {
         })
     }
 
-    fn root(&self, mount: &Mount) -> Result<Source> {
-        if let Some(root) = &self.options.root {
-            return Ok(Source::Path(root.clone()));
+    /// Decides for the root of a namespace, which the options may give.
+    fn root(&self, mount: &Mount, given: Option<&Path>) -> Result<Source> {
+        if let Some(root) = given {
+            return Ok(Source::Path(root.to_owned()));
         }
         let entry = &mount.entry;
         let images = [
@@ -415,7 +512,7 @@ impl Reader<'_> {
             |other: &&(usize, &Mount)| other.1.entry.root_dev == device && other.0 != at;
         let others = || mounts.iter().enumerate();
         let from = others().filter(|other| of_device(&other)).find_map(|(other, from)| {
-            let is_there = matches!(from.source, Source::Path(_)) || other == 0;
+            let is_there = matches!(from.source, Source::Path(_)) || self.is_home_root(other, from);
             let rest = below(&mount.root, &from.root)?;
             is_there.then(|| Source::Bind(other, rest.to_owned()))
         });
@@ -423,6 +520,10 @@ impl Reader<'_> {
             return Ok(source);
         }
         let is_whole = |mount: &Mount| mount.root == Path::new("/");
+        // It is bound in the namespace of the first process, or is the only mount of its file system.
+        if self.is_root(at, mount) && self.name(mount).is_err() {
+            return self.root(mount, None);
+        }
         if let Some(other) = whole.get(&device) {
             let rest = mount.root.strip_prefix("/").unwrap_or(&mount.root);
             return Ok(Source::Bind(*other, rest.to_owned()));

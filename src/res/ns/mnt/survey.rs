@@ -17,7 +17,7 @@ use super::{Content, FileSystem, Options, below};
 use crate::{
     causes::tell,
     proc::{self, Mount},
-    res::{ResError, Result},
+    res::{ResError, Result, ns::Dumped},
     sys::visit,
     units::{HostPid, TargetFd},
 };
@@ -43,22 +43,33 @@ pub(super) enum Source {
 /// A mount with the decision.
 #[derive(Clone, Debug)]
 pub(super) struct Found {
+    /// The position of its namespace among those of the tree.
+    pub(super) space: usize,
     pub(super) mount: Mount,
     pub(super) source: Source,
 }
 
-/// Returns all mounts of the namespace of a process, parents first.
+/// Returns all mounts of the namespaces of a tree, one namespace after the other, in each the root first
+/// and parents before the mounts on them.
 ///
 /// # Errors
 /// [`ResError::Refused`] for the first mount that cannot be restored.
-pub(super) fn look(pid: HostPid, options: &Options) -> Result<Vec<Found>> {
-    let mounts = ordered(pid, table(pid)?, options)?;
+pub(super) fn look(all: &[Dumped<'_>]) -> Result<Vec<Found>> {
+    let Some(first) = all.first() else { return Ok(Vec::new()) };
+    let options = &first.options.mounts;
+    let mut mounts: Vec<(usize, Mount)> = Vec::new();
+    for (space, of) in all.iter().enumerate() {
+        let ordered = ordered(of.pid, table(of.pid)?, options)?;
+        mounts.extend(ordered.into_iter().map(|mount| (space, mount)));
+    }
     let host = proc::mounts()?;
-    let survey = Survey { pid, options, host, mounts: &mounts, own: own_namespaces(pid) };
+    let spaces: Vec<Space> = all.iter().map(Space::of).collect();
+    let survey = Survey { options, host, mounts: &mounts, spaces };
     let mut found: Vec<Found> = Vec::with_capacity(mounts.len());
-    for (at, mount) in mounts.iter().enumerate() {
-        let source = survey.source(mount, at == 0, &found)?;
-        found.push(Found { mount: mount.clone(), source });
+    for (space, mount) in &mounts {
+        let is_root = found.last().is_none_or(|last| last.space != *space);
+        let source = survey.source((*space, mount), is_root, &found)?;
+        found.push(Found { space: *space, mount: mount.clone(), source });
     }
     survey.check_relations(&found)?;
     Ok(found)
@@ -119,35 +130,52 @@ fn own_namespaces(pid: HostPid) -> HashSet<&'static str> {
     kinds.filter(|kind| proc::is_in_other_namespace(pid, kind)).collect()
 }
 
-struct Survey<'a> {
+/// A mount namespace of the tree.
+struct Space {
+    /// A process in it.
     pid: HostPid,
-    options: &'a Options,
-    /// The mounts of rcriu.
-    host: Vec<Mount>,
-    mounts: &'a [Mount],
-    /// The kinds of namespaces that the tree has of its own.
+    /// Whether the first process of the tree is in it.
+    is_first: bool,
+    /// The kinds of namespaces in which the process is without rcriu.
     own: HashSet<&'static str>,
 }
 
+impl Space {
+    fn of(of: &Dumped<'_>) -> Self {
+        Self { pid: of.pid, is_first: of.is_first, own: own_namespaces(of.pid) }
+    }
+}
+
+struct Survey<'a> {
+    options: &'a Options,
+    /// The mounts of rcriu.
+    host: Vec<Mount>,
+    /// The mounts of the tree, with the positions of their namespaces.
+    mounts: &'a [(usize, Mount)],
+    spaces: Vec<Space>,
+}
+
 impl Survey<'_> {
-    fn refused(&self, mount: &Mount, what: &str, help: &'static str) -> ResError {
+    fn refused(&self, (space, mount): (usize, &Mount), what: &str, help: &'static str) -> ResError {
         let fs_type = String::from_utf8_lossy(&mount.fs_type);
         let what = format!("has a mount at {} ({fs_type}) {what}", mount.point.display());
-        ResError::Refused { pid: self.pid, what, help }
+        ResError::Refused { pid: self.spaces[space].pid, what, help }
     }
 
-    fn source(&self, mount: &Mount, is_root: bool, before: &[Found]) -> Result<Source> {
-        if is_root {
+    fn source(&self, at: (usize, &Mount), is_root: bool, before: &[Found]) -> Result<Source> {
+        let (space, mount) = at;
+        let space = &self.spaces[space];
+        if is_root && space.is_first {
             return Ok(Source::Root(self.on_host(mount)));
         }
         let point = mount.point.as_os_str().as_encoded_bytes();
-        if let Some(key) = self.options.external(point) {
+        if let Some(key) = self.options.external(point).filter(|_| !is_root) {
             return Ok(Source::External(key.to_owned()));
         }
         let help = "unmount it, leave it out (--skip-mnt), or provide it at the restore (--external \
                     'mnt[POINT]:KEY')";
         if mount.root.as_os_str().as_encoded_bytes().ends_with(DELETED) {
-            return Err(self.refused(mount, "of a file or directory that was deleted", help));
+            return Err(self.refused(at, "of a file or directory that was deleted", help));
         }
         let known = FileSystem::by_name(&mount.fs_type);
         let is_whole = mount.root == Path::new("/");
@@ -157,7 +185,7 @@ impl Survey<'_> {
             && is_whole
         {
             // In a namespace of the tree, a new mount shows that namespace.
-            let is_foreign = namespace.is_some_and(|kind| self.own.contains(kind));
+            let is_foreign = namespace.is_some_and(|kind| space.own.contains(kind));
             if !is_foreign || from_host.is_none() {
                 return Ok(Source::New(Some(known)));
             }
@@ -169,7 +197,7 @@ impl Survey<'_> {
         let is_given =
             |found: &&Found| matches!(found.source, Source::Root(_) | Source::External(_));
         // A copy of the mount on the host is in the groups outside, too.
-        let in_namespace = |group| self.mounts.iter().any(|other| other.shared == group);
+        let in_namespace = |group| self.mounts.iter().any(|(_, other)| other.shared == group);
         let has_outside = mount.master != 0 && !in_namespace(mount.master)
             || mount.shared != 0 && self.host.iter().any(|host| host.shared == mount.shared);
         if let Some(path) = from_host.clone().filter(|_| has_outside) {
@@ -195,15 +223,11 @@ impl Survey<'_> {
             if self.options.enabled.iter().any(|known| *known == name || known == "all") {
                 return Ok(Source::New(None));
             }
-            return Err(self.refused(
-                mount,
-                "of a file system that rcriu cannot mount again",
-                help,
-            ));
+            return Err(self.refused(at, "of a file system that rcriu cannot mount again", help));
         }
         // The whole file system may be mounted later in the table.
         let is_mounted = known.is_some()
-            && self.mounts.iter().any(|other| {
+            && self.mounts.iter().any(|(_, other)| {
                 other.device == mount.device && other.root == Path::new("/") && other.id != mount.id
             });
         if is_mounted {
@@ -211,7 +235,7 @@ impl Survey<'_> {
         }
         let what =
             format!("of {}, while no mount shows the whole file system", mount.root.display());
-        Err(self.refused(mount, &what, help))
+        Err(self.refused(at, &what, help))
     }
 
     /// Returns the path at which rcriu sees the root of a mount.
@@ -227,13 +251,14 @@ impl Survey<'_> {
             groups.entry(mount.shared).or_default().push(mount);
         }
         let outside: HashSet<u32> = self.host.iter().map(|mount| mount.shared).collect();
-        for Found { mount, .. } in found {
+        for Found { space, mount, .. } in found {
+            let at = (*space, mount);
             if mount.shared != 0 && outside.contains(&mount.shared) && !self.options.sharing {
                 let what =
                     format!("that shares events with mounts outside (group {})", mount.shared);
                 let help = "allow that with --enable-external-sharing, or make it private (mount \
                             --make-private)";
-                return Err(self.refused(mount, &what, help));
+                return Err(self.refused(at, &what, help));
             }
             if mount.shared != 0 && outside.contains(&mount.shared) {
                 let message = format!(
@@ -250,7 +275,7 @@ impl Survey<'_> {
                     format!("that receives events from mounts outside (group {})", mount.master);
                 let help = "allow that with --enable-external-masters, or make it private (mount \
                             --make-private)";
-                return Err(self.refused(mount, &what, help));
+                return Err(self.refused(at, &what, help));
             }
         }
         Ok(())
