@@ -337,6 +337,66 @@ fn privileged_the_readme_says_what_is_there() {
     for part in parts {
         assert!(scene.mounted.path(&part).is_dir(), "{part}");
     }
+    assert!(!readme.contains("diff -rq"), "there is one snapshot: {readme}");
+}
+
+/// Someone who knows only the mount asks what the README says can be asked, with its own lines.
+#[test]
+fn privileged_the_lines_of_the_readme_answer_questions() {
+    for program in ["lsof", "strings", "hexdump"] {
+        require(Cap::Program(program));
+    }
+    let mut scene = Scene::new();
+    let pid = scene.pid;
+    let memory = File::options().write(true).open(format!("/proc/{pid}/mem")).unwrap();
+    memory.write_all_at(b"changed since", scene.address + 4096).unwrap();
+    let chain = scene.live.dir.path().join("chain");
+    fs::create_dir(&chain).unwrap();
+    assert!(!scene.mounted.read("README").is_empty());
+    drop(scene.mounted);
+    fs::rename(scene.live.images(), chain.join("before")).unwrap();
+    scene.live.dump_running(&["--prev-images-dir", "../chain/before"]);
+    fs::rename(scene.live.images(), chain.join("after")).unwrap();
+    fs::remove_file(chain.join("after/parent")).unwrap();
+    std::os::unix::fs::symlink("../before", chain.join("after/parent")).unwrap();
+    let mounted = Mounted::new(&chain, &scene.live.path("mount-of-two"), &[]);
+    let readme = String::from_utf8(mounted.read("README")).unwrap();
+    let shmem = fs::read_dir(mounted.path("shmem")).unwrap();
+    let ids: Vec<String> =
+        shmem.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    let is_line = |line: &&str| line.starts_with("                    ") && !line.contains("gdb");
+    let said: String = readme
+        .lines()
+        .filter(is_line)
+        .flat_map(|line| {
+            let line = line.replace("PID", &pid.to_string()).replace("some text", "changed since");
+            let line = line.replace("NAME | less", "memfd:journal");
+            if line.contains("ID") {
+                ids.iter().map(|id| line.replace("ID", id)).collect()
+            } else {
+                vec![line]
+            }
+        })
+        .map(|line| {
+            let output =
+                Command::new("sh").args(["-c", &line]).current_dir(mounted.path(".")).output();
+            let output = output.unwrap();
+            // Differences are no errors, and grep looks where nothing is, too.
+            assert!(matches!(output.status.code(), Some(0 | 1)), "{line}: {output:?}");
+            format!("$ {}\n{}", line.trim(), String::from_utf8_lossy(&output.stdout))
+        })
+        .collect();
+    for answer in [
+        "/comm <==\npython3\n",
+        "child-of-tools -c import time",
+        " -> /memfd:journal (deleted)",
+        "a line of the j",
+        "-shared\n",
+        "changed since",
+        "-shared differ",
+    ] {
+        assert!(said.contains(answer), "{answer}: {said}");
+    }
 }
 
 #[test]

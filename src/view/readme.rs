@@ -1,5 +1,5 @@
 //! The file `README` of a mount, which says what is where. It is the same wherever the chain lies,
-//! so that `diff -r` finds no difference between mounts that show the same.
+//! so that `diff -r` finds no difference between mounts that show the same snapshot.
 
 use super::{Part, View};
 
@@ -19,10 +19,11 @@ const PARTS: [(Part, &str); 7] = [
         "\
 proc/           The processes, as /proc showed them. Which were running, their command
                 lines, open files and memory:
-                    cd proc; head */comm; tr '\\0' ' ' <PID/cmdline; ls -l PID/fd
-                    cat PID/maps PID/status PID/environ
+                    head proc/*/comm; tr '\\0' ' ' <proc/PID/cmdline; ls -l proc/PID/fd
+                    cat proc/PID/maps proc/PID/status proc/PID/environ
                 Tools that read /proc show them, too, if they find this one there:
                     unshare -m sh -c 'mount --bind proc /proc; ps -efH; lsof -p PID'
+                (unshare -rm unless you are root). Images have no times of start.
 ",
     ),
     (
@@ -40,6 +41,7 @@ mem/            The memory of each process, a file for each mapping: START-END-N
 shmem/          Shared memory by its number; shmem-by-name/ and shmem-by-process/ have
                 links to it by names, and by the processes that map it.
                     ls -l shmem-by-name; hexdump -C shmem-by-name/NAME | less
+                    grep -a 'some text' shmem/*
 ",
     ),
     (
@@ -65,13 +67,18 @@ json/           The images as text.
     (
         Part::Snapshots,
         "\
-snapshots/      All of this for each snapshot. What changed since the one before:
-                    diff -rq --no-dereference snapshots/1/proc snapshots/2/proc
-                    diff -rq snapshots/1/mem snapshots/2/mem
-                    cmp -l snapshots/1/shmem/ID snapshots/2/shmem/ID
+snapshots/      All of this for each snapshot.
 ",
     ),
 ];
+
+/// How to see what changed from one snapshot to the next.
+const CHANGES: &str = "\
+                This is {TIP}, made on {PARENT}. What changed in between:
+                    diff -rq --no-dereference snapshots/{PARENT}/proc snapshots/{TIP}/proc
+                    diff -rq snapshots/{PARENT}/mem snapshots/{TIP}/mem
+                    cmp -l snapshots/{PARENT}/shmem/ID snapshots/{TIP}/shmem/ID
+";
 
 const IMAGES: &str = "\
 *.img           Image files, complete and without a parent: `rcriu restore` and
@@ -81,12 +88,27 @@ const IMAGES: &str = "\
 `imgfs map CHAIN` where its memory is stored.
 ";
 
+/// Whether a shell takes a name as it is: the user may paste the lines.
+fn is_word(name: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    !name.starts_with('-') && name.bytes().all(plain)
+}
+
 impl View {
     /// Returns what `README` says.
     pub(super) fn readme(&self) -> Vec<u8> {
         let mut text = INTRODUCTION.to_owned();
         let shown = PARTS.iter().filter(|(part, _)| !self.without.contains(part));
-        shown.for_each(|(_, about)| text.push_str(about));
+        for (part, about) in shown {
+            text.push_str(about);
+            let tip = self.chain.snapshot(self.tip);
+            if let (Part::Snapshots, Ok(Some(parent))) = (part, &tip.parent) {
+                let (parent, tip) = (&self.chain.snapshot(*parent).name, &tip.name);
+                if is_word(parent) && is_word(tip) {
+                    text.push_str(&CHANGES.replace("{PARENT}", parent).replace("{TIP}", tip));
+                }
+            }
+        }
         text.push_str(IMAGES);
         text.into_bytes()
     }

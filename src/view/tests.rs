@@ -153,7 +153,14 @@ fn parts_of_the_tree_are_left_out() {
         ]
     );
     assert!(!text(&part).contains("\nproc/ ") && text(&part).contains("\nmem/ "));
+    assert!(text(&all).contains(" diff -rq snapshots/1/mem snapshots/2/mem\n"));
     assert!(!names(&part, "snapshots/1").iter().any(|name| name == "proc"));
+    // The user may paste the lines into a shell.
+    fs::rename(disk.dir(1), disk.root.path().join("1;reboot")).unwrap();
+    fs::remove_file(disk.dir(2).join("parent")).unwrap();
+    std::os::unix::fs::symlink("../1;reboot", disk.dir(2).join("parent")).unwrap();
+    let last = View::new(Arc::new(disk.open()), disk.open().ids().last().unwrap());
+    assert!(text(&last).contains("\nsnapshots/ ") && !text(&last).contains("reboot"));
     // A file of the snapshot's own is shown in place of ours.
     fs::write(disk.dir(2).join("README"), "theirs").unwrap();
     let view = view();
