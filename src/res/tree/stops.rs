@@ -35,8 +35,10 @@ struct Info {
 
 const _: () = assert!(size_of::<Info>() == 28);
 
-/// Bytes of a `siginfo_t`.
-const INFO_BYTES: usize = 128;
+/// Bytes reserved for each child: `waitid(2)` writes those fields of a `siginfo_t` one by one, up to
+/// the status (`kernel/exit.c`), and no more. If the calls are made one by one, all have to fit on the
+/// stack of the process, which may have hundreds of children.
+const INFO_BYTES: usize = size_of::<Info>().next_multiple_of(align_of::<u64>());
 
 /// A state change of a child that `wait(2)` has not reported to its parent yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
