@@ -36,7 +36,10 @@ use nix::{
     },
     unistd::{Pid, SysconfVar, sysconf},
 };
-use rcriu::image::{MemoryId, Presence};
+use rcriu::{
+    image::{MemoryId, Presence},
+    sys::reflink,
+};
 
 const MIB: usize = 1 << 20;
 const TOTAL: usize = 1 << 30;
@@ -123,6 +126,35 @@ impl Files {
             (file, len)
         };
         Self(paths.iter().map(open).collect())
+    }
+
+    /// A file without a name in `dir` of the blocks of files, `step` pages of each in turn: what
+    /// the kernel reads if it reads a composed file without FUSE.
+    fn composed(dir: &Path, parts: &[PathBuf], step: u64) -> Self {
+        let composed = tempfile::tempfile_in(dir).unwrap();
+        let parts: Vec<File> = parts.iter().map(|path| File::open(path).unwrap()).collect();
+        let (len, others) = (step * 4096, parts.len() as u64);
+        for (turn, part) in (0..PAGES / step).zip(parts.iter().cycle()) {
+            let from = turn / others * len;
+            reflink::clone_range(part, from, &composed, turn * len, len).unwrap();
+        }
+        Self(vec![(composed, TOTAL)])
+    }
+
+    /// Reads all bytes of several files of one length, a MiB of each in turn.
+    ///
+    /// How large the folios are that the kernel reads into, and with that the speed of all reads
+    /// from memory, depends on how much memory is free in one piece. A file that is read after
+    /// another gets smaller ones: on a busy machine up to half of its pages are single, and reads
+    /// take twice as long.
+    fn read_in_turn(all: &[&Self]) {
+        let mut buffer = vec![0; MIB];
+        for offset in (0..TOTAL).step_by(MIB) {
+            for files in all {
+                let (file, _) = &files.0[0];
+                file.read_exact_at(&mut buffer, offset as u64).unwrap();
+            }
+        }
     }
 
     fn read_hot(&self) {
@@ -219,9 +251,11 @@ fn processor_time(daemon: Pid) -> f64 {
 /// Ways to read a file, and what part of a plain file's speed is to be reached.
 type Way<'a> = (&'a str, fn(&Files), f64);
 
-/// Prints what a file costs that is read through a mount, and a plain file.
-fn row(name: &str, (way, read, target): Way, unit: (f64, &str), files: [&Files; 2], daemon: Pid) {
-    let (mut times, mut processor) = ([Vec::new(), Vec::new()], [0.0, 0.0]);
+/// Prints what a plain file costs, a file that is read through a mount, and, if there is a third,
+/// the ratio of a file that is the limit.
+fn row(name: &str, (way, read, target): Way, unit: (f64, &str), files: &[&Files], daemon: Pid) {
+    let mut times = vec![Vec::new(); files.len()];
+    let mut processor = vec![0.0; files.len()];
     files.iter().for_each(|files| read(files));
     for _ in 0..RUNS {
         for (which, file) in files.iter().enumerate() {
@@ -230,15 +264,19 @@ fn row(name: &str, (way, read, target): Way, unit: (f64, &str), files: [&Files; 
             processor[which] += processor_time(daemon) - before;
         }
     }
-    let [base, mounted] = times.map(|mut times| median(&mut times));
+    let medians: Vec<f64> = times.iter_mut().map(|times| median(times)).collect();
     let (scale, unit) = unit;
-    println!(
+    print!(
         "{name:<16} {way:<22} {:>7.2} {:>7.2} {unit:<5}  ratio {:>5.2}  target {target:<4}  processor {:>5.2}",
-        scale * base,
-        scale * mounted,
-        base / mounted,
+        scale * medians[0],
+        scale * medians[1],
+        medians[0] / medians[1],
         processor[0] / processor[1],
     );
+    match medians.get(2) {
+        Some(limit) => println!("  composed without FUSE {:>5.2}", medians[0] / limit),
+        None => println!(),
+    }
 }
 
 /// Reads one file after another; with `from_disk`, nothing is in memory before.
@@ -267,21 +305,32 @@ fn throughput(scratch: &Path, from_disk: bool) {
     }
     let mounted = Mounted::new(chain.root(), &scratch.join("mnt"), &[]);
     let plain = Files::open(&[chain.pages_path(base, 1)]);
-    for (name, id, targets) in [
-        ("whole file", 1, [0.95, 0.95, 0.95, 0.95]),
-        ("1 MiB extents", 2, [0.7, 0.9, 0.7, 0.12]),
-        ("64 KiB extents", 4, [0.7, 0.9, 0.7, 0.12]),
-        ("4 KiB extents", 3, [0.6, 0.8, 0.7, 0.12]),
+    for (name, id, step, targets) in [
+        ("whole file", 1, PAGES, [0.95, 0.95, 0.95, 0.95]),
+        ("1 MiB extents", 2, 256, [0.7, 0.9, 0.7, 0.12]),
+        ("64 KiB extents", 4, 16, [0.7, 0.9, 0.7, 0.12]),
+        ("4 KiB extents", 3, 1, [0.6, 0.8, 0.7, 0.12]),
     ] {
         if from_disk {
-            // How large the folios are that a file is read into depends on how much memory is
-            // free in one piece: both files are to be read at the same time.
             forget(&chain.pages_path(base, 1));
         }
         let path = mounted.path(&format!("pages-{id}.img"));
         let begin = Instant::now();
         let file = Files::open(&[path]);
         let opened = begin.elapsed();
+        let limit = from_disk.then(|| {
+            let parts = if id == 1 {
+                vec![chain.pages_path(base, 1)]
+            } else {
+                vec![chain.pages_path(tip, id), chain.pages_path(base, id)]
+            };
+            Files::composed(scratch, &parts, step)
+        });
+        let mut files = vec![&plain, &file];
+        files.extend(&limit);
+        if from_disk {
+            Files::read_in_turn(&files);
+        }
         // The kernel reads what was composed as it reads a plain file.
         let targets = if from_disk && name != "4 KiB extents" { [0.95; 4] } else { targets };
         let [hot, fresh, forward, random] = targets;
@@ -295,7 +344,7 @@ fn throughput(scratch: &Path, from_disk: bool) {
             (("random 4 KiB pread", Files::read_random, random), per_read),
         ];
         for (way, unit) in ways {
-            row(name, way, unit, [&plain, &file], mounted.pid());
+            row(name, way, unit, &files, mounted.pid());
         }
         println!("{name:<16} first open             {:>7.2} ms", opened.as_secs_f64() * 1e3);
     }
@@ -335,7 +384,7 @@ fn archive(scratch: &Path) {
             (("random 4 KiB pread", Files::read_random, 0.95), per_read),
         ];
         for (way, unit) in ways {
-            row(name, way, unit, files, packed.pid());
+            row(name, way, unit, &files, packed.pid());
         }
     }
     drop(packed);
