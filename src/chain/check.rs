@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, fmt, path::PathBuf};
 
 use super::{
     Chain, ChainError, Result, SnapshotId,
+    error::are,
     gone::{Gone, gone},
     holes,
     index::pieces,
@@ -296,8 +297,8 @@ impl Check<'_> {
                 let asking: Vec<Piece> = asking.collect();
                 self.some(memory, &asking.iter().collect::<Vec<_>>(), |piece| {
                     format!(
-                        "{} pages are in the parent according to the pagemap, but there is no parent",
-                        piece.pages()
+                        "{} in the parent according to the pagemap, but there is no parent",
+                        are(piece.pages())
                     )
                 });
                 return;
@@ -431,9 +432,4 @@ impl Check<'_> {
             self.tell(Severity::Note, Some(memory), address(first.start), problem);
         }
     }
-}
-
-/// Returns the subject and verb of a sentence about pages.
-fn are(pages: u64) -> String {
-    if pages == 1 { "1 page is".to_owned() } else { format!("{pages} pages are") }
 }

@@ -114,8 +114,8 @@ pub enum ChainError {
     },
     /// A pagemap refers to pages of the parent that the parent does not have.
     #[error(
-        "{dir}: {pages} pages of {memory} at {first} are in the parent according to the pagemap, but {reason}",
-        dir = .dir.display()
+        "{dir}: {memory} at {first}: {are} in the parent according to the pagemap, but {reason}",
+        dir = .dir.display(), are = are(*.pages)
     )]
     Unanswered {
         /// The directory with that pagemap.
@@ -249,6 +249,11 @@ pub enum ChainError {
         /// The file.
         path: PathBuf,
     },
+}
+
+/// Returns the subject and verb of a sentence about pages.
+pub(super) fn are(pages: u64) -> String {
+    if pages == 1 { "1 page is".to_owned() } else { format!("{pages} pages are") }
 }
 
 /// What is wrong with the parent link of a directory.

@@ -201,8 +201,7 @@ fn pages_that_the_parent_does_not_have_are_named() {
     let (index, found) = problems(&disk);
     let error = index.unwrap_err().to_string();
     assert!(
-        error
-            .contains("2 pages of shmem 1024 at 0xa000 are in the parent according to the pagemap"),
+        error.contains("shmem 1024 at 0xa000: 2 pages are in the parent according to the pagemap"),
         "{error}"
     );
     assert!(error.contains("2/pagemap-shmem-1024.img has no entry for that page"), "{error}");
@@ -221,7 +220,7 @@ fn a_base_that_asks_a_parent_it_does_not_have_is_named() {
     let chain = Chain::open(&disk.dir(2)).unwrap();
     let error = chain.index(chain.choose(None).unwrap(), MEMORY).unwrap_err().to_string();
     assert!(error.ends_with(
-        "5 pages of shmem 1024 at 0x0 are in the parent according to the pagemap, but it has no parent"
+        "shmem 1024 at 0x0: 5 pages are in the parent according to the pagemap, but it has no parent"
     ));
     symlink("../gone", disk.dir(2).join("parent")).unwrap();
     let chain = Chain::open(&disk.dir(2)).unwrap();

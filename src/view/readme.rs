@@ -73,8 +73,7 @@ snapshots/      All of this for each snapshot.
 ];
 
 /// How to see what changed from one snapshot to the next.
-const CHANGES: &str = "\
-                This is {TIP}, made on {PARENT}. What changed in between:
+const CHANGES: &str = "                This is {TIP}, made on {PARENT}. What changed in between:
                     diff -rq --no-dereference snapshots/{PARENT}/proc snapshots/{TIP}/proc
                     diff -rq snapshots/{PARENT}/mem snapshots/{TIP}/mem
                     cmp -l snapshots/{PARENT}/shmem/ID snapshots/{TIP}/shmem/ID

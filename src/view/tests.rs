@@ -153,6 +153,7 @@ fn parts_of_the_tree_are_left_out() {
         ]
     );
     assert!(!text(&part).contains("\nproc/ ") && text(&part).contains("\nmem/ "));
+    assert!(text(&all).contains("\n                This is 2, made on 1. What"));
     assert!(text(&all).contains(" diff -rq snapshots/1/mem snapshots/2/mem\n"));
     assert!(!names(&part, "snapshots/1").iter().any(|name| name == "proc"));
     // The user may paste the lines into a shell.
