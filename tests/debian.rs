@@ -191,7 +191,9 @@ impl Debian {
         let (root, file) = (self.path("root"), self.path("pid"));
         let _ = fs::remove_file(&file);
         let paths = [root.to_str().unwrap(), file.to_str().unwrap()];
-        self.command("restore", images, &["-d", "--root", paths[0], "--pidfile", paths[1]]);
+        let work = self.dir.path().to_str().unwrap();
+        let options = ["-d", "-W", work, "--root", paths[0], "--pidfile", paths[1]];
+        self.command("restore", images, &options);
         let pid = fs::read_to_string(file).unwrap().trim().parse().unwrap();
         self.init = Pid::from_raw(pid);
     }
